@@ -1,0 +1,14 @@
+"""Knowledge distillation and transfer learning for JAX: pure functions over parameter pytrees.
+
+`import kdtl_jax` needs jax, numpy and optax only. Flax, orbax and rich are imported by the modules
+at the edge (`interop`, `models`, `checkpoint`, `recipes`, `cli`) when those are imported.
+"""
+
+from importlib.metadata import version as _version
+
+from kdtl_jax import losses as losses
+from kdtl_jax import trees as trees
+from kdtl_jax._types import ModelFn as ModelFn
+from kdtl_jax._types import Variables as Variables
+
+__version__ = _version("kdtl_jax")

@@ -1,0 +1,150 @@
+"""Checks at the door: the only place that words errors about arrays.
+
+Every message names the function, what was expected, what came (names and shapes) and the
+repair. Shapes and dtypes are always known; *values* are looked at only where they are concrete,
+so that every check is free under `jit`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def described(**arrays: Any) -> str:
+    """`student[4, 10], teacher[4, 1, 10]`: names with shapes, for messages."""
+    return ", ".join(f"{name}{list(np.shape(array))}" for name, array in arrays.items())
+
+
+def same_shape(fn: str, **arrays: Any) -> None:
+    """Raises ValueError unless all arrays have one shape; nothing is ever broadcast."""
+    if len({np.shape(array) for array in arrays.values()}) > 1:
+        raise ValueError(
+            f"{fn}: arguments must have one shape, got {described(**arrays)}. "
+            "Nothing is broadcast: reshape, pool or project one side first."
+        )
+
+
+def floating(fn: str, **arrays: Any) -> None:
+    """Raises TypeError unless every array is real floating point."""
+    for name, array in arrays.items():
+        dtype = jnp.result_type(array)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{fn}: {name} must be floating point, got {dtype}{list(np.shape(array))}. "
+                f"Convert it first, e.g. {name}.astype(jnp.float32)."
+            )
+
+
+def rank(fn: str, at_least: int, at_most: int | None = None, **arrays: Any) -> None:
+    """Raises ValueError unless `at_least <= ndim <= at_most` (no upper bound when None)."""
+    for name, array in arrays.items():
+        ndim = np.ndim(array)
+        if ndim < at_least or (at_most is not None and ndim > at_most):
+            if at_most is None:
+                want = f"at least {at_least}"
+            else:
+                want = f"{at_least}" if at_most == at_least else f"{at_least} to {at_most}"
+            raise ValueError(
+                f"{fn}: {name} must have {want} dimension(s), got {described(**{name: array})}."
+            )
+
+
+def nonempty(fn: str, **arrays: Any) -> None:
+    """Raises ValueError if an array has no elements: a mean over nothing is NaN."""
+    for name, array in arrays.items():
+        if np.size(array) == 0:
+            raise ValueError(
+                f"{fn}: {name} is empty, got {described(**{name: array})}. Skip empty batches."
+            )
+
+
+def same_batch(fn: str, **arrays: Any) -> None:
+    """Raises ValueError unless all leading dimensions agree."""
+    if len({np.shape(array)[:1] for array in arrays.values()}) > 1:
+        raise ValueError(
+            f"{fn}: arguments must have one batch size (leading dimension), "
+            f"got {described(**arrays)}."
+        )
+
+
+def concrete(value: Any) -> np.ndarray | None:
+    """The value as NumPy, or None while it is traced (then only shapes are known)."""
+    try:
+        return np.asarray(value)
+    except jax.errors.TracerArrayConversionError:
+        return None
+
+
+def positive(fn: str, **scalars: Any) -> None:
+    """Raises ValueError unless every (concrete) value is finite and > 0."""
+    for name, value in scalars.items():
+        known = concrete(value)
+        if known is not None and not bool(np.all((known > 0) & np.isfinite(known))):
+            raise ValueError(f"{fn}: {name} must be finite and > 0, got {_short(known)}.")
+
+
+def within(fn: str, low: float, high: float, **scalars: Any) -> None:
+    """Raises ValueError unless every (concrete) value lies in `[low, high]`."""
+    for name, value in scalars.items():
+        known = concrete(value)
+        if known is not None and not bool(np.all((known >= low) & (known <= high))):
+            raise ValueError(f"{fn}: {name} must lie in [{low}, {high}], got {_short(known)}.")
+
+
+def integers(fn: str, **arrays: Any) -> None:
+    """Raises TypeError unless every array has an integer dtype."""
+    for name, array in arrays.items():
+        dtype = jnp.result_type(array)
+        if not jnp.issubdtype(dtype, jnp.integer):
+            raise TypeError(
+                f"{fn}: {name} must be integers, got {dtype}{list(np.shape(array))}. "
+                f"Use {name}.astype(jnp.int32); one-hot labels: jnp.argmax(…, axis=-1)."
+            )
+
+
+def labels(fn: str, labels: Any, logits: Any) -> None:
+    """Raises unless `labels` are integers of shape `logits.shape[:-1]`, in range if concrete."""
+    integers(fn, labels=labels)
+    shape, classes = np.shape(logits)[:-1], np.shape(logits)[-1]
+    if np.shape(labels) != shape:
+        raise ValueError(
+            f"{fn}: labels must have shape {list(shape)}, one per row of logits, "
+            f"got {described(labels=labels, logits=logits)}."
+        )
+    known = concrete(labels)
+    if known is not None and known.size and (known.min() < 0 or known.max() >= classes):
+        raise ValueError(
+            f"{fn}: labels must lie in 0..{classes - 1}, got {known.min()}..{known.max()}. "
+            "Give ignored positions weight 0 through `where`, not a label outside the range."
+        )
+
+
+def mask(fn: str, where: Any, shape: Sequence[int]) -> None:
+    """Raises unless `where` is None or a bool array of exactly `shape`."""
+    if where is None:
+        return
+    if jnp.result_type(where) != jnp.bool_:
+        raise TypeError(f"{fn}: where must be bool, got {jnp.result_type(where)}. Use where > 0.")
+    if tuple(np.shape(where)) != tuple(shape):
+        raise ValueError(
+            f"{fn}: where must have shape {list(shape)}, got {described(where=where)}."
+        )
+
+
+def same_keys(fn: str, **mappings: Mapping[str, Any]) -> None:
+    """Raises ValueError unless all mappings have one key set; names what differs."""
+    (first, left), *others = mappings.items()
+    for second, right in others:
+        if left.keys() != right.keys():
+            raise ValueError(
+                f"{fn}: {first} and {second} must have the same keys; only in {first}: "
+                f"{sorted(left.keys() - right.keys())}, only in {second}: "
+                f"{sorted(right.keys() - left.keys())}."
+            )
+
+
+def _short(value: np.ndarray) -> str:
+    return str(value) if value.size <= 6 else f"values in {value.min()}..{value.max()}"

@@ -1,0 +1,122 @@
+"""The objective: a dict of per-example terms, weighted and reduced once.
+
+The user writes one function `terms(inputs) -> {name: values}` and one dict `{name: weight}`, where
+a weight is a number, a traced array or a schedule of the step. Values are
+
+- `[B]`, or `[B, L]` for tokens: averaged over examples (and positions);
+- `Masked(values, where)`: averaged where the mask holds;
+- `[]`: a penalty, a function of parameters, counted once whatever the batch.
+
+Sums and counts are kept apart (`Mean`), so that accumulating microbatches or devices gives exactly
+the large batch. What is logged is unweighted.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import _checks, _numerics
+from kdtl_jax._types import Outputs, Params, PyTree, Scalar, Schedule
+
+
+class Inputs(NamedTuple):
+    """All that a term may look at. New fields break nobody: terms read them by name."""
+
+    student: Outputs
+    teacher: Outputs
+    batch: Mapping[str, Any]
+    params: Params = None
+    memory: PyTree = None
+    step: Array | None = None
+    key: Array | None = None
+
+
+class Masked(NamedTuple):
+    """Values of which only those where `where` (bool, the same shape) holds are averaged."""
+
+    values: Array
+    where: Array
+
+
+class Mean(NamedTuple):
+    """A mean that can still be added to: `total / weight`.
+
+    `weight` is the count of what was averaged, or the sum of its weights.
+    """
+
+    total: Array
+    weight: Array
+
+    def value(self) -> Array:
+        """`total / weight`, 0 where the weight is 0."""
+        return self.total / jnp.maximum(self.weight, jnp.finfo(self.total.dtype).tiny)
+
+
+Term = Array | Masked
+Terms = Mapping[str, Term]
+Weights = Mapping[str, Scalar | Schedule]
+
+
+class TermsFn(Protocol):
+    """Returns `{name: values}`, or `({name: values}, memory)` when memory is carried."""
+
+    def __call__(self, inputs: Inputs, /) -> Terms | tuple[Terms, PyTree]: ...
+
+
+def reduce(name: str, term: Term, example_weights: Array | None = None) -> Mean:
+    """The (weighted) sum and count of one term.
+
+    Args:
+      name: for messages.
+      term: `[]`, `[B]`, `[B, L]` or `Masked`.
+      example_weights: `[B]`, 0 for padding; multiplies both sum and count.
+
+    Raises:
+      ValueError: if the leading dimension is not the batch's, or a mask has another shape.
+      TypeError: if the values are not floating point.
+    """
+    values, where = (term.values, term.where) if isinstance(term, Masked) else (term, None)
+    _checks.floating("objective", **{name: values})
+    values = _numerics.upcast(values)
+    weights = jnp.ones((), values.dtype)
+    if values.ndim and example_weights is not None:
+        _checks.same_batch("objective", **{name: values, "weights": example_weights})
+        weights = _numerics.per_example(example_weights, values)
+    if where is not None:
+        _checks.mask("objective", where, values.shape)
+        weights = weights * where.astype(values.dtype)
+    elif values.ndim == 0 and example_weights is not None:
+        weights = jnp.sum(_numerics.scalar(example_weights, values))
+    weights = jnp.broadcast_to(weights, values.shape)
+    # A padded example may hold anything, NaN included: select before multiplying.
+    total = jnp.sum(jnp.where(weights != 0, values, 0) * weights)
+    return Mean(total, jnp.sum(weights))
+
+
+def reduce_all(terms: Terms, example_weights: Array | None = None) -> dict[str, Mean]:
+    """`reduce` of every term."""
+    return {name: reduce(name, term, example_weights) for name, term in terms.items()}
+
+
+def resolve(weights: Weights, step: Array) -> dict[str, Array]:
+    """Weights at a step: schedules called, numbers as float32 scalars."""
+    return {
+        name: jnp.asarray(weight(step) if callable(weight) else weight, jnp.float32)
+        for name, weight in weights.items()
+    }
+
+
+def weighted_sum(means: Mapping[str, Mean], weights: Mapping[str, Array]) -> Array:
+    """`sum_k weight_k * total_k / weight_k`: the scalar that is differentiated.
+
+    Raises:
+      ValueError: if the two do not have the same keys.
+    """
+    _checks.same_keys("objective", terms=means, weights=weights)
+    loss = jnp.zeros((), jnp.float32)
+    for name, mean in means.items():
+        value = mean.value()
+        loss = loss.astype(value.dtype) + weights[name].astype(value.dtype) * value
+    return loss

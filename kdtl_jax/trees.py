@@ -1,0 +1,298 @@
+"""Parameter trees by path: selectors, masks, labels, partition and combine.
+
+A *selector* (`where` everywhere in this library, always meaning "act here") is one of
+
+- a regular expression that must match a whole canonical path, `"encoder/.*/kernel"`;
+- `Glob("**/kernel")`, where `*` stays within a segment and `**` crosses segments;
+- a predicate `(path, leaf) -> bool`;
+- a tree of bools with the structure of the parameters;
+- a combination of these by `any_of`, `all_of`, `none_of`.
+
+A selector that matches nothing raises: a misspelt pattern is the commonest silent error in
+transfer learning. Canonical paths join keys with "/", print ints plainly and drop the trailing
+"/value" of boxed and NNX leaves. A Haiku key that itself contains "/" is never split again.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdtl_jax._types import PyTree
+
+
+class Glob(NamedTuple):
+    """A shell-style pattern over canonical paths: `*` within a segment, `**` across segments."""
+
+    pattern: str
+
+
+Predicate = Callable[[str, Any], bool]
+Selector = str | Glob | Predicate | PyTree
+Rules = Sequence[tuple[Selector, Any]]
+
+everything = ".*"
+
+
+def path_string(key_path: Sequence[Any]) -> str:
+    """The canonical path of a JAX key path: `"block3/kernel"`."""
+    path = jax.tree_util.keystr(tuple(key_path), simple=True, separator="/")
+    return path.removesuffix("/value") if "/" in path else path
+
+
+def natural_key(path: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key under which `layer_2` precedes `layer_10`."""
+    pieces = re.split(r"(\d+)", path)
+    return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in pieces)
+
+
+def flatten(tree: PyTree) -> dict[str, Any]:
+    """`{canonical path: leaf}` in tree order.
+
+    Raises:
+      ValueError: if two leaves share a canonical path (an int key beside its string, say).
+    """
+    flat: dict[str, Any] = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        path = path_string(key_path)
+        if path in flat:
+            raise ValueError(
+                f"flatten: two leaves have the path {path!r} (keys that differ only in type, "
+                "such as 0 and '0'?). Rename one of them."
+            )
+        flat[path] = leaf
+    return flat
+
+
+def paths(tree: PyTree) -> PyTree:
+    """The tree with every leaf replaced by its canonical path."""
+    return jax.tree_util.tree_map_with_path(lambda key_path, _: path_string(key_path), tree)
+
+
+def map_with_path(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    """`jax.tree.map` whose function receives the canonical path first."""
+    return jax.tree_util.tree_map_with_path(
+        lambda key_path, *leaves: fn(path_string(key_path), *leaves), tree, *rest
+    )
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf is a real or complex floating array (or its abstract shape).
+
+    Counters, PRNG keys, booleans, strings and functions are not: transforms and gradients
+    leave them alone.
+    """
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        return isinstance(leaf, (float, complex))
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def nearest(path: str, candidates: Sequence[str], n: int = 3) -> list[str]:
+    """The `n` candidates that look most like `path`, for "did you mean" messages."""
+    close = difflib.get_close_matches(path, candidates, n=n, cutoff=0.0)
+    return close or sorted(candidates, key=natural_key)[:n]
+
+
+def any_of(*selectors: Selector) -> Predicate:
+    """Selects where at least one selector does."""
+    tests = [_predicate(s) for s in selectors]
+    return lambda path, leaf: any(test(path, leaf) for test in tests)
+
+
+def all_of(*selectors: Selector) -> Predicate:
+    """Selects where every selector does."""
+    tests = [_predicate(s) for s in selectors]
+    return lambda path, leaf: all(test(path, leaf) for test in tests)
+
+
+def none_of(*selectors: Selector) -> Predicate:
+    """Selects where no selector does."""
+    tests = [_predicate(s) for s in selectors]
+    return lambda path, leaf: not any(test(path, leaf) for test in tests)
+
+
+def mask(tree: PyTree, where: Selector, *, expect: int | str | None = "some") -> PyTree:
+    """A tree of Python bools: where the selector acts.
+
+    Args:
+      tree: any pytree, concrete or abstract.
+      where: a selector (see the module's first lines).
+      expect: `"some"` (at least one leaf, the default), `"all"`, an exact count, or None.
+
+    Raises:
+      ValueError: if the count is not as expected, listing the nearest paths; or if a tree of
+        bools has another structure than `tree`.
+    """
+    flat = flatten(tree)
+    treedef = jax.tree.structure(tree)
+    if _is_bool_tree(where):
+        if jax.tree.structure(where) != treedef:
+            raise ValueError(
+                "mask: a tree of bools must have the structure of the parameters, got "
+                f"{jax.tree.structure(where)} for {treedef}."
+            )
+        chosen = [bool(leaf) for leaf in jax.tree.leaves(where)]
+    else:
+        test = _predicate(where)
+        chosen = [bool(test(path, leaf)) for path, leaf in flat.items()]
+    _expect(where, expect, sum(chosen), list(flat))
+    return jax.tree.unflatten(treedef, chosen)
+
+
+def labels(tree: PyTree, rules: Rules, *, default: Any = None) -> PyTree:
+    """One label per leaf by ordered rules: the first selector that matches wins.
+
+    Args:
+      tree: any pytree.
+      rules: `[(selector, label), ...]`.
+      default: label of leaves that no rule matches; None means every leaf must be covered.
+
+    Raises:
+      ValueError: if a rule is never used (shadowed or matching nothing), or a leaf is uncovered.
+    """
+    flat = flatten(tree)
+    tests = [_leafwise(tree, selector) for selector, _ in rules]
+    used = [False] * len(rules)
+    out, uncovered = [], []
+    for i, (path, leaf) in enumerate(flat.items()):
+        hit = next((k for k, test in enumerate(tests) if test(i, path, leaf)), None)
+        if hit is None:
+            uncovered.append(path)
+            out.append(default)
+        else:
+            used[hit] = True
+            out.append(rules[hit][1])
+    for rule, was_used in zip(rules, used, strict=True):
+        if not was_used:
+            raise ValueError(
+                f"labels: rule {_shown(rule[0])} labels no leaf: it matches nothing, or earlier "
+                f"rules take all it matches. {_did_you_mean(rule[0], list(flat))}"
+            )
+    if uncovered and default is None:
+        raise ValueError(
+            f"labels: no rule covers {_listed(uncovered)}. Add a rule (for example "
+            "('.*', label) last) or pass default=."
+        )
+    return jax.tree.unflatten(jax.tree.structure(tree), out)
+
+
+def partition(tree: PyTree, where: Selector) -> tuple[PyTree, PyTree]:
+    """Splits a tree into `(selected, rest)`, with None where a leaf went to the other side.
+
+    Only inexact leaves can be selected; counters and keys always stay in `rest`. Both halves
+    are pytrees that `jax.grad`, optax and `jax.tree.map` take as they are.
+    """
+    chosen = mask(tree, where)
+    selected = jax.tree.map(lambda m, x: x if m and is_inexact(x) else None, chosen, tree)
+    rest = jax.tree.map(lambda m, x: None if m and is_inexact(x) else x, chosen, tree)
+    return selected, rest
+
+
+def combine(*trees: PyTree) -> PyTree:
+    """Inverse of `partition`: the first tree that has a leaf at a place gives it."""
+
+    def first(*leaves: Any) -> Any:
+        return next((leaf for leaf in leaves if leaf is not None), None)
+
+    return jax.tree.map(first, *trees, is_leaf=lambda leaf: leaf is None)
+
+
+def count(tree: PyTree, where: Selector = everything) -> int:
+    """Number of selected parameters (scalars in inexact leaves)."""
+    chosen = jax.tree.leaves(mask(tree, where, expect=None))
+    sizes = [
+        int(np.prod(np.shape(leaf), dtype=np.int64)) if is_inexact(leaf) else 0
+        for leaf in jax.tree.leaves(tree)
+    ]
+    return sum(size for size, m in zip(sizes, chosen, strict=True) if m)
+
+
+def _is_bool_tree(where: Selector) -> bool:
+    if isinstance(where, (str, Glob)) or (callable(where) and not isinstance(where, dict)):
+        return False
+    leaves = jax.tree.leaves(where)
+    if leaves and all(isinstance(leaf, (bool, np.bool_)) for leaf in leaves):
+        return True
+    raise ValueError(
+        "selector: expected a regex string, Glob, (path, leaf) -> bool or a tree of Python "
+        f"bools, got {type(where).__name__}. Combine several with any_of(...)."
+    )
+
+
+def _predicate(where: Selector) -> Predicate:
+    if isinstance(where, str):
+        try:
+            pattern = re.compile(where)
+        except re.error as error:
+            raise ValueError(
+                f"selector: {where!r} is not a regular expression ({error}). "
+                f"For shell patterns use Glob({where!r})."
+            ) from None
+        return lambda path, leaf: pattern.fullmatch(path) is not None
+    if isinstance(where, Glob):
+        pattern = re.compile(_glob_to_regex(where.pattern))
+        return lambda path, leaf: pattern.fullmatch(path) is not None
+    if callable(where):
+        test = where
+        return lambda path, leaf: bool(test(path, leaf))
+    raise ValueError(
+        "selector: a tree of bools can only be used on its own; expected a regex string, Glob or "
+        f"(path, leaf) -> bool, got {type(where).__name__}."
+    )
+
+
+def _leafwise(tree: PyTree, where: Selector) -> Callable[[int, str, Any], bool]:
+    """A selector as a test on (leaf number, path, leaf), so that rules take bool trees too."""
+    if _is_bool_tree(where):
+        chosen = jax.tree.leaves(mask(tree, where, expect=None))
+        return lambda i, path, leaf: chosen[i]
+    test = _predicate(where)
+    return lambda i, path, leaf: bool(test(path, leaf))
+
+
+def _glob_to_regex(pattern: str) -> str:
+    pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]*\])", pattern)
+    known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return "".join(
+        known.get(p) or (p.replace("[!", "[^") if p.startswith("[") else re.escape(p))
+        for p in pieces
+    )
+
+
+def _expect(where: Selector, expect: int | str | None, found: int, names: list[str]) -> None:
+    if expect is None:
+        return
+    wanted = len(names) if expect == "all" else expect
+    if expect == "some" and found == 0:
+        raise ValueError(f"selector {_shown(where)} matches no leaf. {_did_you_mean(where, names)}")
+    if expect != "some" and found != wanted:
+        raise ValueError(
+            f"selector {_shown(where)} matches {found} of {len(names)} leaves, "
+            f"expected {'all of them' if expect == 'all' else wanted}."
+        )
+
+
+def _shown(where: Selector) -> str:
+    if isinstance(where, (str, Glob)):
+        return repr(where)
+    return getattr(where, "__name__", type(where).__name__)
+
+
+def _did_you_mean(where: Selector, names: list[str]) -> str:
+    if not names:
+        return "The tree has no leaves."
+    text = where.pattern if isinstance(where, Glob) else where if isinstance(where, str) else ""
+    return (
+        f"Nearest paths: {_listed(nearest(text, names))}. "
+        "A string is a regular expression for the whole path; Glob('**/kernel') is a shell pattern."
+    )
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    shown = ", ".join(repr(name) for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

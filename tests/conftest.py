@@ -1,0 +1,33 @@
+"""Strict JAX for the whole suite: no silent promotion of rank or dtype, warnings are errors.
+
+Eight virtual CPU devices, so that every run covers sharding; the persistent compilation cache, so
+that a second run compiles nothing. Steps that call optax use `standard_promotion`, because optax's
+Adam does not pass strict promotion.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture
+def standard_promotion() -> Iterator[None]:
+    """Relaxes strict dtype promotion around optax, and rank promotion around models' biases."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Double precision within one test."""
+    with jax.enable_x64(True):
+        yield
