@@ -31,3 +31,11 @@ def x64() -> Iterator[None]:
     """Double precision within one test."""
     with jax.enable_x64(True):
         yield
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden",
+        default=str(Path(__file__).parent / "golden"),
+        help="folder with manifest.json and .npz files (default: tests/golden)",
+    )

@@ -1,0 +1,75 @@
+"""Every case of a golden manifest: the reference's value, named outputs and gradients.
+
+`pytest tests/test_golden.py --golden DIR` runs another set in the same format. Eager and in float64;
+each case is held to its own tolerance.
+"""
+
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import golden_maps
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+METHODS: dict[str, golden_maps.Golden] = {}
+EXCLUDED: dict[str, str] = {}
+for _found in pkgutil.iter_modules(golden_maps.__path__):
+    _module = importlib.import_module(f"golden_maps.{_found.name}")
+    _twice = METHODS.keys() & _module.METHODS.keys()
+    assert not _twice, f"mapped twice: {_twice}"
+    METHODS |= _module.METHODS
+    EXCLUDED |= getattr(_module, "EXCLUDED", {})
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        cases = _cases(Path(metafunc.config.getoption("--golden")))
+        metafunc.parametrize("case", cases, ids=[case["case"] for case in cases])
+
+
+def _cases(folder: Path) -> list[dict[str, Any]]:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return [case | {"folder": folder} for case in manifest["cases"]]
+
+
+@pytest.mark.usefixtures("x64", "standard_promotion")
+def test_golden(case: dict[str, Any]) -> None:
+    method = case["method"]
+    if method in EXCLUDED and method not in METHODS:
+        return
+    assert method in METHODS, f"no mapping for {method!r}: add it to tests/golden_maps or EXCLUDED"
+    stored = np.load(case["folder"] / case["file"])
+    inputs = {name: jnp.asarray(stored[name]) for name in case["inputs"]}
+
+    def run(wanted: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        out = METHODS[method](inputs | wanted, case["hyperparameters"])
+        outputs = out if isinstance(out, dict) else {"value": out}
+        return jnp.asarray(outputs.get("value", 0.0)), outputs
+
+    by = {name.removeprefix("grad_") for name in case["expected"] if name.startswith("grad_")}
+    wanted = {name: inputs[name] for name in sorted(by)}
+    if wanted:
+        (_, outputs), grads = jax.value_and_grad(run, has_aux=True)(wanted)
+        outputs = outputs | {f"grad_{name}": grad for name, grad in grads.items()}
+    else:
+        outputs = run({})[1]
+    for name in case["expected"]:
+        assert name in outputs, f"{method}: the mapping does not return {name!r}"
+        got, want = np.asarray(outputs[name]), stored[name]
+        assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
+        np.testing.assert_allclose(
+            got, want, rtol=case["rtol"], atol=case["atol"], err_msg=f"{method}: {name}"
+        )
+
+
+def test_few_methods_are_excluded(request: pytest.FixtureRequest) -> None:
+    cases = _cases(Path(request.config.getoption("--golden")))
+    left_out = [c["case"] for c in cases if c["method"] in EXCLUDED]
+    assert len(left_out) <= 0.1 * len(cases), left_out
+    assert all(EXCLUDED.values()), "an exclusion needs its reason"
+    assert not EXCLUDED.keys() & METHODS.keys()
