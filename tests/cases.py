@@ -1,41 +1,15 @@
 """The one table of every loss: what it is, an example, its oracle, and what holds for it.
 
-`tests/loss_cases/*.py` hold the rows, grouped as the package's modules are; this file joins them and
-`tests/test_losses.py` runs the whole battery over the table.
+`tests/loss_cases/*.py` hold the rows, grouped as the package's modules are; this file joins them
+and `tests/test_losses.py` runs the whole battery over the table.
 """
 
 import importlib
 import pkgutil
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import loss_cases
-import numpy as np
 
-
-class LossCase(NamedTuple):
-    """One row.
-
-    `example(rng, batch)` makes float64 arguments: student, teacher, then whatever else the loss
-    takes by position (labels as int32), each with the batch as leading dimension. `oracle` takes
-    the same arguments and hyper-parameters and returns `[B]` or `[B, L]` in float64, written in
-    NumPy from the paper's equation.
-    """
-
-    fn: Callable[..., Any]
-    example: Callable[[np.random.Generator, int], tuple[np.ndarray, ...]]
-    oracle: Callable[..., np.ndarray]
-    hyper: dict[str, Any] = {}  # a row is never mutated
-    relational: bool = False  # one value per anchor; permutation equivariant, not independent
-    zero_at_equality: bool = True
-    nonnegative: bool = True
-    has_where: bool = False  # takes where= of the student's shape (True takes part)
-    twice_differentiable: bool = True
-    extreme: bool = True  # finite at +-1e4; False only where the mathematics overflows
-    note: str = ""  # why a flag departs from its default
-
-
-LOSS_CASES: dict[str, LossCase] = {}
+LOSS_CASES: dict[str, loss_cases.LossCase] = {}
 for _found in pkgutil.iter_modules(loss_cases.__path__):
     for _name, _case in importlib.import_module(f"loss_cases.{_found.name}").CASES.items():
         assert _name not in LOSS_CASES, f"two rows named {_name}"

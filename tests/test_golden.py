@@ -1,7 +1,7 @@
 """Every case of a golden manifest: the reference's value, named outputs and gradients.
 
-`pytest tests/test_golden.py --golden DIR` runs another set in the same format. Eager and in float64;
-each case is held to its own tolerance.
+`pytest tests/test_golden.py --golden DIR` runs another set in the same format. Eager and in
+float64; each case is held to its own tolerance.
 """
 
 import importlib

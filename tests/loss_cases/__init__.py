@@ -1,1 +1,28 @@
 """Rows of the table of losses, one module per module of `kdtl_jax.losses`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class LossCase(NamedTuple):
+    """One row.
+
+    `example(rng, batch)` makes float64 arguments: student, teacher, then whatever else the loss
+    takes by position (labels as int32), each with the batch as leading dimension. `oracle` takes
+    the same arguments and hyper-parameters and returns `[B]` or `[B, L]` in float64, written in
+    NumPy from the paper's equation.
+    """
+
+    fn: Callable[..., Any]
+    example: Callable[[np.random.Generator, int], tuple[np.ndarray, ...]]
+    oracle: Callable[..., np.ndarray]
+    hyper: dict[str, Any] = {}  # a row is never mutated
+    relational: bool = False  # one value per anchor; permutation equivariant, not independent
+    zero_at_equality: bool = True
+    nonnegative: bool = True
+    has_where: bool = False  # takes where= of the student's shape (True takes part)
+    twice_differentiable: bool = True
+    extreme: bool = True  # finite at +-1e4; False only where the mathematics overflows
+    note: str = ""  # why a flag departs from its default
