@@ -7,6 +7,9 @@ at the edge (`interop`, `models`, `checkpoint`, `recipes`, `cli`) when those are
 from importlib.metadata import version as _version
 
 from kdtl_jax import losses as losses
+from kdtl_jax import objective as objective
+from kdtl_jax import projection as projection
+from kdtl_jax import train as train
 from kdtl_jax import trees as trees
 from kdtl_jax._types import ModelFn as ModelFn
 from kdtl_jax._types import Variables as Variables

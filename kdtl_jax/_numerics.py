@@ -12,7 +12,8 @@ from jax import Array
 
 def upcast(x: Array) -> Array:
     """float32 or wider: half precisions are widened before any arithmetic."""
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+    half = jnp.finfo(jnp.result_type(x)).bits < 32
+    return jnp.asarray(x, jnp.float32) if half else jnp.asarray(x)
 
 
 def scalar(x: float | Array, like: Array) -> Array:

@@ -28,7 +28,7 @@ for _found in pkgutil.iter_modules(golden_maps.__path__):
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        cases = _cases(Path(metafunc.config.getoption("--golden")))
+        cases = _cases(Path(str(metafunc.config.getoption("--golden"))))
         metafunc.parametrize("case", cases, ids=[case["case"] for case in cases])
 
 
@@ -68,7 +68,7 @@ def test_golden(case: dict[str, Any]) -> None:
 
 
 def test_few_methods_are_excluded(request: pytest.FixtureRequest) -> None:
-    cases = _cases(Path(request.config.getoption("--golden")))
+    cases = _cases(Path(str(request.config.getoption("--golden"))))
     left_out = [c["case"] for c in cases if c["method"] in EXCLUDED]
     assert len(left_out) <= 0.1 * len(cases), left_out
     assert all(EXCLUDED.values()), "an exclusion needs its reason"

@@ -1,0 +1,203 @@
+"""Output distillation, `y_small = f_large(x) w`: fit w, apply w, fold w into the head.
+
+w is the ridge regression of targets on features,
+
+    min_w  (1 / n) sum_i ||f_i w + b - y_i||^2 + ridge ||w||^2,
+
+solved in closed form from second moments, which stream over batches and merge over devices or
+hosts in any order. Features may be a large model's outputs (a probe), or a small model's last
+hidden layer with the large model's logits as targets (a student's head without a gradient step).
+A w that is learned by gradient is an ordinary parameter: see `model`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import _checks, _numerics
+from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Scalar
+
+
+class Projection(NamedTuple):
+    """An affine map of features: `f kernel + bias`."""
+
+    kernel: Array  # [D, K]
+    bias: Array  # [K]
+
+
+class Moments(NamedTuple):
+    """Centered second moments of features and targets; batches and devices merge exactly."""
+
+    weight: Array  # [], number of examples, or the sum of their weights
+    feature_mean: Array  # [D]
+    target_mean: Array  # [K]
+    gram: Array  # [D, D], sum of (f - mean)^T (f - mean)
+    cross: Array  # [D, K], sum of (f - mean)^T (y - mean)
+
+
+def moments(features: Array, targets: Array, *, weights: Array | None = None) -> Moments:
+    """Moments of one batch.
+
+    Args:
+      features: `[B, ...]`, flattened to `[B, D]`.
+      targets: `[B, K]`.
+      weights: `[B]`, non-negative; 0 leaves an example out (padding).
+
+    Raises:
+      ValueError: if batch sizes differ or the batch is empty.
+      TypeError: if features or targets are not floating point.
+    """
+    _checks.floating("projection.moments", features=features, targets=targets)
+    _checks.rank("projection.moments", 2, 2, targets=targets)
+    _checks.rank("projection.moments", 2, features=features)
+    _checks.same_batch("projection.moments", features=features, targets=targets)
+    _checks.nonempty("projection.moments", features=features, targets=targets)
+    f = _numerics.batch_flat(_numerics.upcast(features))
+    y = _numerics.upcast(targets).astype(f.dtype)
+    w = jnp.ones(f.shape[:1], f.dtype) if weights is None else weights.astype(f.dtype)
+    _checks.same_batch("projection.moments", features=features, weights=w)
+    total = jnp.sum(w)
+    share = (w / jnp.maximum(total, jnp.finfo(f.dtype).tiny))[:, None]
+    f = jnp.where(w[:, None] != 0, f, 0)
+    y = jnp.where(w[:, None] != 0, y, 0)
+    feature_mean, target_mean = jnp.sum(share * f, axis=0), jnp.sum(share * y, axis=0)
+    centered = f - feature_mean[None]
+    weighted = w[:, None] * centered
+    return Moments(
+        weight=total,
+        feature_mean=feature_mean,
+        target_mean=target_mean,
+        gram=_matmul(weighted.T, centered),
+        cross=_matmul(weighted.T, y - target_mean[None]),
+    )
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """Moments of the union of two disjoint sets (Chan's pairwise update): associative."""
+    total = a.weight + b.weight
+    share = b.weight / jnp.maximum(total, jnp.finfo(total.dtype).tiny)
+    df, dy = b.feature_mean - a.feature_mean, b.target_mean - a.target_mean
+    correction = a.weight * share
+    return Moments(
+        weight=total,
+        feature_mean=a.feature_mean + share * df,
+        target_mean=a.target_mean + share * dy,
+        gram=a.gram + b.gram + correction * jnp.outer(df, df),
+        cross=a.cross + b.cross + correction * jnp.outer(df, dy),
+    )
+
+
+def solve(moments: Moments, *, ridge: Scalar = 1e-3) -> Projection:
+    """The ridge solution `w = (F^T F / n + ridge I)^-1 F^T Y / n` of centered data.
+
+    Args:
+      moments: of all batches, merged.
+      ridge: > 0, in units of the features' variance; the bias is not penalized. Differentiable.
+
+    Raises:
+      ValueError: if a concrete `ridge` is not positive.
+    """
+    _checks.positive("projection.solve", ridge=ridge)
+    n = jnp.maximum(moments.weight, 1)
+    dim = moments.gram.shape[0]
+    system = moments.gram / n + _numerics.scalar(ridge, n) * jnp.eye(dim, dtype=n.dtype)
+    factor = jax.scipy.linalg.cho_factor(system)
+    kernel = jax.scipy.linalg.cho_solve(factor, moments.cross / n)
+    bias = moments.target_mean - _matmul(moments.feature_mean[None], kernel)[0]
+    return Projection(kernel, bias)
+
+
+def fit(
+    features: Array, targets: Array, *, ridge: Scalar = 1e-3, weights: Array | None = None
+) -> Projection:
+    """`solve(moments(features, targets))`: the whole fit in one call.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from kdtl_jax import projection
+      >>> x = jnp.array([[0.0], [1.0], [2.0]])
+      >>> w = projection.fit(x, 3 * x + 1, ridge=1e-9)
+      >>> print(round(float(w.kernel[0, 0]), 3), round(float(w.bias[0]), 3))
+      3.0 1.0
+    """
+    return solve(moments(features, targets, weights=weights), ridge=ridge)
+
+
+def apply(projection: Projection, features: Array) -> Array:
+    """`f w + b`: `[B, ...] -> [B, K]`.
+
+    Raises:
+      ValueError: if the features' width is not the projection's.
+    """
+    f = _numerics.batch_flat(features)
+    if f.shape[1] != projection.kernel.shape[0]:
+        raise ValueError(
+            f"projection.apply: features must have width {projection.kernel.shape[0]}, "
+            f"got {_checks.described(features=features)}."
+        )
+    return f @ projection.kernel + projection.bias[None]
+
+
+def fold(projection: Projection, kernel: Array, bias: Array | None = None) -> Projection:
+    """Merges w into the linear layer before it: `(h A + a) w + b = h (A w) + (a w + b)`.
+
+    Args:
+      projection: `[D, K]` map of the layer's outputs.
+      kernel: `[H, D]`, the layer.
+      bias: `[D]` or None.
+
+    Returns:
+      The single layer `[H, K]` with the same outputs.
+
+    Raises:
+      ValueError: if the widths do not meet.
+    """
+    if kernel.ndim != 2 or kernel.shape[1] != projection.kernel.shape[0]:
+        raise ValueError(
+            f"projection.fold: kernel must be [H, {projection.kernel.shape[0]}], "
+            f"got {_checks.described(kernel=kernel)}. Flatten a convolution's kernel first."
+        )
+    offset = projection.bias
+    if bias is not None:
+        offset = offset + _matmul(bias[None], projection.kernel)[0]
+    return Projection(_matmul(kernel, projection.kernel), offset)
+
+
+def model(base: ModelFn, *, features: str = "logits") -> ModelFn:
+    """`base` with its output projected, for learning w by gradient.
+
+    Parameters are `{"base": ..., "projection": Projection}`; train with
+    `trainable="projection/.*"` and the base costs no gradient.
+
+    Args:
+      base: the large model.
+      features: which of its outputs is projected.
+
+    Raises:
+      ValueError: when traced, if the output does not exist (the existing ones are listed).
+    """
+
+    def apply_model(
+        params: Params,
+        model_state: PyTree,
+        inputs: Array,
+        *,
+        key: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, PyTree]:
+        outputs, model_state = base(params["base"], model_state, inputs, key=key, train=train)
+        if features not in outputs:
+            raise ValueError(
+                f"projection.model: no output {features!r}, the model has {sorted(outputs)}."
+            )
+        logits = apply(params["projection"], outputs[features])
+        return {**outputs, "logits": logits, "base_logits": outputs["logits"]}, model_state
+
+    return apply_model
+
+
+def _matmul(a: Array, b: Array) -> Array:
+    """Full precision also where the default is TF32 or bfloat16: moments lose digits otherwise."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
