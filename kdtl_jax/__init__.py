@@ -8,6 +8,7 @@ from importlib.metadata import version as _version
 
 from kdtl_jax import losses as losses
 from kdtl_jax import objective as objective
+from kdtl_jax import penalties as penalties
 from kdtl_jax import projection as projection
 from kdtl_jax import train as train
 from kdtl_jax import trees as trees

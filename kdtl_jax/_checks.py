@@ -5,6 +5,7 @@ repair. Shapes and dtypes are always known; *values* are looked at only where th
 so that every check is free under `jit`.
 """
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -143,6 +144,33 @@ def same_keys(fn: str, **mappings: Mapping[str, Any]) -> None:
                 f"{fn}: {first} and {second} must have the same keys; only in {first}: "
                 f"{sorted(left.keys() - right.keys())}, only in {second}: "
                 f"{sorted(right.keys() - left.keys())}."
+            )
+
+
+def same_leaves(fn: str, **flats: Mapping[str, Any]) -> None:
+    """Raises ValueError unless all `{path: leaf}` have the first one's paths and shapes.
+
+    Every difference is named with its path; a missing path comes with the nearest other.
+    """
+    (first, left), *others = flats.items()
+    for second, right in others:
+        problems = []
+        for path in [path for path in left if path not in right]:
+            spare = [name for name in right if name not in left]
+            near = difflib.get_close_matches(path, spare, n=1, cutoff=0.0)
+            hint = f" (nearest there: {near[0]!r})" if near else ""
+            problems.append(f"{second} lacks {path!r}{hint}")
+        problems += [f"{first} lacks {path!r}" for path in right if path not in left]
+        for path in [path for path in left if path in right]:
+            if np.shape(left[path]) != np.shape(right[path]):
+                shapes = described(**{first: left[path], second: right[path]})
+                problems.append(f"{path!r} is {shapes}")
+        if problems:
+            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise ValueError(
+                f"{fn}: {first} and {second} must have the same leaves and shapes: "
+                f"{'; '.join(problems[:8])}{more}. Nothing is broadcast: rename, resize or "
+                "exclude these leaves first (transfer, or where=)."
             )
 
 
