@@ -10,6 +10,7 @@ from kdtl_jax import losses as losses
 from kdtl_jax import objective as objective
 from kdtl_jax import penalties as penalties
 from kdtl_jax import projection as projection
+from kdtl_jax import sweep as sweep
 from kdtl_jax import train as train
 from kdtl_jax import trees as trees
 from kdtl_jax._types import ModelFn as ModelFn

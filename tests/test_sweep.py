@@ -1,0 +1,91 @@
+"""Sweeps: every runner and chunk gives the same numbers as one experiment after another."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from kdtl_jax import losses, sweep, train
+
+DATA = {
+    "inputs": np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32),
+    "labels": np.arange(16, dtype=np.int32) % 3,
+}
+INDEX = np.arange(16, dtype=np.int32).reshape(4, 4)
+
+
+def _model(
+    params: Any, model_state: Any, inputs: jax.Array, *, key: Any = None, train: bool = False
+) -> tuple[dict[str, jax.Array], Any]:
+    return {"logits": inputs @ params["kernel"]}, model_state
+
+
+def _experiment(
+    point: dict[str, jax.Array], teacher: Any, data: Any, index: jax.Array
+) -> jax.Array:
+    key = jax.random.key(point["seed"])
+    kernel = jax.random.normal(key, (4, 3))
+    tx = optax.sgd(point["rate"])
+
+    def terms(x: Any) -> dict[str, jax.Array]:
+        kd = losses.kd_kl(
+            x.student["logits"], x.teacher["logits"], temperature=point["temperature"]
+        )
+        return {"kd": kd}
+
+    step = train.make_distill_step(_model, _model, terms, {"kd": point["weight"]}, tx)
+    state = train.init_state({"student": {"kernel": kernel}}, tx, key=key)
+    _, metrics = train.scan_epoch(step)(state, teacher, data, index)
+    return train.values(metrics)["kd"]
+
+
+POINTS = sweep.grid(seed=range(2), temperature=[1.0, 4.0], weight=[0.5], rate=[0.1, 0.2])
+
+
+@pytest.fixture(scope="module")
+def shared() -> tuple[Any, ...]:
+    teacher = {"kernel": jax.random.normal(jax.random.key(9), (4, 3))}
+    return teacher, DATA, INDEX
+
+
+@pytest.fixture(scope="module")
+def one_after_another(shared: tuple[Any, ...]) -> np.ndarray:
+    with jax.numpy_dtype_promotion("standard"):
+        out = sweep.run(_experiment, POINTS, *shared, runner=sweep.sequential)
+    return np.asarray(out)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("runner", [sweep.vectorized, sweep.mapped])
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_runners_and_chunks_agree(
+    runner: sweep.Runner,
+    chunk: int | None,
+    shared: tuple[Any, ...],
+    one_after_another: np.ndarray,
+) -> None:
+    got = sweep.run(_experiment, POINTS, *shared, runner=runner, chunk=chunk)
+    assert got.shape == (8, 4)
+    np.testing.assert_allclose(got, one_after_another, rtol=1e-4, atol=1e-6)
+    assert len(np.unique(np.asarray(got)[:, -1])) == 8, "every point must matter"
+
+
+def test_grid_is_the_product_last_axis_fastest() -> None:
+    points = sweep.grid(seed=[3, 4], rate=[0.1, 0.2, 0.3])
+    assert points["seed"].tolist() == [3, 3, 3, 4, 4, 4]
+    np.testing.assert_allclose(points["rate"], [0.1, 0.2, 0.3] * 2, rtol=1e-6)
+    assert points["seed"].dtype == jnp.int32 and points["rate"].dtype == jnp.float32
+
+
+def test_bad_sweeps_say_what_to_do() -> None:
+    with pytest.raises(ValueError, match="axis 'seed' is empty"):
+        sweep.grid(seed=[])
+    with pytest.raises(ValueError, match="loop over it in Python"):
+        sweep.grid(method=["kd", "dkd"])
+    with pytest.raises(ValueError, match="equally long"):
+        sweep.run(lambda p: p["a"], {"a": jnp.ones(2), "b": jnp.ones(3)})
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
+        sweep.run(lambda p: p["a"], {"a": jnp.ones(2)}, chunk=0)
