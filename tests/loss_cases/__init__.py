@@ -25,4 +25,6 @@ class LossCase(NamedTuple):
     has_where: bool = False  # takes where= of the student's shape (True takes part)
     twice_differentiable: bool = True
     extreme: bool = True  # finite at +-1e4; False only where the mathematics overflows
+    frozen: bool = False  # a part is a constant of the method (a stop_gradient inside), so that
+    # the gradient is not the derivative of the value: no check_grads
     note: str = ""  # why a flag departs from its default
