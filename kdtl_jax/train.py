@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -206,6 +207,47 @@ def scan_epoch(step: Step) -> Callable[[TrainState, Any, Batch, Array], tuple[Tr
             return step(carry, teacher_params, batch)
 
         return jax.lax.scan(body, state, take(data, index))
+
+    return epoch
+
+
+def epoch_path(step: Step, state: TrainState, teacher_params: Any, data: Batch) -> str:
+    """`"scan"` or `"steps"`: how `jit_epoch` runs this step on this back end.
+
+    Inside a while-loop XLA's CPU back end compiles convolutions without their threaded kernels,
+    and an epoch runs more than twice as slow as its single steps. There, and only there, a step
+    with convolutions is called batch by batch. Decided by tracing, without running anything.
+    """
+    if jax.default_backend() != "cpu":
+        return "scan"
+    batch = jax.eval_shape(lambda d: take(d, jnp.zeros((1,), jnp.int32)), dict(data))
+    traced = jax.make_jaxpr(step)(state, teacher_params, batch)
+    return "steps" if "conv_general_dilated" in str(traced) else "scan"
+
+
+def jit_epoch(step: Step) -> Callable[[TrainState, Any, Batch, Array], tuple[TrainState, Metrics]]:
+    """`scan_epoch` jitted with the state donated, or single steps where those are faster.
+
+    Returns:
+      `epoch(state, teacher_params, data, index)` as in `scan_epoch`, with equal results on either
+      path; `epoch_path` tells which one it takes.
+    """
+    scanned = jax.jit(scan_epoch(step), donate_argnums=0)
+    one = jax.jit(lambda s, t, data, rows: step(s, t, take(data, rows)), donate_argnums=0)
+    chosen: list[str] = []  # decided at the first call: a step has one path on one back end
+
+    def epoch(
+        state: TrainState, teacher_params: Any, data: Batch, index: Array
+    ) -> tuple[TrainState, Metrics]:
+        if not chosen:
+            chosen.append(epoch_path(step, state, teacher_params, data))
+        if chosen[0] == "scan":
+            return scanned(state, teacher_params, data, index)
+        collected = []
+        for rows in np.asarray(index):
+            state, metrics = one(state, teacher_params, data, rows)
+            collected.append(metrics)
+        return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected)
 
     return epoch
 
