@@ -7,6 +7,7 @@ evaluated on a harmless value, because `where(mask, nan, 0)` still has a NaN gra
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -148,3 +149,40 @@ def masked_mean(
 def batch_flat(x: Array) -> Array:
     """`[B, ...] -> [B, D]`."""
     return x.reshape(x.shape[0], -1)
+
+
+def pool_bounds(size_in: int, size_out: int) -> list[tuple[int, int]]:
+    """Cells of adaptive pooling: cell k covers `floor(k n / m) .. ceil((k + 1) n / m) - 1`."""
+    return [(k * size_in // size_out, -(-(k + 1) * size_in // size_out)) for k in range(size_out)]
+
+
+def pool_to(x: Array, size: tuple[int, int]) -> Array:
+    """Adaptive average pooling `[B, H, W, C] -> [B, *size, C]`, torch's cells at any size.
+
+    Sizes that divide are plain means of blocks. Others need cells that overlap, hence an explicit
+    matrix per axis.
+    """
+    for axis, size_out in zip((1, 2), size, strict=True):
+        size_in = x.shape[axis]
+        if size_in == size_out:
+            continue
+        if size_in % size_out == 0:
+            blocks = (*x.shape[:axis], size_out, size_in // size_out, *x.shape[axis + 1 :])
+            x = jnp.mean(x.reshape(blocks), axis=axis + 1)
+            continue
+        weights = np.zeros((size_out, size_in))
+        for row, (start, stop) in enumerate(pool_bounds(size_in, size_out)):
+            weights[row, start:stop] = 1 / (stop - start)
+        matrix = jnp.asarray(weights, x.dtype)
+        spec = "ih,bhwc->biwc" if axis == 1 else "iw,bhwc->bhic"
+        x = jnp.einsum(spec, matrix, x, precision=jax.lax.Precision.HIGHEST)
+    return x
+
+
+def gram(x: Array, y: Array) -> Array:
+    """`x y^T` over the last two axes: `[..., n, d], [..., m, d] -> [..., n, m]`.
+
+    In full precision: accelerators otherwise round the factors to 8 or 11 bits, and distances and
+    correlations are differences of these products.
+    """
+    return jnp.einsum("...nd,...md->...nm", x, y, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,76 @@
+"""Doors of the feature and relation losses: checked arguments in one dtype, float32 or wider.
+
+Each loss states by the door it uses which axes of student and teacher must agree.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import _checks
+
+
+def _arrays(fn: str, at_least: int, at_most: int | None, **arrays: Array) -> tuple[Array, ...]:
+    _checks.floating(fn, **arrays)
+    _checks.rank(fn, at_least, at_most, **arrays)
+    _checks.nonempty(fn, **arrays)
+    dtype = jnp.result_type(jnp.float32)
+    for array in arrays.values():
+        dtype = jnp.promote_types(dtype, jnp.result_type(array))
+    return tuple(jnp.asarray(array, dtype) for array in arrays.values())
+
+
+def same_shape(
+    fn: str, student: Array, teacher: Array, *, at_least: int = 2, at_most: int | None = None
+) -> tuple[Array, Array]:
+    """One shape on both sides."""
+    _checks.same_shape(fn, student=student, teacher=teacher)
+    student, teacher = _arrays(fn, at_least, at_most, student=student, teacher=teacher)
+    return student, teacher
+
+
+def same_positions(
+    fn: str, student: Array, teacher: Array, *, at_least: int = 3, at_most: int | None = None
+) -> tuple[Array, Array]:
+    """Equal but for the last axis: `[B, H, W, Cs]` and `[B, H, W, Ct]`."""
+    sides = _arrays(fn, at_least, at_most, student=student, teacher=teacher)
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"{fn}: student and teacher must agree in all axes but the last, got "
+            f"{_checks.described(student=student, teacher=teacher)}. "
+            "Pool the larger map first (connectors.pool)."
+        )
+    return sides[0], sides[1]
+
+
+def same_channels(
+    fn: str, student: Array, teacher: Array, *, at_least: int = 3, at_most: int | None = None
+) -> tuple[Array, Array]:
+    """Equal batch and last axis: `[B, Hs, Ws, C]` and `[B, Ht, Wt, C]`."""
+    sides = _arrays(fn, at_least, at_most, student=student, teacher=teacher)
+    if (student.shape[0], student.shape[-1]) != (teacher.shape[0], teacher.shape[-1]):
+        raise ValueError(
+            f"{fn}: student and teacher must agree in batch and channels, got "
+            f"{_checks.described(student=student, teacher=teacher)}. "
+            "Project the student to the teacher's width first (connectors.conv1x1)."
+        )
+    return sides[0], sides[1]
+
+
+def same_batch(
+    fn: str, student: Array, teacher: Array, *, at_least: int = 2, at_most: int | None = None
+) -> tuple[Array, Array]:
+    """Equal batch; everything else may differ."""
+    sides = _arrays(fn, at_least, at_most, student=student, teacher=teacher)
+    _checks.same_batch(fn, student=student, teacher=teacher)
+    return sides[0], sides[1]
+
+
+def one(fn: str, x: Array, *, at_least: int, at_most: int | None = None) -> Array:
+    """A single array."""
+    return _arrays(fn, at_least, at_most, x=x)[0]
+
+
+def token_mask(fn: str, where: Array | None, shape: tuple[int, ...]) -> Array:
+    """`where`, or all true, of `shape`."""
+    _checks.mask(fn, where, shape)
+    return jnp.ones(shape, jnp.bool_) if where is None else where
