@@ -1,0 +1,245 @@
+"""The safetensors header: eight bytes of length, JSON, then one tiled payload.
+
+Reading trusts nothing: sizes are computed with exact integers, the tensors must tile the payload
+without holes or overlaps, and what is not a safetensors file is recognized by its first
+bytes. No function here ever unpickles anything.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+max_header_bytes = 100_000_000  # the format's own limit
+
+_dtypes: dict[str, Any] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": jnp.dtype(jnp.bfloat16),
+    "C64": np.dtype("<c8"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+_names = {dtype: name for name, dtype in _dtypes.items()}
+_fp8_bytes = {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}
+
+_foreign = (
+    (b"PK\x03\x04", "a zip archive, as torch.save writes (a pickle inside)"),
+    (b"\x80", "a pickle"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x93NUMPY", "a NumPy .npy file"),
+    (b"\x1f\x8b", "a gzip file"),
+    (b"version https://git-lfs", "a Git LFS pointer (run `git lfs pull` to fetch the file)"),
+)
+
+
+class Tensor(NamedTuple):
+    """Where one tensor lies: `file[start:stop]`, little-endian, row-major."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def numpy_dtype(name: str, dtype: str) -> np.dtype[Any]:
+    """The NumPy dtype of a stored tensor.
+
+    Raises:
+      TypeError: for 8-bit floats and other dtypes without an array type here.
+    """
+    if dtype in _dtypes:
+        return _dtypes[dtype]
+    raise TypeError(
+        f"safetensors: tensor {name!r} is stored as {dtype}, which is not loaded: an 8-bit "
+        "float is meaningless without its separate scales. Dequantize it to BF16 with the tool "
+        "that made it."
+    )
+
+
+def stored_dtype(name: str, dtype: Any) -> str:
+    """The safetensors name of an array's dtype.
+
+    Raises:
+      TypeError: for dtypes that the format, or its readers, lack (complex128, fp8, objects, keys).
+    """
+    try:
+        little = np.dtype(dtype).newbyteorder("<")
+    except TypeError:
+        little = dtype
+    for known, stored in _names.items():
+        if little == known:
+            return stored
+    raise TypeError(
+        f"safetensors: {name!r} has dtype {dtype}, which cannot be stored. Save arrays of float, "
+        "int or bool only: take trees.partition(...)[0] of a tree with functions, and "
+        "jax.random.key_data of a PRNG key."
+    )
+
+
+def parse(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads and checks one file's header.
+
+    Returns:
+      `({name: Tensor}, metadata)`; nothing of the payload is read.
+
+    Raises:
+      ValueError: in plain words, for anything that is not a whole and truthful safetensors file.
+      FileNotFoundError: if there is no such file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(32)
+        _refuse_foreign(path, start)
+        if size < 8:
+            raise _bad(path, f"{size} bytes are too few for a header; it is empty or truncated")
+        (length,) = struct.unpack("<Q", start[:8])
+        if length > max_header_bytes:
+            raise _bad(path, f"it claims a header of {length} bytes; it is not a safetensors file")
+        if 8 + length > size:
+            raise _bad(
+                path, f"it claims a header of {length} bytes in a file of {size}; it is truncated"
+            )
+        file.seek(8)
+        raw = file.read(length)
+    header = _json_object(path, raw)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
+        raise _bad(path, "its __metadata__ must map strings to strings")
+    payload = 8 + length
+    tensors = {name: _entry(path, name, info, payload) for name, info in header.items()}
+    _check_tiling(path, tensors, payload, size)
+    return tensors, metadata
+
+
+def encode(
+    specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, list[str]]:
+    """The header's bytes (length included) and the order in which the tensors follow.
+
+    Wide dtypes come first, so that every tensor is aligned to its item size.
+    """
+    widths = {name: _dtypes[dtype].itemsize for name, (dtype, _) in specs.items()}
+    order = sorted(specs, key=lambda name: (-widths[name], name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name in order:
+        dtype, shape = specs[name]
+        end = offset + math.prod(shape) * widths[name]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > max_header_bytes:
+        raise ValueError(f"safetensors: the header would have {len(text)} bytes; split the file.")
+    return struct.pack("<Q", len(text)) + text, order
+
+
+def json_object(path: Path, raw: bytes) -> dict[str, Any]:
+    """A JSON object without duplicate keys, NaN or infinities.
+
+    Raises:
+      ValueError: naming the file.
+    """
+    return _json_object(path, raw)
+
+
+def _json_object(path: Path, raw: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the key {twice!r} appears twice")
+        return found
+
+    def no_constant(text: str) -> Any:
+        raise ValueError(f"{text} is not a number")
+
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise _bad(path, f"its header is not JSON ({str(error)[:100]})") from None
+    if not isinstance(value, dict):
+        raise _bad(path, f"its header must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _entry(path: Path, name: str, info: Any, payload: int) -> Tensor:
+    if not isinstance(info, dict) or not info.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise _bad(path, f"tensor {name!r} must have dtype, shape and data_offsets")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise _bad(
+            path,
+            f"tensor {name!r} must have a shape and two offsets of whole numbers >= 0, got "
+            f"{str(shape)[:60]} and {str(offsets)[:60]}",
+        )
+    if not isinstance(dtype, str) or dtype not in _dtypes and dtype not in _fp8_bytes:
+        raise _bad(
+            path,
+            f"tensor {name!r} has the dtype {str(dtype)[:40]!r}; known are {', '.join(_dtypes)}",
+        )
+    width = _fp8_bytes[dtype] if dtype in _fp8_bytes else _dtypes[dtype].itemsize
+    begin, end = offsets
+    need = math.prod(shape) * width
+    if end - begin != need:
+        raise _bad(
+            path,
+            f"tensor {name!r} of {dtype}{shape} needs {need} bytes, but its offsets span "
+            f"{end - begin}",
+        )
+    return Tensor(path, dtype, tuple(shape), payload + begin, payload + end)
+
+
+def _check_tiling(path: Path, tensors: Mapping[str, Tensor], payload: int, size: int) -> None:
+    position, previous = payload, "the header"
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1][3:5]):
+        if tensor.start != position:
+            word = "overlaps" if tensor.start < position else "leaves a hole after"
+            raise _bad(path, f"tensor {name!r} {word} {previous}")
+        position, previous = tensor.stop, repr(name)
+    if position != size:
+        word = "it is truncated" if position > size else "something was appended"
+        raise _bad(path, f"its tensors end at byte {position}, the file at {size}; {word}")
+
+
+def _naturals(value: Any) -> bool:
+    # NumPy's arrays have at most 64 axes; more would only cost time to multiply.
+    return (
+        isinstance(value, list)
+        and len(value) <= 64
+        and all(type(item) is int and item >= 0 for item in value)
+    )
+
+
+def _refuse_foreign(path: Path, start: bytes) -> None:
+    looks_like_header = start[8:9] == b"{"
+    for magic, what in _foreign:
+        if start.startswith(magic) and not looks_like_header:
+            repair = (
+                "Nothing is ever unpickled here: convert it where it was made, with "
+                "safetensors.torch.save_file(model.state_dict(), path)"
+                if "pickle" in what
+                else "Expected a .safetensors file"
+            )
+            raise _bad(path, f"it is {what}. {repair}")
+
+
+def _bad(path: Path, reason: str) -> ValueError:
+    return ValueError(f"safetensors: {path} cannot be read: {reason}.")

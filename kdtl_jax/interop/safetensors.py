@@ -1,0 +1,335 @@
+"""Weights as safetensors: flat canonical paths in a file, trees in the program.
+
+Reading is lazy: `index` reads headers only, `view` maps one tensor without reading it, `read`
+copies one into memory. Writing is atomic: a temporary file beside the target is written, synced
+and renamed, so the target is always the old file or the new one, never half of it. `stream` writes
+tensor by tensor, so memory holds one tensor, not the checkpoint.
+
+Deliberately absent: anything that unpickles (`.bin`, `.pt`, `.ckpt` are refused by content), and
+checksums, which the format does not have (checkpoints of training runs do: `kdtl_jax.checkpoint`).
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdtl_jax import trees
+from kdtl_jax._types import PyTree
+from kdtl_jax.interop import _safetensors_header as _header
+from kdtl_jax.interop._atomic import atomic_file, new_folder
+from kdtl_jax.interop._safetensors_header import Tensor as Tensor
+
+index_name = "model.safetensors.index.json"
+
+
+class Checkpoint(NamedTuple):
+    """What lies on disk: `tensors` by name, the files' merged `metadata`, and the files."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    files: tuple[Path, ...]
+
+
+def index(path: str | Path) -> Checkpoint:
+    """Reads the headers of a file, a sharded checkpoint's index, or a folder with either.
+
+    Args:
+      path: `*.safetensors`, `*.index.json`, or a folder that holds `model.safetensors`, an index,
+        or exactly one safetensors file.
+
+    Raises:
+      FileNotFoundError: if nothing of the kind is there.
+      ValueError: if a file is truncated, foreign (pickles included) or contradicts itself, or an
+        index names files outside its folder or tensors that its files lack.
+    """
+    found = _locate(Path(path))
+    if found.suffix == ".json":
+        return _index_shards(found)
+    tensors, metadata = _header.parse(found)
+    return Checkpoint(tensors, metadata, (found,))
+
+
+def view(tensor: Tensor) -> np.ndarray:
+    """The tensor as a read-only memory map: pages are read when touched.
+
+    Raises:
+      TypeError: for 8-bit floats.
+    """
+    dtype = _header.numpy_dtype(tensor.file.name, tensor.dtype)
+    if tensor.start == tensor.stop:
+        return np.zeros(tensor.shape, dtype)
+    raw = np.memmap(tensor.file, np.uint8, "r", tensor.start, (tensor.stop - tensor.start,))
+    return raw.view(dtype).reshape(tensor.shape)
+
+
+def read(tensor: Tensor) -> np.ndarray:
+    """The tensor in memory of its own; nothing stays mapped.
+
+    Raises:
+      TypeError: for 8-bit floats.
+      ValueError: if the file has become shorter since its header was read.
+    """
+    dtype = _header.numpy_dtype(tensor.file.name, tensor.dtype)
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.start)
+        raw = np.fromfile(file, np.uint8, tensor.stop - tensor.start)
+    if raw.size != tensor.stop - tensor.start:
+        raise ValueError(f"safetensors: {tensor.file} became shorter while it was read.")
+    return raw.view(dtype).reshape(tensor.shape)
+
+
+def abstract(checkpoint: Checkpoint) -> dict[str, jax.ShapeDtypeStruct]:
+    """`{name: ShapeDtypeStruct}`: enough to plan any transform before reading a byte."""
+    return {
+        name: jax.ShapeDtypeStruct(tensor.shape, _header.numpy_dtype(name, tensor.dtype))
+        for name, tensor in checkpoint.tensors.items()
+    }
+
+
+def load(path: str | Path, *, where: trees.Selector = trees.everything) -> dict[str, np.ndarray]:
+    """`{name: memory-mapped array}` of the selected tensors, in natural order.
+
+    Raises:
+      ValueError: as `index`, or if the selector matches nothing.
+      TypeError: if a selected tensor is an 8-bit float.
+    """
+    tensors = index(path).tensors
+    # ShapeDtypeStruct leaves: a Tensor is itself a tuple, which jax would flatten.
+    leaves = {name: jax.ShapeDtypeStruct(t.shape, jnp.float32) for name, t in tensors.items()}
+    chosen = trees.mask(leaves, where) if leaves else {}
+    names = sorted((name for name in tensors if chosen[name]), key=trees.natural_key)
+    return {name: view(tensors[name]) for name in names}
+
+
+def load_tree(path: str | Path, like: PyTree = None) -> PyTree:
+    """A tree from a file of canonical paths.
+
+    Args:
+      path: as for `index`.
+      like: a template, concrete or abstract: its structure is kept (lists, tuples, int keys, NNX
+        states), and names, shapes and dtypes must agree exactly. None gives nested dicts, split
+        at "/"; a path segment of digits stays a string.
+
+    Raises:
+      ValueError: if names or shapes differ from the template's, listed leaf by leaf.
+      TypeError: if dtypes differ; use `transforms.transfer` to convert.
+    """
+    flat = load(path)
+    return nested(flat) if like is None else fill(like, flat)
+
+
+def nested(flat: Mapping[str, Any], *, separator: str = "/") -> dict[str, Any]:
+    """Nested dicts from flat paths.
+
+    Raises:
+      ValueError: if one path is both a leaf and the beginning of another.
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split(separator)
+        node = tree
+        for segment in parents:
+            node = node.setdefault(segment, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"nested: {path!r} continues a path that is itself a tensor.")
+        if last in node:
+            raise ValueError(
+                f"nested: {path!r} is both a tensor and the beginning of another path."
+            )
+        node[last] = leaf
+    return tree
+
+
+def fill(like: PyTree, flat: Mapping[str, Any]) -> PyTree:
+    """The template's structure with the leaves `flat` names; everything must match exactly."""
+    wanted = trees.flatten(like)
+    wrong = [f"missing {path!r}" for path in wanted if path not in flat]
+    wrong += [f"extra {path!r}" for path in flat if path not in wanted]
+    both = [path for path in wanted if path in flat]
+    wrong += [
+        f"{path!r} is {list(np.shape(flat[path]))}, expected {list(np.shape(wanted[path]))}"
+        for path in both
+        if np.shape(flat[path]) != np.shape(wanted[path])
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ValueError(
+            f"load_tree: the file does not fit the template: {'; '.join(wrong[:8])}{more}. "
+            "To adapt it, load without a template and use transforms.transfer."
+        )
+    for path in both:
+        if jnp.result_type(flat[path]) != jnp.result_type(wanted[path]):
+            raise TypeError(
+                f"load_tree: {path!r} is {jnp.result_type(flat[path])}, expected "
+                f"{jnp.result_type(wanted[path])}. transforms.transfer converts and reports it."
+            )
+    return jax.tree.unflatten(jax.tree.structure(like), [flat[path] for path in wanted])
+
+
+def save(path: str | Path, tree: PyTree, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a tree's arrays under their canonical paths, atomically.
+
+    Non-contiguous arrays (transposed kernels) and scalars are stored as what they are.
+
+    Raises:
+      TypeError: if a leaf is no array, a PRNG key, or of a dtype that the format lacks.
+      OSError: if the disk is full; the old file then stays as it was.
+    """
+    leaves = trees.flatten(tree)
+    specs = {name: _spec(name, leaf) for name, leaf in leaves.items()}
+    stream(path, specs, lambda name: leaves[name], metadata=metadata)
+
+
+def stream(
+    path: str | Path,
+    specs: Mapping[str, Any],
+    produce: Callable[[str], Any],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a file tensor by tensor: memory holds one at a time.
+
+    Args:
+      path: the target; replaced atomically once everything is written and synced.
+      specs: `{name: anything with shape and dtype}`, everything the file will hold.
+      produce: `(name) -> array`, called once per name in the file's order.
+      metadata: strings to strings, such as `{"format": "pt"}` or a recipe.
+
+    Raises:
+      TypeError: if a dtype cannot be stored.
+      ValueError: if `produce` returns another shape or dtype than announced; no file is left then.
+    """
+    stored = {
+        name: (_header.stored_dtype(name, spec.dtype), tuple(spec.shape))
+        for name, spec in specs.items()
+    }
+    head, order = _header.encode(stored, metadata or {})
+    with atomic_file(Path(path)) as file:
+        file.write(head)
+        for name in order:
+            array = np.asarray(produce(name))
+            came = (_header.stored_dtype(name, array.dtype), array.shape)
+            if came != stored[name]:
+                raise ValueError(f"stream: {name!r} was announced as {stored[name]}, got {came}.")
+            file.write(_bytes(array))
+
+
+def save_sharded(
+    folder: str | Path,
+    tree: PyTree,
+    *,
+    max_bytes: int = 5_000_000_000,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a tree as `model-00001-of-0000N.safetensors` … and an index, as one new folder.
+
+    The folder appears by one rename when everything in it is whole.
+
+    Raises:
+      FileExistsError: if the folder exists and is not empty.
+    """
+    folder = Path(folder)
+    leaves = trees.flatten(tree)
+    specs = {name: _spec(name, leaf) for name, leaf in leaves.items()}
+    shards: list[dict[str, Any]] = [{}]
+    used = 0
+    for name in sorted(specs, key=trees.natural_key):
+        size = int(np.prod(specs[name].shape, dtype=np.int64)) * specs[name].dtype.itemsize
+        if shards[-1] and used + size > max_bytes:
+            shards.append({})
+            used = 0
+        shards[-1][name] = leaves[name]
+        used += size
+    with new_folder(folder) as part:
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        for name, shard in zip(names, shards, strict=True):
+            stream(part / name, {k: specs[k] for k in shard}, shard.__getitem__, metadata=metadata)
+        weight_map = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
+        total = sum(stop - start for *_, start, stop in _all_tensors(part, names))
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
+        with atomic_file(part / index_name) as file:
+            file.write(text.encode())
+
+
+def _all_tensors(folder: Path, names: list[str]) -> list[Tensor]:
+    return [tensor for name in names for tensor in index(folder / name).tensors.values()]
+
+
+def _spec(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+        raise TypeError(
+            f"save: {name!r} is a {type(leaf).__name__}, not an array. Save the arrays alone, for "
+            "example trees.partition(tree, '.*')[0]."
+        )
+    _header.stored_dtype(name, leaf.dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    """Row-major little-endian bytes; bfloat16 has no buffer of its own, hence the uint8 view."""
+    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return np.ascontiguousarray(little).reshape(-1).view(np.uint8).data
+
+
+def _locate(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"safetensors: {path} does not exist.")
+    for name in ("model.safetensors", index_name):
+        if (path / name).is_file():
+            return path / name
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise FileNotFoundError(
+            f"safetensors: {path} holds {len(found)} safetensors files and no {index_name}; "
+            f"name one of them, such as {found[0].name}."
+        )
+    pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    hint = f" It has {pickles[0]}, a pickle, which is never loaded: convert it." if pickles else ""
+    raise FileNotFoundError(f"safetensors: {path} holds no safetensors file.{hint}")
+
+
+def _index_shards(path: Path) -> Checkpoint:
+    contents = _header.json_object(path, path.read_bytes())
+    weight_map = contents.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ValueError(f"safetensors: {path} has no weight_map from tensor names to file names.")
+    shards: dict[str, dict[str, Tensor]] = {}
+    metadata: dict[str, str] = {}
+    for name in sorted(set(weight_map.values())):
+        file = path.parent / _plain_name(path, name)
+        if not file.is_file():
+            raise FileNotFoundError(f"safetensors: {path} names {name}, which does not exist.")
+        shards[name], more = _header.parse(file)
+        metadata |= more
+    tensors: dict[str, Tensor] = {}
+    for tensor, shard in weight_map.items():
+        if tensor not in shards[shard]:
+            raise ValueError(f"safetensors: {path} puts {tensor!r} in {shard}, which lacks it.")
+        tensors[tensor] = shards[shard][tensor]
+    unlisted = sorted(t for shard in shards.values() for t in shard if t not in weight_map)
+    if unlisted:
+        raise ValueError(
+            f"safetensors: {path} does not list {len(unlisted)} of its files' tensors, such as "
+            f"{unlisted[0]!r}. Index and files belong to different checkpoints; name a single file."
+        )
+    return Checkpoint(tensors, metadata, tuple(path.parent / name for name in sorted(shards)))
+
+
+def _plain_name(path: Path, name: str) -> str:
+    """A file name without any folder: an index must not reach outside its own."""
+    windows = PureWindowsPath(name)
+    plain = PurePosixPath(name).name == name == windows.name and name not in ("", ".", "..")
+    if not plain or windows.drive or "\0" in name:
+        raise ValueError(
+            f"safetensors: {path} names the file {name!r}; an index may only name files beside it."
+        )
+    return name

@@ -1,0 +1,436 @@
+"""safetensors: exact round trips, lazy reading, atomic writing, and no trust in what is read."""
+
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from kdtl_jax.interop import safetensors as weights
+
+
+def bits(array: Any) -> bytes:
+    return np.ascontiguousarray(np.asarray(array)).tobytes()
+
+
+def raw_file(path: Path, header: Any, payload: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + payload)
+    return path
+
+
+def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+TREE = {
+    "block": [
+        {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3).T, "scale": np.float32(3.5)},
+        {"kernel": np.arange(24, dtype=np.float16).reshape(2, 3, 4)[:, ::-1, ::2]},
+    ],
+    "head": (jnp.ones((3,), jnp.bfloat16) * 1.5, np.zeros((0, 4), np.int32)),
+    "count": np.arange(3, dtype=">i4"),
+    "mask": np.array([True, False]),
+    "spectrum": np.array([1 + 2j], np.complex64),
+}
+
+
+def native(tree: Any) -> Any:
+    return jax.tree.map(lambda x: np.asarray(x, np.asarray(x).dtype.newbyteorder("=")), tree)
+
+
+def test_round_trip_keeps_structure_shapes_dtypes_and_bits(tmp_path: Path):
+    weights.save(tmp_path / "w.safetensors", TREE, metadata={"format": "pt"})
+    loaded = weights.load_tree(tmp_path / "w.safetensors", native(TREE))
+    assert jax.tree.structure(loaded) == jax.tree.structure(TREE)
+    for ours, theirs in zip(jax.tree.leaves(native(TREE)), jax.tree.leaves(loaded), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        assert bits(ours) == bits(theirs)
+    assert weights.index(tmp_path).metadata == {"format": "pt"}
+
+
+def test_the_reference_reader_agrees(tmp_path: Path):
+    weights.save(tmp_path / "w.safetensors", TREE)
+    theirs = safetensors.numpy.load_file(tmp_path / "w.safetensors")
+    ours = weights.load(tmp_path / "w.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype, name
+        assert bits(ours[name]) == bits(theirs[name]), name
+
+
+def test_we_read_what_the_reference_writes(tmp_path: Path):
+    arrays = {"b.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.array(7, np.int64)}
+    safetensors.numpy.save_file(arrays, tmp_path / "w.safetensors", metadata={"k": "v"})
+    loaded = weights.load(tmp_path / "w.safetensors")
+    assert list(loaded) == ["a", "b.weight"]
+    assert all(bits(loaded[k]) == bits(v) for k, v in arrays.items())
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    array=hnp.arrays(
+        st.sampled_from([np.float32, np.float16, np.int8, np.uint64, np.bool_]),
+        hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4),
+    ),
+    data=st.data(),
+)
+def test_any_view_of_any_array_survives(tmp_path: Path, array: np.ndarray, data: st.DataObject):
+    order = data.draw(st.permutations(range(array.ndim)))
+    flipped = array.transpose(order)[tuple(slice(None, None, -1) for _ in order)]
+    weights.save(tmp_path / "x.safetensors", {"x": flipped})
+    loaded = weights.load(tmp_path / "x.safetensors")["x"]
+    assert loaded.shape == flipped.shape and bits(loaded) == bits(flipped)
+
+
+def test_reading_is_lazy_and_selective(tmp_path: Path):
+    weights.save(
+        tmp_path / "w.safetensors", {"a": np.ones(4, np.float32), "b": np.zeros(4, np.int8)}
+    )
+    loaded = weights.load(tmp_path / "w.safetensors", where="a")
+    assert list(loaded) == ["a"] and isinstance(loaded["a"], np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        loaded["a"][0] = 2
+    copied = weights.read(weights.index(tmp_path / "w.safetensors").tensors["a"])
+    copied[0] = 2  # memory of its own
+    assert loaded["a"][0] == 1
+    shapes = weights.abstract(weights.index(tmp_path / "w.safetensors"))
+    assert shapes["b"] == jax.ShapeDtypeStruct((4,), np.dtype(np.int8))
+    with pytest.raises(ValueError, match="matches no leaf"):
+        weights.load(tmp_path / "w.safetensors", where="c")
+
+
+def test_sharded_round_trip(tmp_path: Path):
+    tree = {f"layer_{i}": {"kernel": np.full((4, 4), i, np.float32)} for i in range(12)}
+    weights.save_sharded(tmp_path / "out", tree, max_bytes=200)
+    checkpoint = weights.index(tmp_path / "out")
+    assert len(checkpoint.files) == 4
+    loaded = weights.load_tree(tmp_path / "out", tree)
+    assert all(
+        bits(a) == bits(b) for a, b in zip(*map(jax.tree.leaves, (tree, loaded)), strict=True)
+    )
+    assert list(weights.load(tmp_path / "out"))[9:11] == ["layer_9/kernel", "layer_10/kernel"]
+    with pytest.raises(FileExistsError, match="not empty"):
+        weights.save_sharded(tmp_path / "out", tree)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_template_is_authoritative(tmp_path: Path):
+    path = tmp_path / "w.safetensors"
+    weights.save(path, {"a": np.ones((2, 3), np.float32), "b": np.ones(2, np.float32)})
+    like = {"a": jax.ShapeDtypeStruct((3, 2), jnp.float32), "c": jnp.zeros(2)}
+    with pytest.raises(ValueError) as error:
+        weights.load_tree(path, like)
+    for part in ("missing 'c'", "extra 'b'", "'a' is [2, 3], expected [3, 2]"):
+        assert part in str(error.value)
+    with pytest.raises(TypeError, match="'a' is float32, expected bfloat16"):
+        weights.load_tree(path, {"a": jnp.zeros((2, 3), jnp.bfloat16), "b": jnp.zeros(2)})
+
+
+def test_int_and_string_keys_that_collide_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="two leaves have the path"):
+        weights.save(tmp_path / "w", {"layers": {"0": np.ones(1)}, "layers/0": np.ones(1)})
+    with pytest.raises(ValueError, match="itself a tensor"):
+        weights.nested({"a": 1, "a/b": 2})
+    with pytest.raises(ValueError, match="beginning of another path"):
+        weights.nested({"a/b": 2, "a": 1})
+
+
+@pytest.mark.parametrize(
+    ("leaf", "says"),
+    [
+        (jax.random.key(0), "PRNG key"),
+        (jnp.zeros(2, jnp.float8_e4m3fn), "float8_e4m3fn"),
+        (np.zeros(2, np.complex128), "complex128"),
+        (np.array(["x"], object), "object"),
+        (3.0, "not an array"),
+        (len, "not an array"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused_by_name(tmp_path: Path, leaf: Any, says: str):
+    with pytest.raises(TypeError, match=says) as error:
+        weights.save(tmp_path / "w.safetensors", {"block": {"odd": leaf}})
+    assert "block/odd" in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fp8_is_indexed_but_not_loaded(tmp_path: Path):
+    raw_file(tmp_path / "w.safetensors", {"w": entry("F8_E4M3", (2,), (0, 2))}, b"ab")
+    checkpoint = weights.index(tmp_path)
+    assert checkpoint.tensors["w"].dtype == "F8_E4M3"
+    for read in (weights.view, weights.read):
+        with pytest.raises(TypeError, match="F8_E4M3.*scales.*BF16"):
+            read(checkpoint.tensors["w"])
+
+
+GOOD = {"a": entry(), "b": entry("I8", (3,), (8, 11))}
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "empty": (lambda p: p.write_bytes(b""), "empty or truncated"),
+    "short": (lambda p: p.write_bytes(b"\3\0\0"), "empty or truncated"),
+    "truncated header": (lambda p: p.write_bytes(struct.pack("<Q", 99) + b"{"), "truncated"),
+    "huge header": (lambda p: p.write_bytes(b"\xff" * 64), "not a safetensors file"),
+    "truncated payload": (lambda p: raw_file(p, GOOD, b"x" * 10), "truncated"),
+    "trailing bytes": (lambda p: raw_file(p, GOOD, b"x" * 12), "appended"),
+    "not JSON": (lambda p: raw_file(p, b"{garbage"), "not JSON"),
+    "not UTF-8": (lambda p: raw_file(p, b'{"\xff":1}'), "not JSON"),
+    "not an object": (lambda p: raw_file(p, b"[1, 2]"), "JSON object"),
+    "deep JSON": (lambda p: raw_file(p, b'{"a":' + b"[" * 100_000), "not JSON"),
+    "NaN": (lambda p: raw_file(p, b'{"a": NaN}'), "not a number"),
+    "endless number": (lambda p: raw_file(p, b'{"a": ' + b"9" * 5000 + b"}"), "not JSON"),
+    "same name twice": (lambda p: raw_file(p, b'{"a": 1, "a": 1}'), "'a' appears twice"),
+    "bad metadata": (lambda p: raw_file(p, {"__metadata__": {"a": 1}}), "__metadata__"),
+    "no dtype": (lambda p: raw_file(p, {"a": {"shape": [], "data_offsets": [0, 0]}}), "must have"),
+    "unknown dtype": (lambda p: raw_file(p, {"a": entry("F31")}, b"x" * 8), "'F31'"),
+    "dtype is a list": (lambda p: raw_file(p, {"a": entry([1])}, b"x" * 8), "has the dtype"),  # type: ignore[arg-type]
+    "negative offset": (lambda p: raw_file(p, {"a": entry(offsets=(-8, 0))}, b"x" * 8), "whole"),
+    "negative shape": (lambda p: raw_file(p, {"a": entry(shape=(-2,))}, b"x" * 8), "whole"),
+    "float shape": (lambda p: raw_file(p, {"a": entry(shape=(2.0,))}, b"x" * 8), "whole"),
+    "bool shape": (lambda p: raw_file(p, {"a": entry(shape=(True, 2))}, b"x" * 8), "whole"),
+    "65 axes": (lambda p: raw_file(p, {"a": entry(shape=(1,) * 65)}, b"x" * 4), "whole"),
+    "three offsets": (lambda p: raw_file(p, {"a": entry(offsets=(0, 4, 8))}, b"x" * 8), "offsets"),
+    "lying shape": (lambda p: raw_file(p, {"a": entry(shape=(3,))}, b"x" * 8), "needs 12 bytes"),
+    "overflowing shape": (
+        lambda p: raw_file(p, {"a": entry(shape=(2**40, 2**40))}, b"x" * 8),
+        "offsets span 8",
+    ),
+    "overlap": (
+        lambda p: raw_file(p, {"a": entry(), "b": entry(offsets=(4, 12))}, b"x" * 12),
+        "overlaps 'a'",
+    ),
+    "hole": (
+        lambda p: raw_file(p, {"a": entry(offsets=(4, 12))}, b"x" * 12),
+        "hole after the header",
+    ),
+    "beyond the end": (lambda p: raw_file(p, {"a": entry(offsets=(0, 8))}, b"x"), "truncated"),
+    "pickle": (lambda p: p.write_bytes(pickle.dumps({"a": np.ones(64)})), "a pickle.*unpickled"),
+    "torch zip": (lambda p: p.write_bytes(b"PK\x03\x04" + b"\0" * 64), "pickle inside"),
+    "npy": (lambda p: p.write_bytes(b"\x93NUMPY" + b"\0" * 64), r"\.npy"),
+    "gguf": (lambda p: p.write_bytes(b"GGUF" + b"\0" * 64), "GGUF"),
+    "hdf5": (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n" + b"\0" * 64), "HDF5"),
+    "lfs pointer": (
+        lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "git lfs pull",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files_are_refused_in_words(tmp_path: Path, case: str):
+    make, says = BAD[case]
+    make(tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=says) as error:
+        weights.index(tmp_path / "w.safetensors")
+    assert "w.safetensors cannot be read" in str(error.value)
+
+
+def test_a_pickle_is_never_executed(tmp_path: Path):
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    (tmp_path / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match="pickle"):
+        weights.load(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_folders_without_safetensors_say_what_they_hold(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="holds no safetensors"):
+        weights.index(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin, a pickle"):
+        weights.index(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        weights.index(tmp_path / "nowhere")
+    for name in ("a.safetensors", "b.safetensors"):
+        weights.save(tmp_path / name, {"x": np.ones(1)})
+    with pytest.raises(FileNotFoundError, match="holds 2 safetensors files"):
+        weights.index(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../w.safetensors", "/w.safetensors", "a/w.safetensors", "..", "", "a\\w", "C:w", "a\0"],
+)
+def test_an_index_cannot_reach_outside_its_folder(tmp_path: Path, name: str):
+    weights.save(tmp_path / "w.safetensors", {"a": np.ones(1)})
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / weights.index_name).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match="only name files beside it"):
+        weights.index(folder)
+
+
+@pytest.mark.parametrize(
+    ("contents", "says"),
+    [
+        ({}, "no weight_map"),
+        ({"weight_map": ["w.safetensors"]}, "no weight_map"),
+        ({"weight_map": {"a": 1}}, "no weight_map"),
+        ({"weight_map": {"z": "w.safetensors"}}, "which lacks it"),
+        ({"weight_map": {"a": "w.safetensors"}}, "does not list 1 .* such as 'b'"),
+        ({"weight_map": {"a": "v.safetensors"}}, "does not exist"),
+    ],
+)
+def test_a_lying_index_is_refused(tmp_path: Path, contents: Any, says: str):
+    weights.save(tmp_path / "w.safetensors", {"a": np.ones(1), "b": np.ones(1)})
+    (tmp_path / weights.index_name).write_text(json.dumps(contents))
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        weights.index(tmp_path / weights.index_name)
+
+
+def sound(path: Path) -> bool:
+    """Loads everything a file claims; False when it was refused in our words."""
+    try:
+        loaded = weights.load(path)
+        return all(isinstance(bits(array), bytes) for array in loaded.values())
+    except (ValueError, TypeError) as error:
+        assert "safetensors" in str(error)
+        return False
+
+
+def test_every_flipped_byte_of_a_header_is_survived(tmp_path: Path):
+    good = tmp_path / "good.safetensors"
+    weights.save(good, {"a": np.arange(4, dtype=np.float32), "b": jnp.ones((2, 2), jnp.bfloat16)})
+    data = good.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    outcomes = []
+    for position in range(8 + length):
+        for flip in (0x01, 0x80, 0xFF):
+            broken = bytearray(data)
+            broken[position] ^= flip
+            path = tmp_path / "broken.safetensors"
+            path.write_bytes(broken)
+            outcomes.append(sound(path))
+    assert 0 < sum(outcomes) < 0.5 * len(outcomes)  # a renamed tensor is sound, most flips are not
+
+
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    header=st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers(-(2**70), 2**70)
+        | st.floats()
+        | st.text(max_size=4),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["dtype", "shape", "data_offsets", "__metadata__", "a", "F32"]),
+                inner | st.sampled_from(["F32", "I8", [0, 8], [2], [0, 0]]),
+                max_size=4,
+            )
+        ),
+        max_leaves=8,
+    ),
+    payload=st.binary(max_size=16),
+)
+def test_any_header_is_loaded_or_refused(tmp_path: Path, header: Any, payload: bytes):
+    sound(raw_file(tmp_path / "w.safetensors", header, payload))
+
+
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(content=st.binary(max_size=64))
+def test_any_bytes_are_loaded_or_refused(tmp_path: Path, content: bytes):
+    (tmp_path / "w.safetensors").write_bytes(content)
+    sound(tmp_path / "w.safetensors")
+
+
+def test_a_failing_write_leaves_the_old_file_and_no_litter(tmp_path: Path):
+    path = tmp_path / "w.safetensors"
+    weights.save(path, {"a": np.ones(3, np.float32)})
+    before = path.read_bytes()
+
+    def produce(name: str) -> Any:
+        if name == "b":
+            raise RuntimeError("source vanished")
+        return np.zeros(3, np.float32)
+
+    specs = {name: jax.ShapeDtypeStruct((3,), jnp.float32) for name in "ab"}
+    with pytest.raises(RuntimeError, match="vanished"):
+        weights.stream(path, specs, produce)
+    with pytest.raises(ValueError, match=r"announced as .*\(3,\).*got .*\(4,\)"):
+        weights.stream(path, specs, lambda name: np.zeros(4, np.float32))
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_shrinks_is_noticed(tmp_path: Path):
+    path = tmp_path / "w.safetensors"
+    weights.save(path, {"a": np.ones(300, np.float32)})
+    tensor = weights.index(path).tensors["a"]
+    os.truncate(path, 600)
+    with pytest.raises(ValueError, match="became shorter"):
+        weights.read(tensor)
+
+
+def test_kill_9_in_a_write_never_leaves_half_a_file(tmp_path: Path):
+    # One interpreter forks twenty writers that replace one file again and again, slowly enough to
+    # be caught in the act, and kills each of them.
+    code = """
+        import os, signal, sys, time
+        import numpy as np
+        from kdtl_jax.interop import safetensors as weights
+
+        path = sys.argv[1]
+        specs = {f"t{i}": np.zeros((64,), np.float32) for i in range(8)}
+
+        def write_forever():
+            n = 0
+            while True:
+                n += 1
+                def produce(name, n=n):
+                    time.sleep(0.001)
+                    return np.full((64,), n, np.float32)
+                weights.stream(path, specs, produce)
+
+        weights.stream(path, specs, lambda name: specs[name])
+        rounds = 0
+        for i in range(20):
+            child = os.fork()
+            if child == 0:
+                write_forever()
+            time.sleep(0.021 + 0.0013 * i)
+            os.kill(child, signal.SIGKILL)
+            assert os.waitpid(child, 0)[1] == signal.SIGKILL
+            loaded = weights.load(path)
+            assert len(loaded) == 8 and len({float(v) for x in loaded.values() for v in x}) == 1
+            rounds += 1
+        print("survived", rounds)
+    """
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            textwrap.dedent(code),
+            str(tmp_path / "w.safetensors"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.stdout == "survived 20\n", run.stderr
+    litter = [p.name for p in tmp_path.iterdir() if p.name != "w.safetensors"]
+    assert litter and all(name.endswith(".tmp") for name in litter)  # killed in the act
