@@ -12,6 +12,7 @@ from kdtl_jax import penalties as penalties
 from kdtl_jax import projection as projection
 from kdtl_jax import sweep as sweep
 from kdtl_jax import train as train
+from kdtl_jax import transforms as transforms
 from kdtl_jax import trees as trees
 from kdtl_jax._types import ModelFn as ModelFn
 from kdtl_jax._types import Variables as Variables
