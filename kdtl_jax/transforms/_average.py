@@ -1,0 +1,153 @@
+"""Averages and interpolations of parameters: WiSE-FT, model soups, EMA.
+
+Everything is differentiable in its coefficients and vmappable over them, so a learned soup is
+`jax.grad` of a loss of `average(models, jax.nn.softmax(logits))`, and a sweep over `alpha` one
+`jax.vmap`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+
+from kdtl_jax import _checks, _numerics
+from kdtl_jax._types import Params, Scalar
+from kdtl_jax.transforms import _leafwise
+from kdtl_jax.transforms._leafwise import Weights
+from kdtl_jax.transforms._leaves import Coefficient
+
+
+def interpolate(source: Params, target: Params, alpha: Coefficient) -> Params:
+    """`(1 - alpha) source + alpha target`, leaf by leaf; exact at 0 and 1.
+
+    Args:
+      source: any pytree, for WiSE-FT the zero-shot model.
+      target: the same structure and shapes, for WiSE-FT the fine-tuned model.
+      alpha: a number or traced scalar; `(path) -> number`; rules `[(selector, number), ...]`,
+        where leaves that no rule names stay the source's; or a pytree prefix of numbers.
+
+    Returns:
+      A tree with the source's structure and dtypes, and its leaves where they are not inexact.
+
+    Raises:
+      ValueError: if names or shapes differ (all are listed), or a coefficient does not fit.
+
+    References:
+      Wortsman et al., Robust fine-tuning of zero-shot models, 2022 (2109.01903), eq. 1.
+    """
+    values = _leafwise.coefficients("interpolate", alpha, source)
+
+    def formula(i: int, path: str, a: jax.Array, b: jax.Array) -> jax.Array:
+        if values[i] is None:
+            return a
+        share = _numerics.scalar(values[i], a)
+        return (1 - share) * a + share * b
+
+    return _leafwise.leafwise("interpolate", formula, {"source": source, "target": target})
+
+
+def weighted_sum(models: Sequence[Params], weights: Weights) -> Params:
+    """`sum_i w_i theta_i`, leaf by leaf; nothing is normalized.
+
+    Args:
+      models: a list of trees of one structure.
+      weights: one per model: an array `[N]`, or a list whose entries are numbers or anything
+        that gives a number per leaf (see `interpolate`).
+
+    Returns:
+      A tree with the first model's structure, dtypes and leaves that are not inexact.
+
+    Raises:
+      ValueError: if names, shapes or the number of weights differ, or rules leave a leaf out.
+    """
+    by_leaf = _leafwise.weights_by_leaf("weighted_sum", weights, len(models), models[0])
+
+    def formula(i: int, path: str, *leaves: jax.Array) -> jax.Array:
+        terms = [_leafwise.scaled(w, x) for w, x in zip(by_leaf[i], leaves, strict=True)]
+        return sum(terms[1:], terms[0])
+
+    return _leafwise.leafwise("weighted_sum", formula, _leafwise.numbered("models", models))
+
+
+def average(models: Sequence[Params], weights: Weights | None = None) -> Params:
+    """`sum_i w_i theta_i / sum_i w_i`, leaf by leaf: without weights the uniform soup.
+
+    Args:
+      models: a list of trees of one structure.
+      weights: None for 1 each, or as `weighted_sum`'s; traced weights make a learned soup.
+
+    Returns:
+      A tree with the first model's structure, dtypes and leaves that are not inexact.
+
+    Raises:
+      ValueError: if names, shapes or the number of weights differ, or rules leave a leaf out.
+
+    References:
+      Wortsman et al., Model soups, 2022 (2203.05482). mergekit's `linear` is this with
+      `normalize`, and `weighted_sum` without.
+    """
+    by_leaf = _leafwise.weights_by_leaf("average", weights, len(models), models[0])
+
+    def formula(i: int, path: str, *leaves: jax.Array) -> jax.Array:
+        terms = [_leafwise.scaled(w, x) for w, x in zip(by_leaf[i], leaves, strict=True)]
+        shares = [_numerics.scalar(w, leaves[0]) for w in by_leaf[i]]
+        return sum(terms[1:], terms[0]) / sum(shares[1:], shares[0])
+
+    return _leafwise.leafwise("average", formula, _leafwise.numbered("models", models))
+
+
+def greedy_soup(
+    models: Sequence[Params], score: Callable[[Params], Scalar]
+) -> tuple[Params, list[int]]:
+    """Averages models one after another, best first, keeping each that does not lower the score.
+
+    Runs on the host: `score` is called `2 N - 1` times, on every model and on every trial soup.
+
+    Args:
+      models: a list of trees of one structure.
+      score: higher is better, usually accuracy on held-out data.
+
+    Returns:
+      `(soup, indices)`: the averaged parameters and which models are in it, in order of entry.
+
+    Raises:
+      ValueError: if names or shapes differ.
+
+    References:
+      Wortsman et al., Model soups, 2022 (2203.05482), recipe 1.
+    """
+    _leafwise.numbered("models", models)
+    scores = [float(score(model)) for model in models]
+    order = sorted(range(len(models)), key=lambda i: -scores[i])
+    soup, chosen, best = models[order[0]], [order[0]], scores[order[0]]
+    for i in order[1:]:
+        # From the members anew: a running average in half precision would drift.
+        trial = average([models[j] for j in [*chosen, i]])
+        trial_score = float(score(trial))
+        if trial_score >= best:
+            soup, best = trial, trial_score
+            chosen.append(i)
+    return soup, chosen
+
+
+def ema(shadow: Params, params: Params, *, decay: Scalar = 0.999) -> Params:
+    """`decay shadow + (1 - decay) params`: one step of an exponential moving average.
+
+    Keep the shadow in float32 when the parameters are half precision: it keeps its own dtype,
+    and `1 - decay` is below bfloat16's resolution.
+
+    Args:
+      shadow: the average so far; start it as a copy of the parameters.
+      params: the same structure and shapes; dtypes may differ.
+      decay: a number or traced scalar in `[0, 1]`.
+
+    Returns:
+      The new shadow, with the shadow's dtypes and its leaves where they are not inexact.
+
+    Raises:
+      ValueError: if names or shapes differ, or decay lies outside `[0, 1]`.
+
+    References:
+      Tarvainen and Valpola, Mean teachers are better role models, 2017 (1703.01780).
+    """
+    _checks.within("ema", 0, 1, decay=decay)
+    return interpolate(shadow, params, 1 - decay)

@@ -1,0 +1,294 @@
+"""Sparsifying task vectors: trim by magnitude, DARE, DELLA, breadcrumbs, and Mixout.
+
+Random draws use a key folded with each leaf's path, so that a leaf's draw does not depend on what
+else is in the tree. `keep` and the two rescalings are the pieces other conventions are made of:
+mergekit's DARE, for example, is `rescale_l1(keep(tau, mask), tau)`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from kdtl_jax import _checks, _numerics, trees
+from kdtl_jax._types import Array, Params, PyTree, Scalar
+from kdtl_jax.transforms import _leafwise
+from kdtl_jax.transforms._leaves import Coefficient
+
+
+def trim(task_vector: PyTree, *, density: Coefficient) -> PyTree:
+    """Keeps the `floor(density n)` entries of largest magnitude of every leaf, zeroes the rest.
+
+    Equal magnitudes are kept in storage order, so the count is exact. A bias of 3 entries at
+    density 0.2 keeps none; `trim_global` ranks all leaves together instead.
+
+    Args:
+      task_vector: any pytree.
+      density: share to keep in `[0, 1]`: a number, traced scalar, or one number per leaf;
+        leaves that no rule names are kept whole.
+
+    Returns:
+      A tree of the same structure and dtypes.
+
+    Raises:
+      ValueError: if a density lies outside `[0, 1]`.
+
+    References:
+      PEFT's `magnitude_prune` and the first step of its and mergekit's TIES.
+    """
+    values = _leafwise.coefficients("trim", density, task_vector)
+
+    def formula(i: int, path: str, leaf: Array) -> Array:
+        if values[i] is None:
+            return leaf
+        return jnp.where(_rank(-jnp.abs(leaf)) < _count("trim", values[i], leaf.size), leaf, 0)
+
+    return _leafwise.leafwise("trim", formula, {"task_vector": task_vector})
+
+
+def trim_global(task_vector: PyTree, *, density: Scalar = 0.2) -> PyTree:
+    """Keeps the `floor(density n)` entries of largest magnitude of the whole vector of parameters.
+
+    Args:
+      task_vector: any pytree; its inexact leaves are ranked as one vector.
+      density: share to keep in `[0, 1]`, the paper's top-k percent.
+
+    Returns:
+      A tree of the same structure and dtypes.
+
+    Raises:
+      ValueError: if the density lies outside `[0, 1]`.
+
+    References:
+      Yadav et al., TIES-Merging, 2023 (2306.01708), step 1.
+    """
+    chosen, rest = trees.partition(task_vector, trees.everything)
+    leaves, treedef = jax.tree.flatten(chosen)
+    flat = [jnp.abs(leaf).ravel() for leaf in _leafwise.one_dtype(leaves)]
+    magnitudes = jnp.concatenate(flat)
+    kept = _rank(-magnitudes) < _count("trim_global", density, magnitudes.size)
+    ends = [0]
+    for leaf in flat:
+        ends.append(ends[-1] + leaf.size)
+    out = [
+        jnp.where(kept[start:end].reshape(leaf.shape), leaf, jnp.zeros((), leaf.dtype))
+        for leaf, start, end in zip(leaves, ends, ends[1:], strict=False)
+    ]
+    return trees.combine(jax.tree.unflatten(treedef, out), rest)
+
+
+def breadcrumbs(task_vector: PyTree, *, density: Coefficient, outliers: Coefficient) -> PyTree:
+    """Drops the largest `floor(outliers n)` entries of every leaf and the smallest of the rest.
+
+    `floor(density n)` entries remain; where that leaves no room, fewer outliers are dropped.
+
+    Args:
+      task_vector: any pytree.
+      density: share to keep in `[0, 1]`; a number, traced scalar, or one number per leaf.
+      outliers: share of largest entries to drop, likewise (the paper's 1 - gamma; its mask keeps
+        the entries between the beta and gamma percentiles, density = gamma - beta).
+
+    Returns:
+      A tree of the same structure and dtypes; leaves that no rule names are kept whole.
+
+    Raises:
+      ValueError: if a share lies outside `[0, 1]`.
+
+    References:
+      Davari and Belilovsky, Model Breadcrumbs, 2023 (2312.06795). mergekit drops *every* entry
+      of a leaf where `outliers n < 1`; here the count is 0 and nothing large is dropped.
+    """
+    densities = _leafwise.coefficients("breadcrumbs", density, task_vector)
+    tops = _leafwise.coefficients("breadcrumbs", outliers, task_vector)
+
+    def formula(i: int, path: str, leaf: Array) -> Array:
+        if densities[i] is None or tops[i] is None:
+            return leaf
+        top = _count("breadcrumbs", tops[i], leaf.size)
+        kept = _count("breadcrumbs", densities[i], leaf.size)
+        top = jnp.minimum(top, leaf.size - kept)
+        rank = _rank(-jnp.abs(leaf))
+        return jnp.where((rank >= top) & (rank < top + kept), leaf, 0)
+
+    return _leafwise.leafwise("breadcrumbs", formula, {"task_vector": task_vector})
+
+
+def dare(key: Array, task_vector: PyTree, *, density: Coefficient) -> PyTree:
+    """Drops entries at random and divides the kept ones by `density`: unbiased over keys.
+
+    Args:
+      key: a PRNG key; every leaf folds its path in.
+      task_vector: any pytree.
+      density: probability of keeping an entry, in (0, 1], the paper's 1 - p; a number, traced
+        scalar, or one number per leaf; leaves that no rule names are kept whole.
+
+    Returns:
+      A tree of the same structure and dtypes.
+
+    Raises:
+      ValueError: if a density lies outside (0, 1].
+
+    References:
+      Yu et al., Language models are super Mario, 2023 (2311.03099). PEFT rescales so; mergekit
+      by L1 norms: `rescale_l1(keep(task_vector, mask), task_vector)`.
+    """
+    values = _leafwise.coefficients("dare", density, task_vector)
+
+    def formula(i: int, path: str, leaf: Array) -> Array:
+        if values[i] is None:
+            return leaf
+        _checks.positive("dare", density=values[i])
+        _checks.within("dare", 0, 1, density=values[i])
+        share = _numerics.scalar(values[i], leaf)
+        kept = jax.random.bernoulli(_leafwise.fold_path(key, path), share, leaf.shape)
+        return jnp.where(kept, leaf / share, 0)
+
+    return _leafwise.leafwise("dare", formula, {"task_vector": task_vector})
+
+
+def della_probabilities(
+    task_vector: PyTree, *, density: Coefficient, epsilon: Scalar = 0.15
+) -> PyTree:
+    """Keep probabilities rising with magnitude: `density - epsilon` to `density + epsilon`.
+
+    Entries are ranked within each row (the last axis); a row of one entry gets `density`.
+
+    Args:
+      task_vector: any pytree; a leaf without axes gets `density`.
+      density: mean probability; a number, traced scalar, or one number per leaf; leaves that no
+        rule names get 1.
+      epsilon: half the spread. Probabilities are clipped to `[0, 1]`.
+
+    Returns:
+      A tree of the same structure, float32 or wider.
+
+    Raises:
+      ValueError: if a density lies outside `[0, 1]`.
+
+    References:
+      Deep et al., DELLA-Merging, 2024 (2406.11617), MagPrune.
+    """
+    values = _leafwise.coefficients("della_probabilities", density, task_vector)
+
+    def formula(i: int, path: str, leaf: Array) -> Array:
+        if values[i] is None:
+            return jnp.ones_like(leaf)
+        _checks.within("della_probabilities", 0, 1, density=values[i])
+        middle = jnp.broadcast_to(_numerics.scalar(values[i], leaf), leaf.shape)
+        if leaf.ndim == 0 or leaf.shape[-1] == 1:
+            return middle
+        order = jnp.argsort(jnp.abs(leaf), axis=-1, stable=True)
+        rank = jnp.argsort(order, axis=-1, stable=True).astype(leaf.dtype)
+        spread = 2 * rank / (leaf.shape[-1] - 1) - 1
+        return jnp.clip(middle + _numerics.scalar(epsilon, leaf) * spread, 0, 1)
+
+    named = {"task_vector": task_vector}
+    return _leafwise.leafwise("della_probabilities", formula, named, keep_dtype=False)
+
+
+def della(
+    key: Array, task_vector: PyTree, *, density: Coefficient, epsilon: Scalar = 0.15
+) -> PyTree:
+    """Drops entries at random, small ones more often, and divides the kept by their probability.
+
+    Args:
+      key: a PRNG key; every leaf folds its path in.
+      task_vector: any pytree.
+      density: mean probability of keeping an entry; as `della_probabilities`.
+      epsilon: half the spread of the probabilities.
+
+    Returns:
+      A tree of the same structure and dtypes; unbiased over keys where probabilities are > 0.
+
+    Raises:
+      ValueError: if a density lies outside `[0, 1]`.
+
+    References:
+      Deep et al., DELLA-Merging, 2024 (2406.11617). mergekit rescales by L1 norms instead:
+      `rescale_l1(keep(task_vector, mask), task_vector)`.
+    """
+    probabilities = della_probabilities(task_vector, density=density, epsilon=epsilon)
+
+    def formula(i: int, path: str, leaf: Array, probability: Array) -> Array:
+        draw = jax.random.uniform(_leafwise.fold_path(key, path), leaf.shape, leaf.dtype)
+        kept = draw < probability
+        return jnp.where(kept, leaf / jnp.where(kept, probability, 1), 0)
+
+    named = {"task_vector": task_vector, "probabilities": probabilities}
+    return _leafwise.leafwise("della", formula, named)
+
+
+def keep(task_vector: PyTree, mask: PyTree) -> PyTree:
+    """Zeroes the entries where `mask` (a tree of bool arrays of the same shapes) is false."""
+    return _leafwise.leafwise(
+        "keep",
+        lambda i, path, leaf, kept: jnp.where(kept != 0, leaf, 0),
+        {"task_vector": task_vector, "mask": mask},
+    )
+
+
+def rescale_l1(sparse: PyTree, original: PyTree, *, floor: float = 1e-7) -> PyTree:
+    """`sparse ||original||_1 / ||sparse||_1`, leaf by leaf; unchanged where a norm is below floor.
+
+    mergekit's convention for DARE and DELLA. It restores the mean size exactly but is not unbiased:
+    a leaf whose kept entries happen to be small is blown up.
+    """
+
+    def formula(i: int, path: str, kept: Array, whole: Array) -> Array:
+        before, after = jnp.sum(jnp.abs(whole)), jnp.sum(jnp.abs(kept))
+        usable = (before > floor) & (after > floor)
+        return kept * jnp.where(usable, before / jnp.where(usable, after, 1), 1)
+
+    return _leafwise.leafwise("rescale_l1", formula, {"sparse": sparse, "original": original})
+
+
+def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Params:
+    """`(M source + (1 - M) params - rate source) / (1 - rate)`, `M ~ Bernoulli(rate)` per entry.
+
+    Dropout toward the pretrained weights instead of toward zero: the mean over keys is `params`.
+    Call it inside the loss, on the selected leaves, with the step's key.
+
+    Args:
+      key: a PRNG key; every leaf folds its path in.
+      params: parameters being trained.
+      source: pretrained parameters; the same structure and shapes.
+      rate: probability of taking the source's entry, in `[0, 1)`; 0 returns `params`.
+
+    Returns:
+      A tree with the structure and dtypes of `params`.
+
+    Raises:
+      ValueError: if names or shapes differ, or the rate lies outside `[0, 1)`.
+
+    References:
+      Lee, Cho and Kang, Mixout, 2019 (1909.11299), eq. 5.
+    """
+    _checks.within("mixout", 0, 1, rate=rate)
+    known = _checks.concrete(rate)
+    if known is not None and bool((known >= 1).any()):
+        raise ValueError(f"mixout: rate must be below 1, got {known}: nothing would be trained.")
+
+    def formula(i: int, path: str, leaf: Array, anchor: Array) -> Array:
+        p = _numerics.scalar(rate, leaf)
+        back = jax.random.bernoulli(_leafwise.fold_path(key, path), p, leaf.shape)
+        # The formula's two cases, written so that rate 0 gives `params` bit by bit.
+        return jnp.where(back, anchor, leaf + p / (1 - p) * (leaf - anchor))
+
+    return _leafwise.leafwise("mixout", formula, {"params": params, "source": source})
+
+
+def _rank(x: Array) -> Array:
+    """Rank of every entry of the flattened array, 0 the smallest, ties in storage order."""
+    flat = x.ravel()
+    order = jnp.argsort(flat, stable=True)
+    places = jnp.arange(flat.size, dtype=order.dtype)
+    return jnp.zeros_like(order).at[order].set(places).reshape(x.shape)
+
+
+def _count(fn: str, share: Scalar, size: int) -> Scalar:
+    """`floor(share size)`; in Python where the share is known, so that 0.3 of 10 is 3."""
+    _checks.within(fn, 0, 1, share=share)
+    known = _checks.concrete(share)
+    if known is None:
+        return jnp.floor(jnp.asarray(share) * size).astype(jnp.int32)
+    return math.floor(float(known) * size)

@@ -1,0 +1,267 @@
+"""Merging on spheres, leaf by leaf: SLERP, its forms for several models, and Model Stock.
+
+Each leaf is one vector, or with `axis` each of its rows (`axis=-1`: the last index runs along a
+row; the weights of one output of a flax kernel `[in, out]` run along `axis=-2`).
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from kdtl_jax import _numerics
+from kdtl_jax._types import Array, Params, Scalar
+from kdtl_jax.transforms import _leafwise
+from kdtl_jax.transforms._leafwise import Weights, flat_norm
+from kdtl_jax.transforms._leaves import Coefficient
+
+
+def slerp(
+    source: Params,
+    target: Params,
+    t: Coefficient,
+    *,
+    axis: int | None = None,
+    threshold: float = 0.9995,
+) -> Params:
+    """`sin((1-t) a)/sin(a) source + sin(t a)/sin(a) target`, `a` the angle between the two.
+
+    The parameters themselves are combined, not their unit vectors. Near-parallel pairs
+    (`|cos a| > threshold`) are interpolated linearly.
+
+    Args:
+      source: any pytree.
+      target: the same structure and shapes.
+      t: 0 gives the source, 1 the target; a number, traced scalar, or one number per leaf;
+        leaves that no rule names stay the source's.
+      axis: None takes a leaf as one vector, else the axis along which its rows run (leaves
+        of fewer axes are one vector).
+      threshold: of the cosine's size. 1.0 with `axis=-1` is mergekit's NuSLERP.
+
+    Returns:
+      A tree with the structure and dtypes of the source.
+
+    Raises:
+      ValueError: if names or shapes differ.
+
+    References:
+      Shoemake, Animating rotation with quaternion curves, 1985; mergekit's `slerp`.
+    """
+    values = _leafwise.coefficients("slerp", t, source)
+
+    def formula(i: int, path: str, a: Array, b: Array) -> Array:
+        if values[i] is None:
+            return a
+        return _slerp(a, b, _numerics.scalar(values[i], a), _row_axis(a, axis), threshold)
+
+    return _leafwise.leafwise("slerp", formula, {"source": source, "target": target})
+
+
+def multi_slerp(
+    base: Params, models: Sequence[Params], weights: Weights | None = None, *, eps: float = 1e-8
+) -> Params:
+    """One step on the sphere for several models: their directions averaged in a tangent space.
+
+    With `u_i` the direction of `theta_i - base`, `m` their normalized weighted mean and
+    `T = sum w_i (u_i - <u_i, m> m)`, moves along `cos|T| m + sin|T| T/|T|`, as far as the
+    weighted mean of the lengths.
+
+    Args:
+      base: the common starting point.
+      models: a list of trees of its structure.
+      weights: 1/N each when None, else one per model, used as they are: give them sum 1.
+      eps: added to norms before dividing, as in mergekit.
+
+    Returns:
+      A tree with the structure and dtypes of the base.
+
+    Raises:
+      ValueError: if names, shapes or the number of weights differ.
+
+    References:
+      mergekit's `multislerp` (2403.13257).
+    """
+    if weights is None:
+        weights = [1 / len(models)] * len(models)
+    by_leaf = _leafwise.weights_by_leaf("multi_slerp", weights, len(models), base)
+
+    def formula(i: int, path: str, start: Array, *leaves: Array) -> Array:
+        shares = [_numerics.scalar(w, start) for w in by_leaf[i]]
+        deltas = [leaf - start for leaf in leaves]
+        units = [delta / (flat_norm(delta) + eps) for delta in deltas]
+        mean = _mix(shares, units)
+        norm = flat_norm(mean)
+        mean = mean / jnp.where(norm > eps, norm, 1)
+        tangent = _mix(shares, [unit - jnp.sum(unit * mean) * mean for unit in units])
+        angle = flat_norm(tangent) + eps
+        length = sum(share * flat_norm(delta) for share, delta in zip(shares, deltas, strict=True))
+        return start + length * (jnp.cos(angle) * mean + jnp.sin(angle) / angle * tangent)
+
+    return _leafwise.leafwise(
+        "multi_slerp", formula, {"base": base} | _leafwise.numbered("models", models)
+    )
+
+
+def karcher_mean(
+    models: Sequence[Params],
+    weights: Weights | None = None,
+    *,
+    iterations: int = 10,
+    tolerance: float = 1e-5,
+) -> Params:
+    """The point of the sphere nearest to all models' directions, times their mean length.
+
+    Fixed-point iteration with the tangent `T = sum w_i (a_i / sin a_i) (u_i - cos(a_i) u)`, stopped
+    where `|T| < tolerance`; models nearer than `tolerance` are left out of it.
+
+    Args:
+      models: a list of trees of one structure.
+      weights: None for equal ones, else one per model; normalized to sum 1.
+      iterations: at most this many.
+      tolerance: radians.
+
+    Returns:
+      A tree with the structure and dtypes of the first model.
+
+    Raises:
+      ValueError: if names, shapes or the number of weights differ.
+
+    References:
+      Karcher, Riemannian center of mass, 1977; mergekit's `karcher` (2403.13257).
+    """
+    by_leaf = _leafwise.weights_by_leaf("karcher_mean", weights, len(models), models[0])
+
+    def formula(i: int, path: str, *leaves: Array) -> Array:
+        shares = [_numerics.scalar(w, leaves[0]) for w in by_leaf[i]]
+        shares = [share / sum(shares[1:], shares[0]) for share in shares]
+        norms = [flat_norm(leaf) for leaf in leaves]
+        units = jnp.stack([_unit(leaf) for leaf in leaves])
+        weight = jnp.stack(shares)
+        point = _karcher(units, weight, iterations, tolerance)
+        return sum(share * norm for share, norm in zip(shares, norms, strict=True)) * point
+
+    return _leafwise.leafwise("karcher_mean", formula, _leafwise.numbered("models", models))
+
+
+def model_stock(base: Params, models: Sequence[Params], *, axis: int | None = None) -> Params:
+    """`t mean_i theta_i + (1 - t) base` with `t = N c / (1 + (N - 1) c)`.
+
+    `c` is the mean cosine over pairs of task vectors: models that moved alike are trusted, models
+    that moved apart are pulled back to the base.
+
+    Args:
+      base: pretrained parameters.
+      models: fine-tuned models, two or more.
+      axis: None takes a leaf as one vector, else the axis along which its rows run, each
+        with a ratio of its own (leaves of fewer axes are one vector).
+
+    Returns:
+      A tree with the structure and dtypes of the base.
+
+    Raises:
+      ValueError: if there are fewer than two models, or names or shapes differ.
+
+    References:
+      Jang, Yun and Han, Model Stock: All we need is just a few fine-tuned models, 2024
+      (2403.19522), eq. 7 (two models) and its extension; t is not clamped there nor here.
+    """
+    if len(models) < 2:
+        raise ValueError(f"model_stock: expected two or more models, got {len(models)}.")
+
+    def formula(i: int, path: str, start: Array, *leaves: Array) -> Array:
+        count, along = len(leaves), _row_axis(start, axis)
+        deltas = [leaf - start for leaf in leaves]
+        cosines = [_cosine(deltas[j], deltas[k], along) for j in range(count) for k in range(j)]
+        cosine = sum(cosines[1:], cosines[0]) / len(cosines)
+        share = count * cosine / (1 + (count - 1) * cosine)
+        return share * (sum(leaves[1:], leaves[0]) / count) + (1 - share) * start
+
+    return _leafwise.leafwise(
+        "model_stock", formula, {"base": base} | _leafwise.numbered("models", models)
+    )
+
+
+def near_swap(base: Params, model: Params, *, t: Scalar) -> Params:
+    """Takes the model's entries where the two are within `t`, less of them the further apart.
+
+    `q model + (1 - q) base` with `q = clip(t / max(|base - model|, 1e-6), 0, 1)`.
+
+    Args:
+      base: any pytree.
+      model: the same structure and shapes.
+      t: the distance up to which the model's entry is taken whole; >= 0.
+
+    Returns:
+      A tree with the structure and dtypes of the base.
+
+    Raises:
+      ValueError: if names or shapes differ.
+
+    References:
+      mergekit's `nearswap` (2403.13257).
+    """
+
+    def formula(i: int, path: str, a: Array, b: Array) -> Array:
+        share = jnp.clip(_numerics.scalar(t, a) / jnp.maximum(jnp.abs(a - b), 1e-6), 0, 1)
+        return share * b + (1 - share) * a
+
+    return _leafwise.leafwise("near_swap", formula, {"base": base, "model": model})
+
+
+def _row_axis(leaf: Array, axis: int | None) -> int | None:
+    """The rows' axis, or None where the leaf is one vector anyway."""
+    if axis is None or leaf.ndim < 2 or not -leaf.ndim <= axis < leaf.ndim:
+        return None
+    return axis
+
+
+def _cosine(a: Array, b: Array, axis: int | None, floor: float = 1e-6) -> Array:
+    """Cosine, `[]` or with the row axis kept at length 1; 0 for zero vectors."""
+    norms = flat_norm(a, axis, keepdims=axis is not None) * flat_norm(
+        b, axis, keepdims=axis is not None
+    )
+    dot = jnp.sum(a * b, axis=axis, keepdims=axis is not None)
+    return jnp.clip(dot / jnp.maximum(norms, floor), -1, 1)
+
+
+def _slerp(a: Array, b: Array, t: Array, axis: int | None, threshold: float) -> Array:
+    cosine = _cosine(_unit(a, axis), _unit(b, axis), axis)
+    linear = (jnp.abs(cosine) > threshold) | (jnp.abs(cosine) >= 1)
+    # The angle of the unused branch is harmless, so that its gradient is finite.
+    angle = jnp.arccos(jnp.where(linear, 0, cosine))
+    sine = jnp.sin(angle)
+    first = jnp.where(linear, 1 - t, jnp.sin((1 - t) * angle) / sine)
+    second = jnp.where(linear, t, jnp.sin(t * angle) / sine)
+    return first * a + second * b
+
+
+def _unit(x: Array, axis: int | None = None) -> Array:
+    norm = flat_norm(x, axis, keepdims=axis is not None)
+    return x / jnp.where(norm > 1e-8, norm, 1)
+
+
+def _mix(shares: Sequence[Array], vectors: Sequence[Array]) -> Array:
+    terms = [share * vector for share, vector in zip(shares, vectors, strict=True)]
+    return sum(terms[1:], terms[0])
+
+
+def _karcher(units: Array, weights: Array, iterations: int, tolerance: float) -> Array:
+    """Karcher mean of unit vectors `[N, ...]`; the number of steps is fixed, for the gradient."""
+    weights = weights.reshape(-1, *(1,) * (units.ndim - 1))
+    axes = tuple(range(1, units.ndim))
+    start = _unit(jnp.sum(weights * units, axis=0))
+
+    def body(_: Array, point: Array) -> Array:
+        cosine = jnp.clip(jnp.sum(units * point[None], axis=axes, keepdims=True), -1, 1)
+        near = jnp.abs(cosine) >= 1
+        angle = jnp.where(near, 0, jnp.arccos(jnp.where(near, 0, cosine)))
+        moves = angle >= tolerance
+        factor = jnp.where(moves, angle / jnp.where(moves, jnp.sin(angle), 1), 0)
+        tangent = jnp.sum(weights * factor * (units - cosine * point[None]), axis=0)
+        norm = flat_norm(tangent)
+        goes = norm >= tolerance
+        direction = tangent / jnp.where(goes, norm, 1)
+        moved = _unit(jnp.cos(norm) * point + jnp.sin(norm) * direction)
+        return jnp.where(goes, moved, point)
+
+    return jax.lax.fori_loop(0, iterations, body, start)

@@ -1,0 +1,84 @@
+"""Task vectors: `tau = theta - theta_0`, what fine-tuning added; and adding them back.
+
+Merging methods are compositions of three kinds of functions, all on trees: *sparsify* a task vector
+(`_sparsify`), *elect* signs and combine several (`_ties`), and *apply* the result to the base:
+
+    apply_task_vectors(base, [ties(task_vectors, density=0.2)], scale=0.7)
+
+A task vector is kept in float32 or wider whatever the leaves are, because differences of
+half-precision weights would be rounded twice. Leaves that are not inexact have no difference: the
+task vector carries the fine-tuned model's and the merge the base's.
+"""
+
+from collections.abc import Sequence
+
+from kdtl_jax import _numerics
+from kdtl_jax._types import Array, Params, PyTree
+from kdtl_jax.transforms import _leafwise
+from kdtl_jax.transforms._leafwise import Weights
+from kdtl_jax.transforms._leaves import Coefficient
+
+
+def task_vector(finetuned: Params, base: Params) -> PyTree:
+    """`theta - theta_0`, float32 or wider.
+
+    Args:
+      finetuned: parameters after fine-tuning.
+      base: parameters before; the same structure and shapes.
+
+    Returns:
+      A tree with the structure of `finetuned`.
+
+    Raises:
+      ValueError: if names or shapes differ (all are listed): nothing is skipped.
+
+    References:
+      Ilharco et al., Editing models with task arithmetic, 2022 (2212.04089).
+    """
+    return _leafwise.leafwise(
+        "task_vector",
+        lambda i, path, after, before: after - before,
+        {"finetuned": finetuned, "base": base},
+        keep_dtype=False,
+    )
+
+
+def apply_task_vectors(
+    base: Params,
+    task_vectors: Sequence[PyTree],
+    weights: Weights | None = None,
+    *,
+    scale: Coefficient = 1.0,
+) -> Params:
+    """`theta_0 + lambda sum_i w_i tau_i`, cast once, to the base's dtypes.
+
+    A negative weight forgets a task. With mergekit's `normalize`, divide the weights by their sum.
+
+    Args:
+      base: parameters to start from.
+      task_vectors: a list of trees of the base's structure.
+      weights: 1 each when None, else one per task vector as in `weighted_sum`.
+      scale: lambda: a number, traced scalar, or anything that gives one number per leaf; leaves
+        that no rule names stay the base's.
+
+    Returns:
+      A tree with the base's structure, dtypes and leaves that are not inexact.
+
+    Raises:
+      ValueError: if names, shapes or the number of weights differ.
+
+    References:
+      Ilharco et al., Editing models with task arithmetic, 2022 (2212.04089).
+    """
+    fn = "apply_task_vectors"
+    scales = _leafwise.coefficients(fn, scale, base)
+    by_leaf = _leafwise.weights_by_leaf(fn, weights, len(task_vectors), base)
+
+    def formula(i: int, path: str, start: Array, *taus: Array) -> Array:
+        if scales[i] is None:
+            return start
+        terms = [_leafwise.scaled(w, tau) for w, tau in zip(by_leaf[i], taus, strict=True)]
+        return start + _numerics.scalar(scales[i], start) * sum(terms[1:], terms[0])
+
+    named = {"base": base} | _leafwise.numbered("task_vectors", task_vectors)
+    return _leafwise.leafwise(fn, formula, named)
