@@ -6,11 +6,14 @@ at the edge (`interop`, `models`, `checkpoint`, `recipes`, `cli`) when those are
 
 from importlib.metadata import version as _version
 
+from kdtl_jax import connectors as connectors
 from kdtl_jax import losses as losses
+from kdtl_jax import memory as memory
 from kdtl_jax import objective as objective
 from kdtl_jax import penalties as penalties
 from kdtl_jax import projection as projection
 from kdtl_jax import sweep as sweep
+from kdtl_jax import testing as testing
 from kdtl_jax import train as train
 from kdtl_jax import transforms as transforms
 from kdtl_jax import trees as trees

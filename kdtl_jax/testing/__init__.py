@@ -1,0 +1,109 @@
+"""The battery that every loss of this library passes, for a loss of your own.
+
+    >>> import jax.numpy as jnp
+    >>> from kdtl_jax import testing
+    >>> def squared(student, teacher):
+    ...     if student.shape != teacher.shape:
+    ...         raise ValueError(f"squared: {student.shape} and {teacher.shape} differ")
+    ...     if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (student, teacher)):
+    ...         raise TypeError("squared: expected floating point")
+    ...     difference = student - teacher
+    ...     if jnp.finfo(difference.dtype).bits < 32:
+    ...         difference = student.astype(jnp.float32) - teacher.astype(jnp.float32)
+    ...     return jnp.mean(difference**2, axis=-1)
+    >>> def example(rng, batch):
+    ...     return rng.normal(size=(batch, 5)), rng.normal(size=(batch, 5))
+    >>> testing.check_loss(squared, example, oracle=lambda s, t: ((s - t) ** 2).mean(-1))
+
+What is checked is the contract of `kdtl_jax.losses`: one value per example, honest in float64 and
+in half precision, differentiable, finite where training goes wrong, and loud about bad input.
+Each check is a function from the `Subject` to the failures it found, so that a test can run them
+one by one. All programs are tiny; a loss takes a few seconds, nearly all of it compilation.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from kdtl_jax.testing import _subject
+from kdtl_jax.testing._mathematics import gradients as gradients
+from kdtl_jax.testing._mathematics import transformations as transformations
+from kdtl_jax.testing._mathematics import values as values
+from kdtl_jax.testing._robustness import errors as errors
+from kdtl_jax.testing._robustness import extremes as extremes
+from kdtl_jax.testing._robustness import masks as masks
+from kdtl_jax.testing._robustness import precision as precision
+from kdtl_jax.testing._subject import Check as Check
+from kdtl_jax.testing._subject import Example as Example
+from kdtl_jax.testing._subject import Subject as Subject
+from kdtl_jax.testing._subject import compiled as compiled
+
+ALL: tuple[Check, ...] = (
+    values,
+    gradients,
+    transformations,
+    extremes,
+    precision,
+    masks,
+    errors,
+)
+
+
+def check_loss(
+    loss: Callable[..., Any],
+    example: Example,
+    *,
+    hyper: Mapping[str, Any] | None = None,
+    oracle: Callable[..., Any] | None = None,
+    relational: bool = False,
+    zero_at_equality: bool = True,
+    nonnegative: bool = True,
+    where_rank: int = 0,
+    twice_differentiable: bool = True,
+    frozen: bool = False,
+    extreme: bool = True,
+    batch: int = 4,
+    rtol: float = 1e-8,
+    checks: Sequence[Check] | None = None,
+) -> None:
+    """Checks `loss(student, teacher, ..., **hyper) -> [B]` or `[B, L]` against the contract.
+
+    Args:
+      loss: the function; student first. Every positional argument has the batch first.
+      example: `example(rng, batch)` makes float64 NumPy arguments (labels as int32). Axes on
+        which its student and teacher differ in size are taken to be free; a mismatch on all
+        others must raise.
+      hyper: keyword arguments of both the loss and the oracle.
+      oracle: the same function in NumPy and float64, from the paper's equation.
+      relational: one value per anchor, which depends on the other examples.
+      zero_at_equality: the loss is 0 where the teacher is the student.
+      nonnegative: the loss is never negative.
+      where_rank: number of dimensions of the mask `where=` (True takes part), which begins with
+        the student's; 0 if the loss takes none.
+      twice_differentiable: False for kinks, and for losses that define their own vjp.
+      frozen: a part is a constant of the method (a stop_gradient inside), so that the gradient
+        is not the derivative of the value and is not compared with differences.
+      extreme: finite at +-1e4; False only where the mathematics itself overflows.
+      batch: examples in a batch.
+      rtol: relative tolerance against the oracle in float64.
+      checks: the checks to run; `ALL` by default.
+
+    Raises:
+      AssertionError: listing every failure found, by check.
+    """
+    subject = Subject(
+        loss, example, hyper or {}, oracle, relational, zero_at_equality, nonnegative, where_rank,
+        twice_differentiable, frozen, extreme, batch, rtol,
+    )  # fmt: skip
+    failures = [
+        f"{check.__name__}: {text}" for check in checks or ALL for text in _run(check, subject)
+    ]
+    if failures:
+        name = getattr(loss, "__name__", repr(loss))
+        raise AssertionError("\n  ".join([f"{name}: {len(failures)} failure(s)", *failures]))
+
+
+def _run(check: Check, subject: Subject) -> Iterator[str]:
+    try:
+        yield from check(subject)
+    except Exception as error:  # a loss that raises has failed the check, not stopped the battery
+        yield f"raised {_subject.summary(error)}"

@@ -1,0 +1,140 @@
+"""What is checked, and the small tools that every check uses."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Example = Callable[[np.random.Generator, int], tuple[Any, ...]]
+
+
+class Subject(NamedTuple):
+    """A loss with what is declared of it; the arguments of `check_loss`."""
+
+    loss: Callable[..., Any]
+    example: Example
+    hyper: Mapping[str, Any]
+    oracle: Callable[..., Any] | None
+    relational: bool
+    zero_at_equality: bool
+    nonnegative: bool
+    where_rank: int
+    twice_differentiable: bool
+    frozen: bool
+    extreme: bool
+    batch: int
+    rtol: float
+
+
+Check = Callable[[Subject], Iterator[str]]
+
+
+def compiled(fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    """Compiled for the arguments' shapes; on CPU without optimization, which is 3x as quick."""
+    lowered = jax.jit(fn).lower(*args)
+    if jax.default_backend() != "cpu":
+        return lowered.compile()
+    quick = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    try:
+        return lowered.compile(compiler_options=quick)
+    except jax.errors.JaxRuntimeError:  # an option that this jaxlib no longer knows
+        return lowered.compile()
+
+
+def arguments(subject: Subject, dtype: Any, *, seed: int = 0) -> tuple[Any, ...]:
+    return cast(tuple(subject.example(np.random.default_rng(seed), subject.batch)), dtype)
+
+
+def hyper_of(subject: Subject, dtype: Any) -> dict[str, Any]:
+    return {k: cast(v, dtype) if isinstance(v, np.ndarray) else v for k, v in subject.hyper.items()}
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    def cast(a: Any) -> np.ndarray:
+        a = np.asarray(a)
+        return a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+    return jax.tree.map(cast, tree)
+
+
+def is_float(tree: Any) -> bool:
+    return all(jnp.issubdtype(a.dtype, jnp.floating) for a in jax.tree.leaves(tree))
+
+
+def alike(args: tuple[Any, ...]) -> bool:
+    """Whether student and teacher have one structure, and leaf by leaf one shape and dtype."""
+    kinds = [jax.tree.map(lambda a: (a.shape, a.dtype.name), arg) for arg in args[:2]]
+    return len(kinds) == 2 and kinds[0] == kinds[1]
+
+
+def rows(args: Any, index: np.ndarray) -> Any:
+    return jax.tree.map(lambda a: a[index], args)
+
+
+def differentiable(args: tuple[Any, ...]) -> tuple[int, ...]:
+    """Positions of student and teacher, as far as they are floating point."""
+    return tuple(i for i in range(min(2, len(args))) if is_float(args[i]))
+
+
+def along(
+    subject: Subject,
+    args: tuple[Any, ...],
+    at: tuple[int, ...],
+    dtype: Any,
+    extra: Mapping[str, Any],
+) -> Callable[..., Any]:
+    """The loss as a function of the arguments at positions `at` alone."""
+    hyper = hyper_of(subject, dtype) | dict(extra)
+
+    def loss(*x: Any) -> Any:
+        given = list(args)
+        for i, value in zip(at, x, strict=True):
+            given[i] = value
+        return subject.loss(*given, **hyper)
+
+    return loss
+
+
+def value_and_gradient(
+    subject: Subject, example: tuple[Any, ...], dtype: Any, extra: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """The loss and its gradient by student and teacher, as one function of all arguments."""
+    at = differentiable(example)
+
+    def both(*args: Any) -> Any:
+        loss = along(subject, args, at, dtype, extra)
+        value, pull = jax.vjp(loss, *(args[i] for i in at))
+        return value, pull(jnp.ones_like(value))
+
+    return both
+
+
+def unequal(what: str, got: Any, want: Any, rtol: float) -> Iterator[str]:
+    """A failure that says where and by how much, if the two are not close."""
+    got, want = np.asarray(got), np.asarray(want)
+    if got.shape != want.shape:
+        yield f"{what}: shape {list(got.shape)}, expected {list(want.shape)}"
+        return
+    # The floor is relative to the largest value, so that tiny and huge losses are held alike.
+    atol = rtol * max(float(np.max(np.abs(want), initial=0.0)), 1e-6)
+    with np.errstate(invalid="ignore"):
+        wrong = ~(np.abs(got - want) <= atol + rtol * np.abs(want))
+    wrong &= got != want  # infinities of one sign are equal; NaN never is
+    if wrong.any():
+        i = tuple(int(k) for k in np.argwhere(wrong)[0])
+        yield (
+            f"{what}: at {list(i)} {got[i]!s}, expected {want[i]!s} "
+            f"({wrong.sum()} of {wrong.size} differ)"
+        )
+
+
+def not_finite(what: str, value: Any, gradient: Any) -> Iterator[str]:
+    for name, arrays in (("value", [value]), ("gradient", jax.tree.leaves(gradient))):
+        if not all(np.isfinite(a).all() for a in arrays):
+            yield f"{what}: the {name} is not finite"
+
+
+def summary(error: Exception | None) -> str:
+    return "no error" if error is None else f"{type(error).__name__}: {str(error).splitlines()[:1]}"

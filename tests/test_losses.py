@@ -1,0 +1,94 @@
+"""The whole battery over every loss of the table, and the table over every loss of the package."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import pytest
+from cases import LOSS_CASES
+from loss_cases import LossCase
+
+from kdtl_jax import losses, testing
+
+# Public callables of kdtl_jax.losses that are no losses, each with its reason.
+NOT_LOSSES: dict[str, str] = {}
+
+
+def subject_arguments(case: LossCase) -> dict[str, Any]:
+    """The row as arguments of `testing.check_loss`."""
+    student = case.example(np.random.default_rng(0), 4)[0]
+    rank = case.where_rank or (np.ndim(student) if case.has_where else 0)
+    return {
+        "hyper": case.hyper,
+        "oracle": case.oracle,
+        "relational": case.relational,
+        "zero_at_equality": case.zero_at_equality,
+        "nonnegative": case.nonnegative,
+        "where_rank": rank,
+        "twice_differentiable": case.twice_differentiable,
+        "frozen": case.frozen,
+        "extreme": case.extreme,
+        "rtol": case.rtol,
+    }
+
+
+@pytest.mark.parametrize("check", testing.ALL, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", LOSS_CASES)
+def test_contract(name: str, check: testing.Check) -> None:
+    case = LOSS_CASES[name]
+    testing.check_loss(case.fn, case.example, **subject_arguments(case), checks=(check,))
+
+
+@functools.cache
+def compiled(name: str, batch: int) -> Callable[..., Any]:
+    """One program per loss and batch size, whatever the values."""
+    case = LOSS_CASES[name]
+    args = case.example(np.random.default_rng(0), batch)
+    return testing.compiled(functools.partial(case.fn, **case.hyper), *args)
+
+
+@pytest.mark.parametrize("name", LOSS_CASES)
+@hypothesis.settings(max_examples=12)
+@hypothesis.given(
+    batch=st.sampled_from((1, 3)),
+    scale=st.floats(0.1, 5.0),
+    near=st.sampled_from((0.0, 0.5, 0.99)),
+    seed=st.integers(0, 2**16),
+)
+def test_oracle_over_shapes_and_values(
+    name: str, batch: int, scale: float, near: float, seed: int
+) -> None:
+    """Any batch, any scale, a teacher anywhere between independent of the student and near it."""
+    case = LOSS_CASES[name]
+    student, *others = case.example(np.random.default_rng(seed), batch)
+    rows = [np.asarray(a) for a in jax.tree.leaves((student, others[:1]))]
+    # Probabilities and attention maps stay as they are: another scale would be no such thing.
+    if all(a.dtype.kind == "f" for a in rows):
+        if any(a.min() < 0 or a.max() > 1 for a in rows):
+            student, others[0] = jax.tree.map(lambda a: a * scale, (student, others[0]))
+        if [a.shape for a in jax.tree.leaves(student)] == [
+            a.shape for a in jax.tree.leaves(others[0])
+        ]:
+            others[0] = jax.tree.map(lambda s, t: near * s + (1 - near) * t, student, others[0])
+    with jax.enable_x64(True):
+        got = np.asarray(compiled(name, batch)(student, *others))
+    want = np.asarray(case.oracle(student, *others, **case.hyper))
+    # The oracle subtracts nearly equal numbers where the loss does not: 1e-6, and a floor.
+    np.testing.assert_allclose(got, want, rtol=max(case.rtol, 1e-6), atol=1e-10)
+
+
+def is_loss(value: Any) -> bool:
+    return callable(value) and not isinstance(value, type)
+
+
+def test_every_public_loss_has_a_row() -> None:
+    public = {name for name, value in vars(losses).items() if name[0] != "_" and is_loss(value)}
+    rows = {case.fn.__name__ for case in LOSS_CASES.values()}
+    assert public - rows - NOT_LOSSES.keys() == set(), "public losses without a row"
+    assert NOT_LOSSES.keys() <= public, "NOT_LOSSES names what is not public"
+    assert all(NOT_LOSSES.values()), "each entry needs its reason"
+    assert all(case.note for case in LOSS_CASES.values() if not case.extreme), "say why"
