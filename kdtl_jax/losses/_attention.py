@@ -1,0 +1,251 @@
+"""Self-attention: maps compared by KL or MSE, MiniLM's relations, TinyBERT's set.
+
+Values are per query token, `[B, L]`, averaged over heads. `where` (bool `[B, L]`) marks real
+tokens: others are no keys of anyone, and as queries give 0.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import _checks, _numerics
+from kdtl_jax.losses import _door
+from kdtl_jax.losses._tokens import hidden_mse
+
+
+def _scores(
+    fn: str, student: Array, teacher: Array, where: Array | None
+) -> tuple[Array, Array, Array]:
+    """Checked scores and the mask of real (query, key) pairs `[B, 1, L, L]`."""
+    student, teacher = _door.same_shape(fn, student, teacher, at_least=4, at_most=4)
+    batch, _, queries, keys = student.shape
+    if queries != keys:
+        raise ValueError(
+            f"{fn}: scores must be [B, heads, L, L], got {_checks.described(student=student)}."
+        )
+    where = _door.token_mask(fn, where, (batch, queries))
+    return student, teacher, where[:, None, :, None] & where[:, None, None, :]
+
+
+def attention_mse(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
+    """`mean over heads and keys of (A_S - A_T)^2`, A attention scores before the softmax.
+
+    Pairs that either model masks with -inf do not count. The mean over everything is TinyBERT's
+    term; TextBrewer's masked form weights a query of example b by its number of real keys.
+
+    Args:
+      student: `[B, heads, L, L]`.
+      teacher: the same shape.
+      where: bool `[B, L]`, real tokens.
+
+    Returns:
+      `[B, L]`, squared score units.
+
+    Raises:
+      ValueError: if shapes differ or are empty.
+      TypeError: if an array is not floating point.
+
+    References:
+      Jiao et al., TinyBERT: Distilling BERT for Natural Language Understanding, 2019 (1909.10351).
+    """
+    student, teacher, real = _scores("attention_mse", student, teacher, where)
+    real = real & (student > -jnp.inf) & (teacher > -jnp.inf)
+    apart = jnp.where(real, student, 0) - jnp.where(real, teacher, 0)
+    return _numerics.masked_mean(jnp.square(apart), real, axis=(1, 3))
+
+
+def attention_kl(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
+    """`mean over heads of KL(softmax(A_T) || softmax(A_S))` over keys.
+
+    TextBrewer's `att_ce_loss` is the cross-entropy form: it adds the teacher's entropy, a
+    constant (and takes both softmaxes over padding too).
+
+    Args:
+      student: `[B, heads, L, L]`, scores before the softmax; -inf masks a key.
+      teacher: the same shape.
+      where: bool `[B, L]`, real tokens.
+
+    Returns:
+      `[B, L]`, nats.
+
+    Raises:
+      ValueError: if shapes differ or are empty.
+      TypeError: if an array is not floating point.
+
+    References:
+      Wang et al., MiniLM, 2020 (2002.10957), whose first term this is.
+    """
+    student, teacher, real = _scores("attention_kl", student, teacher, where)
+    return jnp.mean(_numerics.kl_from_logits(teacher, student, where=real), axis=1)
+
+
+def minilm_relation(
+    student: tuple[Array, Array],
+    teacher: tuple[Array, Array],
+    *,
+    relation_heads: int,
+    where: Array | None = None,
+) -> Array:
+    """`mean over heads of KL(softmax(x_T y_T^T / sqrt(d)) || softmax(x_S y_S^T / sqrt(d)))`.
+
+    The vectors of all heads are joined and cut into `relation_heads` anew, so that widths and
+    numbers of heads may differ and no projection is needed. Averaged over real tokens of an example
+    and then over examples it is the published number. (queries, keys) and (values, values) of
+    the last layer make MiniLM; see `minilm_v2`.
+
+    Args:
+      student: two of `[B, L, Ds]`: queries and keys, or any one of them twice.
+      teacher: two of `[B, L, Dt]`.
+      relation_heads: A, a divisor of both widths.
+      where: bool `[B, L]`, real tokens.
+
+    Returns:
+      `[B, L]`, nats.
+
+    Raises:
+      ValueError: if shapes do not fit or `relation_heads` does not divide a width.
+      TypeError: if an array is not floating point.
+
+    References:
+      Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021 (2012.15828).
+    """
+    _checks.positive("minilm_relation", relation_heads=relation_heads)
+    _door.same_positions("minilm_relation", student[0], teacher[0], at_most=3)
+    scores_s = _relation(*student, relation_heads)
+    scores_t = _relation(*teacher, relation_heads)
+    return attention_kl(scores_s, scores_t, where=where)
+
+
+def _relation(x: Array, y: Array, heads: int) -> Array:
+    x, y = _door.same_shape("minilm_relation", x, y, at_least=3, at_most=3)
+    width, left_over = divmod(x.shape[-1], heads)
+    if left_over:
+        raise ValueError(
+            f"minilm_relation: relation_heads={heads} must divide the width, got "
+            f"{_checks.described(vectors=x)}."
+        )
+    # The width splits the scale between both factors, which keeps half precisions in range.
+    x, y = (_heads(z, heads) / width**0.25 for z in (x, y))
+    return _numerics.gram(x, y)
+
+
+def _heads(x: Array, heads: int) -> Array:
+    """`[B, L, D] -> [B, heads, L, D / heads]`."""
+    return jnp.swapaxes(x.reshape(*x.shape[:2], heads, -1), 1, 2)
+
+
+def minilm_v2(
+    student: Mapping[str, Array],
+    teacher: Mapping[str, Array],
+    *,
+    relation_heads: int,
+    where: Array | None = None,
+) -> Array:
+    """Query-query + key-key + value-value relations of one layer each: MiniLMv2.
+
+    Args:
+      student: any of "query", "key", "value": `[B, L, Ds]`, heads joined.
+      teacher: the same keys, `[B, L, Dt]`; an upper-middle layer of a large teacher.
+      relation_heads: as in `minilm_relation`.
+      where: bool `[B, L]`, real tokens.
+
+    Returns:
+      `[B, L]`, nats.
+
+    Raises:
+      ValueError: if keys or shapes do not fit.
+      TypeError: if an array is not floating point.
+
+    References:
+      Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021 (2012.15828).
+    """
+    _checks.same_keys("minilm_v2", student=student, teacher=teacher)
+    if not student:
+        raise ValueError("minilm_v2: give at least one of query, key, value.")
+    terms = [
+        minilm_relation(
+            (student[name], student[name]),
+            (teacher[name], teacher[name]),
+            relation_heads=relation_heads,
+            where=where,
+        )
+        for name in sorted(student)
+    ]
+    return jnp.sum(jnp.stack(terms), axis=0)
+
+
+def uniform_layers(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
+    """TinyBERT's map `g(m) = m N / M` for m = 0..M, where layer 0 is the embedding.
+
+    Hidden state m learns from the teacher's hidden state `g(m)`; with attentions counted from 0,
+    attention i learns from attention `g(i + 1) - 1`.
+
+    >>> uniform_layers(4, 12)
+    (0, 3, 6, 9, 12)
+
+    Raises:
+      ValueError: unless M divides N.
+    """
+    _checks.positive("uniform_layers", student_layers=student_layers)
+    if teacher_layers % student_layers:
+        raise ValueError(
+            "uniform_layers: the student's layers must divide the teacher's, got "
+            f"{student_layers} and {teacher_layers}."
+        )
+    return tuple(range(0, teacher_layers + 1, teacher_layers // student_layers))
+
+
+def tinybert_attention(
+    student: Sequence[Array], teacher: Sequence[Array], *, where: Array | None = None
+) -> Array:
+    """`sum_l attention_mse` with the student's layers spread evenly over the teacher's: TinyBERT.
+
+    The authors' code counts padding and sets scores <= -100 to 0 on both sides; `.mean()` is its
+    number then.
+
+    Args:
+      student: M arrays `[B, heads, L, L]`, scores before the softmax.
+      teacher: N of them, N a multiple of M.
+      where: bool `[B, L]`, real tokens.
+
+    Returns:
+      `[B, L]`, squared score units.
+
+    Raises:
+      ValueError: if the numbers of layers or the shapes do not fit.
+      TypeError: if an array is not floating point.
+
+    References:
+      Jiao et al., TinyBERT: Distilling BERT for Natural Language Understanding, 2019 (1909.10351).
+    """
+    layers = uniform_layers(len(student), len(teacher))[1:]
+    pairs = zip(student, layers, strict=True)
+    return jnp.sum(
+        jnp.stack([attention_mse(own, teacher[g - 1], where=where) for own, g in pairs]), axis=0
+    )
+
+
+def tinybert_hidden(student: Sequence[Array], teacher: Sequence[Array]) -> Array:
+    """`sum_l hidden_mse` over embeddings and layers, spread evenly over the teacher's: TinyBERT.
+
+    The authors project all of the student's states by one shared linear map. `.mean()` is their
+    number.
+
+    Args:
+      student: M + 1 arrays `[B, L, D]`, the embeddings first, projected to the teacher's width.
+      teacher: N + 1 of them, N a multiple of M.
+
+    Returns:
+      `[B, L]`, squared feature units.
+
+    Raises:
+      ValueError: if the numbers of layers or the shapes do not fit.
+      TypeError: if an array is not floating point.
+
+    References:
+      Jiao et al., TinyBERT: Distilling BERT for Natural Language Understanding, 2019 (1909.10351).
+    """
+    layers = uniform_layers(len(student) - 1, len(teacher) - 1)
+    pairs = zip(student, layers, strict=True)
+    return jnp.sum(jnp.stack([hidden_mse(own, teacher[g]) for own, g in pairs]), axis=0)
