@@ -9,6 +9,7 @@ from importlib.metadata import version as _version
 from kdtl_jax import connectors as connectors
 from kdtl_jax import losses as losses
 from kdtl_jax import memory as memory
+from kdtl_jax import normalization as normalization
 from kdtl_jax import objective as objective
 from kdtl_jax import penalties as penalties
 from kdtl_jax import projection as projection

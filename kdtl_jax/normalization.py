@@ -1,0 +1,84 @@
+"""Normalization during fine-tuning, as functions of arrays: Stochastic Normalization.
+
+For frozen batch statistics see `finetune.freeze_stats`; for Mixout `transforms.mixout`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kdtl_jax import _checks, _numerics
+from kdtl_jax._types import Array, Scalar
+
+
+class Running(NamedTuple):
+    """Running statistics of a normalization layer, `[C]` each; part of the model's state."""
+
+    mean: Array
+    var: Array
+
+
+def stoch_norm(
+    x: Array,
+    scale: Array,
+    offset: Array,
+    running: Running,
+    uses_batch: Array,
+    *,
+    momentum: Scalar = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Array, Running]:
+    """Batch normalization in which every channel uses batch or running statistics, by a draw.
+
+    Where `uses_batch` the batch's mean and variance (divisor n) normalize, elsewhere the running
+    ones as they were before this step. The running statistics move for all channels, the
+    variance with divisor n - 1. At test time use the running statistics alone:
+    `stoch_norm` with `uses_batch` false throughout, dropping the new statistics.
+
+    Args:
+      x: `[..., C]`.
+      scale: `[C]`.
+      offset: `[C]`.
+      running: statistics before the step.
+      uses_batch: bool `[C]`, one draw per batch: `jax.random.bernoulli(key, p, (C,))`, p = 0.5.
+      momentum: share of the batch in the new running statistics.
+      eps: added to variances.
+
+    Returns:
+      `(y [..., C] in x's dtype, running statistics after the step)`.
+
+    Raises:
+      ValueError: if shapes do not fit, or there are fewer than two values per channel.
+      TypeError: if `x` is not floating point or `uses_batch` is not bool.
+
+    References:
+      Kou et al., Stochastic Normalization, NeurIPS 2020.
+    """
+    _checks.floating("stoch_norm", x=x)
+    _checks.rank("stoch_norm", 2, x=x)
+    channels = (x.shape[-1],)
+    vectors = {"scale": scale, "offset": offset, "mean": running.mean, "var": running.var}
+    if any(jnp.shape(vector) != channels for vector in vectors.values()):
+        raise ValueError(
+            f"stoch_norm: expected vectors [{x.shape[-1]}], got {_checks.described(**vectors)}."
+        )
+    _checks.mask("stoch_norm", uses_batch, channels)
+    count = x.size // x.shape[-1]
+    if count < 2:
+        raise ValueError(f"stoch_norm: one value per channel has no variance, got {x.shape}.")
+    wide = _numerics.upcast(x).reshape(-1, *channels)
+    mean, var = jnp.mean(wide, axis=0), jnp.var(wide, axis=0)
+    old_mean, old_var, gain, shift = (
+        jnp.asarray(v, wide.dtype) for v in (running.mean, running.var, scale, offset)
+    )
+    center = jnp.where(uses_batch, mean, old_mean)
+    spread = jnp.where(uses_batch, var, old_var)
+    factor = gain * jax.lax.rsqrt(spread + eps)
+    out = (wide - center[None, :]) * factor[None, :] + shift[None, :]
+    share = _numerics.scalar(momentum, wide)
+    new = Running(
+        ((1 - share) * old_mean + share * mean).astype(running.mean.dtype),
+        ((1 - share) * old_var + share * var * (count / (count - 1))).astype(running.var.dtype),
+    )
+    return out.reshape(x.shape).astype(x.dtype), new
