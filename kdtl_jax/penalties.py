@@ -10,10 +10,10 @@ penalties, and weights, of their own. Only inexact leaves count. No penalty has 
 own: that is the objective's.
 """
 
-import functools
 from collections.abc import Iterable
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from kdtl_jax import _checks, trees
@@ -118,7 +118,7 @@ def _matched(fn: str, where: Selector, **named: PyTree) -> list[tuple[Array, ...
 
 def _one_dtype(leaves: Iterable[Array]) -> tuple[Array, ...]:
     wide = [upcast(leaf) for leaf in leaves]
-    dtype = functools.reduce(jnp.promote_types, [leaf.dtype for leaf in wide])
+    dtype = np.result_type(*[leaf.dtype for leaf in wide])
     return tuple(leaf.astype(dtype) for leaf in wide)
 
 

@@ -7,6 +7,7 @@ they are not means over examples: microbatches do not add up to the large batch.
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from kdtl_jax import _checks, _numerics
@@ -198,7 +199,7 @@ def _domains(fn: str, first: Array, second: Array) -> tuple[Array, Array]:
             f"{_checks.described(student_features=first, target_features=second)}."
         )
     a, b = _door.one(fn, first, at_least=2), _door.one(fn, second, at_least=2)
-    dtype = jnp.promote_types(a.dtype, b.dtype)
+    dtype = np.result_type(a.dtype, b.dtype)
     return a.astype(dtype), b.astype(dtype)
 
 

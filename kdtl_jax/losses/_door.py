@@ -4,19 +4,20 @@ Each loss states by the door it uses which axes of student and teacher must agre
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from kdtl_jax import _checks
+from kdtl_jax import _checks, _numerics
 
 
 def _arrays(fn: str, at_least: int, at_most: int | None, **arrays: Array) -> tuple[Array, ...]:
     _checks.floating(fn, **arrays)
     _checks.rank(fn, at_least, at_most, **arrays)
     _checks.nonempty(fn, **arrays)
-    dtype = jnp.result_type(jnp.float32)
-    for array in arrays.values():
-        dtype = jnp.promote_types(dtype, jnp.result_type(array))
-    return tuple(jnp.asarray(array, dtype) for array in arrays.values())
+    wide = [_numerics.upcast(array) for array in arrays.values()]
+    # NumPy's rule: under strict promotion JAX's own refuses even to name the wider of two.
+    dtype = np.result_type(*[array.dtype for array in wide])
+    return tuple(array.astype(dtype) for array in wide)
 
 
 def same_shape(

@@ -5,13 +5,13 @@ and after the formula. The first tree is authoritative: its structure, its dtype
 wherever they are not inexact.
 """
 
-import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, PyTree
@@ -64,7 +64,7 @@ def one_dtype(leaves: Sequence[Any]) -> list[Array]:
         _leaves.widen(leaf) if trees.is_inexact(leaf) else jnp.asarray(leaf, jnp.float32)
         for leaf in leaves
     ]
-    dtype = functools.reduce(jnp.promote_types, [leaf.dtype for leaf in wide])
+    dtype = np.result_type(*[leaf.dtype for leaf in wide])
     return [leaf.astype(dtype) for leaf in wide]
 
 
