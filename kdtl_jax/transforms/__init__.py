@@ -9,6 +9,17 @@ from kdtl_jax.transforms._average import ema as ema
 from kdtl_jax.transforms._average import greedy_soup as greedy_soup
 from kdtl_jax.transforms._average import interpolate as interpolate
 from kdtl_jax.transforms._average import weighted_sum as weighted_sum
+from kdtl_jax.transforms._plan import Plan as Plan
+from kdtl_jax.transforms._plan import plan as plan
+from kdtl_jax.transforms._policies import Policy as Policy
+from kdtl_jax.transforms._policies import crop as crop
+from kdtl_jax.transforms._policies import crop_or_pad as crop_or_pad
+from kdtl_jax.transforms._policies import error as error
+from kdtl_jax.transforms._policies import keep_target as keep_target
+from kdtl_jax.transforms._policies import pad as pad
+from kdtl_jax.transforms._policies import resize as resize
+from kdtl_jax.transforms._policies import uniform as uniform
+from kdtl_jax.transforms._report import Report as Report
 from kdtl_jax.transforms._scale import fit_alpha as fit_alpha
 from kdtl_jax.transforms._scale import scale as scale
 from kdtl_jax.transforms._scale import scale_homogeneous as scale_homogeneous
@@ -29,6 +40,11 @@ from kdtl_jax.transforms._spherical import slerp as slerp
 from kdtl_jax.transforms._statistics import fisher_merge as fisher_merge
 from kdtl_jax.transforms._statistics import regmean as regmean
 from kdtl_jax.transforms._statistics import sce as sce
+from kdtl_jax.transforms._subset import complement as complement
+from kdtl_jax.transforms._subset import first_indices as first_indices
+from kdtl_jax.transforms._subset import random_indices as random_indices
+from kdtl_jax.transforms._subset import top_indices as top_indices
+from kdtl_jax.transforms._subset import uniform_indices as uniform_indices
 from kdtl_jax.transforms._tasks import apply_task_vectors as apply_task_vectors
 from kdtl_jax.transforms._tasks import task_vector as task_vector
 from kdtl_jax.transforms._ties import agreeing_count as agreeing_count
@@ -40,3 +56,5 @@ from kdtl_jax.transforms._ties import elect_sign_global as elect_sign_global
 from kdtl_jax.transforms._ties import ties as ties
 from kdtl_jax.transforms._ties import ties_per_leaf as ties_per_leaf
 from kdtl_jax.transforms._ties import undivided as undivided
+from kdtl_jax.transforms._transfer import apply as apply
+from kdtl_jax.transforms._transfer import transfer as transfer

@@ -1,0 +1,188 @@
+"""Parameter transfer `theta_target = alpha * adapt(theta_source)`: checked, reported, pure.
+
+`plan` decides on names and shapes, `apply` does the arithmetic and composes with `jit`, `vmap`,
+`grad` and sharding; `transfer` is both.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from kdtl_jax import trees
+from kdtl_jax._types import Params
+from kdtl_jax.transforms import _leaves, _policies
+from kdtl_jax.transforms._leaves import Coefficient
+from kdtl_jax.transforms._plan import OnExtra, OnMismatch, OnMissing, Plan, Step, plan
+from kdtl_jax.transforms._policies import Shape
+from kdtl_jax.transforms._rename import Rename
+from kdtl_jax.transforms._report import Report
+
+
+def transfer(
+    source: Params,
+    target: Params,
+    *,
+    where: trees.Selector = trees.everything,
+    rename: Rename = (),
+    alpha: Coefficient = 1.0,
+    on_missing: OnMissing = "error",
+    on_extra: OnExtra = "error",
+    on_mismatch: OnMismatch = _policies.error,
+    check_finite: bool = True,
+) -> tuple[Params, Report]:
+    """Fills `target` from `source`: `theta_target = alpha * adapt(theta_source)`.
+
+    Leaves are matched by canonical path, so trees of different frameworks and containers meet
+    (Linen variables with their collections, boxed leaves, NNX states, Equinox modules, Haiku
+    dicts). By default everything must match exactly. The result has the target's structure, shapes
+    and dtypes; NumPy leaves of the target stay NumPy. Copies are copies: donating the result never
+    deletes the source. Integers, PRNG keys and functions are never transferred and keep
+    the target's value.
+
+    Args:
+      source: where values come from; any pytree.
+      target: what is filled. Leaves may be `jax.ShapeDtypeStruct` if they are all filled. A
+        sharding they carry, or that arrays are committed to, is given to the result.
+      where: which target leaves are filled. Source leaves whose (new) path it does not select are
+        not asked for.
+      rename: ordered `[(regex, replacement), ...]` from source to target paths: the regex
+        matches a whole path, the first match wins, each is applied once, None drops the leaf.
+        Or a function `path -> path`, several paths, or None.
+      alpha: a coefficient as in `scale`, by target path.
+      on_missing: `"keep"` lets target leaves that the source lacks keep their value.
+      on_extra: `"ignore"` leaves out source leaves that have no place in the target.
+      on_mismatch: what to do with another shape: a policy (`error`, `keep_target`, `crop`, `pad`,
+        `crop_or_pad`, `uniform`, `resize`, or a function `(source_leaf, target_shape, path) ->
+        array or None`), or ordered rules `[(selector, policy), ...]`, `error` for the rest.
+      check_finite: look for NaN and infinity in concrete results (one pass over the values).
+
+    Returns:
+      `(params, report)`. The report is data and is not printed; it does not pass through `jit`.
+
+    Raises:
+      ValueError: naming every leaf that is missing, extra or misshapen (or complex where the
+        target is real), every unused rule and rename collision, and abstract leaves that nothing
+        fills.
+    """
+    planned = plan(
+        source,
+        target,
+        where=where,
+        rename=rename,
+        alpha=alpha,
+        on_missing=on_missing,
+        on_extra=on_extra,
+        on_mismatch=on_mismatch,
+    )
+    params = apply(planned, source, target)
+    flat = trees.flatten(params)
+    written = planned.report.transferred if check_finite else ()
+    report = planned.report._replace(
+        nonfinite=tuple(path for path in written if not _is_finite(flat[path])),
+        untied=_untied(trees.flatten(target), flat),
+    )
+    return params, report
+
+
+def apply(plan: Plan, source: Params, target: Params) -> Params:
+    """Carries out a plan: pure, for use inside `jit`, `vmap` and `grad` as well.
+
+    Args:
+      plan: from `plan`; closed over, not passed through `jit`.
+      source: a tree with the shapes that were planned for.
+      target: likewise; leaves that the plan fills may be abstract.
+
+    Returns:
+      The filled tree, with the target's structure, shapes and dtypes.
+
+    Raises:
+      ValueError: if the trees are not those of the plan, or an abstract leaf is not filled.
+    """
+    have, want = trees.flatten(source), trees.flatten(target)
+    got = {path: np.shape(have[path]) for path in plan.source_shapes if path in have}
+    _same_shapes("source", plan.source_shapes, got)
+    _same_shapes("target", plan.target_shapes, {p: np.shape(leaf) for p, leaf in want.items()})
+    values = [want[s.path] if s.source is None else have[s.source] for s in plan.steps]
+    hollow = [
+        step.path
+        for step, value in zip(plan.steps, values, strict=True)
+        if isinstance(value, jax.ShapeDtypeStruct)
+    ]
+    if hollow:
+        raise ValueError(
+            f"transfer: {hollow[:8]} would stay abstract (jax.ShapeDtypeStruct): nothing fills "
+            "these target leaves, or the source has no values there. Initialize the target, or "
+            "transfer every leaf; integers and PRNG keys are never transferred."
+        )
+    # Leaves that share one array in source and target alike are filled once, so ties survive.
+    done: dict[tuple[int, int], Any] = {}
+    out: list[Any] = []
+    for step, value in zip(plan.steps, values, strict=True):
+        tie = (id(value), id(want[step.path]))
+        if step.source is None:
+            out.append(value)
+        elif step.policy is None and step.alpha is None:
+            if tie not in done:
+                done[tie] = _filled(step, value, want[step.path])
+            out.append(done[tie])
+        else:
+            out.append(_filled(step, value, want[step.path]))
+    return jax.tree.unflatten(jax.tree.structure(target), out)
+
+
+def _filled(step: Step, value: Any, like: Any) -> Any:
+    if step.policy is not None:
+        value = step.policy(value, np.shape(like), step.path)
+    if step.alpha is not None:
+        value = _leaves.multiply(value, step.alpha)
+    if isinstance(like, np.ndarray) and not isinstance(value, Tracer):
+        return np.array(value, like.dtype)
+    value = jnp.asarray(value, _leaves.canonical_dtype(like))
+    if isinstance(value, Tracer):
+        return value
+    # A copy, not an alias: a step that donates the student must not delete the teacher.
+    is_placed = isinstance(like, jax.ShapeDtypeStruct) or getattr(like, "committed", False)
+    sharding = getattr(like, "sharding", None) if is_placed else None
+    return jax.device_put(value, sharding, may_alias=False)
+
+
+def _is_finite(leaf: Any) -> bool:
+    """Whether a concrete array holds no NaN or infinity; unknown counts as finite."""
+    if isinstance(leaf, Tracer):
+        return True
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return True
+    # NumPy reads a CPU array in place and compiles nothing; elsewhere the device does the work.
+    on_host = isinstance(leaf, np.ndarray) or next(iter(leaf.devices())).platform == "cpu"
+    return bool(np.isfinite(np.asarray(leaf)).all() if on_host else jnp.isfinite(leaf).all())
+
+
+def _untied(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """Groups of paths that shared one array and hold different ones now."""
+    groups: dict[int, list[str]] = {}
+    for path, leaf in before.items():
+        if isinstance(leaf, (jax.Array, np.ndarray)) and trees.is_inexact(leaf):
+            groups.setdefault(id(leaf), []).append(path)
+    return tuple(
+        tuple(paths)
+        for paths in groups.values()
+        if len(paths) > 1 and any(after[path] is not after[paths[0]] for path in paths)
+    )
+
+
+def _same_shapes(name: str, planned: Mapping[str, Shape], got: Mapping[str, Shape]) -> None:
+    if planned == got:
+        return
+    different = [
+        f"{path}: planned {list(planned[path]) if path in planned else 'nothing'}, got "
+        f"{list(got[path]) if path in got else 'nothing'}"
+        for path in {**planned, **got}
+        if planned.get(path) != got.get(path)
+    ]
+    raise ValueError(
+        f"apply: the {name} is not the one that was planned for: {'; '.join(different[:8])}."
+    )

@@ -1,0 +1,454 @@
+"""`transfer`, `plan`, `apply`: exactness by default, every difference by rule, nothing silent."""
+
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdtl_jax import transforms, trees
+from kdtl_jax._types import Array, Params
+from kdtl_jax.transforms import _report
+
+
+def _tree(*, width: int = 4, classes: int = 3, layers: int = 2, seed: int = 0) -> Params:
+    rng = np.random.default_rng(seed)
+
+    def dense(n: int, m: int) -> dict[str, Array]:
+        return {
+            "kernel": jnp.asarray(rng.normal(size=(n, m)), jnp.float32),
+            "bias": jnp.asarray(rng.normal(size=m), jnp.float32),
+        }
+
+    body = {f"layer_{i}": dense(width, width) for i in range(layers)}
+    return {**body, "head": dense(width, classes)}
+
+
+def _assert_equal(got: Params, want: Params) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+# --- the identity --------------------------------------------------------------------------------
+
+
+def _odd_tree() -> Params:
+    return {
+        "list": [jnp.ones(2), (jnp.zeros((1, 2), jnp.bfloat16), None)],
+        "3": {"w": jnp.ones((), jnp.float16)},
+        "complex": jnp.ones(2, jnp.complex64),
+        "count": jnp.array(7, jnp.uint32),
+        "key": jax.random.key(1),
+        "activation": jax.nn.relu,
+        "name": "net",
+        "flag": np.array([True]),
+        "numpy": np.arange(3, dtype=np.float32),
+    }
+
+
+def test_transfer_to_itself_is_the_identity_and_reports_everything() -> None:
+    tree = _odd_tree()
+    params, report = transforms.transfer(tree, tree)
+    assert report.fraction == 1.0 and not report.cast and not report.untied
+    assert {k.path for k in report.kept} == {"count", "key", "activation", "name", "flag"}
+    for name in ("count", "key", "activation", "name", "flag"):
+        assert params[name] is tree[name]
+    for path, leaf in trees.flatten(params).items():
+        if trees.is_inexact(leaf):
+            np.testing.assert_array_equal(leaf, trees.flatten(tree)[path])
+            assert leaf.dtype == trees.flatten(tree)[path].dtype, path
+    assert isinstance(params["numpy"], np.ndarray) and params["numpy"] is not tree["numpy"]
+
+
+def test_the_target_is_the_source_bit_for_bit() -> None:
+    source, target = _tree(seed=0), _tree(seed=1)
+    params, report = transforms.transfer(source, target)
+    _assert_equal(params, source)
+    assert report.copied == tuple(trees.flatten(target)) and report.fraction == 1
+
+
+@given(alpha=st.floats(-2, 2, width=32).filter(lambda a: a != 1))
+def test_the_target_is_alpha_times_the_source(alpha: float) -> None:
+    source, target = _tree(seed=0), _tree(seed=1)
+    params, report = transforms.transfer(source, target, alpha=alpha)
+    _assert_equal(params, transforms.scale(source, alpha))
+    assert len(report.scaled) == len(trees.flatten(target)) and report.fraction == 1
+
+
+def test_a_copy_is_a_copy() -> None:
+    source = _tree()
+    params, _ = transforms.transfer(source, _tree(seed=1))
+    for leaf in jax.tree.leaves(params):
+        leaf.delete()  # what donating the student does
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(source))
+
+
+def test_the_targets_dtype_is_kept_and_the_cast_reported() -> None:
+    target = jax.tree.map(lambda x: x.astype(jnp.bfloat16), _tree(seed=1))
+    params, report = transforms.transfer(_tree(), target)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    assert {(c.source_dtype, c.target_dtype) for c in report.cast} == {("float32", "bfloat16")}
+    with pytest.raises(ValueError, match="complex64 cannot become float32"):
+        transforms.transfer({"w": jnp.ones(2, jnp.complex64)}, {"w": jnp.ones(2)})
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def test_missing_and_extra_are_all_named_with_the_nearest_path() -> None:
+    source, target = _tree(layers=2), _tree(layers=3, seed=1)
+    source["old"] = {"w": jnp.ones(2)}
+    with pytest.raises(ValueError) as caught:
+        transforms.transfer(source, target)
+    message = str(caught.value)
+    for words in ("layer_2/kernel", "layer_2/bias", "old/w", "on_missing='keep'", "nearest"):
+        assert words in message, words
+    params, report = transforms.transfer(source, target, on_missing="keep", on_extra="ignore")
+    assert report.missing == ("layer_2/bias", "layer_2/kernel") and report.extra == ("old/w",)
+    assert params["layer_2"]["kernel"] is target["layer_2"]["kernel"]
+    assert report.fraction == pytest.approx(1 - 20 / trees.count(target))
+
+
+def test_where_acts_here_and_asks_for_nothing_else() -> None:
+    source, target = _tree(classes=7), _tree(classes=3, seed=1)
+    source["projector"] = jnp.ones(2)
+    params, report = transforms.transfer(source, target, where="layer_.*")
+    _assert_equal(params["layer_0"], source["layer_0"])
+    assert params["head"]["kernel"] is target["head"]["kernel"]
+    assert [k.path for k in report.kept] == ["head/bias", "head/kernel"]
+    assert set(report.unused) == {"head/bias", "head/kernel", "projector"}
+    bools = trees.mask(target, "layer_.*")
+    with pytest.raises(ValueError, match="no place for 1 leaves"):
+        transforms.transfer(source, target, where=bools)
+    _assert_equal(transforms.transfer(source, target, where=bools, on_extra="ignore")[0], params)
+
+
+def test_renames() -> None:
+    source = {"encoder": _tree(), "junk": jnp.ones(1)}
+    rules = [("junk", None), (r"encoder/layer_(\d)/(.*)", r"layer_\1/\2"), (r"encoder/(.*)", r"\1")]
+    params, report = transforms.transfer(source, _tree(seed=1), rename=rules)
+    _assert_equal(params, source["encoder"])
+    assert report.unused == ("junk",)
+    swap = {"head": "layer_0", "layer_0": "head"}
+    square = _tree(classes=4)
+    params, _ = transforms.transfer(
+        square, _tree(classes=4, seed=1), rename=lambda path: _swapped(path, swap)
+    )
+    _assert_equal(params["head"], square["layer_0"])
+
+
+def _swapped(path: str, names: dict[str, str]) -> str:
+    first, rest = path.split("/", 1)
+    return f"{names.get(first, first)}/{rest}"
+
+
+def test_one_leaf_to_several_places() -> None:
+    source, target = {"w": jnp.ones(2)}, {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+    params, _ = transforms.transfer(source, target, rename=lambda _: ("a", "b"))
+    _assert_equal(params, {"a": jnp.ones(2), "b": jnp.ones(2)})
+
+
+@pytest.mark.parametrize(
+    ("rename", "words"),
+    [
+        ([("hed/(.*)", r"top/\1")], "matches no path"),
+        ([("layer_0/.*", "x"), ("head/.*", "y")], "sends both"),
+        ([("layer_./(.*)", r"body/\1")], "sends both"),
+        ([("layer_0/(.*)", r"layer_1/\1"), ("layer_1/(.*)", r"layer_0/\1")], "cycle"),
+        ([("layer_(", "x")], "regular expression"),
+        ([("head/(.*)", r"head/\2")], "filled in"),
+        ([("head/(.*)", r"layer_0/\1")], "sends both"),
+        (lambda path: 3, "must return a path"),
+    ],
+)
+def test_bad_renames(rename: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        transforms.transfer(_tree(), _tree(seed=1), rename=rename)
+
+
+def test_an_unused_later_rule_raises() -> None:
+    with pytest.raises(ValueError, match="earlier rules take all"):
+        transforms.plan(_tree(), _tree(), rename=[("(.*)", r"\1"), ("head/(.*)", r"\1")])
+
+
+def test_int_and_string_keys_meet_but_not_in_one_tree() -> None:
+    params, _ = transforms.transfer({"0": jnp.ones(2)}, {0: jnp.zeros(2)})
+    np.testing.assert_array_equal(params[0], [1, 1])
+    params, _ = transforms.transfer({"w": [jnp.ones(2)]}, {"w": {"0": jnp.zeros(2)}})
+    np.testing.assert_array_equal(params["w"]["0"], [1, 1])
+    with pytest.raises(ValueError, match="two leaves have the path 'a/b'"):
+        transforms.transfer({"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}, {"a": jnp.ones(2)})
+    with pytest.raises(ValueError):  # a dict with both 0 and "0" is no pytree at all
+        transforms.transfer({0: jnp.ones(2), "0": jnp.ones(2)}, {"0": jnp.ones(2)})
+
+
+# --- shapes --------------------------------------------------------------------------------------
+
+
+def test_a_shape_never_changes_silently() -> None:
+    for source, target in [((4, 1), (4,)), ((1,), (4,)), ((), (1,)), ((2, 3), (3, 2))]:
+        with pytest.raises(ValueError, match="does not fit"):
+            transforms.transfer({"w": jnp.ones(source)}, {"w": jnp.ones(target)})
+
+
+def test_policies() -> None:
+    leaf = jnp.arange(12.0).reshape(3, 4)
+    x = np.asarray(leaf)
+    transfer, to = transforms.transfer, lambda *shape: {"w": jnp.full(shape, -1.0)}
+    got = {
+        "crop": transfer({"w": leaf}, to(2, 3), on_mismatch=transforms.crop)[0]["w"],
+        "pad": transfer({"w": leaf}, to(4, 5), on_mismatch=transforms.pad)[0]["w"],
+        "both": transfer({"w": leaf}, to(2, 5), on_mismatch=transforms.crop_or_pad)[0]["w"],
+        "uniform": transfer({"w": leaf}, to(2, 2), on_mismatch=transforms.uniform)[0]["w"],
+        "keep": transfer({"w": leaf}, to(2, 2), on_mismatch=transforms.keep_target)[0]["w"],
+        "resize": transfer({"w": leaf}, to(5, 2), on_mismatch=transforms.resize)[0]["w"],
+    }
+    np.testing.assert_array_equal(got["crop"], x[:2, :3])
+    np.testing.assert_array_equal(got["pad"], np.pad(x, ((0, 1), (0, 1))))
+    np.testing.assert_array_equal(got["both"], np.pad(x[:2], ((0, 0), (0, 1))))
+    np.testing.assert_array_equal(got["uniform"], x[np.ix_([0, 2], [0, 2])])
+    np.testing.assert_array_equal(got["keep"], -np.ones((2, 2)))
+    rows = np.stack([np.interp(np.linspace(0, 2, 5), range(3), x[:, j]) for j in (0, 3)], 1)
+    np.testing.assert_allclose(got["resize"], rows, rtol=1e-6)
+
+
+def test_policies_by_rule_with_alpha_and_report() -> None:
+    source, target = _tree(width=4, classes=5), _tree(width=2, classes=3, seed=1)
+    rules = [("head/bias", transforms.keep_target), (trees.Glob("**/kernel"), transforms.uniform)]
+    with pytest.raises(ValueError, match="layer_0/bias: source\\[4\\] does not fit target\\[2\\]"):
+        transforms.transfer(source, target, on_mismatch=rules)
+    rules.append((".*", transforms.crop))
+    alphas = [(".*kernel", 2.0)]
+    params, report = transforms.transfer(source, target, on_mismatch=rules, alpha=alphas)
+    np.testing.assert_array_equal(
+        params["layer_0"]["kernel"], 2 * np.asarray(source["layer_0"]["kernel"])[::2, ::2]
+    )
+    np.testing.assert_array_equal(params["layer_0"]["bias"], source["layer_0"]["bias"][:2])
+    assert [k.path for k in report.kept] == ["head/bias"]
+    assert report.adapted[0] == ("head/kernel", (4, 5), (2, 3), "uniform")
+
+
+@pytest.mark.parametrize(
+    ("policy", "source", "target", "words"),
+    [
+        (transforms.crop, (2, 2), (2, 3), "crop cannot grow axis 1 from 2 to 3"),
+        (transforms.pad, (2, 3), (2, 2), "pad cannot shrink axis 1"),
+        (transforms.uniform, (2,), (3,), "uniform cannot grow"),
+        (transforms.resize, (2,), (2, 1), "one rank"),
+        (transforms.pad, (0,), (2,), "empty"),
+        (lambda leaf, shape, path: leaf, (2,), (3,), r"made \(2,\)"),
+    ],
+)
+def test_policies_that_do_not_apply(policy: Any, source: Any, target: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        transforms.plan({"w": jnp.ones(source)}, {"w": jnp.ones(target)}, on_mismatch=policy)
+
+
+def test_a_policy_is_any_function() -> None:
+    def tile(leaf: Array, shape: tuple[int, ...], path: str) -> Array | None:
+        return None if path == "skip" else jnp.resize(leaf, shape)
+
+    source = {"w": jnp.arange(2.0), "skip": jnp.ones(1)}
+    target = {"w": jnp.zeros(5), "skip": jnp.zeros(3)}
+    params, report = transforms.transfer(source, target, on_mismatch=tile)
+    np.testing.assert_array_equal(params["w"], [0, 1, 0, 1, 0])
+    assert report.adapted[0].policy == "tile" and report.kept[0].path == "skip"
+
+
+@pytest.mark.parametrize("bad", ["crop", [("head", "crop")], 3, [("hed/.*", transforms.crop)]])
+def test_bad_policies(bad: Any) -> None:
+    with pytest.raises(ValueError, match="on_mismatch|labels no leaf"):
+        transforms.transfer(_tree(), _tree(), on_mismatch=bad)
+
+
+def test_misspelt_options_raise() -> None:
+    misspelt: Any = "skip"
+    with pytest.raises(ValueError, match="on_missing must be one of"):
+        transforms.plan(_tree(), _tree(), on_missing=misspelt)
+    with pytest.raises(ValueError, match="on_extra must be one of"):
+        transforms.plan(_tree(), _tree(), on_extra=misspelt)
+    with pytest.raises(ValueError, match="Nearest paths"):
+        transforms.transfer(_tree(), _tree(), where="bakcbone/.*")
+
+
+# --- what else leaves can be ---------------------------------------------------------------------
+
+
+def test_abstract_targets_must_be_filled() -> None:
+    source = _tree()
+    abstract = jax.eval_shape(lambda: _tree(seed=1))
+    params, report = transforms.transfer(source, abstract)
+    _assert_equal(params, source)
+    assert report.fraction == 1
+    with pytest.raises(ValueError, match="would stay abstract"):
+        transforms.transfer(source, abstract, where="layer.*")
+    with pytest.raises(ValueError, match="'head/bias'.* would stay abstract"):
+        dropped = [("head/.*", None)]
+        transforms.transfer(source, abstract, rename=dropped, on_missing="keep")
+    counter = {**abstract, "count": jax.ShapeDtypeStruct((), jnp.int32)}
+    with pytest.raises(ValueError, match="'count'.*never transferred"):
+        transforms.transfer({**source, "count": jnp.array(3)}, counter)
+    with pytest.raises(ValueError, match="abstract"):
+        transforms.transfer(abstract, source)
+
+
+def test_prng_keys_and_counters_stay_the_targets() -> None:
+    source = {"w": jnp.ones(2), "rngs": {"key": jax.random.key(0), "count": jnp.uint32(9)}}
+    target = {"w": jnp.zeros(2), "rngs": {"key": jax.random.key(5), "count": jnp.uint32(0)}}
+    params, report = transforms.transfer(source, target, alpha=0.5)
+    assert params["rngs"]["key"] is target["rngs"]["key"] and params["rngs"]["count"] == 0
+    np.testing.assert_array_equal(params["w"], [0.5, 0.5])
+    assert report.fraction == 1 and report.kept[0].reason == "not a floating-point array"
+
+
+def test_a_quantized_source_leaf_counts_as_missing() -> None:
+    with pytest.raises(ValueError, match="the source's is int8"):
+        transforms.transfer({"w": jnp.ones(2, jnp.int8)}, {"w": jnp.ones(2)})
+
+
+def test_nan_is_reported_by_path() -> None:
+    source = _tree()
+    source["head"]["bias"] = source["head"]["bias"].at[1].set(jnp.nan)
+    source["layer_0"]["bias"] = jnp.full(4, 1e30)
+    target = _tree(seed=1)
+    target["layer_0"]["bias"] = jnp.zeros(4, jnp.float16)  # 1e30 overflows here
+    _, report = transforms.transfer(source, target)
+    assert report.nonfinite == ("head/bias", "layer_0/bias")
+    assert "NaN or inf" in str(report)
+    assert transforms.transfer(source, target, check_finite=False)[1].nonfinite == ()
+
+
+def test_ties_survive_where_the_source_is_tied_and_are_reported_where_not() -> None:
+    shared, fresh = jnp.ones((3, 2)), jnp.zeros((3, 2))
+    target = {"embed": fresh, "head": fresh}
+    params, report = transforms.transfer({"embed": shared, "head": shared}, target)
+    assert params["embed"] is params["head"] and report.untied == ()
+    params, report = transforms.transfer({"embed": shared, "head": 2 * shared}, target)
+    assert report.untied == (("embed", "head"),) and "untied" in str(report)
+    # Tied in the source alone: two arrays, so that both can be donated.
+    params, _ = transforms.transfer(
+        {"embed": shared, "head": shared}, {"embed": fresh, "head": jnp.zeros((3, 2))}
+    )
+    assert params["embed"] is not params["head"]
+
+
+def test_numpy_float64_targets_stay_float64_without_x64() -> None:
+    source, target = {"w": np.array([1 / 3])}, {"w": np.zeros(1)}
+    params, report = transforms.transfer(source, target)
+    np.testing.assert_array_equal(params["w"], source["w"])
+    assert params["w"].dtype == np.float64 and not report.cast
+
+
+def test_a_sharded_target_gets_sharded_values() -> None:
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    source = {"w": jnp.arange(8.0)}
+    for target in (
+        {"w": jax.device_put(jnp.zeros(8), sharding)},
+        {"w": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding)},
+    ):
+        params, report = transforms.transfer(source, target)
+        assert params["w"].sharding.is_equivalent_to(sharding, 1)
+        np.testing.assert_array_equal(params["w"], source["w"])
+        assert report.nonfinite == ()
+
+
+# --- plan and apply ------------------------------------------------------------------------------
+
+
+def test_apply_is_jit_vmap_and_grad_able() -> None:
+    source, target = _tree(width=4), _tree(width=2, seed=1)
+    planned = transforms.plan(source, target, on_mismatch=transforms.uniform)
+    eager = transforms.apply(planned, source, target)
+    _assert_equal(jax.jit(lambda s, t: transforms.apply(planned, s, t))(source, target), eager)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), source)
+    many = jax.vmap(lambda s: transforms.apply(planned, s, target))(stacked)
+    _assert_equal(jax.tree.map(lambda x: x[0], many), eager)
+
+    def loss(alpha: Array, source: Params) -> Array:
+        params, _ = transforms.transfer(source, target, alpha=alpha, on_mismatch=transforms.uniform)
+        return jax.tree.reduce(jnp.add, jax.tree.map(jnp.sum, params))
+
+    slope, kernels = jax.grad(loss, argnums=(0, 1))(jnp.float32(1.0), source)
+    np.testing.assert_allclose(slope, loss(jnp.float32(1.0), source), rtol=1e-5)
+    np.testing.assert_array_equal(
+        kernels["layer_0"]["kernel"], np.kron(np.eye(2) * 0 + 1, [[1, 0], [0, 0]])
+    )
+    sweep = jax.vmap(lambda a: loss(a, source))(jnp.array([0.5, 1.0]))
+    np.testing.assert_allclose(sweep[0], 0.5 * sweep[1], rtol=1e-6)
+
+
+def test_apply_refuses_trees_that_were_not_planned_for() -> None:
+    planned = transforms.plan(_tree(), _tree())
+    with pytest.raises(ValueError, match="source is not the one"):
+        transforms.apply(planned, _tree(width=5), _tree())
+    with pytest.raises(ValueError, match="target is not the one.*layer_2"):
+        transforms.apply(planned, _tree(layers=3), _tree(layers=3))
+
+
+def test_seventy_billion_parameters_are_planned_without_memory() -> None:
+    def model(width: int, layers: int) -> Params:
+        kernel = jax.ShapeDtypeStruct((width, width), jnp.bfloat16)
+        wide = jax.ShapeDtypeStruct((width, 3 * width), jnp.bfloat16)
+        block = {"q": kernel, "k": kernel, "v": kernel, "o": kernel, "up": wide, "gate": wide}
+        return {f"layers_{i}": {**block, "norm": kernel} for i in range(layers)}
+
+    source, target = model(9216, 80), model(4608, 80)
+    assert trees.count(source) > 70e9
+    start = time.perf_counter()
+    report = transforms.plan(source, target, on_mismatch=transforms.uniform).report
+    assert time.perf_counter() - start < 5
+    assert report.fraction == 1 and len(report.adapted) == 560
+    assert len(str(report).splitlines()) == 8  # layers collapse
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def test_the_report_collapses_layers_only_where_they_are_equal() -> None:
+    source = {f"layers_{i}": {"w": jnp.ones((2, 2))} for i in range(12)}
+    source["layers_3"]["w"] = jnp.ones((3, 2))
+    source["layers_7"]["w"] = jnp.ones((4, 2))
+    target = {f"layers_{i}": {"w": jnp.zeros((2, 2))} for i in range(12)}
+    _, report = transforms.transfer(source, target, on_mismatch=transforms.crop)
+    rows = [line.split(maxsplit=2) for line in str(report).splitlines()[1:]]
+    assert [row[:2] for row in rows] == [
+        ["copied", "layers_{0..2,4..6,8..11}/w"],
+        ["adapted", "layers_3/w"],
+        ["adapted", "layers_7/w"],
+    ]
+    assert rows[1][2] == "[3, 2] -> [2, 2] by crop"
+
+
+@given(st.sets(st.tuples(st.integers(0, 12), st.integers(0, 3)), min_size=1))
+def test_collapsed_paths_name_exactly_the_given_ones(numbers: set[tuple[int, int]]) -> None:
+    given_paths = {f"layer_{a}/part{b}/w" for a, b in numbers}
+    collapsed = _report.collapse(sorted(given_paths))
+    every = {f"layer_{a}/part{b}/w" for a in range(13) for b in range(4)}
+    named = [path for row in collapsed for path in every if _names(row, path)]
+    assert sorted(named) == sorted(given_paths)
+
+
+def _names(row: str, path: str) -> bool:
+    shown = re.split(r"(\{[^}]*\}|\d+)", row)[1::2]
+    return all(
+        int(n) in _members(group) for n, group in zip(re.findall(r"\d+", path), shown, strict=True)
+    )
+
+
+def _members(group: str) -> set[int]:
+    out: set[int] = set()
+    for piece in group.strip("{}").split(","):
+        low, _, high = piece.partition("..")
+        out |= set(range(int(low), int(high or low) + 1))
+    return out
+
+
+def test_nothing_to_transfer_is_everything() -> None:
+    params, report = transforms.transfer({"n": 1}, {"n": jnp.array(2)})
+    assert report.fraction == 1 and params["n"] == 2
