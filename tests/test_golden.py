@@ -58,7 +58,9 @@ def test_golden(case: dict[str, Any]) -> None:
         outputs = outputs | {f"grad_{name}": grad for name, grad in grads.items()}
     else:
         outputs = run({})[1]
-    for name in case["expected"]:
+    for name, meaning in case["expected"].items():
+        if "informative only" in str(meaning):
+            continue  # depends on the SVD routine of the reference's machine
         assert name in outputs, f"{method}: the mapping does not return {name!r}"
         got, want = np.asarray(outputs[name]), stored[name]
         assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
