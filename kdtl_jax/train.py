@@ -292,6 +292,7 @@ def _make_step(
         return loss, (means, model_state, memory)
 
     def step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        batch = _blank_padding(batch)
         teacher_outputs = jax.lax.stop_gradient(run_teacher(teacher_params, batch))
         trained, frozen = trees.partition(state.params, trainable)
         (loss, (means, model_state, memory)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -310,6 +311,21 @@ def _make_step(
         return _like(new, state), means | {"loss": Mean(loss, jnp.ones_like(loss))}
 
     return step
+
+
+def _blank_padding(batch: Batch) -> Batch:
+    """Zeros in rows of weight 0: whatever they hold would reach the gradient, as 0 * NaN is NaN."""
+    weights = batch.get("weights")
+    if weights is None:
+        return batch
+
+    def blank(x: Any) -> Any:
+        if not trees.is_inexact(x) or jnp.shape(x)[:1] != jnp.shape(weights):
+            return x
+        real = jnp.reshape(weights != 0, (-1,) + (1,) * (x.ndim - 1))
+        return jnp.where(real, x, jnp.zeros((), x.dtype))
+
+    return jax.tree.map(blank, dict(batch))
 
 
 def _variables(given: Any) -> Variables:
