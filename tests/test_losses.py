@@ -15,7 +15,26 @@ from loss_cases import LossCase
 from kdtl_jax import losses, testing
 
 # Public callables of kdtl_jax.losses that are no losses, each with its reason.
-NOT_LOSSES: dict[str, str] = {}
+NOT_LOSSES: dict[str, str] = {
+    "afn": "feature norms against norms, no teacher; tests/test_transfer_losses.py",
+    "bi_tuning_classifier": "batch against the head, no teacher; tests/test_transfer_losses.py",
+    "uniform_contrast": "scores and positives, no teacher; tests/test_transfer_losses.py",
+    "unit_classes": "a piece of Bi-Tuning",
+    "unit_features": "a piece of Bi-Tuning",
+    "feature_norms": "a piece of AFN",
+    "delta_attention": "channel weights for delta",
+    "bss": "a batch statistic, one scalar; tests/test_transfer_losses.py",
+    "coral": "a batch statistic, one scalar; tests/test_transfer_losses.py",
+    "mcc": "a batch statistic, one scalar; tests/test_transfer_losses.py",
+    "mk_mmd": "a batch statistic, one scalar; tests/test_transfer_losses.py",
+    "mk_mmd_linear": "a batch statistic, one scalar; tests/test_transfer_losses.py",
+    "entropy_weights": "weights for mcc",
+    "mean_squared_distance": "a bandwidth for mk_mmd",
+    "multi_gaussian": "the kernel of mk_mmd",
+    "category_relation": "Co-Tuning's targets",
+    "fit_logit_scale": "calibration for Co-Tuning",
+    "reverse_relation": "Co-Tuning's targets",
+}
 
 
 def subject_arguments(case: LossCase) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def co_tuning(student_logits: Array, target: Array) -> Array:
     student_logits, target = _door.same_shape("co_tuning", student_logits, target)
     log_p = _numerics.log_softmax(student_logits)
     # An impossible class that is never asked for contributes 0, not 0 * inf.
-    return -jnp.sum(jnp.where(target > 0, target * log_p, 0), axis=-1)
+    return -jnp.sum(target * jnp.where(target == 0, 0, log_p), axis=-1)
 
 
 def bi_tuning_classifier(
