@@ -5,6 +5,7 @@ from jax import Array
 
 from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import Scalar
+from kdtl_jax.losses import _logspace
 from kdtl_jax.losses._divergences import forward_kl
 
 
@@ -38,7 +39,76 @@ def kd_kl(
       Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015 (1503.02531).
     """
     kl = forward_kl(student_logits, teacher_logits, temperature=temperature, where=where)
-    return jnp.square(_numerics.scalar(temperature, kl)) * kl
+    return jnp.square(_numerics.per_example(temperature, kl)) * kl
+
+
+def soft_cross_entropy(
+    student_logits: Array,
+    teacher_logits: Array,
+    *,
+    temperature: Scalar = 1.0,
+    where: Array | None = None,
+) -> Array:
+    """`-sum_c p_T log p_S`: the cross-entropy form, `forward_kl` plus the teacher's entropy.
+
+    Its gradient is the KL's, but it is not zero at equality. `.mean()` gives TextBrewer's
+    `kd_ce_loss`; divide by `num_classes` for TinyBERT's prediction loss. With the teacher on both
+    sides it is the teacher's entropy.
+
+    Args:
+      student_logits: `[..., num_classes]`.
+      teacher_logits: the same shape.
+      temperature: softens both; a scalar or one value per example. No `T^2` factor is applied.
+      where: bool, the logits' shape; classes that take part.
+
+    Returns:
+      `[...]`, nats.
+
+    Raises:
+      ValueError: if shapes differ or are empty, or the temperature is not positive.
+      TypeError: if the logits are not floating point.
+
+    References:
+      Hinton, Vinyals and Dean, 2015 (1503.02531).
+    """
+    student, teacher = _logspace.softened(
+        "soft_cross_entropy", student_logits, teacher_logits, temperature, where
+    )
+    return _logspace.cross_entropy(
+        _numerics.log_softmax(teacher, where=where), _numerics.log_softmax(student, where=where)
+    )
+
+
+def hard_kd(
+    student_logits: Array, teacher_logits: Array, *, label_smoothing: Scalar = 0.0
+) -> Array:
+    """Cross-entropy with the teacher's decision: `-log p_S(argmax z_T)`.
+
+    Args:
+      student_logits: `[..., num_classes]`.
+      teacher_logits: the same shape.
+      label_smoothing: share of the target spread over all classes, in [0, 1].
+
+    Returns:
+      `[...]`, nats.
+
+    Raises:
+      ValueError: if shapes differ or are empty, or the smoothing is outside [0, 1].
+      TypeError: if the logits are not floating point.
+
+    References:
+      Touvron et al., Training data-efficient image transformers & distillation through attention,
+      2021 (2012.12877).
+    """
+    _checks.within("hard_kd", 0, 1, label_smoothing=label_smoothing)
+    student, teacher = _logspace.softened("hard_kd", student_logits, teacher_logits, 1.0, None)
+    log_p = _numerics.log_softmax(student)
+    hard = -_logspace.at(log_p, jnp.argmax(teacher, axis=-1))
+    smoothing = _numerics.per_example(label_smoothing, hard)
+    # A class masked to -inf on the student's side gets no share of the smoothing.
+    present = log_p > -jnp.inf
+    uniform = -_numerics.masked_mean(jnp.where(present, log_p, 0), present, axis=-1)
+    return (1 - smoothing) * hard + smoothing * uniform
 
 
 def logit_mse(student_logits: Array, teacher_logits: Array) -> Array:
@@ -49,7 +119,7 @@ def logit_mse(student_logits: Array, teacher_logits: Array) -> Array:
       teacher_logits: the same shape.
 
     Returns:
-      `[...]`, squared logit units.
+      `[...]`, squared logit units. TextBrewer's `kd_mse_loss` divides by `T^2`.
 
     Raises:
       ValueError: if shapes differ or are empty.

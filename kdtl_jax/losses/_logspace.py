@@ -1,0 +1,146 @@
+"""Log-space pieces shared by the losses on distributions: pairs, mixtures, cross-entropies.
+
+All work over the last axis. A class outside a distribution's support has log-probability -inf;
+every guard is a double `where`, so that values and gradients stay finite.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import _checks, _numerics
+from kdtl_jax._types import Scalar
+
+
+class Pair(NamedTuple):
+    """Both log-distributions `[..., num_classes]` and `log_teacher - log_student`.
+
+    The difference is kept beside them because it is known more accurately from the logits.
+    """
+
+    log_student: Array
+    log_teacher: Array
+    ratio: Array
+
+
+def softened(
+    fn: str,
+    student_logits: Array,
+    teacher_logits: Array,
+    temperature: Scalar,
+    where: Array | None,
+) -> tuple[Array, Array]:
+    """Checked `(z_S / T, z_T / T)` in float32 or wider: the door of every logit loss."""
+    _checks.floating(fn, student_logits=student_logits, teacher_logits=teacher_logits)
+    _checks.same_shape(fn, student_logits=student_logits, teacher_logits=teacher_logits)
+    _checks.rank(fn, 1, student_logits=student_logits)
+    _checks.nonempty(fn, student_logits=student_logits)
+    _checks.positive(fn, temperature=temperature)
+    _checks.mask(fn, where, student_logits.shape)
+    student, teacher = _numerics.upcast(student_logits), _numerics.upcast(teacher_logits)
+    return (
+        student / _numerics.per_example(temperature, student),
+        teacher / _numerics.per_example(temperature, teacher),
+    )
+
+
+def compared(
+    fn: str,
+    student_logits: Array,
+    teacher_logits: Array,
+    temperature: Scalar,
+    where: Array | None,
+) -> Pair:
+    """Checked and softened log-distributions of both sides."""
+    student, teacher = softened(fn, student_logits, teacher_logits, temperature, where)
+    log_student = _numerics.log_softmax(student, where=where)
+    log_teacher = _numerics.log_softmax(teacher, where=where)
+    ratio = _numerics.log_ratio(teacher, student, log_teacher, log_student)
+    return Pair(log_student, log_teacher, ratio)
+
+
+def probabilities(log_p: Array) -> Array:
+    """`exp(log_p)` with gradient 0 where the class is absent."""
+    present = log_p > -jnp.inf
+    return jnp.where(present, jnp.exp(jnp.where(present, log_p, 0)), 0)
+
+
+def logsumexp(x: Array, *, where: Array | None = None, axis: int = -1) -> Array:
+    """`log sum exp`; -inf, with gradient 0, over nothing."""
+    present = x > -jnp.inf
+    if where is not None:
+        present &= where
+    low = jnp.finfo(x.dtype).min
+    top = jax.lax.stop_gradient(jnp.max(jnp.where(present, x, low), axis=axis, keepdims=True))
+    shifted = jnp.where(present, x - jnp.where(present, top, 0), 0)
+    total = jnp.sum(jnp.where(present, jnp.exp(shifted), 0), axis=axis)
+    some = total > 0
+    return jnp.where(some, jnp.log(jnp.where(some, total, 1)) + jnp.squeeze(top, axis), -jnp.inf)
+
+
+def cross_entropy(log_p: Array, log_q: Array) -> Array:
+    """`-sum p log q` over the last axis, `0 log 0 = 0`; +inf where q lacks a class of p."""
+    in_p, in_q = log_p > -jnp.inf, log_q > -jnp.inf
+    terms = -probabilities(log_p) * jnp.where(in_p & in_q, jnp.where(in_q, log_q, 0), 0)
+    return jnp.sum(jnp.where(in_p & ~in_q, jnp.inf, terms), axis=-1)
+
+
+def log_mixture(log_p: Array, log_q: Array, weight: Array) -> Array:
+    """`log((1 - weight) p + weight q)`, also at weights 0 and 1.
+
+    The weight enters linearly, not through its logarithm, so that the derivative by it is right
+    at the ends as well.
+    """
+    some_p, some_q = weight < 1, weight > 0
+    in_p, in_q = log_p > -jnp.inf, log_q > -jnp.inf
+    either = (in_p & some_p) | (in_q & some_q)
+    low = jnp.finfo(log_p.dtype).min
+    p, q = jnp.where(in_p, log_p, 0), jnp.where(in_q, log_q, 0)
+    share_p = jnp.log1p(-jnp.where(some_p, weight, 0))
+    share_q = jnp.log(jnp.where(some_q, weight, 1))
+    top = jnp.maximum(
+        jnp.where(in_p & some_p, p + share_p, low), jnp.where(in_q & some_q, q + share_q, low)
+    )
+    top = jax.lax.stop_gradient(jnp.where(either, top, 0))
+    # Only a side of weight 0 can pass the bound.
+    bound = 0.99 * math.log(float(jnp.finfo(log_p.dtype).max))
+    p = jnp.where(in_p, jnp.exp(jnp.minimum(p - top, bound)), 0)
+    q = jnp.where(in_q, jnp.exp(jnp.minimum(q - top, bound)), 0)
+    total = (1 - weight) * p + weight * q
+    return jnp.where(either, jnp.log(jnp.where(either, total, 1)) + top, -jnp.inf)
+
+
+def ratio_to_mixture(log_p: Array, log_q: Array, ratio: Array, weight: Array) -> Array:
+    """`log p - log((1 - weight) p + weight q)`, relatively accurate where p and q nearly agree.
+
+    With `d = log p - log q` (`ratio`) it is `-log1p(weight expm1(-d))`.
+    """
+    log_m = log_mixture(log_p, log_q, weight)
+    in_p, in_q, in_m = log_p > -jnp.inf, log_q > -jnp.inf, log_m > -jnp.inf
+    near = in_p & in_q & (jnp.abs(ratio) < 1)
+    close = -jnp.log1p(weight * jnp.expm1(jnp.where(near, -ratio, 0)))
+    usable = in_p & in_m
+    far = jnp.where(usable, log_p, 0) - jnp.where(usable, log_m, 0)
+    return jnp.where(near, close, far)
+
+
+def kl_to_mixture(log_p: Array, log_q: Array, ratio: Array, weight: Array) -> Array:
+    """`KL(p || (1 - weight) p + weight q)` over the last axis, as a sum of terms >= 0."""
+    log_m = log_mixture(log_p, log_q, weight)
+    to_mixture = ratio_to_mixture(log_p, log_q, ratio, weight)
+    return jnp.sum(_numerics.kl_terms(log_p, log_m, to_mixture), axis=-1)
+
+
+def at(values: Array, labels: Array) -> Array:
+    """`values[..., labels]`: one entry of the last axis per row."""
+    return jnp.squeeze(jnp.take_along_axis(values, labels[..., None], axis=-1), axis=-1)
+
+
+def is_label(labels: Array, num_classes: int) -> Array:
+    """bool `[..., num_classes]`, true at the label."""
+    return labels[..., None] == jax.lax.broadcasted_iota(
+        labels.dtype, labels.shape + (num_classes,), labels.ndim
+    )
