@@ -20,6 +20,10 @@ from kdtl_jax.transforms._policies import pad as pad
 from kdtl_jax.transforms._policies import resize as resize
 from kdtl_jax.transforms._policies import uniform as uniform
 from kdtl_jax.transforms._report import Report as Report
+from kdtl_jax.transforms._resize import adapt_input_channels as adapt_input_channels
+from kdtl_jax.transforms._resize import resize_patch_kernel as resize_patch_kernel
+from kdtl_jax.transforms._resize import resize_positions as resize_positions
+from kdtl_jax.transforms._resize import resize_positions_bicubic as resize_positions_bicubic
 from kdtl_jax.transforms._scale import fit_alpha as fit_alpha
 from kdtl_jax.transforms._scale import scale as scale
 from kdtl_jax.transforms._scale import scale_homogeneous as scale_homogeneous
