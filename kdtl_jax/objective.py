@@ -11,9 +11,12 @@ Sums and counts are kept apart (`Mean`), so that accumulating microbatches or de
 the large batch. What is logged is unweighted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -52,6 +55,40 @@ class Mean(NamedTuple):
     def value(self) -> Array:
         """`total / weight`, 0 where the weight is 0."""
         return self.total / jnp.maximum(self.weight, jnp.finfo(self.total.dtype).tiny)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["sums"], meta_fields=["names"])
+@dataclass(frozen=True)
+class Metrics(Mapping[str, Mean]):
+    """`{name: Mean}` held in one array `[..., K, 2]` of totals and weights.
+
+    A step returns one buffer instead of two per term: on small models the buffers, not the
+    arithmetic, are what logging costs. Scan and vmap add leading axes; adding `sums` of several
+    batches gives the metrics of their union.
+    """
+
+    names: tuple[str, ...]
+    sums: Array
+
+    def __getitem__(self, name: str) -> Mean:
+        if name not in self.names:
+            raise KeyError(f"no metric {name!r}, there are {sorted(self.names)}")
+        row = self.sums[..., self.names.index(name), :]
+        return Mean(row[..., 0], row[..., 1])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def stack(means: Mapping[str, Mean]) -> Metrics:
+    """Metrics of the given means; float32 or wider."""
+    parts = [_numerics.upcast(part) for mean in means.values() for part in mean]
+    widest = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
+    sums = jnp.stack([part.astype(widest) for part in parts])
+    return Metrics(tuple(means), sums.reshape(len(means), 2))
 
 
 Term = Array | Masked

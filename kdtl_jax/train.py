@@ -19,10 +19,9 @@ from jax import Array
 
 from kdtl_jax import objective, trees
 from kdtl_jax._types import ModelFn, Params, PyTree, Variables
-from kdtl_jax.objective import Inputs, Mean, TermsFn, Weights
+from kdtl_jax.objective import Inputs, Mean, Metrics, TermsFn, Weights
 
 Batch = Mapping[str, Any]
-Metrics = dict[str, Mean]
 
 
 class TrainState(NamedTuple):
@@ -107,7 +106,7 @@ def make_distill_step(
       trainable: selector over `state.params`; everything else costs no gradient.
 
     Returns:
-      The un-jitted step. Metrics hold every unweighted term and `"loss"`, each a `Mean`.
+      The un-jitted step. Metrics are a mapping with every unweighted term and `"loss"`.
 
     Raises:
       ValueError: when the step is traced, if terms and weights have different keys, or the
@@ -163,7 +162,7 @@ def make_eval_step(
         variables = _variables(variables)
         outputs, _ = model(variables.params, variables.model_state, batch["inputs"])
         inputs = Inputs(outputs, batch.get("teacher", {}), batch, variables.params)
-        return objective.reduce_all(measures(inputs), batch.get("weights"))
+        return objective.stack(objective.reduce_all(measures(inputs), batch.get("weights")))
 
     return evaluate
 
@@ -278,7 +277,7 @@ def _make_step(
 ) -> Step:
     def loss_fn(
         trained: Params, frozen: Params, state: TrainState, teacher_outputs: Any, batch: Batch
-    ) -> tuple[Array, tuple[Metrics, PyTree, PyTree]]:
+    ) -> tuple[Array, tuple[dict[str, Mean], PyTree, PyTree]]:
         params = trees.combine(trained, frozen)
         model_key, terms_key = jax.random.split(jax.random.fold_in(state.key, state.step))
         outputs, model_state = apply_model(params, state.model_state, batch, model_key)
@@ -308,7 +307,7 @@ def _make_step(
             memory=jax.lax.stop_gradient(memory),
             key=state.key,
         )
-        return _like(new, state), means | {"loss": Mean(loss, jnp.ones_like(loss))}
+        return _like(new, state), objective.stack(means | {"loss": Mean(loss, jnp.ones_like(loss))})
 
     return step
 
