@@ -44,14 +44,18 @@ def compiled(fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:
 
 
 def arguments(subject: Subject, dtype: Any, *, seed: int = 0) -> tuple[Any, ...]:
+    """The example's arguments, floating point ones as `dtype`."""
     return cast(tuple(subject.example(np.random.default_rng(seed), subject.batch)), dtype)
 
 
 def hyper_of(subject: Subject, dtype: Any) -> dict[str, Any]:
+    """The hyper-parameters; arrays among them as `dtype`, like the arguments."""
     return {k: cast(v, dtype) if isinstance(v, np.ndarray) else v for k, v in subject.hyper.items()}
 
 
 def cast(tree: Any, dtype: Any) -> Any:
+    """Floating point leaves as `dtype`, all leaves as NumPy arrays."""
+
     def cast(a: Any) -> np.ndarray:
         a = np.asarray(a)
         return a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
@@ -60,6 +64,7 @@ def cast(tree: Any, dtype: Any) -> Any:
 
 
 def is_float(tree: Any) -> bool:
+    """Whether every leaf is floating point."""
     return all(jnp.issubdtype(a.dtype, jnp.floating) for a in jax.tree.leaves(tree))
 
 
@@ -70,6 +75,7 @@ def alike(args: tuple[Any, ...]) -> bool:
 
 
 def rows(args: Any, index: np.ndarray) -> Any:
+    """Examples `index` of every argument."""
     return jax.tree.map(lambda a: a[index], args)
 
 
@@ -131,10 +137,12 @@ def unequal(what: str, got: Any, want: Any, rtol: float) -> Iterator[str]:
 
 
 def not_finite(what: str, value: Any, gradient: Any) -> Iterator[str]:
+    """A failure for a value, and one for a gradient, with NaN or infinity in it."""
     for name, arrays in (("value", [value]), ("gradient", jax.tree.leaves(gradient))):
         if not all(np.isfinite(a).all() for a in arrays):
             yield f"{what}: the {name} is not finite"
 
 
 def summary(error: Exception | None) -> str:
+    """An exception in one line."""
     return "no error" if error is None else f"{type(error).__name__}: {str(error).splitlines()[:1]}"

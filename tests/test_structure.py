@@ -1,0 +1,162 @@
+"""The shape of the package: floors, sizes, what importing it needs, and that its examples run."""
+
+import ast
+import doctest
+import importlib
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kdtl_jax
+
+PACKAGE = Path(kdtl_jax.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Imports go strictly downward. A new module is placed here, once, by deciding what it may know;
+# modules on one floor do not know each other. A package (losses/, transforms/) is one module.
+FLOORS: tuple[frozenset[str], ...] = (
+    frozenset({"_types", "_checks", "_numerics", "_files"}),
+    frozenset({"trees"}),
+    frozenset(
+        {"losses", "penalties", "connectors", "memory", "objective", "projection", "transforms"}
+        | {"normalization", "ensembles", "temperatures", "balancing"}
+    ),
+    frozenset({"train", "sweep", "online", "hypergradients", "optimizers", "testing"}),
+    frozenset({"sharding", "loop", "checkpoint", "teacher_cache", "report"}),
+    frozenset({"models", "datasets"}),
+    frozenset({"interop"}),
+    frozenset({"recipes"}),
+    frozenset({"cli", "__main__"}),
+)
+FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
+# What `import kdtl_jax` may need; everything else is imported at the edge.
+LIGHT_FLOOR = 3
+LIGHT = {"jax", "numpy", "optax"}
+
+
+def unit(path: Path) -> str:
+    """`losses` for kdtl_jax/losses/_logits.py, `train` for kdtl_jax/train.py."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names imported anywhere in a file, also within functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path.name}: imports are absolute"
+            assert node.module is not None
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_module_has_a_floor() -> None:
+    units = {unit(path) for path in FILES} - {"__init__"}
+    homeless = units - FLOOR.keys()
+    assert not homeless, f"place in FLOORS of tests/test_structure.py: {sorted(homeless)}"
+    assert sum(len(floor) for floor in FLOORS) == len(FLOOR), "a module stands on two floors"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_strictly_downward(path: Path) -> None:
+    here = unit(path)
+    if here == "__init__":
+        return
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] != "kdtl_jax" or len(parts) < 2 or parts[1] == here:
+            continue
+        assert parts[1] in FLOOR, f"{path.name} imports {name}, which has no floor"
+        assert FLOOR[parts[1]] < FLOOR[here], (
+            f"{here} (floor {FLOOR[here]}) imports {name} (floor {FLOOR[parts[1]]}): "
+            "imports go strictly downward"
+        )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_lower_floors_need_jax_numpy_and_optax_alone(path: Path) -> None:
+    here = unit(path)
+    if here != "__init__" and FLOOR[here] > LIGHT_FLOOR:
+        return
+    outside = {name.split(".")[0] for name in imported(path)} - {"kdtl_jax"}
+    assert outside - set(sys.stdlib_module_names) <= LIGHT
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_are_short(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= 400, f"{path.relative_to(PACKAGE)} has {lines} lines: split it at a noun"
+
+
+STEP = """
+    import sys
+
+    class Blocked:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] in BLOCKED:
+                raise ImportError(f"{name} is blocked by this test")
+
+    BLOCKED = {"flax", "orbax", "rich", "yaml", "safetensors", "matplotlib", "equinox", "haiku"}
+    sys.meta_path.insert(0, Blocked())
+
+    import jax, jax.numpy as jnp, optax
+    import kdtl_jax as kd
+
+    def model(params, model_state, inputs, *, key=None, train=False):
+        return {"logits": inputs @ params["w"]}, model_state
+
+    def terms(x):
+        return {"kd": kd.losses.kd_kl(x.student["logits"], x.teacher["logits"])}
+
+    tx = optax.sgd(0.1)
+    params = {"student": {"w": jnp.zeros((2, 3))}}
+    state = kd.train.init_state(params, tx, key=jax.random.key(0))
+    step = kd.train.make_distill_step(model, model, terms, {"kd": 1.0}, tx)
+    state, metrics = kd.train.jit_step(step)(state, {"w": jnp.ones((2, 3))}, {"inputs": jnp.eye(2)})
+    assert jnp.isfinite(metrics["loss"].value())
+    assert not BLOCKED & {name.split(".")[0] for name in sys.modules}
+    print("stepped", int(state.step))
+"""
+
+
+def test_the_package_imports_and_steps_without_flax_and_friends() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(STEP)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=PACKAGE.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["stepped", "1"]
+
+
+def documented() -> list[str]:
+    with_examples = (p for p in FILES if ">>> " in p.read_text())
+    names = (p.relative_to(PACKAGE.parent).with_suffix("").parts for p in with_examples)
+    return [".".join(part for part in name if part != "__init__") for name in names]
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("name", documented())
+def test_documented_examples_run(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted and not result.failed
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_everything_public_is_documented(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), "a file begins by saying what it is"
+    undocumented = [
+        node.name
+        for node in tree.body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        and node.name[0] != "_"
+        and not ast.get_docstring(node)
+    ]
+    assert not undocumented
