@@ -23,6 +23,8 @@ from jax import Array
 from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import Params
 
+Size = int | Sequence[int]  # a side, or (height, width)
+
 
 class Connector(NamedTuple):
     """`init(key, x) -> params` from shapes alone; `apply(params, x) -> y`."""
@@ -60,12 +62,12 @@ def unit_norm(*, eps: float = 1e-12) -> Connector:
     return _plain(lambda x: _numerics.normalize(x, eps=eps))
 
 
-def pool(size: int | tuple[int, int]) -> Connector:
+def pool(size: Size) -> Connector:
     """Adaptive average pooling of `[B, H, W, C]` to `size`, torch's cells at any size."""
     return _plain(lambda x: _numerics.pool_to(_map("pool", x), _pair(size)))
 
 
-def resize_nearest(size: int | tuple[int, int]) -> Connector:
+def resize_nearest(size: Size) -> Connector:
     """`[B, H, W, C]` to `size` by pixel `floor(i h / H)`: torch's default and ReviewKD's."""
     return _plain(lambda x: _nearest(_map("resize_nearest", x), _pair(size)))
 
@@ -77,7 +79,7 @@ def _nearest(x: Array, size: tuple[int, int]) -> Array:
     return x
 
 
-def resize_bilinear(size: int | tuple[int, int]) -> Connector:
+def resize_bilinear(size: Size) -> Connector:
     """`[B, H, W, C]` to `size`: half-pixel centers, clamped borders, no antialiasing."""
 
     def apply(x: Array) -> Array:
@@ -92,8 +94,8 @@ def _map(fn: str, x: Array) -> Array:
     return x
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
+def _pair(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def linear(features: int, *, bias: bool = True) -> Connector:
@@ -312,7 +314,7 @@ def paraphraser(channels: int, *, rate: float = 0.5) -> Connector:
     return Connector(init, apply)
 
 
-def abf(width: int, features: int, *, size: int | tuple[int, int] | None = None) -> Connector:
+def abf(width: int, features: int, *, size: Size | None = None, eps: float = 1e-5) -> Connector:
     """ReviewKD's attention-based fusion: `(x, residual) -> (features, next residual)`.
 
     Run from the deepest level up, handing each level's residual to the next; the deepest takes
@@ -323,9 +325,10 @@ def abf(width: int, features: int, *, size: int | tuple[int, int] | None = None)
       width: channels of the residual stream (mdistiller: 512 at most).
       features: channels of the output, the teacher's.
       size: of the output.
+      eps: of both batch normalizations.
     """
-    reduce = chain(conv1x1(width, bias=False), batch_norm())
-    expand = chain(conv3x3(features, bias=False), batch_norm())
+    reduce = chain(conv1x1(width, bias=False), batch_norm(eps=eps))
+    expand = chain(conv3x3(features, bias=False), batch_norm(eps=eps))
     attention = conv1x1(2)
 
     def init(key: Array, x: tuple[Any, Any]) -> Params:

@@ -17,15 +17,18 @@ from kdtl_jax.losses._tokens import hidden_mse
 def _scores(
     fn: str, student: Array, teacher: Array, where: Array | None
 ) -> tuple[Array, Array, Array]:
-    """Checked scores and the mask of real (query, key) pairs `[B, 1, L, L]`."""
+    """Checked scores and the mask of real (query, key) pairs, of the scores' shape."""
     student, teacher = _door.same_shape(fn, student, teacher, at_least=4, at_most=4)
     batch, _, queries, keys = student.shape
     if queries != keys:
         raise ValueError(
             f"{fn}: scores must be [B, heads, L, L], got {_checks.described(student=student)}."
         )
-    where = _door.token_mask(fn, where, (batch, queries))
-    return student, teacher, where[:, None, :, None] & where[:, None, None, :]
+    _checks.mask(fn, where, (batch, queries))
+    if where is None:
+        where = jnp.ones((batch, queries), jnp.bool_)
+    real = where[:, None, :, None] & where[:, None, None, :]
+    return student, teacher, jnp.broadcast_to(real, student.shape)
 
 
 def attention_mse(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
@@ -112,13 +115,15 @@ def minilm_relation(
     """
     _checks.positive("minilm_relation", relation_heads=relation_heads)
     _door.same_positions("minilm_relation", student[0], teacher[0], at_most=3)
-    scores_s = _relation(*student, relation_heads)
-    scores_t = _relation(*teacher, relation_heads)
+    _checks.mask("minilm_relation", where, student[0].shape[:-1])
+    scores_s = _relation(*student, relation_heads, where)
+    scores_t = _relation(*teacher, relation_heads, where)
     return attention_kl(scores_s, scores_t, where=where)
 
 
-def _relation(x: Array, y: Array, heads: int) -> Array:
+def _relation(x: Array, y: Array, heads: int, where: Array | None) -> Array:
     x, y = _door.same_shape("minilm_relation", x, y, at_least=3, at_most=3)
+    x, y = _door.kept(x, where), _door.kept(y, where)
     width, left_over = divmod(x.shape[-1], heads)
     if left_over:
         raise ValueError(

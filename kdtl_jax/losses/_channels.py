@@ -130,12 +130,14 @@ def flow_matrix(first: Array, second: Array, *, where: Array | None = None) -> A
     References:
       Yim et al., A Gift from Knowledge Distillation, 2017.
     """
-    where = _door.token_mask("flow_matrix", where, first.shape[:-1])
     first, second = _door.same_positions("flow_matrix", first, second)
-    where = where.reshape(len(where), 1, -1)
-    count = jnp.sum(where, axis=-1, keepdims=True, dtype=first.dtype)
-    first = jnp.where(where, _by_channel(first), 0)
-    return _numerics.gram(first, _by_channel(second)) / jnp.maximum(count, 1)
+    _checks.mask("flow_matrix", where, first.shape[:-1])
+    first, second = (_by_channel(_door.kept(x, where)) for x in (first, second))
+    total = _numerics.gram(first, second)
+    if where is None:
+        return total / first.shape[-1]
+    count = jnp.sum(where.reshape(len(where), -1), axis=-1, dtype=first.dtype)
+    return total / jnp.maximum(count, 1)[:, None, None]
 
 
 def fsp(
@@ -161,10 +163,10 @@ def fsp(
     References:
       Yim et al., A Gift from Knowledge Distillation, 2017.
     """
-    flow_s = flow_matrix(*student, where=where)
-    flow_t = flow_matrix(*teacher, where=where)
-    flow_s, flow_t = _door.same_shape("fsp", flow_s, flow_t, at_least=3)
-    return jnp.mean(jnp.square(flow_s - flow_t), axis=(1, 2))
+    for maps in zip(student, teacher, strict=True):
+        _door.same_channels("fsp", *maps)
+    apart = flow_matrix(*student, where=where) - flow_matrix(*teacher, where=where)
+    return jnp.mean(jnp.square(apart), axis=(1, 2))
 
 
 def affinity(student: Array, teacher: Array) -> Array:

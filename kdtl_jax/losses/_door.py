@@ -48,9 +48,10 @@ def same_channels(
 ) -> tuple[Array, Array]:
     """Equal batch and last axis: `[B, Hs, Ws, C]` and `[B, Ht, Wt, C]`."""
     sides = _arrays(fn, at_least, at_most, student=student, teacher=teacher)
-    if (student.shape[0], student.shape[-1]) != (teacher.shape[0], teacher.shape[-1]):
+    ends = [(side.ndim, side.shape[0], side.shape[-1]) for side in sides]
+    if ends[0] != ends[1]:
         raise ValueError(
-            f"{fn}: student and teacher must agree in batch and channels, got "
+            f"{fn}: student and teacher must agree in rank, batch and channels, got "
             f"{_checks.described(student=student, teacher=teacher)}. "
             "Project the student to the teacher's width first (connectors.conv1x1)."
         )
@@ -71,7 +72,12 @@ def one(fn: str, x: Array, *, at_least: int, at_most: int | None = None) -> Arra
     return _arrays(fn, at_least, at_most, x=x)[0]
 
 
-def token_mask(fn: str, where: Array | None, shape: tuple[int, ...]) -> Array:
-    """`where`, or all true, of `shape`."""
-    _checks.mask(fn, where, shape)
-    return jnp.ones(shape, jnp.bool_) if where is None else where
+def kept(x: Array, where: Array | None) -> Array:
+    """x with 0 at the positions (leading axes) that are masked, whatever stood there.
+
+    Masks go in before any arithmetic: an inf that is dropped only afterwards still has a NaN
+    gradient.
+    """
+    if where is None:
+        return x
+    return jnp.where(where.reshape(where.shape + (1,) * (x.ndim - where.ndim)), x, 0)

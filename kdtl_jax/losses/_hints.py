@@ -42,9 +42,10 @@ def hint(student: Array, teacher: Array, *, where: Array | None = None) -> Array
     References:
       Romero et al., FitNets: Hints for Thin Deep Nets, 2015 (1412.6550).
     """
-    _checks.mask("hint", where, student.shape)
     student, teacher = _door.same_shape("hint", student, teacher)
-    return _per_example(jnp.square(student - teacher), where)
+    _checks.mask("hint", where, student.shape)
+    apart = _door.kept(student, where) - _door.kept(teacher, where)
+    return _per_example(jnp.square(apart), where)
 
 
 def cosine_distance(student: Array, teacher: Array) -> Array:
@@ -127,9 +128,9 @@ def mgd(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
       Yang et al., Masked Generative Distillation, 2022 (2205.01529); ViTKD, 2022 (2209.02432).
     """
     student, teacher = _door.same_shape("mgd", student, teacher)
-    where = _door.token_mask("mgd", where, student.shape[:-1])
-    squares = jnp.where(where[..., None], jnp.square(student - teacher), 0)
-    return jnp.sum(squares, axis=tuple(range(1, student.ndim)))
+    _checks.mask("mgd", where, student.shape[:-1])
+    apart = _door.kept(student, where) - _door.kept(teacher, where)
+    return jnp.sum(_numerics.batch_flat(jnp.square(apart)), axis=-1)
 
 
 def srrl(

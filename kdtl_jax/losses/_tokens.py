@@ -7,7 +7,7 @@ that mix tokens (Gram matrices) take the mask themselves.
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _numerics
+from kdtl_jax import _checks, _numerics
 from kdtl_jax.losses import _door
 from kdtl_jax.losses._hints import cosine_distance
 
@@ -109,11 +109,12 @@ def token_gram(
     References:
       TextBrewer, 2020 (2002.12620).
     """
-    first, _ = _door.same_positions("token_gram", student[0], teacher[0], at_most=3)
-    where = _door.token_mask("token_gram", where, first.shape[:-1])
+    _door.same_positions("token_gram", student[0], teacher[0], at_most=3)
+    _checks.mask("token_gram", where, student[0].shape[:-1])
     grams = []
     for pair in (student, teacher):
-        above, below = _door.same_shape("token_gram", *pair, at_least=3, at_most=3)
+        pair = _door.same_shape("token_gram", *pair, at_least=3, at_most=3)
+        above, below = (_door.kept(states, where) for states in pair)
         grams.append(_numerics.gram(above, below) / above.shape[-1])
-    both = where[:, :, None] & where[:, None, :]
+    both = None if where is None else where[:, :, None] & where[:, None, :]
     return _numerics.masked_mean(jnp.square(grams[0] - grams[1]), both, axis=-1)
