@@ -4,11 +4,33 @@ Only inexact arrays are touched; counters, PRNG keys and functions pass through.
 kept, and so is the target's structure. `where` always means *act here*.
 """
 
+from kdtl_jax.transforms._adapter import Adapter as Adapter
+from kdtl_jax.transforms._adapter import AdapterWeights as AdapterWeights
+from kdtl_jax.transforms._adapter import adapted as adapted
+from kdtl_jax.transforms._adapters import RotationWeights as RotationWeights
+from kdtl_jax.transforms._adapters import ScaleWeights as ScaleWeights
+from kdtl_jax.transforms._adapters import VeraWeights as VeraWeights
+from kdtl_jax.transforms._adapters import ia3_input as ia3_input
+from kdtl_jax.transforms._adapters import ia3_output as ia3_output
+from kdtl_jax.transforms._adapters import oft as oft
+from kdtl_jax.transforms._adapters import vera as vera
 from kdtl_jax.transforms._average import average as average
 from kdtl_jax.transforms._average import ema as ema
 from kdtl_jax.transforms._average import greedy_soup as greedy_soup
 from kdtl_jax.transforms._average import interpolate as interpolate
 from kdtl_jax.transforms._average import weighted_sum as weighted_sum
+from kdtl_jax.transforms._lora import DoraWeights as DoraWeights
+from kdtl_jax.transforms._lora import LoraWeights as LoraWeights
+from kdtl_jax.transforms._lora import by_rank as by_rank
+from kdtl_jax.transforms._lora import by_root_rank as by_root_rank
+from kdtl_jax.transforms._lora import dora as dora
+from kdtl_jax.transforms._lora import lora as lora
+from kdtl_jax.transforms._lora_starts import gaussian as gaussian
+from kdtl_jax.transforms._lora_starts import gradient_svd as gradient_svd
+from kdtl_jax.transforms._lora_starts import kaiming as kaiming
+from kdtl_jax.transforms._lora_starts import olora as olora
+from kdtl_jax.transforms._lora_starts import orthogonal as orthogonal
+from kdtl_jax.transforms._lora_starts import pissa as pissa
 from kdtl_jax.transforms._plan import Plan as Plan
 from kdtl_jax.transforms._plan import plan as plan
 from kdtl_jax.transforms._policies import Policy as Policy

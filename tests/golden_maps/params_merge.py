@@ -7,6 +7,8 @@ from unweighted vectors and divides by counts. Both are compositions of the same
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 
 from golden_maps import Golden
@@ -104,7 +106,69 @@ def linear(x: Inputs, h: Hyper) -> Array:
     return merge(listed(x, "model"), h["weights"])
 
 
+def adapted_layer(
+    x: Inputs, adapter: transforms.Adapter, weights: tuple[Array, ...]
+) -> dict[str, Array]:
+    """One linear layer `x W + b` with an adapter on its kernel."""
+    merged = adapter.apply({"kernel": x["weight"], "bias": x["bias"]}, {"kernel": weights})
+    out = x["x"] @ merged["kernel"] + merged["bias"][None, :]
+    return {
+        "value": jnp.sum(out * x["probe"]),
+        "out": out,
+        "merged": merged["kernel"],
+        "merged_weight": merged["kernel"],
+        "merged_bias": merged["bias"],
+    }
+
+
+def lora(x: Inputs, h: Hyper) -> dict[str, Array]:
+    scaling = transforms.by_root_rank if h["rank_stabilized"] else transforms.by_rank
+    adapter = transforms.lora(h["rank"], h["alpha"], scaling=scaling)
+    weights = transforms.LoraWeights(x["lora_a"], x["lora_b"])
+    nothing = {"kernel": jnp.zeros_like(x["weight"])}
+    delta = adapter.apply(nothing, {"kernel": weights})["kernel"]
+    return adapted_layer(x, adapter, weights) | {"delta": delta}
+
+
+def dora(x: Inputs, h: Hyper) -> dict[str, Array]:
+    adapter = transforms.dora(h["rank"], h["alpha"])
+    if "magnitude" in x:
+        magnitude = x["magnitude"]
+    else:
+        # A new adapter: lengths of the columns of the base plus the given first update.
+        update = transforms.lora(h["rank"], h["alpha"]).apply(
+            {"kernel": x["weight"]}, {"kernel": transforms.LoraWeights(x["lora_a"], x["lora_b"])}
+        )
+        _, fresh = adapter.init(jax.random.key(0), update, where="kernel")
+        magnitude = jax.lax.stop_gradient(fresh["kernel"].magnitude)
+    weights = transforms.DoraWeights(x["lora_a"], x["lora_b"], magnitude)
+    return adapted_layer(x, adapter, weights) | {"initial_magnitude": magnitude}
+
+
+def pissa(x: Inputs, h: Hyper) -> dict[str, Array]:
+    adapter = transforms.lora(h["rank"], h["alpha"], start=transforms.pissa)
+    base, weights = adapter.init(jax.random.key(0), {"kernel": x["weight"]}, where="kernel")
+    pair = weights["kernel"]
+    product = adapter.apply({"kernel": jnp.zeros_like(x["weight"])}, weights)
+    return {
+        "adapter_product": product["kernel"],
+        "residual": base["kernel"],
+        "lora_a_gram": pair.a.T @ pair.a,
+        "lora_b_gram": pair.b @ pair.b.T,
+    }
+
+
+def ia3(x: Inputs, h: Hyper) -> dict[str, Array]:
+    adapter = transforms.ia3_input() if h["feedforward"] else transforms.ia3_output()
+    return adapted_layer(x, adapter, transforms.ScaleWeights(x["vector"]))
+
+
 METHODS: dict[str, Golden] = {
+    "lora": lora,
+    "rslora": lora,
+    "dora": dora,
+    "pissa": pissa,
+    "ia3": ia3,
     "merge_linear": linear,
     "merge_slerp": lambda x, h: transforms.slerp(
         x["base"], x["model_0"], h["t"], threshold=h["dot_threshold"]

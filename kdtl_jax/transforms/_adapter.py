@@ -1,0 +1,173 @@
+"""Adapters as pure functions of parameters: `init`, `apply`, `merge`, `combine`.
+
+An adapter turns base parameters and a few weights of its own into parameters of the base's shape,
+so no model changes: call `apply` inside the loss and differentiate with respect to the weights
+
+    base, weights = adapter.init(key, params, where=".*/kernel")
+    loss = lambda weights: task_loss(adapter.apply(base, weights), batch)
+
+Weights are a flat dict `{path: arrays}`: selectors, optimizers and checkpoints see
+`"encoder/kernel/a"`. Many adapters at once are one `jax.vmap(adapter.apply, in_axes=(None, 0))`;
+kernels of scanned layers `[L, in, out]` have one adapter per layer; several kinds compose by
+nesting `apply`. Dropout of the adapter's *inputs* is no function of parameters and is left out.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from kdtl_jax import _checks, _numerics, trees
+from kdtl_jax._types import Array, ModelFn, Outputs, Params, PyTree, Scalar
+from kdtl_jax.transforms import _leaves
+
+AdapterWeights = dict[str, Any]  # path of the adapted leaf -> NamedTuple of arrays
+AxisSpec = int | tuple[int, ...]
+
+
+class AdapterInit(Protocol):
+    """`(key, params, *, where, gradients) -> (base, weights)`, `apply(base, weights) == params`.
+
+    The base differs from the parameters only where a start moves part of the kernel into the
+    adapter (PiSSA, OLoRA, LoRA-GA). `gradients` is read by gradient starts alone.
+    """
+
+    def __call__(
+        self,
+        key: Array,
+        params: Params,
+        *,
+        where: trees.Selector,
+        gradients: PyTree | None = None,
+    ) -> tuple[Params, AdapterWeights]: ...
+
+
+class Adapter(NamedTuple):
+    """The functions of one kind of adapter; hyper-parameters are fixed when it is made."""
+
+    init: AdapterInit
+    apply: Callable[[Params, AdapterWeights], Params]
+    merge: Callable[[Params, AdapterWeights], Params]
+    """The same numbers as `apply`, cast once to the leaves' dtypes, as plain parameters."""
+    combine: Callable[..., AdapterWeights]
+    """`(members, weights=None) -> AdapterWeights`; one member of weight 1 is itself."""
+
+
+def adapted(model: ModelFn, adapter: Adapter) -> ModelFn:
+    """A model function over `{"base": ..., "adapter": ...}`; train with `where="adapter/.*"`."""
+
+    def run(
+        params: Params,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, PyTree]:
+        merged = adapter.apply(params["base"], params["adapter"])
+        return model(merged, model_state, inputs, key=key, train=train)
+
+    return run
+
+
+class MatrixView(NamedTuple):
+    """A leaf as a stack of matrices `[..., in, out]`, and the way back."""
+
+    matrix: Array
+    restore: Callable[[Array], Array]
+
+
+def matrix_view(fn: str, path: str, leaf: Any, in_axis: AxisSpec, out_axis: AxisSpec) -> MatrixView:
+    """`leaf` in float32 or wider as `[..., in, out]`; several axes on a side are flattened.
+
+    Axes that are on neither side lead: each of their entries is a matrix of its own. Which axes
+    are inputs is never guessed from a shape.
+    """
+    ndim = jnp.ndim(leaf)
+    sides = [(axis,) if isinstance(axis, int) else tuple(axis) for axis in (in_axis, out_axis)]
+    if any(not -ndim <= axis < ndim for side in sides for axis in side):
+        raise ValueError(
+            f"{fn}: {path!r} has shape {list(jnp.shape(leaf))}, which lacks in_axis={in_axis} or "
+            f"out_axis={out_axis}. Select matrices only (where=), or name their axes."
+        )
+    ins, outs = ([axis % ndim for axis in side] for side in sides)
+    if len({*ins, *outs}) != len(ins) + len(outs):
+        raise ValueError(f"{fn}: in_axis={in_axis} and out_axis={out_axis} of {path!r} overlap.")
+    lead = [axis for axis in range(ndim) if axis not in ins and axis not in outs]
+    order = [*lead, *ins, *outs]
+    moved = jnp.transpose(_leaves.widen(leaf), order)
+    shape = moved.shape
+    first, second = len(lead), len(lead) + len(ins)
+    flat = (*shape[:first], math.prod(shape[first:second]), math.prod(shape[second:]))
+    back = [order.index(axis) for axis in range(ndim)]
+
+    def restore(matrix: Array) -> Array:
+        return jnp.transpose(matrix.reshape(shape), back)
+
+    return MatrixView(moved.reshape(flat), restore)
+
+
+def selected_matrices(params: Params, where: trees.Selector) -> dict[str, Any]:
+    """The inexact leaves an adapter is asked to adapt."""
+    chosen, _ = trees.partition(params, where)
+    found = trees.flatten(chosen)
+    if not found:
+        raise ValueError("adapter: the selected leaves hold no floating-point array.")
+    return found
+
+
+def rewrite(
+    fn: str, params: Params, edits: Mapping[str, Any], edit: Callable[[str, Any, Any], Array]
+) -> Params:
+    """`edit(path, leaf, edits[path])` at every path of `edits`, cast to the leaf's dtype.
+
+    Raises:
+      ValueError: if a path is not in the parameters; the nearest paths are listed.
+    """
+    flat = trees.flatten(params)
+    for path in edits:
+        if path not in flat:
+            raise ValueError(
+                f"{fn}: the adapter's {path!r} is not in the parameters; nearest paths: "
+                f"{trees.nearest(path, list(flat))}. Adapters belong to one architecture."
+            )
+    out = [
+        edit(path, leaf, edits[path]).astype(_leaves.canonical_dtype(leaf))
+        if path in edits
+        else leaf
+        for path, leaf in flat.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), out)
+
+
+def fits(fn: str, path: str, expected: Mapping[str, tuple[int, ...]], **arrays: Array) -> None:
+    """Raises ValueError unless every array has its expected shape."""
+    for name, array in arrays.items():
+        if array.shape != expected[name]:
+            raise ValueError(
+                f"{fn}: the adapter of {path!r} does not fit: expected {name}"
+                f"{list(expected[name])}, got {_checks.described(**{name: array})}. Was it made "
+                "for other parameters, or with other in_axis and out_axis?"
+            )
+
+
+def members_of(
+    fn: str, members: Sequence[AdapterWeights], weights: Sequence[Scalar] | Array | None
+) -> list[Scalar]:
+    """One weight per member, members checked to adapt the same paths."""
+    if not members:
+        raise ValueError(f"{fn}: expected a non-empty list of adapters' weights.")
+    _checks.same_keys(fn, **{f"members[{i}]": member for i, member in enumerate(members)})
+    if weights is None:
+        return [1.0] * len(members)
+    if len(weights) != len(members):
+        raise ValueError(f"{fn}: expected {len(members)} weights, got {len(weights)}.")
+    return [weights[i] for i in range(len(members))]
+
+
+def weighted(weights: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    """`sum_i w_i x_i`; equal shapes."""
+    terms = [_numerics.scalar(w, x) * x for w, x in zip(weights, arrays, strict=True)]
+    return sum(terms[1:], terms[0])

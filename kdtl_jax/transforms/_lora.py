@@ -1,0 +1,280 @@
+"""LoRA and DoRA: low-rank additions to kernels, and their exact combination."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kdtl_jax import _checks, _numerics, trees
+from kdtl_jax._types import Array, Params, PyTree, Scalar
+from kdtl_jax.transforms import _adapter, _leafwise, _leaves
+from kdtl_jax.transforms._adapter import Adapter, AdapterWeights, AxisSpec, MatrixView
+from kdtl_jax.transforms._lora_starts import Start, kaiming
+
+Scaling = Callable[[Scalar, int], Scalar]  # (alpha, rank) -> factor of a b
+
+
+class LoraWeights(NamedTuple):
+    """`a [..., in, r]`, `b [..., r, out]`."""
+
+    a: Array
+    b: Array
+
+
+class DoraWeights(NamedTuple):
+    """`a [..., in, r]`, `b [..., r, out]`, `magnitude [..., out]`."""
+
+    a: Array
+    b: Array
+    magnitude: Array
+
+
+def by_rank(alpha: Scalar, rank: int) -> Scalar:
+    """`alpha / r`: LoRA."""
+    return alpha / rank
+
+
+def by_root_rank(alpha: Scalar, rank: int) -> Scalar:
+    """`alpha / sqrt(r)`: rsLoRA (2312.03732), stable at high rank."""
+    return alpha / math.sqrt(rank)
+
+
+def lora(
+    rank: int = 8,
+    alpha: Scalar = 8.0,
+    *,
+    scaling: Scaling = by_rank,
+    start: Start = kaiming,
+    in_axis: AxisSpec = -2,
+    out_axis: AxisSpec = -1,
+) -> Adapter:
+    """`W' = W + s a b` with `s = scaling(alpha, r)`.
+
+    LoRA+ is a learning-rate rule: `[(".*/b", 16.0), (".*/a", 1.0)]`.
+
+    Args:
+      rank: r >= 1.
+      alpha: the scale's numerator; with `by_rank` and `alpha = rank` the scale is 1.
+      scaling: `by_rank` or `by_root_rank` (rsLoRA). It is evaluated at the rank the weights
+        have, which `combine` changes.
+      start: `kaiming`, `gaussian`, `orthogonal`, `pissa`, `olora`, `gradient_svd()`.
+      in_axis: the kernel's input axis, or axes: -2 in flax and haiku, -1 in equinox.
+      out_axis: the kernel's output axis, or axes: -1 in flax and haiku, -2 in equinox. Flax's
+        attention projections `[embed, heads, head_dim]` have `in_axis=-3, out_axis=(-2, -1)`.
+
+    Returns:
+      The adapter. Its `combine(members, weights=None, *, rank=None)` concatenates ranks, which is
+      exact: applied, it adds `sum_i w_i s_i a_i b_i`; with `rank` the sum is then cut to its best
+      approximation of that rank. Weights are `{path: LoraWeights}`.
+
+    Raises:
+      ValueError: if the rank is below 1, or a selected leaf lacks the axes.
+
+    References:
+      Hu et al., LoRA, 2021 (2106.09685).
+    """
+    _check_rank(rank)
+
+    def view(path: str, leaf: PyTree) -> MatrixView:
+        return _adapter.matrix_view("lora", path, leaf, in_axis, out_axis)
+
+    def init(
+        key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
+    ) -> tuple[Params, AdapterWeights]:
+        leaves = _adapter.selected_matrices(params, where)
+        pairs = _starts(key, leaves, view, rank, scaling(alpha, rank), start, gradients)
+        base = _adapter.rewrite("lora", params, pairs, _minus(view, scaling, alpha))
+        return base, {path: _stored(pair, leaves[path]) for path, pair in pairs.items()}
+
+    def apply(params: Params, weights: AdapterWeights) -> Params:
+        def edit(path: str, leaf: PyTree, pair: LoraWeights) -> Array:
+            kernel = view(path, leaf)
+            return kernel.restore(kernel.matrix + _product(path, kernel, pair, scaling, alpha))
+
+        return _adapter.rewrite("lora", params, weights, edit)
+
+    def combine(
+        members: Sequence[AdapterWeights],
+        weights: Sequence[Scalar] | Array | None = None,
+        *,
+        rank: int | None = None,
+    ) -> AdapterWeights:
+        shares = _adapter.members_of("lora", members, weights)
+        return {
+            path: _concatenate([m[path] for m in members], shares, scaling, alpha, rank)
+            for path in members[0]
+        }
+
+    return Adapter(init, apply, apply, combine)
+
+
+def dora(
+    rank: int = 8,
+    alpha: Scalar = 8.0,
+    *,
+    scaling: Scaling = by_rank,
+    start: Start = kaiming,
+    in_axis: AxisSpec = -2,
+    out_axis: AxisSpec = -1,
+) -> Adapter:
+    """`W' = m V / ||V||`, `V = W + s a b`, one length per output; the norm is held constant.
+
+    The gradient does not pass through `||V||` (section 4.3 of the paper), so that it costs
+    what LoRA's does; the value is unaffected. Arguments as `lora`'s.
+
+    Returns:
+      The adapter; weights are `{path: DoraWeights}`. `combine` concatenates ranks as `lora`'s
+      and averages the lengths with the given weights: exact for one member of weight 1, a
+      convention for more, since DoRA is not additive.
+
+    References:
+      Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, 2024 (2402.09353).
+    """
+    _check_rank(rank)
+
+    def view(path: str, leaf: PyTree) -> MatrixView:
+        return _adapter.matrix_view("dora", path, leaf, in_axis, out_axis)
+
+    def init(
+        key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
+    ) -> tuple[Params, AdapterWeights]:
+        leaves = _adapter.selected_matrices(params, where)
+        pairs = _starts(key, leaves, view, rank, scaling(alpha, rank), start, gradients)
+        base = _adapter.rewrite("dora", params, pairs, _minus(view, scaling, alpha))
+        weights = {}
+        for path, pair in pairs.items():
+            # At the start V is the kernel itself, whatever part of it the adapter holds.
+            length = _numerics.safe_norm(view(path, leaves[path]).matrix, axis=-2)
+            weights[path] = _stored(DoraWeights(*pair, length), leaves[path])
+        return base, weights
+
+    def apply(params: Params, weights: AdapterWeights) -> Params:
+        def edit(path: str, leaf: PyTree, pair: DoraWeights) -> Array:
+            kernel = view(path, leaf)
+            shape = (*kernel.matrix.shape[:-2], kernel.matrix.shape[-1])
+            _adapter.fits("dora", path, {"magnitude": shape}, magnitude=pair.magnitude)
+            direction = kernel.matrix + _product(
+                path, kernel, LoraWeights(pair.a, pair.b), scaling, alpha
+            )
+            norm = jax.lax.stop_gradient(_numerics.safe_norm(direction, axis=-2))
+            ratio = pair.magnitude.astype(norm.dtype) / jnp.where(norm > 0, norm, 1)
+            return kernel.restore(ratio[..., None, :] * direction)
+
+        return _adapter.rewrite("dora", params, weights, edit)
+
+    def combine(
+        members: Sequence[AdapterWeights],
+        weights: Sequence[Scalar] | Array | None = None,
+        *,
+        rank: int | None = None,
+    ) -> AdapterWeights:
+        shares = _adapter.members_of("dora", members, weights)
+        out = {}
+        for path in members[0]:
+            each = [member[path] for member in members]
+            pairs = [LoraWeights(w.a, w.b) for w in each]
+            pair = _concatenate(pairs, shares, scaling, alpha, rank)
+            lengths = _adapter.weighted(shares, [w.magnitude for w in each])
+            whole = sum((jnp.asarray(s) for s in shares[1:]), jnp.asarray(shares[0]))
+            out[path] = DoraWeights(*pair, lengths / _numerics.scalar(whole, lengths))
+        return out
+
+    return Adapter(init, apply, apply, combine)
+
+
+def _check_rank(rank: int) -> None:
+    if rank < 1:
+        raise ValueError(f"lora: the rank must be 1 or more, got {rank}.")
+
+
+def _starts(
+    key: Array,
+    leaves: dict[str, PyTree],
+    view: Callable[[str, PyTree], MatrixView],
+    rank: int,
+    scale: Scalar,
+    start: Start,
+    gradients: PyTree | None,
+) -> dict[str, LoraWeights]:
+    grads = None if gradients is None else trees.flatten(gradients)
+    if grads is not None:
+        used = {path: grads[path] for path in leaves if path in grads}
+        _checks.same_leaves("init", params=leaves, gradients=used)
+    pairs = {}
+    for path, leaf in leaves.items():
+        kernel = view(path, leaf).matrix
+        slope = None if grads is None else view(path, grads[path]).matrix
+        leaf_key = _leafwise.fold_path(key, path)
+        pairs[path] = LoraWeights(
+            *start(leaf_key, kernel, rank, _numerics.scalar(scale, kernel), slope)
+        )
+    return pairs
+
+
+def _stored(weights: NamedTuple, leaf: PyTree) -> NamedTuple:
+    """Weights in the kernel's dtype, but float32 for half precision: small updates must count."""
+    dtype = _leaves.widen(leaf).dtype
+    return jax.tree.map(lambda x: x.astype(dtype), weights)
+
+
+def _minus(
+    view: Callable[[str, PyTree], MatrixView], scaling: Scaling, alpha: Scalar
+) -> Callable[[str, PyTree, LoraWeights], Array]:
+    def edit(path: str, leaf: PyTree, pair: LoraWeights) -> Array:
+        kernel = view(path, leaf)
+        return kernel.restore(kernel.matrix - _product(path, kernel, pair, scaling, alpha))
+
+    return edit
+
+
+def _product(
+    path: str, kernel: MatrixView, pair: LoraWeights, scaling: Scaling, alpha: Scalar
+) -> Array:
+    """`s a b`, at the rank the weights have."""
+    *lead, fan_in, fan_out = kernel.matrix.shape
+    rank = pair.a.shape[-1]
+    expected = {"a": (*lead, fan_in, rank), "b": (*lead, rank, fan_out)}
+    _adapter.fits("lora", path, expected, a=pair.a, b=pair.b)
+    dtype = kernel.matrix.dtype
+    a, b = pair.a.astype(dtype), pair.b.astype(dtype)
+    product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return _numerics.scalar(scaling(alpha, rank), product) * product
+
+
+def _concatenate(
+    pairs: Sequence[LoraWeights],
+    shares: Sequence[Scalar],
+    scaling: Scaling,
+    alpha: Scalar,
+    rank: int | None,
+) -> LoraWeights:
+    """One pair whose scaled product is `sum_i w_i s_i a_i b_i`; the scale at the new rank."""
+    total = sum(pair.a.shape[-1] for pair in pairs)
+    factors = [
+        share * (scaling(alpha, pair.a.shape[-1]) / scaling(alpha, total))
+        for share, pair in zip(shares, pairs, strict=True)
+    ]
+    a = jnp.concatenate([pair.a for pair in pairs], axis=-1)
+    b = jnp.concatenate(
+        [_numerics.scalar(f, pair.b) * pair.b for f, pair in zip(factors, pairs, strict=True)],
+        axis=-2,
+    )
+    if rank is None:
+        return LoraWeights(a, b)
+    return _truncate(a, b, rank, scaling(alpha, total) / scaling(alpha, rank))
+
+
+def _truncate(a: Array, b: Array, rank: int, factor: Scalar) -> LoraWeights:
+    """The best approximation of rank r, from the factors alone: no `[in, out]` matrix is formed."""
+    _check_rank(rank)
+    left, left_r = jnp.linalg.qr(a)
+    right, right_r = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
+    u, s, vt = jnp.linalg.svd(left_r @ jnp.swapaxes(right_r, -1, -2), full_matrices=False)
+    if rank > s.shape[-1]:
+        raise ValueError(f"combine: the sum has rank {s.shape[-1]} at most, asked for {rank}.")
+    root = jnp.sqrt(s[..., :rank] * _numerics.scalar(factor, s))
+    new_a = left @ (u[..., :rank] * root[..., None, :])
+    new_b = (root[..., :, None] * vt[..., :rank, :]) @ jnp.swapaxes(right, -1, -2)
+    return LoraWeights(new_a, new_b)
