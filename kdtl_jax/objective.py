@@ -138,11 +138,18 @@ def reduce_all(terms: Terms, example_weights: Array | None = None) -> dict[str, 
 
 
 def resolve(weights: Weights, step: Array) -> dict[str, Array]:
-    """Weights at a step: schedules called, numbers as float32 scalars."""
+    """Weights at a step: schedules called, each a scalar of float32 or wider."""
     return {
-        name: jnp.asarray(weight(step) if callable(weight) else weight, jnp.float32)
+        name: _as_float(weight(step) if callable(weight) else weight)
         for name, weight in weights.items()
     }
+
+
+def _as_float(weight: Scalar) -> Array:
+    array = jnp.asarray(weight)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return array.astype(jnp.float32)
+    return jax.lax.convert_element_type(_numerics.upcast(array), _numerics.upcast(array).dtype)
 
 
 def weighted_sum(means: Mapping[str, Mean], weights: Mapping[str, Array]) -> Array:
