@@ -7,15 +7,19 @@ at the edge (`interop`, `models`, `checkpoint`, `recipes`, `cli`) when those are
 from importlib.metadata import version as _version
 
 from kdtl_jax import connectors as connectors
+from kdtl_jax import finetune as finetune
+from kdtl_jax import fisher as fisher
 from kdtl_jax import losses as losses
 from kdtl_jax import memory as memory
 from kdtl_jax import normalization as normalization
 from kdtl_jax import objective as objective
 from kdtl_jax import penalties as penalties
+from kdtl_jax import precision as precision
 from kdtl_jax import projection as projection
 from kdtl_jax import sweep as sweep
 from kdtl_jax import testing as testing
 from kdtl_jax import train as train
+from kdtl_jax import transferability as transferability
 from kdtl_jax import transforms as transforms
 from kdtl_jax import trees as trees
 from kdtl_jax._types import ModelFn as ModelFn

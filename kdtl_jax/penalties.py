@@ -74,12 +74,12 @@ def ewc(params: Params, anchor: Params, fisher: PyTree, *, where: Selector = eve
     Args:
       params: any pytree.
       anchor: parameters after the old task.
-      fisher: their diagonal Fisher information (`finetune.fisher_diagonal`), of equal shapes.
+      fisher: their diagonal Fisher information (`fisher.true_fisher`), of equal shapes.
       where: selector of the leaves that are penalized.
 
     Returns:
       `[]`, float32 or wider. Avalanche has no 1/2, so its number is twice this one; its Fisher
-      is also the squared gradient of a batch mean (`finetune.batch_fisher_diagonal`).
+      is also the squared gradient of a batch mean (`fisher.batch_fisher`).
 
     Raises:
       ValueError: if the selector matches nothing, or names or shapes differ (all are listed).

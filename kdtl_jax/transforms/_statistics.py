@@ -22,7 +22,7 @@ def fisher_merge(
 
     Args:
       models: a list of trees of one structure.
-      fishers: their diagonal Fisher informations (`finetune.fisher_diagonal`), equal shapes.
+      fishers: their diagonal Fisher informations (`fisher.true_fisher`), equal shapes.
       weights: 1 each when None, else one per model.
       floor: where no model cares about an entry, the merge is the weighted average.
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from golden_maps import Golden
-from kdtl_jax import transforms
+from kdtl_jax import finetune, transforms
 
 Inputs = Mapping[str, Array]
 Hyper = Mapping[str, Any]
@@ -163,6 +163,20 @@ def ia3(x: Inputs, h: Hyper) -> dict[str, Array]:
     return adapted_layer(x, adapter, transforms.ScaleWeights(x["vector"]))
 
 
+def rates(h: Hyper, *, head: str, last: str | None, min_scale: float) -> Array:
+    """Multipliers of the listed names, each a leaf of its own."""
+    params = {name: jnp.zeros(()) for name in h["names"]}
+    ids = finetune.layer_ids(
+        params,
+        stem=r"(cls_token|mask_token|pos_embed|patch_embed).*",
+        block=r"blocks\.(\d+)\..*",
+        head=head,
+        last=last,
+    )
+    by_name = finetune.layer_decay(ids, decay=h["decay"], min_scale=min_scale, top=h["depth"] + 1)
+    return jnp.asarray([by_name[name] for name in h["names"]])
+
+
 METHODS: dict[str, Golden] = {
     "lora": lora,
     "rslora": lora,
@@ -206,4 +220,7 @@ METHODS: dict[str, Golden] = {
         [1 - h["alpha"], h["alpha"]],
         floor=h["fisher_floor"],
     ),
+    # timm's final norm shares the last block's rate, BEiT's the head's.
+    "layer_decay": lambda x, h: rates(h, head="head.*", last="norm.*", min_scale=h["min_scale"]),
+    "layer_decay_beit": lambda x, h: rates(h, head="(norm|head).*", last=None, min_scale=0.0),
 }
