@@ -1,4 +1,4 @@
-"""Fine-tuning policies: learning rates by layer, gradual unfreezing, frozen statistics.
+"""Fine-tuning policies: learning rates by layer, gradual unfreezing, state carried over.
 
 Learning-rate policies are trees of multipliers, made once from *all* the parameters, so that a rule
 that covers nothing, or a leaf that no rule covers, raises; and one optax transform that applies
@@ -8,6 +8,7 @@ them. Put it last, after the learning rate:
     tx = optax.chain(optax.adamw(schedule), scale_by_multipliers(multipliers))
 
 Freezing for good is not a policy: give the step `trainable=selector`, which costs no gradient.
+Frozen batch statistics are `normalization.freeze_stats`.
 """
 
 import re
@@ -20,7 +21,7 @@ import numpy as np
 import optax
 
 from kdtl_jax import _checks, trees
-from kdtl_jax._types import Array, ModelFn, Outputs, Params, PyTree, Scalar
+from kdtl_jax._types import Array, Params, PyTree, Scalar
 
 
 def layer_ids(
@@ -290,57 +291,6 @@ def carry_opt_state(old: PyTree, new: PyTree) -> Carried:
     ]
     state = jax.tree.unflatten(jax.tree.structure(new), leaves)
     return Carried(state, tuple(shared), tuple(path for path in after if path not in before))
-
-
-def freeze_stats(before: PyTree, after: PyTree, *, where: trees.Selector) -> PyTree:
-    """`after` with the selected leaves of `before`: statistics that shall not move.
-
-    No optimizer mask reaches batch statistics: they are another collection.
-
-    Raises:
-      ValueError: if the selector matches nothing, or names or shapes differ.
-    """
-    _checks.same_leaves("freeze_stats", before=trees.flatten(before), after=trees.flatten(after))
-    held = trees.mask(before, where)
-    return jax.tree.map(lambda keep, old, new: old if keep else new, held, before, after)
-
-
-def with_frozen_stats(model: ModelFn, *, where: trees.Selector = trees.everything) -> ModelFn:
-    """The model with the selected statistics of its state held, whatever mode it runs in.
-
-    In training mode a batch-normalized model still *normalizes* by the batch; to normalize by
-    the frozen statistics too, wrap it in `in_evaluation_mode`.
-    """
-
-    def run(
-        params: Params,
-        model_state: PyTree,
-        inputs: Any,
-        *,
-        key: Array | None = None,
-        train: bool = False,
-    ) -> tuple[Outputs, PyTree]:
-        outputs, after = model(params, model_state, inputs, key=key, train=train)
-        return outputs, freeze_stats(model_state, after, where=where)
-
-    return run
-
-
-def in_evaluation_mode(model: ModelFn) -> ModelFn:
-    """The model run with `train=False` always: running statistics normalize, nothing drops out."""
-
-    def run(
-        params: Params,
-        model_state: PyTree,
-        inputs: Any,
-        *,
-        key: Array | None = None,
-        train: bool = False,
-    ) -> tuple[Outputs, PyTree]:
-        outputs, _ = model(params, model_state, inputs, key=key, train=False)
-        return outputs, model_state
-
-    return run
 
 
 def _covered(fn: str, tree: PyTree, table: Mapping[str, Any]) -> None:

@@ -1,15 +1,15 @@
-"""Normalization during fine-tuning, as functions of arrays: Stochastic Normalization.
+"""Normalization during fine-tuning: Stochastic Normalization, and statistics that do not move.
 
-For frozen batch statistics see `finetune.freeze_stats`; for Mixout `transforms.mixout`.
+For dropout toward the pretrained weights see `transforms.mixout`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kdtl_jax import _checks, _numerics
-from kdtl_jax._types import Array, Scalar
+from kdtl_jax import _checks, _numerics, trees
+from kdtl_jax._types import Array, ModelFn, Outputs, Params, PyTree, Scalar
 
 
 class Running(NamedTuple):
@@ -82,3 +82,54 @@ def stoch_norm(
         ((1 - share) * old_var + share * var * (count / (count - 1))).astype(running.var.dtype),
     )
     return out.reshape(x.shape).astype(x.dtype), new
+
+
+def freeze_stats(before: PyTree, after: PyTree, *, where: trees.Selector) -> PyTree:
+    """`after` with the selected leaves of `before`: statistics that shall not move.
+
+    No optimizer mask reaches batch statistics: they are another collection.
+
+    Raises:
+      ValueError: if the selector matches nothing, or names or shapes differ.
+    """
+    _checks.same_leaves("freeze_stats", before=trees.flatten(before), after=trees.flatten(after))
+    held = trees.mask(before, where)
+    return jax.tree.map(lambda keep, old, new: old if keep else new, held, before, after)
+
+
+def with_frozen_stats(model: ModelFn, *, where: trees.Selector = trees.everything) -> ModelFn:
+    """The model with the selected statistics of its state held, whatever mode it runs in.
+
+    In training mode a batch-normalized model still *normalizes* by the batch; to normalize by
+    the frozen statistics too, wrap it in `in_evaluation_mode`.
+    """
+
+    def run(
+        params: Params,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, PyTree]:
+        outputs, after = model(params, model_state, inputs, key=key, train=train)
+        return outputs, freeze_stats(model_state, after, where=where)
+
+    return run
+
+
+def in_evaluation_mode(model: ModelFn) -> ModelFn:
+    """The model run with `train=False` always: running statistics normalize, nothing drops out."""
+
+    def run(
+        params: Params,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, PyTree]:
+        outputs, _ = model(params, model_state, inputs, key=key, train=False)
+        return outputs, model_state
+
+    return run
