@@ -23,9 +23,10 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"trees"}),
     frozenset(
         {"losses", "penalties", "connectors", "memory", "objective", "projection", "transforms"}
-        | {"normalization", "ensembles", "temperatures", "balancing"}
+        | {"normalization", "ensembles", "temperatures", "precision"}
     ),
-    frozenset({"train", "sweep", "online", "hypergradients", "optimizers", "testing"}),
+    frozenset({"train", "sweep", "testing"}),
+    frozenset({"online", "hypergradients", "optimizers"}),
     frozenset({"sharding", "loop", "checkpoint", "teacher_cache", "report"}),
     frozenset({"models", "datasets"}),
     frozenset({"interop"}),
@@ -34,7 +35,7 @@ FLOORS: tuple[frozenset[str], ...] = (
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 # What `import kdtl_jax` may need; everything else is imported at the edge.
-LIGHT_FLOOR = 3
+LIGHT_FLOOR = 4
 LIGHT = {"jax", "numpy", "optax"}
 
 

@@ -1,0 +1,274 @@
+"""KD train step: this library against a hand-written JAX step and PyTorch, interleaved, as ratios.
+
+Command:   python benchmarks/step_time.py [--rounds 15] [--json out.json]
+Peers:     PyTorch eager and torch.compile (skipped with a line where torch is not installed;
+           `pip install torch==2.13.0`).
+Machine:   (see RESULT)
+RESULT:    not recorded yet
+
+Two models: an MLP 64-256-256-10 teaching 64-32-10, and a CNN on 28x28 images, about 200k
+parameters teaching 20k; batch 64, float32, SGD with momentum, temperature 4. A round runs every
+form once for an epoch of the same batches; medians and spreads are over rounds, ratios are medians
+of paired rounds.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import kdtl_jax
+from kdtl_jax import losses, train
+
+BATCH, TEMPERATURE, RATE, MOMENTUM = 64, 4.0, 0.05, 0.9
+Form = Callable[[], None]  # runs one epoch to completion
+
+
+def mlp_init(key: jax.Array, widths: list[int]) -> Any:
+    keys = jax.random.split(key, len(widths) - 1)
+    return [
+        {"kernel": jax.random.normal(k, (i, o)) / i**0.5, "bias": jnp.zeros((o,))}
+        for k, i, o in zip(keys, widths, widths[1:], strict=False)
+    ]
+
+
+def mlp_apply(params: Any, x: jax.Array) -> jax.Array:
+    for layer in params[:-1]:
+        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
+    return x @ params[-1]["kernel"] + params[-1]["bias"]
+
+
+def as_model(apply: Callable[[Any, jax.Array], jax.Array]) -> Any:
+    def model(params: Any, state: Any, inputs: Any, *, key: Any = None, train: bool = False) -> Any:
+        return {"logits": apply(params, inputs)}, state
+
+    return model
+
+
+def hand_written_step(apply: Any, tx: optax.GradientTransformation) -> Any:
+    """The floor: what one would write without any library."""
+
+    def loss_fn(params: Any, teacher_logits: jax.Array, batch: Any) -> jax.Array:
+        logits = apply(params, batch["inputs"])
+        log_t = jax.nn.log_softmax(teacher_logits / TEMPERATURE)
+        log_s = jax.nn.log_softmax(logits / TEMPERATURE)
+        kd = jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1) * TEMPERATURE**2
+        task = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+        return 0.9 * jnp.mean(kd) + 0.1 * jnp.mean(task)
+
+    def step(params: Any, opt_state: Any, teacher: Any, batch: Any) -> Any:
+        loss, grads = jax.value_and_grad(loss_fn)(params, apply(teacher, batch["inputs"]), batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def terms(x: Any) -> Any:
+    student, teacher = x.student["logits"], x.teacher["logits"]
+    return {
+        "kd": losses.kd_kl(student, teacher, temperature=TEMPERATURE),
+        "task": optax.softmax_cross_entropy_with_integer_labels(student, x.batch["labels"]),
+    }
+
+
+def jax_forms(apply: Any, teacher: Any, student: Any, data: Any, steps: int) -> dict[str, Form]:
+    tx = optax.sgd(RATE, momentum=MOMENTUM)
+    model, weights, key = as_model(apply), {"kd": 0.9, "task": 0.1}, jax.random.key(0)
+    step = train.make_distill_step(model, model, terms, weights, tx)
+    cached_step = train.make_distill_step(model, None, terms, weights, tx)
+    jitted = train.jit_step(step)
+    epoch, cached_epoch = train.jit_epoch(step), train.jit_epoch(cached_step)
+    index = train.epoch_index(key, 0, len(data["labels"]), BATCH)[:steps]
+    batches = [train.take(data, rows) for rows in index]
+    cached = {**data, "teacher": {"logits": jax.jit(apply)(teacher, data["inputs"])}}
+    by_hand = hand_written_step(apply, tx)
+
+    def state() -> train.TrainState:
+        return train.init_state({"student": student}, tx, key=key)
+
+    path = train.epoch_path(step, state(), teacher, data)
+
+    box = {name: state() for name in ("step", "scan", "cached")}
+    hand = [jax.tree.map(jnp.copy, student), tx.init(student)]
+
+    def per_step() -> None:
+        s = box["step"]
+        for batch in batches:
+            s, _ = jitted(s, teacher, batch)
+        box["step"] = jax.block_until_ready(s)
+
+    def floor() -> None:
+        for batch in batches:
+            hand[0], hand[1], _ = by_hand(hand[0], hand[1], teacher, batch)
+        jax.block_until_ready(hand[0])
+
+    def scanned() -> None:
+        box["scan"] = jax.block_until_ready(epoch(box["scan"], teacher, data, index)[0])
+
+    def scanned_cached() -> None:
+        box["cached"] = jax.block_until_ready(cached_epoch(box["cached"], None, cached, index)[0])
+
+    return {
+        "hand-written jax step": floor,
+        "kdtl jit_step": per_step,
+        f"kdtl jit_epoch ({path})": scanned,
+        f"kdtl jit_epoch ({path}), cached teacher": scanned_cached,
+    }
+
+
+def cnn_init(key: jax.Array, channels: tuple[int, int], hidden: int) -> Any:
+    k1, k2, k3 = jax.random.split(key, 3)
+    c1, c2 = channels
+    return {
+        "conv1": jax.random.normal(k1, (3, 3, 1, c1)) / 3,
+        "conv2": jax.random.normal(k2, (3, 3, c1, c2)) / (9 * c1) ** 0.5,
+        "dense": mlp_init(k3, [49 * c2, hidden, 10]),
+    }
+
+
+def cnn_apply(params: Any, x: jax.Array) -> jax.Array:
+    for name in ("conv1", "conv2"):
+        x = jax.lax.conv_general_dilated(
+            x, params[name], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        b, h, w, c = x.shape
+        x = jax.nn.relu(x).reshape(b, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
+    return mlp_apply(params["dense"], x.reshape(x.shape[0], -1))
+
+
+def torch_forms(kind: str, data: Any, steps: int) -> dict[str, Form]:
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    torch.set_num_threads(os.cpu_count() or 1)
+
+    def mlp(widths: list[int]) -> nn.Module:
+        layers: list[nn.Module] = []
+        for i, o in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(i, o), nn.ReLU()]
+        return nn.Sequential(*layers[:-1])
+
+    def cnn(channels: tuple[int, int], hidden: int) -> nn.Module:
+        c1, c2 = channels
+        body = [nn.Conv2d(1, c1, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(2)]
+        body += [nn.Conv2d(c1, c2, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(2)]
+        return nn.Sequential(*body, nn.Flatten(), mlp([49 * c2, hidden, 10]))
+
+    def build() -> tuple[nn.Module, nn.Module]:
+        if kind == "mlp":
+            return mlp([64, 256, 256, 10]), mlp([64, 32, 10])
+        return cnn((32, 64), 56), cnn((8, 16), 24)
+
+    x, y = torch.tensor(np.array(data["inputs"])), torch.tensor(np.array(data["labels"])).long()
+    if kind == "cnn":
+        x = x.permute(0, 3, 1, 2).contiguous()
+    batches = [
+        (x[i * BATCH : (i + 1) * BATCH], y[i * BATCH : (i + 1) * BATCH]) for i in range(steps)
+    ]
+
+    def make(compiled: bool) -> Form:
+        teacher, student = build()
+        teacher.eval()
+        optimizer = torch.optim.SGD(student.parameters(), lr=RATE, momentum=MOMENTUM)
+
+        def step(inputs: Any, labels: Any) -> None:
+            with torch.no_grad():
+                soft = F.softmax(teacher(inputs) / TEMPERATURE, dim=-1)
+            logits = student(inputs)
+            log_student = F.log_softmax(logits / TEMPERATURE, dim=-1)
+            kd = F.kl_div(log_student, soft, reduction="batchmean") * TEMPERATURE**2
+            loss = 0.9 * kd + 0.1 * F.cross_entropy(logits, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        run = torch.compile(step) if compiled else step
+
+        def epoch() -> None:
+            for inputs, labels in batches:
+                run(inputs, labels)
+
+        return epoch
+
+    return {"torch eager": make(False), "torch.compile": make(True)}
+
+
+def measure(forms: dict[str, Form], rounds: int, steps: int) -> dict[str, list[float]]:
+    """Seconds per step of every form in every round, interleaved, after one warm-up epoch."""
+    for form in forms.values():
+        form()
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(rounds):
+        for name, form in forms.items():
+            start = time.perf_counter()
+            form()
+            seconds[name].append((time.perf_counter() - start) / steps)
+    return seconds
+
+
+def table(kind: str, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
+    base = "torch eager" if "torch eager" in seconds else "hand-written jax step"
+    rows = []
+    print(f"\n{kind}: microseconds per step; ratios are medians of paired rounds")
+    print(f"{'form':44s} {'median':>9s} {'min':>9s} {'max':>9s}  faster than {base} / the floor")
+    for name, times in seconds.items():
+        ratios = {
+            other: statistics.median(b / a for a, b in zip(times, seconds[other], strict=True))
+            for other in seconds
+        }
+        us = [1e6 * t for t in (statistics.median(times), min(times), max(times))]
+        floor = ratios["hand-written jax step"]
+        print(
+            f"{name:44s} {us[0]:9.1f} {us[1]:9.1f} {us[2]:9.1f}  {ratios[base]:6.2f}x {floor:6.3f}x"
+        )
+        rows.append({"model": kind, "form": name, "us": us, "speedup_over": ratios})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Example: python benchmarks/step_time.py")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", help="write the rows here")
+    args = parser.parse_args()
+    versions = (
+        f"jax {jax.__version__}, kdtl_jax {kdtl_jax.__version__}, python {sys.version.split()[0]}"
+    )
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}; {versions}"
+    )
+    rng, rows = np.random.default_rng(0), []
+    for kind, shape, steps in [("mlp", (64,), 100), ("cnn", (28, 28, 1), 20)]:
+        data = {
+            "inputs": jnp.asarray(rng.normal(size=(steps * BATCH, *shape)), jnp.float32),
+            "labels": jnp.asarray(rng.integers(0, 10, steps * BATCH), jnp.int32),
+        }
+        k1, k2 = jax.random.split(jax.random.key(0))
+        if kind == "mlp":
+            apply, pair = mlp_apply, (mlp_init(k1, [64, 256, 256, 10]), mlp_init(k2, [64, 32, 10]))
+        else:
+            apply, pair = cnn_apply, (cnn_init(k1, (32, 64), 56), cnn_init(k2, (8, 16), 24))
+        forms = jax_forms(apply, *pair, data, steps)
+        try:
+            forms |= torch_forms(kind, data, steps)
+        except ImportError:
+            print("torch is not installed: the peers are left out (pip install torch==2.13.0)")
+        rows += table(kind, measure(forms, args.rounds, steps))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"versions": versions, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

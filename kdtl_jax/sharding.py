@@ -1,0 +1,160 @@
+"""Placements over devices: JAX's sharding is the engine, this module only picks who lives where.
+
+A mesh has an axis `"data"` (examples are split over it) and optionally `"fsdp"` (weights and
+optimizer state are split over it, examples too). The train step itself does not change: place the
+state and the batch, call the same jitted step, and XLA inserts the collectives. Meshes have Auto
+axis types, so ordinary code such as `x @ x.T` on sharded operands works.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from kdtl_jax._types import PyTree
+
+AXES = ("data", "fsdp")
+
+
+def make_mesh(*, data: int | None = None, fsdp: int = 1, devices: Any = None) -> Mesh:
+    """A `data x fsdp` mesh over the given devices (default: all, of all processes).
+
+    Args:
+      data: size of the data axis; None takes what fsdp leaves.
+      fsdp: size of the axis over which weights are split.
+      devices: a sequence of devices; fewer than all is fine.
+
+    Raises:
+      ValueError: if the sizes do not multiply to at most the number of devices.
+    """
+    found = list(jax.devices() if devices is None else devices)
+    if fsdp < 1 or (data is not None and data < 1):
+        raise ValueError(f"make_mesh: sizes must be at least 1, got data={data}, fsdp={fsdp}.")
+    data = len(found) // fsdp if data is None else data
+    if data * fsdp > len(found) or data < 1:
+        raise ValueError(
+            f"make_mesh: data={data} x fsdp={fsdp} needs {max(data, 1) * fsdp} devices, there are "
+            f"{len(found)}. On one CPU, set JAX_NUM_CPU_DEVICES before starting Python."
+        )
+    grid = np.array(found[: data * fsdp], dtype=object).reshape(data, fsdp)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`"data=4,fsdp=2"` as keyword arguments of `make_mesh`.
+
+    Raises:
+      ValueError: naming the part that is not `axis=size`.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name.strip() not in AXES or not size.strip().isdigit() or name.strip() in sizes:
+            raise ValueError(
+                f"--mesh: {part!r} is not understood; expected for example 'data=4,fsdp=2' "
+                f"with axes {', '.join(AXES)}, each at most once."
+            )
+        sizes[name.strip()] = int(size)
+    return sizes
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def fsdp_shardings(tree: PyTree, mesh: Mesh, *, smallest: int = 256) -> PyTree:
+    """One sharding per leaf: the largest divisible axis is split over `"fsdp"`.
+
+    Args:
+      tree: arrays or abstract shapes; a whole `TrainState` is fine (scalars and PRNG keys are
+        replicated, the optimizer's moments follow their weights' shapes).
+      mesh: from `make_mesh`. With fsdp=1 everything is replicated.
+      smallest: leaves with fewer elements stay replicated: splitting them costs more than it saves.
+
+    Returns:
+      A tree of `NamedSharding` for `jax.device_put` or `jax.jit(out_shardings=...)`.
+    """
+    size = mesh.shape["fsdp"]
+
+    def rule(leaf: Any) -> NamedSharding:
+        shape = np.shape(leaf)
+        if size == 1 or np.prod(shape, dtype=np.int64) < smallest:
+            return replicated(mesh)
+        for axis in sorted(range(len(shape)), key=lambda i: -shape[i]):
+            if shape[axis] % size == 0:
+                return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
+        return replicated(mesh)
+
+    return jax.tree.map(rule, tree)
+
+
+def place(tree: PyTree, mesh: Mesh, *, smallest: int = 256) -> PyTree:
+    """`tree` on the mesh by `fsdp_shardings`: pass it a state, parameters or a teacher."""
+    return jax.device_put(tree, fsdp_shardings(tree, mesh, smallest=smallest))
+
+
+def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """A batch split over the mesh; with several processes, each passes its own part.
+
+    Raises:
+      ValueError: if the local batch is not divisible by this process's devices: pad it and give the
+        padding weight 0 in `batch["weights"]`.
+    """
+    here = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(batch)):
+        if not np.ndim(leaf) or np.shape(leaf)[0] % len(here):
+            raise ValueError(
+                f"place_batch: {jax.tree_util.keystr(path, simple=True, separator='/')} has shape "
+                f"{list(np.shape(leaf))}, whose leading axis must be a multiple of the "
+                f"{len(here)} local devices. Pad it and set weights to 0 there."
+            )
+    spec = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch), spec)
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(spec, np.asarray(leaf)), dict(batch)
+    )
+
+
+def initialize(
+    *, coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Joins a multi-process run; call before anything touches a device.
+
+    Without arguments JAX detects the cluster (SLURM, Open MPI, TPU pods, Kubernetes); with
+    them, the three of `jax.distributed.initialize`.
+
+    Raises:
+      ValueError: if only some of the three are given.
+    """
+    given = [coordinator is not None, processes is not None, process is not None]
+    if any(given) and not all(given):
+        raise ValueError(
+            "sharding.initialize: give all of coordinator ('host:port'), processes and process "
+            f"(this one's number), or none for auto-detection; got {coordinator!r}, {processes}, "
+            f"{process}."
+        )
+    jax.distributed.initialize(coordinator, processes, process)
+
+
+def bytes_per_device(tree: PyTree) -> dict[int, int]:
+    """`{device id: bytes}` that the tree's arrays occupy on each local device."""
+    total: dict[int, int] = {}
+    for leaf in jax.tree.leaves(tree):
+        if not isinstance(leaf, jax.Array):
+            continue
+        data = (
+            jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        )
+        for shard in data.addressable_shards:
+            total[shard.device.id] = total.get(shard.device.id, 0) + shard.data.nbytes
+    return total

@@ -1,0 +1,96 @@
+"""Epochs over device-resident data: the order, the scan, and where single steps are faster."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kdtl_jax.objective import Metrics
+from kdtl_jax.train._state import Batch, Step, TrainState
+
+Epoch = Callable[[TrainState, Any, Batch, Array], tuple[TrainState, Metrics]]
+
+
+def take(data: Batch, index: Array) -> dict[str, Any]:
+    """Rows `index` of every array in `data`; `index` of any shape."""
+    return jax.tree.map(lambda x: jnp.take(x, index, axis=0), dict(data))
+
+
+def scan_epoch(step: Step) -> Epoch:
+    """An epoch over device-resident data as one program.
+
+    Returns:
+      `epoch(state, teacher_params, data, index) -> (state, metrics)`: `data` holds whole arrays
+      `[N, ...]`, `index` int32 `[steps, B]` names the rows of each batch; metrics get a leading
+      step axis. Rows are gathered once, outside the loop. Not jitted: use `jit_step(epoch)`.
+    """
+
+    def epoch(
+        state: TrainState, teacher_params: Any, data: Batch, index: Array
+    ) -> tuple[TrainState, Metrics]:
+        def body(carry: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+            return step(carry, teacher_params, batch)
+
+        return jax.lax.scan(body, state, take(data, index))
+
+    return epoch
+
+
+def epoch_path(step: Step, state: TrainState, teacher_params: Any, data: Batch) -> str:
+    """`"scan"` or `"steps"`: how `jit_epoch` runs this step on this back end.
+
+    Inside a while-loop XLA's CPU back end compiles convolutions without their threaded kernels,
+    and an epoch runs more than twice as slow as its single steps. There, and only there, a step
+    with convolutions is called batch by batch. Decided by tracing, without running anything.
+    """
+    if jax.default_backend() != "cpu":
+        return "scan"
+    batch = jax.eval_shape(lambda d: take(d, jnp.zeros((1,), jnp.int32)), dict(data))
+    traced = jax.make_jaxpr(step)(state, teacher_params, batch)
+    return "steps" if "conv_general_dilated" in str(traced) else "scan"
+
+
+def jit_epoch(step: Step) -> Epoch:
+    """`scan_epoch` jitted with the state donated, or single steps where those are faster.
+
+    Returns:
+      `epoch(state, teacher_params, data, index)` as in `scan_epoch`, with equal results on either
+      path; `epoch_path` tells which one it takes.
+    """
+    scanned = jax.jit(scan_epoch(step), donate_argnums=0)
+    one = jax.jit(lambda s, t, data, rows: step(s, t, take(data, rows)), donate_argnums=0)
+    chosen: list[str] = []  # decided at the first call: a step has one path on one back end
+
+    def epoch(
+        state: TrainState, teacher_params: Any, data: Batch, index: Array
+    ) -> tuple[TrainState, Metrics]:
+        if not chosen:
+            chosen.append(epoch_path(step, state, teacher_params, data))
+        if chosen[0] == "scan":
+            return scanned(state, teacher_params, data, index)
+        collected = []
+        for rows in np.asarray(index):
+            state, metrics = one(state, teacher_params, data, rows)
+            collected.append(metrics)
+        return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected)
+
+    return epoch
+
+
+def epoch_index(key: Array, epoch: int | Array, size: int, batch_size: int) -> Array:
+    """int32 `[size // batch_size, batch_size]`: the shuffled rows of one epoch.
+
+    A function of `(key, epoch)` alone, so a resumed run sees the same order. The remainder of
+    the division is left out of this epoch (another one next time).
+    """
+    if not 0 < batch_size <= size:
+        raise ValueError(
+            f"epoch_index: batch_size must lie in 1..{size} (the number of examples), "
+            f"got {batch_size}."
+        )
+    order = jax.random.permutation(jax.random.fold_in(key, epoch), size)
+    steps = size // batch_size
+    return order[: steps * batch_size].reshape(steps, batch_size).astype(jnp.int32)
