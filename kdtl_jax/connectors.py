@@ -34,7 +34,7 @@ class Connector(NamedTuple):
 
 
 def _dtype(x: Any) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.float32 if jnp.finfo(x.dtype).bits < 32 else x.dtype
 
 
 def _he(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:

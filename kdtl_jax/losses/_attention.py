@@ -168,16 +168,16 @@ def minilm_v2(
     _checks.same_keys("minilm_v2", student=student, teacher=teacher)
     if not student:
         raise ValueError("minilm_v2: give at least one of query, key, value.")
-    terms = [
-        minilm_relation(
-            (student[name], student[name]),
-            (teacher[name], teacher[name]),
-            relation_heads=relation_heads,
-            where=where,
-        )
-        for name in sorted(student)
-    ]
-    return jnp.sum(jnp.stack(terms), axis=0)
+    for name in student:
+        _door.same_positions("minilm_v2", student[name], teacher[name], at_most=3)
+    _checks.mask("minilm_v2", where, next(iter(student.values())).shape[:-1])
+
+    def relations(side: Mapping[str, Array]) -> Array:
+        """All relations side by side, as if they were heads."""
+        each = [_relation(side[name], side[name], relation_heads, where) for name in sorted(side)]
+        return jnp.concatenate(each, axis=1)
+
+    return len(student) * attention_kl(relations(student), relations(teacher), where=where)
 
 
 def uniform_layers(student_layers: int, teacher_layers: int) -> tuple[int, ...]:

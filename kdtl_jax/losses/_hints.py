@@ -271,12 +271,12 @@ def ridge_hint(student: Array, teacher: Array, *, ridge: Scalar = 1e-3) -> Array
     _checks.positive("ridge_hint", ridge=ridge)
     x, y = student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
     x, y = x - jnp.mean(x, axis=0, keepdims=True), y - jnp.mean(y, axis=0, keepdims=True)
-    scale = jnp.max(jnp.abs(x))
+    scale = jax.lax.stop_gradient(jnp.max(jnp.abs(x)))  # it cancels
     x = x / jnp.where(scale > 0, scale, 1)
     covariance, cross = _numerics.gram(x.T, x.T) / len(x), _numerics.gram(x.T, y.T) / len(x)
     penalty = _numerics.scalar(ridge, x) * jnp.trace(covariance) / x.shape[-1]
     penalty = penalty + jnp.finfo(x.dtype).tiny ** 0.5
     damped = covariance + penalty * jnp.eye(x.shape[-1], dtype=x.dtype)
-    weights = jnp.linalg.solve(damped, cross)
+    weights = jax.scipy.linalg.solve(damped, cross, assume_a="pos")
     residual = y - jnp.matmul(x, weights, precision="highest")
     return _per_example(jnp.square(residual).reshape(teacher.shape))

@@ -78,7 +78,7 @@ def jacobian_matching_exact(student: BatchFn, teacher: BatchFn, inputs: Array) -
     """
     out = jax.eval_shape(student, inputs)
     size = out.size // max(len(inputs), 1)
-    basis = jnp.eye(size, dtype=jnp.promote_types(out.dtype, jnp.float32))
+    basis = jnp.eye(size, dtype=out.dtype)
     probes = jnp.broadcast_to(basis[:, None, :], (size, len(inputs), size))
     probes = probes.reshape(size, *out.shape)
     return size * jacobian_matching(student, teacher, inputs, probes)

@@ -80,12 +80,16 @@ def pkt(student: Array, teacher: Array, *, eps: Scalar = 1e-7) -> Array:
     q, p = (_affinities(x, eps) for x in _flat("pkt", student, teacher))
     low = _numerics.scalar(eps, q)
     # log1p of the relative difference, and q - p which sums to 0: no cancellation between terms.
-    return jnp.sum((q - p) - p * jnp.log1p((q - p) / (p + low)), axis=-1)
+    apart = (q - p) / (p + low)
+    near = jnp.abs(apart) < 0.5
+    far_log = jnp.log(q + low) - jnp.log(p + low)
+    return jnp.sum((q - p) - p * jnp.where(near, jnp.log1p(jnp.where(near, apart, 0)), far_log), -1)
 
 
 def _affinities(x: Array, eps: Scalar) -> Array:
     unit = x / (_numerics.safe_norm(x, keepdims=True) + _numerics.scalar(eps, x))
-    cosines = 0.5 * (_numerics.gram(unit, unit) + 1)
+    # Rounding may leave a cosine below -1, and a logarithm of less than nothing.
+    cosines = jnp.maximum(0.5 * (_numerics.gram(unit, unit) + 1), 0)
     return cosines / jnp.sum(cosines, axis=-1, keepdims=True)
 
 

@@ -1,0 +1,137 @@
+"""Rows of the transformer losses: hidden states, attention, relations."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from kdtl_jax import losses
+from loss_cases import LossCase
+
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+def states(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
+    return rng.normal(size=(batch, 3, 4)), rng.normal(size=(batch, 3, 4))
+
+
+def rows(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
+    return rng.normal(size=(batch, 5)), rng.normal(size=(batch, 5))
+
+
+def scores(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
+    return rng.normal(size=(batch, 2, 3, 3)), rng.normal(size=(batch, 2, 3, 3))
+
+
+def pairs(rng: np.random.Generator, batch: int) -> tuple[Pair, Pair]:
+    student = rng.normal(size=(2, batch, 3, 4))
+    teacher = rng.normal(size=(2, batch, 3, 6))
+    return (student[0], student[1]), (teacher[0], teacher[1])
+
+
+def vectors(
+    rng: np.random.Generator, batch: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    student = {name: rng.normal(size=(batch, 3, 4)) for name in ("key", "query", "value")}
+    return student, {name: rng.normal(size=(batch, 3, 6)) for name in ("key", "query", "value")}
+
+
+Layers = tuple[list[np.ndarray], list[np.ndarray]]
+
+
+def layered(
+    shape: tuple[int, ...], students: int, teachers: int
+) -> Callable[[np.random.Generator, int], Layers]:
+    def example(rng: np.random.Generator, batch: int) -> Layers:
+        sides = [[rng.normal(size=(batch, *shape)) for _ in range(n)] for n in (students, teachers)]
+        return sides[0], sides[1]
+
+    return example
+
+
+def hidden_mse(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+    return ((student - teacher) ** 2).mean(-1)
+
+
+def hidden_cosine(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(student, axis=-1) * np.linalg.norm(teacher, axis=-1)
+    return 1 - (student * teacher).sum(-1) / lengths
+
+
+def patient_kd(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+    u, v = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (student, teacher))
+    return ((u - v) ** 2).sum(-1)
+
+
+def token_gram(student: Pair, teacher: Pair) -> np.ndarray:
+    def gram(pair: Pair) -> np.ndarray:
+        return np.einsum("bid,bjd->bij", *pair) / pair[0].shape[-1]
+
+    return ((gram(student) - gram(teacher)) ** 2).mean(-1)
+
+
+def attention_mse(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+    return ((student - teacher) ** 2).mean((1, 3))
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    e = np.exp(z)
+    return e / e.sum(-1, keepdims=True)
+
+
+def attention_kl(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+    p, q = softmax(teacher), softmax(student)
+    return (p * np.log(p / q)).sum(-1).mean(1)
+
+
+def relation(pair: Pair, heads: int) -> np.ndarray:
+    width = pair[0].shape[-1] // heads
+    columns = [slice(h * width, (h + 1) * width) for h in range(heads)]
+    per_head = [np.einsum("bid,bjd->bij", pair[0][..., c], pair[1][..., c]) for c in columns]
+    return np.stack(per_head, axis=1) / np.sqrt(width)
+
+
+def minilm_relation(student: Pair, teacher: Pair, relation_heads: int) -> np.ndarray:
+    return attention_kl(relation(student, relation_heads), relation(teacher, relation_heads))
+
+
+def minilm_v2(
+    student: dict[str, np.ndarray], teacher: dict[str, np.ndarray], relation_heads: int
+) -> np.ndarray:
+    return np.sum(
+        [
+            minilm_relation((x, x), (teacher[name], teacher[name]), relation_heads)
+            for name, x in student.items()
+        ],
+        axis=0,
+    )
+
+
+def tinybert_attention(student: list[np.ndarray], teacher: list[np.ndarray]) -> np.ndarray:
+    step = len(teacher) // len(student)
+    pairs = [(s, teacher[(i + 1) * step - 1]) for i, s in enumerate(student)]
+    return np.sum([attention_mse(s, t) for s, t in pairs], axis=0)
+
+
+def tinybert_hidden(student: list[np.ndarray], teacher: list[np.ndarray]) -> np.ndarray:
+    step = (len(teacher) - 1) // (len(student) - 1)
+    return np.sum([hidden_mse(s, teacher[i * step]) for i, s in enumerate(student)], axis=0)
+
+
+CASES: dict[str, LossCase] = {
+    "hidden_mse": LossCase(losses.hidden_mse, states, hidden_mse),
+    "hidden_cosine": LossCase(losses.hidden_cosine, states, hidden_cosine),
+    "patient_kd": LossCase(losses.patient_kd, rows, patient_kd),
+    "token_gram": LossCase(losses.token_gram, pairs, token_gram, where_rank=2),
+    "attention_mse": LossCase(losses.attention_mse, scores, attention_mse),
+    "attention_kl": LossCase(losses.attention_kl, scores, attention_kl),
+    "minilm_relation": LossCase(
+        losses.minilm_relation, pairs, minilm_relation, {"relation_heads": 2}, where_rank=2
+    ),
+    "minilm_v2": LossCase(
+        losses.minilm_v2, vectors, minilm_v2, {"relation_heads": 2}, where_rank=2
+    ),
+    "tinybert_attention": LossCase(
+        losses.tinybert_attention, layered((2, 3, 3), 1, 2), tinybert_attention
+    ),
+    "tinybert_hidden": LossCase(losses.tinybert_hidden, layered((3, 4), 2, 3), tinybert_hidden),
+}
