@@ -1,0 +1,288 @@
+"""Named axes, by which selecting, pruning, permuting and padding units is one gather.
+
+An *axis spec* is ordered rules `[(selector, names)]`, one name per axis of the leaf:
+
+    spec = [
+        (r"block_\\d+/up/kernel", ("embed", "mlp")),
+        (r"block_\\d+/up/bias", ("mlp",)),
+        (r"block_\\d+/down/kernel", (Axis("mlp", summed=True), "embed")),
+        (".*", None),  # no named axes
+    ]
+
+All axes of one name are one set of units and change together. An axis without a name (None) stays
+as it is; a leaf that no rule covers raises, because a forgotten bias breaks a network silently.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdtl_jax import _checks, trees
+from kdtl_jax._types import Array, Params
+from kdtl_jax.transforms import _leaves
+from kdtl_jax.transforms._subset import complement
+
+
+class Axis(NamedTuple):
+    """A named axis with a structure; a plain string is `Axis(name)`.
+
+    The axis has length `outer * size * inner`, laid out in this order, where `size` is the number
+    of units. A fused query-key-value projection of `h` heads of width `d` is
+    `Axis("heads", inner=d, outer=3)`; channels flattened after height and width are
+    `Axis("channels", outer=height * width)`.
+
+    `summed` marks the input side of a layer: an axis the layer sums over. Growing needs it.
+    """
+
+    name: str | None
+    inner: int = 1
+    outer: int = 1
+    summed: bool = False
+
+
+AxisSpec = Sequence[tuple[trees.Selector, Sequence[str | Axis | None] | None]]
+_NONAMES: Any = object()
+
+
+def axis_sizes(params: Params, spec: AxisSpec) -> dict[str, int]:
+    """`{name: number of units}` of every named axis.
+
+    Raises:
+      ValueError: if a rule is unused, names have another number than a leaf's axes, a
+        floating-point leaf is not covered, or axes of one name differ in size.
+    """
+    return sizes_of("axis_sizes", params, axes_of("axis_sizes", params, spec))
+
+
+def select_width(params: Params, spec: AxisSpec, indices: Mapping[str, Any]) -> Params:
+    """Keeps the units `indices[name]` of every axis of that name: narrower layers, one gather.
+
+    Args:
+      params: any pytree.
+      spec: the axes' names.
+      indices: `{name: [n] integers}`, e.g. from `uniform_indices` or `top_indices`; may be
+        traced. Repetitions are allowed.
+
+    Returns:
+      The tree with the selected units, in the given order; dtypes are kept.
+
+    Raises:
+      ValueError: as `axis_sizes`; if a name is unknown or an index out of range.
+      TypeError: if indices are not integers.
+    """
+    axes = axes_of("select_width", params, spec)
+    sizes = sizes_of("select_width", params, axes)
+    index = {
+        name: _checked_index("select_width", name, value, known(name, sizes, "select_width"))
+        for name, value in indices.items()
+    }
+
+    def select(leaf: Array, position: int, axis: Axis) -> Array:
+        if axis.name is None or axis.name not in index:
+            return leaf
+        return take_units(leaf, position, axis, index[axis.name])
+
+    return over_axes(params, axes, select)
+
+
+def prune_heads(
+    params: Params, spec: AxisSpec, dropped: Sequence[int], *, name: str = "heads"
+) -> Params:
+    """Removes whole units of an axis, attention heads by default, from every leaf that has it.
+
+    Raises:
+      ValueError: as `select_width`; if `dropped` has repetitions or leaves nothing.
+    """
+    size = known(name, axis_sizes(params, spec), "prune_heads")
+    return select_width(params, spec, {name: complement(size, dropped)})
+
+
+def permute(params: Params, spec: AxisSpec, permutations: Mapping[str, Any]) -> Params:
+    """Reorders units: unit `i` becomes what unit `permutations[name][i]` was.
+
+    Hidden units have no order, so a permutation of a hidden axis leaves the function unchanged.
+
+    Raises:
+      ValueError: as `select_width`; if a (concrete) value is not a permutation of its axis.
+    """
+    sizes = axis_sizes(params, spec)
+    for name, value in permutations.items():
+        order, size = _checks.concrete(value), known(name, sizes, "permute")
+        if np.shape(value) != (size,) or (
+            order is not None and not np.array_equal(np.sort(order), np.arange(size))
+        ):
+            raise ValueError(
+                f"permute: {name!r} needs every index of 0..{size - 1} once, got {value!r}. "
+                "Use select_width to keep some units only."
+            )
+    return select_width(params, spec, permutations)
+
+
+def pad_width(params: Params, spec: AxisSpec, widths: Mapping[str, int]) -> Params:
+    """Appends units of zeros: `{name: new number of units}`.
+
+    A hidden unit of zeros does nothing if its activation maps 0 to 0; such units do not learn
+    until something breaks the tie (their incoming and outgoing gradients are both zero).
+    `widen` grows with units that learn.
+
+    Raises:
+      ValueError: as `axis_sizes`; if a name is unknown or a width shrinks.
+    """
+    axes = axes_of("pad_width", params, spec)
+    sizes = sizes_of("pad_width", params, axes)
+    for name, width in widths.items():
+        if width < known(name, sizes, "pad_width"):
+            raise ValueError(
+                f"pad_width: {name!r} cannot shrink from {sizes[name]} to {width} units. "
+                "Use select_width."
+            )
+
+    def pad(leaf: Array, position: int, axis: Axis) -> Array:
+        if axis.name is None or axis.name not in widths:
+            return leaf
+        split = split_axis(leaf, position, axis)
+        edges = [(0, 0)] * split.ndim
+        edges[position + 1] = (0, widths[axis.name] - split.shape[position + 1])
+        return join_axis(jnp.pad(split, edges), position)
+
+    return over_axes(params, axes, pad)
+
+
+def axis_spec_from_metadata(tree: Any) -> list[tuple[str, tuple[str | None, ...] | None]]:
+    """The axis names that boxed leaves carry: Linen's `Partitioned`, NNX variables' sharding.
+
+    Args:
+      tree: boxed Linen variables or an NNX state, with values or abstract.
+
+    Returns:
+      One rule per leaf. Leaves without names get None. Which axes are summed over is not recorded
+      there; `widen` needs rules that say it.
+
+    Raises:
+      ValueError: if no leaf carries names.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: _names(x) is not None)
+    spec = [(re.escape(trees.path_string(path)), _names(leaf)) for path, leaf in leaves]
+    if all(names is None for _, names in spec):
+        raise ValueError(
+            "axis_spec_from_metadata: no leaf carries axis names. Box parameters with "
+            "nn.with_partitioning (Linen) or give nnx.Param its sharding, or write the spec out."
+        )
+    return spec
+
+
+def axes_of(fn: str, params: Params, spec: AxisSpec) -> list[tuple[Axis, ...]]:
+    """The axes of every leaf, in tree order; empty where it has no names."""
+    flat = trees.flatten(params)
+    labels = _leaves.by_rules(params, spec, default=_NONAMES)
+    lost = [
+        path
+        for (path, leaf), names in zip(flat.items(), labels, strict=True)
+        if names is _NONAMES and trees.is_inexact(leaf)
+    ]
+    if lost:
+        raise ValueError(
+            f"{fn}: the axis spec does not cover {lost[:8]}. Name their axes, or add "
+            "('.*', None) last if they have none that change."
+        )
+    out: list[tuple[Axis, ...]] = []
+    for (path, leaf), names in zip(flat.items(), labels, strict=True):
+        if names is _NONAMES or names is None or not trees.is_inexact(leaf):
+            out.append(())
+            continue
+        axes = tuple(axis if isinstance(axis, Axis) else Axis(axis) for axis in names)
+        if len(axes) != np.ndim(leaf):
+            raise ValueError(
+                f"{fn}: {path!r} has {np.ndim(leaf)} axes {list(np.shape(leaf))}, but the spec "
+                f"names {len(axes)}: {[axis.name for axis in axes]}."
+            )
+        out.append(axes)
+    return out
+
+
+def sizes_of(fn: str, params: Params, axes: Sequence[tuple[Axis, ...]]) -> dict[str, int]:
+    """The number of units of every name; raises where leaves disagree."""
+    first: dict[str, tuple[str, int]] = {}
+    for (path, leaf), leaf_axes in zip(trees.flatten(params).items(), axes, strict=True):
+        for length, axis in zip(np.shape(leaf), leaf_axes, strict=False):
+            if axis.name is None:
+                continue
+            size, rest = divmod(length, axis.inner * axis.outer)
+            if rest:
+                raise ValueError(
+                    f"{fn}: axis {axis.name!r} of {path!r} has length {length}, which is not "
+                    f"outer={axis.outer} times a number of units times inner={axis.inner}."
+                )
+            where, known_size = first.setdefault(axis.name, (path, size))
+            if size != known_size:
+                raise ValueError(
+                    f"{fn}: axis {axis.name!r} has {known_size} units in {where!r} but {size} in "
+                    f"{path!r}. One name is one set of units; give them different names."
+                )
+    return {name: size for name, (_, size) in first.items()}
+
+
+def known(name: str, sizes: Mapping[str, int], fn: str) -> int:
+    """The size of a named axis; raises if the spec has no such name."""
+    if name not in sizes:
+        raise ValueError(f"{fn}: no axis is named {name!r}; the spec names {sorted(sizes)}.")
+    return sizes[name]
+
+
+def over_axes(
+    params: Params,
+    axes: Sequence[tuple[Axis, ...]],
+    change: Callable[[Array, int, Axis], Array],
+) -> Params:
+    """Applies `change(leaf, position, axis)` along every named axis; untouched leaves stay."""
+    leaves, treedef = jax.tree.flatten(params)
+    out: list[Any] = []
+    for leaf, leaf_axes in zip(leaves, axes, strict=True):
+        changed = leaf
+        for position, axis in enumerate(leaf_axes):
+            if axis.name is not None:
+                changed = change(changed, position, axis)
+        out.append(changed)
+    return jax.tree.unflatten(treedef, out)
+
+
+def split_axis(leaf: Any, position: int, axis: Axis) -> Array:
+    """The axis as three: `[..., outer, units, inner, ...]`; units at `position + 1`."""
+    array = jnp.asarray(leaf, _leaves.canonical_dtype(leaf))
+    shape = array.shape
+    units = shape[position] // (axis.outer * axis.inner)
+    return array.reshape(*shape[:position], axis.outer, units, axis.inner, *shape[position + 1 :])
+
+
+def join_axis(split: Array, position: int) -> Array:
+    """Inverse of `split_axis`."""
+    return split.reshape(*split.shape[:position], -1, *split.shape[position + 3 :])
+
+
+def take_units(leaf: Any, position: int, axis: Axis, index: Any) -> Array:
+    """The units `index` along one axis."""
+    return join_axis(jnp.take(split_axis(leaf, position, axis), index, axis=position + 1), position)
+
+
+def _checked_index(fn: str, name: str, value: Any, size: int) -> Any:
+    value = np.asarray(value) if isinstance(value, Sequence) else value
+    _checks.integers(fn, **{name: value})
+    _checks.rank(fn, 1, 1, **{name: value})
+    known_value = _checks.concrete(value)
+    if known_value is not None and known_value.size:
+        _checks.within(fn, 0, size - 1, **{name: known_value})
+    return value
+
+
+def _names(leaf: Any) -> tuple[str | None, ...] | None:
+    """Axis names of a box, by the attributes that flax's boxes have; None if it has none."""
+    for attribute in ("names", "out_sharding"):
+        names = getattr(leaf, attribute, None)
+        is_sequence = isinstance(names, (tuple, list, jax.sharding.PartitionSpec))
+        if is_sequence and all(name is None or isinstance(name, str) for name in names):
+            return tuple(names)
+    return None

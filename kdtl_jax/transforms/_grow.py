@@ -1,0 +1,174 @@
+"""Growing a network without changing its function: wider by copied units, deeper by identities."""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdtl_jax import _checks, _numerics, trees
+from kdtl_jax._types import Array, Params
+from kdtl_jax.transforms import _axes
+from kdtl_jax.transforms._axes import Axis, AxisSpec
+from kdtl_jax.transforms._layers import layer_numbers, layer_of, select_layers
+
+
+def widen(
+    params: Params,
+    spec: AxisSpec,
+    widths: Mapping[str, int | Sequence[int] | np.ndarray],
+    *,
+    key: Array | None = None,
+) -> Params:
+    """Net2WiderNet: units are copied, and layers that sum over them divide by the copies.
+
+    The function is preserved exactly (to rounding), in any network in which a unit's copies stay
+    equal: dense and convolutional layers with elementwise activations, the hidden units and whole
+    heads of attention blocks, gated units. Not the residual stream under normalization, unless
+    every unit is copied equally often; nor a query-key width, whose softmax scale must be restored
+    by `scale(params, sqrt(new / old), where="query")`.
+
+    Args:
+      params: any pytree.
+      spec: the axes' names; the layers that sum over a widened axis say so,
+        `Axis("mlp", summed=True)`.
+      widths: `{name: new number of units}`, or the old unit that each new one copies.
+      key: draws which units are copied. None copies them in turn from the first.
+
+    Returns:
+      The wider tree, dtypes kept; the old units come first unless indices were given.
+
+    Raises:
+      ValueError: as `axis_sizes`; if a name is unknown, a width shrinks, an old unit is left out,
+        or no leaf is marked as summing over the axis.
+
+    References:
+      Chen, Goodfellow and Shlens, Net2Net, 2015 (1511.05641).
+    """
+    axes = _axes.axes_of("widen", params, spec)
+    sizes = _axes.sizes_of("widen", params, axes)
+    summed = {axis.name for leaf_axes in axes for axis in leaf_axes if axis.summed}
+    sources: dict[str, Any] = {}
+    for name, width in widths.items():
+        size = _axes.known(name, sizes, "widen")
+        if name not in summed:
+            raise ValueError(
+                f"widen: no leaf is marked as summing over {name!r}, so its inputs would be "
+                f"counted twice. Write Axis({name!r}, summed=True) where a layer consumes it."
+            )
+        # Folded from the name, so that widening one axis draws what widening several draws.
+        own_key = None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
+        sources[name] = _copied_units(name, size, width, own_key)
+
+    def grow(leaf: Array, position: int, axis: Axis) -> Array:
+        if axis.name is None or axis.name not in sources:
+            return leaf
+        index = sources[axis.name]
+        wider = _axes.take_units(leaf, position, axis, index)
+        if not axis.summed:
+            return wider
+        split = _axes.split_axis(_numerics.upcast(wider), position, axis)
+        copies = jnp.zeros(sizes[axis.name], split.dtype).at[index].add(1)[index]
+        shape = [1] * split.ndim
+        shape[position + 1] = len(index)
+        divided = split / copies.reshape(shape)
+        return _axes.join_axis(divided, position).astype(wider.dtype)
+
+    return _axes.over_axes(params, axes, grow)
+
+
+def deepen(
+    params: Params,
+    layers: str,
+    after: Sequence[int],
+    make: Callable[[str, Any], Any],
+) -> Params:
+    """Net2DeeperNet: inserts a layer behind each of the given ones.
+
+    Args:
+      params: nested dicts, lists and tuples (see `select_layers`).
+      layers: a regular expression for the layers' leaves with one group, the layer's number.
+      after: positions of the layers behind which one is inserted.
+      make: `(path, leaf) -> leaf` makes the new layer's leaves from those of the layer before
+        it: `identity_layer` for chains, `zeroed(selector)` for residual blocks.
+
+    Returns:
+      The deeper tree, layers renumbered.
+
+    Raises:
+      ValueError: as `select_layers`; if `after` holds a position twice.
+
+    References:
+      Chen, Goodfellow and Shlens, Net2Net, 2015 (1511.05641).
+    """
+    count = len(layer_numbers(params, layers))
+    if len(set(after)) != len(after):
+        raise ValueError(f"deepen: each position once, got {list(after)}.")
+    order = sorted([*range(count), *after])
+    inserted = {i for i in range(1, len(order)) if order[i] == order[i - 1]}
+    deeper = select_layers(params, layers, order)
+    numbers = layer_numbers(deeper, layers)
+    new = {numbers[i] for i in inserted}
+
+    def fill(path: str, leaf: Any) -> Any:
+        number = layer_of(layers, path)
+        return make(path, leaf) if number in new and trees.is_inexact(leaf) else leaf
+
+    return trees.map_with_path(fill, deeper)
+
+
+def identity_layer(path: str, leaf: Any) -> Array:
+    """A layer that returns its input: unit kernels (centered for convolutions), zero biases.
+
+    Function-preserving behind an activation that leaves its own values alone, such as ReLU.
+    Kernels are `[..., in, out]`.
+
+    Raises:
+      ValueError: if a kernel's last two axes differ, or a convolution's window is even.
+    """
+    shape = np.shape(leaf)
+    if len(shape) < 2:
+        return jnp.zeros(shape, jnp.result_type(leaf))
+    window = shape[:-2]
+    if shape[-1] != shape[-2] or any(n % 2 == 0 for n in window):
+        raise ValueError(
+            f"identity_layer: {path!r} must have as many outputs as inputs and odd windows, got "
+            f"{list(shape)}. For residual blocks use zeroed(selector of the last projection)."
+        )
+    center = tuple(n // 2 for n in window)
+    kernel = jnp.zeros(shape, jnp.result_type(leaf))
+    return kernel.at[center].set(jnp.eye(shape[-1], dtype=kernel.dtype))
+
+
+def zeroed(where: trees.Selector) -> Callable[[str, Any], Any]:
+    """For `deepen`: the new layer is a copy whose selected leaves are zero.
+
+    A residual block whose last projection (kernel and bias) is zero adds nothing.
+    """
+    selects = trees.any_of(where)
+    return lambda path, leaf: jnp.zeros_like(leaf) if selects(path, leaf) else leaf
+
+
+def _copied_units(
+    name: str, size: int, width: int | Sequence[int] | np.ndarray, key: Array | None
+) -> np.ndarray | Array:
+    """The old unit each new one copies."""
+    if not isinstance(width, (int, np.integer)):
+        index = np.asarray(width)
+        _checks.integers("widen", **{name: index})
+        if not np.array_equal(np.unique(index), np.arange(size)):
+            raise ValueError(
+                f"widen: the indices of {name!r} must contain every unit of 0..{size - 1}, got "
+                f"{index.tolist()}. select_width drops units."
+            )
+        return index
+    if width < size:
+        raise ValueError(
+            f"widen: {name!r} cannot shrink from {size} to {width} units. Use select_width."
+        )
+    if key is None:
+        return np.arange(width) % size
+    extra = jax.random.randint(key, (width - size,), 0, size, jnp.int32)
+    return jnp.concatenate([jnp.arange(size, dtype=jnp.int32), extra])

@@ -1,0 +1,151 @@
+"""How much each unit of a named axis matters: scores to select units by, with `top_indices`.
+
+All scores are sums over everything that belongs to a unit, in every leaf that has the axis, so a
+unit's incoming and outgoing weights count together.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from kdtl_jax import _checks, _numerics
+from kdtl_jax._types import Array, Params
+from kdtl_jax.transforms import _axes
+from kdtl_jax.transforms._axes import AxisSpec
+
+
+def importance_by_magnitude(params: Params, spec: AxisSpec, name: str) -> Array:
+    """`sqrt(sum theta^2)` over all parameters of each unit.
+
+    Args:
+      params: any pytree.
+      spec: the axes' names.
+      name: the axis.
+
+    Returns:
+      `[units]`, float32 or wider.
+
+    Raises:
+      ValueError: as `axis_sizes`; if no axis has that name.
+    """
+    fn = "importance_by_magnitude"
+    return _numerics.safe_sqrt(_sum_per_unit(fn, params, spec, name, jnp.square))
+
+
+def importance_by_taylor(params: Params, gradients: Params, spec: AxisSpec, name: str) -> Array:
+    """`sum |theta * gradient|`: first-order estimate of what the loss changes without the unit.
+
+    Args:
+      params: any pytree.
+      gradients: of the loss, averaged over data, with the structure of `params`.
+      spec: the axes' names.
+      name: the axis.
+
+    Returns:
+      `[units]`, float32 or wider.
+
+    Raises:
+      ValueError: as `importance_by_magnitude`; if structures or shapes differ.
+
+    References:
+      Molchanov et al., Importance Estimation for Neural Network Pruning, 2019 (1906.10771).
+    """
+    fn = "importance_by_taylor"
+    return _sum_per_unit(fn, params, spec, name, lambda w, g: jnp.abs(w * g), gradients)
+
+
+def importance_by_fisher(params: Params, fisher: Params, spec: AxisSpec, name: str) -> Array:
+    """`1/2 sum F theta^2`: second-order estimate of what the loss gains, F the Fisher diagonal.
+
+    Args:
+      params: any pytree.
+      fisher: diagonal Fisher information with the structure of `params`.
+      spec: the axes' names.
+      name: the axis.
+
+    Returns:
+      `[units]`, float32 or wider.
+
+    Raises:
+      ValueError: as `importance_by_magnitude`; if structures or shapes differ.
+
+    References:
+      LeCun, Denker and Solla, Optimal Brain Damage, 1989, with the Fisher for the Hessian.
+    """
+    fn = "importance_by_fisher"
+    return _sum_per_unit(fn, params, spec, name, lambda w, f: 0.5 * f * jnp.square(w), fisher)
+
+
+def importance_by_activation(
+    activations: Array, *, previous: Array | None = None, inner: int = 1
+) -> Array:
+    """Minitron's score `sqrt(sum_b (mean over positions |x|)^2)`, batch by batch.
+
+    Scores of several batches, or of several places that read one residual stream, combine as
+    `sqrt(a^2 + b^2)`, which `previous` does. Record hidden units at the input of the layer that
+    sums over them. Rank query heads inside their group: `top_indices(scores, n, groups=…)`.
+
+    Args:
+      activations: `[B, ..., units * inner]`; axes between batch and features are positions.
+      previous: `[units]`, the score so far.
+      inner: width of a unit (of a head); its features are joined by their Euclidean norm.
+
+    Returns:
+      `[units]`, float32 or wider.
+
+    Raises:
+      ValueError: if the features are not units of width `inner`, or `previous` has another shape.
+      TypeError: if the activations are not floating point.
+
+    References:
+      Muralidharan et al., Compact Language Models via Pruning and Knowledge Distillation, 2024
+      (2407.14679).
+    """
+    fn = "importance_by_activation"
+    _checks.rank(fn, 2, activations=activations)
+    _checks.floating(fn, activations=activations)
+    _checks.nonempty(fn, activations=activations)
+    if inner < 1 or activations.shape[-1] % inner:
+        raise ValueError(
+            f"{fn}: the features must be units of width inner={inner}, got "
+            f"{_checks.described(activations=activations)}."
+        )
+    size = jnp.abs(_numerics.upcast(activations))
+    per_example = jnp.mean(size, axis=tuple(range(1, size.ndim - 1)))
+    energy = jnp.sum(jnp.square(per_example), axis=0).reshape(-1, inner).sum(axis=1)
+    if previous is not None:
+        _checks.same_shape(fn, previous=previous, scores=energy)
+        energy = energy + jnp.square(previous.astype(energy.dtype))
+    return _numerics.safe_sqrt(energy)
+
+
+def _sum_per_unit(
+    fn: str,
+    params: Params,
+    spec: AxisSpec,
+    name: str,
+    score: Callable[..., Array],
+    *others: Params,
+) -> Array:
+    axes = _axes.axes_of(fn, params, spec)
+    _axes.known(name, _axes.sizes_of(fn, params, axes), fn)
+    for other in others:
+        if jax.tree.structure(other) != jax.tree.structure(params):
+            raise ValueError(f"{fn}: both trees must have the structure of the parameters.")
+    total: Array | None = None
+    for leaves, leaf_axes in zip(
+        zip(*map(jax.tree.leaves, (params, *others)), strict=True), axes, strict=True
+    ):
+        for position, axis in enumerate(leaf_axes):
+            if axis.name != name:
+                continue
+            _checks.same_shape(fn, **{f"leaf_{i}": leaf for i, leaf in enumerate(leaves)})
+            wide = [_numerics.upcast(_axes.split_axis(leaf, position, axis)) for leaf in leaves]
+            values = score(wide[0], *(w.astype(wide[0].dtype) for w in wide[1:]))
+            rest = tuple(i for i in range(values.ndim) if i != position + 1)
+            part = jnp.sum(values, axis=rest)
+            total = part if total is None else total + part.astype(total.dtype)
+            # A leaf with the axis twice (a recurrent kernel) counts on both sides.
+    assert total is not None, "a known name has at least one axis"
+    return total

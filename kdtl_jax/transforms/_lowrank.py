@@ -1,0 +1,107 @@
+"""Low-rank factoring of matrices by the singular value decomposition."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kdtl_jax import _checks, _numerics, trees
+from kdtl_jax._types import Array, Params
+
+
+class LowRank(NamedTuple):
+    """A matrix `a @ b`: `a` is `[..., in, rank]`, `b` is `[..., rank, out]`."""
+
+    a: Array
+    b: Array
+
+    def product(self) -> Array:
+        """`a @ b`, `[..., in, out]`, in full precision and the factors' dtype."""
+        wide = jnp.matmul(
+            _numerics.upcast(self.a), _numerics.upcast(self.b), precision=jax.lax.Precision.HIGHEST
+        )
+        return wide.astype(self.a.dtype)
+
+
+def factor(matrix: Array, rank: int) -> LowRank:
+    """The best rank-`r` factors in the Frobenius norm: `a = U sqrt(S)`, `b = sqrt(S) V^T`.
+
+    Args:
+      matrix: `[..., in, out]`; leading axes (layers, kernel positions) are factored separately.
+      rank: 1 to `min(in, out)`.
+
+    Returns:
+      The factors, in the dtype of `matrix`.
+
+    Raises:
+      ValueError: if it is no matrix or the rank is out of range.
+      TypeError: if it is not floating point.
+
+    References:
+      Eckart and Young, The approximation of one matrix by another of lower rank, 1936.
+    """
+    _checks.rank("factor", 2, matrix=matrix)
+    _checks.floating("factor", matrix=matrix)
+    if not 1 <= rank <= min(matrix.shape[-2:]):
+        raise ValueError(
+            f"factor: rank must lie in 1..{min(matrix.shape[-2:])}, got {rank} for "
+            f"{_checks.described(matrix=matrix)}."
+        )
+    u, s, vt = jnp.linalg.svd(_numerics.upcast(matrix), full_matrices=False)
+    root = jnp.sqrt(s[..., :rank])
+    a = u[..., :, :rank] * root[..., None, :]
+    b = root[..., :, None] * vt[..., :rank, :]
+    return LowRank(a.astype(matrix.dtype), b.astype(matrix.dtype))
+
+
+def rank_for_energy(matrix: Array, energy: float) -> int:
+    """The smallest rank that keeps the part `energy` of `sum of squared singular values`.
+
+    For a stack of matrices, the smallest rank that does so in each. Looks at values, so it is not
+    for use inside `jit`: ranks decide shapes.
+
+    Args:
+      matrix: `[..., in, out]`, concrete.
+      energy: in `(0, 1]`.
+
+    Raises:
+      ValueError: if it is no matrix, traced, or `energy` is out of range.
+      TypeError: if it is not floating point.
+    """
+    _checks.rank("rank_for_energy", 2, matrix=matrix)
+    _checks.floating("rank_for_energy", matrix=matrix)
+    if not 0 < energy <= 1:
+        raise ValueError(f"rank_for_energy: energy must lie in (0, 1], got {energy}.")
+    if _checks.concrete(matrix) is None:
+        raise ValueError(
+            "rank_for_energy: the matrix is traced, but a rank decides shapes. Call it outside jit."
+        )
+    squares = jnp.square(jnp.linalg.svd(_numerics.upcast(matrix), compute_uv=False))
+    # The energy left behind, from the tail: exact where it is small.
+    left = jnp.cumsum(squares[..., ::-1], axis=-1)[..., ::-1]
+    needed = left > (1 - energy) * jnp.sum(squares, axis=-1, keepdims=True)
+    return max(1, int(jnp.max(jnp.sum(needed, axis=-1))))
+
+
+def truncate_rank(params: Params, rank: int, *, where: trees.Selector) -> Params:
+    """The selected matrices replaced by their best approximation of rank `r`; shapes are kept.
+
+    Matrices whose smaller side is at most `r` stay as they are.
+
+    Raises:
+      ValueError: if `where` matches nothing, a selected leaf is no matrix, or `rank < 1`.
+    """
+    chosen = trees.mask(params, where)
+
+    def truncate(path: str, is_chosen: bool, leaf: Array) -> Array:
+        if not is_chosen or not trees.is_inexact(leaf):
+            return leaf
+        if jnp.ndim(leaf) < 2:
+            raise ValueError(
+                f"truncate_rank: {path!r} is no matrix, got {list(jnp.shape(leaf))}. Narrow where."
+            )
+        if 1 <= rank and min(leaf.shape[-2:]) <= rank:
+            return leaf
+        return factor(jnp.asarray(leaf), rank).product()
+
+    return trees.map_with_path(truncate, chosen, params)
