@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kdtl_jax._types import PyTree
@@ -99,7 +100,7 @@ def fsdp_shardings(tree: PyTree, mesh: Mesh, *, smallest: int = 256) -> PyTree:
 
 def place(tree: PyTree, mesh: Mesh, *, smallest: int = 256) -> PyTree:
     """`tree` on the mesh by `fsdp_shardings`: pass it a state, parameters or a teacher."""
-    return jax.device_put(tree, fsdp_shardings(tree, mesh, smallest=smallest))
+    return jax.tree.map(_put, tree, fsdp_shardings(tree, mesh, smallest=smallest))
 
 
 def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
@@ -146,15 +147,28 @@ def initialize(
     jax.distributed.initialize(coordinator, processes, process)
 
 
+def _put(leaf: Any, sharding: NamedSharding) -> Array:
+    """`device_put` that also works where other processes own part of the mesh."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if _is_key(leaf):
+        data = _put(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def bytes_per_device(tree: PyTree) -> dict[int, int]:
     """`{device id: bytes}` that the tree's arrays occupy on each local device."""
     total: dict[int, int] = {}
     for leaf in jax.tree.leaves(tree):
         if not isinstance(leaf, jax.Array):
             continue
-        data = (
-            jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-        )
+        data = jax.random.key_data(leaf) if _is_key(leaf) else leaf
         for shard in data.addressable_shards:
             total[shard.device.id] = total.get(shard.device.id, 0) + shard.data.nbytes
     return total
