@@ -107,4 +107,4 @@ def fold_path(key: Array, path: str) -> Array:
 def flat_norm(x: Array, axis: int | None = None, *, keepdims: bool = False) -> Array:
     """Euclidean norm of a leaf as one vector, or along one axis; gradient 0 at 0."""
     axes = tuple(range(x.ndim)) if axis is None else axis
-    return x if x.ndim == 0 else _numerics.safe_norm(x, axis=axes, keepdims=keepdims)
+    return jnp.abs(x) if x.ndim == 0 else _numerics.safe_norm(x, axis=axes, keepdims=keepdims)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 
 from kdtl_jax import _checks, _numerics, trees
@@ -9,6 +10,8 @@ from kdtl_jax._types import Array, Params, PyTree, Scalar
 from kdtl_jax.transforms import _leafwise
 from kdtl_jax.transforms._leafwise import Weights
 from kdtl_jax.transforms._sparsify import _count, _rank
+
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def fisher_merge(
@@ -72,8 +75,8 @@ def regmean(
       models: a list of trees of one structure.
       grams: for every model `{path of a kernel: G [..., in, in]}`; all with the same paths.
       shrink: the paper's alpha; 1 is the exact least squares, 0 weighs by input power alone.
-      ridge: relative to the mean diagonal, added to every `G_i`; inputs that no model ever
-        saw fall back to the average instead of dividing by zero.
+      ridge: times the mean diagonal of all `G_i`, added to each; inputs that no model ever saw
+        fall back to the average instead of dividing by zero.
 
     Returns:
       A tree with the first model's structure, dtypes and leaves that are not inexact.
@@ -93,17 +96,15 @@ def regmean(
     def formula(i: int, path: str, *leaves: Array) -> Array:
         if path not in grams[0]:
             return sum(leaves[1:], leaves[0]) / len(leaves)
-        size = leaves[0].shape[-2]
-        eye = jnp.eye(size, dtype=leaves[0].dtype)
-        eye = jnp.broadcast_to(eye, (*leaves[0].shape[:-2], size, size))
-        left, right = jnp.zeros_like(eye), jnp.zeros_like(leaves[0])
-        for each, leaf in zip(grams, leaves, strict=True):
-            gram = jnp.asarray(each[path], leaf.dtype)
-            soft = _numerics.scalar(shrink, leaf)
-            diagonal = gram * eye
-            mean = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / size
-            gram = soft * gram + (1 - soft) * diagonal + _numerics.scalar(ridge, leaf) * mean * eye
-            left, right = left + gram, right + gram @ leaf
+        stacked = jnp.stack([jnp.asarray(gram[path], leaves[0].dtype) for gram in grams])
+        eye = jnp.eye(stacked.shape[-1], dtype=stacked.dtype)
+        soft, added = (_numerics.scalar(value, stacked) for value in (shrink, ridge))
+        diagonal = jnp.diagonal(stacked, axis1=-2, axis2=-1)
+        mean = jnp.mean(diagonal, axis=(0, -1))[..., None, None]
+        eye = jnp.broadcast_to(eye, stacked.shape)
+        stacked = soft * stacked + ((1 - soft) * diagonal[..., None, :] + added * mean[None]) * eye
+        right = jnp.sum(jnp.matmul(stacked, jnp.stack(leaves), precision=_HIGHEST), axis=0)
+        left = jnp.sum(stacked, axis=0)
         return jnp.linalg.solve(left, right)
 
     return _leafwise.leafwise("regmean", formula, _leafwise.numbered("models", models))
