@@ -4,7 +4,8 @@
     variables = model.init(jax.random.key(0), images[:1])
     outputs, state = model.apply(variables.params, variables.model_state, images)
 
-A module returns either a dict of outputs with "logits", or an array, which is then the logits.
+A module returns either a dict of outputs, or an array, which is then the `"logits"`. (An encoder
+without head has no logits; its dict passes as it is.)
 `taps` adds the outputs of submodules by path, without touching the module.
 """
 
@@ -65,8 +66,8 @@ def model(
       `Linen(init, apply)`. `init(key, inputs)` reads shapes only and is safe under `eval_shape`.
 
     Raises:
-      ValueError: when `apply` is traced, if the outputs have no `"logits"`, or a tap matches
-        no submodule (the existing ones are listed).
+      ValueError: when `apply` is traced, if a tap matches no submodule (the existing ones are
+        listed).
     """
 
     def streams(key: Array | None) -> dict[str, Array] | None:
@@ -106,11 +107,6 @@ def model(
         named = dict(outputs) if isinstance(outputs, Mapping) else {"logits": outputs}
         if taps:
             named |= _select(taps, updated.get("intermediates") or {})
-        if "logits" not in named:
-            raise ValueError(
-                f"linen.model: {type(module).__name__} returns {sorted(named)} without 'logits'. "
-                "Rename its class scores, or pass call= with a function that does."
-            )
         if not changing:
             return named, model_state
         return named, {name: updated[name] for name in model_state}

@@ -8,8 +8,28 @@ import jax.numpy as jnp
 from jax import Array
 
 
+class Conv3x3(nn.Module):
+    """A 3x3 convolution with bias and zero padding; parameters as `nn.Conv` names and shapes them.
+
+    While training on a CPU it runs as patches times kernel. XLA compiles convolution gradients
+    slowly there, and without their threads inside a loop: at few channels the matrix product takes
+    0.7 to 0.9 times the time per step, and a quarter of it in a scan or a vmapped sweep. Forward
+    alone, and on every other back end, the convolution itself is faster.
+    """
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        shape = (3, 3, x.shape[-1], self.channels)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.channels,))
+        convolve = _as_matmul if train and jax.default_backend() == "cpu" else _as_convolution
+        return convolve(x, kernel) + bias[None, None, None]
+
+
 class CNN(nn.Module):
-    """3x3 convolutions with ReLU and 2x2 max-pooling, global average pooling, linear head.
+    """3x3 convolutions with ReLU, 2x2 max-pooling between them, global average pooling, head.
 
     A side of one is not pooled any further, so every image size works with every depth.
 
@@ -32,8 +52,8 @@ class CNN(nn.Module):
         for i, channels in enumerate(self.channels):
             if i:
                 x = _max_pool(x)
-            conv = nn.Conv(channels, (3, 3), padding="SAME", name=f"conv_{i}")
-            x = outputs[f"block_{i}"] = jax.nn.relu(conv(x))
+            x = jax.nn.relu(Conv3x3(channels, name=f"conv_{i}")(x, train))
+            outputs[f"block_{i}"] = x
         pooled = jnp.mean(x, axis=(1, 2))
         head = nn.Dense(self.classes, name="head")
         return {**outputs, "pooled": pooled, "logits": head(pooled)}
@@ -53,6 +73,22 @@ def cnn(channels: Sequence[int], classes: int) -> CNN:
     return CNN(tuple(channels), classes)
 
 
+def _as_convolution(x: Array, kernel: Array) -> Array:
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+
+def _as_matmul(x: Array, kernel: Array) -> Array:
+    b, h, w, c = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifted = [padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
+    patches = jnp.concatenate(shifted, axis=-1).reshape(b * h * w, 9 * c)
+    return (patches @ kernel.reshape(9 * c, -1)).reshape(b, h, w, -1)
+
+
 def _max_pool(x: Array) -> Array:
-    window = tuple(min(2, side) for side in x.shape[1:3])
-    return nn.max_pool(x, window, strides=window)
+    """Halves each side, dropping an odd last row; by reshape, whose gradient is cheap on a CPU."""
+    b, h, w, c = x.shape
+    u, v = min(2, h), min(2, w)
+    x = x[:, : h // u * u, : w // v * v].reshape(b, h // u, u, w // v, v, c)
+    return jnp.max(x, axis=(2, 4))
