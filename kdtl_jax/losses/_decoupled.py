@@ -27,7 +27,7 @@ def tckd(
       TypeError: if the logits are not floating point or the labels not integers.
 
     References:
-      Zhao et al., Decoupled Knowledge Distillation, 2022 (2203.08679), eq. 5.
+      Zhao et al., Decoupled Knowledge Distillation, 2022 (2203.08679).
     """
     student, teacher, others = _split("tckd", student_logits, teacher_logits, labels, temperature)
     kl = _numerics.kl_from_logits(_two(teacher, labels, others), _two(student, labels, others))
@@ -55,7 +55,7 @@ def nckd(
       TypeError: if the logits are not floating point or the labels not integers.
 
     References:
-      Zhao et al., 2022 (2203.08679), eq. 6.
+      Zhao et al., 2022 (2203.08679).
     """
     student, teacher, others = _split("nckd", student_logits, teacher_logits, labels, temperature)
     kl = _numerics.kl_from_logits(teacher, student, where=others)
@@ -93,7 +93,7 @@ def dkd(
       TypeError: if the logits are not floating point or the labels not integers.
 
     References:
-      Zhao et al., 2022 (2203.08679), eq. 7. In log space throughout: the authors' code takes the
+      Zhao et al., 2022 (2203.08679). In log space throughout: the authors' code takes the
       log of summed probabilities and overflows on large margins.
     """
     target = tckd(student_logits, teacher_logits, labels, temperature=temperature)

@@ -105,10 +105,7 @@ def hard_kd(
     log_p = _numerics.log_softmax(student)
     hard = -_logspace.at(log_p, jnp.argmax(teacher, axis=-1))
     smoothing = _numerics.per_example(label_smoothing, hard)
-    # A class masked to -inf on the student's side gets no share of the smoothing.
-    present = log_p > -jnp.inf
-    uniform = -_numerics.masked_mean(jnp.where(present, log_p, 0), present, axis=-1)
-    return (1 - smoothing) * hard + smoothing * uniform
+    return (1 - smoothing) * hard - smoothing * _logspace.mean_log(log_p)
 
 
 def logit_mse(student_logits: Array, teacher_logits: Array) -> Array:

@@ -88,6 +88,12 @@ def cross_entropy(log_p: Array, log_q: Array) -> Array:
     return jnp.sum(jnp.where(in_p & ~in_q, jnp.inf, terms), axis=-1)
 
 
+def mean_log(log_p: Array) -> Array:
+    """The mean of `log p` over the classes that are present: minus the uniform cross-entropy."""
+    present = log_p > -jnp.inf
+    return _numerics.masked_mean(jnp.where(present, log_p, 0), present, axis=-1)
+
+
 def log_mixture(log_p: Array, log_q: Array, weight: Array) -> Array:
     """`log((1 - weight) p + weight q)`, also at weights 0 and 1.
 

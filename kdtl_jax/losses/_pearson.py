@@ -1,0 +1,143 @@
+"""Correlation in place of a divergence: DIST."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import _checks, _numerics
+from kdtl_jax._types import Scalar
+from kdtl_jax.losses import _logspace
+
+
+def dist_inter(
+    student_logits: Array,
+    teacher_logits: Array,
+    *,
+    temperature: Scalar = 1.0,
+    eps: Scalar = 1e-8,
+) -> Array:
+    """`1 - rho(p_S[b, :], p_T[b, :])`: Pearson distance of each example's probabilities.
+
+    Args:
+      student_logits: `[..., num_classes]`.
+      teacher_logits: the same shape.
+      temperature: softens both; a scalar or one value per example.
+      eps: added to the product of the two norms, as in the authors' code. A row without variance
+        has correlation 0, hence distance 1.
+
+    Returns:
+      `[...]`, in [0, 2]; at equality `eps / (norm^2 + eps)`.
+
+    Raises:
+      ValueError: if shapes differ or are empty, or the temperature is not positive.
+      TypeError: if the logits are not floating point.
+
+    References:
+      Huang et al., Knowledge Distillation from A Stronger Teacher, 2022 (2205.10536).
+    """
+    student, teacher = _probabilities("dist_inter", student_logits, teacher_logits, temperature)
+    return jnp.sum(_pearson_terms(student, teacher, -1, eps), axis=-1)
+
+
+def dist_intra(
+    student_logits: Array,
+    teacher_logits: Array,
+    *,
+    temperature: Scalar = 1.0,
+    eps: Scalar = 1e-8,
+) -> Array:
+    """`1 - rho(p_S[:, c], p_T[:, c])` over the batch, averaged over classes: each example's part.
+
+    With unit columns u, v the distance is `1/2 |u - v|^2`; the example's part is `B/C` of what its
+    row contributes, so that the mean over the batch is the mean distance over classes. Depends on
+    the other examples: on several devices gather the batch first.
+
+    Args:
+      student_logits: `[batch, num_classes]`; flatten a map's positions into the batch.
+      teacher_logits: the same shape.
+      temperature: softens both; a scalar or one value per example.
+      eps: added to the product of the two norms, as in the authors' code.
+
+    Returns:
+      `[batch]`, >= 0.
+
+    Raises:
+      ValueError: if shapes differ, are empty or not of two dimensions, or the temperature is not
+        positive.
+      TypeError: if the logits are not floating point.
+
+    References:
+      Huang et al., 2022 (2205.10536).
+    """
+    _checks.rank("dist_intra", 2, 2, student_logits=student_logits)
+    student, teacher = _probabilities("dist_intra", student_logits, teacher_logits, temperature)
+    terms = _pearson_terms(student, teacher, 0, eps)
+    return jnp.mean(terms, axis=1) * terms.shape[0]
+
+
+def dist(
+    student_logits: Array,
+    teacher_logits: Array,
+    *,
+    beta: Scalar = 1.0,
+    gamma: Scalar = 1.0,
+    temperature: Scalar = 1.0,
+    eps: Scalar = 1e-8,
+) -> Array:
+    """DIST: `beta (1 - rho over classes) + gamma (1 - rho over the batch)`.
+
+    Invariant to the scale and shift of probabilities: only preferences are taught. `.mean()` is
+    the authors' number; torchdistill and mmrazor multiply by `temperature^2`.
+
+    Args:
+      student_logits: `[batch, num_classes]`; flatten a map's positions into the batch.
+      teacher_logits: the same shape.
+      beta: weight of the relation between classes (`dist_inter`).
+      gamma: weight of the relation between examples (`dist_intra`).
+      temperature: softens both; 1 for ImageNet, 4 for CIFAR-100.
+      eps: added to the product of the two norms.
+
+    Returns:
+      `[batch]`.
+
+    Raises:
+      ValueError: if shapes differ, are empty or not of two dimensions, or the temperature is not
+        positive.
+      TypeError: if the logits are not floating point.
+
+    References:
+      Huang et al., 2022 (2205.10536).
+    """
+    inter = dist_inter(student_logits, teacher_logits, temperature=temperature, eps=eps)
+    intra = dist_intra(student_logits, teacher_logits, temperature=temperature, eps=eps)
+    return _numerics.per_example(beta, inter) * inter + _numerics.per_example(gamma, intra) * intra
+
+
+def _probabilities(
+    fn: str, student_logits: Array, teacher_logits: Array, temperature: Scalar
+) -> tuple[Array, Array]:
+    student, teacher = _logspace.softened(fn, student_logits, teacher_logits, temperature, None)
+    return (
+        _logspace.probabilities(_numerics.log_softmax(student)),
+        _logspace.probabilities(_numerics.log_softmax(teacher)),
+    )
+
+
+def _pearson_terms(x: Array, y: Array, axis: int, eps: Scalar) -> Array:
+    """Terms >= 0 that sum along `axis` to `1 - <x', y'> / (|x'| |y'| + eps)`, `'` = centered.
+
+    `1 - rho = 1/2 |u - v|^2` of the unit vectors does not cancel where the two nearly agree.
+    """
+    x = x - jnp.mean(x, axis=axis, keepdims=True)
+    y = y - jnp.mean(y, axis=axis, keepdims=True)
+    norm_x = _numerics.safe_norm(x, axis=axis, keepdims=True)
+    norm_y = _numerics.safe_norm(y, axis=axis, keepdims=True)
+    both = (norm_x > 0) & (norm_y > 0)
+    u = jnp.where(both, x / jnp.where(both, norm_x, 1), 0)
+    v = jnp.where(both, y / jnp.where(both, norm_y, 1), 0)
+    product = norm_x * norm_y
+    floor = _numerics.scalar(eps, product)
+    # Without variance the distance is 1, spread evenly; also for eps = 0.
+    share = 1 / x.shape[axis]
+    whole = jnp.where(both, product + floor, 1)
+    spread = jnp.where(both, floor / whole, 1) * share
+    return jnp.where(both, product / whole, 0) * jnp.square(u - v) / 2 + spread
