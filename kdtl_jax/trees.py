@@ -54,10 +54,17 @@ def flatten(tree: PyTree) -> dict[str, Any]:
     """`{canonical path: leaf}` in tree order.
 
     Raises:
-      ValueError: if two leaves share a canonical path (an int key beside its string, say).
+      ValueError: if two leaves share a canonical path, or a dict mixes ints and strings as keys.
     """
     flat: dict[str, Any] = {}
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    try:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+    except ValueError as error:
+        raise ValueError(
+            "flatten: a dict's keys must be of one type, because JAX sorts them; ints beside "
+            f"strings, as after a checkpoint, cannot be. Make them all strings ({error})"
+        ) from None
+    for key_path, leaf in leaves:
         path = path_string(key_path)
         if path in flat:
             raise ValueError(

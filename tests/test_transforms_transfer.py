@@ -183,7 +183,7 @@ def test_int_and_string_keys_meet_but_not_in_one_tree() -> None:
     np.testing.assert_array_equal(params["w"]["0"], [1, 1])
     with pytest.raises(ValueError, match="two leaves have the path 'a/b'"):
         transforms.transfer({"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}, {"a": jnp.ones(2)})
-    with pytest.raises(ValueError):  # a dict with both 0 and "0" is no pytree at all
+    with pytest.raises(ValueError, match="keys must be of one type"):
         transforms.transfer({0: jnp.ones(2), "0": jnp.ones(2)}, {"0": jnp.ones(2)})
 
 
@@ -356,6 +356,10 @@ def test_a_sharded_target_gets_sharded_values() -> None:
         assert params["w"].sharding.is_equivalent_to(sharding, 1)
         np.testing.assert_array_equal(params["w"], source["w"])
         assert report.nonfinite == ()
+    params, _ = transforms.transfer(
+        {"w": jax.device_put(source["w"], sharding)}, {"w": jnp.ones(8)}
+    )
+    assert params["w"].sharding.is_equivalent_to(sharding, 1)
 
 
 # --- plan and apply ------------------------------------------------------------------------------

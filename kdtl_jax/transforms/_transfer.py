@@ -43,6 +43,9 @@ def transfer(
     deletes the source. Integers, PRNG keys and functions are never transferred and keep
     the target's value.
 
+    Names and shapes are all it goes by: a square kernel stored `(out, in)` fits one stored
+    `(in, out)`, so transpose the source first when conventions differ.
+
     Args:
       source: where values come from; any pytree.
       target: what is filled. Leaves may be `jax.ShapeDtypeStruct` if they are all filled. A
