@@ -7,16 +7,21 @@ at the edge (`interop`, `models`, `checkpoint`, `recipes`, `cli`) when those are
 from importlib.metadata import version as _version
 
 from kdtl_jax import connectors as connectors
+from kdtl_jax import ensembles as ensembles
 from kdtl_jax import finetune as finetune
 from kdtl_jax import fisher as fisher
+from kdtl_jax import hypergradients as hypergradients
 from kdtl_jax import losses as losses
 from kdtl_jax import memory as memory
 from kdtl_jax import normalization as normalization
 from kdtl_jax import objective as objective
+from kdtl_jax import online as online
+from kdtl_jax import optimizers as optimizers
 from kdtl_jax import penalties as penalties
 from kdtl_jax import precision as precision
 from kdtl_jax import projection as projection
 from kdtl_jax import sweep as sweep
+from kdtl_jax import temperatures as temperatures
 from kdtl_jax import testing as testing
 from kdtl_jax import train as train
 from kdtl_jax import transferability as transferability
