@@ -89,3 +89,83 @@ def test_bad_sweeps_say_what_to_do() -> None:
         sweep.run(lambda p: p["a"], {"a": jnp.ones(2), "b": jnp.ones(3)})
     with pytest.raises(ValueError, match="chunk must be at least 1"):
         sweep.run(lambda p: p["a"], {"a": jnp.ones(2)}, chunk=0)
+
+
+def test_a_sample_covers_every_axis_evenly() -> None:
+    points = sweep.sample(
+        64,
+        1,
+        temperature=sweep.Range(1, 100, log=True),
+        weight=sweep.Range(0, 1),
+        seed=[3, 7],
+    )
+    assert {name: len(column) for name, column in points.items()} == dict.fromkeys(points, 64)
+    unit = np.log(np.asarray(points["temperature"])) / np.log(100)
+    assert (np.histogram(unit, bins=8, range=(0, 1))[0] >= 5).all()
+    assert (np.histogram(points["weight"], bins=8, range=(0, 1))[0] >= 5).all()
+    assert abs(int((points["seed"] == 3).sum()) - 32) <= 3
+    again = sweep.sample(64, 2, temperature=sweep.Range(1, 100, log=True))
+    assert not np.allclose(again["temperature"], points["temperature"])
+    with pytest.raises(ValueError, match="0 < low < high"):
+        sweep.sample(4, rate=sweep.Range(0, 1, log=True))
+
+
+def test_points_spread_over_devices(
+    shared: tuple[Any, ...], one_after_another: np.ndarray, standard_promotion: None
+) -> None:
+    got = sweep.run(_experiment, POINTS, *shared, devices=jax.devices()[:4])
+    np.testing.assert_allclose(got, one_after_another, rtol=1e-4, atol=1e-6)
+    assert len(got.sharding.device_set) == 4
+
+
+def test_the_chunk_follows_the_memory_budget(
+    shared: tuple[Any, ...], standard_promotion: None
+) -> None:
+    def wide(point: dict[str, jax.Array]) -> jax.Array:
+        return jnp.cumsum(jnp.full((1000,), point["a"]))
+
+    points = {"a": jnp.arange(50, dtype=jnp.float32)}
+    small = sweep.chunk_for_memory(wide, points, bytes=20_000)
+    assert 1 <= small <= 5 and sweep.chunk_for_memory(wide, points, bytes=10**9) == 50
+    with pytest.raises(ValueError, match="one point needs about"):
+        sweep.chunk_for_memory(wide, points, bytes=100)
+
+
+def test_the_fastest_runner_is_measured() -> None:
+    def slow(experiment: Any) -> Any:
+        run = sweep.mapped(experiment)
+
+        def every(*args: Any) -> Any:
+            import time
+
+            time.sleep(0.2)
+            return run(*args)
+
+        return every
+
+    points = {"a": jnp.arange(8, dtype=jnp.float32)}
+    chosen = sweep.fastest(lambda p: p["a"] * 2, points, candidates=(slow, sweep.vectorized))
+    assert chosen is sweep.vectorized
+
+
+def test_successive_halving_keeps_the_best() -> None:
+    points = {"rate": jnp.asarray([0.1, jnp.nan, 0.4, 0.2, 0.3], jnp.float32)}
+    result = sweep.successive_halving(
+        lambda p: jnp.zeros(()),
+        lambda state, p: state + p["rate"],
+        lambda state, p: state,
+        points,
+        rungs=3,
+        keep=0.5,
+    )
+    assert result.survivors.tolist() == [2, 4]
+    np.testing.assert_allclose(result.state, [1.2, 0.9], rtol=1e-6)
+    assert np.isfinite(result.scores).sum(axis=1).tolist() == [4, 3, 2]
+    with pytest.raises(ValueError, match="keep in"):
+        sweep.successive_halving(jnp.sum, jnp.sum, jnp.sum, points, rungs=1, keep=0.0)
+
+
+def test_rows_are_flat_python_numbers() -> None:
+    points = sweep.grid(seed=[1, 2])
+    got = sweep.rows(points, {"loss": jnp.asarray([[3.0, 2.0], [5.0, 4.0]])})
+    assert got == [{"seed": 1, "loss": 2.0}, {"seed": 2, "loss": 4.0}]

@@ -1,0 +1,128 @@
+"""Points of a sweep: grids, low-discrepancy samples, rows for tables."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kdtl_jax._types import PyTree
+
+Points = Mapping[str, Array]
+
+
+class Range(NamedTuple):
+    """An interval to sample from, evenly or (`log=True`) evenly in the logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+def grid(**axes: Iterable[Any]) -> dict[str, Array]:
+    """Every combination of the axes' values, the last axis fastest.
+
+    Returns:
+      `{name: [N]}` with N the product of the axes' lengths; ints as int32, floats as float32.
+
+    Raises:
+      ValueError: if an axis is empty.
+    """
+    lists = {name: list(values) for name, values in axes.items()}
+    for name, values in lists.items():
+        if not values:
+            raise ValueError(f"sweep.grid: axis {name!r} is empty; give it at least one value.")
+    rows = list(itertools.product(*lists.values()))
+    columns = zip(*rows, strict=True)
+    return {name: _column(name, column) for name, column in zip(lists, columns, strict=True)}
+
+
+def size(points: Points) -> int:
+    """Number of points.
+
+    Raises:
+      ValueError: if there are none, or the columns' lengths differ.
+    """
+    lengths = {name: len(column) for name, column in points.items()}
+    if len(set(lengths.values())) != 1 or not next(iter(lengths.values())):
+        raise ValueError(
+            f"sweep: points must be equally long, non-empty columns, got lengths {lengths}."
+        )
+    return next(iter(lengths.values()))
+
+
+def sample(n: int, draw: int = 0, /, **axes: Range | Sequence[Any]) -> dict[str, Array]:
+    """`n` points that fill the axes evenly: a shifted additive-recurrence sequence.
+
+    Any number of points covers every axis and every pair of axes more evenly than independent
+    draws or a grid of the same size; another `draw` shifts the whole sequence.
+
+    Args:
+      n: number of points.
+      draw: number of the random shift.
+      axes: a `Range`, or a sequence of values of which each is used about equally often.
+
+    Returns:
+      `{name: [n]}`.
+
+    Raises:
+      ValueError: if n < 1, a range is empty, or a logarithmic range is not positive.
+
+    References:
+      Roberts, The unreasonable effectiveness of quasirandom sequences, 2018; Cranley and
+      Patterson, Randomization of number theoretic methods for multiple integration, 1976.
+    """
+    if n < 1:
+        raise ValueError(f"sweep.sample: n must be at least 1, got {n}.")
+    # The generalized golden ratio: the root of x^(d + 1) = x + 1.
+    ratio = 2.0
+    for _ in range(64):
+        ratio = (1 + ratio) ** (1 / (len(axes) + 1))
+    shifts = np.random.default_rng(draw).random(len(axes))
+    points = {}
+    for k, (name, axis) in enumerate(axes.items()):
+        unit = (shifts[k] + np.arange(1, n + 1) * ratio ** -(k + 1)) % 1
+        points[name] = _spread(name, axis, unit)
+    return points
+
+
+def rows(points: Points, results: PyTree) -> list[dict[str, Any]]:
+    """One flat dict of Python numbers per point, for tables and CSV.
+
+    Args:
+      points: as given to `run`.
+      results: as returned by it; array results with more axes contribute their last value.
+    """
+    columns = {name: np.asarray(column) for name, column in points.items()}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(results):
+        name = jax.tree_util.keystr(key_path, simple=True, separator="/") or "result"
+        value = np.asarray(leaf)
+        columns[name] = value.reshape(len(value), -1)[:, -1]
+    return [
+        {name: column[i].item() for name, column in columns.items()} for i in range(size(points))
+    ]
+
+
+def _spread(name: str, axis: Range | Sequence[Any], unit: np.ndarray) -> Array:
+    if not isinstance(axis, Range):
+        values = _column(name, axis)
+        return values[np.minimum((unit * len(values)).astype(int), len(values) - 1)]
+    if not axis.low < axis.high or (axis.log and axis.low <= 0):
+        need = "0 < low < high" if axis.log else "low < high"
+        raise ValueError(f"sweep.sample: {name} needs {need}, got {axis}.")
+    low, high = (np.log(axis.low), np.log(axis.high)) if axis.log else (axis.low, axis.high)
+    value = low + unit * (high - low)
+    return jnp.asarray(np.exp(value) if axis.log else value, jnp.float32)
+
+
+def _column(name: str, values: Iterable[Any]) -> Array:
+    column = np.asarray(values)
+    if column.dtype.kind not in "iufb":
+        raise ValueError(
+            f"sweep.grid: axis {name!r} holds {column.dtype}, not numbers. What is not a number "
+            "is static: loop over it in Python, one run each."
+        )
+    return jnp.asarray(column, {"f": jnp.float32, "b": jnp.bool_}.get(column.dtype.kind, jnp.int32))
