@@ -97,6 +97,50 @@ def test_the_targets_dtype_is_kept_and_the_cast_reported() -> None:
         transforms.transfer({"w": jnp.ones(2, jnp.complex64)}, {"w": jnp.ones(2)})
 
 
+@st.composite
+def _trees(draw: st.DrawFn) -> Any:
+    def leaf() -> st.SearchStrategy[Any]:
+        shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
+        dtypes = st.sampled_from(["float32", "float16", "bfloat16", "complex64", "int32", "bool"])
+        kinds = st.sampled_from([np.asarray, jnp.asarray])
+        return st.builds(
+            lambda shape, dtype, kind: kind(np.full(shape, 2).astype(jnp.dtype(dtype))),
+            shapes,
+            dtypes,
+            kinds,
+        )
+
+    keys = st.text("ab0/.", min_size=1, max_size=3)
+    return draw(
+        st.recursive(
+            leaf() | st.sampled_from([None, "text", jax.nn.relu]),
+            lambda child: (
+                st.lists(child, max_size=3)
+                | st.dictionaries(keys, child, max_size=3)
+                | st.tuples(child, child)
+            ),
+            max_leaves=8,
+        ).map(lambda tree: {"root": tree, "w": jnp.ones(2)})
+    )
+
+
+@given(_trees())
+def test_no_tree_is_changed_by_a_transfer_to_itself(tree: Any) -> None:
+    try:
+        flat = trees.flatten(tree)
+    except ValueError:
+        return  # two leaves of one canonical path, which is refused
+    params, report = transforms.transfer(tree, tree, alpha=[("w", 2.0)])
+    assert jax.tree.structure(params) == jax.tree.structure(tree) and report.fraction == 1
+    for path, got in trees.flatten(params).items():
+        want = flat[path]
+        if not hasattr(want, "dtype"):
+            assert got is want
+            continue
+        assert (got.shape, got.dtype, type(got)) == (want.shape, want.dtype, type(want))
+        np.testing.assert_array_equal(got, 2 * np.ones(2) if path == "w" else want)
+
+
 # --- names ---------------------------------------------------------------------------------------
 
 
@@ -258,6 +302,19 @@ def test_a_policy_is_any_function() -> None:
     params, report = transforms.transfer(source, target, on_mismatch=tile)
     np.testing.assert_array_equal(params["w"], [0, 1, 0, 1, 0])
     assert report.adapted[0].policy == "tile" and report.kept[0].path == "skip"
+
+
+def test_selection_by_any_rule_is_a_policy() -> None:
+    leaf = jnp.arange(12.0).reshape(3, 4)
+    key = jax.random.key(0)
+    chosen = transforms.select_with(lambda size, n: transforms.random_indices(key, size, n))
+    target = {"a": jnp.zeros((3, 2)), "b": jnp.zeros((3, 2)), "c": jnp.zeros((2, 4))}
+    params, _ = transforms.transfer({"a": leaf, "b": leaf, "c": leaf}, target, on_mismatch=chosen)
+    rows = transforms.random_indices(key, 4, 2)
+    np.testing.assert_array_equal(params["a"], leaf[:, rows])
+    np.testing.assert_array_equal(params["b"], params["a"])
+    with pytest.raises(ValueError, match="select_with cannot grow"):
+        transforms.plan({"w": jnp.ones(2)}, {"w": jnp.ones(3)}, on_mismatch=chosen)
 
 
 @pytest.mark.parametrize("bad", ["crop", [("head", "crop")], 3, [("hed/.*", transforms.crop)]])

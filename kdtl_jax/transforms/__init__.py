@@ -70,6 +70,7 @@ from kdtl_jax.transforms._policies import error as error
 from kdtl_jax.transforms._policies import keep_target as keep_target
 from kdtl_jax.transforms._policies import pad as pad
 from kdtl_jax.transforms._policies import resize as resize
+from kdtl_jax.transforms._policies import select_with as select_with
 from kdtl_jax.transforms._policies import uniform as uniform
 from kdtl_jax.transforms._report import Report as Report
 from kdtl_jax.transforms._resize import adapt_input_channels as adapt_input_channels

@@ -4,7 +4,7 @@
 value. The ones here decide on shapes alone and change every axis that differs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -59,6 +59,23 @@ def crop_or_pad(source_leaf: Any, target_shape: Shape, path: str) -> Array:
     return pad(crop(source_leaf, common, path), target_shape, path)
 
 
+def select_with(choose: Callable[[int, int], Any]) -> Policy:
+    """A policy that keeps the entries `choose(size, n)` of every axis that shrinks.
+
+    `select_with(lambda size, n: random_indices(key, size, n))` is weight selection at random: one
+    key gives one choice for all axes of the same lengths, so layers stay consistent.
+
+    Args:
+      choose: `(length of the axis, number to keep) -> [n] integers`.
+    """
+
+    def select(source_leaf: Any, target_shape: Shape, path: str) -> Array:
+        _fits("select_with", source_leaf, target_shape, path, shrink=True, grow=False)
+        return _selected(source_leaf, target_shape, choose)
+
+    return select
+
+
 def uniform(source_leaf: Any, target_shape: Shape, path: str) -> Array:
     """Weight selection: evenly spaced entries along every axis that shrinks; none may grow.
 
@@ -66,11 +83,7 @@ def uniform(source_leaf: Any, target_shape: Shape, path: str) -> Array:
       Xu et al., Initializing Models with Larger Ones, 2023 (2311.18823).
     """
     _fits("uniform", source_leaf, target_shape, path, shrink=True, grow=False)
-    out = jnp.asarray(source_leaf)
-    for axis, size in enumerate(target_shape):
-        if size != out.shape[axis]:
-            out = jnp.take(out, uniform_indices(out.shape[axis], size), axis=axis)
-    return out
+    return _selected(source_leaf, target_shape, uniform_indices)
 
 
 def resize(source_leaf: Any, target_shape: Shape, path: str) -> Array:
@@ -88,6 +101,14 @@ def resize(source_leaf: Any, target_shape: Shape, path: str) -> Array:
             moved = jnp.tensordot(out, matrix, axes=(axis, 1), precision=jax.lax.Precision.HIGHEST)
             out = jnp.moveaxis(moved, -1, axis)
     return out.astype(leaf.dtype)
+
+
+def _selected(leaf: Any, target_shape: Shape, choose: Callable[[int, int], Any]) -> Array:
+    out = jnp.asarray(leaf)
+    for axis, size in enumerate(target_shape):
+        if size != out.shape[axis]:
+            out = jnp.take(out, choose(out.shape[axis], size), axis=axis)
+    return out
 
 
 def _fits(

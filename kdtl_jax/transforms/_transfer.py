@@ -59,8 +59,9 @@ def transfer(
       on_missing: `"keep"` lets target leaves that the source lacks keep their value.
       on_extra: `"ignore"` leaves out source leaves that have no place in the target.
       on_mismatch: what to do with another shape: a policy (`error`, `keep_target`, `crop`, `pad`,
-        `crop_or_pad`, `uniform`, `resize`, or a function `(source_leaf, target_shape, path) ->
-        array or None`), or ordered rules `[(selector, policy), ...]`, `error` for the rest.
+        `crop_or_pad`, `uniform`, `select_with(...)`, `resize`, or a function
+        `(source_leaf, target_shape, path) -> array or None`), or ordered rules
+        `[(selector, policy), ...]`, `error` for the rest.
       check_finite: look for NaN and infinity in concrete results (one pass over the values).
 
     Returns:
