@@ -2,6 +2,17 @@
 
 Only inexact arrays are touched; counters, PRNG keys and functions pass through. A leaf's dtype is
 kept, and so is the target's structure. `where` always means *act here*.
+
+- One tree: `scale`, `scale_homogeneous`, `fit_alpha`.
+- From a source into a target: `transfer`, `plan`, `apply`, with renames, policies for leaves that do
+  not fit, and a `Report`; `replace_head`, `remap`, `layer_map`.
+- Width, with named axes: `select_width`, `prune_heads`, `permute`, `pad_width`, `widen`,
+  `match_permutations`; which units: `uniform_indices`, `top_indices`, `importance_by_*`.
+- Depth: `select_layers`, `deepen`, `stack_layers`, `unstack_layers`.
+- Leaves with a geometry: `resize_positions`, `resize_patch_kernel`, `adapt_input_channels`.
+- Low rank: `factor`, `rank_for_energy`, `truncate_rank`.
+- Several trees: `interpolate`, `average`, `ema`, task vectors, and the merging methods.
+- Adapters: pytrees that become a change of the weights, LoRA first.
 """
 
 from kdtl_jax.transforms._adapter import Adapter as Adapter

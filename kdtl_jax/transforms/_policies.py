@@ -79,6 +79,9 @@ def select_with(choose: Callable[[int, int], Any]) -> Policy:
 def uniform(source_leaf: Any, target_shape: Shape, path: str) -> Array:
     """Weight selection: evenly spaced entries along every axis that shrinks; none may grow.
 
+    It knows no structure: of fused projections and flattened heads it mixes units. For these name
+    the axes and use `select_width` with `uniform_indices`.
+
     References:
       Xu et al., Initializing Models with Larger Ones, 2023 (2311.18823).
     """
