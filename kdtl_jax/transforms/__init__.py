@@ -4,8 +4,8 @@ Only inexact arrays are touched; counters, PRNG keys and functions pass through.
 kept, and so is the target's structure. `where` always means *act here*.
 
 - One tree: `scale`, `scale_homogeneous`, `fit_alpha`.
-- From a source into a target: `transfer`, `plan`, `apply`, with renames, policies for leaves that do
-  not fit, and a `Report`; `replace_head`, `remap`, `layer_map`.
+- From a source into a target: `transfer`, `plan`, `apply`, with renames, policies for misfits
+  and a `Report`; `replace_head`, `remap`, `layer_map`.
 - Width, with named axes: `select_width`, `prune_heads`, `permute`, `pad_width`, `widen`,
   `match_permutations`; which units: `uniform_indices`, `top_indices`, `importance_by_*`.
 - Depth: `select_layers`, `deepen`, `stack_layers`, `unstack_layers`.
