@@ -170,6 +170,16 @@ def normalize(x: Array, *, axis: int | tuple[int, ...] = -1, eps: float = 1e-12)
     return jnp.where(norm > 0, x / jnp.maximum(norm, eps), 0)
 
 
+def unit(x: Array, *, axis: int | tuple[int, ...] = -1) -> Array:
+    """`x / ||x||` in three operations per element; a zero vector stays zero with gradient 0.
+
+    Unlike `normalize` it has no floor, and its squares must be in range (norms of 1e-19 to 1e19).
+    """
+    squares = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
+    positive = squares > 0
+    return x * jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, squares, 1)), 0)
+
+
 def masked_mean(
     x: Array, where: Array | None = None, *, axis: int | tuple[int, ...] | None = None
 ) -> Array:
@@ -194,16 +204,17 @@ def pool_bounds(size_in: int, size_out: int) -> list[tuple[int, int]]:
 def pool_to(x: Array, size: tuple[int, int]) -> Array:
     """Adaptive average pooling `[B, H, W, C] -> [B, *size, C]`, torch's cells at any size.
 
-    Sizes that divide are plain means of blocks. Others need cells that overlap, hence an explicit
-    matrix per axis.
+    Sizes that both divide are plain means of blocks. Others need cells that overlap, hence an
+    explicit matrix per axis.
     """
+    if all(n % m == 0 for n, m in zip(x.shape[1:3], size, strict=True)):
+        batch, height, width, channels = x.shape
+        rows, columns = size
+        blocks = (batch, rows, height // rows, columns, width // columns, channels)
+        return jnp.mean(x.reshape(blocks), axis=(2, 4))
     for axis, size_out in zip((1, 2), size, strict=True):
         size_in = x.shape[axis]
         if size_in == size_out:
-            continue
-        if size_in % size_out == 0:
-            blocks = (*x.shape[:axis], size_out, size_in // size_out, *x.shape[axis + 1 :])
-            x = jnp.mean(x.reshape(blocks), axis=axis + 1)
             continue
         weights = np.zeros((size_out, size_in))
         for row, (start, stop) in enumerate(pool_bounds(size_in, size_out)):

@@ -220,6 +220,6 @@ def queue_push(queue: Queue, x: Array) -> Queue:
     skipped = max(len(x) - size, 0)
     steps = jnp.arange(skipped, len(x), dtype=jnp.int32)
     places = (queue.pointer + steps) % size
-    x = jax.lax.stop_gradient(x[skipped:]).astype(queue.rows.dtype)
+    kept = jax.lax.stop_gradient(x[skipped:]).astype(queue.rows.dtype)
     pointer = (queue.pointer + len(x)) % size
-    return Queue(queue.rows.at[places].set(x), pointer.astype(queue.pointer.dtype))
+    return Queue(queue.rows.at[places].set(kept), pointer.astype(queue.pointer.dtype))

@@ -16,8 +16,8 @@ from kdtl_jax.losses._tokens import hidden_mse
 
 def _scores(
     fn: str, student: Array, teacher: Array, where: Array | None
-) -> tuple[Array, Array, Array]:
-    """Checked scores and the mask of real (query, key) pairs, of the scores' shape."""
+) -> tuple[Array, Array, Array | None]:
+    """Checked scores and the mask of real (query, key) pairs, of the scores' shape or None."""
     student, teacher = _door.same_shape(fn, student, teacher, at_least=4, at_most=4)
     batch, _, queries, keys = student.shape
     if queries != keys:
@@ -26,7 +26,7 @@ def _scores(
         )
     _checks.mask(fn, where, (batch, queries))
     if where is None:
-        where = jnp.ones((batch, queries), jnp.bool_)
+        return student, teacher, None
     real = where[:, None, :, None] & where[:, None, None, :]
     return student, teacher, jnp.broadcast_to(real, student.shape)
 
@@ -34,8 +34,9 @@ def _scores(
 def attention_mse(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     """`mean over heads and keys of (A_S - A_T)^2`, A attention scores before the softmax.
 
-    Pairs that either model masks with -inf do not count. The mean over everything is TinyBERT's
-    term; TextBrewer's masked form weights a query of example b by its number of real keys.
+    Keys that either model masks with -inf differ by 0 and stay in the mean, as in TinyBERT's code.
+    The mean over everything is TinyBERT's term; TextBrewer's masked form weights a query of
+    example b by its number of real keys.
 
     Args:
       student: `[B, heads, L, L]`.
@@ -53,9 +54,15 @@ def attention_mse(student: Array, teacher: Array, *, where: Array | None = None)
       Jiao et al., TinyBERT: Distilling BERT for Natural Language Understanding, 2019 (1909.10351).
     """
     student, teacher, real = _scores("attention_mse", student, teacher, where)
-    real = real & (student > -jnp.inf) & (teacher > -jnp.inf)
-    apart = jnp.where(real, student, 0) - jnp.where(real, teacher, 0)
-    return _numerics.masked_mean(jnp.square(apart), real, axis=(1, 3))
+    # Subtraction is linear: what it makes of two infinities is harmless once it is dropped here.
+    hidden = (student == -jnp.inf) | (teacher == -jnp.inf)
+    if real is not None:
+        hidden = hidden | ~real
+    squares = jnp.square(jnp.where(hidden, 0, student - teacher))
+    if where is None:
+        return jnp.mean(squares, axis=(1, 3))
+    keys = jnp.sum(where, axis=1, keepdims=True, dtype=squares.dtype)
+    return jnp.sum(squares, axis=(1, 3)) / (squares.shape[1] * jnp.maximum(keys, 1))
 
 
 def attention_kl(student: Array, teacher: Array, *, where: Array | None = None) -> Array:

@@ -3,7 +3,6 @@
 Each compares normalized maps, so that only *where* the response is matters, not how strong.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -20,19 +19,15 @@ def _power(x: Array, p: float) -> Array:
 def _unit(x: Array, q: float) -> Array:
     """Rows over their q-norm; a zero row stays zero."""
     norm = _vector_norm(x, q)[:, None]
-    return jnp.where(norm > 0, x / jnp.where(norm > 0, norm, 1), 0)
+    return x * jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0)
 
 
 def _vector_norm(x: Array, p: float) -> Array:
     """p-norm of rows, gradient 0 at 0."""
-    if p == 2:
-        return _numerics.safe_norm(x)
+    total = jnp.sum(jnp.abs(x) if p == 1 else _power(x, p), axis=-1)
     if p == 1:
-        return jnp.sum(jnp.abs(x), axis=-1)
-    top = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))  # it cancels
-    scale = jnp.where(top > 0, top, 1)
-    total = jnp.sum(_power(x / scale, p), axis=-1)
-    return jnp.where(total > 0, jnp.where(total > 0, total, 1) ** (1 / p), 0) * scale[:, 0]
+        return total
+    return jnp.where(total > 0, jnp.where(total > 0, total, 1) ** (1 / p), 0)
 
 
 def attention_map(x: Array, *, power: int | float = 2) -> Array:
@@ -54,9 +49,6 @@ def attention_map(x: Array, *, power: int | float = 2) -> Array:
     """
     x = _door.one("attention_map", x, at_least=3)
     _checks.positive("attention_map", power=power)
-    # The largest response is scaled to 1 first: |f|^p overflows float32 early. It cancels.
-    top = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), keepdims=True)
-    x = x / jax.lax.stop_gradient(jnp.where(top > 0, top, 1))
     return _numerics.normalize(_numerics.batch_flat(jnp.mean(_power(x, power), axis=-1)))
 
 
@@ -173,4 +165,4 @@ def catkd(student: Array, teacher: Array, *, resolution: int = 2) -> Array:
 
 
 def _pooled_unit(x: Array, size: tuple[int, int]) -> Array:
-    return _numerics.normalize(_numerics.pool_to(x, size), axis=(1, 2))
+    return _numerics.unit(_numerics.pool_to(x, size), axis=(1, 2))

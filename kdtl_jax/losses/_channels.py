@@ -1,6 +1,5 @@
 """Losses on the statistics of channels: flows, kernels, Gram matrices, spatial distributions."""
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -69,8 +68,6 @@ def ickd(student: Array, teacher: Array) -> Array:
 
 
 def _row_unit_gram(x: Array) -> Array:
-    top = jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True)  # cancels; keeps squares in range
-    x = x / jax.lax.stop_gradient(jnp.where(top > 0, top, 1))
     return _numerics.normalize(_numerics.gram(x, x))
 
 
@@ -97,7 +94,7 @@ def nst(student: Array, teacher: Array) -> Array:
       (1707.01219).
     """
     student, teacher = _door.same_positions("nst", student, teacher)
-    u, v = (_numerics.normalize(_by_channel(x)) for x in (student, teacher))
+    u, v = (_numerics.unit(_by_channel(x)) for x in (student, teacher))
     (width, positions), others = u.shape[1:], v.shape[1]
     if positions * (width + others) <= width**2 + others**2 + width * others:
         moments = (_numerics.gram(m, m) / m.shape[-1] for m in map(_swap, (u, v)))
@@ -191,7 +188,7 @@ def affinity(student: Array, teacher: Array) -> Array:
       He et al., Knowledge Adaptation for Efficient Semantic Segmentation, 2019 (1903.04688).
     """
     student, teacher = _door.same_shape("affinity", student, teacher, at_least=3)
-    x, y = (_numerics.normalize(_by_channel(side)) for side in (student, teacher))
+    x, y = (_numerics.unit(_by_channel(side)) for side in (student, teacher))
     apart, together = (jnp.sum(jnp.square(z), axis=-1) for z in (x - y, x + y))
     lengths = jnp.sum(jnp.square(x), axis=-1) - jnp.sum(jnp.square(y), axis=-1)
     norms = _numerics.safe_sqrt(0.5 * (apart * together + jnp.square(lengths)))
@@ -236,6 +233,7 @@ def pkd_pearson(student: Array, teacher: Array, *, ddof: int = 0, eps: Scalar = 
 def _standardized(x: Array, ddof: int, eps: Scalar) -> Array:
     axes = tuple(range(x.ndim - 1))
     centered = x - jnp.mean(x, axis=axes, keepdims=True)
-    freedom = (x.size // x.shape[-1] - ddof) ** 0.5
-    deviation = _numerics.safe_norm(centered, axis=axes, keepdims=True) / freedom
+    freedom = x.size // x.shape[-1] - ddof
+    squares = jnp.sum(jnp.square(centered), axis=axes, keepdims=True)
+    deviation = _numerics.safe_sqrt(squares / freedom)
     return centered / (deviation + _numerics.scalar(eps, x))

@@ -4,6 +4,8 @@ The others are the rest of the batch, a memory bank or a queue; the last two are
 `kdtl_jax.memory` that the step carries.
 """
 
+import math
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -45,9 +47,11 @@ def crd(log_scores: Array, *, num_data: int, eps: float = 1e-7) -> Array:
         )
     noise = negatives / num_data
     log_guarded = jnp.log(jnp.asarray(noise + eps, log_scores.dtype))
-    log_noise = jnp.log(jnp.asarray(noise, log_scores.dtype))
-    both = jnp.logaddexp(log_scores, log_guarded)
-    return both[:, 0] - log_scores[:, 0] + jnp.sum(both[:, 1:] - log_noise, axis=-1)
+    over = log_scores - log_guarded
+    # log(x + P + eps), short of log(P + eps): a softplus.
+    both = jnp.maximum(over, 0) + jnp.log1p(jnp.exp(-jnp.abs(over)))
+    guard = negatives * math.log1p(eps / noise)  # published with eps on one side only
+    return jnp.sum(both, axis=-1) - over[:, 0] + guard
 
 
 def info_nce(student: Array, teacher: Array, *, temperature: Scalar = 0.07) -> Array:
@@ -104,7 +108,7 @@ def dcd_invariance(student: Array, teacher: Array, *, temperature: Scalar = 0.07
 def _similarities(fn: str, student: Array, teacher: Array, temperature: Scalar) -> Array:
     _checks.positive(fn, temperature=temperature)
     sides = _door.same_shape(fn, student, teacher)
-    s, t = (_numerics.normalize(_numerics.batch_flat(side)) for side in sides)
+    s, t = (_numerics.unit(_numerics.batch_flat(side)) for side in sides)
     return _numerics.gram(s, t) / _numerics.scalar(temperature, s)
 
 
@@ -148,8 +152,8 @@ def rrd(
             f"{_checks.described(queue=queue, student=student)}."
         )
     rows = _numerics.scalar(queue, student)
-    toward_s = _numerics.gram(_numerics.normalize(student), rows)
-    toward_t = _numerics.gram(_numerics.normalize(teacher), rows)
+    toward_s = _numerics.gram(_numerics.unit(student), rows)
+    toward_t = _numerics.gram(_numerics.unit(teacher), rows)
     toward_s = toward_s / _numerics.scalar(student_temperature, student)
     return _numerics.kl_from_logits(
         toward_t / _numerics.scalar(teacher_temperature, student), toward_s

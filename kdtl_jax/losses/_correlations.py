@@ -13,7 +13,7 @@ def _flat(fn: str, student: Array, teacher: Array) -> tuple[Array, Array]:
 
 
 def _unit_centered(x: Array, axis: int) -> Array:
-    return _numerics.normalize(x - jnp.mean(x, axis=axis, keepdims=True), axis=axis)
+    return _numerics.unit(x - jnp.mean(x, axis=axis, keepdims=True), axis=axis)
 
 
 def ega_edge(student: Array, teacher: Array) -> Array:
@@ -109,7 +109,7 @@ def itrd_mutual(student: Array, teacher: Array) -> Array:
       (2112.00459).
     """
     sides = _door.same_batch("itrd_mutual", student, teacher)
-    units = (_numerics.normalize(_numerics.batch_flat(side)) for side in sides)
+    units = (_numerics.unit(_numerics.batch_flat(side)) for side in sides)
     gram_s, gram_t = (_numerics.gram(unit, unit) for unit in units)
     own, shared = _trace_one(gram_s), _trace_one(gram_s * gram_t)
     return jnp.sum(jnp.square(own) - jnp.square(shared), axis=-1)

@@ -4,6 +4,7 @@ The projection, generator or variance head that a paper trains beside such a los
 (`kdtl_jax.connectors`); here both sides have one shape already. Maps are channel-last.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -49,16 +50,19 @@ def hint(student: Array, teacher: Array, *, where: Array | None = None) -> Array
 
 
 def cosine_distance(student: Array, teacher: Array) -> Array:
-    """`1 - cos(f_S, f_T)` over the last axis, exact also where the two nearly agree."""
-    apart = _numerics.normalize(student) - _numerics.normalize(teacher)
-    return 0.5 * jnp.sum(jnp.square(apart), axis=-1)
+    """`1 - cos(f_S, f_T)` over the last axis, exactly 0 at equality; 1 from a zero vector."""
+    squares = jnp.sum(jnp.square(student), axis=-1) * jnp.sum(jnp.square(teacher), axis=-1)
+    positive = squares > 0
+    lengths = jnp.sqrt(jnp.where(positive, squares, 1))
+    distance = 1 - jnp.where(positive, jnp.sum(student * teacher, axis=-1) / lengths, 0)
+    # Rounding may leave it below 0. The value is clipped, the gradient is not.
+    return distance - jax.lax.stop_gradient(jnp.minimum(distance, 0))
 
 
 def hint_cosine(student: Array, teacher: Array) -> Array:
     """`mean (1 - cos(f_S, f_T))` over positions, cosines over the last axis.
 
-    Computed as half the squared distance of the directions, which keeps its digits near equality.
-    A zero vector has no direction: 1/2 against any other vector, 0 against another zero.
+    A zero vector has no direction: its distance is 1.
 
     Args:
       student: `[B, ..., C]`.
@@ -181,14 +185,14 @@ def srd(student: Array, teacher: Array, *, exponent: Scalar = 4.0, floor: Scalar
     Args:
       student: `[B, D]` or `[B, ..., D]`.
       teacher: the same shape.
-      exponent: alpha.
+      exponent: alpha >= 1.
       floor: smallest sum, > 0.
 
     Returns:
       `[B]`; not a distance: `log floor` at equality, not 0.
 
     Raises:
-      ValueError: if shapes differ or are empty, or exponent or floor are not positive.
+      ValueError: if shapes differ or are empty, the exponent is below 1 or the floor not positive.
       TypeError: if an array is not floating point.
 
     References:
@@ -196,16 +200,11 @@ def srd(student: Array, teacher: Array, *, exponent: Scalar = 4.0, floor: Scalar
       2023 (2303.11098).
     """
     student, teacher = _door.same_shape("srd", student, teacher)
-    _checks.positive("srd", exponent=exponent, floor=floor)
+    _checks.within("srd", 1, math.inf, exponent=exponent)
+    _checks.positive("srd", floor=floor)
     apart = jnp.abs(_numerics.batch_flat(student - teacher))
-    alpha, low = _numerics.scalar(exponent, apart), _numerics.scalar(floor, apart)
-    log_apart = jnp.log(jnp.where(apart > 0, apart, 1))
-    powers = jnp.where(apart > 0, alpha * log_apart, -jnp.inf)
-    top = jnp.maximum(jnp.max(powers, axis=-1, keepdims=True), jnp.log(low))
-    top = jax.lax.stop_gradient(top)  # it cancels
-    total = jnp.sum(jnp.exp(powers - top), axis=-1)
-    enough = total > jnp.exp(jnp.log(low) - top[:, 0])
-    return jnp.where(enough, jnp.log(jnp.where(enough, total, 1)) + top[:, 0], jnp.log(low))
+    powers = apart ** _numerics.scalar(exponent, apart)
+    return jnp.log(jnp.maximum(jnp.sum(powers, axis=-1), _numerics.scalar(floor, apart)))
 
 
 def vid(student: Array, teacher: Array, variance: Array) -> Array:
@@ -238,7 +237,8 @@ def vid(student: Array, teacher: Array, variance: Array) -> Array:
             f"vid: variance must have one value per channel or the student's shape, got "
             f"{_checks.described(variance=variance, student=student)}."
         )
-    v = jnp.broadcast_to(_numerics.scalar(variance, student), student.shape)
+    v = _numerics.scalar(variance, student)
+    v = v.reshape((1,) * (student.ndim - v.ndim) + v.shape)
     return 0.5 * _per_example(jnp.square(teacher - student) / v + jnp.log(v))
 
 

@@ -50,8 +50,6 @@ def sp(student: Array, teacher: Array) -> Array:
 
 
 def _row_unit_gram(x: Array) -> Array:
-    top = jnp.max(jnp.abs(x))  # cancels; keeps the squares in range
-    x = x / jax.lax.stop_gradient(jnp.where(top > 0, top, 1))
     return _numerics.normalize(_numerics.gram(x, x))
 
 
@@ -144,7 +142,7 @@ def cc(student: Array, teacher: Array, *, gamma: Scalar = 0.4, order: int = 2) -
     References:
       Peng et al., Correlation Congruence for Knowledge Distillation, 2019 (1904.01802).
     """
-    units = (_numerics.normalize(x) for x in _flat("cc", student, teacher))
+    units = (_numerics.unit(x) for x in _flat("cc", student, teacher))
     kernels = (gaussian_taylor_kernel(x, gamma=gamma, order=order) for x in units)
     return jnp.mean(jnp.square(jnp.subtract(*kernels)), axis=-1)
 
@@ -190,8 +188,6 @@ def rkd_distance(student: Array, teacher: Array) -> Array:
 
 
 def _relative_distances(x: Array) -> Array:
-    top = jnp.max(jnp.abs(x))
-    x = x / jax.lax.stop_gradient(jnp.where(top > 0, top, 1))
     distances = _distances(_centered_gram(x))
     mean = jnp.sum(distances) / max(len(x) * (len(x) - 1), 1)
     return jnp.where(mean > 0, distances / jnp.where(mean > 0, mean, 1), 0)
@@ -240,8 +236,7 @@ def rkd_angle(student: Array, teacher: Array, *, anchors_at_once: int | None = N
 
 def _angle_parts(x: Array) -> tuple[Array, Array]:
     """Gram matrix and inverse distances (0 on the diagonal and between duplicates)."""
-    top = jnp.max(jnp.abs(x))
-    gram = _centered_gram(x / jax.lax.stop_gradient(jnp.where(top > 0, top, 1)))
+    gram = _centered_gram(x)
     distances = _distances(gram)
     apart = distances > 0
     return gram, jnp.where(apart, 1 / jnp.where(apart, distances, 1), 0)

@@ -41,7 +41,7 @@ def hidden_cosine(student: Array, teacher: Array) -> Array:
     """`1 - cos(h_S, h_T)` per token.
 
     Its mean over real tokens is DistilBERT's, TextBrewer's and DistillKit's number. A zero vector
-    has no direction: 1/2 against any other vector, 0 against another zero.
+    has no direction: its distance is 1.
 
     Args:
       student: `[B, L, D]`, or any `[..., D]`.

@@ -1,0 +1,184 @@
+"""Banks and queues as values: what is drawn, scored, replaced, and what never moves in secret."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+
+from kdtl_jax import losses, memory
+from kdtl_jax.train import TrainState
+
+KEY = jax.random.key(0)
+
+
+def units(seed: int, *shape: int) -> Array:
+    x = np.random.default_rng(seed).normal(size=shape)
+    return jnp.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True), jnp.float32)
+
+
+def test_a_new_bank_is_ready_and_its_normalizer_is_no_secret() -> None:
+    bank = memory.bank_init(KEY, 50, 12)
+    assert bank.rows.shape == (50, 12)
+    assert float(jnp.max(jnp.abs(bank.rows))) <= 0.5  # 1 / sqrt(12 / 3)
+    np.testing.assert_allclose(bank.log_z, math.log(50), rtol=1e-6)
+    x, index = units(0, 3, 12), memory.bank_draw(KEY, jnp.arange(3), size=50, negatives=4)
+    memory.bank_scores(bank, x, index)
+    np.testing.assert_allclose(bank.log_z, math.log(50), rtol=1e-6)  # scoring sets nothing
+
+
+def test_draws_hold_the_example_first_and_never_again() -> None:
+    index = jnp.asarray([0, 2, 4], jnp.int32)
+    drawn = np.asarray(memory.bank_draw(KEY, index, size=5, negatives=400))
+    assert drawn.shape == (3, 401)
+    np.testing.assert_array_equal(drawn[:, 0], index)
+    for own, row in zip(index, drawn[:, 1:], strict=True):
+        assert set(row.tolist()) == set(range(5)) - {int(own)}
+        counts = np.bincount(row, minlength=5)
+        assert counts[counts > 0].min() > 60  # 100 expected of each
+    with pytest.raises(ValueError, match="size must be at least 2"):
+        memory.bank_draw(KEY, index, size=1, negatives=3)
+    with pytest.raises(TypeError, match="must be integers"):
+        memory.bank_draw(KEY, jnp.ones(3), size=5, negatives=3)
+
+
+def test_scores_are_the_published_ones() -> None:
+    bank = memory.Bank(units(1, 6, 4), jnp.asarray(math.log(7.0), jnp.float32))
+    x, index = units(2, 2, 4), jnp.asarray([[0, 3, 5], [4, 4, 1]])
+    got = memory.bank_scores(bank, x, index, temperature=0.2)
+    want = [
+        [math.exp(float(bank.rows[j] @ x[b]) / 0.2) / 7 for j in index[b].tolist()]
+        for b in range(2)
+    ]
+    np.testing.assert_allclose(jnp.exp(got), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [3, 700])
+def test_scores_in_chunks_are_the_same(count: int) -> None:
+    """700 rows of 4096 numbers each exceed what is gathered at once."""
+    bank = memory.Bank(units(1, 8, 4096), jnp.zeros(()))
+    x = units(2, 4, 4096)
+    index = jnp.asarray(np.random.default_rng(3).integers(0, 8, size=(4, count)))
+    got = memory.bank_scores(bank, x, index, temperature=1.0)
+    want = jnp.take_along_axis(jnp.matmul(x, bank.rows.T, precision="highest"), index, axis=1)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_scores_differentiate_by_queries_and_not_by_the_bank() -> None:
+    bank = memory.bank_init(KEY, 6, 4)
+    x, index = units(2, 2, 4), jnp.asarray([[0, 3, 5], [4, 4, 1]])
+
+    def total(rows: Array, x: Array, temperature: Array) -> Array:
+        scores = memory.bank_scores(bank._replace(rows=rows), x, index, temperature=temperature)
+        return jnp.mean(losses.crd(scores, num_data=6))
+
+    by_rows, by_x, by_temperature = jax.grad(total, argnums=(0, 1, 2))(
+        bank.rows, x, jnp.asarray(0.1)
+    )
+    np.testing.assert_array_equal(by_rows, 0)
+    assert float(jnp.abs(by_x).max()) > 0 and float(jnp.abs(by_temperature)) > 0
+
+
+def test_the_normalizer_is_set_when_asked_and_makes_the_mean_score_one_in_n() -> None:
+    bank = memory.bank_init(KEY, 6, 4)
+    x, index = units(2, 2, 4), jnp.asarray([[0, 3, 5], [4, 4, 1]])
+    once = memory.bank_set_normalizer(bank, x, index, temperature=0.1)
+    scores = memory.bank_scores(once, x, index, temperature=0.1)
+    np.testing.assert_allclose(jnp.mean(jnp.exp(scores)), 1 / 6, rtol=1e-5)
+    twice = memory.bank_set_normalizer(once, x, index, temperature=0.1)
+    np.testing.assert_allclose(twice.log_z, once.log_z, rtol=1e-6)  # of the raw scores
+    np.testing.assert_array_equal(once.rows, bank.rows)
+
+
+def test_updates_move_the_batchs_rows_alone() -> None:
+    bank = memory.Bank(units(1, 5, 3), jnp.zeros(()))
+    x, index = units(2, 2, 3), jnp.asarray([3, 1])
+    new = memory.bank_update(bank, x, index, momentum=0.25)
+    for b, row in enumerate((3, 1)):
+        mixed = 0.25 * np.asarray(bank.rows[row]) + 0.75 * np.asarray(x[b])
+        np.testing.assert_allclose(new.rows[row], mixed / np.linalg.norm(mixed), rtol=1e-5)
+    np.testing.assert_array_equal(
+        new.rows[jnp.asarray([0, 2, 4])], bank.rows[jnp.asarray([0, 2, 4])]
+    )
+    np.testing.assert_allclose(
+        memory.bank_update(bank, x, index, momentum=1.0).rows, bank.rows, rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        memory.bank_update(bank, x, index, momentum=0.0).rows[3], x[0], rtol=1e-6
+    )
+    assert jax.tree.structure(new) == jax.tree.structure(bank)
+    with pytest.raises(ValueError, match="momentum must lie in"):
+        memory.bank_update(bank, x, index, momentum=1.5)
+
+
+def test_bank_errors_name_both_shapes() -> None:
+    bank = memory.bank_init(KEY, 6, 4)
+    with pytest.raises(ValueError, match=r"x\[2, 3\], rows\[6, 4\]"):
+        memory.bank_scores(bank, jnp.ones((2, 3)), jnp.zeros((2, 5), jnp.int32))
+    with pytest.raises(ValueError, match=r"x\[2, 4\], index\[3, 5\]"):
+        memory.bank_scores(bank, jnp.ones((2, 4)), jnp.zeros((3, 5), jnp.int32))
+    with pytest.raises(ValueError, match="index must have 1 dimension"):
+        memory.bank_update(bank, jnp.ones((2, 4)), jnp.zeros((2, 5), jnp.int32))
+    with pytest.raises(ValueError, match="at least one negative"):
+        losses.crd(jnp.zeros((2, 1)), num_data=6)
+
+
+def test_crd_loss_of_a_queue_of_one_by_hand() -> None:
+    scores = jnp.log(jnp.asarray([[0.3, 0.2, 0.1]]))
+    noise = 2 / 10
+    right = 0.3 / (0.3 + noise + 1e-7)
+    wrong = [noise / (x + noise + 1e-7) for x in (0.2, 0.1)]
+    want = -math.log(right) - sum(math.log(w) for w in wrong)
+    np.testing.assert_allclose(losses.crd(scores, num_data=10), [want], rtol=1e-5)
+
+
+def test_a_queue_is_first_in_first_out_at_any_batch_size() -> None:
+    queue = memory.Queue(jnp.zeros((5, 1)), jnp.zeros((), jnp.int32))
+    pushed: list[float] = []
+    push = jax.jit(memory.queue_push)
+    for size in (2, 2, 3, 1, 5, 7, 4):
+        new = [float(len(pushed) + i + 1) for i in range(size)]
+        queue = push(queue, jnp.asarray(new)[:, None])
+        pushed += new
+        last = pushed[-5:]
+        held = np.asarray(queue.rows[:, 0])
+        assert sorted(held[held > 0].tolist()) == sorted(last)
+        assert int(queue.pointer) == len(pushed) % 5
+        # Read from the pointer on, the queue is in order of arrival.
+        order = np.roll(held, -int(queue.pointer))
+        assert order[order > 0].tolist() == last
+
+
+def test_a_new_queue_has_unit_rows_and_pushing_keeps_its_types() -> None:
+    queue = memory.queue_init(KEY, 6, 3)
+    np.testing.assert_allclose(jnp.linalg.norm(queue.rows, axis=1), 1, rtol=1e-5)
+    new = memory.queue_push(queue, units(1, 2, 3).astype(jnp.bfloat16))
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), new) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), queue
+    )
+    gradient = jax.grad(lambda x: jnp.sum(memory.queue_push(queue, x).rows))(units(1, 2, 3))
+    np.testing.assert_array_equal(gradient, 0)
+    with pytest.raises(ValueError, match=r"x must be \[B, 3\], got x\[2, 4\]"):
+        memory.queue_push(queue, jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match=r"rrd: queue must have shape \[K, D\]"):
+        losses.rrd(jnp.ones((2, 3)), jnp.ones((2, 3)), queue=jnp.ones((6, 2)))
+
+
+def test_memory_is_carried_by_a_train_state() -> None:
+    """One pytree of arrays: scan over batches with a bank and a queue in the state."""
+    state = {"bank": memory.bank_init(KEY, 8, 3), "queue": memory.queue_init(KEY, 4, 3)}
+    assert "memory" in TrainState._fields
+    batches = units(3, 3, 2, 3), jnp.asarray([[0, 1], [2, 3], [4, 5]])
+
+    def step(carried: dict, given: tuple[Array, Array]) -> tuple[dict, Array]:
+        x, index = given
+        queue = memory.queue_push(carried["queue"], x)
+        bank = memory.bank_update(carried["bank"], x, index)
+        return {"bank": bank, "queue": queue}, queue.pointer
+
+    last, pointers = jax.lax.scan(step, state, batches)
+    assert pointers.tolist() == [2, 0, 2]
+    np.testing.assert_array_equal(last["bank"].rows[6:], state["bank"].rows[6:])
+    np.testing.assert_allclose(last["queue"].rows[:2], batches[0][2])

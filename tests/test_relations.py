@@ -1,0 +1,250 @@
+"""What the table of losses cannot say: memory, devices, invariances, limits, hand-made values."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from kdtl_jax import losses
+
+Batch = tuple[Array, Array]
+
+
+def batch(size: int, student: int = 5, teacher: int = 3, seed: int = 0) -> Batch:
+    rng = np.random.default_rng(seed)
+    arrays = rng.normal(size=(size, student)), rng.normal(size=(size, teacher))
+    return jnp.asarray(arrays[0], jnp.float32), jnp.asarray(arrays[1], jnp.float32)
+
+
+def relational(student: Array, teacher: Array, same: Array) -> dict[str, Array]:
+    """Every loss that looks at more than one example; `same` has the student's width."""
+    return {
+        "sp": losses.sp(student, teacher),
+        "pkt": losses.pkt(student, teacher),
+        "cc": losses.cc(student, teacher),
+        "rkd_distance": losses.rkd_distance(student, teacher),
+        "rkd_angle": losses.rkd_angle(student, teacher, anchors_at_once=2),
+        "ega_edge": losses.ega_edge(student, same),
+        "ega_node": losses.ega_node(student, same),
+        "itrd_mutual": losses.itrd_mutual(student, teacher),
+        "feature_correlation": losses.feature_correlation(student, same),
+        "info_nce": losses.info_nce(student, same),
+        "dcd_invariance": losses.dcd_invariance(student, same),
+        "pkd_pearson": losses.pkd_pearson(student, same),
+        "ridge_hint": losses.ridge_hint(student, teacher),
+    }
+
+
+@pytest.mark.slow
+def test_four_devices_give_the_values_and_gradients_of_one() -> None:
+    student, teacher = batch(8)
+    same, _ = batch(8, seed=1)
+
+    @jax.jit
+    def both(student: Array, teacher: Array, same: Array) -> tuple[dict[str, Array], Array]:
+        def total(x: Array) -> Array:
+            terms = losses.rkd_distance(x, teacher), losses.sp(x, teacher), losses.info_nce(x, same)
+            return jnp.sum(jnp.stack(terms))
+
+        return relational(student, teacher, same), jax.grad(total)(student)
+
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    place = NamedSharding(mesh, PartitionSpec("data"))
+    want = both(student, teacher, same)
+    sharded = [jax.device_put(x, place) for x in (student, teacher, same)]
+    assert len(sharded[0].sharding.device_set) == 4
+    got = both(*sharded)
+    assert got[0].keys() == want[0].keys()
+    for (path, left), (_, right) in zip(
+        *(jax.tree_util.tree_leaves_with_path(tree) for tree in (got, want)), strict=True
+    ):
+        np.testing.assert_allclose(left, right, rtol=2e-6, atol=1e-6, err_msg=str(path))
+
+
+def temporary_floats(fn: Callable[..., Array], *shapes: tuple[int, ...]) -> int:
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    total = jax.value_and_grad(lambda *a: jnp.mean(fn(*a)), argnums=tuple(range(len(args))))
+    analysis = jax.jit(total).lower(*args).compile().memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes // 4
+
+
+def test_angles_need_no_cubic_memory() -> None:
+    size = 512
+    floats = temporary_floats(losses.rkd_angle, (size, 16), (size, 16))
+    assert floats < size**3 / 8
+
+
+@pytest.mark.slow
+def test_angles_all_at_once_are_cubic_when_asked_for() -> None:
+    """The check of the check: the measure above does see a cube."""
+    size = 256
+
+    def at_once(student: Array, teacher: Array) -> Array:
+        return losses.rkd_angle(student, teacher, anchors_at_once=size)
+
+    all_of_them = temporary_floats(at_once, (size, 8), (size, 8))
+    assert all_of_them > size**3
+    assert temporary_floats(losses.rkd_angle, (size, 8), (size, 8)) < all_of_them / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sp", "pkt", "cc", "rkd_distance", "rkd_angle", "itrd_mutual"])
+def test_large_batches_run_in_bounded_memory(name: str) -> None:
+    size, width = 4096, 512
+    floats = temporary_floats(getattr(losses, name), (size, width), (size, width))
+    assert floats < 24 * size**2  # some matrices of pairs; B B d would be 512 of them
+
+
+def test_angles_do_not_depend_on_the_chunk(x64: None) -> None:
+    rng = np.random.default_rng(0)
+    student, teacher = jnp.asarray(rng.normal(size=(7, 4))), jnp.asarray(rng.normal(size=(7, 4)))
+    student = student.at[3].set(student[2])
+
+    def run(at_once: int) -> tuple[Array, Array]:
+        def total(x: Array) -> Array:
+            return jnp.sum(losses.rkd_angle(x, teacher, anchors_at_once=at_once))
+
+        return jax.value_and_grad(total)(student)
+
+    value, gradient = run(7)
+    for at_once in (1, 3):
+        other, other_gradient = run(at_once)
+        np.testing.assert_allclose(other, value, rtol=1e-12)
+        np.testing.assert_allclose(other_gradient, gradient, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="anchors_at_once must be finite and > 0"):
+        losses.rkd_angle(student, teacher, anchors_at_once=0)
+
+
+def test_relations_ignore_similarity_transformations(x64: None) -> None:
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(5, 4)))
+    rotation = jnp.asarray(np.linalg.qr(rng.normal(size=(4, 4)))[0])
+    moved = 3 * x @ rotation + 7
+    np.testing.assert_allclose(losses.rkd_distance(x, moved), 0, atol=1e-20)
+    np.testing.assert_allclose(losses.rkd_angle(x, moved), 0, atol=1e-20)
+    turned = 3 * x @ rotation
+    for loss in (losses.sp, losses.pkt, losses.cc):
+        np.testing.assert_allclose(loss(x, turned), 0, atol=1e-14)
+        assert float(jnp.max(loss(x, moved))) > 1e-4  # but not to shifts
+
+
+def test_distances_of_three_points_by_hand(x64: None) -> None:
+    student = jnp.asarray([[0.0], [1.0], [3.0]])  # distances 1, 2, 3, mean 2
+    teacher = jnp.asarray([[0.0], [1.0], [2.0]])  # distances 1, 1, 2, mean 4/3
+    apart = np.asarray([0.5 - 0.75, 1.5 - 1.5, 1.0 - 0.75])  # pairs 01, 02, 12
+    squares = 0.5 * apart**2
+    want = np.asarray([squares[0] + squares[1], squares[0] + squares[2], squares[1] + squares[2]])
+    np.testing.assert_allclose(losses.rkd_distance(student, teacher), want / 3, rtol=1e-12)
+
+
+def test_the_taylor_kernel_is_the_gaussian_of_unit_rows(x64: None) -> None:
+    x = np.random.default_rng(2).normal(size=(4, 3))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    squares = ((x[:, None] - x[None]) ** 2).sum(-1)
+    got = losses.gaussian_taylor_kernel(jnp.asarray(x), gamma=0.7, order=25)
+    np.testing.assert_allclose(got, np.exp(-0.7 * squares), rtol=1e-12)
+
+
+def test_feature_correlation_is_numpys(x64: None) -> None:
+    rng = np.random.default_rng(3)
+    student, teacher = rng.normal(size=(6, 3)), rng.normal(size=(6, 3))
+    student[:, 2] = 4.0  # constant
+    got = losses.feature_correlation(jnp.asarray(student), jnp.asarray(teacher))
+    want = [np.corrcoef(student[:, d], teacher[:, d])[0, 1] for d in range(2)]
+    np.testing.assert_allclose(got, [*want, 0.0], rtol=1e-12)
+
+
+def test_attention_map_is_a_unit_vector_of_where(x64: None) -> None:
+    x = jnp.zeros((1, 2, 2, 3)).at[0, 0, 1].set(5.0).at[0, 1, 0, 0].set(2.0)
+    np.testing.assert_allclose(
+        losses.attention_map(x)[0], np.asarray([0, 75, 4, 0]) / math.hypot(75, 4), rtol=1e-12
+    )
+    np.testing.assert_array_equal(losses.attention_map(0 * x), jnp.zeros((1, 4)))
+
+
+def test_flow_matrix_by_hand_and_masked(x64: None) -> None:
+    first, second = jnp.asarray([[[1.0], [2.0], [9.0]]]), jnp.asarray([[[3.0], [4.0], [9.0]]])
+    where = jnp.asarray([[True, True, False]])
+    np.testing.assert_allclose(losses.flow_matrix(first, second, where=where), [[[5.5]]])
+    empty = losses.flow_matrix(first, second, where=jnp.zeros_like(where))
+    np.testing.assert_array_equal(empty, [[[0.0]]])
+
+
+@pytest.mark.parametrize("bn", [(0.7, 0.3), (1.5, -1.0), (-0.4, 0.0), (0.5, 1.4)])
+def test_ofd_margin_is_a_conditional_mean(x64: None, bn: tuple[float, float]) -> None:
+    scale, offset = bn
+    x = np.linspace(offset - 12 * abs(scale), 0, 200_001)
+    density = np.exp(-0.5 * ((x - offset) / scale) ** 2)
+    want = np.trapezoid(x * density, x) / np.trapezoid(density, x)
+    got = losses.ofd_margin(jnp.asarray([scale]), jnp.asarray([offset]))
+    np.testing.assert_allclose(got, [want], rtol=1e-6)
+
+
+def test_ofd_margin_of_channels_that_are_never_negative(x64: None) -> None:
+    scale, offset = jnp.asarray([0.5, 0.5, 0.0, 0.0]), jnp.asarray([1.6, 50.0, 2.0, -2.0])
+    got = losses.ofd_margin(scale, offset)
+    np.testing.assert_allclose(got, [-1.5, -1.5, 0.0, -2.0])
+
+
+def test_all_sign_probes_give_the_exact_jacobian_loss(x64: None) -> None:
+    """E[v v^T] = I over all sign vectors, so Hutchinson's estimate is exact there."""
+    rng = np.random.default_rng(4)
+    weights = jnp.asarray(rng.normal(size=(2, 3, 2)))
+    inputs = jnp.asarray(rng.normal(size=(4, 3)))
+    student, teacher = (lambda x, w=w: jnp.sin(x @ w) for w in weights)
+    signs = jnp.asarray(list(itertools.product((-1.0, 1.0), repeat=2)))
+    probes = jnp.broadcast_to(signs[:, None, :], (4, 4, 2))
+    np.testing.assert_allclose(
+        losses.jacobian_matching(student, teacher, inputs, probes),
+        losses.jacobian_matching_exact(student, teacher, inputs),
+        rtol=1e-12,
+    )
+
+
+def test_jacobian_probes_must_fit_the_output() -> None:
+    inputs = jnp.ones((4, 3))
+    with pytest.raises(ValueError, match=r"probes\[2, 4\], output\[4, 3\]"):
+        losses.jacobian_matching(jnp.sin, jnp.cos, inputs, jnp.ones((2, 4)))
+
+
+def test_kdsvd_is_finite_where_singular_values_repeat() -> None:
+    equal = jnp.broadcast_to(jnp.eye(4, dtype=jnp.float32).reshape(1, 2, 2, 4), (2, 2, 2, 4))
+    student, teacher = [equal, 2 * equal], [equal + 0.1, equal]
+    value, gradient = jax.value_and_grad(lambda s: jnp.sum(losses.kdsvd(s, teacher)))(student)
+    assert bool(jnp.isfinite(value))
+    assert all(bool(jnp.isfinite(g).all()) for g in gradient)
+    with pytest.raises(ValueError, match="two or more, got 1 and 1"):
+        losses.kdsvd([equal], [equal])
+
+
+def test_hcl_skips_pools_that_are_not_smaller(x64: None) -> None:
+    student, teacher = jnp.zeros((1, 1, 1, 2)), jnp.ones((1, 1, 1, 2))
+    np.testing.assert_allclose(losses.hcl(student, teacher), [1.0])
+    x = jnp.asarray([[1.0, -1.0], [-1.0, 1.0]]).reshape(1, 2, 2, 1)
+    # Only the pool to 1 x 1 is smaller; there the map vanishes: 1 / (1 + 1/2).
+    np.testing.assert_allclose(losses.hcl(x, 0 * x), [2 / 3], rtol=1e-12)
+
+
+def test_ridge_hint_forgives_invertible_maps_and_shifts(x64: None) -> None:
+    rng = np.random.default_rng(5)
+    teacher = rng.normal(size=(40, 3))
+    student = jnp.asarray(teacher @ rng.normal(size=(3, 3)) + 5)
+    exact = losses.ridge_hint(student, jnp.asarray(teacher), ridge=1e-10)
+    np.testing.assert_allclose(exact, 0, atol=1e-9)
+    shuffled = jnp.asarray(rng.permutation(teacher))
+    assert float(jnp.mean(losses.ridge_hint(student, shuffled, ridge=1e-10))) > 0.3
+
+
+def test_wkd_feature_wants_enough_pixels_per_cell() -> None:
+    maps = jnp.ones((2, 3, 3, 2))
+    with pytest.raises(ValueError, match="Use a coarser grid or ddof=0"):
+        losses.wkd_feature(maps, maps, grid=3, ddof=1)
+    with pytest.raises(ValueError, match="more than ddof=2 positions"):
+        losses.pkd_pearson(jnp.ones((2, 3)), jnp.ones((2, 3)), ddof=2)
