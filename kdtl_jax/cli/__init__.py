@@ -1,0 +1,125 @@
+"""`kdtl`: the library's jobs as commands.
+
+One command is one module with `add_arguments(parser)` and `run(args)`, named in `COMMANDS`.
+Modules are imported when their command is asked for. Exit codes: 0 done, 1 failed (a message, no
+traceback), 2 wrong usage, 130 interrupted, 143 terminated.
+"""
+
+import argparse
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from kdtl_jax.cli import _config
+
+
+class Command(NamedTuple):
+    """A line of `kdtl --help`, and the module behind it."""
+
+    name: str
+    summary: str
+    module: str
+
+
+COMMANDS = (
+    Command("demo", "every foundation method on embedded real data", "kdtl_jax.cli.demo"),
+    Command("distill", "teach a small model with a large one", "kdtl_jax.cli.distill"),
+    Command("transfer", "reuse a trained model's weights on a new task", "kdtl_jax.cli.transfer"),
+    Command("env", "versions and devices, for reports", "kdtl_jax.cli.env"),
+)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Not an Exception, so that no handler on the way swallows it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `kdtl` and returns its exit code."""
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+    except SystemExit as stop:  # argparse has printed help or the usage error
+        return int(stop.code or 0)
+    if args.print_config:
+        print(_config.dump(args), end="")
+        return 0
+    previous = _on_terminate()
+    try:
+        return importlib.import_module(args.module).run(args)
+    except _config.UsageError as error:
+        print(f"kdtl {args.command}: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"kdtl {args.command}: {_plain(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"kdtl {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except Terminated:
+        print(f"kdtl {args.command}: terminated", file=sys.stderr)
+        return 143
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments of one command, the values of its `--config` file filled in.
+
+    Raises:
+      SystemExit: with code 2 after a usage error, 0 after `--help`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="kdtl",
+        description="Knowledge distillation and transfer learning for JAX.",
+        epilog="Start with: kdtl demo",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    asked = next((word for word in argv if not word.startswith("-")), None)
+    chosen = None
+    for command in COMMANDS:
+        sub = commands.add_parser(
+            command.name,
+            help=command.summary,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if command.name == asked:  # only its module is imported
+            importlib.import_module(command.module).add_arguments(sub)
+            _config.add_arguments(sub)
+            sub.set_defaults(module=command.module)
+            chosen = sub
+    args, rest = parser.parse_known_args(argv)
+    if args.version:
+        from kdtl_jax import __version__
+
+        print(f"kdtl_jax {__version__}")
+        parser.exit()
+    if chosen is None:
+        parser.error(f"name a command: {', '.join(command.name for command in COMMANDS)}")
+    if rest:
+        chosen.error(_config.unknown_flag(rest[0], chosen))
+    try:
+        return _config.resolve(parser, chosen, argv, args)
+    except _config.UsageError as error:
+        chosen.error(str(error))
+
+
+def _on_terminate() -> Any:
+    def stop(signum: int, frame: object) -> None:
+        raise Terminated
+
+    try:
+        return signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread: someone else handles signals
+        return None
+
+
+def _plain(error: BaseException) -> str:
+    """An OSError as "file: reason"; anything else as its text."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__

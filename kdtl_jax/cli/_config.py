@@ -1,0 +1,116 @@
+"""`--config file.yaml`: every flag is a key; data only, and nothing unknown is accepted.
+
+A flag on the command line wins over the file, the file over the default.
+"""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_OWN = ("help", "config", "print_config")
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be understood: exit code 2."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that every command has."""
+    parser.add_argument(
+        "--config", metavar="FILE", help="a YAML file with flags as keys, e.g. seeds: 8"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print all settings as YAML and exit"
+    )
+
+
+def resolve(
+    parser: argparse.ArgumentParser,
+    command: argparse.ArgumentParser,
+    argv: Sequence[str],
+    args: argparse.Namespace,
+) -> argparse.Namespace:
+    """The arguments again, with the file's values as defaults.
+
+    Raises:
+      UsageError: if the file cannot be read, is no mapping, or a key or value is wrong.
+    """
+    if args.config is None:
+        return args
+    command.set_defaults(**load(Path(args.config), command))
+    return parser.parse_args(argv)
+
+
+def load(path: Path, command: argparse.ArgumentParser) -> dict[str, Any]:
+    """`{flag: value}` from a YAML file, checked against the command's flags.
+
+    Raises:
+      UsageError: naming the file, the key and the nearest flags.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path}: not YAML data: {error}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path}: expected 'flag: value' lines, got {values!r}")
+    flags = _flags(command)
+    out = {}
+    for key, value in values.items():
+        if key == "command" and str(value) in command.prog.split():
+            continue  # as --print-config writes it
+        name = str(key).replace("-", "_")
+        if name not in flags:
+            near = difflib.get_close_matches(name, flags, n=3, cutoff=0.4) or sorted(flags)
+            raise UsageError(
+                f"--config {path}: unknown key {key!r}; did you mean {', '.join(near)}?"
+            )
+        out[name] = _value(path, flags[name], value)
+    return out
+
+
+def dump(args: argparse.Namespace) -> str:
+    """All settings of a command as YAML that `--config` reads back."""
+    return yaml.safe_dump(settings(args), sort_keys=False, allow_unicode=True)
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """All settings of a command as plain data."""
+    hidden = {*_OWN, "module", "version"}
+    return {name: value for name, value in vars(args).items() if name not in hidden}
+
+
+def unknown_flag(flag: str, command: argparse.ArgumentParser) -> str:
+    """The message for a flag that does not exist."""
+    known = [f"--{name.replace('_', '-')}" for name in [*_flags(command), *_OWN]]
+    near = difflib.get_close_matches(flag.split("=")[0], known, n=1, cutoff=0.5)
+    return f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _flags(command: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {action.dest: action for action in command._actions if action.dest not in _OWN}
+
+
+def _value(path: Path, action: argparse.Action, value: Any) -> Any:
+    """A YAML value as its flag would have parsed it; lists as comma-separated text."""
+    where = f"--config {path}: {action.dest}"
+    if isinstance(action, argparse._StoreTrueAction):
+        if not isinstance(value, bool):
+            raise UsageError(f"{where}: expected true or false, got {value!r}")
+        return value
+    if value is None:
+        return None
+    if isinstance(value, (dict, bool)):
+        raise UsageError(f"{where}: expected one value or a list, got {value!r}")
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    if action.choices is not None and text not in action.choices:
+        raise UsageError(f"{where}: expected one of {', '.join(action.choices)}, got {text!r}")
+    try:
+        return action.type(text) if callable(action.type) else text
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        raise UsageError(f"{where}: {text!r} is no valid value ({error})") from None

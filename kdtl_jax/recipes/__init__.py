@@ -1,0 +1,1 @@
+"""Recipes: one flat readable file each, from data to results. Copy one and change it."""
