@@ -1,8 +1,10 @@
 """Parameter transforms against the machine's own NumPy copy, and the cost of planning.
 
 Command:   python benchmarks/transforms_bandwidth.py [--rounds 9] [--millions 100] [--json out.json]
-Machine:   (see RESULT)
-RESULT:    not recorded yet
+Machine:   x86-64, 2 CPUs, jax 0.10.2, numpy 2.4.6, Python 3.11; five times as many runnable
+           processes as CPUs, so the times say little and the ratios are to be taken again
+RESULT:    ratio to numpy copy: scale 0.77, interpolate 0.78, average of 2 0.80, of 4 0.83;
+           plan of 1,000 leaves 0.1 to 0.3 s
 
 100 million float32 in 400 leaves. `scale`, `interpolate` and `average` (of two and of four models)
 run under `jit` with the first tree donated, so the result takes its memory. Bandwidth counts
