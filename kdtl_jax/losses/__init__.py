@@ -4,6 +4,8 @@ Student first. No loss reduces, weights, mixes, holds parameters or stops a grad
 and the step do. Task losses are optax's.
 """
 
+from kdtl_jax.losses._alignment import align_tokens as align_tokens
+from kdtl_jax.losses._alignment import merge_tokens as merge_tokens
 from kdtl_jax.losses._attention import attention_kl as attention_kl
 from kdtl_jax.losses._attention import attention_mse as attention_mse
 from kdtl_jax.losses._attention import minilm_relation as minilm_relation
@@ -89,6 +91,10 @@ from kdtl_jax.losses._multilevel import skd_direction as skd_direction
 from kdtl_jax.losses._pearson import dist as dist
 from kdtl_jax.losses._pearson import dist_inter as dist_inter
 from kdtl_jax.losses._pearson import dist_intra as dist_intra
+from kdtl_jax.losses._ranking import hinge_ranking as hinge_ranking
+from kdtl_jax.losses._ranking import logistic_ranking as logistic_ranking
+from kdtl_jax.losses._regression import huber as huber
+from kdtl_jax.losses._regression import mse as mse
 from kdtl_jax.losses._relations import cc as cc
 from kdtl_jax.losses._relations import gaussian_taylor_kernel as gaussian_taylor_kernel
 from kdtl_jax.losses._relations import pkt as pkt
@@ -97,6 +103,16 @@ from kdtl_jax.losses._relations import rkd_distance as rkd_distance
 from kdtl_jax.losses._relations import sp as sp
 from kdtl_jax.losses._self_distillation import uskd as uskd
 from kdtl_jax.losses._self_distillation import zipf_targets as zipf_targets
+from kdtl_jax.losses._sequence import Shifted as Shifted
+from kdtl_jax.losses._sequence import TaidProgress as TaidProgress
+from kdtl_jax.losses._sequence import answers_first as answers_first
+from kdtl_jax.losses._sequence import causal_shift as causal_shift
+from kdtl_jax.losses._sequence import distillm2_alpha as distillm2_alpha
+from kdtl_jax.losses._sequence import taid as taid
+from kdtl_jax.losses._sequence import taid_advance as taid_advance
+from kdtl_jax.losses._sequence import taid_start as taid_start
+from kdtl_jax.losses._sequence import taid_teacher as taid_teacher
+from kdtl_jax.losses._sequence import token_log_probs as token_log_probs
 from kdtl_jax.losses._singular import kdsvd as kdsvd
 from kdtl_jax.losses._spatial import hcl as hcl
 from kdtl_jax.losses._spatial import wkd_feature as wkd_feature
@@ -106,6 +122,16 @@ from kdtl_jax.losses._tokens import hidden_cosine as hidden_cosine
 from kdtl_jax.losses._tokens import hidden_mse as hidden_mse
 from kdtl_jax.losses._tokens import patient_kd as patient_kd
 from kdtl_jax.losses._tokens import token_gram as token_gram
+from kdtl_jax.losses._topk import TopK as TopK
+from kdtl_jax.losses._topk import soften_top_k as soften_top_k
+from kdtl_jax.losses._topk import stored_top_k as stored_top_k
+from kdtl_jax.losses._topk import top_k_buckets as top_k_buckets
+from kdtl_jax.losses._topk import top_k_kl_renormalized as top_k_kl_renormalized
+from kdtl_jax.losses._topk import top_k_kl_sampled as top_k_kl_sampled
+from kdtl_jax.losses._topk import top_k_kl_tail as top_k_kl_tail
+from kdtl_jax.losses._topk import top_k_kl_teacher_renormalized as top_k_kl_teacher_renormalized
+from kdtl_jax.losses._topk import top_k_kl_truncated as top_k_kl_truncated
+from kdtl_jax.losses._topk import top_k_targets as top_k_targets
 from kdtl_jax.losses._transfer import afn as afn
 from kdtl_jax.losses._transfer import behavioral as behavioral
 from kdtl_jax.losses._transfer import bi_tuning_classifier as bi_tuning_classifier
@@ -120,6 +146,9 @@ from kdtl_jax.losses._transfer import unit_classes as unit_classes
 from kdtl_jax.losses._transfer import unit_features as unit_features
 from kdtl_jax.losses._transport import sinkhorn_cost as sinkhorn_cost
 from kdtl_jax.losses._transport import wkd_logit as wkd_logit
+from kdtl_jax.losses._universal import sorted_l1 as sorted_l1
+from kdtl_jax.losses._universal import uld as uld
+from kdtl_jax.losses._universal import uld_w1 as uld_w1
 from kdtl_jax.losses._weighting import ttm as ttm
 from kdtl_jax.losses._weighting import wsld as wsld
 from kdtl_jax.losses._weighting import wsld_weight as wsld_weight

@@ -28,6 +28,10 @@ def pair(x: Inputs) -> tuple[Array, Array]:
     return x["student_logits"], x["teacher_logits"]
 
 
+def share(where: Array) -> Array:
+    return jnp.mean(where, dtype=jnp.float64)
+
+
 def kd_ce(x: Inputs, h: Hyper) -> Array:
     """torchdistill: without labels (or with alpha 0) the KL alone, without T^2 and beta."""
     reduce = jnp.mean if h["reduction"] == "batchmean" else jnp.sum
@@ -119,8 +123,8 @@ def mlkd(x: Inputs, h: Hyper) -> dict[str, Array]:
     base, w = h["temperature"], h["kd_weight"]
     p = jax.nn.softmax(weak[1], axis=-1)
     confidence, mass = jnp.max(p, axis=1), jnp.sum(p, axis=0)
-    unsure = jnp.mean(confidence <= jnp.median(confidence))
-    rare = jnp.mean(mass <= jnp.median(mass))
+    unsure = share(confidence <= jnp.median(confidence))
+    rare = share(mass <= jnp.median(mass))
     every = (base, 3.0, 5.0, 2.0, 6.0)
     loss_ce = h["ce_weight"] * (
         jnp.mean(cross_entropy(weak[0], x["labels"]))
@@ -223,7 +227,7 @@ def skd_direction(x: Inputs, h: Hyper) -> Array:
     mass = jnp.sum(jax.nn.softmax(x["teacher_logits"], axis=-1), axis=0)
     wider = h["tikhonov"] * x["student_logits"].shape[-1] ** 2
     value = jnp.mean(losses.skd_direction(*pair(x), tikhonov=wider))
-    return value * jnp.mean(mass <= jnp.median(mass))
+    return value * share(mass <= jnp.median(mass))
 
 
 def srd(x: Inputs, h: Hyper) -> Array:
@@ -233,13 +237,17 @@ def srd(x: Inputs, h: Hyper) -> Array:
     return 2 * jax.nn.logsumexp(rows) + jnp.mean(kl)
 
 
-def _least_wrong(scores: Array, truth: Array, ratio: float) -> np.ndarray:
+def _least_wrong(scores: np.ndarray, truth: np.ndarray, ratio: float) -> np.ndarray:
     """Rows whose true column ranks first, and of the others the `ratio` of smallest rank."""
-    order = np.argsort(-np.asarray(jax.lax.stop_gradient(scores)), axis=-1, kind="stable")
-    rank = np.argmax(order == np.asarray(truth)[:, None], axis=-1)
+    order = np.argsort(-scores, axis=-1, kind="stable")
+    rank = np.argmax(order == truth[:, None], axis=-1)
     wrong = int(np.sum(rank > 0))
     keep = len(rank) - wrong + int(ratio * wrong)
     return np.argsort(rank, kind="stable")[:keep]
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-8)
 
 
 def sskd(x: Inputs, h: Hyper) -> Array:
@@ -247,16 +255,14 @@ def sskd(x: Inputs, h: Hyper) -> Array:
     the similarities between the two."""
     normal = np.arange(x["student_logits"].shape[0]) % 4 == 0
     owner = np.arange(3 * int(normal.sum())) // 3
-    labels = np.asarray(x["labels"])
-
-    def similarity(vectors: Array) -> Array:
-        a, b = vectors[~normal], vectors[normal]
-        return optax.losses.cosine_similarity(a[:, None], b[None], epsilon=1e-8)
-
-    student_ss, teacher_ss = similarity(x["student_ss"]), similarity(x["teacher_ss"])
-    student, teacher = pair(x)
+    labels, teacher = np.asarray(x["labels"]), np.asarray(x["teacher_logits"])
+    vectors = _unit(np.asarray(x["teacher_ss"]))
+    teacher_ss = vectors[~normal] @ vectors[normal].T
+    views, originals = x["student_ss"][~normal], x["student_ss"][normal]
+    student_ss = optax.losses.cosine_similarity(views[:, None], originals[None], epsilon=1e-8)
     ss = _least_wrong(teacher_ss, owner, h["ss_ratio"])
     tf = _least_wrong(teacher[~normal], labels[owner], h["tf_ratio"])
+    student = x["student_logits"]
     terms = (
         cross_entropy(student[normal], x["labels"]),
         losses.kd_kl(student[normal], teacher[normal], temperature=h["kl_temp"]),

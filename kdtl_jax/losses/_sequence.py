@@ -1,0 +1,247 @@
+"""Sequences of tokens: masks, shifts and interpolated teachers around the token divergences.
+
+Every divergence of the package takes `[B, L, V]` and gives `[B, L]`; mask it in the objective with
+`Masked(values, where)`, so that sum and count stay exact over microbatches.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import _checks, _numerics
+from kdtl_jax._types import Scalar
+from kdtl_jax.losses import _logspace
+from kdtl_jax.losses._divergences import forward_kl
+
+
+class Shifted(NamedTuple):
+    """Logits beside the token that each predicts: `[B, L-1, V]`, `[B, L-1]`, bool `[B, L-1]`."""
+
+    logits: Array
+    labels: Array
+    where: Array
+
+
+def causal_shift(logits: Array, labels: Array, *, ignore: int = -100) -> Shifted:
+    """Pairs position l's logits with label l + 1, which they predict.
+
+    Shift student and teacher alike, or divergences are taken at positions that the labels mask.
+
+    Args:
+      logits: `[B, L, V]`.
+      labels: int `[B, L]`, the tokens themselves.
+      ignore: label of the positions that do not count.
+
+    Returns:
+      `Shifted`; ignored labels are replaced by 0 and `where` is false there.
+
+    Raises:
+      ValueError: if shapes do not fit or L is 1.
+      TypeError: if arrays have the wrong kind of dtype.
+    """
+    _checks.floating("causal_shift", logits=logits)
+    _checks.integers("causal_shift", labels=labels)
+    if logits.ndim < 2 or labels.shape != logits.shape[:-1] or labels.shape[-1] < 2:
+        raise ValueError(
+            "causal_shift: needs logits [..., L, V] and labels [..., L] with L > 1, got "
+            f"{_checks.described(logits=logits, labels=labels)}."
+        )
+    after = labels[..., 1:]
+    where = after != ignore
+    return Shifted(logits[..., :-1, :], jnp.where(where, after, 0), where)
+
+
+def token_log_probs(logits: Array, tokens: Array) -> Array:
+    """`log softmax(logits)[token]`.
+
+    Args:
+      logits: `[..., V]`.
+      tokens: int `[...]`.
+
+    Returns:
+      `[...]`, nats, <= 0.
+
+    Raises:
+      ValueError: if shapes do not fit or tokens are out of range.
+      TypeError: if arrays have the wrong kind of dtype.
+    """
+    _checks.floating("token_log_probs", logits=logits)
+    _checks.rank("token_log_probs", 1, logits=logits)
+    _checks.labels("token_log_probs", tokens, logits)
+    return _logspace.at(_numerics.log_softmax(logits), tokens)
+
+
+def answers_first(values: Array, labels: Array, *, ignore: int = -100) -> tuple[Array, Array]:
+    """Rotates each row so that its first labelled position comes first.
+
+    Aligns the answers of two models whose prompts differ in length.
+
+    Args:
+      values: `[B, L, ...]`.
+      labels: int `[B, L]`.
+      ignore: label of the positions that do not count.
+
+    Returns:
+      The rotated values, and bool `[B, L]`: the rotated labels are not `ignore`.
+
+    Raises:
+      ValueError: if the leading dimensions differ.
+      TypeError: if the labels are not integers.
+    """
+    _checks.integers("answers_first", labels=labels)
+    _checks.rank("answers_first", 2, 2, labels=labels)
+    if values.shape[:2] != labels.shape:
+        raise ValueError(
+            "answers_first: values must begin with the labels' shape, got "
+            f"{_checks.described(values=values, labels=labels)}."
+        )
+    counts = labels != ignore
+    first = jnp.argmax(counts, axis=1)
+    length = labels.shape[1]
+    index = (jax.lax.broadcasted_iota(first.dtype, labels.shape, 1) + first[:, None]) % length
+    rows = index.reshape(index.shape + (1,) * (values.ndim - 2))
+    return (
+        jnp.take_along_axis(values, rows, axis=1),
+        jnp.take_along_axis(counts, index, axis=1),
+    )
+
+
+def taid_teacher(student_logits: Array, teacher_logits: Array, *, progress: Scalar) -> Array:
+    """`(1 - t) z_S + t z_T`: a teacher on the way from the student to the teacher.
+
+    Args:
+      student_logits: `[..., V]`; stop their gradient, the method takes this as a constant.
+      teacher_logits: the same shape.
+      progress: t, in [0, 1]; a scalar or one value per example.
+
+    Returns:
+      `[..., V]` logits.
+
+    Raises:
+      ValueError: if shapes differ or t is outside [0, 1].
+      TypeError: if the logits are not floating point.
+
+    References:
+      Shing et al., TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge
+      Transfer in Language Models, 2025 (2501.16937).
+    """
+    _checks.within("taid_teacher", 0, 1, progress=progress)
+    student, teacher = _logspace.softened("taid_teacher", student_logits, teacher_logits, 1.0, None)
+    t = _numerics.per_example(progress, student)
+    # 0 * inf at the ends, and -inf - -inf, are no numbers: a class absent from either is absent.
+    present = (student > -jnp.inf) & (teacher > -jnp.inf)
+    mixed = (1 - t) * jnp.where(present, student, 0) + t * jnp.where(present, teacher, 0)
+    return jnp.where(present, mixed, -jnp.inf)
+
+
+def taid(student_logits: Array, teacher_logits: Array, *, progress: Scalar) -> Array:
+    """`KL(softmax((1 - t) z_S + t z_T) || p_S)`, the interpolated teacher a constant.
+
+    Args:
+      student_logits: `[..., V]`.
+      teacher_logits: the same shape.
+      progress: t, in [0, 1], from `taid_progress`; a scalar or one value per example.
+
+    Returns:
+      `[...]`, nats. The authors' code is the cross-entropy form, of the same gradient:
+      `soft_cross_entropy` against `taid_teacher`.
+
+    Raises:
+      ValueError: if shapes differ or t is outside [0, 1].
+      TypeError: if the logits are not floating point.
+
+    References:
+      Shing et al., 2025 (2501.16937).
+    """
+    interpolated = taid_teacher(student_logits, teacher_logits, progress=progress)
+    return forward_kl(student_logits, jax.lax.stop_gradient(interpolated))
+
+
+class TaidProgress(NamedTuple):
+    """State of TAID's schedule, all scalars: t, the momentum, the last loss, updates so far."""
+
+    progress: Array
+    momentum: Array
+    last_loss: Array
+    step: Array
+
+
+def taid_start(*, start: Scalar = 0.4) -> TaidProgress:
+    """The state before the first step."""
+    progress = _numerics.upcast(jnp.asarray(start))
+    zero = jnp.zeros_like(progress)
+    return TaidProgress(progress, zero, zero, jnp.zeros((), jnp.int32))
+
+
+def taid_advance(
+    state: TaidProgress,
+    loss: Array,
+    *,
+    num_steps: int,
+    start: Scalar = 0.4,
+    end: Scalar = 1.0,
+    alpha: Scalar = 5e-4,
+    beta: Scalar = 0.99,
+) -> TaidProgress:
+    """t after a step: ahead of the linear schedule where the loss falls fast.
+
+    With r the relative fall of the loss and m its running mean,
+    `t <- min(end, max(linear, t + alpha sigmoid(m) (1 - t)))`. The first call records the loss.
+
+    Args:
+      state: from `taid_start` or the last call.
+      loss: scalar, this step's distillation loss.
+      num_steps: of the whole run.
+      start: t at step 0.
+      end: t at the last step.
+      alpha: largest step ahead.
+      beta: of the running mean.
+
+    Returns:
+      The new state, of the same dtypes.
+
+    References:
+      Shing et al., 2025 (2501.16937), algorithm 1.
+    """
+    like = state.progress
+    loss, alpha, beta = (_numerics.scalar(x, like) for x in (loss, alpha, beta))
+    fall = (state.last_loss - loss) / (state.last_loss + _numerics.scalar(1e-15, like))
+    first = state.step == 0
+    momentum = jnp.where(first, state.momentum, beta * state.momentum + (1 - beta) * fall)
+    ahead = like + alpha * jax.nn.sigmoid(momentum) * (1 - like)
+    start, end = _numerics.scalar(start, like), _numerics.scalar(end, like)
+    linear = start + (end - start) * state.step.astype(like.dtype) / num_steps
+    progress = jnp.minimum(end, jnp.maximum(linear, ahead))
+    return TaidProgress(jnp.where(first, like, progress), momentum, loss, state.step + 1)
+
+
+def distillm2_alpha(
+    log_prob: Array, reference_log_prob: Array, *, anchor: Scalar, base: Scalar = 0.1
+) -> Array:
+    """DistiLLM-2's skew per example: `clip(1 - (1 - base) anchor / (p - p_ref + 1e-5), .01, base)`.
+
+    Args:
+      log_prob: `[B]`, mean log-probability of the answer's tokens under the side that is skewed
+        from (the teacher for forward, the student for reverse).
+      reference_log_prob: `[B]`, under the other side.
+      anchor: the running value of the same difference of probabilities.
+      base: the largest skew.
+
+    Returns:
+      `[B]`, an `alpha` for `skew_forward_kl` or `skew_reverse_kl`.
+
+    Raises:
+      ValueError: if shapes differ.
+
+    References:
+      Ko et al., DistiLLM-2: A Contrastive Approach Boosts the Distillation of LLMs, 2025
+      (2503.07067).
+    """
+    _checks.same_shape("distillm2_alpha", log_prob=log_prob, reference_log_prob=reference_log_prob)
+    log_prob, reference = _numerics.upcast(log_prob), _numerics.upcast(reference_log_prob)
+    low, base = _numerics.scalar(0.01, log_prob), _numerics.scalar(base, log_prob)
+    gap = jnp.exp(log_prob) - jnp.exp(reference) + _numerics.scalar(1e-5, log_prob)
+    alpha = 1 - (1 - base) * _numerics.scalar(anchor, log_prob) / jnp.where(gap == 0, 1e-5, gap)
+    return jnp.clip(alpha, low, base)

@@ -1,0 +1,307 @@
+"""Teachers known only on their k most likely classes: five meanings of "top-k KL", five functions.
+
+| function | teacher | student | blind spot |
+|---|---|---|---|
+| `top_k_kl_tail` (recommended) | k classes and a tail | the same | how the tail is spread |
+| `top_k_kl_renormalized` | renormalized on the k | the same | mass leaving the k: loss 0 |
+| `top_k_kl_teacher_renormalized` | renormalized on the k | full | not 0 at equal models |
+| `top_k_kl_truncated` | as it is | full | may be negative |
+| `top_k_kl_sampled` | one sampled class | full | variance |
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import _checks, _numerics
+from kdtl_jax._types import Scalar
+from kdtl_jax.losses import _logspace
+
+
+class TopK(NamedTuple):
+    """A teacher's most likely classes, and how much it leaves out.
+
+    `indices` int `[..., k]`, `log_probs` `[..., k]`, `log_tail` `[...]`: the log of the mass on all
+    other classes, -inf if there is none.
+    """
+
+    indices: Array
+    log_probs: Array
+    log_tail: Array
+
+
+def top_k_targets(teacher_logits: Array, *, k: int, temperature: Scalar = 1.0) -> TopK:
+    """The k most likely classes of a dense teacher.
+
+    Args:
+      teacher_logits: `[..., num_classes]`.
+      k: 1 to num_classes.
+      temperature: softens the teacher before it is cut; the student must be given the same.
+
+    Returns:
+      `TopK`, sorted from the most likely; the tail's mass is the sum over the rest.
+
+    Raises:
+      ValueError: if k is out of range, or the temperature is not positive.
+      TypeError: if the logits are not floating point.
+    """
+    teacher, _ = _logspace.softened(
+        "top_k_targets", teacher_logits, teacher_logits, temperature, None
+    )
+    classes = teacher.shape[-1]
+    if not 1 <= k <= classes:
+        raise ValueError(f"top_k_targets: k must lie in 1..{classes}, got {k}.")
+    log_p = _numerics.log_softmax(teacher)
+    values, indices = jax.lax.top_k(log_p, k)
+    return TopK(indices, values, _log_rest(log_p, indices))
+
+
+def stored_top_k(indices: Array, log_probs: Array) -> TopK:
+    """`TopK` from stored classes and log-probabilities: the tail is what is missing to 1.
+
+    Args:
+      indices: int `[..., k]`.
+      log_probs: `[..., k]`, of the full distribution; where they sum to more than 1 by rounding,
+        the tail is empty.
+
+    Raises:
+      ValueError: if shapes differ.
+      TypeError: if indices are not integers or log_probs not floating point.
+    """
+    _checks.integers("stored_top_k", indices=indices)
+    _checks.floating("stored_top_k", log_probs=log_probs)
+    _checks.same_shape("stored_top_k", indices=indices, log_probs=log_probs)
+    log_probs = _numerics.upcast(log_probs)
+    mass = _logspace.logsumexp(log_probs)
+    return TopK(indices, log_probs, _numerics.log1mexp(jnp.minimum(mass, 0)))
+
+
+def soften_top_k(targets: TopK, *, temperature: Scalar, tail_classes: int | None = None) -> TopK:
+    """The targets at another temperature: `p^(1/T)` renormalized.
+
+    How the tail's mass is spread decides what becomes of it and is not known: over `tail_classes`
+    equal classes (give `num_classes - k`), or, by default, as one class. Exact without a tail.
+
+    Args:
+      targets: at temperature 1, say; temperatures multiply.
+      temperature: > 0; a scalar or one value per example.
+      tail_classes: number of classes that share the tail.
+
+    Returns:
+      `TopK` with the same indices.
+
+    Raises:
+      ValueError: if the temperature or the number of classes is not positive.
+
+    References:
+      One class is DistillKit's "symmetric_uniform".
+    """
+    _checks.positive("soften_top_k", temperature=temperature)
+    log_probs = _numerics.upcast(targets.log_probs)
+    t = _numerics.per_example(temperature, log_probs)
+    tail = targets.log_tail[..., None]
+    in_tail = tail > -jnp.inf
+    tail = jnp.where(in_tail, tail, 0) / t
+    if tail_classes is not None:
+        _checks.positive("soften_top_k", tail_classes=tail_classes)
+        tail += (1 - 1 / t) * jnp.log(jnp.asarray(tail_classes, log_probs.dtype))
+    tail = jnp.where(in_tail, tail, -jnp.inf)
+    full = _numerics.log_softmax(jnp.concatenate([log_probs / t, tail], axis=-1))
+    return TopK(targets.indices, full[..., :-1], full[..., -1])
+
+
+def top_k_buckets(
+    student_logits: Array, targets: TopK, *, temperature: Scalar = 1.0
+) -> tuple[Array, Array]:
+    """Student and teacher over k + 1 classes: the teacher's k and everything else.
+
+    Both are log-probabilities, hence logits: any divergence of the package compares them, and each
+    keeps its properties (a divergence of coarser distributions, never above that of the full ones).
+
+    Args:
+      student_logits: `[..., num_classes]`.
+      targets: of the teacher, at the same temperature.
+      temperature: softens the student; a scalar or one value per example.
+
+    Returns:
+      student `[..., k + 1]`, teacher `[..., k + 1]`.
+
+    Raises:
+      ValueError: if shapes do not fit, or the temperature is not positive.
+      TypeError: if arrays have the wrong kind of dtype.
+    """
+    log_q = _student("top_k_buckets", student_logits, targets, temperature)
+    return _with_tail(log_q, targets), _teacher_with_tail(targets)
+
+
+def top_k_kl_tail(student_logits: Array, targets: TopK, *, temperature: Scalar = 1.0) -> Array:
+    """`KL` over the teacher's k classes and one tail bucket: the recommended top-k KL.
+
+    Zero at equality, never negative, at most the full KL, and equal to it when student and teacher
+    agree within the tail.
+
+    Args:
+      student_logits: `[..., num_classes]`.
+      targets: of the teacher, at the same temperature.
+      temperature: softens the student; a scalar or one value per example.
+
+    Returns:
+      `[...]`, nats.
+
+    Raises:
+      ValueError: if shapes do not fit, or the temperature is not positive.
+      TypeError: if arrays have the wrong kind of dtype.
+
+    References:
+      TRL's server distillation (`loss_add_tail`), DistillKit's "symmetric_uniform" (which
+      multiplies by `T^2`).
+    """
+    log_q = _student("top_k_kl_tail", student_logits, targets, temperature)
+    return _numerics.kl_from_logits(_teacher_with_tail(targets), _with_tail(log_q, targets))
+
+
+def top_k_kl_renormalized(
+    student_logits: Array, targets: TopK, *, temperature: Scalar = 1.0
+) -> Array:
+    """`KL` of both sides renormalized on the teacher's k classes.
+
+    Cannot see mass leave the set: shifting all k logits of the student together changes nothing.
+
+    Args:
+      student_logits: `[..., num_classes]`.
+      targets: of the teacher, at the same temperature; the tail is not used.
+      temperature: softens the student; a scalar or one value per example.
+
+    Returns:
+      `[...]`, nats.
+
+    Raises:
+      ValueError: if shapes do not fit, or the temperature is not positive.
+      TypeError: if arrays have the wrong kind of dtype.
+
+    References:
+      Model-Optimizer's top-k loss, MaxText's offline distillation, Tunix's `distill_top_k`.
+    """
+    log_q = _student("top_k_kl_renormalized", student_logits, targets, temperature)
+    chosen = jnp.take_along_axis(log_q, targets.indices, axis=-1)
+    return _numerics.kl_from_logits(targets.log_probs, chosen)
+
+
+def top_k_kl_teacher_renormalized(
+    student_logits: Array, targets: TopK, *, temperature: Scalar = 1.0
+) -> Array:
+    """`KL` of the teacher renormalized on its k classes to the student's full distribution.
+
+    Teaches that the tail is empty: positive (minus the log of the kept mass) at equal models.
+
+    Args:
+      student_logits: `[..., num_classes]`.
+      targets: of the teacher, at the same temperature; the tail is not used.
+      temperature: softens the student; a scalar or one value per example.
+
+    Returns:
+      `[...]`, nats.
+
+    Raises:
+      ValueError: if shapes do not fit, or the temperature is not positive.
+      TypeError: if arrays have the wrong kind of dtype.
+
+    References:
+      DistillKit's "zero" (which multiplies by `T^2`), EasyDeL's sparse distillation (as a
+      cross-entropy).
+    """
+    log_q = _student("top_k_kl_teacher_renormalized", student_logits, targets, temperature)
+    log_p = _numerics.log_softmax(targets.log_probs)
+    log_p = jnp.concatenate([log_p, jnp.full_like(log_p[..., :1], -jnp.inf)], axis=-1)
+    return jnp.sum(_numerics.kl_terms(log_p, _with_tail(log_q, targets)), axis=-1)
+
+
+def top_k_kl_truncated(student_logits: Array, targets: TopK, *, temperature: Scalar = 1.0) -> Array:
+    """`sum_k p_T (log p_T - log p_S)` over the teacher's k classes, nothing renormalized.
+
+    Not a divergence: negative when the student puts more mass on the set. Do not clamp it, since
+    that drops the gradient; use `top_k_kl_tail`.
+
+    Args:
+      student_logits: `[..., num_classes]`.
+      targets: of the teacher, at the same temperature; the tail is not used.
+      temperature: softens the student; a scalar or one value per example.
+
+    Returns:
+      `[...]`, nats, of either sign.
+
+    Raises:
+      ValueError: if shapes do not fit, or the temperature is not positive.
+      TypeError: if arrays have the wrong kind of dtype.
+
+    References:
+      verl's top-k distillation.
+    """
+    log_q = _student("top_k_kl_truncated", student_logits, targets, temperature)
+    log_p = _numerics.upcast(targets.log_probs)
+    chosen = jnp.take_along_axis(log_q, targets.indices, axis=-1)
+    return _logspace.cross_entropy(log_p, chosen) - _logspace.cross_entropy(log_p, log_p)
+
+
+def top_k_kl_sampled(student_logits: Array, targets: TopK, *, temperature: Scalar = 1.0) -> Array:
+    """`log p_T(x) - log p_S(x)` of one class x per position, the first of the targets.
+
+    For x sampled from the teacher the mean is the forward KL, and its gradient is right. For x
+    sampled from the student *minus* the mean is the reverse KL, but the gradient of this number is
+    not: use the value as a reward. One sample: unbiased, and of high variance and either sign.
+
+    Args:
+      student_logits: `[..., num_classes]`.
+      targets: `indices[..., 0]` is the sampled class, `log_probs[..., 0]` the teacher's.
+      temperature: softens the student; a scalar or one value per example.
+
+    Returns:
+      `[...]`, nats, of either sign.
+
+    Raises:
+      ValueError: if shapes do not fit, or the temperature is not positive.
+      TypeError: if arrays have the wrong kind of dtype.
+
+    References:
+      TRL's server distillation with `loss_top_k=1`.
+    """
+    log_q = _student("top_k_kl_sampled", student_logits, targets, temperature)
+    of_student = _logspace.at(log_q, targets.indices[..., 0])
+    return _numerics.upcast(targets.log_probs[..., 0]) - of_student
+
+
+def _student(fn: str, student_logits: Array, targets: TopK, temperature: Scalar) -> Array:
+    """Checked log-probabilities of the student, over all classes."""
+    student, _ = _logspace.softened(fn, student_logits, student_logits, temperature, None)
+    _checks.integers(fn, indices=targets.indices)
+    _checks.floating(fn, log_probs=targets.log_probs, log_tail=targets.log_tail)
+    _checks.same_shape(fn, indices=targets.indices, log_probs=targets.log_probs)
+    leading = student_logits.shape[:-1]
+    if targets.indices.shape[:-1] != leading or targets.log_tail.shape != leading:
+        raise ValueError(
+            f"{fn}: targets must be [..., k] with the student's leading dimensions, got "
+            f"{_checks.described(student_logits=student_logits, **targets._asdict())}."
+        )
+    return _numerics.log_softmax(student)
+
+
+def _log_rest(log_p: Array, indices: Array) -> Array:
+    """Log of the mass outside `indices`, summed from its own terms."""
+    classes = log_p.shape[-1]
+    flat = indices.reshape(-1, indices.shape[-1])
+    rows = jax.lax.broadcasted_iota(jnp.int32, flat.shape, 0)
+    chosen = jnp.zeros((flat.shape[0], classes), jnp.bool_).at[rows, flat].set(True)
+    return _logspace.logsumexp(log_p, where=~chosen.reshape(log_p.shape))
+
+
+def _with_tail(log_q: Array, targets: TopK) -> Array:
+    chosen = jnp.take_along_axis(log_q, targets.indices, axis=-1)
+    tail = _log_rest(log_q, targets.indices)
+    return jnp.concatenate([chosen, tail[..., None]], axis=-1)
+
+
+def _teacher_with_tail(targets: TopK) -> Array:
+    tail = targets.log_tail[..., None]
+    return _numerics.upcast(jnp.concatenate([targets.log_probs, tail], axis=-1))
