@@ -106,6 +106,23 @@ def test_oracle_over_shapes_and_values(
     np.testing.assert_allclose(got, want, rtol=max(case.rtol, 1e-6), atol=1e-10)
 
 
+RELATIONAL = [name for name, case in LOSS_CASES.items() if case.relational]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", RELATIONAL)
+def test_a_batch_sharded_over_devices_gives_the_same_values(name: str) -> None:
+    """Relational losses see the whole batch, wherever its rows lie."""
+    case = LOSS_CASES[name]
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    args = tuple(case.example(np.random.default_rng(0), 8))
+    spread = jax.device_put(args, rows)
+    loss = functools.partial(case.fn, **case.hyper)
+    got = testing.compiled(loss, *spread)(*spread)
+    np.testing.assert_allclose(got, case.oracle(*args, **case.hyper), rtol=1e-6, atol=1e-12)
+
+
 def is_loss(value: Any) -> bool:
     return callable(value) and not isinstance(value, type)
 
