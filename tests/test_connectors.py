@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import Array
 
-from kdtl_jax import connectors, losses
+from kdtl_jax import connectors, losses, testing
 from kdtl_jax.connectors import Connector
 
 KEY = jax.random.key(0)
@@ -213,11 +213,10 @@ def test_abf_without_attention_weights_mixes_in_halves() -> None:
     """Zero attention is sigmoid(0) = 1/2 for both streams."""
     fusion = connectors.abf(2, 3)
     x, residual = jnp.ones((1, 2, 2, 2)), jnp.full((1, 1, 1, 2), 4.0)
-    params = jax.jit(fusion.init)(KEY, (x, residual))
+    params = testing.compiled(fusion.init, KEY, (x, residual))(KEY, (x, residual))
     params["attention"] = jax.tree.map(jnp.zeros_like, params["attention"])
-    _, mixed = jax.jit(fusion.apply)(
-        params, (x, residual)
-    )  # constant maps are 0 after normalization
+    run = testing.compiled(fusion.apply, params, (x, residual))
+    _, mixed = run(params, (x, residual))  # constant maps are 0 after normalization
     np.testing.assert_allclose(mixed, 2.0, atol=1e-5)
 
 
@@ -229,8 +228,8 @@ def test_paraphraser_learns_to_reconstruct() -> None:
     def loss(params: Any) -> Array:
         return jnp.mean(losses.hint(connector.apply(params, x)[1], x))
 
-    params = jax.jit(connector.init)(KEY, x)
-    step = jax.jit(jax.value_and_grad(loss))
+    params = testing.compiled(connector.init, KEY, x)(KEY, x)
+    step = testing.compiled(jax.value_and_grad(loss), params)
     value, gradient = step(params)
     stepped = jax.tree.map(lambda p, g: p - 0.02 * g, params, gradient)
     assert float(step(stepped)[0]) < float(value)
