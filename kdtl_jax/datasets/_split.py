@@ -16,9 +16,9 @@ class Splits(NamedTuple):
 
 
 class Standardizer(NamedTuple):
-    """Shift and scale per input entry, measured on training data."""
+    """Shift and scale, measured on training data; both broadcast against the inputs."""
 
-    mean: np.ndarray  # [...], one example's shape
+    mean: np.ndarray
     scale: np.ndarray
 
     def apply(self, data: Dataset) -> Dataset:
@@ -93,13 +93,15 @@ def only_classes(data: Dataset, classes: range) -> Dataset:
 
 
 def standardizer(train: Dataset) -> Standardizer:
-    """Mean 0 and standard deviation 1 per input entry; a constant entry is only shifted.
+    """Mean 0 and standard deviation 1 per feature: per channel of images, per entry of vectors.
 
-    Measure it on training data alone and apply it to all parts.
+    Measure it on training data alone and apply it to all parts. Pixels share one scale: by its
+    own, a pixel that is nearly always blank here would be huge where another task draws on it.
+    A constant feature is only shifted.
     """
-    mean = train.inputs.mean(axis=0, dtype=np.float64)
-    deviation = train.inputs.std(axis=0, dtype=np.float64)
-    # An entry that varies in a handful of images must not become huge where it does.
+    axes = tuple(range(train.inputs.ndim - 1)) if train.inputs.ndim == 4 else (0,)
+    mean = train.inputs.mean(axis=axes, dtype=np.float64)
+    deviation = train.inputs.std(axis=axes, dtype=np.float64)
     scale = np.where(deviation > 1e-6, deviation, 1.0)
     return Standardizer(mean.astype(np.float32), scale.astype(np.float32))
 
