@@ -156,7 +156,8 @@ def vera(
             of_a, of_b = jax.random.split(projections)
             a = _rows(of_a, fan_in, rank, (6 / fan_in) ** 0.5, dtype)
             b = _rows(of_b, fan_out, rank, (6 / rank) ** 0.5, dtype).T
-            scaled = a * each.d[..., None, :].astype(dtype)
+            alone = a.reshape(*(1,) * (each.d.ndim - 1), *a.shape)
+            scaled = alone * each.d[..., None, :].astype(dtype)
             product = jnp.matmul(scaled, b, precision=_HIGHEST)
             delta = jnp.sum(product * each.b[..., None, :].astype(dtype), axis=0)
             return kernel.restore(kernel.matrix + delta)
