@@ -164,7 +164,8 @@ def mft_teacher(
     rest = jnp.sum(jnp.where(is_label, 0, _logspace.probabilities(log_p)), axis=-1)
     raised = jnp.minimum(lead, rest) / jnp.where(rest > 0, rest + small, 1)
     moved = (top - right + lead) / (1 + top - right + small)
-    share = jnp.where(jnp.argmax(log_p, axis=-1) == labels, raised, moved)
+    best = jnp.argmax(log_p, axis=-1).astype(labels.dtype)
+    share = jnp.where(best == labels, raised, moved)
     onto = jnp.where(is_label, jnp.zeros_like(log_p), -jnp.inf)
     return _logspace.log_mixture(log_p, onto, share[..., None])
 
