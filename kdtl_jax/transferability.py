@@ -181,7 +181,8 @@ def regularized_h_score(features: Array, labels: Array, *, num_classes: int) -> 
     noise = jnp.minimum((fourth - jnp.sum(jnp.square(covariance))) / count, spread)
     shrinkage = jnp.where(spread > 0, noise / jnp.where(spread > 0, spread, 1), 1)
     eye = jnp.eye(width, dtype=covariance.dtype)
-    shrunken = (1 - shrinkage) * covariance + shrinkage * mu * eye
+    # Features that never vary explain nothing; any invertible matrix then gives 0.
+    shrunken = (1 - shrinkage) * covariance + shrinkage * jnp.where(mu > 0, mu, 1) * eye
     explained = between.T @ between / count
     return (1 - shrinkage) * jnp.trace(jnp.linalg.solve(shrunken, explained))
 
