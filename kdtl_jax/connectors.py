@@ -250,11 +250,11 @@ def variance(*, initial: float = 5.0, eps: float = 1e-5) -> Connector:
     return Connector(init, lambda params, x: jax.nn.softplus(params["raw"]) + eps)
 
 
-def simkd_projector(features: int, *, factor: int = 2) -> Connector:
+def simkd_projector(features: int, *, factor: int = 2, eps: float = 1e-5) -> Connector:
     """SimKD's bottleneck 1x1, 3x3, 1x1 of width `features / factor`, each with norm and ReLU."""
     width = features // factor
     steps = (conv1x1(width, bias=False), conv3x3(width, bias=False), conv1x1(features, bias=False))
-    after = (batch_norm(), activation(jax.nn.relu))
+    after = (batch_norm(eps=eps), activation(jax.nn.relu))
     return chain(*(part for step in steps for part in (step, *after)))
 
 

@@ -53,7 +53,7 @@ class Settings(NamedTuple):
     teacher_epochs: int = 20
     epochs: int = 100
     rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
-    alphas: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)
+    alphas: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
     ridges: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
 
 

@@ -14,6 +14,7 @@ from kdtl_jax.train._epochs import epoch_index as epoch_index
 from kdtl_jax.train._epochs import epoch_path as epoch_path
 from kdtl_jax.train._epochs import jit_epoch as jit_epoch
 from kdtl_jax.train._epochs import scan_epoch as scan_epoch
+from kdtl_jax.train._epochs import step_path as step_path
 from kdtl_jax.train._epochs import take as take
 from kdtl_jax.train._state import Batch as Batch
 from kdtl_jax.train._state import Step as Step

@@ -39,18 +39,27 @@ def scan_epoch(step: Step) -> Epoch:
     return epoch
 
 
-def epoch_path(step: Step, state: TrainState, teacher_params: Any, data: Batch) -> str:
-    """`"scan"` or `"steps"`: how `jit_epoch` runs this step on this back end.
+def step_path(step: Step, state: TrainState, teacher_params: Any, batch: Batch) -> str:
+    """`"scan"` or `"steps"`: how to run many of these steps on this back end.
 
     Inside a while-loop XLA's CPU back end compiles convolutions without their threaded kernels,
     and an epoch runs more than twice as slow as its single steps. There, and only there, a step
-    with convolutions is called batch by batch. Decided by tracing, without running anything.
+    with convolutions is called batch by batch. Decided by tracing (`batch` may be abstract),
+    without running anything, so that a resumed run decides alike.
     """
     if jax.default_backend() != "cpu":
         return "scan"
-    batch = jax.eval_shape(lambda d: take(d, jnp.zeros((1,), jnp.int32)), dict(data))
     traced = jax.make_jaxpr(step)(state, teacher_params, batch)
     return "steps" if "conv_general_dilated" in str(traced) else "scan"
+
+
+def epoch_path(
+    step: Step, state: TrainState, teacher_params: Any, data: Batch, batch_size: int = 1
+) -> str:
+    """`step_path` for batches of `batch_size` rows of `data`: what `jit_epoch` does."""
+    rows = jnp.zeros((batch_size,), jnp.int32)
+    batch = jax.eval_shape(lambda d: take(d, rows), dict(data))
+    return step_path(step, state, teacher_params, batch)
 
 
 def jit_epoch(step: Step) -> Epoch:
@@ -68,7 +77,7 @@ def jit_epoch(step: Step) -> Epoch:
         state: TrainState, teacher_params: Any, data: Batch, index: Array
     ) -> tuple[TrainState, Metrics]:
         if not chosen:
-            chosen.append(epoch_path(step, state, teacher_params, data))
+            chosen.append(epoch_path(step, state, teacher_params, data, index.shape[1]))
         if chosen[0] == "scan":
             return scanned(state, teacher_params, data, index)
         collected = []

@@ -57,9 +57,16 @@ def _reviewkd_hcl(x: Arrays, hyper: Hyper) -> Array:
 
 
 def _hcl_sizes(x: Arrays, hyper: Hyper) -> Array:
-    values = losses.hcl(x["student"], x["teacher"], sizes=hyper["output_sizes"])
-    elements = x["student"].size // len(x["student"])
-    return jnp.sum(values) * elements if hyper["reduction"] == "sum" else jnp.mean(values)
+    student, teacher, sizes = x["student"], x["teacher"], hyper["output_sizes"]
+    if hyper["reduction"] != "sum":
+        return jnp.mean(losses.hcl(student, teacher, sizes=sizes))
+    levels = [student.shape[1], *(size for size in sizes if size < student.shape[1])]
+    total = jnp.zeros(())
+    for power, size in enumerate(levels):  # sums, of which each level has its own number
+        pool = connectors.pool(size if power else student.shape[1:3])
+        maps = pool.apply({}, student), pool.apply({}, teacher)
+        total = total + 0.5**power * jnp.sum(losses.hint(*maps)) * maps[0][0].size
+    return total / sum(0.5**power for power in range(len(levels)))
 
 
 def _reviewkd_abf(x: Arrays, hyper: Hyper) -> dict[str, Array]:
@@ -108,7 +115,9 @@ def _simkd(x: Arrays, hyper: Hyper) -> dict[str, Array]:
         student = connectors.pool(teacher.shape[1]).apply({}, student)
     else:
         teacher = connectors.pool(student.shape[1]).apply({}, teacher)
-    projector = connectors.simkd_projector(teacher.shape[-1], factor=hyper["factor"])
+    projector = connectors.simkd_projector(
+        teacher.shape[-1], factor=hyper["factor"], eps=hyper["bn_eps"]
+    )
     params: list[dict[str, Array]] = []
     for i in range(3):
         scale_offset = _bn(x, f"bn_scale_{i}", f"bn_offset_{i}")
