@@ -133,7 +133,6 @@ def test_natural_sort_is_a_total_order(names: list[str]) -> None:
         (all_of("head/.*", none_of(".*bias")), ["head/kernel"]),
         (none_of("encoder/.*", "head/bias"), ["head/kernel"]),
     ],
-    ids=str,
 )
 def test_selectors(where: trees.Selector, expected: list[str]) -> None:
     assert chosen(network(), where, expect=None) == expected

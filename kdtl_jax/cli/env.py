@@ -6,10 +6,12 @@ from kdtl_jax import report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`kdtl env` has no flags of its own."""
     parser.epilog = "Example: kdtl env"
 
 
 def run(args: argparse.Namespace) -> int:
+    """Prints versions, devices and processors; returns the exit code."""
     for name, value in report.environment().items():
         print(f"{name}: {value}")
     return 0

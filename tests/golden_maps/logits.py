@@ -5,6 +5,7 @@ reduction, T^2 and mixing, and whatever its code does besides its paper.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -111,11 +112,7 @@ def mlkd(x: Inputs, h: Hyper) -> dict[str, Array]:
     view's correlations are dropped."""
     weak = x["student_logits_weak"], x["teacher_logits_weak"]
     strong = x["student_logits_strong"], x["teacher_logits_strong"]
-    kd = losses.kd_kl
-    if h["standardize"]:
-
-        def kd(student: Array, teacher: Array, *, temperature: Any) -> Array:
-            return losses.standardized_kd(student, teacher, temperature=temperature, ddof=1)
+    kd: Any = partial(losses.standardized_kd, ddof=1) if h["standardize"] else losses.kd_kl
 
     def total(loss: Any, logits: tuple[Array, Array], *temperatures: float) -> Array:
         return sum((jnp.mean(loss(*logits, temperature=t)) for t in temperatures), jnp.zeros(()))
@@ -255,13 +252,14 @@ def sskd(x: Inputs, h: Hyper) -> Array:
     the similarities between the two."""
     normal = np.arange(x["student_logits"].shape[0]) % 4 == 0
     owner = np.arange(3 * int(normal.sum())) // 3
-    labels, teacher = np.asarray(x["labels"]), np.asarray(x["teacher_logits"])
+    labels, teacher = np.asarray(x["labels"]), x["teacher_logits"]
     vectors = _unit(np.asarray(x["teacher_ss"]))
-    teacher_ss = vectors[~normal] @ vectors[normal].T
+    similar = vectors[~normal] @ vectors[normal].T
     views, originals = x["student_ss"][~normal], x["student_ss"][normal]
     student_ss = optax.losses.cosine_similarity(views[:, None], originals[None], epsilon=1e-8)
-    ss = _least_wrong(teacher_ss, owner, h["ss_ratio"])
-    tf = _least_wrong(teacher[~normal], labels[owner], h["tf_ratio"])
+    ss = _least_wrong(similar, owner, h["ss_ratio"])
+    tf = _least_wrong(np.asarray(teacher)[~normal], labels[owner], h["tf_ratio"])
+    teacher_ss = jnp.asarray(similar)
     student = x["student_logits"]
     terms = (
         cross_entropy(student[normal], x["labels"]),

@@ -204,10 +204,10 @@ def uld_aligned(x: Inputs, h: Hyper) -> Array:
             logits = x[f"{side}_logits"][b, at : at + size]
             sides.append((logits, np.asarray(x[f"{side}_ids"][b])[start : start + size]))
             ends.append(np.asarray(x[f"{side}_offsets"][b])[start : start + size, 1])
-        *groups, count = losses.align_tokens(*ends)
+        student_groups, teacher_groups, count = losses.align_tokens(ends[0], ends[1])
         student, teacher = (
-            merged(*given, of_side, count, h["strategy"])
-            for given, of_side in zip(sides, groups, strict=True)
+            merged(logits, ids, groups, count, h["strategy"])
+            for (logits, ids), groups in zip(sides, (student_groups, teacher_groups), strict=True)
         )
         if not h["hybrid"]:
             rows.append(jnp.sum(losses.sorted_l1(student, teacher)) / count)
