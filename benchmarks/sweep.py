@@ -1,0 +1,193 @@
+"""A sweep of students as one program, against the same students one after another, as ratios.
+
+Command:   python benchmarks/sweep.py [--rounds 5] [--json out.json]
+Peer:      PyTorch eager, one after another (skipped with a line where torch is not installed;
+           `pip install torch==2.13.0`).
+Machine:   (see RESULT)
+RESULT:    not recorded yet
+
+64 MLP students (8 seeds x 8 temperatures; 64-32-10 taught by 64-256-256-10, batch 64, 50 steps),
+and 16 CNN students (8 seeds x 2 temperatures, 28x28, about 20k parameters taught by 200k, 5 steps).
+"One after another" is this library's own compiled epoch; the teacher's outputs are cached for all.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from step_time import BATCH, MOMENTUM, RATE, as_model, cnn_apply, cnn_init, mlp_apply, mlp_init
+
+import kdtl_jax
+from kdtl_jax import losses, sweep, train
+from kdtl_jax.interop import linen
+from kdtl_jax.models import cnn
+
+WEIGHTS = {"kd": 0.9, "task": 0.1}
+
+
+def experiment(init: Any, model: Any) -> sweep.Experiment:
+    """Trains one student; all students read one batch order, so that rows are gathered once."""
+
+    def run(point: dict[str, jax.Array], data: Any, index: jax.Array) -> jax.Array:
+        def terms(x: Any) -> Any:
+            student, teacher = x.student["logits"], x.teacher["logits"]
+            return {
+                "kd": losses.kd_kl(student, teacher, temperature=point["temperature"]),
+                "task": optax.softmax_cross_entropy_with_integer_labels(student, x.batch["labels"]),
+            }
+
+        tx = optax.sgd(RATE, momentum=MOMENTUM)
+        key = jax.random.key(point["seed"])
+        step = train.make_distill_step(model, None, terms, WEIGHTS, tx)
+        state = train.init_state({"student": init(key)}, tx, key=key)
+        _, metrics = train.scan_epoch(step)(state, None, data, index)
+        return metrics["loss"].value()[-1]
+
+    return run
+
+
+def one_after_another(init: Any, model: Any, points: Any, data: Any, index: Any) -> Any:
+    """This library's fastest single runs: a compiled epoch per student, traced temperature."""
+
+    def terms(x: Any) -> Any:
+        student, teacher = x.student["logits"], x.teacher["logits"]
+        return {
+            "kd": losses.kd_kl(student, teacher, temperature=x.memory),
+            "task": optax.softmax_cross_entropy_with_integer_labels(student, x.batch["labels"]),
+        }
+
+    tx = optax.sgd(RATE, momentum=MOMENTUM)
+    epoch = train.jit_epoch(train.make_distill_step(model, None, terms, WEIGHTS, tx))
+    start = jax.jit(
+        lambda point: train.init_state(
+            {"student": init(jax.random.key(point["seed"]))},
+            tx,
+            key=jax.random.key(point["seed"]),
+            memory=point["temperature"],
+        )
+    )
+
+    def run() -> Any:
+        results = []
+        for i in range(sweep.size(points)):
+            state = start({name: column[i] for name, column in points.items()})
+            _, metrics = epoch(state, None, data, index)
+            results.append(metrics["loss"].value()[-1])
+        return jax.block_until_ready(jnp.stack(results))
+
+    return run
+
+
+def torch_one_after_another(kind: str, points: Any, data: Any, steps: int) -> Any:
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    x = torch.tensor(np.array(data["inputs"]))
+    x = x.permute(0, 3, 1, 2).contiguous() if kind == "cnn" else x
+    y = torch.tensor(np.array(data["labels"])).long()
+    soft = torch.tensor(np.array(data["teacher"]["logits"]))
+
+    def student() -> nn.Module:
+        if kind == "mlp":
+            return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+        return nn.Sequential(
+            *[nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(2)],
+            *[nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(2)],
+            *[nn.Flatten(), nn.Linear(784, 24), nn.ReLU(), nn.Linear(24, 10)],
+        )
+
+    def run() -> None:
+        for t in np.asarray(points["temperature"]):
+            model = student()
+            optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
+            for i in range(steps):
+                rows = slice(i * BATCH, (i + 1) * BATCH)
+                logits = model(x[rows])
+                log_s, p_t = F.log_softmax(logits / t, -1), F.softmax(soft[rows] / t, -1)
+                kd = F.kl_div(log_s, p_t, reduction="batchmean") * float(t) ** 2
+                loss = 0.9 * kd + 0.1 * F.cross_entropy(logits, y[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+    return run
+
+
+def measure(kind: str, rounds: int) -> list[dict[str, Any]]:
+    rng, (k1, k2) = np.random.default_rng(0), jax.random.split(jax.random.key(0))
+    steps = 50 if kind == "mlp" else 5
+    shape = (64,) if kind == "mlp" else (28, 28, 1)
+    inputs = jnp.asarray(rng.normal(size=(steps * BATCH, *shape)), jnp.float32)
+    if kind == "mlp":
+        teacher_logits = mlp_apply(mlp_init(k1, [64, 256, 256, 10]), inputs)
+        init, model = (lambda key: mlp_init(key, [64, 32, 10])), as_model(mlp_apply)
+        points = sweep.grid(seed=range(8), temperature=np.geomspace(1, 20, 8))
+    else:
+        teacher_logits = cnn_apply(cnn_init(k1, (32, 64), 56), inputs)
+        module = linen.model(cnn([8, 16], classes=10))
+        init, model = (lambda key: module.init(key, inputs[:1]).params), module.apply
+        points = sweep.grid(seed=range(8), temperature=[1.0, 4.0])
+    labels = jnp.asarray(rng.integers(0, 10, steps * BATCH), jnp.int32)
+    data = {"inputs": inputs, "labels": labels, "teacher": {"logits": teacher_logits}}
+    index = train.epoch_index(k2, 0, steps * BATCH, BATCH)
+    run = experiment(init, model)
+    chosen = sweep.fastest(run, points, data, index)
+    base = "one after another"
+    forms = {base: one_after_another(init, model, points, data, index)}
+    for runner in (sweep.vectorized, sweep.mapped):
+        every = runner(run)
+        forms[runner.__name__] = lambda every=every: jax.block_until_ready(
+            every(points, data, index)
+        )
+    try:
+        forms["torch eager, one after another"] = torch_one_after_another(kind, points, data, steps)
+    except ImportError:
+        print("torch is not installed: the peer is left out (pip install torch==2.13.0)")
+    for form in forms.values():
+        form()
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(rounds):
+        for name, form in forms.items():
+            start = time.perf_counter()
+            form()
+            seconds[name].append(time.perf_counter() - start)
+    students = sweep.size(points)
+    print(f"\n{kind}: {students} students x {steps} steps; sweep.fastest chooses {chosen.__name__}")
+    rows = []
+    for name, times in seconds.items():
+        ratio = statistics.median(b / a for a, b in zip(times, seconds[base], strict=True))
+        us = 1e6 * statistics.median(times) / (students * steps)
+        print(f"{name:36s} {us:9.1f} us per student-step  {ratio:6.2f}x faster than {base}")
+        rows.append({"model": kind, "form": name, "us": us, "speedup": ratio})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Example: python benchmarks/sweep.py")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", help="write the rows here")
+    args = parser.parse_args()
+    python = sys.version.split()[0]
+    versions = f"jax {jax.__version__}, kdtl_jax {kdtl_jax.__version__}, python {python}"
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}; {versions}"
+    )
+    rows = [row for kind in ("mlp", "cnn") for row in measure(kind, args.rounds)]
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"versions": versions, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

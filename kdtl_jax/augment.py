@@ -1,0 +1,169 @@
+"""Augmentation as pure keyed functions: crop, flip, mixup, CutMix, label smoothing.
+
+Each function takes a key and a batch's arrays, so a view is a function of its key: made once, it
+goes to the teacher and the student alike. `example_keys(key, epoch, rows)` gives every example of
+every epoch its own key, whatever the batch it falls into; a teacher cache built from those keys
+therefore agrees with a live teacher. `mixup` and `cutmix` mix rows *within* a batch, so they are
+functions of the batch too and ask for a live teacher.
+
+Everything runs inside `jit`, on the device.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import _checks
+
+
+def example_keys(key: Array, epoch: int | Array, rows: Array) -> Array:
+    """Keys `[B]`: `fold_in(fold_in(key, epoch), row)`, one per example and epoch.
+
+    Args:
+      key: typed PRNG key, the augmentation's seed.
+      epoch: which view of the data.
+      rows: int `[B]`, the examples' rows in the data set.
+    """
+    _checks.integers("example_keys", rows=rows)
+    in_epoch = jax.random.fold_in(key, epoch)
+    return jax.vmap(lambda row: jax.random.fold_in(in_epoch, row))(rows)
+
+
+def flip(keys: Array, images: Array, *, probability: float | Array = 0.5) -> Array:
+    """Mirrors each image left to right with the given probability.
+
+    Args:
+      keys: `[B]`, one per image.
+      images: `[B, H, W, C]`.
+      probability: in `[0, 1]`.
+    """
+    _check_images("flip", keys, images)
+    _checks.within("flip", 0, 1, probability=probability)
+    mirrored = jax.vmap(lambda k: jax.random.bernoulli(k, probability))(keys)
+    return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+
+
+def crop(keys: Array, images: Array, *, padding: int = 4) -> Array:
+    """Pads by zeros and cuts a window of the original size at a random place.
+
+    Args:
+      keys: `[B]`, one per image.
+      images: `[B, H, W, C]`.
+      padding: pixels added on each side; 4 is the usual value for 32 x 32 images.
+    """
+    _check_images("crop", keys, images)
+    if padding < 0:
+        raise ValueError(f"crop: padding must be at least 0, got {padding}.")
+    room = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    padded = jnp.pad(images, room)
+
+    def one(key: Array, image: Array) -> Array:
+        top, left = jax.random.randint(key, (2,), 0, 2 * padding + 1)
+        return jax.lax.dynamic_slice(image, (top, left, jnp.zeros_like(top)), images.shape[1:])
+
+    return jax.vmap(one)(keys, padded)
+
+
+def mixup(
+    key: Array, inputs: Array, targets: Array, *, alpha: float | Array = 1.0
+) -> tuple[Array, Array]:
+    """`x = l x_i + (1 - l) x_j`, targets alike, with one `l ~ Beta(alpha, alpha)` per batch.
+
+    Args:
+      key: one key for the batch.
+      inputs: `[B, ...]`, floating point.
+      targets: `[B, K]` class probabilities (`smooth_labels` makes them from integers).
+      alpha: of the Beta distribution, > 0.
+
+    Returns:
+      The mixed inputs and targets. Padded rows (weight 0) must not be in the batch.
+
+    References:
+      Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018.
+    """
+    _check_mix("mixup", inputs, targets, alpha)
+    share_key, order_key = jax.random.split(key)
+    share = jax.random.beta(share_key, alpha, alpha)
+    other = jax.random.permutation(order_key, inputs.shape[0])
+    return _blend(share, inputs, inputs[other]), _blend(share, targets, targets[other])
+
+
+def cutmix(
+    key: Array, images: Array, targets: Array, *, alpha: float | Array = 1.0
+) -> tuple[Array, Array]:
+    """Pastes a box of another image; targets mix by the area that is left.
+
+    The box has sides `sqrt(1 - l)` of the image's with `l ~ Beta(alpha, alpha)` and a uniformly
+    drawn center; it is cut at the border, and targets use the area actually pasted.
+
+    Args:
+      key: one key for the batch.
+      images: `[B, H, W, C]`.
+      targets: `[B, K]` class probabilities.
+      alpha: of the Beta distribution, > 0.
+
+    Returns:
+      The mixed images and targets.
+
+    References:
+      Yun et al., CutMix: Regularization Strategy to Train Strong Classifiers, ICCV 2019.
+    """
+    _checks.rank("cutmix", 4, 4, images=images)
+    _check_mix("cutmix", images, targets, alpha)
+    share_key, order_key, row_key, column_key = jax.random.split(key, 4)
+    side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha))
+    inside_rows = _span(row_key, images.shape[1], side)
+    inside_columns = _span(column_key, images.shape[2], side)
+    inside = inside_rows[:, None] & inside_columns[None, :]
+    other = jax.random.permutation(order_key, images.shape[0])
+    mixed = jnp.where(inside[None, :, :, None], images[other], images)
+    left = 1 - jnp.mean(inside.astype(jnp.float32))
+    return mixed, _blend(left, targets, targets[other])
+
+
+def smooth_labels(labels: Array, num_classes: int, *, smoothing: float | Array = 0.0) -> Array:
+    """`(1 - s) onehot + s / K`: float32 `[..., K]` targets from integer labels.
+
+    Args:
+      labels: int `[...]`.
+      num_classes: K.
+      smoothing: s in `[0, 1]`; 0 gives one-hot targets.
+
+    References:
+      Szegedy et al., Rethinking the Inception Architecture for Computer Vision, CVPR 2016.
+    """
+    _checks.integers("smooth_labels", labels=labels)
+    _checks.within("smooth_labels", 0, 1, smoothing=smoothing)
+    known = _checks.concrete(labels)
+    if known is not None and known.size and not 0 <= known.min() <= known.max() < num_classes:
+        raise ValueError(
+            f"smooth_labels: labels must lie in 0..{num_classes - 1}, "
+            f"got {known.min()}..{known.max()}."
+        )
+    onehot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+    return (1 - smoothing) * onehot + smoothing / num_classes
+
+
+def _span(key: Array, size: int, side: Array) -> Array:
+    """bool `[size]`: a segment of `side * size` pixels around a random center."""
+    center = jax.random.uniform(key, (), maxval=float(size))
+    places = jnp.arange(size, dtype=jnp.float32) + 0.5
+    return jnp.abs(places - center) < side * (size / 2)
+
+
+def _blend(share: Array, first: Array, second: Array) -> Array:
+    share = share.astype(first.dtype)
+    return share * first + (1 - share) * second
+
+
+def _check_images(fn: str, keys: Array, images: Array) -> None:
+    _checks.rank(fn, 4, 4, images=images)
+    _checks.rank(fn, 1, 1, keys=keys)
+    _checks.same_batch(fn, keys=keys, images=images)
+
+
+def _check_mix(fn: str, inputs: Array, targets: Array, alpha: float | Array) -> None:
+    _checks.floating(fn, inputs=inputs, targets=targets)
+    _checks.rank(fn, 2, 2, targets=targets)
+    _checks.same_batch(fn, inputs=inputs, targets=targets)
+    _checks.positive(fn, alpha=alpha)

@@ -1,0 +1,31 @@
+"""A run that is killed or stopped again and again ends as one that was not, bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+
+@pytest.mark.slow
+def test_killed_and_stopped_runs_end_bit_identical(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    environment = os.environ | {
+        "PYTHONPATH": str(here.parent),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, str(here / "fault_program.py"), str(tmp_path), "--chain"]
+    done = subprocess.run(
+        [*command, "--kills", "5", "--terms", "2"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    *attacks, last = json.loads(done.stdout)["attacks"]
+    assert [a["code"] for a in attacks if a["signal"] == "SIGKILL"] == [-9] * 5, done.stderr
+    stopped = [a for a in attacks if a["signal"] == "SIGTERM"]
+    assert [a["code"] for a in stopped] == [143] * 2, done.stderr
+    assert all(a["newest"] >= a["last_line"] > 0 for a in stopped), "a stop loses no step"
+    assert last["identical"], done.stderr
