@@ -185,7 +185,7 @@ def attack(folder: Path, number: int, line: int, delay: float) -> dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Example: fault_program.py /tmp/faults --kills 6")
+    parser = argparse.ArgumentParser(description="Example: fault_program.py faults --kills 6")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--terms", type=int, default=2)
