@@ -173,7 +173,7 @@ def mcc(logits: Array, *, temperature: Scalar = 2.5, example_weights: Array | No
             f"{_checks.described(logits=logits, example_weights=example_weights)}."
         )
     weighted = p * _numerics.scalar(example_weights, p)[:, None]
-    confusion = weighted.T @ p
+    confusion = _numerics.gram(weighted.T, p.T)
     columns = jnp.sum(confusion, axis=0, keepdims=True)
     # A class that nobody predicts confuses nobody.
     confusion = confusion / jnp.where(columns > 0, columns, 1)
@@ -205,7 +205,7 @@ def _domains(fn: str, first: Array, second: Array) -> tuple[Array, Array]:
 
 def _covariance(features: Array) -> Array:
     centered = features - jnp.mean(features, axis=0, keepdims=True)
-    return centered.T @ centered / (features.shape[0] - 1)
+    return _numerics.gram(centered.T, centered.T) / (features.shape[0] - 1)
 
 
 def _off_diagonal(kernel: Array) -> Array:

@@ -40,7 +40,7 @@ def class_correlation(
         "class_correlation", student_logits, teacher_logits, temperature
     )
     batch, classes = student.shape
-    gap = teacher.T @ teacher - student.T @ student
+    gap = _numerics.gram(teacher.T, teacher.T) - _numerics.gram(student.T, student.T)
     return jnp.broadcast_to(jnp.sum(jnp.square(gap)) / classes, (batch,))
 
 
@@ -68,7 +68,8 @@ def batch_correlation(
     student, teacher = _probabilities(
         "batch_correlation", student_logits, teacher_logits, temperature
     )
-    return jnp.sum(jnp.square(teacher @ teacher.T - student @ student.T), axis=-1)
+    gap = _numerics.gram(teacher, teacher) - _numerics.gram(student, student)
+    return jnp.sum(jnp.square(gap), axis=-1)
 
 
 def mlld(
@@ -102,15 +103,13 @@ def mlld(
     """
     if not temperatures:
         raise ValueError("mlld: needs at least one temperature, got none.")
-    total = jnp.zeros((), jnp.promote_types(jnp.result_type(student_logits), jnp.float32))
-    for temperature in temperatures:
-        total = (
-            total
-            + kd_kl(student_logits, teacher_logits, temperature=temperature)
-            + batch_correlation(student_logits, teacher_logits, temperature=temperature)
-            + class_correlation(student_logits, teacher_logits, temperature=temperature)
-        )
-    return total
+    levels = (kd_kl, batch_correlation, class_correlation)
+    first, *others = [
+        level(student_logits, teacher_logits, temperature=temperature)
+        for temperature in temperatures
+        for level in levels
+    ]
+    return sum(others, first)
 
 
 def skd_direction(student_logits: Array, teacher_logits: Array, *, tikhonov: Scalar = 0.1) -> Array:
@@ -138,10 +137,10 @@ def skd_direction(student_logits: Array, teacher_logits: Array, *, tikhonov: Sca
     student, teacher = _logspace.softened("skd_direction", student_logits, teacher_logits, 1, None)
     _checks.positive("skd_direction", tikhonov=tikhonov)
     student, teacher = _numerics.normalize(student), _numerics.normalize(teacher)
-    gap = student @ student.T - teacher @ teacher.T
+    gap = _numerics.gram(student, student) - _numerics.gram(teacher, teacher)
     centered = gap - jnp.mean(gap, axis=0, keepdims=True)
     batch = gap.shape[0]
-    covariance = centered.T @ centered / max(batch - 1, 1)
+    covariance = _numerics.gram(centered.T, centered.T) / max(batch - 1, 1)
     covariance += _numerics.scalar(tikhonov, gap) * jnp.eye(batch, dtype=gap.dtype)
     root = jnp.linalg.cholesky(covariance)
     whitened = jax.scipy.linalg.solve_triangular(root, gap.T, lower=True)

@@ -175,7 +175,7 @@ def bi_tuning_classifier(
         )
     _checks.labels("bi_tuning_classifier", labels, jnp.zeros((features.shape[0], classes)))
     vectors = unit_classes(class_weights, class_bias).astype(features.dtype)
-    scores = vectors[labels] @ unit_features(features).T
+    scores = _numerics.gram(vectors[labels], unit_features(features))
     same = labels[:, None] == labels[None, :]
     return uniform_contrast(scores, same, temperature=temperature)
 
@@ -204,7 +204,7 @@ def bi_tuning_projection(
     queries, keys = _door.same_shape("bi_tuning_projection", queries, keys, at_most=2)
     _checks.integers("bi_tuning_projection", labels=labels)
     _checks.same_batch("bi_tuning_projection", queries=queries, labels=labels)
-    scores = _numerics.normalize(queries) @ _numerics.normalize(keys).T
+    scores = _numerics.gram(_numerics.normalize(queries), _numerics.normalize(keys))
     same = labels[:, None] == labels[None, :]
     return uniform_contrast(scores, same, temperature=temperature)
 

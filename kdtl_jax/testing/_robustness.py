@@ -17,8 +17,12 @@ def extremes(subject: Subject) -> Iterator[str]:
     args = _subject.arguments(subject, np.float32)
     student, teacher, rest = args[0], args[1:2], args[2:]
     floats = bool(teacher) and _subject.is_float(teacher)
-    big = jax.tree.map(lambda a: np.copysign(np.float32(1e4), a), args)
-    big = tuple(b if _subject.is_float(b) else a for a, b in zip(args, big, strict=True))
+    big = tuple(
+        jax.tree.map(lambda a: np.copysign(np.float32(1e4), a), arg)
+        if _subject.is_float(arg)
+        else arg
+        for arg in args
+    )
     negative = jax.tree.map(lambda a: -a, big[0])
     zeros = jax.tree.map(np.zeros_like, student)
     no_teacher = jax.tree.map(np.zeros_like, teacher) if floats else teacher
