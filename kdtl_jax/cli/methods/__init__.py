@@ -1,0 +1,22 @@
+"""The table of distillation methods behind `kdtl distill --methods` and `--list`.
+
+The one place where a string chooses a method. A method is a value (`recipes._method.Method`); its
+weights are those of its paper or of the authors' code, on the terms as the library defines them.
+"""
+
+from kdtl_jax.cli.methods import _contrastive, _features, _logits, _relations
+from kdtl_jax.recipes._method import Method
+
+METHODS: tuple[Method, ...] = (
+    *_logits.METHODS,
+    *_features.METHODS,
+    *_relations.METHODS,
+    *_contrastive.METHODS,
+)
+BY_NAME = {method.name: method for method in METHODS}
+COLUMNS = ("method", "title", "paper", "needs", "connector")
+
+
+def rows() -> list[tuple[str, str, str, str, str]]:
+    """One row per method under `COLUMNS`, for printing."""
+    return [(m.name, m.title, m.paper, m.needs, "yes" if m.connector else "no") for m in METHODS]
