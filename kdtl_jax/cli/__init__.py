@@ -1,8 +1,9 @@
 """`kdtl`: the library's jobs as commands.
 
-One command is one module with `add_arguments(parser)` and `run(args)`, named in `COMMANDS`.
-Modules are imported when their command is asked for. Exit codes: 0 done, 1 failed (a message, no
-traceback), 2 wrong usage, 130 interrupted, 143 terminated.
+One command is one module with `add_arguments(parser)` and `run(args)`, named in `COMMANDS`, or a
+package with a table `COMMANDS` of its own. Modules are imported when their command is asked for.
+Exit codes: 0 done, 1 failed (a message, no traceback), 2 wrong usage, 130 interrupted, 143
+terminated.
 """
 
 import argparse
@@ -27,6 +28,7 @@ COMMANDS = (
     Command("demo", "every foundation method on embedded real data", "kdtl_jax.cli.demo"),
     Command("distill", "teach a small model with a large one", "kdtl_jax.cli.distill"),
     Command("transfer", "reuse a trained model's weights on a new task", "kdtl_jax.cli.transfer"),
+    Command("params", "weight surgery: safetensors in, safetensors out", "kdtl_jax.cli.params"),
     Command("env", "versions and devices, for reports", "kdtl_jax.cli.env"),
 )
 
@@ -48,16 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return importlib.import_module(args.module).run(args)
     except _config.UsageError as error:
-        print(f"kdtl {args.command}: {error}", file=sys.stderr)
+        print(f"{_name(args)}: {error}", file=sys.stderr)
         return 2
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"kdtl {args.command}: {_plain(error)}", file=sys.stderr)
+        print(f"{_name(args)}: {_plain(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"kdtl {args.command}: interrupted", file=sys.stderr)
+        print(f"{_name(args)}: interrupted", file=sys.stderr)
         return 130
     except Terminated:
-        print(f"kdtl {args.command}: terminated", file=sys.stderr)
+        print(f"{_name(args)}: terminated", file=sys.stderr)
         return 143
     finally:
         if previous is not None:
@@ -76,22 +78,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         epilog="Start with: kdtl demo",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    asked = next((word for word in argv if not word.startswith("-")), None)
-    chosen = None
-    for command in COMMANDS:
-        sub = commands.add_parser(
-            command.name,
-            help=command.summary,
-            description=command.summary[0].upper() + command.summary[1:] + ".",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        if command.name == asked:  # only its module is imported
-            importlib.import_module(command.module).add_arguments(sub)
-            _config.add_arguments(sub)
-            sub.set_defaults(module=command.module)
-            chosen = sub
+    words = [word for word in argv if not word.startswith("-")]
+    chosen = _add_commands(parser, COMMANDS, words, "command")
     args, rest = parser.parse_known_args(argv)
     if args.version:
         from kdtl_jax import __version__
@@ -106,6 +94,38 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         return _config.resolve(parser, chosen, argv, args)
     except _config.UsageError as error:
         chosen.error(str(error))
+
+
+def _add_commands(
+    parser: argparse.ArgumentParser, table: Sequence[Command], words: Sequence[str], dest: str
+) -> argparse.ArgumentParser | None:
+    """Adds a table's commands; the parser of the one that `words` asks for, with its flags."""
+    commands = parser.add_subparsers(dest=dest, metavar=dest.upper(), required=dest == "action")
+    chosen = None
+    for command in table:
+        sub = commands.add_parser(
+            command.name,
+            help=command.summary,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if command.name != next(iter(words), None):
+            continue
+        module = importlib.import_module(command.module)  # only its module is imported
+        if hasattr(module, "COMMANDS"):
+            chosen = _add_commands(sub, module.COMMANDS, words[1:], "action") or sub
+            continue
+        module.add_arguments(sub)
+        _config.add_arguments(sub)
+        sub.set_defaults(module=command.module)
+        chosen = sub
+    return chosen
+
+
+def _name(args: argparse.Namespace) -> str:
+    """`kdtl params scale`, for messages."""
+    return " ".join(["kdtl", args.command, *([args.action] if "action" in args else [])])
 
 
 def _on_terminate() -> Any:

@@ -41,7 +41,13 @@ def resolve(
     """
     if args.config is None:
         return args
-    command.set_defaults(**load(Path(args.config), command))
+    values = load(Path(args.config), command)
+    given = {
+        name
+        for name, action in _flags(command).items()
+        if isinstance(action, argparse._AppendAction) and getattr(args, name)
+    }  # argparse would append to the file's list what should replace it
+    command.set_defaults(**{name: value for name, value in values.items() if name not in given})
     return parser.parse_args(argv)
 
 
@@ -62,7 +68,7 @@ def load(path: Path, command: argparse.ArgumentParser) -> dict[str, Any]:
     flags = _flags(command)
     out = {}
     for key, value in values.items():
-        if key == "command" and str(value) in command.prog.split():
+        if key in ("command", "action") and str(value) in command.prog.split():
             continue  # as --print-config writes it
         name = str(key).replace("-", "_")
         if name not in flags:
@@ -87,7 +93,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def unknown_flag(flag: str, command: argparse.ArgumentParser) -> str:
     """The message for a flag that does not exist."""
-    known = [f"--{name.replace('_', '-')}" for name in [*_flags(command), *_OWN]]
+    known = [text for action in command._actions for text in action.option_strings]
     near = difflib.get_close_matches(flag.split("=")[0], known, n=1, cutoff=0.5)
     return f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else "")
 
@@ -105,6 +111,13 @@ def _value(path: Path, action: argparse.Action, value: Any) -> Any:
         return value
     if value is None:
         return None
+    if isinstance(action, argparse._AppendAction) or action.nargs in ("*", "+"):
+        items = value if isinstance(value, list) else [value]
+        return [_item(where, action, item) for item in items]
+    return _item(where, action, value)
+
+
+def _item(where: str, action: argparse.Action, value: Any) -> Any:
     if isinstance(value, (dict, bool)):
         raise UsageError(f"{where}: expected one value or a list, got {value!r}")
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -16,6 +16,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A temporary file beside `path` that takes its name, synced, when the block succeeds.
 
     A killed process leaves the old file as it was, and a `.tmp` file that may be deleted.
+
+    Raises:
+      OSError: naming `path`, if the disk is full; the old file then stays as it was.
     """
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
@@ -26,8 +29,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         os.chmod(temporary, _usual_mode())
         os.replace(temporary, path)
         _files.sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk does not say which file it refused
         raise
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 max_header_bytes = 100_000_000  # the format's own limit
+index_name = "model.safetensors.index.json"
 
 _dtypes: dict[str, Any] = {
     "F64": np.dtype("<f8"),

@@ -1,16 +1,15 @@
 """Weights as safetensors: flat canonical paths in a file, trees in the program.
 
 Reading is lazy: `index` reads headers only, `view` maps one tensor without reading it, `read`
-copies one into memory. Writing is atomic: a temporary file beside the target is written, synced
-and renamed, so the target is always the old file or the new one, never half of it. `stream` writes
-tensor by tensor, so memory holds one tensor, not the checkpoint.
+copies one into memory, `blocks` piece by piece. Writing is atomic: a temporary file beside the
+target is written, synced and renamed, so the target is always the old file or the new one, never
+half of it. `stream` writes tensor by tensor, so memory holds one tensor, not the checkpoint.
 
 Deliberately absent: anything that unpickles (`.bin`, `.pt`, `.ckpt` are refused by content), and
 checksums, which the format does not have (checkpoints of training runs do: `kdtl_jax.checkpoint`).
 """
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -21,10 +20,12 @@ import numpy as np
 from kdtl_jax import trees
 from kdtl_jax._types import PyTree
 from kdtl_jax.interop import _safetensors_header as _header
-from kdtl_jax.interop._atomic import atomic_file, new_folder
 from kdtl_jax.interop._safetensors_header import Tensor as Tensor
-
-index_name = "model.safetensors.index.json"
+from kdtl_jax.interop._safetensors_header import index_name as index_name
+from kdtl_jax.interop._safetensors_write import save as save
+from kdtl_jax.interop._safetensors_write import save_sharded as save_sharded
+from kdtl_jax.interop._safetensors_write import stream as stream
+from kdtl_jax.interop._safetensors_write import stream_sharded as stream_sharded
 
 
 class Checkpoint(NamedTuple):
@@ -74,13 +75,31 @@ def read(tensor: Tensor) -> np.ndarray:
       TypeError: for 8-bit floats.
       ValueError: if the file has become shorter since its header was read.
     """
+    return _piece(tensor, tensor.start, tensor.stop).reshape(tensor.shape)
+
+
+def blocks(tensor: Tensor, size: int) -> Iterator[np.ndarray]:
+    """The tensor's entries in storage order, as vectors of at most `size`, read one at a time.
+
+    A tensor larger than memory passes through a function of its entries so.
+
+    Raises:
+      TypeError: for 8-bit floats.
+      ValueError: if the file has become shorter since its header was read.
+    """
+    step = size * _header.numpy_dtype(tensor.file.name, tensor.dtype).itemsize
+    for start in range(tensor.start, tensor.stop, step):
+        yield _piece(tensor, start, min(start + step, tensor.stop))
+
+
+def _piece(tensor: Tensor, start: int, stop: int) -> np.ndarray:
     dtype = _header.numpy_dtype(tensor.file.name, tensor.dtype)
     with tensor.file.open("rb") as file:
-        file.seek(tensor.start)
-        raw = np.fromfile(file, np.uint8, tensor.stop - tensor.start)
-    if raw.size != tensor.stop - tensor.start:
+        file.seek(start)
+        raw = np.fromfile(file, np.uint8, stop - start)
+    if raw.size != stop - start:
         raise ValueError(f"safetensors: {tensor.file} became shorter while it was read.")
-    return raw.view(dtype).reshape(tensor.shape)
+    return raw.view(dtype)
 
 
 def abstract(checkpoint: Checkpoint) -> dict[str, jax.ShapeDtypeStruct]:
@@ -169,111 +188,6 @@ def fill(like: PyTree, flat: Mapping[str, Any]) -> PyTree:
                 f"{jnp.result_type(wanted[path])}. transforms.transfer converts and reports it."
             )
     return jax.tree.unflatten(jax.tree.structure(like), [flat[path] for path in wanted])
-
-
-def save(path: str | Path, tree: PyTree, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a tree's arrays under their canonical paths, atomically.
-
-    Non-contiguous arrays (transposed kernels) and scalars are stored as what they are.
-
-    Raises:
-      TypeError: if a leaf is no array, a PRNG key, or of a dtype that the format lacks.
-      OSError: if the disk is full; the old file then stays as it was.
-    """
-    leaves = trees.flatten(tree)
-    specs = {name: _spec(name, leaf) for name, leaf in leaves.items()}
-    stream(path, specs, lambda name: leaves[name], metadata=metadata)
-
-
-def stream(
-    path: str | Path,
-    specs: Mapping[str, Any],
-    produce: Callable[[str], Any],
-    *,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Writes a file tensor by tensor: memory holds one at a time.
-
-    Args:
-      path: the target; replaced atomically once everything is written and synced.
-      specs: `{name: anything with shape and dtype}`, everything the file will hold.
-      produce: `(name) -> array`, called once per name in the file's order.
-      metadata: strings to strings, such as `{"format": "pt"}` or a recipe.
-
-    Raises:
-      TypeError: if a dtype cannot be stored.
-      ValueError: if `produce` returns another shape or dtype than announced; no file is left then.
-    """
-    stored = {
-        name: (_header.stored_dtype(name, spec.dtype), tuple(spec.shape))
-        for name, spec in specs.items()
-    }
-    head, order = _header.encode(stored, metadata or {})
-    with atomic_file(Path(path)) as file:
-        file.write(head)
-        for name in order:
-            array = np.asarray(produce(name))
-            came = (_header.stored_dtype(name, array.dtype), array.shape)
-            if came != stored[name]:
-                raise ValueError(f"stream: {name!r} was announced as {stored[name]}, got {came}.")
-            file.write(_bytes(array))
-
-
-def save_sharded(
-    folder: str | Path,
-    tree: PyTree,
-    *,
-    max_bytes: int = 5_000_000_000,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Writes a tree as `model-00001-of-0000N.safetensors` … and an index, as one new folder.
-
-    The folder appears by one rename when everything in it is whole.
-
-    Raises:
-      FileExistsError: if the folder exists and is not empty.
-    """
-    folder = Path(folder)
-    leaves = trees.flatten(tree)
-    specs = {name: _spec(name, leaf) for name, leaf in leaves.items()}
-    shards: list[dict[str, Any]] = [{}]
-    used = 0
-    for name in sorted(specs, key=trees.natural_key):
-        size = int(np.prod(specs[name].shape, dtype=np.int64)) * specs[name].dtype.itemsize
-        if shards[-1] and used + size > max_bytes:
-            shards.append({})
-            used = 0
-        shards[-1][name] = leaves[name]
-        used += size
-    with new_folder(folder) as part:
-        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        for name, shard in zip(names, shards, strict=True):
-            stream(part / name, {k: specs[k] for k in shard}, shard.__getitem__, metadata=metadata)
-        weight_map = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
-        total = sum(stop - start for *_, start, stop in _all_tensors(part, names))
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
-        with atomic_file(part / index_name) as file:
-            file.write(text.encode())
-
-
-def _all_tensors(folder: Path, names: list[str]) -> list[Tensor]:
-    return [tensor for name in names for tensor in index(folder / name).tensors.values()]
-
-
-def _spec(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
-    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-        raise TypeError(
-            f"save: {name!r} is a {type(leaf).__name__}, not an array. Save the arrays alone, for "
-            "example trees.partition(tree, '.*')[0]."
-        )
-    _header.stored_dtype(name, leaf.dtype)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-
-
-def _bytes(array: np.ndarray) -> memoryview:
-    """Row-major little-endian bytes; bfloat16 has no buffer of its own, hence the uint8 view."""
-    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    return np.ascontiguousarray(little).reshape(-1).view(np.uint8).data
 
 
 def _locate(path: Path) -> Path:

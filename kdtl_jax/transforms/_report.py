@@ -36,9 +36,9 @@ class Cast(NamedTuple):
 class Report(NamedTuple):
     """What happened to every leaf. Paths are the target's, except in `extra` and `unused`.
 
-    Each target leaf is in exactly one of `copied`, `scaled`, `adapted`, `kept` and `missing`;
-    an adapted leaf may have been multiplied by alpha as well. `str(report)` is a table in which
-    layer indices are collapsed only where shape and status are equal.
+    Each target leaf is in exactly one of `copied`, `scaled`, `adapted`, `merged`, `kept` and
+    `missing`; an adapted leaf may have been multiplied by alpha as well. `str(report)` is a table
+    in which layer indices are collapsed only where shape and status are equal.
     """
 
     copied: tuple[str, ...] = ()  # bit for bit, up to the dtype
@@ -51,13 +51,14 @@ class Report(NamedTuple):
     cast: tuple[Cast, ...] = ()
     nonfinite: tuple[str, ...] = ()  # results that hold NaN or infinity
     untied: tuple[tuple[str, ...], ...] = ()  # shared one array in the target, no longer do
+    merged: tuple[str, ...] = ()  # combined from several models' leaves
     shapes: Mapping[str, Shape] = {}  # of every target array; sizes count floating-point ones
     sizes: Mapping[str, int] = {}
 
     @property
     def transferred(self) -> tuple[str, ...]:
         """The paths that were filled from the source."""
-        return (*self.copied, *self.scaled, *(leaf.path for leaf in self.adapted))
+        return (*self.copied, *self.scaled, *(leaf.path for leaf in self.adapted), *self.merged)
 
     @property
     def fraction(self) -> float:
@@ -93,6 +94,7 @@ def _rows(report: Report) -> list[tuple[str, str, str]]:
         ("adapted", a.path, f"{list(a.source_shape)} -> {list(a.target_shape)} by {a.policy}")
         for a in report.adapted
     ]
+    facts += [("merged", path, shape(path)) for path in report.merged]
     facts += [("kept", k.path, f"{shape(k.path)} {k.reason}".strip()) for k in report.kept]
     facts += [("missing", path, shape(path)) for path in report.missing]
     facts += [("extra", path, "") for path in report.extra]

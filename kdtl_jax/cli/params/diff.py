@@ -1,0 +1,103 @@
+"""`kdtl params diff`: names, shapes, dtypes, then how far the values are apart."""
+
+import argparse
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from kdtl_jax import trees
+from kdtl_jax.cli.params import _inputs, _rewrite
+from kdtl_jax.interop import safetensors
+from kdtl_jax.interop.safetensors import Tensor
+
+EXAMPLE = "kdtl params diff before.safetensors after.safetensors --where 'encoder/.*'"
+
+
+class Distance(NamedTuple):
+    """Of two tensors of one shape, entries that are NaN in both counting as equal."""
+
+    largest: float  # max |a - b|
+    relative: float  # |a - b| / |a|, Euclidean
+    cosine: float
+    differing: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `kdtl params diff`."""
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help="a checkpoint")
+    parser.add_argument("target", nargs="?", metavar="TARGET", help="another")
+    _inputs.add_where(parser, "compare these tensors of either")
+    parser.add_argument(
+        "--exit-code", action="store_true", help="exit with 1 if anything differs, as git diff"
+    )
+    _inputs.show_example(parser, EXAMPLE)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the differences, and what is equal in one line."""
+    _inputs.required(args, EXAMPLE, "source", "target")
+    one, other = _inputs.opened(args.source), _inputs.opened(args.target)
+    both = one.specs | other.specs
+    chosen = trees.mask(both, _inputs.selected(args, both)) if both else {}
+    names = sorted((path for path in both if chosen[path]), key=trees.natural_key)
+    shared = [path for path in names if path in one.tensors and path in other.tensors]
+    done = _rewrite.progress(sum(one.tensors[p].stop - one.tensors[p].start for p in shared))
+    rows = []
+    for path in names:
+        rows += _compared(path, one, other)
+        if path in one.tensors:
+            done(one.tensors[path].stop - one.tensors[path].start)
+    width = max((len(path) for _, path, _ in rows), default=0)
+    for status, path, detail in rows:
+        print(f"  {status:9} {path:<{width}}  {detail}".rstrip())
+    different = len({path for _, path, _ in rows})
+    print(f"{different} of {len(names)} tensors differ")
+    return 1 if args.exit_code and different else 0
+
+
+def _compared(path: str, one: _inputs.Opened, other: _inputs.Opened) -> list[tuple[str, str, str]]:
+    a, b = one.tensors.get(path), other.tensors.get(path)
+    if a is None or b is None:
+        there = b if a is None else a
+        assert there is not None
+        side = other.name if a is None else one.name
+        return [("only in", path, f"{side}: {there.dtype} {list(there.shape)}")]
+    if a.shape != b.shape:
+        return [("shape", path, f"{list(a.shape)} and {list(b.shape)}")]
+    rows = [] if a.dtype == b.dtype else [("dtype", path, f"{a.dtype} and {b.dtype}")]
+    apart = distance(a, b)
+    if apart.differing:
+        detail = (
+            f"{apart.differing:,} of {math.prod(a.shape):,} entries, largest {apart.largest:.3g}, "
+            f"relative {apart.relative:.3g}, cosine {apart.cosine:.6f}"
+        )
+        rows.append(("values", path, detail))
+    return rows
+
+
+def distance(a: Tensor, b: Tensor) -> Distance:
+    """How far two tensors of one shape are apart, in float64, read in pieces."""
+    largest, differing = 0.0, 0
+    apart = before = after = inner = 0.0
+    pairs = zip(
+        safetensors.blocks(a, _rewrite.BLOCK), safetensors.blocks(b, _rewrite.BLOCK), strict=True
+    )
+    for x, y in pairs:
+        wide = np.complex128 if np.iscomplexobj(x) or np.iscomplexobj(y) else np.float64
+        x, y = x.astype(wide), y.astype(wide)
+        unequal = (x != y) & ~(np.isnan(x) & np.isnan(y))
+        differing += int(np.count_nonzero(unequal))
+        gap = np.abs(np.where(unequal, x - y, 0))
+        largest = max(largest, float(gap.max(initial=0)), key=lambda v: math.inf if v != v else v)
+        apart += float(np.square(gap).sum())
+        before += float(np.square(np.abs(x)).sum())
+        after += float(np.square(np.abs(y)).sum())
+        inner += float((x * np.conj(y)).real.sum())
+    norms = math.sqrt(before) * math.sqrt(after)
+    return Distance(
+        largest,
+        math.sqrt(apart) / math.sqrt(before) if before else math.inf,
+        inner / norms if norms else 0.0,
+        differing,
+    )

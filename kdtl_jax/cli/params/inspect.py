@@ -1,0 +1,132 @@
+"""`kdtl params inspect`: names, shapes, dtypes, sizes, and with `--values` what the values are."""
+
+import argparse
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdtl_jax import trees
+from kdtl_jax.cli.params import _inputs, _rewrite
+from kdtl_jax.interop import safetensors
+from kdtl_jax.interop.safetensors import Tensor
+from kdtl_jax.transforms._report import collapse
+
+EXAMPLE = "kdtl params inspect model.safetensors --where 'encoder/.*' --values"
+
+
+class Values(NamedTuple):
+    """Statistics of one tensor's finite entries, and a digest of its bytes."""
+
+    mean: float
+    std: float
+    least: float
+    most: float
+    zeros: int
+    nonfinite: int
+    digest: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `kdtl params inspect`."""
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help="a checkpoint")
+    _inputs.add_where(parser, "list these tensors")
+    parser.add_argument(
+        "--values",
+        action="store_true",
+        help="read the values: mean, deviation, range, zeros, NaN and infinity, equal tensors",
+    )
+    _inputs.show_example(parser, EXAMPLE)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints what a checkpoint holds."""
+    _inputs.required(args, EXAMPLE, "source")
+    # Not `opened`: tensors that cannot be loaded (8-bit floats) can still be listed.
+    checkpoint = safetensors.index(args.source)
+    found = checkpoint.tensors
+    if found:
+        specs = {name: jax.ShapeDtypeStruct(t.shape, jnp.float32) for name, t in found.items()}
+        chosen = trees.mask(specs, _inputs.selected(args, specs))
+        found = {name: t for name, t in found.items() if chosen[name]}
+    found = {name: found[name] for name in sorted(found, key=trees.natural_key)}
+    entries = sum(math.prod(t.shape) for t in found.values())
+    count = sum(t.stop - t.start for t in found.values())
+    files = f"{len(checkpoint.files)} file{'s' * (len(checkpoint.files) != 1)}"
+    print(f"{files}, {len(found)} tensors, {entries:,} numbers, {_rewrite.size(count)}")
+    for key, value in sorted(checkpoint.metadata.items()):
+        print(f"  metadata  {key}: {value}")
+    for line in _with_values(found, count) if args.values else _listing(found):
+        print(f"  {line}")
+    return 0
+
+
+def _listing(found: Mapping[str, Tensor]) -> list[str]:
+    """One line per dtype, shape and pattern of names; numbers in names are collapsed."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for name, tensor in found.items():
+        key = (re.sub(r"\d+", "#", name), tensor.dtype, str(list(tensor.shape)))
+        groups.setdefault(key, []).append(name)
+    rows = [
+        (path, dtype, shape)
+        for (_, dtype, shape), names in groups.items()
+        for path in collapse(names)
+    ]
+    width = max((len(path) for path, *_ in rows), default=0)
+    return [f"{path:<{width}}  {dtype:5} {shape}" for path, dtype, shape in rows]
+
+
+def _with_values(found: Mapping[str, Tensor], total: int) -> list[str]:
+    width = max((len(name) for name in found), default=0)
+    done = _rewrite.progress(total, "reading: ")
+    lines, equal = [], {}
+    for name, tensor in found.items():
+        line = f"{name:<{width}}  {tensor.dtype:5} {list(tensor.shape)!s:16}"
+        if tensor.dtype.startswith("F8"):
+            lines.append(f"{line} an 8-bit float, not read")
+            continue
+        values = statistics(tensor)
+        done(tensor.stop - tensor.start)
+        lines.append(
+            f"{line} mean {values.mean:.4g}, std {values.std:.4g}, in [{values.least:.4g}, "
+            f"{values.most:.4g}]"
+            + (f", {values.zeros:,} zeros" if values.zeros else "")
+            + (f", {values.nonfinite:,} NaN or infinite" if values.nonfinite else "")
+        )
+        equal.setdefault((tensor.dtype, tensor.shape, values.digest), []).append(name)
+    for (_, shape, _), names in equal.items():
+        if len(names) > 1 and math.prod(shape) > 1:
+            lines.append(f"equal, perhaps tied: {', '.join(names)}")
+    return lines
+
+
+def statistics(tensor: Tensor) -> Values:
+    """One pass over a tensor in pieces; moments are summed in float64 around the first piece's."""
+    digest = hashlib.sha256()
+    count = zeros = nonfinite = 0
+    first = shifted = squares = 0.0
+    least, most = math.inf, -math.inf
+    for block in safetensors.blocks(tensor, _rewrite.BLOCK):
+        digest.update(block.view(np.uint8).data)
+        wide = np.abs(block) if np.iscomplexobj(block) else block
+        wide = wide.astype(np.float64)
+        good = wide[np.isfinite(wide)]
+        nonfinite += wide.size - good.size
+        zeros += int(np.count_nonzero(good == 0))
+        if not good.size:
+            continue
+        if not count:
+            first = float(good.mean())
+        count += good.size
+        least, most = min(least, float(good.min())), max(most, float(good.max()))
+        good -= first
+        shifted += float(good.sum())
+        squares += float(np.square(good).sum())
+    mean = shifted / count if count else math.nan
+    std = math.sqrt(max(squares / count - mean**2, 0)) if count else math.nan
+    return Values(first + mean, std, least, most, zeros, nonfinite, digest.hexdigest())

@@ -1,0 +1,161 @@
+"""Writing safetensors: tensor by tensor, whole or not at all."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import numpy as np
+
+from kdtl_jax import trees
+from kdtl_jax._types import PyTree
+from kdtl_jax.interop import _safetensors_header as _header
+from kdtl_jax.interop._atomic import atomic_file, new_folder
+
+Produce = Callable[[str], Any]  # name -> the array, or an iterator of vectors that make it up
+
+
+def save(path: str | Path, tree: PyTree, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a tree's arrays under their canonical paths, atomically.
+
+    Non-contiguous arrays (transposed kernels) and scalars are stored as what they are.
+
+    Raises:
+      TypeError: if a leaf is no array, a PRNG key, or of a dtype that the format lacks.
+      OSError: if the disk is full; the old file then stays as it was.
+    """
+    leaves = trees.flatten(tree)
+    specs = {name: _spec(name, leaf) for name, leaf in leaves.items()}
+    stream(path, specs, lambda name: leaves[name], metadata=metadata)
+
+
+def stream(
+    path: str | Path,
+    specs: Mapping[str, Any],
+    produce: Produce,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a file tensor by tensor: memory holds one at a time, or one piece of one.
+
+    Args:
+      path: the target; replaced atomically once everything is written and synced.
+      specs: `{name: anything with shape and dtype}`, everything the file will hold.
+      produce: `(name) -> array`, called once per name in the file's order; or an iterator of
+        vectors, the array's entries in row-major order.
+      metadata: strings to strings, such as `{"format": "pt"}` or a recipe.
+
+    Raises:
+      TypeError: if a dtype cannot be stored.
+      ValueError: if `produce` returns another shape or dtype than announced; no file is left then.
+      OSError: if the disk is full; the old file then stays as it was.
+    """
+    stored = {
+        name: (_header.stored_dtype(name, spec.dtype), tuple(spec.shape))
+        for name, spec in specs.items()
+    }
+    head, order = _header.encode(stored, metadata or {})
+    with atomic_file(Path(path)) as file:
+        file.write(head)
+        for name in order:
+            _write(file, name, *stored[name], produce(name))
+
+
+def save_sharded(
+    folder: str | Path,
+    tree: PyTree,
+    *,
+    max_bytes: int = 5_000_000_000,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a tree as `model-00001-of-0000N.safetensors` … and an index, as one new folder.
+
+    The folder appears by one rename when everything in it is whole.
+
+    Raises:
+      FileExistsError: if the folder exists and is not empty.
+    """
+    leaves = trees.flatten(tree)
+    specs = {name: _spec(name, leaf) for name, leaf in leaves.items()}
+    stream_sharded(folder, specs, leaves.__getitem__, max_bytes=max_bytes, metadata=metadata)
+
+
+def stream_sharded(
+    folder: str | Path,
+    specs: Mapping[str, Any],
+    produce: Produce,
+    *,
+    max_bytes: int = 5_000_000_000,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """`save_sharded` tensor by tensor; `specs` and `produce` as `stream`'s.
+
+    Raises:
+      FileExistsError: if the folder exists and is not empty.
+    """
+    sizes = {name: _size(spec) for name, spec in specs.items()}
+    shards: list[dict[str, Any]] = [{}]
+    used = 0
+    for name in sorted(specs, key=trees.natural_key):
+        if shards[-1] and used + sizes[name] > max_bytes:
+            shards.append({})
+            used = 0
+        shards[-1][name] = specs[name]
+        used += sizes[name]
+    with new_folder(Path(folder)) as part:
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        for name, shard in zip(names, shards, strict=True):
+            stream(part / name, shard, produce, metadata=metadata)
+        weight_map = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
+        whole = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        with atomic_file(part / _header.index_name) as file:
+            file.write(json.dumps(whole, indent=1).encode())
+
+
+def _size(spec: Any) -> int:
+    return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
+
+
+def _spec(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+        raise TypeError(
+            f"save: {name!r} is a {type(leaf).__name__}, not an array. Save the arrays alone, for "
+            "example trees.partition(tree, '.*')[0]."
+        )
+    _header.stored_dtype(name, leaf.dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _write(file: BinaryIO, name: str, dtype: str, shape: tuple[int, ...], made: Any) -> None:
+    """One tensor, checked to be the announced one."""
+    if not isinstance(made, Iterator):
+        array = np.asarray(made)
+        came = (_header.stored_dtype(name, array.dtype), array.shape)
+        if came != (dtype, shape):
+            raise ValueError(f"stream: {name!r} was announced as {(dtype, shape)}, got {came}.")
+        file.write(_bytes(array))
+        return
+    entries = 0
+    for piece in made:
+        array = np.asarray(piece)
+        came = _header.stored_dtype(name, array.dtype)
+        entries += array.size
+        if came != dtype or entries > math.prod(shape):
+            raise ValueError(
+                f"stream: {name!r} was announced as {(dtype, shape)}, got pieces of {came} with "
+                f"{entries} entries so far."
+            )
+        file.write(_bytes(array))
+    if entries != math.prod(shape):
+        raise ValueError(
+            f"stream: {name!r} was announced as {(dtype, shape)}, got pieces with {entries} "
+            "entries together."
+        )
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    """Row-major little-endian bytes; bfloat16 has no buffer of its own, hence the uint8 view."""
+    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return np.ascontiguousarray(little).reshape(-1).view(np.uint8).data
