@@ -34,7 +34,7 @@ def checked(
 
     Raises:
       ValueError: if there are no examples, counts differ, a label is not whole or outside
-        `0..classes-1`, or an input is NaN or infinite; rows are named.
+        `0..classes-1`, there is one class only, or an input is NaN or infinite; rows are named.
     """
     inputs, labels = np.asarray(inputs), np.asarray(labels)
     if inputs.ndim < 1 or labels.ndim != 1 or len(inputs) != len(labels):
@@ -47,7 +47,8 @@ def checked(
     for what, array in (("inputs", inputs), ("labels", labels)):
         if array.dtype.kind not in "iufb":
             raise ValueError(f"{name}: {what} must be numbers, got {array.dtype}.")
-    inputs = np.ascontiguousarray(inputs, np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused below
+        inputs = np.ascontiguousarray(inputs, np.float32)
     _all_finite(name, inputs)
     return Dataset(name, inputs, *_whole_labels(name, labels, classes))
 
@@ -63,13 +64,20 @@ def _all_finite(name: str, inputs: np.ndarray) -> None:
 
 
 def _whole_labels(name: str, labels: np.ndarray, classes: int | None) -> tuple[np.ndarray, int]:
-    if labels.dtype.kind == "f" and not np.array_equal(labels, np.floor(labels)):
-        row = int(np.flatnonzero(labels != np.floor(labels))[0])
+    exact = labels.astype(np.float64)
+    odd = np.flatnonzero(~np.isfinite(exact) | (exact != np.floor(exact)))
+    if len(odd):
+        row = int(odd[0])
         raise ValueError(
             f"{name}: labels must be whole numbers, got {labels[row]} at row {row}. "
             "Is this the label column?"
         )
     whole = labels.astype(np.int64)
+    if whole.min() == whole.max() and classes is None:
+        raise ValueError(
+            f"{name}: every label is {whole[0]}: one class cannot be learned. Is this the label "
+            "column? Give classes= for a part in which the others happen to be missing."
+        )
     count = int(whole.max()) + 1 if classes is None else classes
     wrong = np.flatnonzero((whole < 0) | (whole >= count))
     if len(wrong):

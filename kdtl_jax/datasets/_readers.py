@@ -7,6 +7,7 @@ import csv
 import gzip
 import math
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -104,9 +105,10 @@ def read_npz(
     if not _bytes_at_start(path):
         raise ValueError(f"{path}: the file is empty.")
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            if not isinstance(stored, np.lib.npyio.NpzFile):
-                raise ValueError(f"{path}: a single array, not an npz. Use np.savez(path, x=, y=).")
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ValueError(f"{path}: a single array, not an npz. Use np.savez(path, x=, y=).")
+        with loaded as stored:
             missing = [name for name in (inputs, labels) if name not in stored.files]
             if missing:
                 raise ValueError(
@@ -114,7 +116,7 @@ def read_npz(
                     "arrays of inputs and labels."
                 )
             x, y = stored[inputs], stored[labels]
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path}: not a readable npz ({error}).") from None
     except ValueError as error:
         if str(path) in str(error):
@@ -195,5 +197,5 @@ def _bytes(path: Path) -> bytes:
     try:
         with gzip.open(path) as stream:
             return stream.read()
-    except (EOFError, gzip.BadGzipFile, OSError) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
         raise ValueError(f"{path}: a damaged gzip file ({error}).") from None

@@ -1,0 +1,238 @@
+"""Models: shapes of logits and features, published parameter counts, refusals. Little is compiled.
+
+Architecture and weights of published checkpoints are compared in test_huggingface.py.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from kdtl_jax import models, train
+from kdtl_jax._types import Variables
+from kdtl_jax.interop import linen
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+IMAGES = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+TOKENS = jax.ShapeDtypeStruct((2, 7), jnp.int32)
+KEY = jax.random.key(0)
+
+CASES: dict[str, tuple[nn.Module, Any, dict[str, tuple[int, ...]]]] = {
+    "mlp": (
+        models.mlp([6, 5], 3),
+        jax.ShapeDtypeStruct((2, 4, 4, 1), jnp.float32),
+        {"hidden_0": (2, 6), "hidden_1": (2, 5), "logits": (2, 3)},
+    ),
+    "cnn": (
+        models.cnn([4, 5, 6, 7], 3),
+        jax.ShapeDtypeStruct((2, 9, 5, 1), jnp.float32),  # odd sides; more layers than halvings
+        {
+            "block_0": (2, 9, 5, 4),
+            "block_1": (2, 4, 2, 5),
+            "block_2": (2, 2, 1, 6),
+            "block_3": (2, 1, 1, 7),
+            "pooled": (2, 7),
+            "logits": (2, 3),
+        },
+    ),
+    "resnet": (
+        models.resnet(8, 11),
+        IMAGES,
+        {
+            "stem": (2, 32, 32, 16),
+            **{f"stage{i}{x}": (2, 64 >> i, 64 >> i, 8 << i) for i in (1, 2, 3)
+               for x in ("", "_preact")},
+            "pooled": (2, 64),
+            "logits": (2, 11),
+        },
+    ),
+    "wide_resnet": (
+        models.wide_resnet(10, 2, 11),
+        IMAGES,
+        {
+            "stem": (2, 32, 32, 16),
+            **{f"stage{i}": (2, 64 >> i, 64 >> i, 16 << i) for i in (1, 2, 3)},
+            "pooled": (2, 128),
+            "logits": (2, 11),
+        },
+    ),
+    "image_resnet": (
+        models.ImageResNet(8, (16, 32), (1, 2), classes=5),
+        IMAGES,
+        {
+            "stem": (2, 8, 8, 8),
+            "stage0": (2, 8, 8, 16),
+            "stage1": (2, 4, 4, 32),
+            "pooled": (2, 32),
+            "logits": (2, 5),
+        },
+    ),
+    "vit": (
+        models.ViT(8, 2, 2, 16, patch=8, classes=5, has_pooler=True),
+        IMAGES,
+        {"last_hidden": (2, 17, 8), "pooled": (2, 8), "logits": (2, 5)},
+    ),
+    "bert": (
+        models.Bert(13, 8, 2, 2, 16, positions=9, classes=4),
+        TOKENS,
+        {"last_hidden": (2, 7, 8), "pooled": (2, 8), "logits": (2, 4)},
+    ),
+    "gpt2": (
+        models.GPT2(13, 8, 2, 2, 16, positions=9),
+        TOKENS,
+        {"last_hidden": (2, 7, 8), "logits": (2, 7, 13)},
+    ),
+    "llama": (
+        models.Llama(13, 8, 2, 4, 2, 16, rope_frequencies=(1.0,)),
+        TOKENS,
+        {"last_hidden": (2, 7, 8), "logits": (2, 7, 13)},
+    ),
+}  # fmt: skip
+
+
+def shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_have_their_names_and_shapes(name: str) -> None:
+    module, inputs, wanted = CASES[name]
+    init, apply = linen.model(module)
+    variables = jax.eval_shape(init, KEY, inputs)
+
+    def both(variables: Variables, x: Any) -> Any:
+        evaluated = apply(variables.params, variables.model_state, x)
+        return evaluated, apply(variables.params, variables.model_state, x, key=KEY, train=True)
+
+    (outputs, kept), (trained, updated) = jax.eval_shape(both, variables, inputs)
+    assert {k: v.shape for k, v in outputs.items()} == wanted
+    assert all(v.dtype == jnp.float32 for v in outputs.values())
+    assert shapes(trained) == shapes(outputs)
+    assert shapes(updated) == shapes(kept) == shapes(variables.model_state)
+    assert (variables.model_state is not None) == ("resnet" in name)  # batch statistics
+
+
+@pytest.mark.parametrize(
+    ("module", "published"),
+    [
+        # Tian et al., 2020 (1910.10699) and the works that follow it, CIFAR-100, in millions.
+        (models.resnet(8, 100), 0.08),
+        (models.resnet(20, 100), 0.28),
+        (models.resnet(20, 10), 0.27),  # He et al., 2015, table 6
+        (models.resnet(32, 100), 0.47),
+        (models.resnet(56, 100), 0.86),
+        (models.resnet_x4(8, 100), 1.23),
+        (models.resnet_x4(32, 100), 7.43),
+        (models.wide_resnet(16, 2, 100), 0.70),
+        (models.wide_resnet(40, 1, 100), 0.57),
+        (models.wide_resnet(40, 2, 100), 2.26),
+        (models.wide_resnet(28, 10, 10), 36.5),  # Zagoruyko and Komodakis, 2016, table 4
+    ],
+    ids=lambda x: f"{x}" if isinstance(x, float) else "",
+)
+def test_parameters_are_as_many_as_published(module: nn.Module, published: float) -> None:
+    variables = jax.eval_shape(linen.model(module).init, KEY, IMAGES)
+    count = sum(leaf.size for leaf in jax.tree.leaves(variables.params)) / 1e6
+    assert round(count, 1 if published > 10 else 2) == published
+
+
+def test_a_cifar_resnet_by_hand() -> None:
+    """Two stages of sums that anyone can do: 3x3 stem, then a block that doubles the channels."""
+    module = models.resnet(8, 10, channels=(2, 2, 4, 8))
+    params = jax.eval_shape(linen.model(module).init, KEY, IMAGES).params
+    count = {name: sum(x.size for x in jax.tree.leaves(leaf)) for name, leaf in params.items()}
+    assert count["stem_conv"] == 9 * 3 * 2 and count["stem_norm"] == 2 * 2
+    assert count["stage1_block0"] == 2 * (9 * 2 * 2 + 4)
+    assert count["stage2_block0"] == 9 * 2 * 4 + 8 + 9 * 4 * 4 + 8 + (2 * 4 + 8)
+    assert count["head"] == 8 * 10 + 10
+
+
+def test_a_convolution_is_the_same_as_patches_times_kernel() -> None:
+    """While training on a CPU the CNN multiplies matrices; elsewhere it convolves."""
+    init, apply = linen.model(models.cnn([3, 4], 2))
+    rng = np.random.default_rng(0)
+
+    def drawn(leaf: Any) -> Any:
+        return rng.normal(size=leaf.shape).astype(np.float32)
+
+    x = drawn(jax.ShapeDtypeStruct((2, 6, 5, 2), jnp.float32))
+    params = jax.tree.map(drawn, jax.eval_shape(init, KEY, x).params)
+
+    @jax.jit
+    def both(params: Any, x: jax.Array) -> Any:
+        return apply(params, None, x)[0], apply(params, None, x, key=KEY, train=True)[0]
+
+    evaluated, trained = both(params, x)
+    for name, value in evaluated.items():
+        np.testing.assert_allclose(trained[name], value, rtol=1e-5, atol=1e-6)
+    # By hand, one place of the first block: zero padding, then ReLU.
+    conv = params["conv_0"]
+    corner = np.zeros((3, 3, 2), np.float32)
+    corner[1:, 1:] = x[0, :2, :2]
+    expected = np.maximum(np.tensordot(corner, conv["kernel"], 3) + conv["bias"], 0)
+    np.testing.assert_allclose(evaluated["block_0"][0, 0, 0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_statistics_move_in_training_only() -> None:
+    init, apply = linen.model(models.resnet(8, 3, channels=(1, 1, 2, 2)))
+    x = np.random.default_rng(0).normal(3, 1, size=(4, 4, 4, 1)).astype(np.float32)
+    shapes = jax.eval_shape(init, KEY, x)
+    variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.7, np.float32), shapes)
+    apply = jax.jit(apply, static_argnames="train")
+    evaluated = apply(variables.params, variables.model_state, x)[1]
+    trained = apply(variables.params, variables.model_state, x, train=True)[1]
+    before = jax.tree.leaves(variables.model_state)
+    assert all((a == b).all() for a, b in zip(jax.tree.leaves(evaluated), before, strict=True))
+    assert all((a != b).any() for a, b in zip(jax.tree.leaves(trained), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: models.mlp([3, 0], 2), r"at least 1, got \[3, 0\] and 2"),
+        (lambda: models.mlp([3], 0), "at least 1"),
+        (lambda: models.cnn([], 2), "at least one layer"),
+        (lambda: models.cnn([3, -1], 2), "at least one layer, channels and classes of at least 1"),
+        (lambda: models.resnet(18, 10), r"depth must be 6 n \+ 2 \(\[8, 14, 20, 26, 32\] …\)"),
+        (lambda: models.wide_resnet(16, 0, 10), "width must be at least 1, got 0"),
+        (lambda: models.wide_resnet(18, 2, 10), r"6 n \+ 4"),
+    ],
+)
+def test_impossible_models_are_refused(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet", "wide_resnet", "image_resnet", "vit"])
+def test_images_without_channels_are_refused(name: str) -> None:
+    flat = jax.ShapeDtypeStruct((2, 32, 32), jnp.float32)
+    with pytest.raises(ValueError, match=r"images must be \[B, H, W, C\].*got \[2, 32, 32\]"):
+        jax.eval_shape(linen.model(CASES[name][0]).init, KEY, flat)
+
+
+def test_every_public_model_is_in_the_table() -> None:
+    classes = {x for x in vars(models).values() if isinstance(x, type) and issubclass(x, nn.Module)}
+    assert {type(module) for module, _, _ in CASES.values()} == classes
+
+
+@pytest.mark.parametrize("name", ["cnn", "mlp"])
+def test_small_models_run_whole_epochs_in_a_scan(name: str) -> None:
+    """Whether a step convolves decides the path of an epoch; on a CPU these two do not."""
+    module, inputs, _ = CASES[name]
+    init, apply = linen.model(module)
+    tx = optax.sgd(0.1)
+
+    def terms(x: Any) -> Any:
+        return {"size": jnp.sum(x.student["logits"] ** 2, axis=-1)}
+
+    def start(images: jax.Array) -> train.TrainState:
+        return train.init_state(init(KEY, images).params, tx, key=KEY)
+
+    step = train.make_train_step(apply, terms, {"size": 1.0}, tx)
+    state = jax.eval_shape(start, inputs)
+    assert train.step_path(step, state, None, {"inputs": inputs}) == "scan"
