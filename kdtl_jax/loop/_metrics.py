@@ -21,13 +21,20 @@ Log = Callable[[dict[str, Any]], None]
 
 
 @contextlib.contextmanager
-def metrics_file(path: str | Path, *, resume_at: int = 0) -> Iterator[Log]:
+def metrics_file(
+    path: str | Path,
+    *,
+    resume_at: int = 0,
+    stays: Callable[[dict[str, Any]], bool] | None = None,
+) -> Iterator[Log]:
     """Opens a `.jsonl` file for `run(log=...)`.
 
     Args:
       path: appended to. Lines of steps after `resume_at` are dropped first: they will be written
         again; a line cut short by a kill is dropped too.
       resume_at: the step that the run starts from.
+      stays: which lines of an older run stay, where one file serves several runs; by default those
+        up to `resume_at`.
 
     Yields:
       `log(line)`; every line is handed to the system at once, so that a killed process loses none.
@@ -35,7 +42,8 @@ def metrics_file(path: str | Path, *, resume_at: int = 0) -> Iterator[Log]:
     path = Path(path)
     if path.exists():
         lines = path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if _step_of(line) <= resume_at]
+        keep = stays or (lambda line: line["step"] <= resume_at)
+        kept = [line for line in lines if _stays(line, keep)]
         if len(kept) != len(lines):
             _files.write_atomic(path, b"".join(kept))
     with path.open("a") as file:
@@ -121,8 +129,8 @@ def _json_value(value: Any) -> Any:
     return value
 
 
-def _step_of(line: bytes) -> float:
+def _stays(line: bytes, keep: Callable[[dict[str, Any]], bool]) -> bool:
     try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+        return line.endswith(b"\n") and keep(json.loads(line))
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return False

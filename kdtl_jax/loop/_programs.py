@@ -108,7 +108,7 @@ def chunk_width(source: data.Resident, batch: Any) -> int:
 def example_batch(source: data.Resident) -> Any:
     """The shapes of a batch."""
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    rows = jax.ShapeDtypeStruct((source.batch_size,), jnp.int32)
+    rows = jax.eval_shape(lambda epoch: data.epoch_rows(source, epoch)[0], number)
     return jax.eval_shape(_batch_at(source), holdings(source), rows, number, number)
 
 
