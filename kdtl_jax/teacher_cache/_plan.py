@@ -42,7 +42,7 @@ class Plan(NamedTuple):
 
 
 def columns(
-    fn: str, outputs: Outputs, taps: tuple[str, ...], top_k: int | None, dtype: str
+    fn: str, outputs: Mapping[str, Any], taps: tuple[str, ...], top_k: int | None, dtype: str
 ) -> tuple[Column, ...]:
     """Columns for the (abstract) outputs `[B, ...]` of a batch.
 

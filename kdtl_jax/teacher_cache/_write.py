@@ -137,7 +137,8 @@ def write(
             for out, x, column in zip(whole, columns, stored, strict=True):
                 host = np.asarray(x)[: stop - start]
                 out[start - first : stop - first] = host.view(_plan.storage_dtype(column))
-            tell(stop - first)
+            if stop < last:  # the whole shard is told once it is on the disk
+                tell(stop - first)
 
         for start in range(first, last, batch_size):
             # The last batch is filled up with the shard's own first rows.
@@ -208,6 +209,7 @@ def _compute_missing(
         except OSError as error:
             raise _failed(folder, shards - len(missing) + made, shards, error) from error
         done += sizes[shard]
+        tell(0)
 
 
 def _write_shard(folder: Path, plan: Plan, shard: int, columns: list[np.ndarray]) -> None:
