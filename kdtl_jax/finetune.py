@@ -7,6 +7,8 @@ them. Put it last, after the learning rate:
     multipliers = layer_decay(layer_ids(params, stem=..., block=..., head=...), decay=0.75)
     tx = optax.chain(optax.adamw(schedule), scale_by_multipliers(multipliers))
 
+(or `by_layer(params, ..., decay=0.75)` for both lines).
+
 Freezing for good is not a policy: give the step `trainable=selector`, which costs no gradient.
 Frozen batch statistics are `normalization.freeze_stats`.
 """
@@ -122,6 +124,29 @@ def layer_decay(
         return float(scale) if scale.ndim == 0 else scale.astype(np.float32)
 
     return jax.tree.map(multiplier, ids)
+
+
+def by_layer(
+    params: Params,
+    *,
+    stem: trees.Selector,
+    block: str,
+    head: trees.Selector,
+    last: trees.Selector | None = None,
+    stacked: trees.Selector | None = None,
+    decay: float = 0.75,
+) -> optax.GradientTransformation:
+    """Layer-wise learning-rate decay in one call, last in the chain.
+
+        optax.chain(optax.adamw(1e-4), by_layer(params, stem=..., block=..., head=...))
+
+    Args as `layer_ids` and `layer_decay`, whose multipliers `scale_by_multipliers` applies.
+
+    Raises:
+      ValueError: as they do.
+    """
+    ids = layer_ids(params, stem=stem, block=block, head=head, last=last, stacked=stacked)
+    return scale_by_multipliers(layer_decay(ids, decay=decay))
 
 
 def discriminative_rates(ids: PyTree, *, factor: float = 2.6) -> PyTree:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from kdtl_jax import _checks, _numerics
@@ -100,6 +101,12 @@ class TermsFn(Protocol):
     """Returns `{name: values}`, or `({name: values}, memory)` when memory is carried."""
 
     def __call__(self, inputs: Inputs, /) -> Terms | tuple[Terms, PyTree]: ...
+
+
+def classification(inputs: Inputs) -> dict[str, Array]:
+    """The plain task as a `TermsFn`: `{"task": cross-entropy of "logits" with "labels"}`."""
+    logits, labels = inputs.student["logits"], inputs.batch["labels"]
+    return {"task": optax.softmax_cross_entropy_with_integer_labels(logits, labels)}
 
 
 def reduce(name: str, term: Term, example_weights: Array | None = None) -> Mean:

@@ -63,6 +63,41 @@ def architecture(config: Config, shapes: Shapes) -> Architecture:
             )
 
 
+class Classifier(NamedTuple):
+    """What a classification head changes: names, `config.json`, and whether it has a pooler."""
+
+    names: Names
+    changes: dict[str, Any]
+    has_pooler: bool
+
+
+def classifier(config: Config, classes: int) -> Classifier:
+    """An encoder's checkpoint with a head for so many classes, as PyTorch libraries read it.
+
+    Raises:
+      ValueError: for what is no encoder.
+    """
+    family = required(config, "model_type")
+    tasks = {
+        "bert": ("BertForSequenceClassification", _hf_names.bert),
+        "distilbert": ("DistilBertForSequenceClassification", _hf_names.distilbert),
+        "roberta": ("RobertaForSequenceClassification", _hf_names.roberta_classifier),
+        "vit": ("ViTForImageClassification", _hf_names.vit),
+    }
+    if family not in tasks:
+        raise ValueError(
+            f"huggingface: a {family!r} model takes no new head here; those of {', '.join(tasks)} "
+            "do."
+        )
+    name, names = tasks[family]
+    changes = {
+        "architectures": [name],
+        "id2label": {str(i): f"LABEL_{i}" for i in range(classes)},
+        "label2id": {f"LABEL_{i}": i for i in range(classes)},
+    }
+    return Classifier(names, changes, family != "vit")
+
+
 def required(config: Config, key: str) -> Any:
     """`config[key]`, or an error that names the key."""
     if key not in config:

@@ -69,6 +69,11 @@ roberta = Names(
     other_heads=(r"lm_head\..*", r"qa_outputs\..*"),
 )
 
+# With a classifier, RoBERTa's pooled layer is part of the head and has the head's name.
+roberta_classifier = roberta._replace(
+    body=tuple(rule for rule in _bert_body if not rule.jax.startswith("pooler/"))
+)
+
 _distil_layer = "transformer.layer.{i}"
 distilbert = Names(
     prefix="distilbert.",

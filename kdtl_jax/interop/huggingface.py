@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import numpy as np
+from jax import Array
 
-from kdtl_jax import trees
+from kdtl_jax import transforms, trees
 from kdtl_jax._types import ModelFn, Params, PyTree
 from kdtl_jax.interop import _hf_configs, linen, naming, safetensors
 from kdtl_jax.interop._atomic import atomic_file
@@ -34,8 +35,8 @@ from kdtl_jax.transforms import Report, transfer
 class Pretrained(NamedTuple):
     """A checkpoint as a model.
 
-    `module.clone(layers=3, classes=2)` describes a student; `linen.model(module, taps=[...])` adds
-    taps. `rules` name every tensor; `config` is the parsed config.json.
+    `student` makes a shallower one, `linen.model(module, taps=[...])` adds taps.
+    `rules` name every tensor; `config` is the parsed config.json.
     """
 
     model: ModelFn
@@ -99,6 +100,64 @@ def load(source: str | Path, *, dtype: Any = None, taps: Sequence[str] = ()) -> 
     return Pretrained(runnable.apply, params, state, built.module, rules, config, report)
 
 
+def student(
+    source: Pretrained,
+    *,
+    layers: Sequence[int],
+    classes: int | None = None,
+    key: Array | None = None,
+) -> Pretrained:
+    """Some of a model's layers as a model of its own, with a new head if classes are given.
+
+        small = student(load("all-MiniLM-L6-v2"), layers=(1, 3, 5), classes=2)
+        save("small", small.params, small.rules, config=small.config)
+
+    Args:
+      source: an encoder or decoder with numbered layers.
+      layers: positions among its layers; layer `j` of the student is layer `layers[j]`.
+      classes: gives an encoder a new head (and the pooler below it, where the family has one and
+        the source lacks it); None keeps the source's head, or its absence.
+      key: of the new head; None is `jax.random.key(0)`.
+
+    Returns:
+      The student. Its config and rules are those of its own checkpoint; its report says what was
+      copied, and under `kept` what is new.
+
+    Raises:
+      ValueError: if the model has no numbered layers, a position is out of range, or `classes` is
+        given for what is no encoder.
+    """
+    depth = next(
+        (k for k in ("num_hidden_layers", "n_layers", "n_layer") if k in source.config), ""
+    )
+    if not depth or not hasattr(source.module, "layers"):
+        family = source.config.get("model_type")
+        raise ValueError(f"student: a {family!r} model has no numbered layers to choose from.")
+    if not layers or not all(0 <= i < source.config[depth] for i in layers):
+        raise ValueError(
+            f"student: layers must lie in 0..{source.config[depth] - 1}, got {list(layers)}."
+        )
+    module, rules = source.module.clone(layers=len(layers)), source.rules
+    config = {**source.config, depth: len(layers)}
+    rename = transforms.layer_map(r"layers_(\d+)/.*", layers)
+    if classes is None:
+        init = jax.eval_shape(linen.model(module).init, jax.random.key(0), _example(config))
+        params, report = transforms.transfer(source.params, init.params, rename=rename)
+    else:
+        task = _hf_configs.classifier(config, classes)
+        module = module.clone(classes=classes, has_pooler=task.has_pooler)
+        config, rules = {**config, **task.changes}, _rules(task.names, [task.names.prefix])
+        old = ("head",) if task.has_pooler else ("head", "pooler")
+        body = {name: leaf for name, leaf in source.params.items() if name not in old}
+        target = _with_fresh(module, config, set(body), key)
+        new = [name for name in target if name in ("head", "pooler") and name not in body]
+        params, report = transforms.replace_head(
+            body, target, f"({'|'.join(new)})/.*", rename=rename
+        )
+    runnable = linen.model(module)
+    return Pretrained(runnable.apply, params, None, module, rules, config, report)
+
+
 def save(
     folder: str | Path,
     params: Params,
@@ -154,6 +213,23 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"huggingface.load: {path} must hold a JSON object.")
     return config
+
+
+def _with_fresh(
+    module: nn.Module, config: Mapping[str, Any], present: set[str], key: Array | None
+) -> dict[str, Any]:
+    """The module's parameters: initialized where its head is new, abstract elsewhere."""
+    inputs = _example(config)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), inputs)
+    init = linen.model(module).init
+    shapes = jax.eval_shape(init, jax.random.key(0), inputs).params
+    new = [name for name in shapes if name in ("head", "pooler") and name not in present]
+    fresh = jax.jit(lambda key: {name: init(key, zeros).params[name] for name in new})
+    return {**shapes, **fresh(jax.random.key(0) if key is None else key)}
+
+
+def _example(config: Mapping[str, Any]) -> Any:
+    return _hf_configs.architecture(config, {}).example
 
 
 def _rules(names: Names, stored: Sequence[str]) -> tuple[Rule, ...]:

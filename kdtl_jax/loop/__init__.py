@@ -1,7 +1,8 @@
 """The host side of training: pace, logging, evaluation, saving, signals.
 
-One function, `run`, drives any step of `kdtl_jax.train`; what it needs from outside (where lines
-go, how to save and evaluate, when to stop) are functions that it is given.
+One function, `run`, drives any step of `kdtl_jax.train` (`fit` makes the step as well); what it
+needs from outside (where lines go, how to save and evaluate, when to stop) are functions that it is
+given.
 
     with checkpoint.open_folder(folder) as checkpoints, loop.metrics_file(path) as log:
         result = loop.run(step, state, teacher, data.resident(arrays, 64, key=key), steps=10_000,
@@ -15,6 +16,7 @@ from kdtl_jax.loop._evaluation import Evaluate as Evaluate
 from kdtl_jax.loop._evaluation import Stop as Stop
 from kdtl_jax.loop._evaluation import evaluation as evaluation
 from kdtl_jax.loop._evaluation import no_improvement as no_improvement
+from kdtl_jax.loop._fit import fit as fit
 from kdtl_jax.loop._metrics import Log as Log
 from kdtl_jax.loop._metrics import metrics_file as metrics_file
 from kdtl_jax.loop._metrics import read_metrics as read_metrics

@@ -15,6 +15,7 @@ kept, and so is the target's structure. `where` always means *act here*.
 - Adapters: pytrees that become a change of the weights, LoRA first.
 """
 
+from kdtl_jax.transforms._adapter import AdaptedParams as AdaptedParams
 from kdtl_jax.transforms._adapter import Adapter as Adapter
 from kdtl_jax.transforms._adapter import AdapterWeights as AdapterWeights
 from kdtl_jax.transforms._adapter import adapted as adapted

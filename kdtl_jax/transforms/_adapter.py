@@ -27,6 +27,13 @@ AdapterWeights = dict[str, Any]  # path of the adapted leaf -> NamedTuple of arr
 AxisSpec = int | tuple[int, ...]
 
 
+class AdaptedParams(NamedTuple):
+    """What `init` returns and `adapted` models take: `base/...` and `adapter/...` by path."""
+
+    base: Params
+    adapter: AdapterWeights
+
+
 class AdapterInit(Protocol):
     """`(key, params, *, where, gradients) -> (base, weights)`, `apply(base, weights) == params`.
 
@@ -41,7 +48,7 @@ class AdapterInit(Protocol):
         *,
         where: trees.Selector,
         gradients: PyTree | None = None,
-    ) -> tuple[Params, AdapterWeights]: ...
+    ) -> AdaptedParams: ...
 
 
 class Adapter(NamedTuple):
@@ -56,7 +63,14 @@ class Adapter(NamedTuple):
 
 
 def adapted(model: ModelFn, adapter: Adapter) -> ModelFn:
-    """A model function over `{"base": ..., "adapter": ...}`; train with `where="adapter/.*"`."""
+    """A model function over adapted parameters; train it with `trainable="adapter/.*"`.
+
+    Its parameters are what `adapter.init` returns, or a dict `{"base": ..., "adapter": ...}`:
+
+        start = adapter.init(key, params, where=".*/kernel")
+        ... train adapted(model, adapter) from start to tuned ...
+        params = adapter.merge(*tuned)
+    """
 
     def run(
         params: Params,
@@ -66,7 +80,8 @@ def adapted(model: ModelFn, adapter: Adapter) -> ModelFn:
         key: Array | None = None,
         train: bool = False,
     ) -> tuple[Outputs, PyTree]:
-        merged = adapter.apply(params["base"], params["adapter"])
+        pair = AdaptedParams(**params) if isinstance(params, Mapping) else AdaptedParams(*params)
+        merged = adapter.apply(pair.base, pair.adapter)
         return model(merged, model_state, inputs, key=key, train=train)
 
     return run

@@ -10,7 +10,13 @@ import numpy as np
 from kdtl_jax import _numerics, trees
 from kdtl_jax._types import Array, Params, PyTree, Scalar
 from kdtl_jax.transforms import _adapter, _leaves
-from kdtl_jax.transforms._adapter import Adapter, AdapterWeights, AxisSpec, MatrixView
+from kdtl_jax.transforms._adapter import (
+    AdaptedParams,
+    Adapter,
+    AdapterWeights,
+    AxisSpec,
+    MatrixView,
+)
 
 Apply = Callable[[Params, AdapterWeights], Params]
 
@@ -137,14 +143,14 @@ def vera(
 
     def init(
         key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
-    ) -> tuple[Params, AdapterWeights]:
+    ) -> AdaptedParams:
         weights = {}
         for path, leaf in _adapter.selected_matrices(params, where).items():
             *lead, _, fan_out = view(path, leaf).matrix.shape
             dtype = _leaves.widen(leaf).dtype
             d = jnp.full((1, *lead, rank), start, dtype)
             weights[path] = VeraWeights(d, jnp.zeros((1, *lead, fan_out), dtype))
-        return params, weights
+        return AdaptedParams(params, weights)
 
     def apply(params: Params, weights: AdapterWeights) -> Params:
         def edit(path: str, leaf: PyTree, each: VeraWeights) -> Array:
@@ -220,13 +226,13 @@ def oft(block_size: int = 32, *, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1
 
     def init(
         key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
-    ) -> tuple[Params, AdapterWeights]:
+    ) -> AdaptedParams:
         weights = {}
         for path, leaf in _adapter.selected_matrices(params, where).items():
             *lead, fan_in, _ = view(path, leaf).matrix.shape
             shape = (*lead, fan_in // block_size, size)
             weights[path] = RotationWeights(jnp.zeros(shape, _leaves.widen(leaf).dtype))
-        return params, weights
+        return AdaptedParams(params, weights)
 
     def apply(params: Params, weights: AdapterWeights) -> Params:
         def edit(path: str, leaf: PyTree, each: RotationWeights) -> Array:
@@ -266,13 +272,13 @@ def _scaling_adapter(
 
     def init(
         key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
-    ) -> tuple[Params, AdapterWeights]:
+    ) -> AdaptedParams:
         weights = {}
         for path, leaf in _adapter.selected_matrices(params, where).items():
             matrix = _adapter.matrix_view(fn, path, leaf, in_axis, out_axis).matrix
             shape = (*matrix.shape[:-2], matrix.shape[side])
             weights[path] = ScaleWeights(jnp.ones(shape, matrix.dtype))
-        return params, weights
+        return AdaptedParams(params, weights)
 
     def combine(
         members: Sequence[AdapterWeights], weights: Sequence[Scalar] | Array | None = None

@@ -10,7 +10,13 @@ import jax.numpy as jnp
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params, PyTree, Scalar
 from kdtl_jax.transforms import _adapter, _leafwise, _leaves
-from kdtl_jax.transforms._adapter import Adapter, AdapterWeights, AxisSpec, MatrixView
+from kdtl_jax.transforms._adapter import (
+    AdaptedParams,
+    Adapter,
+    AdapterWeights,
+    AxisSpec,
+    MatrixView,
+)
 from kdtl_jax.transforms._lora_starts import Start, kaiming
 
 Scaling = Callable[[Scalar, int], Scalar]  # (alpha, rank) -> factor of a b
@@ -82,11 +88,12 @@ def lora(
 
     def init(
         key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
-    ) -> tuple[Params, AdapterWeights]:
+    ) -> AdaptedParams:
         leaves = _adapter.selected_matrices(params, where)
         pairs = _starts(key, leaves, view, rank, scaling(alpha, rank), start, gradients)
         base = _adapter.rewrite("lora", params, pairs, _minus(view, scaling, alpha))
-        return base, {path: _stored(pair, leaves[path]) for path, pair in pairs.items()}
+        weights = {path: _stored(pair, leaves[path]) for path, pair in pairs.items()}
+        return AdaptedParams(base, weights)
 
     def apply(params: Params, weights: AdapterWeights) -> Params:
         def edit(path: str, leaf: PyTree, pair: LoraWeights) -> Array:
@@ -139,7 +146,7 @@ def dora(
 
     def init(
         key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
-    ) -> tuple[Params, AdapterWeights]:
+    ) -> AdaptedParams:
         leaves = _adapter.selected_matrices(params, where)
         pairs = _starts(key, leaves, view, rank, scaling(alpha, rank), start, gradients)
         base = _adapter.rewrite("dora", params, pairs, _minus(view, scaling, alpha))
@@ -148,7 +155,7 @@ def dora(
             # At the start V is the kernel itself, whatever part of it the adapter holds.
             length = _numerics.safe_norm(view(path, leaves[path]).matrix, axis=-2)
             weights[path] = _stored(DoraWeights(*pair, length), leaves[path])
-        return base, weights
+        return AdaptedParams(base, weights)
 
     def apply(params: Params, weights: AdapterWeights) -> Params:
         def edit(path: str, leaf: PyTree, pair: DoraWeights) -> Array:

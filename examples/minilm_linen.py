@@ -1,0 +1,36 @@
+"""A pretrained sentence encoder becomes a small classifier: Flax Linen, 13 lines after the imports.
+
+    python examples/minilm_linen.py all-MiniLM-L6-v2/ examples.npz student/
+
+The folder is a Hugging Face checkpoint of the BERT kind; `examples.npz` holds token ids `inputs`
+[N, L] and `labels` [N] (0 or 1). Take 3 of 6 layers, replace the head and say what came from where;
+train the head alone, then everything with learning rates by layer, then a LoRA that is merged; and
+export safetensors that PyTorch reads.
+"""
+
+import sys
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+
+from kdtl_jax import data, finetune, loop, transforms
+from kdtl_jax.interop import huggingface
+from kdtl_jax.objective import classification
+
+folder, examples, out = sys.argv[1:]
+student = huggingface.student(huggingface.load(folder), layers=(1, 3, 5), classes=2)
+print(student.report)
+batches = data.resident(dict(np.load(examples)), 8, key=jax.random.key(0))
+fit = partial(loop.fit, terms=classification, weights={"task": 1.0}, source=batches, steps=100)
+
+params = fit(student.model, student.params, optax.adam(1e-2), trainable="head/.*").params
+rates = finetune.by_layer(params, stem="emb.*", block=r"layers_(\d+)/.*", head="(pooler|head)/.*")
+params = fit(student.model, params, optax.chain(optax.adam(1e-3), rates)).params
+
+lora = transforms.lora(rank=2)
+start = lora.init(jax.random.key(1), params, where=".*/(query|value)/kernel")
+adapted = transforms.adapted(student.model, lora)
+tuned = fit(adapted, start, optax.adam(1e-3), trainable="adapter/.*").params
+huggingface.save(out, lora.merge(*tuned), student.rules, config=student.config)
