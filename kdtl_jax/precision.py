@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import trees
+from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree
 
 
@@ -149,19 +150,32 @@ class Int8(NamedTuple):
 def quantize(params: Params, where: trees.Selector = r"(.*/)?kernel") -> Params:
     """Weight-only int8: selected leaves become `Int8(round(w / s), s)`, `s = max |w| / 127`.
 
-    One scale per output channel (last axis); a leaf is four times smaller than float32. Meant
-    for frozen teachers: integers have no gradient. Measure what it costs with `fidelity`.
+    Symmetric, one scale per output channel, which is the last axis of matrix and convolution
+    kernels here. No weight moves by more than `s / 2`; a leaf is four times smaller than float32.
+    Meant for frozen teachers: integers have no gradient. State what it costs with `fidelity`.
+
+    Args:
+      params: a pytree.
+      where: what to quantize; by default every `kernel`. Leaves of fewer than two axes (biases,
+        scales of normalizations) stay as they are, whatever the selector says.
+
+    Raises:
+      ValueError: if a selected leaf holds NaN or infinity, which int8 cannot, or the selector
+        matches nothing.
     """
 
-    def one(chosen: bool, leaf: Any) -> Any:
-        if not chosen or not trees.is_inexact(leaf) or leaf.ndim == 0:
+    def one(path: str, chosen: bool, leaf: Any) -> Any:
+        if not chosen or not trees.is_inexact(leaf) or leaf.ndim < 2:
             return leaf
         w = leaf.astype(jnp.float32)
         top = jnp.max(jnp.abs(w), axis=tuple(range(leaf.ndim - 1)), keepdims=True)
+        known = _checks.concrete(top)
+        if known is not None and not np.isfinite(known).all():
+            raise ValueError(f"quantize: {path!r} holds NaN or infinity. Check these weights.")
         scale = jnp.where(top > 0, top / 127, 1)
         return Int8(jnp.round(w / scale).astype(jnp.int8), scale)
 
-    return jax.tree.map(one, trees.mask(params, where), params)
+    return trees.map_with_path(one, trees.mask(params, where), params)
 
 
 def dequantize(params: Params) -> Params:
@@ -193,25 +207,25 @@ class Fidelity(NamedTuple):
     """How well changed weights reproduce a model's logits."""
 
     agreement: Array  # share of examples with the same most likely class
+    kl: Array  # mean KL(reference || changed), nats
     largest_error: Array  # of a logit, absolute
     relative_error: Array  # ||z' - z|| / ||z||
 
 
 def fidelity(logits: Array, reference: Array) -> Fidelity:
-    """Compares `[..., num_classes]` logits with the reference's.
+    """Compares `[..., num_classes]` logits of changed weights with the reference's.
 
     Raises:
-      ValueError: if the shapes differ.
+      ValueError: if the shapes differ or there are none.
     """
-    if logits.shape != reference.shape:
-        raise ValueError(
-            f"fidelity: expected one shape, got {list(logits.shape)} and {list(reference.shape)}."
-        )
-    z, ref = logits.astype(jnp.float32), reference.astype(jnp.float32)
+    _checks.same_shape("fidelity", logits=logits, reference=reference)
+    _checks.nonempty("fidelity", logits=logits)
+    z, ref = jnp.asarray(logits, jnp.float32), jnp.asarray(reference, jnp.float32)
     same = jnp.argmax(z, axis=-1) == jnp.argmax(ref, axis=-1)
     error = z - ref
     return Fidelity(
         jnp.mean(same.astype(jnp.float32)),
+        jnp.mean(_numerics.kl_from_logits(ref, z)),
         jnp.max(jnp.abs(error)),
         jnp.linalg.norm(error.ravel()) / jnp.maximum(jnp.linalg.norm(ref.ravel()), 1e-30),
     )

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from kdtl_jax import losses, precision, train
+from kdtl_jax.datasets import digits
 from kdtl_jax.objective import Inputs, Masked
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -129,18 +130,110 @@ def test_rematerialization_gives_the_same_gradient() -> None:
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_int8_weights_are_a_quarter_and_close() -> None:
+def test_int8_weights_are_close_and_state_their_fidelity() -> None:
     small = precision.quantize(TEACHER)
     assert small["in"]["kernel"].values.dtype == jnp.int8
-    wide = precision.dequantize(small)
-    for a, b in zip(jax.tree.leaves(wide), jax.tree.leaves(TEACHER), strict=True):
-        # Half a quantization step per channel.
-        assert bool(jnp.all(jnp.abs(a - b) <= 0.5001 * jnp.abs(b).max(axis=0) / 127))
-    outputs, _ = precision.with_int8(_model)(small, None, BATCH["inputs"])
+    outputs, _ = jax.jit(precision.with_int8(_model))(small, None, BATCH["inputs"])
     reference, _ = _model(TEACHER, None, BATCH["inputs"])
     measured = precision.fidelity(outputs["logits"], reference["logits"])
     assert measured.agreement == 1 and 0 < measured.relative_error < 0.02
-    with pytest.raises(ValueError, match="expected one shape"):
+    with pytest.raises(ValueError, match="must have one shape"):
         precision.fidelity(reference["logits"], reference["logits"][:1])
     with pytest.raises(TypeError, match="must be floating"):
         precision.compute_in(_model, jnp.int8)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (3, 3, 4, 6)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_no_weight_moves_by_more_than_half_a_step_of_its_channel(
+    shape: tuple[int, ...], dtype: Any
+) -> None:
+    """Channels differ by a factor of 1000: with one scale for all, the small ones would vanish."""
+    channels = jnp.logspace(-3, 0, shape[-1]).reshape((1,) * (len(shape) - 1) + (-1,))
+    kernel = (jax.random.normal(KEY, shape) * channels).astype(dtype)
+    kernel = kernel.at[..., 0].set(jnp.zeros((), dtype))
+    small = precision.quantize({"kernel": kernel})["kernel"]
+    wide = precision.dequantize({"kernel": small})["kernel"]
+    exact = np.asarray(kernel, np.float32)
+    step = np.abs(exact).reshape(-1, shape[-1]).max(axis=0) / 127
+    assert wide.shape == shape and small.scale.shape == (1,) * (len(shape) - 1) + (shape[-1],)
+    assert np.all(np.abs(wide - exact) <= 0.5001 * step)
+    assert np.any(np.abs(wide - exact) > 0.3 * step) and not np.any(wide[..., 0])
+    top = np.abs(np.asarray(small.values)).reshape(-1, shape[-1]).max(axis=0)
+    assert np.all(top[1:] == 127), "every channel uses the whole range"
+
+
+def test_only_selected_matrices_are_quantized_and_their_bytes_fall_to_a_quarter() -> None:
+    params = {
+        "conv": {"kernel": jnp.ones((3, 3, 64, 64)), "bias": jnp.ones(64)},
+        "norm": {"scale": jnp.ones(64), "kernel": jnp.ones(64)},
+        "head": {"kernel": jnp.ones((64, 10)), "count": jnp.int32(3)},
+    }
+
+    def size(tree: Any) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+    small = precision.quantize(params)
+    assert 0.25 < size(small["conv"]["kernel"]) / size(params["conv"]["kernel"]) < 0.253
+    for path in ("conv/bias", "norm/scale", "norm/kernel", "head/count"):
+        outer, inner = path.split("/")
+        assert small[outer][inner] is params[outer][inner]
+    one = precision.quantize(params, where="head/kernel")
+    assert one["conv"]["kernel"] is params["conv"]["kernel"]
+    assert isinstance(one["head"]["kernel"], precision.Int8)
+    with pytest.raises(ValueError, match=r"'head/kernel' holds NaN"):
+        precision.quantize({"head": {"kernel": jnp.full((2, 2), jnp.nan)}})
+    with pytest.raises(ValueError, match="matches"):
+        precision.quantize(params, where="haed/kernel")
+
+
+def test_fidelity_against_hand_computed_values() -> None:
+    reference = jnp.log(jnp.asarray([[0.5, 0.5], [0.8, 0.2], [0.25, 0.75]]))
+    logits = jnp.log(jnp.asarray([[0.5, 0.5], [0.2, 0.8], [0.25, 0.75]]))
+    found = precision.fidelity(logits, reference)
+    np.testing.assert_allclose(found.agreement, 2 / 3, rtol=1e-6)
+    np.testing.assert_allclose(found.kl, 0.6 * np.log(4) / 3, rtol=1e-5)
+    np.testing.assert_allclose(found.largest_error, np.log(4), rtol=1e-6)
+    norm = np.linalg.norm(np.asarray(reference))
+    np.testing.assert_allclose(found.relative_error, np.sqrt(2) * np.log(4) / norm, rtol=1e-6)
+
+
+def _digits_teacher() -> tuple[Any, np.ndarray, np.ndarray]:
+    """Random features and a least-squares head: a fair classifier of digits without training."""
+    found = digits()
+    x = found.inputs.reshape(len(found.inputs), -1) / 16 - 0.5
+    rng = np.random.default_rng(0)
+    into = (rng.normal(size=(64, 256)) / 4).astype(np.float32)
+    hidden = np.tanh(x @ into)
+    head = np.linalg.lstsq(hidden, np.eye(10)[found.labels] * 10, rcond=None)[0]
+    params = {"in": {"kernel": jnp.asarray(into)}, "out": {"kernel": jnp.float32(head)}}
+    return params, x.astype(np.float32), found.labels
+
+
+def test_int8_and_bfloat16_teachers_of_digits_are_the_same_teacher() -> None:
+    params, x, labels = _digits_teacher()
+    full = jax.jit(_model)(params, None, x)[0]["logits"]
+    int8 = jax.jit(precision.with_int8(_model))(precision.quantize(params), None, x)[0]["logits"]
+    half = jax.jit(precision.compute_in(_model, jnp.bfloat16))(params, None, x)[0]["logits"]
+    assert np.mean(np.argmax(full, axis=-1) == labels) > 0.95
+    for logits, agreement, kl in ((int8, 0.995, 2e-3), (half, 0.998, 2e-4)):
+        found = precision.fidelity(logits, full)
+        assert agreement < found.agreement <= 1 and 0 < found.kl < kl
+        accuracy = np.mean(np.argmax(logits, axis=-1) == labels)
+        assert abs(accuracy - np.mean(np.argmax(full, axis=-1) == labels)) < 0.003
+
+
+def test_an_int8_teacher_teaches_in_the_step() -> None:
+    teacher = precision.with_int8(_model)
+    small = precision.quantize(TEACHER)
+
+    def trained(model: Any, params: Any) -> Any:
+        weights = {"kd": 1.0, "masked": 0.5, "l2": 0.01}
+        step = jax.jit(train.make_distill_step(_model, model, _terms, weights, TX))
+        state = train.init_state(STUDENT, TX, key=KEY)
+        return step(state, params, BATCH)[0].params
+
+    from_int8 = trained(teacher, small)
+    from_wide = trained(_model, precision.dequantize(small))
+    for a, b in zip(jax.tree.leaves(from_int8), jax.tree.leaves(from_wide), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
