@@ -3,6 +3,7 @@
 import itertools
 import queue
 import threading
+import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,14 +129,22 @@ def open_arrays(files: Mapping[str, str | Path]) -> dict[str, np.ndarray]:
     """Memory-maps `.npy` files, `{"inputs": path, "labels": path}`; nothing is unpickled.
 
     Raises:
-      ValueError: if lengths differ, or a file holds Python objects.
+      OSError: if a file does not exist or cannot be read.
+      ValueError: if lengths differ, or a file is no whole .npy or holds Python objects.
     """
     arrays = {}
     for name, path in files.items():
         try:
-            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"open_arrays: {path} is not a plain .npy array ({error}).") from None
+        if not isinstance(found, np.ndarray):
+            found.close()
+            raise ValueError(
+                f"open_arrays: {path} is an npz, which cannot be memory-mapped. Save each array "
+                "with np.save."
+            )
+        arrays[name] = found
     length("open_arrays", arrays)
     return arrays
 
