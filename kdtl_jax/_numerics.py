@@ -53,19 +53,28 @@ def _normalizer(logits: Array, present: Array) -> tuple[Array, Array]:
     return top, jnp.log(jnp.where(total > 0, total, 1))
 
 
-def log_ratio(p_logits: Array, q_logits: Array, log_p: Array, log_q: Array) -> Array:
+def finite_difference(p_logits: Array, q_logits: Array) -> Array:
+    """`p_logits - q_logits`; 0 where either is -inf."""
+    both = (p_logits > -jnp.inf) & (q_logits > -jnp.inf)
+    return jnp.where(both, p_logits, 0) - jnp.where(both, q_logits, 0)
+
+
+def log_ratio(
+    p_logits: Array, q_logits: Array, log_p: Array, log_q: Array, difference: Array | None = None
+) -> Array:
     """`log p - log q` over the last axis, relatively accurate also when p and q nearly agree.
 
     Subtracting two log-softmaxes loses the digits that they share. The difference of the logits
     keeps them, and what the two normalizers still get wrong is one number r per row, seen in
     `sum q expm1(d) = r`, which is 0 for the true ratio; one Newton step removes it. Entries outside
-    either support give 0.
+    either support give 0. Give `difference` (`p_logits - q_logits`) where it is known better: that
+    of the unsoftened logits, divided by the temperature once.
     """
     in_p, in_q = log_p > -jnp.inf, log_q > -jnp.inf
     both = in_p & in_q
     top_p, total_p = _normalizer(p_logits, in_p)
     top_q, total_q = _normalizer(q_logits, in_q)
-    delta = jnp.where(both, p_logits, 0) - jnp.where(both, q_logits, 0)
+    delta = finite_difference(p_logits, q_logits) if difference is None else difference
     d = jnp.where(both, delta - ((top_p - top_q) + (total_p - total_q)), 0)
     p, q = (jnp.where(m, jnp.exp(jnp.where(m, x, 0)), 0) for m, x in ((in_p, log_p), (in_q, log_q)))
     near = both & (jnp.abs(d) < 1)
@@ -95,26 +104,37 @@ def kl_terms(log_p: Array, log_q: Array, ratio: Array | None = None) -> Array:
     return jnp.where(both, terms, jnp.where(in_p, jnp.inf, q))
 
 
-def kl_from_logits(p_logits: Array, q_logits: Array, *, where: Array | None = None) -> Array:
+def kl_from_logits(
+    p_logits: Array,
+    q_logits: Array,
+    *,
+    where: Array | None = None,
+    difference: Array | None = None,
+) -> Array:
     """`KL(softmax(z_p) || softmax(z_q))` over the last axis, to float accuracy at any distance.
 
     The derivative is the closed form, `p (d - KL)` for z_p and `q - p` for z_q: as accurate as the
-    value, and cheaper than differentiating through its guards.
+    value, and cheaper than differentiating through its guards. `difference` is as of `log_ratio`.
     """
     p_logits, q_logits = upcast(p_logits), upcast(q_logits)
+    if difference is None:
+        difference = finite_difference(p_logits, q_logits)
     if where is not None:
         p_logits = jnp.where(where, p_logits, -jnp.inf)
         q_logits = jnp.where(where, q_logits, -jnp.inf)
-    return _kl(p_logits, q_logits)
+    return _kl(p_logits, q_logits, difference)
 
 
 @jax.custom_jvp
-def _kl(p_logits: Array, q_logits: Array) -> Array:
-    return _kl_value(_compared(p_logits, q_logits))
+def _kl(p_logits: Array, q_logits: Array, difference: Array) -> Array:
+    return _kl_value(_compared(p_logits, q_logits, difference))
 
 
 @_kl.defjvp
-def _kl_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+def _kl_jvp(
+    primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
+) -> tuple[Array, Array]:
+    # The difference says more exactly what the logits say already: it adds no derivative.
     found = _compared(*primals)
     in_p, in_q, p, q, d = found
     kl = _kl_value(found)
@@ -123,7 +143,7 @@ def _kl_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tupl
     near = in_p & in_q & (jnp.abs(d) < 1)
     by_p = jnp.where(in_p & in_q, p * (d - level), 0)
     by_q = jnp.where(near, -q * _near_expm1(jnp.where(near, d, 0)), q - p)
-    dp, dq = (jnp.where(inside, t, 0) for inside, t in zip((in_p, in_q), tangents, strict=True))
+    dp, dq = (jnp.where(inside, t, 0) for inside, t in zip((in_p, in_q), tangents[:2], strict=True))
     return kl, jnp.sum(by_p * dp + by_q * dq, axis=-1)
 
 
@@ -137,7 +157,7 @@ class _Compared(NamedTuple):
     ratio: Array
 
 
-def _compared(p_logits: Array, q_logits: Array) -> _Compared:
+def _compared(p_logits: Array, q_logits: Array, difference: Array) -> _Compared:
     """`log_softmax` and `log_ratio` of both in one pass: one exponential per logit.
 
     In a small model's step on CPU this, not the matrix products, is what the loss costs: the
@@ -147,9 +167,8 @@ def _compared(p_logits: Array, q_logits: Array) -> _Compared:
     both = in_p & in_q
     top_p, total_p, p = _softmax_parts(p_logits, in_p)
     top_q, total_q, q = _softmax_parts(q_logits, in_q)
-    delta = jnp.where(both, p_logits, 0) - jnp.where(both, q_logits, 0)
     shift = (top_p - top_q) + (jnp.log(total_p) - jnp.log(total_q))
-    d = jnp.where(both, delta - shift, 0)
+    d = jnp.where(both, difference - shift, 0)
     near = both & (jnp.abs(d) < 1)
     excess = jnp.where(near, q * _near_expm1(jnp.where(near, d, 0)), p - q)
     r = jax.lax.stop_gradient(jnp.sum(excess, axis=-1, keepdims=True))

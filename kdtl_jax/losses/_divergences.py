@@ -46,7 +46,8 @@ def forward_kl(
       at beta=0, DistiLLM's `forward_kl` the cross-entropy form (`soft_cross_entropy`).
     """
     student, teacher = softened("forward_kl", student_logits, teacher_logits, temperature, where)
-    return _numerics.kl_from_logits(teacher, student, where=where)
+    apart = _logspace.softened_difference(teacher_logits, student_logits, temperature)
+    return _numerics.kl_from_logits(teacher, student, where=where, difference=apart)
 
 
 def reverse_kl(
@@ -75,7 +76,8 @@ def reverse_kl(
       Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2023 (2306.08543).
     """
     student, teacher = softened("reverse_kl", student_logits, teacher_logits, temperature, where)
-    return _numerics.kl_from_logits(student, teacher, where=where)
+    apart = _logspace.softened_difference(student_logits, teacher_logits, temperature)
+    return _numerics.kl_from_logits(student, teacher, where=where, difference=apart)
 
 
 def symmetric_kl(

@@ -47,6 +47,12 @@ def softened(
     )
 
 
+def softened_difference(p_logits: Array, q_logits: Array, temperature: Scalar) -> Array:
+    """`(z_p - z_q) / T`: exact where the two are close, unlike `z_p / T - z_q / T`."""
+    apart = _numerics.finite_difference(_numerics.upcast(p_logits), _numerics.upcast(q_logits))
+    return apart / _numerics.per_example(temperature, apart)
+
+
 def compared(
     fn: str,
     student_logits: Array,
@@ -58,7 +64,8 @@ def compared(
     student, teacher = softened(fn, student_logits, teacher_logits, temperature, where)
     log_student = _numerics.log_softmax(student, where=where)
     log_teacher = _numerics.log_softmax(teacher, where=where)
-    ratio = _numerics.log_ratio(teacher, student, log_teacher, log_student)
+    difference = softened_difference(teacher_logits, student_logits, temperature)
+    ratio = _numerics.log_ratio(teacher, student, log_teacher, log_student, difference)
     return Pair(log_student, log_teacher, ratio)
 
 
