@@ -375,6 +375,57 @@ def test_a_failing_write_leaves_the_old_file_and_no_litter(tmp_path: Path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_tensor_is_written_and_read_in_pieces(tmp_path: Path):
+    path = tmp_path / "w.safetensors"
+    array = np.arange(7 * 3, dtype=np.float16).reshape(7, 3)
+    empty = np.zeros((0, 3), np.float16)
+    specs = {"w": array, "none": empty}
+    pieces = {"w": [array.ravel()[i : i + 4] for i in range(0, 21, 4)], "none": []}
+    weights.stream(path, specs, lambda name: iter(pieces[name]))
+    loaded = weights.index(path).tensors
+    assert bits(weights.read(loaded["w"])) == bits(array)
+    for size in (1, 4, 21, 100):
+        read = list(weights.blocks(loaded["w"], size))
+        assert bits(np.concatenate(read)) == bits(array) and max(map(len, read)) == min(size, 21)
+    assert list(weights.blocks(loaded["none"], 4)) == []
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [np.zeros(3, np.float32)],  # too few
+        [np.zeros(3, np.float32)] * 3,  # too many
+        [np.zeros(4, np.float32), np.zeros(0, np.float64)],  # another dtype
+    ],
+)
+def test_pieces_that_are_not_the_tensor_are_refused(tmp_path: Path, pieces: list[np.ndarray]):
+    spec = {"w": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+    with pytest.raises(ValueError, match=r"'w' was announced as .*\(2, 2\)\), got pieces"):
+        weights.stream(tmp_path / "w.safetensors", spec, lambda name: iter(pieces))
+    assert not list(tmp_path.iterdir())
+
+
+def test_shards_are_streamed_one_tensor_at_a_time(tmp_path: Path):
+    alive: list[str] = []
+    specs = {f"w{i}": jax.ShapeDtypeStruct((4,), jnp.float32) for i in range(12)}
+
+    def produce(name: str) -> Any:
+        alive.append(name)
+        return iter([np.full(4, int(name[1:]), np.float32)])
+
+    weights.stream_sharded(tmp_path / "out", specs, produce, max_bytes=40)
+    assert sorted(alive) == sorted(specs)
+    assert len(weights.index(tmp_path / "out").files) == 6
+    assert weights.load(tmp_path / "out")["w11"].tolist() == [11.0] * 4
+
+    def fails(name: str) -> Any:
+        raise RuntimeError("source vanished")
+
+    with pytest.raises(RuntimeError, match="vanished"):
+        weights.stream_sharded(tmp_path / "new", specs, fails)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_file_that_shrinks_is_noticed(tmp_path: Path):
     path = tmp_path / "w.safetensors"
     weights.save(path, {"a": np.ones(300, np.float32)})

@@ -21,7 +21,7 @@ from kdtl_jax.interop import safetensors
 from kdtl_jax.transforms import Plan, Report
 
 RECIPE = "kdtl_recipe"  # the metadata key
-BLOCK = 1 << 22  # entries of a piece: 16 MB of float32
+BLOCK = 1 << 20  # entries of a piece: 4 MB of float32
 
 
 class Rewrite(NamedTuple):

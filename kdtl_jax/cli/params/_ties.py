@@ -45,11 +45,11 @@ def measure(paths: Sequence[str], taus: Taus, count: int, total: int, density: f
 
 def trimmed(trim: Trim, tau: np.ndarray, i: int, seen: np.ndarray) -> np.ndarray:
     """A piece of model `i`'s task vector with what is not kept set to 0; counts on in `seen`."""
-    keys = _keys(tau)
-    equal = keys == trim.threshold[i]
-    place = seen[i] + np.cumsum(equal)
-    seen[i] = place[-1]
-    return np.where((keys > trim.threshold[i]) | (equal & (place <= trim.equal[i])), tau, 0)
+    keys, threshold = _keys(tau), np.uint32(trim.threshold[i])
+    kept, equal = keys > threshold, np.flatnonzero(keys == threshold)
+    kept[equal[: max(trim.equal[i] - seen[i], 0)]] = True
+    seen[i] += equal.size
+    return np.where(kept, tau, 0)
 
 
 def _histogram(
@@ -75,6 +75,7 @@ def _cut(counts: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _keys(tau: np.ndarray) -> np.ndarray:
     """Ranks of magnitudes as integers; NaN comes last."""
-    magnitude = np.abs(tau).astype(np.float32)
-    bits = magnitude.view(np.uint32).astype(np.int64).ravel()
-    return np.where(np.isnan(magnitude).ravel(), 0, bits + 1)
+    magnitude = np.abs(tau).astype(np.float32).ravel()
+    keys = magnitude.view(np.uint32) + np.uint32(1)
+    keys[np.isnan(magnitude)] = 0
+    return keys

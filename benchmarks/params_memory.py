@@ -1,0 +1,137 @@
+"""Peak memory of `kdtl params` on checkpoints far larger than it.
+
+Command:   python benchmarks/params_memory.py [--gigabytes 1] [--json out.json]
+Machine:   TO FILL
+RESULT:    TO FILL
+
+Three checkpoints of one structure are written to a temporary folder: an embedding of a quarter of
+the size, the rest kernels of 16 MB, float32. Every command runs in a process of its own, first on
+a checkpoint of a few numbers (imports and compilation), then on the large ones; the growth of the
+peak resident set between the two is what the large one costs. `average` reads two checkpoints,
+`ties` three, four times each.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kdtl_jax.interop import safetensors
+
+NAMES = ("base", "a", "b")
+COMMANDS = {
+    "scale": ["scale", "{a}", "--alpha", "0.5"],
+    "average of 2": ["average", "{a}", "{b}"],
+    "merge ties of 2": ["merge", "{a}", "{b}", "--method", "ties", "--base", "{base}"],
+    "merge dare of 2": [
+        *("merge", "{a}", "{b}", "--method", "dare", "--base", "{base}", "--density", "0.5")
+    ],
+}
+
+CHILD = """
+import json, sys, time
+from kdtl_jax.cli import main
+
+def peak():
+    for line in open("/proc/self/status"):
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+
+small, large = json.loads(sys.argv[1])
+assert main(small) == 0
+before, start = peak(), time.perf_counter()
+assert main(large) == 0
+print(json.dumps([before, peak(), time.perf_counter() - start]))
+"""
+
+
+def write(path: Path, seed: int, kernels: int, width: int, vocabulary: int) -> None:
+    """A checkpoint whose values repeat one random block; nothing of its size is held."""
+    block = np.random.default_rng(seed).normal(size=width * width).astype(np.float32)
+    specs = {f"layer_{i}/kernel": (width, width) for i in range(kernels)}
+    specs["embedding"] = (vocabulary, width)
+    rows = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in specs.items()}
+
+    def produce(name: str) -> Iterator[np.ndarray]:
+        left = specs[name][0] * width
+        while left > 0:
+            yield block[:left]
+            left -= block.size
+
+    safetensors.stream(path, rows, produce)
+
+
+def run(folder: Path, words: list[str]) -> tuple[int, int, float]:
+    """(peak after the small run, peak after the large, seconds of the large)."""
+    calls = [
+        ["params", *(word.format(**files(folder, size)) for word in words)]
+        + ["--write", str(folder / "out.safetensors"), "--force", "--skip-sha256"]
+        for size in ("small", "large")
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(calls)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    before, after, seconds = json.loads(done.stdout.splitlines()[-1])
+    return before, after, seconds
+
+
+def files(folder: Path, size: str) -> dict[str, str]:
+    return {name: str(folder / f"{size}_{name}.safetensors") for name in NAMES}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="size of a checkpoint")
+    parser.add_argument("--json", help="write the figures to this file")
+    arguments = parser.parse_args()
+    count = int(arguments.gigabytes * 1e9) // 4
+    vocabulary, kernels = count // 4 // 2048, 3 * count // 4 // 2048**2
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for seed, (small, large) in enumerate(
+            zip(files(folder, "small").values(), files(folder, "large").values(), strict=True)
+        ):
+            write(Path(small), seed, 2, 8, 16)
+            write(Path(large), seed, kernels, 2048, vocabulary)
+        size = Path(files(folder, "large")["a"]).stat().st_size
+        for command, words in COMMANDS.items():
+            start = time.perf_counter()
+            before, after, seconds = run(folder, words)
+            figures[command] = {
+                "checkpoint_bytes": size,
+                "peak_bytes": after,
+                "growth_bytes": after - before,
+                "seconds": seconds,
+            }
+            print(
+                f"{command:16} {size / 1e9:.2f} GB each: peak {after / 1e6:5.0f} MB, of which "
+                f"{(after - before) / 1e6:5.0f} MB for the data; {seconds:5.1f} s "
+                f"(process {time.perf_counter() - start:.1f} s)",
+                flush=True,
+            )
+    print(
+        f"jax {jax.__version__}, numpy {np.__version__}, Python {sys.version.split()[0]}; "
+        f"{platform.machine()}, {os.cpu_count()} CPUs"
+    )
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()
