@@ -4,14 +4,31 @@ The one place where a string chooses a method. A method is a value (`recipes._me
 weights are those of its paper or of the authors' code, on the terms as the library defines them.
 """
 
-from kdtl_jax.cli.methods import _contrastive, _features, _logits, _relations
+from kdtl_jax.cli.methods import (
+    _contrastive,
+    _divergences,
+    _features,
+    _labels,
+    _logits,
+    _maps,
+    _networks,
+    _relations,
+    _reviews,
+    _tokens,
+)
 from kdtl_jax.recipes._method import Method
 
 METHODS: tuple[Method, ...] = (
     *_logits.METHODS,
+    *_divergences.METHODS,
+    *_labels.METHODS,
     *_features.METHODS,
+    *_reviews.METHODS,
+    *_networks.METHODS,
+    *_maps.METHODS,
     *_relations.METHODS,
     *_contrastive.METHODS,
+    *_tokens.METHODS,
 )
 BY_NAME = {method.name: method for method in METHODS}
 COLUMNS = ("method", "title", "paper", "needs", "connector")

@@ -23,6 +23,7 @@ Build = Callable[[Setup, Options], Built]
 # (student logits, teacher logits, labels, temperature) -> [B]
 LogitLoss = Callable[[Array, Array, Array, Scalar], Array]
 PairLoss = Callable[[Array, Array], Array]
+Layers = Callable[[Setup], _views.Pairs]
 
 
 def logits_of(inputs: Inputs) -> tuple[Array, Array, Array]:
@@ -67,7 +68,7 @@ def over_pairs(
     loss: PairLoss,
     weights: Callable[[Setup], Mapping[str, Weight]],
     *,
-    pairs: Callable[[Setup], _views.Pairs] = _views.every_pair,
+    pairs: Layers = _views.every_pair,
     view: _views.View = _views.matched,
     connector: Callable[[int], Connector] | None = None,
     layer_weight: Callable[[int, int], float] = lambda layer, count: 1.0,

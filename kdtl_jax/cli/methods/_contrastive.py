@@ -8,9 +8,9 @@ from jax import Array
 
 from kdtl_jax import connectors, losses, memory
 from kdtl_jax._types import Params, PyTree
-from kdtl_jax.cli.methods import _builders
+from kdtl_jax.cli.methods import _builders, _views
 from kdtl_jax.objective import Inputs
-from kdtl_jax.recipes._method import TASK, Built, Method, Options, Setup
+from kdtl_jax.recipes._method import TASK, Built, Method, Options, Setup, no_memory
 
 WIDTH = 128  # of the embeddings, in CRD and its successors
 NEGATIVES = 16384
@@ -76,6 +76,54 @@ def _build_crd(setup: Setup, options: Options) -> Built:
     return Built(terms, {TASK: 1.0, "crd": 0.8}, _embeddings(setup), banks)
 
 
+def _build_rrd(setup: Setup, options: Options) -> Built:
+    """A queue of the teacher's embeddings, whose map is random and stays so, as published."""
+    student_temperature = _builders.chosen(options, 0.1)
+
+    def terms(inputs: Inputs) -> tuple[dict[str, Array], PyTree]:
+        student, teacher = _embedded(setup, inputs)
+        teacher = jax.lax.stop_gradient(teacher)
+        queue = memory.queue_push(inputs.memory, teacher)
+        values = losses.rrd(
+            student, teacher, queue=queue.rows, student_temperature=student_temperature
+        )
+        return {"rrd": values}, queue
+
+    def queue(key: Array) -> PyTree:
+        return memory.queue_init(key, min(NEGATIVES, setup.examples), WIDTH)
+
+    return Built(terms, {TASK: 1.0, "rrd": 1.0}, _embeddings(setup), queue)
+
+
+def _build_info_nce(setup: Setup, options: Options) -> Built:
+    temperature = _builders.chosen(options, 0.07)
+
+    def terms(inputs: Inputs) -> dict[str, Array]:
+        student, teacher = _embedded(setup, inputs)
+        return {"info_nce": losses.info_nce(student, teacher, temperature=temperature)}
+
+    return Built(terms, {TASK: 1.0, "info_nce": 0.8}, _embeddings(setup), no_memory)
+
+
+def _build_dcd(setup: Setup, options: Options) -> Built:
+    """The inverse temperature is learned: `min(exp(tau), 10)`, tau 1 at first."""
+    embeddings = _embeddings(setup)
+
+    def terms(inputs: Inputs) -> dict[str, Array]:
+        student, teacher = _embedded(setup, inputs)
+        temperature = 1 / jnp.minimum(jnp.exp(inputs.params["connectors"]["tau"]), 10)
+        return {
+            "info_nce": losses.info_nce(student, teacher, temperature=temperature),
+            "invariance": losses.dcd_invariance(student, teacher, temperature=temperature),
+        }
+
+    def init(key: Array) -> Params:
+        return {**embeddings(key), "tau": jnp.ones((), jnp.float32)}
+
+    weights = {TASK: 1.0, "info_nce": 1.0, "invariance": 0.5}
+    return Built(terms, weights, init, no_memory)
+
+
 def _has_negatives(setup: Setup) -> str | None:
     if setup.examples < 2:
         return f"needs at least 2 training examples to tell apart, there are {setup.examples}"
@@ -91,5 +139,32 @@ METHODS = (
         True,
         _build_crd,
         _has_negatives,
+    ),
+    Method(
+        "info_nce",
+        "Contrast with the rest of the batch",
+        "van den Oord, Li, Vinyals, 1807.03748, 2018",
+        "features",
+        True,
+        _build_info_nce,
+        _views.always,
+    ),
+    Method(
+        "dcd",
+        "Discriminative and consistent distillation",
+        "Giakoumoglou, Stathaki, 2407.11802, 2024",
+        "features",
+        True,
+        _build_dcd,
+        _views.always,
+    ),
+    Method(
+        "rrd",
+        "Relational representation distillation with a queue",
+        "Giakoumoglou, Stathaki, 2407.12073, 2024",
+        "features",
+        True,
+        _build_rrd,
+        _views.always,
     ),
 )

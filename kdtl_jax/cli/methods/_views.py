@@ -126,12 +126,15 @@ def needs_pairs(count: int = 1, pairs: Callable[[Setup], Pairs] = every_pair) ->
     return applies
 
 
+matched_layers = needs_pairs()
+
+
 def needs_positions(why: str, pairs: Callable[[Setup], Pairs] = every_pair) -> Applies:
     """Matched layers with more than one position, because of `why`."""
-    matched_layers = needs_pairs(1, pairs)
+    layers = needs_pairs(1, pairs)
 
     def applies(setup: Setup) -> str | None:
-        reason = matched_layers(setup)
+        reason = layers(setup)
         if reason is not None:
             return reason
         for student, _ in shapes(matched_maps, pairs(setup), setup):
