@@ -103,7 +103,11 @@ def _flags(command: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 
 def _value(path: Path, action: argparse.Action, value: Any) -> Any:
-    """A YAML value as its flag would have parsed it; lists as comma-separated text."""
+    """A YAML value as its flag would have parsed it.
+
+    Lists are comma-separated text to a flag; mappings `name=value` pairs, `outer.name=value` where
+    they are nested.
+    """
     where = f"--config {path}: {action.dest}"
     if isinstance(action, argparse._StoreTrueAction):
         if not isinstance(value, bool):
@@ -118,12 +122,21 @@ def _value(path: Path, action: argparse.Action, value: Any) -> Any:
 
 
 def _item(where: str, action: argparse.Action, value: Any) -> Any:
-    if isinstance(value, (dict, bool)):
+    if isinstance(value, bool) or (isinstance(value, dict) and action.type is None):
         raise UsageError(f"{where}: expected one value or a list, got {value!r}")
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    parts = _pairs(value) if isinstance(value, dict) else value
+    text = ",".join(map(str, parts)) if isinstance(parts, list) else str(parts)
     if action.choices is not None and text not in action.choices:
         raise UsageError(f"{where}: expected one of {', '.join(action.choices)}, got {text!r}")
     try:
         return action.type(text) if callable(action.type) else text
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
         raise UsageError(f"{where}: {text!r} is no valid value ({error})") from None
+
+
+def _pairs(mapping: dict[str, Any], prefix: str = "") -> list[str]:
+    out = []
+    for name, value in mapping.items():
+        nested = isinstance(value, dict)
+        out += _pairs(value, f"{prefix}{name}.") if nested else [f"{prefix}{name}={value}"]
+    return out

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -46,10 +45,19 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 def write_run(folder: Path, args: argparse.Namespace, results: report.Results) -> None:
     """`config.yaml`, `env.json`, `metrics.jsonl`, `results.json`, `report.html`."""
-    config = yaml.safe_dump(_config.settings(args), sort_keys=False, allow_unicode=True)
-    _write(folder / "config.yaml", config)
-    _write(folder / "env.json", _json(report.environment()))
+    write_settings(folder, args)
     _write(folder / "metrics.jsonl", "".join(_metric_lines(results)))
+    write_results(folder, results)
+
+
+def write_settings(folder: Path, args: argparse.Namespace) -> None:
+    """`config.yaml` and `env.json`: what a run is about to do, and where."""
+    _write(folder / "config.yaml", _config.dump(args))
+    _write(folder / "env.json", _json(report.environment()))
+
+
+def write_results(folder: Path, results: report.Results) -> None:
+    """`results.json` and `report.html`."""
     _write(folder / "results.json", _json(report.to_json(results)))
     _write(folder / "report.html", report.html_page(results))
 
@@ -68,6 +76,20 @@ def progress() -> Progress:
     return say
 
 
+def seldom(say: Progress, seconds: float = 10.0) -> Progress:
+    """Passes a line on if none was for so long: how a long method goes, not every detail."""
+    last = time.perf_counter()
+
+    def maybe(text: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        if now - last >= seconds:
+            last = now
+            say(text)
+
+    return maybe
+
+
 def print_table(results: report.Results) -> None:
     """The table of methods."""
     console = Console(highlight=False)
@@ -77,6 +99,8 @@ def print_table(results: report.Results) -> None:
                 f"{row.family:12s} {row.method:26s} test {report.percent(row.test):>11s} %  "
                 f"{_compared(row):32s} {row.parameters:>9,} parameters {row.seconds:6.1f} s"
             )
+        for note in results.notes:
+            print(f"note: {note}")
         return
     for family in dict.fromkeys(row.family for row in results.rows):
         console.print(_table(family, [row for row in results.rows if row.family == family]))

@@ -34,6 +34,9 @@ th,td{padding:.35rem .35rem}.wide{display:none}}
 """
 
 
+_COLORS = 8  # --series-0 … --series-7
+
+
 def html_page(results: Results) -> str:
     """The whole report as one HTML text without any outside reference."""
     sections = [_head(results), _table(results.rows), _accuracy(results.rows)]
@@ -67,7 +70,7 @@ def _table(rows: Sequence[Row]) -> str:
                 body.append(_table_row(row))
     return (
         "<h2>Results</h2><p class='note'>Accuracy on the test split: mean ± 95 % interval over "
-        f"{len(rows[0].test.values)} seeds. The comparison is seed by seed.</p>"
+        f"{max(len(row.test.values) for row in rows)} seeds. The comparison is seed by seed.</p>"
         "<div class='scroll'><table><thead><tr><th>Method</th><th>Test %</th>"
         "<th>Against the baseline</th><th class='wide'>Parameters</th>"
         "<th class='wide'>Seconds</th></tr></thead>"
@@ -116,10 +119,11 @@ def _alpha(results: Results) -> str:
 def _learning(results: Results) -> str:
     labels = {row.method: row.label for row in results.rows}
     parts = [
-        "<h2>Learning curves</h2><p class='note'>Validation accuracy in %, mean over seeds.</p>"
+        "<h2>Learning curves</h2><p class='note'>Validation accuracy in %, mean over seeds; "
+        "of many methods, the baseline and the best.</p>"
     ]
     for family in dict.fromkeys(row.family for row in results.rows):
-        methods = [r.method for r in results.rows if r.family == family]
+        methods = _clearest([r for r in results.rows if r.family == family], results)
         curves = [
             _svg.Line(
                 labels[method],
@@ -127,12 +131,24 @@ def _learning(results: Results) -> str:
                 results.learning[method]["validation_accuracy"],
             )
             for method in methods
-            if method in results.learning
         ]
         if curves:
             parts.append(f"<h3>{html.escape(family.capitalize())}</h3>{_key(curves)}")
             parts.append(_svg.lines(curves, x_axis="epoch", y_axis="validation accuracy, %"))
     return "".join(parts)
+
+
+def _clearest(rows: Sequence[Row], results: Results) -> list[str]:
+    """The methods whose curves are drawn: at most as many as there are colors to tell them apart.
+
+    Of more, the first (the baseline) and those best on validation.
+    """
+    drawn = [row for row in rows if row.method in results.learning]
+    if len(drawn) > _COLORS:
+        ranked = sorted(drawn[1:], key=lambda row: -row.validation.mean)
+        chosen = {row.method for row in [drawn[0], *ranked[: _COLORS - 1]]}
+        drawn = [row for row in drawn if row.method in chosen]
+    return [row.method for row in drawn]
 
 
 def _agreement(rows: Sequence[Row]) -> str:
