@@ -1,8 +1,11 @@
 """Peak memory of `kdtl params` on checkpoints far larger than it.
 
 Command:   python benchmarks/params_memory.py [--gigabytes 1] [--json out.json]
-Machine:   TO FILL
-RESULT:    TO FILL
+Machine:   x86-64, 2 CPUs, jax 0.10.2, numpy 2.4.6, Python 3.11; five runnable processes per CPU, so
+           the seconds say little
+RESULT:    growth of the peak, checkpoints of 1 GB each: scale 65 MB, average of two 73 MB, merge
+           by ties of two 237 MB (the same with 0.25 GB: constant), by dare 2.4 GB (ten times the
+           largest tensor, 0.25 GB); imports take 230 MB
 
 Three checkpoints of one structure are written to a temporary folder: an embedding of a quarter of
 the size, the rest kernels of 16 MB, float32. Every command runs in a process of its own, first on

@@ -1,8 +1,10 @@
 """`kdtl params`: weight surgery on safetensors files, streamed, with a report first.
 
 Every action reads headers, decides on names and shapes, prints a `Report`, and stops there: writing
-needs `--write`. Values then pass through tensor by tensor, elementwise ones in pieces, so memory
-holds a few copies of a piece, or of the largest tensor, never the checkpoint.
+needs `--write`. Values then pass through in pieces of 4 MB where a result depends on the same
+entry of each input (`scale`, `average`, most merges), else tensor by tensor. A merge that ranks,
+draws or measures within a tensor holds about ten times that tensor in float32; TIES over whole
+models does not: it finds its thresholds by reading the models three times before it writes.
 """
 
 from kdtl_jax.cli import Command

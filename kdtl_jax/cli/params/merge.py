@@ -60,7 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
     _inputs.show_example(parser, EXAMPLE)
     lines = [f"  {name:16} {method.summary}" for name, method in METHODS.items()]
-    parser.epilog = "\n".join(["Methods:", *lines, "", parser.epilog or ""])
+    small = [name for name, method in METHODS.items() if method.is_elementwise]
+    memory = (
+        f"{', '.join(small)} and ties over whole models work in pieces of 4 MB;\n"
+        "the others hold about ten times the largest tensor in float32."
+    )
+    parser.epilog = "\n".join(["Methods:", *lines, memory, "", parser.epilog or ""])
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -218,8 +223,9 @@ def _leafwise(
             tensors.insert(0, first.tensors[path])
         given = [one.tensors.get(path) for one in statistics]
         if not method.is_elementwise:
-            arrays = [safetensors.read(tensor) for tensor in tensors]
-            read = [None if tensor is None else safetensors.read(tensor) for tensor in given]
+            # Device arrays at once, so that no tensor is held twice.
+            arrays = [jnp.asarray(safetensors.read(tensor)) for tensor in tensors]
+            read = [None if one is None else jnp.asarray(safetensors.read(one)) for one in given]
             return np.asarray(
                 method.merge(_members(path, arrays, len(models), read), options)[path]
             )
