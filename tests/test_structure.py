@@ -31,7 +31,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"train", "sweep", "testing"}),
     frozenset({"online", "hypergradients", "optimizers"}),
     # The host's side.
-    frozenset({"sharding", "checkpoint", "teacher_cache", "report", "data"}),
+    frozenset({"sharding", "checkpoint", "teacher_cache", "report", "data", "measure"}),
     frozenset({"loop"}),
     # The edge: frameworks, models, files, the command line.
     frozenset({"models", "datasets"}),

@@ -29,6 +29,7 @@ COMMANDS = (
     Command("distill", "teach a small model with a large one", "kdtl_jax.cli.distill"),
     Command("transfer", "reuse a trained model's weights on a new task", "kdtl_jax.cli.transfer"),
     Command("params", "weight surgery: safetensors in, safetensors out", "kdtl_jax.cli.params"),
+    Command("bench", "train steps against the machine's ceilings", "kdtl_jax.cli.bench"),
     Command("env", "versions and devices, for reports", "kdtl_jax.cli.env"),
 )
 

@@ -1,0 +1,297 @@
+"""Distillation pairs whose train step is measured: an MLP, CIFAR ResNets, ViTs, decoders.
+
+What is measured is this library's own `jit_step` and `jit_epoch` on random data that stays on the
+device. Random weights and inputs cost what trained ones cost.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from kdtl_jax import losses, measure, precision, sharding, train, trees
+from kdtl_jax._types import Variables
+from kdtl_jax.interop import linen
+from kdtl_jax.models import GPT2, ViT, mlp, resnet, resnet_x4
+from kdtl_jax.objective import Inputs
+
+WEIGHTS = {"kd": 0.9, "task": 0.1}
+TEMPERATURE = 4.0
+
+
+class Preset(NamedTuple):
+    """A pair of models and what they read."""
+
+    name: str
+    teacher: Any  # Linen modules
+    student: Any
+    shape: tuple[int, ...]  # of one example
+    classes: int  # or the vocabulary, where the example is a row of tokens
+    batch_size: int
+    tx: optax.GradientTransformation
+    about: str
+
+
+class Scaled(NamedTuple):
+    """Weak scaling: the same examples per device on more devices."""
+
+    devices: int
+    seconds: float  # per step
+    examples_per_second: float
+    efficiency: float  # of the rate per device, against one device
+
+
+class Measured(NamedTuple):
+    """Everything found about one preset. Seconds are per train step."""
+
+    preset: str
+    about: str
+    dtype: str
+    batch_size: int
+    teacher_parameters: int
+    student_parameters: int
+    compile_seconds: float
+    steps: measure.Distribution  # each awaited
+    seconds: float  # only the last awaited: the loop's rate
+    examples_per_second: float
+    epoch_path: str  # "scan", or "steps" where single steps are faster
+    epoch_seconds: float  # within one program for the whole epoch, if the path is "scan"
+    cost: measure.Cost
+    memory: measure.Memory
+    roofline: measure.Roofline | None
+    scaling: tuple[Scaled, ...]
+
+
+class Workload(NamedTuple):
+    """A preset ready to run."""
+
+    step: train.Step
+    state: Callable[[], train.TrainState]  # a fresh one: steps donate theirs
+    teacher: Variables
+    batch: Callable[[int], dict[str, Array]]  # so many random examples
+    parameters: tuple[int, int]  # teacher's, student's
+
+
+def presets(*, quick: bool = False) -> dict[str, Preset]:
+    """The presets by name; `quick` makes each of them tiny."""
+    chosen = (
+        Preset(
+            "mlp",
+            mlp((1200, 1200) if not quick else (64,), 10),
+            mlp((800, 800) if not quick else (16,), 10),
+            (784,) if not quick else (32,),
+            10,
+            128,
+            optax.sgd(0.1, momentum=0.9),
+            "784-1200-1200-10 teaches 784-800-800-10" if not quick else "32-64-10 teaches 32-16-10",
+        ),
+        Preset(
+            "resnet",
+            resnet_x4(32, 100) if not quick else resnet(8, 10, channels=(8, 8, 8, 8)),
+            resnet_x4(8, 100) if not quick else resnet(8, 10, channels=(4, 4, 4, 4)),
+            (32, 32, 3) if not quick else (8, 8, 3),
+            100 if not quick else 10,
+            32 if not quick else 4,
+            optax.sgd(0.05, momentum=0.9),
+            "resnet32x4 teaches resnet8x4, 32x32 images"
+            if not quick
+            else "resnet8, 8 channels, teaches resnet8, 4 channels, 8x8 images",
+        ),
+        Preset(
+            "vit",
+            _vit(192, 12, 3) if not quick else _vit(32, 1, 2),
+            _vit(96, 6, 3) if not quick else _vit(16, 1, 2),
+            (32, 32, 3) if not quick else (8, 8, 3),
+            100,
+            32 if not quick else 4,
+            optax.adamw(1e-3),
+            "ViT 192 wide, 12 layers, teaches 96 wide, 6 layers; 32x32 images, patch 4"
+            if not quick
+            else "ViT 32 wide teaches 16 wide, one layer each; 8x8 images, patch 4",
+        ),
+        Preset(
+            "decoder",
+            _decoder(384, 6, 6) if not quick else _decoder(32, 1, 2, 64),
+            _decoder(192, 4, 3) if not quick else _decoder(16, 1, 2, 64),
+            (128,) if not quick else (8,),
+            8192 if not quick else 64,
+            8 if not quick else 2,
+            optax.adamw(1e-3),
+            "GPT-2 384 wide, 6 layers, teaches 192 wide, 4 layers; 8192 tokens, length 128"
+            if not quick
+            else "GPT-2 32 wide teaches 16 wide, one layer each; 64 tokens, length 8",
+        ),
+    )
+    return {preset.name: preset for preset in chosen}
+
+
+def workload(preset: Preset, dtype: Any) -> Workload:
+    """Models, step and random data of a preset, computing in `dtype` with float32 parameters."""
+    teacher, student = linen.model(preset.teacher), linen.model(preset.student)
+    is_text = preset.name == "decoder"
+    example = _random(preset, 1)["inputs"]
+    keys = jax.random.split(jax.random.key(0))
+    of_teacher, of_student = (
+        jax.jit(model.init)(key, example)
+        for model, key in zip((teacher, student), keys, strict=True)
+    )
+    cast = jnp.dtype(dtype) != jnp.float32
+    of, by = (precision.compute_in(m.apply, dtype) if cast else m.apply for m in (student, teacher))
+    tx = preset.tx if jnp.dtype(dtype) != jnp.float16 else precision.loss_scaling(preset.tx)
+    step = train.make_distill_step(of, by, _token_terms if is_text else _terms, WEIGHTS, tx)
+
+    def state() -> train.TrainState:
+        return train.init_state(
+            {"student": of_student.params},
+            tx,
+            key=jax.random.key(1),
+            model_state=of_student.model_state,
+        )
+
+    counts = trees.count(of_teacher.params), trees.count(of_student.params)
+    return Workload(step, state, of_teacher, lambda n: _random(preset, n), counts)
+
+
+def run(
+    preset: Preset,
+    limits: measure.Ceilings,
+    *,
+    dtype: Any = jnp.float32,
+    batch_size: int | None = None,
+    steps: int = 30,
+    devices: int = 1,
+    trace: str | None = None,
+) -> Measured:
+    """Measures one preset.
+
+    Args:
+      preset: from `presets`.
+      limits: the machine's ceilings in the same dtype.
+      dtype: of the models' arithmetic.
+      batch_size: examples per step; None takes the preset's.
+      steps: that count, after warm-up; also the length of the epoch.
+      devices: scaling is measured on 1, 2, 4 … up to so many.
+      trace: a folder for a `jax.profiler` trace of some steps.
+    """
+    size = preset.batch_size if batch_size is None else batch_size
+    work = workload(preset, dtype)
+    batch, state = work.batch(size), work.state()
+    program, compile_seconds = measure.compiled(
+        train.jit_step(work.step), state, work.teacher, batch
+    )
+
+    def once() -> Any:
+        nonlocal state
+        state, metrics = program(state, work.teacher, batch)
+        return state, metrics
+
+    found = measure.step_times(once, steps)
+    seconds = measure.throughput(once, steps)
+    if trace is not None:
+        with jax.profiler.trace(trace):
+            measure.step_times(once, min(steps, 5), warmup=0)
+    path, epoch_seconds = _epoch(work, size, steps)
+    cost = measure.cost(program)
+    return Measured(
+        preset=preset.name,
+        about=preset.about,
+        dtype=jnp.dtype(dtype).name,
+        batch_size=size,
+        teacher_parameters=work.parameters[0],
+        student_parameters=work.parameters[1],
+        compile_seconds=compile_seconds,
+        steps=found,
+        seconds=seconds,
+        examples_per_second=size / seconds,
+        epoch_path=path,
+        epoch_seconds=epoch_seconds if path == "scan" else seconds,
+        cost=cost,
+        memory=measure.memory(program),
+        roofline=measure.roofline(cost, seconds, limits),
+        scaling=_scaling(work, size, steps, devices),
+    )
+
+
+def counts(devices: int) -> list[int]:
+    """1, 2, 4 … and `devices` itself."""
+    powers = [2**k for k in range(devices.bit_length()) if 2**k < devices]
+    return [*powers, devices]
+
+
+def _epoch(work: Workload, size: int, steps: int) -> tuple[str, float]:
+    """The path of `jit_epoch`, and its seconds per step if it is one program."""
+    state, data = work.state(), work.batch(size * min(steps, 8))
+    path = train.epoch_path(work.step, state, work.teacher, data, size)
+    if path != "scan":
+        return path, 0.0
+    rows = np.arange(steps * size, dtype=np.int32) % len(data["labels"])
+    index, epoch = jnp.asarray(rows.reshape(steps, size)), train.jit_epoch(work.step)
+
+    def once() -> Any:
+        nonlocal state
+        state, metrics = epoch(state, work.teacher, data, index)
+        return state, metrics
+
+    return path, measure.step_times(once, 3, warmup=1).median / steps
+
+
+def _scaling(work: Workload, size: int, steps: int, devices: int) -> tuple[Scaled, ...]:
+    """The step on growing meshes, every device with `size` examples."""
+    if devices == 1:
+        return ()
+    found: list[Scaled] = []
+    for n in counts(devices):
+        mesh = sharding.make_mesh(data=n, devices=jax.devices()[:n])
+        state, teacher = sharding.place(work.state(), mesh), sharding.place(work.teacher, mesh)
+        batch = sharding.place_batch(work.batch(n * size), mesh)
+        step = train.jit_step(work.step)
+
+        def once(step: Any = step, teacher: Any = teacher, batch: Any = batch) -> Any:
+            nonlocal state
+            state, metrics = step(state, teacher, batch)
+            return state, metrics
+
+        seconds = measure.throughput(once, steps)
+        rate = n * size / seconds
+        share = rate / n / (found[0].examples_per_second if found else rate)
+        found.append(Scaled(n, seconds, rate, share))
+    return tuple(found)
+
+
+def _random(preset: Preset, n: int) -> dict[str, Array]:
+    rng = np.random.default_rng(0)
+    if preset.name == "decoder":
+        tokens = rng.integers(0, preset.classes, (n, preset.shape[0] + 1))
+        tokens = jnp.asarray(tokens, jnp.int32)
+        return {"inputs": tokens[:, :-1], "labels": tokens[:, 1:]}
+    inputs = jnp.asarray(rng.normal(size=(n, *preset.shape)), jnp.float32)
+    return {"inputs": inputs, "labels": jnp.asarray(rng.integers(0, preset.classes, n), jnp.int32)}
+
+
+def _terms(inputs: Inputs) -> dict[str, Array]:
+    logits = inputs.student["logits"]
+    return {
+        "kd": losses.kd_kl(logits, inputs.teacher["logits"], temperature=TEMPERATURE),
+        "task": optax.softmax_cross_entropy_with_integer_labels(logits, inputs.batch["labels"]),
+    }
+
+
+def _token_terms(inputs: Inputs) -> dict[str, Array]:
+    """The same at every token, `[B, L]`; the KL at temperature 1, as is usual for text."""
+    logits = inputs.student["logits"]
+    return {
+        "kd": losses.forward_kl(logits, inputs.teacher["logits"]),
+        "task": optax.softmax_cross_entropy_with_integer_labels(logits, inputs.batch["labels"]),
+    }
+
+
+def _vit(width: int, layers: int, heads: int) -> ViT:
+    return ViT(width, layers, heads, 4 * width, patch=4, classes=100)
+
+
+def _decoder(width: int, layers: int, heads: int, vocabulary: int = 8192) -> GPT2:
+    return GPT2(vocabulary, width, layers, heads, 4 * width, positions=128)
