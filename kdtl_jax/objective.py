@@ -5,6 +5,7 @@ a weight is a number, a traced array or a schedule of the step. Values are
 
 - `[B]`, or `[B, L]` for tokens: averaged over examples (and positions);
 - `Masked(values, where)`: averaged where the mask holds;
+- `Mean(total, weight)`: summed already, as `losses.chunked_divergence` does;
 - `[]`: a penalty, a function of parameters, counted once whatever the batch.
 
 Sums and counts are kept apart (`Mean`), so that accumulating microbatches or devices gives exactly
@@ -92,7 +93,7 @@ def stack(means: Mapping[str, Mean]) -> Metrics:
     return Metrics(tuple(means), sums.reshape(len(means), 2))
 
 
-Term = Array | Masked
+Term = Array | Masked | Mean
 Terms = Mapping[str, Term]
 Weights = Mapping[str, Scalar | Schedule]
 
@@ -114,13 +115,17 @@ def reduce(name: str, term: Term, example_weights: Array | None = None) -> Mean:
 
     Args:
       name: for messages.
-      term: `[]`, `[B]`, `[B, L]` or `Masked`.
-      example_weights: `[B]`, 0 for padding; multiplies both sum and count.
+      term: `[]`, `[B]`, `[B, L]`, `Masked`, or a `Mean`, which is passed on.
+      example_weights: `[B]`, 0 for padding; multiplies both sum and count. Whoever made a `Mean`
+        has left the padding out already.
 
     Raises:
       ValueError: if the leading dimension is not the batch's, or a mask has another shape.
       TypeError: if the values are not floating point.
     """
+    if isinstance(term, Mean):
+        _checks.floating("objective", **{f"{name}'s {k}": v for k, v in term._asdict().items()})
+        return Mean(*(_numerics.upcast(part) for part in term))
     values, where = (term.values, term.where) if isinstance(term, Masked) else (term, None)
     _checks.floating("objective", **{name: values})
     values = _numerics.upcast(values)

@@ -31,6 +31,13 @@ def test_tokens_are_averaged_over_positions() -> None:
     assert (float(weighted.total), float(weighted.weight)) == (12, 3)
 
 
+def test_what_is_summed_already_is_passed_on() -> None:
+    mean = objective.reduce("chunked", Mean(*f32(6, 4)), f32(0, 1))
+    assert (float(mean.total), float(mean.weight), float(mean.value())) == (6, 4, 1.5)
+    with pytest.raises(TypeError, match="must be floating point"):
+        objective.reduce("chunked", Mean(f32(6)[0], jnp.asarray(4, jnp.int32)))
+
+
 def test_masked_values_count_where_the_mask_holds() -> None:
     values = jnp.arange(6, dtype=jnp.float32).reshape(2, 3)
     where = jnp.asarray([[True, False, False], [True, True, False]])

@@ -40,6 +40,11 @@ from kdtl_jax.losses._channels import fsp as fsp
 from kdtl_jax.losses._channels import ickd as ickd
 from kdtl_jax.losses._channels import nst as nst
 from kdtl_jax.losses._channels import pkd_pearson as pkd_pearson
+from kdtl_jax.losses._chunked import Head as Head
+from kdtl_jax.losses._chunked import Summed as Summed
+from kdtl_jax.losses._chunked import chunked_divergence as chunked_divergence
+from kdtl_jax.losses._chunked import chunked_loss as chunked_loss
+from kdtl_jax.losses._chunked import head_logits as head_logits
 from kdtl_jax.losses._contrast import crd as crd
 from kdtl_jax.losses._contrast import dcd_invariance as dcd_invariance
 from kdtl_jax.losses._contrast import info_nce as info_nce

@@ -1,0 +1,331 @@
+"""Losses at vocabulary scale: from hidden states and output heads, a chunk of tokens at a time.
+
+Dense, a divergence over a vocabulary V holds several `[tokens, V]` arrays in float32: gigabytes
+where the hidden states take megabytes. Here a scan makes the logits of one chunk of tokens, the
+loss on them, *and its gradient*, and drops them: memory is that of a chunk, beside the head's own
+gradient. Because the loss is a sum, its gradient can be taken in the forward pass and only scaled
+in the backward pass; nothing is computed twice, unlike with rematerialization.
+
+    kl = partial(losses.forward_kl, temperature=2.0)
+    total, weight = losses.chunked_divergence(
+        kl, hidden, Head(params["lm_head"]), teacher_hidden, Head(teacher["lm_head"]), where=mask)
+    loss = total / weight
+
+`objective.Mean(*losses.chunked_divergence(...))` is a term of the objective: sum and count stay
+apart, so that microbatches give exactly the large batch.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import _checks, _numerics
+from kdtl_jax._types import PyTree, Scalar
+
+
+class Head(NamedTuple):
+    """An output layer `z = scale (h W + b)`, and `softcap tanh(z / softcap)` if capped.
+
+    `kernel` `[width, vocabulary]` (tied embeddings: their transpose), `bias` `[vocabulary]`.
+    """
+
+    kernel: Array
+    bias: Array | None = None
+    scale: Scalar = 1.0
+    softcap: Scalar | None = None
+
+
+class Summed(NamedTuple):
+    """Sum of a loss over the tokens that count, and their number; scalars."""
+
+    total: Array
+    weight: Array
+
+
+def head_logits(hidden: Array, head: Head) -> Array:
+    """Logits of hidden states: accumulated, biased and capped in float32 or wider.
+
+    Args:
+      hidden: `[..., width]`; the kernel is taken in its dtype.
+      head: `Head` of the same width.
+
+    Returns:
+      `[..., vocabulary]`, float32 or wider.
+
+    Raises:
+      ValueError: if the widths differ.
+      TypeError: if an array is not floating point.
+    """
+    _check_head("head_logits", hidden, head)
+    return _transformed(_product(hidden, head.kernel), head)
+
+
+def chunked_divergence(
+    divergence: Callable[[Array, Array], Array],
+    student_hidden: Array,
+    student_head: Head,
+    teacher_hidden: Array,
+    teacher_head: Head,
+    *,
+    where: Array | None = None,
+    chunk_size: int = 256,
+) -> Summed:
+    """Sum over tokens of `divergence(student_logits, teacher_logits)`, logits made chunk by chunk.
+
+    The teacher is a constant: nothing is differentiated through it.
+
+    Args:
+      divergence: `([n, V_S], [n, V_T]) -> [n]`: any loss of the package on logits (`forward_kl`,
+        `reverse_kl`, `jsd_normalized`, `skew_reverse_kl`, `total_variation`, `uld` …), with its
+        hyper-parameters bound by `functools.partial`; these may be traced and differentiated.
+      student_hidden: `[..., width]`; leading dimensions are tokens.
+      student_head: the student's output layer.
+      teacher_hidden: `[..., teacher_width]`, the same leading dimensions.
+      teacher_head: the teacher's output layer.
+      where: bool `[...]`, tokens that count; others may hold anything.
+      chunk_size: tokens per chunk, static. Larger fills the processor better; memory is about
+        `4 chunk_size vocabulary` floats.
+
+    Returns:
+      `Summed`, float32 or wider.
+
+    Raises:
+      ValueError: if shapes do not fit, or the divergence does not return one value per token.
+      TypeError: if an array is not floating point, or `where` not bool; under forward-mode
+        differentiation (`jax.jvp`), which a loss with its own gradient does not have.
+
+    References:
+      Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training, 2024 (2410.10989), whose
+      fused linear losses take the gradient in the forward pass in the same way.
+    """
+    _check_head("chunked_divergence", teacher_hidden, teacher_head)
+    frozen = jax.lax.stop_gradient(teacher_head)
+
+    def loss(student_logits: Array, teacher_rows: Array) -> Array:
+        return divergence(student_logits, head_logits(teacher_rows, frozen))
+
+    return chunked_loss(
+        loss, student_hidden, student_head, teacher_hidden, where=where, chunk_size=chunk_size
+    )
+
+
+def chunked_loss(
+    loss: Callable[[Array, Any], Array],
+    hidden: Array,
+    head: Head,
+    targets: PyTree,
+    *,
+    where: Array | None = None,
+    chunk_size: int = 256,
+) -> Summed:
+    """Sum over tokens of `loss(logits, targets)`, logits made chunk by chunk.
+
+    For labels, stored logits or top-k teachers: whatever has one row per token. Derivatives are
+    those of the dense composition, by the hidden states, by the head and by arrays that `loss`
+    closes over (a learned temperature); targets are constants. Derivatives of derivatives
+    (`grad` of `grad`, `hessian`) are right too, but differentiate the scan as it stands, at the
+    memory of all logits.
+
+    Args:
+      loss: `([n, V] logits, targets of n tokens) -> [n]`, e.g. `losses.top_k_kl_tail`, or
+        `optax.softmax_cross_entropy_with_integer_labels`.
+      hidden: `[..., width]`; leading dimensions are tokens.
+      head: the output layer.
+      targets: pytree of arrays `[..., *]` with the same leading dimensions.
+      where: bool `[...]`, tokens that count; others may hold anything.
+      chunk_size: tokens per chunk, static.
+
+    Returns:
+      `Summed`, float32 or wider.
+
+    Raises:
+      ValueError: if shapes do not fit, or the loss does not return one value per token.
+      TypeError: if an array is not floating point, or `where` not bool; under forward-mode
+        differentiation (`jax.jvp`), which a loss with its own gradient does not have.
+    """
+    fn = "chunked_loss"
+    _check_head(fn, hidden, head)
+    _checks.nonempty(fn, hidden=hidden)
+    _checks.positive(fn, chunk_size=chunk_size)
+    leading = jnp.shape(hidden)[:-1]
+    _checks.mask(fn, where, leading)
+    for leaf in jax.tree.leaves(targets):
+        if jnp.shape(leaf)[: len(leading)] != leading:
+            raise ValueError(
+                f"{fn}: targets must begin with the tokens' dimensions {list(leading)}, got "
+                f"{_checks.described(target=leaf, hidden=hidden)}."
+            )
+    if where is None:
+        where = jnp.ones(leading, jnp.bool_)
+    else:
+        # What does not count may be NaN, and 0 times NaN is no gradient: gone before arithmetic.
+        hidden, targets = jax.tree.map(lambda a: _kept(a, where), (hidden, targets))
+    rows = _chunks((hidden, targets, where), len(leading), chunk_size)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rows)
+    logits = jax.eval_shape(head_logits, shapes[0], head)
+    # Arrays that the loss closes over become arguments, so that they too have a gradient.
+    pure, constants = jax.closure_convert(loss, logits, shapes[1])
+    values = jax.eval_shape(pure, logits, shapes[1], *constants)
+    if getattr(values, "shape", None) != logits.shape[:-1]:
+        raise ValueError(
+            f"{fn}: loss must return one value per token, {list(logits.shape[:-1])} for a chunk, "
+            f"got {getattr(values, 'shape', values)}. Leave the reduction to this function."
+        )
+    # Small hyper-parameters in float32 or wider, since their gradients are accumulated.
+    small = jax.tree.map(_wide, head._replace(kernel=None))
+    total = _summed(
+        pure,
+        rows[0],
+        small._replace(kernel=head.kernel),
+        tuple(constants),
+        jax.lax.stop_gradient(rows[1]),
+        rows[2],
+    )
+    return Summed(total, jnp.sum(where, dtype=total.dtype))
+
+
+def _check_head(fn: str, hidden: Array, head: Head) -> None:
+    _checks.floating(fn, hidden=hidden, kernel=head.kernel)
+    _checks.rank(fn, 1, hidden=hidden)
+    _checks.rank(fn, 2, 2, kernel=head.kernel)
+    if jnp.shape(hidden)[-1] != jnp.shape(head.kernel)[0]:
+        raise ValueError(
+            f"{fn}: expected hidden [..., width] and kernel [width, vocabulary], got "
+            f"{_checks.described(hidden=hidden, kernel=head.kernel)}. "
+            "Tied embeddings are [vocabulary, width]: pass embedding.T."
+        )
+    if head.bias is not None:
+        _checks.floating(fn, bias=head.bias)
+        if jnp.shape(head.bias) != jnp.shape(head.kernel)[1:]:
+            raise ValueError(
+                f"{fn}: expected one bias per class, got "
+                f"{_checks.described(kernel=head.kernel, bias=head.bias)}."
+            )
+    _checks.positive(fn, **({} if head.softcap is None else {"softcap": head.softcap}))
+
+
+def _product(hidden: Array, kernel: Array) -> Array:
+    """`h W` accumulated in float32 or wider, the factors in the hidden states' dtype."""
+    wide = _numerics.upcast(hidden).dtype
+    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=wide)
+
+
+def _transformed(product: Array, head: Head) -> Array:
+    """Bias, scale and cap."""
+    if head.bias is not None:
+        bias = head.bias.astype(product.dtype)
+        product = product + bias.reshape((1,) * (product.ndim - 1) + bias.shape)
+    logits = product * _numerics.scalar(head.scale, product)
+    if head.softcap is None:
+        return logits
+    cap = _numerics.scalar(head.softcap, logits)
+    return cap * jnp.tanh(logits / cap)
+
+
+def _chunks(tree: PyTree, leading: int, chunk_size: int) -> PyTree:
+    """Leaves `[chunks, n, ...]`, padded by zeros to equal chunks.
+
+    Chunk c holds tokens c, c + chunks, …: a batch sharded along its first dimension stays where it
+    lies, every device working on its share of every chunk.
+    """
+
+    def split(a: Array) -> Array:
+        a = jnp.asarray(a)
+        a = a.reshape(-1, *a.shape[leading:])
+        count = -(-a.shape[0] // chunk_size)
+        size = -(-a.shape[0] // count)
+        a = jnp.pad(a, [(0, size * count - a.shape[0])] + [(0, 0)] * (a.ndim - 1))
+        return jnp.moveaxis(a.reshape(size, count, *a.shape[1:]), 1, 0)
+
+    return jax.tree.map(split, tree)
+
+
+def _summed(
+    loss: Callable[..., Array],
+    hidden: Array,
+    head: Head,
+    constants: tuple[Array, ...],
+    targets: PyTree,
+    where: Array,
+) -> Array:
+    """The sum over chunks `[chunks, n, ...]`, with its gradient taken on the way."""
+
+    @jax.custom_vjp
+    def summed(hidden: Array, head: Head, constants: tuple[Array, ...]) -> Array:
+        kernel = head.kernel.astype(hidden.dtype)
+
+        def add(total: Array, chunk: Any) -> tuple[Array, None]:
+            rows, aims, counts = chunk
+            logits = _transformed(_product(rows, kernel), head)
+            return total + _chunk_total(loss, logits, constants, aims, counts), None
+
+        return jax.lax.scan(add, _zero(hidden), (hidden, targets, where))[0]
+
+    def forward(hidden: Array, head: Head, constants: tuple[Array, ...]) -> Any:
+        kernel, small = head.kernel.astype(hidden.dtype), (head._replace(kernel=None), constants)
+
+        def add(carry: Any, chunk: Any) -> tuple[Any, Array]:
+            total, by_kernel, by_small = carry
+            rows, aims, counts = chunk
+
+            def of_product(product: Array, small: Any) -> Array:
+                logits = _transformed(product, small[0])
+                return _chunk_total(loss, logits, small[1], aims, counts)
+
+            value, pull = jax.vjp(of_product, _product(rows, kernel), small)
+            by_product, more = pull(jnp.ones_like(value))
+            by_product = by_product.astype(rows.dtype)
+            by_rows = jnp.matmul(by_product, kernel.T)
+            # Written as it is kept, so that the product is added where it lies.
+            by_kernel += jax.lax.dot_general(
+                rows, by_product, (((0,), (0,)), ((), ())), preferred_element_type=by_kernel.dtype
+            )
+            by_small = jax.tree.map(jnp.add, by_small, more)
+            return (total + value, by_kernel, by_small), by_rows
+
+        start = (
+            _zero(hidden),
+            jnp.zeros(head.kernel.shape, _zero(hidden).dtype),
+            jax.tree.map(jnp.zeros_like, small),
+        )
+        (total, by_kernel, by_small), by_hidden = jax.lax.scan(add, start, (hidden, targets, where))
+        by_head = by_small[0]._replace(kernel=by_kernel.astype(head.kernel.dtype))
+        return total, (by_hidden, by_head, by_small[1])
+
+    def backward(gradient: Any, cotangent: Array) -> Any:
+        return jax.tree.map(lambda g: g * cotangent.astype(g.dtype), gradient)
+
+    summed.defvjp(forward, backward)
+    return summed(hidden, head, constants)
+
+
+def _wide(x: Scalar) -> Array:
+    array = jnp.asarray(x)
+    return _numerics.upcast(
+        array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)
+    )
+
+
+def _kept(a: Array, where: Array) -> Array:
+    """`a` with 0 in the rows that do not count."""
+    a = jnp.asarray(a)
+    rows = where.reshape(where.shape + (1,) * (a.ndim - where.ndim))
+    return jnp.where(rows, a, jnp.zeros((), a.dtype))
+
+
+def _zero(hidden: Array) -> Array:
+    return jnp.zeros((), _numerics.upcast(hidden).dtype)
+
+
+def _chunk_total(
+    loss: Callable[..., Array],
+    logits: Array,
+    constants: tuple[Array, ...],
+    targets: PyTree,
+    where: Array,
+) -> Array:
+    values = _numerics.upcast(loss(logits, targets, *constants)).astype(logits.dtype)
+    return jnp.sum(jnp.where(where, values, 0))
