@@ -105,14 +105,14 @@ def run(splits: Splits, settings: Settings, progress: Callable[[str], None]) -> 
     return outcome
 
 
-def placed(data: Dataset, *, seed: int, copies: int = 1) -> Dataset:
+def placed(data: Dataset, *, seed: int, copies: int = 1, canvas: int = CANVAS) -> Dataset:
     """Every image at a random place on a larger, blank canvas; `copies` places per image."""
     rng = np.random.default_rng(seed)
     inputs, labels = np.tile(data.inputs, (copies, 1, 1, 1)), np.tile(data.labels, copies)
     count, height, width, channels = inputs.shape
     blank = data.inputs.min()  # the digits' background is the smallest value
-    out = np.full((count, CANVAS, CANVAS, channels), blank, np.float32)
-    corners = rng.integers(0, (CANVAS - height + 1, CANVAS - width + 1), (count, 2))
+    out = np.full((count, canvas, canvas, channels), blank, np.float32)
+    corners = rng.integers(0, (canvas - height + 1, canvas - width + 1), (count, 2))
     for i, (row, column) in enumerate(corners):
         out[i, row : row + height, column : column + width] = inputs[i]
     return data._replace(inputs=out, labels=labels)

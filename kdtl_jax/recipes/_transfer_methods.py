@@ -1,0 +1,322 @@
+"""Ways to use a source model's weights on a target task, as data.
+
+What is trained is a tree `{"model": parameters, ...}` that may hold more beside the model: the
+source's head, an adapter. A method says how the tree starts, which part of it may change, what is
+minimized beside the task, and how it becomes a plain model in the end.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from kdtl_jax import finetune, losses, penalties, transforms, trees
+from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Variables
+from kdtl_jax.objective import Inputs, classification
+from kdtl_jax.recipes._networks import Network
+
+HEAD, BODY = "model/head/.*", r"(?!head/).*"
+Terms = Callable[[Inputs], dict[str, Array]]
+
+
+class Case(NamedTuple):
+    """What a method is built from: one seed's models and training set."""
+
+    net: Network
+    fresh: Variables
+    copied: Variables  # the source's body under a fresh head
+    source_head: Mapping[str, Array] | None  # kernel [width, source classes], bias
+    data: Mapping[str, Array]  # inputs and labels of the target's training set
+    classes: int
+    steps: int
+
+
+class Method(NamedTuple):
+    """One way to transfer; the defaults are those of plain fine-tuning."""
+
+    name: str
+    label: str
+    paper: str
+    is_copied: bool = True
+    needs_source_head: bool = False
+    trainable: trees.Selector = "model/.*"
+    strengths: tuple[float, ...] = ()  # of the extra term, to choose from; its name is `term`
+    term: str = ""
+    start: Callable[[Case, Params, Array], Params] = lambda case, params, key: {"model": params}
+    apply: Callable[[Case], ModelFn] = lambda case: inner(case.net.apply)
+    record: Callable[[Case], Mapping[str, Any]] = lambda case: {}  # arrays [N, ...] for batches
+    penalty: Callable[[Case], Callable[[Inputs], Array]] | None = None
+    gate: Callable[[Case, Params], optax.GradientTransformation] | None = None
+    finish: Callable[[Params], Params] = lambda params: params["model"]
+
+
+def inner(apply: ModelFn) -> ModelFn:
+    """A model function over `{"model": parameters}`."""
+
+    def run(
+        params: Params,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, PyTree]:
+        return apply(params["model"], model_state, inputs, key=key, train=train)
+
+    return run
+
+
+def terms_of(method: Method, case: Case) -> Terms:
+    """The task and the method's own term."""
+    penalty = None if method.penalty is None else method.penalty(case)
+
+    def terms(inputs: Inputs) -> dict[str, Array]:
+        task = classification(inputs)
+        return task if penalty is None else {**task, method.term: penalty(inputs)}
+
+    return terms
+
+
+def depth_of(names: list[str], path: str) -> int:
+    """The depth of a path's module among the model's modules, the head on top."""
+    return names.index(path.removeprefix("model/").removeprefix("adapter/").split("/")[0])
+
+
+def modules_by_depth(params: Params) -> list[str]:
+    """The model's top-level modules from the input to the head."""
+
+    def rank(name: str) -> tuple[int, Any]:
+        if name.startswith(("stem", "embed", "pos", "cls")):
+            return 0, trees.natural_key(name)
+        if name == "head":
+            return 3, ()
+        return (2 if "norm" in name or name == "pooler" else 1), trees.natural_key(name)
+
+    return sorted(params, key=rank)
+
+
+def by_depth(params: Params, trained: Params, decay: float) -> optax.GradientTransformation:
+    """Layer-wise learning-rate decay over the modules of the model; what is beside it keeps 1."""
+    names = modules_by_depth(params)
+
+    def depth(path: str, leaf: Any) -> int:
+        inside = path.startswith(("model/", "adapter/"))
+        return depth_of(names, path) if inside else len(names) - 1
+
+    ids = trees.map_with_path(depth, trained)
+    return finetune.scale_by_multipliers(finetune.layer_decay(ids, decay=decay))
+
+
+def _probe_first(case: Case, params: Params) -> optax.GradientTransformation:
+    return finetune.lp_ft(params, head=HEAD, probe_steps=case.steps // 2)
+
+
+def _from_the_top(case: Case, params: Params) -> optax.GradientTransformation:
+    """One more module every so many steps; all are open after half of the training."""
+    names = modules_by_depth(params["model"])
+    pause = max(1, case.steps // 2 // max(1, len(names) - 1))
+    rules = [(f"model/{name}(/.*)?", pause * i) for i, name in enumerate(reversed(names))]
+    return finetune.unfreeze_gate(params, rules)
+
+
+def _features(case: Case, inputs: Any) -> dict[str, Array]:
+    outputs, _ = case.net.apply(*case.copied, inputs)
+    return {tap: outputs[tap] for tap in case.net.features}
+
+
+def _source_logits(case: Case) -> Array:
+    """The source model's outputs on the target's training set."""
+    outputs, _ = case.net.apply(*case.copied, case.data["inputs"])
+    return _on_head(outputs[case.net.last], _head(case))
+
+
+def _head(case: Case) -> Mapping[str, Array]:
+    assert case.source_head is not None  # methods that need one are refused without
+    return case.source_head
+
+
+def _on_head(features: Array, head: Mapping[str, Array]) -> Array:
+    return features @ head["kernel"] + head["bias"][None]
+
+
+def _with_source_head(case: Case, params: Params, key: Array) -> Params:
+    return {"model": params, "source_head": dict(_head(case))}
+
+
+def _l2_sp(case: Case) -> Callable[[Inputs], Array]:
+    return lambda x: penalties.l2_sp(x.params["model"], case.copied.params, where=BODY)
+
+
+def _over_features(
+    loss: Callable[[Array, Array], Array],
+) -> Callable[[Case], Callable[[Inputs], Array]]:
+    """`sum over taps of loss(features, the source's features)`."""
+
+    def of_case(case: Case) -> Callable[[Inputs], Array]:
+        def penalty(x: Inputs) -> Array:
+            taps = case.net.features
+            return jnp.sum(
+                jnp.stack([loss(x.student[tap], x.batch["source"][tap]) for tap in taps]), axis=0
+            )
+
+        return penalty
+
+    return of_case
+
+
+def _record_features(case: Case) -> Mapping[str, Any]:
+    return {"source": _features(case, case.data["inputs"])}
+
+
+def _bss(case: Case) -> Callable[[Inputs], Array]:
+    return lambda x: losses.bss(x.student[case.net.last])
+
+
+def _relation(case: Case) -> Mapping[str, Any]:
+    labels = case.data["labels"]
+    relation = losses.category_relation(
+        jax.nn.softmax(_source_logits(case)), labels, num_classes=case.classes
+    )
+    return {"related": relation[labels]}
+
+
+def _co_tuning(case: Case) -> Callable[[Inputs], Array]:
+    def penalty(x: Inputs) -> Array:
+        logits = _on_head(x.student[case.net.last], x.params["source_head"])
+        return losses.co_tuning(logits, x.batch["related"])
+
+    return penalty
+
+
+def _lwf(case: Case) -> Callable[[Inputs], Array]:
+    def penalty(x: Inputs) -> Array:
+        logits = _on_head(x.student[case.net.last], x.params["source_head"])
+        return losses.lwf(logits, x.batch["recorded"])
+
+    return penalty
+
+
+def _bi_tuning(case: Case) -> Callable[[Inputs], Array]:
+    def penalty(x: Inputs) -> Array:
+        head = jax.lax.stop_gradient(x.params["model"]["head"])
+        return losses.bi_tuning_classifier(
+            x.student[case.net.last],
+            x.batch["labels"],
+            class_weights=head["kernel"],
+            class_bias=head["bias"],
+        )
+
+    return penalty
+
+
+_lora = transforms.lora(rank=8, alpha=8.0)
+
+
+def _lora_start(case: Case, params: Params, key: Array) -> Params:
+    def is_kernel(path: str, leaf: Any) -> bool:
+        return jnp.ndim(leaf) >= 2 and not path.startswith("head/")
+
+    base, weights = _lora.init(key, params, where=is_kernel)
+    return {"model": base, "adapter": weights}
+
+
+def _merged(params: Params) -> Params:
+    return _lora.merge(params["model"], params["adapter"])
+
+
+def _lora_apply(case: Case) -> ModelFn:
+    def run(
+        params: Params,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, PyTree]:
+        return case.net.apply(_merged(params), model_state, inputs, key=key, train=train)
+
+    return run
+
+
+def _mixout(case: Case) -> ModelFn:
+    def run(
+        params: Params,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, PyTree]:
+        mixed = params["model"]
+        if train and key is not None:
+            key, draw = jax.random.split(key)
+            body = {name: leaf for name, leaf in mixed.items() if name != "head"}
+            source = {name: case.copied.params[name] for name in body}
+            mixed = {**mixed, **transforms.mixout(draw, body, source, rate=0.5)}
+        return case.net.apply(mixed, model_state, inputs, key=key, train=train)
+
+    return run
+
+
+METHODS: tuple[Method, ...] = (
+    Method("scratch", "From scratch", "", is_copied=False),
+    Method("copied_head_only", "Copied, head only", "linear probe", trainable=HEAD),
+    Method("copied_finetuned", "Copied, all fine-tuned", ""),
+    Method(
+        "copied_l2_sp", "Copied, fine-tuned with L2-SP", "Li et al., 1802.01483",
+        strengths=(1e-3, 1e-2, 1e-1), term="l2_sp", penalty=_l2_sp,
+    ),
+    Method("lp_ft", "Head first, then all (LP-FT)", "Kumar et al., 2202.10054", gate=_probe_first),
+    Method(
+        "gradual_unfreezing", "Unfrozen from the top", "Howard and Ruder, 1801.06146",
+        gate=_from_the_top,
+    ),
+    Method(
+        "bitfit", "Biases and head alone (BitFit)", "Ben Zaken et al., 2106.10199",
+        trainable=r"model/(head/.*|.*bias)",
+    ),
+    Method(
+        "lora", "LoRA of rank 8, and the head", "Hu et al., 2106.09685",
+        trainable=r"adapter/.*|model/head/.*",
+        start=_lora_start, apply=_lora_apply, finish=_merged,
+    ),
+    Method(
+        "behavioral", "Features kept near the source's", "Li et al., 1901.09229",
+        strengths=(1e-3, 1e-2, 1e-1), term="behavioral", record=_record_features,
+        penalty=_over_features(losses.behavioral),
+    ),
+    Method(
+        "delta", "DELTA, channels weighed equally", "Li et al., 1901.09229",
+        strengths=(1e-3, 1e-2, 1e-1), term="delta", record=_record_features,
+        penalty=_over_features(losses.delta),
+    ),
+    Method(
+        "bss", "Batch spectral shrinkage", "Chen et al., NeurIPS 2019",
+        strengths=(1e-4, 1e-3, 1e-2), term="bss", penalty=_bss,
+    ),
+    Method(
+        "co_tuning", "Co-Tuning, direct relation", "You et al., NeurIPS 2020",
+        needs_source_head=True, trainable=r"model/.*|source_head/.*",
+        strengths=(0.1, 1.0, 2.3), term="co_tuning", start=_with_source_head,
+        record=_relation, penalty=_co_tuning,
+    ),
+    Method(
+        "lwf", "Learning without forgetting", "Li and Hoiem, 1606.09282",
+        needs_source_head=True, trainable=r"model/.*|source_head/.*",
+        strengths=(0.1, 1.0, 4.0), term="lwf", start=_with_source_head,
+        record=lambda case: {"recorded": _source_logits(case)}, penalty=_lwf,
+    ),
+    Method(
+        "bi_tuning", "Bi-Tuning's classifier part", "Zhong et al., 2011.06182",
+        strengths=(0.1, 1.0), term="bi_tuning", penalty=_bi_tuning,
+    ),
+    Method("mixout", "Mixout, half of the weights", "Lee et al., 1909.11299", apply=_mixout),
+)  # fmt: skip
+BY_NAME = {method.name: method for method in METHODS}
+DEFAULT = (
+    "scratch", "copied_head_only", "copied_finetuned", "copied_l2_sp", "lp_ft", "lora", "delta",
+    "bss", "co_tuning", "lwf",
+)  # fmt: skip

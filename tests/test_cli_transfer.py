@@ -1,0 +1,237 @@
+"""`kdtl transfer`: the run folder, the surgery's report, every method, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+from kdtl_jax import cli, transforms, trees
+from kdtl_jax._types import Variables
+from kdtl_jax.datasets import Dataset, Splits
+from kdtl_jax.interop import safetensors
+from kdtl_jax.models import mlp
+from kdtl_jax.recipes import _fits, _networks, transfer
+from kdtl_jax.recipes import _transfer_methods as ways
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+WIDTH, CLASSES = 12, 3
+
+
+def blobs(classes: int, count: int, seed: int) -> Dataset:
+    """Gaussians around fixed centers: a task that a small network learns in no time."""
+    rng = np.random.default_rng(seed)
+    labels = np.tile(np.arange(classes, dtype=np.int32), count)
+    centers = np.random.default_rng(0).standard_normal((classes, 6)) * 2
+    inputs = (centers[labels] + rng.standard_normal((len(labels), 6))).astype(np.float32)
+    return Dataset("blobs", inputs, labels, classes)
+
+
+def splits(classes: int = CLASSES) -> Splits:
+    return Splits(*(blobs(classes, 20, seed) for seed in range(3)))
+
+
+def network() -> _networks.Network:
+    return _networks.network(mlp((WIDTH, 10), CLASSES), np.zeros((1, 6), np.float32))
+
+
+def write_data(path: Path) -> Path:
+    train, validation, test = splits(6)
+    np.savez(
+        path,
+        x_train=train.inputs,
+        y_train=train.labels,
+        x_validation=validation.inputs,
+        y_validation=validation.labels,
+        x_test=test.inputs,
+        y_test=test.labels,
+    )
+    return path
+
+
+def write_source(path: Path, *, hidden: int = WIDTH, prefix: str = "", head: bool = True) -> Path:
+    net = _networks.network(mlp((hidden, 10), 4), np.zeros((1, 6), np.float32))
+    params = net.init(jax.random.key(5), jnp.zeros((1, 6))).params
+    flat = {f"{prefix}{k}": np.asarray(x) for k, x in trees.flatten(params).items()}
+    kept = {name: x for name, x in flat.items() if head or "head" not in name}
+    safetensors.save(path, kept)
+    return path
+
+
+def arguments(data: Path, out: Path, *more: str) -> list[str]:
+    fixed = f"transfer --data {data} --out {out} --model mlp:{WIDTH},10 --seeds 2 --epochs 2"
+    return [*fixed.split(), "--labels-per-class", "4", "--rates", "0.01", *more]
+
+
+@pytest.mark.slow
+def test_a_run_writes_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data, out = write_data(tmp_path / "data.npz"), tmp_path / "run"
+    more = ("--methods", "scratch,copied_finetuned", "--source-epochs", "3", "--llrd", "0.75")
+    assert cli.main(arguments(data, out, *more)) == 0
+    printed = capsys.readouterr().out
+    assert "copied  dense_0/kernel  [6, 12]" in printed
+    assert "kept    head/kernel     [10, 3]" in printed
+    results = json.loads((out / "results.json").read_text())
+    assert [row["method"] for row in results["rows"]] == ["scratch", "copied_finetuned"]
+    row = results["rows"][1]
+    assert row["seeds"] == 2 and len(row["test_accuracy"]["values"]) == 2
+    assert row["versus"]["baseline"] == "scratch"
+    assert row["settings"]["trained_parameters"] == row["parameters"] == 84 + 130 + 33
+    assert results["data"]["target_train"] == 12
+    names = {"config.yaml", "metrics.jsonl", "results.json", "checkpoints", "student.safetensors"}
+    assert names | {"report.html", "env.json"} == {entry.name for entry in out.iterdir()}
+    # The config is a --config file, and the student is this model.
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(config | {"out": str(tmp_path / "two")}))
+    assert cli.main(["transfer", "--config", str(tmp_path / "again.yaml"), "--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["methods"] == "scratch,copied_finetuned"
+    student = _networks.load(str(out / "student.safetensors"), network(), jnp.zeros((1, 6)))
+    assert student.params["head"]["kernel"].shape == (10, 3)
+    assert cli.main(arguments(data, out)) == 1  # never overwritten
+    assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_weights_of_ones_own_under_other_names_and_shapes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    data = write_data(tmp_path / "data.npz")
+    source = write_source(tmp_path / "source.safetensors", hidden=WIDTH + 4, prefix="backbone/")
+    more = ("--methods", "copied_head_only", "--target-classes", "3-5")
+    more += ("--source-weights", str(source))
+    assert cli.main(arguments(data, tmp_path / "a", *more)) == 1
+    error = capsys.readouterr().err
+    assert "dense_0/kernel" in error and "backbone/dense_0/kernel" in error
+    more += ("--rename", "backbone/(.*)=>\\1")
+    assert cli.main(arguments(data, tmp_path / "b", *more)) == 1
+    assert "[6, 16]" in capsys.readouterr().err
+    assert cli.main(arguments(data, tmp_path / "c", *more, "--on-mismatch", "crop")) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "adapted dense_0/kernel [6, 16] -> [6, 12] by crop" in printed
+    # The head alone was trained: the body is the source's, cropped, bit for bit.
+    stored = safetensors.load(source)
+    student = safetensors.load(tmp_path / "c" / "student.safetensors")
+    np.testing.assert_array_equal(
+        student["dense_0/kernel"], stored["backbone/dense_0/kernel"][:, :WIDTH]
+    )
+    assert student["head/kernel"].shape == (10, 3)
+
+
+def test_bad_usage_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = write_data(tmp_path / "data.npz")
+    for more, says in (
+        (("--methods", "scratch,magic"), "unknown method magic"),
+        (("--llrd", "1.5"), "above 0 and up to 1"),
+        (("--target-classes", "4-9"), "the data has classes 0-5, got 4-9"),
+        (("--target-classes", "x"), "expected A-B"),
+        (("--canvas", "3"), "needs images"),
+        (("--rename", "nothing"), "expected 'REGEX=>NAME'"),
+        (("--on-mismatch", "stretch"), "invalid choice"),
+    ):
+        assert cli.main(arguments(data, tmp_path / "run", *more)) == 2, more
+        assert says in capsys.readouterr().err
+    source = write_source(tmp_path / "headless.safetensors", head=False)
+    more = ("--source-weights", str(source), "--methods", "copied_finetuned,co_tuning")
+    assert cli.main(arguments(data, tmp_path / "other", *more)) == 1
+    assert "co_tuning train the source's head too" in capsys.readouterr().err
+    assert cli.main(["transfer", "--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(ways.METHODS)
+
+
+def shared(net: _networks.Network, seeds: int = 2) -> tuple[Any, ...]:
+    parts = splits()
+    keys = jax.random.split(jax.random.key(1), seeds)
+    fresh = jax.vmap(lambda key: net.init(key, jnp.zeros((1, 6))))(keys)
+    copied = jax.tree.map(lambda x: x + 1, fresh)
+    heads = {"kernel": jnp.ones((seeds, 10, 4)), "bias": jnp.zeros((seeds, 4))}
+    data = _fits.stacked([parts.train] * seeds)
+    return data, fresh, copied, heads, _fits.held(parts.validation), _fits.held(parts.test)
+
+
+@pytest.mark.parametrize("method", ways.METHODS, ids=lambda method: method.name)
+def test_every_method_is_a_program_with_a_plain_model_at_its_end(method: ways.Method):
+    net = network()
+    settings = transfer.Settings(epochs=4, llrd=0.8)
+    program = transfer._program(method, net, CLASSES, settings)
+    point = {"seed": jnp.zeros((), jnp.int32), "rate": jnp.float32(0.1)}
+    point |= {method.term: jnp.float32(0.1)} if method.term else {}
+    stacks = shared(net)
+    trained = jax.eval_shape(program, point, *stacks)
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacks[1].params)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), trained.fitted.params) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), wanted
+    )
+    assert trained.fitted.curve.shape == (4,)
+    count = transfer._trained_parameters(method, net, CLASSES, stacks)
+    whole = trees.count(wanted)
+    if method.name in ("copied_head_only", "bitfit"):
+        assert count < whole / 2
+    elif method.needs_source_head:
+        assert count == whole + 44
+    elif method.name != "lora":
+        assert count == whole
+
+
+@pytest.mark.slow
+def test_what_is_frozen_stays_and_what_is_low_rank_is(tmp_path: Path):
+    net, settings = network(), transfer.Settings(epochs=2, batch_size=20)
+    stacks = shared(net)
+    points = {"seed": jnp.arange(2, dtype=jnp.int32), "rate": jnp.full((2,), 0.01)}
+    for name in ("copied_head_only", "lora"):
+        program = transfer._program(ways.BY_NAME[name], net, CLASSES, settings)
+        fitted = jax.jit(jax.vmap(lambda p, run=program: run(p, *stacks)))(points).fitted
+        after, before = trees.flatten(fitted.params), trees.flatten(stacks[2].params)
+        changed = {path for path in after if not np.array_equal(after[path], before[path])}
+        heads = {"head/kernel", "head/bias"}
+        assert changed == heads | (
+            {"dense_0/kernel", "dense_1/kernel"} if name == "lora" else set()
+        )
+    rank = np.linalg.matrix_rank(after["dense_1/kernel"] - before["dense_1/kernel"], tol=1e-5)
+    assert np.all(rank <= 8)
+
+
+def test_depths_of_the_modules_of_every_model():
+    deep = {"head": 0, "stem": 0, "stage2_block0": 0, "stage1_block10": 0, "stage1_block9": 0}
+    assert ways.modules_by_depth(deep | {"final_norm": 0}) == [
+        "stem",
+        "stage1_block9",
+        "stage1_block10",
+        "stage2_block0",
+        "final_norm",
+        "head",
+    ]
+    params = {"dense_0": {"kernel": jnp.ones(2)}, "head": {"kernel": jnp.ones(2)}}
+    trained = {
+        "model": params,
+        "adapter": {"dense_0/kernel": transforms.LoraWeights(jnp.ones(2), jnp.ones(2))},
+        "source_head": {"kernel": jnp.ones(2)},
+    }
+    tx = ways.by_depth(params, trained, 0.5)
+    updates, _ = tx.update(trained, tx.init(trained), trained)
+    found = {path: float(leaf[0]) for path, leaf in trees.flatten(updates).items()}
+    assert found == {
+        "adapter/dense_0/kernel/a": 0.5,
+        "adapter/dense_0/kernel/b": 0.5,
+        "model/dense_0/kernel": 0.5,
+        "model/head/kernel": 1.0,
+        "source_head/kernel": 1.0,
+    }
+
+
+def test_modules_with_batch_statistics_are_copied_with_them():
+    source = {
+        "params": {"dense": {"kernel": np.ones((2, 2))}, "head": {"kernel": np.ones((2, 5))}},
+        "batch_stats": {"norm": {"mean": np.full(2, 3.0)}},
+    }
+    target = Variables(
+        {"dense": {"kernel": jnp.zeros((2, 2))}, "head": {"kernel": jnp.zeros((2, 3))}},
+        {"batch_stats": {"norm": {"mean": jnp.zeros(2)}}},
+    )
+    copied, report = transfer._copy(source, target, transfer.Surgery())
+    assert float(copied.model_state["batch_stats"]["norm"]["mean"][0]) == 3
+    assert {kept.path for kept in report.kept} == {"params/head/kernel"}
+    assert transfer._source_head(source) is None
