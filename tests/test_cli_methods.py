@@ -128,6 +128,7 @@ def cnns() -> Pair:
         jax.random.normal(jax.random.key(2), (BATCH, 4, 4, 3)),
         pairs=(("block_0", "block_0"), ("block_1", "block_1")),
         last=("pooled", "pooled"),
+        last_maps=("block_1", "block_1"),
         before_activation={"block_0": "conv_0", "block_1": "conv_1"},
     )
 
@@ -145,7 +146,8 @@ def vits() -> Pair:
         def apply(params: Params, x: Array) -> Outputs:
             # The model's own promotions are not the subject here.
             with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-                return model.apply(params, None, x)[0]
+                outputs, _ = model.apply(params, None, x)
+            return {**outputs, "pooled": outputs["last_hidden"][:, 0]}
 
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return apply, jax.jit(model.init)(jax.random.key(seed), x).params
@@ -159,7 +161,7 @@ def vits() -> Pair:
         teacher,
         x,
         pairs=tuple((name, name) for name in names),
-        last=("layers_1", "layers_1"),
+        last=("pooled", "pooled"),
         attention=tuple((f"{name}/attention", f"{name}/attention") for name in names),
     )
 
@@ -229,6 +231,7 @@ def test_a_method_teaches_a_pair_of_mlps(method: Method, mlps: Pair) -> None:
     check(mlps, method)
 
 
+OF_FEATURES = [m for m in methods.METHODS if m.needs in ("features", "maps", "networks")]
 # What runs otherwise on maps than on vectors: pools, upsampling, margins, the head of an average.
 ON_MAPS = [
     m for m in methods.METHODS if m.needs == "maps" or m.name in ("simkd", "ofd", "reviewkd")
@@ -241,16 +244,25 @@ def test_a_method_of_maps_teaches_a_pair_of_cnns(method: Method, cnns: Pair) -> 
     check(cnns, method)
 
 
-def test_every_method_but_those_of_tokens_takes_the_shapes_of_maps(cnns: Pair) -> None:
-    for method in methods.METHODS:
-        if method.needs == "tokens":
-            assert method.applies(cnns.setup) is not None
-        else:
-            built = build(method, cnns.setup)
-            key = jax.random.key(0, impl=KEYS)
-            params = {"student": cnns.student, "connectors": jax.eval_shape(built.connectors, key)}
-            memory, at = jax.eval_shape(built.memory, key), jnp.zeros((), jnp.int32)
-            jax.eval_shape(gradient(cnns, built), params, memory, at, cnns.teacher, cnns.batch, key)
+def traced(pair: Pair, method: Method) -> None:
+    """The method's gradient on shapes alone."""
+    built, key = build(method, pair.setup), jax.random.key(0, impl=KEYS)
+    params = {"student": pair.student, "connectors": jax.eval_shape(built.connectors, key)}
+    memory, at = jax.eval_shape(built.memory, key), jnp.zeros((), jnp.int32)
+    jax.eval_shape(gradient(pair, built), params, memory, at, pair.teacher, pair.batch, key)
+
+
+@pytest.mark.parametrize("method", OF_FEATURES, ids=lambda method: method.name)
+def test_a_method_of_features_takes_maps_and_tokens(method: Method, cnns: Pair, vits: Pair) -> None:
+    traced(cnns, method)
+    if method.applies(vits.setup) is None:
+        traced(vits, method)
+    else:
+        assert method.name in ("catkd", "ofd")
+
+
+def test_methods_of_tokens_refuse_maps(cnns: Pair) -> None:
+    assert all(m.applies(cnns.setup) is not None for m in methods.METHODS if m.needs == "tokens")
 
 
 @pytest.mark.parametrize(
@@ -345,7 +357,7 @@ def test_schedules_of_weights(mlps: Pair, cnns: Pair) -> None:
 def test_simkd_predicts_through_the_teachers_head(cnns: Pair) -> None:
     built = build(methods.BY_NAME["simkd"], cnns.setup)
     assert built.predict is not None and built.weights[TASK] == 0
-    params = {"student": cnns.student, "connectors": built.connectors(jax.random.key(0, impl=KEYS))}
+    params, _ = start(cnns, built)
     student = cnn(cnns.student, cnns.batch["inputs"][:4])
     logits = built.predict(params, student)
     assert logits.shape == (4, CLASSES)

@@ -50,6 +50,7 @@ class Setup(NamedTuple):
     steps: int  # of the whole run
     teacher_head: Head | None = None
     student_head: Callable[[Params], Head] | None = None  # of the student's own parameters
+    last_maps: tuple[str, str] | None = None  # maps whose averages are `last`, where both pool
     # Tap -> the tap of the same layer before its activation, for either model.
     before_activation: Mapping[str, str] = {}
     attention: tuple[tuple[str, str], ...] = ()  # paths of matched attention modules

@@ -18,6 +18,7 @@ from kdtl_jax.interop import linen, safetensors
 from kdtl_jax.recipes._method import Head, Models, Setup
 
 Pair = tuple[str, str]
+_Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 
 class Network(NamedTuple):
@@ -137,6 +138,7 @@ def setup(
         else None,
         before_activation={tap: name for tap, name in before.items() if tap not in clash},
         attention=_matched(student.attention, teacher.attention),
+        last_maps=_last_maps(student, teacher, of_student, of_teacher),
         models=None if stateful else Models(of_params, of_inputs),
     )
 
@@ -170,6 +172,19 @@ def _matched(student: Sequence[str], teacher: Sequence[str]) -> tuple[Pair, ...]
     """From the end backwards: the deepest layers belong together whatever the depths."""
     count = min(len(student), len(teacher))
     return tuple(zip(student[len(student) - count :], teacher[len(teacher) - count :], strict=True))
+
+
+def _last_maps(
+    student: Network, teacher: Network, of_student: _Shapes, of_teacher: _Shapes
+) -> Pair | None:
+    """The deepest features, where they are maps of which both heads read the average."""
+    both = ((student, of_student), (teacher, of_teacher))
+    if any(
+        net.last != "pooled" or not net.features or len(taps[net.features[-1]].shape) != 4
+        for net, taps in both
+    ):
+        return None
+    return student.features[-1], teacher.features[-1]
 
 
 def _head(net: Network, params: Params) -> Head | None:

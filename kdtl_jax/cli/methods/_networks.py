@@ -37,24 +37,25 @@ def _classify(head: Head, features: Array) -> Array:
 def _build_simkd(setup: Setup, options: Options) -> Built:
     """The student predicts through the projector and the teacher's classifier; no labels at all."""
     assert setup.teacher_head is not None
-    head, view, pairs = setup.teacher_head, _views.matched_maps, _views.deepest_pair(setup)
-    [(student_shape, teacher_shape)] = _views.shapes(view, pairs, setup)
+    head, view = setup.teacher_head, _views.matched_maps
+    layers = (setup.last if setup.last_maps is None else setup.last_maps,)
+    [(student_shape, teacher_shape)] = _views.shapes(view, layers, setup)
     projector = connectors.simkd_projector(teacher_shape.shape[-1])
 
     def projected(params: Params, student: Outputs, teacher: Outputs) -> tuple[Array, Array]:
-        [(features, target)] = _views.viewed(view, pairs, student, teacher)
+        [(features, target)] = _views.viewed(view, layers, student, teacher)
         return projector.apply(params["connectors"], features), target
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         return {"simkd": losses.simkd(*projected(inputs.params, inputs.student, inputs.teacher))}
 
     def predict(params: Params, student: Outputs) -> Array:
-        # Only the shape of the teacher's map matters here: the cells that the student's fill.
-        count = len(student[pairs[0][0]])
-        teacher = {
-            name: jnp.zeros((count, *x.shape[1:]), x.dtype) for name, x in setup.teacher.items()
-        }
-        return _classify(head, _views.as_vector(projected(params, student, teacher)[0]))
+        [(of_student, of_teacher)] = layers
+        shape = setup.teacher[of_teacher].shape[1:]
+        # Of the teacher's map only the size matters here: the student's is pooled to it.
+        blank = jnp.zeros((len(student[of_student]), *shape), student[of_student].dtype)
+        features, _ = projected(params, student, {of_teacher: blank})
+        return _classify(head, _views.as_vector(features))
 
     def init(key: Array) -> Params:
         return projector.init(key, student_shape)
@@ -85,11 +86,10 @@ def _build_catkd(setup: Setup, options: Options) -> Built:
     """Class activation maps: the last map times the kernel of the head that reads its average."""
     assert setup.teacher_head is not None and setup.student_head is not None
     teacher_kernel, student_head = setup.teacher_head.kernel, setup.student_head
-    pairs = _views.deepest_pair(setup)
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         [(student, teacher)] = _views.viewed(
-            _views.matched_maps, pairs, inputs.student, inputs.teacher
+            _views.matched_maps, _last_maps(setup), inputs.student, inputs.teacher
         )
         student = student @ student_head(inputs.params["student"]).kernel.astype(student.dtype)
         teacher = teacher @ jax.lax.stop_gradient(teacher_kernel).astype(teacher.dtype)
@@ -97,6 +97,10 @@ def _build_catkd(setup: Setup, options: Options) -> Built:
         return {"catkd": losses.catkd(student, teacher, resolution=resolution)}
 
     return Built(terms, {TASK: 1.0, "catkd": 400.0}, no_connectors, no_memory)
+
+
+def _last_maps(setup: Setup) -> _views.Pairs:
+    return () if setup.last_maps is None else (setup.last_maps,)
 
 
 def _build_jacobian(setup: Setup, options: Options) -> Built:
@@ -121,28 +125,15 @@ def _build_jacobian(setup: Setup, options: Options) -> Built:
     return Built(terms, weights, no_connectors, no_memory)
 
 
-def _head_reads_the_deepest(setup: Setup) -> str | None:
-    """The teacher's classifier must fit the channels of the deepest matched layer."""
-    assert setup.teacher_head is not None
-    of_teacher = setup.pairs[-1][1]
-    channels, read = setup.teacher[of_teacher].shape[-1], setup.teacher_head.kernel.shape[0]
-    if channels != read:
-        return (
-            f"needs the layer that the teacher's head reads, of {read} channels, not {of_teacher!r}"
-        )
-    return None
-
-
 def _needs_student_head(setup: Setup) -> str | None:
     if setup.student_head is None:
         return "needs the student's classifier (a linear head), which this student does not show"
-    of_student = setup.pairs[-1][0]
-    channels = setup.student[of_student].shape[-1]
-    read = setup.student[setup.last[0]].shape[-1]
-    if channels != read:
-        return (
-            f"needs the layer that the student's head reads, of {read} channels, not {of_student!r}"
-        )
+    return None
+
+
+def _needs_last_maps(setup: Setup) -> str | None:
+    if setup.last_maps is None:
+        return "needs heads that read the average of a feature map, which has one map per class"
     return None
 
 
@@ -160,7 +151,7 @@ METHODS = (
         "features",
         True,
         _build_simkd,
-        _views.both(_views.matched_layers, _views.needs_teacher_head, _head_reads_the_deepest),
+        _views.needs_teacher_head,
     ),
     Method(
         "srrl",
@@ -179,12 +170,11 @@ METHODS = (
         False,
         _build_catkd,
         _views.both(
+            _needs_last_maps,
             _views.needs_positions(
-                "a class activation map normalized over one position is only a sign",
-                _views.deepest_pair,
+                "a class activation map normalized over one position is only a sign", _last_maps
             ),
             _views.needs_teacher_head,
-            _head_reads_the_deepest,
             _needs_student_head,
         ),
     ),
