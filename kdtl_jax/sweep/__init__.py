@@ -25,4 +25,5 @@ from kdtl_jax.sweep._run import fastest as fastest
 from kdtl_jax.sweep._run import mapped as mapped
 from kdtl_jax.sweep._run import run as run
 from kdtl_jax.sweep._run import sequential as sequential
+from kdtl_jax.sweep._run import timings as timings
 from kdtl_jax.sweep._run import vectorized as vectorized

@@ -11,7 +11,8 @@ from jax import Array
 
 from kdtl_jax._types import PyTree
 
-Points = Mapping[str, Array]
+# `{name: [N]}`; for `run`, a column may be a whole pytree of arrays [N, ...].
+Points = Mapping[str, Any]
 
 
 class Range(NamedTuple):
@@ -46,7 +47,10 @@ def size(points: Points) -> int:
     Raises:
       ValueError: if there are none, or the columns' lengths differ.
     """
-    lengths = {name: len(column) for name, column in points.items()}
+    lengths = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): len(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(dict(points))
+    }
     if len(set(lengths.values())) != 1 or not next(iter(lengths.values())):
         raise ValueError(
             f"sweep: points must be equally long, non-empty columns, got lengths {lengths}."

@@ -40,7 +40,7 @@ def sequential(experiment: Experiment) -> Callable[..., PyTree]:
 
     def every(points: Points, *shared: Any) -> PyTree:
         results = [
-            compiled({name: column[i] for name, column in points.items()}, *shared)
+            compiled(jax.tree.map(lambda x, i=i: x[i], dict(points)), *shared)
             for i in range(size(points))
         ]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
@@ -60,7 +60,8 @@ def run(
 
     Args:
       experiment: `experiment(point, *shared) -> pytree of arrays`.
-      points: `{name: [N]}`, from `grid` or your own columns.
+      points: `{name: [N]}`, from `grid` or your own columns; a column may be a whole pytree of
+        arrays `[N, ...]`, such as states to go on from.
       *shared: data and weights that all points read, passed once.
       chunk: points per call, to bound memory; the last chunk is padded with its first point, so
         that there is one compile. None runs all at once.
@@ -77,7 +78,7 @@ def run(
     chunk = total if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"sweep.run: chunk must be at least 1, got {chunk}.")
-    columns = {name: np.asarray(column) for name, column in points.items()}
+    columns = jax.tree.map(_column, dict(points))
     every = runner(experiment)
     many = 1 if devices is None else len(devices)
     chunk = -(-min(chunk, total) // many) * many  # a multiple of the devices, all of one size
@@ -85,10 +86,37 @@ def run(
     for start in range(0, total, chunk):
         index = np.arange(start, start + chunk)
         index[index >= total] = start
-        part = every(_placed({n: column[index] for n, column in columns.items()}, devices), *shared)
+        here = columns if len(index) == total else _taken(columns, index)
+        part = every(_placed(here, devices), *shared)
         keep = min(chunk, total - start)
         parts.append(part if keep == chunk else jax.tree.map(lambda x, keep=keep: x[:keep], part))
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+
+def timings(
+    experiment: Experiment,
+    points: Points,
+    *shared: Any,
+    candidates: Sequence[Runner] = (vectorized, mapped, sequential),
+    probe: int = 16,
+    repeats: int = 3,
+) -> list[float]:
+    """Seconds per point of every candidate on the first `probe` points, compilation excluded.
+
+    Candidates take turns, and the shortest of `repeats` runs counts: what else the machine does
+    then touches all alike. Give it a short form of the experiment (fewer steps): the order of the
+    candidates is the same.
+    """
+    some = _taken(dict(points), np.arange(min(probe, size(points))))
+    programs = [runner(experiment) for runner in candidates]
+    best = [float("inf")] * len(programs)
+    for turn in range(1 + repeats):
+        for i, every in enumerate(programs):
+            start = time.perf_counter()
+            jax.block_until_ready(every(some, *shared))
+            if turn:  # the first run compiles
+                best[i] = min(best[i], time.perf_counter() - start)
+    return [seconds / size(some) for seconds in best]
 
 
 def fastest(
@@ -96,23 +124,17 @@ def fastest(
     points: Points,
     *shared: Any,
     candidates: Sequence[Runner] = (vectorized, mapped, sequential),
-    probe: int = 4,
+    probe: int = 16,
+    repeats: int = 3,
 ) -> Runner:
-    """The candidate that runs the first `probe` points fastest, compilation excluded.
+    """The candidate with the shortest of `timings`.
 
     Batched convolutions become grouped ones, which some back ends run more slowly than one
     model after another: there, only a measurement tells. Its `__name__` says what was chosen.
     """
-    some = {
-        name: jnp.asarray(column[: min(probe, size(points))]) for name, column in points.items()
-    }
-    seconds = []
-    for runner in candidates:
-        every = runner(experiment)
-        jax.block_until_ready(every(some, *shared))
-        start = time.perf_counter()
-        jax.block_until_ready(every(some, *shared))
-        seconds.append(time.perf_counter() - start)
+    seconds = timings(
+        experiment, points, *shared, candidates=candidates, probe=probe, repeats=repeats
+    )
     return candidates[int(np.argmin(seconds))]
 
 
@@ -125,12 +147,14 @@ def chunk_for_memory(experiment: Experiment, points: Points, *shared: Any, bytes
       ValueError: if not even one point fits.
     """
 
+    every = jax.jit(lambda points, *shared: jax.vmap(lambda p: experiment(p, *shared))(points))
+
     def needs(n: int) -> int:
-        some = {
-            name: jax.ShapeDtypeStruct((n, *np.shape(column)[1:]), jnp.asarray(column).dtype)
-            for name, column in points.items()
-        }
-        lowered = jax.jit(jax.vmap(lambda p: experiment(p, *shared))).lower(some)
+        some = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((n, *np.shape(x)[1:]), jnp.asarray(x).dtype),
+            dict(points),
+        )
+        lowered = every.lower(some, *shared)
         memory = lowered.compile().memory_analysis()
         if memory is None:
             raise ValueError(
@@ -150,8 +174,18 @@ def chunk_for_memory(experiment: Experiment, points: Points, *shared: Any, bytes
     return min(chunk, size(points))
 
 
-def _placed(columns: dict[str, np.ndarray], devices: Sequence[Any] | None) -> Points:
-    arrays = {name: jnp.asarray(column) for name, column in columns.items()}
+def _column(column: Any) -> Any:
+    """On the host, where any chunk can be cut out of it; PRNG keys stay what they are."""
+    is_key = hasattr(column, "dtype") and jnp.issubdtype(column.dtype, jax.dtypes.prng_key)
+    return column if is_key else np.asarray(column)
+
+
+def _taken(points: dict[str, Any], index: np.ndarray) -> dict[str, Any]:
+    return jax.tree.map(lambda x: x[index], points)
+
+
+def _placed(columns: dict[str, Any], devices: Sequence[Any] | None) -> Points:
+    arrays = jax.tree.map(jnp.asarray, columns)
     if devices is None:
         return arrays
     mesh = Mesh(np.array(devices, dtype=object), ("points",), axis_types=(AxisType.Auto,))
