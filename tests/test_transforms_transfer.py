@@ -1,7 +1,6 @@
 """`transfer`, `plan`, `apply`: exactness by default, every difference by rule, nothing silent."""
 
 import re
-import time
 from typing import Any
 
 import jax
@@ -419,6 +418,18 @@ def test_a_sharded_target_gets_sharded_values() -> None:
     assert params["w"].sharding.is_equivalent_to(sharding, 1)
 
 
+def test_apply_keeps_shardings_within_one_program() -> None:
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    source = {"w": jax.device_put(jnp.arange(32.0).reshape(8, 4), rows)}
+    target = {"w": jax.device_put(jnp.zeros((4, 2)), rows)}
+    planned = transforms.plan(source, target, on_mismatch=transforms.uniform, alpha=2.0)
+    small = jax.jit(lambda s, t: transforms.apply(planned, s, t), out_shardings={"w": rows})
+    got = small(source, target)["w"]
+    assert got.sharding.is_equivalent_to(rows, 2) and len(got.addressable_shards) == 4
+    np.testing.assert_array_equal(got, 2 * np.arange(32.0).reshape(8, 4)[::2, ::2])
+
+
 # --- plan and apply ------------------------------------------------------------------------------
 
 
@@ -461,9 +472,9 @@ def test_seventy_billion_parameters_are_planned_without_memory() -> None:
 
     source, target = model(9216, 80), model(4608, 80)
     assert trees.count(source) > 70e9
-    start = time.perf_counter()
+    before = len(jax.live_arrays())
     report = transforms.plan(source, target, on_mismatch=transforms.uniform).report
-    assert time.perf_counter() - start < 5
+    assert len(jax.live_arrays()) <= before  # seconds: benchmarks/transforms_bandwidth.py
     assert report.fraction == 1 and len(report.adapted) == 560
     assert len(str(report).splitlines()) == 8  # layers collapse
 
