@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kdtl_jax import transforms
+from kdtl_jax import cli, transforms
 from kdtl_jax.cli import main
-from kdtl_jax.cli.params import _rewrite
+from kdtl_jax.cli.params import _rewrite, _ties
 from kdtl_jax.cli.params._methods import METHODS, Members, Options
 from kdtl_jax.interop import safetensors
 
@@ -325,6 +328,40 @@ def test_ties_of_whole_models_is_the_librarys(density: float) -> None:
     assert_same(written(), native(transforms.apply_task_vectors(base, [merged])), rtol=1e-6)
 
 
+@given(
+    values=st.lists(
+        st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.0000001, 2e-45, math.inf, -math.inf, math.nan])
+        | st.floats(width=32),
+        min_size=1,
+        max_size=40,
+    ),
+    density=st.floats(0, 1),
+    cuts=st.lists(st.integers(0, 40), max_size=3),
+)
+def test_any_entries_are_trimmed_as_by_a_stable_sort(
+    values: list[float], density: float, cuts: list[int]
+) -> None:
+    whole = np.array(values, np.float32)
+    bounds = sorted({0, len(values), *(cut for cut in cuts if cut < len(values))})
+    tensors = {f"t{i}": whole[a:b] for i, (a, b) in enumerate(pairwise(bounds))}
+
+    def taus(path: str) -> Iterator[list[np.ndarray]]:
+        for start in range(0, len(tensors[path]), 3):
+            yield [tensors[path][start : start + 3]]
+
+    trim = _ties.measure(list(tensors)[::-1], taus, 1, len(values), density)
+    got = []
+    for path in tensors:
+        seen = trim.before[path].copy()
+        got += [_ties.trimmed(trim, piece[0], 0, seen) for piece in taus(path)]
+    want = np.zeros_like(whole)
+    kept = np.argsort(-np.abs(whole), kind="stable")[: math.floor(density * len(values))]
+    want[kept] = whole[kept]
+    np.testing.assert_array_equal(np.concatenate(got), want)
+    signs = np.sign(want)
+    assert trim.majority == (1 if (signs > 0).sum() >= (signs < 0).sum() else -1)
+
+
 def test_average_weighs_and_leaves_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
     assert params("average", A, B, "--weights", "3,1", "--where", "layer_./kernel", *OUT) == 0
     a, b, got = flat(1), flat(2), written()
@@ -503,6 +540,24 @@ def test_a_write_error_keeps_the_old_file(capsys: pytest.CaptureFixture[str]) ->
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, previous)
     assert code == 1 and "out.safetensors: File too large" in capsys.readouterr().err
+    assert Path("out.safetensors").read_bytes() == before and sorted(os.listdir()) == listing
+
+
+@pytest.mark.parametrize(("signal_", "code"), [(KeyboardInterrupt, 130), (cli.Terminated, 143)])
+def test_an_interrupted_write_keeps_the_old_file(
+    signal_: type[BaseException], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert params("scale", A, *OUT) == 0
+    before, listing = Path("out.safetensors").read_bytes(), sorted(os.listdir())
+    blocks = safetensors.blocks
+
+    def interrupted(tensor: safetensors.Tensor, size: int) -> Iterator[np.ndarray]:
+        if tensor.start > 200:
+            raise signal_
+        return blocks(tensor, size)
+
+    monkeypatch.setattr(safetensors, "blocks", interrupted)
+    assert params("scale", B, *OUT, "--force") == code
     assert Path("out.safetensors").read_bytes() == before and sorted(os.listdir()) == listing
 
 
