@@ -28,7 +28,9 @@ COMMANDS = (
     Command("demo", "every foundation method on embedded real data", "kdtl_jax.cli.demo"),
     Command("distill", "teach a small model with a large one", "kdtl_jax.cli.distill"),
     Command("transfer", "reuse a trained model's weights on a new task", "kdtl_jax.cli.transfer"),
+    Command("cache", "compute a teacher's outputs once, onto the disk", "kdtl_jax.cli.cache"),
     Command("params", "weight surgery: safetensors in, safetensors out", "kdtl_jax.cli.params"),
+    Command("sweep", "many settings and seeds as one program", "kdtl_jax.cli.sweep"),
     Command("bench", "train steps against the machine's ceilings", "kdtl_jax.cli.bench"),
     Command("env", "versions and devices, for reports", "kdtl_jax.cli.env"),
 )

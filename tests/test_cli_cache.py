@@ -1,0 +1,133 @@
+"""`kdtl cache`: what it writes, what it says, and what it refuses."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdtl_jax import losses, teacher_cache
+from kdtl_jax._types import Variables
+from kdtl_jax.cli import _specs, main
+from kdtl_jax.datasets import digits, standardizer, stratified
+from kdtl_jax.interop import safetensors
+from kdtl_jax.recipes import _networks
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+TEACHER = "mlp:6"
+TRAIN = stratified(digits(), validation=0.2, test=0.3).train
+INPUTS = standardizer(TRAIN).apply(TRAIN).inputs
+NET = _networks.network(_specs.model(TEACHER, 10), jnp.asarray(INPUTS[:1]))
+VARIABLES: Variables = NET.init(jax.random.key(0), INPUTS[:1])
+LIVE = jax.tree.map(np.asarray, NET.apply(VARIABLES.params, None, INPUTS)[0])
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    return _saved(tmp_path / "teacher.safetensors", VARIABLES)
+
+
+def _saved(path: Path, variables: Variables) -> Path:
+    safetensors.save(path, jax.tree.map(np.asarray, _networks.tree(variables)))
+    return path
+
+
+def _cache(folder: Path, weights: Path, *more: str) -> int:
+    named = ["--teacher", TEACHER, "--weights", str(weights), "--out", str(folder)]
+    return main(["cache", *named, *more])
+
+
+def test_the_cache_holds_what_the_teacher_gives(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --taps all, exactly what `kdtl distill --teacher-cache` asks for."""
+    folder = tmp_path / "cache"
+    assert _cache(folder, weights, "--taps", "all") == 0
+    said = capsys.readouterr()
+    right = 100 * np.mean(np.argmax(LIVE["logits"], axis=-1) == TRAIN.labels)
+    assert f"teacher: {right:.1f} % of these examples right" in said.out
+    assert f"{len(INPUTS):,} of {len(INPUTS):,} examples" in said.err
+    taps = sorted(_networks.shapes(NET, 1, INPUTS[:1]))
+    expect = teacher_cache.fingerprint(VARIABLES, {"inputs": INPUTS}, taps=taps)
+    found = teacher_cache.load(teacher_cache.open_cache(folder, expect=expect))
+    assert set(found) == set(LIVE) == {"logits", "hidden_0", "dense_0"}
+    for tap, values in found.items():
+        np.testing.assert_allclose(values, LIVE[tap], atol=1e-5)
+
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
+    assert _cache(folder, weights, "--taps", "all") == 0
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
+
+
+def test_int8_and_top_k_state_their_fidelity(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "cache"
+    more = ("--precision", "int8", "--top-k", "3", "--dtype", "float16", "--temperature", "2")
+    assert _cache(folder, weights, *more) == 0
+    said = capsys.readouterr().out
+    assert f"int8 against float32 on {len(INPUTS)} examples: same class in 9" in said
+    assert "logits as the 3 most likely classes at temperature 2.0" in said
+    cache = teacher_cache.open_cache(folder, expect=None)
+    assert cache.plan.fingerprint.preprocessing == {"precision": "int8"}
+    assert cache.plan.fingerprint.teacher == teacher_cache.digest(VARIABLES)
+    cut = teacher_cache.load(cache)["logits"]
+    want = losses.top_k_targets(jnp.asarray(LIVE["logits"]), k=3, temperature=2.0)
+    error = np.abs(cut.log_probs - np.asarray(want.log_probs))
+    assert 0.001 < error.max() < 0.1, "int8 is close to the teacher, and was used"
+
+
+def test_damage_is_found_and_mended(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "cache"
+    verify = ["cache", "--out", str(folder), "--verify"]
+    assert main(verify) == 1 and "no teacher cache in" in capsys.readouterr().err
+    assert _cache(folder, weights) == 0
+    with_weights = [*verify, "--teacher", TEACHER, "--weights", str(weights)]
+    assert main(with_weights) == 0
+    assert "as it was written, made by these weights from these data" in capsys.readouterr().out
+    (victim,) = folder.glob("*.npy")
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert main(verify) == 1
+    assert f"damaged: {victim.name} was altered" in capsys.readouterr().err
+    assert _cache(folder, weights) == 0 and main(verify) == 0
+    assert victim.read_bytes() == whole
+
+
+def test_what_does_not_fit_is_refused(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "cache"
+    assert _cache(folder, weights) == 0
+    other = _saved(tmp_path / "other.safetensors", NET.init(jax.random.key(1), INPUTS[:1]))
+    capsys.readouterr()
+    refused = {
+        "teacher weights differ": _cache(folder, other),
+        "data differ": _cache(folder, weights, "--split-seed", "1"),
+        "number of examples differs": _cache(folder, weights, "--validation", "0.3"),
+        "logits differ: dense in the cache": _cache(folder, weights, "--top-k", "2"),
+        "no output 'hidden_1'. Nearest: 'hidden_0'": _cache(
+            tmp_path / "a", weights, "--taps", "hidden_1"
+        ),
+        "'dense_0/kernel' is [64, 6], expected [64, 7]": _cache(
+            tmp_path / "b", weights, "--teacher", "mlp:7"
+        ),
+        "no such file": _cache(tmp_path / "c", tmp_path / "nowhere.safetensors"),
+    }
+    said = capsys.readouterr().err
+    for message, code in refused.items():
+        assert code == 1 and message in said, message
+    assert main(["cache", "--out", str(tmp_path / "d")]) == 2
+    assert "--weights: name the teacher's safetensors file" in capsys.readouterr().err
+    assert _cache(tmp_path / "e", weights, "--batch-size", "0") == 2
+    assert _cache(tmp_path / "e", weights, "--taps", ",") == 2
+    assert not (tmp_path / "e").exists()
+
+
+def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cache", "--help"]) == 0
+    assert "kdtl cache --teacher mlp:128,64 --weights" in capsys.readouterr().out
