@@ -63,9 +63,8 @@ def activation_boundary(student: Array, teacher: Array, *, margin: Scalar = 1.0)
     student, teacher = _door.same_shape("activation_boundary", student, teacher)
     _checks.positive("activation_boundary", margin=margin)
     m = _numerics.scalar(margin, student)
-    off = jnp.where((student > -m) & (teacher <= 0), jnp.square(student + m), 0)
-    on = jnp.where((student <= m) & (teacher > 0), jnp.square(student - m), 0)
-    return _sum(off + on)
+    short = jnp.where(teacher > 0, m - student, m + student)
+    return _sum(jnp.square(jnp.maximum(short, 0)))
 
 
 def ofd(student: Array, teacher: Array, *, margin: Array) -> Array:
