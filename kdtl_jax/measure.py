@@ -111,19 +111,20 @@ def distribution(seconds: list[float]) -> Distribution:
 
 
 def throughput(once: Callable[[], Any], steps: int, *, warmup: int = 3, rounds: int = 3) -> float:
-    """Seconds per run when only the last is awaited: what a training loop sees.
+    """Seconds per run when only the last of many is awaited: what a training loop sees.
 
-    The median of some rounds of `steps` runs.
+    The median of some rounds, of at least `steps` runs together.
     """
+    each = -(-steps // rounds)
     for _ in range(warmup):
         jax.block_until_ready(once())
     seconds, last = [], None
     for _ in range(rounds):
         start = time.perf_counter()
-        for _ in range(steps):
+        for _ in range(each):
             last = once()
         jax.block_until_ready(last)
-        seconds.append((time.perf_counter() - start) / steps)
+        seconds.append((time.perf_counter() - start) / each)
     return float(np.median(seconds))
 
 

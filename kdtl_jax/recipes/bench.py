@@ -95,7 +95,7 @@ def presets(*, quick: bool = False) -> dict[str, Preset]:
             resnet_x4(8, 100) if not quick else resnet(8, 10, channels=(4, 4, 4, 4)),
             (32, 32, 3) if not quick else (8, 8, 3),
             100 if not quick else 10,
-            32 if not quick else 4,
+            16 if not quick else 4,
             optax.sgd(0.05, momentum=0.9),
             "resnet32x4 teaches resnet8x4, 32x32 images"
             if not quick

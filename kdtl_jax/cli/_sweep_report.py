@@ -1,0 +1,289 @@
+"""What `kdtl sweep` writes and prints: results.json, sweep.csv, report.html, the table."""
+
+import argparse
+import csv
+import html
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from kdtl_jax import _files, report
+from kdtl_jax.datasets import Splits
+from kdtl_jax.recipes import sweep
+from kdtl_jax.report import _plots
+
+SCHEMA_VERSION = 1
+SHOWN = 12  # rows of the printed table
+BINS = 6  # of a heat map's side, where an axis has more values
+PATHS = {
+    "vectorized": "all students of a chunk together (vmap)",
+    "mapped": "students one after another within one program (lax.map)",
+    "sequential": "students one after another, one call each",
+    "step_by_step": "students one after another, one call per step",
+}
+
+
+class Line(NamedTuple):
+    """One setting of one method, its seeds aggregated."""
+
+    method: str
+    setting: dict[str, float]
+    validation: report.Interval
+    test: report.Interval
+    epochs: int
+    complete: bool
+
+
+def lines(outcome: sweep.Outcome) -> list[Line]:
+    """All settings, best mean validation accuracy first; those stopped early come last."""
+    found = []
+    for swept in outcome.swept:
+        most = int(swept.epochs.max())
+        for k in range(len(swept.epochs)):
+            setting = {name: _short(column[k]) for name, column in swept.columns.items()}
+            found.append(
+                Line(
+                    swept.method,
+                    setting,
+                    report.interval(swept.validation[k]),
+                    report.interval(swept.test[k]),
+                    int(swept.epochs[k]),
+                    int(swept.epochs[k]) == most,
+                )
+            )
+    return sorted(found, key=lambda line: (not line.complete, -line.validation.mean))
+
+
+def write(
+    folder: Path,
+    args: argparse.Namespace,
+    splits: Splits,
+    outcome: sweep.Outcome,
+    settings: sweep.Settings,
+) -> None:
+    """The files of the run."""
+    record = to_json(splits, outcome, settings)
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    _files.write_atomic(folder / "results.json", text.encode())
+    _files.write_atomic(folder / "sweep.csv", to_csv(outcome).encode())
+    _files.write_atomic(folder / "report.html", html_page(args, splits, outcome).encode())
+
+
+def to_json(splits: Splits, outcome: sweep.Outcome, settings: sweep.Settings) -> dict[str, Any]:
+    """The content of results.json."""
+    found = lines(outcome)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "task": "kdtl sweep",
+        "data": {
+            "name": splits.train.name,
+            "train": len(splits.train.labels),
+            "validation": len(splits.validation.labels),
+            "test": len(splits.test.labels),
+        },
+        "seeds": settings.seeds,
+        "epochs": settings.epochs,
+        "rungs": settings.rungs,
+        "teacher": {
+            "validation_accuracy": outcome.teacher_validation,
+            "test_accuracy": outcome.teacher_test,
+        },
+        "programs": [
+            {
+                "method": swept.method,
+                "path": swept.path,
+                "students_per_call": swept.chunk,
+                "seconds": round(swept.seconds, 3),
+                "probed_seconds_per_student": swept.probed,
+            }
+            for swept in outcome.swept
+        ],
+        "rows": [_row(line) for line in found],
+        "best": _row(found[0]),
+        "notes": outcome.notes,
+        "environment": report.environment(),
+    }
+
+
+def to_csv(outcome: sweep.Outcome) -> str:
+    """One line per student: method, settings, seed, accuracies, loss, epochs."""
+    axes = _axes(outcome)
+    text = io.StringIO()
+    out = csv.writer(text, lineterminator="\n")
+    out.writerow(["method", *axes, "seed", "validation", "test", "loss", "epochs"])
+    for swept in outcome.swept:
+        for k, epochs in enumerate(swept.epochs):
+            setting = [_short(swept.columns[a][k]) if a in swept.columns else "" for a in axes]
+            for seed in range(swept.validation.shape[1]):
+                scores = (swept.validation, swept.test, swept.loss)
+                values = [f"{score[k, seed]:.6g}" for score in scores]
+                out.writerow([swept.method, *setting, seed, *values, int(epochs)])
+    return text.getvalue()
+
+
+def html_page(args: argparse.Namespace, splits: Splits, outcome: sweep.Outcome) -> str:
+    """The report: best settings, parallel coordinates, heat map, how it ran."""
+    found, axes = lines(outcome), _axes(outcome)
+    seeds = len(found[0].validation.values)
+    many = f"{len(found)} settings, {seeds} seeds each"
+    stopped = sum(not line.complete for line in found)
+    early = f" {stopped} settings were stopped early." if stopped else ""
+    name = html.escape(splits.train.name)
+    sections = [
+        f"<p class='note'>{name}: {many}. Teacher {html.escape(args.teacher)}, "
+        f"{100 * outcome.teacher_test:.1f} % on the test split; student "
+        f"{html.escape(args.student)}. Settings are ordered by mean validation accuracy; the test "
+        f"split is only read off.{early}</p>",
+        "<h2>Best settings</h2>",
+        _plots.table(
+            ("method", *axes, "validation %", "test %"),
+            [_cells(line, axes) for line in found[:SHOWN]],
+        ),
+        "<p class='note'>Mean ± 95 % interval over seeds.</p>",
+        "<h2>All settings</h2><p class='note'>One line per setting, from what was set to the mean "
+        "validation accuracy it reached; stronger lines reached more, the best one is orange.</p>",
+        parallel(found, axes),
+        *_heat_maps(outcome),
+        "<h2>How it ran</h2>",
+        _plots.table(
+            ("method", "path", "students per call", "seconds"),
+            [
+                [s.method, PATHS.get(s.path, s.path), str(s.chunk), f"{s.seconds:.1f}"]
+                for s in outcome.swept
+            ],
+        ),
+        *(f"<p class='note'>{html.escape(note)}</p>" for note in outcome.notes),
+    ]
+    environment = ", ".join(f"{k} {v}" for k, v in report.environment().items())
+    sections.append(f"<h2>Environment</h2><p class='note'>{html.escape(environment)}</p>")
+    return _plots.page("kdtl sweep", sections)
+
+
+def parallel(found: Sequence[Line], axes: Sequence[str]) -> str:
+    """Parallel coordinates of all settings; the method is an axis if there are several."""
+    names = list(dict.fromkeys(line.method for line in found))
+    drawn = [_plots.Axis("method", [names.index(x.method) for x in found], names)]
+    drawn = drawn if len(names) > 1 else []
+    for axis in axes:
+        values = [line.setting.get(axis, math.nan) for line in found]
+        if len(set(values)) > 1:
+            drawn.append(_plots.Axis(axis, values))
+    if not drawn:
+        drawn = [_plots.Axis("method", [0.0] * len(found), names)]
+    score = _plots.Axis("validation %", [100 * line.validation.mean for line in found])
+    return _plots.parallel([*drawn, score], best=0)
+
+
+def _heat_maps(outcome: sweep.Outcome) -> list[str]:
+    """One map per method with two axes or more: its two axes with the most values."""
+    parts = []
+    for swept in outcome.swept:
+        varied = {n: c for n, c in swept.columns.items() if len(set(c.tolist())) > 1}
+        chosen = sorted(varied, key=lambda n: -len(set(varied[n].tolist())))[:2]
+        if len(chosen) < 2:
+            continue
+        across, down = chosen
+        complete = swept.epochs == swept.epochs.max()
+        scores = np.where(complete, swept.validation.mean(axis=1), np.nan)
+        columns, rows = _binned(varied[across]), _binned(varied[down])
+        cells = [
+            [
+                _largest(scores[(columns.place == j) & (rows.place == i)])
+                for j in range(len(columns.labels))
+            ]
+            for i in range(len(rows.labels))
+        ]
+        parts.append(f"<h3>{html.escape(swept.method)}</h3>")
+        parts.append(
+            _plots.heat_map(
+                cells,
+                rows=rows.labels,
+                columns=columns.labels,
+                row_axis=down,
+                column_axis=across,
+            )
+        )
+    if not parts:
+        return []
+    note = "Mean validation accuracy in %: the best over all other settings."
+    return ["<h2>Two axes at a time</h2>", f"<p class='note'>{note}</p>", *parts]
+
+
+class _Bins(NamedTuple):
+    labels: list[str]
+    place: np.ndarray  # [K], the bin of every setting
+
+
+def _binned(column: np.ndarray) -> _Bins:
+    """Its values, or equally full ranges of them where there are many."""
+    values = np.unique(column)
+    if len(values) <= BINS + 2:
+        return _Bins([f"{_short(v):g}" for v in values], np.searchsorted(values, column))
+    parts = np.array_split(values, BINS)
+    starts = np.array([part[0] for part in parts])
+    place = np.searchsorted(starts, column, side="right") - 1
+    return _Bins([f"{part[0]:.2g}–{part[-1]:.2g}" for part in parts], place)
+
+
+def _largest(scores: np.ndarray) -> float:
+    known = scores[np.isfinite(scores)]
+    return float(known.max()) if known.size else math.nan
+
+
+def print_table(outcome: sweep.Outcome) -> None:
+    """The best settings, and which path was taken."""
+    found, axes = lines(outcome), _axes(outcome)
+    console = Console(highlight=False)
+    header = ("method", *axes, "validation %", "test %")
+    shown = [_cells(line, axes) for line in found[:SHOWN]]
+    if console.is_terminal:
+        table = Table(title=f"Best of {len(found)} settings, by validation", title_justify="left")
+        for i, name in enumerate(header):
+            table.add_column(name, justify="right" if i else "left")
+        for i, row in enumerate(shown):
+            table.add_row(*row, style="bold" if i == 0 else "")
+        console.print(table)
+    else:
+        for row in shown:
+            print("  ".join(f"{n} {c}" for n, c in zip(header, row, strict=True)))
+    for swept in outcome.swept:
+        per = f", {swept.chunk} per call" if swept.path == "vectorized" else ""
+        print(f"{swept.method}: {PATHS.get(swept.path, swept.path)}{per}, {swept.seconds:.1f} s")
+    for note in outcome.notes:
+        print(note)
+
+
+def _cells(line: Line, axes: Sequence[str]) -> list[str]:
+    setting = [f"{line.setting[a]:g}" if a in line.setting else "–" for a in axes]
+    return [line.method, *setting, report.percent(line.validation), report.percent(line.test)]
+
+
+def _row(line: Line) -> dict[str, Any]:
+    return {
+        "method": line.method,
+        "setting": line.setting,
+        "validation_accuracy": _interval(line.validation),
+        "test_accuracy": _interval(line.test),
+        "epochs": line.epochs,
+        "stopped_early": not line.complete,
+    }
+
+
+def _interval(found: report.Interval) -> Mapping[str, Any]:
+    return {"mean": found.mean, "ci95": found.ci95, "values": list(found.values)}
+
+
+def _axes(outcome: sweep.Outcome) -> list[str]:
+    return list(dict.fromkeys(name for swept in outcome.swept for name in swept.columns))
+
+
+def _short(value: Any) -> float:
+    """A float32 as the number that was meant: six significant digits."""
+    return float(f"{float(value):.6g}")
