@@ -179,6 +179,10 @@ def _recipe(args: argparse.Namespace, inputs: Sequence[Opened]) -> str:
     """The command, its options and its inputs, as JSON."""
     place = {"command", "action", "write", "force", "shard_bytes", "skip_sha256"}
     options = {k: v for k, v in _config.settings(args).items() if k not in place and v is not None}
+    if not args.skip_sha256:
+        whole = sum(file.stat().st_size for one in inputs for file in one.checkpoint.files)
+        if whole > 1e9:
+            print(f"sha256 of {size(whole)} of inputs …", file=sys.stderr, flush=True)
     files = [
         {"file": file.name, "bytes": file.stat().st_size}
         | ({} if args.skip_sha256 else {"sha256": _files.sha256(file)})

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+PASSES = 3  # over all task vectors, before they are written
 Taus = Callable[[str], Iterator[list[np.ndarray]]]  # path -> pieces, one array per model each
 
 

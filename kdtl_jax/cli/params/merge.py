@@ -259,7 +259,14 @@ def _globally(
 
     @functools.cache
     def trim() -> _ties.Trim:
-        return _ties.measure(paths, taus, len(models), total, options.density)
+        done = _rewrite.progress(_ties.PASSES * 4 * total, "ranking: ")
+
+        def counted(path: str) -> Iterator[list[np.ndarray]]:
+            for piece in taus(path):
+                yield piece
+                done(piece[0].nbytes)
+
+        return _ties.measure(paths, counted, len(models), total, options.density)
 
     def produce(path: str) -> Iterator[np.ndarray]:
         found = trim()
