@@ -1,6 +1,8 @@
 """`kdtl cache`: what it writes, what it says, and what it refuses."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from kdtl_jax._types import Variables
 from kdtl_jax.cli import _specs, main
 from kdtl_jax.datasets import digits, standardizer, stratified
 from kdtl_jax.interop import safetensors
-from kdtl_jax.recipes import _networks
+from kdtl_jax.recipes import _networks, distill
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -91,7 +93,7 @@ def test_damage_is_found_and_mended(
     assert "as it was written, made by these weights from these data" in capsys.readouterr().out
     (victim,) = folder.glob("*.npy")
     whole = victim.read_bytes()
-    victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    _damage(victim)
     assert main(verify) == 1
     assert f"damaged: {victim.name} was altered" in capsys.readouterr().err
     assert _cache(folder, weights) == 0 and main(verify) == 0
@@ -126,6 +128,35 @@ def test_what_does_not_fit_is_refused(
     assert _cache(tmp_path / "e", weights, "--batch-size", "0") == 2
     assert _cache(tmp_path / "e", weights, "--taps", ",") == 2
     assert not (tmp_path / "e").exists()
+
+
+def test_distillation_reads_a_cache_of_any_precision_and_fills_an_empty_one(
+    tmp_path: Path, weights: Path
+) -> None:
+    pair = distill.Pair(NET, NET, VARIABLES, INPUTS[:1])
+    bench: Any = SimpleNamespace(arrays={"inputs": INPUTS})
+    assert _cache(tmp_path / "half", weights, "--taps", "all", "--dtype", "bfloat16") == 0
+    before = sorted(tmp_path.glob("half/*")), (tmp_path / "half/plan.json").read_bytes()
+    half = distill._from_cache(tmp_path / "half", bench, pair, None)
+    assert before == (sorted(tmp_path.glob("half/*")), (tmp_path / "half/plan.json").read_bytes())
+    full = distill._from_cache(tmp_path / "full", bench, pair, None)
+    assert set(half) == set(full) == set(LIVE)
+    for tap, want in LIVE.items():
+        np.testing.assert_allclose(full[tap], want, atol=1e-5)
+        np.testing.assert_allclose(half[tap], want, rtol=2**-8, atol=1e-5)
+        assert half[tap].dtype == np.float32 and np.any(half[tap] != full[tap])
+    (victim,) = (tmp_path / "full").glob("*.logits.npy")
+    _damage(victim)
+    mended = distill._from_cache(tmp_path / "full", bench, pair, None)
+    np.testing.assert_array_equal(mended["logits"], full["logits"])
+    other = pair._replace(frozen=NET.init(jax.random.key(1), INPUTS[:1]))
+    with pytest.raises(ValueError, match="holds another cache: teacher weights differ"):
+        distill._from_cache(tmp_path / "full", bench, other, None)
+
+
+def _damage(file: Path) -> None:
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
 
 
 def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:

@@ -262,18 +262,35 @@ def _with_outputs(
     if settings.students.views is not None or total > CACHE_BYTES:
         return bench, (pair.teacher.apply, pair.frozen)
     if settings.teacher_cache is not None:
-        outputs = _from_cache(settings.teacher_cache, bench, pair)
+        outputs = _from_cache(settings.teacher_cache, bench, pair, settings.dtype)
     else:
         outputs = _training.outputs(pair.teacher, pair.frozen, bench.arrays["inputs"])
     return bench._replace(arrays={**bench.arrays, "teacher": outputs}), None
 
 
-def _from_cache(folder: Path, bench: Bench, pair: Pair) -> dict[str, Any]:
-    """The outputs in a teacher cache, which is filled, or completed, first."""
+def _from_cache(folder: Path, bench: Bench, pair: Pair, dtype: Any) -> dict[str, Any]:
+    """The outputs in a teacher cache, which is filled, completed or mended first if need be.
+
+    A whole cache of this teacher on these data serves in any precision (`kdtl cache --dtype`,
+    `--precision`): whoever made it chose that.
+    """
     inputs = {"inputs": bench.arrays["inputs"]}
     taps = sorted(_networks.shapes(pair.teacher, 1, pair.example))
-    teacher_cache.write(folder, pair.teacher.apply, pair.frozen, inputs, batch_size=512, taps=taps)
-    expected = teacher_cache.fingerprint(pair.frozen, inputs, taps=taps)
+    lowered = {} if dtype is None else {"precision": jnp.dtype(dtype).name}
+    made = teacher_cache.fingerprint(pair.frozen, inputs, preprocessing=lowered, taps=taps)
+    expected = made._replace(dtype=None, preprocessing=None)
+    try:
+        return teacher_cache.load(teacher_cache.open_cache(folder, expect=expected))
+    except (FileNotFoundError, ValueError):  # `write` mends it, or says what differs
+        teacher_cache.write(
+            folder,
+            pair.teacher.apply,
+            pair.frozen,
+            inputs,
+            batch_size=512,
+            preprocessing=lowered,
+            taps=taps,
+        )
     return teacher_cache.load(teacher_cache.open_cache(folder, expect=expected, contents=False))
 
 
