@@ -17,7 +17,7 @@ from rich.table import Table
 from kdtl_jax import _files, report
 from kdtl_jax.datasets import Splits
 from kdtl_jax.recipes import sweep
-from kdtl_jax.report import _plots
+from kdtl_jax.report import plots
 
 SCHEMA_VERSION = 1
 SHOWN = 12  # rows of the printed table
@@ -142,7 +142,7 @@ def html_page(args: argparse.Namespace, splits: Splits, outcome: sweep.Outcome) 
         f"{html.escape(args.student)}. Settings are ordered by mean validation accuracy; the test "
         f"split is only read off.{early}</p>",
         "<h2>Best settings</h2>",
-        _plots.table(
+        plots.table(
             ("method", *axes, "validation %", "test %"),
             [_cells(line, axes) for line in found[:SHOWN]],
         ),
@@ -152,7 +152,7 @@ def html_page(args: argparse.Namespace, splits: Splits, outcome: sweep.Outcome) 
         parallel(found, axes),
         *_heat_maps(outcome),
         "<h2>How it ran</h2>",
-        _plots.table(
+        plots.table(
             ("method", "path", "students per call", "seconds"),
             [
                 [s.method, PATHS.get(s.path, s.path), str(s.chunk), f"{s.seconds:.1f}"]
@@ -163,22 +163,22 @@ def html_page(args: argparse.Namespace, splits: Splits, outcome: sweep.Outcome) 
     ]
     environment = ", ".join(f"{k} {v}" for k, v in report.environment().items())
     sections.append(f"<h2>Environment</h2><p class='note'>{html.escape(environment)}</p>")
-    return _plots.page("kdtl sweep", sections)
+    return plots.page("kdtl sweep", sections)
 
 
 def parallel(found: Sequence[Line], axes: Sequence[str]) -> str:
     """Parallel coordinates of all settings; the method is an axis if there are several."""
     names = list(dict.fromkeys(line.method for line in found))
-    drawn = [_plots.Axis("method", [names.index(x.method) for x in found], names)]
+    drawn = [plots.Axis("method", [names.index(x.method) for x in found], names)]
     drawn = drawn if len(names) > 1 else []
     for axis in axes:
         values = [line.setting.get(axis, math.nan) for line in found]
         if len(set(values)) > 1:
-            drawn.append(_plots.Axis(axis, values))
+            drawn.append(plots.Axis(axis, values))
     if not drawn:
-        drawn = [_plots.Axis("method", [0.0] * len(found), names)]
-    score = _plots.Axis("validation %", [100 * line.validation.mean for line in found])
-    return _plots.parallel([*drawn, score], best=0)
+        drawn = [plots.Axis("method", [0.0] * len(found), names)]
+    score = plots.Axis("validation %", [100 * line.validation.mean for line in found])
+    return plots.parallel([*drawn, score], best=0)
 
 
 def _heat_maps(outcome: sweep.Outcome) -> list[str]:
@@ -202,7 +202,7 @@ def _heat_maps(outcome: sweep.Outcome) -> list[str]:
         ]
         parts.append(f"<h3>{html.escape(swept.method)}</h3>")
         parts.append(
-            _plots.heat_map(
+            plots.heat_map(
                 cells,
                 rows=rows.labels,
                 columns=columns.labels,

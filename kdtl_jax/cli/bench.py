@@ -16,7 +16,7 @@ from kdtl_jax import _files, measure, report
 from kdtl_jax.cli import _output
 from kdtl_jax.cli._config import UsageError
 from kdtl_jax.recipes import bench
-from kdtl_jax.report import _plots, _svg
+from kdtl_jax.report import plots
 
 NAMES = ("mlp", "resnet", "vit", "decoder")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -119,14 +119,14 @@ def html_page(limits: measure.Ceilings, found: Sequence[bench.Measured]) -> str:
         "student forward and backward, optimizer. "
         f"{'; '.join(f'{one.preset}: {one.about}, batch {one.batch_size}' for one in found)}.</p>",
         "<h2>Steps</h2>",
-        _plots.table(HEADER, rows(found), narrow=4),
+        plots.table(HEADER, rows(found), narrow=4),
         "<p class='note'>ms/step is the loop's rate (only the last step awaited); p10–p90 are of "
         "steps awaited one by one. MB is what the compiled step needs. Roofline: the least time "
         "that the ceilings allow, over the measured time.</p>",
         "<h2>Step times</h2>",
-        _plots.spans(
+        plots.spans(
             [
-                _plots.Span(one.preset, *(1e3 * t for t in (o.p10, o.median, o.p90)))
+                plots.Span(one.preset, *(1e3 * t for t in (o.p10, o.median, o.p90)))
                 for one in found
                 for o in [one.steps]
             ],
@@ -135,13 +135,13 @@ def html_page(limits: measure.Ceilings, found: Sequence[bench.Measured]) -> str:
         ),
     ]
     worked = [
-        _plots.Worked(one.preset, one.cost.flops / one.cost.bytes, one.cost.flops / one.seconds)
+        plots.Worked(one.preset, one.cost.flops / one.cost.bytes, one.cost.flops / one.seconds)
         for one in found
         if one.cost.flops and one.cost.bytes
     ]
     if worked:
         sections.append(
-            "<h2>Roofline</h2>" + _plots.roofline(worked, flops=limits.flops, bytes=limits.bytes)
+            "<h2>Roofline</h2>" + plots.roofline(worked, flops=limits.flops, bytes=limits.bytes)
         )
         sections.append(
             "<p class='note'>FLOPs and bytes by XLA's cost analysis, which counts every operand of "
@@ -152,12 +152,14 @@ def html_page(limits: measure.Ceilings, found: Sequence[bench.Measured]) -> str:
         sections += _scaling(found)
     environment = ", ".join(f"{k} {v}" for k, v in report.environment().items())
     sections.append(f"<h2>Environment</h2><p class='note'>{environment}</p>")
-    return _plots.page("kdtl bench", sections)
+    return plots.page("kdtl bench", sections)
 
 
 def _scaling(found: Sequence[bench.Measured]) -> list[str]:
     lines = [
-        _svg.Line(one.preset, [s.devices for s in one.scaling], [s.efficiency for s in one.scaling])
+        plots.Line(
+            one.preset, [s.devices for s in one.scaling], [s.efficiency for s in one.scaling]
+        )
         for one in found
         if one.scaling
     ]
@@ -173,9 +175,9 @@ def _scaling(found: Sequence[bench.Measured]) -> list[str]:
         + ("Virtual devices share one processor: there, 1/N is the ideal. " if _virtual() else "")
         + "Efficiency is the rate per device against one device."
     )
-    chart = _svg.lines(lines, x_axis="devices", y_axis="efficiency, %")
-    key = _plots.key([line.label for line in lines])
-    table = _plots.table(header, cells)
+    chart = plots.lines(lines, x_axis="devices", y_axis="efficiency, %")
+    key = plots.key([line.label for line in lines])
+    table = plots.table(header, cells)
     return ["<h2>Scaling</h2>", f"<p class='note'>{note}</p>", table, key, chart]
 
 

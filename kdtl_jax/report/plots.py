@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kdtl_jax.report import _html, _svg
+from kdtl_jax.report._svg import Line as Line
+from kdtl_jax.report._svg import lines as lines
 
 _WIDTH = 640
 _FAINT, _STRONG = 0.06, 0.62  # text stays readable on the strongest cell
@@ -74,7 +76,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, narrow: int =
 
 
 def key(labels: Sequence[str]) -> str:
-    """The legend of `_svg.lines`: labels with their series' colors."""
+    """The legend of `lines`: labels with their series' colors."""
     items = "".join(
         f'<li><i style="background:var(--series-{i % 8})"></i>{html.escape(label)}</li>'
         for i, label in enumerate(labels)
@@ -86,7 +88,8 @@ def parallel(axes: Sequence[Axis], *, best: int) -> str:
     """Parallel coordinates: one line per row of a sweep, one axis per setting, the score last.
 
     Lines grow stronger with the score; the best one is drawn last, in another color. An axis of
-    positive values that span a factor of eight or more is logarithmic.
+    positive values that span a factor of eight or more is logarithmic. Where many lines meet in one
+    value of a choice or a grid, they are drawn a little apart, in order of their scores.
 
     Args:
       axes: equally long; the last one is the score, where more is better.
@@ -98,7 +101,7 @@ def parallel(axes: Sequence[Axis], *, best: int) -> str:
     lengths = {axis.label: len(axis.values) for axis in axes}
     if len(axes) < 2 or len(set(lengths.values())) != 1:
         raise ValueError(f"parallel: needs two or more equally long axes, got lengths {lengths}.")
-    height, top, bottom = 340, 46, 26
+    height, top, bottom, apart = 348, 54, 30, 16
     staggered = len(axes) > 4
     xs = [60 + i * (_WIDTH - 120) / (len(axes) - 1) for i in range(len(axes))]
     scales = [_AxisScale.of(axis, height - bottom, top) for axis in axes]
@@ -107,9 +110,11 @@ def parallel(axes: Sequence[Axis], *, best: int) -> str:
     known = [v for v in scores if v is not None]
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
     order = sorted(range(len(scores)), key=lambda r: (r == best, _order(scores[r])))
+    by_score = sorted(range(len(scores)), key=lambda r: _order(scores[r]), reverse=True)
+    place = {row: i / max(len(scores) - 1, 1) - 0.5 for i, row in enumerate(by_score)}
     for row in order:
         points = [
-            f"{x:.1f},{scale.at(axis.values[row]):.1f}"
+            f"{x:.1f},{scale.at(axis.values[row]) + apart * place[row] * scale.is_choice:.1f}"
             for x, axis, scale in zip(xs, axes, scales, strict=True)
         ]
         score = scores[row]
@@ -125,13 +130,13 @@ def parallel(axes: Sequence[Axis], *, best: int) -> str:
         )
     for i, (x, axis, scale) in enumerate(zip(xs, axes, scales, strict=True)):
         parts.append(
-            f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{height - bottom}" '
+            f'<line x1="{x:.1f}" y1="{top - 8}" x2="{x:.1f}" y2="{height - bottom + 8}" '
             'stroke="var(--ink-2)" stroke-width="1.5"/>'
         )
         lift = 20 if staggered and i % 2 else 0
         side = "end" if i == len(axes) - 1 else "start" if i == 0 else "middle"
         shift = {"end": 56, "start": -56, "middle": 0}[side]
-        parts.append(_svg._text(x + shift, top - 12 - lift, axis.label, anchor=side))
+        parts.append(_svg._text(x + shift, top - 18 - lift, axis.label, anchor=side))
         for value in scale.labels:
             y = scale.at(value)
             parts.append(_halo(x + 6 if i == 0 else x - 6, y + 5, _value(axis, value), i == 0))
@@ -296,6 +301,7 @@ class _AxisScale(NamedTuple):
     start: float
     stop: float
     is_log: bool
+    is_choice: bool  # few values, at each of which several lines meet
     labels: tuple[float, ...]
 
     @classmethod
@@ -307,10 +313,11 @@ class _AxisScale(NamedTuple):
             known = [float(i) for i in range(len(axis.names))]
         is_log = low > 0 and high / low >= 8 and not axis.names
         labels = tuple(known) if len(known) <= 6 else (low, high)
+        is_choice = len(known) <= 6 and len(axis.values) > len(known)
         if low == high:
             low, high = low - 0.5, high + 0.5
             is_log = False
-        return cls(low, high, start, stop, is_log, labels)
+        return cls(low, high, start, stop, is_log, is_choice, labels)
 
     def at(self, value: float) -> float:
         if not math.isfinite(value):
