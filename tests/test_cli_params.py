@@ -397,6 +397,7 @@ def test_models_that_differ_stop_the_merge_or_keep_the_base(capsys: Any) -> None
         (["merge", A, B, "--density", "0.5"], "does not read --density; it reads --weights"),
         (["merge", A, "--method", "slerp", "--t", "1"], "needs 2 models, got 1"),
         (["merge", A, B, "--weights", "1,2,3"], "expected 2, one per model, got 3"),
+        (["average", A, B, "--weights", "1,-1"], "their sum, a divisor, is 0"),
         (["merge", A, B, "--method", "fisher"], "one --statistics per model"),
         (["scale", A, "--rule", "head"], "expected SELECTOR=VALUE"),
         (["scale", A, "--rule", "head/.*=x"], "'x' is no value"),
@@ -505,6 +506,13 @@ def test_the_recipe_is_in_the_metadata() -> None:
     assert all(len(x["sha256"]) == 64 and x["bytes"] > 0 for x in recipe["inputs"])
     before = recipe["before"]
     assert before["options"] == {"source": A, "alpha": 2.0, "where": ["head/.*"]}
+
+
+def test_a_foreign_recipe_is_kept_as_text() -> None:
+    safetensors.save("f.safetensors", {"w": np.ones(1, np.float32)}, metadata={"kdtl_recipe": "{"})
+    assert params("scale", "f.safetensors", "--skip-sha256", *OUT) == 0
+    recipe = json.loads(safetensors.index("out.safetensors").metadata["kdtl_recipe"])
+    assert recipe["before"] == "{" and set(recipe["inputs"][0]) == {"file", "bytes"}
 
 
 def test_shards_in_and_out() -> None:

@@ -192,8 +192,16 @@ def _recipe(args: argparse.Namespace, inputs: Sequence[Opened]) -> str:
     command = f"kdtl {args.command} {args.action}"
     before = inputs[0].checkpoint.metadata.get(RECIPE)
     recipe = {"command": command, "options": options, "inputs": files}
-    recipe |= {"version": kdtl_jax.__version__} | ({"before": json.loads(before)} if before else {})
+    recipe |= {"version": kdtl_jax.__version__} | ({"before": _data(before)} if before else {})
     return json.dumps(recipe)
+
+
+def _data(text: str) -> Any:
+    """JSON data; what is none, because someone else wrote it, stays text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _bytes(spec: Any) -> int:

@@ -122,6 +122,8 @@ def merged(
             f"--weights: expected {len(models)}, one per model, got {len(options.weights)}"
         )
     first = models[0] if base is None else base
+    if options.weights is not None and "scale" not in method.options and not sum(options.weights):
+        raise _config.UsageError(f"--weights {options.weights}: their sum, a divisor, is 0")
     report = _report(args, first, models)
     if method.is_elementwise and statistics:
         wanted = {one.name: one.specs for one in statistics}
