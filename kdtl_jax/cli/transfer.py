@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from kdtl_jax import checkpoint, report, transforms, trees
-from kdtl_jax.cli import _config, _output, _specs
+from kdtl_jax.cli import _config, _output, _sentences, _specs, _training
 from kdtl_jax.datasets import Dataset, Splits, Standardizer, only_classes, standardizer
 from kdtl_jax.interop import safetensors
 from kdtl_jax.recipes import _networks, demo_transfer
@@ -32,6 +32,7 @@ EPILOG = """Examples:
   kdtl transfer --source-weights runs/demo/student.safetensors --model mlp:16,16 --canvas 0
   kdtl transfer --data images.npz --model cnn:16,32 --source-weights old.safetensors \\
       --rename 'backbone/(.*)=>\\1' --on-mismatch crop
+  kdtl transfer --task sentences --encoder all-MiniLM-L6-v2/ --text lines.txt
 
 A WHERE selects target leaves: a regular expression for the whole path, or glob:PATTERN.
 """
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--on-mismatch", choices=sorted(POLICIES), default="error", help="default: error"
     )
-    source.add_argument("--source-epochs", type=_count, default=defaults.source_epochs)
+    source.add_argument("--source-epochs", type=_training.count, default=defaults.source_epochs)
     source.add_argument(
         "--canvas",
         type=int,
@@ -90,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help=f"of: {', '.join(ways.BY_NAME)}; default: {','.join(defaults.methods)}",
     )
-    training.add_argument("--seeds", type=_count, default=defaults.seeds, metavar="N")
+    training.add_argument("--seeds", type=_training.count, default=defaults.seeds, metavar="N")
     training.add_argument(
         "--labels-per-class",
         type=int,
@@ -98,8 +99,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"drawn anew for every seed; 0: all; default: {defaults.labels_per_class}",
     )
-    training.add_argument("--epochs", type=_count, default=defaults.epochs, metavar="N")
-    training.add_argument("--batch-size", type=_count, default=defaults.batch_size, metavar="N")
+    training.add_argument("--epochs", type=_training.count, default=defaults.epochs, metavar="N")
+    training.add_argument(
+        "--batch-size", type=_training.count, default=defaults.batch_size, metavar="N"
+    )
     training.add_argument(
         "--rates",
         type=_positive,
@@ -121,6 +124,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DECAY",
         help="layer-wise learning-rate decay, 0.75 for example; default: 1, none",
     )
+    parser.add_argument(
+        "--task",
+        choices=("classes", "sentences"),
+        default="classes",
+        help="classes: a classifier's weights on other classes (default); sentences: a sentence "
+        "encoder's layers as a student",
+    )
+    _sentences.add_arguments(parser)
     parser.epilog = EPILOG
 
 
@@ -130,6 +141,8 @@ def run(args: argparse.Namespace) -> int:
         for method in ways.METHODS:
             print(f"{method.name:20s} {method.label:36s} {method.paper}")
         return 0
+    if args.task == "sentences":
+        return _sentences.run(args)
     settings, surgery = _settings(args), _surgery(args)
     folder = _output.run_folder(args)
     measured, source_part, target = _data(args)
@@ -318,7 +331,6 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(item) for item in text.split(","))
 
 
-_count = _checked(lambda n: n >= 1, int, "a whole number of at least 1")
 _decay = _checked(lambda x: 0 < x <= 1, float, "a number above 0 and up to 1")
 
 

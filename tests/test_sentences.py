@@ -1,0 +1,157 @@
+"""Sentence encoders distilled on plain text: fidelity by hand, and a whole run on a tiny folder."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdtl_jax import cli, models
+from kdtl_jax.interop import _hf_names, huggingface, linen, naming, safetensors
+from kdtl_jax.recipes import sentences
+from kdtl_jax.recipes.sentences import Settings
+
+WORDS = ("cat", "dog", "sun", "moon", "runs", "sees", "loves", "quickly", "house", "river")
+CONFIG = {
+    "architectures": ["BertModel"],
+    "model_type": "bert",
+    "vocab_size": 20,
+    "hidden_size": 8,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "max_position_embeddings": 16,
+    "type_vocab_size": 2,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "pad_token_id": 3,
+}
+
+
+def write_encoder(folder: Path) -> Path:
+    tokenizers = pytest.importorskip("tokenizers", reason="the hub extra is not installed")
+    module = models.Bert(20, 8, 3, 2, 12, 16)
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    params = jax.jit(linen.model(module).init)(jax.random.key(0), tokens).params
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    tensors = {
+        name: np.asarray(x) for name, x in naming.to_torch(params, _hf_names.bert.body).items()
+    }
+    safetensors.save(folder / "model.safetensors", tensors)
+    vocabulary = {word: i for i, word in enumerate(("[UNK]", "[CLS]", "[SEP]", "[PAD]", *WORDS))}
+    model = tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]")
+    whole = tokenizers.Tokenizer(model)
+    whole.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    whole.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    whole.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def write_text(path: Path, count: int = 200) -> Path:
+    rng = np.random.default_rng(0)
+    lines = (" ".join(rng.choice(WORDS, rng.integers(4, 9))) for _ in range(count))
+    path.write_text("\n".join(lines) + "\n\nshort\n", encoding="utf-8")
+    return path
+
+
+def test_lines_are_distinct_and_not_tiny(tmp_path: Path):
+    path = tmp_path / "text.txt"
+    path.write_text("  a line of some words \n\nshort\na line of some words\nanother line of it\n")
+    assert sentences.read_lines(path) == ["a line of some words", "another line of it"]
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not UTF-8 text"):
+        sentences.read_lines(path)
+
+
+def test_parts_are_disjoint_padded_and_reproducible():
+    ids = [[1, 10 + i, 2][: 2 + i % 2] for i in range(40)]
+    settings = Settings(validation=8, test=12, batch_size=16)
+    parts = sentences.split(ids, settings, padding=7)
+    assert [len(part["tokens"]) for part in parts] == [20, 8, 12]
+    seen = sorted(int(row[1]) for part in parts for row in part["tokens"])
+    assert seen == list(range(10, 50))
+    for part in parts:
+        np.testing.assert_array_equal(part["tokens"][~part["mask"]], 7)
+        assert part["mask"].sum() == sum(2 + int(row[1]) % 2 for row in part["tokens"])
+    again = sentences.split(ids, settings, padding=7)
+    np.testing.assert_array_equal(again.test["tokens"], parts.test["tokens"])
+    with pytest.raises(ValueError, match="40 distinct lines, but 20 are held out.*needs 21"):
+        sentences.split(ids, settings._replace(batch_size=21), padding=7)
+
+
+def test_fidelity_by_hand(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sentences, "NEIGHBORS", 1)
+    angles = np.array([0.0, 0.2, 1.0, 1.3])  # nearest: 0-1, 2-3
+    teacher = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    same = sentences.fidelity(teacher, teacher)
+    np.testing.assert_allclose(same.cosine, 1)
+    np.testing.assert_array_equal(same.agreement, 1)
+    moved = angles + np.array([0.0, 0.0, -0.65, 0.0])  # line 2 comes to 0.35: 0-1, 1-2, 3-2
+    student = np.stack([np.cos(moved), np.sin(moved)], axis=1)
+    found = sentences.fidelity(student, teacher)
+    np.testing.assert_allclose(found.cosine, np.cos([0, 0, 0.65, 0]), atol=1e-12)
+    np.testing.assert_array_equal(found.agreement, [1, 0, 0, 1])
+
+
+def test_embeddings_do_not_depend_on_the_chunks():
+    rng = np.random.default_rng(0)
+    part = {"tokens": rng.integers(0, 9, (7, 3)), "mask": np.ones((7, 3), np.bool_)}
+
+    def embed(params: float, inputs: dict[str, np.ndarray]) -> jax.Array:
+        return params * jnp.asarray(inputs["tokens"], jnp.float32)
+
+    whole = sentences.embeddings(embed, 2.0, part, chunk=7)
+    np.testing.assert_array_equal(whole, 2 * part["tokens"])
+    np.testing.assert_array_equal(sentences.embeddings(embed, 2.0, part, chunk=3), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_run_from_a_folder_and_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    encoder = write_encoder(tmp_path / "encoder")
+    text, out = write_text(tmp_path / "lines.txt"), tmp_path / "run"
+    more = ["--layers", "0,2", "--steps", "60", "--held-out", "40", "--max-length", "12"]
+    command = ["transfer", "--task", "sentences", "--encoder", str(encoder), "--text", str(text)]
+    assert cli.main([*command, "--out", str(out), *more]) == 0
+    printed = capsys.readouterr().out
+    assert "layers_{0,1}/attention/query/kernel" in printed and "sentences/s" in printed
+    results = json.loads((out / "results.json").read_text())
+    rows = {row["method"]: row for row in results["rows"]}
+    assert list(rows) == ["teacher", "copied_untrained", "copied_distilled", "random_distilled"]
+    cosine = {name: row["settings"]["mean_cosine"] for name, row in rows.items()}
+    assert cosine["teacher"] == 1 and rows["teacher"]["test_accuracy"]["mean"] == 1
+    assert cosine["copied_distilled"] > cosine["copied_untrained"]
+    assert cosine["copied_distilled"] > cosine["random_distilled"]
+    assert rows["copied_distilled"]["parameters"] < rows["teacher"]["parameters"]
+    assert all(row["settings"]["sentences_per_second"] > 0 for row in rows.values())
+    assert results["data"]["test"] == 40 and results["data"]["tokens_per_line"] <= 12
+    assert {"report.html", "config.yaml", "env.json", "metrics.jsonl"} <= {
+        entry.name for entry in out.iterdir()
+    }
+    # The student is a folder that the importer, and PyTorch's libraries, read.
+    student = huggingface.load(out / "student")
+    assert student.module == huggingface.load(encoder).module.clone(layers=2)
+    assert sentences.tokenizer(out / "student")(["cat sees dog"], 4) == [[1, 4, 9, 2]]
+
+
+def test_what_is_missing_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    command = ["transfer", "--task", "sentences", "--out", str(tmp_path / "run")]
+    assert cli.main(command) == 2
+    assert "needs --encoder" in capsys.readouterr().err
+    assert cli.main([*command, "--layers", "first"]) == 2
+    assert "expected layers as in 1,3,5" in capsys.readouterr().err
+    text = write_text(tmp_path / "lines.txt", 3)
+    named = [*command, "--encoder", str(tmp_path), "--text", str(text)]
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert cli.main(named) == 1
+    assert "pip install 'kdtl_jax[hub]'" in capsys.readouterr().err
+    monkeypatch.undo()
+    pytest.importorskip("tokenizers", reason="the hub extra is not installed")
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json does not exist"):
+        sentences.tokenizer(tmp_path)
