@@ -468,6 +468,31 @@ def test_kill_9_in_a_write_never_leaves_half_a_file(tmp_path: Path):
             assert len(loaded) == 8 and len({float(v) for x in loaded.values() for v in x}) == 1
             rounds += 1
         print("survived", rounds)
+
+        def write_folders_forever():
+            n = 0
+            while True:
+                n += 1
+                def produce(name, n=n):
+                    time.sleep(0.001)
+                    return np.full((64,), n, np.float32)
+                weights.stream_sharded(f"{path}.{i}.{n}", specs, produce, max_bytes=600)
+
+        parent = os.path.dirname(path)
+        for i in range(6):
+            child = os.fork()
+            if child == 0:
+                write_folders_forever()
+            while not os.path.exists(f"{path}.{i}.1"):
+                time.sleep(0.001)
+            time.sleep(0.005 * i)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        whole = [name for name in os.listdir(parent) if name.startswith("w.safetensors.")]
+        for name in whole:
+            loaded = weights.load(os.path.join(parent, name))
+            assert len(loaded) == 8 and len({float(v) for x in loaded.values() for v in x}) == 1
+        print("folders", len(whole) >= 6)
     """
     run = subprocess.run(
         [
@@ -482,6 +507,6 @@ def test_kill_9_in_a_write_never_leaves_half_a_file(tmp_path: Path):
         text=True,
         timeout=120,
     )
-    assert run.stdout == "survived 20\n", run.stderr
-    litter = [p.name for p in tmp_path.iterdir() if p.name != "w.safetensors"]
+    assert run.stdout == "survived 20\nfolders True\n", run.stderr
+    litter = [p.name for p in tmp_path.iterdir() if not p.name.startswith("w.safetensors")]
     assert litter and all(name.endswith(".tmp") for name in litter)  # killed in the act
