@@ -435,6 +435,7 @@ def test_a_file_that_shrinks_is_noticed(tmp_path: Path):
         weights.read(tensor)
 
 
+@pytest.mark.slow
 def test_kill_9_in_a_write_never_leaves_half_a_file(tmp_path: Path):
     # One interpreter forks twenty writers that replace one file again and again, slowly enough to
     # be caught in the act, and kills each of them.
