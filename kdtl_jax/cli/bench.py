@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=_positive, metavar="N", help="examples per step; default: the pair's"
     )
     parser.add_argument(
-        "--steps", type=_positive, default=30, metavar="N", help="that count; default: 30"
+        "--steps", type=_positive, default=20, metavar="N", help="that count; default: 20"
     )
     parser.add_argument(
         "--devices",
