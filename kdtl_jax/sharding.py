@@ -4,9 +4,13 @@ A mesh has an axis `"data"` (examples are split over it) and optionally `"fsdp"`
 optimizer state are split over it, examples too). The train step itself does not change: place the
 state and the batch, call the same jitted step, and XLA inserts the collectives. Meshes have Auto
 axis types, so ordinary code such as `x @ x.T` on sharded operands works.
+
+A teacher is placed like a state, by `place(teacher, mesh)`: with the mesh's FSDP rule or another
+`smallest=`, in the student's dtype or another. On devices of its own it runs ahead of the student;
+see `teacher_apart`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +19,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from kdtl_jax._types import PyTree
+from kdtl_jax._types import ModelFn, PyTree, Variables
 
 AXES = ("data", "fsdp")
 
@@ -99,7 +103,10 @@ def fsdp_shardings(tree: PyTree, mesh: Mesh, *, smallest: int = 256) -> PyTree:
 
 
 def place(tree: PyTree, mesh: Mesh, *, smallest: int = 256) -> PyTree:
-    """`tree` on the mesh by `fsdp_shardings`: pass it a state, parameters or a teacher."""
+    """`tree` on the mesh by `fsdp_shardings`: pass it a state, parameters or a teacher.
+
+    Arrays are copied, so donating the result never deletes the given ones.
+    """
     return jax.tree.map(_put, tree, fsdp_shardings(tree, mesh, smallest=smallest))
 
 
@@ -126,6 +133,49 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     )
 
 
+def teacher_apart(
+    teacher: ModelFn, teacher_mesh: Mesh, student_mesh: Mesh
+) -> Callable[[Any, Mapping[str, Any]], dict[str, Any]]:
+    """A teacher on devices of its own, whose outputs move to the student's.
+
+    The step is made without a teacher (`make_distill_step(student, None, ...)`): it finds the
+    outputs in the batch. Nothing waits, so the teacher works on the next batches while the student
+    steps; as `loop.run(place=partial(attach, teacher_params))` that happens ahead of every step.
+
+    Args:
+      teacher: the teacher's model function.
+      teacher_mesh: where it runs: `make_mesh(devices=jax.devices()[4:])`.
+      student_mesh: where the student trains.
+
+    Returns:
+      `attach(teacher_params, batch) -> batch` on the student's mesh with `batch["teacher"]`.
+      `teacher_params` (parameters or `Variables`) were put on the teacher's mesh by `place`; every
+      output has the batch as its leading axis.
+
+    Raises:
+      ValueError: with several processes, which own their devices: give the teacher the student's
+        mesh, or cache its outputs.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"teacher_apart: works within one process, there are {jax.process_count()}. Place the "
+            "teacher on the student's mesh, or cache its outputs."
+        )
+
+    @jax.jit
+    def forward(variables: Variables, inputs: Any) -> Any:
+        return teacher(variables.params, variables.model_state, inputs)[0]
+
+    def attach(teacher_params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        given = teacher_params if isinstance(teacher_params, Variables) else None
+        inputs = place_batch({"inputs": batch["inputs"]}, teacher_mesh)["inputs"]
+        outputs = forward(given or Variables(teacher_params), inputs)
+        moved = jax.device_put(outputs, batch_sharding(student_mesh))
+        return place_batch(batch, student_mesh) | {"teacher": moved}
+
+    return attach
+
+
 def initialize(
     *, coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> None:
@@ -150,7 +200,8 @@ def initialize(
 def _put(leaf: Any, sharding: NamedSharding) -> Array:
     """`device_put` that also works where other processes own part of the mesh."""
     if sharding.is_fully_addressable:
-        return jax.device_put(leaf, sharding)
+        # `device_put` alone would share the buffer of the device that holds it (may_alias or not).
+        return jax.device_put(jnp.copy(leaf) if isinstance(leaf, Array) else leaf, sharding)
     if _is_key(leaf):
         data = _put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
