@@ -1,0 +1,128 @@
+"""Kills, terminations and a full disk: does a resumed run end as one that nothing disturbed?
+
+Command:   python benchmarks/faults.py [--kills 50] [--terms 20] [--seed 1] [--json out.json]
+           mount -t tmpfs -o size=8m tmpfs FOLDER && python benchmarks/faults.py --full-disk FOLDER
+Machine:   2 cores of an AMD EPYC virtual machine (Linux 6.18), shared with other work: load 5 to 15;
+           jax 0.10.2, orbax-checkpoint 0.12, Python 3.11.7
+RESULT:    kill -9: 50 of 50 resumes bit-identical; 42 of the kills came during a save
+           SIGTERM: 20 of 20 resumes bit-identical; 20 exited 143, 20 with their last step saved;
+           0.91 s to the exit (at most 1.58)
+           full disk, foreseen and not: step 8 fails with the reason, steps 0 to 7 stay whole, with
+           room again step 8 is saved and restored
+
+The run (tests/fault_program.py) distills an MLP with dropout, augmentation, AdamW and a running
+mean for 200 steps, saves every 20 and evaluates every 50. Every attack picks a random line of its
+metrics and a random moment after it, sends the signal, resumes to the end, and compares the whole
+state and the metrics file with a straight run's, bit by bit. With --full-disk a folder on a small
+file system is filled by checkpoints until there is no room.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from kdtl_jax import checkpoint
+
+PROGRAM = Path(__file__).parent.parent / "tests" / "fault_program.py"
+
+
+def attacks(kills: int, terms: int, seed: int) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(PROGRAM), folder, "--kills", str(kills)]
+        command += ["--terms", str(terms), "--seed", str(seed)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)["attacks"]
+
+
+def summary(found: list[dict[str, Any]]) -> None:
+    killed = [a for a in found if a["signal"] == "SIGKILL"]
+    stopped = [a for a in found if a["signal"] == "SIGTERM"]
+    same = sum(a["identical"] for a in killed)
+    print(
+        f"kill -9: {same} of {len(killed)} resumes bit-identical; "
+        f"{sum(a['in_save'] for a in killed)} of the kills came during a save"
+    )
+    if stopped:
+        seconds = [a["seconds"] for a in stopped]
+        print(
+            f"SIGTERM: {sum(a['identical'] for a in stopped)} of {len(stopped)} resumes "
+            f"bit-identical; {sum(a['code'] == 143 for a in stopped)} exited 143, "
+            f"{sum(a['newest'] >= a['last_line'] for a in stopped)} with their last step saved; "
+            f"{statistics.median(seconds):.2f} s to the exit (at most {max(seconds):.2f})"
+        )
+
+
+def full_disk(folder: Path, is_foreseen: bool) -> None:
+    """Saves a megabyte at a time until the disk is full; then frees two steps and goes on.
+
+    A save that cannot fit is refused before it writes. Unforeseen, as where another process takes
+    the room meanwhile, the write itself must fail without loss.
+    """
+    usage = shutil.disk_usage
+    if not is_foreseen:
+        shutil.disk_usage = lambda path: usage(path)._replace(free=2**40)
+    rng = np.random.default_rng(0)
+
+    def state(step: int) -> dict[str, Any]:
+        return {"step": jnp.asarray(step), "weights": jnp.asarray(rng.random(2**18), jnp.float32)}
+
+    states, step = {}, 0
+    home = folder / ("foreseen" if is_foreseen else "unforeseen")
+    with checkpoint.open_folder(home, keep=lambda steps: steps) as checkpoints:
+        while step < 1000:
+            states[step] = state(step)
+            try:
+                checkpoint.save(checkpoints, step, states[step])
+                checkpoint.wait(checkpoints)
+            except OSError as error:
+                print(f"step {step}: {error}")
+                break
+            step += 1
+        assert 2 < step < 1000, "the file system is too small or too large for this"
+        for old in range(step):
+            found = checkpoint.restore(home, states[0], step=old).state
+            assert (found["weights"] == states[old]["weights"]).all() and found["step"] == old
+        assert checkpoint.steps(home) == list(range(step)), "nothing half-written stays"
+        print(f"all {step} steps saved before it are whole, bit by bit")
+    with checkpoint.open_folder(home) as checkpoints:  # keeps three: room comes back step by step
+        for old in range(2):
+            shutil.rmtree(home / str(old))
+        checkpoint.save(checkpoints, step, states[step])
+    assert checkpoint.restore(home, states[0]).step == step
+    print(f"with room again, step {step} is saved and restored")
+    shutil.disk_usage = usage
+    shutil.rmtree(home)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Example: python benchmarks/faults.py --kills 5")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--terms", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--full-disk", type=Path, metavar="FOLDER", help="on a small file system")
+    parser.add_argument("--json", help="write the attacks here")
+    args = parser.parse_args()
+    print(f"{platform.machine()}, {platform.system()} {platform.release()}", flush=True)
+    if args.full_disk is not None:
+        for is_foreseen in (True, False):
+            full_disk(args.full_disk, is_foreseen)
+        return
+    found = attacks(args.kills, args.terms, args.seed)
+    summary(found)
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1))
+    sys.exit(0 if all(a["identical"] for a in found) else 1)
+
+
+if __name__ == "__main__":
+    main()
