@@ -2,7 +2,7 @@
 
 Command:   python benchmarks/faults.py [--kills 50] [--terms 20] [--seed 1] [--json out.json]
            mount -t tmpfs -o size=8m tmpfs FOLDER && python benchmarks/faults.py --full-disk FOLDER
-Machine:   2 cores of an AMD EPYC virtual machine (Linux 6.18), shared with other work: load 5 to 15;
+Machine:   2 cores of an AMD EPYC virtual machine, Linux 6.18, busy with other work (load 5 to 15);
            jax 0.10.2, orbax-checkpoint 0.12, Python 3.11.7
 RESULT:    kill -9: 50 of 50 resumes bit-identical; 42 of the kills came during a save
            SIGTERM: 20 of 20 resumes bit-identical; 20 exited 143, 20 with their last step saved;
