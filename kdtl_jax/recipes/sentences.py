@@ -179,7 +179,7 @@ def run(
         for seed in range(settings.seeds):
             progress(f"{name}, seed {seed}")
             params, curve = _distill(
-                step, start(seed), teacher.params, lines, settings, seed, measure
+                step, start(seed), teacher.params, lines, settings, seed, measure, progress
             )
             ends.setdefault(name, []).append(params)
             if not seed:
@@ -298,16 +298,24 @@ def _distill(
     settings: Settings,
     seed: int,
     measure: Callable[[Params, str], Fidelity],
+    progress: Callable[[str], None],
 ) -> tuple[Params, dict[str, list[float]]]:
     key = jax.random.key(seed)
     batches = data.resident({"inputs": lines.train}, settings.batch_size, key=key)
     state = train.init_state({"student": start}, _optimizer(settings), key=key)
+
+    def log(line: Mapping[str, Any]) -> None:
+        if "loss" in line:
+            progress(f"  step {line['step']} of {settings.steps}, loss {line['loss']:.4f}")
+
     result = loop.run(
         step,
         state,
         Variables(teacher),
         batches,
         steps=settings.steps,
+        log=log,
+        log_every=max(1, settings.steps // 10),
         evaluate=lambda state: {
             "agreement": float(measure(state.params["student"], "validation").agreement.mean())
         },
