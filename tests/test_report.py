@@ -1,0 +1,226 @@
+"""Results: intervals and verdicts by definition, the file's schema, a page without a network."""
+
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from kdtl_jax import report
+from kdtl_jax.report import Interval, Results, Row, _svg
+
+NASTY = "<script>alert('a')</script> & \"b\""
+
+
+def row(method: str, values: list[float], **more: Any) -> Row:
+    found = report.interval(values)
+    base = Row(method, "distillation", method.upper(), 1234, found, found, 1.25, {"rate": 0.1})
+    return base._replace(**more)
+
+
+def results(**more: Any) -> Results:
+    rows = [
+        row("alone", [0.80, 0.82, 0.81]),
+        row("kd", [0.90, 0.91, 0.92], agreement=report.interval([0.9, 0.95, 0.91])),
+        row("scratch", [0.5, 0.4, 0.6], family="transfer", label=NASTY),
+    ]
+    whole = Results(
+        task="a task",
+        data={"name": "digits", "train": 100},
+        rows=report.compared(rows, {"distillation": "alone", "transfer": "scratch"}),
+        learning={"kd": {"epoch": [1, 2], "validation_accuracy": [0.5, 0.7]}},
+        alpha={
+            "kd": {
+                "alpha": [0.1, 1.0],
+                "validation_accuracy": [0.5, 0.7],
+                "test_accuracy": [0.4, 0.6],
+                "best": 1.0,
+            }
+        },
+        notes=["a note"],
+    )
+    return whole._replace(**more)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 30])
+def test_intervals_are_students(size: int) -> None:
+    values = np.random.default_rng(size).normal(3, 2, size)
+    found = report.interval(values)
+    low, high = scipy.stats.t.interval(
+        0.95, size - 1, loc=values.mean(), scale=scipy.stats.sem(values)
+    )
+    assert found.ci95 is not None
+    np.testing.assert_allclose([found.mean - found.ci95, found.mean + found.ci95], [low, high])
+    assert found.values == tuple(values)
+
+
+def test_intervals_cover_the_mean_as_often_as_they_claim() -> None:
+    draws = np.random.default_rng(0).normal(size=(2000, 4))
+    found = [report.interval(draw) for draw in draws]
+    covered = np.mean([abs(x.mean) <= (x.ci95 or 0) for x in found])
+    assert abs(covered - 0.95) < 0.015  # three standard deviations of 2000 trials
+
+
+def test_one_value_has_no_interval_and_none_is_an_error() -> None:
+    assert report.interval(0.5) == Interval(0.5, None, (0.5,))
+    assert report.percent(report.interval(0.5)) == "50.0"
+    assert report.percent(Interval(0.906, 0.0091, ())) == "90.6 ± 0.9"
+    with pytest.raises(ValueError, match="at least one value"):
+        report.interval([])
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ([0.85, 0.88, 0.86], "better"),
+        ([0.75, 0.78, 0.76], "worse"),
+        ([0.80, 0.82, 0.81], "no clear difference"),
+        ([0.90, 0.80, 0.79], "no clear difference"),  # larger mean, but one seed makes it
+    ],
+)
+def test_verdicts_are_of_paired_differences(values: list[float], verdict: str) -> None:
+    baseline = row("alone", [0.80, 0.82, 0.81])
+    found = report.versus(baseline, values)
+    assert (found.baseline, found.verdict) == ("alone", verdict)
+    expected = report.interval(np.subtract(values, baseline.test.values))
+    assert found.difference == expected
+    if verdict != "no clear difference":
+        p_value = scipy.stats.ttest_rel(values, baseline.test.values)[1]
+        assert p_value < 0.05
+
+
+def test_pairing_finds_what_spread_over_seeds_would_hide() -> None:
+    baseline = row("alone", [0.5, 0.7, 0.9])
+    values = [0.51, 0.712, 0.911]
+    assert report.versus(baseline, values).verdict == "better"
+    assert scipy.stats.ttest_ind(values, baseline.test.values)[1] > 0.9
+
+
+def test_one_seed_never_decides() -> None:
+    assert report.versus(row("alone", [0.1]), [0.9]).verdict == "no clear difference"
+
+
+def test_rows_are_compared_within_their_family() -> None:
+    alone, kd, scratch = results().rows
+    assert alone.versus is None and scratch.versus is None
+    assert kd.versus is not None and kd.versus.verdict == "better"
+    other = row("other", [1.0], family="unknown")
+    assert report.compared([other], {"distillation": "alone"}) == [other]
+
+
+def test_the_file_is_as_documented() -> None:
+    found = json.loads(json.dumps(report.to_json(results()), allow_nan=False))
+    assert found.keys() == {
+        "schema_version", "task", "data", "rows", "curves", "notes", "environment"
+    }  # fmt: skip
+    assert found["schema_version"] == report.SCHEMA_VERSION == 1
+    alone, kd, _ = found["rows"]
+    for entry in found["rows"]:
+        assert entry.keys() == {
+            "method", "family", "label", "parameters", "seeds", "test_accuracy",
+            "validation_accuracy", "agreement", "versus", "seconds", "settings",
+        }  # fmt: skip
+    assert kd["test_accuracy"]["values"] == [0.90, 0.91, 0.92] and kd["seeds"] == 3
+    assert kd["test_accuracy"].keys() == {"mean", "ci95", "values"}
+    assert kd["versus"].keys() == {"baseline", "difference", "verdict"}
+    assert kd["versus"]["difference"]["mean"] == pytest.approx(0.1)
+    assert alone["versus"] is alone["agreement"] is None
+    assert found["curves"] == {"learning": dict(results().learning), "alpha": dict(results().alpha)}
+    assert {"python", "jax", "flax", "optax", "backend", "devices"} <= found["environment"].keys()
+
+
+class Page(HTMLParser):
+    """Tags that close as they should, text, and everything that could load something."""
+
+    VOID = {"meta", "br"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.seen: set[str] = set()
+        self.feed(text)
+        self.close()
+        assert not self.open, f"unclosed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.seen.add(tag)
+        for name, value in attrs:
+            assert name not in ("src", "href", "srcset", "data", "action", "xlink:href"), (
+                tag,
+                name,
+            )
+            assert not name.startswith("on") and "url(" not in (value or "")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_the_page_is_self_contained_and_escaped() -> None:
+    whole = results(task=NASTY, notes=[NASTY])
+    text = report.html_page(whole)
+    page = Page(text)
+    assert not page.seen & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
+    assert not re.search(r"@import|url\(|https?://", text)
+    assert "<script>" not in text and "".join(page.text).count("<script>alert('a')</script>") >= 3
+    shown = " ".join(page.text)
+    for words in ("91.0 ± 2.5", "+10.0", "better", "1,234", "rate: 0.1", "KD"):
+        assert words in shown, words
+    assert "prefers-color-scheme:dark" in text and "width=device-width" in text
+
+
+def test_what_was_not_measured_is_left_out() -> None:
+    rows = [row("alone", [0.5])]
+    text = report.html_page(results(rows=rows, learning={}, alpha={}))
+    Page(text)
+    for title in ("α-curve", "Learning curves", "agreement"):
+        assert title not in text
+    assert "α-curve" in report.html_page(results()) and "Teacher–student" in report.html_page(
+        results()
+    )
+
+
+def marks(svg: str, name: str, attribute: str) -> list[float]:
+    return [float(x) for x in re.findall(rf'<{name}[^>]* {attribute}="([-\d.]+)"', svg)]
+
+
+def test_dots_and_whiskers_stand_where_their_values_are() -> None:
+    svg = _svg.dots([_svg.Bar("a", 0.5, 0.1), _svg.Bar("b", 0.9, None)], axis="accuracy")
+    Page(svg)
+    first, second = marks(svg, "circle", "cx")
+    ticks = dict(
+        (float(text), float(x))
+        for x, text in re.findall(r'<text x="([\d.]+)"[^>]*text-anchor="middle"[^>]*>(\d+)<', svg)
+    )
+    (low, x_low), (high, x_high) = min(ticks.items()), max(ticks.items())
+    per_point = (x_high - x_low) / (high - low)
+    np.testing.assert_allclose(
+        [first, second], [x_low + per_point * (v - low) for v in (50, 90)], atol=0.2
+    )
+    whiskers = re.findall(r'<line x1="([\d.]+)"[^>]*x2="([\d.]+)"[^>]*stroke-width="3"', svg)
+    lengths = [float(b) - float(a) for a, b in whiskers]
+    np.testing.assert_allclose(lengths, [20 * per_point, 0], atol=0.2)
+    assert "a: 50.0 ± 10.0 %" in svg and "b: 90.0 %" in svg
+
+
+def test_lines_ring_the_chosen_place_and_bear_flat_curves() -> None:
+    curve = _svg.Line("a", [0.1, 0.5, 1.0], [0.2, 0.6, 0.4], marked=0.5)
+    svg = _svg.lines([curve], x_axis="x", y_axis="y")
+    Page(svg)
+    assert marks(svg, "circle", "r") == [4, 6, 4]
+    heights = marks(svg, "circle", "cy")
+    assert heights[1] < heights[2] < heights[0], "up is more"
+    for flat in ([0.5], [0.5, 0.5]):  # no extent at all
+        Page(_svg.lines([_svg.Line("a", [1.0] * len(flat), flat)], x_axis="x", y_axis="y"))
