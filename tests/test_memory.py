@@ -55,15 +55,24 @@ def test_scores_are_the_published_ones() -> None:
     np.testing.assert_allclose(jnp.exp(got), want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("count", [3, 700])
-def test_scores_in_chunks_are_the_same(count: int) -> None:
-    """700 rows of 4096 numbers each exceed what is gathered at once."""
+@pytest.mark.parametrize(("count", "all_rows"), [(3, 8), (3, 0), (700, 0)])
+def test_scores_do_not_depend_on_what_is_multiplied(
+    count: int, all_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows of a small bank, drawn rows of a large one; 700 of 4096 numbers in chunks."""
+    monkeypatch.setattr(memory, "_ALL_ROWS", all_rows)
     bank = memory.Bank(units(1, 8, 4096), jnp.zeros(()))
-    x = units(2, 4, 4096)
+    x, probe = units(2, 4, 4096), units(4, 4, count)
     index = jnp.asarray(np.random.default_rng(3).integers(0, 8, size=(4, count)))
-    got = memory.bank_scores(bank, x, index, temperature=1.0)
+
+    def scores(x: Array) -> Array:
+        return memory.bank_scores(bank, x, index, temperature=1.0)
+
+    got, pull = jax.vjp(scores, x)
     want = jnp.take_along_axis(jnp.matmul(x, bank.rows.T, precision="highest"), index, axis=1)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    gradient = jnp.einsum("bk,bkd->bd", probe, bank.rows[index], precision="highest")
+    np.testing.assert_allclose(pull(probe)[0], gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_scores_differentiate_by_queries_and_not_by_the_bank() -> None:
