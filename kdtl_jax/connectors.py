@@ -133,9 +133,13 @@ def conv(
         return params | ({"bias": jnp.zeros((features,), _dtype(x))} if bias else {})
 
     def apply(params: Params, x: Array) -> Array:
+        weights = params["kernel"].astype(x.dtype)
+        if _map("conv", x).shape[1:3] == (1, 1) and kernel == 2 * edge + 1:
+            # A single position meets the middle of the kernel alone.
+            return _biased(jnp.matmul(x, weights[edge, edge]), params)
         y = jax.lax.conv_general_dilated(
-            _map("conv", x),
-            params["kernel"].astype(x.dtype),
+            x,
+            weights,
             (stride, stride),
             ((edge, edge), (edge, edge)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),

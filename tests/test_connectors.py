@@ -100,12 +100,13 @@ def test_linear_by_hand() -> None:
     np.testing.assert_allclose(y, [[11.5, -4.0]])
 
 
-def test_conv_is_a_padded_cross_correlation() -> None:
+@pytest.mark.parametrize("side", [5, 1])
+def test_conv_is_a_padded_cross_correlation(side: int) -> None:
     rng = np.random.default_rng(0)
-    x, kernel = rng.normal(size=(1, 5, 5, 2)), rng.normal(size=(3, 3, 2, 4))
+    x, kernel = rng.normal(size=(1, side, side, 2)), rng.normal(size=(3, 3, 2, 4))
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    want = np.zeros((1, 3, 3, 4))
-    for i, j in np.ndindex(3, 3):
+    want = np.zeros((1, (side + 1) // 2, (side + 1) // 2, 4))
+    for i, j in np.ndindex(want.shape[1:3]):
         patch = padded[0, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]
         want[0, i, j] = np.einsum("hwc,hwco->o", patch, kernel)
     connector = connectors.conv3x3(4, stride=2, bias=False)
