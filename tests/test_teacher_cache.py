@@ -33,7 +33,8 @@ KEY = jax.random.key(7)
 @jax.jit
 def _apply(params: Any, inputs: Any) -> dict[str, Any]:
     hidden = jnp.tanh(inputs.reshape(inputs.shape[0], -1)[:, :FEATURES] @ params["hidden"])
-    return {"logits": hidden @ params["out"], "block/hidden": hidden}
+    logits = hidden @ params["out"]
+    return {"logits": logits, "block/hidden": hidden, "mean": jnp.mean(hidden, axis=0)}
 
 
 def _model(
@@ -107,7 +108,7 @@ def test_indices_take_the_smallest_integers(classes: int, dtype: str) -> None:
     from kdtl_jax.teacher_cache import _plan
 
     outputs = {"logits": jax.ShapeDtypeStruct((4, classes), jnp.float32)}
-    indices = _plan.columns("test", outputs, ("logits",), 3, "float16")[0]
+    indices = _plan.columns("test", outputs, 4, ("logits",), 3, "float16")[0]
     assert (indices.field, indices.dtype) == ("indices", dtype)
 
 
@@ -434,6 +435,8 @@ def test_bad_outputs_and_settings(tmp_path: Path) -> None:
         _write(tmp_path / "c", taps=("block/hiden",))
     with pytest.raises(ValueError, match="top_k=301 needs logits"):
         _write(tmp_path / "d", top_k=301)
+    with pytest.raises(ValueError, match=r"'mean' must have one row per example, got \[5\]"):
+        _write(tmp_path / "j", taps=("mean",))
     with pytest.raises(ValueError, match='top_k must be at least 1 and needs "logits"'):
         _write(tmp_path / "e", top_k=3, taps=("block/hidden",))
     with pytest.raises(TypeError, match="dtype must be one of"):

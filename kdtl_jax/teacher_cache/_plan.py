@@ -42,12 +42,17 @@ class Plan(NamedTuple):
 
 
 def columns(
-    fn: str, outputs: Mapping[str, Any], taps: tuple[str, ...], top_k: int | None, dtype: str
+    fn: str,
+    outputs: Mapping[str, Any],
+    batch: int,
+    taps: tuple[str, ...],
+    top_k: int | None,
+    dtype: str,
 ) -> tuple[Column, ...]:
     """Columns for the (abstract) outputs `[B, ...]` of a batch.
 
     Raises:
-      ValueError: if an output does not exist (the nearest are listed) or has no batch axis.
+      ValueError: if an output does not exist (the nearest are listed) or has no row per example.
     """
     found = []
     for tap in taps:
@@ -55,8 +60,11 @@ def columns(
             near = ", ".join(map(repr, trees.nearest(tap, list(outputs), n=5)))
             raise ValueError(f"{fn}: the teacher has no output {tap!r}. Nearest: {near}.")
         output = outputs[tap]
-        if not output.ndim:
-            raise ValueError(f"{fn}: output {tap!r} has no batch axis, its shape is [].")
+        if output.shape[:1] != (batch,):
+            raise ValueError(
+                f"{fn}: output {tap!r} must have one row per example, got {list(output.shape)} for "
+                f"a batch of {batch}."
+            )
         shape = tuple(map(int, output.shape[1:]))
         if tap == "logits" and top_k is not None:
             if not shape or top_k > shape[-1]:

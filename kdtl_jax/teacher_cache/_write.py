@@ -112,7 +112,7 @@ def write(
 
     example = _batch(arrays, np.arange(batch_size)), np.zeros(batch_size, np.int32), np.int32(0)
     outputs = jax.eval_shape(outputs_of, given, *example, view_key)
-    stored = _plan.columns(FN, outputs, made.taps or (), top_k, str(made.dtype))
+    stored = _plan.columns(FN, outputs, batch_size, made.taps or (), top_k, str(made.dtype))
     rows_each = shard_rows or _plan.shard_rows(stored, size)
     plan = Plan(made, size, views, top_k, float(temperature), rows_each, stored)
 
