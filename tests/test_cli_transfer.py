@@ -14,7 +14,7 @@ from kdtl_jax import cli, transforms, trees
 from kdtl_jax._types import Variables
 from kdtl_jax.datasets import Dataset, Splits
 from kdtl_jax.interop import safetensors
-from kdtl_jax.models import mlp
+from kdtl_jax.models import mlp, resnet
 from kdtl_jax.recipes import _fits, _networks, transfer
 from kdtl_jax.recipes import _transfer_methods as ways
 
@@ -174,6 +174,23 @@ def test_every_method_is_a_program_with_a_plain_model_at_its_end(method: ways.Me
         assert count == whole + 44
     elif method.name != "lora":
         assert count == whole
+
+
+@pytest.mark.parametrize("name", ["copied_finetuned", "lora", "delta", "mixout"])
+def test_a_network_with_batch_statistics_carries_them(name: str):
+    net = _networks.network(resnet(8, CLASSES), jnp.zeros((1, 8, 8, 1)))
+    fresh = jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))
+    stack = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), fresh)
+    images = jax.ShapeDtypeStruct((2, 20, 8, 8, 1), jnp.float32)
+    data = {"inputs": images, "labels": jax.ShapeDtypeStruct((2, 20), jnp.int32)}
+    held = _fits.Held(jnp.zeros((5, 8, 8, 1)), jnp.zeros((5,), jnp.int32))
+    method = ways.BY_NAME[name]
+    program = transfer._program(method, net, CLASSES, transfer.Settings(epochs=2, llrd=0.9))
+    point = {"seed": jnp.zeros((), jnp.int32), "rate": jnp.float32(0.1)}
+    point |= {method.term: jnp.float32(0.1)} if method.term else {}
+    trained = jax.eval_shape(program, point, data, stack, stack, None, held, held)
+    assert jax.tree.structure(trained.model_state) == jax.tree.structure(fresh.model_state)
+    assert jax.tree.structure(trained.fitted.params) == jax.tree.structure(fresh.params)
 
 
 @pytest.mark.slow

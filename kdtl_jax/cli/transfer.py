@@ -74,7 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--on-mismatch", choices=sorted(POLICIES), default="error", help="default: error"
     )
-    source.add_argument("--source-epochs", type=_training.count, default=defaults.source_epochs)
+    source.add_argument(
+        "--source-epochs",
+        type=_training.count,
+        default=defaults.source_epochs,
+        metavar="N",
+        help=f"default: {defaults.source_epochs}",
+    )
     source.add_argument(
         "--canvas",
         type=int,
@@ -91,7 +97,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help=f"of: {', '.join(ways.BY_NAME)}; default: {','.join(defaults.methods)}",
     )
-    training.add_argument("--seeds", type=_training.count, default=defaults.seeds, metavar="N")
     training.add_argument(
         "--labels-per-class",
         type=int,
@@ -99,10 +104,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"drawn anew for every seed; 0: all; default: {defaults.labels_per_class}",
     )
-    training.add_argument("--epochs", type=_training.count, default=defaults.epochs, metavar="N")
-    training.add_argument(
-        "--batch-size", type=_training.count, default=defaults.batch_size, metavar="N"
-    )
+    for name in ("seeds", "epochs", "batch_size"):
+        default = getattr(defaults, name)
+        training.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=_training.count,
+            default=default,
+            metavar="N",
+            help=f"default: {default}",
+        )
     training.add_argument(
         "--rates",
         type=_positive,
