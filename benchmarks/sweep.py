@@ -1,6 +1,6 @@
 """A sweep of students as one program, against the same students one after another, as ratios.
 
-Command:   python benchmarks/sweep.py [--rounds 5] [--json out.json]
+Command:   python benchmarks/sweep.py [--rounds 5] [--model mlp] [--json out.json]
 Peer:      PyTorch eager, one after another (skipped with a line where torch is not installed;
            `pip install torch==2.13.0`).
 Machine:   (see RESULT)
@@ -8,7 +8,9 @@ RESULT:    not recorded yet
 
 64 MLP students (8 seeds x 8 temperatures; 64-32-10 taught by 64-256-256-10, batch 64, 50 steps),
 and 16 CNN students (8 seeds x 2 temperatures, 28x28, about 20k parameters taught by 200k, 5 steps).
-"One after another" is this library's own compiled epoch; the teacher's outputs are cached for all.
+"One after another" is this library's own compiled epoch, one call per student; all students read
+one batch order. With a live teacher the sweep runs its forward once for all students, which is
+most of what it gains; with cached outputs there is nothing of that kind left to save.
 """
 
 import argparse
@@ -34,10 +36,12 @@ from kdtl_jax.models import cnn
 WEIGHTS = {"kd": 0.9, "task": 0.1}
 
 
-def experiment(init: Any, model: Any) -> sweep.Experiment:
+def experiment(init: Any, model: Any, teacher: Any) -> sweep.Experiment:
     """Trains one student; all students read one batch order, so that rows are gathered once."""
 
-    def run(point: dict[str, jax.Array], data: Any, index: jax.Array) -> jax.Array:
+    def run(
+        point: dict[str, jax.Array], teacher_params: Any, data: Any, index: jax.Array
+    ) -> jax.Array:
         def terms(x: Any) -> Any:
             student, teacher = x.student["logits"], x.teacher["logits"]
             return {
@@ -47,15 +51,17 @@ def experiment(init: Any, model: Any) -> sweep.Experiment:
 
         tx = optax.sgd(RATE, momentum=MOMENTUM)
         key = jax.random.key(point["seed"])
-        step = train.make_distill_step(model, None, terms, WEIGHTS, tx)
+        step = train.make_distill_step(model, teacher, terms, WEIGHTS, tx)
         state = train.init_state({"student": init(key)}, tx, key=key)
-        _, metrics = train.scan_epoch(step)(state, None, data, index)
+        _, metrics = train.scan_epoch(step)(state, teacher_params, data, index)
         return metrics["loss"].value()[-1]
 
     return run
 
 
-def one_after_another(init: Any, model: Any, points: Any, data: Any, index: Any) -> Any:
+def one_after_another(
+    init: Any, model: Any, teacher: Any, points: Any, teacher_params: Any, data: Any, index: Any
+) -> Any:
     """This library's fastest single runs: a compiled epoch per student, traced temperature."""
 
     def terms(x: Any) -> Any:
@@ -66,7 +72,7 @@ def one_after_another(init: Any, model: Any, points: Any, data: Any, index: Any)
         }
 
     tx = optax.sgd(RATE, momentum=MOMENTUM)
-    epoch = train.jit_epoch(train.make_distill_step(model, None, terms, WEIGHTS, tx))
+    epoch = train.jit_epoch(train.make_distill_step(model, teacher, terms, WEIGHTS, tx))
     start = jax.jit(
         lambda point: train.init_state(
             {"student": init(jax.random.key(point["seed"]))},
@@ -80,14 +86,14 @@ def one_after_another(init: Any, model: Any, points: Any, data: Any, index: Any)
         results = []
         for i in range(sweep.size(points)):
             state = start({name: column[i] for name, column in points.items()})
-            _, metrics = epoch(state, None, data, index)
+            _, metrics = epoch(state, teacher_params, data, index)
             results.append(metrics["loss"].value()[-1])
         return jax.block_until_ready(jnp.stack(results))
 
     return run
 
 
-def torch_one_after_another(kind: str, points: Any, data: Any, steps: int) -> Any:
+def torch_one_after_another(kind: str, live: bool, points: Any, data: Any, steps: int) -> Any:
     import torch
     from torch import nn
     from torch.nn import functional as F
@@ -107,6 +113,14 @@ def torch_one_after_another(kind: str, points: Any, data: Any, steps: int) -> An
             *[nn.Flatten(), nn.Linear(784, 24), nn.ReLU(), nn.Linear(24, 10)],
         )
 
+    large = nn.Sequential(
+        *[nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)]
+    )
+
+    def teach(inputs: Any, rows: slice) -> Any:
+        with torch.no_grad():
+            return large(inputs) if live else soft[rows]
+
     def run() -> None:
         for t in np.asarray(points["temperature"]):
             model = student()
@@ -114,7 +128,8 @@ def torch_one_after_another(kind: str, points: Any, data: Any, steps: int) -> An
             for i in range(steps):
                 rows = slice(i * BATCH, (i + 1) * BATCH)
                 logits = model(x[rows])
-                log_s, p_t = F.log_softmax(logits / t, -1), F.softmax(soft[rows] / t, -1)
+                taught = teach(x[rows], rows)
+                log_s, p_t = F.log_softmax(logits / t, -1), F.softmax(taught / t, -1)
                 kd = F.kl_div(log_s, p_t, reduction="batchmean") * float(t) ** 2
                 loss = 0.9 * kd + 0.1 * F.cross_entropy(logits, y[rows])
                 optimizer.zero_grad()
@@ -130,30 +145,40 @@ def measure(kind: str, rounds: int) -> list[dict[str, Any]]:
     shape = (64,) if kind == "mlp" else (28, 28, 1)
     inputs = jnp.asarray(rng.normal(size=(steps * BATCH, *shape)), jnp.float32)
     if kind == "mlp":
-        teacher_logits = mlp_apply(mlp_init(k1, [64, 256, 256, 10]), inputs)
+        teacher_params, apply = mlp_init(k1, [64, 256, 256, 10]), mlp_apply
         init, model = (lambda key: mlp_init(key, [64, 32, 10])), as_model(mlp_apply)
         points = sweep.grid(seed=range(8), temperature=np.geomspace(1, 20, 8))
     else:
-        teacher_logits = cnn_apply(cnn_init(k1, (32, 64), 56), inputs)
+        teacher_params, apply = cnn_init(k1, (32, 64), 56), cnn_apply
         module = linen.model(cnn([8, 16], classes=10))
         init, model = (lambda key: module.init(key, inputs[:1]).params), module.apply
         points = sweep.grid(seed=range(8), temperature=[1.0, 4.0])
     labels = jnp.asarray(rng.integers(0, 10, steps * BATCH), jnp.int32)
-    data = {"inputs": inputs, "labels": labels, "teacher": {"logits": teacher_logits}}
+    taught = {"logits": jax.jit(apply)(teacher_params, inputs)}
     index = train.epoch_index(k2, 0, steps * BATCH, BATCH)
-    run = experiment(init, model)
-    chosen = sweep.fastest(run, points, data, index)
-    base = "one after another"
-    forms = {base: one_after_another(init, model, points, data, index)}
-    for runner in (sweep.vectorized, sweep.mapped):
-        every = runner(run)
-        forms[runner.__name__] = lambda every=every: jax.block_until_ready(
-            every(points, data, index)
+    data = {"inputs": inputs, "labels": labels}
+    forms: dict[str, Any] = {}
+    for name in ("live", "cached") if kind == "mlp" else ("cached",):
+        teacher = as_model(apply) if name == "live" else None
+        given = teacher_params if name == "live" else None
+        arrays = data if name == "live" else {**data, "teacher": taught}
+        forms[f"{name}: one after another"] = one_after_another(
+            init, model, teacher, points, given, arrays, index
         )
-    try:
-        forms["torch eager, one after another"] = torch_one_after_another(kind, points, data, steps)
-    except ImportError:
-        print("torch is not installed: the peer is left out (pip install torch==2.13.0)")
+        run = experiment(init, model, teacher)
+        for runner in (sweep.vectorized, sweep.mapped, sweep.sequential):
+            every = runner(run)
+            forms[f"{name}: {runner.__name__}"] = lambda every=every, given=given, arrays=arrays: (
+                jax.block_until_ready(every(points, given, arrays, index))
+            )
+        chosen = sweep.fastest(run, points, given, arrays, index).__name__
+        print(f"\n{kind}, {name} teacher: sweep.fastest chooses {chosen}")
+        try:
+            forms[f"{name}: torch eager, one after another"] = torch_one_after_another(
+                kind, name == "live", points, {**data, "teacher": taught}, steps
+            )
+        except ImportError:
+            print("torch is not installed: the peer is left out (pip install torch==2.13.0)")
     for form in forms.values():
         form()
     seconds: dict[str, list[float]] = {name: [] for name in forms}
@@ -163,19 +188,21 @@ def measure(kind: str, rounds: int) -> list[dict[str, Any]]:
             form()
             seconds[name].append(time.perf_counter() - start)
     students = sweep.size(points)
-    print(f"\n{kind}: {students} students x {steps} steps; sweep.fastest chooses {chosen.__name__}")
+    print(f"{kind}: {students} students x {steps} steps; ratios are medians of paired rounds")
     rows = []
     for name, times in seconds.items():
+        base = f"{name.partition(':')[0]}: one after another"
         ratio = statistics.median(b / a for a, b in zip(times, seconds[base], strict=True))
-        us = 1e6 * statistics.median(times) / (students * steps)
-        print(f"{name:36s} {us:9.1f} us per student-step  {ratio:6.2f}x faster than {base}")
-        rows.append({"model": kind, "form": name, "us": us, "speedup": ratio})
+        us, least = (1e6 * t / (students * steps) for t in (statistics.median(times), min(times)))
+        print(f"{name:38s} {us:8.1f} us per student-step (min {least:8.1f})  {ratio:5.2f}x {base}")
+        rows.append({"model": kind, "form": name, "us": us, "least_us": least, "speedup": ratio})
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Example: python benchmarks/sweep.py")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", choices=("mlp", "cnn"), help="one of the two; default: both")
     parser.add_argument("--json", help="write the rows here")
     args = parser.parse_args()
     python = sys.version.split()[0]
@@ -183,7 +210,8 @@ def main() -> None:
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}; {versions}"
     )
-    rows = [row for kind in ("mlp", "cnn") for row in measure(kind, args.rounds)]
+    kinds = ("mlp", "cnn") if args.model is None else (args.model,)
+    rows = [row for kind in kinds for row in measure(kind, args.rounds)]
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"versions": versions, "rows": rows}, file, indent=1)
