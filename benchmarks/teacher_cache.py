@@ -8,11 +8,11 @@ RESULT:    24 rounds; paired median (of the fastest rounds) against the student 
              MLP of 784 inputs   cached 0.89 (1.03)   plain KL 0.83 (1.02)  live teacher 20 (23)
              CNN, on the device  cached 0.94 (0.95)   plain KL 0.94 (0.96)  live teacher 3.7 (4.7)
              CNN, from disk      cached 1.03 (1.55)
-           Reading a shuffled batch of 64: 60 to 90 us, about 1/100 of the CNN's step (7.3 ms).
+           Reading a shuffled batch of 64: 59 to 85 us, 1/100 of the CNN's step (8.6 ms).
            32 of 32,000 classes in float16: 132 bytes a row, 1/968 of dense float32.
            The smallest MLP's step is 28 us of some 30 small fusions. There the goal of 1.1 is not
            met: with a KL written by hand it costs 1.12, and the exact KL's gradient is a fusion
-           that XLA splits over two threads (10 us quiet, far more on a loaded machine).
+           that XLA splits over two threads: 8 us at its fastest, far more under load.
 
 1. The KD step with cached outputs against the student's own step (cross-entropy alone), the same
    with a KL written by hand (what of the difference is the loss, not the cache), and with a live
