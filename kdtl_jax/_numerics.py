@@ -38,24 +38,19 @@ def per_example(x: float | Array, like: Array) -> Array:
 def log_softmax(logits: Array, *, where: Array | None = None) -> Array:
     """`log softmax` over the last axis; excluded or -inf classes give -inf, never NaN.
 
-    A row without any class is -inf throughout. Gradients are finite in every case.
+    A row without any class is -inf throughout. Gradients are finite in every case: what is absent
+    has a finite derivative by its own logit, and `exp(-inf) = 0` by all others.
     """
     logits = upcast(logits)
     if where is not None:
         logits = jnp.where(where, logits, -jnp.inf)
-    present = logits > -jnp.inf
-    top, log_total = _normalizer(logits, present)
-    return jnp.where(present, jnp.where(present, logits, 0) - top - log_total, -jnp.inf)
+    top, total, _ = _softmax_parts(logits)
+    return (logits - top) - jnp.log(total)
 
 
-def _normalizer(logits: Array, present: Array) -> tuple[Array, Array]:
-    """`(top, log sum exp(logits - top))` over the last axis, `[..., 1]`; 0 for an empty row."""
-    low = jnp.finfo(logits.dtype).min
-    top = jnp.max(jnp.where(present, logits, low), axis=-1, keepdims=True)
-    top = jax.lax.stop_gradient(jnp.where(top > low, top, 0))
-    shifted = jnp.where(present, logits - top, 0)
-    total = jnp.sum(jnp.where(present, jnp.exp(shifted), 0), axis=-1, keepdims=True)
-    return top, jnp.log(jnp.where(total > 0, total, 1))
+def softmax(logits: Array) -> Array:
+    """`softmax` over the last axis in float32 or wider; -inf gives 0, a row of nothing zeros."""
+    return _softmax_parts(upcast(logits))[2]
 
 
 def finite_difference(p_logits: Array, q_logits: Array) -> Array:
@@ -72,16 +67,17 @@ def log_ratio(
     Subtracting two log-softmaxes loses the digits that they share. The difference of the logits
     keeps them, and what the two normalizers still get wrong is one number r per row, seen in
     `sum q expm1(d) = r`, which is 0 for the true ratio; one Newton step removes it. Entries outside
-    either support give 0. Give `difference` (`p_logits - q_logits`) where it is known better: that
+    either support, -inf among the logits, give 0. Give `difference` (`p_logits - q_logits`) where it is known better: that
     of the unsoftened logits, divided by the temperature once.
     """
     in_p, in_q = log_p > -jnp.inf, log_q > -jnp.inf
     both = in_p & in_q
-    top_p, total_p = _normalizer(p_logits, in_p)
-    top_q, total_q = _normalizer(q_logits, in_q)
+    top_p, total_p, _ = _softmax_parts(p_logits)
+    top_q, total_q, _ = _softmax_parts(q_logits)
     delta = finite_difference(p_logits, q_logits) if difference is None else difference
-    d = jnp.where(both, delta - ((top_p - top_q) + (total_p - total_q)), 0)
-    p, q = (jnp.where(m, jnp.exp(jnp.where(m, x, 0)), 0) for m, x in ((in_p, log_p), (in_q, log_q)))
+    shift = (top_p - top_q) + (jnp.log(total_p) - jnp.log(total_q))
+    d = jnp.where(both, delta - shift, 0)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
     near = both & (jnp.abs(d) < NEAR)
     excess = jnp.where(near, q * _near_expm1(jnp.where(near, d, 0)), p - q)
     r = jnp.sum(excess, axis=-1, keepdims=True)
@@ -99,8 +95,7 @@ def kl_terms(log_p: Array, log_q: Array, ratio: Array | None = None) -> Array:
     """
     in_p, in_q = log_p > -jnp.inf, log_q > -jnp.inf
     both = in_p & in_q
-    p = jnp.where(in_p, jnp.exp(jnp.where(in_p, log_p, 0)), 0)
-    q = jnp.where(in_q, jnp.exp(jnp.where(in_q, log_q, 0)), 0)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
     if ratio is None:
         ratio = jnp.where(both, log_p, 0) - jnp.where(both, log_q, 0)
     d = jnp.where(both, ratio, 0)
@@ -175,8 +170,8 @@ def _compared(p_logits: Array, q_logits: Array, difference: Array) -> _Compared:
     """
     in_p, in_q = p_logits > -jnp.inf, q_logits > -jnp.inf
     both = in_p & in_q
-    top_p, total_p, p = _softmax_parts(p_logits, in_p)
-    top_q, total_q, q = _softmax_parts(q_logits, in_q)
+    top_p, total_p, p = _softmax_parts(p_logits)
+    top_q, total_q, q = _softmax_parts(q_logits)
     shift = (top_p - top_q) + (jnp.log(total_p) - jnp.log(total_q))
     d = jnp.where(both, difference - shift, 0)
     near = both & (jnp.abs(d) < NEAR)
@@ -186,12 +181,14 @@ def _compared(p_logits: Array, q_logits: Array, difference: Array) -> _Compared:
     return _Compared(in_p, in_q, near, p, q, d, _near_expm1_plus(jnp.where(near, d, 0)))
 
 
-def _softmax_parts(logits: Array, present: Array) -> tuple[Array, Array, Array]:
-    """`(top, sum exp(z - top), softmax)`; an empty row has `(0, 1, zeros)`."""
-    low = jnp.finfo(logits.dtype).min
-    top = jnp.max(jnp.where(present, logits, low), axis=-1, keepdims=True)
-    top = jax.lax.stop_gradient(jnp.where(top > low, top, 0))
-    e = jnp.where(present, jnp.exp(jnp.where(present, logits - top, 0)), 0)
+def _softmax_parts(logits: Array) -> tuple[Array, Array, Array]:
+    """`(top, sum exp(z - top), softmax)`; an empty row has `(0, 1, zeros)`.
+
+    Guards of rows, not of elements: with a finite top, `exp(-inf - top) = 0` has derivative 0.
+    """
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    top = jax.lax.stop_gradient(jnp.where(top > -jnp.inf, top, 0))
+    e = jnp.exp(logits - top)
     total = jnp.sum(e, axis=-1, keepdims=True)
     total = jnp.where(total > 0, total, 1)
     return top, total, e / total

@@ -74,9 +74,10 @@ def soft_cross_entropy(
     student, teacher = _logspace.softened(
         "soft_cross_entropy", student_logits, teacher_logits, temperature, where
     )
-    return _logspace.cross_entropy(
-        _numerics.log_softmax(teacher, where=where), _numerics.log_softmax(student, where=where)
-    )
+    if where is not None:
+        teacher = jnp.where(where, teacher, -jnp.inf)
+    log_q = _numerics.log_softmax(student, where=where)
+    return _logspace.minus_mean_log(_numerics.softmax(teacher), teacher > -jnp.inf, log_q)
 
 
 def hard_kd(
@@ -104,6 +105,9 @@ def hard_kd(
     student, teacher = _logspace.softened("hard_kd", student_logits, teacher_logits, 1.0, None)
     log_p = _numerics.log_softmax(student)
     hard = -_logspace.at(log_p, jnp.argmax(teacher, axis=-1))
+    known = _checks.concrete(label_smoothing)
+    if known is not None and not known.any():
+        return hard
     smoothing = _numerics.per_example(label_smoothing, hard)
     return (1 - smoothing) * hard - smoothing * _logspace.mean_log(log_p)
 

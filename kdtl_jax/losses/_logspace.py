@@ -62,17 +62,17 @@ def compared(
 ) -> Pair:
     """Checked and softened log-distributions of both sides."""
     student, teacher = softened(fn, student_logits, teacher_logits, temperature, where)
-    log_student = _numerics.log_softmax(student, where=where)
-    log_teacher = _numerics.log_softmax(teacher, where=where)
+    if where is not None:
+        student, teacher = (jnp.where(where, z, -jnp.inf) for z in (student, teacher))
+    log_student, log_teacher = _numerics.log_softmax(student), _numerics.log_softmax(teacher)
     difference = softened_difference(teacher_logits, student_logits, temperature)
     ratio = _numerics.log_ratio(teacher, student, log_teacher, log_student, difference)
     return Pair(log_student, log_teacher, ratio)
 
 
 def probabilities(log_p: Array) -> Array:
-    """`exp(log_p)` with gradient 0 where the class is absent."""
-    present = log_p > -jnp.inf
-    return jnp.where(present, jnp.exp(jnp.where(present, log_p, 0)), 0)
+    """`exp(log_p)`; 0 with gradient 0 where the class is absent, as `exp(-inf)` has."""
+    return jnp.exp(log_p)
 
 
 def logsumexp(x: Array, *, where: Array | None = None, axis: int = -1) -> Array:
@@ -90,9 +90,14 @@ def logsumexp(x: Array, *, where: Array | None = None, axis: int = -1) -> Array:
 
 def cross_entropy(log_p: Array, log_q: Array) -> Array:
     """`-sum p log q` over the last axis, `0 log 0 = 0`; +inf where q lacks a class of p."""
-    in_p, in_q = log_p > -jnp.inf, log_q > -jnp.inf
-    terms = -probabilities(log_p) * jnp.where(in_p & in_q, jnp.where(in_q, log_q, 0), 0)
-    return jnp.sum(jnp.where(in_p & ~in_q, jnp.inf, terms), axis=-1)
+    return minus_mean_log(probabilities(log_p), log_p > -jnp.inf, log_q)
+
+
+def minus_mean_log(p: Array, present: Array, log_q: Array) -> Array:
+    """`cross_entropy` of probabilities, and of which classes they have."""
+    in_q = log_q > -jnp.inf
+    terms = p * jnp.where(in_q, log_q, 0)
+    return -jnp.sum(jnp.where(present & ~in_q, -jnp.inf, terms), axis=-1)
 
 
 def mean_log(log_p: Array) -> Array:

@@ -153,6 +153,6 @@ def _probabilities(
     _checks.rank(fn, 2, 2, student_logits=student_logits)
     student, teacher = _logspace.softened(fn, student_logits, teacher_logits, temperature, None)
     return (
-        _logspace.probabilities(_numerics.log_softmax(student)),
-        _logspace.probabilities(_numerics.log_softmax(teacher)),
+        _numerics.softmax(student),
+        _numerics.softmax(teacher),
     )

@@ -35,7 +35,8 @@ def dist_inter(
       Huang et al., Knowledge Distillation from A Stronger Teacher, 2022 (2205.10536).
     """
     student, teacher = _probabilities("dist_inter", student_logits, teacher_logits, temperature)
-    return jnp.sum(_pearson_terms(student, teacher, -1, eps), axis=-1)
+    terms, rest = _pearson_terms(student, teacher, -1, eps)
+    return jnp.sum(terms, axis=-1) + jnp.squeeze(rest, -1)
 
 
 def dist_intra(
@@ -70,8 +71,8 @@ def dist_intra(
     """
     _checks.rank("dist_intra", 2, 2, student_logits=student_logits)
     student, teacher = _probabilities("dist_intra", student_logits, teacher_logits, temperature)
-    terms = _pearson_terms(student, teacher, 0, eps)
-    return jnp.mean(terms, axis=1) * terms.shape[0]
+    terms, rest = _pearson_terms(student, teacher, 0, eps)
+    return jnp.mean(terms, axis=1) * terms.shape[0] + jnp.mean(rest)
 
 
 def dist(
@@ -117,27 +118,29 @@ def _probabilities(
 ) -> tuple[Array, Array]:
     student, teacher = _logspace.softened(fn, student_logits, teacher_logits, temperature, None)
     return (
-        _logspace.probabilities(_numerics.log_softmax(student)),
-        _logspace.probabilities(_numerics.log_softmax(teacher)),
+        _numerics.softmax(student),
+        _numerics.softmax(teacher),
     )
 
 
-def _pearson_terms(x: Array, y: Array, axis: int, eps: Scalar) -> Array:
-    """Terms >= 0 that sum along `axis` to `1 - <x', y'> / (|x'| |y'| + eps)`, `'` = centered.
+def _pearson_terms(x: Array, y: Array, axis: int, eps: Scalar) -> tuple[Array, Array]:
+    """Terms >= 0 along `axis` and a rest: in all `1 - <x', y'> / (|x'| |y'| + eps)`, centered.
 
     `1 - rho = 1/2 |u - v|^2` of the unit vectors does not cancel where the two nearly agree.
     """
     x = x - jnp.mean(x, axis=axis, keepdims=True)
     y = y - jnp.mean(y, axis=axis, keepdims=True)
-    norm_x = _numerics.safe_norm(x, axis=axis, keepdims=True)
-    norm_y = _numerics.safe_norm(y, axis=axis, keepdims=True)
-    both = (norm_x > 0) & (norm_y > 0)
-    u = jnp.where(both, x / jnp.where(both, norm_x, 1), 0)
-    v = jnp.where(both, y / jnp.where(both, norm_y, 1), 0)
-    product = norm_x * norm_y
-    floor = _numerics.scalar(eps, product)
-    # Without variance the distance is 1, spread evenly; also for eps = 0.
-    share = 1 / x.shape[axis]
-    whole = jnp.where(both, product + floor, 1)
-    spread = jnp.where(both, floor / whole, 1) * share
-    return jnp.where(both, product / whole, 0) * jnp.square(u - v) / 2 + spread
+    # Probabilities: their squares are in range.
+    square_x = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
+    square_y = jnp.sum(jnp.square(y), axis=axis, keepdims=True)
+    both = (square_x > 0) & (square_y > 0)
+    norm_x = jnp.sqrt(jnp.where(both, square_x, 1))
+    norm_y = jnp.sqrt(jnp.where(both, square_y, 1))
+    floor = _numerics.scalar(eps, norm_x)
+    whole = norm_x * norm_y + floor
+    # `product / whole` of half the squared distance of the unit vectors, and `floor / whole`; all
+    # that can be is done per row. Without variance the distance is 1, also for eps = 0.
+    scale = jnp.where(both, jnp.sqrt(0.5 / whole), 0)
+    root_x, root_y = jnp.sqrt(norm_y / norm_x), jnp.sqrt(norm_x / norm_y)
+    terms = jnp.square(x * (scale * root_x) - y * (scale * root_y))
+    return terms, jnp.where(both, floor / whole, 1)

@@ -8,7 +8,6 @@ from jax import Array
 
 from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import Scalar
-from kdtl_jax.losses import _logspace
 
 
 def uld(
@@ -125,8 +124,8 @@ def _probabilities(
     student = student / _numerics.per_example(student_temperature, student)
     teacher = teacher / _numerics.per_example(teacher_temperature, teacher)
     return (
-        _logspace.probabilities(_numerics.log_softmax(student)),
-        _logspace.probabilities(_numerics.log_softmax(teacher)),
+        _numerics.softmax(student),
+        _numerics.softmax(teacher),
     )
 
 
