@@ -1,7 +1,7 @@
 """The flags of a training run: optimizer, precision, augmentation, devices; and what they name."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--augment",
         type=augmentations,
-        default={},
+        default=[],
         metavar="NAME,...",
         help="crop or crop=PIXELS, flip, mixup or mixup=ALPHA, cutmix or cutmix=ALPHA; teacher and "
         "student see the same views. mixup and cutmix mix the labels of the cross-entropy; a "
@@ -93,7 +93,7 @@ def optimizer(args: argparse.Namespace) -> Callable[[int], optax.GradientTransfo
     return of
 
 
-def views(chosen: Mapping[str, float | None], classes: int, side: int) -> Views | None:
+def views(chosen: Sequence[str], classes: int, side: int) -> Views | None:
     """The augmentation that the flag names, or None; `side` is the image's height.
 
     Mixed labels arrive as `batch["targets"]`.
@@ -104,17 +104,17 @@ def views(chosen: Mapping[str, float | None], classes: int, side: int) -> Views 
     def of(key: Array, epoch: Array, batch: Batch) -> dict[str, Any]:
         keys = augment.example_keys(key, epoch, batch["index"])
         out, x = dict(batch), batch["inputs"]
-        for place, (name, value) in enumerate(chosen.items()):
+        for place, (name, _, value) in enumerate(part.partition("=") for part in chosen):
             own = jax.vmap(lambda k, at=place: jax.random.fold_in(k, at))(keys)
             if name == "crop":
-                padding = max(1, side // 8) if value is None else int(value)
+                padding = int(float(value)) if value else max(1, side // 8)
                 x = augment.crop(own, x, padding=padding)
             elif name == "flip":
                 x = augment.flip(own, x)
             else:
                 mix = augment.mixup if name == "mixup" else augment.cutmix
                 targets = out.get("targets", augment.smooth_labels(batch["labels"], classes))
-                x, out["targets"] = mix(own[0], x, targets, alpha=1.0 if value is None else value)
+                x, out["targets"] = mix(own[0], x, targets, alpha=float(value or 1))
         return {**out, "inputs": x}
 
     return of
@@ -169,17 +169,19 @@ def mesh_sizes(text: str) -> dict[str, int]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def augmentations(text: str) -> dict[str, float | None]:
+def augmentations(text: str) -> list[str]:
     """`type=` of `--augment`: names in order, with a value where one is given."""
-    out: dict[str, float | None] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    out = []
+    for part in names(text):
         name, equals, value = part.partition("=")
         if name not in AUGMENTATIONS or (equals and name == "flip"):
             raise argparse.ArgumentTypeError(
                 f"{part!r} is none of {', '.join(AUGMENTATIONS)} (crop=PIXELS, mixup=ALPHA, "
                 "cutmix=ALPHA)"
             )
-        out[name] = None if not equals or value == "None" else positive(value)
+        if equals:
+            positive(value)
+        out.append(part)
     return out
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ Predict = Callable[[Params, Outputs], Array]
 # (state, inputs, seed by seed?) -> the classes named [S, N]
 Named = Callable[[TrainState, np.ndarray, bool], np.ndarray]
 EVALUATION_BATCH = 512
+EVALUATION = "eval/validation_accuracy"  # in a line of the metrics file
 
 
 class Schedule(NamedTuple):
@@ -133,11 +134,12 @@ def train_seeds(
         checkpoint.save(checkpoints, step, state, {**meta, "seconds": spent})
 
     evaluations = list(meta.get("evaluations", []))
-    if at < steps * every:
+    evaluated = [line["step"] for line in evaluations]
+    if at < steps * every or at not in evaluated:  # a signal may have come before the last one
         epoch = per_epoch * every
         with (
             checkpoint.open_folder(home, keep=checkpoint.newest(1)) as checkpoints,
-            _log(place, name, at // every, every) as log,
+            _log(place, name, at, every, evaluated) as log,
         ):
             result = loop.run(
                 step,
@@ -151,7 +153,8 @@ def train_seeds(
                 evaluate_every=max(1, schedule.epochs // schedule.checks) * epoch,
                 save=save,
                 save_every=schedule.save_every and schedule.save_every * epoch,
-                meta=meta or None,
+                # The path is known already: it need not be found by tracing once more.
+                meta=meta or (None if turns else {"path": "scan"}),
                 on_nonfinite=None,  # each seed leaves out its own
                 place=_seeds.placement(schedule.mesh),
             )
@@ -162,7 +165,7 @@ def train_seeds(
         state,
         turns,
         [line["step"] // every // per_epoch for line in evaluations],
-        np.array([line["eval/validation_accuracy"] for line in evaluations], np.float64),
+        np.array([line[EVALUATION] for line in evaluations], np.float64),
         _skipped(place, name, per_epoch),
         before,
     )
@@ -335,13 +338,18 @@ def _newest(home: Path, state: TrainState) -> tuple[TrainState, int, dict[str, A
 
 
 @contextlib.contextmanager
-def _log(place: Place, name: str, at: int, every: int) -> Iterator[loop.Log | None]:
+def _log(
+    place: Place, name: str, at: int, every: int, evaluated: Sequence[int]
+) -> Iterator[loop.Log | None]:
+    """The run's lines in the shared file, after those that the state at step `at` has behind it."""
     if jax.process_index() != 0:
         yield None
         return
 
     def stays(line: dict[str, Any]) -> bool:
-        return line["method"] in place.finished or (line["method"] == name and line["step"] <= at)
+        step = line["step"] * every
+        behind = step in evaluated if EVALUATION in line else step <= at
+        return line["method"] in place.finished or (line["method"] == name and behind)
 
     with loop.metrics_file(place.folder / "metrics.jsonl", stays=stays) as log:
         yield _seeds.lines(name, log, every)

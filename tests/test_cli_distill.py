@@ -1,0 +1,454 @@
+"""`kdtl distill` in-process on tiny data: what it writes, resuming, placements, and bad input."""
+
+import json
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import yaml
+
+from kdtl_jax import checkpoint, loop, models
+from kdtl_jax.cli import distill, main
+from kdtl_jax.cli.methods import BY_NAME
+from kdtl_jax.interop import linen, safetensors
+from kdtl_jax.recipes import _seeds
+from kdtl_jax.recipes._method import TASK, Built, Method, no_connectors, no_memory
+
+ROOM = ["--teacher", "mlp:8", "--student", "mlp:4", "--batch-size", "8", "--rate", "0.01"]
+SHORT = [*ROOM, "--seeds", "2", "--epochs", "4", "--teacher-epochs", "2", "--methods", "kd"]
+
+
+def kdtl(*words: Any) -> int:
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three separable classes in five dimensions."""
+    rng = np.random.default_rng(0)
+    y = np.arange(90) % 3
+    x = rng.normal(size=(90, 5)) + 2 * np.eye(3, 5)[y]
+    path = tmp_path_factory.mktemp("data") / "small.npz"
+    np.savez(path, x=x.astype(np.float32), y=y)
+    return path
+
+
+@pytest.fixture(scope="module")
+def straight(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbs: kd, and hint with its connector."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    assert kdtl("distill", "--data", file, *SHORT, "--methods", "kd,hint", "--out", folder) == 0
+    return folder
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def final(folder: Path, method: str) -> dict[str, np.ndarray]:
+    """Every array of a method's last checkpoint, by path, as it lies on disk."""
+    home = folder / "checkpoints" / method
+    home = home / str(checkpoint.steps(home)[-1])
+    manifest = json.loads((home / "manifest.json").read_text())
+    with ocp.StandardCheckpointer() as reader, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no template to take shardings from
+        stored = reader.restore(home / "state")
+    named = enumerate(leaf["path"] for leaf in manifest["leaves"])
+    numbered = ((path, stored.get(f"leaf{i:05d}")) for i, path in named)
+    return {path: np.asarray(x) for path, x in numbered if x is not None}
+
+
+def bits(folder: Path, methods: Sequence[str]) -> dict[str, Any]:
+    """All that must come out alike: parameters, optimizer, metrics, the student's file."""
+    found: dict[str, Any] = {
+        f"{method}/{path}": x.tobytes()
+        for method in methods
+        for path, x in final(folder, method).items()
+    }
+    for name in ("metrics.jsonl", "student.safetensors", "teacher.safetensors"):
+        found[name] = (folder / name).read_bytes()
+    return found
+
+
+# What a run leaves.
+
+
+def test_the_run_folder_is_complete(straight: Path) -> None:
+    names = {path.name for path in straight.iterdir() if path.name != ".lock"}
+    assert names == {
+        *("config.yaml", "env.json", "metrics.jsonl", "results.json", "report.html"),
+        *("checkpoints", "student.safetensors", "teacher.safetensors"),
+    }
+    assert {path.name for path in (straight / "checkpoints").iterdir()} == {
+        *("teacher", "student_alone", "kd", "hint")
+    }
+    page = (straight / "report.html").read_text()
+    assert "Knowledge distillation" in page and "http" not in page.replace("http-equiv", "")
+
+
+def test_results_have_the_documented_schema(straight: Path) -> None:
+    found = results(straight)
+    assert found["schema_version"] == 1
+    rows = {row["method"]: row for row in found["rows"]}
+    assert list(rows) == ["teacher", "student_alone", "kd", "hint"]
+    for name, row in rows.items():
+        accuracy, seeds = row["test_accuracy"], 1 if name == "teacher" else 2
+        assert row["seeds"] == len(accuracy["values"]) == seeds
+        assert accuracy["mean"] == pytest.approx(np.mean(accuracy["values"]))
+        assert (row["versus"] is not None) == (name in ("kd", "hint"))
+        assert row["settings"]["epochs"] == (2 if name == "teacher" else 4)
+    assert rows["teacher"]["parameters"] == 5 * 8 + 8 + 8 * 3 + 3
+    assert rows["hint"]["parameters"] == 5 * 4 + 4 + 4 * 3 + 3  # the connector is thrown away
+    assert rows["kd"]["settings"]["weights"] == {"task": 0.1, "kd": 0.9}
+    assert set(found["curves"]["learning"]) == {"student_alone", "kd", "hint"}
+    assert found["curves"]["learning"]["kd"]["epoch"] == [1, 2, 3, 4]
+
+
+def test_metrics_have_a_line_per_epoch_and_evaluation(straight: Path) -> None:
+    lines = [line for line in loop.read_metrics(straight / "metrics.jsonl") if "loss" in line]
+    # 45 training examples: 5 steps per epoch.
+    assert [line["step"] for line in lines if line["method"] == "kd"] == [5, 10, 15, 20]
+    assert [line["step"] for line in lines if line["method"] == "teacher"] == [5, 10]
+    line = next(line for line in lines if line["method"] == "kd")
+    assert line.keys() == {"method", "step", "task", "kd", "loss", "skipped"}
+    assert len(line["kd"]) == 2 and line["kd"][0] != line["kd"][1]
+    np.testing.assert_allclose(
+        line["loss"], 0.9 * np.array(line["kd"]) + 0.1 * np.array(line["task"]), rtol=1e-5
+    )
+
+
+def test_students_read_back_give_the_accuracy_in_the_table(straight: Path, file: Path) -> None:
+    with np.load(file) as stored:
+        x, y = stored["x"], stored["y"]
+    checkpointed = safetensors.index(straight / "student.safetensors")
+    meta = checkpointed.metadata
+    assert meta["model"] == "mlp:4" and meta["seed"] == "0" and meta["classes"] == "3"
+    model = linen.model(models.mlp((4,), 3))
+    mean, scale = (np.array(json.loads(meta[f"input_{n}"]), np.float32) for n in ("mean", "scale"))
+    params = safetensors.load_tree(straight / "student.safetensors")
+    args = distill_args(straight)
+    rows = distill._specs.raw_splits(args)
+    inputs = (rows.test.inputs - mean) / scale
+    logits = model.apply(params, None, inputs)[0]["logits"]
+    found = {row["method"]: row for row in results(straight)["rows"]}[meta["method"]]
+    wanted = found["test_accuracy"]["values"][0]
+    assert np.mean(np.argmax(logits, -1) == rows.test.labels) == pytest.approx(wanted)
+    assert len(x) == len(y) == 90
+
+
+def distill_args(folder: Path) -> Any:
+    from kdtl_jax.cli import parse
+
+    return parse(["distill", "--config", str(folder / "config.yaml")])
+
+
+def test_the_written_config_is_the_settings(
+    straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert kdtl("distill", "--config", straight / "config.yaml", "--print-config") == 0
+    assert capsys.readouterr().out == (straight / "config.yaml").read_text()
+
+
+def test_lists_and_mappings_in_a_config_go_round(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {
+        "methods": ["kd", "dkd"],
+        "weights": {"kd": {"kd": 0.5}, "task": 0.2},
+        "layers": {"hidden_0": "hidden_1"},
+        "mesh": {"data": 2},
+        "augment": ["crop=1", "flip"],
+    }
+    (tmp_path / "in.yaml").write_text(yaml.safe_dump(config))
+    assert kdtl("distill", "--config", tmp_path / "in.yaml", "--print-config") == 0
+    text = capsys.readouterr().out
+    found = yaml.safe_load(text)
+    assert found["weights"] == {"kd.kd": 0.5, "task": 0.2}
+    assert found["layers"] == ["hidden_0:hidden_1"]
+    assert found["augment"] == ["crop=1", "flip"]
+    (tmp_path / "out.yaml").write_text(text)
+    assert kdtl("distill", "--config", tmp_path / "out.yaml", "--print-config") == 0
+    assert capsys.readouterr().out == text
+
+
+def test_list_shows_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert kdtl("distill", "--list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["method", *BY_NAME]
+    assert "Hinton" in lines[1] and lines[1].endswith("no")
+
+
+# Stopped and taken up again.
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Sends this process SIGTERM after a given number of lines of the metrics file."""
+    plain, counts = _seeds.lines, {"left": 0}
+
+    def lines(name: str, log: loop.Log, calls: int) -> loop.Log:
+        write = plain(name, log, calls)
+
+        def counted(line: dict[str, Any]) -> None:
+            write(line)
+            counts["left"] -= 1
+            if counts["left"] == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return counted
+
+    monkeypatch.setattr(_seeds, "lines", lines)
+    yield lambda number: counts.update(left=number)
+
+
+@pytest.mark.parametrize("line", [3, 24], ids=["teacher", "hint"])
+def test_a_stopped_run_goes_on_bit_for_bit(
+    straight: Path,
+    file: Path,
+    tmp_path: Path,
+    stop_at: Callable[[int], None],
+    line: int,
+) -> None:
+    words = ["distill", "--data", file, *SHORT, "--methods", "kd,hint", "--out", tmp_path / "run"]
+    stop_at(line)
+    with pytest.raises(SystemExit) as stopped:
+        kdtl(*words)
+    assert stopped.value.code == 143
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert kdtl(*words, "--resume") == 0
+    methods = ["teacher", "student_alone", "kd", "hint"]
+    assert bits(tmp_path / "run", methods) == bits(straight, methods)
+    old, new = results(straight)["rows"], results(tmp_path / "run")["rows"]
+    assert [r["test_accuracy"] for r in old] == [r["test_accuracy"] for r in new]
+
+
+def test_resuming_wants_the_same_settings(
+    straight: Path, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (straight / "results.json").read_bytes()
+    words = ["distill", "--data", file, *SHORT, "--methods", "kd,hint", "--out", straight]
+    assert kdtl(*words, "--resume", "--seeds", 3) == 2
+    assert "seeds (2, now 3)" in capsys.readouterr().err
+    assert kdtl(*words) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert (straight / "results.json").read_bytes() == before
+
+
+# Placements and paths.
+
+
+@pytest.fixture(scope="module")
+def kd_params(straight: Path) -> dict[str, np.ndarray]:
+    return {k: v for k, v in final(straight, "kd").items() if k.startswith("params")}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--mesh", "data=2"], ["--one-by-one", "--microbatches", "2"]],
+    ids=["two-devices", "seed-by-seed"],
+)
+def test_every_way_to_run_gives_the_same_students(
+    file: Path, tmp_path: Path, kd_params: dict[str, np.ndarray], flags: list[str]
+) -> None:
+    out = ["--out", tmp_path / "run"]
+    assert kdtl("distill", "--data", file, *SHORT, *flags, *out) == 0
+    found = final(tmp_path / "run", "kd")
+    for path, wanted in kd_params.items():
+        np.testing.assert_allclose(found[path], wanted, atol=1e-5, err_msg=path)
+    lines = loop.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    at = [line["step"] for line in lines if line["method"] == "kd" and "loss" in line]
+    assert at == [5, 10, 15, 20]
+
+
+def test_a_teacher_from_a_file_and_from_its_cache(
+    straight: Path, file: Path, tmp_path: Path, kd_params: dict[str, np.ndarray]
+) -> None:
+    given = ["--teacher-weights", straight / "teacher.safetensors"]
+    given += ["--teacher-cache", tmp_path / "cache"]
+    assert kdtl("distill", "--data", file, *SHORT, *given, "--out", tmp_path / "run") == 0
+    found = final(tmp_path / "run", "kd")
+    for path, wanted in kd_params.items():
+        np.testing.assert_array_equal(found[path], wanted)
+    assert (tmp_path / "cache" / "manifest.json").exists()
+    assert [r["method"] for r in results(tmp_path / "run")["rows"]][0] == "teacher"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(1)
+    y = np.arange(60) % 3
+    x = rng.normal(size=(60, 4, 4)) + y[:, None, None]
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    np.savez(path, x=x.astype(np.float32), y=y)
+    return path
+
+
+@pytest.mark.slow
+def test_views_in_half_precision_from_few_examples(images: Path, tmp_path: Path) -> None:
+    more = ["--augment", "crop,flip,mixup=0.5", "--precision", "float16", "--per-class", "6"]
+    models = ["--teacher", "cnn:2", "--student", "cnn:2", "--teacher-epochs", 1]
+    folder = tmp_path / "run"
+    assert kdtl("distill", "--data", images, *SHORT, *models, *more, "--out", folder) == 0
+    rows = {row["method"]: row for row in results(folder)["rows"]}
+    # The live teacher's convolutions keep their threads: one seed, one step per call.
+    assert rows["kd"]["settings"]["ran"] == "seed by seed"
+    assert "skipped_updates" not in rows["kd"]["settings"]
+    lines = [line for line in loop.read_metrics(folder / "metrics.jsonl") if "kd" in line]
+    assert lines and all(np.isfinite(line["loss"]).all() for line in lines)
+
+
+class Normed(nn.Module):
+    """An MLP with batch statistics."""
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.5, name="norm")(inputs)
+        hidden = jax.nn.relu(nn.Dense(4, name="dense_0")(x))
+        return {"hidden_0": hidden, "logits": nn.Dense(3, name="head")(hidden)}
+
+
+@pytest.mark.slow
+def test_batch_statistics_are_trained_and_saved(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill._specs, "model", lambda text, classes: Normed())
+    folder = tmp_path / "run"
+    assert kdtl("distill", "--data", file, *SHORT, "--out", folder) == 0
+    stored = safetensors.load(folder / "student.safetensors")
+    assert {"params/norm/scale", "batch_stats/norm/mean"} <= stored.keys()
+    assert np.abs(stored["batch_stats/norm/mean"]).max() > 0
+    again = ["--teacher-weights", folder / "teacher.safetensors", "--one-by-one"]
+    assert kdtl("distill", "--data", file, *SHORT, *again, "--out", tmp_path / "again") == 0
+    for path, wanted in final(folder, "kd").items():
+        if path.startswith(("params", "model_state")):
+            found = final(tmp_path / "again", "kd")[path]
+            np.testing.assert_allclose(found, wanted, atol=1e-5, err_msg=path)
+
+
+# Methods that go wrong.
+
+
+def made(name: str, terms: Any, applies: Any = lambda setup: None) -> Method:
+    def build(setup: Any, options: Any) -> Built:
+        return Built(terms, {TASK: 1.0, "term": 1.0}, no_connectors, no_memory)
+
+    return Method(name, name.title(), "nobody, 2026", "logits", False, build, applies)
+
+
+def test_methods_that_break_are_reported_and_stop_nothing(
+    file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kd_params: dict[str, np.ndarray],
+) -> None:
+    def bursts(inputs: Any) -> Any:
+        # Not finite at two of the twenty steps.
+        size = jnp.mean(inputs.student["logits"], axis=-1)
+        return {"term": jnp.where(inputs.step % 10 == 7, jnp.nan, 0.0) * size}
+
+    def broken(inputs: Any) -> Any:
+        raise ValueError("term: shapes do not fit")
+
+    monkeypatch.setitem(BY_NAME, "bursts", made("bursts", bursts))
+    monkeypatch.setitem(BY_NAME, "broken", made("broken", broken))
+    monkeypatch.setitem(BY_NAME, "absent", made("absent", broken, lambda setup: "needs maps"))
+    words = ["--methods", "broken,absent,bursts,kd", "--out", tmp_path / "run"]
+    assert kdtl("distill", "--data", file, *SHORT, *words) == 1
+    assert "failed: broken" in capsys.readouterr().err
+    found = results(tmp_path / "run")
+    rows = {row["method"]: row for row in found["rows"]}
+    assert list(rows) == ["teacher", "student_alone", "bursts", "kd"]
+    assert rows["bursts"]["settings"]["skipped_updates"] == [2, 2]
+    notes = "\n".join(found["notes"])
+    assert "broken failed: term: shapes do not fit" in notes
+    assert "absent does not apply: needs maps" in notes
+    assert "bursts: updates that were not finite were left out" in notes
+    for path, wanted in kd_params.items():
+        np.testing.assert_array_equal(final(tmp_path / "run", "kd")[path], wanted)
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--methods", "kdd"], 2, "Nearest: kd, "),
+        (["--methods", ","], 2, "is no method"),
+        (["--temperature", "0"], 2, "above 0"),
+        (["--temperature", "-1"], 2, "above 0"),
+        (["--seeds", "0"], 2, "1 or more"),
+        (["--student", "mlp:x"], 2, "whole numbers"),
+        (["--mesh", "data=x"], 2, "data=4,fsdp=2"),
+        (["--augment", "blur"], 2, "crop, flip, mixup, cutmix"),
+        (["--augment", "flip"], 2, "needs images"),
+        (["--weights", "kd"], 2, "term=number"),
+        (["--weights", "kd=-1"], 2, "term=number"),
+        (["--layers", "hidden_0"], 2, "student_tap:teacher_tap"),
+        (["--epoch", "3"], 2, "did you mean --epochs"),
+        (["--process", "0"], 2, "give all of coordinator"),
+        (["--weights", "kdd=1"], 1, "kd: kd, task; student_alone: task"),
+        (["--weights", "dkd.kd=1"], 1, "method.term=weight"),
+        (["--layers", "hidden_0:hidden_9"], 1, "no tap 'hidden_9'. It has dense_0, hidden_0"),
+        (["--batch-size", "64"], 1, "a batch of 64 is larger than the 45 training examples"),
+        (["--per-class", "2"], 1, "a batch of 8 is larger than the 6 training examples"),
+        (["--per-class", "99"], 1, "99 asked"),
+        (["--microbatches", "3"], 1, "does not divide into 3 microbatches"),
+        (["--mesh", "data=16"], 1, "there are 8"),
+        (["--mesh", "data=3"], 1, "Choose a multiple of 3"),
+        (["--data", "none.npz"], 1, "no such file"),
+        (["--student", "cnn:4"], 1, "images must be"),
+        (["--teacher-weights", "none.safetensors"], 1, "no such file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_is_told_before_anything_is_trained(
+    file: Path,
+    tmp_path: Path,
+    words: list[str],
+    code: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert kdtl("distill", "--data", file, "--out", tmp_path / "run", *SHORT, *words) == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_teacher_of_other_shapes_is_named_leaf_by_leaf(
+    straight: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--teacher-weights", straight / "teacher.safetensors", "--teacher", "mlp:9"]
+    assert kdtl("distill", "--data", file, *SHORT, *given, "--out", tmp_path / "run") == 1
+    said = capsys.readouterr().err
+    assert "'head/kernel' is [8, 3], expected [9, 3]" in said and "teacher.safetensors" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3\n", "unknown key 'epoch'; did you mean epochs"),
+        ("methods: [kd, nothing]\n", "'nothing' is no method"),
+        ("weights: {kd: much}\n", "term=number"),
+        ("data: {a: 1}\n", "one value or a list"),
+        ("temperature: 0\n", "above 0"),
+    ],
+)
+def test_bad_configs_are_told(
+    tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    words = ["--config", tmp_path / "config.yaml", "--out", tmp_path / "run"]
+    assert kdtl("distill", *words) == 2
+    assert message in capsys.readouterr().err
