@@ -67,8 +67,8 @@ def log_ratio(
     Subtracting two log-softmaxes loses the digits that they share. The difference of the logits
     keeps them, and what the two normalizers still get wrong is one number r per row, seen in
     `sum q expm1(d) = r`, which is 0 for the true ratio; one Newton step removes it. Entries outside
-    either support, -inf among the logits, give 0. Give `difference` (`p_logits - q_logits`) where it is known better: that
-    of the unsoftened logits, divided by the temperature once.
+    either support, -inf among the logits, give 0. Give `difference` (`p_logits - q_logits`) where
+    it is known better: that of the unsoftened logits, divided by the temperature once.
     """
     in_p, in_q = log_p > -jnp.inf, log_q > -jnp.inf
     both = in_p & in_q

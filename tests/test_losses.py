@@ -7,6 +7,7 @@ from typing import Any
 import hypothesis
 import hypothesis.strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import LOSS_CASES
@@ -132,7 +133,7 @@ RELATIONAL = [name for name, case in LOSS_CASES.items() if case.relational]
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", RELATIONAL)
-def test_a_batch_sharded_over_devices_gives_the_same_values(name: str) -> None:
+def test_a_batch_sharded_over_devices_gives_the_same_values_and_gradients(name: str) -> None:
     """Relational losses see the whole batch, wherever its rows lie."""
     case = LOSS_CASES[name]
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -140,8 +141,18 @@ def test_a_batch_sharded_over_devices_gives_the_same_values(name: str) -> None:
     args = tuple(case.example(np.random.default_rng(0), 8))
     spread = jax.device_put(args, rows)
     loss = functools.partial(case.fn, **case.hyper)
-    got = testing.compiled(loss, *spread)(*spread)
+
+    def both(*args: Any) -> Any:
+        value, pull = jax.vjp(lambda student: loss(student, *args[1:]), args[0])
+        return value, pull(jnp.arange(1.0, 9.0).reshape(8))
+
+    got, gradient = testing.compiled(both, *spread)(*spread)
+    assert len(got.sharding.device_set) == 4
     np.testing.assert_allclose(got, case.oracle(*args, **case.hyper), rtol=1e-6, atol=1e-12)
+    whole, one = testing.compiled(both, *args)(*args)
+    np.testing.assert_allclose(got, whole, rtol=1e-9, atol=1e-12)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
 
 
 def is_loss(value: Any) -> bool:
