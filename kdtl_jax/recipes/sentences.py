@@ -4,7 +4,19 @@ The student takes some of the teacher's layers as they are (`huggingface.student
 teacher's hidden states, its sentence embeddings and the similarities between them, without labels.
 Beside it stands the same student from random initialization. What is reported is fidelity to the
 teacher on held-out lines: the mean cosine of the two embeddings of a line, and the share of its ten
-nearest lines that both encoders name. Run by `kdtl transfer --task sentences`.
+nearest lines that both encoders name.
+
+    kdtl transfer --task sentences --encoder all-MiniLM-L6-v2/ --text tinyshakespeare.txt
+
+24,762 distinct lines of Shakespeare, 500 of them held out, 200 steps of 32 lines (6,400 lines), one
+seed; jax 0.10.2, two CPU cores that were busy with other work, 311 s of CPU time in all (so the
+speeds mean their ratio, 1.9):
+
+                                      mean cosine  agreement@10  parameters  sentences/s
+    Teacher                                1.0000        1.0000  22,713,216           68
+    Teacher's layers, untrained            0.5198        0.2228  17,389,824          130
+    Teacher's layers, distilled            0.8870        0.5460  17,389,824          130
+    Random initialization, distilled       0.4263        0.0712  17,389,824          130
 """
 
 import importlib
