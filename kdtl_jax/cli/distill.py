@@ -256,6 +256,7 @@ def _results(args: argparse.Namespace, splits: Splits, outcome: distill.Outcome)
         f"{data['test']} test examples. The teacher ({args.teacher}) sees all training examples, "
         f"students ({args.student}) {seen}. A seed has the same start and the same batches under "
         "every method. Nothing was chosen on the test split.",
+        *_many(len([row for row in outcome.rows if row.versus is not None])),
         *outcome.notes,
     ]
     return report.Results(
@@ -266,6 +267,16 @@ def _results(args: argparse.Namespace, splits: Splits, outcome: distill.Outcome)
         {},
         notes,
     )
+
+
+def _many(comparisons: int) -> list[str]:
+    """What many intervals beside each other mean."""
+    if comparisons < 10:
+        return []
+    return [
+        f"Each of the {comparisons} comparisons stands by itself at 95 %: about "
+        f"{round(comparisons / 20)} would look clear by chance alone."
+    ]
 
 
 def _save_models(

@@ -35,6 +35,7 @@ th,td{padding:.35rem .35rem}.wide{display:none}}
 
 
 _COLORS = 8  # --series-0 … --series-7
+_NOTES = 4  # so many stand before the results
 
 
 def html_page(results: Results) -> str:
@@ -46,7 +47,7 @@ def html_page(results: Results) -> str:
         sections.append(_learning(results))
     if any(row.agreement for row in results.rows):
         sections.append(_agreement(results.rows))
-    sections.append(_settings(results.rows))
+    sections += [_more_notes(results), _settings(results.rows)]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -56,8 +57,19 @@ def html_page(results: Results) -> str:
 
 
 def _head(results: Results) -> str:
-    notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in results.notes)
-    return f"<h1>{html.escape(results.task)}</h1>{notes}"
+    first = results.notes if len(results.notes) <= _NOTES else results.notes[:1]
+    return f"<h1>{html.escape(results.task)}</h1>{_paragraphs(first)}"
+
+
+def _more_notes(results: Results) -> str:
+    """Where there are many, all but the first stand behind the results."""
+    if len(results.notes) <= _NOTES:
+        return ""
+    return f"<h2>Notes</h2>{_paragraphs(results.notes[1:])}"
+
+
+def _paragraphs(notes: Sequence[str]) -> str:
+    return "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -95,6 +107,8 @@ def _accuracy(rows: Sequence[Row]) -> str:
     parts = ["<h2>Accuracy by method</h2>"]
     for i, family in enumerate(dict.fromkeys(row.family for row in rows)):
         bars = [_svg.Bar(r.label, r.test.mean, r.test.ci95, i) for r in rows if r.family == family]
+        if len(bars) < 2:
+            continue
         parts.append(f"<h3>{html.escape(family.capitalize())}</h3>")
         parts.append(_svg.dots(bars, axis="test accuracy, % (with 95 % interval)"))
     return "".join(parts)
