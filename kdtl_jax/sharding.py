@@ -2,7 +2,8 @@
 
 A mesh has an axis `"data"` (examples are split over it) and optionally `"fsdp"` (weights and
 optimizer state are split over it, examples too). The train step itself does not change: place the
-state and the batch, call the same jitted step, and XLA inserts the collectives. Meshes have Auto
+state and the batch, call the same jitted step, and XLA inserts the collectives. `keep_placement`
+around the step holds the state where it was put. Meshes have Auto
 axis types, so ordinary code such as `x @ x.T` on sharded operands works.
 
 A teacher is placed like a state, by `place(teacher, mesh)`: with the mesh's FSDP rule or another
@@ -19,6 +20,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kdtl_jax import train
 from kdtl_jax._types import ModelFn, PyTree, Variables
 
 AXES = ("data", "fsdp")
@@ -108,6 +110,27 @@ def place(tree: PyTree, mesh: Mesh, *, smallest: int = 256) -> PyTree:
     Arrays are copied, so donating the result never deletes the given ones.
     """
     return jax.tree.map(_put, tree, fsdp_shardings(tree, mesh, smallest=smallest))
+
+
+def keep_placement(step: train.Step, state: train.TrainState) -> train.Step:
+    """The step, whose new state lies where `state` does: compiled once, split for good.
+
+    Without it XLA may choose to split or replicate small leaves of the result otherwise, and the
+    second call, on a state placed in another way, compiles a second time.
+
+    Args:
+      step: the un-jitted step.
+      state: from `place`; only its shardings are read, so it may be donated afterwards.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+    def kept(
+        state: train.TrainState, teacher_params: Any, batch: train.Batch
+    ) -> tuple[train.TrainState, train.Metrics]:
+        new, metrics = step(state, teacher_params, batch)
+        return jax.lax.with_sharding_constraint(new, shardings), metrics
+
+    return kept
 
 
 def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:

@@ -6,6 +6,7 @@ one program, so that a placement costs one compilation.
 
 import functools
 import itertools
+import re
 import socket
 import subprocess
 import sys
@@ -201,6 +202,28 @@ def test_every_placement_gives_the_one_device_result(
     for leaf in jax.tree.leaves(learned(states)):
         if leaf.size >= 256:
             assert leaf.sharding.is_fully_replicated == (fsdp == 1), "steps keep the placement"
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_a_placed_step_compiles_once_and_transfers_nothing(
+    fsdp: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A state that came back otherwise than it was placed would be compiled for again."""
+    mesh = sharding.make_mesh(data=2, fsdp=fsdp)
+    state, teacher = sharding.place(_start()["kd"], mesh), sharding.place(TEACHER, mesh)
+    batches = [sharding.place_batch(BATCH, mesh) for _ in range(5)]
+
+    def placed_step(state: train.TrainState, teacher: Any, batch: Any) -> Any:
+        return sharding.keep_placement(STEPS["kd"], before)(state, teacher, batch)
+
+    before, step = state, jax.jit(placed_step)
+    with jax.transfer_guard("disallow"), jax.checking_leaks(), jax.log_compiles():
+        for batch in batches:
+            state, _ = step(state, teacher, batch)
+    compiled = [x for x in caplog.messages if re.match(r"Compiling .*placed_step", x)]
+    assert len(compiled) == 1
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state), strict=True):
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
 def test_state_bytes_fall_as_one_over_n() -> None:
