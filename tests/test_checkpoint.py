@@ -108,7 +108,7 @@ def test_saved_state_may_be_donated_at_once(tmp_path: Path) -> None:
         tree = jax.tree.map(lambda y: (y * 2 + 1) * 2 + 1, tree)
 
 
-def test_every_altered_file_is_noticed(kept: Path) -> None:
+def test_every_altered_file_is_noticed(kept: Path, standard_promotion: None) -> None:
     home = kept / "2"
     files = sorted(path for path in home.rglob("*") if path.is_file())
     assert len(files) > 5 and home / "manifest.json" in files
@@ -123,6 +123,8 @@ def test_every_altered_file_is_noticed(kept: Path) -> None:
             path.write_bytes(content)
             reason = checkpoint.problem(kept, 2)
             assert reason is not None and path.name in reason
+        found = checkpoint.restore(kept, state())
+        assert (found.step, found.skipped) == (1, [(2, checkpoint.problem(kept, 2))])
         path.write_bytes(whole)
         path.rename(kept / "elsewhere")
         reason = checkpoint.problem(kept, 2)

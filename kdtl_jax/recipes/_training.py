@@ -116,6 +116,7 @@ def train_seeds(
     step, source = _over_seeds(step, bench, schedule, turns)
     if schedule.mesh is not None:
         state = sharding.place(state, schedule.mesh)
+        step = sharding.keep_placement(step, state)
         frozen = sharding.place(frozen, schedule.mesh, smallest=_seeds.NEVER)
 
     home = place.folder / "checkpoints" / name
