@@ -201,11 +201,13 @@ def balanced(
     means = objective.reduce_all(terms, example_weights)
     target = jax.lax.stop_gradient(means[reference].value())
 
-    def scaled(name: str, term: Array | Masked) -> Array | Masked:
+    def scaled(name: str, term: objective.Term) -> objective.Term:
         if name == reference:
             return term
         mean = jax.lax.stop_gradient(means[name].value())
         ratio = target.astype(mean.dtype) / (mean + eps)
+        if isinstance(term, Mean):
+            return Mean(ratio * _numerics.upcast(term.total), term.weight)
         if isinstance(term, Masked):
             return Masked(ratio * _numerics.upcast(term.values), term.where)
         return ratio * _numerics.upcast(term)
