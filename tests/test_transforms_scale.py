@@ -25,7 +25,8 @@ def _forward(params: Params, x: Array) -> Array:
     return hidden @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"][None]
 
 
-@given(alpha=st.floats(-3, 3, width=32))
+# Products below float32's normal range are left out: there XLA flushes to zero on some machines.
+@given(alpha=st.floats(-3, 3, width=32).filter(lambda a: a == 0 or abs(a) > 1e-30))
 def test_every_leaf_is_alpha_times_itself_bit_for_bit(alpha: float) -> None:
     params = _params()
     scaled = transforms.scale(params, alpha)
