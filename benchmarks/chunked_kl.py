@@ -14,7 +14,7 @@ RESULT:    5 rounds, median seconds / times the floor / temporary memory:
            chunked 256, exact KL             3.56   1.18    235 MB
            chunked 256, exact KL, bfloat16   2.92   0.96    333 MB
            torch dense, eager                3.90   1.59
-           the quickest rounds in seconds, in the same order: 1.89, 2.36, 2.54, 2.90, 2.24, 1.82, 3.02
+           quickest rounds in seconds, in that order: 1.89, 2.36, 2.54, 2.90, 2.24, 1.82, 3.02
 
 Student width 512, teacher width 1024, float32. Forms: the matrix products alone (the floor: logits
 of both, the student's gradients); dense JAX by the plain formula and by this library's exact KL;
