@@ -9,6 +9,7 @@ from kdtl_jax.models._blocks import gelu as gelu
 from kdtl_jax.models._blocks import gelu_tanh as gelu_tanh
 from kdtl_jax.models._blocks import quick_gelu as quick_gelu
 from kdtl_jax.models._cnn import CNN as CNN
+from kdtl_jax.models._cnn import Conv3x3 as Conv3x3
 from kdtl_jax.models._cnn import cnn as cnn
 from kdtl_jax.models._decoders import GPT2 as GPT2
 from kdtl_jax.models._decoders import Llama as Llama
