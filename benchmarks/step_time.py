@@ -22,10 +22,11 @@ RESULT:    median us per step (least), and times faster than torch eager on two 
                 torch eager, two / one thread  30930 (21318) / 19796 (16355)
                 torch.compile, two / one       42016 (39608) / 35716 (30332)
            Paired with the hand-written MLP step the library runs at 0.97 of its speed with its
-           loss, and at 0.93 with the exact KL (0.94 by hand). PyTorch is faster on one thread here: against that the MLP epoch is 3.4 times faster (4.1 by the
-           least times), 11.5 times with a cached teacher (15.3), and the CNN is level. On the same
-           machine in a quieter hour, PyTorch's eager CNN step took 6.6 ms and this library's 8.1:
-           XLA's convolutions are the slower ones on this processor.
+           loss, and at 0.93 with the exact KL (0.94 by hand). PyTorch is faster on one thread
+           here: against that the MLP epoch is 3.4 times faster (4.1 by the least times), 11.5
+           times with a cached teacher (15.3), and the CNN is level. On the same machine in a
+           quieter hour, PyTorch's eager CNN step took 6.6 ms and this library's 8.1: XLA's
+           convolutions are the slower ones on this processor.
 
 Two models: an MLP 64-256-256-10 teaching 64-32-10, and a CNN on 28x28 images, about 200k
 parameters teaching 20k; batch 64, float32, SGD with momentum, temperature 4. A round runs every
