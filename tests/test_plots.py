@@ -38,6 +38,9 @@ def test_parallel_coordinates_draw_every_row_and_bring_out_the_best() -> None:
     heights = [float(at[f" rate {r}"].split(",")[1]) for r in ("0.0001", "0.001", "0.01", "0.1")]
     steps = [a - b for a, b in zip(heights, heights[1:], strict=False)]
     assert steps[0] > 50 and max(steps) - min(steps) < 0.3
+    # What has no score passes below the lowest one.
+    ends = [float(e.attrib["points"].split()[-1].split(",")[1]) for e in drawn]
+    assert words[0].endswith("validation % none") and ends[0] > max(ends[1:]) + 10
 
 
 def test_lines_that_meet_in_a_choice_stay_apart() -> None:

@@ -261,7 +261,7 @@ def print_table(outcome: sweep.Outcome) -> None:
 
 
 def _cells(line: Line, axes: Sequence[str]) -> list[str]:
-    setting = [f"{line.setting[a]:g}" if a in line.setting else "–" for a in axes]
+    setting = [f"{line.setting[a]:.4g}" if a in line.setting else "–" for a in axes]
     return [line.method, *setting, report.percent(line.validation), report.percent(line.test)]
 
 

@@ -130,8 +130,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the sweep, prints the best settings, writes the run folder; returns the exit code."""
     methods = _methods(args.methods)
+    devices = _devices(args)  # before anything touches one
     columns = settings_of(args)
-    devices = _devices(args)
     raw = _specs.raw_splits(args)
     measured = standardizer(raw.train)
     splits = Splits(*(measured.apply(part) for part in raw))

@@ -15,6 +15,7 @@ from kdtl_jax.report._svg import Line as Line
 from kdtl_jax.report._svg import lines as lines
 
 _WIDTH = 640
+_ABSENT = 20  # below an axis: lines without a value on it
 _FAINT, _STRONG = 0.06, 0.62  # text stays readable on the strongest cell
 
 
@@ -88,7 +89,8 @@ def parallel(axes: Sequence[Axis], *, best: int) -> str:
     """Parallel coordinates: one line per row of a sweep, one axis per setting, the score last.
 
     Lines grow stronger with the score; the best one is drawn last, in another color. An axis of
-    positive values that span a factor of eight or more is logarithmic. Where many lines meet in one
+    positive values that span a factor of eight or more is logarithmic; what has no value (NaN) on
+    an axis passes below it. Where many lines meet in one
     value of a choice or a grid, they are drawn a little apart, in order of their scores.
 
     Args:
@@ -101,7 +103,7 @@ def parallel(axes: Sequence[Axis], *, best: int) -> str:
     lengths = {axis.label: len(axis.values) for axis in axes}
     if len(axes) < 2 or len(set(lengths.values())) != 1:
         raise ValueError(f"parallel: needs two or more equally long axes, got lengths {lengths}.")
-    height, top, bottom, apart = 348, 54, 30, 16
+    height, top, bottom, apart = 352, 54, 34, 16
     staggered = len(axes) > 4
     xs = [60 + i * (_WIDTH - 120) / (len(axes) - 1) for i in range(len(axes))]
     scales = [_AxisScale.of(axis, height - bottom, top) for axis in axes]
@@ -140,6 +142,8 @@ def parallel(axes: Sequence[Axis], *, best: int) -> str:
         for value in scale.labels:
             y = scale.at(value)
             parts.append(_halo(x + 6 if i == 0 else x - 6, y + 5, _value(axis, value), i == 0))
+        if not all(map(math.isfinite, axis.values)):
+            parts.append(_halo(x + 6 if i == 0 else x - 6, height - 5, "none", i == 0))
     return _svg._svg(height, parts, "parallel coordinates of the sweep")
 
 
@@ -321,7 +325,7 @@ class _AxisScale(NamedTuple):
 
     def at(self, value: float) -> float:
         if not math.isfinite(value):
-            return self.start
+            return self.start + _ABSENT
         low, high = self.low, self.high
         if self.is_log:
             value, low, high = math.log(value), math.log(low), math.log(high)
@@ -340,6 +344,8 @@ def _halo(x: float, y: float, text: str, after: bool) -> str:
 def _value(axis: Axis, value: float) -> str:
     if axis.names:
         return axis.names[int(value)]
+    if not math.isfinite(value):
+        return "none"
     return f"{value:.3g}"
 
 
