@@ -21,15 +21,18 @@ def flatten(tree: PyTree) -> dict[str, Any]:
 
 
 def number(i: int) -> str:
+    """The name of leaf i in the file."""
     # Orbax sees numbers: paths may hold anything, and only the manifest needs them.
     return f"leaf{i:05d}"
 
 
 def is_key(leaf: Any) -> bool:
+    """Whether a leaf is a typed PRNG key, concrete or abstract."""
     return jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key)
 
 
 def describe(path: str, leaf: Any) -> dict[str, Any]:
+    """A leaf as the manifest records it."""
     dtype = getattr(leaf, "dtype", None)
     return {
         "path": path,
@@ -76,6 +79,7 @@ def _default() -> jax.sharding.Sharding:
 
 
 def restored_as(leaf: Any, read: Any) -> Any:
+    """What was read, as the kind of leaf that the template holds."""
     if is_key(leaf):
         impl: list[Any] = []  # only a key or its tracer tells its kind, an abstract one does not
         jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), leaf)
@@ -87,6 +91,7 @@ def restored_as(leaf: Any, read: Any) -> Any:
 
 
 def check(name: str, stored: list[dict[str, Any]], flat: Mapping[str, Any]) -> None:
+    """Refuses, leaf by leaf, where checkpoint and template differ."""
     saved = {leaf["path"]: leaf for leaf in stored}
     wanted = {path: describe(path, leaf) for path, leaf in flat.items()}
     problems = [f"the checkpoint lacks {path!r}" for path in wanted if path not in saved]

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny models, a smoke test")
     parser.epilog = (
         "Example: kdtl bench --preset resnet --dtype bfloat16\n"
-        "Example: kdtl bench --preset mlp --devices 8 --trace /tmp/trace"
+        "Example: kdtl bench --preset mlp --devices 8 --trace runs/trace"
     )
 
 

@@ -188,6 +188,7 @@ def _checked_rows(rows: np.ndarray | None, total: int, key: Array | None) -> np.
 def order_rows(
     order: Array | None, epoch: Array, size: int, batch_size: int, drop_remainder: bool
 ) -> Array:
+    """The rows of an epoch, int32 `[steps, B]`; the last batch is filled up from the first rows."""
     if order is None:
         rows = jnp.arange(size, dtype=jnp.int32)
     else:
@@ -198,6 +199,7 @@ def order_rows(
 
 
 def length(fn: str, arrays: Batch) -> int:
+    """The number of examples, on which all arrays must agree."""
     flat = {"/".join(map(str, p)): x for p, x in jax.tree_util.tree_leaves_with_path(dict(arrays))}
     _checks.rank(fn, 1, **flat)
     _checks.same_batch(fn, **flat)

@@ -90,15 +90,14 @@ def augmented(step: Step, views: Views, steps_per_epoch: int) -> Step:
 
 
 def placed(step: Step, mesh: Mesh, examples_axis: int) -> Step:
-    """The step with its batch split over the mesh and its state kept where it is."""
+    """The step with its batch split over the mesh and its metrics on every device."""
     split = NamedSharding(mesh, PartitionSpec(*(None,) * examples_axis, sharding.AXES))
 
     def on_mesh(state: TrainState, teacher: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = jax.lax.with_sharding_constraint(dict(batch), split)
         new, metrics = step(state, teacher, batch)
-        kept = jax.lax.with_sharding_constraint(new, sharding.fsdp_shardings(new, mesh))
         whole = jax.lax.with_sharding_constraint(metrics.sums, sharding.replicated(mesh))
-        return kept, Metrics(metrics.names, whole)
+        return new, Metrics(metrics.names, whole)
 
     return on_mesh
 
