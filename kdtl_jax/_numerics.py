@@ -140,10 +140,12 @@ def _kl_jvp(
     kl = _kl_value(found)
     # A row with an infinite KL has no finite derivative; what remains is that of its finite part.
     level = jnp.where(jnp.isfinite(kl), kl, 0)[..., None]
-    by_p = jnp.where(in_p & in_q, p * (d - level), 0)
-    by_q = jnp.where(near, p * (rest - d), q - p)
-    dp, dq = (jnp.where(inside, t, 0) for inside, t in zip((in_p, in_q), tangents[:2], strict=True))
-    return kl, jnp.sum(by_p * dp + by_q * dq, axis=-1)
+    both = in_p & in_q
+    by_p = jnp.where(both, p * (d - level), 0)
+    # A class absent from p leaves q, one absent from q nothing. Said by `both` alone: with one
+    # array more XLA would split so small a loss over threads, and wait for them.
+    by_q = jnp.where(near, p * (rest - d), jnp.where(both, q - p, q))
+    return kl, jnp.sum(by_p * tangents[0] + by_q * tangents[1], axis=-1)
 
 
 class _Compared(NamedTuple):

@@ -160,6 +160,7 @@ def sending(number: signal.Signals) -> Callable[[Any], int]:
         (raising(ValueError("no such thing")), 1, "kdtl env: no such thing\n"),
         (raising(TypeError("int, got str")), 1, "kdtl env: int, got str\n"),
         (raising(RuntimeError()), 1, "kdtl env: RuntimeError\n"),
+        (raising(ImportError("pip install x")), 1, "kdtl env: pip install x\n"),
         (raising(FileNotFoundError(2, "No such file", "a.npz")), 1, "kdtl env: a.npz: No such"),
         (raising(_config.UsageError("--x and --y exclude each other")), 2, "kdtl env: --x and"),
         (raising(KeyboardInterrupt()), 130, "kdtl env: interrupted\n"),
@@ -190,6 +191,15 @@ def test_the_module_runs_as_a_program() -> None:
     )
     assert done.returncode == 2 and "unknown argument --nonsense" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    run = [sys.executable, "-m", "kdtl_jax.cli", "distill", "--list"]
+    done = subprocess.run(run, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141 and done.stderr == ""
 
 
 def test_env_names_versions_and_devices(capsys: Captured) -> None:

@@ -393,6 +393,7 @@ def test_methods_that_break_are_reported_and_stop_nothing(
         (["--mesh", "data=x"], 2, "data=4,fsdp=2"),
         (["--augment", "blur"], 2, "crop, flip, mixup, cutmix"),
         (["--augment", "flip"], 2, "needs images"),
+        (["--augment", "flip", "--teacher-cache", "c"], 2, "not for --augment's views"),
         (["--weights", "kd"], 2, "term=number"),
         (["--weights", "kd=-1"], 2, "term=number"),
         (["--layers", "hidden_0"], 2, "student_tap:teacher_tap"),

@@ -2,12 +2,13 @@
 
 One command is one module with `add_arguments(parser)` and `run(args)`, named in `COMMANDS`, or a
 package with a table `COMMANDS` of its own. Modules are imported when their command is asked for.
-Exit codes: 0 done, 1 failed (a message, no traceback), 2 wrong usage, 130 interrupted, 143
-terminated.
+Exit codes: 0 done, 1 failed (a message, no traceback), 2 wrong usage, 130 interrupted, 141 nobody
+reads the output any more, 143 terminated.
 """
 
 import argparse
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -51,11 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     previous = _on_terminate()
     try:
-        return importlib.import_module(args.module).run(args)
+        code = importlib.import_module(args.module).run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `kdtl ... | head`
+        _discard_output()
+        return 141
     except _config.UsageError as error:
         print(f"{_name(args)}: {error}", file=sys.stderr)
         return 2
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         print(f"{_name(args)}: {_plain(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -139,6 +145,13 @@ def _on_terminate() -> Any:
         return signal.signal(signal.SIGTERM, stop)
     except ValueError:  # not in the main thread: someone else handles signals
         return None
+
+
+def _discard_output() -> None:
+    """What is still buffered goes nowhere; else Python complains about it when it exits."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _plain(error: BaseException) -> str:

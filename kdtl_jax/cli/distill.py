@@ -61,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher-cache",
         metavar="FOLDER",
-        help="keep the teacher's outputs there, and use those that are there already",
+        help="keep the teacher's outputs there, and use those that are there already; default: "
+        "up to 512 MB of them are held in memory, without --augment, else the teacher runs along",
     )
     parser.add_argument(
         "--temperature",
@@ -169,6 +170,11 @@ def _methods(asked: Sequence[str]) -> list[Method]:
 
 def _settings(args: argparse.Namespace, splits: Splits, mesh: Any) -> distill.Settings:
     shape = splits.train.inputs.shape
+    if args.augment and args.teacher_cache is not None:
+        raise _config.UsageError(
+            "--teacher-cache holds outputs for the images as they are, not for --augment's views. "
+            "Give one or the other."
+        )
     if args.augment and len(shape) != 4:
         raise _config.UsageError(f"--augment needs images [N, H, W, C], the data is {list(shape)}.")
     students = Schedule(

@@ -259,10 +259,10 @@ def _with_outputs(
     size = len(bench.arrays["index"])
     shapes = _networks.shapes(pair.teacher, 1, pair.example).values()
     total = size * sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in shapes)
-    if settings.students.views is not None or total > CACHE_BYTES:
-        return bench, (pair.teacher.apply, pair.frozen)
     if settings.teacher_cache is not None:
         outputs = _from_cache(settings.teacher_cache, bench, pair, settings.dtype)
+    elif settings.students.views is not None or total > CACHE_BYTES:
+        return bench, (pair.teacher.apply, pair.frozen)
     else:
         outputs = _training.outputs(pair.teacher, pair.frozen, bench.arrays["inputs"])
     return bench._replace(arrays={**bench.arrays, "teacher": outputs}), None
