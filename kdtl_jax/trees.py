@@ -46,8 +46,8 @@ def path_string(key_path: Sequence[Any]) -> str:
 
 def natural_key(path: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key under which `layer_2` precedes `layer_10`."""
-    pieces = re.split(r"(\d+)", path)
-    return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in pieces)
+    pieces = re.split(r"(\d+)", path)  # numbers at the odd places; `0` comes before `00`
+    return tuple((0, int(p), p) if i % 2 else (1, 0, p) for i, p in enumerate(pieces))
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:

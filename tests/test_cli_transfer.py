@@ -82,6 +82,9 @@ def test_a_run_writes_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert row["versus"]["baseline"] == "scratch"
     assert row["settings"]["trained_parameters"] == row["parameters"] == 84 + 130 + 33
     assert results["data"]["target_train"] == 12
+    scores = results["data"]["transferability"]
+    assert set(scores) == {"logme", "h_score", "leep", "nce"} and scores["nce"] <= 0
+    assert "logme" in " ".join(results["notes"])
     names = {"config.yaml", "metrics.jsonl", "results.json", "checkpoints", "student.safetensors"}
     assert names | {"report.html", "env.json"} == {entry.name for entry in out.iterdir()}
     # The config is a --config file, and the student is this model.

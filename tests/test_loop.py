@@ -368,7 +368,8 @@ def test_memory_is_flat_over_ten_thousand_steps() -> None:
     loop.run(STEP, fresh(), None, resident(), steps=10_000, log=log, log_every=50)
     loop.run(STEP, fresh(), None, streamed(), steps=10_000, log=log, log_every=50)
     for half in (seen[:10], seen[10:]):
-        assert max(n for n, _ in half) - min(n for n, _ in half) <= 8, half
+        # What is in flight varies by some; one array kept per logged window would add up to 200.
+        assert max(n for n, _ in half) - min(n for n, _ in half) <= 32, half
         assert half[-1][1] - half[1][1] < 8 * 1024, half
 
 

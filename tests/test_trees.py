@@ -105,7 +105,9 @@ def test_natural_sort() -> None:
     ]  # fmt: skip
 
 
-@hypothesis.given(st.lists(st.text("ab/_019", max_size=6), unique=True))
+@hypothesis.given(st.lists(st.text("ab/_019²٣", max_size=6), unique=True))
+@hypothesis.example(["0", "00"])
+@hypothesis.example(["²", "2"])
 def test_natural_sort_is_a_total_order(names: list[str]) -> None:
     ordered = sorted(names, key=trees.natural_key)
     assert sorted(reversed(ordered), key=trees.natural_key) == ordered

@@ -28,7 +28,7 @@ def steps(folder: str | Path) -> list[int]:
     """The steps in a folder, oldest first, whole or not."""
     folder = Path(folder)
     names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def problem(folder: str | Path, step: int) -> str | None:

@@ -137,7 +137,7 @@ def _notes(settings: recipe.Settings) -> list[str]:
 
 def _at_least(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not text.isdigit() or int(text) < least:
+        if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(
                 f"expected a whole number of at least {least}, got {text!r}"
             )
@@ -147,6 +147,6 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def _positions(text: str) -> str:
-    if not all(part.strip().isdigit() for part in text.split(",")):
+    if not all(part.strip().isdecimal() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"expected layers as in 1,3,5, got {text!r}")
     return text

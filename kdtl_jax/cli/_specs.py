@@ -211,7 +211,7 @@ def _model(text: str, classes: int) -> nn.Module:
 
 def _numbers(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
-    if not all(part.isdigit() for part in parts):
+    if not all(part.isdecimal() for part in parts):
         raise ValueError(f"{text!r} is not a list of whole numbers.")
     return [int(part) for part in parts]
 
@@ -220,7 +220,7 @@ def _vit(text: str, classes: int) -> nn.Module:
     chosen = dict(VIT)
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
-        if name.strip() not in VIT or not value.strip().isdigit() or int(value) < 1:
+        if name.strip() not in VIT or not value.strip().isdecimal() or int(value) < 1:
             raise ValueError(f"{part!r} is not one of {', '.join(VIT)} with a whole number.")
         chosen[name.strip()] = int(value)
     if chosen["width"] % chosen["heads"]:

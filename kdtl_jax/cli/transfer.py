@@ -178,6 +178,7 @@ def run(args: argparse.Namespace) -> int:
             "validation": len(target.validation.labels),
             "test": len(target.test.labels),
             "source": args.source_weights or f"{len(source_part.labels)} source examples",
+            "transferability": {name: score.mean for name, score in outcome.scores.items()},
         },
         rows=report.compared(outcome.rows, baselines),
         learning=outcome.learning,
@@ -314,6 +315,7 @@ def _notes(
         f"{source_part.classes} classes"
     )
     few = settings.labels_per_class
+    scores = ", ".join(f"{name} {score.mean:.2f}" for name, score in outcome.scores.items())
     return [
         f"Source: {where}; {100 * outcome.surgery.fraction:.1f} % of the target's parameters are "
         "its own.",
@@ -321,6 +323,8 @@ def _notes(
         f"every seed; {len(target.validation.labels)} validation and {len(target.test.labels)} "
         "test examples. Learning rate and strength are chosen on validation; the test split is "
         "only read off.",
+        f"Transferability before any training: {scores or 'no features to score'}. Higher is "
+        "better, between sources for this target.",
     ]
 
 

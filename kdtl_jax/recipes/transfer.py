@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import objective, report, sweep, train, transforms, trees
+from kdtl_jax import objective, report, sweep, train, transferability, transforms, trees
 from kdtl_jax._types import Params, Variables
 from kdtl_jax.datasets import Dataset, Splits, per_class
 from kdtl_jax.recipes import _fits, _networks
@@ -73,6 +73,7 @@ class Outcome(NamedTuple):
     rows: list[report.Row]
     learning: dict[str, dict[str, list[float]]]
     surgery: transforms.Report
+    scores: dict[str, report.Interval]  # of the source for the target, before any training
     models: dict[str, Variables]  # by method, stacked over seeds
 
 
@@ -116,7 +117,10 @@ def run(
         heads = jax.tree.map(stack, _source_head(source.tree))
     shared = (data, fresh, copied, heads, _fits.held(target.validation), _fits.held(target.test))
 
-    outcome = Outcome([], {}, done, {})
+    scores = jax.jit(jax.vmap(lambda *seed: _scores(net, target.train.classes, *seed)))
+    found = scores(copied, heads, data["inputs"], data["labels"])
+    measured = {name: report.interval(np.asarray(values)) for name, values in found.items()}
+    outcome = Outcome([], {}, done, measured, {})
     for method in methods:
         progress(method.name)
         _train(method, net, target.train.classes, shared, settings, outcome)
@@ -179,6 +183,26 @@ def _source_head(tree: Any) -> dict[str, Any] | None:
         if all(path in flat for path in names.values()):
             return {name: jnp.asarray(flat[path]) for name, path in names.items()}
     return None
+
+
+def _scores(net: Network, classes: int, copied: Variables, head: Any, x: Any, labels: Any) -> Any:
+    """Transferability by what the source makes of the target's training set, by score."""
+    if net.last == "logits":  # the head is all there is, and it is fresh
+        return {}
+    outputs, _ = net.apply(*copied, x)
+    features = outputs[net.last]
+    found = {
+        "logme": transferability.logme(features, jax.nn.one_hot(labels, classes)),
+        "h_score": transferability.regularized_h_score(features, labels, num_classes=classes),
+    }
+    if head is None:
+        return found
+    named = jax.nn.softmax(features @ head["kernel"] + head["bias"][None])
+    found["leep"] = transferability.leep(named, labels, num_classes=classes)
+    hard = jnp.argmax(named, axis=-1).astype(jnp.int32)
+    sizes = {"num_source_classes": named.shape[-1], "num_classes": classes}
+    found["nce"] = transferability.nce(hard, labels, **sizes)
+    return found
 
 
 def _train(

@@ -43,7 +43,7 @@ def compiled(layers: str) -> re.Pattern[str]:
 def number_of(match: re.Match[str]) -> int:
     """The layer's number; raises if the group did not match digits."""
     text = match.group(1)
-    if text is None or not text.isdigit():
+    if text is None or not text.isdecimal():
         raise ValueError(
             f"layers: the group of {match.re.pattern!r} must match the layer's number, but matches "
             f"{text!r} in {match.string!r}."
