@@ -106,7 +106,7 @@ def _indices(texts: list[str] | None, specs: Mapping[str, Any]) -> dict[str, dic
     for text in texts or []:
         head, equals, which = text.rpartition("=")
         pattern, at, axis = head.rpartition("@")
-        if not (equals and at and axis.lstrip("-").isdigit()):
+        if not (equals and at and axis.lstrip("-").isdecimal()):
             raise _config.UsageError(f"--take {text!r}: expected SELECTOR@AXIS=WHICH")
         chosen = trees.mask(specs, _inputs.selector(pattern))
         for path in [path for path in specs if chosen[path]]:
