@@ -4,17 +4,16 @@ Command:   python benchmarks/chunked_kl.py [--tokens 2048] [--vocabulary 32768] 
                [--json out.json]
 Peers:     PyTorch dense, eager (skipped with a line where torch is not installed;
            `pip install torch==2.13.0`).
-Machine:   x86-64, 2 CPUs, jax 0.10.2, torch 2.13, Python 3.11; shared: five runnable processes per
-           CPU, so the seconds say little (spreads of 3x) and the ratios not much more
-RESULT:    5 rounds, median seconds / times the floor / temporary memory:
-           matrix products alone             5.95   1.00    537 MB
-           dense, plain KL                   6.62   1.24   1342 MB
-           dense, exact KL                   5.08   1.23   1678 MB
-           chunked 256, plain KL             4.53   1.53    185 MB
-           chunked 256, exact KL             3.56   1.18    235 MB
-           chunked 256, exact KL, bfloat16   2.92   0.96    333 MB
-           torch dense, eager                3.90   1.59
-           quickest rounds in seconds, in that order: 1.89, 2.36, 2.54, 2.90, 2.24, 1.82, 3.02
+Machine:   Intel Xeon 2.5 GHz (AVX-512), virtual, 2 cores, nothing else running; jax 0.10.2, torch
+           2.13.0, Python 3.11.7; OMP_WAIT_POLICY=PASSIVE
+RESULT:    5 rounds, median seconds (least) / times the floor / temporary memory:
+           matrix products alone             2.17 (2.06)   1.00    537 MB
+           dense, plain KL                   2.93 (2.78)   1.32   1342 MB
+           dense, exact KL                   2.87 (2.77)   1.32   1409 MB
+           chunked 256, plain KL             3.74 (3.57)   1.73    185 MB
+           chunked 256, exact KL             3.02 (2.98)   1.37    202 MB
+           chunked 256, exact KL, bfloat16   3.57 (3.44)   1.69    300 MB
+           torch dense, eager                2.95 (2.64)   1.31
 
 Student width 512, teacher width 1024, float32. Forms: the matrix products alone (the floor: logits
 of both, the student's gradients); dense JAX by the plain formula and by this library's exact KL;

@@ -3,30 +3,29 @@
 Command:   python benchmarks/step_time.py [--rounds 15] [--json out.json]
 Peers:     PyTorch eager and torch.compile (skipped with a line where torch is not installed;
            `pip install torch==2.13.0`).
-Machine:   AMD EPYC (AVX-512), 2 cores, shared with other work (hence the wide spreads); jax
-           0.10.2, torch 2.13.0, Python 3.11.7; OMP_WAIT_POLICY=PASSIVE, 9 rounds.
-RESULT:    median us per step (least), and times faster than torch eager on two threads
-           MLP  hand-written JAX step            196 (177)     4.6
-                the same, this library's KL      218 (181)     4.2
-                jit_step                         234 (189)     3.8
-                jit_step, plain KL               209 (180)     4.1
-                jit_epoch, one scan              188 (152)     4.6
-                jit_epoch, cached teacher         55 (40)     16.9
-                torch eager, two / one thread    896 (846) / 635 (616)
-                torch.compile, two / one thread  838 (812) / 577 (556)
-           CNN  hand-written JAX step          23060 (21648)   1.2
-                jit_step                       20090 (15593)   1.5
-                jit_step, models.Conv3x3       20136 (15142)   1.5
-                jit_epoch, single steps        22167 (14824)   1.5
-                jit_epoch, cached teacher      10997 (8332)    2.9
-                torch eager, two / one thread  30930 (21318) / 19796 (16355)
-                torch.compile, two / one       42016 (39608) / 35716 (30332)
-           Paired with the hand-written MLP step the library runs at 0.97 of its speed with its
-           loss, and at 0.93 with the exact KL (0.94 by hand). PyTorch is faster on one thread
-           here: against that the MLP epoch is 3.4 times faster (4.1 by the least times), 11.5
-           times with a cached teacher (15.3), and the CNN is level. On the same machine in a
-           quieter hour, PyTorch's eager CNN step took 6.6 ms and this library's 8.1: XLA's
-           convolutions are the slower ones on this processor.
+Machine:   Intel Xeon 2.5 GHz (AVX-512), virtual, 2 cores, nothing else running; jax 0.10.2, torch
+           2.13.0, Python 3.11.7; OMP_WAIT_POLICY=PASSIVE, 15 rounds.
+RESULT:    median us per step (least), times faster than torch eager on two threads, speed in
+           the hand-written step's (both medians of paired rounds)
+           MLP  hand-written JAX step            343 (231)     6.0   1.00
+                the same, this library's KL      327 (230)     6.3   1.01
+                jit_step, plain KL               344 (227)     6.1   0.97
+                jit_step                         311 (240)     6.0   1.04
+                jit_epoch, one scan              213 (187)     7.9   1.38
+                jit_epoch, cached teacher         85 (59)     25.6   4.29
+                torch eager, two / one thread   1863 (1593) / 1407 (1319)
+                torch.compile, two / one thread 1684 (1469) / 1300 (1216)
+           CNN  hand-written JAX step          17940 (15290)   1.10  1.00
+                jit_step                       18052 (15370)   1.05  0.96
+                jit_step, models.Conv3x3       17049 (13517)   1.17  1.05
+                jit_epoch, single steps        18227 (14809)   1.01  0.96
+                jit_epoch, cached teacher      13143 (10710)   1.48  1.38
+                torch eager, two / one thread  20391 (16786) / 27362 (23120)
+                torch.compile, two / one       30894 (24487) / 51276 (42852)
+           A scanned MLP epoch takes an eighth of torch.compile's time. The CNN is level with
+           torch eager and 1.7 times faster than torch.compile. On an AMD EPYC (AVX-512, 2 cores)
+           the CNN's jit_step was 1.2 times faster than torch eager, with models.Conv3x3 1.31
+           times, and 1.7 times faster than torch.compile.
 
 Two models: an MLP 64-256-256-10 teaching 64-32-10, and a CNN on 28x28 images, about 200k
 parameters teaching 20k; batch 64, float32, SGD with momentum, temperature 4. A round runs every

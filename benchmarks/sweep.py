@@ -3,19 +3,21 @@
 Command:   python benchmarks/sweep.py [--rounds 5] [--model mlp] [--json out.json]
 Peer:      PyTorch eager, one after another, on one and on all threads (skipped with a line where
            torch is not installed; `pip install torch==2.13.0`).
-Machine:   AMD EPYC (AVX-512), 2 cores, shared with other work; jax 0.10.2, torch 2.13.0,
-           Python 3.11.7; OMP_WAIT_POLICY=PASSIVE, 5 rounds. The ratios move with what else runs.
+Machine:   Intel Xeon 2.5 GHz (AVX-512), virtual, 2 cores, nothing else running; jax 0.10.2, torch
+           2.13.0, Python 3.11.7; OMP_WAIT_POLICY=PASSIVE, 5 rounds.
 RESULT:    us per student-step (and times faster than this library one after another)
-           MLP, live teacher:   one after another 204, vmap of 64 29.5 (7.5x; 9.6x in a quieter
-                                run), lax.map 175 (1.3x); torch 636 on one thread, 968 on two
-           MLP, cached teacher: one after another 52.5, vmap of 64 27.9 (2.0x), lax.map 43.7 (1.2x);
-                                torch 449 on one thread, 657 on two
-           CNN, cached teacher: one after another 6014, vmap of 16 7427 (0.82x), lax.map 5797
-                                (1.05x), one program per student 5740 (1.07x); torch 4348 on one
-                                thread, 12268 on two
-           `sweep.fastest` took vmap for the MLP and lax.map for the CNN: never slower than one
-           after another. Against PyTorch one after another (its better thread count): MLP 22x with
-           a live teacher, 16x with a cached one; CNN 0.75x, XLA's convolutions being slower there.
+           MLP, live teacher:   one after another 247, vmap of 64 49 (5.3x), lax.map 199 (1.2x);
+                                torch 1321 on one thread, 1585 on two
+           MLP, cached teacher: one after another 86, vmap of 64 47 (1.9x), lax.map 55 (1.5x);
+                                torch 1029 on one thread, 1223 on two
+           CNN, cached teacher: one after another 8764, vmap of 16 8784 (0.88x), lax.map 8794
+                                (0.93x), one program per student 7390 (1.09x); torch 9191 on one
+                                thread, 8161 on two
+           `sweep.fastest` took vmap for the MLP and one program per student for the CNN: never
+           slower than one after another. Against PyTorch one after another (its better thread
+           count): MLP 27x with a live teacher, 22x with a cached one; CNN 1.1x.
+           On an AMD EPYC (AVX-512, 2 cores) the MLP sweep with a live teacher ran 7.5 to 9.6
+           times faster than one after another (29 us), with a cached one 2.0 times.
 
 64 MLP students (8 seeds x 8 temperatures; 64-32-10 taught by 64-256-256-10, batch 64, 50 steps),
 and 16 CNN students (8 seeds x 2 temperatures, 28x28, about 20k parameters taught by 200k, 5 steps).

@@ -1,18 +1,17 @@
 """The teacher cache: what a KD step costs with it, whether reading keeps up, and its bytes.
 
 Command:   python benchmarks/teacher_cache.py [--rounds 21] [--json out.json]
-Machine:   2 cores, x86_64, python 3.11.7, jax 0.10.2, shared: load average 17 while it ran, so
-           that a step's time varies fourfold and a ratio's second digit says nothing.
-RESULT:    24 rounds; paired median (of the fastest rounds) against the student alone:
-             MLP of 64 inputs    cached 2.2 (2.5)     plain KL 1.36 (1.12)  live teacher 6.7 (8.3)
-             MLP of 784 inputs   cached 0.89 (1.03)   plain KL 0.83 (1.02)  live teacher 20 (23)
-             CNN, on the device  cached 0.94 (0.95)   plain KL 0.94 (0.96)  live teacher 3.7 (4.7)
-             CNN, from disk      cached 1.03 (1.55)
-           Reading a shuffled batch of 64: 59 to 85 us, 1/100 of the CNN's step (8.6 ms).
+Machine:   Intel Xeon 2.5 GHz (AVX-512), virtual, 2 cores, nothing else running; jax 0.10.2,
+           Python 3.11.7; OMP_WAIT_POLICY=PASSIVE
+RESULT:    21 rounds; paired median (of the fastest rounds) against the student alone:
+             MLP of 64 inputs    cached 1.37 (1.42)   plain KL 1.22 (1.25)  live teacher 4.7 (4.7)
+             MLP of 784 inputs   cached 1.16 (1.17)   plain KL 1.11 (1.10)  live teacher 10 (10)
+             CNN, on the device  cached 1.03 (1.07)   plain KL 1.02 (1.05)  live teacher 1.8 (1.8)
+             CNN, from disk      cached 1.06 (1.03)
+           Reading a shuffled batch of 64: 121 to 165 us, 1/40 of the CNN's step (6.7 ms).
            32 of 32,000 classes in float16: 132 bytes a row, 1/968 of dense float32.
-           The smallest MLP's step is 28 us of some 30 small fusions. There the goal of 1.1 is not
-           met: with a KL written by hand it costs 1.12, and the exact KL's gradient is a fusion
-           that XLA splits over two threads (in a run of 300 rounds: fastest 35 us against 27).
+           Above the goal of 1.1 are the MLPs: what is left of a step of 47 us beside the loss is
+           little, and a KL written by hand costs most of it too.
 
 1. The KD step with cached outputs against the student's own step (cross-entropy alone), the same
    with a KL written by hand (what of the difference is the loss, not the cache), and with a live
