@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from kdtl_jax import Variables, checkpoint, data, loop, train
+from kdtl_jax import Variables, checkpoint, data, loop, sharding, train
 
 KEY = jax.random.key(3)
 SIZE, BATCH = 50, 8
@@ -329,6 +330,20 @@ def test_one_compilation_whatever_the_number_of_steps(make: Callable[[], Any]) -
         return len(traces)
 
     assert count(150) == count(1)
+
+
+@pytest.mark.parametrize("make", [resident, streamed])
+def test_one_compilation_on_a_mesh(
+    make: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What comes back from a call lies where the first call's arguments lay."""
+    mesh = sharding.make_mesh(data=2, fsdp=2)
+    state = sharding.place(fresh(), mesh)
+    step = sharding.keep_placement(STEP, state)
+    place = partial(sharding.place_batch, mesh=mesh)
+    with jax.log_compiles():
+        loop.run(step, state, None, make(), steps=20, place=place, log=print, log_every=7)
+    assert len([x for x in caplog.messages if re.match(r"Compiling .*advance", x)]) == 1
 
 
 @pytest.mark.parametrize("make", [resident, partial(resident, drop_remainder=False), streamed])

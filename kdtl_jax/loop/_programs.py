@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 
 from kdtl_jax import data, trees
 from kdtl_jax.objective import Metrics
@@ -44,11 +45,17 @@ def checked_paths(state: TrainState) -> list[str]:
 
 
 def start(state: TrainState, metrics: Metrics, sums: Any = None) -> Carry:
-    """The carry before the first call; `metrics` is abstract, `sums` a window taken up again."""
+    """The carry before the first call; `metrics` is abstract, `sums` a window taken up again.
+
+    Where the state lies on a mesh so does the rest, as it will after a call: or else the second
+    call, on arguments placed in another way, would compile once more.
+    """
     zeros = np.zeros(metrics.sums.shape, metrics.sums.dtype)
     window = zeros if sums is None else np.asarray(sums, metrics.sums.dtype)
     bad = np.zeros(len(checked_paths(state)), np.bool_)
-    return Carry(state, Metrics(metrics.names, jax.device_put(window)), jax.device_put(bad))
+    on = getattr(state.step, "sharding", None)
+    on = on if isinstance(on, NamedSharding) else None
+    return Carry(state, Metrics(metrics.names, jax.device_put(window, on)), jax.device_put(bad, on))
 
 
 def single(step: Step, check_finite: bool) -> Advance:

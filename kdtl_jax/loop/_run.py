@@ -101,7 +101,8 @@ def run(
             step, state, teacher_params, source, meta, on_nonfinite is not None, prefetch, place
         ) as (carry, move, path),
     ):
-        empty = jax.jit(partial(jnp.zeros_like, carry.window.sums))
+        sums = carry.window.sums
+        empty = jax.jit(partial(jnp.zeros_like, sums), out_shardings=sums.sharding)
 
         def store() -> None:
             nonlocal saved
