@@ -1,10 +1,10 @@
 """`kdtl params`: weight surgery on safetensors files, streamed, with a report first.
 
 Every action reads headers, decides on names and shapes, prints a `Report`, and stops there: writing
-needs `--write`. Values then pass through in pieces of 4 MB where a result depends on the same
-entry of each input (`scale`, `average`, most merges), else tensor by tensor. A merge that ranks,
-draws or measures within a tensor holds about ten times that tensor in float32; TIES over whole
-models does not: it finds its thresholds by reading the models three times before it writes.
+needs `--write`. Values then pass through in pieces of 4 MB, so memory holds pieces, not tensors. A
+merge that ranks, draws or measures within a tensor reads it several times for that; TIES over whole
+models reads all of them three times before it writes. Whole tensors are held where a shape changes,
+for matrix products (LoRA, `regmean`), and by such merges for tensors of double precision.
 """
 
 from kdtl_jax.cli import Command

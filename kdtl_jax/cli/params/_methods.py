@@ -4,84 +4,65 @@ Random draws fold in the tensor's path and ranks are the tensor's own, so mergin
 gives what merging whole models gives. TIES ranks whole models and has passes of its own (`_ties`).
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
 from kdtl_jax import transforms
-
-Tree = dict[str, Any]  # one tensor by its path
-
-
-class Options(NamedTuple):
-    """What `--weights`, `--scale` … say, defaults filled in."""
-
-    weights: Sequence[float] | None = None
-    scale: float = 1.0
-    density: float = 0.2
-    epsilon: float = 0.15
-    outliers: float = 0.01
-    t: float = 0.5
-    axis: int | None = None
-    seed: int = 0
-
-
-class Members(NamedTuple):
-    """One tensor of every model; `statistics` are Fisher informations or Gram matrices."""
-
-    base: Tree
-    models: list[Tree]
-    statistics: list[Tree]
+from kdtl_jax.cli.params import _drawn, _ranked, _spheres
+from kdtl_jax.cli.params._members import Members as Members
+from kdtl_jax.cli.params._members import Merge, Stream, Tree, added, agreed, taus
+from kdtl_jax.cli.params._members import Options as Options
 
 
 class Method(NamedTuple):
     """A method, what it needs, and which options it reads."""
 
     summary: str
-    merge: Callable[[Members, Options], Tree]
+    merge: Merge
     has_base: bool
     fewest: int
     most: int | None
     options: tuple[str, ...]
     required: tuple[str, ...] = ()
-    is_elementwise: bool = False  # may be computed in pieces
+    is_elementwise: bool = False  # an entry depends on the same entry of each input alone
     has_statistics: bool = False
-
-
-def _taus(x: Members) -> list[Tree]:
-    return [transforms.task_vector(model, x.base) for model in x.models]
-
-
-def _added(x: Members, o: Options, taus: Sequence[Tree]) -> Tree:
-    return transforms.apply_task_vectors(x.base, taus, o.weights, scale=o.scale)
-
-
-def _agreed(x: Members, o: Options, taus: Sequence[Tree]) -> Tree:
-    merged = transforms.disjoint_merge(taus, transforms.elect_sign(taus), o.weights)
-    return transforms.apply_task_vectors(x.base, [merged], scale=o.scale)
+    stream: Callable[[Options], Stream] | None = None  # the same for a tensor too large to hold
 
 
 def _dare(x: Members, o: Options) -> list[Tree]:
     keys = jax.random.split(jax.random.key(o.seed), len(x.models))
-    return [transforms.dare(k, t, density=o.density) for k, t in zip(keys, _taus(x), strict=True)]
+    return [transforms.dare(k, t, density=o.density) for k, t in zip(keys, taus(x), strict=True)]
 
 
 def _della(x: Members, o: Options) -> list[Tree]:
     keys = jax.random.split(jax.random.key(o.seed), len(x.models))
     return [
         transforms.della(key, tau, density=o.density, epsilon=o.epsilon)
-        for key, tau in zip(keys, _taus(x), strict=True)
+        for key, tau in zip(keys, taus(x), strict=True)
     ]
 
 
 def _breadcrumbs(x: Members, o: Options) -> list[Tree]:
-    return [transforms.breadcrumbs(tau, density=o.density, outliers=o.outliers) for tau in _taus(x)]
+    return [transforms.breadcrumbs(tau, density=o.density, outliers=o.outliers) for tau in taus(x)]
 
 
 def _ties_per_leaf(x: Members, o: Options) -> Tree:
-    merged = transforms.ties_per_leaf(_taus(x), o.weights, density=o.density)
+    merged = transforms.ties_per_leaf(taus(x), o.weights, density=o.density)
     return transforms.apply_task_vectors(x.base, [merged], scale=o.scale)
+
+
+def _slerp(x: Members, o: Options) -> Tree:
+    return transforms.slerp(x.models[0], x.models[1], o.t, axis=o.axis)
+
+
+def _karcher(x: Members, o: Options) -> Tree:
+    return transforms.karcher_mean(x.models, o.weights)
+
+
+def _model_stock(x: Members, o: Options) -> Tree:
+    return transforms.model_stock(x.base, x.models, axis=o.axis)
 
 
 def _regmean(x: Members, o: Options) -> Tree:
@@ -113,7 +94,7 @@ METHODS = {
     ),
     "task_arithmetic": Method(
         "base + scale sum w (theta - base)",
-        lambda x, o: _added(x, o, _taus(x)),
+        lambda x, o: added(x, o, taus(x)),
         has_base=True,
         fewest=1,
         most=None,
@@ -127,42 +108,47 @@ METHODS = {
         fewest=1,
         most=None,
         options=("weights", "scale", "density", "scope"),
+        stream=_ranked.ties,
     ),
     "dare": Method(
         "drop entries of task vectors at random, rescale, add",
-        lambda x, o: _added(x, o, _dare(x, o)),
+        lambda x, o: added(x, o, _dare(x, o)),
         has_base=True,
         fewest=1,
         most=None,
         options=_DRAWS,
         required=("density",),
+        stream=_drawn.dare,
     ),
     "dare_ties": Method(
         "as dare, then elect signs and average what agrees",
-        lambda x, o: _agreed(x, o, _dare(x, o)),
+        lambda x, o: agreed(x, o, _dare(x, o)),
         has_base=True,
         fewest=1,
         most=None,
         options=_DRAWS,
         required=("density",),
+        stream=_drawn.dare_ties,
     ),
     "della": Method(
         "drop small entries more often, elect signs, average what agrees",
-        lambda x, o: _agreed(x, o, _della(x, o)),
+        lambda x, o: agreed(x, o, _della(x, o)),
         has_base=True,
         fewest=1,
         most=None,
         options=(*_DRAWS, "epsilon"),
         required=("density",),
+        stream=_drawn.della,
     ),
     "breadcrumbs": Method(
         "drop each tensor's largest and smallest entries, add",
-        lambda x, o: _added(x, o, _breadcrumbs(x, o)),
+        lambda x, o: added(x, o, _breadcrumbs(x, o)),
         has_base=True,
         fewest=1,
         most=None,
         options=(*_ADDS, "density", "outliers"),
         required=("density",),
+        stream=_ranked.breadcrumbs,
     ),
     "sce": Method(
         "select by variance, weigh by energy, erase minority signs; density is the share selected",
@@ -172,23 +158,26 @@ METHODS = {
         most=None,
         options=("density",),
         required=("density",),
+        stream=_ranked.sce,
     ),
     "slerp": Method(
         "along the arc from the first to the second",
-        lambda x, o: transforms.slerp(x.models[0], x.models[1], o.t, axis=o.axis),
+        _slerp,
         has_base=False,
         fewest=2,
         most=2,
         options=("t", "axis"),
         required=("t",),
+        stream=lambda o: _spheres.stream(_slerp, o),
     ),
     "karcher": Method(
         "mean on the sphere, times the mean length",
-        lambda x, o: transforms.karcher_mean(x.models, o.weights),
+        _karcher,
         has_base=False,
         fewest=2,
         most=None,
         options=("weights",),
+        stream=lambda o: _spheres.stream(_karcher, o),
     ),
     "near_swap": Method(
         "the model's entries where within t of the base's",
@@ -202,11 +191,12 @@ METHODS = {
     ),
     "model_stock": Method(
         "between base and mean, by the angle between task vectors",
-        lambda x, o: transforms.model_stock(x.base, x.models, axis=o.axis),
+        _model_stock,
         has_base=True,
         fewest=2,
         most=None,
         options=("axis",),
+        stream=lambda o: _spheres.stream(_model_stock, o),
     ),
     "fisher": Method(
         "weighted by Fisher information, entry by entry",

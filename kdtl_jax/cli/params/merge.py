@@ -14,7 +14,8 @@ from kdtl_jax import _checks, transforms, trees
 from kdtl_jax.cli import _config
 from kdtl_jax.cli.params import _inputs, _rewrite, _ties
 from kdtl_jax.cli.params._inputs import Opened
-from kdtl_jax.cli.params._methods import METHODS, Members, Method, Options
+from kdtl_jax.cli.params._members import PIECE, Stored, pieces, shape, whole
+from kdtl_jax.cli.params._methods import METHODS, Method, Options
 from kdtl_jax.interop import safetensors
 from kdtl_jax.transforms import Report
 from kdtl_jax.transforms._report import Kept
@@ -62,8 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lines = [f"  {name:16} {method.summary}" for name, method in METHODS.items()]
     small = [name for name, method in METHODS.items() if method.is_elementwise]
     memory = (
-        f"{', '.join(small)} and ties over whole models work in pieces of 4 MB;\n"
-        "the others hold about ten times the largest tensor in float32."
+        "Tensors pass in pieces of 4 MB (della: of whole rows). regmean holds whole ones, as do,\n"
+        f"in double precision, all but {', '.join(small)}\n"
+        "and ties over whole models."
     )
     parser.epilog = "\n".join(["Methods:", *lines, memory, "", parser.epilog or ""])
 
@@ -140,7 +142,8 @@ def merged(
             return make(path)
         return safetensors.blocks(first.tensors[path], _rewrite.BLOCK)
 
-    chosen = frozenset(report.merged)
+    # What is empty has nothing to merge, and no norm.
+    chosen = frozenset(path for path in report.merged if report.sizes[path])
     everyone = [first, *(one for one in [*models, *statistics] if one is not first)]
     rewrite = _rewrite.Rewrite(first.specs, produce, report, everyone, first.names)
     return _rewrite.finish(args, rewrite)
@@ -217,28 +220,28 @@ def _leafwise(
     options: Options,
 ) -> Callable[[str], Any]:
     # One program per size: pieces of one length, whatever tensor they are of, share it.
-    piecewise = jax.jit(lambda x: method.merge(x, options)["x"])
+    piecewise = jax.jit(lambda x: method.merge(x, options)[PIECE])
+    stream = None if method.stream is None else method.stream(options)
 
     def produce(path: str) -> Any:
         tensors = [one.tensors[path] for one in models]
         if all(one is not first for one in models):
             tensors.insert(0, first.tensors[path])
         given = [one.tensors.get(path) for one in statistics]
-        if not method.is_elementwise:
-            # Device arrays at once, so that no tensor is held twice.
-            arrays = [jnp.asarray(safetensors.read(tensor)) for tensor in tensors]
-            read = [None if one is None else jnp.asarray(safetensors.read(one)) for one in given]
-            return np.asarray(
-                method.merge(_members(path, arrays, len(models), read), options)[path]
-            )
-        pieces = _pieces([*tensors, *(tensor for tensor in given if tensor is not None)])
-        cut = len(tensors)
-        return (
-            np.asarray(piecewise(_members("x", piece[:cut], len(models), piece[cut:])))
-            for piece in pieces
-        )
+        x = Stored(path, tensors, len(models), given)
+        if method.is_elementwise:
+            return (np.asarray(piecewise(piece)) for piece in pieces(x, _rewrite.BLOCK))
+        if stream is not None and _is_large(x):
+            return stream(x)
+        return np.asarray(method.merge(whole(x), options)[path])
 
     return produce
+
+
+def _is_large(x: Stored) -> bool:
+    """More than a piece. Streams work in single precision, so double precision is merged whole."""
+    is_double = any(tensor.dtype in ("F64", "C64") for tensor in x.tensors)
+    return math.prod(shape(x)) > _rewrite.BLOCK and not is_double
 
 
 def _globally(
@@ -283,9 +286,3 @@ def _globally(
 
 def _pieces(tensors: Sequence[safetensors.Tensor]) -> Iterator[tuple[np.ndarray, ...]]:
     return zip(*(safetensors.blocks(tensor, _rewrite.BLOCK) for tensor in tensors), strict=True)
-
-
-def _members(path: str, arrays: Sequence[Any], count: int, statistics: Sequence[Any]) -> Members:
-    """The last `count` arrays are the models', the first is the base's or first model's."""
-    models = [{path: array} for array in arrays[-count:]]
-    return Members({path: arrays[0]}, models, [{} if x is None else {path: x} for x in statistics])
