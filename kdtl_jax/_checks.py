@@ -6,6 +6,7 @@ so that every check is free under `jit`.
 """
 
 import difflib
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -87,12 +88,35 @@ def positive(fn: str, **scalars: Any) -> None:
             raise ValueError(f"{fn}: {name} must be finite and > 0, got {_short(known)}.")
 
 
+def non_negative(fn: str, **arrays: Any) -> None:
+    """Raises ValueError unless every (concrete) value is finite and >= 0."""
+    for name, value in arrays.items():
+        known = concrete(value)
+        if known is not None and not bool(np.all((known >= 0) & np.isfinite(known))):
+            raise ValueError(f"{fn}: {name} must be finite and >= 0, got {_short(known)}.")
+
+
 def within(fn: str, low: float, high: float, **scalars: Any) -> None:
     """Raises ValueError unless every (concrete) value lies in `[low, high]`."""
     for name, value in scalars.items():
         known = concrete(value)
         if known is not None and not bool(np.all((known >= low) & (known <= high))):
             raise ValueError(f"{fn}: {name} must lie in [{low}, {high}], got {_short(known)}.")
+
+
+def per_example(fn: str, examples: Sequence[int], **scalars: Any) -> None:
+    """Raises ValueError unless every shape is `[]` or lines up with the leading axes `examples`."""
+    for name, value in scalars.items():
+        shape = np.shape(value)
+        fits = len(shape) <= len(examples) and all(
+            size in (1, whole) for size, whole in zip(shape, examples, strict=False)
+        )
+        if not fits:
+            raise ValueError(
+                f"{fn}: {name} must be one number or one per example {list(examples)}, "
+                f"got {described(**{name: value})}. Reshape it, e.g. {name}[:, 0] or "
+                f"jnp.squeeze({name}, axis=-1)."
+            )
 
 
 def integers(fn: str, **arrays: Any) -> None:
@@ -103,6 +127,29 @@ def integers(fn: str, **arrays: Any) -> None:
             raise TypeError(
                 f"{fn}: {name} must be integers, got {dtype}{list(np.shape(array))}. "
                 f"Use {name}.astype(jnp.int32); one-hot labels: jnp.argmax(…, axis=-1)."
+            )
+
+
+def count(fn: str, at_least: int, **numbers: Any) -> None:
+    """Raises unless every number is an integer (never traced: a size) and not below `at_least`."""
+    for name, number in numbers.items():
+        try:
+            known = operator.index(number)
+        except TypeError:
+            kind = type(number).__name__
+            raise TypeError(f"{fn}: {name} must be an integer, got {number!r} ({kind}).") from None
+        if known < at_least:
+            raise ValueError(f"{fn}: {name} must be at least {at_least}, got {known}.")
+
+
+def indices(fn: str, size: int, **arrays: Any) -> None:
+    """Raises unless every array has an integer dtype and, if concrete, values in 0..size-1."""
+    integers(fn, **arrays)
+    for name, array in arrays.items():
+        known = concrete(array)
+        if known is not None and known.size and (known.min() < 0 or known.max() >= size):
+            raise ValueError(
+                f"{fn}: {name} must lie in 0..{size - 1}, got {known.min()}..{known.max()}."
             )
 
 

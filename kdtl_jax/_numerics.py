@@ -2,7 +2,8 @@
 
 Log space, float32 accumulation or wider, `0 log 0 = 0`, zero (never NaN) gradients of norms at
 zero, masked entries finite in value and gradient. Guards use a double `where`: the unsafe branch is
-evaluated on a harmless value, because `where(mask, nan, 0)` still has a NaN gradient.
+evaluated on a harmless value, because `where(mask, nan, 0)` still has a NaN gradient. A guard asks
+whether something *is* the special case (`== 0`, `!= -inf`), so that NaN passes and is seen.
 """
 
 import math
@@ -30,8 +31,17 @@ def scalar(x: float | Array, like: Array) -> Array:
 
 
 def per_example(x: float | Array, like: Array) -> Array:
-    """A scalar or `[B]` hyper-parameter, shaped to broadcast over the rest of `like`."""
+    """A scalar or `[B]` hyper-parameter, shaped to broadcast over the rest of `like`.
+
+    Raises:
+      ValueError: if it is neither: `[B, 1]` against `[B]` would silently make `[B, B]`.
+    """
     value = scalar(x, like)
+    if value.ndim > like.ndim:
+        raise ValueError(
+            f"a hyper-parameter must be one number or one per example {list(like.shape)}, got "
+            f"shape {list(value.shape)}. Reshape it, e.g. jnp.squeeze(value, axis=-1)."
+        )
     return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
 
 
@@ -55,7 +65,7 @@ def softmax(logits: Array) -> Array:
 
 def finite_difference(p_logits: Array, q_logits: Array) -> Array:
     """`p_logits - q_logits`; 0 where either is -inf."""
-    both = (p_logits > -jnp.inf) & (q_logits > -jnp.inf)
+    both = (p_logits != -jnp.inf) & (q_logits != -jnp.inf)
     return jnp.where(both, p_logits, 0) - jnp.where(both, q_logits, 0)
 
 
@@ -70,7 +80,7 @@ def log_ratio(
     either support, -inf among the logits, give 0. Give `difference` (`p_logits - q_logits`) where
     it is known better: that of the unsoftened logits, divided by the temperature once.
     """
-    in_p, in_q = log_p > -jnp.inf, log_q > -jnp.inf
+    in_p, in_q = log_p != -jnp.inf, log_q != -jnp.inf
     both = in_p & in_q
     top_p, total_p, _ = _softmax_parts(p_logits)
     top_q, total_q, _ = _softmax_parts(q_logits)
@@ -93,7 +103,7 @@ def kl_terms(log_p: Array, log_q: Array, ratio: Array | None = None) -> Array:
     avoids `0 * inf`. A class absent from p contributes q, absent from both 0, absent from
     q alone +inf. Pass `log_ratio(...)` as `ratio` when the logits are at hand.
     """
-    in_p, in_q = log_p > -jnp.inf, log_q > -jnp.inf
+    in_p, in_q = log_p != -jnp.inf, log_q != -jnp.inf
     both = in_p & in_q
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     if ratio is None:
@@ -170,7 +180,7 @@ def _compared(p_logits: Array, q_logits: Array, difference: Array) -> _Compared:
     exponentials of the normalizers serve again as probabilities, and the terms' `d + expm1(-d)`
     gives `p - q = p (d - rest)` for the derivative.
     """
-    in_p, in_q = p_logits > -jnp.inf, q_logits > -jnp.inf
+    in_p, in_q = p_logits != -jnp.inf, q_logits != -jnp.inf
     both = in_p & in_q
     top_p, total_p, p = _softmax_parts(p_logits)
     top_q, total_q, q = _softmax_parts(q_logits)
@@ -189,10 +199,10 @@ def _softmax_parts(logits: Array) -> tuple[Array, Array, Array]:
     Guards of rows, not of elements: with a finite top, `exp(-inf - top) = 0` has derivative 0.
     """
     top = jnp.max(logits, axis=-1, keepdims=True)
-    top = jax.lax.stop_gradient(jnp.where(top > -jnp.inf, top, 0))
+    top = jax.lax.stop_gradient(jnp.where(top != -jnp.inf, top, 0))
     e = jnp.exp(logits - top)
     total = jnp.sum(e, axis=-1, keepdims=True)
-    total = jnp.where(total > 0, total, 1)
+    total = jnp.where(total == 0, 1, total)
     return top, total, e / total
 
 
@@ -225,9 +235,14 @@ def _last_power(d: Array) -> int:
     return 11 if jnp.finfo(d.dtype).bits <= 32 else 19
 
 
+def nan_of(value: Array, source: Array) -> Array:
+    """`value`, and NaN where `source` is NaN: what a comparison decides does not show it."""
+    return jnp.where(jnp.isnan(source), jnp.nan, value)
+
+
 def log1mexp(x: Array) -> Array:
     """`log(1 - exp(x))` for x <= 0, stable at both ends; -inf at 0 with a finite gradient."""
-    inside = x < 0
+    inside = ~(x >= 0)
     x = jnp.where(inside, x, -1)
     near = x > -0.6931472
     close = jnp.log(-jnp.expm1(jnp.where(near, x, -0.5)))
@@ -236,8 +251,8 @@ def log1mexp(x: Array) -> Array:
 
 
 def safe_sqrt(x: Array) -> Array:
-    """`sqrt` with gradient 0, not infinity, at 0."""
-    positive = x > 0
+    """`sqrt` with gradient 0, not infinity, at 0; 0 below."""
+    positive = ~(x <= 0)
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
 
 
@@ -255,7 +270,7 @@ def normalize(x: Array, *, axis: int | tuple[int, ...] = -1, eps: float = 1e-12)
     This is the convention of `torch.nn.functional.normalize` (eps 1e-12).
     """
     norm = safe_norm(x, axis=axis, keepdims=True)
-    return jnp.where(norm > 0, x / jnp.maximum(norm, eps), 0)
+    return jnp.where(norm == 0, 0, x / jnp.maximum(norm, eps))
 
 
 def unit(x: Array, *, axis: int | tuple[int, ...] = -1) -> Array:
@@ -264,8 +279,8 @@ def unit(x: Array, *, axis: int | tuple[int, ...] = -1) -> Array:
     Unlike `normalize` it has no floor, and its squares must be in range (norms of 1e-19 to 1e19).
     """
     squares = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
-    positive = squares > 0
-    return x * jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, squares, 1)), 0)
+    zero = squares == 0
+    return x * jnp.where(zero, 0, jax.lax.rsqrt(jnp.where(zero, 1, squares)))
 
 
 def masked_mean(

@@ -33,6 +33,17 @@ class Connector(NamedTuple):
     apply: Callable[[Params, Any], Any]
 
 
+def _floating(fn: str, x: Any, width: int | None = None) -> None:
+    """Refuses, naming the connector, what is not floating or not of the width `init` saw."""
+    _checks.floating(f"connectors.{fn}", x=x)
+    _checks.rank(f"connectors.{fn}", 1, x=x)
+    if width is not None and x.shape[-1] != width:
+        raise ValueError(
+            f"connectors.{fn}: x must have the width {width} that its parameters were made for, "
+            f"got {_checks.described(x=x)}. Run init again with an input of this shape."
+        )
+
+
 def _dtype(x: Any) -> Any:
     return jnp.float32 if jnp.finfo(x.dtype).bits < 32 else x.dtype
 
@@ -89,7 +100,7 @@ def resize_bilinear(size: Size) -> Connector:
     return _plain(apply)
 
 
-def _map(fn: str, x: Array) -> Array:
+def _map(fn: str, x: Any) -> Any:
     _checks.rank(f"connectors.{fn}", 4, 4, x=x)
     return x
 
@@ -99,13 +110,21 @@ def _pair(size: Size) -> tuple[int, int]:
 
 
 def linear(features: int, *, bias: bool = True) -> Connector:
-    """`x W + b` over the last axis: tokens, vectors, and maps as a 1x1 convolution."""
+    """`x W + b` over the last axis: tokens, vectors, and maps as a 1x1 convolution.
+
+    Raises:
+      ValueError: if there are no features; when run, if x has another width than `init` saw.
+      TypeError: when run, if x is not floating point.
+    """
+    _checks.count("connectors.linear", 1, features=features)
 
     def init(key: Array, x: Any) -> Params:
+        _floating("linear", x)
         params = {"kernel": _he(key, (x.shape[-1], features), _dtype(x))}
         return params | ({"bias": jnp.zeros((features,), _dtype(x))} if bias else {})
 
     def apply(params: Params, x: Array) -> Array:
+        _floating("linear", x, params["kernel"].shape[0])
         return _biased(jnp.matmul(x, params["kernel"].astype(x.dtype)), params)
 
     return Connector(init, apply)
@@ -125,16 +144,24 @@ def conv(
     """A `kernel x kernel` convolution of `[B, H, W, C]`, zero padding on every side.
 
     `padding` defaults to `kernel // 2`, as in torch; note that "SAME" pads differently at stride 2.
+
+    Raises:
+      ValueError: if a size is not positive; when run, as `linear`, or if x has not four axes.
+      TypeError: when run, if x is not floating point.
     """
+    _checks.count("connectors.conv", 1, features=features, kernel=kernel, stride=stride)
     edge = kernel // 2 if padding is None else padding
+    _checks.count("connectors.conv", 0, padding=edge)
 
     def init(key: Array, x: Any) -> Params:
+        _floating("conv", _map("conv", x))
         params = {"kernel": _he(key, (kernel, kernel, x.shape[-1], features), _dtype(x))}
         return params | ({"bias": jnp.zeros((features,), _dtype(x))} if bias else {})
 
     def apply(params: Params, x: Array) -> Array:
+        _floating("conv", _map("conv", x), params["kernel"].shape[2])
         weights = params["kernel"].astype(x.dtype)
-        if _map("conv", x).shape[1:3] == (1, 1) and kernel == 2 * edge + 1:
+        if x.shape[1:3] == (1, 1) and kernel == 2 * edge + 1:
             # A single position meets the middle of the kernel alone.
             return _biased(jnp.matmul(x, weights[edge, edge]), params)
         y = jax.lax.conv_general_dilated(
@@ -168,10 +195,12 @@ def batch_norm(*, eps: float = 1e-5) -> Connector:
     """
 
     def init(key: Array, x: Any) -> Params:
+        _floating("batch_norm", x)
         shape, dtype = (x.shape[-1],), _dtype(x)
         return {"scale": jnp.ones(shape, dtype), "offset": jnp.zeros(shape, dtype)}
 
     def apply(params: Params, x: Array) -> Array:
+        _floating("batch_norm", x, params["scale"].shape[0])
         wide, axes = _numerics.upcast(x), tuple(range(x.ndim - 1))
         centered = wide - jnp.mean(wide, axis=axes, keepdims=True)
         variance = jnp.mean(jnp.square(centered), axis=axes, keepdims=True)
@@ -248,6 +277,7 @@ def variance(*, initial: float = 5.0, eps: float = 1e-5) -> Connector:
     """VID's variance head: `softplus(raw_c) + eps` per channel of x, `[C]`, `initial` at first."""
 
     def init(key: Array, x: Any) -> Params:
+        _floating("variance", x)
         raw = math.log(math.expm1(initial - eps))
         return {"raw": jnp.full((x.shape[-1],), raw, _dtype(x))}
 
@@ -274,10 +304,12 @@ def mask_token() -> Connector:
     """
 
     def init(key: Array, x: tuple[Any, Any]) -> Params:
+        _floating("mask_token", x[0])
         return {"token": jnp.zeros(x[0].shape[-1:], _dtype(x[0]))}
 
     def apply(params: Params, x: tuple[Array, Array]) -> Array:
         tokens, where = x
+        _floating("mask_token", tokens, params["token"].shape[0])
         _checks.mask("connectors.mask_token", where, tokens.shape[:-1])
         token = jnp.broadcast_to(params["token"].astype(tokens.dtype), tokens.shape)
         return jnp.where(where[..., None], token, tokens)

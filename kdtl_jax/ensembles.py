@@ -23,7 +23,8 @@ which any loss takes as a teacher's. They differ in meaning:
 - `over_teachers(loss)`: no mixture, a sum of losses. A sum of K forward KLs has K times the
   gradient of `mean_probabilities` and the same minimum.
 
-`weights` are per teacher, `[K]`, or per teacher and example, `[K, B]`; they are normalized.
+`weights` are per teacher, `[K]`, or per teacher and example, `[K, B]`; they are not negative, and
+are normalized.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,10 +32,13 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Scalar
+
+Weights = Array | Sequence[float]
 
 
 class PairLoss(Protocol):
@@ -44,18 +48,20 @@ class PairLoss(Protocol):
 
 
 def stack_teachers(teachers: Sequence[Params]) -> Params:
-    """Parameters of K teachers of one architecture, every leaf `[K, ...]`.
+    """Parameters of K teachers of one architecture, every leaf `[K, ...]`; the first's containers.
 
     Raises:
       ValueError: if there are none, or their leaves differ in path or shape.
     """
     if not teachers:
         raise ValueError("stack_teachers: expected at least one teacher, got none.")
-    for other in teachers[1:]:
-        _checks.same_leaves(
-            "stack_teachers", first=trees.flatten(teachers[0]), other=trees.flatten(other)
-        )
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *teachers)
+    first, *others = [trees.flatten(teacher) for teacher in teachers]
+    for other in others:
+        _checks.same_leaves("stack_teachers", first=first, other=other)
+    stacked = [
+        jnp.stack([leaf, *(other[path] for other in others)]) for path, leaf in first.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(teachers[0]), stacked)
 
 
 def vmap_teacher(teacher: ModelFn) -> ModelFn:
@@ -85,7 +91,7 @@ def vmap_teacher(teacher: ModelFn) -> ModelFn:
     return stacked
 
 
-def mean_logits(logits: Array, *, weights: Array | None = None) -> Array:
+def mean_logits(logits: Array, *, weights: Weights | None = None) -> Array:
     """`sum_k w_k z_k`: the geometric mixture, `softmax` of it is `prod_k p_k^w_k` normalized.
 
     Args:
@@ -96,7 +102,7 @@ def mean_logits(logits: Array, *, weights: Array | None = None) -> Array:
       `[..., num_classes]` logits, float32 or wider; -inf where any teacher excludes a class.
 
     Raises:
-      ValueError: if there is no teacher axis, or weights do not fit it.
+      ValueError: if there is no teacher axis, or weights do not fit it, are negative or sum to 0.
       TypeError: if the logits are not floating point.
 
     References:
@@ -108,7 +114,7 @@ def mean_logits(logits: Array, *, weights: Array | None = None) -> Array:
 
 
 def mean_probabilities(
-    logits: Array, *, temperature: Scalar = 1.0, weights: Array | None = None
+    logits: Array, *, temperature: Scalar = 1.0, weights: Weights | None = None
 ) -> Array:
     """`T log sum_k w_k softmax(z_k / T)`: the arithmetic mixture, as logits.
 
@@ -134,7 +140,9 @@ def mean_probabilities(
     return temperature * _log_mixture(_numerics.log_softmax(logits / temperature), share)
 
 
-def log_sum_exp(logits: Array, *, temperature: Scalar = 1.0, weights: Array | None = None) -> Array:
+def log_sum_exp(
+    logits: Array, *, temperature: Scalar = 1.0, weights: Weights | None = None
+) -> Array:
     """`T log sum_k w_k exp(z_k / T)`: each teacher counts by its normalizer.
 
     Adding a constant to one teacher's logits changes the result, which `mean_probabilities` does
@@ -197,7 +205,7 @@ def gated_logits(logits: Array, scores: Array) -> Array:
 
 
 def over_teachers(
-    loss: PairLoss, *, weights: Array | None = None
+    loss: PairLoss, *, weights: Weights | None = None
 ) -> Callable[[Array, Array], Array]:
     """`sum_k w_k loss(student, teacher_k)` as a loss of a student and stacked teachers.
 
@@ -233,21 +241,25 @@ def _door(fn: str, logits: Array) -> Array:
     return _numerics.upcast(logits)
 
 
-def _fitted(fn: str, weights: Array, values: Array) -> Array:
+def _fitted(fn: str, weights: Weights, values: Array) -> Array:
     """Weights `[K]` or `[K, B]`, shaped to multiply `values [K, B, ...]`."""
-    if weights.shape not in (values.shape[:1], values.shape[:2]):
+    if np.shape(weights) not in (values.shape[:1], values.shape[:2]):
         raise ValueError(
             f"{fn}: weights must be [K] or [K, B] = {list(values.shape[:2])}, "
             f"got {_checks.described(weights=weights)}."
         )
-    return _numerics.per_example(weights, values)
+    return _numerics.per_example(jnp.asarray(weights), values)
 
 
-def _shares(fn: str, weights: Array | None, logits: Array) -> Array:
+def _shares(fn: str, weights: Weights | None, logits: Array) -> Array:
     """Weights that sum to 1 over teachers, shaped to multiply the logits."""
     if weights is None:
         return jnp.full((1,) * logits.ndim, 1 / logits.shape[0], logits.dtype)
     share = _fitted(fn, weights, logits)
+    _checks.non_negative(fn, weights=weights)
+    known = _checks.concrete(weights)
+    if known is not None:
+        _checks.positive(fn, **{"the teachers' weights together": known.sum(axis=0)})
     return share / jnp.sum(share, axis=0, keepdims=True)
 
 

@@ -14,7 +14,7 @@ Frozen batch statistics are `normalization.freeze_stats`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,16 +50,14 @@ def layer_ids(
       A tree of ints, and for stacked leaves int arrays `[depth, 1, ...]`.
 
     Raises:
-      ValueError: if a leaf is covered by none of the above, or a selector by no leaf.
+      ValueError: if a leaf is covered by none of the above, a selector by no leaf, or `block` is
+        no regular expression with a number as its one group.
 
     References:
       timm's `param_groups_layer_decay` and BEiT's `LayerDecayValueAssigner` (2106.08254).
     """
-    pattern = re.compile(block)
-    if pattern.groups != 1:
-        raise ValueError(f"layer_ids: block must have one group, the number; got {block!r}.")
     flat = trees.flatten(params)
-    found = {path: int(m[1]) for path in flat if (m := pattern.fullmatch(path)) is not None}
+    found = _block_numbers(block, list(flat))
     depth = 1 + max(found.values(), default=-1)
     if stacked is not None:
         scanned = trees.flatten(trees.mask(params, stacked))
@@ -92,6 +90,26 @@ def layer_ids(
     return trees.map_with_path(number, params, labels)
 
 
+def _block_numbers(block: str, paths: Sequence[str]) -> dict[str, int]:
+    """`{path: number}` of the paths that lie in a block."""
+    try:
+        pattern = re.compile(block)
+    except re.error as error:
+        raise ValueError(
+            f"layer_ids: block must be a regular expression, got {block!r}: {error}."
+        ) from None
+    if pattern.groups != 1:
+        raise ValueError(f"layer_ids: block must have one group, the number; got {block!r}.")
+    found = {path: m[1] for path in paths if (m := pattern.fullmatch(path)) is not None}
+    for path, number in found.items():
+        if not (number or "").isdecimal():
+            raise ValueError(
+                f"layer_ids: block's group must be the number, got {number!r} from {path!r}. "
+                r"Write (\d+) there."
+            )
+    return {path: int(number) for path, number in found.items()}
+
+
 def layer_decay(
     ids: PyTree, *, decay: float = 0.75, min_scale: float = 0.0, top: int | None = None
 ) -> PyTree:
@@ -107,13 +125,15 @@ def layer_decay(
       A tree of floats, and of float32 arrays where the ids are arrays.
 
     Raises:
-      ValueError: if decay lies outside (0, 1] or an id lies above `top`.
+      ValueError: if decay lies outside (0, 1], an id lies above `top`, or there are no ids.
 
     References:
       Clark et al., ELECTRA, 2020; Bao et al., BEiT, 2021 (2106.08254); timm.
     """
     _checks.positive("layer_decay", decay=decay)
     _checks.within("layer_decay", 0, 1, decay=decay)
+    if not jax.tree.leaves(ids):
+        raise ValueError(f"layer_decay: ids must have leaves, got {ids!r}. Make it by layer_ids.")
     highest = max(int(np.max(leaf)) for leaf in jax.tree.leaves(ids))
     top = highest if top is None else top
     if highest > top:
@@ -152,9 +172,14 @@ def by_layer(
 def discriminative_rates(ids: PyTree, *, factor: float = 2.6) -> PyTree:
     """`factor^-(top - id)`: each layer learns `factor` times slower than the one above.
 
+    Raises:
+      ValueError: if the factor is not finite and at least 1.
+
     References:
       Howard and Ruder, ULMFiT, 2018 (1801.06146), section 3.2.
     """
+    _checks.positive("discriminative_rates", factor=factor)
+    _checks.within("discriminative_rates", 1, float("inf"), factor=factor)
     return layer_decay(ids, decay=1 / factor)
 
 

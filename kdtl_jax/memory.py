@@ -51,8 +51,12 @@ def bank_init(key: Array, size: int, width: int) -> Bank:
 
     Returns:
       A `Bank`, float32.
+
+    Raises:
+      ValueError: if a size is below 1.
+      TypeError: if a size is not an integer.
     """
-    _checks.positive("bank_init", size=size, width=width)
+    _checks.count("bank_init", 1, size=size, width=width)
     bound = 1 / math.sqrt(width / 3)
     rows = jax.random.uniform(key, (size, width), jnp.float32, -bound, bound)
     return Bank(rows, jnp.asarray(math.log(size), jnp.float32))
@@ -65,18 +69,20 @@ def bank_draw(key: Array, index: Array, *, size: int, negatives: int) -> Array:
       key: a random key.
       index: `[B]` integers, the batch's places in the training set.
       size: n, rows of the bank, at least 2.
-      negatives: K (published: 16384).
+      negatives: K, at least 1 (published: 16384).
 
     Returns:
       `[B, 1 + K]` int32.
 
     Raises:
-      ValueError: if there is no other row to draw.
-      TypeError: if `index` is not of integers.
+      ValueError: if there is no other row to draw, none are asked for, or a concrete index lies
+        outside the bank.
+      TypeError: if `index` is not of integers, or `size` or `negatives` not an integer.
     """
-    _checks.integers("bank_draw", index=index)
-    if size < 2:
-        raise ValueError(f"bank_draw: size must be at least 2 to have negatives, got {size}.")
+    _checks.count("bank_draw", 2, size=size)
+    _checks.count("bank_draw", 1, negatives=negatives)
+    _checks.rank("bank_draw", 1, 1, index=index)
+    _checks.indices("bank_draw", size, index=index)
     own = index.astype(jnp.int32)[:, None]
     drawn = jax.random.randint(key, (len(index), negatives), 0, size - 1, jnp.int32)
     others = drawn + (drawn >= own).astype(jnp.int32)  # skips the example itself
@@ -117,7 +123,8 @@ def bank_scores(bank: Bank, x: Array, index: Array, *, temperature: Scalar = 0.0
       `[B, 1 + K]`, differentiable in `x` and `temperature`, not in the bank.
 
     Raises:
-      ValueError: if the widths or batch sizes differ, or the temperature is not positive.
+      ValueError: if the widths or batch sizes differ, a concrete index lies outside the bank, or
+        the temperature is not positive.
       TypeError: if `x` is not floating point or `index` not of integers.
     """
     _checked("bank_scores", bank, x, index, 2)
@@ -142,7 +149,8 @@ def bank_set_normalizer(bank: Bank, x: Array, index: Array, *, temperature: Scal
       The bank, `log_z` replaced.
 
     Raises:
-      ValueError: if the widths or batch sizes differ, or the temperature is not positive.
+      ValueError: if the widths or batch sizes differ, a concrete index lies outside the bank, or
+        the temperature is not positive.
       TypeError: if `x` is not floating point or `index` not of integers.
     """
     raw = bank_scores(
@@ -166,7 +174,8 @@ def bank_update(bank: Bank, x: Array, index: Array, *, momentum: Scalar = 0.5) -
       The bank, rows replaced.
 
     Raises:
-      ValueError: if the widths or batch sizes differ, or the momentum is outside [0, 1].
+      ValueError: if the widths or batch sizes differ, a concrete index lies outside the bank, or
+        the momentum is outside [0, 1].
       TypeError: if `x` is not floating point or `index` not of integers.
     """
     _checked("bank_update", bank, x, index, 1)
@@ -179,7 +188,7 @@ def bank_update(bank: Bank, x: Array, index: Array, *, momentum: Scalar = 0.5) -
 
 def _checked(fn: str, bank: Bank, x: Array, index: Array, index_rank: int) -> None:
     _checks.floating(fn, x=x)
-    _checks.integers(fn, index=index)
+    _checks.indices(fn, len(bank.rows), index=index)
     _checks.rank(fn, 2, 2, x=x)
     _checks.rank(fn, index_rank, index_rank, index=index)
     _checks.same_batch(fn, x=x, index=index)
@@ -199,8 +208,12 @@ def queue_init(key: Array, size: int, width: int) -> Queue:
 
     Returns:
       A `Queue`, float32, the pointer at 0.
+
+    Raises:
+      ValueError: if a size is below 1.
+      TypeError: if a size is not an integer.
     """
-    _checks.positive("queue_init", size=size, width=width)
+    _checks.count("queue_init", 1, size=size, width=width)
     rows = _numerics.normalize(jax.random.normal(key, (size, width), jnp.float32))
     return Queue(rows, jnp.zeros((), jnp.int32))
 

@@ -56,7 +56,8 @@ class Mean(NamedTuple):
 
     def value(self) -> Array:
         """`total / weight`, 0 where the weight is 0."""
-        return self.total / jnp.maximum(self.weight, jnp.finfo(self.total.dtype).tiny)
+        some = self.weight != 0
+        return jnp.where(some, self.total, 0) / jnp.where(some, self.weight, 1)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["sums"], meta_fields=["names"])
@@ -110,7 +111,13 @@ def classification(inputs: Inputs) -> dict[str, Array]:
     return {"task": optax.softmax_cross_entropy_with_integer_labels(logits, labels)}
 
 
-def reduce(name: str, term: Term, example_weights: Array | None = None) -> Mean:
+def reduce(
+    name: str,
+    term: Term,
+    example_weights: Array | None = None,
+    *,
+    batch_size: int | None = None,
+) -> Mean:
     """The (weighted) sum and count of one term.
 
     Args:
@@ -118,6 +125,7 @@ def reduce(name: str, term: Term, example_weights: Array | None = None) -> Mean:
       term: `[]`, `[B]`, `[B, L]`, `Masked`, or a `Mean`, which is passed on.
       example_weights: `[B]`, 0 for padding; multiplies both sum and count. Whoever made a `Mean`
         has left the padding out already.
+      batch_size: the batch's, if it is known where there are no weights.
 
     Raises:
       ValueError: if the leading dimension is not the batch's, or a mask has another shape.
@@ -129,6 +137,12 @@ def reduce(name: str, term: Term, example_weights: Array | None = None) -> Mean:
     values, where = (term.values, term.where) if isinstance(term, Masked) else (term, None)
     _checks.floating("objective", **{name: values})
     values = _numerics.upcast(values)
+    if values.ndim and batch_size not in (None, values.shape[0]):
+        raise ValueError(
+            f"objective: the term {name!r} must be [B] or [B, L] with B = {batch_size}, the "
+            f"batch's, or [] for a penalty, got {list(values.shape)}. Return one value per "
+            "example, or a Mean of what was summed already."
+        )
     weights = jnp.ones((), values.dtype)
     if values.ndim and example_weights is not None:
         _checks.same_batch("objective", **{name: values, "weights": example_weights})
@@ -144,9 +158,23 @@ def reduce(name: str, term: Term, example_weights: Array | None = None) -> Mean:
     return Mean(total, jnp.sum(weights))
 
 
-def reduce_all(terms: Terms, example_weights: Array | None = None) -> dict[str, Mean]:
-    """`reduce` of every term."""
-    return {name: reduce(name, term, example_weights) for name, term in terms.items()}
+def reduce_all(
+    terms: Terms, example_weights: Array | None = None, *, batch_size: int | None = None
+) -> dict[str, Mean]:
+    """`reduce` of every term.
+
+    Raises:
+      TypeError: if the terms are no mapping.
+    """
+    if not isinstance(terms, Mapping):
+        raise TypeError(
+            "objective: terms must be a dict {name: values} (or with it the memory, in a tuple), "
+            f"got {type(terms).__name__}. Return for example {{'kd': values}}."
+        )
+    return {
+        name: reduce(name, term, example_weights, batch_size=batch_size)
+        for name, term in terms.items()
+    }
 
 
 def resolve(weights: Weights, step: Array) -> dict[str, Array]:

@@ -10,14 +10,18 @@ hidden layer with the large model's logits as targets (a student's head without 
 A w that is learned by gradient is an ordinary parameter: see `model`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Scalar
+
+Weights = Array | Sequence[float]
 
 
 class Projection(NamedTuple):
@@ -37,7 +41,7 @@ class Moments(NamedTuple):
     cross: Array  # [D, K], sum of (f - mean)^T (y - mean)
 
 
-def moments(features: Array, targets: Array, *, weights: Array | None = None) -> Moments:
+def moments(features: Array, targets: Array, *, weights: Weights | None = None) -> Moments:
     """Moments of one batch.
 
     Args:
@@ -46,7 +50,7 @@ def moments(features: Array, targets: Array, *, weights: Array | None = None) ->
       weights: `[B]`, non-negative; 0 leaves an example out (padding).
 
     Raises:
-      ValueError: if batch sizes differ or the batch is empty.
+      ValueError: if batch sizes differ, the batch is empty, or a concrete weight is negative.
       TypeError: if features or targets are not floating point.
     """
     _checks.floating("projection.moments", features=features, targets=targets)
@@ -56,8 +60,7 @@ def moments(features: Array, targets: Array, *, weights: Array | None = None) ->
     _checks.nonempty("projection.moments", features=features, targets=targets)
     f = _numerics.batch_flat(_numerics.upcast(features))
     y = _numerics.upcast(targets).astype(f.dtype)
-    w = jnp.ones(f.shape[:1], f.dtype) if weights is None else weights.astype(f.dtype)
-    _checks.same_batch("projection.moments", features=features, weights=w)
+    w = jnp.ones(f.shape[:1], f.dtype) if weights is None else _weighed(weights, f)
     total = jnp.sum(w)
     share = (w / jnp.maximum(total, jnp.finfo(f.dtype).tiny))[:, None]
     f = jnp.where(w[:, None] != 0, f, 0)
@@ -75,7 +78,12 @@ def moments(features: Array, targets: Array, *, weights: Array | None = None) ->
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of the union of two disjoint sets (Chan's pairwise update): associative."""
+    """Moments of the union of two disjoint sets (Chan's pairwise update): associative.
+
+    Raises:
+      ValueError: if the widths of features or targets differ.
+    """
+    _checks.same_shape("projection.merge", **{"a.cross": a.cross, "b.cross": b.cross})
     total = a.weight + b.weight
     share = b.weight / jnp.maximum(total, jnp.finfo(total.dtype).tiny)
     df, dy = b.feature_mean - a.feature_mean, b.target_mean - a.target_mean
@@ -110,7 +118,7 @@ def solve(moments: Moments, *, ridge: Scalar = 1e-3) -> Projection:
 
 
 def fit(
-    features: Array, targets: Array, *, ridge: Scalar = 1e-3, weights: Array | None = None
+    features: Array, targets: Array, *, ridge: Scalar = 1e-3, weights: Weights | None = None
 ) -> Projection:
     """`solve(moments(features, targets))`: the whole fit in one call.
 
@@ -161,6 +169,11 @@ def fold(projection: Projection, kernel: Array, bias: Array | None = None) -> Pr
         )
     offset = projection.bias
     if bias is not None:
+        if np.shape(bias) != kernel.shape[1:]:
+            raise ValueError(
+                f"projection.fold: bias must be [{kernel.shape[1]}], the kernel's outputs, "
+                f"got {_checks.described(bias=bias, kernel=kernel)}."
+            )
         offset = offset + _matmul(bias[None], projection.kernel)[0]
     return Projection(_matmul(kernel, projection.kernel), offset)
 
@@ -174,6 +187,9 @@ def model(base: ModelFn, *, features: str = "logits") -> ModelFn:
     Args:
       base: the large model.
       features: which of its outputs is projected.
+
+    Returns:
+      A model whose "logits" are the projection; the base's own, if any, are "base_logits".
 
     Raises:
       ValueError: when traced, if the output does not exist (the existing ones are listed).
@@ -193,9 +209,18 @@ def model(base: ModelFn, *, features: str = "logits") -> ModelFn:
                 f"projection.model: no output {features!r}, the model has {sorted(outputs)}."
             )
         logits = apply(params["projection"], outputs[features])
-        return {**outputs, "logits": logits, "base_logits": outputs["logits"]}, model_state
+        own = {"base_logits": outputs["logits"]} if "logits" in outputs else {}
+        return {**outputs, "logits": logits, **own}, model_state
 
     return apply_model
+
+
+def _weighed(weights: Weights, features: Array) -> Array:
+    """Weights `[B]` in the features' dtype."""
+    _checks.rank("projection.moments", 1, 1, weights=weights)
+    _checks.same_batch("projection.moments", features=features, weights=weights)
+    _checks.non_negative("projection.moments", weights=weights)
+    return jnp.asarray(weights).astype(features.dtype)
 
 
 def _matmul(a: Array, b: Array) -> Array:

@@ -19,6 +19,7 @@ gc.freeze()
 gc.set_threshold(50_000, 50, 100)
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)  # compiles in four fifths of the time
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
@@ -35,6 +36,14 @@ def standard_promotion() -> Iterator[None]:
     """Relaxes strict dtype promotion around optax, and rank promotion around models' biases."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture(scope="module")
+def optimized() -> Iterator[None]:
+    """Machine code as users run it, where a bound is on the last bits of float32."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

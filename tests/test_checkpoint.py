@@ -17,6 +17,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from kdtl_jax import checkpoint, train
+from kdtl_jax.checkpoint import _leaves
 
 
 def state() -> train.TrainState:
@@ -168,6 +169,10 @@ def test_no_whole_step_is_an_error_with_reasons(kept: Path, standard_promotion: 
         checkpoint.restore(kept, state())
     with pytest.raises(FileNotFoundError, match="no steps"):
         checkpoint.restore(kept / "nowhere", state())
+    with pytest.raises(FileNotFoundError, match=r"has no step 9\. Its steps: \[1, 2\]"):
+        checkpoint.restore(kept, state(), step=9)
+    with pytest.raises(TypeError, match="restore: step must be an integer, got 1.5"):
+        checkpoint.restore(kept, state(), step=1.5)  # type: ignore[arg-type]
 
 
 def test_differences_are_named_leaf_by_leaf(kept: Path, standard_promotion: None) -> None:
@@ -223,11 +228,24 @@ def test_leftovers_of_a_kill_are_cleared(kept: Path) -> None:
     assert not list(kept.glob("*tmp*")) and not list(kept.glob(".gone*"))
 
 
-def test_meta_must_be_json(tmp_path: Path) -> None:
+BAD_SAVES: dict[str, tuple[Any, Any, Any]] = {
+    "step must be at least 0, got -1": (-1, {}, {}),
+    "step must be an integer, got 2.5": (2.5, {}, {}),
+    r"'a/b' must be an array or a number, got str \(<U4\)": (1, {"a": {"b": "text"}}, {}),
+    r"'f' must be an array or a number, got function \(object\)": (1, {"f": state}, {}),
+    "meta must be JSON: Object of type object": (1, {}, {"bad": object()}),
+    "meta must be JSON: Object of type float32": (1, {}, {"x": np.float32(1)}),
+}
+
+
+def test_what_cannot_be_saved_is_refused_at_the_door(tmp_path: Path) -> None:
     with checkpoint.open_folder(tmp_path) as checkpoints:
-        with pytest.raises(TypeError, match="JSON"):
-            checkpoint.save(checkpoints, 1, {"w": jnp.ones(2)}, {"bad": object()})
-    assert checkpoint.steps(tmp_path) == []
+        for says, (step, tree, meta) in BAD_SAVES.items():
+            with pytest.raises((TypeError, ValueError), match=f"^checkpoint.save: {says}"):
+                checkpoint.save(checkpoints, step, {"w": np.ones(2)} | tree, meta)
+        assert checkpoint.steps(tmp_path) == []
+        checkpoint.save(checkpoints, jnp.int32(7), {"w": np.ones(2)})  # a counter is a step too
+    assert checkpoint.restore(tmp_path, {"w": np.ones(2)}).step == 7
 
 
 @pytest.fixture
@@ -243,6 +261,7 @@ def test_a_failed_write_is_an_error_and_old_steps_stay(
     kept: Path, standard_promotion: None, request: pytest.FixtureRequest
 ) -> None:
     template = {"w": jax.random.normal(jax.random.key(0), (64, 64))}
+    _leaves.stored(list(template.values()))  # compiles: JAX's own cache must not be cut short
     with checkpoint.open_folder(kept) as checkpoints:
         request.getfixturevalue("short_files")
         with pytest.raises(OSError, match=r"step 3 could not be saved .*intact: \[1, 2\]"):

@@ -1,5 +1,6 @@
 """Connectors: shapes alone, hand-made values, composition, gradients, half precision."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -246,3 +247,39 @@ def test_maps_need_four_axes() -> None:
             connector.apply({}, jnp.ones((2, 4, 4)))
     with pytest.raises(ValueError, match=r"connectors.conv: x must have 4 dimension"):
         connectors.conv3x3(2).apply({"kernel": jnp.ones((3, 3, 4, 2))}, jnp.ones((2, 4, 4)))
+
+
+BAD_USES: dict[str, tuple[type[Exception], Callable[[], Any]]] = {
+    "linear: features must be at least 1, got -1": (ValueError, lambda: connectors.linear(-1)),
+    "linear: features must be an integer, got 2.5": (TypeError, lambda: connectors.linear(2.5)),  # type: ignore[arg-type]
+    "conv: stride must be at least 1, got 0": (ValueError, lambda: connectors.conv(2, stride=0)),
+    r"linear: x must have the width 4 .* got x\[2, 3\]": (
+        ValueError,
+        lambda: connectors.linear(3).apply({"kernel": jnp.ones((4, 3))}, jnp.ones((2, 3))),
+    ),
+    r"conv: x must have the width 4 .* got x\[1, 2, 2, 3\]": (
+        ValueError,
+        lambda: connectors.conv3x3(3).apply(
+            {"kernel": jnp.ones((3, 3, 4, 3))}, jnp.ones((1, 2, 2, 3))
+        ),
+    ),
+    r"batch_norm: x must have the width 1 .* got x\[2, 3\]": (
+        ValueError,
+        lambda: connectors.batch_norm().apply({"scale": jnp.ones(1)}, jnp.ones((2, 3))),
+    ),
+    r"conv: x must have 4 dimension\(s\), got x\[2, 3\]": (
+        ValueError,
+        lambda: connectors.conv3x3(3).init(KEY, jnp.ones((2, 3))),
+    ),
+    "linear: x must be floating point, got int32": (
+        TypeError,
+        lambda: connectors.linear(3).init(KEY, jax.ShapeDtypeStruct((2, 3), jnp.int32)),
+    ),
+}
+
+
+@pytest.mark.parametrize("says", BAD_USES)
+def test_connectors_name_themselves(says: str) -> None:
+    error, use = BAD_USES[says]
+    with pytest.raises(error, match=f"^connectors.{says}"):
+        use()

@@ -198,6 +198,10 @@ def test_renaming_names_what_is_missing() -> None:
     [
         (lambda: data.resident(arrays(), 11, key=KEY), r"1\.\.10 \(the number of examples\)"),
         (lambda: data.resident(arrays(), 0, key=KEY), "batch_size"),
+        (lambda: data.resident(arrays(), 2.5, key=KEY), "batch_size must be an integer, got 2.5"),  # type: ignore[arg-type]
+        (lambda: data.resident(arrays(), 2, key=0), r"key must be a PRNG key .* got 0 \(int\)"),  # type: ignore[arg-type]
+        (lambda: data.resident(arrays(), 2, key=jnp.ones(2)), r"PRNG key .* got float32\[2\]"),
+        (lambda: data.stream(read, 3, 2, key=0), "stream: key must be a PRNG key"),  # type: ignore[arg-type]
         (lambda: data.resident({}, 1, key=KEY), "no array in the batch"),
         (lambda: data.resident(arrays() | {"x": np.ones(3)}, 1, key=KEY), "resident"),
         (lambda: data.resident(arrays(), 2, key=None, augment=lambda k, b: b), "needs a key"),
@@ -216,8 +220,14 @@ def test_renaming_names_what_is_missing() -> None:
     ],
 )
 def test_bad_arguments_are_refused(call: Callable[[], Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         call()
+
+
+def test_a_legacy_key_is_the_same_key() -> None:
+    legacy = jax.random.PRNGKey(3)
+    old, new = (data.resident(arrays(), 5, key=key) for key in (legacy, jax.random.key(3)))
+    assert old.order == new.order and data.view_key(legacy) == new.augment_key
 
 
 def test_one_pass_in_order_is_exact() -> None:

@@ -48,6 +48,8 @@ def test_stacking_needs_equal_leaves() -> None:
         ensembles.stack_teachers([{"w": jnp.ones(2)}, {"w": jnp.ones(3)}])
     with pytest.raises(ValueError, match="lacks 'w'"):
         ensembles.stack_teachers([{"w": jnp.ones(2)}, {"v": jnp.ones(2)}])
+    read = ensembles.stack_teachers([{"w": [jnp.ones(2)]}, {"w": (jnp.zeros(2),)}])
+    assert read["w"][0].shape == (2, 2), "containers may differ where paths do not"
 
 
 WEIGHTS = [
@@ -145,6 +147,32 @@ def test_a_gate_picks_branches_per_example() -> None:
     np.testing.assert_allclose(gated[1], logits()[:, 1].mean(0), rtol=1e-4, atol=1e-6)
     slope = jax.grad(lambda s: jnp.sum(ensembles.gated_logits(logits(), s)[:, 0]))(scores)
     assert slope.shape == (B, K) and np.abs(slope[1]).max() > 0
+
+
+BAD_WEIGHTS = {
+    "together must be finite and > 0": [0.0, 0.0, 0.0],
+    "together must": jnp.ones((K, B)).at[:, 1].set(0),
+    "weights must be finite and >= 0": [1.0, -2.0, 3.0],
+    "weights must": jnp.asarray([1.0, jnp.nan, 1.0]),
+}
+
+
+@pytest.mark.parametrize(
+    "mix", [ensembles.mean_logits, ensembles.mean_probabilities, ensembles.log_sum_exp]
+)
+@pytest.mark.parametrize("says", BAD_WEIGHTS)
+def test_weights_must_share(mix: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=f"{mix.__name__}: .*{says}"):
+        mix(logits(), weights=BAD_WEIGHTS[says])
+
+
+def test_weights_may_be_a_list_or_traced() -> None:
+    want = ensembles.mean_logits(logits(), weights=jnp.asarray([1.0, 2.0, 5.0]))
+    np.testing.assert_array_equal(ensembles.mean_logits(logits(), weights=[1, 2, 5]), want)
+    traced = jax.eval_shape(lambda w: ensembles.mean_logits(logits(), weights=w), jnp.zeros(K))
+    assert traced.shape == (B, C)
+    summed = ensembles.over_teachers(losses.logit_mse, weights=[1.0, -1.0, 0.0])
+    assert summed(logits(5)[0], logits()).shape == (B,)
 
 
 def test_malformed_input_raises() -> None:

@@ -50,6 +50,15 @@ def test_layers_that_no_rule_covers_raise() -> None:
         ids(network(2), block=r"blocks_(\d+)/.*")
     with pytest.raises(ValueError, match="one group"):
         ids(network(2), block=r"block_\d+/.*")
+    with pytest.raises(ValueError, match=r"layer_ids: block must be a regular .*'\('"):
+        ids(network(2), block="(")
+    with pytest.raises(ValueError, match=r"must be the number, got 'block_0' from 'block_0/bias'"):
+        ids(network(2), block=r"(block_\d+)/.*")
+    with pytest.raises(ValueError, match="layer_decay: ids must have leaves"):
+        finetune.layer_decay({})
+    for factor in (0.0, 0.5, float("inf")):
+        with pytest.raises(ValueError, match="^discriminative_rates: factor must"):
+            finetune.discriminative_rates({"w": 1}, factor=factor)
     with pytest.raises(ValueError, match="labels no leaf"):
         ids(network(2), last="nrom")
     with pytest.raises(ValueError, match="above top=1"):

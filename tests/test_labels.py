@@ -60,6 +60,9 @@ def test_zipf_targets_by_hand() -> None:
     assert np.asarray(losses.zipf_targets(scores, two) == -jnp.inf).sum() == 4
     with pytest.raises(ValueError, match="labels must be"):
         losses.zipf_targets(scores, two[:1])
+    for wrong in (4, -1):
+        with pytest.raises(ValueError, match=r"zipf_targets: labels must lie in 0\.\.3"):
+            losses.zipf_targets(scores, jnp.asarray([wrong, 0], jnp.int32))
 
 
 def test_standardized_logits_forget_scale_and_shift() -> None:

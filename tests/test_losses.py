@@ -166,3 +166,25 @@ def test_every_public_loss_has_a_row() -> None:
     assert NOT_LOSSES.keys() <= public, "NOT_LOSSES names what is not public"
     assert all(NOT_LOSSES.values()), "each entry needs its reason"
     assert all(case.note for case in LOSS_CASES.values() if not case.extreme), "say why"
+
+
+X, Y = jnp.ones((3, 4)), jnp.zeros(3, jnp.int32)
+BAD_HYPER: dict[str, Callable[[], Any]] = {
+    "dist: eps must be finite and >= 0, got -1.0": lambda: losses.dist(X, X, eps=-1.0),
+    "dist_inter: eps must": lambda: losses.dist_inter(X, X, eps=-1.0),
+    "dist_intra: eps must": lambda: losses.dist_intra(X, X, eps=float("nan")),
+    "cc: gamma must be finite and > 0, got nan": lambda: losses.cc(X, X, gamma=float("nan")),
+    "cc: order must be at least 0": lambda: losses.cc(X, X, order=-1),
+    "wsld_weight: eps must be finite and > 0": lambda: losses.wsld_weight(X, X, Y, eps=-1.0),
+    "vid: variance must be floating point, got complex64": lambda: losses.vid(
+        X, X, jnp.ones(4, jnp.complex64)
+    ),
+    "vid: variance must be floating point, got bool": lambda: losses.vid(X, X, X > 0),
+    "afn: norms must be floating point, got int32": lambda: losses.afn(X, Y),
+}
+
+
+@pytest.mark.parametrize("says", BAD_HYPER)
+def test_bad_hyperparameters_are_refused(says: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"^{says}"):
+        BAD_HYPER[says]()

@@ -134,6 +134,37 @@ def test_bank_errors_name_both_shapes() -> None:
         losses.crd(jnp.zeros((2, 1)), num_data=6)
 
 
+BANK, X = memory.Bank(units(1, 10, 4), jnp.zeros(())), units(2, 1, 4)
+BAD_PLACES = {
+    "bank_scores: index must lie in 0..9, got 1..20": lambda: memory.bank_scores(
+        BANK, X, jnp.asarray([[20, 1]])
+    ),
+    "bank_update: index must lie in 0..9, got -1": lambda: memory.bank_update(
+        BANK, X, jnp.asarray([-1])
+    ),
+    "bank_draw: index must lie in 0..9, got 20": lambda: memory.bank_draw(
+        KEY, jnp.asarray([20]), size=10, negatives=3
+    ),
+    "bank_draw: negatives must be at least 1, got -3": lambda: memory.bank_draw(
+        KEY, jnp.asarray([2]), size=10, negatives=-3
+    ),
+    r"bank_draw: size must be an integer, got 10.5 \(float\)": lambda: memory.bank_draw(
+        KEY,
+        jnp.asarray([2]),
+        size=10.5,  # type: ignore[arg-type]
+        negatives=3,
+    ),
+    "bank_init: size must be an integer, got 10.5": lambda: memory.bank_init(KEY, 10.5, 4),  # type: ignore[arg-type]
+    "queue_init: width must be at least 1, got 0": lambda: memory.queue_init(KEY, 5, 0),
+}
+
+
+@pytest.mark.parametrize("says", BAD_PLACES)
+def test_places_outside_the_bank_and_sizes_that_are_none(says: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"^{says}"):
+        BAD_PLACES[says]()
+
+
 def test_crd_loss_of_a_queue_of_one_by_hand() -> None:
     scores = jnp.log(jnp.asarray([[0.3, 0.2, 0.1]]))
     noise = 2 / 10

@@ -105,8 +105,41 @@ def test_names_and_shapes_are_checked_and_all_differences_listed() -> None:
         transforms.average([BASE, BASE], [1.0])
     with pytest.raises(ValueError, match="do not cover 'scale'"):
         transforms.average([BASE, BASE], [[("dense/.*", 1.0)], 1.0])
-    with pytest.raises(ValueError, match="non-empty list"):
-        transforms.ties([])
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [
+        transforms.ties,
+        transforms.average,
+        transforms.weighted_sum,
+        transforms.karcher_mean,
+        lambda models, weights: transforms.fisher_merge(models, models, weights),
+    ],
+    ids=["ties", "average", "weighted_sum", "karcher_mean", "fisher_merge"],
+)
+def test_nothing_cannot_be_merged(merge: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"^\w+: \w+ must be a non-empty list .*an empty one"):
+        merge([], [])
+
+
+@pytest.mark.parametrize("merge", [transforms.average, transforms.karcher_mean])
+@pytest.mark.parametrize("weights", [[1.0, -1.0], np.zeros(2)])
+def test_weights_that_divide_have_a_sum(merge: Callable[..., Any], weights: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{merge.__name__}: the weights of .* other than 0"):
+        merge([BASE, BASE], weights)
+
+
+def test_a_share_outside_0_and_1_is_blamed_by_its_name() -> None:
+    for fn, shares in [
+        (transforms.trim, {"density": 2.0}),
+        (transforms.breadcrumbs, {"density": 0.5, "outliers": -1.0}),
+    ]:
+        name = [*shares][-1]
+        with pytest.raises(ValueError, match=rf"^{fn.__name__}: {name} must lie in \[0, 1\]"):
+            fn(BASE, **shares)
+    with pytest.raises(ValueError, match=r"^ties: density must lie in \[0, 1\]"):
+        transforms.ties([BASE], density=2.0)
 
 
 def test_interpolate_is_exact_at_its_ends_and_takes_rules_and_traced_coefficients() -> None:

@@ -102,7 +102,14 @@ def test_microbatches_add_up_to_the_batch(sizes: list[int], seed: int) -> None:
     np.testing.assert_allclose(total.value(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_weights_that_cancel_give_zero() -> None:
+    assert float(objective.reduce("kd", f32(1, 1), f32(1, -1)).value()) == 0
+    assert float(objective.reduce("kd", f32(1, 2), f32(-1, -1)).value()) == 1.5
+
+
 def test_malformed_terms_raise() -> None:
+    with pytest.raises(ValueError, match=r"'kd' must be \[B\].*B = 4"):
+        objective.reduce_all({"kd": f32(1, 2, 3)}, batch_size=4)
     with pytest.raises(ValueError, match=r"one batch size.*kd\[3\], weights\[2\]"):
         objective.reduce("kd", f32(1, 2, 3), f32(1, 1))
     with pytest.raises(ValueError, match=r"where must have shape \[3\], got where\[3, 1\]"):

@@ -116,6 +116,18 @@ def test_w_learned_by_gradient_reaches_the_closed_form() -> None:
     assert state.params["base"]["scale"] == 1.0
 
 
+def test_an_encoder_needs_no_logits_of_its_own() -> None:
+    def encoder(
+        params: Any, model_state: Any, inputs: jax.Array, *, key: Any = None, train: bool = False
+    ) -> tuple[dict[str, jax.Array], Any]:
+        return {"hidden": inputs}, model_state
+
+    w = projection.Projection(jnp.ones((5, 3)), jnp.zeros(3))
+    model = projection.model(encoder, features="hidden")
+    outputs, _ = model({"base": {}, "projection": w}, None, jnp.ones((2, 5)))
+    assert outputs.keys() == {"hidden", "logits"} and outputs["logits"].shape == (2, 3)
+
+
 def test_bad_inputs_say_what_to_do() -> None:
     f, y = (jnp.asarray(x, jnp.float32) for x in _data())
     with pytest.raises(ValueError, match=r"features\[40, 5\], targets\[39, 3\]"):
@@ -126,5 +138,16 @@ def test_bad_inputs_say_what_to_do() -> None:
         projection.apply(projection.fit(f, y), f[:, :4])
     with pytest.raises(ValueError, match=r"kernel must be \[H, 5\]"):
         projection.fold(projection.fit(f, y), f.T)
+    for weights, says in [
+        (jnp.ones((40, 1)), r"weights must have 1 dimension\(s\), got weights\[40, 1\]"),
+        ([1.0] * 39, r"features\[40, 5\], weights\[39\]"),
+        ([-1.0] * 40, "weights must be finite and >= 0"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            projection.fit(f, y, weights=weights)
+    with pytest.raises(ValueError, match=r"bias must be \[5\].*got bias\[3\], kernel\[40, 5\]"):
+        projection.fold(projection.fit(f, y), f, jnp.ones(3))
+    with pytest.raises(ValueError, match=r"a.cross\[5, 3\], b.cross\[4, 3\]"):
+        projection.merge(projection.moments(f, y), projection.moments(f[:, :4], y))
     with pytest.raises(TypeError, match="targets must be floating"):
         projection.fit(f, jnp.ones((40, 3), jnp.int32))

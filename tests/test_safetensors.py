@@ -171,6 +171,14 @@ def test_what_cannot_be_stored_is_refused_by_name(tmp_path: Path, leaf: Any, say
     assert not list(tmp_path.iterdir())
 
 
+def test_metadata_and_folders_are_checked_before_writing(tmp_path: Path):
+    with pytest.raises(TypeError, match="metadata must map strings to strings, got 'a': 1"):
+        weights.save(tmp_path / "w.safetensors", TREE, metadata={"a": 1})  # type: ignore[dict-item]
+    with pytest.raises(FileNotFoundError, match=r"w\.safetensors cannot .*/nodir'$"):
+        weights.save(tmp_path / "nodir" / "w.safetensors", TREE)
+    assert not list(tmp_path.iterdir())
+
+
 def test_fp8_is_indexed_but_not_loaded(tmp_path: Path):
     raw_file(tmp_path / "w.safetensors", {"w": entry("F8_E4M3", (2,), (0, 2))}, b"ab")
     checkpoint = weights.index(tmp_path)
@@ -430,6 +438,8 @@ def test_a_file_that_shrinks_is_noticed(tmp_path: Path):
     path = tmp_path / "w.safetensors"
     weights.save(path, {"a": np.ones(300, np.float32)})
     tensor = weights.index(path).tensors["a"]
+    with pytest.raises(ValueError, match="blocks: size must be at least 1, got 0"):
+        next(weights.blocks(tensor, 0))
     os.truncate(path, 600)
     with pytest.raises(ValueError, match="became shorter"):
         weights.read(tensor)

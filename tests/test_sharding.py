@@ -35,7 +35,7 @@ from kdtl_jax import (
 )
 from kdtl_jax.objective import Inputs
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("optimized", "standard_promotion")
 KEY = jax.random.key(0)
 # Adam divides by its root mean square, which magnifies rounding without bound where a gradient
 # passes zero; its epsilon bounds that, so that 1e-6 is a statement about the placement.
@@ -168,7 +168,7 @@ def assert_close(found: Any, wanted: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def one_device() -> Any:
+def one_device(optimized: None) -> Any:
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         return jax.device_get(learned(_run(None)))
 

@@ -83,6 +83,17 @@ def test_grid_is_the_product_last_axis_fastest() -> None:
 def test_bad_sweeps_say_what_to_do() -> None:
     with pytest.raises(ValueError, match="axis 'seed' is empty"):
         sweep.grid(seed=[])
+    with pytest.raises(ValueError, match="sweep.sample: axis 'x' is empty"):
+        sweep.sample(3, x=[])
+    with pytest.raises(TypeError, match=r"sweep.grid: axis 'a' must be a sequence, got 3.0"):
+        sweep.grid(a=3.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"'a' must have one shape, got \[\(1,\), \(2,\)\]"):
+        sweep.grid(a=[[1], [2, 3]])
+    for seed in (2**40, -(2**31) - 1):
+        with pytest.raises(ValueError, match="'seed' must fit int32"):
+            sweep.grid(seed=[seed])
+    with pytest.raises(ValueError, match=r"single values at \['x/0', 'x/1'\].*jnp.asarray"):
+        sweep.run(lambda p: p["x"], {"x": [1.0, 2.0]})
     with pytest.raises(ValueError, match="loop over it in Python"):
         sweep.grid(method=["kd", "dkd"])
     with pytest.raises(ValueError, match="equally long"):

@@ -365,6 +365,8 @@ def test_folders_of_something_else_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match=r"holds other files: thesis\.tex"):
         _write(tmp_path)
+    with pytest.raises(NotADirectoryError, match=r"write: .*thesis\.tex is a file"):
+        _write(tmp_path / "thesis.tex")
     with pytest.raises(FileNotFoundError, match="no teacher cache in"):
         tc.open_cache(tmp_path / "nowhere", expect=None)
 

@@ -116,6 +116,13 @@ def test_layers_spread_evenly() -> None:
     assert losses.uniform_layers(2, 2) == (0, 1, 2)
     with pytest.raises(ValueError, match="must divide the teacher's, got 5 and 12"):
         losses.uniform_layers(5, 12)
+    a = jnp.ones((1, 2, 3))
+    for one, other in (([a], [a, a]), ([a, a], [a]), ([a] * 3, [a] * 4)):
+        counts = f"got {len(one)} and {len(other)} arrays"
+        with pytest.raises(ValueError, match=rf"^tinybert_hidden: .*\(layer 0\).*{counts}"):
+            losses.tinybert_hidden(one, other)
+    with pytest.raises(ValueError, match="^tinybert_attention: .*M and N layers.*got 0 and 1"):
+        losses.tinybert_attention([], [a])
 
 
 def test_tinybert_pairs_the_layers_of_its_map(x64: None) -> None:

@@ -284,14 +284,45 @@ def test_mismatched_keys_raise_when_traced() -> None:
         step(state, teacher, data())
 
 
-@pytest.mark.parametrize("key", ["student", "inputs"])
-def test_missing_keys_are_named(key: str) -> None:
+@pytest.mark.parametrize(
+    ("batch", "whole", "words"),
+    [
+        ({}, False, r"init_state\(\{'student': params\}"),
+        ({"inputs": None}, True, r"a dict with 'inputs', got the keys \['labels'\]"),
+        ({"weights": jnp.ones((8, 1))}, True, r"'weights' must be \[B\].*got \[8, 1\]"),
+    ],
+)
+def test_a_malformed_state_or_batch_is_told(batch: Any, whole: bool, words: str) -> None:
     step, state, teacher = distillation()
-    batch = {k: v for k, v in data().items() if k != key}
-    if key == "student":
+    if not whole:
         state = state._replace(params=state.params["student"])
-    with pytest.raises(KeyError, match=f"'{key}'"):
-        step(state, teacher, batch)
+    given = {k: v for k, v in {**data(), **batch}.items() if v is not None}
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(step, state, teacher, given)
+
+
+@pytest.mark.parametrize(
+    ("terms", "error", "words"),
+    [
+        (lambda x: jnp.ones(8), TypeError, r"must be a dict \{name: values\}"),
+        (lambda x: {"task": jnp.ones(3)}, ValueError, r"'task' must be \[B\].*B = 8.*got \[3\]"),
+    ],
+)
+def test_malformed_terms_are_told(terms: Any, error: type[Exception], words: str) -> None:
+    _, state, teacher = distillation(optax.sgd(0.1))
+    step = train.make_distill_step(mlp, mlp, terms, {"task": 1.0}, optax.sgd(0.1))
+    with pytest.raises(error, match=words):
+        jax.eval_shape(step, state, teacher, data())
+
+
+def test_an_optimizer_state_for_other_parameters_is_told() -> None:
+    _, state, teacher = distillation()
+    tx = optax.adam(1e-2)
+    step = train.make_distill_step(
+        mlp, mlp, distill_terms, WEIGHTS, tx, trainable="student/head/.*"
+    )
+    with pytest.raises(ValueError, match="the same optimizer and the same trainable="):
+        jax.eval_shape(step, state, teacher, data())
 
 
 def test_a_selector_that_matches_nothing_raises() -> None:

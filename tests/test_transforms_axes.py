@@ -166,6 +166,7 @@ def test_uniform_selection_of_a_named_axis_is_weight_selection() -> None:
     assert small["head"]["kernel"] is params["head"]["kernel"]
 
 
+@pytest.mark.usefixtures("optimized")
 def test_pruning_a_silent_head_changes_nothing() -> None:
     params = _block()
     silent = params["attention"]["out"]["kernel"].at[WIDTH : 2 * WIDTH].set(0.0)

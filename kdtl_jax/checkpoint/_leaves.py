@@ -10,6 +10,8 @@ import numpy as np
 from kdtl_jax import trees
 from kdtl_jax._types import PyTree
 
+STORABLE = (np.number, np.bool_, jax.dtypes.prng_key)
+
 
 def flatten(tree: PyTree) -> dict[str, Any]:
     """`{path: leaf}`; the full key path where two leaves share a canonical one (0 and "0")."""
@@ -29,6 +31,17 @@ def number(i: int) -> str:
 def is_key(leaf: Any) -> bool:
     """Whether a leaf is a typed PRNG key, concrete or abstract."""
     return jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key)
+
+
+def check_storable(fn: str, flat: Mapping[str, Any]) -> None:
+    """Raises TypeError unless every leaf is an array of numbers, bools or PRNG keys."""
+    for path, leaf in flat.items():
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        if not any(jnp.issubdtype(dtype, kind) for kind in STORABLE):
+            raise TypeError(
+                f"{fn}: {path!r} must be an array or a number, got {type(leaf).__name__} "
+                f"({dtype}). Keep strings and settings in `meta`."
+            )
 
 
 def describe(path: str, leaf: Any) -> dict[str, Any]:

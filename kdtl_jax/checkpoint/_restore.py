@@ -1,5 +1,6 @@
 """Reading a checkpoint folder: which steps are whole, and the newest of them."""
 
+import operator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from kdtl_jax import _files
+from kdtl_jax import _checks, _files
 from kdtl_jax._types import PyTree
 from kdtl_jax.checkpoint import _leaves
 
@@ -61,11 +62,21 @@ def restore(folder: str | Path, template: PyTree, *, step: int | None = None) ->
       step: take this step alone instead of the newest.
 
     Raises:
-      FileNotFoundError: if no step is whole, with every step's reason.
+      FileNotFoundError: if no step is whole, with every step's reason; or `step` does not exist.
+      TypeError: if `step` is not an integer.
       ValueError: if paths, shapes, dtypes or key types differ from the template, leaf by leaf.
     """
     folder = Path(folder).absolute()
-    found, skipped = _choose(folder, [step] if step is not None else steps(folder))
+    candidates = steps(folder)
+    if step is not None:
+        _checks.count("restore", 0, step=step)
+        step = operator.index(step)
+        if step not in candidates:
+            raise FileNotFoundError(
+                f"restore: {folder} has no step {step}. Its steps: {candidates or 'none'}."
+            )
+        candidates = [step]
+    found, skipped = _choose(folder, candidates)
     if found is None:
         listed = "; ".join(f"step {s}: {why}" for s, why in skipped) or "it has no steps"
         raise FileNotFoundError(f"restore: no whole checkpoint in {folder} ({listed}).")

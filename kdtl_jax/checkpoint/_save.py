@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import operator
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from kdtl_jax import _files
+from kdtl_jax import _checks, _files
 from kdtl_jax._types import PyTree
 from kdtl_jax.checkpoint import _leaves
 from kdtl_jax.checkpoint._restore import FORMAT, MANIFEST, steps
@@ -89,17 +90,20 @@ def save(
 
     Args:
       checkpoints: from `open_folder`.
-      step: the step's number, its name in the folder.
+      step: the step's number from 0 on, its name in the folder.
       state: any pytree of arrays (typed PRNG keys, 0-d, bfloat16 and sharded ones included).
       meta: JSON data that comes back with the state.
 
     Raises:
       OSError: if this or the previous save failed (disk full, read-only); older steps are intact.
-      TypeError: if `meta` is not JSON.
+      TypeError: if `step` is not an integer, a leaf not an array or a number, or `meta` not JSON.
+      ValueError: if `step` is negative.
     """
-    wait(checkpoints)
-    meta = json.loads(json.dumps(dict(meta or {})))
+    _checks.count("checkpoint.save", 0, step=step)
+    step, meta = operator.index(step), _as_json(meta or {})
     flat = _leaves.flatten(state)
+    _leaves.check_storable("checkpoint.save", flat)
+    wait(checkpoints)
     leaves = [_leaves.describe(path, leaf) for path, leaf in flat.items()]
     stored = _leaves.stored(list(flat.values()))
     _check_space(checkpoints.folder, step, stored)
@@ -114,6 +118,17 @@ def save(
         raise _failed(checkpoints.folder, step, error) from error
     manifest = {"format": FORMAT, "step": step, "meta": meta, "leaves": leaves}
     checkpoints.pending.append(checkpoints.worker.submit(_finish, checkpoints, step, manifest))
+
+
+def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """`meta` as it will come back."""
+    try:
+        return json.loads(json.dumps(dict(meta)))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"checkpoint.save: meta must be JSON: {error}. Convert arrays and NumPy numbers first, "
+            "e.g. float(x) or x.tolist(), or keep them in the state."
+        ) from None
 
 
 def wait(checkpoints: Checkpoints) -> None:

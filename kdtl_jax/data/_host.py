@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jax import Array
 
-from kdtl_jax.data._resident import Batch, canonical, length, order_rows
+from kdtl_jax import _checks
+from kdtl_jax.data._resident import Batch, canonical, length, order_rows, typed_key
 
 Source = Callable[[int], Iterator[Batch]]  # step -> the batches from that step on
 Reader = Callable[[int, np.ndarray], Batch]  # epoch, rows [B] -> batch of host arrays
@@ -37,11 +38,16 @@ def stream(
       batch_size: examples per batch.
       key: shuffling key; None keeps the order.
       drop_remainder: as in `resident`.
+
+    Raises:
+      ValueError: if the batch does not fit.
+      TypeError: if a size is not an integer, or `key` not a PRNG key.
     """
-    if not 0 < batch_size <= size:
+    _checks.count("stream", 1, batch_size=batch_size, size=size)
+    if batch_size > size:
         raise ValueError(f"stream: batch_size must lie in 1..{size}, got {batch_size}.")
     steps = size // batch_size if drop_remainder else -(-size // batch_size)
-    order = None if key is None else jax.random.split(key)[0]
+    order = None if key is None else jax.random.split(typed_key("stream", key))[0]
 
     def batches(step: int) -> Iterator[Batch]:
         for epoch in itertools.count(step // steps):

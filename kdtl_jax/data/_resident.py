@@ -53,8 +53,8 @@ def resident(
     Args:
       arrays: `{"inputs": [N, ...], "labels": [N, ...], ...}`.
       batch_size: examples per step.
-      key: typed PRNG key of the shuffling and the augmentation; None keeps the order. Keys `[S]`
-        give the batches of S runs at once, each as its key alone would.
+      key: PRNG key of the shuffling and the augmentation, legacy ones included; None keeps the
+        order. Keys `[S]` give the batches of S runs at once, each as its key alone would.
       drop_remainder: leave the ragged last batch out (other examples each epoch), or fill it up
         and give the filling weight 0.
       augment: `(keys, batch) -> batch`, applied inside the step before teacher and student; the
@@ -67,11 +67,14 @@ def resident(
     Raises:
       ValueError: if the arrays have different lengths, the batch does not fit, or rows do not name
         examples.
+      TypeError: if the batch size is not an integer, or `key` not a PRNG key.
     """
+    key = typed_key("resident", key)
     total = length("resident", arrays)
     rows = _checked_rows(rows, total, key)
     size = total if rows is None else rows.shape[-1]
-    if not 0 < batch_size <= size:
+    _checks.count("resident", 1, batch_size=batch_size)
+    if batch_size > size:
         raise ValueError(
             f"resident: batch_size must lie in 1..{size} (the number of examples), "
             f"got {batch_size}."
@@ -109,7 +112,7 @@ def resident(
 
 def view_key(key: Array) -> Array:
     """The augmentation's key of `resident(..., key=key)`, for building a teacher cache."""
-    return jax.random.split(key)[1]
+    return jax.random.split(typed_key("view_key", key))[1]
 
 
 def steps_per_epoch(data: Resident) -> int:
@@ -163,6 +166,24 @@ def _split(key: Array) -> tuple[Array, Array]:
     """The keys of the order and of the views, for every run."""
     keys = jax.vmap(jax.random.split)(key) if key.ndim else jax.random.split(key)
     return keys[..., 0], keys[..., 1]
+
+
+def typed_key(fn: str, key: Any) -> Any:
+    """The key, a legacy one (uint32 `[2]`) wrapped: its axis would be taken for one of runs.
+
+    Raises:
+      TypeError: if it is no PRNG key.
+    """
+    dtype = getattr(key, "dtype", None)
+    if key is None or (dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)):
+        return key
+    try:
+        return jax.random.wrap_key_data(key)
+    except TypeError:
+        came = f"{key!r} ({type(key).__name__})" if dtype is None else f"{dtype}{list(key.shape)}"
+        raise TypeError(
+            f"{fn}: key must be a PRNG key such as jax.random.key(0), or None, got {came}."
+        ) from None
 
 
 def _size(data: Resident) -> int:

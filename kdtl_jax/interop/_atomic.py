@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -19,7 +20,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     Raises:
       OSError: naming `path`, if the disk is full; the old file then stays as it was.
+      FileNotFoundError: naming its folder, if there is none.
     """
+    if not path.parent.is_dir():
+        reason = f"{path.name} cannot be written: its folder does not exist; make it first"
+        raise FileNotFoundError(errno.ENOENT, reason, str(path.parent))
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:

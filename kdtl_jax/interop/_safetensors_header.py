@@ -134,7 +134,17 @@ def encode(
     """The header's bytes (length included) and the order in which the tensors follow.
 
     Wide dtypes come first, so that every tensor is aligned to its item size.
+
+    Raises:
+      TypeError: if the metadata are not strings, which `parse` would refuse.
+      ValueError: if the header is longer than the format allows.
     """
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(
+                f"safetensors: metadata must map strings to strings, got {key!r}: {value!r}. "
+                "Convert them first, e.g. str(value) or json.dumps(value)."
+            )
     widths = {name: _dtypes[dtype].itemsize for name, (dtype, _) in specs.items()}
     order = sorted(specs, key=lambda name: (-widths[name], name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}

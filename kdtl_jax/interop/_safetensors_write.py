@@ -23,8 +23,10 @@ def save(path: str | Path, tree: PyTree, *, metadata: Mapping[str, str] | None =
     Non-contiguous arrays (transposed kernels) and scalars are stored as what they are.
 
     Raises:
-      TypeError: if a leaf is no array, a PRNG key, or of a dtype that the format lacks.
+      TypeError: if a leaf is no array, a PRNG key, or of a dtype that the format lacks; or if
+        metadata are not strings.
       OSError: if the disk is full; the old file then stays as it was.
+      FileNotFoundError: if the file's folder does not exist.
     """
     leaves = trees.flatten(tree)
     specs = {name: _spec(name, leaf) for name, leaf in leaves.items()}
@@ -48,9 +50,10 @@ def stream(
       metadata: strings to strings, such as `{"format": "pt"}` or a recipe.
 
     Raises:
-      TypeError: if a dtype cannot be stored.
+      TypeError: if a dtype cannot be stored, or metadata are not strings.
       ValueError: if `produce` returns another shape or dtype than announced; no file is left then.
       OSError: if the disk is full; the old file then stays as it was.
+      FileNotFoundError: if the file's folder does not exist.
     """
     stored = {
         name: (_header.stored_dtype(name, spec.dtype), tuple(spec.shape))

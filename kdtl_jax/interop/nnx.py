@@ -4,7 +4,8 @@
     outputs, state = model(params, state, images, key=key, train=True)
 
 `params` and `state` are the module's own split states: any selector, transform or optimizer of this
-library takes them as they are, with paths such as `layers/0/kernel`. To put trained
+library takes them as they are, with paths such as `layers/0/kernel`. As a step's teacher give
+`Variables(params, state)`, as its student `init_state(..., model_state=state)`. To put trained
 parameters back: `nnx.update(module, params)` (exact here, because nothing was renamed).
 
 This file alone imports `flax.nnx`, which does not import on every pair of flax and jax versions.

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import trees
+from kdtl_jax import _checks, trees
 from kdtl_jax._types import PyTree
 from kdtl_jax.interop import _safetensors_header as _header
 from kdtl_jax.interop._safetensors_header import Tensor as Tensor
@@ -85,8 +85,9 @@ def blocks(tensor: Tensor, size: int) -> Iterator[np.ndarray]:
 
     Raises:
       TypeError: for 8-bit floats.
-      ValueError: if the file has become shorter since its header was read.
+      ValueError: if `size` is below 1, or the file has become shorter since its header was read.
     """
+    _checks.count("safetensors.blocks", 1, size=size)
     step = size * _header.numpy_dtype(tensor.file.name, tensor.dtype).itemsize
     for start in range(tensor.start, tensor.stop, step):
         yield _piece(tensor, start, min(start + step, tensor.stop))

@@ -197,15 +197,29 @@ def uniform_layers(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
     (0, 3, 6, 9, 12)
 
     Raises:
-      ValueError: unless M divides N.
+      ValueError: unless both are at least 1 and M divides N.
     """
-    _checks.positive("uniform_layers", student_layers=student_layers)
+    _checks.count("uniform_layers", 1, student_layers=student_layers, teacher_layers=teacher_layers)
     if teacher_layers % student_layers:
         raise ValueError(
             "uniform_layers: the student's layers must divide the teacher's, got "
             f"{student_layers} and {teacher_layers}."
         )
     return tuple(range(0, teacher_layers + 1, teacher_layers // student_layers))
+
+
+def _spread(
+    fn: str, student: Sequence[Array], teacher: Sequence[Array], *, below: int
+) -> tuple[int, ...]:
+    """`uniform_layers` of two lists that begin with `below` entries that are no layers."""
+    own, other = len(student) - below, len(teacher) - below
+    if own < 1 or other < 1 or other % own:
+        first = "the embedding (layer 0) and then " if below else ""
+        raise ValueError(
+            f"{fn}: student and teacher must be lists of {first}M and N layers, N a multiple of M, "
+            f"got {len(student)} and {len(teacher)} arrays."
+        )
+    return uniform_layers(own, other)
 
 
 def tinybert_attention(
@@ -231,7 +245,7 @@ def tinybert_attention(
     References:
       Jiao et al., TinyBERT: Distilling BERT for Natural Language Understanding, 2019 (1909.10351).
     """
-    layers = uniform_layers(len(student), len(teacher))[1:]
+    layers = _spread("tinybert_attention", student, teacher, below=0)[1:]
     pairs = zip(student, layers, strict=True)
     return jnp.sum(
         jnp.stack([attention_mse(own, teacher[g - 1], where=where) for own, g in pairs]), axis=0
@@ -258,6 +272,6 @@ def tinybert_hidden(student: Sequence[Array], teacher: Sequence[Array]) -> Array
     References:
       Jiao et al., TinyBERT: Distilling BERT for Natural Language Understanding, 2019 (1909.10351).
     """
-    layers = uniform_layers(len(student) - 1, len(teacher) - 1)
+    layers = _spread("tinybert_hidden", student, teacher, below=1)
     pairs = zip(student, layers, strict=True)
     return jnp.sum(jnp.stack([hidden_mse(own, teacher[g]) for own, g in pairs]), axis=0)

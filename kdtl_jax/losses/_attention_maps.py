@@ -19,7 +19,7 @@ def _power(x: Array, p: float) -> Array:
 def _unit(x: Array, q: float) -> Array:
     """Rows over their q-norm; a zero row stays zero."""
     norm = _vector_norm(x, q)[:, None]
-    return x * jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0)
+    return x * jnp.where(norm != 0, 1 / jnp.where(norm != 0, norm, 1), 0)
 
 
 def _vector_norm(x: Array, p: float) -> Array:
@@ -27,7 +27,7 @@ def _vector_norm(x: Array, p: float) -> Array:
     total = jnp.sum(jnp.abs(x) if p == 1 else _power(x, p), axis=-1)
     if p == 1:
         return total
-    return jnp.where(total > 0, jnp.where(total > 0, total, 1) ** (1 / p), 0)
+    return jnp.where(total != 0, jnp.where(total != 0, total, 1) ** (1 / p), 0)
 
 
 def attention_map(x: Array, *, power: int | float = 2) -> Array:

@@ -176,7 +176,7 @@ def mcc(logits: Array, *, temperature: Scalar = 2.5, example_weights: Array | No
     confusion = _numerics.gram(weighted.T, p.T)
     columns = jnp.sum(confusion, axis=0, keepdims=True)
     # A class that nobody predicts confuses nobody.
-    confusion = confusion / jnp.where(columns > 0, columns, 1)
+    confusion = confusion / jnp.where(columns != 0, columns, 1)
     return (jnp.sum(confusion) - jnp.trace(confusion)) / logits.shape[1]
 
 
@@ -185,7 +185,7 @@ def entropy_weights(logits: Array, *, temperature: Scalar = 2.5) -> Array:
     logits = _door.one("entropy_weights", logits, at_least=2, at_most=2)
     _checks.positive("entropy_weights", temperature=temperature)
     log_p = _numerics.log_softmax(logits / _numerics.scalar(temperature, logits))
-    finite = jnp.where(log_p > -jnp.inf, log_p, 0)
+    finite = jnp.where(log_p != -jnp.inf, log_p, 0)
     entropy = -jnp.sum(jnp.exp(log_p) * finite, axis=-1)
     weights = 1 + jnp.exp(-entropy)
     return weights / jnp.mean(weights)

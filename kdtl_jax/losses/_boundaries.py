@@ -34,8 +34,8 @@ def partial_l2(student: Array, teacher: Array) -> Array:
       Heo et al., A Comprehensive Overhaul of Feature Distillation, 2019 (1904.01866).
     """
     student, teacher = _door.same_shape("partial_l2", student, teacher)
-    counts = (student > teacher) | (teacher > 0)
-    return _sum(jnp.where(counts, jnp.square(student - teacher), 0))
+    low = (student <= teacher) & (teacher <= 0)
+    return _sum(jnp.where(low, 0, jnp.square(student - teacher)))
 
 
 def activation_boundary(student: Array, teacher: Array, *, margin: Scalar = 1.0) -> Array:
@@ -64,7 +64,7 @@ def activation_boundary(student: Array, teacher: Array, *, margin: Scalar = 1.0)
     _checks.positive("activation_boundary", margin=margin)
     m = _numerics.scalar(margin, student)
     short = jnp.where(teacher > 0, m - student, m + student)
-    return _sum(jnp.square(jnp.maximum(short, 0)))
+    return _sum(_numerics.nan_of(jnp.square(jnp.maximum(short, 0)), teacher))
 
 
 def ofd(student: Array, teacher: Array, *, margin: Array) -> Array:
@@ -98,8 +98,8 @@ def ofd(student: Array, teacher: Array, *, margin: Array) -> Array:
     target = jnp.maximum(
         teacher, jnp.broadcast_to(_numerics.scalar(margin, student), teacher.shape)
     )
-    counts = (student > target) | (teacher > 0)
-    return _sum(jnp.where(counts, jnp.square(student - target), 0))
+    low = (student <= target) & (teacher <= 0)
+    return _sum(jnp.where(low, 0, jnp.square(student - target)))
 
 
 def ofd_margin(bn_scale: Array, bn_offset: Array) -> Array:

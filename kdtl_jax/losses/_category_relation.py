@@ -66,7 +66,7 @@ def reverse_relation(conditional: Array, prior: Array) -> Array:
     joint = (conditional * prior[:, None]).T
     total = jnp.sum(joint, axis=-1, keepdims=True)
     fallback = (prior / jnp.sum(prior))[None, :]
-    return jnp.where(total > 0, joint / jnp.where(total > 0, total, 1), fallback)
+    return jnp.where(total != 0, joint / jnp.where(total != 0, total, 1), fallback)
 
 
 def fit_logit_scale(

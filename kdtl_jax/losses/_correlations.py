@@ -117,4 +117,4 @@ def itrd_mutual(student: Array, teacher: Array) -> Array:
 
 def _trace_one(gram: Array) -> Array:
     trace = jnp.trace(gram)
-    return jnp.where(trace > 0, gram / jnp.where(trace > 0, trace, 1), 0)
+    return jnp.where(trace != 0, gram / jnp.where(trace != 0, trace, 1), 0)

@@ -275,7 +275,7 @@ def adaptive_kl_weight(
     first = jax.lax.broadcasted_iota(jnp.int32, mass.shape, mass.ndim - 1) == 0
     head = first | (jnp.cumsum(mass, axis=-1) <= _numerics.per_example(mu, mass))
     total = jnp.sum(gap, axis=-1)
-    some = total > 0
+    some = total != 0
     tail = jnp.sum(jnp.where(head, 0, gap), axis=-1)
     return jnp.where(some, tail / jnp.where(some, total, 1), 0.5)
 

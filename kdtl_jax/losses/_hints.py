@@ -52,7 +52,7 @@ def hint(student: Array, teacher: Array, *, where: Array | None = None) -> Array
 def cosine_distance(student: Array, teacher: Array) -> Array:
     """`1 - cos(f_S, f_T)` over the last axis, exactly 0 at equality; 1 from a zero vector."""
     squares = jnp.sum(jnp.square(student), axis=-1) * jnp.sum(jnp.square(teacher), axis=-1)
-    positive = squares > 0
+    positive = squares != 0
     lengths = jnp.sqrt(jnp.where(positive, squares, 1))
     distance = 1 - jnp.where(positive, jnp.sum(student * teacher, axis=-1) / lengths, 0)
     # Rounding may leave it below 0. The value is clipped, the gradient is not.
@@ -231,6 +231,7 @@ def vid(student: Array, teacher: Array, variance: Array) -> Array:
       Ahn et al., Variational Information Distillation for Knowledge Transfer, 2019 (1904.05835).
     """
     student, teacher = _door.same_shape("vid", student, teacher)
+    _checks.floating("vid", variance=variance)
     _checks.positive("vid", variance=variance)
     if variance.shape not in (student.shape, student.shape[-1:]):
         raise ValueError(
@@ -272,7 +273,7 @@ def ridge_hint(student: Array, teacher: Array, *, ridge: Scalar = 1e-3) -> Array
     x, y = student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
     x, y = x - jnp.mean(x, axis=0, keepdims=True), y - jnp.mean(y, axis=0, keepdims=True)
     scale = jax.lax.stop_gradient(jnp.max(jnp.abs(x)))  # it cancels
-    x = x / jnp.where(scale > 0, scale, 1)
+    x = x / jnp.where(scale != 0, scale, 1)
     covariance, cross = _numerics.gram(x.T, x.T) / len(x), _numerics.gram(x.T, y.T) / len(x)
     penalty = _numerics.scalar(ridge, x) * jnp.trace(covariance) / x.shape[-1]
     penalty = penalty + jnp.finfo(x.dtype).tiny ** 0.5

@@ -204,7 +204,7 @@ def _scaled_terms(log_p: Array, log_q: Array, ratio: Array, weight: Array) -> Ar
     `h(y) = (y - log1p(y)) / y^2` is smooth: nothing is divided by w. Where `log1p(y)` is not
     small, `(q - p) + p log(p / m) / w` is safe, since w cannot be small against `p/q` there.
     """
-    in_p, in_q = log_p > -jnp.inf, log_q > -jnp.inf
+    in_p, in_q = log_p != -jnp.inf, log_q != -jnp.inf
     both = in_p & in_q
     some = weight > 0
     safe_weight = jnp.where(some, weight, 1)

@@ -77,7 +77,7 @@ def soft_cross_entropy(
     if where is not None:
         teacher = jnp.where(where, teacher, -jnp.inf)
     log_q = _numerics.log_softmax(student, where=where)
-    return _logspace.minus_mean_log(_numerics.softmax(teacher), teacher > -jnp.inf, log_q)
+    return _logspace.minus_mean_log(_numerics.softmax(teacher), teacher != -jnp.inf, log_q)
 
 
 def hard_kd(
@@ -105,6 +105,7 @@ def hard_kd(
     student, teacher = _logspace.softened("hard_kd", student_logits, teacher_logits, 1.0, None)
     log_p = _numerics.log_softmax(student)
     hard = -_logspace.at(log_p, jnp.argmax(teacher, axis=-1))
+    hard = _numerics.nan_of(hard, jnp.max(teacher, axis=-1))
     known = _checks.concrete(label_smoothing)
     if known is not None and not known.any():
         return hard

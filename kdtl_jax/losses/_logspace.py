@@ -39,6 +39,7 @@ def softened(
     _checks.rank(fn, 1, student_logits=student_logits)
     _checks.nonempty(fn, student_logits=student_logits)
     _checks.positive(fn, temperature=temperature)
+    _checks.per_example(fn, jnp.shape(student_logits)[:-1], temperature=temperature)
     _checks.mask(fn, where, student_logits.shape)
     student, teacher = _numerics.upcast(student_logits), _numerics.upcast(teacher_logits)
     return (
@@ -77,32 +78,32 @@ def probabilities(log_p: Array) -> Array:
 
 def logsumexp(x: Array, *, where: Array | None = None, axis: int = -1) -> Array:
     """`log sum exp`; -inf, with gradient 0, over nothing."""
-    present = x > -jnp.inf
+    present = x != -jnp.inf
     if where is not None:
         present &= where
     low = jnp.finfo(x.dtype).min
     top = jax.lax.stop_gradient(jnp.max(jnp.where(present, x, low), axis=axis, keepdims=True))
     shifted = jnp.where(present, x - jnp.where(present, top, 0), 0)
     total = jnp.sum(jnp.where(present, jnp.exp(shifted), 0), axis=axis)
-    some = total > 0
+    some = total != 0
     return jnp.where(some, jnp.log(jnp.where(some, total, 1)) + jnp.squeeze(top, axis), -jnp.inf)
 
 
 def cross_entropy(log_p: Array, log_q: Array) -> Array:
     """`-sum p log q` over the last axis, `0 log 0 = 0`; +inf where q lacks a class of p."""
-    return minus_mean_log(probabilities(log_p), log_p > -jnp.inf, log_q)
+    return minus_mean_log(probabilities(log_p), log_p != -jnp.inf, log_q)
 
 
 def minus_mean_log(p: Array, present: Array, log_q: Array) -> Array:
     """`cross_entropy` of probabilities, and of which classes they have."""
-    in_q = log_q > -jnp.inf
+    in_q = log_q != -jnp.inf
     terms = p * jnp.where(in_q, log_q, 0)
     return -jnp.sum(jnp.where(present & ~in_q, -jnp.inf, terms), axis=-1)
 
 
 def mean_log(log_p: Array) -> Array:
     """The mean of `log p` over the classes that are present: minus the uniform cross-entropy."""
-    present = log_p > -jnp.inf
+    present = log_p != -jnp.inf
     return _numerics.masked_mean(jnp.where(present, log_p, 0), present, axis=-1)
 
 
@@ -112,8 +113,8 @@ def log_mixture(log_p: Array, log_q: Array, weight: Array) -> Array:
     The weight enters linearly, not through its logarithm, so that the derivative by it is right
     at the ends as well.
     """
-    some_p, some_q = weight < 1, weight > 0
-    in_p, in_q = log_p > -jnp.inf, log_q > -jnp.inf
+    some_p, some_q = ~(weight >= 1), ~(weight <= 0)
+    in_p, in_q = log_p != -jnp.inf, log_q != -jnp.inf
     either = (in_p & some_p) | (in_q & some_q)
     low = jnp.finfo(log_p.dtype).min
     p, q = jnp.where(in_p, log_p, 0), jnp.where(in_q, log_q, 0)
@@ -137,7 +138,7 @@ def ratio_to_mixture(log_p: Array, log_q: Array, ratio: Array, weight: Array) ->
     With `d = log p - log q` (`ratio`) it is `-log1p(weight expm1(-d))`.
     """
     log_m = log_mixture(log_p, log_q, weight)
-    in_p, in_q, in_m = log_p > -jnp.inf, log_q > -jnp.inf, log_m > -jnp.inf
+    in_p, in_q, in_m = log_p != -jnp.inf, log_q != -jnp.inf, log_m != -jnp.inf
     near = in_p & in_q & (jnp.abs(ratio) < 1)
     close = -jnp.log1p(weight * jnp.expm1(jnp.where(near, -ratio, 0)))
     usable = in_p & in_m

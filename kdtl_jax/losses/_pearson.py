@@ -28,12 +28,13 @@ def dist_inter(
       `[...]`, in [0, 2]; at equality `eps / (norm^2 + eps)`.
 
     Raises:
-      ValueError: if shapes differ or are empty, or the temperature is not positive.
+      ValueError: if shapes differ or are empty, the temperature is not positive or eps negative.
       TypeError: if the logits are not floating point.
 
     References:
       Huang et al., Knowledge Distillation from A Stronger Teacher, 2022 (2205.10536).
     """
+    _checks.non_negative("dist_inter", eps=eps)
     student, teacher = _probabilities("dist_inter", student_logits, teacher_logits, temperature)
     terms, rest = _pearson_terms(student, teacher, -1, eps)
     return jnp.sum(terms, axis=-1) + jnp.squeeze(rest, -1)
@@ -62,14 +63,15 @@ def dist_intra(
       `[batch]`, >= 0.
 
     Raises:
-      ValueError: if shapes differ, are empty or not of two dimensions, or the temperature is not
-        positive.
+      ValueError: if shapes differ, are empty or not of two dimensions, the temperature is not
+        positive or eps negative.
       TypeError: if the logits are not floating point.
 
     References:
       Huang et al., 2022 (2205.10536).
     """
     _checks.rank("dist_intra", 2, 2, student_logits=student_logits)
+    _checks.non_negative("dist_intra", eps=eps)
     student, teacher = _probabilities("dist_intra", student_logits, teacher_logits, temperature)
     terms, rest = _pearson_terms(student, teacher, 0, eps)
     return jnp.mean(terms, axis=1) * terms.shape[0] + jnp.mean(rest)
@@ -101,13 +103,14 @@ def dist(
       `[batch]`.
 
     Raises:
-      ValueError: if shapes differ, are empty or not of two dimensions, or the temperature is not
-        positive.
+      ValueError: if shapes differ, are empty or not of two dimensions, the temperature is not
+        positive or eps negative.
       TypeError: if the logits are not floating point.
 
     References:
       Huang et al., 2022 (2205.10536).
     """
+    _checks.non_negative("dist", eps=eps)
     inter = dist_inter(student_logits, teacher_logits, temperature=temperature, eps=eps)
     intra = dist_intra(student_logits, teacher_logits, temperature=temperature, eps=eps)
     return _numerics.per_example(beta, inter) * inter + _numerics.per_example(gamma, intra) * intra
@@ -133,7 +136,7 @@ def _pearson_terms(x: Array, y: Array, axis: int, eps: Scalar) -> tuple[Array, A
     # Probabilities: their squares are in range.
     square_x = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
     square_y = jnp.sum(jnp.square(y), axis=axis, keepdims=True)
-    both = (square_x > 0) & (square_y > 0)
+    both = (square_x != 0) & (square_y != 0)
     norm_x = jnp.sqrt(jnp.where(both, square_x, 1))
     norm_y = jnp.sqrt(jnp.where(both, square_y, 1))
     floor = _numerics.scalar(eps, norm_x)

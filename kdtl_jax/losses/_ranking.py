@@ -40,9 +40,10 @@ def hinge_ranking(
     chosen = jnp.take_along_axis(p_s, targets.indices, axis=-1)
     p_t = _logspace.probabilities(_numerics.upcast(targets.log_probs))
     lead = _gaps(p_t) if margin is None else _numerics.scalar(margin, p_t)
-    return _numerics.masked_mean(
+    mean = _numerics.masked_mean(
         jax.nn.relu(lead - _gaps(chosen)), _ordered(p_t, eps), axis=(-2, -1)
     )
+    return _numerics.nan_of(mean, jnp.sum(p_t, axis=-1))
 
 
 def logistic_ranking(student_logits: Array, targets: TopK, *, eps: Scalar = 1e-9) -> Array:
@@ -66,12 +67,13 @@ def logistic_ranking(student_logits: Array, targets: TopK, *, eps: Scalar = 1e-9
     """
     log_q = _student("logistic_ranking", student_logits, targets, 1.0)
     chosen = jnp.take_along_axis(log_q, targets.indices, axis=-1)
-    present = chosen > -jnp.inf
+    present = chosen != -jnp.inf
     p_t = _logspace.probabilities(_numerics.upcast(targets.log_probs))
     # A class masked to -inf for the student cannot be ranked.
     counted = _ordered(p_t, eps) & present[..., :, None] & present[..., None, :]
     gap = _gaps(jnp.where(present, chosen, 0))
-    return _numerics.masked_mean(jax.nn.softplus(-gap), counted, axis=(-2, -1))
+    mean = _numerics.masked_mean(jax.nn.softplus(-gap), counted, axis=(-2, -1))
+    return _numerics.nan_of(mean, jnp.sum(p_t, axis=-1))
 
 
 def _gaps(x: Array) -> Array:

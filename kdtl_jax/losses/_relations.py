@@ -105,13 +105,15 @@ def gaussian_taylor_kernel(x: Array, *, gamma: Scalar = 0.4, order: int = 2) -> 
       `[B, B]`.
 
     Raises:
-      ValueError: if `x` is not a matrix.
+      ValueError: if `x` is not a matrix, gamma not positive or the order negative.
       TypeError: if `x` is not floating point.
 
     References:
       Peng et al., Correlation Congruence for Knowledge Distillation, 2019 (1904.01802), eq. 9.
     """
     x = _door.one("gaussian_taylor_kernel", x, at_least=2, at_most=2)
+    _checks.positive("gaussian_taylor_kernel", gamma=gamma)
+    _checks.count("gaussian_taylor_kernel", 0, order=order)
     scaled = 2 * _numerics.scalar(gamma, x) * _numerics.gram(x, x)
     total = jnp.full_like(scaled, 1 / math.factorial(order))
     for power in range(order - 1, -1, -1):  # Horner
@@ -136,12 +138,14 @@ def cc(student: Array, teacher: Array, *, gamma: Scalar = 0.4, order: int = 2) -
       `[B]`.
 
     Raises:
-      ValueError: if the batch sizes differ or are 0.
+      ValueError: if the batch sizes differ or are 0, gamma is not positive or the order negative.
       TypeError: if an array is not floating point.
 
     References:
       Peng et al., Correlation Congruence for Knowledge Distillation, 2019 (1904.01802).
     """
+    _checks.positive("cc", gamma=gamma)
+    _checks.count("cc", 0, order=order)
     units = (_numerics.unit(x) for x in _flat("cc", student, teacher))
     kernels = (gaussian_taylor_kernel(x, gamma=gamma, order=order) for x in units)
     return jnp.mean(jnp.square(jnp.subtract(*kernels)), axis=-1)
@@ -159,7 +163,7 @@ def _distances(gram: Array) -> Array:
     total = squares[:, None] + squares[None, :]
     apart = total - 2 * gram
     noise = 8 * jnp.finfo(gram.dtype).eps * total
-    distinct = (apart > noise) & ~jnp.eye(len(gram), dtype=jnp.bool_)
+    distinct = ~(apart <= noise) & ~jnp.eye(len(gram), dtype=jnp.bool_)
     return jnp.where(distinct, jnp.sqrt(jnp.where(distinct, apart, 1)), 0)
 
 
@@ -190,7 +194,7 @@ def rkd_distance(student: Array, teacher: Array) -> Array:
 def _relative_distances(x: Array) -> Array:
     distances = _distances(_centered_gram(x))
     mean = jnp.sum(distances) / max(len(x) * (len(x) - 1), 1)
-    return jnp.where(mean > 0, distances / jnp.where(mean > 0, mean, 1), 0)
+    return jnp.where(mean != 0, distances / jnp.where(mean != 0, mean, 1), 0)
 
 
 def rkd_angle(student: Array, teacher: Array, *, anchors_at_once: int | None = None) -> Array:
@@ -238,7 +242,7 @@ def _angle_parts(x: Array) -> tuple[Array, Array]:
     """Gram matrix and inverse distances (0 on the diagonal and between duplicates)."""
     gram = _centered_gram(x)
     distances = _distances(gram)
-    apart = distances > 0
+    apart = distances != 0
     return gram, jnp.where(apart, 1 / jnp.where(apart, distances, 1), 0)
 
 

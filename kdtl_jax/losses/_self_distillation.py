@@ -23,14 +23,15 @@ def zipf_targets(scores: Array, labels: Array) -> Array:
       `[..., num_classes]` log-probabilities, -inf at the labels. Constant in the scores.
 
     Raises:
-      ValueError: if shapes do not fit.
+      ValueError: if shapes do not fit, or a concrete label is out of range.
       TypeError: if the scores are not floating point or the labels not integers.
 
     References:
       Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, 2023 (2303.13005).
     """
     _checks.floating("zipf_targets", scores=scores)
-    _checks.integers("zipf_targets", labels=labels)
+    _checks.rank("zipf_targets", 1, scores=scores)
+    _checks.indices("zipf_targets", scores.shape[-1], labels=labels)
     leading = jnp.shape(labels)[: scores.ndim - 1]
     if leading != scores.shape[:-1] or labels.ndim > scores.ndim:
         raise ValueError(

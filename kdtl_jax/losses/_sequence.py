@@ -131,7 +131,7 @@ def taid_teacher(student_logits: Array, teacher_logits: Array, *, progress: Scal
     student, teacher = _logspace.softened("taid_teacher", student_logits, teacher_logits, 1.0, None)
     t = _numerics.per_example(progress, student)
     # 0 * inf at the ends, and -inf - -inf, are no numbers: a class absent from either is absent.
-    present = (student > -jnp.inf) & (teacher > -jnp.inf)
+    present = (student != -jnp.inf) & (teacher != -jnp.inf)
     mixed = (1 - t) * jnp.where(present, student, 0) + t * jnp.where(present, teacher, 0)
     return jnp.where(present, mixed, -jnp.inf)
 

@@ -38,7 +38,7 @@ def _eigh_jvp(
 def _channel_vectors(x: Array, count: int) -> tuple[Array, Array]:
     """Leading singular values and right singular vectors of `[B, positions, C]` maps."""
     top = jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True)
-    scale = jax.lax.stop_gradient(jnp.where(top > 0, top, 1))
+    scale = jax.lax.stop_gradient(jnp.where(top != 0, top, 1))
     x = jnp.swapaxes(x / scale, 1, 2)
     squares, vectors = _eigh(_numerics.gram(x, x))
     values = _numerics.safe_sqrt(squares[:, :count]) * scale[:, :, 0]

@@ -44,7 +44,7 @@ def standardize_logits(
             f"got {_checks.described(logits=logits)}. Use ddof=0."
         )
     z = _numerics.upcast(logits)
-    present = z > -jnp.inf
+    present = z != -jnp.inf
     if where is not None:
         present &= where
     count = jnp.sum(present, axis=-1, keepdims=True, dtype=z.dtype)
@@ -53,7 +53,7 @@ def standardize_logits(
     deviation = _numerics.safe_norm(centered, keepdims=True) / jnp.sqrt(
         jnp.maximum(count - ddof, 1)
     )
-    varies = deviation > 0
+    varies = deviation != 0
     scale = jnp.where(varies, deviation, 1) + _numerics.scalar(eps, z)
     return jnp.where(present, jnp.where(varies, centered, 0) / scale, -jnp.inf)
 

@@ -102,7 +102,7 @@ def soften_top_k(targets: TopK, *, temperature: Scalar, tail_classes: int | None
     log_probs = _numerics.upcast(targets.log_probs)
     t = _numerics.per_example(temperature, log_probs)
     tail = targets.log_tail[..., None]
-    in_tail = tail > -jnp.inf
+    in_tail = tail != -jnp.inf
     tail = jnp.where(in_tail, tail, 0) / t
     if tail_classes is not None:
         _checks.positive("soften_top_k", tail_classes=tail_classes)
@@ -275,7 +275,7 @@ def top_k_kl_sampled(student_logits: Array, targets: TopK, *, temperature: Scala
 def _student(fn: str, student_logits: Array, targets: TopK, temperature: Scalar) -> Array:
     """Checked log-probabilities of the student, over all classes."""
     student, _ = _logspace.softened(fn, student_logits, student_logits, temperature, None)
-    _checks.integers(fn, indices=targets.indices)
+    _checks.indices(fn, jnp.shape(student_logits)[-1], indices=targets.indices)
     _checks.floating(fn, log_probs=targets.log_probs, log_tail=targets.log_tail)
     _checks.same_shape(fn, indices=targets.indices, log_probs=targets.log_probs)
     leading = student_logits.shape[:-1]

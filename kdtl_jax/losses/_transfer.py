@@ -84,7 +84,7 @@ def delta_attention(damage: Array, *, temperature: Scalar = 5.0) -> Array:
     _checks.positive("delta_attention", temperature=temperature)
     centered = damage - jnp.mean(damage)
     deviation = _numerics.safe_sqrt(jnp.sum(jnp.square(centered)) / max(damage.shape[0] - 1, 1))
-    standard = jnp.where(deviation > 0, centered / jnp.where(deviation > 0, deviation, 1), 0)
+    standard = jnp.where(deviation != 0, centered / jnp.where(deviation != 0, deviation, 1), 0)
     return jax.nn.softmax(standard / _numerics.scalar(temperature, damage))
 
 
@@ -262,12 +262,13 @@ def afn(features: Array, norms: Array, *, step: Scalar = 1.0) -> Array:
 
     Raises:
       ValueError: if shapes do not fit.
-      TypeError: if the features are not floating point.
+      TypeError: if the features or norms are not floating point.
 
     References:
       Xu et al., Larger Norm More Transferable, 2019 (1811.07456), eq. 7.
     """
     features = _door.one("afn", features, at_least=2, at_most=2)
+    _checks.floating("afn", norms=norms)
     if jnp.shape(norms) != features.shape[:1]:
         raise ValueError(
             f"afn: expected norms [{features.shape[0]}], got {_checks.described(norms=norms)}."

@@ -67,7 +67,7 @@ def sinkhorn_cost(
         reached = _logspace.logsumexp(
             jnp.stack([reached, jnp.broadcast_to(floor, reached.shape)], axis=-1)
         )
-        inside = (log_mass > -jnp.inf) & (reached > -jnp.inf)
+        inside = (log_mass != -jnp.inf) & (reached != -jnp.inf)
         return jnp.where(
             inside, jnp.where(inside, log_mass, 0) - jnp.where(inside, reached, 0), -jnp.inf
         )
@@ -77,7 +77,7 @@ def sinkhorn_cost(
         log_v = scaled(log_b, log_u, -2)
         return scaled(log_a, log_v, -1), log_v
 
-    present = log_a > -jnp.inf
+    present = log_a != -jnp.inf
     count = jnp.sum(present, axis=-1, keepdims=True, dtype=log_a.dtype)
     log_u = jnp.where(present, -jnp.log(jnp.maximum(count, 1)), -jnp.inf)
     log_u, log_vs = jax.lax.scan(iterate, log_u, length=iterations)
@@ -143,7 +143,7 @@ def wkd_logit(
 
 def _plus(x: Array, y: Array) -> Array:
     """`x + y` broadcast over equal ranks; -inf, with gradient 0, where either is."""
-    finite = (x > -jnp.inf) & (y > -jnp.inf)
+    finite = (x != -jnp.inf) & (y != -jnp.inf)
     return jnp.where(
-        finite, jnp.where(x > -jnp.inf, x, 0) + jnp.where(y > -jnp.inf, y, 0), -jnp.inf
+        finite, jnp.where(x != -jnp.inf, x, 0) + jnp.where(y != -jnp.inf, y, 0), -jnp.inf
     )

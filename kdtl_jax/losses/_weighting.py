@@ -60,7 +60,7 @@ def wttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.2) -
     """
     kl = ttm(student_logits, teacher_logits, gamma=gamma)
     log_p = _numerics.log_softmax(teacher_logits)
-    in_p = log_p > -jnp.inf
+    in_p = log_p != -jnp.inf
     power = jnp.where(in_p, log_p, 0) * _numerics.per_example(gamma, log_p)
     return jnp.exp(_logspace.logsumexp(power, where=in_p)) * kl
 
@@ -82,7 +82,7 @@ def wsld_weight(
       `[...]`, in [0, 1].
 
     Raises:
-      ValueError: if shapes do not fit or labels are out of range.
+      ValueError: if shapes do not fit, labels are out of range or eps is not positive.
       TypeError: if the logits are not floating point or the labels not integers.
 
     References:
@@ -91,6 +91,7 @@ def wsld_weight(
     """
     student, teacher = _logspace.softened("wsld_weight", student_logits, teacher_logits, 1, None)
     _checks.labels("wsld_weight", labels, student_logits)
+    _checks.positive("wsld_weight", eps=eps)
     of_student = -_logspace.at(_numerics.log_softmax(student), labels)
     of_teacher = -_logspace.at(_numerics.log_softmax(teacher), labels)
     return -jnp.expm1(-of_student / (of_teacher + _numerics.scalar(eps, of_teacher)))

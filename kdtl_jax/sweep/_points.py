@@ -30,27 +30,35 @@ def grid(**axes: Iterable[Any]) -> dict[str, Array]:
       `{name: [N]}` with N the product of the axes' lengths; ints as int32, floats as float32.
 
     Raises:
-      ValueError: if an axis is empty.
+      ValueError: if an axis is empty, or its values are not numbers of one shape within int32.
+      TypeError: if an axis is not a sequence.
     """
-    lists = {name: list(values) for name, values in axes.items()}
-    for name, values in lists.items():
-        if not values:
-            raise ValueError(f"sweep.grid: axis {name!r} is empty; give it at least one value.")
+    lists = {name: _listed("sweep.grid", name, values) for name, values in axes.items()}
     rows = list(itertools.product(*lists.values()))
     columns = zip(*rows, strict=True)
-    return {name: _column(name, column) for name, column in zip(lists, columns, strict=True)}
+    return {
+        name: _column("sweep.grid", name, column)
+        for name, column in zip(lists, columns, strict=True)
+    }
 
 
 def size(points: Points) -> int:
     """Number of points.
 
     Raises:
-      ValueError: if there are none, or the columns' lengths differ.
+      ValueError: if there are none, the columns' lengths differ, or one is not an array.
     """
-    lengths = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): len(leaf)
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(dict(points))
     }
+    numbers = [name for name, leaf in leaves.items() if not np.ndim(leaf)]
+    if numbers:
+        raise ValueError(
+            f"sweep: points must be columns, arrays [N, ...], got single values at {numbers[:6]}. "
+            "JAX takes a list for a tree, not for an array: give jnp.asarray(values)."
+        )
+    lengths = {name: len(leaf) for name, leaf in leaves.items()}
     if len(set(lengths.values())) != 1 or not next(iter(lengths.values())):
         raise ValueError(
             f"sweep: points must be equally long, non-empty columns, got lengths {lengths}."
@@ -73,7 +81,9 @@ def sample(n: int, draw: int = 0, /, **axes: Range | Sequence[Any]) -> dict[str,
       `{name: [n]}`.
 
     Raises:
-      ValueError: if n < 1, a range is empty, or a logarithmic range is not positive.
+      ValueError: if n < 1, a range or axis is empty, a logarithmic range is not positive, or values
+        are not numbers of one shape within int32.
+      TypeError: if an axis is neither a range nor a sequence.
 
     References:
       Roberts, The unreasonable effectiveness of quasirandom sequences, 2018; Cranley and
@@ -112,7 +122,7 @@ def rows(points: Points, results: PyTree) -> list[dict[str, Any]]:
 
 def _spread(name: str, axis: Range | Sequence[Any], unit: np.ndarray) -> Array:
     if not isinstance(axis, Range):
-        values = _column(name, axis)
+        values = _column("sweep.sample", name, _listed("sweep.sample", name, axis))
         return values[np.minimum((unit * len(values)).astype(int), len(values) - 1)]
     if not axis.low < axis.high or (axis.log and axis.low <= 0):
         need = "0 < low < high" if axis.log else "low < high"
@@ -122,11 +132,31 @@ def _spread(name: str, axis: Range | Sequence[Any], unit: np.ndarray) -> Array:
     return jnp.asarray(np.exp(value) if axis.log else value, jnp.float32)
 
 
-def _column(name: str, values: Iterable[Any]) -> Array:
+def _listed(fn: str, name: str, values: Any) -> list[Any]:
+    if not np.iterable(values):
+        raise TypeError(
+            f"{fn}: axis {name!r} must be a sequence, got {values!r}: give [{values!r}]."
+        )
+    values = list(values)
+    if not values:
+        raise ValueError(f"{fn}: axis {name!r} is empty; give it at least one value.")
+    return values
+
+
+def _column(fn: str, name: str, values: Sequence[Any]) -> Array:
+    shapes = sorted({np.shape(value) for value in values})
+    if len(shapes) > 1:
+        raise ValueError(f"{fn}: the values of axis {name!r} must have one shape, got {shapes}.")
     column = np.asarray(values)
     if column.dtype.kind not in "iufb":
         raise ValueError(
-            f"sweep.grid: axis {name!r} holds {column.dtype}, not numbers. What is not a number "
+            f"{fn}: axis {name!r} holds {column.dtype}, not numbers. What is not a number "
             "is static: loop over it in Python, one run each."
+        )
+    known = np.iinfo(np.int32)
+    if column.dtype.kind in "iu" and (column.min() < known.min or column.max() > known.max):
+        raise ValueError(
+            f"{fn}: the integers of axis {name!r} must fit int32, got "
+            f"{column.min()}..{column.max()}. Give floats, or seeds below 2**31."
         )
     return jnp.asarray(column, {"f": jnp.float32, "b": jnp.bool_}.get(column.dtype.kind, jnp.int32))

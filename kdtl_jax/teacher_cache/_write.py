@@ -77,9 +77,13 @@ def write(
     Raises:
       ValueError: if the folder holds a cache of something else (named), or other files; if an
         output does not exist, holds NaN, or overflows float16.
+      NotADirectoryError: if the folder's path is that of a file.
       OSError: if the disk is full or read-only; finished shards are intact.
       RuntimeError: if another process is writing there.
     """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{FN}: {folder} is a file. Name a new or an empty folder.")
     if batch_size < 1 or (shard_rows is not None and shard_rows < 1):
         raise ValueError(
             f"{FN}: batch_size and shard_rows must be at least 1, got {batch_size}, {shard_rows}."
@@ -151,7 +155,6 @@ def write(
             fetch()
         return whole
 
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _files.locked(folder, FN):
         plan = _begin(folder, plan, keep_layout=shard_rows is None)

@@ -13,7 +13,10 @@ from kdtl_jax.testing._subject import Subject
 
 
 def extremes(subject: Subject) -> Iterator[str]:
-    """Finite value and gradient in float32 at equality, +-1e4, zeros, duplicates, batch of one."""
+    """Finite value and gradient in float32 at equality, +-1e4, zeros, duplicates, batch of one.
+
+    And not finite where an argument is NaN: whoever looks for a broken model looks at the loss.
+    """
     args = _subject.arguments(subject, np.float32)
     student, teacher, rest = args[0], args[1:2], args[2:]
     floats = bool(teacher) and _subject.is_float(teacher)
@@ -63,6 +66,15 @@ def extremes(subject: Subject) -> Iterator[str]:
             if not np.isfinite(g).all():
                 yield f"{name}: the gradient is not finite (value {np.asarray(value).ravel()[:4]})"
                 break
+        if name == "ordinary arguments":
+            for which in range(2 if floats else 1):
+                broken = [jax.tree.map(_nan, a) if i == which else a for i, a in enumerate(args)]
+                if np.isfinite(np.asarray(program(*broken)[0])).all():
+                    yield f"NaN in the {('student', 'teacher')[which]} gives a finite value"
+
+
+def _nan(x: np.ndarray) -> np.ndarray:
+    return np.full_like(x, np.nan) if x.dtype.kind == "f" else x
 
 
 def precision(subject: Subject) -> Iterator[str]:

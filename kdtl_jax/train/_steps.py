@@ -1,6 +1,6 @@
 """Step factories: distillation, fine-tuning, evaluation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -59,6 +59,11 @@ def make_distill_step(
         return outputs
 
     def apply_student(params: Params, model_state: PyTree, batch: Batch, key: Array):
+        if not isinstance(params, Mapping) or "student" not in params:
+            raise ValueError(
+                "make_distill_step: the state's parameters must be {'student': ..., and what "
+                "else is trained}. Make it with init_state({'student': params}, tx, key=key)."
+            )
         return student(params["student"], model_state, batch["inputs"], key=key, train=True)
 
     return _make_step(apply_student, run_teacher, terms, weights, tx, trainable, microbatches)
@@ -147,7 +152,8 @@ def _make_step(
         )
         returned = terms(inputs)
         named, memory = returned if isinstance(returned, tuple) else (returned, state.memory)
-        return objective.reduce_all(named, batch.get("weights")), model_state, memory
+        means = objective.reduce_all(named, batch.get("weights"), batch_size=_size(batch))
+        return means, model_state, memory
 
     def gradient(
         trained: Params,
@@ -206,7 +212,7 @@ def _make_step(
         return grads, jnp.sum(losses), means, *carry[1:]
 
     def step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        batch = _blank_padding(batch)
+        batch = _blank_padding(_checked(batch))
         trained, frozen = trees.partition(state.params, trainable)
         if microbatches == 1:
             first = jnp.zeros((), jnp.int32)
@@ -214,7 +220,7 @@ def _make_step(
         else:
             found = accumulate(trained, frozen, state, teacher_params, batch)
         grads, loss, means, model_state, memory = found
-        updates, opt_state = tx.update(grads, state.opt_state, trained)
+        updates, opt_state = _updates(tx, grads, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         new = TrainState(
             step=state.step + 1,
@@ -245,6 +251,41 @@ def _split(batch: Batch, parts: int) -> dict[str, Any]:
         return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
     return jax.tree.map(deal, dict(batch))
+
+
+def _checked(batch: Batch) -> Batch:
+    if "inputs" not in batch:
+        raise ValueError(
+            f"step: the batch must be a dict with 'inputs', got the keys {sorted(batch)}. Name "
+            "what the models read 'inputs'."
+        )
+    shape = np.shape(batch.get("weights", np.ones(1)))
+    if len(shape) != 1:
+        raise ValueError(
+            f"step: the batch's 'weights' must be [B], one per example, got {list(shape)}."
+        )
+    return batch
+
+
+def _size(batch: Batch) -> int | None:
+    """The number of examples; None where the batch's entries do not agree on one."""
+    sizes = {np.shape(leaf)[0] for leaf in jax.tree.leaves(dict(batch)) if np.ndim(leaf)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _updates(
+    tx: optax.GradientTransformation, grads: Params, opt_state: PyTree, trained: Params
+) -> tuple[Params, PyTree]:
+    try:
+        return tx.update(grads, opt_state, trained)
+    except (ValueError, TypeError) as error:
+        made = jax.eval_shape(tx.init, trained)
+        if jax.tree.structure(made) == jax.tree.structure(opt_state):
+            raise
+        raise ValueError(
+            "step: the optimizer's state was made for other parameters than the step trains. "
+            "Give init_state and the step the same optimizer and the same trainable=."
+        ) from error
 
 
 def _blank_padding(batch: Batch) -> Batch:

@@ -59,13 +59,14 @@ def weighted_sum(models: Sequence[Params], weights: Weights) -> Params:
     Raises:
       ValueError: if names, shapes or the number of weights differ, or rules leave a leaf out.
     """
+    named = _leafwise.numbered("weighted_sum", "models", models)
     by_leaf = _leafwise.weights_by_leaf("weighted_sum", weights, len(models), models[0])
 
     def formula(i: int, path: str, *leaves: jax.Array) -> jax.Array:
         terms = [_leafwise.scaled(w, x) for w, x in zip(by_leaf[i], leaves, strict=True)]
         return sum(terms[1:], terms[0])
 
-    return _leafwise.leafwise("weighted_sum", formula, _leafwise.numbered("models", models))
+    return _leafwise.leafwise("weighted_sum", formula, named)
 
 
 def average(models: Sequence[Params], weights: Weights | None = None) -> Params:
@@ -79,20 +80,23 @@ def average(models: Sequence[Params], weights: Weights | None = None) -> Params:
       A tree with the first model's structure, dtypes and leaves that are not inexact.
 
     Raises:
-      ValueError: if names, shapes or the number of weights differ, or rules leave a leaf out.
+      ValueError: if names, shapes or the number of weights differ, rules leave a leaf out, or the
+        weights of a leaf sum to 0.
 
     References:
       Wortsman et al., Model soups, 2022 (2203.05482). mergekit's `linear` is this with
       `normalize`, and `weighted_sum` without.
     """
+    named = _leafwise.numbered("average", "models", models)
     by_leaf = _leafwise.weights_by_leaf("average", weights, len(models), models[0])
 
     def formula(i: int, path: str, *leaves: jax.Array) -> jax.Array:
+        _leafwise.nonzero_total("average", path, by_leaf[i])
         terms = [_leafwise.scaled(w, x) for w, x in zip(by_leaf[i], leaves, strict=True)]
         shares = [_numerics.scalar(w, leaves[0]) for w in by_leaf[i]]
         return sum(terms[1:], terms[0]) / sum(shares[1:], shares[0])
 
-    return _leafwise.leafwise("average", formula, _leafwise.numbered("models", models))
+    return _leafwise.leafwise("average", formula, named)
 
 
 def greedy_soup(
@@ -115,7 +119,7 @@ def greedy_soup(
     References:
       Wortsman et al., Model soups, 2022 (2203.05482), recipe 1.
     """
-    _leafwise.numbered("models", models)
+    _leafwise.numbered("greedy_soup", "models", models)
     scores = [float(score(model)) for model in models]
     order = sorted(range(len(models)), key=lambda i: -scores[i])
     soup, chosen, best = models[order[0]], [order[0]], scores[order[0]]

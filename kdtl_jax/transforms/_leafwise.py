@@ -23,12 +23,11 @@ Weights = Array | Sequence[Coefficient]
 Formula = Callable[..., Array]  # (leaf number, path, leaf of each tree ...) -> leaf
 
 
-def numbered(name: str, members: Sequence[PyTree]) -> dict[str, PyTree]:
+def numbered(fn: str, name: str, members: Sequence[PyTree]) -> dict[str, PyTree]:
     """`{"models[0]": ..., "models[1]": ...}`: how messages call the members of a list."""
     if not isinstance(members, (list, tuple)) or not members:
-        raise ValueError(
-            f"{name} must be a non-empty list of parameter trees, got {type(members).__name__}."
-        )
+        came = "an empty one" if isinstance(members, (list, tuple)) else type(members).__name__
+        raise ValueError(f"{fn}: {name} must be a non-empty list of parameter trees, got {came}.")
     return {f"{name}[{i}]": member for i, member in enumerate(members)}
 
 
@@ -92,6 +91,19 @@ def weights_by_leaf(fn: str, weights: Weights | None, count: int, tree: PyTree) 
                 f"{fn}: the weights' rules do not cover {path!r}. End them with ('.*', weight)."
             )
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def nonzero_total(fn: str, path: str, weights: Sequence[Any]) -> None:
+    """Raises ValueError where the (concrete) weights of a leaf, which divide it, sum to 0."""
+    known = [w for weight in weights if (w := _checks.concrete(weight)) is not None]
+    if len(known) < len(weights):
+        return
+    total = sum(known)
+    if not np.all(np.isfinite(total) & (total != 0)):
+        raise ValueError(
+            f"{fn}: the weights of {path!r} must have a finite sum other than 0, which divides "
+            f"them, got {[w.tolist() for w in known]}. weighted_sum does not divide."
+        )
 
 
 def scaled(weight: Any, leaf: Array) -> Array:

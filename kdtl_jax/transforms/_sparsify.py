@@ -41,7 +41,8 @@ def trim(task_vector: PyTree, *, density: Coefficient) -> PyTree:
     def formula(i: int, path: str, leaf: Array) -> Array:
         if values[i] is None:
             return leaf
-        return jnp.where(_rank(-jnp.abs(leaf)) < _count("trim", values[i], leaf.size), leaf, 0)
+        kept = _count("trim", leaf.size, density=values[i])
+        return jnp.where(_rank(-jnp.abs(leaf)) < kept, leaf, 0)
 
     return _leafwise.leafwise("trim", formula, {"task_vector": task_vector})
 
@@ -66,7 +67,7 @@ def trim_global(task_vector: PyTree, *, density: Scalar = 0.2) -> PyTree:
     leaves, treedef = jax.tree.flatten(chosen)
     flat = [jnp.abs(leaf).ravel() for leaf in _leafwise.one_dtype(leaves)]
     magnitudes = jnp.concatenate(flat)
-    kept = _rank(-magnitudes) < _count("trim_global", density, magnitudes.size)
+    kept = _rank(-magnitudes) < _count("trim_global", magnitudes.size, density=density)
     ends = [0]
     for leaf in flat:
         ends.append(ends[-1] + leaf.size)
@@ -104,8 +105,8 @@ def breadcrumbs(task_vector: PyTree, *, density: Coefficient, outliers: Coeffici
     def formula(i: int, path: str, leaf: Array) -> Array:
         if densities[i] is None or tops[i] is None:
             return leaf
-        top = _count("breadcrumbs", tops[i], leaf.size)
-        kept = _count("breadcrumbs", densities[i], leaf.size)
+        top = _count("breadcrumbs", leaf.size, outliers=tops[i])
+        kept = _count("breadcrumbs", leaf.size, density=densities[i])
         top = jnp.minimum(top, leaf.size - kept)
         rank = _rank(-jnp.abs(leaf))
         return jnp.where((rank >= top) & (rank < top + kept), leaf, 0)
@@ -285,9 +286,10 @@ def _rank(x: Array) -> Array:
     return jnp.zeros_like(order).at[order].set(places).reshape(x.shape)
 
 
-def _count(fn: str, share: Scalar, size: int) -> Scalar:
+def _count(fn: str, size: int, **named: Scalar) -> Scalar:
     """`floor(share size)`; in Python where the share is known, so that 0.3 of 10 is 3."""
-    _checks.within(fn, 0, 1, share=share)
+    _checks.within(fn, 0, 1, **named)
+    (share,) = named.values()
     known = _checks.concrete(share)
     if known is None:
         return jnp.floor(jnp.asarray(share) * size).astype(jnp.int32)

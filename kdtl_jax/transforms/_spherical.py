@@ -81,6 +81,7 @@ def multi_slerp(
     References:
       mergekit's `multislerp` (2403.13257).
     """
+    named = _leafwise.numbered("multi_slerp", "models", models)
     if weights is None:
         weights = [1 / len(models)] * len(models)
     by_leaf = _leafwise.weights_by_leaf("multi_slerp", weights, len(models), base)
@@ -97,9 +98,7 @@ def multi_slerp(
         length = sum(share * flat_norm(delta) for share, delta in zip(shares, deltas, strict=True))
         return start + length * (jnp.cos(angle) * mean + jnp.sin(angle) / angle * tangent)
 
-    return _leafwise.leafwise(
-        "multi_slerp", formula, {"base": base} | _leafwise.numbered("models", models)
-    )
+    return _leafwise.leafwise("multi_slerp", formula, {"base": base} | named)
 
 
 def karcher_mean(
@@ -124,14 +123,16 @@ def karcher_mean(
       A tree with the structure and dtypes of the first model.
 
     Raises:
-      ValueError: if names, shapes or the number of weights differ.
+      ValueError: if names, shapes or the number of weights differ, or the weights sum to 0.
 
     References:
       Karcher, Riemannian center of mass, 1977; mergekit's `karcher` (2403.13257).
     """
+    named = _leafwise.numbered("karcher_mean", "models", models)
     by_leaf = _leafwise.weights_by_leaf("karcher_mean", weights, len(models), models[0])
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
+        _leafwise.nonzero_total("karcher_mean", path, by_leaf[i])
         shares = [_numerics.scalar(w, leaves[0]) for w in by_leaf[i]]
         shares = [share / sum(shares[1:], shares[0]) for share in shares]
         norms = [flat_norm(leaf) for leaf in leaves]
@@ -140,7 +141,7 @@ def karcher_mean(
         point = _karcher(units, weight, iterations, tolerance)
         return sum(share * norm for share, norm in zip(shares, norms, strict=True)) * point
 
-    return _leafwise.leafwise("karcher_mean", formula, _leafwise.numbered("models", models))
+    return _leafwise.leafwise("karcher_mean", formula, named)
 
 
 def model_stock(base: Params, models: Sequence[Params], *, axis: int | None = None) -> Params:
@@ -176,9 +177,8 @@ def model_stock(base: Params, models: Sequence[Params], *, axis: int | None = No
         share = count * cosine / (1 + (count - 1) * cosine)
         return share * (sum(leaves[1:], leaves[0]) / count) + (1 - share) * start
 
-    return _leafwise.leafwise(
-        "model_stock", formula, {"base": base} | _leafwise.numbered("models", models)
-    )
+    named = {"base": base} | _leafwise.numbered("model_stock", "models", models)
+    return _leafwise.leafwise("model_stock", formula, named)
 
 
 def near_swap(base: Params, model: Params, *, t: Scalar) -> Params:

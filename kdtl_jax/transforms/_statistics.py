@@ -33,7 +33,7 @@ def fisher_merge(
       A tree with the first model's structure, dtypes and leaves that are not inexact.
 
     Raises:
-      ValueError: if names, shapes or numbers of trees and weights differ.
+      ValueError: if names, shapes or numbers of trees and weights differ, or the weights sum to 0.
 
     References:
       Matena and Raffel, Merging Models with Fisher-Weighted Averaging, 2021 (2111.09832). Their
@@ -43,10 +43,13 @@ def fisher_merge(
         raise ValueError(
             f"fisher_merge: expected {len(models)} Fisher trees, one per model, got {len(fishers)}."
         )
+    named = _leafwise.numbered("fisher_merge", "models", models)
+    named |= _leafwise.numbered("fisher_merge", "fishers", fishers)
     by_leaf = _leafwise.weights_by_leaf("fisher_merge", weights, len(models), models[0])
     count = len(models)
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
+        _leafwise.nonzero_total("fisher_merge", path, by_leaf[i])
         least = _numerics.scalar(floor, leaves[0])
         informations = [
             _leafwise.scaled(w, jnp.maximum(fisher, least))
@@ -55,7 +58,6 @@ def fisher_merge(
         terms = [f * x for f, x in zip(informations, leaves[:count], strict=True)]
         return sum(terms[1:], terms[0]) / sum(informations[1:], informations[0])
 
-    named = _leafwise.numbered("models", models) | _leafwise.numbered("fishers", fishers)
     return _leafwise.leafwise("fisher_merge", formula, named)
 
 
@@ -89,6 +91,7 @@ def regmean(
     """
     if len(grams) != len(models):
         raise ValueError(f"regmean: expected {len(models)} sets of Grams, got {len(grams)}.")
+    named = _leafwise.numbered("regmean", "models", models)
     _checks.same_leaves("regmean", **{f"grams[{i}]": gram for i, gram in enumerate(grams)})
     for path, gram in grams[0].items():
         _check_gram(path, gram, trees.flatten(models[0]))
@@ -107,7 +110,7 @@ def regmean(
         left = jnp.sum(stacked, axis=0)
         return jnp.linalg.solve(left, right)
 
-    return _leafwise.leafwise("regmean", formula, _leafwise.numbered("models", models))
+    return _leafwise.leafwise("regmean", formula, named)
 
 
 def sce(base: Params, models: Sequence[Params], *, top: Scalar = 1.0) -> Params:
@@ -146,7 +149,8 @@ def sce(base: Params, models: Sequence[Params], *, top: Scalar = 1.0) -> Params:
         total = jnp.sum(agrees * share, axis=0)
         return start + jnp.sum(agrees * share * deltas, axis=0) / jnp.maximum(total, 1e-6)
 
-    return _leafwise.leafwise("sce", formula, {"base": base} | _leafwise.numbered("models", models))
+    named = {"base": base} | _leafwise.numbered("sce", "models", models)
+    return _leafwise.leafwise("sce", formula, named)
 
 
 def _check_gram(path: str, gram: Array, flat: Mapping[str, Array]) -> None:
@@ -167,7 +171,7 @@ def _varying(deltas: Array, top: Scalar) -> Array:
     varying = jnp.sum(variance != 0)
     known, count = _checks.concrete(top), _checks.concrete(varying)
     if known is not None and count is not None:
-        kept = _count("sce", top, int(count))
+        kept = _count("sce", int(count), top=top)
     else:
         kept = jnp.floor(jnp.asarray(top) * varying.astype(jnp.float32)).astype(jnp.int32)
     return _rank(-variance) < kept

@@ -80,5 +80,5 @@ def apply_task_vectors(
         terms = [_leafwise.scaled(w, tau) for w, tau in zip(by_leaf[i], taus, strict=True)]
         return start + _numerics.scalar(scales[i], start) * sum(terms[1:], terms[0])
 
-    named = {"base": base} | _leafwise.numbered("task_vectors", task_vectors)
+    named = {"base": base} | _leafwise.numbered(fn, "task_vectors", task_vectors)
     return _leafwise.leafwise(fn, formula, named)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from kdtl_jax import _numerics, trees
+from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, PyTree, Scalar
 from kdtl_jax.transforms import _leafwise
 from kdtl_jax.transforms._leafwise import Weights
@@ -42,7 +42,8 @@ def ties(
     References:
       Yadav et al., TIES-Merging: Resolving Interference When Merging Models, 2023 (2306.01708).
     """
-    _leafwise.numbered("task_vectors", task_vectors)
+    _leafwise.numbered("ties", "task_vectors", task_vectors)
+    _checks.within("ties", 0, 1, density=density)
     trimmed = [trim_global(each, density=density) for each in task_vectors]
     return disjoint_merge(trimmed, elect_sign_global(trimmed), weights)
 
@@ -55,7 +56,7 @@ def ties_per_leaf(
     As `ties`, with `density` a number or one number per leaf. This is PEFT's number
     (`majority_sign_method="total"`).
     """
-    _leafwise.numbered("task_vectors", task_vectors)
+    _leafwise.numbered("ties_per_leaf", "task_vectors", task_vectors)
     trimmed = [trim(each, density=density) for each in task_vectors]
     return disjoint_merge(trimmed, elect_sign(trimmed), weights)
 
@@ -73,7 +74,7 @@ def elect_sign_by_count(task_vectors: Sequence[PyTree]) -> PyTree:
 def elect_sign_global(task_vectors: Sequence[PyTree]) -> PyTree:
     """The sign of the sum; entries whose sum is 0 take the sign that most other entries have."""
     fn = "elect_sign_global"
-    named = _leafwise.numbered("task_vectors", task_vectors)
+    named = _leafwise.numbered(fn, "task_vectors", task_vectors)
     signs = _leafwise.leafwise(
         fn,
         lambda i, path, *leaves: jnp.sign(jnp.sum(jnp.stack(leaves), axis=0)),
@@ -115,6 +116,7 @@ def disjoint_merge(
       ValueError: if names, shapes or the number of weights differ.
     """
     fn = "disjoint_merge"
+    named = {"signs": signs} | _leafwise.numbered(fn, "task_vectors", task_vectors)
     by_leaf = _leafwise.weights_by_leaf(fn, weights, len(task_vectors), task_vectors[0])
 
     def formula(i: int, path: str, elected: Array, *leaves: Array) -> Array:
@@ -125,7 +127,6 @@ def disjoint_merge(
         by = (divisor or agreeing_count)(agrees.astype(stacked.dtype))
         return total / jnp.where(by == 0, 1, by)
 
-    named = {"signs": signs} | _leafwise.numbered("task_vectors", task_vectors)
     return _leafwise.leafwise(fn, formula, named, keep_dtype=False)
 
 
@@ -155,6 +156,6 @@ def _elect(fn: str, task_vectors: Sequence[PyTree], total: Callable[[Array], Arr
         lambda i, path, *leaves: jnp.where(total(jnp.stack(leaves)) >= 0, 1, -1).astype(
             leaves[0].dtype
         ),
-        _leafwise.numbered("task_vectors", task_vectors),
+        _leafwise.numbered(fn, "task_vectors", task_vectors),
         keep_dtype=False,
     )
