@@ -63,6 +63,11 @@ def test_every_command_has_examples_that_parse(words: list[str], capsys: Capture
             assert args.command == words[0]
 
 
+def test_the_help_of_all_actions_has_an_example(capsys: Captured) -> None:
+    (argv,) = examples(helped(["params"], capsys))
+    assert cli.parse(argv).command == "params"
+
+
 @pytest.mark.parametrize("words", ALL, ids=NAMES)
 def test_printed_settings_read_back(words: list[str], tmp_path: Path, capsys: Captured) -> None:
     argv = next(a for a in examples(helped(words, capsys)) if "--config" not in a)
@@ -85,6 +90,21 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(
     file.write_text("out: from-file\nquick: true\n")
     args = cli.parse(["demo", "--config", str(file), "--out", "from-flag"])
     assert (args.out, args.quick, args.force) == ("from-flag", True, False)
+
+
+@pytest.mark.parametrize("command", ["distill", "sweep", "transfer"])
+def test_quick_changes_only_what_is_not_said(command: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("seeds: 7\n")
+    words = [command, "--quick", "--epochs", "1", "--config", str(file)]
+    plain, quick = cli.parse([command]), cli.parse(words)
+    assert (quick.seeds, quick.epochs) == (7, 1)
+    later = "source_epochs" if command == "transfer" else "teacher_epochs"
+    assert getattr(quick, later) < getattr(plain, later)
+    # What is written is what is done, and in a file --quick says the same.
+    assert yaml.safe_load(_config.dump(quick))[later] == getattr(quick, later)
+    file.write_text("quick: true\n")
+    assert cli.parse([command, "--config", str(file)]).seeds == 2
 
 
 @pytest.mark.parametrize(
@@ -179,6 +199,12 @@ def test_exit_codes(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_messages_name_the_flags_that_the_command_has() -> None:
+    args = cli.parse(["transfer"])
+    said = _config.spoken("where=, on_missing='keep', epochs=3, Glob(pattern='*/a')", args)
+    assert said == "--where, on_missing='keep', epochs=3, 'glob:*/a'"
+
+
 def test_a_mistake_of_our_own_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(env, "run", raising(AssertionError("ours")))
     with pytest.raises(AssertionError, match="ours"):
@@ -218,6 +244,16 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path, capsys: Captur
     assert "is a file. Name a folder" in capsys.readouterr().err
     args = cli.parse(["demo", "--out", str(tmp_path / "full"), "--force"])
     assert _output.run_folder(args) == tmp_path / "full"
+
+
+def test_settings_alone_are_no_run_and_a_config_of_ones_own_is_kept(tmp_path: Path) -> None:
+    args = cli.parse(["demo", "--out", str(tmp_path)])
+    _output.write_settings(tmp_path, args)
+    (tmp_path / ".lock").touch()
+    assert _output.run_folder(args) == tmp_path
+    (tmp_path / "env.json").unlink()
+    with pytest.raises(ValueError, match="is not empty"):
+        _output.run_folder(args)
 
 
 def numbers(folder: Path) -> dict[str, Any]:

@@ -1,13 +1,16 @@
 """`kdtl bench` and the measurements beneath it: what they count, not how fast it is."""
 
+import io
 import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
 from kdtl_jax import measure
+from kdtl_jax.cli import bench as cli_bench
 from kdtl_jax.cli import main
 from kdtl_jax.recipes import bench
 
@@ -68,6 +71,41 @@ def test_every_pair_is_larger_on_the_teacher_s_side() -> None:
 
 
 KEY = jax.random.key(0)
+
+
+def measured(preset: str, scale: float) -> bench.Measured:
+    """Made-up measurements, in seconds and bytes times `scale`."""
+    median, p10, p90, most = (scale * t for t in (1.234e-3, 1.0526e-3, 1.855e-3, 2e-3))
+    return bench.Measured(
+        preset=preset,
+        about="",
+        dtype="float32",
+        batch_size=64,
+        teacher_parameters=1,
+        student_parameters=1,
+        compile_seconds=1.2 * scale,
+        steps=measure.Distribution(median, p10, p90, most, 20),
+        seconds=1.0369e-3 * scale,
+        examples_per_second=1e6 / scale,
+        epoch_path="scan",
+        epoch_seconds=1e-3,
+        cost=measure.Cost(1e9 * scale, 1e9),
+        memory=measure.Memory(10**6, 10**6, 10**6, None),
+        roofline=measure.Roofline(1.0, 2.0, "bandwidth", 1.0),
+        scaling=(),
+    )
+
+
+def test_a_terminal_of_80_columns_shows_every_digit() -> None:
+    found = [measured("mlp", 0.1), measured("resnet", 1e3), measured("vit", 2e3)]
+    found.append(measured("decoder", 1.0))
+    screen = io.StringIO()
+    Console(width=80, file=screen).print(cli_bench.table(found))
+    text = screen.getvalue()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    for row in cli_bench.rows(found):
+        assert all(cell in text for cell in row)
+    assert "1,053–1,855" in text and "ms/step awaited, p10–p90" in text
 
 
 @pytest.mark.usefixtures("standard_promotion")

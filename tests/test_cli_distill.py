@@ -1,5 +1,6 @@
 """`kdtl distill` in-process on tiny data: what it writes, resuming, placements, and bad input."""
 
+import argparse
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import pytest
 import yaml
 
 from kdtl_jax import checkpoint, loop, models
-from kdtl_jax.cli import distill, main
+from kdtl_jax.cli import _output, distill, main
 from kdtl_jax.cli.methods import BY_NAME
 from kdtl_jax.interop import linen, safetensors
 from kdtl_jax.recipes import _seeds
@@ -258,10 +259,17 @@ def kd_params(straight: Path) -> dict[str, np.ndarray]:
     ids=["two-devices", "seed-by-seed"],
 )
 def test_every_way_to_run_gives_the_same_students(
-    file: Path, tmp_path: Path, kd_params: dict[str, np.ndarray], flags: list[str]
+    file: Path,
+    tmp_path: Path,
+    kd_params: dict[str, np.ndarray],
+    flags: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = ["--out", tmp_path / "run"]
     assert kdtl("distill", "--data", file, *SHORT, *flags, *out) == 0
+    said = capsys.readouterr().err
+    assert "teacher: epoch 2 of 2, validation" in said, "the last of each is always told"
+    assert "kd: epoch 4 of 4, validation" in said
     found = final(tmp_path / "run", "kd")
     for path, wanted in kd_params.items():
         np.testing.assert_allclose(found[path], wanted, atol=1e-5, err_msg=path)
@@ -422,9 +430,12 @@ def test_bad_input_is_told_before_anything_is_trained(
     message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert kdtl("distill", "--data", file, "--out", tmp_path / "run", *SHORT, *words) == code
+    run = tmp_path / "run"
+    assert kdtl("distill", "--data", file, "--out", run, *SHORT, *words) == code
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (run / "checkpoints").exists()
+    again = _output.run_folder(argparse.Namespace(out=run, force=False))
+    assert again == run, "the next attempt may go to the same folder"
 
 
 def test_a_teacher_of_other_shapes_is_named_leaf_by_leaf(

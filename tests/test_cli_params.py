@@ -183,14 +183,31 @@ def test_transfer_is_the_librarys(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 BAD_TRANSFERS = {
-    "missing": (["--drop", "head/.*"], "lacks 1 leaves.*head/kernel .*nearest"),
+    "missing": (
+        ["--drop", "head/.*"],
+        r"lacks 1 leaves .*\(--rename, or --on-missing keep to .*head/kernel .*nearest",
+    ),
+    "extra": (
+        ["--rename", "head/.*=>hed"],
+        r"has no place for 1 .*\(--rename, --drop, --where, or --on-extra ignore to ",
+    ),
+    "misshapen": (
+        ["--rename", "head/kernel=>layer_0/bias", "--drop", "layer_0/bias"],
+        r"does not fit .* Pass --on-mismatch keep, crop, ",
+    ),
     "unused rule": (["--rename", "hed/(.*)=>x"], "matches no path"),
     "cycle": (
         ["--rename", r"layer_0/(.*)=>layer_1/\1", "--rename", r"layer_1/(.*)=>layer_0/\1"],
         "cycle",
     ),
-    "two into one": (["--rename", "layer_0/bias=>x", "--rename", "head/.*=>x"], "sends both"),
-    "misspelt": (["--where", "hed/.*"], "Nearest paths: 'head/kernel'"),
+    "two into one": (
+        ["--rename", "layer_0/bias=>x", "--rename", "head/.*=>x"],
+        "sends both .* or drop it with --drop",
+    ),
+    "misspelt": (
+        ["--where", "glob:hed/*"],
+        "selector 'glob:hed/.' matches .*Nearest paths: 'head/kernel'.* 'glob:",
+    ),
     "unused policy": (["--policy", "hed/.*=crop"], "labels no leaf"),
 }
 

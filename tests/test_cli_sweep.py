@@ -146,6 +146,15 @@ def test_mistakes_are_usage_errors(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("standard_promotion")
+def test_an_unknown_axis_does_not_hinder_the_next_attempt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        assert main(["sweep", "--grid", "temprature=1,2", "--out", str(tmp_path / "run")]) == 1
+        assert "'temprature' is no axis of kd" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_sweep_ends_in_table_csv_and_report(

@@ -274,6 +274,19 @@ def test_policies_by_rule_with_alpha_and_report() -> None:
     np.testing.assert_array_equal(params["layer_0"]["bias"], source["layer_0"]["bias"][:2])
     assert [k.path for k in report.kept] == ["head/bias"]
     assert report.adapted[0] == ("head/kernel", (4, 5), (2, 3), "uniform")
+    assert "[4, 5] -> [2, 3] by uniform × 2\n" in str(report) and "by crop\n" in str(report)
+
+
+def test_the_report_says_what_was_multiplied_by_how_much() -> None:
+    source = {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(2)}
+    _, report = transforms.transfer(source, source, alpha={"a": 0.5, "b": jnp.array(2.0), "c": 1})
+    rows = [line.split(maxsplit=2) for line in str(report).splitlines()[1:]]
+    assert rows == [
+        ["copied", "c", "[2]"],
+        ["scaled", "a", "[2] × 0.5"],
+        ["scaled", "b", "[2] × alpha"],
+    ]
+    assert report.factors == {"a": 0.5, "b": None}
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,12 @@ from kdtl_jax.cli import _config
 
 
 class Command(NamedTuple):
-    """A line of `kdtl --help`, and the module behind it."""
+    """A line of `kdtl --help`, and the module behind it; an example, if that has none itself."""
 
     name: str
     summary: str
     module: str
+    example: str | None = None
 
 
 COMMANDS = (
@@ -30,7 +31,12 @@ COMMANDS = (
     Command("distill", "teach a small model with a large one", "kdtl_jax.cli.distill"),
     Command("transfer", "reuse a trained model's weights on a new task", "kdtl_jax.cli.transfer"),
     Command("cache", "compute a teacher's outputs once, onto the disk", "kdtl_jax.cli.cache"),
-    Command("params", "weight surgery: safetensors in, safetensors out", "kdtl_jax.cli.params"),
+    Command(
+        "params",
+        "weight surgery: safetensors in, safetensors out",
+        "kdtl_jax.cli.params",
+        "Example: kdtl params scale model.safetensors --alpha 0.1 --write small.safetensors",
+    ),
     Command("sweep", "many settings and seeds as one program", "kdtl_jax.cli.sweep"),
     Command("bench", "train steps against the machine's ceilings", "kdtl_jax.cli.bench"),
     Command("env", "versions and devices, for reports", "kdtl_jax.cli.env"),
@@ -62,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{_name(args)}: {error}", file=sys.stderr)
         return 2
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        print(f"{_name(args)}: {_plain(error)}", file=sys.stderr)
+        print(f"{_name(args)}: {_config.spoken(_plain(error), args)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{_name(args)}: interrupted", file=sys.stderr)
@@ -116,6 +122,7 @@ def _add_commands(
             command.name,
             help=command.summary,
             description=command.summary[0].upper() + command.summary[1:] + ".",
+            epilog=command.example,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )

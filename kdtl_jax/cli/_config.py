@@ -1,16 +1,28 @@
 """`--config file.yaml`: every flag is a key; data only, and nothing unknown is accepted.
 
-A flag on the command line wins over the file, the file over the default.
+A flag on the command line wins over the file, the file over the default. `--quick` has defaults of
+its own.
 """
 
 import argparse
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+# flag: what the library suggests, and how the command says it
+_SPOKEN = (
+    (
+        "on_mismatch",
+        "on_mismatch=: transforms.keep_target, crop, pad, uniform, resize or a function",
+        "--on-mismatch keep, crop, pad, uniform or resize",
+    ),
+    ("drop", "a rename to None", "--drop"),
+    ("drop", "the rule (path, None)", "--drop"),
+)
 _OWN = ("help", "config", "print_config")
 
 
@@ -28,20 +40,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_quick(parser: argparse.ArgumentParser, what: str, **defaults: Any) -> None:
+    """`--quick`: other defaults for some flags; what is said explicitly still wins."""
+    parser.add_argument("--quick", action="store_true", help=f"{what}: a smoke test")
+    parser.set_defaults(when_quick=defaults)
+
+
 def resolve(
     parser: argparse.ArgumentParser,
     command: argparse.ArgumentParser,
     argv: Sequence[str],
     args: argparse.Namespace,
 ) -> argparse.Namespace:
-    """The arguments again, with the file's values as defaults.
+    """The arguments again, with the values of `--quick` and of the file as defaults.
 
     Raises:
       UsageError: if the file cannot be read, is no mapping, or a key or value is wrong.
     """
-    if args.config is None:
-        return args
-    values = load(Path(args.config), command)
+    values = {} if args.config is None else load(Path(args.config), command)
+    if getattr(args, "quick", False) or values.get("quick", False):
+        values = {**getattr(args, "when_quick", {}), **values}
     given = {
         name
         for name, action in _flags(command).items()
@@ -87,7 +105,7 @@ def dump(args: argparse.Namespace) -> str:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """All settings of a command as plain data."""
-    hidden = {*_OWN, "module", "version"}
+    hidden = {*_OWN, "module", "version", "when_quick"}
     return {name: value for name, value in vars(args).items() if name not in hidden}
 
 
@@ -96,6 +114,20 @@ def unknown_flag(flag: str, command: argparse.ArgumentParser) -> str:
     known = [text for action in command._actions for text in action.option_strings]
     near = difflib.get_close_matches(flag.split("=")[0], known, n=1, cutoff=0.5)
     return f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def spoken(message: str, args: argparse.Namespace) -> str:
+    """A message of the library with the command's flags for the arguments they are in Python."""
+    known = settings(args)
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found.groups(default="")
+        return f"--{name.replace('_', '-')} {value}".rstrip() if name in known else found[0]
+
+    for name, python, here in _SPOKEN:
+        message = message.replace(python, here) if name in known else message
+    message = re.sub(r"Glob\((?:pattern=)?'([^']*)'\)", r"'glob:\1'", message)
+    return re.sub(r"\b(\w+)=(?:'(\w+)'|(?![^\s,.:;)]))", flag, message)
 
 
 def _flags(command: argparse.ArgumentParser) -> dict[str, argparse.Action]:

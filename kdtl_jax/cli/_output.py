@@ -15,6 +15,8 @@ from kdtl_jax import _files, report
 from kdtl_jax.cli import _config
 
 Progress = Callable[[str], None]
+# What a run writes before its work: all that is left of one that failed before it trained anything.
+SETTINGS = {"config.yaml", "env.json"}
 
 
 def add_out(parser: argparse.ArgumentParser, default: str) -> None:
@@ -28,13 +30,16 @@ def add_out(parser: argparse.ArgumentParser, default: str) -> None:
 def run_folder(args: argparse.Namespace) -> Path:
     """The output folder, made before any work is done; never one that holds something.
 
+    What a run left that failed before any work is nothing: its correction goes to the same place.
+
     Raises:
       ValueError: if it is not empty and `--force` was not given, or is a file.
     """
     folder = Path(args.out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file. Name a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not args.force:
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names - {".lock"} not in (set(), SETTINGS) and not args.force:
         raise ValueError(
             f"--out {folder} is not empty, and nothing in it is overwritten. Name another folder, "
             "or pass --force."
@@ -76,15 +81,15 @@ def progress() -> Progress:
     return say
 
 
-def seldom(say: Progress, seconds: float = 10.0) -> Progress:
-    """Passes a line on if none was for so long: how a long method goes, not every detail."""
-    last = time.perf_counter()
+def seldom(say: Progress, seconds: float = 10.0) -> Callable[[str, bool], None]:
+    """Passes a line on if none was for so long, and the last of a method: not every detail."""
+    said = time.perf_counter()
 
-    def maybe(text: str) -> None:
-        nonlocal last
+    def maybe(text: str, last: bool) -> None:
+        nonlocal said
         now = time.perf_counter()
-        if now - last >= seconds:
-            last = now
+        if last or now - said >= seconds:
+            said = now
             say(text)
 
     return maybe

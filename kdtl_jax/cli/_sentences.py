@@ -11,6 +11,8 @@ from kdtl_jax.cli import _config, _output
 from kdtl_jax.interop import huggingface
 from kdtl_jax.recipes import sentences as recipe
 
+QUICK = {"steps": 4, "held_out": 60}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the task."""
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         seeds=args.sentence_seeds,
     )
     if args.quick:
-        settings = settings._replace(steps=4, test=60, validation=20, rounds=1, checks=1)
+        settings = settings._replace(rounds=1, checks=1)
     folder = _output.run_folder(args)
     progress = _output.progress()
     progress("reading")

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +21,14 @@ from kdtl_jax.report import plots
 
 NAMES = ("mlp", "resnet", "vit", "decoder")
 DTYPES = ("float32", "bfloat16", "float16")
-HEADER = ("pair", "ms/step", "p10–p90", "examples/s", "compile s", "GFLOP", "MB", "roofline", "by")
+HEADER = (
+    *("pair", "ms/step pipelined", "ms/step awaited, p10–p90", "examples/s", "compile s"),
+    *("GFLOP", "MB", "roofline", "bound by"),
+)
+TIMES = (
+    "Pipelined is the loop's rate, only the last step awaited; awaited are single steps, each "
+    "until the device is done (10th to 90th percentile)."
+)
 SCHEMA_VERSION = 1
 
 
@@ -99,8 +107,8 @@ def rows(found: Sequence[bench.Measured]) -> list[list[str]]:
     return [
         [
             one.preset,
-            f"{1e3 * one.seconds:.3g}",
-            f"{1e3 * one.steps.p10:.3g}–{1e3 * one.steps.p90:.3g}",
+            _digits(1e3 * one.seconds),
+            f"{_digits(1e3 * one.steps.p10)}–{_digits(1e3 * one.steps.p90)}",
             f"{one.examples_per_second:,.0f}",
             f"{one.compile_seconds:.1f}",
             _scaled(one.cost.flops, 1e9),
@@ -120,8 +128,7 @@ def html_page(limits: measure.Ceilings, found: Sequence[bench.Measured]) -> str:
         f"{'; '.join(f'{one.preset}: {one.about}, batch {one.batch_size}' for one in found)}.</p>",
         "<h2>Steps</h2>",
         plots.table(HEADER, rows(found), narrow=4),
-        "<p class='note'>ms/step is the loop's rate (only the last step awaited); p10–p90 are of "
-        "steps awaited one by one. MB is what the compiled step needs. Roofline: the least time "
+        f"<p class='note'>{TIMES} MB is what the compiled step needs. Roofline: the least time "
         "that the ceilings allow, over the measured time.</p>",
         "<h2>Step times</h2>",
         plots.spans(
@@ -181,19 +188,27 @@ def _scaling(found: Sequence[bench.Measured]) -> list[str]:
     return ["<h2>Scaling</h2>", f"<p class='note'>{note}</p>", table, key, chart]
 
 
+def table(found: Sequence[bench.Measured]) -> Table:
+    """The table for a terminal: a column per pair, so that 80 characters hold every digit."""
+    out = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    names, *measured = zip(*rows(found), strict=True)
+    out.add_column(HEADER[0])
+    for name in names:
+        out.add_column(name, justify="right")
+    for label, cells in zip(HEADER[1:], measured, strict=True):
+        out.add_row(label, *cells)
+    return out
+
+
 def _print(limits: measure.Ceilings, found: Sequence[bench.Measured]) -> None:
     console = Console(highlight=False)
     print(_ceilings(limits))
     if console.is_terminal:
-        table = Table()
-        for i, name in enumerate(HEADER):
-            table.add_column(name, justify="right" if i else "left")
-        for row in rows(found):
-            table.add_row(*row)
-        console.print(table)
+        console.print(table(found))
     else:
         for row in rows(found):
             print("  ".join(f"{name} {cell}" for name, cell in zip(HEADER, row, strict=True)))
+    print(TIMES)
     for one in found:
         share = one.epoch_seconds / one.seconds
         path = "one program" if one.epoch_path == "scan" else "single steps"
@@ -234,7 +249,12 @@ def _bytes(one: bench.Measured) -> float | None:
 
 
 def _scaled(value: float | None, unit: float) -> str:
-    return "–" if value is None else f"{value / unit:.3g}"
+    return "–" if value is None else _digits(value / unit)
+
+
+def _digits(value: float) -> str:
+    """Three significant digits; all of them before the point, without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _plain(value: Any) -> Any:

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher-epochs", type=_training.count, default=30, metavar="N", help="default: 30"
     )
-    parser.add_argument("--quick", action="store_true", help="two seeds, ten epochs: a smoke test")
+    _config.add_quick(parser, "two seeds, ten epochs", seeds=2, epochs=10, teacher_epochs=10)
     _specs.add_data_arguments(parser)
     parser.add_argument(
         "--per-class",
@@ -178,7 +178,7 @@ def _settings(args: argparse.Namespace, splits: Splits, mesh: Any) -> distill.Se
     if args.augment and len(shape) != 4:
         raise _config.UsageError(f"--augment needs images [N, H, W, C], the data is {list(shape)}.")
     students = Schedule(
-        epochs=10 if args.quick else args.epochs,
+        epochs=args.epochs,
         batch_size=args.batch_size,
         optimizer=_training.optimizer(args),
         microbatches=args.microbatches,
@@ -188,9 +188,9 @@ def _settings(args: argparse.Namespace, splits: Splits, mesh: Any) -> distill.Se
         save_every=args.save_every,
     )
     return distill.Settings(
-        seeds=2 if args.quick else args.seeds,
+        seeds=args.seeds,
         students=students,
-        teachers=students._replace(epochs=10 if args.quick else args.teacher_epochs),
+        teachers=students._replace(epochs=args.teacher_epochs),
         options=Options(args.temperature, args.weights),
         layers=tuple(_split(text) for text in args.layers),
         dtype=_training.PRECISIONS[args.precision],

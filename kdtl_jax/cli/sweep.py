@@ -13,7 +13,7 @@ import optax
 
 from kdtl_jax import sweep as sweeps
 from kdtl_jax import trees
-from kdtl_jax.cli import _output, _specs, _sweep_report, _training
+from kdtl_jax.cli import _config, _output, _specs, _sweep_report, _training
 from kdtl_jax.cli._config import UsageError
 from kdtl_jax.cli.methods import BY_NAME
 from kdtl_jax.datasets import Splits, standardizer
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher-epochs", type=_training.count, default=30, metavar="N", help="default: 30"
     )
-    parser.add_argument("--quick", action="store_true", help="two seeds, four epochs: a smoke test")
+    _config.add_quick(parser, "two seeds, four epochs", seeds=2, epochs=4, teacher_epochs=4)
     _specs.add_data_arguments(parser)
     _specs.add_model_arguments(parser, {"teacher": "mlp:128,64", "student": "mlp:16,16"})
     parser.add_argument(
@@ -144,13 +144,13 @@ def run(args: argparse.Namespace) -> int:
     rate = _training.RATES[args.optimizer] if args.rate is None else args.rate
     of_student = optimizer(args.optimizer)
     schedule = Schedule(
-        epochs=4 if args.quick else args.teacher_epochs,
+        epochs=args.teacher_epochs,
         batch_size=args.batch_size,
         optimizer=lambda steps: of_student(rate, args.weight_decay, steps),
     )
     settings = sweep.Settings(
-        seeds=2 if args.quick else args.seeds,
-        epochs=4 if args.quick else args.epochs,
+        seeds=args.seeds,
+        epochs=args.epochs,
         batch_size=args.batch_size,
         optimizer=of_student,
         fixed={"rate": rate, "weight_decay": args.weight_decay},

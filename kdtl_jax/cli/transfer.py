@@ -45,7 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _specs.add_data_arguments(parser)
     _specs.add_model_arguments(parser, {"model": "mlp:128,64"})
     parser.add_argument("--list", action="store_true", help="print the methods and exit")
-    parser.add_argument("--quick", action="store_true", help="two seeds, few epochs: a smoke test")
+    _config.add_quick(
+        parser,
+        "two seeds, few epochs, one rate; few steps and lines of text",
+        **{"seeds": 2, "epochs": 4, "source_epochs": 2, "rates": str(defaults.rates[0])},
+        **_sentences.QUICK,
+    )
 
     source = parser.add_argument_group("source")
     source.add_argument(
@@ -199,7 +204,7 @@ def outcome_examples(target: Splits, settings: recipe.Settings) -> np.ndarray:
 
 
 def _settings(args: argparse.Namespace) -> recipe.Settings:
-    settings = recipe.Settings(
+    return recipe.Settings(
         methods=tuple(args.methods.split(",")),
         seeds=args.seeds,
         labels_per_class=args.labels_per_class,
@@ -210,9 +215,6 @@ def _settings(args: argparse.Namespace) -> recipe.Settings:
         llrd=args.llrd,
         source_epochs=args.source_epochs,
     )
-    if not args.quick:
-        return settings
-    return settings._replace(seeds=2, epochs=4, rates=settings.rates[:1], source_epochs=2)
 
 
 def _surgery(args: argparse.Namespace) -> recipe.Surgery:

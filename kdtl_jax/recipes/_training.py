@@ -22,6 +22,7 @@ from kdtl_jax.recipes._method import TASK, Built, no_connectors, no_memory
 from kdtl_jax.recipes._networks import Network
 from kdtl_jax.train import TrainState
 
+Detail = Callable[[str, bool], None]  # how it goes; whether that is the last of it
 Predict = Callable[[Params, Outputs], Array]
 # (state, inputs, seed by seed?) -> the classes named [S, N]
 Named = Callable[[TrainState, np.ndarray, bool], np.ndarray]
@@ -85,7 +86,7 @@ def train_seeds(
     named: Named,
     *,
     teacher: tuple[ModelFn, Variables] | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    say: Detail = lambda text, last: None,
 ) -> Trained:
     """Trains every seed of one method to the end.
 
@@ -127,7 +128,12 @@ def train_seeds(
     def evaluate(state: TrainState) -> dict[str, Any]:
         right = named(state, bench.held.inputs, turns) == bench.held.labels
         accuracy = right.mean(axis=1)
-        say(f"{name}: validation accuracy {100 * accuracy.mean():.1f} %")
+        epoch = int(state.step) // every // per_epoch
+        say(
+            f"{name}: epoch {epoch} of {schedule.epochs}, validation accuracy "
+            f"{100 * accuracy.mean():.1f} %",
+            epoch == schedule.epochs,
+        )
         return {"validation_accuracy": accuracy}
 
     def save(step: int, state: TrainState, meta: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from kdtl_jax.datasets import Splits, per_class
 from kdtl_jax.recipes import _method, _networks, _seeds, _training
 from kdtl_jax.recipes._method import Built, Method, Options, Setup
 from kdtl_jax.recipes._networks import Network
-from kdtl_jax.recipes._training import ALONE, Bench, Place, Schedule, Trained
+from kdtl_jax.recipes._training import ALONE, Bench, Detail, Place, Schedule, Trained
 
 TEACHER, BASELINE = "teacher", "student_alone"
 TEACHERS, STUDENTS = "teacher", "distillation"  # families of the table
@@ -71,7 +71,7 @@ def run(
     settings: Settings,
     place: Place,
     say: Progress,
-    detail: Progress,
+    detail: Detail,
 ) -> Outcome:
     """Trains the teacher and, by every method, its students; compares them on the test split.
 
@@ -83,7 +83,7 @@ def run(
       settings: of the experiment.
       place: the run folder, and whether what is there is taken up.
       say: told the name of what begins.
-      detail: told how it goes.
+      detail: told how it goes, and whether that is the last of a method.
 
     Raises:
       SystemExit: after a signal, with everything saved.
@@ -217,7 +217,7 @@ def _teacher(
     settings: Settings,
     place: Place,
     say: Progress,
-    detail: Progress,
+    detail: Detail,
 ) -> tuple[Variables, report.Row, np.ndarray]:
     """The teacher's variables, its line of the table, the classes it names `[test examples]`."""
     keys, schedule, file = _seeds.keys(1), settings.teachers, settings.teacher_weights

@@ -213,8 +213,8 @@ def _raise_problems(
         )
     if extra and on_extra == "error":
         lines.append(
-            f"the target has no place for {len(extra)} leaves of the source (rename=, where=, or "
-            "on_extra='ignore' to leave them out):"
+            f"the target has no place for {len(extra)} leaves of the source (rename=, a rename to "
+            "None, where=, or on_extra='ignore' to leave them out):"
         )
         lines += _listed(extra[:10], len(extra))
     if misfits:
@@ -248,6 +248,7 @@ def _report(steps: Sequence[Step], have: Mapping[str, Any], want: Mapping[str, A
         ),
         shapes={path: tuple(leaf.shape) for path, leaf in arrays.items()},
         sizes={path: int(np.prod(np.shape(x), dtype=np.int64)) for path, x in inexact.items()},
+        factors={s.path: _known(s.alpha) for s, _ in filled if s.alpha is not None},
     )
 
 
@@ -260,8 +261,13 @@ def _name(policy: Any) -> str:
 
 
 def _is_one(value: Any) -> bool:
-    # Traced and device values are multiplied in any case: reading them would wait, or fail.
-    return value is None or (isinstance(value, (int, float, np.number)) and value == 1)
+    return value is None or _known(value) == 1
+
+
+def _known(alpha: Any) -> float | None:
+    """A plain number; traced and device values are not read, which would wait, or fail."""
+    known = (int, float, np.integer, np.floating)
+    return float(alpha) if isinstance(alpha, known) else None
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -37,8 +37,8 @@ class Report(NamedTuple):
     """What happened to every leaf. Paths are the target's, except in `extra` and `unused`.
 
     Each target leaf is in exactly one of `copied`, `scaled`, `adapted`, `merged`, `kept` and
-    `missing`; an adapted leaf may have been multiplied by alpha as well. `str(report)` is a table
-    in which layer indices are collapsed only where shape and status are equal.
+    `missing`; an adapted leaf may have been multiplied by alpha as well (`factors`). `str(report)`
+    is a table in which layer indices are collapsed only where shape and status are equal.
     """
 
     copied: tuple[str, ...] = ()  # bit for bit, up to the dtype
@@ -54,6 +54,7 @@ class Report(NamedTuple):
     merged: tuple[str, ...] = ()  # combined from several models' leaves
     shapes: Mapping[str, Shape] = {}  # of every target array; sizes count floating-point ones
     sizes: Mapping[str, int] = {}
+    factors: Mapping[str, float | None] = {}  # alphas other than 1; None is traced or an array
 
     @property
     def transferred(self) -> tuple[str, ...]:
@@ -88,12 +89,18 @@ def _rows(report: Report) -> list[tuple[str, str, str]]:
     def shape(path: str) -> str:
         return str(list(report.shapes[path])) if path in report.shapes else ""
 
+    def times(path: str) -> str:
+        if path not in report.factors:
+            return ""
+        factor = report.factors[path]
+        return " × alpha" if factor is None else f" × {factor:g}"
+
+    def change(a: Adapted) -> str:
+        return f"{list(a.source_shape)} -> {list(a.target_shape)} by {a.policy}{times(a.path)}"
+
     facts = [("copied", path, shape(path)) for path in report.copied]
-    facts += [("scaled", path, shape(path)) for path in report.scaled]
-    facts += [
-        ("adapted", a.path, f"{list(a.source_shape)} -> {list(a.target_shape)} by {a.policy}")
-        for a in report.adapted
-    ]
+    facts += [("scaled", path, shape(path) + times(path)) for path in report.scaled]
+    facts += [("adapted", leaf.path, change(leaf)) for leaf in report.adapted]
     facts += [("merged", path, shape(path)) for path in report.merged]
     facts += [("kept", k.path, f"{shape(k.path)} {k.reason}".strip()) for k in report.kept]
     facts += [("missing", path, shape(path)) for path in report.missing]
