@@ -39,6 +39,7 @@ COMMANDS = {
     "merge dare of 2": [
         *("merge", "{a}", "{b}", "--method", "dare", "--base", "{base}", "--density", "0.5")
     ],
+    "merge slerp of 2": ["merge", "{a}", "{b}", "--method", "slerp", "--t", "0.5"],
 }
 
 CHILD = """

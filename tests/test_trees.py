@@ -112,7 +112,7 @@ def test_natural_sort_is_a_total_order(names: list[str]) -> None:
     ordered = sorted(names, key=trees.natural_key)
     assert sorted(reversed(ordered), key=trees.natural_key) == ordered
     for a, b in zip(ordered, ordered[1:], strict=False):
-        if a.isdigit() and b.isdigit():
+        if a.isdecimal() and b.isdecimal():
             assert int(a) <= int(b)
 
 
