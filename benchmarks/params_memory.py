@@ -1,11 +1,12 @@
 """Peak memory of `kdtl params` on checkpoints far larger than it.
 
 Command:   python benchmarks/params_memory.py [--gigabytes 1] [--json out.json]
-Machine:   x86-64, 2 CPUs, jax 0.10.2, numpy 2.4.6, Python 3.11; five runnable processes per CPU, so
-           the seconds say little
-RESULT:    growth of the peak, checkpoints of 1 GB each: scale 65 MB, average of two 73 MB, merge
-           by ties of two 237 MB (the same with 0.25 GB: constant), by dare 2.4 GB (ten times the
-           largest tensor, 0.25 GB); imports take 230 MB
+Machine:   Intel Xeon 2.5 GHz, virtual, 2 cores, nothing else running; jax 0.10.2, numpy 2.4.6,
+           Python 3.11.7
+RESULT:    growth of the peak, checkpoints of 1 GB each (a tensor of 0.25 GB in each), and seconds:
+           scale 44 MB 2.3 s, average of two 71 MB 2.7 s, merge of two by ties 215 MB 34 s, by dare
+           182 MB 9 s, by slerp 167 MB 16 s; imports take 230 MB. Alone, `scale` of 20 GB with a
+           tensor of 5 GB: whole peak 288 MB, 43 s
 
 Three checkpoints of one structure are written to a temporary folder: an embedding of a quarter of
 the size, the rest kernels of 16 MB, float32. Every command runs in a process of its own, first on
