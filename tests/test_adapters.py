@@ -145,7 +145,7 @@ def test_combination_of_low_rank_adapters_is_exact(name: str) -> None:
     adapter = ADAPTERS[name]
     (_, first), (_, second) = trained(adapter, 1), trained(adapter, 2)
     nothing = jax.tree.map(lambda x: jnp.zeros_like(x), params())
-    delta = lambda w: adapter.apply(nothing, w)["layers"]["kernel"]  # noqa: E731
+    delta = lambda w: adapter.apply(nothing, w)["layers"]["kernel"]  # noqa: E731, one line
     want = 0.7 * delta(first) - 0.4 * delta(second)
     joint = adapter.combine([first, second], [0.7, -0.4])
     assert joint["layers/kernel"].a.shape == (2, 6, 4)
@@ -164,7 +164,7 @@ def test_combination_of_vera_adapters_is_exact() -> None:
     adapter = ADAPTERS["vera"]
     (_, first), (_, second) = trained(adapter, 1), trained(adapter, 2)
     nothing = jax.tree.map(lambda x: jnp.zeros_like(x), params())
-    delta = lambda w: adapter.apply(nothing, w)["head"]["kernel"]  # noqa: E731
+    delta = lambda w: adapter.apply(nothing, w)["head"]["kernel"]  # noqa: E731, one line
     joint = adapter.combine([first, second], [2.0, -1.0])
     np.testing.assert_allclose(delta(joint), 2 * delta(first) - delta(second), rtol=1e-4, atol=1e-5)
 

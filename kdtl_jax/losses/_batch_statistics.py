@@ -111,8 +111,8 @@ def mk_mmd_linear(
 ) -> Array:
     """`mk_mmd` estimated from neighbors in the batch only, in linear time.
 
-    `mean_i k(s_i, s_i') + k(t_i, t_i') - k(s_i, t_i') - k(s_i', t_i)` with `i' = i + 1 mod B`. As
-    `mk_mmd`, with equal batches.
+    `mean_i k(s_i, s_i') + k(t_i, t_i') - k(s_i, t_i') - k(s_i', t_i)` with `i' = i + 1 mod B`. Both
+    batches are `[B, D]`, the estimate is `[]`; all else, errors and source too, as `mk_mmd`.
     """
     first, second = _domains("mk_mmd_linear", student_features, target_features)
     _checks.same_shape("mk_mmd_linear", student_features=first, target_features=second)
@@ -126,7 +126,19 @@ def mk_mmd_linear(
 
 
 def mean_squared_distance(student_features: Array, target_features: Array) -> Array:
-    """Mean of `||x - y||^2` over all pairs of the joint batch, self pairs included: MMD's scale."""
+    """Mean of `||x - y||^2` over all pairs of the joint batch, self pairs included: MMD's scale.
+
+    Args:
+      student_features: `[B, D]`.
+      target_features: `[B', D]`.
+
+    Returns:
+      `[]`, squared feature units.
+
+    Raises:
+      ValueError: if the widths differ or a batch is empty.
+      TypeError: if an array is not floating point.
+    """
     first, second = _domains("mean_squared_distance", student_features, target_features)
     joint = jnp.concatenate([first, second])
     # The mean over all pairs is twice the total variance.
@@ -181,7 +193,14 @@ def mcc(logits: Array, *, temperature: Scalar = 2.5, example_weights: Array | No
 
 
 def entropy_weights(logits: Array, *, temperature: Scalar = 2.5) -> Array:
-    """`1 + exp(-H(softmax(z / T)))`, scaled to mean 1: certain examples weigh more in `mcc`."""
+    """`1 + exp(-H(softmax(z / T)))`, scaled to mean 1: certain examples weigh more in `mcc`.
+
+    `[B, num_classes]` logits give `[B]` weights.
+
+    Raises:
+      ValueError: if the logits have other than two axes, or the temperature is not positive.
+      TypeError: if they are not floating point.
+    """
     logits = _door.one("entropy_weights", logits, at_least=2, at_most=2)
     _checks.positive("entropy_weights", temperature=temperature)
     log_p = _numerics.log_softmax(logits / _numerics.scalar(temperature, logits))
