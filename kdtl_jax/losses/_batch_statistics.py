@@ -136,7 +136,7 @@ def mean_squared_distance(student_features: Array, target_features: Array) -> Ar
       `[]`, squared feature units.
 
     Raises:
-      ValueError: if the widths differ or a batch is empty.
+      ValueError: if the widths differ or a batch has fewer than two examples.
       TypeError: if an array is not floating point.
     """
     first, second = _domains("mean_squared_distance", student_features, target_features)
