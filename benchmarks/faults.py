@@ -31,7 +31,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import checkpoint
+from kdtl_jax.run import checkpoint
 
 PROGRAM = Path(__file__).parent.parent / "tests" / "fault_program.py"
 

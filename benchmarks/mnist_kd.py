@@ -46,10 +46,11 @@ import numpy as np
 import optax
 
 import kdtl_jax
-from kdtl_jax import Variables, augment, data, datasets, losses, report, train
+from kdtl_jax import Variables, augment, datasets, losses, train
 from kdtl_jax.interop import linen
 from kdtl_jax.models import cnn
 from kdtl_jax.objective import Inputs
+from kdtl_jax.run import data, report
 
 TEACHER, STUDENT = [32, 64, 64, 128], [8, 12, 16, 24]
 BATCH, PEAK, TEMPERATURE, PADDING, VALIDATION = 128, 4e-3, 4.0, 2, 1 / 12

@@ -42,9 +42,10 @@ import optax
 from step_time import BATCH, MOMENTUM, RATE, as_model, cnn_apply, cnn_init, mlp_apply, mlp_init
 
 import kdtl_jax
-from kdtl_jax import losses, sweep, train
+from kdtl_jax import losses, train
 from kdtl_jax.interop import linen
 from kdtl_jax.models import cnn
+from kdtl_jax.train import sweep
 
 WEIGHTS = {"kd": 0.9, "task": 0.1}
 

@@ -43,10 +43,11 @@ import numpy as np
 import optax
 
 import kdtl_jax
-from kdtl_jax import data, losses, models, teacher_cache, train
+from kdtl_jax import losses, models, train
 from kdtl_jax._types import ModelFn, Variables
 from kdtl_jax.interop import linen
 from kdtl_jax.objective import Inputs
+from kdtl_jax.run import data, teacher_cache
 
 BATCH, TEMPERATURE = 64, 4.0
 ALONE, CACHED, LIVE = "student alone", "KD, cached teacher", "KD, live teacher"

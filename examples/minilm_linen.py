@@ -15,9 +15,11 @@ import jax
 import numpy as np
 import optax
 
-from kdtl_jax import data, finetune, loop, transforms
+from kdtl_jax import transforms
 from kdtl_jax.interop import huggingface
 from kdtl_jax.objective import classification
+from kdtl_jax.run import data, loop
+from kdtl_jax.train import finetune
 
 folder, examples, out = sys.argv[1:]
 student = huggingface.student(huggingface.load(folder), layers=(1, 3, 5), classes=2)

@@ -15,9 +15,11 @@ import optax
 from flax.nnx import Rngs
 from nnx_encoder import Encoder
 
-from kdtl_jax import data, finetune, loop, transforms
+from kdtl_jax import transforms
 from kdtl_jax.interop import huggingface, nnx
 from kdtl_jax.objective import classification
+from kdtl_jax.run import data, loop
+from kdtl_jax.train import finetune
 
 student = huggingface.student(huggingface.load(argv[1]), layers=(1, 3, 5), classes=2)
 model, fresh, state = nnx.model(Encoder(student.module, rngs=Rngs(0)))

@@ -1,26 +1,19 @@
 """Knowledge distillation and transfer learning for JAX: pure functions over parameter pytrees.
 
 `import kdtl_jax` needs jax, numpy and optax only. Flax, orbax and rich are imported by the modules
-at the edge (`interop`, `models`, `checkpoint`, `recipes`, `cli`) when those are imported.
+at the edge (`interop`, `models`, `run`, `recipes`, `cli`) when those are imported.
 """
 
 from importlib.metadata import version as _version
 
+from kdtl_jax import augment as augment
 from kdtl_jax import connectors as connectors
-from kdtl_jax import ensembles as ensembles
-from kdtl_jax import finetune as finetune
-from kdtl_jax import fisher as fisher
-from kdtl_jax import hypergradients as hypergradients
 from kdtl_jax import losses as losses
 from kdtl_jax import memory as memory
 from kdtl_jax import normalization as normalization
 from kdtl_jax import objective as objective
-from kdtl_jax import online as online
-from kdtl_jax import optimizers as optimizers
 from kdtl_jax import penalties as penalties
-from kdtl_jax import precision as precision
 from kdtl_jax import projection as projection
-from kdtl_jax import sweep as sweep
 from kdtl_jax import temperatures as temperatures
 from kdtl_jax import testing as testing
 from kdtl_jax import train as train

@@ -20,27 +20,27 @@ def described(**arrays: Any) -> str:
     return ", ".join(f"{name}{list(np.shape(array))}" for name, array in arrays.items())
 
 
-def same_shape(fn: str, **arrays: Any) -> None:
+def same_shape(**arrays: Any) -> None:
     """Raises ValueError unless all arrays have one shape; nothing is ever broadcast."""
     if len({np.shape(array) for array in arrays.values()}) > 1:
         raise ValueError(
-            f"{fn}: arguments must have one shape, got {described(**arrays)}. "
+            f"arguments must have one shape, got {described(**arrays)}. "
             "Nothing is broadcast: reshape, pool or project one side first."
         )
 
 
-def floating(fn: str, **arrays: Any) -> None:
+def floating(**arrays: Any) -> None:
     """Raises TypeError unless every array is real floating point."""
     for name, array in arrays.items():
         dtype = jnp.result_type(array)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"{fn}: {name} must be floating point, got {dtype}{list(np.shape(array))}. "
+                f"{name} must be floating point, got {dtype}{list(np.shape(array))}. "
                 f"Convert it first, e.g. {name}.astype(jnp.float32)."
             )
 
 
-def rank(fn: str, at_least: int, at_most: int | None = None, **arrays: Any) -> None:
+def rank(at_least: int, at_most: int | None = None, **arrays: Any) -> None:
     """Raises ValueError unless `at_least <= ndim <= at_most` (no upper bound when None)."""
     for name, array in arrays.items():
         ndim = np.ndim(array)
@@ -50,25 +50,24 @@ def rank(fn: str, at_least: int, at_most: int | None = None, **arrays: Any) -> N
             else:
                 want = f"{at_least}" if at_most == at_least else f"{at_least} to {at_most}"
             raise ValueError(
-                f"{fn}: {name} must have {want} dimension(s), got {described(**{name: array})}."
+                f"{name} must have {want} dimension(s), got {described(**{name: array})}."
             )
 
 
-def nonempty(fn: str, **arrays: Any) -> None:
+def nonempty(**arrays: Any) -> None:
     """Raises ValueError if an array has no elements: a mean over nothing is NaN."""
     for name, array in arrays.items():
         if np.size(array) == 0:
             raise ValueError(
-                f"{fn}: {name} is empty, got {described(**{name: array})}. Skip empty batches."
+                f"{name} is empty, got {described(**{name: array})}. Skip empty batches."
             )
 
 
-def same_batch(fn: str, **arrays: Any) -> None:
+def same_batch(**arrays: Any) -> None:
     """Raises ValueError unless all leading dimensions agree."""
     if len({np.shape(array)[:1] for array in arrays.values()}) > 1:
         raise ValueError(
-            f"{fn}: arguments must have one batch size (leading dimension), "
-            f"got {described(**arrays)}."
+            f"arguments must have one batch size (leading dimension), got {described(**arrays)}."
         )
 
 
@@ -80,31 +79,31 @@ def concrete(value: Any) -> np.ndarray | None:
         return None
 
 
-def positive(fn: str, **scalars: Any) -> None:
+def positive(**scalars: Any) -> None:
     """Raises ValueError unless every (concrete) value is finite and > 0."""
     for name, value in scalars.items():
         known = concrete(value)
         if known is not None and not bool(np.all((known > 0) & np.isfinite(known))):
-            raise ValueError(f"{fn}: {name} must be finite and > 0, got {_short(known)}.")
+            raise ValueError(f"{name} must be finite and > 0, got {_short(known)}.")
 
 
-def non_negative(fn: str, **arrays: Any) -> None:
+def non_negative(**arrays: Any) -> None:
     """Raises ValueError unless every (concrete) value is finite and >= 0."""
     for name, value in arrays.items():
         known = concrete(value)
         if known is not None and not bool(np.all((known >= 0) & np.isfinite(known))):
-            raise ValueError(f"{fn}: {name} must be finite and >= 0, got {_short(known)}.")
+            raise ValueError(f"{name} must be finite and >= 0, got {_short(known)}.")
 
 
-def within(fn: str, low: float, high: float, **scalars: Any) -> None:
+def within(low: float, high: float, **scalars: Any) -> None:
     """Raises ValueError unless every (concrete) value lies in `[low, high]`."""
     for name, value in scalars.items():
         known = concrete(value)
         if known is not None and not bool(np.all((known >= low) & (known <= high))):
-            raise ValueError(f"{fn}: {name} must lie in [{low}, {high}], got {_short(known)}.")
+            raise ValueError(f"{name} must lie in [{low}, {high}], got {_short(known)}.")
 
 
-def per_example(fn: str, examples: Sequence[int], **scalars: Any) -> None:
+def per_example(examples: Sequence[int], **scalars: Any) -> None:
     """Raises ValueError unless every shape is `[]` or lines up with the leading axes `examples`."""
     for name, value in scalars.items():
         shape = np.shape(value)
@@ -113,88 +112,84 @@ def per_example(fn: str, examples: Sequence[int], **scalars: Any) -> None:
         )
         if not fits:
             raise ValueError(
-                f"{fn}: {name} must be one number or one per example {list(examples)}, "
+                f"{name} must be one number or one per example {list(examples)}, "
                 f"got {described(**{name: value})}. Reshape it, e.g. {name}[:, 0] or "
                 f"jnp.squeeze({name}, axis=-1)."
             )
 
 
-def integers(fn: str, **arrays: Any) -> None:
+def integers(**arrays: Any) -> None:
     """Raises TypeError unless every array has an integer dtype."""
     for name, array in arrays.items():
         dtype = jnp.result_type(array)
         if not jnp.issubdtype(dtype, jnp.integer):
             raise TypeError(
-                f"{fn}: {name} must be integers, got {dtype}{list(np.shape(array))}. "
+                f"{name} must be integers, got {dtype}{list(np.shape(array))}. "
                 f"Use {name}.astype(jnp.int32); one-hot labels: jnp.argmax(…, axis=-1)."
             )
 
 
-def count(fn: str, at_least: int, **numbers: Any) -> None:
+def count(at_least: int, **numbers: Any) -> None:
     """Raises unless every number is an integer (never traced: a size) and not below `at_least`."""
     for name, number in numbers.items():
         try:
             known = operator.index(number)
         except TypeError:
             kind = type(number).__name__
-            raise TypeError(f"{fn}: {name} must be an integer, got {number!r} ({kind}).") from None
+            raise TypeError(f"{name} must be an integer, got {number!r} ({kind}).") from None
         if known < at_least:
-            raise ValueError(f"{fn}: {name} must be at least {at_least}, got {known}.")
+            raise ValueError(f"{name} must be at least {at_least}, got {known}.")
 
 
-def indices(fn: str, size: int, **arrays: Any) -> None:
+def indices(size: int, **arrays: Any) -> None:
     """Raises unless every array has an integer dtype and, if concrete, values in 0..size-1."""
-    integers(fn, **arrays)
+    integers(**arrays)
     for name, array in arrays.items():
         known = concrete(array)
         if known is not None and known.size and (known.min() < 0 or known.max() >= size):
-            raise ValueError(
-                f"{fn}: {name} must lie in 0..{size - 1}, got {known.min()}..{known.max()}."
-            )
+            raise ValueError(f"{name} must lie in 0..{size - 1}, got {known.min()}..{known.max()}.")
 
 
-def labels(fn: str, labels: Any, logits: Any) -> None:
+def labels(labels: Any, logits: Any) -> None:
     """Raises unless `labels` are integers of shape `logits.shape[:-1]`, in range if concrete."""
-    integers(fn, labels=labels)
+    integers(labels=labels)
     shape, classes = np.shape(logits)[:-1], np.shape(logits)[-1]
     if np.shape(labels) != shape:
         raise ValueError(
-            f"{fn}: labels must have shape {list(shape)}, one per row of logits, "
+            f"labels must have shape {list(shape)}, one per row of logits, "
             f"got {described(labels=labels, logits=logits)}."
         )
     known = concrete(labels)
     if known is not None and known.size and (known.min() < 0 or known.max() >= classes):
         raise ValueError(
-            f"{fn}: labels must lie in 0..{classes - 1}, got {known.min()}..{known.max()}. "
+            f"labels must lie in 0..{classes - 1}, got {known.min()}..{known.max()}. "
             "Give ignored positions weight 0 through `where`, not a label outside the range."
         )
 
 
-def mask(fn: str, where: Any, shape: Sequence[int]) -> None:
+def mask(where: Any, shape: Sequence[int]) -> None:
     """Raises unless `where` is None or a bool array of exactly `shape`."""
     if where is None:
         return
     if jnp.result_type(where) != jnp.bool_:
-        raise TypeError(f"{fn}: where must be bool, got {jnp.result_type(where)}. Use where > 0.")
+        raise TypeError(f"where must be bool, got {jnp.result_type(where)}. Use where > 0.")
     if tuple(np.shape(where)) != tuple(shape):
-        raise ValueError(
-            f"{fn}: where must have shape {list(shape)}, got {described(where=where)}."
-        )
+        raise ValueError(f"where must have shape {list(shape)}, got {described(where=where)}.")
 
 
-def same_keys(fn: str, **mappings: Mapping[str, Any]) -> None:
+def same_keys(**mappings: Mapping[str, Any]) -> None:
     """Raises ValueError unless all mappings have one key set; names what differs."""
     (first, left), *others = mappings.items()
     for second, right in others:
         if left.keys() != right.keys():
             raise ValueError(
-                f"{fn}: {first} and {second} must have the same keys; only in {first}: "
+                f"{first} and {second} must have the same keys; only in {first}: "
                 f"{sorted(left.keys() - right.keys())}, only in {second}: "
                 f"{sorted(right.keys() - left.keys())}."
             )
 
 
-def same_leaves(fn: str, **flats: Mapping[str, Any]) -> None:
+def same_leaves(**flats: Mapping[str, Any]) -> None:
     """Raises ValueError unless all `{path: leaf}` have the first one's paths and shapes.
 
     Every difference is named with its path; a missing path comes with the nearest other.
@@ -215,7 +210,7 @@ def same_leaves(fn: str, **flats: Mapping[str, Any]) -> None:
         if problems:
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise ValueError(
-                f"{fn}: {first} and {second} must have the same leaves and shapes: "
+                f"{first} and {second} must have the same leaves and shapes: "
                 f"{'; '.join(problems[:8])}{more}. Nothing is broadcast: rename, resize or "
                 "exclude these leaves first (transfer, or where=)."
             )

@@ -96,7 +96,7 @@ def locked(folder: Path, fn: str) -> Iterator[None]:
             except OSError:
                 file.seek(0)
                 raise RuntimeError(
-                    f"{fn}: {folder} is in use by {file.read().strip() or 'another process'}. "
+                    f"{folder} is in use by {file.read().strip() or 'another process'}. "
                     "Two runs cannot share a folder: wait for it, or choose another one."
                 ) from None
         file.seek(0)

@@ -24,7 +24,7 @@ def example_keys(key: Array, epoch: int | Array, rows: Array) -> Array:
       epoch: which view of the data.
       rows: int `[B]`, the examples' rows in the data set.
     """
-    _checks.integers("example_keys", rows=rows)
+    _checks.integers(rows=rows)
     in_epoch = jax.random.fold_in(key, epoch)
     return jax.vmap(lambda row: jax.random.fold_in(in_epoch, row))(rows)
 
@@ -38,7 +38,7 @@ def flip(keys: Array, images: Array, *, probability: float | Array = 0.5) -> Arr
       probability: in `[0, 1]`.
     """
     _check_images("flip", keys, images)
-    _checks.within("flip", 0, 1, probability=probability)
+    _checks.within(0, 1, probability=probability)
     mirrored = jax.vmap(lambda k: jax.random.bernoulli(k, probability))(keys)
     return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
@@ -53,7 +53,7 @@ def crop(keys: Array, images: Array, *, padding: int = 4) -> Array:
     """
     _check_images("crop", keys, images)
     if padding < 0:
-        raise ValueError(f"crop: padding must be at least 0, got {padding}.")
+        raise ValueError(f"padding must be at least 0, got {padding}.")
     room = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     padded = jnp.pad(images, room)
 
@@ -108,7 +108,7 @@ def cutmix(
     References:
       Yun et al., CutMix: Regularization Strategy to Train Strong Classifiers, ICCV 2019.
     """
-    _checks.rank("cutmix", 4, 4, images=images)
+    _checks.rank(4, 4, images=images)
     _check_mix("cutmix", images, targets, alpha)
     share_key, order_key, row_key, column_key = jax.random.split(key, 4)
     side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha))
@@ -132,13 +132,12 @@ def smooth_labels(labels: Array, num_classes: int, *, smoothing: float | Array =
     References:
       Szegedy et al., Rethinking the Inception Architecture for Computer Vision, CVPR 2016.
     """
-    _checks.integers("smooth_labels", labels=labels)
-    _checks.within("smooth_labels", 0, 1, smoothing=smoothing)
+    _checks.integers(labels=labels)
+    _checks.within(0, 1, smoothing=smoothing)
     known = _checks.concrete(labels)
     if known is not None and known.size and not 0 <= known.min() <= known.max() < num_classes:
         raise ValueError(
-            f"smooth_labels: labels must lie in 0..{num_classes - 1}, "
-            f"got {known.min()}..{known.max()}."
+            f"labels must lie in 0..{num_classes - 1}, got {known.min()}..{known.max()}."
         )
     onehot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     return (1 - smoothing) * onehot + smoothing / num_classes
@@ -157,13 +156,13 @@ def _blend(share: Array, first: Array, second: Array) -> Array:
 
 
 def _check_images(fn: str, keys: Array, images: Array) -> None:
-    _checks.rank(fn, 4, 4, images=images)
-    _checks.rank(fn, 1, 1, keys=keys)
-    _checks.same_batch(fn, keys=keys, images=images)
+    _checks.rank(4, 4, images=images)
+    _checks.rank(1, 1, keys=keys)
+    _checks.same_batch(keys=keys, images=images)
 
 
 def _check_mix(fn: str, inputs: Array, targets: Array, alpha: float | Array) -> None:
-    _checks.floating(fn, inputs=inputs, targets=targets)
-    _checks.rank(fn, 2, 2, targets=targets)
-    _checks.same_batch(fn, inputs=inputs, targets=targets)
-    _checks.positive(fn, alpha=alpha)
+    _checks.floating(inputs=inputs, targets=targets)
+    _checks.rank(2, 2, targets=targets)
+    _checks.same_batch(inputs=inputs, targets=targets)
+    _checks.positive(alpha=alpha)

@@ -35,8 +35,8 @@ class Connector(NamedTuple):
 
 def _floating(fn: str, x: Any, width: int | None = None) -> None:
     """Refuses, naming the connector, what is not floating or not of the width `init` saw."""
-    _checks.floating(f"connectors.{fn}", x=x)
-    _checks.rank(f"connectors.{fn}", 1, x=x)
+    _checks.floating(x=x)
+    _checks.rank(1, x=x)
     if width is not None and x.shape[-1] != width:
         raise ValueError(
             f"connectors.{fn}: x must have the width {width} that its parameters were made for, "
@@ -101,7 +101,7 @@ def resize_bilinear(size: Size) -> Connector:
 
 
 def _map(fn: str, x: Any) -> Any:
-    _checks.rank(f"connectors.{fn}", 4, 4, x=x)
+    _checks.rank(4, 4, x=x)
     return x
 
 
@@ -116,7 +116,7 @@ def linear(features: int, *, bias: bool = True) -> Connector:
       ValueError: if there are no features; when run, if x has another width than `init` saw.
       TypeError: when run, if x is not floating point.
     """
-    _checks.count("connectors.linear", 1, features=features)
+    _checks.count(1, features=features)
 
     def init(key: Array, x: Any) -> Params:
         _floating("linear", x)
@@ -149,9 +149,9 @@ def conv(
       ValueError: if a size is not positive; when run, as `linear`, or if x has not four axes.
       TypeError: when run, if x is not floating point.
     """
-    _checks.count("connectors.conv", 1, features=features, kernel=kernel, stride=stride)
+    _checks.count(1, features=features, kernel=kernel, stride=stride)
     edge = kernel // 2 if padding is None else padding
-    _checks.count("connectors.conv", 0, padding=edge)
+    _checks.count(0, padding=edge)
 
     def init(key: Array, x: Any) -> Params:
         _floating("conv", _map("conv", x))
@@ -268,7 +268,7 @@ def group(connectors: Mapping[str, Connector]) -> Connector:
     def _named(x: Mapping[str, Any]) -> None:
         missing = [name for name in names if name not in x]
         if missing:
-            raise ValueError(f"connectors.group: no input named {missing}, got {sorted(x)}.")
+            raise ValueError(f"no input named {missing}, got {sorted(x)}.")
 
     return Connector(init, apply)
 
@@ -310,7 +310,7 @@ def mask_token() -> Connector:
     def apply(params: Params, x: tuple[Array, Array]) -> Array:
         tokens, where = x
         _floating("mask_token", tokens, params["token"].shape[0])
-        _checks.mask("connectors.mask_token", where, tokens.shape[:-1])
+        _checks.mask(where, tokens.shape[:-1])
         token = jnp.broadcast_to(params["token"].astype(tokens.dtype), tokens.shape)
         return jnp.where(where[..., None], token, tokens)
 

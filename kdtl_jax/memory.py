@@ -56,7 +56,7 @@ def bank_init(key: Array, size: int, width: int) -> Bank:
       ValueError: if a size is below 1.
       TypeError: if a size is not an integer.
     """
-    _checks.count("bank_init", 1, size=size, width=width)
+    _checks.count(1, size=size, width=width)
     bound = 1 / math.sqrt(width / 3)
     rows = jax.random.uniform(key, (size, width), jnp.float32, -bound, bound)
     return Bank(rows, jnp.asarray(math.log(size), jnp.float32))
@@ -79,10 +79,10 @@ def bank_draw(key: Array, index: Array, *, size: int, negatives: int) -> Array:
         outside the bank.
       TypeError: if `index` is not of integers, or `size` or `negatives` not an integer.
     """
-    _checks.count("bank_draw", 2, size=size)
-    _checks.count("bank_draw", 1, negatives=negatives)
-    _checks.rank("bank_draw", 1, 1, index=index)
-    _checks.indices("bank_draw", size, index=index)
+    _checks.count(2, size=size)
+    _checks.count(1, negatives=negatives)
+    _checks.rank(1, 1, index=index)
+    _checks.indices(size, index=index)
     own = index.astype(jnp.int32)[:, None]
     drawn = jax.random.randint(key, (len(index), negatives), 0, size - 1, jnp.int32)
     others = drawn + (drawn >= own).astype(jnp.int32)  # skips the example itself
@@ -128,7 +128,7 @@ def bank_scores(bank: Bank, x: Array, index: Array, *, temperature: Scalar = 0.0
       TypeError: if `x` is not floating point or `index` not of integers.
     """
     _checked("bank_scores", bank, x, index, 2)
-    _checks.positive("bank_scores", temperature=temperature)
+    _checks.positive(temperature=temperature)
     x = _numerics.upcast(x)
     log_z = jax.lax.stop_gradient(bank.log_z).astype(x.dtype)
     return _products(bank, x, index) / _numerics.scalar(temperature, x) - log_z
@@ -179,7 +179,7 @@ def bank_update(bank: Bank, x: Array, index: Array, *, momentum: Scalar = 0.5) -
       TypeError: if `x` is not floating point or `index` not of integers.
     """
     _checked("bank_update", bank, x, index, 1)
-    _checks.within("bank_update", 0, 1, momentum=momentum)
+    _checks.within(0, 1, momentum=momentum)
     x = jax.lax.stop_gradient(_numerics.upcast(x)).astype(bank.rows.dtype)
     keep = _numerics.scalar(momentum, x)
     mixed = _numerics.normalize(keep * bank.rows[index] + (1 - keep) * x)
@@ -187,14 +187,14 @@ def bank_update(bank: Bank, x: Array, index: Array, *, momentum: Scalar = 0.5) -
 
 
 def _checked(fn: str, bank: Bank, x: Array, index: Array, index_rank: int) -> None:
-    _checks.floating(fn, x=x)
-    _checks.indices(fn, len(bank.rows), index=index)
-    _checks.rank(fn, 2, 2, x=x)
-    _checks.rank(fn, index_rank, index_rank, index=index)
-    _checks.same_batch(fn, x=x, index=index)
+    _checks.floating(x=x)
+    _checks.indices(len(bank.rows), index=index)
+    _checks.rank(2, 2, x=x)
+    _checks.rank(index_rank, index_rank, index=index)
+    _checks.same_batch(x=x, index=index)
     if x.shape[1] != bank.rows.shape[1]:
         raise ValueError(
-            f"{fn}: x must have the bank's width, got {_checks.described(x=x, rows=bank.rows)}."
+            f"x must have the bank's width, got {_checks.described(x=x, rows=bank.rows)}."
         )
 
 
@@ -213,7 +213,7 @@ def queue_init(key: Array, size: int, width: int) -> Queue:
       ValueError: if a size is below 1.
       TypeError: if a size is not an integer.
     """
-    _checks.count("queue_init", 1, size=size, width=width)
+    _checks.count(1, size=size, width=width)
     rows = _numerics.normalize(jax.random.normal(key, (size, width), jnp.float32))
     return Queue(rows, jnp.zeros((), jnp.int32))
 
@@ -234,12 +234,10 @@ def queue_push(queue: Queue, x: Array) -> Queue:
       ValueError: if the widths differ.
       TypeError: if `x` is not floating point.
     """
-    _checks.floating("queue_push", x=x)
+    _checks.floating(x=x)
     size, width = queue.rows.shape
     if x.ndim != 2 or x.shape[1] != width:
-        raise ValueError(
-            f"queue_push: x must be [B, {width}], got {_checks.described(x=x, rows=queue.rows)}."
-        )
+        raise ValueError(f"x must be [B, {width}], got {_checks.described(x=x, rows=queue.rows)}.")
     skipped = max(len(x) - size, 0)
     steps = jnp.arange(skipped, len(x), dtype=jnp.int32)
     places = (queue.pointer + steps) % size

@@ -55,18 +55,16 @@ def stoch_norm(
     References:
       Kou et al., Stochastic Normalization, NeurIPS 2020.
     """
-    _checks.floating("stoch_norm", x=x)
-    _checks.rank("stoch_norm", 2, x=x)
+    _checks.floating(x=x)
+    _checks.rank(2, x=x)
     channels = (x.shape[-1],)
     vectors = {"scale": scale, "offset": offset, "mean": running.mean, "var": running.var}
     if any(jnp.shape(vector) != channels for vector in vectors.values()):
-        raise ValueError(
-            f"stoch_norm: expected vectors [{x.shape[-1]}], got {_checks.described(**vectors)}."
-        )
-    _checks.mask("stoch_norm", uses_batch, channels)
+        raise ValueError(f"expected vectors [{x.shape[-1]}], got {_checks.described(**vectors)}.")
+    _checks.mask(uses_batch, channels)
     count = x.size // x.shape[-1]
     if count < 2:
-        raise ValueError(f"stoch_norm: one value per channel has no variance, got {x.shape}.")
+        raise ValueError(f"one value per channel has no variance, got {x.shape}.")
     wide = _numerics.upcast(x).reshape(-1, *channels)
     mean, var = jnp.mean(wide, axis=0), jnp.var(wide, axis=0)
     old_mean, old_var, gain, shift = (
@@ -92,7 +90,7 @@ def freeze_stats(before: PyTree, after: PyTree, *, where: trees.Selector) -> PyT
     Raises:
       ValueError: if the selector matches nothing, or names or shapes differ.
     """
-    _checks.same_leaves("freeze_stats", before=trees.flatten(before), after=trees.flatten(after))
+    _checks.same_leaves(before=trees.flatten(before), after=trees.flatten(after))
     held = trees.mask(before, where)
     return jax.tree.map(lambda keep, old, new: old if keep else new, held, before, after)
 

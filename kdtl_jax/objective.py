@@ -132,23 +132,23 @@ def reduce(
       TypeError: if the values are not floating point.
     """
     if isinstance(term, Mean):
-        _checks.floating("objective", **{f"{name}'s {k}": v for k, v in term._asdict().items()})
+        _checks.floating(**{f"{name}'s {k}": v for k, v in term._asdict().items()})
         return Mean(*(_numerics.upcast(part) for part in term))
     values, where = (term.values, term.where) if isinstance(term, Masked) else (term, None)
-    _checks.floating("objective", **{name: values})
+    _checks.floating(**{name: values})
     values = _numerics.upcast(values)
     if values.ndim and batch_size not in (None, values.shape[0]):
         raise ValueError(
-            f"objective: the term {name!r} must be [B] or [B, L] with B = {batch_size}, the "
+            f"the term {name!r} must be [B] or [B, L] with B = {batch_size}, the "
             f"batch's, or [] for a penalty, got {list(values.shape)}. Return one value per "
             "example, or a Mean of what was summed already."
         )
     weights = jnp.ones((), values.dtype)
     if values.ndim and example_weights is not None:
-        _checks.same_batch("objective", **{name: values, "weights": example_weights})
+        _checks.same_batch(**{name: values, "weights": example_weights})
         weights = _numerics.per_example(example_weights, values)
     if where is not None:
-        _checks.mask("objective", where, values.shape)
+        _checks.mask(where, values.shape)
         weights = weights * where.astype(values.dtype)
     elif values.ndim == 0 and example_weights is not None:
         weights = jnp.sum(_numerics.scalar(example_weights, values))
@@ -168,7 +168,7 @@ def reduce_all(
     """
     if not isinstance(terms, Mapping):
         raise TypeError(
-            "objective: terms must be a dict {name: values} (or with it the memory, in a tuple), "
+            "terms must be a dict {name: values} (or with it the memory, in a tuple), "
             f"got {type(terms).__name__}. Return for example {{'kd': values}}."
         )
     return {
@@ -198,7 +198,7 @@ def weighted_sum(means: Mapping[str, Mean], weights: Mapping[str, Array]) -> Arr
     Raises:
       ValueError: if the two do not have the same keys.
     """
-    _checks.same_keys("objective", terms=means, weights=weights)
+    _checks.same_keys(terms=means, weights=weights)
     loss = jnp.zeros((), jnp.float32)
     for name, mean in means.items():
         value = mean.value()

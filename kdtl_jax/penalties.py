@@ -112,7 +112,7 @@ def _matched(fn: str, where: Selector, **named: PyTree) -> list[tuple[Array, ...
     (first, params), *others = named.items()
     flats = {first: _selected(params, where)}
     flats |= {name: _counterparts(tree, where, flats[first]) for name, tree in others}
-    _checks.same_leaves(fn, **flats)
+    _checks.same_leaves(**flats)
     return [_one_dtype([flat[path] for flat in flats.values()]) for path in flats[first]]
 
 

@@ -53,11 +53,11 @@ def moments(features: Array, targets: Array, *, weights: Weights | None = None) 
       ValueError: if batch sizes differ, the batch is empty, or a concrete weight is negative.
       TypeError: if features or targets are not floating point.
     """
-    _checks.floating("projection.moments", features=features, targets=targets)
-    _checks.rank("projection.moments", 2, 2, targets=targets)
-    _checks.rank("projection.moments", 2, features=features)
-    _checks.same_batch("projection.moments", features=features, targets=targets)
-    _checks.nonempty("projection.moments", features=features, targets=targets)
+    _checks.floating(features=features, targets=targets)
+    _checks.rank(2, 2, targets=targets)
+    _checks.rank(2, features=features)
+    _checks.same_batch(features=features, targets=targets)
+    _checks.nonempty(features=features, targets=targets)
     f = _numerics.batch_flat(_numerics.upcast(features))
     y = _numerics.upcast(targets).astype(f.dtype)
     w = jnp.ones(f.shape[:1], f.dtype) if weights is None else _weighed(weights, f)
@@ -83,7 +83,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     Raises:
       ValueError: if the widths of features or targets differ.
     """
-    _checks.same_shape("projection.merge", **{"a.cross": a.cross, "b.cross": b.cross})
+    _checks.same_shape(**{"a.cross": a.cross, "b.cross": b.cross})
     total = a.weight + b.weight
     share = b.weight / jnp.maximum(total, jnp.finfo(total.dtype).tiny)
     df, dy = b.feature_mean - a.feature_mean, b.target_mean - a.target_mean
@@ -107,7 +107,7 @@ def solve(moments: Moments, *, ridge: Scalar = 1e-3) -> Projection:
     Raises:
       ValueError: if a concrete `ridge` is not positive.
     """
-    _checks.positive("projection.solve", ridge=ridge)
+    _checks.positive(ridge=ridge)
     n = jnp.maximum(moments.weight, 1)
     dim = moments.gram.shape[0]
     system = moments.gram / n + _numerics.scalar(ridge, n) * jnp.eye(dim, dtype=n.dtype)
@@ -142,7 +142,7 @@ def apply(projection: Projection, features: Array) -> Array:
     f = _numerics.batch_flat(features)
     if f.shape[1] != projection.kernel.shape[0]:
         raise ValueError(
-            f"projection.apply: features must have width {projection.kernel.shape[0]}, "
+            f"features must have width {projection.kernel.shape[0]}, "
             f"got {_checks.described(features=features)}."
         )
     return f @ projection.kernel + projection.bias[None]
@@ -164,14 +164,14 @@ def fold(projection: Projection, kernel: Array, bias: Array | None = None) -> Pr
     """
     if kernel.ndim != 2 or kernel.shape[1] != projection.kernel.shape[0]:
         raise ValueError(
-            f"projection.fold: kernel must be [H, {projection.kernel.shape[0]}], "
+            f"kernel must be [H, {projection.kernel.shape[0]}], "
             f"got {_checks.described(kernel=kernel)}. Flatten a convolution's kernel first."
         )
     offset = projection.bias
     if bias is not None:
         if np.shape(bias) != kernel.shape[1:]:
             raise ValueError(
-                f"projection.fold: bias must be [{kernel.shape[1]}], the kernel's outputs, "
+                f"bias must be [{kernel.shape[1]}], the kernel's outputs, "
                 f"got {_checks.described(bias=bias, kernel=kernel)}."
             )
         offset = offset + _matmul(bias[None], projection.kernel)[0]
@@ -205,9 +205,7 @@ def model(base: ModelFn, *, features: str = "logits") -> ModelFn:
     ) -> tuple[Outputs, PyTree]:
         outputs, model_state = base(params["base"], model_state, inputs, key=key, train=train)
         if features not in outputs:
-            raise ValueError(
-                f"projection.model: no output {features!r}, the model has {sorted(outputs)}."
-            )
+            raise ValueError(f"no output {features!r}, the model has {sorted(outputs)}.")
         logits = apply(params["projection"], outputs[features])
         own = {"base_logits": outputs["logits"]} if "logits" in outputs else {}
         return {**outputs, "logits": logits, **own}, model_state
@@ -217,9 +215,9 @@ def model(base: ModelFn, *, features: str = "logits") -> ModelFn:
 
 def _weighed(weights: Weights, features: Array) -> Array:
     """Weights `[B]` in the features' dtype."""
-    _checks.rank("projection.moments", 1, 1, weights=weights)
-    _checks.same_batch("projection.moments", features=features, weights=weights)
-    _checks.non_negative("projection.moments", weights=weights)
+    _checks.rank(1, 1, weights=weights)
+    _checks.same_batch(features=features, weights=weights)
+    _checks.non_negative(weights=weights)
     return jnp.asarray(weights).astype(features.dtype)
 
 

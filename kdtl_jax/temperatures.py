@@ -41,7 +41,7 @@ def reverse_gradient(x: Array, scale: Scalar = 1.0) -> Array:
     References:
       Ganin and Lempitsky, Unsupervised Domain Adaptation by Backpropagation, 2015 (1409.7495).
     """
-    _checks.floating("reverse_gradient", x=x)
+    _checks.floating(x=x)
     fixed = jax.lax.stop_gradient(x)
     # x - fixed is exactly 0 and carries the gradient: works in forward mode too, and twice.
     return fixed - _numerics.per_example(scale, x) * (x - fixed)
@@ -79,8 +79,8 @@ def learned_temperature(
       Li et al., Curriculum Temperature for Knowledge Distillation, 2022 (2211.16231). The
       published code's initial g = 1 gives 15.62.
     """
-    _checks.floating("learned_temperature", parameter=parameter)
-    _checks.positive("learned_temperature", start=start, span=span)
+    _checks.floating(parameter=parameter)
+    _checks.positive(start=start, span=span)
     g = reverse_gradient(_numerics.upcast(parameter), reversal)
     return _numerics.scalar(start, g) + _numerics.scalar(span, g) * jax.nn.sigmoid(g)
 
@@ -95,7 +95,7 @@ def adversarial_ramp(steps: int, *, strength: float = 1.0) -> Schedule:
     Raises:
       ValueError: if steps is not positive.
     """
-    _checks.positive("adversarial_ramp", steps=steps)
+    _checks.positive(steps=steps)
 
     def ramp(step: Array) -> Array:
         done = jnp.clip(jnp.asarray(step).astype(jnp.float32) / steps, 0, 1)

@@ -59,8 +59,8 @@ def nce(source_labels: Array, labels: Array, *, num_source_classes: int, num_cla
       2019 (1908.08142).
     """
     count = jnp.shape(labels)[0]
-    _checks.labels("nce", labels, jnp.zeros((count, num_classes)))
-    _checks.labels("nce", source_labels, jnp.zeros((count, num_source_classes)))
+    _checks.labels(labels, jnp.zeros((count, num_classes)))
+    _checks.labels(source_labels, jnp.zeros((count, num_source_classes)))
     dtype = jnp.result_type(float)
     member = jax.nn.one_hot(labels, num_classes, dtype=dtype)
     source = jax.nn.one_hot(source_labels, num_source_classes, dtype=dtype)
@@ -91,11 +91,11 @@ def logme(features: Array, targets: Array, *, iterations: int = 11) -> Array:
     References:
       You et al., LogME, 2021 (2102.11005), algorithm 1.
     """
-    _checks.floating("logme", features=features, targets=targets)
-    _checks.rank("logme", 2, 2, features=features)
-    _checks.rank("logme", 1, 2, targets=targets)
-    _checks.same_batch("logme", features=features, targets=targets)
-    _checks.nonempty("logme", features=features)
+    _checks.floating(features=features, targets=targets)
+    _checks.rank(2, 2, features=features)
+    _checks.rank(1, 2, targets=targets)
+    _checks.same_batch(features=features, targets=targets)
+    _checks.nonempty(features=features)
     features = _numerics.upcast(features)
     count, width = features.shape
     u, s, _ = jnp.linalg.svd(features, full_matrices=False)
@@ -207,7 +207,7 @@ def transrate(features: Array, labels: Array, *, num_classes: int, eps: float = 
       Huang et al., Frustratingly Easy Transferability Estimation, 2022 (2106.09362).
     """
     features = _features("transrate", features, labels, num_classes)
-    _checks.positive("transrate", eps=eps)
+    _checks.positive(eps=eps)
     features = features - jnp.mean(features, axis=0, keepdims=True)
     member = jax.nn.one_hot(labels, num_classes, dtype=features.dtype)
 
@@ -222,10 +222,10 @@ def transrate(features: Array, labels: Array, *, num_classes: int, eps: float = 
 
 
 def _features(fn: str, features: Array, labels: Array, num_classes: int) -> Array:
-    _checks.floating(fn, features=features)
-    _checks.rank(fn, 2, 2, features=features)
-    _checks.nonempty(fn, features=features)
-    _checks.labels(fn, labels, jnp.zeros((jnp.shape(features)[0], num_classes)))
+    _checks.floating(features=features)
+    _checks.rank(2, 2, features=features)
+    _checks.nonempty(features=features)
+    _checks.labels(labels, jnp.zeros((jnp.shape(features)[0], num_classes)))
     return _numerics.upcast(features)
 
 

@@ -61,14 +61,14 @@ def flatten(tree: PyTree) -> dict[str, Any]:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
     except ValueError as error:
         raise ValueError(
-            "flatten: a dict's keys must be of one type, because JAX sorts them; ints beside "
+            "a dict's keys must be of one type, because JAX sorts them; ints beside "
             f"strings, as after a checkpoint, cannot be. Make them all strings ({error})"
         ) from None
     for key_path, leaf in leaves:
         path = path_string(key_path)
         if path in flat:
             raise ValueError(
-                f"flatten: two leaves have the path {path!r} (keys that differ only in type, "
+                f"two leaves have the path {path!r} (keys that differ only in type, "
                 "such as 0 and '0'?). Rename one of them."
             )
         flat[path] = leaf
@@ -140,7 +140,7 @@ def mask(tree: PyTree, where: Selector, *, expect: int | str | None = "some") ->
     if _is_bool_tree(where):
         if jax.tree.structure(where) != treedef:
             raise ValueError(
-                "mask: a tree of bools must have the structure of the parameters, got "
+                "a tree of bools must have the structure of the parameters, got "
                 f"{jax.tree.structure(where)} for {treedef}."
             )
         chosen = [bool(leaf) for leaf in jax.tree.leaves(where)]
@@ -177,12 +177,12 @@ def labels(tree: PyTree, rules: Rules, *, default: Any = None) -> PyTree:
     for rule, was_used in zip(rules, used, strict=True):
         if not was_used:
             raise ValueError(
-                f"labels: rule {_shown(rule[0])} labels no leaf: it matches nothing, or earlier "
+                f"rule {_shown(rule[0])} labels no leaf: it matches nothing, or earlier "
                 f"rules take all it matches. {_did_you_mean(rule[0], list(flat))}"
             )
     if uncovered and default is None:
         raise ValueError(
-            f"labels: no rule covers {_listed(uncovered)}. Add a rule (for example "
+            f"no rule covers {_listed(uncovered)}. Add a rule (for example "
             "('.*', label) last) or pass default=."
         )
     return jax.tree.unflatten(jax.tree.structure(tree), out)
@@ -226,7 +226,7 @@ def _is_bool_tree(where: Selector) -> bool:
     if leaves and all(isinstance(leaf, (bool, np.bool_)) for leaf in leaves):
         return True
     raise ValueError(
-        "selector: expected a regex string, Glob, (path, leaf) -> bool or a tree of Python "
+        "expected a regex string, Glob, (path, leaf) -> bool or a tree of Python "
         f"bools, got {type(where).__name__}. Combine several with any_of(...)."
     )
 
@@ -237,7 +237,7 @@ def _predicate(where: Selector) -> Predicate:
             pattern = re.compile(where)
         except re.error as error:
             raise ValueError(
-                f"selector: {where!r} is not a regular expression ({error}). "
+                f"{where!r} is not a regular expression ({error}). "
                 f"For shell patterns use Glob({where!r})."
             ) from None
         return lambda path, leaf: pattern.fullmatch(path) is not None
@@ -248,7 +248,7 @@ def _predicate(where: Selector) -> Predicate:
         test = where
         return lambda path, leaf: bool(test(path, leaf))
     raise ValueError(
-        "selector: a tree of bools can only be used on its own; expected a regex string, Glob or "
+        "a tree of bools can only be used on its own; expected a regex string, Glob or "
         f"(path, leaf) -> bool, got {type(where).__name__}."
     )
 

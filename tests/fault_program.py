@@ -29,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kdtl_jax import Variables, augment, checkpoint, data, loop, losses, train
+from kdtl_jax import Variables, augment, losses, train
+from kdtl_jax.run import checkpoint, data, loop
 
 STEPS, SAVE_EVERY, LOG_EVERY, EVALUATE_EVERY = 200, 20, 7, 50
 

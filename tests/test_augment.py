@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from kdtl_jax import augment, data, losses, train
+from kdtl_jax import augment, losses, train
+from kdtl_jax.run import data
 
 KEY = jax.random.key(0)
 KEYS = jax.random.split(KEY, 64)

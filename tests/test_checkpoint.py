@@ -16,8 +16,9 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kdtl_jax import checkpoint, train
-from kdtl_jax.checkpoint import _leaves
+from kdtl_jax import train
+from kdtl_jax.run import checkpoint
+from kdtl_jax.run.checkpoint import _leaves
 
 
 def state() -> train.TrainState:
@@ -171,7 +172,7 @@ def test_no_whole_step_is_an_error_with_reasons(kept: Path, standard_promotion: 
         checkpoint.restore(kept / "nowhere", state())
     with pytest.raises(FileNotFoundError, match=r"has no step 9\. Its steps: \[1, 2\]"):
         checkpoint.restore(kept, state(), step=9)
-    with pytest.raises(TypeError, match="restore: step must be an integer, got 1.5"):
+    with pytest.raises(TypeError, match="step must be an integer, got 1.5"):
         checkpoint.restore(kept, state(), step=1.5)  # type: ignore[arg-type]
 
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from kdtl_jax import measure
 from kdtl_jax.cli import bench as cli_bench
 from kdtl_jax.cli import main
 from kdtl_jax.recipes import bench
+from kdtl_jax.run import measure
 
 LIMITS = measure.Ceilings(1e9, 1e8, "float32", 1024, 2**28)
 

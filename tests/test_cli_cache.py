@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdtl_jax import losses, teacher_cache
+from kdtl_jax import losses
 from kdtl_jax._types import Variables
 from kdtl_jax.cli import _specs, main
 from kdtl_jax.datasets import digits, standardizer, stratified
 from kdtl_jax.interop import safetensors
 from kdtl_jax.recipes import _networks, distill
+from kdtl_jax.run import teacher_cache
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

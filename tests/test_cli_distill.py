@@ -17,12 +17,13 @@ import orbax.checkpoint as ocp
 import pytest
 import yaml
 
-from kdtl_jax import checkpoint, loop, models
+from kdtl_jax import models
 from kdtl_jax.cli import _output, distill, main
-from kdtl_jax.cli.methods import BY_NAME
 from kdtl_jax.interop import linen, safetensors
+from kdtl_jax.methods import BY_NAME
+from kdtl_jax.methods._method import TASK, Built, Method, no_connectors, no_memory
 from kdtl_jax.recipes import _seeds
-from kdtl_jax.recipes._method import TASK, Built, Method, no_connectors, no_memory
+from kdtl_jax.run import checkpoint, loop
 
 ROOM = ["--teacher", "mlp:8", "--student", "mlp:4", "--batch-size", "8", "--rate", "0.01"]
 SHORT = [*ROOM, "--seeds", "2", "--epochs", "4", "--teacher-epochs", "2", "--methods", "kd"]

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import pytest
 from jax import Array
 
-from kdtl_jax import objective
+from kdtl_jax import methods, objective
 from kdtl_jax._types import Outputs, Params
-from kdtl_jax.cli import methods
 from kdtl_jax.interop import linen
+from kdtl_jax.methods._method import TASK, Built, Head, Method, Models, Options, Setup, build
 from kdtl_jax.models import ViT
 from kdtl_jax.objective import Inputs
-from kdtl_jax.recipes._method import TASK, Built, Head, Method, Models, Options, Setup, build
 
 BATCH, CLASSES, EXAMPLES, STEPS = 6, 5, 20, 240
 # Compiling is all that these tests cost, and of it the default generator would be most.

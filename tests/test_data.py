@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdtl_jax import augment, data
+from kdtl_jax import augment
+from kdtl_jax.run import data
 
 KEY = jax.random.key(5)
 SIZE, BATCH = 10, 4
@@ -299,7 +300,7 @@ def test_files_that_are_no_arrays(tmp_path: Path, content: str) -> None:
             file.truncate(500)
         else:
             file.write({"text": b"hello", "empty": b"", "broken zip": b"PK\x03\x04 and"}[content])
-    with pytest.raises(ValueError, match=r"open_arrays: .*x\.npy is (not a plain .npy|an npz)"):
+    with pytest.raises(ValueError, match=r".*x\.npy is (not a plain .npy|an npz)"):
         data.open_arrays({"inputs": path})
     with pytest.raises(FileNotFoundError):
         data.open_arrays({"inputs": tmp_path / "nowhere.npy"})

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax import Array
 
-from kdtl_jax import augment, data
+from kdtl_jax import augment
+from kdtl_jax.run import data
 
 SIZE = 10
 ARRAYS = {
@@ -55,5 +56,5 @@ def test_an_epoch_shows_every_row_of_a_run_once() -> None:
 
 @pytest.mark.parametrize("rows", [[[0, 1]], [0.5], [], [10], [-1]])
 def test_rows_must_name_examples(rows: list[float]) -> None:
-    with pytest.raises(ValueError, match="resident: rows must"):
+    with pytest.raises(ValueError, match="rows must"):
         data.resident(ARRAYS, 1, key=KEYS, rows=np.array(rows))

@@ -235,5 +235,5 @@ def test_images_need_a_file_of_labels(tmp_path: Path) -> None:
 def test_given_classes_bound_the_labels() -> None:
     part = datasets.checked("part", np.ones((3, 2)), np.zeros(3, int), classes=4)
     assert part.classes == 4, "a part may lack classes"
-    with pytest.raises(ValueError, match=r"part: labels must lie in 0..3, got 4 at row 1"):
+    with pytest.raises(ValueError, match=r"labels must lie in 0..3, got 4 at row 1"):
         datasets.checked("part", np.ones((3, 2)), np.array([0, 4, 1]), classes=4)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdtl_jax import ensembles, losses
+from kdtl_jax import losses
+from kdtl_jax.train import ensembles
 
 K, B, C = 3, 4, 5
 

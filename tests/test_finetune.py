@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from kdtl_jax import finetune, fisher, normalization, penalties
+from kdtl_jax import normalization, penalties
+from kdtl_jax.train import finetune, fisher
 
 
 def updated(tx: optax.GradientTransformation, tree: Any) -> tuple[Any, Any]:
@@ -50,11 +51,11 @@ def test_layers_that_no_rule_covers_raise() -> None:
         ids(network(2), block=r"blocks_(\d+)/.*")
     with pytest.raises(ValueError, match="one group"):
         ids(network(2), block=r"block_\d+/.*")
-    with pytest.raises(ValueError, match=r"layer_ids: block must be a regular .*'\('"):
+    with pytest.raises(ValueError, match=r"block must be a regular .*'\('"):
         ids(network(2), block="(")
     with pytest.raises(ValueError, match=r"must be the number, got 'block_0' from 'block_0/bias'"):
         ids(network(2), block=r"(block_\d+)/.*")
-    with pytest.raises(ValueError, match="layer_decay: ids must have leaves"):
+    with pytest.raises(ValueError, match="ids must have leaves"):
         finetune.layer_decay({})
     for factor in (0.0, 0.5, float("inf")):
         with pytest.raises(ValueError, match="^discriminative_rates: factor must"):

@@ -9,7 +9,8 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from kdtl_jax import hypergradients, train, transforms
+from kdtl_jax import train, transforms
+from kdtl_jax.train import hypergradients
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

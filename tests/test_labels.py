@@ -61,7 +61,7 @@ def test_zipf_targets_by_hand() -> None:
     with pytest.raises(ValueError, match="labels must be"):
         losses.zipf_targets(scores, two[:1])
     for wrong in (4, -1):
-        with pytest.raises(ValueError, match=r"zipf_targets: labels must lie in 0\.\.3"):
+        with pytest.raises(ValueError, match=r"labels must lie in 0\.\.3"):
             losses.zipf_targets(scores, jnp.asarray([wrong, 0], jnp.int32))
 
 

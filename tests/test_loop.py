@@ -17,7 +17,8 @@ import numpy as np
 import optax
 import pytest
 
-from kdtl_jax import Variables, checkpoint, data, loop, sharding, train
+from kdtl_jax import Variables, train
+from kdtl_jax.run import checkpoint, data, loop, sharding
 
 KEY = jax.random.key(3)
 SIZE, BATCH = 50, 8

@@ -202,7 +202,7 @@ def test_a_new_queue_has_unit_rows_and_pushing_keeps_its_types() -> None:
     np.testing.assert_array_equal(gradient, 0)
     with pytest.raises(ValueError, match=r"x must be \[B, 3\], got x\[2, 4\]"):
         memory.queue_push(queue, jnp.ones((2, 4)))
-    with pytest.raises(ValueError, match=r"rrd: queue must have shape \[K, D\]"):
+    with pytest.raises(ValueError, match=r"queue must have shape \[K, D\]"):
         losses.rrd(jnp.ones((2, 3)), jnp.ones((2, 3)), queue=jnp.ones((6, 2)))
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from kdtl_jax import ensembles, losses, online, train
+from kdtl_jax import losses, train
+from kdtl_jax.train import ensembles, online
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

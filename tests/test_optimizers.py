@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from kdtl_jax import losses, objective, optimizers, train
+from kdtl_jax import losses, objective, train
+from kdtl_jax.train import balancing
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -42,7 +43,7 @@ def test_term_gradients_add_up_to_the_gradient_of_the_sum() -> None:
         return {"a": jnp.sum(w**2), "b": jnp.sum(jnp.sin(w))}, "auxiliary"
 
     w = normal(3)
-    values, gradients, auxiliary = optimizers.term_gradients(loss, w)
+    values, gradients, auxiliary = balancing.term_gradients(loss, w)
     assert auxiliary == "auxiliary" and set(values) == {"a", "b"}
     np.testing.assert_allclose(gradients["a"], 2 * w, rtol=1e-6)
     np.testing.assert_allclose(gradients["b"], jnp.cos(w), rtol=1e-6)
@@ -60,9 +61,9 @@ def run(step: Any, tx: Any, steps: int = 3) -> tuple[np.ndarray, Any]:
 def test_dot_by_its_equations() -> None:
     decay, rate, delta = 0.01, 0.1, 0.05
     tx = optax.chain(
-        optax.add_decayed_weights(decay), optimizers.scale_by_dot(delta=delta), optax.scale(-rate)
+        optax.add_decayed_weights(decay), balancing.scale_by_dot(delta=delta), optax.scale(-rate)
     )
-    step = optimizers.make_dot_step(linear, linear, terms, WEIGHTS, tx, distill=["match"])
+    step = balancing.make_dot_step(linear, linear, terms, WEIGHTS, tx, distill=["match"])
     got, metrics = run(step, tx)
     assert set(metrics) == {"task", "match", "loss"}
 
@@ -81,10 +82,10 @@ def test_dot_by_its_equations() -> None:
 
 
 def test_without_delta_dot_is_sgd_with_momentum_on_the_sum() -> None:
-    dot = optax.chain(optimizers.scale_by_dot(delta=0.0), optax.scale(-0.1))
+    dot = optax.chain(balancing.scale_by_dot(delta=0.0), optax.scale(-0.1))
     sgd = optax.sgd(0.1, momentum=0.9)
     ours, a = run(
-        optimizers.make_dot_step(linear, linear, terms, WEIGHTS, dot, distill=["match"]), dot
+        balancing.make_dot_step(linear, linear, terms, WEIGHTS, dot, distill=["match"]), dot
     )
     plain, b = run(train.make_distill_step(linear, linear, terms, WEIGHTS, sgd), sgd)
     np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
@@ -93,7 +94,7 @@ def test_without_delta_dot_is_sgd_with_momentum_on_the_sum() -> None:
 
 
 def test_a_dot_step_is_frozen_where_told_and_compiles_once() -> None:
-    tx = optax.chain(optimizers.scale_by_dot(), optax.scale(-0.1))
+    tx = optax.chain(balancing.scale_by_dot(), optax.scale(-0.1))
     params = {"student": {"w": normal(5, C)}, "connectors": {"v": normal(2)}}
     where = "student/.*"
     traces = []
@@ -102,7 +103,7 @@ def test_a_dot_step_is_frozen_where_told_and_compiles_once() -> None:
         traces.append(0)
         return terms(inputs)
 
-    step = optimizers.make_dot_step(
+    step = balancing.make_dot_step(
         linear, None, counted, WEIGHTS, tx, distill=["match"], trainable=where
     )
     state = train.init_state(params, tx, key=jax.random.key(0), trainable=where)
@@ -119,14 +120,14 @@ def test_a_dot_step_is_frozen_where_told_and_compiles_once() -> None:
 def test_dot_refuses_what_it_cannot_do() -> None:
     for momentum, delta in ((0.9, 0.1), (0.9, -0.1), (0.1, 0.2)):
         with pytest.raises(ValueError, match="0 <= delta <= momentum"):
-            optimizers.scale_by_dot(momentum=momentum, delta=delta)
-    tx = optimizers.scale_by_dot()
+            balancing.scale_by_dot(momentum=momentum, delta=delta)
+    tx = balancing.scale_by_dot()
     w = normal(2)
     with pytest.raises(ValueError, match="needs distill_gradient="):
         tx.update(w, tx.init(w))
     state = train.init_state({"student": {"w": normal(5, C)}}, tx, key=jax.random.key(0))
     for distill in (["task", "match"], ["kd"]):
-        step = optimizers.make_dot_step(linear, linear, terms, WEIGHTS, tx, distill=distill)
+        step = balancing.make_dot_step(linear, linear, terms, WEIGHTS, tx, distill=distill)
         with pytest.raises(ValueError, match=r"distill must name some of the terms"):
             jax.eval_shape(step, state, {"w": normal(5, C)}, BATCH)
 
@@ -140,30 +141,30 @@ def test_balanced_terms_have_one_size_and_their_own_directions() -> None:
         summed = objective.Mean(jnp.sum(x) * 10, jnp.asarray(2.0))
         return {"kd": x, "hint": 100 * x**2, "tokens": tokens, "summed": summed, "zero": 0 * x}
 
-    terms = optimizers.balanced(raw(x), reference="kd")
+    terms = balancing.balanced(raw(x), reference="kd")
     means = {k: float(v.value()) for k, v in objective.reduce_all(terms).items()}
     np.testing.assert_allclose([means[k] for k in ("kd", "hint", "tokens", "summed")], 2, rtol=1e-5)
     assert means["zero"] == 0
 
     def hint(x: jax.Array) -> jax.Array:
-        values = optimizers.balanced(raw(x), reference="kd")["hint"]
+        values = balancing.balanced(raw(x), reference="kd")["hint"]
         assert isinstance(values, jax.Array)
         return jnp.mean(values)
 
     np.testing.assert_allclose(jax.grad(hint)(x), 2 / 500 * 100 * x, rtol=1e-5)
     with pytest.raises(ValueError, match="no term 'kl', there are"):
-        optimizers.balanced(raw(x), reference="kl")
+        balancing.balanced(raw(x), reference="kl")
 
 
 def test_padding_does_not_count_in_the_balance() -> None:
     terms = {"kd": jnp.asarray([1.0, 50.0]), "hint": jnp.asarray([4.0, jnp.nan])}
     weights = jnp.asarray([1.0, 0.0])
-    balanced = optimizers.balanced(terms, reference="kd", example_weights=weights)
+    balanced = balancing.balanced(terms, reference="kd", example_weights=weights)
     np.testing.assert_allclose(balanced["hint"][0], 1, rtol=1e-5)
 
 
 def test_the_remainder_goes_to_one_term() -> None:
-    assert optimizers.remainder({"kd": 0.5, "hint": 0.25}, to="task")["task"] == 0.25
+    assert balancing.remainder({"kd": 0.5, "hint": 0.25}, to="task")["task"] == 0.25
     for weights in ({"kd": 1.5}, {"kd": -0.1}, {"task": 0.1}):
         with pytest.raises(ValueError, match="at most 1"):
-            optimizers.remainder(weights, to="task")
+            balancing.remainder(weights, to="task")

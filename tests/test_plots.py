@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from kdtl_jax.report import plots
+from kdtl_jax.run.report import plots
 
 AXES = [
     plots.Axis("method", [0.0, 1.0, 0.0, 1.0], ["kd & co", "dkd"]),

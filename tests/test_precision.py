@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from kdtl_jax import losses, precision, train
+from kdtl_jax import losses, train
 from kdtl_jax.datasets import digits
 from kdtl_jax.objective import Inputs, Masked
+from kdtl_jax.train import precision
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 KEY = jax.random.key(0)

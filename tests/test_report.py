@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from kdtl_jax import report
-from kdtl_jax.report import Interval, Results, Row, _svg
+from kdtl_jax.run import report
+from kdtl_jax.run.report import Interval, Results, Row, _svg
 
 NASTY = "<script>alert('a')</script> & \"b\""
 

@@ -21,19 +21,10 @@ import numpy as np
 import optax
 import pytest
 
-from kdtl_jax import (
-    Variables,
-    _numerics,
-    checkpoint,
-    loop,
-    losses,
-    memory,
-    precision,
-    sharding,
-    train,
-    transforms,
-)
+from kdtl_jax import Variables, _numerics, losses, memory, train, transforms
 from kdtl_jax.objective import Inputs
+from kdtl_jax.run import checkpoint, loop, sharding
+from kdtl_jax.train import precision
 
 pytestmark = pytest.mark.usefixtures("optimized", "standard_promotion")
 KEY = jax.random.key(0)

@@ -24,15 +24,12 @@ FLOORS: tuple[frozenset[str], ...] = (
     # Functions of arrays and of parameters.
     frozenset(
         {"losses", "penalties", "connectors", "memory", "objective", "projection", "transforms"}
-        | {"normalization", "ensembles", "temperatures", "precision", "augment"}
-        | {"finetune", "fisher", "transferability"}
+        | {"normalization", "temperatures", "augment", "transferability"}
     ),
-    # Steps, and what is made of whole steps.
-    frozenset({"train", "sweep", "testing"}),
-    frozenset({"online", "hypergradients", "optimizers"}),
+    # Published methods as values; steps, and what is made of whole steps.
+    frozenset({"methods", "train", "testing"}),
     # The host's side.
-    frozenset({"sharding", "checkpoint", "teacher_cache", "report", "data", "measure"}),
-    frozenset({"loop"}),
+    frozenset({"run"}),
     # The edge: frameworks, models, files, the command line.
     frozenset({"models", "datasets"}),
     frozenset({"interop"}),
@@ -41,7 +38,7 @@ FLOORS: tuple[frozenset[str], ...] = (
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 # What `import kdtl_jax` may need; everything else is imported at the edge.
-LIGHT_FLOOR = 4
+LIGHT_FLOOR = 3
 LIGHT = {"jax", "numpy", "optax", "scipy"}  # jax itself requires scipy
 
 

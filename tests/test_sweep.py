@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from kdtl_jax import losses, sweep, train
+from kdtl_jax import losses, train
+from kdtl_jax.train import sweep
 
 DATA = {
     "inputs": np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32),
@@ -83,7 +84,7 @@ def test_grid_is_the_product_last_axis_fastest() -> None:
 def test_bad_sweeps_say_what_to_do() -> None:
     with pytest.raises(ValueError, match="axis 'seed' is empty"):
         sweep.grid(seed=[])
-    with pytest.raises(ValueError, match="sweep.sample: axis 'x' is empty"):
+    with pytest.raises(ValueError, match="axis 'x' is empty"):
         sweep.sample(3, x=[])
     with pytest.raises(TypeError, match=r"sweep.grid: axis 'a' must be a sequence, got 3.0"):
         sweep.grid(a=3.0)  # type: ignore[arg-type]

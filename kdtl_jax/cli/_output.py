@@ -11,8 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kdtl_jax import _files, report
+from kdtl_jax import _files
 from kdtl_jax.cli import _config
+from kdtl_jax.run import report
 
 Progress = Callable[[str], None]
 # What a run writes before its work: all that is left of one that failed before it trained anything.

@@ -6,10 +6,10 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kdtl_jax import report
 from kdtl_jax.cli import _config, _output
 from kdtl_jax.interop import huggingface
 from kdtl_jax.recipes import sentences as recipe
+from kdtl_jax.run import report
 
 QUICK = {"steps": 4, "held_out": 60}
 

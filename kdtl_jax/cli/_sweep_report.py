@@ -14,10 +14,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from kdtl_jax import _files, report
+from kdtl_jax import _files
 from kdtl_jax.datasets import Splits
 from kdtl_jax.recipes import sweep
-from kdtl_jax.report import plots
+from kdtl_jax.run import report
+from kdtl_jax.run.report import plots
 
 SCHEMA_VERSION = 1
 SHOWN = 12  # rows of the printed table

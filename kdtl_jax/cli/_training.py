@@ -10,9 +10,10 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from kdtl_jax import augment, precision, sharding
+from kdtl_jax import augment
 from kdtl_jax.cli._config import UsageError
-from kdtl_jax.train import Batch
+from kdtl_jax.run import sharding
+from kdtl_jax.train import Batch, precision
 
 Views = Callable[[Array, Array, Batch], dict[str, Any]]  # key, epoch, batch -> batch
 RATES = {"sgd": 0.05, "adam": 3e-3, "adamw": 3e-3}

@@ -13,11 +13,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kdtl_jax import _files, measure, report
+from kdtl_jax import _files
 from kdtl_jax.cli import _output
 from kdtl_jax.cli._config import UsageError
 from kdtl_jax.recipes import bench
-from kdtl_jax.report import plots
+from kdtl_jax.run import measure, report
+from kdtl_jax.run.report import plots
 
 NAMES = ("mlp", "resnet", "vit", "decoder")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -13,13 +13,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kdtl_jax import precision, teacher_cache
 from kdtl_jax._types import ModelFn, Variables
 from kdtl_jax.cli import _specs
 from kdtl_jax.cli._config import UsageError
 from kdtl_jax.datasets import Splits
 from kdtl_jax.losses import TopK
 from kdtl_jax.recipes import _networks
+from kdtl_jax.run import teacher_cache
+from kdtl_jax.train import precision
 
 ALL = "all"
 DTYPES = ("float32", "bfloat16", "float16")

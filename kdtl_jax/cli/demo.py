@@ -6,11 +6,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from kdtl_jax import checkpoint, report
 from kdtl_jax.cli import _output
 from kdtl_jax.datasets import Splits, Standardizer, digits, standardizer, stratified
 from kdtl_jax.interop import safetensors
 from kdtl_jax.recipes import demo_distill, demo_transfer
+from kdtl_jax.run import checkpoint, report
 
 BASELINES = {demo_distill.FAMILY: "student_alone", demo_transfer.FAMILY: "scratch"}
 

@@ -14,14 +14,15 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from kdtl_jax import _files, report, trees
+from kdtl_jax import _files, trees
 from kdtl_jax.cli import _config, _output, _specs, _training
-from kdtl_jax.cli.methods import BY_NAME, COLUMNS, rows
 from kdtl_jax.datasets import Splits, Standardizer, standardizer
 from kdtl_jax.interop import safetensors
+from kdtl_jax.methods import BY_NAME, COLUMNS, rows
+from kdtl_jax.methods._method import Method, Options
 from kdtl_jax.recipes import _networks, distill
-from kdtl_jax.recipes._method import Method, Options
 from kdtl_jax.recipes._training import Place, Schedule
+from kdtl_jax.run import report
 
 DEFAULT = ["kd", "dkd"]
 ALL = "all"

@@ -2,7 +2,7 @@
 
 import argparse
 
-from kdtl_jax import report
+from kdtl_jax.run import report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

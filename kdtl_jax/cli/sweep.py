@@ -11,15 +11,15 @@ import jax
 import numpy as np
 import optax
 
-from kdtl_jax import sweep as sweeps
 from kdtl_jax import trees
 from kdtl_jax.cli import _config, _output, _specs, _sweep_report, _training
 from kdtl_jax.cli._config import UsageError
-from kdtl_jax.cli.methods import BY_NAME
 from kdtl_jax.datasets import Splits, standardizer
+from kdtl_jax.methods import BY_NAME
+from kdtl_jax.methods._method import Method
 from kdtl_jax.recipes import sweep
-from kdtl_jax.recipes._method import Method
 from kdtl_jax.recipes._training import Schedule
+from kdtl_jax.train import sweep as sweeps
 
 DEFAULT_GRID = ["temperature=1,2,4,8"]
 PATHS = {

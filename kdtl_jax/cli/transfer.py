@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdtl_jax import checkpoint, report, transforms, trees
+from kdtl_jax import transforms, trees
 from kdtl_jax.cli import _config, _output, _sentences, _specs, _training
 from kdtl_jax.datasets import Dataset, Splits, Standardizer, only_classes, standardizer
 from kdtl_jax.interop import safetensors
 from kdtl_jax.recipes import _networks, demo_transfer
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import transfer as recipe
+from kdtl_jax.run import checkpoint, report
 
 POLICIES = {
     "error": transforms.error,

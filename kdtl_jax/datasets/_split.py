@@ -39,7 +39,7 @@ def stratified(
     """
     if validation < 0 or test < 0 or validation + test >= 1:
         raise ValueError(
-            "stratified: validation and test must be fractions >= 0 with a sum below 1, got "
+            "validation and test must be fractions >= 0 with a sum below 1, got "
             f"{validation} and {test}."
         )
     rng = np.random.default_rng(seed)
@@ -51,7 +51,7 @@ def stratified(
         asked = [test > 0, validation > 0, True]
         if len(rows) and any(a and not len(p) for a, p in zip(asked, pieces, strict=True)):
             raise ValueError(
-                f"stratified: {data.name}: class {label} has {len(rows)} examples, too few for "
+                f"{data.name}: class {label} has {len(rows)} examples, too few for "
                 f"every part with validation={validation}, test={test}. Merge or drop the class, "
                 "or change the fractions."
             )
@@ -72,9 +72,7 @@ def per_class(data: Dataset, count: int, *, seed: int = 0) -> Dataset:
     for label in np.unique(data.labels):
         rows = np.flatnonzero(data.labels == label)
         if len(rows) < count:
-            raise ValueError(
-                f"per_class: {data.name}: class {label} has {len(rows)} examples, {count} asked."
-            )
+            raise ValueError(f"{data.name}: class {label} has {len(rows)} examples, {count} asked.")
         chosen.append(rng.permutation(rows)[:count])
     return data.subset(np.sort(np.concatenate(chosen)))
 
@@ -87,7 +85,7 @@ def only_classes(data: Dataset, classes: range) -> Dataset:
     """
     rows = np.flatnonzero(np.isin(data.labels, classes))
     if not len(rows):
-        raise ValueError(f"only_classes: {data.name} has no example of classes {list(classes)}.")
+        raise ValueError(f"{data.name} has no example of classes {list(classes)}.")
     kept = data.subset(rows)
     return kept._replace(labels=kept.labels - np.int32(classes.start), classes=len(classes))
 

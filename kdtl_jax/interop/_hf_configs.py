@@ -58,7 +58,7 @@ def architecture(config: Config, shapes: Shapes) -> Architecture:
             return Architecture(_resnet(config, shapes), _hf_names.resnet, image)
         case _:
             raise ValueError(
-                f"huggingface: model_type {family!r} is not built here; known are {families}. "
+                f"model_type {family!r} is not built here; known are {families}. "
                 "Load its tensors with safetensors.load and name them with your own rules."
             )
 
@@ -86,8 +86,7 @@ def classifier(config: Config, classes: int) -> Classifier:
     }
     if family not in tasks:
         raise ValueError(
-            f"huggingface: a {family!r} model takes no new head here; those of {', '.join(tasks)} "
-            "do."
+            f"a {family!r} model takes no new head here; those of {', '.join(tasks)} do."
         )
     name, names = tasks[family]
     changes = {
@@ -101,7 +100,7 @@ def classifier(config: Config, classes: int) -> Classifier:
 def required(config: Config, key: str) -> Any:
     """`config[key]`, or an error that names the key."""
     if key not in config:
-        raise ValueError(f"huggingface: config.json has no {key!r}; it is of no known model.")
+        raise ValueError(f"config.json has no {key!r}; it is of no known model.")
     return config[key]
 
 
@@ -110,7 +109,7 @@ def _refuse(config: Config, **unsupported: tuple[Any, ...]) -> None:
     for key, allowed in unsupported.items():
         if key in config and config[key] not in allowed:
             raise ValueError(
-                f"huggingface: {key} = {config[key]!r} is not built here (only "
+                f"{key} = {config[key]!r} is not built here (only "
                 f"{' or '.join(map(repr, allowed))}); the outputs would be wrong."
             )
 
@@ -128,7 +127,7 @@ def _activation(name: str) -> models.Activation:
         case "silu" | "swish":
             return jax.nn.silu
         case _:
-            raise ValueError(f"huggingface: the activation {name!r} is not built here.")
+            raise ValueError(f"the activation {name!r} is not built here.")
 
 
 def _has(shapes: Shapes, suffix: str) -> bool:
@@ -272,9 +271,7 @@ def rope_frequencies(config: Config, head_width: int) -> tuple[float, ...]:
             return share * frequency + (1 - share) * frequency / factor
 
         return tuple(blended(f) for f in plain)
-    raise ValueError(
-        f"huggingface: rope type {kind!r} is not built here (only default, linear and llama3)."
-    )
+    raise ValueError(f"rope type {kind!r} is not built here (only default, linear and llama3).")
 
 
 def _vit(config: Config, shapes: Shapes) -> models.ViT:

@@ -67,7 +67,7 @@ def numpy_dtype(name: str, dtype: str) -> np.dtype[Any]:
     if dtype in _dtypes:
         return _dtypes[dtype]
     raise TypeError(
-        f"safetensors: tensor {name!r} is stored as {dtype}, which is not loaded: an 8-bit "
+        f"tensor {name!r} is stored as {dtype}, which is not loaded: an 8-bit "
         "float is meaningless without its separate scales. Dequantize it to BF16 with the tool "
         "that made it."
     )
@@ -87,7 +87,7 @@ def stored_dtype(name: str, dtype: Any) -> str:
         if little == known:
             return stored
     raise TypeError(
-        f"safetensors: {name!r} has dtype {dtype}, which cannot be stored. Save arrays of float, "
+        f"{name!r} has dtype {dtype}, which cannot be stored. Save arrays of float, "
         "int or bool only: take trees.partition(...)[0] of a tree with functions, and "
         "jax.random.key_data of a PRNG key."
     )
@@ -142,7 +142,7 @@ def encode(
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise TypeError(
-                f"safetensors: metadata must map strings to strings, got {key!r}: {value!r}. "
+                f"metadata must map strings to strings, got {key!r}: {value!r}. "
                 "Convert them first, e.g. str(value) or json.dumps(value)."
             )
     widths = {name: _dtypes[dtype].itemsize for name, (dtype, _) in specs.items()}
@@ -157,7 +157,7 @@ def encode(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > max_header_bytes:
-        raise ValueError(f"safetensors: the header would have {len(text)} bytes; split the file.")
+        raise ValueError(f"the header would have {len(text)} bytes; split the file.")
     return struct.pack("<Q", len(text)) + text, order
 
 

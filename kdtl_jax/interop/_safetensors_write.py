@@ -124,7 +124,7 @@ def _size(spec: Any) -> int:
 def _spec(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
         raise TypeError(
-            f"save: {name!r} is a {type(leaf).__name__}, not an array. Save the arrays alone, for "
+            f"{name!r} is a {type(leaf).__name__}, not an array. Save the arrays alone, for "
             "example trees.partition(tree, '.*')[0]."
         )
     _header.stored_dtype(name, leaf.dtype)
@@ -137,7 +137,7 @@ def _write(file: BinaryIO, name: str, dtype: str, shape: tuple[int, ...], made: 
         array = np.asarray(made)
         came = (_header.stored_dtype(name, array.dtype), array.shape)
         if came != (dtype, shape):
-            raise ValueError(f"stream: {name!r} was announced as {(dtype, shape)}, got {came}.")
+            raise ValueError(f"{name!r} was announced as {(dtype, shape)}, got {came}.")
         file.write(_bytes(array))
         return
     entries = 0
@@ -147,13 +147,13 @@ def _write(file: BinaryIO, name: str, dtype: str, shape: tuple[int, ...], made: 
         entries += array.size
         if came != dtype or entries > math.prod(shape):
             raise ValueError(
-                f"stream: {name!r} was announced as {(dtype, shape)}, got pieces of {came} with "
+                f"{name!r} was announced as {(dtype, shape)}, got pieces of {came} with "
                 f"{entries} entries so far."
             )
         file.write(_bytes(array))
     if entries != math.prod(shape):
         raise ValueError(
-            f"stream: {name!r} was announced as {(dtype, shape)}, got pieces with {entries} "
+            f"{name!r} was announced as {(dtype, shape)}, got pieces with {entries} "
             "entries together."
         )
 

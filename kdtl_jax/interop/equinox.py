@@ -92,7 +92,7 @@ def with_params(module: Any, params: Params) -> Any:
     _, static = eqx.partition(module, eqx.is_inexact_array)
     if jax.tree.structure(eqx.filter(module, eqx.is_inexact_array)) != jax.tree.structure(params):
         raise ValueError(
-            "equinox.with_params: params must have the structure of the module's own arrays; fill "
+            "params must have the structure of the module's own arrays; fill "
             "them with transforms.transfer(source, equinox.model(module).params)."
         )
     return eqx.combine(params, static)

@@ -88,6 +88,6 @@ def _select(taps: Sequence[str], calls: Mapping[str, list[Any]]) -> dict[str, Ar
         hits = {name: x for name, x in found.items() if re.fullmatch(tap, name)}
         if not hits:
             near = ", ".join(repr(name) for name in trees.nearest(tap, list(found), n=8))
-            raise ValueError(f"haiku.model: tap {tap!r} matches no module. Nearest names: {near}.")
+            raise ValueError(f"tap {tap!r} matches no module. Nearest names: {near}.")
         chosen |= hits
     return chosen

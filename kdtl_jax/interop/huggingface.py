@@ -132,11 +132,9 @@ def student(
     )
     if not depth or not hasattr(source.module, "layers"):
         family = source.config.get("model_type")
-        raise ValueError(f"student: a {family!r} model has no numbered layers to choose from.")
+        raise ValueError(f"a {family!r} model has no numbered layers to choose from.")
     if not layers or not all(0 <= i < source.config[depth] for i in layers):
-        raise ValueError(
-            f"student: layers must lie in 0..{source.config[depth] - 1}, got {list(layers)}."
-        )
+        raise ValueError(f"layers must lie in 0..{source.config[depth] - 1}, got {list(layers)}.")
     module, rules = source.module.clone(layers=len(layers)), source.rules
     config = {**source.config, depth: len(layers)}
     rename = transforms.layer_map(r"layers_(\d+)/.*", layers)
@@ -191,12 +189,12 @@ def _folder(source: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
-        raise FileNotFoundError(f"huggingface.load: {folder} is not a folder.")
+        raise FileNotFoundError(f"{folder} is not a folder.")
     try:
         hub = importlib.import_module("huggingface_hub")
     except ImportError:
         raise ImportError(
-            f"huggingface.load: {source} is no local folder. To fetch it from the hub install the "
+            f"{source} is no local folder. To fetch it from the hub install the "
             "extra: pip install 'kdtl_jax[hub]'."
         ) from None
     wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*"]
@@ -205,13 +203,13 @@ def _folder(source: str | Path) -> Path:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"huggingface.load: {path} does not exist.")
+        raise FileNotFoundError(f"{path} does not exist.")
     try:
         config = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"huggingface.load: {path} is not JSON ({error}).") from None
+        raise ValueError(f"{path} is not JSON ({error}).") from None
     if not isinstance(config, dict):
-        raise ValueError(f"huggingface.load: {path} must hold a JSON object.")
+        raise ValueError(f"{path} must hold a JSON object.")
     return config
 
 

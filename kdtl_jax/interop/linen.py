@@ -131,7 +131,7 @@ def _select(taps: Sequence[str], intermediates: Mapping[str, Any]) -> dict[str, 
         if not hits:
             near = ", ".join(repr(path) for path in trees.nearest(tap, list(arrays), n=8))
             raise ValueError(
-                f"linen.model: tap {tap!r} matches no submodule with an array output. "
+                f"tap {tap!r} matches no submodule with an array output. "
                 f"Nearest paths: {near or 'none, the module has no submodules'}."
             )
         chosen |= hits

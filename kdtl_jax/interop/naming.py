@@ -77,7 +77,7 @@ def from_torch(
             continue
         path, axes = _translated("from_torch", name, [(r.torch, r.jax, r.axes) for r in rules])
         if path in out:
-            raise ValueError(f"from_torch: {name!r} and another tensor both become {path!r}.")
+            raise ValueError(f"{name!r} and another tensor both become {path!r}.")
         out[path] = _permuted(name, array, axes)
     return out
 
@@ -92,7 +92,7 @@ def to_torch(tree: PyTree, rules: Sequence[Rule]) -> dict[str, Any]:
     for path, array in trees.flatten(tree).items():
         name, axes = _translated("to_torch", path, [(r.jax, r.torch, r.axes) for r in rules])
         if name in out:
-            raise ValueError(f"to_torch: {path!r} and another path both become {name!r}.")
+            raise ValueError(f"{path!r} and another path both become {name!r}.")
         out[name] = _unpermuted(path, array, axes)
     return out
 
@@ -171,6 +171,6 @@ def _check_rank(name: str, array: Any, axes: Axes) -> None:
     assert axes.order is not None
     if len(array.shape) != len(axes.order):
         raise ValueError(
-            f"naming: {name!r} has shape {list(array.shape)}, but its rule permutes "
+            f"{name!r} has shape {list(array.shape)}, but its rule permutes "
             f"{len(axes.order)} axes. The table is for another architecture."
         )

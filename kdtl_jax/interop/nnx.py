@@ -134,7 +134,7 @@ def _select(taps: Sequence[str], found: dict[str, Any]) -> dict[str, Array]:
         if not hits:
             near = ", ".join(repr(path) for path in trees.nearest(tap, list(found), n=8))
             raise ValueError(
-                f"nnx.model: tap {tap!r} matches no output. Nearest paths: {near or 'none'}. A "
+                f"tap {tap!r} matches no output. Nearest paths: {near or 'none'}. A "
                 "class that inherits its __call__ is not seen by nnx.capture: let it define one."
             )
         chosen |= hits

@@ -6,7 +6,7 @@ target is written, synced and renamed, so the target is always the old file or t
 half of it. `stream` writes tensor by tensor, so memory holds one tensor, not the checkpoint.
 
 Deliberately absent: anything that unpickles (`.bin`, `.pt`, `.ckpt` are refused by content), and
-checksums, which the format does not have (checkpoints of training runs do: `kdtl_jax.checkpoint`).
+checksums, which the format does not have (training checkpoints do: `kdtl_jax.run.checkpoint`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -87,7 +87,7 @@ def blocks(tensor: Tensor, size: int) -> Iterator[np.ndarray]:
       TypeError: for 8-bit floats.
       ValueError: if `size` is below 1, or the file has become shorter since its header was read.
     """
-    _checks.count("safetensors.blocks", 1, size=size)
+    _checks.count(1, size=size)
     step = size * _header.numpy_dtype(tensor.file.name, tensor.dtype).itemsize
     for start in range(tensor.start, tensor.stop, step):
         yield _piece(tensor, start, min(start + step, tensor.stop))
@@ -99,7 +99,7 @@ def _piece(tensor: Tensor, start: int, stop: int) -> np.ndarray:
         file.seek(start)
         raw = np.fromfile(file, np.uint8, stop - start)
     if raw.size != stop - start:
-        raise ValueError(f"safetensors: {tensor.file} became shorter while it was read.")
+        raise ValueError(f"{tensor.file} became shorter while it was read.")
     return raw.view(dtype)
 
 
@@ -156,11 +156,9 @@ def nested(flat: Mapping[str, Any], *, separator: str = "/") -> dict[str, Any]:
         for segment in parents:
             node = node.setdefault(segment, {})
             if not isinstance(node, dict):
-                raise ValueError(f"nested: {path!r} continues a path that is itself a tensor.")
+                raise ValueError(f"{path!r} continues a path that is itself a tensor.")
         if last in node:
-            raise ValueError(
-                f"nested: {path!r} is both a tensor and the beginning of another path."
-            )
+            raise ValueError(f"{path!r} is both a tensor and the beginning of another path.")
         node[last] = leaf
     return tree
 
@@ -179,13 +177,13 @@ def fill(like: PyTree, flat: Mapping[str, Any]) -> PyTree:
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise ValueError(
-            f"load_tree: the file does not fit the template: {'; '.join(wrong[:8])}{more}. "
+            f"the file does not fit the template: {'; '.join(wrong[:8])}{more}. "
             "To adapt it, load without a template and use transforms.transfer."
         )
     for path in both:
         if jnp.result_type(flat[path]) != jnp.result_type(wanted[path]):
             raise TypeError(
-                f"load_tree: {path!r} is {jnp.result_type(flat[path])}, expected "
+                f"{path!r} is {jnp.result_type(flat[path])}, expected "
                 f"{jnp.result_type(wanted[path])}. transforms.transfer converts and reports it."
             )
     return jax.tree.unflatten(jax.tree.structure(like), [flat[path] for path in wanted])
@@ -195,7 +193,7 @@ def _locate(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise FileNotFoundError(f"safetensors: {path} does not exist.")
+        raise FileNotFoundError(f"{path} does not exist.")
     for name in ("model.safetensors", index_name):
         if (path / name).is_file():
             return path / name
@@ -204,36 +202,36 @@ def _locate(path: Path) -> Path:
         return found[0]
     if found:
         raise FileNotFoundError(
-            f"safetensors: {path} holds {len(found)} safetensors files and no {index_name}; "
+            f"{path} holds {len(found)} safetensors files and no {index_name}; "
             f"name one of them, such as {found[0].name}."
         )
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     hint = f" It has {pickles[0]}, a pickle, which is never loaded: convert it." if pickles else ""
-    raise FileNotFoundError(f"safetensors: {path} holds no safetensors file.{hint}")
+    raise FileNotFoundError(f"{path} holds no safetensors file.{hint}")
 
 
 def _index_shards(path: Path) -> Checkpoint:
     contents = _header.json_object(path, path.read_bytes())
     weight_map = contents.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise ValueError(f"safetensors: {path} has no weight_map from tensor names to file names.")
+        raise ValueError(f"{path} has no weight_map from tensor names to file names.")
     shards: dict[str, dict[str, Tensor]] = {}
     metadata: dict[str, str] = {}
     for name in sorted(set(weight_map.values())):
         file = path.parent / _plain_name(path, name)
         if not file.is_file():
-            raise FileNotFoundError(f"safetensors: {path} names {name}, which does not exist.")
+            raise FileNotFoundError(f"{path} names {name}, which does not exist.")
         shards[name], more = _header.parse(file)
         metadata |= more
     tensors: dict[str, Tensor] = {}
     for tensor, shard in weight_map.items():
         if tensor not in shards[shard]:
-            raise ValueError(f"safetensors: {path} puts {tensor!r} in {shard}, which lacks it.")
+            raise ValueError(f"{path} puts {tensor!r} in {shard}, which lacks it.")
         tensors[tensor] = shards[shard][tensor]
     unlisted = sorted(t for shard in shards.values() for t in shard if t not in weight_map)
     if unlisted:
         raise ValueError(
-            f"safetensors: {path} does not list {len(unlisted)} of its files' tensors, such as "
+            f"{path} does not list {len(unlisted)} of its files' tensors, such as "
             f"{unlisted[0]!r}. Index and files belong to different checkpoints; name a single file."
         )
     return Checkpoint(tensors, metadata, tuple(path.parent / name for name in sorted(shards)))
@@ -244,7 +242,5 @@ def _plain_name(path: Path, name: str) -> str:
     windows = PureWindowsPath(name)
     plain = PurePosixPath(name).name == name == windows.name and name not in ("", ".", "..")
     if not plain or windows.drive or "\0" in name:
-        raise ValueError(
-            f"safetensors: {path} names the file {name!r}; an index may only name files beside it."
-        )
+        raise ValueError(f"{path} names the file {name!r}; an index may only name files beside it.")
     return name

@@ -25,10 +25,10 @@ def align_tokens(
       ValueError: if ends are not one-dimensional or decrease.
     """
     sides = {"student_ends": np.asarray(student_ends), "teacher_ends": np.asarray(teacher_ends)}
-    _checks.rank("align_tokens", 1, 1, **sides)
+    _checks.rank(1, 1, **sides)
     for name, ends in sides.items():
         if np.any(np.diff(ends) < 0):
-            raise ValueError(f"align_tokens: {name} must not decrease, got {ends}.")
+            raise ValueError(f"{name} must not decrease, got {ends}.")
     groups = [np.full(len(ends), -1, np.int32) for ends in sides.values()]
     start, at, count = [0, 0], [0, 0], 0
     ends = list(sides.values())
@@ -66,10 +66,10 @@ def merge_tokens(log_probs: Array, tokens: Array, groups: Array, *, num_groups: 
       ValueError: if shapes do not fit.
       TypeError: if arrays have the wrong kind of dtype.
     """
-    _checks.floating("merge_tokens", log_probs=log_probs)
-    _checks.rank("merge_tokens", 2, 2, log_probs=log_probs)
-    _checks.labels("merge_tokens", tokens, log_probs)
-    _checks.same_shape("merge_tokens", tokens=tokens, groups=groups)
+    _checks.floating(log_probs=log_probs)
+    _checks.rank(2, 2, log_probs=log_probs)
+    _checks.labels(tokens, log_probs)
+    _checks.same_shape(tokens=tokens, groups=groups)
     log_probs = _numerics.upcast(log_probs)
     groups = jnp.asarray(groups)
     before = jnp.concatenate([jnp.full((1,), -1, groups.dtype), groups[:-1]])

@@ -22,9 +22,9 @@ def _scores(
     batch, _, queries, keys = student.shape
     if queries != keys:
         raise ValueError(
-            f"{fn}: scores must be [B, heads, L, L], got {_checks.described(student=student)}."
+            f"scores must be [B, heads, L, L], got {_checks.described(student=student)}."
         )
-    _checks.mask(fn, where, (batch, queries))
+    _checks.mask(where, (batch, queries))
     if where is None:
         return student, teacher, None
     real = where[:, None, :, None] & where[:, None, None, :]
@@ -120,9 +120,9 @@ def minilm_relation(
     References:
       Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021 (2012.15828).
     """
-    _checks.positive("minilm_relation", relation_heads=relation_heads)
+    _checks.positive(relation_heads=relation_heads)
     _door.same_positions("minilm_relation", student[0], teacher[0], at_most=3)
-    _checks.mask("minilm_relation", where, student[0].shape[:-1])
+    _checks.mask(where, student[0].shape[:-1])
     scores_s = _relation(*student, relation_heads, where)
     scores_t = _relation(*teacher, relation_heads, where)
     return attention_kl(scores_s, scores_t, where=where)
@@ -134,8 +134,7 @@ def _relation(x: Array, y: Array, heads: int, where: Array | None) -> Array:
     width, left_over = divmod(x.shape[-1], heads)
     if left_over:
         raise ValueError(
-            f"minilm_relation: relation_heads={heads} must divide the width, got "
-            f"{_checks.described(vectors=x)}."
+            f"relation_heads={heads} must divide the width, got {_checks.described(vectors=x)}."
         )
     # The width splits the scale between both factors, which keeps half precisions in range.
     x, y = (_heads(z, heads) / width**0.25 for z in (x, y))
@@ -172,12 +171,12 @@ def minilm_v2(
     References:
       Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021 (2012.15828).
     """
-    _checks.same_keys("minilm_v2", student=student, teacher=teacher)
+    _checks.same_keys(student=student, teacher=teacher)
     if not student:
-        raise ValueError("minilm_v2: give at least one of query, key, value.")
+        raise ValueError("give at least one of query, key, value.")
     for name in student:
         _door.same_positions("minilm_v2", student[name], teacher[name], at_most=3)
-    _checks.mask("minilm_v2", where, next(iter(student.values())).shape[:-1])
+    _checks.mask(where, next(iter(student.values())).shape[:-1])
 
     def relations(side: Mapping[str, Array]) -> Array:
         """All relations side by side, as if they were heads."""
@@ -199,10 +198,10 @@ def uniform_layers(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
     Raises:
       ValueError: unless both are at least 1 and M divides N.
     """
-    _checks.count("uniform_layers", 1, student_layers=student_layers, teacher_layers=teacher_layers)
+    _checks.count(1, student_layers=student_layers, teacher_layers=teacher_layers)
     if teacher_layers % student_layers:
         raise ValueError(
-            "uniform_layers: the student's layers must divide the teacher's, got "
+            "the student's layers must divide the teacher's, got "
             f"{student_layers} and {teacher_layers}."
         )
     return tuple(range(0, teacher_layers + 1, teacher_layers // student_layers))
@@ -216,7 +215,7 @@ def _spread(
     if own < 1 or other < 1 or other % own:
         first = "the embedding (layer 0) and then " if below else ""
         raise ValueError(
-            f"{fn}: student and teacher must be lists of {first}M and N layers, N a multiple of M, "
+            f"student and teacher must be lists of {first}M and N layers, N a multiple of M, "
             f"got {len(student)} and {len(teacher)} arrays."
         )
     return uniform_layers(own, other)

@@ -48,7 +48,7 @@ def attention_map(x: Array, *, power: int | float = 2) -> Array:
       Zagoruyko and Komodakis, Paying More Attention to Attention, 2017 (1612.03928).
     """
     x = _door.one("attention_map", x, at_least=3)
-    _checks.positive("attention_map", power=power)
+    _checks.positive(power=power)
     return _numerics.normalize(_numerics.batch_flat(jnp.mean(_power(x, power), axis=-1)))
 
 
@@ -132,7 +132,7 @@ def factor_transfer(
     """
     student, teacher = _door.same_shape("factor_transfer", student, teacher)
     if p < 1 or q < 1:
-        raise ValueError(f"factor_transfer: norms need p >= 1 and q >= 1, got p={p}, q={q}.")
+        raise ValueError(f"norms need p >= 1 and q >= 1, got p={p}, q={q}.")
     student, teacher = _numerics.batch_flat(student), _numerics.batch_flat(teacher)
     return _vector_norm(_unit(student, q) - _unit(teacher, q), p)
 

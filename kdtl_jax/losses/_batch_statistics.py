@@ -38,7 +38,7 @@ def bss(features: Array, *, k: int = 1) -> Array:
     features = _door.one("bss", features, at_least=2, at_most=2)
     if not 1 <= k <= min(features.shape):
         raise ValueError(
-            f"bss: k must lie in 1..{min(features.shape)}, the number of singular values of "
+            f"k must lie in 1..{min(features.shape)}, the number of singular values of "
             f"{_checks.described(features=features)}, got {k}."
         )
     return jnp.sum(jnp.square(jnp.linalg.svd(features, compute_uv=False)[-k:]))
@@ -115,7 +115,7 @@ def mk_mmd_linear(
     batches are `[B, D]`, the estimate is `[]`; all else, errors and source too, as `mk_mmd`.
     """
     first, second = _domains("mk_mmd_linear", student_features, target_features)
-    _checks.same_shape("mk_mmd_linear", student_features=first, target_features=second)
+    _checks.same_shape(student_features=first, target_features=second)
     after = jnp.roll(first, -1, axis=0), jnp.roll(second, -1, axis=0)
 
     def kernel(a: Array, b: Array) -> Array:
@@ -175,13 +175,13 @@ def mcc(logits: Array, *, temperature: Scalar = 2.5, example_weights: Array | No
       Jin et al., Minimum Class Confusion for Versatile Domain Adaptation, 2020 (1912.03699).
     """
     logits = _door.one("mcc", logits, at_least=2, at_most=2)
-    _checks.positive("mcc", temperature=temperature)
+    _checks.positive(temperature=temperature)
     p = jnp.exp(_numerics.log_softmax(logits / _numerics.scalar(temperature, logits)))
     if example_weights is None:
         example_weights = jnp.ones(logits.shape[:1], logits.dtype)
     if jnp.shape(example_weights) != logits.shape[:1]:
         raise ValueError(
-            "mcc: expected one weight per example, got "
+            "expected one weight per example, got "
             f"{_checks.described(logits=logits, example_weights=example_weights)}."
         )
     weighted = p * _numerics.scalar(example_weights, p)[:, None]
@@ -202,7 +202,7 @@ def entropy_weights(logits: Array, *, temperature: Scalar = 2.5) -> Array:
       TypeError: if they are not floating point.
     """
     logits = _door.one("entropy_weights", logits, at_least=2, at_most=2)
-    _checks.positive("entropy_weights", temperature=temperature)
+    _checks.positive(temperature=temperature)
     log_p = _numerics.log_softmax(logits / _numerics.scalar(temperature, logits))
     finite = jnp.where(log_p != -jnp.inf, log_p, 0)
     entropy = -jnp.sum(jnp.exp(log_p) * finite, axis=-1)
@@ -211,10 +211,10 @@ def entropy_weights(logits: Array, *, temperature: Scalar = 2.5) -> Array:
 
 
 def _domains(fn: str, first: Array, second: Array) -> tuple[Array, Array]:
-    _checks.rank(fn, 2, 2, student_features=first, target_features=second)
+    _checks.rank(2, 2, student_features=first, target_features=second)
     if first.shape[1] != second.shape[1] or min(first.shape[0], second.shape[0]) < 2:
         raise ValueError(
-            f"{fn}: expected two batches of two examples or more and of one width, got "
+            f"expected two batches of two examples or more and of one width, got "
             f"{_checks.described(student_features=first, target_features=second)}."
         )
     a, b = _door.one(fn, first, at_least=2), _door.one(fn, second, at_least=2)

@@ -61,7 +61,7 @@ def activation_boundary(student: Array, teacher: Array, *, margin: Scalar = 1.0)
       Neurons, 2019 (1811.03233).
     """
     student, teacher = _door.same_shape("activation_boundary", student, teacher)
-    _checks.positive("activation_boundary", margin=margin)
+    _checks.positive(margin=margin)
     m = _numerics.scalar(margin, student)
     short = jnp.where(teacher > 0, m - student, m + student)
     return _sum(_numerics.nan_of(jnp.square(jnp.maximum(short, 0)), teacher))
@@ -92,7 +92,7 @@ def ofd(student: Array, teacher: Array, *, margin: Array) -> Array:
     student, teacher = _door.same_shape("ofd", student, teacher)
     if jnp.shape(margin) != student.shape[-1:]:
         raise ValueError(
-            "ofd: margin must have one value per channel, got "
+            "margin must have one value per channel, got "
             f"{_checks.described(margin=margin, student=student)}."
         )
     target = jnp.maximum(

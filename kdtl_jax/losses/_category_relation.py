@@ -31,7 +31,7 @@ def category_relation(probabilities: Array, labels: Array, *, num_classes: int) 
       You et al., Co-Tuning for Transfer Learning, NeurIPS 2020, direct approach.
     """
     probabilities = _door.one("category_relation", probabilities, at_least=2, at_most=2)
-    _checks.labels("category_relation", labels, jnp.zeros((probabilities.shape[0], num_classes)))
+    _checks.labels(labels, jnp.zeros((probabilities.shape[0], num_classes)))
     member = jax.nn.one_hot(labels, num_classes, dtype=probabilities.dtype)
     count = jnp.sum(member, axis=0)[:, None]
     means = member.T @ probabilities / jnp.maximum(count, 1)
@@ -59,7 +59,7 @@ def reverse_relation(conditional: Array, prior: Array) -> Array:
     prior = _door.one("reverse_relation", prior, at_least=1, at_most=1)
     if prior.shape[0] != conditional.shape[0]:
         raise ValueError(
-            "reverse_relation: expected conditional [Cs, Ct] and prior [Cs], got "
+            "expected conditional [Cs, Ct] and prior [Cs], got "
             f"{_checks.described(conditional=conditional, prior=prior)}."
         )
     prior = prior.astype(conditional.dtype)
@@ -93,7 +93,7 @@ def fit_logit_scale(
       Guo et al., On Calibration of Modern Neural Networks, 2017 (1706.04599).
     """
     logits = _door.one("fit_logit_scale", logits, at_least=2, at_most=2)
-    _checks.labels("fit_logit_scale", labels, logits)
+    _checks.labels(labels, logits)
     right = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
 
     def slope(scale: Array) -> Array:

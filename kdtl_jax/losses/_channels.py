@@ -35,7 +35,7 @@ def cwd(student: Array, teacher: Array, *, temperature: Scalar = 1.0) -> Array:
       Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, 2021 (2011.13256).
     """
     student, teacher = _door.same_shape("cwd", student, teacher, at_least=3)
-    _checks.positive("cwd", temperature=temperature)
+    _checks.positive(temperature=temperature)
     t = _numerics.per_example(temperature, _by_channel(student))
     kl = _numerics.kl_from_logits(_by_channel(teacher) / t, _by_channel(student) / t)
     return jnp.mean(jnp.square(_numerics.per_example(temperature, kl)) * kl, axis=-1)
@@ -128,7 +128,7 @@ def flow_matrix(first: Array, second: Array, *, where: Array | None = None) -> A
       Yim et al., A Gift from Knowledge Distillation, 2017.
     """
     first, second = _door.same_positions("flow_matrix", first, second)
-    _checks.mask("flow_matrix", where, first.shape[:-1])
+    _checks.mask(where, first.shape[:-1])
     first, second = (_by_channel(_door.kept(x, where)) for x in (first, second))
     total = _numerics.gram(first, second)
     if where is None:
@@ -223,7 +223,7 @@ def pkd_pearson(student: Array, teacher: Array, *, ddof: int = 0, eps: Scalar = 
     count = student.size // student.shape[-1]
     if count <= ddof:
         raise ValueError(
-            f"pkd_pearson: needs more than ddof={ddof} positions per channel, got "
+            f"needs more than ddof={ddof} positions per channel, got "
             f"{_checks.described(student=student)}. Use a larger batch or ddof=0."
         )
     apart = _standardized(student, ddof, eps) - _standardized(teacher, ddof, eps)

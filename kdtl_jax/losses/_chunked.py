@@ -148,14 +148,14 @@ def chunked_loss(
     """
     fn = "chunked_loss"
     _check_head(fn, hidden, head)
-    _checks.nonempty(fn, hidden=hidden)
-    _checks.positive(fn, chunk_size=chunk_size)
+    _checks.nonempty(hidden=hidden)
+    _checks.positive(chunk_size=chunk_size)
     leading = jnp.shape(hidden)[:-1]
-    _checks.mask(fn, where, leading)
+    _checks.mask(where, leading)
     for leaf in jax.tree.leaves(targets):
         if jnp.shape(leaf)[: len(leading)] != leading:
             raise ValueError(
-                f"{fn}: targets must begin with the tokens' dimensions {list(leading)}, got "
+                f"targets must begin with the tokens' dimensions {list(leading)}, got "
                 f"{_checks.described(target=leaf, hidden=hidden)}."
             )
     if where is None:
@@ -171,7 +171,7 @@ def chunked_loss(
     values = jax.eval_shape(pure, logits, shapes[1], *constants)
     if getattr(values, "shape", None) != logits.shape[:-1]:
         raise ValueError(
-            f"{fn}: loss must return one value per token, {list(logits.shape[:-1])} for a chunk, "
+            f"loss must return one value per token, {list(logits.shape[:-1])} for a chunk, "
             f"got {getattr(values, 'shape', values)}. Leave the reduction to this function."
         )
     # Small hyper-parameters in float32 or wider, since their gradients are accumulated.
@@ -188,23 +188,23 @@ def chunked_loss(
 
 
 def _check_head(fn: str, hidden: Array, head: Head) -> None:
-    _checks.floating(fn, hidden=hidden, kernel=head.kernel)
-    _checks.rank(fn, 1, hidden=hidden)
-    _checks.rank(fn, 2, 2, kernel=head.kernel)
+    _checks.floating(hidden=hidden, kernel=head.kernel)
+    _checks.rank(1, hidden=hidden)
+    _checks.rank(2, 2, kernel=head.kernel)
     if jnp.shape(hidden)[-1] != jnp.shape(head.kernel)[0]:
         raise ValueError(
-            f"{fn}: expected hidden [..., width] and kernel [width, vocabulary], got "
+            f"expected hidden [..., width] and kernel [width, vocabulary], got "
             f"{_checks.described(hidden=hidden, kernel=head.kernel)}. "
             "Tied embeddings are [vocabulary, width]: pass embedding.T."
         )
     if head.bias is not None:
-        _checks.floating(fn, bias=head.bias)
+        _checks.floating(bias=head.bias)
         if jnp.shape(head.bias) != jnp.shape(head.kernel)[1:]:
             raise ValueError(
-                f"{fn}: expected one bias per class, got "
+                f"expected one bias per class, got "
                 f"{_checks.described(kernel=head.kernel, bias=head.bias)}."
             )
-    _checks.positive(fn, **({} if head.softcap is None else {"softcap": head.softcap}))
+    _checks.positive(**({} if head.softcap is None else {"softcap": head.softcap}))
 
 
 def _product(hidden: Array, kernel: Array) -> Array:

@@ -38,11 +38,11 @@ def crd(log_scores: Array, *, num_data: int, eps: float = 1e-7) -> Array:
       Tian, Krishnan and Isola, Contrastive Representation Distillation, 2020 (1910.10699).
     """
     log_scores = _door.one("crd", log_scores, at_least=2, at_most=2)
-    _checks.positive("crd", num_data=num_data)
+    _checks.positive(num_data=num_data)
     negatives = log_scores.shape[1] - 1
     if negatives < 1:
         raise ValueError(
-            "crd: log_scores needs the positive and at least one negative per row, got "
+            "log_scores needs the positive and at least one negative per row, got "
             f"{_checks.described(log_scores=log_scores)}."
         )
     noise = negatives / num_data
@@ -106,7 +106,7 @@ def dcd_invariance(student: Array, teacher: Array, *, temperature: Scalar = 0.07
 
 
 def _similarities(fn: str, student: Array, teacher: Array, temperature: Scalar) -> Array:
-    _checks.positive(fn, temperature=temperature)
+    _checks.positive(temperature=temperature)
     sides = _door.same_shape(fn, student, teacher)
     s, t = (_numerics.unit(_numerics.batch_flat(side)) for side in sides)
     return _numerics.gram(s, t) / _numerics.scalar(temperature, s)
@@ -143,12 +143,12 @@ def rrd(
       Giakoumoglou and Stathaki, Relational Representation Distillation, 2024 (2407.12073).
     """
     _checks.positive(
-        "rrd", student_temperature=student_temperature, teacher_temperature=teacher_temperature
+        student_temperature=student_temperature, teacher_temperature=teacher_temperature
     )
     student, teacher = _door.same_shape("rrd", student, teacher, at_most=2)
     if jnp.ndim(queue) != 2 or jnp.shape(queue)[1:] != student.shape[1:]:
         raise ValueError(
-            "rrd: queue must have shape [K, D] with the embeddings' D, got "
+            "queue must have shape [K, D] with the embeddings' D, got "
             f"{_checks.described(queue=queue, student=student)}."
         )
     rows = _numerics.scalar(queue, student)

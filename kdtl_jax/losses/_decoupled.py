@@ -172,7 +172,7 @@ def _split(
 ) -> tuple[Array, Array, Array]:
     """Checked, softened logits and the mask of the non-target classes."""
     student, teacher = _logspace.softened(fn, student_logits, teacher_logits, temperature, None)
-    _checks.labels(fn, labels, student_logits)
+    _checks.labels(labels, student_logits)
     return student, teacher, ~_logspace.is_label(labels, student.shape[-1])
 
 

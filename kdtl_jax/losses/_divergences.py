@@ -112,7 +112,7 @@ def symmetric_kl(
     References:
       Jeffreys, An invariant form for the prior probability in estimation problems, 1946.
     """
-    _checks.within("symmetric_kl", 0, 1, weight=weight)
+    _checks.within(0, 1, weight=weight)
     log_s, log_t, ratio = _logspace.compared(
         "symmetric_kl", student_logits, teacher_logits, temperature, where
     )
@@ -155,7 +155,7 @@ def skew_forward_kl(
       Ko et al., DistiLLM: Towards Streamlined Distillation for Large Language Models, 2024
       (2402.03898).
     """
-    _checks.within("skew_forward_kl", 0, 1, alpha=alpha)
+    _checks.within(0, 1, alpha=alpha)
     log_s, log_t, ratio = _logspace.compared(
         "skew_forward_kl", student_logits, teacher_logits, temperature, where
     )
@@ -192,7 +192,7 @@ def skew_reverse_kl(
     References:
       Ko et al., DistiLLM, 2024 (2402.03898). DistiLLM's `skewed_reverse_kl` is this number.
     """
-    _checks.within("skew_reverse_kl", 0, 1, alpha=alpha)
+    _checks.within(0, 1, alpha=alpha)
     log_s, log_t, ratio = _logspace.compared(
         "skew_reverse_kl", student_logits, teacher_logits, temperature, where
     )
@@ -265,7 +265,7 @@ def adaptive_kl_weight(
       Wu et al., Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language
       Models, 2024 (2404.02657).
     """
-    _checks.within("adaptive_kl_weight", 0, 1, mu=mu)
+    _checks.within(0, 1, mu=mu)
     pair = _logspace.compared(
         "adaptive_kl_weight", student_logits, teacher_logits, temperature, where
     )

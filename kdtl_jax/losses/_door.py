@@ -11,9 +11,9 @@ from kdtl_jax import _checks, _numerics
 
 
 def _arrays(fn: str, at_least: int, at_most: int | None, **arrays: Array) -> tuple[Array, ...]:
-    _checks.floating(fn, **arrays)
-    _checks.rank(fn, at_least, at_most, **arrays)
-    _checks.nonempty(fn, **arrays)
+    _checks.floating(**arrays)
+    _checks.rank(at_least, at_most, **arrays)
+    _checks.nonempty(**arrays)
     wide = [_numerics.upcast(array) for array in arrays.values()]
     # NumPy's rule: under strict promotion JAX's own refuses even to name the wider of two.
     dtype = np.result_type(*[array.dtype for array in wide])
@@ -24,7 +24,7 @@ def same_shape(
     fn: str, student: Array, teacher: Array, *, at_least: int = 2, at_most: int | None = None
 ) -> tuple[Array, Array]:
     """One shape on both sides."""
-    _checks.same_shape(fn, student=student, teacher=teacher)
+    _checks.same_shape(student=student, teacher=teacher)
     student, teacher = _arrays(fn, at_least, at_most, student=student, teacher=teacher)
     return student, teacher
 
@@ -36,7 +36,7 @@ def same_positions(
     sides = _arrays(fn, at_least, at_most, student=student, teacher=teacher)
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
-            f"{fn}: student and teacher must agree in all axes but the last, got "
+            f"student and teacher must agree in all axes but the last, got "
             f"{_checks.described(student=student, teacher=teacher)}. "
             "Pool the larger map first (connectors.pool)."
         )
@@ -51,7 +51,7 @@ def same_channels(
     ends = [(side.ndim, side.shape[0], side.shape[-1]) for side in sides]
     if ends[0] != ends[1]:
         raise ValueError(
-            f"{fn}: student and teacher must agree in rank, batch and channels, got "
+            f"student and teacher must agree in rank, batch and channels, got "
             f"{_checks.described(student=student, teacher=teacher)}. "
             "Project the student to the teacher's width first (connectors.conv1x1)."
         )
@@ -63,7 +63,7 @@ def same_batch(
 ) -> tuple[Array, Array]:
     """Equal batch; everything else may differ."""
     sides = _arrays(fn, at_least, at_most, student=student, teacher=teacher)
-    _checks.same_batch(fn, student=student, teacher=teacher)
+    _checks.same_batch(student=student, teacher=teacher)
     return sides[0], sides[1]
 
 

@@ -44,7 +44,7 @@ def hint(student: Array, teacher: Array, *, where: Array | None = None) -> Array
       Romero et al., FitNets: Hints for Thin Deep Nets, 2015 (1412.6550).
     """
     student, teacher = _door.same_shape("hint", student, teacher)
-    _checks.mask("hint", where, student.shape)
+    _checks.mask(where, student.shape)
     apart = _door.kept(student, where) - _door.kept(teacher, where)
     return _per_example(jnp.square(apart), where)
 
@@ -132,7 +132,7 @@ def mgd(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
       Yang et al., Masked Generative Distillation, 2022 (2205.01529); ViTKD, 2022 (2209.02432).
     """
     student, teacher = _door.same_shape("mgd", student, teacher)
-    _checks.mask("mgd", where, student.shape[:-1])
+    _checks.mask(where, student.shape[:-1])
     apart = _door.kept(student, where) - _door.kept(teacher, where)
     return jnp.sum(_numerics.batch_flat(jnp.square(apart)), axis=-1)
 
@@ -200,8 +200,8 @@ def srd(student: Array, teacher: Array, *, exponent: Scalar = 4.0, floor: Scalar
       2023 (2303.11098).
     """
     student, teacher = _door.same_shape("srd", student, teacher)
-    _checks.within("srd", 1, math.inf, exponent=exponent)
-    _checks.positive("srd", floor=floor)
+    _checks.within(1, math.inf, exponent=exponent)
+    _checks.positive(floor=floor)
     apart = jnp.abs(_numerics.batch_flat(student - teacher))
     powers = apart ** _numerics.scalar(exponent, apart)
     return jnp.log(jnp.maximum(jnp.sum(powers, axis=-1), _numerics.scalar(floor, apart)))
@@ -231,11 +231,11 @@ def vid(student: Array, teacher: Array, variance: Array) -> Array:
       Ahn et al., Variational Information Distillation for Knowledge Transfer, 2019 (1904.05835).
     """
     student, teacher = _door.same_shape("vid", student, teacher)
-    _checks.floating("vid", variance=variance)
-    _checks.positive("vid", variance=variance)
+    _checks.floating(variance=variance)
+    _checks.positive(variance=variance)
     if variance.shape not in (student.shape, student.shape[-1:]):
         raise ValueError(
-            f"vid: variance must have one value per channel or the student's shape, got "
+            f"variance must have one value per channel or the student's shape, got "
             f"{_checks.described(variance=variance, student=student)}."
         )
     v = _numerics.scalar(variance, student)
@@ -269,7 +269,7 @@ def ridge_hint(student: Array, teacher: Array, *, ridge: Scalar = 1e-3) -> Array
       Golub and Pereyra, Separable nonlinear least squares: the variable projection method, 2003.
     """
     student, teacher = _door.same_positions("ridge_hint", student, teacher, at_least=2)
-    _checks.positive("ridge_hint", ridge=ridge)
+    _checks.positive(ridge=ridge)
     x, y = student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
     x, y = x - jnp.mean(x, axis=0, keepdims=True), y - jnp.mean(y, axis=0, keepdims=True)
     scale = jax.lax.stop_gradient(jnp.max(jnp.abs(x)))  # it cancels

@@ -50,7 +50,7 @@ def jacobian_matching(student: BatchFn, teacher: BatchFn, inputs: Array, probes:
     out, pull = jax.vjp(difference, inputs)
     if jnp.shape(probes)[1:] != out.shape:
         raise ValueError(
-            "jacobian_matching: probes must have shape [k, *output], got "
+            "probes must have shape [k, *output], got "
             f"{_checks.described(probes=probes, output=out)}."
         )
     pulled = jax.vmap(lambda probe: pull(probe)[0])(_numerics.scalar(probes, out))

@@ -86,7 +86,7 @@ def jsd_gkd(
       `GKDTrainer.generalized_jsd_loss` (which sums and divides by the number of kept tokens), and
       DistiLLM's `js_distance` at `beta = 1 - lam`.
     """
-    _checks.within("jsd_gkd", 0, 1, beta=beta)
+    _checks.within(0, 1, beta=beta)
     known = _checks.concrete(beta)
     if known is not None and known.ndim == 0 and float(known) in (0.0, 1.0):
         end = reverse_kl if known else forward_kl
@@ -133,7 +133,7 @@ def jsd_continuous(
     References:
       The convention of EasyDeL's generalized knowledge distillation trainer.
     """
-    _checks.within("jsd_continuous", 0, 1, beta=beta)
+    _checks.within(0, 1, beta=beta)
     pair = _logspace.compared("jsd_continuous", student_logits, teacher_logits, temperature, where)
     log_s, log_t, ratio = pair
     share = _numerics.per_example(beta, ratio)
@@ -178,7 +178,7 @@ def jsd_normalized(
       Model, 2015 (1511.05101), applied to Agarwal et al., 2023 (2306.13649). Times
       `beta (1 - beta)` it is `jsd_gkd` between the ends.
     """
-    _checks.within("jsd_normalized", 0, 1, beta=beta)
+    _checks.within(0, 1, beta=beta)
     log_s, log_t, ratio = _logspace.compared(
         "jsd_normalized", student_logits, teacher_logits, temperature, where
     )

@@ -36,10 +36,10 @@ def virtual_teacher(
       (1909.11723).
     """
     if num_classes < 2:
-        raise ValueError(f"virtual_teacher: num_classes must be at least 2, got {num_classes}.")
+        raise ValueError(f"num_classes must be at least 2, got {num_classes}.")
     shape = (*jnp.shape(labels), num_classes)
-    _checks.labels("virtual_teacher", labels, jnp.broadcast_to(jnp.float32(0), shape))
-    _checks.within("virtual_teacher", 0, 1, correct_probability=correct_probability)
+    _checks.labels(labels, jnp.broadcast_to(jnp.float32(0), shape))
+    _checks.within(0, 1, correct_probability=correct_probability)
     a = _numerics.upcast(jnp.asarray(correct_probability))
     a = a.reshape(a.shape + (1,) * (len(shape) - a.ndim))
     some = a > 0
@@ -76,12 +76,12 @@ def tf_kd(
       Yuan et al., 2019 (1909.11723) (Tf-KD_reg). The authors' code averages over classes as
       well and makes up for it by a large constant.
     """
-    _checks.floating("tf_kd", student_logits=student_logits)
-    _checks.rank("tf_kd", 1, student_logits=student_logits)
-    _checks.labels("tf_kd", labels, student_logits)
+    _checks.floating(student_logits=student_logits)
+    _checks.rank(1, student_logits=student_logits)
+    _checks.labels(labels, student_logits)
     student = _numerics.upcast(student_logits)
     a = _numerics.scalar(correct_probability, student)
-    _checks.within("tf_kd", 0, 1, correct_probability=correct_probability)
+    _checks.within(0, 1, correct_probability=correct_probability)
     teacher = virtual_teacher(labels, student.shape[-1], correct_probability=a)
     return kd_kl(student, teacher, temperature=temperature)
 
@@ -106,9 +106,9 @@ def probability_shift(teacher_logits: Array, labels: Array) -> Array:
       Wen et al., Preparing Lessons: Improve Knowledge Distillation with Better Supervision, 2019
       (1911.07471).
     """
-    _checks.floating("probability_shift", teacher_logits=teacher_logits)
-    _checks.rank("probability_shift", 1, teacher_logits=teacher_logits)
-    _checks.labels("probability_shift", labels, teacher_logits)
+    _checks.floating(teacher_logits=teacher_logits)
+    _checks.rank(1, teacher_logits=teacher_logits)
+    _checks.labels(labels, teacher_logits)
     best = jnp.argmax(teacher_logits, axis=-1)
     top = _logspace.at(teacher_logits, best)[..., None]
     right = _logspace.at(teacher_logits, labels)[..., None]
@@ -150,11 +150,11 @@ def mft_teacher(
       Belcak et al., Minifinetuning: Low-Data Generation Domain Adaptation through Corrective
       Self-Distillation, 2025 (2506.15702).
     """
-    _checks.within("mft_teacher", 0, 1, threshold=threshold)
+    _checks.within(0, 1, threshold=threshold)
     teacher, _ = _logspace.softened(
         "mft_teacher", teacher_logits, teacher_logits, temperature, None
     )
-    _checks.labels("mft_teacher", labels, teacher_logits)
+    _checks.labels(labels, teacher_logits)
     log_p = _numerics.log_softmax(teacher)
     is_label = _logspace.is_label(labels, log_p.shape[-1])
     right = _logspace.probabilities(_logspace.at(log_p, labels))

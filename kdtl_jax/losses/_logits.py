@@ -101,7 +101,7 @@ def hard_kd(
       Touvron et al., Training data-efficient image transformers & distillation through attention,
       2021 (2012.12877).
     """
-    _checks.within("hard_kd", 0, 1, label_smoothing=label_smoothing)
+    _checks.within(0, 1, label_smoothing=label_smoothing)
     student, teacher = _logspace.softened("hard_kd", student_logits, teacher_logits, 1.0, None)
     log_p = _numerics.log_softmax(student)
     hard = -_logspace.at(log_p, jnp.argmax(teacher, axis=-1))
@@ -130,9 +130,9 @@ def logit_mse(student_logits: Array, teacher_logits: Array) -> Array:
     References:
       Ba and Caruana, Do Deep Nets Really Need to be Deep?, 2014 (1312.6184).
     """
-    _checks.floating("logit_mse", student_logits=student_logits, teacher_logits=teacher_logits)
-    _checks.same_shape("logit_mse", student_logits=student_logits, teacher_logits=teacher_logits)
-    _checks.rank("logit_mse", 1, student_logits=student_logits)
-    _checks.nonempty("logit_mse", student_logits=student_logits)
+    _checks.floating(student_logits=student_logits, teacher_logits=teacher_logits)
+    _checks.same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+    _checks.rank(1, student_logits=student_logits)
+    _checks.nonempty(student_logits=student_logits)
     difference = _numerics.upcast(student_logits) - _numerics.upcast(teacher_logits)
     return jnp.mean(jnp.square(difference), axis=-1)

@@ -34,13 +34,13 @@ def softened(
     where: Array | None,
 ) -> tuple[Array, Array]:
     """Checked `(z_S / T, z_T / T)` in float32 or wider: the door of every logit loss."""
-    _checks.floating(fn, student_logits=student_logits, teacher_logits=teacher_logits)
-    _checks.same_shape(fn, student_logits=student_logits, teacher_logits=teacher_logits)
-    _checks.rank(fn, 1, student_logits=student_logits)
-    _checks.nonempty(fn, student_logits=student_logits)
-    _checks.positive(fn, temperature=temperature)
-    _checks.per_example(fn, jnp.shape(student_logits)[:-1], temperature=temperature)
-    _checks.mask(fn, where, student_logits.shape)
+    _checks.floating(student_logits=student_logits, teacher_logits=teacher_logits)
+    _checks.same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+    _checks.rank(1, student_logits=student_logits)
+    _checks.nonempty(student_logits=student_logits)
+    _checks.positive(temperature=temperature)
+    _checks.per_example(jnp.shape(student_logits)[:-1], temperature=temperature)
+    _checks.mask(where, student_logits.shape)
     student, teacher = _numerics.upcast(student_logits), _numerics.upcast(teacher_logits)
     return (
         student / _numerics.per_example(temperature, student),

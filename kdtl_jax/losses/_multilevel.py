@@ -102,7 +102,7 @@ def mlld(
       temperatures, and the strong view's correlations are computed and dropped.
     """
     if not temperatures:
-        raise ValueError("mlld: needs at least one temperature, got none.")
+        raise ValueError("needs at least one temperature, got none.")
     levels = (kd_kl, batch_correlation, class_correlation)
     first, *others = [
         level(student_logits, teacher_logits, temperature=temperature)
@@ -133,9 +133,9 @@ def skd_direction(student_logits: Array, teacher_logits: Array, *, tikhonov: Sca
       The direction term of SKD (Jeong et al., CVPR 2026); its instance term is
       `forward_kl(..., temperature=4.0)`. `.mean()` is torchdistill's `SKDDirectionLoss`.
     """
-    _checks.rank("skd_direction", 2, 2, student_logits=student_logits)
+    _checks.rank(2, 2, student_logits=student_logits)
     student, teacher = _logspace.softened("skd_direction", student_logits, teacher_logits, 1, None)
-    _checks.positive("skd_direction", tikhonov=tikhonov)
+    _checks.positive(tikhonov=tikhonov)
     student, teacher = _numerics.normalize(student), _numerics.normalize(teacher)
     gap = _numerics.gram(student, student) - _numerics.gram(teacher, teacher)
     centered = gap - jnp.mean(gap, axis=0, keepdims=True)
@@ -150,7 +150,7 @@ def skd_direction(student_logits: Array, teacher_logits: Array, *, tikhonov: Sca
 def _probabilities(
     fn: str, student_logits: Array, teacher_logits: Array, temperature: Scalar
 ) -> tuple[Array, Array]:
-    _checks.rank(fn, 2, 2, student_logits=student_logits)
+    _checks.rank(2, 2, student_logits=student_logits)
     student, teacher = _logspace.softened(fn, student_logits, teacher_logits, temperature, None)
     return (
         _numerics.softmax(student),

@@ -34,7 +34,7 @@ def dist_inter(
     References:
       Huang et al., Knowledge Distillation from A Stronger Teacher, 2022 (2205.10536).
     """
-    _checks.non_negative("dist_inter", eps=eps)
+    _checks.non_negative(eps=eps)
     student, teacher = _probabilities("dist_inter", student_logits, teacher_logits, temperature)
     terms, rest = _pearson_terms(student, teacher, -1, eps)
     return jnp.sum(terms, axis=-1) + jnp.squeeze(rest, -1)
@@ -70,8 +70,8 @@ def dist_intra(
     References:
       Huang et al., 2022 (2205.10536).
     """
-    _checks.rank("dist_intra", 2, 2, student_logits=student_logits)
-    _checks.non_negative("dist_intra", eps=eps)
+    _checks.rank(2, 2, student_logits=student_logits)
+    _checks.non_negative(eps=eps)
     student, teacher = _probabilities("dist_intra", student_logits, teacher_logits, temperature)
     terms, rest = _pearson_terms(student, teacher, 0, eps)
     return jnp.mean(terms, axis=1) * terms.shape[0] + jnp.mean(rest)
@@ -110,7 +110,7 @@ def dist(
     References:
       Huang et al., 2022 (2205.10536).
     """
-    _checks.non_negative("dist", eps=eps)
+    _checks.non_negative(eps=eps)
     inter = dist_inter(student_logits, teacher_logits, temperature=temperature, eps=eps)
     intra = dist_intra(student_logits, teacher_logits, temperature=temperature, eps=eps)
     return _numerics.per_example(beta, inter) * inter + _numerics.per_example(gamma, intra) * intra

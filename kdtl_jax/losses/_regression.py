@@ -47,7 +47,7 @@ def huber(
     References:
       Huber, Robust Estimation of a Location Parameter, 1964.
     """
-    _checks.positive("huber", delta=delta)
+    _checks.positive(delta=delta)
     difference = _difference("huber", student, teacher, where)
     return _mean(
         optax.losses.huber_loss(difference, delta=_numerics.scalar(delta, difference)), where
@@ -55,11 +55,11 @@ def huber(
 
 
 def _difference(fn: str, student: Array, teacher: Array, where: Array | None) -> Array:
-    _checks.floating(fn, student=student, teacher=teacher)
-    _checks.same_shape(fn, student=student, teacher=teacher)
-    _checks.rank(fn, 1, student=student)
-    _checks.nonempty(fn, student=student)
-    _checks.mask(fn, where, student.shape)
+    _checks.floating(student=student, teacher=teacher)
+    _checks.same_shape(student=student, teacher=teacher)
+    _checks.rank(1, student=student)
+    _checks.nonempty(student=student)
+    _checks.mask(where, student.shape)
     student, teacher = _numerics.upcast(student), _numerics.upcast(teacher)
     if where is not None:
         student, teacher = jnp.where(where, student, 0), jnp.where(where, teacher, 0)

@@ -74,7 +74,7 @@ def pkt(student: Array, teacher: Array, *, eps: Scalar = 1e-7) -> Array:
       Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer,
       2018 (1803.10837).
     """
-    _checks.positive("pkt", eps=eps)
+    _checks.positive(eps=eps)
     q, p = (_affinities(x, eps) for x in _flat("pkt", student, teacher))
     low = _numerics.scalar(eps, q)
     # log1p of the relative difference, and q - p which sums to 0: no cancellation between terms.
@@ -112,8 +112,8 @@ def gaussian_taylor_kernel(x: Array, *, gamma: Scalar = 0.4, order: int = 2) -> 
       Peng et al., Correlation Congruence for Knowledge Distillation, 2019 (1904.01802), eq. 9.
     """
     x = _door.one("gaussian_taylor_kernel", x, at_least=2, at_most=2)
-    _checks.positive("gaussian_taylor_kernel", gamma=gamma)
-    _checks.count("gaussian_taylor_kernel", 0, order=order)
+    _checks.positive(gamma=gamma)
+    _checks.count(0, order=order)
     scaled = 2 * _numerics.scalar(gamma, x) * _numerics.gram(x, x)
     total = jnp.full_like(scaled, 1 / math.factorial(order))
     for power in range(order - 1, -1, -1):  # Horner
@@ -144,8 +144,8 @@ def cc(student: Array, teacher: Array, *, gamma: Scalar = 0.4, order: int = 2) -
     References:
       Peng et al., Correlation Congruence for Knowledge Distillation, 2019 (1904.01802).
     """
-    _checks.positive("cc", gamma=gamma)
-    _checks.count("cc", 0, order=order)
+    _checks.positive(gamma=gamma)
+    _checks.count(0, order=order)
     units = (_numerics.unit(x) for x in _flat("cc", student, teacher))
     kernels = (gaussian_taylor_kernel(x, gamma=gamma, order=order) for x in units)
     return jnp.mean(jnp.square(jnp.subtract(*kernels)), axis=-1)
@@ -225,7 +225,7 @@ def rkd_angle(student: Array, teacher: Array, *, anchors_at_once: int | None = N
     size = len(student)
     if anchors_at_once is None:
         anchors_at_once = max(2**20 // size**2, 1)
-    _checks.positive("rkd_angle", anchors_at_once=anchors_at_once)
+    _checks.positive(anchors_at_once=anchors_at_once)
     sides = [_angle_parts(x) for x in (student, teacher)]
 
     def anchor(i: Array) -> Array:

@@ -29,13 +29,13 @@ def zipf_targets(scores: Array, labels: Array) -> Array:
     References:
       Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, 2023 (2303.13005).
     """
-    _checks.floating("zipf_targets", scores=scores)
-    _checks.rank("zipf_targets", 1, scores=scores)
-    _checks.indices("zipf_targets", scores.shape[-1], labels=labels)
+    _checks.floating(scores=scores)
+    _checks.rank(1, scores=scores)
+    _checks.indices(scores.shape[-1], labels=labels)
     leading = jnp.shape(labels)[: scores.ndim - 1]
     if leading != scores.shape[:-1] or labels.ndim > scores.ndim:
         raise ValueError(
-            "zipf_targets: labels must be [...] or [..., k] for scores [..., num_classes], got "
+            "labels must be [...] or [..., k] for scores [..., num_classes], got "
             f"{_checks.described(labels=labels, scores=scores)}."
         )
     scores = _numerics.upcast(scores)
@@ -86,9 +86,9 @@ def uskd(
       with that score to get its number.
     """
     student, weak = _logspace.softened("uskd", student_logits, weak_logits, 1.0, None)
-    _checks.rank("uskd", 2, 2, student_logits=student_logits)
-    _checks.labels("uskd", labels, student_logits)
-    _checks.within("uskd", 0, 1, label_smoothing=label_smoothing)
+    _checks.rank(2, 2, student_logits=student_logits)
+    _checks.labels(labels, student_logits)
+    _checks.within(0, 1, label_smoothing=label_smoothing)
     log_p, log_weak = _numerics.log_softmax(student), _numerics.log_softmax(weak)
     others = ~_logspace.is_label(labels, student.shape[-1])
     log_others = _numerics.log_softmax(student, where=others)

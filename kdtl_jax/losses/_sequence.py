@@ -41,11 +41,11 @@ def causal_shift(logits: Array, labels: Array, *, ignore: int = -100) -> Shifted
       ValueError: if shapes do not fit or L is 1.
       TypeError: if arrays have the wrong kind of dtype.
     """
-    _checks.floating("causal_shift", logits=logits)
-    _checks.integers("causal_shift", labels=labels)
+    _checks.floating(logits=logits)
+    _checks.integers(labels=labels)
     if logits.ndim < 2 or labels.shape != logits.shape[:-1] or labels.shape[-1] < 2:
         raise ValueError(
-            "causal_shift: needs logits [..., L, V] and labels [..., L] with L > 1, got "
+            "needs logits [..., L, V] and labels [..., L] with L > 1, got "
             f"{_checks.described(logits=logits, labels=labels)}."
         )
     after = labels[..., 1:]
@@ -67,9 +67,9 @@ def token_log_probs(logits: Array, tokens: Array) -> Array:
       ValueError: if shapes do not fit or tokens are out of range.
       TypeError: if arrays have the wrong kind of dtype.
     """
-    _checks.floating("token_log_probs", logits=logits)
-    _checks.rank("token_log_probs", 1, logits=logits)
-    _checks.labels("token_log_probs", tokens, logits)
+    _checks.floating(logits=logits)
+    _checks.rank(1, logits=logits)
+    _checks.labels(tokens, logits)
     return _logspace.at(_numerics.log_softmax(logits), tokens)
 
 
@@ -90,11 +90,11 @@ def answers_first(values: Array, labels: Array, *, ignore: int = -100) -> tuple[
       ValueError: if the leading dimensions differ.
       TypeError: if the labels are not integers.
     """
-    _checks.integers("answers_first", labels=labels)
-    _checks.rank("answers_first", 2, 2, labels=labels)
+    _checks.integers(labels=labels)
+    _checks.rank(2, 2, labels=labels)
     if values.shape[:2] != labels.shape:
         raise ValueError(
-            "answers_first: values must begin with the labels' shape, got "
+            "values must begin with the labels' shape, got "
             f"{_checks.described(values=values, labels=labels)}."
         )
     counts = labels != ignore
@@ -127,7 +127,7 @@ def taid_teacher(student_logits: Array, teacher_logits: Array, *, progress: Scal
       Shing et al., TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge
       Transfer in Language Models, 2025 (2501.16937).
     """
-    _checks.within("taid_teacher", 0, 1, progress=progress)
+    _checks.within(0, 1, progress=progress)
     student, teacher = _logspace.softened("taid_teacher", student_logits, teacher_logits, 1.0, None)
     t = _numerics.per_example(progress, student)
     # 0 * inf at the ends, and -inf - -inf, are no numbers: a class absent from either is absent.
@@ -239,7 +239,7 @@ def distillm2_alpha(
       Ko et al., DistiLLM-2: A Contrastive Approach Boosts the Distillation of LLMs, 2025
       (2503.07067).
     """
-    _checks.same_shape("distillm2_alpha", log_prob=log_prob, reference_log_prob=reference_log_prob)
+    _checks.same_shape(log_prob=log_prob, reference_log_prob=reference_log_prob)
     log_prob, reference = _numerics.upcast(log_prob), _numerics.upcast(reference_log_prob)
     low, base = _numerics.scalar(0.01, log_prob), _numerics.scalar(base, log_prob)
     gap = jnp.exp(log_prob) - jnp.exp(reference) + _numerics.scalar(1e-5, log_prob)

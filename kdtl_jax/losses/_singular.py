@@ -92,10 +92,10 @@ def kdsvd(student: Sequence[Array], teacher: Sequence[Array], *, k: int = 1) -> 
     """
     if len(student) != len(teacher) or len(student) < 2:
         raise ValueError(
-            "kdsvd: student and teacher need the same number of maps, two or more, got "
+            "student and teacher need the same number of maps, two or more, got "
             f"{len(student)} and {len(teacher)}."
         )
-    _checks.positive("kdsvd", k=k)
+    _checks.positive(k=k)
     layers = []
     for maps in zip(student, teacher, strict=True):
         sides = _door.same_channels("kdsvd", *maps)

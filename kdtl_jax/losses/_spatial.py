@@ -79,13 +79,13 @@ def wkd_feature(
       Distillation, 2024 (2412.08139).
     """
     student, teacher = _door.same_shape("wkd_feature", student, teacher, at_least=4, at_most=4)
-    _checks.positive("wkd_feature", grid=grid, eps=eps)
+    _checks.positive(grid=grid, eps=eps)
     rows, columns = (_numerics.pool_bounds(n, grid) for n in student.shape[1:3])
     cells = [(slice(*row), slice(*column)) for row in rows for column in columns]
     smallest = min((r.stop - r.start) * (c.stop - c.start) for r, c in cells)
     if smallest <= ddof:
         raise ValueError(
-            f"wkd_feature: every cell needs more than ddof={ddof} pixels, the smallest of a "
+            f"every cell needs more than ddof={ddof} pixels, the smallest of a "
             f"{grid} x {grid} grid has {smallest} of {_checks.described(student=student)}. "
             "Use a coarser grid or ddof=0."
         )

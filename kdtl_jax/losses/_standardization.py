@@ -34,13 +34,13 @@ def standardize_logits(
     References:
       Sun et al., Logit Standardization in Knowledge Distillation, 2024 (2403.01427).
     """
-    _checks.floating("standardize_logits", logits=logits)
-    _checks.rank("standardize_logits", 1, logits=logits)
-    _checks.nonempty("standardize_logits", logits=logits)
-    _checks.mask("standardize_logits", where, logits.shape)
+    _checks.floating(logits=logits)
+    _checks.rank(1, logits=logits)
+    _checks.nonempty(logits=logits)
+    _checks.mask(where, logits.shape)
     if logits.shape[-1] <= ddof:
         raise ValueError(
-            f"standardize_logits: needs more than ddof={ddof} classes, "
+            f"needs more than ddof={ddof} classes, "
             f"got {_checks.described(logits=logits)}. Use ddof=0."
         )
     z = _numerics.upcast(logits)
@@ -88,9 +88,7 @@ def standardized_kd(
     References:
       Sun et al., 2024 (2403.01427).
     """
-    _checks.same_shape(
-        "standardized_kd", student_logits=student_logits, teacher_logits=teacher_logits
-    )
+    _checks.same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     return kd_kl(
         standardize_logits(student_logits, ddof=ddof, where=where),
         standardize_logits(teacher_logits, ddof=ddof, where=where),

@@ -110,7 +110,7 @@ def token_gram(
       TextBrewer, 2020 (2002.12620).
     """
     _door.same_positions("token_gram", student[0], teacher[0], at_most=3)
-    _checks.mask("token_gram", where, student[0].shape[:-1])
+    _checks.mask(where, student[0].shape[:-1])
     grams = []
     for pair in (student, teacher):
         pair = _door.same_shape("token_gram", *pair, at_least=3, at_most=3)

@@ -52,7 +52,7 @@ def top_k_targets(teacher_logits: Array, *, k: int, temperature: Scalar = 1.0) -
     )
     classes = teacher.shape[-1]
     if not 1 <= k <= classes:
-        raise ValueError(f"top_k_targets: k must lie in 1..{classes}, got {k}.")
+        raise ValueError(f"k must lie in 1..{classes}, got {k}.")
     log_p = _numerics.log_softmax(teacher)
     values, indices = jax.lax.top_k(log_p, k)
     return TopK(indices, values, _log_rest(log_p, indices))
@@ -70,9 +70,9 @@ def stored_top_k(indices: Array, log_probs: Array) -> TopK:
       ValueError: if shapes differ.
       TypeError: if indices are not integers or log_probs not floating point.
     """
-    _checks.integers("stored_top_k", indices=indices)
-    _checks.floating("stored_top_k", log_probs=log_probs)
-    _checks.same_shape("stored_top_k", indices=indices, log_probs=log_probs)
+    _checks.integers(indices=indices)
+    _checks.floating(log_probs=log_probs)
+    _checks.same_shape(indices=indices, log_probs=log_probs)
     log_probs = _numerics.upcast(log_probs)
     mass = _logspace.logsumexp(log_probs)
     return TopK(indices, log_probs, _numerics.log1mexp(jnp.minimum(mass, 0)))
@@ -98,14 +98,14 @@ def soften_top_k(targets: TopK, *, temperature: Scalar, tail_classes: int | None
     References:
       One class is DistillKit's "symmetric_uniform".
     """
-    _checks.positive("soften_top_k", temperature=temperature)
+    _checks.positive(temperature=temperature)
     log_probs = _numerics.upcast(targets.log_probs)
     t = _numerics.per_example(temperature, log_probs)
     tail = targets.log_tail[..., None]
     in_tail = tail != -jnp.inf
     tail = jnp.where(in_tail, tail, 0) / t
     if tail_classes is not None:
-        _checks.positive("soften_top_k", tail_classes=tail_classes)
+        _checks.positive(tail_classes=tail_classes)
         tail += (1 - 1 / t) * jnp.log(jnp.asarray(tail_classes, log_probs.dtype))
     tail = jnp.where(in_tail, tail, -jnp.inf)
     full = _numerics.log_softmax(jnp.concatenate([log_probs / t, tail], axis=-1))
@@ -275,13 +275,13 @@ def top_k_kl_sampled(student_logits: Array, targets: TopK, *, temperature: Scala
 def _student(fn: str, student_logits: Array, targets: TopK, temperature: Scalar) -> Array:
     """Checked log-probabilities of the student, over all classes."""
     student, _ = _logspace.softened(fn, student_logits, student_logits, temperature, None)
-    _checks.indices(fn, jnp.shape(student_logits)[-1], indices=targets.indices)
-    _checks.floating(fn, log_probs=targets.log_probs, log_tail=targets.log_tail)
-    _checks.same_shape(fn, indices=targets.indices, log_probs=targets.log_probs)
+    _checks.indices(jnp.shape(student_logits)[-1], indices=targets.indices)
+    _checks.floating(log_probs=targets.log_probs, log_tail=targets.log_tail)
+    _checks.same_shape(indices=targets.indices, log_probs=targets.log_probs)
     leading = student_logits.shape[:-1]
     if targets.indices.shape[:-1] != leading or targets.log_tail.shape != leading:
         raise ValueError(
-            f"{fn}: targets must be [..., k] with the student's leading dimensions, got "
+            f"targets must be [..., k] with the student's leading dimensions, got "
             f"{_checks.described(student_logits=student_logits, **targets._asdict())}."
         )
     return _numerics.log_softmax(student)

@@ -59,7 +59,7 @@ def delta(student: Array, source: Array, *, channel_weights: Array | None = None
         channel_weights = jnp.full((channels,), 1 / channels, student.dtype)
     if jnp.shape(channel_weights) != (channels,):
         raise ValueError(
-            f"delta: expected one weight per channel, [{channels}], got "
+            f"expected one weight per channel, [{channels}], got "
             f"{_checks.described(channel_weights=channel_weights)}."
         )
     square = jnp.square(student - source).reshape(student.shape[0], -1, channels)
@@ -81,7 +81,7 @@ def delta_attention(damage: Array, *, temperature: Scalar = 5.0) -> Array:
       ValueError: if `damage` is not one row, or the temperature is not positive.
     """
     damage = _door.one("delta_attention", damage, at_least=1, at_most=1)
-    _checks.positive("delta_attention", temperature=temperature)
+    _checks.positive(temperature=temperature)
     centered = damage - jnp.mean(damage)
     deviation = _numerics.safe_sqrt(jnp.sum(jnp.square(centered)) / max(damage.shape[0] - 1, 1))
     standard = jnp.where(deviation != 0, centered / jnp.where(deviation != 0, deviation, 1), 0)
@@ -170,10 +170,10 @@ def bi_tuning_classifier(
     width, classes = features.shape[1], jnp.shape(class_bias)[0]
     if jnp.shape(class_weights) != (width, classes):
         raise ValueError(
-            "bi_tuning_classifier: expected class_weights [D, C] and class_bias [C], got "
+            "expected class_weights [D, C] and class_bias [C], got "
             f"{_checks.described(features=features, weights=class_weights, bias=class_bias)}."
         )
-    _checks.labels("bi_tuning_classifier", labels, jnp.zeros((features.shape[0], classes)))
+    _checks.labels(labels, jnp.zeros((features.shape[0], classes)))
     vectors = unit_classes(class_weights, class_bias).astype(features.dtype)
     scores = _numerics.gram(vectors[labels], unit_features(features))
     same = labels[:, None] == labels[None, :]
@@ -202,8 +202,8 @@ def bi_tuning_projection(
       Zhong et al., Bi-tuning of Pre-trained Representations, 2020 (2011.06182), eq. 4.
     """
     queries, keys = _door.same_shape("bi_tuning_projection", queries, keys, at_most=2)
-    _checks.integers("bi_tuning_projection", labels=labels)
-    _checks.same_batch("bi_tuning_projection", queries=queries, labels=labels)
+    _checks.integers(labels=labels)
+    _checks.same_batch(queries=queries, labels=labels)
     scores = _numerics.gram(_numerics.normalize(queries), _numerics.normalize(keys))
     same = labels[:, None] == labels[None, :]
     return uniform_contrast(scores, same, temperature=temperature)
@@ -225,8 +225,8 @@ def uniform_contrast(scores: Array, positives: Array, *, temperature: Scalar = 0
       TypeError: if `positives` is not bool.
     """
     scores = _door.one("uniform_contrast", scores, at_least=2, at_most=2)
-    _checks.mask("uniform_contrast", positives, scores.shape)
-    _checks.positive("uniform_contrast", temperature=temperature)
+    _checks.mask(positives, scores.shape)
+    _checks.positive(temperature=temperature)
     log_p = _numerics.log_softmax(scores / _numerics.scalar(temperature, scores))
     count = jnp.sum(positives, axis=-1, dtype=scores.dtype)
     mean = _numerics.masked_mean(log_p, positives, axis=-1)
@@ -268,10 +268,10 @@ def afn(features: Array, norms: Array, *, step: Scalar = 1.0) -> Array:
       Xu et al., Larger Norm More Transferable, 2019 (1811.07456), eq. 7.
     """
     features = _door.one("afn", features, at_least=2, at_most=2)
-    _checks.floating("afn", norms=norms)
+    _checks.floating(norms=norms)
     if jnp.shape(norms) != features.shape[:1]:
         raise ValueError(
-            f"afn: expected norms [{features.shape[0]}], got {_checks.described(norms=norms)}."
+            f"expected norms [{features.shape[0]}], got {_checks.described(norms=norms)}."
         )
     target = _numerics.scalar(norms, features) + _numerics.scalar(step, features)
     return jnp.square(feature_norms(features) - target)

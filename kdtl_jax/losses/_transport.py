@@ -45,13 +45,13 @@ def sinkhorn_cost(
       Cuturi, Sinkhorn Distances: Lightspeed Computation of Optimal Transport, 2013 (1306.0895).
     """
     fn = "sinkhorn_cost"
-    _checks.floating(fn, cost=cost)
+    _checks.floating(cost=cost)
     log_a, log_b = _logspace.softened(fn, student_log_probs, teacher_log_probs, 1.0, None)
-    _checks.positive(fn, regularization=regularization, iterations=iterations)
+    _checks.positive(regularization=regularization, iterations=iterations)
     classes = log_a.shape[-1]
     if jnp.shape(cost) != (classes, classes):
         raise ValueError(
-            f"{fn}: cost must be [{classes}, {classes}] for "
+            f"cost must be [{classes}, {classes}] for "
             f"{_checks.described(student_log_probs=student_log_probs, cost=cost)}."
         )
     cost = cost.astype(log_a.dtype)

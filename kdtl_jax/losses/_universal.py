@@ -98,12 +98,12 @@ def sorted_l1(student_probs: Array, teacher_probs: Array) -> Array:
 
 
 def _checked(fn: str, student: Array, teacher: Array) -> tuple[Array, Array]:
-    _checks.floating(fn, student=student, teacher=teacher)
-    _checks.rank(fn, 1, student=student, teacher=teacher)
-    _checks.nonempty(fn, student=student, teacher=teacher)
+    _checks.floating(student=student, teacher=teacher)
+    _checks.rank(1, student=student, teacher=teacher)
+    _checks.nonempty(student=student, teacher=teacher)
     if jnp.shape(student)[:-1] != jnp.shape(teacher)[:-1]:
         raise ValueError(
-            f"{fn}: all dimensions but the vocabulary must be equal, got "
+            f"all dimensions but the vocabulary must be equal, got "
             f"{_checks.described(student=student, teacher=teacher)}. "
             "Align the positions first (answers_first, align_tokens)."
         )
@@ -119,7 +119,7 @@ def _probabilities(
 ) -> tuple[Array, Array]:
     student, teacher = _checked(fn, student_logits, teacher_logits)
     _checks.positive(
-        fn, student_temperature=student_temperature, teacher_temperature=teacher_temperature
+        student_temperature=student_temperature, teacher_temperature=teacher_temperature
     )
     student = student / _numerics.per_example(student_temperature, student)
     teacher = teacher / _numerics.per_example(teacher_temperature, teacher)

@@ -33,7 +33,7 @@ def ttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.1) ->
       Zheng and Yang, Knowledge Distillation Based on Transformed Teacher Matching, 2024
       (2402.11148).
     """
-    _checks.positive("ttm", gamma=gamma)
+    _checks.positive(gamma=gamma)
     student, teacher = _logspace.softened("ttm", student_logits, teacher_logits, 1.0, None)
     return _numerics.kl_from_logits(_numerics.per_example(gamma, teacher) * teacher, student)
 
@@ -90,8 +90,8 @@ def wsld_weight(
       Perspective, 2021 (2102.00650).
     """
     student, teacher = _logspace.softened("wsld_weight", student_logits, teacher_logits, 1, None)
-    _checks.labels("wsld_weight", labels, student_logits)
-    _checks.positive("wsld_weight", eps=eps)
+    _checks.labels(labels, student_logits)
+    _checks.positive(eps=eps)
     of_student = -_logspace.at(_numerics.log_softmax(student), labels)
     of_teacher = -_logspace.at(_numerics.log_softmax(teacher), labels)
     return -jnp.expm1(-of_student / (of_teacher + _numerics.scalar(eps, of_teacher)))

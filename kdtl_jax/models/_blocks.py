@@ -141,16 +141,16 @@ def token_inputs(fn: str, inputs: Any) -> tuple[Array, Array | None, Array | Non
     known = {"tokens", "mask", "types"}
     if "tokens" not in given or not given.keys() <= known:
         raise ValueError(
-            f"{fn}: inputs must be an int array [B, L] or a dict with 'tokens' and optionally "
+            f"inputs must be an int array [B, L] or a dict with 'tokens' and optionally "
             f"'mask' (bool) and 'types', got keys {sorted(given)}."
         )
     tokens = given["tokens"]
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise TypeError(f"{fn}: tokens must be integers, got {tokens.dtype}{list(tokens.shape)}.")
+        raise TypeError(f"tokens must be integers, got {tokens.dtype}{list(tokens.shape)}.")
     for name, array in given.items():
         if array.ndim != 2 or array.shape != tokens.shape:
             raise ValueError(
-                f"{fn}: {name} must be [B, L] like the tokens, got {list(array.shape)} for "
+                f"{name} must be [B, L] like the tokens, got {list(array.shape)} for "
                 f"tokens{list(tokens.shape)}."
             )
     mask = given.get("mask")
@@ -161,7 +161,7 @@ def check_length(fn: str, tokens: Array, positions: int) -> None:
     """Raises ValueError if a sequence is longer than the table of positions."""
     if tokens.shape[1] > positions:
         raise ValueError(
-            f"{fn}: sequences of {tokens.shape[1]} tokens, but the model has {positions} "
+            f"sequences of {tokens.shape[1]} tokens, but the model has {positions} "
             "positions. Cut the sequences."
         )
 

@@ -67,7 +67,7 @@ def cnn(channels: Sequence[int], classes: int) -> CNN:
     """
     if not channels or classes < 1 or any(c < 1 for c in channels):
         raise ValueError(
-            "cnn: needs at least one layer, channels and classes of at least 1, got "
+            "needs at least one layer, channels and classes of at least 1, got "
             f"{list(channels)} and {classes}."
         )
     return CNN(tuple(channels), classes)

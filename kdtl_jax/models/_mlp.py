@@ -34,6 +34,6 @@ def mlp(widths: Sequence[int], classes: int) -> MLP:
     """
     if classes < 1 or any(width < 1 for width in widths):
         raise ValueError(
-            f"mlp: widths and classes must be at least 1, got {list(widths)} and {classes}."
+            f"widths and classes must be at least 1, got {list(widths)} and {classes}."
         )
     return MLP(tuple(widths), classes)

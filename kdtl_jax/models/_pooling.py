@@ -16,9 +16,9 @@ def mean_pool(hidden: Array, mask: Array | None = None) -> Array:
     Returns:
       `[B, width]`, float32 or wider; zero for a row without tokens.
     """
-    _checks.rank("mean_pool", 3, 3, hidden=hidden)
+    _checks.rank(3, 3, hidden=hidden)
     hidden = _numerics.upcast(hidden)
-    _checks.mask("mean_pool", mask, hidden.shape[:2])
+    _checks.mask(mask, hidden.shape[:2])
     if mask is None:
         return jnp.mean(hidden, axis=1)
     present = mask[..., None]

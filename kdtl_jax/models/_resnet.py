@@ -155,14 +155,14 @@ def wide_resnet(depth: int, width: int, classes: int) -> WideResNet:
       Zagoruyko and Komodakis, Wide Residual Networks, 2016 (1605.07146).
     """
     if width < 1:
-        raise ValueError(f"wide_resnet: width must be at least 1, got {width}.")
+        raise ValueError(f"width must be at least 1, got {width}.")
     return WideResNet(_blocks("wide_resnet", depth, 4), width, classes)
 
 
 def _blocks(fn: str, depth: int, extra: int) -> int:
     if depth < 6 + extra or (depth - extra) % 6:
         valid = [6 * n + extra for n in range(1, 6)]
-        raise ValueError(f"{fn}: depth must be 6 n + {extra} ({valid} …), got {depth}.")
+        raise ValueError(f"depth must be 6 n + {extra} ({valid} …), got {depth}.")
     return (depth - extra) // 6
 
 

@@ -1,7 +1,7 @@
 """Many trainings of one small model as one compiled program, and choosing among them fairly.
 
 Every recipe here trains the same model from many starts: seeds, learning rates, alphas. All of them
-run side by side under `vmap` (`kdtl_jax.sweep`). Settings are chosen by the mean *validation*
+run side by side under `vmap` (`kdtl_jax.train.sweep`). Settings are chosen by the mean *validation*
 accuracy over seeds; the test split is only read off.
 """
 
@@ -15,11 +15,13 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import report, sweep, train, trees
+from kdtl_jax import train, trees
 from kdtl_jax._types import ModelFn, Params
 from kdtl_jax.datasets import Dataset
 from kdtl_jax.interop import linen
 from kdtl_jax.objective import TermsFn
+from kdtl_jax.run import report
+from kdtl_jax.train import sweep
 
 Point = Mapping[str, Any]
 TermsFor = Callable[[Point], TermsFn]

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 from jax import Array
 
-from kdtl_jax import models, precision, trees
+from kdtl_jax import models, trees
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Variables
 from kdtl_jax.interop import linen, safetensors
-from kdtl_jax.recipes._method import Head, Models, Setup
+from kdtl_jax.methods._method import Head, Models, Setup
+from kdtl_jax.train import precision
 
 Pair = tuple[str, str]
 _Shapes = Mapping[str, jax.ShapeDtypeStruct]
@@ -101,7 +102,7 @@ def setup(
         if "logits" not in found or found["logits"].shape[-1] != classes:
             width = f"{found['logits'].shape[-1]} outputs" if "logits" in found else "no logits"
             raise ValueError(
-                f"distill: the {name} has {width}, the data has {classes} classes. Give it one "
+                f"the {name} has {width}, the data has {classes} classes. Give it one "
                 "output per class."
             )
     known = [tap for layer in layers for tap in zip(("student", "teacher"), layer, strict=True)]
@@ -109,7 +110,7 @@ def setup(
         taps = of_student if name == "student" else of_teacher
         if tap not in taps:
             listed = ", ".join(sorted(taps, key=trees.natural_key))
-            raise ValueError(f"distill: the {name} has no tap {tap!r}. It has {listed}.")
+            raise ValueError(f"the {name} has no tap {tap!r}. It has {listed}.")
     before = {**teacher.before_activation, **student.before_activation}
     clash = [
         tap
@@ -195,7 +196,7 @@ def _head(net: Network, params: Params) -> Head | None:
 
 def _present(head: Head | None) -> Head:
     if head is None:
-        raise ValueError("distill: the student's parameters have no 'head'.")
+        raise ValueError("the student's parameters have no 'head'.")
     return head
 
 

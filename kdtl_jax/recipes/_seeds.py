@@ -18,9 +18,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kdtl_jax import data, loop, sharding
 from kdtl_jax._types import PyTree
 from kdtl_jax.objective import Metrics
+from kdtl_jax.run import data, loop, sharding
 from kdtl_jax.train import Batch, Step, TrainState
 
 Views = Callable[[Array, Array, Batch], Batch]  # key, epoch, batch -> batch

@@ -10,8 +10,8 @@ import numpy as np
 
 from kdtl_jax._types import Variables
 from kdtl_jax.datasets import Splits
+from kdtl_jax.methods._method import Method, Setup
 from kdtl_jax.recipes import _networks, _seeds, _training
-from kdtl_jax.recipes._method import Method, Setup
 from kdtl_jax.recipes._networks import Network
 from kdtl_jax.recipes._sweep_runs import Shared
 from kdtl_jax.recipes._training import Bench, Place, Schedule
@@ -35,7 +35,7 @@ def setup_of(
     size = len(splits.train.labels)
     if batch_size > size:
         raise ValueError(
-            f"sweep: a batch of {batch_size} is larger than the {size} training examples. "
+            f"a batch of {batch_size} is larger than the {size} training examples. "
             "Choose a smaller batch size."
         )
     return _networks.setup(

@@ -13,13 +13,14 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import sweep, train, transforms
+from kdtl_jax import train, transforms
 from kdtl_jax._types import Params, Variables
+from kdtl_jax.methods import _method
+from kdtl_jax.methods._method import TASK, Method, Options, Setup, Weight
 from kdtl_jax.objective import Inputs, Terms
-from kdtl_jax.recipes import _method, _seeds, _training
-from kdtl_jax.recipes._method import TASK, Method, Options, Setup, Weight
+from kdtl_jax.recipes import _seeds, _training
 from kdtl_jax.recipes._networks import Network
-from kdtl_jax.train import TrainState
+from kdtl_jax.train import TrainState, sweep
 
 Point = Mapping[str, Any]
 # (learning rate, weight decay, steps of the run) -> optimizer; the first two may be traced.

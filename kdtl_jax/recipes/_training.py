@@ -13,13 +13,14 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from kdtl_jax import checkpoint, data, loop, objective, sharding, train
+from kdtl_jax import objective, train
 from kdtl_jax._types import ModelFn, Outputs, Params, Variables
 from kdtl_jax.datasets import Dataset
+from kdtl_jax.methods._method import TASK, Built, no_connectors, no_memory
 from kdtl_jax.objective import Inputs
 from kdtl_jax.recipes import _seeds
-from kdtl_jax.recipes._method import TASK, Built, no_connectors, no_memory
 from kdtl_jax.recipes._networks import Network
+from kdtl_jax.run import checkpoint, data, loop, sharding
 from kdtl_jax.train import TrainState
 
 Detail = Callable[[str, bool], None]  # how it goes; whether that is the last of it
@@ -324,13 +325,13 @@ def checked_batch(schedule: Schedule, size: int) -> int:
     batch, parts = schedule.batch_size, schedule.microbatches
     if batch > size:
         raise ValueError(
-            f"distill: a batch of {batch} is larger than the {size} training examples. Choose a "
+            f"a batch of {batch} is larger than the {size} training examples. Choose a "
             "smaller batch size."
         )
     devices = 1 if schedule.mesh is None else schedule.mesh.size
     if batch % (parts * devices):
         raise ValueError(
-            f"distill: a batch of {batch} does not divide into {parts} microbatches on {devices} "
+            f"a batch of {batch} does not divide into {parts} microbatches on {devices} "
             f"devices. Choose a multiple of {parts * devices}."
         )
     return batch

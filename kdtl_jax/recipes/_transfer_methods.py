@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kdtl_jax import finetune, losses, penalties, transforms, trees
+from kdtl_jax import losses, penalties, transforms, trees
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Variables
 from kdtl_jax.objective import Inputs, classification
 from kdtl_jax.recipes._networks import Network
+from kdtl_jax.train import finetune
 
 HEAD, BODY = "model/head/.*", r"(?!head/).*"
 Terms = Callable[[Inputs], dict[str, Array]]

@@ -17,11 +17,13 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import losses, measure, precision, sharding, train, trees
+from kdtl_jax import losses, train, trees
 from kdtl_jax._types import Variables
 from kdtl_jax.interop import linen
 from kdtl_jax.models import GPT2, ViT, mlp, resnet, resnet_x4
 from kdtl_jax.objective import Inputs
+from kdtl_jax.run import measure, sharding
+from kdtl_jax.train import precision
 
 WEIGHTS = {"kd": 0.9, "task": 0.1}
 TEMPERATURE = 4.0

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import losses, projection, report, transforms
+from kdtl_jax import losses, projection, transforms
 from kdtl_jax._types import ModelFn, Params
 from kdtl_jax.datasets import Splits, per_class
 from kdtl_jax.interop import linen
@@ -24,6 +24,7 @@ from kdtl_jax.models import mlp
 from kdtl_jax.objective import Inputs
 from kdtl_jax.recipes import _fits
 from kdtl_jax.recipes._fits import Fitted
+from kdtl_jax.run import report
 
 FAMILY = "distillation"
 ORDER = (

@@ -15,13 +15,14 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import penalties, report, transforms
+from kdtl_jax import penalties, transforms
 from kdtl_jax._types import Params
 from kdtl_jax.datasets import Dataset, Splits, only_classes, per_class
 from kdtl_jax.interop import linen
 from kdtl_jax.models import mlp
 from kdtl_jax.objective import Inputs
 from kdtl_jax.recipes import _fits
+from kdtl_jax.run import report
 
 FAMILY = "transfer"
 BODY = "dense_.*"

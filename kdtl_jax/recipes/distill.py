@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import report, teacher_cache, trees
+from kdtl_jax import trees
 from kdtl_jax._types import Variables
 from kdtl_jax.datasets import Splits, per_class
-from kdtl_jax.recipes import _method, _networks, _seeds, _training
-from kdtl_jax.recipes._method import Built, Method, Options, Setup
+from kdtl_jax.methods import _method
+from kdtl_jax.methods._method import Built, Method, Options, Setup
+from kdtl_jax.recipes import _networks, _seeds, _training
 from kdtl_jax.recipes._networks import Network
 from kdtl_jax.recipes._training import ALONE, Bench, Detail, Place, Schedule, Trained
+from kdtl_jax.run import report, teacher_cache
 
 TEACHER, BASELINE = "teacher", "student_alone"
 TEACHERS, STUDENTS = "teacher", "distillation"  # families of the table
@@ -195,7 +197,7 @@ def _applicable(
         if term not in known:
             listed = "; ".join(f"{name}: {', '.join(found)}" for name, found in terms.items())
             raise ValueError(
-                f"distill: a weight is given for {key!r}, which is no term here. The terms are "
+                f"a weight is given for {key!r}, which is no term here. The terms are "
                 f"{listed}. Write term=weight, or method.term=weight for one method."
             )
     built = [(m, _method.build(m, setup, _own(options, m.name, terms[m.name]))) for m in fitting]

@@ -31,11 +31,12 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import data, loop, losses, report, train, trees
+from kdtl_jax import losses, train, trees
 from kdtl_jax._types import ModelFn, Params, Variables
 from kdtl_jax.interop import huggingface, linen
 from kdtl_jax.models import sentence_embedding
 from kdtl_jax.objective import Inputs, Masked
+from kdtl_jax.run import data, loop, report
 
 FAMILY, BASELINE, NEIGHBORS = "sentences", "random_distilled", 10
 WEIGHTS = {"hidden": 1.0, "embedding": 1.0, "relation": 1.0}
@@ -106,12 +107,11 @@ def tokenizer(folder: str | Path) -> Callable[[Sequence[str], int], list[list[in
         package = importlib.import_module("tokenizers")
     except ImportError:
         raise ImportError(
-            "sentences: reading tokenizer.json needs the package tokenizers: "
-            "pip install 'kdtl_jax[hub]'."
+            "reading tokenizer.json needs the package tokenizers: pip install 'kdtl_jax[hub]'."
         ) from None
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
-        raise FileNotFoundError(f"sentences: {path} does not exist.")
+        raise FileNotFoundError(f"{path} does not exist.")
     model = package.Tokenizer.from_file(str(path))
     model.no_padding()
 
@@ -131,7 +131,7 @@ def split(ids: Sequence[Sequence[int]], settings: Settings, *, padding: int) -> 
     held = settings.validation + settings.test
     if len(ids) < held + settings.batch_size:
         raise ValueError(
-            f"sentences: {len(ids)} distinct lines, but {held} are held out and a batch needs "
+            f"{len(ids)} distinct lines, but {held} are held out and a batch needs "
             f"{settings.batch_size}. Give more text, or hold out less."
         )
     width = max(map(len, ids))

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import sweep, train
+from kdtl_jax import train
 from kdtl_jax.datasets import Splits
+from kdtl_jax.methods._method import TASK, Method, Setup, no_memory
+from kdtl_jax.methods._method import build as build_method
 from kdtl_jax.recipes import _networks, _sweep_pair, _sweep_runs
-from kdtl_jax.recipes._method import TASK, Method, Setup, no_memory
-from kdtl_jax.recipes._method import build as build_method
 from kdtl_jax.recipes._sweep_runs import Program, Shared
 from kdtl_jax.recipes._training import Schedule
+from kdtl_jax.train import sweep
 
 PROBE_STEPS, PROBE_POINTS = 8, 16
 Progress = Callable[[str], None]
@@ -273,7 +274,7 @@ def _chunk(
 def _shares(epochs: int, rungs: int) -> list[int]:
     """The epochs of each rung."""
     if not 1 <= rungs <= epochs:
-        raise ValueError(f"sweep: {rungs} rungs do not fit into {epochs} epochs.")
+        raise ValueError(f"{rungs} rungs do not fit into {epochs} epochs.")
     ends = [round(epochs * (i + 1) / rungs) for i in range(rungs)]
     return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
 
@@ -293,7 +294,7 @@ def _suitable(methods: Sequence[Method], setup: Setup) -> tuple[list[Method], li
         else:
             notes.append(f"{method.name} is left out: {reason}.")
     if not chosen:
-        raise ValueError(f"sweep: no method is left. {' '.join(notes)}")
+        raise ValueError(f"no method is left. {' '.join(notes)}")
     return chosen, notes
 
 
@@ -310,6 +311,6 @@ def _known_axes(columns: Columns, of_method: Mapping[str, Mapping[str, Any]]) ->
     unknown = [axis for axis in columns if not any(axis in own for own in of_method.values())]
     if unknown:
         raise ValueError(
-            f"sweep: {unknown[0]!r} is no axis of {', '.join(of_method)}. Axes are "
+            f"{unknown[0]!r} is no axis of {', '.join(of_method)}. Axes are "
             f"{', '.join(_sweep_runs.AXES)}, {TASK}, and the names of a method's terms."
         )

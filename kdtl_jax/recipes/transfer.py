@@ -17,13 +17,15 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import objective, report, sweep, train, transferability, transforms, trees
+from kdtl_jax import objective, train, transferability, transforms, trees
 from kdtl_jax._types import Params, Variables
 from kdtl_jax.datasets import Dataset, Splits, per_class
 from kdtl_jax.recipes import _fits, _networks
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes._networks import Network
 from kdtl_jax.recipes._transfer_methods import Case, Method
+from kdtl_jax.run import report
+from kdtl_jax.train import sweep
 
 FAMILY = "transfer"
 HEADS = r"(params/)?head/.*"
@@ -102,7 +104,7 @@ def run(
     lacking = [method.name for method in methods if method.needs_source_head and head is None]
     if lacking:
         raise ValueError(
-            f"transfer: {', '.join(lacking)} train the source's head too, and the source has no "
+            f"{', '.join(lacking)} train the source's head too, and the source has no "
             "head/kernel and head/bias. Leave these methods out (--methods)."
         )
     over = 0 if source.is_per_seed else None

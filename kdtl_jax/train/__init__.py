@@ -9,6 +9,14 @@ optimizer state, do not enter clipping and stay bit-identical.
 """
 
 from kdtl_jax.objective import Metrics as Metrics
+from kdtl_jax.train import balancing as balancing
+from kdtl_jax.train import ensembles as ensembles
+from kdtl_jax.train import finetune as finetune
+from kdtl_jax.train import fisher as fisher
+from kdtl_jax.train import hypergradients as hypergradients
+from kdtl_jax.train import online as online
+from kdtl_jax.train import precision as precision
+from kdtl_jax.train import sweep as sweep
 from kdtl_jax.train._epochs import Epoch as Epoch
 from kdtl_jax.train._epochs import epoch_index as epoch_index
 from kdtl_jax.train._epochs import epoch_path as epoch_path

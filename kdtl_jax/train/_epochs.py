@@ -97,8 +97,7 @@ def epoch_index(key: Array, epoch: int | Array, size: int, batch_size: int) -> A
     """
     if not 0 < batch_size <= size:
         raise ValueError(
-            f"epoch_index: batch_size must lie in 1..{size} (the number of examples), "
-            f"got {batch_size}."
+            f"batch_size must lie in 1..{size} (the number of examples), got {batch_size}."
         )
     order = jax.random.permutation(jax.random.fold_in(key, epoch), size)
     steps = size // batch_size

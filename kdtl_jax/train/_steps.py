@@ -9,9 +9,10 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import objective, precision, trees
+from kdtl_jax import objective, trees
 from kdtl_jax._types import ModelFn, Params, PyTree, Variables
 from kdtl_jax.objective import Inputs, Mean, Metrics, TermsFn, Weights
+from kdtl_jax.train import precision
 from kdtl_jax.train._state import Batch, Step, TrainState, like
 
 
@@ -61,7 +62,7 @@ def make_distill_step(
     def apply_student(params: Params, model_state: PyTree, batch: Batch, key: Array):
         if not isinstance(params, Mapping) or "student" not in params:
             raise ValueError(
-                "make_distill_step: the state's parameters must be {'student': ..., and what "
+                "the state's parameters must be {'student': ..., and what "
                 "else is trained}. Make it with init_state({'student': params}, tx, key=key)."
             )
         return student(params["student"], model_state, batch["inputs"], key=key, train=True)
@@ -244,7 +245,7 @@ def _split(batch: Batch, parts: int) -> dict[str, Any]:
     def deal(x: Any) -> Any:
         if not np.ndim(x) or np.shape(x)[0] % parts:
             raise ValueError(
-                f"step: microbatches={parts} must divide the batch, got a batch entry of shape "
+                f"microbatches={parts} must divide the batch, got a batch entry of shape "
                 f"{list(np.shape(x))}. Choose another number or pad with weights 0."
             )
         x = jnp.asarray(x)
@@ -256,14 +257,12 @@ def _split(batch: Batch, parts: int) -> dict[str, Any]:
 def _checked(batch: Batch) -> Batch:
     if "inputs" not in batch:
         raise ValueError(
-            f"step: the batch must be a dict with 'inputs', got the keys {sorted(batch)}. Name "
+            f"the batch must be a dict with 'inputs', got the keys {sorted(batch)}. Name "
             "what the models read 'inputs'."
         )
     shape = np.shape(batch.get("weights", np.ones(1)))
     if len(shape) != 1:
-        raise ValueError(
-            f"step: the batch's 'weights' must be [B], one per example, got {list(shape)}."
-        )
+        raise ValueError(f"the batch's 'weights' must be [B], one per example, got {list(shape)}.")
     return batch
 
 
@@ -283,7 +282,7 @@ def _updates(
         if jax.tree.structure(made) == jax.tree.structure(opt_state):
             raise
         raise ValueError(
-            "step: the optimizer's state was made for other parameters than the step trains. "
+            "the optimizer's state was made for other parameters than the step trains. "
             "Give init_state and the step the same optimizer and the same trainable=."
         ) from error
 

@@ -104,12 +104,12 @@ def matrix_view(fn: str, path: str, leaf: Any, in_axis: AxisSpec, out_axis: Axis
     sides = [(axis,) if isinstance(axis, int) else tuple(axis) for axis in (in_axis, out_axis)]
     if any(not -ndim <= axis < ndim for side in sides for axis in side):
         raise ValueError(
-            f"{fn}: {path!r} has shape {list(jnp.shape(leaf))}, which lacks in_axis={in_axis} or "
+            f"{path!r} has shape {list(jnp.shape(leaf))}, which lacks in_axis={in_axis} or "
             f"out_axis={out_axis}. Select matrices only (where=), or name their axes."
         )
     ins, outs = ([axis % ndim for axis in side] for side in sides)
     if len({*ins, *outs}) != len(ins) + len(outs):
-        raise ValueError(f"{fn}: in_axis={in_axis} and out_axis={out_axis} of {path!r} overlap.")
+        raise ValueError(f"in_axis={in_axis} and out_axis={out_axis} of {path!r} overlap.")
     lead = [axis for axis in range(ndim) if axis not in ins and axis not in outs]
     order = [*lead, *ins, *outs]
     moved = jnp.transpose(_leaves.widen(leaf), order)
@@ -145,7 +145,7 @@ def rewrite(
     for path in edits:
         if path not in flat:
             raise ValueError(
-                f"{fn}: the adapter's {path!r} is not in the parameters; nearest paths: "
+                f"the adapter's {path!r} is not in the parameters; nearest paths: "
                 f"{trees.nearest(path, list(flat))}. Adapters belong to one architecture."
             )
     out = [
@@ -162,7 +162,7 @@ def fits(fn: str, path: str, expected: Mapping[str, tuple[int, ...]], **arrays: 
     for name, array in arrays.items():
         if array.shape != expected[name]:
             raise ValueError(
-                f"{fn}: the adapter of {path!r} does not fit: expected {name}"
+                f"the adapter of {path!r} does not fit: expected {name}"
                 f"{list(expected[name])}, got {_checks.described(**{name: array})}. Was it made "
                 "for other parameters, or with other in_axis and out_axis?"
             )
@@ -173,12 +173,12 @@ def members_of(
 ) -> list[Scalar]:
     """One weight per member, members checked to adapt the same paths."""
     if not members:
-        raise ValueError(f"{fn}: expected a non-empty list of adapters' weights.")
-    _checks.same_keys(fn, **{f"members[{i}]": member for i, member in enumerate(members)})
+        raise ValueError("expected a non-empty list of adapters' weights.")
+    _checks.same_keys(**{f"members[{i}]": member for i, member in enumerate(members)})
     if weights is None:
         return [1.0] * len(members)
     if len(weights) != len(members):
-        raise ValueError(f"{fn}: expected {len(members)} weights, got {len(weights)}.")
+        raise ValueError(f"expected {len(members)} weights, got {len(weights)}.")
     return [weights[i] for i in range(len(members))]
 
 

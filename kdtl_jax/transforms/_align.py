@@ -46,7 +46,7 @@ def match_permutations(
     """
     if jax.tree.structure(reference) != jax.tree.structure(other):
         raise ValueError(
-            "match_permutations: the two networks must have one structure, got "
+            "the two networks must have one structure, got "
             f"{jax.tree.structure(reference)} and {jax.tree.structure(other)}."
         )
     axes = _axes.axes_of("match_permutations", reference, spec)
@@ -57,13 +57,13 @@ def match_permutations(
     ):
         if np.shape(a) != np.shape(b):
             raise ValueError(
-                f"match_permutations: {path!r} has shapes {list(np.shape(a))} and "
+                f"{path!r} has shapes {list(np.shape(a))} and "
                 f"{list(np.shape(b))}; they must be equal."
             )
         if any(axis.name is not None for axis in leaf_axes):
             host_a, host_b = (np.asarray(leaf).astype(np.float64) for leaf in (a, b))
             if not (np.isfinite(host_a).all() and np.isfinite(host_b).all()):
-                raise ValueError(f"match_permutations: {path!r} holds NaN or infinity.")
+                raise ValueError(f"{path!r} holds NaN or infinity.")
             pairs.append((host_a, host_b, leaf_axes))
     permutations = {name: np.arange(size) for name, size in sizes.items()}
     order = np.random.default_rng(seed)

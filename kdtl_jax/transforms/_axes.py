@@ -116,7 +116,7 @@ def permute(params: Params, spec: AxisSpec, permutations: Mapping[str, Any]) -> 
             order is not None and not np.array_equal(np.sort(order), np.arange(size))
         ):
             raise ValueError(
-                f"permute: {name!r} needs every index of 0..{size - 1} once, got {value!r}. "
+                f"{name!r} needs every index of 0..{size - 1} once, got {value!r}. "
                 "Use select_width to keep some units only."
             )
     return select_width(params, spec, permutations)
@@ -137,8 +137,7 @@ def pad_width(params: Params, spec: AxisSpec, widths: Mapping[str, int]) -> Para
     for name, width in widths.items():
         if width < known(name, sizes, "pad_width"):
             raise ValueError(
-                f"pad_width: {name!r} cannot shrink from {sizes[name]} to {width} units. "
-                "Use select_width."
+                f"{name!r} cannot shrink from {sizes[name]} to {width} units. Use select_width."
             )
 
     def pad(leaf: Array, position: int, axis: Axis) -> Array:
@@ -169,7 +168,7 @@ def axis_spec_from_metadata(tree: Any) -> list[tuple[str, tuple[str | None, ...]
     spec = [(re.escape(trees.path_string(path)), _names(leaf)) for path, leaf in leaves]
     if all(names is None for _, names in spec):
         raise ValueError(
-            "axis_spec_from_metadata: no leaf carries axis names. Box parameters with "
+            "no leaf carries axis names. Box parameters with "
             "nn.with_partitioning (Linen) or give nnx.Param its sharding, or write the spec out."
         )
     return spec
@@ -186,7 +185,7 @@ def axes_of(fn: str, params: Params, spec: AxisSpec) -> list[tuple[Axis, ...]]:
     ]
     if lost:
         raise ValueError(
-            f"{fn}: the axis spec does not cover {lost[:8]}. Name their axes, or add "
+            f"the axis spec does not cover {lost[:8]}. Name their axes, or add "
             "('.*', None) last if they have none that change."
         )
     out: list[tuple[Axis, ...]] = []
@@ -197,7 +196,7 @@ def axes_of(fn: str, params: Params, spec: AxisSpec) -> list[tuple[Axis, ...]]:
         axes = tuple(axis if isinstance(axis, Axis) else Axis(axis) for axis in names)
         if len(axes) != np.ndim(leaf):
             raise ValueError(
-                f"{fn}: {path!r} has {np.ndim(leaf)} axes {list(np.shape(leaf))}, but the spec "
+                f"{path!r} has {np.ndim(leaf)} axes {list(np.shape(leaf))}, but the spec "
                 f"names {len(axes)}: {[axis.name for axis in axes]}."
             )
         out.append(axes)
@@ -214,13 +213,13 @@ def sizes_of(fn: str, params: Params, axes: Sequence[tuple[Axis, ...]]) -> dict[
             size, rest = divmod(length, axis.inner * axis.outer)
             if rest:
                 raise ValueError(
-                    f"{fn}: axis {axis.name!r} of {path!r} has length {length}, which is not "
+                    f"axis {axis.name!r} of {path!r} has length {length}, which is not "
                     f"outer={axis.outer} times a number of units times inner={axis.inner}."
                 )
             where, known_size = first.setdefault(axis.name, (path, size))
             if size != known_size:
                 raise ValueError(
-                    f"{fn}: axis {axis.name!r} has {known_size} units in {where!r} but {size} in "
+                    f"axis {axis.name!r} has {known_size} units in {where!r} but {size} in "
                     f"{path!r}. One name is one set of units; give them different names."
                 )
     return {name: size for name, (_, size) in first.items()}
@@ -229,7 +228,7 @@ def sizes_of(fn: str, params: Params, axes: Sequence[tuple[Axis, ...]]) -> dict[
 def known(name: str, sizes: Mapping[str, int], fn: str) -> int:
     """The size of a named axis; raises if the spec has no such name."""
     if name not in sizes:
-        raise ValueError(f"{fn}: no axis is named {name!r}; the spec names {sorted(sizes)}.")
+        raise ValueError(f"no axis is named {name!r}; the spec names {sorted(sizes)}.")
     return sizes[name]
 
 
@@ -270,11 +269,11 @@ def take_units(leaf: Any, position: int, axis: Axis, index: Any) -> Array:
 
 def _checked_index(fn: str, name: str, value: Any, size: int) -> Any:
     value = np.asarray(value) if isinstance(value, Sequence) else value
-    _checks.integers(fn, **{name: value})
-    _checks.rank(fn, 1, 1, **{name: value})
+    _checks.integers(**{name: value})
+    _checks.rank(1, 1, **{name: value})
     known_value = _checks.concrete(value)
     if known_value is not None and known_value.size:
-        _checks.within(fn, 0, size - 1, **{name: known_value})
+        _checks.within(0, size - 1, **{name: known_value})
     return value
 
 

@@ -67,7 +67,7 @@ def over_layers(
             node = type(node)(v if k in at else walk(v, (*keys, k)) for k, v in enumerate(node))
             if at and len(at) != len(node):
                 raise ValueError(
-                    f"{fn}: the {type(node).__name__} at {'/'.join(map(str, keys))!r} holds "
+                    f"the {type(node).__name__} at {'/'.join(map(str, keys))!r} holds "
                     f"{len(node)} entries of which {len(at)} are layers; it must hold layers only."
                 )
         else:
@@ -101,7 +101,7 @@ def _parents(fn: str, params: PyTree, layers: str) -> dict[Keys, dict[Any, Layer
     for keys, path in unmatched:
         if any(keys[: len(p)] == p and keys[len(p)] in at for p, at in parents.items()):
             raise ValueError(
-                f"{fn}: {layers!r} names only a part of a layer: it does not match {path!r}. Let "
+                f"{layers!r} names only a part of a layer: it does not match {path!r}. Let "
                 "the pattern match everything in a layer."
             )
     return parents

@@ -55,7 +55,7 @@ def widen(
         size = _axes.known(name, sizes, "widen")
         if name not in summed:
             raise ValueError(
-                f"widen: no leaf is marked as summing over {name!r}, so its inputs would be "
+                f"no leaf is marked as summing over {name!r}, so its inputs would be "
                 f"counted twice. Write Axis({name!r}, summed=True) where a layer consumes it."
             )
         # Folded from the name, so that widening one axis draws what widening several draws.
@@ -105,7 +105,7 @@ def deepen(
     """
     count = len(layer_numbers(params, layers))
     if len(set(after)) != len(after):
-        raise ValueError(f"deepen: each position once, got {list(after)}.")
+        raise ValueError(f"each position once, got {list(after)}.")
     order = sorted([*range(count), *after])
     inserted = {i for i in range(1, len(order)) if order[i] == order[i - 1]}
     deeper = select_layers(params, layers, order)
@@ -134,7 +134,7 @@ def identity_layer(path: str, leaf: Any) -> Array:
     window = shape[:-2]
     if shape[-1] != shape[-2] or any(n % 2 == 0 for n in window):
         raise ValueError(
-            f"identity_layer: {path!r} must have as many outputs as inputs and odd windows, got "
+            f"{path!r} must have as many outputs as inputs and odd windows, got "
             f"{list(shape)}. For residual blocks use zeroed(selector of the last projection)."
         )
     center = tuple(n // 2 for n in window)
@@ -157,17 +157,15 @@ def _copied_units(
     """The old unit each new one copies."""
     if not isinstance(width, (int, np.integer)):
         index = np.asarray(width)
-        _checks.integers("widen", **{name: index})
+        _checks.integers(**{name: index})
         if not np.array_equal(np.unique(index), np.arange(size)):
             raise ValueError(
-                f"widen: the indices of {name!r} must contain every unit of 0..{size - 1}, got "
+                f"the indices of {name!r} must contain every unit of 0..{size - 1}, got "
                 f"{index.tolist()}. select_width drops units."
             )
         return index
     if width < size:
-        raise ValueError(
-            f"widen: {name!r} cannot shrink from {size} to {width} units. Use select_width."
-        )
+        raise ValueError(f"{name!r} cannot shrink from {size} to {width} units. Use select_width.")
     if key is None:
         return np.arange(width) % size
     extra = jax.random.randint(key, (width - size,), 0, size, jnp.int32)

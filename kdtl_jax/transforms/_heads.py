@@ -47,7 +47,7 @@ def replace_head(
     is_head = trees.mask(target, head, expect=expect)
     body = jax.tree.map(lambda h: not h, is_head)
     if not any(jax.tree.leaves(body)):
-        raise ValueError("replace_head: head selects every leaf of the target; nothing is left.")
+        raise ValueError("head selects every leaf of the target; nothing is left.")
     selects = None if _is_tree(head) else trees.none_of(head)
     params, report = transfer(
         source, target, where=body if selects is None else selects, rename=rename
@@ -62,7 +62,7 @@ def replace_head(
     kept = {k.path for k in report.kept if k.path in report.sizes}
     if kept != fresh:
         raise ValueError(
-            f"replace_head: re-initialized {sorted(kept - fresh)} beyond the head, and not "
+            f"re-initialized {sorted(kept - fresh)} beyond the head, and not "
             f"{sorted(fresh - kept)} of it."
         )
     return params, report
@@ -81,7 +81,7 @@ def index_map(old: Sequence[Hashable], new: Sequence[Hashable]) -> np.ndarray:
     for name, entries in (("old", old), ("new", new)):
         if len(set(entries)) != len(entries):
             twice = [entry for entry in dict.fromkeys(entries) if entries.count(entry) > 1]
-            raise ValueError(f"index_map: {name} names must be distinct, got {twice[:8]} twice.")
+            raise ValueError(f"{name} names must be distinct, got {twice[:8]} twice.")
     position = {entry: i for i, entry in enumerate(old)}
     return np.array([position.get(entry, -1) for entry in new], np.int64)
 
@@ -116,9 +116,9 @@ def remap(
     for name, value in indices.items():
         size = _axes.known(name, sizes, "remap")
         value = np.asarray(value)
-        _checks.integers("remap", **{name: value})
-        _checks.rank("remap", 1, 1, **{name: value})
-        _checks.within("remap", -1, size - 1, **{name: value})
+        _checks.integers(**{name: value})
+        _checks.rank(1, 1, **{name: value})
+        _checks.within(-1, size - 1, **{name: value})
         index[name] = value
 
     def carry(leaf: Array, position: int, axis: Axis) -> Array:
@@ -140,7 +140,7 @@ def _filled_from(
 ) -> Params:
     """Entries that belong to a new unit along any axis, from `fresh`."""
     if jax.tree.structure(fresh) != jax.tree.structure(mapped):
-        raise ValueError("remap: fresh must have the structure of the parameters.")
+        raise ValueError("fresh must have the structure of the parameters.")
     out: list[Any] = []
     for (path, leaf), new, leaf_axes in zip(
         trees.flatten(mapped).items(), jax.tree.leaves(fresh), axes, strict=True
@@ -157,7 +157,7 @@ def _filled_from(
             continue
         if np.shape(new) != np.shape(leaf):
             raise ValueError(
-                f"remap: fresh must have the new shapes, got {list(np.shape(new))} at {path!r}, "
+                f"fresh must have the new shapes, got {list(np.shape(new))} at {path!r}, "
                 f"expected {list(np.shape(leaf))}."
             )
         is_new = np.broadcast_to(is_new, np.shape(leaf))

@@ -102,20 +102,19 @@ def importance_by_activation(
       Muralidharan et al., Compact Language Models via Pruning and Knowledge Distillation, 2024
       (2407.14679).
     """
-    fn = "importance_by_activation"
-    _checks.rank(fn, 2, activations=activations)
-    _checks.floating(fn, activations=activations)
-    _checks.nonempty(fn, activations=activations)
+    _checks.rank(2, activations=activations)
+    _checks.floating(activations=activations)
+    _checks.nonempty(activations=activations)
     if inner < 1 or activations.shape[-1] % inner:
         raise ValueError(
-            f"{fn}: the features must be units of width inner={inner}, got "
+            f"the features must be units of width inner={inner}, got "
             f"{_checks.described(activations=activations)}."
         )
     size = jnp.abs(_numerics.upcast(activations))
     per_example = jnp.mean(size, axis=tuple(range(1, size.ndim - 1)))
     energy = jnp.sum(jnp.square(per_example), axis=0).reshape(-1, inner).sum(axis=1)
     if previous is not None:
-        _checks.same_shape(fn, previous=previous, scores=energy)
+        _checks.same_shape(previous=previous, scores=energy)
         energy = energy + jnp.square(previous.astype(energy.dtype))
     return _numerics.safe_sqrt(energy)
 
@@ -132,7 +131,7 @@ def _sum_per_unit(
     _axes.known(name, _axes.sizes_of(fn, params, axes), fn)
     for other in others:
         if jax.tree.structure(other) != jax.tree.structure(params):
-            raise ValueError(f"{fn}: both trees must have the structure of the parameters.")
+            raise ValueError("both trees must have the structure of the parameters.")
     total: Array | None = None
     for leaves, leaf_axes in zip(
         zip(*map(jax.tree.leaves, (params, *others)), strict=True), axes, strict=True
@@ -140,7 +139,7 @@ def _sum_per_unit(
         for position, axis in enumerate(leaf_axes):
             if axis.name != name:
                 continue
-            _checks.same_shape(fn, **{f"leaf_{i}": leaf for i, leaf in enumerate(leaves)})
+            _checks.same_shape(**{f"leaf_{i}": leaf for i, leaf in enumerate(leaves)})
             wide = [_numerics.upcast(_axes.split_axis(leaf, position, axis)) for leaf in leaves]
             values = score(wide[0], *(w.astype(wide[0].dtype) for w in wide[1:]))
             rest = tuple(i for i in range(values.ndim) if i != position + 1)

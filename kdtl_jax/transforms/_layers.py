@@ -82,8 +82,7 @@ def select_layers(params: Params, layers: str, indices: Sequence[int]) -> Params
     numbers = layer_numbers(params, layers)
     if not len(indices) or any(not 0 <= i < len(numbers) for i in indices):
         raise ValueError(
-            f"select_layers: positions must lie in 0..{len(numbers) - 1} (layers {numbers}), got "
-            f"{list(indices)}."
+            f"positions must lie in 0..{len(numbers) - 1} (layers {numbers}), got {list(indices)}."
         )
     chosen = [(numbers[0] + new, numbers[old]) for new, old in enumerate(indices)]
 
@@ -119,7 +118,7 @@ def stack_layers(params: Params, layers: str) -> Params:
             return stacked
         if not name or name in node:
             raise ValueError(
-                f"stack_layers: the layers cannot be stored under {name!r} beside "
+                f"the layers cannot be stored under {name!r} beside "
                 f"{sorted(map(str, node))[:8]}. Move them into a dict of their own first."
             )
         return _replaced(node, at, {name: stacked})
@@ -141,7 +140,7 @@ def unstack_layers(params: Params, at: str, *, keys: str | None = None) -> Param
         no `{}`.
     """
     if keys is not None and "{}" not in keys:
-        raise ValueError(f"unstack_layers: keys must contain {{}} for the number, got {keys!r}.")
+        raise ValueError(f"keys must contain {{}} for the number, got {keys!r}.")
 
     def walk(node: Any, rest: str) -> Any:
         for key, child in node.items() if isinstance(node, dict) else ():
@@ -156,7 +155,7 @@ def unstack_layers(params: Params, at: str, *, keys: str | None = None) -> Param
             if rest.startswith(f"{key}/"):
                 return {**node, key: walk(child, rest.removeprefix(f"{key}/"))}
         near = trees.nearest(at, list(trees.flatten(params)))
-        raise ValueError(f"unstack_layers: no dict entry at {at!r}; nearest leaves: {near}.")
+        raise ValueError(f"no dict entry at {at!r}; nearest leaves: {near}.")
 
     return walk(params, at)
 
@@ -202,7 +201,7 @@ def _stacked(layers: Mapping[Any, Any]) -> Any:
         if got != want or jax.tree.structure(layer) != jax.tree.structure(model):
             different = [p for p in {**want, **got} if want.get(p) != got.get(p)]
             raise ValueError(
-                f"stack_layers: layers {first!r} and {key!r} differ at {different[:8]} (structure, "
+                f"layers {first!r} and {key!r} differ at {different[:8]} (structure, "
                 "shape or dtype). Only equal layers can be stacked."
             )
     return jax.tree.map(_stacked_leaf, *layers.values())
@@ -229,8 +228,7 @@ def _unstacked(at: str, stacked: Any) -> list[Any]:
     }
     if len(set(lengths.values())) != 1 or None in lengths.values():
         raise ValueError(
-            f"unstack_layers: the leaves at {at!r} must have one leading layer axis, got lengths "
-            f"{lengths}."
+            f"the leaves at {at!r} must have one leading layer axis, got lengths {lengths}."
         )
     number = next(n for n in lengths.values() if n is not None)
     return [

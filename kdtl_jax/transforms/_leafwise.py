@@ -27,7 +27,7 @@ def numbered(fn: str, name: str, members: Sequence[PyTree]) -> dict[str, PyTree]
     """`{"models[0]": ..., "models[1]": ...}`: how messages call the members of a list."""
     if not isinstance(members, (list, tuple)) or not members:
         came = "an empty one" if isinstance(members, (list, tuple)) else type(members).__name__
-        raise ValueError(f"{fn}: {name} must be a non-empty list of parameter trees, got {came}.")
+        raise ValueError(f"{name} must be a non-empty list of parameter trees, got {came}.")
     return {f"{name}[{i}]": member for i, member in enumerate(members)}
 
 
@@ -44,7 +44,7 @@ def leafwise(
     """
     flats = {name: trees.flatten(tree) for name, tree in named.items()}
     if len(flats) > 1:
-        _checks.same_leaves(fn, **flats)
+        _checks.same_leaves(**flats)
     first, *others = flats.values()
     out = []
     for i, (path, leaf) in enumerate(first.items()):
@@ -82,13 +82,13 @@ def weights_by_leaf(fn: str, weights: Weights | None, count: int, tree: PyTree) 
     if weights is None:
         weights = [1.0] * count
     if len(weights) != count:
-        raise ValueError(f"{fn}: expected {count} weights, one per tree, got {len(weights)}.")
+        raise ValueError(f"expected {count} weights, one per tree, got {len(weights)}.")
     columns = [coefficients(fn, weights[i], tree) for i in range(count)]
     flat = trees.flatten(tree)
     for path, leaf, *row in zip(flat, flat.values(), *columns, strict=True):
         if trees.is_inexact(leaf) and any(weight is None for weight in row):
             raise ValueError(
-                f"{fn}: the weights' rules do not cover {path!r}. End them with ('.*', weight)."
+                f"the weights' rules do not cover {path!r}. End them with ('.*', weight)."
             )
     return [list(row) for row in zip(*columns, strict=True)]
 
@@ -101,7 +101,7 @@ def nonzero_total(fn: str, path: str, weights: Sequence[Any]) -> None:
     total = sum(known)
     if not np.all(np.isfinite(total) & (total != 0)):
         raise ValueError(
-            f"{fn}: the weights of {path!r} must have a finite sum other than 0, which divides "
+            f"the weights of {path!r} must have a finite sum other than 0, which divides "
             f"them, got {[w.tolist() for w in known]}. weighted_sum does not divide."
         )
 

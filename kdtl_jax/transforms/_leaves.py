@@ -94,7 +94,7 @@ def _from_prefix(fn: str, alpha: PyTree, tree: PyTree) -> list[Any]:
         return jax.tree.leaves(jax.tree.broadcast(alpha, tree))
     except ValueError as error:
         raise ValueError(
-            f"{fn}: alpha must be a number, (path) -> number, rules [(selector, number)] or a "
+            f"alpha must be a number, (path) -> number, rules [(selector, number)] or a "
             f"pytree prefix of the parameters, got {type(alpha).__name__}: {error}"
         ) from None
 
@@ -107,7 +107,7 @@ def _check_coefficient(fn: str, path: str, leaf: Any, value: Any) -> None:
     )
     if not real:
         raise TypeError(
-            f"{fn}: the coefficient of {path!r} must be a real number, got "
+            f"the coefficient of {path!r} must be a real number, got "
             f"{type(value).__name__ if dtype is None else dtype}."
         )
     shape, target = np.shape(value), np.shape(leaf)
@@ -116,6 +116,6 @@ def _check_coefficient(fn: str, path: str, leaf: Any, value: Any) -> None:
     )
     if shape != () and not within:
         raise ValueError(
-            f"{fn}: the coefficient of {path!r} must be a scalar, or have the leaf's rank with "
+            f"the coefficient of {path!r} must be a scalar, or have the leaf's rank with "
             f"lengths 1 or the leaf's own, got alpha{list(shape)} for a leaf{list(target)}."
         )

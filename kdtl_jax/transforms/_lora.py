@@ -193,7 +193,7 @@ def dora(
 
 def _check_rank(rank: int) -> None:
     if rank < 1:
-        raise ValueError(f"lora: the rank must be 1 or more, got {rank}.")
+        raise ValueError(f"the rank must be 1 or more, got {rank}.")
 
 
 def _starts(
@@ -208,7 +208,7 @@ def _starts(
     grads = None if gradients is None else trees.flatten(gradients)
     if grads is not None:
         used = {path: grads[path] for path in leaves if path in grads}
-        _checks.same_leaves("init", params=leaves, gradients=used)
+        _checks.same_leaves(params=leaves, gradients=used)
     pairs = {}
     for path, leaf in leaves.items():
         kernel = view(path, leaf).matrix
@@ -280,7 +280,7 @@ def _truncate(a: Array, b: Array, rank: int, factor: Scalar) -> LoraWeights:
     right, right_r = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
     u, s, vt = jnp.linalg.svd(left_r @ jnp.swapaxes(right_r, -1, -2), full_matrices=False)
     if rank > s.shape[-1]:
-        raise ValueError(f"combine: the sum has rank {s.shape[-1]} at most, asked for {rank}.")
+        raise ValueError(f"the sum has rank {s.shape[-1]} at most, asked for {rank}.")
     root = jnp.sqrt(s[..., :rank] * _numerics.scalar(factor, s))
     new_a = left @ (u[..., :rank] * root[..., None, :])
     new_b = (root[..., :, None] * vt[..., :rank, :]) @ jnp.swapaxes(right, -1, -2)

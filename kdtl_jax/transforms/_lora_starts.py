@@ -43,7 +43,7 @@ def orthogonal(
     """
     *lead, fan_in, fan_out = kernel.shape
     if rank % 2:
-        raise ValueError(f"orthogonal: the rank must be even, got {rank}.")
+        raise ValueError(f"the rank must be even, got {rank}.")
     of_basis, of_a, of_b = jax.random.split(key, 3)
     basis, _ = jnp.linalg.qr(jax.random.normal(of_basis, (*lead, rank, rank), kernel.dtype))
     half = rank // 2
@@ -95,7 +95,7 @@ def gradient_svd(gamma: float = 16.0) -> Start:
         key: Array, kernel: Array, rank: int, scale: Array, gradient: Array | None = None
     ) -> tuple[Array, Array]:
         if gradient is None:
-            raise ValueError("gradient_svd: pass gradients= (a tree like params) to init.")
+            raise ValueError("pass gradients= (a tree like params) to init.")
         u, _, vt = _svd("gradient_svd", gradient, 2 * rank)
         size = kernel.shape[-1] ** 0.25 / gamma**0.5
         return size * u[..., :rank], size * vt[..., rank : 2 * rank, :]
@@ -112,6 +112,6 @@ def _svd(fn: str, matrix: Array, rank: int) -> tuple[Array, Array, Array]:
 def _needs(fn: str, matrix: Array, rank: int) -> None:
     if rank > min(matrix.shape[-2:]):
         raise ValueError(
-            f"{fn}: a matrix {list(matrix.shape[-2:])} has no {rank} singular directions. "
+            f"a matrix {list(matrix.shape[-2:])} has no {rank} singular directions. "
             "Lower the rank, or leave small leaves out (where=)."
         )

@@ -40,11 +40,11 @@ def factor(matrix: Array, rank: int) -> LowRank:
     References:
       Eckart and Young, The approximation of one matrix by another of lower rank, 1936.
     """
-    _checks.rank("factor", 2, matrix=matrix)
-    _checks.floating("factor", matrix=matrix)
+    _checks.rank(2, matrix=matrix)
+    _checks.floating(matrix=matrix)
     if not 1 <= rank <= min(matrix.shape[-2:]):
         raise ValueError(
-            f"factor: rank must lie in 1..{min(matrix.shape[-2:])}, got {rank} for "
+            f"rank must lie in 1..{min(matrix.shape[-2:])}, got {rank} for "
             f"{_checks.described(matrix=matrix)}."
         )
     u, s, vt = jnp.linalg.svd(_numerics.upcast(matrix), full_matrices=False)
@@ -68,14 +68,12 @@ def rank_for_energy(matrix: Array, energy: float) -> int:
       ValueError: if it is no matrix, traced, or `energy` is out of range.
       TypeError: if it is not floating point.
     """
-    _checks.rank("rank_for_energy", 2, matrix=matrix)
-    _checks.floating("rank_for_energy", matrix=matrix)
+    _checks.rank(2, matrix=matrix)
+    _checks.floating(matrix=matrix)
     if not 0 < energy <= 1:
-        raise ValueError(f"rank_for_energy: energy must lie in (0, 1], got {energy}.")
+        raise ValueError(f"energy must lie in (0, 1], got {energy}.")
     if _checks.concrete(matrix) is None:
-        raise ValueError(
-            "rank_for_energy: the matrix is traced, but a rank decides shapes. Call it outside jit."
-        )
+        raise ValueError("the matrix is traced, but a rank decides shapes. Call it outside jit.")
     squares = jnp.square(jnp.linalg.svd(_numerics.upcast(matrix), compute_uv=False))
     # The energy left behind, from the tail: exact where it is small.
     left = jnp.cumsum(squares[..., ::-1], axis=-1)[..., ::-1]
@@ -97,9 +95,7 @@ def truncate_rank(params: Params, rank: int, *, where: trees.Selector) -> Params
         if not is_chosen or not trees.is_inexact(leaf):
             return leaf
         if jnp.ndim(leaf) < 2:
-            raise ValueError(
-                f"truncate_rank: {path!r} is no matrix, got {list(jnp.shape(leaf))}. Narrow where."
-            )
+            raise ValueError(f"{path!r} is no matrix, got {list(jnp.shape(leaf))}. Narrow where.")
         if 1 <= rank and min(leaf.shape[-2:]) <= rank:
             return leaf
         return factor(jnp.asarray(leaf), rank).product()

@@ -160,7 +160,7 @@ def _policy_per_leaf(target: PyTree, on_mismatch: OnMismatch) -> list[Policy]:
         return [on_mismatch] * len(jax.tree.leaves(target))
     if not _leaves.is_rules(on_mismatch) or not all(callable(p) for _, p in on_mismatch):
         raise ValueError(
-            "transfer: on_mismatch must be a policy such as transforms.crop, a function "
+            "on_mismatch must be a policy such as transforms.crop, a function "
             "(source_leaf, target_shape, path) -> array, or rules [(selector, policy), ...], "
             f"got {on_mismatch!r}."
         )
@@ -272,4 +272,4 @@ def _known(alpha: Any) -> float | None:
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"transfer: {name} must be one of {list(allowed)}, got {value!r}.")
+        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")

@@ -24,7 +24,7 @@ def destinations(fn: str, names: Sequence[str], rename: Rename) -> dict[str, tup
         for target in targets:
             if target in taken:
                 raise ValueError(
-                    f"{fn}: rename sends both {taken[target]!r} and {source!r} to {target!r}. "
+                    f"rename sends both {taken[target]!r} and {source!r} to {target!r}. "
                     "Rename one of them elsewhere, or drop it with the rule (path, None)."
                 )
             taken[target] = source
@@ -50,7 +50,7 @@ def _by_rules(
         if not was_used:
             near = ", ".join(map(repr, trees.nearest(pattern, list(names))))
             raise ValueError(
-                f"{fn}: the rename rule {pattern!r} matches no path of the source, or earlier "
+                f"the rename rule {pattern!r} matches no path of the source, or earlier "
                 f"rules take all it matches. It must match a whole path; nearest: {near}."
             )
     _no_cycles(fn, single)
@@ -67,7 +67,7 @@ def _no_cycles(fn: str, renamed: dict[str, str | None]) -> None:
             here = renamed[here]
         if here == start and len(seen) > 1:
             raise ValueError(
-                f"{fn}: the rename rules form a cycle: {' -> '.join([*seen, start])}. If a swap is "
+                f"the rename rules form a cycle: {' -> '.join([*seen, start])}. If a swap is "
                 "meant, pass a function path -> path instead of rules."
             )
 
@@ -77,7 +77,7 @@ def _compiled(fn: str, pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise ValueError(
-            f"{fn}: the rename rule {pattern!r} is not a regular expression ({error})."
+            f"the rename rule {pattern!r} is not a regular expression ({error})."
         ) from None
 
 
@@ -86,7 +86,7 @@ def _expanded(fn: str, match: re.Match[str], replacement: str) -> str:
         return match.expand(replacement)
     except (re.error, IndexError) as error:
         raise ValueError(
-            f"{fn}: the replacement {replacement!r} of the rename rule {match.re.pattern!r} "
+            f"the replacement {replacement!r} of the rename rule {match.re.pattern!r} "
             f"cannot be filled in ({error})."
         ) from None
 
@@ -95,6 +95,6 @@ def _as_paths(fn: str, name: str, result: str | Sequence[str] | None) -> tuple[s
     paths = (result,) if isinstance(result, str) else () if result is None else result
     if not isinstance(paths, Sequence) or not all(isinstance(path, str) for path in paths):
         raise ValueError(
-            f"{fn}: rename must return a path, several paths or None, got {result!r} for {name!r}."
+            f"rename must return a path, several paths or None, got {result!r} for {name!r}."
         )
     return tuple(paths)

@@ -96,8 +96,8 @@ def resize_patch_kernel(kernel: Array, new_size: Grid) -> Array:
       Beyer et al., FlexiViT, 2022 (2212.08013).
     """
     fn = "resize_patch_kernel"
-    _checks.rank(fn, 4, 4, kernel=kernel)
-    _checks.floating(fn, kernel=kernel)
+    _checks.rank(4, 4, kernel=kernel)
+    _checks.floating(kernel=kernel)
     _check_grid(fn, new_size)
     # The resize is separable, and the pseudo-inverse of a Kronecker product is that of its parts.
     rows, columns = (
@@ -126,11 +126,10 @@ def adapt_input_channels(kernel: Array, channels: int, *, axis: int = -2) -> Arr
       ValueError: if `channels` is not positive or `axis` is out of range.
       TypeError: if the kernel is not floating point.
     """
-    fn = "adapt_input_channels"
-    _checks.floating(fn, kernel=kernel)
+    _checks.floating(kernel=kernel)
     if channels < 1 or not -kernel.ndim <= axis < kernel.ndim:
         raise ValueError(
-            f"{fn}: channels must be >= 1 and axis within the kernel, got channels={channels}, "
+            f"channels must be >= 1 and axis within the kernel, got channels={channels}, "
             f"axis={axis}, {_checks.described(kernel=kernel)}."
         )
     old = kernel.shape[axis]
@@ -149,8 +148,8 @@ def _resize_grid(
     prefix: int,
     matrix: Callable[[int, int], np.ndarray],
 ) -> Array:
-    _checks.rank(fn, 2, embeddings=embeddings)
-    _checks.floating(fn, embeddings=embeddings)
+    _checks.rank(2, embeddings=embeddings)
+    _checks.floating(embeddings=embeddings)
     _check_grid(fn, new_grid)
     *batch, tokens, dim = embeddings.shape
     if old_grid is None:
@@ -158,7 +157,7 @@ def _resize_grid(
         old_grid = (side, side)
     if prefix < 0 or old_grid[0] * old_grid[1] != tokens - prefix or tokens <= prefix:
         raise ValueError(
-            f"{fn}: the tokens must be prefix + h * w, got {tokens} tokens, prefix={prefix}, "
+            f"the tokens must be prefix + h * w, got {tokens} tokens, prefix={prefix}, "
             f"old_grid={old_grid}. Pass old_grid= for a grid that is not square, prefix= for "
             "class and register tokens."
         )
@@ -186,4 +185,4 @@ def _apply_grid(images: Array, rows: np.ndarray, columns: np.ndarray) -> Array:
 
 def _check_grid(fn: str, grid: Grid) -> None:
     if len(grid) != 2 or not all(isinstance(n, (int, np.integer)) and n > 0 for n in grid):
-        raise ValueError(f"{fn}: the new size must be two positive integers, got {grid!r}.")
+        raise ValueError(f"the new size must be two positive integers, got {grid!r}.")

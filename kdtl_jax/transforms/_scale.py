@@ -81,10 +81,10 @@ def scale_homogeneous(
     """
     if isinstance(layers, (str, trees.Glob)) or not layers:
         raise ValueError(
-            "scale_homogeneous: layers must be a sequence with one selector per layer, in the "
+            "layers must be a sequence with one selector per layer, in the "
             f"order of the forward pass, got {layers!r}."
         )
-    _checks.within("scale_homogeneous", 0, float("inf"), alpha=alpha)
+    _checks.within(0, float("inf"), alpha=alpha)
     flat = trees.flatten(params)
     is_bias = jax.tree.leaves(trees.mask(params, bias, expect=None))
     rules = [(layer, depth) for depth, layer in enumerate(layers, 1)]
@@ -93,14 +93,14 @@ def scale_homogeneous(
     lost = [path for path, d, i in zip(flat, depths, inexact, strict=True) if i and d is None]
     if lost:
         raise ValueError(
-            f"scale_homogeneous: no layer contains {lost[:8]}; the output scales exactly only "
+            f"no layer contains {lost[:8]}; the output scales exactly only "
             "if every parameter belongs to one layer. Add its selector to layers."
         )
     weights = {d for d, i, b in zip(depths, inexact, is_bias, strict=True) if i and not b}
     empty = [layers[d - 1] for d in range(1, len(layers) + 1) if d not in weights]
     if empty:
         raise ValueError(
-            f"scale_homogeneous: the layers {empty[:8]} hold no weight, only what `bias` "
+            f"the layers {empty[:8]} hold no weight, only what `bias` "
             f"({bias!r}) selects. Give one selector per layer, not per leaf, or pass bias=."
         )
     base = jnp.asarray(alpha)
@@ -133,17 +133,16 @@ def fit_alpha(
       ValueError: if shapes differ or are empty, or `weights` has another batch size.
       TypeError: if the outputs are not floating point.
     """
-    fn = "fit_alpha"
-    _checks.floating(fn, student_outputs=student_outputs, teacher_outputs=teacher_outputs)
-    _checks.same_shape(fn, student_outputs=student_outputs, teacher_outputs=teacher_outputs)
-    _checks.rank(fn, 1, student_outputs=student_outputs)
-    _checks.nonempty(fn, student_outputs=student_outputs)
+    _checks.floating(student_outputs=student_outputs, teacher_outputs=teacher_outputs)
+    _checks.same_shape(student_outputs=student_outputs, teacher_outputs=teacher_outputs)
+    _checks.rank(1, student_outputs=student_outputs)
+    _checks.nonempty(student_outputs=student_outputs)
     student = _numerics.upcast(student_outputs)
     teacher = _numerics.upcast(teacher_outputs).astype(student.dtype)
     weighted = student
     if weights is not None:
-        _checks.rank(fn, 1, 1, weights=weights)
-        _checks.same_batch(fn, weights=weights, student_outputs=student_outputs)
+        _checks.rank(1, 1, weights=weights)
+        _checks.same_batch(weights=weights, student_outputs=student_outputs)
         weight = _numerics.per_example(weights, student)
         # A padded example may hold anything, NaN included: select before multiplying.
         student, teacher = (jnp.where(weight != 0, x, 0) for x in (student, teacher))

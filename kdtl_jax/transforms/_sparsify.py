@@ -138,8 +138,8 @@ def dare(key: Array, task_vector: PyTree, *, density: Coefficient) -> PyTree:
     def formula(i: int, path: str, leaf: Array) -> Array:
         if values[i] is None:
             return leaf
-        _checks.positive("dare", density=values[i])
-        _checks.within("dare", 0, 1, density=values[i])
+        _checks.positive(density=values[i])
+        _checks.within(0, 1, density=values[i])
         share = _numerics.scalar(values[i], leaf)
         kept = jax.random.bernoulli(_leafwise.fold_path(key, path), share, leaf.shape)
         return jnp.where(kept, leaf / share, 0)
@@ -174,7 +174,7 @@ def della_probabilities(
     def formula(i: int, path: str, leaf: Array) -> Array:
         if values[i] is None:
             return jnp.ones_like(leaf)
-        _checks.within("della_probabilities", 0, 1, density=values[i])
+        _checks.within(0, 1, density=values[i])
         middle = jnp.broadcast_to(_numerics.scalar(values[i], leaf), leaf.shape)
         if leaf.ndim == 0 or leaf.shape[-1] == 1:
             return middle
@@ -264,10 +264,10 @@ def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Param
     References:
       Lee, Cho and Kang, Mixout, 2019 (1909.11299), eq. 5.
     """
-    _checks.within("mixout", 0, 1, rate=rate)
+    _checks.within(0, 1, rate=rate)
     known = _checks.concrete(rate)
     if known is not None and bool((known >= 1).any()):
-        raise ValueError(f"mixout: rate must be below 1, got {known}: nothing would be trained.")
+        raise ValueError(f"rate must be below 1, got {known}: nothing would be trained.")
 
     def formula(i: int, path: str, leaf: Array, anchor: Array) -> Array:
         p = _numerics.scalar(rate, leaf)
@@ -288,7 +288,7 @@ def _rank(x: Array) -> Array:
 
 def _count(fn: str, size: int, **named: Scalar) -> Scalar:
     """`floor(share size)`; in Python where the share is known, so that 0.3 of 10 is 3."""
-    _checks.within(fn, 0, 1, **named)
+    _checks.within(0, 1, **named)
     (share,) = named.values()
     known = _checks.concrete(share)
     if known is None:

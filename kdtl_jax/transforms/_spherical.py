@@ -167,7 +167,7 @@ def model_stock(base: Params, models: Sequence[Params], *, axis: int | None = No
       (2403.19522), eq. 7 (two models) and its extension; t is not clamped there nor here.
     """
     if len(models) < 2:
-        raise ValueError(f"model_stock: expected two or more models, got {len(models)}.")
+        raise ValueError(f"expected two or more models, got {len(models)}.")
 
     def formula(i: int, path: str, start: Array, *leaves: Array) -> Array:
         count, along = len(leaves), _row_axis(start, axis)

@@ -40,9 +40,7 @@ def fisher_merge(
       code floors the target model's Fisher only and divides each `w_i` by `||F_i||`.
     """
     if len(fishers) != len(models):
-        raise ValueError(
-            f"fisher_merge: expected {len(models)} Fisher trees, one per model, got {len(fishers)}."
-        )
+        raise ValueError(f"expected {len(models)} Fisher trees, one per model, got {len(fishers)}.")
     named = _leafwise.numbered("fisher_merge", "models", models)
     named |= _leafwise.numbered("fisher_merge", "fishers", fishers)
     by_leaf = _leafwise.weights_by_leaf("fisher_merge", weights, len(models), models[0])
@@ -90,9 +88,9 @@ def regmean(
       Jin et al., Dataless Knowledge Fusion by Merging Weights, 2022 (2212.09849), eq. 2 and 3.
     """
     if len(grams) != len(models):
-        raise ValueError(f"regmean: expected {len(models)} sets of Grams, got {len(grams)}.")
+        raise ValueError(f"expected {len(models)} sets of Grams, got {len(grams)}.")
     named = _leafwise.numbered("regmean", "models", models)
-    _checks.same_leaves("regmean", **{f"grams[{i}]": gram for i, gram in enumerate(grams)})
+    _checks.same_leaves(**{f"grams[{i}]": gram for i, gram in enumerate(grams)})
     for path, gram in grams[0].items():
         _check_gram(path, gram, trees.flatten(models[0]))
 
@@ -134,7 +132,7 @@ def sce(base: Params, models: Sequence[Params], *, top: Scalar = 1.0) -> Params:
     References:
       Wan et al., FuseChat, 2024 (2408.07990), SCE; mergekit's `sce`.
     """
-    _checks.within("sce", 0, 1, top=top)
+    _checks.within(0, 1, top=top)
 
     def formula(i: int, path: str, start: Array, *leaves: Array) -> Array:
         deltas = jnp.stack([leaf - start for leaf in leaves])
@@ -156,12 +154,12 @@ def sce(base: Params, models: Sequence[Params], *, top: Scalar = 1.0) -> Params:
 def _check_gram(path: str, gram: Array, flat: Mapping[str, Array]) -> None:
     if path not in flat:
         near = trees.nearest(path, list(flat))
-        raise ValueError(f"regmean: the models have no leaf {path!r}; nearest paths: {near}.")
+        raise ValueError(f"the models have no leaf {path!r}; nearest paths: {near}.")
     kernel = flat[path]
     wanted = (*kernel.shape[:-2], kernel.shape[-2], kernel.shape[-2]) if kernel.ndim > 1 else None
     if gram.shape != wanted:
         raise ValueError(
-            f"regmean: {path!r} must be a kernel [..., in, out] with a Gram matrix [..., in, in], "
+            f"{path!r} must be a kernel [..., in, out] with a Gram matrix [..., in, in], "
             f"got {_checks.described(kernel=kernel, gram=gram)}."
         )
 

@@ -76,14 +76,13 @@ def top_indices(scores: Array, n: int, *, groups: int = 1) -> Array:
       Muralidharan et al., Compact Language Models via Pruning and Knowledge Distillation, 2024
       (2407.14679), for the grouped form.
     """
-    _checks.rank("top_indices", 1, 1, scores=scores)
-    _checks.floating("top_indices", scores=scores)
+    _checks.rank(1, 1, scores=scores)
+    _checks.floating(scores=scores)
     size = scores.shape[0]
     _check_count("top_indices", size, n)
     if groups < 1 or size % groups or n % groups:
         raise ValueError(
-            f"top_indices: groups must divide the axis and n, got groups={groups}, n={n}, "
-            f"scores[{size}]."
+            f"groups must divide the axis and n, got groups={groups}, n={n}, scores[{size}]."
         )
     by_group = scores.reshape(groups, size // groups)
     best = jnp.argsort(-by_group, axis=1, stable=True)[:, : n // groups]
@@ -101,7 +100,7 @@ def complement(size: int, dropped: Sequence[int] | np.ndarray) -> np.ndarray:
     outside = gone[(gone < 0) | (gone >= size)]
     if outside.size or len(set(gone.tolist())) != gone.size or gone.size >= size:
         raise ValueError(
-            f"complement: the dropped indices must be distinct, lie in 0..{size - 1} and leave "
+            f"the dropped indices must be distinct, lie in 0..{size - 1} and leave "
             f"something, got {gone.tolist()}."
         )
     return np.setdiff1d(np.arange(size, dtype=np.int64), gone)
@@ -109,4 +108,4 @@ def complement(size: int, dropped: Sequence[int] | np.ndarray) -> np.ndarray:
 
 def _check_count(fn: str, size: int, n: int) -> None:
     if not 1 <= n <= size:
-        raise ValueError(f"{fn}: n must lie in 1..{size}, the length of the axis, got {n}.")
+        raise ValueError(f"n must lie in 1..{size}, the length of the axis, got {n}.")

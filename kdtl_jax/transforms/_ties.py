@@ -43,7 +43,7 @@ def ties(
       Yadav et al., TIES-Merging: Resolving Interference When Merging Models, 2023 (2306.01708).
     """
     _leafwise.numbered("ties", "task_vectors", task_vectors)
-    _checks.within("ties", 0, 1, density=density)
+    _checks.within(0, 1, density=density)
     trimmed = [trim_global(each, density=density) for each in task_vectors]
     return disjoint_merge(trimmed, elect_sign_global(trimmed), weights)
 

@@ -118,7 +118,7 @@ def apply(plan: Plan, source: Params, target: Params) -> Params:
     ]
     if hollow:
         raise ValueError(
-            f"transfer: {hollow[:8]} would stay abstract (jax.ShapeDtypeStruct): nothing fills "
+            f"{hollow[:8]} would stay abstract (jax.ShapeDtypeStruct): nothing fills "
             "these target leaves, or the source has no values there. Initialize the target, or "
             "transfer every leaf; integers and PRNG keys are never transferred."
         )
@@ -187,6 +187,4 @@ def _same_shapes(name: str, planned: Mapping[str, Shape], got: Mapping[str, Shap
         for path in {**planned, **got}
         if planned.get(path) != got.get(path)
     ]
-    raise ValueError(
-        f"apply: the {name} is not the one that was planned for: {'; '.join(different[:8])}."
-    )
+    raise ValueError(f"the {name} is not the one that was planned for: {'; '.join(different[:8])}.")

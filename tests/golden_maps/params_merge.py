@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from golden_maps import Golden
-from kdtl_jax import finetune, transforms
+from kdtl_jax import transforms
+from kdtl_jax.train import finetune
 
 Inputs = Mapping[str, Array]
 Hyper = Mapping[str, Any]

@@ -79,7 +79,7 @@ def uniform(key: jax.Array, start: jax.Array, size: int) -> jax.Array:
 
 
 def _dare(o: Options, combine: Combine) -> Stream:
-    _checks.positive("dare", density=o.density)
+    _checks.positive(density=o.density)
     thinned = _thinned(o, combine)
     return lambda x: thinned(x, 1, lambda tau: np.full(tau.shape, o.density, tau.dtype))
 

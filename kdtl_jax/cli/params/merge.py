@@ -129,9 +129,7 @@ def merged(
     report = _report(args, first, models)
     if method.is_elementwise and statistics:
         wanted = {one.name: one.specs for one in statistics}
-        _checks.same_leaves(
-            "merge", **{"models": {p: first.specs[p] for p in report.merged}}, **wanted
-        )
+        _checks.same_leaves(**{"models": {p: first.specs[p] for p in report.merged}}, **wanted)
     if is_global:
         make = _globally(first, models, report.merged, options)
     else:
@@ -162,9 +160,7 @@ def _options(args: argparse.Namespace, method: Method) -> Options:
     if lacking:
         raise _config.UsageError(f"--method {args.method} needs --{lacking[0]}")
     given.pop("scope", None)
-    _checks.within(
-        "merge", 0, 1, density=given.get("density", 0), outliers=given.get("outliers", 0)
-    )
+    _checks.within(0, 1, density=given.get("density", 0), outliers=given.get("outliers", 0))
     return Options(**given)
 
 
@@ -186,7 +182,7 @@ def _report(args: argparse.Namespace, first: Opened, models: Sequence[Opened]) -
                 for path, spec in model.specs.items()
                 if path in wanted or (where(path, spec) and path not in first.specs)
             }
-        _checks.same_leaves("merge (--on-mismatch keep lets them be)", **named)
+        _checks.same_leaves(**named)
     missing = [p for p in wanted if any(p not in model.specs for model in others)]
     misshapen = {
         path: model.specs[path].shape

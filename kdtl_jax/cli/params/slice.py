@@ -96,7 +96,7 @@ def _renaming(
     numbers = transforms.layer_numbers(specs, args.layers)
     absent = sorted(set(args.keep) - set(numbers))
     if absent:
-        raise ValueError(f"slice: --keep names layers {absent}; there are {numbers}.")
+        raise ValueError(f"--keep names layers {absent}; there are {numbers}.")
     return transforms.layer_map(args.layers, args.keep)
 
 
@@ -112,10 +112,10 @@ def _indices(texts: list[str] | None, specs: Mapping[str, Any]) -> dict[str, dic
         for path in [path for path in specs if chosen[path]]:
             shape = specs[path].shape
             if not -len(shape) <= int(axis) < len(shape):
-                raise ValueError(f"slice: {path!r} {list(shape)} has no axis {axis} ({text!r}).")
+                raise ValueError(f"{path!r} {list(shape)} has no axis {axis} ({text!r}).")
             position = int(axis) % len(shape)
             if position in out.setdefault(path, {}):
-                raise ValueError(f"slice: two --take name axis {position} of {path!r}.")
+                raise ValueError(f"two --take name axis {position} of {path!r}.")
             out[path][position] = _which(text, which, path, shape[position])
     return out
 
@@ -128,11 +128,9 @@ def _which(text: str, which: str, path: str, length: int) -> np.ndarray:
     except KeyError:
         raise _config.UsageError(f"--take {text!r}: expected {' or '.join(known)}") from None
     except ValueError as error:
-        raise ValueError(f"slice: {path!r}, {text!r}: {error}") from None
+        raise ValueError(f"{path!r}, {text!r}: {error}") from None
     if not found.size or found.min() < 0 or found.max() >= length:
-        raise ValueError(
-            f"slice: {path!r} has the indices 0..{length - 1} on that axis, got {which!r}."
-        )
+        raise ValueError(f"{path!r} has the indices 0..{length - 1} on that axis, got {which!r}.")
     return found
 
 

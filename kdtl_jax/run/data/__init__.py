@@ -1,0 +1,32 @@
+"""Batches: arrays on the device, arrays larger than memory, and any iterator.
+
+Training needs batches as a function of the step, so that a resumed run sees what the straight run
+saw. Two forms give that:
+
+- `Resident`: whole arrays on the device; rows are gathered inside the compiled step, in an order
+  that is a function of `(key, epoch)`. Nothing crosses from the host.
+- `Source`: a function `source(step)` that iterates over the batches from that step on. `stream`
+  makes one from a function that reads rows (memory-mapped files, a teacher cache), `iterate` from
+  anything that yields batches (Grain, Hugging Face datasets, torch loaders).
+
+All batches of a run have one shape: a ragged last batch is filled up, and `batch["weights"]` is 0
+for the filling, so that one compiled step serves all.
+"""
+
+from kdtl_jax.run.data._host import Reader as Reader
+from kdtl_jax.run.data._host import Source as Source
+from kdtl_jax.run.data._host import in_order as in_order
+from kdtl_jax.run.data._host import iterate as iterate
+from kdtl_jax.run.data._host import open_arrays as open_arrays
+from kdtl_jax.run.data._host import pad as pad
+from kdtl_jax.run.data._host import prefetch as prefetch
+from kdtl_jax.run.data._host import stream as stream
+from kdtl_jax.run.data._host import take_rows as take_rows
+from kdtl_jax.run.data._resident import Augment as Augment
+from kdtl_jax.run.data._resident import Batch as Batch
+from kdtl_jax.run.data._resident import Resident as Resident
+from kdtl_jax.run.data._resident import epoch_rows as epoch_rows
+from kdtl_jax.run.data._resident import gather as gather
+from kdtl_jax.run.data._resident import resident as resident
+from kdtl_jax.run.data._resident import steps_per_epoch as steps_per_epoch
+from kdtl_jax.run.data._resident import view_key as view_key

@@ -1,0 +1,236 @@
+"""Batches on the host: read by rows, drawn from any iterable, filled up, fetched ahead."""
+
+import itertools
+import queue
+import threading
+import zipfile
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from kdtl_jax import _checks
+from kdtl_jax.run.data._resident import Batch, canonical, length, order_rows, typed_key
+
+Source = Callable[[int], Iterator[Batch]]  # step -> the batches from that step on
+Reader = Callable[[int, np.ndarray], Batch]  # epoch, rows [B] -> batch of host arrays
+
+
+def stream(
+    read: Reader,
+    size: int,
+    batch_size: int,
+    *,
+    key: Array | None,
+    drop_remainder: bool = True,
+) -> Source:
+    """Batches of rows that `read(epoch, rows)` fetches: for data larger than memory.
+
+    The order is that of `resident` with the same key. Rows of a batch are asked for in ascending
+    order where shuffled reading would cost, by sorting inside `read` (`take_rows` does).
+
+    Args:
+      read: `(epoch, rows) -> {"inputs": [B, ...], ...}`, host arrays.
+      size: number of examples.
+      batch_size: examples per batch.
+      key: shuffling key; None keeps the order.
+      drop_remainder: as in `resident`.
+
+    Raises:
+      ValueError: if the batch does not fit.
+      TypeError: if a size is not an integer, or `key` not a PRNG key.
+    """
+    _checks.count(1, batch_size=batch_size, size=size)
+    if batch_size > size:
+        raise ValueError(f"batch_size must lie in 1..{size}, got {batch_size}.")
+    steps = size // batch_size if drop_remainder else -(-size // batch_size)
+    order = None if key is None else jax.random.split(typed_key("stream", key))[0]
+
+    def batches(step: int) -> Iterator[Batch]:
+        for epoch in itertools.count(step // steps):
+            at = jax.device_put(np.int32(epoch))
+            rows = np.asarray(order_rows(order, at, size, batch_size, drop_remainder))
+            for i in range(step % steps if epoch == step // steps else 0, steps):
+                batch = dict(read(epoch, rows[i]))
+                if not drop_remainder:
+                    real = (np.arange(batch_size) + i * batch_size < size).astype(np.float32)
+                    batch["weights"] = real * batch.get("weights", np.float32(1))
+                yield batch
+
+    return batches
+
+
+def iterate(
+    batches: Iterable[Any],
+    batch_size: int | None = None,
+    *,
+    names: Sequence[str] = ("inputs", "labels"),
+    rename: Mapping[str, str] | None = None,
+) -> Source:
+    """Any iterable of batches as a `Source`: started again at its end, skipped when resuming.
+
+    A resumed run draws and drops the batches it has seen, so resuming is exact if the iterable
+    is: give loaders their own seed. An iterable that can start anywhere is better wrapped by hand:
+    a `Source` is only a function `step -> iterator`.
+
+    Args:
+      batches: yields dicts of arrays (NumPy, JAX, torch tensors, lists of numbers), or tuples.
+      batch_size: shorter batches are filled up to it; None takes the first batch's length.
+      names: names for the entries of tuples.
+      rename: `{name in the batch: name here}` for dicts, for example
+        `{"image": "inputs", "label": "labels"}`; entries that it does not list are dropped.
+    """
+
+    def endless() -> Iterator[Batch]:
+        for epoch in itertools.count():
+            some = False
+            for batch in batches:
+                some = True
+                yield _as_batch(batch, names, rename)
+            if not some or isinstance(batches, Iterator):
+                if epoch == 0 and not some:
+                    raise ValueError("the iterable yields no batch.")
+                return
+
+    def source(step: int) -> Iterator[Batch]:
+        width = batch_size
+        for i, batch in enumerate(endless()):
+            width = width or length("iterate", batch)
+            if i >= step:
+                yield pad(batch, width)
+
+    return source
+
+
+def pad(batch: Batch, batch_size: int) -> dict[str, Any]:
+    """Fills a batch of host arrays up to `batch_size` rows; `"weights"` is 0 for the filling.
+
+    The filling repeats the batch's own rows, so that batch statistics stay near the data's.
+
+    Raises:
+      ValueError: if the batch is empty or longer than `batch_size`.
+    """
+    size = length("pad", batch)
+    if not 0 < size <= batch_size:
+        raise ValueError(f"a batch must have 1..{batch_size} rows, got {size}.")
+    rows = np.arange(batch_size) % size
+    weights = np.asarray(batch.get("weights", np.ones(size, np.float32)), np.float32)
+    full = batch if size == batch_size else jax.tree.map(lambda x: np.asarray(x)[rows], dict(batch))
+    real = (np.arange(batch_size) < size).astype(np.float32)
+    return dict(full) | {"weights": weights[rows] * real}
+
+
+def in_order(arrays: Batch, batch_size: int) -> Iterator[dict[str, Any]]:
+    """One pass over host arrays for evaluation: every row once, the last batch filled up."""
+    size = length("in_order", arrays)
+    for start in range(0, size, batch_size):
+        rows = np.arange(start, min(start + batch_size, size))
+        yield pad(take_rows(arrays, rows), batch_size)
+
+
+def open_arrays(files: Mapping[str, str | Path]) -> dict[str, np.ndarray]:
+    """Memory-maps `.npy` files, `{"inputs": path, "labels": path}`; nothing is unpickled.
+
+    Raises:
+      OSError: if a file does not exist or cannot be read.
+      ValueError: if lengths differ, or a file is no whole .npy or holds Python objects.
+    """
+    arrays = {}
+    for name, path in files.items():
+        try:
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is not a plain .npy array ({error}).") from None
+        if not isinstance(found, np.ndarray):
+            found.close()
+            raise ValueError(
+                f"{path} is an npz, which cannot be memory-mapped. Save each array with np.save."
+            )
+        arrays[name] = found
+    length("open_arrays", arrays)
+    return arrays
+
+
+def take_rows(arrays: Batch, rows: np.ndarray) -> dict[str, Any]:
+    """Rows of (memory-mapped) host arrays, read in ascending order, returned in the given one."""
+    ascending = np.argsort(rows, kind="stable")
+    back = np.empty_like(ascending)
+    back[ascending] = np.arange(len(rows))
+    return jax.tree.map(lambda x: np.asarray(x[rows[ascending]])[back], dict(arrays))
+
+
+def prefetch(
+    batches: Iterator[Batch], depth: int = 2, place: Callable[[Any], Any] = jax.device_put
+) -> Generator[Any, None, None]:
+    """Draws batches in a thread and puts them on the device, `depth` ahead of their use.
+
+    Args:
+      batches: any iterator; an error in it is raised here, at its place in the order.
+      depth: how many batches wait on the device.
+      place: puts one batch on the device(s), `jax.device_put` or a sharded placement.
+    """
+    ready: queue.Queue[Any] = queue.Queue(max(depth, 1))
+    ended = threading.Event()
+
+    def offer(item: tuple[str, Any]) -> None:
+        while not ended.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def draw() -> None:
+        try:
+            for batch in batches:
+                offer(("batch", place(jax.tree.map(canonical, batch))))
+                if ended.is_set():
+                    return
+            offer(("end", None))
+        except BaseException as error:  # handed to the consumer, whatever it is
+            offer(("error", error))
+
+    thread = threading.Thread(target=draw, daemon=True, name="prefetch")
+    thread.start()
+    try:
+        while True:
+            kind, item = ready.get()
+            if kind == "error":
+                raise item
+            if kind == "end":
+                return
+            yield item
+    finally:
+        ended.set()
+        thread.join(timeout=1)
+
+
+def _as_batch(batch: Any, names: Sequence[str], rename: Mapping[str, str] | None) -> dict[str, Any]:
+    if isinstance(batch, Mapping):
+        found = dict(batch)
+        if rename is not None:
+            missing = sorted(set(rename) - set(found))
+            if missing:
+                raise ValueError(f"batches lack {missing}, they have {sorted(found)}.")
+            found = {new: found[old] for old, new in rename.items()}
+    elif isinstance(batch, Sequence) and not isinstance(batch, str):
+        if len(batch) != len(names):
+            raise ValueError(
+                f"batches are tuples of {len(batch)}, names= has {len(names)}: {names}."
+            )
+        found = dict(zip(names, batch, strict=True))
+    else:
+        raise ValueError(
+            f"a batch must be a dict or a tuple of arrays, got {type(batch).__name__}."
+        )
+    # A list is an array of numbers here (datasets yield such), not a tree.
+    arrays = jax.tree.map(np.asarray, found, is_leaf=lambda x: isinstance(x, list))
+    odd = [name for name, x in arrays.items() if getattr(x, "dtype", None) == np.dtype(object)]
+    if odd:
+        raise ValueError(
+            f"{odd} are not arrays of numbers (rows of different lengths?). Pad or drop "
+            "them before batching."
+        )
+    return arrays

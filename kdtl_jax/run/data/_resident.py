@@ -1,0 +1,236 @@
+"""Data on the device: rows are gathered inside the compiled step."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kdtl_jax import _checks, augment, train
+from kdtl_jax._types import PyTree
+
+Batch = Mapping[str, Any]
+Augment = Callable[[Array, Batch], Batch]  # keys [B], batch -> batch
+
+
+class Resident(NamedTuple):
+    """Data on the device; build it with `resident`.
+
+    `arrays` hold `[N, ...]`, `teacher` (cached outputs) `[views, N, ...]` or None. `order` is the
+    shuffling key, or None for the given order. View `epoch % views` augments epoch `epoch`. `rows`
+    are the examples that take part, `[n]`, or None for all.
+
+    With keys `[S]` (and rows `[S, n]`) batches are `[S, B, ...]`: the batches of S runs, each in an
+    order of its own, for a step that is vmapped over runs.
+    """
+
+    arrays: Batch
+    batch_size: int
+    order: Array | None
+    drop_remainder: bool
+    augment: Augment | None
+    augment_key: Array | None
+    teacher: PyTree
+    views: int | None
+    rows: Array | None = None
+
+
+def resident(
+    arrays: Batch,
+    batch_size: int,
+    *,
+    key: Array | None,
+    drop_remainder: bool = True,
+    augment: Augment | None = None,
+    teacher: PyTree = None,
+    views: int | None = None,
+    rows: np.ndarray | None = None,
+) -> Resident:
+    """Puts data on the device for training or evaluation.
+
+    Args:
+      arrays: `{"inputs": [N, ...], "labels": [N, ...], ...}`.
+      batch_size: examples per step.
+      key: PRNG key of the shuffling and the augmentation, legacy ones included; None keeps the
+        order. Keys `[S]` give the batches of S runs at once, each as its key alone would.
+      drop_remainder: leave the ragged last batch out (other examples each epoch), or fill it up
+        and give the filling weight 0.
+      augment: `(keys, batch) -> batch`, applied inside the step before teacher and student; the
+        keys are `augment.example_keys` of the epoch's view.
+      teacher: cached outputs, `[N, ...]`, or `[views, N, ...]` where `views` is given; they arrive
+        as `batch["teacher"]`.
+      views: after so many epochs the augmented views repeat; None never repeats.
+      rows: int `[n]`, the examples that take part (all by default); `[S, n]` for keys `[S]`.
+
+    Raises:
+      ValueError: if the arrays have different lengths, the batch does not fit, or rows do not name
+        examples.
+      TypeError: if the batch size is not an integer, or `key` not a PRNG key.
+    """
+    key = typed_key("resident", key)
+    total = length("resident", arrays)
+    rows = _checked_rows(rows, total, key)
+    size = total if rows is None else rows.shape[-1]
+    _checks.count(1, batch_size=batch_size)
+    if batch_size > size:
+        raise ValueError(
+            f"batch_size must lie in 1..{size} (the number of examples), got {batch_size}."
+        )
+    if augment is not None and key is None:
+        raise ValueError("augmentation needs a key, got key=None.")
+    if teacher is not None:
+        stacked = teacher if views is not None else jax.tree.map(lambda x: x[None], teacher)
+        shapes = {np.shape(leaf)[:2] for leaf in jax.tree.leaves(stacked)}
+        if shapes != {(views or 1, total)}:
+            raise ValueError(
+                f"teacher outputs must have {total} rows"
+                f"{f' in each of {views} views' if views else ''}, got leading shapes "
+                f"{sorted(shapes)}."
+            )
+        if augment is not None and views is None:
+            raise ValueError(
+                "cached teacher outputs of augmented inputs need views= (how many "
+                "epochs of views the cache holds)."
+            )
+        teacher = jax.device_put(stacked)
+    order, views_key = (None, None) if key is None else _split(key)
+    return Resident(
+        arrays=jax.device_put(jax.tree.map(canonical, dict(arrays))),
+        batch_size=batch_size,
+        order=order,
+        drop_remainder=drop_remainder,
+        augment=augment,
+        augment_key=views_key,
+        teacher=teacher,
+        views=views,
+        rows=None if rows is None else jax.device_put(rows),
+    )
+
+
+def view_key(key: Array) -> Array:
+    """The augmentation's key of `resident(..., key=key)`, for building a teacher cache."""
+    return jax.random.split(typed_key("view_key", key))[1]
+
+
+def steps_per_epoch(data: Resident) -> int:
+    """How many batches one epoch has."""
+    size = _size(data)
+    return size // data.batch_size if data.drop_remainder else -(-size // data.batch_size)
+
+
+def epoch_rows(data: Resident, epoch: Array) -> Array:
+    """int32 `[steps, B]` (`[steps, S, B]` for S runs): the rows of an epoch.
+
+    The filling repeats the epoch's first rows.
+    """
+
+    def of_one(order: Array | None, rows: Array | None) -> Array:
+        places = order_rows(order, epoch, _size(data), data.batch_size, data.drop_remainder)
+        return places if rows is None else rows[places]
+
+    if data.order is None or not data.order.ndim:
+        return of_one(data.order, data.rows)
+    in_axes = (0, None if data.rows is None or data.rows.ndim == 1 else 0)
+    return jnp.swapaxes(jax.vmap(of_one, in_axes=in_axes)(data.order, data.rows), 0, 1)
+
+
+def gather(data: Resident, rows: Array, epoch: Array, step_in_epoch: Array) -> dict[str, Any]:
+    """The batch of `rows` `[B]` or `[S, B]`, inside `jit`: gathered, weighted, augmented."""
+    batch = train.take(data.arrays, rows)
+    if not data.drop_remainder:
+        place = step_in_epoch * data.batch_size + jnp.arange(data.batch_size, dtype=jnp.int32)
+        real = jnp.broadcast_to((place < _size(data)).astype(jnp.float32), rows.shape)
+        batch["weights"] = real * batch["weights"] if "weights" in batch else real
+    view = epoch if data.views is None else epoch % data.views
+    if data.augment is not None and data.augment_key is not None:
+        batch = _augmented(data.augment, data.augment_key, view, rows, batch)
+    if data.teacher is not None:
+        held = view if data.views is not None else jnp.zeros_like(epoch)
+        batch["teacher"] = jax.tree.map(lambda x: x[held, rows], data.teacher)
+    return batch
+
+
+def _augmented(
+    views: Augment, key: Array, view: Array, rows: Array, batch: Batch
+) -> dict[str, Any]:
+    def of_one(key: Array, rows: Array, batch: Batch) -> dict[str, Any]:
+        return dict(views(augment.example_keys(key, view, rows), batch))
+
+    return (jax.vmap(of_one) if key.ndim else of_one)(key, rows, batch)
+
+
+def _split(key: Array) -> tuple[Array, Array]:
+    """The keys of the order and of the views, for every run."""
+    keys = jax.vmap(jax.random.split)(key) if key.ndim else jax.random.split(key)
+    return keys[..., 0], keys[..., 1]
+
+
+def typed_key(fn: str, key: Any) -> Any:
+    """The key, a legacy one (uint32 `[2]`) wrapped: its axis would be taken for one of runs.
+
+    Raises:
+      TypeError: if it is no PRNG key.
+    """
+    dtype = getattr(key, "dtype", None)
+    if key is None or (dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)):
+        return key
+    try:
+        return jax.random.wrap_key_data(key)
+    except TypeError:
+        came = f"{key!r} ({type(key).__name__})" if dtype is None else f"{dtype}{list(key.shape)}"
+        raise TypeError(
+            f"key must be a PRNG key such as jax.random.key(0), or None, got {came}."
+        ) from None
+
+
+def _size(data: Resident) -> int:
+    """How many examples one epoch has."""
+    return length("resident", data.arrays) if data.rows is None else data.rows.shape[-1]
+
+
+def _checked_rows(rows: np.ndarray | None, total: int, key: Array | None) -> np.ndarray | None:
+    if rows is None:
+        return None
+    rows = np.asarray(rows)
+    runs = () if key is None else key.shape
+    if rows.dtype.kind not in "iu" or rows.ndim < 1 or rows.shape[:-1] not in ((), runs):
+        raise ValueError(
+            f"rows must be whole numbers [n]{' or [S, n]' if runs else ''}, got "
+            f"{rows.dtype}{list(rows.shape)} for keys {list(runs)}."
+        )
+    if not rows.size or rows.min() < 0 or rows.max() >= total:
+        raise ValueError(f"rows must name examples 0..{total - 1}, at least one.")
+    return rows.astype(np.int32)
+
+
+def order_rows(
+    order: Array | None, epoch: Array, size: int, batch_size: int, drop_remainder: bool
+) -> Array:
+    """The rows of an epoch, int32 `[steps, B]`; the last batch is filled up from the first rows."""
+    if order is None:
+        rows = jnp.arange(size, dtype=jnp.int32)
+    else:
+        rows = jax.random.permutation(jax.random.fold_in(order, epoch), size).astype(jnp.int32)
+    steps = size // batch_size if drop_remainder else -(-size // batch_size)
+    filled = jnp.concatenate([rows, rows])[: steps * batch_size]
+    return filled.reshape(steps, batch_size)
+
+
+def length(fn: str, arrays: Batch) -> int:
+    """The number of examples, on which all arrays must agree."""
+    flat = {"/".join(map(str, p)): x for p, x in jax.tree_util.tree_leaves_with_path(dict(arrays))}
+    _checks.rank(1, **flat)
+    _checks.same_batch(**flat)
+    if not flat:
+        raise ValueError("there is no array in the batch.")
+    return len(next(iter(flat.values())))
+
+
+def canonical(x: Any) -> Any:
+    """Host arrays in the 32-bit dtype that JAX would give them, said before the transfer."""
+    if isinstance(x, jax.Array):
+        return x
+    array = np.asarray(x)
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)

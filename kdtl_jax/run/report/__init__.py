@@ -1,0 +1,14 @@
+"""Results as data, as JSON and as one self-contained HTML page. Nothing here prints."""
+
+from kdtl_jax.run.report._html import html_page as html_page
+from kdtl_jax.run.report._html import percent as percent
+from kdtl_jax.run.report._results import SCHEMA_VERSION as SCHEMA_VERSION
+from kdtl_jax.run.report._results import Interval as Interval
+from kdtl_jax.run.report._results import Results as Results
+from kdtl_jax.run.report._results import Row as Row
+from kdtl_jax.run.report._results import Versus as Versus
+from kdtl_jax.run.report._results import compared as compared
+from kdtl_jax.run.report._results import environment as environment
+from kdtl_jax.run.report._results import interval as interval
+from kdtl_jax.run.report._results import to_json as to_json
+from kdtl_jax.run.report._results import versus as versus

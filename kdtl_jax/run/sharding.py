@@ -1,0 +1,248 @@
+"""Placements over devices: JAX's sharding is the engine, this module only picks who lives where.
+
+A mesh has an axis `"data"` (examples are split over it) and optionally `"fsdp"` (weights and
+optimizer state are split over it, examples too). The train step itself does not change: place the
+state and the batch, call the same jitted step, and XLA inserts the collectives. `keep_placement`
+around the step holds the state where it was put. Meshes have Auto
+axis types, so ordinary code such as `x @ x.T` on sharded operands works.
+
+A teacher is placed like a state, by `place(teacher, mesh)`: with the mesh's FSDP rule or another
+`smallest=`, in the student's dtype or another. On devices of its own it runs ahead of the student;
+see `teacher_apart`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from kdtl_jax import train
+from kdtl_jax._types import ModelFn, PyTree, Variables
+
+AXES = ("data", "fsdp")
+
+
+def make_mesh(*, data: int | None = None, fsdp: int = 1, devices: Any = None) -> Mesh:
+    """A `data x fsdp` mesh over the given devices (default: all, of all processes).
+
+    Args:
+      data: size of the data axis; None takes what fsdp leaves.
+      fsdp: size of the axis over which weights are split.
+      devices: a sequence of devices; fewer than all is fine.
+
+    Raises:
+      ValueError: if the sizes do not multiply to at most the number of devices.
+    """
+    found = list(jax.devices() if devices is None else devices)
+    if fsdp < 1 or (data is not None and data < 1):
+        raise ValueError(f"sizes must be at least 1, got data={data}, fsdp={fsdp}.")
+    data = len(found) // fsdp if data is None else data
+    if data * fsdp > len(found) or data < 1:
+        raise ValueError(
+            f"data={data} x fsdp={fsdp} needs {max(data, 1) * fsdp} devices, there are "
+            f"{len(found)}. On one CPU, set JAX_NUM_CPU_DEVICES before starting Python."
+        )
+    grid = np.array(found[: data * fsdp], dtype=object).reshape(data, fsdp)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`"data=4,fsdp=2"` as keyword arguments of `make_mesh`.
+
+    Raises:
+      ValueError: naming the part that is not `axis=size`.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name.strip() not in AXES or not size.strip().isdecimal() or name.strip() in sizes:
+            raise ValueError(
+                f"--mesh: {part!r} is not understood; expected for example 'data=4,fsdp=2' "
+                f"with axes {', '.join(AXES)}, each at most once."
+            )
+        sizes[name.strip()] = int(size)
+    return sizes
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def fsdp_shardings(tree: PyTree, mesh: Mesh, *, smallest: int = 256) -> PyTree:
+    """One sharding per leaf: the largest divisible axis is split over `"fsdp"`.
+
+    Args:
+      tree: arrays or abstract shapes; a whole `TrainState` is fine (scalars and PRNG keys are
+        replicated, the optimizer's moments follow their weights' shapes).
+      mesh: from `make_mesh`. With fsdp=1 everything is replicated.
+      smallest: leaves with fewer elements stay replicated: splitting them costs more than it saves.
+
+    Returns:
+      A tree of `NamedSharding` for `jax.device_put` or `jax.jit(out_shardings=...)`.
+    """
+    size = mesh.shape["fsdp"]
+
+    def rule(leaf: Any) -> NamedSharding:
+        shape = np.shape(leaf)
+        if size == 1 or np.prod(shape, dtype=np.int64) < smallest:
+            return replicated(mesh)
+        for axis in sorted(range(len(shape)), key=lambda i: -shape[i]):
+            if shape[axis] % size == 0:
+                return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
+        return replicated(mesh)
+
+    return jax.tree.map(rule, tree)
+
+
+def place(tree: PyTree, mesh: Mesh, *, smallest: int = 256) -> PyTree:
+    """`tree` on the mesh by `fsdp_shardings`: pass it a state, parameters or a teacher.
+
+    Arrays are copied, so donating the result never deletes the given ones.
+    """
+    return jax.tree.map(_put, tree, fsdp_shardings(tree, mesh, smallest=smallest))
+
+
+def keep_placement(step: train.Step, state: train.TrainState) -> train.Step:
+    """The step, whose new state lies where `state` does: compiled once, split for good.
+
+    Without it XLA may choose to split or replicate small leaves of the result otherwise, and the
+    second call, on a state placed in another way, compiles a second time.
+
+    Args:
+      step: the un-jitted step.
+      state: from `place`; only its shardings are read, so it may be donated afterwards.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+    def kept(
+        state: train.TrainState, teacher_params: Any, batch: train.Batch
+    ) -> tuple[train.TrainState, train.Metrics]:
+        new, metrics = step(state, teacher_params, batch)
+        return jax.lax.with_sharding_constraint(new, shardings), metrics
+
+    return kept
+
+
+def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """A batch split over the mesh; with several processes, each passes its own part.
+
+    Raises:
+      ValueError: if the local batch is not divisible by this process's devices: pad it and give the
+        padding weight 0 in `batch["weights"]`.
+    """
+    here = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(batch)):
+        if not np.ndim(leaf) or np.shape(leaf)[0] % len(here):
+            raise ValueError(
+                f"{jax.tree_util.keystr(path, simple=True, separator='/')} has shape "
+                f"{list(np.shape(leaf))}, whose leading axis must be a multiple of the "
+                f"{len(here)} local devices. Pad it and set weights to 0 there."
+            )
+    spec = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch), spec)
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(spec, np.asarray(leaf)), dict(batch)
+    )
+
+
+def teacher_apart(
+    teacher: ModelFn, teacher_mesh: Mesh, student_mesh: Mesh
+) -> Callable[[Any, Mapping[str, Any]], dict[str, Any]]:
+    """A teacher on devices of its own, whose outputs move to the student's.
+
+    The step is made without a teacher (`make_distill_step(student, None, ...)`): it finds the
+    outputs in the batch. Nothing waits, so the teacher works on the next batches while the student
+    steps; as `loop.run(place=partial(attach, teacher_params))` that happens ahead of every step.
+
+    Args:
+      teacher: the teacher's model function.
+      teacher_mesh: where it runs: `make_mesh(devices=jax.devices()[4:])`.
+      student_mesh: where the student trains.
+
+    Returns:
+      `attach(teacher_params, batch) -> batch` on the student's mesh with `batch["teacher"]`.
+      `teacher_params` (parameters or `Variables`) were put on the teacher's mesh by `place`; every
+      output has the batch as its leading axis.
+
+    Raises:
+      ValueError: with several processes, which own their devices: give the teacher the student's
+        mesh, or cache its outputs.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"works within one process, there are {jax.process_count()}. Place the "
+            "teacher on the student's mesh, or cache its outputs."
+        )
+
+    @jax.jit
+    def forward(variables: Variables, inputs: Any) -> Any:
+        return teacher(variables.params, variables.model_state, inputs)[0]
+
+    def attach(teacher_params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        given = teacher_params if isinstance(teacher_params, Variables) else None
+        inputs = place_batch({"inputs": batch["inputs"]}, teacher_mesh)["inputs"]
+        outputs = forward(given or Variables(teacher_params), inputs)
+        moved = jax.device_put(outputs, batch_sharding(student_mesh))
+        return place_batch(batch, student_mesh) | {"teacher": moved}
+
+    return attach
+
+
+def initialize(
+    *, coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Joins a multi-process run; call before anything touches a device.
+
+    Without arguments JAX detects the cluster (SLURM, Open MPI, TPU pods, Kubernetes); with
+    them, the three of `jax.distributed.initialize`.
+
+    Raises:
+      ValueError: if only some of the three are given.
+    """
+    given = [coordinator is not None, processes is not None, process is not None]
+    if any(given) and not all(given):
+        raise ValueError(
+            "give all of coordinator ('host:port'), processes and process "
+            f"(this one's number), or none for auto-detection; got {coordinator!r}, {processes}, "
+            f"{process}."
+        )
+    jax.distributed.initialize(coordinator, processes, process)
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> Array:
+    """`device_put` that also works where other processes own part of the mesh."""
+    if sharding.is_fully_addressable:
+        # `device_put` alone would share the buffer of the device that holds it (may_alias or not).
+        return jax.device_put(jnp.copy(leaf) if isinstance(leaf, Array) else leaf, sharding)
+    if _is_key(leaf):
+        data = _put(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def bytes_per_device(tree: PyTree) -> dict[int, int]:
+    """`{device id: bytes}` that the tree's arrays occupy on each local device."""
+    total: dict[int, int] = {}
+    for leaf in jax.tree.leaves(tree):
+        if not isinstance(leaf, jax.Array):
+            continue
+        data = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        for shard in data.addressable_shards:
+            total[shard.device.id] = total.get(shard.device.id, 0) + shard.data.nbytes
+    return total

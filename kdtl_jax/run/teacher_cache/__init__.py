@@ -1,0 +1,44 @@
+"""Teacher outputs on disk: computed once, checked against what they were made from, read by rows.
+
+    from kdtl_jax import data, teacher_cache as tc
+
+    settings = {"mean": 0.13, "scale": 0.31}  # preprocessing: whatever decides the outputs
+    tc.write("cache", teacher, variables, arrays, preprocessing=settings, batch_size=256)
+
+    needed = tc.fingerprint(variables, arrays, preprocessing=settings)
+    cache = tc.open_cache("cache", expect=needed)  # refuses, by name, what differs
+    source = data.resident(arrays, 64, key=key, teacher=tc.load(cache))  # on the device, or
+    source = data.stream(  # memory-mapped
+        lambda epoch, rows: data.take_rows(arrays, rows) | {"teacher": tc.rows(cache, rows, epoch)},
+        cache.plan.size, 64, key=key,
+    )
+    step = train.make_distill_step(student, None, terms, weights, tx)  # no live teacher
+
+Outputs come back as the live teacher's would: float32 arrays by name, or `losses.TopK` for logits
+that were cut to the k most likely classes (`top_k=32`), ready for `losses.top_k_kl_tail`.
+`dtype=` stores them in half the bytes. Entries of a fingerprint that are None are not compared:
+`needed._replace(dtype=None, logits=None)` takes any precision, dense or cut (`cache.plan.top_k` and
+`cache.plan.temperature` tell which).
+
+Augmented views are keyed by `(key, view, row)`, so that cache and live teacher see one image:
+
+    views = {"views": 4, "view_key": data.view_key(key)}
+    tc.write("cache", teacher, variables, arrays, augment=augment, batch_size=256, **views)
+    cache = tc.open_cache("cache", expect=tc.fingerprint(variables, arrays, **views))
+    data.resident(arrays, 64, key=key, augment=augment, teacher=tc.load(cache), views=4)
+
+On disk: `plan.json` (what is being made), one `.npy` per shard and output, one sealed `.json` per
+finished shard with its files' SHA-256, and `manifest.json`, written last. `write` on the same
+folder takes up where it was killed, and recomputes shards that were damaged.
+"""
+
+from kdtl_jax.run.teacher_cache._fingerprint import Fingerprint as Fingerprint
+from kdtl_jax.run.teacher_cache._fingerprint import digest as digest
+from kdtl_jax.run.teacher_cache._fingerprint import fingerprint as fingerprint
+from kdtl_jax.run.teacher_cache._plan import Plan as Plan
+from kdtl_jax.run.teacher_cache._read import Cache as Cache
+from kdtl_jax.run.teacher_cache._read import load as load
+from kdtl_jax.run.teacher_cache._read import open_cache as open_cache
+from kdtl_jax.run.teacher_cache._read import rows as rows
+from kdtl_jax.run.teacher_cache._read import verify as verify
+from kdtl_jax.run.teacher_cache._write import write as write

@@ -1,0 +1,202 @@
+"""What a cache was made from: digests of weights and data, and everything else that matters."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kdtl_jax import _checks, trees
+from kdtl_jax._types import PyTree
+
+DTYPES = ("float32", "bfloat16", "float16")
+HASHED_BYTES = 32 * 2**20  # of a memory-mapped array at a time
+
+
+class Fingerprint(NamedTuple):
+    """Everything that a teacher's outputs depend on; build it with `fingerprint`.
+
+    In what a reader expects, a field that is None is not compared: `_replace(teacher=None)` where
+    the teacher's weights are not at hand. `taps` are compared as "the cache holds at least these".
+    """
+
+    teacher: str | None  # SHA-256 of the variables' paths, shapes, dtypes and values
+    data: str | None  # SHA-256 of the inputs
+    size: int | None  # number of examples
+    preprocessing: Mapping[str, Any] | None  # JSON
+    taps: tuple[str, ...] | None  # names of the outputs
+    logits: str | None  # "dense", or "the 32 most likely classes at temperature 1.0"
+    dtype: str | None  # of what is stored
+    views: str | None  # "none", or "4 of key 0 42"
+
+
+def fingerprint(
+    variables: PyTree,
+    arrays: Mapping[str, Any],
+    *,
+    preprocessing: Mapping[str, Any] | None = None,
+    taps: Sequence[str] = ("logits",),
+    top_k: int | None = None,
+    temperature: float = 1.0,
+    dtype: Any = jnp.float32,
+    views: int | None = None,
+    view_key: Array | None = None,
+) -> Fingerprint:
+    """The fingerprint of outputs that are to be made, or of those that a run needs.
+
+    Args:
+      variables: the teacher's parameters, or `Variables`; a SHA-256 from `digest` where the
+        weights that run are derived from those that are known (int8), or None.
+      arrays: the data, `{"inputs": [N, ...], ...}`; only `"inputs"` is hashed, in its order.
+      preprocessing: everything else that decides the outputs, as JSON: normalization, tokenizer,
+        augmentation settings, the teacher's precision.
+      taps: names of the outputs to be stored.
+      top_k: logits as log-probabilities of so many classes and the mass of the tail; None is dense.
+      temperature: of the softmax before it is cut to `top_k`.
+      dtype: float32, bfloat16 or float16; of log-probabilities for `top_k`.
+      views: how many epochs of augmented views; None for data as it is.
+      view_key: their key, `data.view_key(key)`.
+
+    Raises:
+      ValueError: if there are no inputs or taps, or settings contradict each other.
+      TypeError: if `preprocessing` is not JSON, or the dtype is not one of the three.
+    """
+    fn = "teacher_cache.fingerprint"
+    if "inputs" not in arrays:
+        raise ValueError(f'arrays need an entry "inputs", got {sorted(arrays)}.')
+    if not taps:
+        raise ValueError('taps is empty: name at least one output, such as "logits".')
+    name = jnp.dtype(dtype).name
+    if name not in DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {name}.")
+    if top_k is not None and ("logits" not in taps or top_k < 1):
+        raise ValueError(
+            f'top_k must be at least 1 and needs "logits" among the taps, got {top_k} and '
+            f"{list(taps)}."
+        )
+    if (views is None) != (view_key is None) or (views is not None and views < 1):
+        raise ValueError(
+            f"augmented views need both views= (at least 1) and view_key=, got "
+            f"views={views}, view_key={view_key}."
+        )
+    _checks.positive(temperature=temperature)
+    return Fingerprint(
+        teacher=variables if variables is None or isinstance(variables, str) else digest(variables),
+        data=digest(arrays["inputs"]),
+        size=count(fn, arrays),
+        preprocessing=json.loads(json.dumps(dict(preprocessing or {}))),
+        taps=tuple(taps),
+        logits=_logits(top_k, float(temperature)),
+        dtype=name,
+        views=_views(views, view_key),
+    )
+
+
+def digest(tree: PyTree) -> str:
+    """SHA-256 of a tree's paths, shapes, dtypes and values, the same on every machine.
+
+    Host arrays count in the 32-bit dtype that JAX gives them; memory-mapped ones are read in
+    pieces.
+    """
+    found = hashlib.sha256()
+    for path, leaf in trees.flatten(tree).items():
+        key = jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key)
+        array = np.asarray(jax.random.key_data(leaf)) if key else as_numpy(leaf)
+        dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+        found.update(json.dumps([path, list(array.shape), dtype.name]).encode())
+        step = max(1, HASHED_BYTES // max(1, array[:1].nbytes)) if array.ndim else 1
+        pieces = range(0, len(array), step) if array.ndim else [0]
+        for start in pieces:
+            piece = array[start : start + step] if array.ndim else array
+            plain = np.ascontiguousarray(piece, dtype).astype(dtype.newbyteorder("<"), copy=False)
+            found.update(plain.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
+
+
+def count(fn: str, arrays: Mapping[str, Any]) -> int:
+    """The number of examples.
+
+    Raises:
+      ValueError: if arrays have different lengths, or none.
+    """
+    flat = trees.flatten(dict(arrays))
+    _checks.rank(1, **flat)
+    _checks.same_batch(**flat)
+    size = len(next(iter(flat.values())))
+    if size == 0:
+        raise ValueError(f"there are no examples, got {_checks.described(**flat)}.")
+    return size
+
+
+def differences(made: Fingerprint, expect: Fingerprint) -> list[str]:
+    """What a cache was made from against what is expected of it; nothing if it serves."""
+    found = []
+    if _differ(made.teacher, expect.teacher):
+        found.append(
+            f"teacher weights differ: the cache was made by {_short(made.teacher)}, these are "
+            f"{_short(expect.teacher)} (SHA-256)"
+        )
+    if _differ(made.size, expect.size):
+        found.append(f"number of examples differs: {made.size} in the cache, {expect.size} here")
+    elif _differ(made.data, expect.data):
+        found.append(
+            f"data differ: the cache was made from inputs {_short(made.data)}, these are "
+            f"{_short(expect.data)} (SHA-256; the order of the rows counts)"
+        )
+    if expect.preprocessing is not None:
+        found += _settings(made.preprocessing or {}, expect.preprocessing)
+    missing = [tap for tap in expect.taps or () if tap not in (made.taps or ())]
+    if missing:
+        found.append(f"taps are missing: {missing} asked, the cache holds {list(made.taps or ())}")
+    for name in ("logits", "dtype", "views"):
+        was, wanted = getattr(made, name), getattr(expect, name)
+        if _differ(was, wanted):
+            found.append(f"{name} differ: {was} in the cache, {wanted} asked")
+    return found
+
+
+def from_json(value: Mapping[str, Any]) -> Fingerprint:
+    """A fingerprint as it was written to a plan."""
+    made = Fingerprint(**value)
+    return made._replace(taps=tuple(made.taps or ()))
+
+
+def as_numpy(x: Any) -> np.ndarray:
+    """A host view; memory-mapped arrays stay so, without their subclass's cost per index."""
+    return x.view(np.ndarray) if isinstance(x, np.ndarray) else np.asarray(x)
+
+
+def _logits(top_k: int | None, temperature: float) -> str:
+    if top_k is None:
+        return "dense"
+    return f"the {top_k} most likely classes at temperature {temperature}"
+
+
+def _views(views: int | None, view_key: Array | None) -> str:
+    if views is None or view_key is None:
+        return "none"
+    words = " ".join(map(str, np.asarray(jax.random.key_data(view_key)).ravel()))
+    return f"{views} of key {words}"
+
+
+def _settings(was: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Preprocessing, entry by entry."""
+    wanted = json.loads(json.dumps(dict(wanted)))
+    changed = [
+        f"{name!r} was {was.get(name, 'not set')}, is {wanted.get(name, 'not set')}"
+        for name in sorted(was.keys() | wanted.keys())
+        if (name in was) != (name in wanted) or was[name] != wanted[name]
+    ]
+    return [f"preprocessing differs: {', '.join(changed)}"] if changed else []
+
+
+def _differ(was: Any, wanted: Any) -> bool:
+    return wanted is not None and was != wanted
+
+
+def _short(sha: str | None) -> str:
+    return "unknown" if sha is None else f"{sha[:12]}…"

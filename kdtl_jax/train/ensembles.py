@@ -1,0 +1,286 @@
+"""Several teachers at once: stacked, run as one, and mixed into one.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from kdtl_jax import ensembles, losses
+    >>> def teacher(params, model_state, inputs, *, key=None, train=False):
+    ...     return {"logits": inputs @ params["w"]}, model_state
+    >>> teachers = ensembles.stack_teachers([{"w": jnp.eye(2)}, {"w": 3 * jnp.eye(2)}])
+    >>> outputs, _ = ensembles.vmap_teacher(teacher)(teachers, None, jnp.eye(2))
+    >>> outputs["logits"].shape
+    (2, 2, 2)
+    >>> mixture = ensembles.mean_probabilities(outputs["logits"], temperature=4.0)
+    >>> losses.kd_kl(jnp.zeros((2, 2)), mixture, temperature=4.0).shape
+    (2,)
+
+A mixture takes teachers' logits `[K, ..., num_classes]` and returns logits `[..., num_classes]`,
+which any loss takes as a teacher's. They differ in meaning:
+
+- `mean_logits`: the geometric mixture; one confident "no" of a teacher is a veto;
+- `mean_probabilities`: the arithmetic mixture; one confident "yes" suffices;
+- `log_sum_exp`: the arithmetic mixture weighted by each teacher's normalizer, so that teachers
+  with large logits dominate;
+- `gated_logits`: a geometric mixture whose weights are learned per example (ONE);
+- `over_teachers(loss)`: no mixture, a sum of losses. A sum of K forward KLs has K times the
+  gradient of `mean_probabilities` and the same minimum.
+
+`weights` are per teacher, `[K]`, or per teacher and example, `[K, B]`; they are not negative, and
+are normalized.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kdtl_jax import _checks, _numerics, trees
+from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Scalar
+
+Weights = Array | Sequence[float]
+
+
+class PairLoss(Protocol):
+    """A loss of a student and one teacher: `[B, ...], [B, ...] -> [B]`."""
+
+    def __call__(self, student: Array, teacher: Array, /) -> Array: ...
+
+
+def stack_teachers(teachers: Sequence[Params]) -> Params:
+    """Parameters of K teachers of one architecture, every leaf `[K, ...]`; the first's containers.
+
+    Raises:
+      ValueError: if there are none, or their leaves differ in path or shape.
+    """
+    if not teachers:
+        raise ValueError("expected at least one teacher, got none.")
+    first, *others = [trees.flatten(teacher) for teacher in teachers]
+    for other in others:
+        _checks.same_leaves(first=first, other=other)
+    stacked = [
+        jnp.stack([leaf, *(other[path] for other in others)]) for path, leaf in first.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(teachers[0]), stacked)
+
+
+def vmap_teacher(teacher: ModelFn) -> ModelFn:
+    """K teachers of one architecture as one model function.
+
+    Takes stacked parameters and model state (`stack_teachers`; a state of None stays None), the
+    same inputs for all, and returns every output as `[K, B, ...]`. With a key, each teacher gets
+    its own.
+    """
+
+    def stacked(
+        params: Params,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, PyTree]:
+        count = jax.tree.leaves(params)[0].shape[0]
+        keys = None if key is None else jax.random.split(key, count)
+
+        def one(params: Params, state: PyTree, key: Array | None) -> tuple[Outputs, PyTree]:
+            return teacher(params, state, inputs, key=key, train=train)
+
+        return jax.vmap(one)(params, model_state, keys)
+
+    return stacked
+
+
+def mean_logits(logits: Array, *, weights: Weights | None = None) -> Array:
+    """`sum_k w_k z_k`: the geometric mixture, `softmax` of it is `prod_k p_k^w_k` normalized.
+
+    Args:
+      logits: `[K, ..., num_classes]`.
+      weights: `[K]` or `[K, B]`, normalized over teachers; equal by default.
+
+    Returns:
+      `[..., num_classes]` logits, float32 or wider; -inf where any teacher excludes a class.
+
+    Raises:
+      ValueError: if there is no teacher axis, or weights do not fit it, are negative or sum to 0.
+      TypeError: if the logits are not floating point.
+
+    References:
+      TextBrewer averages logits. Hinton et al., 2015 (1503.02531), section 2.
+    """
+    logits = _door("mean_logits", logits)
+    share = _shares("mean_logits", weights, logits)
+    return _with_absent(jnp.sum(share * _finite(logits), axis=0), jnp.any(_absent(logits), axis=0))
+
+
+def mean_probabilities(
+    logits: Array, *, temperature: Scalar = 1.0, weights: Weights | None = None
+) -> Array:
+    """`T log sum_k w_k softmax(z_k / T)`: the arithmetic mixture, as logits.
+
+    `softmax(result / T)` is the mean of the teachers' softened probabilities, so give the loss
+    the same temperature.
+
+    Args:
+      logits: `[K, ..., num_classes]`.
+      temperature: softens each teacher before they are averaged.
+      weights: `[K]` or `[K, B]`, normalized over teachers; equal by default.
+
+    Returns:
+      `[..., num_classes]`, at most 0; -inf where all teachers exclude a class.
+
+    Raises:
+      ValueError: as `mean_logits`, or if the temperature is not positive.
+      TypeError: if the logits are not floating point.
+    """
+    logits = _door("mean_probabilities", logits)
+    _checks.positive(temperature=temperature)
+    share = _shares("mean_probabilities", weights, logits)
+    temperature = _numerics.scalar(temperature, logits)
+    return temperature * _log_mixture(_numerics.log_softmax(logits / temperature), share)
+
+
+def log_sum_exp(
+    logits: Array, *, temperature: Scalar = 1.0, weights: Weights | None = None
+) -> Array:
+    """`T log sum_k w_k exp(z_k / T)`: each teacher counts by its normalizer.
+
+    Adding a constant to one teacher's logits changes the result, which `mean_probabilities` does
+    not; on log-probabilities the two are one.
+
+    Args:
+      logits: `[K, ..., num_classes]`.
+      temperature: of the exponentials.
+      weights: `[K]` or `[K, B]`, normalized over teachers; equal by default.
+
+    Returns:
+      `[..., num_classes]` logits.
+
+    Raises:
+      ValueError: as `mean_probabilities`.
+      TypeError: if the logits are not floating point.
+    """
+    logits = _door("log_sum_exp", logits)
+    _checks.positive(temperature=temperature)
+    share = _shares("log_sum_exp", weights, logits)
+    temperature = _numerics.scalar(temperature, logits)
+    return temperature * _log_mixture(logits / temperature, share)
+
+
+def gated_logits(logits: Array, scores: Array) -> Array:
+    """`sum_k g_k z_k` with `g = softmax(scores)` per example: the on-the-fly teacher of ONE.
+
+    The gate is a connector on shared features. The paper's loss over K branches, with T = 3:
+
+        ensemble = ensembles.gated_logits(branches, gate_scores)
+        {"branches": cross_entropy of every branch, summed, "ensemble": that of the ensemble,
+         "distill": over_teachers with the roles exchanged: kd_kl(branch, stop_gradient(ensemble))}
+
+    which `online.one_terms` writes out.
+
+    Args:
+      logits: `[K, B, num_classes]`, one per branch.
+      scores: `[B, K]`, the gate's output before its softmax.
+
+    Returns:
+      `[B, num_classes]`.
+
+    Raises:
+      ValueError: if `scores` is not `[B, K]`.
+      TypeError: if either is not floating point.
+
+    References:
+      Lan, Zhu and Gong, Knowledge Distillation by On-the-Fly Native Ensemble, 2018 (1806.04606).
+    """
+    logits = _door("gated_logits", logits)
+    _checks.floating(scores=scores)
+    _checks.rank(3, 3, logits=logits)
+    if scores.shape != (logits.shape[1], logits.shape[0]):
+        raise ValueError(
+            f"scores must be [{logits.shape[1]}, {logits.shape[0]}], one per "
+            f"example and branch, got {_checks.described(logits=logits, scores=scores)}."
+        )
+    gates = jax.nn.softmax(_numerics.upcast(scores), axis=-1).astype(logits.dtype)
+    return jnp.sum(jnp.swapaxes(gates, 0, 1)[:, :, None] * logits, axis=0)
+
+
+def over_teachers(
+    loss: PairLoss, *, weights: Weights | None = None
+) -> Callable[[Array, Array], Array]:
+    """`sum_k w_k loss(student, teacher_k)` as a loss of a student and stacked teachers.
+
+    Args:
+      loss: of one student and one teacher; bind its hyper-parameters with `functools.partial`.
+      weights: `[K]`, or `[K, B]` for weights per example; ones by default, a plain sum.
+
+    Returns:
+      `summed(student, teachers)`: `teachers` is `[K, *student.shape]`.
+
+    Raises:
+      ValueError: when called, if the shapes or the weights do not fit.
+
+    References:
+      big_vision sums the KLs of its teachers; so does RepDistiller's multi-teacher recipe.
+    """
+
+    def summed(student: Array, teachers: Array) -> Array:
+        _checks.rank(1, teachers=teachers)
+        values = jax.vmap(loss, in_axes=(None, 0))(student, teachers)
+        if weights is None:
+            return jnp.sum(values, axis=0)
+        share = _fitted("over_teachers", weights, values)
+        return jnp.sum(share * values, axis=0)
+
+    return summed
+
+
+def _door(fn: str, logits: Array) -> Array:
+    _checks.floating(logits=logits)
+    _checks.rank(2, logits=logits)
+    _checks.nonempty(logits=logits)
+    return _numerics.upcast(logits)
+
+
+def _fitted(fn: str, weights: Weights, values: Array) -> Array:
+    """Weights `[K]` or `[K, B]`, shaped to multiply `values [K, B, ...]`."""
+    if np.shape(weights) not in (values.shape[:1], values.shape[:2]):
+        raise ValueError(
+            f"weights must be [K] or [K, B] = {list(values.shape[:2])}, "
+            f"got {_checks.described(weights=weights)}."
+        )
+    return _numerics.per_example(jnp.asarray(weights), values)
+
+
+def _shares(fn: str, weights: Weights | None, logits: Array) -> Array:
+    """Weights that sum to 1 over teachers, shaped to multiply the logits."""
+    if weights is None:
+        return jnp.full((1,) * logits.ndim, 1 / logits.shape[0], logits.dtype)
+    share = _fitted(fn, weights, logits)
+    _checks.non_negative(weights=weights)
+    known = _checks.concrete(weights)
+    if known is not None:
+        _checks.positive(**{"the teachers' weights together": known.sum(axis=0)})
+    return share / jnp.sum(share, axis=0, keepdims=True)
+
+
+def _absent(logits: Array) -> Array:
+    return logits == -jnp.inf
+
+
+def _finite(logits: Array) -> Array:
+    return jnp.where(_absent(logits), 0, logits)
+
+
+def _with_absent(logits: Array, absent: Array) -> Array:
+    return jnp.where(absent, -jnp.inf, logits)
+
+
+def _log_mixture(log_values: Array, share: Array) -> Array:
+    """`log sum_k share_k exp(log_values_k)`; gradients are finite also where terms are absent."""
+    counted = (share > 0) & ~_absent(log_values)
+    safe = jnp.where(counted, log_values, jnp.finfo(log_values.dtype).min)
+    top = jax.lax.stop_gradient(jnp.max(safe, axis=0))
+    shifted = jnp.where(counted, log_values - top[None], 0)
+    total = jnp.sum(jnp.where(counted, share * jnp.exp(shifted), 0), axis=0)
+    some = jnp.any(counted, axis=0)
+    return jnp.where(some, jnp.log(jnp.where(some, total, 1)) + jnp.where(some, top, 0), -jnp.inf)

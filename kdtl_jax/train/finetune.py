@@ -1,0 +1,351 @@
+"""Fine-tuning policies: learning rates by layer, gradual unfreezing, state carried over.
+
+Learning-rate policies are trees of multipliers, made once from *all* the parameters, so that a rule
+that covers nothing, or a leaf that no rule covers, raises; and one optax transform that applies
+them. Put it last, after the learning rate:
+
+    multipliers = layer_decay(layer_ids(params, stem=..., block=..., head=...), decay=0.75)
+    tx = optax.chain(optax.adamw(schedule), scale_by_multipliers(multipliers))
+
+(or `by_layer(params, ..., decay=0.75)` for both lines).
+
+Freezing for good is not a policy: give the step `trainable=selector`, which costs no gradient.
+Frozen batch statistics are `normalization.freeze_stats`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from kdtl_jax import _checks, trees
+from kdtl_jax._types import Array, Params, PyTree, Scalar
+
+
+def layer_ids(
+    params: Params,
+    *,
+    stem: trees.Selector,
+    block: str,
+    head: trees.Selector,
+    last: trees.Selector | None = None,
+    stacked: trees.Selector | None = None,
+) -> PyTree:
+    """The layer of every leaf: 0 for the stem, i + 1 for block i, `depth + 1` for the head.
+
+    Args:
+      params: all the parameters, concrete or abstract.
+      stem: embeddings and what else lies below the first block.
+      block: regular expression of the blocks' paths with the block's number as its one group:
+        `r"(?:.*/)?blocks_(\\d+)/.*"`. Numbers are read as numbers: 10 follows 9.
+      head: what is new, usually the classifier (BEiT counts the final norm in too).
+      last: what shares the last block's layer (timm's final norm).
+      stacked: leaves `[depth, ...]` of scanned blocks; layer i + 1 along their leading axis.
+
+    Returns:
+      A tree of ints, and for stacked leaves int arrays `[depth, 1, ...]`.
+
+    Raises:
+      ValueError: if a leaf is covered by none of the above, a selector by no leaf, or `block` is
+        no regular expression with a number as its one group.
+
+    References:
+      timm's `param_groups_layer_decay` and BEiT's `LayerDecayValueAssigner` (2106.08254).
+    """
+    flat = trees.flatten(params)
+    found = _block_numbers(block, list(flat))
+    depth = 1 + max(found.values(), default=-1)
+    if stacked is not None:
+        scanned = trees.flatten(trees.mask(params, stacked))
+        lengths = {np.shape(flat[path])[0] for path, is_in in scanned.items() if is_in}
+        if len(lengths) > 1 or depth:
+            raise ValueError(
+                f"stacked leaves must have one leading length and exclude numbered "
+                f"blocks, got lengths {sorted(lengths)} and {depth} numbered blocks."
+            )
+        depth = lengths.pop()
+    if depth == 0:
+        raise ValueError(
+            f"block={block!r} matches no path; nearest: {trees.nearest(block, list(flat))}."
+        )
+    rules: list[tuple[trees.Selector, Any]] = [(stem, 0)]
+    rules += [(lambda path, leaf: path in found, "block")] if found else []
+    rules += [(stacked, "stacked")] if stacked is not None else []
+    rules += [(last, depth)] if last is not None else []
+    rules += [(head, depth + 1)]
+    labels = trees.labels(params, rules)
+
+    def number(path: str, leaf: Any, label: Any) -> Any:
+        if label == "block":
+            return found[path] + 1
+        if label == "stacked":
+            return np.arange(1, depth + 1).reshape(-1, *(1,) * (np.ndim(leaf) - 1))
+        return label
+
+    return trees.map_with_path(number, params, labels)
+
+
+def _block_numbers(block: str, paths: Sequence[str]) -> dict[str, int]:
+    """`{path: number}` of the paths that lie in a block."""
+    try:
+        pattern = re.compile(block)
+    except re.error as error:
+        raise ValueError(f"block must be a regular expression, got {block!r}: {error}.") from None
+    if pattern.groups != 1:
+        raise ValueError(f"block must have one group, the number; got {block!r}.")
+    found = {path: m[1] for path in paths if (m := pattern.fullmatch(path)) is not None}
+    for path, number in found.items():
+        if not (number or "").isdecimal():
+            raise ValueError(
+                f"block's group must be the number, got {number!r} from {path!r}. "
+                r"Write (\d+) there."
+            )
+    return {path: int(number) for path, number in found.items()}
+
+
+def layer_decay(
+    ids: PyTree, *, decay: float = 0.75, min_scale: float = 0.0, top: int | None = None
+) -> PyTree:
+    """`max(min_scale, decay^(top - id))`: the head's multiplier is 1, the stem's `decay^top`.
+
+    Args:
+      ids: of `layer_ids`, or any tree of ints (and int arrays).
+      decay: in (0, 1].
+      min_scale: floor.
+      top: the id of multiplier 1; the largest id when None.
+
+    Returns:
+      A tree of floats, and of float32 arrays where the ids are arrays.
+
+    Raises:
+      ValueError: if decay lies outside (0, 1], an id lies above `top`, or there are no ids.
+
+    References:
+      Clark et al., ELECTRA, 2020; Bao et al., BEiT, 2021 (2106.08254); timm.
+    """
+    _checks.positive(decay=decay)
+    _checks.within(0, 1, decay=decay)
+    if not jax.tree.leaves(ids):
+        raise ValueError(f"ids must have leaves, got {ids!r}. Make it by layer_ids.")
+    highest = max(int(np.max(leaf)) for leaf in jax.tree.leaves(ids))
+    top = highest if top is None else top
+    if highest > top:
+        raise ValueError(f"a layer has id {highest}, above top={top}.")
+
+    def multiplier(layer: Any) -> Any:
+        scale = np.maximum(min_scale, np.float64(decay) ** (top - np.asarray(layer)))
+        return float(scale) if scale.ndim == 0 else scale.astype(np.float32)
+
+    return jax.tree.map(multiplier, ids)
+
+
+def by_layer(
+    params: Params,
+    *,
+    stem: trees.Selector,
+    block: str,
+    head: trees.Selector,
+    last: trees.Selector | None = None,
+    stacked: trees.Selector | None = None,
+    decay: float = 0.75,
+) -> optax.GradientTransformation:
+    """Layer-wise learning-rate decay in one call, last in the chain.
+
+        optax.chain(optax.adamw(1e-4), by_layer(params, stem=..., block=..., head=...))
+
+    Args as `layer_ids` and `layer_decay`, whose multipliers `scale_by_multipliers` applies.
+
+    Raises:
+      ValueError: as they do.
+    """
+    ids = layer_ids(params, stem=stem, block=block, head=head, last=last, stacked=stacked)
+    return scale_by_multipliers(layer_decay(ids, decay=decay))
+
+
+def discriminative_rates(ids: PyTree, *, factor: float = 2.6) -> PyTree:
+    """`factor^-(top - id)`: each layer learns `factor` times slower than the one above.
+
+    Raises:
+      ValueError: if the factor is not finite and at least 1.
+
+    References:
+      Howard and Ruder, ULMFiT, 2018 (1801.06146), section 3.2.
+    """
+    _checks.positive(factor=factor)
+    _checks.within(1, float("inf"), factor=factor)
+    return layer_decay(ids, decay=1 / factor)
+
+
+def multipliers(params: Params, rules: trees.Rules) -> PyTree:
+    """One learning-rate multiplier per leaf by ordered rules, the first match winning.
+
+    `[("head/.*", 1.0), (".*", 0.1)]` is the usual 0.1 for the backbone,
+    `[(".*/b", 16.0), (".*/a", 1.0)]` on an adapter's weights is LoRA+.
+
+    Raises:
+      ValueError: if a rule is never used or a leaf is not covered.
+    """
+    return trees.labels(params, rules)
+
+
+def scale_by_multipliers(by_leaf: PyTree) -> optax.GradientTransformation:
+    """Multiplies every update by its leaf's multiplier; last in the chain.
+
+    Args:
+      by_leaf: a tree of numbers or broadcastable arrays, made for all the parameters. The
+        optimizer may see fewer (a trainable partition): leaves are found by path.
+
+    Returns:
+      A stateless optax transform.
+
+    Raises:
+      ValueError: from `init` and `update`, if an update has no multiplier.
+    """
+    table = trees.flatten(by_leaf)
+
+    def init(params: Params) -> optax.EmptyState:
+        _covered("scale_by_multipliers", params, table)
+        return optax.EmptyState()
+
+    def update(updates: PyTree, state: Any, params: Params | None = None) -> tuple[PyTree, Any]:
+        _covered("scale_by_multipliers", updates, table)
+        return trees.map_with_path(lambda path, u: _times(table[path], u), updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def optimizers(params: Params, rules: trees.Rules) -> optax.GradientTransformation:
+    """One optimizer per leaf by ordered rules `[(selector, tx), ...]`, covering every leaf.
+
+    Args:
+      params: all the parameters; the optimizer may later see a trainable partition.
+      rules: the first match wins. Equal transforms under two rules keep separate states, and
+        norms (clipping) are taken per rule.
+
+    Raises:
+      ValueError: if a rule is never used or a leaf is not covered.
+    """
+    numbered = [(selector, str(i)) for i, (selector, _) in enumerate(rules)]
+    table = trees.flatten(trees.labels(params, numbered))
+
+    def label(tree: PyTree) -> PyTree:
+        _covered("optimizers", tree, table)
+        return trees.map_with_path(lambda path, _: table[path], tree)
+
+    # A rule whose leaves are all outside the trainable partition has nothing to do.
+    return optax.partition({str(i): tx for i, (_, tx) in enumerate(rules)}, label)
+
+
+class GateState(NamedTuple):
+    """Number of updates so far."""
+
+    step: Array
+
+
+def unfreeze_gate(params: Params, rules: trees.Rules) -> optax.GradientTransformation:
+    """Gradual unfreezing: updates of a leaf are 0 before its step, and pass from then on.
+
+    One compiled step serves the whole schedule and the optimizer's moments are kept, because
+    the gate only multiplies updates. Last in the chain (after weight decay), so that a closed
+    leaf stays bit-identical and its moments are warm when it opens; placed before clipping as
+    well, closed gradients do not enter the norm:
+
+        optax.chain(optax.adamw(1e-3), unfreeze_gate(params, [("head/.*", 0), (".*", 500)]))
+
+    The backward pass is a full one. To pay for the trainable part only, change the step's
+    `trainable` selector between stages and carry the state over (`carry_opt_state`).
+
+    Args:
+      params: all the parameters; the optimizer may see a trainable partition.
+      rules: `[(selector, first step), ...]`, the first match winning; steps count from 0.
+
+    Raises:
+      ValueError: if a rule is never used or a leaf is not covered.
+
+    References:
+      Howard and Ruder, ULMFiT, 2018 (1801.06146), section 3.3.
+    """
+    opens = trees.flatten(trees.labels(params, rules))
+
+    def init(params: Params) -> GateState:
+        _covered("unfreeze_gate", params, opens)
+        return GateState(jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: PyTree, state: Any, params: Params | None = None
+    ) -> tuple[PyTree, GateState]:
+        def gate(path: str, leaf: Array) -> Array:
+            return jnp.where(state.step >= opens[path], leaf, jnp.zeros((), leaf.dtype))
+
+        _covered("unfreeze_gate", updates, opens)
+        return trees.map_with_path(gate, updates), GateState(state.step + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def lp_ft(
+    params: Params, *, head: trees.Selector, probe_steps: int
+) -> optax.GradientTransformation:
+    """Linear probing, then fine-tuning: the head alone for `probe_steps`, then everything.
+
+    References:
+      Kumar et al., Fine-Tuning can Distort Pretrained Features, 2022 (2202.10054).
+    """
+    return unfreeze_gate(params, [(head, 0), (trees.everything, probe_steps)])
+
+
+class Carried(NamedTuple):
+    """A new optimizer state with what the old one knew; paths by what happened to them."""
+
+    state: PyTree
+    carried: tuple[str, ...]
+    fresh: tuple[str, ...]
+
+
+def carry_opt_state(old: PyTree, new: PyTree) -> Carried:
+    """Moves an optimizer's state to another trainable partition: equal paths are carried over.
+
+    Args:
+      old: the state so far.
+      new: `tx.init` of the new partition, of the same optimizer.
+
+    Returns:
+      The state (structure, shapes and dtypes of `new`) and the paths that were carried and
+      that start fresh. Fresh Adam moments meet the old step count, whose bias correction has
+      ended: their first updates are up to `(1 - b1) / sqrt(1 - b2)`, 3.2 times the usual size.
+      Warm the rate up, or use `unfreeze_gate`, whose moments are warm.
+
+    Raises:
+      ValueError: if nothing could be carried, or a carried leaf has changed its shape.
+    """
+    before, after = trees.flatten(old), trees.flatten(new)
+    shared = [path for path in after if path in before]
+    if not shared and after:
+        raise ValueError(
+            "the two states share no path; were they made by one optimizer? "
+            f"Old: {list(before)[:4]}, new: {list(after)[:4]}."
+        )
+    _checks.same_leaves(old={p: before[p] for p in shared}, new={p: after[p] for p in shared})
+    leaves = [
+        jax.lax.convert_element_type(before[path], leaf.dtype) if path in before else leaf
+        for path, leaf in after.items()
+    ]
+    state = jax.tree.unflatten(jax.tree.structure(new), leaves)
+    return Carried(state, tuple(shared), tuple(path for path in after if path not in before))
+
+
+def _covered(fn: str, tree: PyTree, table: Mapping[str, Any]) -> None:
+    for path in trees.flatten(tree):
+        if path not in table:
+            raise ValueError(
+                f"no rule was made for {path!r}; nearest paths: "
+                f"{trees.nearest(path, list(table))}. Make the rules from all the parameters."
+            )
+
+
+def _times(factor: Scalar, update: Array) -> Array:
+    return jnp.asarray(factor).astype(update.dtype) * update

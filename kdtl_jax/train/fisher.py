@@ -1,0 +1,140 @@
+"""Diagonal Fisher information, for `penalties.ewc` and `transforms.fisher_merge`.
+
+Three things are called "the Fisher" and differ by factors up to the batch size:
+
+- `empirical_fisher`: mean over examples of the squared gradient at the given labels;
+- `true_fisher`: the same with labels drawn from the model's own distribution, summed exactly;
+- `batch_fisher`: mean over batches of the squared gradient of the batch mean, as in Avalanche; it
+  is too small by up to the batch size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kdtl_jax import _checks, _numerics, trees
+from kdtl_jax._types import Array, Params, PyTree
+
+ExampleLoss = Callable[[Params, Any], Array]  # (params, one example) -> []
+ExampleLogits = Callable[[Params, Any], Array]  # (params, one example) -> [C]
+
+
+def empirical_fisher(
+    loss: ExampleLoss, params: Params, examples: PyTree, *, chunk: int = 32
+) -> PyTree:
+    """`mean_i (d loss(x_i, y_i) / d theta)^2`, per example and exact.
+
+    Args:
+      loss: `loss(params, example) -> []`, the negative log-likelihood of one example.
+      params: any pytree; leaves that are not inexact pass through.
+      examples: a pytree of arrays `[N, ...]`.
+      chunk: examples differentiated at once; memory is `chunk` gradients.
+
+    Returns:
+      A tree like `params`, float32 or wider.
+
+    Raises:
+      ValueError: if the examples differ in number or are empty.
+    """
+
+    def squares(trained: Params, frozen: Params, example: Any) -> PyTree:
+        grads = jax.grad(lambda t: loss(trees.combine(t, frozen), example))(trained)
+        return jax.tree.map(_square, grads)
+
+    return _mean_over("empirical_fisher", squares, params, examples, chunk)
+
+
+def true_fisher(
+    logits: ExampleLogits, params: Params, examples: PyTree, *, chunk: int = 32
+) -> PyTree:
+    """`mean_i sum_y p(y | x_i) (d log p(y | x_i) / d theta)^2`, the expectation taken exactly.
+
+    Args:
+      logits: `logits(params, example) -> [C]`; labels are not used.
+      params: any pytree; leaves that are not inexact pass through.
+      examples: a pytree of arrays `[N, ...]`.
+      chunk: examples differentiated at once; memory is `chunk * C` gradients.
+
+    Returns:
+      A tree like `params`, float32 or wider.
+
+    Raises:
+      ValueError: if the examples differ in number or are empty.
+
+    References:
+      Amari, Natural gradient works efficiently in learning, 1998.
+    """
+
+    def squares(trained: Params, frozen: Params, example: Any) -> PyTree:
+        def log_p(t: Params) -> Array:
+            return _numerics.log_softmax(logits(trees.combine(t, frozen), example))
+
+        p = jnp.exp(log_p(trained))
+        rows = jax.jacrev(log_p)(trained)
+        return jax.tree.map(
+            lambda row: jnp.tensordot(p.astype(_wide(row).dtype), _square(row), axes=1), rows
+        )
+
+    return _mean_over("true_fisher", squares, params, examples, chunk)
+
+
+def batch_fisher(loss: ExampleLoss, params: Params, examples: PyTree, *, batch_size: int) -> PyTree:
+    """`mean_batches (d mean_i loss_i / d theta)^2` over consecutive batches: Avalanche's EWC.
+
+    Arguments as `empirical_fisher`'s; `N` must be a multiple of `batch_size`.
+    """
+    count = _count("batch_fisher", examples)
+    if count % batch_size:
+        raise ValueError(f"{count} examples are no multiple of {batch_size}.")
+    batches = jax.tree.map(lambda x: jnp.reshape(x, (-1, batch_size, *x.shape[1:])), examples)
+
+    def mean_loss(params: Params, batch: PyTree) -> Array:
+        return jnp.mean(jax.vmap(lambda example: loss(params, example))(batch))
+
+    return empirical_fisher(mean_loss, params, batches, chunk=1)
+
+
+def _mean_over(
+    fn: str,
+    squares: Callable[[Params, Params, Any], PyTree],
+    params: Params,
+    examples: PyTree,
+    chunk: int,
+) -> PyTree:
+    count = _count(fn, examples)
+    trained, frozen = trees.partition(params, trees.everything)
+
+    def summed(part: PyTree) -> PyTree:
+        each = jax.vmap(squares, in_axes=(None, None, 0))(trained, frozen, part)
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), each)
+
+    chunk = min(chunk, count)
+    whole = count // chunk * chunk
+    chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), examples)
+
+    def add(total: PyTree, part: PyTree) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, summed(part)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(_wide(x)), trained)
+    total, _ = jax.lax.scan(add, zeros, chunks)
+    if whole < count:
+        rest = summed(jax.tree.map(lambda x: x[whole:], examples))
+        total = jax.tree.map(jnp.add, total, rest)
+    return trees.combine(jax.tree.map(lambda x: x / count, total), frozen)
+
+
+def _count(fn: str, examples: PyTree) -> int:
+    flat = trees.flatten(examples)
+    _checks.same_batch(**flat)
+    _checks.nonempty(**flat)
+    return next(iter(flat.values())).shape[0]
+
+
+def _wide(x: Array) -> Array:
+    return _numerics.upcast(x)
+
+
+def _square(x: Array) -> Array:
+    return jnp.square(_wide(x))

@@ -1,0 +1,287 @@
+"""Distillation without a fixed teacher: averaged, mutual, self, reborn, by assistants.
+
+Each is a few lines over the losses; what a paper adds is which network teaches which, and where
+the gradient stops. The teaching side is always under `stop_gradient` here: these functions, unlike
+the losses, decide who teaches. Functions named `..._terms` return `{name: [B]}` for the objective:
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from kdtl_jax import ensembles, online, train
+    >>> def model(params, model_state, inputs, *, key=None, train=False):
+    ...     return {"logits": inputs @ params["w"]}, model_state
+    >>> def terms(inputs):
+    ...     return online.mutual_terms(inputs.student["logits"], inputs.batch["labels"])
+    >>> peers, tx = ensembles.vmap_teacher(model), optax.sgd(1.0)
+    >>> step = train.make_train_step(peers, terms, {"task": 1.0, "mutual": 1.0}, tx)
+    >>> both = ensembles.stack_teachers([{"w": jnp.eye(2)}, {"w": -jnp.eye(2)}])
+    >>> state = train.init_state(both, tx, key=jax.random.key(0))
+    >>> state, metrics = step(state, None, {"inputs": jnp.eye(2), "labels": jnp.array([0, 1])})
+    >>> sorted(metrics)
+    ['loss', 'mutual', 'task']
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from kdtl_jax import _checks, _numerics, losses, transforms
+from kdtl_jax._types import Params, Scalar, Schedule
+from kdtl_jax.train import ensembles
+
+Trainer = Callable[[Params | None, Array], Params]
+
+
+class MeanTeacher(NamedTuple):
+    """A training state with the moving average of its student: arrays only, like the state."""
+
+    state: Any
+    teacher: Params
+
+
+def ema_decay(decay: float = 0.999) -> Schedule:
+    """`min(decay, 1 - 1 / (step + 1))`: the average starts as a plain mean, then forgets.
+
+    Without the ramp the random initial weights stay in the average for `1 / (1 - decay)` steps.
+
+    References:
+      Tarvainen and Valpola, Mean teachers are better role models, 2017 (1703.01780). KD-Lib's
+      version takes min(1e-3, ...) once an epoch, which is no average at all.
+    """
+    _checks.within(0, 1, decay=decay)
+
+    def schedule(step: Array) -> Array:
+        return jnp.minimum(decay, 1 - 1 / (jnp.asarray(step).astype(jnp.float32) + 1))
+
+    return schedule
+
+
+def ema_update(
+    teacher: Params, student: Params, step: Array, *, decay: Scalar | Schedule = 0.999
+) -> Params:
+    """`d teacher + (1 - d) student` with `d = decay(step)`: the mean teacher after one step.
+
+    Args:
+      teacher: the average so far, in the dtype to average in (float32 for half-precision students).
+      student: parameters of the same structure, after the optimizer's step.
+      step: the number of averages taken before this one.
+      decay: a number, or a schedule such as `ema_decay()`.
+
+    Raises:
+      ValueError: if names or shapes differ.
+
+    References:
+      Tarvainen and Valpola, 2017 (1703.01780).
+    """
+    value = decay(step) if callable(decay) else decay
+    return transforms.ema(teacher, student, decay=value)
+
+
+def mean_teacher(
+    step: Callable[[Any, Any, Any], tuple[Any, Any]],
+    *,
+    decay: Scalar | Schedule = 0.999,
+    student_of: Callable[[Params], Params] = lambda params: params["student"],
+) -> Callable[[MeanTeacher, Any], tuple[MeanTeacher, Any]]:
+    """A step whose teacher is the moving average of its own student.
+
+    Args:
+      step: from `train.make_distill_step(student, teacher, ...)` with one model as both.
+      decay: of the average, a number or a schedule of the step.
+      student_of: the part of `state.params` that is averaged.
+
+    Returns:
+      `stepping(MeanTeacher(state, teacher), batch) -> (MeanTeacher, metrics)`, not jitted. Start
+      from `MeanTeacher(state, jax.tree.map(jnp.copy, params))`: when the carry is donated, teacher
+      and student must not share buffers.
+    """
+
+    def stepping(carry: MeanTeacher, batch: Any) -> tuple[MeanTeacher, Any]:
+        state, metrics = step(carry.state, carry.teacher, batch)
+        teacher = ema_update(carry.teacher, student_of(state.params), carry.state.step, decay=decay)
+        return MeanTeacher(state, teacher), metrics
+
+    return stepping
+
+
+def mutual_terms(logits: Array, labels: Array, *, temperature: Scalar = 1.0) -> dict[str, Array]:
+    """Deep mutual learning: `CE_k + mean over l != k of T^2 KL(p_l || p_k)`, summed over peers.
+
+    Peers of one architecture are stacked parameters run by `ensembles.vmap_teacher`. All are
+    updated at once; the paper updates them in turn.
+
+    Args:
+      logits: `[K, B, num_classes]`, K >= 2 peers.
+      labels: `[B]` int.
+      temperature: 1 in the paper.
+
+    Returns:
+      `{"task": [B], "mutual": [B]}`.
+
+    Raises:
+      ValueError: if there are fewer than two peers, or labels do not fit.
+
+    References:
+      Zhang et al., Deep Mutual Learning, 2017 (1706.00384).
+    """
+    _checks.rank(3, 3, logits=logits)
+    peers = logits.shape[0]
+    if peers < 2:
+        raise ValueError(f"expected at least two peers, got {_checks.described(logits=logits)}.")
+    taught = jax.lax.stop_gradient(logits)
+
+    def from_all(student: Array) -> Array:
+        kl = jax.vmap(lambda peer: losses.kd_kl(student, peer, temperature=temperature))(taught)
+        return jnp.sum(kl, axis=0) / (peers - 1)  # a peer's KL to itself is exactly 0
+
+    return {
+        "task": _cross_entropies("mutual_terms", logits, labels),
+        "mutual": jnp.sum(jax.vmap(from_all)(logits), axis=0),
+    }
+
+
+def one_terms(
+    branches: Array, scores: Array, labels: Array, *, temperature: Scalar = 3.0
+) -> dict[str, Array]:
+    """ONE: branches, their gated ensemble, and `T^2 KL(ensemble || branch)` over branches.
+
+    Args:
+      branches: `[K, B, num_classes]` logits.
+      scores: `[B, K]` of the gate (see `ensembles.gated_logits`).
+      labels: `[B]` int.
+      temperature: 3 in the paper.
+
+    Returns:
+      `{"task": [B], "ensemble": [B], "distill": [B]}`, all of weight 1 in the paper. The gate
+      learns from "ensemble" alone: the ensemble does not follow its branches.
+
+    Raises:
+      ValueError: if shapes do not fit.
+
+    References:
+      Lan, Zhu and Gong, Knowledge Distillation by On-the-Fly Native Ensemble, 2018 (1806.04606).
+    """
+    ensemble = ensembles.gated_logits(branches, scores)
+    teacher = jax.lax.stop_gradient(ensemble)
+
+    def taught(branch: Array) -> Array:
+        return losses.kd_kl(branch.astype(teacher.dtype), teacher, temperature=temperature)
+
+    return {
+        "task": _cross_entropies("one_terms", branches, labels),
+        "ensemble": _cross_entropies("one_terms", ensemble[None], labels),
+        "distill": jnp.sum(jax.vmap(taught)(branches), axis=0),
+    }
+
+
+def self_teaching_terms(
+    exits: Sequence[Array],
+    labels: Array,
+    *,
+    features: Sequence[Array] = (),
+    temperature: Scalar = 3.0,
+) -> dict[str, Array]:
+    """Be your own teacher: the deepest exit teaches the shallower ones.
+
+    Args:
+      exits: `[B, num_classes]` logits of every classifier, the deepest last.
+      labels: `[B]` int.
+      features: one `[B, D]` per exit, made equal in size by connectors, the deepest last; empty
+        leaves the hint out.
+      temperature: 3 in the published code.
+
+    Returns:
+      `{"task": [B], "distill": [B]}`, sums over exits, and with features `"hint"`, the sum of
+      `||f - f_deepest||^2`. The paper's weights are 1 - alpha, alpha and beta: alpha 0.1 and
+      beta 1e-6.
+
+    Raises:
+      ValueError: if there are fewer than two exits, or shapes differ.
+
+    References:
+      Zhang et al., Be Your Own Teacher, 2019 (1905.08094).
+    """
+    if len(exits) < 2 or len(features) not in (0, len(exits)):
+        raise ValueError(
+            "expected at least two exits and one feature per exit or none, "
+            f"got {len(exits)} exits and {len(features)} features."
+        )
+    teacher = jax.lax.stop_gradient(exits[-1])
+    kl = [losses.kd_kl(logits, teacher, temperature=temperature) for logits in exits[:-1]]
+    terms = {
+        "task": _cross_entropies("self_teaching_terms", jnp.stack(exits), labels),
+        "distill": jnp.sum(jnp.stack(kl), axis=0),
+    }
+    if features:
+        target = jax.lax.stop_gradient(features[-1])
+        terms["hint"] = jnp.sum(
+            jnp.stack([_squared_distance(feature, target) for feature in features[:-1]]), axis=0
+        )
+    return terms
+
+
+def teacher_chain(
+    trainers: Sequence[Trainer], key: Array, *, teacher: Params | None = None
+) -> list[Params]:
+    """Trains networks in turn, each taught by the one before: assistants and generations.
+
+    Teacher-assistant distillation (TAKD) is a chain of trainers of decreasing size.
+
+    Args:
+      trainers: `(teacher parameters or None, key) -> parameters`, in order. A trainer knows its own
+        and its teacher's architecture.
+      key: typed PRNG key; trainer i gets `fold_in(key, i)`.
+      teacher: who teaches the first; None trains it alone.
+
+    Returns:
+      The parameters of every network, in order.
+
+    Raises:
+      ValueError: if there are no trainers.
+
+    References:
+      Mirzadeh et al., Improved Knowledge Distillation via Teacher Assistant, 2019 (1902.03393).
+    """
+    if not trainers:
+        raise ValueError("expected at least one trainer, got none.")
+    trained = []
+    for i, trainer in enumerate(trainers):
+        teacher = trainer(teacher, jax.random.fold_in(key, i))
+        trained.append(teacher)
+    return trained
+
+
+def born_again(trainer: Trainer, key: Array, *, generations: int = 3) -> list[Params]:
+    """Generations of one architecture, each taught by the last; the first learns alone.
+
+    The paper's best result is the ensemble of all: stack them with `ensembles.stack_teachers` and
+    take `ensembles.mean_logits`.
+
+    Args:
+      trainer: `(teacher parameters or None, key) -> parameters`.
+      key: typed PRNG key.
+      generations: students after the first network.
+
+    Returns:
+      `generations + 1` parameter trees, the first network's first.
+
+    References:
+      Furlanello et al., Born Again Neural Networks, 2018 (1805.04770).
+    """
+    return teacher_chain([trainer] * (generations + 1), key)
+
+
+def _cross_entropies(fn: str, logits: Array, labels: Array) -> Array:
+    """`[K, B, num_classes], [B] -> [B]`: cross-entropies summed over the first axis."""
+    _checks.floating(logits=logits)
+    _checks.labels(labels, logits[0])
+    ce = optax.softmax_cross_entropy_with_integer_labels
+    return jnp.sum(jax.vmap(ce, in_axes=(0, None))(_numerics.upcast(logits), labels), axis=0)
+
+
+def _squared_distance(feature: Array, target: Array) -> Array:
+    _checks.same_shape(feature=feature, deepest=target)
+    difference = _numerics.upcast(feature) - _numerics.upcast(target)
+    return jnp.sum(jnp.square(_numerics.batch_flat(difference)), axis=-1)

@@ -1,0 +1,235 @@
+"""Precision and memory: half-precision compute, loss scaling, rematerialization, int8 weights.
+
+Parameters stay in float32 (the masters that the optimizer updates); what runs in half precision is
+the model. bfloat16 has float32's range and needs no loss scaling; float16 does.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from kdtl_jax import _checks, _numerics, trees
+from kdtl_jax._types import ModelFn, Outputs, Params, PyTree
+
+
+def compute_in(model: ModelFn, dtype: Any) -> ModelFn:
+    """`model` with parameters and inputs cast to `dtype`, outputs and model state back again.
+
+    Gradients reach the float32 parameters through the cast. Give the teacher a lower precision
+    in the same way.
+
+    Raises:
+      TypeError: if `dtype` is not floating point.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be floating point, got {dtype}.")
+
+    def apply(
+        params: Params,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, PyTree]:
+        outputs, new_state = model(
+            _cast(params, dtype), model_state, _cast(inputs, dtype), key=key, train=train
+        )
+        restored = jax.tree.map(
+            lambda new, old: new.astype(old.dtype) if trees.is_inexact(old) else new,
+            new_state,
+            model_state,
+        )
+        return _cast(outputs, jnp.float32), restored
+
+    return apply
+
+
+def rematerialized(model: ModelFn, *, policy: Callable[..., Any] | None = None) -> ModelFn:
+    """`model` that recomputes its activations in the backward pass instead of storing them.
+
+    Args:
+      policy: what to keep all the same, one of `jax.checkpoint_policies`; None keeps nothing.
+    """
+
+    def apply(
+        params: Params,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, PyTree]:
+        def run(params: Params, inputs: Any) -> tuple[Outputs, PyTree]:
+            return model(params, model_state, inputs, key=key, train=train)
+
+        return jax.checkpoint(run, policy=policy)(params, inputs)
+
+    return apply
+
+
+class LossScaleState(NamedTuple):
+    """Dynamic loss scale beside the wrapped optimizer's state."""
+
+    scale: Array  # float32 []
+    good_steps: Array  # int32 [], since the last change
+    skipped: Array  # int32 [], steps whose gradient was not finite
+    inner: PyTree
+
+
+def loss_scaling(
+    tx: optax.GradientTransformation,
+    *,
+    initial: float = 2.0**15,
+    period: int = 2000,
+    factor: float = 2.0,
+    smallest: float = 1.0,
+) -> optax.GradientTransformation:
+    """Dynamic loss scaling for float16, as the outermost wrapper of an optimizer.
+
+    Steps of this library see the scale in the optimizer's state and multiply the loss by it. A
+    gradient that is not finite changes nothing but the scale, divided by `factor`; after `period`
+    good steps the scale is multiplied by it.
+
+    References:
+      Micikevicius et al., Mixed Precision Training, 2018 (1710.03740).
+    """
+    if initial <= 0 or factor <= 1 or period < 1 or smallest <= 0:
+        raise ValueError(
+            "initial and smallest must be > 0, factor > 1 and period >= 1, got "
+            f"{initial}, {smallest}, {factor}, {period}."
+        )
+
+    def init(params: Params) -> LossScaleState:
+        zero = jnp.zeros((), jnp.int32)
+        return LossScaleState(jnp.asarray(initial, jnp.float32), zero, zero, tx.init(params))
+
+    def update(updates: PyTree, state: Any, params: Params = None) -> tuple[PyTree, LossScaleState]:
+        grads = jax.tree.map(lambda g: g / state.scale.astype(g.dtype), updates)
+        finite = all_finite(grads)
+        safe = jax.tree.map(lambda g: jnp.where(finite, g, 0), grads)
+        updates, inner = tx.update(safe, state.inner, params)
+        updates = jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
+        inner = jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner, state.inner)
+        good = jnp.where(finite, state.good_steps + 1, 0)
+        grow = good >= period
+        scale = jnp.where(finite, state.scale, jnp.maximum(state.scale / factor, smallest))
+        return updates, LossScaleState(
+            jnp.where(grow, scale * factor, scale),
+            jnp.where(grow, 0, good).astype(jnp.int32),
+            state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32),
+            inner,
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def loss_scale(opt_state: PyTree) -> Array | None:
+    """The scale that `loss_scaling` keeps in its state, None for any other optimizer's state."""
+    return opt_state.scale if isinstance(opt_state, LossScaleState) else None
+
+
+def all_finite(tree: PyTree) -> Array:
+    """Whether every inexact leaf is finite: one bool []."""
+    leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if trees.is_inexact(x)]
+    return jnp.all(jnp.stack(leaves)) if leaves else jnp.asarray(True)
+
+
+class Int8(NamedTuple):
+    """A weight as int8 with one float32 scale per output channel (last axis)."""
+
+    values: Array
+    scale: Array
+
+
+def quantize(params: Params, where: trees.Selector = r"(.*/)?kernel") -> Params:
+    """Weight-only int8: selected leaves become `Int8(round(w / s), s)`, `s = max |w| / 127`.
+
+    Symmetric, one scale per output channel, which is the last axis of matrix and convolution
+    kernels here. No weight moves by more than `s / 2`; a leaf is four times smaller than float32.
+    Meant for frozen teachers: integers have no gradient. State what it costs with `fidelity`.
+
+    Args:
+      params: a pytree.
+      where: what to quantize; by default every `kernel`. Leaves of fewer than two axes (biases,
+        scales of normalizations) stay as they are, whatever the selector says.
+
+    Raises:
+      ValueError: if a selected leaf holds NaN or infinity, which int8 cannot, or the selector
+        matches nothing.
+    """
+
+    def one(path: str, chosen: bool, leaf: Any) -> Any:
+        if not chosen or not trees.is_inexact(leaf) or leaf.ndim < 2:
+            return leaf
+        w = leaf.astype(jnp.float32)
+        top = jnp.max(jnp.abs(w), axis=tuple(range(leaf.ndim - 1)), keepdims=True)
+        known = _checks.concrete(top)
+        if known is not None and not np.isfinite(known).all():
+            raise ValueError(f"{path!r} holds NaN or infinity. Check these weights.")
+        scale = jnp.where(top > 0, top / 127, 1)
+        return Int8(jnp.round(w / scale).astype(jnp.int8), scale)
+
+    return trees.map_with_path(one, trees.mask(params, where), params)
+
+
+def dequantize(params: Params) -> Params:
+    """Inverse of `quantize` up to rounding: `Int8` leaves become float32 arrays."""
+    return jax.tree.map(
+        lambda x: x.values.astype(jnp.float32) * x.scale if isinstance(x, Int8) else x,
+        params,
+        is_leaf=lambda x: isinstance(x, Int8),
+    )
+
+
+def with_int8(model: ModelFn) -> ModelFn:
+    """`model` on quantized parameters: they are widened where they are used."""
+
+    def apply(
+        params: Params,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, PyTree]:
+        return model(dequantize(params), model_state, inputs, key=key, train=train)
+
+    return apply
+
+
+class Fidelity(NamedTuple):
+    """How well changed weights reproduce a model's logits."""
+
+    agreement: Array  # share of examples with the same most likely class
+    kl: Array  # mean KL(reference || changed), nats
+    largest_error: Array  # of a logit, absolute
+    relative_error: Array  # ||z' - z|| / ||z||
+
+
+def fidelity(logits: Array, reference: Array) -> Fidelity:
+    """Compares `[..., num_classes]` logits of changed weights with the reference's.
+
+    Raises:
+      ValueError: if the shapes differ or there are none.
+    """
+    _checks.same_shape(logits=logits, reference=reference)
+    _checks.nonempty(logits=logits)
+    z, ref = jnp.asarray(logits, jnp.float32), jnp.asarray(reference, jnp.float32)
+    same = jnp.argmax(z, axis=-1) == jnp.argmax(ref, axis=-1)
+    error = z - ref
+    return Fidelity(
+        jnp.mean(same.astype(jnp.float32)),
+        jnp.mean(_numerics.kl_from_logits(ref, z)),
+        jnp.max(jnp.abs(error)),
+        jnp.linalg.norm(error.ravel()) / jnp.maximum(jnp.linalg.norm(ref.ravel()), 1e-30),
+    )
+
+
+def _cast(tree: PyTree, dtype: Any) -> PyTree:
+    return jax.tree.map(lambda x: x.astype(dtype) if trees.is_inexact(x) else x, tree)

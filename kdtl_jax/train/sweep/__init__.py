@@ -1,0 +1,29 @@
+"""Whole sweeps as one compiled program.
+
+An *experiment* is a pure function of one point, `experiment(point, *shared) -> results`, where a
+point is a dict of scalars (`{"seed": ..., "temperature": ...}`) and `shared` arrays are the same
+for all. Whatever is traceable can be swept: seeds, temperatures, loss weights, alpha, learning
+rates (`optax.sgd(point["rate"])` takes a traced rate). What must be static (widths, methods)
+is an ordinary Python loop around `run`.
+
+    points = sweep.grid(seed=range(8), temperature=[1.0, 4.0])
+    accuracy = sweep.run(experiment, points, data)        # every leaf [16, ...]
+"""
+
+from kdtl_jax.train.sweep._halving import Halving as Halving
+from kdtl_jax.train.sweep._halving import successive_halving as successive_halving
+from kdtl_jax.train.sweep._points import Points as Points
+from kdtl_jax.train.sweep._points import Range as Range
+from kdtl_jax.train.sweep._points import grid as grid
+from kdtl_jax.train.sweep._points import rows as rows
+from kdtl_jax.train.sweep._points import sample as sample
+from kdtl_jax.train.sweep._points import size as size
+from kdtl_jax.train.sweep._run import Experiment as Experiment
+from kdtl_jax.train.sweep._run import Runner as Runner
+from kdtl_jax.train.sweep._run import chunk_for_memory as chunk_for_memory
+from kdtl_jax.train.sweep._run import fastest as fastest
+from kdtl_jax.train.sweep._run import mapped as mapped
+from kdtl_jax.train.sweep._run import run as run
+from kdtl_jax.train.sweep._run import sequential as sequential
+from kdtl_jax.train.sweep._run import timings as timings
+from kdtl_jax.train.sweep._run import vectorized as vectorized

@@ -1,0 +1,158 @@
+"""Points of a sweep: grids, low-discrepancy samples, rows for tables."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kdtl_jax._types import PyTree
+
+# `{name: [N]}`; for `run`, a column may be a whole pytree of arrays [N, ...].
+Points = Mapping[str, Any]
+
+
+class Range(NamedTuple):
+    """An interval to sample from, evenly or (`log=True`) evenly in the logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+def grid(**axes: Iterable[Any]) -> dict[str, Array]:
+    """Every combination of the axes' values, the last axis fastest.
+
+    Returns:
+      `{name: [N]}` with N the product of the axes' lengths; ints as int32, floats as float32.
+
+    Raises:
+      ValueError: if an axis is empty, or its values are not numbers of one shape within int32.
+      TypeError: if an axis is not a sequence.
+    """
+    lists = {name: _listed("sweep.grid", name, values) for name, values in axes.items()}
+    rows = list(itertools.product(*lists.values()))
+    columns = zip(*rows, strict=True)
+    return {
+        name: _column("sweep.grid", name, column)
+        for name, column in zip(lists, columns, strict=True)
+    }
+
+
+def size(points: Points) -> int:
+    """Number of points.
+
+    Raises:
+      ValueError: if there are none, the columns' lengths differ, or one is not an array.
+    """
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(dict(points))
+    }
+    numbers = [name for name, leaf in leaves.items() if not np.ndim(leaf)]
+    if numbers:
+        raise ValueError(
+            f"points must be columns, arrays [N, ...], got single values at {numbers[:6]}. "
+            "JAX takes a list for a tree, not for an array: give jnp.asarray(values)."
+        )
+    lengths = {name: len(leaf) for name, leaf in leaves.items()}
+    if len(set(lengths.values())) != 1 or not next(iter(lengths.values())):
+        raise ValueError(f"points must be equally long, non-empty columns, got lengths {lengths}.")
+    return next(iter(lengths.values()))
+
+
+def sample(n: int, draw: int = 0, /, **axes: Range | Sequence[Any]) -> dict[str, Array]:
+    """`n` points that fill the axes evenly: a shifted additive-recurrence sequence.
+
+    Any number of points covers every axis and every pair of axes more evenly than independent
+    draws or a grid of the same size; another `draw` shifts the whole sequence.
+
+    Args:
+      n: number of points.
+      draw: number of the random shift.
+      axes: a `Range`, or a sequence of values of which each is used about equally often.
+
+    Returns:
+      `{name: [n]}`.
+
+    Raises:
+      ValueError: if n < 1, a range or axis is empty, a logarithmic range is not positive, or values
+        are not numbers of one shape within int32.
+      TypeError: if an axis is neither a range nor a sequence.
+
+    References:
+      Roberts, The unreasonable effectiveness of quasirandom sequences, 2018; Cranley and
+      Patterson, Randomization of number theoretic methods for multiple integration, 1976.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}.")
+    # The generalized golden ratio: the root of x^(d + 1) = x + 1.
+    ratio = 2.0
+    for _ in range(64):
+        ratio = (1 + ratio) ** (1 / (len(axes) + 1))
+    shifts = np.random.default_rng(draw).random(len(axes))
+    points = {}
+    for k, (name, axis) in enumerate(axes.items()):
+        unit = (shifts[k] + np.arange(1, n + 1) * ratio ** -(k + 1)) % 1
+        points[name] = _spread(name, axis, unit)
+    return points
+
+
+def rows(points: Points, results: PyTree) -> list[dict[str, Any]]:
+    """One flat dict of Python numbers per point, for tables and CSV.
+
+    Args:
+      points: as given to `run`.
+      results: as returned by it; array results with more axes contribute their last value.
+    """
+    columns = {name: np.asarray(column) for name, column in points.items()}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(results):
+        name = jax.tree_util.keystr(key_path, simple=True, separator="/") or "result"
+        value = np.asarray(leaf)
+        columns[name] = value.reshape(len(value), -1)[:, -1]
+    return [
+        {name: column[i].item() for name, column in columns.items()} for i in range(size(points))
+    ]
+
+
+def _spread(name: str, axis: Range | Sequence[Any], unit: np.ndarray) -> Array:
+    if not isinstance(axis, Range):
+        values = _column("sweep.sample", name, _listed("sweep.sample", name, axis))
+        return values[np.minimum((unit * len(values)).astype(int), len(values) - 1)]
+    if not axis.low < axis.high or (axis.log and axis.low <= 0):
+        need = "0 < low < high" if axis.log else "low < high"
+        raise ValueError(f"{name} needs {need}, got {axis}.")
+    low, high = (np.log(axis.low), np.log(axis.high)) if axis.log else (axis.low, axis.high)
+    value = low + unit * (high - low)
+    return jnp.asarray(np.exp(value) if axis.log else value, jnp.float32)
+
+
+def _listed(fn: str, name: str, values: Any) -> list[Any]:
+    if not np.iterable(values):
+        raise TypeError(f"axis {name!r} must be a sequence, got {values!r}: give [{values!r}].")
+    values = list(values)
+    if not values:
+        raise ValueError(f"axis {name!r} is empty; give it at least one value.")
+    return values
+
+
+def _column(fn: str, name: str, values: Sequence[Any]) -> Array:
+    shapes = sorted({np.shape(value) for value in values})
+    if len(shapes) > 1:
+        raise ValueError(f"the values of axis {name!r} must have one shape, got {shapes}.")
+    column = np.asarray(values)
+    if column.dtype.kind not in "iufb":
+        raise ValueError(
+            f"axis {name!r} holds {column.dtype}, not numbers. What is not a number "
+            "is static: loop over it in Python, one run each."
+        )
+    known = np.iinfo(np.int32)
+    if column.dtype.kind in "iu" and (column.min() < known.min or column.max() > known.max):
+        raise ValueError(
+            f"the integers of axis {name!r} must fit int32, got "
+            f"{column.min()}..{column.max()}. Give floats, or seeds below 2**31."
+        )
+    return jnp.asarray(column, {"f": jnp.float32, "b": jnp.bool_}.get(column.dtype.kind, jnp.int32))
