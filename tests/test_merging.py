@@ -119,14 +119,14 @@ def test_names_and_shapes_are_checked_and_all_differences_listed() -> None:
     ids=["ties", "average", "weighted_sum", "karcher_mean", "fisher_merge"],
 )
 def test_nothing_cannot_be_merged(merge: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=r"^\w+: \w+ must be a non-empty list .*an empty one"):
+    with pytest.raises(ValueError, match=r"^\w+ must be a non-empty list .*an empty one"):
         merge([], [])
 
 
 @pytest.mark.parametrize("merge", [transforms.average, transforms.karcher_mean])
 @pytest.mark.parametrize("weights", [[1.0, -1.0], np.zeros(2)])
 def test_weights_that_divide_have_a_sum(merge: Callable[..., Any], weights: Any) -> None:
-    with pytest.raises(ValueError, match=rf"{merge.__name__}: the weights of .* other than 0"):
+    with pytest.raises(ValueError, match=r"the weights of .* other than 0"):
         merge([BASE, BASE], weights)
 
 
@@ -136,9 +136,9 @@ def test_a_share_outside_0_and_1_is_blamed_by_its_name() -> None:
         (transforms.breadcrumbs, {"density": 0.5, "outliers": -1.0}),
     ]:
         name = [*shares][-1]
-        with pytest.raises(ValueError, match=rf"^{fn.__name__}: {name} must lie in \[0, 1\]"):
+        with pytest.raises(ValueError, match=rf"^{name} must lie in \[0, 1\]"):
             fn(BASE, **shares)
-    with pytest.raises(ValueError, match=r"^ties: density must lie in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"^density must lie in \[0, 1\]"):
         transforms.ties([BASE], density=2.0)
 
 

@@ -11,9 +11,8 @@ import jax
 
 from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import Params, Scalar
-from kdtl_jax.transforms import _leafwise
-from kdtl_jax.transforms._leafwise import Weights
-from kdtl_jax.transforms._leaves import Coefficient
+from kdtl_jax.transforms import _leaves
+from kdtl_jax.transforms._leaves import Coefficient, Weights
 
 
 def interpolate(source: Params, target: Params, alpha: Coefficient) -> Params:
@@ -34,7 +33,7 @@ def interpolate(source: Params, target: Params, alpha: Coefficient) -> Params:
     References:
       Wortsman et al., Robust fine-tuning of zero-shot models, 2022 (2109.01903), eq. 1.
     """
-    values = _leafwise.coefficients("interpolate", alpha, source)
+    values = _leaves.coefficients(alpha, source)
 
     def formula(i: int, path: str, a: jax.Array, b: jax.Array) -> jax.Array:
         if values[i] is None:
@@ -42,7 +41,7 @@ def interpolate(source: Params, target: Params, alpha: Coefficient) -> Params:
         share = _numerics.scalar(values[i], a)
         return (1 - share) * a + share * b
 
-    return _leafwise.leafwise("interpolate", formula, {"source": source, "target": target})
+    return _leaves.combine_leaves(formula, {"source": source, "target": target})
 
 
 def weighted_sum(models: Sequence[Params], weights: Weights) -> Params:
@@ -59,14 +58,14 @@ def weighted_sum(models: Sequence[Params], weights: Weights) -> Params:
     Raises:
       ValueError: if names, shapes or the number of weights differ, or rules leave a leaf out.
     """
-    named = _leafwise.numbered("weighted_sum", "models", models)
-    by_leaf = _leafwise.weights_by_leaf("weighted_sum", weights, len(models), models[0])
+    named = _leaves.numbered("models", models)
+    by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
 
     def formula(i: int, path: str, *leaves: jax.Array) -> jax.Array:
-        terms = [_leafwise.scaled(w, x) for w, x in zip(by_leaf[i], leaves, strict=True)]
+        terms = [_leaves.scaled(w, x) for w, x in zip(by_leaf[i], leaves, strict=True)]
         return sum(terms[1:], terms[0])
 
-    return _leafwise.leafwise("weighted_sum", formula, named)
+    return _leaves.combine_leaves(formula, named)
 
 
 def average(models: Sequence[Params], weights: Weights | None = None) -> Params:
@@ -87,16 +86,16 @@ def average(models: Sequence[Params], weights: Weights | None = None) -> Params:
       Wortsman et al., Model soups, 2022 (2203.05482). mergekit's `linear` is this with
       `normalize`, and `weighted_sum` without.
     """
-    named = _leafwise.numbered("average", "models", models)
-    by_leaf = _leafwise.weights_by_leaf("average", weights, len(models), models[0])
+    named = _leaves.numbered("models", models)
+    by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
 
     def formula(i: int, path: str, *leaves: jax.Array) -> jax.Array:
-        _leafwise.nonzero_total("average", path, by_leaf[i])
-        terms = [_leafwise.scaled(w, x) for w, x in zip(by_leaf[i], leaves, strict=True)]
+        _leaves.nonzero_total(path, by_leaf[i])
+        terms = [_leaves.scaled(w, x) for w, x in zip(by_leaf[i], leaves, strict=True)]
         shares = [_numerics.scalar(w, leaves[0]) for w in by_leaf[i]]
         return sum(terms[1:], terms[0]) / sum(shares[1:], shares[0])
 
-    return _leafwise.leafwise("average", formula, named)
+    return _leaves.combine_leaves(formula, named)
 
 
 def greedy_soup(
@@ -119,7 +118,7 @@ def greedy_soup(
     References:
       Wortsman et al., Model soups, 2022 (2203.05482), recipe 1.
     """
-    _leafwise.numbered("greedy_soup", "models", models)
+    _leaves.numbered("models", models)
     scores = [float(score(model)) for model in models]
     order = sorted(range(len(models)), key=lambda i: -scores[i])
     soup, chosen, best = models[order[0]], [order[0]], scores[order[0]]

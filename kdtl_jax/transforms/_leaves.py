@@ -1,20 +1,28 @@
-"""What every transform does with one leaf: read its coefficient, multiply, cast, keep its dtype.
+"""The ground of every transform: coefficients by leaf, dtypes, and trees side by side.
+
+Arithmetic is done in float32 (complex64) or wider, and a leaf keeps its own dtype. Leaves that are
+not inexact (counters, PRNG keys, functions) pass through, except quantized integer codes, which
+mean nothing without their scales and are refused by path.
 
 A *coefficient* (`alpha` everywhere in this package) is a number, a traced scalar, a function
 `(path) -> number`, ordered rules `[(selector, number), ...]`, or a pytree prefix of numbers.
 """
 
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import _numerics, trees
+from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, PyTree, Scalar
 
 Coefficient = Scalar | Callable[[str], Scalar] | Sequence[tuple[trees.Selector, Scalar]] | PyTree
+# A number or traced array per tree, or anything that gives one number per leaf.
+Weights = Array | Sequence[Coefficient]
+Formula = Callable[..., Array]  # (leaf number, path, leaf of each tree ...) -> leaf
 _UNCOVERED = object()
 
 
@@ -33,8 +41,12 @@ def is_rules(value: Any) -> TypeGuard[trees.Rules]:
     return pairs and all(_is_selector(item[0]) for item in value)
 
 
-def coefficients(fn: str, alpha: Coefficient, tree: PyTree, chosen: Sequence[bool]) -> list[Any]:
+def coefficients(
+    alpha: Coefficient, tree: PyTree, chosen: Sequence[bool] | None = None
+) -> list[Any]:
     """One coefficient per leaf; None where a leaf is not chosen or no rule names it.
+
+    `chosen` defaults to the inexact leaves.
 
     Raises:
       ValueError: if a rule is unused, a prefix does not fit the tree, or a coefficient is
@@ -42,6 +54,8 @@ def coefficients(fn: str, alpha: Coefficient, tree: PyTree, chosen: Sequence[boo
       TypeError: if a coefficient is not a real number.
     """
     flat = trees.flatten(tree)
+    if chosen is None:
+        chosen = [trees.is_inexact(leaf) for leaf in flat.values()]
     if callable(alpha):
         values = [alpha(path) if c else None for path, c in zip(flat, chosen, strict=True)]
     elif is_rules(alpha):
@@ -49,15 +63,34 @@ def coefficients(fn: str, alpha: Coefficient, tree: PyTree, chosen: Sequence[boo
     elif _is_number(alpha):
         values = [alpha] * len(flat)
     else:
-        values = _from_prefix(fn, alpha, tree)
+        values = _from_prefix(alpha, tree)
     out: list[Any] = []
     for (path, leaf), value, is_chosen in zip(flat.items(), values, chosen, strict=True):
         if not is_chosen or value is None:
             out.append(None)
             continue
-        _check_coefficient(fn, path, leaf, value)
+        _check_coefficient(path, leaf, value)
         out.append(value)
     return out
+
+
+def is_code(leaf: Any) -> bool:
+    """Whether a leaf looks quantized: an array of integers of at most eight bits."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer) or np.ndim(leaf) == 0:
+        return False
+    return jnp.iinfo(dtype).bits <= 8
+
+
+def refuse_codes(flat: Mapping[str, Any]) -> None:
+    """Raises ValueError if a leaf of `{path: leaf}` holds quantized integer codes."""
+    found = [f"{path!r} ({leaf.dtype})" for path, leaf in flat.items() if is_code(leaf)]
+    if found:
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        raise ValueError(
+            f"{', '.join(found[:8])}{more} hold integer codes, whose values mean nothing without "
+            "their scales. Dequantize them to floating point first, or leave them out."
+        )
 
 
 def multiply(leaf: Any, alpha: Scalar) -> Array:
@@ -76,6 +109,139 @@ def canonical_dtype(leaf: Any) -> Any:
     return jax.dtypes.canonicalize_dtype(jnp.result_type(leaf))
 
 
+def numbered(name: str, members: Sequence[PyTree]) -> dict[str, PyTree]:
+    """`{"models[0]": ..., "models[1]": ...}`: how messages call the members of a list."""
+    if not isinstance(members, (list, tuple)) or not members:
+        came = "an empty one" if isinstance(members, (list, tuple)) else type(members).__name__
+        raise ValueError(f"{name} must be a non-empty list of parameter trees, got {came}.")
+    return {f"{name}[{i}]": member for i, member in enumerate(members)}
+
+
+def combine_leaves(
+    formula: Formula, named: Mapping[str, PyTree], *, keep_dtype: bool = True
+) -> PyTree:
+    """`formula(leaf number, path, *leaves)` on the inexact leaves of all trees side by side.
+
+    The first tree is authoritative: its structure, its dtypes, and its leaves wherever they are
+    not inexact. Leaves come in one dtype, float32 or wider; results are cast to the first tree's
+    dtype unless `keep_dtype` is false.
+
+    Raises:
+      ValueError: if the trees differ in names or shapes (all differences are listed), or a leaf
+        holds quantized integer codes.
+    """
+    flats = {name: trees.flatten(tree) for name, tree in named.items()}
+    if len(flats) > 1:
+        _checks.same_leaves(**flats)
+    first, *others = flats.values()
+    refuse_codes(first)
+    out = []
+    for i, (path, leaf) in enumerate(first.items()):
+        beside = [flat[path] for flat in others]
+        if not trees.is_inexact(leaf):
+            _same_integers(path, leaf, beside)
+            out.append(leaf)
+            continue
+        for other in beside:
+            if _is_integers(other):
+                raise ValueError(_codes_beside_numbers(path))
+        result = formula(i, path, *one_dtype([leaf, *beside]))
+        out.append(result.astype(canonical_dtype(leaf)) if keep_dtype else result)
+    return jax.tree.unflatten(jax.tree.structure(next(iter(named.values()))), out)
+
+
+def one_dtype(leaves: Sequence[Any]) -> list[Array]:
+    """Leaves as arrays of one dtype, float32 or wider; masks and counts become numbers."""
+    wide = [
+        widen(leaf) if trees.is_inexact(leaf) else jnp.asarray(leaf, jnp.float32) for leaf in leaves
+    ]
+    dtype = np.result_type(*[leaf.dtype for leaf in wide])
+    return [leaf.astype(dtype) for leaf in wide]
+
+
+def weights_by_leaf(weights: Weights | None, count: int, tree: PyTree) -> list[list[Any]]:
+    """`[leaf][member]` weights; 1 each when `weights` is None.
+
+    Raises:
+      ValueError: if there is not one weight per member, or rules leave a leaf uncovered.
+    """
+    if weights is None:
+        weights = [1.0] * count
+    if len(weights) != count:
+        raise ValueError(f"expected {count} weights, one per tree, got {len(weights)}.")
+    columns = [coefficients(weights[i], tree) for i in range(count)]
+    flat = trees.flatten(tree)
+    for path, leaf, *row in zip(flat, flat.values(), *columns, strict=True):
+        if trees.is_inexact(leaf) and any(weight is None for weight in row):
+            raise ValueError(
+                f"the weights' rules do not cover {path!r}. End them with ('.*', weight)."
+            )
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def nonzero_total(path: str, weights: Sequence[Any]) -> None:
+    """Raises ValueError where the (concrete) weights of a leaf, which divide it, sum to 0."""
+    known = [w for weight in weights if (w := _checks.concrete(weight)) is not None]
+    if len(known) < len(weights):
+        return
+    total = sum(known)
+    if not np.all(np.isfinite(total) & (total != 0)):
+        raise ValueError(
+            f"the weights of {path!r} must have a finite sum other than 0, which divides "
+            f"them, got {[w.tolist() for w in known]}. weighted_sum does not divide."
+        )
+
+
+def scaled(weight: Any, leaf: Array) -> Array:
+    """`weight * leaf` in the leaf's dtype."""
+    return _numerics.scalar(weight, leaf) * leaf
+
+
+def fold_path(key: Array, path: str) -> Array:
+    """A key of the path's own: merging a subset draws what merging everything draws."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def flat_norm(x: Array, axis: int | None = None, *, keepdims: bool = False) -> Array:
+    """Euclidean norm of a leaf as one vector, or along one axis; gradient 0 at 0."""
+    axes = tuple(range(x.ndim)) if axis is None else axis
+    return jnp.abs(x) if x.ndim == 0 else _numerics.safe_norm(x, axis=axes, keepdims=keepdims)
+
+
+def _is_integers(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and np.ndim(leaf) > 0 and jnp.issubdtype(dtype, jnp.integer)
+
+
+def _same_integers(path: str, leaf: Any, beside: Sequence[Any]) -> None:
+    """Refuses integers that another tree has as numbers, and matrices of them that differ.
+
+    Counters differ between runs and are the first tree's; a matrix of integers is a table of
+    indices, equal everywhere, or packed codes.
+    """
+    if not _is_integers(leaf):
+        return
+    for other in beside:
+        if trees.is_inexact(other):
+            raise ValueError(_codes_beside_numbers(path))
+        if np.ndim(leaf) > 1 and _differ(_checks.concrete(leaf), _checks.concrete(other)):
+            raise ValueError(
+                f"{path!r} holds integers {list(np.shape(leaf))} that differ between the trees: "
+                "packed codes cannot be combined. Dequantize them to floating point first."
+            )
+
+
+def _differ(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is not None and b is not None and not np.array_equal(a, b)
+
+
+def _codes_beside_numbers(path: str) -> str:
+    return (
+        f"{path!r} holds integers in one tree and floating-point numbers in another: integer "
+        "codes mean nothing without their scales. Dequantize them to floating point first."
+    )
+
+
 def _is_number(value: Any) -> bool:
     return jax.tree.structure(value) == jax.tree.structure(0) and np.ndim(value) == 0
 
@@ -87,7 +253,7 @@ def _is_selector(value: Any) -> bool:
     return bool(leaves) and all(isinstance(leaf, (bool, np.bool_)) for leaf in leaves)
 
 
-def _from_prefix(fn: str, alpha: PyTree, tree: PyTree) -> list[Any]:
+def _from_prefix(alpha: PyTree, tree: PyTree) -> list[Any]:
     # A tree of all the parameters' structure may hold one array per leaf; a shorter prefix
     # repeats its values over whole subtrees.
     try:
@@ -99,7 +265,7 @@ def _from_prefix(fn: str, alpha: PyTree, tree: PyTree) -> list[Any]:
         ) from None
 
 
-def _check_coefficient(fn: str, path: str, leaf: Any, value: Any) -> None:
+def _check_coefficient(path: str, leaf: Any, value: Any) -> None:
     is_number = isinstance(value, (int, float)) or hasattr(value, "dtype")
     dtype = jnp.result_type(value) if is_number else None
     real = dtype is not None and (

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params, PyTree, Scalar
-from kdtl_jax.transforms import _adapter, _leafwise, _leaves
+from kdtl_jax.transforms import _adapter, _leaves
 from kdtl_jax.transforms._adapter import (
     AdaptedParams,
     Adapter,
@@ -213,7 +213,7 @@ def _starts(
     for path, leaf in leaves.items():
         kernel = view(path, leaf).matrix
         slope = None if grads is None else view(path, grads[path]).matrix
-        leaf_key = _leafwise.fold_path(key, path)
+        leaf_key = _leaves.fold_path(key, path)
         pairs[path] = LoraWeights(
             *start(leaf_key, kernel, rank, _numerics.scalar(scale, kernel), slope)
         )

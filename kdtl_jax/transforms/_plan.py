@@ -86,7 +86,7 @@ def plan(
     extra, unused = _leftovers(have, want, sources, where)
     _raise_problems(decisions, extra, list(have), on_missing, on_extra)
     filled = [isinstance(decision, Step) for decision in decisions]
-    alphas = _leaves.coefficients("transfer", alpha, target, filled)
+    alphas = _leaves.coefficients(alpha, target, filled)
     steps = tuple(
         decision._replace(alpha=None if _is_one(value) else value)
         if isinstance(decision, Step)

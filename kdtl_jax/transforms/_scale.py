@@ -41,7 +41,7 @@ def scale(
     leaves, treedef = jax.tree.flatten(params)
     selected = jax.tree.leaves(trees.mask(params, where))
     chosen = [c and trees.is_inexact(leaf) for c, leaf in zip(selected, leaves, strict=True)]
-    values = _leaves.coefficients("scale", alpha, params, chosen)
+    values = _leaves.coefficients(alpha, params, chosen)
     scaled = [
         leaf if value is None else _leaves.multiply(leaf, value)
         for leaf, value in zip(leaves, values, strict=True)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params, PyTree, Scalar
-from kdtl_jax.transforms import _leafwise
+from kdtl_jax.transforms import _leaves
 from kdtl_jax.transforms._leaves import Coefficient
 
 
@@ -36,15 +36,15 @@ def trim(task_vector: PyTree, *, density: Coefficient) -> PyTree:
     References:
       PEFT's `magnitude_prune` and the first step of its and mergekit's TIES.
     """
-    values = _leafwise.coefficients("trim", density, task_vector)
+    values = _leaves.coefficients(density, task_vector)
 
     def formula(i: int, path: str, leaf: Array) -> Array:
         if values[i] is None:
             return leaf
-        kept = _count("trim", leaf.size, density=values[i])
+        kept = _count(leaf.size, density=values[i])
         return jnp.where(_rank(-jnp.abs(leaf)) < kept, leaf, 0)
 
-    return _leafwise.leafwise("trim", formula, {"task_vector": task_vector})
+    return _leaves.combine_leaves(formula, {"task_vector": task_vector})
 
 
 def trim_global(task_vector: PyTree, *, density: Scalar = 0.2) -> PyTree:
@@ -65,9 +65,9 @@ def trim_global(task_vector: PyTree, *, density: Scalar = 0.2) -> PyTree:
     """
     chosen, rest = trees.partition(task_vector, trees.everything)
     leaves, treedef = jax.tree.flatten(chosen)
-    flat = [jnp.abs(leaf).ravel() for leaf in _leafwise.one_dtype(leaves)]
+    flat = [jnp.abs(leaf).ravel() for leaf in _leaves.one_dtype(leaves)]
     magnitudes = jnp.concatenate(flat)
-    kept = _rank(-magnitudes) < _count("trim_global", magnitudes.size, density=density)
+    kept = _rank(-magnitudes) < _count(magnitudes.size, density=density)
     ends = [0]
     for leaf in flat:
         ends.append(ends[-1] + leaf.size)
@@ -99,19 +99,19 @@ def breadcrumbs(task_vector: PyTree, *, density: Coefficient, outliers: Coeffici
       Davari and Belilovsky, Model Breadcrumbs, 2023 (2312.06795). mergekit drops *every* entry
       of a leaf where `outliers n < 1`; here the count is 0 and nothing large is dropped.
     """
-    densities = _leafwise.coefficients("breadcrumbs", density, task_vector)
-    tops = _leafwise.coefficients("breadcrumbs", outliers, task_vector)
+    densities = _leaves.coefficients(density, task_vector)
+    tops = _leaves.coefficients(outliers, task_vector)
 
     def formula(i: int, path: str, leaf: Array) -> Array:
         if densities[i] is None or tops[i] is None:
             return leaf
-        top = _count("breadcrumbs", leaf.size, outliers=tops[i])
-        kept = _count("breadcrumbs", leaf.size, density=densities[i])
+        top = _count(leaf.size, outliers=tops[i])
+        kept = _count(leaf.size, density=densities[i])
         top = jnp.minimum(top, leaf.size - kept)
         rank = _rank(-jnp.abs(leaf))
         return jnp.where((rank >= top) & (rank < top + kept), leaf, 0)
 
-    return _leafwise.leafwise("breadcrumbs", formula, {"task_vector": task_vector})
+    return _leaves.combine_leaves(formula, {"task_vector": task_vector})
 
 
 def dare(key: Array, task_vector: PyTree, *, density: Coefficient) -> PyTree:
@@ -133,7 +133,7 @@ def dare(key: Array, task_vector: PyTree, *, density: Coefficient) -> PyTree:
       Yu et al., Language models are super Mario, 2023 (2311.03099). PEFT rescales so; mergekit
       by L1 norms: `rescale_l1(keep(task_vector, mask), task_vector)`.
     """
-    values = _leafwise.coefficients("dare", density, task_vector)
+    values = _leaves.coefficients(density, task_vector)
 
     def formula(i: int, path: str, leaf: Array) -> Array:
         if values[i] is None:
@@ -141,10 +141,10 @@ def dare(key: Array, task_vector: PyTree, *, density: Coefficient) -> PyTree:
         _checks.positive(density=values[i])
         _checks.within(0, 1, density=values[i])
         share = _numerics.scalar(values[i], leaf)
-        kept = jax.random.bernoulli(_leafwise.fold_path(key, path), share, leaf.shape)
+        kept = jax.random.bernoulli(_leaves.fold_path(key, path), share, leaf.shape)
         return jnp.where(kept, leaf / share, 0)
 
-    return _leafwise.leafwise("dare", formula, {"task_vector": task_vector})
+    return _leaves.combine_leaves(formula, {"task_vector": task_vector})
 
 
 def della_probabilities(
@@ -169,7 +169,7 @@ def della_probabilities(
     References:
       Deep et al., DELLA-Merging, 2024 (2406.11617), MagPrune.
     """
-    values = _leafwise.coefficients("della_probabilities", density, task_vector)
+    values = _leaves.coefficients(density, task_vector)
 
     def formula(i: int, path: str, leaf: Array) -> Array:
         if values[i] is None:
@@ -184,7 +184,7 @@ def della_probabilities(
         return jnp.clip(middle + _numerics.scalar(epsilon, leaf) * spread, 0, 1)
 
     named = {"task_vector": task_vector}
-    return _leafwise.leafwise("della_probabilities", formula, named, keep_dtype=False)
+    return _leaves.combine_leaves(formula, named, keep_dtype=False)
 
 
 def della(
@@ -211,20 +211,20 @@ def della(
     probabilities = della_probabilities(task_vector, density=density, epsilon=epsilon)
 
     def formula(i: int, path: str, leaf: Array, probability: Array) -> Array:
-        draw = jax.random.uniform(_leafwise.fold_path(key, path), leaf.shape, leaf.dtype)
+        draw = jax.random.uniform(_leaves.fold_path(key, path), leaf.shape, leaf.dtype)
         kept = draw < probability
         return jnp.where(kept, leaf / jnp.where(kept, probability, 1), 0)
 
     named = {"task_vector": task_vector, "probabilities": probabilities}
-    return _leafwise.leafwise("della", formula, named)
+    return _leaves.combine_leaves(formula, named)
 
 
 def keep(task_vector: PyTree, mask: PyTree) -> PyTree:
     """Zeroes the entries where `mask` (a tree of bool arrays of the same shapes) is false."""
-    return _leafwise.leafwise(
-        "keep",
+    flags = jax.tree.map(lambda m: m != 0 if hasattr(m, "dtype") else m, mask)
+    return _leaves.combine_leaves(
         lambda i, path, leaf, kept: jnp.where(kept != 0, leaf, 0),
-        {"task_vector": task_vector, "mask": mask},
+        {"task_vector": task_vector, "mask": flags},
     )
 
 
@@ -240,7 +240,7 @@ def rescale_l1(sparse: PyTree, original: PyTree, *, floor: float = 1e-7) -> PyTr
         usable = (before > floor) & (after > floor)
         return kept * jnp.where(usable, before / jnp.where(usable, after, 1), 1)
 
-    return _leafwise.leafwise("rescale_l1", formula, {"sparse": sparse, "original": original})
+    return _leaves.combine_leaves(formula, {"sparse": sparse, "original": original})
 
 
 def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Params:
@@ -271,11 +271,11 @@ def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Param
 
     def formula(i: int, path: str, leaf: Array, anchor: Array) -> Array:
         p = _numerics.scalar(rate, leaf)
-        back = jax.random.bernoulli(_leafwise.fold_path(key, path), p, leaf.shape)
+        back = jax.random.bernoulli(_leaves.fold_path(key, path), p, leaf.shape)
         # The formula's two cases, written so that rate 0 gives `params` bit by bit.
         return jnp.where(back, anchor, leaf + p / (1 - p) * (leaf - anchor))
 
-    return _leafwise.leafwise("mixout", formula, {"params": params, "source": source})
+    return _leaves.combine_leaves(formula, {"params": params, "source": source})
 
 
 def _rank(x: Array) -> Array:
@@ -286,7 +286,7 @@ def _rank(x: Array) -> Array:
     return jnp.zeros_like(order).at[order].set(places).reshape(x.shape)
 
 
-def _count(fn: str, size: int, **named: Scalar) -> Scalar:
+def _count(size: int, **named: Scalar) -> Scalar:
     """`floor(share size)`; in Python where the share is known, so that 0.3 of 10 is 3."""
     _checks.within(0, 1, **named)
     (share,) = named.values()

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 
 from kdtl_jax import _numerics
 from kdtl_jax._types import Array, Params, Scalar
-from kdtl_jax.transforms import _leafwise
-from kdtl_jax.transforms._leafwise import Weights, flat_norm
-from kdtl_jax.transforms._leaves import Coefficient
+from kdtl_jax.transforms import _leaves
+from kdtl_jax.transforms._leaves import Coefficient, Weights, flat_norm
 
 
 def slerp(
@@ -47,14 +46,14 @@ def slerp(
     References:
       Shoemake, Animating rotation with quaternion curves, 1985; mergekit's `slerp`.
     """
-    values = _leafwise.coefficients("slerp", t, source)
+    values = _leaves.coefficients(t, source)
 
     def formula(i: int, path: str, a: Array, b: Array) -> Array:
         if values[i] is None:
             return a
         return _slerp(a, b, _numerics.scalar(values[i], a), _row_axis(a, axis), threshold)
 
-    return _leafwise.leafwise("slerp", formula, {"source": source, "target": target})
+    return _leaves.combine_leaves(formula, {"source": source, "target": target})
 
 
 def multi_slerp(
@@ -81,10 +80,10 @@ def multi_slerp(
     References:
       mergekit's `multislerp` (2403.13257).
     """
-    named = _leafwise.numbered("multi_slerp", "models", models)
+    named = _leaves.numbered("models", models)
     if weights is None:
         weights = [1 / len(models)] * len(models)
-    by_leaf = _leafwise.weights_by_leaf("multi_slerp", weights, len(models), base)
+    by_leaf = _leaves.weights_by_leaf(weights, len(models), base)
 
     def formula(i: int, path: str, start: Array, *leaves: Array) -> Array:
         shares = [_numerics.scalar(w, start) for w in by_leaf[i]]
@@ -98,7 +97,7 @@ def multi_slerp(
         length = sum(share * flat_norm(delta) for share, delta in zip(shares, deltas, strict=True))
         return start + length * (jnp.cos(angle) * mean + jnp.sin(angle) / angle * tangent)
 
-    return _leafwise.leafwise("multi_slerp", formula, {"base": base} | named)
+    return _leaves.combine_leaves(formula, {"base": base} | named)
 
 
 def karcher_mean(
@@ -128,11 +127,11 @@ def karcher_mean(
     References:
       Karcher, Riemannian center of mass, 1977; mergekit's `karcher` (2403.13257).
     """
-    named = _leafwise.numbered("karcher_mean", "models", models)
-    by_leaf = _leafwise.weights_by_leaf("karcher_mean", weights, len(models), models[0])
+    named = _leaves.numbered("models", models)
+    by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
-        _leafwise.nonzero_total("karcher_mean", path, by_leaf[i])
+        _leaves.nonzero_total(path, by_leaf[i])
         shares = [_numerics.scalar(w, leaves[0]) for w in by_leaf[i]]
         shares = [share / sum(shares[1:], shares[0]) for share in shares]
         norms = [flat_norm(leaf) for leaf in leaves]
@@ -141,7 +140,7 @@ def karcher_mean(
         point = _karcher(units, weight, iterations, tolerance)
         return sum(share * norm for share, norm in zip(shares, norms, strict=True)) * point
 
-    return _leafwise.leafwise("karcher_mean", formula, named)
+    return _leaves.combine_leaves(formula, named)
 
 
 def model_stock(base: Params, models: Sequence[Params], *, axis: int | None = None) -> Params:
@@ -177,8 +176,8 @@ def model_stock(base: Params, models: Sequence[Params], *, axis: int | None = No
         share = count * cosine / (1 + (count - 1) * cosine)
         return share * (sum(leaves[1:], leaves[0]) / count) + (1 - share) * start
 
-    named = {"base": base} | _leafwise.numbered("model_stock", "models", models)
-    return _leafwise.leafwise("model_stock", formula, named)
+    named = {"base": base} | _leaves.numbered("models", models)
+    return _leaves.combine_leaves(formula, named)
 
 
 def near_swap(base: Params, model: Params, *, t: Scalar) -> Params:
@@ -205,7 +204,7 @@ def near_swap(base: Params, model: Params, *, t: Scalar) -> Params:
         share = jnp.clip(_numerics.scalar(t, a) / jnp.maximum(jnp.abs(a - b), 1e-6), 0, 1)
         return share * b + (1 - share) * a
 
-    return _leafwise.leafwise("near_swap", formula, {"base": base, "model": model})
+    return _leaves.combine_leaves(formula, {"base": base, "model": model})
 
 
 def _row_axis(leaf: Array, axis: int | None) -> int | None:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params, PyTree, Scalar
-from kdtl_jax.transforms import _leafwise
-from kdtl_jax.transforms._leafwise import Weights
+from kdtl_jax.transforms import _leaves
+from kdtl_jax.transforms._leaves import Weights
 from kdtl_jax.transforms._sparsify import _count, _rank
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -41,22 +41,22 @@ def fisher_merge(
     """
     if len(fishers) != len(models):
         raise ValueError(f"expected {len(models)} Fisher trees, one per model, got {len(fishers)}.")
-    named = _leafwise.numbered("fisher_merge", "models", models)
-    named |= _leafwise.numbered("fisher_merge", "fishers", fishers)
-    by_leaf = _leafwise.weights_by_leaf("fisher_merge", weights, len(models), models[0])
+    named = _leaves.numbered("models", models)
+    named |= _leaves.numbered("fishers", fishers)
+    by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
     count = len(models)
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
-        _leafwise.nonzero_total("fisher_merge", path, by_leaf[i])
+        _leaves.nonzero_total(path, by_leaf[i])
         least = _numerics.scalar(floor, leaves[0])
         informations = [
-            _leafwise.scaled(w, jnp.maximum(fisher, least))
+            _leaves.scaled(w, jnp.maximum(fisher, least))
             for w, fisher in zip(by_leaf[i], leaves[count:], strict=True)
         ]
         terms = [f * x for f, x in zip(informations, leaves[:count], strict=True)]
         return sum(terms[1:], terms[0]) / sum(informations[1:], informations[0])
 
-    return _leafwise.leafwise("fisher_merge", formula, named)
+    return _leaves.combine_leaves(formula, named)
 
 
 def regmean(
@@ -89,7 +89,7 @@ def regmean(
     """
     if len(grams) != len(models):
         raise ValueError(f"expected {len(models)} sets of Grams, got {len(grams)}.")
-    named = _leafwise.numbered("regmean", "models", models)
+    named = _leaves.numbered("models", models)
     _checks.same_leaves(**{f"grams[{i}]": gram for i, gram in enumerate(grams)})
     for path, gram in grams[0].items():
         _check_gram(path, gram, trees.flatten(models[0]))
@@ -108,7 +108,7 @@ def regmean(
         left = jnp.sum(stacked, axis=0)
         return jnp.linalg.solve(left, right)
 
-    return _leafwise.leafwise("regmean", formula, named)
+    return _leaves.combine_leaves(formula, named)
 
 
 def sce(base: Params, models: Sequence[Params], *, top: Scalar = 1.0) -> Params:
@@ -147,8 +147,8 @@ def sce(base: Params, models: Sequence[Params], *, top: Scalar = 1.0) -> Params:
         total = jnp.sum(agrees * share, axis=0)
         return start + jnp.sum(agrees * share * deltas, axis=0) / jnp.maximum(total, 1e-6)
 
-    named = {"base": base} | _leafwise.numbered("sce", "models", models)
-    return _leafwise.leafwise("sce", formula, named)
+    named = {"base": base} | _leaves.numbered("models", models)
+    return _leaves.combine_leaves(formula, named)
 
 
 def _check_gram(path: str, gram: Array, flat: Mapping[str, Array]) -> None:
@@ -169,7 +169,7 @@ def _varying(deltas: Array, top: Scalar) -> Array:
     varying = jnp.sum(variance != 0)
     known, count = _checks.concrete(top), _checks.concrete(varying)
     if known is not None and count is not None:
-        kept = _count("sce", int(count), top=top)
+        kept = _count(int(count), top=top)
     else:
         kept = jnp.floor(jnp.asarray(top) * varying.astype(jnp.float32)).astype(jnp.int32)
     return _rank(-variance) < kept

@@ -14,9 +14,8 @@ from collections.abc import Sequence
 
 from kdtl_jax import _numerics
 from kdtl_jax._types import Array, Params, PyTree
-from kdtl_jax.transforms import _leafwise
-from kdtl_jax.transforms._leafwise import Weights
-from kdtl_jax.transforms._leaves import Coefficient
+from kdtl_jax.transforms import _leaves
+from kdtl_jax.transforms._leaves import Coefficient, Weights
 
 
 def task_vector(finetuned: Params, base: Params) -> PyTree:
@@ -35,8 +34,7 @@ def task_vector(finetuned: Params, base: Params) -> PyTree:
     References:
       Ilharco et al., Editing models with task arithmetic, 2022 (2212.04089).
     """
-    return _leafwise.leafwise(
-        "task_vector",
+    return _leaves.combine_leaves(
         lambda i, path, after, before: after - before,
         {"finetuned": finetuned, "base": base},
         keep_dtype=False,
@@ -70,15 +68,14 @@ def apply_task_vectors(
     References:
       Ilharco et al., Editing models with task arithmetic, 2022 (2212.04089).
     """
-    fn = "apply_task_vectors"
-    scales = _leafwise.coefficients(fn, scale, base)
-    by_leaf = _leafwise.weights_by_leaf(fn, weights, len(task_vectors), base)
+    scales = _leaves.coefficients(scale, base)
+    by_leaf = _leaves.weights_by_leaf(weights, len(task_vectors), base)
 
     def formula(i: int, path: str, start: Array, *taus: Array) -> Array:
         if scales[i] is None:
             return start
-        terms = [_leafwise.scaled(w, tau) for w, tau in zip(by_leaf[i], taus, strict=True)]
+        terms = [_leaves.scaled(w, tau) for w, tau in zip(by_leaf[i], taus, strict=True)]
         return start + _numerics.scalar(scales[i], start) * sum(terms[1:], terms[0])
 
-    named = {"base": base} | _leafwise.numbered(fn, "task_vectors", task_vectors)
-    return _leafwise.leafwise(fn, formula, named)
+    named = {"base": base} | _leaves.numbered("task_vectors", task_vectors)
+    return _leaves.combine_leaves(formula, named)

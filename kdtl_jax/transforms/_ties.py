@@ -15,9 +15,8 @@ import jax.numpy as jnp
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, PyTree, Scalar
-from kdtl_jax.transforms import _leafwise
-from kdtl_jax.transforms._leafwise import Weights
-from kdtl_jax.transforms._leaves import Coefficient
+from kdtl_jax.transforms import _leaves
+from kdtl_jax.transforms._leaves import Coefficient, Weights
 from kdtl_jax.transforms._sparsify import trim, trim_global
 
 Divisor = Callable[[Array], Array]  # which members agree, [N, ...] in the leaf's dtype -> [...]
@@ -42,7 +41,7 @@ def ties(
     References:
       Yadav et al., TIES-Merging: Resolving Interference When Merging Models, 2023 (2306.01708).
     """
-    _leafwise.numbered("ties", "task_vectors", task_vectors)
+    _leaves.numbered("task_vectors", task_vectors)
     _checks.within(0, 1, density=density)
     trimmed = [trim_global(each, density=density) for each in task_vectors]
     return disjoint_merge(trimmed, elect_sign_global(trimmed), weights)
@@ -56,27 +55,25 @@ def ties_per_leaf(
     As `ties`, with `density` a number or one number per leaf. This is PEFT's number
     (`majority_sign_method="total"`).
     """
-    _leafwise.numbered("ties_per_leaf", "task_vectors", task_vectors)
+    _leaves.numbered("task_vectors", task_vectors)
     trimmed = [trim(each, density=density) for each in task_vectors]
     return disjoint_merge(trimmed, elect_sign(trimmed), weights)
 
 
 def elect_sign(task_vectors: Sequence[PyTree]) -> PyTree:
     """+1 where the sum of the task vectors is >= 0, else -1, entry by entry."""
-    return _elect("elect_sign", task_vectors, lambda leaf: jnp.sum(leaf, axis=0))
+    return _elect(task_vectors, lambda leaf: jnp.sum(leaf, axis=0))
 
 
 def elect_sign_by_count(task_vectors: Sequence[PyTree]) -> PyTree:
     """+1 where at least as many task vectors are positive as negative, else -1."""
-    return _elect("elect_sign_by_count", task_vectors, lambda leaf: jnp.sum(jnp.sign(leaf), axis=0))
+    return _elect(task_vectors, lambda leaf: jnp.sum(jnp.sign(leaf), axis=0))
 
 
 def elect_sign_global(task_vectors: Sequence[PyTree]) -> PyTree:
     """The sign of the sum; entries whose sum is 0 take the sign that most other entries have."""
-    fn = "elect_sign_global"
-    named = _leafwise.numbered(fn, "task_vectors", task_vectors)
-    signs = _leafwise.leafwise(
-        fn,
+    named = _leaves.numbered("task_vectors", task_vectors)
+    signs = _leaves.combine_leaves(
         lambda i, path, *leaves: jnp.sign(jnp.sum(jnp.stack(leaves), axis=0)),
         named,
         keep_dtype=False,
@@ -84,8 +81,7 @@ def elect_sign_global(task_vectors: Sequence[PyTree]) -> PyTree:
     chosen, _ = trees.partition(signs, trees.everything)
     balance = sum(jnp.sum(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(chosen))
     majority = jnp.where(jnp.asarray(balance) >= 0, 1, -1)
-    return _leafwise.leafwise(
-        fn,
+    return _leaves.combine_leaves(
         lambda i, path, leaf: jnp.where(leaf == 0, _numerics.scalar(majority, leaf), leaf),
         {"signs": signs},
     )
@@ -115,19 +111,18 @@ def disjoint_merge(
     Raises:
       ValueError: if names, shapes or the number of weights differ.
     """
-    fn = "disjoint_merge"
-    named = {"signs": signs} | _leafwise.numbered(fn, "task_vectors", task_vectors)
-    by_leaf = _leafwise.weights_by_leaf(fn, weights, len(task_vectors), task_vectors[0])
+    named = {"signs": signs} | _leaves.numbered("task_vectors", task_vectors)
+    by_leaf = _leaves.weights_by_leaf(weights, len(task_vectors), task_vectors[0])
 
     def formula(i: int, path: str, elected: Array, *leaves: Array) -> Array:
         stacked = jnp.stack(leaves)
         agrees = (jnp.sign(stacked) == elected[None]) & (stacked != 0)
-        weighted = [_leafwise.scaled(w, x) for w, x in zip(by_leaf[i], leaves, strict=True)]
+        weighted = [_leaves.scaled(w, x) for w, x in zip(by_leaf[i], leaves, strict=True)]
         total = jnp.sum(jnp.where(agrees, jnp.stack(weighted), 0), axis=0)
         by = (divisor or agreeing_count)(agrees.astype(stacked.dtype))
         return total / jnp.where(by == 0, 1, by)
 
-    return _leafwise.leafwise(fn, formula, named, keep_dtype=False)
+    return _leaves.combine_leaves(formula, named, keep_dtype=False)
 
 
 def agreeing_count(agrees: Array) -> Array:
@@ -150,12 +145,11 @@ def undivided(agrees: Array) -> Array:
     return jnp.ones_like(agrees[0])
 
 
-def _elect(fn: str, task_vectors: Sequence[PyTree], total: Callable[[Array], Array]) -> PyTree:
-    return _leafwise.leafwise(
-        fn,
+def _elect(task_vectors: Sequence[PyTree], total: Callable[[Array], Array]) -> PyTree:
+    return _leaves.combine_leaves(
         lambda i, path, *leaves: jnp.where(total(jnp.stack(leaves)) >= 0, 1, -1).astype(
             leaves[0].dtype
         ),
-        _leafwise.numbered(fn, "task_vectors", task_vectors),
+        _leaves.numbered("task_vectors", task_vectors),
         keep_dtype=False,
     )

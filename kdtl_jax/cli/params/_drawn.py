@@ -26,7 +26,7 @@ from kdtl_jax.cli.params._members import (
     shape,
     taus,
 )
-from kdtl_jax.transforms import _leafwise
+from kdtl_jax.transforms import _leaves
 
 Combine = Callable[[Members, Options, Sequence[Tree]], Tree]
 Probabilities = Callable[[np.ndarray], np.ndarray]  # of keeping a task vector's entries
@@ -101,7 +101,7 @@ def _thinned(
     def stream(x: Stored, row: int, probabilities: Probabilities) -> Iterator[np.ndarray]:
         """In pieces of whole rows."""
         keys = jax.random.split(jax.random.key(o.seed), x.number)
-        keys = [_leafwise.fold_path(key, x.path) for key in keys]
+        keys = [_leaves.fold_path(key, x.path) for key in keys]
         start = 0
         for piece in pieces(x, max(1, _rewrite.BLOCK // row) * row):
             chances = [probabilities(np.asarray(tau[PIECE])) for tau in _taus(piece)]
