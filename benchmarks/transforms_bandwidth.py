@@ -94,13 +94,13 @@ def plan_seconds() -> dict[str, float]:
     named = [(r"layer_(\d+)", r"layer_\1")]
     huge, half = seventy_billion(9216), seventy_billion(4608)
     runs = {
-        "1,000 leaves, equal": lambda: transforms.plan(large, large),
-        "1,000 leaves, renamed": lambda: transforms.plan(large, large, rename=named),
-        "1,000 leaves, adapted": lambda: transforms.plan(
-            large, small, on_mismatch=transforms.uniform
+        "1,000 leaves, equal": lambda: transforms.plan_transfer(large, large),
+        "1,000 leaves, renamed": lambda: transforms.plan_transfer(large, large, rename=named),
+        "1,000 leaves, adapted": lambda: transforms.plan_transfer(
+            large, small, on_mismatch=transforms.select_uniform
         ),
-        "70 billion parameters, 560 leaves, adapted": lambda: transforms.plan(
-            huge, half, on_mismatch=transforms.uniform
+        "70 billion parameters, 560 leaves, adapted": lambda: transforms.plan_transfer(
+            huge, half, on_mismatch=transforms.select_uniform
         ),
     }
     return {name: min(seconds(run) for _ in range(3)) for name, run in runs.items()}

@@ -33,6 +33,6 @@ params = fit(student.model, params, optax.chain(optax.adam(1e-3), rates)).params
 
 lora = transforms.lora(rank=2)
 start = lora.init(jax.random.key(1), params, where=".*/(query|value)/kernel")
-adapted = transforms.adapted(student.model, lora)
+adapted = transforms.adapted_model(student.model, lora)
 tuned = fit(adapted, start, optax.adam(1e-3), trainable="adapter/.*").params
 huggingface.save(out, lora.merge(*tuned), student.rules, config=student.config)

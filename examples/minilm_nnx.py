@@ -34,7 +34,7 @@ params = fit(model, params, optax.chain(optax.adam(1e-3), rates), model_state=st
 
 lora = transforms.lora(rank=2)
 start = lora.init(jax.random.key(1), params, where=".*/(query|value)/kernel")
-adapted = transforms.adapted(model, lora)
+adapted = transforms.adapted_model(model, lora)
 tuned = fit(adapted, start, optax.adam(1e-3), trainable="adapter/.*", model_state=state).params
 rules = [rule._replace(jax=rule.jax.replace("layers_", "layers/")) for rule in student.rules]
 huggingface.save(argv[3], lora.merge(*tuned), rules, config=student.config)

@@ -33,16 +33,16 @@ def gradients() -> dict[str, Any]:
 
 
 STARTS = {
-    "kaiming": transforms.kaiming,
-    "gaussian": transforms.gaussian,
-    "orthogonal": transforms.orthogonal,
-    "pissa": transforms.pissa,
-    "olora": transforms.olora,
-    "gradient_svd": transforms.gradient_svd(),
+    "kaiming": transforms.kaiming_start,
+    "gaussian": transforms.gaussian_start,
+    "orthogonal": transforms.orthogonal_start,
+    "pissa": transforms.pissa_start,
+    "olora": transforms.olora_start,
+    "gradient_svd": transforms.lora_ga_start(),
 }
 ADAPTERS: dict[str, Adapter] = {
     "lora": transforms.lora(2, 6.0),  # r != alpha throughout
-    "rslora": transforms.lora(2, 6.0, scaling=transforms.by_root_rank),
+    "rslora": transforms.lora(2, 6.0, scaling=transforms.scale_by_root_rank),
     "dora": transforms.dora(2, 6.0),
     "ia3_output": transforms.ia3_output(),
     "ia3_input": transforms.ia3_input(),
@@ -205,7 +205,9 @@ def test_any_layout_by_naming_its_axes(name: str) -> None:
     """A kernel [out, in], and attention's [in, heads, head_dim], are the same matrix."""
     make = {
         "lora": lambda **axes: transforms.lora(2, 6.0, **axes),
-        "rslora": lambda **axes: transforms.lora(2, 6.0, scaling=transforms.by_root_rank, **axes),
+        "rslora": lambda **axes: transforms.lora(
+            2, 6.0, scaling=transforms.scale_by_root_rank, **axes
+        ),
         "dora": lambda **axes: transforms.dora(2, 6.0, **axes),
         "ia3_output": lambda **axes: transforms.ia3_output(bias=None, **axes),
         "ia3_input": lambda **axes: transforms.ia3_input(**axes),
@@ -248,7 +250,7 @@ def test_only_the_adapter_is_trained_through_an_adapted_model() -> None:
 
     adapter = transforms.lora(2)
     base, weights = adapter.init(jax.random.key(0), params(), where="head/kernel")
-    model = transforms.adapted(linear, adapter)
+    model = transforms.adapted_model(linear, adapter)
     x = jnp.ones((2, 4))
     outputs, state = model({"base": base, "adapter": weights}, None, x)
     np.testing.assert_allclose(outputs["logits"], linear(base, None, x)[0]["logits"], rtol=1e-5)
@@ -267,13 +269,15 @@ def test_errors_name_the_leaf() -> None:
     with pytest.raises(ValueError, match="'head/bias' has shape"):
         adapter.init(jax.random.key(0), params(), where="head/bias")
     with pytest.raises(ValueError, match="even"):
-        transforms.lora(3, start=transforms.orthogonal).init(
+        transforms.lora(3, start=transforms.orthogonal_start).init(
             jax.random.key(0), params(), where=WHERE
         )
     with pytest.raises(ValueError, match="no 8 singular directions"):
-        transforms.lora(8, start=transforms.pissa).init(jax.random.key(0), params(), where=WHERE)
+        transforms.lora(8, start=transforms.pissa_start).init(
+            jax.random.key(0), params(), where=WHERE
+        )
     with pytest.raises(ValueError, match="pass gradients="):
-        transforms.lora(1, start=transforms.gradient_svd()).init(
+        transforms.lora(1, start=transforms.lora_ga_start()).init(
             jax.random.key(0), params(), where=WHERE
         )
     with pytest.raises(ValueError, match="same keys"):

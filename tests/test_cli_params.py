@@ -175,7 +175,7 @@ def test_transfer_is_the_librarys(capsys: pytest.CaptureFixture[str]) -> None:
         target,
         rename=[("encoder/layer_2/.*", None), (r"encoder/(.*)", r"\1")],
         alpha=[("layer_1/bias", 2.0), (".*", 0.5)],
-        on_mismatch=[("head/.*", transforms.crop), (".*", transforms.uniform)],
+        on_mismatch=[("head/.*", transforms.crop), (".*", transforms.select_uniform)],
     )
     assert_same(written(), want)
     assert str(report) in capsys.readouterr().out

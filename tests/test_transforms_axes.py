@@ -78,11 +78,11 @@ def test_permuting_hidden_units_and_heads_changes_nothing() -> None:
     params = _block()
     rng = np.random.default_rng(1)
     order = {"heads": rng.permutation(HEADS), "mlp": rng.permutation(MLP)}
-    permuted = jax.jit(lambda p: transforms.permute(p, SPEC, order))(params)
+    permuted = jax.jit(lambda p: transforms.permute_units(p, SPEC, order))(params)
     assert np.abs(permuted["mlp"]["up"]["kernel"] - params["mlp"]["up"]["kernel"]).max() > 0.1
     np.testing.assert_allclose(_forward(permuted, X), _forward(params, X), rtol=1e-5, atol=1e-5)
     inverse = {name: np.argsort(p) for name, p in order.items()}
-    back = jax.jit(lambda p: transforms.permute(p, SPEC, inverse))(permuted)
+    back = jax.jit(lambda p: transforms.permute_units(p, SPEC, inverse))(permuted)
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
@@ -160,7 +160,7 @@ def test_uniform_selection_of_a_named_axis_is_weight_selection() -> None:
     leaf, _ = transforms.transfer(
         {"w": params["mlp"]["up"]["kernel"]},
         {"w": jnp.zeros((EMBED, 3))},
-        on_mismatch=transforms.uniform,
+        on_mismatch=transforms.select_uniform,
     )
     np.testing.assert_array_equal(small["mlp"]["up"]["kernel"], leaf["w"])
     assert small["head"]["kernel"] is params["head"]["kernel"]
@@ -207,12 +207,12 @@ def test_weight_matching_finds_the_permutation(seed: int) -> None:
     spec = [*SPEC[:-2], ("head/.*", None)]
     rng = np.random.default_rng(seed)
     order = {"heads": rng.permutation(HEADS), "mlp": rng.permutation(MLP)}
-    shuffled = jax.jit(lambda p: transforms.permute(p, spec, order))(params)
+    shuffled = jax.jit(lambda p: transforms.permute_units(p, spec, order))(params)
     noisy = jax.tree.map(lambda x: np.asarray(x) + 0.01 * np.sign(x), shuffled)
     found = transforms.match_permutations(params, noisy, spec)
     for name, perm in order.items():
         np.testing.assert_array_equal(perm[found[name]], np.arange(len(perm)))
-    aligned = jax.jit(lambda p: transforms.permute(p, spec, found))(shuffled)
+    aligned = jax.jit(lambda p: transforms.permute_units(p, spec, found))(shuffled)
     jax.tree.map(np.testing.assert_array_equal, aligned, params)
 
 
@@ -230,7 +230,7 @@ def test_weight_matching_in_a_deep_chain_improves_the_inner_product() -> None:
     spec = [("a", (None, "x")), ("b", ("x", "y")), ("c", ("y", None)), ("r", ("x", "x"))]
     one, two = chain(), chain()
     found = transforms.match_permutations(one, two, spec)
-    aligned = transforms.permute(two, spec, found)
+    aligned = transforms.permute_units(two, spec, found)
     before, after = (sum(float(np.vdot(one[k], p[k])) for k in one) for p in (two, aligned))
     assert after > before + 1
 
@@ -280,8 +280,8 @@ def test_axis_names_are_read_from_boxed_linen_and_nnx_parameters(standard_promot
         (lambda p: transforms.select_width(p, SPEC, {"mpl": [0]}), "no axis is named 'mpl'"),
         (lambda p: transforms.select_width(p, SPEC, {"mlp": [0, MLP]}), "must lie in"),
         (lambda p: transforms.select_width(p, SPEC, {"mlp": [-1]}), "must lie in"),
-        (lambda p: transforms.permute(p, SPEC, {"mlp": [0] * MLP}), "every index"),
-        (lambda p: transforms.permute(p, SPEC, {"mlp": [0, 1]}), "every index"),
+        (lambda p: transforms.permute_units(p, SPEC, {"mlp": [0] * MLP}), "every index"),
+        (lambda p: transforms.permute_units(p, SPEC, {"mlp": [0, 1]}), "every index"),
         (lambda p: transforms.prune_heads(p, SPEC, [0, 0]), "distinct"),
         (lambda p: transforms.prune_heads(p, SPEC, range(HEADS)), "leave something"),
         (lambda p: transforms.widen(p, SPEC, {"mlp": 3}), "cannot shrink"),

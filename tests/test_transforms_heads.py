@@ -74,12 +74,12 @@ def test_classes_are_carried_by_name() -> None:
     source = _params(3)
     index = transforms.index_map(["cat", "dog", "ship"], ["ship", "frog", "cat"])
     np.testing.assert_array_equal(index, [2, -1, 0])
-    mapped = transforms.remap(source, SPEC, {"class": index})
+    mapped = transforms.remap_units(source, SPEC, {"class": index})
     kernel = source["head"]["kernel"]
     np.testing.assert_array_equal(mapped["head"]["kernel"][:, [0, 2]], kernel[:, [2, 0]])
     np.testing.assert_allclose(mapped["head"]["kernel"][:, 1], kernel.mean(1), rtol=1e-5)
     fresh = _params(3, seed=5)
-    mapped = transforms.remap(source, SPEC, {"class": index}, fresh=fresh)
+    mapped = transforms.remap_units(source, SPEC, {"class": index}, fresh=fresh)
     np.testing.assert_array_equal(mapped["head"]["bias"][1], fresh["head"]["bias"][1])
     np.testing.assert_array_equal(mapped["head"]["bias"][0], source["head"]["bias"][2])
     assert mapped["body"]["layer_0"]["kernel"] is source["body"]["layer_0"]["kernel"]
@@ -90,12 +90,12 @@ def test_vocabularies_of_tied_and_structured_axes() -> None:
     spec = [("embed", ("vocab", None)), ("out", (None, Axis("vocab", outer=2)))]
     index = transforms.index_map("abcd", "daxe")
     fresh = {"embed": -jnp.ones((4, 2)), "out": -jnp.ones((2, 8))}
-    mapped = transforms.remap(params, spec, {"vocab": index}, fresh=fresh)
+    mapped = transforms.remap_units(params, spec, {"vocab": index}, fresh=fresh)
     np.testing.assert_array_equal(mapped["embed"], [[6, 7], [0, 1], [-1, -1], [-1, -1]])
     np.testing.assert_array_equal(mapped["out"][0], [3, 0, -1, -1, 7, 4, -1, -1])
     same = transforms.index_map("abcd", "abcd")
     jax.tree.map(
-        np.testing.assert_array_equal, transforms.remap(params, spec, {"vocab": same}), params
+        np.testing.assert_array_equal, transforms.remap_units(params, spec, {"vocab": same}), params
     )
 
 
@@ -103,13 +103,13 @@ def test_vocabularies_of_tied_and_structured_axes() -> None:
     ("call", "words"),
     [
         (lambda p: transforms.index_map(["a", "a"], ["b"]), "old names must be distinct"),
-        (lambda p: transforms.remap(p, SPEC, {"class": [0, 3]}), "must lie in"),
-        (lambda p: transforms.remap(p, SPEC, {"classes": [0]}), "no axis is named"),
+        (lambda p: transforms.remap_units(p, SPEC, {"class": [0, 3]}), "must lie in"),
+        (lambda p: transforms.remap_units(p, SPEC, {"classes": [0]}), "no axis is named"),
         (
-            lambda p: transforms.remap(p, SPEC, {"class": [0, 1]}, fresh=p),
+            lambda p: transforms.remap_units(p, SPEC, {"class": [0, 1]}, fresh=p),
             "must have the new shapes",
         ),
-        (lambda p: transforms.remap(p, SPEC, {"class": [0]}, fresh={}), "structure"),
+        (lambda p: transforms.remap_units(p, SPEC, {"class": [0]}, fresh={}), "structure"),
     ],
 )
 def test_bad_maps(call: Any, words: str) -> None:

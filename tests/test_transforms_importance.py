@@ -49,7 +49,7 @@ def test_first_random_and_complementary_indices() -> None:
     drawn = transforms.random_indices(jax.random.key(0), 20, 8)
     assert drawn.shape == (8,) and (np.diff(drawn) > 0).all() and drawn.max() < 20
     assert not np.array_equal(drawn, transforms.random_indices(jax.random.key(1), 20, 8))
-    np.testing.assert_array_equal(transforms.complement(5, [3, 0]), [1, 2, 4])
+    np.testing.assert_array_equal(transforms.remaining_indices(5, [3, 0]), [1, 2, 4])
 
 
 def test_top_indices_whole_and_by_group() -> None:
@@ -71,7 +71,7 @@ def test_top_indices_whole_and_by_group() -> None:
         (lambda: transforms.top_indices(jnp.ones(4), 5), r"lie in 1..4"),
         (lambda: transforms.top_indices(jnp.ones(4), 3, groups=2), "groups must divide"),
         (lambda: transforms.top_indices(jnp.ones((2, 2)), 1), "1 dimension"),
-        (lambda: transforms.complement(4, [4]), "distinct"),
+        (lambda: transforms.remaining_indices(4, [4]), "distinct"),
     ],
 )
 def test_bad_counts(call: Any, words: str) -> None:
@@ -161,7 +161,7 @@ def test_factors_are_the_best_of_their_rank() -> None:
     matrix = np.random.default_rng(0).normal(size=(6, 4))
     s = np.linalg.svd(matrix, compute_uv=False)
     for rank in (1, 3, 4):
-        low = transforms.factor(jnp.float32(matrix), rank)
+        low = transforms.factor_low_rank(jnp.float32(matrix), rank)
         assert low.a.shape == (6, rank) and low.b.shape == (rank, 4)
         error = np.linalg.norm(matrix - low.product())
         np.testing.assert_allclose(error, np.sqrt((s[rank:] ** 2).sum()), rtol=1e-3, atol=1e-5)
@@ -178,7 +178,7 @@ def test_the_rank_for_an_energy() -> None:
 
 def test_stacked_and_half_precision_matrices() -> None:
     stack = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 4)), jnp.bfloat16)
-    low = transforms.factor(stack, 2)
+    low = transforms.factor_low_rank(stack, 2)
     assert low.a.shape == (3, 4, 2) and low.product().dtype == jnp.bfloat16
     tree = {"kernel": stack, "bias": jnp.ones(4)}
     cut = transforms.truncate_rank(tree, 2, where="kernel")
@@ -191,8 +191,8 @@ def test_stacked_and_half_precision_matrices() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: transforms.factor(jnp.ones((3, 2)), 3), r"rank must lie in 1..2"),
-        (lambda: transforms.factor(jnp.ones(3), 1), "at least 2 dimension"),
+        (lambda: transforms.factor_low_rank(jnp.ones((3, 2)), 3), r"rank must lie in 1..2"),
+        (lambda: transforms.factor_low_rank(jnp.ones(3), 1), "at least 2 dimension"),
         (lambda: transforms.rank_for_energy(jnp.ones((2, 2)), 0.0), "energy must lie"),
         (
             lambda: jax.jit(lambda m: transforms.rank_for_energy(m, 0.9))(jnp.ones((2, 2))),

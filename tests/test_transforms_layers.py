@@ -165,7 +165,7 @@ def test_deepening_residual_blocks_by_zeroed_projections() -> None:
         return x
 
     x = rng.normal(size=(2, 3)).astype(np.float32)
-    make = transforms.zeroed(".*/down")
+    make = transforms.copy_with_zeros(".*/down")
     deeper = transforms.deepen(params, r"blocks/(\d+)/.*", [0], make)
     assert len(deeper["blocks"]) == 3
     np.testing.assert_array_equal(deeper["blocks"][1]["up"], params["blocks"][0]["up"])
@@ -205,10 +205,10 @@ def test_deepening_residual_blocks_by_zeroed_projections() -> None:
         (lambda p: transforms.unstack_layers(p, "encoder", keys="layer_{}"), "leading layer axis"),
         (lambda p: transforms.unstack_layers(p, "encoder", keys="layer"), "must contain"),
         (
-            lambda p: transforms.deepen(p, LAYERS, [0, 0], transforms.zeroed(".*")),
+            lambda p: transforms.deepen(p, LAYERS, [0, 0], transforms.copy_with_zeros(".*")),
             "each position once",
         ),
-        (lambda p: transforms.deepen(p, LAYERS, [12], transforms.zeroed(".*")), "lie in"),
+        (lambda p: transforms.deepen(p, LAYERS, [12], transforms.copy_with_zeros(".*")), "lie in"),
         (lambda p: transforms.identity_layer("w", np.ones((2, 3))), "as many outputs"),
     ],
 )

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdtl_jax import transforms
-from kdtl_jax.transforms import _resample
+from kdtl_jax.transforms import _mismatch
 
 SIZES = st.integers(1, 9)
 MATRICES = [
-    _resample.corner_aligned,
-    _resample.half_pixel_linear,
-    _resample.half_pixel_cubic,
-    _resample.antialiased_cubic,
+    _mismatch.corner_aligned,
+    _mismatch.half_pixel_linear,
+    _mismatch.half_pixel_cubic,
+    _mismatch.antialiased_cubic,
 ]
 
 
@@ -34,16 +34,16 @@ def test_rows_sum_to_one_and_equal_sizes_change_nothing(
 def test_corner_aligned_is_interpolation_between_the_end_points(n_in: int, n_out: int) -> None:
     values = np.random.default_rng(n_in).normal(size=n_in)
     want = np.interp(np.linspace(0, n_in - 1, n_out), np.arange(n_in), values)
-    np.testing.assert_allclose(_resample.corner_aligned(n_in, n_out) @ values, want, atol=1e-12)
+    np.testing.assert_allclose(_mismatch.corner_aligned(n_in, n_out) @ values, want, atol=1e-12)
 
 
 @pytest.mark.parametrize(("n_in", "n_out"), [(4, 8), (8, 3), (5, 7)])
 def test_half_pixel_matrices_are_jax_image_resize(n_in: int, n_out: int, x64: None) -> None:
     eye = jnp.eye(n_in, dtype=jnp.float64)
     linear = jax.image.resize(eye, (n_out, n_in), "linear", antialias=False)
-    np.testing.assert_allclose(_resample.half_pixel_linear(n_in, n_out), linear, atol=1e-7)
+    np.testing.assert_allclose(_mismatch.half_pixel_linear(n_in, n_out), linear, atol=1e-7)
     cubic = jax.image.resize(eye, (n_out, n_in), "cubic", antialias=True)
-    np.testing.assert_allclose(_resample.antialiased_cubic(n_in, n_out), cubic, atol=1e-7)
+    np.testing.assert_allclose(_mismatch.antialiased_cubic(n_in, n_out), cubic, atol=1e-7)
 
 
 def test_positions_keep_the_prefix_and_work_on_stacks() -> None:
@@ -74,7 +74,7 @@ def test_the_resized_patch_kernel_embeds_the_resized_patch_alike() -> None:
     kernel = jnp.asarray(rng.normal(size=(4, 3, 2, 5)), jnp.float32)
     patch = jnp.asarray(rng.normal(size=(4, 3, 2)), jnp.float32)
     larger = transforms.resize_patch_kernel(kernel, (8, 7))
-    rows, columns = _resample.half_pixel_linear(4, 8), _resample.half_pixel_linear(3, 7)
+    rows, columns = _mismatch.half_pixel_linear(4, 8), _mismatch.half_pixel_linear(3, 7)
     resized = np.einsum("ij,kl,jlc->ikc", rows, columns, patch)
     np.testing.assert_allclose(
         np.einsum("hwc,hwco->o", resized, larger),
@@ -129,6 +129,6 @@ def test_resizing_is_a_policy_and_differentiable() -> None:
     params, report = transforms.transfer(source, target, on_mismatch=rules)
     np.testing.assert_allclose(params["pos_embed"], np.ones((1, 10, 2)), rtol=1e-5)
     assert [a.policy for a in report.adapted] == ["patch", "<lambda>"]
-    planned = transforms.plan(source, target, on_mismatch=rules)
-    slope = jax.grad(lambda s: transforms.apply(planned, s, target)["pos_embed"].sum())(source)
+    planned = transforms.plan_transfer(source, target, on_mismatch=rules)
+    slope = jax.grad(lambda s: transforms.apply_plan(planned, s, target)["pos_embed"].sum())(source)
     np.testing.assert_allclose(slope["pos_embed"].sum(), 20, rtol=1e-5)

@@ -216,7 +216,7 @@ def test_bad_renames(rename: Any, words: str) -> None:
 
 def test_an_unused_later_rule_raises() -> None:
     with pytest.raises(ValueError, match="earlier rules take all"):
-        transforms.plan(_tree(), _tree(), rename=[("(.*)", r"\1"), ("head/(.*)", r"\1")])
+        transforms.plan_transfer(_tree(), _tree(), rename=[("(.*)", r"\1"), ("head/(.*)", r"\1")])
 
 
 def test_int_and_string_keys_meet_but_not_in_one_tree() -> None:
@@ -247,9 +247,9 @@ def test_policies() -> None:
         "crop": transfer({"w": leaf}, to(2, 3), on_mismatch=transforms.crop)[0]["w"],
         "pad": transfer({"w": leaf}, to(4, 5), on_mismatch=transforms.pad)[0]["w"],
         "both": transfer({"w": leaf}, to(2, 5), on_mismatch=transforms.crop_or_pad)[0]["w"],
-        "uniform": transfer({"w": leaf}, to(2, 2), on_mismatch=transforms.uniform)[0]["w"],
-        "keep": transfer({"w": leaf}, to(2, 2), on_mismatch=transforms.keep_target)[0]["w"],
-        "resize": transfer({"w": leaf}, to(5, 2), on_mismatch=transforms.resize)[0]["w"],
+        "uniform": transfer({"w": leaf}, to(2, 2), on_mismatch=transforms.select_uniform)[0]["w"],
+        "keep": transfer({"w": leaf}, to(2, 2), on_mismatch=transforms.keep_on_mismatch)[0]["w"],
+        "resize": transfer({"w": leaf}, to(5, 2), on_mismatch=transforms.resize_linear)[0]["w"],
     }
     np.testing.assert_array_equal(got["crop"], x[:2, :3])
     np.testing.assert_array_equal(got["pad"], np.pad(x, ((0, 1), (0, 1))))
@@ -262,7 +262,10 @@ def test_policies() -> None:
 
 def test_policies_by_rule_with_alpha_and_report() -> None:
     source, target = _tree(width=4, classes=5), _tree(width=2, classes=3, seed=1)
-    rules = [("head/bias", transforms.keep_target), (trees.Glob("**/kernel"), transforms.uniform)]
+    rules = [
+        ("head/bias", transforms.keep_on_mismatch),
+        (trees.Glob("**/kernel"), transforms.select_uniform),
+    ]
     with pytest.raises(ValueError, match="layer_0/bias: source\\[4\\] does not fit target\\[2\\]"):
         transforms.transfer(source, target, on_mismatch=rules)
     rules.append((".*", transforms.crop))
@@ -273,7 +276,7 @@ def test_policies_by_rule_with_alpha_and_report() -> None:
     )
     np.testing.assert_array_equal(params["layer_0"]["bias"], source["layer_0"]["bias"][:2])
     assert [k.path for k in report.kept] == ["head/bias"]
-    assert report.adapted[0] == ("head/kernel", (4, 5), (2, 3), "uniform")
+    assert report.adapted[0] == ("head/kernel", (4, 5), (2, 3), "select_uniform")
     assert "[4, 5] -> [2, 3] by uniform × 2\n" in str(report) and "by crop\n" in str(report)
 
 
@@ -294,15 +297,17 @@ def test_the_report_says_what_was_multiplied_by_how_much() -> None:
     [
         (transforms.crop, (2, 2), (2, 3), "crop cannot grow axis 1 from 2 to 3"),
         (transforms.pad, (2, 3), (2, 2), "pad cannot shrink axis 1"),
-        (transforms.uniform, (2,), (3,), "uniform cannot grow"),
-        (transforms.resize, (2,), (2, 1), "one rank"),
+        (transforms.select_uniform, (2,), (3,), "uniform cannot grow"),
+        (transforms.resize_linear, (2,), (2, 1), "one rank"),
         (transforms.pad, (0,), (2,), "empty"),
         (lambda leaf, shape, path: leaf, (2,), (3,), r"made \(2,\)"),
     ],
 )
 def test_policies_that_do_not_apply(policy: Any, source: Any, target: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        transforms.plan({"w": jnp.ones(source)}, {"w": jnp.ones(target)}, on_mismatch=policy)
+        transforms.plan_transfer(
+            {"w": jnp.ones(source)}, {"w": jnp.ones(target)}, on_mismatch=policy
+        )
 
 
 def test_a_policy_is_any_function() -> None:
@@ -326,7 +331,7 @@ def test_selection_by_any_rule_is_a_policy() -> None:
     np.testing.assert_array_equal(params["a"], leaf[:, rows])
     np.testing.assert_array_equal(params["b"], params["a"])
     with pytest.raises(ValueError, match="select_with cannot grow"):
-        transforms.plan({"w": jnp.ones(2)}, {"w": jnp.ones(3)}, on_mismatch=chosen)
+        transforms.plan_transfer({"w": jnp.ones(2)}, {"w": jnp.ones(3)}, on_mismatch=chosen)
 
 
 @pytest.mark.parametrize("bad", ["crop", [("head", "crop")], 3, [("hed/.*", transforms.crop)]])
@@ -338,9 +343,9 @@ def test_bad_policies(bad: Any) -> None:
 def test_misspelt_options_raise() -> None:
     misspelt: Any = "skip"
     with pytest.raises(ValueError, match="on_missing must be one of"):
-        transforms.plan(_tree(), _tree(), on_missing=misspelt)
+        transforms.plan_transfer(_tree(), _tree(), on_missing=misspelt)
     with pytest.raises(ValueError, match="on_extra must be one of"):
-        transforms.plan(_tree(), _tree(), on_extra=misspelt)
+        transforms.plan_transfer(_tree(), _tree(), on_extra=misspelt)
     with pytest.raises(ValueError, match="Nearest paths"):
         transforms.transfer(_tree(), _tree(), where="bakcbone/.*")
 
@@ -436,8 +441,10 @@ def test_apply_keeps_shardings_within_one_program() -> None:
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     source = {"w": jax.device_put(jnp.arange(32.0).reshape(8, 4), rows)}
     target = {"w": jax.device_put(jnp.zeros((4, 2)), rows)}
-    planned = transforms.plan(source, target, on_mismatch=transforms.uniform, alpha=2.0)
-    small = jax.jit(lambda s, t: transforms.apply(planned, s, t), out_shardings={"w": rows})
+    planned = transforms.plan_transfer(
+        source, target, on_mismatch=transforms.select_uniform, alpha=2.0
+    )
+    small = jax.jit(lambda s, t: transforms.apply_plan(planned, s, t), out_shardings={"w": rows})
     got = small(source, target)["w"]
     assert got.sharding.is_equivalent_to(rows, 2) and len(got.addressable_shards) == 4
     np.testing.assert_array_equal(got, 2 * np.arange(32.0).reshape(8, 4)[::2, ::2])
@@ -448,15 +455,17 @@ def test_apply_keeps_shardings_within_one_program() -> None:
 
 def test_apply_is_jit_vmap_and_grad_able() -> None:
     source, target = _tree(width=4), _tree(width=2, seed=1)
-    planned = transforms.plan(source, target, on_mismatch=transforms.uniform)
-    eager = transforms.apply(planned, source, target)
-    _assert_equal(jax.jit(lambda s, t: transforms.apply(planned, s, t))(source, target), eager)
+    planned = transforms.plan_transfer(source, target, on_mismatch=transforms.select_uniform)
+    eager = transforms.apply_plan(planned, source, target)
+    _assert_equal(jax.jit(lambda s, t: transforms.apply_plan(planned, s, t))(source, target), eager)
     stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), source)
-    many = jax.vmap(lambda s: transforms.apply(planned, s, target))(stacked)
+    many = jax.vmap(lambda s: transforms.apply_plan(planned, s, target))(stacked)
     _assert_equal(jax.tree.map(lambda x: x[0], many), eager)
 
     def loss(alpha: Array, source: Params) -> Array:
-        params, _ = transforms.transfer(source, target, alpha=alpha, on_mismatch=transforms.uniform)
+        params, _ = transforms.transfer(
+            source, target, alpha=alpha, on_mismatch=transforms.select_uniform
+        )
         return jax.tree.reduce(jnp.add, jax.tree.map(jnp.sum, params))
 
     slope, kernels = jax.grad(loss, argnums=(0, 1))(jnp.float32(1.0), source)
@@ -469,11 +478,11 @@ def test_apply_is_jit_vmap_and_grad_able() -> None:
 
 
 def test_apply_refuses_trees_that_were_not_planned_for() -> None:
-    planned = transforms.plan(_tree(), _tree())
+    planned = transforms.plan_transfer(_tree(), _tree())
     with pytest.raises(ValueError, match="source is not the one"):
-        transforms.apply(planned, _tree(width=5), _tree())
+        transforms.apply_plan(planned, _tree(width=5), _tree())
     with pytest.raises(ValueError, match="target is not the one.*layer_2"):
-        transforms.apply(planned, _tree(layers=3), _tree(layers=3))
+        transforms.apply_plan(planned, _tree(layers=3), _tree(layers=3))
 
 
 def test_seventy_billion_parameters_are_planned_without_memory() -> None:
@@ -486,7 +495,7 @@ def test_seventy_billion_parameters_are_planned_without_memory() -> None:
     source, target = model(9216, 80), model(4608, 80)
     assert trees.count(source) > 70e9
     before = len(jax.live_arrays())
-    report = transforms.plan(source, target, on_mismatch=transforms.uniform).report
+    report = transforms.plan_transfer(source, target, on_mismatch=transforms.select_uniform).report
     assert len(jax.live_arrays()) <= before  # seconds: benchmarks/transforms_bandwidth.py
     assert report.fraction == 1 and len(report.adapted) == 560
     assert len(str(report).splitlines()) == 8  # layers collapse
@@ -513,7 +522,7 @@ def test_the_report_collapses_layers_only_where_they_are_equal() -> None:
 @given(st.sets(st.tuples(st.integers(0, 12), st.integers(0, 3)), min_size=1))
 def test_collapsed_paths_name_exactly_the_given_ones(numbers: set[tuple[int, int]]) -> None:
     given_paths = {f"layer_{a}/part{b}/w" for a, b in numbers}
-    collapsed = _report.collapse(sorted(given_paths))
+    collapsed = _report.collapse_paths(sorted(given_paths))
     every = {f"layer_{a}/part{b}/w" for a in range(13) for b in range(4)}
     named = [path for row in collapsed for path in every if _names(row, path)]
     assert sorted(named) == sorted(given_paths)

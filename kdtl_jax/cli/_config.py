@@ -17,7 +17,7 @@ import yaml
 _SPOKEN = (
     (
         "on_mismatch",
-        "on_mismatch=: transforms.keep_target, crop, pad, uniform, resize or a function",
+        "on_mismatch=: transforms.keep_on_mismatch, crop, pad, uniform, resize or a function",
         "--on-mismatch keep, crop, pad, uniform or resize",
     ),
     ("drop", "a rename to None", "--drop"),

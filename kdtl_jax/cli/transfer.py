@@ -18,13 +18,13 @@ from kdtl_jax.recipes import transfer as recipe
 from kdtl_jax.run import checkpoint, report
 
 POLICIES = {
-    "error": transforms.error,
-    "keep": transforms.keep_target,
+    "error": transforms.raise_on_mismatch,
+    "keep": transforms.keep_on_mismatch,
     "crop": transforms.crop,
     "pad": transforms.pad,
     "crop_or_pad": transforms.crop_or_pad,
-    "uniform": transforms.uniform,
-    "resize": transforms.resize,
+    "uniform": transforms.select_uniform,
+    "resize": transforms.resize_linear,
 }
 BASELINE = "scratch"
 EPILOG = """Examples:

@@ -200,7 +200,7 @@ def scaled_start(teacher: Params, student: Params, alpha: Any) -> Params:
       ValueError: if teacher and student do not have the same layers.
     """
     selected, _ = transforms.transfer(
-        teacher, student, on_mismatch=transforms.uniform, check_finite=False
+        teacher, student, on_mismatch=transforms.select_uniform, check_finite=False
     )
     return transforms.scale(selected, alpha)
 

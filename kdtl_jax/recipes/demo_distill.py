@@ -141,7 +141,7 @@ def select_weights(teachers: Params, students: Params) -> Params:
     """
     return jax.vmap(
         lambda teacher, student: transforms.transfer(
-            teacher, student, on_mismatch=transforms.uniform, check_finite=False
+            teacher, student, on_mismatch=transforms.select_uniform, check_finite=False
         )[0]
     )(teachers, students)
 

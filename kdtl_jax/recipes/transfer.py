@@ -52,7 +52,7 @@ class Surgery(NamedTuple):
 
     where: trees.Selector = trees.none_of(HEADS)
     rename: Sequence[tuple[str, str | None]] = ()
-    on_mismatch: transforms.Policy = transforms.error
+    on_mismatch: transforms.Policy = transforms.raise_on_mismatch
 
 
 class Source(NamedTuple):

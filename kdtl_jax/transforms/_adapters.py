@@ -1,300 +1,188 @@
-"""Adapters that scale or rotate: IA3, VeRA, OFT. (BitFit needs no adapter: train `".*bias"`.)"""
+"""Adapters as pure functions of parameters: `init`, `apply`, `merge`, `combine`.
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+An adapter turns base parameters and a few weights of its own into parameters of the base's shape,
+so no model changes: call `apply` inside the loss and differentiate with respect to the weights
+
+    base, weights = adapter.init(key, params, where=".*/kernel")
+    loss = lambda weights: task_loss(adapter.apply(base, weights), batch)
+
+Weights are a flat dict `{path: arrays}`: selectors, optimizers and checkpoints see
+`"encoder/kernel/a"`. Many adapters at once are one `jax.vmap(adapter.apply, in_axes=(None, 0))`;
+kernels of scanned layers `[L, in, out]` have one adapter per layer; several kinds compose by
+nesting `apply`. Dropout of the adapter's *inputs* is no function of parameters and is left out.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from kdtl_jax import _numerics, trees
-from kdtl_jax._types import Array, Params, PyTree, Scalar
-from kdtl_jax.transforms import _adapter, _leaves
-from kdtl_jax.transforms._adapter import (
-    AdaptedParams,
-    Adapter,
-    AdapterWeights,
-    AxisSpec,
-    MatrixView,
-)
+from kdtl_jax import _checks, _numerics, trees
+from kdtl_jax._types import Array, ModelFn, Outputs, Params, PyTree, Scalar
+from kdtl_jax.transforms import _leaves
 
-Apply = Callable[[Params, AdapterWeights], Params]
-
-_HIGHEST = jax.lax.Precision.HIGHEST
+AdapterWeights = dict[str, Any]  # path of the adapted leaf -> NamedTuple of arrays
+AxisSpec = int | tuple[int, ...]
 
 
-class ScaleWeights(NamedTuple):
-    """`vector [..., out]` or `[..., in]`: one factor per output or input; starts at 1."""
+class AdaptedParams(NamedTuple):
+    """What `init` returns and adapted models take: `base/...` and `adapter/...` by path."""
 
-    vector: Array
-
-
-class VeraWeights(NamedTuple):
-    """`d [K, ..., r]` and `b [K, ..., out]`: K terms over the shared random projections."""
-
-    d: Array
-    b: Array
+    base: Params
+    adapter: AdapterWeights
 
 
-class RotationWeights(NamedTuple):
-    """`skew [..., blocks, n (n - 1) / 2]`: upper triangles of skew matrices; start at 0."""
+class AdapterInit(Protocol):
+    """`(key, params, *, where, gradients) -> (base, weights)`, `apply(base, weights) == params`.
 
-    skew: Array
+    The base differs from the parameters only where a start moves part of the kernel into the
+    adapter (PiSSA, OLoRA, LoRA-GA). `gradients` is read by gradient starts alone.
+    """
+
+    def __call__(
+        self,
+        key: Array,
+        params: Params,
+        *,
+        where: trees.Selector,
+        gradients: PyTree | None = None,
+    ) -> AdaptedParams: ...
 
 
-def ia3_output(
-    *, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1, bias: str | None = "bias"
-) -> Adapter:
-    """`y' = (x W + b) * l`: one learned factor per output, for keys and values.
+class Adapter(NamedTuple):
+    """The functions of one kind of adapter; hyper-parameters are fixed when it is made."""
 
-    Args:
-      in_axis: the kernel's input axis, or axes.
-      out_axis: the kernel's output axis, or axes.
-      bias: last path segment of the bias beside a kernel, scaled with it where there is one;
-        None scales no bias.
+    init: AdapterInit
+    apply: Callable[[Params, AdapterWeights], Params]
+    merge: Callable[[Params, AdapterWeights], Params]
+    """The same numbers as `apply`, cast once to the leaves' dtypes, as plain parameters."""
+    combine: Callable[..., AdapterWeights]
+    """`(members, weights=None) -> AdapterWeights`; one member of weight 1 is itself."""
 
-    Returns:
-      The adapter; weights are `{kernel's path: ScaleWeights}`. `combine` is
-      `1 + sum_i w_i (l_i - 1)`.
+
+def adapted_model(model: ModelFn, adapter: Adapter) -> ModelFn:
+    """A model function over adapted parameters; train it with `trainable="adapter/.*"`.
+
+    Its parameters are what `adapter.init` returns, or a dict `{"base": ..., "adapter": ...}`:
+
+        start = adapter.init(key, params, where=".*/kernel")
+        ... train adapted_model(model, adapter) from start to tuned ...
+        params = adapter.merge(*tuned)
+    """
+
+    def run(
+        params: Params,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, PyTree]:
+        pair = AdaptedParams(**params) if isinstance(params, Mapping) else AdaptedParams(*params)
+        merged = adapter.apply(pair.base, pair.adapter)
+        return model(merged, model_state, inputs, key=key, train=train)
+
+    return run
+
+
+class MatrixView(NamedTuple):
+    """A leaf as a stack of matrices `[..., in, out]`, and the way back."""
+
+    matrix: Array
+    restore: Callable[[Array], Array]
+
+
+def matrix_view(path: str, leaf: Any, in_axis: AxisSpec, out_axis: AxisSpec) -> MatrixView:
+    """`leaf` in float32 or wider as `[..., in, out]`; several axes on a side are flattened.
+
+    Axes that are on neither side lead: each of their entries is a matrix of its own. Which axes
+    are inputs is never guessed from a shape.
+    """
+    ndim = jnp.ndim(leaf)
+    sides = [(axis,) if isinstance(axis, int) else tuple(axis) for axis in (in_axis, out_axis)]
+    if any(not -ndim <= axis < ndim for side in sides for axis in side):
+        raise ValueError(
+            f"{path!r} has shape {list(jnp.shape(leaf))}, which lacks in_axis={in_axis} or "
+            f"out_axis={out_axis}. Select matrices only (where=), or name their axes."
+        )
+    ins, outs = ([axis % ndim for axis in side] for side in sides)
+    if len({*ins, *outs}) != len(ins) + len(outs):
+        raise ValueError(f"in_axis={in_axis} and out_axis={out_axis} of {path!r} overlap.")
+    lead = [axis for axis in range(ndim) if axis not in ins and axis not in outs]
+    order = [*lead, *ins, *outs]
+    moved = jnp.transpose(_leaves.widen(leaf), order)
+    shape = moved.shape
+    first, second = len(lead), len(lead) + len(ins)
+    flat = (*shape[:first], math.prod(shape[first:second]), math.prod(shape[second:]))
+    back = [order.index(axis) for axis in range(ndim)]
+
+    def restore(matrix: Array) -> Array:
+        return jnp.transpose(matrix.reshape(shape), back)
+
+    return MatrixView(moved.reshape(flat), restore)
+
+
+def selected_matrices(params: Params, where: trees.Selector) -> dict[str, Any]:
+    """The inexact leaves an adapter is asked to adapt."""
+    chosen, _ = trees.partition(params, where)
+    found = trees.flatten(chosen)
+    if not found:
+        raise ValueError("adapter: the selected leaves hold no floating-point array.")
+    return found
+
+
+def rewrite(
+    params: Params, edits: Mapping[str, Any], edit: Callable[[str, Any, Any], Array]
+) -> Params:
+    """`edit(path, leaf, edits[path])` at every path of `edits`, cast to the leaf's dtype.
 
     Raises:
-      ValueError: if a selected leaf lacks the axes.
-
-    References:
-      Liu et al., Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper, 2022
-      (2205.05638).
+      ValueError: if a path is not in the parameters; the nearest paths are listed.
     """
-
-    def apply(params: Params, weights: AdapterWeights) -> Params:
-        flat, edits = trees.flatten(params), {}
-        for path, scale in weights.items():
-            edits[path] = (scale.vector, True)
-            beside = None if bias is None else "/".join([*path.split("/")[:-1], bias])
-            if beside is not None and beside in flat and beside not in weights:
-                edits[beside] = (scale.vector, False)
-
-        def edit(path: str, leaf: PyTree, wanted: tuple[Array, bool]) -> Array:
-            vector, is_kernel = wanted
-            if not is_kernel:
-                wide = _leaves.widen(leaf)
-                return wide * vector.reshape(wide.shape).astype(wide.dtype)
-            kernel = _adapter.matrix_view("ia3_output", path, leaf, in_axis, out_axis)
-            shape = (*kernel.matrix.shape[:-2], kernel.matrix.shape[-1])
-            _adapter.fits("ia3_output", path, {"vector": shape}, vector=vector)
-            return kernel.restore(kernel.matrix * vector[..., None, :].astype(kernel.matrix.dtype))
-
-        return _adapter.rewrite("ia3_output", params, edits, edit)
-
-    return _scaling_adapter("ia3_output", apply, in_axis, out_axis, -1)
-
-
-def ia3_input(*, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1) -> Adapter:
-    """`y' = (x * l) W + b`: one learned factor per input, for feed-forward layers.
-
-    As `ia3_output`; biases are untouched.
-    """
-
-    def apply(params: Params, weights: AdapterWeights) -> Params:
-        def edit(path: str, leaf: PyTree, scale: ScaleWeights) -> Array:
-            kernel = _adapter.matrix_view("ia3_input", path, leaf, in_axis, out_axis)
-            shape = kernel.matrix.shape[:-1]
-            _adapter.fits("ia3_input", path, {"vector": shape}, vector=scale.vector)
-            vector = scale.vector.astype(kernel.matrix.dtype)
-            return kernel.restore(kernel.matrix * vector[..., :, None])
-
-        return _adapter.rewrite("ia3_input", params, weights, edit)
-
-    return _scaling_adapter("ia3_input", apply, in_axis, out_axis, -2)
-
-
-def vera(
-    projections: Array,
-    rank: int = 256,
-    *,
-    start: float = 0.1,
-    in_axis: AxisSpec = -2,
-    out_axis: AxisSpec = -1,
-) -> Adapter:
-    """`W' = W + (A * d) (B * b)` with A and B random, frozen, and the same for every layer.
-
-    A and B are drawn from a key instead of stored: a layer reads their first `in` rows and `out`
-    columns, which do not depend on any other layer's size.
-
-    Args:
-      projections: the PRNG key of A and B; part of the method, keep it with the weights.
-      rank: r; high, since a rank costs one number per layer.
-      start: of d; b starts at 0.
-      in_axis: the kernel's input axis, or axes.
-      out_axis: the kernel's output axis, or axes.
-
-    Returns:
-      The adapter; weights are `{path: VeraWeights}`. `combine` stacks terms, which is exact.
-
-    Raises:
-      ValueError: if a selected leaf lacks the axes.
-
-    References:
-      Kopiczko, Blankevoort and Asano, VeRA, 2023 (2310.11454). Bounds `sqrt(6 / in)` of A and
-      `sqrt(6 / r)` of B as in PEFT, with each layer's own `in`.
-    """
-
-    def view(path: str, leaf: PyTree) -> MatrixView:
-        return _adapter.matrix_view("vera", path, leaf, in_axis, out_axis)
-
-    def init(
-        key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
-    ) -> AdaptedParams:
-        weights = {}
-        for path, leaf in _adapter.selected_matrices(params, where).items():
-            *lead, _, fan_out = view(path, leaf).matrix.shape
-            dtype = _leaves.widen(leaf).dtype
-            d = jnp.full((1, *lead, rank), start, dtype)
-            weights[path] = VeraWeights(d, jnp.zeros((1, *lead, fan_out), dtype))
-        return AdaptedParams(params, weights)
-
-    def apply(params: Params, weights: AdapterWeights) -> Params:
-        def edit(path: str, leaf: PyTree, each: VeraWeights) -> Array:
-            kernel = view(path, leaf)
-            *lead, fan_in, fan_out = kernel.matrix.shape
-            terms, dtype = each.d.shape[0], kernel.matrix.dtype
-            expected = {"d": (terms, *lead, rank), "b": (terms, *lead, fan_out)}
-            _adapter.fits("vera", path, expected, d=each.d, b=each.b)
-            of_a, of_b = jax.random.split(projections)
-            a = _rows(of_a, fan_in, rank, (6 / fan_in) ** 0.5, dtype)
-            b = _rows(of_b, fan_out, rank, (6 / rank) ** 0.5, dtype).T
-            alone = a.reshape(*(1,) * (each.d.ndim - 1), *a.shape)
-            scaled = alone * each.d[..., None, :].astype(dtype)
-            product = jnp.matmul(scaled, b, precision=_HIGHEST)
-            delta = jnp.sum(product * each.b[..., None, :].astype(dtype), axis=0)
-            return kernel.restore(kernel.matrix + delta)
-
-        return _adapter.rewrite("vera", params, weights, edit)
-
-    def combine(
-        members: Sequence[AdapterWeights], weights: Sequence[Scalar] | Array | None = None
-    ) -> AdapterWeights:
-        shares = _adapter.members_of("vera", members, weights)
-        return {
-            path: VeraWeights(
-                jnp.concatenate([member[path].d for member in members]),
-                jnp.concatenate(
-                    [
-                        _numerics.scalar(share, member[path].b) * member[path].b
-                        for share, member in zip(shares, members, strict=True)
-                    ]
-                ),
-            )
-            for path in members[0]
-        }
-
-    return Adapter(init, apply, apply, combine)
-
-
-def oft(block_size: int = 32, *, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1) -> Adapter:
-    """`W' = R W`, R block-diagonal and orthogonal: inputs are rotated, angles and norms are kept.
-
-    `R = (I + Q)(I - Q)^-1` with Q skew (Cayley), solved exactly.
-
-    Args:
-      block_size: n; the inputs must be a multiple of it.
-      in_axis: the kernel's input axis, or axes.
-      out_axis: the kernel's output axis, or axes.
-
-    Returns:
-      The adapter; weights are `{path: RotationWeights}`. `combine` adds the skew matrices,
-      which is exact for one member, and for several that rotate the same planes only nearly.
-
-    Raises:
-      ValueError: if a selected leaf lacks the axes, or its inputs do not divide into blocks.
-
-    References:
-      Qiu et al., Controlling Text-to-Image Diffusion by Orthogonal Finetuning, 2023
-      (2306.07280). PEFT's default is a truncated Neumann series of this R; its exact branch is
-      the inverse rotation, i.e. this one with the sign of Q flipped.
-    """
-    size = block_size * (block_size - 1) // 2
-    rows, columns = np.triu_indices(block_size, 1)
-
-    def view(path: str, leaf: PyTree) -> MatrixView:
-        kernel = _adapter.matrix_view("oft", path, leaf, in_axis, out_axis)
-        if kernel.matrix.shape[-2] % block_size:
+    flat = trees.flatten(params)
+    for path in edits:
+        if path not in flat:
             raise ValueError(
-                f"the {kernel.matrix.shape[-2]} inputs of {path!r} are no multiple of "
-                f"block_size={block_size}."
+                f"the adapter's {path!r} is not in the parameters; nearest paths: "
+                f"{trees.nearest(path, list(flat))}. Adapters belong to one architecture."
             )
-        return kernel
-
-    def init(
-        key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
-    ) -> AdaptedParams:
-        weights = {}
-        for path, leaf in _adapter.selected_matrices(params, where).items():
-            *lead, fan_in, _ = view(path, leaf).matrix.shape
-            shape = (*lead, fan_in // block_size, size)
-            weights[path] = RotationWeights(jnp.zeros(shape, _leaves.widen(leaf).dtype))
-        return AdaptedParams(params, weights)
-
-    def apply(params: Params, weights: AdapterWeights) -> Params:
-        def edit(path: str, leaf: PyTree, each: RotationWeights) -> Array:
-            kernel = view(path, leaf)
-            *lead, fan_in, fan_out = kernel.matrix.shape
-            blocks = fan_in // block_size
-            _adapter.fits("oft", path, {"skew": (*lead, blocks, size)}, skew=each.skew)
-            dtype = kernel.matrix.dtype
-            upper = jnp.zeros((*lead, blocks, block_size, block_size), dtype)
-            upper = upper.at[..., rows, columns].set(each.skew.astype(dtype))
-            skew = upper - jnp.swapaxes(upper, -1, -2)
-            eye = jnp.broadcast_to(jnp.eye(block_size, dtype=dtype), skew.shape)
-            # The two factors commute, so their order is free.
-            rotation = jnp.linalg.solve(eye - skew, eye + skew)
-            inputs = kernel.matrix.reshape(*lead, blocks, block_size, fan_out)
-            turned = jnp.matmul(rotation, inputs, precision=_HIGHEST)
-            return kernel.restore(turned.reshape(kernel.matrix.shape))
-
-        return _adapter.rewrite("oft", params, weights, edit)
-
-    def combine(
-        members: Sequence[AdapterWeights], weights: Sequence[Scalar] | Array | None = None
-    ) -> AdapterWeights:
-        shares = _adapter.members_of("oft", members, weights)
-        return {
-            path: RotationWeights(_adapter.weighted(shares, [m[path].skew for m in members]))
-            for path in members[0]
-        }
-
-    return Adapter(init, apply, apply, combine)
+    out = [
+        edit(path, leaf, edits[path]).astype(_leaves.canonical_dtype(leaf))
+        if path in edits
+        else leaf
+        for path, leaf in flat.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), out)
 
 
-def _scaling_adapter(
-    fn: str, apply: Apply, in_axis: AxisSpec, out_axis: AxisSpec, side: int
-) -> Adapter:
-    """An adapter of factors along one side of the matrix (-1 outputs, -2 inputs)."""
-
-    def init(
-        key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
-    ) -> AdaptedParams:
-        weights = {}
-        for path, leaf in _adapter.selected_matrices(params, where).items():
-            matrix = _adapter.matrix_view(fn, path, leaf, in_axis, out_axis).matrix
-            shape = (*matrix.shape[:-2], matrix.shape[side])
-            weights[path] = ScaleWeights(jnp.ones(shape, matrix.dtype))
-        return AdaptedParams(params, weights)
-
-    def combine(
-        members: Sequence[AdapterWeights], weights: Sequence[Scalar] | Array | None = None
-    ) -> AdapterWeights:
-        shares = _adapter.members_of(fn, members, weights)
-        return {
-            path: ScaleWeights(
-                1 + _adapter.weighted(shares, [member[path].vector - 1 for member in members])
+def fits(path: str, expected: Mapping[str, tuple[int, ...]], **arrays: Array) -> None:
+    """Raises ValueError unless every array has its expected shape."""
+    for name, array in arrays.items():
+        if array.shape != expected[name]:
+            raise ValueError(
+                f"the adapter of {path!r} does not fit: expected {name}"
+                f"{list(expected[name])}, got {_checks.described(**{name: array})}. Was it made "
+                "for other parameters, or with other in_axis and out_axis?"
             )
-            for path in members[0]
-        }
-
-    return Adapter(init, apply, apply, combine)
 
 
-def _rows(key: Array, count: int, width: int, bound: float, dtype: jnp.dtype) -> Array:
-    """Uniform rows `[count, width]`, each from its own key: more rows never change the first."""
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
-    return jax.vmap(lambda k: jax.random.uniform(k, (width,), dtype, -bound, bound))(keys)
+def members_of(
+    members: Sequence[AdapterWeights], weights: Sequence[Scalar] | Array | None
+) -> list[Scalar]:
+    """One weight per member, members checked to adapt the same paths."""
+    if not members:
+        raise ValueError("expected a non-empty list of adapters' weights.")
+    _checks.same_keys(**{f"members[{i}]": member for i, member in enumerate(members)})
+    if weights is None:
+        return [1.0] * len(members)
+    if len(weights) != len(members):
+        raise ValueError(f"expected {len(members)} weights, got {len(weights)}.")
+    return [weights[i] for i in range(len(members))]
+
+
+def weighted(weights: Sequence[Scalar], arrays: Sequence[Array]) -> Array:
+    """`sum_i w_i x_i`; equal shapes."""
+    terms = [_numerics.scalar(w, x) * x for w, x in zip(weights, arrays, strict=True)]
+    return sum(terms[1:], terms[0])

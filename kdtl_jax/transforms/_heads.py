@@ -9,11 +9,11 @@ import numpy as np
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params
-from kdtl_jax.transforms import _axes
-from kdtl_jax.transforms._axes import Axis, AxisSpec
-from kdtl_jax.transforms._rename import Rename
+from kdtl_jax.transforms import _width
+from kdtl_jax.transforms._plan import Rename
 from kdtl_jax.transforms._report import Report
 from kdtl_jax.transforms._transfer import transfer
+from kdtl_jax.transforms._width import Axis, AxisSpec
 
 
 def replace_head(
@@ -86,7 +86,7 @@ def index_map(old: Sequence[Hashable], new: Sequence[Hashable]) -> np.ndarray:
     return np.array([position.get(entry, -1) for entry in new], np.int64)
 
 
-def remap(
+def remap_units(
     params: Params,
     spec: AxisSpec,
     indices: Mapping[str, Any],
@@ -110,11 +110,11 @@ def remap(
         another structure or shapes.
       TypeError: if indices are not integers.
     """
-    axes = _axes.axes_of("remap", params, spec)
-    sizes = _axes.sizes_of("remap", params, axes)
+    axes = _width.axes_of(params, spec)
+    sizes = _width.sizes_of(params, axes)
     index: dict[str, np.ndarray] = {}
     for name, value in indices.items():
-        size = _axes.known(name, sizes, "remap")
+        size = _width.known(name, sizes)
         value = np.asarray(value)
         _checks.integers(**{name: value})
         _checks.rank(1, 1, **{name: value})
@@ -124,14 +124,14 @@ def remap(
     def carry(leaf: Array, position: int, axis: Axis) -> Array:
         if axis.name is None or axis.name not in index:
             return leaf
-        split = _axes.split_axis(leaf, position, axis)
+        split = _width.split_axis(leaf, position, axis)
         old = np.maximum(index[axis.name], 0)
         taken = jnp.take(split, old, axis=position + 1)
         mean = jnp.mean(_numerics.upcast(split), axis=position + 1, keepdims=True)
         is_new = _along(index[axis.name] < 0, position + 1, split.ndim)
-        return _axes.join_axis(jnp.where(is_new, mean.astype(split.dtype), taken), position)
+        return _width.join_axis(jnp.where(is_new, mean.astype(split.dtype), taken), position)
 
-    mapped = _axes.over_axes(params, axes, carry)
+    mapped = _width.over_axes(params, axes, carry)
     return mapped if fresh is None else _filled_from(mapped, fresh, axes, index)
 
 

@@ -1,4 +1,10 @@
-"""LoRA and DoRA: low-rank additions to kernels, and their exact combination."""
+"""LoRA and DoRA: low-rank additions to kernels, where they start, and their exact combination.
+
+A *start* is a function `(key, kernel, rank, scale, gradient) -> (a, b)` with `a [..., in, r]` and
+`b [..., r, out]` for a kernel `[..., in, out]`. Whatever a start returns, `init` subtracts
+`scale a b` from the base, so that every start preserves the function exactly; with `b = 0` the base
+is untouched, bit by bit.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,15 +15,119 @@ import jax.numpy as jnp
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params, PyTree, Scalar
-from kdtl_jax.transforms import _adapter, _leaves
-from kdtl_jax.transforms._adapter import (
+from kdtl_jax.transforms import _adapters, _leaves
+from kdtl_jax.transforms._adapters import (
     AdaptedParams,
     Adapter,
     AdapterWeights,
     AxisSpec,
     MatrixView,
 )
-from kdtl_jax.transforms._lora_starts import Start, kaiming
+
+Start = Callable[[Array, Array, int, Array, Array | None], tuple[Array, Array]]
+
+
+def kaiming_start(
+    key: Array, kernel: Array, rank: int, scale: Array, gradient: Array | None = None
+) -> tuple[Array, Array]:
+    """`a ~ U(+-1/sqrt(in))`, `b = 0`: LoRA as PEFT starts it."""
+    *lead, fan_in, fan_out = kernel.shape
+    bound = 1 / fan_in**0.5
+    a = jax.random.uniform(key, (*lead, fan_in, rank), kernel.dtype, -bound, bound)
+    return a, jnp.zeros((*lead, rank, fan_out), kernel.dtype)
+
+
+def gaussian_start(
+    key: Array, kernel: Array, rank: int, scale: Array, gradient: Array | None = None
+) -> tuple[Array, Array]:
+    """`a ~ N(0, 1/r^2)`, `b = 0`."""
+    *lead, fan_in, fan_out = kernel.shape
+    a = jax.random.normal(key, (*lead, fan_in, rank), kernel.dtype) / rank
+    return a, jnp.zeros((*lead, rank, fan_out), kernel.dtype)
+
+
+def orthogonal_start(
+    key: Array, kernel: Array, rank: int, scale: Array, gradient: Array | None = None
+) -> tuple[Array, Array]:
+    """`a b = 0` with both factors non-zero, so that both learn from the first step. Even ranks.
+
+    The rows of one orthogonal `[r, r]` matrix are dealt out to the two factors.
+    """
+    *lead, fan_in, fan_out = kernel.shape
+    if rank % 2:
+        raise ValueError(f"the rank must be even, got {rank}.")
+    of_basis, of_a, of_b = jax.random.split(key, 3)
+    basis, _ = jnp.linalg.qr(jax.random.normal(of_basis, (*lead, rank, rank), kernel.dtype))
+    half = rank // 2
+    left = jax.random.normal(of_a, (*lead, fan_in, half), kernel.dtype) / fan_in**0.5
+    right = jax.random.normal(of_b, (*lead, fan_out, half), kernel.dtype) / fan_out**0.5
+    a = left @ basis[..., 0::2, :]
+    return a, jnp.swapaxes(right @ basis[..., 1::2, :], -1, -2)
+
+
+def pissa_start(
+    key: Array, kernel: Array, rank: int, scale: Array, gradient: Array | None = None
+) -> tuple[Array, Array]:
+    """The kernel's r principal components, `scale a b = U_r S_r V_r^T`: the base keeps the rest.
+
+    References:
+      Meng et al., PiSSA, 2024 (2404.02948).
+    """
+    u, s, vt = _svd(kernel, rank)
+    root = jnp.sqrt(s[..., :rank] / scale)
+    return u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :]
+
+
+def olora_start(
+    key: Array, kernel: Array, rank: int, scale: Array, gradient: Array | None = None
+) -> tuple[Array, Array]:
+    """The first r columns of Q and rows of R of `kernel^T = Q R`: `b = Q_r^T` is orthonormal.
+
+    `scale` is not divided out, as in the published code; the base absorbs it.
+
+    References:
+      Buyukakyuz, OLoRA, 2024 (2406.01775).
+    """
+    _needs(kernel, rank)
+    q, r = jnp.linalg.qr(jnp.swapaxes(kernel, -1, -2))
+    return jnp.swapaxes(r[..., :rank, :], -1, -2), jnp.swapaxes(q[..., :, :rank], -1, -2)
+
+
+def lora_ga_start(gamma: float = 16.0) -> Start:
+    """LoRA-GA: singular vectors of the loss's gradient, so that step one follows full fine-tuning.
+
+    `a` takes the input side's vectors `0:r`, `b` the output side's `r:2r`, both times
+    `out^(1/4) / sqrt(gamma)`. Pass `gradients=` to `init`.
+
+    References:
+      Wang, Yu and Li, LoRA-GA, 2024 (2407.05000), algorithm 1.
+    """
+
+    def start(
+        key: Array, kernel: Array, rank: int, scale: Array, gradient: Array | None = None
+    ) -> tuple[Array, Array]:
+        if gradient is None:
+            raise ValueError("pass gradients= (a tree like params) to init.")
+        u, _, vt = _svd(gradient, 2 * rank)
+        size = kernel.shape[-1] ** 0.25 / gamma**0.5
+        return size * u[..., :rank], size * vt[..., rank : 2 * rank, :]
+
+    return start
+
+
+def _svd(matrix: Array, rank: int) -> tuple[Array, Array, Array]:
+    _needs(matrix, rank)
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    return u, s, vt
+
+
+def _needs(matrix: Array, rank: int) -> None:
+    if rank > min(matrix.shape[-2:]):
+        raise ValueError(
+            f"a matrix {list(matrix.shape[-2:])} has no {rank} singular directions. "
+            "Lower the rank, or leave small leaves out (where=)."
+        )
+
 
 Scaling = Callable[[Scalar, int], Scalar]  # (alpha, rank) -> factor of a b
 
@@ -37,12 +147,12 @@ class DoraWeights(NamedTuple):
     magnitude: Array
 
 
-def by_rank(alpha: Scalar, rank: int) -> Scalar:
+def scale_by_rank(alpha: Scalar, rank: int) -> Scalar:
     """`alpha / r`: LoRA."""
     return alpha / rank
 
 
-def by_root_rank(alpha: Scalar, rank: int) -> Scalar:
+def scale_by_root_rank(alpha: Scalar, rank: int) -> Scalar:
     """`alpha / sqrt(r)`: rsLoRA (2312.03732), stable at high rank."""
     return alpha / math.sqrt(rank)
 
@@ -51,8 +161,8 @@ def lora(
     rank: int = 8,
     alpha: Scalar = 8.0,
     *,
-    scaling: Scaling = by_rank,
-    start: Start = kaiming,
+    scaling: Scaling = scale_by_rank,
+    start: Start = kaiming_start,
     in_axis: AxisSpec = -2,
     out_axis: AxisSpec = -1,
 ) -> Adapter:
@@ -62,10 +172,11 @@ def lora(
 
     Args:
       rank: r >= 1.
-      alpha: the scale's numerator; with `by_rank` and `alpha = rank` the scale is 1.
-      scaling: `by_rank` or `by_root_rank` (rsLoRA). It is evaluated at the rank the weights
-        have, which `combine` changes.
-      start: `kaiming`, `gaussian`, `orthogonal`, `pissa`, `olora`, `gradient_svd()`.
+      alpha: the scale's numerator; with `scale_by_rank` and `alpha = rank` the scale is 1.
+      scaling: `scale_by_rank` or `scale_by_root_rank` (rsLoRA), evaluated at the rank that the
+        weights have, which `combine` changes.
+      start: `kaiming_start`, `gaussian_start`, `orthogonal_start`, `pissa_start`,
+        `olora_start` or `lora_ga_start()`.
       in_axis: the kernel's input axis, or axes: -2 in flax and haiku, -1 in equinox.
       out_axis: the kernel's output axis, or axes: -1 in flax and haiku, -2 in equinox. Flax's
         attention projections `[embed, heads, head_dim]` have `in_axis=-3, out_axis=(-2, -1)`.
@@ -84,14 +195,14 @@ def lora(
     _check_rank(rank)
 
     def view(path: str, leaf: PyTree) -> MatrixView:
-        return _adapter.matrix_view("lora", path, leaf, in_axis, out_axis)
+        return _adapters.matrix_view(path, leaf, in_axis, out_axis)
 
     def init(
         key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
     ) -> AdaptedParams:
-        leaves = _adapter.selected_matrices(params, where)
+        leaves = _adapters.selected_matrices(params, where)
         pairs = _starts(key, leaves, view, rank, scaling(alpha, rank), start, gradients)
-        base = _adapter.rewrite("lora", params, pairs, _minus(view, scaling, alpha))
+        base = _adapters.rewrite(params, pairs, _minus(view, scaling, alpha))
         weights = {path: _stored(pair, leaves[path]) for path, pair in pairs.items()}
         return AdaptedParams(base, weights)
 
@@ -100,7 +211,7 @@ def lora(
             kernel = view(path, leaf)
             return kernel.restore(kernel.matrix + _product(path, kernel, pair, scaling, alpha))
 
-        return _adapter.rewrite("lora", params, weights, edit)
+        return _adapters.rewrite(params, weights, edit)
 
     def combine(
         members: Sequence[AdapterWeights],
@@ -108,7 +219,7 @@ def lora(
         *,
         rank: int | None = None,
     ) -> AdapterWeights:
-        shares = _adapter.members_of("lora", members, weights)
+        shares = _adapters.members_of(members, weights)
         return {
             path: _concatenate([m[path] for m in members], shares, scaling, alpha, rank)
             for path in members[0]
@@ -121,8 +232,8 @@ def dora(
     rank: int = 8,
     alpha: Scalar = 8.0,
     *,
-    scaling: Scaling = by_rank,
-    start: Start = kaiming,
+    scaling: Scaling = scale_by_rank,
+    start: Start = kaiming_start,
     in_axis: AxisSpec = -2,
     out_axis: AxisSpec = -1,
 ) -> Adapter:
@@ -142,14 +253,14 @@ def dora(
     _check_rank(rank)
 
     def view(path: str, leaf: PyTree) -> MatrixView:
-        return _adapter.matrix_view("dora", path, leaf, in_axis, out_axis)
+        return _adapters.matrix_view(path, leaf, in_axis, out_axis)
 
     def init(
         key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
     ) -> AdaptedParams:
-        leaves = _adapter.selected_matrices(params, where)
+        leaves = _adapters.selected_matrices(params, where)
         pairs = _starts(key, leaves, view, rank, scaling(alpha, rank), start, gradients)
-        base = _adapter.rewrite("dora", params, pairs, _minus(view, scaling, alpha))
+        base = _adapters.rewrite(params, pairs, _minus(view, scaling, alpha))
         weights = {}
         for path, pair in pairs.items():
             # At the start V is the kernel itself, whatever part of it the adapter holds.
@@ -161,7 +272,7 @@ def dora(
         def edit(path: str, leaf: PyTree, pair: DoraWeights) -> Array:
             kernel = view(path, leaf)
             shape = (*kernel.matrix.shape[:-2], kernel.matrix.shape[-1])
-            _adapter.fits("dora", path, {"magnitude": shape}, magnitude=pair.magnitude)
+            _adapters.fits(path, {"magnitude": shape}, magnitude=pair.magnitude)
             direction = kernel.matrix + _product(
                 path, kernel, LoraWeights(pair.a, pair.b), scaling, alpha
             )
@@ -169,7 +280,7 @@ def dora(
             ratio = pair.magnitude.astype(norm.dtype) / jnp.where(norm > 0, norm, 1)
             return kernel.restore(ratio[..., None, :] * direction)
 
-        return _adapter.rewrite("dora", params, weights, edit)
+        return _adapters.rewrite(params, weights, edit)
 
     def combine(
         members: Sequence[AdapterWeights],
@@ -177,13 +288,13 @@ def dora(
         *,
         rank: int | None = None,
     ) -> AdapterWeights:
-        shares = _adapter.members_of("dora", members, weights)
+        shares = _adapters.members_of(members, weights)
         out = {}
         for path in members[0]:
             each = [member[path] for member in members]
             pairs = [LoraWeights(w.a, w.b) for w in each]
             pair = _concatenate(pairs, shares, scaling, alpha, rank)
-            lengths = _adapter.weighted(shares, [w.magnitude for w in each])
+            lengths = _adapters.weighted(shares, [w.magnitude for w in each])
             whole = sum((jnp.asarray(s) for s in shares[1:]), jnp.asarray(shares[0]))
             out[path] = DoraWeights(*pair, lengths / _numerics.scalar(whole, lengths))
         return out
@@ -243,7 +354,7 @@ def _product(
     *lead, fan_in, fan_out = kernel.matrix.shape
     rank = pair.a.shape[-1]
     expected = {"a": (*lead, fan_in, rank), "b": (*lead, rank, fan_out)}
-    _adapter.fits("lora", path, expected, a=pair.a, b=pair.b)
+    _adapters.fits(path, expected, a=pair.a, b=pair.b)
     dtype = kernel.matrix.dtype
     a, b = pair.a.astype(dtype), pair.b.astype(dtype)
     product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

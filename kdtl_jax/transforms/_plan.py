@@ -1,6 +1,7 @@
 """Planning a transfer: all that names and shapes decide, in Python and on abstract values."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -9,11 +10,105 @@ import numpy as np
 
 from kdtl_jax import trees
 from kdtl_jax._types import PyTree, Scalar
-from kdtl_jax.transforms import _leaves, _policies, _rename
+from kdtl_jax.transforms import _leaves, _mismatch
 from kdtl_jax.transforms._leaves import Coefficient
-from kdtl_jax.transforms._policies import Policy, Shape
-from kdtl_jax.transforms._rename import Rename
+from kdtl_jax.transforms._mismatch import Policy, Shape
 from kdtl_jax.transforms._report import Adapted, Cast, Kept, Report
+
+Rename = Sequence[tuple[str, str | None]] | Callable[[str], str | Sequence[str] | None]
+
+
+def destinations(names: Sequence[str], rename: Rename) -> dict[str, tuple[str, ...]]:
+    """`{source path: target paths}`; a dropped leaf has none.
+
+    Raises:
+      ValueError: if two source leaves get one target path, a rule is never used or is no
+        regular expression, or following the rules leads back to where it began.
+    """
+    if callable(rename):
+        found = {name: _as_paths(name, rename(name)) for name in names}
+    else:
+        found = _by_rules(names, rename)
+    taken: dict[str, str] = {}
+    for source, targets in found.items():
+        for target in targets:
+            if target in taken:
+                raise ValueError(
+                    f"rename sends both {taken[target]!r} and {source!r} to {target!r}. "
+                    "Rename one of them elsewhere, or drop it with the rule (path, None)."
+                )
+            taken[target] = source
+    return found
+
+
+def _by_rules(
+    names: Sequence[str], rules: Sequence[tuple[str, str | None]]
+) -> dict[str, tuple[str, ...]]:
+    patterns = [_compiled(pattern) for pattern, _ in rules]
+    used = [False] * len(rules)
+
+    def renamed(name: str) -> str | None:
+        for i, (pattern, (_, replacement)) in enumerate(zip(patterns, rules, strict=True)):
+            match = pattern.fullmatch(name)
+            if match:
+                used[i] = True
+                return None if replacement is None else _expanded(match, replacement)
+        return name
+
+    single = {name: renamed(name) for name in names}
+    for (pattern, _), was_used in zip(rules, used, strict=True):
+        if not was_used:
+            near = ", ".join(map(repr, trees.nearest(pattern, list(names))))
+            raise ValueError(
+                f"the rename rule {pattern!r} matches no path of the source, or earlier "
+                f"rules take all it matches. It must match a whole path; nearest: {near}."
+            )
+    _no_cycles(single)
+    return {name: () if new is None else (new,) for name, new in single.items()}
+
+
+def _no_cycles(renamed: dict[str, str | None]) -> None:
+    # Every rule is applied once, so a swap would be well defined; but a reader cannot tell it
+    # from two rules that undo each other, and the commonest cause is the latter.
+    for start in renamed:
+        seen, here = [start], renamed[start]
+        while here is not None and here in renamed and here not in seen:
+            seen.append(here)
+            here = renamed[here]
+        if here == start and len(seen) > 1:
+            raise ValueError(
+                f"the rename rules form a cycle: {' -> '.join([*seen, start])}. If a swap is "
+                "meant, pass a function path -> path instead of rules."
+            )
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"the rename rule {pattern!r} is not a regular expression ({error})."
+        ) from None
+
+
+def _expanded(match: re.Match[str], replacement: str) -> str:
+    try:
+        return match.expand(replacement)
+    except (re.error, IndexError) as error:
+        raise ValueError(
+            f"the replacement {replacement!r} of the rename rule {match.re.pattern!r} "
+            f"cannot be filled in ({error})."
+        ) from None
+
+
+def _as_paths(name: str, result: str | Sequence[str] | None) -> tuple[str, ...]:
+    paths = (result,) if isinstance(result, str) else () if result is None else result
+    if not isinstance(paths, Sequence) or not all(isinstance(path, str) for path in paths):
+        raise ValueError(
+            f"rename must return a path, several paths or None, got {result!r} for {name!r}."
+        )
+    return tuple(paths)
+
 
 OnMismatch = Policy | Sequence[tuple[trees.Selector, Policy]]
 OnMissing = Literal["error", "keep"]
@@ -51,7 +146,7 @@ class _Misfit(NamedTuple):
     reason: str
 
 
-def plan(
+def plan_transfer(
     source: PyTree,
     target: PyTree,
     *,
@@ -60,22 +155,18 @@ def plan(
     alpha: Coefficient = 1.0,
     on_missing: OnMissing = "error",
     on_extra: OnExtra = "error",
-    on_mismatch: OnMismatch = _policies.error,
+    on_mismatch: OnMismatch = _mismatch.raise_on_mismatch,
 ) -> Plan:
     """Everything about a transfer that names and shapes decide; no arithmetic, no memory.
 
     Both trees may be abstract, e.g. from `jax.eval_shape(model.init, key, inputs)`. Arguments and
-    errors are those of `transfer`. `plan(...).report` is a dry run, to be printed or asserted on;
-    `apply(plan, source, target)` carries it out.
+    errors are those of `transfer`. `plan_transfer(...).report` is a dry run, to be printed or
+    asserted on; `apply_plan(plan, source, target)` carries it out.
     """
     _one_of("on_missing", on_missing, ("error", "keep"))
     _one_of("on_extra", on_extra, ("error", "ignore"))
     have, want = trees.flatten(source), trees.flatten(target)
-    sources = {
-        new: old
-        for old, news in _rename.destinations("transfer", list(have), rename).items()
-        for new in news
-    }
+    sources = {new: old for old, news in destinations(list(have), rename).items() for new in news}
     chosen = jax.tree.leaves(trees.mask(target, where))
     policies = _policy_per_leaf(target, on_mismatch)
     tried: set[Any] = set()
@@ -150,7 +241,7 @@ def _decide(
             f"{path}: the policy {_name(policy)} made {getattr(result, 'shape', result)} from "
             f"source{list(np.shape(value))}, not target{list(shape)}.",
         )
-    if policy in _policies.PATH_FREE:
+    if policy in _mismatch.PATH_FREE:
         tried.add(trial)
     return Step(path, old, policy)
 
@@ -164,7 +255,7 @@ def _policy_per_leaf(target: PyTree, on_mismatch: OnMismatch) -> list[Policy]:
             "(source_leaf, target_shape, path) -> array, or rules [(selector, policy), ...], "
             f"got {on_mismatch!r}."
         )
-    return _leaves.by_rules(target, on_mismatch, default=_policies.error)
+    return _leaves.by_rules(target, on_mismatch, default=_mismatch.raise_on_mismatch)
 
 
 def _leftovers(

@@ -115,11 +115,11 @@ def _rows(report: Report) -> list[tuple[str, str, str]]:
     return [
         (status, collapsed, detail)
         for (status, _, detail), paths in groups.items()
-        for collapsed in collapse(paths)
+        for collapsed in collapse_paths(paths)
     ]
 
 
-def collapse(paths: Sequence[str]) -> list[str]:
+def collapse_paths(paths: Sequence[str]) -> list[str]:
     """`["a/0/w", "a/1/w", "a/2/w"] -> ["a/{0..2}/w"]`, for paths that differ in numbers only.
 
     Two paths are joined only where all their other numbers agree, so the result names exactly

@@ -1,7 +1,7 @@
 """Parameter transfer `theta_target = alpha * adapt(theta_source)`: checked, reported, pure.
 
-`plan` decides on names and shapes, `apply` does the arithmetic and composes with `jit`, `vmap`,
-`grad` and sharding; `transfer` is both.
+`plan_transfer` decides on names and shapes; `apply_plan` does the arithmetic and composes with
+`jit`, `vmap`, `grad` and sharding; `transfer` is both.
 """
 
 from collections.abc import Mapping
@@ -14,11 +14,18 @@ from jax.core import Tracer
 
 from kdtl_jax import trees
 from kdtl_jax._types import Params
-from kdtl_jax.transforms import _leaves, _policies
+from kdtl_jax.transforms import _leaves, _mismatch
 from kdtl_jax.transforms._leaves import Coefficient
-from kdtl_jax.transforms._plan import OnExtra, OnMismatch, OnMissing, Plan, Step, plan
-from kdtl_jax.transforms._policies import Shape
-from kdtl_jax.transforms._rename import Rename
+from kdtl_jax.transforms._mismatch import Shape
+from kdtl_jax.transforms._plan import (
+    OnExtra,
+    OnMismatch,
+    OnMissing,
+    Plan,
+    Rename,
+    Step,
+    plan_transfer,
+)
 from kdtl_jax.transforms._report import Report
 
 
@@ -31,7 +38,7 @@ def transfer(
     alpha: Coefficient = 1.0,
     on_missing: OnMissing = "error",
     on_extra: OnExtra = "error",
-    on_mismatch: OnMismatch = _policies.error,
+    on_mismatch: OnMismatch = _mismatch.raise_on_mismatch,
     check_finite: bool = True,
 ) -> tuple[Params, Report]:
     """Fills `target` from `source`: `theta_target = alpha * adapt(theta_source)`.
@@ -58,10 +65,10 @@ def transfer(
       alpha: a coefficient as in `scale`, by target path.
       on_missing: `"keep"` lets target leaves that the source lacks keep their value.
       on_extra: `"ignore"` leaves out source leaves that have no place in the target.
-      on_mismatch: what to do with another shape: a policy (`error`, `keep_target`, `crop`, `pad`,
-        `crop_or_pad`, `uniform`, `select_with(...)`, `resize`, or a function
-        `(source_leaf, target_shape, path) -> array or None`), or ordered rules
-        `[(selector, policy), ...]`, `error` for the rest.
+      on_mismatch: what to do with another shape: a policy (`raise_on_mismatch`, `keep_on_mismatch`,
+        `crop`, `pad`, `crop_or_pad`, `select_uniform`, `select_with(...)`, `resize_linear`, or a
+        function `(source_leaf, target_shape, path) -> array or None`), or ordered rules
+        `[(selector, policy), ...]`, `raise_on_mismatch` for the rest.
       check_finite: look for NaN and infinity in concrete results (one pass over the values).
 
     Returns:
@@ -72,7 +79,7 @@ def transfer(
         target is real), every unused rule and rename collision, and abstract leaves that nothing
         fills.
     """
-    planned = plan(
+    planned = plan_transfer(
         source,
         target,
         where=where,
@@ -82,7 +89,7 @@ def transfer(
         on_extra=on_extra,
         on_mismatch=on_mismatch,
     )
-    params = apply(planned, source, target)
+    params = apply_plan(planned, source, target)
     flat = trees.flatten(params)
     written = planned.report.transferred if check_finite else ()
     report = planned.report._replace(
@@ -92,11 +99,11 @@ def transfer(
     return params, report
 
 
-def apply(plan: Plan, source: Params, target: Params) -> Params:
+def apply_plan(plan: Plan, source: Params, target: Params) -> Params:
     """Carries out a plan: pure, for use inside `jit`, `vmap` and `grad` as well.
 
     Args:
-      plan: from `plan`; closed over, not passed through `jit`.
+      plan: from `plan_transfer`; closed over, not passed through `jit`.
       source: a tree with the shapes that were planned for.
       target: likewise; leaves that the plan fills may be abstract.
 

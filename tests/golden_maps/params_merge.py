@@ -123,7 +123,7 @@ def adapted_layer(
 
 
 def lora(x: Inputs, h: Hyper) -> dict[str, Array]:
-    scaling = transforms.by_root_rank if h["rank_stabilized"] else transforms.by_rank
+    scaling = transforms.scale_by_root_rank if h["rank_stabilized"] else transforms.scale_by_rank
     adapter = transforms.lora(h["rank"], h["alpha"], scaling=scaling)
     weights = transforms.LoraWeights(x["lora_a"], x["lora_b"])
     nothing = {"kernel": jnp.zeros_like(x["weight"])}
@@ -147,7 +147,7 @@ def dora(x: Inputs, h: Hyper) -> dict[str, Array]:
 
 
 def pissa(x: Inputs, h: Hyper) -> dict[str, Array]:
-    adapter = transforms.lora(h["rank"], h["alpha"], start=transforms.pissa)
+    adapter = transforms.lora(h["rank"], h["alpha"], start=transforms.pissa_start)
     base, weights = adapter.init(jax.random.key(0), {"kernel": x["weight"]}, where="kernel")
     pair = weights["kernel"]
     product = adapter.apply({"kernel": jnp.zeros_like(x["weight"])}, weights)

@@ -13,7 +13,7 @@ from kdtl_jax import transforms
 def _weight_selection(x: Mapping[str, Array], h: Mapping[str, Any]) -> dict[str, Array]:
     teacher, shape = x["teacher"], tuple(h["shape"])
     small, _ = transforms.transfer(
-        {"w": teacher}, {"w": jnp.zeros(shape)}, on_mismatch=transforms.uniform
+        {"w": teacher}, {"w": jnp.zeros(shape)}, on_mismatch=transforms.select_uniform
     )
     indices = {
         f"indices_{axis}": jnp.asarray(transforms.uniform_indices(n, m))

@@ -80,7 +80,7 @@ def planned(plan: Plan, source: Opened, target: Opened) -> Callable[[str], Any]:
 def _applied(step: Any, value: np.ndarray, spec: jax.ShapeDtypeStruct) -> np.ndarray:
     like = np.broadcast_to(np.zeros((), spec.dtype), spec.shape)  # a NumPy target without memory
     one = Plan((step,), {step.source: value.shape}, {step.path: like.shape}, Report())
-    return transforms.apply(one, {step.source: value}, {step.path: like})[step.path]
+    return transforms.apply_plan(one, {step.source: value}, {step.path: like})[step.path]
 
 
 def finish(args: argparse.Namespace, rewrite: Rewrite) -> int:

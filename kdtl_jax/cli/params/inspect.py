@@ -15,7 +15,7 @@ from kdtl_jax import trees
 from kdtl_jax.cli.params import _inputs, _rewrite
 from kdtl_jax.interop import safetensors
 from kdtl_jax.interop.safetensors import Tensor
-from kdtl_jax.transforms._report import collapse
+from kdtl_jax.transforms import collapse_paths
 
 EXAMPLE = "kdtl params inspect model.safetensors --where 'encoder/.*' --values"
 
@@ -75,7 +75,7 @@ def _listing(found: Mapping[str, Tensor]) -> list[str]:
     rows = [
         (path, dtype, shape)
         for (_, dtype, shape), names in groups.items()
-        for path in collapse(names)
+        for path in collapse_paths(names)
     ]
     width = max((len(path) for path, *_ in rows), default=0)
     return [f"{path:<{width}}  {dtype:5} {shape}" for path, dtype, shape in rows]

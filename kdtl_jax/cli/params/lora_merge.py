@@ -10,11 +10,10 @@ from kdtl_jax import transforms, trees
 from kdtl_jax.cli import _config
 from kdtl_jax.cli.params import _adapters, _inputs, _rewrite
 from kdtl_jax.interop import safetensors
-from kdtl_jax.transforms import Report
-from kdtl_jax.transforms._report import Kept
+from kdtl_jax.transforms import Kept, Report
 
 EXAMPLE = "kdtl params lora-merge base/ adapter/ --write merged.safetensors"
-SCALINGS = {"rank": transforms.by_rank, "root-rank": transforms.by_root_rank}
+SCALINGS = {"rank": transforms.scale_by_rank, "root-rank": transforms.scale_by_root_rank}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

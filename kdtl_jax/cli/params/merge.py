@@ -17,8 +17,7 @@ from kdtl_jax.cli.params._inputs import Opened
 from kdtl_jax.cli.params._members import PIECE, Stored, pieces, shape, whole
 from kdtl_jax.cli.params._methods import METHODS, Method, Options
 from kdtl_jax.interop import safetensors
-from kdtl_jax.transforms import Report
-from kdtl_jax.transforms._report import Kept
+from kdtl_jax.transforms import Kept, Report
 
 EXAMPLE = (
     "kdtl params merge a.safetensors b.safetensors --method ties --base base.safetensors "

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """Reports, and writes if asked to."""
     _inputs.required(args, EXAMPLE, "source")
     source = _inputs.opened(args.source)
-    plan = transforms.plan(
+    plan = transforms.plan_transfer(
         source.specs,
         source.specs,
         where=_inputs.selected(args, source.specs),

@@ -12,8 +12,7 @@ from kdtl_jax import transforms, trees
 from kdtl_jax.cli import _config
 from kdtl_jax.cli.params import _inputs, _rewrite
 from kdtl_jax.interop import safetensors
-from kdtl_jax.transforms import Report
-from kdtl_jax.transforms._report import Adapted
+from kdtl_jax.transforms import Adapted, Report
 
 EXAMPLE = (
     r"kdtl params slice model.safetensors --layers 'encoder/layer_(\d+)/.*' --keep 0,2,4 "

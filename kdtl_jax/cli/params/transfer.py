@@ -11,13 +11,13 @@ EXAMPLE = (
 )
 
 POLICIES = {
-    "error": transforms.error,
-    "keep": transforms.keep_target,
+    "error": transforms.raise_on_mismatch,
+    "keep": transforms.keep_on_mismatch,
     "crop": transforms.crop,
     "pad": transforms.pad,
     "crop-or-pad": transforms.crop_or_pad,
-    "uniform": transforms.uniform,
-    "resize": transforms.resize,
+    "uniform": transforms.select_uniform,
+    "resize": transforms.resize_linear,
 }
 
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     named = trees.any_of(*[selector for selector, _ in policies])
     if policies and not all(trees.mask(target.specs, named, expect=None).values()):
         policies.append((trees.everything, otherwise))  # a rule that nothing is left for raises
-    plan = transforms.plan(
+    plan = transforms.plan_transfer(
         source.specs,
         target.specs,
         where=_inputs.selected(args, target.specs),

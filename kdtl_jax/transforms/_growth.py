@@ -10,9 +10,9 @@ import numpy as np
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params
-from kdtl_jax.transforms import _axes
-from kdtl_jax.transforms._axes import Axis, AxisSpec
-from kdtl_jax.transforms._layers import layer_numbers, layer_of, select_layers
+from kdtl_jax.transforms import _width
+from kdtl_jax.transforms._depth import layer_numbers, layer_of, select_layers
+from kdtl_jax.transforms._width import Axis, AxisSpec
 
 
 def widen(
@@ -47,12 +47,12 @@ def widen(
     References:
       Chen, Goodfellow and Shlens, Net2Net, 2015 (1511.05641).
     """
-    axes = _axes.axes_of("widen", params, spec)
-    sizes = _axes.sizes_of("widen", params, axes)
+    axes = _width.axes_of(params, spec)
+    sizes = _width.sizes_of(params, axes)
     summed = {axis.name for leaf_axes in axes for axis in leaf_axes if axis.summed}
     sources: dict[str, Any] = {}
     for name, width in widths.items():
-        size = _axes.known(name, sizes, "widen")
+        size = _width.known(name, sizes)
         if name not in summed:
             raise ValueError(
                 f"no leaf is marked as summing over {name!r}, so its inputs would be "
@@ -66,17 +66,17 @@ def widen(
         if axis.name is None or axis.name not in sources:
             return leaf
         index = sources[axis.name]
-        wider = _axes.take_units(leaf, position, axis, index)
+        wider = _width.take_units(leaf, position, axis, index)
         if not axis.summed:
             return wider
-        split = _axes.split_axis(_numerics.upcast(wider), position, axis)
+        split = _width.split_axis(_numerics.upcast(wider), position, axis)
         copies = jnp.zeros(sizes[axis.name], split.dtype).at[index].add(1)[index]
         shape = [1] * split.ndim
         shape[position + 1] = len(index)
         divided = split / copies.reshape(shape)
-        return _axes.join_axis(divided, position).astype(wider.dtype)
+        return _width.join_axis(divided, position).astype(wider.dtype)
 
-    return _axes.over_axes(params, axes, grow)
+    return _width.over_axes(params, axes, grow)
 
 
 def deepen(
@@ -92,7 +92,7 @@ def deepen(
       layers: a regular expression for the layers' leaves with one group, the layer's number.
       after: positions of the layers behind which one is inserted.
       make: `(path, leaf) -> leaf` makes the new layer's leaves from those of the layer before
-        it: `identity_layer` for chains, `zeroed(selector)` for residual blocks.
+        it: `identity_layer` for chains, `copy_with_zeros(selector)` for residual blocks.
 
     Returns:
       The deeper tree, layers renumbered.
@@ -135,14 +135,15 @@ def identity_layer(path: str, leaf: Any) -> Array:
     if shape[-1] != shape[-2] or any(n % 2 == 0 for n in window):
         raise ValueError(
             f"{path!r} must have as many outputs as inputs and odd windows, got "
-            f"{list(shape)}. For residual blocks use zeroed(selector of the last projection)."
+            f"{list(shape)}. "
+            "For residual blocks use copy_with_zeros(selector of the last projection)."
         )
     center = tuple(n // 2 for n in window)
     kernel = jnp.zeros(shape, jnp.result_type(leaf))
     return kernel.at[center].set(jnp.eye(shape[-1], dtype=kernel.dtype))
 
 
-def zeroed(where: trees.Selector) -> Callable[[str, Any], Any]:
+def copy_with_zeros(where: trees.Selector) -> Callable[[str, Any], Any]:
     """For `deepen`: the new layer is a copy whose selected leaves are zero.
 
     A residual block whose last projection (kernel and bias) is zero adds nothing.

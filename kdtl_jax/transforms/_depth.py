@@ -1,22 +1,131 @@
-"""Depth: select, map, stack and unstack layers.
+r"""Depth: select, map, stack and unstack layers.
 
 Layers are named by a regular expression that matches their leaves' whole paths and has one group,
-the number: `r"encoder/layer_(\\d+)/.*"`. Trees are nested dicts, lists and tuples; for other
+the number: `r"encoder/layer_(\d+)/.*"`. Trees are nested dicts, lists and tuples; for other
 containers use `transfer(source, target, rename=layer_map(...))`, which works on paths alone. For
 scanned layers, whose first axis is the layer, name that axis and use `select_width`.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kdtl_jax import trees
-from kdtl_jax._types import Params
-from kdtl_jax.transforms import _containers
-from kdtl_jax.transforms._containers import Layers
+from kdtl_jax._types import Params, PyTree
+
+
+class LayerKey(NamedTuple):
+    """A container's key that names a layer: text before the number, the number, text after."""
+
+    before: str
+    number: int
+    after: str
+
+
+Keys = tuple[Any, ...]
+Layers = Mapping[Any, LayerKey]
+
+
+def compiled(layers: str) -> re.Pattern[str]:
+    """The pattern; raises unless it is a regular expression with exactly one group."""
+    try:
+        pattern = re.compile(layers)
+    except re.error as error:
+        raise ValueError(f"layers: {layers!r} is not a regular expression ({error}).") from None
+    if pattern.groups != 1:
+        raise ValueError(
+            f"layers: {layers!r} must have exactly one group, the layer's number, as in "
+            r"'encoder/layer_(\d+)/.*'; use (?:...) for other groups."
+        )
+    return pattern
+
+
+def number_of(match: re.Match[str]) -> int:
+    """The layer's number; raises if the group did not match digits."""
+    text = match.group(1)
+    if text is None or not text.isdecimal():
+        raise ValueError(
+            f"layers: the group of {match.re.pattern!r} must match the layer's number, but matches "
+            f"{text!r} in {match.string!r}."
+        )
+    return int(text)
+
+
+def over_layers(params: PyTree, layers: str, rebuild: Callable[[Any, Layers], Any]) -> PyTree:
+    """Replaces every container that holds layers by `rebuild(container, its layer keys)`."""
+    parents = _parents(params, layers)
+
+    def walk(node: Any, keys: Keys) -> Any:
+        if not any(parent[: len(keys)] == keys for parent in parents):
+            return node
+        at = parents.get(keys, {})
+        if type(node) is dict:
+            node = {k: v if k in at else walk(v, (*keys, k)) for k, v in node.items()}
+        elif type(node) in (list, tuple):
+            node = type(node)(v if k in at else walk(v, (*keys, k)) for k, v in enumerate(node))
+            if at and len(at) != len(node):
+                raise ValueError(
+                    f"the {type(node).__name__} at {'/'.join(map(str, keys))!r} holds "
+                    f"{len(node)} entries of which {len(at)} are layers; it must hold layers only."
+                )
+        else:
+            raise _unreachable(type(node).__name__)
+        return rebuild(node, at) if at else node
+
+    return walk(params, ())
+
+
+def _parents(params: PyTree, layers: str) -> dict[Keys, dict[Any, LayerKey]]:
+    """The containers of layers by the keys that lead to them."""
+    pattern = compiled(layers)
+    parents: dict[Keys, dict[Any, LayerKey]] = {}
+    unmatched: list[tuple[Keys, str]] = []
+    for key_path, _ in jax.tree_util.tree_leaves_with_path(params):
+        path = trees.path_string(key_path)
+        keys = tuple(getattr(k, "key", getattr(k, "idx", None)) for k in key_path)
+        match = pattern.fullmatch(path)
+        if match is None:
+            unmatched.append((keys, path))
+            continue
+        number = number_of(match)
+        depth, key, offset = _component(key_path, match.span(1))
+        if any(k is None for k in keys[: depth + 1]):
+            raise _unreachable(type(key_path[depth]).__name__)
+        start, stop = (n - offset for n in match.span(1))
+        found = LayerKey(key[:start], number, key[stop:])
+        parents.setdefault(keys[:depth], {})[keys[depth]] = found
+    if not parents:
+        trees.mask(params, layers)  # raises, listing the nearest paths
+    for keys, path in unmatched:
+        if any(keys[: len(p)] == p and keys[len(p)] in at for p, at in parents.items()):
+            raise ValueError(
+                f"{layers!r} names only a part of a layer: it does not match {path!r}. Let "
+                "the pattern match everything in a layer."
+            )
+    return parents
+
+
+def _component(key_path: tuple[Any, ...], span: tuple[int, int]) -> tuple[int, str, int]:
+    """The key that contains a span of the path: its depth, its text and where it starts."""
+    offset = 0
+    for depth, entry in enumerate(key_path):
+        text = jax.tree_util.keystr((entry,), simple=True)
+        if offset <= span[0] and span[1] <= offset + len(text):
+            return depth, text, offset
+        offset += len(text) + 1
+    raise AssertionError("a number lies within one key")
+
+
+def _unreachable(kind: str) -> ValueError:
+    return ValueError(
+        f"only dicts, lists and tuples can be rebuilt with other layers, not {kind}. Use "
+        "transfer(source, target, rename=layer_map(...)) with a target of the wanted depth."
+    )
+
 
 # The layers of 12 that DistilBERT starts from: not every second one, as the paper says.
 # Sanh et al., DistilBERT, 2019 (1910.01108).
@@ -25,8 +134,8 @@ DISTILBERT_LAYERS = (0, 2, 4, 7, 9, 11)
 
 def layer_of(layers: str, path: str) -> int | None:
     """The layer's number in a path; None if the path belongs to no layer."""
-    match = _containers.compiled(layers).fullmatch(path)
-    return None if match is None else _containers.number_of(match)
+    match = compiled(layers).fullmatch(path)
+    return None if match is None else number_of(match)
 
 
 def layer_numbers(params: Params, layers: str) -> list[int]:
@@ -49,13 +158,13 @@ def layer_map(layers: str, indices: Sequence[int]) -> Callable[[str], tuple[str,
     Raises:
       ValueError: if the pattern has not exactly one group.
     """
-    pattern = _containers.compiled(layers)
+    pattern = compiled(layers)
 
     def rename(path: str) -> tuple[str, ...]:
         match = pattern.fullmatch(path)
         if match is None:
             return (path,)
-        number = _containers.number_of(match)
+        number = number_of(match)
         start, stop = match.span(1)
         return tuple(
             f"{path[:start]}{new}{path[stop:]}" for new, old in enumerate(indices) if old == number
@@ -96,7 +205,7 @@ def select_layers(params: Params, layers: str, indices: Sequence[int]) -> Params
         renamed = {_renumbered(key, at, new): v for (new, key), v in zip(here, values, strict=True)}
         return _replaced(node, at, renamed)
 
-    return _containers.over_layers("select_layers", params, layers, rebuild)
+    return over_layers(params, layers, rebuild)
 
 
 def stack_layers(params: Params, layers: str) -> Params:
@@ -123,7 +232,7 @@ def stack_layers(params: Params, layers: str) -> Params:
             )
         return _replaced(node, at, {name: stacked})
 
-    return _containers.over_layers("stack_layers", params, layers, rebuild)
+    return over_layers(params, layers, rebuild)
 
 
 def unstack_layers(params: Params, at: str, *, keys: str | None = None) -> Params:

@@ -7,8 +7,8 @@ import numpy as np
 
 from kdtl_jax import trees
 from kdtl_jax._types import Params
-from kdtl_jax.transforms import _axes
-from kdtl_jax.transforms._axes import Axis, AxisSpec
+from kdtl_jax.transforms import _width
+from kdtl_jax.transforms._width import Axis, AxisSpec
 
 
 def match_permutations(
@@ -25,7 +25,7 @@ def match_permutations(
     in random order, the best permutation given the others is a linear assignment; until a sweep
     gains nothing. Every named axis of the spec is permuted, so axes that mean something (inputs,
     classes, tokens) must be None. Runs on the host in float64; apply the result, inside `jit` if
-    need be, with `permute(other, spec, permutations)`, then average or interpolate.
+    need be, with `permute_units(other, spec, permutations)`, then average or interpolate.
 
     Args:
       reference: the network that stays as it is.
@@ -35,7 +35,7 @@ def match_permutations(
       max_sweeps: bound on the sweeps.
 
     Returns:
-      `{name: [size] int64}` for `permute`.
+      `{name: [size] int64}` for `permute_units`.
 
     Raises:
       ValueError: as `axis_sizes`; if the two trees differ in structure or shapes, or hold NaN or
@@ -49,8 +49,8 @@ def match_permutations(
             "the two networks must have one structure, got "
             f"{jax.tree.structure(reference)} and {jax.tree.structure(other)}."
         )
-    axes = _axes.axes_of("match_permutations", reference, spec)
-    sizes = _axes.sizes_of("match_permutations", reference, axes)
+    axes = _width.axes_of(reference, spec)
+    sizes = _width.sizes_of(reference, axes)
     pairs: list[tuple[np.ndarray, np.ndarray, tuple[Axis, ...]]] = []
     for (path, a), b, leaf_axes in zip(
         trees.flatten(reference).items(), jax.tree.leaves(other), axes, strict=True

@@ -1,11 +1,11 @@
-"""Named axes, by which selecting, pruning, permuting and padding units is one gather.
+r"""Named axes, by which selecting, pruning, permuting and padding units is one gather.
 
 An *axis spec* is ordered rules `[(selector, names)]`, one name per axis of the leaf:
 
     spec = [
-        (r"block_\\d+/up/kernel", ("embed", "mlp")),
-        (r"block_\\d+/up/bias", ("mlp",)),
-        (r"block_\\d+/down/kernel", (Axis("mlp", summed=True), "embed")),
+        (r"block_\d+/up/kernel", ("embed", "mlp")),
+        (r"block_\d+/up/bias", ("mlp",)),
+        (r"block_\d+/down/kernel", (Axis("mlp", summed=True), "embed")),
         (".*", None),  # no named axes
     ]
 
@@ -24,7 +24,6 @@ import numpy as np
 from kdtl_jax import _checks, trees
 from kdtl_jax._types import Array, Params
 from kdtl_jax.transforms import _leaves
-from kdtl_jax.transforms._subset import complement
 
 
 class Axis(NamedTuple):
@@ -55,7 +54,7 @@ def axis_sizes(params: Params, spec: AxisSpec) -> dict[str, int]:
       ValueError: if a rule is unused, names have another number than a leaf's axes, a
         floating-point leaf is not covered, or axes of one name differ in size.
     """
-    return sizes_of("axis_sizes", params, axes_of("axis_sizes", params, spec))
+    return sizes_of(params, axes_of(params, spec))
 
 
 def select_width(params: Params, spec: AxisSpec, indices: Mapping[str, Any]) -> Params:
@@ -74,11 +73,10 @@ def select_width(params: Params, spec: AxisSpec, indices: Mapping[str, Any]) -> 
       ValueError: as `axis_sizes`; if a name is unknown or an index out of range.
       TypeError: if indices are not integers.
     """
-    axes = axes_of("select_width", params, spec)
-    sizes = sizes_of("select_width", params, axes)
+    axes = axes_of(params, spec)
+    sizes = sizes_of(params, axes)
     index = {
-        name: _checked_index("select_width", name, value, known(name, sizes, "select_width"))
-        for name, value in indices.items()
+        name: _checked_index(name, value, known(name, sizes)) for name, value in indices.items()
     }
 
     def select(leaf: Array, position: int, axis: Axis) -> Array:
@@ -97,11 +95,27 @@ def prune_heads(
     Raises:
       ValueError: as `select_width`; if `dropped` has repetitions or leaves nothing.
     """
-    size = known(name, axis_sizes(params, spec), "prune_heads")
-    return select_width(params, spec, {name: complement(size, dropped)})
+    size = known(name, axis_sizes(params, spec))
+    return select_width(params, spec, {name: remaining_indices(size, dropped)})
 
 
-def permute(params: Params, spec: AxisSpec, permutations: Mapping[str, Any]) -> Params:
+def remaining_indices(size: int, dropped: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The indices of an axis of length `size` that are not in `dropped`: int64, in order.
+
+    Raises:
+      ValueError: if an index is out of range or repeated, or nothing is left.
+    """
+    gone = np.asarray(dropped, np.int64).reshape(-1)
+    outside = gone[(gone < 0) | (gone >= size)]
+    if outside.size or len(set(gone.tolist())) != gone.size or gone.size >= size:
+        raise ValueError(
+            f"the dropped indices must be distinct, lie in 0..{size - 1} and leave "
+            f"something, got {gone.tolist()}."
+        )
+    return np.setdiff1d(np.arange(size, dtype=np.int64), gone)
+
+
+def permute_units(params: Params, spec: AxisSpec, permutations: Mapping[str, Any]) -> Params:
     """Reorders units: unit `i` becomes what unit `permutations[name][i]` was.
 
     Hidden units have no order, so a permutation of a hidden axis leaves the function unchanged.
@@ -111,7 +125,7 @@ def permute(params: Params, spec: AxisSpec, permutations: Mapping[str, Any]) -> 
     """
     sizes = axis_sizes(params, spec)
     for name, value in permutations.items():
-        order, size = _checks.concrete(value), known(name, sizes, "permute")
+        order, size = _checks.concrete(value), known(name, sizes)
         if np.shape(value) != (size,) or (
             order is not None and not np.array_equal(np.sort(order), np.arange(size))
         ):
@@ -132,10 +146,10 @@ def pad_width(params: Params, spec: AxisSpec, widths: Mapping[str, int]) -> Para
     Raises:
       ValueError: as `axis_sizes`; if a name is unknown or a width shrinks.
     """
-    axes = axes_of("pad_width", params, spec)
-    sizes = sizes_of("pad_width", params, axes)
+    axes = axes_of(params, spec)
+    sizes = sizes_of(params, axes)
     for name, width in widths.items():
-        if width < known(name, sizes, "pad_width"):
+        if width < known(name, sizes):
             raise ValueError(
                 f"{name!r} cannot shrink from {sizes[name]} to {width} units. Use select_width."
             )
@@ -174,7 +188,7 @@ def axis_spec_from_metadata(tree: Any) -> list[tuple[str, tuple[str | None, ...]
     return spec
 
 
-def axes_of(fn: str, params: Params, spec: AxisSpec) -> list[tuple[Axis, ...]]:
+def axes_of(params: Params, spec: AxisSpec) -> list[tuple[Axis, ...]]:
     """The axes of every leaf, in tree order; empty where it has no names."""
     flat = trees.flatten(params)
     labels = _leaves.by_rules(params, spec, default=_NONAMES)
@@ -203,7 +217,7 @@ def axes_of(fn: str, params: Params, spec: AxisSpec) -> list[tuple[Axis, ...]]:
     return out
 
 
-def sizes_of(fn: str, params: Params, axes: Sequence[tuple[Axis, ...]]) -> dict[str, int]:
+def sizes_of(params: Params, axes: Sequence[tuple[Axis, ...]]) -> dict[str, int]:
     """The number of units of every name; raises where leaves disagree."""
     first: dict[str, tuple[str, int]] = {}
     for (path, leaf), leaf_axes in zip(trees.flatten(params).items(), axes, strict=True):
@@ -225,7 +239,7 @@ def sizes_of(fn: str, params: Params, axes: Sequence[tuple[Axis, ...]]) -> dict[
     return {name: size for name, (_, size) in first.items()}
 
 
-def known(name: str, sizes: Mapping[str, int], fn: str) -> int:
+def known(name: str, sizes: Mapping[str, int]) -> int:
     """The size of a named axis; raises if the spec has no such name."""
     if name not in sizes:
         raise ValueError(f"no axis is named {name!r}; the spec names {sorted(sizes)}.")
@@ -267,7 +281,7 @@ def take_units(leaf: Any, position: int, axis: Axis, index: Any) -> Array:
     return join_axis(jnp.take(split_axis(leaf, position, axis), index, axis=position + 1), position)
 
 
-def _checked_index(fn: str, name: str, value: Any, size: int) -> Any:
+def _checked_index(name: str, value: Any, size: int) -> Any:
     value = np.asarray(value) if isinstance(value, Sequence) else value
     _checks.integers(**{name: value})
     _checks.rank(1, 1, **{name: value})

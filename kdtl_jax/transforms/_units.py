@@ -1,18 +1,108 @@
-"""How much each unit of a named axis matters: scores to select units by, with `top_indices`.
+"""Which units of an axis to keep: evenly spaced, first, random, or the most important.
 
-All scores are sums over everything that belongs to a unit, in every leaf that has the axis, so a
-unit's incoming and outgoing weights count together.
+Indices come in increasing order. Importance scores are `[units]`, float32 or wider; each is a sum
+over everything that belongs to a unit, in every leaf that has the axis, so that a unit's incoming
+and outgoing weights count together.
+
+All raise ValueError for a size out of range, as `axis_sizes` does, or where a second tree has
+another structure or shapes than the parameters; TypeError where numbers are not floating point.
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import Array, Params
-from kdtl_jax.transforms import _axes
-from kdtl_jax.transforms._axes import AxisSpec
+from kdtl_jax.transforms import _width
+from kdtl_jax.transforms._width import AxisSpec
+
+
+def uniform_indices(size: int, n: int) -> np.ndarray:
+    """`n` evenly spaced indices of an axis of length `size`, as in weight selection.
+
+    Every `size / n`-th from 0 if `n` divides `size`, else `round(i (size - 1) / (n - 1))`, halves
+    to even, which keeps the first and the last.
+
+    Args:
+      size: length of the axis, >= n.
+      n: how many to keep, >= 1.
+
+    Returns:
+      `[n]` strictly increasing int64.
+
+    Raises:
+      ValueError: unless `1 <= n <= size`.
+
+    References:
+      Xu et al., Initializing Models with Larger Ones, 2023 (2311.18823).
+    """
+    _check_count(size, n)
+    steps = np.arange(n, dtype=np.int64)
+    if size % n == 0:
+        return steps * (size // n)
+    return np.rint(steps * (size - 1) / (n - 1)).astype(np.int64)
+
+
+def first_indices(size: int, n: int) -> np.ndarray:
+    """The first `n` indices of an axis of length `size`: `[n]` int64.
+
+    Raises:
+      ValueError: unless `1 <= n <= size`.
+    """
+    _check_count(size, n)
+    return np.arange(n, dtype=np.int64)
+
+
+def random_indices(key: Array, size: int, n: int) -> Array:
+    """`n` indices of an axis of length `size`, drawn without replacement, in order: `[n]` int32.
+
+    Raises:
+      ValueError: unless `1 <= n <= size`.
+    """
+    _check_count(size, n)
+    return jnp.sort(jax.random.permutation(key, size)[:n].astype(jnp.int32))
+
+
+def top_indices(scores: Array, n: int, *, groups: int = 1) -> Array:
+    """The indices of the `n` largest scores, in order; equal scores prefer the earlier.
+
+    Args:
+      scores: `[size]`, one importance per entry of the axis.
+      n: how many to keep.
+      groups: equal consecutive groups, of each of which `n / groups` are kept. Grouped-query
+        attention needs it: query heads are ranked inside their key-value group.
+
+    Returns:
+      `[n]` int32.
+
+    Raises:
+      ValueError: unless `1 <= n <= size` and `groups` divides both.
+      TypeError: if the scores are not floating point.
+
+    References:
+      Muralidharan et al., Compact Language Models via Pruning and Knowledge Distillation, 2024
+      (2407.14679), for the grouped form.
+    """
+    _checks.rank(1, 1, scores=scores)
+    _checks.floating(scores=scores)
+    size = scores.shape[0]
+    _check_count(size, n)
+    if groups < 1 or size % groups or n % groups:
+        raise ValueError(
+            f"groups must divide the axis and n, got groups={groups}, n={n}, scores[{size}]."
+        )
+    by_group = scores.reshape(groups, size // groups)
+    best = jnp.argsort(-by_group, axis=1, stable=True)[:, : n // groups]
+    start = jnp.arange(groups, dtype=best.dtype)[:, None] * (size // groups)
+    return jnp.sort((best + start).reshape(-1)).astype(jnp.int32)
+
+
+def _check_count(size: int, n: int) -> None:
+    if not 1 <= n <= size:
+        raise ValueError(f"n must lie in 1..{size}, the length of the axis, got {n}.")
 
 
 def importance_by_magnitude(params: Params, spec: AxisSpec, name: str) -> Array:
@@ -29,8 +119,7 @@ def importance_by_magnitude(params: Params, spec: AxisSpec, name: str) -> Array:
     Raises:
       ValueError: as `axis_sizes`; if no axis has that name.
     """
-    fn = "importance_by_magnitude"
-    return _numerics.safe_sqrt(_sum_per_unit(fn, params, spec, name, jnp.square))
+    return _numerics.safe_sqrt(_sum_per_unit(params, spec, name, jnp.square))
 
 
 def importance_by_taylor(params: Params, gradients: Params, spec: AxisSpec, name: str) -> Array:
@@ -51,8 +140,7 @@ def importance_by_taylor(params: Params, gradients: Params, spec: AxisSpec, name
     References:
       Molchanov et al., Importance Estimation for Neural Network Pruning, 2019 (1906.10771).
     """
-    fn = "importance_by_taylor"
-    return _sum_per_unit(fn, params, spec, name, lambda w, g: jnp.abs(w * g), gradients)
+    return _sum_per_unit(params, spec, name, lambda w, g: jnp.abs(w * g), gradients)
 
 
 def importance_by_fisher(params: Params, fisher: Params, spec: AxisSpec, name: str) -> Array:
@@ -73,8 +161,7 @@ def importance_by_fisher(params: Params, fisher: Params, spec: AxisSpec, name: s
     References:
       LeCun, Denker and Solla, Optimal Brain Damage, 1989, with the Fisher for the Hessian.
     """
-    fn = "importance_by_fisher"
-    return _sum_per_unit(fn, params, spec, name, lambda w, f: 0.5 * f * jnp.square(w), fisher)
+    return _sum_per_unit(params, spec, name, lambda w, f: 0.5 * f * jnp.square(w), fisher)
 
 
 def importance_by_activation(
@@ -120,15 +207,14 @@ def importance_by_activation(
 
 
 def _sum_per_unit(
-    fn: str,
     params: Params,
     spec: AxisSpec,
     name: str,
     score: Callable[..., Array],
     *others: Params,
 ) -> Array:
-    axes = _axes.axes_of(fn, params, spec)
-    _axes.known(name, _axes.sizes_of(fn, params, axes), fn)
+    axes = _width.axes_of(params, spec)
+    _width.known(name, _width.sizes_of(params, axes))
     for other in others:
         if jax.tree.structure(other) != jax.tree.structure(params):
             raise ValueError("both trees must have the structure of the parameters.")
@@ -140,7 +226,7 @@ def _sum_per_unit(
             if axis.name != name:
                 continue
             _checks.same_shape(**{f"leaf_{i}": leaf for i, leaf in enumerate(leaves)})
-            wide = [_numerics.upcast(_axes.split_axis(leaf, position, axis)) for leaf in leaves]
+            wide = [_numerics.upcast(_width.split_axis(leaf, position, axis)) for leaf in leaves]
             values = score(wide[0], *(w.astype(wide[0].dtype) for w in wide[1:]))
             rest = tuple(i for i in range(values.ndim) if i != position + 1)
             part = jnp.sum(values, axis=rest)

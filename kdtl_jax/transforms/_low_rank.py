@@ -23,7 +23,7 @@ class LowRank(NamedTuple):
         return wide.astype(self.a.dtype)
 
 
-def factor(matrix: Array, rank: int) -> LowRank:
+def factor_low_rank(matrix: Array, rank: int) -> LowRank:
     """The best rank-`r` factors in the Frobenius norm: `a = U sqrt(S)`, `b = sqrt(S) V^T`.
 
     Args:
@@ -98,6 +98,6 @@ def truncate_rank(params: Params, rank: int, *, where: trees.Selector) -> Params
             raise ValueError(f"{path!r} is no matrix, got {list(jnp.shape(leaf))}. Narrow where.")
         if 1 <= rank and min(leaf.shape[-2:]) <= rank:
             return leaf
-        return factor(jnp.asarray(leaf), rank).product()
+        return factor_low_rank(jnp.asarray(leaf), rank).product()
 
     return trees.map_with_path(truncate, chosen, params)

@@ -1,0 +1,298 @@
+"""Adapters that scale or rotate: IA3, VeRA, OFT. (BitFit needs no adapter: train `".*bias"`.)"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdtl_jax import _numerics, trees
+from kdtl_jax._types import Array, Params, PyTree, Scalar
+from kdtl_jax.transforms import _adapters, _leaves
+from kdtl_jax.transforms._adapters import (
+    AdaptedParams,
+    Adapter,
+    AdapterWeights,
+    AxisSpec,
+    MatrixView,
+)
+
+Apply = Callable[[Params, AdapterWeights], Params]
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class ScaleWeights(NamedTuple):
+    """`vector [..., out]` or `[..., in]`: one factor per output or input; starts at 1."""
+
+    vector: Array
+
+
+class VeraWeights(NamedTuple):
+    """`d [K, ..., r]` and `b [K, ..., out]`: K terms over the shared random projections."""
+
+    d: Array
+    b: Array
+
+
+class RotationWeights(NamedTuple):
+    """`skew [..., blocks, n (n - 1) / 2]`: upper triangles of skew matrices; start at 0."""
+
+    skew: Array
+
+
+def ia3_output(
+    *, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1, bias: str | None = "bias"
+) -> Adapter:
+    """`y' = (x W + b) * l`: one learned factor per output, for keys and values.
+
+    Args:
+      in_axis: the kernel's input axis, or axes.
+      out_axis: the kernel's output axis, or axes.
+      bias: last path segment of the bias beside a kernel, scaled with it where there is one;
+        None scales no bias.
+
+    Returns:
+      The adapter; weights are `{kernel's path: ScaleWeights}`. `combine` is
+      `1 + sum_i w_i (l_i - 1)`.
+
+    Raises:
+      ValueError: if a selected leaf lacks the axes.
+
+    References:
+      Liu et al., Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper, 2022
+      (2205.05638).
+    """
+
+    def apply(params: Params, weights: AdapterWeights) -> Params:
+        flat, edits = trees.flatten(params), {}
+        for path, scale in weights.items():
+            edits[path] = (scale.vector, True)
+            beside = None if bias is None else "/".join([*path.split("/")[:-1], bias])
+            if beside is not None and beside in flat and beside not in weights:
+                edits[beside] = (scale.vector, False)
+
+        def edit(path: str, leaf: PyTree, wanted: tuple[Array, bool]) -> Array:
+            vector, is_kernel = wanted
+            if not is_kernel:
+                wide = _leaves.widen(leaf)
+                return wide * vector.reshape(wide.shape).astype(wide.dtype)
+            kernel = _adapters.matrix_view(path, leaf, in_axis, out_axis)
+            shape = (*kernel.matrix.shape[:-2], kernel.matrix.shape[-1])
+            _adapters.fits(path, {"vector": shape}, vector=vector)
+            return kernel.restore(kernel.matrix * vector[..., None, :].astype(kernel.matrix.dtype))
+
+        return _adapters.rewrite(params, edits, edit)
+
+    return _scaling_adapter(apply, in_axis, out_axis, -1)
+
+
+def ia3_input(*, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1) -> Adapter:
+    """`y' = (x * l) W + b`: one learned factor per input, for feed-forward layers.
+
+    As `ia3_output`; biases are untouched.
+    """
+
+    def apply(params: Params, weights: AdapterWeights) -> Params:
+        def edit(path: str, leaf: PyTree, scale: ScaleWeights) -> Array:
+            kernel = _adapters.matrix_view(path, leaf, in_axis, out_axis)
+            shape = kernel.matrix.shape[:-1]
+            _adapters.fits(path, {"vector": shape}, vector=scale.vector)
+            vector = scale.vector.astype(kernel.matrix.dtype)
+            return kernel.restore(kernel.matrix * vector[..., :, None])
+
+        return _adapters.rewrite(params, weights, edit)
+
+    return _scaling_adapter(apply, in_axis, out_axis, -2)
+
+
+def vera(
+    projections: Array,
+    rank: int = 256,
+    *,
+    start: float = 0.1,
+    in_axis: AxisSpec = -2,
+    out_axis: AxisSpec = -1,
+) -> Adapter:
+    """`W' = W + (A * d) (B * b)` with A and B random, frozen, and the same for every layer.
+
+    A and B are drawn from a key instead of stored: a layer reads their first `in` rows and `out`
+    columns, which do not depend on any other layer's size.
+
+    Args:
+      projections: the PRNG key of A and B; part of the method, keep it with the weights.
+      rank: r; high, since a rank costs one number per layer.
+      start: of d; b starts at 0.
+      in_axis: the kernel's input axis, or axes.
+      out_axis: the kernel's output axis, or axes.
+
+    Returns:
+      The adapter; weights are `{path: VeraWeights}`. `combine` stacks terms, which is exact.
+
+    Raises:
+      ValueError: if a selected leaf lacks the axes.
+
+    References:
+      Kopiczko, Blankevoort and Asano, VeRA, 2023 (2310.11454). Bounds `sqrt(6 / in)` of A and
+      `sqrt(6 / r)` of B as in PEFT, with each layer's own `in`.
+    """
+
+    def view(path: str, leaf: PyTree) -> MatrixView:
+        return _adapters.matrix_view(path, leaf, in_axis, out_axis)
+
+    def init(
+        key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
+    ) -> AdaptedParams:
+        weights = {}
+        for path, leaf in _adapters.selected_matrices(params, where).items():
+            *lead, _, fan_out = view(path, leaf).matrix.shape
+            dtype = _leaves.widen(leaf).dtype
+            d = jnp.full((1, *lead, rank), start, dtype)
+            weights[path] = VeraWeights(d, jnp.zeros((1, *lead, fan_out), dtype))
+        return AdaptedParams(params, weights)
+
+    def apply(params: Params, weights: AdapterWeights) -> Params:
+        def edit(path: str, leaf: PyTree, each: VeraWeights) -> Array:
+            kernel = view(path, leaf)
+            *lead, fan_in, fan_out = kernel.matrix.shape
+            terms, dtype = each.d.shape[0], kernel.matrix.dtype
+            expected = {"d": (terms, *lead, rank), "b": (terms, *lead, fan_out)}
+            _adapters.fits(path, expected, d=each.d, b=each.b)
+            of_a, of_b = jax.random.split(projections)
+            a = _rows(of_a, fan_in, rank, (6 / fan_in) ** 0.5, dtype)
+            b = _rows(of_b, fan_out, rank, (6 / rank) ** 0.5, dtype).T
+            alone = a.reshape(*(1,) * (each.d.ndim - 1), *a.shape)
+            scaled = alone * each.d[..., None, :].astype(dtype)
+            product = jnp.matmul(scaled, b, precision=_HIGHEST)
+            delta = jnp.sum(product * each.b[..., None, :].astype(dtype), axis=0)
+            return kernel.restore(kernel.matrix + delta)
+
+        return _adapters.rewrite(params, weights, edit)
+
+    def combine(
+        members: Sequence[AdapterWeights], weights: Sequence[Scalar] | Array | None = None
+    ) -> AdapterWeights:
+        shares = _adapters.members_of(members, weights)
+        return {
+            path: VeraWeights(
+                jnp.concatenate([member[path].d for member in members]),
+                jnp.concatenate(
+                    [
+                        _numerics.scalar(share, member[path].b) * member[path].b
+                        for share, member in zip(shares, members, strict=True)
+                    ]
+                ),
+            )
+            for path in members[0]
+        }
+
+    return Adapter(init, apply, apply, combine)
+
+
+def oft(block_size: int = 32, *, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1) -> Adapter:
+    """`W' = R W`, R block-diagonal and orthogonal: inputs are rotated, angles and norms are kept.
+
+    `R = (I + Q)(I - Q)^-1` with Q skew (Cayley), solved exactly.
+
+    Args:
+      block_size: n; the inputs must be a multiple of it.
+      in_axis: the kernel's input axis, or axes.
+      out_axis: the kernel's output axis, or axes.
+
+    Returns:
+      The adapter; weights are `{path: RotationWeights}`. `combine` adds the skew matrices,
+      which is exact for one member, and for several that rotate the same planes only nearly.
+
+    Raises:
+      ValueError: if a selected leaf lacks the axes, or its inputs do not divide into blocks.
+
+    References:
+      Qiu et al., Controlling Text-to-Image Diffusion by Orthogonal Finetuning, 2023
+      (2306.07280). PEFT's default is a truncated Neumann series of this R; its exact branch is
+      the inverse rotation, i.e. this one with the sign of Q flipped.
+    """
+    size = block_size * (block_size - 1) // 2
+    rows, columns = np.triu_indices(block_size, 1)
+
+    def view(path: str, leaf: PyTree) -> MatrixView:
+        kernel = _adapters.matrix_view(path, leaf, in_axis, out_axis)
+        if kernel.matrix.shape[-2] % block_size:
+            raise ValueError(
+                f"the {kernel.matrix.shape[-2]} inputs of {path!r} are no multiple of "
+                f"block_size={block_size}."
+            )
+        return kernel
+
+    def init(
+        key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
+    ) -> AdaptedParams:
+        weights = {}
+        for path, leaf in _adapters.selected_matrices(params, where).items():
+            *lead, fan_in, _ = view(path, leaf).matrix.shape
+            shape = (*lead, fan_in // block_size, size)
+            weights[path] = RotationWeights(jnp.zeros(shape, _leaves.widen(leaf).dtype))
+        return AdaptedParams(params, weights)
+
+    def apply(params: Params, weights: AdapterWeights) -> Params:
+        def edit(path: str, leaf: PyTree, each: RotationWeights) -> Array:
+            kernel = view(path, leaf)
+            *lead, fan_in, fan_out = kernel.matrix.shape
+            blocks = fan_in // block_size
+            _adapters.fits(path, {"skew": (*lead, blocks, size)}, skew=each.skew)
+            dtype = kernel.matrix.dtype
+            upper = jnp.zeros((*lead, blocks, block_size, block_size), dtype)
+            upper = upper.at[..., rows, columns].set(each.skew.astype(dtype))
+            skew = upper - jnp.swapaxes(upper, -1, -2)
+            eye = jnp.broadcast_to(jnp.eye(block_size, dtype=dtype), skew.shape)
+            # The two factors commute, so their order is free.
+            rotation = jnp.linalg.solve(eye - skew, eye + skew)
+            inputs = kernel.matrix.reshape(*lead, blocks, block_size, fan_out)
+            turned = jnp.matmul(rotation, inputs, precision=_HIGHEST)
+            return kernel.restore(turned.reshape(kernel.matrix.shape))
+
+        return _adapters.rewrite(params, weights, edit)
+
+    def combine(
+        members: Sequence[AdapterWeights], weights: Sequence[Scalar] | Array | None = None
+    ) -> AdapterWeights:
+        shares = _adapters.members_of(members, weights)
+        return {
+            path: RotationWeights(_adapters.weighted(shares, [m[path].skew for m in members]))
+            for path in members[0]
+        }
+
+    return Adapter(init, apply, apply, combine)
+
+
+def _scaling_adapter(apply: Apply, in_axis: AxisSpec, out_axis: AxisSpec, side: int) -> Adapter:
+    """An adapter of factors along one side of the matrix (-1 outputs, -2 inputs)."""
+
+    def init(
+        key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
+    ) -> AdaptedParams:
+        weights = {}
+        for path, leaf in _adapters.selected_matrices(params, where).items():
+            matrix = _adapters.matrix_view(path, leaf, in_axis, out_axis).matrix
+            shape = (*matrix.shape[:-2], matrix.shape[side])
+            weights[path] = ScaleWeights(jnp.ones(shape, matrix.dtype))
+        return AdaptedParams(params, weights)
+
+    def combine(
+        members: Sequence[AdapterWeights], weights: Sequence[Scalar] | Array | None = None
+    ) -> AdapterWeights:
+        shares = _adapters.members_of(members, weights)
+        return {
+            path: ScaleWeights(
+                1 + _adapters.weighted(shares, [member[path].vector - 1 for member in members])
+            )
+            for path in members[0]
+        }
+
+    return Adapter(init, apply, apply, combine)
+
+
+def _rows(key: Array, count: int, width: int, bound: float, dtype: jnp.dtype) -> Array:
+    """Uniform rows `[count, width]`, each from its own key: more rows never change the first."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+    return jax.vmap(lambda k: jax.random.uniform(k, (width,), dtype, -bound, bound))(keys)

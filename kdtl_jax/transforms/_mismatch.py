@@ -1,0 +1,364 @@
+"""What to do with a source leaf of another shape: policies, and resizing of leaves with a geometry.
+
+A *policy* is a function `(source_leaf, target_shape, path) -> array of target_shape`, or None to
+keep the target's own value. The ones here decide on shapes alone and change every axis that
+differs.
+
+The resizing functions take one array and keep its dtype (TypeError unless it is floating point);
+as a policy each is a lambda,
+`[("pos_embed", lambda leaf, shape, path: resize_positions_bicubic(leaf, (16, 16), prefix=1))]`.
+Their matrices `[n_out, n_in]`, one per axis, are computed in float64 from lengths alone.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdtl_jax import _checks, _numerics
+from kdtl_jax._types import Array
+from kdtl_jax.transforms._units import uniform_indices
+
+Shape = tuple[int, ...]
+
+
+class Policy(Protocol):
+    """Makes a leaf of `target_shape` from one of another shape; None keeps the target's own."""
+
+    def __call__(self, source_leaf: Any, target_shape: Shape, path: str, /) -> Array | None: ...
+
+
+def raise_on_mismatch(source_leaf: Any, target_shape: Shape, path: str) -> Array | None:
+    """Refuses every difference in shape (the default)."""
+    raise ValueError(
+        f"{path}: source{list(np.shape(source_leaf))} does not fit target{list(target_shape)}. "
+        "Pass on_mismatch=: transforms.keep_target, crop, pad, select_uniform, "
+        "resize_linear or a function."
+    )
+
+
+def keep_on_mismatch(source_leaf: Any, target_shape: Shape, path: str) -> Array | None:
+    """Leaves the target's own value where shapes differ."""
+    del source_leaf, target_shape, path
+    return None
+
+
+def crop(source_leaf: Any, target_shape: Shape, path: str) -> Array:
+    """The leading block of the source; no axis may grow."""
+    _fits("crop", source_leaf, target_shape, path, shrink=True, grow=False)
+    return jnp.asarray(source_leaf)[tuple(slice(n) for n in target_shape)]
+
+
+def pad(source_leaf: Any, target_shape: Shape, path: str) -> Array:
+    """The source followed by zeros along every axis that grows; none may shrink."""
+    _fits("pad", source_leaf, target_shape, path, shrink=False, grow=True)
+    missing = [(0, n - m) for n, m in zip(target_shape, np.shape(source_leaf), strict=True)]
+    return jnp.pad(jnp.asarray(source_leaf), missing)
+
+
+def crop_or_pad(source_leaf: Any, target_shape: Shape, path: str) -> Array:
+    """Axes that are too long are cropped, axes that are too short end in zeros."""
+    _fits("crop_or_pad", source_leaf, target_shape, path, shrink=True, grow=True)
+    common = tuple(map(min, target_shape, np.shape(source_leaf)))
+    return pad(crop(source_leaf, common, path), target_shape, path)
+
+
+def select_with(choose: Callable[[int, int], Any]) -> Policy:
+    """A policy that keeps the entries `choose(size, n)` of every axis that shrinks.
+
+    `select_with(lambda size, n: random_indices(key, size, n))` is weight selection at random: one
+    key gives one choice for all axes of the same lengths, so layers stay consistent.
+
+    Args:
+      choose: `(length of the axis, number to keep) -> [n] integers`.
+    """
+
+    def select(source_leaf: Any, target_shape: Shape, path: str) -> Array:
+        _fits("select_with", source_leaf, target_shape, path, shrink=True, grow=False)
+        return _selected(source_leaf, target_shape, choose)
+
+    return select
+
+
+def select_uniform(source_leaf: Any, target_shape: Shape, path: str) -> Array:
+    """Weight selection: evenly spaced entries along every axis that shrinks; none may grow.
+
+    It knows no structure: of fused projections and flattened heads it mixes units. For these name
+    the axes and use `select_width` with `uniform_indices`.
+
+    References:
+      Xu et al., Initializing Models with Larger Ones, 2023 (2311.18823).
+    """
+    _fits("select_uniform", source_leaf, target_shape, path, shrink=True, grow=False)
+    return _selected(source_leaf, target_shape, uniform_indices)
+
+
+def resize_linear(source_leaf: Any, target_shape: Shape, path: str) -> Array:
+    """Linear interpolation along every axis that differs, end points kept.
+
+    For axes with a geometry (positions, kernel height and width), not for feature axes, whose
+    order means nothing.
+    """
+    _fits("resize_linear", source_leaf, target_shape, path, shrink=True, grow=True)
+    leaf = jnp.asarray(source_leaf)
+    out = _numerics.upcast(leaf)
+    for axis, size in enumerate(target_shape):
+        if size != out.shape[axis]:
+            matrix = jnp.asarray(corner_aligned(out.shape[axis], size), out.dtype)
+            moved = jnp.tensordot(out, matrix, axes=(axis, 1), precision=jax.lax.Precision.HIGHEST)
+            out = jnp.moveaxis(moved, -1, axis)
+    return out.astype(leaf.dtype)
+
+
+def _selected(leaf: Any, target_shape: Shape, choose: Callable[[int, int], Any]) -> Array:
+    out = jnp.asarray(leaf)
+    for axis, size in enumerate(target_shape):
+        if size != out.shape[axis]:
+            out = jnp.take(out, choose(out.shape[axis], size), axis=axis)
+    return out
+
+
+def _fits(
+    name: str, source_leaf: Any, target_shape: Sequence[int], path: str, *, shrink: bool, grow: bool
+) -> None:
+    shape = np.shape(source_leaf)
+    sizes = f"source{list(shape)}, target{list(target_shape)}"
+    if len(shape) != len(target_shape):
+        raise ValueError(
+            f"{path}: {name} needs leaves of one rank, got {sizes}. Pass a function that reshapes."
+        )
+    if 0 in shape and 0 not in target_shape:
+        raise ValueError(f"{path}: {name} cannot make values from an empty leaf, got {sizes}.")
+    for axis, (n, m) in enumerate(zip(shape, target_shape, strict=True)):
+        if (m > n and not grow) or (m < n and not shrink):
+            raise ValueError(
+                f"{path}: {name} cannot {'grow' if m > n else 'shrink'} axis {axis} from {n} to "
+                f"{m}, got {sizes}. crop_or_pad and resize_linear do both."
+            )
+
+
+# Policies that look at shapes alone, so that planning tries each pair of shapes once.
+PATH_FREE: frozenset[Policy] = frozenset({crop, pad, crop_or_pad, select_uniform, resize_linear})
+
+
+def corner_aligned(n_in: int, n_out: int) -> np.ndarray:
+    """Linear interpolation with the end points kept: output `i` reads at `i (n_in-1)/(n_out-1)`.
+
+    A single output reads at 0, a single input is repeated.
+    """
+    return _linear(np.arange(n_out) * ((n_in - 1) / max(n_out - 1, 1)), n_in)
+
+
+def half_pixel_linear(n_in: int, n_out: int) -> np.ndarray:
+    """Linear interpolation between pixel centers, without antialiasing, borders repeated."""
+    at = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
+    return _linear(np.clip(at, 0, n_in - 1), n_in)
+
+
+def half_pixel_cubic(n_in: int, n_out: int) -> np.ndarray:
+    """Cubic convolution (A = -0.75, four taps) between pixel centers, borders repeated."""
+    at = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
+    rows, low = np.arange(n_out), np.floor(at).astype(np.int64)
+    matrix = np.zeros((n_out, n_in))
+    for tap in range(-1, 3):
+        weight = _cubic_kernel(at - low - tap, -0.75)
+        np.add.at(matrix, (rows, np.clip(low + tap, 0, n_in - 1)), weight)
+    return matrix
+
+
+def antialiased_cubic(n_in: int, n_out: int) -> np.ndarray:
+    """Cubic convolution (A = -0.5), widened when shrinking; taps inside only, rows sum to 1."""
+    at = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
+    stretch = max(n_in / n_out, 1.0)
+    matrix = _cubic_kernel((at[:, None] - np.arange(n_in)) / stretch, -0.5)
+    return matrix / matrix.sum(axis=1, keepdims=True)
+
+
+def _linear(at: np.ndarray, n_in: int) -> np.ndarray:
+    low = np.clip(np.floor(at).astype(np.int64), 0, max(n_in - 2, 0))
+    matrix = np.zeros((len(at), n_in))
+    rows = np.arange(len(at))
+    matrix[rows, low] += 1 - (at - low)
+    matrix[rows, np.minimum(low + 1, n_in - 1)] += at - low
+    return matrix
+
+
+def _cubic_kernel(t: np.ndarray, a: float) -> np.ndarray:
+    t = np.abs(t)
+    near = ((a + 2) * t - (a + 3)) * t * t + 1
+    far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+    return np.where(t <= 1, near, np.where(t < 2, far, 0.0))
+
+
+Grid = tuple[int, int]
+
+
+def resize_positions(
+    embeddings: Array, new_grid: Grid, *, old_grid: Grid | None = None, prefix: int = 0
+) -> Array:
+    """Position embeddings of a grid at another resolution, bilinear with the corners kept.
+
+    big_vision's resampling. Positions that code absolute places should keep their extremes;
+    `resize_positions_bicubic` is timm's and differs from this by design.
+
+    Args:
+      embeddings: `[..., prefix + h * w, dim]`, the grid row by row.
+      new_grid: `(h', w')`.
+      old_grid: `(h, w)`; a square if None.
+      prefix: leading tokens (class token, registers) that are copied.
+
+    Returns:
+      `[..., prefix + h' * w', dim]` in the dtype of `embeddings`.
+
+    Raises:
+      ValueError: if the tokens are not `prefix` plus a grid.
+      TypeError: if the embeddings are not floating point.
+    """
+    matrix = corner_aligned
+    return _resize_grid(embeddings, new_grid, old_grid, prefix, matrix)
+
+
+def resize_positions_bicubic(
+    embeddings: Array,
+    new_grid: Grid,
+    *,
+    old_grid: Grid | None = None,
+    prefix: int = 1,
+    antialias: bool = True,
+) -> Array:
+    """Position embeddings of a grid at another resolution, bicubic between pixel centers.
+
+    timm's resampling: cubic convolution, with antialiasing A = -0.5 and a kernel that widens
+    when shrinking, without A = -0.75 and four taps.
+
+    Args:
+      embeddings: `[..., prefix + h * w, dim]`, the grid row by row.
+      new_grid: `(h', w')`.
+      old_grid: `(h, w)`; a square if None.
+      prefix: leading tokens (class token, registers) that are copied.
+      antialias: whether the kernel widens when shrinking.
+
+    Returns:
+      `[..., prefix + h' * w', dim]` in the dtype of `embeddings`.
+
+    Raises:
+      ValueError: if the tokens are not `prefix` plus a grid.
+      TypeError: if the embeddings are not floating point.
+    """
+    matrix = antialiased_cubic if antialias else half_pixel_cubic
+    return _resize_grid(embeddings, new_grid, old_grid, prefix, matrix)
+
+
+def resize_patch_kernel(kernel: Array, new_size: Grid) -> Array:
+    """A patch-embedding kernel for another patch size, by the pseudo-inverse of resizing.
+
+    `w' = pinv(R^T) vec(w)` with `R` the bilinear resize of a patch: the embedding of an enlarged
+    patch under `w'` is exactly that of the patch under `w` (in least squares when shrinking).
+    Plain interpolation of the kernel would change its norm and its outputs.
+
+    Args:
+      kernel: `[h, w, in, out]`.
+      new_size: `(h', w')`.
+
+    Returns:
+      `[h', w', in, out]` in the dtype of `kernel`.
+
+    Raises:
+      ValueError: if the kernel is not of rank 4, or a size is not positive.
+      TypeError: if it is not floating point.
+
+    References:
+      Beyer et al., FlexiViT, 2022 (2212.08013).
+    """
+    _checks.rank(4, 4, kernel=kernel)
+    _checks.floating(kernel=kernel)
+    _check_grid(new_size)
+    # The resize is separable, and the pseudo-inverse of a Kronecker product is that of its parts.
+    rows, columns = (
+        np.linalg.pinv(half_pixel_linear(n, m).T)
+        for n, m in zip(kernel.shape[:2], new_size, strict=True)
+    )
+    return _apply_grid(kernel, rows, columns)
+
+
+def adapt_input_channels(kernel: Array, channels: int, *, axis: int = -2) -> Array:
+    """A first convolution for another number of input channels.
+
+    One channel: the sum over the old ones (a gray image is the color image with equal channels).
+    Otherwise the old channels repeated in turn and cut, times `old / new`, so that equal channels
+    give the output they gave. timm's rule, for any number of old channels.
+
+    Args:
+      kernel: any rank; `[h, w, in, out]` for a convolution.
+      channels: the new number, >= 1.
+      axis: the input axis.
+
+    Returns:
+      The kernel with `channels` entries along `axis`, same dtype.
+
+    Raises:
+      ValueError: if `channels` is not positive or `axis` is out of range.
+      TypeError: if the kernel is not floating point.
+    """
+    _checks.floating(kernel=kernel)
+    if channels < 1 or not -kernel.ndim <= axis < kernel.ndim:
+        raise ValueError(
+            f"channels must be >= 1 and axis within the kernel, got channels={channels}, "
+            f"axis={axis}, {_checks.described(kernel=kernel)}."
+        )
+    old = kernel.shape[axis]
+    wide = _numerics.upcast(kernel)
+    if channels == 1:
+        return jnp.sum(wide, axis=axis, keepdims=True).astype(kernel.dtype)
+    index = np.arange(channels) % old
+    return (jnp.take(wide, index, axis=axis) * (old / channels)).astype(kernel.dtype)
+
+
+def _resize_grid(
+    embeddings: Array,
+    new_grid: Grid,
+    old_grid: Grid | None,
+    prefix: int,
+    matrix: Callable[[int, int], np.ndarray],
+) -> Array:
+    _checks.rank(2, embeddings=embeddings)
+    _checks.floating(embeddings=embeddings)
+    _check_grid(new_grid)
+    *batch, tokens, dim = embeddings.shape
+    if old_grid is None:
+        side = math.isqrt(max(tokens - prefix, 0))
+        old_grid = (side, side)
+    if prefix < 0 or old_grid[0] * old_grid[1] != tokens - prefix or tokens <= prefix:
+        raise ValueError(
+            f"the tokens must be prefix + h * w, got {tokens} tokens, prefix={prefix}, "
+            f"old_grid={old_grid}. Pass old_grid= for a grid that is not square, prefix= for "
+            "class and register tokens."
+        )
+    if tuple(old_grid) == tuple(new_grid):
+        return embeddings
+    head, grid = embeddings[..., :prefix, :], embeddings[..., prefix:, :]
+    images = jnp.moveaxis(grid.reshape(*batch, *old_grid, dim), (-3, -2), (0, 1))
+    rows, columns = (matrix(n, m) for n, m in zip(old_grid, new_grid, strict=True))
+    resized = jnp.moveaxis(_apply_grid(images, rows, columns), (0, 1), (-3, -2))
+    return jnp.concatenate([head, resized.reshape(*batch, -1, dim)], axis=-2)
+
+
+def _apply_grid(images: Array, rows: np.ndarray, columns: np.ndarray) -> Array:
+    """Applies one matrix to each of the two leading axes, in float32 or wider."""
+    wide = _numerics.upcast(images)
+    out = jnp.einsum(
+        "ij,kl,jl...->ik...",
+        jnp.asarray(rows, wide.dtype),
+        jnp.asarray(columns, wide.dtype),
+        wide,
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return out.astype(images.dtype)
+
+
+def _check_grid(grid: Grid) -> None:
+    if len(grid) != 2 or not all(isinstance(n, (int, np.integer)) and n > 0 for n in grid):
+        raise ValueError(f"the new size must be two positive integers, got {grid!r}.")
