@@ -1,13 +1,14 @@
 """The safetensors header: eight bytes of length, JSON, then one tiled payload.
 
-Reading trusts nothing: sizes are computed with exact integers, the tensors must tile the payload
-without holes or overlaps, and what is not a safetensors file is recognized by its first
-bytes. No function here ever unpickles anything.
+Nothing is trusted: sizes are exact integers, the tensors must tile the payload without holes or
+overlaps, no key may appear twice, and a foreign file is recognized by its first bytes. Nothing is
+ever unpickled. Time and memory are linear in the header's length.
 """
 
 import json
 import math
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +52,7 @@ _foreign = (
 class Tensor(NamedTuple):
     """Where one tensor lies: `file[start:stop]`, little-endian, row-major."""
 
+    name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
@@ -118,7 +120,7 @@ def parse(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             )
         file.seek(8)
         raw = file.read(length)
-    header = _json_object(path, raw)
+    header = json_object(path, raw, "its header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
         raise _bad(path, "its __metadata__ must map strings to strings")
@@ -161,39 +163,52 @@ def encode(
     return struct.pack("<Q", len(text)) + text, order
 
 
-def json_object(path: Path, raw: bytes) -> dict[str, Any]:
-    """A JSON object without duplicate keys, NaN or infinities.
+def json_file(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds; as `json_object`, and nothing longer than a header may be.
+
+    Raises:
+      ValueError: naming the file.
+      FileNotFoundError: if there is none.
+    """
+    size = path.stat().st_size
+    if size > max_header_bytes:
+        raise _bad(path, f"it has {size} bytes, more than {max_header_bytes}")
+    return json_object(path, path.read_bytes())
+
+
+def json_object(path: Path, raw: bytes, what: str = "it") -> dict[str, Any]:
+    """A JSON object without duplicate keys, NaN or infinities; `what` names it in messages.
 
     Raises:
       ValueError: naming the file.
     """
-    return _json_object(path, raw)
 
-
-def _json_object(path: Path, raw: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"the key {twice!r} appears twice")
+            counts = Counter(name for name, _ in pairs)
+            twice = next(name for name, count in counts.items() if count > 1)
+            raise ValueError(f"the key {twice[:60]!r} appears twice")
         return found
 
     def no_constant(text: str) -> Any:
         raise ValueError(f"{text} is not a number")
 
+    # One tensor takes at least 50 characters, 11 of them these. Denser text would only cost memory.
+    if len(raw) > 1_000_000 and sum(map(raw.count, (b'"', b"[", b"{"))) > len(raw) / 4:
+        raise _bad(path, f"{what} does not list tensors")
     try:
         value = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise _bad(path, f"its header is not JSON ({str(error)[:100]})") from None
+        raise _bad(path, f"{what} is not JSON ({str(error)[:100]})") from None
     if not isinstance(value, dict):
-        raise _bad(path, f"its header must be a JSON object, got {type(value).__name__}")
+        raise _bad(path, f"{what} must be a JSON object, got {type(value).__name__}")
     return value
 
 
 def _entry(path: Path, name: str, info: Any, payload: int) -> Tensor:
     if not isinstance(info, dict) or not info.keys() >= {"dtype", "shape", "data_offsets"}:
-        raise _bad(path, f"tensor {name!r} must have dtype, shape and data_offsets")
+        raise _bad(path, f"tensor {name[:60]!r} must have dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise _bad(
@@ -215,12 +230,12 @@ def _entry(path: Path, name: str, info: Any, payload: int) -> Tensor:
             f"tensor {name!r} of {dtype}{shape} needs {need} bytes, but its offsets span "
             f"{end - begin}",
         )
-    return Tensor(path, dtype, tuple(shape), payload + begin, payload + end)
+    return Tensor(name, path, dtype, tuple(shape), payload + begin, payload + end)
 
 
 def _check_tiling(path: Path, tensors: Mapping[str, Tensor], payload: int, size: int) -> None:
     position, previous = payload, "the header"
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[1][3:5]):
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1][4:6]):
         if tensor.start != position:
             word = "overlaps" if tensor.start < position else "leaves a hole after"
             raise _bad(path, f"tensor {name!r} {word} {previous}")
@@ -235,7 +250,7 @@ def _naturals(value: Any) -> bool:
     return (
         isinstance(value, list)
         and len(value) <= 64
-        and all(type(item) is int and item >= 0 for item in value)
+        and all(type(item) is int and 0 <= item < 2**63 for item in value)
     )
 
 

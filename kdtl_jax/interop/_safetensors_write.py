@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from kdtl_jax import trees
+from kdtl_jax._files import atomic_file, new_folder
 from kdtl_jax._types import PyTree
 from kdtl_jax.interop import _safetensors_header as _header
-from kdtl_jax.interop._atomic import atomic_file, new_folder
 
 Produce = Callable[[str], Any]  # name -> the array, or an iterator of vectors that make it up
 

@@ -24,9 +24,9 @@ import numpy as np
 from jax import Array
 
 from kdtl_jax import transforms, trees
+from kdtl_jax._files import atomic_file
 from kdtl_jax._types import ModelFn, Params, PyTree
 from kdtl_jax.interop import _hf_configs, linen, naming, safetensors
-from kdtl_jax.interop._atomic import atomic_file
 from kdtl_jax.interop._hf_names import Names
 from kdtl_jax.interop.naming import Rule
 from kdtl_jax.transforms import Report, transfer
@@ -87,12 +87,8 @@ def load(source: str | Path, *, dtype: Any = None, taps: Sequence[str] = ()) -> 
         if name not in unused
         and (_matches(names.other_heads, name) or _head_of_another_task(name, rules, target, names))
     ]
-    tensors = {
-        name: safetensors.view(tensor)
-        for name, tensor in checkpoint.tensors.items()
-        if name not in unused and name not in extra
-    }
-    arrays = naming.from_torch(tensors, rules)
+    tensors = {n: t for n, t in checkpoint.tensors.items() if n not in unused and n not in extra}
+    arrays = naming.from_torch(safetensors.views(tensors), rules)
     variables, report = transfer(arrays, _with_dtypes(target, arrays, dtype))
     params = {k: v for k, v in variables.items() if k != "batch_stats"}
     state = {"batch_stats": variables["batch_stats"]} if "batch_stats" in variables else None

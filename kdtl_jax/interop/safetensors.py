@@ -1,14 +1,19 @@
 """Weights as safetensors: flat canonical paths in a file, trees in the program.
 
-Reading is lazy: `index` reads headers only, `view` maps one tensor without reading it, `read`
-copies one into memory, `blocks` piece by piece. Writing is atomic: a temporary file beside the
-target is written, synced and renamed, so the target is always the old file or the new one, never
-half of it. `stream` writes tensor by tensor, so memory holds one tensor, not the checkpoint.
+`index` reads headers only. `views` maps tensors without reading them, `read` copies one into
+memory, `blocks` does so piece by piece, and `take` reads some entries along some axes. However many
+tensors there are, one file is open at a time; `views` holds one mapping per file.
 
-Deliberately absent: anything that unpickles (`.bin`, `.pt`, `.ckpt` are refused by content), and
-checksums, which the format does not have (training checkpoints do: `kdtl_jax.run.checkpoint`).
+Writing is atomic: a temporary file beside the target is written, synced and renamed, so the target
+is the old file or the new one, never half of it. `stream` holds one tensor, not the checkpoint.
+
+The `safetensors` package slices. It maps the whole file to do so; whole tensors and pieces are read
+without a mapping, so a file may be larger than the address space. Deliberately absent: anything
+that unpickles (`.bin`, `.pt`, `.ckpt` are refused by content), and checksums, which the format
+lacks (training checkpoints have them: `kdtl_jax.run.checkpoint`).
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
@@ -16,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from kdtl_jax import _checks, trees
 from kdtl_jax._types import PyTree
@@ -55,17 +61,26 @@ def index(path: str | Path) -> Checkpoint:
     return Checkpoint(tensors, metadata, (found,))
 
 
-def view(tensor: Tensor) -> np.ndarray:
-    """The tensor as a read-only memory map: pages are read when touched.
+def views(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Read-only memory maps, one per file: pages are read when touched.
 
     Raises:
       TypeError: for 8-bit floats.
     """
-    dtype = _header.numpy_dtype(tensor.file.name, tensor.dtype)
-    if tensor.start == tensor.stop:
-        return np.zeros(tensor.shape, dtype)
-    raw = np.memmap(tensor.file, np.uint8, "r", tensor.start, (tensor.stop - tensor.start,))
-    return raw.view(dtype).reshape(tensor.shape)
+    dtypes = {key: _header.numpy_dtype(t.name, t.dtype) for key, t in tensors.items()}
+    # An empty file cannot be mapped; its tensors are empty as well.
+    files = {tensor.file for tensor in tensors.values() if tensor.stop > tensor.start}
+    maps = {file: np.memmap(file, np.uint8, "r") for file in files}
+    none = np.zeros(0, np.uint8)
+    return {
+        key: maps.get(t.file, none)[t.start : t.stop].view(dtypes[key]).reshape(t.shape)
+        for key, t in tensors.items()
+    }
+
+
+def view(tensor: Tensor) -> np.ndarray:
+    """One tensor as `views` gives it."""
+    return views({tensor.name: tensor})[tensor.name]
 
 
 def read(tensor: Tensor) -> np.ndarray:
@@ -88,13 +103,61 @@ def blocks(tensor: Tensor, size: int) -> Iterator[np.ndarray]:
       ValueError: if `size` is below 1, or the file has become shorter since its header was read.
     """
     _checks.count(1, size=size)
-    step = size * _header.numpy_dtype(tensor.file.name, tensor.dtype).itemsize
+    step = size * _header.numpy_dtype(tensor.name, tensor.dtype).itemsize
     for start in range(tensor.start, tensor.stop, step):
         yield _piece(tensor, start, min(start + step, tensor.stop))
 
 
+def take(
+    tensor: Tensor, indices: Mapping[int, np.ndarray], size: int = 1 << 20
+) -> Iterator[np.ndarray]:
+    """The entries at `indices[axis]` along each axis, as vectors in storage order.
+
+    Reads what is asked for, about `size` entries at a time: `x[indices[0]][:, indices[1]]` of a
+    tensor larger than memory.
+
+    Args:
+      tensor: any tensor with axes.
+      indices: `{axis: whole numbers in 0..length-1}`, in any order; other axes are kept whole.
+      size: entries to read at once; a row (the axes after the first) may be more.
+
+    Raises:
+      TypeError: for 8-bit floats.
+      ValueError: if the file has changed since its header was read.
+    """
+    _header.numpy_dtype(tensor.name, tensor.dtype)
+    whole = {axis: np.arange(n) for axis, n in enumerate(tensor.shape) if axis not in indices}
+    which = [np.asarray({**whole, **indices}[axis]) for axis in range(len(tensor.shape))]
+    if not all(each.size for each in which):
+        return
+    inner = [slice(int(each.min()), int(each.max()) + 1) for each in which[1:]]
+    rows = max(1, size // math.prod(each.stop - each.start for each in inner))
+    try:
+        with safe_open(tensor.file, "numpy") as file:
+            stored = file.get_slice(tensor.name)
+            for run in _runs(which[0], rows):
+                box = (slice(int(run.min()), int(run.max()) + 1), *inner)
+                piece = stored[box]
+                for axis, each in enumerate([run, *which[1:]]):
+                    piece = np.take(piece, each - box[axis].start, axis)
+                yield piece.ravel()
+    except SafetensorError as error:
+        raise ValueError(f"{tensor.file} changed while it was read: {error}.") from None
+
+
+def _runs(indices: np.ndarray, rows: int) -> Iterator[np.ndarray]:
+    """Consecutive parts of `indices`, each within `rows` neighboring rows."""
+    start, least, most = 0, int(indices[0]), int(indices[0])
+    for i, index in enumerate(indices.tolist()):
+        least, most = min(least, index), max(most, index)
+        if most - least >= rows:
+            yield indices[start:i]
+            start, least, most = i, index, index
+    yield indices[start:]
+
+
 def _piece(tensor: Tensor, start: int, stop: int) -> np.ndarray:
-    dtype = _header.numpy_dtype(tensor.file.name, tensor.dtype)
+    dtype = _header.numpy_dtype(tensor.name, tensor.dtype)
     with tensor.file.open("rb") as file:
         file.seek(start)
         raw = np.fromfile(file, np.uint8, stop - start)
@@ -112,7 +175,7 @@ def abstract(checkpoint: Checkpoint) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def load(path: str | Path, *, where: trees.Selector = trees.everything) -> dict[str, np.ndarray]:
-    """`{name: memory-mapped array}` of the selected tensors, in natural order.
+    """`{name: memory-mapped array}` of the selected tensors, in natural order; see `views`.
 
     Raises:
       ValueError: as `index`, or if the selector matches nothing.
@@ -123,7 +186,7 @@ def load(path: str | Path, *, where: trees.Selector = trees.everything) -> dict[
     leaves = {name: jax.ShapeDtypeStruct(t.shape, jnp.float32) for name, t in tensors.items()}
     chosen = trees.mask(leaves, where) if leaves else {}
     names = sorted((name for name in tensors if chosen[name]), key=trees.natural_key)
-    return {name: view(tensors[name]) for name in names}
+    return views({name: tensors[name] for name in names})
 
 
 def load_tree(path: str | Path, like: PyTree = None) -> PyTree:
@@ -211,7 +274,7 @@ def _locate(path: Path) -> Path:
 
 
 def _index_shards(path: Path) -> Checkpoint:
-    contents = _header.json_object(path, path.read_bytes())
+    contents = _header.json_file(path)
     weight_map = contents.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise ValueError(f"{path} has no weight_map from tensor names to file names.")
