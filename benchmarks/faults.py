@@ -78,7 +78,9 @@ def full_disk(folder: Path, is_foreseen: bool) -> None:
 
     states, step = {}, 0
     home = folder / ("foreseen" if is_foreseen else "unforeseen")
-    with checkpoint.open_folder(home, keep=lambda steps: steps) as checkpoints:
+    with checkpoint.open_folder(
+        home, keep=lambda saved: [one.step for one in saved]
+    ) as checkpoints:
         while step < 1000:
             states[step] = state(step)
             try:

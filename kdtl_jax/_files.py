@@ -1,21 +1,29 @@
-"""Files that appear whole or not at all, their digests, and a lock on a folder."""
+"""Files and folders that appear whole or not at all, their digests, marks of ownership, locks."""
 
 import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
+import secrets
 import shutil
 import socket
+import stat
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: folders are then not locked
+except ImportError:  # not a POSIX system
     fcntl = None
+
+TEMPORARY = ".kdtl-tmp"  # how the name of an unfinished file ends
+MARK = ".kdtl"  # the file that makes a folder ours
+RECORD_BYTES = 256 * 2**20  # no record of ours is larger
 
 
 def sha256(path: Path) -> str:
@@ -34,7 +42,7 @@ def digest(value: Any) -> str:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A temporary file beside `path` that takes its name, synced, when the block succeeds.
 
-    A killed process leaves the old file as it was, and a `.tmp` file that may be deleted.
+    A killed process leaves the old file as it was, and a temporary file that may be deleted.
 
     Raises:
       OSError: naming `path`, if the disk is full; the old file then stays as it was.
@@ -43,7 +51,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     if not path.parent.is_dir():
         reason = f"{path.name} cannot be written: its folder does not exist; make it first"
         raise FileNotFoundError(errno.ENOENT, reason, str(path.parent))
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(
+        prefix=f".{path.name[:100]}.", suffix=TEMPORARY, dir=path.parent
+    )
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -69,7 +79,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty. Choose a new folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    part = Path(
+        tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", suffix=TEMPORARY, dir=folder.parent)
+    )
     try:
         yield part
         os.chmod(part, _usual_mode() | 0o111)
@@ -81,9 +93,33 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a whole file as `atomic_file` does."""
+    """Writes beside `path`, syncs, renames: readers see the old file or the new one."""
     with atomic_file(path) as file:
         file.write(content)
+
+
+def as_json(value: Any) -> Any:
+    """Any value as strict JSON; a record writer never refuses what it is given.
+
+    Numbers that are not finite become null, arrays lists, and what JSON does not know its `repr`.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): as_json(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [as_json(entry) for entry in value]
+    if hasattr(value, "tolist"):  # arrays and array scalars
+        listed = value.tolist()
+        return as_json(listed) if type(listed) is not type(value) else repr(value)
+    return os.fsdecode(value) if isinstance(value, os.PathLike) else repr(value)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A record as indented, strict, ASCII JSON; file names that are not UTF-8 are escaped."""
+    write_atomic(path, (json.dumps(as_json(value), indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
@@ -95,15 +131,19 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """What `write_sealed` wrote.
 
     Raises:
-      ValueError: with the reason, if the file is missing, cut short or altered.
+      ValueError: with the reason, if the file is missing, cut short, altered, or not a JSON object.
     """
     try:
+        if path.stat().st_size > RECORD_BYTES:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes")
         value = json.loads(path.read_bytes())
-        seal = value.pop("digest")
     except FileNotFoundError:
         raise ValueError(f"no {path.name}: the save was cut short") from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} cannot be read ({error})") from None
+    if not isinstance(value, dict) or "digest" not in value:
+        raise ValueError(f"{path.name} cannot be read (it is not an object with a digest)")
+    seal = value.pop("digest")
     if seal != digest(value):
         raise ValueError(f"{path.name} was altered: its digest does not match")
     return value
@@ -125,29 +165,117 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-@contextlib.contextmanager
-def locked(folder: Path, fn: str) -> Iterator[None]:
-    """Holds `folder/.lock`; the system lets it go when the process ends, however it ends.
+def check_space(folder: Path, needed: int, repair: str = "") -> None:
+    """Refuses, before anything is written, what cannot fit: a disk found full halfway helps nobody.
 
     Raises:
-      RuntimeError: if another process holds it, naming that process.
+      OSError: (ENOSPC) with the bytes needed and free, and the repair.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        reason = f"no space left: {needed:,} bytes are needed in {folder}, {free:,} are free"
+        raise OSError(errno.ENOSPC, f"{reason}. {repair}" if repair else reason)
+
+
+def claim(folder: Path, kind: str) -> str:
+    """Marks a new or empty folder as ours, and returns the random identity in its mark.
+
+    Args:
+      folder: made if it does not exist. Hidden files do not count as content.
+      kind: what it holds, such as "checkpoints"; an older mark must say the same.
+
+    Raises:
+      ValueError: if the folder holds files and no mark of this kind: they are not ours.
+      OSError: if it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / MARK
+    if mark.exists():
+        found = read_sealed(mark)
+        if found.get("kind") == kind and isinstance(found.get("id"), str):
+            return found["id"]
+        raise ValueError(f"{folder} holds {found.get('kind')}, not {kind}. Choose another folder.")
+    others = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
+    if others:
+        raise ValueError(
+            f"{folder} holds other files: {', '.join(others[:5])}. Choose another folder."
+        )
+    made = {"kind": kind, "id": secrets.token_hex(8)}
+    write_sealed(mark, made)
+    return made["id"]
+
+
+def is_ours(folder: Path, kind: str) -> bool:
+    """Whether `claim(folder, kind)` marked this very folder (not what a link points to)."""
+    try:
+        return not folder.is_symlink() and read_sealed(folder / MARK).get("kind") == kind
+    except ValueError:
+        return False
+
+
+def remove(folder: Path, kind: str) -> bool:
+    """Deletes a folder if it carries our mark of this kind; returns whether it did."""
+    if not is_ours(folder, kind):
+        return False
+    shutil.rmtree(folder)
+    return True
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a lock on a folder; the system releases it when the process ends, however it ends.
+
+    The lock is a file `.lock`, opened without following links; only one of ours is written to.
+    Where the file system has no locks, a warning says that nothing protects the folder.
+
+    Raises:
+      RuntimeError: if another process holds it, naming that process; or if `.lock` is no file.
     """
     path = folder / ".lock"
-    with path.open("a+") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                raise RuntimeError(
-                    f"{folder} is in use by {file.read().strip() or 'another process'}. "
-                    "Two runs cannot share a folder: wait for it, or choose another one."
-                ) from None
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+        handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise RuntimeError(
+            f"{path} is not a file but a link, a folder or the like, and is left alone. Remove it, "
+            "or choose another folder."
+        ) from None
+    with os.fdopen(handle, "r+b") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise RuntimeError(f"{path} is not a plain file. Remove it, or choose another folder.")
+        _flock(folder, file)
         file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        before = file.read(64)
+        if not before or before.startswith(b"process "):
+            file.seek(0)
+            file.truncate()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            file.flush()
         yield
+
+
+def _flock(folder: Path, file: BinaryIO) -> None:
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "this system has no flock")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            warnings.warn(
+                f"{folder} cannot be locked ({error.strerror}): make sure that no other run "
+                "writes there.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+            return
+        file.seek(0)
+        holder = file.read(200).decode(errors="replace")
+        raise RuntimeError(
+            f"{folder} is in use by {holder if holder.startswith('process ') else 'another one'}. "
+            "Two runs cannot share a folder: wait for it, or choose another one."
+        ) from None
 
 
 def _usual_mode() -> int:

@@ -91,7 +91,7 @@ def train_once(folder: Path, wrote_line: Callable[[], None] = lambda: None) -> s
     meta = None
     with checkpoint.open_folder(folder / "checkpoints") as checkpoints:
         try:
-            state, _, meta, _ = checkpoint.restore(folder / "checkpoints", state)
+            state, _, meta, *_ = checkpoint.restore(folder / "checkpoints", state)
         except FileNotFoundError:
             pass
         with loop.metrics_file(folder / "metrics.jsonl", resume_at=int(state.step)) as log:
@@ -101,7 +101,7 @@ def train_once(folder: Path, wrote_line: Callable[[], None] = lambda: None) -> s
                 wrote_line()
 
             result = loop.run(
-                step, state, frozen, source,
+                step, state, source, frozen,
                 steps=STEPS, log=told, log_every=LOG_EVERY,
                 evaluate=evaluate, evaluate_every=EVALUATE_EVERY,
                 save=partial(checkpoint.save, checkpoints), save_every=SAVE_EVERY, meta=meta,
@@ -181,7 +181,7 @@ def attack(folder: Path, number: int, line: int, delay: float) -> dict[str, Any]
         "seconds": round(time.monotonic() - sent, 3),
         "newest": max((s for s, why in reasons.items() if why is None), default=0),
         "last_line": max((line["step"] for line in lines), default=0),
-        "in_save": any(reasons.values()) or any(home.glob("*.orbax-checkpoint-tmp*")),
+        "in_save": any(reasons.values()) or any(home.glob(".saving-*")),
     }
 
 

@@ -202,9 +202,9 @@ def test_renaming_names_what_is_missing() -> None:
         (lambda: data.resident(arrays(), 2.5, key=KEY), "batch_size must be an integer, got 2.5"),  # type: ignore[arg-type]
         (lambda: data.resident(arrays(), 2, key=0), r"key must be a PRNG key .* got 0 \(int\)"),  # type: ignore[arg-type]
         (lambda: data.resident(arrays(), 2, key=jnp.ones(2)), r"PRNG key .* got float32\[2\]"),
-        (lambda: data.stream(read, 3, 2, key=0), "stream: key must be a PRNG key"),  # type: ignore[arg-type]
+        (lambda: data.stream(read, 3, 2, key=0), "key must be a PRNG key"),  # type: ignore[arg-type]
         (lambda: data.resident({}, 1, key=KEY), "no array in the batch"),
-        (lambda: data.resident(arrays() | {"x": np.ones(3)}, 1, key=KEY), "resident"),
+        (lambda: data.resident(arrays() | {"x": np.ones(3)}, 1, key=KEY), "one batch size"),
         (lambda: data.resident(arrays(), 2, key=None, augment=lambda k, b: b), "needs a key"),
         (lambda: data.resident(arrays(), 2, key=KEY, teacher=np.ones((9, 1))), "10 rows, got"),
         (
@@ -309,7 +309,7 @@ def test_files_that_are_no_arrays(tmp_path: Path, content: str) -> None:
 def test_files_of_unequal_length_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.ones(3))
     np.save(tmp_path / "b.npy", np.ones(4))
-    with pytest.raises(ValueError, match="open_arrays.*labels"):
+    with pytest.raises(ValueError, match="one batch size.*labels"):
         data.open_arrays({"inputs": tmp_path / "a.npy", "labels": tmp_path / "b.npy"})
 
 

@@ -23,7 +23,7 @@ import pytest
 
 from kdtl_jax import Variables, _numerics, losses, memory, train, transforms
 from kdtl_jax.objective import Inputs
-from kdtl_jax.run import checkpoint, loop, sharding
+from kdtl_jax.run import checkpoint, loop, processes, sharding
 from kdtl_jax.train import precision
 
 pytestmark = pytest.mark.usefixtures("optimized", "standard_promotion")
@@ -251,7 +251,7 @@ def test_bad_placements_say_what_to_do() -> None:
         with pytest.raises(ValueError, match="expected for example 'data=4,fsdp=2'"):
             sharding.parse_mesh(text)
     with pytest.raises(ValueError, match="give all of coordinator"):
-        sharding.initialize(coordinator="localhost:1")
+        processes.initialize(coordinator="localhost:1")
 
 
 def test_a_teacher_on_devices_of_its_own(one_device: Any) -> None:
@@ -260,7 +260,7 @@ def test_a_teacher_on_devices_of_its_own(one_device: Any) -> None:
     student_mesh = sharding.make_mesh(devices=devices[:2])
     teacher_mesh = sharding.make_mesh(data=1, fsdp=4, devices=devices[4:])
     teacher = sharding.place(TEACHER, teacher_mesh)
-    attach = sharding.teacher_apart(_model, teacher_mesh, student_mesh)
+    attach = sharding.separate_teacher(_model, teacher_mesh, student_mesh)
     step = train.make_distill_step(_model, None, _kd, {"term": 1.0}, TX)
 
     def batches(start: int) -> Iterator[Any]:
@@ -268,7 +268,7 @@ def test_a_teacher_on_devices_of_its_own(one_device: Any) -> None:
 
     state = sharding.place(train.init_state(STUDENT, TX, key=KEY), student_mesh)
     place = functools.partial(attach, teacher)
-    result = loop.run(step, state, None, batches, steps=20, place=place)
+    result = loop.run(step, state, batches, steps=20, place=place)
     assert_close(result.state.params, one_device["kd"][0])
     batch = attach(Variables(teacher), BATCH)
     assert batch["teacher"]["logits"].devices() == set(devices[:2])
@@ -304,9 +304,9 @@ PROCESS = """
     import jax, numpy as np
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_compilation_cache_dir", {cache!r})
-    from kdtl_jax import checkpoint, sharding
+    from kdtl_jax.run import checkpoint, processes, sharding
     rank = int(sys.argv[1])
-    sharding.initialize(coordinator="localhost:{port}", processes=2, process=rank)
+    processes.initialize(coordinator="localhost:{port}", processes=2, process=rank)
     # The module's arrays are made as in the test's own process, to the last bit.
     jax.config.update("jax_disable_most_optimizations", True)
     import test_sharding as t

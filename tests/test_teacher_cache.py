@@ -373,7 +373,7 @@ def test_folders_of_something_else_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_two_writers_do_not_meet(tmp_path: Path) -> None:
-    with _files.locked(tmp_path, "test"), pytest.raises(RuntimeError, match="in use by process"):
+    with _files.locked(tmp_path), pytest.raises(RuntimeError, match="in use by process"):
         _write(tmp_path)
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from kdtl_jax import augment
 from kdtl_jax.cli._config import UsageError
-from kdtl_jax.run import sharding
+from kdtl_jax.run import processes, sharding
 from kdtl_jax.train import Batch, precision
 
 Views = Callable[[Array, Array, Batch], dict[str, Any]]  # key, epoch, batch -> batch
@@ -129,7 +129,7 @@ def mesh(args: argparse.Namespace) -> Mesh | None:
     several = (args.coordinator, args.processes, args.process)
     if any(value is not None for value in several):
         try:
-            sharding.initialize(
+            processes.initialize(
                 coordinator=args.coordinator, processes=args.processes, process=args.process
             )
         except ValueError as error:

@@ -218,7 +218,7 @@ def _folder(args: argparse.Namespace) -> Iterator[Path]:
         _same_settings(folder, args)
     else:
         folder = _output.run_folder(args)
-    with _files.locked(folder, "kdtl distill"):
+    with _files.locked(folder):
         if not taken_up:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # an earlier run's
             (folder / "metrics.jsonl").unlink(missing_ok=True)

@@ -152,8 +152,8 @@ def train_seeds(
             result = loop.run(
                 step,
                 state,
-                frozen,
                 source,
+                frozen,
                 steps=steps * every,
                 log=log,
                 log_every=epoch,

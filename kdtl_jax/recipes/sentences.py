@@ -323,8 +323,8 @@ def _distill(
     result = loop.run(
         step,
         state,
-        Variables(teacher),
         batches,
+        Variables(teacher),
         steps=settings.steps,
         log=log,
         log_every=max(1, settings.steps // 10),

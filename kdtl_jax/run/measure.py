@@ -1,6 +1,6 @@
 """What a compiled program costs, and how near it comes to the machine's own ceilings.
 
-Three sources, kept apart: the clock (`step_times`, `throughput`), the compiler's account of the
+Three separate sources: timing (`step_times`, `throughput`), the compiler's account of the
 program (`cost`, `memory`), and the machine's measured ceilings (`ceilings`: a large matmul, a large
 copy). `roofline` puts them together. Nothing here knows the back end: results are awaited with
 `block_until_ready`, and what a back end does not report is None.
@@ -175,12 +175,12 @@ def ceilings(dtype: Any = jnp.float32, *, quick: bool = False) -> Ceilings:
     copy_bytes = 2**25 if quick else 2**28
     add = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: no fresh pages to be mapped
     while True:
-        held = jnp.zeros((copy_bytes // 4,), jnp.float32)
+        buffer = jnp.zeros((copy_bytes // 4,), jnp.float32)
 
         def once() -> Any:
-            nonlocal held
-            held = add(held)
-            return held
+            nonlocal buffer
+            buffer = add(buffer)
+            return buffer
 
         seconds = _best(once)
         if seconds >= enough / 10 or copy_bytes >= LARGEST_COPY:

@@ -8,7 +8,7 @@ axis types, so ordinary code such as `x @ x.T` on sharded operands works.
 
 A teacher is placed like a state, by `place(teacher, mesh)`: with the mesh's FSDP rule or another
 `smallest=`, in the student's dtype or another. On devices of its own it runs ahead of the student;
-see `teacher_apart`.
+see `separate_teacher`.
 """
 
 from collections.abc import Callable, Mapping
@@ -156,7 +156,7 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     )
 
 
-def teacher_apart(
+def separate_teacher(
     teacher: ModelFn, teacher_mesh: Mesh, student_mesh: Mesh
 ) -> Callable[[Any, Mapping[str, Any]], dict[str, Any]]:
     """A teacher on devices of its own, whose outputs move to the student's.
@@ -197,27 +197,6 @@ def teacher_apart(
         return place_batch(batch, student_mesh) | {"teacher": moved}
 
     return attach
-
-
-def initialize(
-    *, coordinator: str | None = None, processes: int | None = None, process: int | None = None
-) -> None:
-    """Joins a multi-process run; call before anything touches a device.
-
-    Without arguments JAX detects the cluster (SLURM, Open MPI, TPU pods, Kubernetes); with
-    them, the three of `jax.distributed.initialize`.
-
-    Raises:
-      ValueError: if only some of the three are given.
-    """
-    given = [coordinator is not None, processes is not None, process is not None]
-    if any(given) and not all(given):
-        raise ValueError(
-            "give all of coordinator ('host:port'), processes and process "
-            f"(this one's number), or none for auto-detection; got {coordinator!r}, {processes}, "
-            f"{process}."
-        )
-    jax.distributed.initialize(coordinator, processes, process)
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> Array:

@@ -1,47 +1,255 @@
-"""Reading a checkpoint folder: which steps are whole, and the newest of them."""
+"""Reading a checkpoint folder: which steps are whole, the newest and the best, leaves by path."""
 
 import operator
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from kdtl_jax import _checks, _files
+from kdtl_jax import _checks, _files, trees
 from kdtl_jax._types import PyTree
-from kdtl_jax.run.checkpoint import _leaves
+from kdtl_jax.run import processes, scores
 
+KIND = "checkpoints"  # of the folder's mark
 MANIFEST = "manifest.json"
-FORMAT = 1
+STATE = "state"  # the arrays, beside the manifest
+FORMAT = 2
 
 
 class Restored(NamedTuple):
-    """A state read back; `skipped` lists newer steps that were not whole, with the reason."""
+    """A state read back.
+
+    `skipped` lists newer steps that were not whole, with the reason. Where a part was asked for,
+    `left` names the checkpoint's leaves that were not read, `kept` the template's leaves that
+    stayed as they were.
+    """
 
     state: PyTree
     step: int
     meta: dict[str, Any]
     skipped: list[tuple[int, str]]
+    left: list[str]
+    kept: list[str]
+
+
+class Manifest(NamedTuple):
+    """What makes a step whole, its shape checked."""
+
+    step: int
+    folder: str  # the identity in the folder's mark
+    owner: dict[str, str]
+    meta: dict[str, Any]
+    leaves: list[dict[str, Any]]  # path, shape, dtype, entry
+    files: dict[str, dict[str, Any]]  # bytes, sha256
 
 
 def steps(folder: str | Path) -> list[int]:
     """The steps in a folder, oldest first, whole or not."""
     folder = Path(folder)
     names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal())
+    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
 
 
-def problem(folder: str | Path, step: int) -> str | None:
-    """Why a step is not whole, or None if every file matches its manifest."""
-    home = Path(folder) / str(step)
+def problem(folder: str | Path, step: int, owner: Mapping[str, str] | None = None) -> str | None:
+    """Why a step is not whole, or None if every file matches its manifest.
+
+    Args:
+      folder: a folder that `open_folder` made.
+      step: one of `steps(folder)`.
+      owner: as in `restore`.
+    """
     try:
-        manifest = _files.read_sealed(home / MANIFEST)
+        return _problem(Path(folder), step, owner)
+    except OSError as error:
+        return f"it cannot be read ({error})"
+
+
+def best(folder: str | Path, name: str, *, minimize: bool = True) -> int:
+    """The whole step with the best evaluation, the first of equal ones.
+
+    Args:
+      folder: a folder that `open_folder` made.
+      name: an entry of what `evaluate` returned at that step (`loop.run` saves evaluations). A step
+        without it, or where it is not finite, is never the best.
+      minimize: whether smaller is better.
+
+    Raises:
+      FileNotFoundError: if no whole step has a finite value, with every step's reason.
+    """
+    folder = Path(folder)
+
+    def choose() -> int:
+        values, reasons = {}, []
+        for step in steps(folder):
+            reason = problem(folder, step)
+            if reason is None:
+                values[step] = score(read_manifest(folder / str(step)).meta, step, name)
+                reason = f"no value of {name!r}" if values[step] is None else "it is not finite"
+            reasons.append(f"step {step}: {reason}")
+        chosen = scores.best(list(values.values()), minimize=minimize)
+        if chosen is None:
+            raise FileNotFoundError(
+                f"no step in {folder} has a finite {name!r} ({'; '.join(reasons) or 'no steps'}). "
+                "Save where you evaluate: save_every=evaluate_every."
+            )
+        return list(values)[chosen]
+
+    return processes.decide(choose)
+
+
+def restore(
+    folder: str | Path,
+    template: PyTree,
+    *,
+    step: int | None = None,
+    only: trees.Selector | None = None,
+    owner: Mapping[str, str] | None = None,
+) -> Restored:
+    """The newest whole step, as a tree like `template`; leaves are matched by path.
+
+    Args:
+      folder: a folder that `open_folder` made.
+      template: a tree of arrays or `jax.ShapeDtypeStruct`s; its structure is authoritative, and
+        each leaf is placed by the template leaf's sharding (any mesh, any number of processes).
+      step: take this step alone instead of the newest.
+      only: which leaves of the template are read; the others stay as they are, and the checkpoint
+        may hold more. None: all of them, and the checkpoint must hold exactly these.
+      owner: what `open_folder` was given; a step of anything else is refused. None does not ask.
+
+    Raises:
+      FileNotFoundError: if no step is whole, with every step's reason; or `step` does not exist.
+      TypeError: if `step` is not an integer.
+      ValueError: if paths, shapes, dtypes or key types differ from the template, leaf by leaf.
+    """
+    folder = Path(folder).absolute()
+    if step is not None:
+        _checks.count(0, step=step)
+        step = operator.index(step)
+
+    def choose() -> list[Any]:
+        found, skipped = _choose(folder, step, owner)
+        return [found, skipped, read_manifest(folder / str(found))._asdict()]
+
+    found, skipped, known = processes.decide(choose)
+    manifest = Manifest(**known)
+    saved = {leaf["path"]: leaf for leaf in manifest.leaves}
+    flat = flatten(template)
+    chosen = flat if only is None else _chosen(template, flat, only)
+    _compare(f"{folder.name}/{found}", saved, chosen, exactly=only is None)
+    wanted = {saved[path]["entry"]: _abstract(leaf) for path, leaf in chosen.items()}
+    read = _read(folder / str(found) / STATE, {k: x for k, x in wanted.items() if np.size(x)})
+    leaves = [
+        _as(leaf, read.get(saved[path]["entry"])) if path in chosen else leaf
+        for path, leaf in flat.items()
+    ]
+    return Restored(
+        jax.tree.unflatten(jax.tree.structure(template), leaves),
+        found,
+        manifest.meta,
+        [(int(number), reason) for number, reason in skipped],
+        [path for path in saved if path not in chosen],
+        [path for path in flat if path not in chosen],
+    )
+
+
+def flatten(tree: PyTree) -> dict[str, Any]:
+    """`{path: leaf}`; the full key path where two leaves share a canonical one (0 and "0")."""
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    short = [trees.path_string(path) for path, _ in pairs]
+    counts: dict[str, int] = {}
+    for name in short:
+        counts[name] = counts.get(name, 0) + 1
+    return {
+        name if counts[name] == 1 else jax.tree_util.keystr(path): leaf
+        for name, (path, leaf) in zip(short, pairs, strict=True)
+    }
+
+
+def describe(path: str, leaf: Any) -> dict[str, Any]:
+    """A leaf as the manifest records it."""
+    dtype = getattr(leaf, "dtype", None)
+    return {
+        "path": path,
+        "shape": list(np.shape(leaf)),
+        "dtype": str(np.asarray(leaf).dtype if dtype is None else dtype),
+    }
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is a typed PRNG key, concrete or abstract."""
+    return jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key)
+
+
+def score(meta: Mapping[str, Any], step: int, name: str) -> Any:
+    """The evaluation of a step, from the `meta` that `loop.run` saves; None if there is none."""
+    evaluations = meta.get("evaluations")
+    for line in evaluations if isinstance(evaluations, list) else []:
+        if isinstance(line, dict) and line.get("step") == step:
+            return line.get(f"eval/{name}")
+    return None
+
+
+def read_manifest(home: Path) -> Manifest:
+    """The manifest in a step's folder.
+
+    Raises:
+      ValueError: with the reason, if it is missing, damaged, of another version or another shape.
+    """
+    value = _files.read_sealed(home / MANIFEST)
+    if value.get("format") != FORMAT:
+        raise ValueError(f"format {value.get('format')}, this version reads {FORMAT}")
+    fields = {name: value.get(name) for name in Manifest._fields}
+    odd = [name for name, kind in _KINDS.items() if not isinstance(fields[name], kind)]
+    if not odd and not all(map(_is_leaf, fields["leaves"])):
+        odd = ["leaves"]
+    if not odd and not all(_is_file(name, known) for name, known in fields["files"].items()):
+        odd = ["files"]
+    if odd:
+        raise ValueError(f"{MANIFEST} is not a checkpoint's: its {odd[0]!r} is missing or odd")
+    return Manifest(**fields)
+
+
+_KINDS: dict[str, type] = {
+    "step": int,
+    "folder": str,
+    "owner": dict,
+    "meta": dict,
+    "leaves": list,
+    "files": dict,
+}
+
+
+def _is_leaf(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(name), str) for name in ("path", "dtype", "entry"))
+        and isinstance(value.get("shape"), list)
+    )
+
+
+def _is_file(name: str, known: Any) -> bool:
+    inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+    return inside and isinstance(known, dict) and {"bytes", "sha256"} <= known.keys()
+
+
+def _problem(folder: Path, step: int, owner: Mapping[str, str] | None) -> str | None:
+    home = folder / str(step)
+    try:
+        manifest = read_manifest(home)
+        here = _files.read_sealed(folder / _files.MARK).get("id")
     except ValueError as error:
         return str(error)
-    if manifest["format"] != FORMAT:
-        return f"format {manifest['format']}, this version reads {FORMAT}"
-    for name, known in manifest["files"].items():
+    if manifest.step != step:
+        return f"it was saved as step {manifest.step} and renamed"
+    if manifest.folder != here:
+        return "it was saved in another folder, by another run or for another method"
+    if owner is not None and manifest.owner != dict(owner):
+        return f"it belongs to {manifest.owner or 'nothing named'}, not to {dict(owner)}"
+    for name, known in manifest.files.items():
         path = home / name
         if not path.is_file():
             return f"{name} is missing"
@@ -52,61 +260,88 @@ def problem(folder: str | Path, step: int) -> str | None:
     return None
 
 
-def restore(folder: str | Path, template: PyTree, *, step: int | None = None) -> Restored:
-    """The newest whole step, as a tree like `template`.
-
-    Args:
-      folder: a folder that `open_folder` made.
-      template: a tree of arrays or `jax.ShapeDtypeStruct`s; its structure is authoritative, and
-        each leaf is placed by the template leaf's sharding (any mesh, any number of processes).
-      step: take this step alone instead of the newest.
-
-    Raises:
-      FileNotFoundError: if no step is whole, with every step's reason; or `step` does not exist.
-      TypeError: if `step` is not an integer.
-      ValueError: if paths, shapes, dtypes or key types differ from the template, leaf by leaf.
-    """
-    folder = Path(folder).absolute()
+def _choose(
+    folder: Path, step: int | None, owner: Mapping[str, str] | None
+) -> tuple[int, list[tuple[int, str]]]:
+    """The newest whole step, and why newer ones are not."""
     candidates = steps(folder)
     if step is not None:
-        _checks.count(0, step=step)
-        step = operator.index(step)
         if step not in candidates:
-            raise FileNotFoundError(
-                f"{folder} has no step {step}. Its steps: {candidates or 'none'}."
-            )
+            listed = candidates or "none"
+            raise FileNotFoundError(f"{folder} has no step {step}. Its steps: {listed}.")
         candidates = [step]
-    found, skipped = _choose(folder, candidates)
-    if found is None:
-        listed = "; ".join(f"step {s}: {why}" for s, why in skipped) or "it has no steps"
-        raise FileNotFoundError(f"no whole checkpoint in {folder} ({listed}).")
-    manifest = _files.read_sealed(folder / str(found) / MANIFEST)
-    flat = _leaves.flatten(template)
-    _leaves.check(f"{folder.name}/{found}", manifest["leaves"], flat)
-    leaves = list(flat.values())
-    with ocp.StandardCheckpointer() as reader:
-        home = folder / str(found) / "state"
-        read = reader.restore(home, _leaves.abstract(leaves)) if _leaves.abstract(leaves) else {}
-    restored = [
-        _leaves.restored_as(leaf, read.get(_leaves.number(i))) for i, leaf in enumerate(leaves)
-    ]
-    state = jax.tree.unflatten(jax.tree.structure(template), restored)
-    return Restored(state, found, manifest["meta"], skipped)
+    skipped = []
+    for candidate in reversed(candidates):
+        reason = problem(folder, candidate, owner)
+        if reason is None:
+            return candidate, skipped
+        skipped.append((candidate, reason))
+    listed = "; ".join(f"step {s}: {why}" for s, why in skipped) or "it has no steps"
+    raise FileNotFoundError(f"no whole checkpoint in {folder} ({listed}).")
 
 
-def _choose(folder: Path, candidates: list[int]) -> tuple[int | None, list[tuple[int, str]]]:
-    """The newest whole step; with several processes the first one looks and tells the others."""
-    found, skipped = None, []
-    if jax.process_index() == 0:
-        for step in reversed(candidates):
-            reason = problem(folder, step)
-            if reason is None:
-                found = step
-                break
-            skipped.append((step, reason))
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+def _chosen(template: PyTree, flat: Mapping[str, Any], only: trees.Selector) -> dict[str, Any]:
+    flags = jax.tree.leaves(trees.mask(template, only))
+    return {path: leaf for (path, leaf), flag in zip(flat.items(), flags, strict=True) if flag}
 
-        agreed = multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found))
-        found = int(agreed) if int(agreed) >= 0 else None
-    return found, skipped
+
+def _compare(
+    name: str, saved: Mapping[str, Any], flat: Mapping[str, Any], *, exactly: bool
+) -> None:
+    """Refuses, leaf by leaf, where checkpoint and template differ."""
+    wanted = {path: describe(path, leaf) for path, leaf in flat.items()}
+    problems = [f"the checkpoint lacks {path!r}" for path in wanted if path not in saved]
+    if exactly:
+        problems += [f"the template lacks {path!r}" for path in saved if path not in wanted]
+    for path in [path for path in wanted if path in saved]:
+        old, new = saved[path], wanted[path]
+        if (old["shape"], old["dtype"]) != (new["shape"], new["dtype"]):
+            was, want = (f"{x['dtype']}{x['shape']}" for x in (old, new))
+            problems.append(f"{path!r} was saved as {was}, the template has {want}")
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(
+            f"checkpoint {name} does not fit the template: {'; '.join(problems[:8])}{more}. Use "
+            "the configuration that the run was started with, or restore a part with only="
+        )
+
+
+def _read(home: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Entries of the file as the abstract arrays ask for them; others are not read."""
+    if not wanted:
+        return {}
+    arguments = ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(home, args=arguments)
+
+
+def _abstract(leaf: Any) -> Any:
+    """A template's leaf as Orbax wants it: a sharded abstract array, or a NumPy array."""
+    if is_key(leaf):
+        data = jax.eval_shape(jax.random.key_data, leaf)
+        placed = jax.random.key_data(leaf).sharding if isinstance(leaf, jax.Array) else None
+        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=placed or _default())
+    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+        placed = leaf.sharding or _default()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
+    return np.zeros(np.shape(leaf), np.asarray(leaf).dtype)
+
+
+def _default() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _as(leaf: Any, read: Any) -> Any:
+    """What was read, in the template leaf's own type."""
+    if is_key(leaf):
+        impl: list[Any] = []  # only a key or its tracer tells its kind, an abstract one does not
+        jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), leaf)
+        return jax.random.wrap_key_data(read, impl=impl[0])
+    if read is None:  # an array without elements
+        empty = np.zeros(np.shape(leaf), leaf.dtype)
+        return empty if isinstance(leaf, np.ndarray) else jnp.asarray(empty)
+    return read if hasattr(leaf, "dtype") else type(leaf)(read)

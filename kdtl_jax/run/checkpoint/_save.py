@@ -11,73 +11,105 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from kdtl_jax import _checks, _files
 from kdtl_jax._types import PyTree
-from kdtl_jax.run.checkpoint import _leaves
-from kdtl_jax.run.checkpoint._restore import FORMAT, MANIFEST, steps
+from kdtl_jax.run import processes, scores
+from kdtl_jax.run.checkpoint import _restore
+from kdtl_jax.run.checkpoint._restore import FORMAT, KIND, MANIFEST, STATE
 
-Keep = Callable[[Sequence[int]], Sequence[int]]  # sorted steps -> those that stay
+STORABLE = (np.number, np.bool_, jax.dtypes.prng_key)
+SAVING, DROPPED = ".saving-", ".dropped-"  # a step that is being written, or deleted
+
+
+class Saved(NamedTuple):
+    """A whole step in a folder, with the `meta` it was saved with."""
+
+    step: int
+    meta: Mapping[str, Any]
+
+
+Keep = Callable[[Sequence[Saved]], Sequence[int]]  # oldest first -> the steps that stay
 
 
 class Checkpoints(NamedTuple):
     """A folder open for saving. `pending` holds at most one save in progress."""
 
     folder: Path
-    manager: ocp.CheckpointManager
+    identity: str  # in the folder's mark
+    owner: dict[str, str]
+    writer: ocp.AsyncCheckpointer
     worker: ThreadPoolExecutor
     pending: list[Future[None]]
     keep: Keep
+    saved: dict[int, Saved]  # the whole steps, in process 0
 
 
 def newest(count: int) -> Keep:
     """Retention: the last `count` steps stay."""
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}.")
-    return lambda steps: steps[-count:]
+    return lambda saved: [one.step for one in saved[-count:]]
 
 
 def newest_and_every(count: int, interval: int) -> Keep:
     """Retention: the last `count` steps and every multiple of `interval` stay."""
     last = newest(count)
-    return lambda steps: [s for s in steps if s % interval == 0 or s in last(steps)]
+    return lambda saved: [*last(saved), *(s.step for s in saved if s.step % interval == 0)]
+
+
+def newest_and_best(count: int, name: str, *, minimize: bool = True) -> Keep:
+    """Retention: the last `count` steps and the best one by an evaluation stay; see `best`."""
+    last = newest(count)
+
+    def keep(saved: Sequence[Saved]) -> list[int]:
+        values = [_restore.score(one.meta, one.step, name) for one in saved]
+        chosen = scores.best(values, minimize=minimize)
+        return [*last(saved), *([] if chosen is None else [saved[chosen].step])]
+
+    return keep
 
 
 THREE = newest(3)
 
 
 @contextlib.contextmanager
-def open_folder(folder: str | Path, *, keep: Keep = THREE) -> Iterator[Checkpoints]:
+def open_folder(
+    folder: str | Path, *, keep: Keep = THREE, owner: Mapping[str, str] | None = None
+) -> Iterator[Checkpoints]:
     """Opens a folder for saving and locks it; leaving the block waits for the last save.
 
     Args:
-      folder: made if it does not exist. Several processes of one `jax.distributed` run share it.
+      folder: a new or an empty one, or one of ours. Processes of one `jax.distributed` run share
+        it.
       keep: which whole steps stay after each save; a step goes only once a newer one is whole.
+      owner: what the states belong to, such as `{"run": id, "method": "kd"}`; `restore` refuses
+        steps of another.
 
     Raises:
       RuntimeError: if another run has the folder open.
+      ValueError: if it holds files that are not ours.
       PermissionError: (or another OSError) if the folder cannot be written.
     """
     folder = Path(folder).absolute()
-    _make_folder(folder)
-    primary = jax.process_index() == 0
-    with _files.locked(folder, "checkpoint") if primary else contextlib.nullcontext():
-        if primary:
-            for leftover in [*folder.glob("*.orbax-checkpoint-tmp*"), *folder.glob(".gone-*")]:
-                shutil.rmtree(leftover, ignore_errors=True)
-        options = ocp.CheckpointManagerOptions(max_to_keep=None, save_root_metadata=False)
-        manager = ocp.CheckpointManager(folder, options=options)
+    with contextlib.ExitStack() as stack:
+        identity = processes.decide(lambda: _begin(folder, stack))
+        writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        checkpoints = Checkpoints(folder, manager, worker, [], keep)
+        saved = _whole(folder) if jax.process_index() == 0 else {}
+        checkpoints = Checkpoints(
+            folder, identity, dict(owner or {}), writer, worker, [], keep, saved
+        )
         try:
             yield checkpoints
             wait(checkpoints)
         finally:
             worker.shutdown()
-            with contextlib.suppress(Exception), _told_once():  # a failed save was raised above
-                manager.close()
+            with contextlib.suppress(Exception), _quiet():  # a failed save was raised above
+                writer.close()
 
 
 def save(
@@ -101,23 +133,131 @@ def save(
     """
     _checks.count(0, step=step)
     step, meta = operator.index(step), _as_json(meta or {})
-    flat = _leaves.flatten(state)
-    _leaves.check_storable("checkpoint.save", flat)
+    flat = _restore.flatten(state)
+    _check_storable(flat)
     wait(checkpoints)
-    leaves = [_leaves.describe(path, leaf) for path, leaf in flat.items()]
-    stored = _leaves.stored(list(flat.values()))
-    _check_space(checkpoints.folder, step, stored)
-    if jax.process_index() == 0:
-        _move_aside(checkpoints.folder, step)
-    manager = checkpoints.manager
-    manager.reload()  # steps were moved or dropped behind the manager's back
+    leaves = [
+        _restore.describe(path, leaf) | {"entry": _entry(i)}
+        for i, (path, leaf) in enumerate(flat.items())
+    ]
+    stored = _stored(list(flat.values()))
+    processes.decide(lambda: _make_room(checkpoints, step, stored))
     try:
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(stored))
-        manager.save(step, args=arguments, force=True)
+        home = checkpoints.folder / f"{SAVING}{step}" / STATE
+        with _quiet():
+            checkpoints.writer.save(home, args=ocp.args.PyTreeSave(stored))
     except Exception as error:
         raise _failed(checkpoints.folder, step, error) from error
-    manifest = {"format": FORMAT, "step": step, "meta": meta, "leaves": leaves}
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "folder": checkpoints.identity,
+        "owner": checkpoints.owner,
+        "meta": meta,
+        "leaves": leaves,
+    }
     checkpoints.pending.append(checkpoints.worker.submit(_finish, checkpoints, step, manifest))
+
+
+def wait(checkpoints: Checkpoints) -> None:
+    """Returns once the save in progress, if any, is whole; all processes must call.
+
+    Raises:
+      OSError: if that save failed, in this process or another.
+    """
+    while checkpoints.pending:
+        error = checkpoints.pending.pop().exception()
+        failed = processes.largest(int(error is not None))
+        if error is not None:
+            raise error
+        if failed:
+            raise OSError(f"another process could not save in {checkpoints.folder}.")
+
+
+def remove(folder: str | Path) -> list[str]:
+    """Deletes a folder of checkpoints, or all such folders in a folder; nothing else.
+
+    Returns:
+      What stays because it is not ours, by name.
+    """
+    folder = Path(folder)
+    if not folder.exists() or _files.remove(folder, KIND):
+        return []
+    kept = [path for path in sorted(folder.iterdir()) if not _files.remove(path, KIND)]
+    if not kept:
+        folder.rmdir()
+    return [path.name for path in kept]
+
+
+def _begin(folder: Path, stack: contextlib.ExitStack) -> str:
+    """Locks and marks the folder, clears what a kill left there; returns its identity."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(_files.locked(folder))
+        identity = _files.claim(folder, KIND)
+    except OSError as error:
+        reason = f"{folder} cannot be written ({error.strerror}). Choose another folder"
+        raise type(error)(error.errno, reason) from None
+    for leftover in [*folder.glob(f"{SAVING}*"), *folder.glob(f"{DROPPED}*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    return identity
+
+
+def _whole(folder: Path) -> dict[int, Saved]:
+    found = {}
+    for step in _restore.steps(folder):
+        with contextlib.suppress(ValueError):
+            found[step] = Saved(step, _restore.read_manifest(folder / str(step)).meta)
+    return found
+
+
+def _make_room(checkpoints: Checkpoints, step: int, stored: Mapping[str, Any]) -> None:
+    """In process 0: what the step replaces moves aside, and its folder is made."""
+    folder = checkpoints.folder
+    try:
+        needed = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in stored.values())
+        _files.check_space(folder, needed)
+        for newer in [s for s in _restore.steps(folder) if s >= step]:
+            aside = folder / ".aside" / str(newer)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(exist_ok=True)
+            (folder / str(newer)).rename(aside)
+            checkpoints.saved.pop(newer, None)
+        part = folder / f"{SAVING}{step}"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+    except OSError as error:
+        raise _failed(folder, step, error) from error
+
+
+def _finish(checkpoints: Checkpoints, step: int, manifest: dict[str, Any]) -> None:
+    """In the background: waits for Orbax, adds the manifest, renames, drops old steps."""
+    folder = checkpoints.folder
+    part, home = folder / f"{SAVING}{step}", folder / str(step)
+    try:
+        with _quiet():
+            checkpoints.writer.wait_until_finished()
+        if jax.process_index() != 0:
+            return
+        files = {}
+        for path in sorted(path for path in part.rglob("*") if path.is_file()):
+            _files.sync(path)
+            known = {"bytes": path.stat().st_size, "sha256": _files.sha256(path)}
+            files[path.relative_to(part).as_posix()] = known
+        _files.write_sealed(part / MANIFEST, manifest | {"files": files})
+        part.rename(home)
+        _files.sync_folder(folder)
+    except Exception as error:
+        if jax.process_index() == 0:
+            shutil.rmtree(part, ignore_errors=True)  # a full disk needs the room
+        raise _failed(folder, step, error) from error
+    checkpoints.saved[step] = Saved(step, manifest["meta"])
+    saved = [checkpoints.saved[s] for s in sorted(checkpoints.saved)]
+    for old in {one.step for one in saved} - set(checkpoints.keep(saved)) - {step}:
+        del checkpoints.saved[old]
+        with contextlib.suppress(FileNotFoundError):  # someone else deleted it
+            dropped = (folder / str(old)).rename(folder / f"{DROPPED}{old}")
+            shutil.rmtree(dropped, ignore_errors=True)
 
 
 def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,59 +271,41 @@ def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
         ) from None
 
 
-def wait(checkpoints: Checkpoints) -> None:
-    """Returns once the save in progress, if any, is whole.
-
-    Raises:
-      OSError: if that save failed.
-    """
-    while checkpoints.pending:
-        checkpoints.pending.pop().result()
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            probe = folder / ".writable"
-            probe.touch()
-            probe.unlink()
-    except OSError as error:
-        raise type(error)(
-            error.errno,
-            f"checkpoint: {folder} cannot be written ({error.strerror}). Choose another folder",
-        ) from None
+def _check_storable(flat: Mapping[str, Any]) -> None:
+    """Raises TypeError unless every leaf is an array of numbers, bools or PRNG keys."""
+    for path, leaf in flat.items():
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        if not any(jnp.issubdtype(dtype, kind) for kind in STORABLE):
+            raise TypeError(
+                f"{path!r} must be an array or a number, got {type(leaf).__name__} "
+                f"({dtype}). Keep strings and settings in `meta`."
+            )
 
 
-def _finish(checkpoints: Checkpoints, step: int, manifest: dict[str, Any]) -> None:
-    """In the background: waits for Orbax, then writes the manifest, then drops old steps."""
-    folder = checkpoints.folder
-    try:
-        with _told_once():
-            checkpoints.manager.wait_until_finished()
-        if jax.process_index() != 0:
-            return
-        home = folder / str(step)
-        if not home.is_dir():
-            raise OSError("it was not committed")
-        files = {}
-        for path in sorted(path for path in home.rglob("*") if path.is_file()):
-            _files.sync(path)
-            known = {"bytes": path.stat().st_size, "sha256": _files.sha256(path)}
-            files[path.relative_to(home).as_posix()] = known
-        _files.write_sealed(home / MANIFEST, manifest | {"files": files})
-    except Exception as error:
-        for part in folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(part, ignore_errors=True)  # a full disk needs the room
-        raise _failed(folder, step, error) from error
-    present = [s for s in steps(folder) if (folder / str(s) / MANIFEST).is_file()]
-    for old in sorted(set(present) - set(checkpoints.keep(present)) - {step}):
-        gone = (folder / str(old)).rename(folder / f".gone-{old}")
-        shutil.rmtree(gone, ignore_errors=True)
+def _entry(i: int) -> str:
+    """The name of leaf i in the file: paths may hold anything, and only the manifest needs them."""
+    return f"leaf{i:05d}"
+
+
+@jax.jit
+def _copied(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.copy(leaf) for leaf in leaves]
+
+
+def _stored(leaves: list[Any]) -> dict[str, Any]:
+    """What Orbax writes: arrays by entry, key data for keys, nothing for empty arrays."""
+    raw = [jax.random.key_data(leaf) if _restore.is_key(leaf) else leaf for leaf in leaves]
+    device = [i for i, leaf in enumerate(raw) if isinstance(leaf, jax.Array) and leaf.size]
+    if jax.default_backend() == "cpu":
+        # There a host array may share the device's memory, which the next step reuses.
+        for i, copy in zip(device, _copied([raw[i] for i in device]), strict=True):
+            raw[i] = copy
+    host = [np.array(x) if not isinstance(x, jax.Array) else x for x in raw]
+    return {_entry(i): leaf for i, leaf in enumerate(host) if leaf.size}
 
 
 @contextlib.contextmanager
-def _told_once() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Drops Orbax's log of an error that is raised anyway: pages of traceback say no more."""
 
     def foreign(record: logging.LogRecord) -> bool:
@@ -199,27 +321,10 @@ def _told_once() -> Iterator[None]:
 
 def _failed(folder: Path, step: int, error: Exception) -> OSError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    whole = [s for s in steps(folder) if s != step and (folder / str(s) / MANIFEST).is_file()]
+    whole = [s for s in _restore.steps(folder) if s != step]
     message = (
-        f"checkpoint: step {step} could not be saved in {folder} ({reason}). "
+        f"step {step} could not be saved in {folder} ({reason}). "
         f"Steps already there are intact: {whole or 'none'}."
     )
     number = getattr(error, "errno", None)
     return OSError(number, message) if number else OSError(message)
-
-
-def _check_space(folder: Path, step: int, stored: Mapping[str, Any]) -> None:
-    """Refuses before writing what cannot fit: a full disk found half-way helps nobody."""
-    needed = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in stored.values())
-    free = shutil.disk_usage(folder).free
-    if jax.process_count() == 1 and needed > free:
-        error = OSError(28, f"no space left: {needed:,} bytes of arrays, {free:,} bytes free")
-        raise _failed(folder, step, error)
-
-
-def _move_aside(folder: Path, step: int) -> None:
-    for newer in [s for s in steps(folder) if s >= step]:
-        aside = folder / ".aside" / str(newer)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.parent.mkdir(exist_ok=True)
-        (folder / str(newer)).rename(aside)

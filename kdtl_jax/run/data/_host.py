@@ -47,7 +47,7 @@ def stream(
     if batch_size > size:
         raise ValueError(f"batch_size must lie in 1..{size}, got {batch_size}.")
     steps = size // batch_size if drop_remainder else -(-size // batch_size)
-    order = None if key is None else jax.random.split(typed_key("stream", key))[0]
+    order = None if key is None else jax.random.split(typed_key(key))[0]
 
     def batches(step: int) -> Iterator[Batch]:
         for epoch in itertools.count(step // steps):
@@ -98,7 +98,7 @@ def iterate(
     def source(step: int) -> Iterator[Batch]:
         width = batch_size
         for i, batch in enumerate(endless()):
-            width = width or length("iterate", batch)
+            width = width or length(batch)
             if i >= step:
                 yield pad(batch, width)
 
@@ -113,7 +113,7 @@ def pad(batch: Batch, batch_size: int) -> dict[str, Any]:
     Raises:
       ValueError: if the batch is empty or longer than `batch_size`.
     """
-    size = length("pad", batch)
+    size = length(batch)
     if not 0 < size <= batch_size:
         raise ValueError(f"a batch must have 1..{batch_size} rows, got {size}.")
     rows = np.arange(batch_size) % size
@@ -125,7 +125,7 @@ def pad(batch: Batch, batch_size: int) -> dict[str, Any]:
 
 def in_order(arrays: Batch, batch_size: int) -> Iterator[dict[str, Any]]:
     """One pass over host arrays for evaluation: every row once, the last batch filled up."""
-    size = length("in_order", arrays)
+    size = length(arrays)
     for start in range(0, size, batch_size):
         rows = np.arange(start, min(start + batch_size, size))
         yield pad(take_rows(arrays, rows), batch_size)
@@ -150,7 +150,7 @@ def open_arrays(files: Mapping[str, str | Path]) -> dict[str, np.ndarray]:
                 f"{path} is an npz, which cannot be memory-mapped. Save each array with np.save."
             )
         arrays[name] = found
-    length("open_arrays", arrays)
+    length(arrays)
     return arrays
 
 

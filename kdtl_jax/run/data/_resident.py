@@ -69,8 +69,8 @@ def resident(
         examples.
       TypeError: if the batch size is not an integer, or `key` not a PRNG key.
     """
-    key = typed_key("resident", key)
-    total = length("resident", arrays)
+    key = typed_key(key)
+    total = length(arrays)
     rows = _checked_rows(rows, total, key)
     size = total if rows is None else rows.shape[-1]
     _checks.count(1, batch_size=batch_size)
@@ -111,7 +111,7 @@ def resident(
 
 def view_key(key: Array) -> Array:
     """The augmentation's key of `resident(..., key=key)`, for building a teacher cache."""
-    return jax.random.split(typed_key("view_key", key))[1]
+    return jax.random.split(typed_key(key))[1]
 
 
 def steps_per_epoch(data: Resident) -> int:
@@ -147,8 +147,8 @@ def gather(data: Resident, rows: Array, epoch: Array, step_in_epoch: Array) -> d
     if data.augment is not None and data.augment_key is not None:
         batch = _augmented(data.augment, data.augment_key, view, rows, batch)
     if data.teacher is not None:
-        held = view if data.views is not None else jnp.zeros_like(epoch)
-        batch["teacher"] = jax.tree.map(lambda x: x[held, rows], data.teacher)
+        stored = view if data.views is not None else jnp.zeros_like(epoch)
+        batch["teacher"] = jax.tree.map(lambda x: x[stored, rows], data.teacher)
     return batch
 
 
@@ -167,8 +167,8 @@ def _split(key: Array) -> tuple[Array, Array]:
     return keys[..., 0], keys[..., 1]
 
 
-def typed_key(fn: str, key: Any) -> Any:
-    """The key, a legacy one (uint32 `[2]`) wrapped: its axis would be taken for one of runs.
+def typed_key(key: Any) -> Any:
+    """The key, a legacy one (uint32 `[2]`) wrapped: its axis would pass for one of runs.
 
     Raises:
       TypeError: if it is no PRNG key.
@@ -187,7 +187,7 @@ def typed_key(fn: str, key: Any) -> Any:
 
 def _size(data: Resident) -> int:
     """How many examples one epoch has."""
-    return length("resident", data.arrays) if data.rows is None else data.rows.shape[-1]
+    return length(data.arrays) if data.rows is None else data.rows.shape[-1]
 
 
 def _checked_rows(rows: np.ndarray | None, total: int, key: Array | None) -> np.ndarray | None:
@@ -218,7 +218,7 @@ def order_rows(
     return filled.reshape(steps, batch_size)
 
 
-def length(fn: str, arrays: Batch) -> int:
+def length(arrays: Batch) -> int:
     """The number of examples, on which all arrays must agree."""
     flat = {"/".join(map(str, p)): x for p, x in jax.tree_util.tree_leaves_with_path(dict(arrays))}
     _checks.rank(1, **flat)

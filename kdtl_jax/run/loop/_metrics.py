@@ -1,11 +1,11 @@
-"""metrics.jsonl: one line per window or evaluation, without gaps or duplicates after a resume."""
+"""What a run measures: lines of metrics.jsonl, evaluations, and when they no longer improve."""
 
 import collections
 import contextlib
 import json
-import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +14,14 @@ import jax
 import numpy as np
 from jax import Array
 
-from kdtl_jax import _files
+from kdtl_jax import _files, train
 from kdtl_jax.objective import Metrics
+from kdtl_jax.run import data, scores
+from kdtl_jax.train import Batch, TrainState
 
 Log = Callable[[dict[str, Any]], None]
+Evaluate = Callable[[TrainState], Mapping[str, Any]]
+Stop = Callable[[list[dict[str, Any]]], bool]
 
 
 @contextlib.contextmanager
@@ -27,30 +31,32 @@ def metrics_file(
     resume_at: int = 0,
     stays: Callable[[dict[str, Any]], bool] | None = None,
 ) -> Iterator[Log]:
-    """Opens a `.jsonl` file for `run(log=...)`.
+    """Opens a `.jsonl` file for `run(log=...)`; a missing one is started anew.
 
     Args:
       path: appended to. Lines of steps after `resume_at` are dropped first: they will be written
-        again; a line cut short by a kill is dropped too.
+        again. Lines that cannot be read (a kill or a full disk cut one short) are dropped with a
+        warning.
       resume_at: the step that the run starts from.
       stays: which lines of an older run stay, where one file serves several runs; by default those
         up to `resume_at`.
 
     Yields:
-      `log(line)`; every line is handed to the system at once, so that a killed process loses none.
+      `log(line)`, which takes any value and writes what JSON lacks as null or text. Every line is
+      handed to the system at once, so that a killed process loses none.
     """
     path = Path(path)
     if path.exists():
-        lines = path.read_bytes().splitlines(keepends=True)
         keep = stays or (lambda line: line["step"] <= resume_at)
-        kept = [line for line in lines if _stays(line, keep)]
-        if len(kept) != len(lines):
-            _files.write_atomic(path, b"".join(kept))
+        old = path.read_bytes()
+        kept = b"".join(text + b"\n" for text, line in _lines(path, old) if _stays(line, keep))
+        if kept != old:
+            _files.write_atomic(path, kept)
     with path.open("a") as file:
         synced = [time.monotonic()]
 
         def log(line: dict[str, Any]) -> None:
-            file.write(json.dumps({k: _json_value(v) for k, v in line.items()}) + "\n")
+            file.write(json.dumps(_files.as_json(line)) + "\n")
             file.flush()
             if time.monotonic() - synced[0] > 1:
                 os.fsync(file.fileno())
@@ -60,8 +66,100 @@ def metrics_file(
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    """The lines of a metrics file; what cannot be read is left out, with a warning.
+
+    That is the last line where a kill or a full disk cut it short, or all of a missing file.
+    """
+    path = Path(path)
+    if not path.exists():
+        warnings.warn(f"{path} is missing: its metrics are lost.", stacklevel=2)
+        return []
+    return [line for _, line in _lines(path, path.read_bytes())]
+
+
+def _lines(path: Path, content: bytes) -> list[tuple[bytes, dict[str, Any]]]:
+    """`(text, line)` of every readable line."""
+    found, odd = [], []
+    for number, text in enumerate(content.split(b"\n"), 1):
+        try:
+            line = json.loads(text) if text.strip() else None
+        except (ValueError, RecursionError):
+            line = text
+        if isinstance(line, dict):
+            found.append((text, line))
+        elif line is not None:
+            odd.append(number)
+    if odd:
+        what = f"line {odd[0]}" + (f" and {len(odd) - 1} more" if len(odd) > 1 else "")
+        warnings.warn(f"{path}: {what} cannot be read (cut short?) and is left out.", stacklevel=3)
+    return found
+
+
+def _stays(line: dict[str, Any], keep: Callable[[dict[str, Any]], bool]) -> bool:
+    try:
+        return keep(line)
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def no_improvement(name: str, patience: int, *, minimize: bool = True) -> Stop:
+    """Early stopping: true once `patience` evaluations in a row have not improved on the best.
+
+    A value that is not finite never improves.
+
+    Args:
+      name: an entry of what `evaluate` returns.
+      patience: how many evaluations without a new best are allowed.
+      minimize: whether smaller is better.
+
+    Raises:
+      ValueError: (the returned function) if evaluations lack the entry.
+    """
+
+    def stop(evaluations: list[dict[str, Any]]) -> bool:
+        if evaluations and f"eval/{name}" not in evaluations[-1]:
+            found = [entry.removeprefix("eval/") for entry in evaluations[-1] if entry != "step"]
+            raise ValueError(
+                f"evaluate() returned no {name!r}, which early stopping needs: {found}."
+            )
+        best = scores.best([line[f"eval/{name}"] for line in evaluations], minimize=minimize)
+        return len(evaluations) - 1 - (-1 if best is None else best) >= patience
+
+    return stop
+
+
+def evaluation(
+    eval_step: Callable[[Any, Batch], Metrics],
+    batches: Callable[[], Iterator[Batch]],
+    *,
+    variables: Callable[[TrainState], Any],
+    prefetch: int = 2,
+    place: Callable[[Any], Any] = jax.device_put,
+) -> Evaluate:
+    """`evaluate(state)` over padded batches: exact means, one wait at the end.
+
+    Args:
+      eval_step: from `train.make_eval_step`, not jitted.
+      batches: starts a pass over the evaluation data, for example
+        `lambda: data.in_order(arrays, 256)`.
+      variables: what the model needs, from the state:
+        `lambda s: Variables(s.params["student"], s.model_state)`.
+    """
+    jitted = jax.jit(eval_step)
+    add = jax.jit(train.add_metrics)
+
+    def evaluate(state: TrainState) -> dict[str, Any]:
+        chosen = variables(state)
+        total: Metrics | None = None
+        for batch in data.prefetch(batches(), prefetch, place):
+            metrics = jitted(chosen, batch)
+            total = metrics if total is None else add(total, metrics)
+        if total is None:
+            raise ValueError("batches() yielded nothing.")
+        line = line_of(0, total)
+        return {name: value for name, value in line.items() if name != "step"}
+
+    return evaluate
 
 
 class Pending(NamedTuple):
@@ -80,7 +178,7 @@ def push(pending: Pending, step: int, window: Metrics, reached: Array) -> bool:
 
 
 def drain(pending: Pending, leave: int = 0) -> bool:
-    """Writes all but `leave` windows; true if the state was held back by a non-finite update."""
+    """Writes all but `leave` windows; true if a non-finite update stopped the state's progress."""
     while len(pending.windows) > leave:
         step, window, reached = pending.windows.popleft()
         if int(jax.device_get(reached)) < step:
@@ -91,7 +189,7 @@ def drain(pending: Pending, leave: int = 0) -> bool:
 
 
 def write(pending: Pending, line: dict[str, Any]) -> None:
-    """Hands a line to the log, if there is one."""
+    """Passes a line to the log, if there is one."""
     if pending.log is not None:
         pending.log(line)
 
@@ -121,16 +219,3 @@ def to_json(window: Metrics) -> dict[str, Any]:
 def from_json(saved: Mapping[str, Any] | None, names: tuple[str, ...]) -> Any:
     """The sums of `to_json`, or None if there are none or the metrics have other names."""
     return saved["sums"] if saved and tuple(saved["names"]) == names else None
-
-
-def _json_value(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None  # JSON has no NaN; a mean over nothing is none
-    return value
-
-
-def _stays(line: bytes, keep: Callable[[dict[str, Any]], bool]) -> bool:
-    try:
-        return line.endswith(b"\n") and keep(json.loads(line))
-    except (ValueError, KeyError, TypeError):
-        return False

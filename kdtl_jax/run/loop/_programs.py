@@ -1,11 +1,15 @@
-"""The compiled programs that a run calls: one step, or many in a loop of unknown length.
+"""The compiled programs that a run calls, and the pace at which the host calls them.
 
-Both update the same `Carry`. The number of steps in the loop is an argument, never a constant, so
-that how a run is cut into calls (saves, signals, the pace of the machine) cannot change a bit of
-the result: the body is compiled once and knows nothing of its trip count.
+A program makes one step, or many in a loop of unknown length; both update the same `Carry`. The
+number of steps in the loop is an argument, never a constant, so that how a run is cut into calls
+(saves, signals, the pace of the machine) cannot change a bit of the result: the body is compiled
+once and knows nothing of its trip count.
 """
 
-from collections.abc import Callable
+import collections
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,20 +19,24 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 
-from kdtl_jax import trees
+from kdtl_jax import train, trees
 from kdtl_jax.objective import Metrics
 from kdtl_jax.run import data
+from kdtl_jax.run.loop import _metrics
 from kdtl_jax.train import Batch, Step, TrainState
 
-CHUNK_STEPS = 64  # dispatch then costs about a microsecond per step
+CHUNK_STEPS = 64  # steps per call, at most
 CHUNK_BYTES = 32 * 2**20  # rows gathered ahead for one call
+CALL_SECONDS = 0.2  # one call stays this short, so that a signal is answered soon
+AHEAD_SECONDS = 0.5  # and the host queues no more work than this
+AHEAD_CALLS = 32
 
 
 class Carry(NamedTuple):
     """What goes from call to call.
 
     `window` sums the metrics since the last line of the log. `bad` marks the leaves that the
-    first non-finite update hit (last: the loss); from then on the state is held as it was before.
+    first non-finite update hit (last: the loss); from then on nothing changes any more.
     """
 
     state: TrainState
@@ -37,117 +45,43 @@ class Carry(NamedTuple):
 
 
 Advance = Callable[..., tuple[Carry, Array]]  # (carry, teacher, ...) -> (carry, step reached)
+# (carry, its step, most steps to make) -> (carry, the step it reaches, steps made)
+Move = Callable[[Carry, int, int], tuple[Carry, Array, int]]
+
+
+@contextlib.contextmanager
+def opened(
+    step: Step,
+    state: TrainState,
+    teacher: Any,
+    source: data.Resident | data.Source,
+    meta: Mapping[str, Any],
+    check_finite: bool,
+    prefetch: int,
+    place: Callable[[Any], Any],
+) -> Iterator[tuple[Carry, Move, str]]:
+    """The first carry, what moves it on, and the path: "scan" or "steps"."""
+    at = int(jax.device_get(state.step))
+    if isinstance(source, data.Resident):
+        batch = _example_batch(source)
+        # A resumed run stays on the path it was started on: the two may differ in the last bit.
+        path = meta.get("path") or train.step_path(step, state, teacher, batch)
+        make = _many if path == "scan" else _one_by_one
+        move = make(step, source, teacher, check_finite, batch)
+        yield _start(step, state, teacher, batch, meta), _paced(move), path
+        return
+    with contextlib.closing(data.prefetch(source(at), prefetch, place)) as batches:
+        first = next(batches, None)
+        if first is None:
+            raise ValueError(f"the source has no batch from step {at} on.")
+        move = _from_stream(step, teacher, first, batches, check_finite)
+        yield _start(step, state, teacher, first, meta), _paced(move), "steps"
 
 
 def checked_paths(state: TrainState) -> list[str]:
     """The names of the entries of `Carry.bad`."""
     flat = trees.flatten(state.params)
     return [*(path for path, leaf in flat.items() if trees.is_inexact(leaf)), "loss"]
-
-
-def start(state: TrainState, metrics: Metrics, sums: Any = None) -> Carry:
-    """The carry before the first call; `metrics` is abstract, `sums` a window taken up again.
-
-    Where the state lies on a mesh so does the rest, as it will after a call: or else the second
-    call, on arguments placed in another way, would compile once more.
-    """
-    zeros = np.zeros(metrics.sums.shape, metrics.sums.dtype)
-    window = zeros if sums is None else np.asarray(sums, metrics.sums.dtype)
-    bad = np.zeros(len(checked_paths(state)), np.bool_)
-    on = getattr(state.step, "sharding", None)
-    on = on if isinstance(on, NamedSharding) else None
-    return Carry(state, Metrics(metrics.names, jax.device_put(window, on)), jax.device_put(bad, on))
-
-
-def single(step: Step, check_finite: bool) -> Advance:
-    """`advance(carry, teacher, batch)`, one step on a given batch."""
-    one = _guarded(step, check_finite)
-
-    @partial(jax.jit, donate_argnums=0)
-    def advance(carry: Carry, teacher: Any, batch: Batch) -> tuple[Carry, Array]:
-        carry = one(carry, teacher, batch)
-        return carry, carry.state.step + 0
-
-    return advance
-
-
-def resident_single(step: Step, source: data.Resident, check_finite: bool) -> Advance:
-    """`advance(carry, teacher, held, index)`: one step, its rows gathered in the same program."""
-    one, batch_at = _guarded(step, check_finite), _batch_at(source)
-
-    @partial(jax.jit, donate_argnums=0)
-    def advance(carry: Carry, teacher: Any, held: Any, index: Array) -> tuple[Carry, Array]:
-        place = carry.state.step % len(index)
-        carry = one(carry, teacher, batch_at(held, index[place], carry.state.step, place))
-        return carry, carry.state.step + 0
-
-    return advance
-
-
-def resident_many(step: Step, source: data.Resident, check_finite: bool, width: int) -> Advance:
-    """`advance(carry, teacher, held, index, n)`: `n <= width` steps within one epoch."""
-    one, batch_at = _guarded(step, check_finite), _batch_at(source)
-
-    @partial(jax.jit, donate_argnums=0)
-    def advance(
-        carry: Carry, teacher: Any, held: Any, index: Array, n: Array
-    ) -> tuple[Carry, Array]:
-        first = carry.state.step
-        places = (first % len(index) + jnp.arange(width, dtype=jnp.int32)) % len(index)
-        # One gather for all: inside the loop it would cost a quarter of a small model's step.
-        batches = jax.vmap(lambda rows, at: batch_at(held, rows, first, at))(index[places], places)
-
-        def body(i: Array, carry: Carry) -> Carry:
-            return one(carry, teacher, jax.tree.map(lambda x: x[i], batches))
-
-        carry = jax.lax.fori_loop(jnp.zeros((), jnp.int32), n, body, carry)
-        return carry, carry.state.step + 0
-
-    return advance
-
-
-def chunk_width(source: data.Resident, batch: Any) -> int:
-    """How many steps one call of `resident_many` may run."""
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
-    fitting = max(1, CHUNK_BYTES // max(size, 1))
-    return int(min(CHUNK_STEPS, fitting, data.steps_per_epoch(source)))
-
-
-def example_batch(source: data.Resident) -> Any:
-    """The shapes of a batch."""
-    number = jax.ShapeDtypeStruct((), jnp.int32)
-    rows = jax.eval_shape(lambda epoch: data.epoch_rows(source, epoch)[0], number)
-    return jax.eval_shape(_batch_at(source), holdings(source), rows, number, number)
-
-
-def holdings(source: data.Resident) -> Any:
-    """The arrays of the data, as an argument of the programs."""
-    return source.arrays, source.teacher, source.augment_key
-
-
-def _batch_at(source: data.Resident) -> Callable[..., Batch]:
-    def batch_at(held: Any, rows: Array, step: Array, place: Array) -> Batch:
-        arrays, teacher, key = held
-        here = source._replace(arrays=arrays, teacher=teacher, augment_key=key)
-        epoch = step // data.steps_per_epoch(source)
-        return data.gather(here, rows, epoch, place)
-
-    return batch_at
-
-
-def _guarded(step: Step, check_finite: bool) -> Callable[[Carry, Any, Batch], Carry]:
-    def one(carry: Carry, teacher: Any, batch: Batch) -> Carry:
-        state, metrics = step(carry.state, teacher, batch)
-        window = Metrics(metrics.names, carry.window.sums + metrics.sums)
-        if not check_finite:
-            return Carry(state, window, carry.bad)
-        bad = nonfinite_leaves(state, metrics)
-        held = jnp.any(carry.bad)
-        good = ~(held | jnp.any(bad))
-        kept = choose(good, Carry(state, window, carry.bad), carry)
-        return kept._replace(bad=jnp.where(held, carry.bad, bad))
-
-    return one
 
 
 def nonfinite_leaves(state: TrainState, metrics: Metrics) -> Array:
@@ -160,3 +94,177 @@ def nonfinite_leaves(state: TrainState, metrics: Metrics) -> Array:
 def choose(good: Array, new: Any, old: Any) -> Any:
     """`new` where `good`, else `old`; typed keys included."""
     return jax.tree.map(lambda a, b: jax.lax.select(good, a, b) if a is not b else a, new, old)
+
+
+def _start(
+    step: Step, state: TrainState, teacher: Any, batch: Any, meta: Mapping[str, Any]
+) -> Carry:
+    """The carry before the first call, with the window of the run that is resumed.
+
+    Where the state lies on a mesh so does the rest, as it will after a call: or else the second
+    call, on arguments placed in another way, would compile once more.
+    """
+    metrics = jax.eval_shape(step, state, teacher, batch)[1]
+    sums = _metrics.from_json(meta.get("window"), metrics.names)
+    zeros = np.zeros(metrics.sums.shape, metrics.sums.dtype)
+    window = zeros if sums is None else np.asarray(sums, metrics.sums.dtype)
+    bad = np.zeros(len(checked_paths(state)), np.bool_)
+    on = getattr(state.step, "sharding", None)
+    on = on if isinstance(on, NamedSharding) else None
+    return Carry(state, Metrics(metrics.names, jax.device_put(window, on)), jax.device_put(bad, on))
+
+
+def _guarded(step: Step, check_finite: bool) -> Callable[[Carry, Any, Batch], Carry]:
+    def one(carry: Carry, teacher: Any, batch: Batch) -> Carry:
+        state, metrics = step(carry.state, teacher, batch)
+        window = Metrics(metrics.names, carry.window.sums + metrics.sums)
+        if not check_finite:
+            return Carry(state, window, carry.bad)
+        bad = nonfinite_leaves(state, metrics)
+        stopped = jnp.any(carry.bad)
+        good = ~(stopped | jnp.any(bad))
+        chosen = choose(good, Carry(state, window, carry.bad), carry)
+        return chosen._replace(bad=jnp.where(stopped, carry.bad, bad))
+
+    return one
+
+
+def _many(step: Step, source: data.Resident, teacher: Any, check_finite: bool, batch: Any) -> Move:
+    """Up to `width` steps per call, within one epoch, their rows gathered before the loop."""
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+    length = data.steps_per_epoch(source)
+    width = int(min(CHUNK_STEPS, max(1, CHUNK_BYTES // max(size, 1)), length))
+    one, batch_at = _guarded(step, check_finite), _batch_at(source)
+
+    @partial(jax.jit, donate_argnums=0)
+    def advance(
+        carry: Carry, teacher: Any, arrays: Any, index: Array, n: Array
+    ) -> tuple[Carry, Array]:
+        first = carry.state.step
+        places = (first % len(index) + jnp.arange(width, dtype=jnp.int32)) % len(index)
+        batches = jax.vmap(lambda rows, at: batch_at(arrays, rows, first, at))(
+            index[places], places
+        )
+
+        def body(i: Array, carry: Carry) -> Carry:
+            return one(carry, teacher, jax.tree.map(lambda x: x[i], batches))
+
+        carry = jax.lax.fori_loop(jnp.zeros((), jnp.int32), n, body, carry)
+        return carry, carry.state.step + 0
+
+    arrays, epochs = _device_arrays(source), _epochs(source)
+
+    def move(carry: Carry, at: int, most: int) -> tuple[Carry, Array, int]:
+        made = min(most, width, length - at % length)
+        steps = jax.device_put(np.int32(made))
+        return *advance(carry, teacher, arrays, epochs(at // length), steps), made
+
+    return move
+
+
+def _one_by_one(
+    step: Step, source: data.Resident, teacher: Any, check_finite: bool, batch: Any
+) -> Move:
+    """One step per call, its rows gathered in the same program."""
+    one, batch_at = _guarded(step, check_finite), _batch_at(source)
+
+    @partial(jax.jit, donate_argnums=0)
+    def advance(carry: Carry, teacher: Any, arrays: Any, index: Array) -> tuple[Carry, Array]:
+        place = carry.state.step % len(index)
+        carry = one(carry, teacher, batch_at(arrays, index[place], carry.state.step, place))
+        return carry, carry.state.step + 0
+
+    arrays, epochs = _device_arrays(source), _epochs(source)
+    length = data.steps_per_epoch(source)
+
+    def move(carry: Carry, at: int, most: int) -> tuple[Carry, Array, int]:
+        return *advance(carry, teacher, arrays, epochs(at // length)), 1
+
+    return move
+
+
+def _from_stream(
+    step: Step, teacher: Any, first: Any, rest: Iterator[Any], check_finite: bool
+) -> Move:
+    """One step per call, on the batches of an iterator."""
+    one, ready = _guarded(step, check_finite), [first]
+
+    @partial(jax.jit, donate_argnums=0)
+    def advance(carry: Carry, teacher: Any, batch: Batch) -> tuple[Carry, Array]:
+        carry = one(carry, teacher, batch)
+        return carry, carry.state.step + 0
+
+    def move(carry: Carry, at: int, most: int) -> tuple[Carry, Array, int]:
+        batch = ready.pop() if ready else next(rest)
+        return *advance(carry, teacher, batch), 1
+
+    return move
+
+
+def _example_batch(source: data.Resident) -> Any:
+    """The shapes of a batch."""
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    rows = jax.eval_shape(lambda epoch: data.epoch_rows(source, epoch)[0], number)
+    return jax.eval_shape(_batch_at(source), _device_arrays(source), rows, number, number)
+
+
+def _device_arrays(source: data.Resident) -> Any:
+    """The arrays of the data, as an argument of the programs."""
+    return source.arrays, source.teacher, source.augment_key
+
+
+def _batch_at(source: data.Resident) -> Callable[..., Batch]:
+    def batch_at(given: Any, rows: Array, step: Array, place: Array) -> Batch:
+        arrays, teacher, key = given
+        here = source._replace(arrays=arrays, teacher=teacher, augment_key=key)
+        epoch = step // data.steps_per_epoch(source)
+        return data.gather(here, rows, epoch, place)
+
+    return batch_at
+
+
+def _epochs(source: data.Resident) -> Callable[[int], Array]:
+    """The rows of an epoch, computed once per epoch, on the device."""
+    rows = jax.jit(lambda epoch: data.epoch_rows(source, epoch))
+    known: dict[int, Array] = {}
+
+    def of(epoch: int) -> Array:
+        if epoch not in known:
+            known.clear()
+            known[epoch] = rows(jax.device_put(np.int32(epoch)))
+        return known[epoch]
+
+    return of
+
+
+def _paced(move: Move) -> Move:
+    """Chooses the steps per call and waits for old calls, so that little work is ever queued.
+
+    Waiting for a call made long ago leaves the device busy; nothing is transferred.
+    """
+    queued: collections.deque[tuple[Array, int]] = collections.deque()
+    seconds_per_step, last, calls = 0.0, 0.0, 0
+
+    def paced(carry: Carry, at: int, most: int) -> tuple[Carry, Array, int]:
+        nonlocal seconds_per_step, last, calls
+        if jax.process_count() == 1:  # several processes must make the same calls
+            most = min(most, max(1, int(CALL_SECONDS / seconds_per_step))) if calls > 1 else 1
+        carry, reached, made = move(carry, at, most)
+        queued.append((reached, made))
+        calls += 1
+        while queued and (
+            calls <= 2  # the first compiles, the second is the first to be timed
+            or len(queued) > AHEAD_CALLS
+            or (len(queued) > 2 and sum(n for _, n in queued) * seconds_per_step > AHEAD_SECONDS)
+        ):
+            waited, steps = queued.popleft()
+            waited.block_until_ready()
+            now = time.perf_counter()
+            if calls > 1:
+                seconds = max((now - last) / steps, 1e-7)
+                weight = 0.3 if seconds_per_step else 1.0
+                seconds_per_step += weight * (seconds - seconds_per_step)
+            last = now
+        return carry, reached, made
+
+    return paced

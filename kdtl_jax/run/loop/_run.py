@@ -1,4 +1,4 @@
-"""The loop around the step: logging, evaluation, saving, signals."""
+"""The loop around the step: logging, evaluation, saving, signals, and updates gone wrong."""
 
 import collections
 from collections.abc import Callable, Mapping
@@ -7,14 +7,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax import Array
 
-from kdtl_jax.objective import Metrics
-from kdtl_jax.run import data
-from kdtl_jax.run.loop import _metrics, _moves, _nonfinite, _signals
-from kdtl_jax.run.loop._evaluation import Evaluate, Stop
-from kdtl_jax.run.loop._metrics import Log
-from kdtl_jax.run.loop._nonfinite import Nonfinite
-from kdtl_jax.train import Step, TrainState
+from kdtl_jax import train, trees
+from kdtl_jax._types import ModelFn, Params, PyTree
+from kdtl_jax.objective import Metrics, TermsFn, Weights
+from kdtl_jax.run import data, processes
+from kdtl_jax.run.loop import _metrics, _programs
+from kdtl_jax.run.loop._metrics import Evaluate, Log, Stop
+from kdtl_jax.train import Batch, Step, TrainState
 
 Save = Callable[[int, TrainState, dict[str, Any]], None]
 
@@ -29,11 +31,55 @@ class Result(NamedTuple):
     evaluations: list[dict[str, Any]]
 
 
+class Nonfinite(NamedTuple):
+    """An update that was not applied: the step that made it, and what it would have spoilt."""
+
+    step: int
+    leaves: list[str]
+
+    def __str__(self) -> str:
+        listed = ", ".join(repr(leaf) for leaf in self.leaves[:4])
+        more = f" and {len(self.leaves) - 4} more" if len(self.leaves) > 4 else ""
+        return f"step {self.step} gave values that are not finite in {listed}{more}"
+
+
+def raise_nonfinite(found: Nonfinite) -> None:
+    """The default: an error. The state of the last good step is saved before."""
+    raise FloatingPointError(
+        f"{found}. The state before it is kept. Lower the learning rate, clip gradients, "
+        "or pass skip_nonfinite(step) to leave such updates out."
+    )
+
+
+def stop_nonfinite(found: Nonfinite) -> None:
+    """Ends the run without an error; `Result.stopped` tells why."""
+
+
+def skip_nonfinite(step: Step) -> Step:
+    """The step that leaves a non-finite update out and continues with the next batch.
+
+    Parameters, optimizer, model state and memory stay as they were; the step number advances, so
+    that the batch order holds. The metric `"skipped"` is the share of steps left out, and the
+    other metrics do not count them.
+    """
+
+    def guarded(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        new, metrics = step(state, teacher_params, batch)
+        good = ~jnp.any(_programs.nonfinite_leaves(new, metrics))
+        chosen = _programs.choose(good, new, state)._replace(step=new.step)
+        sums = jnp.where(good, metrics.sums, jnp.zeros((), metrics.sums.dtype))
+        skipped = jnp.stack([~good, jnp.ones_like(good)]).astype(sums.dtype)
+        names = (*metrics.names, "skipped")
+        return chosen, Metrics(names, jnp.concatenate([sums, skipped[None]]))
+
+    return guarded
+
+
 def run(
     step: Step,
     state: TrainState,
-    teacher_params: Any,
     source: data.Resident | data.Source,
+    teacher_params: Any = None,
     *,
     steps: int,
     log: Log | None = None,
@@ -44,7 +90,7 @@ def run(
     save: Save | None = None,
     save_every: int | None = None,
     meta: Mapping[str, Any] | None = None,
-    on_nonfinite: Callable[[Nonfinite], None] | None = _nonfinite.raise_nonfinite,
+    on_nonfinite: Callable[[Nonfinite], None] | None = raise_nonfinite,
     prefetch: int = 2,
     place: Callable[[Any], Any] = jax.device_put,
 ) -> Result:
@@ -54,14 +100,15 @@ def run(
     step by step where XLA's CPU back end would lose its threaded convolutions ("steps"), and the
     result does not depend on where calls are cut. What happens at one step happens in this order:
     a line of the log, an evaluation, a save. On SIGTERM or SIGINT the state is saved and
-    `SystemExit(143)` or `(130)` is raised; a second signal ends the process at once.
+    `SystemExit(143)` or `(130)` is raised; a second signal ends the process at once. Several
+    processes stop together, at the next line of the log.
 
     Args:
       step: the un-jitted step.
       state: where to start; it is donated. Its `step` is a restored run's.
-      teacher_params: the step's second argument.
       source: `data.resident(...)`, or `source(step) -> iterator of batches` as `data.stream` and
         `data.iterate` make.
+      teacher_params: the step's argument of that name.
       steps: the step number at which the run is complete.
       log: `log(line)` with `{"step": n, name: mean over the last log_every steps}`, and for
         evaluations `{"step": n, "eval/name": value}`; `metrics_file` gives one.
@@ -69,7 +116,8 @@ def run(
       evaluate: `evaluate(state) -> {name: number}`; `evaluation` makes one. It must not change
         anything: a signal may break it off, and a resumed run starts it again.
       evaluate_every: steps between evaluations; there is always one at the end.
-      stop: looks at all evaluations so far and ends the run early; see `no_improvement`.
+      stop: looks at all evaluations after each of them and ends the run early; see
+        `no_improvement`.
       save: `save(step, state, meta)`, for example `partial(checkpoint.save, checkpoints)`; it must
         have copied the state when it returns. There is always a save at the end.
       save_every: steps between saves.
@@ -96,8 +144,9 @@ def run(
     pending = _metrics.Pending(log if jax.process_index() == 0 else None, collections.deque())
 
     with (
-        _signals.caught() as signals,
-        _moves.opened(
+        processes.signals() as signals,
+        signals.polled(),
+        _programs.opened(
             step, state, teacher_params, source, meta, on_nonfinite is not None, prefetch, place
         ) as (carry, move, path),
     ):
@@ -111,7 +160,7 @@ def run(
                 save(at, carry.state, {"window": window, "evaluations": evaluations, "path": path})
                 saved = at
 
-        stopped, why = "", "finished"
+        stopped, why, judged = "", "finished", 0
         while not stopped:
             # 1. What is due at this step: its line is out already, now evaluation, then a save.
             if _is_due(at, evaluate_every, steps) and not _has(evaluations, at):
@@ -121,15 +170,16 @@ def run(
                     try:
                         with signals.interruptible():
                             found = dict(evaluate(carry.state))
-                    except _signals.Interrupted:
+                    except processes.Interrupted:
                         break
                     evaluations.append(_metrics.evaluation_line(at, found))
                     _metrics.write(pending, evaluations[-1])
             if at >= steps:
                 stopped = why
-            elif stop is not None and evaluations and stop(evaluations):
-                stopped = "early stopping"
-            if stopped or _moves.asked_to_stop(signals, at, log_every):
+            elif stop is not None and judged < len(evaluations):
+                judged = len(evaluations)
+                stopped = "early stopping" if stop(evaluations) else ""
+            if stopped or (_may_ask(at, log_every) and signals.asked()):
                 break
             if _is_due(at, save_every, None) and at > start:
                 if _metrics.drain(pending):
@@ -150,15 +200,74 @@ def run(
                 if _metrics.push(pending, at, window, reached):
                     break
         _metrics.drain(pending)
-        event = _nonfinite.found_in(carry)
+        event = _nonfinite_in(carry)
         if event is not None:
             at, stopped = event.step, f"not finite: {event}"
         store()
         if event is not None and on_nonfinite is not None:
             on_nonfinite(event)
-    if not stopped and signals.number is not None:
-        raise SystemExit(128 + signals.number)
+        if signals.number is not None and (not stopped or jax.process_count() == 1):
+            raise SystemExit(128 + signals.number)
     return Result(carry.state, at, stopped, path, evaluations)
+
+
+def fit(
+    model: ModelFn,
+    params: Params,
+    tx: optax.GradientTransformation,
+    *,
+    terms: TermsFn,
+    weights: Weights,
+    source: data.Resident | data.Source,
+    steps: int,
+    trainable: trees.Selector = trees.everything,
+    model_state: PyTree = None,
+    teacher_params: Any = None,
+    key: Array | None = None,
+) -> train.TrainState:
+    """`theta = argmin L` from `params`: `train.make_train_step`, `train.init_state` and `run`.
+
+    Logging, evaluation, saving and resuming need those three by themselves.
+
+    Args:
+      model: the model function.
+      params: where to start; they are copied, not donated.
+      tx: an optax optimizer.
+      terms: the objective, as for `train.make_train_step`; `objective.classification`, say.
+      weights: one weight per term.
+      source: batches, `data.resident(...)` or a `data.Source`.
+      steps: how many updates.
+      trainable: selector of what may change; the rest costs no gradient.
+      model_state: what the model carries besides parameters.
+      teacher_params: frozen parameters that penalties such as L2-SP read.
+      key: of dropout and the like; None is `jax.random.key(0)`.
+
+    Returns:
+      The last state: `.params`, `.model_state`.
+
+    Raises:
+      FloatingPointError: if a parameter or the loss is no longer finite.
+      ValueError: as `train.make_train_step`.
+    """
+    step = train.make_train_step(model, terms, weights, tx, trainable=trainable)
+    key = jax.random.key(0) if key is None else key
+    state = train.init_state(params, tx, key=key, model_state=model_state, trainable=trainable)
+    return run(step, state, source, teacher_params, steps=steps).state
+
+
+def _nonfinite_in(carry: _programs.Carry) -> Nonfinite | None:
+    """The update that a carry stopped at, or None."""
+    flags = jax.device_get(carry.bad)
+    if not flags.any():
+        return None
+    paths = _programs.checked_paths(carry.state)
+    leaves = [path for path, bad in zip(paths, flags, strict=True) if bad]
+    return Nonfinite(int(jax.device_get(carry.state.step)), leaves)
+
+
+def _may_ask(at: int, every: int) -> bool:
+    """Whether signals are looked at: one process always, several where all of them write a line."""
+    return jax.process_count() == 1 or at % every == 0
 
 
 def _is_due(at: int, every: int | None, end: int | None) -> bool:

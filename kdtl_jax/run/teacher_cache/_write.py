@@ -156,7 +156,7 @@ def write(
         return whole
 
     folder.mkdir(parents=True, exist_ok=True)
-    with _files.locked(folder, FN):
+    with _files.locked(folder):
         plan = _begin(folder, plan, keep_layout=shard_rows is None)
         _compute_missing(folder, plan, compute, progress)
         _finish(folder, plan)

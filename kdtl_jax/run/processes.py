@@ -1,0 +1,177 @@
+"""Several processes as one run: joining, agreeing, one that decides, and signals.
+
+Whatever changes a folder that processes share happens in process 0, between two points at which all
+of them meet: `decide` runs a function there and gives every process its result, or its error.
+Signals are noted and acted on by all processes at once, at a step at which they ask each other.
+With one process all of this is the plain function call.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+
+HEARTBEAT_SECONDS = 30  # a process that dies ends the others within about twice this time
+
+
+def initialize(
+    *, coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Joins a multi-process run; call before anything touches a device.
+
+    Without arguments JAX detects the cluster (SLURM, Open MPI, TPU pods, Kubernetes); with
+    them, the three of `jax.distributed.initialize`. When a process dies without a word the others
+    end with an error within a minute.
+
+    Raises:
+      ValueError: if only some of the three are given.
+    """
+    given = [coordinator is not None, processes is not None, process is not None]
+    if any(given) and not all(given):
+        raise ValueError(
+            "give all of coordinator ('host:port'), processes and process "
+            f"(this one's number), or none for auto-detection; got {coordinator!r}, {processes}, "
+            f"{process}."
+        )
+    jax.distributed.initialize(
+        coordinator,
+        processes,
+        process,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
+    )
+
+
+def broadcast(value: Any) -> Any:
+    """Process 0's JSON value, in every process; all of them must call."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(value).encode() if jax.process_index() == 0 else b""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    buffer = np.zeros(size, np.uint8)
+    buffer[: len(text)] = np.frombuffer(text, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes())
+
+
+def decide(choose: Callable[[], Any]) -> Any:
+    """Calls `choose` in process 0 and gives its JSON result, or its error, to every process.
+
+    No process returns before process 0 is done, so what it changed on a shared disk is there.
+
+    Raises:
+      Exception: what `choose` raised; in other processes an OSError, ValueError or RuntimeError
+        with the same message.
+    """
+    if jax.process_count() == 1:
+        return choose()
+    result: Any = None
+    raised: Exception | None = None
+    if jax.process_index() == 0:
+        try:
+            result = choose()
+        except Exception as error:
+            raised = error
+    kind = next((k for k in (OSError, ValueError) if isinstance(raised, k)), RuntimeError)
+    outcome = {"result": result, "kind": kind.__name__, "error": None}
+    outcome = broadcast(outcome if raised is None else outcome | {"error": str(raised)})
+    if raised is not None:
+        raise raised
+    if outcome["error"] is not None:
+        kinds = {"OSError": OSError, "ValueError": ValueError}
+        raise kinds.get(outcome["kind"], RuntimeError)(f"process 0: {outcome['error']}")
+    return outcome["result"]
+
+
+def largest(number: int) -> int:
+    """The largest of the processes' numbers, in every process; all of them must call."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
+class Interrupted(BaseException):
+    """Raised within `Signals.interruptible` when a signal comes; nothing there may be half done."""
+
+
+class Signals:
+    """The SIGTERM or SIGINT that came first, if any. Use `signals()`."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.breaks = False  # a signal breaks off what is running
+        self.polls = 0  # how many loops will ask
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None:  # asked twice: leave at once
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.number = number
+        if self.breaks:
+            raise Interrupted
+        if not self.polls and not jax.distributed.is_initialized():
+            raise SystemExit(128 + number)
+
+    @contextlib.contextmanager
+    def polled(self) -> Iterator[None]:
+        """Within the block signals are only noted: whoever runs it calls `asked`."""
+        self.polls += 1
+        try:
+            yield
+        finally:
+            self.polls -= 1
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Lets a signal break off the block, which must not change anything.
+
+        Only within one process: of several, the others would wait for the one that broke off.
+        """
+        if jax.process_count() > 1:
+            yield
+            return
+        if self.number is not None:
+            raise Interrupted
+        self.breaks = True
+        try:
+            yield
+        finally:
+            self.breaks = False
+
+    def asked(self) -> bool:
+        """Whether a signal came to any process; all of them must call."""
+        self.number = largest(self.number or 0) or None
+        return self.number is not None
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[Signals]:
+    """Handles SIGTERM and SIGINT; a second signal ends the process at once.
+
+    Around a whole command: a single process then exits with 128 + number, except within a loop,
+    which saves first; of several processes none leaves the others waiting, they all stop together
+    in the loop that runs or in the next one. A block within another shares its signals. Outside
+    the main thread Python cannot set handlers; then nothing is caught.
+    """
+    outer = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    if isinstance(outer, Signals) or threading.current_thread() is not threading.main_thread():
+        yield outer if isinstance(outer, Signals) else Signals()
+        return
+    found = Signals()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, found.handle) for number in numbers]
+    try:
+        yield found
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

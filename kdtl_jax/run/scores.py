@@ -1,0 +1,56 @@
+"""Scores that may not be finite: they are NaN, rank last and never win.
+
+The argmax of NaN is class 0, and NaN compares as it likes. Whatever turns logits into classes,
+counts right answers or picks the best of several goes through here.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+WRONG = -1  # the class of an example whose logits are not finite
+
+
+def predicted(logits: Array) -> Array:
+    """The class of the largest logit, int32 `[...]`; -1 where logits are not finite.
+
+    Args:
+      logits: `[..., K]`. Classes masked with -inf are fine as long as one is finite.
+    """
+    broken = jnp.any(jnp.isnan(logits) | (logits == jnp.inf), -1) | jnp.all(logits == -jnp.inf, -1)
+    classes = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.where(broken, jnp.full_like(classes, WRONG), classes)
+
+
+def accuracy(classes: Any, labels: Any) -> np.ndarray:
+    """The share of right `classes` `[..., N]`, `[...]`; NaN where any of them is -1."""
+    classes = np.asarray(classes)
+    share = (classes == np.asarray(labels)).mean(axis=-1)
+    return np.where((classes == WRONG).any(axis=-1), np.nan, share)
+
+
+def ranked(values: Sequence[Any], *, minimize: bool = False) -> list[int]:
+    """Indices from best to worst, stable; what is not finite (or None) comes last.
+
+    Args:
+      values: one number each, or numbers `[S]` of which the mean counts.
+      minimize: whether smaller is better.
+    """
+    means = [np.mean(np.asarray(value, np.float64)) for value in values]
+    return sorted(
+        range(len(means)),
+        key=lambda i: (
+            (not np.isfinite(means[i]), means[i] if minimize else -means[i])
+            if np.isfinite(means[i])
+            else (True, 0.0)
+        ),
+    )
+
+
+def best(values: Sequence[Any], *, minimize: bool = False) -> int | None:
+    """The index of the best value, the first of equal ones; None if none is finite."""
+    order = ranked(values, minimize=minimize)
+    return order[0] if order and np.isfinite(np.mean(np.asarray(values[order[0]], float))) else None
