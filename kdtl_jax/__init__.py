@@ -8,6 +8,7 @@ from importlib.metadata import version as _version
 
 from kdtl_jax import augment as augment
 from kdtl_jax import connectors as connectors
+from kdtl_jax import discrepancies as discrepancies
 from kdtl_jax import losses as losses
 from kdtl_jax import memory as memory
 from kdtl_jax import normalization as normalization

@@ -103,18 +103,36 @@ def within(low: float, high: float, **scalars: Any) -> None:
             raise ValueError(f"{name} must lie in [{low}, {high}], got {_short(known)}.")
 
 
+def scalar(**scalars: Any) -> None:
+    """Raises ValueError unless every value has shape `[]`."""
+    for name, value in scalars.items():
+        if np.shape(value):
+            raise ValueError(
+                f"{name} must be one number, got {described(**{name: value})}. "
+                "Weigh examples in the objective, or call the function once per value (jax.vmap)."
+            )
+
+
 def per_example(examples: Sequence[int], **scalars: Any) -> None:
-    """Raises ValueError unless every shape is `[]` or lines up with the leading axes `examples`."""
+    """Raises ValueError unless every shape is `[]` or leading axes of `examples`."""
     for name, value in scalars.items():
         shape = np.shape(value)
-        fits = len(shape) <= len(examples) and all(
-            size in (1, whole) for size, whole in zip(shape, examples, strict=False)
-        )
-        if not fits:
+        if shape != tuple(examples)[: len(shape)]:
             raise ValueError(
                 f"{name} must be one number or one per example {list(examples)}, "
                 f"got {described(**{name: value})}. Reshape it, e.g. {name}[:, 0] or "
                 f"jnp.squeeze({name}, axis=-1)."
+            )
+
+
+def several_classes(**logits: Any) -> None:
+    """Raises ValueError for one class: its softmax is 1 whatever the logit, and every loss 0."""
+    for name, array in logits.items():
+        if np.shape(array)[-1] == 1:
+            raise ValueError(
+                f"a softmax over one class is always 1, got {described(**{name: array})}. For a "
+                "binary head of one logit z use losses.binary_kl, or pass the pair [z, 0]: "
+                "jnp.concatenate([z, jnp.zeros_like(z)], axis=-1)."
             )
 
 
@@ -150,21 +168,58 @@ def indices(size: int, **arrays: Any) -> None:
             raise ValueError(f"{name} must lie in 0..{size - 1}, got {known.min()}..{known.max()}.")
 
 
-def labels(labels: Any, logits: Any) -> None:
-    """Raises unless `labels` are integers of shape `logits.shape[:-1]`, in range if concrete."""
-    integers(labels=labels)
+def labels(labels: Any, logits: Any, where: Any = None) -> None:
+    """Raises unless `labels` are class numbers of shape `logits.shape[:-1]`.
+
+    Concrete labels must lie in 0..classes-1 wherever the mask `where` (bool, the labels' shape)
+    holds; masked ones may be anything.
+    """
     shape, classes = np.shape(logits)[:-1], np.shape(logits)[-1]
+    one_hot = "jnp.argmax(labels, axis=-1)"
+    if not isinstance(labels, jax.Array) and np.asarray(labels).dtype.kind in "USO":
+        raise TypeError(
+            f"labels must be integers, got text: {np.ravel(np.asarray(labels))[:3].tolist()}. "
+            "Number the classes first: np.unique(labels, return_inverse=True)[1]."
+        )
+    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
+        repair = one_hot if np.shape(labels) == np.shape(logits) else "labels.astype(jnp.int32)"
+        raise TypeError(
+            f"labels must be integers, got {jnp.result_type(labels)}{list(np.shape(labels))}. "
+            f"Use {repair}."
+        )
     if np.shape(labels) != shape:
+        repair = ""
+        if np.shape(labels) == (*shape, 1):
+            repair = " Drop the last axis: jnp.squeeze(labels, axis=-1)."
+        elif np.shape(labels) == np.shape(logits):
+            repair = f" One-hot labels: {one_hot}."
         raise ValueError(
             f"labels must have shape {list(shape)}, one per row of logits, "
-            f"got {described(labels=labels, logits=logits)}."
+            f"got {described(labels=labels, logits=logits)}.{repair}"
         )
-    known = concrete(labels)
-    if known is not None and known.size and (known.min() < 0 or known.max() >= classes):
+    mask(where, shape)
+    known, kept = concrete(labels), None if where is None else concrete(where)
+    if known is None or (where is not None and kept is None):
+        return
+    seen = known if kept is None else known[kept]
+    outside = (seen < 0) | (seen >= classes)
+    if outside.any():
         raise ValueError(
-            f"labels must lie in 0..{classes - 1}, got {known.min()}..{known.max()}. "
-            "Give ignored positions weight 0 through `where`, not a label outside the range."
+            f"labels must lie in 0..{classes - 1}, got {seen.min()}..{seen.max()}. "
+            f"{_renumbered(seen, outside, classes)}"
         )
+
+
+def _renumbered(seen: np.ndarray, outside: np.ndarray, classes: int) -> str:
+    """What to do about labels out of range, by what they look like."""
+    marks = np.unique(seen[outside])
+    if len(marks) == 1 and (marks[0] in (-1, -100, 255) or marks[0] < 0):
+        return f"Mask ignored positions: where=(labels != {marks[0]})."
+    if seen.min() == 1 and seen.max() == classes:
+        return "These labels count from 1: use labels - 1."
+    if len(np.unique(seen)) <= classes:
+        return "Number the classes from 0: np.unique(labels, return_inverse=True)[1]."
+    return f"The logits have {classes} classes."
 
 
 def mask(where: Any, shape: Sequence[int]) -> None:

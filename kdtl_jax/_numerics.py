@@ -25,6 +25,11 @@ def upcast(x: Array) -> Array:
     return jnp.asarray(x, jnp.float32) if half else jnp.asarray(x)
 
 
+def cast(x: float | Array, like: Array) -> Array:
+    """An array in the dtype of `like` (no weak types, no silent promotion)."""
+    return jnp.asarray(x).astype(like.dtype)
+
+
 def scalar(x: float | Array, like: Array) -> Array:
     """A hyper-parameter in the dtype of `like` (no weak types, no silent promotion)."""
     return jnp.asarray(x).astype(like.dtype)
@@ -43,6 +48,41 @@ def per_example(x: float | Array, like: Array) -> Array:
             f"shape {list(value.shape)}. Reshape it, e.g. jnp.squeeze(value, axis=-1)."
         )
     return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
+
+
+def kept(x: Array, where: Array | None) -> Array:
+    """x with 0 at the masked positions (leading axes), whatever stood there.
+
+    Masks go in before any arithmetic: an inf that is dropped only afterwards still has a NaN
+    gradient.
+    """
+    if where is None:
+        return x
+    x = jnp.asarray(x)
+    rows = where.reshape(where.shape + (1,) * (x.ndim - where.ndim))
+    return jnp.where(rows, x, jnp.zeros((), x.dtype))
+
+
+def usable_labels(
+    labels: Array, num_classes: int, where: Array | None = None
+) -> tuple[Array, Array]:
+    """Labels with 0 in place of those that are masked or out of range, and bool: which are not."""
+    labels = jnp.asarray(labels)
+    if labels.dtype.itemsize < 4:  # num_classes need not fit
+        labels = labels.astype(jnp.int32)
+    usable = (labels >= 0) & (labels < num_classes)
+    if where is not None:
+        usable &= where
+    return jnp.where(usable, labels, 0), usable
+
+
+def at_usable(values: Array, usable: Array, where: Array | None = None) -> Array:
+    """The values of a loss with labels: 0 where masked, NaN where a label is out of range.
+
+    The gradient is 0 in both cases, so that a mask applied later leaves no NaN.
+    """
+    values = jnp.where(usable, values, jnp.nan)
+    return values if where is None else jnp.where(where, values, 0)
 
 
 def log_softmax(logits: Array, *, where: Array | None = None) -> Array:
@@ -292,6 +332,25 @@ def masked_mean(
     where = jnp.broadcast_to(where, x.shape)
     count = jnp.sum(where, axis=axis, dtype=x.dtype)
     return jnp.sum(jnp.where(where, x, 0), axis=axis) / jnp.maximum(count, 1)
+
+
+def row_count(x: Array, where: Array | None) -> Array:
+    """How many rows of `x` take part, at least 1, as a scalar of its dtype."""
+    if where is None:
+        return jnp.asarray(max(x.shape[0], 1), x.dtype)
+    return jnp.maximum(jnp.sum(where, dtype=x.dtype), 1)
+
+
+def row_mean(x: Array, where: Array | None = None) -> Array:
+    """Mean over the rows that take part, `[B, ...] -> [1, ...]`."""
+    if where is None:
+        return jnp.mean(x, axis=0, keepdims=True)
+    return jnp.sum(kept(x, where), axis=0, keepdims=True) / row_count(x, where)
+
+
+def centered(x: Array, where: Array | None = None) -> Array:
+    """Rows less the mean of those that take part; the others are 0."""
+    return kept(x - row_mean(x, where), where)
 
 
 def batch_flat(x: Array) -> Array:

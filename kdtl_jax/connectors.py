@@ -331,7 +331,7 @@ def translator(channels: int, features: int) -> Connector:
 def paraphraser(channels: int, *, rate: float = 0.5) -> Connector:
     """FT's teacher side, an autoencoder: `x -> (factor, reconstruction)`.
 
-    The factor has `rate * channels` channels. Train it first, by `losses.hint` of the
+    The factor has `rate * channels` channels. Train it first, by `losses.mse` of the
     reconstruction; distill with the factor alone.
     """
     width = max(int(rate * channels), 1)

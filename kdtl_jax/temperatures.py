@@ -1,4 +1,4 @@
-"""Temperatures and weights that change: by schedule, per example, or learned against the student.
+"""Temperatures that change by schedule or are learned against the student, and calibration.
 
 Every loss takes its temperature as an array, so a schedule is any function of the step, optax's
 among them, and nothing recompiles:
@@ -12,13 +12,14 @@ among them, and nothing recompiles:
     >>> weights = {"kd": optax.linear_schedule(0.0, 1.0, 100)}  # a weight may be a schedule itself
 
 The step lives in the state, so a resumed run continues its schedules. The learned temperature of
-CTKD is a parameter beside the student's (`params["connectors"]`), reached in terms through
-`inputs.params`; its gradient is reversed, so that the optimizer which minimizes the loss for the
-student maximizes it over the temperature.
+CTKD is a parameter beside the student's, among the connectors (`inputs.connectors`); its gradient
+is reversed, so that the optimizer which minimizes the loss for the student maximizes it over the
+temperature.
 """
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from kdtl_jax import _checks, _numerics
@@ -59,7 +60,7 @@ def learned_temperature(
 
     Use it as the temperature of `losses.kd_kl` or any other loss:
 
-        temperature = learned_temperature(inputs.params["connectors"]["temperature"],
+        temperature = learned_temperature(inputs.connectors["temperature"],
                                           reversal=ramp(inputs.step))
 
     Args:
@@ -97,8 +98,61 @@ def adversarial_ramp(steps: int, *, strength: float = 1.0) -> Schedule:
     """
     _checks.positive(steps=steps)
 
-    def ramp(step: Array) -> Array:
-        done = jnp.clip(jnp.asarray(step).astype(jnp.float32) / steps, 0, 1)
-        return strength * (1 - jnp.cos(jnp.pi * done)) / 2
+    decay = optax.cosine_decay_schedule(strength, steps)
+    return lambda step: strength - decay(jnp.asarray(step).astype(jnp.float32))
 
-    return ramp
+
+def fit_logit_scale(
+    logits: Array,
+    labels: Array,
+    *,
+    low: Scalar = 1e-2,
+    high: Scalar = 1e2,
+    where: Array | None = None,
+) -> Array:
+    """The scale s minimizing the cross-entropy of `softmax(s z)`: temperature scaling, T = 1/s.
+
+    The cross-entropy is convex in s, so its derivative is bisected (60 halvings of `log s`).
+
+    Args:
+      logits: `[N, C]`, on held-out *source* samples.
+      labels: int `[N]`.
+      low: smallest scale considered; the result when confidence is worthless.
+      high: largest scale considered; the result when every sample is right.
+      where: bool `[N]`, samples that take part.
+
+    Returns:
+      `[]`; NaN where a logit is NaN, a traced label out of range, or no sample takes part.
+
+    Raises:
+      ValueError: if shapes do not fit, or labels are out of range.
+      TypeError: if the logits are not floating point or the labels not integers.
+
+    References:
+      Guo et al., On Calibration of Modern Neural Networks, 2017 (1706.04599).
+    """
+    _checks.floating(logits=logits)
+    _checks.rank(2, 2, logits=logits)
+    _checks.nonempty(logits=logits)
+    _checks.positive(low=low, high=high)
+    _checks.labels(labels, logits, where)
+    logits = _numerics.kept(_numerics.upcast(logits), where)
+    labels, usable = _numerics.usable_labels(labels, logits.shape[1], where)
+    right = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+
+    def slope(scale: Array) -> Array:
+        p = jnp.exp(_numerics.log_softmax(scale * logits))
+        expected = jnp.sum(p * jnp.where(logits == -jnp.inf, 0, logits), axis=-1)
+        return _numerics.masked_mean(expected - right, where)
+
+    def body(_: Array, bounds: Array) -> Array:
+        middle = jnp.mean(bounds)
+        too_sharp = slope(jnp.exp(middle)) > 0
+        below, above = bounds[0], bounds[1]
+        return jnp.stack([jnp.where(too_sharp, below, middle), jnp.where(too_sharp, middle, above)])
+
+    start = jnp.log(jnp.stack([_numerics.scalar(low, logits), _numerics.scalar(high, logits)]))
+    scale = jnp.exp(jnp.mean(jax.lax.fori_loop(0, 60, body, start)))
+    wanted = jnp.ones_like(usable) if where is None else where
+    known = jnp.all(usable == wanted) & jnp.any(wanted) & ~jnp.isnan(slope(scale))
+    return jnp.where(known, scale, jnp.nan)

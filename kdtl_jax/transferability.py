@@ -1,8 +1,17 @@
-"""Transferability scores: which source model to start from, before any training.
+"""What a source model knows of a target task, before any training: scores, and related classes.
 
-Higher is better within one target task; scores of different tasks or methods do not compare. Work
-in float64 (`jax.enable_x64`) where features are many: LogME and the H-score need the spectrum.
+Scores choose the model to start from: higher is better within one target task; scores of different
+tasks or methods do not compare. Work in float64 (`jax.enable_x64`) where features are many: LogME
+and the H-score need the spectrum. Relations between classes are Co-Tuning's targets
+(`losses.co_tuning`).
+
+`where` (bool `[N]`) marks the samples that take part; padded rows change nothing, whatever they
+hold. ValueError: shapes do not fit or labels are out of range; under `jit` a label out of range
+makes the result NaN. TypeError: features are not floating point, or labels not integers.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,34 +20,41 @@ from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import Array
 
 
-def leep(source_probabilities: Array, labels: Array, *, num_classes: int) -> Array:
+def leep(
+    source_probabilities: Array, labels: Array, *, num_classes: int, where: Array | None = None
+) -> Array:
     """`mean_i log sum_z p(y_i | z) theta(x_i)_z`: the log-likelihood of predicting through z.
 
     Args:
       source_probabilities: `[N, Z]`, the source head's on target samples, rows summing to 1.
       labels: int `[N]`, target classes.
       num_classes: number of target classes.
+      where: bool `[N]`, samples that take part.
 
     Returns:
       `[]`, nats, <= 0. Source classes without any mass contribute nothing.
 
-    Raises:
-      ValueError: if shapes do not fit or labels are out of range.
-      TypeError: if labels are not integers.
-
     References:
       Nguyen et al., LEEP, 2020 (2002.12462).
     """
-    theta = _features("leep", source_probabilities, labels, num_classes)
-    member = jax.nn.one_hot(labels, num_classes, dtype=theta.dtype)
+    theta, labels, member, known = _labeled(source_probabilities, labels, num_classes, where)
     joint = member.T @ theta
     mass = jnp.sum(joint, axis=0, keepdims=True)
-    conditional = joint / jnp.where(mass > 0, mass, 1)
+    conditional = joint / jnp.where(mass != 0, mass, 1)
     likelihood = jnp.sum(conditional[labels] * theta, axis=-1)
-    return jnp.mean(jnp.log(jnp.maximum(likelihood, jnp.finfo(theta.dtype).tiny)))
+    # The smallest number of the type: a likelihood of 0 would be minus infinity.
+    logs = jnp.log(jnp.maximum(likelihood, jnp.finfo(theta.dtype).tiny))
+    return known(_numerics.masked_mean(logs, where))
 
 
-def nce(source_labels: Array, labels: Array, *, num_source_classes: int, num_classes: int) -> Array:
+def nce(
+    source_labels: Array,
+    labels: Array,
+    *,
+    num_source_classes: int,
+    num_classes: int,
+    where: Array | None = None,
+) -> Array:
     """`-H(Y | Z)`: the negative conditional entropy of target labels given source labels.
 
     Args:
@@ -46,31 +62,27 @@ def nce(source_labels: Array, labels: Array, *, num_source_classes: int, num_cla
       labels: int `[N]`, target classes.
       num_source_classes: number of source classes.
       num_classes: number of target classes.
+      where: bool `[N]`, samples that take part.
 
     Returns:
       `[]`, nats, <= 0.
-
-    Raises:
-      ValueError: if shapes do not fit or labels are out of range.
-      TypeError: if labels are not integers.
 
     References:
       Tran, Nguyen and Hassner, Transferability and Hardness of Supervised Classification Tasks,
       2019 (1908.08142).
     """
-    count = jnp.shape(labels)[0]
-    _checks.labels(labels, jnp.zeros((count, num_classes)))
-    _checks.labels(source_labels, jnp.zeros((count, num_source_classes)))
-    dtype = jnp.result_type(float)
-    member = jax.nn.one_hot(labels, num_classes, dtype=dtype)
-    source = jax.nn.one_hot(source_labels, num_source_classes, dtype=dtype)
-    joint = member.T @ source / count
+    ones = jnp.ones((jnp.shape(labels)[0], 1), jnp.result_type(float))
+    _, _, member, known = _labeled(ones, labels, num_classes, where)
+    _, _, source, source_known = _labeled(ones, source_labels, num_source_classes, where)
+    joint = member.T @ source / _numerics.row_count(ones, where)
     mass = jnp.sum(joint, axis=0, keepdims=True)
-    ratio = joint / jnp.where(mass > 0, mass, 1)
-    return jnp.sum(joint * jnp.log(jnp.where(joint > 0, ratio, 1)))
+    ratio = joint / jnp.where(mass != 0, mass, 1)
+    return source_known(known(jnp.sum(joint * jnp.log(jnp.where(joint != 0, ratio, 1)))))
 
 
-def logme(features: Array, targets: Array, *, iterations: int = 11) -> Array:
+def logme(
+    features: Array, targets: Array, *, iterations: int = 11, where: Array | None = None
+) -> Array:
     """Log maximum evidence per sample of Bayesian linear regression from features to targets.
 
     Alternates `alpha = gamma / ||m||^2`, `beta = (N - gamma) / ||y - F m||^2` until
@@ -80,13 +92,10 @@ def logme(features: Array, targets: Array, *, iterations: int = 11) -> Array:
       features: `[N, D]`.
       targets: `[N]` or `[N, K]` real, averaged over K; for classes `jax.nn.one_hot(labels, C)`.
       iterations: at most this many.
+      where: bool `[N]`, samples that take part.
 
     Returns:
       `[]`.
-
-    Raises:
-      ValueError: if shapes do not fit.
-      TypeError: if an argument is not floating point.
 
     References:
       You et al., LogME, 2021 (2102.11005), algorithm 1.
@@ -96,11 +105,14 @@ def logme(features: Array, targets: Array, *, iterations: int = 11) -> Array:
     _checks.rank(1, 2, targets=targets)
     _checks.same_batch(features=features, targets=targets)
     _checks.nonempty(features=features)
-    features = _numerics.upcast(features)
-    count, width = features.shape
+    _checks.mask(where, jnp.shape(features)[:1])
+    # Rows of zeros, targets included, add nothing to the spectrum, the fit or the residual.
+    features = _numerics.kept(_numerics.upcast(features), where)
+    count, width = _numerics.row_count(features, where), features.shape[1]
     u, s, _ = jnp.linalg.svd(features, full_matrices=False)
     s2 = jnp.square(s)
-    columns = _numerics.upcast(targets).astype(features.dtype).reshape(count, -1)
+    targets = _numerics.kept(_numerics.upcast(targets).astype(features.dtype), where)
+    columns = targets.reshape(len(features), -1)
     tiny = jnp.finfo(features.dtype).eps
 
     def evidence(y: Array) -> Array:
@@ -136,31 +148,31 @@ def logme(features: Array, targets: Array, *, iterations: int = 11) -> Array:
     return jnp.mean(jax.vmap(evidence, in_axes=1)(columns))
 
 
-def h_score(features: Array, labels: Array, *, num_classes: int) -> Array:
+def h_score(
+    features: Array, labels: Array, *, num_classes: int, where: Array | None = None
+) -> Array:
     """`tr(pinv(cov(f)) cov(E[f | y]))`: the share of whitened variance that classes explain.
 
     Args:
       features: `[N, D]`.
       labels: int `[N]`.
       num_classes: number of classes; empty ones contribute nothing.
+      where: bool `[N]`, samples that take part.
 
     Returns:
       `[]`, in `[0, min(D, C - 1)]`.
 
-    Raises:
-      ValueError: if shapes do not fit or labels are out of range.
-      TypeError: if labels are not integers.
-
     References:
       Bao et al., An Information-Theoretic Approach to Transferability, 2019.
     """
-    features = _features("h_score", features, labels, num_classes)
-    centered, between = _class_means(features, labels, num_classes)
-    within_rank = jnp.linalg.pinv(centered.T @ centered / features.shape[0], hermitian=True)
-    return jnp.sum(within_rank * (between.T @ between / features.shape[0]))
+    centered, between, count, known = _class_means(features, labels, num_classes, where)
+    whitening = jnp.linalg.pinv(centered.T @ centered / count, hermitian=True)
+    return known(jnp.sum(whitening * (between.T @ between / count)))
 
 
-def regularized_h_score(features: Array, labels: Array, *, num_classes: int) -> Array:
+def regularized_h_score(
+    features: Array, labels: Array, *, num_classes: int, where: Array | None = None
+) -> Array:
     """`h_score` with Ledoit and Wolf's shrunken covariance: for few samples of many features.
 
     `(1 - a) tr(((1 - a) S + a mu I)^-1 cov(E[f | y]))` with `mu = tr S / D`, a the optimal share.
@@ -171,68 +183,156 @@ def regularized_h_score(features: Array, labels: Array, *, num_classes: int) -> 
       Ibrahim, Ponomareva and Mazumder, Newer is not always better, 2021 (2110.06893); Ledoit
       and Wolf, A well-conditioned estimator for large-dimensional covariance matrices, 2004.
     """
-    features = _features("regularized_h_score", features, labels, num_classes)
-    count, width = features.shape
-    centered, between = _class_means(features, labels, num_classes)
+    centered, between, count, known = _class_means(features, labels, num_classes, where)
+    width = centered.shape[1]
     covariance = centered.T @ centered / count
     mu = jnp.trace(covariance) / width
     spread = jnp.sum(jnp.square(covariance - mu * jnp.eye(width, dtype=covariance.dtype)))
     fourth = jnp.sum(jnp.square(jnp.sum(jnp.square(centered), axis=-1))) / count
     noise = jnp.minimum((fourth - jnp.sum(jnp.square(covariance))) / count, spread)
-    shrinkage = jnp.where(spread > 0, noise / jnp.where(spread > 0, spread, 1), 1)
+    shrinkage = jnp.where(spread != 0, noise / jnp.where(spread != 0, spread, 1), 1)
     eye = jnp.eye(width, dtype=covariance.dtype)
     # Features that never vary explain nothing; any invertible matrix then gives 0.
-    shrunken = (1 - shrinkage) * covariance + shrinkage * jnp.where(mu > 0, mu, 1) * eye
+    shrunken = (1 - shrinkage) * covariance + shrinkage * jnp.where(mu != 0, mu, 1) * eye
     explained = between.T @ between / count
-    return (1 - shrinkage) * jnp.trace(jnp.linalg.solve(shrunken, explained))
+    return known((1 - shrinkage) * jnp.trace(jnp.linalg.solve(shrunken, explained)))
 
 
-def transrate(features: Array, labels: Array, *, num_classes: int, eps: float = 1e-4) -> Array:
+def transrate(
+    features: Array,
+    labels: Array,
+    *,
+    num_classes: int,
+    eps: float = 1e-4,
+    where: Array | None = None,
+) -> Array:
     """`R(f) - sum_c n_c / n R(f_c)`, the coding rate `R = 1/2 logdet(I + f^T f / (n eps))`.
 
     Args:
       features: `[N, D]`; their mean is removed.
       labels: int `[N]`.
       num_classes: number of classes; empty ones contribute nothing.
-      eps: distortion.
+      eps: distortion, in squared feature units: scale the features first, as the authors do.
+      where: bool `[N]`, samples that take part.
 
     Returns:
       `[]`, nats. The published code averages over classes without the weights `n_c / n`.
 
-    Raises:
-      ValueError: if shapes do not fit or labels are out of range.
-      TypeError: if labels are not integers.
-
     References:
       Huang et al., Frustratingly Easy Transferability Estimation, 2022 (2106.09362).
     """
-    features = _features("transrate", features, labels, num_classes)
     _checks.positive(eps=eps)
-    features = features - jnp.mean(features, axis=0, keepdims=True)
-    member = jax.nn.one_hot(labels, num_classes, dtype=features.dtype)
+    features, _, member, known = _labeled(features, labels, num_classes, where)
+    features = _numerics.centered(features, where)
 
     def rate(weights: Array) -> Array:
         count = jnp.maximum(jnp.sum(weights), 1)
         gram = (features * weights[:, None]).T @ features / (count * eps)
         return jnp.linalg.slogdet(jnp.eye(features.shape[1], dtype=features.dtype) + gram)[1] / 2
 
-    shares = jnp.mean(member, axis=0)
+    shares = jnp.sum(member, axis=0) / _numerics.row_count(features, where)
     by_class = jax.vmap(rate, in_axes=1)(member)
-    return rate(jnp.ones(features.shape[:1], features.dtype)) - jnp.sum(shares * by_class)
+    whole = jnp.ones(features.shape[:1], features.dtype)
+    return known(rate(_numerics.kept(whole, where)) - jnp.sum(shares * by_class))
 
 
-def _features(fn: str, features: Array, labels: Array, num_classes: int) -> Array:
+def category_relation(
+    probabilities: Array, labels: Array, *, num_classes: int, where: Array | None = None
+) -> Array:
+    """Row c = mean of the source probabilities over the target samples of class c.
+
+    The direct relation `p(source class | target class)`. For the calibrated one pass
+    `softmax(temperatures.fit_logit_scale(...) * logits)`.
+
+    Args:
+      probabilities: `[N, Cs]`, the source head's on target samples, each row summing to 1.
+      labels: int `[N]`, target classes.
+      num_classes: Ct.
+      where: bool `[N]`, samples that take part.
+
+    Returns:
+      `[Ct, Cs]`. A class without samples gets the mean over all samples.
+
+    References:
+      You et al., Co-Tuning for Transfer Learning, NeurIPS 2020, direct approach.
+    """
+    rows, _, member, known = _labeled(probabilities, labels, num_classes, where)
+    count = jnp.sum(member, axis=0)[:, None]
+    means = member.T @ rows / jnp.maximum(count, 1)
+    return known(jnp.where(count != 0, means, _numerics.row_mean(rows, where)))
+
+
+def reverse_relation(conditional: Array, prior: Array) -> Array:
+    """`R[c, s] = p(c | s) p(s) / sum_s' p(c | s') p(s')`: the reverse relation, by Bayes' rule.
+
+    Args:
+      conditional: `[Cs, Ct]`, `p(target class | source class)`: a classifier trained from source
+        probabilities to target labels, evaluated at the one-hot rows.
+      prior: `[Cs]`, mean source probabilities over the target samples.
+
+    Returns:
+      `[Ct, Cs]`, rows summing to 1; a target class that no source class predicts gets the prior.
+
+    References:
+      You et al., Co-Tuning for Transfer Learning, NeurIPS 2020, reverse approach.
+    """
+    _checks.floating(conditional=conditional, prior=prior)
+    _checks.rank(2, 2, conditional=conditional)
+    _checks.rank(1, 1, prior=prior)
+    _checks.nonempty(conditional=conditional)
+    conditional, prior = _numerics.upcast(conditional), _numerics.upcast(prior)
+    if prior.shape[0] != conditional.shape[0]:
+        raise ValueError(
+            "expected conditional [Cs, Ct] and prior [Cs], got "
+            f"{_checks.described(conditional=conditional, prior=prior)}."
+        )
+    prior = prior.astype(conditional.dtype)
+    joint = (conditional * prior[:, None]).T
+    total = jnp.sum(joint, axis=-1, keepdims=True)
+    fallback = (prior / jnp.sum(prior))[None, :]
+    return jnp.where(total != 0, joint / jnp.where(total != 0, total, 1), fallback)
+
+
+class _Labeled(NamedTuple):
+    """Features with 0 in masked rows, one-hot labels likewise, and what makes a result NaN."""
+
+    features: Array
+    labels: Array
+    member: Array
+    known: Callable[[Array], Array]
+
+
+def _labeled(features: Array, labels: Array, num_classes: int, where: Array | None) -> _Labeled:
     _checks.floating(features=features)
     _checks.rank(2, 2, features=features)
     _checks.nonempty(features=features)
-    _checks.labels(labels, jnp.zeros((jnp.shape(features)[0], num_classes)))
-    return _numerics.upcast(features)
-
-
-def _class_means(features: Array, labels: Array, num_classes: int) -> tuple[Array, Array]:
-    """Centered features, and every sample's class mean of them."""
-    centered = features - jnp.mean(features, axis=0, keepdims=True)
+    count = jnp.shape(features)[0]
+    _checks.labels(labels, jax.ShapeDtypeStruct((count, num_classes), jnp.float32), where)
+    features = _numerics.kept(_numerics.upcast(features), where)
+    labels, usable = _numerics.usable_labels(labels, num_classes, where)
     member = jax.nn.one_hot(labels, num_classes, dtype=features.dtype)
-    count = jnp.maximum(jnp.sum(member, axis=0), 1)
-    means = member.T @ centered / count[:, None]
-    return centered, means[labels]
+    every = jnp.all(usable if where is None else usable | ~where)
+    return _Labeled(
+        features,
+        labels,
+        _numerics.kept(member, None if where is None else usable),
+        lambda value: jnp.where(every, value, jnp.nan),
+    )
+
+
+class _Means(NamedTuple):
+    """Centered features, every sample's class mean of them, and the number of samples."""
+
+    centered: Array
+    between: Array
+    count: Array
+    known: Callable[[Array], Array]
+
+
+def _class_means(features: Array, labels: Array, num_classes: int, where: Array | None) -> _Means:
+    features, labels, member, known = _labeled(features, labels, num_classes, where)
+    centered = _numerics.centered(features, where)
+    sizes = jnp.maximum(jnp.sum(member, axis=0), 1)
+    means = member.T @ centered / sizes[:, None]
+    between = _numerics.kept(means[labels], where)
+    return _Means(centered, between, _numerics.row_count(features, where), known)

@@ -279,9 +279,9 @@ EQUATIONS: dict[str, Pair] = {
         sinkhorn,
         (f32((32, 100)), f32((32, 100)), f32((100, 100))),
     ),
-    "hint_cosine": (
-        losses.hint_cosine,
-        lambda s, t: jnp.mean(hidden_cosine(s, t), axis=(1, 2)),
+    "cosine_distance_of_maps": (
+        losses.cosine_distance,
+        hidden_cosine,
         MAPS,
     ),
     "attention_transfer": (
@@ -294,7 +294,7 @@ EQUATIONS: dict[str, Pair] = {
     "nst": (losses.nst, nst, MAPS),
     "fsp": (losses.fsp, fsp, (MAPS, MAPS)),
     "activation_boundary": (losses.activation_boundary, activation_boundary, MAPS),
-    "ofd": (lambda s, t, m: losses.ofd(s, t, margin=m), ofd, (*MAPS, CHANNELS)),
+    "ofd": (lambda s, t, m: losses.partial_l2(s, t, margin=m), ofd, (*MAPS, CHANNELS)),
     "hcl": (losses.hcl, hcl, MAPS),
     "pkd_pearson": (losses.pkd_pearson, pkd_pearson, MAPS),
     "vid": (losses.vid, vid, (*MAPS, MAPS[0])),
@@ -310,8 +310,8 @@ EQUATIONS: dict[str, Pair] = {
     ),
     "itrd_mutual": (losses.itrd_mutual, itrd, ROWS),
     "info_nce": (losses.info_nce, info_nce, ROWS),
-    "hidden_mse": (losses.hidden_mse, lambda s, t: jnp.mean(jnp.square(s - t), axis=-1), TOKENS),
-    "hidden_cosine": (losses.hidden_cosine, hidden_cosine, TOKENS),
+    "hidden_mse": (losses.last_axis_mse, lambda s, t: jnp.mean(jnp.square(s - t), axis=-1), TOKENS),
+    "hidden_cosine": (losses.cosine_distance, hidden_cosine, TOKENS),
     "token_gram": (losses.token_gram, token_gram, (TOKENS, TOKENS)),
     "uld": (losses.uld, uld, LOGITS),
 }

@@ -23,7 +23,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"trees"}),
     # Functions of arrays and of parameters.
     frozenset(
-        {"losses", "penalties", "connectors", "memory", "objective", "projection", "transforms"}
+        {"losses", "discrepancies", "penalties", "connectors", "memory", "objective"}
+        | {"projection", "transforms"}
         | {"normalization", "temperatures", "augment", "transferability"}
     ),
     # Published methods as values; steps, and what is made of whole steps.

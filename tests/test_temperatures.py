@@ -54,3 +54,27 @@ def test_the_ramp_rises_to_its_strength_and_stays() -> None:
     np.testing.assert_allclose(reached, [0, 1, 2, 2], atol=1e-6)
     with pytest.raises(ValueError, match="steps"):
         temperatures.adversarial_ramp(0)
+
+
+def normal(seed: int, *shape: int) -> jnp.ndarray:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def test_fitted_logit_scale_minimizes_the_cross_entropy() -> None:
+    logits, labels = 3 * normal(0, 40, 4), jnp.asarray(np.random.default_rng(1).integers(0, 4, 40))
+    labels = jnp.where(
+        jnp.arange(40) < 25, jnp.argmax(logits, axis=-1).astype(labels.dtype), labels
+    )
+    scale = temperatures.fit_logit_scale(logits, labels)
+
+    def entropy(s: float) -> float:
+        log_p = np.log(softmax(s * np.asarray(logits, np.float64)))
+        return -log_p[np.arange(40), np.asarray(labels)].mean()
+
+    s = float(scale)
+    assert entropy(s) <= min(entropy(0.99 * s), entropy(1.01 * s))

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kdtl_jax import losses
 from kdtl_jax import transferability as tr
 
 RNG = np.random.default_rng(0)
@@ -127,3 +128,28 @@ def test_constant_features_give_no_nan() -> None:
         assert np.isfinite(score(name, flat, LABELS, 3)), name
     with pytest.raises(ValueError, match=r"labels must lie in 0\.\.1"):
         tr.leep(flat, jnp.asarray(LABELS), num_classes=2)
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def test_category_relation_with_an_empty_class_is_the_mean_and_never_nan() -> None:
+    p = jnp.asarray([[0.8, 0.2], [0.6, 0.4], [0.1, 0.9]])
+    relation = tr.category_relation(p, jnp.asarray([0, 0, 2]), num_classes=4)
+    np.testing.assert_allclose(
+        relation, [[0.7, 0.3], [0.5, 0.5], [0.1, 0.9], [0.5, 0.5]], rtol=1e-6
+    )
+    value = losses.co_tuning(jnp.asarray(RNG.normal(size=(4, 2)), jnp.float32), relation)
+    assert bool(jnp.all(jnp.isfinite(value)))
+
+
+def test_reverse_relation_is_bayes_rule() -> None:
+    conditional = softmax(np.random.default_rng(0).normal(size=(3, 2)))
+    prior = np.asarray([0.2, 0.3, 0.5])
+    joint = conditional * prior[:, None]
+    got = tr.reverse_relation(jnp.asarray(conditional), jnp.asarray(prior))
+    np.testing.assert_allclose(got, (joint / joint.sum(0)).T, rtol=1e-5)
+    empty = tr.reverse_relation(jnp.asarray([[1.0, 0.0]] * 3), jnp.asarray(prior))
+    np.testing.assert_allclose(empty[1], prior, rtol=1e-6)

@@ -1,7 +1,11 @@
-"""Self-attention: maps compared by KL or MSE, MiniLM's relations, TinyBERT's set.
+"""Transformers: attention scores by KL or MSE, relations between tokens, Gram matrices of states.
 
-Values are per query token, `[B, L]`, averaged over heads. `where` (bool `[B, L]`) marks real
-tokens: others are no keys of anyone, and as queries give 0.
+Float arrays, student first; values are per token (per query), `[B, L]`, averaged over heads, in
+float32 or wider. `where` (bool `[B, L]`) marks real tokens: others are nobody's keys, and as
+queries give 0. What compares states token by token is `last_axis_mse` and `cosine_distance`; the
+objective averages over real tokens (`Masked(values, where)`).
+
+TypeError: an array is not floating point. ValueError: shapes do not fit, or an array is empty.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,25 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from kdtl_jax import _checks, _numerics
-from kdtl_jax.losses import _door
-from kdtl_jax.losses._tokens import hidden_mse
-
-
-def _scores(
-    fn: str, student: Array, teacher: Array, where: Array | None
-) -> tuple[Array, Array, Array | None]:
-    """Checked scores and the mask of real (query, key) pairs, of the scores' shape or None."""
-    student, teacher = _door.same_shape(fn, student, teacher, at_least=4, at_most=4)
-    batch, _, queries, keys = student.shape
-    if queries != keys:
-        raise ValueError(
-            f"scores must be [B, heads, L, L], got {_checks.described(student=student)}."
-        )
-    _checks.mask(where, (batch, queries))
-    if where is None:
-        return student, teacher, None
-    real = where[:, None, :, None] & where[:, None, None, :]
-    return student, teacher, jnp.broadcast_to(real, student.shape)
+from kdtl_jax.losses import _sides
+from kdtl_jax.losses._features import last_axis_mse
 
 
 def attention_mse(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
@@ -46,14 +33,10 @@ def attention_mse(student: Array, teacher: Array, *, where: Array | None = None)
     Returns:
       `[B, L]`, squared score units.
 
-    Raises:
-      ValueError: if shapes differ or are empty.
-      TypeError: if an array is not floating point.
-
     References:
       Jiao et al., TinyBERT: Distilling BERT for Natural Language Understanding, 2019 (1909.10351).
     """
-    student, teacher, real = _scores("attention_mse", student, teacher, where)
+    student, teacher, real = _scores(student, teacher, where)
     # Subtraction is linear: what it makes of two infinities is harmless once it is dropped here.
     hidden = (student == -jnp.inf) | (teacher == -jnp.inf)
     if real is not None:
@@ -79,15 +62,28 @@ def attention_kl(student: Array, teacher: Array, *, where: Array | None = None) 
     Returns:
       `[B, L]`, nats.
 
-    Raises:
-      ValueError: if shapes differ or are empty.
-      TypeError: if an array is not floating point.
-
     References:
       Wang et al., MiniLM, 2020 (2002.10957), whose first term this is.
     """
-    student, teacher, real = _scores("attention_kl", student, teacher, where)
+    student, teacher, real = _scores(student, teacher, where)
     return jnp.mean(_numerics.kl_from_logits(teacher, student, where=real), axis=1)
+
+
+def _scores(
+    student: Array, teacher: Array, where: Array | None
+) -> tuple[Array, Array, Array | None]:
+    """Checked scores and the mask of real (query, key) pairs, of the scores' shape or None."""
+    student, teacher = _sides.same_shape(student, teacher, at_least=4, at_most=4)
+    batch, _, queries, keys = student.shape
+    if queries != keys:
+        raise ValueError(
+            f"scores must be [B, heads, L, L], got {_checks.described(student=student)}."
+        )
+    _checks.mask(where, (batch, queries))
+    if where is None:
+        return student, teacher, None
+    real = where[:, None, :, None] & where[:, None, None, :]
+    return student, teacher, jnp.broadcast_to(real, student.shape)
 
 
 def minilm_relation(
@@ -115,35 +111,16 @@ def minilm_relation(
 
     Raises:
       ValueError: if shapes do not fit or `relation_heads` does not divide a width.
-      TypeError: if an array is not floating point.
 
     References:
       Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021 (2012.15828).
     """
     _checks.positive(relation_heads=relation_heads)
-    _door.same_positions("minilm_relation", student[0], teacher[0], at_most=3)
+    _sides.same_positions(student[0], teacher[0], at_most=3)
     _checks.mask(where, student[0].shape[:-1])
     scores_s = _relation(*student, relation_heads, where)
     scores_t = _relation(*teacher, relation_heads, where)
     return attention_kl(scores_s, scores_t, where=where)
-
-
-def _relation(x: Array, y: Array, heads: int, where: Array | None) -> Array:
-    x, y = _door.same_shape("minilm_relation", x, y, at_least=3, at_most=3)
-    x, y = _door.kept(x, where), _door.kept(y, where)
-    width, left_over = divmod(x.shape[-1], heads)
-    if left_over:
-        raise ValueError(
-            f"relation_heads={heads} must divide the width, got {_checks.described(vectors=x)}."
-        )
-    # The width splits the scale between both factors, which keeps half precisions in range.
-    x, y = (_heads(z, heads) / width**0.25 for z in (x, y))
-    return _numerics.gram(x, y)
-
-
-def _heads(x: Array, heads: int) -> Array:
-    """`[B, L, D] -> [B, heads, L, D / heads]`."""
-    return jnp.swapaxes(x.reshape(*x.shape[:2], heads, -1), 1, 2)
 
 
 def minilm_v2(
@@ -164,10 +141,6 @@ def minilm_v2(
     Returns:
       `[B, L]`, nats.
 
-    Raises:
-      ValueError: if keys or shapes do not fit.
-      TypeError: if an array is not floating point.
-
     References:
       Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021 (2012.15828).
     """
@@ -175,7 +148,7 @@ def minilm_v2(
     if not student:
         raise ValueError("give at least one of query, key, value.")
     for name in student:
-        _door.same_positions("minilm_v2", student[name], teacher[name], at_most=3)
+        _sides.same_positions(student[name], teacher[name], at_most=3)
     _checks.mask(where, next(iter(student.values())).shape[:-1])
 
     def relations(side: Mapping[str, Array]) -> Array:
@@ -184,6 +157,24 @@ def minilm_v2(
         return jnp.concatenate(each, axis=1)
 
     return len(student) * attention_kl(relations(student), relations(teacher), where=where)
+
+
+def _relation(x: Array, y: Array, heads: int, where: Array | None) -> Array:
+    x, y = _sides.same_shape(x, y, at_least=3, at_most=3)
+    x, y = _numerics.kept(x, where), _numerics.kept(y, where)
+    width, left_over = divmod(x.shape[-1], heads)
+    if left_over:
+        raise ValueError(
+            f"relation_heads={heads} must divide the width, got {_checks.described(vectors=x)}."
+        )
+    # The width splits the scale between both factors, which keeps half precisions in range.
+    x, y = (_heads(z, heads) / width**0.25 for z in (x, y))
+    return _numerics.gram(x, y)
+
+
+def _heads(x: Array, heads: int) -> Array:
+    """`[B, L, D] -> [B, heads, L, D / heads]`."""
+    return jnp.swapaxes(x.reshape(*x.shape[:2], heads, -1), 1, 2)
 
 
 def uniform_layers(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
@@ -207,20 +198,6 @@ def uniform_layers(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
     return tuple(range(0, teacher_layers + 1, teacher_layers // student_layers))
 
 
-def _spread(
-    fn: str, student: Sequence[Array], teacher: Sequence[Array], *, below: int
-) -> tuple[int, ...]:
-    """`uniform_layers` of two lists that begin with `below` entries that are no layers."""
-    own, other = len(student) - below, len(teacher) - below
-    if own < 1 or other < 1 or other % own:
-        first = "the embedding (layer 0) and then " if below else ""
-        raise ValueError(
-            f"student and teacher must be lists of {first}M and N layers, N a multiple of M, "
-            f"got {len(student)} and {len(teacher)} arrays."
-        )
-    return uniform_layers(own, other)
-
-
 def tinybert_attention(
     student: Sequence[Array], teacher: Sequence[Array], *, where: Array | None = None
 ) -> Array:
@@ -239,12 +216,11 @@ def tinybert_attention(
 
     Raises:
       ValueError: if the numbers of layers or the shapes do not fit.
-      TypeError: if an array is not floating point.
 
     References:
       Jiao et al., TinyBERT: Distilling BERT for Natural Language Understanding, 2019 (1909.10351).
     """
-    layers = _spread("tinybert_attention", student, teacher, below=0)[1:]
+    layers = _spread(student, teacher, below=0)[1:]
     pairs = zip(student, layers, strict=True)
     return jnp.sum(
         jnp.stack([attention_mse(own, teacher[g - 1], where=where) for own, g in pairs]), axis=0
@@ -252,7 +228,7 @@ def tinybert_attention(
 
 
 def tinybert_hidden(student: Sequence[Array], teacher: Sequence[Array]) -> Array:
-    """`sum_l hidden_mse` over embeddings and layers, spread evenly over the teacher's: TinyBERT.
+    """`sum_l last_axis_mse` over embeddings and layers, spread evenly over the teacher's: TinyBERT.
 
     The authors project all of the student's states by one shared linear map. `.mean()` is their
     number.
@@ -266,11 +242,53 @@ def tinybert_hidden(student: Sequence[Array], teacher: Sequence[Array]) -> Array
 
     Raises:
       ValueError: if the numbers of layers or the shapes do not fit.
-      TypeError: if an array is not floating point.
 
     References:
       Jiao et al., TinyBERT: Distilling BERT for Natural Language Understanding, 2019 (1909.10351).
     """
-    layers = _spread("tinybert_hidden", student, teacher, below=1)
+    layers = _spread(student, teacher, below=1)
     pairs = zip(student, layers, strict=True)
-    return jnp.sum(jnp.stack([hidden_mse(own, teacher[g]) for own, g in pairs]), axis=0)
+    return jnp.sum(jnp.stack([last_axis_mse(own, teacher[g]) for own, g in pairs]), axis=0)
+
+
+def _spread(student: Sequence[Array], teacher: Sequence[Array], *, below: int) -> tuple[int, ...]:
+    """`uniform_layers` of two lists that begin with `below` entries that are no layers."""
+    own, other = len(student) - below, len(teacher) - below
+    if own < 1 or other < 1 or other % own:
+        first = "the embedding (layer 0) and then " if below else ""
+        raise ValueError(
+            f"student and teacher must be lists of {first}M and N layers, N a multiple of M, "
+            f"got {len(student)} and {len(teacher)} arrays."
+        )
+    return uniform_layers(own, other)
+
+
+def token_gram(
+    student: tuple[Array, Array], teacher: tuple[Array, Array], *, where: Array | None = None
+) -> Array:
+    """`mean_j (G_S - G_T)_ij^2` of token Gram matrices `G = h_1 h_2^T / D` between two layers.
+
+    The mean over pairs of real tokens is TextBrewer's `mmd_loss`: weight token i of example b by
+    its number of real tokens, since j runs over real tokens only. Widths may differ, each model
+    divides by its own.
+
+    Args:
+      student: hidden states of two layers (or one layer twice), `[B, L, Ds]` each.
+      teacher: two of `[B, L, Dt]`.
+      where: bool `[B, L]`, real tokens.
+
+    Returns:
+      `[B, L]`; 0 at tokens that do not take part.
+
+    References:
+      TextBrewer, 2020 (2002.12620).
+    """
+    _sides.same_positions(student[0], teacher[0], at_most=3)
+    _checks.mask(where, student[0].shape[:-1])
+    grams = []
+    for pair in (student, teacher):
+        pair = _sides.same_shape(*pair, at_least=3, at_most=3)
+        above, below = (_numerics.kept(states, where) for states in pair)
+        grams.append(_numerics.gram(above, below) / above.shape[-1])
+    both = None if where is None else where[:, :, None] & where[:, None, :]
+    return _numerics.masked_mean(jnp.square(grams[0] - grams[1]), both, axis=-1)

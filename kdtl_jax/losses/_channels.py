@@ -1,16 +1,20 @@
-"""Losses on the statistics of channels: flows, kernels, Gram matrices, spatial distributions."""
+"""Losses on relations between the channels of one example: Gram matrices, flows, singular vectors.
 
+Maps are float `[B, ..., C]`, channel-last, student first; all return `[B]` in float32 or wider.
+
+TypeError: an array is not floating point. ValueError: shapes do not fit (each docstring says which
+axes must agree), or an array is empty.
+"""
+
+from collections.abc import Sequence
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import Scalar
-from kdtl_jax.losses import _door
-
-
-def _by_channel(x: Array) -> Array:
-    """`[B, ..., C] -> [B, C, positions]`."""
-    return jnp.swapaxes(x.reshape(x.shape[0], -1, x.shape[-1]), 1, 2)
+from kdtl_jax.losses import _sides
 
 
 def cwd(student: Array, teacher: Array, *, temperature: Scalar = 1.0) -> Array:
@@ -27,14 +31,10 @@ def cwd(student: Array, teacher: Array, *, temperature: Scalar = 1.0) -> Array:
     Returns:
       `[B]`, nats times `T^2`.
 
-    Raises:
-      ValueError: if shapes differ or are empty, or the temperature is not positive.
-      TypeError: if an array is not floating point.
-
     References:
       Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, 2021 (2011.13256).
     """
-    student, teacher = _door.same_shape("cwd", student, teacher, at_least=3)
+    student, teacher = _sides.same_shape(student, teacher, at_least=3)
     _checks.positive(temperature=temperature)
     t = _numerics.per_example(temperature, _by_channel(student))
     kl = _numerics.kl_from_logits(_by_channel(teacher) / t, _by_channel(student) / t)
@@ -54,15 +54,11 @@ def ickd(student: Array, teacher: Array) -> Array:
     Returns:
       `[B]`.
 
-    Raises:
-      ValueError: if batch or channels differ, or an array is empty.
-      TypeError: if an array is not floating point.
-
     References:
       Liu et al., Exploring Inter-Channel Correlation for Diversity-preserved Knowledge
       Distillation, 2021.
     """
-    student, teacher = _door.same_channels("ickd", student, teacher)
+    student, teacher = _sides.same_channels(student, teacher)
     apart = _row_unit_gram(_by_channel(student)) - _row_unit_gram(_by_channel(teacher))
     return jnp.mean(jnp.square(apart), axis=(1, 2))
 
@@ -85,15 +81,11 @@ def nst(student: Array, teacher: Array) -> Array:
     Returns:
       `[B]`, 0 where the channels' distributions agree in that kernel.
 
-    Raises:
-      ValueError: if positions differ or are empty.
-      TypeError: if an array is not floating point.
-
     References:
       Huang and Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017
       (1707.01219).
     """
-    student, teacher = _door.same_positions("nst", student, teacher)
+    student, teacher = _sides.same_positions(student, teacher)
     u, v = (_numerics.unit(_by_channel(x)) for x in (student, teacher))
     (width, positions), others = u.shape[1:], v.shape[1]
     if positions * (width + others) <= width**2 + others**2 + width * others:
@@ -120,16 +112,12 @@ def flow_matrix(first: Array, second: Array, *, where: Array | None = None) -> A
     Returns:
       `[B, C1, C2]`; 0 where no position takes part.
 
-    Raises:
-      ValueError: if positions differ or are empty.
-      TypeError: if an array is not floating point.
-
     References:
       Yim et al., A Gift from Knowledge Distillation, 2017.
     """
-    first, second = _door.same_positions("flow_matrix", first, second)
+    first, second = _sides.same_positions(first, second)
     _checks.mask(where, first.shape[:-1])
-    first, second = (_by_channel(_door.kept(x, where)) for x in (first, second))
+    first, second = (_by_channel(_numerics.kept(x, where)) for x in (first, second))
     total = _numerics.gram(first, second)
     if where is None:
         return total / first.shape[-1]
@@ -153,15 +141,11 @@ def fsp(
     Returns:
       `[B]`, fourth power of feature units.
 
-    Raises:
-      ValueError: if positions within a model, or channels between models, differ.
-      TypeError: if an array is not floating point.
-
     References:
       Yim et al., A Gift from Knowledge Distillation, 2017.
     """
     for maps in zip(student, teacher, strict=True):
-        _door.same_channels("fsp", *maps)
+        _sides.same_channels(*maps)
     apart = flow_matrix(*student, where=where) - flow_matrix(*teacher, where=where)
     return jnp.mean(jnp.square(apart), axis=(1, 2))
 
@@ -180,14 +164,10 @@ def affinity(student: Array, teacher: Array) -> Array:
     Returns:
       `[B]`.
 
-    Raises:
-      ValueError: if shapes differ or are empty.
-      TypeError: if an array is not floating point.
-
     References:
       He et al., Knowledge Adaptation for Efficient Semantic Segmentation, 2019 (1903.04688).
     """
-    student, teacher = _door.same_shape("affinity", student, teacher, at_least=3)
+    student, teacher = _sides.same_shape(student, teacher, at_least=3)
     x, y = (_numerics.unit(_by_channel(side)) for side in (student, teacher))
     apart, together = (jnp.sum(jnp.square(z), axis=-1) for z in (x - y, x + y))
     lengths = jnp.sum(jnp.square(x), axis=-1) - jnp.sum(jnp.square(y), axis=-1)
@@ -195,45 +175,108 @@ def affinity(student: Array, teacher: Array) -> Array:
     return jnp.sum(norms, axis=-1) / x.shape[-1]
 
 
-def pkd_pearson(student: Array, teacher: Array, *, ddof: int = 0, eps: Scalar = 1e-6) -> Array:
-    """`1/2 mean (z_S - z_T)^2` of maps standardized per channel over the batch and positions: PKD.
+def _by_channel(x: Array) -> Array:
+    """`[B, ..., C] -> [B, C, positions]`."""
+    return jnp.swapaxes(x.reshape(x.shape[0], -1, x.shape[-1]), 1, 2)
 
-    Its mean over the batch is `1 - rho`, the Pearson correlation averaged over channels, at
-    `ddof=0`; mmrazor divides the variance by n - 1 (`ddof=1`). Relational: the statistics are
-    the batch's.
+
+def kdsvd(student: Sequence[Array], teacher: Sequence[Array], *, k: int = 1) -> Array:
+    """`sum_l sum (R_S - R_T)^2`, R the RBF between singular vectors of neighboring layers.
+
+    Each map is a matrix `[positions, C]`; its first k right singular vectors (teacher) and the
+    student's best matches among its first k + 3 (by |cosine|, sign aligned), scaled by the
+    teacher's normalized singular values, enter `R = exp(-(v_l[c] - v_{l-1}[c'])^2 / 8)`. A
+    singular vector has no sign: here the teacher's largest entry is positive. Gradients at
+    repeated singular values are those of the well-defined part. `.mean()` is RepDistiller's
+    number with that sign rule; mdistiller decomposes the transposed matrices.
 
     Args:
-      student: `[B, ..., C]`.
-      teacher: the same shape (resize the smaller map bilinearly, `connectors.resize`).
-      ddof: the variance divides by `n - ddof`.
-      eps: added to the standard deviation.
+      student: two or more maps `[B, ..., C_l]`.
+      teacher: as many maps with the same `C_l`; positions may differ.
+      k: singular vectors per layer.
 
     Returns:
       `[B]`.
 
     Raises:
-      ValueError: if shapes differ or are empty, or there are no more than `ddof` positions.
-      TypeError: if an array is not floating point.
+      ValueError: if the numbers of maps, batches or channels differ, or there is only one map.
 
     References:
-      Cao et al., PKD: General Distillation Framework for Object Detectors via Pearson Correlation
-      Coefficient, 2022 (2207.02039).
+      Lee, Kim and Song, Self-supervised Knowledge Distillation Using Singular Value
+      Decomposition, 2018 (1807.06819).
     """
-    student, teacher = _door.same_shape("pkd_pearson", student, teacher)
-    count = student.size // student.shape[-1]
-    if count <= ddof:
+    if len(student) != len(teacher) or len(student) < 2:
         raise ValueError(
-            f"needs more than ddof={ddof} positions per channel, got "
-            f"{_checks.described(student=student)}. Use a larger batch or ddof=0."
+            "student and teacher need the same number of maps, two or more, got "
+            f"{len(student)} and {len(teacher)}."
         )
-    apart = _standardized(student, ddof, eps) - _standardized(teacher, ddof, eps)
-    return 0.5 * jnp.mean(jnp.square(_numerics.batch_flat(apart)), axis=-1)
+    _checks.positive(k=k)
+    layers = []
+    for maps in zip(student, teacher, strict=True):
+        sides = _sides.same_channels(*maps)
+        own, target = (side.reshape(side.shape[0], -1, side.shape[-1]) for side in sides)
+        layers.append(_aligned(own, target, k))
+    total = jnp.zeros(student[0].shape[:1], layers[0][0].dtype)
+    for (below_s, below_t), (above_s, above_t) in zip(layers, layers[1:], strict=False):
+        apart = _rbf(above_s, below_s) - _rbf(above_t, below_t)
+        total = total + jnp.sum(jnp.square(apart), axis=(1, 2, 3))
+    return total
 
 
-def _standardized(x: Array, ddof: int, eps: Scalar) -> Array:
-    axes = tuple(range(x.ndim - 1))
-    centered = x - jnp.mean(x, axis=axes, keepdims=True)
-    freedom = x.size // x.shape[-1] - ddof
-    squares = jnp.sum(jnp.square(centered), axis=axes, keepdims=True)
-    deviation = _numerics.safe_sqrt(squares / freedom)
-    return centered / (deviation + _numerics.scalar(eps, x))
+def _rbf(above: Array, below: Array) -> Array:
+    apart = above[:, :, None, :] - below[:, None, :, :]
+    return jnp.exp(-jnp.square(apart) / 8)
+
+
+def _aligned(student: Array, teacher: Array, k: int) -> tuple[Array, Array]:
+    """The student's vectors nearest the teacher's first k; both scaled by the teacher's values."""
+    rank_t, rank_s = (min(x.shape[1:]) for x in (teacher, student))
+    values, target = _channel_vectors(teacher, min(k, rank_t))
+    _, vectors = _channel_vectors(student, min(k + 3, rank_s))
+    target, values = _signed(target), _numerics.normalize(values)[:, None, :]
+    overlap = _numerics.gram(jnp.swapaxes(vectors, 1, 2), jnp.swapaxes(target, 1, 2))
+    best = jnp.argmax(jnp.abs(overlap), axis=1, keepdims=True)
+    sign = jnp.where(jnp.take_along_axis(overlap, best, axis=1) < 0, -1, 1)
+    matched = jnp.take_along_axis(vectors, best, axis=2) * sign
+    return matched * values, target * values
+
+
+def _signed(vectors: Array) -> Array:
+    """Each column with its largest entry positive: singular vectors have no sign of their own."""
+    largest = jnp.argmax(jnp.abs(vectors), axis=1, keepdims=True)
+    return vectors * jnp.where(jnp.take_along_axis(vectors, largest, axis=1) < 0, -1, 1)
+
+
+def _channel_vectors(x: Array, count: int) -> tuple[Array, Array]:
+    """Leading singular values and right singular vectors of `[B, positions, C]` maps."""
+    top = jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True)
+    scale = jax.lax.stop_gradient(jnp.where(top != 0, top, 1))
+    x = jnp.swapaxes(x / scale, 1, 2)
+    squares, vectors = _eigh(_numerics.gram(x, x))
+    values = _numerics.safe_sqrt(squares[:, :count]) * scale[:, :, 0]
+    return values, vectors[:, :, :count]
+
+
+@jax.custom_jvp
+def _eigh(matrix: Array) -> tuple[Array, Array]:
+    """Eigenvalues (descending) and eigenvectors of symmetric matrices."""
+    values, vectors = jnp.linalg.eigh(matrix)
+    return values[..., ::-1], vectors[..., ::-1]
+
+
+@_eigh.defjvp
+def _eigh_jvp(
+    primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """First-order perturbation; directions within one (numerically) repeated value do not move.
+
+    The derivative of an eigenvector divides by gaps between eigenvalues. Where a gap is
+    rounding, the vectors of that space are an arbitrary basis and have no derivative.
+    """
+    values, vectors = _eigh(*primals)
+    rotated = jnp.swapaxes(vectors, -1, -2) @ tangents[0] @ vectors
+    gaps = values[..., None, :] - values[..., :, None]
+    noise = 16 * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values), axis=-1)
+    apart = jnp.abs(gaps) > noise[..., None, None]
+    mixing = jnp.where(apart, rotated / jnp.where(apart, gaps, 1), 0)
+    return (values, vectors), (jnp.diagonal(rotated, axis1=-2, axis2=-1), vectors @ mixing)

@@ -1,17 +1,24 @@
-"""Contrastive losses: an example's student must recognize that example's teacher among others.
+"""Contrastive losses: an example must recognize its teacher, or its class, among others.
 
 The others are the rest of the batch, a memory bank or a queue; the last two are values of
-`kdtl_jax.memory` that the step carries.
+`kdtl_jax.memory` that the step carries. All take float arrays and return `[B]` in float32 or wider.
+
+`where` (bool `[B]`) marks the real examples: the values of the others are 0, and they are nobody's
+positives or negatives, so that a padded batch gives the numbers of its real rows alone.
+
+TypeError: an array is not floating point, or labels are not integers. ValueError: shapes do not
+fit, an array is empty, labels are out of range, or a hyper-parameter is.
 """
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import Scalar
-from kdtl_jax.losses import _door
+from kdtl_jax.losses import _sides
 
 
 def crd(log_scores: Array, *, num_data: int, eps: float = 1e-7) -> Array:
@@ -25,19 +32,15 @@ def crd(log_scores: Array, *, num_data: int, eps: float = 1e-7) -> Array:
     Args:
       log_scores: `[B, 1 + K]`, `log x` from `memory.bank_scores`.
       num_data: n, rows of the bank.
-      eps: the published guard.
+      eps: the published guard, beside the ratio P.
 
     Returns:
       `[B]`, nats, at least 0; never exactly 0.
 
-    Raises:
-      ValueError: if there is no negative, or `num_data` is not positive.
-      TypeError: if the scores are not floating point.
-
     References:
       Tian, Krishnan and Isola, Contrastive Representation Distillation, 2020 (1910.10699).
     """
-    log_scores = _door.one("crd", log_scores, at_least=2, at_most=2)
+    log_scores = _sides.one(log_scores, at_least=2, at_most=2)
     _checks.positive(num_data=num_data)
     negatives = log_scores.shape[1] - 1
     if negatives < 1:
@@ -54,7 +57,9 @@ def crd(log_scores: Array, *, num_data: int, eps: float = 1e-7) -> Array:
     return jnp.sum(both, axis=-1) - over[:, 0] + guard
 
 
-def info_nce(student: Array, teacher: Array, *, temperature: Scalar = 0.07) -> Array:
+def info_nce(
+    student: Array, teacher: Array, *, temperature: Scalar = 0.07, where: Array | None = None
+) -> Array:
     """`-log softmax_j(cos(s_i, t_j) / T)_i`: the rest of the batch are the negatives.
 
     `.mean()` is the contrastive part of DCD (whose `1 / T` is learned, `min(exp(tau), 10)`).
@@ -63,23 +68,22 @@ def info_nce(student: Array, teacher: Array, *, temperature: Scalar = 0.07) -> A
       student: `[B, ...]`, embedded; flattened per example and normalized here.
       teacher: the same shape.
       temperature: T > 0, possibly learned.
+      where: bool `[B]`, real examples.
 
     Returns:
       `[B]`, nats, at least 0; 0 for a batch of one.
-
-    Raises:
-      ValueError: if shapes differ or are empty, or the temperature is not positive.
-      TypeError: if an array is not floating point.
 
     References:
       van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018;
       Giakoumoglou and Stathaki, 2024 (2407.11802).
     """
-    logits = _similarities("info_nce", student, teacher, temperature)
-    return -jnp.diagonal(_numerics.log_softmax(logits))
+    logits, others = _similarities(student, teacher, temperature, where)
+    return _numerics.kept(-jnp.diagonal(_numerics.log_softmax(logits, where=others)), where)
 
 
-def dcd_invariance(student: Array, teacher: Array, *, temperature: Scalar = 0.07) -> Array:
+def dcd_invariance(
+    student: Array, teacher: Array, *, temperature: Scalar = 0.07, where: Array | None = None
+) -> Array:
     """`KL(softmax_k(A_ki)_j || softmax_k(A_ik)_j)`, A the similarities of `info_nce`: DCD.
 
     How the teacher of example i sees the students, against how its student sees the teachers; both
@@ -89,27 +93,28 @@ def dcd_invariance(student: Array, teacher: Array, *, temperature: Scalar = 0.07
       student: `[B, ...]`, embedded; flattened per example and normalized here.
       teacher: the same shape.
       temperature: T > 0, possibly learned.
+      where: bool `[B]`, real examples.
 
     Returns:
       `[B]`, nats, at least 0.
-
-    Raises:
-      ValueError: if shapes differ or are empty, or the temperature is not positive.
-      TypeError: if an array is not floating point.
 
     References:
       Giakoumoglou and Stathaki, Discriminative and Consistent Representation Distillation, 2024
       (2407.11802).
     """
-    logits = _similarities("dcd_invariance", student, teacher, temperature)
-    return _numerics.kl_from_logits(logits.T, logits)
+    logits, others = _similarities(student, teacher, temperature, where)
+    return _numerics.kept(_numerics.kl_from_logits(logits.T, logits, where=others), where)
 
 
-def _similarities(fn: str, student: Array, teacher: Array, temperature: Scalar) -> Array:
+def _similarities(
+    student: Array, teacher: Array, temperature: Scalar, where: Array | None
+) -> tuple[Array, Array | None]:
+    """Scaled cosines `[B, B]`, and which columns are real examples."""
     _checks.positive(temperature=temperature)
-    sides = _door.same_shape(fn, student, teacher)
+    sides = _sides.real(where, *_sides.same_shape(student, teacher))
     s, t = (_numerics.unit(_numerics.batch_flat(side)) for side in sides)
-    return _numerics.gram(s, t) / _numerics.scalar(temperature, s)
+    others = None if where is None else jnp.broadcast_to(where[None, :], (len(s), len(s)))
+    return _numerics.gram(s, t) / _numerics.scalar(temperature, s), others
 
 
 def rrd(
@@ -119,6 +124,7 @@ def rrd(
     queue: Array,
     student_temperature: Scalar = 0.1,
     teacher_temperature: Scalar = 0.02,
+    where: Array | None = None,
 ) -> Array:
     """`KL(softmax(Q t / T_T) || softmax(Q s / T_S))` over a queue of teacher embeddings: RRD.
 
@@ -131,13 +137,10 @@ def rrd(
       queue: `[K, D]`, unit rows, `memory.Queue.rows`.
       student_temperature: T_S > 0.
       teacher_temperature: T_T > 0, smaller: a sharper target.
+      where: bool `[B]`, real examples.
 
     Returns:
       `[B]`, nats, at least 0.
-
-    Raises:
-      ValueError: if shapes differ or are empty, or a temperature is not positive.
-      TypeError: if an array is not floating point.
 
     References:
       Giakoumoglou and Stathaki, Relational Representation Distillation, 2024 (2407.12073).
@@ -145,16 +148,140 @@ def rrd(
     _checks.positive(
         student_temperature=student_temperature, teacher_temperature=teacher_temperature
     )
-    student, teacher = _door.same_shape("rrd", student, teacher, at_most=2)
+    student, teacher = _sides.real(where, *_sides.same_shape(student, teacher, at_most=2))
     if jnp.ndim(queue) != 2 or jnp.shape(queue)[1:] != student.shape[1:]:
         raise ValueError(
             "queue must have shape [K, D] with the embeddings' D, got "
             f"{_checks.described(queue=queue, student=student)}."
         )
-    rows = _numerics.scalar(queue, student)
+    rows = _numerics.cast(queue, student)
     toward_s = _numerics.gram(_numerics.unit(student), rows)
     toward_t = _numerics.gram(_numerics.unit(teacher), rows)
     toward_s = toward_s / _numerics.scalar(student_temperature, student)
-    return _numerics.kl_from_logits(
-        toward_t / _numerics.scalar(teacher_temperature, student), toward_s
+    toward_t = toward_t / _numerics.scalar(teacher_temperature, student)
+    return _numerics.kept(_numerics.kl_from_logits(toward_t, toward_s), where)
+
+
+def bi_tuning_classifier(
+    features: Array,
+    labels: Array,
+    *,
+    class_weights: Array,
+    class_bias: Array,
+    temperature: Scalar = 0.07,
+    where: Array | None = None,
+) -> Array:
+    """Every class vector finds its examples in the batch: `KL(u || softmax_j(w_y . g_j / T))`.
+
+    `g = [h, 1] / ||[h, 1]||`, `w_c = [W_c, b_c] / ||[W_c, b_c]||`, and u is uniform over the
+    batch's examples of the same class. The in-batch form of Bi-Tuning's classifier part; with
+    queues of keys call `uniform_contrast` on their scores.
+
+    Args:
+      features: `[B, D]`, before the head.
+      labels: int `[B]`.
+      class_weights: the head's kernel `[D, C]`; the published code holds it constant here.
+      class_bias: the head's bias `[C]`.
+      temperature: of the cosine scores.
+      where: bool `[B]`, real examples.
+
+    Returns:
+      `[B]`, nats.
+
+    References:
+      Zhong et al., Bi-tuning of Pre-trained Representations, 2020 (2011.06182), eq. 3.
+    """
+    features = _sides.one(features, at_least=2, at_most=2)
+    width, classes = features.shape[1], jnp.shape(class_bias)[0]
+    if jnp.shape(class_weights) != (width, classes):
+        raise ValueError(
+            "expected class_weights [D, C] and class_bias [C], got "
+            f"{_checks.described(features=features, weights=class_weights, bias=class_bias)}."
+        )
+    _checks.labels(labels, jax.ShapeDtypeStruct((len(features), classes), features.dtype), where)
+    labels, usable = _numerics.usable_labels(labels, classes, where)
+    vectors = unit_classes(class_weights, class_bias).astype(features.dtype)
+    (features,) = _sides.real(where, features)
+    scores = _numerics.gram(vectors[labels], unit_features(features))
+    return _numerics.at_usable(_class_contrast(scores, labels, temperature, where), usable, where)
+
+
+def bi_tuning_projection(
+    queries: Array,
+    keys: Array,
+    labels: Array,
+    *,
+    temperature: Scalar = 0.07,
+    where: Array | None = None,
+) -> Array:
+    """Every projected query finds the keys of its class: `KL(u || softmax_j(z_i . k_j / T))`.
+
+    Args:
+      queries: `[B, P]` projections of the model being trained; normalized here.
+      keys: `[B, P]` projections of the momentum model, or of another view.
+      labels: int `[B]`.
+      temperature: of the cosine scores.
+      where: bool `[B]`, real examples.
+
+    Returns:
+      `[B]`, nats.
+
+    References:
+      Zhong et al., Bi-tuning of Pre-trained Representations, 2020 (2011.06182), eq. 4.
+    """
+    queries, keys = _sides.real(where, *_sides.same_shape(queries, keys, at_most=2))
+    _checks.integers(labels=labels)
+    _checks.rank(1, 1, labels=labels)
+    _checks.same_batch(queries=queries, labels=labels)
+    scores = _numerics.gram(_numerics.unit(queries), _numerics.unit(keys))
+    return _class_contrast(scores, labels, temperature, where)
+
+
+def _class_contrast(
+    scores: Array, labels: Array, temperature: Scalar, where: Array | None
+) -> Array:
+    same = labels[:, None] == labels[None, :]
+    candidates = None if where is None else jnp.broadcast_to(where[None, :], scores.shape)
+    values = uniform_contrast(scores, same, temperature=temperature, where=candidates)
+    return _numerics.kept(values, where)
+
+
+def uniform_contrast(
+    scores: Array, positives: Array, *, temperature: Scalar = 0.07, where: Array | None = None
+) -> Array:
+    """`KL(u || softmax(scores / T))`, u uniform over the positives; 0 for rows without any.
+
+    Args:
+      scores: `[B, M]`, of every anchor against M candidates.
+      positives: bool `[B, M]`.
+      temperature: divides the scores.
+      where: bool `[B, M]`, candidates that take part.
+
+    Returns:
+      `[B]`, nats.
+    """
+    scores = _sides.one(scores, at_least=2, at_most=2)
+    _checks.mask(positives, scores.shape)
+    _checks.positive(temperature=temperature)
+    _checks.mask(where, scores.shape)
+    if where is not None:
+        scores, positives = _numerics.kept(scores, where), positives & where
+    log_p = _numerics.log_softmax(scores / _numerics.scalar(temperature, scores), where=where)
+    count = jnp.sum(positives, axis=-1, dtype=scores.dtype)
+    mean = _numerics.masked_mean(log_p, positives, axis=-1)
+    return jnp.where(count != 0, -jnp.log(jnp.maximum(count, 1)) - mean, 0)
+
+
+def unit_features(features: Array) -> Array:
+    """`[h, 1] / ||[h, 1]||`, `[B, D] -> [B, D + 1]`: features as the head's bias sees them."""
+    features = _sides.one(features, at_least=2, at_most=2)
+    ones = jnp.ones((features.shape[0], 1), features.dtype)
+    return _numerics.unit(jnp.concatenate([features, ones], axis=-1))
+
+
+def unit_classes(class_weights: Array, class_bias: Array) -> Array:
+    """`[W_c, b_c] / ||[W_c, b_c]||`, `[D, C], [C] -> [C, D + 1]`: a head as class directions."""
+    rows = jnp.concatenate(
+        [_numerics.upcast(class_weights).T, _numerics.upcast(class_bias)[:, None]], axis=-1
     )
+    return _numerics.unit(rows)

@@ -1,22 +1,24 @@
-"""Correlations between examples (EGA), between features (ITRD), and the information they share."""
+"""Correlations over a batch: between examples, between features, and what a regression explains.
 
+All take float arrays, student first, and return `[B]` in float32 or wider unless said otherwise; a
+value depends on the whole batch. `where` (bool `[B]`) marks the real examples: the values of the
+others are 0, and they enter no statistic, so that a padded batch gives the numbers of its real rows
+alone.
+
+TypeError: an array is not floating point. ValueError: shapes do not fit, an array is empty, or a
+hyper-parameter is out of its range.
+"""
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _numerics
-from kdtl_jax.losses import _door
+from kdtl_jax import _checks, _numerics
+from kdtl_jax._types import Scalar
+from kdtl_jax.losses import _sides
 
 
-def _flat(fn: str, student: Array, teacher: Array) -> tuple[Array, Array]:
-    student, teacher = _door.same_shape(fn, student, teacher)
-    return _numerics.batch_flat(student), _numerics.batch_flat(teacher)
-
-
-def _unit_centered(x: Array, axis: int) -> Array:
-    return _numerics.unit(x - jnp.mean(x, axis=axis, keepdims=True), axis=axis)
-
-
-def ega_edge(student: Array, teacher: Array) -> Array:
+def ega_edge(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     """`sum_j (rho(s_i, s_j) - rho(t_i, t_j))^2`, rho the Pearson correlation over features.
 
     `sqrt(.sum())` is the Frobenius norm that the authors weight by .3.
@@ -24,22 +26,16 @@ def ega_edge(student: Array, teacher: Array) -> Array:
     Args:
       student: `[B, ...]`, flattened per example.
       teacher: the same shape.
-
-    Returns:
-      `[B]`.
-
-    Raises:
-      ValueError: if shapes differ or are empty.
-      TypeError: if an array is not floating point.
+      where: bool `[B]`, real examples.
 
     References:
       Ma et al., Knowledge Distillation via the Embedding Graph Alignment, 2022.
     """
-    s, t = (_unit_centered(x, 1) for x in _flat("ega_edge", student, teacher))
+    s, t = (_unit_features(x) for x in _flat(student, teacher, where))
     return jnp.sum(jnp.square(_numerics.gram(s, s) - _numerics.gram(t, t)), axis=-1)
 
 
-def ega_node(student: Array, teacher: Array) -> Array:
+def ega_node(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     """`sum_j (rho(t_i, s_j) - [i = j])^2`: each student must correlate with its teacher alone.
 
     `sqrt(.sum())` is the authors' Frobenius norm.
@@ -47,47 +43,20 @@ def ega_node(student: Array, teacher: Array) -> Array:
     Args:
       student: `[B, ...]`, flattened per example.
       teacher: the same shape.
+      where: bool `[B]`, real examples.
 
     Returns:
       `[B]`; not 0 at equality unless different examples are uncorrelated.
 
-    Raises:
-      ValueError: if shapes differ or are empty.
-      TypeError: if an array is not floating point.
-
     References:
       Ma et al., Knowledge Distillation via the Embedding Graph Alignment, 2022.
     """
-    s, t = (_unit_centered(x, 1) for x in _flat("ega_node", student, teacher))
-    return jnp.sum(jnp.square(_numerics.gram(t, s) - jnp.eye(len(s), dtype=s.dtype)), axis=-1)
+    s, t = (_unit_features(x) for x in _flat(student, teacher, where))
+    apart = _numerics.gram(t, s) - jnp.eye(len(s), dtype=s.dtype)
+    return _numerics.kept(jnp.sum(jnp.square(apart), axis=-1), where)
 
 
-def feature_correlation(student: Array, teacher: Array) -> Array:
-    """Pearson correlation over the batch of each feature with its teacher's.
-
-    Not a loss yet: ITRD minimizes `log2 sum_d |rho_d - 1|^(2 alpha)` of it (its code shrinks rho
-    by `(B - 1) / B`), DIST `1 - mean rho` over classes. A constant feature gives 0.
-
-    Args:
-      student: `[B, D]`.
-      teacher: the same shape.
-
-    Returns:
-      `[D]`, in `[-1, 1]`.
-
-    Raises:
-      ValueError: if shapes differ or are empty.
-      TypeError: if an array is not floating point.
-
-    References:
-      Miles, Rodriguez and Mikolajczyk, Information Theoretic Representation Distillation, 2022
-      (2112.00459).
-    """
-    student, teacher = _door.same_shape("feature_correlation", student, teacher, at_most=2)
-    return jnp.sum(_unit_centered(student, 0) * _unit_centered(teacher, 0), axis=0)
-
-
-def itrd_mutual(student: Array, teacher: Array) -> Array:
+def itrd_mutual(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     """`sum_j G_S^2 - G_ST^2` of trace-one Gram matrices, `G_ST = G_S * G_T` entrywise: ITRD.
 
     The matrix-based Renyi mutual information (order 2) up to constants. `.sum()` is the number of
@@ -96,20 +65,17 @@ def itrd_mutual(student: Array, teacher: Array) -> Array:
     Args:
       student: `[B, ...]`, flattened per example and normalized here.
       teacher: `[B, ...]`, any width.
+      where: bool `[B]`, real examples.
 
     Returns:
       `[B]`, at least 0; not 0 at equality.
-
-    Raises:
-      ValueError: if the batch sizes differ or are 0.
-      TypeError: if an array is not floating point.
 
     References:
       Miles, Rodriguez and Mikolajczyk, Information Theoretic Representation Distillation, 2022
       (2112.00459).
     """
-    sides = _door.same_batch("itrd_mutual", student, teacher)
-    units = (_numerics.unit(_numerics.batch_flat(side)) for side in sides)
+    sides = (_numerics.batch_flat(side) for side in _sides.same_batch(student, teacher))
+    units = (_numerics.unit(side) for side in _sides.real(where, *sides))
     gram_s, gram_t = (_numerics.gram(unit, unit) for unit in units)
     own, shared = _trace_one(gram_s), _trace_one(gram_s * gram_t)
     return jnp.sum(jnp.square(own) - jnp.square(shared), axis=-1)
@@ -118,3 +84,129 @@ def itrd_mutual(student: Array, teacher: Array) -> Array:
 def _trace_one(gram: Array) -> Array:
     trace = jnp.trace(gram)
     return jnp.where(trace != 0, gram / jnp.where(trace != 0, trace, 1), 0)
+
+
+def feature_correlation(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
+    """Pearson correlation over the batch of each feature with its teacher's.
+
+    Not a loss yet: ITRD minimizes `log2 sum_d |rho_d - 1|^(2 alpha)` of it (its code shrinks rho
+    by `(B - 1) / B`), DIST `1 - mean rho` over classes.
+
+    Args:
+      student: `[B, D]`.
+      teacher: the same shape.
+      where: bool `[B]`, real examples.
+
+    Returns:
+      `[D]`, in `[-1, 1]`; 0 for a constant feature.
+
+    References:
+      Miles, Rodriguez and Mikolajczyk, Information Theoretic Representation Distillation, 2022
+      (2112.00459).
+    """
+    sides = _sides.real(where, *_sides.same_shape(student, teacher, at_most=2))
+    s, t = (_numerics.unit(_numerics.centered(x, where), axis=0) for x in sides)
+    return jnp.sum(s * t, axis=0)
+
+
+def pkd_pearson(
+    student: Array,
+    teacher: Array,
+    *,
+    ddof: int = 0,
+    eps: Scalar = 1e-6,
+    where: Array | None = None,
+) -> Array:
+    """`1/2 mean (z_S - z_T)^2` of maps standardized per channel over the batch and positions: PKD.
+
+    Its mean over the batch is `1 - rho`, the Pearson correlation averaged over channels, at
+    `ddof=0`; mmrazor divides the variance by n - 1 (`ddof=1`).
+
+    Args:
+      student: `[B, ..., C]`.
+      teacher: the same shape (resize the smaller map bilinearly, `connectors.resize_bilinear`).
+      ddof: the variance divides by `n - ddof`.
+      eps: added to the standard deviation, so in feature units; the authors' constant. With
+        `eps=0` the value does not depend on the features' scale.
+      where: bool `[B]`, real examples.
+
+    Raises:
+      ValueError: if there are no more than `ddof` positions.
+
+    References:
+      Cao et al., PKD: General Distillation Framework for Object Detectors via Pearson Correlation
+      Coefficient, 2022 (2207.02039).
+    """
+    student, teacher = _sides.real(where, *_sides.same_shape(student, teacher))
+    _checks.non_negative(eps=eps)
+    count = student.size // student.shape[-1]
+    if count <= ddof:
+        raise ValueError(
+            f"needs more than ddof={ddof} positions per channel, got "
+            f"{_checks.described(student=student)}. Use a larger batch or ddof=0."
+        )
+    apart = _standardized(student, ddof, eps, where) - _standardized(teacher, ddof, eps, where)
+    return 0.5 * jnp.mean(jnp.square(_numerics.batch_flat(apart)), axis=-1)
+
+
+def _standardized(x: Array, ddof: int, eps: Scalar, where: Array | None) -> Array:
+    rows = x.reshape(-1, x.shape[-1])
+    positions = len(rows) // len(x)
+    of_rows = None if where is None else jnp.repeat(where, positions)
+    centered = _numerics.centered(rows, of_rows)
+    freedom = jnp.maximum(_numerics.row_count(rows, of_rows) - ddof, 1)
+    squares = jnp.sum(jnp.square(centered), axis=0, keepdims=True)
+    spread = _numerics.safe_sqrt(squares / freedom) + _numerics.scalar(eps, x)
+    return jnp.where(spread != 0, centered / jnp.where(spread != 0, spread, 1), 0).reshape(x.shape)
+
+
+def ridge_hint(
+    student: Array, teacher: Array, *, ridge: Scalar = 1e-3, where: Array | None = None
+) -> Array:
+    """`mean (f_S W* + b* - f_T)^2` with `W*, b*` the ridge regression of this very batch.
+
+    A hint without a regressor to train: the best linear map is solved for inside the loss
+    (variable projection) and the gradient runs through the solve, so the loss is invariant to
+    invertible linear maps of the student's features up to the ridge. All positions of the batch
+    are rows of one regression; have more of them than student channels. The penalty is `ridge`
+    times the mean square of the centered student features, so the loss does not depend on their
+    scale.
+
+    Args:
+      student: `[B, ..., Cs]`.
+      teacher: `[B, ..., Ct]`, the same leading axes.
+      ridge: relative penalty, > 0.
+      where: bool `[B]`, real examples.
+
+    Returns:
+      `[B]`, squared teacher units.
+
+    References:
+      Golub and Pereyra, Separable nonlinear least squares: the variable projection method, 2003.
+    """
+    student, teacher = _sides.real(where, *_sides.same_positions(student, teacher, at_least=2))
+    _checks.positive(ridge=ridge)
+    x, y = student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
+    of_rows = None if where is None else jnp.repeat(where, len(x) // len(student))
+    x, y = _numerics.centered(x, of_rows), _numerics.centered(y, of_rows)
+    scale = jax.lax.stop_gradient(jnp.max(jnp.abs(x)))  # it cancels
+    x = x / jnp.where(scale != 0, scale, 1)
+    count = _numerics.row_count(x, of_rows)
+    covariance, cross = _numerics.gram(x.T, x.T) / count, _numerics.gram(x.T, y.T) / count
+    penalty = _numerics.scalar(ridge, x) * jnp.trace(covariance) / x.shape[-1]
+    penalty = penalty + jnp.finfo(x.dtype).tiny ** 0.5  # of features scaled to at most 1
+    damped = covariance + penalty * jnp.eye(x.shape[-1], dtype=x.dtype)
+    weights = jax.scipy.linalg.solve(damped, cross, assume_a="pos")
+    residual = y - jnp.matmul(x, weights, precision="highest")
+    squares = jnp.square(residual).reshape(teacher.shape)
+    return jnp.mean(_numerics.batch_flat(squares), axis=-1)
+
+
+def _unit_features(x: Array) -> Array:
+    """Each example centered over its features, of unit length."""
+    return _numerics.unit(x - jnp.mean(x, axis=1, keepdims=True), axis=1)
+
+
+def _flat(student: Array, teacher: Array, where: Array | None) -> tuple[Array, ...]:
+    student, teacher = _sides.same_shape(student, teacher)
+    return _sides.real(where, _numerics.batch_flat(student), _numerics.batch_flat(teacher))

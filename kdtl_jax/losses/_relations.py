@@ -1,93 +1,84 @@
 """Relations between the examples of a batch: one value per anchor, its relations to all others.
 
-Everything is computed from Gram matrices, never from a `[B, B, D]` array. Student and teacher may
-have different widths; only the relations are compared. Under `jit` with a batch sharded over
-devices the values are those of the whole batch.
+All take float arrays `[B, ...]`, flattened per example, student first; student and teacher may have
+different widths, only the relations are compared. They return `[B]` in float32 or wider. Everything
+is computed from Gram matrices, never from a `[B, B, D]` array. Under `jit` with a batch sharded
+over devices the values are those of the whole batch.
+
+`where` (bool `[B]`) marks the real examples: the values of the others are 0, and nobody is related
+to them, so that a padded batch gives the numbers of its real rows alone.
+
+TypeError: an array is not floating point. ValueError: batch sizes differ or are 0, or a
+hyper-parameter is out of its range.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import Scalar
-from kdtl_jax.losses import _door
+from kdtl_jax.losses import _sides
 
 
-def _flat(fn: str, student: Array, teacher: Array) -> tuple[Array, Array]:
-    student, teacher = _door.same_batch(fn, student, teacher)
-    return _numerics.batch_flat(student), _numerics.batch_flat(teacher)
-
-
-def _huber(x: Array) -> Array:
-    size = jnp.abs(x)
-    return jnp.where(size < 1, 0.5 * jnp.square(x), size - 0.5)
-
-
-def sp(student: Array, teacher: Array) -> Array:
+def sp(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     """`mean_j (G_S - G_T)_ij^2` of row-normalized Gram matrices `G = f f^T`: similarity-preserving.
 
     `.mean()` is the paper's and RepDistiller's number (weight 3000).
 
     Args:
-      student: `[B, ...]`, flattened per example.
+      student: `[B, ...]`.
       teacher: `[B, ...]`, any width.
-
-    Returns:
-      `[B]`.
-
-    Raises:
-      ValueError: if the batch sizes differ or are 0.
-      TypeError: if an array is not floating point.
+      where: bool `[B]`, real examples.
 
     References:
       Tung and Mori, Similarity-Preserving Knowledge Distillation, 2019 (1907.09682).
     """
-    apart = jnp.subtract(*(_row_unit_gram(x) for x in _flat("sp", student, teacher)))
-    return jnp.mean(jnp.square(apart), axis=-1)
+    grams = (_numerics.gram(x, x) for x in _flat(student, teacher, where))
+    apart = jnp.subtract(*(_numerics.normalize(gram) for gram in grams))
+    return _mean_over_others(jnp.square(apart), where)
 
 
-def _row_unit_gram(x: Array) -> Array:
-    return _numerics.normalize(_numerics.gram(x, x))
-
-
-def pkt(student: Array, teacher: Array, *, eps: Scalar = 1e-7) -> Array:
+def pkt(student: Array, teacher: Array, *, eps: Scalar = 1e-7, where: Array | None = None) -> Array:
     """`sum_j p_ij log(p_ij / q_ij)`, p and q the rows of `(1 + cosine) / 2` over their sums: PKT.
 
     `.mean() / B` is RepDistiller's number (weight 30000; the code averages over B^2).
 
     Args:
-      student: `[B, ...]`, flattened per example.
+      student: `[B, ...]`.
       teacher: `[B, ...]`, any width.
-      eps: added to norms and to both probabilities within the logarithm.
+      eps: added to norms (so in feature units) and to both probabilities within the logarithm.
+      where: bool `[B]`, real examples.
 
     Returns:
       `[B]`, nats; at least 0 up to `B eps`.
-
-    Raises:
-      ValueError: if the batch sizes differ or are 0, or eps is not positive.
-      TypeError: if an array is not floating point.
 
     References:
       Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer,
       2018 (1803.10837).
     """
     _checks.positive(eps=eps)
-    q, p = (_affinities(x, eps) for x in _flat("pkt", student, teacher))
+    q, p = (_affinities(x, eps, where) for x in _flat(student, teacher, where))
     low = _numerics.scalar(eps, q)
     # log1p of the relative difference, and q - p which sums to 0: no cancellation between terms.
     apart = (q - p) / (p + low)
     near = jnp.abs(apart) < 0.5
     far_log = jnp.log(q + low) - jnp.log(p + low)
-    return jnp.sum((q - p) - p * jnp.where(near, jnp.log1p(jnp.where(near, apart, 0)), far_log), -1)
+    terms = (q - p) - p * jnp.where(near, jnp.log1p(jnp.where(near, apart, 0)), far_log)
+    return _numerics.kept(jnp.sum(terms, axis=-1), where)
 
 
-def _affinities(x: Array, eps: Scalar) -> Array:
+def _affinities(x: Array, eps: Scalar, where: Array | None) -> Array:
     unit = x / (_numerics.safe_norm(x, keepdims=True) + _numerics.scalar(eps, x))
     # Rounding may leave a cosine below -1, and a logarithm of less than nothing.
     cosines = jnp.maximum(0.5 * (_numerics.gram(unit, unit) + 1), 0)
+    if where is not None:
+        cosines = jnp.where(where[None, :], cosines, 0)
+        # Without any real example there is nothing to normalize.
+        return cosines / jnp.where(jnp.any(where), jnp.sum(cosines, -1, keepdims=True), 1)
     return cosines / jnp.sum(cosines, axis=-1, keepdims=True)
 
 
@@ -98,20 +89,16 @@ def gaussian_taylor_kernel(x: Array, *, gamma: Scalar = 0.4, order: int = 2) -> 
 
     Args:
       x: `[B, D]`, rows as they are.
-      gamma: of the Gaussian.
+      gamma: of the Gaussian, > 0.
       order: of the polynomial.
 
     Returns:
       `[B, B]`.
 
-    Raises:
-      ValueError: if `x` is not a matrix, gamma not positive or the order negative.
-      TypeError: if `x` is not floating point.
-
     References:
       Peng et al., Correlation Congruence for Knowledge Distillation, 2019 (1904.01802), eq. 9.
     """
-    x = _door.one("gaussian_taylor_kernel", x, at_least=2, at_most=2)
+    x = _sides.one(x, at_least=2, at_most=2)
     _checks.positive(gamma=gamma)
     _checks.count(0, order=order)
     scaled = 2 * _numerics.scalar(gamma, x) * _numerics.gram(x, x)
@@ -121,7 +108,14 @@ def gaussian_taylor_kernel(x: Array, *, gamma: Scalar = 0.4, order: int = 2) -> 
     return jnp.exp(-2 * _numerics.scalar(gamma, x)) * total
 
 
-def cc(student: Array, teacher: Array, *, gamma: Scalar = 0.4, order: int = 2) -> Array:
+def cc(
+    student: Array,
+    teacher: Array,
+    *,
+    gamma: Scalar = 0.4,
+    order: int = 2,
+    where: Array | None = None,
+) -> Array:
     """`mean_j (K_S - K_T)_ij^2`, K the Gaussian Taylor kernel of unit embeddings: CC.
 
     `.mean()` is the paper's number. torchdistill takes the unsquared Frobenius norm of kernels of
@@ -129,75 +123,54 @@ def cc(student: Array, teacher: Array, *, gamma: Scalar = 0.4, order: int = 2) -
     (products of consecutive rows), 0 for some large mismatches.
 
     Args:
-      student: `[B, ...]`, flattened per example and normalized here.
+      student: `[B, ...]`, normalized here.
       teacher: `[B, ...]`, any width.
-      gamma: of the Gaussian.
+      gamma: of the Gaussian, > 0.
       order: of its Taylor polynomial.
-
-    Returns:
-      `[B]`.
-
-    Raises:
-      ValueError: if the batch sizes differ or are 0, gamma is not positive or the order negative.
-      TypeError: if an array is not floating point.
+      where: bool `[B]`, real examples.
 
     References:
       Peng et al., Correlation Congruence for Knowledge Distillation, 2019 (1904.01802).
     """
     _checks.positive(gamma=gamma)
     _checks.count(0, order=order)
-    units = (_numerics.unit(x) for x in _flat("cc", student, teacher))
+    units = (_numerics.unit(x) for x in _flat(student, teacher, where))
     kernels = (gaussian_taylor_kernel(x, gamma=gamma, order=order) for x in units)
-    return jnp.mean(jnp.square(jnp.subtract(*kernels)), axis=-1)
+    return _mean_over_others(jnp.square(jnp.subtract(*kernels)), where)
 
 
-def _centered_gram(x: Array) -> Array:
-    """Products of differences to the mean of the batch: distances lose fewest digits there."""
-    centered = x - jnp.mean(x, axis=0, keepdims=True)
-    return _numerics.gram(centered, centered)
-
-
-def _distances(gram: Array) -> Array:
-    """Euclidean distances from a Gram matrix; 0 with gradient 0 where only rounding is left."""
-    squares = jnp.diagonal(gram)
-    total = squares[:, None] + squares[None, :]
-    apart = total - 2 * gram
-    noise = 8 * jnp.finfo(gram.dtype).eps * total
-    distinct = ~(apart <= noise) & ~jnp.eye(len(gram), dtype=jnp.bool_)
-    return jnp.where(distinct, jnp.sqrt(jnp.where(distinct, apart, 1)), 0)
-
-
-def rkd_distance(student: Array, teacher: Array) -> Array:
+def rkd_distance(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     """`mean_j huber(D_S - D_T)_ij`, D pairwise distances over their mean: RKD's distance term.
 
     The mean runs over pairs of distinct examples and is differentiated. `.mean()` is
     RepDistiller's, mdistiller's and mmrazor's number (weight 25). A batch of one gives 0.
 
     Args:
-      student: `[B, ...]`, flattened per example.
+      student: `[B, ...]`.
       teacher: `[B, ...]`, any width.
-
-    Returns:
-      `[B]`.
-
-    Raises:
-      ValueError: if the batch sizes differ or are 0.
-      TypeError: if an array is not floating point.
+      where: bool `[B]`, real examples.
 
     References:
       Park et al., Relational Knowledge Distillation, 2019 (1904.05068).
     """
-    relative = (_relative_distances(x) for x in _flat("rkd_distance", student, teacher))
-    return jnp.mean(_huber(jnp.subtract(*relative)), axis=-1)
+    relative = (_relative_distances(x, where) for x in _flat(student, teacher, where))
+    return _mean_over_others(optax.losses.huber_loss(jnp.subtract(*relative)), where)
 
 
-def _relative_distances(x: Array) -> Array:
-    distances = _distances(_centered_gram(x))
-    mean = jnp.sum(distances) / max(len(x) * (len(x) - 1), 1)
+def _relative_distances(x: Array, where: Array | None) -> Array:
+    distances = _distances(_centered_gram(x, where), where)
+    count = _numerics.row_count(x, where)
+    mean = jnp.sum(distances) / jnp.maximum(count * (count - 1), 1)
     return jnp.where(mean != 0, distances / jnp.where(mean != 0, mean, 1), 0)
 
 
-def rkd_angle(student: Array, teacher: Array, *, anchors_at_once: int | None = None) -> Array:
+def rkd_angle(
+    student: Array,
+    teacher: Array,
+    *,
+    anchors_at_once: int | None = None,
+    where: Array | None = None,
+) -> Array:
     """`mean_jk huber(cos_S(j, i, k) - cos_T(j, i, k))`: RKD's angle term, i the vertex.
 
     The cosines of all `B^3` triples follow from the Gram matrix, without a factor of D, a few
@@ -206,42 +179,39 @@ def rkd_angle(student: Array, teacher: Array, *, anchors_at_once: int | None = N
     number (weight 50).
 
     Args:
-      student: `[B, ...]`, flattened per example.
+      student: `[B, ...]`.
       teacher: `[B, ...]`, any width.
-      anchors_at_once: how many vertices are held in memory; by default as many as fit 2^20
-        cosines, at least one.
-
-    Returns:
-      `[B]`.
-
-    Raises:
-      ValueError: if the batch sizes differ or are 0, or `anchors_at_once` is not positive.
-      TypeError: if an array is not floating point.
+      anchors_at_once: how many vertices are held in memory, at least one; by default as many as fit
+        2^20 cosines.
+      where: bool `[B]`, real examples.
 
     References:
       Park et al., Relational Knowledge Distillation, 2019 (1904.05068).
     """
-    student, teacher = _flat("rkd_angle", student, teacher)
+    student, teacher = _flat(student, teacher, where)
     size = len(student)
     if anchors_at_once is None:
         anchors_at_once = max(2**20 // size**2, 1)
     _checks.positive(anchors_at_once=anchors_at_once)
-    sides = [_angle_parts(x) for x in (student, teacher)]
+    sides = [_angle_parts(x, where) for x in (student, teacher)]
 
     def anchor(i: Array) -> Array:
         cosines = (_cosines_at(i, *side) for side in sides)
-        return jnp.mean(_huber(jnp.subtract(*cosines)))
+        return jnp.mean(optax.losses.huber_loss(jnp.subtract(*cosines)))
 
     step = jax.checkpoint(anchor)
     if anchors_at_once >= size:
-        return jax.vmap(step)(jnp.arange(size))
-    return jax.lax.map(step, jnp.arange(size), batch_size=anchors_at_once)
+        values = jax.vmap(step)(jnp.arange(size))
+    else:
+        values = jax.lax.map(step, jnp.arange(size), batch_size=anchors_at_once)
+    # Angles with a masked example count as 0: only their share of the mean is to be taken out.
+    return values if where is None else values * (size / _numerics.row_count(student, where)) ** 2
 
 
-def _angle_parts(x: Array) -> tuple[Array, Array]:
+def _angle_parts(x: Array, where: Array | None) -> tuple[Array, Array]:
     """Gram matrix and inverse distances (0 on the diagonal and between duplicates)."""
-    gram = _centered_gram(x)
-    distances = _distances(gram)
+    gram = _centered_gram(x, where)
+    distances = _distances(gram, where)
     apart = distances != 0
     return gram, jnp.where(apart, 1 / jnp.where(apart, distances, 1), 0)
 
@@ -251,3 +221,33 @@ def _cosines_at(i: Array, gram: Array, inverse: Array) -> Array:
     row, near = gram[i], inverse[i]
     products = gram - row[:, None] - row[None, :] + row[i]
     return products * near[:, None] * near[None, :]
+
+
+def _centered_gram(x: Array, where: Array | None) -> Array:
+    """Products of differences to the mean of the batch: distances lose fewest digits there."""
+    centered = _numerics.centered(x, where)
+    return _numerics.gram(centered, centered)
+
+
+def _distances(gram: Array, where: Array | None) -> Array:
+    """Euclidean distances from a Gram matrix; 0 with gradient 0 where only rounding is left."""
+    squares = jnp.diagonal(gram)
+    total = squares[:, None] + squares[None, :]
+    apart = total - 2 * gram
+    noise = 8 * jnp.finfo(gram.dtype).eps * total
+    distinct = ~(apart <= noise) & ~jnp.eye(len(gram), dtype=jnp.bool_)
+    if where is not None:
+        distinct &= where[:, None] & where[None, :]
+    return jnp.where(distinct, jnp.sqrt(jnp.where(distinct, apart, 1)), 0)
+
+
+def _flat(student: Array, teacher: Array, where: Array | None) -> tuple[Array, ...]:
+    student, teacher = _sides.same_batch(student, teacher)
+    return _sides.real(where, _numerics.batch_flat(student), _numerics.batch_flat(teacher))
+
+
+def _mean_over_others(pairs: Array, where: Array | None) -> Array:
+    """`[B, B] -> [B]`: the mean over the real examples, 0 for the others."""
+    if where is None:
+        return jnp.mean(pairs, axis=-1)
+    return _numerics.kept(_numerics.masked_mean(pairs, where[None, :], axis=-1), where)

@@ -32,6 +32,12 @@ def _ickd(student: Array, teacher: Array) -> Array:
     return teacher.shape[-1] * losses.ickd(student, teacher)
 
 
+def _cosine(student: Array, teacher: Array) -> Array:
+    """Averaged over positions, where there are any."""
+    values = losses.cosine_distance(student, teacher)
+    return jnp.mean(values.reshape(len(values), -1), axis=1)
+
+
 def _build_vid(setup: Setup, options: Options) -> Built:
     sides = _views.shapes(_views.matched, setup.pairs, setup)
     wide = [teacher.shape[-1] for _, teacher in sides]
@@ -104,7 +110,8 @@ def _build_mgd(setup: Setup, options: Options) -> Built:
         student = align.apply(params["align"], student)
         keep = jax.random.bernoulli(key, 1 - MASKED, (len(student), 1, 1, channels))
         masked = jnp.where(keep, student, jnp.zeros((), student.dtype))
-        return {"mgd": losses.mgd(generate.apply(params["generator"], masked), teacher)}
+        generated = generate.apply(params["generator"], masked)
+        return {"mgd": losses.squared_distance(generated, teacher)}
 
     return Built(terms, {TASK: 1.0, "mgd": 7e-5}, init, no_memory)
 
@@ -128,7 +135,7 @@ METHODS = (
         "Romero et al., 1412.6550, 2015",
         _builders.over_pairs(
             "hint",
-            losses.hint,
+            losses.mse,
             _builders.constant({"hint": 100.0}),
             pairs=_views.middle_pair,
             connector=regressor,
@@ -140,7 +147,7 @@ METHODS = (
         "Sanh et al., 1910.01108, 2019",
         _builders.over_pairs(
             "cosine",
-            losses.hint_cosine,
+            _cosine,
             _builders.constant({"cosine": 1.0}),
             connector=connectors.linear,
         ),

@@ -47,7 +47,7 @@ def _build_simkd(setup: Setup, options: Options) -> Built:
         return projector.apply(params["connectors"], features), target
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        return {"simkd": losses.simkd(*projected(inputs.params, inputs.student, inputs.teacher))}
+        return {"simkd": losses.mse(*projected(inputs.params, inputs.student, inputs.teacher))}
 
     def predict(params: Params, student: Outputs) -> Array:
         [(of_student, of_teacher)] = layers
@@ -71,10 +71,8 @@ def _build_srrl(setup: Setup, options: Options) -> Built:
     def terms(inputs: Inputs) -> dict[str, Array]:
         student = connector.apply(inputs.params["connectors"], inputs.student[of_student])
         teacher = inputs.teacher[of_teacher]
-        values = losses.srrl(
-            student, teacher, classifier=lambda features: _classify(head, features)
-        )
-        return {"srrl": values}
+        logits = _classify(head, student), _classify(head, teacher)
+        return {"srrl": losses.mse(student, teacher) + 5 * losses.mse(*logits)}
 
     def init(key: Array) -> Params:
         return connector.init(key, setup.student[of_student])

@@ -74,7 +74,7 @@ def _build_ft(setup: Setup, options: Options) -> Built:
         translated = translate.apply(params["translator"], student)
         # torchdistill's mean over elements, which its weight of 1000 belongs to.
         values = losses.factor_transfer(translated, factor) / (factor.size // len(factor))
-        return {"ft": values, "reconstruction": losses.hint(rebuilt, teacher)}
+        return {"ft": values, "reconstruction": losses.mse(rebuilt, teacher)}
 
     return Built(terms, {TASK: 1.0, "ft": 1000.0, "reconstruction": 1.0}, init, no_memory)
 
@@ -93,7 +93,7 @@ def _mean_below_zero(x: Array) -> Array:
 
 def _ofd(student: Array, teacher: Array) -> Array:
     """Margins measured on the batch; a batch normalization would give them in closed form."""
-    return losses.ofd(student, teacher, margin=_mean_below_zero(teacher))
+    return losses.partial_l2(student, teacher, margin=_mean_below_zero(teacher))
 
 
 def _before_activation(setup: Setup) -> _views.Pairs:

@@ -123,7 +123,7 @@ def _build_tinybert(setup: Setup, options: Options) -> Built:
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         hidden = [
-            losses.hidden_mse(
+            losses.last_axis_mse(
                 shared.apply(inputs.params["connectors"], inputs.student[s]), inputs.teacher[t]
             )
             for s, t in setup.pairs
@@ -210,7 +210,7 @@ METHODS = (
         "Jiao et al., 1909.10351, 2019",
         _builders.over_pairs(
             "hidden",
-            losses.hidden_mse,
+            losses.last_axis_mse,
             _builders.constant({"hidden": 1.0}),
             view=_views.unmatched,
             connector=connectors.linear,
@@ -224,7 +224,7 @@ METHODS = (
         "Sanh et al., 1910.01108, 2019",
         _builders.over_pairs(
             "hidden",
-            losses.hidden_cosine,
+            losses.cosine_distance,
             _builders.constant({"hidden": 1.0}),
             view=_views.unmatched,
             connector=connectors.linear,
@@ -238,7 +238,7 @@ METHODS = (
         "Sun et al., 1908.09355, 2019",
         _builders.over_pairs(
             "patient",
-            losses.patient_kd,
+            lambda student, teacher: 2 * losses.cosine_distance(student, teacher),
             _builders.constant({"patient": 10.0}),
             view=_first_tokens,
             connector=connectors.linear,

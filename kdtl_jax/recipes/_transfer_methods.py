@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kdtl_jax import losses, penalties, transforms, trees
+from kdtl_jax import discrepancies, losses, penalties, transferability, transforms, trees
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Variables
 from kdtl_jax.objective import Inputs, classification
 from kdtl_jax.recipes._networks import Network
@@ -172,13 +172,17 @@ def _record_features(case: Case) -> Mapping[str, Any]:
     return {"source": _features(case, case.data["inputs"])}
 
 
+def _behavioral(student: Array, source: Array) -> Array:
+    return losses.squared_distance(student, source) / 2
+
+
 def _bss(case: Case) -> Callable[[Inputs], Array]:
-    return lambda x: losses.bss(x.student[case.net.last])
+    return lambda x: discrepancies.bss(x.student[case.net.last])
 
 
 def _relation(case: Case) -> Mapping[str, Any]:
     labels = case.data["labels"]
-    relation = losses.category_relation(
+    relation = transferability.category_relation(
         jax.nn.softmax(_source_logits(case)), labels, num_classes=case.classes
     )
     return {"related": relation[labels]}
@@ -195,7 +199,7 @@ def _co_tuning(case: Case) -> Callable[[Inputs], Array]:
 def _lwf(case: Case) -> Callable[[Inputs], Array]:
     def penalty(x: Inputs) -> Array:
         logits = _on_head(x.student[case.net.last], x.params["source_head"])
-        return losses.lwf(logits, x.batch["recorded"])
+        return losses.forward_kl(logits, x.batch["recorded"], temperature=2.0)
 
     return penalty
 
@@ -287,7 +291,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         "behavioral", "Features kept near the source's", "Li et al., 1901.09229",
         strengths=(1e-3, 1e-2, 1e-1), term="behavioral", record=_record_features,
-        penalty=_over_features(losses.behavioral),
+        penalty=_over_features(_behavioral),
     ),
     Method(
         "delta", "DELTA, channels weighed equally", "Li et al., 1901.09229",

@@ -283,13 +283,13 @@ def _terms(layers: Sequence[int]) -> Callable[[Inputs], dict[str, Any]]:
     def terms(x: Inputs) -> dict[str, Any]:
         mask = x.batch["inputs"]["mask"]
         each = [
-            losses.hidden_mse(x.student[f"layers_{j}"], x.teacher[f"layers_{i}"])
+            losses.last_axis_mse(x.student[f"layers_{j}"], x.teacher[f"layers_{i}"])
             for j, i in enumerate(layers)
         ]
         ours, theirs = (sentence_embedding(o["last_hidden"], mask) for o in (x.student, x.teacher))
         return {
             "hidden": Masked(jnp.mean(jnp.stack(each), axis=0), mask),
-            "embedding": losses.hidden_cosine(ours, theirs),
+            "embedding": losses.cosine_distance(ours, theirs),
             "relation": losses.rkd_distance(ours, theirs),
         }
 

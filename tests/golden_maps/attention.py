@@ -130,19 +130,21 @@ def _minilm(x: Arrays, hyper: Hyper) -> Array:
 
 
 METHODS: dict[str, Golden] = {
-    "hidden_mse_masked": lambda x, h: _per_layer(x, losses.hidden_mse),
-    "hidden_cosine_masked": lambda x, h: _per_layer(x, losses.hidden_cosine),
+    "hidden_mse_masked": lambda x, h: _per_layer(x, losses.last_axis_mse),
+    "hidden_cosine_masked": lambda x, h: _per_layer(x, losses.cosine_distance),
     "hidden_mse": lambda x, h: _token_mean(
-        losses.hidden_mse(x["student"], x["teacher"]), x.get("mask")
+        losses.last_axis_mse(x["student"], x["teacher"]), x.get("mask")
     ),
     "hidden_cosine": lambda x, h: _token_mean(
-        losses.hidden_cosine(x["student"], x["teacher"]), x.get("mask")
+        losses.cosine_distance(x["student"], x["teacher"]), x.get("mask")
     ),
     "attention_mse": _attention_mse,
     "attention_mse_sum": _attention_mse_sum,
     "attention_ce": _attention_ce,
     "attention_ce_mean": _attention_ce_mean,
-    "patient_kd": lambda x, h: jnp.mean(losses.patient_kd(x["student"][:, 0], x["teacher"][:, 0])),
+    "patient_kd": lambda x, h: (
+        2 * jnp.mean(losses.cosine_distance(x["student"][:, 0], x["teacher"][:, 0]))
+    ),
     "hidden_gram_fsp": _hidden_gram_fsp,
     "hidden_gram_mmd": _hidden_gram_mmd,
     "tinybert_layers": _tinybert,

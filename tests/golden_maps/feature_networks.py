@@ -28,7 +28,7 @@ def _affine(x: Arrays, weight: str, bias: str) -> dict[str, Array]:
 
 
 def _ofd(x: Arrays, hyper: Hyper) -> Array:
-    return jnp.mean(losses.ofd(x["student"], x["teacher"], margin=x["margin"]))
+    return jnp.mean(losses.partial_l2(x["student"], x["teacher"], margin=x["margin"]))
 
 
 def _ofd_margin(x: Arrays, hyper: Hyper) -> Array:
@@ -46,7 +46,7 @@ def _ofd_full(x: Arrays, hyper: Hyper) -> Array:
         params = [{"kernel": x[f"weight_{i}"]}, _bn(x, f"bn_scale_{i}", f"bn_offset_{i}")]
         pooled = connectors.pool(student.shape[1:3]).apply({}, teacher)
         margin = losses.ofd_margin(x[f"teacher_bn_scale_{i}"], x[f"teacher_bn_offset_{i}"])
-        values = losses.ofd(connector.apply(params, student), pooled, margin=margin)
+        values = losses.partial_l2(connector.apply(params, student), pooled, margin=margin)
         total = total + jnp.mean(values) / 2 ** (len(students) - 1 - i)
     return total
 
@@ -65,7 +65,7 @@ def _hcl_sizes(x: Arrays, hyper: Hyper) -> Array:
     for power, size in enumerate(levels):  # sums, of which each level has its own number
         pool = connectors.pool(size if power else student.shape[1:3])
         maps = pool.apply({}, student), pool.apply({}, teacher)
-        total = total + 0.5**power * jnp.sum(losses.hint(*maps)) * maps[0][0].size
+        total = total + 0.5**power * jnp.sum(losses.mse(*maps)) * maps[0][0].size
     return total / sum(0.5**power for power in range(len(levels)))
 
 
@@ -96,7 +96,7 @@ def _mgd(x: Arrays, hyper: Hyper, mask: Array) -> Array:
         _affine(x, "gen_weight_1", "gen_bias_1"),
     ]
     generated = connectors.generator(channels).apply(params, student * mask)
-    return hyper["alpha"] * jnp.mean(losses.mgd(generated, x["teacher"]))
+    return hyper["alpha"] * jnp.mean(losses.squared_distance(generated, x["teacher"]))
 
 
 def _mgd_pixels(x: Arrays, hyper: Hyper) -> Array:
@@ -125,7 +125,7 @@ def _simkd(x: Arrays, hyper: Hyper) -> dict[str, Array]:
     projected = projector.apply(params, student)
     pooled = jnp.mean(projected, axis=(1, 2))
     return {
-        "value": jnp.mean(losses.simkd(projected, teacher)),
+        "value": jnp.mean(losses.mse(projected, teacher)),
         "logits": pooled @ x["classifier_weight"] + x["classifier_bias"],
     }
 
@@ -137,7 +137,7 @@ def _semckd(x: Arrays, hyper: Hyper) -> Array:
     total = jnp.zeros(())
     for i in range(students):
         for j in range(teachers):
-            values = losses.hint(x[f"student_{i}_{j}"], x[f"teacher_{i}_{j}"])
+            values = losses.mse(x[f"student_{i}_{j}"], x[f"teacher_{i}_{j}"])
             total = total + jnp.sum(attention[:, i, j] * values)
     return total / (batch * students)
 
@@ -148,7 +148,7 @@ def _dist_plus(x: Arrays, hyper: Hyper) -> Array:
     def rows(student: Array, teacher: Array) -> Array:
         """1 - Pearson along the last axis, averaged: half the distance of centered directions."""
         centered = (side - jnp.mean(side, axis=-1, keepdims=True) for side in (student, teacher))
-        return jnp.mean(losses.hint_cosine(*centered))
+        return jnp.mean(losses.cosine_distance(*centered))
 
     def columns(student: Array, teacher: Array) -> Array:
         return 1 - jnp.mean(losses.feature_correlation(student, teacher))
@@ -171,7 +171,9 @@ def _vitkd(x: Arrays, hyper: Hyper) -> Array:
             params = _affine(x, f"align2_{i}_weight", f"align2_{i}_bias")
             low = connectors.linear(channels).apply(params, low)
         aligned.append(low)
-    low_loss = hyper["alpha"] * jnp.mean(losses.mgd(jnp.stack(aligned, axis=1), x["teacher_low"]))
+    low_loss = hyper["alpha"] * jnp.mean(
+        losses.squared_distance(jnp.stack(aligned, axis=1), x["teacher_low"])
+    )
 
     high = x["student_high"]
     if "align_weight" in x:
@@ -188,7 +190,7 @@ def _vitkd(x: Arrays, hyper: Hyper) -> Array:
     generated = connectors.generator(channels).apply(
         params, high.reshape(batch, side, side, channels)
     )
-    values = losses.mgd(
+    values = losses.squared_distance(
         generated.reshape(batch, tokens, channels), x["teacher_high"], where=replaced
     )
     return low_loss + hyper["beta"] / hyper["mask_ratio"] * jnp.mean(values)

@@ -51,7 +51,7 @@ def _reduced(values: Array, hyper: Hyper) -> Array:
 
 
 def _hint(x: Arrays, hyper: Hyper) -> Array:
-    return jnp.mean(losses.hint(x["student"], x["teacher"]))
+    return jnp.mean(losses.mse(x["student"], x["teacher"]))
 
 
 def _hint_conv_bn(x: Arrays, hyper: Hyper) -> Array:
@@ -68,7 +68,7 @@ def _hint_conv_bn(x: Arrays, hyper: Hyper) -> Array:
     params = [_linear(x, "weight", "bias"), _bn(x, "bn_scale", "bn_offset")]
     if hyper["relu"]:
         steps, params = [*steps, _relu], [*params, {}]
-    return jnp.mean(losses.hint(connectors.chain(*steps).apply(params, student), teacher))
+    return jnp.mean(losses.mse(connectors.chain(*steps).apply(params, student), teacher))
 
 
 def _feature_l2(x: Arrays, hyper: Hyper) -> Array:
@@ -77,7 +77,7 @@ def _feature_l2(x: Arrays, hyper: Hyper) -> Array:
         unit = connectors.unit_norm(eps=0.0)
         flat = (side.reshape(len(side), -1) for side in (student, teacher))
         student, teacher = (hyper["mult"] * unit.apply({}, side) for side in flat)
-    values = losses.hint(student, teacher)  # means over the elements of an example
+    values = losses.mse(student, teacher)  # means over the elements of an example
     if hyper["dist"]:
         return jnp.sqrt(jnp.sum(values) * (student.size // len(student)))
     return jnp.mean(values) * (1 if hyper["div_element"] else student.size // len(student))
@@ -96,7 +96,7 @@ def _at(x: Arrays, hyper: Hyper) -> Array:
     if hyper["p"] % 2 == 0:
         return jnp.mean(losses.attention_transfer(student, teacher, power=hyper["p"]))
     maps = (_code_map(side, hyper["p"]) for side in (student, teacher))
-    return jnp.mean(losses.hint(*maps))
+    return jnp.mean(losses.mse(*maps))
 
 
 def _at_paper(x: Arrays, hyper: Hyper) -> Array:
@@ -108,7 +108,7 @@ def _ft(x: Arrays, hyper: Hyper) -> Array:
     sides = _smaller(x["student"], x["teacher"])
     student, teacher = (_code_map(side, hyper["p1"]) for side in sides)
     if hyper["p2"] == 2:
-        return jnp.mean(losses.hint(student, teacher))
+        return jnp.mean(losses.mse(student, teacher))
     if hyper["p2"] == 1:
         return jnp.mean(losses.factor_transfer(student, teacher, p=1)) / student.shape[-1]
     return jnp.mean((student - teacher) ** hyper["p2"])
@@ -201,7 +201,7 @@ def _catkd(x: Arrays, hyper: Hyper) -> Array:
     side = hyper["resolution"]
     if hyper["normalize"]:
         return jnp.mean(losses.catkd(x["student"], x["teacher"], resolution=side))
-    return jnp.mean(losses.hint(_pooled(x["student"], side), _pooled(x["teacher"], side)))
+    return jnp.mean(losses.mse(_pooled(x["student"], side), _pooled(x["teacher"], side)))
 
 
 def _cwd(x: Arrays, hyper: Hyper) -> Array:

@@ -41,7 +41,7 @@ def _cc(x: Arrays, hyper: Hyper) -> Array:
     apart = jnp.abs(x["student"] - x["teacher"])
     above, below = apart[1:], apart[:-1]
     zero = jnp.zeros_like(above)
-    squares = losses.hint(above, zero) + losses.hint(below, zero) - losses.hint(above, below)
+    squares = losses.mse(above, zero) + losses.mse(below, zero) - losses.mse(above, below)
     return 0.5 * jnp.mean(squares) * apart.shape[1]
 
 
@@ -54,7 +54,7 @@ def _cckd(x: Arrays, hyper: Hyper) -> Array:
         return losses.gaussian_taylor_kernel(rows, gamma=hyper["gamma"], order=hyper["max_p"])
 
     # One value per row of the kernels, as if they were embeddings.
-    values = losses.hint(kernel(x["student"]), kernel(x["teacher"]))
+    values = losses.mse(kernel(x["student"]), kernel(x["teacher"]))
     norm = jnp.sqrt(jnp.sum(values) * len(values))
     return norm / len(values) ** 2 if hyper["reduction"] == "batchmean" else norm
 

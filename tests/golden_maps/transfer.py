@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from golden_maps import Golden
-from kdtl_jax import losses, normalization, penalties
+from kdtl_jax import discrepancies, losses, normalization, penalties, transferability
 
 Inputs = Mapping[str, Array]
 Hyper = Mapping[str, Any]
@@ -26,7 +26,7 @@ def numbered(x: Inputs, name: str) -> dict[str, Array]:
 
 def behavioral(x: Inputs, h: Hyper) -> Array:
     student, source = numbered(x, "student"), numbered(x, "source")
-    layers = [jnp.sum(losses.behavioral(student[i], source[i])) for i in student]
+    layers = [jnp.sum(losses.squared_distance(student[i], source[i])) / 2 for i in student]
     return sum(layers[1:], layers[0])
 
 
@@ -40,7 +40,9 @@ def delta(x: Inputs, h: Hyper) -> Array:
 
 
 def relation(probabilities: Array, labels: Array) -> Array:
-    return losses.category_relation(probabilities, labels, num_classes=int(labels.max()) + 1)
+    return transferability.category_relation(
+        probabilities, labels, num_classes=int(labels.max()) + 1
+    )
 
 
 def calibrated_relation(x: Inputs, h: Hyper) -> Array:
@@ -129,19 +131,19 @@ def bi_tuning(x: Inputs, h: Hyper) -> dict[str, Array]:
 def coral(x: Inputs, h: Hyper) -> Array:
     source, target = x["source_features"], x["target_features"]
     means = jnp.mean(jnp.square(jnp.mean(source, axis=0) - jnp.mean(target, axis=0)))
-    return means + 4 * losses.coral(source, target)
+    return means + 4 * discrepancies.coral(source, target)
 
 
 def mk_mmd(x: Inputs, h: Hyper) -> Array:
     source, target = x["source_features"], x["target_features"]
-    scale = jax.lax.stop_gradient(losses.mean_squared_distance(source, target))
+    scale = jax.lax.stop_gradient(discrepancies.mean_squared_distance(source, target))
     batch = source.shape[0]
     if not h["linear"]:
-        value = losses.mk_mmd(source, target, scale=scale, alphas=h["alphas"])
+        value = discrepancies.mk_mmd(source, target, scale=scale, alphas=h["alphas"])
     else:
-        value = losses.mk_mmd_linear(source, target, scale=scale, alphas=h["alphas"])
+        value = discrepancies.mk_mmd_linear(source, target, scale=scale, alphas=h["alphas"])
         if batch == 2:  # both neighbors are the same pair, and the reference sets, not adds
-            kernel = losses.multi_gaussian(source, target, scale=scale, alphas=h["alphas"])
+            kernel = discrepancies.multi_gaussian(source, target, scale=scale, alphas=h["alphas"])
             value = value + (kernel[0, 1] + kernel[1, 0]) / batch
     return value + 2 / (batch - 1)
 
@@ -151,7 +153,7 @@ def mcc(x: Inputs, h: Hyper) -> Array:
     entropy = -jnp.sum(p * jnp.log(p + 1e-5), axis=-1)  # the reference's epsilon
     weights = 1 + jnp.exp(-entropy)
     weights = jax.lax.stop_gradient(weights / jnp.mean(weights))
-    return losses.mcc(x["logits"], temperature=h["temperature"], example_weights=weights)
+    return discrepancies.mcc(x["logits"], temperature=h["temperature"], example_weights=weights)
 
 
 def afn(x: Inputs, h: Hyper) -> Array:
@@ -164,12 +166,12 @@ METHODS: dict[str, Golden] = {
     "l2": lambda x, h: penalties.l2(numbered(x, "param")),
     "behavioral": behavioral,
     "delta": delta,
-    "bss": lambda x, h: losses.bss(x["features"], k=h["k"]),
+    "bss": lambda x, h: discrepancies.bss(x["features"], k=h["k"]),
     "co_tuning": lambda x, h: jnp.mean(losses.co_tuning(x["student_logits"], x["target"])),
     "co_tuning_relation": lambda x, h: relation(x["source_probabilities"], x["labels"]),
     "co_tuning_relation_logits": calibrated_relation,
     "lwf": lambda x, h: jnp.mean(
-        losses.lwf(x["student_logits"], x["teacher_logits"], temperature=h["temperature"])
+        losses.forward_kl(x["student_logits"], x["teacher_logits"], temperature=h["temperature"])
     ),
     "stochnorm": stochnorm,
     "bi_tuning": bi_tuning,

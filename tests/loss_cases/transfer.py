@@ -1,6 +1,10 @@
-"""Rows of the losses of regularized fine-tuning."""
+"""Rows of the losses of regularized fine-tuning, and of matched derivatives."""
 
+from collections.abc import Callable
+
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from kdtl_jax import losses
 from loss_cases import LossCase
@@ -10,26 +14,13 @@ def maps(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
     return rng.normal(size=(batch, 2, 3, 4)), rng.normal(size=(batch, 2, 3, 4))
 
 
-def logits(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
-    return 2 * rng.normal(size=(batch, 5)), 2 * rng.normal(size=(batch, 5))
-
-
 def logits_and_target(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
     return 2 * rng.normal(size=(batch, 5)), rng.dirichlet(np.ones(5), size=batch)
-
-
-def projections(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
-    labels = rng.integers(0, 2, size=batch).astype(np.int32)
-    return rng.normal(size=(batch, 3)), rng.normal(size=(batch, 3)), labels
 
 
 def softmax(z: np.ndarray) -> np.ndarray:
     e = np.exp(z - z.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
-
-
-def behavioral(student: np.ndarray, source: np.ndarray) -> np.ndarray:
-    return 0.5 * ((student - source) ** 2).sum((1, 2, 3))
 
 
 def delta(student: np.ndarray, source: np.ndarray, channel_weights: np.ndarray) -> np.ndarray:
@@ -38,34 +29,73 @@ def delta(student: np.ndarray, source: np.ndarray, channel_weights: np.ndarray) 
     return 0.5 * (len(channel_weights) * channel_weights * by_channel).sum(-1)
 
 
-def lwf(student: np.ndarray, old: np.ndarray, temperature: float) -> np.ndarray:
-    q, p = softmax(old / temperature), softmax(student / temperature)
-    return (q * (np.log(q) - np.log(p))).sum(-1)
-
-
 def co_tuning(student: np.ndarray, target: np.ndarray) -> np.ndarray:
     return -(target * np.log(softmax(student))).sum(-1)
 
 
-def bi_tuning_projection(
-    queries: np.ndarray, keys: np.ndarray, labels: np.ndarray, temperature: float
+def models(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
+    """Each example has a model of its own, `tanh(W x)`: student, teacher, inputs, probes."""
+    student, teacher = rng.normal(size=(2, batch, 2, 3))
+    return student, teacher, rng.normal(size=(batch, 3)), rng.normal(size=(batch, 4, 2))
+
+
+def model(weights: Array) -> Callable[[Array], Array]:
+    return lambda x: jnp.tanh(jnp.einsum("bij,bj->bi", weights, x))
+
+
+def checked(student: Array, teacher: Array) -> jnp.dtype:
+    """The wrappers below stand for a user's models, who would check their own weights."""
+    for weights in (student, teacher):
+        if not jnp.issubdtype(jnp.asarray(weights).dtype, jnp.floating):
+            raise TypeError("models must be floating point")
+    if jnp.shape(student) != jnp.shape(teacher):
+        shapes = list(jnp.shape(student)), list(jnp.shape(teacher))
+        raise ValueError(f"models differ: {shapes}")
+    dtype = jnp.asarray(student).dtype
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def jacobian_matching(student: Array, teacher: Array, inputs: Array, probes: Array) -> Array:
+    dtype = checked(student, teacher)
+    student, teacher, inputs, probes = (
+        jnp.asarray(x, dtype) for x in (student, teacher, inputs, probes)
+    )
+    return losses.jacobian_matching(
+        model(student), model(teacher), inputs, jnp.swapaxes(probes, 0, 1)
+    )
+
+
+def jacobian_matching_exact(student: Array, teacher: Array, inputs: Array, _: Array) -> Array:
+    dtype = checked(student, teacher)
+    student, teacher, inputs = (jnp.asarray(x, dtype) for x in (student, teacher, inputs))
+    return losses.jacobian_matching_exact(model(student), model(teacher), inputs)
+
+
+def jacobian(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return (1 - np.tanh(weights @ x) ** 2)[:, None] * weights
+
+
+def probed(
+    student: np.ndarray, teacher: np.ndarray, inputs: np.ndarray, probes: np.ndarray
 ) -> np.ndarray:
-    q = queries / np.linalg.norm(queries, axis=-1, keepdims=True)
-    k = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
-    log_p = np.log(softmax(q @ k.T / temperature))
     out = []
-    for row, label in zip(log_p, labels, strict=True):
-        u = (labels == label) / (labels == label).sum()
-        out.append(sum(ui * (np.log(ui) - r) for ui, r in zip(u, row, strict=True) if ui > 0))
+    for s, t, x, vs in zip(student, teacher, inputs, probes, strict=True):
+        apart = jacobian(s, x) - jacobian(t, x)
+        out.append(np.mean([((v @ apart) ** 2).sum() for v in vs]))
     return np.asarray(out)
 
 
+def frobenius(
+    student: np.ndarray, teacher: np.ndarray, inputs: np.ndarray, _: np.ndarray
+) -> np.ndarray:
+    zipped = zip(student, teacher, inputs, strict=True)
+    return np.asarray([((jacobian(s, x) - jacobian(t, x)) ** 2).sum() for s, t, x in zipped])
+
+
 CASES: dict[str, LossCase] = {
-    "behavioral": LossCase(losses.behavioral, maps, behavioral),
     "delta": LossCase(
         losses.delta, maps, delta, {"channel_weights": np.asarray([0.125, 0.25, 0.125, 0.5])}
     ),
-    "lwf": LossCase(losses.lwf, logits, lwf, {"temperature": 2.0}),
     "co_tuning": LossCase(
         losses.co_tuning,
         logits_and_target,
@@ -74,13 +104,6 @@ CASES: dict[str, LossCase] = {
         nonnegative=False,
         note="a cross-entropy against probabilities; the battery also passes it other numbers",
     ),
-    "bi_tuning_projection": LossCase(
-        losses.bi_tuning_projection,
-        projections,
-        bi_tuning_projection,
-        {"temperature": 0.5},
-        relational=True,
-        zero_at_equality=False,
-        note="at equality every query finds itself, but not the rest of its class",
-    ),
+    "jacobian_matching": LossCase(jacobian_matching, models, probed),
+    "jacobian_matching_exact": LossCase(jacobian_matching_exact, models, frobenius),
 }

@@ -1,6 +1,4 @@
-"""Rows of the regression losses on features and on pre-activations."""
-
-import math
+"""Rows of the regressions on features, predictions and pre-activations."""
 
 import jax
 import numpy as np
@@ -14,6 +12,10 @@ def maps(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
     return rng.normal(size=(batch, 2, 3, 4)), rng.normal(size=(batch, 2, 3, 4))
 
 
+def states(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
+    return rng.normal(size=(batch, 3, 4)), rng.normal(size=(batch, 3, 4))
+
+
 def rows(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
     return rng.normal(size=(batch, 5)), rng.normal(size=(batch, 5))
 
@@ -22,11 +24,7 @@ def maps_and_scale(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ..
     return (*maps(rng, batch), rng.normal(size=(batch, 2, 3, 4)))
 
 
-def widths(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
-    return rng.normal(size=(batch, 6, 2)), rng.normal(size=(batch, 6, 3))
-
-
-def hint(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+def mse(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
     return np.asarray([((s - t) ** 2).mean() for s, t in zip(student, teacher, strict=True)])
 
 
@@ -34,27 +32,18 @@ def summed(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
     return np.asarray([((s - t) ** 2).sum() for s, t in zip(student, teacher, strict=True)])
 
 
-def hint_cosine(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+def huber(student: np.ndarray, teacher: np.ndarray, delta: float) -> np.ndarray:
+    d = np.abs(student - teacher)
+    return np.where(d <= delta, d**2 / 2, delta * (d - delta / 2)).mean((1, 2, 3))
+
+
+def last_axis_mse(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+    return ((student - teacher) ** 2).mean(-1)
+
+
+def cosine_distance(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(student, axis=-1) * np.linalg.norm(teacher, axis=-1)
-    return (1 - (student * teacher).sum(-1) / lengths).mean((1, 2))
-
-
-HEAD = np.asarray([[1.0, -0.5], [0.25, 2.0], [-1.0, 0.5], [0.5, 1.0]])
-
-
-def classifier(features: np.ndarray) -> np.ndarray:
-    return features @ HEAD.astype(features.dtype)
-
-
-def srrl(
-    student: np.ndarray,
-    teacher: np.ndarray,
-    classifier: object,
-    feature_weight: float,
-    classifier_weight: float,
-) -> np.ndarray:
-    logits = hint(student @ HEAD, teacher @ HEAD)
-    return feature_weight * hint(student, teacher) + classifier_weight * logits
+    return 1 - (student * teacher).sum(-1) / lengths
 
 
 def srd(student: np.ndarray, teacher: np.ndarray, exponent: float) -> np.ndarray:
@@ -71,17 +60,6 @@ def likelihood(student: np.ndarray, teacher: np.ndarray, raw: np.ndarray) -> np.
     variance = np.log1p(np.exp(raw)) + 1e-5
     density = np.exp(-((teacher - student) ** 2) / (2 * variance)) / np.sqrt(variance)
     return -np.log(density).mean((1, 2, 3))
-
-
-def ridge_hint(student: np.ndarray, teacher: np.ndarray, ridge: float) -> np.ndarray:
-    """Least squares on rows augmented by the square root of the penalty."""
-    x, y = student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
-    x, y = x - x.mean(0), y - y.mean(0)
-    width = x.shape[1]
-    damping = math.sqrt(ridge * (x**2).sum() / width) * np.eye(width)
-    padded = np.concatenate([y, np.zeros((width, y.shape[1]))])
-    weights = np.linalg.lstsq(np.concatenate([x, damping]), padded, rcond=None)[0]
-    return ((y - x @ weights) ** 2).reshape(len(student), -1).mean(-1)
 
 
 def partial_l2(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
@@ -108,16 +86,13 @@ def ofd(student: np.ndarray, teacher: np.ndarray, margin: np.ndarray) -> np.ndar
 
 
 CASES: dict[str, LossCase] = {
-    "hint": LossCase(losses.hint, maps, hint, has_where=True),
-    "hint_cosine": LossCase(losses.hint_cosine, maps, hint_cosine),
-    "simkd": LossCase(losses.simkd, maps, hint),
-    "mgd": LossCase(losses.mgd, maps, summed, where_rank=3),
-    "srrl": LossCase(
-        losses.srrl,
-        maps,
-        srrl,
-        {"classifier": classifier, "feature_weight": 0.5, "classifier_weight": 3.0},
-    ),
+    "mse": LossCase(losses.mse, maps, mse, has_where=True),
+    "huber": LossCase(losses.huber, maps, huber, {"delta": 0.7}, has_where=True),
+    "squared_distance": LossCase(losses.squared_distance, maps, summed, has_where=True),
+    "squared_distance_positions": LossCase(losses.squared_distance, maps, summed, where_rank=3),
+    "mse_rows": LossCase(losses.mse, maps, mse, where_rank=1),
+    "last_axis_mse": LossCase(losses.last_axis_mse, states, last_axis_mse),
+    "cosine_distance": LossCase(losses.cosine_distance, states, cosine_distance),
     "srd": LossCase(
         losses.srd,
         rows,
@@ -135,15 +110,6 @@ CASES: dict[str, LossCase] = {
         nonnegative=False,
         note="a density's logarithm: no zero, no sign",
     ),
-    "ridge_hint": LossCase(
-        losses.ridge_hint,
-        widths,
-        ridge_hint,
-        {"ridge": 0.1},
-        relational=True,
-        zero_at_equality=False,
-        note="one regression for the batch, shrunk by the ridge",
-    ),
     "partial_l2": LossCase(losses.partial_l2, maps, partial_l2),
     "activation_boundary": LossCase(
         losses.activation_boundary,
@@ -153,8 +119,8 @@ CASES: dict[str, LossCase] = {
         zero_at_equality=False,
         note="the margin is asked of a teacher too",
     ),
-    "ofd": LossCase(
-        losses.ofd,
+    "partial_l2_margin": LossCase(
+        losses.partial_l2,
         maps,
         ofd,
         {"margin": np.asarray([-0.25, -0.5, -0.75, -1.25])},

@@ -1,16 +1,15 @@
-"""Doors of the feature and relation losses: checked arguments in one dtype, float32 or wider.
+"""Both sides of a feature loss, checked, in one dtype of float32 or wider.
 
-Each loss states by the door it uses which axes of student and teacher must agree.
+A loss states by the function it calls here which axes of student and teacher must agree.
 """
 
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from kdtl_jax import _checks, _numerics
 
 
-def _arrays(fn: str, at_least: int, at_most: int | None, **arrays: Array) -> tuple[Array, ...]:
+def _arrays(at_least: int, at_most: int | None, **arrays: Array) -> tuple[Array, ...]:
     _checks.floating(**arrays)
     _checks.rank(at_least, at_most, **arrays)
     _checks.nonempty(**arrays)
@@ -21,19 +20,19 @@ def _arrays(fn: str, at_least: int, at_most: int | None, **arrays: Array) -> tup
 
 
 def same_shape(
-    fn: str, student: Array, teacher: Array, *, at_least: int = 2, at_most: int | None = None
+    student: Array, teacher: Array, *, at_least: int = 2, at_most: int | None = None
 ) -> tuple[Array, Array]:
     """One shape on both sides."""
     _checks.same_shape(student=student, teacher=teacher)
-    student, teacher = _arrays(fn, at_least, at_most, student=student, teacher=teacher)
+    student, teacher = _arrays(at_least, at_most, student=student, teacher=teacher)
     return student, teacher
 
 
 def same_positions(
-    fn: str, student: Array, teacher: Array, *, at_least: int = 3, at_most: int | None = None
+    student: Array, teacher: Array, *, at_least: int = 3, at_most: int | None = None
 ) -> tuple[Array, Array]:
     """Equal but for the last axis: `[B, H, W, Cs]` and `[B, H, W, Ct]`."""
-    sides = _arrays(fn, at_least, at_most, student=student, teacher=teacher)
+    sides = _arrays(at_least, at_most, student=student, teacher=teacher)
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             f"student and teacher must agree in all axes but the last, got "
@@ -44,10 +43,10 @@ def same_positions(
 
 
 def same_channels(
-    fn: str, student: Array, teacher: Array, *, at_least: int = 3, at_most: int | None = None
+    student: Array, teacher: Array, *, at_least: int = 3, at_most: int | None = None
 ) -> tuple[Array, Array]:
     """Equal batch and last axis: `[B, Hs, Ws, C]` and `[B, Ht, Wt, C]`."""
-    sides = _arrays(fn, at_least, at_most, student=student, teacher=teacher)
+    sides = _arrays(at_least, at_most, student=student, teacher=teacher)
     ends = [(side.ndim, side.shape[0], side.shape[-1]) for side in sides]
     if ends[0] != ends[1]:
         raise ValueError(
@@ -59,25 +58,20 @@ def same_channels(
 
 
 def same_batch(
-    fn: str, student: Array, teacher: Array, *, at_least: int = 2, at_most: int | None = None
+    student: Array, teacher: Array, *, at_least: int = 2, at_most: int | None = None
 ) -> tuple[Array, Array]:
     """Equal batch; everything else may differ."""
-    sides = _arrays(fn, at_least, at_most, student=student, teacher=teacher)
+    sides = _arrays(at_least, at_most, student=student, teacher=teacher)
     _checks.same_batch(student=student, teacher=teacher)
     return sides[0], sides[1]
 
 
-def one(fn: str, x: Array, *, at_least: int, at_most: int | None = None) -> Array:
+def one(x: Array, *, at_least: int, at_most: int | None = None) -> Array:
     """A single array."""
-    return _arrays(fn, at_least, at_most, x=x)[0]
+    return _arrays(at_least, at_most, x=x)[0]
 
 
-def kept(x: Array, where: Array | None) -> Array:
-    """x with 0 at the positions (leading axes) that are masked, whatever stood there.
-
-    Masks go in before any arithmetic: an inf that is dropped only afterwards still has a NaN
-    gradient.
-    """
-    if where is None:
-        return x
-    return jnp.where(where.reshape(where.shape + (1,) * (x.ndim - where.ndim)), x, 0)
+def real(where: Array | None, *arrays: Array) -> tuple[Array, ...]:
+    """The arrays with 0 in the rows that `where` (`[B]`) masks."""
+    _checks.mask(where, arrays[0].shape[:1])
+    return tuple(_numerics.kept(array, where) for array in arrays)

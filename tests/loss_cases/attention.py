@@ -1,4 +1,4 @@
-"""Rows of the transformer losses: hidden states, attention, relations."""
+"""Rows of the transformer losses: attention, relations, Gram matrices of states."""
 
 from collections.abc import Callable
 
@@ -8,14 +8,6 @@ from kdtl_jax import losses
 from loss_cases import LossCase
 
 Pair = tuple[np.ndarray, np.ndarray]
-
-
-def states(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
-    return rng.normal(size=(batch, 3, 4)), rng.normal(size=(batch, 3, 4))
-
-
-def rows(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
-    return rng.normal(size=(batch, 5)), rng.normal(size=(batch, 5))
 
 
 def scores(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
@@ -50,16 +42,6 @@ def layered(
 
 def hidden_mse(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
     return ((student - teacher) ** 2).mean(-1)
-
-
-def hidden_cosine(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(student, axis=-1) * np.linalg.norm(teacher, axis=-1)
-    return 1 - (student * teacher).sum(-1) / lengths
-
-
-def patient_kd(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
-    u, v = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (student, teacher))
-    return ((u - v) ** 2).sum(-1)
 
 
 def token_gram(student: Pair, teacher: Pair) -> np.ndarray:
@@ -118,9 +100,6 @@ def tinybert_hidden(student: list[np.ndarray], teacher: list[np.ndarray]) -> np.
 
 
 CASES: dict[str, LossCase] = {
-    "hidden_mse": LossCase(losses.hidden_mse, states, hidden_mse),
-    "hidden_cosine": LossCase(losses.hidden_cosine, states, hidden_cosine),
-    "patient_kd": LossCase(losses.patient_kd, rows, patient_kd),
     "token_gram": LossCase(losses.token_gram, pairs, token_gram, where_rank=2),
     "attention_mse": LossCase(losses.attention_mse, scores, attention_mse),
     "attention_kl": LossCase(losses.attention_kl, scores, attention_kl),

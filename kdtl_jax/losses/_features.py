@@ -1,0 +1,311 @@
+"""Regression on features and predictions: squares, angles, likelihoods, sides of a ReLU.
+
+All take float arrays, student first, of one shape; the projection, generator or variance head that
+a paper trains beside such a loss is a connector (`kdtl_jax.connectors`). Maps are channel-last.
+They return one value per example, `[B]`, in float32 or wider; `last_axis_mse` and `cosine_distance`
+one per vector of the last axis, `[...]`.
+
+`where` is bool, of the arrays' shape or of its leading axes, and marks the entries that take part;
+an example without any has the value 0.
+
+TypeError: an array is not floating point. ValueError: shapes differ, an array is empty, or a
+hyper-parameter is out of its range.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.scipy.special import log_ndtr
+
+from kdtl_jax import _checks, _numerics
+from kdtl_jax._types import Scalar
+from kdtl_jax.losses import _sides
+
+
+def mse(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
+    """`mean (s - t)^2` over all but the batch: FitNets' hint, SimKD's loss, plain regression.
+
+    `.mean()` gives the number of RepDistiller, mdistiller, SimKD and torchdistill's MSE; multiply
+    by the elements per example for mmrazor's `L2Loss`.
+
+    Args:
+      student: `[B, ...]`.
+      teacher: the same shape; targets, predictions or features.
+      where: bool, entries that take part.
+
+    Returns:
+      `[B]`, squared feature units.
+
+    References:
+      Romero et al., FitNets: Hints for Thin Deep Nets, 2015 (1412.6550); Chen et al., Knowledge
+      Distillation with the Reused Teacher Classifier, 2022 (2203.14001).
+    """
+    difference, where = _difference(student, teacher, where)
+    return _mean(jnp.square(difference), where)
+
+
+def last_axis_mse(student: Array, teacher: Array) -> Array:
+    """`mean_d (s_d - t_d)^2` over the last axis: one value per token, or per row of logits.
+
+    Of hidden states, its mean over real tokens is TextBrewer's `hid_mse_loss`, DistillKit's
+    hidden-state loss, and TinyBERT's hidden and embedding terms (which count padding too); of
+    logits it is the `T -> inf` limit of KD on centered logits (TextBrewer's `kd_mse_loss` divides
+    by `T^2`).
+
+    Args:
+      student: `[..., D]`, projected to the teacher's width (`connectors.linear`).
+      teacher: the same shape.
+
+    Returns:
+      `[...]`, squared units.
+
+    References:
+      Ba and Caruana, Do Deep Nets Really Need to be Deep?, 2014 (1312.6184); Jiao et al., TinyBERT,
+      2019 (1909.10351).
+    """
+    student, teacher = _sides.same_shape(student, teacher, at_least=1)
+    return jnp.mean(jnp.square(student - teacher), axis=-1)
+
+
+def squared_distance(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
+    """`sum (s - t)^2` over all but the batch: masked generative distillation, behavioral distance.
+
+    MGD masks the student's features, e.g. with
+    `jax.random.bernoulli(inputs.key, 1 - ratio, (B, H, W, 1))`, and generates from what is left
+    (`connectors.generator`); `.mean()` times alpha (2e-5 in mmdetection, 7e-5 in classification)
+    is the authors' number. ViTKD's high layer is this sum over the replaced tokens alone
+    (`where`), times beta / mask ratio. Half of `.sum()`, summed over layers, is TLL's behavioral
+    regularization, which grows with the batch.
+
+    Args:
+      student: `[B, ..., C]`.
+      teacher: the same shape.
+      where: bool, entries that take part.
+
+    Returns:
+      `[B]`, squared feature units, summed.
+
+    References:
+      Yang et al., Masked Generative Distillation, 2022 (2205.01529); ViTKD, 2022 (2209.02432); Li
+      et al., DELTA, 2019 (1901.09229), the baseline without attention.
+    """
+    difference, _ = _difference(student, teacher, where)
+    return _sum(jnp.square(difference))
+
+
+def huber(
+    student: Array, teacher: Array, *, delta: Scalar = 1.0, where: Array | None = None
+) -> Array:
+    """Mean over all but the batch of `d^2 / 2` where `|d| <= delta`, else `delta (|d| - delta/2)`.
+
+    Args:
+      student: `[B, ...]`.
+      teacher: the same shape.
+      delta: where the square turns into a line, > 0. Torch's smooth L1 is this over delta.
+      where: bool, entries that take part.
+
+    References:
+      Huber, Robust Estimation of a Location Parameter, 1964.
+    """
+    _checks.positive(delta=delta)
+    difference, where = _difference(student, teacher, where)
+    delta = _numerics.scalar(delta, difference)
+    return _mean(optax.losses.huber_loss(difference, delta=delta), where)
+
+
+def cosine_distance(student: Array, teacher: Array) -> Array:
+    """`1 - cos(s, t)` over the last axis, exactly 0 at equality.
+
+    Of hidden states, its mean over real tokens is DistilBERT's, TextBrewer's and DistillKit's
+    number; twice of it, of the first token's state, is patient distillation,
+    `|| s / |s| - t / |t| ||^2`. A zero vector has no direction: its distance is 1.
+
+    Args:
+      student: `[..., D]`.
+      teacher: the same shape.
+
+    Returns:
+      `[...]`, in `[0, 2]`.
+
+    References:
+      Sanh et al., DistilBERT, 2019 (1910.01108); Sun et al., Patient Knowledge Distillation for
+      BERT Model Compression, 2019 (1908.09355).
+    """
+    student, teacher = _sides.same_shape(student, teacher, at_least=1)
+    squares = jnp.sum(jnp.square(student), axis=-1) * jnp.sum(jnp.square(teacher), axis=-1)
+    positive = squares != 0
+    lengths = jnp.sqrt(jnp.where(positive, squares, 1))
+    distance = 1 - jnp.where(positive, jnp.sum(student * teacher, axis=-1) / lengths, 0)
+    # Rounding may leave it below 0. The value is clipped, the gradient is not.
+    return distance - jax.lax.stop_gradient(jnp.minimum(distance, 0))
+
+
+def srd(student: Array, teacher: Array, *, exponent: Scalar = 4.0, floor: Scalar = 1e-12) -> Array:
+    """`log sum_d |f_S - f_T|^alpha`: the log-sum distance of "the role of the projector".
+
+    The paper batch-normalizes both sides and projects the student linearly
+    (`connectors.batch_norm`, `connectors.linear`). At equality the logarithm has no floor of its
+    own: sums below `floor` count as `floor`, with gradient 0. torchdistill sums over the batch
+    before the logarithm and doubles it: `2 logsumexp` of these values.
+
+    Args:
+      student: `[B, D]` or `[B, ..., D]`.
+      teacher: the same shape.
+      exponent: alpha >= 1.
+      floor: smallest sum, > 0, in feature units to the power alpha (of batch-normalized features
+        it has no unit).
+
+    Returns:
+      `[B]`; not a distance: `log floor` at equality, not 0.
+
+    References:
+      Miles and Mikolajczyk, Understanding the Role of the Projector in Knowledge Distillation,
+      2023 (2303.11098).
+    """
+    student, teacher = _sides.same_shape(student, teacher)
+    _checks.within(1, math.inf, exponent=exponent)
+    _checks.positive(floor=floor)
+    apart = jnp.abs(_numerics.batch_flat(student - teacher))
+    powers = apart ** _numerics.scalar(exponent, apart)
+    return jnp.log(jnp.maximum(jnp.sum(powers, axis=-1), _numerics.scalar(floor, apart)))
+
+
+def vid(student: Array, teacher: Array, variance: Array) -> Array:
+    """`mean 1/2 ((f_T - mu)^2 / v + log v)`: the Gaussian likelihood of variational distillation.
+
+    `mu` is the student through `connectors.mlp` (three 1x1 convolutions), `v` comes from
+    `connectors.variance` (softplus + 1e-5, initially 5). The constant `1/2 log 2 pi` is left out,
+    as in the authors' code; `.mean()` is RepDistiller's number. PAD is twice this with
+    `v = 1e-6 + exp(log_variance)` and `log v` read as `log_variance`.
+
+    Args:
+      student: `[B, ..., C]`, the predicted mean.
+      teacher: the same shape.
+      variance: `[C]`, or the shape of the others; > 0.
+
+    Returns:
+      `[B]`, nats; negative where the variance is small and the fit good.
+
+    References:
+      Ahn et al., Variational Information Distillation for Knowledge Transfer, 2019 (1904.05835).
+    """
+    student, teacher = _sides.same_shape(student, teacher)
+    _checks.floating(variance=variance)
+    _checks.positive(variance=variance)
+    if variance.shape not in (student.shape, student.shape[-1:]):
+        raise ValueError(
+            f"variance must have one value per channel or the student's shape, got "
+            f"{_checks.described(variance=variance, student=student)}."
+        )
+    v = _numerics.cast(variance, student)
+    v = v.reshape((1,) * (student.ndim - v.ndim) + v.shape)
+    return 0.5 * _mean(jnp.square(teacher - student) / v + jnp.log(v), None)
+
+
+def partial_l2(student: Array, teacher: Array, *, margin: Array | None = None) -> Array:
+    """`sum (s - t')^2 [s > t' or t > 0]`, `t' = max(t, margin)`: none below a negative response.
+
+    Without margins `t' = t`: `.mean()` over 1000 is mmrazor's `OFDLoss` at its default, the sum
+    over layers "be your own teacher"'s feature term. With them it is OFD: `.mean()` is mdistiller's
+    `feat_loss`; the authors add layers with `1 / 2^(n - i - 1)` and weight the sum by .001.
+
+    Args:
+      student: `[B, ..., C]`, before the ReLU; for OFD through 1x1 convolution and normalization.
+      teacher: the same shape, before the ReLU.
+      margin: `[C]`, negative, from `ofd_margin` of the teacher's batch normalization.
+
+    Returns:
+      `[B]`, squared feature units, summed. Positive at equality where the teacher is below a
+      margin.
+
+    References:
+      Heo et al., A Comprehensive Overhaul of Feature Distillation, 2019 (1904.01866).
+    """
+    student, teacher = _sides.same_shape(student, teacher)
+    target = teacher
+    if margin is not None:
+        if jnp.shape(margin) != student.shape[-1:]:
+            raise ValueError(
+                "margin must have one value per channel, got "
+                f"{_checks.described(margin=margin, student=student)}."
+            )
+        margin = jnp.broadcast_to(_numerics.cast(margin, student), teacher.shape)
+        target = jnp.maximum(teacher, margin)
+    low = (student <= target) & (teacher <= 0)
+    return _sum(jnp.where(low, 0, jnp.square(student - target)))
+
+
+def activation_boundary(student: Array, teacher: Array, *, margin: Scalar = 1.0) -> Array:
+    """`sum (s + m)^2 [s > -m, t <= 0] + (s - m)^2 [s <= m, t > 0]`: activation boundaries (AB).
+
+    A squared hinge that puts every student neuron on the teacher's side of 0. RepDistiller sums
+    layers with `3/1000 * 2^(i - n + 1) * .mean()` and trains the student with it before the task.
+
+    Args:
+      student: `[B, ...]`, before the ReLU.
+      teacher: the same shape.
+      margin: `m > 0`.
+
+    Returns:
+      `[B]`, squared feature units, summed; not 0 at equality (the margin is asked of both).
+
+    References:
+      Heo et al., Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden
+      Neurons, 2019 (1811.03233).
+    """
+    student, teacher = _sides.same_shape(student, teacher)
+    _checks.positive(margin=margin)
+    m = _numerics.scalar(margin, student)
+    short = jnp.where(teacher > 0, m - student, m + student)
+    return _sum(_numerics.nan_of(jnp.square(jnp.maximum(short, 0)), teacher))
+
+
+def ofd_margin(bn_scale: Array, bn_offset: Array) -> Array:
+    """`E[x | x < 0]` of a batch-normalized channel `x ~ N(offset, scale^2)`: OFD's margins.
+
+    `offset - |scale| phi(r) / Phi(-r)` with `r = offset / |scale|`, computed in logarithms; the
+    authors' `-3 |scale|` where the channel is below 0 less than once in a thousand.
+
+    Args:
+      bn_scale: `[C]`, the scale of the teacher's batch normalization before the ReLU.
+      bn_offset: `[C]`, its offset.
+
+    Returns:
+      `[C]`, <= 0 wherever the scale is not 0.
+
+    References:
+      Heo et al., A Comprehensive Overhaul of Feature Distillation, 2019 (1904.01866), eq. 4.
+    """
+    scale, offset = _sides.same_shape(bn_scale, bn_offset, at_least=1, at_most=1)
+    sigma = jnp.abs(scale)
+    flat = sigma == 0  # a constant channel: its conditional mean is its value, or nothing
+    ratio = offset / jnp.where(flat, 1, sigma)
+    log_below = log_ndtr(-ratio)
+    log_density = -0.5 * jnp.square(ratio) - 0.5 * jnp.log(2 * jnp.asarray(jnp.pi, ratio.dtype))
+    often = log_below > jnp.log(jnp.asarray(1e-3, ratio.dtype))
+    inside = offset - sigma * jnp.exp(jnp.where(often, log_density - log_below, 0))
+    return jnp.where(flat, jnp.minimum(offset, 0), jnp.where(often, inside, -3 * sigma))
+
+
+def _difference(student: Array, teacher: Array, where: Array | None) -> tuple[Array, Array | None]:
+    """`student - teacher`, 0 where masked, and the mask in its shape."""
+    student, teacher = _sides.same_shape(student, teacher, at_least=1)
+    if where is None:
+        return student - teacher, None
+    rank = jnp.ndim(where)
+    _checks.mask(where, student.shape[:rank] if rank else student.shape)
+    difference = _numerics.kept(student, where) - _numerics.kept(teacher, where)
+    where = where.reshape(where.shape + (1,) * (student.ndim - rank))
+    return difference, jnp.broadcast_to(where, student.shape)
+
+
+def _mean(values: Array, where: Array | None) -> Array:
+    flat = None if where is None else _numerics.batch_flat(where)
+    return _numerics.masked_mean(_numerics.batch_flat(values), flat, axis=1)
+
+
+def _sum(x: Array) -> Array:
+    return jnp.sum(_numerics.batch_flat(x), axis=-1)
