@@ -161,7 +161,7 @@ X, Y = jnp.ones((3, 4)), jnp.zeros(3, jnp.int32)
 BAD_HYPER: dict[str, Callable[[], Any]] = {
     "eps must be finite and >= 0, got -1.0": lambda: losses.dist(X, X, eps=-1.0),
     "eps must": lambda: losses.dist_inter(X, X, eps=-1.0),
-    "dist_intra: eps must": lambda: losses.dist_intra(X, X, eps=float("nan")),
+    "eps must be finite and >= 0, got nan": lambda: losses.dist_intra(X, X, eps=float("nan")),
     "gamma must be finite and > 0, got nan": lambda: losses.cc(X, X, gamma=float("nan")),
     "order must be at least 0": lambda: losses.cc(X, X, order=-1),
     "eps must be finite and > 0": lambda: losses.wsld_weight(X, X, Y, eps=-1.0),
