@@ -100,7 +100,7 @@ def _selected(tree: PyTree, where: Selector) -> dict[str, Array]:
 def _counterparts(tree: PyTree, where: Selector, paths: Iterable[str]) -> dict[str, Array]:
     """The leaves of another tree that belong to the selected ones, extra and missing included."""
     flat = trees.flatten(tree)
-    if isinstance(where, (str, trees.Glob)) or callable(where):
+    if not trees.is_bool_tree(where):
         chosen = trees.flatten(trees.mask(tree, where, expect=None))
         return {path: leaf for path, leaf in flat.items() if chosen[path] and is_inexact(leaf)}
     # A tree of bools fits `params` alone: elsewhere the same paths are meant.

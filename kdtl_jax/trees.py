@@ -9,12 +9,14 @@ A *selector* (`where` everywhere in this library, always meaning "act here") is 
 - a combination of these by `any_of`, `all_of`, `none_of`.
 
 A selector that matches nothing raises: a misspelt pattern is the commonest silent error in
-transfer learning. Canonical paths join keys with "/", print ints plainly and drop the trailing
-"/value" of boxed and NNX leaves. A Haiku key that itself contains "/" is never split again.
+transfer learning. Canonical paths join keys with "/" and print ints plainly. The ".value" that
+NNX variables and Linen's boxes add is not part of a path; an entry or field that is called "value"
+is. A Haiku key that itself contains "/" is never split again.
 """
 
 import difflib
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -39,15 +41,19 @@ everything = ".*"
 
 
 def path_string(key_path: Sequence[Any]) -> str:
-    """The canonical path of a JAX key path: `"block3/kernel"`."""
-    path = jax.tree_util.keystr(tuple(key_path), simple=True, separator="/")
-    return path.removesuffix("/value") if "/" in path else path
+    """A JAX key path as text, `"block3/kernel"`; `leaf_paths` also drops what boxes add."""
+    return jax.tree_util.keystr(tuple(key_path), simple=True, separator="/")
 
 
-def natural_key(path: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key under which `layer_2` precedes `layer_10`."""
+def leaf_paths(tree: PyTree) -> list[str]:
+    """The canonical path of every leaf, in tree order; two leaves may share one (0 and "0")."""
+    return [path_string(key_path) for key_path in _key_paths(tree)]
+
+
+def natural_key(path: str) -> tuple[tuple[int, int, str, str], ...]:
+    """Sort key under which `layer_2` precedes `layer_10`; a total order of strings."""
     pieces = re.split(r"(\d+)", path)  # numbers at the odd places; `0` comes before `00`
-    return tuple((0, int(p), p) if i % 2 else (1, 0, p) for i, p in enumerate(pieces))
+    return tuple(_number_key(p) if i % 2 else (1, 0, "", p) for i, p in enumerate(pieces))
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
@@ -58,14 +64,13 @@ def flatten(tree: PyTree) -> dict[str, Any]:
     """
     flat: dict[str, Any] = {}
     try:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        leaves = jax.tree.leaves(tree)
     except ValueError as error:
         raise ValueError(
             "a dict's keys must be of one type, because JAX sorts them; ints beside "
             f"strings, as after a checkpoint, cannot be. Make them all strings ({error})"
         ) from None
-    for key_path, leaf in leaves:
-        path = path_string(key_path)
+    for path, leaf in zip(leaf_paths(tree), leaves, strict=True):
         if path in flat:
             raise ValueError(
                 f"two leaves have the path {path!r} (keys that differ only in type, "
@@ -77,14 +82,12 @@ def flatten(tree: PyTree) -> dict[str, Any]:
 
 def paths(tree: PyTree) -> PyTree:
     """The tree with every leaf replaced by its canonical path."""
-    return jax.tree_util.tree_map_with_path(lambda key_path, _: path_string(key_path), tree)
+    return jax.tree.unflatten(jax.tree.structure(tree), leaf_paths(tree))
 
 
 def map_with_path(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """`jax.tree.map` whose function receives the canonical path first."""
-    return jax.tree_util.tree_map_with_path(
-        lambda key_path, *leaves: fn(path_string(key_path), *leaves), tree, *rest
-    )
+    return jax.tree.map(fn, paths(tree), tree, *rest)
 
 
 def is_inexact(leaf: Any) -> bool:
@@ -103,6 +106,27 @@ def nearest(path: str, candidates: Sequence[str], n: int = 3) -> list[str]:
     """The `n` candidates that look most like `path`, for "did you mean" messages."""
     close = difflib.get_close_matches(path, candidates, n=n, cutoff=0.0)
     return close or sorted(candidates, key=natural_key)[:n]
+
+
+def is_bool_tree(where: Selector) -> bool:
+    """Whether a selector is a tree of bools, callable (an Equinox module) or not.
+
+    Raises:
+      ValueError: if it is no selector at all.
+    """
+    if isinstance(where, (str, Glob)):
+        return False
+    leaves, treedef = jax.tree.flatten(where)
+    is_node = not jax.tree_util.treedef_is_leaf(treedef)
+    bools = bool(leaves) and all(isinstance(leaf, (bool, np.bool_)) for leaf in leaves)
+    if bools and (is_node or not callable(where)):
+        return True
+    if callable(where):
+        return False
+    raise ValueError(
+        "expected a regex string, Glob, (path, leaf) -> bool or a tree of Python "
+        f"bools, got {type(where).__name__}. Combine several with any_of(...)."
+    )
 
 
 def any_of(*selectors: Selector) -> Predicate:
@@ -137,7 +161,7 @@ def mask(tree: PyTree, where: Selector, *, expect: int | str | None = "some") ->
     """
     flat = flatten(tree)
     treedef = jax.tree.structure(tree)
-    if _is_bool_tree(where):
+    if is_bool_tree(where):
         if jax.tree.structure(where) != treedef:
             raise ValueError(
                 "a tree of bools must have the structure of the parameters, got "
@@ -219,16 +243,37 @@ def count(tree: PyTree, where: Selector = everything) -> int:
     return sum(size for size, m in zip(sizes, chosen, strict=True) if m)
 
 
-def _is_bool_tree(where: Selector) -> bool:
-    if isinstance(where, (str, Glob)) or (callable(where) and not isinstance(where, dict)):
-        return False
-    leaves = jax.tree.leaves(where)
-    if leaves and all(isinstance(leaf, (bool, np.bool_)) for leaf in leaves):
-        return True
-    raise ValueError(
-        "expected a regex string, Glob, (path, leaf) -> bool or a tree of Python "
-        f"bools, got {type(where).__name__}. Combine several with any_of(...)."
-    )
+def _key_paths(tree: PyTree) -> list[tuple[Any, ...]]:
+    """The key path of every leaf, without the attribute by which a box holds its value."""
+    boxes = _box_types()
+    if not boxes:
+        return [key_path for key_path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    out: list[tuple[Any, ...]] = []
+    top = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, boxes))
+    for key_path, node in top:
+        if not isinstance(node, boxes):
+            out.append(key_path)
+            continue
+        children, _ = jax.tree_util.tree_flatten_with_path(
+            node, is_leaf=lambda child, node=node: child is not node
+        )
+        for (key, *_), child in children:
+            is_value = getattr(key, "name", None) == "value"
+            prefix = key_path if is_value else (*key_path, key)
+            out += [(*prefix, *below) for below in _key_paths(child)]
+    return out
+
+
+def _box_types() -> tuple[type, ...]:
+    """Flax's containers of one value. They exist only where flax has been imported."""
+    nnx, meta = sys.modules.get("flax.nnx"), sys.modules.get("flax.core.meta")
+    return (*((nnx.Variable,) if nnx else ()), *((meta.AxisMetadata,) if meta else ()))
+
+
+def _number_key(digits: str) -> tuple[int, int, str, str]:
+    # By length, then by digits: int() reads every script's digits, but not 5,000 of them.
+    plain = "".join(str(int(digit)) for digit in digits).lstrip("0")
+    return (0, len(plain), plain, digits)
 
 
 def _predicate(where: Selector) -> Predicate:
@@ -244,7 +289,7 @@ def _predicate(where: Selector) -> Predicate:
     if isinstance(where, Glob):
         pattern = re.compile(_glob_to_regex(where.pattern))
         return lambda path, leaf: pattern.fullmatch(path) is not None
-    if callable(where):
+    if callable(where) and not is_bool_tree(where):
         test = where
         return lambda path, leaf: bool(test(path, leaf))
     raise ValueError(
@@ -255,7 +300,7 @@ def _predicate(where: Selector) -> Predicate:
 
 def _leafwise(tree: PyTree, where: Selector) -> Callable[[int, str, Any], bool]:
     """A selector as a test on (leaf number, path, leaf), so that rules take bool trees too."""
-    if _is_bool_tree(where):
+    if is_bool_tree(where):
         chosen = jax.tree.leaves(mask(tree, where, expect=None))
         return lambda i, path, leaf: chosen[i]
     test = _predicate(where)

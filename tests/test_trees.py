@@ -28,7 +28,7 @@ def network() -> dict[str, Any]:
     }
 
 
-class Boxed(NamedTuple):
+class Named(NamedTuple):
     value: Any
 
 
@@ -45,14 +45,14 @@ def chosen(tree: Any, where: trees.Selector, **expect: Any) -> list[str]:
 def test_paths_of_every_kind_of_key() -> None:
     tree = {
         "block": [leaf(), (leaf(), None)],
-        "boxed": Boxed(leaf()),
+        "named": Named(leaf()),
         "pair": Pair(leaf(), leaf()),
         "ordered": OrderedDict(b=leaf(), a=leaf()),
     }
     assert list(trees.flatten(tree)) == [
         "block/0",
         "block/1/0",
-        "boxed",
+        "named/value",
         "ordered/b",
         "ordered/a",
         "pair/weight",
@@ -61,10 +61,14 @@ def test_paths_of_every_kind_of_key() -> None:
     assert list(trees.flatten({7: leaf(), 11: leaf()})) == ["7", "11"]
 
 
-def test_only_a_trailing_value_is_dropped() -> None:
+def test_an_entry_or_field_called_value_is_part_of_the_path() -> None:
     assert list(trees.flatten({"value": leaf()})) == ["value"]
     assert list(trees.flatten({"value": {"kernel": leaf()}})) == ["value/kernel"]
-    assert list(trees.flatten({"kernel": {"value": leaf()}})) == ["kernel"]
+    assert list(trees.flatten({"a": {"query": leaf(), "value": leaf()}})) == ["a/query", "a/value"]
+    assert chosen({"a": {"query": leaf(), "value": leaf()}}, ".*/value") == ["a/value"]
+    assert trees.map_with_path(lambda path, _: path, {"a": {"value": 1}}) == {
+        "a": {"value": "a/value"}
+    }
 
 
 def test_a_haiku_key_is_not_split() -> None:
@@ -114,6 +118,11 @@ def test_natural_sort_is_a_total_order(names: list[str]) -> None:
     for a, b in zip(ordered, ordered[1:], strict=False):
         if a.isdecimal() and b.isdecimal():
             assert int(a) <= int(b)
+
+
+def test_natural_sort_of_any_length_of_digits() -> None:
+    names = ["a" + "9" * 5000, "a1" + "0" * 5000, "a3", "a٣", "a03", "a2"]
+    assert sorted(names, key=trees.natural_key) == ["a2", "a03", "a3", "a٣", names[0], names[1]]
 
 
 @pytest.mark.parametrize(
@@ -284,10 +293,44 @@ def test_nearest_falls_back_to_the_first_names() -> None:
     assert trees.nearest("head/kernal", list(trees.flatten(network())))[0] == "head/kernel"
 
 
-def test_real_nnx_and_equinox_paths() -> None:
+def test_nnx_variables_and_linen_boxes_add_nothing_to_a_path() -> None:
     nnx = pytest.importorskip("flax.nnx", reason="flax is not installed")
+    nn = pytest.importorskip("flax.linen", reason="flax is not installed")
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     assert sorted(trees.flatten(nnx.state(model, nnx.Param))) == ["bias", "kernel"]
+    assert sorted(trees.flatten(model)) == ["bias", "kernel"]
+    held = nnx.State({"q": nnx.Param({"value": leaf(), "key": leaf()}), "value": nnx.Param(leaf())})
+    assert sorted(trees.flatten(held)) == ["q/key", "q/value", "value"]
+    named = trees.paths(held)
+    assert named["value"].get_value() == "value" and named["q"].get_value()["key"] == "q/key"
+    boxed = {"kernel": nn.Partitioned(leaf(), (None, "mlp")), "value": leaf()}
+    assert list(trees.flatten(boxed)) == ["kernel", "value"]
+
+
+def test_equinox_fields_and_bool_modules() -> None:
     equinox = pytest.importorskip("equinox", reason="equinox is an optional extra")
     linear = equinox.nn.Linear(2, 3, key=jax.random.key(0))
     assert list(trees.flatten(linear)) == ["weight", "bias"]
+
+    class Attention(equinox.Module):
+        query: jax.Array
+        value: jax.Array
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.query * x
+
+    module = Attention(leaf(), leaf())
+    assert list(trees.flatten({"a": module})) == ["a/query", "a/value"]
+    # Such a module is callable, but as a selector it is a tree of bools, not a predicate.
+    mask = trees.mask(module, "value")
+    assert (mask.query, mask.value) == (False, True)
+    assert trees.mask(module, mask).value is True and trees.count(module, mask) == 6
+    selected, _ = trees.partition(module, mask)
+    assert selected.query is None and selected.value is module.value
+    assert trees.labels(module, [(mask, "hot"), (".*", "cold")]).query == "cold"
+    with pytest.raises(ValueError, match="only be used on its own"):
+        none_of(mask)
+    with pytest.raises(ValueError, match="structure of the parameters"):
+        trees.mask({"a": module}, mask)
+    partial = jax.tree_util.Partial(lambda path, _: path == "query")
+    assert chosen(module, partial) == ["query"]

@@ -48,7 +48,7 @@ def replace_head(
     body = jax.tree.map(lambda h: not h, is_head)
     if not any(jax.tree.leaves(body)):
         raise ValueError("head selects every leaf of the target; nothing is left.")
-    selects = None if _is_tree(head) else trees.none_of(head)
+    selects = None if trees.is_bool_tree(head) else trees.none_of(head)
     params, report = transfer(
         source, target, where=body if selects is None else selects, rename=rename
     )
@@ -169,7 +169,3 @@ def _along(flags: np.ndarray, position: int, ndim: int) -> np.ndarray:
     shape = [1] * ndim
     shape[position] = len(flags)
     return flags.reshape(shape)
-
-
-def _is_tree(where: trees.Selector) -> bool:
-    return not isinstance(where, (str, trees.Glob)) and not callable(where)

@@ -54,7 +54,7 @@ def scale_homogeneous(
     alpha: Scalar,
     layers: Sequence[trees.Selector],
     *,
-    bias: trees.Selector = r"(.*/)?(bias|b)",
+    bias: trees.Selector = r"(.*[/.])?(bias|b)",
 ) -> Params:
     """Scales a positively homogeneous chain so that its output is exactly `alpha^D` times.
 
