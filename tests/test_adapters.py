@@ -196,7 +196,7 @@ def test_ia3_scales_the_bias_with_the_outputs() -> None:
     vector = transforms.ScaleWeights(jnp.arange(1.0, 6.0))
     merged = transforms.ia3_output().apply(params(), {"head/kernel": vector})["head"]
     np.testing.assert_allclose(merged["bias"], params()["head"]["bias"] * vector.vector, rtol=1e-6)
-    kept = transforms.ia3_output(bias=None).apply(params(), {"head/kernel": vector})["head"]
+    kept = transforms.ia3_output(bias=()).apply(params(), {"head/kernel": vector})["head"]
     np.testing.assert_array_equal(kept["bias"], params()["head"]["bias"])
 
 
@@ -209,7 +209,7 @@ def test_any_layout_by_naming_its_axes(name: str) -> None:
             2, 6.0, scaling=transforms.scale_by_root_rank, **axes
         ),
         "dora": lambda **axes: transforms.dora(2, 6.0, **axes),
-        "ia3_output": lambda **axes: transforms.ia3_output(bias=None, **axes),
+        "ia3_output": lambda **axes: transforms.ia3_output(bias=(), **axes),
         "ia3_input": lambda **axes: transforms.ia3_input(**axes),
         "vera": lambda **axes: transforms.vera(jax.random.key(5), 3, **axes),
         "oft": lambda **axes: transforms.oft(2, **axes),

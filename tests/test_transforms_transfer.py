@@ -1,6 +1,5 @@
 """`transfer`, `plan`, `apply`: exactness by default, every difference by rule, nothing silent."""
 
-import re
 from typing import Any
 
 import jax
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 
 from kdtl_jax import transforms, trees
 from kdtl_jax._types import Array, Params
-from kdtl_jax.transforms import _report
 
 
 def _tree(*, width: int = 4, classes: int = 3, layers: int = 2, seed: int = 0) -> Params:
@@ -230,126 +228,6 @@ def test_int_and_string_keys_meet_but_not_in_one_tree() -> None:
         transforms.transfer({0: jnp.ones(2), "0": jnp.ones(2)}, {"0": jnp.ones(2)})
 
 
-# --- shapes --------------------------------------------------------------------------------------
-
-
-def test_a_shape_never_changes_silently() -> None:
-    for source, target in [((4, 1), (4,)), ((1,), (4,)), ((), (1,)), ((2, 3), (3, 2))]:
-        with pytest.raises(ValueError, match="does not fit"):
-            transforms.transfer({"w": jnp.ones(source)}, {"w": jnp.ones(target)})
-
-
-def test_policies() -> None:
-    leaf = jnp.arange(12.0).reshape(3, 4)
-    x = np.asarray(leaf)
-    transfer, to = transforms.transfer, lambda *shape: {"w": jnp.full(shape, -1.0)}
-    got = {
-        "crop": transfer({"w": leaf}, to(2, 3), on_mismatch=transforms.crop)[0]["w"],
-        "pad": transfer({"w": leaf}, to(4, 5), on_mismatch=transforms.pad)[0]["w"],
-        "both": transfer({"w": leaf}, to(2, 5), on_mismatch=transforms.crop_or_pad)[0]["w"],
-        "uniform": transfer({"w": leaf}, to(2, 2), on_mismatch=transforms.select_uniform)[0]["w"],
-        "keep": transfer({"w": leaf}, to(2, 2), on_mismatch=transforms.keep_on_mismatch)[0]["w"],
-        "resize": transfer({"w": leaf}, to(5, 2), on_mismatch=transforms.resize_linear)[0]["w"],
-    }
-    np.testing.assert_array_equal(got["crop"], x[:2, :3])
-    np.testing.assert_array_equal(got["pad"], np.pad(x, ((0, 1), (0, 1))))
-    np.testing.assert_array_equal(got["both"], np.pad(x[:2], ((0, 0), (0, 1))))
-    np.testing.assert_array_equal(got["uniform"], x[np.ix_([0, 2], [0, 2])])
-    np.testing.assert_array_equal(got["keep"], -np.ones((2, 2)))
-    rows = np.stack([np.interp(np.linspace(0, 2, 5), range(3), x[:, j]) for j in (0, 3)], 1)
-    np.testing.assert_allclose(got["resize"], rows, rtol=1e-6)
-
-
-def test_policies_by_rule_with_alpha_and_report() -> None:
-    source, target = _tree(width=4, classes=5), _tree(width=2, classes=3, seed=1)
-    rules = [
-        ("head/bias", transforms.keep_on_mismatch),
-        (trees.Glob("**/kernel"), transforms.select_uniform),
-    ]
-    with pytest.raises(ValueError, match="layer_0/bias: source\\[4\\] does not fit target\\[2\\]"):
-        transforms.transfer(source, target, on_mismatch=rules)
-    rules.append((".*", transforms.crop))
-    alphas = [(".*kernel", 2.0)]
-    params, report = transforms.transfer(source, target, on_mismatch=rules, alpha=alphas)
-    np.testing.assert_array_equal(
-        params["layer_0"]["kernel"], 2 * np.asarray(source["layer_0"]["kernel"])[::2, ::2]
-    )
-    np.testing.assert_array_equal(params["layer_0"]["bias"], source["layer_0"]["bias"][:2])
-    assert [k.path for k in report.kept] == ["head/bias"]
-    assert report.adapted[0] == ("head/kernel", (4, 5), (2, 3), "select_uniform")
-    assert "[4, 5] -> [2, 3] by uniform × 2\n" in str(report) and "by crop\n" in str(report)
-
-
-def test_the_report_says_what_was_multiplied_by_how_much() -> None:
-    source = {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(2)}
-    _, report = transforms.transfer(source, source, alpha={"a": 0.5, "b": jnp.array(2.0), "c": 1})
-    rows = [line.split(maxsplit=2) for line in str(report).splitlines()[1:]]
-    assert rows == [
-        ["copied", "c", "[2]"],
-        ["scaled", "a", "[2] × 0.5"],
-        ["scaled", "b", "[2] × alpha"],
-    ]
-    assert report.factors == {"a": 0.5, "b": None}
-
-
-@pytest.mark.parametrize(
-    ("policy", "source", "target", "words"),
-    [
-        (transforms.crop, (2, 2), (2, 3), "crop cannot grow axis 1 from 2 to 3"),
-        (transforms.pad, (2, 3), (2, 2), "pad cannot shrink axis 1"),
-        (transforms.select_uniform, (2,), (3,), "uniform cannot grow"),
-        (transforms.resize_linear, (2,), (2, 1), "one rank"),
-        (transforms.pad, (0,), (2,), "empty"),
-        (lambda leaf, shape, path: leaf, (2,), (3,), r"made \(2,\)"),
-    ],
-)
-def test_policies_that_do_not_apply(policy: Any, source: Any, target: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        transforms.plan_transfer(
-            {"w": jnp.ones(source)}, {"w": jnp.ones(target)}, on_mismatch=policy
-        )
-
-
-def test_a_policy_is_any_function() -> None:
-    def tile(leaf: Array, shape: tuple[int, ...], path: str) -> Array | None:
-        return None if path == "skip" else jnp.resize(leaf, shape)
-
-    source = {"w": jnp.arange(2.0), "skip": jnp.ones(1)}
-    target = {"w": jnp.zeros(5), "skip": jnp.zeros(3)}
-    params, report = transforms.transfer(source, target, on_mismatch=tile)
-    np.testing.assert_array_equal(params["w"], [0, 1, 0, 1, 0])
-    assert report.adapted[0].policy == "tile" and report.kept[0].path == "skip"
-
-
-def test_selection_by_any_rule_is_a_policy() -> None:
-    leaf = jnp.arange(12.0).reshape(3, 4)
-    key = jax.random.key(0)
-    chosen = transforms.select_with(lambda size, n: transforms.random_indices(key, size, n))
-    target = {"a": jnp.zeros((3, 2)), "b": jnp.zeros((3, 2)), "c": jnp.zeros((2, 4))}
-    params, _ = transforms.transfer({"a": leaf, "b": leaf, "c": leaf}, target, on_mismatch=chosen)
-    rows = transforms.random_indices(key, 4, 2)
-    np.testing.assert_array_equal(params["a"], leaf[:, rows])
-    np.testing.assert_array_equal(params["b"], params["a"])
-    with pytest.raises(ValueError, match="select_with cannot grow"):
-        transforms.plan_transfer({"w": jnp.ones(2)}, {"w": jnp.ones(3)}, on_mismatch=chosen)
-
-
-@pytest.mark.parametrize("bad", ["crop", [("head", "crop")], 3, [("hed/.*", transforms.crop)]])
-def test_bad_policies(bad: Any) -> None:
-    with pytest.raises(ValueError, match="on_mismatch|labels no leaf"):
-        transforms.transfer(_tree(), _tree(), on_mismatch=bad)
-
-
-def test_misspelt_options_raise() -> None:
-    misspelt: Any = "skip"
-    with pytest.raises(ValueError, match="on_missing must be one of"):
-        transforms.plan_transfer(_tree(), _tree(), on_missing=misspelt)
-    with pytest.raises(ValueError, match="on_extra must be one of"):
-        transforms.plan_transfer(_tree(), _tree(), on_extra=misspelt)
-    with pytest.raises(ValueError, match="Nearest paths"):
-        transforms.transfer(_tree(), _tree(), where="bakcbone/.*")
-
-
 # --- what else leaves can be ---------------------------------------------------------------------
 
 
@@ -499,50 +377,3 @@ def test_seventy_billion_parameters_are_planned_without_memory() -> None:
     assert len(jax.live_arrays()) <= before  # seconds: benchmarks/transforms_bandwidth.py
     assert report.fraction == 1 and len(report.adapted) == 560
     assert len(str(report).splitlines()) == 8  # layers collapse
-
-
-# --- the report ----------------------------------------------------------------------------------
-
-
-def test_the_report_collapses_layers_only_where_they_are_equal() -> None:
-    source = {f"layers_{i}": {"w": jnp.ones((2, 2))} for i in range(12)}
-    source["layers_3"]["w"] = jnp.ones((3, 2))
-    source["layers_7"]["w"] = jnp.ones((4, 2))
-    target = {f"layers_{i}": {"w": jnp.zeros((2, 2))} for i in range(12)}
-    _, report = transforms.transfer(source, target, on_mismatch=transforms.crop)
-    rows = [line.split(maxsplit=2) for line in str(report).splitlines()[1:]]
-    assert [row[:2] for row in rows] == [
-        ["copied", "layers_{0..2,4..6,8..11}/w"],
-        ["adapted", "layers_3/w"],
-        ["adapted", "layers_7/w"],
-    ]
-    assert rows[1][2] == "[3, 2] -> [2, 2] by crop"
-
-
-@given(st.sets(st.tuples(st.integers(0, 12), st.integers(0, 3)), min_size=1))
-def test_collapsed_paths_name_exactly_the_given_ones(numbers: set[tuple[int, int]]) -> None:
-    given_paths = {f"layer_{a}/part{b}/w" for a, b in numbers}
-    collapsed = _report.collapse_paths(sorted(given_paths))
-    every = {f"layer_{a}/part{b}/w" for a in range(13) for b in range(4)}
-    named = [path for row in collapsed for path in every if _names(row, path)]
-    assert sorted(named) == sorted(given_paths)
-
-
-def _names(row: str, path: str) -> bool:
-    shown = re.split(r"(\{[^}]*\}|\d+)", row)[1::2]
-    return all(
-        int(n) in _members(group) for n, group in zip(re.findall(r"\d+", path), shown, strict=True)
-    )
-
-
-def _members(group: str) -> set[int]:
-    out: set[int] = set()
-    for piece in group.strip("{}").split(","):
-        low, _, high = piece.partition("..")
-        out |= set(range(int(low), int(high or low) + 1))
-    return out
-
-
-def test_nothing_to_transfer_is_everything() -> None:
-    params, report = transforms.transfer({"n": 1}, {"n": jnp.array(2)})
-    assert report.fraction == 1 and params["n"] == 2

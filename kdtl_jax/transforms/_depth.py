@@ -1,13 +1,18 @@
 r"""Depth: select, map, stack and unstack layers.
 
 Layers are named by a regular expression that matches their leaves' whole paths and has one group,
-the number: `r"encoder/layer_(\d+)/.*"`. Trees are nested dicts, lists and tuples; for other
-containers use `transfer(source, target, rename=layer_map(...))`, which works on paths alone. For
-scanned layers, whose first axis is the layer, name that axis and use `select_width`.
+the number: `r"encoder/layer_(\d+)/.*"`. Trees are dicts, lists and tuples, nested or flat: a layer
+may be one entry, or many whose names carry its number (`"model.layers.3.mlp.weight"` of a state
+dict, Haiku's `"net/layer_3/mlp"`). For other containers use
+`transfer(source, target, rename=layer_map(...))`, which works on paths alone. For scanned layers,
+whose first axis is the layer, name that axis and use `select_width`.
+
+Errors are ValueErrors: a pattern that matches nothing, has not exactly one group or names only a
+part of a layer; a position out of range; containers of another kind.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -101,12 +106,21 @@ def _parents(params: PyTree, layers: str) -> dict[Keys, dict[Any, LayerKey]]:
     if not parents:
         trees.mask(params, layers)  # raises, listing the nearest paths
     for keys, path in unmatched:
-        if any(keys[: len(p)] == p and keys[len(p)] in at for p, at in parents.items()):
+        if any(keys[: len(p)] == p and _within(keys[len(p)], at) for p, at in parents.items()):
             raise ValueError(
                 f"{layers!r} names only a part of a layer: it does not match {path!r}. Let "
                 "the pattern match everything in a layer."
             )
     return parents
+
+
+def _within(key: Any, layers: Layers) -> bool:
+    """Whether an entry belongs to a layer: it is one, or is named like a part of one."""
+    parts = {(layer.before, layer.after[0]) for layer in layers.values() if layer.after}
+    return key in layers or any(
+        re.match(rf"{re.escape(before)}\d+{re.escape(separator)}", str(key))
+        for before, separator in parts
+    )
 
 
 def _component(key_path: tuple[Any, ...], span: tuple[int, int]) -> tuple[int, str, int]:
@@ -139,11 +153,7 @@ def layer_of(layers: str, path: str) -> int | None:
 
 
 def layer_numbers(params: Params, layers: str) -> list[int]:
-    """The numbers of the layers that a pattern finds, in order.
-
-    Raises:
-      ValueError: if the pattern matches nothing or has not exactly one group.
-    """
+    """The numbers of the layers that a pattern finds, in order."""
     trees.mask(params, layers)  # raises if nothing matches, listing the nearest paths
     found = {layer_of(layers, path) for path in trees.flatten(params)}
     return sorted(number for number in found if number is not None)
@@ -154,9 +164,6 @@ def layer_map(layers: str, indices: Sequence[int]) -> Callable[[str], tuple[str,
 
     Numbers count from 0 on both sides. Layers that are not chosen are dropped, a layer may be
     chosen several times, and other leaves keep their paths.
-
-    Raises:
-      ValueError: if the pattern has not exactly one group.
     """
     pattern = compiled(layers)
 
@@ -177,16 +184,12 @@ def select_layers(params: Params, layers: str, indices: Sequence[int]) -> Params
     """Keeps the layers at these positions, renumbered: layer `j` is what layer `indices[j]` was.
 
     Args:
-      params: nested dicts, lists and tuples.
+      params: dicts, lists and tuples.
       layers: a regular expression for the layers' leaves with one group, the number.
       indices: positions among the layers in natural order; repetitions copy a layer.
 
     Returns:
       The tree with `len(indices)` layers, numbered from the first number that was used.
-
-    Raises:
-      ValueError: if the pattern matches nothing, names only a part of a layer or has not one
-        group, a position is out of range, or the containers are of another kind.
     """
     numbers = layer_numbers(params, layers)
     if not len(indices) or any(not 0 <= i < len(numbers) for i in indices):
@@ -196,14 +199,16 @@ def select_layers(params: Params, layers: str, indices: Sequence[int]) -> Params
     chosen = [(numbers[0] + new, numbers[old]) for new, old in enumerate(indices)]
 
     def rebuild(node: Any, at: Layers) -> Any:
-        by_number = {layer.number: key for key, layer in at.items()}
+        by_number: dict[int, list[Any]] = {}
+        for key, layer in at.items():
+            by_number.setdefault(layer.number, []).append(key)
         # A layer that only some collections hold (no batch statistics, say) is left out there.
-        here = [(new, by_number[old]) for new, old in chosen if old in by_number]
+        here = [(new, key) for new, old in chosen for key in by_number.get(old, ())]
         values = _distinct([node[key] for _, key in here])
         if isinstance(node, (list, tuple)):
             return type(node)(values)
-        renamed = {_renumbered(key, at, new): v for (new, key), v in zip(here, values, strict=True)}
-        return _replaced(node, at, renamed)
+        renamed = [_renumbered(key, at, new) for new, key in here]
+        return _replaced(node, at, list(zip(renamed, values, strict=True)))
 
     return over_layers(params, layers, rebuild)
 
@@ -211,28 +216,44 @@ def select_layers(params: Params, layers: str, indices: Sequence[int]) -> Params
 def stack_layers(params: Params, layers: str) -> Params:
     """Layers as one subtree with a leading layer axis, as `scan` over layers wants them.
 
-    `{"layer_0": …, "layer_1": …}` becomes `{"layer": …}`; a list, or a dict of bare numbers,
+    `{"layer_0": …, "layer_1": …}` becomes `{"layer": …}`, and flat names lose their number:
+    `"layers.0.mlp.weight"` … becomes `"layers.mlp.weight"`. A list, or a dict of bare numbers,
     becomes the subtree itself. Order is by number, so that 10 follows 9.
 
     Raises:
-      ValueError: as `select_layers`; if layers differ in structure, shapes, dtypes, or in what
-        cannot be stacked.
+      ValueError: also if layers differ in structure, shapes, dtypes, or in what cannot be stacked.
     """
 
     def rebuild(node: Any, at: Layers) -> Any:
-        order = sorted(at, key=lambda key: at[key].number)
-        stacked = _stacked({key: node[key] for key in order})
-        name = (at[order[0]].before + at[order[0]].after).strip("_-. ")
-        if isinstance(node, (list, tuple)) or (not name and len(at) == len(node)):
-            return stacked
-        if not name or name in node:
-            raise ValueError(
-                f"the layers cannot be stored under {name!r} beside "
-                f"{sorted(map(str, node))[:8]}. Move them into a dict of their own first."
-            )
-        return _replaced(node, at, {name: stacked})
+        series: dict[tuple[str, str], list[Any]] = {}
+        for key in sorted(at, key=lambda key: at[key].number):
+            series.setdefault((at[key].before, at[key].after), []).append(key)
+        _same_numbers([[at[key].number for key in keys] for keys in series.values()], series)
+        stacked = []
+        for (before, after), keys in series.items():
+            name = (before.rstrip("_-. /") + after).strip("_-. /")
+            value = _stacked({key: node[key] for key in keys})
+            if isinstance(node, (list, tuple)) or (not name and len(at) == len(node)):
+                return value
+            if not name or name in node:
+                raise ValueError(
+                    f"the layers cannot be stored under {name!r} beside "
+                    f"{sorted(map(str, node))[:8]}. Move them into a dict of their own first."
+                )
+            stacked.append((name, value))
+        return _replaced(node, at, stacked)
 
     return over_layers(params, layers, rebuild)
+
+
+def _same_numbers(numbers: Sequence[Sequence[int]], series: Iterable[tuple[str, str]]) -> None:
+    for (before, after), found in zip(series, numbers, strict=True):
+        if found != numbers[0]:
+            raise ValueError(
+                f"the layers differ in what they hold: {f'{before}*{after}'!r} exists for layers "
+                f"{list(found)}, other names for {list(numbers[0])}. Only equal layers can be "
+                "stacked."
+            )
 
 
 def unstack_layers(params: Params, at: str, *, keys: str | None = None) -> Params:
@@ -252,15 +273,12 @@ def unstack_layers(params: Params, at: str, *, keys: str | None = None) -> Param
         raise ValueError(f"keys must contain {{}} for the number, got {keys!r}.")
 
     def walk(node: Any, rest: str) -> Any:
-        for key, child in node.items() if isinstance(node, dict) else ():
+        entries = node.items() if isinstance(node, dict) else ()
+        for key, child in sorted(entries, key=lambda entry: -len(str(entry[0]))):
             if rest == str(key):
                 parts = _unstacked(at, child)
-                new = (
-                    {key: parts}
-                    if keys is None
-                    else {keys.format(i): p for i, p in enumerate(parts)}
-                )
-                return _replaced(node, {key: None}, new)
+                named = [(key, parts)] if keys is None else _numbered(keys, parts)
+                return _replaced(node, {key: None}, named)
             if rest.startswith(f"{key}/"):
                 return {**node, key: walk(child, rest.removeprefix(f"{key}/"))}
         near = trees.nearest(at, list(trees.flatten(params)))
@@ -269,15 +287,22 @@ def unstack_layers(params: Params, at: str, *, keys: str | None = None) -> Param
     return walk(params, at)
 
 
-def _replaced(node: Mapping[Any, Any], old: Mapping[Any, Any], new: Mapping[Any, Any]) -> Any:
+def _numbered(keys: str, parts: Sequence[Any]) -> list[tuple[str, Any]]:
+    return [(keys.format(i), part) for i, part in enumerate(parts)]
+
+
+def _replaced(
+    node: Mapping[Any, Any], old: Container[Any], new: Sequence[tuple[Any, Any]]
+) -> dict[Any, Any]:
     """The dict with the keys `old` replaced, at the first one's place, by the entries `new`."""
-    kept = set(node) - set(old)
-    clash = kept & set(new)
-    if clash:
-        raise ValueError(f"layers: {sorted(map(str, clash))} would overwrite entries of that name.")
+    taken = {key for key in node if key not in old}
+    for key, _ in new:
+        if key in taken:
+            raise ValueError(f"layers: two entries would have the name {key!r}. Rename one first.")
+        taken.add(key)
     out: dict[Any, Any] = {}
     for key, value in node.items():
-        out |= {key: value} if key in kept else dict(new)
+        out |= dict(new) if key in old else {key: value}
     return out
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params
-from kdtl_jax.transforms import _width
+from kdtl_jax.transforms import _leaves, _width
 from kdtl_jax.transforms._depth import layer_numbers, layer_of, select_layers
 from kdtl_jax.transforms._width import Axis, AxisSpec
 
@@ -114,6 +114,8 @@ def deepen(
 
     def fill(path: str, leaf: Any) -> Any:
         number = layer_of(layers, path)
+        if number in new:
+            _leaves.refuse_codes({path: leaf})
         return make(path, leaf) if number in new and trees.is_inexact(leaf) else leaf
 
     return trees.map_with_path(fill, deeper)

@@ -1,5 +1,6 @@
 """Adapters that scale or rotate: IA3, VeRA, OFT. (BitFit needs no adapter: train `".*bias"`.)"""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -43,15 +44,15 @@ class RotationWeights(NamedTuple):
 
 
 def ia3_output(
-    *, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1, bias: str | None = "bias"
+    *, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1, bias: Sequence[str] = ("bias", "b")
 ) -> Adapter:
     """`y' = (x W + b) * l`: one learned factor per output, for keys and values.
 
     Args:
       in_axis: the kernel's input axis, or axes.
       out_axis: the kernel's output axis, or axes.
-      bias: last path segment of the bias beside a kernel, scaled with it where there is one;
-        None scales no bias.
+      bias: last path segments (after "/" or, in flat names, ".") of the bias beside a kernel,
+        which is scaled with it where there is one; `()` scales no bias.
 
     Returns:
       The adapter; weights are `{kernel's path: ScaleWeights}`. `combine` is
@@ -69,9 +70,10 @@ def ia3_output(
         flat, edits = trees.flatten(params), {}
         for path, scale in weights.items():
             edits[path] = (scale.vector, True)
-            beside = None if bias is None else "/".join([*path.split("/")[:-1], bias])
-            if beside is not None and beside in flat and beside not in weights:
-                edits[beside] = (scale.vector, False)
+            stem = re.sub(r"[^/.]*$", "", path)
+            for beside in (stem + name for name in bias):
+                if beside in flat and beside not in weights:
+                    edits[beside] = (scale.vector, False)
 
         def edit(path: str, leaf: PyTree, wanted: tuple[Array, bool]) -> Array:
             vector, is_kernel = wanted

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params
+from kdtl_jax.transforms import _leaves
 
 
 class LowRank(NamedTuple):
@@ -90,6 +91,9 @@ def truncate_rank(params: Params, rank: int, *, where: trees.Selector) -> Params
       ValueError: if `where` matches nothing, a selected leaf is no matrix, or `rank < 1`.
     """
     chosen = trees.mask(params, where)
+    flags = jax.tree.leaves(chosen)
+    pairs = zip(trees.flatten(params).items(), flags, strict=True)
+    _leaves.refuse_codes({path: leaf for (path, leaf), is_chosen in pairs if is_chosen})
 
     def truncate(path: str, is_chosen: bool, leaf: Array) -> Array:
         if not is_chosen or not trees.is_inexact(leaf):

@@ -1,8 +1,10 @@
 """What to do with a source leaf of another shape: policies, and resizing of leaves with a geometry.
 
 A *policy* is a function `(source_leaf, target_shape, path) -> array of target_shape`, or None to
-keep the target's own value. The ones here decide on shapes alone and change every axis that
-differs.
+keep the target's own value. The ones here decide on shapes alone, change every axis that differs
+and leave a leaf that fits alone. A policy of your own is asked about every leaf it is given for,
+also where the shapes happen to agree: a square kernel may still need its transpose, a grid of
+another form may have as many cells. None then means that the leaf is right as it is.
 
 The resizing functions take one array and keep its dtype (TypeError unless it is floating point);
 as a policy each is a lambda,
@@ -12,7 +14,7 @@ Their matrices `[n_out, n_in]`, one per axis, are computed in float64 from lengt
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +68,16 @@ def crop_or_pad(source_leaf: Any, target_shape: Shape, path: str) -> Array:
     return pad(crop(source_leaf, common, path), target_shape, path)
 
 
+class SelectWith(NamedTuple):
+    """What `select_with` returns."""
+
+    choose: Callable[[int, int], Any]
+
+    def __call__(self, source_leaf: Any, target_shape: Shape, path: str, /) -> Array:
+        _fits("select_with", source_leaf, target_shape, path, shrink=True, grow=False)
+        return _selected(source_leaf, target_shape, self.choose)
+
+
 def select_with(choose: Callable[[int, int], Any]) -> Policy:
     """A policy that keeps the entries `choose(size, n)` of every axis that shrinks.
 
@@ -75,12 +87,7 @@ def select_with(choose: Callable[[int, int], Any]) -> Policy:
     Args:
       choose: `(length of the axis, number to keep) -> [n] integers`.
     """
-
-    def select(source_leaf: Any, target_shape: Shape, path: str) -> Array:
-        _fits("select_with", source_leaf, target_shape, path, shrink=True, grow=False)
-        return _selected(source_leaf, target_shape, choose)
-
-    return select
+    return SelectWith(choose)
 
 
 def select_uniform(source_leaf: Any, target_shape: Shape, path: str) -> Array:
@@ -142,6 +149,12 @@ def _fits(
 
 # Policies that look at shapes alone, so that planning tries each pair of shapes once.
 PATH_FREE: frozenset[Policy] = frozenset({crop, pad, crop_or_pad, select_uniform, resize_linear})
+
+
+def leaves_fitting_alone(policy: Policy) -> bool:
+    """Whether a policy of this module decides: those have nothing to do where shapes agree."""
+    known = (raise_on_mismatch, keep_on_mismatch)
+    return isinstance(policy, SelectWith) or policy in known or policy in PATH_FREE
 
 
 def corner_aligned(n_in: int, n_out: int) -> np.ndarray:

@@ -221,7 +221,8 @@ def _decide(
     ):
         return _Misfit(path, f"{path}: {_dtype(value)} cannot become {_dtype(leaf)}")
     shape = np.shape(leaf)
-    if np.shape(value) == shape:
+    fits = np.shape(value) == shape
+    if fits and _mismatch.leaves_fitting_alone(policy):
         return Step(path, old)
     dtype = _leaves.canonical_dtype(value)
     trial = (policy, np.shape(value), dtype, shape)
@@ -233,6 +234,8 @@ def _decide(
         result = jax.eval_shape(lambda x: policy(x, shape, path), abstract)
     except ValueError as problem:
         return _Misfit(path, str(problem))
+    if result is None and fits:
+        return Step(path, old)
     if result is None:
         return Kept(path, f"source{list(np.shape(value))} has another shape")
     if getattr(result, "shape", None) != shape:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 from kdtl_jax import trees
 
 Shape = tuple[int, ...]
+# A number as str() writes it: `01` is not `1`, and stays as it is.
+_NUMBER = re.compile(r"(?<!\d)(?:0|[1-9][0-9]{0,17})(?!\d)")
 
 
 class Adapted(NamedTuple):
@@ -111,7 +113,7 @@ def _rows(report: Report) -> list[tuple[str, str, str]]:
     facts += [("untied", group[0], "from " + ", ".join(group[1:])) for group in report.untied]
     groups: dict[tuple[str, str, str], list[str]] = {}
     for status, path, detail in facts:
-        groups.setdefault((status, re.sub(r"\d+", "#", path), detail), []).append(path)
+        groups.setdefault((status, re.sub(_NUMBER, "#", path), detail), []).append(path)
     return [
         (status, collapsed, detail)
         for (status, _, detail), paths in groups.items()
@@ -125,9 +127,9 @@ def collapse_paths(paths: Sequence[str]) -> list[str]:
     Two paths are joined only where all their other numbers agree, so the result names exactly
     the given paths.
     """
-    words = re.split(r"\d+", paths[0])
+    words = re.split(_NUMBER, paths[0])
     items = [
-        tuple(frozenset((int(n),)) for n in re.findall(r"\d+", path))
+        tuple(frozenset((int(n),)) for n in re.findall(_NUMBER, path))
         for path in sorted(paths, key=trees.natural_key)
     ]
     for position in range(len(words) - 1):

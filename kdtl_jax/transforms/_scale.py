@@ -1,6 +1,7 @@
 """Parameter distillation by scaling: `theta_small = alpha * theta_large`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,18 +36,25 @@ def scale(
       The scaled tree; structure, shapes and dtypes are those of `params`.
 
     Raises:
-      ValueError: if `where` or a rule matches nothing, or a coefficient does not fit its leaf.
+      ValueError: if `where` or a rule matches nothing, a coefficient does not fit its leaf, or a
+        selected leaf holds quantized integer codes.
       TypeError: if a coefficient is not a real number.
     """
     leaves, treedef = jax.tree.flatten(params)
     selected = jax.tree.leaves(trees.mask(params, where))
     chosen = [c and trees.is_inexact(leaf) for c, leaf in zip(selected, leaves, strict=True)]
+    _leaves.refuse_codes(_selected(params, selected))
     values = _leaves.coefficients(alpha, params, chosen)
     scaled = [
         leaf if value is None else _leaves.multiply(leaf, value)
         for leaf, value in zip(leaves, values, strict=True)
     ]
     return jax.tree.unflatten(treedef, scaled)
+
+
+def _selected(params: Params, selected: Sequence[bool]) -> dict[str, Any]:
+    pairs = zip(trees.flatten(params).items(), selected, strict=True)
+    return {path: leaf for (path, leaf), is_selected in pairs if is_selected}
 
 
 def scale_homogeneous(
@@ -86,6 +94,7 @@ def scale_homogeneous(
         )
     _checks.within(0, float("inf"), alpha=alpha)
     flat = trees.flatten(params)
+    _leaves.refuse_codes(flat)
     is_bias = jax.tree.leaves(trees.mask(params, bias, expect=None))
     rules = [(layer, depth) for depth, layer in enumerate(layers, 1)]
     depths = _leaves.by_rules(params, rules, default=None)

@@ -65,10 +65,11 @@ def transfer(
       alpha: a coefficient as in `scale`, by target path.
       on_missing: `"keep"` lets target leaves that the source lacks keep their value.
       on_extra: `"ignore"` leaves out source leaves that have no place in the target.
-      on_mismatch: what to do with another shape: a policy (`raise_on_mismatch`, `keep_on_mismatch`,
+      on_mismatch: a policy for leaves of another shape: `raise_on_mismatch`, `keep_on_mismatch`,
         `crop`, `pad`, `crop_or_pad`, `select_uniform`, `select_with(...)`, `resize_linear`, or a
-        function `(source_leaf, target_shape, path) -> array or None`), or ordered rules
-        `[(selector, policy), ...]`, `raise_on_mismatch` for the rest.
+        function `(source_leaf, target_shape, path) -> array or None`, which is asked about leaves
+        of equal shapes too; or ordered rules `[(selector, policy), ...]`, `raise_on_mismatch` for
+        the rest.
       check_finite: look for NaN and infinity in concrete results (one pass over the values).
 
     Returns:

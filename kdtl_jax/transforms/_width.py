@@ -195,13 +195,17 @@ def axes_of(params: Params, spec: AxisSpec) -> list[tuple[Axis, ...]]:
     lost = [
         path
         for (path, leaf), names in zip(flat.items(), labels, strict=True)
-        if names is _NONAMES and trees.is_inexact(leaf)
+        if names is _NONAMES and (trees.is_inexact(leaf) or _leaves.is_code(leaf))
     ]
     if lost:
         raise ValueError(
             f"the axis spec does not cover {lost[:8]}. Name their axes, or add "
             "('.*', None) last if they have none that change."
         )
+    named = zip(flat.items(), labels, strict=True)
+    _leaves.refuse_codes(
+        {path: leaf for (path, leaf), names in named if names not in (None, _NONAMES)}
+    )
     out: list[tuple[Axis, ...]] = []
     for (path, leaf), names in zip(flat.items(), labels, strict=True):
         if names is _NONAMES or names is None or not trees.is_inexact(leaf):

@@ -1,0 +1,90 @@
+"""Quantized integer codes are refused by every transform that computes, and named."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdtl_jax import transforms
+from kdtl_jax._types import Params
+
+CODES = np.array([[100, -30], [7, 1]], np.int8)
+SPEC = [("fc/kernel", (None, "units")), ("fc/bias", ("units",)), (".*", None)]
+
+
+def _quantized(dtype: Any = np.int8) -> Params:
+    """A quantized layer beside a plain one; `step` is a counter."""
+    return {
+        "fc": {"kernel": CODES.astype(dtype), "bias": np.ones(2, np.float32)},
+        "head": np.ones((2, 2), np.float32),
+        "step": np.int32(3),
+    }
+
+
+CALLS = {
+    "scale": lambda p: transforms.scale(p, 2.0),
+    "scale_homogeneous": lambda p: transforms.scale_homogeneous(p, 2.0, ["fc/.*", "head"]),
+    "select_width": lambda p: transforms.select_width(p, SPEC, {"units": [0]}),
+    "prune_heads": lambda p: transforms.prune_heads(p, SPEC, [0], name="units"),
+    "permute_units": lambda p: transforms.permute_units(p, SPEC, {"units": [1, 0]}),
+    "pad_width": lambda p: transforms.pad_width(p, SPEC, {"units": 3}),
+    "remap_units": lambda p: transforms.remap_units(p, SPEC, {"units": [0, -1]}),
+    "widen": lambda p: transforms.widen(p, SPEC, {"units": 3}),
+    "match_permutations": lambda p: transforms.match_permutations(p, p, SPEC),
+    "importance": lambda p: transforms.importance_by_magnitude(p, SPEC, "units"),
+    "truncate_rank": lambda p: transforms.truncate_rank(p, 1, where="fc/kernel|head"),
+    "lora": lambda p: transforms.lora(1).init(jax.random.key(0), p, where="fc/kernel|head"),
+    "ia3": lambda p: transforms.ia3_output().init(jax.random.key(0), p, where="fc/kernel|head"),
+    "oft": lambda p: transforms.oft(2).init(jax.random.key(0), p, where="fc/kernel|head"),
+    "average": lambda p: transforms.average([p, p]),
+    "interpolate": lambda p: transforms.interpolate(p, p, 0.5),
+    "task_vector": lambda p: transforms.task_vector(p, p),
+    "trim": lambda p: transforms.trim(p, density=0.5),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, jnp.int4])
+def test_codes_are_refused_by_name(name: str, dtype: Any) -> None:
+    with pytest.raises(ValueError, match="'fc/kernel' .*integer codes.*Dequantize"):
+        CALLS[name](_quantized(dtype))
+
+
+def test_deepening_refuses_codes() -> None:
+    with pytest.raises(ValueError, match="integer codes"):
+        transforms.deepen([{"w": CODES}], r"(\d)/w", [0], transforms.identity_layer)
+
+
+def test_what_is_not_selected_may_be_quantized() -> None:
+    scaled = transforms.scale(_quantized(), 2.0, where="head")
+    assert scaled["fc"]["kernel"] is not None and scaled["head"][0, 0] == 2
+    np.testing.assert_array_equal(scaled["fc"]["kernel"], CODES)
+    spec = [("head", ("units", None)), (".*", None)]
+    narrow = transforms.select_width(_quantized(), spec, {"units": [1]})
+    assert narrow["head"].shape == (1, 2)
+
+
+def test_codes_beside_floating_point_numbers_are_refused() -> None:
+    plain = jax.tree.map(lambda x: np.asarray(x, np.float32), _quantized())
+    for dtype in (np.int8, np.int32):
+        for pair in ([plain, _quantized(dtype)], [_quantized(dtype), plain]):
+            with pytest.raises(ValueError, match="'fc/kernel' .*integer"):
+                transforms.average(pair)
+
+
+def test_packed_codes_that_differ_are_refused_and_counters_pass() -> None:
+    packed, other = _quantized(np.int32), _quantized(np.int32)
+    other["step"] = np.int32(9)
+    assert transforms.average([packed, other])["step"] == 3
+    other["fc"]["kernel"] = CODES.astype(np.int32) + 1
+    with pytest.raises(ValueError, match="'fc/kernel' holds integers .* that differ"):
+        transforms.average([packed, other])
+
+
+def test_integer_masks_are_masks() -> None:
+    tau = {"w": jnp.asarray([1.0, 2.0])}
+    np.testing.assert_array_equal(
+        transforms.keep(tau, {"w": np.array([0, 1], np.int8)})["w"], [0, 2]
+    )
