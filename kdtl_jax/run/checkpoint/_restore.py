@@ -159,7 +159,7 @@ def restore(
 def flatten(tree: PyTree) -> dict[str, Any]:
     """`{path: leaf}`; the full key path where two leaves share a canonical one (0 and "0")."""
     pairs = jax.tree_util.tree_leaves_with_path(tree)
-    short = [trees.path_string(path) for path, _ in pairs]
+    short = trees.leaf_paths(tree)
     counts: dict[str, int] = {}
     for name in short:
         counts[name] = counts.get(name, 0) + 1
