@@ -85,9 +85,9 @@ def shifted(inputs: jax.Array, rows: jax.Array, epoch: jax.Array) -> jax.Array:
 def on_views(step: train.Step, per_epoch: int) -> train.Step:
     """The step on the epoch's shifted images."""
 
-    def viewed(state: train.TrainState, teacher: Any, batch: train.Batch) -> Any:
+    def viewed(state: train.TrainState, batch: train.Batch, teacher: Any = None) -> Any:
         inputs = shifted(batch["inputs"], batch["row"], state.step // per_epoch)
-        return step(state, teacher, {**batch, "inputs": inputs})
+        return step(state, {**batch, "inputs": inputs}, teacher)
 
     return viewed
 
@@ -119,7 +119,7 @@ def fitted(
         start = time.perf_counter()
         arrays = views(i)
         index = train.epoch_index(order, i, len(arrays["labels"]), BATCH)
-        state, _ = jax.block_until_ready(epoch(state, None, arrays, index))
+        state, _ = jax.block_until_ready(epoch(state, arrays, index))
         seconds.append(time.perf_counter() - start)
     return state, seconds
 
@@ -144,7 +144,7 @@ def experiment(parts: Any, epochs: int, student_epochs: int, seeds: int) -> dict
     tx = schedule(epochs, per_epoch)
     big, small = linen.model(cnn(TEACHER, 10)), linen.model(cnn(STUDENT, 10))
 
-    teacher_step = train.make_train_step(big.apply, task, ALONE, tx)
+    teacher_step = train.make_step(big.apply, task, ALONE, tx)
     epoch = train.jit_epoch(on_views(teacher_step, per_epoch))
     params = big.init(jax.random.key(0), arrays["inputs"][:1]).params
     state = train.init_state(params, tx, key=jax.random.key(1))
@@ -181,15 +181,15 @@ def experiment(parts: Any, epochs: int, student_epochs: int, seeds: int) -> dict
     parameters = count(jax.eval_shape(small.init, jax.random.key(0), arrays["inputs"][:1]).params)
     tx = schedule(student_epochs, per_epoch)
     for name, terms, weights in [("alone", task, ALONE), ("distilled", distilled, KD)]:
-        step = train.make_distill_step(small.apply, None, terms, weights, tx)
+        step = train.make_step(small.apply, terms, weights, tx)
         epoch = train.jit_epoch(on_views(step, per_epoch))
         rows: dict[str, list[float]] = {"validation": [], "test": [], "seconds": []}
         for seed in range(seeds):
             init_key, order, key = jax.random.split(jax.random.key(100 + seed), 3)
-            params = {"student": small.init(init_key, arrays["inputs"][:1]).params}
+            params = small.init(init_key, arrays["inputs"][:1]).params
             state = train.init_state(params, tx, key=key)
             state, seconds = fitted(epoch, state, views, student_epochs, order)
-            student = state.params["student"]
+            student = state.params
             rows["validation"].append(accuracy(small, measure, student, validation))
             rows["test"].append(accuracy(small, measure, student, test))
             rows["seconds"].append(statistics.median(seconds[1:] or seconds))
@@ -229,14 +229,14 @@ def jax_forms(arrays: Any, steps: int) -> dict[str, Form]:
 
         def run() -> None:
             nonlocal state
-            state, _ = jax.block_until_ready(epoch(state, teacher, arrays, index))
+            state, _ = jax.block_until_ready(epoch(state, arrays, index, teacher))
 
         return run
 
-    student = {"student": small.init(key, images).params}
-    live = train.make_distill_step(small.apply, big.apply, distilled, KD, tx)
-    held = train.make_distill_step(small.apply, None, distilled, KD, tx)
-    alone = train.make_train_step(big.apply, task, ALONE, tx)
+    student = small.init(key, images).params
+    live = train.make_step(small.apply, distilled, KD, tx, teacher=big.apply)
+    held = train.make_step(small.apply, distilled, KD, tx)
+    alone = train.make_step(big.apply, task, ALONE, tx)
     return {
         "teacher": form(alone, teacher, None, arrays),
         "KD, live teacher": form(live, student, teacher, arrays),

@@ -120,18 +120,18 @@ def jax_forms(kind: str, apply: Any, teacher: Any, student: Any, data: Any, step
     tx = optax.sgd(RATE, momentum=MOMENTUM)
     model, weights, key = as_model(apply), {"kd": 0.9, "task": 0.1}, jax.random.key(0)
     terms = with_loss(exact_kl)
-    step = train.make_distill_step(model, model, terms, weights, tx)
-    plain_step = train.make_distill_step(model, model, with_loss(plain_kl), weights, tx)
-    cached_step = train.make_distill_step(model, None, terms, weights, tx)
+    step = train.make_step(model, terms, weights, tx, teacher=model)
+    plain_step = train.make_step(model, with_loss(plain_kl), weights, tx, teacher=model)
+    cached_step = train.make_step(model, terms, weights, tx)
     epoch, cached_epoch = train.jit_epoch(step), train.jit_epoch(cached_step)
     index = train.epoch_index(key, 0, len(data["labels"]), BATCH)[:steps]
     batches = [train.take(data, rows) for rows in index]
     cached = {**data, "teacher": {"logits": jax.jit(apply)(teacher, data["inputs"])}}
 
     def state() -> train.TrainState:
-        return train.init_state({"student": student}, tx, key=key)
+        return train.init_state(student, tx, key=key)
 
-    path = train.epoch_path(step, state(), teacher, data)
+    path = train.epoch_path(step, state(), data, BATCH, teacher)
 
     def hand_written(kd_loss: Any) -> Form:
         run = hand_written_step(apply, tx, kd_loss)
@@ -151,7 +151,7 @@ def jax_forms(kind: str, apply: Any, teacher: Any, student: Any, data: Any, step
         def form() -> None:
             nonlocal s
             for batch in batches:
-                s, _ = run(s, teacher, batch)
+                s, _ = run(s, batch, teacher)
             jax.block_until_ready(s)
 
         return form
@@ -161,7 +161,7 @@ def jax_forms(kind: str, apply: Any, teacher: Any, student: Any, data: Any, step
 
         def form() -> None:
             nonlocal s
-            s, _ = jax.block_until_ready(run(s, teacher, data, index))
+            s, _ = jax.block_until_ready(run(s, data, index, teacher))
 
         return form
 
@@ -174,7 +174,7 @@ def jax_forms(kind: str, apply: Any, teacher: Any, student: Any, data: Any, step
         f"kdtl jit_epoch ({path}), cached teacher": epochs(cached_epoch, None, cached),
     }
     if kind == "cnn":
-        layers = train.make_distill_step(with_library_layers, model, terms, weights, tx)
+        layers = train.make_step(with_library_layers, terms, weights, tx, teacher=model)
         forms["kdtl jit_step, models.Conv3x3"] = stepped(layers)
     return forms
 

@@ -65,9 +65,9 @@ def experiment(init: Any, model: Any, teacher: Any) -> sweep.Experiment:
 
         tx = optax.sgd(RATE, momentum=MOMENTUM)
         key = jax.random.key(point["seed"])
-        step = train.make_distill_step(model, teacher, terms, WEIGHTS, tx)
-        state = train.init_state({"student": init(key)}, tx, key=key)
-        _, metrics = train.scan_epoch(step)(state, teacher_params, data, index)
+        step = train.make_step(model, terms, WEIGHTS, tx, teacher=teacher)
+        state = train.init_state(init(key), tx, key=key)
+        _, metrics = train.scan_epoch(step)(state, data, index, teacher_params)
         return metrics["loss"].value()[-1]
 
     return run
@@ -86,10 +86,10 @@ def one_after_another(
         }
 
     tx = optax.sgd(RATE, momentum=MOMENTUM)
-    epoch = train.jit_epoch(train.make_distill_step(model, teacher, terms, WEIGHTS, tx))
+    epoch = train.jit_epoch(train.make_step(model, terms, WEIGHTS, tx, teacher=teacher))
     start = jax.jit(
         lambda point: train.init_state(
-            {"student": init(jax.random.key(point["seed"]))},
+            init(jax.random.key(point["seed"])),
             tx,
             key=jax.random.key(point["seed"]),
             memory=point["temperature"],
@@ -100,7 +100,7 @@ def one_after_another(
         results = []
         for i in range(sweep.size(points)):
             state = start({name: column[i] for name, column in points.items()})
-            _, metrics = epoch(state, teacher_params, data, index)
+            _, metrics = epoch(state, data, index, teacher_params)
             results.append(metrics["loss"].value()[-1])
         return jax.block_until_ready(jnp.stack(results))
 

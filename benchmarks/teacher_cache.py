@@ -76,10 +76,10 @@ def plain_kl_and_task(x: Inputs) -> dict[str, jax.Array]:
 def steps_of(student: ModelFn, teacher: ModelFn) -> dict[str, train.Step]:
     weights = {"kd": 0.9, "task": 0.1}
     return {
-        ALONE: train.make_distill_step(student, None, task, {"task": 1.0}, TX),
-        CACHED: train.make_distill_step(student, None, kd_and_task, weights, TX),
-        PLAIN: train.make_distill_step(student, None, plain_kl_and_task, weights, TX),
-        LIVE: train.make_distill_step(student, teacher, kd_and_task, weights, TX),
+        ALONE: train.make_step(student, task, {"task": 1.0}, TX),
+        CACHED: train.make_step(student, kd_and_task, weights, TX),
+        PLAIN: train.make_step(student, plain_kl_and_task, weights, TX),
+        LIVE: train.make_step(student, kd_and_task, weights, TX, teacher=teacher),
     }
 
 
@@ -94,11 +94,11 @@ def on_device(
             {**arrays, "teacher": cached} if name in (CACHED, PLAIN) else dict(arrays)
         )
         epoch = train.jit_epoch(step)
-        state = train.init_state({"student": params}, TX, key=jax.random.key(0))
+        state = train.init_state(params, TX, key=jax.random.key(0))
 
         def run() -> None:
             nonlocal state
-            state, _ = jax.block_until_ready(epoch(state, teacher, held, index))
+            state, _ = jax.block_until_ready(epoch(state, held, index, teacher))
 
         return run
 
@@ -122,14 +122,14 @@ def from_disk(
 
     def form(step: train.Step, reader: data.Reader) -> Form:
         jitted = train.jit_step(step)
-        state = train.init_state({"student": params}, TX, key=jax.random.key(0))
+        state = train.init_state(params, TX, key=jax.random.key(0))
         source = data.stream(reader, cache.plan.size, BATCH, key=jax.random.key(1))
 
         def run() -> None:
             nonlocal state
             batches = data.prefetch(source(0), 2)
             for _ in range(count):
-                state, _ = jitted(state, None, next(batches))
+                state, _ = jitted(state, next(batches))
             jax.block_until_ready(state)
             batches.close()
 

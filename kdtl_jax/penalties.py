@@ -3,7 +3,8 @@
 In `terms` a penalty is an entry like any other; its shape `[]` tells the objective not to average
 it over examples:
 
-    {"task": cross_entropy, "l2_sp": l2_sp(inputs.params, inputs.teacher, where="backbone/.*")}
+    penalty = l2_sp(inputs.params, inputs.teacher_params, where="backbone/.*")
+    {"task": cross_entropy, "l2_sp": penalty}
 
 `where` says which leaves a penalty sees, so that a pretrained backbone and a new head can have
 penalties, and weights, of their own. Only inexact leaves count. No penalty has a weight of its

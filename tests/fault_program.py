@@ -77,8 +77,8 @@ def train_once(folder: Path, wrote_line: Callable[[], None] = lambda: None) -> s
     source = data.resident(arrays, 32, key=key, drop_remainder=False, augment=views)
     tx = optax.adamw(optax.cosine_decay_schedule(1e-3, STEPS))
     frozen = Variables(init(key, [64, 128, 10]), {"mean": jnp.zeros(())})
-    step = train.make_distill_step(model, model, terms, {"kd": 0.9, "task": 0.1}, tx)
-    params = {"student": init(jax.random.key(1), [64, 32, 10])}
+    step = train.make_step(model, terms, {"kd": 0.9, "task": 0.1}, tx, teacher=model)
+    params = init(jax.random.key(1), [64, 32, 10])
     state = train.init_state(params, tx, key=key, model_state={"mean": jnp.zeros(())})
     measure = train.make_eval_step(
         model, lambda x: {"error": (jnp.argmax(x.student["logits"], -1) != x.batch["labels"]) * 1.0}
@@ -86,7 +86,7 @@ def train_once(folder: Path, wrote_line: Callable[[], None] = lambda: None) -> s
     evaluate = loop.evaluation(
         measure,
         lambda: data.in_order(arrays, 128),
-        variables=lambda s: Variables(s.params["student"], s.model_state),
+        variables=lambda s: Variables(s.params, s.model_state),
     )
     meta = None
     with checkpoint.open_folder(folder / "checkpoints") as checkpoints:

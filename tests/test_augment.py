@@ -198,15 +198,15 @@ def test_teacher_and_student_see_one_view(standard_promotion: None) -> None:
     source = data.resident(arrays, 16, key=KEY, augment=mixing)
     weights = jax.random.normal(KEY, (60, 4))
     tx = optax.sgd(0.0)
-    step = train.make_distill_step(model, model, terms, {"kd": 1.0, "task": 0.0}, tx)
+    step = train.make_step(model, terms, {"kd": 1.0, "task": 0.0}, tx, teacher=model)
 
     @jax.jit
     def seen(state: train.TrainState, teacher: Any) -> Any:
         rows = data.epoch_rows(source, jnp.int32(0))
         batch = data.gather(source, rows[0], jnp.int32(0), jnp.int32(0))
-        return step(state, teacher, batch)[1], batch["inputs"], rows[0]
+        return step(state, batch, teacher)[1], batch["inputs"], rows[0]
 
-    state = train.init_state({"student": weights}, tx, key=KEY)
+    state = train.init_state(weights, tx, key=KEY)
     metrics, inputs, rows = seen(state, weights)
     assert float(train.values(metrics)["kd"]) == 0
     assert float(train.values(seen(state, -weights)[0])["kd"]) > 0.1

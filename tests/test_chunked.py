@@ -270,7 +270,7 @@ def test_as_a_term_microbatches_are_exactly_the_large_batch() -> None:
         summed = losses.chunked_divergence(
             losses.forward_kl,
             inputs.student["hidden"],
-            Head(inputs.params["student"]["head"]),
+            Head(inputs.params["head"]),
             inputs.teacher["hidden"],
             Head(x["teacher_kernel"]),
             where=inputs.batch["where"],
@@ -279,16 +279,16 @@ def test_as_a_term_microbatches_are_exactly_the_large_batch() -> None:
         return {"kl": objective.Mean(*summed)}
 
     tx = optax.sgd(0.1)
-    params = {"student": {"body": jnp.eye(WIDTH), "head": x["kernel"]}}
+    params = {"body": jnp.eye(WIDTH), "head": x["kernel"]}
     after = []
     for microbatches in (1, 4):
         step = jax.jit(
-            train.make_distill_step(
-                student, teacher, terms, {"kl": 1.0}, tx, microbatches=microbatches
+            train.make_step(
+                student, terms, {"kl": 1.0}, tx, teacher=teacher, microbatches=microbatches
             )
         )
         state = train.init_state(params, tx, key=jax.random.key(0))
-        state, metrics = step(state, {}, batch)
+        state, metrics = step(state, batch, {})
         after.append((state.params, metrics["kl"].value()))
     for a, b in zip(*map(jax.tree.leaves, after), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

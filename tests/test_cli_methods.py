@@ -187,7 +187,18 @@ def gradient(pair: Pair, built: Built) -> Callable[..., tuple[Params, Any]]:
 
     def loss(params: Params, memory: Any, step: Array, teacher: Outputs, batch: Any, key: Array):
         student = pair.model(params["student"], batch["inputs"])
-        returned = built.terms(Inputs(student, teacher, batch, params, memory, step, key))
+        returned = built.terms(
+            Inputs(
+                student,
+                teacher,
+                batch,
+                params["student"],
+                params["connectors"],
+                memory=memory,
+                step=step,
+                key=key,
+            )
+        )
         named, after = returned if isinstance(returned, tuple) else (returned, memory)
         values = [objective.reduce(name, value).value() for name, value in named.items()]
         return sum(values[1:], values[0]), (named, after)

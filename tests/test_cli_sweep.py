@@ -91,7 +91,7 @@ def test_two_rungs_train_as_one(pair: tuple[Any, Any]) -> None:
 def test_a_scaled_start_is_alpha_times_the_teacher(pair: tuple[Any, Any]) -> None:
     made, shared = pair
     point = {"seed": jnp.int32(0), "alpha": jnp.float32(0.5)}
-    start = jax.jit(made.start)(point, shared).params["student"]
+    start = jax.jit(made.start)(point, shared).params
     bias = shared.teacher.params["head"]["bias"]
     np.testing.assert_allclose(start["head"]["bias"], 0.5 * bias)
     kernel = np.asarray(shared.teacher.params["dense_0"]["kernel"])

@@ -56,14 +56,14 @@ def problem(apply: Any, tx: optax.GradientTransformation, dtype: Any) -> dict[st
                 "kd": soft_cross_entropy(student, x.teacher["logits"], temperature),
             }
 
-        return train.make_distill_step(apply, apply, terms, hyper["weights"], tx)
+        return train.make_step(apply, terms, hyper["weights"], tx, teacher=apply)
 
     def init(hyper: Any) -> train.TrainState:
         student = transforms.scale(large, hyper["alpha"])
-        return train.init_state({"student": student}, tx, key=jax.random.key(0))
+        return train.init_state(student, tx, key=jax.random.key(0))
 
     def validation(state: train.TrainState) -> jax.Array:
-        outputs, _ = apply(state.params["student"], None, held_out)
+        outputs, _ = apply(state.params, None, held_out)
         return jnp.mean(cross_entropy(outputs["logits"], labels))
 
     hyper = {
@@ -120,7 +120,7 @@ def test_a_gradient_lost_in_adams_square_root_is_named() -> None:
     assert np.isfinite(value) and np.isnan(gradient["alpha"])  # values are not known under jit
     with pytest.raises(FloatingPointError, match=r"'rate' is nan.*eps_root"):
         hypergradients.hypergradient(
-            lambda h: lambda x, target, batch: (x - jnp.sqrt(h["rate"] * batch), None),
+            lambda h: lambda x, batch, target: (x - jnp.sqrt(h["rate"] * batch), None),
             lambda rate: jnp.float32(0),
             lambda x: x**2,
             {"rate": jnp.float32(0.1)},
@@ -144,10 +144,10 @@ def test_any_step_of_the_form_will_do() -> None:
     """Plain gradient descent on (x - b)^2: after one step from 0, x = 2 r b, so dV/dr is known."""
 
     def make_step(rate: jax.Array) -> Any:
-        return lambda x, target, batch: (x - rate * 2 * (x - batch), None)
+        return lambda x, batch, target: (x - rate * 2 * (x - batch), None)
 
     value, gradient = hypergradients.hypergradient(
-        make_step, lambda rate: jnp.float32(0), lambda x: x**2, jnp.float32(0.1), None,
+        make_step, lambda rate: jnp.float32(0), lambda x: x**2, jnp.float32(0.1),
         jnp.asarray([3.0]),
     )  # fmt: skip
     np.testing.assert_allclose([value, gradient], [0.36, 2 * 0.6 * 6], rtol=1e-5)
@@ -161,5 +161,5 @@ def test_malformed_input_raises() -> None:
         with pytest.raises(ValueError, match="number of steps"):
             hypergradients.hypergradient(**{**given, "batches": batches})
     with pytest.raises(ValueError, match=r"must return a scalar, got shape \[4, 3\]"):
-        by_leaf = {**given, "validation": lambda state: state.params["student"]["w"]}
+        by_leaf = {**given, "validation": lambda state: state.params["w"]}
         hypergradients.hypergradient(**by_leaf)

@@ -143,14 +143,12 @@ def test_one_compiled_step_trains_with_statistics_dropout_and_taps(framework: st
 
     tx = optax.adam(0.05)
     state = train.init_state(bound.params, tx, key=jax.random.key(1), model_state=bound.state)
-    step = train.jit_step(
-        train.make_train_step(bound.apply, terms, {"task": 1.0, "feature": 0.01}, tx)
-    )
+    step = train.jit_step(train.make_step(bound.apply, terms, {"task": 1.0, "feature": 0.01}, tx))
     batch = {"inputs": jnp.asarray(X), "labels": jnp.asarray(LABELS)}
     structure = jax.tree.structure(state)
     losses = []
     for _ in range(4):
-        state, metrics = step(state, None, batch)
+        state, metrics = step(state, batch)
         losses.append(float(metrics["loss"].value()))
     assert len(traces) == 1, "compiled more than once"
     assert jax.tree.structure(state) == structure

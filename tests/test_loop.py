@@ -54,7 +54,7 @@ def terms(x: Any) -> Any:
 
 
 TX = optax.adam(1e-2)
-STEP = train.make_train_step(model, terms, {"task": 1.0}, TX)
+STEP = train.make_step(model, terms, {"task": 1.0}, TX)
 
 
 def fresh() -> train.TrainState:
@@ -84,7 +84,7 @@ def test_equals_plain_steps() -> None:
     losses = []
     for i in range(20):
         rows = data.epoch_rows(source, jnp.int32(i // 6))[i % 6]
-        state, metrics = step(state, None, train.take(arrays(), rows))
+        state, metrics = step(state, train.take(arrays(), rows))
         losses.append(float(metrics["loss"].total))
     for found, wanted in zip(
         jax.tree.leaves(result.state.params), jax.tree.leaves(state.params), strict=True
@@ -115,7 +115,7 @@ def convolving(
 
 
 def test_convolutions_run_step_by_step_on_cpu() -> None:
-    step = train.make_train_step(convolving, terms, {"task": 1.0}, TX)
+    step = train.make_step(convolving, terms, {"task": 1.0}, TX)
     state = train.init_state({"k": jnp.ones((2, 2, 1, 3))}, TX, key=KEY)
     path = "steps" if jax.default_backend() == "cpu" else "scan"
     assert loop.run(step, state, resident(), steps=7).path == path
@@ -326,7 +326,7 @@ def test_one_compilation_whatever_the_number_of_steps(make: Callable[[], Any]) -
 
     def count(steps: int) -> int:
         traces.clear()
-        step = train.make_train_step(model, counted, {"task": 1.0}, TX)
+        step = train.make_step(model, counted, {"task": 1.0}, TX)
         loop.run(step, fresh(), make(), steps=steps, log_every=7,
                  evaluate=lambda s: {}, evaluate_every=10)  # fmt: skip
         return len(traces)

@@ -234,6 +234,6 @@ def test_small_models_run_whole_epochs_in_a_scan(name: str) -> None:
     def start(images: jax.Array) -> train.TrainState:
         return train.init_state(init(KEY, images).params, tx, key=KEY)
 
-    step = train.make_train_step(apply, terms, {"size": 1.0}, tx)
+    step = train.make_step(apply, terms, {"size": 1.0}, tx)
     state = jax.eval_shape(start, inputs)
-    assert train.step_path(step, state, None, {"inputs": inputs}) == "scan"
+    assert train.step_path(step, state, {"inputs": inputs}) == "scan"

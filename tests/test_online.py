@@ -5,10 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from kdtl_jax import losses, train
+from kdtl_jax import losses
 from kdtl_jax.train import ensembles, online
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -36,50 +35,10 @@ def cross_entropy(logits: Any) -> np.ndarray:
     return -log_p[np.arange(B), np.asarray(LABELS)]
 
 
-def test_the_decay_ramps_to_its_value() -> None:
-    decay = online.ema_decay(0.9)
-    ramp = [float(decay(jnp.int32(i))) for i in (0, 1, 3, 1000)]
-    np.testing.assert_allclose(ramp, [0, 0.5, 0.75, 0.9], rtol=1e-6)
-
-
-def test_the_ramp_makes_a_plain_mean_first() -> None:
-    teacher, seen = {"w": jnp.full(2, 100.0)}, []
-    for step in range(5):
-        student = {"w": normal(2, seed=step)}
-        seen.append(student["w"])
-        teacher = online.ema_update(teacher, student, jnp.int32(step), decay=online.ema_decay())
-        np.testing.assert_allclose(teacher["w"], np.mean(seen, 0), rtol=1e-4, atol=1e-5)
-    fixed = online.ema_update(teacher, {"w": jnp.zeros(2)}, jnp.int32(9), decay=0.75)
-    np.testing.assert_allclose(fixed["w"], 0.75 * teacher["w"], rtol=1e-6)
-
-
 def linear(
     params: Any, model_state: Any, inputs: Any, *, key: Any = None, train: bool = False
 ) -> tuple[dict[str, jax.Array], Any]:
     return {"logits": inputs @ params["w"]}, model_state
-
-
-def test_a_mean_teacher_follows_its_student_in_one_compilation() -> None:
-    traces = []
-
-    def terms(inputs: Any) -> dict[str, jax.Array]:
-        traces.append(0)
-        student = inputs.student["logits"]
-        hard = optax.softmax_cross_entropy_with_integer_labels(student, inputs.batch["labels"])
-        return {"task": hard, "mean": losses.logit_mse(student, inputs.teacher["logits"])}
-
-    tx = optax.sgd(0.5)
-    step = train.make_distill_step(linear, linear, terms, {"task": 1.0, "mean": 1.0}, tx)
-    stepping = jax.jit(online.mean_teacher(step, decay=online.ema_decay(0.6)), donate_argnums=0)
-    params = {"w": normal(6, C)}
-    state = train.init_state({"student": params}, tx, key=jax.random.key(0))
-    carry = online.MeanTeacher(state, jax.tree.map(jnp.copy, params))
-    expected = np.asarray(params["w"])
-    for i, decay in enumerate((0.0, 0.5, 0.6)):
-        carry, _ = stepping(carry, {"inputs": normal(B, 6, seed=i), "labels": LABELS})
-        expected = decay * expected + (1 - decay) * np.asarray(carry.state.params["student"]["w"])
-        np.testing.assert_allclose(carry.teacher["w"], expected, rtol=1e-5, atol=1e-6)
-    assert len(traces) == 1
 
 
 def test_mutual_learning_by_its_equation() -> None:

@@ -33,7 +33,7 @@ def _model(
     return {"logits": hidden @ params["out"]["kernel"], "hidden": hidden}, model_state
 
 
-TEACHER, STUDENT = _init(jax.random.key(1), 8), {"student": _init(jax.random.key(2), 5)}
+TEACHER, STUDENT = _init(jax.random.key(1), 8), _init(jax.random.key(2), 5)
 BATCH = {
     "inputs": jax.random.normal(KEY, (8, 4)),
     "labels": jnp.arange(8, dtype=jnp.int32) % 3,
@@ -53,10 +53,10 @@ def _terms(x: Inputs) -> dict[str, Any]:
 
 def _train(steps: int = 5, tx: Any = TX, student: Any = _model, **options: Any) -> Any:
     weights = {"kd": 1.0, "masked": 0.5, "l2": 0.01}
-    step = jax.jit(train.make_distill_step(student, _model, _terms, weights, tx, **options))
+    step = jax.jit(train.make_step(student, _terms, weights, tx, teacher=_model, **options))
     state, metrics = train.init_state(STUDENT, tx, key=KEY), None
     for _ in range(steps):
-        state, metrics = step(state, TEACHER, BATCH)
+        state, metrics = step(state, BATCH, TEACHER)
     return state, metrics
 
 
@@ -114,11 +114,11 @@ def test_float16_learns_where_unscaled_gradients_vanish() -> None:
 
     def moved(tx: Any) -> float:
         tiny = {"kd": 1e-8, "masked": 0.0, "l2": 0.0}
-        step = jax.jit(train.make_distill_step(model, _model, _terms, tiny, tx))
+        step = jax.jit(train.make_step(model, _terms, tiny, tx, teacher=_model))
         state = train.init_state(STUDENT, tx, key=KEY)
-        after, _ = step(state, TEACHER, BATCH)
+        after, _ = step(state, BATCH, TEACHER)
         change: Any = jax.tree.map(jnp.subtract, after.params, state.params)
-        return float(jnp.abs(change["student"]["in"]["kernel"]).max())
+        return float(jnp.abs(change["in"]["kernel"]).max())
 
     assert moved(optax.sgd(1e6)) == 0
     assert moved(precision.loss_scaling(optax.sgd(1e6))) > 0
@@ -230,9 +230,9 @@ def test_an_int8_teacher_teaches_in_the_step() -> None:
 
     def trained(model: Any, params: Any) -> Any:
         weights = {"kd": 1.0, "masked": 0.5, "l2": 0.01}
-        step = jax.jit(train.make_distill_step(_model, model, _terms, weights, TX))
+        step = jax.jit(train.make_step(_model, _terms, weights, TX, teacher=model))
         state = train.init_state(STUDENT, TX, key=KEY)
-        return step(state, params, BATCH)[0].params
+        return step(state, BATCH, params)[0].params
 
     from_int8 = trained(teacher, small)
     from_wide = trained(_model, precision.dequantize(small))

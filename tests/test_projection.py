@@ -98,7 +98,7 @@ def test_w_learned_by_gradient_reaches_the_closed_form() -> None:
         "base": {"scale": jnp.ones((), jnp.float32)},
         "projection": projection.Projection(jnp.zeros((5, 3)), jnp.zeros((3,))),
     }
-    step = train.make_train_step(
+    step = train.make_step(
         projection.model(base),
         lambda x: {"mse": jnp.mean(jnp.square(x.student["logits"] - x.batch["targets"]), axis=-1)},
         {"mse": 1.0},
@@ -110,7 +110,7 @@ def test_w_learned_by_gradient_reaches_the_closed_form() -> None:
     )
     epoch = jax.jit(train.scan_epoch(step))
     index = jnp.tile(jnp.arange(40, dtype=jnp.int32)[None], (300, 1))
-    state, _ = epoch(state, None, {"inputs": f, "targets": y}, index)
+    state, _ = epoch(state, {"inputs": f, "targets": y}, index)
     want = projection.fit(f, y, ridge=1e-9)
     np.testing.assert_allclose(state.params["projection"].kernel, want.kernel, atol=1e-3)
     assert state.params["base"]["scale"] == 1.0

@@ -49,7 +49,7 @@ def _model(
     return {"logits": logits, "hidden": hidden}, model_state
 
 
-TEACHER, STUDENT = _init(jax.random.key(1), 64), {"student": _init(jax.random.key(2), 64)}
+TEACHER, STUDENT = _init(jax.random.key(1), 64), _init(jax.random.key(2), 64)
 BATCH = {
     "inputs": np.asarray(jax.random.normal(KEY, (16, 4))),
     "labels": np.arange(16, dtype=np.int32) % 3,
@@ -106,17 +106,17 @@ def _adapted(
 LORA = r"adapter/.*"
 STEPS = {
     **{
-        name: train.make_distill_step(_model, _model, terms, {"term": 1.0}, TX)
+        name: train.make_step(_model, terms, {"term": 1.0}, TX, teacher=_model)
         for name, terms in {"kd": _kd, "dkd": _dkd, "rkd": _rkd, "crd": _crd}.items()
     },
-    "lora": train.make_train_step(_adapted, _task, {"term": 1.0}, TX, trainable=LORA),
+    "lora": train.make_step(_adapted, _task, {"term": 1.0}, TX, trainable=LORA),
 }
 
 
 @functools.cache
 def _start() -> dict[str, train.TrainState]:
     """One state per objective, on the first device."""
-    base, adapter = ADAPTER.init(KEY, STUDENT["student"], where=r"(in|out)/kernel")
+    base, adapter = ADAPTER.init(KEY, STUDENT, where=r"(in|out)/kernel")
     banks = {
         who: memory.bank_init(key, SIZE, 8)
         for who, key in zip(("teacher", "student"), jax.random.split(KEY), strict=True)
@@ -133,7 +133,7 @@ def _start() -> dict[str, train.TrainState]:
 def _all(states: Any, teacher: Any, batch: Any) -> Any:
     """A step of every objective, as one program."""
     return {
-        name: STEPS[name](state, None if name == "lora" else teacher, batch)[0]
+        name: STEPS[name](state, batch, None if name == "lora" else teacher)[0]
         for name, state in states.items()
     }
 
@@ -209,13 +209,13 @@ def test_a_placed_step_compiles_once_and_transfers_nothing(
     state, teacher = sharding.place(_start()["kd"], mesh), sharding.place(TEACHER, mesh)
     batches = [sharding.place_batch(BATCH, mesh) for _ in range(5)]
 
-    def placed_step(state: train.TrainState, teacher: Any, batch: Any) -> Any:
-        return sharding.keep_placement(STEPS["kd"], before)(state, teacher, batch)
+    def placed_step(state: train.TrainState, batch: Any, teacher: Any) -> Any:
+        return sharding.keep_placement(STEPS["kd"], before)(state, batch, teacher)
 
     before, step = state, jax.jit(placed_step)
     with jax.transfer_guard("disallow"), jax.checking_leaks(), jax.log_compiles():
         for batch in batches:
-            state, _ = step(state, teacher, batch)
+            state, _ = step(state, batch, teacher)
     compiled = [x for x in caplog.messages if re.match(r"Compiling .*placed_step", x)]
     assert len(compiled) == 1
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state), strict=True):
@@ -223,7 +223,7 @@ def test_a_placed_step_compiles_once_and_transfers_nothing(
 
 
 def test_state_bytes_fall_as_one_over_n() -> None:
-    state = train.init_state({"student": _init(KEY, 1024)}, TX, key=KEY)
+    state = train.init_state(_init(KEY, 1024), TX, key=KEY)
     whole = sum(sharding.bytes_per_device(state).values())
     for n in (2, 4, 8):
         mesh = sharding.make_mesh(data=1, fsdp=n)
@@ -261,7 +261,7 @@ def test_a_teacher_on_devices_of_its_own(one_device: Any) -> None:
     teacher_mesh = sharding.make_mesh(data=1, fsdp=4, devices=devices[4:])
     teacher = sharding.place(TEACHER, teacher_mesh)
     attach = sharding.separate_teacher(_model, teacher_mesh, student_mesh)
-    step = train.make_distill_step(_model, None, _kd, {"term": 1.0}, TX)
+    step = train.make_step(_model, _kd, {"term": 1.0}, TX)
 
     def batches(start: int) -> Iterator[Any]:
         return itertools.repeat(BATCH)
@@ -286,10 +286,10 @@ def test_a_teacher_on_the_students_mesh_in_another_dtype_and_placement(one_devic
         sum(leaf.nbytes for leaf in jax.tree.leaves(TEACHER)) // 2
     }
     teacher = precision.compute_in(_model, jnp.bfloat16)
-    step = train.jit_step(train.make_distill_step(_model, teacher, _kd, {"term": 1.0}, TX))
+    step = train.jit_step(train.make_step(_model, _kd, {"term": 1.0}, TX, teacher=teacher))
     state, batch = sharding.place(_start()["kd"], mesh), sharding.place_batch(BATCH, mesh)
     for _ in range(20):
-        state, _ = step(state, whole, batch)
+        state, _ = step(state, batch, whole)
     for a, b in zip(
         jax.tree.leaves(state.params), jax.tree.leaves(one_device["kd"][0]), strict=True
     ):

@@ -120,10 +120,10 @@ STEP = """
         return {"kd": kd.losses.kd_kl(x.student["logits"], x.teacher["logits"])}
 
     tx = optax.sgd(0.1)
-    params = {"student": {"w": jnp.zeros((2, 3))}}
+    params = {"w": jnp.zeros((2, 3))}
     state = kd.train.init_state(params, tx, key=jax.random.key(0))
-    step = kd.train.make_distill_step(model, model, terms, {"kd": 1.0}, tx)
-    state, metrics = kd.train.jit_step(step)(state, {"w": jnp.ones((2, 3))}, {"inputs": jnp.eye(2)})
+    step = kd.train.make_step(model, terms, {"kd": 1.0}, tx, teacher=model)
+    state, metrics = kd.train.jit_step(step)(state, {"inputs": jnp.eye(2)}, {"w": jnp.ones((2, 3))})
     assert jnp.isfinite(metrics["loss"].value())
     assert not BLOCKED & {name.split(".")[0] for name in sys.modules}
     print("stepped", int(state.step))

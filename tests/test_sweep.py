@@ -37,9 +37,9 @@ def _experiment(
         )
         return {"kd": kd}
 
-    step = train.make_distill_step(_model, _model, terms, {"kd": point["weight"]}, tx)
-    state = train.init_state({"student": {"kernel": kernel}}, tx, key=key)
-    _, metrics = train.scan_epoch(step)(state, teacher, data, index)
+    step = train.make_step(_model, terms, {"kd": point["weight"]}, tx, teacher=_model)
+    state = train.init_state({"kernel": kernel}, tx, key=key)
+    _, metrics = train.scan_epoch(step)(state, data, index, teacher)
     return train.values(metrics)["kd"]
 
 

@@ -547,12 +547,12 @@ def test_training_on_a_cache_equals_training_on_the_teacher(
         return {"kd": losses.kd_kl(student, teacher, temperature=2.0)}
 
     def trained(teacher: Any, read: Any) -> Any:
-        step = jax.jit(train.make_distill_step(_model, teacher, kd, {"kd": 1.0}, tx))
+        step = jax.jit(train.make_step(_model, kd, {"kd": 1.0}, tx, teacher=teacher))
         student = jax.tree.map(lambda x: 0.5 * x[..., ::-1], PARAMS)
-        state = train.init_state({"student": student}, tx, key=KEY)
+        state = train.init_state(student, tx, key=KEY)
         batches = data.stream(read, N, 16, key=KEY)(0)
         for _ in range(5):
-            state, _ = step(state, PARAMS, next(batches))
+            state, _ = step(state, next(batches), PARAMS)
         return state.params
 
     live = trained(_model, lambda epoch, rows: data.take_rows(ARRAYS, rows))
@@ -562,4 +562,4 @@ def test_training_on_a_cache_equals_training_on_the_teacher(
     )
     for a, b in zip(jax.tree.leaves(cached), jax.tree.leaves(live), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
-    assert math.isfinite(float(jnp.sum(live["student"]["out"])))
+    assert math.isfinite(float(jnp.sum(live["out"])))

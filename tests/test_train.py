@@ -74,8 +74,8 @@ TEACHER = (WIDTH, 8, CLASSES)
 
 def distillation(tx: optax.GradientTransformation | None = None) -> tuple[Any, TrainState, Params]:
     tx = optax.adam(1e-2) if tx is None else tx
-    step = train.make_distill_step(mlp, mlp, distill_terms, WEIGHTS, tx)
-    params = {"student": mlp_init(jax.random.key(0), STUDENT)}
+    step = train.make_step(mlp, distill_terms, WEIGHTS, tx, teacher=mlp)
+    params = mlp_init(jax.random.key(0), STUDENT)
     return step, train.init_state(params, tx, key=jax.random.key(1)), mlp_init(
         jax.random.key(2), TEACHER
     )  # fmt: skip
@@ -96,7 +96,7 @@ def test_distillation_learns_and_logs_unweighted_terms() -> None:
     step = train.jit_step(step)
     history = []
     for _ in range(100):
-        state, metrics = step(state, teacher, data())
+        state, metrics = step(state, data(), teacher)
         history.append(train.values(metrics))
     before, after = history[0], history[-1]
     assert set(after) == {"task", "match", "loss"}
@@ -114,19 +114,20 @@ def test_one_compilation_over_100_steps() -> None:
         return distill_terms(inputs)
 
     tx = optax.adam(optax.cosine_decay_schedule(1e-2, 100))
-    step = train.jit_step(train.make_distill_step(mlp, mlp, counted, WEIGHTS, tx))
+    step = train.jit_step(train.make_step(mlp, counted, WEIGHTS, tx, teacher=mlp))
     # A weakly typed and a NumPy leaf, as models make them by accident.
-    params = {
-        "student": mlp_init(jax.random.key(0), STUDENT),
-        "connectors": {"scale": jnp.asarray(2.0), "offset": 0.0, "table": np.ones(2, np.float32)},
-    }
     state = train.init_state(
-        params, tx, key=jax.random.key(1), model_state={"seen": 0}, memory={"bank": 1.0}
+        mlp_init(jax.random.key(0), STUDENT),
+        tx,
+        key=jax.random.key(1),
+        connectors={"scale": jnp.asarray(2.0), "offset": 0.0, "table": np.ones(2, np.float32)},
+        model_state={"seen": 0},
+        memory={"bank": 1.0},
     )
     teacher, batch = mlp_init(jax.random.key(2), TEACHER), data()
     for _ in range(100):
         before = jax.tree.map(jax.typeof, state)
-        state, _ = step(state, teacher, batch)
+        state, _ = step(state, batch, teacher)
         assert jax.tree.map(jax.typeof, state) == before
     assert len(traces) == 1
     assert int(state.model_state["seen"]) == 100 * 8
@@ -136,11 +137,9 @@ def frozen_run(tx: optax.GradientTransformation, steps: int) -> tuple[Params, Tr
     params = mlp_init(jax.random.key(0), STUDENT)
     where = "head/.*"
     state = train.init_state(params, tx, key=jax.random.key(1), trainable=where)
-    step = train.jit_step(
-        train.make_train_step(mlp, task_terms, {"task": 1.0}, tx, trainable=where)
-    )
+    step = train.jit_step(train.make_step(mlp, task_terms, {"task": 1.0}, tx, trainable=where))
     for i in range(steps):
-        state, _ = step(state, None, data(i % 4))
+        state, _ = step(state, data(i % 4))
     return params, state
 
 
@@ -184,9 +183,9 @@ def test_frozen_layers_cost_no_gradient() -> None:
     params = mlp_init(jax.random.key(0), (WIDTH,) + (32,) * 8 + (CLASSES,))
 
     def flops(where: str) -> float:
-        step = train.make_train_step(mlp, task_terms, {"task": 1.0}, tx, trainable=where)
+        step = train.make_step(mlp, task_terms, {"task": 1.0}, tx, trainable=where)
         state = train.init_state(params, tx, key=jax.random.key(1), trainable=where)
-        analysis = jax.jit(step).lower(state, None, data()).compile().cost_analysis()
+        analysis = jax.jit(step).lower(state, data()).compile().cost_analysis()
         assert analysis is not None
         return analysis["flops"]
 
@@ -197,8 +196,8 @@ def test_the_teacher_is_in_no_backward_pass() -> None:
     step, state, teacher = distillation(optax.sgd(0.1))
 
     def after(teacher: Params) -> jax.Array:
-        new, metrics = step(state, teacher, data())
-        return metrics["match"].value() + jnp.sum(new.params["student"]["head"]["kernel"])
+        new, metrics = step(state, data(), teacher)
+        return metrics["match"].value() + jnp.sum(new.params["head"]["kernel"])
 
     assert all(not g.any() for g in jax.tree.leaves(jax.jit(jax.grad(after))(teacher)))
 
@@ -208,10 +207,10 @@ def test_scan_equals_a_loop() -> None:
     batches = {k: v.reshape(4, 2, *v.shape[1:]) for k, v in data().items()}
     looped, one = state, jax.jit(step)
     for i in range(4):
-        looped, _ = one(looped, teacher, jax.tree.map(lambda x, i=i: x[i], batches))
+        looped, _ = one(looped, jax.tree.map(lambda x, i=i: x[i], batches), teacher)
     index = jnp.arange(8, dtype=jnp.int32).reshape(4, 2)
     epoch = jax.jit(train.scan_epoch(step))
-    scanned, metrics = epoch(state, teacher, data(), index)
+    scanned, metrics = epoch(state, data(), index, teacher)
     assert train.values(metrics)["loss"].shape == (4,)
     for a, b in zip(jax.tree.leaves(scanned.params), jax.tree.leaves(looped.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -222,13 +221,13 @@ def test_vmap_over_students_sharing_a_teacher() -> None:
     tx = optax.adam(1e-2)
 
     def start(seed: jax.Array) -> TrainState:
-        params = {"student": mlp_init(jax.random.key(seed), STUDENT)}
+        params = mlp_init(jax.random.key(seed), STUDENT)
         return train.init_state(params, tx, key=jax.random.key(seed))
 
     states = jax.vmap(start)(jnp.arange(3))
-    many, metrics = jax.jit(jax.vmap(step, in_axes=(0, None, None)))(states, teacher, data())
+    many, metrics = jax.jit(jax.vmap(step, in_axes=(0, None, None)))(states, data(), teacher)
     assert train.values(metrics)["match"].shape == (3,)
-    single, _ = jax.jit(step)(start(jnp.asarray(1)), teacher, data())
+    single, _ = jax.jit(step)(start(jnp.asarray(1)), data(), teacher)
     for a, b in zip(jax.tree.leaves(many.params), jax.tree.leaves(single.params), strict=True):
         np.testing.assert_allclose(a[1], b, rtol=1e-5, atol=1e-6)
 
@@ -237,13 +236,13 @@ def test_grad_through_steps() -> None:
     step, state, teacher = distillation(optax.sgd(0.1))
 
     def match_after(kernel: jax.Array) -> jax.Array:
-        student = state.params["student"]
+        student = state.params
         head = {**student["head"], "kernel": kernel}
-        start = state._replace(params={"student": {**student, "head": head}})
-        last, _ = jax.lax.scan(lambda s, _: (step(s, teacher, data())[0], None), start, length=3)
-        return step(last, teacher, data())[1]["match"].value()
+        start = state._replace(params={**student, "head": head})
+        last, _ = jax.lax.scan(lambda s, _: (step(s, data(), teacher)[0], None), start, length=3)
+        return step(last, data(), teacher)[1]["match"].value()
 
-    kernel = state.params["student"]["head"]["kernel"]
+    kernel = state.params["head"]["kernel"]
     slope = jax.jit(jax.grad(match_after))(kernel)
     after = jax.jit(match_after)
     eps = 1e-2 * slope / jnp.linalg.norm(slope)
@@ -252,13 +251,13 @@ def test_grad_through_steps() -> None:
 
 
 def test_a_donated_state_never_deletes_the_callers_arrays() -> None:
-    params = {"student": mlp_init(jax.random.key(0), STUDENT)}
+    params = mlp_init(jax.random.key(0), STUDENT)
     tx, key = optax.adam(1e-2), jax.random.key(1)
     memory, model_state = jnp.ones(3, jnp.float32), {"seen": jnp.int32(0)}
     state = train.init_state(params, tx, key=key, memory=memory, model_state=model_state)
     step, _, teacher = distillation(tx)
     batch = data()
-    new, _ = train.jit_step(step)(state, teacher, batch)
+    new, _ = train.jit_step(step)(state, batch, teacher)
     given = (params, key, memory, model_state, teacher, batch)
     assert not any(x.is_deleted() for x in jax.tree.leaves((given, new)))
     assert all(x.is_deleted() for x in jax.tree.leaves(state.params))  # the donation is real
@@ -267,38 +266,35 @@ def test_a_donated_state_never_deletes_the_callers_arrays() -> None:
 def test_one_step_transfers_nothing_and_leaks_nothing() -> None:
     step, state, teacher = distillation()
     batch, compiled = data(), jax.jit(step)
-    compiled(state, teacher, batch)
+    compiled(state, batch, teacher)
     with jax.transfer_guard("disallow"):
-        compiled(state, teacher, batch)
+        compiled(state, batch, teacher)
     with jax.checking_leaks():
-        jax.jit(lambda *args: step(*args))(state, teacher, batch)
+        jax.jit(lambda *args: step(*args))(state, batch, teacher)
 
 
 def test_mismatched_keys_raise_when_traced() -> None:
     tx = optax.sgd(0.1)
-    step = train.make_distill_step(mlp, mlp, distill_terms, {"task": 1.0, "mtach": 1.0}, tx)
+    step = train.make_step(mlp, distill_terms, {"task": 1.0, "mtach": 1.0}, tx, teacher=mlp)
     _, state, teacher = distillation(tx)
     with pytest.raises(
         ValueError, match=r"only in terms: \['match'\], only in weights: \['mtach'\]"
     ):
-        step(state, teacher, data())
+        step(state, data(), teacher)
 
 
 @pytest.mark.parametrize(
-    ("batch", "whole", "words"),
+    ("batch", "words"),
     [
-        ({}, False, r"init_state\(\{'student': params\}"),
-        ({"inputs": None}, True, r"a dict with 'inputs', got the keys \['labels'\]"),
-        ({"weights": jnp.ones((8, 1))}, True, r"'weights' must be \[B\].*got \[8, 1\]"),
+        ({"inputs": None}, r"a dict with 'inputs', got the keys \['labels'\]"),
+        ({"weights": jnp.ones((8, 1))}, r"'weights' must be \[B\].*got \[8, 1\]"),
     ],
 )
-def test_a_malformed_state_or_batch_is_told(batch: Any, whole: bool, words: str) -> None:
+def test_a_malformed_batch_is_told(batch: Any, words: str) -> None:
     step, state, teacher = distillation()
-    if not whole:
-        state = state._replace(params=state.params["student"])
     given = {k: v for k, v in {**data(), **batch}.items() if v is not None}
     with pytest.raises(ValueError, match=words):
-        jax.eval_shape(step, state, teacher, given)
+        jax.eval_shape(step, state, given, teacher)
 
 
 @pytest.mark.parametrize(
@@ -310,25 +306,23 @@ def test_a_malformed_state_or_batch_is_told(batch: Any, whole: bool, words: str)
 )
 def test_malformed_terms_are_told(terms: Any, error: type[Exception], words: str) -> None:
     _, state, teacher = distillation(optax.sgd(0.1))
-    step = train.make_distill_step(mlp, mlp, terms, {"task": 1.0}, optax.sgd(0.1))
+    step = train.make_step(mlp, terms, {"task": 1.0}, optax.sgd(0.1), teacher=mlp)
     with pytest.raises(error, match=words):
-        jax.eval_shape(step, state, teacher, data())
+        jax.eval_shape(step, state, data(), teacher)
 
 
 def test_an_optimizer_state_for_other_parameters_is_told() -> None:
     _, state, teacher = distillation()
     tx = optax.adam(1e-2)
-    step = train.make_distill_step(
-        mlp, mlp, distill_terms, WEIGHTS, tx, trainable="student/head/.*"
-    )
+    step = train.make_step(mlp, distill_terms, WEIGHTS, tx, teacher=mlp, trainable="head/.*")
     with pytest.raises(ValueError, match="the same optimizer and the same trainable="):
-        jax.eval_shape(step, state, teacher, data())
+        jax.eval_shape(step, state, data(), teacher)
 
 
 def test_a_selector_that_matches_nothing_raises() -> None:
-    params = {"student": mlp_init(jax.random.key(0), STUDENT)}
-    with pytest.raises(ValueError, match=r"'head/\.\*' matches no leaf.*student/head"):
-        train.init_state(params, optax.sgd(0.1), key=jax.random.key(1), trainable="head/.*")
+    params = mlp_init(jax.random.key(0), STUDENT)
+    with pytest.raises(ValueError, match=r"'tail/\.\*' matches no leaf.*head"):
+        train.init_state(params, optax.sgd(0.1), key=jax.random.key(1), trainable="tail/.*")
 
 
 def test_keys_differ_by_step_and_by_use() -> None:
@@ -346,10 +340,10 @@ def test_keys_differ_by_step_and_by_use() -> None:
         return task_terms(inputs)
 
     tx = optax.sgd(0.0)
-    step = train.make_train_step(noisy, terms, {"task": 1.0}, tx)
+    step = train.make_step(noisy, terms, {"task": 1.0}, tx)
     state = train.init_state(mlp_init(jax.random.key(0), STUDENT), tx, key=jax.random.key(1))
-    state, _ = step(state, None, data())
-    again, _ = step(state, None, data())
+    state, _ = step(state, data())
+    again, _ = step(state, data())
     assert len({tuple(np.asarray(k)) for k in seen}) == 4
     assert_equal_trees(again.key, state.key)
 
@@ -359,12 +353,12 @@ def test_memory_and_model_state_are_carried() -> None:
         return task_terms(inputs), inputs.memory + jnp.mean(inputs.student["features"])
 
     tx = optax.sgd(0.1)
-    step = train.make_train_step(mlp, terms, {"task": 1.0}, tx)
+    step = train.make_step(mlp, terms, {"task": 1.0}, tx)
     state = train.init_state(
         mlp_init(jax.random.key(0), STUDENT), tx, key=jax.random.key(1),
         model_state={"seen": jnp.int32(0)}, memory=jnp.zeros((), jnp.bfloat16),
     )  # fmt: skip
-    new, _ = jax.jit(step)(state, None, data())
+    new, _ = jax.jit(step)(state, data())
     assert int(new.model_state["seen"]) == 8
     assert new.memory.dtype == jnp.bfloat16 and float(new.memory) != 0
 
@@ -373,19 +367,19 @@ def test_cached_teacher_outputs_equal_the_teacher() -> None:
     step, state, teacher = distillation()
     outputs, _ = mlp(teacher, None, data()["inputs"])
     tx = optax.adam(1e-2)
-    cached = train.make_distill_step(mlp, None, distill_terms, WEIGHTS, tx)
-    a, _ = jax.jit(step)(state, teacher, data())
-    b, _ = jax.jit(cached)(state, None, {**data(), "teacher": outputs})
+    cached = train.make_step(mlp, distill_terms, WEIGHTS, tx)
+    a, _ = jax.jit(step)(state, data(), teacher)
+    b, _ = jax.jit(cached)(state, {**data(), "teacher": outputs})
     for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
-    c, _ = jax.jit(step)(state, Variables(teacher), data())
+    c, _ = jax.jit(step)(state, data(), Variables(teacher))
     assert_equal_trees(a, c)
 
 
 def test_padding_changes_nothing_whatever_it_holds() -> None:
     step, state, teacher = distillation(optax.sgd(0.1))
     plain = data(size=5)
-    a, metrics_a = jax.jit(step)(state, teacher, plain)
+    a, metrics_a = jax.jit(step)(state, plain, teacher)
     stepped = jax.jit(step)
     for filler in (0.0, 1e30, np.nan):
         padded = {
@@ -393,7 +387,7 @@ def test_padding_changes_nothing_whatever_it_holds() -> None:
             "labels": jnp.concatenate([plain["labels"], jnp.zeros(3, jnp.int32)]),
             "weights": jnp.asarray([1.0] * 5 + [0.0] * 3),
         }
-        b, metrics_b = stepped(state, teacher, padded)
+        b, metrics_b = stepped(state, padded, teacher)
         for x, y in zip(
             jax.tree.leaves((a.params, train.values(metrics_a))),
             jax.tree.leaves((b.params, train.values(metrics_b))),
@@ -409,7 +403,7 @@ def test_a_step_computes_in_the_dtype_of_its_state() -> None:
         optax.sgd(0.1),
         key=jax.random.key(1),
     )
-    new, metrics = jax.jit(step)(half, teacher, data())
+    new, metrics = jax.jit(step)(half, data(), teacher)
     assert {x.dtype for x in jax.tree.leaves(new.params)} == {jnp.dtype(jnp.bfloat16)}
     assert metrics["loss"].total.dtype == jnp.float32
 
@@ -467,16 +461,16 @@ def convolving(
 def test_jit_epoch_gives_the_scanned_epoch_on_either_path(model: Any, path: str) -> None:
     tx = optax.sgd(0.1)
     params = mlp_init(jax.random.key(0), STUDENT) if model is mlp else {"conv": jnp.ones(3)}
-    step = train.make_train_step(model, task_terms, {"task": 1.0}, tx)
+    step = train.make_step(model, task_terms, {"task": 1.0}, tx)
     index = train.epoch_index(jax.random.key(3), 0, 8, 4)
 
     def start() -> TrainState:
         return train.init_state(params, tx, key=jax.random.key(1))
 
     if jax.default_backend() == "cpu":
-        assert train.epoch_path(step, start(), None, data()) == path
-    a, metrics_a = train.jit_epoch(step)(start(), None, data(), index)
-    b, metrics_b = jax.jit(train.scan_epoch(step))(start(), None, data(), index)
+        assert train.epoch_path(step, start(), data()) == path
+    a, metrics_a = train.jit_epoch(step)(start(), data(), index)
+    b, metrics_b = jax.jit(train.scan_epoch(step))(start(), data(), index)
     for x, y in zip(
         jax.tree.leaves((a.params, metrics_a)), jax.tree.leaves((b.params, metrics_b)), strict=True
     ):

@@ -88,7 +88,7 @@ def over_pairs(
         def terms(inputs: Inputs) -> dict[str, Array]:
             features = _views.viewed(view, layers, inputs.student, inputs.teacher)
             if glue is not None:
-                features = connected(glue, inputs.params["connectors"], features)
+                features = connected(glue, inputs.connectors, features)
             return {term: summed(loss, features, layer_weight)}
 
         return Built(terms, weights(setup), init, no_memory)

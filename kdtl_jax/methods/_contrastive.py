@@ -31,7 +31,7 @@ def _embeddings(setup: Setup) -> Callable[[Array], Params]:
 
 
 def _embedded(setup: Setup, inputs: Inputs) -> tuple[Array, Array]:
-    params, (of_student, of_teacher) = inputs.params["connectors"], setup.last
+    params, (of_student, of_teacher) = inputs.connectors, setup.last
     return (
         _EMBED.apply(params["student"], inputs.student[of_student]),
         _EMBED.apply(params["teacher"], inputs.teacher[of_teacher]),
@@ -111,7 +111,7 @@ def _build_dcd(setup: Setup, options: Options) -> Built:
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         student, teacher = _embedded(setup, inputs)
-        temperature = 1 / jnp.minimum(jnp.exp(inputs.params["connectors"]["tau"]), 10)
+        temperature = 1 / jnp.minimum(jnp.exp(inputs.connectors["tau"]), 10)
         return {
             "info_nce": losses.info_nce(student, teacher, temperature=temperature),
             "invariance": losses.dcd_invariance(student, teacher, temperature=temperature),

@@ -52,7 +52,7 @@ def _build_vid(setup: Setup, options: Options) -> Built:
         )
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        params = inputs.params["connectors"]
+        params = inputs.connectors
         features = _views.viewed(_views.matched, setup.pairs, inputs.student, inputs.teacher)
         values = [
             losses.vid(mean, teacher, variance.apply(params[f"variance_{i}"], teacher))
@@ -73,7 +73,7 @@ def _build_srd(setup: Setup, options: Options) -> Built:
     temperature = _builders.chosen(options, 1.0)
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        params = inputs.params["connectors"]
+        params = inputs.connectors
         student = project.apply(params, inputs.student[of_student])
         teacher = norm.apply(plain, inputs.teacher[of_teacher])
         logits = inputs.student["logits"], inputs.teacher["logits"]
@@ -103,7 +103,7 @@ def _build_mgd(setup: Setup, options: Options) -> Built:
         }
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        params, (key, _) = inputs.params["connectors"], _builders.clock(inputs)
+        params, (key, _) = inputs.connectors, _builders.clock(inputs)
         [(student, teacher)] = _views.viewed(
             _views.matched_maps, _views.deepest_pair(setup), inputs.student, inputs.teacher
         )

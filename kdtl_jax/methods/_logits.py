@@ -78,7 +78,7 @@ def _build_ctkd(setup: Setup, options: Options) -> Built:
         student, teacher, _ = _builders.logits_of(inputs)
         _, step = _builders.clock(inputs)
         temperature = temperatures.learned_temperature(
-            inputs.params["connectors"]["temperature"], reversal=ramp(step)
+            inputs.connectors["temperature"], reversal=ramp(step)
         )
         return {"kd": losses.kd_kl(student, teacher, temperature=temperature)}
 

@@ -70,7 +70,7 @@ DEFAULTS = Options()
 class Built(NamedTuple):
     """A method for one pair of models."""
 
-    terms: TermsFn  # the distillation terms; connectors at `inputs.params["connectors"]`
+    terms: TermsFn  # the distillation terms; connectors at `inputs.connectors`
     weights: Mapping[str, Weight]  # of every term and of "task": the paper's or its code's
     connectors: Callable[[Array], Params]  # key -> parameters, {} if there are none
     memory: Callable[[Array], PyTree]  # key -> memory, None if there is none

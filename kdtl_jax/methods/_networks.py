@@ -42,19 +42,19 @@ def _build_simkd(setup: Setup, options: Options) -> Built:
     [(student_shape, teacher_shape)] = _views.shapes(view, layers, setup)
     projector = connectors.simkd_projector(teacher_shape.shape[-1])
 
-    def projected(params: Params, student: Outputs, teacher: Outputs) -> tuple[Array, Array]:
+    def projected(glue: Params, student: Outputs, teacher: Outputs) -> tuple[Array, Array]:
         [(features, target)] = _views.viewed(view, layers, student, teacher)
-        return projector.apply(params["connectors"], features), target
+        return projector.apply(glue, features), target
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        return {"simkd": losses.mse(*projected(inputs.params, inputs.student, inputs.teacher))}
+        return {"simkd": losses.mse(*projected(inputs.connectors, inputs.student, inputs.teacher))}
 
     def predict(params: Params, student: Outputs) -> Array:
         [(of_student, of_teacher)] = layers
         shape = setup.teacher[of_teacher].shape[1:]
         # Of the teacher's map only the size matters here: the student's is pooled to it.
         blank = jnp.zeros((len(student[of_student]), *shape), student[of_student].dtype)
-        features, _ = projected(params, student, {of_teacher: blank})
+        features, _ = projected(params["connectors"], student, {of_teacher: blank})
         return _classify(head, _views.as_vector(features))
 
     def init(key: Array) -> Params:
@@ -69,7 +69,7 @@ def _build_srrl(setup: Setup, options: Options) -> Built:
     connector = regressor(setup.teacher[of_teacher].shape[-1])
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        student = connector.apply(inputs.params["connectors"], inputs.student[of_student])
+        student = connector.apply(inputs.connectors, inputs.student[of_student])
         teacher = inputs.teacher[of_teacher]
         logits = _classify(head, student), _classify(head, teacher)
         return {"srrl": losses.mse(student, teacher) + 5 * losses.mse(*logits)}
@@ -89,7 +89,7 @@ def _build_catkd(setup: Setup, options: Options) -> Built:
         [(student, teacher)] = _views.viewed(
             _views.matched_maps, _last_maps(setup), inputs.student, inputs.teacher
         )
-        student = student @ student_head(inputs.params["student"]).kernel.astype(student.dtype)
+        student = student @ student_head(inputs.params).kernel.astype(student.dtype)
         teacher = teacher @ jax.lax.stop_gradient(teacher_kernel).astype(teacher.dtype)
         resolution = min(2, *student.shape[1:3])
         return {"catkd": losses.catkd(student, teacher, resolution=resolution)}
@@ -111,7 +111,7 @@ def _build_jacobian(setup: Setup, options: Options) -> Built:
         logits = inputs.student["logits"]
         probes = jax.random.rademacher(key, (PROBES, *logits.shape), logits.dtype)
         values = losses.jacobian_matching(
-            lambda x: models.student(inputs.params["student"], x)["logits"],
+            lambda x: models.student(inputs.params, x)["logits"],
             lambda x: models.teacher(x)["logits"],
             inputs.batch["inputs"],
             probes,

@@ -33,7 +33,7 @@ def _build_itrd(setup: Setup, options: Options) -> Built:
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         teacher = inputs.teacher[of_teacher]
-        student = embed.apply(inputs.params["connectors"], inputs.student[of_student])
+        student = embed.apply(inputs.connectors, inputs.student[of_student])
         apart = jnp.abs(losses.feature_correlation(student, teacher) - 1)
         return {
             # Published without a floor: -inf at perfect correlation.

@@ -36,7 +36,7 @@ def _build_reviewkd(setup: Setup, options: Options) -> Built:
         fused, residual = [], None
         for i in reversed(range(len(features))):
             student, teacher = features[i]
-            params = inputs.params["connectors"][f"pair_{i}"]
+            params = inputs.connectors[f"pair_{i}"]
             mixed, residual = fusions[i].apply(params, (student, residual))
             fused.append((mixed, teacher))
         return {"hcl": _builders.summed(losses.hcl, fused)}
@@ -65,7 +65,7 @@ def _build_ft(setup: Setup, options: Options) -> Built:
         }
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        params = inputs.params["connectors"]
+        params = inputs.connectors
         [(student, teacher)] = _views.viewed(
             _views.matched_maps, _views.deepest_pair(setup), inputs.student, inputs.teacher
         )
@@ -129,7 +129,7 @@ def _build_fsp(setup: Setup, options: Options) -> Built:
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         features = _views.viewed(_views.matched_maps, setup.pairs, inputs.student, inputs.teacher)
-        features = _builders.connected(glue, inputs.params["connectors"], features)
+        features = _builders.connected(glue, inputs.connectors, features)
         students, teachers = ([side[i] for side in features] for i in (0, 1))
         values = [
             losses.fsp(_views.matched(*student), _views.matched(*teacher))

@@ -124,7 +124,7 @@ def _build_tinybert(setup: Setup, options: Options) -> Built:
     def terms(inputs: Inputs) -> dict[str, Array]:
         hidden = [
             losses.last_axis_mse(
-                shared.apply(inputs.params["connectors"], inputs.student[s]), inputs.teacher[t]
+                shared.apply(inputs.connectors, inputs.student[s]), inputs.teacher[t]
             )
             for s, t in setup.pairs
         ]

@@ -112,14 +112,14 @@ def program(
         own = jax.tree.map(lambda x: x[point["seed"]], data)
         tx = optax.adam(point["rate"])
         chosen = {name: point[name] for name in weights}
-        step = train.make_train_step(model, terms(point), chosen, tx, trainable=trainable)
+        step = train.make_step(model, terms(point), chosen, tx, trainable=trainable)
         key = jax.random.fold_in(jax.random.key(0), point["seed"])
         state = train.init_state(point["start"], tx, key=key, trainable=trainable)
         epoch = train.scan_epoch(step)
 
         def one_epoch(state: train.TrainState, number: Array) -> tuple[train.TrainState, None]:
             index = train.epoch_index(key, number, own["labels"].shape[0], batch_size)
-            return epoch(state, None, own, index)[0], None
+            return epoch(state, own, index)[0], None
 
         def between_checks(
             state: train.TrainState, numbers: Array

@@ -24,7 +24,7 @@ from kdtl_jax.run import data, loop, sharding
 from kdtl_jax.train import Batch, Step, TrainState
 
 Views = Callable[[Array, Array, Batch], Batch]  # key, epoch, batch -> batch
-AXES = TrainState._make((None, 0, 0, 0, 0, 0))  # the step is shared
+AXES = TrainState._make((None, 0, 0, 0, 0, 0, 0))  # the step is shared
 # Folded into a run's key for its views. Steps fold in their own numbers, which stay below.
 VIEWS = np.uint32(2**32 - 1)
 NEVER = 2**62  # of `sharding.place`: no leaf is large enough to be split
@@ -49,7 +49,7 @@ def keys(seeds: int) -> Keys:
 
 def together(step: Step) -> Step:
     """All seeds at once: batches `[S, B, ...]`, metrics `[S]`."""
-    return jax.vmap(step, in_axes=(AXES, None, 0), out_axes=(AXES, 0))
+    return jax.vmap(step, in_axes=(AXES, 0, None), out_axes=(AXES, 0))
 
 
 def in_turn(step: Step, seeds: int) -> Step:
@@ -58,12 +58,12 @@ def in_turn(step: Step, seeds: int) -> Step:
     `state.step` counts calls; what a seed sees is the number of its own steps.
     """
 
-    def one(state: TrainState, teacher: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+    def one(state: TrainState, batch: Batch, teacher: Any) -> tuple[TrainState, Metrics]:
         seed, zero = state.step % seeds, jnp.zeros((), jnp.int32)
         stacks = state[1:-1]  # all but the step and the keys, which do not change
         own = jax.tree.map(lambda x: x[seed], stacks)
         new, metrics = step(
-            TrainState._make((state.step // seeds, *own, state.key[seed])), teacher, batch
+            TrainState._make((state.step // seeds, *own, state.key[seed])), batch, teacher
         )
 
         def put(whole: Array, part: Array) -> Array:
@@ -82,9 +82,9 @@ def in_turn(step: Step, seeds: int) -> Step:
 def augmented(step: Step, views: Views, steps_per_epoch: int) -> Step:
     """The step on augmented views, the same for teacher and student; new ones every epoch."""
 
-    def on_views(state: TrainState, teacher: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+    def on_views(state: TrainState, batch: Batch, teacher: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, VIEWS)
-        return step(state, teacher, views(key, state.step // steps_per_epoch, batch))
+        return step(state, views(key, state.step // steps_per_epoch, batch), teacher)
 
     return on_views
 
@@ -93,9 +93,9 @@ def placed(step: Step, mesh: Mesh, examples_axis: int) -> Step:
     """The step with its batch split over the mesh and its metrics on every device."""
     split = NamedSharding(mesh, PartitionSpec(*(None,) * examples_axis, sharding.AXES))
 
-    def on_mesh(state: TrainState, teacher: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+    def on_mesh(state: TrainState, batch: Batch, teacher: Any) -> tuple[TrainState, Metrics]:
         batch = jax.lax.with_sharding_constraint(dict(batch), split)
-        new, metrics = step(state, teacher, batch)
+        new, metrics = step(state, batch, teacher)
         whole = jax.lax.with_sharding_constraint(metrics.sums, sharding.replicated(mesh))
         return new, Metrics(metrics.names, whole)
 

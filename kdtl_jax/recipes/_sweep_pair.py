@@ -99,7 +99,7 @@ def teacher_of(
         _training.namer(net),
     )
     state = trained.state
-    return Variables(*_seeds.pick((state.params["student"], state.model_state), 0))
+    return Variables(*_seeds.pick((state.params, state.model_state), 0))
 
 
 def accuracies(net: Network, frozen: Variables, splits: Splits) -> tuple[float, float]:

@@ -83,7 +83,7 @@ def program(
         if "alpha" in point:
             params = scaled_start(shared.teacher.params, params, point["alpha"])
         return train.init_state(
-            {"student": params, "connectors": {}},
+            params,
             _tx(point),
             key=keys.steps,
             model_state=fresh.model_state,
@@ -102,7 +102,7 @@ def program(
             name: weight if name == TASK or factor is None else times(weight, factor)
             for name, weight in built.weights.items()
         }
-        return train.make_distill_step(net.apply, None, terms, weights, _tx(point))
+        return train.make_step(net.apply, terms, weights, _tx(point))
 
     def _tx(point: Point) -> optax.GradientTransformation:
         decay = point.get("weight_decay", fixed["weight_decay"])
@@ -110,7 +110,7 @@ def program(
 
     def scores(state: TrainState, shared: Shared) -> tuple[Array, Array]:
         def accuracy(split: tuple[Array, Array]) -> Array:
-            outputs, _ = net.apply(state.params["student"], state.model_state, split[0])
+            outputs, _ = net.apply(state.params, state.model_state, split[0])
             named = jnp.argmax(outputs["logits"], axis=-1).astype(jnp.int32)
             return jnp.mean((named == split[1]).astype(jnp.float32))
 
@@ -140,7 +140,7 @@ def trained(made: Program, epochs: int, *, steps: int | None = None) -> sweep.Ex
 
         def body(state: TrainState, number: Array) -> tuple[TrainState, Array]:
             index = made.rows(point, number)[:steps]
-            state, metrics = epoch(state, None, shared.arrays, index)
+            state, metrics = epoch(state, shared.arrays, index)
             return state, jnp.mean(metrics["loss"].value())
 
         state, losses = jax.lax.scan(body, state, first + jnp.arange(epochs, dtype=jnp.int32))
@@ -158,9 +158,7 @@ def step_by_step(made: Program, epochs: int, *, steps: int | None = None) -> swe
     """
     start, rows, scores = jax.jit(made.start), jax.jit(made.rows), jax.jit(made.scores)
     one = jax.jit(
-        lambda state, point, shared, at: made.step(point)(
-            state, None, train.take(shared.arrays, at)
-        ),
+        lambda state, point, shared, at: made.step(point)(state, train.take(shared.arrays, at)),
         donate_argnums=0,
     )
     own = jax.jit(lambda state: jax.tree.map(jnp.copy, state))

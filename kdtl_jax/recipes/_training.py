@@ -198,7 +198,8 @@ def namer(net: Network, predict: Predict | None = None, mesh: Mesh | None = None
 
     def named(state: TrainState, inputs: np.ndarray, turns: bool) -> np.ndarray:
         # Without the connectors that no prediction reads, one compilation serves all methods.
-        params = {"student": state.params["student"]} if predict is None else state.params
+        glue = {} if predict is None else state.connectors
+        params = {"student": state.params, "connectors": glue}
         held = params, state.model_state
         found = []
         for batch in data.in_order({"inputs": inputs}, min(EVALUATION_BATCH, len(inputs))):
@@ -231,7 +232,7 @@ def untrained(variables: Variables, keys: _seeds.Keys) -> TrainState:
     """Given variables as the state of one seed, for `named`."""
     params, model_state = jax.tree.map(lambda x: jnp.asarray(x)[None], tuple(variables))
     step = jnp.zeros((), jnp.int32)
-    return TrainState(step, {"student": params}, None, model_state, None, keys.steps)
+    return TrainState(step, params, {}, None, model_state, None, keys.steps)
 
 
 def outputs(net: Network, variables: Variables, inputs: np.ndarray) -> dict[str, np.ndarray]:
@@ -259,9 +260,10 @@ def _start(
 ) -> TrainState:
     def one(start: Variables, key: _seeds.Keys) -> TrainState:
         return train.init_state(
-            {"student": start.params, "connectors": built.connectors(key.connectors)},
+            start.params,
             tx,
             key=key.steps,
+            connectors=built.connectors(key.connectors),
             model_state=start.model_state,
             memory=built.memory(key.memory),
         )
@@ -279,12 +281,12 @@ def _step(
     per_epoch: int,
 ) -> train.Step:
     """The step of one seed."""
-    step = train.make_distill_step(
+    step = train.make_step(
         net.apply,
-        None if teacher is None else teacher[0],
         _with_task(built),
         built.weights,
         tx,
+        teacher=None if teacher is None else teacher[0],
         microbatches=schedule.microbatches,
     )
     step = loop.skip_nonfinite(step)
@@ -317,7 +319,7 @@ def _convolves(
 
     one = jax.tree.map(shape, state._replace(step=state.step[None]))
     batch = jax.tree.map(lambda x: shape(x, schedule.batch_size), dict(bench.arrays))
-    return train.step_path(step, one, teacher, batch) == "steps"
+    return train.step_path(step, one, batch, teacher) == "steps"
 
 
 def checked_batch(schedule: Schedule, size: int) -> int:

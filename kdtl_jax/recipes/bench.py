@@ -148,11 +148,11 @@ def workload(preset: Preset, dtype: Any) -> Workload:
     cast = jnp.dtype(dtype) != jnp.float32
     of, by = (precision.compute_in(m.apply, dtype) if cast else m.apply for m in (student, teacher))
     tx = preset.tx if jnp.dtype(dtype) != jnp.float16 else precision.loss_scaling(preset.tx)
-    step = train.make_distill_step(of, by, _token_terms if is_text else _terms, WEIGHTS, tx)
+    step = train.make_step(of, _token_terms if is_text else _terms, WEIGHTS, tx, teacher=by)
 
     def state() -> train.TrainState:
         return train.init_state(
-            {"student": of_student.params},
+            of_student.params,
             tx,
             key=jax.random.key(1),
             model_state=of_student.model_state,
@@ -187,7 +187,7 @@ def run(
     work = workload(preset, dtype)
     batch, state = work.batch(size), work.state()
     program, compile_seconds = measure.compiled(
-        train.jit_step(work.step), state, work.teacher, batch
+        train.jit_step(work.step), state, batch, work.teacher
     )
 
     def once() -> Any:
@@ -231,7 +231,7 @@ def counts(devices: int) -> list[int]:
 def _epoch(work: Workload, size: int, steps: int) -> tuple[str, float]:
     """The path of `jit_epoch`, and its seconds per step if it is one program."""
     state, data = work.state(), work.batch(size * min(steps, 8))
-    path = train.epoch_path(work.step, state, work.teacher, data, size)
+    path = train.epoch_path(work.step, state, data, size, work.teacher)
     if path != "scan":
         return path, 0.0
     rows = np.arange(steps * size, dtype=np.int32) % len(data["labels"])
@@ -239,7 +239,7 @@ def _epoch(work: Workload, size: int, steps: int) -> tuple[str, float]:
 
     def once() -> Any:
         nonlocal state
-        state, metrics = epoch(state, work.teacher, data, index)
+        state, metrics = epoch(state, data, index, work.teacher)
         return state, metrics
 
     return path, measure.step_times(once, 3, warmup=1).median / steps
@@ -258,7 +258,7 @@ def _scaling(work: Workload, size: int, steps: int, devices: int) -> tuple[Scale
 
         def once(step: Any = step, teacher: Any = teacher, batch: Any = batch) -> Any:
             nonlocal state
-            state, metrics = step(state, teacher, batch)
+            state, metrics = step(state, batch, teacher)
             return state, metrics
 
         seconds = measure.throughput(once, steps)

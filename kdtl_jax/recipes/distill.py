@@ -142,7 +142,7 @@ def run(
         rows.append(row)
         learning[name] = _curve(trained)
         if built.predict is None and (best is None or row.validation.mean > best[0]):
-            first = _seeds.pick((trained.state.params["student"], trained.state.model_state), 0)
+            first = _seeds.pick((trained.state.params, trained.state.model_state), 0)
             best = row.validation.mean, name, Variables(*first)
     assert best is not None
     rows = report.compared(rows, {STUDENTS: BASELINE})
@@ -240,7 +240,7 @@ def _teacher(
     on_validation, on_test = (
         named(state, part.inputs, True) for part in (splits.validation, splits.test)
     )
-    frozen = Variables(*_seeds.pick((state.params["student"], state.model_state), 0))
+    frozen = Variables(*_seeds.pick((state.params, state.model_state), 0))
     row = report.Row(
         TEACHER,
         TEACHERS,
@@ -307,7 +307,7 @@ def _row(
     named_by_teacher: np.ndarray,
 ) -> report.Row:
     on_test = named(trained.state, splits.test.inputs, trained.turns)
-    params = _seeds.pick(trained.state.params, 0)
+    params, glue = _seeds.pick((trained.state.params, trained.state.connectors), 0)
     schedule = settings.students
     described: dict[str, Any] = {
         "epochs": schedule.epochs,
@@ -323,7 +323,7 @@ def _row(
         name,
         STUDENTS,
         "Student alone" if method is None else method.title,
-        trees.count(params["student"] if built.predict is None else params),
+        trees.count(params if built.predict is None else (params, glue)),
         _accuracy(on_test, splits.test.labels),
         report.interval(trained.validation[-1]),
         trained.seconds,

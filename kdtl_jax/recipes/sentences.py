@@ -180,8 +180,12 @@ def run(
         "copied_distilled": lambda seed: copied.params,
         BASELINE: lambda seed: init(jax.random.key(seed)),
     }
-    step = train.make_distill_step(
-        apply, teacher.model, _terms(settings.layers), WEIGHTS, _optimizer(settings)
+    step = train.make_step(
+        apply,
+        _terms(settings.layers),
+        WEIGHTS,
+        _optimizer(settings),
+        teacher=teacher.model,
     )
     learning: dict[str, dict[str, list[float]]] = {}
     ends: dict[str, list[Params]] = {}
@@ -314,7 +318,7 @@ def _distill(
 ) -> tuple[Params, dict[str, list[float]]]:
     key = jax.random.key(seed)
     batches = data.resident({"inputs": lines.train}, settings.batch_size, key=key)
-    state = train.init_state({"student": start}, _optimizer(settings), key=key)
+    state = train.init_state(start, _optimizer(settings), key=key)
 
     def log(line: Mapping[str, Any]) -> None:
         if "loss" in line:
@@ -329,7 +333,7 @@ def _distill(
         log=log,
         log_every=max(1, settings.steps // 10),
         evaluate=lambda state: {
-            "agreement": float(measure(state.params["student"], "validation").agreement.mean())
+            "agreement": float(measure(state.params, "validation").agreement.mean())
         },
         evaluate_every=max(1, settings.steps // settings.checks),
     )
@@ -337,7 +341,7 @@ def _distill(
         "epoch": [float(line["step"]) for line in result.evaluations],
         "validation_accuracy": [line["eval/agreement"] for line in result.evaluations],
     }
-    return result.state.params["student"], curve
+    return result.state.params, curve
 
 
 LABELS = {

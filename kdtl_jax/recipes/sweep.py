@@ -253,7 +253,7 @@ def _loses_in_loops(made: Program, points: dict[str, Any], shared: Shared) -> bo
     batch = jax.eval_shape(
         lambda s: train.take(s.arrays, jnp.zeros(rows.shape[1:], jnp.int32)), shared
     )
-    return train.step_path(made.step(point), state, None, batch) == "steps"
+    return train.step_path(made.step(point), state, batch) == "steps"
 
 
 def _chunk(

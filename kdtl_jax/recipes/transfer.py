@@ -138,13 +138,13 @@ def train_sources(net: Network, part: Dataset, settings: Settings) -> Source:
     def fit(seed: Array, data: dict[str, Array]) -> Any:
         key = jax.random.key(seed)
         start = net.init(key, data["inputs"][:1])
-        step = train.make_train_step(net.apply, objective.classification, {"task": 1.0}, tx)
+        step = train.make_step(net.apply, objective.classification, {"task": 1.0}, tx)
         state = train.init_state(start.params, tx, key=key, model_state=start.model_state)
         epoch = train.scan_epoch(step)
 
         def one_epoch(state: train.TrainState, number: Array) -> tuple[train.TrainState, None]:
             index = train.epoch_index(key, number, len(part.labels), size)
-            return epoch(state, None, data, index)[0], None
+            return epoch(state, data, index)[0], None
 
         numbers = jnp.arange(settings.source_epochs, dtype=jnp.int32)
         state, _ = jax.lax.scan(one_epoch, state, numbers)
@@ -295,7 +295,7 @@ def _program(
         tx = optax.chain(*chain)
         weights = {"task": 1.0} | ({method.term: point[method.term]} if method.term else {})
         model = method.apply(case)
-        step = train.make_train_step(
+        step = train.make_step(
             model, ways.terms_of(method, case), weights, tx, trainable=method.trainable
         )
         state = train.init_state(
@@ -306,7 +306,7 @@ def _program(
 
         def one_epoch(state: train.TrainState, number: Array) -> tuple[train.TrainState, None]:
             index = train.epoch_index(key, number, examples, size)
-            return epoch(state, None, rows, index)[0], None
+            return epoch(state, rows, index)[0], None
 
         def measure(state: train.TrainState, split: _fits.Held) -> tuple[Array, Array]:
             variables = Variables(method.finish(state.params), state.model_state)

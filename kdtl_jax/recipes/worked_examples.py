@@ -78,11 +78,11 @@ def fit(
 ) -> tuple[Params, Array]:
     """SGD on the mean squared error, the whole set as one batch; the losses by epoch."""
     tx = optax.sgd(RATE)
-    step = train.make_train_step(model.apply, squared_error, {"mse": 1.0}, tx)
+    step = train.make_step(model.apply, squared_error, {"mse": 1.0}, tx)
     state = train.init_state(params, tx, key=jax.random.key(2))
     rows = jnp.arange(len(data["labels"]), dtype=jnp.int32)
     index = jnp.broadcast_to(rows[None], (epochs, len(rows)))
-    state, metrics = train.jit_epoch(step)(state, None, data, index)
+    state, metrics = train.jit_epoch(step)(state, data, index)
     return state.params, train.values(metrics)["mse"]
 
 

@@ -125,9 +125,9 @@ def keep_placement(step: train.Step, state: train.TrainState) -> train.Step:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
     def kept(
-        state: train.TrainState, teacher_params: Any, batch: train.Batch
+        state: train.TrainState, batch: train.Batch, teacher_params: Any = None
     ) -> tuple[train.TrainState, train.Metrics]:
-        new, metrics = step(state, teacher_params, batch)
+        new, metrics = step(state, batch, teacher_params)
         return jax.lax.with_sharding_constraint(new, shardings), metrics
 
     return kept
@@ -161,7 +161,7 @@ def separate_teacher(
 ) -> Callable[[Any, Mapping[str, Any]], dict[str, Any]]:
     """A teacher on devices of its own, whose outputs move to the student's.
 
-    The step is made without a teacher (`make_distill_step(student, None, ...)`): it finds the
+    The step is made without a teacher (`make_step(student, ...)`): it finds the
     outputs in the batch. Nothing waits, so the teacher works on the next batches while the student
     steps; as `loop.run(place=partial(attach, teacher_params))` that happens ahead of every step.
 

@@ -10,10 +10,12 @@ optimizer state, do not enter clipping and stay bit-identical.
 
 from kdtl_jax.objective import Metrics as Metrics
 from kdtl_jax.train import balancing as balancing
+from kdtl_jax.train import dot as dot
 from kdtl_jax.train import ensembles as ensembles
 from kdtl_jax.train import finetune as finetune
 from kdtl_jax.train import fisher as fisher
 from kdtl_jax.train import hypergradients as hypergradients
+from kdtl_jax.train import mean_teachers as mean_teachers
 from kdtl_jax.train import online as online
 from kdtl_jax.train import precision as precision
 from kdtl_jax.train import sweep as sweep
@@ -30,7 +32,6 @@ from kdtl_jax.train._state import TrainState as TrainState
 from kdtl_jax.train._state import init_state as init_state
 from kdtl_jax.train._steps import add_metrics as add_metrics
 from kdtl_jax.train._steps import jit_step as jit_step
-from kdtl_jax.train._steps import make_distill_step as make_distill_step
 from kdtl_jax.train._steps import make_eval_step as make_eval_step
-from kdtl_jax.train._steps import make_train_step as make_train_step
+from kdtl_jax.train._steps import make_step as make_step
 from kdtl_jax.train._steps import values as values

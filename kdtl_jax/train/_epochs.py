@@ -1,7 +1,6 @@
 """Epochs over device-resident data: the order, the scan, and where single steps are faster."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,13 @@ from jax import Array
 from kdtl_jax.objective import Metrics
 from kdtl_jax.train._state import Batch, Step, TrainState
 
-Epoch = Callable[[TrainState, Any, Batch, Array], tuple[TrainState, Metrics]]
+
+class Epoch(Protocol):
+    """`(state, data, rows of every batch, teacher_params) -> (state, metrics)`."""
+
+    def __call__(
+        self, state: TrainState, data: Batch, index: Array, teacher_params: Any = None
+    ) -> tuple[TrainState, Metrics]: ...
 
 
 def take(data: Batch, index: Array) -> dict[str, Any]:
@@ -23,23 +28,24 @@ def scan_epoch(step: Step) -> Epoch:
     """An epoch over device-resident data as one program.
 
     Returns:
-      `epoch(state, teacher_params, data, index) -> (state, metrics)`: `data` holds whole arrays
-      `[N, ...]`, `index` int32 `[steps, B]` names the rows of each batch; metrics get a leading
-      step axis. Rows are gathered once, outside the loop. Not jitted: use `jit_step(epoch)`.
+      `epoch(state, data, index, teacher_params=None) -> (state, metrics)`: `data` holds whole
+      arrays `[N, ...]`, `index` int32 `[steps, B]` names the rows of each batch; metrics get a
+      leading step axis. Rows are gathered once, outside the loop. Not jitted: use
+      `jit_step(epoch)`.
     """
 
     def epoch(
-        state: TrainState, teacher_params: Any, data: Batch, index: Array
+        state: TrainState, data: Batch, index: Array, teacher_params: Any = None
     ) -> tuple[TrainState, Metrics]:
         def body(carry: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-            return step(carry, teacher_params, batch)
+            return step(carry, batch, teacher_params)
 
         return jax.lax.scan(body, state, take(data, index))
 
     return epoch
 
 
-def step_path(step: Step, state: TrainState, teacher_params: Any, batch: Batch) -> str:
+def step_path(step: Step, state: TrainState, batch: Batch, teacher_params: Any = None) -> str:
     """`"scan"` or `"steps"`: how to run many of these steps on this back end.
 
     Inside a while-loop XLA's CPU back end compiles convolutions without their threaded kernels,
@@ -49,40 +55,40 @@ def step_path(step: Step, state: TrainState, teacher_params: Any, batch: Batch) 
     """
     if jax.default_backend() != "cpu":
         return "scan"
-    traced = jax.make_jaxpr(step)(state, teacher_params, batch)
+    traced = jax.make_jaxpr(step)(state, batch, teacher_params)
     return "steps" if "conv_general_dilated" in str(traced) else "scan"
 
 
 def epoch_path(
-    step: Step, state: TrainState, teacher_params: Any, data: Batch, batch_size: int = 1
+    step: Step, state: TrainState, data: Batch, batch_size: int = 1, teacher_params: Any = None
 ) -> str:
     """`step_path` for batches of `batch_size` rows of `data`: what `jit_epoch` does."""
     rows = jnp.zeros((batch_size,), jnp.int32)
     batch = jax.eval_shape(lambda d: take(d, rows), dict(data))
-    return step_path(step, state, teacher_params, batch)
+    return step_path(step, state, batch, teacher_params)
 
 
 def jit_epoch(step: Step) -> Epoch:
     """`scan_epoch` jitted with the state donated, or single steps where those are faster.
 
     Returns:
-      `epoch(state, teacher_params, data, index)` as in `scan_epoch`, with equal results on either
-      path; `epoch_path` tells which one it takes.
+      `epoch(state, data, index, teacher_params=None)` as in `scan_epoch`, with equal results on
+      either path; `epoch_path` tells which one it takes.
     """
     scanned = jax.jit(scan_epoch(step), donate_argnums=0)
-    one = jax.jit(lambda s, t, data, rows: step(s, t, take(data, rows)), donate_argnums=0)
+    one = jax.jit(lambda s, data, rows, t: step(s, take(data, rows), t), donate_argnums=0)
     chosen: list[str] = []  # decided at the first call: a step has one path on one back end
 
     def epoch(
-        state: TrainState, teacher_params: Any, data: Batch, index: Array
+        state: TrainState, data: Batch, index: Array, teacher_params: Any = None
     ) -> tuple[TrainState, Metrics]:
         if not chosen:
-            chosen.append(epoch_path(step, state, teacher_params, data, index.shape[1]))
+            chosen.append(epoch_path(step, state, data, index.shape[1], teacher_params))
         if chosen[0] == "scan":
-            return scanned(state, teacher_params, data, index)
+            return scanned(state, data, index, teacher_params)
         collected = []
         for rows in np.asarray(index):
-            state, metrics = one(state, teacher_params, data, rows)
+            state, metrics = one(state, data, rows, teacher_params)
             collected.append(metrics)
         return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected)
 

@@ -23,7 +23,8 @@ class TrainState(NamedTuple):
     """
 
     step: Array
-    params: Params
+    params: Params  # the model's own tree
+    connectors: Params  # trained beside it; {} without any
     opt_state: PyTree
     model_state: PyTree
     memory: PyTree
@@ -31,11 +32,41 @@ class TrainState(NamedTuple):
 
 
 class Step(Protocol):
-    """`(state, teacher variables or parameters, batch) -> (state, metrics)`."""
+    """`(state, batch, teacher variables or frozen parameters) -> (state, metrics)`."""
 
     def __call__(
-        self, state: TrainState, teacher_params: Any, batch: Batch, /
+        self, state: TrainState, batch: Batch, teacher_params: Any = None
     ) -> tuple[TrainState, Metrics]: ...
+
+
+class Split(NamedTuple):
+    """Parameters and connectors as what is trained and what is not, `None` at the other's leaves.
+
+    The optimizer sees the bare parameters where there are no connectors, and
+    `{"params": ..., "connectors": ...}` where there are.
+    """
+
+    trained: PyTree
+    frozen: PyTree
+    has_connectors: bool
+
+    def join(self, trained: PyTree) -> tuple[Params, Params]:
+        """Parameters and connectors with `trained` in place of what was."""
+        whole = trees.combine(trained, self.frozen)
+        return (whole["params"], whole["connectors"]) if self.has_connectors else (whole, {})
+
+
+def split(params: Params, connectors: Params, trainable: trees.Selector) -> Split:
+    """Selects what is trained: `trainable` of the parameters, and all connectors."""
+    trained, frozen = trees.partition(params, trainable)
+    if not jax.tree.leaves(connectors):
+        return Split(trained, frozen, has_connectors=False)
+    glue, fixed = trees.partition(connectors, trees.everything)
+    return Split(
+        {"params": trained, "connectors": glue},
+        {"params": frozen, "connectors": fixed},
+        has_connectors=True,
+    )
 
 
 def init_state(
@@ -43,6 +74,7 @@ def init_state(
     tx: optax.GradientTransformation,
     *,
     key: Array,
+    connectors: Params = None,
     model_state: PyTree = None,
     memory: PyTree = None,
     trainable: trees.Selector = trees.everything,
@@ -50,22 +82,25 @@ def init_state(
     """The state before the first step. Arrays are copied: a donated state never aliases them.
 
     Args:
-      params: a pytree; for distillation `{"student": ..., "connectors": ...}`.
-      tx: the optimizer. Its state is made for the trainable partition alone.
+      params: the model's parameters.
+      tx: the optimizer. Its state is made for what is trained: the bare parameters without
+        connectors, `{"params": ..., "connectors": ...}` with them.
       key: typed PRNG key (`jax.random.key(seed)`).
+      connectors: what is trained beside the model, read by terms at `inputs.connectors`.
       model_state: what the model carries besides parameters (batch statistics).
       memory: banks and queues that the terms carry.
-      trainable: selector of what the optimizer may change; the same as the step's.
+      trainable: selector over `params`, of what the optimizer may change; the same as the step's.
 
     Raises:
       ValueError: if the selector matches nothing.
     """
     params = jax.tree.map(own, params)
-    trained, _ = trees.partition(params, trainable)
+    connectors = jax.tree.map(own, {} if connectors is None else connectors)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=jax.tree.map(own, tx.init(trained)),
+        connectors=connectors,
+        opt_state=jax.tree.map(own, tx.init(split(params, connectors, trainable).trained)),
         model_state=jax.tree.map(own, model_state),
         memory=jax.tree.map(own, memory),
         key=own(key),

@@ -1,29 +1,15 @@
-"""Optimizers and balances that look at the terms one by one, not at their sum.
+"""Terms one by one, not as their sum: the gradient of each, and weights that balance them."""
 
-`term_gradients` gives the gradient of every term from one forward pass, `scale_by_dot` is the
-optimizer that treats the distillation gradient apart, `make_dot_step` puts them into a step;
-`balanced` brings terms to one size.
-"""
-
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
-from kdtl_jax import _numerics, objective, trees
-from kdtl_jax._types import ModelFn, PyTree, Variables
-from kdtl_jax.objective import Inputs, Masked, Mean, Metrics, Terms, TermsFn, Weights
-from kdtl_jax.train._state import Batch, Step, TrainState, like
-
-
-class DotState(NamedTuple):
-    """One momentum per gradient."""
-
-    task: PyTree
-    distill: PyTree
+from kdtl_jax import _numerics, objective
+from kdtl_jax._types import PyTree
+from kdtl_jax.objective import Masked, Mean, Terms
 
 
 def term_gradients(
@@ -46,133 +32,6 @@ def term_gradients(
         name: pull({**zeros, name: jnp.ones_like(value)})[0] for name, value in values.items()
     }
     return values, gradients, auxiliary
-
-
-def scale_by_dot(
-    *, momentum: float = 0.9, delta: float = 0.075
-) -> optax.GradientTransformationExtraArgs:
-    """DOT: `v <- g + (mu - delta) v` for the task, `mu + delta` for distillation; their sum.
-
-    The larger momentum lets the distillation loss dominate the direction, which its weight alone
-    does not do. As in the published code, weight decay belongs to the task gradient only:
-
-        tx = optax.chain(optax.add_decayed_weights(5e-4), scale_by_dot(), optax.scale(-0.05))
-        updates, state = tx.update(task_gradient, state, params, distill_gradient=other)
-
-    Args:
-      momentum: mu.
-      delta: 0.075 on CIFAR, 0.09 for some pairs; `0 <= delta`, and `mu + delta < 1`. At 0 this is
-        SGD with momentum on the sum.
-
-    Returns:
-      A transformation of the task's gradient that takes `distill_gradient` beside it.
-
-    Raises:
-      ValueError: if the momenta leave `[0, 1)`, or `distill_gradient` is missing.
-
-    References:
-      Zhao et al., DOT: A Distillation-Oriented Trainer, 2023 (2307.08436); mdistiller's
-      `engine/dot.py`.
-    """
-    if not (delta >= 0 and momentum - delta >= 0 and momentum + delta < 1):
-        raise ValueError(
-            "needs 0 <= delta <= momentum and momentum + delta < 1, got "
-            f"momentum={momentum}, delta={delta}."
-        )
-
-    def init(params: PyTree) -> DotState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return DotState(zeros, jax.tree.map(jnp.zeros_like, params))
-
-    def update(
-        updates: PyTree, state: Any, params: PyTree = None, *, distill_gradient: PyTree = None
-    ) -> tuple[PyTree, DotState]:
-        if distill_gradient is None:
-            raise ValueError(
-                "update needs distill_gradient= beside the task's gradient; "
-                "make_dot_step passes it."
-            )
-
-        task = jax.tree.map(lambda g, v: g + (momentum - delta) * v, updates, state.task)
-        distill = jax.tree.map(
-            lambda g, v: g + (momentum + delta) * v, distill_gradient, state.distill
-        )
-        return jax.tree.map(jnp.add, task, distill), DotState(task, distill)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def make_dot_step(
-    student: ModelFn,
-    teacher: ModelFn | None,
-    terms: TermsFn,
-    weights: Weights,
-    tx: optax.GradientTransformation,
-    *,
-    distill: Collection[str],
-    trainable: trees.Selector = trees.everything,
-) -> Step:
-    """A distillation step whose optimizer sees two gradients: the task's and distillation's.
-
-    Arguments are those of `train.make_distill_step`; make the state with `train.init_state`. Costs
-    one forward pass and two backward passes.
-
-    Args:
-      student: the student's model function.
-      teacher: the teacher's, or None to read `batch["teacher"]`.
-      terms: `terms(inputs) -> {name: values}`, with or without memory.
-      weights: `{name: number, array or schedule}`, the terms' keys.
-      tx: an optimizer with `scale_by_dot` in it.
-      distill: names of the terms whose gradient takes the larger momentum.
-      trainable: selector over `state.params`.
-
-    Raises:
-      ValueError: when traced, if terms and weights have different keys, or `distill` names no term
-        or all of them.
-    """
-    chained = optax.with_extra_args_support(tx)
-
-    def step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        trained, frozen = trees.partition(state.params, trainable)
-        taught = batch.get("teacher", {})
-        if teacher is not None:
-            given = teacher_params
-            frozen_teacher = given if isinstance(given, Variables) else Variables(given)
-            taught, _ = teacher(frozen_teacher.params, frozen_teacher.model_state, batch["inputs"])
-        taught = jax.lax.stop_gradient(taught)
-        keys = jax.random.split(jax.random.fold_in(state.key, state.step))
-
-        def loss(trained: PyTree) -> tuple[dict[str, Array], Any]:
-            params = trees.combine(trained, frozen)
-            outputs, model_state = student(
-                params["student"], state.model_state, batch["inputs"], key=keys[0], train=True
-            )
-            inputs = Inputs(outputs, taught, batch, params, state.memory, state.step, keys[1])
-            returned = terms(inputs)
-            named, memory = returned if isinstance(returned, tuple) else (returned, state.memory)
-            means = objective.reduce_all(named, batch.get("weights"))
-            resolved = objective.resolve(weights, state.step)
-            total = objective.weighted_sum(means, resolved)
-            chosen = {name: means[name] for name in means if name in distill}
-            if not set(distill) < means.keys():
-                raise ValueError(
-                    f"distill must name some of the terms {sorted(means)} and leave "
-                    f"the task's, got {sorted(distill)}."
-                )
-            part = objective.weighted_sum(chosen, {name: resolved[name] for name in chosen})
-            return {"task": total - part, "distill": part}, (means, total, model_state, memory)
-
-        _, gradients, (means, total, model_state, memory) = term_gradients(loss, trained)
-        updates, opt_state = chained.update(
-            gradients["task"], state.opt_state, trained, distill_gradient=gradients["distill"]
-        )
-        trained = optax.apply_updates(trained, updates)
-        params = trees.combine(trained, frozen)
-        new = TrainState(state.step + 1, params, opt_state, model_state, memory, state.key)
-        logged = means | {"loss": Mean(total, jnp.ones_like(total))}
-        return like(new, state), objective.stack(logged)
-
-    return step
 
 
 def balanced(

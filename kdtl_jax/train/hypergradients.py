@@ -1,7 +1,8 @@
 """Hypergradients: how the validation loss after training depends on what training was told.
 
     >>> import jax, jax.numpy as jnp, optax
-    >>> from kdtl_jax import hypergradients, losses, train
+    >>> from kdtl_jax import losses, train
+    >>> from kdtl_jax.train import hypergradients
     >>> def model(params, model_state, inputs, *, key=None, train=False):
     ...     return {"logits": inputs @ params["w"]}, model_state
     >>> def make_step(hyper):
@@ -12,17 +13,17 @@
     ...         return {"kd": losses.kd_kl(student, teacher, temperature=temperature), "task": hard}
     ...     alpha = jax.nn.sigmoid(hyper["logit_alpha"])
     ...     weights = {"kd": alpha, "task": 1 - alpha}
-    ...     return train.make_distill_step(model, model, terms, weights, tx)
+    ...     return train.make_step(model, terms, weights, tx, teacher=model)
     >>> tx = optax.adam(0.1, eps_root=1e-8)
-    >>> start = train.init_state({"student": {"w": jnp.zeros((2, 3))}}, tx, key=jax.random.key(0))
+    >>> start = train.init_state({"w": jnp.zeros((2, 3))}, tx, key=jax.random.key(0))
     >>> def validation(state):
-    ...     logits = jnp.eye(2) @ state.params["student"]["w"]
+    ...     logits = jnp.eye(2) @ state.params["w"]
     ...     labels = jnp.array([0, 2])
     ...     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     >>> batches = {"inputs": jnp.stack([jnp.eye(2)] * 5), "labels": jnp.zeros((5, 2), jnp.int32)}
     >>> hyper = {"log_temperature": jnp.array(1.0), "logit_alpha": jnp.array(0.0)}
     >>> value, gradient = hypergradients.hypergradient(
-    ...     make_step, lambda hyper: start, validation, hyper, {"w": jnp.ones((2, 3))}, batches
+    ...     make_step, lambda hyper: start, validation, hyper, batches, {"w": jnp.ones((2, 3))}
     ... )
     >>> sorted(gradient)
     ['log_temperature', 'logit_alpha']
@@ -54,15 +55,15 @@ def hypergradient(
     init: Callable[[PyTree], State],
     validation: Callable[[State], Array],
     hyper: PyTree,
-    teacher_params: Any,
     batches: PyTree,
+    teacher_params: Any = None,
     *,
     remat: bool = True,
 ) -> tuple[Array, PyTree]:
-    """The validation loss after K steps, and its gradient by the hyper-parameters.
+    """The validation loss after K steps, and its gradient with respect to the hyper-parameters.
 
     Args:
-      make_step: `hyper -> step(state, teacher_params, batch) -> (state, metrics)`: a step of this
+      make_step: `hyper -> step(state, batch, teacher_params) -> (state, metrics)`: a step of this
         library, or any function of that form. It is called under a trace: temperatures, weights,
         learning rates, whatever a step takes as an array, may come from `hyper`.
       init: `hyper -> state`. Let the start depend on `hyper` for the scale alpha of parameter
@@ -70,8 +71,8 @@ def hypergradient(
       validation: `state -> []`, the loss after training.
       hyper: a pytree of floating point arrays. Log and logit transform what must stay positive
         or within (0, 1).
-      teacher_params: the step's second argument.
       batches: a pytree of `[K, ...]` arrays, one row per step.
+      teacher_params: the step's third argument.
       remat: recompute each step in the backward pass instead of keeping its activations.
 
     Returns:
@@ -100,7 +101,7 @@ def hypergradient(
         step = make_step(hyper)
 
         def body(state: State, batch: Any) -> tuple[State, None]:
-            return step(state, teacher_params, batch)[0], None
+            return step(state, batch, teacher_params)[0], None
 
         run = jax.checkpoint(body) if remat else body
         loss = validation(jax.lax.scan(run, init(hyper), batches)[0])

@@ -1,109 +1,37 @@
-"""Distillation without a fixed teacher: averaged, mutual, self, reborn, by assistants.
+"""Distillation without a pretrained teacher: mutual, self, reborn, by assistants.
 
 Each is a few lines over the losses; what a paper adds is which network teaches which, and where
 the gradient stops. The teaching side is always under `stop_gradient` here: these functions, unlike
 the losses, decide who teaches. Functions named `..._terms` return `{name: [B]}` for the objective:
 
     >>> import jax, jax.numpy as jnp, optax
-    >>> from kdtl_jax import ensembles, online, train
+    >>> from kdtl_jax import train
+    >>> from kdtl_jax.train import ensembles, online
     >>> def model(params, model_state, inputs, *, key=None, train=False):
     ...     return {"logits": inputs @ params["w"]}, model_state
     >>> def terms(inputs):
     ...     return online.mutual_terms(inputs.student["logits"], inputs.batch["labels"])
     >>> peers, tx = ensembles.vmap_teacher(model), optax.sgd(1.0)
-    >>> step = train.make_train_step(peers, terms, {"task": 1.0, "mutual": 1.0}, tx)
+    >>> step = train.make_step(peers, terms, {"task": 1.0, "mutual": 1.0}, tx)
     >>> both = ensembles.stack_teachers([{"w": jnp.eye(2)}, {"w": -jnp.eye(2)}])
     >>> state = train.init_state(both, tx, key=jax.random.key(0))
-    >>> state, metrics = step(state, None, {"inputs": jnp.eye(2), "labels": jnp.array([0, 1])})
+    >>> state, metrics = step(state, {"inputs": jnp.eye(2), "labels": jnp.array([0, 1])})
     >>> sorted(metrics)
     ['loss', 'mutual', 'task']
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kdtl_jax import _checks, _numerics, losses, transforms
-from kdtl_jax._types import Params, Scalar, Schedule
+from kdtl_jax import _checks, _numerics, losses
+from kdtl_jax._types import Params, Scalar
 from kdtl_jax.train import ensembles
 
 Trainer = Callable[[Params | None, Array], Params]
-
-
-class MeanTeacher(NamedTuple):
-    """A training state with the moving average of its student: arrays only, like the state."""
-
-    state: Any
-    teacher: Params
-
-
-def ema_decay(decay: float = 0.999) -> Schedule:
-    """`min(decay, 1 - 1 / (step + 1))`: the average starts as a plain mean, then forgets.
-
-    Without the ramp the random initial weights stay in the average for `1 / (1 - decay)` steps.
-
-    References:
-      Tarvainen and Valpola, Mean teachers are better role models, 2017 (1703.01780). KD-Lib's
-      version takes min(1e-3, ...) once an epoch, which is no average at all.
-    """
-    _checks.within(0, 1, decay=decay)
-
-    def schedule(step: Array) -> Array:
-        return jnp.minimum(decay, 1 - 1 / (jnp.asarray(step).astype(jnp.float32) + 1))
-
-    return schedule
-
-
-def ema_update(
-    teacher: Params, student: Params, step: Array, *, decay: Scalar | Schedule = 0.999
-) -> Params:
-    """`d teacher + (1 - d) student` with `d = decay(step)`: the mean teacher after one step.
-
-    Args:
-      teacher: the average so far, in the dtype to average in (float32 for half-precision students).
-      student: parameters of the same structure, after the optimizer's step.
-      step: the number of averages taken before this one.
-      decay: a number, or a schedule such as `ema_decay()`.
-
-    Raises:
-      ValueError: if names or shapes differ.
-
-    References:
-      Tarvainen and Valpola, 2017 (1703.01780).
-    """
-    value = decay(step) if callable(decay) else decay
-    return transforms.ema(teacher, student, decay=value)
-
-
-def mean_teacher(
-    step: Callable[[Any, Any, Any], tuple[Any, Any]],
-    *,
-    decay: Scalar | Schedule = 0.999,
-    student_of: Callable[[Params], Params] = lambda params: params["student"],
-) -> Callable[[MeanTeacher, Any], tuple[MeanTeacher, Any]]:
-    """A step whose teacher is the moving average of its own student.
-
-    Args:
-      step: from `train.make_distill_step(student, teacher, ...)` with one model as both.
-      decay: of the average, a number or a schedule of the step.
-      student_of: the part of `state.params` that is averaged.
-
-    Returns:
-      `stepping(MeanTeacher(state, teacher), batch) -> (MeanTeacher, metrics)`, not jitted. Start
-      from `MeanTeacher(state, jax.tree.map(jnp.copy, params))`: when the carry is donated, teacher
-      and student must not share buffers.
-    """
-
-    def stepping(carry: MeanTeacher, batch: Any) -> tuple[MeanTeacher, Any]:
-        state, metrics = step(carry.state, carry.teacher, batch)
-        teacher = ema_update(carry.teacher, student_of(state.params), carry.state.step, decay=decay)
-        return MeanTeacher(state, teacher), metrics
-
-    return stepping
 
 
 def mutual_terms(logits: Array, labels: Array, *, temperature: Scalar = 1.0) -> dict[str, Array]:
@@ -137,7 +65,7 @@ def mutual_terms(logits: Array, labels: Array, *, temperature: Scalar = 1.0) -> 
         return jnp.sum(kl, axis=0) / (peers - 1)  # a peer's KL to itself is exactly 0
 
     return {
-        "task": _cross_entropies("mutual_terms", logits, labels),
+        "task": _cross_entropies(logits, labels),
         "mutual": jnp.sum(jax.vmap(from_all)(logits), axis=0),
     }
 
@@ -170,8 +98,8 @@ def one_terms(
         return losses.kd_kl(branch.astype(teacher.dtype), teacher, temperature=temperature)
 
     return {
-        "task": _cross_entropies("one_terms", branches, labels),
-        "ensemble": _cross_entropies("one_terms", ensemble[None], labels),
+        "task": _cross_entropies(branches, labels),
+        "ensemble": _cross_entropies(ensemble[None], labels),
         "distill": jnp.sum(jax.vmap(taught)(branches), axis=0),
     }
 
@@ -211,7 +139,7 @@ def self_teaching_terms(
     teacher = jax.lax.stop_gradient(exits[-1])
     kl = [losses.kd_kl(logits, teacher, temperature=temperature) for logits in exits[:-1]]
     terms = {
-        "task": _cross_entropies("self_teaching_terms", jnp.stack(exits), labels),
+        "task": _cross_entropies(jnp.stack(exits), labels),
         "distill": jnp.sum(jnp.stack(kl), axis=0),
     }
     if features:
@@ -273,7 +201,7 @@ def born_again(trainer: Trainer, key: Array, *, generations: int = 3) -> list[Pa
     return teacher_chain([trainer] * (generations + 1), key)
 
 
-def _cross_entropies(fn: str, logits: Array, labels: Array) -> Array:
+def _cross_entropies(logits: Array, labels: Array) -> Array:
     """`[K, B, num_classes], [B] -> [B]`: cross-entropies summed over the first axis."""
     _checks.floating(logits=logits)
     _checks.labels(labels, logits[0])

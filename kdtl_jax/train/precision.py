@@ -89,12 +89,13 @@ def loss_scaling(
     period: int = 2000,
     factor: float = 2.0,
     smallest: float = 1.0,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Dynamic loss scaling for float16, as the outermost wrapper of an optimizer.
 
-    Steps of this library see the scale in the optimizer's state and multiply the loss by it. A
-    gradient that is not finite changes nothing but the scale, divided by `factor`; after `period`
-    good steps the scale is multiplied by it.
+    Steps of this library see the scale in the optimizer's state and multiply the loss by it; what
+    else they pass (`value`, `grad`, `distill_gradient`) is not scaled. A gradient or loss that is
+    not finite changes nothing but the scale, divided by `factor`; after `period` good steps the
+    scale is multiplied by it.
 
     References:
       Micikevicius et al., Mixed Precision Training, 2018 (1710.03740).
@@ -105,15 +106,21 @@ def loss_scaling(
             f"{initial}, {smallest}, {factor}, {period}."
         )
 
+    inner_tx = optax.with_extra_args_support(tx)
+
     def init(params: Params) -> LossScaleState:
         zero = jnp.zeros((), jnp.int32)
         return LossScaleState(jnp.asarray(initial, jnp.float32), zero, zero, tx.init(params))
 
-    def update(updates: PyTree, state: Any, params: Params = None) -> tuple[PyTree, LossScaleState]:
+    # `**extra` is optax's protocol: value, grad, value_fn and what else a step passes.
+    def update(
+        updates: PyTree, state: Any, params: Params = None, **extra: Any
+    ) -> tuple[PyTree, LossScaleState]:
         grads = jax.tree.map(lambda g: g / state.scale.astype(g.dtype), updates)
-        finite = all_finite(grads)
-        safe = jax.tree.map(lambda g: jnp.where(finite, g, 0), grads)
-        updates, inner = tx.update(safe, state.inner, params)
+        told = {name: tree for name, tree in extra.items() if not callable(tree)}
+        finite = all_finite((grads, told))
+        safe, told = jax.tree.map(lambda x: jnp.where(finite, x, 0), (grads, told))
+        updates, inner = inner_tx.update(safe, state.inner, params, **(extra | told))
         updates = jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
         inner = jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner, state.inner)
         good = jnp.where(finite, state.good_steps + 1, 0)
@@ -126,11 +133,23 @@ def loss_scaling(
             inner,
         )
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def loss_scale(opt_state: PyTree) -> Array | None:
-    """The scale that `loss_scaling` keeps in its state, None for any other optimizer's state."""
+    """The scale that `loss_scaling` keeps in its state, None for any other optimizer's state.
+
+    Raises:
+      ValueError: if `loss_scaling` stands inside another transformation, which would see scaled
+        gradients.
+    """
+    inner = opt_state.inner if isinstance(opt_state, LossScaleState) else opt_state
+    leaves = jax.tree.leaves(inner, is_leaf=lambda x: isinstance(x, LossScaleState))
+    if any(isinstance(leaf, LossScaleState) for leaf in leaves):
+        raise ValueError(
+            "loss_scaling must be the outermost transformation, used once: what stands around it "
+            "would see scaled gradients. Write loss_scaling(optax.chain(...))."
+        )
     return opt_state.scale if isinstance(opt_state, LossScaleState) else None
 
 

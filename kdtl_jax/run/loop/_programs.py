@@ -65,7 +65,7 @@ def opened(
     if isinstance(source, data.Resident):
         batch = _example_batch(source)
         # A resumed run stays on the path it was started on: the two may differ in the last bit.
-        path = meta.get("path") or train.step_path(step, state, teacher, batch)
+        path = meta.get("path") or train.step_path(step, state, batch, teacher)
         make = _many if path == "scan" else _one_by_one
         move = make(step, source, teacher, check_finite, batch)
         yield _start(step, state, teacher, batch, meta), _paced(move), path
@@ -104,7 +104,7 @@ def _start(
     Where the state lies on a mesh so does the rest, as it will after a call: or else the second
     call, on arguments placed in another way, would compile once more.
     """
-    metrics = jax.eval_shape(step, state, teacher, batch)[1]
+    metrics = jax.eval_shape(step, state, batch, teacher)[1]
     sums = _metrics.from_json(meta.get("window"), metrics.names)
     zeros = np.zeros(metrics.sums.shape, metrics.sums.dtype)
     window = zeros if sums is None else np.asarray(sums, metrics.sums.dtype)
@@ -116,7 +116,7 @@ def _start(
 
 def _guarded(step: Step, check_finite: bool) -> Callable[[Carry, Any, Batch], Carry]:
     def one(carry: Carry, teacher: Any, batch: Batch) -> Carry:
-        state, metrics = step(carry.state, teacher, batch)
+        state, metrics = step(carry.state, batch, teacher)
         window = Metrics(metrics.names, carry.window.sums + metrics.sums)
         if not check_finite:
             return Carry(state, window, carry.bad)

@@ -63,8 +63,10 @@ def skip_nonfinite(step: Step) -> Step:
     other metrics do not count them.
     """
 
-    def guarded(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        new, metrics = step(state, teacher_params, batch)
+    def guarded(
+        state: TrainState, batch: Batch, teacher_params: Any = None
+    ) -> tuple[TrainState, Metrics]:
+        new, metrics = step(state, batch, teacher_params)
         good = ~jnp.any(_programs.nonfinite_leaves(new, metrics))
         chosen = _programs.choose(good, new, state)._replace(step=new.step)
         sums = jnp.where(good, metrics.sums, jnp.zeros((), metrics.sums.dtype))
@@ -225,7 +227,7 @@ def fit(
     teacher_params: Any = None,
     key: Array | None = None,
 ) -> train.TrainState:
-    """`theta = argmin L` from `params`: `train.make_train_step`, `train.init_state` and `run`.
+    """`theta = argmin L` from `params`: `train.make_step`, `train.init_state` and `run`.
 
     Logging, evaluation, saving and resuming need those three by themselves.
 
@@ -233,7 +235,7 @@ def fit(
       model: the model function.
       params: where to start; they are copied, not donated.
       tx: an optax optimizer.
-      terms: the objective, as for `train.make_train_step`; `objective.classification`, say.
+      terms: the objective, as for `train.make_step`; `objective.classification`, say.
       weights: one weight per term.
       source: batches, `data.resident(...)` or a `data.Source`.
       steps: how many updates.
@@ -247,9 +249,9 @@ def fit(
 
     Raises:
       FloatingPointError: if a parameter or the loss is no longer finite.
-      ValueError: as `train.make_train_step`.
+      ValueError: as `train.make_step`.
     """
-    step = train.make_train_step(model, terms, weights, tx, trainable=trainable)
+    step = train.make_step(model, terms, weights, tx, trainable=trainable)
     key = jax.random.key(0) if key is None else key
     state = train.init_state(params, tx, key=key, model_state=model_state, trainable=trainable)
     return run(step, state, source, teacher_params, steps=steps).state

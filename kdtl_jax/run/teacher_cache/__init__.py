@@ -12,7 +12,7 @@
         lambda epoch, rows: data.take_rows(arrays, rows) | {"teacher": tc.rows(cache, rows, epoch)},
         cache.plan.size, 64, key=key,
     )
-    step = train.make_distill_step(student, None, terms, weights, tx)  # no live teacher
+    step = train.make_step(student, terms, weights, tx)  # no live teacher
 
 Outputs come back as the live teacher's would: float32 arrays by name, or `losses.TopK` for logits
 that were cut to the k most likely classes (`top_k=32`), ready for `losses.top_k_kl_tail`.

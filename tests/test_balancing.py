@@ -1,0 +1,66 @@
+"""Gradients term by term, and balancing."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdtl_jax import objective
+from kdtl_jax.train import balancing
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def test_term_gradients_add_up_to_the_gradient_of_the_sum() -> None:
+    def loss(w: jax.Array) -> tuple[dict[str, jax.Array], str]:
+        return {"a": jnp.sum(w**2), "b": jnp.sum(jnp.sin(w))}, "auxiliary"
+
+    w = normal(3)
+    values, gradients, auxiliary = balancing.term_gradients(loss, w)
+    assert auxiliary == "auxiliary" and set(values) == {"a", "b"}
+    np.testing.assert_allclose(gradients["a"], 2 * w, rtol=1e-6)
+    np.testing.assert_allclose(gradients["b"], jnp.cos(w), rtol=1e-6)
+
+
+def test_balanced_terms_have_one_size_and_their_own_directions() -> None:
+    x = jnp.asarray([1.0, 3.0])
+    where = jnp.asarray([[True, False], [True, True]])
+
+    def raw(x: jax.Array) -> dict[str, Any]:
+        tokens = objective.Masked(jnp.stack([x, x]) * 1e3, where)
+        summed = objective.Mean(jnp.sum(x) * 10, jnp.asarray(2.0))
+        return {"kd": x, "hint": 100 * x**2, "tokens": tokens, "summed": summed, "zero": 0 * x}
+
+    terms = balancing.balanced(raw(x), reference="kd")
+    means = {k: float(v.value()) for k, v in objective.reduce_all(terms).items()}
+    np.testing.assert_allclose([means[k] for k in ("kd", "hint", "tokens", "summed")], 2, rtol=1e-5)
+    assert means["zero"] == 0
+
+    def hint(x: jax.Array) -> jax.Array:
+        values = balancing.balanced(raw(x), reference="kd")["hint"]
+        assert isinstance(values, jax.Array)
+        return jnp.mean(values)
+
+    np.testing.assert_allclose(jax.grad(hint)(x), 2 / 500 * 100 * x, rtol=1e-5)
+    with pytest.raises(ValueError, match="no term 'kl', there are"):
+        balancing.balanced(raw(x), reference="kl")
+
+
+def test_padding_does_not_count_in_the_balance() -> None:
+    terms = {"kd": jnp.asarray([1.0, 50.0]), "hint": jnp.asarray([4.0, jnp.nan])}
+    weights = jnp.asarray([1.0, 0.0])
+    balanced = balancing.balanced(terms, reference="kd", example_weights=weights)
+    np.testing.assert_allclose(balanced["hint"][0], 1, rtol=1e-5)
+
+
+def test_the_remainder_goes_to_one_term() -> None:
+    assert balancing.remainder({"kd": 0.5, "hint": 0.25}, to="task")["task"] == 0.25
+    for weights in ({"kd": 1.5}, {"kd": -0.1}, {"task": 0.1}):
+        with pytest.raises(ValueError, match="at most 1"):
+            balancing.remainder(weights, to="task")
