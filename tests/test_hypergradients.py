@@ -124,7 +124,6 @@ def test_a_gradient_lost_in_adams_square_root_is_named() -> None:
             lambda rate: jnp.float32(0),
             lambda x: x**2,
             {"rate": jnp.float32(0.1)},
-            None,
             jnp.zeros(2),
         )
 

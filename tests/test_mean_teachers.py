@@ -139,3 +139,5 @@ def test_misuse_is_told() -> None:
         jax.eval_shape(STEP, state._replace(memory=None), batch)
     with pytest.raises(ValueError, match="leave teacher_params out"):
         jax.eval_shape(STEP, state, batch, state.params)
+    with pytest.raises(ValueError, match="decay"):
+        mean_teachers.ema_decay(1.5)

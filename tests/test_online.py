@@ -160,5 +160,3 @@ def test_malformed_input_raises() -> None:
     with pytest.raises(ValueError, match=r"feature\[4, 2\], deepest\[4, 3\]"):
         features = [normal(B, 2), normal(B, 3)]
         online.self_teaching_terms(list(normal(2, B, C)), LABELS, features=features)
-    with pytest.raises(ValueError, match="decay"):
-        online.ema_decay(1.5)

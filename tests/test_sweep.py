@@ -86,7 +86,7 @@ def test_bad_sweeps_say_what_to_do() -> None:
         sweep.grid(seed=[])
     with pytest.raises(ValueError, match="axis 'x' is empty"):
         sweep.sample(3, x=[])
-    with pytest.raises(TypeError, match=r"sweep.grid: axis 'a' must be a sequence, got 3.0"):
+    with pytest.raises(TypeError, match=r"axis 'a' must be a sequence, got 3.0"):
         sweep.grid(a=3.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"'a' must have one shape, got \[\(1,\), \(2,\)\]"):
         sweep.grid(a=[[1], [2, 3]])

@@ -58,12 +58,14 @@ def in_turn(step: Step, seeds: int) -> Step:
     `state.step` counts calls; what a seed sees is the number of its own steps.
     """
 
-    def one(state: TrainState, batch: Batch, teacher: Any) -> tuple[TrainState, Metrics]:
+    def one(
+        state: TrainState, batch: Batch, teacher_params: Any = None
+    ) -> tuple[TrainState, Metrics]:
         seed, zero = state.step % seeds, jnp.zeros((), jnp.int32)
         stacks = state[1:-1]  # all but the step and the keys, which do not change
         own = jax.tree.map(lambda x: x[seed], stacks)
         new, metrics = step(
-            TrainState._make((state.step // seeds, *own, state.key[seed])), batch, teacher
+            TrainState._make((state.step // seeds, *own, state.key[seed])), batch, teacher_params
         )
 
         def put(whole: Array, part: Array) -> Array:
@@ -82,9 +84,11 @@ def in_turn(step: Step, seeds: int) -> Step:
 def augmented(step: Step, views: Views, steps_per_epoch: int) -> Step:
     """The step on augmented views, the same for teacher and student; new ones every epoch."""
 
-    def on_views(state: TrainState, batch: Batch, teacher: Any) -> tuple[TrainState, Metrics]:
+    def on_views(
+        state: TrainState, batch: Batch, teacher_params: Any = None
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, VIEWS)
-        return step(state, views(key, state.step // steps_per_epoch, batch), teacher)
+        return step(state, views(key, state.step // steps_per_epoch, batch), teacher_params)
 
     return on_views
 
@@ -93,9 +97,11 @@ def placed(step: Step, mesh: Mesh, examples_axis: int) -> Step:
     """The step with its batch split over the mesh and its metrics on every device."""
     split = NamedSharding(mesh, PartitionSpec(*(None,) * examples_axis, sharding.AXES))
 
-    def on_mesh(state: TrainState, batch: Batch, teacher: Any) -> tuple[TrainState, Metrics]:
+    def on_mesh(
+        state: TrainState, batch: Batch, teacher_params: Any = None
+    ) -> tuple[TrainState, Metrics]:
         batch = jax.lax.with_sharding_constraint(dict(batch), split)
-        new, metrics = step(state, batch, teacher)
+        new, metrics = step(state, batch, teacher_params)
         whole = jax.lax.with_sharding_constraint(metrics.sums, sharding.replicated(mesh))
         return new, Metrics(metrics.names, whole)
 

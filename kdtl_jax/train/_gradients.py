@@ -54,9 +54,9 @@ def in_parts(of: Objective, trained: Params, carried: Carried, parts: Any) -> Fo
     """
 
     # Only the counts are used, and they rarely depend on the model: XLA drops its forward.
-    def counts(_: None, part: tuple[Any, Array]) -> tuple[None, dict[str, Array]]:
+    def counts(nothing: None, part: tuple[Any, Array]) -> tuple[None, dict[str, Array]]:
         means, _ = of.forward(trained, carried, *part)
-        return None, {name: mean.weight for name, mean in means.items()}
+        return nothing, {name: mean.weight for name, mean in means.items()}
 
     _, per_part = jax.lax.scan(counts, None, _numbered(parts))
     whole = jax.tree.map(lambda weight: jnp.sum(weight, axis=0), per_part)

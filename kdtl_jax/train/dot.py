@@ -68,7 +68,7 @@ def scale_by_dot(
         raise ValueError(f"distill must be names of terms, such as ['kd'], got {distill!r}.")
     names = Names(distill)
 
-    def init(params: PyTree) -> DotState:
+    def init(params: PyTree) -> Any:
         zeros = partial(jax.tree.map, jnp.zeros_like)
         return DotState(zeros(params), zeros(params), names)
 
@@ -80,7 +80,7 @@ def scale_by_dot(
         *,
         distill_gradient: PyTree = None,
         **extra: Any,
-    ) -> tuple[PyTree, DotState]:
+    ) -> tuple[PyTree, Any]:
         if distill_gradient is None:
             raise ValueError(
                 "scale_by_dot needs distill_gradient= beside the other terms' gradient; "

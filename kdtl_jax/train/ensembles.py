@@ -1,7 +1,8 @@
 """Several teachers at once: stacked, run as one, and mixed into one.
 
     >>> import jax, jax.numpy as jnp
-    >>> from kdtl_jax import ensembles, losses
+    >>> from kdtl_jax import losses
+    >>> from kdtl_jax.train import ensembles
     >>> def teacher(params, model_state, inputs, *, key=None, train=False):
     ...     return {"logits": inputs @ params["w"]}, model_state
     >>> teachers = ensembles.stack_teachers([{"w": jnp.eye(2)}, {"w": 3 * jnp.eye(2)}])
