@@ -133,7 +133,7 @@ def test_dot_runs_in_the_loop_with_its_policy_for_what_is_not_finite() -> None:
     state = train.init_state({"w": normal(5, C, seed=1)}, DOT, key=jax.random.key(0))
     lines: list[Any] = []
     teacher = Variables({"w": normal(5, C, seed=2)})
-    result = loop.run(step_of(DOT), state, teacher, source, steps=4, log=lines.append, log_every=2)
+    result = loop.run(step_of(DOT), state, source, teacher, steps=4, log=lines.append, log_every=2)
     assert result.step == 4 and {"task", "match", "loss"} < lines[-1].keys()
     state = train.init_state({"w": jnp.full((5, C), jnp.nan)}, DOT, key=jax.random.key(0))
     skipping = jax.jit(loop.skip_nonfinite(step_of(DOT)))

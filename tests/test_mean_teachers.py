@@ -112,17 +112,17 @@ def test_the_teachers_outputs_are_those_of_the_average() -> None:
 def test_a_run_logs_saves_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
     arrays = {"inputs": normal(8, 6), "labels": jnp.tile(LABELS, 2)}
     source = data.resident(arrays, 4, key=jax.random.key(1))
-    straight = loop.run(STEP, start(STATISTICS), None, source, steps=5)
+    straight = loop.run(STEP, start(STATISTICS), source, steps=5)
     lines: list[Any] = []
     with checkpoint.open_folder(tmp_path) as folder:
 
         def save(step: int, state: train.TrainState, meta: dict[str, Any]) -> None:
             checkpoint.save(folder, step, state, meta)
 
-        loop.run(STEP, start(STATISTICS), None, source, steps=3, save=save)
+        loop.run(STEP, start(STATISTICS), source, steps=3, save=save)
     found = checkpoint.restore(tmp_path, start(STATISTICS))
     again = loop.run(
-        STEP, found.state, None, source, steps=5, meta=found.meta, log=lines.append, log_every=5
+        STEP, found.state, source, steps=5, meta=found.meta, log=lines.append, log_every=5
     )
     for a, b in zip(
         jax.tree.leaves((again.state.params, again.state.memory)),

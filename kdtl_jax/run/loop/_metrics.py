@@ -143,7 +143,7 @@ def evaluation(
       batches: starts a pass over the evaluation data, for example
         `lambda: data.in_order(arrays, 256)`.
       variables: what the model needs, from the state:
-        `lambda s: Variables(s.params["student"], s.model_state)`.
+        `lambda s: Variables(s.params, s.model_state)`.
     """
     jitted = jax.jit(eval_step)
     add = jax.jit(train.add_metrics)
