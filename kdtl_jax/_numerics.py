@@ -31,8 +31,18 @@ def cast(x: float | Array, like: Array) -> Array:
 
 
 def scalar(x: float | Array, like: Array) -> Array:
-    """A hyper-parameter in the dtype of `like` (no weak types, no silent promotion)."""
-    return jnp.asarray(x).astype(like.dtype)
+    """A scalar hyper-parameter in the dtype of `like`.
+
+    Raises:
+      ValueError: if it is an array: `[B]` would silently broadcast along the wrong axis.
+    """
+    value = cast(x, like)
+    if value.ndim:
+        raise ValueError(
+            f"this hyper-parameter must be one number, got shape {list(value.shape)}. Weigh "
+            "examples in the objective, or call the function once per value (jax.vmap)."
+        )
+    return value
 
 
 def per_example(x: float | Array, like: Array) -> Array:
@@ -41,8 +51,8 @@ def per_example(x: float | Array, like: Array) -> Array:
     Raises:
       ValueError: if it is neither: `[B, 1]` against `[B]` would silently make `[B, B]`.
     """
-    value = scalar(x, like)
-    if value.ndim > like.ndim:
+    value = cast(x, like)
+    if value.shape != like.shape[: value.ndim]:
         raise ValueError(
             f"a hyper-parameter must be one number or one per example {list(like.shape)}, got "
             f"shape {list(value.shape)}. Reshape it, e.g. jnp.squeeze(value, axis=-1)."

@@ -1,6 +1,6 @@
 """Shared types: named aliases for trees, and the protocols user functions follow.
 
-Nothing here computes. A protocol states what a callable receives and returns, so that a
+A protocol states what a callable receives and returns, so that a
 reader finds every contract of the library on one page.
 """
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
 PyTree = Any
@@ -22,6 +23,21 @@ class Variables(NamedTuple):
 
     params: Params
     model_state: PyTree = None
+
+
+class Mean(NamedTuple):
+    """A mean that can still be added to: `total / weight`.
+
+    `weight` is the count of what was averaged, or the sum of its weights.
+    """
+
+    total: Array
+    weight: Array
+
+    def value(self) -> Array:
+        """`total / weight`, 0 where the weight is 0."""
+        some = self.weight != 0
+        return jnp.where(some, self.total, 0) / jnp.where(some, self.weight, 1)
 
 
 class ModelFn(Protocol):

@@ -23,6 +23,7 @@ import optax
 from jax import Array
 
 from kdtl_jax import _checks, _numerics
+from kdtl_jax._types import Mean as Mean
 from kdtl_jax._types import Outputs, Params, PyTree, Scalar, Schedule
 
 
@@ -49,21 +50,6 @@ class Masked(NamedTuple):
 
     values: Array
     where: Array
-
-
-class Mean(NamedTuple):
-    """A mean that can still be added to: `total / weight`.
-
-    `weight` is the count of what was averaged, or the sum of its weights.
-    """
-
-    total: Array
-    weight: Array
-
-    def value(self) -> Array:
-        """`total / weight`, 0 where the weight is 0."""
-        some = self.weight != 0
-        return jnp.where(some, self.total, 0) / jnp.where(some, self.weight, 1)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["sums"], meta_fields=["names"])
@@ -157,7 +143,7 @@ def reduce(
         _checks.mask(where, values.shape)
         weights = weights * where.astype(values.dtype)
     elif values.ndim == 0 and example_weights is not None:
-        weights = jnp.sum(_numerics.scalar(example_weights, values))
+        weights = jnp.sum(_numerics.cast(example_weights, values))
     weights = jnp.broadcast_to(weights, values.shape)
     # A padded example may hold anything, NaN included: select before multiplying.
     total = jnp.sum(jnp.where(weights != 0, values, 0) * weights)

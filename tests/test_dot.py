@@ -32,7 +32,7 @@ def terms(inputs: objective.Inputs) -> dict[str, jax.Array]:
     student, labels = inputs.student["logits"], inputs.batch["labels"]
     return {
         "task": optax.softmax_cross_entropy_with_integer_labels(student, labels),
-        "match": losses.logit_mse(student, inputs.teacher["logits"]),
+        "match": losses.mse(student, inputs.teacher["logits"]),
     }
 
 

@@ -129,13 +129,13 @@ def test_a_sum_of_kls_has_k_times_the_gradient_of_the_mixture() -> None:
 
 def test_over_teachers_weights_each_loss() -> None:
     student = logits(5)[0]
-    each = np.asarray(jax.vmap(losses.logit_mse, (None, 0))(student, logits()))
+    each = np.asarray(jax.vmap(losses.mse, (None, 0))(student, logits()))
     np.testing.assert_allclose(
-        ensembles.over_teachers(losses.logit_mse)(student, logits()), each.sum(0), rtol=1e-5
+        ensembles.over_teachers(losses.mse)(student, logits()), each.sum(0), rtol=1e-5
     )
     for w in WEIGHTS[1:]:
         assert w is not None
-        got = ensembles.over_teachers(losses.logit_mse, weights=w)(student, logits())
+        got = ensembles.over_teachers(losses.mse, weights=w)(student, logits())
         np.testing.assert_allclose(got, (np.asarray(w).reshape(K, -1) * each).sum(0), rtol=1e-5)
     hot = functools.partial(losses.kd_kl, temperature=2.0)
     assert jax.eval_shape(ensembles.over_teachers(hot), student, logits()).shape == (B,)
@@ -172,7 +172,7 @@ def test_weights_may_be_a_list_or_traced() -> None:
     np.testing.assert_array_equal(ensembles.mean_logits(logits(), weights=[1, 2, 5]), want)
     traced = jax.eval_shape(lambda w: ensembles.mean_logits(logits(), weights=w), jnp.zeros(K))
     assert traced.shape == (B, C)
-    summed = ensembles.over_teachers(losses.logit_mse, weights=[1.0, -1.0, 0.0])
+    summed = ensembles.over_teachers(losses.mse, weights=[1.0, -1.0, 0.0])
     assert summed(logits(5)[0], logits()).shape == (B,)
 
 

@@ -198,6 +198,16 @@ def nkd(s: Array, t: Array, labels: Array) -> Array:
     return -of_label - 1.5 * of_rest
 
 
+def of_nkd(s: Array, t: Array, labels: Array) -> Array:
+    others = (losses.non_target_logits(z, labels) for z in (s, t))
+    return losses.target_cross_entropy(s, t, labels) + 1.5 * losses.soft_cross_entropy(*others)
+
+
+def of_standardized(s: Array, t: Array) -> Array:
+    s, t = (losses.standardize_logits(z) for z in (s, t))
+    return losses.kd_kl(s, t, temperature=2.0)
+
+
 def uld(s: Array, t: Array) -> Array:
     s, t = (-jnp.sort(-softmax(z), axis=-1) for z in (s, t))
     return jnp.sum(jnp.abs(s - t), axis=-1)
@@ -270,10 +280,10 @@ CHANNELS = f32((64,))
 Pair = tuple[Callable[..., Array], Callable[..., Array], tuple[Any, ...]]
 EQUATIONS: dict[str, Pair] = {
     "mse": (losses.mse, mean_square, MAPS),
-    "logit_mse": (losses.logit_mse, mean_square, LOGITS),
+    "mse_of_logits": (losses.mse, mean_square, LOGITS),
     "hard_kd": (losses.hard_kd, hard_kd, LOGITS),
     "soft_cross_entropy": (losses.soft_cross_entropy, soft_cross_entropy, LOGITS),
-    "nkd": (losses.nkd, nkd, (*LOGITS, i32((256,)))),
+    "nkd": (of_nkd, nkd, (*LOGITS, i32((256,)))),
     "sinkhorn_cost": (
         losses.sinkhorn_cost,
         sinkhorn,
@@ -317,10 +327,10 @@ EQUATIONS: dict[str, Pair] = {
 }
 # With the most that the exact form may cost, times the transcription.
 EXACT: dict[str, tuple[Pair, float]] = {
-    "dist": ((losses.dist, dist, LOGITS), 1.25),
+    "dist": ((lambda s, t: losses.dist_inter(s, t) + losses.dist_intra(s, t), dist, LOGITS), 1.25),
     "total_variation": ((losses.total_variation, total_variation, LOGITS), 5.0),
     "forward_kl": ((losses.forward_kl, log_kl, LOGITS), 5.0),
-    "standardized_kd": ((losses.standardized_kd, standardized, LOGITS), 5.0),
+    "standardized_kd": ((of_standardized, standardized, LOGITS), 5.0),
     "cwd": ((losses.cwd, cwd, MAPS), 5.0),
     "minilm_relation": (
         (partial(losses.minilm_relation, relation_heads=12), minilm, (TOKENS, TOKENS)),

@@ -39,7 +39,7 @@ def model(
 def terms(inputs: Any) -> dict[str, jax.Array]:
     student = inputs.student["logits"]
     hard = optax.softmax_cross_entropy_with_integer_labels(student, inputs.batch["labels"])
-    return {"task": hard, "mean": losses.logit_mse(student, inputs.teacher["logits"])}
+    return {"task": hard, "mean": losses.mse(student, inputs.teacher["logits"])}
 
 
 TX = optax.sgd(0.5)
@@ -105,7 +105,7 @@ def test_the_teachers_outputs_are_those_of_the_average() -> None:
     _, metrics = jax.jit(STEP)(state._replace(memory=held), batch)
     student, _ = model(state.params, STATISTICS, batch["inputs"], train=True)
     teacher, _ = model(state.params, average, batch["inputs"])
-    want = jnp.mean(losses.logit_mse(student["logits"], teacher["logits"]))
+    want = jnp.mean(losses.mse(student["logits"], teacher["logits"]))
     np.testing.assert_allclose(metrics["mean"].value(), want, rtol=1e-5)
 
 

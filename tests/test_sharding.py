@@ -66,7 +66,7 @@ def _kd(x: Inputs) -> dict[str, jax.Array]:
 
 
 def _dkd(x: Inputs) -> dict[str, jax.Array]:
-    return {"term": losses.dkd(x.student["logits"], x.teacher["logits"], x.batch["labels"])}
+    return {"term": losses.nckd(x.student["logits"], x.teacher["logits"], x.batch["labels"])}
 
 
 def _rkd(x: Inputs) -> dict[str, jax.Array]:

@@ -57,7 +57,7 @@ def distill_terms(inputs: Inputs) -> dict[str, jax.Array]:
     labels = inputs.batch["labels"]
     return {
         "task": optax.softmax_cross_entropy_with_integer_labels(student, labels),
-        "match": losses.logit_mse(student, teacher),
+        "match": losses.mse(student, teacher),
     }
 
 

@@ -7,12 +7,16 @@ gradient. Because the loss is a sum, its gradient can be taken in the forward pa
 in the backward pass; nothing is computed twice, unlike with rematerialization.
 
     kl = partial(losses.forward_kl, temperature=2.0)
-    total, weight = losses.chunked_divergence(
+    mean = losses.chunked_divergence(
         kl, hidden, Head(params["lm_head"]), teacher_hidden, Head(teacher["lm_head"]), where=mask)
-    loss = total / weight
+    loss = mean.value()
 
-`objective.Mean(*losses.chunked_divergence(...))` is a term of the objective: sum and count stay
-apart, so that microbatches give exactly the large batch.
+The result is an `objective.Mean`, a term as it stands: sum and count stay apart, so that
+microbatches give exactly the large batch.
+
+All functions raise ValueError where shapes do not fit or a loss does not return one value per
+token, and TypeError where an array is not floating point, `where` is not bool, or under
+forward-mode differentiation (`jax.jvp`), which a loss with its own gradient does not have.
 """
 
 from collections.abc import Callable
@@ -23,7 +27,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kdtl_jax import _checks, _numerics
-from kdtl_jax._types import PyTree, Scalar
+from kdtl_jax._types import Mean, PyTree, Scalar
 
 
 class Head(NamedTuple):
@@ -38,13 +42,6 @@ class Head(NamedTuple):
     softcap: Scalar | None = None
 
 
-class Summed(NamedTuple):
-    """Sum of a loss over the tokens that count, and their number; scalars."""
-
-    total: Array
-    weight: Array
-
-
 def head_logits(hidden: Array, head: Head) -> Array:
     """Logits of hidden states: accumulated, biased and capped in float32 or wider.
 
@@ -54,12 +51,8 @@ def head_logits(hidden: Array, head: Head) -> Array:
 
     Returns:
       `[..., vocabulary]`, float32 or wider.
-
-    Raises:
-      ValueError: if the widths differ.
-      TypeError: if an array is not floating point.
     """
-    _check_head("head_logits", hidden, head)
+    _check_head(hidden, head)
     return _transformed(_product(hidden, head.kernel), head)
 
 
@@ -72,7 +65,7 @@ def chunked_divergence(
     *,
     where: Array | None = None,
     chunk_size: int = 256,
-) -> Summed:
+) -> Mean:
     """Sum over tokens of `divergence(student_logits, teacher_logits)`, logits made chunk by chunk.
 
     The teacher is a constant: nothing is differentiated through it.
@@ -90,18 +83,13 @@ def chunked_divergence(
         `4 chunk_size vocabulary` floats.
 
     Returns:
-      `Summed`, float32 or wider.
-
-    Raises:
-      ValueError: if shapes do not fit, or the divergence does not return one value per token.
-      TypeError: if an array is not floating point, or `where` not bool; under forward-mode
-        differentiation (`jax.jvp`), which a loss with its own gradient does not have.
+      `objective.Mean`: the sum over the tokens that count, and their number; float32 or wider.
 
     References:
       Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training, 2024 (2410.10989), whose
       fused linear losses take the gradient in the forward pass in the same way.
     """
-    _check_head("chunked_divergence", teacher_hidden, teacher_head)
+    _check_head(teacher_hidden, teacher_head)
     frozen = jax.lax.stop_gradient(teacher_head)
 
     def loss(student_logits: Array, teacher_rows: Array) -> Array:
@@ -120,7 +108,7 @@ def chunked_loss(
     *,
     where: Array | None = None,
     chunk_size: int = 256,
-) -> Summed:
+) -> Mean:
     """Sum over tokens of `loss(logits, targets)`, logits made chunk by chunk.
 
     For labels, stored logits or top-k teachers: whatever has one row per token. Derivatives are
@@ -139,15 +127,9 @@ def chunked_loss(
       chunk_size: tokens per chunk, static.
 
     Returns:
-      `Summed`, float32 or wider.
-
-    Raises:
-      ValueError: if shapes do not fit, or the loss does not return one value per token.
-      TypeError: if an array is not floating point, or `where` not bool; under forward-mode
-        differentiation (`jax.jvp`), which a loss with its own gradient does not have.
+      `objective.Mean`: the sum over the tokens that count, and their number; float32 or wider.
     """
-    fn = "chunked_loss"
-    _check_head(fn, hidden, head)
+    _check_head(hidden, head)
     _checks.nonempty(hidden=hidden)
     _checks.positive(chunk_size=chunk_size)
     leading = jnp.shape(hidden)[:-1]
@@ -162,7 +144,7 @@ def chunked_loss(
         where = jnp.ones(leading, jnp.bool_)
     else:
         # What does not count may be NaN, and 0 times NaN is no gradient: gone before arithmetic.
-        hidden, targets = jax.tree.map(lambda a: _kept(a, where), (hidden, targets))
+        hidden, targets = jax.tree.map(lambda a: _numerics.kept(a, where), (hidden, targets))
     rows = _chunks((hidden, targets, where), len(leading), chunk_size)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rows)
     logits = jax.eval_shape(head_logits, shapes[0], head)
@@ -184,10 +166,10 @@ def chunked_loss(
         jax.lax.stop_gradient(rows[1]),
         rows[2],
     )
-    return Summed(total, jnp.sum(where, dtype=total.dtype))
+    return Mean(total, jnp.sum(where, dtype=total.dtype))
 
 
-def _check_head(fn: str, hidden: Array, head: Head) -> None:
+def _check_head(hidden: Array, head: Head) -> None:
     _checks.floating(hidden=hidden, kernel=head.kernel)
     _checks.rank(1, hidden=hidden)
     _checks.rank(2, 2, kernel=head.kernel)
@@ -307,13 +289,6 @@ def _wide(x: Scalar) -> Array:
     return _numerics.upcast(
         array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)
     )
-
-
-def _kept(a: Array, where: Array) -> Array:
-    """`a` with 0 in the rows that do not count."""
-    a = jnp.asarray(a)
-    rows = where.reshape(where.shape + (1,) * (a.ndim - where.ndim))
-    return jnp.where(rows, a, jnp.zeros((), a.dtype))
 
 
 def _zero(hidden: Array) -> Array:

@@ -1,9 +1,18 @@
-"""Divergences between class distributions given by logits.
+"""Divergences between class distributions given by logits, and the losses on them: KD's family.
 
-Every function takes `[..., num_classes]` logits and returns `[...]` nats, in float32 or wider. None
-reduces, weights or multiplies by `T^2`. Log-probabilities are logits too, so any of these
-compares stored log-probabilities, or the buckets of `top_k_buckets`, as it stands. The
-Jensen-Shannon family is in `_jensen_shannon`.
+What all functions here share:
+
+- `student_logits` and `teacher_logits` are `[..., num_classes]`, of one shape, at least two
+  classes; anything but real floating point raises TypeError, all else that does not fit ValueError.
+- `temperature > 0` softens both sides (`p = softmax(z / T)`); it and every other hyper-parameter is
+  a scalar or one value per example.
+- `where`, bool of the logits' shape, says which classes take part; classes whose logit is -inf do
+  not either.
+- The result is `[...]`, in nats, float32 or wider. No `T^2` but where the equation shows it.
+
+KLs are summed from non-negative terms: never negative, and relatively accurate when the two sides
+are close. Log-probabilities are logits too, so stored log-probabilities or the buckets of
+`top_k_buckets` can be compared as they are. The Jensen-Shannon family is in `_jensen_shannon`.
 """
 
 import jax
@@ -13,7 +22,6 @@ from jax import Array
 from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import Scalar
 from kdtl_jax.losses import _logspace
-from kdtl_jax.losses._logspace import softened as softened
 
 
 def forward_kl(
@@ -25,29 +33,174 @@ def forward_kl(
 ) -> Array:
     """`KL(p_T || p_S) = sum_c p_T log(p_T / p_S)` of softened distributions.
 
-    Computed as a sum of non-negative terms, so it is never negative and keeps its relative
-    accuracy when the two are close. A class masked on both sides contributes nothing.
-
-    Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
-      temperature: softens both; a scalar or one value per example. No `T^2` factor is applied.
-      where: bool, the logits' shape; classes that take part. -inf logits do not either.
-
-    Returns:
-      `[...]`, nats.
-
-    Raises:
-      ValueError: if shapes differ or are empty, or the temperature is not positive.
-      TypeError: if the logits are not floating point.
-
     References:
       Kullback and Leibler, On information and sufficiency, 1951. TRL's `GKDTrainer` gives this
       at beta=0, DistiLLM's `forward_kl` the cross-entropy form (`soft_cross_entropy`).
     """
-    student, teacher = softened("forward_kl", student_logits, teacher_logits, temperature, where)
+    student, teacher = _logspace.softened(student_logits, teacher_logits, temperature, where)
     apart = _logspace.softened_difference(teacher_logits, student_logits, temperature)
     return _numerics.kl_from_logits(teacher, student, where=where, difference=apart)
+
+
+def kd_kl(
+    student_logits: Array,
+    teacher_logits: Array,
+    *,
+    temperature: Scalar = 4.0,
+    where: Array | None = None,
+) -> Array:
+    """Hinton's distillation loss `T^2 KL(softmax(z_T / T) || softmax(z_S / T))`.
+
+    The `T^2` keeps the size of the gradient as the temperature grows. `.mean()` gives
+    RepDistiller's and mdistiller's number (sum over classes, mean over the batch); divide by
+    `num_classes` for Model-Optimizer's default, by `T^2` for TRL's and Liger's convention.
+
+    References:
+      Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015 (1503.02531).
+    """
+    kl = forward_kl(student_logits, teacher_logits, temperature=temperature, where=where)
+    return jnp.square(_numerics.per_example(temperature, kl)) * kl
+
+
+def binary_kl(
+    student_logits: Array,
+    teacher_logits: Array,
+    *,
+    temperature: Scalar = 1.0,
+    class_weights: Array | None = None,
+    where: Array | None = None,
+) -> Array:
+    """`T^2 sum_k w_k KL(Bernoulli(sigmoid(z_T / T)) || Bernoulli(sigmoid(z_S / T)))`.
+
+    The distillation loss of heads whose outputs are not exclusive: a binary head of one logit, or
+    one logit per label. Divide by the number of labels for the mean over labels.
+
+    Args:
+      student_logits: `[..., num_labels]`, at least `[B, 1]`; one label is fine.
+      teacher_logits: the same shape.
+      temperature: softens both; a scalar or one value per example.
+      class_weights: `[num_labels]`, >= 0: a weight per label, 1 by default.
+      where: bool, the logits' shape; labels that are known.
+
+    Returns:
+      `[...]`, nats times `T^2`.
+
+    References:
+      Yang et al., Multi-Label Knowledge Distillation, 2023 (2308.06453), its multi-label logits
+      distillation.
+    """
+    logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    _checks.floating(**logits)
+    _checks.same_shape(**logits)
+    _checks.rank(2, student_logits=student_logits)
+    _checks.nonempty(student_logits=student_logits)
+    _checks.positive(temperature=temperature)
+    _checks.per_example(jnp.shape(student_logits)[:-1], temperature=temperature)
+    _checks.mask(where, jnp.shape(student_logits))
+    student, teacher = (_numerics.kept(_numerics.upcast(z), where) for z in logits.values())
+    t = _numerics.per_example(temperature, student)
+    student, teacher, apart = (
+        jnp.stack([z / t, jnp.zeros_like(z)], axis=-1)
+        for z in (student, teacher, _numerics.finite_difference(teacher, student))
+    )
+    kl = _numerics.kl_from_logits(teacher, student, difference=apart)
+    if class_weights is not None:
+        _checks.floating(class_weights=class_weights)
+        _checks.non_negative(class_weights=class_weights)
+        if jnp.shape(class_weights) != kl.shape[-1:]:
+            raise ValueError(
+                "class_weights must be [num_labels], got "
+                f"{_checks.described(class_weights=class_weights, student_logits=student_logits)}."
+            )
+        kl *= _numerics.cast(class_weights, kl).reshape((1,) * (kl.ndim - 1) + (-1,))
+    # A masked label has the logits 0 and 0.
+    total = jnp.sum(kl, axis=-1)
+    return jnp.square(_numerics.per_example(temperature, total)) * total
+
+
+def soft_cross_entropy(
+    student_logits: Array,
+    teacher_logits: Array,
+    *,
+    temperature: Scalar = 1.0,
+    where: Array | None = None,
+) -> Array:
+    """`-sum_c p_T log p_S`: the cross-entropy form, `forward_kl` plus the teacher's entropy.
+
+    Its gradient is the KL's, but it is not zero at equality. `.mean()` gives TextBrewer's
+    `kd_ce_loss`; divide by `num_classes` for TinyBERT's prediction loss. With the teacher on both
+    sides it is the teacher's entropy.
+
+    References:
+      Hinton, Vinyals and Dean, 2015 (1503.02531).
+    """
+    student, teacher = _logspace.softened(student_logits, teacher_logits, temperature, where)
+    if where is not None:
+        teacher = jnp.where(where, teacher, -jnp.inf)
+    log_q = _numerics.log_softmax(student, where=where)
+    return _logspace.minus_mean_log(_numerics.softmax(teacher), teacher != -jnp.inf, log_q)
+
+
+def hard_kd(
+    student_logits: Array, teacher_logits: Array, *, label_smoothing: Scalar = 0.0
+) -> Array:
+    """Cross-entropy with the teacher's decision: `-log p_S(argmax z_T)`.
+
+    Args:
+      student_logits: `[..., num_classes]`.
+      teacher_logits: the same shape.
+      label_smoothing: share of the target spread over all classes, in [0, 1].
+
+    Returns:
+      `[...]`, nats. Not zero at equality.
+
+    References:
+      Touvron et al., Training data-efficient image transformers & distillation through attention,
+      2021 (2012.12877).
+    """
+    _checks.within(0, 1, label_smoothing=label_smoothing)
+    student, teacher = _logspace.softened(
+        student_logits, teacher_logits, label_smoothing=label_smoothing
+    )
+    log_p = _numerics.log_softmax(student)
+    hard = -_logspace.at(log_p, jnp.argmax(teacher, axis=-1))
+    hard = _numerics.nan_of(hard, jnp.max(teacher, axis=-1))
+    known = _checks.concrete(label_smoothing)
+    if known is not None and not known.any():
+        return hard
+    smoothing = _numerics.per_example(label_smoothing, hard)
+    return (1 - smoothing) * hard - smoothing * _logspace.mean_log(log_p)
+
+
+def ttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.1) -> Array:
+    """Transformed teacher matching: `KL(softmax(gamma z_T) || softmax(z_S))`.
+
+    Only the teacher is softened (`gamma = 1 / T > 0`): `p^gamma` normalized is `softmax(gamma z)`,
+    which does not underflow. Not zero at equality unless gamma is 1. `.mean()` is the authors'
+    number.
+
+    References:
+      Zheng and Yang, Knowledge Distillation Based on Transformed Teacher Matching, 2024
+      (2402.11148).
+    """
+    _checks.positive(gamma=gamma)
+    student, teacher = _logspace.softened(student_logits, teacher_logits, gamma=gamma)
+    return _numerics.kl_from_logits(_numerics.per_example(gamma, teacher) * teacher, student)
+
+
+def wttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.2) -> Array:
+    """Weighted TTM: `(sum_c p_T^gamma) KL(softmax(gamma z_T) || softmax(z_S))`, gamma > 0.
+
+    The weight, between 1 and `num_classes^(1 - gamma)`, grows with the teacher's smoothness.
+
+    References:
+      Zheng and Yang, 2024 (2402.11148). `.mean()` is the authors' number.
+    """
+    kl = ttm(student_logits, teacher_logits, gamma=gamma)
+    log_p = _numerics.log_softmax(teacher_logits)
+    in_p = log_p != -jnp.inf
+    power = jnp.where(in_p, log_p, 0) * _numerics.per_example(gamma, log_p)
+    return jnp.exp(_logspace.logsumexp(power, where=in_p)) * kl
 
 
 def reverse_kl(
@@ -59,23 +212,10 @@ def reverse_kl(
 ) -> Array:
     """`KL(p_S || p_T)`: mode seeking, the divergence of on-policy distillation.
 
-    Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
-      temperature: softens both; a scalar or one value per example. No `T^2` factor is applied.
-      where: bool, the logits' shape; classes that take part.
-
-    Returns:
-      `[...]`, nats.
-
-    Raises:
-      ValueError: if shapes differ or are empty, or the temperature is not positive.
-      TypeError: if the logits are not floating point.
-
     References:
       Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2023 (2306.08543).
     """
-    student, teacher = softened("reverse_kl", student_logits, teacher_logits, temperature, where)
+    student, teacher = _logspace.softened(student_logits, teacher_logits, temperature, where)
     apart = _logspace.softened_difference(student_logits, teacher_logits, temperature)
     return _numerics.kl_from_logits(student, teacher, where=where, difference=apart)
 
@@ -88,33 +228,18 @@ def symmetric_kl(
     temperature: Scalar = 1.0,
     where: Array | None = None,
 ) -> Array:
-    """`(1 - weight) KL(p_T || p_S) + weight KL(p_S || p_T)`.
+    """`(1 - weight) KL(p_T || p_S) + weight KL(p_S || p_T)`, the weight in [0, 1].
 
     Twice this at `weight=0.5` is Jeffreys' divergence. DistiLLM's `symmetric_kl` uses weight 0.9
     and leaves the teacher's entropy in: add `(1 - weight)` times
-    `soft_cross_entropy(teacher, teacher)`.
-
-    Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
-      weight: share of the reverse divergence, in [0, 1]; a scalar or `[...]`.
-      temperature: softens both; a scalar or one value per example.
-      where: bool, the logits' shape; classes that take part.
-
-    Returns:
-      `[...]`, nats.
-
-    Raises:
-      ValueError: if shapes differ or are empty, the temperature is not positive, or the weight is
-        outside [0, 1].
-      TypeError: if the logits are not floating point.
+    `soft_cross_entropy(teacher, teacher)`. Adaptive KL takes `adaptive_kl_weight` for the weight.
 
     References:
       Jeffreys, An invariant form for the prior probability in estimation problems, 1946.
     """
     _checks.within(0, 1, weight=weight)
     log_s, log_t, ratio = _logspace.compared(
-        "symmetric_kl", student_logits, teacher_logits, temperature, where
+        student_logits, teacher_logits, temperature, where, weight=weight
     )
     forward = jnp.sum(_numerics.kl_terms(log_t, log_s, ratio), axis=-1)
     reverse = jnp.sum(_numerics.kl_terms(log_s, log_t, -ratio), axis=-1)
@@ -132,24 +257,9 @@ def skew_forward_kl(
 ) -> Array:
     """`KL(p_T || alpha p_T + (1 - alpha) p_S)`: bounded by `-log alpha`.
 
-    DistiLLM's `skewed_forward_kl` is the cross-entropy form: add
-    `soft_cross_entropy(teacher, teacher)`, a constant.
-
-    Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
-      alpha: the teacher's share of the mixture, in [0, 1]; 0 is the forward KL. A scalar or one
-        value per example.
-      temperature: softens both; a scalar or one value per example.
-      where: bool, the logits' shape; classes that take part.
-
-    Returns:
-      `[...]`, nats.
-
-    Raises:
-      ValueError: if shapes differ or are empty, the temperature is not positive, or alpha is
-        outside [0, 1].
-      TypeError: if the logits are not floating point.
+    alpha, in [0, 1], is the teacher's share of the mixture; 0 is the forward KL. DistiLLM's
+    `skewed_forward_kl` is the cross-entropy form: add `soft_cross_entropy(teacher, teacher)`, a
+    constant.
 
     References:
       Ko et al., DistiLLM: Towards Streamlined Distillation for Large Language Models, 2024
@@ -157,7 +267,7 @@ def skew_forward_kl(
     """
     _checks.within(0, 1, alpha=alpha)
     log_s, log_t, ratio = _logspace.compared(
-        "skew_forward_kl", student_logits, teacher_logits, temperature, where
+        student_logits, teacher_logits, temperature, where, alpha=alpha
     )
     student_share = 1 - _numerics.per_example(alpha, log_t)
     return _logspace.kl_to_mixture(log_t, log_s, ratio, student_share)
@@ -173,28 +283,14 @@ def skew_reverse_kl(
 ) -> Array:
     """`KL(p_S || (1 - alpha) p_T + alpha p_S)`: bounded by `-log alpha`.
 
-    Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
-      alpha: the student's share of the mixture, in [0, 1]; 0 is the reverse KL. A scalar or one
-        value per example.
-      temperature: softens both; a scalar or one value per example.
-      where: bool, the logits' shape; classes that take part.
-
-    Returns:
-      `[...]`, nats.
-
-    Raises:
-      ValueError: if shapes differ or are empty, the temperature is not positive, or alpha is
-        outside [0, 1].
-      TypeError: if the logits are not floating point.
+    alpha, in [0, 1], is the student's share of the mixture; 0 is the reverse KL.
 
     References:
       Ko et al., DistiLLM, 2024 (2402.03898). DistiLLM's `skewed_reverse_kl` is this number.
     """
     _checks.within(0, 1, alpha=alpha)
     log_s, log_t, ratio = _logspace.compared(
-        "skew_reverse_kl", student_logits, teacher_logits, temperature, where
+        student_logits, teacher_logits, temperature, where, alpha=alpha
     )
     teacher_share = 1 - _numerics.per_example(alpha, log_s)
     return _logspace.kl_to_mixture(log_s, log_t, -ratio, teacher_share)
@@ -207,29 +303,16 @@ def total_variation(
     temperature: Scalar = 1.0,
     where: Array | None = None,
 ) -> Array:
-    """`1/2 sum_c |p_S - p_T|`, in [0, 1].
+    """`1/2 sum_c |p_S - p_T|`, a probability.
 
-    No `T^2` belongs to it: its gradient does not fall as `1/T^2`. DistillKit multiplies by it all
-    the same.
-
-    Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
-      temperature: softens both; a scalar or one value per example.
-      where: bool, the logits' shape; classes that take part.
-
-    Returns:
-      `[...]`, a probability.
-
-    Raises:
-      ValueError: if shapes differ or are empty, or the temperature is not positive.
-      TypeError: if the logits are not floating point.
+    No `T^2` belongs to it, since its gradient does not fall as `1/T^2`; DistillKit multiplies by
+    it.
 
     References:
       Wen et al., f-Divergence Minimization for Sequence-Level Knowledge Distillation, 2023
       (2307.15190). DistiLLM's `tv_distance` is this number.
     """
-    pair = _logspace.compared("total_variation", student_logits, teacher_logits, temperature, where)
+    pair = _logspace.compared(student_logits, teacher_logits, temperature, where)
     return jnp.sum(_absolute_gaps(pair), axis=-1) / 2
 
 
@@ -243,32 +326,21 @@ def adaptive_kl_weight(
 ) -> Array:
     """The share of the reverse KL in adaptive KL: the gap on the teacher's tail, over all of it.
 
-    The head is the most likely class and those within the teacher's first `mu` of mass; the gap is
-    `sum |p_T - p_S|`. One half at equality, where both gaps vanish.
-
-    Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
-      mu: mass of the head, in [0, 1].
-      temperature: softens both; a scalar or one value per example.
-      where: bool, the logits' shape; classes that take part.
+    Forward KL learns the teacher's head first, reverse KL its tail; each is weighted by how much is
+    left to learn there. The head is the most likely class and those within the teacher's first `mu`
+    of mass, in [0, 1]; the gap is `sum |p_T - p_S|`. One half at equality, where both gaps vanish.
 
     Returns:
-      `[...]`, in [0, 1]: a `weight` for `symmetric_kl`.
-
-    Raises:
-      ValueError: if shapes differ or are empty, the temperature is not positive, or mu is outside
-        [0, 1].
-      TypeError: if the logits are not floating point.
+      `[...]`, in [0, 1]: a `weight` for `symmetric_kl`. The method takes it as a constant
+      (`jax.lax.stop_gradient`).
 
     References:
       Wu et al., Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language
-      Models, 2024 (2404.02657).
+      Models, 2024 (2404.02657); the mean of `symmetric_kl` with it is LLM_KD_AKL's number. DSKD
+      sorts ascending, so that its "head" is the tail.
     """
     _checks.within(0, 1, mu=mu)
-    pair = _logspace.compared(
-        "adaptive_kl_weight", student_logits, teacher_logits, temperature, where
-    )
+    pair = _logspace.compared(student_logits, teacher_logits, temperature, where, mu=mu)
     order = jnp.argsort(pair.log_teacher, axis=-1, descending=True)
     mass = jnp.take_along_axis(_logspace.probabilities(pair.log_teacher), order, axis=-1)
     gap = jnp.take_along_axis(_absolute_gaps(pair), order, axis=-1)
@@ -278,50 +350,6 @@ def adaptive_kl_weight(
     some = total != 0
     tail = jnp.sum(jnp.where(head, 0, gap), axis=-1)
     return jnp.where(some, tail / jnp.where(some, total, 1), 0.5)
-
-
-def adaptive_kl(
-    student_logits: Array,
-    teacher_logits: Array,
-    *,
-    mu: Scalar = 0.5,
-    temperature: Scalar = 1.0,
-    where: Array | None = None,
-) -> Array:
-    """`(1 - w) KL(p_T || p_S) + w KL(p_S || p_T)`, `w` the tail's share of the gap.
-
-    Forward KL learns the teacher's head first, reverse KL its tail; each is weighted by how much
-    is left to learn there. `w` is a constant of the method: no gradient passes through it.
-
-    Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
-      mu: mass of the head, in [0, 1].
-      temperature: softens both; a scalar or one value per example.
-      where: bool, the logits' shape; classes that take part.
-
-    Returns:
-      `[...]`, nats.
-
-    Raises:
-      ValueError: if shapes differ or are empty, the temperature is not positive, or mu is outside
-        [0, 1].
-      TypeError: if the logits are not floating point.
-
-    References:
-      Wu et al., 2024 (2404.02657); `.mean()` is LLM_KD_AKL's number. DSKD sorts ascending, so its
-      "head" is the tail: pass its weight to `symmetric_kl` instead.
-    """
-    weight = adaptive_kl_weight(
-        student_logits, teacher_logits, mu=mu, temperature=temperature, where=where
-    )
-    return symmetric_kl(
-        student_logits,
-        teacher_logits,
-        weight=jax.lax.stop_gradient(weight),
-        temperature=temperature,
-        where=where,
-    )
 
 
 def _absolute_gaps(pair: _logspace.Pair) -> Array:

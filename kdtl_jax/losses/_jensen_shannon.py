@@ -1,7 +1,8 @@
 """The Jensen-Shannon family: three published conventions, as three functions.
 
-All mix `M` of student and teacher and add the KLs to it; they differ in what `beta` weighs, and
-so in what happens as beta goes to 0 and 1:
+Arguments and results are those of `_divergences`. All mix `M` of student and teacher and add the
+KLs to it; beta lies in [0, 1], and they differ in what it weighs, and so in what happens as beta
+goes to 0 and 1:
 
 | function | beta -> 0 | beta -> 1 |
 |---|---|---|
@@ -32,23 +33,10 @@ def jensen_shannon(
 ) -> Array:
     """`1/2 KL(p_T || M) + 1/2 KL(p_S || M)`, `M = (p_T + p_S) / 2`; in [0, log 2].
 
-    Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
-      temperature: softens both; a scalar or one value per example.
-      where: bool, the logits' shape; classes that take part.
-
-    Returns:
-      `[...]`, nats.
-
-    Raises:
-      ValueError: if shapes differ or are empty, or the temperature is not positive.
-      TypeError: if the logits are not floating point.
-
     References:
       Lin, Divergence measures based on the Shannon entropy, 1991.
     """
-    pair = _logspace.compared("jensen_shannon", student_logits, teacher_logits, temperature, where)
+    pair = _logspace.compared(student_logits, teacher_logits, temperature, where)
     return _interior(pair, jnp.asarray(0.5, pair.ratio.dtype))
 
 
@@ -66,21 +54,6 @@ def jsd_gkd(
     `beta = 1e-4` gives a loss (and a gradient) thousands of times smaller than `beta = 0`. For a
     beta between, prefer `jsd_normalized`.
 
-    Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
-      beta: in [0, 1]; a scalar or one value per example.
-      temperature: softens both; a scalar or one value per example.
-      where: bool, the logits' shape; classes that take part.
-
-    Returns:
-      `[...]`, nats.
-
-    Raises:
-      ValueError: if shapes differ or are empty, the temperature is not positive, or beta is
-        outside [0, 1].
-      TypeError: if the logits are not floating point.
-
     References:
       Agarwal et al., On-Policy Distillation of Language Models, 2023 (2306.13649). This is TRL's
       `GKDTrainer.generalized_jsd_loss` (which sums and divides by the number of kept tokens), and
@@ -91,7 +64,7 @@ def jsd_gkd(
     if known is not None and known.ndim == 0 and float(known) in (0.0, 1.0):
         end = reverse_kl if known else forward_kl
         return end(student_logits, teacher_logits, temperature=temperature, where=where)
-    pair = _logspace.compared("jsd_gkd", student_logits, teacher_logits, temperature, where)
+    pair = _logspace.compared(student_logits, teacher_logits, temperature, where, beta=beta)
     share = _numerics.per_example(beta, pair.ratio)
     interior = _interior(pair, share)
     if known is not None and not ((known == 0) | (known == 1)).any():
@@ -115,27 +88,13 @@ def jsd_continuous(
     The mixture leans the other way than in `jsd_gkd`: each side is compared with what is mostly
     the *other* one, and the ends are reached continuously.
 
-    Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
-      beta: in [0, 1]; 0 gives `KL(p_S || p_T)`, 1 `KL(p_T || p_S)`. A scalar or one per example.
-      temperature: softens both; a scalar or one value per example.
-      where: bool, the logits' shape; classes that take part.
-
-    Returns:
-      `[...]`, nats.
-
-    Raises:
-      ValueError: if shapes differ or are empty, the temperature is not positive, or beta is
-        outside [0, 1].
-      TypeError: if the logits are not floating point.
-
     References:
       The convention of EasyDeL's generalized knowledge distillation trainer.
     """
     _checks.within(0, 1, beta=beta)
-    pair = _logspace.compared("jsd_continuous", student_logits, teacher_logits, temperature, where)
-    log_s, log_t, ratio = pair
+    log_s, log_t, ratio = _logspace.compared(
+        student_logits, teacher_logits, temperature, where, beta=beta
+    )
     share = _numerics.per_example(beta, ratio)
     teacher_side = _logspace.kl_to_mixture(log_t, log_s, ratio, share)
     student_side = _logspace.kl_to_mixture(log_s, log_t, -ratio, 1 - share)
@@ -158,21 +117,6 @@ def jsd_normalized(
     mean seeking to mode seeking without the loss vanishing on the way. Four times the
     Jensen-Shannon divergence at 1/2.
 
-    Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
-      beta: in [0, 1]; a scalar or one value per example.
-      temperature: softens both; a scalar or one value per example.
-      where: bool, the logits' shape; classes that take part.
-
-    Returns:
-      `[...]`, nats.
-
-    Raises:
-      ValueError: if shapes differ or are empty, the temperature is not positive, or beta is
-        outside [0, 1].
-      TypeError: if the logits are not floating point.
-
     References:
       The skew-symmetric alpha-divergence scaling of Huszar, How (not) to Train your Generative
       Model, 2015 (1511.05101), applied to Agarwal et al., 2023 (2306.13649). Times
@@ -180,7 +124,7 @@ def jsd_normalized(
     """
     _checks.within(0, 1, beta=beta)
     log_s, log_t, ratio = _logspace.compared(
-        "jsd_normalized", student_logits, teacher_logits, temperature, where
+        student_logits, teacher_logits, temperature, where, beta=beta
     )
     share = _numerics.per_example(beta, ratio)
     teacher_side = _scaled_terms(log_t, log_s, ratio, 1 - share)

@@ -1,35 +1,192 @@
-"""The label side: virtual teachers, and teachers corrected where they contradict the label.
+"""Losses that know the label, and teachers made from labels or corrected by them.
 
-What is made here are logits (or log-probabilities, which are logits), for any loss of the package.
+What all functions here share:
+
+- `student_logits` and `teacher_logits` are `[..., num_classes]`, of one shape, at least two
+  classes; anything but real floating point raises TypeError, all else that does not fit ValueError.
+- `labels` are class numbers `[...]` in `0..num_classes-1`; of a soft label take the argmax. Labels
+  that are not integers raise TypeError, concrete ones out of range ValueError.
+- `where`, bool `[...]`, says which examples count. The labels of the others may be anything (-100,
+  255), as may their logits; their value is 0 with gradient 0. Under `jit`, a label out of range
+  that is not masked gives the value NaN, with gradient 0: a mask applied later (`Masked`) leaves
+  no NaN.
+- What makes logits (log-probabilities are logits, too) for other losses leaves a row as it stands
+  where its label is masked or, under `jit`, out of range.
+- `temperature > 0` is a scalar or one value per example.
+- Losses return `[...]`, float32 or wider.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import Scalar
 from kdtl_jax.losses import _logspace
-from kdtl_jax.losses._logits import kd_kl
+
+
+def tckd(
+    student_logits: Array,
+    teacher_logits: Array,
+    labels: Array,
+    *,
+    temperature: Scalar = 4.0,
+    where: Array | None = None,
+) -> Array:
+    """Target-class KD: `T^2 KL` between `(p_y, 1 - p_y)` of teacher and student.
+
+    Decoupled KD is `tckd + 8 nckd`: 8 for CIFAR-100 pairs of one family, 2 to 6 for some, 0.5 (at
+    T = 1) for ImageNet. KD itself is `tckd + (1 - p_T(y)) nckd`: it mutes the other classes where
+    the teacher is sure. The mean is mdistiller's number, there times `min(epoch / 20, 1)`.
+
+    References:
+      Zhao et al., Decoupled Knowledge Distillation, 2022 (2203.08679). In log space throughout: the
+      authors' code takes the log of summed probabilities and overflows on large margins.
+    """
+    student, teacher, labels, usable = _labelled(
+        student_logits, teacher_logits, labels, temperature, where
+    )
+    kl = _numerics.kl_from_logits(_two(teacher, labels), _two(student, labels))
+    kl = jnp.square(_numerics.per_example(temperature, kl)) * kl
+    return _numerics.at_usable(kl, usable, where)
+
+
+def nckd(
+    student_logits: Array,
+    teacher_logits: Array,
+    labels: Array,
+    *,
+    temperature: Scalar = 4.0,
+    where: Array | None = None,
+) -> Array:
+    """Non-target KD: `T^2 KL` between the distributions over the classes other than the label.
+
+    0 for two classes.
+
+    References:
+      Zhao et al., 2022 (2203.08679).
+    """
+    student, teacher, labels, usable = _labelled(
+        student_logits, teacher_logits, labels, temperature, where
+    )
+    others = ~_logspace.is_label(labels, student.shape[-1])
+    kl = _numerics.kl_from_logits(teacher, student, where=others)
+    kl = jnp.square(_numerics.per_example(temperature, kl)) * kl
+    return _numerics.at_usable(kl, usable, where)
+
+
+def target_cross_entropy(
+    student_logits: Array, teacher_logits: Array, labels: Array, *, where: Array | None = None
+) -> Array:
+    """`-p_T(y) log p_S(y)`: the label's cross-entropy, weighted by the teacher's belief in it.
+
+    Normalized KD adds `gamma T^2` times the `soft_cross_entropy` at temperature T of the
+    `non_target_logits`; WKD-L adds gamma times their `sinkhorn_cost`. Not zero at equality.
+
+    References:
+      Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, 2023 (2303.13005).
+    """
+    student, teacher, labels, usable = _labelled(student_logits, teacher_logits, labels, 1.0, where)
+    belief = _logspace.probabilities(_logspace.at(_numerics.log_softmax(teacher), labels))
+    values = -belief * _logspace.at(_numerics.log_softmax(student), labels)
+    return _numerics.at_usable(values, usable, where)
+
+
+def wsld_weight(
+    student_logits: Array,
+    teacher_logits: Array,
+    labels: Array,
+    *,
+    eps: Scalar = 1e-7,
+    where: Array | None = None,
+) -> Array:
+    """`1 - exp(-CE_S / (CE_T + eps))`: near 1 where the student is worse than the teacher.
+
+    Weighted soft labels are this, as a constant (`jax.lax.stop_gradient`), times `kd_kl`; the
+    authors and mmrazor write `T^2 soft_cross_entropy` instead, whose gradient is the same. Weights
+    of that term: 2.25 (T = 4), 2.5 (T = 2).
+
+    Args:
+      student_logits: `[..., num_classes]`, at temperature 1.
+      teacher_logits: the same shape.
+      labels: `[...]`.
+      eps: > 0, keeps the ratio finite where the teacher is certain; the authors' constant.
+      where: bool `[...]`, examples that count.
+
+    Returns:
+      `[...]`, in [0, 1].
+
+    References:
+      Zhou et al., Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff
+      Perspective, 2021 (2102.00650).
+    """
+    _checks.positive(eps=eps)
+    student, teacher, labels, usable = _labelled(student_logits, teacher_logits, labels, 1.0, where)
+    of_student = -_logspace.at(_numerics.log_softmax(student), labels)
+    of_teacher = -_logspace.at(_numerics.log_softmax(teacher), labels)
+    weight = -jnp.expm1(-of_student / (of_teacher + _numerics.scalar(eps, of_teacher)))
+    return _numerics.at_usable(weight, usable, where)
+
+
+def uskd_weight(student_logits: Array, labels: Array, *, where: Array | None = None) -> Array:
+    """`p(y)^2 + 1 - mean_b p(y)^2`: USKD's weight of the label's cross-entropy, a constant there.
+
+    USKD distills without a teacher. Beside the weighted cross-entropy it has `beta` (0.1) times
+    the `soft_cross_entropy` of the student's `non_target_logits` with `zipf_targets`, and `mu`
+    (0.005) times the cross-entropy of a weak head on an early feature with smoothed labels (0.1).
+
+    Args:
+      student_logits: `[B, num_classes]`.
+      labels: `[B]`.
+      where: bool `[B]`, examples that count; the mean is over them.
+
+    Returns:
+      `[B]`.
+
+    References:
+      Yang et al., 2023 (2303.13005).
+    """
+    _checks.rank(2, 2, student_logits=student_logits)
+    student, _, labels, usable = _labelled(student_logits, student_logits, labels, 1.0, where)
+    squared = jnp.square(
+        _logspace.probabilities(_logspace.at(_numerics.log_softmax(student), labels))
+    )
+    weight = squared + 1 - _numerics.masked_mean(squared, usable)
+    return _numerics.at_usable(weight, usable, where)
+
+
+def non_target_logits(logits: Array, labels: Array, *, where: Array | None = None) -> Array:
+    """The logits with -inf at the label: any divergence then compares the other classes alone.
+
+    Returns:
+      `[..., num_classes]`, the dtype of the logits.
+    """
+    labels, usable = _teachers(logits, labels, where)
+    at_label = _logspace.is_label(labels, logits.shape[-1]) & usable[..., None]
+    return jnp.where(at_label, -jnp.inf, logits)
 
 
 def virtual_teacher(
-    labels: Array, num_classes: int, *, correct_probability: Scalar = 0.99
+    labels: Array,
+    num_classes: int,
+    *,
+    correct_probability: Scalar = 0.99,
+    where: Array | None = None,
 ) -> Array:
     """Log-probabilities of a hand-made teacher: `a` for the label, `(1 - a) / (C - 1)` elsewhere.
 
-    Label smoothing by e is `soft_cross_entropy` against `a = 1 - e + e / C`.
+    Teacher-free KD is `kd_kl` against it at temperature 20; the authors' code averages over classes
+    as well and makes up for it by a large constant. Label smoothing by e is `soft_cross_entropy`
+    against `a = 1 - e + e / C`.
 
     Args:
-      labels: `[...]`, integers.
+      labels: `[...]`.
       num_classes: C, at least 2.
       correct_probability: a, in [0, 1]; a scalar or one value per example.
+      where: bool `[...]`, examples that count; the others get the uniform distribution.
 
     Returns:
       `[..., num_classes]`, float32 (or a's dtype if wider).
-
-    Raises:
-      ValueError: if labels are out of range, C is below 2, or a is outside [0, 1].
-      TypeError: if labels are not integers.
 
     References:
       Yuan et al., Revisiting Knowledge Distillation via Label Smoothing Regularization, 2019
@@ -38,10 +195,13 @@ def virtual_teacher(
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}.")
     shape = (*jnp.shape(labels), num_classes)
-    _checks.labels(labels, jnp.broadcast_to(jnp.float32(0), shape))
+    _checks.labels(labels, jax.ShapeDtypeStruct(shape, jnp.float32), where)
     _checks.within(0, 1, correct_probability=correct_probability)
     a = _numerics.upcast(jnp.asarray(correct_probability))
-    a = a.reshape(a.shape + (1,) * (len(shape) - a.ndim))
+    _checks.per_example(shape[:-1], correct_probability=a)
+    labels, usable = _numerics.usable_labels(labels, num_classes, where)
+    a = jnp.where(usable, a.reshape(a.shape + (1,) * (usable.ndim - a.ndim)), 1 / num_classes)
+    a = a[..., None]
     some = a > 0
     right = jnp.where(some, jnp.log(jnp.where(some, a, 1)), -jnp.inf)
     unsure = a < 1
@@ -50,66 +210,21 @@ def virtual_teacher(
     return jnp.where(_logspace.is_label(labels, num_classes), right, wrong)
 
 
-def tf_kd(
-    student_logits: Array,
-    labels: Array,
-    *,
-    correct_probability: Scalar = 0.99,
-    temperature: Scalar = 20.0,
-) -> Array:
-    """Teacher-free KD: `kd_kl` against the virtual teacher of the labels.
-
-    Args:
-      student_logits: `[..., num_classes]`.
-      labels: `[...]`, integers.
-      correct_probability: the virtual teacher's for the label, in [0, 1].
-      temperature: softens both; a scalar or one value per example.
-
-    Returns:
-      `[...]`, nats times `T^2`.
-
-    Raises:
-      ValueError: if shapes do not fit, labels are out of range, or a hyper-parameter is.
-      TypeError: if the logits are not floating point or the labels not integers.
-
-    References:
-      Yuan et al., 2019 (1909.11723) (Tf-KD_reg). The authors' code averages over classes as
-      well and makes up for it by a large constant.
-    """
-    _checks.floating(student_logits=student_logits)
-    _checks.rank(1, student_logits=student_logits)
-    _checks.labels(labels, student_logits)
-    student = _numerics.upcast(student_logits)
-    a = _numerics.scalar(correct_probability, student)
-    _checks.within(0, 1, correct_probability=correct_probability)
-    teacher = virtual_teacher(labels, student.shape[-1], correct_probability=a)
-    return kd_kl(student, teacher, temperature=temperature)
-
-
-def probability_shift(teacher_logits: Array, labels: Array) -> Array:
+def probability_shift(teacher_logits: Array, labels: Array, *, where: Array | None = None) -> Array:
     """The teacher with its largest logit and the label's exchanged: never wrong, equally sure.
 
     Rows that are right come back unchanged; the argument is never modified.
 
-    Args:
-      teacher_logits: `[..., num_classes]`.
-      labels: `[...]`, integers.
-
     Returns:
       `[..., num_classes]`, the teacher's dtype.
-
-    Raises:
-      ValueError: if shapes do not fit or labels are out of range.
-      TypeError: if the logits are not floating point or the labels not integers.
 
     References:
       Wen et al., Preparing Lessons: Improve Knowledge Distillation with Better Supervision, 2019
       (1911.07471).
     """
-    _checks.floating(teacher_logits=teacher_logits)
-    _checks.rank(1, teacher_logits=teacher_logits)
-    _checks.labels(labels, teacher_logits)
+    labels, usable = _teachers(teacher_logits, labels, where)
     best = jnp.argmax(teacher_logits, axis=-1)
+    labels = jnp.where(usable, labels.astype(best.dtype), best)
     top = _logspace.at(teacher_logits, best)[..., None]
     right = _logspace.at(teacher_logits, labels)[..., None]
     classes = teacher_logits.shape[-1]
@@ -124,37 +239,38 @@ def mft_teacher(
     threshold: Scalar = 0.2,
     temperature: Scalar = 1.0,
     eps: Scalar = 1e-7,
+    where: Array | None = None,
 ) -> Array:
     """Minifinetuning's corrected teacher: mixed toward the label until it leads by `threshold`.
 
     Where the teacher is wrong, the share of the label is
     `(p_max - p_y + threshold) / (1 + p_max - p_y)`, which puts the label that much above the rest;
-    where it is right, the label is raised by `threshold`, at most to 1.
+    where it is right, the label is raised by `threshold`, at most to 1. Minifinetuning is
+    `T^2 forward_kl(student_logits / T, mft_teacher(..., temperature=T))`: fine-tuning by
+    distilling from the model's own past, corrected by the labels. Its mean is Model-Optimizer's
+    `MFTLoss` ("batchmean").
 
     Args:
       teacher_logits: `[..., num_classes]`; the model before fine-tuning.
-      labels: `[...]`, integers.
-      threshold: by how much the label shall lead, in [0, 1].
-      temperature: softens the teacher before it is corrected; a scalar or one value per example.
+      labels: `[...]`.
+      threshold: by how much the label shall lead, in [0, 1]; a scalar or one value per example.
+      temperature: softens the teacher before it is corrected.
       eps: added to the denominators, the authors' constant; a teacher surer than `1 - eps` is
         left alone.
+      where: bool `[...]`, examples that count.
 
     Returns:
       `[..., num_classes]` log-probabilities of the corrected teacher.
-
-    Raises:
-      ValueError: if shapes do not fit, labels are out of range, or a hyper-parameter is.
-      TypeError: if the logits are not floating point or the labels not integers.
 
     References:
       Belcak et al., Minifinetuning: Low-Data Generation Domain Adaptation through Corrective
       Self-Distillation, 2025 (2506.15702).
     """
     _checks.within(0, 1, threshold=threshold)
-    teacher, _ = _logspace.softened(
-        "mft_teacher", teacher_logits, teacher_logits, temperature, None
+    labels, usable = _teachers(teacher_logits, labels, where)
+    _, teacher = _logspace.softened(
+        teacher_logits, teacher_logits, temperature, threshold=threshold
     )
-    _checks.labels(labels, teacher_logits)
     log_p = _numerics.log_softmax(teacher)
     is_label = _logspace.is_label(labels, log_p.shape[-1])
     right = _logspace.probabilities(_logspace.at(log_p, labels))
@@ -165,42 +281,73 @@ def mft_teacher(
     raised = jnp.minimum(lead, rest) / jnp.where(rest > 0, rest + small, 1)
     moved = (top - right + lead) / (1 + top - right + small)
     best = jnp.argmax(log_p, axis=-1).astype(labels.dtype)
-    share = jnp.where(best == labels, raised, moved)
+    share = jnp.where(usable, jnp.where(best == labels, raised, moved), 0)
     onto = jnp.where(is_label, jnp.zeros_like(log_p), -jnp.inf)
     return _logspace.log_mixture(log_p, onto, share[..., None])
 
 
-def mft(
+def zipf_targets(scores: Array, labels: Array) -> Array:
+    """Log-probabilities proportional to `1 / rank` over the classes other than the labels.
+
+    Ranks count all classes, the labels too, from 1 for the largest score; ties go to the lower
+    index. USKD's score is the sum of the normalized non-target probabilities of its two heads; the
+    authors' code ranks by probabilities of the weak head plus *log*-probabilities of the student,
+    each divided by its own "rest".
+
+    Args:
+      scores: `[..., num_classes]`, what the classes are ranked by.
+      labels: `[...]`, or `[..., k]` of several labels per example.
+
+    Returns:
+      `[..., num_classes]` log-probabilities, -inf at the labels. Constant in the scores.
+
+    References:
+      Yang et al., 2023 (2303.13005).
+    """
+    _checks.floating(scores=scores)
+    _checks.rank(1, scores=scores)
+    _checks.indices(scores.shape[-1], labels=labels)
+    leading = jnp.shape(labels)[: scores.ndim - 1]
+    if leading != scores.shape[:-1] or labels.ndim > scores.ndim:
+        raise ValueError(
+            "labels must be [...] or [..., k] for scores [..., num_classes], got "
+            f"{_checks.described(labels=labels, scores=scores)}."
+        )
+    scores = _numerics.upcast(scores)
+    several = labels if labels.ndim == scores.ndim else labels[..., None]
+    several, usable = _numerics.usable_labels(several, scores.shape[-1])
+    at_label = _logspace.is_label(several, scores.shape[-1]) & usable[..., None]
+    order = jnp.argsort(scores, axis=-1, descending=True, stable=True)
+    ranks = jnp.argsort(order, axis=-1).astype(scores.dtype) + 1
+    return _numerics.log_softmax(-jnp.log(ranks), where=~jnp.any(at_label, axis=-2))
+
+
+def _labelled(
     student_logits: Array,
     teacher_logits: Array,
     labels: Array,
-    *,
-    threshold: Scalar = 0.2,
-    temperature: Scalar = 1.0,
-) -> Array:
-    """Minifinetuning: `T^2 KL(corrected teacher || softmax(z_S / T))`.
+    temperature: Scalar,
+    where: Array | None,
+) -> tuple[Array, Array, Array, Array]:
+    """Checked and softened logits, safe labels, and which rows have a label that counts."""
+    student, teacher = _logspace.softened(student_logits, teacher_logits, temperature)
+    _checks.labels(labels, student_logits, where)
+    labels, usable = _numerics.usable_labels(labels, student.shape[-1], where)
+    return _numerics.kept(student, where), _numerics.kept(teacher, where), labels, usable
 
-    Fine-tuning by distilling from the model's own past, corrected by the labels: learns the new
-    domain and forgets less. Not zero at equality, since the teacher is corrected.
 
-    Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape; the model before fine-tuning.
-      labels: `[...]`, integers.
-      threshold: see `mft_teacher`.
-      temperature: softens both; a scalar or one value per example.
+def _teachers(logits: Array, labels: Array, where: Array | None) -> tuple[Array, Array]:
+    """Safe labels of checked logits, and which rows have a label that counts."""
+    _checks.floating(logits=logits)
+    _checks.rank(1, logits=logits)
+    _checks.several_classes(logits=logits)
+    _checks.labels(labels, logits, where)
+    return _numerics.usable_labels(labels, logits.shape[-1], where)
 
-    Returns:
-      `[...]`, nats times `T^2`.
 
-    Raises:
-      ValueError: if shapes do not fit, labels are out of range, or a hyper-parameter is.
-      TypeError: if the logits are not floating point or the labels not integers.
-
-    References:
-      Belcak et al., 2025 (2506.15702). `.mean()` is Model-Optimizer's `MFTLoss` ("batchmean").
-    """
-    student, _ = _logspace.softened("mft", student_logits, teacher_logits, temperature, None)
-    target = mft_teacher(teacher_logits, labels, threshold=threshold, temperature=temperature)
-    kl = _numerics.kl_from_logits(target, student)
-    return jnp.square(_numerics.per_example(temperature, kl)) * kl
+def _two(logits: Array, labels: Array) -> Array:
+    """`[..., 2]` logits of (label, all others together)."""
+    others = ~_logspace.is_label(labels, logits.shape[-1])
+    return jnp.stack(
+        [_logspace.at(logits, labels), _logspace.logsumexp(logits, where=others)], axis=-1
+    )

@@ -27,20 +27,26 @@ class Pair(NamedTuple):
 
 
 def softened(
-    fn: str,
     student_logits: Array,
     teacher_logits: Array,
-    temperature: Scalar,
-    where: Array | None,
+    temperature: Scalar = 1.0,
+    where: Array | None = None,
+    **per_example: Scalar,
 ) -> tuple[Array, Array]:
-    """Checked `(z_S / T, z_T / T)` in float32 or wider: the door of every logit loss."""
-    _checks.floating(student_logits=student_logits, teacher_logits=teacher_logits)
-    _checks.same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+    """Checks the arguments of a logit loss and returns `(z_S / T, z_T / T)`, float32 or wider.
+
+    `per_example`: further hyper-parameters that are a scalar or one value per example.
+    """
+    logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    _checks.floating(**logits)
+    _checks.same_shape(**logits)
     _checks.rank(1, student_logits=student_logits)
     _checks.nonempty(student_logits=student_logits)
+    _checks.several_classes(student_logits=student_logits)
     _checks.positive(temperature=temperature)
-    _checks.per_example(jnp.shape(student_logits)[:-1], temperature=temperature)
-    _checks.mask(where, student_logits.shape)
+    leading = jnp.shape(student_logits)[:-1]
+    _checks.per_example(leading, temperature=temperature, **per_example)
+    _checks.mask(where, jnp.shape(student_logits))
     student, teacher = _numerics.upcast(student_logits), _numerics.upcast(teacher_logits)
     return (
         student / _numerics.per_example(temperature, student),
@@ -55,14 +61,14 @@ def softened_difference(p_logits: Array, q_logits: Array, temperature: Scalar) -
 
 
 def compared(
-    fn: str,
     student_logits: Array,
     teacher_logits: Array,
     temperature: Scalar,
     where: Array | None,
+    **per_example: Scalar,
 ) -> Pair:
     """Checked and softened log-distributions of both sides."""
-    student, teacher = softened(fn, student_logits, teacher_logits, temperature, where)
+    student, teacher = softened(student_logits, teacher_logits, temperature, where, **per_example)
     if where is not None:
         student, teacher = (jnp.where(where, z, -jnp.inf) for z in (student, teacher))
     log_student, log_teacher = _numerics.log_softmax(student), _numerics.log_softmax(teacher)

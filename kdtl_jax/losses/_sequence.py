@@ -1,19 +1,22 @@
-"""Sequences of tokens: masks, shifts and interpolated teachers around the token divergences.
+"""Sequences of tokens: shifts, tokenizations of one text, interpolated teachers.
 
 Every divergence of the package takes `[B, L, V]` and gives `[B, L]`; mask it in the objective with
-`Masked(values, where)`, so that sum and count stay exact over microbatches.
+`Masked(values, where)`, so that sum and count stay exact over microbatches. Nothing here is a loss.
+
+All functions raise ValueError where shapes or ranges do not fit, and TypeError where logits are not
+floating point or labels not integers.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import Scalar
 from kdtl_jax.losses import _logspace
-from kdtl_jax.losses._divergences import forward_kl
 
 
 class Shifted(NamedTuple):
@@ -36,10 +39,6 @@ def causal_shift(logits: Array, labels: Array, *, ignore: int = -100) -> Shifted
 
     Returns:
       `Shifted`; ignored labels are replaced by 0 and `where` is false there.
-
-    Raises:
-      ValueError: if shapes do not fit or L is 1.
-      TypeError: if arrays have the wrong kind of dtype.
     """
     _checks.floating(logits=logits)
     _checks.integers(labels=labels)
@@ -53,24 +52,24 @@ def causal_shift(logits: Array, labels: Array, *, ignore: int = -100) -> Shifted
     return Shifted(logits[..., :-1, :], jnp.where(where, after, 0), where)
 
 
-def token_log_probs(logits: Array, tokens: Array) -> Array:
+def token_log_probs(logits: Array, tokens: Array, *, where: Array | None = None) -> Array:
     """`log softmax(logits)[token]`.
 
     Args:
       logits: `[..., V]`.
-      tokens: int `[...]`.
+      tokens: int `[...]`; out of range they raise, or give NaN with gradient 0 under `jit`.
+      where: bool `[...]`, positions that count; the tokens of the others may be anything.
 
     Returns:
-      `[...]`, nats, <= 0.
-
-    Raises:
-      ValueError: if shapes do not fit or tokens are out of range.
-      TypeError: if arrays have the wrong kind of dtype.
+      `[...]`, nats, <= 0; 0 at positions that do not count.
     """
     _checks.floating(logits=logits)
     _checks.rank(1, logits=logits)
-    _checks.labels(tokens, logits)
-    return _logspace.at(_numerics.log_softmax(logits), tokens)
+    _checks.several_classes(logits=logits)
+    _checks.labels(tokens, logits, where)
+    tokens, usable = _numerics.usable_labels(tokens, logits.shape[-1], where)
+    log_p = _numerics.log_softmax(_numerics.kept(logits, where))
+    return _numerics.at_usable(_logspace.at(log_p, tokens), usable, where)
 
 
 def answers_first(values: Array, labels: Array, *, ignore: int = -100) -> tuple[Array, Array]:
@@ -85,10 +84,6 @@ def answers_first(values: Array, labels: Array, *, ignore: int = -100) -> tuple[
 
     Returns:
       The rotated values, and bool `[B, L]`: the rotated labels are not `ignore`.
-
-    Raises:
-      ValueError: if the leading dimensions differ.
-      TypeError: if the labels are not integers.
     """
     _checks.integers(labels=labels)
     _checks.rank(2, 2, labels=labels)
@@ -111,52 +106,28 @@ def answers_first(values: Array, labels: Array, *, ignore: int = -100) -> tuple[
 def taid_teacher(student_logits: Array, teacher_logits: Array, *, progress: Scalar) -> Array:
     """`(1 - t) z_S + t z_T`: a teacher on the way from the student to the teacher.
 
+    TAID is `forward_kl(student_logits, jax.lax.stop_gradient(taid_teacher(...)))`; the authors'
+    code is the cross-entropy form, of the same gradient.
+
     Args:
-      student_logits: `[..., V]`; stop their gradient, the method takes this as a constant.
+      student_logits: `[..., V]`.
       teacher_logits: the same shape.
-      progress: t, in [0, 1]; a scalar or one value per example.
+      progress: t, in [0, 1], see `taid_advance`; a scalar or one value per example.
 
     Returns:
       `[..., V]` logits.
-
-    Raises:
-      ValueError: if shapes differ or t is outside [0, 1].
-      TypeError: if the logits are not floating point.
 
     References:
       Shing et al., TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge
       Transfer in Language Models, 2025 (2501.16937).
     """
     _checks.within(0, 1, progress=progress)
-    student, teacher = _logspace.softened("taid_teacher", student_logits, teacher_logits, 1.0, None)
+    student, teacher = _logspace.softened(student_logits, teacher_logits, progress=progress)
     t = _numerics.per_example(progress, student)
     # 0 * inf at the ends, and -inf - -inf, are no numbers: a class absent from either is absent.
     present = (student != -jnp.inf) & (teacher != -jnp.inf)
     mixed = (1 - t) * jnp.where(present, student, 0) + t * jnp.where(present, teacher, 0)
     return jnp.where(present, mixed, -jnp.inf)
-
-
-def taid(student_logits: Array, teacher_logits: Array, *, progress: Scalar) -> Array:
-    """`KL(softmax((1 - t) z_S + t z_T) || p_S)`, the interpolated teacher a constant.
-
-    Args:
-      student_logits: `[..., V]`.
-      teacher_logits: the same shape.
-      progress: t, in [0, 1], from `taid_progress`; a scalar or one value per example.
-
-    Returns:
-      `[...]`, nats. The authors' code is the cross-entropy form, of the same gradient:
-      `soft_cross_entropy` against `taid_teacher`.
-
-    Raises:
-      ValueError: if shapes differ or t is outside [0, 1].
-      TypeError: if the logits are not floating point.
-
-    References:
-      Shing et al., 2025 (2501.16937).
-    """
-    interpolated = taid_teacher(student_logits, teacher_logits, progress=progress)
-    return forward_kl(student_logits, jax.lax.stop_gradient(interpolated))
 
 
 class TaidProgress(NamedTuple):
@@ -232,9 +203,6 @@ def distillm2_alpha(
     Returns:
       `[B]`, an `alpha` for `skew_forward_kl` or `skew_reverse_kl`.
 
-    Raises:
-      ValueError: if shapes differ.
-
     References:
       Ko et al., DistiLLM-2: A Contrastive Approach Boosts the Distillation of LLMs, 2025
       (2503.07067).
@@ -245,3 +213,68 @@ def distillm2_alpha(
     gap = jnp.exp(log_prob) - jnp.exp(reference) + _numerics.scalar(1e-5, log_prob)
     alpha = 1 - (1 - base) * _numerics.scalar(anchor, log_prob) / jnp.where(gap == 0, 1e-5, gap)
     return jnp.clip(alpha, low, base)
+
+
+def align_tokens(
+    student_ends: np.ndarray, teacher_ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Groups of consecutive tokens that end at the same byte on both sides. Host-side.
+
+    Args:
+      student_ends: int `[L_S]`, non-decreasing byte offsets at which the student's tokens end.
+      teacher_ends: int `[L_T]`.
+
+    Returns:
+      The group of each student token `[L_S]` and of each teacher token `[L_T]`, and the number of
+      groups; -1 for tokens after the last common end if only one side has any.
+    """
+    sides = {"student_ends": np.asarray(student_ends), "teacher_ends": np.asarray(teacher_ends)}
+    _checks.rank(1, 1, **sides)
+    for name, ends in sides.items():
+        if np.any(np.diff(ends) < 0):
+            raise ValueError(f"{name} must not decrease, got {ends}.")
+    groups = [np.full(len(ends), -1, np.int32) for ends in sides.values()]
+    start, at, count = [0, 0], [0, 0], 0
+    ends = list(sides.values())
+    while at[0] < len(ends[0]) and at[1] < len(ends[1]):
+        left, right = ends[0][at[0]], ends[1][at[1]]
+        at[0] += int(left <= right)
+        at[1] += int(right <= left)
+        if left == right:
+            for side in (0, 1):
+                groups[side][start[side] : at[side]] = count
+            start, count = list(at), count + 1
+    if start[0] < len(ends[0]) and start[1] < len(ends[1]):
+        for side in (0, 1):
+            groups[side][start[side] :] = count
+        count += 1
+    return groups[0], groups[1], count
+
+
+def merge_tokens(log_probs: Array, tokens: Array, groups: Array, *, num_groups: int) -> Array:
+    """One distribution per group: its first token's, times the probability of the others observed.
+
+    `p_i(v) prod_{k > i} p_k(token_k)`: the chance of the text that continues `v` with the rest of
+    the group. It does not sum to 1.
+
+    Args:
+      log_probs: `[L, vocabulary]`; row k predicts token k.
+      tokens: int `[L]`, the tokens observed.
+      groups: int `[L]` from `align_tokens`, non-decreasing; -1 takes no part.
+      num_groups: static number of groups.
+
+    Returns:
+      `[num_groups, vocabulary]` log-probabilities.
+    """
+    _checks.floating(log_probs=log_probs)
+    _checks.rank(2, 2, log_probs=log_probs)
+    _checks.same_shape(tokens=tokens, groups=groups)
+    groups = jnp.asarray(groups)
+    _checks.labels(tokens, log_probs, groups >= 0)
+    log_probs = _numerics.upcast(log_probs)
+    before = jnp.concatenate([jnp.full((1,), -1, groups.dtype), groups[:-1]])
+    is_first = (groups >= 0) & (groups != before)
+    observed = jnp.take_along_axis(log_probs, tokens[:, None], axis=1)
+    part = jnp.where(is_first[:, None], log_probs, observed)
+    # A negative group falls outside and is dropped.
+    return jax.ops.segment_sum(part, jnp.where(groups < 0, num_groups, groups), num_groups)

@@ -1,4 +1,4 @@
-"""Teachers known only on their k most likely classes: five meanings of "top-k KL", five functions.
+"""Teachers known only on their k most likely classes, five meanings of "top-k KL", and rankings.
 
 | function | teacher | student | blind spot |
 |---|---|---|---|
@@ -7,6 +7,12 @@
 | `top_k_kl_teacher_renormalized` | renormalized on the k | full | not 0 at equal models |
 | `top_k_kl_truncated` | as it is | full | may be negative |
 | `top_k_kl_sampled` | one sampled class | full | variance |
+
+What all losses here share: `student_logits` are `[..., num_classes]`; `targets`, from
+`top_k_targets` or `stored_top_k`, are the teacher's k classes, made at the same temperature, which
+is a scalar or one value per example. The result is `[...]`, in nats unless said otherwise, float32
+or wider. Shapes that do not fit and concrete indices out of range raise ValueError, wrong kinds of
+dtype TypeError; under `jit` an index out of range (a stored -1, say) gives NaN, with gradient 0.
 """
 
 from typing import NamedTuple
@@ -42,14 +48,8 @@ def top_k_targets(teacher_logits: Array, *, k: int, temperature: Scalar = 1.0) -
 
     Returns:
       `TopK`, sorted from the most likely; the tail's mass is the sum over the rest.
-
-    Raises:
-      ValueError: if k is out of range, or the temperature is not positive.
-      TypeError: if the logits are not floating point.
     """
-    teacher, _ = _logspace.softened(
-        "top_k_targets", teacher_logits, teacher_logits, temperature, None
-    )
+    teacher, _ = _logspace.softened(teacher_logits, teacher_logits, temperature)
     classes = teacher.shape[-1]
     if not 1 <= k <= classes:
         raise ValueError(f"k must lie in 1..{classes}, got {k}.")
@@ -65,10 +65,6 @@ def stored_top_k(indices: Array, log_probs: Array) -> TopK:
       indices: int `[..., k]`.
       log_probs: `[..., k]`, of the full distribution; where they sum to more than 1 by rounding,
         the tail is empty.
-
-    Raises:
-      ValueError: if shapes differ.
-      TypeError: if indices are not integers or log_probs not floating point.
     """
     _checks.integers(indices=indices)
     _checks.floating(log_probs=log_probs)
@@ -92,13 +88,11 @@ def soften_top_k(targets: TopK, *, temperature: Scalar, tail_classes: int | None
     Returns:
       `TopK` with the same indices.
 
-    Raises:
-      ValueError: if the temperature or the number of classes is not positive.
-
     References:
       One class is DistillKit's "symmetric_uniform".
     """
     _checks.positive(temperature=temperature)
+    _checks.per_example(jnp.shape(targets.log_tail), temperature=temperature)
     log_probs = _numerics.upcast(targets.log_probs)
     t = _numerics.per_example(temperature, log_probs)
     tail = targets.log_tail[..., None]
@@ -127,12 +121,8 @@ def top_k_buckets(
 
     Returns:
       student `[..., k + 1]`, teacher `[..., k + 1]`.
-
-    Raises:
-      ValueError: if shapes do not fit, or the temperature is not positive.
-      TypeError: if arrays have the wrong kind of dtype.
     """
-    log_q = _student("top_k_buckets", student_logits, targets, temperature)
+    log_q, targets, _ = _checked(student_logits, targets, temperature)
     return _with_tail(log_q, targets), _teacher_with_tail(targets)
 
 
@@ -142,24 +132,13 @@ def top_k_kl_tail(student_logits: Array, targets: TopK, *, temperature: Scalar =
     Zero at equality, never negative, at most the full KL, and equal to it when student and teacher
     agree within the tail.
 
-    Args:
-      student_logits: `[..., num_classes]`.
-      targets: of the teacher, at the same temperature.
-      temperature: softens the student; a scalar or one value per example.
-
-    Returns:
-      `[...]`, nats.
-
-    Raises:
-      ValueError: if shapes do not fit, or the temperature is not positive.
-      TypeError: if arrays have the wrong kind of dtype.
-
     References:
       TRL's server distillation (`loss_add_tail`), DistillKit's "symmetric_uniform" (which
       multiplies by `T^2`).
     """
-    log_q = _student("top_k_kl_tail", student_logits, targets, temperature)
-    return _numerics.kl_from_logits(_teacher_with_tail(targets), _with_tail(log_q, targets))
+    log_q, targets, usable = _checked(student_logits, targets, temperature)
+    kl = _numerics.kl_from_logits(_teacher_with_tail(targets), _with_tail(log_q, targets))
+    return _numerics.at_usable(kl, usable)
 
 
 def top_k_kl_renormalized(
@@ -168,25 +147,15 @@ def top_k_kl_renormalized(
     """`KL` of both sides renormalized on the teacher's k classes.
 
     Cannot see mass leave the set: shifting all k logits of the student together changes nothing.
-
-    Args:
-      student_logits: `[..., num_classes]`.
-      targets: of the teacher, at the same temperature; the tail is not used.
-      temperature: softens the student; a scalar or one value per example.
-
-    Returns:
-      `[...]`, nats.
-
-    Raises:
-      ValueError: if shapes do not fit, or the temperature is not positive.
-      TypeError: if arrays have the wrong kind of dtype.
+    One class (k = 1) is therefore refused.
 
     References:
       Model-Optimizer's top-k loss, MaxText's offline distillation, Tunix's `distill_top_k`.
     """
-    log_q = _student("top_k_kl_renormalized", student_logits, targets, temperature)
+    log_q, targets, usable = _checked(student_logits, targets, temperature)
+    _checks.several_classes(log_probs=targets.log_probs)
     chosen = jnp.take_along_axis(log_q, targets.indices, axis=-1)
-    return _numerics.kl_from_logits(targets.log_probs, chosen)
+    return _numerics.at_usable(_numerics.kl_from_logits(targets.log_probs, chosen), usable)
 
 
 def top_k_kl_teacher_renormalized(
@@ -196,26 +165,15 @@ def top_k_kl_teacher_renormalized(
 
     Teaches that the tail is empty: positive (minus the log of the kept mass) at equal models.
 
-    Args:
-      student_logits: `[..., num_classes]`.
-      targets: of the teacher, at the same temperature; the tail is not used.
-      temperature: softens the student; a scalar or one value per example.
-
-    Returns:
-      `[...]`, nats.
-
-    Raises:
-      ValueError: if shapes do not fit, or the temperature is not positive.
-      TypeError: if arrays have the wrong kind of dtype.
-
     References:
       DistillKit's "zero" (which multiplies by `T^2`), EasyDeL's sparse distillation (as a
       cross-entropy).
     """
-    log_q = _student("top_k_kl_teacher_renormalized", student_logits, targets, temperature)
+    log_q, targets, usable = _checked(student_logits, targets, temperature)
     log_p = _numerics.log_softmax(targets.log_probs)
     log_p = jnp.concatenate([log_p, jnp.full_like(log_p[..., :1], -jnp.inf)], axis=-1)
-    return jnp.sum(_numerics.kl_terms(log_p, _with_tail(log_q, targets)), axis=-1)
+    kl = jnp.sum(_numerics.kl_terms(log_p, _with_tail(log_q, targets)), axis=-1)
+    return _numerics.at_usable(kl, usable)
 
 
 def top_k_kl_truncated(student_logits: Array, targets: TopK, *, temperature: Scalar = 1.0) -> Array:
@@ -224,25 +182,14 @@ def top_k_kl_truncated(student_logits: Array, targets: TopK, *, temperature: Sca
     Not a divergence: negative when the student puts more mass on the set. Do not clamp it, since
     that drops the gradient; use `top_k_kl_tail`.
 
-    Args:
-      student_logits: `[..., num_classes]`.
-      targets: of the teacher, at the same temperature; the tail is not used.
-      temperature: softens the student; a scalar or one value per example.
-
-    Returns:
-      `[...]`, nats, of either sign.
-
-    Raises:
-      ValueError: if shapes do not fit, or the temperature is not positive.
-      TypeError: if arrays have the wrong kind of dtype.
-
     References:
       verl's top-k distillation.
     """
-    log_q = _student("top_k_kl_truncated", student_logits, targets, temperature)
+    log_q, targets, usable = _checked(student_logits, targets, temperature)
     log_p = _numerics.upcast(targets.log_probs)
     chosen = jnp.take_along_axis(log_q, targets.indices, axis=-1)
-    return _logspace.cross_entropy(log_p, chosen) - _logspace.cross_entropy(log_p, log_p)
+    kl = _logspace.cross_entropy(log_p, chosen) - _logspace.cross_entropy(log_p, log_p)
+    return _numerics.at_usable(kl, usable)
 
 
 def top_k_kl_sampled(student_logits: Array, targets: TopK, *, temperature: Scalar = 1.0) -> Array:
@@ -260,31 +207,90 @@ def top_k_kl_sampled(student_logits: Array, targets: TopK, *, temperature: Scala
     Returns:
       `[...]`, nats, of either sign.
 
-    Raises:
-      ValueError: if shapes do not fit, or the temperature is not positive.
-      TypeError: if arrays have the wrong kind of dtype.
-
     References:
       TRL's server distillation with `loss_top_k=1`.
     """
-    log_q = _student("top_k_kl_sampled", student_logits, targets, temperature)
+    log_q, targets, usable = _checked(student_logits, targets, temperature)
     of_student = _logspace.at(log_q, targets.indices[..., 0])
-    return _numerics.upcast(targets.log_probs[..., 0]) - of_student
+    return _numerics.at_usable(_numerics.upcast(targets.log_probs[..., 0]) - of_student, usable)
 
 
-def _student(fn: str, student_logits: Array, targets: TopK, temperature: Scalar) -> Array:
-    """Checked log-probabilities of the student, over all classes."""
-    student, _ = _logspace.softened(fn, student_logits, student_logits, temperature, None)
-    _checks.indices(jnp.shape(student_logits)[-1], indices=targets.indices)
+def hinge_ranking(
+    student_logits: Array,
+    targets: TopK,
+    *,
+    margin: Scalar | None = None,
+    eps: Scalar = 1e-8,
+) -> Array:
+    """Mean over ordered pairs `p_T(k) > p_T(l) + eps` of `max(0, margin - (p_S(k) - p_S(l)))`.
+
+    Args:
+      student_logits: `[..., num_classes]`.
+      targets: the teacher's k classes (`top_k_targets`); pairs are taken among them, k^2 of them.
+      margin: by how much the better class must lead; by default as much as the teacher has it,
+        `p_T(k) - p_T(l)`.
+      eps: pairs closer than this, and classes below it, do not count.
+
+    Returns:
+      `[...]`, a probability; 0 where no pair counts.
+
+    References:
+      DistillKit's `sparse_hinge_loss`, which divides by the number of pairs of all positions.
+    """
+    log_q, targets, usable = _checked(student_logits, targets, 1.0)
+    chosen = _logspace.probabilities(jnp.take_along_axis(log_q, targets.indices, axis=-1))
+    p_t = _logspace.probabilities(_numerics.upcast(targets.log_probs))
+    lead = _gaps(p_t) if margin is None else _numerics.scalar(margin, p_t)
+    mean = _numerics.masked_mean(
+        jax.nn.relu(lead - _gaps(chosen)), _ordered(p_t, eps), axis=(-2, -1)
+    )
+    return _numerics.at_usable(_numerics.nan_of(mean, jnp.sum(p_t, axis=-1)), usable)
+
+
+def logistic_ranking(student_logits: Array, targets: TopK, *, eps: Scalar = 1e-9) -> Array:
+    """Mean over ordered pairs `p_T(k) > p_T(l) + eps` of `log(1 + exp(-(z_S(k) - z_S(l))))`.
+
+    Args:
+      student_logits: `[..., num_classes]`.
+      targets: the teacher's k classes (`top_k_targets`); pairs are taken among them, k^2 of them.
+      eps: pairs closer than this, and classes below it, do not count.
+
+    Returns:
+      `[...]`, nats; 0 where no pair counts. Not zero at equality.
+
+    References:
+      Burges et al., Learning to Rank using Gradient Descent, 2005. DistillKit's
+      `sparse_logistic_ranking_loss` divides by the number of pairs of all positions.
+    """
+    log_q, targets, usable = _checked(student_logits, targets, 1.0)
+    chosen = jnp.take_along_axis(log_q, targets.indices, axis=-1)
+    present = chosen != -jnp.inf
+    p_t = _logspace.probabilities(_numerics.upcast(targets.log_probs))
+    # A class masked to -inf for the student cannot be ranked.
+    counted = _ordered(p_t, eps) & present[..., :, None] & present[..., None, :]
+    gap = _gaps(jnp.where(present, chosen, 0))
+    mean = _numerics.masked_mean(jax.nn.softplus(-gap), counted, axis=(-2, -1))
+    return _numerics.at_usable(_numerics.nan_of(mean, jnp.sum(p_t, axis=-1)), usable)
+
+
+def _checked(
+    student_logits: Array, targets: TopK, temperature: Scalar
+) -> tuple[Array, TopK, Array]:
+    """The student's log-probabilities, targets with safe indices, and which rows have them all."""
+    student, _ = _logspace.softened(student_logits, student_logits, temperature)
+    classes = student.shape[-1]
+    _checks.indices(classes, indices=targets.indices)
     _checks.floating(log_probs=targets.log_probs, log_tail=targets.log_tail)
     _checks.same_shape(indices=targets.indices, log_probs=targets.log_probs)
-    leading = student_logits.shape[:-1]
+    leading = student.shape[:-1]
     if targets.indices.shape[:-1] != leading or targets.log_tail.shape != leading:
         raise ValueError(
             f"targets must be [..., k] with the student's leading dimensions, got "
             f"{_checks.described(student_logits=student_logits, **targets._asdict())}."
         )
-    return _numerics.log_softmax(student)
+    indices, usable = _numerics.usable_labels(targets.indices, classes)
+    log_q = _numerics.log_softmax(student)
+    return log_q, targets._replace(indices=indices), jnp.all(usable, axis=-1)
 
 
 def _log_rest(log_p: Array, indices: Array) -> Array:
@@ -305,3 +311,14 @@ def _with_tail(log_q: Array, targets: TopK) -> Array:
 def _teacher_with_tail(targets: TopK) -> Array:
     tail = targets.log_tail[..., None]
     return _numerics.upcast(jnp.concatenate([targets.log_probs, tail], axis=-1))
+
+
+def _gaps(x: Array) -> Array:
+    """`x_k - x_l`, `[..., k, l]`."""
+    return x[..., :, None] - x[..., None, :]
+
+
+def _ordered(p: Array, eps: Scalar) -> Array:
+    small = _numerics.scalar(eps, p)
+    some = p > small
+    return (_gaps(p) > small) & some[..., :, None] & some[..., None, :]

@@ -1,4 +1,10 @@
-"""Optimal transport between class distributions: WKD-L, with Sinkhorn in log space."""
+"""Transport between class distributions: by a cost between classes, or along sorted probabilities.
+
+Sorted probabilities (universal logit distillation) need no common vocabulary: student and teacher
+may differ in the size and the meaning of their classes. Temperatures are > 0, a scalar or one value
+per example. Results are `[...]`, float32 or wider. Shapes and values that do not fit raise
+ValueError, anything but real floating point TypeError.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,29 +13,34 @@ from jax import Array
 from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import Scalar
 from kdtl_jax.losses import _logspace
-from kdtl_jax.losses._decoupled import target_cross_entropy
 
 
 def sinkhorn_cost(
-    student_log_probs: Array,
-    teacher_log_probs: Array,
+    student_logits: Array,
+    teacher_logits: Array,
     cost: Array,
     *,
+    temperature: Scalar = 1.0,
     regularization: Scalar = 0.05,
     iterations: int = 10,
     eps: Scalar = 0.0,
 ) -> Array:
     """`sum_ij F_ij cost_ij` of the entropic transport plan F from student to teacher.
 
-    Alternating scalings of `exp(-cost / regularization)`, all in log space, so that no kernel entry
-    underflows however small the regularization. The gradient runs through the iterations, which are
-    recomputed in the backward pass. Absent classes (-inf) take no part.
+    Moving mass to a related class may cost less than to a distant one. Alternating scalings of
+    `exp(-cost / regularization)`, all in log space, so that no kernel entry underflows however
+    small the regularization. The gradient runs through the iterations, which are recomputed in the
+    backward pass. Classes with a logit of -inf take no part.
+
+    WKD-L is `target_cross_entropy` plus 25 times this of the `non_target_logits` at temperature 2,
+    commonly with the cost `1 - exp(-kappa (1 - similarity))` of class weights or features.
 
     Args:
-      student_log_probs: `[..., num_classes]`, normalized.
-      teacher_log_probs: the same shape.
+      student_logits: `[..., num_classes]`.
+      teacher_logits: the same shape.
       cost: `[num_classes, num_classes]`, >= 0; `cost[i, j]` moves student class i to
         teacher class j.
+      temperature: softens both; a scalar or one value per example.
       regularization: of the entropy, > 0.
       iterations: of the pair of scalings.
       eps: added to the denominators of the scalings; 1e-8 in the authors' code, unnecessary here.
@@ -37,22 +48,22 @@ def sinkhorn_cost(
     Returns:
       `[...]`, units of the cost; at finite regularization not zero at equality.
 
-    Raises:
-      ValueError: if shapes do not fit, the regularization is not positive or iterations below 1.
-      TypeError: if an array is not floating point.
-
     References:
       Cuturi, Sinkhorn Distances: Lightspeed Computation of Optimal Transport, 2013 (1306.0895).
+      Lv, Yang and Li, Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge
+      Distillation, 2024 (2412.08139), whose number it gives with cost `relu(M) + 1e-8` and
+      `eps=1e-8`.
     """
-    fn = "sinkhorn_cost"
     _checks.floating(cost=cost)
-    log_a, log_b = _logspace.softened(fn, student_log_probs, teacher_log_probs, 1.0, None)
-    _checks.positive(regularization=regularization, iterations=iterations)
+    _checks.positive(regularization=regularization)
+    _checks.count(1, iterations=iterations)
+    logits = _logspace.softened(student_logits, teacher_logits, temperature)
+    log_a, log_b = (_numerics.log_softmax(z) for z in logits)
     classes = log_a.shape[-1]
     if jnp.shape(cost) != (classes, classes):
         raise ValueError(
             f"cost must be [{classes}, {classes}] for "
-            f"{_checks.described(student_log_probs=student_log_probs, cost=cost)}."
+            f"{_checks.described(student_logits=student_logits, cost=cost)}."
         )
     cost = cost.astype(log_a.dtype)
     cost = cost.reshape((1,) * (log_a.ndim - 1) + cost.shape)
@@ -85,60 +96,77 @@ def sinkhorn_cost(
     return jnp.sum(_logspace.probabilities(plan) * cost, axis=(-2, -1))
 
 
-def wkd_logit(
+def uld(
     student_logits: Array,
     teacher_logits: Array,
-    labels: Array,
-    cost: Array,
     *,
-    gamma: Scalar = 25.0,
-    temperature: Scalar = 2.0,
-    regularization: Scalar = 0.05,
-    iterations: int = 10,
-    eps: Scalar = 0.0,
+    student_temperature: Scalar = 1.0,
+    teacher_temperature: Scalar = 1.0,
 ) -> Array:
-    """WKD-L: `-p_T(y) log p_S(y) + gamma W(q_S, q_T)`, `q` over the classes other than the label.
+    """`sum_r |p_S(r) - p_T(r)|` of probabilities sorted from the largest, the shorter padded by 0.
 
-    Transport knows that some classes are close: mass on a related class costs less. The cost is
-    commonly `1 - exp(-kappa (1 - similarity))` of class weights or features.
+    The Wasserstein distance when moving mass between any two classes costs the same.
 
     Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
-      labels: `[...]`, integers.
-      cost: `[num_classes, num_classes]`, >= 0.
-      gamma: weight of the transport term.
-      temperature: of the transport term; a scalar or one value per example.
-      regularization: see `sinkhorn_cost`.
-      iterations: see `sinkhorn_cost`.
-      eps: see `sinkhorn_cost`.
+      student_logits: `[..., student_vocabulary]`.
+      teacher_logits: `[..., teacher_vocabulary]`, other dimensions equal.
+      student_temperature: a scalar or one value per example.
+      teacher_temperature: a scalar or one value per example.
 
     Returns:
-      `[...]`; not zero at equality (a cross-entropy, and an entropic plan).
-
-    Raises:
-      ValueError: if shapes do not fit, labels are out of range or a hyper-parameter is.
-      TypeError: if the logits or the cost are not floating point or the labels not integers.
+      `[...]`, in [0, 2].
 
     References:
-      Lv, Yang and Li, Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge
-      Distillation, 2024 (2412.08139). `.mean()` with cost `relu(M) + 1e-8` and `eps=1e-8` is the
-      authors' number.
+      Boizard et al., Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss
+      for LLMs, 2024 (2402.12030).
     """
-    target = target_cross_entropy(student_logits, teacher_logits, labels)
-    student, teacher = _logspace.softened(
-        "wkd_logit", student_logits, teacher_logits, temperature, None
+    return sorted_l1(
+        *_probabilities(student_logits, teacher_logits, student_temperature, teacher_temperature)
     )
-    others = ~_logspace.is_label(labels, student.shape[-1])
-    moved = sinkhorn_cost(
-        _numerics.log_softmax(student, where=others),
-        _numerics.log_softmax(teacher, where=others),
-        cost,
-        regularization=regularization,
-        iterations=iterations,
-        eps=eps,
+
+
+def uld_w1(
+    student_logits: Array,
+    teacher_logits: Array,
+    *,
+    student_temperature: Scalar = 1.0,
+    teacher_temperature: Scalar = 1.0,
+) -> Array:
+    """`sum_r |F_S(r) - F_T(r)|`, F the cumulative sums of the sorted probabilities.
+
+    The Wasserstein-1 distance along ranks: moving mass by one rank costs 1, so that mass deep in
+    the tail counts for more than in `uld`.
+
+    Args:
+      student_logits: `[..., student_vocabulary]`.
+      teacher_logits: `[..., teacher_vocabulary]`, other dimensions equal.
+      student_temperature: a scalar or one value per example.
+      teacher_temperature: a scalar or one value per example.
+
+    Returns:
+      `[...]`, in ranks.
+
+    References:
+      Boizard et al., 2024 (2402.12030), with ranks as the ground distance.
+    """
+    student, teacher = _probabilities(
+        student_logits, teacher_logits, student_temperature, teacher_temperature
     )
-    return target + _numerics.per_example(gamma, moved) * moved
+    return jnp.sum(jnp.abs(jnp.cumsum(_sorted_gaps(student, teacher), axis=-1)), axis=-1)
+
+
+def sorted_l1(student_probs: Array, teacher_probs: Array) -> Array:
+    """`sum_r |s(r) - t(r)|` of non-negative vectors sorted from the largest, the shorter 0-padded.
+
+    Args:
+      student_probs: `[..., student_vocabulary]`; need not sum to 1, as merged tokens do not.
+      teacher_probs: `[..., teacher_vocabulary]`, other dimensions equal.
+
+    Returns:
+      `[...]`.
+    """
+    student, teacher = _checked(student_probs, teacher_probs)
+    return jnp.sum(jnp.abs(_sorted_gaps(student, teacher)), axis=-1)
 
 
 def _plus(x: Array, y: Array) -> Array:
@@ -147,3 +175,49 @@ def _plus(x: Array, y: Array) -> Array:
     return jnp.where(
         finite, jnp.where(x != -jnp.inf, x, 0) + jnp.where(y != -jnp.inf, y, 0), -jnp.inf
     )
+
+
+def _checked(student: Array, teacher: Array) -> tuple[Array, Array]:
+    _checks.floating(student=student, teacher=teacher)
+    _checks.rank(1, student=student, teacher=teacher)
+    _checks.nonempty(student=student, teacher=teacher)
+    if jnp.shape(student)[:-1] != jnp.shape(teacher)[:-1]:
+        raise ValueError(
+            f"all dimensions but the vocabulary must be equal, got "
+            f"{_checks.described(student=student, teacher=teacher)}. "
+            "Align the positions first (answers_first, align_tokens)."
+        )
+    return _numerics.upcast(student), _numerics.upcast(teacher)
+
+
+def _probabilities(
+    student_logits: Array,
+    teacher_logits: Array,
+    student_temperature: Scalar,
+    teacher_temperature: Scalar,
+) -> tuple[Array, Array]:
+    student, teacher = _checked(student_logits, teacher_logits)
+    _checks.several_classes(student_logits=student, teacher_logits=teacher)
+    temperatures = {
+        "student_temperature": student_temperature,
+        "teacher_temperature": teacher_temperature,
+    }
+    _checks.positive(**temperatures)
+    _checks.per_example(student.shape[:-1], **temperatures)
+    student = student / _numerics.per_example(student_temperature, student)
+    teacher = teacher / _numerics.per_example(teacher_temperature, teacher)
+    return (
+        _numerics.softmax(student),
+        _numerics.softmax(teacher),
+    )
+
+
+def _sorted_gaps(student: Array, teacher: Array) -> Array:
+    student = jnp.sort(student, axis=-1, descending=True)
+    teacher = jnp.sort(teacher, axis=-1, descending=True)
+    size = max(student.shape[-1], teacher.shape[-1])
+
+    def padded(x: Array) -> Array:
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
+
+    return padded(student) - padded(teacher)

@@ -7,6 +7,7 @@ with the cross-entropy half and half, as fused distillation kernels do.
 from collections.abc import Callable
 from functools import partial
 
+import jax
 from jax import Array
 
 from kdtl_jax import losses
@@ -15,6 +16,12 @@ from kdtl_jax.methods import _builders, _views
 from kdtl_jax.methods._method import Method
 
 Divergence = Callable[..., Array]  # (student logits, teacher logits, *, temperature) -> [B]
+
+
+def _adaptive_kl(student: Array, teacher: Array, *, temperature: Scalar) -> Array:
+    weight = losses.adaptive_kl_weight(student, teacher, temperature=temperature)
+    weight = jax.lax.stop_gradient(weight)
+    return losses.symmetric_kl(student, teacher, weight=weight, temperature=temperature)
 
 
 def _method(name: str, title: str, paper: str, divergence: Divergence) -> Method:
@@ -66,5 +73,5 @@ METHODS = (
         "Wen et al., 2307.15190, 2023",
         losses.total_variation,
     ),
-    _method("adaptive_kl", "Adaptive KL (AKL)", "Wu et al., 2404.02657, 2024", losses.adaptive_kl),
+    _method("adaptive_kl", "Adaptive KL (AKL)", "Wu et al., 2404.02657, 2024", _adaptive_kl),
 )

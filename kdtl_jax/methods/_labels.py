@@ -20,7 +20,8 @@ def _label_smoothing(student: Array, teacher: Array, labels: Array, temperature:
 
 
 def _tf_kd(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    return losses.tf_kd(student, labels, temperature=temperature)
+    virtual = losses.virtual_teacher(labels, student.shape[-1]).astype(student.dtype)
+    return losses.kd_kl(student, virtual, temperature=temperature)
 
 
 def _probability_shift(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
@@ -29,7 +30,8 @@ def _probability_shift(student: Array, teacher: Array, labels: Array, temperatur
 
 
 def _mft(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    return losses.mft(student, teacher, labels, temperature=temperature)
+    corrected = losses.mft_teacher(teacher, labels, temperature=temperature)
+    return temperature**2 * losses.forward_kl(student / temperature, corrected)
 
 
 def _hard(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:

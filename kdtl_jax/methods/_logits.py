@@ -18,19 +18,25 @@ def _kd(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> A
 
 
 def _standardized(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    return losses.standardized_kd(student, teacher, temperature=temperature)
+    student, teacher = (losses.standardize_logits(z) for z in (student, teacher))
+    return losses.kd_kl(student, teacher, temperature=temperature)
 
 
 def _nkd(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    return losses.nkd(student, teacher, labels, temperature=temperature)
+    others = (losses.non_target_logits(z, labels) for z in (student, teacher))
+    non_target = losses.soft_cross_entropy(*others, temperature=temperature)
+    target = losses.target_cross_entropy(student, teacher, labels)
+    return target + 1.5 * temperature**2 * non_target
 
 
 def _dist(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    return losses.dist(student, teacher, temperature=temperature)
+    inter = losses.dist_inter(student, teacher, temperature=temperature)
+    return inter + losses.dist_intra(student, teacher, temperature=temperature)
 
 
 def _wsld(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    return losses.wsld(student, teacher, labels, temperature=temperature)
+    weight = jax.lax.stop_gradient(losses.wsld_weight(student, teacher, labels))
+    return weight * losses.kd_kl(student, teacher, temperature=temperature)
 
 
 def _ttm(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
@@ -42,11 +48,17 @@ def _wttm(student: Array, teacher: Array, labels: Array, temperature: Scalar) ->
 
 
 def _mse(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    return losses.logit_mse(student, teacher)
+    return losses.mse(student, teacher)
 
 
 def _mlld(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    return losses.mlld(student, teacher)
+    levels = (losses.kd_kl, losses.batch_correlation, losses.class_correlation)
+    first, *others = [
+        level(student, teacher, temperature=t)
+        for t in (2.0, 3.0, 4.0, 5.0, 6.0)
+        for level in levels
+    ]
+    return sum(others, first)
 
 
 def _hinge(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
@@ -64,7 +76,8 @@ def _build_dkd(setup: Setup, options: Options) -> Built:
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         logits = _builders.logits_of(inputs)
-        return {"dkd": losses.dkd(*logits, temperature=temperature)}
+        target = losses.tckd(*logits, temperature=temperature)
+        return {"dkd": target + 8 * losses.nckd(*logits, temperature=temperature)}
 
     weights = {TASK: 1.0, "dkd": _builders.warmed_up(1.0, setup.steps)}
     return Built(terms, weights, no_connectors, no_memory)
@@ -98,13 +111,15 @@ def _build_wkd_l(setup: Setup, options: Options) -> Built:
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         _, step = _builders.clock(inputs)
-        values = losses.wkd_logit(
-            *_builders.logits_of(inputs),
+        student, teacher, labels = _builders.logits_of(inputs)
+        moved = losses.sinkhorn_cost(
+            losses.non_target_logits(student, labels),
+            losses.non_target_logits(teacher, labels),
             jax.lax.stop_gradient(cost),
-            gamma=gamma(step),
             temperature=temperature,
         )
-        return {"wkd_l": values}
+        target = losses.target_cross_entropy(student, teacher, labels)
+        return {"wkd_l": target + jnp.asarray(gamma(step), moved.dtype) * moved}
 
     return Built(terms, {TASK: 1.0, "wkd_l": 1.0}, no_connectors, no_memory)
 

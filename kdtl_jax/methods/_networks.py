@@ -116,7 +116,7 @@ def _build_jacobian(setup: Setup, options: Options) -> Built:
             inputs.batch["inputs"],
             probes,
         )
-        matched = losses.logit_mse(logits, inputs.teacher["logits"])
+        matched = losses.mse(logits, inputs.teacher["logits"])
         return {"mse": matched, "jacobian": values}
 
     weights = {TASK: 1.0, "mse": 1.0, "jacobian": 1.0}

@@ -294,7 +294,7 @@ def _learn_projection(
 
     def mse(inputs: Inputs) -> dict[str, Array]:
         target = inputs.batch["teacher"]["logits"]
-        return {"mse": losses.logit_mse(inputs.student["logits"], target)}
+        return {"mse": losses.mse(inputs.student["logits"], target)}
 
     recipe = Recipe(
         "projected_outputs_learned",

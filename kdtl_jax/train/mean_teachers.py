@@ -6,7 +6,7 @@
     >>> def model(params, model_state, inputs, *, key=None, train=False):
     ...     return {"logits": inputs @ params["w"]}, model_state
     >>> def terms(x):
-    ...     return {"mean": losses.logit_mse(x.student["logits"], x.teacher["logits"])}
+    ...     return {"mean": losses.mse(x.student["logits"], x.teacher["logits"])}
     >>> tx = optax.sgd(0.1)
     >>> step = train.make_step(model, terms, {"mean": 1.0}, tx, teacher=model)
     >>> step = mean_teachers.follow(step, decay=mean_teachers.ema_decay(0.99))

@@ -5,7 +5,6 @@ reduction, T^2 and mixing, and whatever its code does besides its paper.
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -50,7 +49,7 @@ def temperature_of(x: Inputs, h: Hyper) -> Any:
 
 def kd_mse(x: Inputs, h: Hyper) -> Array:
     """TextBrewer: logits divided by T before the squares."""
-    values = losses.logit_mse(*pair(x))
+    values = losses.last_axis_mse(*pair(x))
     t = jnp.asarray(temperature_of(x, h))
     return jnp.mean(values / jnp.square(t).reshape(t.shape + (1,) * (values.ndim - t.ndim)))
 
@@ -62,9 +61,11 @@ def kd_modelopt(x: Inputs, h: Hyper) -> Array:
 
 
 def mft(x: Inputs, h: Hyper) -> Array:
-    value = jnp.mean(
-        losses.mft(*pair(x), x["labels"], threshold=h["threshold"], temperature=h["temperature"])
+    t = h["temperature"]
+    corrected = losses.mft_teacher(
+        x["teacher_logits"], x["labels"], threshold=h["threshold"], temperature=t
     )
+    value = t**2 * jnp.mean(losses.forward_kl(x["student_logits"] / t, corrected))
     return value / x["student_logits"].shape[-1] if h["reduction"] == "mean" else value
 
 
@@ -82,13 +83,19 @@ def dist(x: Inputs, h: Hyper) -> Array:
     """tau^2 is the ports' convention, not the paper's; a map's positions are examples."""
     student, teacher = (logits.reshape(-1, logits.shape[-1]) for logits in pair(x))
     t = h["temperature"]
-    value = losses.dist(student, teacher, beta=h["beta"], gamma=h["gamma"], temperature=t)
-    return t**2 * jnp.mean(value)
+    inter = losses.dist_inter(student, teacher, temperature=t)
+    intra = losses.dist_intra(student, teacher, temperature=t)
+    return t**2 * jnp.mean(h["beta"] * inter + h["gamma"] * intra)
 
 
 def standardized(x: Inputs) -> tuple[Array, Array]:
     student, teacher = (losses.standardize_logits(logits, ddof=1) for logits in pair(x))
     return student, teacher
+
+
+def standardized_kd(student: Array, teacher: Array, *, temperature: float) -> Array:
+    student, teacher = (losses.standardize_logits(z, ddof=1) for z in (student, teacher))
+    return losses.kd_kl(student, teacher, temperature=temperature)
 
 
 def dkd_standardized(x: Inputs, h: Hyper) -> Array:
@@ -107,12 +114,12 @@ def logit_standardization_ce(x: Inputs, h: Hyper) -> Array:
 
 
 def mlkd(x: Inputs, h: Hyper) -> dict[str, Array]:
-    """The published code, not the paper (`losses.mlld`): the confidence masks multiply losses that
+    """The published code, not the paper (`methods.mlld`): the confidence masks multiply losses that
     are reduced already, temperatures 2 and 6 of the strong view use the weak logits, and the strong
     view's correlations are dropped."""
     weak = x["student_logits_weak"], x["teacher_logits_weak"]
     strong = x["student_logits_strong"], x["teacher_logits_strong"]
-    kd: Any = partial(losses.standardized_kd, ddof=1) if h["standardize"] else losses.kd_kl
+    kd: Any = standardized_kd if h["standardize"] else losses.kd_kl
 
     def total(loss: Any, logits: tuple[Array, Array], *temperatures: float) -> Array:
         return sum((jnp.mean(loss(*logits, temperature=t)) for t in temperatures), jnp.zeros(()))
@@ -140,7 +147,10 @@ def nkd(x: Inputs, h: Hyper) -> Array:
     """A soft label counts by its argmax."""
     labels = x["labels"]
     labels = labels if labels.ndim == 1 else jnp.argmax(labels, axis=-1).astype(jnp.int32)
-    return jnp.mean(losses.nkd(*pair(x), labels, temperature=h["temperature"], gamma=h["gamma"]))
+    target = losses.target_cross_entropy(*pair(x), labels)
+    others = (losses.non_target_logits(z, labels) for z in pair(x))
+    non_target = losses.soft_cross_entropy(*others, temperature=h["temperature"])
+    return jnp.mean(target + h["gamma"] * h["temperature"] ** 2 * non_target)
 
 
 def uskd(x: Inputs, h: Hyper) -> Array:
@@ -178,7 +188,7 @@ def uskd(x: Inputs, h: Hyper) -> Array:
 
 
 def wsld(x: Inputs, h: Hyper) -> Array:
-    """A cross-entropy where `losses.wsld` is a KL: the gradient is one, the value is not."""
+    """A cross-entropy where the method is a KL: the gradient is one, the value is not."""
     weight = jax.lax.stop_gradient(losses.wsld_weight(*pair(x), x["labels"]))
     soft = losses.soft_cross_entropy(*pair(x), temperature=h["temperature"])
     return h["temperature"] ** 2 * jnp.mean(weight * soft)
@@ -192,18 +202,16 @@ def wsld_ce(x: Inputs, h: Hyper) -> Array:
 
 
 def wkd_logit(x: Inputs, h: Hyper) -> Array:
-    return jnp.mean(
-        losses.wkd_logit(
-            *pair(x),
-            x["labels"],
-            jax.nn.relu(x["cost_matrix"]) + 1e-8,
-            gamma=h["gamma"],
-            temperature=h["temperature"],
-            regularization=h["sinkhorn_lambda"],
-            iterations=h["sinkhorn_iterations"],
-            eps=1e-8,
-        )
+    moved = losses.sinkhorn_cost(
+        *(losses.non_target_logits(z, x["labels"]) for z in pair(x)),
+        jax.nn.relu(x["cost_matrix"]) + 1e-8,
+        temperature=h["temperature"],
+        regularization=h["sinkhorn_lambda"],
+        iterations=h["sinkhorn_iterations"],
+        eps=1e-8,
     )
+    target = losses.target_cross_entropy(*pair(x), x["labels"])
+    return jnp.mean(target + h["gamma"] * moved)
 
 
 def skd_instance(x: Inputs, h: Hyper) -> Array:
@@ -290,7 +298,7 @@ METHODS: dict[str, Golden] = {
     "dkd": dkd,
     "dist": dist,
     "logit_standardization": lambda x, h: jnp.mean(
-        losses.standardized_kd(*pair(x), temperature=h["temperature"], ddof=1)
+        standardized_kd(*pair(x), temperature=h["temperature"])
     ),
     "dkd_standardized": dkd_standardized,
     "logit_standardization_ce": logit_standardization_ce,

@@ -116,6 +116,11 @@ def generalized_jsd(x: Inputs, h: Hyper) -> Array:
     return total / (jnp.maximum(kept, 1) if "labels" in x else values.shape[0])
 
 
+def adaptive_kl(x: Inputs, h: Hyper) -> Array:
+    weight = jax.lax.stop_gradient(losses.adaptive_kl_weight(*pair(x), mu=h["mu"]))
+    return labelled_mean(x, losses.symmetric_kl(*pair(x), weight=weight))
+
+
 def adaptive_kl_sum(x: Inputs, h: Hyper) -> Array:
     """DSKD sorts ascending: its tail is the least likely alpha of mass, its head the rest."""
     t = h["temperature"]
@@ -328,7 +333,7 @@ def linear_cosine(x: Inputs, h: Hyper) -> Array:
 
 
 def taid(x: Inputs, h: Hyper) -> Array:
-    """The cross-entropy form of `losses.taid`."""
+    """The cross-entropy form of the method's KL."""
     teacher = losses.taid_teacher(*pair(x), progress=h["t"])
     values = losses.soft_cross_entropy(x["student_logits"], jax.lax.stop_gradient(teacher))
     return masked_mean(values, x["mask"])
@@ -382,7 +387,7 @@ METHODS: dict[str, Golden] = {
     ),
     "js_sum": js_sum,
     "uld_sum": uld_sum,
-    "adaptive_kl": lambda x, h: labelled_mean(x, losses.adaptive_kl(*pair(x), mu=h["mu"])),
+    "adaptive_kl": adaptive_kl,
     "taid": taid,
     "taid_schedule": taid_schedule,
     "sparse_kl": sparse_kl,

@@ -1,4 +1,4 @@
-"""Rows of the divergences between class distributions."""
+"""Rows of the divergences between class distributions, and of KD's family."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +13,10 @@ Divergence = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 def logits(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
     return 2 * rng.normal(size=(batch, 5)), 2 * rng.normal(size=(batch, 5))
+
+
+def one_logit(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
+    return 2 * rng.normal(size=(batch, 1)), 2 * rng.normal(size=(batch, 1))
 
 
 def tokens(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
@@ -73,10 +77,6 @@ def adaptive_weight(p: np.ndarray, q: np.ndarray, mu: float) -> np.ndarray:
     return out
 
 
-def adaptive(p: np.ndarray, q: np.ndarray, mu: float) -> np.ndarray:
-    return symmetric(p, q, adaptive_weight(p, q, mu))
-
-
 def jensen_shannon(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """The entropy of the mean less the mean of the entropies."""
 
@@ -102,6 +102,40 @@ def normalized(p: np.ndarray, q: np.ndarray, beta: float) -> np.ndarray:
     return gkd(p, q, beta) / (beta * (1 - beta))
 
 
+def kd(student: np.ndarray, teacher: np.ndarray, temperature: float | np.ndarray) -> np.ndarray:
+    t = np.reshape(temperature, (-1, 1))
+    return np.square(np.ravel(temperature)) * kl(softmax(teacher / t), softmax(student / t))
+
+
+def binary_kl(
+    student: np.ndarray, teacher: np.ndarray, temperature: float, class_weights: Any = 1.0
+) -> np.ndarray:
+    """Per label, in probabilities."""
+    q, p = (1 / (1 + np.exp(-z / temperature)) for z in (student, teacher))
+    terms = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    return temperature**2 * (class_weights * terms).sum(-1)
+
+
+def soft_cross_entropy(student: np.ndarray, teacher: np.ndarray, temperature: float) -> np.ndarray:
+    p, q = softmax(teacher / temperature), softmax(student / temperature)
+    return -(p * np.log(q)).sum(-1)
+
+
+def hard_kd(student: np.ndarray, teacher: np.ndarray, label_smoothing: float) -> np.ndarray:
+    classes = student.shape[-1]
+    target = (1 - label_smoothing) * np.eye(classes)[teacher.argmax(-1)]
+    return -((target + label_smoothing / classes) * np.log(softmax(student))).sum(-1)
+
+
+def ttm(student: np.ndarray, teacher: np.ndarray, gamma: float) -> np.ndarray:
+    p = softmax(teacher) ** gamma
+    return kl(p / p.sum(-1, keepdims=True), softmax(student))
+
+
+def wttm(student: np.ndarray, teacher: np.ndarray, gamma: float) -> np.ndarray:
+    return (softmax(teacher) ** gamma).sum(-1) * ttm(student, teacher, gamma)
+
+
 def row(fn: Callable[..., Any], divergence: Callable[..., np.ndarray], **hyper: float) -> LossCase:
     return LossCase(fn, logits, of_probabilities(divergence), hyper, has_where=True)
 
@@ -116,8 +150,49 @@ CASES: dict[str, LossCase] = {
     "adaptive_kl_weight": row(losses.adaptive_kl_weight, adaptive_weight, mu=0.6)._replace(
         zero_at_equality=False, note="a share; one half where nothing is left to learn"
     ),
-    "adaptive_kl": row(losses.adaptive_kl, adaptive, mu=0.6, temperature=2.0)._replace(
-        frozen=True, note="the share of the tail is a constant of the method"
+    "kd_kl": LossCase(losses.kd_kl, logits, kd, {"temperature": 3.0}, has_where=True),
+    "binary_kl": LossCase(
+        losses.binary_kl, logits, binary_kl, {"temperature": 3.0}, has_where=True
+    ),
+    "binary_kl_weighted": LossCase(
+        losses.binary_kl,
+        logits,
+        binary_kl,
+        {"temperature": 3.0, "class_weights": np.asarray([1.0, 0.5, 2.0, 0.0, 1.0])},
+    ),
+    "binary_kl_one_logit": LossCase(losses.binary_kl, one_logit, binary_kl, {"temperature": 2.0}),
+    "soft_cross_entropy": LossCase(
+        losses.soft_cross_entropy,
+        logits,
+        soft_cross_entropy,
+        {"temperature": 2.0},
+        zero_at_equality=False,
+        has_where=True,
+        note="the teacher's entropy remains",
+    ),
+    "hard_kd": LossCase(
+        losses.hard_kd,
+        logits,
+        hard_kd,
+        {"label_smoothing": 0.1},
+        zero_at_equality=False,
+        note="a cross-entropy",
+    ),
+    "ttm": LossCase(
+        losses.ttm,
+        logits,
+        ttm,
+        {"gamma": 0.3},
+        zero_at_equality=False,
+        note="only the teacher is softened",
+    ),
+    "wttm": LossCase(
+        losses.wttm,
+        logits,
+        wttm,
+        {"gamma": 0.3},
+        zero_at_equality=False,
+        note="only the teacher is softened",
     ),
     "jensen_shannon": row(losses.jensen_shannon, jensen_shannon, temperature=2.0),
     "jsd_gkd": row(losses.jsd_gkd, gkd, beta=0.3, temperature=2.0),

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -136,6 +137,11 @@ def taid(student: np.ndarray, teacher: np.ndarray, progress: float) -> np.ndarra
     return kl(p / p.sum(-1, keepdims=True), softmax(student))
 
 
+def of_interpolated_teacher(student: Array, teacher: Array, *, progress: float) -> Array:
+    interpolated = losses.taid_teacher(student, teacher, progress=progress)
+    return losses.forward_kl(student, jax.lax.stop_gradient(interpolated))
+
+
 def top_k(
     fn: Callable[..., Array], oracle: Callable[..., float], **hyper: float | None
 ) -> LossCase:
@@ -177,7 +183,7 @@ CASES: dict[str, LossCase] = {
     ),
     "sorted_l1": LossCase(losses.sorted_l1, probabilities, sorted_l1),
     "taid": LossCase(
-        losses.taid,
+        of_interpolated_teacher,
         logits,
         taid,
         {"progress": 0.4},
