@@ -127,6 +127,7 @@ def test_every_public_loss_has_a_row_and_every_piece_is_tested() -> None:
     of_losses, of_pieces = Path(str(losses.__file__)).read_text().split("# Pieces.")
     rows = {case.fn.__name__ for case in LOSS_CASES.values()}
     others = {"afn", "bi_tuning_classifier", "uniform_contrast"}  # no teacher: test_transfer_losses
+    rows |= {"unit_classes", "unit_features"}  # within Bi-Tuning
     assert public(of_losses) - rows - others == set(), "public losses without a row"
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     untested = {name for name in public(of_pieces) if f".{name}" not in tests} - rows
