@@ -41,32 +41,6 @@ def linear(
     return {"logits": inputs @ params["w"]}, model_state
 
 
-<<<<<<< HEAD
-=======
-def test_a_mean_teacher_follows_its_student_in_one_compilation() -> None:
-    traces = []
-
-    def terms(inputs: Any) -> dict[str, jax.Array]:
-        traces.append(0)
-        student = inputs.student["logits"]
-        hard = optax.softmax_cross_entropy_with_integer_labels(student, inputs.batch["labels"])
-        return {"task": hard, "mean": losses.mse(student, inputs.teacher["logits"])}
-
-    tx = optax.sgd(0.5)
-    step = train.make_distill_step(linear, linear, terms, {"task": 1.0, "mean": 1.0}, tx)
-    stepping = jax.jit(online.mean_teacher(step, decay=online.ema_decay(0.6)), donate_argnums=0)
-    params = {"w": normal(6, C)}
-    state = train.init_state({"student": params}, tx, key=jax.random.key(0))
-    carry = online.MeanTeacher(state, jax.tree.map(jnp.copy, params))
-    expected = np.asarray(params["w"])
-    for i, decay in enumerate((0.0, 0.5, 0.6)):
-        carry, _ = stepping(carry, {"inputs": normal(B, 6, seed=i), "labels": LABELS})
-        expected = decay * expected + (1 - decay) * np.asarray(carry.state.params["student"]["w"])
-        np.testing.assert_allclose(carry.teacher["w"], expected, rtol=1e-5, atol=1e-6)
-    assert len(traces) == 1
-
-
->>>>>>> 3bca829 (Losses are equations: one file per family, one rule for labels, masks for relations of predictions, binary heads)
 def test_mutual_learning_by_its_equation() -> None:
     logits = normal(K, B, C)
     terms = jax.jit(lambda z: online.mutual_terms(z, LABELS, temperature=2.0))(logits)
@@ -159,7 +133,7 @@ def test_generations_train_and_ensemble() -> None:
     @jax.jit
     def fit(w: jax.Array, target: jax.Array) -> jax.Array:
         def loss(w: jax.Array) -> jax.Array:
-            return jnp.mean(losses.mse(inputs @ w, target))
+            return jnp.mean(losses.logit_mse(inputs @ w, target))
 
         return jax.lax.fori_loop(0, 200, lambda _, w: w - 0.5 * jax.grad(loss)(w), w)
 
