@@ -133,7 +133,7 @@ def test_generations_train_and_ensemble() -> None:
     @jax.jit
     def fit(w: jax.Array, target: jax.Array) -> jax.Array:
         def loss(w: jax.Array) -> jax.Array:
-            return jnp.mean(losses.logit_mse(inputs @ w, target))
+            return jnp.mean(losses.mse(inputs @ w, target))
 
         return jax.lax.fori_loop(0, 200, lambda _, w: w - 0.5 * jax.grad(loss)(w), w)
 
