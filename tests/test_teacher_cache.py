@@ -18,6 +18,8 @@ import pytest
 from kdtl_jax import _files, augment, losses, train
 from kdtl_jax.run import data
 from kdtl_jax.run import teacher_cache as tc
+from kdtl_jax.run.teacher_cache import _shards
+from kdtl_jax.run.teacher_cache import _write as _write_module
 
 N, FEATURES, CLASSES = 50, 6, 300
 RNG = np.random.default_rng(0)
@@ -72,7 +74,11 @@ def test_outputs_come_back_in_the_stored_precision(
     cache = tc.open_cache(tmp_path, expect=_expected(taps=taps, dtype=dtype))
     found, stored = tc.rows(cache, ROWS), tc.rows(cache, ROWS, stored_precision=True)
     everything = tc.load(cache)
-    assert set(found) == set(taps) and [len(part) for part in cache.parts[0]] == [20, 20, 10]
+    assert set(found) == set(taps)
+    assert [
+        path.stat().st_size // _shards.row_bytes(cache.plan.columns)
+        for path in sorted(tmp_path.glob("*.bin"))
+    ] == [20, 20, 10]
     for tap in taps:
         want = LIVE[tap][ROWS]
         assert found[tap].dtype == np.float32 and stored[tap].dtype == dtype
@@ -106,10 +112,8 @@ def test_top_k_is_that_of_the_losses(tmp_path: Path, dtype: Any, temperature: fl
     ("classes", "dtype"), [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")]
 )
 def test_indices_take_the_smallest_integers(classes: int, dtype: str) -> None:
-    from kdtl_jax.run.teacher_cache import _plan
-
     outputs = {"logits": jax.ShapeDtypeStruct((4, classes), jnp.float32)}
-    indices = _plan.columns("test", outputs, 4, ("logits",), 3, "float16")[0]
+    indices = _write_module.columns(outputs, 4, ("logits",), 3, "float16")[0]
     assert (indices.field, indices.dtype) == ("indices", dtype)
 
 
@@ -124,9 +128,7 @@ def test_32_of_32_000_classes_are_under_a_500th_of_dense_float32(tmp_path: Path)
     arrays = {"inputs": RNG.normal(size=(rows, 2)).astype(np.float32)}
     head = RNG.normal(size=(2, classes)).astype(np.float32)
     tc.write(tmp_path, model, head, arrays, batch_size=64, top_k=32, dtype=jnp.float16)
-    parts = sorted(tmp_path.glob("*.npy"))
-    headers = 128 * len(parts)
-    stored = sum(path.stat().st_size for path in parts) - headers
+    stored = sum(path.stat().st_size for path in tmp_path.glob("*.bin"))
     assert stored == rows * (32 * 2 + 32 * 2 + 4)
     assert stored <= rows * classes * 4 / 500
 
@@ -169,7 +171,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, after: int, kept: int
 
     with pytest.raises(Killed):
         _write(broken, progress=kill)
-    (broken / ".00001.0.logits.npy.123.tmp").write_bytes(b"cut sho")
+    (broken / ".00001.bin.123.kdtl-tmp").write_bytes(b"cut sho")
     with pytest.raises(ValueError, match=f"not finished: {kept} of 3 shards"):
         tc.open_cache(broken, expect=_expected())
     seen = []
@@ -181,7 +183,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, after: int, kept: int
 def test_a_run_killed_before_every_file_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also between the arrays of a shard, before its seal, and before the manifest."""
+    """Also between a shard and its seal, and before the manifest."""
     options: dict[str, Any] = {"top_k": 3, "shard_rows": 25}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     _write(whole, **options)
@@ -195,8 +197,8 @@ def test_a_run_killed_before_every_file_ends_the_same(
         write_atomic(path, content)
 
     monkeypatch.setattr(_files, "write_atomic", killing)
-    # The plan; two and three arrays of a shard; a whole shard; the same of the second.
-    for count in [0, 1, 2, 3, 4, 2, 3, 4]:
+    # Before the plan; the first shard; its seal; after it; the second one's seal; the manifest.
+    for count in [0, 1, 1, 2, 1, 2]:
         left = count
         with pytest.raises(Killed):
             _write(broken, **options)
@@ -229,9 +231,9 @@ def _truncate(path: Path) -> None:
 def test_damage_is_named_and_mended(tmp_path: Path, damage: Any, reason: str) -> None:
     _write(tmp_path)
     before = _contents(tmp_path)
-    victim = tmp_path / "00001.0.logits.npy"
+    victim = tmp_path / "00001.bin"
     damage(victim)
-    with pytest.raises(ValueError, match=rf"damaged: 00001\.0\.logits\.npy.*{reason}"):
+    with pytest.raises(ValueError, match=rf"damaged: 00001\.bin.*{reason}"):
         tc.open_cache(tmp_path, expect=_expected())
     assert [problem.split()[0] for problem in tc.verify(tmp_path)] == [victim.name]
     seen = []
@@ -260,9 +262,9 @@ def test_altered_records_are_noticed(tmp_path: Path, name: str) -> None:
 
 def test_a_quick_open_sees_sizes_and_no_bytes(tmp_path: Path) -> None:
     _write(tmp_path)
-    _flip(tmp_path / "00001.0.logits.npy")
+    _flip(tmp_path / "00001.bin")
     tc.open_cache(tmp_path, expect=_expected(), contents=False)
-    _truncate(tmp_path / "00001.0.logits.npy")
+    _truncate(tmp_path / "00001.bin")
     with pytest.raises(ValueError, match="bytes, not"):
         tc.open_cache(tmp_path, expect=_expected(), contents=False)
 
@@ -398,7 +400,7 @@ def test_a_full_or_readonly_disk_leaves_finished_shards(
     write_atomic, calls = _files.write_atomic, [0]
 
     def failing(path: Path, content: bytes) -> None:
-        if path.name == "00001.0.logits.npy":
+        if path.name == "00001.bin":
             raise OSError(number, os.strerror(number))
         calls[0] += 1
         write_atomic(path, content)
@@ -418,12 +420,12 @@ def test_what_cannot_fit_is_refused_before_the_teacher_runs(
 ) -> None:
     needed = N * CLASSES * 4
     monkeypatch.setattr(
-        "kdtl_jax.run.teacher_cache._write.shutil.disk_usage",
+        "kdtl_jax._files.shutil.disk_usage",
         lambda _: type("Usage", (), {"free": needed - 1})(),
     )
     with pytest.raises(OSError, match=f"{needed:,} bytes are needed") as error:
         _write(tmp_path)
-    assert error.value.errno == errno.ENOSPC and not list(tmp_path.glob("*.npy"))
+    assert error.value.errno == errno.ENOSPC and not list(tmp_path.glob("*.bin"))
 
 
 def test_bad_outputs_and_settings(tmp_path: Path) -> None:
@@ -499,7 +501,7 @@ def test_cached_views_are_what_a_live_teacher_sees(tmp_path: Path) -> None:
     views: dict[str, Any] = {"views": 2, "view_key": data.view_key(KEY)}
     _write(tmp_path, arrays=IMAGES, augment=_augment, shard_rows=8, batch_size=4, **views)
     cache = tc.open_cache(tmp_path, expect=tc.fingerprint(PARAMS, IMAGES, **views))
-    assert len(cache.parts[0]) == 6, "shards do not cross views"
+    assert len(list(tmp_path.glob("*.bin"))) == 6, "shards do not cross views"
     options: dict[str, Any] = {"key": KEY, "augment": _augment, "views": 2}
     resident = data.resident(IMAGES, 10, teacher=tc.load(cache), **options)
     gather = jax.jit(partial(data.gather, resident))

@@ -1,11 +1,15 @@
 """Teacher outputs on disk: computed once, checked against what they were made from, read by rows.
 
-    from kdtl_jax import data, teacher_cache as tc
+    from kdtl_jax.run import data, teacher_cache as tc
 
-    settings = {"mean": 0.13, "scale": 0.31}  # preprocessing: whatever decides the outputs
-    tc.write("cache", teacher, variables, arrays, preprocessing=settings, batch_size=256)
+    made_from = {  # whatever decides the outputs beside weights and data
+        "model": "vit:heads=8",
+        "classes": names,
+        "preprocessing": {"mean": 0.13, "scale": 0.31},
+    }
+    tc.write("cache", teacher, variables, arrays, batch_size=256, **made_from)
 
-    needed = tc.fingerprint(variables, arrays, preprocessing=settings)
+    needed = tc.fingerprint(variables, arrays, **made_from)
     cache = tc.open_cache("cache", expect=needed)  # refuses, by name, what differs
     source = data.resident(arrays, 64, key=key, teacher=tc.load(cache))  # on the device, or
     source = data.stream(  # memory-mapped
@@ -27,18 +31,18 @@ Augmented views are keyed by `(key, view, row)`, so that cache and live teacher 
     cache = tc.open_cache("cache", expect=tc.fingerprint(variables, arrays, **views))
     data.resident(arrays, 64, key=key, augment=augment, teacher=tc.load(cache), views=4)
 
-On disk: `plan.json` (what is being made), one `.npy` per shard and output, one sealed `.json` per
-finished shard with its files' SHA-256, and `manifest.json`, written last. `write` on the same
-folder takes up where it was killed, and recomputes shards that were damaged.
+On disk: `plan.json` (what is being made), one `.bin` of records per shard, one sealed `.json` per
+finished shard with its SHA-256, and `manifest.json`, written last. `write` on the same folder
+resumes where it was killed, and recomputes shards that were damaged.
 """
 
 from kdtl_jax.run.teacher_cache._fingerprint import Fingerprint as Fingerprint
 from kdtl_jax.run.teacher_cache._fingerprint import digest as digest
 from kdtl_jax.run.teacher_cache._fingerprint import fingerprint as fingerprint
-from kdtl_jax.run.teacher_cache._plan import Plan as Plan
-from kdtl_jax.run.teacher_cache._read import Cache as Cache
-from kdtl_jax.run.teacher_cache._read import load as load
-from kdtl_jax.run.teacher_cache._read import open_cache as open_cache
-from kdtl_jax.run.teacher_cache._read import rows as rows
-from kdtl_jax.run.teacher_cache._read import verify as verify
+from kdtl_jax.run.teacher_cache._shards import Cache as Cache
+from kdtl_jax.run.teacher_cache._shards import Plan as Plan
+from kdtl_jax.run.teacher_cache._shards import load as load
+from kdtl_jax.run.teacher_cache._shards import open_cache as open_cache
+from kdtl_jax.run.teacher_cache._shards import rows as rows
+from kdtl_jax.run.teacher_cache._shards import verify as verify
 from kdtl_jax.run.teacher_cache._write import write as write

@@ -24,6 +24,8 @@ class Fingerprint(NamedTuple):
     the teacher's weights are not at hand. `taps` are compared as "the cache holds at least these".
     """
 
+    model: str | None  # the teacher as text: what decides its outputs beside the weights
+    classes: tuple[str, ...] | None  # what its logits stand for, in order
     teacher: str | None  # SHA-256 of the variables' paths, shapes, dtypes and values
     data: str | None  # SHA-256 of the inputs
     size: int | None  # number of examples
@@ -38,6 +40,8 @@ def fingerprint(
     variables: PyTree,
     arrays: Mapping[str, Any],
     *,
+    model: str | None = None,
+    classes: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     taps: Sequence[str] = ("logits",),
     top_k: int | None = None,
@@ -52,6 +56,9 @@ def fingerprint(
       variables: the teacher's parameters, or `Variables`; a SHA-256 from `digest` where the
         weights that run are derived from those that are known (int8), or None.
       arrays: the data, `{"inputs": [N, ...], ...}`; only `"inputs"` is hashed, in its order.
+      model: the teacher's architecture as text, such as "vit:heads=8" or `repr(module)`: networks
+        of other heads or strides may have weights of the same shapes.
+      classes: names of the classes, in the logits' order.
       preprocessing: everything else that decides the outputs, as JSON: normalization, tokenizer,
         augmentation settings, the teacher's precision.
       taps: names of the outputs to be stored.
@@ -65,7 +72,6 @@ def fingerprint(
       ValueError: if there are no inputs or taps, or settings contradict each other.
       TypeError: if `preprocessing` is not JSON, or the dtype is not one of the three.
     """
-    fn = "teacher_cache.fingerprint"
     if "inputs" not in arrays:
         raise ValueError(f'arrays need an entry "inputs", got {sorted(arrays)}.')
     if not taps:
@@ -85,9 +91,11 @@ def fingerprint(
         )
     _checks.positive(temperature=temperature)
     return Fingerprint(
+        model=model,
+        classes=None if classes is None else tuple(map(str, classes)),
         teacher=variables if variables is None or isinstance(variables, str) else digest(variables),
         data=digest(arrays["inputs"]),
-        size=count(fn, arrays),
+        size=count(arrays),
         preprocessing=json.loads(json.dumps(dict(preprocessing or {}))),
         taps=tuple(taps),
         logits=_logits(top_k, float(temperature)),
@@ -117,7 +125,7 @@ def digest(tree: PyTree) -> str:
     return found.hexdigest()
 
 
-def count(fn: str, arrays: Mapping[str, Any]) -> int:
+def count(arrays: Mapping[str, Any]) -> int:
     """The number of examples.
 
     Raises:
@@ -135,6 +143,12 @@ def count(fn: str, arrays: Mapping[str, Any]) -> int:
 def differences(made: Fingerprint, expect: Fingerprint) -> list[str]:
     """What a cache was made from against what is expected of it; nothing if it serves."""
     found = []
+    if _differ(made.model, expect.model):
+        was = "does not say which model made it" if made.model is None else f"is of {made.model!r}"
+        found.append(f"models differ: the cache {was}, this is {expect.model!r}")
+    if _differ(made.classes, expect.classes):
+        was, wanted = (list(x or ()) for x in (made.classes, expect.classes))
+        found.append(f"classes differ: {was} in the cache, {wanted} here")
     if _differ(made.teacher, expect.teacher):
         found.append(
             f"teacher weights differ: the cache was made by {_short(made.teacher)}, these are "
@@ -160,9 +174,17 @@ def differences(made: Fingerprint, expect: Fingerprint) -> list[str]:
 
 
 def from_json(value: Mapping[str, Any]) -> Fingerprint:
-    """A fingerprint as it was written to a plan."""
-    made = Fingerprint(**value)
-    return made._replace(taps=tuple(made.taps or ()))
+    """A fingerprint as it was written to a plan.
+
+    Raises:
+      ValueError: if it has another shape.
+    """
+    lists = [value.get("taps"), value.get("classes") or []]
+    names = all(isinstance(x, (list, tuple)) and all(isinstance(n, str) for n in x) for x in lists)
+    if value.keys() != set(Fingerprint._fields) or not names:
+        raise ValueError("its fingerprint is missing or odd")
+    classes = None if value["classes"] is None else tuple(value["classes"])
+    return Fingerprint(**value)._replace(taps=tuple(value["taps"]), classes=classes)
 
 
 def as_numpy(x: Any) -> np.ndarray:

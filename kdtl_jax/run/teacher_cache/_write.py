@@ -1,9 +1,7 @@
-"""Computing a cache: shard by shard, each whole or absent, taken up where it was killed."""
+"""Computing a cache: shard by shard, each whole or absent, resumed where it was killed."""
 
 import collections
-import errno
-import io
-import shutil
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,17 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax import _files
+from kdtl_jax import _files, losses, trees
 from kdtl_jax import augment as augmentation
-from kdtl_jax._types import ModelFn, PyTree, Variables
-from kdtl_jax.run.teacher_cache import _plan
+from kdtl_jax._types import ModelFn, Outputs, PyTree, Variables
+from kdtl_jax.run import processes
+from kdtl_jax.run.teacher_cache import _shards
 from kdtl_jax.run.teacher_cache._fingerprint import as_numpy, count, differences, fingerprint
-from kdtl_jax.run.teacher_cache._plan import Plan
+from kdtl_jax.run.teacher_cache._shards import Column, Plan
 
-FN = "teacher_cache.write"
+SHARD_ROWS = 8192  # a kill loses the shard at work
+SHARD_BYTES = 64 * 2**20
 Batch = Mapping[str, Any]
 Augment = Callable[[Array, Batch], Batch]  # keys [B], batch -> batch
 Progress = Callable[[int, int], None]  # rows done, rows in all
+ANOTHER = "Choose another folder, or delete this one."
 
 
 def write(
@@ -33,6 +34,8 @@ def write(
     arrays: Batch,
     *,
     batch_size: int,
+    model: str | None = None,
+    classes: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     taps: Sequence[str] = ("logits",),
     top_k: int | None = None,
@@ -46,10 +49,11 @@ def write(
     place: Callable[[Any], Any] = jax.device_put,
     progress: Progress | None = None,
 ) -> Plan:
-    """Runs the teacher over the data and stores its outputs; call it again to go on.
+    """Runs the teacher over the data and stores its outputs; call it again to resume.
 
     Finished shards are kept if their SHA-256 holds, damaged ones are computed again. Nothing
-    counts as a cache before every shard is there.
+    counts as a cache before every shard is there. Of several processes, the first one writes and
+    the others wait for it.
 
     Args:
       folder: made if it does not exist; holds one cache and nothing else.
@@ -58,6 +62,8 @@ def write(
       arrays: `{"inputs": [N, ...], ...}`, host arrays, memory-mapped or not. The teacher reads
         `"inputs"`; the other entries are there for `augment`.
       batch_size: examples per call of the teacher.
+      model: as in `fingerprint`.
+      classes: as in `fingerprint`.
       preprocessing: as in `fingerprint`.
       taps: as in `fingerprint`.
       top_k: as in `fingerprint`.
@@ -83,19 +89,21 @@ def write(
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{FN}: {folder} is a file. Name a new or an empty folder.")
+        raise NotADirectoryError(f"{folder} is a file. Name a new or an empty folder.")
     if batch_size < 1 or (shard_rows is not None and shard_rows < 1):
         raise ValueError(
-            f"{FN}: batch_size and shard_rows must be at least 1, got {batch_size}, {shard_rows}."
+            f"batch_size and shard_rows must be at least 1, got {batch_size}, {shard_rows}."
         )
     if (augment is None) != (views is None):
         raise ValueError(
-            f"{FN}: augment= and views= (with view_key=) belong together, got "
+            f"augment= and views= (with view_key=) belong together, got "
             f"{'no ' if augment is None else ''}augment and views={views}."
         )
     made = fingerprint(
         variables if weights is None else weights,
         arrays,
+        model=model,
+        classes=classes,
         preprocessing=preprocessing,
         taps=taps,
         top_k=top_k,
@@ -105,9 +113,10 @@ def write(
         view_key=view_key,
     )
     arrays = jax.tree.map(as_numpy, dict(arrays))
-    size = count(FN, arrays)
+    size = count(arrays)
     batch_size = min(batch_size, size)
     given = variables if isinstance(variables, Variables) else Variables(variables)
+    given = jax.tree.map(_local, given)
 
     def outputs_of(variables: Variables, batch: Batch, rows: Array, view: Array, key: Any) -> Any:
         if augment is not None:
@@ -116,33 +125,33 @@ def write(
 
     example = _batch(arrays, np.arange(batch_size)), np.zeros(batch_size, np.int32), np.int32(0)
     outputs = jax.eval_shape(outputs_of, given, *example, view_key)
-    stored = _plan.columns(FN, outputs, batch_size, made.taps or (), top_k, str(made.dtype))
-    rows_each = shard_rows or _plan.shard_rows(stored, size)
+    stored = columns(outputs, batch_size, made.taps or (), top_k, str(made.dtype))
+    rows_each = shard_rows or _rows_per_shard(stored, size)
     plan = Plan(made, size, views, top_k, float(temperature), rows_each, stored)
 
     @jax.jit
     def run(variables: Variables, batch: Batch, rows: Array, view: Array, key: Any) -> Any:
         outputs = outputs_of(variables, batch, rows, view, key)
-        columns = _plan.encoded(outputs, plan)
-        return columns, [
-            _faults(outputs[c.tap], x, c) for c, x in zip(stored, columns, strict=True)
+        encoded = _encoded(outputs, plan)
+        return encoded, [
+            _faults(outputs[c.tap], x, c) for c, x in zip(stored, encoded, strict=True)
         ]
 
-    def compute(shard: int, tell: Callable[[int], None]) -> list[np.ndarray]:
-        """The columns of a shard; the next batch is at work while the last one is copied."""
-        view, first, last = _plan.shard_range(plan, shard)
-        whole = [np.empty((last - first, *c.shape), _plan.storage_dtype(c)) for c in stored]
+    def compute(plan: Plan, shard: int, report: Callable[[int], None]) -> np.ndarray:
+        """The records of a shard; the next batch is at work while the last one is copied."""
+        view, first, last = _shards.shard_range(plan, shard)
+        records = np.empty(last - first, _shards.record(plan))
         queued: collections.deque[tuple[int, Any]] = collections.deque()
 
         def fetch() -> None:
-            start, (columns, faults) = queued.popleft()
+            start, (encoded, faults) = queued.popleft()
             stop = min(start + batch_size, last)
             _check(plan, faults, view, start, stop)
-            for out, x, column in zip(whole, columns, stored, strict=True):
-                host = np.asarray(x)[: stop - start]
-                out[start - first : stop - first] = host.view(_plan.storage_dtype(column))
-            if stop < last:  # the whole shard is told once it is on the disk
-                tell(stop - first)
+            for i, (x, column) in enumerate(zip(encoded, stored, strict=True)):
+                host = np.asarray(x)[: stop - start].view(_shards.storage_dtype(column))
+                records[str(i)][start - first : stop - first] = host
+            if stop < last:  # a whole shard is reported once it is on the disk
+                report(stop - first)
 
         for start in range(first, last, batch_size):
             # The last batch is filled up with the shard's own first rows.
@@ -153,100 +162,169 @@ def write(
                 fetch()
         while queued:
             fetch()
-        return whole
+        return records
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with _files.locked(folder):
-        plan = _begin(folder, plan, keep_layout=shard_rows is None)
-        _compute_missing(folder, plan, compute, progress)
-        _finish(folder, plan)
-    return plan
+    def write_here() -> dict[str, Any]:
+        _check_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _files.locked(folder):
+            agreed = _begin(folder, plan, keep_layout=shard_rows is None)
+            _compute_missing(folder, agreed, compute, progress)
+            _finish(folder, agreed)
+        return _shards.to_json(agreed)
+
+    return _shards.read_plan(processes.decide(write_here))
+
+
+def columns(
+    outputs: Mapping[str, Any], batch: int, taps: tuple[str, ...], top_k: int | None, dtype: str
+) -> tuple[Column, ...]:
+    """Columns for the (abstract) outputs `[B, ...]` of a batch.
+
+    Raises:
+      ValueError: if an output does not exist (the nearest are listed) or has no row per example.
+    """
+    found = []
+    for tap in taps:
+        if tap not in outputs:
+            near = ", ".join(map(repr, trees.nearest(tap, list(outputs), n=5)))
+            raise ValueError(f"the teacher has no output {tap!r}. Nearest: {near}.")
+        output = outputs[tap]
+        if output.shape[:1] != (batch,):
+            raise ValueError(
+                f"output {tap!r} must have one row per example, got {list(output.shape)} for "
+                f"a batch of {batch}."
+            )
+        shape = tuple(map(int, output.shape[1:]))
+        if tap == "logits" and top_k is not None:
+            if not shape or top_k > shape[-1]:
+                raise ValueError(
+                    f"top_k={top_k} needs logits [B, ..., num_classes] with at least so many "
+                    f"classes, got {list(output.shape)}."
+                )
+            found += [
+                Column(tap, "indices", _smallest_unsigned(shape[-1]), (*shape[:-1], top_k)),
+                Column(tap, "log_probs", dtype, (*shape[:-1], top_k)),
+                Column(tap, "log_tail", "float32", shape[:-1]),
+            ]
+        else:
+            floating = jnp.issubdtype(output.dtype, jnp.floating)
+            found.append(Column(tap, None, dtype if floating else output.dtype.name, shape))
+    return tuple(found)
+
+
+def _encoded(outputs: Outputs, plan: Plan) -> list[jax.Array]:
+    """Inside `jit`: the columns of a batch of outputs, in the stored precision."""
+    arrays = []
+    for column in plan.columns:
+        x = outputs[column.tap]
+        if column.field is not None and plan.top_k is not None:
+            cut = losses.top_k_targets(x, k=plan.top_k, temperature=plan.temperature)
+            x = getattr(cut, column.field)
+        arrays.append(x.astype(column.dtype))
+    return arrays
+
+
+def _rows_per_shard(columns: tuple[Column, ...], size: int) -> int:
+    """Rows of a shard: at most 8,192, at most about 64 MiB."""
+    return max(1, min(SHARD_ROWS, SHARD_BYTES // max(1, _shards.row_bytes(columns)), size))
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses a folder with files that are not a cache's, before anything in it is touched."""
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    others = [name for name in names if name != ".lock" and not name.endswith(_files.TEMPORARY)]
+    if others and _shards.PLAN not in others:
+        listed = ", ".join(sorted(others)[:5])
+        raise ValueError(f"{folder} holds other files: {listed}. {ANOTHER}")
 
 
 def _begin(folder: Path, plan: Plan, *, keep_layout: bool) -> Plan:
     """The plan of a cache begun earlier, if it is the same cache; else this one, written."""
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink()
-    found = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
-    if not found:
-        _files.write_sealed(folder / _plan.PLAN, _plan.to_json(plan))
+    if not (folder / _shards.PLAN).exists():
+        _files.write_sealed(folder / _shards.PLAN, _shards.to_json(plan))
         return plan
-    another = "Choose another folder, or delete this one."
-    if _plan.PLAN not in found:
-        raise ValueError(f"{FN}: {folder} holds other files: {', '.join(found[:5])}. {another}")
     try:
-        begun = _plan.read_plan(_files.read_sealed(folder / _plan.PLAN))
+        begun = _shards.read_plan(_files.read_sealed(folder / _shards.PLAN))
     except ValueError as error:
-        raise ValueError(f"{FN}: {folder} cannot be taken up: {error}. {another}") from None
+        raise ValueError(f"{folder} cannot be resumed: {error}. {ANOTHER}") from None
     problems = differences(begun.fingerprint, plan.fingerprint)
     if not problems and begun._replace(shard_rows=plan.shard_rows) != plan:
         problems = [f"outputs differ: {list(begun.columns)} there, {list(plan.columns)} here"]
     if not problems and not keep_layout and begun.shard_rows != plan.shard_rows:
         problems = [f"shard_rows differ: {begun.shard_rows} there, {plan.shard_rows} here"]
     if problems:
-        raise ValueError(f"{FN}: {folder} holds another cache: {'; '.join(problems)}. {another}")
+        raise ValueError(f"{folder} holds another cache: {'; '.join(problems)}. {ANOTHER}")
+    for leftover in folder.glob(f".*{_files.TEMPORARY}"):
+        leftover.unlink()
     return begun
 
 
 def _compute_missing(
     folder: Path,
     plan: Plan,
-    compute: Callable[[int, Callable[[int], None]], list[np.ndarray]],
+    compute: Callable[[Plan, int, Callable[[int], None]], np.ndarray],
     progress: Progress | None,
 ) -> None:
-    shards, total = _plan.shard_count(plan), plan.size * (plan.views or 1)
-    sizes = [last - first for _, first, last in (_plan.shard_range(plan, i) for i in range(shards))]
-    missing = [i for i in range(shards) if _plan.seal_problem(folder, plan, i) is not None]
+    shards, total = _shards.shard_count(plan), plan.size * (plan.views or 1)
+    sizes = [
+        stop - start for _, start, stop in (_shards.shard_range(plan, i) for i in range(shards))
+    ]
+    missing = [i for i in range(shards) if _shards.seal_problem(folder, plan, i) is not None]
     done = total - sum(sizes[i] for i in missing)
-    _check_space(folder, plan, total - done)
+    repair = "Make room, store top_k classes or a smaller dtype, or choose another folder"
+    _files.check_space(folder, (total - done) * _shards.row_bytes(plan.columns), repair)
 
-    def tell(rows: int) -> None:
+    def report(rows: int) -> None:
         if progress is not None:
             progress(done + rows, total)
 
-    tell(0)
+    report(0)
     for made, shard in enumerate(missing):
-        columns = compute(shard, tell)
+        records = compute(plan, shard, report)
         try:
-            _write_shard(folder, plan, shard, columns)
+            _write_shard(folder, shard, records)
         except OSError as error:
             raise _failed(folder, shards - len(missing) + made, shards, error) from error
         done += sizes[shard]
-        tell(0)
+        report(0)
 
 
-def _write_shard(folder: Path, plan: Plan, shard: int, columns: list[np.ndarray]) -> None:
-    """The arrays, then their seal: without it the shard does not count."""
-    (folder / _plan.seal_name(shard)).unlink(missing_ok=True)
-    files = {}
-    for name, column in zip(_plan.file_names(plan, shard), columns, strict=True):
-        content = io.BytesIO()
-        np.lib.format.write_array(content, column, allow_pickle=False)
-        _files.write_atomic(folder / name, content.getvalue())
-        size = (folder / name).stat().st_size
-        files[name] = {"bytes": size, "sha256": _files.sha256(folder / name)}
-    _files.write_sealed(folder / _plan.seal_name(shard), {"files": files})
+def _write_shard(folder: Path, shard: int, records: np.ndarray) -> None:
+    """The records, then their seal: without it the shard does not count."""
+    (folder / _shards.seal_name(shard)).unlink(missing_ok=True)
+    content = records.view(np.uint8).data if records.dtype.itemsize else b""
+    _files.write_atomic(folder / _shards.file_name(shard), content)
+    seal = {"bytes": records.nbytes, "sha256": hashlib.sha256(content).hexdigest()}
+    _files.write_sealed(folder / _shards.seal_name(shard), seal)
 
 
 def _finish(folder: Path, plan: Plan) -> None:
-    files = {}
-    for shard in range(_plan.shard_count(plan)):
-        files |= _files.read_sealed(folder / _plan.seal_name(shard))["files"]
-    manifest = {"plan": _plan.to_json(plan), "files": files}
-    _files.write_sealed(folder / _plan.MANIFEST, manifest)
+    files = {
+        _shards.file_name(shard): _files.read_sealed(folder / _shards.seal_name(shard))
+        for shard in range(_shards.shard_count(plan))
+    }
+    manifest = {"plan": _shards.to_json(plan), "files": files}
+    _files.write_sealed(folder / _shards.MANIFEST, manifest)
+
+
+def _local(leaf: Any) -> Any:
+    """An array that other processes hold too, on this one alone: only the first process runs."""
+    shared = isinstance(leaf, Array) and not leaf.is_fully_addressable
+    return np.asarray(leaf) if shared else leaf
 
 
 def _batch(arrays: Batch, rows: np.ndarray) -> Any:
     """Rows of every array, in the 32-bit dtypes that JAX gives host arrays."""
 
     def take(x: Any) -> np.ndarray:
-        taken = x[rows]
-        return taken.astype(jax.dtypes.canonicalize_dtype(taken.dtype), copy=False)
+        part = x[rows]
+        return part.astype(jax.dtypes.canonicalize_dtype(part.dtype), copy=False)
 
     return jax.tree.map(take, dict(arrays))
 
 
-def _faults(output: Array, stored: Array, column: _plan.Column) -> Array:
+def _faults(output: Array, stored: Array, column: Column) -> Array:
     """uint8 `[B]`: 1 where a row holds NaN, 2 where the stored precision overflows."""
     axes = tuple(range(1, stored.ndim))
     if not jnp.issubdtype(stored.dtype, jnp.floating):
@@ -266,26 +344,19 @@ def _check(plan: Plan, faults: list[Array], view: int, start: int, stop: int) ->
         row = int(np.flatnonzero(codes)[0])
         where = f"output {column.tap!r} of row {start + row}" + (f", view {view}," * bool(view))
         if codes[row] == 1:
-            raise ValueError(f"{FN}: {where} is NaN. Check the teacher's weights and inputs.")
+            raise ValueError(f"{where} is NaN. Check the teacher's weights and inputs.")
         raise ValueError(
-            f"{FN}: {where} is finite but too large for {column.dtype}. Use bfloat16 or float32."
-        )
-
-
-def _check_space(folder: Path, plan: Plan, rows: int) -> None:
-    """Refuses before computing what cannot fit."""
-    needed, free = rows * _plan.row_bytes(plan.columns), shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(
-            errno.ENOSPC,
-            f"{FN}: {needed:,} bytes are needed in {folder}, {free:,} are free. Make room, store "
-            "top_k classes or a smaller dtype, or choose another folder",
+            f"{where} is finite but too large for {column.dtype}. Use bfloat16 or float32."
         )
 
 
 def _failed(folder: Path, whole: int, shards: int, error: OSError) -> OSError:
     return OSError(
         error.errno,
-        f"{FN}: a shard could not be written in {folder} ({error.strerror or error}). {whole} of "
-        f"{shards} shards are finished and intact; run it again to go on",
+        f"a shard could not be written in {folder} ({error.strerror or error}). {whole} of "
+        f"{shards} shards are finished and intact; run it again to continue",
     )
+
+
+def _smallest_unsigned(classes: int) -> str:
+    return next(t for t in ("uint8", "uint16", "uint32") if classes - 1 <= np.iinfo(t).max)

@@ -1,0 +1,333 @@
+"""A cache on disk: what it stores, cut into which shards, and its rows read back.
+
+A shard is one file of records, one per example, each holding all outputs; it is mapped while rows
+are read from it and closed again, so that no number of shards or outputs opens many files.
+"""
+
+import math
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from kdtl_jax import _files, losses
+from kdtl_jax.run.teacher_cache._fingerprint import Fingerprint, differences, from_json
+
+FORMAT = 2
+PLAN, MANIFEST = "plan.json", "manifest.json"
+
+
+class Column(NamedTuple):
+    """One stored array `[rows, *shape]`; `field` is a field of `losses.TopK`, or None."""
+
+    tap: str
+    field: str | None
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Plan(NamedTuple):
+    """What a cache holds; decided before anything is computed, so that a killed run can resume."""
+
+    fingerprint: Fingerprint
+    size: int  # examples
+    views: int | None
+    top_k: int | None
+    temperature: float  # of the softmax that was cut to top_k
+    shard_rows: int  # shards never cross views
+    columns: tuple[Column, ...]
+
+
+class Cache(NamedTuple):
+    """An open cache: its folder, its plan, and the columns of the taps that were asked for."""
+
+    folder: Path
+    plan: Plan
+    columns: tuple[int, ...]  # positions in `plan.columns`
+
+
+def open_cache(folder: str | Path, *, expect: Fingerprint | None, contents: bool = True) -> Cache:
+    """Opens a cache after checking that it is whole, and what it was made from.
+
+    Args:
+      folder: what `write` filled.
+      expect: the fingerprint of what this run needs (`fingerprint`); its taps are read, others
+        stay on disk. None takes the cache as it is, unchecked.
+      contents: whether to compare every byte with its SHA-256, or only names and sizes.
+
+    Raises:
+      FileNotFoundError: if there is no cache.
+      ValueError: if it is not finished, damaged (the file is named), or made from something else
+        (every difference is named).
+    """
+    folder = Path(folder)
+    plan, files = _manifest(folder)
+    problems = differences(plan.fingerprint, expect) if expect is not None else []
+    if problems:
+        raise ValueError(
+            f"{folder} was made from something else: {'; '.join(problems)}. Write a new "
+            "cache for this run, or give the run what the cache was made from."
+        )
+    for name, known in files.items():
+        damage = file_problem(folder, name, known, contents=contents)
+        if damage is not None:
+            raise ValueError(
+                f"{folder} is damaged: {damage}. Run `write` on it again: it computes damaged "
+                "shards alone."
+            )
+    wanted = (expect.taps if expect is not None else None) or plan.fingerprint.taps or ()
+    chosen = tuple(i for i, column in enumerate(plan.columns) if column.tap in wanted)
+    return Cache(folder, plan, chosen)
+
+
+def rows(
+    cache: Cache, index: Any, epoch: int = 0, *, stored_precision: bool = False
+) -> dict[str, Any]:
+    """The outputs of examples `index`, as `batch["teacher"]`.
+
+    Args:
+      cache: from `open_cache`.
+      index: int `[B]`, rows of the data, in any order.
+      epoch: augmented data is read from view `epoch % views`.
+      stored_precision: keep half-precision outputs as they are stored; else they are float32, as
+        a live teacher gives them.
+
+    Returns:
+      `{tap: [B, ...]}` host arrays; logits cut to k classes are a `losses.TopK`.
+
+    Raises:
+      OSError: if a shard can no longer be read.
+      TypeError: if rows are not integers.
+      ValueError: if a row does not exist.
+    """
+    index, plan = np.asarray(index), cache.plan
+    if not np.issubdtype(index.dtype, np.integer):
+        raise TypeError(f"rows must be integers, got {index.dtype}.")
+    if index.size and not (0 <= index.min() and index.max() < plan.size):
+        raise ValueError(
+            f"rows must lie in 0..{plan.size - 1} (the cache holds "
+            f"{plan.size} examples), got {index.min()}..{index.max()}."
+        )
+    first = (epoch % (plan.views or 1)) * _shards_per_view(plan)
+    found = [
+        np.empty((len(index), *plan.columns[i].shape), storage_dtype(plan.columns[i]))
+        for i in cache.columns
+    ]
+    kind = record(plan)
+    for shard, places, within in _pieces(index, plan.shard_rows):
+        records = _mapped(cache, first + shard, kind)
+        for out, i in zip(found, cache.columns, strict=True):
+            out[places] = records[str(i)][within]
+    return _named(plan, cache.columns, found, stored_precision)
+
+
+def load(cache: Cache, *, stored_precision: bool = False) -> dict[str, Any]:
+    """All outputs, for `data.resident(..., teacher=, views=)`.
+
+    Returns:
+      `{tap: [N, ...]}`, or `[views, N, ...]` of augmented data.
+    """
+    plan = cache.plan
+    lead = (plan.size,) if plan.views is None else (plan.views, plan.size)
+    found = [
+        np.empty((*lead, *plan.columns[i].shape), storage_dtype(plan.columns[i]))
+        for i in cache.columns
+    ]
+    kind = record(plan)
+    for shard in range(shard_count(plan)):
+        view, start, stop = shard_range(plan, shard)
+        records = _mapped(cache, shard, kind)
+        for out, i in zip(found, cache.columns, strict=True):
+            (out if plan.views is None else out[view])[start:stop] = records[str(i)]
+    return _named(plan, cache.columns, found, stored_precision)
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Everything that is wrong with a cache's files, every byte compared; nothing if it is whole.
+
+    Raises:
+      FileNotFoundError: if there is no cache.
+      ValueError: if it is not finished, or its manifest is damaged.
+    """
+    folder = Path(folder)
+    _, files = _manifest(folder)
+    found = [file_problem(folder, name, known, contents=True) for name, known in files.items()]
+    return [problem for problem in found if problem is not None]
+
+
+def row_bytes(columns: tuple[Column, ...]) -> int:
+    """Bytes of one example on disk."""
+    return sum(math.prod(c.shape) * jnp.dtype(c.dtype).itemsize for c in columns)
+
+
+def shard_count(plan: Plan) -> int:
+    """Shards of all views."""
+    return _shards_per_view(plan) * (plan.views or 1)
+
+
+def shard_range(plan: Plan, shard: int) -> tuple[int, int, int]:
+    """View, first row and row after the last of a shard."""
+    view, place = divmod(shard, _shards_per_view(plan))
+    first = place * plan.shard_rows
+    return view, first, min(first + plan.shard_rows, plan.size)
+
+
+def file_name(shard: int) -> str:
+    """The file of a shard's records."""
+    return f"{shard:05d}.bin"
+
+
+def seal_name(shard: int) -> str:
+    """The record that makes a shard count."""
+    return f"{shard:05d}.json"
+
+
+def storage_dtype(column: Column) -> np.dtype:
+    """The dtype on disk: NumPy has no bfloat16, so its bits are stored as uint16."""
+    return np.dtype(np.uint16 if column.dtype == "bfloat16" else column.dtype).newbyteorder("<")
+
+
+def record(plan: Plan) -> np.dtype:
+    """One example: all columns, packed, named by their positions."""
+    return np.dtype([(str(i), storage_dtype(c), c.shape) for i, c in enumerate(plan.columns)])
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as `plan.json` holds it."""
+    value = plan._asdict() | {"format": FORMAT, "fingerprint": plan.fingerprint._asdict()}
+    return value | {"columns": [column._asdict() for column in plan.columns]}
+
+
+def read_plan(value: Mapping[str, Any]) -> Plan:
+    """Inverse of `to_json`.
+
+    Raises:
+      ValueError: if another version wrote it, or it has another shape.
+    """
+    if not isinstance(value, Mapping) or value.get("format") != FORMAT:
+        made_by = value.get("format") if isinstance(value, Mapping) else None
+        raise ValueError(f"format {made_by}, this version reads {FORMAT}")
+    try:
+        stored = tuple(
+            Column(**c)._replace(shape=tuple(map(int, c["shape"]))) for c in value["columns"]
+        )
+        given = {name: value[name] for name in Plan._fields}
+        plan = Plan(**given | {"fingerprint": from_json(value["fingerprint"]), "columns": stored})
+        sizes = (plan.size, plan.shard_rows, plan.views or 1, *(n for c in stored for n in c.shape))
+        if not all(type(n) is int and 0 <= n < 2**48 for n in sizes) or not all(sizes[:3]):
+            raise ValueError(f"its sizes {sizes[:3]} make no sense")
+        record(plan)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"it is not a cache's plan ({error})") from None
+    return plan
+
+
+def seal_problem(folder: Path, plan: Plan, shard: int) -> str | None:
+    """Why a shard is not finished and whole, or None; reads all its bytes."""
+    try:
+        known = _files.read_sealed(folder / seal_name(shard))
+    except ValueError as error:
+        return str(error)
+    problem = _size_problem(plan, shard, known)
+    return problem or file_problem(folder, file_name(shard), known, contents=True)
+
+
+def file_problem(folder: Path, name: str, known: Any, *, contents: bool) -> str | None:
+    """What is wrong with a shard's file, or None; `contents` compares its SHA-256 too."""
+    path = folder / name
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != known["bytes"]:
+        return f"{name} has {path.stat().st_size} bytes, not {known['bytes']}"
+    if contents and _files.sha256(path) != known["sha256"]:
+        return f"{name} was altered: its SHA-256 does not match"
+    return None
+
+
+def _size_problem(plan: Plan, shard: int, known: Any) -> str | None:
+    """Whether a shard's record speaks of as many bytes as its plan asks for."""
+    if not isinstance(known, Mapping) or not {"bytes", "sha256"} <= known.keys():
+        return f"the record of {file_name(shard)} is missing or odd"
+    _, start, stop = shard_range(plan, shard)
+    expected = (stop - start) * record(plan).itemsize
+    if known["bytes"] == expected:
+        return None
+    return f"{file_name(shard)} has {known['bytes']} bytes, its plan asks for {expected}"
+
+
+def _manifest(folder: Path) -> tuple[Plan, Mapping[str, Any]]:
+    if not (folder / PLAN).exists() and not (folder / MANIFEST).exists():
+        raise FileNotFoundError(f"no teacher cache in {folder}. Make one with `write`.")
+    if not (folder / MANIFEST).exists():
+        try:
+            plan = read_plan(_files.read_sealed(folder / PLAN))
+        except ValueError as error:
+            raise ValueError(f"{folder} is not finished, and damaged: {error}.") from None
+        sealed = sum(path.stem.isdecimal() for path in folder.glob("*.json"))
+        raise ValueError(
+            f"{folder} is not finished: {sealed} of {shard_count(plan)} shards are there. Run "
+            "`write` again with the same settings to continue."
+        )
+    try:
+        manifest = _files.read_sealed(folder / MANIFEST)
+        plan, files = read_plan(manifest.get("plan", {})), manifest.get("files")
+        if not isinstance(files, dict) or len(files) != shard_count(plan):
+            raise ValueError("its list of files is missing or odd")
+        for shard in range(shard_count(plan)):
+            problem = _size_problem(plan, shard, files.get(file_name(shard)))
+            if problem is not None:
+                raise ValueError(problem)
+        return plan, files
+    except ValueError as error:
+        raise ValueError(
+            f"{folder} is damaged: {error}. Run `write` on it again: finished shards are kept."
+        ) from None
+
+
+def _mapped(cache: Cache, shard: int, kind: np.dtype) -> np.ndarray:
+    """The records of a shard, mapped as long as the array lives."""
+    with open(os.path.join(cache.folder, file_name(shard)), "rb") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), kind)
+
+
+def _pieces(index: np.ndarray, shard_rows: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """`(shard, places in the batch, rows in the shard)`, rows ascending: disks read forward."""
+    order = np.argsort(index, kind="stable")
+    shards, places = np.divmod(index[order], shard_rows)
+    cuts = np.flatnonzero(np.diff(shards)) + 1
+    split = zip(np.split(order, cuts), np.split(places, cuts), np.split(shards, cuts), strict=True)
+    return [(int(shard[0]), batch, rows) for batch, rows, shard in split if len(shard)]
+
+
+def _decoded(column: Column, x: np.ndarray, stored_precision: bool) -> np.ndarray:
+    if column.field == "indices":
+        return x.astype(np.int32)
+    if column.dtype == "bfloat16":
+        if stored_precision:
+            return x.view(jnp.bfloat16)
+        # The upper half of a float32's bits.
+        return np.left_shift(x, np.uint32(16), dtype=np.uint32).view(np.float32)
+    if column.dtype == "float16" and not stored_precision:
+        return x.astype(np.float32)
+    return x
+
+
+def _named(
+    plan: Plan, chosen: Sequence[int], arrays: Sequence[np.ndarray], stored_precision: bool
+) -> dict[str, Any]:
+    outputs: dict[str, Any] = {}
+    for i, x in zip(chosen, arrays, strict=True):
+        column, x = plan.columns[i], _decoded(plan.columns[i], x, stored_precision)
+        if column.field is None:
+            outputs[column.tap] = x
+        else:
+            outputs.setdefault(column.tap, {})[column.field] = x
+    return {tap: losses.TopK(**x) if isinstance(x, dict) else x for tap, x in outputs.items()}
+
+
+def _shards_per_view(plan: Plan) -> int:
+    return -(-plan.size // plan.shard_rows)
