@@ -116,3 +116,101 @@ def test_transposed_convolutions_compute_what_torch_defines():
             spread = np.einsum("bc,cohw->bhwo", x[:, i, j], weight)
             expected[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 2] += spread
     np.testing.assert_allclose(np.asarray(ours), expected, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.permutations(range(4)), st.sets(st.integers(0, 3)), st.integers(0, 2))
+def test_any_split_and_join_is_undone(order: list[int], flip: set[int], joined: int):
+    join = [(2, 1, 1), (1, 3), (4,)][joined]
+    axes = Axes(tuple(order), tuple(flip), split=(None, (2, 3), None), join=join)
+    array = np.random.default_rng(0).standard_normal((5, 6, 4))
+    rules = (Rule("w", "k", axes),)
+    there = naming.from_torch({"w": array}, rules)
+    if joined == 2:  # two axes of unknown length in one: not undone, but refused
+        with pytest.raises(ValueError, match="its rule joins"):
+            naming.to_torch(there, rules)
+        return
+    unknown = {0, 3}
+    groups = np.split(np.asarray(order), np.cumsum(join)[:-1])
+    if any(len(unknown & set(map(int, group))) > 1 for group in groups):
+        return
+    np.testing.assert_array_equal(naming.to_torch(there, rules)["w"], array)
+    abstract = jax.eval_shape(lambda: jnp.zeros((5, 6, 4)))
+    assert naming.from_torch({"w": abstract}, rules)["k"].shape == there["k"].shape
+    assert naming.to_torch({"k": jax.eval_shape(lambda: there["k"])}, rules)["w"].shape == (5, 6, 4)
+
+
+def test_a_linear_layer_behind_a_flattened_map():
+    rng = np.random.default_rng(2)
+    image = rng.standard_normal((2, 4, 3, 5))  # [batch, channels, height, width]
+    weight = rng.standard_normal((7, 4 * 3 * 5))
+    rules = (Rule("fc.weight", "fc/kernel", naming.flattened(4, 3, 5)),)
+    kernel = naming.from_torch({"fc.weight": weight}, rules)["fc/kernel"]
+    ours = image.transpose(0, 2, 3, 1).reshape(2, -1) @ kernel
+    np.testing.assert_allclose(ours, image.reshape(2, -1) @ weight.T)
+    np.testing.assert_array_equal(
+        naming.to_torch({"fc/kernel": kernel}, rules)["fc.weight"], weight
+    )
+    with pytest.raises(ValueError, match=r"splits an axis into \[4, 3, 5\]"):
+        naming.from_torch({"fc.weight": np.ones((7, 61))}, rules)
+    with pytest.raises(ValueError, match="its rule joins"):
+        naming.to_torch({"fc/kernel": np.ones((61, 7))}, rules)
+
+
+def test_attention_kernels_with_an_axis_of_heads():
+    weight = np.arange(24.0).reshape(6, 4)  # [heads * width, in]
+    rules = (Rule("q.weight", "q/kernel", Axes((2, 0, 1), split=((2, 3), None))),)
+    kernel = naming.from_torch({"q.weight": weight}, rules)["q/kernel"]
+    assert kernel.shape == (4, 2, 3)
+    np.testing.assert_array_equal(kernel.reshape(4, 6), weight.T)
+    np.testing.assert_array_equal(naming.to_torch({"q/kernel": kernel}, rules)["q.weight"], weight)
+
+
+def _network(**shapes: tuple[int, ...]) -> dict[str, Any]:
+    return {n: {"kernel": np.zeros(s), "bias": np.zeros(s[-1])} for n, s in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("tree", "named"),
+    [
+        (_network(conv=(3, 3, 3, 4)), r"conv/kernel \[3, 3, 3, 4\]: naming.conv2d, "),
+        (_network(wave=(3, 2, 4)), "wave/kernel .*naming.conv_transpose1d"),
+        (_network(cube=(3, 3, 3, 2, 4)), "cube/kernel .*naming.conv3d"),
+        (_network(conv=(3, 3, 1, 8), fc=(32, 32), head=(32, 2)), r"fc/kernel \[32, 32\]"),
+    ],
+)
+def test_the_convention_refuses_to_guess_axes(tree: Any, named: str):
+    with pytest.raises(ValueError, match=f"(?s)cannot be told from their shapes.*{named}"):
+        naming.convention(tree)
+
+
+def test_the_convention_takes_axes_that_are_said():
+    tree = _network(conv=(3, 3, 1, 8), up=(2, 2, 8, 8), fc=(32, 16), head=(16, 2))
+    rules = naming.convention(
+        {"params": tree},
+        axes=[
+            (".*/conv/kernel", naming.conv2d),
+            (".*/up/kernel", naming.conv_transpose2d),
+            (".*/fc/kernel", naming.flattened(8, 2, 2)),
+        ],
+    )
+    axes = {rule.torch: rule.axes for rule in rules}
+    assert axes["conv.weight"] == naming.conv2d and axes["head.weight"] == naming.linear
+    assert axes["up.weight"] == naming.conv_transpose2d
+    assert naming.to_torch({"params": tree}, rules)["fc.weight"].shape == (16, 32)
+    # Behind global pooling the inputs are the channels: nothing to say.
+    pooled = _network(conv=(3, 3, 1, 8), head=(8, 2))
+    assert len(naming.convention(pooled, axes=[("conv/kernel", naming.conv2d)])) == 4
+    with pytest.raises(ValueError, match="labels no leaf"):
+        naming.convention(pooled, axes=[("cnov/kernel", naming.conv2d)])
+
+
+def test_transposed_convolutions_of_any_rank_are_undone():
+    axes = {3: naming.conv_transpose1d, 4: naming.conv_transpose2d, 5: naming.conv_transpose3d}
+    for rank, each in axes.items():
+        weight = np.random.default_rng(rank).standard_normal(tuple(range(2, 2 + rank)))
+        kernel = naming.from_torch({"w": weight}, [Rule("w", "k", each)])["k"]
+        assert kernel.shape == (*weight.shape[2:], *weight.shape[:2])
+        np.testing.assert_array_equal(
+            naming.to_torch({"k": kernel}, [Rule("w", "k", each)])["w"], weight
+        )

@@ -2,7 +2,7 @@
 
 A table of rules is data: each says which torch name is which canonical path, and how the axes are
 permuted between the two. Read left to right it imports, right to left it exports, and
-`to_torch(from_torch(x)) == x` bit for bit, because only views and permutations are involved. Every
+`to_torch(from_torch(x)) == x` bit for bit, because axes are only permuted and regrouped. Every
 tensor needs a rule (or an entry in `ignore`); nothing is dropped in silence.
 
 PyTorch keeps output features first, `[out, in]` and `[out, in, *window]`; Flax keeps them last.
@@ -10,6 +10,8 @@ Equinox keeps PyTorch's axes. Position ids, masks and step counters are no weigh
 `ignore`.
 """
 
+import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,14 +24,18 @@ from kdtl_jax._types import PyTree
 
 
 class Axes(NamedTuple):
-    """How a torch tensor's axes become a JAX array's.
+    """How a torch tensor's axes become a JAX array's: split, permuted, flipped, joined.
 
-    `order[i]` is the torch axis at JAX position `i` (None: as they are); `flip` lists JAX axes that
-    run the other way.
+    `split` gives, per torch axis, the lengths it is taken apart into (None: left whole). `order[i]`
+    is the torch axis, counted after splitting, at JAX position `i` (None: as they are). `flip`
+    lists JAX axes, counted before joining, that run the other way. `join` says how many of them
+    make up each final axis (None: each is one).
     """
 
     order: tuple[int, ...] | None = None
     flip: tuple[int, ...] = ()
+    split: tuple[tuple[int, ...] | None, ...] | None = None
+    join: tuple[int, ...] | None = None
 
 
 same = Axes()
@@ -43,6 +49,18 @@ conv_transpose1d = Axes((2, 0, 1), flip=(0,))
 conv_transpose2d = Axes((2, 3, 0, 1), flip=(0, 1))
 
 
+conv_transpose3d = Axes((2, 3, 4, 0, 1), flip=(0, 1, 2))
+
+
+def flattened(channels: int, *window: int) -> Axes:
+    """A linear layer behind a flattened map: torch flattens C, H, W; Flax flattens H, W, C.
+
+    `flattened(64, 7, 7)` is for the layer `nn.Linear(64 * 7 * 7, ...)`.
+    """
+    places = tuple(range(2, 2 + len(window)))
+    return Axes((*places, 1, 0), split=(None, (channels, *window)), join=(len(window) + 1, 1))
+
+
 class Rule(NamedTuple):
     """`torch` name `<->` `jax` path.
 
@@ -53,6 +71,9 @@ class Rule(NamedTuple):
     torch: str
     jax: str
     axes: Axes = same
+
+
+_IGNORE = ", or name the tensor in ignore=."
 
 
 def from_torch(
@@ -75,7 +96,7 @@ def from_torch(
     for name, array in tensors.items():
         if any(pattern.fullmatch(name) for pattern in patterns):
             continue
-        path, axes = _translated("from_torch", name, [(r.torch, r.jax, r.axes) for r in rules])
+        path, axes = _translated(name, [(r.torch, r.jax, r.axes) for r in rules], _IGNORE)
         if path in out:
             raise ValueError(f"{name!r} and another tensor both become {path!r}.")
         out[path] = _permuted(name, array, axes)
@@ -90,49 +111,96 @@ def to_torch(tree: PyTree, rules: Sequence[Rule]) -> dict[str, Any]:
     """
     out: dict[str, Any] = {}
     for path, array in trees.flatten(tree).items():
-        name, axes = _translated("to_torch", path, [(r.jax, r.torch, r.axes) for r in rules])
+        name, axes = _translated(path, [(r.jax, r.torch, r.axes) for r in rules], ".")
         if name in out:
             raise ValueError(f"{path!r} and another path both become {name!r}.")
         out[name] = _unpermuted(path, array, axes)
     return out
 
 
-def convention(tree: PyTree, *, prefix: str = "") -> list[Rule]:
+def convention(
+    tree: PyTree, *, prefix: str = "", axes: Sequence[tuple[trees.Selector, Axes]] = ()
+) -> list[Rule]:
     """Rules for a Linen tree whose module names are the torch twin's, `/` for `.`.
 
-    `kernel`, `scale` and `embedding` become `weight` (kernels permuted by their rank), `mean`
-    and `var` become `running_mean` and `running_var`; a leading `params` or `batch_stats` is not
-    part of the torch name.
+    `kernel`, `scale` and `embedding` become `weight`, `mean` and `var` become `running_mean` and
+    `running_var`; a leading `params` or `batch_stats` is not part of the torch name. Matrices are
+    transposed. What a shape does not tell must be said: whether a kernel of more axes is of a
+    convolution, a transposed convolution or a stack of layers, and whether a linear layer reads a
+    flattened map.
+
+        naming.convention(variables, axes=[
+            (".*/conv\\d/kernel", naming.conv2d),
+            (".*/up/kernel", naming.conv_transpose2d),
+            (".*/fc1/kernel", naming.flattened(64, 7, 7)),
+        ])
 
     Args:
       tree: a concrete or abstract tree, for example `params` or all variables.
       prefix: put before every torch name, for example `"backbone."`.
+      axes: ordered `[(selector, Axes), ...]`; the first that selects a leaf is used.
+
+    Raises:
+      ValueError: if a kernel's axes must be said, or a selector is never used.
     """
     torch_names = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
     torch_names |= {"mean": "running_mean", "var": "running_var"}
-    kernels = {2: linear, 3: conv1d, 4: conv2d, 5: conv3d}
+    flat = trees.flatten(tree)
+    said = _said(tree, list(flat), axes)
+    unclear = [text for path in flat if path not in said and (text := _unclear(path, flat))]
+    if unclear:
+        raise ValueError(
+            "the axes of these kernels cannot be told from their shapes; say them with "
+            "axes=[(path, naming.conv2d), ...]:\n  " + "\n  ".join(unclear[:12])
+        )
     rules = []
-    for path, leaf in trees.flatten(tree).items():
+    for path, leaf in flat.items():
         segments = path.split("/")
         if segments[0] in ("params", "batch_stats"):
             segments = segments[1:]
         last = segments[-1]
         name = ".".join([*segments[:-1], torch_names.get(last, last)])
-        axes = kernels.get(len(leaf.shape), same) if last == "kernel" else same
-        rules.append(Rule(prefix + name, path, axes))
+        is_matrix = last == "kernel" and len(leaf.shape) == 2
+        rules.append(Rule(prefix + name, path, said.get(path, linear if is_matrix else same)))
     return rules
 
 
-def _translated(fn: str, name: str, table: Sequence[tuple[str, str, Axes]]) -> tuple[str, Axes]:
+def _said(
+    tree: PyTree, names: Sequence[str], axes: Sequence[tuple[trees.Selector, Axes]]
+) -> dict[str, Axes]:
+    labels = trees.labels(tree, [(where, i) for i, (where, _) in enumerate(axes)], default=-1)
+    numbers = zip(names, jax.tree.leaves(labels), strict=True)
+    return {path: axes[number][1] for path, number in numbers if number >= 0}
+
+
+def _unclear(path: str, flat: Mapping[str, Any]) -> str | None:
+    """Why a kernel's axes cannot be told from its shape; None if they can."""
+    shape = tuple(flat[path].shape)
+    kernels = {p: tuple(x.shape) for p, x in flat.items() if p.split("/")[-1] == "kernel"}
+    if path not in kernels or len(shape) < 2:
+        return None
+    if len(shape) > 2:
+        kind = {3: "conv1d", 4: "conv2d", 5: "conv3d"}.get(len(shape))
+        known = (
+            f"naming.{kind}, naming.{kind.replace('conv', 'conv_transpose')} or " if kind else ""
+        )
+        return f"{path} {list(shape)}: {known}Axes(...)"
+    # A matrix whose inputs are no layer's outputs but a multiple of a convolution's.
+    others = [other for p, other in kernels.items() if p != path]
+    maps = {other[-1] for other in others if len(other) > 2}
+    made = {other[-1] for other in others}
+    if shape[0] in made or not any(shape[0] % channels == 0 for channels in maps):
+        return None
+    return f"{path} {list(shape)}: naming.flattened(channels, height, width), or naming.linear"
+
+
+def _translated(name: str, table: Sequence[tuple[str, str, Axes]], hint: str) -> tuple[str, Axes]:
     for source, target, axes in table:
         found = _pattern(source).fullmatch(name)
         if found is not None:
             return target.format_map(found.groupdict()), axes
     close = trees.nearest(name, [source for source, _, _ in table])
-    raise ValueError(
-        f"{fn}: no rule covers {name!r}. The nearest rules are {close}. Add a rule"
-        + (", or name the tensor in ignore=." if fn == "from_torch" else ".")
-    )
+    raise ValueError(f"no rule covers {name!r}. The nearest rules are {close}. Add a rule{hint}")
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -144,22 +212,88 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 def _permuted(name: str, array: Any, axes: Axes) -> Any:
-    if axes.order is None:
+    """The array with JAX's axes."""
+    if axes == same:
         return array
-    _check_rank(name, array, axes)
+    pieces = _pieces(name, array.shape, axes)
+    order = axes.order or tuple(range(len(pieces)))
+    sizes = [pieces[i] for i in order]
+    final = _joined(sizes, axes)
     if isinstance(array, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(tuple(array.shape[i] for i in axes.order), array.dtype)
-    return _flipped(array.transpose(axes.order), axes)
+        return jax.ShapeDtypeStruct(final, array.dtype)
+    return _shaped(_flipped(_shaped(array, pieces).transpose(order), axes), final)
 
 
 def _unpermuted(path: str, array: Any, axes: Axes) -> Any:
-    if axes.order is None:
+    """The array with torch's axes."""
+    if axes == same:
         return array
-    _check_rank(path, array, axes)
-    inverse = tuple(int(i) for i in np.argsort(axes.order))
+    sizes, whole = _sizes(path, array.shape, axes)
+    order = axes.order or tuple(range(len(sizes)))
+    inverse = tuple(int(i) for i in np.argsort(order))
     if isinstance(array, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(tuple(array.shape[i] for i in inverse), array.dtype)
-    return _flipped(array, axes).transpose(inverse)
+        return jax.ShapeDtypeStruct(whole, array.dtype)
+    return _shaped(_flipped(_shaped(array, sizes), axes).transpose(inverse), whole)
+
+
+def _pieces(name: str, shape: Sequence[int], axes: Axes) -> tuple[int, ...]:
+    """The lengths of a torch tensor's axes after splitting."""
+    if axes.split is None:
+        _check_rank(name, shape, len(axes.order or shape))
+        return tuple(shape)
+    _check_rank(name, shape, len(axes.split))
+    out: list[int] = []
+    for length, parts in zip(shape, axes.split, strict=True):
+        if parts is not None and math.prod(parts) != length:
+            raise ValueError(
+                f"{name!r} has shape {list(shape)}, but its rule splits an axis into "
+                f"{list(parts)}. The table is for another architecture."
+            )
+        out += [length] if parts is None else parts
+    return tuple(out)
+
+
+def _sizes(path: str, shape: Sequence[int], axes: Axes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The lengths of a JAX array's axes before joining, and those of the torch tensor."""
+    if axes.split is None:
+        _check_rank(path, shape, len(axes.order or shape))
+        whole = [shape[int(i)] for i in np.argsort(axes.order or range(len(shape)))]
+        return tuple(shape), tuple(whole)
+    # Only one of the axes in a group may be of unknown length, and whole axes stand alone.
+    known = [n for parts in axes.split for n in (parts or (None,))]
+    order = axes.order or tuple(range(len(known)))
+    join = axes.join or (1,) * len(order)
+    _check_rank(path, shape, len(join))
+    sizes: list[int] = []
+    places = iter(order)
+    for length, count in zip(shape, join, strict=True):
+        group = [known[next(places)] for _ in range(count)]
+        rest = math.prod(n for n in group if n is not None)
+        group = [length // max(rest, 1) if n is None else n for n in group]
+        if math.prod(group) != length:
+            raise ValueError(
+                f"{path!r} has shape {list(shape)}, but its rule joins {group} into one axis. "
+                "The table is for another architecture."
+            )
+        sizes += group
+    pieces = [sizes[int(i)] for i in np.argsort(order)]
+    whole, start = [], 0
+    for parts in axes.split:
+        stop = start + len(parts or (None,))
+        whole.append(math.prod(pieces[start:stop]))
+        start = stop
+    return tuple(sizes), tuple(whole)
+
+
+def _joined(sizes: Sequence[int], axes: Axes) -> tuple[int, ...]:
+    if axes.join is None:
+        return tuple(sizes)
+    ends = list(itertools.accumulate(axes.join))
+    return tuple(math.prod(sizes[a:b]) for a, b in zip([0, *ends], ends, strict=False))
+
+
+def _shaped(array: Any, shape: Sequence[int]) -> Any:
+    return array if tuple(array.shape) == tuple(shape) else array.reshape(shape)
 
 
 def _flipped(array: Any, axes: Axes) -> Any:
@@ -167,10 +301,9 @@ def _flipped(array: Any, axes: Axes) -> Any:
     return array[steps] if axes.flip else array
 
 
-def _check_rank(name: str, array: Any, axes: Axes) -> None:
-    assert axes.order is not None
-    if len(array.shape) != len(axes.order):
+def _check_rank(name: str, shape: Sequence[int], rank: int) -> None:
+    if len(shape) != rank:
         raise ValueError(
-            f"{name!r} has shape {list(array.shape)}, but its rule permutes "
-            f"{len(axes.order)} axes. The table is for another architecture."
+            f"{name!r} has shape {list(shape)}, but its rule permutes {rank} axes. The table is "
+            "for another architecture."
         )
