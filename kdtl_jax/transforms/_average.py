@@ -41,7 +41,7 @@ def interpolate(source: Params, target: Params, alpha: Coefficient) -> Params:
         share = _numerics.scalar(values[i], a)
         return (1 - share) * a + share * b
 
-    return _leaves.combine_leaves(formula, {"source": source, "target": target})
+    return _leaves.combine_leaves(formula, {"source": source, "target": target}, [values])
 
 
 def weighted_sum(models: Sequence[Params], weights: Weights) -> Params:
@@ -65,7 +65,7 @@ def weighted_sum(models: Sequence[Params], weights: Weights) -> Params:
         terms = [_leaves.scaled(w, x) for w, x in zip(by_leaf[i], leaves, strict=True)]
         return sum(terms[1:], terms[0])
 
-    return _leaves.combine_leaves(formula, named)
+    return _leaves.combine_leaves(formula, named, [by_leaf])
 
 
 def average(models: Sequence[Params], weights: Weights | None = None) -> Params:
@@ -95,7 +95,7 @@ def average(models: Sequence[Params], weights: Weights | None = None) -> Params:
         shares = [_numerics.scalar(w, leaves[0]) for w in by_leaf[i]]
         return sum(terms[1:], terms[0]) / sum(shares[1:], shares[0])
 
-    return _leaves.combine_leaves(formula, named)
+    return _leaves.combine_leaves(formula, named, [by_leaf])
 
 
 def greedy_soup(

@@ -118,13 +118,22 @@ def numbered(name: str, members: Sequence[PyTree]) -> dict[str, PyTree]:
 
 
 def combine_leaves(
-    formula: Formula, named: Mapping[str, PyTree], *, keep_dtype: bool = True
+    formula: Formula,
+    named: Mapping[str, PyTree],
+    by: Sequence[Sequence[Any]],
+    *,
+    keep_dtype: bool = True,
 ) -> PyTree:
     """`formula(leaf number, path, *leaves)` on the inexact leaves of all trees side by side.
 
     The first tree is authoritative: its structure, its dtypes, and its leaves wherever they are
     not inexact. Leaves come in one dtype, float32 or wider; results are cast to the first tree's
     dtype unless `keep_dtype` is false.
+
+    Tied leaves (one array under several paths, in every tree) stay tied: the first path's result
+    is the others' too, drawn with that path's key. `by` lists the columns of coefficients, one
+    entry per leaf, that the formula reads: where they differ between tied leaves, only the key is
+    shared.
 
     Raises:
       ValueError: if the trees differ in names or shapes (all differences are listed), or a leaf
@@ -135,7 +144,8 @@ def combine_leaves(
         _checks.same_leaves(**flats)
     first, *others = flats.values()
     refuse_codes(first)
-    out = []
+    out: list[Any] = []
+    tied: dict[tuple[int, ...], tuple[int, str]] = {}  # the leaves' identities -> their first path
     for i, (path, leaf) in enumerate(first.items()):
         beside = [flat[path] for flat in others]
         if not trees.is_inexact(leaf):
@@ -145,7 +155,11 @@ def combine_leaves(
         for other in beside:
             if _is_integers(other):
                 raise ValueError(_codes_beside_numbers(path))
-        result = formula(i, path, *one_dtype([leaf, *beside]))
+        j, first_path = tied.setdefault(tuple(map(id, [leaf, *beside])), (i, path))
+        if j < i and all(_same(column[i], column[j]) for column in by):
+            out.append(out[j])
+            continue
+        result = formula(i, first_path, *one_dtype([leaf, *beside]))
         out.append(result.astype(canonical_dtype(leaf)) if keep_dtype else result)
     return jax.tree.unflatten(jax.tree.structure(next(iter(named.values()))), out)
 
@@ -206,6 +220,14 @@ def flat_norm(x: Array, axis: int | None = None, *, keepdims: bool = False) -> A
     """Euclidean norm of a leaf as one vector, or along one axis; gradient 0 at 0."""
     axes = tuple(range(x.ndim)) if axis is None else axis
     return jnp.abs(x) if x.ndim == 0 else _numerics.safe_norm(x, axis=axes, keepdims=keepdims)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two coefficients, or lists of them, are known to be equal."""
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    known = (int, float, np.integer, np.floating)
+    return a is b or (isinstance(a, known) and isinstance(b, known) and a == b)
 
 
 def _is_integers(leaf: Any) -> bool:

@@ -6,13 +6,15 @@ mergekit's DARE, for example, is `rescale_l1(keep(tau, mask), tau)`.
 """
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params, PyTree, Scalar
-from kdtl_jax.transforms import _leaves
+from kdtl_jax.transforms import _leaves, _ranking
 from kdtl_jax.transforms._leaves import Coefficient
 
 
@@ -41,17 +43,19 @@ def trim(task_vector: PyTree, *, density: Coefficient) -> PyTree:
     def formula(i: int, path: str, leaf: Array) -> Array:
         if values[i] is None:
             return leaf
-        kept = _count(leaf.size, density=values[i])
-        return jnp.where(_rank(-jnp.abs(leaf)) < kept, leaf, 0)
+        kept = floor_share(leaf.size, density=values[i])
+        return jnp.where(_ranking.top(jnp.abs(leaf), kept), leaf, 0)
 
-    return _leaves.combine_leaves(formula, {"task_vector": task_vector})
+    return _leaves.combine_leaves(formula, {"task_vector": task_vector}, [values])
 
 
 def trim_global(task_vector: PyTree, *, density: Scalar = 0.2) -> PyTree:
     """Keeps the `floor(density n)` entries of largest magnitude of the whole vector of parameters.
 
+    `trim_to_cut` does the same leaf by leaf, for vectors larger than memory.
+
     Args:
-      task_vector: any pytree; its inexact leaves are ranked as one vector.
+      task_vector: any pytree; its inexact leaves are ranked as one vector, tied ones once.
       density: share to keep in `[0, 1]`, the paper's top-k percent.
 
     Returns:
@@ -65,17 +69,51 @@ def trim_global(task_vector: PyTree, *, density: Scalar = 0.2) -> PyTree:
     """
     chosen, rest = trees.partition(task_vector, trees.everything)
     leaves, treedef = jax.tree.flatten(chosen)
-    flat = [jnp.abs(leaf).ravel() for leaf in _leaves.one_dtype(leaves)]
-    magnitudes = jnp.concatenate(flat)
-    kept = _rank(-magnitudes) < _count(magnitudes.size, density=density)
-    ends = [0]
-    for leaf in flat:
-        ends.append(ends[-1] + leaf.size)
-    out = [
-        jnp.where(kept[start:end].reshape(leaf.shape), leaf, jnp.zeros((), leaf.dtype))
-        for leaf, start, end in zip(leaves, ends, ends[1:], strict=False)
-    ]
+    if not leaves:
+        return task_vector
+    wide = {id(x): y for x, y in zip(leaves, _leaves.one_dtype(leaves), strict=True)}
+    size = sum(leaf.size for leaf in wide.values())
+    cut = magnitude_cut(
+        wide.values, floor_share(size, density=density), next(iter(wide.values())).real.dtype
+    )
+    done, before = {}, 0
+    for leaf in leaves:
+        if id(leaf) not in done:
+            done[id(leaf)], before = trim_to_cut(leaf, cut, before)
+    out = [done[id(leaf)] for leaf in leaves]
     return trees.combine(jax.tree.unflatten(treedef, out), rest)
+
+
+def magnitude_cut(
+    read: Callable[[], Iterable[Array]], count: Any, dtype: Any = jnp.float32
+) -> _ranking.Cut:
+    """The cut that keeps the `count` entries of largest magnitude among all leaves `read()` yields.
+
+    Args:
+      read: called once per 16 bits of `dtype`; must yield the same leaves every time, which may be
+        read from a file one after another.
+      count: how many entries to keep, at most their number.
+      dtype: float32 or float64, in which magnitudes are ranked. NaN comes last.
+
+    Returns:
+      The cut, for `trim_to_cut`.
+    """
+    return _ranking.largest(lambda: map(jnp.abs, read()), count, dtype)
+
+
+def trim_to_cut(leaf: Array, cut: _ranking.Cut, before: Any = 0) -> tuple[Array, Array]:
+    """Zeroes the entries of a leaf that a cut does not keep.
+
+    Args:
+      leaf: one of the leaves the cut was made for.
+      cut: from `magnitude_cut`.
+      before: how many entries equal to the threshold came in earlier leaves.
+
+    Returns:
+      `(trimmed, before)`: the leaf, and `before` for the next one.
+    """
+    mask, before = _ranking.taken(jnp.abs(leaf), cut, before)
+    return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype)), before
 
 
 def breadcrumbs(task_vector: PyTree, *, density: Coefficient, outliers: Coefficient) -> PyTree:
@@ -105,13 +143,14 @@ def breadcrumbs(task_vector: PyTree, *, density: Coefficient, outliers: Coeffici
     def formula(i: int, path: str, leaf: Array) -> Array:
         if densities[i] is None or tops[i] is None:
             return leaf
-        top = _count(leaf.size, outliers=tops[i])
-        kept = _count(leaf.size, density=densities[i])
+        top = floor_share(leaf.size, outliers=tops[i])
+        kept = floor_share(leaf.size, density=densities[i])
         top = jnp.minimum(top, leaf.size - kept)
-        rank = _rank(-jnp.abs(leaf))
-        return jnp.where((rank >= top) & (rank < top + kept), leaf, 0)
+        magnitude = jnp.abs(leaf)
+        inside = _ranking.top(magnitude, top + kept) & ~_ranking.top(magnitude, top)
+        return jnp.where(inside, leaf, 0)
 
-    return _leaves.combine_leaves(formula, {"task_vector": task_vector})
+    return _leaves.combine_leaves(formula, {"task_vector": task_vector}, [densities, tops])
 
 
 def dare(key: Array, task_vector: PyTree, *, density: Coefficient) -> PyTree:
@@ -144,7 +183,7 @@ def dare(key: Array, task_vector: PyTree, *, density: Coefficient) -> PyTree:
         kept = jax.random.bernoulli(_leaves.fold_path(key, path), share, leaf.shape)
         return jnp.where(kept, leaf / share, 0)
 
-    return _leaves.combine_leaves(formula, {"task_vector": task_vector})
+    return _leaves.combine_leaves(formula, {"task_vector": task_vector}, [values])
 
 
 def della_probabilities(
@@ -152,13 +191,14 @@ def della_probabilities(
 ) -> PyTree:
     """Keep probabilities rising with magnitude: `density - epsilon` to `density + epsilon`.
 
-    Entries are ranked within each row (the last axis); a row of one entry gets `density`.
+    Entries are ranked within each row (the last axis); a row of one entry gets `density`. Their
+    mean is the density, always: near 0 and 1 the spread is as far as it can be on both sides.
 
     Args:
       task_vector: any pytree; a leaf without axes gets `density`.
       density: mean probability; a number, traced scalar, or one number per leaf; leaves that no
         rule names get 1.
-      epsilon: half the spread. Probabilities are clipped to `[0, 1]`.
+      epsilon: half the spread, less where `density -+ epsilon` would leave `[0, 1]`.
 
     Returns:
       A tree of the same structure, float32 or wider.
@@ -179,12 +219,15 @@ def della_probabilities(
         if leaf.ndim == 0 or leaf.shape[-1] == 1:
             return middle
         order = jnp.argsort(jnp.abs(leaf), axis=-1, stable=True)
-        rank = jnp.argsort(order, axis=-1, stable=True).astype(leaf.dtype)
+        places = jnp.broadcast_to(jnp.arange(leaf.shape[-1], dtype=leaf.dtype), leaf.shape)
+        rank = jnp.put_along_axis(jnp.zeros_like(leaf), order, places, axis=-1, inplace=False)
         spread = 2 * rank / (leaf.shape[-1] - 1) - 1
-        return jnp.clip(middle + _numerics.scalar(epsilon, leaf) * spread, 0, 1)
+        # Cut off at 0 or 1, the probabilities would no longer have the density as their mean.
+        room = jnp.minimum(jnp.minimum(middle, 1 - middle), _numerics.scalar(epsilon, leaf))
+        return middle + room * spread
 
     named = {"task_vector": task_vector}
-    return _leaves.combine_leaves(formula, named, keep_dtype=False)
+    return _leaves.combine_leaves(formula, named, [values], keep_dtype=False)
 
 
 def della(
@@ -216,7 +259,7 @@ def della(
         return jnp.where(kept, leaf / jnp.where(kept, probability, 1), 0)
 
     named = {"task_vector": task_vector, "probabilities": probabilities}
-    return _leaves.combine_leaves(formula, named)
+    return _leaves.combine_leaves(formula, named, [])
 
 
 def keep(task_vector: PyTree, mask: PyTree) -> PyTree:
@@ -225,6 +268,7 @@ def keep(task_vector: PyTree, mask: PyTree) -> PyTree:
     return _leaves.combine_leaves(
         lambda i, path, leaf, kept: jnp.where(kept != 0, leaf, 0),
         {"task_vector": task_vector, "mask": flags},
+        [],
     )
 
 
@@ -240,7 +284,7 @@ def rescale_l1(sparse: PyTree, original: PyTree, *, floor: float = 1e-7) -> PyTr
         usable = (before > floor) & (after > floor)
         return kept * jnp.where(usable, before / jnp.where(usable, after, 1), 1)
 
-    return _leaves.combine_leaves(formula, {"sparse": sparse, "original": original})
+    return _leaves.combine_leaves(formula, {"sparse": sparse, "original": original}, [])
 
 
 def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Params:
@@ -275,18 +319,10 @@ def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Param
         # The formula's two cases, written so that rate 0 gives `params` bit by bit.
         return jnp.where(back, anchor, leaf + p / (1 - p) * (leaf - anchor))
 
-    return _leaves.combine_leaves(formula, {"params": params, "source": source})
+    return _leaves.combine_leaves(formula, {"params": params, "source": source}, [])
 
 
-def _rank(x: Array) -> Array:
-    """Rank of every entry of the flattened array, 0 the smallest, ties in storage order."""
-    flat = x.ravel()
-    order = jnp.argsort(flat, stable=True)
-    places = jnp.arange(flat.size, dtype=order.dtype)
-    return jnp.zeros_like(order).at[order].set(places).reshape(x.shape)
-
-
-def _count(size: int, **named: Scalar) -> Scalar:
+def floor_share(size: int, **named: Scalar) -> Scalar:
     """`floor(share size)`; in Python where the share is known, so that 0.3 of 10 is 3."""
     _checks.within(0, 1, **named)
     (share,) = named.values()

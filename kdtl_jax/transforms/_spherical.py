@@ -14,6 +14,9 @@ from kdtl_jax._types import Array, Params, Scalar
 from kdtl_jax.transforms import _leaves
 from kdtl_jax.transforms._leaves import Coefficient, Weights, flat_norm
 
+# Directions cancel below this share of their length: what is left is rounding, amplified.
+_CANCELED = 1e-4
+
 
 def slerp(
     source: Params,
@@ -53,51 +56,53 @@ def slerp(
             return a
         return _slerp(a, b, _numerics.scalar(values[i], a), _row_axis(a, axis), threshold)
 
-    return _leaves.combine_leaves(formula, {"source": source, "target": target})
+    return _leaves.combine_leaves(formula, {"source": source, "target": target}, [values])
 
 
 def multi_slerp(
-    base: Params, models: Sequence[Params], weights: Weights | None = None, *, eps: float = 1e-8
+    base: Params | None, models: Sequence[Params], weights: Weights | None = None
 ) -> Params:
     """One step on the sphere for several models: their directions averaged in a tangent space.
 
     With `u_i` the direction of `theta_i - base`, `m` their normalized weighted mean and
     `T = sum w_i (u_i - <u_i, m> m)`, moves along `cos|T| m + sin|T| T/|T|`, as far as the
-    weighted mean of the lengths.
+    weighted mean of the lengths. Where the directions cancel there is no mean direction, and the
+    differences are averaged instead.
 
     Args:
-      base: the common starting point.
+      base: the common starting point; None is zero.
       models: a list of trees of its structure.
-      weights: 1/N each when None, else one per model, used as they are: give them sum 1.
-      eps: added to norms before dividing, as in mergekit.
+      weights: None for equal ones, else one per model; normalized to sum 1.
 
     Returns:
-      A tree with the structure and dtypes of the base.
+      A tree with the structure and dtypes of the base, or of the first model.
 
     Raises:
-      ValueError: if names, shapes or the number of weights differ.
+      ValueError: if names, shapes or the number of weights differ, or the weights sum to 0.
 
     References:
       mergekit's `multislerp` (2403.13257).
     """
     named = _leaves.numbered("models", models)
-    if weights is None:
-        weights = [1 / len(models)] * len(models)
-    by_leaf = _leaves.weights_by_leaf(weights, len(models), base)
+    if base is not None:
+        named = {"base": base} | named
+    by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
 
-    def formula(i: int, path: str, start: Array, *leaves: Array) -> Array:
-        shares = [_numerics.scalar(w, start) for w in by_leaf[i]]
+    def formula(i: int, path: str, *leaves: Array) -> Array:
+        start, leaves = (0, leaves) if base is None else (leaves[0], leaves[1:])
+        shares = _shares(path, by_leaf[i], leaves[0])
         deltas = [leaf - start for leaf in leaves]
-        units = [delta / (flat_norm(delta) + eps) for delta in deltas]
+        units = [_unit(delta) for delta in deltas]
         mean = _mix(shares, units)
-        norm = flat_norm(mean)
-        mean = mean / jnp.where(norm > eps, norm, 1)
+        cancels = flat_norm(mean) <= _CANCELED
+        mean = _unit(mean)
         tangent = _mix(shares, [unit - jnp.sum(unit * mean) * mean for unit in units])
-        angle = flat_norm(tangent) + eps
-        length = sum(share * flat_norm(delta) for share, delta in zip(shares, deltas, strict=True))
-        return start + length * (jnp.cos(angle) * mean + jnp.sin(angle) / angle * tangent)
+        angle = flat_norm(tangent)
+        length = _mix(shares, [flat_norm(delta) for delta in deltas])
+        arc = length * (jnp.cos(angle) * mean + jnp.sinc(angle / jnp.pi) * tangent)
+        return start + jnp.where(cancels, _mix(shares, deltas), arc)
 
-    return _leaves.combine_leaves(formula, {"base": base} | named)
+    return _leaves.combine_leaves(formula, named, [by_leaf])
 
 
 def karcher_mean(
@@ -131,23 +136,22 @@ def karcher_mean(
     by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
-        _leaves.nonzero_total(path, by_leaf[i])
-        shares = [_numerics.scalar(w, leaves[0]) for w in by_leaf[i]]
-        shares = [share / sum(shares[1:], shares[0]) for share in shares]
+        shares = _shares(path, by_leaf[i], leaves[0])
         norms = [flat_norm(leaf) for leaf in leaves]
         units = jnp.stack([_unit(leaf) for leaf in leaves])
         weight = jnp.stack(shares)
         point = _karcher(units, weight, iterations, tolerance)
-        return sum(share * norm for share, norm in zip(shares, norms, strict=True)) * point
+        return _mix(shares, norms) * point
 
-    return _leaves.combine_leaves(formula, named)
+    return _leaves.combine_leaves(formula, named, [by_leaf])
 
 
 def model_stock(base: Params, models: Sequence[Params], *, axis: int | None = None) -> Params:
     """`t mean_i theta_i + (1 - t) base` with `t = N c / (1 + (N - 1) c)`.
 
     `c` is the mean cosine over pairs of task vectors: models that moved alike are trusted, models
-    that moved apart are pulled back to the base.
+    that moved apart are pulled back to the base. Where they cancel (`1 + (N - 1) c` below 1e-4, as
+    of two opposite changes) t has no finite value, and the base is kept.
 
     Args:
       base: pretrained parameters.
@@ -173,38 +177,13 @@ def model_stock(base: Params, models: Sequence[Params], *, axis: int | None = No
         deltas = [leaf - start for leaf in leaves]
         cosines = [_cosine(deltas[j], deltas[k], along) for j in range(count) for k in range(j)]
         cosine = sum(cosines[1:], cosines[0]) / len(cosines)
-        share = count * cosine / (1 + (count - 1) * cosine)
-        return share * (sum(leaves[1:], leaves[0]) / count) + (1 - share) * start
+        below = 1 + (count - 1) * cosine
+        canceled = jnp.abs(below) < _CANCELED
+        share = jnp.where(canceled, 0, count * cosine / jnp.where(canceled, 1, below))
+        return start + share * (sum(deltas[1:], deltas[0]) / count)
 
     named = {"base": base} | _leaves.numbered("models", models)
-    return _leaves.combine_leaves(formula, named)
-
-
-def near_swap(base: Params, model: Params, *, t: Scalar) -> Params:
-    """Takes the model's entries where the two are within `t`, less of them the further apart.
-
-    `q model + (1 - q) base` with `q = clip(t / max(|base - model|, 1e-6), 0, 1)`.
-
-    Args:
-      base: any pytree.
-      model: the same structure and shapes.
-      t: the distance up to which the model's entry is taken whole; >= 0.
-
-    Returns:
-      A tree with the structure and dtypes of the base.
-
-    Raises:
-      ValueError: if names or shapes differ.
-
-    References:
-      mergekit's `nearswap` (2403.13257).
-    """
-
-    def formula(i: int, path: str, a: Array, b: Array) -> Array:
-        share = jnp.clip(_numerics.scalar(t, a) / jnp.maximum(jnp.abs(a - b), 1e-6), 0, 1)
-        return share * b + (1 - share) * a
-
-    return _leaves.combine_leaves(formula, {"base": base, "model": model})
+    return _leaves.combine_leaves(formula, named, [])
 
 
 def _row_axis(leaf: Array, axis: int | None) -> int | None:
@@ -214,17 +193,14 @@ def _row_axis(leaf: Array, axis: int | None) -> int | None:
     return axis
 
 
-def _cosine(a: Array, b: Array, axis: int | None, floor: float = 1e-6) -> Array:
+def _cosine(a: Array, b: Array, axis: int | None) -> Array:
     """Cosine, `[]` or with the row axis kept at length 1; 0 for zero vectors."""
-    norms = flat_norm(a, axis, keepdims=axis is not None) * flat_norm(
-        b, axis, keepdims=axis is not None
-    )
-    dot = jnp.sum(a * b, axis=axis, keepdims=axis is not None)
-    return jnp.clip(dot / jnp.maximum(norms, floor), -1, 1)
+    dot = jnp.sum(_unit(a, axis) * _unit(b, axis), axis=axis, keepdims=axis is not None)
+    return jnp.clip(dot, -1, 1)
 
 
 def _slerp(a: Array, b: Array, t: Array, axis: int | None, threshold: float) -> Array:
-    cosine = _cosine(_unit(a, axis), _unit(b, axis), axis)
+    cosine = _cosine(a, b, axis)
     linear = (jnp.abs(cosine) > threshold) | (jnp.abs(cosine) >= 1)
     # The angle of the unused branch is harmless, so that its gradient is finite.
     angle = jnp.arccos(jnp.where(linear, 0, cosine))
@@ -235,8 +211,16 @@ def _slerp(a: Array, b: Array, t: Array, axis: int | None, threshold: float) -> 
 
 
 def _unit(x: Array, axis: int | None = None) -> Array:
+    """The direction; a zero vector stays zero."""
     norm = flat_norm(x, axis, keepdims=axis is not None)
-    return x / jnp.where(norm > 1e-8, norm, 1)
+    return x / jnp.where(norm > 0, norm, 1)
+
+
+def _shares(path: str, weights: Sequence[Scalar], like: Array) -> list[Array]:
+    """Weights of sum 1."""
+    _leaves.nonzero_total(path, weights)
+    shares = [_numerics.scalar(w, like) for w in weights]
+    return [share / sum(shares[1:], shares[0]) for share in shares]
 
 
 def _mix(shares: Sequence[Array], vectors: Sequence[Array]) -> Array:

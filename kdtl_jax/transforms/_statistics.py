@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params, PyTree, Scalar
-from kdtl_jax.transforms import _leaves
+from kdtl_jax.transforms import _leaves, _ranking
 from kdtl_jax.transforms._leaves import Weights
-from kdtl_jax.transforms._sparsify import _count, _rank
+from kdtl_jax.transforms._sparsify import floor_share
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -56,7 +56,7 @@ def fisher_merge(
         terms = [f * x for f, x in zip(informations, leaves[:count], strict=True)]
         return sum(terms[1:], terms[0]) / sum(informations[1:], informations[0])
 
-    return _leaves.combine_leaves(formula, named)
+    return _leaves.combine_leaves(formula, named, [by_leaf])
 
 
 def regmean(
@@ -108,10 +108,14 @@ def regmean(
         left = jnp.sum(stacked, axis=0)
         return jnp.linalg.solve(left, right)
 
-    return _leaves.combine_leaves(formula, named)
+    # The Grams of tied leaves differ.
+    by_path = [list(trees.flatten(models[0]))]
+    return _leaves.combine_leaves(formula, named, by_path)
 
 
-def sce(base: Params, models: Sequence[Params], *, top: Scalar = 1.0) -> Params:
+def sce(
+    base: Params, models: Sequence[Params], *, top: Scalar = 1.0, floor: Scalar = 0.0
+) -> Params:
     """Select entries by variance, calculate weights by energy, erase minority signs, leaf by leaf.
 
     Entries are the `floor(top n)` of largest variance across models, `n` the entries that vary at
@@ -122,6 +126,8 @@ def sce(base: Params, models: Sequence[Params], *, top: Scalar = 1.0) -> Params:
       base: pretrained parameters.
       models: a list of fine-tuned models of its structure.
       top: share of varying entries to take, in `[0, 1]`; 1 takes every entry.
+      floor: models weigh the same where their energies (squared units of the weights) sum to no
+        more than this; mergekit's is 1e-6.
 
     Returns:
       A tree with the structure and dtypes of the base.
@@ -141,14 +147,15 @@ def sce(base: Params, models: Sequence[Params], *, top: Scalar = 1.0) -> Params:
             deltas = jnp.where(_varying(deltas, top)[None], deltas, 0)
         energy = jnp.mean(jnp.square(deltas), axis=tuple(range(1, deltas.ndim)), keepdims=True)
         whole = jnp.sum(energy)
-        share = jnp.where(whole > 0, energy / jnp.where(whole > 0, whole, 1), 1 / len(leaves))
+        weighs = whole > _numerics.scalar(floor, whole)
+        share = jnp.where(weighs, energy / jnp.where(weighs, whole, 1), 1 / len(leaves))
         sign = jnp.where(jnp.sum(deltas, axis=0) >= 0, 1, -1).astype(start.dtype)
         agrees = (jnp.sign(deltas) == sign[None]).astype(start.dtype)
         total = jnp.sum(agrees * share, axis=0)
         return start + jnp.sum(agrees * share * deltas, axis=0) / jnp.maximum(total, 1e-6)
 
     named = {"base": base} | _leaves.numbered("models", models)
-    return _leaves.combine_leaves(formula, named)
+    return _leaves.combine_leaves(formula, named, [])
 
 
 def _check_gram(path: str, gram: Array, flat: Mapping[str, Array]) -> None:
@@ -169,7 +176,7 @@ def _varying(deltas: Array, top: Scalar) -> Array:
     varying = jnp.sum(variance != 0)
     known, count = _checks.concrete(top), _checks.concrete(varying)
     if known is not None and count is not None:
-        kept = _count(int(count), top=top)
+        kept = floor_share(int(count), top=top)
     else:
         kept = jnp.floor(jnp.asarray(top) * varying.astype(jnp.float32)).astype(jnp.int32)
-    return _rank(-variance) < kept
+    return _ranking.top(variance, kept)

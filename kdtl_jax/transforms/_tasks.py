@@ -37,6 +37,7 @@ def task_vector(finetuned: Params, base: Params) -> PyTree:
     return _leaves.combine_leaves(
         lambda i, path, after, before: after - before,
         {"finetuned": finetuned, "base": base},
+        [],
         keep_dtype=False,
     )
 
@@ -78,4 +79,4 @@ def apply_task_vectors(
         return start + _numerics.scalar(scales[i], start) * sum(terms[1:], terms[0])
 
     named = {"base": base} | _leaves.numbered("task_vectors", task_vectors)
-    return _leaves.combine_leaves(formula, named)
+    return _leaves.combine_leaves(formula, named, [scales, by_leaf])

@@ -19,7 +19,7 @@ from kdtl_jax.transforms import _leaves
 from kdtl_jax.transforms._leaves import Coefficient, Weights
 from kdtl_jax.transforms._sparsify import trim, trim_global
 
-Divisor = Callable[[Array], Array]  # which members agree, [N, ...] in the leaf's dtype -> [...]
+Divisor = Callable[[Array], Array]  # which members agree, bool [N, ...] -> [...]
 
 
 def ties(
@@ -62,29 +62,48 @@ def ties_per_leaf(
 
 def elect_sign(task_vectors: Sequence[PyTree]) -> PyTree:
     """+1 where the sum of the task vectors is >= 0, else -1, entry by entry."""
-    return _elect(task_vectors, lambda leaf: jnp.sum(leaf, axis=0))
+    return _elect(task_vectors, lambda leaf: leaf)
 
 
 def elect_sign_by_count(task_vectors: Sequence[PyTree]) -> PyTree:
     """+1 where at least as many task vectors are positive as negative, else -1."""
-    return _elect(task_vectors, lambda leaf: jnp.sum(jnp.sign(leaf), axis=0))
+    return _elect(task_vectors, jnp.sign)
 
 
-def elect_sign_global(task_vectors: Sequence[PyTree]) -> PyTree:
-    """The sign of the sum; entries whose sum is 0 take the sign that most other entries have."""
+def elect_sign_global(task_vectors: Sequence[PyTree], *, majority: Scalar | None = None) -> PyTree:
+    """The sign of the sum; entries whose sum is 0 take the sign that most other entries have.
+
+    Args:
+      task_vectors: a list of trees of one structure.
+      majority: that sign, +1 or -1; None takes it from these trees (`sign_balance`).
+
+    Returns:
+      A tree of +1 and -1, float32 or wider.
+    """
+    if majority is None:
+        majority = jnp.where(jnp.asarray(sign_balance(task_vectors)) >= 0, 1, -1)
+    fallback = majority
+
+    def formula(i: int, path: str, *leaves: Array) -> Array:
+        sign = jnp.sign(_total(leaves))
+        return jnp.where(sign == 0, _numerics.scalar(fallback, sign), sign)
+
     named = _leaves.numbered("task_vectors", task_vectors)
-    signs = _leaves.combine_leaves(
-        lambda i, path, *leaves: jnp.sign(jnp.sum(jnp.stack(leaves), axis=0)),
-        named,
-        keep_dtype=False,
+    return _leaves.combine_leaves(formula, named, [], keep_dtype=False)
+
+
+def sign_balance(task_vectors: Sequence[PyTree]) -> Scalar:
+    """How many entries of the task vectors' sum are positive, less how many are negative.
+
+    Leaves that are tied count once.
+    """
+    named = _leaves.numbered("task_vectors", task_vectors)
+    counts = _leaves.combine_leaves(
+        lambda i, path, *leaves: _balance(_total(leaves)), named, [], keep_dtype=False
     )
-    chosen, _ = trees.partition(signs, trees.everything)
-    balance = sum(jnp.sum(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(chosen))
-    majority = jnp.where(jnp.asarray(balance) >= 0, 1, -1)
-    return _leaves.combine_leaves(
-        lambda i, path, leaf: jnp.where(leaf == 0, _numerics.scalar(majority, leaf), leaf),
-        {"signs": signs},
-    )
+    chosen, _ = trees.partition(counts, trees.everything)
+    once = {id(leaf): leaf for leaf in jax.tree.leaves(chosen)}
+    return sum(once.values(), jnp.zeros(()))
 
 
 def disjoint_merge(
@@ -102,7 +121,7 @@ def disjoint_merge(
       task_vectors: a list of trees of one structure.
       signs: the elected signs, +1 and -1.
       weights: 1 each when None, else one per task vector.
-      divisor: `m [N, ...] -> [...]`; `agreeing_count` when None (a mean, as the paper),
+      divisor: `m -> [...]` of bools `[N, ...]`; `agreeing_count` when None (a mean, as the paper),
         `agreeing_weight(w)`, or `undivided`. Where it is 0 nothing is divided.
 
     Returns:
@@ -115,14 +134,13 @@ def disjoint_merge(
     by_leaf = _leaves.weights_by_leaf(weights, len(task_vectors), task_vectors[0])
 
     def formula(i: int, path: str, elected: Array, *leaves: Array) -> Array:
-        stacked = jnp.stack(leaves)
-        agrees = (jnp.sign(stacked) == elected[None]) & (stacked != 0)
-        weighted = [_leaves.scaled(w, x) for w, x in zip(by_leaf[i], leaves, strict=True)]
-        total = jnp.sum(jnp.where(agrees, jnp.stack(weighted), 0), axis=0)
-        by = (divisor or agreeing_count)(agrees.astype(stacked.dtype))
+        agrees = [(jnp.sign(x) == elected) & (x != 0) for x in leaves]
+        terms = zip(by_leaf[i], leaves, agrees, strict=True)
+        total = _total([jnp.where(agree, _leaves.scaled(w, x), 0) for w, x, agree in terms])
+        by = (divisor or agreeing_count)(jnp.stack(agrees)).astype(total.dtype)
         return total / jnp.where(by == 0, 1, by)
 
-    return _leaves.combine_leaves(formula, named, keep_dtype=False)
+    return _leaves.combine_leaves(formula, named, [by_leaf], keep_dtype=False)
 
 
 def agreeing_count(agrees: Array) -> Array:
@@ -134,8 +152,9 @@ def agreeing_weight(weights: Sequence[Scalar] | Array) -> Divisor:
     """The weight of the members that agree: mergekit's `normalize`."""
 
     def divisor(agrees: Array) -> Array:
-        terms = [_numerics.scalar(w, m) * m for w, m in zip(weights, agrees, strict=True)]
-        return jnp.sum(jnp.stack(terms), axis=0)
+        like = jnp.zeros((), float)
+        pairs = zip(weights, agrees, strict=True)
+        return _total([jnp.where(agree, _numerics.scalar(w, like), 0) for w, agree in pairs])
 
     return divisor
 
@@ -145,11 +164,19 @@ def undivided(agrees: Array) -> Array:
     return jnp.ones_like(agrees[0])
 
 
-def _elect(task_vectors: Sequence[PyTree], total: Callable[[Array], Array]) -> PyTree:
-    return _leaves.combine_leaves(
-        lambda i, path, *leaves: jnp.where(total(jnp.stack(leaves)) >= 0, 1, -1).astype(
-            leaves[0].dtype
-        ),
-        _leaves.numbered("task_vectors", task_vectors),
-        keep_dtype=False,
-    )
+def _elect(task_vectors: Sequence[PyTree], vote: Callable[[Array], Array]) -> PyTree:
+    def formula(i: int, path: str, *leaves: Array) -> Array:
+        total = _total([vote(leaf) for leaf in leaves])
+        return jnp.where(total >= 0, 1, -1).astype(total.dtype)
+
+    named = _leaves.numbered("task_vectors", task_vectors)
+    return _leaves.combine_leaves(formula, named, [], keep_dtype=False)
+
+
+def _total(terms: Sequence[Array]) -> Array:
+    return sum(terms[1:], terms[0])
+
+
+def _balance(x: Array) -> Array:
+    count = jnp.sum(x > 0, dtype=jnp.int32) - jnp.sum(x < 0, dtype=jnp.int32)
+    return count.astype(x.dtype)

@@ -1,0 +1,108 @@
+"""Which entries are the largest: found by histograms of their bits, without sorting.
+
+Floating-point numbers sort as their bits do once the sign is folded in, so a histogram of the upper
+16 bits, and one of the next 16 within the bin that was hit, find the exact smallest value taken. Of
+its equals the first are taken, in the order in which they are read. Histograms of several leaves
+add up: one pass over leaves that are read one at a time ranks them together.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kdtl_jax._types import Array
+
+_BINS = 1 << 16
+
+
+class Cut(NamedTuple):
+    """Which of the ranked entries are taken: those above a threshold and some equal to it."""
+
+    threshold: Array  # the key of the smallest entry taken
+    equal: Array  # how many of its equals are taken, the first ones
+    dtype: Any  # in which entries are ranked
+
+
+def largest(read: Callable[[], Iterable[Array]], count: Any, dtype: Any = jnp.float32) -> Cut:
+    """The cut that takes the `count` largest entries of all leaves that `read()` yields.
+
+    Args:
+      read: called once per 16 bits of `dtype`; must yield the same leaves every time, which may be
+        read from a file one after another.
+      count: how many entries to take, at most their number; may be traced.
+      dtype: float32 or float64, in which entries are ranked. NaN comes last.
+
+    Returns:
+      The cut, for `taken`.
+    """
+    bits = 8 * jnp.dtype(dtype).itemsize
+    threshold, wanted = jnp.zeros((), f"uint{bits}"), jnp.asarray(count, int)
+    for shift in range(bits - 16, -1, -16):
+        counts: Any = 0
+        for leaf in read():
+            counts = counts + _histogram(leaf, threshold, shift, bits)
+        threshold, wanted = _last(counts, threshold, wanted, shift)
+    return Cut(threshold, wanted, dtype)
+
+
+def taken(x: Array, cut: Cut, before: Any = 0) -> tuple[Array, Array]:
+    """Which entries of a leaf are taken.
+
+    Args:
+      x: one of the ranked leaves.
+      cut: from `largest`.
+      before: how many entries equal to the threshold came in earlier leaves.
+
+    Returns:
+      `(mask, before)`: bool of the leaf's shape, and `before` for the next leaf.
+    """
+    key = _keys(x, 8 * jnp.dtype(cut.dtype).itemsize).ravel()
+    equal = key == cut.threshold
+    before = jnp.asarray(before, cut.equal.dtype)
+    upto = before + jnp.cumsum(equal, dtype=cut.equal.dtype)
+    mask = (key > cut.threshold) | (equal & (upto <= cut.equal))
+    return mask.reshape(x.shape), before + jnp.sum(equal, dtype=cut.equal.dtype)
+
+
+def top(x: Array, count: Any) -> Array:
+    """Which entries of one leaf are its `count` largest: bool of its shape."""
+    return taken(x, largest(lambda: [x], count, x.dtype))[0]
+
+
+def kth_largest(x: Array, count: Any) -> Array:
+    """The `count`-th largest entry, 1 for the largest."""
+    key = largest(lambda: [x], count, x.dtype).threshold
+    bits = jnp.where(key >> (8 * key.dtype.itemsize - 1) == 1, key << 1 >> 1, ~key)
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
+
+
+def _keys(x: Array, bits: int) -> Array:
+    """Unsigned integers that sort as the numbers do; 0 for NaN."""
+    x = jax.lax.stop_gradient(x).astype(f"float{bits}") + 0.0  # -0 is 0
+    raw = jax.lax.bitcast_convert_type(x, f"uint{bits}")
+    sign = jnp.asarray(1, raw.dtype) << (bits - 1)
+    return jnp.where(jnp.isnan(x), 0, jnp.where(raw >= sign, ~raw, raw | sign)).astype(raw.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _histogram(x: Array, threshold: Array, shift: int, bits: int) -> Array:
+    """How often each 16 bits at `shift` occur, among keys whose higher bits are the threshold's."""
+    key = _keys(x, bits).ravel()
+    part = (key >> shift).astype(jnp.int32) & (_BINS - 1)
+    if shift + 16 < bits:
+        part = jnp.where(key >> (shift + 16) == threshold >> (shift + 16), part, _BINS)
+    return jnp.bincount(part, length=_BINS + 1)[:_BINS].astype(int)
+
+
+def _last(counts: Array, threshold: Array, wanted: Array, shift: int) -> tuple[Array, Array]:
+    """Adds the bits of the bin with the last entry taken, and leaves how many it must give."""
+    falling = counts[::-1]
+    tail = jnp.cumsum(falling)
+    # A count of 0 ends before the first bin: the threshold is then the largest key, none of whose
+    # equals is taken.
+    place = jnp.minimum(jnp.searchsorted(tail, wanted), _BINS - 1)
+    bin_ = (_BINS - 1 - place).astype(threshold.dtype)
+    return threshold | bin_ << shift, wanted - (tail[place] - falling[place])
