@@ -10,7 +10,8 @@ saw. Two forms give that:
   anything that yields batches (Grain, Hugging Face datasets, torch loaders).
 
 All batches of a run have one shape: a ragged last batch is filled up, and `batch["weights"]` is 0
-for the filling, so that one compiled step serves all.
+for the filling, so that one compiled step serves all. A model with batch statistics cannot mask
+the filling: `loop.run` gives it the real rows alone, in a batch of its own shape.
 """
 
 from kdtl_jax.run.data._host import Reader as Reader
@@ -22,10 +23,12 @@ from kdtl_jax.run.data._host import pad as pad
 from kdtl_jax.run.data._host import prefetch as prefetch
 from kdtl_jax.run.data._host import stream as stream
 from kdtl_jax.run.data._host import take_rows as take_rows
+from kdtl_jax.run.data._host import unpad as unpad
 from kdtl_jax.run.data._resident import Augment as Augment
 from kdtl_jax.run.data._resident import Batch as Batch
 from kdtl_jax.run.data._resident import Resident as Resident
 from kdtl_jax.run.data._resident import epoch_rows as epoch_rows
+from kdtl_jax.run.data._resident import examples as examples
 from kdtl_jax.run.data._resident import gather as gather
 from kdtl_jax.run.data._resident import resident as resident
 from kdtl_jax.run.data._resident import steps_per_epoch as steps_per_epoch

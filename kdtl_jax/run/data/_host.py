@@ -72,9 +72,10 @@ def iterate(
 ) -> Source:
     """Any iterable of batches as a `Source`: started again at its end, skipped when resuming.
 
-    A resumed run draws and drops the batches it has seen, so resuming is exact if the iterable
-    is: give loaders their own seed. An iterable that can start anywhere is better wrapped by hand:
-    a `Source` is only a function `step -> iterator`.
+    Short batches are filled up with weight 0; for a model with batch statistics `loop.run` gives
+    them their own shape instead. A resumed run draws and drops the batches it has seen, so resuming
+    is exact if the iterable is: give loaders their own seed. An iterable that can start anywhere is
+    better wrapped by hand: a `Source` is only a function `step -> iterator`.
 
     Args:
       batches: yields dicts of arrays (NumPy, JAX, torch tensors, lists of numbers), or tuples.
@@ -121,6 +122,21 @@ def pad(batch: Batch, batch_size: int) -> dict[str, Any]:
     full = batch if size == batch_size else jax.tree.map(lambda x: np.asarray(x)[rows], dict(batch))
     real = (np.arange(batch_size) < size).astype(np.float32)
     return dict(full) | {"weights": weights[rows] * real}
+
+
+def unpad(batch: Batch) -> dict[str, Any]:
+    """The real rows of a batch that `pad` filled up, without `"weights"`.
+
+    A batch with other weights than 0 and 1 stays as it is.
+    """
+    weights = np.asarray(batch["weights"]) if "weights" in batch else np.ones(0)
+    if not np.isin(weights, (0, 1)).all() or (weights.size and not weights.any()):
+        return dict(batch)
+    real = {name: x for name, x in batch.items() if name != "weights"}
+    if weights.all():
+        return real
+    rows = np.flatnonzero(weights)
+    return jax.tree.map(lambda x: np.asarray(x)[rows], real)
 
 
 def in_order(arrays: Batch, batch_size: int) -> Iterator[dict[str, Any]]:

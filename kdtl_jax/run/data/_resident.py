@@ -56,7 +56,8 @@ def resident(
       key: PRNG key of the shuffling and the augmentation, legacy ones included; None keeps the
         order. Keys `[S]` give the batches of S runs at once, each as its key alone would.
       drop_remainder: leave the ragged last batch out (other examples each epoch), or fill it up
-        and give the filling weight 0.
+        and give the filling weight 0. For a model with batch statistics `loop.run` fills nothing
+        up: the last batch keeps its own shape.
       augment: `(keys, batch) -> batch`, applied inside the step before teacher and student; the
         keys are `augment.example_keys` of the epoch's view.
       teacher: cached outputs, `[N, ...]`, or `[views, N, ...]` where `views` is given; they arrive
@@ -114,9 +115,14 @@ def view_key(key: Array) -> Array:
     return jax.random.split(typed_key(key))[1]
 
 
+def examples(data: Resident) -> int:
+    """How many examples one epoch has."""
+    return length(data.arrays) if data.rows is None else data.rows.shape[-1]
+
+
 def steps_per_epoch(data: Resident) -> int:
     """How many batches one epoch has."""
-    size = _size(data)
+    size = examples(data)
     return size // data.batch_size if data.drop_remainder else -(-size // data.batch_size)
 
 
@@ -127,7 +133,7 @@ def epoch_rows(data: Resident, epoch: Array) -> Array:
     """
 
     def of_one(order: Array | None, rows: Array | None) -> Array:
-        places = order_rows(order, epoch, _size(data), data.batch_size, data.drop_remainder)
+        places = order_rows(order, epoch, examples(data), data.batch_size, data.drop_remainder)
         return places if rows is None else rows[places]
 
     if data.order is None or not data.order.ndim:
@@ -141,7 +147,7 @@ def gather(data: Resident, rows: Array, epoch: Array, step_in_epoch: Array) -> d
     batch = train.take(data.arrays, rows)
     if not data.drop_remainder:
         place = step_in_epoch * data.batch_size + jnp.arange(data.batch_size, dtype=jnp.int32)
-        real = jnp.broadcast_to((place < _size(data)).astype(jnp.float32), rows.shape)
+        real = jnp.broadcast_to((place < examples(data)).astype(jnp.float32), rows.shape)
         batch["weights"] = real * batch["weights"] if "weights" in batch else real
     view = epoch if data.views is None else epoch % data.views
     if data.augment is not None and data.augment_key is not None:
@@ -183,11 +189,6 @@ def typed_key(key: Any) -> Any:
         raise TypeError(
             f"key must be a PRNG key such as jax.random.key(0), or None, got {came}."
         ) from None
-
-
-def _size(data: Resident) -> int:
-    """How many examples one epoch has."""
-    return length(data.arrays) if data.rows is None else data.rows.shape[-1]
 
 
 def _checked_rows(rows: np.ndarray | None, total: int, key: Array | None) -> np.ndarray | None:

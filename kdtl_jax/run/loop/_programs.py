@@ -47,6 +47,8 @@ class Carry(NamedTuple):
 Advance = Callable[..., tuple[Carry, Array]]  # (carry, teacher, ...) -> (carry, step reached)
 # (carry, its step, most steps to make) -> (carry, the step it reaches, steps made)
 Move = Callable[[Carry, int, int], tuple[Carry, Array, int]]
+One = Callable[[Carry, Any, Batch], Carry]
+BatchAt = Callable[..., Batch]  # (arrays, rows, step, place in the epoch) -> batch
 
 
 @contextlib.contextmanager
@@ -60,17 +62,28 @@ def opened(
     prefetch: int,
     place: Callable[[Any], Any],
 ) -> Iterator[tuple[Carry, Move, str]]:
-    """The first carry, what moves it on, and the path: "scan" or "steps"."""
+    """The first carry, what moves it on, and the path: "scan" or "steps".
+
+    Padding would enter the statistics of a model that measures its batches: where the model state
+    holds such, a short last batch keeps its own shape, and its own program.
+    """
     at = int(jax.device_get(state.step))
+    measures = any(trees.is_inexact(leaf) for leaf in jax.tree.leaves(state.model_state))
     if isinstance(source, data.Resident):
-        batch = _example_batch(source)
+        batch_at = _batch_at(source, padded=not measures)
+        batch = _example_batch(source, batch_at)
         # A resumed run stays on the path it was started on: the two may differ in the last bit.
         path = meta.get("path") or train.step_path(step, state, batch, teacher)
         make = _many if path == "scan" else _one_by_one
-        move = make(step, source, teacher, check_finite, batch)
+        one = _guarded(step, check_finite)
+        move = make(one, source, batch_at, teacher, batch)
+        rest = data.examples(source) % source.batch_size
+        if measures and rest and not source.drop_remainder:
+            move = _with_rest(move, one, source, batch_at, teacher, rest)
         yield _start(step, state, teacher, batch, meta), _paced(move), path
         return
-    with contextlib.closing(data.prefetch(source(at), prefetch, place)) as batches:
+    given = map(data.unpad, source(at)) if measures else source(at)
+    with contextlib.closing(data.prefetch(given, prefetch, place)) as batches:
         first = next(batches, None)
         if first is None:
             raise ValueError(f"the source has no batch from step {at} on.")
@@ -80,13 +93,14 @@ def opened(
 
 def checked_paths(state: TrainState) -> list[str]:
     """The names of the entries of `Carry.bad`."""
-    flat = trees.flatten(state.params)
+    flat = trees.flatten(state.params) | trees.flatten({"connectors": state.connectors})
     return [*(path for path, leaf in flat.items() if trees.is_inexact(leaf)), "loss"]
 
 
 def nonfinite_leaves(state: TrainState, metrics: Metrics) -> Array:
     """bool `[leaves + 1]`: which parameters, and last the loss, are not finite."""
-    leaves = [leaf for leaf in jax.tree.leaves(state.params) if trees.is_inexact(leaf)]
+    trained = jax.tree.leaves((state.params, state.connectors))
+    leaves = [leaf for leaf in trained if trees.is_inexact(leaf)]
     loss = metrics.sums[..., metrics.names.index("loss"), 0] if "loss" in metrics.names else 0.0
     return jnp.stack([~jnp.all(jnp.isfinite(x)) for x in [*leaves, jnp.asarray(loss)]])
 
@@ -114,7 +128,7 @@ def _start(
     return Carry(state, Metrics(metrics.names, jax.device_put(window, on)), jax.device_put(bad, on))
 
 
-def _guarded(step: Step, check_finite: bool) -> Callable[[Carry, Any, Batch], Carry]:
+def _guarded(step: Step, check_finite: bool) -> One:
     def one(carry: Carry, teacher: Any, batch: Batch) -> Carry:
         state, metrics = step(carry.state, batch, teacher)
         window = Metrics(metrics.names, carry.window.sums + metrics.sums)
@@ -129,12 +143,11 @@ def _guarded(step: Step, check_finite: bool) -> Callable[[Carry, Any, Batch], Ca
     return one
 
 
-def _many(step: Step, source: data.Resident, teacher: Any, check_finite: bool, batch: Any) -> Move:
+def _many(one: One, source: data.Resident, batch_at: BatchAt, teacher: Any, batch: Any) -> Move:
     """Up to `width` steps per call, within one epoch, their rows gathered before the loop."""
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
     length = data.steps_per_epoch(source)
     width = int(min(CHUNK_STEPS, max(1, CHUNK_BYTES // max(size, 1)), length))
-    one, batch_at = _guarded(step, check_finite), _batch_at(source)
 
     @partial(jax.jit, donate_argnums=0)
     def advance(
@@ -163,10 +176,9 @@ def _many(step: Step, source: data.Resident, teacher: Any, check_finite: bool, b
 
 
 def _one_by_one(
-    step: Step, source: data.Resident, teacher: Any, check_finite: bool, batch: Any
+    one: One, source: data.Resident, batch_at: BatchAt, teacher: Any, batch: Any
 ) -> Move:
     """One step per call, its rows gathered in the same program."""
-    one, batch_at = _guarded(step, check_finite), _batch_at(source)
 
     @partial(jax.jit, donate_argnums=0)
     def advance(carry: Carry, teacher: Any, arrays: Any, index: Array) -> tuple[Carry, Array]:
@@ -181,6 +193,28 @@ def _one_by_one(
         return *advance(carry, teacher, arrays, epochs(at // length)), 1
 
     return move
+
+
+def _with_rest(
+    move: Move, one: One, source: data.Resident, batch_at: BatchAt, teacher: Any, rest: int
+) -> Move:
+    """`move` for the full batches of an epoch, and a program of its own for the `rest` rows."""
+    arrays, epochs = _device_arrays(source), _epochs(source)
+    last = data.steps_per_epoch(source) - 1
+
+    @partial(jax.jit, donate_argnums=0)
+    def advance(carry: Carry, teacher: Any, arrays: Any, index: Array) -> tuple[Carry, Array]:
+        rows, place = index[-1][..., :rest], jnp.asarray(last, jnp.int32)
+        carry = one(carry, teacher, batch_at(arrays, rows, carry.state.step, place))
+        return carry, carry.state.step + 0
+
+    def whole(carry: Carry, at: int, most: int) -> tuple[Carry, Array, int]:
+        epoch, place = divmod(at, last + 1)
+        if place < last:
+            return move(carry, at, min(most, last - place))
+        return *advance(carry, teacher, arrays, epochs(epoch)), 1
+
+    return whole
 
 
 def _from_stream(
@@ -201,11 +235,11 @@ def _from_stream(
     return move
 
 
-def _example_batch(source: data.Resident) -> Any:
+def _example_batch(source: data.Resident, batch_at: BatchAt) -> Any:
     """The shapes of a batch."""
     number = jax.ShapeDtypeStruct((), jnp.int32)
     rows = jax.eval_shape(lambda epoch: data.epoch_rows(source, epoch)[0], number)
-    return jax.eval_shape(_batch_at(source), _device_arrays(source), rows, number, number)
+    return jax.eval_shape(batch_at, _device_arrays(source), rows, number, number)
 
 
 def _device_arrays(source: data.Resident) -> Any:
@@ -213,10 +247,12 @@ def _device_arrays(source: data.Resident) -> Any:
     return source.arrays, source.teacher, source.augment_key
 
 
-def _batch_at(source: data.Resident) -> Callable[..., Batch]:
+def _batch_at(source: data.Resident, *, padded: bool) -> BatchAt:
+    drop = source.drop_remainder or not padded
+
     def batch_at(given: Any, rows: Array, step: Array, place: Array) -> Batch:
         arrays, teacher, key = given
-        here = source._replace(arrays=arrays, teacher=teacher, augment_key=key)
+        here = source._replace(arrays=arrays, teacher=teacher, augment_key=key, drop_remainder=drop)
         epoch = step // data.steps_per_epoch(source)
         return data.gather(here, rows, epoch, place)
 
