@@ -1,8 +1,14 @@
 """Memory of contrastive losses as values: banks with one row per training example, and queues.
 
 A step carries them in `TrainState.memory` and returns what the functions here return. Nothing is
-mutated, and nothing is set in secret: a bank's normalizer is a field with a value from the start,
-changed only by `bank_set_normalizer`. Rows are constants: no gradient flows into a memory.
+mutated: a bank's normalizer is a field with a value from the start, changed only by
+`bank_set_normalizer`. Rows are constants: no gradient flows into a memory.
+
+`where` (bool `[B]`) marks the real examples of a batch. The others write nothing, whatever they
+hold and wherever their index points.
+
+TypeError: embeddings are not floating point, indices or sizes not integers. ValueError: shapes do
+not fit, a concrete index lies outside the bank, or a hyper-parameter is out of its range.
 """
 
 import math
@@ -51,10 +57,6 @@ def bank_init(key: Array, size: int, width: int) -> Bank:
 
     Returns:
       A `Bank`, float32.
-
-    Raises:
-      ValueError: if a size is below 1.
-      TypeError: if a size is not an integer.
     """
     _checks.count(1, size=size, width=width)
     bound = 1 / math.sqrt(width / 3)
@@ -62,7 +64,9 @@ def bank_init(key: Array, size: int, width: int) -> Bank:
     return Bank(rows, jnp.asarray(math.log(size), jnp.float32))
 
 
-def bank_draw(key: Array, index: Array, *, size: int, negatives: int) -> Array:
+def bank_draw(
+    key: Array, index: Array, *, size: int, negatives: int, where: Array | None = None
+) -> Array:
     """Rows to compare with: column 0 the example itself, then uniform draws of other examples.
 
     Args:
@@ -70,18 +74,16 @@ def bank_draw(key: Array, index: Array, *, size: int, negatives: int) -> Array:
       index: `[B]` integers, the batch's places in the training set.
       size: n, rows of the bank, at least 2.
       negatives: K, at least 1 (published: 16384).
+      where: bool `[B]`, real examples; the others draw for row 0.
 
     Returns:
       `[B, 1 + K]` int32.
-
-    Raises:
-      ValueError: if there is no other row to draw, none are asked for, or a concrete index lies
-        outside the bank.
-      TypeError: if `index` is not of integers, or `size` or `negatives` not an integer.
     """
     _checks.count(2, size=size)
     _checks.count(1, negatives=negatives)
     _checks.rank(1, 1, index=index)
+    _checks.mask(where, jnp.shape(index))
+    index = _numerics.kept(index, where)
     _checks.indices(size, index=index)
     own = index.astype(jnp.int32)[:, None]
     drawn = jax.random.randint(key, (len(index), negatives), 0, size - 1, jnp.int32)
@@ -110,7 +112,14 @@ def _products(bank: Bank, x: Array, index: Array) -> Array:
     return jax.lax.map(one, (x, index), batch_size=at_once)
 
 
-def bank_scores(bank: Bank, x: Array, index: Array, *, temperature: Scalar = 0.07) -> Array:
+def bank_scores(
+    bank: Bank,
+    x: Array,
+    index: Array,
+    *,
+    temperature: Scalar = 0.07,
+    where: Array | None = None,
+) -> Array:
     """`log (exp(x . row / T) / Z)` of each query against its rows, for `losses.crd`.
 
     Args:
@@ -118,23 +127,25 @@ def bank_scores(bank: Bank, x: Array, index: Array, *, temperature: Scalar = 0.0
       x: `[B, D]`, unit embeddings (`connectors.unit_norm`).
       index: `[B, 1 + K]` integers from `bank_draw`.
       temperature: T > 0.
+      where: bool `[B]`, real examples; the others are scored as zeros against row 0.
 
     Returns:
       `[B, 1 + K]`, differentiable in `x` and `temperature`, not in the bank.
-
-    Raises:
-      ValueError: if the widths or batch sizes differ, a concrete index lies outside the bank, or
-        the temperature is not positive.
-      TypeError: if `x` is not floating point or `index` not of integers.
     """
-    _checked("bank_scores", bank, x, index, 2)
+    x, index = _checked(bank, x, index, 2, where)
     _checks.positive(temperature=temperature)
-    x = _numerics.upcast(x)
     log_z = jax.lax.stop_gradient(bank.log_z).astype(x.dtype)
     return _products(bank, x, index) / _numerics.scalar(temperature, x) - log_z
 
 
-def bank_set_normalizer(bank: Bank, x: Array, index: Array, *, temperature: Scalar = 0.07) -> Bank:
+def bank_set_normalizer(
+    bank: Bank,
+    x: Array,
+    index: Array,
+    *,
+    temperature: Scalar = 0.07,
+    where: Array | None = None,
+) -> Bank:
     """The bank with `Z = n mean(exp(x . row / T))`, estimated from this batch and then constant.
 
     CRD does this with the first batch it meets; here it happens when you call it.
@@ -144,58 +155,69 @@ def bank_set_normalizer(bank: Bank, x: Array, index: Array, *, temperature: Scal
       x: `[B, D]`, unit embeddings.
       index: `[B, 1 + K]` integers.
       temperature: T of the later scores.
+      where: bool `[B]`, real examples.
 
     Returns:
-      The bank, `log_z` replaced.
-
-    Raises:
-      ValueError: if the widths or batch sizes differ, a concrete index lies outside the bank, or
-        the temperature is not positive.
-      TypeError: if `x` is not floating point or `index` not of integers.
+      The bank, `log_z` replaced; as it was where no example is real.
     """
-    raw = bank_scores(
-        bank._replace(log_z=jnp.zeros_like(bank.log_z)), x, index, temperature=temperature
+    bare = bank._replace(log_z=jnp.zeros_like(bank.log_z))
+    raw = bank_scores(bare, x, index, temperature=temperature, where=where)
+    real = None if where is None else jnp.broadcast_to(where[:, None], raw.shape)
+    log_mean = jax.nn.logsumexp(raw, where=real) - jnp.log(
+        jnp.asarray(raw.size, raw.dtype) if real is None else jnp.sum(real, dtype=raw.dtype)
     )
-    log_mean = jax.nn.logsumexp(raw) - math.log(raw.size)
-    log_z = jax.lax.stop_gradient(log_mean + math.log(len(bank.rows)))
-    return bank._replace(log_z=log_z.astype(bank.log_z.dtype))
+    log_z = jax.lax.stop_gradient(log_mean + math.log(len(bank.rows))).astype(bank.log_z.dtype)
+    if where is not None:
+        log_z = jnp.where(jnp.any(where), log_z, bank.log_z)
+    return bank._replace(log_z=log_z)
 
 
-def bank_update(bank: Bank, x: Array, index: Array, *, momentum: Scalar = 0.5) -> Bank:
+def bank_update(
+    bank: Bank,
+    x: Array,
+    index: Array,
+    *,
+    momentum: Scalar = 0.5,
+    where: Array | None = None,
+) -> Bank:
     """The bank with `row <- unit(momentum row + (1 - momentum) x)` for the batch's examples.
 
     Args:
       bank: the bank of the model that made `x`.
       x: `[B, D]`, unit embeddings.
-      index: `[B]` integers, distinct; the batch's places in the training set.
+      index: `[B]` integers, those of real examples distinct; the batch's places in the training set.
       momentum: of the old row.
+      where: bool `[B]`, real examples.
 
     Returns:
       The bank, rows replaced.
-
-    Raises:
-      ValueError: if the widths or batch sizes differ, a concrete index lies outside the bank, or
-        the momentum is outside [0, 1].
-      TypeError: if `x` is not floating point or `index` not of integers.
     """
-    _checked("bank_update", bank, x, index, 1)
+    x, index = _checked(bank, x, index, 1, where)
     _checks.within(0, 1, momentum=momentum)
-    x = jax.lax.stop_gradient(_numerics.upcast(x)).astype(bank.rows.dtype)
+    x = jax.lax.stop_gradient(x).astype(bank.rows.dtype)
     keep = _numerics.scalar(momentum, x)
     mixed = _numerics.normalize(keep * bank.rows[index] + (1 - keep) * x)
-    return bank._replace(rows=bank.rows.at[index].set(mixed))
+    if where is not None:
+        index = jnp.where(where, index, len(bank.rows))  # outside: dropped
+    return bank._replace(rows=bank.rows.at[index].set(mixed, mode="drop"))
 
 
-def _checked(fn: str, bank: Bank, x: Array, index: Array, index_rank: int) -> None:
+def _checked(
+    bank: Bank, x: Array, index: Array, index_rank: int, where: Array | None
+) -> tuple[Array, Array]:
+    """Embeddings in float32 or wider and indices, both 0 in masked rows."""
     _checks.floating(x=x)
-    _checks.indices(len(bank.rows), index=index)
     _checks.rank(2, 2, x=x)
     _checks.rank(index_rank, index_rank, index=index)
     _checks.same_batch(x=x, index=index)
+    _checks.mask(where, jnp.shape(x)[:1])
+    index = _numerics.kept(index, where)
+    _checks.indices(len(bank.rows), index=index)
     if x.shape[1] != bank.rows.shape[1]:
         raise ValueError(
             f"x must have the bank's width, got {_checks.described(x=x, rows=bank.rows)}."
         )
+    return _numerics.kept(_numerics.upcast(x), where), index
 
 
 def queue_init(key: Array, size: int, width: int) -> Queue:
@@ -208,17 +230,13 @@ def queue_init(key: Array, size: int, width: int) -> Queue:
 
     Returns:
       A `Queue`, float32, the pointer at 0.
-
-    Raises:
-      ValueError: if a size is below 1.
-      TypeError: if a size is not an integer.
     """
     _checks.count(1, size=size, width=width)
     rows = _numerics.normalize(jax.random.normal(key, (size, width), jnp.float32))
     return Queue(rows, jnp.zeros((), jnp.int32))
 
 
-def queue_push(queue: Queue, x: Array) -> Queue:
+def queue_push(queue: Queue, x: Array, *, where: Array | None = None) -> Queue:
     """The queue with the oldest rows replaced by `x`, first in first out, wrapping around.
 
     Any batch size: of more than K embeddings the last K stay.
@@ -226,21 +244,21 @@ def queue_push(queue: Queue, x: Array) -> Queue:
     Args:
       queue: the queue.
       x: `[B, D]`, unit embeddings.
+      where: bool `[B]`, real examples; the others are not pushed.
 
     Returns:
       The queue with its rows and pointer advanced.
-
-    Raises:
-      ValueError: if the widths differ.
-      TypeError: if `x` is not floating point.
     """
     _checks.floating(x=x)
     size, width = queue.rows.shape
     if x.ndim != 2 or x.shape[1] != width:
         raise ValueError(f"x must be [B, {width}], got {_checks.described(x=x, rows=queue.rows)}.")
-    skipped = max(len(x) - size, 0)
-    steps = jnp.arange(skipped, len(x), dtype=jnp.int32)
-    places = (queue.pointer + steps) % size
-    kept = jax.lax.stop_gradient(x[skipped:]).astype(queue.rows.dtype)
-    pointer = (queue.pointer + len(x)) % size
-    return Queue(queue.rows.at[places].set(kept), pointer.astype(queue.pointer.dtype))
+    _checks.mask(where, x.shape[:1])
+    real = jnp.ones(len(x), jnp.bool_) if where is None else where
+    count = jnp.sum(real, dtype=jnp.int32)
+    arrival = jnp.cumsum(real, dtype=jnp.int32) - 1  # the n-th real example goes n places on
+    stays = real & (arrival >= count - size)
+    places = jnp.where(stays, (queue.pointer + arrival) % size, size)  # outside: dropped
+    new = jax.lax.stop_gradient(x).astype(queue.rows.dtype)
+    pointer = (queue.pointer + count) % size
+    return Queue(queue.rows.at[places].set(new, mode="drop"), pointer.astype(queue.pointer.dtype))

@@ -136,26 +136,24 @@ def test_bank_errors_name_both_shapes() -> None:
 
 BANK, X = memory.Bank(units(1, 10, 4), jnp.zeros(())), units(2, 1, 4)
 BAD_PLACES = {
-    "bank_scores: index must lie in 0..9, got 1..20": lambda: memory.bank_scores(
+    "index must lie in 0..9, got 1..20": lambda: memory.bank_scores(
         BANK, X, jnp.asarray([[20, 1]])
     ),
-    "bank_update: index must lie in 0..9, got -1": lambda: memory.bank_update(
-        BANK, X, jnp.asarray([-1])
-    ),
-    "bank_draw: index must lie in 0..9, got 20": lambda: memory.bank_draw(
+    "index must lie in 0..9, got -1": lambda: memory.bank_update(BANK, X, jnp.asarray([-1])),
+    "index must lie in 0..9, got 20": lambda: memory.bank_draw(
         KEY, jnp.asarray([20]), size=10, negatives=3
     ),
-    "bank_draw: negatives must be at least 1, got -3": lambda: memory.bank_draw(
+    "negatives must be at least 1, got -3": lambda: memory.bank_draw(
         KEY, jnp.asarray([2]), size=10, negatives=-3
     ),
-    r"bank_draw: size must be an integer, got 10.5 \(float\)": lambda: memory.bank_draw(
+    r"size must be an integer, got 10.5 \(float\)": lambda: memory.bank_draw(
         KEY,
         jnp.asarray([2]),
         size=10.5,  # type: ignore[arg-type]
         negatives=3,
     ),
-    "bank_init: size must be an integer, got 10.5": lambda: memory.bank_init(KEY, 10.5, 4),  # type: ignore[arg-type]
-    "queue_init: width must be at least 1, got 0": lambda: memory.queue_init(KEY, 5, 0),
+    "size must be an integer, got 10.5": lambda: memory.bank_init(KEY, 10.5, 4),  # type: ignore[arg-type]
+    "width must be at least 1, got 0": lambda: memory.queue_init(KEY, 5, 0),
 }
 
 
@@ -222,3 +220,62 @@ def test_memory_is_carried_by_a_train_state() -> None:
     assert pointers.tolist() == [2, 0, 2]
     np.testing.assert_array_equal(last["bank"].rows[6:], state["bank"].rows[6:])
     np.testing.assert_allclose(last["queue"].rows[:2], batches[0][2])
+
+
+WHERE = jnp.asarray([True, False, True, False])
+GARBAGE = units(5, 4, 3).at[1].set(jnp.nan).at[3].set(1e30)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_padded_rows_write_nothing_even_where_their_index_is_a_real_rows(jit: bool) -> None:
+    bank = memory.Bank(units(1, 6, 3), jnp.asarray(0.5, jnp.float32))
+    index = jnp.asarray([2, 2, 4, -7], jnp.int32)
+    real = jnp.asarray([0, 2])
+
+    def update(x: Array, index: Array, where: Array) -> memory.Bank:
+        return memory.bank_update(bank, x, index, momentum=0.25, where=where)
+
+    got = (jax.jit(update) if jit else update)(GARBAGE, index, WHERE)
+    want = memory.bank_update(bank, GARBAGE[real], index[real], momentum=0.25)
+    np.testing.assert_array_equal(got.rows, want.rows)
+    nobody = update(GARBAGE, index, jnp.zeros(4, jnp.bool_))
+    np.testing.assert_array_equal(nobody.rows, bank.rows)
+
+
+def test_the_normalizer_and_the_scores_are_those_of_the_real_rows() -> None:
+    bank = memory.bank_init(KEY, 6, 3)
+    index, real = jnp.asarray([2, -1, 4, 99], jnp.int32), jnp.asarray([0, 2])
+    drawn = memory.bank_draw(KEY, index, size=6, negatives=2, where=WHERE)
+    np.testing.assert_array_equal(drawn[:, 0], [2, 0, 4, 0])
+    drawn = drawn.at[1].set(-5)
+    got = memory.bank_set_normalizer(bank, GARBAGE, drawn, where=WHERE)
+    want = memory.bank_set_normalizer(bank, GARBAGE[real], drawn[real])
+    np.testing.assert_allclose(got.log_z, want.log_z, rtol=1e-6)
+    scores = memory.bank_scores(got, GARBAGE, drawn, where=WHERE)
+    np.testing.assert_allclose(scores[real], memory.bank_scores(want, GARBAGE[real], drawn[real]))
+    assert bool(jnp.isfinite(scores).all())
+    gradient = jax.grad(
+        lambda x: jnp.sum(losses.crd(memory.bank_scores(got, x, drawn, where=WHERE), num_data=6))
+    )(GARBAGE)
+    assert bool(jnp.isfinite(gradient).all()) and not gradient[1].any()
+    nobody = memory.bank_set_normalizer(bank, GARBAGE, drawn, where=jnp.zeros(4, jnp.bool_))
+    assert nobody.log_z == bank.log_z
+
+
+def test_draws_of_the_real_rows_do_not_depend_on_the_padding() -> None:
+    index = jnp.asarray([3, 1, 0, 0, 0], jnp.int32)
+    padded = memory.bank_draw(KEY, index, size=9, negatives=4, where=jnp.arange(5) < 2)
+    np.testing.assert_array_equal(padded[:2], memory.bank_draw(KEY, index[:2], size=9, negatives=4))
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_padded_rows_are_not_pushed(size: int) -> None:
+    queue = memory.Queue(units(1, size, 3), jnp.asarray(1, jnp.int32))
+    push = jax.jit(lambda x, where: memory.queue_push(queue, x, where=where))
+    for where in (WHERE, ~WHERE, jnp.ones(4, jnp.bool_), jnp.zeros(4, jnp.bool_)):
+        x = jnp.where(where[:, None], units(6, 4, 3), jnp.nan)
+        got, want = push(x, where), memory.queue_push(queue, x[np.asarray(where)])
+        np.testing.assert_array_equal(got.rows, want.rows)
+        assert got.pointer == want.pointer
+    with pytest.raises(ValueError, match=r"where must have shape \[4\]"):
+        memory.queue_push(queue, GARBAGE, where=WHERE[:2])
