@@ -4,7 +4,8 @@ Each function takes a key and a batch's arrays, so a view is a function of its k
 goes to the teacher and the student alike. `example_keys(key, epoch, rows)` gives every example of
 every epoch its own key, whatever the batch it falls into; a teacher cache built from those keys
 therefore agrees with a live teacher. `mixup` and `cutmix` mix rows *within* a batch, so they are
-functions of the batch too and ask for a live teacher.
+functions of the batch too and ask for a live teacher. They take the mask of real examples (`where`,
+bool `[B]`): a real row is mixed with a real row, and padded rows stay as they are.
 
 Everything runs inside `jit`, on the device.
 """
@@ -37,7 +38,7 @@ def flip(keys: Array, images: Array, *, probability: float | Array = 0.5) -> Arr
       images: `[B, H, W, C]`.
       probability: in `[0, 1]`.
     """
-    _check_images("flip", keys, images)
+    _check_images(keys, images)
     _checks.within(0, 1, probability=probability)
     mirrored = jax.vmap(lambda k: jax.random.bernoulli(k, probability))(keys)
     return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
@@ -51,7 +52,7 @@ def crop(keys: Array, images: Array, *, padding: int = 4) -> Array:
       images: `[B, H, W, C]`.
       padding: pixels added on each side; 4 is the usual value for 32 x 32 images.
     """
-    _check_images("crop", keys, images)
+    _check_images(keys, images)
     if padding < 0:
         raise ValueError(f"padding must be at least 0, got {padding}.")
     room = ((0, 0), (padding, padding), (padding, padding), (0, 0))
@@ -65,7 +66,12 @@ def crop(keys: Array, images: Array, *, padding: int = 4) -> Array:
 
 
 def mixup(
-    key: Array, inputs: Array, targets: Array, *, alpha: float | Array = 1.0
+    key: Array,
+    inputs: Array,
+    targets: Array,
+    *,
+    alpha: float | Array = 1.0,
+    where: Array | None = None,
 ) -> tuple[Array, Array]:
     """`x = l x_i + (1 - l) x_j`, targets alike, with one `l ~ Beta(alpha, alpha)` per batch.
 
@@ -74,22 +80,28 @@ def mixup(
       inputs: `[B, ...]`, floating point.
       targets: `[B, K]` class probabilities (`smooth_labels` makes them from integers).
       alpha: of the Beta distribution, > 0.
+      where: bool `[B]`, real examples.
 
     Returns:
-      The mixed inputs and targets. Padded rows (weight 0) must not be in the batch.
+      The mixed inputs and targets.
 
     References:
       Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018.
     """
-    _check_mix("mixup", inputs, targets, alpha)
+    _check_mix(inputs, targets, alpha, where)
     share_key, order_key = jax.random.split(key)
     share = jax.random.beta(share_key, alpha, alpha)
-    other = jax.random.permutation(order_key, inputs.shape[0])
+    other = _partners(order_key, inputs.shape[0], where)
     return _blend(share, inputs, inputs[other]), _blend(share, targets, targets[other])
 
 
 def cutmix(
-    key: Array, images: Array, targets: Array, *, alpha: float | Array = 1.0
+    key: Array,
+    images: Array,
+    targets: Array,
+    *,
+    alpha: float | Array = 1.0,
+    where: Array | None = None,
 ) -> tuple[Array, Array]:
     """Pastes a box of another image; targets mix by the area that is left.
 
@@ -101,6 +113,7 @@ def cutmix(
       images: `[B, H, W, C]`.
       targets: `[B, K]` class probabilities.
       alpha: of the Beta distribution, > 0.
+      where: bool `[B]`, real examples.
 
     Returns:
       The mixed images and targets.
@@ -109,13 +122,13 @@ def cutmix(
       Yun et al., CutMix: Regularization Strategy to Train Strong Classifiers, ICCV 2019.
     """
     _checks.rank(4, 4, images=images)
-    _check_mix("cutmix", images, targets, alpha)
+    _check_mix(images, targets, alpha, where)
     share_key, order_key, row_key, column_key = jax.random.split(key, 4)
     side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha))
     inside_rows = _span(row_key, images.shape[1], side)
     inside_columns = _span(column_key, images.shape[2], side)
     inside = inside_rows[:, None] & inside_columns[None, :]
-    other = jax.random.permutation(order_key, images.shape[0])
+    other = _partners(order_key, images.shape[0], where)
     mixed = jnp.where(inside[None, :, :, None], images[other], images)
     left = 1 - jnp.mean(inside.astype(jnp.float32))
     return mixed, _blend(left, targets, targets[other])
@@ -150,19 +163,29 @@ def _span(key: Array, size: int, side: Array) -> Array:
     return jnp.abs(places - center) < side * (size / 2)
 
 
+def _partners(key: Array, size: int, where: Array | None) -> Array:
+    """A random permutation of the real rows; the others are their own partners."""
+    if where is None:
+        return jax.random.permutation(key, size)
+    drawn = jax.random.uniform(key, (size,))
+    order = jnp.argsort(jnp.where(where, drawn, jnp.inf))  # the real rows first, shuffled
+    return jnp.where(where, order[jnp.cumsum(where) - 1], jnp.arange(size))
+
+
 def _blend(share: Array, first: Array, second: Array) -> Array:
     share = share.astype(first.dtype)
     return share * first + (1 - share) * second
 
 
-def _check_images(fn: str, keys: Array, images: Array) -> None:
+def _check_images(keys: Array, images: Array) -> None:
     _checks.rank(4, 4, images=images)
     _checks.rank(1, 1, keys=keys)
     _checks.same_batch(keys=keys, images=images)
 
 
-def _check_mix(fn: str, inputs: Array, targets: Array, alpha: float | Array) -> None:
+def _check_mix(inputs: Array, targets: Array, alpha: float | Array, where: Array | None) -> None:
     _checks.floating(inputs=inputs, targets=targets)
     _checks.rank(2, 2, targets=targets)
     _checks.same_batch(inputs=inputs, targets=targets)
     _checks.positive(alpha=alpha)
+    _checks.mask(where, jnp.shape(inputs)[:1])

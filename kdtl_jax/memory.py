@@ -185,7 +185,7 @@ def bank_update(
     Args:
       bank: the bank of the model that made `x`.
       x: `[B, D]`, unit embeddings.
-      index: `[B]` integers, those of real examples distinct; the batch's places in the training set.
+      index: `[B]` integers, the batch's places in the training set, distinct for real examples.
       momentum: of the old row.
       where: bool `[B]`, real examples.
 

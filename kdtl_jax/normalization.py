@@ -28,6 +28,7 @@ def stoch_norm(
     *,
     momentum: Scalar = 0.1,
     eps: float = 1e-5,
+    where: Array | None = None,
 ) -> tuple[Array, Running]:
     """Batch normalization in which every channel uses batch or running statistics, by a draw.
 
@@ -43,7 +44,9 @@ def stoch_norm(
       running: statistics before the step.
       uses_batch: bool `[C]`, one draw per batch: `jax.random.bernoulli(key, p, (C,))`, p = 0.5.
       momentum: share of the batch in the new running statistics.
-      eps: added to variances.
+      eps: added to variances, so in squared feature units.
+      where: bool `[B]` or other leading axes of x, real examples. The others enter no statistic;
+        where fewer than two values per channel are real the running statistics stay.
 
     Returns:
       `(y [..., C] in x's dtype, running statistics after the step)`.
@@ -62,11 +65,20 @@ def stoch_norm(
     if any(jnp.shape(vector) != channels for vector in vectors.values()):
         raise ValueError(f"expected vectors [{x.shape[-1]}], got {_checks.described(**vectors)}.")
     _checks.mask(uses_batch, channels)
-    count = x.size // x.shape[-1]
-    if count < 2:
-        raise ValueError(f"one value per channel has no variance, got {x.shape}.")
-    wide = _numerics.upcast(x).reshape(-1, *channels)
-    mean, var = jnp.mean(wide, axis=0), jnp.var(wide, axis=0)
+    if x.size // x.shape[-1] < 2:
+        raise ValueError(f"one value per channel has no variance, got {_checks.described(x=x)}.")
+    rank = jnp.ndim(where) if where is not None else 0
+    _checks.mask(where, x.shape[:rank])
+    wide = _numerics.upcast(x)
+    real = None
+    if where is not None:
+        leading = where.reshape(where.shape + (1,) * (x.ndim - 1 - rank))
+        real = jnp.broadcast_to(leading, x.shape[:-1]).reshape(-1)
+        wide = _numerics.kept(wide, where)
+    wide = wide.reshape(-1, *channels)
+    count = _numerics.row_count(wide, real)
+    mean = _numerics.row_mean(wide, real)[0]
+    var = jnp.sum(jnp.square(_numerics.centered(wide, real)), axis=0) / count
     old_mean, old_var, gain, shift = (
         jnp.asarray(v, wide.dtype) for v in (running.mean, running.var, scale, offset)
     )
@@ -74,10 +86,11 @@ def stoch_norm(
     spread = jnp.where(uses_batch, var, old_var)
     factor = gain * jax.lax.rsqrt(spread + eps)
     out = (wide - center[None, :]) * factor[None, :] + shift[None, :]
-    share = _numerics.scalar(momentum, wide)
+    share = jnp.where(count >= 2, _numerics.scalar(momentum, wide), 0)
+    unbiased = var * (count / jnp.maximum(count - 1, 1))
     new = Running(
         ((1 - share) * old_mean + share * mean).astype(running.mean.dtype),
-        ((1 - share) * old_var + share * var * (count / (count - 1))).astype(running.var.dtype),
+        ((1 - share) * old_var + share * unbiased).astype(running.var.dtype),
     )
     return out.reshape(x.shape).astype(x.dtype), new
 

@@ -41,13 +41,20 @@ class Moments(NamedTuple):
     cross: Array  # [D, K], sum of (f - mean)^T (y - mean)
 
 
-def moments(features: Array, targets: Array, *, weights: Weights | None = None) -> Moments:
+def moments(
+    features: Array,
+    targets: Array,
+    *,
+    weights: Weights | None = None,
+    where: Array | None = None,
+) -> Moments:
     """Moments of one batch.
 
     Args:
       features: `[B, ...]`, flattened to `[B, D]`.
       targets: `[B, K]`.
       weights: `[B]`, non-negative; 0 leaves an example out (padding).
+      where: bool `[B]`, real examples; the others are left out, whatever they hold.
 
     Raises:
       ValueError: if batch sizes differ, the batch is empty, or a concrete weight is negative.
@@ -60,11 +67,12 @@ def moments(features: Array, targets: Array, *, weights: Weights | None = None) 
     _checks.nonempty(features=features, targets=targets)
     f = _numerics.batch_flat(_numerics.upcast(features))
     y = _numerics.upcast(targets).astype(f.dtype)
-    w = jnp.ones(f.shape[:1], f.dtype) if weights is None else _weighed(weights, f)
+    _checks.mask(where, f.shape[:1])
+    w = jnp.ones(f.shape[:1], f.dtype) if weights is None else _weighed(weights, f, where)
+    w = _numerics.kept(w, where)
     total = jnp.sum(w)
-    share = (w / jnp.maximum(total, jnp.finfo(f.dtype).tiny))[:, None]
-    f = jnp.where(w[:, None] != 0, f, 0)
-    y = jnp.where(w[:, None] != 0, y, 0)
+    share = (w / jnp.where(total != 0, total, 1))[:, None]
+    f, y = _numerics.kept(f, w != 0), _numerics.kept(y, w != 0)
     feature_mean, target_mean = jnp.sum(share * f, axis=0), jnp.sum(share * y, axis=0)
     centered = f - feature_mean[None]
     weighted = w[:, None] * centered
@@ -85,7 +93,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     """
     _checks.same_shape(**{"a.cross": a.cross, "b.cross": b.cross})
     total = a.weight + b.weight
-    share = b.weight / jnp.maximum(total, jnp.finfo(total.dtype).tiny)
+    share = b.weight / jnp.where(total != 0, total, 1)
     df, dy = b.feature_mean - a.feature_mean, b.target_mean - a.target_mean
     correction = a.weight * share
     return Moments(
@@ -102,13 +110,18 @@ def solve(moments: Moments, *, ridge: Scalar = 1e-3) -> Projection:
 
     Args:
       moments: of all batches, merged.
-      ridge: > 0, in units of the features' variance; the bias is not penalized. Differentiable.
+      ridge: > 0, in squared feature units (it is added to the features' variance); the bias is not
+        penalized. Differentiable.
+
+    Returns:
+      The projection; it does not depend on the scale of the weights. Without any example the
+      kernel and the bias are 0.
 
     Raises:
       ValueError: if a concrete `ridge` is not positive.
     """
     _checks.positive(ridge=ridge)
-    n = jnp.maximum(moments.weight, 1)
+    n = jnp.where(moments.weight != 0, moments.weight, 1)
     dim = moments.gram.shape[0]
     system = moments.gram / n + _numerics.scalar(ridge, n) * jnp.eye(dim, dtype=n.dtype)
     factor = jax.scipy.linalg.cho_factor(system)
@@ -118,7 +131,12 @@ def solve(moments: Moments, *, ridge: Scalar = 1e-3) -> Projection:
 
 
 def fit(
-    features: Array, targets: Array, *, ridge: Scalar = 1e-3, weights: Weights | None = None
+    features: Array,
+    targets: Array,
+    *,
+    ridge: Scalar = 1e-3,
+    weights: Weights | None = None,
+    where: Array | None = None,
 ) -> Projection:
     """`solve(moments(features, targets))`: the whole fit in one call.
 
@@ -130,7 +148,7 @@ def fit(
       >>> print(round(float(w.kernel[0, 0]), 3), round(float(w.bias[0]), 3))
       3.0 1.0
     """
-    return solve(moments(features, targets, weights=weights), ridge=ridge)
+    return solve(moments(features, targets, weights=weights, where=where), ridge=ridge)
 
 
 def apply(projection: Projection, features: Array) -> Array:
@@ -213,12 +231,13 @@ def model(base: ModelFn, *, features: str = "logits") -> ModelFn:
     return apply_model
 
 
-def _weighed(weights: Weights, features: Array) -> Array:
-    """Weights `[B]` in the features' dtype."""
+def _weighed(weights: Weights, features: Array, where: Array | None) -> Array:
+    """Weights `[B]` in the features' dtype; those of masked rows may be anything."""
     _checks.rank(1, 1, weights=weights)
     _checks.same_batch(features=features, weights=weights)
+    weights = _numerics.kept(jnp.asarray(weights), where)
     _checks.non_negative(weights=weights)
-    return jnp.asarray(weights).astype(features.dtype)
+    return weights.astype(features.dtype)
 
 
 def _matmul(a: Array, b: Array) -> Array:

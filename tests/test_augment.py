@@ -33,7 +33,7 @@ def test_example_keys_belong_to_the_example_not_to_its_batch() -> None:
     np.testing.assert_array_equal(raw(keys)[2], raw(expected))
     others = [raw(augment.example_keys(k, e, rows)) for k, e in ((KEY, 4), (KEYS[0], 3))]
     assert all((raw(keys) != other).any(axis=-1).all() for other in others)
-    with pytest.raises(TypeError, match="example_keys"):
+    with pytest.raises(TypeError, match="rows must be integers"):
         augment.example_keys(KEY, 0, jnp.ones(3))
 
 
@@ -130,6 +130,19 @@ def test_cutmix_pastes_a_box_and_counts_its_area() -> None:
     assert len(set(areas)) > 4, "boxes of many sizes"
 
 
+@pytest.mark.parametrize("mix", [augment.mixup, augment.cutmix])
+def test_real_rows_are_mixed_with_real_rows_alone(mix: Any) -> None:
+    where = jnp.arange(64) % 3 != 0
+    images = jnp.where(where[:, None, None, None], IMAGES, jnp.nan)
+    targets = jnp.where(where[:, None], TARGETS, jnp.nan)
+    for seed in range(5):
+        x, t = mix(jax.random.key(seed), images, targets, where=where)
+        assert bool(jnp.isfinite(x[where]).all() and jnp.isfinite(t[where]).all())
+        np.testing.assert_allclose(t[where].sum(0), TARGETS[where].sum(0), rtol=1e-4)
+        assert (x[where] != IMAGES[where]).any(axis=(1, 2, 3)).sum() > 20
+        assert bool(jnp.isnan(t[~where]).all())
+
+
 def test_smoothed_labels_by_hand() -> None:
     labels = jnp.array([2, 0], jnp.int32)
     found = augment.smooth_labels(labels, 4, smoothing=0.2)
@@ -142,15 +155,15 @@ def test_smoothed_labels_by_hand() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: augment.flip(KEYS, IMAGES[0]), r"flip.*images\[6, 5, 2\]"),
-        (lambda: augment.flip(KEYS[:3], IMAGES), "flip"),
-        (lambda: augment.flip(KEY, IMAGES), "flip"),
+        (lambda: augment.flip(KEYS, IMAGES[0]), r"images\[6, 5, 2\]"),
+        (lambda: augment.flip(KEYS[:3], IMAGES), r"keys\[3\], images"),
+        (lambda: augment.flip(KEY, IMAGES), "keys must have 1 dim"),
         (lambda: augment.flip(KEYS, IMAGES, probability=1.5), "probability"),
         (lambda: augment.crop(KEYS, IMAGES, padding=-1), "at least 0, got -1"),
-        (lambda: augment.mixup(KEY, IMAGES, TARGETS[:5]), "mixup"),
+        (lambda: augment.mixup(KEY, IMAGES, TARGETS[:5]), r"targets\[5, 4\]"),
         (lambda: augment.mixup(KEY, IMAGES, TARGETS, alpha=0.0), "alpha"),
         (lambda: augment.mixup(KEY, IMAGES, TARGETS[:, 0]), "targets"),
-        (lambda: augment.cutmix(KEY, IMAGES[..., 0], TARGETS), "cutmix"),
+        (lambda: augment.cutmix(KEY, IMAGES[..., 0], TARGETS), "images must have 4 dim"),
         (lambda: augment.smooth_labels(jnp.array([0, 4]), 4), r"in 0\.\.3, got 0\.\.4"),
         (lambda: augment.smooth_labels(jnp.array([0, -1]), 4), r"in 0\.\.3, got -1\.\.0"),
         (lambda: augment.smooth_labels(jnp.array([0, 1]), 4, smoothing=2.0), "smoothing"),

@@ -35,3 +35,39 @@ def test_stoch_norm_is_batch_norm_where_drawn_and_the_running_one_elsewhere() ->
     )
     with pytest.raises(ValueError, match="one value per channel"):
         normalization.stoch_norm(x[:1], one, zero, running, drawn)
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (6, 2, 3)])
+def test_padding_enters_neither_the_batch_nor_the_running_statistics(
+    shape: tuple[int, ...],
+) -> None:
+    x, one, zero = normal(0, *shape), jnp.ones(3), jnp.zeros(3)
+    running = normalization.Running(jnp.asarray([1.0, 2.0, 3.0]), jnp.asarray([1.0, 4.0, 9.0]))
+    drawn = jnp.asarray([True, False, True])
+    where = jnp.asarray([True, True, False, True, False, True])
+    garbage = x.at[2].set(jnp.nan).at[4].set(-1e6)
+
+    @jax.jit
+    def run(x: jnp.ndarray, where: jnp.ndarray) -> tuple[jnp.ndarray, normalization.Running]:
+        return normalization.stoch_norm(x, one, zero, running, drawn, where=where)
+
+    out, new = run(garbage, where)
+    short, of_real = normalization.stoch_norm(x[where], one, zero, running, drawn)
+    np.testing.assert_allclose(out[where], short, rtol=1e-4, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), new, of_real)
+    weights = normal(3, *shape)
+
+    def total(x: jnp.ndarray, where: jnp.ndarray | None, weights: jnp.ndarray) -> jnp.ndarray:
+        y = normalization.stoch_norm(x, one, zero, running, drawn, where=where)[0]
+        return jnp.sum(weights * (y if where is None else jnp.where(drop(where, y), y, 0)))
+
+    def drop(where: jnp.ndarray, y: jnp.ndarray) -> jnp.ndarray:
+        return where.reshape(-1, *[1] * (y.ndim - 1))
+
+    gradient = jax.grad(total)(garbage, where, weights)
+    np.testing.assert_allclose(
+        gradient[where], jax.grad(total)(x[where], None, weights[where]), rtol=1e-3, atol=1e-5
+    )
+    assert not gradient[~where].any()
+    _, kept = run(garbage[:, ...], jnp.zeros(6, jnp.bool_))
+    jax.tree.map(np.testing.assert_array_equal, kept, running)

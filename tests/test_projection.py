@@ -151,3 +151,33 @@ def test_bad_inputs_say_what_to_do() -> None:
         projection.merge(projection.moments(f, y), projection.moments(f[:, :4], y))
     with pytest.raises(TypeError, match="targets must be floating"):
         projection.fit(f, jnp.ones((40, 3), jnp.int32))
+
+
+@pytest.mark.parametrize("weight", [1e-6, 0.1, 1.0, 7.0])
+def test_the_solution_does_not_depend_on_the_scale_of_the_weights(weight: float) -> None:
+    x = jnp.asarray([[0.0], [1.0]])
+    w = projection.fit(x, x, ridge=1.0, weights=[weight, weight])
+    np.testing.assert_allclose(w.kernel, [[0.2]], rtol=1e-5)  # 1/4 over 1/4 + 1
+    np.testing.assert_allclose(w.bias, [0.4], rtol=1e-5)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_masked_rows_leave_the_moments_alone(jit: bool) -> None:
+    rng = np.random.default_rng(3)
+    x, y = (jnp.asarray(rng.normal(size=(5, n)), jnp.float32) for n in (3, 2))
+    weights = jnp.asarray([1.0, jnp.nan, 2.0, 0.5, 9.0])
+    where = jnp.asarray([True, False, True, True, False])
+    garbage = x.at[1].set(jnp.nan).at[4].set(1e20), y.at[1].set(jnp.inf).at[4].set(jnp.nan)
+
+    def run(x: jnp.ndarray, y: jnp.ndarray) -> projection.Moments:
+        return projection.moments(x, y, weights=weights, where=where)
+
+    got = (jax.jit(run) if jit else run)(*garbage)
+    want = projection.moments(x[where], y[where], weights=weights[where])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+    gradient = jax.grad(lambda x: jnp.sum(projection.solve(run(x, garbage[1]), ridge=0.1).kernel))(
+        garbage[0]
+    )
+    assert bool(jnp.isfinite(gradient).all()) and not gradient[~where].any()
+    nothing = projection.fit(*garbage, where=jnp.zeros(5, jnp.bool_))
+    assert not nothing.kernel.any() and not nothing.bias.any()

@@ -1,0 +1,180 @@
+"""What a connector is, its running statistics, and how they are folded into plain maps."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import _checks, _numerics
+from kdtl_jax._types import Params, PyTree, Scalar
+
+
+class Statistics(NamedTuple):
+    """Of one normalization: `mean` and `var` `[C]`, and how many values they were taken over.
+
+    The variance has the divisor n - 1, as running variances have in torch.
+    """
+
+    mean: Array
+    var: Array
+    count: Array
+
+
+class Run(Protocol):
+    """`apply` by the given statistics, or by the batch's own where they are None.
+
+    Returns the output and the statistics that were used: a pytree of `Statistics`.
+    """
+
+    def __call__(
+        self, params: Params, x: Any, statistics: PyTree | None, where: Array | None, /
+    ) -> tuple[Any, PyTree]: ...
+
+
+class Connector(NamedTuple):
+    """`init(key, x) -> params` from shapes alone; `apply(params, x, *, where=None) -> y`.
+
+    `run` is for connectors with statistics of the batch; a connector of your own has none and needs
+    only `apply(params, x)`.
+    """
+
+    init: Callable[[Array, Any], Params]
+    apply: Callable[..., Any]
+    run: Run | None = None
+
+    def measure(self, params: Params, x: Any, *, where: Array | None = None) -> tuple[Any, PyTree]:
+        """`apply`, and beside its output the batch's statistics (no gradient flows into them)."""
+        return run_step(self, params, x, None, where)
+
+    def evaluate(self, params: Params, statistics: PyTree, x: Any) -> Any:
+        """The output by given statistics: each example's is its own, whatever its batch."""
+        return run_step(self, params, x, statistics, None)[0]
+
+
+def real(x: Any, where: Array | None) -> Any:
+    """The input with 0 in masked rows: a NaN there would reach the gradients of the parameters."""
+    if where is None:
+        return x
+    return jax.tree.map(lambda leaf: _numerics.kept(leaf, where), x)
+
+
+def run_step(
+    connector: Connector, params: Params, x: Any, statistics: PyTree | None, where: Array | None
+) -> tuple[Any, PyTree]:
+    """`run` of any connector; the statistics of one without are an empty tree."""
+    x = real(x, where)
+    if connector.run is None:
+        return connector.apply(params, x), {}
+    return connector.run(params, x, statistics, where)
+
+
+def with_statistics(init: Callable[[Array, Any], Params], run: Run) -> Connector:
+    """A connector of its `run`."""
+
+    def apply(params: Params, x: Any, *, where: Array | None = None) -> Any:
+        return run(params, real(x, where), None, where)[0]
+
+    return Connector(init, apply, run)
+
+
+def running_init(connector: Connector, params: Params, x: Any) -> PyTree:
+    """Running statistics of a connector before the first batch, for `TrainState.memory`.
+
+    Args:
+      connector: any connector; one without statistics has an empty tree.
+      params: its parameters; arrays or shapes.
+      x: an input of `apply`; shapes do.
+
+    Returns:
+      A pytree of `Statistics`: mean 0, variance 1, nothing counted.
+    """
+    shapes = jax.eval_shape(connector.measure, params, x)[1]
+
+    def fresh(found: Statistics) -> Statistics:
+        mean, var, count = found
+        return Statistics(
+            jnp.zeros(mean.shape, mean.dtype),
+            jnp.ones(var.shape, var.dtype),
+            jnp.zeros(count.shape, count.dtype),
+        )
+
+    return jax.tree.map(fresh, shapes, is_leaf=_is_statistics)
+
+
+def running_update(running: PyTree, measured: PyTree, *, momentum: Scalar = 0.1) -> PyTree:
+    """`(1 - momentum) running + momentum measured`; the first batch is taken as it is.
+
+    A batch with fewer than two values per channel (all padding, say) changes nothing.
+
+    Args:
+      running: from `running_init` or an earlier step.
+      measured: from `Connector.measure`.
+      momentum: share of the batch.
+    """
+    _checks.within(0, 1, momentum=momentum)
+
+    def moved(old: Statistics, new: Statistics) -> Statistics:
+        share = jnp.where(old.count == 0, 1, _numerics.scalar(momentum, old.mean))
+        share = jnp.where(new.count >= 2, share, 0)
+        mean, var = (a + share * (b - a) for a, b in zip(old[:2], new[:2], strict=True))
+        return Statistics(mean, var, old.count + new.count)
+
+    return jax.tree.map(moved, running, measured, is_leaf=_is_statistics)
+
+
+def fold_batch_norm(params: Params, statistics: PyTree, *, eps: float = 1e-5) -> Params:
+    """The parameters with every normalization merged into the linear map before it.
+
+    The folded parameters belong to the same connector: `apply(folded, x)` equals
+    `evaluate(params, statistics, x)`, since a `batch_norm` without parameters is the identity.
+
+    Args:
+      params: of a `chain`, in which every `batch_norm` follows a `linear` or `conv`, or of
+        connectors made of such chains.
+      statistics: running statistics of the same connector.
+      eps: of its normalizations.
+
+    Raises:
+      ValueError: if a normalization does not follow a linear map.
+    """
+    if isinstance(params, Mapping) and not isinstance(statistics, Statistics):
+        return {
+            name: fold_batch_norm(own, statistics[name], eps=eps) if name in statistics else own
+            for name, own in params.items()
+        }
+    if isinstance(params, Sequence) and isinstance(statistics, Sequence) and params:
+        if not isinstance(statistics, Statistics):
+            return _folded_chain(params, statistics, eps)
+    if isinstance(statistics, Statistics):
+        raise ValueError(
+            "a batch_norm can be folded only into a linear or conv just before it in the same "
+            f"chain; here is one of {statistics.mean.shape[0]} channels without."
+        )
+    return params
+
+
+def _folded_chain(params: Sequence[Params], statistics: Sequence[PyTree], eps: float) -> Params:
+    folded: list[Params] = []
+    for own, found in zip(params, statistics, strict=True):
+        linear_before = bool(folded) and isinstance(folded[-1], Mapping) and "kernel" in folded[-1]
+        if isinstance(found, Statistics) and linear_before:
+            folded[-1] = _scaled(folded[-1], own, found, eps)
+            folded.append({})
+        else:
+            folded.append(fold_batch_norm(own, found, eps=eps))
+    return folded
+
+
+def _scaled(before: Params, norm: Params, found: Statistics, eps: float) -> Params:
+    """`(x W + b - mean) factor + offset` as one linear map."""
+    kernel = before["kernel"]
+    factor = norm["scale"] * jax.lax.rsqrt(found.var + eps).astype(kernel.dtype)
+    bias = before.get("bias", jnp.zeros_like(factor)) - found.mean.astype(kernel.dtype)
+    rows = factor.reshape((1,) * (kernel.ndim - 1) + factor.shape)
+    return {"kernel": kernel * rows, "bias": bias * factor + norm["offset"]}
+
+
+def _is_statistics(x: Any) -> bool:
+    return isinstance(x, Statistics)

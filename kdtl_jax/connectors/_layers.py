@@ -1,0 +1,307 @@
+"""Connectors of one layer, and connectors made of connectors."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kdtl_jax import _checks, _numerics
+from kdtl_jax._types import Params, PyTree
+from kdtl_jax.connectors._connector import Connector, Statistics, real, run_step, with_statistics
+
+Size = int | Sequence[int]  # a side, or (height, width)
+
+
+def floating(x: Any, width: int | None = None) -> None:
+    """Refuses what is not floating, or not of the width `init` saw."""
+    _checks.floating(x=x)
+    _checks.rank(1, x=x)
+    if width is not None and x.shape[-1] != width:
+        raise ValueError(
+            f"x must have the width {width} that the connector's parameters were made for, "
+            f"got {_checks.described(x=x)}. Run init again with an input of this shape."
+        )
+
+
+def param_dtype(x: Any) -> Any:
+    return jnp.float32 if jnp.finfo(x.dtype).bits < 32 else x.dtype
+
+
+def _he(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Normal with variance `2 / fan_in`."""
+    return jax.random.normal(key, shape, dtype) * math.sqrt(2 / math.prod(shape[:-1]))
+
+
+def _plain(apply: Callable[[Any], Any]) -> Connector:
+    """A connector without parameters."""
+    return Connector(lambda key, x: {}, lambda params, x, *, where=None: apply(real(x, where)))
+
+
+def activation(fn: Callable[[Array], Array]) -> Connector:
+    """`fn(x)`, e.g. `activation(jax.nn.relu)`."""
+    return _plain(fn)
+
+
+def identity() -> Connector:
+    """`x`."""
+    return _plain(lambda x: x)
+
+
+def unit_norm(*, eps: float = 1e-12) -> Connector:
+    """`x / max(||x||, eps)` over the last axis; the end of every contrastive embedding."""
+    return _plain(lambda x: _numerics.normalize(x, eps=eps))
+
+
+def pool(size: Size) -> Connector:
+    """Adaptive average pooling of `[B, H, W, C]` to `size`, torch's cells at any size."""
+    return _plain(lambda x: _numerics.pool_to(feature_map(x), pair(size)))
+
+
+def resize_nearest(size: Size) -> Connector:
+    """`[B, H, W, C]` to `size` by pixel `floor(i h / H)`: torch's default and ReviewKD's."""
+    return _plain(lambda x: nearest(feature_map(x), pair(size)))
+
+
+def nearest(x: Array, size: tuple[int, int]) -> Array:
+    for axis, wanted in zip((1, 2), size, strict=True):
+        if x.shape[axis] != wanted:
+            x = jnp.take(x, np.arange(wanted) * x.shape[axis] // wanted, axis=axis)
+    return x
+
+
+def resize_bilinear(size: Size) -> Connector:
+    """`[B, H, W, C]` to `size`: half-pixel centers, clamped borders, no antialiasing."""
+
+    def apply(x: Array) -> Array:
+        shape = (x.shape[0], *pair(size), x.shape[-1])
+        return jax.image.resize(feature_map(x), shape, "bilinear", antialias=False)
+
+    return _plain(apply)
+
+
+def feature_map(x: Any) -> Any:
+    _checks.rank(4, 4, x=x)
+    return x
+
+
+def pair(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def linear(features: int, *, bias: bool = True) -> Connector:
+    """`x W + b` over the last axis: tokens, vectors, and maps as a 1x1 convolution."""
+    _checks.count(1, features=features)
+
+    def init(key: Array, x: Any) -> Params:
+        floating(x)
+        params = {"kernel": _he(key, (x.shape[-1], features), param_dtype(x))}
+        return params | ({"bias": jnp.zeros((features,), param_dtype(x))} if bias else {})
+
+    def apply(params: Params, x: Array, *, where: Array | None = None) -> Array:
+        floating(x, params["kernel"].shape[0])
+        x = real(x, where)
+        return _biased(jnp.matmul(x, params["kernel"].astype(x.dtype)), params)
+
+    return Connector(init, apply)
+
+
+conv1x1 = linear  # the same map under the name that papers use for it
+
+
+def conv(
+    features: int,
+    *,
+    kernel: int = 3,
+    stride: int = 1,
+    padding: int | None = None,
+    bias: bool = True,
+) -> Connector:
+    """A `kernel x kernel` convolution of `[B, H, W, C]`, zero padding on every side.
+
+    `padding` defaults to `kernel // 2`, as in torch; note that "SAME" pads differently at stride 2.
+
+    """
+    _checks.count(1, features=features, kernel=kernel, stride=stride)
+    edge = kernel // 2 if padding is None else padding
+    _checks.count(0, padding=edge)
+
+    def init(key: Array, x: Any) -> Params:
+        floating(feature_map(x))
+        params = {"kernel": _he(key, (kernel, kernel, x.shape[-1], features), param_dtype(x))}
+        return params | ({"bias": jnp.zeros((features,), param_dtype(x))} if bias else {})
+
+    def apply(params: Params, x: Array, *, where: Array | None = None) -> Array:
+        floating(feature_map(x), params["kernel"].shape[2])
+        x, weights = real(x, where), params["kernel"].astype(x.dtype)
+        if x.shape[1:3] == (1, 1) and kernel == 2 * edge + 1:
+            # A single position meets the middle of the kernel alone.
+            return _biased(jnp.matmul(x, weights[edge, edge]), params)
+        y = jax.lax.conv_general_dilated(
+            x,
+            weights,
+            (stride, stride),
+            ((edge, edge), (edge, edge)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return _biased(y, params)
+
+    return Connector(init, apply)
+
+
+def conv3x3(features: int, *, stride: int = 1, bias: bool = True) -> Connector:
+    """`conv` with a 3x3 kernel and padding 1."""
+    return conv(features, kernel=3, stride=stride, bias=bias)
+
+
+def _biased(y: Array, params: Params) -> Array:
+    if "bias" not in params:
+        return y
+    return y + jnp.broadcast_to(params["bias"].astype(y.dtype), y.shape)
+
+
+def batch_norm(*, eps: float = 1e-5) -> Connector:
+    """Normalization per channel, then scale and offset.
+
+    By the mean and the biased variance of this batch over all axes but the last (padding left out),
+    in float32 or wider, or by running statistics (`Connector.evaluate`). `eps` is added to the
+    variance, so it is in squared feature units, as everywhere; 1e-5 is torch's.
+    """
+
+    def init(key: Array, x: Any) -> Params:
+        floating(x)
+        shape, dtype = (x.shape[-1],), param_dtype(x)
+        return {"scale": jnp.ones(shape, dtype), "offset": jnp.zeros(shape, dtype)}
+
+    def run(
+        params: Params, x: Array, statistics: Statistics | None, where: Array | None, /
+    ) -> tuple[Array, Any]:
+        if not params:
+            return x, {}  # folded into the map before
+        floating(x, params["scale"].shape[0])
+        if statistics is None:
+            centered, variance, statistics = _of_batch(_numerics.upcast(x), where)
+        else:
+            wide = _numerics.upcast(x)
+            mean, variance = (
+                jnp.broadcast_to(v.astype(wide.dtype), wide.shape) for v in statistics[:2]
+            )
+            centered = wide - mean
+        unit = centered * jax.lax.rsqrt(variance + eps)
+        scale, offset = (
+            jnp.broadcast_to(params[name].astype(unit.dtype), unit.shape)
+            for name in ("scale", "offset")
+        )
+        return (unit * scale + offset).astype(x.dtype), statistics
+
+    return with_statistics(init, run)
+
+
+def _of_batch(x: Array, where: Array | None) -> tuple[Array, Array, Statistics]:
+    """Centered values, biased variance, and the statistics of the values that take part."""
+    axes = tuple(range(x.ndim - 1))
+    count = jnp.asarray(math.prod(x.shape[:-1]), x.dtype)
+    if where is not None:
+        _checks.mask(where, x.shape[: jnp.ndim(where)])
+        x = _numerics.kept(x, where)
+        count = jnp.sum(where, dtype=x.dtype) * math.prod(x.shape[jnp.ndim(where) : -1])
+    some = jnp.maximum(count, 1)
+    mean = jnp.sum(x, axis=axes, keepdims=True) / some
+    centered = _numerics.kept(x - mean, where)
+    variance = jnp.sum(jnp.square(centered), axis=axes, keepdims=True) / some
+    unbiased = variance * (count / jnp.maximum(count - 1, 1))
+    found = Statistics(mean.reshape(-1), unbiased.reshape(-1), count)
+    return centered, variance, jax.lax.stop_gradient(found)
+
+
+def mlp(
+    sizes: Sequence[int],
+    *,
+    activate: Callable[[Array], Array] = jax.nn.relu,
+    bias: bool = True,
+) -> Connector:
+    """Linear maps over the last axis with an activation between: an embedding head.
+
+    `mlp((width, width, teacher_width), bias=False)` is VID's regressor, three 1x1 convolutions.
+    """
+    layers = [linear(size, bias=bias) for size in sizes]
+    steps = [step for layer in layers for step in (layer, activation(activate))]
+    return chain(*steps[:-1])
+
+
+def chain(*connectors: Connector) -> Connector:
+    """One connector after another; its parameters are a list with one entry each."""
+
+    def init(key: Array, x: Any) -> Params:
+        params = []
+        for position, step in enumerate(connectors):
+            params.append(step.init(jax.random.fold_in(key, position), x))
+            x = jax.eval_shape(step.apply, params[-1], x)
+        return params
+
+    def run(
+        params: Params, x: Any, statistics: PyTree | None, where: Array | None, /
+    ) -> tuple[Any, PyTree]:
+        given = [None] * len(connectors) if statistics is None else statistics
+        found = []
+        for own, step, known in zip(params, connectors, given, strict=True):
+            x, used = run_step(step, own, x, known, where)
+            found.append(used)
+        return x, found
+
+    return with_statistics(init, run)
+
+
+def group(connectors: Mapping[str, Connector]) -> Connector:
+    """Connectors side by side: a dict in, a dict out, parameters by the same names.
+
+    Entries of the input without a connector are left out of the output.
+    """
+    names = sorted(connectors)
+
+    def init(key: Array, x: Mapping[str, Any]) -> Params:
+        _named(x)
+        return {
+            name: connectors[name].init(jax.random.fold_in(key, position), x[name])
+            for position, name in enumerate(names)
+        }
+
+    def run(
+        params: Params, x: Mapping[str, Any], statistics: PyTree | None, where: Array | None, /
+    ) -> tuple[dict[str, Any], PyTree]:
+        _named(x)
+        both = {
+            name: run_step(
+                connectors[name],
+                params[name],
+                x[name],
+                None if statistics is None else statistics[name],
+                where,
+            )
+            for name in names
+        }
+        return {name: y for name, (y, _) in both.items()}, {n: s for n, (_, s) in both.items()}
+
+    def _named(x: Mapping[str, Any]) -> None:
+        missing = [name for name in names if name not in x]
+        if missing:
+            raise ValueError(f"no input named {missing}, got {sorted(x)}.")
+
+    return with_statistics(init, run)
+
+
+def variance(*, initial: float = 5.0, eps: float = 1e-5) -> Connector:
+    """VID's variance head: `softplus(raw_c) + eps` per channel of x, `[C]`, `initial` at first."""
+
+    def init(key: Array, x: Any) -> Params:
+        floating(x)
+        raw = math.log(math.expm1(initial - eps))
+        return {"raw": jnp.full((x.shape[-1],), raw, param_dtype(x))}
+
+    def apply(params: Params, x: Any, *, where: Array | None = None) -> Array:
+        return jax.nn.softplus(params["raw"]) + eps
+
+    return Connector(init, apply)
