@@ -1,39 +1,98 @@
-"""The table of distillation methods behind `kdtl distill --methods` and `--list`.
+"""Published methods as values, for any two model functions.
 
-The one place where a string chooses a method. A method is a value (`recipes._method.Method`); its
-weights are those of its paper or of the authors' code, on the terms as the library defines them.
+    setup = methods.setup(student, teacher, student_variables=..., teacher_variables=..., ...)
+    method = methods.review(setup)
+    step = train.make_step(student, method.terms, method.weights, tx, teacher=teacher)
+
+A loss is an equation, a method is a paper: which losses on which outputs, with which weights,
+connectors and memory. Each function here is one method, named as in its table; its docstring has
+the equation, the weights and where they come from. Hyper-parameters are keyword arguments, weights
+are overridden by `{**method.weights, "kd": 0.5}`. Every method takes the same setup and raises
+ValueError with the reason, "needs ...", where the pair of models does not have what it reads.
+`table()` lists all of them.
 """
 
-from kdtl_jax.methods import (
-    _contrastive,
-    _divergences,
-    _features,
-    _labels,
-    _logits,
-    _maps,
-    _networks,
-    _relations,
-    _reviews,
-    _tokens,
-)
-from kdtl_jax.methods._method import Method
-
-METHODS: tuple[Method, ...] = (
-    *_logits.METHODS,
-    *_divergences.METHODS,
-    *_labels.METHODS,
-    *_features.METHODS,
-    *_reviews.METHODS,
-    *_networks.METHODS,
-    *_maps.METHODS,
-    *_relations.METHODS,
-    *_contrastive.METHODS,
-    *_tokens.METHODS,
-)
-BY_NAME = {method.name: method for method in METHODS}
-COLUMNS = ("method", "title", "paper", "needs", "connector")
-
-
-def rows() -> list[tuple[str, str, str, str, str]]:
-    """One row per method under `COLUMNS`, for printing."""
-    return [(m.name, m.title, m.paper, m.needs, "yes" if m.connector else "no") for m in METHODS]
+from kdtl_jax.methods._contrastive import crd as crd
+from kdtl_jax.methods._contrastive import dcd as dcd
+from kdtl_jax.methods._contrastive import info_nce as info_nce
+from kdtl_jax.methods._contrastive import rrd as rrd
+from kdtl_jax.methods._divergences import adaptive_kl as adaptive_kl
+from kdtl_jax.methods._divergences import forward_kl as forward_kl
+from kdtl_jax.methods._divergences import js as js
+from kdtl_jax.methods._divergences import jsd_continuous as jsd_continuous
+from kdtl_jax.methods._divergences import jsd_gkd as jsd_gkd
+from kdtl_jax.methods._divergences import jsd_normalized as jsd_normalized
+from kdtl_jax.methods._divergences import reverse_kl as reverse_kl
+from kdtl_jax.methods._divergences import skew_forward_kl as skew_forward_kl
+from kdtl_jax.methods._divergences import skew_reverse_kl as skew_reverse_kl
+from kdtl_jax.methods._divergences import symmetric_kl as symmetric_kl
+from kdtl_jax.methods._divergences import total_variation as total_variation
+from kdtl_jax.methods._features import cosine as cosine
+from kdtl_jax.methods._features import hint as hint
+from kdtl_jax.methods._features import ickd as ickd
+from kdtl_jax.methods._features import mgd as mgd
+from kdtl_jax.methods._features import pkd as pkd
+from kdtl_jax.methods._features import ridge_hint as ridge_hint
+from kdtl_jax.methods._features import srd as srd
+from kdtl_jax.methods._features import vid as vid
+from kdtl_jax.methods._labels import hard_kd as hard_kd
+from kdtl_jax.methods._labels import label_smoothing as label_smoothing
+from kdtl_jax.methods._labels import mft as mft
+from kdtl_jax.methods._labels import probability_shift as probability_shift
+from kdtl_jax.methods._labels import tf_kd as tf_kd
+from kdtl_jax.methods._logits import ctkd as ctkd
+from kdtl_jax.methods._logits import dist as dist
+from kdtl_jax.methods._logits import dkd as dkd
+from kdtl_jax.methods._logits import hinge_ranking as hinge_ranking
+from kdtl_jax.methods._logits import kd as kd
+from kdtl_jax.methods._logits import logistic_ranking as logistic_ranking
+from kdtl_jax.methods._logits import logit_mse as logit_mse
+from kdtl_jax.methods._logits import logit_std as logit_std
+from kdtl_jax.methods._logits import mlld as mlld
+from kdtl_jax.methods._logits import nkd as nkd
+from kdtl_jax.methods._logits import ttm as ttm
+from kdtl_jax.methods._logits import wkd_l as wkd_l
+from kdtl_jax.methods._logits import wsld as wsld
+from kdtl_jax.methods._logits import wttm as wttm
+from kdtl_jax.methods._maps import at as at
+from kdtl_jax.methods._maps import catkd as catkd
+from kdtl_jax.methods._maps import cwd as cwd
+from kdtl_jax.methods._maps import nst as nst
+from kdtl_jax.methods._maps import wkd_f as wkd_f
+from kdtl_jax.methods._networks import jacobian as jacobian
+from kdtl_jax.methods._networks import simkd as simkd
+from kdtl_jax.methods._networks import srrl as srrl
+from kdtl_jax.methods._relations import cc as cc
+from kdtl_jax.methods._relations import itrd as itrd
+from kdtl_jax.methods._relations import pkt as pkt
+from kdtl_jax.methods._relations import rkd as rkd
+from kdtl_jax.methods._relations import sp as sp
+from kdtl_jax.methods._setup import Head as Head
+from kdtl_jax.methods._setup import Layout as Layout
+from kdtl_jax.methods._setup import Method as Method
+from kdtl_jax.methods._setup import Models as Models
+from kdtl_jax.methods._setup import Setup as Setup
+from kdtl_jax.methods._setup import alone as alone
+from kdtl_jax.methods._setup import layout as layout
+from kdtl_jax.methods._setup import linear_head as linear_head
+from kdtl_jax.methods._setup import method as method
+from kdtl_jax.methods._setup import multi_label as multi_label
+from kdtl_jax.methods._setup import no_connectors as no_connectors
+from kdtl_jax.methods._setup import no_memory as no_memory
+from kdtl_jax.methods._setup import setup as setup
+from kdtl_jax.methods._stages import ab as ab
+from kdtl_jax.methods._stages import fsp as fsp
+from kdtl_jax.methods._stages import ft as ft
+from kdtl_jax.methods._stages import ofd as ofd
+from kdtl_jax.methods._stages import review as review
+from kdtl_jax.methods._table import Entry as Entry
+from kdtl_jax.methods._table import table as table
+from kdtl_jax.methods._table import takes_temperature as takes_temperature
+from kdtl_jax.methods._tokens import attention_kl as attention_kl
+from kdtl_jax.methods._tokens import attention_mse as attention_mse
+from kdtl_jax.methods._tokens import hidden_cosine as hidden_cosine
+from kdtl_jax.methods._tokens import hidden_mse as hidden_mse
+from kdtl_jax.methods._tokens import minilm as minilm
+from kdtl_jax.methods._tokens import minilm_v2 as minilm_v2
+from kdtl_jax.methods._tokens import patient_kd as patient_kd
+from kdtl_jax.methods._tokens import tinybert as tinybert

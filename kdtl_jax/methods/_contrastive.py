@@ -1,15 +1,15 @@
-"""Contrastive methods: embeddings on both sides, and for some a memory of earlier examples."""
+"""Contrastive methods: embeddings of what the heads read, and for some a memory of examples."""
 
-from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from kdtl_jax import connectors, losses, memory
-from kdtl_jax._types import Params, PyTree
-from kdtl_jax.methods import _builders, _views
-from kdtl_jax.methods._method import TASK, Built, Method, Options, Setup, no_memory
+from kdtl_jax._types import Params, PyTree, Scalar
+from kdtl_jax.methods._layers import key_and_step
+from kdtl_jax.methods._setup import Method, Setup, method
 from kdtl_jax.objective import Inputs
 
 WIDTH = 128  # of the embeddings, in CRD and its successors
@@ -18,16 +18,13 @@ NEGATIVES = 16384
 _EMBED = connectors.chain(connectors.linear(WIDTH), connectors.unit_norm())
 
 
-def _embeddings(setup: Setup) -> Callable[[Array], Params]:
-    def init(key: Array) -> Params:
-        key_student, key_teacher = jax.random.split(key)
-        of_student, of_teacher = setup.last
-        return {
-            "student": _EMBED.init(key_student, setup.student[of_student]),
-            "teacher": _EMBED.init(key_teacher, setup.teacher[of_teacher]),
-        }
-
-    return init
+def _init_embeddings(setup: Setup, key: Array) -> Params:
+    key_student, key_teacher = jax.random.split(key)
+    of_student, of_teacher = setup.last
+    return {
+        "student": _EMBED.init(key_student, setup.student[of_student]),
+        "teacher": _EMBED.init(key_teacher, setup.teacher[of_teacher]),
+    }
 
 
 def _embedded(setup: Setup, inputs: Inputs) -> tuple[Array, Array]:
@@ -38,12 +35,20 @@ def _embedded(setup: Setup, inputs: Inputs) -> tuple[Array, Array]:
     )
 
 
-def _build_crd(setup: Setup, options: Options) -> Built:
-    temperature, n = _builders.chosen(options, 0.07), setup.examples
+def crd(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
+    """Noise-contrastive estimation against banks of both models' embeddings.
+
+    Tian, Krishnan and Isola, 2020 (1910.10699). 16384 negatives; the normalizer is fixed by the
+    first batch, as published. Batches bring their examples' places as `"index"`. Task 1, crd 0.8:
+    RepDistiller.
+    """
+    n = setup.examples
+    if n < 2:
+        raise ValueError(f"needs at least 2 training examples to tell apart, there are {n}")
     negatives = min(NEGATIVES, n - 1)
 
     def side(bank: memory.Bank, queries: Array, drawn: Array, step: Array) -> tuple[Array, Array]:
-        """Values of one side, and the normalizer: the first batch's, as published."""
+        """The values of one side, and its normalizer."""
         fixed = jax.lax.stop_gradient(queries)
         first = memory.bank_set_normalizer(bank, fixed, drawn, temperature=temperature)
         log_z = jnp.where(step == 0, first.log_z, bank.log_z)
@@ -54,16 +59,16 @@ def _build_crd(setup: Setup, options: Options) -> Built:
 
     def terms(inputs: Inputs) -> tuple[dict[str, Array], PyTree]:
         student, teacher = _embedded(setup, inputs)
-        index, banks, (key, step) = inputs.batch["index"], inputs.memory, _builders.clock(inputs)
+        index, banks, (key, step) = inputs.batch["index"], inputs.memory, key_and_step(inputs)
         drawn = memory.bank_draw(key, index, size=n, negatives=negatives)
-        of_student, log_z_s = side(banks["teacher"], student, drawn, step)
-        of_teacher, log_z_t = side(banks["student"], teacher, drawn, step)
+        of_student, log_z_teacher = side(banks["teacher"], student, drawn, step)
+        of_teacher, log_z_student = side(banks["student"], teacher, drawn, step)
         updated = {
             "student": memory.bank_update(banks["student"], student, index),
             "teacher": memory.bank_update(banks["teacher"], teacher, index),
         }
-        updated["teacher"] = updated["teacher"]._replace(log_z=log_z_s)
-        updated["student"] = updated["student"]._replace(log_z=log_z_t)
+        updated["student"] = updated["student"]._replace(log_z=log_z_student)
+        updated["teacher"] = updated["teacher"]._replace(log_z=log_z_teacher)
         return {"crd": of_student + of_teacher}, updated
 
     def banks(key: Array) -> PyTree:
@@ -73,41 +78,32 @@ def _build_crd(setup: Setup, options: Options) -> Built:
             "teacher": memory.bank_init(key_teacher, n, WIDTH),
         }
 
-    return Built(terms, {TASK: 1.0, "crd": 0.8}, _embeddings(setup), banks)
+    weights = {"task": 1.0, "crd": 0.8}
+    return method(setup, terms, weights, connectors=partial(_init_embeddings, setup), memory=banks)
 
 
-def _build_rrd(setup: Setup, options: Options) -> Built:
-    """A queue of the teacher's embeddings, whose map is random and stays so, as published."""
-    student_temperature = _builders.chosen(options, 0.1)
+def info_nce(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
+    """`-log softmax_j(cos(s_i, t_j) / T)_i`: the rest of the batch are the negatives.
 
-    def terms(inputs: Inputs) -> tuple[dict[str, Array], PyTree]:
-        student, teacher = _embedded(setup, inputs)
-        teacher = jax.lax.stop_gradient(teacher)
-        queue = memory.queue_push(inputs.memory, teacher)
-        values = losses.rrd(
-            student, teacher, queue=queue.rows, student_temperature=student_temperature
-        )
-        return {"rrd": values}, queue
-
-    def queue(key: Array) -> PyTree:
-        return memory.queue_init(key, min(NEGATIVES, setup.examples), WIDTH)
-
-    return Built(terms, {TASK: 1.0, "rrd": 1.0}, _embeddings(setup), queue)
-
-
-def _build_info_nce(setup: Setup, options: Options) -> Built:
-    temperature = _builders.chosen(options, 0.07)
+    van den Oord, Li and Vinyals, 2018 (1807.03748). Task 1, info_nce 0.8, T = 0.07: the settings of
+    `crd`.
+    """
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         student, teacher = _embedded(setup, inputs)
         return {"info_nce": losses.info_nce(student, teacher, temperature=temperature)}
 
-    return Built(terms, {TASK: 1.0, "info_nce": 0.8}, _embeddings(setup), no_memory)
+    return method(
+        setup, terms, {"task": 1.0, "info_nce": 0.8}, connectors=partial(_init_embeddings, setup)
+    )
 
 
-def _build_dcd(setup: Setup, options: Options) -> Built:
-    """The inverse temperature is learned: `min(exp(tau), 10)`, tau 1 at first."""
-    embeddings = _embeddings(setup)
+def dcd(setup: Setup) -> Method:
+    """`info_nce` at a learned `1 / T = min(exp(tau), 10)`, and half the invariance of both views.
+
+    Giakoumoglou and Stathaki, 2024 (2407.11802). Tau is 1 at first. Task 1, info_nce 1, invariance
+    0.5: the authors' code.
+    """
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         student, teacher = _embedded(setup, inputs)
@@ -118,53 +114,34 @@ def _build_dcd(setup: Setup, options: Options) -> Built:
         }
 
     def init(key: Array) -> Params:
-        return {**embeddings(key), "tau": jnp.ones((), jnp.float32)}
+        return {**_init_embeddings(setup, key), "tau": jnp.ones((), jnp.float32)}
 
-    weights = {TASK: 1.0, "info_nce": 1.0, "invariance": 0.5}
-    return Built(terms, weights, init, no_memory)
-
-
-def _has_negatives(setup: Setup) -> str | None:
-    if setup.examples < 2:
-        return f"needs at least 2 training examples to tell apart, there are {setup.examples}"
-    return None
+    weights = {"task": 1.0, "info_nce": 1.0, "invariance": 0.5}
+    return method(setup, terms, weights, connectors=init)
 
 
-METHODS = (
-    Method(
-        "crd",
-        "Contrastive representation distillation",
-        "Tian, Krishnan, Isola, 1910.10699, 2020",
-        "features",
-        True,
-        _build_crd,
-        _has_negatives,
-    ),
-    Method(
-        "info_nce",
-        "Contrast with the rest of the batch",
-        "van den Oord, Li, Vinyals, 1807.03748, 2018",
-        "features",
-        True,
-        _build_info_nce,
-        _views.always,
-    ),
-    Method(
-        "dcd",
-        "Discriminative and consistent distillation",
-        "Giakoumoglou, Stathaki, 2407.11802, 2024",
-        "features",
-        True,
-        _build_dcd,
-        _views.always,
-    ),
-    Method(
-        "rrd",
-        "Relational representation distillation with a queue",
-        "Giakoumoglou, Stathaki, 2407.12073, 2024",
-        "features",
-        True,
-        _build_rrd,
-        _views.always,
-    ),
-)
+def rrd(setup: Setup, *, temperature: Scalar = 0.1) -> Method:
+    """`KL` of similarities to a queue of the teacher's last 16384 embeddings.
+
+    Giakoumoglou and Stathaki, 2024 (2407.12073). The teacher's temperature is 0.02, `temperature`
+    the student's. The teacher's embedding is random and stays so, and the batch enters the queue
+    before it is compared, as published. Task 1, rrd 1: the authors' code.
+    """
+
+    def terms(inputs: Inputs) -> tuple[dict[str, Array], PyTree]:
+        student, teacher = _embedded(setup, inputs)
+        teacher = jax.lax.stop_gradient(teacher)
+        queue = memory.queue_push(inputs.memory, teacher)
+        values = losses.rrd(student, teacher, queue=queue.rows, student_temperature=temperature)
+        return {"rrd": values}, queue
+
+    def queue(key: Array) -> PyTree:
+        return memory.queue_init(key, min(NEGATIVES, setup.examples), WIDTH)
+
+    return method(
+        setup,
+        terms,
+        {"task": 1.0, "rrd": 1.0},
+        connectors=partial(_init_embeddings, setup),
+        memory=queue,
+    )

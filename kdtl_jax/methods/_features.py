@@ -8,73 +8,144 @@ import jax.numpy as jnp
 from jax import Array
 
 from kdtl_jax import connectors, losses
-from kdtl_jax._types import Params
-from kdtl_jax.connectors import Connector
-from kdtl_jax.methods import _builders, _views
-from kdtl_jax.methods._method import TASK, Built, Method, Options, Setup, no_memory
+from kdtl_jax._types import Params, Scalar
+from kdtl_jax.methods import _layers
+from kdtl_jax.methods._layers import key_and_step, pairwise, projection, regressor
+from kdtl_jax.methods._logits import exclusive_classes
+from kdtl_jax.methods._setup import Method, Setup, method
 from kdtl_jax.objective import Inputs
 
-MASKED = 0.15  # MGD's share of channels for classifiers
+
+def hint(setup: Setup) -> Method:
+    """`mean (r(f_S) - f_T)^2` of the middle layer, r a 1x1 convolution, batch norm, ReLU: FitNets.
+
+    Romero et al., 2015 (1412.6550). Task 1, hint 100: RepDistiller and mdistiller, which train both
+    at once (the paper: the hint first).
+    """
+    found = _layers.layers(setup, _layers.middle(setup))
+    weights = {"task": 1.0, "hint": 100.0}
+    return pairwise(setup, "hint", losses.hint, found, weights, connector=regressor)
 
 
-def regressor(channels: int) -> Connector:
-    """RepDistiller's: a 1x1 convolution, batch normalization, ReLU."""
-    return connectors.chain(projection(channels), connectors.activation(jax.nn.relu))
+def cosine(setup: Setup) -> Method:
+    """`mean (1 - cos(W f_S, f_T))` summed over layers; task 1, cosine 1.
+
+    Sanh et al., DistilBERT, 2019 (1910.01108), whose term for tokens is `hidden_cosine`.
+    """
+    found = _layers.layers(setup, _layers.every(setup))
+    weights = {"task": 1.0, "cosine": 1.0}
+    return pairwise(
+        setup, "cosine", losses.hint_cosine, found, weights, connector=connectors.linear
+    )
 
 
-def projection(channels: int) -> Connector:
-    """A 1x1 convolution and batch normalization."""
-    return connectors.chain(connectors.conv1x1(channels), connectors.batch_norm())
+def ridge_hint(setup: Setup) -> Method:
+    """The hint of the deepest layer behind the best linear map, solved for in the loss.
+
+    Golub and Pereyra, Separable nonlinear least squares: the variable projection method, 2003.
+    Nothing to train beside the student; task 1, hint 1.
+    """
+    found = _layers.layers(setup, _layers.deepest(setup))
+    return pairwise(setup, "hint", losses.ridge_hint, found, {"task": 1.0, "hint": 1.0})
 
 
-def _ickd(student: Array, teacher: Array) -> Array:
-    """Summed over rows, as published: `C` times the mean over entries."""
-    return teacher.shape[-1] * losses.ickd(student, teacher)
+def vid(setup: Setup) -> Method:
+    """`mean 1/2 ((f_T - mu(f_S))^2 / v + log v)` summed over layers: variational information.
 
-
-def _cosine(student: Array, teacher: Array) -> Array:
-    """Averaged over positions, where there are any."""
-    values = losses.cosine_distance(student, teacher)
-    return jnp.mean(values.reshape(len(values), -1), axis=1)
-
-
-def _build_vid(setup: Setup, options: Options) -> Built:
-    sides = _views.shapes(_views.matched, setup.pairs, setup)
-    wide = [teacher.shape[-1] for _, teacher in sides]
-    means = [connectors.mlp((n, n, n), bias=False) for n in wide]
+    Ahn et al., 2019 (1904.05835). The mean comes from three 1x1 convolutions, the variance is
+    learned per channel, 5 at first. Task 1, vid 1: RepDistiller.
+    """
+    found = _layers.layers(setup, _layers.every(setup))
+    means = [connectors.mlp((t.shape[-1],) * 3, bias=False) for t in found.teacher]
     variance = connectors.variance()
 
     def init(key: Array) -> Params:
-        students, teachers = zip(*sides, strict=True)
-        variances = [variance] * len(sides)
-        return _views.init_each(means, students, key) | _views.init_each(
-            variances, teachers, key, prefix="variance"
+        variances = [variance] * len(means)
+        return _layers.init_each(means, found.student, key) | _layers.init_each(
+            variances, found.teacher, key, prefix="variance"
         )
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         params = inputs.connectors
-        features = _views.viewed(_views.matched, setup.pairs, inputs.student, inputs.teacher)
+        features = _layers.connect(means, params, found.read(inputs.student, inputs.teacher))
         values = [
             losses.vid(mean, teacher, variance.apply(params[f"variance_{i}"], teacher))
-            for i, (mean, teacher) in enumerate(_builders.connected(means, params, features))
+            for i, (mean, teacher) in enumerate(features)
         ]
         return {"vid": sum(values[1:], values[0])}
 
-    return Built(terms, {TASK: 1.0, "vid": 1.0}, init, no_memory)
+    return method(setup, terms, {"task": 1.0, "vid": 1.0}, connectors=init)
 
 
-def _build_srd(setup: Setup, options: Options) -> Built:
-    """Both sides batch-normalized, the student projected; beside KD at temperature 1."""
+def ickd(setup: Setup) -> Method:
+    """`sum_cc' (G_S - G_T)^2 / C` of the deepest layer's channel Gram matrices, rows normalized.
+
+    Liu et al., ICCV 2021. Task 1, ickd 500 / 256: torchdistill's 500 without its second division by
+    the batch, there of 256 examples.
+    """
+
+    def loss(student: Array, teacher: Array) -> Array:
+        return teacher.shape[-1] * losses.ickd(student, teacher)
+
+    found = _layers.layers(setup, _layers.deepest(setup), _layers.maps)
+    weights = {"task": 1.0, "ickd": 500 / 256}
+    return pairwise(setup, "ickd", loss, found, weights, connector=projection)
+
+
+def pkd(setup: Setup) -> Method:
+    """`1 - rho` of features standardized per channel, summed over layers: Pearson correlation.
+
+    Cao et al., 2022 (2207.02039). Task 1, pkd 1: mmrazor's default.
+    """
+    found = _layers.layers(setup, _layers.every(setup))
+    weights = {"task": 1.0, "pkd": 1.0}
+    return pairwise(setup, "pkd", losses.pkd_pearson, found, weights, connector=connectors.conv1x1)
+
+
+def mgd(setup: Setup, *, masked: float = 0.15) -> Method:
+    """`sum (G(mask * A f_S) - f_T)^2` of the deepest layer: masked generative distillation.
+
+    Yang et al., 2022 (2205.01529). A share of the student's channels is dropped at every step and
+    the teacher's features are generated from the rest. Task 1, mgd 7e-5, masked 0.15: the authors'
+    classification settings.
+    """
+    found = _layers.layers(setup, _layers.deepest(setup), _layers.maps)
+    channels = found.teacher[0].shape[-1]
+    align, generate = connectors.conv1x1(channels), connectors.generator(channels)
+
+    def init(key: Array) -> Params:
+        key_align, key_generate = jax.random.split(key)
+        return {
+            "align": align.init(key_align, found.student[0]),
+            "generator": generate.init(key_generate, found.teacher[0]),
+        }
+
+    def terms(inputs: Inputs) -> dict[str, Array]:
+        params, (key, _) = inputs.connectors, key_and_step(inputs)
+        [(student, teacher)] = found.read(inputs.student, inputs.teacher)
+        student = align.apply(params["align"], student)
+        keep = jax.random.bernoulli(key, 1 - masked, (len(student), 1, 1, channels))
+        rest = jnp.where(keep, student, jnp.zeros((), student.dtype))
+        return {"mgd": losses.mgd(generate.apply(params["generator"], rest), teacher)}
+
+    return method(setup, terms, {"task": 1.0, "mgd": 7e-5}, connectors=init)
+
+
+def srd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
+    """`log sum_d |P f_S - f_T|^4` of what the heads read, batch-normalized, beside KD at T = 1.
+
+    Miles and Mikolajczyk, The Role of the Projector, 2023 (2303.11098). The student is projected
+    linearly. Task 1, srd 1, kd 1: the paper and torchdistill.
+    """
+    exclusive_classes(setup)
     of_student, of_teacher = setup.last
     teacher_shape = setup.teacher[of_teacher]
     project = projection(teacher_shape.shape[-1])
     norm = connectors.batch_norm()
-    plain = norm.init(jax.random.key(0), teacher_shape)  # no scale or offset to learn here
-    temperature = _builders.chosen(options, 1.0)
+    plain = norm.init(jax.random.key(0), teacher_shape)  # scale 1, offset 0: nothing to learn
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        params = inputs.connectors
-        student = project.apply(params, inputs.student[of_student])
+        student = project.apply(inputs.connectors, inputs.student[of_student])
         teacher = norm.apply(plain, inputs.teacher[of_teacher])
         logits = inputs.student["logits"], inputs.teacher["logits"]
         return {
@@ -85,127 +156,4 @@ def _build_srd(setup: Setup, options: Options) -> Built:
     def init(key: Array) -> Params:
         return project.init(key, setup.student[of_student])
 
-    return Built(terms, {TASK: 1.0, "srd": 1.0, "kd": 1.0}, init, no_memory)
-
-
-def _build_mgd(setup: Setup, options: Options) -> Built:
-    """Some of the student's channels are dropped, the teacher's generated from the rest."""
-    sides = _views.shapes(_views.matched_maps, _views.deepest_pair(setup), setup)
-    (student_shape, teacher_shape) = sides[0]
-    channels = teacher_shape.shape[-1]
-    align, generate = connectors.conv1x1(channels), connectors.generator(channels)
-
-    def init(key: Array) -> Params:
-        key_align, key_generate = jax.random.split(key)
-        return {
-            "align": align.init(key_align, student_shape),
-            "generator": generate.init(key_generate, teacher_shape),
-        }
-
-    def terms(inputs: Inputs) -> dict[str, Array]:
-        params, (key, _) = inputs.connectors, _builders.clock(inputs)
-        [(student, teacher)] = _views.viewed(
-            _views.matched_maps, _views.deepest_pair(setup), inputs.student, inputs.teacher
-        )
-        student = align.apply(params["align"], student)
-        keep = jax.random.bernoulli(key, 1 - MASKED, (len(student), 1, 1, channels))
-        masked = jnp.where(keep, student, jnp.zeros((), student.dtype))
-        generated = generate.apply(params["generator"], masked)
-        return {"mgd": losses.squared_distance(generated, teacher)}
-
-    return Built(terms, {TASK: 1.0, "mgd": 7e-5}, init, no_memory)
-
-
-def _features(
-    name: str,
-    title: str,
-    paper: str,
-    build: _builders.Build,
-    *,
-    connector: bool = True,
-    applies: _views.Applies = _views.matched_layers,
-) -> Method:
-    return Method(name, title, paper, "features", connector, build, applies)
-
-
-METHODS = (
-    _features(
-        "hint",
-        "FitNets hint of the middle layer",
-        "Romero et al., 1412.6550, 2015",
-        _builders.over_pairs(
-            "hint",
-            losses.mse,
-            _builders.constant({"hint": 100.0}),
-            pairs=_views.middle_pair,
-            connector=regressor,
-        ),
-    ),
-    _features(
-        "cosine",
-        "Cosine hint of every layer",
-        "Sanh et al., 1910.01108, 2019",
-        _builders.over_pairs(
-            "cosine",
-            _cosine,
-            _builders.constant({"cosine": 1.0}),
-            connector=connectors.linear,
-        ),
-    ),
-    _features(
-        "ridge_hint",
-        "Closed-form hint: the best linear map, solved for in the loss",
-        "Golub, Pereyra, Inverse Problems 2003",
-        _builders.over_pairs(
-            "hint",
-            losses.ridge_hint,
-            _builders.constant({"hint": 1.0}),
-            pairs=_views.deepest_pair,
-        ),
-        connector=False,
-    ),
-    _features(
-        "vid",
-        "Variational information distillation",
-        "Ahn et al., 1904.05835, 2019",
-        _build_vid,
-    ),
-    _features(
-        "ickd",
-        "Inter-channel correlation",
-        "Liu et al., ICCV 2021",
-        _builders.over_pairs(
-            "ickd",
-            _ickd,
-            # torchdistill's 500 without its second division by the batch, of 256 examples.
-            _builders.constant({"ickd": 500 / 256}),
-            pairs=_views.deepest_pair,
-            view=_views.matched_maps,
-            connector=projection,
-        ),
-    ),
-    _features(
-        "pkd",
-        "Pearson correlation of standardized features",
-        "Cao et al., 2207.02039, 2022",
-        _builders.over_pairs(
-            "pkd",
-            losses.pkd_pearson,
-            _builders.constant({"pkd": 1.0}),
-            connector=connectors.conv1x1,
-        ),
-    ),
-    _features(
-        "mgd",
-        "Masked generative distillation",
-        "Yang et al., 2205.01529, 2022",
-        _build_mgd,
-    ),
-    _features(
-        "srd",
-        "The role of the projector: log-sum distance beside KD",
-        "Miles, Mikolajczyk, 2303.11098, 2023",
-        _build_srd,
-        applies=_views.always,
-    ),
-)
+    return method(setup, terms, {"task": 1.0, "srd": 1.0, "kd": 1.0}, connectors=init)

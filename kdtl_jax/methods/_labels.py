@@ -4,80 +4,74 @@ from jax import Array
 
 from kdtl_jax import losses
 from kdtl_jax._types import Scalar
-from kdtl_jax.methods import _builders, _views
-from kdtl_jax.methods._method import Method
-
-SMOOTHING = 0.1
+from kdtl_jax.methods._logits import of_logits
+from kdtl_jax.methods._setup import Method, Setup
 
 
-def _label_smoothing(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    """Cross-entropy with the virtual teacher that is right with `1 - e + e / C`."""
-    classes = student.shape[-1]
-    virtual = losses.virtual_teacher(
-        labels, classes, correct_probability=1 - SMOOTHING + SMOOTHING / classes
-    )
-    return losses.soft_cross_entropy(student, virtual.astype(student.dtype))
+def label_smoothing(setup: Setup, *, smoothing: float = 0.1) -> Method:
+    """Cross-entropy with a virtual teacher that is right with probability `1 - e + e / C`.
+
+    Szegedy et al., 2015 (1512.00567). In place of the task (task 0, smooth 1), e = 0.1 as in the
+    paper.
+    """
+
+    def loss(student: Array, teacher: Array, labels: Array) -> Array:
+        classes = student.shape[-1]
+        correct = 1 - smoothing + smoothing / classes
+        virtual = losses.virtual_teacher(labels, classes, correct_probability=correct)
+        return losses.soft_cross_entropy(student, virtual.astype(student.dtype))
+
+    return of_logits(setup, "smooth", loss, {"task": 0.0, "smooth": 1.0})
 
 
-def _tf_kd(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    virtual = losses.virtual_teacher(labels, student.shape[-1]).astype(student.dtype)
-    return losses.kd_kl(student, virtual, temperature=temperature)
+def tf_kd(setup: Setup, *, temperature: Scalar = 20.0, correct_probability: float = 0.99) -> Method:
+    """KD from a virtual teacher of the labels: teacher-free KD.
+
+    Yuan et al., 2019 (1909.11723). Task 0.1, kd 0.9, T = 20: the authors' code, which averages over
+    classes as well and makes up for it by a constant.
+    """
+
+    def loss(student: Array, teacher: Array, labels: Array) -> Array:
+        return losses.tf_kd(
+            student, labels, temperature=temperature, correct_probability=correct_probability
+        )
+
+    return of_logits(setup, "kd", loss, {"task": 0.1, "kd": 0.9})
 
 
-def _probability_shift(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    shifted = losses.probability_shift(teacher, labels)
-    return losses.kd_kl(student, shifted, temperature=temperature)
+def probability_shift(setup: Setup, *, temperature: Scalar = 4.0) -> Method:
+    """KD from the teacher with its largest logit and the label's exchanged: never wrong.
+
+    Wen et al., 2019 (1911.07471). Task 0.1, kd 0.9, as for KD.
+    """
+
+    def loss(student: Array, teacher: Array, labels: Array) -> Array:
+        shifted = losses.probability_shift(teacher, labels)
+        return losses.kd_kl(student, shifted, temperature=temperature)
+
+    return of_logits(setup, "kd", loss, {"task": 0.1, "kd": 0.9})
 
 
-def _mft(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    corrected = losses.mft_teacher(teacher, labels, temperature=temperature)
-    return temperature**2 * losses.forward_kl(student / temperature, corrected)
+def mft(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
+    """KD from a teacher that the labels correct: minifinetuning.
+
+    Belcak et al., 2025 (2506.15702). In place of the task (task 0, mft 1), threshold 0.2:
+    Model-Optimizer.
+    """
+
+    def loss(student: Array, teacher: Array, labels: Array) -> Array:
+        return losses.mft(student, teacher, labels, temperature=temperature)
+
+    return of_logits(setup, "mft", loss, {"task": 0.0, "mft": 1.0})
 
 
-def _hard(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    return losses.hard_kd(student, teacher)
+def hard_kd(setup: Setup) -> Method:
+    """`-log p_S(argmax z_T)`: the teacher's decisions as labels (DeiT).
 
+    Touvron et al., 2020 (2012.12877). Task 0.5, hard 0.5, as in the paper.
+    """
 
-def _method(name: str, title: str, paper: str, needs: str, build: _builders.Build) -> Method:
-    return Method(name, title, paper, needs, False, build, _views.always)
+    def loss(student: Array, teacher: Array, labels: Array) -> Array:
+        return losses.hard_kd(student, teacher)
 
-
-_of = _builders.of_logits
-
-METHODS = (
-    _method(
-        "label_smoothing",
-        "Label smoothing, a virtual teacher",
-        "Szegedy et al., 1512.00567, 2015",
-        "labels",
-        _of("smooth", _label_smoothing, task=0.0),
-    ),
-    _method(
-        "tf_kd",
-        "Teacher-free KD",
-        "Yuan et al., 1909.11723, 2019",
-        "labels",
-        _of("kd", _tf_kd, temperature=20.0, task=0.1, weight=0.9),
-    ),
-    _method(
-        "probability_shift",
-        "KD from a teacher whose errors are swapped away",
-        "Wen et al., 1911.07471, 2019",
-        "logits",
-        _of("kd", _probability_shift, temperature=4.0, task=0.1, weight=0.9),
-    ),
-    _method(
-        "mft",
-        "Minifinetuning's corrected teacher",
-        "Belcak et al., 2506.15702, 2025",
-        "logits",
-        _of("mft", _mft, task=0.0),
-    ),
-    _method(
-        "hard_kd",
-        "Hard distillation of the teacher's decisions (DeiT)",
-        "Touvron et al., 2012.12877, 2021",
-        "logits",
-        _of("hard", _hard, task=0.5, weight=0.5),
-    ),
-)
+    return of_logits(setup, "hard", loss, {"task": 0.5, "hard": 0.5})

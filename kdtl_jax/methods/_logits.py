@@ -1,214 +1,283 @@
-"""Methods of logits for classifiers: KD and what has been proposed in its place."""
+"""Methods of class logits: KD and what has been proposed in its place.
+
+Each is beside the task, whose weight is named. They need classes that exclude each other (softmax);
+`mlld` to `dist` also compare the examples of a batch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from kdtl_jax import connectors, losses, temperatures
 from kdtl_jax._types import Params, Scalar
-from kdtl_jax.methods import _builders, _views
-from kdtl_jax.methods._method import TASK, Built, Method, Options, Setup, no_connectors, no_memory
+from kdtl_jax.methods._layers import key_and_step
+from kdtl_jax.methods._setup import Head, Method, Setup, Weight, method
 from kdtl_jax.objective import Inputs
 
+# (student logits, teacher logits, labels) -> [B]
+LogitLoss = Callable[[Array, Array, Array], Array]
 RANKED = 32  # classes among which rankings take pairs
 
 
-def _kd(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    return losses.kd_kl(student, teacher, temperature=temperature)
+def of_logits(setup: Setup, term: str, loss: LogitLoss, weights: Mapping[str, Weight]) -> Method:
+    """A method of one term that reads logits and labels.
 
-
-def _standardized(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    student, teacher = (losses.standardize_logits(z) for z in (student, teacher))
-    return losses.kd_kl(student, teacher, temperature=temperature)
-
-
-def _nkd(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    others = (losses.non_target_logits(z, labels) for z in (student, teacher))
-    non_target = losses.soft_cross_entropy(*others, temperature=temperature)
-    target = losses.target_cross_entropy(student, teacher, labels)
-    return target + 1.5 * temperature**2 * non_target
-
-
-def _dist(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    inter = losses.dist_inter(student, teacher, temperature=temperature)
-    return inter + losses.dist_intra(student, teacher, temperature=temperature)
-
-
-def _wsld(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    weight = jax.lax.stop_gradient(losses.wsld_weight(student, teacher, labels))
-    return weight * losses.kd_kl(student, teacher, temperature=temperature)
-
-
-def _ttm(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    return losses.ttm(student, teacher, gamma=1 / temperature)
-
-
-def _wttm(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    return losses.wttm(student, teacher, gamma=1 / temperature)
-
-
-def _mse(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    return losses.mse(student, teacher)
-
-
-def _mlld(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    levels = (losses.kd_kl, losses.batch_correlation, losses.class_correlation)
-    first, *others = [
-        level(student, teacher, temperature=t)
-        for t in (2.0, 3.0, 4.0, 5.0, 6.0)
-        for level in levels
-    ]
-    return sum(others, first)
-
-
-def _hinge(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    targets = losses.top_k_targets(teacher, k=min(RANKED, teacher.shape[-1]))
-    return losses.hinge_ranking(student, targets)
-
-
-def _logistic(student: Array, teacher: Array, labels: Array, temperature: Scalar) -> Array:
-    targets = losses.top_k_targets(teacher, k=min(RANKED, teacher.shape[-1]))
-    return losses.logistic_ranking(student, targets)
-
-
-def _build_dkd(setup: Setup, options: Options) -> Built:
-    temperature = _builders.chosen(options, 4.0)
+    Raises:
+      ValueError: if the classes do not exclude each other.
+    """
+    exclusive_classes(setup)
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        logits = _builders.logits_of(inputs)
-        target = losses.tckd(*logits, temperature=temperature)
-        return {"dkd": target + 8 * losses.nckd(*logits, temperature=temperature)}
+        return {term: loss(*logits_and_labels(inputs))}
 
-    weights = {TASK: 1.0, "dkd": _builders.warmed_up(1.0, setup.steps)}
-    return Built(terms, weights, no_connectors, no_memory)
+    return method(setup, terms, weights)
 
 
-def _build_ctkd(setup: Setup, options: Options) -> Built:
-    """KD whose temperature is trained against the student, ever harder over 10 of 240 epochs."""
-    ramp = temperatures.adversarial_ramp(max(round(10 / 240 * setup.steps), 1))
+def exclusive_classes(setup: Setup) -> None:
+    """Refuses sigmoid heads, whose logits are no distribution over classes.
+
+    Raises:
+      ValueError: if the classes do not exclude each other.
+    """
+    if not setup.exclusive:
+        raise ValueError(
+            "needs two or more classes that exclude each other (softmax); for sigmoid heads use "
+            "binary_kd"
+        )
+
+
+def logits_and_labels(inputs: Inputs) -> tuple[Array, Array, Array]:
+    """The student's and the teacher's logits, and the labels."""
+    return inputs.student["logits"], inputs.teacher["logits"], inputs.batch["labels"]
+
+
+def needs_teacher_head(setup: Setup) -> Head:
+    """The teacher's linear classifier.
+
+    Raises:
+      ValueError: if it is not known.
+    """
+    if setup.teacher_head is None:
+        raise ValueError(
+            "needs the teacher's classifier (a linear head), which this teacher does not show"
+        )
+    return setup.teacher_head
+
+
+def warmed_up(weight: float, setup: Setup, *, share: float = 20 / 240) -> optax.Schedule:
+    """0 to `weight` over the first share of the run: 20 of 240 epochs in mdistiller."""
+    return optax.linear_schedule(0.0, weight, max(round(share * setup.steps), 1))
+
+
+def cooled_down(weight: float, setup: Setup, *, share: float = 150 / 240) -> optax.Schedule:
+    """`weight`, and after the share of the run down to 0 along a half cosine."""
+    start = round(share * setup.steps)
+    decay = optax.cosine_decay_schedule(weight, max(setup.steps - start, 1))
+    schedule = optax.join_schedules([optax.constant_schedule(weight), decay], [start])
+    # optax's cosine divides the count by a float, which strict promotion refuses of an integer.
+    return lambda step: schedule(jnp.asarray(step, jnp.float32))
+
+
+def kd(setup: Setup, *, temperature: Scalar = 4.0) -> Method:
+    """`T^2 KL(softmax(z_T / T) || softmax(z_S / T))`: knowledge distillation.
+
+    Hinton, Vinyals and Dean, 2015 (1503.02531). Task 0.1, kd 0.9: mdistiller and the scripts of
+    RepDistiller.
+    """
+
+    def loss(student: Array, teacher: Array, labels: Array) -> Array:
+        return losses.kd_kl(student, teacher, temperature=temperature)
+
+    return of_logits(setup, "kd", loss, {"task": 0.1, "kd": 0.9})
+
+
+def logit_std(setup: Setup, *, temperature: Scalar = 2.0) -> Method:
+    """KD of logits standardized over classes.
+
+    Sun et al., 2024 (2403.01427). Task 0.1, kd 9: the authors' code. They divide by the unbiased
+    deviation (`ddof=1`), the equation here by the population's.
+    """
+
+    def loss(student: Array, teacher: Array, labels: Array) -> Array:
+        return losses.standardized_kd(student, teacher, temperature=temperature)
+
+    return of_logits(setup, "kd", loss, {"task": 0.1, "kd": 9.0})
+
+
+def dkd(
+    setup: Setup, *, temperature: Scalar = 4.0, alpha: Scalar = 1.0, beta: Scalar = 8.0
+) -> Method:
+    """`alpha TCKD + beta NCKD`: KD of the target class and of the others, decoupled.
+
+    Zhao et al., 2022 (2203.08679). Task 1, dkd 1 after a linear warm-up over 20 of 240 epochs:
+    mdistiller. Beta is 8 for most CIFAR-100 pairs, 2 to 6 for some, 0.5 at T = 1 for ImageNet.
+    """
+
+    def loss(student: Array, teacher: Array, labels: Array) -> Array:
+        return losses.dkd(student, teacher, labels, temperature=temperature, alpha=alpha, beta=beta)
+
+    return of_logits(setup, "dkd", loss, {"task": 1.0, "dkd": warmed_up(1.0, setup)})
+
+
+def nkd(setup: Setup, *, temperature: Scalar = 1.0, gamma: Scalar = 1.5) -> Method:
+    """`-p_T(y) log p_S(y) - gamma T^2 sum_{c != y} q_T(c) log q_S(c)`: normalized KD.
+
+    Yang et al., 2023 (2303.13005). Task 1, nkd 1: the authors' code.
+    """
+
+    def loss(student: Array, teacher: Array, labels: Array) -> Array:
+        return losses.nkd(student, teacher, labels, temperature=temperature, gamma=gamma)
+
+    return of_logits(setup, "nkd", loss, {"task": 1.0, "nkd": 1.0})
+
+
+def dist(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
+    """`(1 - rho over classes) + (1 - rho over the batch)`, Pearson correlations of probabilities.
+
+    Huang et al., 2022 (2205.10536). Task 1, dist 1, T = 1: the authors on ImageNet (T = 4 on
+    CIFAR-100).
+    """
+
+    def loss(student: Array, teacher: Array, labels: Array) -> Array:
+        return losses.dist(student, teacher, temperature=temperature)
+
+    return of_logits(setup, "dist", loss, {"task": 1.0, "dist": 1.0})
+
+
+def wsld(setup: Setup, *, temperature: Scalar = 4.0) -> Method:
+    """KD weighted by `1 - exp(-CE_S / CE_T)` per example: weighted soft labels.
+
+    Zhou et al., 2021 (2102.00650). Task 1, wsld 2.25 at T = 4: cls_KD's ImageNet configuration (2.5
+    at T = 2 elsewhere).
+    """
+
+    def loss(student: Array, teacher: Array, labels: Array) -> Array:
+        return losses.wsld(student, teacher, labels, temperature=temperature)
+
+    return of_logits(setup, "wsld", loss, {"task": 1.0, "wsld": 2.25})
+
+
+def ttm(setup: Setup, *, temperature: Scalar = 10.0) -> Method:
+    """`KL(softmax(z_T / T) || softmax(z_S))`: transformed teacher matching, only the teacher soft.
+
+    Zheng and Yang, 2024 (2402.11148). Task 1, ttm 45 at gamma = 1 / T = 0.1: the authors' README.
+    """
+
+    def loss(student: Array, teacher: Array, labels: Array) -> Array:
+        return losses.ttm(student, teacher, gamma=1 / temperature)
+
+    return of_logits(setup, "ttm", loss, {"task": 1.0, "ttm": 45.0})
+
+
+def wttm(setup: Setup, *, temperature: Scalar = 5.0) -> Method:
+    """`ttm` weighted by `sum_c p_T(c)^(1 / T)` per example.
+
+    Zheng and Yang, 2024 (2402.11148). Task 1, wttm 4 at gamma = 1 / T = 0.2: the authors' README.
+    """
+
+    def loss(student: Array, teacher: Array, labels: Array) -> Array:
+        return losses.wttm(student, teacher, gamma=1 / temperature)
+
+    return of_logits(setup, "wttm", loss, {"task": 1.0, "wttm": 4.0})
+
+
+def logit_mse(setup: Setup) -> Method:
+    """`mean_c (z_S - z_T)^2`: regression on logits, without labels (task 0, mse 1).
+
+    Ba and Caruana, 2014 (1312.6184). Sigmoid heads and regression are taught as well.
+    """
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        student, teacher, _ = _builders.logits_of(inputs)
-        _, step = _builders.clock(inputs)
+        return {"mse": losses.logit_mse(inputs.student["logits"], inputs.teacher["logits"])}
+
+    return method(setup, terms, {"task": 0.0, "mse": 1.0})
+
+
+def mlld(setup: Setup, *, temperatures: Sequence[Scalar] = (2.0, 3.0, 4.0, 5.0, 6.0)) -> Method:
+    """`sum_T (T^2 KL + batch correlation + class correlation)`: multi-level logit distillation.
+
+    Jin, Wang and Lin, CVPR 2023. Their code departs from the paper; this is the paper. Task 0.1,
+    mlld 0.9, as for KD in mdistiller.
+    """
+
+    def loss(student: Array, teacher: Array, labels: Array) -> Array:
+        return losses.mlld(student, teacher, temperatures=temperatures)
+
+    return of_logits(setup, "mlld", loss, {"task": 0.1, "mlld": 0.9})
+
+
+def ctkd(setup: Setup) -> Method:
+    """KD at a temperature in (1, 21) that is learned against the student.
+
+    Li et al., 2022 (2211.16231). The gradient's reversal grows along a cosine over 10 of 240
+    epochs. Task 0.1, kd 0.9: the authors' code.
+    """
+    exclusive_classes(setup)
+    reversal = temperatures.adversarial_ramp(max(round(10 / 240 * setup.steps), 1))
+
+    def terms(inputs: Inputs) -> dict[str, Array]:
+        student, teacher, _ = logits_and_labels(inputs)
+        _, step = key_and_step(inputs)
         temperature = temperatures.learned_temperature(
-            inputs.connectors["temperature"], reversal=ramp(step)
+            inputs.connectors["temperature"], reversal=reversal(step)
         )
         return {"kd": losses.kd_kl(student, teacher, temperature=temperature)}
 
     def init(key: Array) -> Params:
         return {"temperature": temperatures.temperature_init()}
 
-    return Built(terms, {TASK: 0.1, "kd": 0.9}, init, no_memory)
+    return method(setup, terms, {"task": 0.1, "kd": 0.9}, connectors=init)
 
 
-def _build_wkd_l(setup: Setup, options: Options) -> Built:
-    """Moving mass costs `1 - exp(-(1 - cos))` of the teacher's class weights."""
-    assert setup.teacher_head is not None
-    temperature = _builders.chosen(options, 8.0)
-    unit = connectors.unit_norm().apply({}, setup.teacher_head.kernel.T)
-    cost = -jnp.expm1(jnp.minimum(unit @ unit.T - 1, 0))
-    gamma = _builders.let_go(600.0, setup.steps)
+def wkd_l(setup: Setup, *, temperature: Scalar = 8.0) -> Method:
+    """`-p_T(y) log p_S(y) + gamma W(q_S, q_T)`: transport between the classes other than the label.
+
+    Lv, Yang and Li, 2024 (2412.08139). Moving mass costs `1 - exp(-(1 - cos))` of the teacher's
+    class weights. Task 1, wkd_l 1, gamma 600, let down to 0 over the last 90 of 240 epochs along a
+    half cosine: the authors' code.
+    """
+    exclusive_classes(setup)
+    directions = connectors.unit_norm().apply({}, needs_teacher_head(setup).kernel.T)
+    cost = -jnp.expm1(jnp.minimum(directions @ directions.T - 1, 0))
+    gamma = cooled_down(600.0, setup)
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        _, step = _builders.clock(inputs)
-        student, teacher, labels = _builders.logits_of(inputs)
-        moved = losses.sinkhorn_cost(
-            losses.non_target_logits(student, labels),
-            losses.non_target_logits(teacher, labels),
+        _, step = key_and_step(inputs)
+        values = losses.wkd_logit(
+            *logits_and_labels(inputs),
             jax.lax.stop_gradient(cost),
+            gamma=gamma(step),
             temperature=temperature,
         )
-        target = losses.target_cross_entropy(student, teacher, labels)
-        return {"wkd_l": target + jnp.asarray(gamma(step), moved.dtype) * moved}
+        return {"wkd_l": values}
 
-    return Built(terms, {TASK: 1.0, "wkd_l": 1.0}, no_connectors, no_memory)
-
-
-def _method(name: str, title: str, paper: str, build: _builders.Build) -> Method:
-    return Method(name, title, paper, "logits", False, build, _views.always)
+    return method(setup, terms, {"task": 1.0, "wkd_l": 1.0})
 
 
-_of = _builders.of_logits
+def hinge_ranking(setup: Setup) -> Method:
+    """The teacher's order among its 32 likeliest classes, by hinges of its own gaps.
 
-METHODS = (
-    _method(
-        "kd",
-        "Knowledge distillation",
-        "Hinton, Vinyals, Dean, 1503.02531, 2015",
-        _of("kd", _kd, temperature=4.0, task=0.1, weight=0.9),
-    ),
-    _method(
-        "logit_std",
-        "KD of standardized logits",
-        "Sun et al., 2403.01427, 2024",
-        _of("kd", _standardized, temperature=2.0, task=0.1, weight=9.0),
-    ),
-    _method("dkd", "Decoupled KD", "Zhao et al., 2203.08679, 2022", _build_dkd),
-    _method("nkd", "Normalized KD", "Yang et al., 2303.13005, 2023", _of("nkd", _nkd)),
-    _method(
-        "dist",
-        "DIST: correlations of classes and of examples",
-        "Huang et al., 2205.10536, 2022",
-        _of("dist", _dist),
-    ),
-    _method(
-        "wsld",
-        "Weighted soft labels",
-        "Zhou et al., 2102.00650, 2021",
-        _of("wsld", _wsld, temperature=4.0, weight=2.25),
-    ),
-    _method(
-        "ttm",
-        "Transformed teacher matching",
-        "Zheng, Yang, 2402.11148, 2024",
-        _of("ttm", _ttm, temperature=10.0, weight=45.0),
-    ),
-    _method(
-        "wttm",
-        "Weighted transformed teacher matching",
-        "Zheng, Yang, 2402.11148, 2024",
-        _of("wttm", _wttm, temperature=5.0, weight=4.0),
-    ),
-    _method(
-        "logit_mse",
-        "Regression on logits",
-        "Ba, Caruana, 1312.6184, 2014",
-        _of("mse", _mse, task=0.0),
-    ),
-    _method(
-        "mlld",
-        "Multi-level logit distillation",
-        "Jin, Wang, Lin, CVPR 2023",
-        _of("mlld", _mlld, task=0.1, weight=0.9),
-    ),
-    Method(
-        "ctkd",
-        "Curriculum temperature, learned against the student",
-        "Li et al., 2211.16231, 2022",
-        "logits",
-        True,
-        _build_ctkd,
-        _views.always,
-    ),
-    Method(
-        "wkd_l",
-        "Wasserstein KD of logits",
-        "Lv, Yang, Li, 2412.08139, 2024",
-        "logits",
-        False,
-        _build_wkd_l,
-        _views.needs_teacher_head,
-    ),
-    _method(
-        "hinge_ranking",
-        "Hinge ranking of the teacher's order",
-        "DistillKit, 2024",
-        _of("hinge", _hinge),
-    ),
-    _method(
-        "logistic_ranking",
-        "Logistic ranking of the teacher's order",
-        "Burges et al., ICML 2005",
-        _of("logistic", _logistic),
-    ),
-)
+    DistillKit, 2024. Task 1, hinge 1.
+    """
+
+    def loss(student: Array, teacher: Array, labels: Array) -> Array:
+        targets = losses.top_k_targets(teacher, k=min(RANKED, teacher.shape[-1]))
+        return losses.hinge_ranking(student, targets)
+
+    return of_logits(setup, "hinge", loss, {"task": 1.0, "hinge": 1.0})
+
+
+def logistic_ranking(setup: Setup) -> Method:
+    """The teacher's order among its 32 likeliest classes, by logistic losses of pairs.
+
+    Burges et al., ICML 2005; DistillKit, 2024. Task 1, logistic 1.
+    """
+
+    def loss(student: Array, teacher: Array, labels: Array) -> Array:
+        targets = losses.top_k_targets(teacher, k=min(RANKED, teacher.shape[-1]))
+        return losses.logistic_ranking(student, targets)
+
+    return of_logits(setup, "logistic", loss, {"task": 1.0, "logistic": 1.0})

@@ -5,99 +5,82 @@ from jax import Array
 
 from kdtl_jax import connectors, losses
 from kdtl_jax._types import Params
-from kdtl_jax.methods import _builders, _views
-from kdtl_jax.methods._method import TASK, Built, Method, Options, Setup, no_connectors, no_memory
+from kdtl_jax.methods import _layers
+from kdtl_jax.methods._layers import pairwise
+from kdtl_jax.methods._setup import Method, Setup, method
 from kdtl_jax.objective import Inputs
 
 
-def _build_rkd(setup: Setup, options: Options) -> Built:
+def sp(setup: Setup) -> Method:
+    """`mean_ij (G_S - G_T)_ij^2` of row-normalized Gram matrices of the deepest layer.
+
+    Tung and Mori, Similarity-Preserving Knowledge Distillation, 2019 (1907.09682). Task 1, sp 3000:
+    RepDistiller.
+    """
+    found = _layers.layers(setup, _layers.deepest(setup), _layers.unchanged)
+    return pairwise(setup, "sp", losses.sp, found, {"task": 1.0, "sp": 3000.0})
+
+
+def rkd(setup: Setup) -> Method:
+    """Distances between pairs and angles of triples of examples, of what the heads read.
+
+    Park et al., Relational Knowledge Distillation, 2019 (1904.05068). Task 1, distance 25, angle
+    50: RepDistiller and mdistiller.
+    """
     of_student, of_teacher = setup.last
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         sides = inputs.student[of_student], inputs.teacher[of_teacher]
         return {"distance": losses.rkd_distance(*sides), "angle": losses.rkd_angle(*sides)}
 
-    weights = {TASK: 1.0, "distance": 25.0, "angle": 50.0}
-    return Built(terms, weights, no_connectors, no_memory)
+    return method(setup, terms, {"task": 1.0, "distance": 25.0, "angle": 50.0})
 
 
-def _pkt(student: Array, teacher: Array) -> Array:
-    """As RepDistiller averages it, over pairs: its weight of 30000 belongs to that."""
-    return losses.pkt(student, teacher) / len(student)
+def pkt(setup: Setup) -> Method:
+    """`KL` of cosine similarities to the batch, of what the heads read, over the batch's size.
+
+    Passalis and Tefas, Probabilistic Knowledge Transfer, 2018 (1803.10837). Task 1, pkt 30000:
+    RepDistiller, which averages over pairs of examples.
+    """
+
+    def loss(student: Array, teacher: Array) -> Array:
+        return losses.pkt(student, teacher) / len(student)
+
+    found = _layers.layers(setup, [setup.last], _layers.unchanged)
+    return pairwise(setup, "pkt", loss, found, {"task": 1.0, "pkt": 30000.0})
 
 
-def _build_itrd(setup: Setup, options: Options) -> Built:
-    """Correlation with each of the teacher's features, and the mutual information of both."""
+def cc(setup: Setup) -> Method:
+    """`mean_ij (K_S - K_T)_ij^2` of Gaussian kernels of what the heads read.
+
+    Peng et al., Correlation Congruence, 2019 (1904.01802). Task 1, cc 0.003: torchdistill's
+    configuration.
+    """
+    found = _layers.layers(setup, [setup.last], _layers.unchanged)
+    return pairwise(setup, "cc", losses.cc, found, {"task": 1.0, "cc": 0.003})
+
+
+def itrd(setup: Setup) -> Method:
+    """`log2 sum_d |rho_d - 1|^3` of feature correlations rho, and mutual information.
+
+    Miles, Rodriguez and Mikolajczyk, 2021 (2112.00459). The student is embedded linearly in the
+    teacher's width. Task 1, correlation 2, mutual 0.05: the authors' code. Published without the
+    floor of 1e-12 under the logarithm, -inf at perfect correlation.
+    """
     of_student, of_teacher = setup.last
     embed = connectors.linear(setup.teacher[of_teacher].shape[-1])
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         teacher = inputs.teacher[of_teacher]
         student = embed.apply(inputs.connectors, inputs.student[of_student])
-        apart = jnp.abs(losses.feature_correlation(student, teacher) - 1)
+        distance = jnp.abs(losses.feature_correlation(student, teacher) - 1)
         return {
-            # Published without a floor: -inf at perfect correlation.
-            "correlation": jnp.log2(jnp.sum(apart**3) + 1e-12),
+            "correlation": jnp.log2(jnp.sum(distance**3) + 1e-12),
             "mutual": len(student) * losses.itrd_mutual(student, teacher),
         }
 
     def init(key: Array) -> Params:
         return embed.init(key, setup.student[of_student])
 
-    return Built(terms, {TASK: 1.0, "correlation": 2.0, "mutual": 0.05}, init, no_memory)
-
-
-def _related(
-    name: str,
-    title: str,
-    paper: str,
-    loss: _builders.PairLoss,
-    weight: float,
-    pairs: _builders.Layers = _views.last_pair,
-) -> Method:
-    build = _builders.over_pairs(
-        name,
-        loss,
-        _builders.constant({name: weight}),
-        pairs=pairs,
-        view=_views.unmatched,
-    )
-    return Method(name, title, paper, "features", False, build, _views.needs_pairs(1, pairs))
-
-
-METHODS = (
-    _related(
-        "sp",
-        "Similarity-preserving KD",
-        "Tung, Mori, 1907.09682, 2019",
-        losses.sp,
-        3000.0,
-        _views.deepest_pair,
-    ),
-    Method(
-        "rkd",
-        "Relational KD, distances and angles",
-        "Park et al., 1904.05068, 2019",
-        "features",
-        False,
-        _build_rkd,
-        _views.always,
-    ),
-    _related(
-        "pkt",
-        "Probabilistic knowledge transfer",
-        "Passalis, Tefas, 1803.10837, 2018",
-        _pkt,
-        30000.0,
-    ),
-    _related("cc", "Correlation congruence", "Peng et al., 1904.01802, 2019", losses.cc, 0.003),
-    Method(
-        "itrd",
-        "Information-theoretic representation distillation",
-        "Miles, Rodriguez, Mikolajczyk, 2112.00459, 2022",
-        "features",
-        True,
-        _build_itrd,
-        _views.always,
-    ),
-)
+    weights = {"task": 1.0, "correlation": 2.0, "mutual": 0.05}
+    return method(setup, terms, weights, connectors=init)

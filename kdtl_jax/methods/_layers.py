@@ -1,0 +1,213 @@
+"""Matched layers: which, and brought to shapes that correspond.
+
+A vector `[B, C]` is a map of one position. What normalizes or compares *over* positions would be
+constant on it, so methods that do ask for more than one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import connectors
+from kdtl_jax._types import Outputs, Params
+from kdtl_jax.connectors import Connector
+from kdtl_jax.methods._setup import Method, Pair, Setup, Weight, method
+from kdtl_jax.objective import Inputs
+
+View = Callable[[Array, Array], tuple[Array, Array]]
+Features = list[tuple[Array, Array]]  # of the student and the teacher, layer by layer
+PairLoss = Callable[[Array, Array], Array]
+
+
+class Layers(NamedTuple):
+    """Matched layers, seen alike on both sides."""
+
+    read: Callable[[Outputs, Outputs], Features]  # of the student's and the teacher's outputs
+    student: list[jax.ShapeDtypeStruct]  # what `read` gives of the student
+    teacher: list[jax.ShapeDtypeStruct]
+
+
+def as_map(x: Array) -> Array:
+    """`[B, C]` as `[B, 1, 1, C]`, tokens `[B, L, C]` as `[B, 1, L, C]`, maps as they are."""
+    middle = {2: (1, 1), 3: (1, x.shape[1])}.get(x.ndim, x.shape[1:-1])
+    return x.reshape(x.shape[0], *middle, x.shape[-1])
+
+
+def as_vector(x: Array) -> Array:
+    """`[B, ..., C]` averaged over positions."""
+    return jnp.mean(x.reshape(x.shape[0], -1, x.shape[-1]), axis=1)
+
+
+def unchanged(student: Array, teacher: Array) -> tuple[Array, Array]:
+    """Both as they are, for losses that flatten each side."""
+    return student, teacher
+
+
+def same_positions(student: Array, teacher: Array) -> tuple[Array, Array]:
+    """The larger map averaged over adaptive cells.
+
+    Between different kinds of features (a map and a vector) only averages over all positions
+    correspond.
+    """
+    if student.ndim != teacher.ndim:
+        return as_vector(student), as_vector(teacher)
+    if student.ndim == 4:
+        size = [min(*sides) for sides in zip(student.shape[1:3], teacher.shape[1:3], strict=True)]
+        pool = connectors.pool(size)
+        return pool.apply({}, student), pool.apply({}, teacher)
+    return student, teacher
+
+
+def maps(student: Array, teacher: Array) -> tuple[Array, Array]:
+    """`same_positions`, both as maps `[B, h, w, C]`."""
+    student, teacher = same_positions(student, teacher)
+    return as_map(student), as_map(teacher)
+
+
+def first_tokens(student: Array, teacher: Array) -> tuple[Array, Array]:
+    """The first of the tokens `[B, L, D]`."""
+    return student[:, 0], teacher[:, 0]
+
+
+def every(setup: Setup, *, at_least: int = 1) -> Sequence[Pair]:
+    """All matched layers.
+
+    Raises:
+      ValueError: if there are fewer than asked for.
+    """
+    if len(setup.pairs) < at_least:
+        raise ValueError(
+            f"needs {at_least} matched layers, this pair of models has {len(setup.pairs)}"
+        )
+    return setup.pairs
+
+
+def deepest(setup: Setup) -> Sequence[Pair]:
+    """The last matched layer: the last feature map, or the last hidden vector."""
+    return every(setup)[-1:]
+
+
+def middle(setup: Setup) -> Sequence[Pair]:
+    """The matched layer half way, where FitNets takes its hint."""
+    return every(setup)[len(setup.pairs) // 2 :][:1]
+
+
+def layers(setup: Setup, pairs: Sequence[Pair], view: View = same_positions) -> Layers:
+    """The features of pairs of layers under a view.
+
+    Raises:
+      ValueError: if two layers of tokens are not of equal length.
+    """
+    for of_student, of_teacher in pairs:
+        student, teacher = setup.student[of_student].shape, setup.teacher[of_teacher].shape
+        if len(student) == len(teacher) == 3 and student[1] != teacher[1]:
+            raise ValueError(
+                f"needs as many tokens on both sides, {of_student!r} has {student[1]} and "
+                f"{of_teacher!r} {teacher[1]}"
+            )
+
+    def read(student: Outputs, teacher: Outputs) -> Features:
+        return [view(student[of_student], teacher[of_teacher]) for of_student, of_teacher in pairs]
+
+    shapes = jax.eval_shape(read, dict(setup.student), dict(setup.teacher))
+    return Layers(read, [s for s, _ in shapes], [t for _, t in shapes])
+
+
+def layers_of_maps(setup: Setup, pairs: Sequence[Pair], *, because: str) -> Layers:
+    """`layers` as maps of more than one position.
+
+    Raises:
+      ValueError: if one has a single position; `because` says why more are needed.
+    """
+    found = layers(setup, pairs, maps)
+    if any(x.shape[1] * x.shape[2] < 2 for x in found.student):
+        raise ValueError(f"needs feature maps with positions: {because}")
+    return found
+
+
+def pairwise(
+    setup: Setup,
+    term: str,
+    loss: PairLoss,
+    found: Layers,
+    weights: Mapping[str, Weight],
+    *,
+    connector: Callable[[int], Connector] | None = None,
+    layer_weights: Sequence[float] | None = None,
+) -> Method:
+    """The method `sum_i w_i loss(connector_i(f_S), f_T)` over layers, one term.
+
+    Args:
+      setup: the pair of models.
+      term: its name.
+      loss: of the features of one pair, `[B]`.
+      found: the layers.
+      weights: of the task and the term.
+      connector: from the teacher's channels; None compares features as they are.
+      layer_weights: w; 1 each by default.
+    """
+    if connector is None:
+
+        def plain(inputs: Inputs) -> dict[str, Array]:
+            features = found.read(inputs.student, inputs.teacher)
+            return {term: total(loss, features, layer_weights)}
+
+        return method(setup, plain, weights)
+    glue = [connector(teacher.shape[-1]) for teacher in found.teacher]
+
+    def connected(inputs: Inputs) -> dict[str, Array]:
+        features = connect(glue, inputs.connectors, found.read(inputs.student, inputs.teacher))
+        return {term: total(loss, features, layer_weights)}
+
+    return method(
+        setup, connected, weights, connectors=lambda key: init_each(glue, found.student, key)
+    )
+
+
+def connect(glue: Sequence[Connector], params: Params, features: Features) -> Features:
+    """The student's features through their connectors, the teacher's as they are."""
+    return [
+        (connector.apply(params[f"pair_{i}"], student), teacher)
+        for i, (connector, (student, teacher)) in enumerate(zip(glue, features, strict=True))
+    ]
+
+
+def total(loss: PairLoss, features: Features, weights: Sequence[float] | None = None) -> Array:
+    """`sum_i w_i loss(student_i, teacher_i)`, `[B]`."""
+    values = [loss(student, teacher) for student, teacher in features]
+    if weights is not None:
+        values = [weight * value for weight, value in zip(weights, values, strict=True)]
+    return sum(values[1:], values[0])
+
+
+def init_each(
+    glue: Sequence[Connector],
+    shapes: Sequence[jax.ShapeDtypeStruct],
+    key: Array,
+    *,
+    prefix: str = "pair",
+) -> Params:
+    """Parameters of one connector per shape: `{"pair_0": ..., "pair_1": ...}`."""
+    return {
+        f"{prefix}_{i}": connector.init(jax.random.fold_in(key, i), x)
+        for i, (connector, x) in enumerate(zip(glue, shapes, strict=True))
+    }
+
+
+def projection(channels: int) -> Connector:
+    """A 1x1 convolution and batch normalization."""
+    return connectors.chain(connectors.conv1x1(channels), connectors.batch_norm())
+
+
+def regressor(channels: int) -> Connector:
+    """RepDistiller's: `projection` and a ReLU."""
+    return connectors.chain(projection(channels), connectors.activation(jax.nn.relu))
+
+
+def key_and_step(inputs: Inputs) -> tuple[Array, Array]:
+    """The step's random key and number, which every step of `train` gives its terms."""
+    assert inputs.key is not None and inputs.step is not None
+    return inputs.key, inputs.step

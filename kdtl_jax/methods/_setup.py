@@ -1,0 +1,318 @@
+"""What a method is built from, the shapes of two models, and what it is, a `Method`."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from kdtl_jax import objective, trees
+from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Scalar, Schedule, Variables
+from kdtl_jax.objective import Inputs, TermsFn
+
+Pair = tuple[str, str]  # (student tap, teacher tap)
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+Weight = Scalar | Schedule
+Predict = Callable[[Params, PyTree, Outputs], Array]
+
+
+class Head(NamedTuple):
+    """A linear classifier: `features @ kernel + bias`."""
+
+    kernel: Array  # [features, classes]
+    bias: Array | None = None  # [classes]
+
+
+class Layout(NamedTuple):
+    """Where a network's features are, as names of its outputs.
+
+    `layout` finds it for networks that follow the usual names.
+    """
+
+    features: tuple[str, ...]  # from the input to the head
+    last: str = "logits"  # what the head reads, `[B, width]`; "logits" where that is not tapped
+    before_activation: Mapping[str, str] = {}  # a feature -> the same layer before its activation
+    attention: tuple[
+        str, ...
+    ] = ()  # modules tapped as path/query, path/key, path/value, path/probs
+    head: Callable[[Params], Head] | None = None  # None: the parameters' own "head"
+
+
+class Models(NamedTuple):
+    """Both networks as functions, for losses of their derivatives."""
+
+    student: Callable[[Params, Array], Outputs]  # of the student's parameters and inputs
+    teacher: Callable[[Array], Outputs]
+
+
+class Setup(NamedTuple):
+    """What a method may look at when it is built; made by `setup`.
+
+    Batches hold `"inputs"`, `"labels"` and, for methods with a bank, `"index"` `[B]`, the places
+    of the examples in the training set.
+    """
+
+    classes: int
+    student: Shapes  # outputs by tap, with the batch axis: "logits" and every feature
+    teacher: Shapes
+    pairs: tuple[Pair, ...]  # matched layers, in order of depth
+    last: Pair  # what the heads read, `[B, width]`
+    examples: int  # of the training set
+    steps: int  # of the whole run
+    task: TermsFn = objective.classification
+    exclusive: bool = True  # classes exclude each other (softmax), or not (sigmoid)
+    teacher_head: Head | None = None
+    student_head: Callable[[Params], Head] | None = None
+    last_maps: Pair | None = None  # maps whose averages are `last`, where both networks pool
+    before_activation: Mapping[Pair, Pair] = {}  # a matched pair -> the same before activation
+    attention: tuple[Pair, ...] = ()  # paths of matched attention modules
+    models: Models | None = None
+
+
+class Method(NamedTuple):
+    """A method for one pair of models.
+
+    `terms` and `weights` go to `train.make_step`, `connectors(key)` and `memory(key)` to
+    `train.init_state`.
+    """
+
+    terms: TermsFn  # {"task": ..., and the method's own}
+    weights: Mapping[str, Weight]  # the paper's, or its authors' code's
+    connectors: Callable[[Array], Params]  # key -> parameters, {} without connectors
+    memory: Callable[[Array], PyTree]  # key -> memory, None without one
+    # (connectors, memory, the student's outputs) -> logits at inference, where connectors take
+    # part in the prediction. None: the student's own logits.
+    predict: Predict | None = None
+
+
+def no_connectors(key: Array) -> Params:
+    """`Method.connectors` of a method that trains the student alone."""
+    return {}
+
+
+def no_memory(key: Array) -> PyTree:
+    """`Method.memory` of a method that remembers nothing."""
+    return None
+
+
+def alone(setup: Setup) -> Method:
+    """The task without a teacher: the baseline of every comparison."""
+    return method(setup, lambda inputs: {}, {"task": 1.0})
+
+
+def method(
+    setup: Setup,
+    terms: TermsFn,
+    weights: Mapping[str, Weight],
+    *,
+    connectors: Callable[[Array], Params] = no_connectors,
+    memory: Callable[[Array], PyTree] = no_memory,
+    predict: Predict | None = None,
+) -> Method:
+    """A `Method` of the given distillation terms; the setup's task is added to them.
+
+    For methods of your own: what it returns is used as any published method is.
+    """
+
+    def with_task(inputs: Inputs) -> Any:
+        found, task = terms(inputs), setup.task(inputs)
+        if isinstance(found, tuple):
+            return {**task, **found[0]}, found[1]
+        return {**task, **found}
+
+    return Method(with_task, weights, connectors, memory, predict)
+
+
+def multi_label(inputs: Inputs) -> dict[str, Array]:
+    """The task of sigmoid heads: `{"task": mean over classes of the binary cross-entropy}`.
+
+    `batch["labels"]` is 0 or 1 per logit, `[B, classes]`; `[B]` for a head of one logit.
+    """
+    logits, labels = inputs.student["logits"], jnp.asarray(inputs.batch["labels"])
+    targets = labels.reshape(logits.shape).astype(logits.dtype)
+    return {"task": jnp.mean(optax.sigmoid_binary_cross_entropy(logits, targets), axis=-1)}
+
+
+def setup(
+    student: ModelFn,
+    teacher: ModelFn,
+    *,
+    student_variables: Variables,
+    teacher_variables: Variables,
+    inputs: Any,
+    examples: int,
+    steps: int,
+    classes: int | None = None,
+    exclusive: bool = True,
+    layers: Sequence[Pair] | None = None,
+    student_layout: Layout | None = None,
+    teacher_layout: Layout | None = None,
+    task: TermsFn | None = None,
+) -> Setup:
+    """Describes a pair of models by `jax.eval_shape`; nothing is computed.
+
+    Args:
+      student: the model function of the student (`linen.model(module).apply`, or your own).
+      teacher: of the teacher.
+      student_variables: parameters and model state, arrays or their shapes.
+      teacher_variables: the same of the teacher. Methods that reuse its classifier or derive its
+        outputs need arrays, which may be tracers; the others do with shapes.
+      inputs: a batch `[B, ...]`, or its shape.
+      examples: size of the training set.
+      steps: of the whole run, for weights that change.
+      classes: checked against both heads; by default what the teacher has.
+      exclusive: whether classes exclude each other (softmax). False for binary and multi-label
+        heads and for regression: methods of class distributions then do not apply.
+      layers: (student tap, teacher tap) to match. By default the last features of both, then those
+        before them, as many as the shallower network has.
+      student_layout: where the student's features are; by default `layout` of its outputs.
+      teacher_layout: of the teacher.
+      task: `inputs -> {"task": values}`. By default cross-entropy with `batch["labels"]`: softmax
+        (`objective.classification`), or sigmoid if classes do not exclude each other.
+
+    Raises:
+      ValueError: if a network has no logits or not one per class, one class is to be learned by
+        softmax, or a tap does not exist (the existing ones are listed).
+    """
+    of_student, student_where = _described(student, student_variables, inputs, student_layout)
+    of_teacher, teacher_where = _described(teacher, teacher_variables, inputs, teacher_layout)
+    _check_logits("teacher", of_teacher, classes)
+    classes = of_teacher["logits"].shape[-1] if classes is None else classes
+    _check_logits("student", of_student, classes)
+    if exclusive and classes == 1 and task is None:
+        raise ValueError(
+            "the softmax of one logit is constant. Pass exclusive=False for a sigmoid head, or "
+            "give the heads two outputs."
+        )
+    matched = _from_the_end(student_where.features, teacher_where.features)
+    pairs = matched if layers is None else tuple((s, t) for s, t in layers)
+    for name, taps, shapes in (
+        ("student", [s for s, _ in pairs] + [student_where.last], of_student),
+        ("teacher", [t for _, t in pairs] + [teacher_where.last], of_teacher),
+    ):
+        _check_taps(name, taps, shapes)
+    before = {
+        (s, t): (student_where.before_activation.get(s, s), teacher_where.before_activation[t])
+        for s, t in pairs
+        if t in teacher_where.before_activation
+    }
+    concrete = not any(
+        isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(teacher_variables)
+    )
+    student_head = _head(student_where, of_student, student_variables.params)
+    teacher_head = _head(teacher_where, of_teacher, teacher_variables.params)
+
+    def of_params(params: Params, inputs: Array) -> Outputs:
+        return student(params, None, inputs)[0]
+
+    def of_inputs(inputs: Array) -> Outputs:
+        return teacher(*teacher_variables, inputs)[0]
+
+    stateless = not jax.tree.leaves(student_variables.model_state)
+    return Setup(
+        classes=classes,
+        student=of_student,
+        teacher=of_teacher,
+        pairs=pairs,
+        last=(student_where.last, teacher_where.last),
+        examples=examples,
+        steps=steps,
+        task=task or (objective.classification if exclusive else multi_label),
+        exclusive=exclusive and classes > 1,
+        teacher_head=teacher_head(teacher_variables.params) if teacher_head and concrete else None,
+        student_head=student_head,
+        last_maps=_last_maps(student_where, teacher_where, of_student, of_teacher),
+        before_activation=before,
+        attention=_from_the_end(student_where.attention, teacher_where.attention),
+        models=Models(of_params, of_inputs) if stateless and concrete else None,
+    )
+
+
+def layout(outputs: Shapes) -> Layout:
+    """Finds a network's features by the names and shapes of its outputs.
+
+    Every output but the logits is a feature, in natural order of their names (`layer_2` before
+    `layer_10`), except `"pooled"` and the parts of attention modules (`path/query`, `path/key`,
+    `path/value`, `path/probs`). The head reads `"pooled"`, or else the last feature `[B, width]`.
+    """
+    inside = {name: re.fullmatch(r"(.+)/(query|key|value|probs)", name) for name in outputs}
+    attention = {found[1] for found in inside.values() if found}
+    names = (name for name in outputs if not inside[name] and name not in ("logits", "pooled"))
+    features = tuple(sorted(names, key=trees.natural_key))
+    candidates = [name for name in ("pooled", *reversed(features)) if name in outputs]
+    last = next((name for name in candidates if len(outputs[name].shape) == 2), "logits")
+    return Layout(features, last, {}, tuple(sorted(attention, key=trees.natural_key)))
+
+
+def linear_head(params: Params) -> Head | None:
+    """The classifier called `head`: its kernel (`head/kernel`, `head/w`, or `head/weight`, which
+    is read as `[classes, features]`) and bias, or None if there is none.
+    """
+    flat = trees.flatten(params)
+    for path, leaf in flat.items():
+        found = re.fullmatch(r"(.*/)?head/(kernel|w|weight)", path)
+        if found and len(leaf.shape) == 2:
+            prefix, name = path.removesuffix(found[2]), found[2]
+            bias = flat.get(f"{prefix}bias", flat.get(f"{prefix}b"))
+            return Head(leaf.T if name == "weight" else leaf, bias)
+    return None
+
+
+def _described(
+    model: ModelFn, variables: Variables, inputs: Any, where: Layout | None
+) -> tuple[dict[str, jax.ShapeDtypeStruct], Layout]:
+    outputs, _ = jax.eval_shape(model, *variables, inputs)
+    return dict(outputs), layout(outputs) if where is None else where
+
+
+def _head(where: Layout, outputs: Shapes, params: Params) -> Callable[[Params], Head] | None:
+    """The head as a function of parameters, if it is linear in `where.last`."""
+    if where.last == "logits":
+        return None
+    find = linear_head if where.head is None else where.head
+    head = jax.eval_shape(find, params)
+    wanted = (outputs[where.last].shape[-1], outputs["logits"].shape[-1])
+    if head is not None and head.kernel.shape == wanted:
+        return find  # pyright: ignore[reportReturnType]  # it has just been found
+    if where.head is None:
+        return None
+    raise ValueError(
+        f"the head of {where.last!r} must have the kernel {list(wanted)}, got "
+        f"{None if head is None else list(head.kernel.shape)}. Give Layout.last what it reads."
+    )
+
+
+def _check_logits(name: str, outputs: Shapes, classes: int | None) -> None:
+    width = outputs["logits"].shape[-1] if "logits" in outputs else None
+    if width is None or (classes is not None and width != classes):
+        has = "no logits" if width is None else f"{width} outputs"
+        wanted = "" if classes is None else f", the data has {classes} classes"
+        raise ValueError(f"the {name} has {has}{wanted}. Give it one output per class.")
+
+
+def _check_taps(name: str, taps: Sequence[str], outputs: Shapes) -> None:
+    for tap in taps:
+        if tap not in outputs:
+            listed = ", ".join(sorted(outputs, key=trees.natural_key))
+            raise ValueError(f"the {name} has no tap {tap!r}. It has {listed}.")
+
+
+def _from_the_end(student: Sequence[str], teacher: Sequence[str]) -> tuple[Pair, ...]:
+    """The deepest layers belong together whatever the depths."""
+    count = min(len(student), len(teacher))
+    return tuple(zip(student[len(student) - count :], teacher[len(teacher) - count :], strict=True))
+
+
+def _last_maps(
+    student: Layout, teacher: Layout, of_student: Shapes, of_teacher: Shapes
+) -> Pair | None:
+    """The deepest features, where they are maps whose averages both heads read."""
+    for where, outputs in ((student, of_student), (teacher, of_teacher)):
+        if where.last != "pooled" or not where.features:
+            return None
+        if len(outputs[where.features[-1]].shape) != 4:
+            return None
+    return student.features[-1], teacher.features[-1]

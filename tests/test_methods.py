@@ -1,0 +1,411 @@
+"""Published methods: every one's terms and gradients on small pairs, weights, what they refuse."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import Array
+
+from kdtl_jax import methods, objective
+from kdtl_jax._types import ModelFn, Outputs, Params, Variables
+from kdtl_jax.interop import linen
+from kdtl_jax.methods import Entry, Layout, Method, Setup
+from kdtl_jax.models import ViT
+from kdtl_jax.objective import Inputs
+
+BATCH, CLASSES, EXAMPLES, STEPS = 6, 5, 20, 240
+# Compiling is all that these tests cost, and of it the default generator would be most.
+KEYS = "unsafe_rbg"
+QUICKLY: Any = {
+    "compiler_options": {
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    }
+}
+
+Model = Callable[[Params, Array], Outputs]
+
+
+def dense(params: Mapping[str, Array], x: Array) -> Array:
+    y = x @ params["kernel"]
+    return y + jnp.broadcast_to(params["bias"], y.shape)
+
+
+def mlp(params: Params, x: Array) -> Outputs:
+    """Two hidden layers with their values before the activation."""
+    outputs = {}
+    for i in range(2):
+        outputs[f"dense_{i}"] = dense(params[f"layer_{i}"], x)
+        x = outputs[f"hidden_{i}"] = jax.nn.relu(outputs[f"dense_{i}"])
+    return {**outputs, "logits": dense(params["head"], x)}
+
+
+def cnn(params: Params, x: Array) -> Outputs:
+    """Pixelwise layers and a 2x2 pool between them: maps of 4x4 and 2x2."""
+    outputs = {}
+    for i in range(2):
+        if i:
+            x = jnp.mean(x.reshape(len(x), x.shape[1] // 2, 2, x.shape[2] // 2, 2, -1), (2, 4))
+        outputs[f"conv_{i}"] = dense(params[f"layer_{i}"], x)
+        x = outputs[f"block_{i}"] = jax.nn.relu(outputs[f"conv_{i}"])
+    pooled = jnp.mean(x, axis=(1, 2))
+    return {**outputs, "pooled": pooled, "logits": dense(params["head"], pooled)}
+
+
+def layers(seed: int, *sizes: int) -> dict[str, dict[str, Array]]:
+    keys = jax.random.split(jax.random.key(seed), len(sizes))
+    names = (*(f"layer_{i}" for i in range(len(sizes) - 2)), "head")
+    return {
+        name: {"kernel": jax.random.normal(key, (n, m)) / n**0.5, "bias": jnp.zeros((m,))}
+        for name, key, n, m in zip(names, keys, sizes, sizes[1:], strict=False)
+    }
+
+
+def as_model(model: Model) -> ModelFn:
+    def apply(
+        params: Params, model_state: Any, inputs: Any, *, key: Any = None, train: bool = False
+    ):
+        return model(params, inputs), model_state
+
+    return apply
+
+
+class Pair(NamedTuple):
+    """A student, its teacher's outputs, and one batch."""
+
+    model: Model
+    student: Params
+    teacher: Outputs
+    batch: dict[str, Array]
+    setup: Setup
+
+
+def pair_of(
+    student_model: Model,
+    teacher_model: Model,
+    student: Params,
+    teacher: Params,
+    x: Array,
+    layout: Layout,
+) -> Pair:
+    order = jnp.arange(BATCH, dtype=jnp.int32)
+    batch = {"inputs": x, "labels": order % CLASSES, "index": order + 3}
+    described = methods.setup(
+        as_model(student_model),
+        as_model(teacher_model),
+        student_variables=Variables(student),
+        teacher_variables=Variables(teacher),
+        inputs=x,
+        examples=EXAMPLES,
+        steps=STEPS,
+        student_layout=layout,
+        teacher_layout=layout,
+    )
+    outputs = jax.jit(teacher_model)(teacher, x)
+    return Pair(student_model, student, dict(outputs), batch, described)
+
+
+@pytest.fixture(scope="module")
+def mlps() -> Pair:
+    return pair_of(
+        mlp,
+        mlp,
+        layers(0, 7, 8, 6, CLASSES),
+        layers(1, 7, 10, 12, CLASSES),
+        jax.random.normal(jax.random.key(2), (BATCH, 7)),
+        Layout(
+            ("hidden_0", "hidden_1"), "hidden_1", {"hidden_0": "dense_0", "hidden_1": "dense_1"}
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def cnns() -> Pair:
+    return pair_of(
+        cnn,
+        cnn,
+        layers(0, 3, 4, 6, CLASSES),
+        layers(1, 3, 5, 8, CLASSES),
+        jax.random.normal(jax.random.key(2), (BATCH, 4, 4, 3)),
+        Layout(("block_0", "block_1"), "pooled", {"block_0": "conv_0", "block_1": "conv_1"}),
+    )
+
+
+@pytest.fixture(scope="module")
+def vits() -> Pair:
+    """Equal heads and patches, unequal widths."""
+    taps = (r"layers_\d", r"layers_\d/attention/(probs|query|key|value)")
+    x = jax.random.normal(jax.random.key(2), (BATCH, 4, 4, 1))
+
+    def vit(width: int, seed: int) -> tuple[Model, Params]:
+        module = ViT(width=width, layers=2, heads=2, hidden=8, patch=2, classes=CLASSES)
+        model = linen.model(module, taps=taps)
+
+        def apply(params: Params, x: Array) -> Outputs:
+            # The model's own promotions are not the subject here.
+            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+                outputs, _ = model.apply(params, None, x)
+            return {**outputs, "pooled": outputs["last_hidden"][:, 0]}
+
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return apply, jax.jit(model.init)(jax.random.key(seed), x).params
+
+    (student_model, student), (teacher_model, teacher) = vit(4, 0), vit(6, 1)
+    names = ("layers_0", "layers_1")
+    return pair_of(
+        student_model,
+        teacher_model,
+        student,
+        teacher,
+        x,
+        Layout(names, "pooled", {}, tuple(f"{name}/attention" for name in names)),
+    )
+
+
+class Step(NamedTuple):
+    """What one evaluation of a method gives."""
+
+    terms: dict[str, Array]
+    grads: Params
+    connectors: Params
+    memory: tuple[Any, Any]  # before, after
+
+
+def start(method: Method) -> tuple[Params, Any]:
+    """Connectors and memory."""
+    keys = (jax.random.key(seed, impl=KEYS) for seed in (3, 4))
+    return jax.jit(lambda a, b: (method.connectors(a), method.memory(b)), **QUICKLY)(*keys)
+
+
+def gradient(pair: Pair, method: Method) -> Callable[..., tuple[Params, Any]]:
+    """`((params, connectors), memory, step) -> (gradient of the summed terms, (terms, memory))`."""
+
+    def loss(trained: Params, memory: Any, step: Array, teacher: Outputs, batch: Any, key: Array):
+        params, connectors = trained
+        student = pair.model(params, batch["inputs"])
+        inputs = Inputs(
+            student, teacher, batch, params, connectors, memory=memory, step=step, key=key
+        )
+        returned = method.terms(inputs)
+        named, after = returned if isinstance(returned, tuple) else (returned, memory)
+        own = {name: value for name, value in named.items() if name != "task"}
+        values = [objective.reduce(name, value).value() for name, value in own.items()]
+        return sum(values[1:], values[0]), (named, after)
+
+    return jax.grad(loss, has_aux=True)
+
+
+def one_step(pair: Pair, entry: Entry, step: int = 0) -> Step:
+    method = entry.build(pair.setup)
+    connectors, memory = start(method)
+    at, key = jnp.asarray(step, jnp.int32), jax.random.key(5, impl=KEYS)
+    run = jax.jit(gradient(pair, method), **QUICKLY)
+    trained = pair.student, connectors
+    grads, (named, after) = run(trained, memory, at, pair.teacher, pair.batch, key)
+    assert named.keys() == method.weights.keys()
+    return Step(named, grads, connectors, (memory, after))
+
+
+def check(pair: Pair, entry: Entry) -> None:
+    """The method teaches the pair, or says in words why it cannot."""
+    reason = entry.applies(pair.setup)
+    if reason is not None:
+        assert reason.startswith("needs ") and len(reason.split()) > 3
+        with pytest.raises(ValueError, match="needs "):
+            entry.build(pair.setup)
+        return
+    done = one_step(pair, entry)
+    for name, values in done.terms.items():
+        assert values.shape[:1] in ((), (BATCH,)), name
+        assert jnp.all(jnp.isfinite(values)), name
+    leaves = jax.tree.leaves(done.grads)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in leaves)
+    assert any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(done.grads[0]))
+    assert entry.connector == bool(jax.tree.leaves(done.connectors))
+    before, after = (jax.tree.map(lambda x: (x.shape, x.dtype), m) for m in done.memory)
+    assert before == after
+
+
+TABLE = methods.table()
+NAMED = {entry.name: entry for entry in TABLE}
+
+
+@pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.name)
+def test_a_method_teaches_a_pair_of_mlps(entry: Entry, mlps: Pair) -> None:
+    check(mlps, entry)
+
+
+OF_FEATURES = [m for m in TABLE if m.needs in ("features", "maps", "networks")]
+# What runs otherwise on maps than on vectors: pools, upsampling, margins, the head of an average.
+ON_MAPS = [m for m in TABLE if m.needs == "maps" or m.name in ("simkd", "ofd", "review")]
+
+
+@pytest.mark.parametrize("entry", ON_MAPS, ids=lambda entry: entry.name)
+def test_a_method_of_maps_teaches_a_pair_of_cnns(entry: Entry, cnns: Pair) -> None:
+    assert entry.applies(cnns.setup) is None
+    check(cnns, entry)
+
+
+def traced(pair: Pair, entry: Entry) -> None:
+    """The method's gradient on shapes alone."""
+    method, key = entry.build(pair.setup), jax.random.key(0, impl=KEYS)
+    trained = pair.student, jax.eval_shape(method.connectors, key)
+    memory, at = jax.eval_shape(method.memory, key), jnp.zeros((), jnp.int32)
+    jax.eval_shape(gradient(pair, method), trained, memory, at, pair.teacher, pair.batch, key)
+
+
+@pytest.mark.parametrize("entry", OF_FEATURES, ids=lambda entry: entry.name)
+def test_a_method_of_features_takes_maps_and_tokens(entry: Entry, cnns: Pair, vits: Pair) -> None:
+    traced(cnns, entry)
+    if entry.applies(vits.setup) is None:
+        traced(vits, entry)
+    else:
+        assert entry.name in ("catkd", "ofd")
+
+
+def test_methods_of_tokens_refuse_maps(cnns: Pair) -> None:
+    assert all(m.applies(cnns.setup) is not None for m in TABLE if m.needs == "tokens")
+
+
+@pytest.mark.parametrize(
+    "entry", [e for e in TABLE if e.needs == "tokens"], ids=lambda entry: entry.name
+)
+def test_a_method_of_tokens_teaches_a_pair_of_transformers(entry: Entry, vits: Pair) -> None:
+    assert entry.applies(vits.setup) is None
+    check(vits, entry)
+
+
+# What a reference library of distillation must have, by the name that each stands under here.
+TIERS_1_AND_2 = """
+forward_kl reverse_kl symmetric_kl js jsd_gkd jsd_continuous jsd_normalized skew_forward_kl
+skew_reverse_kl total_variation adaptive_kl
+kd logit_std dkd nkd dist wsld ttm wttm logit_mse mlld wkd_l wkd_f hinge_ranking logistic_ranking
+label_smoothing tf_kd probability_shift mft hard_kd ctkd
+hint cosine at ft ab nst fsp vid review ofd simkd cwd mgd srrl catkd ickd pkd srd jacobian
+sp rkd pkt cc crd info_nce rrd ridge_hint
+hidden_mse hidden_cosine patient_kd attention_kl attention_mse minilm minilm_v2 tinybert
+"""
+
+
+def test_every_method_of_the_first_two_tiers_is_in_the_table() -> None:
+    assert set(TIERS_1_AND_2.split()) <= NAMED.keys()
+
+
+def test_entries_are_complete_and_named_as_their_functions() -> None:
+    assert len(NAMED) == len(TABLE)
+    for entry in TABLE:
+        assert re.fullmatch(r"[a-z0-9_]+", entry.name)
+        assert getattr(methods, entry.name) is entry.build
+        assert entry.title and entry.needs
+        assert re.search(r"\d{4}$", entry.paper), "a paper ends with its year"
+
+
+def test_docstrings_give_weights_and_papers() -> None:
+    for entry in TABLE:
+        doc = " ".join((entry.build.__doc__ or "").split())
+        year = entry.paper[-4:]
+        assert re.search(r"\b(19|20)\d\d\b", doc), f"{entry.name}: no paper ({year})"
+        # Divergences share the sentence of their module.
+        assert "ask" in doc or entry.build.__module__.endswith("_divergences"), entry.name
+
+
+def test_takes_temperature_is_what_the_signature_says(mlps: Pair) -> None:
+    warm = {entry.name for entry in TABLE if methods.takes_temperature(entry)}
+    assert {"kd", "dkd", "crd", "forward_kl", "cwd"} <= warm
+    assert not warm & {"hint", "logit_mse", "sp", "ctkd"}
+    assert NAMED["kd"].build(mlps.setup, temperature=2.0).weights == {"task": 0.1, "kd": 0.9}
+
+
+def test_only_methods_of_positions_and_tokens_refuse_vectors(mlps: Pair) -> None:
+    refused = {entry.name for entry in TABLE if entry.applies(mlps.setup)}
+    of_tokens = {entry.name for entry in TABLE if entry.needs == "tokens"}
+    assert refused == of_tokens | {"at", "nst", "cwd", "wkd_f", "catkd"}
+
+
+def test_what_is_missing_is_named(mlps: Pair) -> None:
+    bare = mlps.setup._replace(teacher_head=None, models=None, before_activation={})
+    reasons = {name: NAMED[name].applies(bare) for name in ("simkd", "jacobian", "ofd")}
+    assert "the teacher's classifier" in str(reasons["simkd"])
+    assert "both networks" in str(reasons["jacobian"])
+    assert "before the activation" in str(reasons["ofd"]) and "hidden_0" in str(reasons["ofd"])
+    single = mlps.setup._replace(pairs=mlps.setup.pairs[:1])
+    assert "2 matched layers" in str(NAMED["fsp"].applies(single))
+
+
+def test_softmax_methods_refuse_sigmoid_heads(mlps: Pair) -> None:
+    setup = mlps.setup._replace(exclusive=False)
+    refused = {e.name for e in TABLE if "exclude each other" in str(e.applies(setup))}
+    softmax = {e.name for e in TABLE if e.needs in ("labels", "logits")} - {"logit_mse"}
+    assert refused == softmax | {"srd"}
+
+
+def test_weights_are_overridden_as_any_dict_is(mlps: Pair) -> None:
+    assert {**methods.kd(mlps.setup).weights, "task": 0.5} == {"task": 0.5, "kd": 0.9}
+
+
+def terms_of(pair: Pair, method: Method) -> dict[str, Array]:
+    student = mlp(pair.student, pair.batch["inputs"])
+    terms = method.terms(Inputs(student, pair.teacher, pair.batch))
+    assert not isinstance(terms, tuple)
+    return {name: jnp.asarray(value) for name, value in terms.items()}
+
+
+def test_the_temperature_is_an_argument(mlps: Pair) -> None:
+    plain, four, one = (
+        terms_of(mlps, method)["kd"]
+        for method in (
+            methods.kd(mlps.setup),
+            methods.kd(mlps.setup, temperature=4.0),
+            methods.kd(mlps.setup, temperature=1.0),
+        )
+    )
+    assert jnp.array_equal(plain, four) and not jnp.allclose(plain, one)
+
+
+def test_the_task_is_a_term_and_may_be_replaced(mlps: Pair) -> None:
+    alone = terms_of(mlps, methods.alone(mlps.setup))
+    assert alone.keys() == {"task"} and alone["task"].shape == (BATCH,)
+    assert jnp.array_equal(terms_of(mlps, methods.kd(mlps.setup))["task"], alone["task"])
+    zeros = mlps.setup._replace(task=lambda inputs: {"task": jnp.zeros((BATCH,))})
+    assert not terms_of(mlps, methods.kd(zeros))["task"].any()
+
+
+def test_schedules_of_weights(mlps: Pair, cnns: Pair) -> None:
+    def at(name: str, step: int) -> dict[str, float]:
+        weights = NAMED[name].build(mlps.setup).weights
+        resolved = objective.resolve(weights, jnp.asarray(step, jnp.int32))
+        return {term: float(weight) for term, weight in resolved.items()}
+
+    assert at("dkd", 0) == {"task": 1, "dkd": 0}
+    assert at("dkd", 10)["dkd"] == pytest.approx(0.5)
+    assert at("dkd", 20)["dkd"] == at("dkd", STEPS)["dkd"] == 1
+    assert at("ab", 0) == {"ab": 1, "task": 0}
+    assert at("ab", 26)["ab"] == 1
+    assert at("ab", 27) == at("ab", STEPS) == {"ab": 0, "task": 1}
+    held = methods.wkd_f(cnns.setup).weights["wkd_f"]
+    assert callable(held)
+    values = [float(held(jnp.asarray(step, jnp.int32))) for step in (0, 150, 195, STEPS)]
+    assert values == pytest.approx([0.08, 0.08, 0.04, 0], abs=1e-6)
+
+
+def test_simkd_predicts_through_the_teachers_head(cnns: Pair) -> None:
+    method = methods.simkd(cnns.setup)
+    assert method.predict is not None and method.weights["task"] == 0
+    connectors, memory = start(method)
+    student = cnn(cnns.student, cnns.batch["inputs"][:4])
+    logits = method.predict(connectors, memory, student)
+    assert logits.shape == (4, CLASSES)
+    assert not jnp.allclose(logits, student["logits"])
+
+
+def test_crd_fixes_its_normalizer_with_the_first_batch(mlps: Pair) -> None:
+    first, later = (one_step(mlps, NAMED["crd"], step=step) for step in (0, 1))
+    for side in ("student", "teacher"):
+        start = first.memory[0][side].log_z
+        assert first.memory[1][side].log_z != start
+        assert later.memory[1][side].log_z == start
+        touched = jnp.any(first.memory[0][side].rows != first.memory[1][side].rows, axis=1)
+        assert jnp.array_equal(jnp.flatnonzero(touched), mlps.batch["index"])

@@ -1,0 +1,187 @@
+"""`methods.setup`: what is found of two models from shapes alone, and what does not fit."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+
+from kdtl_jax import methods
+from kdtl_jax._types import Outputs, Params, Variables
+from kdtl_jax.methods import Head, Layout, Setup
+from kdtl_jax.objective import Inputs
+
+
+def dense(params: Mapping[str, Array], x: Array) -> Array:
+    y = x @ params["kernel"]
+    return y + jnp.broadcast_to(params["bias"], y.shape)
+
+
+def network(
+    params: Params, state: Any, inputs: Any, *, key: Any = None, train: bool = False
+) -> Any:
+    """Any number of hidden layers f1, f2, ... and a head."""
+    outputs: dict[str, Array] = {}
+    x = inputs
+    for i in range(1, len(params)):
+        x = outputs[f"f{i}"] = jax.nn.relu(dense(params[f"layer{i}"], x))
+    return {**outputs, "logits": dense(params["head"], x)}, state
+
+
+def params(*sizes: int) -> dict[str, dict[str, Array]]:
+    names = [*(f"layer{i}" for i in range(1, len(sizes) - 1)), "head"]
+    return {
+        name: {"kernel": jnp.ones((n, m)), "bias": jnp.zeros((m,))}
+        for name, n, m in zip(names, sizes, sizes[1:], strict=False)
+    }
+
+
+def made(student: Params, teacher: Params, **options: Any) -> Setup:
+    shared: dict[str, Any] = {"inputs": jnp.ones((4, 2)), "examples": 9, "steps": 5}
+    return methods.setup(
+        network,
+        network,
+        student_variables=Variables(student),
+        teacher_variables=Variables(teacher),
+        **{**shared, **options},
+    )
+
+
+def test_layers_are_matched_from_the_end() -> None:
+    setup = made(params(2, 6, 3), params(2, 7, 5, 3))
+    assert setup.pairs == (("f1", "f2"),) and setup.last == ("f1", "f2")
+    assert setup.student["f1"].shape == (4, 6) and setup.classes == 3
+    assert setup.teacher_head is not None and setup.teacher_head.kernel.shape == (5, 3)
+    assert setup.models is not None and setup.student_head is not None
+    given = made(params(2, 6, 3), params(2, 7, 5, 3), layers=[("f1", "f1")])
+    assert given.pairs == (("f1", "f1"),)
+
+
+def test_a_head_on_the_inputs_shows_no_features() -> None:
+    setup = made(params(2, 3), params(2, 7, 3))
+    assert setup.pairs == () and setup.last == ("logits", "f1")
+    assert setup.student_head is None
+    assert methods.table()[0].applies(setup) is None
+    assert "needs 1 matched layers, this pair of models has 0" in str(refusal(methods.hint, setup))
+
+
+def refusal(build: Any, setup: Setup) -> str | None:
+    return next(entry for entry in methods.table() if entry.build is build).applies(setup)
+
+
+def test_what_does_not_fit_is_told() -> None:
+    with pytest.raises(ValueError, match="student has 3 outputs, the data has 4 classes"):
+        made(params(2, 6, 3), params(2, 6, 4))
+    with pytest.raises(ValueError, match="teacher has 3 outputs, the data has 4 classes"):
+        made(params(2, 6, 4), params(2, 6, 3), classes=4)
+    with pytest.raises(ValueError, match="teacher has no tap 'f4'. It has f1, f2, logits"):
+        made(params(2, 6, 3), params(2, 7, 5, 3), layers=[("f1", "f4")])
+    with pytest.raises(ValueError, match="student has no tap 'pooled'"):
+        made(params(2, 6, 3), params(2, 6, 3), student_layout=Layout(("f1",), "pooled"))
+
+
+def test_shapes_do_where_no_weights_are_read() -> None:
+    student, teacher = params(2, 6, 3), params(2, 7, 3)
+    shapes = jax.eval_shape(lambda: (student, teacher))
+    inputs = jax.ShapeDtypeStruct((4, 2), jnp.float32)
+    setup = made(*shapes, inputs=inputs)
+    assert setup.pairs == (("f1", "f1"),) and setup.student_head is not None
+    assert setup.teacher_head is None and setup.models is None
+    key = jax.random.key(0)
+    got = jax.eval_shape(methods.hint(setup).connectors, key)
+    wanted = jax.eval_shape(methods.hint(made(student, teacher)).connectors, key)
+    assert got == wanted
+    assert "the teacher's classifier" in str(refusal(methods.simkd, setup))
+
+
+def test_the_teacher_may_be_traced() -> None:
+    """Every seed of a vmap may have a teacher of its own."""
+    student, teacher = params(2, 3, 3), params(2, 3, 3)
+
+    def cost(teacher: Params) -> Array:
+        setup = made(student, teacher)
+        x = jnp.ones((4, 2))
+        outputs = network(student, None, x)[0], network(teacher, None, x)[0]
+        batch = {"inputs": x, "labels": jnp.arange(4) % 3}
+        found = methods.wkd_l(setup).terms(Inputs(*outputs, batch, step=jnp.int32(0), key=KEY))
+        assert not isinstance(found, tuple)
+        return jnp.asarray(found["wkd_l"])
+
+    two = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), teacher)
+    assert jax.vmap(cost)(two).shape == (2, 4)
+
+
+KEY = jax.random.key(0)
+
+
+def shapes(**sizes: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(size, jnp.float32) for name, size in sizes.items()}
+
+
+def test_features_are_found_by_name_and_shape() -> None:
+    found = methods.layout(shapes(f10=(2, 4), f9=(2, 8, 8, 3), logits=(2, 3)))
+    assert found.features == ("f9", "f10") and found.last == "f10" and found.attention == ()
+    pooled = methods.layout(shapes(block_1=(2, 4, 4, 8), pooled=(2, 8), logits=(2, 3)))
+    assert pooled.features == ("block_1",) and pooled.last == "pooled"
+    parts = {f"layer_{i}/attn/{part}": (2, 5, 4) for i in (10, 9) for part in ("query", "key")}
+    tokens = methods.layout(shapes(layer_9=(2, 5, 4), layer_10=(2, 5, 4), logits=(2, 3), **parts))
+    assert tokens.features == ("layer_9", "layer_10") and tokens.last == "logits"
+    assert tokens.attention == ("layer_9/attn", "layer_10/attn")
+
+
+@pytest.mark.parametrize(
+    ("tree", "transposed"),
+    [
+        ({"head": {"kernel": np.ones((4, 3)), "bias": np.zeros(3)}}, False),
+        ({"net/~/head": {"w": np.ones((4, 3)), "b": np.zeros(3)}}, False),
+        ({"net": {"head": {"weight": np.ones((3, 4)), "bias": np.zeros(3)}}}, True),
+    ],
+    ids=["flax", "haiku", "equinox"],
+)
+def test_a_linear_head_is_found_whatever_the_framework(tree: Any, transposed: bool) -> None:
+    head = methods.linear_head(tree)
+    assert head is not None and head.kernel.shape == (4, 3)
+    assert head.bias is not None and head.bias.shape == (3,)
+
+
+def test_a_head_that_does_not_fit_is_none_or_refused() -> None:
+    assert methods.linear_head({"output": {"kernel": np.ones((4, 3))}}) is None
+
+    def deep(params: Params, state: Any, inputs: Any, *, key: Any = None, train: bool = False):
+        outputs, _ = network(params, state, inputs)
+        return {"early": inputs, "logits": outputs["logits"]}, state
+
+    variables = Variables(params(2, 6, 3))
+    given: dict[str, Any] = {
+        "student_variables": variables,
+        "teacher_variables": variables,
+        "inputs": jnp.ones((4, 2)),
+        "examples": 9,
+        "steps": 5,
+    }
+    # The head called "head" reads six features, "early" has two: it is another layer's.
+    assert methods.setup(deep, deep, **given).teacher_head is None
+    layout = Layout(("early",), "early", head=lambda params: Head(params["head"]["kernel"]))
+    with pytest.raises(ValueError, match=r"head of 'early' must have the kernel \[2, 3\]"):
+        methods.setup(deep, deep, **given, teacher_layout=layout)
+
+
+def test_one_logit_needs_a_sigmoid_task() -> None:
+    one = params(2, 6, 1)
+    with pytest.raises(ValueError, match="softmax of one logit is constant. Pass exclusive=False"):
+        made(one, one)
+    setup = made(one, one, exclusive=False)
+    outputs: Outputs = {"logits": jnp.array([[0.0], [2.0]])}
+    found = setup.task(Inputs(outputs, {}, {"labels": jnp.array([1, 0])}))
+    assert not isinstance(found, tuple)
+    np.testing.assert_allclose(found["task"], np.log1p(np.exp([0.0, 2.0])), rtol=1e-6)
+
+
+def test_the_task_of_many_labels_is_their_mean() -> None:
+    outputs: Outputs = {"logits": jnp.array([[0.0, 2.0]])}
+    labels = jnp.array([[1.0, 0.0]])
+    found = methods.multi_label(Inputs(outputs, {}, {"labels": labels}))["task"]
+    np.testing.assert_allclose(found, [(np.log(2) + np.log1p(np.exp(2.0))) / 2], rtol=1e-6)
