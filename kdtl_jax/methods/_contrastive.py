@@ -8,7 +8,7 @@ from jax import Array
 
 from kdtl_jax import connectors, losses, memory
 from kdtl_jax._types import Params, PyTree, Scalar
-from kdtl_jax.methods._layers import key_and_step
+from kdtl_jax.methods._layers import key_and_step, real
 from kdtl_jax.methods._setup import Method, Setup, method
 from kdtl_jax.objective import Inputs
 
@@ -91,7 +91,11 @@ def info_nce(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         student, teacher = _embedded(setup, inputs)
-        return {"info_nce": losses.info_nce(student, teacher, temperature=temperature)}
+        return {
+            "info_nce": losses.info_nce(
+                student, teacher, temperature=temperature, where=real(inputs)
+            )
+        }
 
     return method(
         setup, terms, {"task": 1.0, "info_nce": 0.8}, connectors=partial(_init_embeddings, setup)
@@ -109,8 +113,12 @@ def dcd(setup: Setup) -> Method:
         student, teacher = _embedded(setup, inputs)
         temperature = 1 / jnp.minimum(jnp.exp(inputs.connectors["tau"]), 10)
         return {
-            "info_nce": losses.info_nce(student, teacher, temperature=temperature),
-            "invariance": losses.dcd_invariance(student, teacher, temperature=temperature),
+            "info_nce": losses.info_nce(
+                student, teacher, temperature=temperature, where=real(inputs)
+            ),
+            "invariance": losses.dcd_invariance(
+                student, teacher, temperature=temperature, where=real(inputs)
+            ),
         }
 
     def init(key: Array) -> Params:
@@ -132,7 +140,9 @@ def rrd(setup: Setup, *, temperature: Scalar = 0.1) -> Method:
         student, teacher = _embedded(setup, inputs)
         teacher = jax.lax.stop_gradient(teacher)
         queue = memory.queue_push(inputs.memory, teacher)
-        values = losses.rrd(student, teacher, queue=queue.rows, student_temperature=temperature)
+        values = losses.rrd(
+            student, teacher, queue=queue.rows, student_temperature=temperature, where=real(inputs)
+        )
         return {"rrd": values}, queue
 
     def queue(key: Array) -> PyTree:

@@ -10,7 +10,7 @@ from jax import Array
 from kdtl_jax import connectors, losses
 from kdtl_jax._types import Params, Scalar
 from kdtl_jax.methods import _layers
-from kdtl_jax.methods._layers import key_and_step, pairwise, projection, regressor
+from kdtl_jax.methods._layers import by_example, key_and_step, pairwise, projection, regressor
 from kdtl_jax.methods._logits import exclusive_classes
 from kdtl_jax.methods._setup import Method, Setup, method
 from kdtl_jax.objective import Inputs
@@ -24,7 +24,7 @@ def hint(setup: Setup) -> Method:
     """
     found = _layers.layers(setup, _layers.middle(setup))
     weights = {"task": 1.0, "hint": 100.0}
-    return pairwise(setup, "hint", losses.hint, found, weights, connector=regressor)
+    return pairwise(setup, "hint", by_example(losses.mse), found, weights, connector=regressor)
 
 
 def cosine(setup: Setup) -> Method:
@@ -34,9 +34,12 @@ def cosine(setup: Setup) -> Method:
     """
     found = _layers.layers(setup, _layers.every(setup))
     weights = {"task": 1.0, "cosine": 1.0}
-    return pairwise(
-        setup, "cosine", losses.hint_cosine, found, weights, connector=connectors.linear
-    )
+
+    def loss(student: Array, teacher: Array) -> Array:
+        values = losses.cosine_distance(student, teacher)  # of every position
+        return jnp.mean(values.reshape(len(values), -1), axis=1)
+
+    return pairwise(setup, "cosine", by_example(loss), found, weights, connector=connectors.linear)
 
 
 def ridge_hint(setup: Setup) -> Method:
@@ -46,7 +49,11 @@ def ridge_hint(setup: Setup) -> Method:
     Nothing to train beside the student; task 1, hint 1.
     """
     found = _layers.layers(setup, _layers.deepest(setup))
-    return pairwise(setup, "hint", losses.ridge_hint, found, {"task": 1.0, "hint": 1.0})
+
+    def loss(student: Array, teacher: Array, where: Array | None) -> Array:
+        return losses.ridge_hint(student, teacher, where=where)
+
+    return pairwise(setup, "hint", loss, found, {"task": 1.0, "hint": 1.0})
 
 
 def vid(setup: Setup) -> Method:
@@ -89,7 +96,7 @@ def ickd(setup: Setup) -> Method:
 
     found = _layers.layers(setup, _layers.deepest(setup), _layers.maps)
     weights = {"task": 1.0, "ickd": 500 / 256}
-    return pairwise(setup, "ickd", loss, found, weights, connector=projection)
+    return pairwise(setup, "ickd", by_example(loss), found, weights, connector=projection)
 
 
 def pkd(setup: Setup) -> Method:
@@ -99,7 +106,11 @@ def pkd(setup: Setup) -> Method:
     """
     found = _layers.layers(setup, _layers.every(setup))
     weights = {"task": 1.0, "pkd": 1.0}
-    return pairwise(setup, "pkd", losses.pkd_pearson, found, weights, connector=connectors.conv1x1)
+
+    def loss(student: Array, teacher: Array, where: Array | None) -> Array:
+        return losses.pkd_pearson(student, teacher, where=where)
+
+    return pairwise(setup, "pkd", loss, found, weights, connector=connectors.conv1x1)
 
 
 def mgd(setup: Setup, *, masked: float = 0.15) -> Method:
@@ -126,7 +137,8 @@ def mgd(setup: Setup, *, masked: float = 0.15) -> Method:
         student = align.apply(params["align"], student)
         keep = jax.random.bernoulli(key, 1 - masked, (len(student), 1, 1, channels))
         rest = jnp.where(keep, student, jnp.zeros((), student.dtype))
-        return {"mgd": losses.mgd(generate.apply(params["generator"], rest), teacher)}
+        generated = generate.apply(params["generator"], rest)
+        return {"mgd": losses.squared_distance(generated, teacher)}
 
     return method(setup, terms, {"task": 1.0, "mgd": 7e-5}, connectors=init)
 

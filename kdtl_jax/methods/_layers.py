@@ -19,7 +19,8 @@ from kdtl_jax.objective import Inputs
 
 View = Callable[[Array, Array], tuple[Array, Array]]
 Features = list[tuple[Array, Array]]  # of the student and the teacher, layer by layer
-PairLoss = Callable[[Array, Array], Array]
+# (student features, teacher features, real examples or None for all) -> [B]
+PairLoss = Callable[[Array, Array, Array | None], Array]
 
 
 class Layers(NamedTuple):
@@ -143,7 +144,7 @@ def pairwise(
     Args:
       setup: the pair of models.
       term: its name.
-      loss: of the features of one pair, `[B]`.
+      loss: of the features of one pair, `[B]`; `by_example` makes one of losses that need no mask.
       found: the layers.
       weights: of the task and the term.
       connector: from the teacher's channels; None compares features as they are.
@@ -153,14 +154,14 @@ def pairwise(
 
         def plain(inputs: Inputs) -> dict[str, Array]:
             features = found.read(inputs.student, inputs.teacher)
-            return {term: total(loss, features, layer_weights)}
+            return {term: total(loss, features, real(inputs), layer_weights)}
 
         return method(setup, plain, weights)
     glue = [connector(teacher.shape[-1]) for teacher in found.teacher]
 
     def connected(inputs: Inputs) -> dict[str, Array]:
         features = connect(glue, inputs.connectors, found.read(inputs.student, inputs.teacher))
-        return {term: total(loss, features, layer_weights)}
+        return {term: total(loss, features, real(inputs), layer_weights)}
 
     return method(
         setup, connected, weights, connectors=lambda key: init_each(glue, found.student, key)
@@ -175,9 +176,19 @@ def connect(glue: Sequence[Connector], params: Params, features: Features) -> Fe
     ]
 
 
-def total(loss: PairLoss, features: Features, weights: Sequence[float] | None = None) -> Array:
+def by_example(loss: Callable[[Array, Array], Array]) -> PairLoss:
+    """A loss whose value for one example depends on no other: the mask is the objective's."""
+    return lambda student, teacher, where: loss(student, teacher)
+
+
+def total(
+    loss: PairLoss,
+    features: Features,
+    where: Array | None,
+    weights: Sequence[float] | None = None,
+) -> Array:
     """`sum_i w_i loss(student_i, teacher_i)`, `[B]`."""
-    values = [loss(student, teacher) for student, teacher in features]
+    values = [loss(student, teacher, where) for student, teacher in features]
     if weights is not None:
         values = [weight * value for weight, value in zip(weights, values, strict=True)]
     return sum(values[1:], values[0])
@@ -205,6 +216,17 @@ def projection(channels: int) -> Connector:
 def regressor(channels: int) -> Connector:
     """RepDistiller's: `projection` and a ReLU."""
     return connectors.chain(projection(channels), connectors.activation(jax.nn.relu))
+
+
+def real(inputs: Inputs) -> Array | None:
+    """Which examples are real, `[B]`: those whose weight is not 0. None where all are."""
+    weights = inputs.batch.get("weights")
+    return None if weights is None else weights != 0
+
+
+def count(x: Array, where: Array | None) -> Array | int:
+    """How many examples are real, at least 1, in x's dtype."""
+    return len(x) if where is None else jnp.maximum(jnp.sum(where, dtype=x.dtype), 1)
 
 
 def key_and_step(inputs: Inputs) -> tuple[Array, Array]:

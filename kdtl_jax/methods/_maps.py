@@ -6,7 +6,7 @@ from jax import Array
 from kdtl_jax import connectors, losses
 from kdtl_jax._types import Scalar
 from kdtl_jax.methods import _layers
-from kdtl_jax.methods._layers import layers_of_maps, pairwise, regressor
+from kdtl_jax.methods._layers import by_example, layers_of_maps, pairwise, regressor
 from kdtl_jax.methods._logits import cooled_down, needs_teacher_head
 from kdtl_jax.methods._setup import Method, Setup, method
 from kdtl_jax.objective import Inputs
@@ -20,7 +20,9 @@ def at(setup: Setup) -> Method:
     """
     why = "a normalized attention map of one position is always 1"
     found = layers_of_maps(setup, _layers.every(setup), because=why)
-    return pairwise(setup, "at", losses.attention_transfer, found, {"task": 1.0, "at": 1000.0})
+    return pairwise(
+        setup, "at", by_example(losses.attention_transfer), found, {"task": 1.0, "at": 1000.0}
+    )
 
 
 def nst(setup: Setup) -> Method:
@@ -30,7 +32,7 @@ def nst(setup: Setup) -> Method:
     """
     why = "a channel normalized over one position is only a sign"
     found = layers_of_maps(setup, _layers.every(setup), because=why)
-    return pairwise(setup, "nst", losses.nst, found, {"task": 1.0, "nst": 50.0})
+    return pairwise(setup, "nst", by_example(losses.nst), found, {"task": 1.0, "nst": 50.0})
 
 
 def cwd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
@@ -45,7 +47,7 @@ def cwd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
     why = "a softmax over one position is always 1"
     found = layers_of_maps(setup, _layers.deepest(setup), because=why)
     weights = {"task": 1.0, "cwd": 50.0}
-    return pairwise(setup, "cwd", loss, found, weights, connector=connectors.conv1x1)
+    return pairwise(setup, "cwd", by_example(loss), found, weights, connector=connectors.conv1x1)
 
 
 def wkd_f(setup: Setup) -> Method:
@@ -60,7 +62,7 @@ def wkd_f(setup: Setup) -> Method:
 
     found = layers_of_maps(setup, _layers.deepest(setup), because="one position has no variance")
     weights = {"task": 1.0, "wkd_f": cooled_down(0.08, setup)}
-    return pairwise(setup, "wkd_f", loss, found, weights, connector=regressor)
+    return pairwise(setup, "wkd_f", by_example(loss), found, weights, connector=regressor)
 
 
 def catkd(setup: Setup) -> Method:

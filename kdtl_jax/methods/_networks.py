@@ -40,7 +40,7 @@ def simkd(setup: Setup) -> Method:
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         sides = projected(inputs.connectors, inputs.student, inputs.teacher)
-        return {"simkd": losses.simkd(*sides)}
+        return {"simkd": losses.mse(*sides)}
 
     def predict(params: Params, memory: PyTree, student: Outputs) -> Array:
         # Of the teacher's map only the size matters here: the student's is pooled to it.
@@ -59,7 +59,7 @@ def srrl(setup: Setup) -> Method:
     """`mean (r(f_S) - f_T)^2 + 5 mean (W_T r(f_S) - W_T f_T)^2`: the teacher's classifier judges.
 
     Yang et al., ICLR 2021. r is a 1x1 convolution, batch norm and ReLU on what the head reads. Task
-    1, srrl 1: cls_KD's weights 1 and 5.
+    1, feature 1, classifier 5: cls_KD.
     """
     head, (of_student, of_teacher) = needs_teacher_head(setup), setup.last
     connector = regressor(setup.teacher[of_teacher].shape[-1])
@@ -67,13 +67,13 @@ def srrl(setup: Setup) -> Method:
     def terms(inputs: Inputs) -> dict[str, Array]:
         student = connector.apply(inputs.connectors, inputs.student[of_student])
         teacher = inputs.teacher[of_teacher]
-        values = losses.srrl(student, teacher, classifier=lambda x: classify(head, x))
-        return {"srrl": values}
+        logits = classify(head, student), classify(head, teacher)
+        return {"feature": losses.mse(student, teacher), "classifier": losses.mse(*logits)}
 
     def init(key: Array) -> Params:
         return connector.init(key, setup.student[of_student])
 
-    return method(setup, terms, {"task": 1.0, "srrl": 1.0}, connectors=init)
+    return method(setup, terms, {"task": 1.0, "feature": 1.0, "classifier": 5.0}, connectors=init)
 
 
 def jacobian(setup: Setup, *, probes: int = 1) -> Method:

@@ -6,7 +6,7 @@ from jax import Array
 from kdtl_jax import connectors, losses
 from kdtl_jax._types import Params
 from kdtl_jax.methods import _layers
-from kdtl_jax.methods._layers import pairwise
+from kdtl_jax.methods._layers import count, pairwise, real
 from kdtl_jax.methods._setup import Method, Setup, method
 from kdtl_jax.objective import Inputs
 
@@ -18,7 +18,11 @@ def sp(setup: Setup) -> Method:
     RepDistiller.
     """
     found = _layers.layers(setup, _layers.deepest(setup), _layers.unchanged)
-    return pairwise(setup, "sp", losses.sp, found, {"task": 1.0, "sp": 3000.0})
+
+    def loss(student: Array, teacher: Array, where: Array | None) -> Array:
+        return losses.sp(student, teacher, where=where)
+
+    return pairwise(setup, "sp", loss, found, {"task": 1.0, "sp": 3000.0})
 
 
 def rkd(setup: Setup) -> Method:
@@ -31,7 +35,11 @@ def rkd(setup: Setup) -> Method:
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         sides = inputs.student[of_student], inputs.teacher[of_teacher]
-        return {"distance": losses.rkd_distance(*sides), "angle": losses.rkd_angle(*sides)}
+        where = real(inputs)
+        return {
+            "distance": losses.rkd_distance(*sides, where=where),
+            "angle": losses.rkd_angle(*sides, where=where),
+        }
 
     return method(setup, terms, {"task": 1.0, "distance": 25.0, "angle": 50.0})
 
@@ -43,8 +51,9 @@ def pkt(setup: Setup) -> Method:
     RepDistiller, which averages over pairs of examples.
     """
 
-    def loss(student: Array, teacher: Array) -> Array:
-        return losses.pkt(student, teacher) / len(student)
+    def loss(student: Array, teacher: Array, where: Array | None) -> Array:
+        values = losses.pkt(student, teacher, where=where)
+        return values / count(values, where)
 
     found = _layers.layers(setup, [setup.last], _layers.unchanged)
     return pairwise(setup, "pkt", loss, found, {"task": 1.0, "pkt": 30000.0})
@@ -57,7 +66,11 @@ def cc(setup: Setup) -> Method:
     configuration.
     """
     found = _layers.layers(setup, [setup.last], _layers.unchanged)
-    return pairwise(setup, "cc", losses.cc, found, {"task": 1.0, "cc": 0.003})
+
+    def loss(student: Array, teacher: Array, where: Array | None) -> Array:
+        return losses.cc(student, teacher, where=where)
+
+    return pairwise(setup, "cc", loss, found, {"task": 1.0, "cc": 0.003})
 
 
 def itrd(setup: Setup) -> Method:
@@ -71,12 +84,13 @@ def itrd(setup: Setup) -> Method:
     embed = connectors.linear(setup.teacher[of_teacher].shape[-1])
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        teacher = inputs.teacher[of_teacher]
+        teacher, where = inputs.teacher[of_teacher], real(inputs)
         student = embed.apply(inputs.connectors, inputs.student[of_student])
-        distance = jnp.abs(losses.feature_correlation(student, teacher) - 1)
+        mutual = losses.itrd_mutual(student, teacher, where=where)
+        distance = jnp.abs(losses.feature_correlation(student, teacher, where=where) - 1)
         return {
             "correlation": jnp.log2(jnp.sum(distance**3) + 1e-12),
-            "mutual": len(student) * losses.itrd_mutual(student, teacher),
+            "mutual": count(mutual, where) * mutual,
         }
 
     def init(key: Array) -> Params:

@@ -8,7 +8,7 @@ from jax import Array
 from kdtl_jax import connectors, losses
 from kdtl_jax._types import Params
 from kdtl_jax.methods import _layers
-from kdtl_jax.methods._layers import pairwise, projection
+from kdtl_jax.methods._layers import by_example, pairwise, projection
 from kdtl_jax.methods._logits import warmed_up
 from kdtl_jax.methods._setup import Method, Setup, Weight, method
 from kdtl_jax.objective import Inputs
@@ -61,7 +61,7 @@ def review(setup: Setup) -> Method:
             student, teacher = features[i]
             mixed, residual = fusions[i].apply(inputs.connectors[f"pair_{i}"], (student, residual))
             fused.append((mixed, teacher))
-        return {"hcl": _layers.total(losses.hcl, fused)}
+        return {"hcl": _layers.total(by_example(losses.hcl), fused, None)}
 
     return method(setup, terms, {"task": 1.0, "hcl": warmed_up(1.0, setup)}, connectors=init)
 
@@ -95,7 +95,7 @@ def ft(setup: Setup) -> Method:
         elements = factor.size // len(factor)
         return {
             "ft": losses.factor_transfer(translated, factor) / elements,
-            "reconstruction": losses.hint(rebuilt, teacher),
+            "reconstruction": losses.mse(rebuilt, teacher),
         }
 
     weights = {"task": 1.0, "ft": 1000.0, "reconstruction": 1.0}
@@ -116,7 +116,7 @@ def ab(setup: Setup) -> Method:
     return pairwise(
         setup,
         "ab",
-        loss,
+        by_example(loss),
         found,
         features_first("ab", 1.0, setup),
         connector=projection,
@@ -137,8 +137,8 @@ def ofd(setup: Setup) -> Method:
             f"needs the teacher's features before the activation, not tapped for {missing}"
         )
 
-    def loss(student: Array, teacher: Array) -> Array:
-        return losses.ofd(student, teacher, margin=_mean_below_zero(teacher))
+    def loss(student: Array, teacher: Array, where: Array | None) -> Array:
+        return losses.partial_l2(student, teacher, margin=_mean_below_zero(teacher, where))
 
     found = _layers.layers(setup, [setup.before_activation[pair] for pair in setup.pairs])
     return pairwise(
@@ -152,8 +152,10 @@ def ofd(setup: Setup) -> Method:
     )
 
 
-def _mean_below_zero(x: Array) -> Array:
+def _mean_below_zero(x: Array, where: Array | None) -> Array:
     """`E[x | x < 0]` per channel over this batch, 0 for a channel that is never below: `[C]`."""
+    if where is not None:
+        x = jnp.where(jnp.expand_dims(where, tuple(range(1, x.ndim))), x, 0)
     below = jnp.minimum(x, 0).reshape(-1, x.shape[-1])
     count = jnp.sum(below < 0, axis=0, dtype=x.dtype)
     return jnp.sum(below, axis=0) / jnp.maximum(count, 1)

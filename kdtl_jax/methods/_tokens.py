@@ -12,7 +12,7 @@ from jax import Array
 from kdtl_jax import connectors, losses
 from kdtl_jax._types import Outputs, Params
 from kdtl_jax.methods import _layers
-from kdtl_jax.methods._layers import pairwise
+from kdtl_jax.methods._layers import by_example, pairwise
 from kdtl_jax.methods._setup import Method, Pair, Setup, method
 from kdtl_jax.objective import Inputs
 
@@ -63,7 +63,14 @@ def hidden_mse(setup: Setup) -> Method:
     """
     found = _layers.layers(setup, _token_layers(setup), _layers.unchanged)
     weights = {"task": 1.0, "hidden": 1.0}
-    return pairwise(setup, "hidden", losses.hidden_mse, found, weights, connector=connectors.linear)
+    return pairwise(
+        setup,
+        "hidden",
+        by_example(losses.last_axis_mse),
+        found,
+        weights,
+        connector=connectors.linear,
+    )
 
 
 def hidden_cosine(setup: Setup) -> Method:
@@ -74,7 +81,7 @@ def hidden_cosine(setup: Setup) -> Method:
     """
     found = _layers.layers(setup, _token_layers(setup), _layers.unchanged)
     weights = {"task": 1.0, "hidden": 1.0}
-    loss = losses.hidden_cosine
+    loss = by_example(losses.cosine_distance)
     return pairwise(setup, "hidden", loss, found, weights, connector=connectors.linear)
 
 
@@ -86,8 +93,11 @@ def patient_kd(setup: Setup) -> Method:
     """
     found = _layers.layers(setup, _token_layers(setup), _layers.first_tokens)
     weights = {"task": 1.0, "patient": 10.0}
-    loss = losses.patient_kd
-    return pairwise(setup, "patient", loss, found, weights, connector=connectors.linear)
+
+    def loss(student: Array, teacher: Array) -> Array:
+        return 2 * losses.cosine_distance(student, teacher)
+
+    return pairwise(setup, "patient", by_example(loss), found, weights, connector=connectors.linear)
 
 
 def attention_kl(setup: Setup) -> Method:
@@ -134,7 +144,9 @@ def tinybert(setup: Setup) -> Method:
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         hidden = [
-            losses.hidden_mse(shared.apply(inputs.connectors, inputs.student[s]), inputs.teacher[t])
+            losses.last_axis_mse(
+                shared.apply(inputs.connectors, inputs.student[s]), inputs.teacher[t]
+            )
             for s, t in layers
         ]
         return {"attention": _scores_mse(pairs, inputs), "hidden": sum(hidden[1:], hidden[0])}
