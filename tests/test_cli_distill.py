@@ -17,11 +17,11 @@ import orbax.checkpoint as ocp
 import pytest
 import yaml
 
-from kdtl_jax import models
+from kdtl_jax import methods, models
 from kdtl_jax.cli import _output, distill, main
+from kdtl_jax.cli.distill import BY_NAME
 from kdtl_jax.interop import linen, safetensors
-from kdtl_jax.methods import BY_NAME
-from kdtl_jax.methods._method import TASK, Built, Method, no_connectors, no_memory
+from kdtl_jax.methods import Entry
 from kdtl_jax.recipes import _seeds
 from kdtl_jax.run import checkpoint, loop
 
@@ -347,11 +347,11 @@ def test_batch_statistics_are_trained_and_saved(
 # Methods that go wrong.
 
 
-def made(name: str, terms: Any, applies: Any = lambda setup: None) -> Method:
-    def build(setup: Any, options: Any) -> Built:
-        return Built(terms, {TASK: 1.0, "term": 1.0}, no_connectors, no_memory)
+def made(name: str, terms: Any, applies: Any = lambda setup: None) -> Entry:
+    def build(setup: Any) -> methods.Method:
+        return methods.method(setup, terms, {"task": 1.0, "term": 1.0})
 
-    return Method(name, name.title(), "nobody, 2026", "logits", False, build, applies)
+    return Entry(name, name.title(), "nobody, 2026", "logits", False, build, applies)
 
 
 def test_methods_that_break_are_reported_and_stop_nothing(

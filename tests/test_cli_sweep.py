@@ -13,8 +13,8 @@ import pytest
 from kdtl_jax.cli import main, parse
 from kdtl_jax.cli import sweep as cli_sweep
 from kdtl_jax.cli._config import UsageError
+from kdtl_jax.cli.sweep import BY_NAME
 from kdtl_jax.datasets import Splits, digits
-from kdtl_jax.methods import BY_NAME
 from kdtl_jax.models import mlp
 from kdtl_jax.recipes import _networks, _sweep_pair, _sweep_runs
 from kdtl_jax.train import sweep as sweeps

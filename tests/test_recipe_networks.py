@@ -37,14 +37,14 @@ def described(text: str) -> Network:
 def test_every_named_tap_exists(text: str, features: list[str], last: str) -> None:
     net = described(text)
     found = _networks.shapes(net, 2, EXAMPLE)
-    assert list(net.features) == features and net.last == last
-    named = [*features, last, *net.before_activation, *net.before_activation.values()]
-    named += [f"{path}/probs" for path in net.attention]
+    assert list(net.layout.features) == features and net.layout.last == last
+    named = [*features, last, *net.layout.before_activation, *net.layout.before_activation.values()]
+    named += [f"{path}/probs" for path in net.layout.attention]
     assert set(named) <= found.keys()
     assert found["logits"].shape == (2, 3)
     if last != "logits":
         assert len(found[last].shape) == 2
-    for after, before in net.before_activation.items():
+    for after, before in net.layout.before_activation.items():
         assert found[after].shape == found[before].shape
 
 
@@ -54,40 +54,9 @@ def test_before_activation_is_what_relu_reads(text: str) -> None:
     inputs = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
     variables = net.init(jax.random.key(0), inputs)
     outputs, _ = net.apply(*variables, inputs)
-    for after, before in net.before_activation.items():
+    for after, before in net.layout.before_activation.items():
         np.testing.assert_allclose(jax.nn.relu(outputs[before]), outputs[after], rtol=1e-6)
         assert (outputs[before] < 0).any()
-
-
-def made(student: str, teacher: str, **options: object) -> _networks.Setup:
-    large = described(teacher)
-    variables = jax.jit(lambda: large.init(jax.random.key(0), EXAMPLE))()
-    shared = {"example": EXAMPLE, "classes": 3, "batch_size": 4, "examples": 9, "steps": 5}
-    return _networks.setup(described(student), large, variables, **{**shared, **options})
-
-
-def test_layers_are_matched_from_the_end() -> None:
-    setup = made("mlp:6", "mlp:7,5")
-    assert setup.pairs == (("hidden_0", "hidden_1"),)
-    assert setup.last == ("hidden_0", "hidden_1")
-    assert setup.student["hidden_0"].shape == (4, 6)
-    assert setup.teacher_head is not None and setup.teacher_head.kernel.shape == (5, 3)
-    assert setup.models is not None and setup.student_head is not None
-    given = made("mlp:6", "mlp:7,5", layers=[("hidden_0", "hidden_0")])
-    assert given.pairs == (("hidden_0", "hidden_0"),)
-
-
-def test_a_head_on_the_inputs_shows_no_features() -> None:
-    setup = made("mlp:", "mlp:7")
-    assert setup.pairs == () and setup.last == ("logits", "hidden_0")
-    assert setup.student_head is None
-
-
-def test_what_does_not_fit_is_told() -> None:
-    with pytest.raises(ValueError, match="student has 3 outputs, the data has 4 classes"):
-        made("mlp:6", "mlp:7,5", classes=4)
-    with pytest.raises(ValueError, match="teacher has no tap 'hidden_4'. It has dense_0"):
-        made("mlp:6", "mlp:7,5", layers=[("hidden_0", "hidden_4")])
 
 
 class Foreign(nn.Module):
@@ -102,7 +71,7 @@ class Foreign(nn.Module):
 
 def test_foreign_modules_are_read_by_their_outputs() -> None:
     net = _networks.network(Foreign(), EXAMPLE)
-    assert net.features == ("f9", "f10") and net.last == "f10"
+    assert net.layout.features == ("f9", "f10") and net.layout.last == "f10"
 
 
 def test_half_precision_gives_float32_outputs() -> None:

@@ -14,18 +14,20 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from kdtl_jax import _files, trees
+from kdtl_jax import _files, methods, trees
 from kdtl_jax.cli import _config, _output, _specs, _training
 from kdtl_jax.datasets import Splits, Standardizer, standardizer
 from kdtl_jax.interop import safetensors
-from kdtl_jax.methods import BY_NAME, COLUMNS, rows
-from kdtl_jax.methods._method import Method, Options
+from kdtl_jax.methods import Entry
 from kdtl_jax.recipes import _networks, distill
+from kdtl_jax.recipes._options import Options
 from kdtl_jax.recipes._training import Place, Schedule
 from kdtl_jax.run import report
 
 DEFAULT = ["kd", "dkd"]
 ALL = "all"
+COLUMNS = ("method", "title", "paper", "needs", "connector")
+BY_NAME = {entry.name: entry for entry in methods.table()}
 # Settings that may differ between a run and its continuation.
 FREE = ("resume", "force", "out", "process", "coordinator")
 
@@ -156,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _methods(asked: Sequence[str]) -> list[Method]:
+def _methods(asked: Sequence[str]) -> list[Entry]:
     if list(asked) == [ALL]:
         return list(BY_NAME.values())
     unknown = [name for name in asked if name not in BY_NAME]
@@ -311,12 +313,19 @@ def _save_models(
 def _print_methods() -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
-        for row in (COLUMNS, *rows()):
+        for row in (COLUMNS, *_rows()):
             print("\t".join(row))
         return
     table = Table()
     for name in COLUMNS:
         table.add_column(name)
-    for row in rows():
+    for row in _rows():
         table.add_row(*row)
     console.print(table)
+
+
+def _rows() -> list[tuple[str, str, str, str, str]]:
+    return [
+        (e.name, e.title, e.paper, e.needs, "yes" if e.connector else "no")
+        for e in BY_NAME.values()
+    ]

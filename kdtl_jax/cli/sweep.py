@@ -11,16 +11,16 @@ import jax
 import numpy as np
 import optax
 
-from kdtl_jax import trees
+from kdtl_jax import methods, trees
 from kdtl_jax.cli import _config, _output, _specs, _sweep_report, _training
 from kdtl_jax.cli._config import UsageError
 from kdtl_jax.datasets import Splits, standardizer
-from kdtl_jax.methods import BY_NAME
-from kdtl_jax.methods._method import Method
+from kdtl_jax.methods import Entry
 from kdtl_jax.recipes import sweep
 from kdtl_jax.recipes._training import Schedule
 from kdtl_jax.train import sweep as sweeps
 
+BY_NAME = {entry.name: entry for entry in methods.table()}
 DEFAULT_GRID = ["temperature=1,2,4,8"]
 PATHS = {
     "together": sweeps.vectorized,
@@ -223,7 +223,7 @@ def optimizer(name: str) -> Any:
     return of
 
 
-def _methods(asked: Sequence[str]) -> list[Method]:
+def _methods(asked: Sequence[str]) -> list[Entry]:
     unknown = [name for name in asked if name not in BY_NAME]
     if unknown or not asked:
         name = unknown[0] if unknown else ""

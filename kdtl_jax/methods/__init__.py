@@ -71,6 +71,7 @@ from kdtl_jax.methods._setup import Head as Head
 from kdtl_jax.methods._setup import Layout as Layout
 from kdtl_jax.methods._setup import Method as Method
 from kdtl_jax.methods._setup import Models as Models
+from kdtl_jax.methods._setup import Predict as Predict
 from kdtl_jax.methods._setup import Setup as Setup
 from kdtl_jax.methods._setup import alone as alone
 from kdtl_jax.methods._setup import layout as layout

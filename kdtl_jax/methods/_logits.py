@@ -12,7 +12,7 @@ import optax
 from jax import Array
 
 from kdtl_jax import connectors, losses, temperatures
-from kdtl_jax._types import Params, Scalar
+from kdtl_jax._types import Params, Scalar, Schedule
 from kdtl_jax.methods._layers import key_and_step
 from kdtl_jax.methods._setup import Head, Method, Setup, Weight, method
 from kdtl_jax.objective import Inputs
@@ -67,18 +67,21 @@ def needs_teacher_head(setup: Setup) -> Head:
     return setup.teacher_head
 
 
-def warmed_up(weight: float, setup: Setup, *, share: float = 20 / 240) -> optax.Schedule:
-    """0 to `weight` over the first share of the run: 20 of 240 epochs in mdistiller."""
-    return optax.linear_schedule(0.0, weight, max(round(share * setup.steps), 1))
+def warmed_up(weight: float, setup: Setup) -> Schedule:
+    """0 to `weight` over the first 20 of 240 parts of the run, mdistiller's epochs."""
+    return schedule(optax.linear_schedule(0.0, weight, max(round(20 / 240 * setup.steps), 1)))
 
 
-def cooled_down(weight: float, setup: Setup, *, share: float = 150 / 240) -> optax.Schedule:
-    """`weight`, and after the share of the run down to 0 along a half cosine."""
-    start = round(share * setup.steps)
+def cooled_down(weight: float, setup: Setup) -> Schedule:
+    """`weight`, and over the last 90 of 240 parts of the run down to 0 along a half cosine."""
+    start = round(150 / 240 * setup.steps)
     decay = optax.cosine_decay_schedule(weight, max(setup.steps - start, 1))
-    schedule = optax.join_schedules([optax.constant_schedule(weight), decay], [start])
-    # optax's cosine divides the count by a float, which strict promotion refuses of an integer.
-    return lambda step: schedule(jnp.asarray(step, jnp.float32))
+    return schedule(optax.join_schedules([optax.constant_schedule(weight), decay], [start]))
+
+
+def schedule(made: optax.Schedule) -> Schedule:
+    """An optax schedule of a float step: its divisions pass strict promotion."""
+    return lambda step: jnp.asarray(made(jnp.asarray(step, jnp.float32)))
 
 
 def kd(setup: Setup, *, temperature: Scalar = 4.0) -> Method:

@@ -119,6 +119,7 @@ def method(
 
     def with_task(inputs: Inputs) -> Any:
         found, task = terms(inputs), setup.task(inputs)
+        assert not isinstance(task, tuple), "a task keeps no memory"
         if isinstance(found, tuple):
             return {**task, **found[0]}, found[1]
         return {**task, **found}
@@ -180,9 +181,9 @@ def setup(
     of_student, student_where = _described(student, student_variables, inputs, student_layout)
     of_teacher, teacher_where = _described(teacher, teacher_variables, inputs, teacher_layout)
     _check_logits("teacher", of_teacher, classes)
-    classes = of_teacher["logits"].shape[-1] if classes is None else classes
-    _check_logits("student", of_student, classes)
-    if exclusive and classes == 1 and task is None:
+    count: int = of_teacher["logits"].shape[-1]
+    _check_logits("student", of_student, count)
+    if exclusive and count == 1 and task is None:
         raise ValueError(
             "the softmax of one logit is constant. Pass exclusive=False for a sigmoid head, or "
             "give the heads two outputs."
@@ -213,7 +214,7 @@ def setup(
 
     stateless = not jax.tree.leaves(student_variables.model_state)
     return Setup(
-        classes=classes,
+        classes=count,
         student=of_student,
         teacher=of_teacher,
         pairs=pairs,
@@ -221,7 +222,7 @@ def setup(
         examples=examples,
         steps=steps,
         task=task or (objective.classification if exclusive else multi_label),
-        exclusive=exclusive and classes > 1,
+        exclusive=exclusive and count > 1,
         teacher_head=teacher_head(teacher_variables.params) if teacher_head and concrete else None,
         student_head=student_head,
         last_maps=_last_maps(student_where, teacher_where, of_student, of_teacher),

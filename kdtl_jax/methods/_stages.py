@@ -9,7 +9,7 @@ from kdtl_jax import connectors, losses
 from kdtl_jax._types import Params
 from kdtl_jax.methods import _layers
 from kdtl_jax.methods._layers import by_example, pairwise, projection
-from kdtl_jax.methods._logits import warmed_up
+from kdtl_jax.methods._logits import schedule, warmed_up
 from kdtl_jax.methods._setup import Method, Setup, Weight, method
 from kdtl_jax.objective import Inputs
 
@@ -24,8 +24,8 @@ def features_first(term: str, weight: float, setup: Setup) -> dict[str, Weight]:
     end = [max(round(30 / 270 * setup.steps), 1)]
     off = optax.constant_schedule(0.0)
     return {
-        "task": optax.join_schedules([off, optax.constant_schedule(1.0)], end),
-        term: optax.join_schedules([optax.constant_schedule(weight), off], end),
+        "task": schedule(optax.join_schedules([off, optax.constant_schedule(1.0)], end)),
+        term: schedule(optax.join_schedules([optax.constant_schedule(weight), off], end)),
     }
 
 

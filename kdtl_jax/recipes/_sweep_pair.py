@@ -10,7 +10,7 @@ import numpy as np
 
 from kdtl_jax._types import Variables
 from kdtl_jax.datasets import Splits
-from kdtl_jax.methods._method import Method, Setup
+from kdtl_jax.methods import Entry, Setup
 from kdtl_jax.recipes import _networks, _seeds, _training
 from kdtl_jax.recipes._networks import Network
 from kdtl_jax.recipes._sweep_runs import Shared
@@ -47,11 +47,12 @@ def setup_of(
         batch_size=batch_size,
         examples=size,
         steps=epochs * (size // batch_size),
+        task=_training.task,
     )
 
 
 def shared_arrays(
-    splits: Splits, teacher: Network, frozen: Variables, methods: Sequence[Method]
+    splits: Splits, teacher: Network, frozen: Variables, methods: Sequence[Entry]
 ) -> Shared:
     """The data on the device, with the teacher's outputs that these methods read."""
     outputs = _training.outputs(teacher, frozen, splits.train.inputs)

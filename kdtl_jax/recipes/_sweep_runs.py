@@ -14,12 +14,12 @@ import optax
 from jax import Array
 
 from kdtl_jax import train, transforms
-from kdtl_jax._types import Params, Variables
-from kdtl_jax.methods import _method
-from kdtl_jax.methods._method import TASK, Method, Options, Setup, Weight
+from kdtl_jax._types import Params, Scalar, Schedule, Variables
+from kdtl_jax.methods import Entry, Setup
 from kdtl_jax.objective import Inputs, Terms
-from kdtl_jax.recipes import _seeds, _training
+from kdtl_jax.recipes import _options, _seeds
 from kdtl_jax.recipes._networks import Network
+from kdtl_jax.recipes._options import Options
 from kdtl_jax.train import TrainState, sweep
 
 Point = Mapping[str, Any]
@@ -56,7 +56,7 @@ class Program(NamedTuple):
 
 
 def program(
-    method: Method,
+    method: Entry,
     setup: Setup,
     net: Network,
     optimizer: Optimizer,
@@ -90,16 +90,16 @@ def program(
         )
 
     def step(point: Point) -> train.Step:
-        options, factor = _options(method, setup, point)
-        built = _method.build(method, setup, options)
+        options, factor = _asked(method, setup, point)
+        built = _options.build(method, setup, options)
 
         def terms(inputs: Inputs) -> Terms:
             found = built.terms(inputs)
             named = found[0] if isinstance(found, tuple) else found
-            return {TASK: _training.task(inputs), **named}
+            return named
 
         weights = {
-            name: weight if name == TASK or factor is None else times(weight, factor)
+            name: weight if name == "task" or factor is None else times(weight, factor)
             for name, weight in built.weights.items()
         }
         return train.make_step(net.apply, terms, weights, _tx(point))
@@ -203,7 +203,7 @@ def scaled_start(teacher: Params, student: Params, alpha: Any) -> Params:
     return transforms.scale(selected, alpha)
 
 
-def times(weight: Weight, factor: Any) -> Weight:
+def times(weight: Scalar | Schedule, factor: Any) -> Scalar | Schedule:
     """A weight or schedule, multiplied."""
     if not callable(weight):
         return weight * factor
@@ -211,12 +211,12 @@ def times(weight: Weight, factor: Any) -> Weight:
     return lambda step: schedule(step) * factor
 
 
-def terms_of(method: Method, setup: Setup) -> tuple[str, ...]:
+def terms_of(method: Entry, setup: Setup) -> tuple[str, ...]:
     """Names of the method's terms, "task" among them."""
-    return tuple(_method.build(method, setup, Options()).weights)
+    return tuple(method.build(setup).weights)
 
 
-def _options(method: Method, setup: Setup, point: Point) -> tuple[Options, Any]:
+def _asked(method: Entry, setup: Setup, point: Point) -> tuple[Options, Any]:
     terms = terms_of(method, setup)
     weights = {name: point[name] for name in terms if name in point}
     return Options(point.get("temperature"), weights), point.get("weight")

@@ -14,9 +14,9 @@ from jax import Array
 from jax.sharding import Mesh
 
 from kdtl_jax import objective, train
-from kdtl_jax._types import ModelFn, Outputs, Params, Variables
+from kdtl_jax._types import ModelFn, Params, Variables
 from kdtl_jax.datasets import Dataset
-from kdtl_jax.methods._method import TASK, Built, no_connectors, no_memory
+from kdtl_jax.methods import Method, Predict, no_connectors, no_memory
 from kdtl_jax.objective import Inputs
 from kdtl_jax.recipes import _seeds
 from kdtl_jax.recipes._networks import Network
@@ -24,7 +24,6 @@ from kdtl_jax.run import checkpoint, data, loop, sharding
 from kdtl_jax.train import TrainState
 
 Detail = Callable[[str, bool], None]  # how it goes; whether that is the last of it
-Predict = Callable[[Params, Outputs], Array]
 # (state, inputs, seed by seed?) -> the classes named [S, N]
 Named = Callable[[TrainState, np.ndarray, bool], np.ndarray]
 EVALUATION_BATCH = 512
@@ -73,14 +72,11 @@ class Trained(NamedTuple):
     seconds: float
 
 
-ALONE = Built(lambda inputs: {}, {TASK: 1.0}, no_connectors, no_memory)
-
-
 def train_seeds(
     name: str,
     net: Network,
     starts: Variables,
-    built: Built,
+    built: Method,
     bench: Bench,
     schedule: Schedule,
     place: Place,
@@ -95,7 +91,7 @@ def train_seeds(
       name: of the method, in the metrics file and under `checkpoints/`.
       net: what is trained.
       starts: its first variables, stacked over seeds.
-      built: the distillation terms; "task" is added here.
+      built: terms, weights, connectors and memory.
       bench: the data, and each seed's part of it.
       schedule: epochs, batches, optimizer, placement.
       place: the run folder.
@@ -182,14 +178,18 @@ def train_seeds(
 def namer(net: Network, predict: Predict | None = None, mesh: Mesh | None = None) -> Named:
     """`named(state, inputs, turns) -> classes [S, N]`, the classes of the largest logits."""
 
-    def one(params: Params, model_state: Any, inputs: Array) -> Array:
-        outputs, _ = net.apply(params["student"], model_state, inputs)
-        logits = outputs["logits"] if predict is None else predict(params, outputs)
+    def one(params: Params, model_state: Any, glue: Any, inputs: Array) -> Array:
+        outputs, _ = net.apply(params, model_state, inputs)
+        if predict is None:
+            logits = outputs["logits"]
+        else:
+            connectors, memory = glue
+            logits = predict(connectors, memory, outputs)
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     whole = None if mesh is None else sharding.replicated(mesh)
     single, part = jax.jit(one, out_shardings=whole), jax.jit(_seeds.pick)
-    every = jax.jit(jax.vmap(one, in_axes=(0, 0, None)), out_shardings=whole)
+    every = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, None)), out_shardings=whole)
 
     def batch_named(held: Any, x: np.ndarray, turns: bool, seeds: int) -> np.ndarray:
         if not turns:
@@ -198,9 +198,8 @@ def namer(net: Network, predict: Predict | None = None, mesh: Mesh | None = None
 
     def named(state: TrainState, inputs: np.ndarray, turns: bool) -> np.ndarray:
         # Without the connectors that no prediction reads, one compilation serves all methods.
-        glue = {} if predict is None else state.connectors
-        params = {"student": state.params, "connectors": glue}
-        held = params, state.model_state
+        glue = () if predict is None else (state.connectors, state.memory)
+        held = state.params, state.model_state, glue
         found = []
         for batch in data.in_order({"inputs": inputs}, min(EVALUATION_BATCH, len(inputs))):
             classes = batch_named(held, batch["inputs"], turns, len(state.key))
@@ -215,12 +214,15 @@ def examples(bench: Bench) -> int:
     return len(bench.arrays["index"]) if bench.rows is None else bench.rows.shape[-1]
 
 
-def task(inputs: Inputs) -> Array:
+def task(inputs: Inputs) -> dict[str, Array]:
     """Cross-entropy with the labels, or with the mixed labels `batch["targets"]` `[B, K]`."""
-    logits = inputs.student["logits"]
     if "targets" in inputs.batch:
-        return optax.softmax_cross_entropy(logits, inputs.batch["targets"])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, inputs.batch["labels"])
+        targets = inputs.batch["targets"]
+        return {"task": optax.softmax_cross_entropy(inputs.student["logits"], targets)}
+    return objective.classification(inputs)
+
+
+ALONE = Method(task, {"task": 1.0}, no_connectors, no_memory)
 
 
 def initial(net: Network, keys: Array, example: Any) -> Variables:
@@ -246,17 +248,8 @@ def outputs(net: Network, variables: Variables, inputs: np.ndarray) -> dict[str,
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
-def _with_task(built: Built) -> objective.TermsFn:
-    def terms(inputs: Inputs) -> tuple[objective.Terms, Any]:
-        found = built.terms(inputs)
-        named, memory = found if isinstance(found, tuple) else (found, inputs.memory)
-        return {TASK: task(inputs), **named}, memory
-
-    return terms
-
-
 def _start(
-    starts: Variables, keys: _seeds.Keys, built: Built, tx: optax.GradientTransformation
+    starts: Variables, keys: _seeds.Keys, built: Method, tx: optax.GradientTransformation
 ) -> TrainState:
     def one(start: Variables, key: _seeds.Keys) -> TrainState:
         return train.init_state(
@@ -274,7 +267,7 @@ def _start(
 
 def _step(
     net: Network,
-    built: Built,
+    built: Method,
     teacher: tuple[ModelFn, Variables] | None,
     tx: optax.GradientTransformation,
     schedule: Schedule,
@@ -283,7 +276,7 @@ def _step(
     """The step of one seed."""
     step = train.make_step(
         net.apply,
-        _with_task(built),
+        built.terms,
         built.weights,
         tx,
         teacher=None if teacher is None else teacher[0],

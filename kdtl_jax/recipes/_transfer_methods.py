@@ -125,13 +125,13 @@ def _from_the_top(case: Case, params: Params) -> optax.GradientTransformation:
 
 def _features(case: Case, inputs: Any) -> dict[str, Array]:
     outputs, _ = case.net.apply(*case.copied, inputs)
-    return {tap: outputs[tap] for tap in case.net.features}
+    return {tap: outputs[tap] for tap in case.net.layout.features}
 
 
 def _source_logits(case: Case) -> Array:
     """The source model's outputs on the target's training set."""
     outputs, _ = case.net.apply(*case.copied, case.data["inputs"])
-    return _on_head(outputs[case.net.last], _head(case))
+    return _on_head(outputs[case.net.layout.last], _head(case))
 
 
 def _head(case: Case) -> Mapping[str, Array]:
@@ -158,7 +158,7 @@ def _over_features(
 
     def of_case(case: Case) -> Callable[[Inputs], Array]:
         def penalty(x: Inputs) -> Array:
-            taps = case.net.features
+            taps = case.net.layout.features
             return jnp.sum(
                 jnp.stack([loss(x.student[tap], x.batch["source"][tap]) for tap in taps]), axis=0
             )
@@ -177,7 +177,7 @@ def _behavioral(student: Array, source: Array) -> Array:
 
 
 def _bss(case: Case) -> Callable[[Inputs], Array]:
-    return lambda x: discrepancies.bss(x.student[case.net.last])
+    return lambda x: discrepancies.bss(x.student[case.net.layout.last])
 
 
 def _relation(case: Case) -> Mapping[str, Any]:
@@ -190,7 +190,7 @@ def _relation(case: Case) -> Mapping[str, Any]:
 
 def _co_tuning(case: Case) -> Callable[[Inputs], Array]:
     def penalty(x: Inputs) -> Array:
-        logits = _on_head(x.student[case.net.last], x.params["source_head"])
+        logits = _on_head(x.student[case.net.layout.last], x.params["source_head"])
         return losses.co_tuning(logits, x.batch["related"])
 
     return penalty
@@ -198,7 +198,7 @@ def _co_tuning(case: Case) -> Callable[[Inputs], Array]:
 
 def _lwf(case: Case) -> Callable[[Inputs], Array]:
     def penalty(x: Inputs) -> Array:
-        logits = _on_head(x.student[case.net.last], x.params["source_head"])
+        logits = _on_head(x.student[case.net.layout.last], x.params["source_head"])
         return losses.forward_kl(logits, x.batch["recorded"], temperature=2.0)
 
     return penalty
@@ -208,7 +208,7 @@ def _bi_tuning(case: Case) -> Callable[[Inputs], Array]:
     def penalty(x: Inputs) -> Array:
         head = jax.lax.stop_gradient(x.params["model"]["head"])
         return losses.bi_tuning_classifier(
-            x.student[case.net.last],
+            x.student[case.net.layout.last],
             x.batch["labels"],
             class_weights=head["kernel"],
             class_bias=head["bias"],

@@ -17,10 +17,10 @@ import numpy as np
 from kdtl_jax import trees
 from kdtl_jax._types import Variables
 from kdtl_jax.datasets import Splits, per_class
-from kdtl_jax.methods import _method
-from kdtl_jax.methods._method import Built, Method, Options, Setup
-from kdtl_jax.recipes import _networks, _seeds, _training
+from kdtl_jax.methods import Entry, Method, Setup
+from kdtl_jax.recipes import _networks, _options, _seeds, _training
 from kdtl_jax.recipes._networks import Network
+from kdtl_jax.recipes._options import Options
 from kdtl_jax.recipes._training import ALONE, Bench, Detail, Place, Schedule, Trained
 from kdtl_jax.run import report, teacher_cache
 
@@ -69,7 +69,7 @@ def run(
     splits: Splits,
     teacher: nn.Module,
     student: nn.Module,
-    methods: Sequence[Method],
+    methods: Sequence[Entry],
     settings: Settings,
     place: Place,
     say: Progress,
@@ -178,19 +178,20 @@ def _setup(pair: Pair, bench: Bench, settings: Settings) -> Setup:
         batch_size=schedule.batch_size // schedule.microbatches,
         examples=len(bench.arrays["index"]),
         steps=schedule.epochs * (size // _training.checked_batch(schedule, size)),
+        task=_training.task,
         layers=settings.layers,
     )
 
 
 def _applicable(
-    methods: Sequence[Method], setup: Setup, options: Options
-) -> tuple[list[tuple[Method, Built]], list[str]]:
+    methods: Sequence[Entry], setup: Setup, options: Options
+) -> tuple[list[tuple[Entry, Method]], list[str]]:
     """Methods that apply, built with the user's weights; notes on the others."""
     notes = {m.name: reason for m in methods if (reason := m.applies(setup)) is not None}
     fitting = [m for m in methods if m.name not in notes]
     own = options._replace(weights={})
-    terms = {m.name: sorted(_method.build(m, setup, own).weights) for m in fitting}
-    terms[BASELINE] = [_method.TASK]
+    terms = {m.name: sorted(_options.build(m, setup, own).weights) for m in fitting}
+    terms[BASELINE] = ["task"]
     for key in options.weights:
         name, dot, term = key.rpartition(".")
         known = terms.get(name, []) if dot else [t for found in terms.values() for t in found]
@@ -200,7 +201,7 @@ def _applicable(
                 f"a weight is given for {key!r}, which is no term here. The terms are "
                 f"{listed}. Write term=weight, or method.term=weight for one method."
             )
-    built = [(m, _method.build(m, setup, _own(options, m.name, terms[m.name]))) for m in fitting]
+    built = [(m, _options.build(m, setup, _own(options, m.name, terms[m.name]))) for m in fitting]
     return built, [f"{name} does not apply: {reason}." for name, reason in notes.items()]
 
 
@@ -298,8 +299,8 @@ def _from_cache(folder: Path, bench: Bench, pair: Pair, dtype: Any) -> dict[str,
 
 def _row(
     name: str,
-    method: Method | None,
-    built: Built,
+    method: Entry | None,
+    built: Method,
     trained: Trained,
     named: _training.Named,
     splits: Splits,

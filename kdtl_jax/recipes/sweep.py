@@ -17,8 +17,7 @@ import numpy as np
 
 from kdtl_jax import train
 from kdtl_jax.datasets import Splits
-from kdtl_jax.methods._method import TASK, Method, Setup, no_memory
-from kdtl_jax.methods._method import build as build_method
+from kdtl_jax.methods import Entry, Setup, no_memory
 from kdtl_jax.recipes import _networks, _sweep_pair, _sweep_runs
 from kdtl_jax.recipes._sweep_runs import Program, Shared
 from kdtl_jax.recipes._training import Schedule
@@ -73,7 +72,7 @@ def run(
     splits: Splits,
     teacher: nn.Module,
     student: nn.Module,
-    methods: Sequence[Method],
+    methods: Sequence[Entry],
     columns: Columns,
     settings: Settings,
     folder: Path,
@@ -279,14 +278,14 @@ def _shares(epochs: int, rungs: int) -> list[int]:
     return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
 
 
-def _suitable(methods: Sequence[Method], setup: Setup) -> tuple[list[Method], list[str]]:
+def _suitable(methods: Sequence[Entry], setup: Setup) -> tuple[list[Entry], list[str]]:
     chosen, notes = [], []
     for method in methods:
         reason = method.applies(setup)
         if reason is None and method.needs == "networks":
             reason = "it differentiates the networks themselves, which a sweep does not offer"
         if reason is None:
-            built = build_method(method, setup)
+            built = method.build(setup)
             if method.connector or built.memory is not no_memory or built.predict is not None:
                 reason = "it trains or keeps more than the student; use kdtl distill"
         if reason is None:
@@ -298,7 +297,7 @@ def _suitable(methods: Sequence[Method], setup: Setup) -> tuple[list[Method], li
     return chosen, notes
 
 
-def _axes(method: Method, setup: Setup, columns: Columns) -> dict[str, np.ndarray]:
+def _axes(method: Entry, setup: Setup, columns: Columns) -> dict[str, np.ndarray]:
     """The axes that the method has, without settings that then are equal."""
     known = {*_sweep_runs.AXES, *_sweep_runs.terms_of(method, setup)}
     own = {name: np.asarray(column) for name, column in columns.items() if name in known}
@@ -312,5 +311,5 @@ def _known_axes(columns: Columns, of_method: Mapping[str, Mapping[str, Any]]) ->
     if unknown:
         raise ValueError(
             f"{unknown[0]!r} is no axis of {', '.join(of_method)}. Axes are "
-            f"{', '.join(_sweep_runs.AXES)}, {TASK}, and the names of a method's terms."
+            f"{', '.join(_sweep_runs.AXES)}, task, and the names of a method's terms."
         )

@@ -189,10 +189,10 @@ def _source_head(tree: Any) -> dict[str, Any] | None:
 
 def _scores(net: Network, classes: int, copied: Variables, head: Any, x: Any, labels: Any) -> Any:
     """Transferability by what the source makes of the target's training set, by score."""
-    if net.last == "logits":  # the head is all there is, and it is fresh
+    if net.layout.last == "logits":  # the head is all there is, and it is fresh
         return {}
     outputs, _ = net.apply(*copied, x)
-    features = outputs[net.last]
+    features = outputs[net.layout.last]
     found = {
         "logme": transferability.logme(features, jax.nn.one_hot(labels, classes)),
         "h_score": transferability.regularized_h_score(features, labels, num_classes=classes),
