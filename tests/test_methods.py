@@ -322,7 +322,7 @@ def test_takes_temperature_is_what_the_signature_says(mlps: Pair) -> None:
 def test_only_methods_of_positions_and_tokens_refuse_vectors(mlps: Pair) -> None:
     refused = {entry.name for entry in TABLE if entry.applies(mlps.setup)}
     of_tokens = {entry.name for entry in TABLE if entry.needs == "tokens"}
-    assert refused == of_tokens | {"at", "nst", "cwd", "wkd_f", "catkd"}
+    assert refused == of_tokens | {"at", "nst", "cwd", "wkd_f", "catkd", "binary_kd"}
 
 
 def test_what_is_missing_is_named(mlps: Pair) -> None:
@@ -338,7 +338,10 @@ def test_what_is_missing_is_named(mlps: Pair) -> None:
 def test_softmax_methods_refuse_sigmoid_heads(mlps: Pair) -> None:
     setup = mlps.setup._replace(exclusive=False)
     refused = {e.name for e in TABLE if "exclude each other" in str(e.applies(setup))}
-    softmax = {e.name for e in TABLE if e.needs in ("labels", "logits")} - {"logit_mse"}
+    softmax = {e.name for e in TABLE if e.needs in ("labels", "logits")} - {
+        "logit_mse",
+        "binary_kd",
+    }
     assert refused == softmax | {"srd"}
 
 
@@ -379,9 +382,9 @@ def test_schedules_of_weights(mlps: Pair, cnns: Pair) -> None:
         resolved = objective.resolve(weights, jnp.asarray(step, jnp.int32))
         return {term: float(weight) for term, weight in resolved.items()}
 
-    assert at("dkd", 0) == {"task": 1, "dkd": 0}
-    assert at("dkd", 10)["dkd"] == pytest.approx(0.5)
-    assert at("dkd", 20)["dkd"] == at("dkd", STEPS)["dkd"] == 1
+    assert at("dkd", 0) == {"task": 1, "tckd": 0, "nckd": 0}
+    assert at("dkd", 10) == {"task": 1, "tckd": pytest.approx(0.5), "nckd": pytest.approx(4)}
+    assert at("dkd", 20) == at("dkd", STEPS) == {"task": 1, "tckd": 1, "nckd": 8}
     assert at("ab", 0) == {"ab": 1, "task": 0}
     assert at("ab", 26)["ab"] == 1
     assert at("ab", 27) == at("ab", STEPS) == {"ab": 0, "task": 1}

@@ -108,7 +108,7 @@ def test_the_teacher_may_be_traced() -> None:
         batch = {"inputs": x, "labels": jnp.arange(4) % 3}
         found = methods.wkd_l(setup).terms(Inputs(*outputs, batch, step=jnp.int32(0), key=KEY))
         assert not isinstance(found, tuple)
-        return jnp.asarray(found["wkd_l"])
+        return jnp.asarray(found["transport"])
 
     two = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), teacher)
     assert jax.vmap(cost)(two).shape == (2, 4)

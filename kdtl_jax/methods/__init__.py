@@ -40,6 +40,7 @@ from kdtl_jax.methods._labels import label_smoothing as label_smoothing
 from kdtl_jax.methods._labels import mft as mft
 from kdtl_jax.methods._labels import probability_shift as probability_shift
 from kdtl_jax.methods._labels import tf_kd as tf_kd
+from kdtl_jax.methods._logits import binary_kd as binary_kd
 from kdtl_jax.methods._logits import ctkd as ctkd
 from kdtl_jax.methods._logits import dist as dist
 from kdtl_jax.methods._logits import dkd as dkd

@@ -7,19 +7,20 @@ with the task half and half (task 0.5), as fused distillation kernels do.
 from collections.abc import Callable
 from functools import partial
 
+import jax
 from jax import Array
 
 from kdtl_jax import losses
 from kdtl_jax._types import Scalar
-from kdtl_jax.methods._logits import of_logits
+from kdtl_jax.methods._logits import Logits, of_logits
 from kdtl_jax.methods._setup import Method, Setup
 
 
 def _half(setup: Setup, name: str, divergence: Callable[..., Array], temperature: Scalar) -> Method:
-    def loss(student: Array, teacher: Array, labels: Array) -> Array:
-        return divergence(student, teacher, temperature=temperature)
+    def terms(x: Logits) -> dict[str, Array]:
+        return {name: divergence(x.student, x.teacher, temperature=temperature)}
 
-    return of_logits(setup, name, loss, {"task": 0.5, name: 0.5})
+    return of_logits(setup, terms, {"task": 0.5, name: 0.5})
 
 
 def forward_kl(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
@@ -107,6 +108,12 @@ def total_variation(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
 def adaptive_kl(setup: Setup, *, temperature: Scalar = 1.0, mu: Scalar = 0.5) -> Method:
     """Forward KL for the teacher's head of mass mu, reverse KL for its tail, weighted by the gaps.
 
-    Wu et al., 2024 (2404.02657).
+    Wu et al., 2024 (2404.02657). No gradient passes through the weights.
     """
-    return _half(setup, "adaptive_kl", partial(losses.adaptive_kl, mu=mu), temperature)
+
+    def divergence(student: Array, teacher: Array, *, temperature: Scalar) -> Array:
+        weight = losses.adaptive_kl_weight(student, teacher, mu=mu, temperature=temperature)
+        weight = jax.lax.stop_gradient(weight)
+        return losses.symmetric_kl(student, teacher, weight=weight, temperature=temperature)
+
+    return _half(setup, "adaptive_kl", divergence, temperature)

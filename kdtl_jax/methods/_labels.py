@@ -4,7 +4,7 @@ from jax import Array
 
 from kdtl_jax import losses
 from kdtl_jax._types import Scalar
-from kdtl_jax.methods._logits import of_logits
+from kdtl_jax.methods._logits import Logits, of_logits
 from kdtl_jax.methods._setup import Method, Setup
 
 
@@ -15,13 +15,12 @@ def label_smoothing(setup: Setup, *, smoothing: float = 0.1) -> Method:
     paper.
     """
 
-    def loss(student: Array, teacher: Array, labels: Array) -> Array:
-        classes = student.shape[-1]
-        correct = 1 - smoothing + smoothing / classes
-        virtual = losses.virtual_teacher(labels, classes, correct_probability=correct)
-        return losses.soft_cross_entropy(student, virtual.astype(student.dtype))
+    def terms(x: Logits) -> dict[str, Array]:
+        correct = 1 - smoothing + smoothing / setup.classes
+        virtual = losses.virtual_teacher(x.labels, setup.classes, correct_probability=correct)
+        return {"smooth": losses.soft_cross_entropy(x.student, virtual.astype(x.student.dtype))}
 
-    return of_logits(setup, "smooth", loss, {"task": 0.0, "smooth": 1.0})
+    return of_logits(setup, terms, {"task": 0.0, "smooth": 1.0})
 
 
 def tf_kd(setup: Setup, *, temperature: Scalar = 20.0, correct_probability: float = 0.99) -> Method:
@@ -31,12 +30,14 @@ def tf_kd(setup: Setup, *, temperature: Scalar = 20.0, correct_probability: floa
     classes as well and makes up for it by a constant.
     """
 
-    def loss(student: Array, teacher: Array, labels: Array) -> Array:
-        return losses.tf_kd(
-            student, labels, temperature=temperature, correct_probability=correct_probability
+    def terms(x: Logits) -> dict[str, Array]:
+        virtual = losses.virtual_teacher(
+            x.labels, setup.classes, correct_probability=correct_probability
         )
+        virtual = virtual.astype(x.student.dtype)
+        return {"kd": losses.kd_kl(x.student, virtual, temperature=temperature)}
 
-    return of_logits(setup, "kd", loss, {"task": 0.1, "kd": 0.9})
+    return of_logits(setup, terms, {"task": 0.1, "kd": 0.9})
 
 
 def probability_shift(setup: Setup, *, temperature: Scalar = 4.0) -> Method:
@@ -45,11 +46,11 @@ def probability_shift(setup: Setup, *, temperature: Scalar = 4.0) -> Method:
     Wen et al., 2019 (1911.07471). Task 0.1, kd 0.9, as for KD.
     """
 
-    def loss(student: Array, teacher: Array, labels: Array) -> Array:
-        shifted = losses.probability_shift(teacher, labels)
-        return losses.kd_kl(student, shifted, temperature=temperature)
+    def terms(x: Logits) -> dict[str, Array]:
+        shifted = losses.probability_shift(x.teacher, x.labels)
+        return {"kd": losses.kd_kl(x.student, shifted, temperature=temperature)}
 
-    return of_logits(setup, "kd", loss, {"task": 0.1, "kd": 0.9})
+    return of_logits(setup, terms, {"task": 0.1, "kd": 0.9})
 
 
 def mft(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
@@ -59,10 +60,12 @@ def mft(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
     Model-Optimizer.
     """
 
-    def loss(student: Array, teacher: Array, labels: Array) -> Array:
-        return losses.mft(student, teacher, labels, temperature=temperature)
+    def terms(x: Logits) -> dict[str, Array]:
+        corrected = losses.mft_teacher(x.teacher, x.labels, temperature=temperature)
+        values = losses.forward_kl(x.student / temperature, corrected)
+        return {"mft": temperature**2 * values}
 
-    return of_logits(setup, "mft", loss, {"task": 0.0, "mft": 1.0})
+    return of_logits(setup, terms, {"task": 0.0, "mft": 1.0})
 
 
 def hard_kd(setup: Setup) -> Method:
@@ -71,7 +74,7 @@ def hard_kd(setup: Setup) -> Method:
     Touvron et al., 2020 (2012.12877). Task 0.5, hard 0.5, as in the paper.
     """
 
-    def loss(student: Array, teacher: Array, labels: Array) -> Array:
-        return losses.hard_kd(student, teacher)
+    def terms(x: Logits) -> dict[str, Array]:
+        return {"hard": losses.hard_kd(x.student, x.teacher)}
 
-    return of_logits(setup, "hard", loss, {"task": 0.5, "hard": 0.5})
+    return of_logits(setup, terms, {"task": 0.5, "hard": 0.5})

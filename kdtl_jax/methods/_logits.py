@@ -1,10 +1,11 @@
 """Methods of class logits: KD and what has been proposed in its place.
 
-Each is beside the task, whose weight is named. They need classes that exclude each other (softmax);
-`mlld` to `dist` also compare the examples of a batch.
+Each is beside the task, whose weight is named. All but `logit_mse` and `binary_kd` need classes
+that exclude each other (softmax).
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,27 +14,40 @@ from jax import Array
 
 from kdtl_jax import connectors, losses, temperatures
 from kdtl_jax._types import Params, Scalar, Schedule
-from kdtl_jax.methods._layers import key_and_step
+from kdtl_jax.methods._layers import key_and_step, real
 from kdtl_jax.methods._setup import Head, Method, Setup, Weight, method
 from kdtl_jax.objective import Inputs
 
-# (student logits, teacher logits, labels) -> [B]
-LogitLoss = Callable[[Array, Array, Array], Array]
 RANKED = 32  # classes among which rankings take pairs
 
 
-def of_logits(setup: Setup, term: str, loss: LogitLoss, weights: Mapping[str, Weight]) -> Method:
-    """A method of one term that reads logits and labels.
+class Logits(NamedTuple):
+    """What methods of class logits read."""
+
+    student: Array  # [B, classes]
+    teacher: Array
+    labels: Array  # [B]
+    where: Array | None  # [B], real examples; None where all are
+
+
+def of_logits(
+    setup: Setup, terms: Callable[[Logits], dict[str, Array]], weights: Mapping[str, Weight]
+) -> Method:
+    """A method of class logits.
 
     Raises:
       ValueError: if the classes do not exclude each other.
     """
     exclusive_classes(setup)
+    return method(setup, lambda inputs: terms(logits(inputs)), weights)
 
-    def terms(inputs: Inputs) -> dict[str, Array]:
-        return {term: loss(*logits_and_labels(inputs))}
 
-    return method(setup, terms, weights)
+def logits(inputs: Inputs) -> Logits:
+    """The logits of both models, the labels and the mask of a batch."""
+    labels, where = inputs.batch["labels"], real(inputs)
+    if where is not None:  # padding may be labeled with anything
+        labels = jnp.where(where, labels, jnp.zeros((), labels.dtype))
+    return Logits(inputs.student["logits"], inputs.teacher["logits"], labels, where)
 
 
 def exclusive_classes(setup: Setup) -> None:
@@ -47,11 +61,6 @@ def exclusive_classes(setup: Setup) -> None:
             "needs two or more classes that exclude each other (softmax); for sigmoid heads use "
             "binary_kd"
         )
-
-
-def logits_and_labels(inputs: Inputs) -> tuple[Array, Array, Array]:
-    """The student's and the teacher's logits, and the labels."""
-    return inputs.student["logits"], inputs.teacher["logits"], inputs.batch["labels"]
 
 
 def needs_teacher_head(setup: Setup) -> Head:
@@ -91,76 +100,90 @@ def kd(setup: Setup, *, temperature: Scalar = 4.0) -> Method:
     RepDistiller.
     """
 
-    def loss(student: Array, teacher: Array, labels: Array) -> Array:
-        return losses.kd_kl(student, teacher, temperature=temperature)
+    def terms(x: Logits) -> dict[str, Array]:
+        return {"kd": losses.kd_kl(x.student, x.teacher, temperature=temperature)}
 
-    return of_logits(setup, "kd", loss, {"task": 0.1, "kd": 0.9})
+    return of_logits(setup, terms, {"task": 0.1, "kd": 0.9})
 
 
 def logit_std(setup: Setup, *, temperature: Scalar = 2.0) -> Method:
     """KD of logits standardized over classes.
 
     Sun et al., 2024 (2403.01427). Task 0.1, kd 9: the authors' code. They divide by the unbiased
-    deviation (`ddof=1`), the equation here by the population's.
+    deviation (`ddof=1` of `losses.standardize_logits`), this by the population's.
     """
 
-    def loss(student: Array, teacher: Array, labels: Array) -> Array:
-        return losses.standardized_kd(student, teacher, temperature=temperature)
+    def terms(x: Logits) -> dict[str, Array]:
+        student, teacher = (losses.standardize_logits(z) for z in (x.student, x.teacher))
+        return {"kd": losses.kd_kl(student, teacher, temperature=temperature)}
 
-    return of_logits(setup, "kd", loss, {"task": 0.1, "kd": 9.0})
+    return of_logits(setup, terms, {"task": 0.1, "kd": 9.0})
 
 
-def dkd(
-    setup: Setup, *, temperature: Scalar = 4.0, alpha: Scalar = 1.0, beta: Scalar = 8.0
-) -> Method:
-    """`alpha TCKD + beta NCKD`: KD of the target class and of the others, decoupled.
+def dkd(setup: Setup, *, temperature: Scalar = 4.0) -> Method:
+    """KD of the target class against the rest (tckd), and of the rest among themselves (nckd).
 
-    Zhao et al., 2022 (2203.08679). Task 1, dkd 1 after a linear warm-up over 20 of 240 epochs:
-    mdistiller. Beta is 8 for most CIFAR-100 pairs, 2 to 6 for some, 0.5 at T = 1 for ImageNet.
+    Zhao et al., 2022 (2203.08679). Task 1, tckd 1, nckd 8, both after a linear warm-up over 20 of
+    240 epochs: mdistiller. There nckd is 8 for most CIFAR-100 pairs, 2 to 6 for some, 0.5 at T = 1
+    for ImageNet.
     """
 
-    def loss(student: Array, teacher: Array, labels: Array) -> Array:
-        return losses.dkd(student, teacher, labels, temperature=temperature, alpha=alpha, beta=beta)
+    def terms(x: Logits) -> dict[str, Array]:
+        sides = x.student, x.teacher, x.labels
+        return {
+            "tckd": losses.tckd(*sides, temperature=temperature),
+            "nckd": losses.nckd(*sides, temperature=temperature),
+        }
 
-    return of_logits(setup, "dkd", loss, {"task": 1.0, "dkd": warmed_up(1.0, setup)})
+    weights = {"task": 1.0, "tckd": warmed_up(1.0, setup), "nckd": warmed_up(8.0, setup)}
+    return of_logits(setup, terms, weights)
 
 
-def nkd(setup: Setup, *, temperature: Scalar = 1.0, gamma: Scalar = 1.5) -> Method:
-    """`-p_T(y) log p_S(y) - gamma T^2 sum_{c != y} q_T(c) log q_S(c)`: normalized KD.
+def nkd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
+    """`-p_T(y) log p_S(y)` (target), `-T^2 sum_{c != y} q_T(c) log q_S(c)` (others): normalized KD.
 
-    Yang et al., 2023 (2303.13005). Task 1, nkd 1: the authors' code.
+    q is the distribution over the classes other than the label. Yang et al., 2023 (2303.13005).
+    Task 1, target 1, others 1.5: the authors' code.
     """
 
-    def loss(student: Array, teacher: Array, labels: Array) -> Array:
-        return losses.nkd(student, teacher, labels, temperature=temperature, gamma=gamma)
+    def terms(x: Logits) -> dict[str, Array]:
+        apart = (losses.non_target_logits(z, x.labels) for z in (x.student, x.teacher))
+        others = losses.soft_cross_entropy(*apart, temperature=temperature)
+        target = losses.target_cross_entropy(x.student, x.teacher, x.labels)
+        return {"target": target, "others": temperature**2 * others}
 
-    return of_logits(setup, "nkd", loss, {"task": 1.0, "nkd": 1.0})
+    return of_logits(setup, terms, {"task": 1.0, "target": 1.0, "others": 1.5})
 
 
 def dist(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
-    """`(1 - rho over classes) + (1 - rho over the batch)`, Pearson correlations of probabilities.
+    """`1 - rho` of probabilities over classes (inter) and over the batch (intra), rho Pearson's.
 
-    Huang et al., 2022 (2205.10536). Task 1, dist 1, T = 1: the authors on ImageNet (T = 4 on
-    CIFAR-100).
+    Huang et al., 2022 (2205.10536). Task 1, inter 1, intra 1, T = 1: the authors on ImageNet (T = 4
+    on CIFAR-100).
     """
 
-    def loss(student: Array, teacher: Array, labels: Array) -> Array:
-        return losses.dist(student, teacher, temperature=temperature)
+    def terms(x: Logits) -> dict[str, Array]:
+        sides = x.student, x.teacher
+        return {
+            "inter": losses.dist_inter(*sides, temperature=temperature),
+            "intra": losses.dist_intra(*sides, temperature=temperature, where=x.where),
+        }
 
-    return of_logits(setup, "dist", loss, {"task": 1.0, "dist": 1.0})
+    return of_logits(setup, terms, {"task": 1.0, "inter": 1.0, "intra": 1.0})
 
 
 def wsld(setup: Setup, *, temperature: Scalar = 4.0) -> Method:
-    """KD weighted by `1 - exp(-CE_S / CE_T)` per example: weighted soft labels.
+    """KD weighted by `1 - exp(-CE_S / CE_T)` per example, a constant: weighted soft labels.
 
-    Zhou et al., 2021 (2102.00650). Task 1, wsld 2.25 at T = 4: cls_KD's ImageNet configuration (2.5
-    at T = 2 elsewhere).
+    Zhou et al., 2021 (2102.00650). Task 1, wsld 2.25 at T = 4: cls_KD (2.5 at T = 2 elsewhere).
     """
 
-    def loss(student: Array, teacher: Array, labels: Array) -> Array:
-        return losses.wsld(student, teacher, labels, temperature=temperature)
+    def terms(x: Logits) -> dict[str, Array]:
+        weight = losses.wsld_weight(x.student, x.teacher, x.labels)
+        values = losses.kd_kl(x.student, x.teacher, temperature=temperature)
+        return {"wsld": jax.lax.stop_gradient(weight) * values}
 
-    return of_logits(setup, "wsld", loss, {"task": 1.0, "wsld": 2.25})
+    return of_logits(setup, terms, {"task": 1.0, "wsld": 2.25})
 
 
 def ttm(setup: Setup, *, temperature: Scalar = 10.0) -> Method:
@@ -169,10 +192,10 @@ def ttm(setup: Setup, *, temperature: Scalar = 10.0) -> Method:
     Zheng and Yang, 2024 (2402.11148). Task 1, ttm 45 at gamma = 1 / T = 0.1: the authors' README.
     """
 
-    def loss(student: Array, teacher: Array, labels: Array) -> Array:
-        return losses.ttm(student, teacher, gamma=1 / temperature)
+    def terms(x: Logits) -> dict[str, Array]:
+        return {"ttm": losses.ttm(x.student, x.teacher, gamma=1 / temperature)}
 
-    return of_logits(setup, "ttm", loss, {"task": 1.0, "ttm": 45.0})
+    return of_logits(setup, terms, {"task": 1.0, "ttm": 45.0})
 
 
 def wttm(setup: Setup, *, temperature: Scalar = 5.0) -> Method:
@@ -181,10 +204,10 @@ def wttm(setup: Setup, *, temperature: Scalar = 5.0) -> Method:
     Zheng and Yang, 2024 (2402.11148). Task 1, wttm 4 at gamma = 1 / T = 0.2: the authors' README.
     """
 
-    def loss(student: Array, teacher: Array, labels: Array) -> Array:
-        return losses.wttm(student, teacher, gamma=1 / temperature)
+    def terms(x: Logits) -> dict[str, Array]:
+        return {"wttm": losses.wttm(x.student, x.teacher, gamma=1 / temperature)}
 
-    return of_logits(setup, "wttm", loss, {"task": 1.0, "wttm": 4.0})
+    return of_logits(setup, terms, {"task": 1.0, "wttm": 4.0})
 
 
 def logit_mse(setup: Setup) -> Method:
@@ -194,22 +217,29 @@ def logit_mse(setup: Setup) -> Method:
     """
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        return {"mse": losses.logit_mse(inputs.student["logits"], inputs.teacher["logits"])}
+        return {"mse": losses.mse(inputs.student["logits"], inputs.teacher["logits"])}
 
     return method(setup, terms, {"task": 0.0, "mse": 1.0})
 
 
 def mlld(setup: Setup, *, temperatures: Sequence[Scalar] = (2.0, 3.0, 4.0, 5.0, 6.0)) -> Method:
-    """`sum_T (T^2 KL + batch correlation + class correlation)`: multi-level logit distillation.
+    """KD, correlations of the batch and of the classes, each summed over temperatures.
 
-    Jin, Wang and Lin, CVPR 2023. Their code departs from the paper; this is the paper. Task 0.1,
-    mlld 0.9, as for KD in mdistiller.
+    Jin, Wang and Lin, Multi-Level Logit Distillation, CVPR 2023. Task 0.1 and each term 0.9, as for
+    KD in mdistiller. The authors' code departs from the paper; this is the paper.
     """
 
-    def loss(student: Array, teacher: Array, labels: Array) -> Array:
-        return losses.mlld(student, teacher, temperatures=temperatures)
+    def terms(x: Logits) -> dict[str, Array]:
+        sides = x.student, x.teacher
+        kd = [losses.kd_kl(*sides, temperature=t) for t in temperatures]
+        batch, classes = (
+            [level(*sides, temperature=t, where=x.where) for t in temperatures]
+            for level in (losses.batch_correlation, losses.class_correlation)
+        )
+        found = {"kd": kd, "batch": batch, "classes": classes}
+        return {name: sum(values[1:], values[0]) for name, values in found.items()}
 
-    return of_logits(setup, "mlld", loss, {"task": 0.1, "mlld": 0.9})
+    return of_logits(setup, terms, {"task": 0.1, "kd": 0.9, "batch": 0.9, "classes": 0.9})
 
 
 def ctkd(setup: Setup) -> Method:
@@ -222,12 +252,11 @@ def ctkd(setup: Setup) -> Method:
     reversal = temperatures.adversarial_ramp(max(round(10 / 240 * setup.steps), 1))
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        student, teacher, _ = logits_and_labels(inputs)
-        _, step = key_and_step(inputs)
+        x, (_, step) = logits(inputs), key_and_step(inputs)
         temperature = temperatures.learned_temperature(
             inputs.connectors["temperature"], reversal=reversal(step)
         )
-        return {"kd": losses.kd_kl(student, teacher, temperature=temperature)}
+        return {"kd": losses.kd_kl(x.student, x.teacher, temperature=temperature)}
 
     def init(key: Array) -> Params:
         return {"temperature": temperatures.temperature_init()}
@@ -236,28 +265,27 @@ def ctkd(setup: Setup) -> Method:
 
 
 def wkd_l(setup: Setup, *, temperature: Scalar = 8.0) -> Method:
-    """`-p_T(y) log p_S(y) + gamma W(q_S, q_T)`: transport between the classes other than the label.
+    """`-p_T(y) log p_S(y)` (target), and the cost of moving q_S to q_T (transport).
 
-    Lv, Yang and Li, 2024 (2412.08139). Moving mass costs `1 - exp(-(1 - cos))` of the teacher's
-    class weights. Task 1, wkd_l 1, gamma 600, let down to 0 over the last 90 of 240 epochs along a
-    half cosine: the authors' code.
+    q is the distribution over the classes other than the label; moving mass costs
+    `1 - exp(-(1 - cos))` of the teacher's class weights. Lv, Yang and Li, 2024 (2412.08139). Task
+    1, target 1, transport 600, down to 0 over the last 90 of 240 epochs along a half cosine: the
+    authors' code.
     """
-    exclusive_classes(setup)
     directions = connectors.unit_norm().apply({}, needs_teacher_head(setup).kernel.T)
     cost = -jnp.expm1(jnp.minimum(directions @ directions.T - 1, 0))
-    gamma = cooled_down(600.0, setup)
 
-    def terms(inputs: Inputs) -> dict[str, Array]:
-        _, step = key_and_step(inputs)
-        values = losses.wkd_logit(
-            *logits_and_labels(inputs),
-            jax.lax.stop_gradient(cost),
-            gamma=gamma(step),
-            temperature=temperature,
-        )
-        return {"wkd_l": values}
+    def terms(x: Logits) -> dict[str, Array]:
+        student, teacher = (losses.non_target_logits(z, x.labels) for z in (x.student, x.teacher))
+        return {
+            "target": losses.target_cross_entropy(x.student, x.teacher, x.labels),
+            "transport": losses.sinkhorn_cost(
+                student, teacher, jax.lax.stop_gradient(cost), temperature=temperature
+            ),
+        }
 
-    return method(setup, terms, {"task": 1.0, "wkd_l": 1.0})
+    weights = {"task": 1.0, "target": 1.0, "transport": cooled_down(600.0, setup)}
+    return of_logits(setup, terms, weights)
 
 
 def hinge_ranking(setup: Setup) -> Method:
@@ -266,11 +294,11 @@ def hinge_ranking(setup: Setup) -> Method:
     DistillKit, 2024. Task 1, hinge 1.
     """
 
-    def loss(student: Array, teacher: Array, labels: Array) -> Array:
-        targets = losses.top_k_targets(teacher, k=min(RANKED, teacher.shape[-1]))
-        return losses.hinge_ranking(student, targets)
+    def terms(x: Logits) -> dict[str, Array]:
+        targets = losses.top_k_targets(x.teacher, k=min(RANKED, setup.classes))
+        return {"hinge": losses.hinge_ranking(x.student, targets)}
 
-    return of_logits(setup, "hinge", loss, {"task": 1.0, "hinge": 1.0})
+    return of_logits(setup, terms, {"task": 1.0, "hinge": 1.0})
 
 
 def logistic_ranking(setup: Setup) -> Method:
@@ -279,8 +307,25 @@ def logistic_ranking(setup: Setup) -> Method:
     Burges et al., ICML 2005; DistillKit, 2024. Task 1, logistic 1.
     """
 
-    def loss(student: Array, teacher: Array, labels: Array) -> Array:
-        targets = losses.top_k_targets(teacher, k=min(RANKED, teacher.shape[-1]))
-        return losses.logistic_ranking(student, targets)
+    def terms(x: Logits) -> dict[str, Array]:
+        targets = losses.top_k_targets(x.teacher, k=min(RANKED, setup.classes))
+        return {"logistic": losses.logistic_ranking(x.student, targets)}
 
-    return of_logits(setup, "logistic", loss, {"task": 1.0, "logistic": 1.0})
+    return of_logits(setup, terms, {"task": 1.0, "logistic": 1.0})
+
+
+def binary_kd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
+    """`T^2 mean_k KL(sigmoid(z_T / T) || sigmoid(z_S / T))` of every label: sigmoid heads.
+
+    Yang et al., Multi-Label Knowledge Distillation, 2023 (2308.06453): its multi-label logits
+    distillation, there summed over labels and weighted by 10. Task 1, kd 1. Binary heads of one
+    logit are the case of one label.
+    """
+    if setup.exclusive:
+        raise ValueError("needs sigmoid heads (exclusive=False), these classes exclude each other")
+
+    def terms(inputs: Inputs) -> dict[str, Array]:
+        sides = inputs.student["logits"], inputs.teacher["logits"]
+        return {"kd": losses.binary_kl(*sides, temperature=temperature) / setup.classes}
+
+    return method(setup, terms, {"task": 1.0, "kd": 1.0})

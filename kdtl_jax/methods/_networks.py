@@ -99,6 +99,6 @@ def jacobian(setup: Setup, *, probes: int = 1) -> Method:
             inputs.batch["inputs"],
             directions,
         )
-        return {"mse": losses.logit_mse(logits, inputs.teacher["logits"]), "jacobian": values}
+        return {"mse": losses.mse(logits, inputs.teacher["logits"]), "jacobian": values}
 
     return method(setup, terms, {"task": 1.0, "mse": 1.0, "jacobian": 1.0})

@@ -72,6 +72,7 @@ _TABLE = (
         (_logits.logit_mse, "Regression on logits", "Ba, Caruana, 1312.6184, 2014"),
         (_logits.mlld, "Multi-level logit distillation", "Jin, Wang, Lin, CVPR 2023"),
         (_logits.wkd_l, "Wasserstein KD of logits", "Lv, Yang, Li, 2412.08139, 2024"),
+        (_logits.binary_kd, "KD of sigmoid heads", "Yang et al., 2308.06453, 2023"),
         (_logits.hinge_ranking, "Hinge ranking, the teacher's order", "DistillKit, 2024"),
         (
             _logits.logistic_ranking,
