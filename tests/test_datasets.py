@@ -129,7 +129,7 @@ def test_npz_and_csv(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.inputs, np.array([[1, 2.5], [-300, 0], [4, 1]]))
     assert found.labels.tolist() == [1, 0, 1] and found.classes == 2
     (tmp_path / "b.csv").write_text("label,a\n10,1\n2,0\n")
-    assert datasets.read(tmp_path / "b.csv").labels.tolist() == [10, 2], "numbers stay numbers"
+    assert datasets.read(tmp_path / "b.csv").labels.tolist() == [1, 0], "codes are numbered by size"
 
 
 def npz(**arrays: Any) -> Callable[[Path], None]:

@@ -2,16 +2,18 @@
 
 from kdtl_jax.datasets._dataset import Dataset as Dataset
 from kdtl_jax.datasets._dataset import checked as checked
-from kdtl_jax.datasets._digits import digits as digits
+from kdtl_jax.datasets._dataset import digits as digits
 from kdtl_jax.datasets._readers import read as read
 from kdtl_jax.datasets._readers import read_csv as read_csv
 from kdtl_jax.datasets._readers import read_idx as read_idx
 from kdtl_jax.datasets._readers import read_idx_array as read_idx_array
 from kdtl_jax.datasets._readers import read_npz as read_npz
-from kdtl_jax.datasets._split import Splits as Splits
-from kdtl_jax.datasets._split import Standardizer as Standardizer
-from kdtl_jax.datasets._split import only_classes as only_classes
-from kdtl_jax.datasets._split import per_class as per_class
-from kdtl_jax.datasets._split import standardized as standardized
-from kdtl_jax.datasets._split import standardizer as standardizer
-from kdtl_jax.datasets._split import stratified as stratified
+from kdtl_jax.datasets._splits import EXPECTED as EXPECTED
+from kdtl_jax.datasets._splits import Splits as Splits
+from kdtl_jax.datasets._splits import Standardizer as Standardizer
+from kdtl_jax.datasets._splits import only_classes as only_classes
+from kdtl_jax.datasets._splits import per_class as per_class
+from kdtl_jax.datasets._splits import read_splits as read_splits
+from kdtl_jax.datasets._splits import standardized as standardized
+from kdtl_jax.datasets._splits import standardizer as standardizer
+from kdtl_jax.datasets._splits import stratified as stratified

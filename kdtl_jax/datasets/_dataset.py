@@ -1,88 +1,236 @@
-"""What a labelled data set is, and the checks that every reader makes of its values."""
+"""What a labelled data set is, the checks that every reader makes, and the embedded digits.
 
+The digits: Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine
+Learning Repository, 1998, https://doi.org/10.24432/C50P49, licensed under the Creative Commons
+Attribution 4.0 International license (CC BY 4.0). These are its 1,797 test images, as scikit-learn
+distributes them, stored here as integers 0..16 without any other change.
+"""
+
+import importlib.resources
+import re
 from typing import NamedTuple
 
 import numpy as np
+
+FEWEST_ROWS = 20  # from so many rows on, labels that hardly repeat are taken for an id
 
 
 class Dataset(NamedTuple):
     """Labelled examples on the host.
 
-    Labels are 0..classes-1; readers check that, and that no input is NaN or infinite.
+    Labels are 0..classes-1; readers check that, and that no input is NaN or infinite. Inputs are
+    float32, except vectors whose differences float32 would round away (Unix times): they stay
+    float64 until a `Standardizer` has centered them.
     """
 
     name: str
-    inputs: np.ndarray  # float32 [N, ...]; images [N, H, W, C]
+    inputs: np.ndarray  # [N, ...]; images [N, H, W, C]
     labels: np.ndarray  # int32 [N]
     classes: int
+    names: tuple[str, ...] = ()  # of the classes, where they are not the numbers themselves
+    notices: tuple[str, ...] = ()  # what a reader did to the labels
 
     def subset(self, rows: np.ndarray) -> "Dataset":
         """The examples `rows`."""
         return self._replace(inputs=self.inputs[rows], labels=self.labels[rows])
 
+    def class_names(self) -> tuple[str, ...]:
+        """A name for every class; its number where the data has no other."""
+        return self.names or tuple(map(str, range(self.classes)))
+
+
+def digits() -> Dataset:
+    """1,797 gray images of handwritten digits, 8x8, values 0..16, ten classes.
+
+    Returns:
+      `Dataset` with `inputs` float32 `[1797, 8, 8, 1]`, `labels` int32 `[1797]`.
+    """
+    file = importlib.resources.files("kdtl_jax.datasets") / "digits.npz"
+    with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+        images, labels = stored["images"], stored["labels"]
+    return Dataset(
+        "UCI handwritten digits", images.astype(np.float32)[..., None], labels.astype(np.int32), 10
+    )
+
 
 def checked(
-    name: str, inputs: np.ndarray, labels: np.ndarray, classes: int | None = None
+    name: str,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    classes: int | None = None,
+    *,
+    like: Dataset | None = None,
 ) -> Dataset:
-    """A `Dataset`, after looking at every value.
+    """A `Dataset`, after looking at every value. All readers share this rule for labels.
+
+    Labels may be whole numbers `[N]` or `[N, 1]`, text, or one-hot rows `[N, K]`. Numbers that are
+    0..K-1 stay what they are; text and other codes (10, 20, 30) are numbered in sorted order, their
+    names kept in `names` and a notice added.
 
     Args:
       name: of the data, for messages.
       inputs: numbers, `[N, ...]`.
-      labels: whole numbers, `[N]`.
-      classes: their number; None takes the largest label plus one.
+      labels: one per example.
+      classes: their number, for labels that are 0..classes-1 already although some may be missing.
+      like: another part of the data, whose numbering of classes this part follows.
 
     Raises:
-      ValueError: if there are no examples, counts differ, a label is not whole or outside
-        `0..classes-1`, there is one class only, or an input is NaN or infinite; rows are named.
+      ValueError: if there are no examples, counts differ, a label is not whole, negative or of no
+        class, there is one class only, labels hardly repeat (an id), or an input is NaN or
+        infinite; rows are named.
     """
     inputs, labels = np.asarray(inputs), np.asarray(labels)
-    if inputs.ndim < 1 or labels.ndim != 1 or len(inputs) != len(labels):
+    flat, notices = _one_per_example(name, inputs, labels)
+    if inputs.size == 0:
+        raise ValueError(f"{name}: holds no examples, got inputs {list(inputs.shape)}.")
+    if inputs.dtype.kind not in "iufb":
+        raise ValueError(f"{name}: inputs must be numbers, got {inputs.dtype}.")
+    found = _whole(name, flat)
+    one_hot = labels.shape[-1] if labels.ndim == 2 and labels.shape[-1] > 1 else None
+    if like is not None:
+        numbers, count, names = *_numbered_like(name, found, like), like.names
+    elif classes is not None or one_hot is not None:
+        numbers, count, names = *_in_range(name, found, classes or one_hot or 0), ()
+    else:
+        numbers, names, notice = _numbered(name, found)
+        count, notices = int(numbers.max()) + 1, [*notices, *notice]
+    return Dataset(
+        name, _numbers(name, inputs), numbers.astype(np.int32), count, names, (*notices,)
+    )
+
+
+def _one_per_example(
+    name: str, inputs: np.ndarray, labels: np.ndarray
+) -> tuple[np.ndarray, list[str]]:
+    """Labels `[N]`, from `[N, 1]` or one-hot `[N, K]` as well."""
+    flat, notices = labels, []
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        flat = labels[:, 0]
+    elif labels.ndim == 2 and labels.dtype.kind in "iufb" and labels.size:
+        if not np.isin(labels, (0, 1)).all() or not (labels.sum(axis=1) == 1).all():
+            row = int(np.flatnonzero(labels.sum(axis=1) != 1)[:1].sum())
+            raise ValueError(
+                f"{name}: labels {list(labels.shape)} are not one-hot, see row {row}: every row "
+                "needs a single 1 among zeros. Several labels per example are not read."
+            )
+        flat = labels.argmax(axis=1)
+        notices = [f"labels are one-hot rows: read as the numbers 0..{labels.shape[1] - 1}"]
+    if inputs.ndim < 1 or flat.ndim != 1 or len(inputs) != len(flat):
         raise ValueError(
             f"{name}: one label per example is needed, got inputs {list(inputs.shape)} and labels "
             f"{list(labels.shape)}. Are these two files of one split?"
         )
-    if inputs.size == 0:
-        raise ValueError(f"{name}: holds no examples, got inputs {list(inputs.shape)}.")
-    for what, array in (("inputs", inputs), ("labels", labels)):
-        if array.dtype.kind not in "iufb":
-            raise ValueError(f"{name}: {what} must be numbers, got {array.dtype}.")
-    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused below
-        inputs = np.ascontiguousarray(inputs, np.float32)
-    _all_finite(name, inputs)
-    return Dataset(name, inputs, *_whole_labels(name, labels, classes))
+    return flat, notices
 
 
-def _all_finite(name: str, inputs: np.ndarray) -> None:
-    finite = np.isfinite(inputs).reshape(len(inputs), -1).all(axis=1)
-    if not finite.all():
-        rows = np.flatnonzero(~finite)
-        raise ValueError(
-            f"{name}: {len(rows)} of {len(inputs)} examples hold NaN or infinity, the first at row "
-            f"{rows[0]}. Drop or impute them first."
-        )
-
-
-def _whole_labels(name: str, labels: np.ndarray, classes: int | None) -> tuple[np.ndarray, int]:
-    exact = labels.astype(np.float64)
-    odd = np.flatnonzero(~np.isfinite(exact) | (exact != np.floor(exact)))
+def _whole(name: str, labels: np.ndarray) -> np.ndarray:
+    """Labels as integers of any width, or as text that is not numbers."""
+    if labels.dtype.kind == "O" and all(isinstance(label, str) for label in labels):
+        labels = labels.astype(str)
+    if labels.dtype.kind == "S":
+        labels = np.char.decode(labels, "utf-8", "replace")
+    if labels.dtype.kind == "U":
+        labels = _from_text(name, np.char.strip(labels))
+    if labels.dtype.kind == "U":
+        return labels
+    if labels.dtype.kind not in "iufb":
+        raise ValueError(f"{name}: labels must be numbers or text, got {labels.dtype}.")
+    if labels.dtype.kind != "f":
+        return labels.astype(np.int8) if labels.dtype.kind == "b" else labels
+    odd = np.flatnonzero(
+        ~np.isfinite(labels) | (labels != np.floor(labels)) | (np.abs(labels) > 2.0**53)
+    )
     if len(odd):
         row = int(odd[0])
         raise ValueError(
             f"{name}: labels must be whole numbers, got {labels[row]} at row {row}. "
             "Is this the label column?"
         )
-    whole = labels.astype(np.int64)
-    if whole.min() == whole.max() and classes is None:
+    return labels.astype(np.int64)
+
+
+def _from_text(name: str, labels: np.ndarray) -> np.ndarray:
+    """Text labels as numbers if all of them are, otherwise as they are."""
+    empty = np.flatnonzero(labels == "")
+    if len(empty):
+        raise ValueError(f"{name}: row {empty[0]} has no label.")
+    if all(re.fullmatch(r"[+-]?[0-9]{1,18}", label) for label in labels):
+        return labels.astype(np.int64)
+    try:
+        return labels.astype(np.float64)
+    except ValueError:
+        return labels
+
+
+def _in_range(name: str, labels: np.ndarray, classes: int) -> tuple[np.ndarray, int]:
+    """Numbers 0..classes-1."""
+    if labels.dtype.kind == "U":
         raise ValueError(
-            f"{name}: every label is {whole[0]}: one class cannot be learned. Is this the label "
-            "column? Give classes= for a part in which the others happen to be missing."
+            f"{name}: labels must lie in 0..{classes - 1}, got {str(labels[0])!r} at row 0."
         )
-    count = int(whole.max()) + 1 if classes is None else classes
-    wrong = np.flatnonzero((whole < 0) | (whole >= count))
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(wrong):
         raise ValueError(
-            f"{name}: labels must lie in 0..{count - 1}, got {whole[wrong[0]]} at row {wrong[0]} "
-            f"({len(wrong)} such rows). Renumber the labels from 0, or drop these rows."
+            f"{name}: labels must lie in 0..{classes - 1}, got {labels[wrong[0]]} at row "
+            f"{wrong[0]} ({len(wrong)} such rows). Renumber the labels from 0, or drop these rows."
         )
-    return whole.astype(np.int32), count
+    return labels, classes
+
+
+def _numbered_like(name: str, labels: np.ndarray, like: Dataset) -> tuple[np.ndarray, int]:
+    """The numbers that another part's classes have."""
+    if not like.names:
+        return _in_range(name, labels, like.classes)
+    text = labels.astype(str)
+    order = np.argsort(like.names)
+    places = np.searchsorted(np.array(like.names)[order], text).clip(max=like.classes - 1)
+    numbers = order[places]
+    wrong = np.flatnonzero(np.array(like.names)[numbers] != text)
+    if len(wrong):
+        raise ValueError(
+            f"{name}: label {str(text[wrong[0]])!r} at row {wrong[0]} does not occur in the training "
+            f"part, whose classes are {', '.join(like.names[:8])}{' …' * (like.classes > 8)}."
+        )
+    return numbers, like.classes
+
+
+def _numbered(name: str, labels: np.ndarray) -> tuple[np.ndarray, tuple[str, ...], list[str]]:
+    """Numbers 0..K-1, the names of the classes where these are others, and what to tell."""
+    found, numbers = np.unique(labels, return_inverse=True)
+    if len(found) == 1:
+        raise ValueError(
+            f"{name}: every label is {found[0]}: one class cannot be learned. Is this the label "
+            "column? Give classes= for a part in which the others happen to be missing."
+        )
+    if len(labels) >= FEWEST_ROWS and 2 * len(found) > len(labels):
+        raise ValueError(
+            f"{name}: {len(found)} different labels in {len(labels)} examples: an id or a "
+            "measurement? Is this the label column? Give classes= if these are classes."
+        )
+    is_text = found.dtype.kind == "U"
+    if not is_text and found[0] < 0:
+        _in_range(name, labels, int(found[-1]) + 1)  # raises
+    if not is_text and found[-1] == len(found) - 1:
+        return labels, (), []
+    names = tuple(map(str, found))
+    listed = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
+    return numbers, names, [f"labels {listed} are numbered 0..{len(names) - 1} in this order"]
+
+
+def _numbers(name: str, inputs: np.ndarray) -> np.ndarray:
+    """Inputs as float32, or as float64 where float32 rounds their differences away."""
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused below
+        single = np.ascontiguousarray(inputs, np.float32)
+    finite = np.isfinite(single).reshape(len(single), -1).all(axis=1)
+    if not finite.all():
+        rows = np.flatnonzero(~finite)
+        raise ValueError(
+            f"{name}: {len(rows)} of {len(single)} examples hold NaN or infinity, the first at row "
+            f"{rows[0]}. Drop or impute them first."
+        )
+    if inputs.ndim != 2 or inputs.dtype.itemsize < 4 or inputs.dtype == np.float32:
+        return single
+    double = inputs.astype(np.float64)
+    rounding = np.finfo(np.float32).eps * np.abs(double).max(axis=0)
+    spread = double.max(axis=0) - double.min(axis=0)
+    return double if np.any((spread > 0) & (rounding > 1e-3 * spread)) else single

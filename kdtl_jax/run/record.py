@@ -1,0 +1,129 @@
+"""What a run was made from: the content of its files and the versions, compared when it resumes.
+
+    made = record.made_from({"data": "digits.npz", "teacher_weights": path})
+    record.keep(folder, made)                       # at the start
+    notices = record.compare(folder, made)          # at --resume: raises if a file has changed
+
+Settings are compared by their own record; this one knows that a file of the same name holds
+something else now.
+"""
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from kdtl_jax import _files, trees
+from kdtl_jax._types import PyTree
+
+FILE = "made_from.json"
+PACKAGES = ("kdtl_jax", "jax", "jaxlib", "numpy", "optax", "flax", "orbax-checkpoint")
+
+
+class Record(NamedTuple):
+    """SHA-256 of every file by its role, and the version of every package by its name."""
+
+    files: dict[str, str]
+    versions: dict[str, str]
+
+
+def made_from(files: Mapping[str, str | Path]) -> Record:
+    """The record of a run that reads these files; a folder counts with all files below it.
+
+    Args:
+      files: `{role: path}`, such as `{"data": "digits.npz"}`. What does not exist (the name of an
+        embedded data set) counts as its own text.
+
+    Raises:
+      OSError: if a file cannot be read.
+    """
+    return Record({role: _digest(Path(path)) for role, path in files.items()}, _versions())
+
+
+def keep(folder: str | Path, made: Record) -> None:
+    """Writes the record into a run folder."""
+    _files.write_sealed(Path(folder) / FILE, made._asdict())
+
+
+def compare(folder: str | Path, now: Record) -> list[str]:
+    """Compares a run folder's record with what the run would read now.
+
+    Returns:
+      Notices: versions that differ, which may change the last bits of a resumed run.
+
+    Raises:
+      ValueError: naming the files whose content has changed, or if the record is damaged.
+    """
+    path = Path(folder) / FILE
+    if not path.exists():
+        return [f"{path} is missing: whether data and weights are the same is not known"]
+    before = _files.read_sealed(path)
+    kinds = [before.get(name) for name in Record._fields]
+    if not all(isinstance(kind, dict) for kind in kinds):
+        raise ValueError(f"{path} is not a run's record. Start the run anew in another folder.")
+    was = Record(*(dict(before[name]) for name in Record._fields))
+    roles = sorted(was.files.keys() | now.files.keys())
+    changed = [role for role in roles if was.files.get(role) != now.files.get(role)]
+    if changed:
+        raise ValueError(
+            f"{folder} was begun with other content of {', '.join(changed)}: the SHA-256 differs. "
+            "Restore what it was begun with, or start anew in another folder."
+        )
+    names = sorted(was.versions.keys() | now.versions.keys())
+    return [
+        f"{name} was {was.versions.get(name, 'absent')}, is {now.versions.get(name, 'absent')}: "
+        "the run may end with other bits"
+        for name in names
+        if was.versions.get(name) != now.versions.get(name)
+    ]
+
+
+def check_finite(name: str, tree: PyTree) -> None:
+    """Refuses weights with NaN or infinity, which would train others in silence.
+
+    Args:
+      name: of the weights, for the message: their file.
+      tree: parameters, or `Variables`; arrays that are not floating point pass.
+
+    Raises:
+      ValueError: naming the first leaves and how many values are not finite.
+    """
+    broken = []
+    for path, leaf in trees.flatten(tree).items():
+        if not trees.is_inexact(leaf):
+            continue
+        array = np.asarray(leaf)
+        finite = np.isfinite(array if array.dtype.kind in "fc" else array.astype(np.float32))
+        if not finite.all():
+            broken.append(f"{path!r} ({finite.size - int(finite.sum())} of {finite.size})")
+    if broken:
+        more = f" and {len(broken) - 4} more" if len(broken) > 4 else ""
+        raise ValueError(
+            f"{name}: weights are not finite: {', '.join(broken[:4])}{more}. The training that "
+            "made them diverged; take an earlier checkpoint."
+        )
+
+
+def _digest(path: Path) -> str:
+    if path.is_dir():
+        found = hashlib.sha256()
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            name = str(file.relative_to(path)).encode(errors="surrogateescape")
+            found.update(name + b"\0" + _files.sha256(file).encode())
+        return found.hexdigest()
+    return _files.sha256(path) if path.exists() else f"named {path}"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "backend": jax.default_backend()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
