@@ -188,8 +188,8 @@ def _numbered_like(name: str, labels: np.ndarray, like: Dataset) -> tuple[np.nda
     wrong = np.flatnonzero(np.array(like.names)[numbers] != text)
     if len(wrong):
         raise ValueError(
-            f"{name}: label {str(text[wrong[0]])!r} at row {wrong[0]} does not occur in the training "
-            f"part, whose classes are {', '.join(like.names[:8])}{' …' * (like.classes > 8)}."
+            f"{name}: label {str(text[wrong[0]])!r} at row {wrong[0]} does not occur in the "
+            f"training part, whose classes are {', '.join(like.names[:8])}{' …' * (like.classes > 8)}."
         )
     return numbers, like.classes
 
