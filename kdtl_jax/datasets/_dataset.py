@@ -187,9 +187,10 @@ def _numbered_like(name: str, labels: np.ndarray, like: Dataset) -> tuple[np.nda
     numbers = order[places]
     wrong = np.flatnonzero(np.array(like.names)[numbers] != text)
     if len(wrong):
+        listed = ", ".join(like.names[:8]) + (", …" if like.classes > 8 else "")
         raise ValueError(
             f"{name}: label {str(text[wrong[0]])!r} at row {wrong[0]} does not occur in the "
-            f"training part, whose classes are {', '.join(like.names[:8])}{' …' * (like.classes > 8)}."
+            f"training part, whose classes are {listed}."
         )
     return numbers, like.classes
 
