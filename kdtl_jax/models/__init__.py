@@ -11,6 +11,14 @@ from kdtl_jax.models._blocks import quick_gelu as quick_gelu
 from kdtl_jax.models._cnn import CNN as CNN
 from kdtl_jax.models._cnn import Conv3x3 as Conv3x3
 from kdtl_jax.models._cnn import cnn as cnn
+from kdtl_jax.models._decoder import Cache as Cache
+from kdtl_jax.models._decoder import Decoder as Decoder
+from kdtl_jax.models._decoder import DecoderConfig as DecoderConfig
+from kdtl_jax.models._decoder import Norm as Norm
+from kdtl_jax.models._decoder import Rope as Rope
+from kdtl_jax.models._decoder import decoder as decoder
+from kdtl_jax.models._decoder import init_cache as init_cache
+from kdtl_jax.models._decoder import segment_positions as segment_positions
 from kdtl_jax.models._decoders import GPT2 as GPT2
 from kdtl_jax.models._decoders import Llama as Llama
 from kdtl_jax.models._image_resnet import ImageResNet as ImageResNet
