@@ -208,10 +208,19 @@ def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = jnp.
 
 
 def segment_positions(segments: Array) -> Array:
-    """int32 `[B, L]`: the place of each position within its segment, `[B, L] -> [B, L]`."""
+    """int32 `[B, L]`: the place of each position within its segment, `[B, L] -> [B, L]`.
+
+    Padding (segment 0) takes no place, also inside a segment: between a short prompt and its
+    continuation, say.
+    """
+    is_real = segments > 0
+    count = jnp.cumsum(is_real, axis=1, dtype=jnp.int32) - 1
     index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
-    before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    return index - jax.lax.cummax(jnp.where(segments != before, index, 0), axis=1)
+    latest = jax.lax.cummax(jnp.where(is_real, index, -1), axis=1)
+    before = jnp.pad(latest[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    previous = jnp.take_along_axis(segments, jnp.maximum(before, 0), axis=1)
+    begins = is_real & ((before < 0) | (previous != segments))
+    return jnp.maximum(count - jax.lax.cummax(jnp.where(begins, count, 0), axis=1), 0)
 
 
 class _Layer(NamedTuple):

@@ -1,0 +1,233 @@
+"""Sampling from a decoder as one compiled loop.
+
+    samples = language.sample(model, params, prompts, keys=jax.random.split(key, len(prompts)),
+                              length=64, temperature=0.7, top_p=0.95, stop_tokens=(2,))
+
+What is returned beside the tokens is the log-probability *under the distribution that was sampled
+from*, tempered and filtered: the number that importance ratios need. The model's own
+log-probability is another number; take it from a forward pass.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import _checks, losses
+from kdtl_jax._types import Params, Scalar
+from kdtl_jax.models import Cache, Decoder, init_cache
+
+
+class Samples(NamedTuple):
+    """Sampled continuations.
+
+    `tokens` int32 `[B, N]`, 0 after the end; `mask` bool `[B, N]`, True on sampled tokens, the
+    terminating stop token among them; `log_probs` float32 `[B, N]` under the distribution that was
+    sampled from, 0 where the mask is False.
+    """
+
+    tokens: Array
+    mask: Array
+    log_probs: Array
+
+
+class Sequences(NamedTuple):
+    """Prompts with their continuations.
+
+    `tokens` and `segments` int32 `[B, P + N]`, segment 0 on padding (also between a short prompt
+    and its continuation); `is_sampled` bool `[B, P + N]`, the positions of sampled tokens.
+    """
+
+    tokens: Array
+    segments: Array
+    is_sampled: Array
+
+
+def sampling_log_probs(
+    logits: Array,
+    *,
+    temperature: Scalar = 1.0,
+    top_k: int | Array | None = None,
+    top_p: Scalar | None = None,
+    min_p: Scalar | None = None,
+) -> Array:
+    """Log-probabilities of the tempered and filtered distribution; -inf where a token is out.
+
+    In this order, each filter on the softmax of what the last one left:
+
+    - `z = logits / temperature`; a temperature of 0 leaves the first largest logit alone (greedy);
+    - `top_k` keeps what is at least the k-th largest `z` (ties stay in);
+    - `top_p` drops the smallest probabilities whose sum is at most `1 - top_p`, never the largest;
+    - `min_p` keeps what is at least `min_p` times the largest probability.
+
+    Args:
+      logits: `[..., vocabulary]`.
+      temperature, top_k, top_p, min_p: numbers, or arrays of the logits' leading dimensions; None
+        leaves a filter out.
+
+    Returns:
+      `[..., vocabulary]`, float32 or wider. The same filters in the same order as transformers'
+      and vLLM's; vLLM by default reports log-probabilities before temperature and filters instead.
+
+    Raises:
+      ValueError: for a temperature below 0, `top_k` below 1, or `top_p` and `min_p` outside [0, 1].
+    """
+    _checks.floating(logits=logits)
+    _checks.rank(1, logits=logits)
+    _checks.non_negative(temperature=temperature)
+    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+    def rows(value: Any) -> Array:
+        value = jnp.asarray(value)
+        return value if value.ndim == 0 else value[..., None]
+
+    t = rows(temperature).astype(wide.dtype)
+    first = jnp.argmax(wide, axis=-1, keepdims=True)
+    is_first = jnp.arange(wide.shape[-1], dtype=first.dtype) == first
+    greedy = jnp.where(is_first, jnp.zeros((), wide.dtype), -jnp.inf)
+    z = jnp.where(t > 0, wide / jnp.where(t > 0, t, 1), greedy)
+    if top_k is not None:
+        _checks.within(1, float("inf"), top_k=top_k)
+        ranked = jnp.flip(jnp.sort(z, axis=-1), axis=-1)
+        place = jnp.minimum(rows(top_k), z.shape[-1]).astype(jnp.int32) - 1
+        place = jnp.broadcast_to(place, (*z.shape[:-1], 1))
+        z = jnp.where(z >= jnp.take_along_axis(ranked, place, axis=-1), z, -jnp.inf)
+    if top_p is not None:
+        _checks.within(0, 1, top_p=top_p)
+        order = jnp.argsort(z, axis=-1)
+        mass = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(z, order, axis=-1), axis=-1), axis=-1)
+        out = (mass <= 1 - rows(top_p).astype(z.dtype)).at[..., -1].set(False)
+        place = jnp.argsort(order, axis=-1)
+        z = jnp.where(jnp.take_along_axis(out, place, axis=-1), -jnp.inf, z)
+    if min_p is not None:
+        _checks.within(0, 1, min_p=min_p)
+        p = jax.nn.softmax(z, axis=-1)
+        floor = rows(min_p).astype(z.dtype) * jnp.max(p, axis=-1, keepdims=True)
+        z = jnp.where(p >= floor, z, -jnp.inf)
+    return jax.nn.log_softmax(z, axis=-1)
+
+
+def sample(
+    model: Decoder,
+    params: Params,
+    prompts: Array,
+    *,
+    keys: Array,
+    length: int,
+    prompt_mask: Array | None = None,
+    temperature: Scalar = 1.0,
+    top_k: int | Array | None = None,
+    top_p: Scalar | None = None,
+    min_p: Scalar | None = None,
+    stop_tokens: Sequence[int] = (),
+    cache_dtype: Any = jnp.float32,
+) -> Samples:
+    """Continues every prompt by up to `length` tokens, through a cache of keys and values.
+
+    Jit it with `model`, `length` and `stop_tokens` closed over: everything else may be traced. The
+    loop ends when every row has stopped. A row's sample depends on its prompt and its key alone,
+    not on what else is in the batch.
+
+    Args:
+      model: `models.decoder(config)`.
+      params: its parameters.
+      prompts: int `[B, P]`, padded on either side.
+      keys: typed PRNG keys `[B]`, one per row.
+      length: N, the most tokens to sample.
+      prompt_mask: bool `[B, P]`, True on real tokens; None means that all are. Every row needs one.
+      temperature, top_k, top_p, min_p: as in `sampling_log_probs`, numbers or `[B]`.
+      stop_tokens: a row ends after one of these; the token itself is part of the sample.
+      cache_dtype: of the cached keys and values.
+
+    Returns:
+      `Samples`.
+
+    Raises:
+      ValueError: if shapes do not fit, or a prompt is empty (where the mask is concrete).
+      TypeError: if prompts are not integers, or the mask is not bool.
+    """
+    _checks.integers(prompts=prompts)
+    _checks.rank(2, 2, prompts=prompts)
+    _checks.count(1, length=length)
+    batch, width = prompts.shape
+    if keys.shape != (batch,):
+        raise ValueError(
+            f"keys must be typed PRNG keys [{batch}], one per prompt, got {list(keys.shape)}. "
+            f"Use jax.random.split(key, {batch})."
+        )
+    mask = jnp.ones((batch, width), jnp.bool_) if prompt_mask is None else prompt_mask
+    _checks.mask(mask, (batch, width))
+    known = _checks.concrete(mask)
+    if width == 0 or (known is not None and not known.any(axis=1).all()):
+        raise ValueError("every prompt needs at least one token; give empty ones a start token.")
+    segments = mask.astype(jnp.int32)
+    positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
+    cache = init_cache(model.config, batch, width + length, cache_dtype)
+    hidden, cache = model.apply(params, prompts, positions, segments, cache)
+    assert cache is not None
+    last = width - 1 - jnp.argmax(jnp.flip(mask, axis=1), axis=1)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    head, stops = model.head(params), jnp.asarray(stop_tokens, jnp.int32)
+    ends = jnp.sum(segments, axis=1)  # the position of the first new token
+
+    def drawn(hidden: Array, at: Array) -> tuple[Array, Array]:
+        log_probs = sampling_log_probs(
+            losses.head_logits(hidden, head),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+        )
+        own = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, at)
+        token = jax.vmap(jax.random.categorical)(own, log_probs)
+        chosen = jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
+        return token.astype(jnp.int32), chosen.astype(jnp.float32)
+
+    class Carry(NamedTuple):
+        at: Array
+        hidden: Array
+        cache: Cache
+        going: Array
+        samples: Samples
+
+    def step(carry: Carry) -> Carry:
+        at, going = carry.at, carry.going
+        token, log_prob = drawn(carry.hidden, at)
+        token, log_prob = jnp.where(going, token, 0), jnp.where(going, log_prob, 0)
+        samples = Samples(
+            carry.samples.tokens.at[:, at].set(token),
+            carry.samples.mask.at[:, at].set(going),
+            carry.samples.log_probs.at[:, at].set(log_prob),
+        )
+        going = going & ~jnp.any(token[:, None] == stops, axis=1)
+        hidden, cache = model.apply(
+            params,
+            token[:, None],
+            (ends + at)[:, None],
+            going[:, None].astype(jnp.int32),
+            carry.cache,
+        )
+        assert cache is not None
+        return Carry(at + 1, hidden[:, 0], cache, going, samples)
+
+    empty = Samples(
+        jnp.zeros((batch, length), jnp.int32),
+        jnp.zeros((batch, length), jnp.bool_),
+        jnp.zeros((batch, length), jnp.float32),
+    )
+    start = Carry(jnp.zeros((), jnp.int32), hidden, cache, jnp.ones(batch, jnp.bool_), empty)
+    done = jax.lax.while_loop(lambda c: (c.at < length) & jnp.any(c.going), step, start)
+    return done.samples
+
+
+def joined(prompts: Array, samples: Samples, *, prompt_mask: Array | None = None) -> Sequences:
+    """Prompts and continuations as rows to train on: `[B, P + N]`."""
+    mask = jnp.ones(prompts.shape, jnp.bool_) if prompt_mask is None else prompt_mask
+    real = jnp.concatenate([mask, samples.mask], axis=1)
+    return Sequences(
+        jnp.concatenate([prompts.astype(jnp.int32), samples.tokens], axis=1),
+        real.astype(jnp.int32),
+        jnp.concatenate([jnp.zeros_like(mask), samples.mask], axis=1),
+    )
