@@ -33,7 +33,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"run"}),
     # The edge: frameworks, models, files, the command line.
     frozenset({"models", "datasets"}),
-    frozenset({"interop"}),
+    frozenset({"interop", "language"}),
     frozenset({"recipes"}),
     frozenset({"cli", "__main__"}),
 )
