@@ -23,6 +23,7 @@ except ImportError:  # not a POSIX system
 
 TEMPORARY = ".kdtl-tmp"  # how the name of an unfinished file ends
 MARK = ".kdtl"  # the file that makes a folder ours
+ANOTHER = "Choose another folder."
 RECORD_BYTES = 256 * 2**20  # no record of ours is larger
 
 
@@ -177,32 +178,42 @@ def check_space(folder: Path, needed: int, repair: str = "") -> None:
         raise OSError(errno.ENOSPC, f"{reason}. {repair}" if repair else reason)
 
 
+def check_free(folder: Path, kind: str) -> None:
+    """Refuses a folder that holds files and no mark of this kind: they are not ours.
+
+    Hidden files do not count as content, and a folder that does not exist is free.
+
+    Raises:
+      ValueError: naming what is there.
+    """
+    if not folder.exists():
+        return
+    if (folder / MARK).exists():
+        found = read_sealed(folder / MARK)
+        if found.get("kind") != kind or not isinstance(found.get("id"), str):
+            raise ValueError(f"{folder} holds {found.get('kind')}, not {kind}. {ANOTHER}")
+        return
+    others = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
+    if others:
+        raise ValueError(f"{folder} holds other files: {', '.join(others[:5])}. {ANOTHER}")
+
+
 def claim(folder: Path, kind: str) -> str:
     """Marks a new or empty folder as ours, and returns the random identity in its mark.
 
     Args:
-      folder: made if it does not exist. Hidden files do not count as content.
+      folder: made if it does not exist.
       kind: what it holds, such as "checkpoints"; an older mark must say the same.
 
     Raises:
-      ValueError: if the folder holds files and no mark of this kind: they are not ours.
+      ValueError: as `check_free`.
       OSError: if it cannot be written.
     """
+    check_free(folder, kind)
     folder.mkdir(parents=True, exist_ok=True)
-    mark = folder / MARK
-    if mark.exists():
-        found = read_sealed(mark)
-        if found.get("kind") == kind and isinstance(found.get("id"), str):
-            return found["id"]
-        raise ValueError(f"{folder} holds {found.get('kind')}, not {kind}. Choose another folder.")
-    others = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
-    if others:
-        raise ValueError(
-            f"{folder} holds other files: {', '.join(others[:5])}. Choose another folder."
-        )
-    made = {"kind": kind, "id": secrets.token_hex(8)}
-    write_sealed(mark, made)
-    return made["id"]
+    if not (folder / MARK).exists():
+        write_sealed(folder / MARK, {"kind": kind, "id": secrets.token_hex(8)})
+    return read_sealed(folder / MARK)["id"]
 
 
 def is_ours(folder: Path, kind: str) -> bool:
@@ -231,20 +242,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
       RuntimeError: if another process holds it, naming that process; or if `.lock` is no file.
     """
-    path = folder / ".lock"
-    try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
-        handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise
-        raise RuntimeError(
-            f"{path} is not a file but a link, a folder or the like, and is left alone. Remove it, "
-            "or choose another folder."
-        ) from None
-    with os.fdopen(handle, "r+b") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise RuntimeError(f"{path} is not a plain file. Remove it, or choose another folder.")
+    with os.fdopen(_opened(folder / ".lock"), "r+b") as file:
         _flock(folder, file)
         file.seek(0)
         before = file.read(64)
@@ -254,6 +252,26 @@ def locked(folder: Path) -> Iterator[None]:
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             file.flush()
         yield
+
+
+def _opened(path: Path) -> int:
+    """A lock file's handle; what a link points to is never opened."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    for name in ("O_NOFOLLOW", "O_NONBLOCK"):
+        flags |= getattr(os, name, 0)
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            return handle
+        os.close(handle)
+    raise RuntimeError(
+        f"{path} is not a file but a link, a folder or the like, and is left alone. Remove it, "
+        "or choose another folder."
+    )
 
 
 def _flock(folder: Path, file: BinaryIO) -> None:

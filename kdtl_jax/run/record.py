@@ -62,7 +62,10 @@ def compare(folder: str | Path, now: Record) -> list[str]:
     path = Path(folder) / FILE
     if not path.exists():
         return [f"{path} is missing: whether data and weights are the same is not known"]
-    before = _files.read_sealed(path)
+    try:
+        before = _files.read_sealed(path)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}. Start the run anew in another folder.") from None
     kinds = [before.get(name) for name in Record._fields]
     if not all(isinstance(kind, dict) for kind in kinds):
         raise ValueError(f"{path} is not a run's record. Start the run anew in another folder.")

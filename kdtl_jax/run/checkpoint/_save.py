@@ -181,6 +181,8 @@ def remove(folder: str | Path) -> list[str]:
       What stays because it is not ours, by name.
     """
     folder = Path(folder)
+    if folder.is_symlink():
+        return [folder.name]
     if not folder.exists() or _files.remove(folder, KIND):
         return []
     kept = [path for path in sorted(folder.iterdir()) if not _files.remove(path, KIND)]
@@ -192,6 +194,7 @@ def remove(folder: str | Path) -> list[str]:
 def _begin(folder: Path, stack: contextlib.ExitStack) -> str:
     """Locks and marks the folder, clears what a kill left there; returns its identity."""
     try:
+        _files.check_free(folder, KIND)  # before a lock is left in a folder that is not ours
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(_files.locked(folder))
         identity = _files.claim(folder, KIND)

@@ -1,0 +1,134 @@
+"""Files that appear whole, folders that are marked and locked, records that never refuse."""
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdtl_jax import _files
+
+
+def test_a_lock_is_held_once_and_named(tmp_path: Path) -> None:
+    with _files.locked(tmp_path):
+        with pytest.raises(RuntimeError, match=f"in use by process {os.getpid()} on"):
+            with _files.locked(tmp_path):
+                pass
+    with _files.locked(tmp_path):
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()}")
+
+
+@pytest.mark.parametrize("kind", ["symlink", "dangling", "hard link", "folder", "pipe"])
+def test_a_lock_never_writes_to_what_is_not_its_own(tmp_path: Path, kind: str) -> None:
+    precious, folder = tmp_path / "precious.txt", tmp_path / "run"
+    precious.write_text("precious")
+    folder.mkdir()
+    lock = folder / ".lock"
+    if kind == "symlink":
+        lock.symlink_to(precious)
+    elif kind == "dangling":
+        lock.symlink_to(tmp_path / "nowhere")
+    elif kind == "hard link":
+        os.link(precious, lock)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        os.mkfifo(lock)
+    if kind == "hard link":  # cannot be told from a file: locked, not written to
+        with _files.locked(folder):
+            pass
+    else:
+        with pytest.raises(RuntimeError, match=r"\.lock is not a file"):
+            with _files.locked(folder):
+                pass
+    assert precious.read_text() == "precious" and not (tmp_path / "nowhere").exists()
+
+
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(file: Any, flags: int) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(_files.fcntl, "flock", refused)
+    with pytest.warns(RuntimeWarning, match="cannot be locked .No locks available.: make sure"):
+        with _files.locked(tmp_path):
+            pass
+    monkeypatch.setattr(_files, "fcntl", None)
+    with pytest.warns(RuntimeWarning, match="this system has no flock"):
+        with _files.locked(tmp_path):
+            pass
+
+
+def test_marks_tell_whose_a_folder_is(tmp_path: Path) -> None:
+    mine, foreign = tmp_path / "a" / "mine", tmp_path / "foreign"
+    identity = _files.claim(mine, "checkpoints")
+    (mine / "1").mkdir()
+    assert _files.claim(mine, "checkpoints") == identity
+    with pytest.raises(ValueError, match="holds checkpoints, not sweeps"):
+        _files.claim(mine, "sweeps")
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"holds other files: thesis\.tex"):
+        _files.claim(foreign, "checkpoints")
+    assert sorted(path.name for path in foreign.iterdir()) == ["thesis.tex"]
+    (tmp_path / "link").symlink_to(mine)
+    assert not _files.remove(tmp_path / "link", "checkpoints")
+    assert not _files.remove(foreign, "checkpoints") and not _files.remove(mine, "sweeps")
+    assert _files.remove(mine, "checkpoints") and not mine.exists()
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), _files.atomic_file(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    long = tmp_path / ("n" * 250)
+    _files.write_atomic(long, b"x")
+    assert long.read_bytes() == b"x"
+
+
+ODD: list[tuple[Any, Any]] = [
+    (float("nan"), None),
+    ([1.0, -np.inf, {"a": np.float32("nan")}], [1.0, None, {"a": None}]),
+    (np.arange(3), [0, 1, 2]),
+    (np.float64(0.5), 0.5),
+    (np.bool_(True), True),
+    (jnp.asarray([jnp.nan, 1.0]), [None, 1.0]),
+    ({1: (2, 3)}, {"1": [2, 3]}),
+    (Path("a/b"), "a/b"),
+    (os.fsdecode(b"caf\xe9.npz"), "caf\udce9.npz"),
+    (np.dtype("float32"), "dtype('float32')"),
+    (2**200, 2**200),
+]
+
+
+@pytest.mark.parametrize(("value", "wanted"), ODD, ids=range(len(ODD)))
+def test_a_record_takes_any_value(tmp_path: Path, value: Any, wanted: Any) -> None:
+    _files.write_json(tmp_path / "r.json", {"x": value})
+    content = (tmp_path / "r.json").read_bytes()
+    assert content.isascii() and json.loads(content)["x"] == wanted
+
+
+@given(st.binary(max_size=40) | st.text(max_size=20).map(str.encode))
+def test_any_bytes_are_a_sealed_record_or_one_reason(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
+    path = tmp_path_factory.mktemp("sealed") / "r.json"
+    path.write_bytes(content)
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"r\.json"):
+        _files.read_sealed(path)
+
+
+def test_space_is_checked_before_writing(tmp_path: Path) -> None:
+    _files.check_space(tmp_path, 1)
+    with pytest.raises(OSError, match=r"no space left: 1,152,921,504,606,846,976 bytes .*Tidy"):
+        _files.check_space(tmp_path, 2**60, "Tidy up")

@@ -1,0 +1,151 @@
+"""Metrics files that were cut, signals outside the loop, and what the loop asks how often."""
+
+import json
+import os
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdtl_jax import train
+from kdtl_jax.run import data, loop, processes
+
+LINES = b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "says", "stay"),
+    [
+        (LINES[:-9], "line 2 cannot be read", [1]),
+        (LINES[:-1], None, [1, 2]),  # only the end of the line is missing
+        (LINES[:-9] + LINES[:25], "line 2 cannot be read", [1]),  # appended to a cut line
+        (LINES + b"[1, 2]\n\x00\xff\n", "line 3 and 1 more cannot be read", [1, 2]),
+        (b"", None, []),
+        (None, "is missing", []),
+    ],
+)
+@pytest.mark.parametrize("act", ["read", "resume"])
+def test_a_cut_file_is_mended_and_said(
+    tmp_path: Path, content: bytes | None, says: str | None, stay: list[int], act: str
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+
+    def go() -> list[int]:
+        if act == "read":
+            return [line["step"] for line in loop.read_metrics(path)]
+        with loop.metrics_file(path, resume_at=2) as log:
+            log({"step": 3})
+        lines = [json.loads(line)["step"] for line in path.read_bytes().splitlines()]
+        assert lines.pop() == 3
+        return lines
+
+    if says is None or (content is None and act == "resume"):
+        assert go() == stay
+    else:
+        with pytest.warns(UserWarning, match=says):
+            assert go() == stay
+
+
+def test_any_value_makes_a_line_of_strict_json(tmp_path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    odd = {"step": np.int32(1), "seeds": [float("nan"), 1.0], "array": jnp.asarray([jnp.inf, 2.0]),
+           "name": os.fsdecode(b"caf\xe9"), "type": np.dtype("f4")}  # fmt: skip
+    with loop.metrics_file(tmp_path / "m") as log:
+        log(odd)
+    found = json.loads((tmp_path / "m").read_text(), parse_constant=refuse)
+    assert found["seeds"] == [None, 1.0] and found["array"] == [None, 2.0] and found["step"] == 1
+
+
+@settings(max_examples=30)
+@given(place=st.integers(0, 60), put=st.binary(max_size=9), cut=st.integers(0, 60))
+def test_any_bytes_are_lines_or_left_out(
+    tmp_path_factory: pytest.TempPathFactory, place: int, put: bytes, cut: int
+) -> None:
+    path = tmp_path_factory.mktemp("metrics") / "m.jsonl"
+    path.write_bytes(LINES[:place] + put + LINES[place + cut :])
+    with warnings.catch_warnings(action="ignore"):
+        first = loop.read_metrics(path)
+        with loop.metrics_file(path, stays=lambda line: True) as log:
+            log({"step": 9})
+    assert loop.read_metrics(path) == [*first, {"step": 9}]
+
+
+def model(
+    params: Any, model_state: Any, inputs: Any, *, key: Any = None, train: bool = False
+) -> Any:
+    return {"logits": inputs @ params["w"]}, model_state
+
+
+def terms(x: Any) -> Any:
+    bent = jnp.sum(x.connectors["c"] * jnp.where(x.step == 3, jnp.nan, 1.0))
+    task = optax.softmax_cross_entropy_with_integer_labels(x.student["logits"], x.batch["labels"])
+    return {"task": task, "connector": jnp.zeros_like(task) + bent}
+
+
+TX = optax.sgd(0.1)
+ARRAYS = {"inputs": np.eye(8, 3, dtype=np.float32), "labels": np.arange(8, dtype=np.int32) % 2}
+
+
+def go(steps: int, **options: Any) -> loop.Result:
+    step = train.make_step(model, terms, {"task": 1.0, "connector": 1.0}, TX)
+    connectors = {"c": jnp.ones(2)}
+    state = train.init_state(
+        {"w": jnp.ones((3, 2))}, TX, key=jax.random.key(0), connectors=connectors
+    )
+    source = data.resident(ARRAYS, 4, key=None)
+    return loop.run(step, state, source, steps=steps, **options)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_connector_that_is_not_finite_is_named() -> None:
+    with pytest.raises(FloatingPointError, match=r"step 3 gave .* in 'connectors/c', 'loss'"):
+        go(6)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_stopping_is_judged_once_per_evaluation() -> None:
+    """Looking at all evaluations at every step would grow with the square of their number."""
+    asked: list[int] = []
+
+    def stop(evaluations: list[dict[str, Any]]) -> bool:
+        asked.append(len(evaluations))
+        return False
+
+    go(20, stop=stop, evaluate=lambda state: {"x": 0.0}, evaluate_every=5, on_nonfinite=None)
+    assert asked == [1, 2, 3]
+
+
+def test_signals_outside_a_loop_end_one_process_and_are_shared_within() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught, processes.signals() as outer:
+        with processes.signals() as inner:
+            assert inner is outer
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    with processes.signals() as found, found.polled():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert found.asked() and found.number == signal.SIGINT
+
+
+def test_one_process_decides_by_itself() -> None:
+    def fail() -> None:
+        raise FileExistsError("there")
+
+    assert processes.decide(lambda: {"a": 1}) == {"a": 1} == processes.broadcast({"a": 1})
+    assert processes.largest(3) == 3
+    with pytest.raises(FileExistsError):
+        processes.decide(fail)
+    with pytest.raises(ValueError, match="give all of coordinator"):
+        processes.initialize(processes=2)
