@@ -17,6 +17,7 @@ import jax
 from jax import Array
 
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree
+from kdtl_jax.interop import _modes, _taps
 
 # (module for one example, state or None, input, key or None, train) -> (outputs, state)
 Call = Callable[[Any, Any, Any, Any, bool], tuple[Any, Any]]
@@ -30,34 +31,31 @@ class Equinox(NamedTuple):
     model_state: PyTree
 
 
-def standard_call(module: Any, state: Any, inputs: Any, key: Any, train: bool) -> tuple[Any, Any]:
-    """Calls a module with `state` if it has one and `key=` if its signature does."""
-    del train  # dropout and batch norm read their `inference` field
-    accepted = inspect.signature(type(module).__call__).parameters
-    keys = {"key": key} if "key" in accepted else {}
-    if state is None:
-        return module(inputs, **keys), None
-    return module(inputs, state, **keys)
-
-
 def model(
     module: eqx.Module,
     state: eqx.nn.State | None = None,
     *,
-    call: Call = standard_call,
+    call: Call | None = None,
     axis_name: str = "batch",
 ) -> Equinox:
     """`(apply, params, model_state)` of an Equinox module, following the library's contract.
 
-    The module is mapped over the batch; each example gets its own key. `train=False` runs it in
-    inference mode (`eqx.nn.inference_mode`), so that dropout is off and statistics are frozen.
-    To put trained parameters back: `equinox.with_params(module, params)`.
+    The module is mapped over the batch; each example gets its own key, as `key=`, and the state
+    as second argument where there is one. `train=False` runs the module in inference mode
+    (`eqx.nn.inference_mode`), so that dropout is off and statistics are frozen; arguments and
+    fields of a usual name (`train`, `inference`, `deterministic`, `enable_dropout`, …, also within
+    `**kwargs`) are set besides. To put trained parameters back:
+    `equinox.with_params(module, params)`.
 
     Args:
       module: from its constructor, or the first half of `eqx.nn.make_with_state(...)`.
       state: the second half, if there is one.
-      call: how the module is called on one example.
+      call: how the module is called on one example, in another way.
       axis_name: the name that the module's batch norms reduce over.
+
+    Raises:
+      ValueError: when `apply` is traced, if dropout or batch statistics are not in the mode asked
+        for.
     """
     params, static = eqx.partition(module, eqx.is_inexact_array)
 
@@ -69,22 +67,84 @@ def model(
         key: Array | None = None,
         train: bool = False,
     ) -> tuple[Outputs, PyTree]:
-        # Equinox refuses a state that was used before; a copy may be used as often as one likes.
-        model_state = jax.tree.map(lambda leaf: leaf, model_state)
-        combined = eqx.combine(params, static)
-        ready = eqx.nn.inference_mode(combined, value=not train)
+        ready = eqx.nn.inference_mode(eqx.combine(params, static), value=not train)
+        ready = _with_fields(ready, train)
         size = jax.tree.leaves(inputs)[0].shape[0]
         keys = None if key is None else jax.random.split(key, size)
-        outputs, new_state = jax.vmap(
-            lambda x, k: call(ready, model_state, x, k, train),
-            in_axes=(0, None if keys is None else 0),
-            out_axes=(0, None),
-            axis_name=axis_name,
-        )(inputs, keys)
-        named = dict(outputs) if isinstance(outputs, dict) else {"logits": outputs}
-        return named, new_state if train else model_state
+
+        def run(way: Call) -> tuple[Any, Any]:
+            # Equinox refuses a state that was used before; a copy may be used again.
+            fresh = jax.tree.map(lambda leaf: leaf, model_state)
+            return jax.vmap(
+                lambda x, k: way(ready, fresh, x, k, train),
+                in_axes=(0, None if keys is None else 0),
+                out_axes=(0, None),
+                axis_name=axis_name,
+            )(inputs, keys)
+
+        def modes(way: Call) -> dict[str, bool]:
+            return _modes_of(module, lambda: run(way), model_state)
+
+        way = call
+        if way is None:
+            way = _modes.first_that_follows(_ways(module, train), train, modes)
+            example = (
+                "equinox.model(module, call=lambda module, state, x, key, train: "
+                "(module(x, key=key, flag=train), state))"
+            )
+            _modes.check(modes(way), train, type(module).__name__, example)
+        outputs, new_state = run(way)
+        return _taps.outputs_of(outputs), new_state if train else model_state
 
     return Equinox(apply, params, state)
+
+
+def _ways(module: Any, train: bool) -> list[Call]:
+    function = type(module).__call__
+    takes_key = "key" in inspect.signature(function).parameters or _modes.is_open(function)
+
+    def way(flags: _modes.Flags) -> Call:
+        def call(module: Any, state: Any, inputs: Any, key: Any, train: bool) -> Any:
+            given = flags | ({"key": key} if takes_key else {})
+            if state is None:
+                return module(inputs, **given), None
+            return module(inputs, state, **given)
+
+        return call
+
+    return [way(flags) for flags in _modes.candidates(function, train)]
+
+
+def _with_fields(module: Any, train: bool) -> Any:
+    """A copy with every field of a known name that holds a bool set, static ones too."""
+    copy = jax.tree.map(lambda leaf: leaf, module)
+    for node in _submodules(copy):
+        held = [name for name, value in vars(node).items() if isinstance(value, bool)]
+        for name, value in _modes.flags(held, train).items():
+            object.__setattr__(node, name, value)  # of a fresh copy: nobody else sees it
+    return copy
+
+
+def _submodules(module: Any) -> list[Any]:
+    found = [module] if isinstance(module, eqx.Module) else []
+    children = jax.tree.leaves(
+        module, is_leaf=lambda x: isinstance(x, eqx.Module) and x is not module
+    )
+    for child in children:
+        if isinstance(child, eqx.Module) and child is not module:
+            found += _submodules(child)
+    return found
+
+
+def _modes_of(module: Any, run: Callable[[], tuple[Any, Any]], state: Any) -> dict[str, bool]:
+    """Whether dropout and batch statistics run in training mode: random draws, a new state."""
+    layers = _submodules(module)
+    modes: dict[str, bool] = {}
+    if any(isinstance(layer, eqx.nn.Dropout) and layer.p for layer in layers):
+        modes["dropout"] = _modes.draws(run)
+    if state is not None and any(isinstance(layer, eqx.nn.BatchNorm) for layer in layers):
+        modes["batch statistics"] = _modes.changes(lambda: run()[1], state)
+    return modes
 
 
 def with_params(module: Any, params: Params) -> Any:

@@ -9,16 +9,15 @@ joined path, `"net/~/linear_1/w"`, and never split it again. Features are return
 (a dict with `"logits"`), or tapped by module name.
 """
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
-import jax
 from jax import Array
 
-from kdtl_jax import trees
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Variables
+from kdtl_jax.interop import _modes, _taps
 
 
 class Haiku(NamedTuple):
@@ -28,22 +27,26 @@ class Haiku(NamedTuple):
     apply: ModelFn
 
 
-def model(net: Callable[[Any, bool], Any], *, taps: Sequence[str] = ()) -> Haiku:
+def model(net: Callable[..., Any], *, taps: Sequence[str] = ()) -> Haiku:
     """`(init, apply)` of an untransformed Haiku function `net(inputs, train)`.
 
     `model_state` is Haiku's state (batch statistics), or None if there is none; it changes only
     with `train=True`.
 
     Args:
-      net: builds and calls its modules, as given to `hk.transform_with_state`.
+      net: builds and calls its modules, as given to `hk.transform_with_state`. Its second argument
+        is `train`, or one of the usual names (`is_training`, `training`, `deterministic`,
+        `inference`, …), whose sense is heeded; a net without modes may take the inputs alone.
       taps: modules whose output joins the outputs under their name, `"net/~/linear_0"`; each is a
-        regular expression that must match whole names. A module called several times
-        gives `name/0`, `name/1`, and so on.
+        regular expression that must match whole names. A module called several times, or one that
+        returns a tuple, gives `name/0`, `name/1`, and so on.
 
     Raises:
-      ValueError: when `apply` is traced, if a tap matches no module (the existing ones are listed).
+      TypeError: if `net` has no argument for its mode, and others than the inputs.
+      ValueError: when `apply` is traced, if a tap matches no module (the existing ones are listed),
+        or the state changes in evaluation mode.
     """
-    transformed = hk.transform_with_state(net)
+    transformed = hk.transform_with_state(_with_mode(net))
 
     def init(key: Array, inputs: Any) -> Variables:
         # Batch norm makes its averages in training mode only.
@@ -69,25 +72,32 @@ def model(net: Callable[[Any, bool], Any], *, taps: Sequence[str] = ()) -> Haiku
         state = {} if model_state is None else model_state
         with hk.intercept_methods(record):
             outputs, new_state = transformed.apply(params, state, key, inputs, train)
-        named = dict(outputs) if isinstance(outputs, Mapping) else {"logits": outputs}
-        named |= _select(taps, calls)
+        if not train and _modes.changed(_flat(state), _flat(new_state)):
+            raise ValueError(
+                "the net changed its state in evaluation mode: its batch statistics do not follow "
+                "the mode. Pass it on: lambda x, train: Net()(x, is_training=train)."
+            )
+        named = _taps.outputs_of(outputs) | _taps.select(taps, _taps.named(calls.items()))
         return named, new_state if train and model_state is not None else model_state
 
     return Haiku(init, apply)
 
 
-def _select(taps: Sequence[str], calls: Mapping[str, list[Any]]) -> dict[str, Array]:
-    found = {
-        name if len(outputs) == 1 else f"{name}/{i}": out
-        for name, outputs in calls.items()
-        for i, out in enumerate(outputs)
-        if isinstance(out, jax.Array)
-    }
-    chosen: dict[str, Array] = {}
-    for tap in taps:
-        hits = {name: x for name, x in found.items() if re.fullmatch(tap, name)}
-        if not hits:
-            near = ", ".join(repr(name) for name in trees.nearest(tap, list(found), n=8))
-            raise ValueError(f"tap {tap!r} matches no module. Nearest names: {near}.")
-        chosen |= hits
-    return chosen
+def _with_mode(net: Callable[..., Any]) -> Callable[[Any, bool], Any]:
+    """`net` as a function of inputs and `train`."""
+    names = list(inspect.signature(net).parameters)
+    accepted = _modes.accepted(net)
+    if _modes.flags(accepted, True):
+        return lambda inputs, train: net(inputs, **_modes.flags(accepted, train))
+    if len(names) == 1 and not _modes.is_open(net):
+        return lambda inputs, train: net(inputs)
+    if len(names) == 2 and names[1] in accepted:
+        return lambda inputs, train: net(inputs, train)
+    raise TypeError(
+        f"net must take (inputs, train), got the arguments {names}. Write for example "
+        "lambda x, train: Net()(x, is_training=train)."
+    )
+
+
+def _flat(state: Any) -> dict[str, Any]:
+    return {f"{module}/{name}": x for module, held in state.items() for name, x in held.items()}

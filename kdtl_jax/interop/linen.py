@@ -9,17 +9,19 @@ without head has no logits; its dict passes as it is.)
 `taps` adds the outputs of submodules by path, without touching the module.
 """
 
-import inspect
-import re
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
+from flax import errors
 from jax import Array
 
-from kdtl_jax import trees
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Variables
+from kdtl_jax.interop import _modes, _taps
 
 Call = Callable[[nn.Module, Any, bool], Any]  # (bound module, inputs, train) -> outputs
 
@@ -31,21 +33,11 @@ class Linen(NamedTuple):
     apply: ModelFn
 
 
-def standard_call(module: nn.Module, inputs: Any, train: bool) -> Any:
-    """Calls the module, with `train=` or `deterministic=` if its signature has one of them."""
-    accepted = inspect.signature(type(module).__call__).parameters
-    if "train" in accepted:
-        return module(inputs, train=train)
-    if "deterministic" in accepted:
-        return module(inputs, deterministic=not train)
-    return module(inputs)
-
-
 def model(
     module: nn.Module,
     *,
     taps: Sequence[str] = (),
-    call: Call = standard_call,
+    call: Call | None = None,
     rngs: Sequence[str] = ("dropout",),
 ) -> Linen:
     """`(init, apply)` of a Linen module, following the library's model contract.
@@ -53,13 +45,16 @@ def model(
     `model_state` holds every collection but `"params"` (batch statistics), or None if there is
     none; it changes only with `train=True`.
 
+    The mode is told by whatever argument or field of a usual name the module has: `train`,
+    `training`, `is_training`, `deterministic`, `use_running_average`, `inference`, …, also within
+    `**kwargs`.
+
     Args:
       module: an unbound module.
       taps: submodules whose output joins the outputs under their path, `"block3/conv1"`; each is
-        a regular expression that must match whole paths. A module called several times gives
-        `path/0`, `path/1`, and so on.
-      call: how the module is called, for signatures other than `module(inputs)`,
-        `module(inputs, train=)` and `module(inputs, deterministic=)`.
+        a regular expression that must match whole paths. A module called several times, or one
+        that returns a tuple, gives `path/0`, `path/1`, and so on.
+      call: `call(module, inputs, train)`, for modules that are called in another way.
       rngs: names of the random streams that the module reads when `key` is given.
 
     Returns:
@@ -67,7 +62,7 @@ def model(
 
     Raises:
       ValueError: when `apply` is traced, if a tap matches no submodule (the existing ones are
-        listed).
+        listed), or dropout or batch statistics are not in the mode asked for.
     """
 
     def streams(key: Array | None) -> dict[str, Array] | None:
@@ -77,12 +72,12 @@ def model(
 
     def init(key: Array, inputs: Any) -> Variables:
         key_params, key_rest = jax.random.split(key)
-        variables = module.init(
-            {"params": key_params, **(streams(key_rest) or {})},
-            inputs,
-            False,
-            method=call,
-        )
+        keys = {"params": key_params, **(streams(key_rest) or {})}
+
+        def run(way: _Way) -> Any:
+            return way.module.init(keys, inputs, False, method=way.call)
+
+        variables = run(_chosen(_ways(module, call, train=False), False, run))
         state = {k: v for k, v in variables.items() if k not in ("params", "intermediates")}
         return Variables(variables.get("params", {}), state or None)
 
@@ -95,56 +90,123 @@ def model(
         train: bool = False,
     ) -> tuple[Outputs, PyTree]:
         changing = list(model_state) if train and model_state else []
-        outputs, updated = module.apply(
-            {"params": params, **(model_state or {})},
-            inputs,
-            train,
-            method=call,
-            rngs=streams(key),
-            mutable=[*changing, "intermediates"] if taps else changing,
-            capture_intermediates=_tapped if taps else False,
-        )
-        named = dict(outputs) if isinstance(outputs, Mapping) else {"logits": outputs}
+
+        def run(way: _Way, mutable: Any = True) -> Any:
+            return way.module.apply(
+                {"params": params, **(model_state or {})},
+                inputs,
+                train,
+                method=way.call,
+                rngs=streams(key),
+                mutable=mutable,
+                capture_intermediates=_tapped if taps else False,
+            )
+
+        def check() -> None:
+            if call is None:
+                example = "linen.model(module, call=lambda module, x, train: module(x, flag=train))"
+                _modes.check(modes, train, type(module).__name__, example)
+
+        way = _chosen(_ways(module, call, train), train, run)
+        with _recorded() as modes:
+            try:
+                outputs, updated = run(way, [*changing, "intermediates"] if taps else changing)
+            except errors.ModifyScopeVariableError:  # statistics that are updated in evaluation
+                check()
+                raise
+        check()
+        found = _taps.outputs_of(outputs)
         if taps:
-            named |= _select(taps, updated.get("intermediates") or {})
+            calls = _calls(updated.get("intermediates") or {}, "")
+            found |= _taps.select(taps, _taps.named(calls))
         if not changing:
-            return named, model_state
-        return named, {name: updated[name] for name in model_state}
+            return found, model_state
+        return found, {name: updated[name] for name in model_state}
 
     return Linen(init, apply)
+
+
+class _Way(NamedTuple):
+    """How a module is called: a copy with its fields set, and a method."""
+
+    module: nn.Module
+    call: Call
+
+
+def _ways(module: nn.Module, call: Call | None, train: bool) -> list[_Way]:
+    if call is not None:
+        return [_Way(module, call)]
+    options = _modes.candidates(type(module).__call__, train)
+    if options == [{}]:
+        module = module.clone(**_modes.flags(_mode_fields(module), train))
+    return [
+        _Way(module, lambda bound, inputs, train, given=given: bound(inputs, **given))
+        for given in options
+    ]
+
+
+def _mode_fields(module: nn.Module) -> list[str]:
+    return [
+        field.name
+        for field in dataclasses.fields(module)  # pyright: ignore[reportArgumentType]
+        if isinstance(getattr(module, field.name), bool)
+    ]
+
+
+def _chosen(ways: list[_Way], train: bool, run: Callable[[_Way], Any]) -> _Way:
+    def modes(way: _Way) -> dict[str, bool]:
+        with _recorded() as found:
+            jax.eval_shape(lambda: run(way))
+        return found
+
+    return _modes.first_that_follows(ways, train, modes)
+
+
+@contextlib.contextmanager
+def _recorded() -> Iterator[dict[str, bool]]:
+    """The mode in which dropout and batch normalization run within: `{path: training}`."""
+    found: dict[str, bool] = {}
+
+    def note(run: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        layer = context.module
+        if context.method_name == "__call__":
+            frozen = None
+            if isinstance(layer, nn.BatchNorm):
+                frozen = _first(kwargs.get("use_running_average"), *args[1:2])
+                frozen = _first(frozen, layer.use_running_average)
+            elif isinstance(layer, nn.Dropout) and not _is_zero(layer.rate):
+                frozen = _first(kwargs.get("deterministic"), *args[1:2])
+                frozen = _first(frozen, layer.deterministic)
+            elif isinstance(layer, nn.MultiHeadDotProductAttention) and layer.dropout_rate:
+                frozen = _first(kwargs.get("deterministic"), layer.deterministic)
+            if isinstance(frozen, (bool, np.bool_)):
+                found["/".join(layer.path)] = not frozen
+        return run(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        yield found
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _is_zero(rate: Any) -> bool:
+    return isinstance(rate, (int, float)) and rate == 0
 
 
 def _tapped(module: nn.Module, method: str) -> bool:
     return method == "__call__" and bool(module.path)
 
 
-def _select(taps: Sequence[str], intermediates: Mapping[str, Any]) -> dict[str, Array]:
-    """Captured outputs by path: `a/b` for one call, `a/b/0`, `a/b/1` for several."""
-    found: dict[str, Any] = {}
-    for path, calls in _calls(intermediates, ""):
-        for i, value in enumerate(calls):
-            found[path if len(calls) == 1 else f"{path}/{i}"] = value
-    arrays = {path: value for path, value in found.items() if isinstance(value, jax.Array)}
-    chosen: dict[str, Array] = {}
-    for tap in taps:
-        hits = {path: x for path, x in arrays.items() if re.fullmatch(tap, path)}
-        if not hits:
-            near = ", ".join(repr(path) for path in trees.nearest(tap, list(arrays), n=8))
-            raise ValueError(
-                f"tap {tap!r} matches no submodule with an array output. "
-                f"Nearest paths: {near or 'none, the module has no submodules'}."
-            )
-        chosen |= hits
-    return chosen
-
-
 def _calls(tree: Mapping[str, Any], prefix: str) -> list[tuple[str, tuple[Any, ...]]]:
     out: list[tuple[str, tuple[Any, ...]]] = []
     for name, value in tree.items():
+        path = f"{prefix}/{name}" if prefix else name
         if name == "__call__":
             out.append((prefix, value))
         elif isinstance(value, Mapping):
-            out += _calls(value, f"{prefix}/{name}" if prefix else name)
-        else:  # sown by the module itself
-            out.append((f"{prefix}/{name}" if prefix else name, value))
+            out += _calls(value, path)
+        else:  # sown by the module itself: a tuple of values, or whatever its reduce_fn makes
+            out.append((path, value if isinstance(value, tuple) else (value,)))
     return out

@@ -11,7 +11,6 @@ parameters back: `nnx.update(module, params)` (exact here, because nothing was r
 This file alone imports `flax.nnx`, which does not import on every pair of flax and jax versions.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,8 +21,12 @@ from jax import Array
 
 from kdtl_jax import trees
 from kdtl_jax._types import ModelFn, Outputs, PyTree
+from kdtl_jax.interop import _modes, _taps
 
-Call = Callable[[nnx.Module, Any], Any]
+Call = Callable[[nnx.Module, Any, bool], Any]  # (module, inputs, train) -> outputs
+
+
+INHERITED = " A class that inherits its __call__ is not seen by nnx.capture: let it define one."
 
 
 class NNX(NamedTuple):
@@ -38,7 +41,7 @@ def model(
     module: nnx.Module,
     *,
     taps: Sequence[str] = (),
-    call: Call = lambda module, inputs: module(inputs),
+    call: Call | None = None,
 ) -> NNX:
     """`(apply, params, model_state)` of an NNX module, following the library's model contract.
 
@@ -46,18 +49,21 @@ def model(
     Within `apply` a fresh module is merged, so nothing outside is ever mutated. With `key`,
     every random stream is re-keyed from it, whatever it is called (`nnx.reseed(m, dropout=key)`
     does nothing, in silence, to a module built with `nnx.Rngs(0)`). `train` switches between
-    the module's `train()` and `eval()` modes.
+    the module's `train()` and `eval()` modes, and sets what arguments and fields of a usual name
+    there are: `train`, `training`, `deterministic`, `use_running_average`, …, also within
+    `**kwargs`.
 
     Args:
       module: the module; it is read once and left as it is.
       taps: submodules whose output joins the outputs under their path, `"layers/0"`; each is a
-        regular expression that must match whole paths. A module called several times gives
-        `path/0`, `path/1`, and so on. Values stored with `module.sow(nnx.Intermediate, ...)` are
-        found under their own name.
-      call: how the module is called, for anything but `module(inputs)`.
+        regular expression that must match whole paths. A module called several times, or one that
+        returns a tuple, gives `path/0`, `path/1`, and so on. Values stored with
+        `module.sow(nnx.Intermediate, ...)` are found under their own name.
+      call: `call(module, inputs, train)`, for modules that are called in another way.
 
     Raises:
-      ValueError: when `apply` is traced, if a tap matches no output (the existing ones are listed).
+      ValueError: when `apply` is traced, if a tap matches no output (the existing ones are listed),
+        or dropout or batch statistics are not in the mode asked for.
     """
     clean = nnx.clone(module)
     nnx.pop(clean, nnx.Intermediate)  # what an earlier call may have sown
@@ -71,18 +77,27 @@ def model(
         key: Array | None = None,
         train: bool = False,
     ) -> tuple[Outputs, PyTree]:
-        # Without the copy the module would share, and so mutate, the caller's variables.
-        merged = nnx.merge(graph, params, model_state, copy=True)
-        if train:
-            merged.train()
-        else:
-            merged.eval()
-        if key is not None:
-            rekey(merged, key)
-        outputs, found = _captured(merged, call, inputs, with_submodules=bool(taps))
-        named = dict(outputs) if isinstance(outputs, dict) else {"logits": outputs}
-        named |= _select(taps, found)
-        return named, nnx.split(merged, nnx.Param, ...)[2] if train else model_state
+        def run(way: Call) -> _Ran:
+            # Without the copy the module would share, and so mutate, the caller's variables.
+            merged = nnx.merge(graph, params, model_state, copy=True)
+            _set_mode(merged, train)
+            if key is not None:
+                rekey(merged, key)
+            before = _arrays(merged)
+            outputs, found = _captured(
+                merged, lambda module, x: way(module, x, train), inputs, bool(taps)
+            )
+            changed = _modes.changed(before, _arrays(merged))
+            return _Ran(merged, outputs, found, _modes_of(merged, changed))
+
+        ways = [call] if call is not None else _ways(module, train)
+        way = _modes.first_that_follows(ways, train, lambda way: _traced(run, way))
+        ran = run(way)
+        if call is None:
+            example = "nnx.model(module, call=lambda module, x, train: module(x, flag=train))"
+            _modes.check(ran.modes, train, type(module).__name__, example)
+        named = _taps.outputs_of(ran.outputs) | _taps.select(taps, ran.found, INHERITED)
+        return named, nnx.split(ran.module, nnx.Param, ...)[2] if train else model_state
 
     return NNX(apply, params, rest)
 
@@ -105,9 +120,69 @@ def rekey(module: nnx.Module, key: Array) -> None:
         stream.count.set_value(jnp.zeros_like(stream.count.get_value()))
 
 
+class _Ran(NamedTuple):
+    """A module after a call."""
+
+    module: nnx.Module
+    outputs: Any
+    found: dict[str, Array]
+    modes: dict[str, bool]
+
+
+def _ways(module: nnx.Module, train: bool) -> list[Call]:
+    options = _modes.candidates(type(module).__call__, train)
+    return [lambda module, x, train, given=given: module(x, **given) for given in options]
+
+
+def _traced(run: Callable[[Call], _Ran], way: Call) -> dict[str, bool]:
+    """The modes of a call that is only traced."""
+    modes: dict[str, bool] = {}
+
+    def shapes() -> None:
+        modes.update(run(way).modes)
+
+    jax.eval_shape(shapes)
+    return modes
+
+
+def _set_mode(module: nnx.Module, train: bool) -> None:
+    """`module.train()` or `.eval()`, and every own field of a known name that holds a bool."""
+    if train:
+        module.train()
+    else:
+        module.eval()
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Module):
+            fields = [name for name, value in vars(node).items() if isinstance(value, bool)]
+            for name, value in _modes.flags(fields, train).items():
+                setattr(node, name, value)
+
+
+def _modes_of(module: nnx.Module, changed: set[str]) -> dict[str, bool]:
+    """Whether each layer ran in training mode, by what it changed: statistics, a random stream."""
+    modes: dict[str, bool] = {}
+    for key_path, node in nnx.iter_graph(module):
+        path = "/".join(map(str, key_path))
+        own = [name for name in changed if name.startswith(f"{path}/" if path else "")]
+        if isinstance(node, nnx.BatchNorm) or (
+            isinstance(node, nnx.Dropout) and node.rate and node.rngs is not None
+        ):
+            modes[path] = bool(own)
+    return modes
+
+
+def _arrays(module: nnx.Module) -> dict[str, Any]:
+    """What is not a parameter, by path."""
+    rest = nnx.split(module, nnx.Param, ...)[2]
+    return {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(rest)}
+
+
 def _captured(
-    module: nnx.Module, call: Call, inputs: Any, with_submodules: bool
-) -> tuple[Any, dict[str, Any]]:
+    module: nnx.Module,
+    call: Callable[[nnx.Module, Any], Any],
+    inputs: Any,
+    with_submodules: bool,
+) -> tuple[Any, dict[str, Array]]:
     """Runs the module; also returns what it sows, and the outputs of its submodules, by path.
 
     Capturing also keeps sown values out of the module's state, which would grow otherwise.
@@ -118,24 +193,10 @@ def _captured(
         method_outputs=nnx.Intermediate if with_submodules else None,
     )
     outputs, caught = run(module)
-    found: dict[str, Any] = {}
+    calls = []
     for key_path, variable in nnx.to_flat_state(caught):
         path = "/".join(str(key) for key in key_path if key != "__call__")
-        calls = variable.get_value()
-        for i, value in enumerate(calls):
-            found[path if len(calls) == 1 else f"{path}/{i}"] = value
-    return outputs, {path: x for path, x in found.items() if path and isinstance(x, jax.Array)}
-
-
-def _select(taps: Sequence[str], found: dict[str, Any]) -> dict[str, Array]:
-    chosen: dict[str, Array] = {}
-    for tap in taps:
-        hits = {path: x for path, x in found.items() if re.fullmatch(tap, path)}
-        if not hits:
-            near = ", ".join(repr(path) for path in trees.nearest(tap, list(found), n=8))
-            raise ValueError(
-                f"tap {tap!r} matches no output. Nearest paths: {near or 'none'}. A "
-                "class that inherits its __call__ is not seen by nnx.capture: let it define one."
-            )
-        chosen |= hits
-    return chosen
+        value = variable.get_value()
+        if path:  # a tuple of values, or whatever the reduce_fn of a sow makes of them
+            calls.append((path, value if isinstance(value, tuple) else (value,)))
+    return outputs, _taps.named(calls)

@@ -9,7 +9,7 @@ import optax
 from jax import Array
 
 from kdtl_jax import trees
-from kdtl_jax._types import Params, PyTree
+from kdtl_jax._types import Params, PyTree, Variables
 from kdtl_jax.objective import Metrics
 
 Batch = Mapping[str, Any]
@@ -92,8 +92,14 @@ def init_state(
       trainable: selector over `params`, of what the optimizer may change; the same as the step's.
 
     Raises:
+      TypeError: if `params` are `Variables`.
       ValueError: if the selector matches nothing.
     """
+    if isinstance(params, Variables):
+        raise TypeError(
+            "params must be the parameters alone, got Variables. Write init_state(v.params, tx, "
+            "key=key, model_state=v.model_state)."
+        )
     params = jax.tree.map(own, params)
     connectors = jax.tree.map(own, {} if connectors is None else connectors)
     return TrainState(

@@ -12,7 +12,7 @@ from jax import Array
 from kdtl_jax import objective, trees
 from kdtl_jax._types import ModelFn, PyTree, Variables
 from kdtl_jax.objective import Inputs, Mean, Metrics, TermsFn, Weights
-from kdtl_jax.train import _gradients, dot, precision
+from kdtl_jax.train import _contracts, _gradients, dot, precision
 from kdtl_jax.train._gradients import Carried, Found, Means, Objective
 from kdtl_jax.train._state import Batch, Step, TrainState, like, split
 
@@ -53,22 +53,27 @@ def make_step(
       The step. Its metrics are a mapping with every unweighted term and `"loss"`.
 
     Raises:
+      TypeError: if `model` or `teacher` is no model function; when the step is traced, if what it
+        returns or the batch is not of the form above.
       ValueError: when the step is traced, if terms and weights have different keys, or the
-        selector matches nothing, or the batch does not divide into the microbatches.
+        selector matches nothing, or the batch does not divide into the microbatches, or rows of
+        weight 0 might enter batch statistics.
     """
+    _contracts.model_function(model=model, **({} if teacher is None else {"teacher": teacher}))
     optimizer = optax.with_extra_args_support(tx)
 
     def outputs_of_teacher(teacher_params: Any, batch: Batch) -> Any:
         if teacher is None:
             return batch.get("teacher", {})
         variables = _variables(teacher_params)
-        outputs, _ = teacher(variables.params, variables.model_state, batch["inputs"])
+        returned = teacher(variables.params, variables.model_state, batch["inputs"])
+        outputs, _ = _contracts.outputs_of(returned, "teacher")
         return jax.lax.stop_gradient(outputs)
 
     def step(
         state: TrainState, batch: Batch, teacher_params: Any = None
     ) -> tuple[TrainState, Metrics]:
-        batch = _blank_padding(_checked(batch))
+        batch = _blank_padding(_contracts.batch(batch))
         parts = split(state.params, state.connectors, trainable)
 
         def forward(
@@ -80,9 +85,9 @@ def make_step(
             if microbatches > 1:
                 key = jax.random.fold_in(key, part)
             model_key, terms_key = jax.random.split(key)
-            outputs, model_state = model(
-                params, model_state, batch["inputs"], key=model_key, train=True
-            )
+            returned = model(params, model_state, batch["inputs"], key=model_key, train=True)
+            outputs, after = _contracts.outputs_of(returned, "model")
+            _contracts.no_padding_in_statistics(batch, model_state, after)
             taught = outputs_of_teacher(teacher_params, batch)
             returned = terms(
                 Inputs(
@@ -99,7 +104,7 @@ def make_step(
             )
             named, memory = returned if isinstance(returned, tuple) else (returned, memory)
             means = objective.reduce_all(named, batch.get("weights"), batch_size=_size(batch))
-            return means, (model_state, memory)
+            return means, (after, memory)
 
         scale, apart = precision.loss_scale(state.opt_state), dot.distilled(state.opt_state)
         of = Objective(forward, objective.resolve(weights, state.step), scale, apart)
@@ -132,10 +137,12 @@ def make_eval_step(
 
     Add the `Mean`s of several batches with `add_metrics` for exact totals.
     """
+    _contracts.model_function(model=model)
 
     def evaluate(variables: Any, batch: Batch) -> Metrics:
-        variables = _variables(variables)
-        outputs, _ = model(variables.params, variables.model_state, batch["inputs"])
+        variables, batch = _variables(variables), _contracts.batch(batch)
+        returned = model(variables.params, variables.model_state, batch["inputs"])
+        outputs, _ = _contracts.outputs_of(returned, "model")
         inputs = Inputs(outputs, batch.get("teacher", {}), batch, variables.params)
         return objective.stack(objective.reduce_all(measures(inputs), batch.get("weights")))
 
@@ -176,18 +183,6 @@ def _deal(batch: Batch, parts: int) -> dict[str, Any]:
         return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
     return jax.tree.map(deal, dict(batch))
-
-
-def _checked(batch: Batch) -> Batch:
-    if "inputs" not in batch:
-        raise ValueError(
-            f"the batch must be a dict with 'inputs', got the keys {sorted(batch)}. Name "
-            "what the models read 'inputs'."
-        )
-    shape = np.shape(batch.get("weights", np.ones(1)))
-    if len(shape) != 1:
-        raise ValueError(f"the batch's 'weights' must be [B], one per example, got {list(shape)}.")
-    return batch
 
 
 def _size(batch: Batch) -> int | None:

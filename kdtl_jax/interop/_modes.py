@@ -1,0 +1,133 @@
+"""Training or evaluation: the arguments by which modules are told, whatever they are called.
+
+A recognized argument is set by its name. Arguments that hide in `**kwargs` are tried by name until
+the module's dropout and batch statistics follow. Where they cannot be made to follow, the adapter
+raises: training in evaluation mode, or a teacher in training mode, would be silent otherwise.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import jax
+
+TRAINING = (
+    "train", "training", "is_training", "is_train", "train_mode", "training_mode",
+    "enable_dropout", "use_dropout", "apply_dropout",
+)  # fmt: skip
+EVALUATION = (
+    "deterministic", "is_deterministic", "inference", "is_inference", "inference_mode",
+    "use_running_average", "eval", "is_eval", "eval_mode", "evaluate", "evaluation",
+    "test", "is_test", "test_mode", "testing",
+)  # fmt: skip
+
+Flags = dict[str, bool]
+Way = TypeVar("Way")
+
+
+def flags(names: Iterable[str], train: bool) -> Flags:
+    """`{name: value}` of every recognized name."""
+    values = dict.fromkeys(TRAINING, train) | dict.fromkeys(EVALUATION, not train)
+    return {name: values[name] for name in names if name in values}
+
+
+def accepted(function: Callable[..., Any]) -> list[str]:
+    """Names of the arguments that can be given by name and hold a bool, or nothing, by default."""
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind in by_name
+        and (
+            parameter.default is inspect.Parameter.empty
+            or parameter.default is None
+            or isinstance(parameter.default, bool)
+        )
+    ]
+
+
+def is_open(function: Callable[..., Any]) -> bool:
+    """Whether it takes `**kwargs`."""
+    kinds = {p.kind for p in inspect.signature(function).parameters.values()}
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def candidates(function: Callable[..., Any], train: bool) -> list[Flags]:
+    """Ways to tell `function` its mode: what its signature names, or guesses for `**kwargs`."""
+    named = flags(accepted(function), train)
+    if named or not is_open(function):
+        return [named]
+    return [*(flags([name], train) for name in TRAINING + EVALUATION), {}]
+
+
+def first_that_follows(
+    ways: list[Way], train: bool, modes: Callable[[Way], Mapping[str, bool]]
+) -> Way:
+    """The first way in which all layers are in the right mode; the last one if there is none."""
+    for way in ways[:-1]:
+        try:
+            found = modes(way)
+        except TypeError:  # no such argument, somewhere below
+            continue
+        if all(training == train for training in found.values()):
+            return way
+    return ways[-1]
+
+
+def check(modes: Mapping[str, bool], train: bool, name: str, example: str) -> None:
+    """Refuses a module that cannot be put in the mode asked for.
+
+    In evaluation every layer must be in evaluation mode; in training one that trains is enough, as
+    authors freeze batch statistics on purpose.
+
+    Args:
+      modes: path of each dropout or normalization layer -> whether it ran in training mode.
+      train: the mode asked for.
+      name: of the module.
+      example: a call that says how.
+    """
+    if not modes or (any(modes.values()) if train else not any(modes.values())):
+        return
+    wrong = [path for path, training in modes.items() if training != train]
+    asked, other = ("training", "evaluation") if train else ("evaluation", "training")
+    listed = ", ".join(repr(path) for path in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
+    raise ValueError(
+        f"{name} was asked for {asked} mode, but {listed} ran in {other} mode. Its mode cannot be "
+        f"set by an argument of a known name ({', '.join(TRAINING[:3])}, deterministic, ...). "
+        f"Say how it is called: {example}."
+    )
+
+
+def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
+    """Paths whose array was replaced; what a module leaves alone stays the same object."""
+    return {path for path, leaf in after.items() if leaf is not before.get(path)}
+
+
+def changes(function: Callable[[], Any], state: Any) -> bool:
+    """Whether a traced function of no arguments returns another state than `state`."""
+    replaced: list[bool] = []
+
+    def compare() -> None:
+        new = jax.tree.leaves(function())
+        replaced.extend(a is not b for a, b in zip(new, jax.tree.leaves(state), strict=True))
+
+    jax.eval_shape(compare)
+    return any(replaced)
+
+
+def draws(function: Callable[..., Any], *args: Any) -> bool:
+    """Whether random bits are drawn anywhere in the traced function."""
+    return _has_random_bits(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _has_random_bits(jaxpr: Any) -> bool:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("random_bits", "threefry2x32"):
+            return True
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns") and _has_random_bits(inner):
+                return True
+    return False

@@ -1,0 +1,52 @@
+"""Outputs of submodules by path, and the choice among them by regular expressions."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from kdtl_jax import trees
+
+
+def named(calls: Iterable[tuple[str, Sequence[Any]]]) -> dict[str, Array]:
+    """`{path: array}` of what submodules returned.
+
+    Several calls of one module are `path/0`, `path/1`, …; a tuple or dict of outputs is taken apart
+    in the same way, `path/0` or `path/weights`.
+    """
+    found: dict[str, Array] = {}
+    for path, outputs in calls:
+        for i, output in enumerate(outputs):
+            here = path if len(outputs) == 1 else f"{path}/{i}"
+            for key_path, leaf in jax.tree_util.tree_leaves_with_path(output):
+                inner = jax.tree_util.keystr(key_path, simple=True, separator="/")
+                if isinstance(leaf, (jax.Array, np.ndarray)):
+                    found[f"{here}/{inner}" if inner else here] = leaf
+    return found
+
+
+def select(taps: Sequence[str], found: dict[str, Array], hint: str = "") -> dict[str, Array]:
+    """What the taps match, each of them something.
+
+    Raises:
+      ValueError: for a tap that matches nothing, with the nearest paths.
+    """
+    chosen: dict[str, Array] = {}
+    for tap in taps:
+        hits = {path: x for path, x in found.items() if re.fullmatch(tap, path)}
+        if not hits:
+            near = ", ".join(repr(path) for path in trees.nearest(tap, list(found), n=8))
+            raise ValueError(
+                f"tap {tap!r} matches no submodule with an array output. Nearest paths: "
+                f"{near or 'none, there are no submodules'}.{hint}"
+            )
+        chosen |= hits
+    return chosen
+
+
+def outputs_of(returned: Any) -> dict[str, Array]:
+    """A module's outputs as a dict: what it returns, or an array under `"logits"`."""
+    return dict(returned) if isinstance(returned, Mapping) else {"logits": returned}

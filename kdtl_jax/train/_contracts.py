@@ -1,0 +1,116 @@
+"""What a step expects of models, batches and states, told where it is not so."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from kdtl_jax import _checks, trees
+from kdtl_jax._types import Outputs, PyTree
+
+PROTOCOL = "model(params, model_state, inputs, *, key=None, train=False) -> (outputs, model_state)"
+
+
+def model_function(**models: Any) -> None:
+    """Refuses what cannot be called as a model function: a module, a transformed pair, Variables.
+
+    Raises:
+      TypeError: naming what came, and the adapters that make a model function of it.
+    """
+    for name, model in models.items():
+        if callable(model) and not (hasattr(model, "init") and hasattr(model, "apply")):
+            try:
+                inspect.signature(model).bind(None, None, None, key=None, train=False)
+                continue
+            except TypeError:
+                pass
+            except ValueError:  # a signature that cannot be read
+                continue
+        raise TypeError(
+            f"{name} must be a model function {PROTOCOL}, got {_described(model)}. Take the .apply "
+            "of interop.linen.model(module), nnx, equinox or haiku likewise, or "
+            "interop.function(f) of a plain f(params, inputs)."
+        )
+
+
+def outputs_of(returned: Any, name: str) -> tuple[Outputs, PyTree]:
+    """What a model function returned, if it is `(outputs, model_state)`.
+
+    Raises:
+      TypeError: if it is something else.
+    """
+    if isinstance(returned, (tuple, list)) and len(returned) == 2:
+        outputs, model_state = returned
+        if isinstance(outputs, Mapping):
+            return outputs, model_state
+    raise TypeError(
+        f"the {name} must return (outputs, model_state) with outputs a dict such as "
+        f"{{'logits': array}}, got {_described(returned)}. interop.function(f) makes a model "
+        "function of f(params, inputs) -> logits."
+    )
+
+
+def batch(given: Any) -> Mapping[str, Any]:
+    """The batch, if it is a dict with `"inputs"` and weights `[B]`.
+
+    Raises:
+      TypeError: if it is no mapping.
+      ValueError: if an entry is missing or misshapen.
+    """
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"the batch must be a dict with 'inputs', got {_described(given)}. Write for example "
+            "{'inputs': x, 'labels': y}."
+        )
+    if "inputs" not in given:
+        raise ValueError(
+            f"the batch must be a dict with 'inputs', got the keys {sorted(given)}. Name "
+            "what the models read 'inputs'."
+        )
+    shape = np.shape(given.get("weights", np.ones(1)))
+    if len(shape) != 1:
+        raise ValueError(f"the batch's 'weights' must be [B], one per example, got {list(shape)}.")
+    return given
+
+
+def no_padding_in_statistics(batch: Mapping[str, Any], before: PyTree, after: PyTree) -> None:
+    """Refuses weights that may be 0 where the model's own state changes with its inputs.
+
+    Rows of weight 0 change no number of the others, except in a model's batch statistics, which no
+    mask reaches. Traced weights may be 0.
+
+    Raises:
+      ValueError: naming what changes.
+    """
+    weights = batch.get("weights")
+    if weights is None or jax.tree.structure(before) != jax.tree.structure(after):
+        return
+    known = _checks.concrete(weights)
+    if known is not None and np.all(known != 0):
+        return
+    old, new = jax.tree.leaves(before), jax.tree_util.tree_leaves_with_path(after)
+    changing = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for (path, leaf), past in zip(new, old, strict=True)
+        if trees.is_inexact(leaf) and leaf is not past
+    ]
+    if changing:
+        raise ValueError(
+            f"the model's state changes in training ({changing[0]!r}), and rows of weight 0 would "
+            "enter its statistics. Give it batches without 'weights': a short last batch in its "
+            "own shape, or none. To weight examples, let the term return "
+            "objective.Mean(sum(w * values), sum(w))."
+        )
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, (jax.Array, np.ndarray)):
+        return f"an array of shape {list(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        inner = ", ".join(type(part).__name__ for part in value)
+        return f"{type(value).__name__} of {len(value)}: {inner}"
+    if inspect.isfunction(value):
+        return f"{value.__name__}{inspect.signature(value)}"
+    return f"{type(value).__name__}"

@@ -1,0 +1,296 @@
+"""Training and evaluation modes, whatever a module calls them; taps of unusual outputs; slips."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx as fnnx
+
+from kdtl_jax import Variables, interop
+from kdtl_jax.interop import linen, nnx
+
+eqx = pytest.importorskip("equinox", reason="the equinox extra is not installed")
+hk = pytest.importorskip("haiku", reason="the haiku extra is not installed")
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+X = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32) * 3 + 5
+KEY = jax.random.key(1)
+
+
+class LinenDeterministic(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, *, deterministic: bool) -> Any:
+        return nn.Dropout(0.5)(x, deterministic=deterministic)
+
+
+class LinenRunningAverage(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, use_running_average: bool = True) -> Any:
+        return nn.BatchNorm(momentum=0.5)(x, use_running_average)
+
+
+class LinenTwoFlags(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, is_train: bool = True, inference: bool = True) -> Any:
+        x = nn.BatchNorm(use_running_average=not is_train)(x)
+        return nn.Dropout(0.5, deterministic=inference)(x)
+
+
+class LinenField(nn.Module):
+    training: bool = True
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dropout(0.5, deterministic=not self.training)(x)
+
+
+class LinenKeywords(nn.Module):
+    """Passes its keywords on, to a module that takes one of them and no other."""
+
+    @nn.compact
+    def __call__(self, x: Any, **kwargs: Any) -> Any:
+        return LinenRunningAverage()(x, **kwargs)
+
+
+class LinenAttention(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, **kwargs: Any) -> Any:
+        frozen = not kwargs.get("is_training", False)
+        return nn.MultiHeadDotProductAttention(1, dropout_rate=0.5, deterministic=frozen)(x[None])[
+            0
+        ]
+
+
+class NNXTraining(fnnx.Module):
+    def __init__(self):
+        self.drop = fnnx.Dropout(0.5, rngs=fnnx.Rngs(0))
+
+    def __call__(self, x: Any, *, is_training: bool = True) -> Any:
+        return self.drop(x, deterministic=not is_training)
+
+
+class NNXField(fnnx.Module):
+    def __init__(self):
+        self.training, self.norm = True, fnnx.BatchNorm(4, rngs=fnnx.Rngs(0))
+
+    def __call__(self, x: Any) -> Any:
+        return self.norm(x, use_running_average=not self.training)
+
+
+class NNXKeywords(fnnx.Module):
+    def __init__(self):
+        self.norm = fnnx.BatchNorm(4, rngs=fnnx.Rngs(0))
+
+    def __call__(self, x: Any, **kwargs: Any) -> Any:
+        return self.norm(x, use_running_average=not kwargs.get("training", True))
+
+
+class EquinoxEnabled(eqx.Module):
+    drop: Any = eqx.nn.Dropout(0.5)
+
+    def __call__(self, x: Any, enable_dropout: bool = False, key: Any = None) -> Any:
+        return self.drop(x, inference=not enable_dropout, key=key)
+
+
+class EquinoxField(eqx.Module):
+    drop: Any = eqx.nn.Dropout(0.5)
+    training: bool = eqx.field(static=True, default=False)
+
+    def __call__(self, x: Any, key: Any = None) -> Any:
+        return self.drop(x, inference=not self.training, key=key)
+
+
+class EquinoxKeywords(eqx.Module):
+    drop: Any = eqx.nn.Dropout(0.5)
+
+    def __call__(self, x: Any, **kwargs: Any) -> Any:
+        return self.drop(x, inference=kwargs.get("inference", True), key=kwargs.get("key"))
+
+
+def haiku_deterministic(x: Any, deterministic: bool) -> Any:
+    return x if deterministic else hk.dropout(hk.next_rng_key(), 0.5, x)
+
+
+def haiku_keyword(x: Any, *, is_training: bool) -> Any:
+    return hk.BatchNorm(True, True, 0.5)(x, is_training=is_training)
+
+
+def of_linen(module: Any) -> tuple[Any, Variables]:
+    model = linen.model(module)
+    return model.apply, model.init(jax.random.key(0), X)
+
+
+def of_nnx(module: Any) -> tuple[Any, Variables]:
+    model = nnx.model(module)
+    return model.apply, Variables(model.params, model.model_state)
+
+
+def of_equinox(module: Any) -> tuple[Any, Variables]:
+    from kdtl_jax.interop import equinox
+
+    model = equinox.model(module)
+    return model.apply, Variables(model.params, model.model_state)
+
+
+def of_haiku(net: Any) -> tuple[Any, Variables]:
+    from kdtl_jax.interop import haiku
+
+    model = haiku.model(net)
+    return model.apply, model.init(jax.random.key(0), X)
+
+
+CASES = {
+    "linen deterministic": lambda: of_linen(LinenDeterministic()),
+    "linen use_running_average": lambda: of_linen(LinenRunningAverage()),
+    "linen two flags": lambda: of_linen(LinenTwoFlags()),
+    "linen field": lambda: of_linen(LinenField()),
+    "linen kwargs passed on": lambda: of_linen(LinenKeywords()),
+    "linen attention": lambda: of_linen(LinenAttention()),
+    "nnx is_training": lambda: of_nnx(NNXTraining()),
+    "nnx field": lambda: of_nnx(NNXField()),
+    "nnx kwargs": lambda: of_nnx(NNXKeywords()),
+    "equinox enable_dropout": lambda: of_equinox(EquinoxEnabled()),
+    "equinox static field": lambda: of_equinox(EquinoxField()),
+    "equinox kwargs": lambda: of_equinox(EquinoxKeywords()),
+    "haiku deterministic": lambda: of_haiku(haiku_deterministic),
+    "haiku keyword": lambda: of_haiku(haiku_keyword),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_module_trains_in_training_mode_and_is_evaluated_in_evaluation_mode(case: str) -> None:
+    apply, v = CASES[case]()
+
+    def run(x: Any, train: bool) -> np.ndarray:
+        return np.asarray(apply(v.params, v.model_state, x, key=KEY, train=train)[0]["logits"])
+
+    inputs = 2 * X + 1  # other than those that a model started from
+    evaluated = run(inputs, False)
+    if "attention" not in case:  # whose examples see each other
+        np.testing.assert_allclose(run(inputs[:1], False)[0], evaluated[0], rtol=1e-5)
+    assert not np.allclose(run(inputs, True), evaluated)
+    other = apply(v.params, v.model_state, inputs, key=jax.random.key(2))[0]["logits"]
+    np.testing.assert_array_equal(other, evaluated)
+
+
+class LinenAlwaysFrozen(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dropout(0.5, deterministic=True)(x)
+
+
+class LinenNeverFrozen(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, **kwargs: Any) -> Any:
+        frozen = kwargs.get("fixed", False)
+        return nn.BatchNorm(use_running_average=frozen)(x)
+
+
+class NNXNeverFrozen(fnnx.Module):
+    def __init__(self):
+        self.norm = fnnx.BatchNorm(4, rngs=fnnx.Rngs(0))
+
+    def __call__(self, x: Any, learning: bool = True) -> Any:
+        return self.norm(x, use_running_average=not learning)
+
+
+class EquinoxAlwaysFrozen(eqx.Module):
+    drop: Any = eqx.nn.Dropout(0.5)
+
+    def __call__(self, x: Any, learning: bool = False, key: Any = None) -> Any:
+        return self.drop(x, inference=not learning, key=key)
+
+
+@pytest.mark.parametrize(
+    ("make", "train"),
+    [
+        (lambda: of_linen(LinenAlwaysFrozen()), True),
+        (lambda: of_linen(LinenNeverFrozen()), False),
+        (lambda: of_nnx(NNXNeverFrozen()), False),
+        (lambda: of_equinox(EquinoxAlwaysFrozen()), True),
+        (lambda: of_haiku(lambda x, train: hk.BatchNorm(True, True, 0.5)(x, True)), False),
+    ],
+    ids=["linen frozen", "linen kwargs", "nnx", "equinox", "haiku"],
+)
+def test_a_mode_that_cannot_be_set_is_refused_and_the_call_is_shown(make: Any, train: bool) -> None:
+    apply, v = make()
+    with pytest.raises(ValueError, match="mode.*lambda .*x, .*train"):
+        apply(v.params, v.model_state, X, key=KEY, train=train)
+
+
+def test_a_call_of_ones_own_is_believed() -> None:
+    frozen = linen.model(LinenAlwaysFrozen(), call=lambda module, x, train: module(x))
+    v = frozen.init(KEY, X)
+    frozen.apply(v.params, v.model_state, X, key=KEY, train=True)
+    own = nnx.model(NNXNeverFrozen(), call=lambda module, x, train: module(x, learning=train))
+    outputs, _ = own.apply(own.params, own.model_state, X, train=False)
+    alone, _ = own.apply(own.params, own.model_state, X[:1], train=False)
+    np.testing.assert_allclose(alone["logits"][0], outputs["logits"][0], rtol=1e-5)
+
+
+def test_frozen_statistics_beside_a_dropout_that_trains_are_the_authors_choice() -> None:
+    class Both(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any, train: bool) -> Any:
+            x = nn.BatchNorm(use_running_average=True)(x)
+            return nn.Dropout(0.5, deterministic=not train)(x)
+
+    apply, v = of_linen(Both())
+    apply(v.params, v.model_state, X, key=KEY, train=True)
+
+
+def test_haiku_functions_without_a_mode() -> None:
+    apply, v = of_haiku(lambda x: hk.Linear(2)(x))
+    assert apply(v.params, None, X)[0]["logits"].shape == (6, 2)
+    with pytest.raises(TypeError, match=r"net must take \(inputs, train\).*\['x', 'a', 'b'\]"):
+        of_haiku(lambda x, a, b: x)
+
+
+class Pair(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        self.sow("intermediates", "last", x, reduce_fn=lambda old, new: new, init_fn=lambda: 0)
+        return x, {"weights": 2 * x}
+
+
+class Outer(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return Pair(name="pair")(x)[0]
+
+
+class NNXPair(fnnx.Module):
+    def __call__(self, x: Any) -> Any:
+        self.sow(fnnx.Intermediate, "last", x, reduce_fn=lambda old, new: new, init_fn=lambda: 0)
+        return x, {"weights": 2 * x}
+
+
+class NNXOuter(fnnx.Module):
+    def __init__(self):
+        self.pair = NNXPair()
+
+    def __call__(self, x: Any) -> Any:
+        return self.pair(x)[0]
+
+
+def test_taps_take_tuples_apart_and_leave_sown_arrays_whole() -> None:
+    taps = ["pair/.*"]
+    run = linen.model(Outer(), taps=taps)
+    ours = run.apply({}, None, X)[0]
+    theirs = nnx.model(NNXOuter(), taps=taps)
+    for outputs in (ours, theirs.apply(theirs.params, theirs.model_state, X)[0]):
+        assert set(outputs) == {"logits", "pair/0", "pair/1/weights", "pair/last"}
+        np.testing.assert_array_equal(outputs["pair/1/weights"], 2 * X)
+        np.testing.assert_array_equal(outputs["pair/last"], X)
+
+
+def test_a_plain_function_is_a_model_function() -> None:
+    model = interop.function(lambda params, x: x @ params["w"])
+    outputs, state = model({"w": jnp.ones((4, 2))}, None, X, key=None, train=True)
+    assert outputs["logits"].shape == (6, 2) and state is None
+    named = interop.function(lambda params, x: {"logits": x, "hidden": x})
+    assert set(named({}, None, X)[0]) == {"logits", "hidden"}

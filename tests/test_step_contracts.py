@@ -1,0 +1,124 @@
+"""What a step says to slips, and padding that would enter batch statistics."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from kdtl_jax import Variables, interop, objective, train
+from kdtl_jax.interop import linen
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+TX = optax.sgd(0.1)
+BATCH = {
+    "inputs": jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32) + 5,
+    "labels": jnp.asarray([0, 1, 1, 0], jnp.int32),
+}
+LINEAR = interop.function(lambda params, x: x @ params["w"])
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, train: bool = False) -> Any:
+        return nn.Dense(2)(nn.BatchNorm(use_running_average=not train)(x))
+
+
+def step_of(model: Any, **options: Any) -> train.Step:
+    return train.make_step(model, objective.classification, {"task": 1.0}, TX, **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Net(), "got Net.*interop.linen.model"),
+        (linen.model(Net()), "got Linen.*[.]apply"),
+        (nnx.Linear(3, 2, rngs=nnx.Rngs(0)), "got Linear.*nnx"),
+        (lambda params, x: x, r"got <lambda>\(params, x\).*interop.function"),
+        (Variables({}), "got Variables"),
+    ],
+    ids=["linen", "pair", "nnx", "plain", "variables"],
+)
+def test_what_is_no_model_function_is_told_at_once(model: Any, words: str) -> None:
+    for given in ({"model": model}, {"model": LINEAR, "teacher": model}):
+        with pytest.raises(TypeError, match=words):
+            step_of(**given)
+
+
+def test_what_a_model_returns_and_what_a_batch_is() -> None:
+    def bare(params: Any, model_state: Any, inputs: Any, *, key: Any = None, train: bool = False):
+        return inputs @ params["w"]
+
+    def unnamed(params: Any, model_state: Any, inputs: Any, **_: Any) -> Any:
+        return inputs @ params["w"], model_state
+
+    state = train.init_state({"w": jnp.zeros((3, 2))}, TX, key=jax.random.key(0))
+    for model, got in ((bare, r"an array of shape \[4, 2\]"), (unnamed, "tuple of 2: ")):
+        with pytest.raises(TypeError, match=rf"model must return \(outputs, model_state\).*{got}"):
+            step_of(model)(state, BATCH)
+        with pytest.raises(TypeError, match="the teacher must return"):
+            step_of(LINEAR, teacher=model)(state, BATCH, state.params)
+        with pytest.raises(TypeError, match="the model must return"):
+            train.make_eval_step(model, objective.classification)(state.params, BATCH)
+    pair = (BATCH["inputs"], BATCH["labels"])
+    with pytest.raises(TypeError, match="a dict with 'inputs', got tuple of 2.*'labels': y"):
+        jax.eval_shape(step_of(LINEAR), state, pair)
+    with pytest.raises(TypeError, match=r"got Variables.*init_state\(v.params"):
+        train.init_state(Variables({"w": jnp.zeros(2)}), TX, key=jax.random.key(0))
+
+
+def normalized() -> tuple[Any, train.TrainState]:
+    model = linen.model(Net())
+    v = model.init(jax.random.key(0), BATCH["inputs"])
+    return model.apply, train.init_state(
+        v.params, TX, key=jax.random.key(0), model_state=v.model_state
+    )
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_padding_that_would_enter_batch_statistics_is_refused(microbatches: int) -> None:
+    model, state = normalized()
+    step = step_of(model, microbatches=microbatches)
+    padded = {**BATCH, "weights": jnp.asarray([1.0, 1.0, 1.0, 0.0])}
+    with pytest.raises(ValueError, match="'batch_stats/BatchNorm_0/mean'.*own shape"):
+        jax.jit(step)(state, padded)
+    if microbatches == 1:  # values are known where nothing is traced
+        with pytest.raises(ValueError, match="rows of weight 0"):
+            step(state, padded)
+        step(state, {**BATCH, "weights": jnp.asarray([1.0, 2.0, 1.0, 1.0])})
+    jax.eval_shape(step, state, BATCH)
+
+
+def test_frozen_statistics_and_counters_may_be_padded() -> None:
+    padded = {**BATCH, "weights": jnp.asarray([1.0, 1.0, 1.0, 0.0])}
+
+    def counting(params: Any, model_state: Any, inputs: Any, **_: Any) -> Any:
+        outputs, _ = LINEAR(params, None, inputs)
+        return outputs, {"mean": model_state["mean"], "seen": model_state["seen"] + 1}
+
+    state = train.init_state(
+        {"w": jnp.zeros((3, 2))},
+        TX,
+        key=jax.random.key(0),
+        model_state={"mean": jnp.zeros(3), "seen": jnp.int32(0)},
+    )
+    after, _ = jax.jit(step_of(counting))(state, padded)
+    assert int(after.model_state["seen"]) == 1
+
+
+def test_weighted_examples_of_a_model_with_statistics_go_into_the_term() -> None:
+    model, state = normalized()
+    weights = jnp.asarray([1.0, 2.0, 0.5, 0.0])
+
+    def terms(x: objective.Inputs) -> Any:
+        values, w = objective.classification(x)["task"], x.batch["example_weights"]
+        return {"task": objective.Mean(jnp.sum(w * values), jnp.sum(w))}
+
+    step = train.make_step(model, terms, {"task": 1.0}, TX)
+    _, metrics = jax.jit(step)(state, {**BATCH, "example_weights": weights})
+    assert float(metrics["task"].weight) == 3.5
