@@ -1,9 +1,14 @@
-"""Charts of sweeps and measurements: valid XML, nothing from outside, every point drawn."""
+"""Charts: every mark stands where its value is, nothing from outside, any text, both schemes."""
 
 import math
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
+from typing import NamedTuple
 
+import matplotlib
+import numpy as np
 import pytest
 
 from kdtl_jax.run.report import plots
@@ -16,46 +21,124 @@ AXES = [
 CELLS = [[0.5, 0.9, math.nan], [0.6, 0.7, 0.8]]
 
 
-def svg(text: str) -> ET.Element:
-    return ET.fromstring(text)
+class Mark(NamedTuple):
+    """A path with a title."""
+
+    points: np.ndarray  # [n, 2], down is more
+    style: str
+
+    @property
+    def center(self) -> np.ndarray:
+        return (self.points.max(axis=0) + self.points.min(axis=0)) / 2
+
+    @property
+    def radius(self) -> float:
+        return float(np.ptp(self.points, axis=0).mean() / 2)
 
 
-def of(root: ET.Element, tag: str) -> list[ET.Element]:
-    return [e for e in root.iter() if e.tag.rpartition("}")[2] == tag]
+def points(path: ET.Element) -> np.ndarray:
+    numbers = re.findall(r"-?[\d.]+", path.attrib["d"])
+    return np.array(numbers, np.float64).reshape(-1, 2)
 
 
-def titles(root: ET.Element) -> list[str]:
-    return [e.text or "" for e in of(root, "title")]
+def marks(chart: plots.Chart) -> dict[str, Mark]:
+    """Everything with a title, in the order it is drawn."""
+    found = {}
+    for group in ET.fromstring(chart.svg).iter("g"):
+        if len(group) and group[0].tag == "title":
+            path = group[1]
+            found[group[0].text or ""] = Mark(points(path), path.attrib["style"])
+    return found
+
+
+def numbers(chart: plots.Chart, anchor: str, axis: str) -> dict[float, float]:
+    """Tick labels: value -> place."""
+    texts = [t for t in ET.fromstring(chart.svg).iter("text") if anchor in t.attrib["style"]]
+    return {
+        float(t.text or ""): float(t.attrib[axis])
+        for t in texts
+        if re.fullmatch(r"[\d.]+", t.text or "")
+    }
+
+
+def test_dots_and_whiskers_stand_where_their_values_are() -> None:
+    chart = plots.dots([plots.Bar("a", 0.5, 0.1), plots.Bar("b", 0.9, None)], axis="accuracy")
+    found = marks(chart)
+    assert list(found) == ["a: 50.0 ± 10.0 %", "b: 90.0 %"]
+    ticks = numbers(chart, "middle", "x")
+    (low, x_low), (high, x_high) = min(ticks.items()), max(ticks.items())
+    per_point = (x_high - x_low) / (high - low)
+    places = [mark.center[0] for mark in found.values()]
+    np.testing.assert_allclose(places, [x_low + per_point * (v - low) for v in (50, 90)], atol=0.2)
+    paths = [p for p in ET.fromstring(chart.svg).iter("path") if "width: 3" in p.attrib["style"]]
+    lengths = [float(np.ptp(points(path)[:, 0])) for path in paths]
+    np.testing.assert_allclose(lengths, [20 * per_point, 0], atol=0.2)
+
+
+def test_a_value_that_is_not_finite_has_its_row_and_no_dot() -> None:
+    bars = [plots.Bar("a", 0.5, 0.1), plots.Bar("lost", math.nan, math.nan)]
+    chart = plots.dots(bars, axis="accuracy")
+    assert list(marks(chart)) == ["a: 50.0 ± 10.0 %"]
+    texts = [t.text for t in ET.fromstring(chart.svg).iter("text")]
+    assert "lost" in texts and "nan" in texts
+    nothing = plots.lines([plots.Line("x", [1, 2], [math.nan, math.nan])], x_axis="x", y_axis="y")
+    assert not marks(nothing) and nothing.key == ("x",)
+
+
+def test_lines_ring_the_chosen_place_and_bear_flat_curves() -> None:
+    curve = plots.Line("a", [0.1, 0.5, 1.0], [0.2, 0.6, 0.4], marked=0.5)
+    chart = plots.lines([curve], x_axis="x", y_axis="y")
+    line, *dots = marks(chart).items()
+    assert line[0] == "a" and chart.key == ("a",)
+    assert [title for title, _ in dots] == [
+        "a: 0.1 gives 20.0 %",
+        "a: 0.5 gives 60.0 %",
+        "a: 1 gives 40.0 %",
+    ]
+    np.testing.assert_allclose([mark.radius for _, mark in dots], [4, 6, 4], atol=1e-3)
+    assert ["var(--ink)" in mark.style for _, mark in dots] == [False, True, False]
+    heights = [mark.center[1] for _, mark in dots]
+    assert heights[1] < heights[2] < heights[0], "up is more"
+    np.testing.assert_allclose([m.center for _, m in dots], line[1].points, atol=1e-3)
+    for flat in ([0.5], [0.5, 0.5]):  # no extent at all
+        same = plots.Line("a", [1.0] * len(flat), flat)
+        assert marks(plots.lines([same], x_axis="x", y_axis="y"))
 
 
 def test_parallel_coordinates_draw_every_row_and_bring_out_the_best() -> None:
-    drawn = of(svg(plots.parallel(AXES, best=1)), "polyline")
-    words = [e[0].text or "" for e in drawn]
+    drawn = marks(plots.parallel(AXES, best=1))
+    words = list(drawn)
     assert len(words) == 4 and words[-1] == "method dkd, rate 0.001, validation % 90"
-    assert drawn[-1].attrib["stroke"] != drawn[0].attrib["stroke"]
+    assert drawn[words[-1]].style != drawn[words[0]].style
     # Logarithmic: equal factors are equal distances on the second axis.
-    at = {w.split(",")[1]: e.attrib["points"].split()[1] for w, e in zip(words, drawn, strict=True)}
-    heights = [float(at[f" rate {r}"].split(",")[1]) for r in ("0.0001", "0.001", "0.01", "0.1")]
+    at = {w.split(",")[1]: mark.points[1, 1] for w, mark in drawn.items()}
+    heights = [at[f" rate {r}"] for r in ("0.0001", "0.001", "0.01", "0.1")]
     steps = [a - b for a, b in zip(heights, heights[1:], strict=False)]
     assert steps[0] > 50 and max(steps) - min(steps) < 0.3
     # What has no score passes below the lowest one.
-    ends = [float(e.attrib["points"].split()[-1].split(",")[1]) for e in drawn]
+    ends = [mark.points[-1, 1] for mark in drawn.values()]
     assert words[0].endswith("validation % none") and ends[0] > max(ends[1:]) + 10
 
 
 def test_lines_that_meet_in_a_choice_stay_apart() -> None:
-    drawn = of(svg(plots.parallel(AXES, best=1)), "polyline")
-    first = {e.attrib["points"].split()[0] for e in drawn}
-    assert len(first) == 4, "two methods, four rows, four places"
+    drawn = marks(plots.parallel(AXES, best=1)).values()
+    assert len({mark.points[0, 1] for mark in drawn}) == 4, "two methods, four rows, four places"
+
+
+def test_a_thousand_settings_are_drawn_in_seconds() -> None:
+    values = np.random.default_rng(0).uniform(size=(3, 1000))
+    axes = [plots.Axis(name, list(v)) for name, v in zip("abc", values, strict=True)]
+    chart = plots.parallel(axes, best=5)
+    assert chart.svg.count("<title>") == 1000 and len(chart.svg) < 1_000_000
 
 
 def test_a_heat_map_holds_every_known_cell_stronger_where_larger() -> None:
-    text = plots.heat_map(
+    chart = plots.heat_map(
         CELLS, rows=["1", "4"], columns=["a", "b", "<c>"], row_axis="T", column_axis="rate"
     )
-    root = svg(text)
     strength = {
-        (e[0].text or ""): float(of(e, "rect")[0].attrib["fill-opacity"]) for e in of(root, "g")
+        title: float(re.findall(r"opacity: ([\d.]+)", mark.style)[0])
+        for title, mark in marks(chart).items()
     }
     assert len(strength) == 5
     assert strength["T 1, rate b: 90.0"] == max(strength.values())
@@ -67,29 +150,70 @@ def test_a_heat_map_holds_every_known_cell_stronger_where_larger() -> None:
 
 def test_spans_and_roofline_show_every_program() -> None:
     spans = [plots.Span("mlp", 1.0, 2.0, 3.0), plots.Span("vit", 20.0, 25.0, 90.0)]
-    assert titles(svg(plots.spans(spans, unit="ms", axis="ms"))) == [
+    assert list(marks(plots.spans(spans, unit="ms", axis="ms"))) == [
         "mlp: 2 ms (1 to 3)",
         "vit: 25 ms (20 to 90)",
     ]
     worked = [plots.Worked("mlp", 2.0, 1e9), plots.Worked("vit", 64.0, 9e10)]
-    root = svg(plots.roofline(worked, flops=1e11, bytes=1e10))
-    roof, *points = titles(root)
-    assert roof == "100 GFLOP/s, 10 GB/s"
-    assert points == ["mlp: 1 GFLOP/s at 2 FLOP/B", "vit: 90 GFLOP/s at 64 FLOP/B"]
-    corner = of(root, "polyline")[0].attrib["points"].split()[1].split(",")
-    dots = [(float(c.attrib["cx"]), float(c.attrib["cy"])) for c in of(root, "circle")]
-    assert dots[0][0] < float(corner[0]) < dots[1][0], "the ridge is at 10 FLOP/B"
-    assert all(y > float(corner[1]) for _, y in dots), "both below the roof"
+    found = marks(plots.roofline(worked, flops=1e11, bytes=1e10))
+    assert list(found) == [
+        "100 GFLOP/s, 10 GB/s",
+        "mlp: 1 GFLOP/s at 2 FLOP/B",
+        "vit: 90 GFLOP/s at 64 FLOP/B",
+    ]
+    roof, *programs = found.values()
+    corner, dots = roof.points[1], [mark.center for mark in programs]
+    assert dots[0][0] < corner[0] < dots[1][0], "the ridge is at 10 FLOP/B"
+    assert all(y > corner[1] for _, y in dots), "both below the roof"
 
 
-def test_a_page_refers_to_nothing_outside_and_escapes_text() -> None:
-    table = plots.table(("a<b", "c"), [["1 & 2", "3"]], narrow=1)
-    page = plots.page("<sweep>", [table, plots.parallel(AXES, best=0), plots.key(["x"])])
-    assert not re.search(r"(src|href|url|@import|<script)", page)
-    assert "<title>&lt;sweep&gt;</title>" in page and "1 &amp; 2" in page
-    body = page.removeprefix("<!doctype html>").replace('<meta charset="utf-8">', "")
-    body = re.sub(r"<meta [^>]*>", "", body)
-    assert len(of(svg(body), "td")) == 2
+def every_chart(text: str) -> list[plots.Chart]:
+    return [
+        plots.dots([plots.Bar(text, 0.5, 0.1)], axis=text),
+        plots.lines([plots.Line(text, [1, 2], [0.1, 0.2])], x_axis=text, y_axis=text),
+        plots.parallel([plots.Axis(text, [0.0], [text]), plots.Axis("b", [1.0])], best=0),
+        plots.heat_map([[0.5]], rows=[text], columns=[text], row_axis=text, column_axis=text),
+        plots.spans([plots.Span(text, 1, 2, 3)], unit=text, axis=text),
+        plots.roofline([plots.Worked(text, 1.0, 1.0)], flops=2.0, bytes=1.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<script>&\"'",
+        "$\\frac{",
+        "a$b$c",
+        "nul \x00 bell \a",
+        "half \ud800",
+        "蒸馏 🔥",
+        "two\nlines",
+        "",
+    ],
+    ids=["markup", "math", "dollars", "control", "surrogate", "no glyph", "newline", "empty"],
+)
+def test_any_text_is_shown_as_it_is(text: str) -> None:
+    for chart in every_chart(text):
+        root = ET.fromstring(chart.svg)
+        assert chart.svg.encode() and "<script" not in chart.svg
+        shown = "".join(root.itertext())
+        safe = text.encode("utf-8", "backslashreplace").decode()
+        safe = re.sub(r"[\x00-\x1f]", lambda found: ascii(found[0])[1:-1], safe)
+        assert safe in shown
+
+
+def test_charts_load_nothing_and_leave_colors_to_the_page() -> None:
+    for chart in every_chart("a"):
+        assert not re.search(r"href|url\(|@import|https?:|\bid=|font|#[0-9a-f]{3}", chart.svg)
+        assert "var(--" in chart.svg and 'role="img"' in chart.svg
+
+
+def test_the_same_chart_is_the_same_text_and_leaves_no_state() -> None:
+    before = dict(matplotlib.rcParams)
+    first, second = (every_chart("a") for _ in range(2))
+    assert first == second and dict(matplotlib.rcParams) == before
+    code = "import sys, kdtl_jax.run.report; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_charts_of_unequal_axes_say_so() -> None:

@@ -1,8 +1,11 @@
 """Results: intervals and verdicts by definition, the file's schema, a page without a network."""
 
+import importlib.resources
 import json
+import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 import scipy.stats
 
 from kdtl_jax.run import report
-from kdtl_jax.run.report import Interval, Results, Row, _svg
+from kdtl_jax.run.report import Interval, Results, Row, Section
 
 NASTY = "<script>alert('a')</script> & \"b\""
 
@@ -104,6 +107,16 @@ def test_one_seed_never_decides() -> None:
     assert report.versus(row("alone", [0.1]), [0.9]).verdict == "no clear difference"
 
 
+def test_what_is_not_finite_is_shown_as_such_and_ranks_last() -> None:
+    found = report.interval([0.9, math.nan, 0.8])
+    assert math.isnan(found.mean) and report.percent(found) == "nan"
+    assert math.isnan(report.interval([math.inf]).mean), "an infinite score is no score"
+    verdict = report.versus(row("alone", [0.8, 0.8, 0.8]), [0.9, math.nan, 0.9]).verdict
+    assert verdict == "not finite"
+    assert report.ranked([0.5, math.nan, 0.9, math.inf, 0.7]) == [2, 4, 0, 1, 3]
+    assert report.ranked([0.5, 0.5]) == [0, 1], "of equals the first"
+
+
 def test_rows_are_compared_within_their_family() -> None:
     alone, kd, scratch = results().rows
     assert alone.versus is None and scratch.versus is None
@@ -131,6 +144,40 @@ def test_the_file_is_as_documented() -> None:
     assert alone["versus"] is alone["agreement"] is None
     assert found["curves"] == {"learning": dict(results().learning), "alpha": dict(results().alpha)}
     assert {"python", "jax", "flax", "optax", "backend", "devices"} <= found["environment"].keys()
+
+
+def test_the_file_is_written_whatever_the_scores_and_names() -> None:
+    name = b"caf\xe9.npz".decode("utf-8", "surrogateescape")
+    rows = [
+        row("alone", [0.8, 0.8]),
+        row("kd", [math.nan, 0.9], settings={"data": name, "rate": np.float32(math.inf)}),
+    ]
+    whole = results(rows=report.compared(rows, {"distillation": "alone"}), data={"name": name})
+    text = report.json_text(report.to_json(whole))
+    kd = json.loads(text.encode())["rows"][1]
+    assert kd["test_accuracy"] == {"mean": None, "ci95": None, "values": [None, 0.9]}
+    assert kd["versus"]["verdict"] == "not finite" and kd["versus"]["difference"]["mean"] is None
+    assert kd["settings"] == {"data": "caf\\udce9.npz", "rate": None}
+    page = report.html_page(whole)
+    Page(page)
+    assert "caf\\udce9.npz" in page and "nan" in page and page.encode()
+
+
+def test_records_hold_arrays_and_anything_else() -> None:
+    record = {
+        1: np.arange(2),
+        "scalar": np.float64(0.5),
+        "flag": np.bool_(True),
+        "path": Path("a/b"),
+        "nested": ({"x": [math.inf, None, True, 3]},),
+    }
+    assert json.loads(report.json_text(record)) == {
+        "1": [0, 1],
+        "scalar": 0.5,
+        "flag": True,
+        "path": "a/b",
+        "nested": [{"x": [None, None, True, 3]}],
+    }
 
 
 class Page(HTMLParser):
@@ -182,6 +229,37 @@ def test_the_page_is_self_contained_and_escaped() -> None:
     assert "prefers-color-scheme:dark" in text and "width=device-width" in text
 
 
+def test_every_part_of_a_page_is_escaped() -> None:
+    parts = [
+        report.table((NASTY, "b"), [[NASTY, (NASTY, NASTY)]]),
+        report.Definitions([(NASTY, NASTY)]),
+    ]
+    text = report.page(NASTY, [Section(NASTY, [NASTY], parts)], notes=[NASTY])
+    page = Page(text)
+    assert "<script>" not in text and "script" not in page.seen
+    assert "".join(page.text).count("<script>alert('a')</script>") == 11
+
+
+def test_text_that_no_page_may_hold_is_written_as_escapes() -> None:
+    text = report.page("bell \a", [Section("escape \x1b[31m", ["nul \x00, half \ud800"])])
+    Page(text)
+    assert "bell \\x07" in text and "escape \\x1b[31m" in text
+    assert "nul \\x00, half \\ud800" in text and text.encode()
+
+
+def test_of_many_methods_the_baseline_and_the_best_have_curves() -> None:
+    rows = [row(f"m{i:02}", [0.5 + i / 100, math.nan if i == 20 else 0.5]) for i in range(21)]
+    curve = {"epoch": [1, 2], "validation_accuracy": [0.1, 0.2]}
+    text = report.html_page(results(rows=rows, learning={r.method: curve for r in rows}, alpha={}))
+    keys = re.findall(r"<li><i[^>]*></i>(M\d+)</li>", text)
+    assert keys == ["M00", *(f"M{i}" for i in range(13, 20))]
+
+
+def test_the_template_is_part_of_the_package() -> None:
+    files = importlib.resources.files("kdtl_jax.run.report")
+    assert files.joinpath("page.html.jinja").is_file()
+
+
 def test_what_was_not_measured_is_left_out() -> None:
     rows = [row("alone", [0.5])]
     text = report.html_page(results(rows=rows, learning={}, alpha={}))
@@ -191,37 +269,3 @@ def test_what_was_not_measured_is_left_out() -> None:
     assert "α-curve" in report.html_page(results()) and "Teacher–student" in report.html_page(
         results()
     )
-
-
-def marks(svg: str, name: str, attribute: str) -> list[float]:
-    return [float(x) for x in re.findall(rf'<{name}[^>]* {attribute}="([-\d.]+)"', svg)]
-
-
-def test_dots_and_whiskers_stand_where_their_values_are() -> None:
-    svg = _svg.dots([_svg.Bar("a", 0.5, 0.1), _svg.Bar("b", 0.9, None)], axis="accuracy")
-    Page(svg)
-    first, second = marks(svg, "circle", "cx")
-    ticks = dict(
-        (float(text), float(x))
-        for x, text in re.findall(r'<text x="([\d.]+)"[^>]*text-anchor="middle"[^>]*>(\d+)<', svg)
-    )
-    (low, x_low), (high, x_high) = min(ticks.items()), max(ticks.items())
-    per_point = (x_high - x_low) / (high - low)
-    np.testing.assert_allclose(
-        [first, second], [x_low + per_point * (v - low) for v in (50, 90)], atol=0.2
-    )
-    whiskers = re.findall(r'<line x1="([\d.]+)"[^>]*x2="([\d.]+)"[^>]*stroke-width="3"', svg)
-    lengths = [float(b) - float(a) for a, b in whiskers]
-    np.testing.assert_allclose(lengths, [20 * per_point, 0], atol=0.2)
-    assert "a: 50.0 ± 10.0 %" in svg and "b: 90.0 %" in svg
-
-
-def test_lines_ring_the_chosen_place_and_bear_flat_curves() -> None:
-    curve = _svg.Line("a", [0.1, 0.5, 1.0], [0.2, 0.6, 0.4], marked=0.5)
-    svg = _svg.lines([curve], x_axis="x", y_axis="y")
-    Page(svg)
-    assert marks(svg, "circle", "r") == [4, 6, 4]
-    heights = marks(svg, "circle", "cy")
-    assert heights[1] < heights[2] < heights[0], "up is more"
-    for flat in ([0.5], [0.5, 0.5]):  # no extent at all
-        Page(_svg.lines([_svg.Line("a", [1.0] * len(flat), flat)], x_axis="x", y_axis="y"))

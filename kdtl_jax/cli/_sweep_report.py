@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import html
 import io
 import json
 import math
@@ -136,38 +135,37 @@ def html_page(args: argparse.Namespace, splits: Splits, outcome: sweep.Outcome) 
     many = f"{len(found)} settings, {seeds} seeds each"
     stopped = sum(not line.complete for line in found)
     early = f" {stopped} settings were stopped early." if stopped else ""
-    name = html.escape(splits.train.name)
+    setting = (
+        f"{splits.train.name}: {many}. Teacher {args.teacher}, "
+        f"{100 * outcome.teacher_test:.1f} % on the test split; student {args.student}. Settings "
+        f"are ordered by mean validation accuracy; the test split is only read off.{early}"
+    )
+    best = report.table(
+        ("method", *axes, "validation %", "test %"),
+        [_cells(line, axes) for line in found[:SHOWN]],
+    )
+    lines_note = (
+        "One line per setting, from what was set to the mean validation accuracy it reached; "
+        "stronger lines reached more, the best one is orange."
+    )
+    ran = report.table(
+        ("method", "path", "students per call", "seconds"),
+        [
+            [s.method, PATHS.get(s.path, s.path), str(s.chunk), f"{s.seconds:.1f}"]
+            for s in outcome.swept
+        ],
+    )
     sections = [
-        f"<p class='note'>{name}: {many}. Teacher {html.escape(args.teacher)}, "
-        f"{100 * outcome.teacher_test:.1f} % on the test split; student "
-        f"{html.escape(args.student)}. Settings are ordered by mean validation accuracy; the test "
-        f"split is only read off.{early}</p>",
-        "<h2>Best settings</h2>",
-        plots.table(
-            ("method", *axes, "validation %", "test %"),
-            [_cells(line, axes) for line in found[:SHOWN]],
-        ),
-        "<p class='note'>Mean ± 95 % interval over seeds.</p>",
-        "<h2>All settings</h2><p class='note'>One line per setting, from what was set to the mean "
-        "validation accuracy it reached; stronger lines reached more, the best one is orange.</p>",
-        parallel(found, axes),
+        report.Section("Best settings", ["Mean ± 95 % interval over seeds."], [best]),
+        report.Section("All settings", [lines_note], [parallel(found, axes)]),
         *_heat_maps(outcome),
-        "<h2>How it ran</h2>",
-        plots.table(
-            ("method", "path", "students per call", "seconds"),
-            [
-                [s.method, PATHS.get(s.path, s.path), str(s.chunk), f"{s.seconds:.1f}"]
-                for s in outcome.swept
-            ],
-        ),
-        *(f"<p class='note'>{html.escape(note)}</p>" for note in outcome.notes),
+        report.Section("How it ran", outcome.notes, [ran]),
+        report.environment_section(),
     ]
-    environment = ", ".join(f"{k} {v}" for k, v in report.environment().items())
-    sections.append(f"<h2>Environment</h2><p class='note'>{html.escape(environment)}</p>")
-    return plots.page("kdtl sweep", sections)
+    return report.page("kdtl sweep", sections, notes=[setting])
 
 
-def parallel(found: Sequence[Line], axes: Sequence[str]) -> str:
+def parallel(found: Sequence[Line], axes: Sequence[str]) -> plots.Chart:
     """Parallel coordinates of all settings; the method is an axis if there are several."""
     names = list(dict.fromkeys(line.method for line in found))
     drawn = [plots.Axis("method", [names.index(x.method) for x in found], names)]
@@ -182,7 +180,7 @@ def parallel(found: Sequence[Line], axes: Sequence[str]) -> str:
     return plots.parallel([*drawn, score], best=0)
 
 
-def _heat_maps(outcome: sweep.Outcome) -> list[str]:
+def _heat_maps(outcome: sweep.Outcome) -> list[report.Section]:
     """One map per method with two axes or more: its two axes with the most values."""
     parts = []
     for swept in outcome.swept:
@@ -201,20 +199,18 @@ def _heat_maps(outcome: sweep.Outcome) -> list[str]:
             ]
             for i in range(len(rows.labels))
         ]
-        parts.append(f"<h3>{html.escape(swept.method)}</h3>")
-        parts.append(
-            plots.heat_map(
-                cells,
-                rows=rows.labels,
-                columns=columns.labels,
-                row_axis=down,
-                column_axis=across,
-            )
+        chart = plots.heat_map(
+            cells,
+            rows=rows.labels,
+            columns=columns.labels,
+            row_axis=down,
+            column_axis=across,
         )
+        parts.append(report.Section(swept.method, (), [chart], level=3))
     if not parts:
         return []
     note = "Mean validation accuracy in %: the best over all other settings."
-    return ["<h2>Two axes at a time</h2>", f"<p class='note'>{note}</p>", *parts]
+    return [report.Section("Two axes at a time", [note]), *parts]
 
 
 class _Bins(NamedTuple):

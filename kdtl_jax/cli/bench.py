@@ -123,24 +123,24 @@ def rows(found: Sequence[bench.Measured]) -> list[list[str]]:
 
 def html_page(limits: measure.Ceilings, found: Sequence[bench.Measured]) -> str:
     """The report: table, step times, roofline, scaling."""
+    about = (
+        f"{_ceilings(limits)}. Train steps of this library: teacher forward, student forward and "
+        "backward, optimizer. "
+        f"{'; '.join(f'{one.preset}: {one.about}, batch {one.batch_size}' for one in found)}."
+    )
+    note = (
+        f"{TIMES} MB is what the compiled step needs. Roofline: the least time that the ceilings "
+        "allow, over the measured time."
+    )
+    times = [
+        plots.Span(one.preset, *(1e3 * t for t in (o.p10, o.median, o.p90)))
+        for one in found
+        for o in [one.steps]
+    ]
+    axis = "milliseconds per step: median, 10th to 90th percentile"
     sections = [
-        f"<p class='note'>{_ceilings(limits)}. Train steps of this library: teacher forward, "
-        "student forward and backward, optimizer. "
-        f"{'; '.join(f'{one.preset}: {one.about}, batch {one.batch_size}' for one in found)}.</p>",
-        "<h2>Steps</h2>",
-        plots.table(HEADER, rows(found), narrow=4),
-        f"<p class='note'>{TIMES} MB is what the compiled step needs. Roofline: the least time "
-        "that the ceilings allow, over the measured time.</p>",
-        "<h2>Step times</h2>",
-        plots.spans(
-            [
-                plots.Span(one.preset, *(1e3 * t for t in (o.p10, o.median, o.p90)))
-                for one in found
-                for o in [one.steps]
-            ],
-            unit="ms",
-            axis="milliseconds per step: median, 10th to 90th percentile",
-        ),
+        report.Section("Steps", [note], [report.table(HEADER, rows(found), narrow=4)]),
+        report.Section("Step times", (), [plots.spans(times, unit="ms", axis=axis)]),
     ]
     worked = [
         plots.Worked(one.preset, one.cost.flops / one.cost.bytes, one.cost.flops / one.seconds)
@@ -148,22 +148,19 @@ def html_page(limits: measure.Ceilings, found: Sequence[bench.Measured]) -> str:
         if one.cost.flops and one.cost.bytes
     ]
     if worked:
-        sections.append(
-            "<h2>Roofline</h2>" + plots.roofline(worked, flops=limits.flops, bytes=limits.bytes)
+        counted = (
+            "FLOPs and bytes by XLA's cost analysis, which counts every operand of every "
+            "operation: what stays in a cache makes a program look more bound by bandwidth than "
+            "it is."
         )
-        sections.append(
-            "<p class='note'>FLOPs and bytes by XLA's cost analysis, which counts every operand of "
-            "every operation: what stays in a cache makes a program look more bound by bandwidth "
-            "than it is.</p>"
-        )
+        chart = plots.roofline(worked, flops=limits.flops, bytes=limits.bytes)
+        sections.append(report.Section("Roofline", [counted], [chart]))
     if any(one.scaling for one in found):
-        sections += _scaling(found)
-    environment = ", ".join(f"{k} {v}" for k, v in report.environment().items())
-    sections.append(f"<h2>Environment</h2><p class='note'>{environment}</p>")
-    return plots.page("kdtl bench", sections)
+        sections.append(_scaling(found))
+    return report.page("kdtl bench", [*sections, report.environment_section()], notes=[about])
 
 
-def _scaling(found: Sequence[bench.Measured]) -> list[str]:
+def _scaling(found: Sequence[bench.Measured]) -> report.Section:
     lines = [
         plots.Line(
             one.preset, [s.devices for s in one.scaling], [s.efficiency for s in one.scaling]
@@ -184,9 +181,7 @@ def _scaling(found: Sequence[bench.Measured]) -> list[str]:
         + "Efficiency is the rate per device against one device."
     )
     chart = plots.lines(lines, x_axis="devices", y_axis="efficiency, %")
-    key = plots.key([line.label for line in lines])
-    table = plots.table(header, cells)
-    return ["<h2>Scaling</h2>", f"<p class='note'>{note}</p>", table, key, chart]
+    return report.Section("Scaling", [note], [report.table(header, cells), chart])
 
 
 def table(found: Sequence[bench.Measured]) -> Table:

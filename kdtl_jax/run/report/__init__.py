@@ -1,7 +1,13 @@
 """Results as data, as JSON and as one self-contained HTML page. Nothing here prints."""
 
-from kdtl_jax.run.report._html import html_page as html_page
-from kdtl_jax.run.report._html import percent as percent
+from kdtl_jax.run.report._page import Definitions as Definitions
+from kdtl_jax.run.report._page import Section as Section
+from kdtl_jax.run.report._page import Table as Table
+from kdtl_jax.run.report._page import environment_section as environment_section
+from kdtl_jax.run.report._page import html_page as html_page
+from kdtl_jax.run.report._page import page as page
+from kdtl_jax.run.report._page import percent as percent
+from kdtl_jax.run.report._page import table as table
 from kdtl_jax.run.report._results import SCHEMA_VERSION as SCHEMA_VERSION
 from kdtl_jax.run.report._results import Interval as Interval
 from kdtl_jax.run.report._results import Results as Results
@@ -10,5 +16,7 @@ from kdtl_jax.run.report._results import Versus as Versus
 from kdtl_jax.run.report._results import compared as compared
 from kdtl_jax.run.report._results import environment as environment
 from kdtl_jax.run.report._results import interval as interval
+from kdtl_jax.run.report._results import json_text as json_text
+from kdtl_jax.run.report._results import ranked as ranked
 from kdtl_jax.run.report._results import to_json as to_json
 from kdtl_jax.run.report._results import versus as versus

@@ -16,9 +16,11 @@
 `ci95` is the half-width of the 95 % interval of the mean, by Student's t over seeds. `agreement` is
 the share of test examples on which student and teacher name the same class. `versus` compares
 seed by seed (both methods of a seed share data and teacher). `seconds` is the wall time of all
-seeds and settings of a method, compilation included.
+seeds and settings of a method, compilation included. A number that is not finite is null.
 """
 
+import json
+import math
 import os
 import platform
 import sys
@@ -46,7 +48,7 @@ class Versus(NamedTuple):
 
     baseline: str
     difference: Interval
-    verdict: str  # "better", "worse" or "no clear difference"
+    verdict: str  # "better", "worse", "no clear difference" or "not finite"
 
 
 class Row(NamedTuple):
@@ -78,12 +80,16 @@ class Results(NamedTuple):
 def interval(values: Any) -> Interval:
     """Mean and 95 % half-width `t(0.975, n - 1) s / sqrt(n)` over independent seeds.
 
+    NaN where a value is not finite: one failed seed is not averaged away.
+
     Raises:
       ValueError: if there are no values.
     """
     x = np.asarray(values, np.float64).reshape(-1)
     if not x.size:
         raise ValueError("needs at least one value.")
+    if not np.isfinite(x).all():
+        return Interval(math.nan, None if x.size == 1 else math.nan, tuple(map(float, x)))
     half = None
     if x.size > 1:
         half = float(stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / np.sqrt(x.size))
@@ -94,7 +100,9 @@ def versus(baseline: Row, values: Sequence[float]) -> Versus:
     """Whether a method differs from a baseline: the interval of seed-by-seed differences."""
     difference = interval(np.subtract(values, baseline.test.values))
     mean, half = difference.mean, difference.ci95
-    if half is None or abs(mean) <= half:
+    if not math.isfinite(mean):
+        verdict = "not finite"
+    elif half is None or abs(mean) <= half:
         verdict = "no clear difference"
     else:
         verdict = "better" if mean > 0 else "worse"
@@ -112,8 +120,45 @@ def compared(rows: Sequence[Row], baselines: Mapping[str, str]) -> list[Row]:
     ]
 
 
+def ranked(values: Sequence[float]) -> list[int]:
+    """Places of the values, the largest first; those that are not finite come last."""
+    keys = [value if math.isfinite(value) else -math.inf for value in values]
+    return sorted(range(len(keys)), key=lambda i: -keys[i])
+
+
+def json_text(record: Any, *, indent: int | None = None) -> str:
+    """A record as JSON text; never refuses, so that what was computed is not lost at the end.
+
+    NumPy and JAX values become numbers and lists, numbers that are not finite null, text that is
+    not UTF-8 (names of files) gets its bytes escaped, and anything else becomes its `str`.
+    """
+    return json.dumps(_plain(record), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {_text(str(name)): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return _plain(np.asarray(value).tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    return _text(str(value))
+
+
+def _text(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def to_json(results: Results) -> dict[str, Any]:
     """The content of `results.json` (see the module's first lines)."""
+    return _plain(_record(results))
+
+
+def _record(results: Results) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "task": results.task,

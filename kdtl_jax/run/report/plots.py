@@ -1,22 +1,45 @@
-"""Charts of sweeps and measurements: parallel coordinates, heat map, roofline, spans.
+"""Charts as inline SVG, drawn by matplotlib: no script, no network, both color schemes.
 
-Inline SVG in the manner of `_svg`: no script, no network, colors from the page's variables, a
-`<title>` on every mark. A measure grows in one color's strength, so that it reads in both schemes
-and in print.
+Colors are CSS variables of the page (`--ink`, `--rule`, `--series-0` ...), so that a chart follows
+the reader's light or dark setting. Every mark has a `<title>`, which browsers show on hover.
 """
 
-import html
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kdtl_jax.run.report import _html, _svg
-from kdtl_jax.run.report._svg import Line as Line
-from kdtl_jax.run.report._svg import lines as lines
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 
-_WIDTH = 640
-_ABSENT = 20  # below an axis: lines without a value on it
-_FAINT, _STRONG = 0.06, 0.62  # text stays readable on the strongest cell
+from kdtl_jax.run.report import _drawing
+from kdtl_jax.run.report._drawing import INK, SURFACE, dot, line, series, svg, text
+
+_LOW_SHARE, _HIGH_SHARE = 0.06, 0.62  # of a heat map's color: text stays readable on the strongest
+
+
+class Chart(NamedTuple):
+    """A drawing, and the labels of its series for the legend that the page writes."""
+
+    svg: str  # well formed and escaped: the page takes it as it is
+    key: tuple[str, ...] = ()
+
+
+class Bar(NamedTuple):
+    """A labelled share with the half-width of its interval."""
+
+    label: str
+    value: float
+    half: float | None
+    series: int = 0
+
+
+class Line(NamedTuple):
+    """A named curve of shares."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    marked: float | None = None  # the x that was chosen
 
 
 class Axis(NamedTuple):
@@ -44,54 +67,80 @@ class Worked(NamedTuple):
     rate: float  # FLOPs per second, achieved
 
 
-def page(title: str, sections: Sequence[str]) -> str:
-    """A self-contained HTML page in the style of every report.
+def dots(bars: Sequence[Bar], *, axis: str) -> Chart:
+    """One row per method: a dot with its interval; the label stands above, in full."""
+    ax = _rows(len(bars), 34, axis)
+    for i, bar in enumerate(bars):
+        value = _percent(bar.value) + ("" if bar.half is None else f" ± {_percent(bar.half)}")
+        if math.isfinite(bar.value):
+            half = bar.half if bar.half is not None and math.isfinite(bar.half) else 0.0
+            ends = [100 * (bar.value - half), 100 * (bar.value + half)]
+            line(ax, ends, [i, i], series(bar.series), width=3)
+            words = f"{bar.label}: {value} %"
+            dot(ax, 100 * bar.value, i, series(bar.series), words)
+        _row_labels(ax, i, bar.label, _percent(bar.value))
+    return Chart(svg(ax, axis))
 
-    Args:
-      title: plain text.
-      sections: HTML, in order.
+
+def spans(found: Sequence[Span], *, unit: str, axis: str) -> Chart:
+    """One row per program: a dot at the middle, a whisker from low to high, on a log axis.
+
+    Raises:
+      ValueError: if there are none.
     """
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_html._STYLE}</style></head>"
-        f"<body><main><h1>{html.escape(title)}</h1>{''.join(sections)}</main></body></html>\n"
-    )
+    if not found:
+        raise ValueError("there is nothing to draw.")
+    ax = _rows(len(found), 38, axis)
+    _drawing.logarithmic(ax)
+    for i, span in enumerate(found):
+        words = f"{span.label}: {span.middle:.3g} {unit} ({span.low:.3g} to {span.high:.3g})"
+        line(ax, [span.low, span.high], [i, i], series(0), width=3)
+        dot(ax, span.middle, i, series(0), words)
+        _row_labels(ax, i, span.label, f"{span.middle:.3g}")
+    return Chart(svg(ax, axis))
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, narrow: int = 99) -> str:
-    """An HTML table of plain text; columns from `narrow` on are left out on a phone."""
-
-    def cells(tag: str, row: Sequence[str]) -> str:
-        parts = []
-        for i, text in enumerate(row):
-            wide = " class='wide'" if i >= narrow else ""
-            parts.append(f"<{tag}{wide}>{html.escape(text)}</{tag}>")
-        return f"<tr>{''.join(parts)}</tr>"
-
-    body = "".join(cells("td", row) for row in rows)
-    return (
-        f"<div class='scroll'><table><thead>{cells('th', header)}</thead>"
-        f"<tbody>{body}</tbody></table></div>"
-    )
+def _rows(count: int, tall: int, axis: str) -> Axes:
+    """Axes with a row of so many pixels at every integer, the first on top."""
+    ax = _drawing.axes(tall * count + 56, left=14, right=78, top=4, bottom=44, grid="x")
+    ax.set_ylim(count - 0.5, -0.8)
+    ax.set_yticks([])
+    _drawing.label_x(ax, axis)
+    return ax
 
 
-def key(labels: Sequence[str]) -> str:
-    """The legend of `lines`: labels with their series' colors."""
-    items = "".join(
-        f'<li><i style="background:var(--series-{i % 8})"></i>{html.escape(label)}</li>'
-        for i, label in enumerate(labels)
-    )
-    return f'<ul class="key">{items}</ul>'
+def _row_labels(ax: Axes, row: int, label: str, value: str) -> None:
+    across = ax.get_yaxis_transform()  # x in shares of the axes
+    text(ax, 0, row, label, offset=(0, 8), xycoords=across)
+    text(ax, 1.02, row, value, xycoords=across, va="center")
 
 
-def parallel(axes: Sequence[Axis], *, best: int) -> str:
+def lines(curves: Sequence[Line], *, x_axis: str, y_axis: str) -> Chart:
+    """Curves over a common axis; a chosen x is ringed."""
+    label = f"{y_axis} against {x_axis}"
+    ax = _drawing.axes(320, left=52, right=14, top=12, bottom=44, grid="y")
+    for i, curve in enumerate(curves):
+        known = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(y)]
+        if not known:
+            continue
+        xs, ys = [x for x, _ in known], [100 * y for _, y in known]
+        line(ax, xs, ys, series(i), title=curve.label)
+        for x, y in zip(xs, ys, strict=True):
+            chosen = curve.marked is not None and math.isclose(x, curve.marked)
+            words = f"{curve.label}: {x:g} gives {y:.1f} %"
+            edge = INK if chosen else SURFACE
+            dot(ax, x, y, series(i), words, radius=6 if chosen else 4, edge=edge)
+    _drawing.label_x(ax, x_axis)
+    return Chart(svg(ax, label), tuple(curve.label for curve in curves))
+
+
+def parallel(axes: Sequence[Axis], *, best: int) -> Chart:
     """Parallel coordinates: one line per row of a sweep, one axis per setting, the score last.
 
     Lines grow stronger with the score; the best one is drawn last, in another color. An axis of
     positive values that span a factor of eight or more is logarithmic; what has no value (NaN) on
-    an axis passes below it. Where many lines meet in one
-    value of a choice or a grid, they are drawn a little apart, in order of their scores.
+    an axis passes below it. Where many lines meet in one value of a choice or a grid, they are
+    drawn a little apart, in order of their scores.
 
     Args:
       axes: equally long; the last one is the score, where more is better.
@@ -103,48 +152,41 @@ def parallel(axes: Sequence[Axis], *, best: int) -> str:
     lengths = {axis.label: len(axis.values) for axis in axes}
     if len(axes) < 2 or len(set(lengths.values())) != 1:
         raise ValueError(f"needs two or more equally long axes, got lengths {lengths}.")
-    height, top, bottom, apart = 352, 54, 34, 16
-    staggered = len(axes) > 4
-    xs = [60 + i * (_WIDTH - 120) / (len(axes) - 1) for i in range(len(axes))]
-    scales = [_AxisScale.of(axis, height - bottom, top) for axis in axes]
-    parts = []
-    scores = [_finite(v) for v in axes[-1].values]
-    known = [v for v in scores if v is not None]
-    low, high = (min(known), max(known)) if known else (0.0, 1.0)
-    order = sorted(range(len(scores)), key=lambda r: (r == best, _order(scores[r])))
-    by_score = sorted(range(len(scores)), key=lambda r: _order(scores[r]), reverse=True)
-    place = {row: i / max(len(scores) - 1, 1) - 0.5 for i, row in enumerate(by_score)}
-    for row in order:
-        points = [
-            f"{x:.1f},{scale.at(axis.values[row]) + apart * place[row] * scale.is_choice:.1f}"
-            for x, axis, scale in zip(xs, axes, scales, strict=True)
+    label = "parallel coordinates of the sweep"
+    ax = _drawing.axes(352, left=60, right=60, top=60, bottom=30)
+    ax.set_axis_off()
+    ax.set_xlim(0, len(axes) - 1)
+    ax.set_ylim(-0.1, 1)
+    scores = [v if math.isfinite(v) else -math.inf for v in axes[-1].values]
+    shares = _shares(scores)
+    scales = [_Scale.of(axis) for axis in axes]
+    by_score = sorted(range(len(scores)), key=lambda row: scores[row])
+    apart = {row: i / max(len(scores) - 1, 1) - 0.5 for i, row in enumerate(by_score)}
+    for row in sorted(by_score, key=lambda row: row == best):
+        ys = [
+            scale.at(axis.values[row]) + 0.06 * apart[row] * scale.is_choice
+            for axis, scale in zip(axes, scales, strict=True)
         ]
-        score = scores[row]
-        share = 0.0 if score is None or high == low else (score - low) / (high - low)
-        color, width, opacity = "var(--series-0)", 1.5, 0.12 + 0.7 * share**2
-        if row == best:
-            color, width, opacity = "var(--series-7)", 3.5, 1.0
         words = ", ".join(f"{axis.label} {_value(axis, axis.values[row])}" for axis in axes)
-        parts.append(
-            f'<polyline points="{" ".join(points)}" fill="none" stroke="{color}" '
-            f'stroke-width="{width}" stroke-opacity="{opacity:.2f}" stroke-linejoin="round">'
-            f"<title>{html.escape(words)}</title></polyline>"
+        style = (
+            (series(7), 3.5, 1.0)
+            if row == best
+            else (series(0), 1.5, 0.12 + 0.7 * shares[row] ** 2)
         )
-    for i, (x, axis, scale) in enumerate(zip(xs, axes, scales, strict=True)):
-        parts.append(
-            f'<line x1="{x:.1f}" y1="{top - 8}" x2="{x:.1f}" y2="{height - bottom + 8}" '
-            'stroke="var(--ink-2)" stroke-width="1.5"/>'
-        )
-        lift = 20 if staggered and i % 2 else 0
-        side = "end" if i == len(axes) - 1 else "start" if i == 0 else "middle"
-        shift = {"end": 56, "start": -56, "middle": 0}[side]
-        parts.append(_svg._text(x + shift, top - 18 - lift, axis.label, anchor=side))
+        color, width, opacity = style
+        line(ax, list(range(len(axes))), ys, color, words, width=width, opacity=opacity)
+    for i, (axis, scale) in enumerate(zip(axes, scales, strict=True)):
+        line(ax, [i, i], [-0.02, 1.02], INK, width=1.5)
+        side = "right" if i == len(axes) - 1 else "left" if i == 0 else "center"
+        shift = {"right": 56, "left": -56, "center": 0}[side]
+        lift = 20 if len(axes) > 4 and i % 2 else 0
+        text(ax, i, 1.0, axis.label, offset=(shift, 18 + lift), ha=side)
+        inner = {"offset": (6 if i == 0 else -6, 0), "ha": "left" if i == 0 else "right"}
         for value in scale.labels:
-            y = scale.at(value)
-            parts.append(_halo(x + 6 if i == 0 else x - 6, y + 5, _value(axis, value), i == 0))
+            text(ax, i, scale.at(value), _value(axis, value), va="center", halo=True, **inner)
         if not all(map(math.isfinite, axis.values)):
-            parts.append(_halo(x + 6 if i == 0 else x - 6, height - 5, "none", i == 0))
-    return _svg._svg(height, parts, "parallel coordinates of the sweep")
+            text(ax, i, scale.at(math.nan), "none", va="center", halo=True, **inner)
+    return Chart(svg(ax, label))
 
 
 def heat_map(
@@ -155,7 +197,7 @@ def heat_map(
     row_axis: str,
     column_axis: str,
     percent: bool = True,
-) -> str:
+) -> Chart:
     """A grid of numbers, stronger where they are larger; NaN cells are left empty.
 
     Args:
@@ -174,64 +216,35 @@ def heat_map(
             f"{len(rows)} row and {len(columns)} column labels do not fit cells of "
             f"{[len(line) for line in cells]}."
         )
+    label = f"{row_axis} against {column_axis}"
     left = 26 + 9 * max(len(label) for label in rows)
-    wide, tall, top = (_WIDTH - left - 6) / len(columns), 40, 30
-    known = [v for line in cells for v in line if math.isfinite(v)]
-    low, high = (min(known), max(known)) if known else (0.0, 1.0)
-    parts = [_svg._text(4, 18, row_axis), _svg._text(_WIDTH - 6, 18, column_axis, anchor="end")]
-    for i, line in enumerate(cells):
-        y = top + i * tall
-        parts.append(_svg._text(left - 10, y + tall / 2 + 5, rows[i], anchor="end"))
-        for j, value in enumerate(line):
+    ax = _drawing.axes(40 * len(cells) + 60, left=left, right=6, top=30, bottom=30)
+    ax.set_axis_off()
+    ax.set_xlim(0, len(columns))
+    ax.set_ylim(len(cells), 0)
+    shares = iter(_shares([value for cell_row in cells for value in cell_row]))
+    for i, cell_row in enumerate(cells):
+        text(ax, 0, i + 0.5, rows[i], offset=(-10, 0), ha="right", va="center")
+        for j, value in enumerate(cell_row):
+            share = next(shares)
             if not math.isfinite(value):
                 continue
-            share = 1.0 if high == low else (value - low) / (high - low)
-            opacity, x = _FAINT + (_STRONG - _FAINT) * share, left + j * wide
-            text = f"{100 * value:.1f}" if percent else f"{value:.3g}"
-            words = f"{row_axis} {rows[i]}, {column_axis} {columns[j]}: {text}"
-            parts.append(
-                f'<g><title>{html.escape(words)}</title><rect x="{x + 1:.1f}" y="{y + 1}" '
-                f'width="{wide - 2:.1f}" height="{tall - 2}" rx="3" fill="var(--series-0)" '
-                f'fill-opacity="{opacity:.2f}"/><text x="{x + wide / 2:.1f}" '
-                f'y="{y + tall / 2 + 5:.1f}" text-anchor="middle" fill="var(--ink)">{text}'
-                "</text></g>"
+            number = _percent(value) if percent else f"{value:.3g}"
+            words = f"{row_axis} {rows[i]}, {column_axis} {columns[j]}: {number}"
+            opacity = _LOW_SHARE + (_HIGH_SHARE - _LOW_SHARE) * share
+            box = Rectangle(
+                (j + 0.01, i + 0.03), 0.98, 0.94, facecolor=series(0), alpha=opacity, clip_on=False
             )
+            _drawing.titled(ax.add_patch(box), words)
+            text(ax, j + 0.5, i + 0.5, number, color=INK, ha="center", va="center")
     for j, label in enumerate(columns):
-        x, y = left + (j + 0.5) * wide, top + len(cells) * tall + 20
-        parts.append(_svg._text(x, y, label, anchor="middle"))
-    height = top + len(cells) * tall + 30
-    return _svg._svg(height, parts, f"{row_axis} against {column_axis}")
+        text(ax, j + 0.5, len(cells), label, offset=(0, -18), ha="center")
+    text(ax, 0, 0, row_axis, offset=(4 - left, 12))
+    text(ax, len(columns), 0, column_axis, offset=(0, 12), ha="right")
+    return Chart(svg(ax, label))
 
 
-def spans(found: Sequence[Span], *, unit: str, axis: str) -> str:
-    """One row per program: a dot at the middle, a whisker from low to high, on a log axis."""
-    if not found:
-        raise ValueError("there is nothing to draw.")
-    step, bottom = 38, 46
-    height = step * len(found) + bottom
-    scale = _Log.of([v for s in found for v in (s.low, s.high)], 14, _WIDTH - 92)
-    parts = []
-    for tick in scale.ticks():
-        x = scale.at(tick)
-        parts.append(_svg._rule(x, 4, x, height - bottom + 2))
-        parts.append(_svg._text(x, height - bottom + 18, f"{tick:g}", anchor="middle"))
-    for i, span in enumerate(found):
-        y = step * i + 30
-        words = f"{span.label}: {span.middle:.3g} {unit} ({span.low:.3g} to {span.high:.3g})"
-        parts.append(
-            f"<g><title>{html.escape(words)}</title>"
-            f'<line x1="{scale.at(span.low):.1f}" y1="{y}" x2="{scale.at(span.high):.1f}" '
-            f'y2="{y}" stroke="var(--series-0)" stroke-width="3" stroke-linecap="round"/>'
-            f'<circle cx="{scale.at(span.middle):.1f}" cy="{y}" r="5" fill="var(--series-0)" '
-            'stroke="var(--surface)" stroke-width="2"/></g>'
-        )
-        parts.append(_svg._text(14, y - 11, span.label))
-        parts.append(_svg._text(_WIDTH - 8, y + 5, f"{span.middle:.3g}", anchor="end"))
-    parts.append(_svg._text((_WIDTH - 78) / 2, height - 6, axis, anchor="middle"))
-    return _svg._svg(height, parts, axis)
-
-
-def roofline(programs: Sequence[Worked], *, flops: float, bytes: float) -> str:
+def roofline(programs: Sequence[Worked], *, flops: float, bytes: float) -> Chart:
     """Achieved FLOPs per second against FLOPs per byte, under both measured ceilings.
 
     Args:
@@ -239,122 +252,83 @@ def roofline(programs: Sequence[Worked], *, flops: float, bytes: float) -> str:
       flops: the matmul ceiling, per second.
       bytes: the copy ceiling, per second.
     """
-    height, left, top, bottom = 340, 64, 16, 46
+    label = "achieved FLOP/s against FLOPs per byte"
+    ax = _drawing.axes(340, left=70, right=14, top=16, bottom=46, grid="both")
+    _drawing.logarithmic(ax, both=True)
     ridge = flops / bytes
-    across = _Log.of([p.intensity for p in programs] + [ridge / 8, ridge * 4], left, _WIDTH - 14)
-    rates = [p.rate for p in programs] + [flops * 1.3, bytes * across.low / 1.3]
-    up = _Log.of(rates, height - bottom, top)
-    parts = []
-    for tick in across.ticks():
-        x = across.at(tick)
-        parts.append(_svg._rule(x, top, x, height - bottom))
-        parts.append(_svg._text(x, height - bottom + 18, f"{tick:g}", anchor="middle"))
-    for tick in up.ticks():
-        y = up.at(tick)
-        parts.append(_svg._rule(left, y, _WIDTH - 14, y))
-        parts.append(_svg._text(left - 6, y + 5, _si(tick), anchor="end"))
-    roof = [(across.low, bytes * across.low), (ridge, flops), (across.high, flops)]
-    points = " ".join(f"{across.at(x):.1f},{up.at(y):.1f}" for x, y in roof)
-    parts.append(
-        f'<polyline points="{points}" fill="none" stroke="var(--ink-2)" stroke-width="2">'
-        f"<title>{_si(flops)}FLOP/s, {_si(bytes)}B/s</title></polyline>"
+    low = min([p.intensity for p in programs] + [ridge / 8]) / 1.15
+    high = max([p.intensity for p in programs] + [ridge * 4]) * 1.15
+    line(
+        ax,
+        [low, ridge, high],
+        [bytes * low, flops, flops],
+        INK,
+        f"{_si(flops)}FLOP/s, {_si(bytes)}B/s",
+        width=2,
     )
     for i, program in enumerate(programs):
-        x, y = across.at(program.intensity), up.at(program.rate)
         words = f"{program.label}: {_si(program.rate)}FLOP/s at {program.intensity:.3g} FLOP/B"
-        parts.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="var(--series-{i % 8})" '
-            f'stroke="var(--surface)" stroke-width="2"><title>{html.escape(words)}</title></circle>'
-        )
-        near_edge = x > _WIDTH - 150
-        label_x = x - 10 if near_edge else x + 10
-        parts.append(_halo(label_x, y + 18, program.label, not near_edge))
-    middle = (left + _WIDTH) / 2
-    parts.append(_svg._text(middle, height - 6, "FLOPs per byte", anchor="middle"))
-    return _svg._svg(height, parts, "achieved FLOP/s against FLOPs per byte")
+        dot(ax, program.intensity, program.rate, series(i), words, radius=6)
+        # A label in the right half would run over the edge.
+        right = program.intensity > math.sqrt(low * high)
+        offset, side = ((-10, -14), "right") if right else ((10, -14), "left")
+        text(ax, program.intensity, program.rate, program.label, offset=offset, ha=side, halo=True)
+    rates = [p.rate for p in programs]
+    ax.set_xlim(low, high)
+    ax.set_ylim(min([*rates, bytes * low]) / 1.5, flops * 1.5)
+    _drawing.label_x(ax, "FLOPs per byte")
+    ax.yaxis.set_major_formatter(lambda value, position: _si(value).strip())
+    return Chart(svg(ax, label))
 
 
-class _Log(NamedTuple):
+class _Scale(NamedTuple):
+    """Where values stand on an axis of the parallel plot, from 0 at the foot to 1."""
+
     low: float
     high: float
-    start: float
-    stop: float
-
-    @classmethod
-    def of(cls, values: Sequence[float], start: float, stop: float) -> "_Log":
-        low, high = min(values), max(values)
-        return cls(low / 1.15, max(high, low * 1.01) * 1.15, start, stop)
-
-    def at(self, value: float) -> float:
-        share = math.log(value / self.low) / math.log(self.high / self.low)
-        return self.start + share * (self.stop - self.start)
-
-    def ticks(self) -> list[float]:
-        """1, 2, 5 of every decade within, thinned to at most six."""
-        first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-        found = [m * 10.0**e for e in range(first, last + 1) for m in (1, 2, 5)]
-        inside = [t for t in found if self.low <= t <= self.high]
-        tens = [t for t in inside if math.log10(t) == round(math.log10(t))]
-        chosen = tens if len(inside) > 6 and len(tens) > 1 else inside
-        return chosen[:: -(-len(chosen) // 6)] if chosen else []
-
-
-class _AxisScale(NamedTuple):
-    low: float
-    high: float
-    start: float
-    stop: float
     is_log: bool
     is_choice: bool  # few values, at each of which several lines meet
     labels: tuple[float, ...]
 
     @classmethod
-    def of(cls, axis: Axis, start: float, stop: float) -> "_AxisScale":
+    def of(cls, axis: Axis) -> "_Scale":
         known = sorted({v for v in axis.values if math.isfinite(v)}) or [0.0]
-        low, high = known[0], known[-1]
         if axis.names:
-            low, high = 0.0, float(len(axis.names) - 1)
             known = [float(i) for i in range(len(axis.names))]
+        low, high = known[0], known[-1]
         is_log = low > 0 and high / low >= 8 and not axis.names
         labels = tuple(known) if len(known) <= 6 else (low, high)
         is_choice = len(known) <= 6 and len(axis.values) > len(known)
         if low == high:
-            low, high = low - 0.5, high + 0.5
-            is_log = False
-        return cls(low, high, start, stop, is_log, is_choice, labels)
+            low, high, is_log = low - 0.5, high + 0.5, False
+        return cls(low, high, is_log, is_choice, labels)
 
     def at(self, value: float) -> float:
         if not math.isfinite(value):
-            return self.start + _ABSENT
+            return -0.08
         low, high = self.low, self.high
         if self.is_log:
             value, low, high = math.log(value), math.log(low), math.log(high)
-        return self.start + (value - low) / (high - low) * (self.stop - self.start)
+        return (value - low) / (high - low)
 
 
-def _halo(x: float, y: float, text: str, after: bool) -> str:
-    """Text that stays readable over lines."""
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{"start" if after else "end"}" '
-        'fill="var(--ink)" stroke="var(--surface)" stroke-width="4" paint-order="stroke" '
-        f'stroke-linejoin="round">{html.escape(text)}</text>'
-    )
+def _shares(values: Sequence[float]) -> list[float]:
+    """Each value's place between the smallest and the largest finite one, 0 where there is none."""
+    known = [v for v in values if math.isfinite(v)]
+    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    if low == high:
+        return [float(math.isfinite(v)) for v in values]
+    return [(v - low) / (high - low) if math.isfinite(v) else 0.0 for v in values]
 
 
 def _value(axis: Axis, value: float) -> str:
     if axis.names:
         return axis.names[int(value)]
-    if not math.isfinite(value):
-        return "none"
-    return f"{value:.3g}"
+    return f"{value:.3g}" if math.isfinite(value) else "none"
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _order(score: float | None) -> float:
-    return -math.inf if score is None else score
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
 
 
 def _si(value: float) -> str:

@@ -1,0 +1,198 @@
+"""Matplotlib figures as inline SVG: page colors, hover titles, nothing to load from outside.
+
+Figures are made without pyplot, so no state is left behind. Text stays text, in the page's font.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
+from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
+
+WIDTH, FONT = 640, 14  # pixels of a drawing, which the page scales
+COLORS = 8  # --series-0 ... --series-7
+# Stand-ins that matplotlib writes as they are, and the page's variables that replace them.
+INK, LABEL, RULE, SURFACE = "#010101", "#010102", "#010103", "#010104"
+_VARIABLES = {INK: "--ink", LABEL: "--ink-2", RULE: "--rule", SURFACE: "--surface"}
+_VARIABLES |= {f"#0102{i:02x}": f"--series-{i}" for i in range(COLORS)}
+_TITLE, _HALO = "title:", "halo:"  # how a mark's group is named until the SVG is finished
+_UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def series(number: int) -> str:
+    """The color of a series; after eight they repeat."""
+    return f"#0102{number % COLORS:02x}"
+
+
+def shown(text: str) -> str:
+    """Text that a page may hold: control characters and lone surrogates as escapes."""
+    return _UNSHOWN.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def axes(
+    height: int, *, left: float, right: float, top: float, bottom: float, grid: str = ""
+) -> Axes:
+    """Axes of a new figure within margins in pixels, without a frame; `grid` is x, y or both."""
+    figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72, facecolor="none")
+    size = (WIDTH - left - right) / WIDTH, (height - top - bottom) / height
+    ax = figure.add_axes((left / WIDTH, bottom / height, *size), facecolor="none")
+    ax.set_axisbelow(True)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    # Ticks would be drawn by reference (`xlink:href`), clipped marks by `url(#...)`.
+    ax.tick_params(which="both", bottom=False, left=False, labelsize=FONT, labelcolor=LABEL)
+    ax.margins(0.03)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    if grid:
+        ax.grid(axis=grid, color=RULE, linewidth=1, clip_on=False)  # pyright: ignore[reportArgumentType]  # its Literal
+    return ax
+
+
+def logarithmic(ax: Axes, *, both: bool = False) -> None:
+    """Makes the horizontal axis (or both) logarithmic, with a few plain numbers."""
+    ax.set_xscale("log")
+    if both:
+        ax.set_yscale("log")
+    for axis in (ax.xaxis, ax.yaxis) if both else (ax.xaxis,):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def titled(artist: Artist, title: str) -> None:
+    """Gives a mark the words that browsers show on hover."""
+    artist.set_gid(_TITLE + shown(title))
+
+
+def line(
+    ax: Axes,
+    x: Sequence[float],
+    y: Sequence[float],
+    color: str,
+    title: str | None = None,
+    *,
+    width: float = 2,
+    opacity: float = 1,
+) -> None:
+    """A polyline."""
+    [drawn] = ax.plot(
+        x, y, color=color, linewidth=width, alpha=opacity, clip_on=False, solid_capstyle="round"
+    )
+    if title is not None:
+        titled(drawn, title)
+
+
+def dot(
+    ax: Axes,
+    x: float,
+    y: float,
+    color: str,
+    title: str,
+    *,
+    radius: float = 5,
+    edge: str = SURFACE,
+) -> None:
+    """A filled circle."""
+    # A circle in pixels around the point; a marker would be drawn by reference.
+    circle = Circle(
+        (0, 0),
+        radius,
+        # Its stub asks for an affine transform; any that can `transform` a point will do.
+        transform=ScaledTranslation(x, y, ax.transData),  # pyright: ignore[reportArgumentType]
+        facecolor=color,
+        edgecolor=edge,
+        linewidth=2,
+        clip_on=False,
+        zorder=3,
+    )
+    titled(ax.add_artist(circle), title)
+
+
+def text(
+    ax: Axes,
+    x: float,
+    y: float,
+    words: str,
+    *,
+    offset: tuple[float, float] = (0, 0),
+    color: str = LABEL,
+    halo: bool = False,
+    **placed: Any,
+) -> None:
+    """Text at a point, shifted by pixels; `halo` keeps it readable over lines."""
+    drawn = ax.annotate(
+        shown(words),
+        (x, y),
+        xytext=offset,
+        textcoords="offset points",
+        color=color,
+        fontsize=FONT,
+        parse_math=False,
+        annotation_clip=False,
+        **placed,
+    )
+    if halo:
+        drawn.set_gid(_HALO)
+
+
+def label_x(ax: Axes, words: str) -> None:
+    """The name of the horizontal axis."""
+    ax.set_xlabel(shown(words), color=LABEL, fontsize=FONT, parse_math=False)
+
+
+def svg(ax: Axes, label: str) -> str:
+    """The figure of the axes as SVG for a page.
+
+    Args:
+      ax: the axes.
+      label: what the drawing shows, for readers that do not see it.
+    """
+    out = io.BytesIO()
+    figure = ax.figure
+    assert isinstance(figure, Figure)
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "kdtl"}
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # glyphs that matplotlib's font lacks, the page's has
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
+    root = ElementTree.fromstring(out.getvalue())
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.rpartition("}")[2] in ("metadata", "defs"):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        _finish(element)
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name, None)
+    root.attrib |= {"role": "img", "aria-label": shown(label)}
+    written = ElementTree.tostring(root, encoding="unicode")
+    for stand_in, variable in _VARIABLES.items():
+        written = written.replace(stand_in, f"var({variable})")
+    return written
+
+
+def _finish(element: ElementTree.Element) -> None:
+    """Titles in place of ids, the page's font in place of matplotlib's."""
+    name = element.attrib.pop("id", "")
+    if name.startswith(_TITLE):
+        title = ElementTree.Element("title")
+        title.text = name.removeprefix(_TITLE)
+        element.insert(0, title)
+    if name == _HALO:
+        halo = f"stroke: {SURFACE}; stroke-width: 4; stroke-linejoin: round; paint-order: stroke"
+        element.attrib["style"] = halo
+    if element.tag == "text":
+        style = re.sub(r"font(-\w+)?:[^;]*(; *)?", "", element.attrib.get("style", ""))
+        element.attrib["style"] = style
+        element.attrib.pop("transform", None)  # a rotation by 0

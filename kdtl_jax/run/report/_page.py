@@ -1,0 +1,192 @@
+"""`report.html`: one file, readable offline, on a phone and in the dark.
+
+A page is data: sections with notes, tables, charts and definitions, all plain text. The template
+`page.html.jinja` lays it out and escapes everything.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import jinja2
+
+from kdtl_jax.run.report import plots
+from kdtl_jax.run.report._drawing import COLORS, shown
+from kdtl_jax.run.report._results import Interval, Results, Row, environment, ranked
+from kdtl_jax.run.report.plots import Chart
+
+_NOTES = 4  # so many stand before the results
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("kdtl_jax.run.report", "."),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    finalize=lambda value: shown(value) if type(value) is str else value,
+)
+
+Cell = str | tuple[str, str]  # text, or text and small print below it
+
+
+class Table(NamedTuple):
+    """A table; columns from `narrow` on are left out on a phone."""
+
+    header: Sequence[str]
+    groups: Sequence[tuple[str, Sequence[Sequence[Cell]]]]  # (title or "", rows)
+    narrow: int = 99
+
+
+class Definitions(NamedTuple):
+    """Terms and what they stand for."""
+
+    entries: Sequence[tuple[str, str]]
+
+
+class Section(NamedTuple):
+    """A heading and what follows it."""
+
+    title: str
+    notes: Sequence[str] = ()
+    parts: Sequence[Table | Chart | Definitions] = ()
+    level: int = 2  # of the heading
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Cell]], *, narrow: int = 99) -> Table:
+    """A table without groups."""
+    return Table(header, [("", rows)], narrow)
+
+
+def page(title: str, sections: Sequence[Section], *, notes: Sequence[str] = ()) -> str:
+    """A self-contained HTML page without any outside reference.
+
+    Args:
+      title: of the page.
+      sections: in order.
+      notes: paragraphs before them.
+    """
+    template = _TEMPLATES.get_template("page.html.jinja")
+    return template.render(title=title, sections=sections, notes=notes)
+
+
+def environment_section() -> Section:
+    """Versions, devices and processor, as a section."""
+    return Section("Environment", [", ".join(f"{k} {v}" for k, v in environment().items())])
+
+
+def html_page(results: Results) -> str:
+    """The whole report of a run."""
+    few = len(results.notes) <= _NOTES
+    sections = [_table(results.rows), *_accuracy(results.rows)]
+    sections += _alpha(results) if results.alpha else []
+    sections += _learning(results) if results.learning else []
+    sections += _agreement(results.rows)
+    if not few:  # all but the first stand behind the results
+        sections.append(Section("Notes", results.notes[1:]))
+    described = [(row.label, _described(row.settings)) for row in results.rows]
+    sections += [Section("Settings", (), [Definitions(described)]), environment_section()]
+    return page(results.task, sections, notes=results.notes if few else results.notes[:1])
+
+
+def percent(found: Interval) -> str:
+    """`90.6 ± 0.9`; `nan` where a seed's value was not finite."""
+    half = "" if found.ci95 is None or math.isnan(found.ci95) else f" ± {100 * found.ci95:.1f}"
+    return f"{100 * found.mean:.1f}{half}"
+
+
+def _families(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
+    for family in dict.fromkeys(row.family for row in rows):
+        yield family.capitalize(), [row for row in rows if row.family == family]
+
+
+def _table(rows: Sequence[Row]) -> Section:
+    seeds = max(len(row.test.values) for row in rows)
+    note = (
+        f"Accuracy on the test split: mean ± 95 % interval over {seeds} seeds. The comparison is "
+        "seed by seed."
+    )
+    header = ("Method", "Test %", "Against the baseline", "Parameters", "Seconds")
+    groups = [(family, [_cells(row) for row in own]) for family, own in _families(rows)]
+    return Section("Results", [note], [Table(header, groups, narrow=3)])
+
+
+def _cells(row: Row) -> list[Cell]:
+    compared: Cell = "–"
+    if row.versus is not None:
+        points = percent(row.versus.difference)
+        sign = "" if points.startswith(("-", "nan")) else "+"
+        compared = sign + points, row.versus.verdict
+    name = row.label, row.method
+    return [name, percent(row.test), compared, f"{row.parameters:,}", f"{row.seconds:.1f}"]
+
+
+def _accuracy(rows: Sequence[Row]) -> list[Section]:
+    sections = [Section("Accuracy by method")]
+    for i, (family, own) in enumerate(_families(rows)):
+        bars = [plots.Bar(r.label, r.test.mean, r.test.ci95, i) for r in own]
+        if len(bars) > 1:
+            chart = plots.dots(bars, axis="test accuracy, % (with 95 % interval)")
+            sections.append(Section(family, (), [chart], level=3))
+    return sections
+
+
+def _alpha(results: Results) -> list[Section]:
+    labels = {row.method: row.label for row in results.rows}
+    curves = [
+        plots.Line(
+            labels.get(method, method), found["alpha"], found["validation_accuracy"], found["best"]
+        )
+        for method, found in results.alpha.items()
+    ]
+    note = (
+        "Validation accuracy after fine-tuning from α times the teacher's selected weights; the "
+        "ringed α was chosen."
+    )
+    chart = plots.lines(curves, x_axis="α", y_axis="validation accuracy, %")
+    return [Section("How much of the teacher: the α-curve", [note], [chart])]
+
+
+def _learning(results: Results) -> list[Section]:
+    note = "Validation accuracy in %, mean over seeds; of many methods, the baseline and the best."
+    sections = [Section("Learning curves", [note])]
+    for family, rows in _families(results.rows):
+        curves = [
+            plots.Line(
+                row.label,
+                results.learning[row.method]["epoch"],
+                results.learning[row.method]["validation_accuracy"],
+            )
+            for row in _clearest(rows, results.learning)
+        ]
+        if curves:
+            chart = plots.lines(curves, x_axis="epoch", y_axis="validation accuracy, %")
+            sections.append(Section(family, (), [chart], level=3))
+    return sections
+
+
+def _clearest(rows: Sequence[Row], learning: Mapping[str, object]) -> list[Row]:
+    """Rows whose curves are drawn: at most as many as there are colors to tell them apart.
+
+    Of more, the first (the baseline) and those best on validation.
+    """
+    drawn = [row for row in rows if row.method in learning]
+    if len(drawn) <= COLORS:
+        return drawn
+    best = ranked([row.validation.mean for row in drawn[1:]])[: COLORS - 1]
+    return [drawn[0], *(drawn[1 + i] for i in sorted(best))]
+
+
+def _agreement(rows: Sequence[Row]) -> list[Section]:
+    bars = [
+        plots.Bar(row.label, row.agreement.mean, row.agreement.ci95, 1)
+        for row in rows
+        if row.agreement is not None
+    ]
+    if not bars:
+        return []
+    note = (
+        "The share of test images on which student and teacher name the same class, right or wrong."
+    )
+    chart = plots.dots(bars, axis="agreement with the teacher, % (with 95 % interval)")
+    return [Section("Teacher–student agreement", [note], [chart])]
+
+
+def _described(settings: Mapping[str, object]) -> str:
+    return "; ".join(f"{name}: {value}" for name, value in settings.items())
