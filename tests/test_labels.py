@@ -1,12 +1,14 @@
 """Teachers made or corrected from labels, and logits made comparable."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from kdtl_jax import losses
+from kdtl_jax import losses, objective
 
 LOGITS = jnp.asarray(2 * np.random.default_rng(0).normal(size=(6, 5)), jnp.float32)
 BEST = jnp.argmax(LOGITS, axis=-1).astype(jnp.int32)
@@ -76,3 +78,170 @@ def test_standardized_logits_forget_scale_and_shift() -> None:
     assert not np.asarray(losses.standardize_logits(jnp.ones((1, 5), jnp.float32))).any()
     with pytest.raises(ValueError, match="needs more than ddof=1 classes"):
         losses.standardize_logits(LOGITS[:, :1], ddof=1)
+
+
+STUDENT = LOGITS[::-1]
+IGNORED = jnp.asarray([0, 1, -100, 255, -1, 4], jnp.int32)
+KNOWN = (IGNORED >= 0) & (IGNORED < 5)
+# Each way to a value per example from (student, teacher, labels).
+LABELLED: dict[str, Any] = {
+    "tckd": losses.tckd,
+    "nckd": losses.nckd,
+    "target_cross_entropy": losses.target_cross_entropy,
+    "token_log_probs": lambda s, t, y, **k: losses.token_log_probs(s, y, **k),
+}
+# And those through a teacher or a weight made from the labels, which let a row be.
+THROUGH_PIECES: dict[str, Any] = {
+    "probability_shift": lambda s, t, y: losses.kd_kl(s, losses.probability_shift(t, y)),
+    "non_target_logits": lambda s, t, y: losses.soft_cross_entropy(
+        *(losses.non_target_logits(z, y) for z in (s, t))
+    ),
+    "mft_teacher": lambda s, t, y: losses.forward_kl(s, losses.mft_teacher(t, y)),
+    "virtual_teacher": lambda s, t, y: losses.kd_kl(s, losses.virtual_teacher(y, 5)),
+    "zipf_targets": lambda s, t, y: losses.soft_cross_entropy(s, losses.zipf_targets(t, y)),
+    "wsld_weight": lambda s, t, y: losses.wsld_weight(s, t, y) * losses.kd_kl(s, t),
+    "uskd_weight": lambda s, t, y: losses.uskd_weight(s, y) * jnp.sum(s, axis=-1),
+}
+
+
+@pytest.mark.parametrize("name", LABELLED | THROUGH_PIECES)
+def test_ignored_labels_leave_no_nan_under_a_mask_applied_later(name: str) -> None:
+    """As optax's cross-entropy behaves under jit: the mean and gradient of the real rows alone."""
+    loss = (LABELLED | THROUGH_PIECES)[name]
+
+    def masked(student: jax.Array, labels: jax.Array) -> jax.Array:
+        return objective.reduce("x", objective.Masked(loss(student, LOGITS, labels), KNOWN)).value()
+
+    value, gradient = jax.jit(jax.value_and_grad(masked))(STUDENT, IGNORED)
+
+    def alone(student: jax.Array) -> jax.Array:
+        return jnp.mean(loss(student, LOGITS[KNOWN], IGNORED[KNOWN]))
+
+    want, by_hand = jax.value_and_grad(alone)(STUDENT[KNOWN])
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    np.testing.assert_allclose(gradient[KNOWN], by_hand, rtol=1e-4, atol=1e-6)
+    assert not np.asarray(gradient)[~np.asarray(KNOWN)].any()
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_a_label_out_of_range_is_nan_and_a_masked_one_is_zero(name: str) -> None:
+    loss = LABELLED[name]
+    unmasked = np.asarray(jax.jit(loss)(STUDENT, LOGITS, IGNORED))
+    np.testing.assert_array_equal(np.isnan(unmasked), ~np.asarray(KNOWN))
+    # Eagerly the labels are seen: refused without the mask, looked at only where it holds.
+    with pytest.raises(ValueError, match=r"labels must lie in 0\.\.4, got -100\.\.255"):
+        loss(STUDENT, LOGITS, IGNORED)
+    masked = np.asarray(loss(STUDENT, LOGITS, IGNORED, where=KNOWN))
+    np.testing.assert_allclose(masked, np.where(KNOWN, unmasked, 0), rtol=1e-6)
+
+
+WRONG_LABELS: dict[str, tuple[Any, type[Exception], str]] = {
+    "column": (np.zeros((6, 1), np.int32), ValueError, r"jnp\.squeeze\(labels, axis=-1\)"),
+    "one-hot": (np.eye(6, 5, dtype=np.int32), ValueError, r"One-hot labels: jnp\.argmax"),
+    "one-hot of floats": (np.eye(6, 5, dtype=np.float32), TypeError, r"Use jnp\.argmax"),
+    "floats": (np.zeros(6, np.float32), TypeError, r"Use labels\.astype\(jnp\.int32\)"),
+    "text": (np.asarray(list("aabbcc")), TypeError, r"got text: \['a', 'a', 'b'\].*np\.unique"),
+    "objects": (np.asarray(["a", None] * 3, object), TypeError, "got text"),
+    "from one": (np.asarray([1, 2, 3, 4, 5, 1]), ValueError, "count from 1: use labels - 1"),
+    "codes": (np.asarray([10, 20, 30] * 2), ValueError, r"np\.unique\(labels, return_inverse"),
+    "ignored": (np.asarray([0, 1, 2, 255, 3, 255]), ValueError, r"where=\(labels != 255\)"),
+    "more classes": (np.asarray([0, 1, 2, 3, 5, 6]), ValueError, "The logits have 5 classes"),
+    "another length": (np.zeros(5, np.int32), ValueError, r"must have shape \[6\].*labels\[5\]"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_LABELS)
+def test_what_is_no_class_number_is_refused_with_its_repair(name: str) -> None:
+    labels, kind, says = WRONG_LABELS[name]
+    with pytest.raises(kind, match=says):
+        losses.tckd(STUDENT, LOGITS, labels)
+
+
+def test_labels_of_eight_bits_may_belong_to_more_classes_than_fit() -> None:
+    rng = np.random.default_rng(1)
+    student, teacher = (jnp.asarray(rng.normal(size=(2, 300)), jnp.float32) for _ in range(2))
+    narrow = losses.tckd(student, teacher, jnp.asarray([3, 255], jnp.uint8))
+    wide = losses.tckd(student, teacher, jnp.asarray([3, 255], jnp.int32))
+    np.testing.assert_array_equal(narrow, wide)
+
+
+def test_uskd_s_mean_is_over_the_examples_that_count() -> None:
+    where = jnp.arange(6) < 4
+    np.testing.assert_allclose(
+        losses.uskd_weight(STUDENT, LABELS, where=where)[:4],
+        losses.uskd_weight(STUDENT[:4], LABELS[:4]),
+        rtol=1e-6,
+    )
+
+
+def test_kd_decomposes_into_the_target_class_and_the_others() -> None:
+    """Equation 7 of Zhao et al.: `KD = TCKD + (1 - p_T(y)) NCKD`."""
+    parts = [f(STUDENT, LOGITS, LABELS, temperature=2.0) for f in (losses.tckd, losses.nckd)]
+    p = jax.nn.softmax(LOGITS / 2)[jnp.arange(6), LABELS]
+    want = losses.kd_kl(STUDENT, LOGITS, temperature=2.0)
+    np.testing.assert_allclose(parts[0] + (1 - p) * parts[1], want, rtol=1e-5)
+
+
+SOFTMAX_LOSSES = (
+    "forward_kl kd_kl reverse_kl symmetric_kl skew_forward_kl skew_reverse_kl total_variation "
+    "adaptive_kl_weight jensen_shannon jsd_gkd jsd_continuous jsd_normalized soft_cross_entropy "
+    "hard_kd ttm wttm dist_inter dist_intra class_correlation batch_correlation uld uld_w1"
+).split()
+
+
+@pytest.mark.parametrize("name", SOFTMAX_LOSSES)
+def test_a_softmax_of_one_class_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"softmax over one class .* pass the pair \[z, 0\]"):
+        getattr(losses, name)(LOGITS[:, :1], STUDENT[:, :1])
+
+
+def test_makers_of_teachers_refuse_one_class_and_a_top_k_of_one_has_no_renormalized_kl() -> None:
+    one, zeros = LOGITS[:, :1], jnp.zeros(6, jnp.int32)
+    makers = (losses.probability_shift, losses.mft_teacher, losses.non_target_logits)
+    for make in (losses.standardize_logits, *(lambda z, f=f: f(z, zeros) for f in makers)):
+        with pytest.raises(ValueError, match="one class"):
+            make(one)
+    with pytest.raises(ValueError, match="one class"):
+        losses.top_k_kl_renormalized(STUDENT, losses.top_k_targets(LOGITS, k=1))
+    assert (losses.top_k_kl_tail(STUDENT, losses.top_k_targets(LOGITS, k=1)) > 0).all()
+
+
+def test_binary_kl_is_kd_of_the_pair() -> None:
+    """One logit z is the pair [z, 0] to a softmax; labels add up, masked ones do not count."""
+    one, other = LOGITS[:, :1], STUDENT[:, :1]
+    pair = [jnp.concatenate([z, jnp.zeros_like(z)], axis=-1) for z in (one, other)]
+    np.testing.assert_allclose(
+        losses.binary_kl(one, other, temperature=4.0),
+        losses.kd_kl(*pair, temperature=4.0),
+        rtol=1e-5,
+    )
+    each = [losses.binary_kl(LOGITS[:, k : k + 1], STUDENT[:, k : k + 1]) for k in range(5)]
+    where = jnp.asarray([True, False, True, True, False])
+    weights = jnp.asarray([1.0, 9.0, 0.5, 2.0, 9.0])
+    got = losses.binary_kl(
+        LOGITS,
+        STUDENT.at[:, 1].set(jnp.nan),
+        class_weights=weights,
+        where=jnp.broadcast_to(where, LOGITS.shape),
+    )
+    np.testing.assert_allclose(got, each[0] + 0.5 * each[2] + 2 * each[3], rtol=1e-5)
+    for bad, says in (
+        ({"class_weights": weights[:2]}, r"class_weights must be \[num_labels\]"),
+        ({"class_weights": -weights}, "class_weights must be finite and >= 0"),
+        ({"temperature": jnp.ones(5)}, "temperature must be one number or one per example"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            losses.binary_kl(LOGITS, STUDENT, **bad)
+    with pytest.raises(ValueError, match="at least 2"):
+        losses.binary_kl(LOGITS[:, 0], STUDENT[:, 0])
+
+
+def test_stored_classes_out_of_range_are_nan_without_a_nan_gradient() -> None:
+    targets = losses.top_k_targets(LOGITS, k=3)
+    padded = targets._replace(indices=targets.indices.at[1, 2].set(-1))
+    value, gradient = jax.jit(
+        jax.value_and_grad(lambda z, stored: jnp.sum(losses.top_k_kl_tail(z, stored)[2:]))
+    )(STUDENT, padded)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+    rows = np.asarray(jax.jit(losses.top_k_kl_tail)(STUDENT, padded))
+    np.testing.assert_array_equal(np.isnan(rows), np.arange(6) == 1)

@@ -167,6 +167,10 @@ def mask_selected(student: Array, teacher: Array, *, where: Array | None = None)
     return jnp.sum(difference**2, axis=-1) / jnp.maximum(count, 1)
 
 
+def broadcasting_weight(student: Array, teacher: Array, *, weight: Any = 1.0) -> Array:
+    return jnp.asarray(weight) * good(student, teacher)
+
+
 def test_a_good_loss_passes_everything() -> None:
     testing.check_loss(good, example, oracle=good_oracle)
     testing.check_loss(mask_selected, example, where_rank=2, checks=(testing.masks,))
@@ -191,6 +195,7 @@ BROKEN: list[tuple[Callable[..., Any], testing.Check, dict[str, Any], str]] = [
     (half_result, testing.precision, {}, "must give float32 or wider"),
     (mask_ignored, testing.masks, {"where_rank": 2}, "where must equal slicing"),
     (mask_multiplied, testing.masks, {"where_rank": 2}, "masked entries -inf"),
+    (broadcasting_weight, testing.hyperparameters, {}, r"weight\[4, 1\]: must raise ValueError"),
     (broadcasting, testing.errors, {}, "teacher of length 1 on axis 0.*must raise ValueError"),
     (silent, testing.errors, {}, "must name both shapes"),
     (accepts_integers, testing.errors, {}, "student as integers: must raise TypeError"),

@@ -10,8 +10,8 @@ What all functions here share:
   255), as may their logits; their value is 0 with gradient 0. Under `jit`, a label out of range
   that is not masked gives the value NaN, with gradient 0: a mask applied later (`Masked`) leaves
   no NaN.
-- What makes logits (log-probabilities are logits, too) for other losses leaves a row as it stands
-  where its label is masked or, under `jit`, out of range.
+- Where a label is masked or, under `jit`, out of range, what makes logits for other losses
+  (log-probabilities are logits, too) leaves the row as it stands, and a weight is 0.
 - `temperature > 0` is a scalar or one value per example.
 - Losses return `[...]`, float32 or wider.
 """
@@ -125,7 +125,7 @@ def wsld_weight(
     of_student = -_logspace.at(_numerics.log_softmax(student), labels)
     of_teacher = -_logspace.at(_numerics.log_softmax(teacher), labels)
     weight = -jnp.expm1(-of_student / (of_teacher + _numerics.scalar(eps, of_teacher)))
-    return _numerics.at_usable(weight, usable, where)
+    return jnp.where(usable, weight, 0)
 
 
 def uskd_weight(student_logits: Array, labels: Array, *, where: Array | None = None) -> Array:
@@ -152,7 +152,7 @@ def uskd_weight(student_logits: Array, labels: Array, *, where: Array | None = N
         _logspace.probabilities(_logspace.at(_numerics.log_softmax(student), labels))
     )
     weight = squared + 1 - _numerics.masked_mean(squared, usable)
-    return _numerics.at_usable(weight, usable, where)
+    return jnp.where(usable, weight, 0)
 
 
 def non_target_logits(logits: Array, labels: Array, *, where: Array | None = None) -> Array:

@@ -17,21 +17,23 @@
 
 What is checked is the contract of `kdtl_jax.losses`: one value per example, honest in float64 and
 in half precision, differentiable, finite where training goes wrong, and loud about bad input.
-Each check is a function from the `Subject` to the failures it found, so that a test can run them
-one by one. All programs are tiny; a loss takes a few seconds, nearly all of it compilation.
+Each check is a function from the `Subject` to the failures it found, so that a test can run one
+alone. Run together they share their programs; a loss takes about two seconds, nearly all of it
+compilation.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kdtl_jax.testing import _subject
-from kdtl_jax.testing._mathematics import gradients as gradients
-from kdtl_jax.testing._mathematics import transformations as transformations
-from kdtl_jax.testing._mathematics import values as values
-from kdtl_jax.testing._robustness import errors as errors
-from kdtl_jax.testing._robustness import extremes as extremes
-from kdtl_jax.testing._robustness import masks as masks
-from kdtl_jax.testing._robustness import precision as precision
+from kdtl_jax.testing._battery import errors as errors
+from kdtl_jax.testing._battery import extremes as extremes
+from kdtl_jax.testing._battery import gradients as gradients
+from kdtl_jax.testing._battery import hyperparameters as hyperparameters
+from kdtl_jax.testing._battery import masks as masks
+from kdtl_jax.testing._battery import precision as precision
+from kdtl_jax.testing._battery import transformations as transformations
+from kdtl_jax.testing._battery import values as values
 from kdtl_jax.testing._subject import Check as Check
 from kdtl_jax.testing._subject import Example as Example
 from kdtl_jax.testing._subject import Subject as Subject
@@ -44,6 +46,7 @@ ALL: tuple[Check, ...] = (
     extremes,
     precision,
     masks,
+    hyperparameters,
     errors,
 )
 
@@ -92,7 +95,7 @@ def check_loss(
     """
     subject = Subject(
         loss, example, hyper or {}, oracle, relational, zero_at_equality, nonnegative, where_rank,
-        twice_differentiable, frozen, extreme, batch, rtol,
+        twice_differentiable, frozen, extreme, batch, rtol, {},
     )  # fmt: skip
     failures = [
         f"{check.__name__}: {text}" for check in checks or ALL for text in _run(check, subject)

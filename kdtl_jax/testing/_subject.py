@@ -26,6 +26,7 @@ class Subject(NamedTuple):
     extreme: bool
     batch: int
     rtol: float
+    programs: dict[str, Callable[..., Any]]  # compiled once, by what they compute
 
 
 Check = Callable[[Subject], Iterator[str]]
@@ -41,6 +42,13 @@ def compiled(fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:
         return lowered.compile(compiler_options=quick)
     except jax.errors.JaxRuntimeError:  # an option that this jaxlib no longer knows
         return lowered.compile()
+
+
+def program(subject: Subject, name: str, fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    """`fn` compiled for the arguments' shapes, once per subject and name."""
+    if name not in subject.programs:
+        subject.programs[name] = compiled(fn, *args)
+    return subject.programs[name]
 
 
 def arguments(subject: Subject, dtype: Any, *, seed: int = 0) -> tuple[Any, ...]:
@@ -115,6 +123,37 @@ def value_and_gradient(
         return value, pull(jnp.ones_like(value))
 
     return both
+
+
+def derivatives(
+    subject: Subject, args: tuple[Any, ...]
+) -> Callable[[tuple[Any, ...], Any, Any], tuple[Any, Any]]:
+    """`(args, c, v) -> ((value, gradient of <c, value>), their derivatives along v)`, in float64.
+
+    By student and teacher, as far as they are floating point. One program serves every check of
+    values and derivatives; the derivatives along v are None for a loss that is differentiable once.
+    """
+    at = differentiable(args)
+
+    def run(args: tuple[Any, ...], c: Any, v: Any) -> tuple[Any, Any]:
+        def pulled(*x: Any) -> tuple[Any, Any]:
+            value, pull = jax.vjp(along(subject, args, at, np.float64, {}), *x)
+            return value, pull(jnp.asarray(c))
+
+        x = tuple(args[i] for i in at)
+        return jax.jvp(pulled, x, v) if subject.twice_differentiable else (pulled(*x), None)
+
+    x = tuple(args[i] for i in at)
+    c = np.ones(jax.eval_shape(along(subject, args, at, np.float64, {}), *x).shape)
+    return program(subject, "derivatives", run, args, c, x)
+
+
+def float64_values(subject: Subject, args: tuple[Any, ...]) -> Callable[..., np.ndarray]:
+    """The loss's values as a function of arguments of these shapes."""
+    run, at = derivatives(subject, args), differentiable(args)
+    x = tuple(args[i] for i in at)
+    c = np.ones(jax.eval_shape(along(subject, args, at, np.float64, {}), *x).shape)
+    return lambda *args: np.asarray(run(args, c, tuple(args[i] for i in at))[0][0])
 
 
 def unequal(what: str, got: Any, want: Any, rtol: float) -> Iterator[str]:

@@ -1,5 +1,6 @@
-"""Does it hold where training goes wrong: extremes, half precision, masks, bad input."""
+"""What is checked, one function each: from the `Subject` to the failures found."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -12,10 +13,122 @@ from kdtl_jax.testing import _subject
 from kdtl_jax.testing._subject import Subject
 
 
+def values(subject: Subject) -> Iterator[str]:
+    """Shape, oracle, zero at equality, sign, equivariance, independence; in float64."""
+    with jax.enable_x64(True):
+        args = _subject.arguments(subject, np.float64)
+        hyper = _subject.hyper_of(subject, np.float64)
+        shape = jax.eval_shape(partial(subject.loss, **hyper), *args).shape
+        if not shape or shape[0] != subject.batch:
+            yield (
+                f"must return one value per example, [{subject.batch}] or [{subject.batch}, L], "
+                f"got {list(shape)}: leave the reduction to the caller"
+            )
+            return
+        loss = _subject.float64_values(subject, args)
+        got = loss(*args)
+        if subject.oracle is not None:
+            want = np.asarray(subject.oracle(*args, **subject.hyper))
+            yield from _subject.unequal("float64 oracle", got, want, subject.rtol)
+        typical = max(1.0, float(np.max(np.abs(got))))
+        if subject.nonnegative and got.min() < -1e-12 * typical:
+            yield f"negative: {got.min()} (declare nonnegative=False if that is meant)"
+        if subject.zero_at_equality:
+            equals = (args[0], args[0], *args[2:])
+            if _subject.alike(args):
+                equal = loss(*equals)
+            else:
+                equal = np.asarray(
+                    _subject.compiled(partial(subject.loss, **hyper), *equals)(*equals)
+                )
+            if np.max(np.abs(equal)) > 1e-10 * typical or np.isnan(equal).any():
+                yield f"must be 0 where teacher = student, got {equal.ravel()[:4]}"
+        order = np.roll(np.arange(subject.batch), 1)
+        order[:2] = order[1::-1]
+        permuted = loss(*_subject.rows(args, order))
+        yield from _subject.unequal(
+            "a permuted batch must give permuted values", permuted, got[order], 1e-9
+        )
+        if not subject.relational:
+            other = _subject.arguments(subject, np.float64, seed=1)
+            mixed = jax.tree.map(lambda a, b: np.concatenate([b[:1], a[1:]]), args, other)
+            yield from _subject.unequal(
+                "changing example 0 must not change the others (or declare relational=True)",
+                loss(*mixed)[1:], got[1:], 1e-12,
+            )  # fmt: skip
+
+
+def gradients(subject: Subject) -> Iterator[str]:
+    """First and second derivatives against central differences, in float64.
+
+    The same quantities as `jax.test_util.check_grads(order=2)`: jvp, vjp, and jvp of the vjp
+    along a random direction.
+    """
+    if subject.frozen:
+        return
+    with jax.enable_x64(True):
+        args = _subject.arguments(subject, np.float64)
+        at = _subject.differentiable(args)
+        rng = np.random.default_rng(3)
+        x = tuple(args[i] for i in at)
+        v = jax.tree.map(lambda a: rng.normal(size=a.shape), x)
+        run = _subject.derivatives(subject, args)
+        c = rng.uniform(0.5, 1.5, size=_subject.float64_values(subject, args)(*args).shape)
+        eps = 1e-5
+
+        def moved(e: float) -> tuple[Any, ...]:
+            step = iter(jax.tree.map(lambda a, b: a + e * b, x, v))
+            return tuple(next(step) if i in at else a for i, a in enumerate(args))
+
+        above, below = (run(moved(e), c, v)[0] for e in (eps, -eps))
+        (_, gradient), tangents = run(args, c, v)
+        slope = (np.asarray(above[0]) - np.asarray(below[0])) / (2 * eps)
+        for a, g in zip(jax.tree.leaves(x), jax.tree.leaves(gradient), strict=True):
+            if a.shape != g.shape or a.dtype != g.dtype:
+                yield f"gradient {g.dtype}{list(g.shape)} for input {a.dtype}{list(a.shape)}"
+        along = sum(
+            np.sum(np.asarray(g) * b)
+            for g, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(v), strict=True)
+        )
+        yield from _subject.unequal(
+            "vjp against central differences", along, np.sum(c * slope), 1e-5
+        )
+        if tangents is not None:
+            yield from _subject.unequal("jvp against central differences", tangents[0], slope, 1e-5)
+            for up, down, second in zip(
+                *(jax.tree.leaves(tree) for tree in (above[1], below[1], tangents[1])), strict=True
+            ):
+                bend = (np.asarray(up) - np.asarray(down)) / (2 * eps)
+                yield from _subject.unequal(
+                    "second derivative against central differences", second, bend, 1e-4
+                )
+
+
+def transformations(subject: Subject) -> Iterator[str]:
+    """A loss that sees its arguments' values gives what jit does; vmap over an extra axis a loop.
+
+    What sees values is traced with the arguments as constants instead of run operation by
+    operation: the same Python, in a twentieth of the time.
+    """
+    with jax.enable_x64(True):
+        args, other = (_subject.arguments(subject, np.float64, seed=seed) for seed in (0, 1))
+        loss = partial(subject.loss, **_subject.hyper_of(subject, np.float64))
+        known = jax.tree.map(jnp.asarray, args)
+        stacked = jax.tree.map(lambda a, b: np.stack([a, b]), args, other)
+        mapped, eager = _subject.compiled(lambda s: (jax.vmap(loss)(*s), loss(*known)), stacked)(
+            stacked
+        )
+        jitted = _subject.float64_values(subject, args)
+        yield from _subject.unequal("jit must equal eager", jitted(*args), eager, 1e-9)
+        looped = np.stack([jitted(*args), jitted(*other)])
+        yield from _subject.unequal("vmap must equal a loop", mapped, looped, 1e-9)
+
+
 def extremes(subject: Subject) -> Iterator[str]:
     """Finite value and gradient in float32 at equality, +-1e4, zeros, duplicates, batch of one.
 
-    And not finite where an argument is NaN: whoever looks for a broken model looks at the loss.
+    And not finite where an argument is NaN: whoever looks for a broken model looks at the loss. An
+    example alone has the value it has in a batch, unless the loss is relational.
     """
     args = _subject.arguments(subject, np.float32)
     student, teacher, rest = args[0], args[1:2], args[2:]
@@ -45,7 +158,7 @@ def extremes(subject: Subject) -> Iterator[str]:
         if floats and _subject.alike(args):
             situations["both +-1e4, equal"] = (big[0], big[0], *rest)
     one = _subject.rows(args, np.zeros(1, np.int32))
-    program = None
+    program, in_a_batch = None, None
     for name, given in {**situations, "batch of one": one, "batch of one, zero": None}.items():
         if name == "batch of one":
             program = None
@@ -66,6 +179,10 @@ def extremes(subject: Subject) -> Iterator[str]:
             if not np.isfinite(g).all():
                 yield f"{name}: the gradient is not finite (value {np.asarray(value).ravel()[:4]})"
                 break
+        if name == "duplicate rows":
+            in_a_batch = np.asarray(value)[:1]
+        if name == "batch of one" and not subject.relational:
+            yield from _subject.unequal("an example alone", value, in_a_batch, 1e-4)
         if name == "ordinary arguments":
             for which in range(2 if floats else 1):
                 broken = [jax.tree.map(_nan, a) if i == which else a for i, a in enumerate(args)]
@@ -108,7 +225,10 @@ def precision(subject: Subject) -> Iterator[str]:
 
 
 def masks(subject: Subject) -> Iterator[str]:
-    """`where` equals slicing; what is masked cannot matter, not even as -inf."""
+    """`where` equals slicing; what is masked cannot matter, not even as -inf or as a label of -100.
+
+    A mask of examples gives masked ones the value 0 and the gradient 0.
+    """
     if not subject.where_rank:
         return
     with jax.enable_x64(True):
@@ -121,10 +241,10 @@ def masks(subject: Subject) -> Iterator[str]:
 
         def masked(tree: Any, fill: float) -> Any:
             def fill_in(a: np.ndarray) -> np.ndarray:
-                if a.dtype.kind != "f" or a.shape[: axis + 1] != leading:
+                if a.shape[: axis + 1] != leading or (axis and a.dtype.kind != "f"):
                     return a
                 a = np.moveaxis(a.copy(), axis, 0)
-                a[keep:] = fill
+                a[keep:] = fill if a.dtype.kind == "f" else -100
                 return np.moveaxis(a, 0, axis)
 
             return jax.tree.map(fill_in, tree)
@@ -142,9 +262,7 @@ def masks(subject: Subject) -> Iterator[str]:
             lambda a: np.take(a, np.arange(keep), axis) if a.shape[: axis + 1] == leading else a,
             args,
         )
-        want, plain = _subject.compiled(
-            lambda *given: [subject.loss(*a, **hyper) for a in given], sliced, args
-        )(sliced, args)
+        want = _subject.compiled(partial(subject.loss, **hyper), *sliced)(*sliced)
         for fill in (0.0, 1e4, -np.inf):
             value, gradient = program(masked(args, fill), where)
             value = np.asarray(value)
@@ -153,13 +271,63 @@ def masks(subject: Subject) -> Iterator[str]:
                 f"where must equal slicing ({fill} where masked)", seen, want, 1e-9
             )
             yield from _subject.not_finite(f"masked entries {fill}", value, gradient)
-        everything = np.ones_like(where)
+            if not axis and any(np.any(a[keep:]) for a in jax.tree.leaves((value, gradient))):
+                yield f"masked examples {fill}: value and gradient must be 0"
+        plain = _subject.float64_values(subject, args)(*args)
         yield from _subject.unequal(
-            "where=True throughout is no mask", program(args, everything)[0], plain, 1e-9
+            "where=True throughout is no mask", program(args, np.ones_like(where))[0], plain, 1e-9
         )
         nothing = where.copy()
         nothing[0] = False
         yield from _subject.not_finite("an example masked entirely", *program(args, nothing))
+
+
+def hyperparameters(subject: Subject) -> Iterator[str]:
+    """Numbers among the hyper-parameters: a scalar or, where that has a meaning, one per example.
+
+    Any other shape raises ValueError: `[1]`, `[B, 1]` and `[B + 1]` would broadcast into something
+    else. One per example must act on its own example.
+    """
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
+        args = _subject.arguments(subject, np.float64)
+        hyper = _subject.hyper_of(subject, np.float64)
+        given = inspect.signature(subject.loss).parameters.values()
+        defaults = {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY} | hyper
+        numbers = {name: x for name, x in defaults.items() if isinstance(x, float)}
+        plain = jax.eval_shape(partial(subject.loss, **hyper), *args)
+
+        def outcome(name: str, *shape: int) -> Any:
+            def loss(x: Any) -> Any:
+                return subject.loss(*args, **hyper | {name: x})
+
+            try:
+                return jax.eval_shape(loss, jax.ShapeDtypeStruct(shape, np.float64))
+            except Exception as error:
+                return error
+
+        batch, accepted = subject.batch, {}
+        for name, number in numbers.items():
+            for shape in ((1,), (batch, 1), (batch + 1,)):
+                error = outcome(name, *shape)
+                if not isinstance(error, ValueError):
+                    got = _subject.summary(error) if isinstance(error, Exception) else "no error"
+                    yield f"{name}{list(shape)}: must raise ValueError, got {got}"
+            each = outcome(name, batch)
+            if not isinstance(each, Exception):
+                if each.shape != plain.shape:
+                    yield f"{name}{[batch]}: gives {list(each.shape)}, not {list(plain.shape)}"
+                    continue
+                accepted |= {} if subject.relational else {name: number + np.arange(batch) / 64}
+            elif not isinstance(each, ValueError):
+                yield f"{name}{[batch]}: must raise ValueError, got {_subject.summary(each)}"
+        if not accepted:
+            return
+        run = _subject.compiled(
+            lambda x: {n: subject.loss(*args, **hyper | {n: x[n]}) for n in x}, accepted
+        )
+        want = _subject.float64_values(subject, args)(*args)
+        for name, got in run(accepted).items():
+            yield from _subject.unequal(f"{name} per example", got[0], want[0], 1e-9)
 
 
 def errors(subject: Subject) -> Iterator[str]:
