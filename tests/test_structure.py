@@ -35,7 +35,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"models", "datasets"}),
     frozenset({"interop", "language"}),
     frozenset({"recipes"}),
-    frozenset({"cli", "__main__"}),
+    frozenset({"cli"}),
+    frozenset({"__main__"}),
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 # What `import kdtl_jax` may need; everything else is imported at the edge.

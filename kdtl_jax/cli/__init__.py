@@ -1,157 +1,202 @@
-"""`kdtl`: the library's jobs as commands.
+"""`kdtl`: the library's recipes as commands.
 
-One command is one module with `add_arguments(parser)` and `run(args)`, named in `COMMANDS`, or a
-package with a table `COMMANDS` of its own. Modules are imported when their command is asked for.
-Exit codes: 0 done, 1 failed (a message, no traceback), 2 wrong usage, 130 interrupted, 141 nobody
-reads the output any more, 143 terminated.
+This is a door: words become a recipe's `Settings`, the recipe runs, its errors become one line.
+A command is a module with `Settings`, `EXAMPLES` and `run(settings)`, imported when it is asked
+for. Exit codes: 0 done, 1 failed (a message; `--debug` shows the traceback), 2 wrong usage, 130
+interrupted, 141 nobody reads the output any more, 143 terminated.
 """
 
-import argparse
+import hashlib
 import importlib
 import os
-import signal
+import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from kdtl_jax.cli import _config
+from kdtl_jax.cli import _parser
+from kdtl_jax.recipes.settings import UsageError, as_yaml, near
 
 
 class Command(NamedTuple):
-    """A line of `kdtl --help`, and the module behind it; an example, if that has none itself."""
+    """A line of `kdtl --help`, and the module behind it; its actions are a table in that module."""
 
     name: str
     summary: str
     module: str
-    example: str | None = None
 
 
+_recipes, _params = "kdtl_jax.recipes", "kdtl_jax.cli.params"
 COMMANDS = (
-    Command("demo", "every foundation method on embedded real data", "kdtl_jax.cli.demo"),
-    Command("distill", "teach a small model with a large one", "kdtl_jax.cli.distill"),
-    Command("transfer", "reuse a trained model's weights on a new task", "kdtl_jax.cli.transfer"),
-    Command("cache", "compute a teacher's outputs once, onto the disk", "kdtl_jax.cli.cache"),
-    Command(
-        "params",
-        "weight surgery: safetensors in, safetensors out",
-        "kdtl_jax.cli.params",
-        "Example: kdtl params scale model.safetensors --alpha 0.1 --write small.safetensors",
-    ),
-    Command("sweep", "many settings and seeds as one program", "kdtl_jax.cli.sweep"),
-    Command("bench", "train steps against the machine's ceilings", "kdtl_jax.cli.bench"),
-    Command("env", "versions and devices, for reports", "kdtl_jax.cli.env"),
+    Command("demo", "every foundation method on embedded real data", f"{_recipes}.demo"),
+    Command("distill", "teach a small model with a large one", f"{_recipes}.distill"),
+    Command("transfer", "reuse a trained model's weights on a new task", f"{_recipes}.transfer"),
+    Command("sentences", "a sentence encoder's layers as a student", f"{_recipes}.sentences"),
+    Command("cache", "compute a teacher's outputs once, onto the disk", f"{_recipes}.cache"),
+    Command("params", "weight surgery: safetensors in, safetensors out", _params),
+    Command("sweep", "many settings and seeds as one program", f"{_recipes}.sweep"),
+    Command("bench", "train steps against the machine's ceilings", f"{_recipes}.bench"),
+    Command("env", "versions and devices, for reports", f"{_recipes}.env"),
 )
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived. Not an Exception, so that no handler on the way swallows it."""
+FAILURES = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `kdtl` and returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = "kdtl"
+    debug = "--debug" in argv
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-    except SystemExit as stop:  # argparse has printed help or the usage error
+        found = find(argv)
+        if found is None:
+            return 0
+        words, summary, module, rest = found
+        name = f"kdtl {words}"
+        if hasattr(module, "add_arguments"):
+            return _on_namespaces(words, module, rest)
+        settings, own = _parser.parse(words, summary, module, rest)
+        if own.print_config:
+            print(as_yaml(settings, words), end="")
+            return 0
+    except SystemExit as stop:  # --help is printed
         return int(stop.code or 0)
-    if args.print_config:
-        print(_config.dump(args), end="")
-        return 0
-    previous = _on_terminate()
+    except UsageError as error:
+        if debug:
+            raise
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    if not own.no_compilation_cache:
+        keep_programs()
+    from kdtl_jax.run import processes  # jax is needed from here on
+
     try:
-        code = importlib.import_module(args.module).run(args)
-        sys.stdout.flush()
-        return code
+        with processes.signals():
+            code = module.run(settings)
+            sys.stdout.flush()
+        return code or 0
     except BrokenPipeError:  # `kdtl ... | head`
         _discard_output()
         return 141
-    except _config.UsageError as error:
-        print(f"{_name(args)}: {error}", file=sys.stderr)
-        return 2
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        print(f"{_name(args)}: {_config.spoken(_plain(error), args)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{_name(args)}: interrupted", file=sys.stderr)
-        return 130
-    except Terminated:
-        print(f"{_name(args)}: terminated", file=sys.stderr)
-        return 143
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
+        said = {130: "interrupted", 143: "terminated"}.get(code)
+        if said:
+            print(f"{name}: {said}", file=sys.stderr)
+        return code
+    except FAILURES as error:
+        if debug:
+            raise
+        print(f"{name}: {_plain(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Arguments of one command, the values of its `--config` file filled in.
+def parse(argv: Sequence[str]) -> Any:
+    """The settings that words on the command line stand for.
 
     Raises:
-      SystemExit: with code 2 after a usage error, 0 after `--help`.
+      UsageError: in one line.
     """
+    found = find(argv)
+    if found is None:
+        raise UsageError("no command")
+    return _parser.parse(*found)[0]
+
+
+def find(argv: Sequence[str]) -> tuple[str, str, Any, list[str]] | None:
+    """A command's name, summary and module, and the words after it; None once help is printed."""
+    table, words, rest = COMMANDS, "", list(argv)
+    while True:
+        first = rest[0] if rest else "--help" if words else ""
+        if first in ("-h", "--help"):
+            print(_overview(table, words))
+            return None
+        if first == "--version":
+            from kdtl_jax import __version__
+
+            print(f"kdtl_jax {__version__}")
+            return None
+        known = {command.name: command for command in table}
+        if first not in known:
+            listed = ", ".join(known)
+            raise UsageError(
+                f"unknown command {first!r}{near(first, known) or f': {listed}'}"
+                if first
+                else f"name a command: {listed}"
+            )
+        command, rest = known[first], rest[1:]
+        words = f"{words} {first}".strip()
+        module = importlib.import_module(command.module)
+        if not hasattr(module, "COMMANDS"):
+            return words, command.summary, module, rest
+        table = module.COMMANDS
+
+
+def _on_namespaces(words: str, module: Any, rest: list[str]) -> int:
+    """A command that still takes an argparse namespace."""
+    import argparse
+
+    from kdtl_jax.cli import _config
+
     parser = argparse.ArgumentParser(
-        prog="kdtl",
-        description="Knowledge distillation and transfer learning for JAX.",
-        epilog="Start with: kdtl demo",
+        prog=f"kdtl {words}",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
-    words = [word for word in argv if not word.startswith("-")]
-    chosen = _add_commands(parser, COMMANDS, words, "command")
-    args, rest = parser.parse_known_args(argv)
-    if args.version:
-        from kdtl_jax import __version__
-
-        print(f"kdtl_jax {__version__}")
-        parser.exit()
-    if chosen is None:
-        parser.error(f"name a command: {', '.join(command.name for command in COMMANDS)}")
-    if rest:
-        chosen.error(_config.unknown_flag(rest[0], chosen))
+    module.add_arguments(parser)
+    _config.add_arguments(parser)
+    command, _, action = words.partition(" ")
+    parser.set_defaults(command=command, action=action, module=module.__name__)
+    args, more = parser.parse_known_args(rest)
+    if more:
+        raise UsageError(_config.unknown_flag(more[0], parser))
+    args = _config.resolve(parser, parser, rest, args)
+    if args.print_config:
+        print(_config.dump(args), end="")
+        return 0
     try:
-        return _config.resolve(parser, chosen, argv, args)
-    except _config.UsageError as error:
-        chosen.error(str(error))
+        code = module.run(args)
+        sys.stdout.flush()
+        return code
+    except UsageError:
+        raise
+    except FAILURES as error:
+        print(f"kdtl {words}: {_config.spoken(_plain(error), args)}", file=sys.stderr)
+        return 1
 
 
-def _add_commands(
-    parser: argparse.ArgumentParser, table: Sequence[Command], words: Sequence[str], dest: str
-) -> argparse.ArgumentParser | None:
-    """Adds a table's commands; the parser of the one that `words` asks for, with its flags."""
-    commands = parser.add_subparsers(dest=dest, metavar=dest.upper(), required=dest == "action")
-    chosen = None
-    for command in table:
-        sub = commands.add_parser(
-            command.name,
-            help=command.summary,
-            description=command.summary[0].upper() + command.summary[1:] + ".",
-            epilog=command.example,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        if command.name != next(iter(words), None):
-            continue
-        module = importlib.import_module(command.module)  # only its module is imported
-        if hasattr(module, "COMMANDS"):
-            chosen = _add_commands(sub, module.COMMANDS, words[1:], "action") or sub
-            continue
-        module.add_arguments(sub)
-        _config.add_arguments(sub)
-        sub.set_defaults(module=command.module)
-        chosen = sub
-    return chosen
+def keep_programs() -> None:
+    """Compiled programs stay in the user's cache folder, unless JAX was given one already.
 
+    One folder per jaxlib and kind of processor: a program is machine code.
+    """
+    import jax
+    import jaxlib
 
-def _name(args: argparse.Namespace) -> str:
-    """`kdtl params scale`, for messages."""
-    return " ".join(["kdtl", args.command, *([args.action] if "action" in args else [])])
-
-
-def _on_terminate() -> Any:
-    def stop(signum: int, frame: object) -> None:
-        raise Terminated
-
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
+        return
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    features = next((line for line in lines if "flags" in line.lower()), platform.processor())
+    kind = hashlib.sha256(features.encode()).hexdigest()[:8]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = home / "kdtl_jax" / f"programs-{jaxlib.__version__}-{platform.machine()}-{kind}"
     try:
-        return signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread: someone else handles signals
-        return None
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # a home that cannot be written: compile every time
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def _overview(table: Sequence[Command], words: str) -> str:
+    width = max(len(command.name) for command in table)
+    lines = [f"  {command.name:{width}}  {command.summary}" for command in table]
+    start = "Start with: kdtl demo" if not words else f"More: kdtl {words} ACTION --help"
+    title = "Knowledge distillation and transfer learning for JAX." if not words else ""
+    usage = f"usage: kdtl {f'{words} ACTION' if words else 'COMMAND'} [flags]"
+    return "\n".join([usage, "", *([title, ""] if title else []), *lines, "", start])
 
 
 def _discard_output() -> None:

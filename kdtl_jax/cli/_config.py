@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from kdtl_jax.recipes.settings import UsageError
+
 # flag: what the library suggests, and how the command says it
 _SPOKEN = (
     (
@@ -24,10 +26,6 @@ _SPOKEN = (
     ("drop", "the rule (path, None)", "--drop"),
 )
 _OWN = ("help", "config", "print_config")
-
-
-class UsageError(ValueError):
-    """What the user asked for cannot be understood: exit code 2."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,15 +1,16 @@
-"""Several runs of one student, seed by seed alike, as one program.
+"""All seeds of one method in a loop: logged, evaluated, saved, resumed, on one device or a mesh.
 
 All seeds stand in one `TrainState` with a leading seed axis; its `step` is shared. Two steps move
-it, and the loop, the log, checkpoints and resuming know no difference:
-
-- `together`: all seeds advance at once under `vmap`, small matmuls becoming one batched matmul;
-- `in_turn`: seed `i % S` advances at call `i`. Convolutions keep their own kernels: batched over
-  seeds they become grouped ones, which run slowly, and in a loop on a CPU they lose their threads.
+it, and the loop, the log, checkpoints and resuming know no difference: all seeds at once under
+`vmap`, small matmuls becoming one batched matmul; or seed `i % S` at call `i`, so that convolutions
+keep their own kernels (batched over seeds they become grouped ones, which run slowly, and in a loop
+on a CPU they lose their threads).
 """
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,88 +19,221 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kdtl_jax._types import PyTree
+from kdtl_jax import train
+from kdtl_jax.datasets import Dataset
 from kdtl_jax.objective import Metrics
-from kdtl_jax.run import data, loop, sharding
-from kdtl_jax.train import Batch, Step, TrainState
+from kdtl_jax.recipes._training import CHECKS, Experiment, Point, keys, pick
+from kdtl_jax.run import checkpoint, data, loop, scores, sharding
+from kdtl_jax.train import Batch, TrainState
 
-Views = Callable[[Array, Array, Batch], Batch]  # key, epoch, batch -> batch
-AXES = TrainState._make((None, 0, 0, 0, 0, 0, 0))  # the step is shared
-# Folded into a run's key for its views. Steps fold in their own numbers, which stay below.
-VIEWS = np.uint32(2**32 - 1)
+EVALUATION_BATCH = 512
+EVALUATION = "eval/validation_accuracy"  # in a line of the metrics file
 NEVER = 2**62  # of `sharding.place`: no leaf is large enough to be split
 
 
-class Keys(NamedTuple):
-    """What is random in a run, apart from each other; `[S]` each."""
+class Run(NamedTuple):
+    """What all methods of a run have in common."""
 
-    model: Array
-    order: Array
-    steps: Array
-    connectors: Array
-    memory: Array
+    folder: Path
+    identity: str  # of the run, in its checkpoints
+    resume: bool
+    batch_size: int
+    arrays: Mapping[str, Any]  # [N, ...]: "inputs", "labels", "index", cached outputs as "teacher"
+    validation: Dataset
+    rows: np.ndarray | None = None  # [S, n], what each seed sees; None: everything
+    mesh: Mesh | None = None
+    microbatches: int = 1
+    one_by_one: bool = False  # also where seeds could advance together
+    save_every: int | None = None  # epochs; None: at the end
+    say: Callable[[str, bool], None] = lambda text, last: None
+    finished: tuple[str, ...] = ()  # methods before this one
 
 
-def keys(seeds: int) -> Keys:
-    """The keys of seeds 0, 1, …: a seed has the same start and order under every method."""
-    whole = jax.vmap(jax.random.key)(jnp.arange(seeds, dtype=jnp.uint32))
-    parts = jax.vmap(lambda key: jax.random.split(key, len(Keys._fields)))(whole)
-    return Keys(*(parts[:, i] for i in range(len(Keys._fields))))
+class Trained(NamedTuple):
+    """All seeds of one method at the end."""
+
+    state: TrainState  # stacked
+    in_turn: bool  # seed after seed, or all at once
+    epochs: list[int]  # at which validation accuracy was recorded
+    validation: np.ndarray  # [checks, S]
+    skipped: list[int]  # per seed: updates left out because they were not finite
+    seconds: float
 
 
-def together(step: Step) -> Step:
+def train_seeds(
+    name: str, experiment: Experiment, points: Point, shared: Any, run: Run, epochs: int
+) -> Trained:
+    """Trains every seed of one method to the end.
+
+    Seeds advance together under `vmap`; or one after another, a step each, where `run.one_by_one`
+    says so or convolutions would lose their threads in a loop (`train.step_path`).
+
+    Args:
+      name: of the method, in the metrics file and under `checkpoints/`.
+      experiment: what is trained.
+      points: one per seed, every leaf `[S, ...]`.
+      shared: what all seeds read, such as a live teacher's variables.
+      run: data, folder and placement.
+      epochs: passes over each seed's examples.
+
+    Raises:
+      SystemExit: after a signal, with the state saved.
+    """
+    begun, seeds = time.perf_counter(), len(points["seed"])
+    per_epoch = examples(run) // run.batch_size
+    state = jax.jit(jax.vmap(experiment.start, in_axes=(0, None)))(points, shared)
+    state = state._replace(step=jnp.zeros((), jnp.int32))
+    single = loop.skip_nonfinite(
+        lambda state, batch, teacher_params=None: experiment.step(state, batch, *teacher_params)
+    )
+    in_turn = run.one_by_one or _convolves(single, state, points, shared, run)
+    step = _in_turn(single, seeds) if in_turn else _together(single)
+    order = jax.vmap(lambda seed: keys(seed).order)(points["seed"])
+    source = _source_in_turn(run, order) if in_turn else _source_together(run, order)
+    given, place = (points, shared), jax.device_put
+    if run.mesh is not None:
+        mesh = run.mesh
+        state = sharding.place(state, mesh)
+        step = sharding.keep_placement(_placed(step, mesh, 0 if in_turn else 1), state)
+        given = sharding.place(given, mesh, smallest=NEVER)
+        place = lambda batch: sharding.place(batch, mesh, smallest=NEVER)  # noqa: E731
+    evaluate = evaluation(experiment, shared, in_turn, run.mesh)
+
+    home = run.folder / "checkpoints" / name
+    owner = {"run": run.identity, "method": name}
+    state, at, meta = _newest(home, state, owner) if run.resume else (state, 0, {})
+    calls = seeds if in_turn else 1  # per step of a seed
+    before = float(meta.get("seconds", 0.0))
+
+    def validate(state: TrainState) -> dict[str, Any]:
+        found = scores.accuracy(evaluate(state, run.validation.inputs), run.validation.labels)
+        epoch = int(state.step) // calls // per_epoch
+        run.say(
+            f"{name}: epoch {epoch} of {epochs}, validation accuracy {100 * found.mean():.1f} %",
+            epoch == epochs,
+        )
+        return {"validation_accuracy": found}
+
+    def save(step: int, state: TrainState, meta: dict[str, Any]) -> None:
+        spent = before + time.perf_counter() - begun
+        checkpoint.save(checkpoints, step, state, {**meta, "seconds": spent})
+
+    evaluations = list(meta.get("evaluations", []))
+    evaluated = [line["step"] for line in evaluations]
+    total = epochs * per_epoch * calls
+    if at < total or at not in evaluated:  # a signal may have come before the last one
+        epoch = per_epoch * calls
+        with (
+            checkpoint.open_folder(home, keep=checkpoint.newest(1), owner=owner) as checkpoints,
+            _log(run, name, at, calls, evaluated) as log,
+        ):
+            result = loop.run(
+                step,
+                state,
+                source,
+                given,
+                steps=total,
+                log=log,
+                log_every=epoch,
+                evaluate=validate,
+                evaluate_every=max(1, epochs // CHECKS) * epoch,
+                save=save,
+                save_every=run.save_every and run.save_every * epoch,
+                # The path is known already: it need not be found by tracing once more.
+                meta=meta or (None if in_turn else {"path": "scan"}),
+                on_nonfinite=None,  # each seed leaves out its own
+                place=place,
+            )
+        state, evaluations = result.state, result.evaluations
+        before += time.perf_counter() - begun
+    return Trained(
+        state,
+        in_turn,
+        [line["step"] // calls // per_epoch for line in evaluations],
+        np.array([line[EVALUATION] for line in evaluations], np.float64),
+        _skipped(run, name, per_epoch),
+        before,
+    )
+
+
+def examples(run: Run) -> int:
+    """How many examples each seed sees."""
+    return len(run.arrays["labels"]) if run.rows is None else run.rows.shape[-1]
+
+
+def evaluation(
+    experiment: Experiment, shared: Any, in_turn: bool, mesh: Mesh | None = None
+) -> Callable[[TrainState, np.ndarray], np.ndarray]:
+    """`evaluate(state, inputs) -> classes [S, N]` of a stacked state."""
+
+    def one(state: TrainState, inputs: Array, shared: Any) -> Array:
+        return scores.predicted(experiment.logits(state, inputs, shared))
+
+    whole = None if mesh is None else sharding.replicated(mesh)
+    axes = TrainState(**dict.fromkeys(TrainState._fields, 0))._replace(step=None)
+    single = jax.jit(lambda state, at, x, shared: one(_own(state, at), x, shared),
+                     out_shardings=whole)  # fmt: skip
+    every = jax.jit(jax.vmap(one, in_axes=(axes, None, None)), out_shardings=whole)
+
+    def evaluate(state: TrainState, inputs: np.ndarray) -> np.ndarray:
+        # Without the optimizer's state, which nothing here reads, one program serves all methods.
+        state, found = state._replace(opt_state=None), []
+        seeds, size = len(state.key), min(EVALUATION_BATCH, len(inputs))
+        for start in range(0, len(inputs), size):
+            rows = np.minimum(np.arange(start, start + size), len(inputs) - 1)
+            if in_turn:
+                x = inputs[rows]
+                part = np.stack([single(state, np.int32(s), x, shared) for s in range(seeds)])
+            else:
+                part = np.asarray(every(state, inputs[rows], shared))
+            found.append(part[:, : len(inputs) - start])
+        return np.concatenate(found, axis=1)
+
+    return evaluate
+
+
+def _own(state: TrainState, at: Any) -> TrainState:
+    """One seed's part of a stacked state, whose step is shared."""
+    return pick(state._replace(step=None), at)._replace(step=state.step)
+
+
+def _together(step: Any) -> train.Step:
     """All seeds at once: batches `[S, B, ...]`, metrics `[S]`."""
-    return jax.vmap(step, in_axes=(AXES, 0, None), out_axes=(AXES, 0))
+    axes = TrainState(**dict.fromkeys(TrainState._fields, 0))._replace(step=None)
+    return jax.vmap(step, in_axes=(axes, 0, (0, None)), out_axes=(axes, 0))
 
 
-def in_turn(step: Step, seeds: int) -> Step:
+def _in_turn(step: Any, seeds: int) -> train.Step:
     """One seed per call, the next one at the next: batches `[B, ...]`, metrics `[S]`, one filled.
 
     `state.step` counts calls; what a seed sees is the number of its own steps.
     """
 
-    def one(
-        state: TrainState, batch: Batch, teacher_params: Any = None
-    ) -> tuple[TrainState, Metrics]:
-        seed, zero = state.step % seeds, jnp.zeros((), jnp.int32)
-        stacks = state[1:-1]  # all but the step and the keys, which do not change
-        own = jax.tree.map(lambda x: x[seed], stacks)
-        new, metrics = step(
-            TrainState._make((state.step // seeds, *own, state.key[seed])), batch, teacher_params
-        )
+    def one(state: TrainState, batch: Batch, teacher_params: Any = None) -> Any:
+        points, shared = teacher_params
+        seed = state.step % seeds
+        mine = _own(state, seed)._replace(step=state.step // seeds)
+        new, metrics = step(mine, batch, (pick(points, seed), shared))
 
         def put(whole: Array, part: Array) -> Array:
-            start = (seed, *(zero for _ in part.shape))
-            return jax.lax.dynamic_update_slice(whole, part[None], start)
+            return jax.lax.dynamic_update_index_in_dim(whole, part, seed, 0)
 
-        after = jax.tree.map(put, stacks, new[1:-1])
-        sums = jnp.zeros((seeds, *metrics.sums.shape), metrics.sums.dtype)
-        sums = sums.at[seed].set(metrics.sums)
-        state = TrainState._make((state.step + 1, *after, state.key))
-        return state, Metrics(metrics.names, sums)
+        fixed = {"step": None, "key": None}
+        after = jax.tree.map(put, state._replace(**fixed), new._replace(**fixed))
+        sums = (
+            jnp.zeros((seeds, *metrics.sums.shape), metrics.sums.dtype).at[seed].set(metrics.sums)
+        )
+        after = after._replace(step=state.step + 1, key=state.key)
+        return after, Metrics(metrics.names, sums)
 
     return one
 
 
-def augmented(step: Step, views: Views, steps_per_epoch: int) -> Step:
-    """The step on augmented views, the same for teacher and student; new ones every epoch."""
-
-    def on_views(
-        state: TrainState, batch: Batch, teacher_params: Any = None
-    ) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(state.key, VIEWS)
-        return step(state, views(key, state.step // steps_per_epoch, batch), teacher_params)
-
-    return on_views
-
-
-def placed(step: Step, mesh: Mesh, examples_axis: int) -> Step:
+def _placed(step: train.Step, mesh: Mesh, examples_axis: int) -> train.Step:
     """The step with its batch split over the mesh and its metrics on every device."""
     split = NamedSharding(mesh, PartitionSpec(*(None,) * examples_axis, sharding.AXES))
 
-    def on_mesh(
-        state: TrainState, batch: Batch, teacher_params: Any = None
-    ) -> tuple[TrainState, Metrics]:
+    def on_mesh(state: TrainState, batch: Batch, teacher_params: Any = None) -> Any:
         batch = jax.lax.with_sharding_constraint(dict(batch), split)
         new, metrics = step(state, batch, teacher_params)
         whole = jax.lax.with_sharding_constraint(metrics.sums, sharding.replicated(mesh))
@@ -108,71 +242,88 @@ def placed(step: Step, mesh: Mesh, examples_axis: int) -> Step:
     return on_mesh
 
 
-def source_together(
-    arrays: Batch, batch_size: int, order: Array, rows: np.ndarray | None, mesh: Mesh | None
-) -> data.Resident:
+def _source_together(run: Run, order: Array) -> data.Resident:
     """Batches `[S, B, ...]` from arrays on the device."""
-    arrays = dict(arrays)
+    arrays = dict(run.arrays)
     teacher = arrays.pop("teacher", None)
-    source = data.resident(arrays, batch_size, key=order, rows=rows, teacher=teacher)
-    if mesh is None:
+    source = data.resident(arrays, run.batch_size, key=order, rows=run.rows, teacher=teacher)
+    if run.mesh is None:
         return source
     held = source.arrays, source.teacher, source.order, source.augment_key, source.rows
-    arrays, teacher, order, views, rows = sharding.place(held, mesh, smallest=NEVER)
+    arrays, teacher, order, unused, rows = sharding.place(held, run.mesh, smallest=NEVER)
     return source._replace(
-        arrays=arrays, teacher=teacher, order=order, augment_key=views, rows=rows
+        arrays=arrays, teacher=teacher, order=order, augment_key=unused, rows=rows
     )
 
 
-def source_in_turn(
-    arrays: Batch, batch_size: int, order: Array, rows: np.ndarray | None
-) -> data.Source:
+def _source_in_turn(run: Run, order: Array) -> data.Source:
     """Batches `[B, ...]` of seed 0, 1, …, 0, 1, …, each in its own order, read on the host."""
-    host = jax.tree.map(np.asarray, dict(arrays))
-    size = len(host["index"]) if rows is None else rows.shape[-1]
+    host = jax.tree.map(np.asarray, dict(run.arrays))
+    seeds, size = len(order), examples(run)
 
     def reader(own: np.ndarray | None) -> data.Reader:
-        return lambda epoch, r: data.take_rows(host, r if own is None else own[r])
+        return lambda epoch, rows: data.take_rows(host, rows if own is None else own[rows])
 
-    seeds = len(order)
     each = [
-        data.stream(reader(None if rows is None else rows[i]), size, batch_size, key=order[i])
+        data.stream(
+            reader(None if run.rows is None else run.rows[i]), size, run.batch_size, key=order[i]
+        )
         for i in range(seeds)
     ]
 
     def source(step: int) -> Iterator[Batch]:
         # Seed i has made its part of the steps so far, one more if its turn has just been.
         started = [each[i](step // seeds + (i < step % seeds)) for i in range(seeds)]
-        for turn in itertools.count(step):
-            yield next(started[turn % seeds])
+        while True:
+            yield next(started[step % seeds])
+            step += 1
 
     return source
 
 
-def placement(mesh: Mesh | None) -> Callable[[Any], Any]:
-    """Puts a host's batch on the device, or whole on every device of a mesh."""
-    if mesh is None:
-        return jax.device_put
-    return lambda batch: sharding.place(batch, mesh, smallest=NEVER)
+def _convolves(step: Any, state: TrainState, points: Point, shared: Any, run: Run) -> bool:
+    """Whether single steps are faster here than steps in a program's loop."""
+
+    def shape(x: Any, *lead: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*lead, *x.shape[1:]), x.dtype)
+
+    one = jax.tree.map(shape, state._replace(step=state.step[None]))
+    batch = jax.tree.map(lambda x: shape(x, run.batch_size), dict(run.arrays))
+    return train.step_path(step, one, batch, (jax.tree.map(shape, dict(points)), shared)) == "steps"
 
 
-def pick(tree: PyTree, seed: int) -> PyTree:
-    """One seed's part of a stacked tree."""
-    return jax.tree.map(lambda leaf: leaf[seed], tree)
+def _newest(
+    home: Path, state: TrainState, owner: Mapping[str, str]
+) -> tuple[TrainState, int, dict[str, Any]]:
+    try:
+        found = checkpoint.restore(home, state, owner=owner)
+    except FileNotFoundError:  # nothing there yet, or the first save was cut short
+        return state, 0, {}
+    return found.state, found.step, found.meta
 
 
-def lines(name: str, log: loop.Log, calls_per_step: int) -> loop.Log:
-    """A log whose lines carry the method's name and count the seeds' own steps."""
+@contextlib.contextmanager
+def _log(
+    run: Run, name: str, at: int, calls: int, evaluated: list[int]
+) -> Iterator[loop.Log | None]:
+    """The method's lines in the run's file, after those that step `at` has behind it."""
+    if jax.process_index() != 0:
+        yield None
+        return
 
-    def write(line: dict[str, Any]) -> None:
-        log({"method": name, **line, "step": line["step"] // calls_per_step})
+    def stays(line: dict[str, Any]) -> bool:
+        step = line["step"] * calls
+        behind = step in evaluated if EVALUATION in line else step <= at
+        return line["method"] in run.finished or (line["method"] == name and behind)
 
-    return write
+    with loop.metrics_file(run.folder / "metrics.jsonl", stays=stays) as log:
+        yield lambda line: log({"method": name, **line, "step": line["step"] // calls})
 
 
-def skipped(lines: Sequence[Mapping[str, Any]], steps_per_line: int) -> list[int]:
-    """Updates left out per seed because they were not finite, from the lines of a metrics file."""
-    shares = [line["skipped"] for line in lines if "skipped" in line]
-    if not shares:
+def _skipped(run: Run, name: str, per_epoch: int) -> list[int]:
+    """Updates left out per seed because they were not finite, from the metrics file."""
+    if jax.process_index() != 0:
         return []
-    return np.round(np.sum(shares, axis=0) * steps_per_line).astype(int).tolist()
+    lines = loop.read_metrics(run.folder / "metrics.jsonl")
+    shares = [x["skipped"] for x in lines if x["method"] == name and "skipped" in x]
+    return np.round(np.sum(shares, axis=0) * per_epoch).astype(int).tolist() if shares else []

@@ -1,8 +1,8 @@
 """Ways to use a source model's weights on a target task, as data.
 
-What is trained is a tree `{"model": parameters, ...}` that may hold more beside the model: the
-source's head, an adapter. A method says how the tree starts, which part of it may change, what is
-minimized beside the task, and how it becomes a plain model in the end.
+A method says what is trained (the model's parameters, or `{"base", "adapter"}` for LoRA), which
+part of it may change, what is trained beside it (the source's head), what is minimized beside the
+task, and how a plain model comes out in the end.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,12 +15,11 @@ from jax import Array
 
 from kdtl_jax import discrepancies, losses, penalties, transferability, transforms, trees
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Variables
-from kdtl_jax.objective import Inputs, classification
-from kdtl_jax.recipes._networks import Network
+from kdtl_jax.objective import Inputs
+from kdtl_jax.recipes._models import Network
 from kdtl_jax.train import finetune
 
-HEAD, BODY = "model/head/.*", r"(?!head/).*"
-Terms = Callable[[Inputs], dict[str, Array]]
+HEAD, BODY = "head/.*", r"(?!head/).*"
 
 
 class Case(NamedTuple):
@@ -42,48 +41,16 @@ class Method(NamedTuple):
     label: str
     paper: str
     is_copied: bool = True
-    needs_source_head: bool = False
-    trainable: trees.Selector = "model/.*"
+    needs_source_head: bool = False  # trained beside the model
+    trainable: trees.Selector = trees.everything
     strengths: tuple[float, ...] = ()  # of the extra term, to choose from; its name is `term`
     term: str = ""
-    start: Callable[[Case, Params, Array], Params] = lambda case, params, key: {"model": params}
-    apply: Callable[[Case], ModelFn] = lambda case: inner(case.net.apply)
+    start: Callable[[Params, Array], Params] = lambda params, key: params
+    apply: Callable[[Case], ModelFn] = lambda case: case.net.apply
     record: Callable[[Case], Mapping[str, Any]] = lambda case: {}  # arrays [N, ...] for batches
     penalty: Callable[[Case], Callable[[Inputs], Array]] | None = None
     gate: Callable[[Case, Params], optax.GradientTransformation] | None = None
-    finish: Callable[[Params], Params] = lambda params: params["model"]
-
-
-def inner(apply: ModelFn) -> ModelFn:
-    """A model function over `{"model": parameters}`."""
-
-    def run(
-        params: Params,
-        model_state: PyTree,
-        inputs: Any,
-        *,
-        key: Array | None = None,
-        train: bool = False,
-    ) -> tuple[Outputs, PyTree]:
-        return apply(params["model"], model_state, inputs, key=key, train=train)
-
-    return run
-
-
-def terms_of(method: Method, case: Case) -> Terms:
-    """The task and the method's own term."""
-    penalty = None if method.penalty is None else method.penalty(case)
-
-    def terms(inputs: Inputs) -> dict[str, Array]:
-        task = classification(inputs)
-        return task if penalty is None else {**task, method.term: penalty(inputs)}
-
-    return terms
-
-
-def depth_of(names: list[str], path: str) -> int:
-    """The depth of a path's module among the model's modules, the head on top."""
-    return names.index(path.removeprefix("model/").removeprefix("adapter/").split("/")[0])
+    finish: Callable[[Params], Params] = lambda params: params
 
 
 def modules_by_depth(params: Params) -> list[str]:
@@ -99,15 +66,22 @@ def modules_by_depth(params: Params) -> list[str]:
     return sorted(params, key=rank)
 
 
-def by_depth(params: Params, trained: Params, decay: float) -> optax.GradientTransformation:
-    """Layer-wise learning-rate decay over the modules of the model; what is beside it keeps 1."""
+def by_depth(params: Params, optimized: Params, decay: float) -> optax.GradientTransformation:
+    """Layer-wise learning-rate decay over the modules of the model; what is beside it keeps 1.
+
+    Args:
+      params: of the plain model.
+      optimized: what the optimizer sees, which may hold more.
+      decay: per module.
+    """
     names = modules_by_depth(params)
 
     def depth(path: str, leaf: Any) -> int:
-        inside = path.startswith(("model/", "adapter/"))
-        return depth_of(names, path) if inside else len(names) - 1
+        parts = [part for part in path.split("/") if part not in ("params", "base", "adapter")]
+        beside = path.startswith("connectors/") or parts[0] not in names
+        return len(names) - 1 if beside else names.index(parts[0])
 
-    ids = trees.map_with_path(depth, trained)
+    ids = trees.map_with_path(depth, optimized)
     return finetune.scale_by_multipliers(finetune.layer_decay(ids, decay=decay))
 
 
@@ -117,38 +91,26 @@ def _probe_first(case: Case, params: Params) -> optax.GradientTransformation:
 
 def _from_the_top(case: Case, params: Params) -> optax.GradientTransformation:
     """One more module every so many steps; all are open after half of the training."""
-    names = modules_by_depth(params["model"])
+    names = modules_by_depth(params)
     pause = max(1, case.steps // 2 // max(1, len(names) - 1))
-    rules = [(f"model/{name}(/.*)?", pause * i) for i, name in enumerate(reversed(names))]
+    rules = [(f"{name}(/.*)?", pause * i) for i, name in enumerate(reversed(names))]
     return finetune.unfreeze_gate(params, rules)
-
-
-def _features(case: Case, inputs: Any) -> dict[str, Array]:
-    outputs, _ = case.net.apply(*case.copied, inputs)
-    return {tap: outputs[tap] for tap in case.net.layout.features}
 
 
 def _source_logits(case: Case) -> Array:
     """The source model's outputs on the target's training set."""
     outputs, _ = case.net.apply(*case.copied, case.data["inputs"])
-    return _on_head(outputs[case.net.layout.last], _head(case))
-
-
-def _head(case: Case) -> Mapping[str, Array]:
     assert case.source_head is not None  # methods that need one are refused without
-    return case.source_head
+    return on_head(outputs[case.net.layout.last], case.source_head)
 
 
-def _on_head(features: Array, head: Mapping[str, Array]) -> Array:
+def on_head(features: Array, head: Mapping[str, Array]) -> Array:
+    """Logits of a linear head."""
     return features @ head["kernel"] + head["bias"][None]
 
 
-def _with_source_head(case: Case, params: Params, key: Array) -> Params:
-    return {"model": params, "source_head": dict(_head(case))}
-
-
 def _l2_sp(case: Case) -> Callable[[Inputs], Array]:
-    return lambda x: penalties.l2_sp(x.params["model"], case.copied.params, where=BODY)
+    return lambda x: penalties.l2_sp(x.params, case.copied.params, where=BODY)
 
 
 def _over_features(
@@ -159,9 +121,8 @@ def _over_features(
     def of_case(case: Case) -> Callable[[Inputs], Array]:
         def penalty(x: Inputs) -> Array:
             taps = case.net.layout.features
-            return jnp.sum(
-                jnp.stack([loss(x.student[tap], x.batch["source"][tap]) for tap in taps]), axis=0
-            )
+            each = [loss(x.student[tap], x.batch["source"][tap]) for tap in taps]
+            return jnp.sum(jnp.stack(each), axis=0)
 
         return penalty
 
@@ -169,11 +130,12 @@ def _over_features(
 
 
 def _record_features(case: Case) -> Mapping[str, Any]:
-    return {"source": _features(case, case.data["inputs"])}
+    outputs, _ = case.net.apply(*case.copied, case.data["inputs"])
+    return {"source": {tap: outputs[tap] for tap in case.net.layout.features}}
 
 
 def _behavioral(student: Array, source: Array) -> Array:
-    return losses.squared_distance(student, source) / 2
+    return 0.5 * losses.squared_distance(student, source)
 
 
 def _bss(case: Case) -> Callable[[Inputs], Array]:
@@ -190,15 +152,17 @@ def _relation(case: Case) -> Mapping[str, Any]:
 
 def _co_tuning(case: Case) -> Callable[[Inputs], Array]:
     def penalty(x: Inputs) -> Array:
-        logits = _on_head(x.student[case.net.layout.last], x.params["source_head"])
+        logits = on_head(x.student[case.net.layout.last], x.connectors["source_head"])
         return losses.co_tuning(logits, x.batch["related"])
 
     return penalty
 
 
 def _lwf(case: Case) -> Callable[[Inputs], Array]:
+    """T = 2, as Li and Hoiem."""
+
     def penalty(x: Inputs) -> Array:
-        logits = _on_head(x.student[case.net.layout.last], x.params["source_head"])
+        logits = on_head(x.student[case.net.layout.last], x.connectors["source_head"])
         return losses.forward_kl(logits, x.batch["recorded"], temperature=2.0)
 
     return penalty
@@ -206,7 +170,7 @@ def _lwf(case: Case) -> Callable[[Inputs], Array]:
 
 def _bi_tuning(case: Case) -> Callable[[Inputs], Array]:
     def penalty(x: Inputs) -> Array:
-        head = jax.lax.stop_gradient(x.params["model"]["head"])
+        head = jax.lax.stop_gradient(x.params["head"])
         return losses.bi_tuning_classifier(
             x.student[case.net.layout.last],
             x.batch["labels"],
@@ -220,16 +184,16 @@ def _bi_tuning(case: Case) -> Callable[[Inputs], Array]:
 _lora = transforms.lora(rank=8, alpha=8.0)
 
 
-def _lora_start(case: Case, params: Params, key: Array) -> Params:
+def _lora_start(params: Params, key: Array) -> Params:
     def is_kernel(path: str, leaf: Any) -> bool:
         return jnp.ndim(leaf) >= 2 and not path.startswith("head/")
 
     base, weights = _lora.init(key, params, where=is_kernel)
-    return {"model": base, "adapter": weights}
+    return {"base": base, "adapter": weights}
 
 
 def _merged(params: Params) -> Params:
-    return _lora.merge(params["model"], params["adapter"])
+    return _lora.merge(params["base"], params["adapter"])
 
 
 def _lora_apply(case: Case) -> ModelFn:
@@ -255,7 +219,7 @@ def _mixout(case: Case) -> ModelFn:
         key: Array | None = None,
         train: bool = False,
     ) -> tuple[Outputs, PyTree]:
-        mixed = params["model"]
+        mixed = params
         if train and key is not None:
             key, draw = jax.random.split(key)
             body = {name: leaf for name, leaf in mixed.items() if name != "head"}
@@ -281,11 +245,11 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         "bitfit", "Biases and head alone (BitFit)", "Ben Zaken et al., 2106.10199",
-        trainable=r"model/(head/.*|.*bias)",
+        trainable=r"head/.*|.*bias",
     ),
     Method(
         "lora", "LoRA of rank 8, and the head", "Hu et al., 2106.09685",
-        trainable=r"adapter/.*|model/head/.*",
+        trainable=r"adapter/.*|base/head/.*",
         start=_lora_start, apply=_lora_apply, finish=_merged,
     ),
     Method(
@@ -304,14 +268,14 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         "co_tuning", "Co-Tuning, direct relation", "You et al., NeurIPS 2020",
-        needs_source_head=True, trainable=r"model/.*|source_head/.*",
-        strengths=(0.1, 1.0, 2.3), term="co_tuning", start=_with_source_head,
+        needs_source_head=True,
+        strengths=(0.1, 1.0, 2.3), term="co_tuning",
         record=_relation, penalty=_co_tuning,
     ),
     Method(
         "lwf", "Learning without forgetting", "Li and Hoiem, 1606.09282",
-        needs_source_head=True, trainable=r"model/.*|source_head/.*",
-        strengths=(0.1, 1.0, 4.0), term="lwf", start=_with_source_head,
+        needs_source_head=True,
+        strengths=(0.1, 1.0, 4.0), term="lwf",
         record=lambda case: {"recorded": _source_logits(case)}, penalty=_lwf,
     ),
     Method(

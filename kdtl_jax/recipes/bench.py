@@ -9,7 +9,9 @@ Found by `kdtl bench --steps 8` on two shared cores of an AMD EPYC (float32; cei
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +19,44 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import losses, train, trees
+from kdtl_jax import _files, losses, train, trees
 from kdtl_jax._types import Variables
 from kdtl_jax.interop import linen
 from kdtl_jax.models import GPT2, ViT, mlp, resnet, resnet_x4
 from kdtl_jax.objective import Inputs
+from kdtl_jax.recipes import _bench_report, _output
+from kdtl_jax.recipes import settings as types
+from kdtl_jax.recipes.settings import setting
 from kdtl_jax.run import measure, sharding
 from kdtl_jax.train import precision
 
 WEIGHTS = {"kd": 0.9, "task": 0.1}
 TEMPERATURE = 4.0
+
+
+NAMES = ("mlp", "resnet", "vit", "decoder")
+EXAMPLES = """
+  kdtl bench --preset resnet --dtype bfloat16
+  kdtl bench --preset mlp --devices 8 --trace runs/trace
+"""
+
+
+@dataclass(frozen=True)
+class Settings(types.Output):
+    """What fixes a run of `kdtl bench`."""
+
+    out: str = setting("runs/bench", "the run folder", metavar="FOLDER")
+    preset: Literal["mlp", "resnet", "vit", "decoder", "all"] = setting("all", "which pair")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "of the arithmetic")
+    batch_size: int | None = setting(
+        None, "examples per step; default: the pair's", metavar="N", least=1, most=10**7
+    )
+    steps: int = setting(20, "that count", metavar="N", least=1, most=10**7)
+    devices: int | None = setting(
+        None, "measure scaling on 1, 2, 4 … N devices; on a CPU, N virtual ones; default: all",
+        metavar="N", least=1, most=4096,
+    )  # fmt: skip
+    trace: str | None = setting(None, "write a jax.profiler trace here", metavar="FOLDER")
 
 
 class Preset(NamedTuple):
@@ -162,7 +192,38 @@ def workload(preset: Preset, dtype: Any) -> Workload:
     return Workload(step, state, of_teacher, lambda n: _random(preset, n), counts)
 
 
-def run(
+def run(settings: Settings) -> None:
+    """Measures, prints the table, writes bench.json and report.html."""
+    devices = len(_output.devices(settings.devices))
+    say = _output.progress()
+    with _output.run_folder(settings, "bench") as where:
+        say("ceilings")
+        dtype = jnp.dtype(settings.dtype)
+        limits = measure.ceilings(dtype, quick=settings.quick)
+        chosen, found = presets(quick=settings.quick), []
+        for name in NAMES if settings.preset == "all" else (settings.preset,):
+            say(name)
+            trace = None if settings.trace is None else str(Path(settings.trace) / name)
+            found.append(
+                measure_preset(
+                    chosen[name],
+                    limits,
+                    dtype=dtype,
+                    batch_size=settings.batch_size,
+                    steps=settings.steps,
+                    devices=devices,
+                    trace=trace,
+                )  # fmt: skip
+            )
+        folder = where.path
+        _files.write_json(folder / "bench.json", _bench_report.to_json(limits, found))
+        page = _bench_report.html_page(limits, found)
+        _files.write_atomic(folder / "report.html", page.encode())
+    _bench_report.show(limits, found)
+    print(f"report: {folder / 'report.html'}")
+
+
+def measure_preset(
     preset: Preset,
     limits: measure.Ceilings,
     *,

@@ -2,356 +2,374 @@
 
 One teacher, trained here or given, is frozen. Every method then trains the same students: seed s
 starts from the same weights and draws the same batches under every method, so methods are compared
-seed by seed with the student that learns from the labels alone. Run by `kdtl distill`.
+seed by seed with the student that learns from the labels alone.
+
+    kdtl distill --methods kd,dkd,hint --seeds 5
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from kdtl_jax import trees
+from kdtl_jax import methods, trees
 from kdtl_jax._types import Variables
-from kdtl_jax.datasets import Splits, per_class
-from kdtl_jax.methods import Entry, Method, Setup
-from kdtl_jax.recipes import _networks, _options, _seeds, _training
-from kdtl_jax.recipes._networks import Network
-from kdtl_jax.recipes._options import Options
-from kdtl_jax.recipes._training import ALONE, Bench, Detail, Place, Schedule, Trained
-from kdtl_jax.run import report, teacher_cache
+from kdtl_jax.datasets import per_class
+from kdtl_jax.recipes import _models, _output, _pair, _seeds, _training
+from kdtl_jax.recipes import settings as types
+from kdtl_jax.recipes._pair import BASELINE
+from kdtl_jax.recipes.settings import UsageError, setting
+from kdtl_jax.run import processes, report, scores, sharding
+from kdtl_jax.train import precision
 
-TEACHER, BASELINE = "teacher", "student_alone"
-TEACHERS, STUDENTS = "teacher", "distillation"  # families of the table
-CACHE_BYTES = 512 * 2**20  # teacher outputs up to this size are computed once
-Progress = Callable[[str], None]
-
-
-class Settings(NamedTuple):
-    """What fixes the experiment, beside data, models and methods."""
-
-    seeds: int
-    students: Schedule
-    teachers: Schedule
-    options: Options = Options()
-    layers: tuple[tuple[str, str], ...] = ()  # (student tap, teacher tap); (): by depth
-    dtype: Any = None  # of the computation; None: float32
-    per_class: int | None = None  # images per class that each seed's student sees; None: all
-    teacher_weights: Path | None = None  # a safetensors file instead of training a teacher
-    teacher_cache: Path | None = None  # a folder of the teacher's outputs, filled if need be
+STUDENTS = "distillation"  # their family in the table
+CACHE_BYTES = 512 * 2**20  # teacher outputs up to this size are computed once and held
+DTYPES = {"float32": None, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+EXAMPLES = """
+  kdtl distill --methods kd,dkd,hint --seeds 5
+  kdtl distill --data mnist/ --teacher cnn:32,64,128 --student cnn:8,16 --methods all
+  kdtl distill --methods kd --weights kd=0.9,task=0.1 --temperature 4 --out runs/kd
+  kdtl distill --config runs/kd/config.yaml --resume
+"""
 
 
-class Outcome(NamedTuple):
-    """What a run found."""
+@dataclass(frozen=True)
+class Settings(types.Training, types.Data, types.Output):
+    """What fixes a run of `kdtl distill`."""
 
-    rows: list[report.Row]
-    learning: dict[str, dict[str, list[float]]]
-    notes: list[str]
-    failed: list[str]  # methods that raised an error
-    teacher: Variables
-    best: str  # the method with the highest validation accuracy, among those that ...
-    student: Variables  # ... need nothing but the student at inference; its first seed
+    out: str = setting("runs/distill", "the run folder", metavar="FOLDER")
+    list: bool = setting(False, "print the table of methods and exit")
+    methods: tuple[str, ...] = setting(
+        ("kd", "dkd"), "what to compare, or all; see --list", metavar="NAME,...",
+        parse=types.method_names,
+    )  # fmt: skip
+    seeds: int = setting(5, "students per method", metavar="N", least=1, most=10_000, quick=2)
+    epochs: int = setting(60, "of a student", metavar="N", least=1, quick=10)
+    teacher_epochs: int = setting(30, "of the teacher", metavar="N", least=1, quick=10)
+    per_class: int | None = setting(
+        None, "training images per class, drawn anew for every seed; default: all", metavar="N",
+        least=1, group="data",
+    )  # fmt: skip
+    teacher: str | None = setting(
+        None, f"{types.MODEL}; default: what --teacher-weights holds, or mlp:128,64",
+        metavar="MODEL", parse=_models.text_of, group="models",
+    )  # fmt: skip
+    student: str = setting(
+        "mlp:16", "as --teacher", metavar="MODEL", parse=_models.text_of, group="models"
+    )
+    teacher_weights: str | None = setting(
+        None, "a safetensors file instead of training a teacher", metavar="FILE", group="models"
+    )
+    teacher_cache: str | None = setting(
+        None, "keep the teacher's outputs there, and use those that are there already; default: "
+        "up to 512 MB of them are held in memory, without --augment; else the teacher runs along",
+        metavar="FOLDER", group="models",
+    )  # fmt: skip
+    temperature: float | None = types.positive_rate(
+        None, "of every method that has one; default: each method's own", group="losses"
+    )
+    weights: Mapping[str, float] = setting(
+        {}, "kd=0.9,task=0.1, or kd.task=0.1 for one method; default: each method's own",
+        metavar="TERM=X,...", parse=types.term_weights, group="losses",
+    )  # fmt: skip
+    layers: tuple[tuple[str, str], ...] = setting(
+        (), "taps to match; default: the last ones of both, then those before them",
+        metavar="STUDENT:TEACHER,...", parse=types.layer_pairs, group="losses",
+    )  # fmt: skip
+    precision: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", "of the computation; weights and losses stay in float32", group="training"
+    )
+    microbatches: int = setting(
+        1, "parts in which a batch is taken, to save memory", metavar="N", least=1,
+        group="training",
+    )  # fmt: skip
+    augment: tuple[str, ...] = setting(
+        (), "crop or crop=PIXELS, flip, mixup or mixup=ALPHA, cutmix or cutmix=ALPHA; teacher and "
+        "student see the same views. mixup and cutmix mix the labels of the cross-entropy; a "
+        "method that reads labels itself sees each image's own",
+        metavar="NAME,...", parse=types.augmentations, group="training",
+    )  # fmt: skip
+    one_by_one: bool = setting(
+        False, "train seed after seed; default: all at once, but convolutions on a CPU one by one",
+        group="devices",
+    )  # fmt: skip
+    mesh: Mapping[str, int] = setting(
+        {}, "data=4,fsdp=2: split batches over 8 devices, weights over 2 of them",
+        metavar="AXIS=N,...", parse=types.mesh_sizes, group="devices",
+    )  # fmt: skip
+    coordinator: str | None = setting(
+        None, "of a run of several processes (see --process)", metavar="HOST:PORT", group="devices"
+    )
+    processes: int | None = setting(
+        None, "how many processes there are", metavar="N", least=1, group="devices"
+    )
+    process: int | None = setting(
+        None, "which of them this is, from 0", metavar="I", least=0, group="devices"
+    )
+    save_every: int | None = setting(
+        None, "epochs between saves; default: at the end", metavar="N", least=1
+    )
+    resume: bool = setting(False, "go on with the run in --out, from its last save")
 
 
-class Pair(NamedTuple):
-    """Both networks, and the teacher's variables."""
+def run(settings: Settings) -> int:
+    """Trains the teacher and, by every method, its students; writes the run folder.
 
-    student: Network
-    teacher: Network
-    frozen: Variables
-    example: Any  # inputs [1, ...]
-
-
-def run(
-    splits: Splits,
-    teacher: nn.Module,
-    student: nn.Module,
-    methods: Sequence[Entry],
-    settings: Settings,
-    place: Place,
-    say: Progress,
-    detail: Detail,
-) -> Outcome:
-    """Trains the teacher and, by every method, its students; compares them on the test split.
-
-    Args:
-      splits: standardized data.
-      teacher: the large module.
-      student: the small one.
-      methods: what to compare; those that do not apply to the pair are noted, with the reason.
-      settings: of the experiment.
-      place: the run folder, and whether what is there is taken up.
-      say: told the name of what begins.
-      detail: told how it goes, and whether that is the last of a method.
+    Returns:
+      0, or 1 if a method failed (the others are finished and written).
 
     Raises:
       SystemExit: after a signal, with everything saved.
       ValueError: if data, models, weights, layers and settings do not fit each other; before
         anything is trained wherever that can be known before.
     """
-    example = jnp.zeros((1, *splits.train.inputs.shape[1:]), jnp.float32)
-    small, large = (_networks.network(m, example, dtype=settings.dtype) for m in (student, teacher))
-    shapes = jax.eval_shape(lambda: large.init(jax.random.key(0), example))
-    blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    bench = _bench(splits, settings)
+    if settings.list:
+        rows = [
+            (e.name, e.title, e.paper, e.needs, "yes" if e.connector else "no")
+            for e in methods.table()
+        ]
+        return _output.print_columns(("method", "title", "paper", "needs", "connector"), rows)
+    entries = types.chosen(settings.methods, _pair.entries(), "kdtl distill")
+    mesh = join_mesh(settings)  # before anything touches a device
+    pair = _pair.read(settings, dtype=DTYPES[settings.precision])
+    inputs, classes = pair.arrays["inputs"], pair.splits.train.classes
+    if settings.augment and settings.teacher_cache is not None:
+        raise UsageError(
+            "--teacher-cache holds outputs for the images as they are, not for --augment's views. "
+            "Give one or the other."
+        )
+    if settings.augment and inputs.ndim != 4:
+        raise UsageError(f"--augment needs images [N, H, W, C], the data is {list(inputs.shape)}.")
+    rows, size = few_rows(pair, settings), len(inputs)
+    size = size if rows is None else rows.shape[-1]
+    _training.check_batch(
+        settings.batch_size, size, settings.microbatches, 1 if mesh is None else mesh.size
+    )
+    per_epoch = size // settings.batch_size
+    of_setup = {
+        "steps": settings.epochs * per_epoch,
+        "batch_size": settings.batch_size // settings.microbatches,
+        "layers": settings.layers,
+    }
     # Once with a blank teacher, so that what cannot work is said before one is trained.
-    setup = _setup(Pair(small, large, blank, example), bench, settings)
-    _applicable(methods, setup, settings.options)
+    _pair.build_all(entries, _pair.setup(pair, None, **of_setup), settings)
 
-    frozen, teacher_row, named_by_teacher = _teacher(
-        large, example, splits, bench, settings, place, say, detail
-    )
-    pair = Pair(small, large, frozen, example)
-    setup = _setup(pair, bench, settings)
-    chosen, notes = _applicable(methods, setup, settings.options)
-    bench, live = _with_outputs(bench, pair, settings)
-    starts = _training.initial(pair.student, bench.keys.model, example)
-    plain = _training.namer(pair.student, mesh=settings.students.mesh)
+    def tx(steps: int) -> Any:
+        rate = settings.learning_rate or _training.RATES[settings.optimizer]
+        made = _training.optimizer(settings.optimizer, rate, settings.weight_decay, steps)
+        return precision.loss_scaling(made) if settings.precision == "float16" else made
 
-    rows, learning, failed = [teacher_row], {}, []
-    best: tuple[float, str, Variables] | None = None
-    jobs = {BASELINE: (None, ALONE), **{m.name: (m, built) for m, built in chosen}}
-    for i, (name, (method, built)) in enumerate(jobs.items()):
-        say(f"{name} ({i + 1} of {len(jobs)})")
-        named = plain
-        if built.predict is not None:
-            named = _training.namer(pair.student, built.predict, settings.students.mesh)
-        try:
-            trained = _training.train_seeds(
-                name,
+    say = _output.progress()
+    folder_of_run = _output.run_folder(settings, "distill", pair.files, resume=settings.resume)
+    with (
+        folder_of_run as (folder, identity),
+        _output.counted_programs() as programs,
+        hint_of_resuming(folder),
+    ):
+        common = _seeds.Run(
+            folder=folder,
+            identity=identity,
+            resume=settings.resume,
+            batch_size=settings.batch_size,
+            arrays=pair.arrays,
+            validation=pair.splits.validation,
+            mesh=mesh,
+            one_by_one=settings.one_by_one,
+            save_every=settings.save_every,
+            say=_output.seldom(say),
+        )
+        say(f"teacher{'' if pair.given is None else f', from {settings.teacher_weights}'}")
+        described = {"epochs": settings.teacher_epochs, "batch_size": settings.batch_size}
+        if pair.given is not None:
+            described = {"weights": settings.teacher_weights}
+        frozen, row, named_by_teacher = _pair.taught(
+            pair, common, tx, epochs=settings.teacher_epochs, described=described
+        )
+
+        # Its outputs are computed once where they stay the same and fit, else it runs along.
+        view, arrays, live = None, pair.arrays, None
+        if settings.augment:
+            view = _training.views(settings.augment, classes, inputs.shape[1])
+        shapes = _models.output_shapes(pair.teacher, pair.example).values()
+        total = len(inputs) * sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in shapes)
+        if settings.teacher_cache is not None:
+            outputs = _pair.cached_outputs(
+                Path(settings.teacher_cache), pair, frozen, settings.precision
+            )
+            arrays = {**arrays, "teacher": outputs}
+        elif view is not None or total > CACHE_BYTES:
+            live = pair.teacher.apply
+        else:
+            arrays = {**arrays, "teacher": _models.outputs(pair.teacher, frozen, inputs)}
+
+        # The students.
+        setup = _pair.setup(pair, frozen, **of_setup)
+        built, notes = _pair.build_all(entries, setup, settings)
+        common = common._replace(arrays=arrays, rows=rows, finished=(_pair.TEACHER,))
+        points, table, learning, failed = _training.points(settings.seeds), [row], {}, []
+        best: tuple[float, str, Variables] | None = None
+        for i, (name, (entry, method)) in enumerate(built.items()):
+            say(f"{name} ({i + 1} of {len(built)})")
+            teacher = live if entry is not None else None
+            learner = _pair.student(
+                pair,
                 pair.student,
-                starts,
-                built,
-                bench,
-                settings.students,
-                place,
-                named,
-                teacher=None if method is None else live,
-                say=detail,
+                method,
+                tx(of_setup["steps"]),
+                teacher=teacher,
+                microbatches=settings.microbatches,
+                view=view,
+                per_epoch=per_epoch,
             )
-        except (ValueError, TypeError) as error:
-            if method is None:
-                raise
-            notes.append(f"{name} failed: {error}")
-            failed.append(name)
-            continue
-        row = _row(name, method, built, trained, named, splits, settings, named_by_teacher)
-        rows.append(row)
-        learning[name] = _curve(trained)
-        if built.predict is None and (best is None or row.validation.mean > best[0]):
-            first = _seeds.pick((trained.state.params, trained.state.model_state), 0)
-            best = row.validation.mean, name, Variables(*first)
-    assert best is not None
-    rows = report.compared(rows, {STUDENTS: BASELINE})
-    notes += _skip_notes(rows)
-    return Outcome(rows, learning, notes, failed, frozen, best[1], best[2])
-
-
-def _bench(splits: Splits, settings: Settings) -> Bench:
-    train = splits.train
-    arrays = {
-        "inputs": train.inputs,
-        "labels": train.labels,
-        "index": np.arange(len(train.labels), dtype=np.int32),
-    }
-    rows = None
-    if settings.per_class is not None:
-        numbered = train._replace(inputs=arrays["index"])
-        rows = np.stack(
-            [per_class(numbered, settings.per_class, seed=s).inputs for s in range(settings.seeds)]
-        )
-    return Bench(arrays, rows, splits.validation, _seeds.keys(settings.seeds))
-
-
-def _setup(pair: Pair, bench: Bench, settings: Settings) -> Setup:
-    schedule = settings.students
-    size = _training.examples(bench)
-    return _networks.setup(
-        pair.student,
-        pair.teacher,
-        pair.frozen,
-        example=pair.example,
-        classes=bench.held.classes,
-        batch_size=schedule.batch_size // schedule.microbatches,
-        examples=len(bench.arrays["index"]),
-        steps=schedule.epochs * (size // _training.checked_batch(schedule, size)),
-        task=_training.task,
-        layers=settings.layers,
-    )
-
-
-def _applicable(
-    methods: Sequence[Entry], setup: Setup, options: Options
-) -> tuple[list[tuple[Entry, Method]], list[str]]:
-    """Methods that apply, built with the user's weights; notes on the others."""
-    notes = {m.name: reason for m in methods if (reason := m.applies(setup)) is not None}
-    fitting = [m for m in methods if m.name not in notes]
-    own = options._replace(weights={})
-    terms = {m.name: sorted(_options.build(m, setup, own).weights) for m in fitting}
-    terms[BASELINE] = ["task"]
-    for key in options.weights:
-        name, dot, term = key.rpartition(".")
-        known = terms.get(name, []) if dot else [t for found in terms.values() for t in found]
-        if term not in known:
-            listed = "; ".join(f"{name}: {', '.join(found)}" for name, found in terms.items())
-            raise ValueError(
-                f"a weight is given for {key!r}, which is no term here. The terms are "
-                f"{listed}. Write term=weight, or method.term=weight for one method."
+            shared = None if teacher is None else frozen
+            try:
+                trained = _seeds.train_seeds(name, learner, points, shared, common, settings.epochs)
+            except (ValueError, TypeError) as error:
+                if entry is None:
+                    raise
+                notes.append(f"{name} failed: {error}")
+                failed.append(name)
+                continue
+            common = common._replace(finished=(*common.finished, name))
+            on_test = _seeds.evaluation(learner, shared, trained.in_turn, mesh)(
+                trained.state, pair.splits.test.inputs
             )
-    built = [(m, _options.build(m, setup, _own(options, m.name, terms[m.name]))) for m in fitting]
-    return built, [f"{name} does not apply: {reason}." for name, reason in notes.items()]
+            validation = report.interval(trained.validation[-1])
+            state = trained.state
+            params = _training.pick((state.params, state.connectors), 0)
+            described = {
+                "epochs": settings.epochs,
+                "batch_size": settings.batch_size,
+                "weights": {t: number_of(w) for t, w in method.weights.items()},
+                "ran": "seed by seed" if trained.in_turn else "all seeds at once",
+                **({} if entry is None else {"paper": entry.paper}),
+                **({"skipped_updates": trained.skipped} if any(trained.skipped) else {}),
+            }
+            table.append(
+                report.Row(
+                    name,
+                    STUDENTS,
+                    "Student alone" if entry is None else entry.title,
+                    trees.count(params[0] if method.predict is None else params),
+                    report.interval(scores.accuracy(on_test, pair.splits.test.labels)),
+                    validation,
+                    trained.seconds,
+                    described,
+                    report.interval((on_test == named_by_teacher).mean(axis=1)),
+                )
+            )
+            learning[name] = {
+                "epoch": [float(epoch) for epoch in trained.epochs],
+                "validation_accuracy": trained.validation.mean(axis=1).tolist(),
+            }
+            if any(trained.skipped):
+                notes.append(
+                    f"{name}: updates that were not finite were left out, per seed "
+                    f"{trained.skipped}."
+                )
+            if not np.isfinite(validation.mean):
+                notes.append(f"{name} diverged: logits are not finite, and it is ranked last.")
+            elif method.predict is None and (best is None or validation.mean > best[0]):
+                variables = _training.pick((state.params, state.model_state), 0)
+                best = validation.mean, name, Variables(*variables)
+        if jax.process_index() != 0:
+            return 0
 
-
-def _own(options: Options, name: str, terms: Sequence[str]) -> Options:
-    """The user's weights for one method: `method.term` wins over `term`."""
-    shared = {t: w for t, w in options.weights.items() if t in terms}
-    special = {t: options.weights[f"{name}.{t}"] for t in terms if f"{name}.{t}" in options.weights}
-    return options._replace(weights={**shared, **special})
-
-
-def _teacher(
-    net: Network,
-    example: Any,
-    splits: Splits,
-    bench: Bench,
-    settings: Settings,
-    place: Place,
-    say: Progress,
-    detail: Detail,
-) -> tuple[Variables, report.Row, np.ndarray]:
-    """The teacher's variables, its line of the table, the classes it names `[test examples]`."""
-    keys, schedule, file = _seeds.keys(1), settings.teachers, settings.teacher_weights
-    named = _training.namer(net, mesh=schedule.mesh)
-    say("teacher" if file is None else f"teacher, from {file}")
-    if file is None:
-        starts = _training.initial(net, keys.model, example)
-        everything = bench._replace(rows=None, keys=keys)
-        trained = _training.train_seeds(
-            TEACHER, net, starts, ALONE, everything, schedule, place, named, say=detail
+        _models.save(
+            folder / "teacher.safetensors", frozen, _pair.about(pair, pair.teacher_text), {}
         )
-        state, seconds = trained.state, trained.seconds
-        described = {"epochs": schedule.epochs, "batch_size": schedule.batch_size}
-    else:
-        given = _networks.load(str(file), net, example)
-        state, seconds = _training.untrained(given, keys), 0.0
-        described = {"weights": str(file)}
-    on_validation, on_test = (
-        named(state, part.inputs, True) for part in (splits.validation, splits.test)
-    )
-    frozen = Variables(*_seeds.pick((state.params, state.model_state), 0))
-    row = report.Row(
-        TEACHER,
-        TEACHERS,
-        "Teacher",
-        trees.count(frozen.params),
-        _accuracy(on_test, splits.test.labels),
-        _accuracy(on_validation, splits.validation.labels),
-        seconds,
-        described,
-    )
-    return frozen, row, on_test[0]
-
-
-def _with_outputs(
-    bench: Bench, pair: Pair, settings: Settings
-) -> tuple[Bench, tuple[Any, Variables] | None]:
-    """The data with the teacher's outputs; or the live teacher, where they would not be its own."""
-    size = len(bench.arrays["index"])
-    shapes = _networks.shapes(pair.teacher, 1, pair.example).values()
-    total = size * sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in shapes)
-    if settings.teacher_cache is not None:
-        outputs = _from_cache(settings.teacher_cache, bench, pair, settings.dtype)
-    elif settings.students.views is not None or total > CACHE_BYTES:
-        return bench, (pair.teacher.apply, pair.frozen)
-    else:
-        outputs = _training.outputs(pair.teacher, pair.frozen, bench.arrays["inputs"])
-    return bench._replace(arrays={**bench.arrays, "teacher": outputs}), None
-
-
-def _from_cache(folder: Path, bench: Bench, pair: Pair, dtype: Any) -> dict[str, Any]:
-    """The outputs in a teacher cache, which is filled, completed or mended first if need be.
-
-    A whole cache of this teacher on these data serves in any precision (`kdtl cache --dtype`,
-    `--precision`): whoever made it chose that.
-    """
-    inputs = {"inputs": bench.arrays["inputs"]}
-    taps = sorted(_networks.shapes(pair.teacher, 1, pair.example))
-    lowered = {} if dtype is None else {"precision": jnp.dtype(dtype).name}
-    made = teacher_cache.fingerprint(pair.frozen, inputs, preprocessing=lowered, taps=taps)
-    expected = made._replace(dtype=None, preprocessing=None)
-    try:
-        return teacher_cache.load(teacher_cache.open_cache(folder, expect=expected))
-    except (FileNotFoundError, ValueError):  # `write` mends it, or says what differs
-        teacher_cache.write(
-            folder,
-            pair.teacher.apply,
-            pair.frozen,
-            inputs,
-            batch_size=512,
-            preprocessing=lowered,
-            taps=taps,
+        if best is not None:
+            about = _pair.about(pair, settings.student)
+            more = {"method": best[1], "seed": "0"}
+            _models.save(folder / "student.safetensors", best[2], about, more)
+        results = report.Results(
+            "kdtl distill: one teacher, students by several methods",
+            data_of(pair, settings),
+            report.compared(table, {STUDENTS: BASELINE}),
+            learning,
+            {},
+            [*notes_on(pair, settings, len(table) - 2), *notes, programs()],
         )
-    return teacher_cache.load(teacher_cache.open_cache(folder, expect=expected, contents=False))
+        _output.finish(folder, results)
+    if failed:
+        print(f"kdtl distill: failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
-def _row(
-    name: str,
-    method: Entry | None,
-    built: Method,
-    trained: Trained,
-    named: _training.Named,
-    splits: Splits,
-    settings: Settings,
-    named_by_teacher: np.ndarray,
-) -> report.Row:
-    on_test = named(trained.state, splits.test.inputs, trained.turns)
-    params, glue = _seeds.pick((trained.state.params, trained.state.connectors), 0)
-    schedule = settings.students
-    described: dict[str, Any] = {
-        "epochs": schedule.epochs,
-        "batch_size": schedule.batch_size,
-        "weights": {t: _number(w) for t, w in built.weights.items()},
-        "ran": "seed by seed" if trained.turns else "all seeds at once",
-    }
-    if method is not None:
-        described["paper"] = method.paper
-    if any(trained.skipped):
-        described["skipped_updates"] = trained.skipped
-    return report.Row(
-        name,
-        STUDENTS,
-        "Student alone" if method is None else method.title,
-        trees.count(params if built.predict is None else (params, glue)),
-        _accuracy(on_test, splits.test.labels),
-        report.interval(trained.validation[-1]),
-        trained.seconds,
-        described,
-        report.interval((on_test == named_by_teacher).mean(axis=1)),
-    )
+def join_mesh(settings: Settings) -> Mesh | None:
+    """The mesh of the settings, after joining the other processes, if there are any."""
+    several = (settings.coordinator, settings.processes, settings.process)
+    if any(value is not None for value in several):
+        try:
+            processes.initialize(
+                coordinator=settings.coordinator,
+                processes=settings.processes,
+                process=settings.process,
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        return sharding.make_mesh(**settings.mesh)
+    return sharding.make_mesh(**settings.mesh) if settings.mesh else None
 
 
-def _curve(trained: Trained) -> dict[str, list[float]]:
-    return {
-        "epoch": [float(epoch) for epoch in trained.epochs],
-        "validation_accuracy": trained.validation.mean(axis=1).tolist(),
-    }
+def few_rows(pair: _pair.Pair, settings: Settings) -> np.ndarray | None:
+    """The examples that each seed sees `[S, n]`; None: all of them."""
+    if settings.per_class is None:
+        return None
+    numbered = pair.splits.train._replace(inputs=pair.arrays["index"])
+    few = [per_class(numbered, settings.per_class, seed=s) for s in range(settings.seeds)]
+    return np.stack([part.inputs for part in few])
 
 
-def _accuracy(named: np.ndarray, labels: np.ndarray) -> report.Interval:
-    return report.interval((named == labels).mean(axis=1))
-
-
-def _number(weight: Any) -> float | str:
+def number_of(weight: Any) -> float | str:
+    """A weight for the record."""
     return "schedule" if callable(weight) else round(float(weight), 6)
 
 
-def _skip_notes(rows: Sequence[report.Row]) -> list[str]:
-    return [
-        f"{row.method}: updates that were not finite were left out, per seed "
-        f"{row.settings['skipped_updates']}."
-        for row in rows
-        if "skipped_updates" in row.settings
+@contextlib.contextmanager
+def hint_of_resuming(folder: Path) -> Iterator[None]:
+    """After a signal, says how to go on."""
+    try:
+        yield
+    except SystemExit:
+        print(
+            f"kdtl distill: stopped and saved. Go on with: kdtl distill --config "
+            f"{folder / 'config.yaml'} --resume --out {folder}",
+            file=sys.stderr,
+        )
+        raise
+
+
+def data_of(pair: _pair.Pair, settings: Settings) -> dict[str, Any]:
+    """The data's entry in results.json."""
+    seen = f"{settings.per_class} per class, drawn anew for every seed"
+    return {
+        "name": pair.splits.train.name,
+        "classes": pair.splits.train.classes,
+        **{name: len(part.labels) for name, part in pair.splits._asdict().items()},
+        "student_examples": seen if settings.per_class else "all",
+    }
+
+
+def notes_on(pair: _pair.Pair, settings: Settings, comparisons: int) -> list[str]:
+    """What a reader of the table should know."""
+    data = data_of(pair, settings)
+    notes = [
+        f"Data: {data['name']}, {data['train']} training, {data['validation']} validation and "
+        f"{data['test']} test examples. The teacher ({pair.teacher_text}) sees all training "
+        f"examples, students ({settings.student}) {data['student_examples']}. A seed has the same "
+        "start and the same batches under every method. Nothing was chosen on the test split."
     ]
+    if comparisons >= 10:
+        notes.append(
+            f"Each of the {comparisons} comparisons stands by itself at 95 %: about "
+            f"{round(comparisons / 20)} would look clear by chance alone."
+        )
+    return notes

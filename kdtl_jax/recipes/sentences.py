@@ -6,7 +6,7 @@ Beside it stands the same student from random initialization. What is reported i
 teacher on held-out lines: the mean cosine of the two embeddings of a line, and the share of its ten
 nearest lines that both encoders name.
 
-    kdtl transfer --task sentences --encoder all-MiniLM-L6-v2/ --text tinyshakespeare.txt
+    kdtl sentences --encoder all-MiniLM-L6-v2/ --text tinyshakespeare.txt
 
 24,762 distinct lines of Shakespeare, 500 of them held out, 200 steps of 32 lines (6,400 lines), one
 seed; jax 0.10.2, two CPU cores that were busy with other work, 311 s of CPU time in all (so the
@@ -19,9 +19,11 @@ speeds mean their ratio, 1.9):
     Random initialization, distilled       0.4263        0.0712  17,389,824          130
 """
 
-import importlib
+import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,33 +38,61 @@ from kdtl_jax._types import ModelFn, Params, Variables
 from kdtl_jax.interop import huggingface, linen
 from kdtl_jax.models import sentence_embedding
 from kdtl_jax.objective import Inputs, Masked
+from kdtl_jax.recipes import _output
+from kdtl_jax.recipes import settings as types
+from kdtl_jax.recipes._lines import Lines, read_lines, split, tokenizer
+from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import data, loop, report
 
 FAMILY, BASELINE, NEIGHBORS = "sentences", "random_distilled", 10
 WEIGHTS = {"hidden": 1.0, "embedding": 1.0, "relation": 1.0}
 
 
-class Settings(NamedTuple):
-    """What fixes the experiment."""
-
-    layers: tuple[int, ...] = (1, 3, 5)
-    seeds: int = 1
-    steps: int = 200
-    batch_size: int = 32
-    rate: float = 5e-4
-    max_length: int = 20  # tokens, the special ones included
-    validation: int = 200  # lines
-    test: int = 500  # lines
-    checks: int = 3  # validations along the way
-    rounds: int = 3  # of the speed measurement
+LABELS = {
+    "teacher": "Teacher",
+    "copied_untrained": "Teacher's layers, untrained",
+    "copied_distilled": "Teacher's layers, distilled",
+    BASELINE: "Random initialization, distilled",
+}
+EXAMPLES = "  kdtl sentences --encoder all-MiniLM-L6-v2/ --text lines.txt"
 
 
-class Lines(NamedTuple):
-    """Token ids `[N, L]` and where there are tokens, of three disjoint sets of lines."""
+def layer_numbers(value: Any) -> tuple[int, ...]:
+    """`1,3,5`, or a list."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or not all(str(p).strip().isdecimal() for p in parts):
+        raise ValueError(f"expected layers as in 1,3,5, got {value!r}")
+    return tuple(int(part) for part in parts)
 
-    train: dict[str, np.ndarray]
-    validation: dict[str, np.ndarray]
-    test: dict[str, np.ndarray]
+
+@dataclass(frozen=True)
+class Settings(types.Output):
+    """What fixes a run of `kdtl sentences`."""
+
+    out: str = setting("runs/sentences", "the run folder", metavar="FOLDER")
+    encoder: str | None = setting(
+        None,
+        "a Hugging Face folder of the BERT kind with tokenizer.json: all-MiniLM-L6-v2, say",
+        metavar="FOLDER",
+    )
+    text: str | None = setting(None, "UTF-8 text, one sentence a line", metavar="FILE")
+    layers: tuple[int, ...] = setting(
+        (1, 3, 5), "the encoder's layers that the student takes, from 0", metavar="N,...",
+        parse=layer_numbers,
+    )  # fmt: skip
+    seeds: int = setting(1, "students of each kind", metavar="N", least=1, most=1000)
+    steps: int = setting(200, "of each student", metavar="N", least=4, quick=4)
+    batch_size: int = setting(32, "lines per step", metavar="N", least=1)
+    learning_rate: float = types.positive_rate(
+        5e-4, "AdamW's, warmed up, falling to 0", short="--lr"
+    )
+    max_length: int = setting(
+        20, "tokens of a line, the special ones included; what is longer is cut", metavar="N",
+        least=4, most=100_000,
+    )  # fmt: skip
+    held_out: int = setting(500, "lines of the comparison", metavar="N", least=4, quick=60)
+    checks: int = setting(3, "validations along the way", metavar="N", least=1, quick=1)
+    rounds: int = setting(3, "of the speed measurement", metavar="N", least=1, quick=1)
 
 
 class Fidelity(NamedTuple):
@@ -72,162 +102,112 @@ class Fidelity(NamedTuple):
     agreement: np.ndarray  # [N], of the ten nearest lines
 
 
-class Outcome(NamedTuple):
-    """What `kdtl transfer` takes from here."""
-
-    rows: list[report.Row]
-    learning: dict[str, dict[str, list[float]]]
-    surgery: Any  # transforms.Report
-    student: huggingface.Pretrained  # the copied and distilled one of the first seed
-
-
-def read_lines(path: str | Path, *, at_least: int = 15) -> list[str]:
-    """The distinct lines of a text with so many characters or more, in order.
-
-    Raises:
-      OSError: if the file cannot be read.
-      ValueError: if it is not UTF-8 text.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}).") from None
-    stripped = (line.strip() for line in text.splitlines())
-    return list(dict.fromkeys(line for line in stripped if len(line) >= at_least))
-
-
-def tokenizer(folder: str | Path) -> Callable[[Sequence[str], int], list[list[int]]]:
-    """`encode(lines, max_length) -> ids` by the folder's tokenizer.json.
-
-    Raises:
-      ImportError: without the `tokenizers` package.
-      FileNotFoundError: if the folder has no tokenizer.json.
-    """
-    try:
-        package = importlib.import_module("tokenizers")
-    except ImportError:
-        raise ImportError(
-            "reading tokenizer.json needs the package tokenizers: pip install 'kdtl_jax[hub]'."
-        ) from None
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist.")
-    model = package.Tokenizer.from_file(str(path))
-    model.no_padding()
-
-    def encode(lines: Sequence[str], max_length: int) -> list[list[int]]:
-        model.enable_truncation(max_length)
-        return [encoding.ids for encoding in model.encode_batch(list(lines))]
-
-    return encode
-
-
-def split(ids: Sequence[Sequence[int]], settings: Settings, *, padding: int) -> Lines:
-    """Padded token ids in three parts, drawn once and for all.
-
-    Raises:
-      ValueError: if there are too few lines.
-    """
-    held = settings.validation + settings.test
-    if len(ids) < held + settings.batch_size:
-        raise ValueError(
-            f"{len(ids)} distinct lines, but {held} are held out and a batch needs "
-            f"{settings.batch_size}. Give more text, or hold out less."
-        )
-    width = max(map(len, ids))
-    tokens = np.full((len(ids), width), padding, np.int32)
-    mask = np.zeros((len(ids), width), np.bool_)
-    for i, row in enumerate(ids):
-        tokens[i, : len(row)] = row
-        mask[i, : len(row)] = True
-    order = np.random.default_rng(0).permutation(len(ids))
-    cuts = np.split(order, [settings.test, held])
-    test, validation, train_rows = ({"tokens": tokens[r], "mask": mask[r]} for r in cuts)
-    return Lines(train_rows, validation, test)
-
-
-def run(
-    folder: str | Path,
-    lines: Lines,
-    settings: Settings,
-    progress: Callable[[str], None],
-) -> Outcome:
-    """Distills both students and compares them with their teacher on the held-out lines.
+def run(settings: Settings) -> None:
+    """Distills both students, compares them with their teacher, writes the run folder.
 
     Raises:
       ValueError: if the encoder has no such layers, or lines are longer than its positions.
     """
-    teacher_taps = [f"layers_{i}" for i in settings.layers]
-    teacher = huggingface.load(folder, taps=teacher_taps)
-    copied = huggingface.student(teacher, layers=settings.layers)
-    taps = [f"layers_{i}" for i in range(len(settings.layers))]
-    apply = linen.model(copied.module, taps=taps).apply
-    embed = jax.jit(_embedding(apply))
-    embed_teacher = jax.jit(_embedding(teacher.model))
-    target = {
-        name: embeddings(embed_teacher, teacher.params, part)
-        for name, part in (("validation", lines.validation), ("test", lines.test))
-    }
-
-    def measure(params: Params, name: str) -> Fidelity:
-        part = lines.validation if name == "validation" else lines.test
-        return fidelity(embeddings(embed, params, part), target[name])
-
-    one = linen.model(copied.module)
-    example = jnp.asarray(lines.test["tokens"][:1])
-    init = jax.jit(lambda key: one.init(key, example).params)
-    starts = {
-        "copied_distilled": lambda seed: copied.params,
-        BASELINE: lambda seed: init(jax.random.key(seed)),
-    }
-    step = train.make_step(
-        apply,
-        _terms(settings.layers),
-        WEIGHTS,
-        _optimizer(settings),
-        teacher=teacher.model,
-    )
-    learning: dict[str, dict[str, list[float]]] = {}
-    ends: dict[str, list[Params]] = {}
-    seconds: dict[str, float] = {}
-    for name, start in starts.items():
-        began = time.perf_counter()
-        for seed in range(settings.seeds):
-            progress(f"{name}, seed {seed}")
-            params, curve = _distill(
-                step, start(seed), teacher.params, lines, settings, seed, measure, progress
-            )
-            ends.setdefault(name, []).append(params)
-            if not seed:
-                learning[name] = curve
-        seconds[name] = time.perf_counter() - began
-
-    progress("measuring")
-    first = ends["copied_distilled"][0]
-    speeds = speed(
-        {"teacher": (embed_teacher, teacher.params), "student": (embed, first)},
-        lines.test,
-        settings.rounds,
-    )
-    exact = Fidelity(np.ones(settings.test), np.ones(settings.test))
-    found = {
-        "teacher": (teacher.params, [exact], [exact], 0.0),
-        "copied_untrained": (
-            copied.params, [measure(copied.params, "validation")],
-            [measure(copied.params, "test")], 0.0,
-        ),
-    } | {
-        name: (
-            params[0], [measure(p, "validation") for p in params],
-            [measure(p, "test") for p in params], seconds[name],
+    for name in ("encoder", "text"):
+        if getattr(settings, name) is None:
+            raise UsageError(f"kdtl sentences needs --{name}")
+    encoder, text = Path(str(settings.encoder)), Path(str(settings.text))
+    say = _output.progress()
+    with _output.run_folder(settings, "sentences") as where:
+        say("reading")
+        found = read_lines(text)
+        try:
+            encode = tokenizer(encoder)
+        except ImportError as error:
+            raise RuntimeError(str(error)) from None
+        config = json.loads((encoder / "config.json").read_bytes())
+        lines = split(
+            encode(found, settings.max_length),
+            validation=max(4, 2 * settings.held_out // 5),
+            test=settings.held_out,
+            batch_size=settings.batch_size,
+            padding=config.get("pad_token_id") or 0,
         )
-        for name, params in ends.items()
-    }  # fmt: skip
-    rows = [
-        _row(name, settings, speeds["teacher" if name == "teacher" else "student"], *values)
-        for name, values in found.items()
-    ]
-    return Outcome(rows, learning, copied.report, copied._replace(params=first))
+
+        # The teacher, and a student that takes some of its layers.
+        teacher = huggingface.load(encoder, taps=[f"layers_{i}" for i in settings.layers])
+        copied = huggingface.student(teacher, layers=settings.layers)
+        taps = [f"layers_{i}" for i in range(len(settings.layers))]
+        apply = linen.model(copied.module, taps=taps).apply
+        embed, embed_teacher = (jax.jit(_embedding(m)) for m in (apply, teacher.model))
+        parts = {"validation": lines.validation, "test": lines.test}
+        target = {n: embeddings(embed_teacher, teacher.params, p) for n, p in parts.items()}
+
+        def measure(params: Params, name: str) -> Fidelity:
+            return fidelity(embeddings(embed, params, parts[name]), target[name])
+
+        example = jnp.asarray(lines.test["tokens"][:1])
+        init = jax.jit(lambda key: linen.model(copied.module).init(key, example).params)
+        starts = {
+            "copied_distilled": lambda key: copied.params,
+            BASELINE: init,
+        }
+        step = train.make_step(
+            apply, _terms(settings.layers), WEIGHTS, _optimizer(settings), teacher=teacher.model
+        )
+        learning: dict[str, dict[str, list[float]]] = {}
+        ends: dict[str, list[Params]] = {}
+        seconds: dict[str, float] = {"teacher": 0.0, "copied_untrained": 0.0}
+        for name, start in starts.items():
+            began = time.perf_counter()
+            for seed in range(settings.seeds):
+                say(f"{name}, seed {seed}")
+                key_start, key = jax.random.split(jax.random.key(seed))
+                params, curve = _distill(
+                    step, start(key_start), teacher.params, lines, settings, key, measure, say
+                )
+                ends.setdefault(name, []).append(params)
+                learning.setdefault(name, curve)
+            seconds[name] = time.perf_counter() - began
+
+        say("measuring")
+        first = ends["copied_distilled"][0]
+        encoders = {"teacher": (embed_teacher, teacher.params), "student": (embed, first)}
+        speeds = speed(encoders, lines.test, settings.rounds)
+        exact = Fidelity(np.ones(settings.held_out), np.ones(settings.held_out))
+        scores: dict[str, dict[str, list[Fidelity]]] = {"teacher": {n: [exact] for n in parts}}
+        for name, params in {"copied_untrained": [copied.params], **ends}.items():
+            scores[name] = {n: [measure(p, n) for p in params] for n in parts}
+        counts = {name: trees.count(first) for name in scores}
+        counts["teacher"] = trees.count(teacher.params)
+        rows = [
+            _row(
+                name,
+                settings,
+                speeds["teacher" if name == "teacher" else "student"],
+                counts[name],
+                found_of["validation"],
+                found_of["test"],
+                seconds[name],
+            )
+            for name, found_of in scores.items()
+        ]
+        student = copied._replace(params=first)
+        home = where.path / "student"
+        huggingface.save(home, student.params, student.rules, config=student.config)
+        shutil.copyfile(encoder / "tokenizer.json", home / "tokenizer.json")
+        print(copied.report)
+        results = report.Results(
+            "kdtl sentences: a sentence encoder's layers, distilled into a shallow student",
+            {
+                "name": text.name,
+                **{name: len(part["tokens"]) for name, part in lines._asdict().items()},
+                "tokens_per_line": lines.train["tokens"].shape[1],
+                "encoder": str(encoder),
+            },
+            report.compared(rows, {FAMILY: BASELINE}),
+            learning,
+            {},
+            _notes(settings),
+        )
+        _output.write_curves(where.path, learning)
+        _output.finish(where.path, results, table(rows))
+        print(f"student: {home}")
 
 
 def embeddings(
@@ -302,7 +282,7 @@ def _terms(layers: Sequence[int]) -> Callable[[Inputs], dict[str, Any]]:
 
 def _optimizer(settings: Settings) -> optax.GradientTransformation:
     warmup = max(1, settings.steps // 10)
-    rate = optax.warmup_cosine_decay_schedule(0.0, settings.rate, warmup, settings.steps)
+    rate = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, warmup, settings.steps)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
 
 
@@ -312,17 +292,17 @@ def _distill(
     teacher: Params,
     lines: Lines,
     settings: Settings,
-    seed: int,
+    key: Array,
     measure: Callable[[Params, str], Fidelity],
-    progress: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> tuple[Params, dict[str, list[float]]]:
-    key = jax.random.key(seed)
-    batches = data.resident({"inputs": lines.train}, settings.batch_size, key=key)
-    state = train.init_state(start, _optimizer(settings), key=key)
+    key_order, key_steps = jax.random.split(key)
+    batches = data.resident({"inputs": lines.train}, settings.batch_size, key=key_order)
+    state = train.init_state(start, _optimizer(settings), key=key_steps)
 
     def log(line: Mapping[str, Any]) -> None:
         if "loss" in line:
-            progress(f"  step {line['step']} of {settings.steps}, loss {line['loss']:.4f}")
+            say(f"  step {line['step']} of {settings.steps}, loss {line['loss']:.4f}")
 
     result = loop.run(
         step,
@@ -344,19 +324,11 @@ def _distill(
     return result.state.params, curve
 
 
-LABELS = {
-    "teacher": "Teacher",
-    "copied_untrained": "Teacher's layers, untrained",
-    "copied_distilled": "Teacher's layers, distilled",
-    BASELINE: "Random initialization, distilled",
-}
-
-
 def _row(
     name: str,
     settings: Settings,
     lines_per_second: float,
-    params: Params,
+    parameters: int,
     validation: Sequence[Fidelity],
     test: Sequence[Fidelity],
     seconds: float,
@@ -371,16 +343,52 @@ def _row(
         "sentences_per_second": round(lines_per_second, 1),
     }
     if trained:
-        fixed = ("layers", "steps", "batch_size", "rate", "max_length")
-        described |= {k: v for k, v in settings._asdict().items() if k in fixed}
+        fixed = ("layers", "steps", "batch_size", "learning_rate", "max_length")
+        described |= {name: getattr(settings, name) for name in fixed}
         described |= {f"weight_{term}": weight for term, weight in WEIGHTS.items()}
     return report.Row(
         name,
         FAMILY,
         LABELS[name],
-        trees.count(params),
+        parameters,
         report.interval([float(f.agreement.mean()) for f in test] * repeated),
         report.interval([float(f.agreement.mean()) for f in validation] * repeated),
         seconds,
         described,
     )
+
+
+def table(rows: Sequence[report.Row]) -> str:
+    """Fidelity, size and speed, one line per encoder."""
+    head = ("", "mean cosine", "agreement@10", "parameters", "sentences/s", "trained in s")
+    body = [
+        (
+            row.label,
+            f"{row.settings['mean_cosine']:.4f}",
+            f"{row.test.mean:.4f}",
+            f"{row.parameters:,}",
+            f"{row.settings['sentences_per_second']:,.0f}",
+            f"{row.seconds:.0f}" if row.seconds else "–",
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in (head, *body)
+    )
+
+
+def _notes(settings: Settings) -> list[str]:
+    return [
+        f"“Accuracy” here is agreement@{NEIGHBORS}: the share of a held-out line's nearest "
+        "held-out lines that student and teacher both name. The mean cosine of their embeddings "
+        "and the speed stand with each method's settings; the speed is that of this machine during "
+        "this run, tokens ready, encoders taking turns.",
+        f"The student takes layers {', '.join(map(str, settings.layers))}, the embeddings and the "
+        "pooler of its teacher; its twin starts at random. Both are trained alike, on the "
+        "teacher's hidden states, embeddings and their distances, without labels.",
+    ]

@@ -1,51 +1,103 @@
 """A sweep of students: settings x seeds of several methods, each method as one program.
 
 One teacher, its outputs computed once. Within a method everything is traced (seeds, temperatures,
-weights, alpha, rates); methods are looped over. Settings are compared by their mean validation
-accuracy over seeds; the test split is only read off. Run by `kdtl sweep`.
+weights, alpha, learning rates); methods are looped over. Settings are compared by their mean
+validation accuracy over seeds; the test split is only read off.
+
+    kdtl sweep --grid temperature=1,2,4,8 learning_rate=1e-3,1e-2 --seeds 5
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import train
-from kdtl_jax.datasets import Splits
-from kdtl_jax.methods import Entry, Setup, no_memory
-from kdtl_jax.recipes import _networks, _sweep_pair, _sweep_runs
-from kdtl_jax.recipes._sweep_runs import Program, Shared
-from kdtl_jax.recipes._training import Schedule
-from kdtl_jax.train import sweep
+from kdtl_jax import train, transforms
+from kdtl_jax._types import Params, Variables
+from kdtl_jax.methods import Entry, Setup
+from kdtl_jax.recipes import _axes, _models, _output, _pair, _seeds, _sweep_report, _training
+from kdtl_jax.recipes import settings as types
+from kdtl_jax.recipes._training import Experiment, Point
+from kdtl_jax.recipes.settings import UsageError, setting
+from kdtl_jax.run import scores
+from kdtl_jax.train import sweep as sweeps
 
 PROBE_STEPS, PROBE_POINTS = 8, 16
-Progress = Callable[[str], None]
-Columns = Mapping[str, np.ndarray]
+EXAMPLES = """
+  kdtl sweep --grid temperature=1,2,4,8 learning_rate=1e-3,3e-3,1e-2 --seeds 5
+  kdtl sweep --methods kd,dkd,dist --grid temperature=1,4 task=0.1,0.5,1
+  kdtl sweep --sample 64 --range temperature=1..20:log kd=0.1..2 --halving 3
+"""
 
 
-class Settings(NamedTuple):
-    """What fixes the sweep, beside data, models, methods and axes."""
+@dataclass(frozen=True)
+class Settings(types.Training, types.Data, types.Output):
+    """What fixes a run of `kdtl sweep`."""
 
-    seeds: int
-    epochs: int
-    batch_size: int
-    optimizer: _sweep_runs.Optimizer
-    fixed: Mapping[str, float]  # "rate" and "weight_decay" where they are not swept
-    teachers: Schedule
-    teacher_weights: Path | None = None
-    memory: int | None = None  # bytes of one call; None: all points at once
-    devices: Sequence[Any] | None = None
-    rungs: int = 1  # more: after each share of the epochs the better half of the settings goes on
-    runner: sweep.Runner | None = None  # None: the fastest, measured
+    out: str = setting("runs/sweep", "the run folder", metavar="FOLDER")
+    methods: tuple[str, ...] = setting(
+        ("kd",), "that train nothing but the student (kdtl distill --list)", metavar="NAME,...",
+        parse=types.method_names,
+    )  # fmt: skip
+    grid: Mapping[str, tuple[float, ...]] = setting(
+        {}, "every combination of these values; default: temperature=1,2,4,8. An axis is "
+        "temperature, learning_rate, weight_decay, alpha (start from alpha times the teacher's "
+        "selected weights), weight (multiplies a method's own weights of its terms), or a term's "
+        "own name: task, kd, …",
+        metavar="AXIS=X,...", parse=_axes.grid, many=True, group="axes",
+    )  # fmt: skip
+    sample: int | None = setting(
+        None, "N settings that fill the ranges of --range evenly, instead of a grid", metavar="N",
+        least=1, most=_axes.MOST, group="axes",
+    )  # fmt: skip
+    range: Mapping[str, str] = setting(
+        {}, "for --sample, e.g. temperature=1..20:log", metavar="AXIS=LOW..HIGH[:log]",
+        parse=_axes.ranges, many=True, group="axes",
+    )  # fmt: skip
+    seeds: int = setting(3, "students per setting", metavar="N", least=1, most=10_000, quick=2)
+    epochs: int = setting(30, "of a student", metavar="N", least=1, quick=4)
+    teacher_epochs: int = setting(30, "of the teacher", metavar="N", least=1, quick=4)
+    teacher: str | None = setting(
+        None, f"{types.MODEL}; default: what --teacher-weights holds, or mlp:128,64",
+        metavar="MODEL", parse=_models.text_of, group="models",
+    )  # fmt: skip
+    student: str = setting(
+        "mlp:16,16", "as --teacher", metavar="MODEL", parse=_models.text_of, group="models"
+    )
+    teacher_weights: str | None = setting(
+        None, "a safetensors file instead of training a teacher", metavar="FILE", group="models"
+    )
+    halving: int = setting(
+        1, "stop early: after each of so many equal parts of the epochs the better half of the "
+        "settings goes on; 1: everything to the end", metavar="RUNGS", least=1, group="how it runs",
+    )  # fmt: skip
+    memory: int | None = setting(
+        None, "of one call, e.g. 2GB; default: any", metavar="BYTES", parse=types.byte_size,
+        group="how it runs",
+    )  # fmt: skip
+    devices: int | None = setting(
+        None, "spread students over N devices; on a CPU, N virtual ones", metavar="N", least=1,
+        most=4096, group="how it runs",
+    )  # fmt: skip
+    path: Literal["fastest", "together", "mapped", "one-by-one"] = setting(
+        "fastest", "together: one program for all students; fastest: measured first",
+        group="how it runs",
+    )  # fmt: skip
+
+
+class Shared(NamedTuple):
+    """Arrays that every point reads."""
+
+    arrays: dict[str, Any]  # [N, ...]: "inputs", "labels", "index", "teacher"
+    teacher: Variables
 
 
 class Swept(NamedTuple):
-    """One method's results; K settings, S seeds. NaN after a setting was stopped."""
+    """One method's results: K settings, S seeds. NaN where a setting was stopped."""
 
     method: str
     columns: dict[str, np.ndarray]  # [K] each, of the axes that the method has
@@ -54,262 +106,291 @@ class Swept(NamedTuple):
     loss: np.ndarray  # [K, S]
     epochs: np.ndarray  # [K], trained
     path: str
-    chunk: int
+    per_call: int
     seconds: float
-    probed: dict[str, float]  # seconds per point of each path, where they were measured
+    probed: dict[str, float]  # seconds per student of each path, where they were measured
 
 
-class Outcome(NamedTuple):
-    """What a sweep found."""
-
-    swept: list[Swept]
-    notes: list[str]
-    teacher_validation: float
-    teacher_test: float
-
-
-def run(
-    splits: Splits,
-    teacher: nn.Module,
-    student: nn.Module,
-    methods: Sequence[Entry],
-    columns: Columns,
-    settings: Settings,
-    folder: Path,
-    say: Progress,
-) -> Outcome:
-    """Trains the teacher and every student.
-
-    Args:
-      splits: standardized data.
-      teacher: the large module.
-      student: the small one.
-      methods: those with connectors or memory are left out, with a note.
-      columns: `{axis: [K]}`, the settings; axes are those of `_sweep_runs.AXES` and terms' names.
-      settings: of the sweep.
-      folder: for the teacher's checkpoints.
-      say: progress.
-
-    Raises:
-      ValueError: if an axis is none of any method, no method is left, or data and models do not
-        fit.
-    """
-    example = jnp.zeros((1, *splits.train.inputs.shape[1:]), jnp.float32)
-    small, large = (_networks.network(module, example) for module in (student, teacher))
-    shapes = jax.eval_shape(lambda: large.init(jax.random.key(0), example))
-    blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    sizes = {"epochs": settings.epochs, "batch_size": settings.batch_size}
-    setup = _sweep_pair.setup_of(small, large, blank, splits, **sizes, example=example)
-    chosen, notes = _suitable(methods, setup)
-    of_method = {m.name: _axes(m, setup, columns) for m in chosen}
-    _known_axes(columns, of_method)
-    if "alpha" in columns:  # what cannot work is said before anything is trained
-        jax.eval_shape(
-            lambda: _sweep_runs.scaled_start(
-                blank.params, small.init(jax.random.key(0), example).params, jnp.float32(1)
-            )
+def run(settings: Settings) -> None:
+    """Trains the teacher and every student; writes and prints what was best."""
+    chosen = types.chosen(settings.methods, _pair.entries(), "kdtl distill")
+    devices = spread(settings)  # before anything touches one
+    columns = _axes.columns_of(settings)
+    if settings.epochs % settings.halving:
+        raise UsageError(
+            f"--halving {settings.halving} must divide the {settings.epochs} epochs of a student."
         )
-    frozen = _sweep_pair.teacher_of(
-        large, example, splits, settings.teachers, settings.teacher_weights, folder, say
-    )
-    setup = _sweep_pair.setup_of(small, large, frozen, splits, **sizes, example=example)
-    shared = _sweep_pair.shared_arrays(splits, large, frozen, chosen)
-    on_validation, on_test = _sweep_pair.accuracies(large, frozen, splits)
-
-    swept: list[Swept] = []
-    path: tuple[str, dict[str, float]] | None = None
-    for i, method in enumerate(chosen):
-        made = _sweep_runs.program(
-            method,
-            setup,
-            small,
-            settings.optimizer,
-            settings.fixed,
-            settings.batch_size,
-            example,
+    pair = _pair.read(settings)
+    size = len(pair.arrays["labels"])
+    _training.check_batch(settings.batch_size, size)
+    steps = settings.epochs * (size // settings.batch_size)
+    of_setup = {"steps": steps, "batch_size": settings.batch_size}
+    blank = _pair.setup(pair, None, **of_setup)
+    entries, notes = suitable(chosen, blank)
+    axes = {entry.name: _axes.own_axes(entry, blank, columns) for entry in entries}
+    unknown = [axis for axis in columns if not any(axis in own for own in axes.values())]
+    if unknown:
+        raise UsageError(
+            f"{unknown[0]!r} is no axis of {', '.join(axes)}. Axes are {', '.join(_axes.AXES)}, "
+            "task, and the names of a method's terms."
         )
-        count = len(next(iter(of_method[method.name].values()), [0]))
-        say(f"{method.name} ({i + 1} of {len(chosen)}): {count} settings, {settings.seeds} seeds")
-        found = _sweep(method.name, made, of_method[method.name], shared, settings, path, say)
-        path = found.path, found.probed  # the pair decides, not the loss: measured once
-        swept.append(found)
-    return Outcome(swept, notes, on_validation, on_test)
+    if "alpha" in columns:
+        large, small = (_models.abstract(n, pair.example) for n in (pair.teacher, pair.student))
+        jax.eval_shape(scaled_start, large.params, small.params, jnp.float32(1))
+    rate = settings.learning_rate or _training.RATES[settings.optimizer]
+
+    def tx_of(point: Point, steps: int) -> Any:
+        decay = point.get("weight_decay", settings.weight_decay)
+        rates = point.get("learning_rate", rate)
+        return _training.optimizer(settings.optimizer, rates, decay, steps)
+
+    say = _output.progress()
+    with (
+        _output.run_folder(settings, "sweep", pair.files) as where,
+        _output.counted_programs() as programs,
+    ):
+        folder = where.path
+        say(f"teacher{'' if pair.given is None else f', from {settings.teacher_weights}'}")
+        common = _seeds.Run(
+            folder=folder, identity=where.run, resume=False, batch_size=settings.batch_size,
+            arrays=pair.arrays, validation=pair.splits.validation,
+        )  # fmt: skip
+        frozen, teacher, _ = _pair.taught(
+            pair, common, lambda steps: tx_of({}, steps), epochs=settings.teacher_epochs,
+            described={},
+        )  # fmt: skip
+        setup = _pair.setup(pair, frozen, **of_setup)
+        outputs = _models.outputs(pair.teacher, frozen, pair.arrays["inputs"])
+        if all(entry.needs in ("labels", "logits") for entry in entries):
+            outputs = {"logits": outputs["logits"]}
+        on_device = jax.tree.map(jnp.asarray, {**pair.arrays, "teacher": outputs})
+        shared = Shared(on_device, jax.tree.map(jnp.asarray, frozen))
+        held = [
+            {"inputs": jnp.asarray(part.inputs), "labels": jnp.asarray(part.labels)}
+            for part in pair.splits[1:]
+        ]
+        swept: list[Swept] = []
+        for i, entry in enumerate(entries):
+            count = len(next(iter(axes[entry.name].values()), [0]))
+            say(f"{entry.name} ({i + 1} of {len(entries)}): {count} settings")
+            learner = student(pair, entry, setup, lambda point: tx_of(point, steps))
+            known = swept[-1] if swept else None  # the pair decides the path: measured once
+            swept.append(
+                sweep_one(entry.name, learner, axes[entry.name], shared, held, settings, devices,
+                          known, say)
+            )  # fmt: skip
+        results = _sweep_report.Sweep(
+            pair, settings, swept, [*notes, programs()], teacher.validation.mean, teacher.test.mean
+        )
+        _sweep_report.write(folder, results)
+    _sweep_report.print_table(results)
+    print(f"report: {folder / 'report.html'}")
 
 
-def _sweep(
+def student(pair: _pair.Pair, entry: Entry, setup: Setup, tx: Callable[[Point], Any]) -> Experiment:
+    """A method's student, whose temperature, weights, rates and start are the point's."""
+    apply = pair.student.apply
+
+    def start(point: Point, shared: Shared) -> train.TrainState:
+        keys = _training.keys(point["seed"])
+        fresh = pair.student.init(keys.model, pair.example)
+        params = fresh.params
+        if "alpha" in point:
+            params = scaled_start(shared.teacher.params, params, point["alpha"])
+        return train.init_state(params, tx(point), key=keys.steps, model_state=fresh.model_state)
+
+    def step(state: Any, batch: Any, point: Point, shared: Shared) -> Any:
+        plain = _pair.build(entry, setup, point.get("temperature"), {})
+        factor = point.get("weight")
+        weights = {
+            term: weight if factor is None or term == "task" else times(weight, factor)
+            for term, weight in plain.weights.items()
+        }
+        weights |= {term: point[term] for term in weights if term in point}
+        return train.make_step(apply, plain.terms, weights, tx(point))(state, batch)
+
+    def logits(state: Any, inputs: Any, shared: Shared) -> Any:
+        return apply(state.params, state.model_state, inputs)[0]["logits"]
+
+    return Experiment(start, step, logits)
+
+
+def sweep_one(
     name: str,
-    made: Program,
+    learner: Experiment,
     columns: dict[str, np.ndarray],
     shared: Shared,
+    held: Sequence[Any],
     settings: Settings,
-    path: tuple[str, dict[str, float]] | None,
-    say: Progress,
+    devices: Sequence[Any] | None,
+    known: Swept | None,
+    say: Callable[[str], None],
 ) -> Swept:
-    seeds = settings.seeds
-    count = len(next(iter(columns.values()), [0]))
-    points = {
-        "seed": np.tile(np.arange(seeds, dtype=np.int32), count),
-        **{axis: np.repeat(column, seeds).astype(np.float32) for axis, column in columns.items()},
-    }
-    begun = time.perf_counter()
-    chosen, probed = _path(made, points, shared, settings, path, say)
-    epochs = _shares(settings.epochs, settings.rungs)
-    chunk = _chunk(made, points, shared, settings, chosen, epochs[0])
-    shape = (settings.rungs, count, seeds)
-    validation, test, loss = (np.full(shape[1:], np.nan) for _ in range(3))
-    trained = np.zeros(count, np.int64)
-    left, states = np.arange(count), None
-    for rung, more in enumerate(epochs):
-        here = {k: v.reshape(count, seeds)[left].reshape(-1) for k, v in points.items()}
-        if states is not None:
-            first = np.full(len(here["seed"]), sum(epochs[:rung]), np.int32)
-            here |= {"state": states, "epoch": first}
-        last = rung == len(epochs) - 1
-        states, scores = _run(made, here, shared, settings, chosen, more, chunk, last)
-        for whole, part in zip((validation, test, loss), scores, strict=True):
-            whole[left] = np.asarray(part, np.float64).reshape(-1, seeds)
-        trained[left] += more
-        if not last:
-            mean = validation[left].mean(axis=1)
-            order = np.argsort(-np.where(np.isfinite(mean), mean, -np.inf), kind="stable")
-            kept = np.sort(order[: max(1, -(-len(left) // 2))])
-            rows = (kept[:, None] * seeds + np.arange(seeds)).reshape(-1)
-            states = jax.tree.map(lambda x, rows=rows: x[rows], states)
-            left = left[kept]
-            say(f"{name}: {len(left)} settings go on after {sum(epochs[: rung + 1])} epochs")
-    seconds = time.perf_counter() - begun
-    path_name = chosen.__name__
-    return Swept(name, columns, validation, test, loss, trained, path_name, chunk, seconds, probed)
-
-
-def _run(
-    made: Program,
-    points: dict[str, Any],
-    shared: Shared,
-    settings: Settings,
-    chosen: sweep.Runner,
-    epochs: int,
-    chunk: int,
-    last: bool,
-) -> tuple[Any, _sweep_runs.Scores]:
-    """States (not after the last rung) and scores of all points."""
-    whole = _sweep_runs.trained(made, epochs)
-    runner = chosen
-    if chosen.__name__ == "step_by_step":
-        runner = _sweep_runs.step_by_step(made, epochs)
-    elif last:
-
-        def only_scores(point: Any, shared: Shared) -> Any:
-            return None, whole(point, shared)[1]
-
-        return sweep.run(
-            only_scores, points, shared, chunk=chunk, runner=runner, devices=settings.devices
+    """All settings and seeds of one method."""
+    seeds, count = settings.seeds, len(next(iter(columns.values()), [0]))
+    if count * seeds > _axes.MOST:
+        raise UsageError(
+            f"{count} settings of {seeds} seeds are more than {_axes.MOST:,} students."
         )
-    return sweep.run(whole, points, shared, chunk=chunk, runner=runner, devices=settings.devices)
+    each = {axis: np.repeat(column, seeds) for axis, column in columns.items()}
+    points = {"seed": np.tile(np.arange(seeds, dtype=np.int32), count), **each}
+    of_fit = {"batch_size": settings.batch_size}
+
+    def data_of(point: Point, shared: Shared) -> Any:
+        return shared.arrays
+
+    whole = _training.fit(learner, data_of, epochs=settings.epochs, **of_fit)
+    chunk = None
+    if settings.memory is not None:
+        chunk = sweeps.chunk_for_memory(whole, points, shared, *held, bytes=settings.memory)
+
+    def programs(fit: Any, steps: int | None = None) -> dict[str, Callable[..., Any]]:
+        if devices is not None:  # only students that run together can be spread
+            return {"together": sweeps.vmap(fit, chunk=chunk, devices=devices)}
+        alone = _training.one_by_one(
+            learner, data_of, epochs=1 if steps else settings.epochs, steps=steps, **of_fit
+        )
+        return {
+            "together": sweeps.vmap(fit, chunk=chunk), "mapped": sweeps.map(fit),
+            "one-by-one": alone,
+        }  # fmt: skip
+
+    begun, path, probed = time.perf_counter(), settings.path, {}
+    if path == "fastest" and known is not None:
+        path, probed = known.path, known.probed
+    elif path == "fastest":
+        short = _training.fit(learner, data_of, epochs=1, steps=PROBE_STEPS, **of_fit)
+        some = {axis: column[:PROBE_POINTS] for axis, column in points.items()}
+        few = [jax.tree.map(lambda x: x[:1], part) for part in held]  # it is steps that differ
+        candidates = programs(short, PROBE_STEPS)
+        if len(candidates) > 1:
+            probed = timings(candidates, some, shared, *few)
+        path = min(candidates, key=lambda name: probed.get(name, 0.0))
+        listed = ", ".join(f"{way} {1e3 * s:.2f} ms" for way, s in probed.items())
+        say(
+            f"path: {path}"
+            + (f" (per student and {PROBE_STEPS} steps: {listed})" if probed else "")
+        )
+
+    if settings.halving > 1:
+        found = halved(learner, columns, shared, held, settings, chunk, devices)
+        path = "together"
+    else:
+        fitted = programs(whole)[path](points, shared, *held)
+        shape = (count, seeds)
+        scores = (fitted.validation, fitted.test, fitted.loss)
+        validation, test, loss = (np.asarray(x, np.float64).reshape(shape) for x in scores)
+        found = validation, test, loss, np.full(count, settings.epochs)
+    per_call = (chunk or count * seeds) if path == "together" else 1
+    spent = time.perf_counter() - begun
+    return Swept(name, columns, *found, path, per_call, spent, probed)
 
 
-def _path(
-    made: Program,
-    points: dict[str, Any],
+def timings(
+    programs: Mapping[str, Callable[..., Any]], points: Mapping[str, Any], *shared: Any
+) -> dict[str, float]:
+    """Seconds per point of every program; they take turns, the shorter of two runs counts."""
+    best = dict.fromkeys(programs, float("inf"))
+    for turn in range(3):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(points, *shared))
+            if turn:  # the first run compiles
+                best[name] = min(best[name], time.perf_counter() - start)
+    return {name: seconds / len(points["seed"]) for name, seconds in best.items()}
+
+
+def halved(
+    learner: Experiment,
+    columns: dict[str, np.ndarray],
     shared: Shared,
+    held: Sequence[Any],
     settings: Settings,
-    known: tuple[str, dict[str, float]] | None,
-    say: Progress,
-) -> tuple[sweep.Runner, dict[str, float]]:
-    """The runner asked for, the one found for another method, or the fastest of all."""
-    short = _sweep_runs.trained(made, 1, steps=PROBE_STEPS)
-    single = _sweep_runs.step_by_step(made, 1, steps=PROBE_STEPS)
-    candidates: list[sweep.Runner] = [sweep.vectorized, sweep.mapped, sweep.sequential]
-    if _loses_in_loops(made, points, shared):
-        candidates.append(single)
-    if settings.runner is not None:
-        return settings.runner, {}
-    if known is not None:
-        by_name = {runner.__name__: runner for runner in [*candidates, single]}
-        return by_name[known[0]], known[1]
-    if settings.devices is not None:  # only one program per chunk can be spread over devices
-        return sweep.vectorized, {}
-    # The probe reads the scores of few examples: it is the steps that are compared.
-    few = shared._replace(
-        validation=jax.tree.map(lambda x: x[:1], shared.validation),
-        test=jax.tree.map(lambda x: x[:1], shared.test),
-    )
-    seconds = sweep.timings(
-        short, points, few, candidates=candidates, probe=PROBE_POINTS, repeats=2
-    )
-    probed = {r.__name__: s for r, s in zip(candidates, seconds, strict=True)}
-    chosen = candidates[int(np.argmin(seconds))]
-    listed = ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in probed.items())
-    say(f"path: {chosen.__name__} (per student and {PROBE_STEPS} steps: {listed})")
-    return chosen, probed
+    chunk: int | None,
+    devices: Sequence[Any] | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Validation, test and loss `[K, S]` and epochs `[K]` after successive halving.
+
+    A point is a setting with all its seeds: they stay or go together.
+    """
+    seeds, count = settings.seeds, len(next(iter(columns.values()), [0]))
+    epochs = settings.epochs // settings.halving
+    own = jnp.arange(seeds, dtype=jnp.int32)
+
+    def start(point: Point, shared: Shared, *held: Any) -> Any:
+        states = jax.vmap(lambda seed: learner.start({**point, "seed": seed}, shared))(own)
+        return states, jnp.zeros((seeds,)), jnp.zeros((seeds,))
+
+    def advance(state: Any, point: Point, shared: Shared, validation: Any, test: Any) -> Any:
+        def of_seed(state: train.TrainState, seed: Any) -> Any:
+            mine = {**point, "seed": seed}
+            state, curve, losses = _training.advance(
+                learner, state, mine, shared, shared.arrays, validation,
+                epochs=epochs, batch_size=settings.batch_size,
+            )  # fmt: skip
+            return state, curve[-1], losses[-1]
+
+        return jax.vmap(of_seed)(state[0], own)
+
+    def score(state: Any, point: Point, *_: Any) -> Any:
+        return state[1]
+
+    done = sweeps.successive_halving(
+        start, advance, score, columns, shared, *held, rungs=settings.halving
+    )  # fmt: skip
+    reached = np.isfinite(done.scores.reshape(settings.halving, count, -1)).any(axis=-1)
+    rungs = np.maximum(reached.sum(axis=0), 1)
+    validation = done.scores[rungs - 1, np.arange(count)].reshape(count, seeds)
+    test, loss = (np.full((count, seeds), np.nan) for _ in range(2))
+    states, _, losses = done.state
+    evaluate = jax.jit(jax.vmap(jax.vmap(lambda s, x: scores.predicted(
+        learner.logits(s, x, shared)), in_axes=(0, None)), in_axes=(0, None)))  # fmt: skip
+    named = np.asarray(evaluate(states, held[1]["inputs"]))
+    test[done.survivors] = scores.accuracy(named, np.asarray(held[1]["labels"]))
+    loss[done.survivors] = np.asarray(losses)
+    return validation, test, loss, rungs * epochs
 
 
-def _loses_in_loops(made: Program, points: dict[str, Any], shared: Shared) -> bool:
-    """Whether single steps may be faster here than steps in a program's loop."""
-    point = jax.tree.map(lambda x: jnp.asarray(x[0]), points)
-    state = jax.eval_shape(made.start, point, shared)
-    rows = jax.eval_shape(lambda: made.rows(point, 0))
-    batch = jax.eval_shape(
-        lambda s: train.take(s.arrays, jnp.zeros(rows.shape[1:], jnp.int32)), shared
-    )
-    return train.step_path(made.step(point), state, batch) == "steps"
-
-
-def _chunk(
-    made: Program,
-    points: dict[str, Any],
-    shared: Shared,
-    settings: Settings,
-    chosen: sweep.Runner,
-    epochs: int,
-) -> int:
-    total = len(points["seed"])
-    if settings.memory is None or chosen is not sweep.vectorized:
-        return total
-    experiment = _sweep_runs.trained(made, epochs)
-    return sweep.chunk_for_memory(experiment, points, shared, bytes=settings.memory)
-
-
-def _shares(epochs: int, rungs: int) -> list[int]:
-    """The epochs of each rung."""
-    if not 1 <= rungs <= epochs:
-        raise ValueError(f"{rungs} rungs do not fit into {epochs} epochs.")
-    ends = [round(epochs * (i + 1) / rungs) for i in range(rungs)]
-    return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-
-
-def _suitable(methods: Sequence[Entry], setup: Setup) -> tuple[list[Entry], list[str]]:
-    chosen, notes = [], []
-    for method in methods:
-        reason = method.applies(setup)
-        if reason is None and method.needs == "networks":
+def suitable(chosen: Sequence[Entry], setup: Setup) -> tuple[list[Entry], list[str]]:
+    """Methods that train nothing but the student; notes on the others."""
+    entries, notes = [], []
+    for entry in chosen:
+        reason = entry.applies(setup)
+        if reason is None and entry.needs == "networks":
             reason = "it differentiates the networks themselves, which a sweep does not offer"
         if reason is None:
-            built = method.build(setup)
-            if method.connector or built.memory is not no_memory or built.predict is not None:
+            method = entry.build(setup)
+            memory = jax.eval_shape(method.memory, jax.random.key(0))
+            if entry.connector or jax.tree.leaves(memory) or method.predict is not None:
                 reason = "it trains or keeps more than the student; use kdtl distill"
         if reason is None:
-            chosen.append(method)
+            entries.append(entry)
         else:
-            notes.append(f"{method.name} is left out: {reason}.")
-    if not chosen:
+            notes.append(f"{entry.name} is left out: {reason}.")
+    if not entries:
         raise ValueError(f"no method is left. {' '.join(notes)}")
-    return chosen, notes
+    return entries, notes
 
 
-def _axes(method: Entry, setup: Setup, columns: Columns) -> dict[str, np.ndarray]:
-    """The axes that the method has, without settings that then are equal."""
-    known = {*_sweep_runs.AXES, *_sweep_runs.terms_of(method, setup)}
-    own = {name: np.asarray(column) for name, column in columns.items() if name in known}
-    rows = list(zip(*own.values(), strict=True))
-    first = [i for i, row in enumerate(rows) if row not in rows[:i]]
-    return {name: column[first] for name, column in own.items()}
+def scaled_start(teacher: Params, student: Params, alpha: Any) -> Params:
+    """`alpha` times the teacher's evenly spaced units, in the student's shapes."""
+    selected, _ = transforms.transfer(
+        teacher, student, on_mismatch=transforms.select_uniform, check_finite=False
+    )
+    return transforms.scale(selected, alpha)
 
 
-def _known_axes(columns: Columns, of_method: Mapping[str, Mapping[str, Any]]) -> None:
-    unknown = [axis for axis in columns if not any(axis in own for own in of_method.values())]
-    if unknown:
-        raise ValueError(
-            f"{unknown[0]!r} is no axis of {', '.join(of_method)}. Axes are "
-            f"{', '.join(_sweep_runs.AXES)}, task, and the names of a method's terms."
+def times(weight: Any, factor: Any) -> Any:
+    """A weight or schedule, multiplied."""
+    return (lambda step: weight(step) * factor) if callable(weight) else weight * factor
+
+
+def spread(settings: Settings) -> list[Any] | None:
+    """The devices of `--devices`; on a CPU as many virtual ones as asked for."""
+    if settings.devices is None or settings.devices == 1:
+        return None
+    if settings.path in ("mapped", "one-by-one"):
+        raise UsageError(
+            f"--devices spreads students that run together, not --path {settings.path}."
         )
+    return _output.devices(settings.devices)

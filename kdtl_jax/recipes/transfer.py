@@ -1,327 +1,271 @@
 """A trained model's weights on a new task with few labels, by every method of `_transfer_methods`.
 
-Without `source` one source model per seed is trained on the source task first. Every method starts
-from the same copies, sees the same few examples per seed, and chooses its learning rate (and the
-strength of its own term, where it has one) by mean validation accuracy over seeds; the test split
-is only read off. All seeds and settings of a method run as one compiled program. Run by
-`kdtl transfer`.
+Without `--source-weights` one source model per seed is trained on the source classes first. Every
+method starts from the same copies, sees the same few examples per seed, and chooses its learning
+rate (and the strength of its own term, where it has one) by mean validation accuracy over seeds;
+the test split is only read off. All seeds and settings of a method run as one compiled program.
+
+    kdtl transfer --methods scratch,copied_finetuned,lora --labels-per-class 5 --seeds 16
 """
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import Array
 
-from kdtl_jax import objective, train, transferability, transforms, trees
-from kdtl_jax._types import Params, Variables
-from kdtl_jax.datasets import Dataset, Splits, per_class
-from kdtl_jax.recipes import _fits, _networks
+from kdtl_jax import transforms, trees
+from kdtl_jax._types import Variables
+from kdtl_jax.datasets import Dataset, Splits, Standardizer, only_classes
+from kdtl_jax.interop import safetensors
+from kdtl_jax.recipes import _models, _output, _targets, _training
 from kdtl_jax.recipes import _transfer_methods as ways
-from kdtl_jax.recipes._networks import Network
-from kdtl_jax.recipes._transfer_methods import Case, Method
-from kdtl_jax.run import report
-from kdtl_jax.train import sweep
+from kdtl_jax.recipes import settings as types
+from kdtl_jax.recipes._models import About
+from kdtl_jax.recipes._targets import BASELINE, FAMILY, Source, Surgery
+from kdtl_jax.recipes.settings import UsageError, setting
+from kdtl_jax.run import checkpoint, record, report
 
-FAMILY = "transfer"
-HEADS = r"(params/)?head/.*"
+POLICIES = {
+    "error": transforms.raise_on_mismatch,
+    "keep": transforms.keep_on_mismatch,
+    "crop": transforms.crop,
+    "pad": transforms.pad,
+    "crop_or_pad": transforms.crop_or_pad,
+    "uniform": transforms.select_uniform,
+    "resize": transforms.resize_linear,
+}
+CANVAS = 12  # pixels, for the embedded digits, which otherwise are too easy to need a source
+EXAMPLES = """
+  kdtl transfer --out runs/transfer
+  kdtl transfer --methods scratch,copied_finetuned,lora --labels-per-class 5 --seeds 16
+  kdtl transfer --source-weights runs/demo/student.safetensors --model mlp:16,16 --canvas 0
+  kdtl transfer --data images.npz --model cnn:16,32 --source-weights old.safetensors \\
+      --rename 'backbone/(.*)=>\\1' --on-mismatch crop
 
-
-class Settings(NamedTuple):
-    """What fixes the experiment."""
-
-    methods: tuple[str, ...] = ways.DEFAULT
-    seeds: int = 8
-    labels_per_class: int = 10  # 0: all of them
-    epochs: int = 60
-    batch_size: int = 25
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    strengths: tuple[float, ...] | None = None  # None: each method's own
-    llrd: float = 1.0
-    source_epochs: int = 20
-    source_rate: float = 3e-3
-    source_batch_size: int = 64
-
-
-class Surgery(NamedTuple):
-    """How a source's leaves find their places: arguments of `transforms.transfer`."""
-
-    where: trees.Selector = trees.none_of(HEADS)
-    rename: Sequence[tuple[str, str | None]] = ()
-    on_mismatch: transforms.Policy = transforms.raise_on_mismatch
+A WHERE selects target leaves: a regular expression for the whole path, or glob:PATTERN.
+"""
 
 
-class Source(NamedTuple):
-    """Weights to start from: `tree` with or without a leading axis of seeds."""
+@dataclass(frozen=True)
+class Settings(types.Data, types.Output):
+    """What fixes a run of `kdtl transfer`."""
 
-    tree: Any  # as `_networks.tree` lays variables out; extra leaves are asked about
-    is_per_seed: bool
+    out: str = setting("runs/transfer", "the run folder", metavar="FOLDER")
+    list: bool = setting(False, "print the methods and exit")
+    model: str | None = setting(
+        None, f"{types.MODEL}; default: what --source-weights holds, or mlp:128,64",
+        metavar="MODEL", parse=_models.text_of,
+    )  # fmt: skip
+    source_weights: str | None = setting(
+        None, "safetensors to start from; without it a source is trained on --source-classes",
+        metavar="FILE", group="source",
+    )  # fmt: skip
+    source_classes: str | None = setting(
+        None, "default: the first half", metavar="A-B", parse=types.class_range, group="source"
+    )
+    target_classes: str | None = setting(
+        None, "default: those after the source's, or all of them with --source-weights",
+        metavar="A-B", parse=types.class_range, group="source",
+    )  # fmt: skip
+    where: str | None = setting(
+        None, "which leaves are copied; default: all but the head", metavar="WHERE", group="source"
+    )
+    rename: tuple[str, ...] = setting(
+        (), "source path to target path; repeat for more, first match wins; '=>' alone drops",
+        metavar="'REGEX=>NAME'", repeat=True, group="source",
+    )  # fmt: skip
+    on_mismatch: Literal["error", "keep", "crop", "pad", "crop_or_pad", "uniform", "resize"] = (
+        setting("error", "what becomes of leaves of another shape", group="source")
+    )
+    source_epochs: int = setting(
+        20, "of a source trained here", metavar="N", least=1, quick=2, group="source"
+    )
+    canvas: int | None = setting(
+        None, "put every image at a random place on a blank square this wide; 0: leave them as "
+        "they are; default: 12 for the embedded digits without --source-weights, else 0",
+        metavar="PIXELS", least=0, most=4096, group="source",
+    )  # fmt: skip
+    methods: tuple[str, ...] = setting(
+        ways.DEFAULT, f"of: {', '.join(ways.BY_NAME)}, or all", metavar="NAME,...",
+        parse=types.method_names, group="training",
+    )  # fmt: skip
+    labels_per_class: int = setting(
+        10, "drawn anew for every seed; 0: all", metavar="N", least=0, group="training"
+    )
+    seeds: int = setting(
+        8, "students per setting", metavar="N", least=1, most=10_000, quick=2, group="training"
+    )
+    epochs: int = setting(60, "of a target", metavar="N", least=1, quick=4, group="training")
+    batch_size: int = setting(25, "examples per step", metavar="N", least=1, group="training")
+    learning_rates: tuple[float, ...] = setting(
+        (1e-3, 3e-3, 1e-2), "Adam's, to choose from on validation", metavar="X,...",
+        parse=types.positive_numbers, quick=(1e-3,), group="training",
+    )  # fmt: skip
+    strengths: tuple[float, ...] | None = setting(
+        None, "of each method's own term, to choose from; default: each method's own",
+        metavar="X,...", parse=types.positive_numbers, group="training",
+    )  # fmt: skip
+    llrd: float = setting(
+        1.0, "layer-wise learning-rate decay, 0.75 for example; 1: none", metavar="DECAY",
+        above=0, most=1, group="training",
+    )  # fmt: skip
 
 
-class Trained(NamedTuple):
-    """All points of a method."""
+def run(settings: Settings) -> int | None:
+    """Copies a source into targets, trains them by every method, writes the run folder."""
+    if settings.list:
+        header = ("method", "label", "paper")
+        return _output.print_columns(header, [(m.name, m.label, m.paper) for m in ways.METHODS])
+    chosen = types.chosen(settings.methods, ways.BY_NAME, "kdtl transfer")
+    surgery, path = surgery_of(settings), settings.source_weights
+    text, about = _models.read_about(path, settings.model, "mlp:128,64")
+    scaling, source_part, target = read(settings, about)
+    net = _models.network(
+        _models.module(text, target.train.classes), jnp.asarray(target.train.inputs[:1])
+    )
+    given = None if path is None else safetensors.load(path)
+    if path is not None:
+        record.check_finite(path, given)
+    files = {"data": settings.data, **({} if path is None else {"source_weights": path})}
+    say = _output.progress()
+    with (
+        _output.run_folder(settings, "transfer", files) as where,
+        _output.counted_programs() as programs,
+    ):
+        folder = where.path
+        if given is None:
+            say("source")
+            before = _models.network(
+                _models.module(text, source_part.classes), jnp.asarray(source_part.inputs[:1])
+            )
+            source = _targets.train_sources(
+                before, source_part, seeds=settings.seeds, epochs=settings.source_epochs
+            )
+        else:
+            source = Source(given, False)
+        found = _targets.compare(net, target, source, chosen, settings, surgery, say)
+        print(found.surgery)
+        finite = [row for row in found.rows if np.isfinite(row.validation.mean)]
+        if finite:
+            best = max(finite, key=lambda row: row.validation.mean).method
+            first = Variables(*_training.pick(tuple(found.models[best]), 0))
+            known = About(text, target.train.classes, scaling)
+            more = {"method": best, "seed": "0"}
+            _models.save(folder / "student.safetensors", first, known, more)
+        with checkpoint.open_folder(folder / "checkpoints") as checkpoints:
+            models = {name: model._asdict() for name, model in found.models.items()}
+            checkpoint.save(checkpoints, settings.epochs, models, {"methods": list(models)})
+        baselines = {FAMILY: BASELINE} if BASELINE in found.models else {}
+        few = settings.labels_per_class
+        trained_on = f"{len(source_part.labels)} examples of {source_part.classes} classes"
+        where = path or f"one source model per seed, trained on {trained_on}"
+        scores = ", ".join(f"{name} {score.mean:.2f}" for name, score in found.scores.items())
+        train_size = few * target.train.classes or len(target.train.labels)
+        results = report.Results(
+            "kdtl transfer: a trained model's weights on a new task",
+            {
+                "name": target.train.name,
+                "target_train": train_size,
+                "validation": len(target.validation.labels),
+                "test": len(target.test.labels),
+                "source": path or f"{len(source_part.labels)} source examples",
+                "transferability": {name: score.mean for name, score in found.scores.items()},
+            },
+            report.compared(found.rows, baselines),
+            found.learning,
+            {},
+            [
+                f"Source: {where}; {100 * found.surgery.fraction:.1f} % of the target's parameters "
+                "are its own.",
+                f"Target: {target.train.classes} classes with {few or 'all'} labels each, drawn "
+                f"anew for every seed; {len(target.validation.labels)} validation and "
+                f"{len(target.test.labels)} test examples. Learning rate and strength are chosen "
+                "on validation; the test split is only read off.",
+                f"Transferability before any training: {scores or 'no features to score'}. Higher "
+                "is better, between sources for this target.",
+                *(
+                    f"{row.method} diverged: logits are not finite, and it is ranked last."
+                    for row in found.rows
+                    if row not in finite
+                ),
+                programs(),
+            ],
+        )
+        _output.write_curves(folder, found.learning)
+        _output.finish(folder, results)
+    return 0
 
-    fitted: _fits.Fitted
-    model_state: Any
 
-
-class Outcome(NamedTuple):
-    """What `kdtl transfer` takes from here."""
-
-    rows: list[report.Row]
-    learning: dict[str, dict[str, list[float]]]
-    surgery: transforms.Report
-    scores: dict[str, report.Interval]  # of the source for the target, before any training
-    models: dict[str, Variables]  # by method, stacked over seeds
-
-
-def run(
-    net: Network,
-    target: Splits,
-    source: Source,
-    settings: Settings,
-    surgery: Surgery,
-    progress: Callable[[str], None],
-) -> Outcome:
-    """Copies the source into targets and trains them by every method.
+def surgery_of(settings: Settings) -> Surgery:
+    """The settings' selectors and rules.
 
     Raises:
-      ValueError: if the source does not fit (every leaf is named), a method needs the source's head
-        and there is none, or a class has too few examples.
+      UsageError: if a rule has no `=>`.
     """
-    methods = [ways.BY_NAME[name] for name in settings.methods]
-    seeds, data = range(settings.seeds), _few(target.train, settings)
-    example = data["inputs"][0, :1]
-    keys = jax.vmap(jax.random.key)(jnp.arange(1000, 1000 + settings.seeds, dtype=jnp.uint32))
-    fresh = jax.jit(jax.vmap(lambda key: net.init(key, example)))(keys)
-    first = source.tree if not source.is_per_seed else _row(source.tree, 0)
-    _, done = _copy(first, _row(fresh, 0), surgery)
-    head = _source_head(first)
-    lacking = [method.name for method in methods if method.needs_source_head and head is None]
-    if lacking:
-        raise ValueError(
-            f"{', '.join(lacking)} train the source's head too, and the source has no "
-            "head/kernel and head/bias. Leave these methods out (--methods)."
+    rules: list[tuple[str, str | None]] = []
+    for text in settings.rename:
+        pattern, arrow, name = text.partition("=>")
+        if not arrow:
+            raise UsageError(f"--rename {text!r}: expected 'REGEX=>NAME'")
+        rules.append((pattern.strip(), name.strip() or None))
+    surgery = Surgery(rename=rules, on_mismatch=POLICIES[settings.on_mismatch])
+    where = settings.where
+    if where is None:
+        return surgery
+    glob = where.startswith("glob:")
+    return surgery._replace(where=trees.Glob(where.removeprefix("glob:")) if glob else where)
+
+
+def read(settings: Settings, about: About) -> tuple[Standardizer, Dataset, Splits]:
+    """How inputs are scaled, the source's training set and the target's splits.
+
+    Raises:
+      UsageError: if classes or canvas do not fit the data.
+    """
+    # A file's classes are the source's own: the target's may be others.
+    own = about._replace(classes=None, names=())
+    ready, scaling = _models.read_data(settings, own, settings.source_weights)
+    classes, is_trained = ready.train.classes, settings.source_weights is None
+    first = _range(settings.source_classes) or range(classes // 2)
+    later = range(first.stop, classes) if is_trained else range(classes)
+    second = _range(settings.target_classes) or later
+    for name, chosen in (("source", first), ("target", second)):
+        if not chosen or chosen.stop > classes:
+            raise UsageError(
+                f"--{name}-classes: the data has classes 0-{classes - 1}, got "
+                f"{chosen.start}-{chosen.stop - 1}"
+            )
+    sources = only_classes(ready.train, first) if is_trained else ready.train
+    target = Splits(*(only_classes(part, second) for part in ready))
+    default = CANVAS if settings.data == "digits" and is_trained else 0
+    canvas = default if settings.canvas is None else settings.canvas
+    if not canvas:
+        return scaling, sources, target
+    sides = ready.train.inputs.shape[1:3]
+    if ready.train.inputs.ndim != 4 or max(sides) > canvas:
+        raise UsageError(
+            f"--canvas {canvas}: needs images no larger than that, the data is {list(sides)}"
         )
-    over = 0 if source.is_per_seed else None
-    quiet = jax.vmap(
-        lambda tree, target: _copy(tree, target, surgery, check_finite=False)[0],
-        in_axes=(over, 0),
-    )
-    copied = jax.jit(quiet)(jax.tree.map(jnp.asarray, source.tree), fresh)
-    heads = None
-    if head is not None:
-        stack = (lambda x: x) if source.is_per_seed else (lambda x: jnp.stack([x] * len(seeds)))
-        heads = jax.tree.map(stack, _source_head(source.tree))
-    shared = (data, fresh, copied, heads, _fits.held(target.validation), _fits.held(target.test))
-
-    scores = jax.jit(jax.vmap(lambda *seed: _scores(net, target.train.classes, *seed)))
-    found = scores(copied, heads, data["inputs"], data["labels"])
-    measured = {name: report.interval(np.asarray(values)) for name, values in found.items()}
-    outcome = Outcome([], {}, done, measured, {})
-    for method in methods:
-        progress(method.name)
-        _train(method, net, target.train.classes, shared, settings, outcome)
-    return outcome
+    placed = [on_canvas(part, canvas, seed=1 + i) for i, part in enumerate(target)]
+    return scaling, on_canvas(sources, canvas, seed=0, copies=8), Splits(*placed)
 
 
-def train_sources(net: Network, part: Dataset, settings: Settings) -> Source:
-    """One source model per seed, on the whole source task."""
-    data = {"inputs": jnp.asarray(part.inputs), "labels": jnp.asarray(part.labels)}
-    size = min(settings.source_batch_size, len(part.labels))
-    tx = optax.adam(settings.source_rate)
-
-    def fit(seed: Array, data: dict[str, Array]) -> Any:
-        key = jax.random.key(seed)
-        start = net.init(key, data["inputs"][:1])
-        step = train.make_step(net.apply, objective.classification, {"task": 1.0}, tx)
-        state = train.init_state(start.params, tx, key=key, model_state=start.model_state)
-        epoch = train.scan_epoch(step)
-
-        def one_epoch(state: train.TrainState, number: Array) -> tuple[train.TrainState, None]:
-            index = train.epoch_index(key, number, len(part.labels), size)
-            return epoch(state, data, index)[0], None
-
-        numbers = jnp.arange(settings.source_epochs, dtype=jnp.int32)
-        state, _ = jax.lax.scan(one_epoch, state, numbers)
-        return _networks.tree(Variables(state.params, state.model_state))
-
-    seeds = jnp.arange(settings.seeds, dtype=jnp.uint32)
-    return Source(jax.jit(jax.vmap(fit, in_axes=(0, None)))(seeds, data), True)
+def on_canvas(data: Dataset, canvas: int, *, seed: int, copies: int = 1) -> Dataset:
+    """Every image at a random place on a larger, blank canvas; `copies` places per image."""
+    rng = np.random.default_rng(seed)
+    inputs, labels = np.tile(data.inputs, (copies, 1, 1, 1)), np.tile(data.labels, copies)
+    count, height, width, channels = inputs.shape
+    blank = data.inputs.min()  # the digits' background is the smallest value
+    out = np.full((count, canvas, canvas, channels), blank, np.float32)
+    corners = rng.integers(0, (canvas - height + 1, canvas - width + 1), (count, 2))
+    for i, (row, column) in enumerate(corners):
+        out[i, row : row + height, column : column + width] = inputs[i]
+    return data._replace(inputs=out, labels=labels)
 
 
-def _few(part: Dataset, settings: Settings) -> dict[str, Any]:
-    """Each seed's training set, stacked."""
-    if not settings.labels_per_class:
-        return _fits.stacked([part] * settings.seeds)
-    count = settings.labels_per_class
-    return _fits.stacked([per_class(part, count, seed=seed) for seed in range(settings.seeds)])
-
-
-def _row(stacked: Any, i: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[i], stacked)
-
-
-def _copy(
-    source: Any, target: Variables, surgery: Surgery, *, check_finite: bool = True
-) -> tuple[Variables, transforms.Report]:
-    filled, done = transforms.transfer(
-        source, _networks.tree(target), **surgery._asdict(), check_finite=check_finite
-    )
-    if target.model_state is None:
-        return Variables(filled), done
-    state = {name: filled[name] for name in target.model_state}
-    return Variables(filled["params"], state), done
-
-
-def _source_head(tree: Any) -> dict[str, Any] | None:
-    flat = trees.flatten(tree)
-    for prefix in ("", "params/"):
-        names = {name: f"{prefix}head/{name}" for name in ("kernel", "bias")}
-        if all(path in flat for path in names.values()):
-            return {name: jnp.asarray(flat[path]) for name, path in names.items()}
-    return None
-
-
-def _scores(net: Network, classes: int, copied: Variables, head: Any, x: Any, labels: Any) -> Any:
-    """Transferability by what the source makes of the target's training set, by score."""
-    if net.layout.last == "logits":  # the head is all there is, and it is fresh
-        return {}
-    outputs, _ = net.apply(*copied, x)
-    features = outputs[net.layout.last]
-    found = {
-        "logme": transferability.logme(features, jax.nn.one_hot(labels, classes)),
-        "h_score": transferability.regularized_h_score(features, labels, num_classes=classes),
-    }
-    if head is None:
-        return found
-    named = jax.nn.softmax(features @ head["kernel"] + head["bias"][None])
-    found["leep"] = transferability.leep(named, labels, num_classes=classes)
-    hard = jnp.argmax(named, axis=-1).astype(jnp.int32)
-    sizes = {"num_source_classes": named.shape[-1], "num_classes": classes}
-    found["nce"] = transferability.nce(hard, labels, **sizes)
-    return found
-
-
-def _train(
-    method: Method,
-    net: Network,
-    classes: int,
-    shared: tuple[Any, ...],
-    settings: Settings,
-    outcome: Outcome,
-) -> None:
-    """Trains one method at every seed and setting and adds what was chosen."""
-    strengths = settings.strengths or method.strengths
-    axes: dict[str, Sequence[float]] = {"rate": settings.rates}
-    if method.term:
-        axes[method.term] = strengths
-    grid = {name: np.asarray(x, np.float32) for name, x in sweep.grid(**axes).items()}
-    settings_count = len(grid["rate"])
-    columns: dict[str, np.ndarray] = {
-        name: np.repeat(column, settings.seeds) for name, column in grid.items()
-    }
-    columns["seed"] = np.tile(np.arange(settings.seeds, dtype=np.int32), settings_count)
-    points = {name: jnp.asarray(column) for name, column in columns.items()}
-    program = sweep.vectorized(_program(method, net, classes, settings))
-    begun = time.perf_counter()
-    fitted, states = jax.block_until_ready(program(points, *shared))
-    seconds = time.perf_counter() - begun
-    chosen = _fits.best(fitted, columns)
-    picked = _fits.pick(fitted, chosen.rows)
-    described = {
-        "epochs": settings.epochs,
-        "batch_size": settings.batch_size,
-        "optimizer": "adam",
-        "llrd": settings.llrd,
-        "trained_parameters": _trained_parameters(method, net, classes, shared),
-        **chosen.setting,
-    }
-    outcome.rows.append(_fits.row(method.name, FAMILY, method.label, picked, seconds, described))
-    outcome.learning[method.name] = _fits.learning_curve(picked, settings.epochs)
-    outcome.models[method.name] = Variables(picked.params, _rows(states, chosen.rows))
-
-
-def _rows(stacked: Any, rows: np.ndarray) -> Any:
-    return jax.tree.map(lambda leaf: leaf[rows], stacked)
-
-
-def _case(
-    net: Network,
-    classes: int,
-    steps: int,
-    seed: Any,
-    data: Any,
-    fresh: Any,
-    copied: Any,
-    heads: Any,
-) -> Case:
-    own = _row((data, fresh, copied, heads), seed)
-    return Case(net, own[1], own[2], own[3], own[0], classes, steps)
-
-
-def _trained_parameters(method: Method, net: Network, classes: int, shared: tuple[Any, ...]) -> int:
-    def start(*stacks: Any) -> Params:
-        case = _case(net, classes, 2, 0, *stacks)
-        return method.start(case, case.copied.params, jax.random.key(0))
-
-    return trees.count(jax.eval_shape(start, *shared[:4]), method.trainable)
-
-
-def _program(
-    method: Method, net: Network, classes: int, settings: Settings
-) -> Callable[..., Trained]:
-    """`fit(point, data, fresh, copied, heads, validation, test)` of one point."""
-    checks = next(n for n in range(min(10, settings.epochs), 0, -1) if not settings.epochs % n)
-
-    def fit(point: Mapping[str, Array], *shared: Any) -> Trained:
-        *stacks, validation, test = shared
-        examples = stacks[0]["labels"].shape[1]
-        size = min(settings.batch_size, examples)
-        steps = settings.epochs * (examples // size)
-        case = _case(net, classes, steps, point["seed"], *stacks)
-        begin = case.copied if method.is_copied else case.fresh
-        key = jax.random.fold_in(jax.random.key(0), point["seed"])
-        params = method.start(case, begin.params, jax.random.fold_in(key, 1))
-        chain: list[optax.GradientTransformation] = [optax.adam(point["rate"])]
-        if settings.llrd < 1:
-            chain.append(ways.by_depth(begin.params, params, settings.llrd))
-        if method.gate is not None:
-            chain.append(method.gate(case, params))
-        tx = optax.chain(*chain)
-        weights = {"task": 1.0} | ({method.term: point[method.term]} if method.term else {})
-        model = method.apply(case)
-        step = train.make_step(
-            model, ways.terms_of(method, case), weights, tx, trainable=method.trainable
-        )
-        state = train.init_state(
-            params, tx, key=key, model_state=begin.model_state, trainable=method.trainable
-        )
-        rows = {**case.data, **method.record(case)}
-        epoch = train.scan_epoch(step)
-
-        def one_epoch(state: train.TrainState, number: Array) -> tuple[train.TrainState, None]:
-            index = train.epoch_index(key, number, examples, size)
-            return epoch(state, rows, index)[0], None
-
-        def measure(state: train.TrainState, split: _fits.Held) -> tuple[Array, Array]:
-            variables = Variables(method.finish(state.params), state.model_state)
-            outputs, _ = net.apply(*variables, split.inputs)
-            named = jnp.argmax(outputs["logits"], axis=-1).astype(jnp.int32)
-            return jnp.mean((named == split.labels).astype(jnp.float32)), named
-
-        def between(state: train.TrainState, numbers: Array) -> tuple[train.TrainState, Array]:
-            state, _ = jax.lax.scan(one_epoch, state, numbers)
-            return state, measure(state, validation)[0]
-
-        numbers = jnp.arange(settings.epochs, dtype=jnp.int32).reshape(checks, -1)
-        state, curve = jax.lax.scan(between, state, numbers)
-        on_test, named = measure(state, test)
-        params = method.finish(state.params)
-        return Trained(_fits.Fitted(params, curve, curve[-1], on_test, named), state.model_state)
-
-    return fit
+def _range(text: str | None) -> range | None:
+    if text is None:
+        return None
+    first, dash, last = text.partition("-")
+    return range(int(first), int(last if dash else first) + 1)

@@ -22,8 +22,10 @@ from kdtl_jax.train.sweep._run import Experiment as Experiment
 from kdtl_jax.train.sweep._run import Runner as Runner
 from kdtl_jax.train.sweep._run import chunk_for_memory as chunk_for_memory
 from kdtl_jax.train.sweep._run import fastest as fastest
+from kdtl_jax.train.sweep._run import map as map
 from kdtl_jax.train.sweep._run import mapped as mapped
 from kdtl_jax.train.sweep._run import run as run
 from kdtl_jax.train.sweep._run import sequential as sequential
 from kdtl_jax.train.sweep._run import timings as timings
 from kdtl_jax.train.sweep._run import vectorized as vectorized
+from kdtl_jax.train.sweep._run import vmap as vmap

@@ -16,7 +16,7 @@ class Halving(NamedTuple):
 
     survivors: np.ndarray  # indices of the points that reached the last rung, best first
     state: PyTree  # their states, [survivors, ...]
-    scores: np.ndarray  # [rungs, N], NaN where a point had been stopped
+    scores: np.ndarray  # [rungs, N, ...], NaN where a point had been stopped
 
 
 def successive_halving(
@@ -35,7 +35,8 @@ def successive_halving(
     Args:
       start: `start(point, *shared) -> state`.
       advance: `advance(state, point, *shared) -> state`, one rung's worth of training.
-      score: `score(state, point, *shared) -> []`, higher is better; NaN loses.
+      score: `score(state, point, *shared) -> [...]`, of which the mean counts; higher is better,
+        NaN loses.
       points: `{name: [N]}`.
       *shared: what all points read.
       rungs: how many times survivors advance.
@@ -57,12 +58,15 @@ def successive_halving(
     left = np.arange(size(points))
     here = {name: jnp.asarray(column) for name, column in points.items()}
     state = begin(here, *shared)
-    scores = np.full((rungs, len(left)), np.nan)
+    total, scores = len(left), np.empty(0)
     for rung in range(rungs):
         state = further(state, here, *shared)
         found = np.asarray(judged(state, here, *shared), float)
+        if not rung:
+            scores = np.full((rungs, total, *found.shape[1:]), np.nan)
         scores[rung, left] = found
-        order = np.argsort(-np.where(np.isnan(found), -np.inf, found), kind="stable")
+        mean = found.reshape(len(left), -1).mean(axis=1)
+        order = np.argsort(-np.where(np.isnan(mean), -np.inf, mean), kind="stable")
         if rung < rungs - 1:
             order = order[: max(1, int(np.ceil(keep * len(left))))]
         left, state, here = left[order], *_take((state, here), order)

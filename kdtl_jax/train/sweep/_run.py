@@ -93,6 +93,28 @@ def run(
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
 
+def vmap(
+    experiment: Experiment, *, chunk: int | None = None, devices: Sequence[Any] | None = None
+) -> Callable[..., PyTree]:
+    """`fn(points, *shared)`: all points at once by `vmap`, compiled once and called often.
+
+    Args:
+      experiment: `experiment(point, *shared) -> pytree of arrays`.
+      chunk: points per call, to bound memory; None runs all at once.
+      devices: spread every chunk's points over these devices.
+    """
+    every = vectorized(experiment)
+
+    def fn(points: Points, *shared: Any) -> PyTree:
+        runner = lambda _: every  # noqa: E731
+        return run(experiment, points, *shared, chunk=chunk, runner=runner, devices=devices)
+
+    return fn
+
+
+map = mapped
+
+
 def timings(
     experiment: Experiment,
     points: Points,

@@ -1,27 +1,16 @@
-"""`kdtl bench`: the train step of typical pairs against the machine's own ceilings."""
+"""What `kdtl bench` writes and prints: bench.json, report.html, the table."""
 
-import argparse
-import json
-import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kdtl_jax import _files
-from kdtl_jax.cli import _output
-from kdtl_jax.cli._config import UsageError
-from kdtl_jax.recipes import bench
 from kdtl_jax.run import measure, report
 from kdtl_jax.run.report import plots
 
-NAMES = ("mlp", "resnet", "vit", "decoder")
-DTYPES = ("float32", "bfloat16", "float16")
 HEADER = (
     *("pair", "ms/step pipelined", "ms/step awaited, p10–p90", "examples/s", "compile s"),
     *("GFLOP", "MB", "roofline", "bound by"),
@@ -33,77 +22,17 @@ TIMES = (
 SCHEMA_VERSION = 1
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `kdtl bench`."""
-    _output.add_out(parser, "runs/bench")
-    parser.add_argument(
-        "--preset", choices=(*NAMES, "all"), default="all", help="which pair; default: all"
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the arithmetic; default: float32"
-    )
-    parser.add_argument(
-        "--batch-size", type=_positive, metavar="N", help="examples per step; default: the pair's"
-    )
-    parser.add_argument(
-        "--steps", type=_positive, default=20, metavar="N", help="that count; default: 20"
-    )
-    parser.add_argument(
-        "--devices",
-        type=_positive,
-        metavar="N",
-        help="measure scaling on 1, 2, 4 … N devices; on a CPU, N virtual ones. Default: all",
-    )
-    parser.add_argument("--trace", metavar="FOLDER", help="write a jax.profiler trace here")
-    parser.add_argument("--quick", action="store_true", help="tiny models, a smoke test")
-    parser.epilog = (
-        "Example: kdtl bench --preset resnet --dtype bfloat16\n"
-        "Example: kdtl bench --preset mlp --devices 8 --trace runs/trace"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Measures, prints the table, writes bench.json and report.html; returns the exit code."""
-    folder = _output.run_folder(args)
-    devices = _devices(args.devices)
-    progress = _output.progress()
-    progress("ceilings")
-    limits = measure.ceilings(jnp.dtype(args.dtype), quick=args.quick)
-    chosen = bench.presets(quick=args.quick)
-    found = []
-    for name in NAMES if args.preset == "all" else (args.preset,):
-        progress(name)
-        found.append(
-            bench.run(
-                chosen[name],
-                limits,
-                dtype=jnp.dtype(args.dtype),
-                batch_size=args.batch_size,
-                steps=args.steps,
-                devices=devices,
-                trace=None if args.trace is None else str(Path(args.trace) / name),
-            )
-        )
-    record = to_json(limits, found)
-    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    _files.write_atomic(folder / "bench.json", text.encode())
-    _files.write_atomic(folder / "report.html", html_page(limits, found).encode())
-    _print(limits, found)
-    print(f"report: {folder / 'report.html'}")
-    return 0
-
-
-def to_json(limits: measure.Ceilings, found: Sequence[bench.Measured]) -> dict[str, Any]:
+def to_json(limits: measure.Ceilings, found: Sequence[Any]) -> dict[str, Any]:
     """The content of bench.json: ceilings, one record per pair, the environment."""
     return {
         "schema_version": SCHEMA_VERSION,
         "ceilings": limits._asdict(),
-        "pairs": [_plain(one) for one in found],
+        "pairs": [_fields(one) for one in found],
         "environment": report.environment(),
     }
 
 
-def rows(found: Sequence[bench.Measured]) -> list[list[str]]:
+def rows(found: Sequence[Any]) -> list[list[str]]:
     """The table's cells under `HEADER`."""
     return [
         [
@@ -121,7 +50,7 @@ def rows(found: Sequence[bench.Measured]) -> list[list[str]]:
     ]
 
 
-def html_page(limits: measure.Ceilings, found: Sequence[bench.Measured]) -> str:
+def html_page(limits: measure.Ceilings, found: Sequence[Any]) -> str:
     """The report: table, step times, roofline, scaling."""
     about = (
         f"{_ceilings(limits)}. Train steps of this library: teacher forward, student forward and "
@@ -160,7 +89,7 @@ def html_page(limits: measure.Ceilings, found: Sequence[bench.Measured]) -> str:
     return report.page("kdtl bench", [*sections, report.environment_section()], notes=[about])
 
 
-def _scaling(found: Sequence[bench.Measured]) -> report.Section:
+def _scaling(found: Sequence[Any]) -> report.Section:
     lines = [
         plots.Line(
             one.preset, [s.devices for s in one.scaling], [s.efficiency for s in one.scaling]
@@ -184,7 +113,7 @@ def _scaling(found: Sequence[bench.Measured]) -> report.Section:
     return report.Section("Scaling", [note], [report.table(header, cells), chart])
 
 
-def table(found: Sequence[bench.Measured]) -> Table:
+def table(found: Sequence[Any]) -> Table:
     """The table for a terminal: a column per pair, so that 80 characters hold every digit."""
     out = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     names, *measured = zip(*rows(found), strict=True)
@@ -196,7 +125,7 @@ def table(found: Sequence[bench.Measured]) -> Table:
     return out
 
 
-def _print(limits: measure.Ceilings, found: Sequence[bench.Measured]) -> None:
+def show(limits: measure.Ceilings, found: Sequence[Any]) -> None:
     console = Console(highlight=False)
     print(_ceilings(limits))
     if console.is_terminal:
@@ -223,24 +152,11 @@ def _ceilings(limits: measure.Ceilings) -> str:
     )
 
 
-def _devices(asked: int | None) -> int:
-    """How many devices to use; on a CPU as many virtual ones as asked for."""
-    if asked is not None and asked > 1:
-        try:
-            jax.config.update("jax_num_cpu_devices", asked)
-        except RuntimeError:
-            pass  # the back end is up already, with as many devices as it has
-    have = jax.device_count()
-    if asked is not None and asked > have:
-        raise UsageError(f"--devices {asked}: there are {have} devices here.")
-    return have if asked is None else asked
-
-
 def _virtual() -> bool:
     return jax.default_backend() == "cpu" and jax.device_count() > 1
 
 
-def _bytes(one: bench.Measured) -> float | None:
+def _bytes(one: Any) -> float | None:
     return one.memory.compiled()
 
 
@@ -253,19 +169,8 @@ def _digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _plain(value: Any) -> Any:
-    """NamedTuples as objects, anything that is not finite as null."""
+def _fields(value: Any) -> Any:
+    """NamedTuples as objects."""
     if hasattr(value, "_asdict"):
-        return {k: _plain(v) for k, v in value._asdict().items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return value
+        return {name: _fields(found) for name, found in value._asdict().items()}
+    return [_fields(found) for found in value] if isinstance(value, (list, tuple)) else value

@@ -1,9 +1,7 @@
 """What `kdtl sweep` writes and prints: results.json, sweep.csv, report.html, the table."""
 
-import argparse
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,20 +12,29 @@ from rich.console import Console
 from rich.table import Table
 
 from kdtl_jax import _files
-from kdtl_jax.datasets import Splits
-from kdtl_jax.recipes import sweep
-from kdtl_jax.run import report
+from kdtl_jax.recipes._pair import Pair
+from kdtl_jax.run import report, scores
 from kdtl_jax.run.report import plots
 
 SCHEMA_VERSION = 1
 SHOWN = 12  # rows of the printed table
 BINS = 6  # of a heat map's side, where an axis has more values
 PATHS = {
-    "vectorized": "all students of a chunk together (vmap)",
+    "together": "all students of a call together (vmap)",
     "mapped": "students one after another within one program (lax.map)",
-    "sequential": "students one after another, one call each",
-    "step_by_step": "students one after another, one call per step",
+    "one-by-one": "students one after another, one call per epoch or step",
 }
+
+
+class Sweep(NamedTuple):
+    """Everything that a sweep found."""
+
+    pair: Pair
+    settings: Any
+    swept: Sequence[Any]  # `sweep.Swept`, by method
+    notes: list[str]
+    teacher_validation: float
+    teacher_test: float
 
 
 class Line(NamedTuple):
@@ -41,8 +48,8 @@ class Line(NamedTuple):
     complete: bool
 
 
-def lines(outcome: sweep.Outcome) -> list[Line]:
-    """All settings, best mean validation accuracy first; those stopped early come last."""
+def lines(outcome: Sweep) -> list[Line]:
+    """All settings by mean validation accuracy; those that were stopped early come last."""
     found = []
     for swept in outcome.swept:
         most = int(swept.epochs.max())
@@ -58,39 +65,30 @@ def lines(outcome: sweep.Outcome) -> list[Line]:
                     int(swept.epochs[k]) == most,
                 )
             )
-    return sorted(found, key=lambda line: (not line.complete, -line.validation.mean))
+    order = scores.ranked([line.validation.mean for line in found])
+    return sorted((found[i] for i in order), key=lambda line: not line.complete)
 
 
-def write(
-    folder: Path,
-    args: argparse.Namespace,
-    splits: Splits,
-    outcome: sweep.Outcome,
-    settings: sweep.Settings,
-) -> None:
-    """The files of the run."""
-    record = to_json(splits, outcome, settings)
-    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    _files.write_atomic(folder / "results.json", text.encode())
+def write(folder: Path, outcome: Sweep) -> None:
+    """`results.json`, `sweep.csv` and `report.html`."""
+    _files.write_json(folder / "results.json", to_json(outcome))
     _files.write_atomic(folder / "sweep.csv", to_csv(outcome).encode())
-    _files.write_atomic(folder / "report.html", html_page(args, splits, outcome).encode())
+    _files.write_atomic(folder / "report.html", html_page(outcome).encode())
 
 
-def to_json(splits: Splits, outcome: sweep.Outcome, settings: sweep.Settings) -> dict[str, Any]:
+def to_json(outcome: Sweep) -> dict[str, Any]:
     """The content of results.json."""
-    found = lines(outcome)
+    found, settings, splits = lines(outcome), outcome.settings, outcome.pair.splits
     return {
         "schema_version": SCHEMA_VERSION,
         "task": "kdtl sweep",
         "data": {
             "name": splits.train.name,
-            "train": len(splits.train.labels),
-            "validation": len(splits.validation.labels),
-            "test": len(splits.test.labels),
+            **{name: len(part.labels) for name, part in splits._asdict().items()},
         },
         "seeds": settings.seeds,
         "epochs": settings.epochs,
-        "rungs": settings.rungs,
+        "rungs": settings.halving,
         "teacher": {
             "validation_accuracy": outcome.teacher_validation,
             "test_accuracy": outcome.teacher_test,
@@ -99,20 +97,20 @@ def to_json(splits: Splits, outcome: sweep.Outcome, settings: sweep.Settings) ->
             {
                 "method": swept.method,
                 "path": swept.path,
-                "students_per_call": swept.chunk,
+                "students_per_call": swept.per_call,
                 "seconds": round(swept.seconds, 3),
                 "probed_seconds_per_student": swept.probed,
             }
             for swept in outcome.swept
         ],
         "rows": [_row(line) for line in found],
-        "best": _row(found[0]),
+        "best": _row(found[0]) if math.isfinite(found[0].validation.mean) else None,
         "notes": outcome.notes,
         "environment": report.environment(),
     }
 
 
-def to_csv(outcome: sweep.Outcome) -> str:
+def to_csv(outcome: Sweep) -> str:
     """One line per student: method, settings, seed, accuracies, loss, epochs."""
     axes = _axes(outcome)
     text = io.StringIO()
@@ -128,7 +126,7 @@ def to_csv(outcome: sweep.Outcome) -> str:
     return text.getvalue()
 
 
-def html_page(args: argparse.Namespace, splits: Splits, outcome: sweep.Outcome) -> str:
+def html_page(outcome: Sweep) -> str:
     """The report: best settings, parallel coordinates, heat map, how it ran."""
     found, axes = lines(outcome), _axes(outcome)
     seeds = len(found[0].validation.values)
@@ -136,8 +134,8 @@ def html_page(args: argparse.Namespace, splits: Splits, outcome: sweep.Outcome) 
     stopped = sum(not line.complete for line in found)
     early = f" {stopped} settings were stopped early." if stopped else ""
     setting = (
-        f"{splits.train.name}: {many}. Teacher {args.teacher}, "
-        f"{100 * outcome.teacher_test:.1f} % on the test split; student {args.student}. Settings "
+        f"{outcome.pair.splits.train.name}: {many}. Teacher {outcome.pair.teacher_text}, "
+        f"{100 * outcome.teacher_test:.1f} % on the test split; student {outcome.settings.student}. Settings "
         f"are ordered by mean validation accuracy; the test split is only read off.{early}"
     )
     best = report.table(
@@ -151,7 +149,7 @@ def html_page(args: argparse.Namespace, splits: Splits, outcome: sweep.Outcome) 
     ran = report.table(
         ("method", "path", "students per call", "seconds"),
         [
-            [s.method, PATHS.get(s.path, s.path), str(s.chunk), f"{s.seconds:.1f}"]
+            [s.method, PATHS.get(s.path, s.path), str(s.per_call), f"{s.seconds:.1f}"]
             for s in outcome.swept
         ],
     )
@@ -180,7 +178,7 @@ def parallel(found: Sequence[Line], axes: Sequence[str]) -> plots.Chart:
     return plots.parallel([*drawn, score], best=0)
 
 
-def _heat_maps(outcome: sweep.Outcome) -> list[report.Section]:
+def _heat_maps(outcome: Sweep) -> list[report.Section]:
     """One map per method with two axes or more: its two axes with the most values."""
     parts = []
     for swept in outcome.swept:
@@ -234,7 +232,7 @@ def _largest(scores: np.ndarray) -> float:
     return float(known.max()) if known.size else math.nan
 
 
-def print_table(outcome: sweep.Outcome) -> None:
+def print_table(outcome: Sweep) -> None:
     """The best settings, and which path was taken."""
     found, axes = lines(outcome), _axes(outcome)
     console = Console(highlight=False)
@@ -251,7 +249,7 @@ def print_table(outcome: sweep.Outcome) -> None:
         for row in shown:
             print("  ".join(f"{n} {c}" for n, c in zip(header, row, strict=True)))
     for swept in outcome.swept:
-        per = f", {swept.chunk} per call" if swept.path == "vectorized" else ""
+        per = f", {swept.per_call} per call" if swept.path == "together" else ""
         print(f"{swept.method}: {PATHS.get(swept.path, swept.path)}{per}, {swept.seconds:.1f} s")
     for note in outcome.notes:
         print(note)
@@ -277,7 +275,7 @@ def _interval(found: report.Interval) -> Mapping[str, Any]:
     return {"mean": found.mean, "ci95": found.ci95, "values": list(found.values)}
 
 
-def _axes(outcome: sweep.Outcome) -> list[str]:
+def _axes(outcome: Sweep) -> list[str]:
     return list(dict.fromkeys(name for swept in outcome.swept for name in swept.columns))
 
 

@@ -1,0 +1,7 @@
+"""`python -m kdtl_jax`: the same as `kdtl`."""
+
+import sys
+
+from kdtl_jax.cli import main
+
+sys.exit(main())

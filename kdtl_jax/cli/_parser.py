@@ -1,0 +1,292 @@
+"""From words on the command line, and a YAML file, to a recipe's `Settings`.
+
+A flag on the command line wins over the file, the file over the default; `--quick` has defaults of
+its own. The file is data: no tags, no aliases, no key twice, nothing unknown.
+"""
+
+import argparse
+import dataclasses
+import keyword
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import jsonargparse
+import yaml
+
+from kdtl_jax.recipes.settings import INT32, UsageError, near
+
+CONFIG_BYTES = 2**20
+DEEPEST = 20  # brackets and mappings inside each other
+LONGEST = 300  # characters of a message's line
+# What a word of YAML may be beside text; dates are text.
+SCALARS = ("bool", "int", "float", "null", "merge")
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML: aliases, tags and repeated keys are errors, deep nesting is one early."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read")
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.YAMLError(f"nested more than {DEEPEST} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        found = super().construct_mapping(node, deep)
+        if len(found) != len(node.value):
+            keys = [key.value for key, _ in node.value]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise yaml.YAMLError(f"the key {twice!r} is given twice")
+        return found
+
+    def construct_yaml_int(self, node: Any) -> int:
+        if len(node.value) > 40:
+            raise yaml.YAMLError(f"an integer of {len(node.value)} digits")
+        return super().construct_yaml_int(node)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, shape) for tag, shape in known if tag.rpartition(":")[2] in SCALARS]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def parse(
+    words: str, summary: str, module: Any, argv: Sequence[str]
+) -> tuple[Any, argparse.Namespace]:
+    """The settings of a command, and what the door itself was told.
+
+    Args:
+      words: its name, "distill" or "params scale".
+      summary: its line in the table, for the help.
+      module: with `Settings` and `EXAMPLES`.
+      argv: words after the command's name.
+
+    Raises:
+      UsageError: in one line, naming the flag or the file's key.
+      SystemExit: with code 0 after `--help`.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    _add_own(early)
+    early.add_argument("--quick", action="store_true")
+    try:
+        own, rest = early.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error).removeprefix("argument ")) from None
+    fields = {field.name: field for field in dataclasses.fields(module.Settings)}
+    values = {} if own.config is None else load(Path(own.config), fields, words)
+    quick = "quick" in fields and (own.quick or values.get("quick") is True)
+    parser = _parser(words, summary, module, fields, quick)
+    where = "" if own.config is None else f"--config {own.config}: "
+    if values:
+        parser.set_defaults(_checked(parser, fields, values, where))
+    if own.quick and quick:
+        rest = [*rest, "--quick"]
+    _refuse_unknown(parser, rest)
+    try:
+        found = vars(parser.parse_args(rest))
+    except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
+        raise UsageError(_one_line(str(error))) from None
+    made = {name: _value(field, found[name], "--") for name, field in fields.items()}
+    return module.Settings(**made), own
+
+
+def load(path: Path, fields: Mapping[str, Any], words: str) -> dict[str, Any]:
+    """`{field: value}` from a YAML file.
+
+    Raises:
+      UsageError: naming the file, the key and the nearest known ones.
+    """
+    try:
+        if path.stat().st_size > CONFIG_BYTES:
+            raise UsageError(f"--config {path}: larger than {CONFIG_BYTES:,} bytes")
+        values = yaml.load(path.read_text(), _Loader)  # a safe loader
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, ValueError, RecursionError, yaml.YAMLError) as error:
+        if isinstance(error, UsageError):
+            raise
+        said = _one_line(str(error))
+        raise UsageError(f"--config {path}: not plain YAML data: {said}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path}: expected 'flag: value' lines, got {values!r:.80}")
+    out = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        name = f"{name}_" if keyword.iskeyword(name) else name
+        if key == "command" and name not in fields:
+            if value != words:
+                raise UsageError(f"--config {path}: written by kdtl {value}, not kdtl {words}")
+            continue
+        if name not in fields:
+            raise UsageError(f"--config {path}: unknown key {str(key)!r:.80}{near(name, fields)}")
+        if name in out:
+            raise UsageError(f"--config {path}: the key {name!r} is given twice")
+        out[name] = value
+    return out
+
+
+def _parser(
+    words: str, summary: str, module: Any, fields: Mapping[str, Any], quick: bool
+) -> jsonargparse.ArgumentParser:
+    settings = module.Settings
+    parser = jsonargparse.ArgumentParser(
+        prog=f"kdtl {words}",
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"Examples:\n{module.EXAMPLES.strip(chr(10))}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config=None,
+    )
+    hints, groups = get_type_hints(settings), {}
+    for name, field in fields.items():
+        title = field.metadata.get("group")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title) if title else parser
+        about = field.metadata
+        default = about["quick"] if quick and "quick" in about else about["default"]
+        _add(groups[title], name, hints[name], field, default)
+    _add_own(parser)
+    return parser
+
+
+def _add(group: Any, name: str, hint: Any, field: Any, default: Any) -> None:
+    about = field.metadata
+    said = about["help"]
+    shown = _text(field.metadata["default"])
+    if shown and "default:" not in said:
+        said = f"{said}; default: {shown}"
+    options: dict[str, Any] = {"dest": name, "default": default, "help": said.replace("%", "%%")}
+    if hint is bool:
+        group.add_argument(_flag(name), action="store_true", **options)
+        return
+    if "metavar" in about:
+        options["metavar"] = about["metavar"]
+    if "parse" not in about and not about.get("repeat") and about.get("positional") != "*":
+        options |= {"choices": get_args(hint)} if get_origin(hint) is Literal else {"type": hint}
+    if about.get("repeat"):
+        options["action"] = "append"
+        options["default"] = list(default) or None
+    if about.get("many"):
+        options["nargs"] = "+"
+    if "positional" in about:
+        many = about["positional"] == "*"
+        del options["dest"]
+        group.add_argument(name, nargs="*" if many else "?", **options)
+        return
+    group.add_argument(_flag(name), *([about["short"]] if "short" in about else []), **options)
+
+
+def _add_own(parser: Any) -> None:
+    """The flags that every command has; they are not settings of the recipe."""
+    group = parser.add_argument_group("all commands")
+    group.add_argument("--config", metavar="FILE", help="a YAML file with flags as keys")
+    group.add_argument(
+        "--print-config", action="store_true", help="print all settings as YAML and exit"
+    )
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    group.add_argument(
+        "--no-compilation-cache",
+        action="store_true",
+        help="compile everything anew instead of keeping programs in the user's cache folder",
+    )
+
+
+def _refuse_unknown(parser: Any, words: Sequence[str]) -> None:
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    for word in words:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and flag != "--" and flag not in known:
+            raise UsageError(f"unknown argument {word:.80}{near(flag, known)}")
+
+
+def _checked(
+    parser: Any, fields: Mapping[str, Any], values: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """The values of a file, typed."""
+    plain = {k: v for k, v in values.items() if "parse" not in fields[k].metadata}
+    special = {k: v for k, v in values.items() if k not in plain}
+    for name, value in plain.items():
+        field = fields[name]
+        if field.metadata.get("repeat") or field.metadata.get("positional") == "*":
+            special[name] = [value] if isinstance(value, str) else value
+            continue
+        if isinstance(field.metadata["default"], bool) and not isinstance(value, bool):
+            raise UsageError(f"{where}{name}: expected true or false, got {value!r:.80}")
+        if value is None and field.metadata["default"] is not None:
+            raise UsageError(f"{where}{name}: expected a value, got null")
+        if isinstance(field.metadata["default"], str) and isinstance(value, (int, float)):
+            value = str(value) if not isinstance(value, bool) else value
+        try:
+            special[name] = parser.parse_object({name: value})[name]
+        except (argparse.ArgumentError, argparse.ArgumentTypeError, ValueError) as error:
+            said = _one_line(str(error)).removeprefix(f"--{name.replace('_', '-')}: ")
+            raise UsageError(f"{where}{name}: {said}") from None
+    return {name: _value(fields[name], value, where) for name, value in special.items()}
+
+
+def _value(field: Any, value: Any, where: str) -> Any:
+    """A value after its own parser and within its limits."""
+    about, name = field.metadata, field.name
+    at = _flag(name) if where == "--" else f"{where}{name}"
+    if "parse" in about:
+        try:
+            value = about["parse"](value)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{at}: {error}") from None
+    if about.get("repeat") or about.get("positional") == "*":
+        value = () if value is None else tuple(value)
+        if not all(isinstance(part, str) for part in value):
+            raise UsageError(f"{at}: expected text, got {value!r:.80}")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        _within(at, value, about)
+    return value
+
+
+def _within(at: str, value: float, about: Mapping[str, Any]) -> None:
+    least, above = about.get("least"), about.get("above")
+    most, below = about.get("most", INT32), about.get("below")
+    low = (least is None or value >= least) and (above is None or value > above)
+    high = value <= most and (below is None or value < below)
+    if low and high:
+        return
+    parts = [f"above {above}"] if above is not None else []
+    parts += [f"{least} or more"] if least is not None else []
+    if below is not None or not high:
+        parts.append(f"below {below}" if below is not None else f"at most {most}")
+    raise UsageError(f"{at}: expected {', '.join(parts) or 'a number'}, got {value}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.removesuffix('_').replace('_', '-')}"
+
+
+def _text(default: Any) -> str:
+    """A default as it would be written."""
+    if default is None or default is False or default in ((), {}, ""):
+        return ""
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
+    if isinstance(default, dict):
+        return " ".join(f"{k}={','.join(map(str, v))}" for k, v in default.items())
+    return str(default)
+
+
+def _one_line(text: str) -> str:
+    """A message of a library as one line that starts with the flag."""
+    line = " ".join(text.split())
+    for prefix in ("argument ", "Parser key "):
+        line = line.removeprefix(prefix)
+    if line.startswith('"'):
+        name, _, rest = line[1:].partition('": ')
+        line = f"{_flag(name)}: {rest}"
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"

@@ -1,0 +1,113 @@
+"""The axes of a sweep, as text and as columns.
+
+An axis is one of `AXES` or the name of a method's term. A setting is one value on every axis.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from kdtl_jax.methods import Entry, Setup
+from kdtl_jax.recipes import settings as types
+from kdtl_jax.recipes.settings import UsageError
+from kdtl_jax.train import sweep as sweeps
+
+# Axes that are no term's name. "weight" multiplies a method's own weights of its terms.
+AXES = ("temperature", "weight", "learning_rate", "weight_decay", "alpha")
+POSITIVE = ("temperature", "learning_rate", "alpha")
+MOST = 10**6  # students of one method
+DEFAULT = {"temperature": (1.0, 2.0, 4.0, 8.0)}
+
+
+def grid(value: Any) -> dict[str, tuple[float, ...]]:
+    """`axis=number,…` words, or a mapping."""
+    pairs = value.items() if isinstance(value, Mapping) else [_axis(word) for word in value or ()]
+    out: dict[str, tuple[float, ...]] = {}
+    for name, values in pairs:
+        try:
+            found = types.numbers(values)
+        except ValueError:
+            found = ()
+        if not found or not name:
+            raise ValueError(f"'{name}={values}' is not axis=number,… as in temperature=1,2,4")
+        _add(out, name, found)
+    return out
+
+
+def ranges(value: Any) -> dict[str, str]:
+    """`axis=low..high[:log]` words, or a mapping."""
+    pairs = value.items() if isinstance(value, Mapping) else [_axis(word) for word in value or ()]
+    out: dict[str, str] = {}
+    for name, text in pairs:
+        try:
+            _range(text)
+        except ValueError:
+            raise ValueError(
+                f"'{name}={text}' is not axis=low..high or axis=low..high:log, as in "
+                "temperature=1..20:log"
+            ) from None
+        _add(out, name, text)
+    return out
+
+
+def columns_of(settings: Any) -> dict[str, np.ndarray]:
+    """The settings as columns, `{axis: [K]}`.
+
+    Raises:
+      UsageError: if grid and sample are mixed, or an axis is out of its range.
+    """
+    if settings.sample is None and settings.range:
+        raise UsageError("--range is for --sample N: say how many settings to draw.")
+    if settings.sample is not None and (settings.grid or not settings.range):
+        raise UsageError(
+            "--sample needs --range, and no --grid. Write one value as a range of two."
+        )
+    try:
+        if settings.sample is None:
+            axes = settings.grid or DEFAULT
+            if np.prod([float(len(values)) for values in axes.values()]) > MOST:
+                raise UsageError(f"--grid has more than {MOST:,} settings.")
+            points = sweeps.grid(**axes)
+        else:
+            known = {name: _range(text) for name, text in settings.range.items()}
+            points = sweeps.sample(settings.sample, **known)
+    except ValueError as error:
+        raise UsageError(f"--range: {error}" if settings.sample else f"--grid: {error}") from None
+    columns = {name: np.asarray(column, np.float32) for name, column in points.items()}
+    for name, column in columns.items():
+        if (column < 0).any() or (name in POSITIVE and (column == 0).any()):
+            least = "above 0" if name in POSITIVE else "0 or more"
+            raise UsageError(f"--grid: {name} must be {least}, got {column.min():g}.")
+    return columns
+
+
+def own_axes(entry: Entry, setup: Setup, columns: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The axes that the method has, without settings that then are equal."""
+    known = {*AXES, *entry.build(setup).weights}
+    own = {name: np.asarray(column) for name, column in columns.items() if name in known}
+    rows = list(zip(*own.values(), strict=True))
+    first = sorted({row: i for i, row in reversed([*enumerate(rows)])}.values())
+    return {name: column[first] for name, column in own.items()}
+
+
+def _axis(word: Any) -> tuple[str, str]:
+    name, equals, rest = str(word).partition("=")
+    return name.strip() if equals else "", rest if equals else str(word)
+
+
+def _add(out: dict[str, Any], name: str, value: Any) -> None:
+    name = {"lr": "learning_rate"}.get(name, name)
+    if name in out:
+        raise ValueError(f"axis {name!r} is given twice")
+    if name == "seed":
+        raise ValueError("seeds are given by --seeds N")
+    out[name] = value
+
+
+def _range(text: str) -> sweeps.Range:
+    bounds, log, rest = str(text).partition(":log")
+    low, dots, high = bounds.partition("..")
+    if not dots or rest:
+        raise ValueError(f"{text!r} is no range")
+    return sweeps.Range(types.number(low), types.number(high), bool(log))

@@ -1,0 +1,127 @@
+"""Settings x seeds of one method, and the choice among them by mean validation accuracy.
+
+The test split is only read off; a setting whose scores are not finite is never chosen before one
+whose are.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdtl_jax import trees
+from kdtl_jax.datasets import Dataset
+from kdtl_jax.recipes._training import Fitted, pick
+from kdtl_jax.run import report, scores
+from kdtl_jax.train import sweep
+
+
+class Choice(NamedTuple):
+    """The best setting, and its students, one per seed."""
+
+    setting: dict[str, float]
+    fitted: Fitted
+
+
+def columns(seeds: int, **axes: Sequence[float]) -> dict[str, np.ndarray]:
+    """Every combination of the axes, for every seed; seeds run fastest."""
+    grid = {name: np.asarray(column, np.float32) for name, column in sweep.grid(**axes).items()}
+    count = len(next(iter(grid.values())))
+    seed = np.tile(np.arange(seeds, dtype=np.int32), count)
+    return {**{name: np.repeat(column, seeds) for name, column in grid.items()}, "seed": seed}
+
+
+def best(fitted: Fitted, points: Mapping[str, np.ndarray]) -> Choice:
+    """The first among the settings with the highest mean validation accuracy over seeds."""
+    seeds = int(points["seed"].max()) + 1
+    first = int(scores.ranked(_by_setting(fitted.validation, seeds).mean(axis=1))[0]) * seeds
+    setting = {n: round(float(points[n][first]), 6) for n in points if n != "seed"}
+    return Choice(setting, pick(fitted, np.arange(first, first + seeds)))
+
+
+def row(
+    method: str,
+    family: str,
+    label: str,
+    fitted: Fitted,
+    seconds: float,
+    settings: Mapping[str, Any],
+    *,
+    teacher: Any = None,
+) -> report.Row:
+    """A line of the table from one student per seed, whose parameters were kept.
+
+    Args:
+      method: key in results.json.
+      family: group of the table.
+      label: the method in words.
+      fitted: `[seeds, ...]`.
+      seconds: wall time of all settings.
+      settings: what was fixed and what was chosen.
+      teacher: the classes it names `[seeds, test examples]`, for the agreement.
+    """
+    same = None if teacher is None else np.asarray(fitted.named) == np.asarray(teacher)
+    return report.Row(
+        method,
+        family,
+        label,
+        trees.count(pick(fitted.kept.params, 0)),
+        report.interval(fitted.test),
+        report.interval(fitted.validation),
+        seconds,
+        settings,
+        None if same is None else report.interval(same.mean(axis=1)),
+    )
+
+
+def learning_curve(fitted: Fitted, epochs: int) -> dict[str, list[float]]:
+    """Mean validation accuracy over seeds, by epoch."""
+    curve = np.asarray(fitted.curve, np.float64).mean(axis=0)
+    at = [epochs * (i + 1) / len(curve) for i in range(len(curve))]
+    return {"epoch": at, "validation_accuracy": curve.tolist()}
+
+
+def setting_curve(fitted: Fitted, points: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
+    """Mean accuracies over seeds by one axis, the others at their best on validation."""
+    seeds = int(points["seed"].max()) + 1
+    values = points[name].reshape(-1, seeds)[:, 0]
+    validation, test = (
+        _by_setting(x, seeds).mean(axis=1) for x in (fitted.validation, fitted.test)
+    )
+    order = scores.ranked(validation)
+    rows = [next(i for i in order if values[i] == value) for value in np.unique(values)]
+    found = [round(float(values[i]), 6) for i in rows]
+    return {
+        name: found,
+        "validation_accuracy": validation[rows].tolist(),
+        "test_accuracy": test[rows].tolist(),
+        "best": round(float(values[order[0]]), 6),
+    }
+
+
+def stacked(parts: Sequence[Dataset]) -> dict[str, Any]:
+    """Equally long training sets, one per seed, as arrays `[S, n, ...]` on the device."""
+    inputs = np.stack([part.inputs for part in parts])
+    labels = np.stack([part.labels for part in parts])
+    return {"inputs": jnp.asarray(inputs), "labels": jnp.asarray(labels)}
+
+
+def held(part: Dataset) -> dict[str, Any]:
+    """A held-out split on the device."""
+    return {"inputs": jnp.asarray(part.inputs), "labels": jnp.asarray(part.labels)}
+
+
+def own_data(point: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:
+    """`data_of` where `shared["data"]` is `stacked`."""
+    return pick(shared["data"], point["seed"])
+
+
+def per_seed(make: Callable[[Any], Any], seeds: int, *, offset: int = 0) -> Any:
+    """`make(seed)` of every seed, stacked, as one program."""
+    return jax.jit(jax.vmap(make))(jnp.arange(offset, offset + seeds, dtype=jnp.int32))
+
+
+def _by_setting(scores: Any, seeds: int) -> np.ndarray:
+    return np.asarray(scores, np.float64).reshape(-1, seeds)

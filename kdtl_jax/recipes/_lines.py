@@ -1,0 +1,83 @@
+"""Lines of plain text as token ids, in three disjoint parts."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Lines(NamedTuple):
+    """Token ids `[N, L]` and where there are tokens, of three disjoint sets of lines."""
+
+    train: dict[str, np.ndarray]
+    validation: dict[str, np.ndarray]
+    test: dict[str, np.ndarray]
+
+
+def read_lines(path: str | Path, *, at_least: int = 15) -> list[str]:
+    """The distinct lines of a text with so many characters or more, in order.
+
+    Raises:
+      OSError: if the file cannot be read.
+      ValueError: if it is not UTF-8 text.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}).") from None
+    stripped = (line.strip() for line in text.splitlines())
+    return list(dict.fromkeys(line for line in stripped if len(line) >= at_least))
+
+
+def tokenizer(folder: str | Path) -> Callable[[Sequence[str], int], list[list[int]]]:
+    """`encode(lines, max_length) -> ids` by the folder's tokenizer.json.
+
+    Raises:
+      ImportError: without the `tokenizers` package.
+      FileNotFoundError: if the folder has no tokenizer.json.
+    """
+    try:
+        package = importlib.import_module("tokenizers")
+    except ImportError:
+        raise ImportError(
+            "reading tokenizer.json needs the package tokenizers: pip install 'kdtl_jax[hub]'."
+        ) from None
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    model = package.Tokenizer.from_file(str(path))
+    model.no_padding()
+
+    def encode(lines: Sequence[str], max_length: int) -> list[list[int]]:
+        model.enable_truncation(max_length)
+        return [encoding.ids for encoding in model.encode_batch(list(lines))]
+
+    return encode
+
+
+def split(
+    ids: Sequence[Sequence[int]], *, validation: int, test: int, batch_size: int, padding: int
+) -> Lines:
+    """Padded token ids in three parts, drawn once and for all.
+
+    Raises:
+      ValueError: if there are too few lines.
+    """
+    held = validation + test
+    if len(ids) < held + batch_size:
+        raise ValueError(
+            f"{len(ids)} distinct lines, but {held} are held out and a batch needs "
+            f"{batch_size}. Give more text, or hold out less."
+        )
+    width = max(map(len, ids))
+    tokens = np.full((len(ids), width), padding, np.int32)
+    mask = np.zeros((len(ids), width), np.bool_)
+    for i, row in enumerate(ids):
+        tokens[i, : len(row)] = row
+        mask[i, : len(row)] = True
+    order = np.random.default_rng(0).permutation(len(ids))
+    cuts = np.split(order, [test, held])
+    last, middle, first = ({"tokens": tokens[r], "mask": mask[r]} for r in cuts)
+    return Lines(first, middle, last)

@@ -1,0 +1,252 @@
+"""Run folders, the terminal, and what was compiled: rich on a terminal, plain lines otherwise."""
+
+import contextlib
+import json
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from kdtl_jax import _files
+from kdtl_jax.recipes.settings import UsageError, as_yaml, plain
+from kdtl_jax.run import checkpoint, processes, record, report
+
+Say = Callable[[str], None]
+# What a run writes before its work: all that is left of one that failed before it trained anything.
+SETTINGS = {"config.yaml", "env.json", record.FILE}
+# Settings that may differ between a run and its continuation.
+FREE = {"resume", "force", "out", "process", "coordinator", "quick"}
+
+
+class Folder(NamedTuple):
+    """A run's folder, and the identity of the run, which its checkpoints carry."""
+
+    path: Path
+    run: str
+
+
+@contextlib.contextmanager
+def run_folder(
+    settings: Any, command: str, files: Mapping[str, str] | None = None, *, resume: bool = False
+) -> Iterator[Folder]:
+    """The run folder, locked, with `config.yaml` and `env.json` in it.
+
+    A new one, or one that holds nothing but the settings of a run that failed early; with
+    `settings.force` an earlier run's, of which only what a run writes is removed; with `resume` one
+    of the same settings and content.
+
+    Args:
+      settings: of the recipe, with `out` and `force`.
+      command: its name, for `config.yaml`.
+      files: the data and the weights that are read, by role.
+      resume: go on where the folder holds a run.
+
+    Raises:
+      ValueError: if the folder holds something, is a file, or is of a run on other content.
+      UsageError: if the run to be resumed had other settings.
+      RuntimeError: if another process has it.
+    """
+    folder = Path(settings.out)
+    if resume and settings.force:
+        raise UsageError("--resume continues a run, --force overwrites it: give one of them.")
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> str:
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"--out {folder} is a file. Name a folder.")
+            names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+            taken_up = resume and "config.yaml" in names
+            if not taken_up and not settings.force and names - {".lock"} not in (set(), SETTINGS):
+                raise ValueError(
+                    f"--out {folder} is not empty, and nothing in it is overwritten. Name another "
+                    "folder, or pass --force."
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_files.locked(folder))
+            made = record.made_from(files or {})
+            if taken_up:
+                run = _check_same(folder, settings, command)
+                for notice in record.compare(folder, made):
+                    print(f"note: {notice}", file=sys.stderr)
+                return run
+            (folder / "metrics.jsonl").unlink(missing_ok=True)
+            if kept := checkpoint.remove(folder / "checkpoints"):
+                print(f"note: not ours, and left alone in {folder}/checkpoints: {', '.join(kept)}")
+            text = as_yaml(settings, command, force=False, resume=False)
+            _files.write_atomic(folder / "config.yaml", text.encode(errors="replace"))
+            run = secrets.token_hex(8)
+            record.keep(folder, made)
+            about = {**report.environment(), "run": run}
+            _files.write_json(folder / "env.json", about)
+            return run
+
+        yield Folder(folder, processes.decide(begin))
+
+
+def _check_same(folder: Path, settings: Any, command: str) -> str:
+    """The identity of the run to be resumed, after comparing its settings."""
+    file = folder / "config.yaml"
+    try:
+        known = dict(yaml.safe_load(file.read_text()))
+        recorded = dict(json.loads((folder / "env.json").read_text()))
+        run = str(recorded["run"])
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} or env.json beside it cannot be read ({error}).") from None
+    now = {"command": command, **plain(settings)}
+    other = [
+        f"{name} ({known.get(name)!r}, now {now.get(name)!r})"
+        for name in sorted(known.keys() | now.keys())
+        if name not in FREE and known.get(name) != now.get(name)
+    ]
+    if other:
+        raise UsageError(
+            f"--resume: {folder} was run with other settings: {', '.join(other)}. Go on with: "
+            f"kdtl {command} --config {file} --resume --out {folder}"
+        )
+    return run
+
+
+@contextlib.contextmanager
+def counted_programs() -> Iterator[Callable[[], str]]:
+    """`said()`: how many programs were compiled and how many came from the cache, in words."""
+    found = {"requests": 0, "cached": 0, "seconds": 0.0}
+
+    def hit(event: str, **_: Any) -> None:
+        found["cached"] += event == "/jax/compilation_cache/cache_hits"
+
+    def compiled(event: str, seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found["requests"] += 1
+            found["seconds"] += seconds
+
+    jax.monitoring.register_event_listener(hit)
+    jax.monitoring.register_event_duration_secs_listener(compiled)
+    try:
+        yield lambda: (
+            f"Programs: {found['requests'] - found['cached']:.0f} compiled, {found['cached']:.0f} "
+            f"from the compilation cache, {found['seconds']:.1f} s in all."
+        )  # fmt: skip
+    finally:
+        jax.monitoring.unregister_event_listener(hit)
+        jax.monitoring.unregister_event_duration_listener(compiled)
+
+
+def devices(asked: int | None) -> list[Any]:
+    """So many devices, on a CPU as many virtual ones; None: all. Call it before any is touched.
+
+    Raises:
+      UsageError: if there are fewer.
+    """
+    if asked is not None and asked > 1:
+        with contextlib.suppress(RuntimeError):  # the back end is up, with as many as it has
+            jax.config.update("jax_num_cpu_devices", asked)
+    have = jax.devices()
+    if asked is not None and asked > len(have):
+        raise UsageError(f"--devices {asked}: there are {len(have)} devices here.")
+    return have[:asked]
+
+
+def finish(folder: Path, results: report.Results, table: str | None = None) -> None:
+    """Writes `results.json` and `report.html`, and prints the table."""
+    _files.write_json(folder / "results.json", report.to_json(results))
+    _files.write_atomic(folder / "report.html", report.html_page(results).encode(errors="replace"))
+    if table is None:
+        print_table(results)
+    else:
+        print(table)
+    print(f"report: {folder / 'report.html'}")
+
+
+def write_curves(folder: Path, learning: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """`metrics.jsonl` of a run that trains in whole programs: validation accuracy by epoch."""
+    lines = [
+        _files.as_json({"step": epoch, "method": method, "eval/validation_accuracy": value})
+        for method, curve in learning.items()
+        for epoch, value in zip(curve["epoch"], curve["validation_accuracy"], strict=True)
+    ]
+    _files.write_atomic(
+        folder / "metrics.jsonl", "".join(f"{json.dumps(x)}\n" for x in lines).encode()
+    )
+
+
+def progress() -> Say:
+    """Says what begins, and when; the same lines on a terminal and in a log."""
+    console, start = Console(stderr=True, highlight=False), time.perf_counter()
+
+    def say(text: str) -> None:
+        seconds = time.perf_counter() - start
+        if console.is_terminal:
+            console.print(f"[dim]{seconds:5.1f} s[/]  ", end="")
+            console.print(f"{text} …", markup=False)
+        else:
+            print(f"{seconds:5.1f} s  {text}", file=sys.stderr, flush=True)
+
+    return say
+
+
+def seldom(say: Say, seconds: float = 10.0) -> Callable[[str, bool], None]:
+    """Passes a line on if there was none for a while, and the last of a method always."""
+    said = time.perf_counter()
+
+    def maybe(text: str, last: bool) -> None:
+        nonlocal said
+        now = time.perf_counter()
+        if last or now - said >= seconds:
+            said = now
+            say(text)
+
+    return maybe
+
+
+def print_table(results: report.Results) -> None:
+    """The table of methods."""
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        for row in results.rows:
+            print(
+                f"{row.family:12s} {row.method:26s} test {report.percent(row.test):>11s} %  "
+                f"{_compared(row):32s} {row.parameters:>9,} parameters {row.seconds:6.1f} s"
+            )
+    else:
+        for family in dict.fromkeys(row.family for row in results.rows):
+            console.print(_table(family, [row for row in results.rows if row.family == family]))
+    for note in results.notes:
+        console.print(f"note: {note}", style="dim" if console.is_terminal else None, soft_wrap=True)
+
+
+def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """A plain table: aligned on a terminal, else with tabs. Returns the exit code 0."""
+    console = Console(highlight=False)
+    if console.is_terminal:
+        table = Table(*header)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    else:
+        for row in (header, *rows):
+            print("\t".join(row))
+    return 0
+
+
+def _table(family: str, rows: Sequence[report.Row]) -> Table:
+    table = Table(title=family.capitalize(), title_justify="left")
+    for name in ("method", "test accuracy %", "against the baseline", "parameters", "seconds"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in rows:
+        cells = (report.percent(row.test), _compared(row), f"{row.parameters:,}")
+        better = row.versus is not None and row.versus.verdict == "better"
+        table.add_row(row.label, *cells, f"{row.seconds:.1f}", style="bold" if better else "")
+    return table
+
+
+def _compared(row: report.Row) -> str:
+    if row.versus is None:
+        return "–"
+    return f"{100 * row.versus.difference.mean:+.1f}, {row.versus.verdict}"

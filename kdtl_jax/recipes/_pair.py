@@ -1,0 +1,250 @@
+"""A teacher and a student on one data set: what `kdtl distill` and `kdtl sweep` begin with."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from kdtl_jax import methods, train, trees
+from kdtl_jax._types import ModelFn, Variables
+from kdtl_jax.datasets import Splits, Standardizer
+from kdtl_jax.methods import Entry, Method, Setup
+from kdtl_jax.recipes import _models, _seeds, _training
+from kdtl_jax.recipes._models import About, Network
+from kdtl_jax.recipes._training import Experiment, Point
+from kdtl_jax.run import report, scores, teacher_cache
+
+TEACHER, BASELINE = "teacher", "student_alone"
+DEFAULT_TEACHER = "mlp:128,64"
+
+
+class Pair(NamedTuple):
+    """Data, and the two networks that learn from it."""
+
+    splits: Splits  # scaled
+    scaling: Standardizer  # as the teacher's file says, or measured on the training part
+    arrays: dict[str, Any]  # of the training part: "inputs", "labels", "index"
+    teacher_text: str
+    teacher: Network
+    student: Network
+    given: Variables | None  # the teacher's, from its file
+    files: dict[str, str]  # what was read, by role
+    example: jax.Array  # inputs [1, ...]
+
+
+def read(settings: Any, *, dtype: Any = None) -> Pair:
+    """Reads the data and the teacher's file, and makes both networks.
+
+    Args:
+      settings: `data` and its neighbors, `teacher`, `teacher_weights`, `student`.
+      dtype: of both networks' computation.
+
+    Raises:
+      ValueError: if the file is of another model, other classes or inputs, or is not finite.
+    """
+    path = settings.teacher_weights
+    text, about = _models.read_about(path, settings.teacher, DEFAULT_TEACHER)
+    splits, scaling = _models.read_data(settings, about, path)
+    part = splits.train
+    index = np.arange(len(part.labels), dtype=np.int32)
+    arrays = {"inputs": part.inputs, "labels": part.labels, "index": index}
+    example = jnp.asarray(part.inputs[:1])
+    large, small = (
+        _models.network(_models.module(model, part.classes), example, dtype=dtype)
+        for model in (text, settings.student)
+    )
+    given = None if path is None else _models.load(path, large, example)
+    files = {"data": settings.data, **({} if path is None else {"teacher_weights": path})}
+    return Pair(splits, scaling, arrays, text, large, small, given, files, example)
+
+
+def setup(
+    pair: Pair,
+    frozen: Variables | None,
+    *,
+    steps: int,
+    batch_size: int,
+    layers: Sequence[tuple[str, str]] = (),
+) -> Setup:
+    """The pair as methods see it; without `frozen` with a blank teacher, for checks beforehand."""
+    if frozen is None:
+        shapes = _models.abstract(pair.teacher, pair.example)
+        frozen = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    inputs = pair.arrays["inputs"]
+    return methods.setup(
+        pair.student.apply,
+        pair.teacher.apply,
+        student_variables=_models.abstract(pair.student, pair.example),
+        teacher_variables=frozen,
+        inputs=jax.ShapeDtypeStruct((batch_size, *inputs.shape[1:]), inputs.dtype),
+        examples=len(inputs),
+        steps=steps,
+        classes=pair.splits.train.classes,
+        layers=tuple(layers) or None,
+        student_layout=pair.student.layout,
+        teacher_layout=pair.teacher.layout,
+        task=_training.task,
+    )
+
+
+def entries() -> dict[str, Entry]:
+    """The table of methods by name."""
+    return {entry.name: entry for entry in methods.table()}
+
+
+def build(entry: Entry, setup: Setup, temperature: Any, weights: Mapping[str, Any]) -> Method:
+    """A method with the user's temperature, where it has one, and weights of its terms."""
+    own = (
+        {}
+        if temperature is None or not methods.takes_temperature(entry)
+        else {"temperature": temperature}
+    )
+    method = entry.build(setup, **own)
+    return method._replace(weights={**method.weights, **weights})
+
+
+def student(
+    pair: Pair,
+    net: Network,
+    method: Method,
+    tx: optax.GradientTransformation,
+    *,
+    teacher: ModelFn | None = None,
+    microbatches: int = 1,
+    view: Callable[..., Any] | None = None,
+    per_epoch: int = 1,
+) -> Experiment:
+    """`net` learning by a method; `shared` is the live teacher's variables, or None.
+
+    Args:
+      pair: for the shape of inputs.
+      net: the network that is trained.
+      method: its terms.
+      tx: the optimizer.
+      teacher: a live one; None: its outputs are in the batches, or there is none.
+      microbatches: parts of a batch.
+      view: augmentation, from `_training.views`.
+      per_epoch: steps, for `view`.
+    """
+    step = train.make_step(
+        net.apply, method.terms, method.weights, tx, teacher=teacher, microbatches=microbatches
+    )
+
+    def start(point: Point, shared: Any) -> train.TrainState:
+        keys = _training.keys(point["seed"])
+        fresh = net.init(keys.model, pair.example)
+        return train.init_state(
+            fresh.params,
+            tx,
+            key=keys.steps,
+            connectors=method.connectors(keys.connectors),
+            model_state=fresh.model_state,
+            memory=method.memory(keys.memory),
+        )
+
+    def one_step(state: Any, batch: Any, point: Point, shared: Any) -> Any:
+        if view is not None:
+            batch = view(_training.keys(point["seed"]).views, state.step // per_epoch, batch)
+        return step(state, batch, shared)
+
+    def logits(state: Any, inputs: Any, shared: Any) -> Any:
+        outputs, _ = net.apply(state.params, state.model_state, inputs)
+        if method.predict is None:
+            return outputs["logits"]
+        return method.predict(state.connectors, state.memory, outputs)
+
+    return Experiment(start, one_step, logits)
+
+
+def taught(
+    pair: Pair,
+    run: _seeds.Run,
+    tx: Callable[[int], optax.GradientTransformation],
+    *,
+    epochs: int,
+    described: Mapping[str, Any],
+) -> tuple[Variables, report.Row, np.ndarray]:
+    """The teacher, given or trained here: its variables, its row, the classes it names `[test]`."""
+    steps = epochs * (len(pair.arrays["labels"]) // run.batch_size)
+    blank = setup(pair, None, steps=steps, batch_size=run.batch_size)
+    learner = student(pair, pair.teacher, methods.alone(blank), tx(steps))
+    if pair.given is None:
+        trained = _seeds.train_seeds(TEACHER, learner, _training.points(1), None, run, epochs)
+        state, seconds = trained.state, trained.seconds
+    else:
+        state = jax.jit(jax.vmap(learner.start, in_axes=(0, None)))(_training.points(1), None)
+        stacked = jax.tree.map(lambda x: jnp.asarray(x)[None], tuple(pair.given))
+        state, seconds = state._replace(params=stacked[0], model_state=stacked[1]), 0.0
+    name = _seeds.evaluation(learner, None, True, run.mesh)
+    validation, test = (name(state, part.inputs) for part in pair.splits[1:])
+    frozen = Variables(*_training.pick((state.params, state.model_state), 0))
+    row = report.Row(
+        TEACHER,
+        TEACHER,
+        "Teacher",
+        trees.count(frozen.params),
+        report.interval(scores.accuracy(test, pair.splits.test.labels)),
+        report.interval(scores.accuracy(validation, pair.splits.validation.labels)),
+        seconds,
+        described,
+    )
+    return frozen, row, test[0]
+
+
+def about(pair: Pair, text: str) -> About:
+    """What the file of a model of this pair shall say."""
+    part = pair.splits.train
+    return About(text, part.classes, pair.scaling, part.names)
+
+
+def build_all(
+    entries: Sequence[Entry], setup: Setup, settings: Any
+) -> tuple[dict[str, tuple[Entry | None, Method]], list[str]]:
+    """The baseline and the methods that apply, with the user's weights; notes on the others."""
+    notes = [f"{e.name} does not apply: {why}." for e in entries if (why := e.applies(setup))]
+    fitting: list[Entry] = [entry for entry in entries if entry.applies(setup) is None]
+    built: dict[str, tuple[Entry | None, Method]] = {BASELINE: (None, methods.alone(setup))}
+    for entry in fitting:
+        built[entry.name] = entry, build(entry, setup, settings.temperature, {})
+    terms = {name: sorted(method.weights) for name, (_, method) in built.items()}
+    for key, weight in settings.weights.items():
+        name, dot, term = key.rpartition(".")
+        asked = [name] if dot else [name for name in terms if name != BASELINE]
+        having = [name for name in asked if term in terms.get(name, ())]
+        if not having:
+            listed = "; ".join(f"{name}: {', '.join(found)}" for name, found in terms.items())
+            raise ValueError(
+                f"--weights: {key!r} is no term here. The terms are {listed}. Write term=weight, "
+                "or method.term=weight for one method."
+            )
+        for name in having:  # method.term wins over term
+            if dot or f"{name}.{term}" not in settings.weights:
+                entry, method = built[name]
+                built[name] = entry, method._replace(weights={**method.weights, term: weight})
+    return built, notes
+
+
+def cached_outputs(folder: Path, pair: Pair, frozen: Variables, precision: str) -> Any:
+    """The outputs in a teacher cache, which is filled, completed or mended first if need be.
+
+    A whole cache of this teacher on these data serves in any precision (`kdtl cache --dtype`,
+    `--precision`): whoever made it chose that.
+    """
+    net, inputs = pair.teacher, {"inputs": pair.arrays["inputs"]}
+    made_of = {
+        "model": _models.canonical(pair.teacher_text),
+        "classes": pair.splits.train.class_names(),
+        "preprocessing": {} if precision == "float32" else {"precision": precision},
+        "taps": sorted(_models.output_shapes(net, pair.example)),
+    }
+    made = teacher_cache.fingerprint(frozen, inputs, **made_of)
+    expected = made._replace(dtype=None, preprocessing=None)
+    try:
+        return teacher_cache.load(teacher_cache.open_cache(folder, expect=expected))
+    except (FileNotFoundError, ValueError):  # `write` mends it, or says what differs
+        teacher_cache.write(folder, net.apply, frozen, inputs, batch_size=512, **made_of)
+    return teacher_cache.load(teacher_cache.open_cache(folder, expect=expected, contents=False))

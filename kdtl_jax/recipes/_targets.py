@@ -1,0 +1,286 @@
+"""Targets of a transfer: the source's weights copied into them, trained by every method.
+
+Every method starts from the same copies, sees the same few examples per seed, and chooses its
+learning rate (and the strength of its own term, where it has one) by mean validation accuracy over
+seeds. All seeds and settings of a method run as one compiled program.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from kdtl_jax import objective, train, transferability, transforms, trees
+from kdtl_jax._types import Params, Variables
+from kdtl_jax.datasets import Dataset, Splits, per_class
+from kdtl_jax.recipes import _choice, _models, _training
+from kdtl_jax.recipes import _transfer_methods as ways
+from kdtl_jax.recipes._models import Network
+from kdtl_jax.recipes._training import Experiment, Point
+from kdtl_jax.recipes._transfer_methods import Case, Method
+from kdtl_jax.run import report
+from kdtl_jax.train import sweep
+
+FAMILY, BASELINE = "transfer", "scratch"
+HEADS = r"(params/)?head/.*"
+SOURCE_RATE, SOURCE_BATCH = 3e-3, 64
+
+
+class Source(NamedTuple):
+    """Weights to start from: `tree` with or without a leading axis of seeds."""
+
+    tree: Any  # as `_models.tree` lays variables out; extra leaves are asked about
+    is_per_seed: bool
+
+
+class Surgery(NamedTuple):
+    """How a source's leaves find their places: arguments of `transforms.transfer`."""
+
+    where: trees.Selector = trees.none_of(HEADS)
+    rename: Sequence[tuple[str, str | None]] = ()
+    on_mismatch: transforms.Policy = transforms.raise_on_mismatch
+
+
+class Kept(NamedTuple):
+    """What remains of a target: a plain model."""
+
+    params: Params
+    model_state: Any
+
+
+class Compared(NamedTuple):
+    """What `compare` finds."""
+
+    rows: list[report.Row]
+    learning: dict[str, dict[str, list[float]]]
+    surgery: transforms.Report
+    scores: dict[str, report.Interval]  # of the source for the target, before any training
+    models: dict[str, Kept]  # by method, stacked over seeds
+
+
+def compare(
+    net: Network,
+    target: Splits,
+    source: Source,
+    chosen: Sequence[Method],
+    settings: Any,
+    surgery: Surgery,
+    say: Callable[[str], None],
+) -> Compared:
+    """Copies the source into targets and trains them by every method.
+
+    Args:
+      net: the target's network.
+      target: its data, scaled.
+      source: weights to start from.
+      chosen: methods.
+      settings: `seeds`, `labels_per_class`, `epochs`, `batch_size`, `learning_rates`, `strengths`,
+        `llrd`, as in `Settings`.
+      surgery: how the source's leaves find their places.
+      say: progress.
+
+    Raises:
+      ValueError: if the source does not fit (every leaf is named), a method needs the source's head
+        and there is none, or a class has too few examples.
+    """
+    seeds, few, part = settings.seeds, settings.labels_per_class, target.train
+    parts = [per_class(part, few, seed=s) if few else part for s in range(seeds)]
+    data = _choice.stacked(parts)
+    example = data["inputs"][0, :1]
+    # Apart from the sources' seeds, so that no target starts as its source started.
+    fresh = _choice.per_seed(
+        lambda seed: net.init(_training.keys(seed).model, example), seeds, offset=1000
+    )
+    first = _training.pick(source.tree, 0) if source.is_per_seed else source.tree
+    _, done = copy(first, _training.pick(fresh, 0), surgery)
+    head = source_head(first)
+    lacking = [method.name for method in chosen if method.needs_source_head and head is None]
+    if lacking:
+        raise ValueError(
+            f"{', '.join(lacking)} train the source's head too, and the source has no "
+            "head/kernel and head/bias. Leave these methods out (--methods)."
+        )
+
+    def copied_of(tree: Any, target: Variables) -> Variables:
+        return copy(tree, target, surgery, check_finite=False)[0]
+
+    over = 0 if source.is_per_seed else None
+    copied = jax.jit(jax.vmap(copied_of, in_axes=(over, 0)))(
+        jax.tree.map(jnp.asarray, source.tree), fresh
+    )
+    heads = None if head is None else source_head(source.tree)
+    if heads is not None and not source.is_per_seed:
+        heads = jax.tree.map(lambda x: jnp.stack([x] * seeds), heads)
+    shared = {"data": data, "fresh": fresh, "copied": copied, "heads": heads}
+    classes = part.classes
+    scores = jax.jit(jax.vmap(lambda *one: transfer_scores(net, classes, *one)))(
+        copied, heads, data["inputs"], data["labels"]
+    )
+    measured = {name: report.interval(np.asarray(values)) for name, values in scores.items()}
+    held = [_choice.held(part) for part in (target.validation, target.test)]
+    size = data["labels"].shape[1]
+    batch_size = min(settings.batch_size, size)
+    steps = settings.epochs * (size // batch_size)
+    found = Compared([], {}, done, measured, {})
+    for method in chosen:
+        say(method.name)
+        learner = experiment(method, net, classes, steps, settings.llrd)
+        axes = {"learning_rate": settings.learning_rates}
+        if method.term:
+            axes[method.term] = settings.strengths or method.strengths
+        points = _choice.columns(seeds, **axes)
+        fit = _training.fit(
+            learner,
+            lambda point, shared, method=method: training_set(method, net, classes, point, shared),
+            epochs=settings.epochs,
+            batch_size=batch_size,
+            checks=_training.even_checks(settings.epochs),
+            keep=lambda state, method=method: Kept(method.finish(state.params), state.model_state),
+        )
+        begun = time.perf_counter()
+        # Equally many settings per call, whatever the method's axes: what is alike compiles once.
+        chunk = seeds * len(settings.learning_rates)
+        fitted = jax.block_until_ready(sweep.vmap(fit, chunk=chunk)(points, shared, *held))
+        choice = _choice.best(fitted, points)
+        state = jax.eval_shape(learner.start, _training.pick(points, 0), shared)
+        described = {
+            "epochs": settings.epochs,
+            "batch_size": settings.batch_size,
+            "optimizer": "adam",
+            "llrd": settings.llrd,
+            "trained_parameters": trees.count(state.params, method.trainable)
+            + trees.count(state.connectors),
+            **choice.setting,
+        }
+        seconds = time.perf_counter() - begun
+        found.rows.append(
+            _choice.row(method.name, FAMILY, method.label, choice.fitted, seconds, described)
+        )
+        found.learning[method.name] = _choice.learning_curve(choice.fitted, settings.epochs)
+        found.models[method.name] = choice.fitted.kept
+    return found
+
+
+def experiment(method: Method, net: Network, classes: int, steps: int, llrd: float) -> Experiment:
+    """A target trained by one method; what belongs to its seed is in `shared`."""
+
+    def parts(point: Point, shared: Any) -> tuple[Case, Variables, Params, Any, Any]:
+        case = case_of(net, classes, steps, point, shared)
+        begin = case.copied if method.is_copied else case.fresh
+        params = method.start(begin.params, _training.keys(point["seed"]).connectors)
+        glue = {"source_head": dict(case.source_head or {})} if method.needs_source_head else {}
+        optimized = {"params": params, "connectors": glue} if glue else params
+        chain: list[optax.GradientTransformation] = [optax.adam(point["learning_rate"])]
+        if llrd < 1:
+            chain.append(ways.by_depth(begin.params, optimized, llrd))
+        if method.gate is not None:
+            chain.append(method.gate(case, params))
+        return case, begin, params, glue, optax.chain(*chain)
+
+    def start(point: Point, shared: Any) -> train.TrainState:
+        _, begin, params, glue, tx = parts(point, shared)
+        return train.init_state(
+            params, tx, key=_training.keys(point["seed"]).steps, connectors=glue,
+            model_state=begin.model_state, trainable=method.trainable,
+        )  # fmt: skip
+
+    def step(state: Any, batch: Any, point: Point, shared: Any) -> Any:
+        case, *_, tx = parts(point, shared)
+        penalty = None if method.penalty is None else method.penalty(case)
+
+        def terms(inputs: objective.Inputs) -> dict[str, Any]:
+            own = {} if penalty is None else {method.term: penalty(inputs)}
+            return {**objective.classification(inputs), **own}
+
+        weights = {"task": 1.0} | ({method.term: point[method.term]} if method.term else {})
+        model = method.apply(case)
+        return train.make_step(model, terms, weights, tx, trainable=method.trainable)(state, batch)
+
+    def logits(state: Any, inputs: Any, shared: Any) -> Any:
+        return net.apply(method.finish(state.params), state.model_state, inputs)[0]["logits"]
+
+    return Experiment(start, step, logits)
+
+
+def case_of(net: Network, classes: int, steps: int, point: Point, shared: Any) -> Case:
+    """One seed's case."""
+    own = _training.pick(shared, point["seed"])
+    return Case(net, own["fresh"], own["copied"], own["heads"], own["data"], classes, steps)
+
+
+def training_set(method: Method, net: Network, classes: int, point: Point, shared: Any) -> Any:
+    """A seed's examples, with what the method records of the source's outputs on them."""
+    case = case_of(net, classes, 1, point, shared)
+    return {**case.data, **method.record(case)}
+
+
+def train_sources(net: Network, part: Dataset, *, seeds: int, epochs: int) -> Source:
+    """One source model per seed, on the whole source task."""
+    tx = optax.adam(SOURCE_RATE)
+    step = train.make_step(net.apply, objective.classification, {"task": 1.0}, tx)
+    data = _choice.held(part)
+
+    def start(point: Point, shared: Any) -> train.TrainState:
+        keys = _training.keys(point["seed"])
+        fresh = net.init(keys.model, shared["inputs"][:1])
+        return train.init_state(fresh.params, tx, key=keys.steps, model_state=fresh.model_state)
+
+    learner = Experiment(
+        start,
+        lambda state, batch, point, shared: step(state, batch),
+        lambda state, x, shared: net.apply(state.params, state.model_state, x)[0]["logits"],
+    )
+    fit = _training.fit(
+        learner, lambda point, shared: shared, epochs=epochs, batch_size=SOURCE_BATCH,
+        keep=lambda state: _models.tree(Variables(state.params, state.model_state)),
+    )  # fmt: skip
+    few = {name: x[:1] for name, x in data.items()}  # its scores are not reported
+    return Source(sweep.vmap(fit)(_training.points(seeds), data, few, few).kept, True)
+
+
+def copy(
+    source: Any, target: Variables, surgery: Surgery, *, check_finite: bool = True
+) -> tuple[Variables, transforms.Report]:
+    """The target's variables, filled from the source."""
+    filled, done = transforms.transfer(
+        source, _models.tree(target), **surgery._asdict(), check_finite=check_finite
+    )
+    if target.model_state is None:
+        return Variables(filled), done
+    state = {name: filled[name] for name in target.model_state}
+    return Variables(filled["params"], state), done
+
+
+def source_head(tree: Any) -> dict[str, Any] | None:
+    """The source's classifier, where it has one called `head`."""
+    flat = trees.flatten(tree)
+    for prefix in ("", "params/"):
+        names = {name: f"{prefix}head/{name}" for name in ("kernel", "bias")}
+        if all(path in flat for path in names.values()):
+            return {name: jnp.asarray(flat[path]) for name, path in names.items()}
+    return None
+
+
+def transfer_scores(
+    net: Network, classes: int, copied: Variables, head: Any, inputs: Any, labels: Any
+) -> dict[str, Any]:
+    """Transferability by what the source makes of the target's training set, by score."""
+    if net.layout.last == "logits":  # the head is all there is, and it is fresh
+        return {}
+    features = net.apply(*copied, inputs)[0][net.layout.last]
+    found = {
+        "logme": transferability.logme(features, jax.nn.one_hot(labels, classes)),
+        "h_score": transferability.regularized_h_score(features, labels, num_classes=classes),
+    }
+    if head is None:
+        return found
+    named = jax.nn.softmax(ways.on_head(features, head))
+    found["leep"] = transferability.leep(named, labels, num_classes=classes)
+    hard = jnp.argmax(named, axis=-1).astype(jnp.int32)
+    sizes = {"num_source_classes": named.shape[-1], "num_classes": classes}
+    found["nce"] = transferability.nce(hard, labels, **sizes)
+    return found

@@ -1,0 +1,226 @@
+"""A teacher's outputs for a training set, computed once and kept on disk.
+
+The cache says what it was made from (weights, the model's text, data, classes), so that it is never
+read for another teacher or other data. An interrupted one is completed, a damaged one mended.
+
+    kdtl cache --weights runs/distill/teacher.safetensors --taps all
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kdtl_jax._types import ModelFn, Variables
+from kdtl_jax.datasets import Dataset
+from kdtl_jax.losses import TopK
+from kdtl_jax.recipes import _models
+from kdtl_jax.recipes import settings as types
+from kdtl_jax.recipes._models import Network
+from kdtl_jax.recipes.settings import UsageError, setting
+from kdtl_jax.run import scores, teacher_cache
+from kdtl_jax.train import precision
+
+COMPARED = 1024  # examples behind the fidelity of a lower precision
+LINE_SECONDS = 5.0  # between lines of progress where there is no terminal
+EXAMPLES = """
+  kdtl cache --weights runs/distill/teacher.safetensors
+  kdtl cache --data mnist/ --teacher cnn:32,64 --weights teacher.safetensors \\
+      --top-k 5 --dtype float16 --out runs/cache
+  kdtl cache --out runs/cache --verify
+"""
+
+
+@dataclass(frozen=True)
+class Settings(types.Data):
+    """What fixes a run of `kdtl cache`."""
+
+    teacher: str | None = setting(
+        None, f"{types.MODEL}; default: what --weights holds, or mlp:128,64", metavar="MODEL",
+        parse=_models.text_of,
+    )  # fmt: skip
+    weights: str | None = setting(
+        None, "the teacher's safetensors, as kdtl distill writes them", metavar="FILE"
+    )
+    taps: tuple[str, ...] = setting(
+        ("logits",), "outputs to store, or all, as kdtl distill --teacher-cache reads them",
+        metavar="NAME,...", parse=types.names,
+    )  # fmt: skip
+    top_k: int | None = setting(
+        None, "logits of the K most likely classes and the tail", metavar="K", least=1
+    )
+    temperature: float = types.positive_rate(1.0, "of the softmax that is cut to K classes")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "of what is stored")
+    precision: Literal["float32", "bfloat16", "float16", "int8"] = setting(
+        "float32", "the teacher's; int8 is of its weights alone"
+    )
+    batch_size: int = setting(256, "examples per call of the teacher", metavar="N", least=1)
+    out: str = setting(
+        "runs/teacher_cache", "the cache; one begun earlier is completed", metavar="FOLDER"
+    )
+    verify: bool = setting(
+        False, "compute nothing: compare every byte in --out with its SHA-256, and with --weights "
+        "what it was made from",
+    )  # fmt: skip
+
+
+def run(settings: Settings) -> int:
+    """Writes, completes or verifies a cache; returns the exit code."""
+    folder = Path(settings.out)
+    if settings.verify:
+        return verify(folder, settings)
+    train, net, variables, made_of = teacher(settings)
+    inputs, lower = train.inputs, settings.precision
+    taps = settings.taps
+    if taps == ("all",):
+        taps = tuple(sorted(_models.output_shapes(net, jnp.asarray(inputs[:1]))))
+    apply, lowered = in_precision(net.apply, variables, lower)
+    if lower != "float32":
+        print_fidelity(net.apply, variables, apply, lowered, inputs, lower)
+    with progress() as tell:
+        plan = teacher_cache.write(
+            folder,
+            apply,
+            lowered,
+            {"inputs": inputs},
+            batch_size=settings.batch_size,
+            # How inputs are scaled is in the data's digest.
+            preprocessing={} if lower == "float32" else {"precision": lower},
+            taps=taps,
+            top_k=settings.top_k,
+            temperature=settings.temperature,
+            dtype=settings.dtype,
+            weights=teacher_cache.digest(variables),
+            progress=tell,
+            **made_of,
+        )
+    cache = teacher_cache.open_cache(folder, expect=None, contents=False)
+    print_plan(folder, plan)
+    if "logits" in taps:
+        right = scores.accuracy(most_likely(cache), train.labels)
+        print(f"teacher: {100 * right:.1f} % of these examples right")
+    return 0
+
+
+def verify(folder: Path, settings: Settings) -> int:
+    """Compares the cache's bytes, and what it was made from where weights are given."""
+    problems = teacher_cache.verify(folder)
+    for problem in problems:
+        print(f"damaged: {problem}", file=sys.stderr)
+    if problems:
+        print(f"kdtl cache: write {folder} again to compute what is damaged.", file=sys.stderr)
+        return 1
+    made_from = ""
+    if settings.weights is not None:
+        train, _, variables, made_of = teacher(settings)
+        expect = teacher_cache.fingerprint(variables, {"inputs": train.inputs}, **made_of)
+        # The form is the folder's own; network, weights and data must be these.
+        form = dict.fromkeys(("taps", "logits", "dtype", "preprocessing", "views"))
+        teacher_cache.open_cache(folder, expect=expect._replace(**form), contents=False)
+        made_from = ", made by these weights from these data"
+    cache = teacher_cache.open_cache(folder, expect=None, contents=False)
+    print_plan(folder, cache.plan)
+    print(f"whole: every byte is as it was written{made_from}")
+    return 0
+
+
+def teacher(settings: Settings) -> tuple[Dataset, Network, Variables, dict[str, Any]]:
+    """The training part, the network, its variables, and the cache's word for the network."""
+    path = settings.weights
+    if path is None:
+        raise UsageError(
+            "--weights: name the teacher's safetensors file, for example "
+            "runs/distill/teacher.safetensors."
+        )
+    text, about = _models.read_about(path, settings.teacher, "mlp:128,64")
+    train = _models.read_data(settings, about, path)[0].train
+    example = jnp.asarray(train.inputs[:1])
+    net = _models.network(_models.module(text, train.classes), example)
+    made_of = {"model": _models.canonical(text), "classes": train.class_names()}
+    return train, net, _models.load(path, net, example), made_of
+
+
+def in_precision(model: ModelFn, variables: Variables, name: str) -> tuple[ModelFn, Variables]:
+    """The teacher in a lower precision."""
+    if name == "float32":
+        return model, variables
+    if name == "int8":
+        lowered = precision.quantize(variables.params)
+        return precision.with_int8(model), Variables(lowered, variables.model_state)
+    return precision.compute_in(model, jnp.dtype(name)), variables
+
+
+def print_fidelity(
+    model: ModelFn,
+    variables: Variables,
+    lower_model: ModelFn,
+    lowered: Variables,
+    inputs: np.ndarray,
+    name: str,
+) -> None:
+    """Says how well the teacher in a lower precision reproduces its float32 logits."""
+    few = inputs[:COMPARED]
+    reference, found = (
+        jax.jit(fn)(v.params, v.model_state, few)[0].get("logits")
+        for fn, v in ((model, variables), (lower_model, lowered))
+    )
+    if reference is None or found is None:
+        return
+    measured = precision.fidelity(found, reference)
+    print(
+        f"{name} against float32 on {len(few):,} examples: same class in "
+        f"{100 * float(measured.agreement):.2f} %, KL {float(measured.kl):.2g} nats, largest logit "
+        f"error {float(measured.largest_error):.2g}"
+    )
+
+
+def most_likely(cache: teacher_cache.Cache) -> np.ndarray:
+    """The class that the cached teacher names for every example."""
+    found = []
+    for start in range(0, cache.plan.size, 4096):
+        rows = np.arange(start, min(start + 4096, cache.plan.size))
+        logits = teacher_cache.rows(cache, rows)["logits"]
+        cut = isinstance(logits, TopK)
+        found.append(logits.indices[..., 0] if cut else scores.predicted(jnp.asarray(logits)))
+    return np.concatenate([np.asarray(part) for part in found])
+
+
+def print_plan(folder: Path, plan: teacher_cache.Plan) -> None:
+    """What the folder holds."""
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    form = "" if plan.top_k is None else f", logits as {plan.fingerprint.logits}"
+    print(
+        f"{folder}: {plan.size:,} examples, {', '.join(plan.fingerprint.taps or ())} in "
+        f"{plan.fingerprint.dtype}{form}, {size:,} bytes"
+    )
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, a line now and then in a log."""
+    console = Console(stderr=True, highlight=False)
+    if console.is_terminal:
+        columns = TextColumn("examples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=console) as bars:
+            task = bars.add_task("examples", total=None)
+            yield lambda done, total: bars.update(task, completed=done, total=total)
+        return
+    start, last = time.perf_counter(), -LINE_SECONDS
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        now = time.perf_counter() - start
+        if now - last >= LINE_SECONDS or done == total:
+            last = now
+            print(f"{now:5.1f} s  {done:,} of {total:,} examples", file=sys.stderr, flush=True)
+
+    yield tell

@@ -1,0 +1,391 @@
+"""The four foundation methods and KD on the embedded UCI digits, in under a minute on two cores.
+
+Distillation: one teacher per seed sees all 899 training images, its small student ten per class,
+drawn anew for every seed, and the teacher's outputs on those same images; nothing unlabelled is
+added. Transfer: a model of the digits 0-4 gives its weights to one of 5-9 with ten labels per
+class. On the centered digits that does not help a perceptron, ten labels per class already suffice;
+so both tasks are made harder in the same way, every digit at a random place on a 12x12 canvas.
+
+Every trained method chooses its learning rate, and alpha or strength where it has one, by mean
+validation accuracy over seeds; the test split is only read off.
+
+    kdtl demo
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from kdtl_jax import losses, objective, projection, train, transforms, trees
+from kdtl_jax._types import ModelFn, Params, Variables
+from kdtl_jax.datasets import Splits, digits, only_classes, per_class, standardizer, stratified
+from kdtl_jax.interop import linen
+from kdtl_jax.models import mlp
+from kdtl_jax.objective import Inputs
+from kdtl_jax.recipes import _choice, _models, _output, _targets, _training, transfer
+from kdtl_jax.recipes import _transfer_methods as ways
+from kdtl_jax.recipes import settings as types
+from kdtl_jax.recipes._targets import Kept
+from kdtl_jax.recipes._training import Experiment, Fitted, Point
+from kdtl_jax.recipes.settings import setting
+from kdtl_jax.run import checkpoint, report, scores
+from kdtl_jax.train import sweep
+
+FAMILY = "distillation"
+ORDER = (
+    "teacher",
+    "student_alone",
+    "scaled_parameters",
+    "scaled_homogeneous",
+    "projected_outputs",
+    "projected_outputs_learned",
+    "kd",
+    "kd_scaled",
+)
+TEACHER, STUDENT, CLASSES = (128, 64), (16, 16), 10
+IMAGES_PER_CLASS, BATCH = 10, 20
+TEMPERATURE, KD, TASK = 4.0, 0.9, 0.1
+TEACHER_RATE = 3e-3
+FEATURES = "hidden_1"  # the student's last hidden layer
+LAYERS = ("dense_0/.*", "dense_1/.*", "head/.*")
+TARGETS = ("scratch", "copied_head_only", "copied_finetuned", "copied_l2_sp")
+EXAMPLES = "  kdtl demo --out runs/demo"
+
+
+@dataclass(frozen=True)
+class Settings(types.Output):
+    """What fixes a run of `kdtl demo`."""
+
+    out: str = setting("runs/demo", "the run folder", metavar="FOLDER")
+    seeds: int = setting(
+        10, "teachers, and students per setting", metavar="N", least=1, most=1000, quick=2
+    )
+    teacher_epochs: int = setting(20, "of a teacher", metavar="N", least=1, quick=2)
+    epochs: int = setting(100, "of a student", metavar="N", least=1, quick=10)
+    learning_rates: tuple[float, ...] = setting(
+        (3e-3, 1e-2, 3e-2), "Adam's, of students", metavar="X,...",
+        parse=types.positive_numbers, quick=(1e-2,),
+    )  # fmt: skip
+    alphas: tuple[float, ...] = setting(
+        (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0), "times the teacher's weights, where students start",
+        metavar="X,...", parse=types.positive_numbers, quick=(0.1, 1.0),
+    )  # fmt: skip
+    ridges: tuple[float, ...] = setting(
+        (1e-3, 1e-2, 1e-1, 1.0), "of the projected outputs", metavar="X,...",
+        parse=types.positive_numbers,
+    )  # fmt: skip
+    target_seeds: int = setting(16, "targets per setting", metavar="N", least=1, most=1000, quick=2)
+    target_epochs: int = setting(60, "of a target", metavar="N", least=1, quick=10)
+
+
+def run(settings: Settings) -> None:
+    """Trains teachers, students, sources and targets; writes the run folder."""
+    raw = stratified(digits(), validation=0.2, test=0.3)
+    scaling = standardizer(raw.train)
+    splits = Splits(*(scaling.apply(part) for part in raw))
+    say = _output.progress()
+    with (
+        _output.run_folder(settings, "demo") as where,
+        _output.counted_programs() as programs,
+    ):
+        folder = where.path
+        rows, learning, alpha, models = distill(splits, settings, say)
+        found = transfer_digits(splits, settings, say)
+        order = sorted(rows, key=lambda row: ORDER.index(row.method))
+        baselines = {FAMILY: "student_alone", _targets.FAMILY: _targets.BASELINE}
+        results = report.Results(
+            "kdtl demo: knowledge from a large model to a small one, from one task to another",
+            {
+                "name": raw.train.name,
+                "license": "CC BY 4.0, https://doi.org/10.24432/C50P49",
+                **{name: len(part.labels) for name, part in splits._asdict().items()},
+                "student_images": CLASSES * IMAGES_PER_CLASS,
+                "target_images": 50,
+            },
+            report.compared([*order, *found.rows], baselines),
+            learning | found.learning,
+            alpha,
+            [
+                f"Data: {raw.train.name}, {len(raw.train.labels)} training, "
+                f"{len(raw.validation.labels)} validation and {len(raw.test.labels)} test images. "
+                "Settings are chosen on validation; the test split is only read off.",
+                "Distillation: a teacher sees all training images, its students only "
+                f"{IMAGES_PER_CLASS} per class, drawn anew for every seed, and the teacher's "
+                "outputs on those same images. Projected outputs keep the teacher's selected "
+                "hidden layers and refit the head alone.",
+                "Transfer: digits 0–4 are the source, 5–9 the target with 10 labels per class, all "
+                "at random places on a 12×12 canvas. (On the centered digits a copy does not beat "
+                "training from scratch.)",
+                programs(),
+            ],
+        )
+        with checkpoint.open_folder(folder / "checkpoints") as checkpoints:
+            checkpoint.save(checkpoints, settings.epochs, models, {"method": "all"})
+        student = jax.tree.map(lambda leaf: np.asarray(leaf[0]), models["kd"])
+        text = f"mlp:{','.join(map(str, STUDENT))}"
+        about = _models.About(text, CLASSES, scaling)
+        more = {"method": "kd", "seed": "0"}
+        _models.save(folder / "student.safetensors", Variables(student), about, more)
+        _output.write_curves(folder, results.learning)
+        _output.finish(folder, results)
+
+
+# Distillation.
+
+
+def distill(
+    splits: Splits, settings: Settings, say: Callable[[str], None]
+) -> tuple[list[report.Row], dict[str, Any], dict[str, Any], dict[str, Params]]:
+    """Rows, learning curves, alpha's curves, and models by method, stacked over seeds."""
+    held = [_choice.held(part) for part in (splits.validation, splits.test)]
+    teacher, student = linen.model(mlp(TEACHER, CLASSES)), linen.model(mlp(STUDENT, CLASSES))
+    seeds = settings.seeds
+
+    say("teacher")
+    everything = _choice.held(splits.train)
+    example = everything["inputs"][:1]
+    starts = _choice.per_seed(
+        lambda s: teacher.init(_training.keys(s).model, example).params, seeds
+    )
+    learning_teachers = _training.fit(
+        learner(teacher.apply, objective.classification),
+        lambda point, shared: shared["data"],
+        epochs=settings.teacher_epochs,
+        batch_size=64,
+        keep=kept,
+    )
+    points = _choice.columns(seeds, learning_rate=(TEACHER_RATE,), task=(1.0,))
+    began = time.perf_counter()
+    fit_teachers, shared = sweep.vmap(learning_teachers), {"data": everything}
+    teachers = jax.block_until_ready(fit_teachers({**points, "start": starts}, shared, *held))
+    described = {
+        "widths": list(TEACHER),
+        "images": len(splits.train.labels),
+        "epochs": settings.teacher_epochs,
+        "batch_size": 64,
+        "optimizer": "adam",
+        "learning_rate": TEACHER_RATE,
+    }
+    seconds = time.perf_counter() - began
+    rows = [_choice.row("teacher", FAMILY, "Teacher", teachers, seconds, described)]
+    frozen = teachers.kept.params
+
+    # What students read: ten images per class, and the teacher's outputs on them.
+    few = [per_class(splits.train, IMAGES_PER_CLASS, seed=seed) for seed in range(seeds)]
+    data = _choice.stacked(few)
+    apply_all = jax.jit(jax.vmap(lambda p, x: teacher.apply(p, None, x)[0]["logits"]))
+    data["teacher"] = {"logits": apply_all(frozen, data["inputs"])}
+    # Where they start: anew, or as evenly spaced units of their teacher, layer by layer.
+    fresh = _choice.per_seed(lambda s: student.init(_training.keys(s).model, example).params, seeds)
+    selected = jax.jit(jax.vmap(select_weights))(frozen, fresh)
+
+    learning: dict[str, Any] = {}
+    alpha_curves: dict[str, Any] = {}
+    models: dict[str, Params] = {"teacher": frozen}
+    fixed = {"epochs": settings.epochs, "batch_size": BATCH, "optimizer": "adam"}
+
+    def program(terms: Any, trainable: trees.Selector) -> Any:
+        fit = _training.fit(
+            learner(student.apply, terms, trainable),
+            _choice.own_data,
+            epochs=settings.epochs,
+            batch_size=BATCH,
+            checks=_training.even_checks(settings.epochs),
+            keep=kept,
+        )
+        return sweep.vmap(fit, chunk=seeds * len(settings.learning_rates))
+
+    def train_students(
+        method: str,
+        label: str,
+        program: Any,
+        start: Callable[[float], Params],
+        weights: Mapping[str, float],
+        described: Mapping[str, Any],
+        alphas: Sequence[float] = (1.0,),
+    ) -> None:
+        """One method at every setting; what was chosen joins the results."""
+        say(method)
+        fixed_axes = {term: (weight,) for term, weight in weights.items()}
+        points = _choice.columns(
+            seeds, alpha=alphas, learning_rate=settings.learning_rates, **fixed_axes
+        )
+        stacks = [start(float(a)) for a in points["alpha"][::seeds]]  # one per setting
+        start_column = jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)
+        began = time.perf_counter()
+        each = {**points, "start": start_column}
+        fitted = jax.block_until_ready(program(each, {"data": data}, *held))
+        choice = _choice.best(fitted, points)
+        axes = ("learning_rate", "alpha") if len(alphas) > 1 else ("learning_rate",)
+        chosen = {axis: choice.setting[axis] for axis in axes}
+        rows.append(
+            _choice.row(
+                method,
+                FAMILY,
+                label,
+                choice.fitted,
+                time.perf_counter() - began,
+                {**fixed, **described, **chosen},
+                teacher=teachers.named,
+            )  # fmt: skip
+        )
+        learning[method] = _choice.learning_curve(choice.fitted, settings.epochs)
+        models[method] = choice.fitted.kept.params
+        if len(alphas) > 1:
+            alpha_curves[method] = _choice.setting_curve(fitted, points, "alpha")
+
+    # One program serves every student but one: they differ in starts and weights alone.
+    full, alone, both = program(terms_of_both, trees.everything), (1.0, 0.0), (TASK, KD)
+    distilled = {"temperature": TEMPERATURE, "weight_task": TASK, "weight_kd": KD}
+    scaled = jax.jit(lambda a: transforms.scale(selected, a))
+    homogeneous = jax.jit(lambda a: transforms.scale_homogeneous(selected, a, layers=LAYERS))
+    for method, label, start, (task, kd), described, alphas in (
+        ("student_alone", "Student alone", lambda a: fresh, alone, {}, (1.0,)),
+        ("scaled_parameters", "α × teacher's weights, fine-tuned", scaled, alone, {}, None),
+        ("scaled_homogeneous", "… biases scaled by α^layer", homogeneous, alone, {}, None),
+        ("kd", "Distillation (KD)", lambda a: fresh, both, distilled, (1.0,)),
+        ("kd_scaled", "KD from α × teacher's weights", scaled, both, distilled, None),
+    ):
+        weights = {"task": task, "kd": kd}
+        train_students(
+            method, label, full, start, weights, described, alphas or settings.alphas
+        )  # fmt: skip
+    say("projected_outputs")
+    rows.append(project(student.apply, selected, data, held, teachers.named, settings.ridges))
+    # The same projection learned by gradient on the same target; the hidden layers stay frozen.
+    start = {**selected, "head": fresh["head"]}
+    train_students(
+        "projected_outputs_learned", "Projected outputs, learned",
+        program(terms_of_regression, "head/.*"), lambda a: start, {"mse": 1.0},
+        {"trainable": "head"},
+    )  # fmt: skip
+    return rows, learning, alpha_curves, models
+
+
+def learner(
+    apply: ModelFn, terms: objective.TermsFn, trainable: trees.Selector = trees.everything
+) -> Experiment:
+    """A student whose start, learning rate and weights of terms are its point's."""
+
+    def start(point: Point, shared: Any) -> train.TrainState:
+        tx = optax.adam(point["learning_rate"])
+        key = _training.keys(point["seed"]).steps
+        return train.init_state(point["start"], tx, key=key, trainable=trainable)
+
+    def step(state: Any, batch: Any, point: Point, shared: Any) -> Any:
+        tx = optax.adam(point["learning_rate"])
+        weights = {term: point[term] for term in ("task", "kd", "mse") if term in point}
+        return train.make_step(apply, terms, weights, tx, trainable=trainable)(state, batch)
+
+    def logits(state: Any, inputs: Any, shared: Any) -> Any:
+        return apply(state.params, None, inputs)[0]["logits"]
+
+    return Experiment(start, step, logits)
+
+
+def kept(state: train.TrainState) -> Kept:
+    """What is kept of a trained model."""
+    return Kept(state.params, state.model_state)
+
+
+def terms_of_both(inputs: Inputs) -> dict[str, Any]:
+    """Cross-entropy with the labels, and the exact KL to the teacher's outputs."""
+    logits, target = inputs.student["logits"], inputs.teacher["logits"]
+    return {
+        **objective.classification(inputs),
+        "kd": losses.kd_kl(logits, target, temperature=TEMPERATURE),
+    }
+
+
+def terms_of_regression(inputs: Inputs) -> dict[str, Any]:
+    """The squared distance from the teacher's logits."""
+    return {"mse": losses.mse(inputs.student["logits"], inputs.teacher["logits"])}
+
+
+def select_weights(teacher: Params, student: Params) -> Params:
+    """A student filled with evenly spaced units of its teacher, layer by layer.
+
+    A unit keeps its place on both sides: the rows that a layer reads are those that the layer
+    before writes.
+    """
+    return transforms.transfer(
+        teacher, student, on_mismatch=transforms.select_uniform, check_finite=False
+    )[0]
+
+
+def project(
+    apply: ModelFn,
+    selected: Params,
+    data: Any,
+    held: Sequence[Any],
+    named_by_teacher: Any,
+    ridges: Sequence[float],
+) -> report.Row:
+    """`y_small = f(x) w`: f the teacher's selected hidden layers, w a ridge fit of its logits."""
+
+    def measure(params: Params, data: Any, ridge: Any) -> Fitted:
+        features = apply(params, None, data["inputs"])[0][FEATURES]
+        w = projection.fit(features, data["teacher"]["logits"], ridge=ridge)
+        params = {**params, "head": {"kernel": w.kernel, "bias": w.bias}}
+        validation, test = (
+            scores.predicted(apply(params, None, part["inputs"])[0]["logits"]) for part in held
+        )
+        on_validation, on_test = (
+            _training.accuracy(named, part["labels"])
+            for named, part in zip((validation, test), held, strict=True)
+        )
+        curve, kept_of = on_validation[None], Kept(params, None)
+        return Fitted(kept_of, curve, on_validation, on_test, test, jnp.float32(0))
+
+    over_seeds = jax.vmap(measure, in_axes=(0, 0, None))
+    start = time.perf_counter()
+    fitted = jax.block_until_ready(
+        jax.jit(jax.vmap(over_seeds, in_axes=(None, None, 0)))(
+            selected, data, jnp.asarray(ridges, jnp.float32)
+        )
+    )
+    seconds = time.perf_counter() - start
+    best = int(scores.ranked(np.asarray(fitted.validation).mean(axis=1))[0])
+    described = {"gradient_steps": 0, "ridge": ridges[best]}
+    label = "Projected outputs, ridge (no gradient step)"
+    return _choice.row(
+        "projected_outputs", FAMILY, label, _training.pick(fitted, best), seconds, described,
+        teacher=named_by_teacher,
+    )  # fmt: skip
+
+
+# Transfer.
+
+
+def transfer_digits(
+    splits: Splits, settings: Settings, say: Callable[[str], None]
+) -> _targets.Compared:
+    """Sources of 0-4, targets of 5-9."""
+    first, second = (
+        Splits(*(only_classes(part, range(start, start + 5)) for part in splits))
+        for start in (0, 5)
+    )
+    copies = 1 if settings.quick else 8
+    source_part = transfer.on_canvas(first.train, transfer.CANVAS, seed=0, copies=copies)
+    target = Splits(
+        *(transfer.on_canvas(part, transfer.CANVAS, seed=1 + i) for i, part in enumerate(second))
+    )
+    net = _models.network(mlp(TEACHER, 5), jnp.asarray(target.train.inputs[:1]))
+    say("source")
+    source = _targets.train_sources(
+        net, source_part, seeds=settings.target_seeds, epochs=settings.teacher_epochs
+    )
+    own = transfer.Settings(
+        seeds=settings.target_seeds,
+        epochs=settings.target_epochs,
+        learning_rates=(3e-3,) if settings.quick else (1e-3, 3e-3, 1e-2),
+        strengths=(1e-2,) if settings.quick else None,
+    )
+    chosen = [ways.BY_NAME[name] for name in TARGETS]
+    return _targets.compare(net, target, source, chosen, own, _targets.Surgery(), say)

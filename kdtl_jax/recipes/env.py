@@ -1,0 +1,18 @@
+"""Versions, devices and processors: what a bug report needs."""
+
+from dataclasses import dataclass
+
+from kdtl_jax.run import report
+
+EXAMPLES = "  kdtl env"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`kdtl env` has none."""
+
+
+def run(settings: Settings) -> None:
+    """Prints them."""
+    for name, value in report.environment().items():
+        print(f"{name}: {value}")

@@ -1,0 +1,289 @@
+"""Settings of a recipe: one frozen dataclass, whose fields are its flags and its config keys.
+
+    @dataclass(frozen=True)
+    class Settings(Data, Output):
+        seeds: int = setting(5, "students per method", metavar="N", least=1, quick=2)
+
+Nothing else describes a command: names, types, defaults, limits and help are read off the class.
+`Data`, `Training` and `Output` are the fields that several recipes share. The functions at the end
+are `parse=` of fields that are written as text: they take the text or the value in a YAML file.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import yaml
+
+from kdtl_jax.datasets import EXPECTED
+
+FORMS = (
+    "mlp:128,64 (hidden widths)",
+    "cnn:16,32 (channels)",
+    "resnet8, resnet14, resnet20, resnet32, resnet44, resnet56, resnet110",
+    "resnet8x4, resnet32x4",
+    "wrn-16-2 (depth, width)",
+    "vit:patch=4,width=64,layers=4,heads=4,hidden=128 (these are the defaults)",
+)
+MODEL = f"one of: {'; '.join(FORMS)}"
+AUGMENTATIONS = ("crop", "flip", "mixup", "cutmix")
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+INT32 = 2**31 - 1
+
+
+class UsageError(ValueError):
+    """A setting cannot be understood, or contradicts another: exit code 2."""
+
+
+def setting(default: Any, help: str, **options: Any) -> Any:
+    """A field of a settings class.
+
+    Args:
+      default: its value when nobody says otherwise.
+      help: one line for `--help`; the default is added to it.
+      **options: `metavar`; `short`, another name of the flag; `group`, a heading of the help;
+        `least`, `above`, `most`, `below`, limits of a number; `quick`, the default under `--quick`;
+        `parse`, from text or a YAML value to the value; `positional`, True or "*"; `repeat`, for a
+        flag given several times; `many`, for a flag with several words.
+    """
+    about = {"help": help, "default": default, **options}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=about)
+    return dataclasses.field(default=default, metadata=about)
+
+
+def positive_rate(default: float | None, help: str, **options: Any) -> Any:
+    """A `setting` for a number above 0."""
+    return setting(default, help, metavar="X", above=0, most=1e30, **options)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is learned from."""
+
+    data: str = setting("digits", EXPECTED, metavar="DATA", group="data")
+    label: str = setting("label", "a CSV's label column", metavar="COLUMN", group="data")
+    validation: float = setting(
+        0.2, "share held out for validation, where the data has no such part", metavar="SHARE",
+        least=0, below=1, group="data",
+    )  # fmt: skip
+    test: float = setting(
+        0.3, "share held out for the test, where the data has no such part", metavar="SHARE",
+        least=0, below=1, group="data",
+    )  # fmt: skip
+    split_seed: int = setting(0, "of the held-out rows", metavar="N", least=0, group="data")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a student is trained."""
+
+    batch_size: int = setting(64, "examples per step", metavar="N", least=1, group="training")
+    optimizer: Literal["sgd", "adam", "adamw"] = setting("adam", "optimizer", group="training")
+    learning_rate: float | None = positive_rate(
+        None, "falls to 0 along a cosine; default: 0.05 (sgd), 0.003 (adam, adamw)",
+        group="training", short="--lr",
+    )  # fmt: skip
+    weight_decay: float = setting(
+        0.0, "weight decay", metavar="X", least=0, most=1e30, group="training"
+    )
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a run writes."""
+
+    out: str = setting("runs/run", "the run folder", metavar="FOLDER")
+    force: bool = setting(False, "overwrite the files of an earlier run in that folder")
+    quick: bool = setting(False, "a smoke test: few seeds and epochs, unless they are given")
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """All settings as data that YAML and JSON hold."""
+    return {f.name: _plain(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
+
+
+def as_yaml(settings: Any, command: str, **instead: Any) -> str:
+    """All settings as YAML that `--config` reads back; `instead` overrides some."""
+    known = plain(settings)
+    kept = {name: value for name, value in instead.items() if name in known}
+    return yaml.safe_dump(
+        {"command": command, **known, **kept}, sort_keys=False, allow_unicode=True
+    )
+
+
+def near(name: str, known: Any, says: str = "did you mean") -> str:
+    """`; did you mean a, b?`, or nothing if no known name is near."""
+    found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; {says} {', '.join(found)}?" if found else ""
+
+
+def names(value: Any) -> tuple[str, ...]:
+    """`a,b` or a list of names."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"expected names as in a,b, got {value!r}")
+    found = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
+    if not found:
+        raise ValueError(f"expected at least one name, got {value!r}")
+    return found
+
+
+def method_names(value: Any) -> tuple[str, ...]:
+    """`names` in lower case with underscores, as methods are called."""
+    return names([name.lower().replace("-", "_") for name in names(value)])
+
+
+def chosen(asked: tuple[str, ...], known: Mapping[str, Any], command: str) -> list[Any]:
+    """The entries that names ask for; `all` is every one.
+
+    Raises:
+      UsageError: with the nearest names.
+    """
+    if asked == ("all",):
+        return list(known.values())
+    for name in asked:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, list(known), n=4, cutoff=0.0)
+            raise UsageError(
+                f"--methods: {name!r} is no method. Nearest: {', '.join(nearest)}. "
+                f"{command} --list shows all."
+            )
+    return [known[name] for name in asked]
+
+
+def number(value: Any) -> float:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"expected a number, got {value!r}")
+    found = float(value)
+    if not math.isfinite(found):
+        raise ValueError(f"expected a finite number, got {value!r}")
+    return found
+
+
+def numbers(value: Any) -> tuple[float, ...]:
+    """`1,2,4` or a list of numbers; one number is a list of one."""
+    parts = value.split(",") if isinstance(value, str) else value
+    return tuple(map(number, parts if isinstance(parts, (list, tuple)) else [parts]))
+
+
+def positive_numbers(value: Any) -> tuple[float, ...] | None:
+    """`numbers`, all above 0."""
+    if value is None:
+        return None
+    found = numbers(value)
+    if not found or min(found) <= 0:
+        raise ValueError(f"expected numbers above 0 as in 1e-3,1e-2, got {value!r}")
+    return found
+
+
+def term_weights(value: Any) -> dict[str, float]:
+    """`kd=0.9,task=0.1`, or a mapping; `{method: {term: w}}` is `method.term=w`."""
+    out: dict[str, float] = {}
+    for name, text in _pairs(value, "=").items():
+        nested = text.items() if isinstance(text, Mapping) else [("", text)]
+        for term, weight in nested:
+            key = f"{name}.{term}" if term else name
+            try:
+                out[key] = number(weight)
+            except ValueError:
+                out[key] = -1.0
+            if not name or out[key] < 0:
+                raise ValueError(
+                    f"{key}={weight} is not term=number with a number of 0 or more, "
+                    "as in kd=0.9,task=0.1"
+                )
+    return out
+
+
+def layer_pairs(value: Any) -> tuple[tuple[str, str], ...]:
+    """`student_tap:teacher_tap,...`, a mapping, or a list of pairs."""
+    if isinstance(value, (list, tuple)):
+        value = dict(p.split(":", 1) if isinstance(p, str) and ":" in p else p for p in value)
+    if isinstance(value, str):
+        value = value.replace("=", ":")
+    found = tuple((str(a), str(b)) for a, b in _pairs(value, ":").items())
+    for student, teacher in found:
+        if not student or not teacher:
+            raise ValueError(
+                f"'{student}:{teacher}' is not student_tap:teacher_tap, as in hidden_0:hidden_1"
+            )
+    return found
+
+
+def mesh_sizes(value: Any) -> dict[str, int]:
+    """`data=4,fsdp=2`, or a mapping."""
+    found = _pairs(value, "=")
+    for axis, size in found.items():
+        if axis not in ("data", "fsdp") or not str(size).isdecimal() or not 0 < int(size) < 10**6:
+            raise ValueError(
+                f"'{axis}={size}' is not axis=size as in data=4,fsdp=2, with axes data, fsdp"
+            )
+    return {axis: int(size) for axis, size in found.items()}
+
+
+def augmentations(value: Any) -> tuple[str, ...]:
+    """`crop,flip,mixup=0.5`: in the order in which they are applied."""
+    if value in ("", [], ()):
+        return ()
+    for part in names(value):
+        name, equals, strength = part.partition("=")
+        if name not in AUGMENTATIONS or (equals and (name == "flip" or number(strength) <= 0)):
+            raise ValueError(
+                f"{part!r} is none of {', '.join(AUGMENTATIONS)} (crop=PIXELS, mixup=ALPHA, "
+                "cutmix=ALPHA)"
+            )
+    return names(value)
+
+
+def byte_size(value: Any) -> int | None:
+    """`2GB`, `500MB`, or a number of bytes."""
+    if value is None:
+        return None
+    text = str(value).strip().lower().removesuffix("b").removesuffix("i").strip()
+    digits = text.rstrip("kmgt")
+    try:
+        size = int(number(digits) * UNITS[text[len(digits) :]])
+    except (ValueError, KeyError):
+        size = 0
+    if size <= 0 or isinstance(value, bool):
+        raise ValueError(f"{value!r} is not an amount as in 500MB or 2GB")
+    return size
+
+
+def class_range(value: Any) -> str | None:
+    """`A-B`, both ends included."""
+    first, _, last = str(value).partition("-")
+    if value is None:
+        return None
+    if not first.isdecimal() or (last and not last.isdecimal()) or len(str(value)) > 12:
+        raise ValueError(f"expected A-B as in 0-4, got {value!r}")
+    return str(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(found) for name, found in value.items()}
+    return [_plain(found) for found in value] if isinstance(value, (list, tuple)) else value
+
+
+def _pairs(value: Any, sign: str) -> dict[str, Any]:
+    """`name<sign>value,...`, a list of such, or a mapping."""
+    if isinstance(value, Mapping):
+        return {str(name): found for name, found in value.items()}
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)):
+        raise ValueError(f"expected name{sign}value,..., got {value!r}")
+    found: dict[str, Any] = {}
+    for part in parts:
+        if isinstance(part, str) and not part.strip():
+            continue
+        name, _, rest = part.partition(sign) if isinstance(part, str) else (str(part), "", "")
+        if name.strip() in found:
+            raise ValueError(f"{name.strip()!r} is given twice")
+        found[name.strip()] = rest.strip()
+    return found
