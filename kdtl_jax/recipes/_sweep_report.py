@@ -135,8 +135,9 @@ def html_page(outcome: Sweep) -> str:
     early = f" {stopped} settings were stopped early." if stopped else ""
     setting = (
         f"{outcome.pair.splits.train.name}: {many}. Teacher {outcome.pair.teacher_text}, "
-        f"{100 * outcome.teacher_test:.1f} % on the test split; student {outcome.settings.student}. Settings "
-        f"are ordered by mean validation accuracy; the test split is only read off.{early}"
+        f"{100 * outcome.teacher_test:.1f} % on the test split; student "
+        f"{outcome.settings.student}. Settings are ordered by mean validation accuracy; the test "
+        f"split is only read off.{early}"
     )
     best = report.table(
         ("method", *axes, "validation %", "test %"),
