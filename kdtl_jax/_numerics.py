@@ -6,12 +6,12 @@ evaluated on a harmless value, because `where(mask, nan, 0)` still has a NaN gra
 whether something *is* the special case (`== 0`, `!= -inf`), so that NaN passes and is seen.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 # Where `|log p - log q|` is below this, differences of p and q go by series. Smaller would be
@@ -226,8 +226,7 @@ class _Compared(NamedTuple):
 def _compared(p_logits: Array, q_logits: Array, difference: Array) -> _Compared:
     """`log_softmax` and `log_ratio` of both in one pass: one exponential per logit.
 
-    In a small model's step on CPU this, not the matrix products, is what the loss costs: the
-    exponentials of the normalizers serve again as probabilities, and the terms' `d + expm1(-d)`
+    The exponentials of the normalizers serve again as probabilities, and the terms' `d + expm1(-d)`
     gives `p - q = p (d - rest)` for the derivative.
     """
     in_p, in_q = p_logits != -jnp.inf, q_logits != -jnp.inf
@@ -293,11 +292,7 @@ def nan_of(value: Array, source: Array) -> Array:
 def log1mexp(x: Array) -> Array:
     """`log(1 - exp(x))` for x <= 0, stable at both ends; -inf at 0 with a finite gradient."""
     inside = ~(x >= 0)
-    x = jnp.where(inside, x, -1)
-    near = x > -0.6931472
-    close = jnp.log(-jnp.expm1(jnp.where(near, x, -0.5)))
-    far = jnp.log1p(-jnp.exp(jnp.where(near, -1, x)))
-    return jnp.where(inside, jnp.where(near, close, far), -jnp.inf)
+    return jnp.where(inside, jax.nn.log1mexp(jnp.where(inside, -x, 1)), -jnp.inf)
 
 
 def safe_sqrt(x: Array) -> Array:
@@ -314,23 +309,51 @@ def safe_norm(x: Array, *, axis: int | tuple[int, ...] = -1, keepdims: bool = Fa
     return norm if keepdims else jnp.squeeze(norm, axis=axis)
 
 
-def normalize(x: Array, *, axis: int | tuple[int, ...] = -1, eps: float = 1e-12) -> Array:
-    """`x / max(||x||, eps)`; a zero vector stays zero with gradient 0.
+def rescaled(x: Array, *, axis: int | tuple[int, ...] | None = None) -> Array:
+    """`x` over its largest entry, a constant: for functions that do not depend on the scale of x.
 
-    This is the convention of `torch.nn.functional.normalize` (eps 1e-12).
+    Their products then neither underflow nor overflow, whatever unit the features have.
     """
-    norm = safe_norm(x, axis=axis, keepdims=True)
-    return jnp.where(norm == 0, 0, x / jnp.maximum(norm, eps))
+    top = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=axis is not None))
+    return x / jnp.where((top != 0) & jnp.isfinite(top), top, 1)
+
+
+def normalize(x: Array, *, axis: int | tuple[int, ...] = -1) -> Array:
+    """`x / ||x||` at any scale; a zero vector stays zero with gradient 0.
+
+    There is no floor: torch's `normalize` leaves vectors shorter than 1e-12 shorter than 1.
+    """
+    return unit(rescaled(x, axis=axis), axis=axis)
 
 
 def unit(x: Array, *, axis: int | tuple[int, ...] = -1) -> Array:
     """`x / ||x||` in three operations per element; a zero vector stays zero with gradient 0.
 
-    Unlike `normalize` it has no floor, and its squares must be in range (norms of 1e-19 to 1e19).
+    Cheaper than `normalize`, but the squares must be in range (norms of 1e-19 to 1e19).
     """
+    return _unit(x, axis)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _unit(x: Array, axis: int | tuple[int, ...]) -> Array:
+    return x * _inverse_norm(x, axis)
+
+
+@_unit.defjvp
+def _unit_jvp(
+    axis: int | tuple[int, ...], primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    # The closed form: the derivative of rsqrt leaves the range where norms pass 1e12.
+    (x,), (moved,) = primals, tangents
+    direction = _unit(x, axis)
+    along = direction * jnp.sum(direction * moved, axis=axis, keepdims=True)
+    return direction, (moved - along) * _inverse_norm(x, axis)
+
+
+def _inverse_norm(x: Array, axis: int | tuple[int, ...]) -> Array:
     squares = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
     zero = squares == 0
-    return x * jnp.where(zero, 0, jax.lax.rsqrt(jnp.where(zero, 1, squares)))
+    return jnp.where(zero, 0, jax.lax.rsqrt(jnp.where(zero, 1, squares)))
 
 
 def masked_mean(
@@ -366,35 +389,6 @@ def centered(x: Array, where: Array | None = None) -> Array:
 def batch_flat(x: Array) -> Array:
     """`[B, ...] -> [B, D]`."""
     return x.reshape(x.shape[0], -1)
-
-
-def pool_bounds(size_in: int, size_out: int) -> list[tuple[int, int]]:
-    """Cells of adaptive pooling: cell k covers `floor(k n / m) .. ceil((k + 1) n / m) - 1`."""
-    return [(k * size_in // size_out, -(-(k + 1) * size_in // size_out)) for k in range(size_out)]
-
-
-def pool_to(x: Array, size: tuple[int, int]) -> Array:
-    """Adaptive average pooling `[B, H, W, C] -> [B, *size, C]`, torch's cells at any size.
-
-    Sizes that both divide are plain means of blocks. Others need cells that overlap, hence an
-    explicit matrix per axis.
-    """
-    if all(n % m == 0 for n, m in zip(x.shape[1:3], size, strict=True)):
-        batch, height, width, channels = x.shape
-        rows, columns = size
-        blocks = (batch, rows, height // rows, columns, width // columns, channels)
-        return jnp.mean(x.reshape(blocks), axis=(2, 4))
-    for axis, size_out in zip((1, 2), size, strict=True):
-        size_in = x.shape[axis]
-        if size_in == size_out:
-            continue
-        weights = np.zeros((size_out, size_in))
-        for row, (start, stop) in enumerate(pool_bounds(size_in, size_out)):
-            weights[row, start:stop] = 1 / (stop - start)
-        matrix = jnp.asarray(weights, x.dtype)
-        spec = "ih,bhwc->biwc" if axis == 1 else "iw,bhwc->bhic"
-        x = jnp.einsum(spec, matrix, x, precision=jax.lax.Precision.HIGHEST)
-    return x
 
 
 def gram(x: Array, y: Array) -> Array:

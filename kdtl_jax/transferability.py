@@ -86,7 +86,8 @@ def logme(
     """Log maximum evidence per sample of Bayesian linear regression from features to targets.
 
     Alternates `alpha = gamma / ||m||^2`, `beta = (N - gamma) / ||y - F m||^2` until
-    `alpha / beta` moves by less than 1%.
+    `alpha / beta` moves by less than 1%. Scaling the features changes nothing, scaling the targets
+    by c subtracts `log c`.
 
     Args:
       features: `[N, D]`.
@@ -113,10 +114,13 @@ def logme(
     s2 = jnp.square(s)
     targets = _numerics.kept(_numerics.upcast(targets).astype(features.dtype), where)
     columns = targets.reshape(len(features), -1)
-    tiny = jnp.finfo(features.dtype).eps
+    rounding = jnp.finfo(features.dtype).eps
+    largest = jnp.where(s2[0] != 0, s2[0], 1)
 
     def evidence(y: Array) -> Array:
         projected = u.T @ y
+        energy = jnp.sum(jnp.square(y))
+        energy = jnp.where(energy != 0, energy, 1)
         outside = jnp.maximum(jnp.sum(jnp.square(y)) - jnp.sum(jnp.square(projected)), 0)
 
         def terms(alpha: Array, beta: Array) -> tuple[Array, Array, Array]:
@@ -125,20 +129,24 @@ def logme(
             gamma = jnp.sum(beta * s2 / denominator)
             m2 = jnp.sum(jnp.square(beta * s * projected / denominator))
             residual = outside + jnp.sum(jnp.square(alpha / denominator * projected))
-            return gamma, jnp.maximum(m2, tiny), jnp.maximum(residual, tiny)
+            # A perfect fit, or none: as far as rounding knows, in the units of each.
+            m2 = jnp.maximum(m2, rounding * energy / largest)
+            return gamma, m2, jnp.maximum(residual, rounding * energy)
 
         def body(_: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             alpha, beta, done = state
             gamma, m2, residual = terms(alpha, beta)
             new_alpha = gamma / m2
-            new_beta = jnp.maximum(count - gamma, tiny) / residual
+            new_beta = jnp.maximum(count - gamma, rounding) / residual
             ratio, new_ratio = alpha / beta, new_alpha / new_beta
             settled = jnp.abs(new_ratio - ratio) / ratio < 0.01
             alpha = jnp.where(done, alpha, new_alpha)
             return alpha, jnp.where(done, beta, new_beta), done | settled
 
-        one = jnp.ones((), features.dtype)
-        alpha, beta, _ = jax.lax.fori_loop(0, iterations, body, (one, one, jnp.asarray(False)))
+        # 1 and 1 for features of spectral norm 1 and targets of mean square 1: no unit matters.
+        beta = count / energy
+        start = (largest * beta, beta, jnp.asarray(False))
+        alpha, beta, _ = jax.lax.fori_loop(0, iterations, body, start)
         _, m2, residual = terms(alpha, beta)
         # Directions beyond the spectrum have s = 0.
         logdet = jnp.sum(jnp.log(alpha + beta * s2)) + (width - s.shape[0]) * jnp.log(alpha)

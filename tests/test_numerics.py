@@ -235,15 +235,15 @@ def test_batch_flat() -> None:
 def test_pooling_has_the_cells_of_adaptive_pooling(size: tuple[int, int]) -> None:
     x = np.random.default_rng(0).normal(size=(2, 4, 6, 3)).astype(np.float32)
     want = np.zeros((2, *size, 3))
-    for i, (top, bottom) in enumerate(_numerics.pool_bounds(4, size[0])):
-        for j, (left, right) in enumerate(_numerics.pool_bounds(6, size[1])):
+    for i, (top, bottom) in enumerate(_pooling.pool_bounds(4, size[0])):
+        for j, (left, right) in enumerate(_pooling.pool_bounds(6, size[1])):
             want[:, i, j] = x[:, top:bottom, left:right].mean((1, 2))
-    np.testing.assert_allclose(_numerics.pool_to(jnp.asarray(x), size), want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(_pooling.pool_to(jnp.asarray(x), size), want, rtol=1e-5, atol=1e-6)
 
 
 def test_pool_bounds_are_floor_and_ceil() -> None:
-    assert _numerics.pool_bounds(5, 2) == [(0, 3), (2, 5)]
-    assert _numerics.pool_bounds(2, 3) == [(0, 1), (0, 2), (1, 2)]
+    assert _pooling.pool_bounds(5, 2) == [(0, 3), (2, 5)]
+    assert _pooling.pool_bounds(2, 3) == [(0, 1), (0, 2), (1, 2)]
 
 
 def test_gram_is_the_matrix_of_inner_products() -> None:

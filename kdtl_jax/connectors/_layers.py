@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _pooling
 from kdtl_jax._types import Params, PyTree
 from kdtl_jax.connectors._connector import Connector, Statistics, real, run_step, with_statistics
 
@@ -51,14 +51,14 @@ def identity() -> Connector:
     return _plain(lambda x: x)
 
 
-def unit_norm(*, eps: float = 1e-12) -> Connector:
-    """`x / max(||x||, eps)` over the last axis; the end of every contrastive embedding."""
-    return _plain(lambda x: _numerics.normalize(x, eps=eps))
+def unit_norm() -> Connector:
+    """`x / ||x||` over the last axis, 0 for zeros; the end of every contrastive embedding."""
+    return _plain(_numerics.normalize)
 
 
 def pool(size: Size) -> Connector:
     """Adaptive average pooling of `[B, H, W, C]` to `size`, torch's cells at any size."""
-    return _plain(lambda x: _numerics.pool_to(feature_map(x), pair(size)))
+    return _plain(lambda x: _pooling.pool_to(feature_map(x), pair(size)))
 
 
 def resize_nearest(size: Size) -> Connector:
@@ -294,7 +294,10 @@ def group(connectors: Mapping[str, Connector]) -> Connector:
 
 
 def variance(*, initial: float = 5.0, eps: float = 1e-5) -> Connector:
-    """VID's variance head: `softplus(raw_c) + eps` per channel of x, `[C]`, `initial` at first."""
+    """VID's variance head: `softplus(raw_c) + eps` per channel of x, `[C]`, `initial` at first.
+
+    Both are in squared feature units.
+    """
 
     def init(key: Array, x: Any) -> Params:
         floating(x)

@@ -64,6 +64,7 @@ def ickd(student: Array, teacher: Array) -> Array:
 
 
 def _row_unit_gram(x: Array) -> Array:
+    x = _numerics.rescaled(x, axis=(1, 2))
     return _numerics.normalize(_numerics.gram(x, x))
 
 

@@ -157,7 +157,8 @@ def _standardized(x: Array, ddof: int, eps: Scalar, where: Array | None) -> Arra
     freedom = jnp.maximum(_numerics.row_count(rows, of_rows) - ddof, 1)
     squares = jnp.sum(jnp.square(centered), axis=0, keepdims=True)
     spread = _numerics.safe_sqrt(squares / freedom) + _numerics.scalar(eps, x)
-    return jnp.where(spread != 0, centered / jnp.where(spread != 0, spread, 1), 0).reshape(x.shape)
+    factor = jnp.where(spread != 0, 1 / jnp.where(spread != 0, spread, 1), 0)
+    return (centered * factor).reshape(x.shape)
 
 
 def ridge_hint(

@@ -135,9 +135,13 @@ def cosine_distance(student: Array, teacher: Array) -> Array:
       BERT Model Compression, 2019 (1908.09355).
     """
     student, teacher = _sides.same_shape(student, teacher, at_least=1)
-    squares = jnp.sum(jnp.square(student), axis=-1) * jnp.sum(jnp.square(teacher), axis=-1)
-    positive = squares != 0
-    lengths = jnp.sqrt(jnp.where(positive, squares, 1))
+    of_student, of_teacher = (jnp.sum(jnp.square(x), axis=-1) for x in (student, teacher))
+    positive = (of_student != 0) & (of_teacher != 0)
+    squares = of_student * of_teacher
+    # One root of the product is exact at equality; where the product leaves the range, two.
+    usual = (squares > jnp.finfo(squares.dtype).tiny) & (squares < jnp.inf)
+    a, b = (jnp.sqrt(jnp.where(positive & ~usual, x, 1)) for x in (of_student, of_teacher))
+    lengths = jnp.where(usual, jnp.sqrt(jnp.where(usual, squares, 1)), a * b)
     distance = 1 - jnp.where(positive, jnp.sum(student * teacher, axis=-1) / lengths, 0)
     # Rounding may leave it below 0. The value is clipped, the gradient is not.
     return distance - jax.lax.stop_gradient(jnp.minimum(distance, 0))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _pooling
 from kdtl_jax._types import Scalar
 from kdtl_jax.losses import _sides
 
@@ -155,7 +155,7 @@ def catkd(student: Array, teacher: Array, *, resolution: int = 2) -> Array:
 
 
 def _pooled_unit(x: Array, size: tuple[int, int]) -> Array:
-    return _numerics.unit(_numerics.pool_to(x, size), axis=(1, 2))
+    return _numerics.unit(_pooling.pool_to(x, size), axis=(1, 2))
 
 
 def hcl(student: Array, teacher: Array, *, sizes: Sequence[int] = (4, 2, 1)) -> Array:
@@ -182,7 +182,7 @@ def hcl(student: Array, teacher: Array, *, sizes: Sequence[int] = (4, 2, 1)) -> 
     for size in sizes:
         if size < apart.shape[1]:
             weight /= 2
-            pooled = _numerics.pool_to(apart, (size, size))
+            pooled = _pooling.pool_to(apart, (size, size))
             total = total + weight * jnp.mean(jnp.square(pooled), axis=(1, 2, 3))
             weights += weight
     return total / weights
@@ -209,7 +209,7 @@ def wkd_feature(
       grid: cells per side (the authors use 1 or 4).
       mean_weight: w.
       ddof: the variance of a cell divides by `n - ddof`.
-      eps: added to the variance under the root.
+      eps: added to the variance under the root, so in squared feature units; the authors' constant.
 
     Returns:
       `[B]`, squared feature units.
@@ -223,7 +223,7 @@ def wkd_feature(
     """
     student, teacher = _sides.same_shape(student, teacher, at_least=4, at_most=4)
     _checks.positive(grid=grid, eps=eps)
-    rows, columns = (_numerics.pool_bounds(n, grid) for n in student.shape[1:3])
+    rows, columns = (_pooling.pool_bounds(n, grid) for n in student.shape[1:3])
     cells = [(slice(*row), slice(*column)) for row in rows for column in columns]
     smallest = min((r.stop - r.start) * (c.stop - c.start) for r, c in cells)
     if smallest <= ddof:

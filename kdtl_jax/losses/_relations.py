@@ -37,7 +37,8 @@ def sp(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     References:
       Tung and Mori, Similarity-Preserving Knowledge Distillation, 2019 (1907.09682).
     """
-    grams = (_numerics.gram(x, x) for x in _flat(student, teacher, where))
+    sides = (_numerics.rescaled(x) for x in _flat(student, teacher, where))
+    grams = (_numerics.gram(x, x) for x in sides)
     apart = jnp.subtract(*(_numerics.normalize(gram) for gram in grams))
     return _mean_over_others(jnp.square(apart), where)
 
@@ -224,8 +225,11 @@ def _cosines_at(i: Array, gram: Array, inverse: Array) -> Array:
 
 
 def _centered_gram(x: Array, where: Array | None) -> Array:
-    """Products of differences to the mean of the batch: distances lose fewest digits there."""
-    centered = _numerics.centered(x, where)
+    """Products of differences to the mean of the batch: distances lose fewest digits there.
+
+    Up to the scale, which neither relative distances nor angles know.
+    """
+    centered = _numerics.rescaled(_numerics.centered(x, where))
     return _numerics.gram(centered, centered)
 
 

@@ -74,7 +74,7 @@ def _hint_conv_bn(x: Arrays, hyper: Hyper) -> Array:
 def _feature_l2(x: Arrays, hyper: Hyper) -> Array:
     student, teacher = x["student"], x["teacher"]
     if hyper["normalize"]:
-        unit = connectors.unit_norm(eps=0.0)
+        unit = connectors.unit_norm()
         flat = (side.reshape(len(side), -1) for side in (student, teacher))
         student, teacher = (hyper["mult"] * unit.apply({}, side) for side in flat)
     values = losses.mse(student, teacher)  # means over the elements of an example

@@ -1,0 +1,92 @@
+"""Features in any unit: what does not depend on the scale does not, what does scales exactly."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdtl_jax import connectors, losses, projection
+from kdtl_jax import transferability as tr
+
+RNG = np.random.default_rng(0)
+ROWS = [jnp.asarray(RNG.normal(size=(6, 4)), jnp.float32) for _ in range(2)]
+MAPS = [jnp.asarray(RNG.normal(size=(3, 2, 3, 4)), jnp.float32) for _ in range(2)]
+SCALES = (2.0**-40, 2.0**-23, 2.0**23, 2.0**40)  # powers of two: all else is rounding
+LABELS = jnp.asarray([0, 0, 1, 1, 2, 2])
+
+# Functions of two sides that do not change when each is multiplied by a number of its own.
+SCALE_FREE: dict[str, tuple[Callable[..., Any], list[Any]]] = {
+    "sp": (losses.sp, ROWS),
+    "pkt": (functools.partial(losses.pkt, eps=1e-30), ROWS),
+    "cc": (losses.cc, ROWS),
+    "rkd_distance": (losses.rkd_distance, ROWS),
+    "rkd_angle": (losses.rkd_angle, ROWS),
+    "ega_edge": (losses.ega_edge, ROWS),
+    "itrd_mutual": (losses.itrd_mutual, ROWS),
+    "feature_correlation": (losses.feature_correlation, ROWS),
+    "pkd_pearson": (functools.partial(losses.pkd_pearson, eps=0.0), MAPS),
+    "info_nce": (losses.info_nce, ROWS),
+    "cosine_distance": (losses.cosine_distance, ROWS),
+    "attention_transfer": (losses.attention_transfer, MAPS),
+    "factor_transfer": (losses.factor_transfer, MAPS),
+    "catkd": (losses.catkd, MAPS),
+    "ickd": (losses.ickd, MAPS),
+    "nst": (losses.nst, MAPS),
+    "affinity": (losses.affinity, MAPS),
+    "kdsvd": (lambda s, t: losses.kdsvd([s, 2 * s], [t, s]), MAPS),
+}
+
+
+@pytest.mark.parametrize("name", SCALE_FREE)
+def test_scale_free_losses(name: str) -> None:
+    fn, (student, teacher) = SCALE_FREE[name]
+    run = jax.jit(jax.value_and_grad(lambda s, t: jnp.sum(fn(s, t) ** 2)))
+    want, slope = run(student, teacher)
+    for scale in SCALES:
+        value, gradient = run(scale * student, teacher / scale)
+        np.testing.assert_allclose(value, want, rtol=1e-3, atol=1e-6)
+        # Homogeneous of degree -1, like the derivative of any function of directions.
+        np.testing.assert_allclose(
+            gradient * scale, slope, rtol=1e-2, atol=1e-4 * float(jnp.abs(slope).max())
+        )
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_ridge_hint_scales_with_the_teacher_alone(scale: float) -> None:
+    student, teacher = ROWS
+    want = losses.ridge_hint(student, teacher)
+    np.testing.assert_allclose(losses.ridge_hint(scale * student, teacher), want, rtol=1e-3)
+
+
+@pytest.mark.parametrize("scale", (1e-15, 1e-7, 1e7, 1e15))
+def test_unit_norm_has_length_one_at_any_scale(scale: float) -> None:
+    y = connectors.unit_norm().apply({}, scale * ROWS[0])
+    np.testing.assert_allclose(jnp.linalg.norm(y, axis=-1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", (2.0**-23, 2.0**23))
+def test_scores_of_features_in_any_unit(scale: float) -> None:
+    features, labels = ROWS[0] + LABELS[:, None].astype(jnp.float32), LABELS
+    for score in (tr.h_score, tr.regularized_h_score):
+        want = score(features, labels, num_classes=3)
+        got = score(scale * features, labels, num_classes=3)
+        np.testing.assert_allclose(got, want, rtol=1e-3)
+    targets = ROWS[1]
+    for y in (targets, features[:, 0]):  # noise, and a perfect fit
+        want = tr.logme(features, y)
+        np.testing.assert_allclose(tr.logme(scale * features, y), want, rtol=1e-3)
+        shifted = want - np.log(scale)
+        np.testing.assert_allclose(tr.logme(features, scale * y), shifted, rtol=1e-3)
+
+
+def test_projection_scales_with_the_ridge() -> None:
+    x, y = ROWS
+    want = projection.fit(x, y, ridge=0.1)
+    for scale in (1e-7, 1e7):
+        got = projection.fit(scale * x, y, ridge=0.1 * scale**2)
+        np.testing.assert_allclose(got.kernel * scale, want.kernel, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(got.bias, want.bias, rtol=1e-3, atol=1e-5)
