@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdtl_jax import _numerics, losses
+from kdtl_jax import _numerics, _pooling, losses
 
 KL = jax.jit(_numerics.kl_from_logits)
 KL_GRADS = jax.jit(jax.vjp, static_argnums=0)
