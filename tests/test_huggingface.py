@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from kdtl_jax import models, trees
-from kdtl_jax.interop import _hf_configs, huggingface, linen, naming, safetensors
+from kdtl_jax.interop import _hf_causal, huggingface, linen, naming, safetensors
 
 FOLDERS = Path(__file__).parent / "data" / "huggingface"
 FAMILIES = sorted(folder.name for folder in FOLDERS.iterdir())
@@ -172,7 +172,7 @@ def test_a_tied_head_stored_twice_is_tied_and_reported(tmp_path: Path):
 
 
 def test_heads_for_other_tasks_are_left_out_and_reported(tmp_path: Path):
-    folder = edited(tmp_path, "bert", architectures=["BertForTokenClassification"])
+    folder = edited(tmp_path, "bert", architectures=["BertForMultipleChoice"])
     source = huggingface.load(folder)
     assert "head" not in source.params
     assert source.report.extra == ("classifier.bias", "classifier.weight")
@@ -190,7 +190,7 @@ def test_nan_in_a_checkpoint_is_reported_by_path(tmp_path: Path):
 @pytest.mark.parametrize(
     ("family", "changes", "says"),
     [
-        ("bert", {"model_type": "t5"}, "model_type 't5' is not built here"),
+        ("bert", {"model_type": "bart"}, "model_type 'bart' is not built here"),
         ("bert", {"model_type": None}, "no 'model_type'"),
         ("bert", {"hidden_size": None}, "no 'hidden_size'"),
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type"),
@@ -255,9 +255,9 @@ def test_a_repository_is_fetched_by_the_hub_client(monkeypatch: pytest.MonkeyPat
 
 def test_rope_frequencies():
     config = {"model_type": "llama", "rope_theta": 100.0}
-    np.testing.assert_allclose(_hf_configs.rope_frequencies(config, 4), [1.0, 0.1])
+    np.testing.assert_allclose(_hf_causal.rope_frequencies(config, 4), [1.0, 0.1])
     linear = {**config, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    np.testing.assert_allclose(_hf_configs.rope_frequencies(linear, 4), [0.5, 0.05])
+    np.testing.assert_allclose(_hf_causal.rope_frequencies(linear, 4), [0.5, 0.05])
 
 
 @pytest.mark.usefixtures("standard_promotion")

@@ -3,9 +3,11 @@
     source = huggingface.load("all-MiniLM-L6-v2")
     outputs, _ = source.model(source.params, source.model_state, {"tokens": ids, "mask": mask})
 
-Encoders of the BERT kind (MiniLM, DistilBERT, RoBERTa), decoders of the GPT-2 and Llama kind
-(Mistral, Qwen2), ViT and ResNet. Every tensor is imported, or named in the report. A configuration
-that computes something not built here is refused rather than approximated.
+Encoders of the BERT kind (MiniLM, DistilBERT, RoBERTa, CamemBERT, ELECTRA, MPNet) with heads for
+sequences, tokens and masked language, decoders of the GPT-2 and Llama kind (Mistral, Qwen2), ViT
+and ResNet. Every tensor is imported, or named in the report; every key of the config is read, known
+to be harmless, or refused by name. What is written describes itself: sizes, layers, labels, heads,
+ties and dtype of the config are derived from the tensors.
 
 Deliberately absent: tokenizers (the `tokenizers` package reads the folder's tokenizer.json), and
 pickles.
@@ -26,8 +28,17 @@ from jax import Array
 from kdtl_jax import transforms, trees
 from kdtl_jax._files import atomic_file
 from kdtl_jax._types import ModelFn, Params, PyTree
-from kdtl_jax.interop import _hf_configs, linen, naming, safetensors
-from kdtl_jax.interop._hf_names import Names
+from kdtl_jax.interop import (
+    _hf_causal,
+    _hf_encoders,
+    _hf_family,
+    _hf_vision,
+    linen,
+    naming,
+    safetensors,
+)
+from kdtl_jax.interop._hf_config import Limits, read
+from kdtl_jax.interop._hf_family import Family, Found, Head
 from kdtl_jax.interop.naming import Rule
 from kdtl_jax.transforms import Report, transfer
 
@@ -48,6 +59,33 @@ class Pretrained(NamedTuple):
     report: Report
 
 
+FAMILIES: tuple[Family, ...] = (
+    _hf_encoders.bert,
+    _hf_encoders.roberta,
+    _hf_encoders.xlm_roberta,
+    _hf_encoders.camembert,
+    _hf_encoders.distilbert,
+    _hf_encoders.electra,
+    _hf_encoders.mpnet,
+    _hf_causal.gpt2,
+    _hf_causal.llama,
+    _hf_causal.mistral,
+    _hf_causal.qwen2,
+    _hf_vision.vit,
+    _hf_vision.resnet,
+)
+
+
+class _Built(NamedTuple):
+    """The module of a config and its tensors, the rules that name them, and abstract variables."""
+
+    module: nn.Module
+    rules: tuple[Rule, ...]
+    variables: dict[str, Any]
+    unused: tuple[str, ...]
+    extra: tuple[str, ...]
+
+
 def load(source: str | Path, *, dtype: Any = None, taps: Sequence[str] = ()) -> Pretrained:
     """Imports a folder, or (with the `hub` extra) a repository such as `"org/name"`.
 
@@ -63,37 +101,23 @@ def load(source: str | Path, *, dtype: Any = None, taps: Sequence[str] = ()) -> 
 
     Raises:
       FileNotFoundError: if there is no such folder, config.json or safetensors file.
-      ValueError: for an unknown family or configuration, a tensor without a place, a missing
-        tensor, or a shape that disagrees with config.json.
+      ValueError: for an unknown family or a configuration that is not built here, a tensor without
+        a place, a missing tensor, or a shape that disagrees with config.json.
       ImportError: if a repository is named and `huggingface_hub` is not installed.
     """
     folder = _folder(source)
     config = _read_config(folder / "config.json")
-    checkpoint = safetensors.index(folder)
-    stored = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    built = _hf_configs.architecture(config, stored)
-    names = built.names
-    rules = _rules(names, list(stored))
-    unused = [name for name in stored if _matches(names.buffers, name)]
-    unused += [name for name in stored if name == "lm_head.weight" and _is_copy(checkpoint, rules)]
-    if "lm_head.weight" in unused:
-        built = built._replace(module=built.module.clone(is_tied=True, has_head=True))
-    runnable = linen.model(built.module, taps=taps)
-    wanted = jax.eval_shape(linen.model(built.module).init, jax.random.key(0), built.example)
-    target = {**wanted.params, **(wanted.model_state or {})}
-    extra = [
-        name
-        for name in stored
-        if name not in unused
-        and (_matches(names.other_heads, name) or _head_of_another_task(name, rules, target, names))
-    ]
-    tensors = {n: t for n, t in checkpoint.tensors.items() if n not in unused and n not in extra}
-    arrays = naming.from_torch(safetensors.views(tensors), rules)
-    variables, report = transfer(arrays, _with_dtypes(target, arrays, dtype))
+    family = _family(config)
+    views = safetensors.views(safetensors.index(folder).tensors)
+    built = _built(family, config, views)
+    tensors = {k: x for k, x in views.items() if k not in {*built.unused, *built.extra}}
+    arrays = naming.from_torch(tensors, built.rules)
+    variables, report = transfer(arrays, _with_dtypes(built.variables, arrays, dtype))
     params = {k: v for k, v in variables.items() if k != "batch_stats"}
     state = {"batch_stats": variables["batch_stats"]} if "batch_stats" in variables else None
-    report = report._replace(extra=tuple(extra), unused=tuple(unused))
-    return Pretrained(runnable.apply, params, state, built.module, rules, config, report)
+    report = report._replace(extra=built.extra, unused=built.unused)
+    run = linen.model(built.module, taps=taps).apply
+    return Pretrained(run, params, state, built.module, built.rules, config, report)
 
 
 def student(
@@ -123,33 +147,41 @@ def student(
       ValueError: if the model has no numbered layers, a position is out of range, or `classes` is
         given for what is no encoder.
     """
-    depth = next(
-        (k for k in ("num_hidden_layers", "n_layers", "n_layer") if k in source.config), ""
-    )
-    if not depth or not hasattr(source.module, "layers"):
-        family = source.config.get("model_type")
-        raise ValueError(f"a {family!r} model has no numbered layers to choose from.")
-    if not layers or not all(0 <= i < source.config[depth] for i in layers):
-        raise ValueError(f"layers must lie in 0..{source.config[depth] - 1}, got {list(layers)}.")
-    module, rules = source.module.clone(layers=len(layers)), source.rules
-    config = {**source.config, depth: len(layers)}
+    family = _family(source.config)
+    if family.depth is None or not hasattr(source.module, "layers"):
+        raise ValueError(
+            f"a {family.model_types[0]!r} model has no numbered layers to choose from."
+        )
+    depth = source.config[family.depth]
+    if not layers or not all(0 <= i < depth for i in layers):
+        raise ValueError(f"layers must lie in 0..{depth - 1}, got {list(layers)}.")
+    config, rules = _shallower(family, source.config, layers), source.rules
+    module = source.module.clone(layers=len(layers))
     rename = transforms.layer_map(r"layers_(\d+)/.*", layers)
     if classes is None:
-        init = jax.eval_shape(linen.model(module).init, jax.random.key(0), _example(config))
+        init = jax.eval_shape(linen.model(module).init, jax.random.key(0), _example(family, config))
         params, report = transforms.transfer(source.params, init.params, rename=rename)
     else:
-        task = _hf_configs.classifier(config, classes)
-        module = module.clone(classes=classes, has_pooler=task.has_pooler)
-        config, rules = {**config, **task.changes}, _rules(task.names, [task.names.prefix])
-        old = ("head",) if task.has_pooler else ("head", "pooler")
+        head = _classifier(family)
+        config |= {
+            "architectures": [head.architectures[0]],
+            "id2label": {str(i): f"LABEL_{i}" for i in range(classes)},
+            "label2id": {f"LABEL_{i}": i for i in range(classes)},
+        }
+        config.pop("num_labels", None)
+        module = family.build(_values(family, config), _classified(head, classes))
+        rules = _hf_family.rules_of(family, head, (), is_tied=True, prefix=family.prefix)
+        old = ("head", "language")
         body = {name: leaf for name, leaf in source.params.items() if name not in old}
-        target = _with_fresh(module, config, set(body), key)
+        target = _with_fresh(module, _example(family, config), set(body), key)
         new = [name for name in target if name in ("head", "pooler") and name not in body]
+        # A pooler that the new model does not have stays behind.
+        body = {name: x for name, x in body.items() if name != "pooler" or name in target}
         params, report = transforms.replace_head(
             body, target, f"({'|'.join(new)})/.*", rename=rename
         )
-    runnable = linen.model(module)
-    return Pretrained(runnable.apply, params, None, module, rules, config, report)
+    run = linen.model(module).apply
+    return Pretrained(run, params, None, module, rules, config, report)
 
 
 def save(
@@ -162,22 +194,140 @@ def save(
 ) -> None:
     """Writes `model.safetensors` and `config.json` that PyTorch libraries read.
 
+    The config says what is written (see `described`), and is read back before anything is stored.
+
     Args:
       folder: made if need be; the two files are replaced atomically, the weights last.
       params: the model's parameters, in the names of `rules`.
       rules: a `Pretrained`'s rules; they also name the layers of a shallower student.
-      config: a `Pretrained`'s config with what changed, e.g. `{**config, "num_hidden_layers": 3}`.
+      config: a `Pretrained`'s config.
       model_state: batch statistics, if the model has them.
 
     Raises:
-      ValueError: if a parameter has no rule.
+      ValueError: if a parameter has no rule, or the parameters are not those of a model that the
+        config describes.
     """
     tensors = naming.to_torch({**params, **(model_state or {})}, rules)
+    config = described(config, tensors)
+    family = _family(config)
+    built = _built(family, config, tensors)
+    transforms.plan_transfer(naming.from_torch(tensors, built.rules), built.variables)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / "config.json") as file:
-        file.write(json.dumps(dict(config), indent=2, sort_keys=True).encode())
+        file.write(json.dumps(config, indent=2, sort_keys=True).encode())
     safetensors.save(folder / "model.safetensors", tensors, metadata={"format": "pt"})
+
+
+def described(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a folder that holds these tensors, derived from one for others.
+
+    Numbers of layers, tokens, positions and classes, the width of the feed-forward layers, the
+    architecture's name, whether the output layer is tied, and the dtype are those of the tensors;
+    for a `model_type` that is not known here, the dtype alone.
+
+    Args:
+      config: of the model that the tensors were made from.
+      tensors: `{torch name: array}`, concrete or abstract (`shape` and `dtype` are read).
+
+    Raises:
+      ValueError: if the config lists something per layer that cannot be derived.
+    """
+    family = next((f for f in FAMILIES if config.get("model_type") in f.model_types), None)
+    return _hf_family.described(family, config, tensors)
+
+
+def _family(config: Mapping[str, Any]) -> Family:
+    if "model_type" not in config:
+        raise ValueError("config.json has no 'model_type'; it is of no known model.")
+    name = config["model_type"]
+    for family in FAMILIES:
+        if name in family.model_types:
+            return family
+    known = ", ".join(each for family in FAMILIES for each in family.model_types)
+    raise ValueError(
+        f"model_type {str(name)[:60]!r} is not built here; known are {known}. "
+        "Load its tensors with safetensors.load and name them with your own rules."
+    )
+
+
+def _built(family: Family, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> _Built:
+    """The model that a config and its tensors make."""
+    sides = [int(side) for array in tensors.values() for side in array.shape]
+    limits = Limits(max(sides, default=1), len(tensors))
+    values = read(config, family.fields, family.harmless, limits)
+    prefix = _hf_family.prefix_of(family, tensors)
+    head = _hf_family.head_of(family, config, tensors, prefix)
+
+    def rules_of(is_tied: bool) -> tuple[Rule, ...]:
+        return _hf_family.rules_of(family, head, tensors, is_tied=is_tied, prefix=prefix)
+
+    named = {rule.jax: rule.torch for rule in rules_of(False)}
+    copies = [
+        name for name, path in family.copies.items() if _is_copy(tensors, name, named.get(path))
+    ]
+    own = [name for name in family.copies if name in tensors and name not in copies]
+    is_tied = _hf_family.says_tied(family, config) and not (set(own) & set(named.values()))
+    rules = rules_of(is_tied)
+    shapes = {name.removeprefix(prefix): tuple(x.shape) for name, x in tensors.items()}
+    module = family.build(values, Found(head, shapes, is_tied))
+    unused = [name for name in tensors if _matches(family.buffers, name)]
+    unused += [name for name in copies if not naming.covers(rules, name)]
+    extra = [
+        name
+        for name in tensors
+        if name not in unused
+        and _matches(family.other_heads, name)
+        and not naming.covers(rules, name)
+    ]
+    init = jax.eval_shape(linen.model(module).init, jax.random.key(0), family.example(values))
+    variables = {**init.params, **(init.model_state or {})}
+    return _Built(module, rules, variables, tuple(unused), tuple(extra))
+
+
+def _is_copy(tensors: Mapping[str, Any], name: str, source: str | None) -> bool:
+    """Whether a tensor is another one, stored twice."""
+    if source is None or name not in tensors or source not in tensors:
+        return False
+    a, b = tensors[name], tensors[source]
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and bool(np.array_equal(a, b))
+
+
+def _shallower(family: Family, config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+    assert family.depth is not None
+    depth, out = config[family.depth], {**config, family.depth: len(layers)}
+    for key in family.per_layer:
+        if isinstance(out.get(key), list) and len(out[key]) == depth:
+            out[key] = [out[key][i] for i in layers]
+    if depth != len(layers):
+        out = {key: value for key, value in out.items() if key not in family.by_layers}
+    return out
+
+
+def _classifier(family: Family) -> Head:
+    for head in family.heads:
+        if head.task in ("sequence", "image"):
+            return head
+    able = [f.model_types[0] for f in FAMILIES if any(h.classes is not None for h in f.heads)]
+    raise ValueError(
+        f"a {family.model_types[0]!r} model takes no new head here; those of {', '.join(able)} do."
+    )
+
+
+def _classified(head: Head, classes: int) -> Found:
+    """What a file with this head would hold beside its body."""
+    shapes: dict[str, tuple[int, ...]] = {head.classes or "": (classes,)}
+    if head.has_pooler:
+        shapes["pooler.dense.weight"] = ()
+    return Found(head, shapes, True)
+
+
+def _values(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    return read(config, family.fields, family.harmless, Limits(1 << 31, 1 << 20))
+
+
+def _example(family: Family, config: Mapping[str, Any]) -> Any:
+    return family.example(_values(family, config))
 
 
 def _folder(source: str | Path) -> Path:
@@ -202,7 +352,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist.")
     try:
         config = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}).") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object.")
@@ -210,53 +360,15 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _with_fresh(
-    module: nn.Module, config: Mapping[str, Any], present: set[str], key: Array | None
+    module: nn.Module, inputs: Any, present: set[str], key: Array | None
 ) -> dict[str, Any]:
     """The module's parameters: initialized where its head is new, abstract elsewhere."""
-    inputs = _example(config)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), inputs)
     init = linen.model(module).init
     shapes = jax.eval_shape(init, jax.random.key(0), inputs).params
     new = [name for name in shapes if name in ("head", "pooler") and name not in present]
     fresh = jax.jit(lambda key: {name: init(key, zeros).params[name] for name in new})
     return {**shapes, **fresh(jax.random.key(0) if key is None else key)}
-
-
-def _example(config: Mapping[str, Any]) -> Any:
-    return _hf_configs.architecture(config, {}).example
-
-
-def _rules(names: Names, stored: Sequence[str]) -> tuple[Rule, ...]:
-    """The family's rules, with the prefix and the norm names that this file uses."""
-    prefix = names.prefix if any(name.startswith(names.prefix) for name in stored) else ""
-    rules = [rule._replace(torch=prefix + rule.torch) for rule in names.body] + list(names.heads)
-    if any(name.endswith("LayerNorm.gamma") for name in stored):  # converted from TensorFlow
-        old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-        for new_name, old_name in old.items():
-            rules = [r._replace(torch=r.torch.replace(new_name, old_name)) for r in rules]
-    return tuple(rules)
-
-
-def _is_copy(checkpoint: safetensors.Checkpoint, rules: Sequence[Rule]) -> bool:
-    """Whether the language-model head is the token embedding, stored twice."""
-    embedding = next((r.torch for r in rules if r.jax == "tokens/embedding"), None)
-    head, table = (checkpoint.tensors.get(name or "") for name in ("lm_head.weight", embedding))
-    if head is None or table is None or (head.shape, head.dtype) != (table.shape, table.dtype):
-        return False
-    return bool(np.array_equal(safetensors.view(head), safetensors.view(table)))
-
-
-def _head_of_another_task(name: str, rules: Sequence[Rule], target: PyTree, names: Names) -> bool:
-    """A head that exists in the file but was not built (for tokens, for questions)."""
-    heads = {rule.torch for rule in names.heads}
-    if name not in heads:
-        return False
-    (path,) = naming.from_torch({name: jax.ShapeDtypeStruct((), np.float32)}, _unpermuted(rules))
-    return path not in trees.flatten(target)
-
-
-def _unpermuted(rules: Sequence[Rule]) -> list[Rule]:
-    return [rule._replace(axes=naming.same) for rule in rules]
 
 
 def _matches(patterns: Sequence[str], name: str) -> bool:

@@ -165,6 +165,11 @@ def convention(
     return rules
 
 
+def covers(rules: Sequence[Rule], name: str) -> bool:
+    """Whether a rule names this torch tensor."""
+    return any(_pattern(rule.torch).fullmatch(name) for rule in rules)
+
+
 def _said(
     tree: PyTree, names: Sequence[str], axes: Sequence[tuple[trees.Selector, Axes]]
 ) -> dict[str, Axes]:

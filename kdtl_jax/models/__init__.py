@@ -3,14 +3,12 @@
 `kdtl_jax.interop.linen.model(module)` turns one into the library's model functions.
 """
 
-from kdtl_jax.models._bert import Bert as Bert
 from kdtl_jax.models._blocks import Activation as Activation
 from kdtl_jax.models._blocks import gelu as gelu
 from kdtl_jax.models._blocks import gelu_tanh as gelu_tanh
+from kdtl_jax.models._blocks import mean_pool as mean_pool
 from kdtl_jax.models._blocks import quick_gelu as quick_gelu
-from kdtl_jax.models._cnn import CNN as CNN
-from kdtl_jax.models._cnn import Conv3x3 as Conv3x3
-from kdtl_jax.models._cnn import cnn as cnn
+from kdtl_jax.models._blocks import sentence_embedding as sentence_embedding
 from kdtl_jax.models._decoder import Cache as Cache
 from kdtl_jax.models._decoder import Decoder as Decoder
 from kdtl_jax.models._decoder import DecoderConfig as DecoderConfig
@@ -21,14 +19,16 @@ from kdtl_jax.models._decoder import init_cache as init_cache
 from kdtl_jax.models._decoder import segment_positions as segment_positions
 from kdtl_jax.models._decoders import GPT2 as GPT2
 from kdtl_jax.models._decoders import Llama as Llama
-from kdtl_jax.models._image_resnet import ImageResNet as ImageResNet
-from kdtl_jax.models._mlp import MLP as MLP
-from kdtl_jax.models._mlp import mlp as mlp
-from kdtl_jax.models._pooling import mean_pool as mean_pool
-from kdtl_jax.models._pooling import sentence_embedding as sentence_embedding
-from kdtl_jax.models._resnet import ResNet as ResNet
-from kdtl_jax.models._resnet import WideResNet as WideResNet
-from kdtl_jax.models._resnet import resnet as resnet
-from kdtl_jax.models._resnet import resnet_x4 as resnet_x4
-from kdtl_jax.models._resnet import wide_resnet as wide_resnet
+from kdtl_jax.models._encoders import Bert as Bert
+from kdtl_jax.models._resnets import ImageResNet as ImageResNet
+from kdtl_jax.models._resnets import ResNet as ResNet
+from kdtl_jax.models._resnets import WideResNet as WideResNet
+from kdtl_jax.models._resnets import resnet as resnet
+from kdtl_jax.models._resnets import resnet_x4 as resnet_x4
+from kdtl_jax.models._resnets import wide_resnet as wide_resnet
+from kdtl_jax.models._small_networks import CNN as CNN
+from kdtl_jax.models._small_networks import MLP as MLP
+from kdtl_jax.models._small_networks import Conv3x3 as Conv3x3
+from kdtl_jax.models._small_networks import cnn as cnn
+from kdtl_jax.models._small_networks import mlp as mlp
 from kdtl_jax.models._vit import ViT as ViT

@@ -5,13 +5,17 @@ Submodule names are the same in all families (`attention/query`, `attention/out`
 `.../attention/probs`; they cost nothing unless tapped. Softmax and norms accumulate in float32.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+from kdtl_jax import _checks, _numerics
 
 Activation = Callable[[Array], Array]
 
@@ -37,7 +41,12 @@ def layer_norm(epsilon: float, name: str | None = None) -> nn.LayerNorm:
 
 
 def attend(
-    query: Array, key: Array, value: Array, where: Array | None
+    query: Array,
+    key: Array,
+    value: Array,
+    where: Array | None,
+    bias: Array | None = None,
+    scale: float | None = None,
 ) -> tuple[Array, Callable[[Array], Array]]:
     """Attention probabilities, and the function that applies them to the values.
 
@@ -46,6 +55,8 @@ def attend(
       key: `[B, K, G, D]` with `G` dividing `H`: each key head serves `H / G` query heads.
       value: `[B, K, G, D]`.
       where: bool, broadcastable to `[B, H, Q, K]`: what may be looked at.
+      bias: added to the scaled scores, broadcastable to `[B, H, Q, K]`.
+      scale: of the scores; None is `1 / sqrt(D)`.
 
     Returns:
       `(probs [B, H, Q, K], mix)` with `mix(probs) -> [B, Q, H * D]`, so that dropout fits between.
@@ -53,7 +64,10 @@ def attend(
     heads, groups = query.shape[2], key.shape[2]
     key, value = (jnp.repeat(x, heads // groups, axis=2) for x in (key, value))
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
-    scores = scores * jnp.asarray(query.shape[-1] ** -0.5, jnp.float32)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = scores * jnp.asarray(scale, jnp.float32)
+    if bias is not None:
+        scores = scores + bias.astype(jnp.float32)
     if where is not None:
         scores = jnp.where(where, scores, jnp.finfo(jnp.float32).min)
     probs = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
@@ -66,7 +80,7 @@ def attend(
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention, with optional grouped keys and rotary positions."""
+    """Multi-head self-attention, with optional grouped keys, rotary positions and score bias."""
 
     heads: int
     key_heads: int | None = None
@@ -74,6 +88,7 @@ class SelfAttention(nn.Module):
     use_bias: bool = True
     out_bias: bool = True
     dropout: float = 0.0
+    scale: float | None = None
 
     @nn.compact
     def __call__(
@@ -82,6 +97,7 @@ class SelfAttention(nn.Module):
         where: Array | None,
         rotate: Callable[[Array], Array] | None = None,
         train: bool = False,
+        bias: Array | None = None,
     ) -> Array:
         groups = self.key_heads or self.heads
         width = self.head_width or x.shape[-1] // self.heads
@@ -94,7 +110,7 @@ class SelfAttention(nn.Module):
         value = project("value", groups)
         if rotate is not None:
             query, key = rotate(query), rotate(key)
-        probs, mix = attend(query, key, value, where)
+        probs, mix = attend(query, key, value, where, bias, self.scale)
         self.sow("intermediates", "probs", probs)
         probs = nn.Dropout(self.dropout, deterministic=not train)(probs)
         return nn.Dense(x.shape[-1], use_bias=self.out_bias, name="out")(mix(probs))
@@ -130,7 +146,23 @@ class FeedForward(nn.Module):
         return nn.Dense(x.shape[-1], name="down")(y)
 
 
-def token_inputs(fn: str, inputs: Any) -> tuple[Array, Array | None, Array | None]:
+class GatedFeedForward(nn.Module):
+    """`down(activation(gate(x)) * up(x))`."""
+
+    hidden: int
+    activation: Activation
+    use_bias: bool = False
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        gate = self.activation(nn.Dense(self.hidden, use_bias=self.use_bias, name="gate")(x))
+        up = nn.Dense(self.hidden, use_bias=self.use_bias, name="up")(x)
+        y = nn.Dropout(self.dropout, deterministic=not train)(gate * up)
+        return nn.Dense(x.shape[-1], use_bias=self.use_bias, name="down")(y)
+
+
+def token_inputs(inputs: Any) -> tuple[Array, Array | None, Array | None]:
     """`(tokens, mask, types)` from an int array `[B, L]` or a mapping of such arrays.
 
     Raises:
@@ -157,13 +189,77 @@ def token_inputs(fn: str, inputs: Any) -> tuple[Array, Array | None, Array | Non
     return tokens, None if mask is None else mask.astype(jnp.bool_), given.get("types")
 
 
-def check_length(fn: str, tokens: Array, positions: int) -> None:
+def check_length(tokens: Array, positions: int) -> None:
     """Raises ValueError if a sequence is longer than the table of positions."""
     if tokens.shape[1] > positions:
         raise ValueError(
             f"sequences of {tokens.shape[1]} tokens, but the model has {positions} "
             "positions. Cut the sequences."
         )
+
+
+def mean_pool(hidden: Array, mask: Array | None = None) -> Array:
+    """The mean over the tokens that are there.
+
+    Args:
+      hidden: `[B, L, width]`.
+      mask: bool `[B, L]`, True where there is a token; None means everywhere.
+
+    Returns:
+      `[B, width]`, float32 or wider; zero for a row without tokens.
+    """
+    _checks.rank(3, 3, hidden=hidden)
+    hidden = _numerics.upcast(hidden)
+    _checks.mask(mask, hidden.shape[:2])
+    if mask is None:
+        return jnp.mean(hidden, axis=1)
+    present = mask[..., None]
+    count = jnp.maximum(jnp.sum(present.astype(hidden.dtype), axis=1), 1)
+    return jnp.sum(jnp.where(present, hidden, 0), axis=1) / count
+
+
+def sentence_embedding(hidden: Array, mask: Array | None = None) -> Array:
+    """`mean_pool` scaled to unit length, as sentence encoders of the MiniLM kind define it."""
+    pooled = mean_pool(hidden, mask)
+    square = jnp.sum(pooled * pooled, axis=-1, keepdims=True)
+    safe = jnp.where(square > 0, square, 1)
+    return jnp.where(square > 0, pooled / jnp.sqrt(safe), 0)
+
+
+def relative_buckets(length: int, buckets: int, most: int = 128) -> Array:
+    """int32 `[L, L]`: T5's bucket of `key - query`, half of them for each direction.
+
+    Distances below a quarter of the buckets have their own; beyond, buckets grow logarithmically
+    up to the distance `most`.
+    """
+    at = np.arange(length)
+    offset = at[None, :] - at[:, None]
+    half = buckets // 2
+    exact = half // 2
+    distance = np.abs(offset)
+    # In float32, as the published code computes it: a rounding decides a bucket.
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / np.float32(
+        math.log(most / exact)
+    )
+    far = np.minimum(exact + (ratio * np.float32(half - exact)).astype(np.int64), half - 1)
+    bucket = np.where(distance < exact, distance, far) + np.where(offset > 0, half, 0)
+    return jnp.asarray(bucket, jnp.int32)
+
+
+def rotary(length: int, frequencies: Sequence[float]) -> Callable[[Array], Array]:
+    """Rotates channel `i` with channel `i + D/2` by `position * frequency_i`.
+
+    The pairing of halves is that of published checkpoints in this layout; angles are float32.
+    """
+    angle = jnp.outer(jnp.arange(length, dtype=jnp.float32), jnp.asarray(frequencies, jnp.float32))
+    cos, sin = (f(angle)[None, :, None, :] for f in (jnp.cos, jnp.sin))
+
+    def rotate(x: Array) -> Array:
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return turned.astype(x.dtype)
+
+    return rotate
 
 
 def causal(length: int, window: int | None = None) -> Array:

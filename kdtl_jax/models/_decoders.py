@@ -11,11 +11,13 @@ from kdtl_jax.models._blocks import (
     Activation,
     FeedForward,
     FusedSelfAttention,
+    GatedFeedForward,
     SelfAttention,
     causal,
     check_length,
     gelu_tanh,
     layer_norm,
+    rotary,
     token_inputs,
 )
 
@@ -58,18 +60,19 @@ class GPT2(nn.Module):
     norm_epsilon: float = 1e-5
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    embedding_dropout: float = 0.0
     has_head: bool = True
     is_tied: bool = True
 
     @nn.compact
     def __call__(self, inputs: object, *, train: bool = False) -> dict[str, Array]:
-        tokens, mask, _ = token_inputs("GPT2", inputs)
-        check_length("GPT2", tokens, self.positions)
+        tokens, mask, _ = token_inputs(inputs)
+        check_length(tokens, self.positions)
         embed = nn.Embed(self.vocabulary, self.width, name="tokens")
         position = nn.Embed(self.positions, self.width, name="positions")
         index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = embed(tokens) + position(index)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = nn.Dropout(self.embedding_dropout, deterministic=not train)(x)
         where = _visible(tokens.shape[1], mask, None)
         for i in range(self.layers):
             x = GPT2Layer(
@@ -85,20 +88,6 @@ class GPT2(nn.Module):
         return _with_logits(x, embed, self.vocabulary, self.has_head, self.is_tied)
 
 
-class GatedFeedForward(nn.Module):
-    """`down(activation(gate(x)) * up(x))`."""
-
-    hidden: int
-    activation: Activation
-    use_bias: bool
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        gate = self.activation(nn.Dense(self.hidden, use_bias=self.use_bias, name="gate")(x))
-        up = nn.Dense(self.hidden, use_bias=self.use_bias, name="up")(x)
-        return nn.Dense(x.shape[-1], use_bias=self.use_bias, name="down")(gate * up)
-
-
 class LlamaLayer(nn.Module):
     """Pre-norm rotary attention with grouped keys, and a gated feed-forward."""
 
@@ -111,19 +100,23 @@ class LlamaLayer(nn.Module):
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
+    attention_dropout: float
 
     @nn.compact
-    def __call__(self, x: Array, where: Array, rotate: Callable[[Array], Array]) -> Array:
+    def __call__(
+        self, x: Array, where: Array, rotate: Callable[[Array], Array], train: bool
+    ) -> Array:
         attention = SelfAttention(
             self.heads,
             self.key_heads,
             self.head_width,
             self.qkv_bias,
             self.out_bias,
+            self.attention_dropout,
             name="attention",
         )
         y = nn.RMSNorm(epsilon=self.norm_epsilon, name="attention_norm")(x)
-        x = x + attention(y, where, rotate)
+        x = x + attention(y, where, rotate, train)
         y = nn.RMSNorm(epsilon=self.norm_epsilon, name="mlp_norm")(x)
         return x + GatedFeedForward(self.hidden, self.activation, self.mlp_bias, name="mlp")(y)
 
@@ -153,13 +146,13 @@ class Llama(nn.Module):
     out_bias: bool = False
     mlp_bias: bool = False
     window: int | None = None
+    attention_dropout: float = 0.0
     has_head: bool = True
     is_tied: bool = False
 
     @nn.compact
     def __call__(self, inputs: object, *, train: bool = False) -> dict[str, Array]:
-        del train  # no dropout, no statistics
-        tokens, mask, _ = token_inputs("Llama", inputs)
+        tokens, mask, _ = token_inputs(inputs)
         embed = nn.Embed(self.vocabulary, self.width, name="tokens")
         x = embed(tokens)
         rotate = rotary(tokens.shape[1], self.rope_frequencies)
@@ -175,26 +168,11 @@ class Llama(nn.Module):
                 self.qkv_bias,
                 self.out_bias,
                 self.mlp_bias,
+                self.attention_dropout,
                 name=f"layers_{i}",
-            )(x, where, rotate)
+            )(x, where, rotate, train)
         x = nn.RMSNorm(epsilon=self.norm_epsilon, name="norm")(x)
         return _with_logits(x, embed, self.vocabulary, self.has_head, self.is_tied)
-
-
-def rotary(length: int, frequencies: tuple[float, ...]) -> Callable[[Array], Array]:
-    """Rotates channel `i` with channel `i + D/2` by `position * frequency_i`.
-
-    The pairing of halves is that of published Llama checkpoints in this layout; angles are float32.
-    """
-    angle = jnp.outer(jnp.arange(length, dtype=jnp.float32), jnp.asarray(frequencies, jnp.float32))
-    cos, sin = (f(angle)[None, :, None, :] for f in (jnp.cos, jnp.sin))
-
-    def rotate(x: Array) -> Array:
-        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-        return turned.astype(x.dtype)
-
-    return rotate
 
 
 def _visible(length: int, mask: Array | None, window: int | None) -> Array:

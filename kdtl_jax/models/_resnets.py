@@ -1,8 +1,10 @@
-"""The residual networks for CIFAR-sized images on which distillation methods are compared.
+"""Residual networks: for CIFAR-sized images, and for photographs.
 
-Basic blocks, projection shortcuts (1x1 convolution and norm) where the shape changes, no bias
-before a norm, padding of one on every side also where the stride is two (`"SAME"` would pad
-otherwise). Parameter counts are those of the published models.
+The small ones are those on which distillation methods are compared: basic blocks, projection
+shortcuts (1x1 convolution and norm) where the shape changes, no bias before a norm. The large ones
+compute what published checkpoints do: a 7x7 stem, max pooling, basic or bottleneck blocks. Padding
+is explicit and equal on all sides also where the stride is two (`"SAME"` would pad otherwise).
+Parameter counts are those of the published models.
 """
 
 from collections.abc import Sequence
@@ -12,6 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from kdtl_jax.models._blocks import Activation
 
 _fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 _conv3x3 = partial(
@@ -131,7 +135,7 @@ def resnet(depth: int, classes: int, *, channels: Sequence[int] = (16, 16, 32, 6
     References:
       He et al., Deep Residual Learning for Image Recognition, 2015 (1512.03385), section 4.2.
     """
-    return ResNet(_blocks("resnet", depth, 2), tuple(channels), classes)
+    return ResNet(_blocks(depth, 2), tuple(channels), classes)
 
 
 def resnet_x4(depth: int, classes: int) -> ResNet:
@@ -156,10 +160,10 @@ def wide_resnet(depth: int, width: int, classes: int) -> WideResNet:
     """
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}.")
-    return WideResNet(_blocks("wide_resnet", depth, 4), width, classes)
+    return WideResNet(_blocks(depth, 4), width, classes)
 
 
-def _blocks(fn: str, depth: int, extra: int) -> int:
+def _blocks(depth: int, extra: int) -> int:
     if depth < 6 + extra or (depth - extra) % 6:
         valid = [6 * n + extra for n in range(1, 6)]
         raise ValueError(f"depth must be 6 n + {extra} ({valid} …), got {depth}.")
@@ -173,3 +177,101 @@ def _images(model: str, inputs: Array) -> Array:
             "Gray images need a last axis of one: images[..., None]."
         )
     return inputs
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, batch norm, activation."""
+
+    features: int
+    window: int = 3
+    stride: int = 1
+    activation: Activation | None = jax.nn.relu
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        pad = self.window // 2
+        x = nn.Conv(
+            self.features,
+            (self.window, self.window),
+            (self.stride, self.stride),
+            padding=((pad, pad), (pad, pad)),
+            use_bias=False,
+            name="conv",
+        )(x)
+        norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name="norm")
+        x = norm(x)
+        return x if self.activation is None else self.activation(x)
+
+
+class ImageResNetBlock(nn.Module):
+    """Two 3x3 convolutions, or 1x1, 3x3, 1x1; then the shortcut and the activation."""
+
+    features: int
+    stride: int
+    is_bottleneck: bool
+    downsample_in_first_conv: bool
+    activation: Activation
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        act, stride = self.activation, self.stride
+        if self.is_bottleneck:
+            inner = self.features // 4
+            first, second = (stride, 1) if self.downsample_in_first_conv else (1, stride)
+            plan = [(inner, 1, first, act), (inner, 3, second, act), (self.features, 1, 1, None)]
+        else:
+            plan = [(self.features, 3, stride, act), (self.features, 3, 1, None)]
+        y = x
+        for i, layer in enumerate(plan):
+            y = ConvNorm(*layer, name=f"conv{i}")(y, train)
+        if stride != 1 or x.shape[-1] != self.features:
+            x = ConvNorm(self.features, 1, stride, None, name="shortcut")(x, train)
+        return act(x + y)
+
+
+class ImageResNet(nn.Module):
+    """ResNet-18 … ResNet-152 and their like.
+
+    Inputs: images `[B, H, W, C]`.
+    Outputs: `stem`, `stage0` … maps `[B, h, w, features]`, `pooled` `[B, features]`, and with
+    a head `logits` `[B, classes]`.
+
+    Attributes:
+      downsample_first: whether the first stage halves the resolution too.
+      downsample_in_first_conv: a bottleneck's stride sits in its first 1x1 convolution (v1)
+        instead of its 3x3 (v1.5).
+    """
+
+    stem: int
+    widths: Sequence[int]
+    depths: Sequence[int]
+    is_bottleneck: bool = True
+    downsample_first: bool = False
+    downsample_in_first_conv: bool = False
+    classes: int | None = None
+    activation: Activation = jax.nn.relu
+
+    @nn.compact
+    def __call__(self, inputs: Array, *, train: bool = False) -> dict[str, Array]:
+        if inputs.ndim != 4:
+            raise ValueError(f"ImageResNet: images must be [B, H, W, C], got {list(inputs.shape)}.")
+        x = ConvNorm(self.stem, 7, 2, self.activation, name="stem")(inputs, train)
+        around = ((0, 0), (1, 1), (1, 1), (0, 0))
+        x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), around)
+        outputs = {"stem": x}
+        for stage, (features, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
+            for i in range(depth):
+                halves = i == 0 and (stage > 0 or self.downsample_first)
+                x = ImageResNetBlock(
+                    features,
+                    2 if halves else 1,
+                    self.is_bottleneck,
+                    self.downsample_in_first_conv,
+                    self.activation,
+                    name=f"stage{stage}_block{i}",
+                )(x, train)
+            outputs[f"stage{stage}"] = x
+        outputs["pooled"] = jnp.mean(x, axis=(1, 2))
+        if self.classes is not None:
+            outputs["logits"] = nn.Dense(self.classes, name="head")(outputs["pooled"])
+        return outputs

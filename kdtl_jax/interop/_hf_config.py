@@ -1,0 +1,239 @@
+"""A config.json read by a table: each key is read, known to be harmless, or refused by name.
+
+A family's table is a tuple of fields: a key, what its value may be, and the default that
+`transformers` gives it. Sizes are bounded by the tensors beside the config, so that a hostile or
+broken file ends in one clear ValueError before anything is built.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kdtl_jax import models
+
+Config = Mapping[str, Any]
+REQUIRED = object()
+
+
+class Limits(NamedTuple):
+    """What the file holds: the longest side of a tensor, and how many tensors there are."""
+
+    side: int
+    tensors: int
+
+
+class Field(NamedTuple):
+    """A key; `check(value, limits)` gives what is built, or raises ValueError("a positive …")."""
+
+    key: str
+    check: Callable[[Any, Limits], Any]
+    default: Any = REQUIRED
+
+
+# Keys that change no output of the models here, whatever their value: where a file came from, what
+# a trainer, a tokenizer or `generate` does, and what a forward pass returns beside its outputs.
+HARMLESS = frozenset(
+    """
+    architectures model_type transformers_version _name_or_path _commit_hash name license language
+    dtype torch_dtype use_bfloat16 torchscript tf_legacy_loss keys_to_ignore_at_inference
+    attn_implementation _attn_implementation _attn_implementation_autoset
+    _attn_implementation_internal
+    _flash_attn_2_enabled use_flash_attn gradient_checkpointing use_cache output_past
+    initializer_range initializer_factor initializer_cutoff_factor init_std
+    id2label label2id num_labels _num_labels problem_type finetuning_task task_specific_params
+    bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
+    decoder_start_token_id tokenizer_class prefix
+    output_attentions output_hidden_states output_scores return_dict return_dict_in_generate
+    chunk_size_feed_forward is_encoder_decoder tie_encoder_decoder cross_attention_hidden_size
+    max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups
+    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
+    forced_bos_token_id forced_eos_token_id remove_invalid_values suppress_tokens
+    begin_suppress_tokens exponential_decay_length_penalty
+    directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
+    pooler_size_per_head pooler_type
+    """.split()
+)
+
+
+def read(config: Config, fields: Sequence[Field], harmless: str, limits: Limits) -> dict[str, Any]:
+    """`{key: value}` of a family's fields.
+
+    Raises:
+      ValueError: if a required key is missing, a value is not what it may be, or a key is neither
+        read nor known to be harmless.
+    """
+    out = {}
+    for key, check, default in fields:
+        if key not in config and default is REQUIRED:
+            raise ValueError(f"config.json has no {key!r}; it is of no known model.")
+        value = config.get(key, default)
+        try:
+            out[key] = check(value, limits)
+        except ValueError as expected:
+            raise ValueError(f"config.json: {key} = {_short(value)}; {expected}.") from None
+    known = HARMLESS | out.keys() | set(harmless.split())
+    empty = (None, {}, [])  # as `pruned_heads` and `quantization_config` say nothing
+    strange = [k for k in config if k not in known and not any(config[k] == e for e in empty)]
+    if strange:
+        shown = ", ".join(f"{key!r} = {_short(config[key])}" for key in strange[:8])
+        raise ValueError(
+            f"config.json has keys that are not read here and not known to be harmless: {shown}. "
+            "The outputs could be wrong; remove a key if it changes nothing."
+        )
+    return out
+
+
+def count(key: str, default: Any = REQUIRED, *, least: int = 1, most: int | None = None) -> Field:
+    """An integer that some tensor of the file has as a side, or at most `most`."""
+
+    def check(value: Any, limits: Limits) -> int:
+        return _integer(value, least, limits.side if most is None else most)
+
+    return Field(key, check, default)
+
+
+def layers(key: str) -> Field:
+    """A number of layers: each has at least one tensor."""
+    return Field(key, lambda value, limits: _integer(value, 1, limits.tensors))
+
+
+def counts(key: str, *, of_layers: bool = False) -> Field:
+    """A list of sizes, or of numbers of layers."""
+
+    def check(value: Any, limits: Limits) -> tuple[int, ...]:
+        if not isinstance(value, list) or not 1 <= len(value) <= limits.tensors:
+            raise ValueError("expected a list of positive integers")
+        most = limits.tensors if of_layers else limits.side
+        return tuple(_integer(entry, 1, most) for entry in value)
+
+    return Field(key, check)
+
+
+def sides(key: str, default: Any = REQUIRED) -> Field:
+    """A height and width: one integer, or a list of two."""
+
+    def check(value: Any, limits: Limits) -> tuple[int, int]:
+        both = value if isinstance(value, list) and len(value) == 2 else [value, value]
+        try:
+            height, width = (_integer(side, 1, 1 << 16) for side in both)
+        except ValueError:
+            raise ValueError("expected a positive integer, or two: height and width") from None
+        return height, width
+
+    return Field(key, check, default)
+
+
+def number(key: str, default: Any, *, most: float = math.inf, zero: bool = False) -> Field:
+    """A finite number above 0 (or from 0 on), at most `most`."""
+
+    def check(value: Any, limits: Limits) -> float:
+        fits = _is_number(value) and math.isfinite(value) and value <= most
+        if not fits or value < 0 or (value == 0 and not zero):
+            low = "at least 0" if zero else "above 0"
+            raise ValueError(
+                f"expected a number {low}" + (f" and at most {most:g}" if most < math.inf else "")
+            )
+        return float(value)
+
+    return Field(key, check, default)
+
+
+def epsilon(key: str, default: float) -> Field:
+    """What a norm adds to a variance."""
+    return number(key, default, most=1.0)
+
+
+def share(key: str, default: Any) -> Field:
+    """A dropout rate."""
+
+    def check(value: Any, limits: Limits) -> float:
+        if not _is_number(value) or not 0 <= value <= 1:
+            raise ValueError("expected a number from 0 to 1")
+        return float(value)
+
+    return Field(key, check, default)
+
+
+def flag(key: str, default: Any = REQUIRED) -> Field:
+    """true or false."""
+
+    def check(value: Any, limits: Limits) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError("expected true or false")
+        return value
+
+    return Field(key, check, default)
+
+
+def choice(key: str, *allowed: Any) -> Field:
+    """One of some values; the first is the default. Another would mean another computation."""
+
+    def check(value: Any, limits: Limits) -> Any:
+        if not any(type(value) is type(each) and value == each for each in allowed):
+            raise ValueError(
+                f"this is not built here (only {' or '.join(map(repr, allowed))}); the outputs "
+                "would be wrong"
+            )
+        return value
+
+    return Field(key, check, allowed[0])
+
+
+def optional(field: Field) -> Field:
+    """The field, where null is a value too and the default unless the field has one."""
+    default = None if field.default is REQUIRED else field.default
+    return Field(
+        field.key, lambda v, limits: None if v is None else field.check(v, limits), default
+    )
+
+
+def as_given(key: str, default: Any = None) -> Field:
+    """A value that the family's own function checks."""
+    return Field(key, lambda value, limits: value, default)
+
+
+def activation(key: str, default: Any = REQUIRED) -> Field:
+    """The name of an activation, as a function."""
+    return Field(key, lambda value, limits: _activation(value), default)
+
+
+def _activation(name: Any) -> models.Activation:
+    match name:
+        case "gelu" | "gelu_python":
+            return models.gelu
+        case "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" | "gelu_accurate":
+            return models.gelu_tanh
+        case "quick_gelu":
+            return models.quick_gelu
+        case "relu":
+            return jax.nn.relu
+        case "silu" | "swish":
+            return jax.nn.silu
+        case "tanh":
+            return jnp.tanh
+        case "sigmoid":
+            return jax.nn.sigmoid
+        case _:
+            raise ValueError(f"the activation {_short(name)} is not built here")
+
+
+def _integer(value: Any, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ValueError(f"expected {kind}")
+    if value > most:
+        raise ValueError(f"the tensors of the file allow at most {most}")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,255 @@
+"""What a family of checkpoints is: names, heads, its table of config keys, and how it is built.
+
+Tables are data. Names are written for the bare model; `rules_of` puts the prefix of the file at
+hand (`bert.`, `model.`, …) before every name except those of heads.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+
+from kdtl_jax import trees
+from kdtl_jax.interop import naming
+from kdtl_jax.interop._hf_config import Config, Field
+from kdtl_jax.interop.naming import Axes, Rule, linear
+
+Shapes = Mapping[str, tuple[int, ...]]  # of the checkpoint's tensors, by torch name
+
+
+class Head(NamedTuple):
+    """A head that is built here.
+
+    `architectures` are the classes that have it, the one to write first. A head without an entry in
+    `architectures` is recognized by its tensors, and by whether a pooler lies below it
+    (`has_pooler`, None: either). `replaces` are JAX paths that the body has no tensor for under
+    this head. `classes` is the torch name whose first side is the number of classes.
+    """
+
+    task: str
+    architectures: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    has_pooler: bool | None = None
+    replaces: str = ""
+    classes: str | None = None
+
+
+class Found(NamedTuple):
+    """What a file holds beside its body."""
+
+    head: Head | None
+    shapes: Shapes  # without the file's prefix
+    is_tied: bool  # the output layer is the embedding
+
+    def has(self, name: str) -> bool:
+        """Whether the body has a tensor."""
+        return name in self.shapes
+
+    def classes(self, task: str) -> int | None:
+        """The number of classes of a head for this task; None if the file has another or none."""
+        if self.head is None or self.head.task != task or self.head.classes is None:
+            return None
+        return self.shapes[self.head.classes][0]
+
+
+class Family(NamedTuple):
+    """A family of checkpoints.
+
+    `copies` are output layers that may be stored although they equal the embedding:
+    `{torch name: the JAX path they are tied to}`. `buffers` are regular expressions of tensors that
+    are no weights, `other_heads` of heads that are not built here: both are reported, not imported.
+    `sides` says which config key is which side of which parameter, `depth` which key counts the
+    layers, `per_layer` which keys hold a list with an entry per layer, `by_layers` which only
+    describe the layers there are.
+    """
+
+    model_types: tuple[str, ...]
+    base: str
+    prefix: str
+    fields: tuple[Field, ...]
+    body: tuple[Rule, ...]
+    build: Callable[[dict[str, Any], Found], nn.Module]
+    example: Callable[[dict[str, Any]], Any]
+    heads: tuple[Head, ...] = ()
+    copies: Mapping[str, str] = {}
+    harmless: str = ""
+    buffers: tuple[str, ...] = ()
+    other_heads: tuple[str, ...] = ()
+    depth: str | None = None
+    sides: Mapping[str, tuple[str, int]] = {}
+    per_layer: tuple[str, ...] = ()
+    by_layers: tuple[str, ...] = ()
+
+
+def dense(torch: str, jax: str, axes: Axes = linear) -> tuple[Rule, Rule]:
+    """A layer's weight and bias."""
+    return Rule(f"{torch}.weight", f"{jax}/kernel", axes), Rule(f"{torch}.bias", f"{jax}/bias")
+
+
+def norm(torch: str, jax: str) -> tuple[Rule, Rule]:
+    """A norm's scale and bias."""
+    return Rule(f"{torch}.weight", f"{jax}/scale"), Rule(f"{torch}.bias", f"{jax}/bias")
+
+
+def embedding(torch: str, jax: str) -> tuple[Rule]:
+    """A table."""
+    return (Rule(f"{torch}.weight", f"{jax}/embedding"),)
+
+
+def says_tied(family: Family, config: Config) -> bool:
+    """Whether config.json says that the output layer is the embedding."""
+    defaults = [field.default for field in family.fields if field.key == "tie_word_embeddings"]
+    return bool(defaults) and config.get("tie_word_embeddings", defaults[0]) is True
+
+
+def prefix_of(family: Family, stored: Iterable[str]) -> str:
+    """The family's prefix if the file uses it."""
+    return family.prefix if any(name.startswith(family.prefix) for name in stored) else ""
+
+
+def rules_of(
+    family: Family, head: Head | None, stored: Iterable[str], *, is_tied: bool, prefix: str
+) -> tuple[Rule, ...]:
+    """The rules of a file, with the prefix and the norm names that it uses."""
+    body = [rule for rule in family.body if head is None or not _replaced(rule, head)]
+    rules = [rule._replace(torch=prefix + rule.torch) for rule in body]
+    rules += () if head is None else head.rules
+    if is_tied:
+        rules = [rule for rule in rules if rule.torch not in family.copies]
+    if any(name.endswith("LayerNorm.gamma") for name in stored):  # converted from TensorFlow
+        old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        for new_name, old_name in old.items():
+            rules = [r._replace(torch=r.torch.replace(new_name, old_name)) for r in rules]
+    return tuple(rules)
+
+
+def head_of(family: Family, config: Config, stored: Iterable[str], prefix: str) -> Head | None:
+    """The head to build: the one config.json names, else the one the tensors tell.
+
+    None if there is none, or it is of a task that is not built here.
+    """
+    names = set(stored)
+    optional = set(family.copies) if says_tied(family, config) else set()
+    present = [
+        head
+        for head in family.heads
+        if head.rules and all(r.torch in names or r.torch in optional for r in head.rules)
+    ]
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ValueError(f"config.json: architectures = {named!r}; expected a list of names.")
+    for head in present:
+        if set(head.architectures) & set(named):
+            return head
+    if any("For" in name for name in named):
+        return None
+    pooler = prefix + "pooler.dense.weight" in names
+    fitting = [head for head in present if head.has_pooler in (None, pooler)]
+    return max(fitting, key=lambda head: len(head.rules), default=None)
+
+
+def described(family: Family | None, config: Config, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The config that says what is written: sizes, layers, labels, heads, ties, dtype.
+
+    Args:
+      family: None for a family that is not known here: only the dtype is derived.
+      config: what the tensors were made from.
+      tensors: `{torch name: array}`, concrete or abstract.
+
+    Raises:
+      ValueError: if a list in the config has one entry per layer, the entries differ, and their
+        number is not that of the layers.
+    """
+    out = {key: value for key, value in config.items()}
+    _set_dtype(out, tensors)
+    if family is None:
+        return out
+    prefix = prefix_of(family, tensors)
+    head = head_of(family, config, tensors, prefix)
+    is_tied = not any(name in tensors for name in family.copies)
+    rules = rules_of(family, head, tensors, is_tied=is_tied, prefix=prefix)
+    flat = naming.from_torch(tensors, rules)
+    _set_architecture(out, family, head, tensors)
+    if not is_tied and says_tied(family, config):
+        out["tie_word_embeddings"] = False
+    for key, (path, axis) in family.sides.items():
+        if path in flat:
+            out[key] = int(flat[path].shape[axis])
+    if head is not None and head.classes is not None:
+        _set_labels(out, int(tensors[head.classes].shape[0]))
+    if family.depth is not None:
+        _set_depth(out, family, flat)
+    return out
+
+
+def depth_of(flat: Iterable[str]) -> int:
+    """The number of layers among canonical paths."""
+    numbers = {int(m[1]) for path in flat if (m := re.match(r"layers_(\d{1,9})/", path))}
+    return max(numbers, default=-1) + 1
+
+
+def _replaced(rule: Rule, head: Head) -> bool:
+    return bool(head.replaces) and re.fullmatch(head.replaces, rule.jax) is not None
+
+
+def _set_dtype(out: dict[str, Any], tensors: Mapping[str, Any]) -> None:
+    """The dtype of most numbers, under the key that the config uses."""
+    sizes: dict[str, int] = {}
+    for array in tensors.values():
+        if trees.is_inexact(array):
+            name = str(array.dtype)
+            sizes[name] = sizes.get(name, 0) + int(_product(array.shape))
+    if sizes:
+        keys = [key for key in ("dtype", "torch_dtype") if key in out] or ["dtype"]
+        out |= dict.fromkeys(keys, max(sizes, key=lambda name: sizes[name]))
+
+
+def _product(shape: Sequence[int]) -> int:
+    out = 1
+    for side in shape:
+        out *= int(side)
+    return out
+
+
+def _set_architecture(
+    out: dict[str, Any], family: Family, head: Head | None, tensors: Mapping[str, Any]
+) -> None:
+    named = set(out.get("architectures") or [])
+    if head is not None and named & set(head.architectures):
+        return
+    if head is not None and any(rule.torch in tensors for rule in head.rules):
+        out["architectures"] = [head.architectures[0]]
+        return
+    known = {name for each in family.heads for name in each.architectures}
+    if any("For" in name or name in known for name in named):  # a head that is not written
+        out["architectures"] = [family.base]
+
+
+def _set_labels(out: dict[str, Any], classes: int) -> None:
+    labels = out.get("id2label")
+    if not isinstance(labels, dict) or len(labels) != classes:
+        if labels is None and classes == 2:
+            return  # the default
+        out["id2label"] = {str(i): f"LABEL_{i}" for i in range(classes)}
+        out["label2id"] = {f"LABEL_{i}": i for i in range(classes)}
+        out.pop("num_labels", None)
+
+
+def _set_depth(out: dict[str, Any], family: Family, flat: Mapping[str, Any]) -> None:
+    assert family.depth is not None
+    layers = depth_of(flat)
+    if layers != out.get(family.depth):
+        for key in family.by_layers:
+            out.pop(key, None)
+    out[family.depth] = layers
+    for key in family.per_layer:
+        entries = out.get(key)
+        if not isinstance(entries, list) or len(entries) == layers:
+            continue
+        if any(entry != entries[0] for entry in entries) or not entries:
+            raise ValueError(
+                f"config.json: {key} has {len(entries)} entries that differ, for {layers} layers. "
+                "Give the config of the layers that were kept."
+            )
+        out[key] = entries[:1] * layers

@@ -1,0 +1,197 @@
+"""BERT and its kin as Linen modules: MiniLM, DistilBERT, RoBERTa, CamemBERT, ELECTRA, MPNet.
+
+Post-norm encoders over absolute positions. The variants differ in data (a table of token types,
+where positions start, the width of the embeddings, buckets of relative positions, the heads), not
+in code paths.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax.models._blocks import (
+    Activation,
+    FeedForward,
+    SelfAttention,
+    check_length,
+    gelu,
+    layer_norm,
+    relative_buckets,
+    token_inputs,
+)
+
+
+class BertEmbeddings(nn.Module):
+    """Token, position and type embeddings, summed and normalized."""
+
+    vocabulary: int
+    width: int
+    positions: int
+    types: int
+    norm_epsilon: float
+    first_position: int | None
+
+    def setup(self) -> None:
+        self.tokens = nn.Embed(self.vocabulary, self.width)
+        self.places = nn.Embed(self.positions, self.width, name="positions")
+        if self.types:
+            self.kinds = nn.Embed(self.types, self.width, name="types")
+        self.norm = layer_norm(self.norm_epsilon)
+
+    def __call__(self, tokens: Array, types: Array | None) -> Array:
+        if self.first_position is None:
+            position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        else:
+            # RoBERTa counts from padding + 1 and leaves padding itself at the padding's row.
+            present = (tokens != self.first_position - 1).astype(jnp.int32)
+            position = jnp.cumsum(present, axis=1) * present + self.first_position - 1
+        x = self.tokens(tokens) + self.places(position)
+        if self.types:
+            x = x + self.kinds(jnp.zeros_like(tokens) if types is None else types)
+        return self.norm(x)
+
+
+class BertLayer(nn.Module):
+    """Attention and feed-forward, each followed by its residual and norm."""
+
+    heads: int
+    hidden: int
+    activation: Activation
+    norm_epsilon: float
+    dropout: float
+    attention_dropout: float
+
+    @nn.compact
+    def __call__(self, x: Array, where: Array | None, train: bool, bias: Array | None) -> Array:
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        attention = SelfAttention(self.heads, dropout=self.attention_dropout, name="attention")
+        x = layer_norm(self.norm_epsilon, "attention_norm")(
+            x + drop(attention(x, where, train=train, bias=bias))
+        )
+        mlp = FeedForward(self.hidden, self.activation, name="mlp")
+        return layer_norm(self.norm_epsilon, "mlp_norm")(x + drop(mlp(x)))
+
+
+class LanguageHead(nn.Module):
+    """Logits over the vocabulary: dense, activation, norm, then the token embeddings and a bias."""
+
+    activation: Activation
+    norm_epsilon: float
+    is_tied: bool
+    has_bias: bool = True
+    dense_bias: bool = True
+    norm_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array, table: nn.Embed) -> Array:
+        x = self.activation(nn.Dense(table.features, self.dense_bias, name="dense")(x))
+        x = nn.LayerNorm(
+            self.norm_epsilon, use_bias=self.norm_bias, use_fast_variance=False, name="norm"
+        )(x)
+        if self.is_tied:
+            logits = table.attend(x)
+        else:
+            logits = nn.Dense(table.num_embeddings, False, name="decoder")(x)
+        if self.has_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (table.num_embeddings,))
+            logits = logits + bias
+        return logits.astype(jnp.float32)
+
+
+class Bert(nn.Module):
+    """A BERT-like encoder with an optional pooler and one optional head.
+
+    Inputs: int32 tokens `[B, L]`, or a dict with `tokens` and optionally `mask` (bool, True where
+    there is a token) and `types`.
+
+    Outputs: `last_hidden` `[B, L, width]`; `pooled` `[B, width]` with a pooler; `logits`:
+    `[B, classes]`, `[B, L, token_classes]` or, with a language head, `[B, L, vocabulary]`.
+    Taps: `embeddings`, `layers_0` … (hidden states), `layers_0/attention/probs`.
+
+    Attributes:
+      first_position: None counts positions from 0; RoBERTa counts from padding + 1.
+      pooled_activation: tanh for BERT; ReLU makes the pooler DistilBERT's `pre_classifier`.
+      pooled_dropout: of what the pooler reads, which RoBERTa's classifier drops.
+      head_dropout: of what a classifier reads; None is `dropout`.
+      embedding_width: of the tables, if it is not `width` (ELECTRA projects).
+      relative_buckets: number of relative positions with a bias of their own (MPNet).
+      is_tied: whether the language head multiplies by the token embeddings.
+    """
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+    positions: int = 512
+    types: int = 2
+    classes: int | None = None
+    token_classes: int | None = None
+    has_language_head: bool = False
+    has_pooler: bool = True
+    activation: Activation = gelu
+    pooled_activation: Activation = jnp.tanh
+    language_activation: Activation = gelu
+    norm_epsilon: float = 1e-12
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    pooled_dropout: float = 0.0
+    head_dropout: float | None = None
+    first_position: int | None = None
+    embedding_width: int | None = None
+    relative_buckets: int | None = None
+    is_tied: bool = True
+
+    @nn.compact
+    def __call__(self, inputs: object, *, train: bool = False) -> dict[str, Array]:
+        tokens, mask, types = token_inputs(inputs)
+        check_length(tokens, self.positions - (self.first_position or 0))
+        where = None if mask is None else mask[:, None, None, :]
+
+        def drop(rate: float, x: Array) -> Array:
+            return nn.Dropout(rate, deterministic=not train)(x)
+
+        embeddings = BertEmbeddings(
+            self.vocabulary,
+            self.embedding_width or self.width,
+            self.positions,
+            self.types,
+            self.norm_epsilon,
+            self.first_position,
+            name="embeddings",
+        )
+        x = drop(self.dropout, embeddings(tokens, types))
+        if self.embedding_width is not None and self.embedding_width != self.width:
+            x = nn.Dense(self.width, name="project")(x)
+        bias = None
+        if self.relative_buckets is not None:
+            shared = nn.Embed(self.relative_buckets, self.heads, name="relative")
+            bias = shared(relative_buckets(tokens.shape[1], self.relative_buckets))
+            bias = jnp.moveaxis(bias, -1, 0)[None]
+        for i in range(self.layers):
+            x = BertLayer(
+                self.heads,
+                self.hidden,
+                self.activation,
+                self.norm_epsilon,
+                self.dropout,
+                self.attention_dropout,
+                name=f"layers_{i}",
+            )(x, where, train, bias)
+        outputs = {"last_hidden": x}
+        pooled = x[:, 0]
+        if self.has_pooler:
+            dense = nn.Dense(self.width, name="pooler")
+            pooled = self.pooled_activation(dense(drop(self.pooled_dropout, pooled)))
+            outputs["pooled"] = pooled
+        rate = self.dropout if self.head_dropout is None else self.head_dropout
+        if self.classes is not None:
+            outputs["logits"] = nn.Dense(self.classes, name="head")(drop(rate, pooled))
+        if self.token_classes is not None:
+            outputs["logits"] = nn.Dense(self.token_classes, name="head")(drop(rate, x))
+        if self.has_language_head:
+            language = LanguageHead(
+                self.language_activation, self.norm_epsilon, self.is_tied, name="language"
+            )
+            outputs["logits"] = language(x, embeddings.tokens)
+        return outputs
