@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdtl_jax import connectors, losses, projection
+from kdtl_jax import connectors, losses, projection, transforms
 from kdtl_jax import transferability as tr
 
 RNG = np.random.default_rng(0)
@@ -90,3 +90,32 @@ def test_projection_scales_with_the_ridge() -> None:
         got = projection.fit(scale * x, y, ridge=0.1 * scale**2)
         np.testing.assert_allclose(got.kernel * scale, want.kernel, rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(got.bias, want.bias, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", (2.0**-60, 1.0, 2.0**40))
+def test_fisher_information_in_any_unit(scale: float) -> None:
+    a, b = jnp.asarray([1.0, 1.0, 1.0]), jnp.asarray([3.0, 3.0, 3.0])
+    fishers = [scale * jnp.asarray([1.0, 3.0, 0.0]), scale * jnp.asarray([1.0, 1.0, 0.0])]
+    merged = transforms.fisher_merge([a, b], fishers, [1.0, 3.0])
+    np.testing.assert_allclose(merged, [2.5, 2.0, 2.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", (1e-12, 1.0))
+def test_small_task_vectors_are_rescaled_too(scale: float) -> None:
+    whole = scale * jnp.asarray([1.0, -2.0, 3.0])
+    kept = whole * jnp.asarray([0.0, 1.0, 0.0])
+    got = transforms.rescale_l1(kept, whole)
+    np.testing.assert_allclose(got, scale * np.asarray([0, -6, 0]), rtol=1e-6)
+    np.testing.assert_array_equal(transforms.rescale_l1(0 * kept, whole), jnp.zeros(3))
+
+
+def test_permutations_are_found_for_weights_in_any_unit() -> None:
+    rng = np.random.default_rng(5)
+    first, second = rng.normal(size=(3, 6)), rng.normal(size=(6, 2))
+    order = rng.permutation(6)
+    axes = [("a", (None, "hidden")), ("b", ("hidden", None))]
+    for scale in (1e-9, 1.0, 1e9):
+        mine = {"a": scale * first, "b": scale * second}
+        other = {"a": scale * first[:, order], "b": scale * second[order]}
+        found = transforms.match_permutations(mine, other, axes)
+        np.testing.assert_array_equal(order[found["hidden"]], np.arange(6))

@@ -81,7 +81,7 @@ def _improve(
     name: str,
     pairs: Sequence[tuple[np.ndarray, np.ndarray, tuple[Axis, ...]]],
 ) -> float:
-    """Solves for one name given the others; returns what the objective gained."""
+    """Solves for one name given the others; returns the gain, a share of all there is to match."""
     # scipy comes with jax; importing it here keeps `import kdtl_jax` light.
     from scipy.optimize import linear_sum_assignment
 
@@ -101,7 +101,8 @@ def _improve(
     after = similarity[units, partners].sum()
     if after > before:
         permutations[name] = partners.astype(np.int64)
-    return float(after - before)
+    matched = np.abs(similarity).sum()
+    return float(after - before) / matched if matched else 0.0
 
 
 def _split(leaf: np.ndarray, position: int, axis: Axis) -> np.ndarray:

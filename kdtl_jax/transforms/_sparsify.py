@@ -272,11 +272,12 @@ def keep(task_vector: PyTree, mask: PyTree) -> PyTree:
     )
 
 
-def rescale_l1(sparse: PyTree, original: PyTree, *, floor: float = 1e-7) -> PyTree:
-    """`sparse ||original||_1 / ||sparse||_1`, leaf by leaf; unchanged where a norm is below floor.
+def rescale_l1(sparse: PyTree, original: PyTree, *, floor: float = 0.0) -> PyTree:
+    """`sparse ||original||_1 / ||sparse||_1`, by leaf; as it is where a norm is at most `floor`.
 
-    mergekit's convention for DARE and DELLA. It restores the mean size exactly but is not unbiased:
-    a leaf whose kept entries happen to be small is blown up.
+    mergekit's convention for DARE and DELLA, with a floor of 1e-7 (in units of the weights), which
+    leaves small task vectors shrunken. It restores the mean size exactly but is not unbiased: a
+    leaf whose kept entries happen to be small is blown up.
     """
 
     def formula(i: int, path: str, kept: Array, whole: Array) -> Array:

@@ -19,15 +19,18 @@ def fisher_merge(
     fishers: Sequence[PyTree],
     weights: Weights | None = None,
     *,
-    floor: Scalar = 1e-6,
+    floor: Scalar = 0.0,
 ) -> Params:
     """`sum_i w_i F_i theta_i / sum_i w_i F_i`, entry by entry, with every `F_i >= floor`.
+
+    Where no model cares about an entry (every `F_i` is 0), it is the weighted average.
 
     Args:
       models: a list of trees of one structure.
       fishers: their diagonal Fisher informations (`fisher.true_fisher`), equal shapes.
       weights: 1 each when None, else one per model.
-      floor: where no model cares about an entry, the merge is the weighted average.
+      floor: smallest Fisher information, in its own unit (squared loss per squared weight), so that
+        entries of all models below it are averaged; the paper's code has 1e-6.
 
     Returns:
       A tree with the first model's structure, dtypes and leaves that are not inexact.
@@ -53,8 +56,12 @@ def fisher_merge(
             _leaves.scaled(w, jnp.maximum(fisher, least))
             for w, fisher in zip(by_leaf[i], leaves[count:], strict=True)
         ]
-        terms = [f * x for f, x in zip(informations, leaves[:count], strict=True)]
-        return sum(terms[1:], terms[0]) / sum(informations[1:], informations[0])
+        total = sum(informations[1:], informations[0])
+        cared = total != 0
+        plain = [_leaves.scaled(w, jnp.ones_like(total)) for w in by_leaf[i]]
+        shares = [jnp.where(cared, f, w) for f, w in zip(informations, plain, strict=True)]
+        terms = [f * x for f, x in zip(shares, leaves[:count], strict=True)]
+        return sum(terms[1:], terms[0]) / jnp.where(cared, total, sum(plain[1:], plain[0]))
 
     return _leaves.combine_leaves(formula, named, [by_leaf])
 
