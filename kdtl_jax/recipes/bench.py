@@ -253,7 +253,7 @@ def measure_preset(
 
     def once() -> Any:
         nonlocal state
-        state, metrics = program(state, work.teacher, batch)
+        state, metrics = program(state, batch, work.teacher)
         return state, metrics
 
     found = measure.step_times(once, steps)
