@@ -47,25 +47,27 @@ def crd(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
         raise ValueError(f"needs at least 2 training examples to tell apart, there are {n}")
     negatives = min(NEGATIVES, n - 1)
 
-    def side(bank: memory.Bank, queries: Array, drawn: Array, step: Array) -> tuple[Array, Array]:
+    def side(
+        bank: memory.Bank, queries: Array, drawn: Array, inputs: Inputs
+    ) -> tuple[Array, Array]:
         """The values of one side, and its normalizer."""
-        fixed = jax.lax.stop_gradient(queries)
-        first = memory.bank_set_normalizer(bank, fixed, drawn, temperature=temperature)
-        log_z = jnp.where(step == 0, first.log_z, bank.log_z)
-        scores = memory.bank_scores(
-            bank._replace(log_z=log_z), queries, drawn, temperature=temperature
-        )
+        fixed, where = jax.lax.stop_gradient(queries), real(inputs)
+        given = {"temperature": temperature, "where": where}
+        first = memory.bank_set_normalizer(bank, fixed, drawn, **given)
+        log_z = jnp.where(inputs.step == 0, first.log_z, bank.log_z)
+        scores = memory.bank_scores(bank._replace(log_z=log_z), queries, drawn, **given)
         return losses.crd(scores, num_data=n), log_z
 
     def terms(inputs: Inputs) -> tuple[dict[str, Array], PyTree]:
         student, teacher = _embedded(setup, inputs)
-        index, banks, (key, step) = inputs.batch["index"], inputs.memory, key_and_step(inputs)
-        drawn = memory.bank_draw(key, index, size=n, negatives=negatives)
-        of_student, log_z_teacher = side(banks["teacher"], student, drawn, step)
-        of_teacher, log_z_student = side(banks["student"], teacher, drawn, step)
+        index, banks, where = inputs.batch["index"], inputs.memory, real(inputs)
+        key, _ = key_and_step(inputs)
+        drawn = memory.bank_draw(key, index, size=n, negatives=negatives, where=where)
+        of_student, log_z_teacher = side(banks["teacher"], student, drawn, inputs)
+        of_teacher, log_z_student = side(banks["student"], teacher, drawn, inputs)
         updated = {
-            "student": memory.bank_update(banks["student"], student, index),
-            "teacher": memory.bank_update(banks["teacher"], teacher, index),
+            "student": memory.bank_update(banks["student"], student, index, where=where),
+            "teacher": memory.bank_update(banks["teacher"], teacher, index, where=where),
         }
         updated["student"] = updated["student"]._replace(log_z=log_z_student)
         updated["teacher"] = updated["teacher"]._replace(log_z=log_z_teacher)
@@ -139,9 +141,10 @@ def rrd(setup: Setup, *, temperature: Scalar = 0.1) -> Method:
     def terms(inputs: Inputs) -> tuple[dict[str, Array], PyTree]:
         student, teacher = _embedded(setup, inputs)
         teacher = jax.lax.stop_gradient(teacher)
-        queue = memory.queue_push(inputs.memory, teacher)
+        where = real(inputs)
+        queue = memory.queue_push(inputs.memory, teacher, where=where)
         values = losses.rrd(
-            student, teacher, queue=queue.rows, student_temperature=temperature, where=real(inputs)
+            student, teacher, queue=queue.rows, student_temperature=temperature, where=where
         )
         return {"rrd": values}, queue
 

@@ -10,7 +10,7 @@ from jax import Array
 from kdtl_jax import connectors, losses
 from kdtl_jax._types import Params, Scalar
 from kdtl_jax.methods import _layers
-from kdtl_jax.methods._layers import by_example, key_and_step, pairwise, projection, regressor
+from kdtl_jax.methods._layers import by_example, key_and_step, pairwise, projection, real, regressor
 from kdtl_jax.methods._logits import exclusive_classes
 from kdtl_jax.methods._setup import Method, Setup, method
 from kdtl_jax.objective import Inputs
@@ -73,8 +73,8 @@ def vid(setup: Setup) -> Method:
         )
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        params = inputs.connectors
-        features = _layers.connect(means, params, found.read(inputs.student, inputs.teacher))
+        params, features = inputs.connectors, found.read(inputs.student, inputs.teacher)
+        features = _layers.connect(means, params, features, real(inputs))
         values = [
             losses.vid(mean, teacher, variance.apply(params[f"variance_{i}"], teacher))
             for i, (mean, teacher) in enumerate(features)
@@ -157,8 +157,9 @@ def srd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
     plain = norm.init(jax.random.key(0), teacher_shape)  # scale 1, offset 0: nothing to learn
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        student = project.apply(inputs.connectors, inputs.student[of_student])
-        teacher = norm.apply(plain, inputs.teacher[of_teacher])
+        where = real(inputs)
+        student = project.apply(inputs.connectors, inputs.student[of_student], where=where)
+        teacher = norm.apply(plain, inputs.teacher[of_teacher], where=where)
         logits = inputs.student["logits"], inputs.teacher["logits"]
         return {
             "srd": losses.srd(student, teacher),

@@ -160,18 +160,21 @@ def pairwise(
     glue = [connector(teacher.shape[-1]) for teacher in found.teacher]
 
     def connected(inputs: Inputs) -> dict[str, Array]:
-        features = connect(glue, inputs.connectors, found.read(inputs.student, inputs.teacher))
-        return {term: total(loss, features, real(inputs), layer_weights)}
+        where, features = real(inputs), found.read(inputs.student, inputs.teacher)
+        features = connect(glue, inputs.connectors, features, where)
+        return {term: total(loss, features, where, layer_weights)}
 
     return method(
         setup, connected, weights, connectors=lambda key: init_each(glue, found.student, key)
     )
 
 
-def connect(glue: Sequence[Connector], params: Params, features: Features) -> Features:
+def connect(
+    glue: Sequence[Connector], params: Params, features: Features, where: Array | None
+) -> Features:
     """The student's features through their connectors, the teacher's as they are."""
     return [
-        (connector.apply(params[f"pair_{i}"], student), teacher)
+        (connector.apply(params[f"pair_{i}"], student, where=where), teacher)
         for i, (connector, (student, teacher)) in enumerate(zip(glue, features, strict=True))
     ]
 

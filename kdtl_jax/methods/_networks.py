@@ -7,7 +7,7 @@ from jax import Array
 from kdtl_jax import connectors, losses
 from kdtl_jax._types import Outputs, Params, PyTree
 from kdtl_jax.methods import _layers
-from kdtl_jax.methods._layers import key_and_step, regressor
+from kdtl_jax.methods._layers import key_and_step, real, regressor
 from kdtl_jax.methods._logits import needs_teacher_head
 from kdtl_jax.methods._setup import Head, Method, Setup, method
 from kdtl_jax.objective import Inputs
@@ -25,8 +25,9 @@ def classify(head: Head, features: Array) -> Array:
 def simkd(setup: Setup) -> Method:
     """`mean (P f_S - f_T)^2` of the last map, read by the teacher's classifier at inference.
 
-    Chen et al., 2022 (2203.14001). The projector (1x1, 3x3, 1x1 convolutions) stays at inference:
-    `Method.predict`. Learns without labels (task 0, simkd 1), as the authors do.
+    Chen et al., 2022 (2203.14001). The projector P (1x1, 3x3, 1x1 convolutions, each with batch
+    norm and ReLU) stays: `Method.predict` goes through it, normalizing by the running statistics
+    that the memory holds. Learns without labels (task 0, simkd 1), as the authors do.
     """
     head = needs_teacher_head(setup)
     pair = setup.last if setup.last_maps is None else setup.last_maps
@@ -34,25 +35,29 @@ def simkd(setup: Setup) -> Method:
     of_teacher = setup.teacher[pair[1]]
     projector = connectors.simkd_projector(of_teacher.shape[-1])
 
-    def projected(params: Params, student: Outputs, teacher: Outputs) -> tuple[Array, Array]:
-        [(features, target)] = found.read(student, teacher)
-        return projector.apply(params, features), target
-
-    def terms(inputs: Inputs) -> dict[str, Array]:
-        sides = projected(inputs.connectors, inputs.student, inputs.teacher)
-        return {"simkd": losses.mse(*sides)}
+    def terms(inputs: Inputs) -> tuple[dict[str, Array], PyTree]:
+        [(student, teacher)] = found.read(inputs.student, inputs.teacher)
+        student, measured = projector.measure(inputs.connectors, student, where=real(inputs))
+        running = connectors.running_update(inputs.memory, measured)
+        return {"simkd": losses.mse(student, teacher)}, running
 
     def predict(params: Params, memory: PyTree, student: Outputs) -> Array:
         # Of the teacher's map only the size matters here: the student's is pooled to it.
         features = student[pair[0]]
         blank = jnp.zeros((len(features), *of_teacher.shape[1:]), features.dtype)
-        found, _ = projected(params, student, {pair[1]: blank})
-        return classify(head, _layers.as_vector(found))
+        [(features, _)] = found.read(student, {pair[1]: blank})
+        projected = projector.evaluate(params, memory, features)
+        return classify(head, _layers.as_vector(projected))
 
     def init(key: Array) -> Params:
         return projector.init(key, found.student[0])
 
-    return method(setup, terms, {"task": 0.0, "simkd": 1.0}, connectors=init, predict=predict)
+    def running(key: Array) -> PyTree:
+        params = jax.eval_shape(init, key)
+        return connectors.running_init(projector, params, found.student[0])
+
+    weights = {"task": 0.0, "simkd": 1.0}
+    return method(setup, terms, weights, connectors=init, memory=running, predict=predict)
 
 
 def srrl(setup: Setup) -> Method:
@@ -65,7 +70,8 @@ def srrl(setup: Setup) -> Method:
     connector = regressor(setup.teacher[of_teacher].shape[-1])
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        student = connector.apply(inputs.connectors, inputs.student[of_student])
+        student = inputs.student[of_student]
+        student = connector.apply(inputs.connectors, student, where=real(inputs))
         teacher = inputs.teacher[of_teacher]
         logits = classify(head, student), classify(head, teacher)
         return {"feature": losses.mse(student, teacher), "classifier": losses.mse(*logits)}

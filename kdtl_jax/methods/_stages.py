@@ -8,7 +8,7 @@ from jax import Array
 from kdtl_jax import connectors, losses
 from kdtl_jax._types import Params
 from kdtl_jax.methods import _layers
-from kdtl_jax.methods._layers import by_example, pairwise, projection
+from kdtl_jax.methods._layers import by_example, pairwise, projection, real
 from kdtl_jax.methods._logits import schedule, warmed_up
 from kdtl_jax.methods._setup import Method, Setup, Weight, method
 from kdtl_jax.objective import Inputs
@@ -55,11 +55,12 @@ def review(setup: Setup) -> Method:
         return params
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        features = found.read(inputs.student, inputs.teacher)
+        where, features = real(inputs), found.read(inputs.student, inputs.teacher)
         fused, residual = [], None
         for i in reversed(range(count)):
             student, teacher = features[i]
-            mixed, residual = fusions[i].apply(inputs.connectors[f"pair_{i}"], (student, residual))
+            params, x = inputs.connectors[f"pair_{i}"], (student, residual)
+            mixed, residual = fusions[i].apply(params, x, where=where)
             fused.append((mixed, teacher))
         return {"hcl": _layers.total(by_example(losses.hcl), fused, None)}
 
@@ -89,9 +90,10 @@ def ft(setup: Setup) -> Method:
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         [(student, teacher)] = found.read(inputs.student, inputs.teacher)
-        factor, rebuilt = paraphrase.apply(inputs.connectors["paraphraser"], teacher)
+        params, where = inputs.connectors, real(inputs)
+        factor, rebuilt = paraphrase.apply(params["paraphraser"], teacher, where=where)
         factor = jax.lax.stop_gradient(factor)
-        translated = translate.apply(inputs.connectors["translator"], student)
+        translated = translate.apply(params["translator"], student, where=where)
         elements = factor.size // len(factor)
         return {
             "ft": losses.factor_transfer(translated, factor) / elements,
@@ -176,7 +178,7 @@ def fsp(setup: Setup) -> Method:
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         features = found.read(inputs.student, inputs.teacher)
-        features = _layers.connect(glue, inputs.connectors, features)
+        features = _layers.connect(glue, inputs.connectors, features, real(inputs))
         flows = []
         for (s1, t1), (s2, t2) in zip(features, features[1:], strict=False):
             student, teacher = _layers.same_positions(s1, s2), _layers.same_positions(t1, t2)
