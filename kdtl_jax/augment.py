@@ -1,4 +1,4 @@
-"""Augmentation as pure keyed functions: crop, flip, mixup, CutMix, label smoothing.
+"""Augmentation as pure keyed functions: crop, flip, mixup, CutMix.
 
 Each function takes a key and a batch's arrays, so a view is a function of its key: made once, it
 goes to the teacher and the student alike. `example_keys(key, epoch, rows)` gives every example of
@@ -78,7 +78,7 @@ def mixup(
     Args:
       key: one key for the batch.
       inputs: `[B, ...]`, floating point.
-      targets: `[B, K]` class probabilities (`smooth_labels` makes them from integers).
+      targets: `[B, K]` class probabilities (`jax.nn.one_hot`, `optax.smooth_labels`).
       alpha: of the Beta distribution, > 0.
       where: bool `[B]`, real examples.
 
@@ -132,28 +132,6 @@ def cutmix(
     mixed = jnp.where(inside[None, :, :, None], images[other], images)
     left = 1 - jnp.mean(inside.astype(jnp.float32))
     return mixed, _blend(left, targets, targets[other])
-
-
-def smooth_labels(labels: Array, num_classes: int, *, smoothing: float | Array = 0.0) -> Array:
-    """`(1 - s) onehot + s / K`: float32 `[..., K]` targets from integer labels.
-
-    Args:
-      labels: int `[...]`.
-      num_classes: K.
-      smoothing: s in `[0, 1]`; 0 gives one-hot targets.
-
-    References:
-      Szegedy et al., Rethinking the Inception Architecture for Computer Vision, CVPR 2016.
-    """
-    _checks.integers(labels=labels)
-    _checks.within(0, 1, smoothing=smoothing)
-    known = _checks.concrete(labels)
-    if known is not None and known.size and not 0 <= known.min() <= known.max() < num_classes:
-        raise ValueError(
-            f"labels must lie in 0..{num_classes - 1}, got {known.min()}..{known.max()}."
-        )
-    onehot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
-    return (1 - smoothing) * onehot + smoothing / num_classes
 
 
 def _span(key: Array, size: int, side: Array) -> Array:

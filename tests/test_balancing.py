@@ -59,6 +59,12 @@ def test_padding_does_not_count_in_the_balance() -> None:
     np.testing.assert_allclose(balanced["hint"][0], 1, rtol=1e-5)
 
 
+def test_terms_in_any_unit_are_balanced() -> None:
+    terms = {"kd": jnp.asarray([1.0, 3.0]), "hint": jnp.asarray([1e-20, 3e-20])}
+    balanced = balancing.balanced(terms, reference="kd")
+    np.testing.assert_allclose(balanced["hint"], [1, 3], rtol=1e-5)
+
+
 def test_the_remainder_goes_to_one_term() -> None:
     assert balancing.remainder({"kd": 0.5, "hint": 0.25}, to="task")["task"] == 0.25
     for weights in ({"kd": 1.5}, {"kd": -0.1}, {"task": 0.1}):

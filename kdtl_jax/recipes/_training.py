@@ -100,6 +100,7 @@ def views(chosen: tuple[str, ...], classes: int, side: int) -> Callable[[Array, 
     def view(key: Array, epoch: Array, batch: Batch) -> Batch:
         of_examples = augment.example_keys(key, epoch, batch["index"])
         out, x = dict(batch), batch["inputs"]
+        real = batch["weights"] != 0 if "weights" in batch else None
         for place, (name, _, value) in enumerate(part.partition("=") for part in chosen):
             own = jax.vmap(lambda k, at=place: jax.random.fold_in(k, at))(of_examples)
             if name == "crop":
@@ -109,7 +110,7 @@ def views(chosen: tuple[str, ...], classes: int, side: int) -> Callable[[Array, 
             else:
                 mix = augment.mixup if name == "mixup" else augment.cutmix
                 targets = out.get("targets", jax.nn.one_hot(batch["labels"], classes))
-                x, out["targets"] = mix(own[0], x, targets, alpha=float(value or 1))
+                x, out["targets"] = mix(own[0], x, targets, alpha=float(value or 1), where=real)
         return {**out, "inputs": x}
 
     return view

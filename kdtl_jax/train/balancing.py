@@ -34,9 +34,7 @@ def term_gradients(
     return values, gradients, auxiliary
 
 
-def balanced(
-    terms: Terms, *, reference: str, example_weights: Array | None = None, eps: float = 1e-8
-) -> Terms:
+def balanced(terms: Terms, *, reference: str, example_weights: Array | None = None) -> Terms:
     """Scales every term to the size of one of them: `x * stop_gradient(mean ref / mean x)`.
 
     The weights then say how much each term matters, whatever its units. Gradients keep their
@@ -46,7 +44,6 @@ def balanced(
       terms: `{name: values}`, as the objective takes them, none negative.
       reference: the name that stays as it is.
       example_weights: `[B]`, the batch's, so that padding does not count.
-      eps: added to the mean that divides, so that a term at 0 stays 0.
 
     Raises:
       ValueError: if there is no such term.
@@ -63,7 +60,8 @@ def balanced(
         if name == reference:
             return term
         mean = jax.lax.stop_gradient(means[name].value())
-        ratio = target.astype(mean.dtype) / (mean + eps)
+        # A term at 0 stays 0.
+        ratio = jnp.where(mean != 0, target.astype(mean.dtype) / jnp.where(mean != 0, mean, 1), 0)
         if isinstance(term, Mean):
             return Mean(ratio * _numerics.upcast(term.total), term.weight)
         if isinstance(term, Masked):
