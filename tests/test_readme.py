@@ -36,7 +36,7 @@ def test_the_setup_commands_are_complete_lines() -> None:
 PIECES = {
     *("answers_first", "causal_shift", "head_logits", "token_log_probs"),  # aligning tokens
     *("soften_top_k", "stored_top_k", "top_k_buckets", "top_k_targets"),  # making top-k teachers
-    *("unit_classes", "unit_features", "mean_squared_distance", "multi_gaussian"),
+    *("unit_classes", "unit_features"),
     *("attention_map", "taid_start", "jacobian_matching_exact"),
 }
 
