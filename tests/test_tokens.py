@@ -119,9 +119,13 @@ def test_layers_spread_evenly() -> None:
     a = jnp.ones((1, 2, 3))
     for one, other in (([a], [a, a]), ([a, a], [a]), ([a] * 3, [a] * 4)):
         counts = f"got {len(one)} and {len(other)} arrays"
-        with pytest.raises(ValueError, match=rf"^student and teacher must be lists.*\(layer 0\).*{counts}"):
+        with pytest.raises(
+            ValueError, match=rf"^student and teacher must be lists.*\(layer 0\).*{counts}"
+        ):
             losses.tinybert_hidden(one, other)
-    with pytest.raises(ValueError, match="^student and teacher must be lists.*M and N layers.*got 0 and 1"):
+    with pytest.raises(
+        ValueError, match="^student and teacher must be lists.*M and N layers.*got 0 and 1"
+    ):
         losses.tinybert_attention([], [a])
 
 
