@@ -88,9 +88,12 @@ def pair_of(
     teacher: Params,
     x: Array,
     layout: Layout,
+    labels: Array | None = None,
+    exclusive: bool = True,
 ) -> Pair:
     order = jnp.arange(BATCH, dtype=jnp.int32)
-    batch = {"inputs": x, "labels": order % CLASSES, "index": order + 3}
+    labels = order % CLASSES if labels is None else labels
+    batch = {"inputs": x, "labels": labels, "index": order + 3}
     described = methods.setup(
         as_model(student_model),
         as_model(teacher_model),
@@ -99,6 +102,7 @@ def pair_of(
         inputs=x,
         examples=EXAMPLES,
         steps=STEPS,
+        exclusive=exclusive,
         student_layout=layout,
         teacher_layout=layout,
     )
@@ -117,6 +121,21 @@ def mlps() -> Pair:
         Layout(
             ("hidden_0", "hidden_1"), "hidden_1", {"hidden_0": "dense_0", "hidden_1": "dense_1"}
         ),
+    )
+
+
+def sigmoid_mlps(labels: int) -> Pair:
+    """One logit per label, or a single logit."""
+    shape = (BATCH, labels) if labels > 1 else (BATCH,)
+    return pair_of(
+        mlp,
+        mlp,
+        layers(0, 7, 8, 6, labels),
+        layers(1, 7, 10, 12, labels),
+        jax.random.normal(jax.random.key(2), (BATCH, 7)),
+        Layout(("hidden_0", "hidden_1"), "hidden_1"),
+        jax.random.bernoulli(jax.random.key(3), 0.5, shape).astype(jnp.float32),
+        exclusive=False,
     )
 
 

@@ -176,7 +176,7 @@ def test_docstrings_give_weights_and_papers() -> None:
         year = entry.paper[-4:]
         assert re.search(r"\b(19|20)\d\d\b", doc), f"{entry.name}: no paper ({year})"
         # Divergences share the sentence of their module.
-        assert "ask" in doc or entry.build.__module__.endswith("_divergences"), entry.name
+        assert "ask" in doc or entry.build.__module__.endswith("_classes"), entry.name
 
 
 def test_takes_temperature_is_what_the_signature_says(mlps: Pair) -> None:
@@ -210,6 +210,23 @@ def test_softmax_methods_refuse_sigmoid_heads(mlps: Pair) -> None:
         "binary_kd",
     }
     assert refused == softmax | {"srd"}
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_sigmoid_heads_are_taught(labels: int) -> None:
+    """Binary heads of one logit, and one logit per label."""
+    pair = method_pairs.sigmoid_mlps(labels)
+    assert not pair.setup.exclusive and NAMED["kd"].applies(pair.setup) is not None
+    check(pair, NAMED["binary_kd"])
+    check(pair, NAMED["logit_mse"])
+    terms = terms_of(pair, methods.binary_kd(pair.setup))
+    student = mlp(pair.student, pair.batch["inputs"])["logits"]
+    p, q = jax.nn.sigmoid(pair.teacher["logits"]), jax.nn.sigmoid(student)
+    kl = p * jnp.log(p / q) + (1 - p) * jnp.log((1 - p) / (1 - q))
+    assert jnp.allclose(terms["kd"], kl.mean(axis=1), atol=1e-6)
+    assert terms["task"].shape == (BATCH,)
+    weighted = methods.binary_kd(pair.setup, class_weights=jnp.full((labels,), 2.0))
+    assert jnp.allclose(terms_of(pair, weighted)["kd"], 2 * terms["kd"])
 
 
 def test_weights_are_overridden_as_any_dict_is(mlps: Pair) -> None:

@@ -1,18 +1,20 @@
-"""Methods of features that mean the same on vectors and on maps: most regress behind a connector.
+"""Methods of features: most regress the teacher's behind connectors, one per matched layer.
 
-Where a paper has one connector per layer, so has every matched pair here.
+They mean the same on vectors and on maps; `review`, `ft`, `ab`, `ofd` and `fsp` have a network or a
+training stage of their own.
 """
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from kdtl_jax import connectors, losses
 from kdtl_jax._types import Params, Scalar
 from kdtl_jax.methods import _layers
 from kdtl_jax.methods._layers import by_example, key_and_step, pairwise, projection, real, regressor
-from kdtl_jax.methods._logits import exclusive_classes
-from kdtl_jax.methods._setup import Method, Setup, method
+from kdtl_jax.methods._logits import exclusive_classes, schedule, warmed_up
+from kdtl_jax.methods._setup import Method, Setup, Weight, method
 from kdtl_jax.objective import Inputs
 
 
@@ -170,3 +172,181 @@ def srd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
         return project.init(key, setup.student[of_student])
 
     return method(setup, terms, {"task": 1.0, "srd": 1.0, "kd": 1.0}, connectors=init)
+
+
+WIDEST = 512  # channels of ReviewKD's residual stream
+
+
+def features_first(term: str, weight: float, setup: Setup) -> dict[str, Weight]:
+    """Weights of a term that is trained alone at first, and of the task that follows it.
+
+    RepDistiller's two-stage methods train 30 epochs on features, then 240 on the labels.
+    """
+    end = [max(round(30 / 270 * setup.steps), 1)]
+    off = optax.constant_schedule(0.0)
+    return {
+        "task": schedule(optax.join_schedules([off, optax.constant_schedule(1.0)], end)),
+        term: schedule(optax.join_schedules([optax.constant_schedule(weight), off], end)),
+    }
+
+
+def halving(count: int) -> list[float]:
+    """Layer weights: 1 for the deepest, half of it for each before."""
+    return [0.5 ** (count - 1 - layer) for layer in range(count)]
+
+
+def review(setup: Setup) -> Method:
+    """Layers fused from the deepest up (`connectors.abf`); each fused map learns its teacher's.
+
+    Chen et al., 2021 (2104.09044). The loss of a map is the hierarchical context loss
+    (`losses.hcl`), summed over layers. Task 1, hcl 1 after a linear warm-up over 20 of 240 epochs:
+    mdistiller, whose weight is 1, 5 or 8 by pair.
+    """
+    found = _layers.layers(setup, _layers.every(setup), _layers.maps)
+    count = len(found.student)
+    width = min(WIDEST, max(student.shape[-1] for student in found.student))
+    fusions = [connectors.abf(width, teacher.shape[-1]) for teacher in found.teacher]
+
+    def init(key: Array) -> Params:
+        params, residual = {}, None
+        for i in reversed(range(count)):
+            x = found.student[i], residual
+            params[f"pair_{i}"] = fusions[i].init(jax.random.fold_in(key, i), x)
+            _, residual = jax.eval_shape(fusions[i].apply, params[f"pair_{i}"], x)
+        return params
+
+    def terms(inputs: Inputs) -> dict[str, Array]:
+        where, features = real(inputs), found.read(inputs.student, inputs.teacher)
+        fused, residual = [], None
+        for i in reversed(range(count)):
+            student, teacher = features[i]
+            params, x = inputs.connectors[f"pair_{i}"], (student, residual)
+            mixed, residual = fusions[i].apply(params, x, where=where)
+            fused.append((mixed, teacher))
+        return {"hcl": _layers.total(by_example(losses.hcl), fused, None)}
+
+    return method(setup, terms, {"task": 1.0, "hcl": warmed_up(1.0, setup)}, connectors=init)
+
+
+def ft(setup: Setup) -> Method:
+    """`|| F_S / ||F_S|| - F_T / ||F_T|| ||_1` per element, F factors of the deepest layer.
+
+    Kim, Park and Kwak, 2018 (1802.04977). The teacher's factor comes from a paraphraser, an
+    autoencoder that is trained beside the student instead of before it, from its reconstruction
+    alone: the factor that teaches is a constant. Task 1, ft 1000 (torchdistill, whose mean over
+    elements it belongs to), reconstruction 1.
+    """
+    found = _layers.layers(setup, _layers.deepest(setup), _layers.maps)
+    [student_shape], [teacher_shape] = found.student, found.teacher
+    channels = teacher_shape.shape[-1]
+    paraphrase = connectors.paraphraser(channels)
+    translate = connectors.translator(student_shape.shape[-1], max(channels // 2, 1))
+
+    def init(key: Array) -> Params:
+        key_teacher, key_student = jax.random.split(key)
+        return {
+            "paraphraser": paraphrase.init(key_teacher, teacher_shape),
+            "translator": translate.init(key_student, student_shape),
+        }
+
+    def terms(inputs: Inputs) -> dict[str, Array]:
+        [(student, teacher)] = found.read(inputs.student, inputs.teacher)
+        params, where = inputs.connectors, real(inputs)
+        factor, rebuilt = paraphrase.apply(params["paraphraser"], teacher, where=where)
+        factor = jax.lax.stop_gradient(factor)
+        translated = translate.apply(params["translator"], student, where=where)
+        elements = factor.size // len(factor)
+        return {
+            "ft": losses.factor_transfer(translated, factor) / elements,
+            "reconstruction": losses.mse(rebuilt, teacher),
+        }
+
+    weights = {"task": 1.0, "ft": 1000.0, "reconstruction": 1.0}
+    return method(setup, terms, weights, connectors=init)
+
+
+def ab(setup: Setup) -> Method:
+    """Squared hinges that put every neuron on the teacher's side of 0: activation boundaries.
+
+    Heo et al., 2018 (1811.03233). Every layer before weighs half of the next; all times 3 / 1000.
+    Trained before the task, for 30 of 270 epochs: RepDistiller.
+    """
+
+    def loss(student: Array, teacher: Array) -> Array:
+        return losses.activation_boundary(student, teacher) * (3 / 1000)
+
+    found = _layers.layers(setup, _layers.every(setup))
+    return pairwise(
+        setup,
+        "ab",
+        by_example(loss),
+        found,
+        features_first("ab", 1.0, setup),
+        connector=projection,
+        layer_weights=halving(len(found.student)),
+    )
+
+
+def ofd(setup: Setup) -> Method:
+    """`sum (s - max(t, m))^2 [s > max(t, m) or t > 0]` before the activation: the overhaul.
+
+    Heo et al., 2019 (1904.01866). Margins m are the batch's `E[t | t < 0]` per channel; the authors
+    have them in closed form from the teacher's batch normalization (`losses.ofd_margin`). Every
+    layer before weighs half of the next. Task 1, ofd 0.001: the authors' code.
+    """
+    missing = [t for s, t in _layers.every(setup) if (s, t) not in setup.before_activation]
+    if missing:
+        raise ValueError(
+            f"needs the teacher's features before the activation, not tapped for {missing}"
+        )
+
+    def loss(student: Array, teacher: Array, where: Array | None) -> Array:
+        return losses.partial_l2(student, teacher, margin=_mean_below_zero(teacher, where))
+
+    found = _layers.layers(setup, [setup.before_activation[pair] for pair in setup.pairs])
+    return pairwise(
+        setup,
+        "ofd",
+        loss,
+        found,
+        {"task": 1.0, "ofd": 0.001},
+        connector=projection,
+        layer_weights=halving(len(found.student)),
+    )
+
+
+def _mean_below_zero(x: Array, where: Array | None) -> Array:
+    """`E[x | x < 0]` per channel over this batch, 0 for a channel that is never below: `[C]`."""
+    if where is not None:
+        x = jnp.where(jnp.expand_dims(where, tuple(range(1, x.ndim))), x, 0)
+    below = jnp.minimum(x, 0).reshape(-1, x.shape[-1])
+    count = jnp.sum(below < 0, axis=0, dtype=x.dtype)
+    return jnp.sum(below, axis=0) / jnp.maximum(count, 1)
+
+
+def fsp(setup: Setup) -> Method:
+    """`mean (F_S - F_T)^2` of flow matrices between neighboring layers, summed.
+
+    Yim et al., CVPR 2017. The paper's networks have equal widths; others are brought to the
+    teacher's by 1x1 convolutions. Trained before the task, for 30 of 270 epochs, with weight 50:
+    RepDistiller.
+    """
+    found = _layers.layers(setup, _layers.every(setup, at_least=2), _layers.maps)
+    glue = [
+        connectors.identity() if s.shape[-1] == t.shape[-1] else connectors.conv1x1(t.shape[-1])
+        for s, t in zip(found.student, found.teacher, strict=True)
+    ]
+
+    def terms(inputs: Inputs) -> dict[str, Array]:
+        features = found.read(inputs.student, inputs.teacher)
+        features = _layers.connect(glue, inputs.connectors, features, real(inputs))
+        flows = []
+        for (s1, t1), (s2, t2) in zip(features, features[1:], strict=False):
+            student, teacher = _layers.same_positions(s1, s2), _layers.same_positions(t1, t2)
+            flows.append(losses.fsp(student, teacher))
+        return {"fsp": sum(flows[1:], flows[0])}
+
+    def init(key: Array) -> Params:
+        return _layers.init_each(glue, found.student, key)
+
+    return method(setup, terms, features_first("fsp", 50.0, setup), connectors=init)

@@ -314,18 +314,25 @@ def logistic_ranking(setup: Setup) -> Method:
     return of_logits(setup, terms, {"task": 1.0, "logistic": 1.0})
 
 
-def binary_kd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
-    """`T^2 mean_k KL(sigmoid(z_T / T) || sigmoid(z_S / T))` of every label: sigmoid heads.
+def binary_kd(
+    setup: Setup, *, temperature: Scalar = 1.0, class_weights: Array | None = None
+) -> Method:
+    """`T^2 mean_k w_k KL(sigmoid(z_T / T) || sigmoid(z_S / T))` over labels: sigmoid heads.
 
     Yang et al., Multi-Label Knowledge Distillation, 2023 (2308.06453): its multi-label logits
-    distillation, there summed over labels and weighted by 10. Task 1, kd 1. Binary heads of one
-    logit are the case of one label.
+    distillation, which the authors sum over labels. Task 1, kd 1; `class_weights` is `[classes]`.
+    A binary head of one logit is the case of one label.
     """
     if setup.exclusive:
         raise ValueError("needs sigmoid heads (exclusive=False), these classes exclude each other")
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        sides = inputs.student["logits"], inputs.teacher["logits"]
-        return {"kd": losses.binary_kl(*sides, temperature=temperature) / setup.classes}
+        values = losses.binary_kl(
+            inputs.student["logits"],
+            inputs.teacher["logits"],
+            temperature=temperature,
+            class_weights=class_weights,
+        )
+        return {"kd": values / setup.classes}
 
     return method(setup, terms, {"task": 1.0, "kd": 1.0})

@@ -1,12 +1,18 @@
-"""Methods of relations between the examples of a batch: widths may differ."""
+"""Methods of relations between examples: within a batch, or with embeddings that a memory keeps.
 
+Widths may differ. Contrastive methods embed what the heads read in 128 dimensions on both sides.
+"""
+
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import connectors, losses
-from kdtl_jax._types import Params
+from kdtl_jax import connectors, losses, memory
+from kdtl_jax._types import Params, PyTree, Scalar
 from kdtl_jax.methods import _layers
-from kdtl_jax.methods._layers import count, pairwise, real
+from kdtl_jax.methods._layers import count, key_and_step, pairwise, real
 from kdtl_jax.methods._setup import Method, Setup, method
 from kdtl_jax.objective import Inputs
 
@@ -98,3 +104,151 @@ def itrd(setup: Setup) -> Method:
 
     weights = {"task": 1.0, "correlation": 2.0, "mutual": 0.05}
     return method(setup, terms, weights, connectors=init)
+
+
+WIDTH = 128  # of the embeddings, in CRD and its successors
+NEGATIVES = 16384
+
+_EMBED = connectors.chain(connectors.linear(WIDTH), connectors.unit_norm())
+
+
+def _init_embeddings(setup: Setup, key: Array) -> Params:
+    key_student, key_teacher = jax.random.split(key)
+    of_student, of_teacher = setup.last
+    return {
+        "student": _EMBED.init(key_student, setup.student[of_student]),
+        "teacher": _EMBED.init(key_teacher, setup.teacher[of_teacher]),
+    }
+
+
+def _embedded(setup: Setup, inputs: Inputs) -> tuple[Array, Array]:
+    params, (of_student, of_teacher) = inputs.connectors, setup.last
+    return (
+        _EMBED.apply(params["student"], inputs.student[of_student]),
+        _EMBED.apply(params["teacher"], inputs.teacher[of_teacher]),
+    )
+
+
+def crd(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
+    """Noise-contrastive estimation against banks of both models' embeddings.
+
+    Tian, Krishnan and Isola, 2020 (1910.10699). 16384 negatives; the normalizer is fixed by the
+    first batch, as published. Batches bring their examples' places as `"index"`. Task 1, crd 0.8:
+    RepDistiller.
+    """
+    n = setup.examples
+    if n < 2:
+        raise ValueError(f"needs at least 2 training examples to tell apart, there are {n}")
+    negatives = min(NEGATIVES, n - 1)
+
+    def side(
+        bank: memory.Bank, queries: Array, drawn: Array, inputs: Inputs
+    ) -> tuple[Array, Array]:
+        """The values of one side, and its normalizer."""
+        fixed, where = jax.lax.stop_gradient(queries), real(inputs)
+        given = {"temperature": temperature, "where": where}
+        first = memory.bank_set_normalizer(bank, fixed, drawn, **given)
+        log_z = jnp.where(inputs.step == 0, first.log_z, bank.log_z)
+        scores = memory.bank_scores(bank._replace(log_z=log_z), queries, drawn, **given)
+        return losses.crd(scores, num_data=n), log_z
+
+    def terms(inputs: Inputs) -> tuple[dict[str, Array], PyTree]:
+        student, teacher = _embedded(setup, inputs)
+        index, banks, where = inputs.batch["index"], inputs.memory, real(inputs)
+        key, _ = key_and_step(inputs)
+        drawn = memory.bank_draw(key, index, size=n, negatives=negatives, where=where)
+        of_student, log_z_teacher = side(banks["teacher"], student, drawn, inputs)
+        of_teacher, log_z_student = side(banks["student"], teacher, drawn, inputs)
+        updated = {
+            "student": memory.bank_update(banks["student"], student, index, where=where),
+            "teacher": memory.bank_update(banks["teacher"], teacher, index, where=where),
+        }
+        updated["student"] = updated["student"]._replace(log_z=log_z_student)
+        updated["teacher"] = updated["teacher"]._replace(log_z=log_z_teacher)
+        return {"crd": of_student + of_teacher}, updated
+
+    def banks(key: Array) -> PyTree:
+        key_student, key_teacher = jax.random.split(key)
+        return {
+            "student": memory.bank_init(key_student, n, WIDTH),
+            "teacher": memory.bank_init(key_teacher, n, WIDTH),
+        }
+
+    weights = {"task": 1.0, "crd": 0.8}
+    return method(setup, terms, weights, connectors=partial(_init_embeddings, setup), memory=banks)
+
+
+def info_nce(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
+    """`-log softmax_j(cos(s_i, t_j) / T)_i`: the rest of the batch are the negatives.
+
+    van den Oord, Li and Vinyals, 2018 (1807.03748). Task 1, info_nce 0.8, T = 0.07: the settings of
+    `crd`.
+    """
+
+    def terms(inputs: Inputs) -> dict[str, Array]:
+        student, teacher = _embedded(setup, inputs)
+        return {
+            "info_nce": losses.info_nce(
+                student, teacher, temperature=temperature, where=real(inputs)
+            )
+        }
+
+    return method(
+        setup, terms, {"task": 1.0, "info_nce": 0.8}, connectors=partial(_init_embeddings, setup)
+    )
+
+
+def dcd(setup: Setup) -> Method:
+    """`info_nce` at a learned `1 / T = min(exp(tau), 10)`, and half the invariance of both views.
+
+    Giakoumoglou and Stathaki, 2024 (2407.11802). Tau is 1 at first. Task 1, info_nce 1, invariance
+    0.5: the authors' code.
+    """
+
+    def terms(inputs: Inputs) -> dict[str, Array]:
+        student, teacher = _embedded(setup, inputs)
+        temperature = 1 / jnp.minimum(jnp.exp(inputs.connectors["tau"]), 10)
+        return {
+            "info_nce": losses.info_nce(
+                student, teacher, temperature=temperature, where=real(inputs)
+            ),
+            "invariance": losses.dcd_invariance(
+                student, teacher, temperature=temperature, where=real(inputs)
+            ),
+        }
+
+    def init(key: Array) -> Params:
+        return {**_init_embeddings(setup, key), "tau": jnp.ones((), jnp.float32)}
+
+    weights = {"task": 1.0, "info_nce": 1.0, "invariance": 0.5}
+    return method(setup, terms, weights, connectors=init)
+
+
+def rrd(setup: Setup, *, temperature: Scalar = 0.1) -> Method:
+    """`KL` of similarities to a queue of the teacher's last 16384 embeddings.
+
+    Giakoumoglou and Stathaki, 2024 (2407.12073). The teacher's temperature is 0.02, `temperature`
+    the student's. The teacher's embedding is random and stays so, and the batch enters the queue
+    before it is compared, as published. Task 1, rrd 1: the authors' code.
+    """
+
+    def terms(inputs: Inputs) -> tuple[dict[str, Array], PyTree]:
+        student, teacher = _embedded(setup, inputs)
+        teacher = jax.lax.stop_gradient(teacher)
+        where = real(inputs)
+        queue = memory.queue_push(inputs.memory, teacher, where=where)
+        values = losses.rrd(
+            student, teacher, queue=queue.rows, student_temperature=temperature, where=where
+        )
+        return {"rrd": values}, queue
+
+    def queue(key: Array) -> PyTree:
+        return memory.queue_init(key, min(NEGATIVES, setup.examples), WIDTH)
+
+    return method(
+        setup,
+        terms,
+        {"task": 1.0, "rrd": 1.0},
+        connectors=partial(_init_embeddings, setup),
+        memory=queue,
+    )
