@@ -19,6 +19,11 @@ import jax
 import numpy as np
 
 HEARTBEAT_SECONDS = 30  # a process that dies ends the others within about twice this time
+# What an error in one process becomes in the others: the first kind that it is.
+KINDS: tuple[type[Exception], ...] = (
+    *(FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, OSError),
+    *(TypeError, ValueError, RuntimeError),
+)
 
 
 def initialize(
@@ -68,8 +73,7 @@ def decide(choose: Callable[[], Any]) -> Any:
     No process returns before process 0 is done, so what it changed on a shared disk is there.
 
     Raises:
-      Exception: what `choose` raised; in other processes an OSError, ValueError or RuntimeError
-        with the same message.
+      Exception: what `choose` raised; in other processes one of its kind with the same message.
     """
     if jax.process_count() == 1:
         return choose()
@@ -80,15 +84,14 @@ def decide(choose: Callable[[], Any]) -> Any:
             result = choose()
         except Exception as error:
             raised = error
-    kind = next((k for k in (OSError, ValueError) if isinstance(raised, k)), RuntimeError)
-    outcome = {"result": result, "kind": kind.__name__, "error": None}
-    outcome = broadcast(outcome if raised is None else outcome | {"error": str(raised)})
+    text = None if raised is None else str(raised)
+    kind = next((i for i, known in enumerate(KINDS) if isinstance(raised, known)), -1)
+    result, kind, text = broadcast([result, kind, text])
     if raised is not None:
         raise raised
-    if outcome["error"] is not None:
-        kinds = {"OSError": OSError, "ValueError": ValueError}
-        raise kinds.get(outcome["kind"], RuntimeError)(f"process 0: {outcome['error']}")
-    return outcome["result"]
+    if text is not None:
+        raise KINDS[kind](f"process 0: {text}")
+    return result
 
 
 def largest(number: int) -> int:
