@@ -158,7 +158,7 @@ def main() -> None:
     dice, wanted = random.Random(args.seed), ""
     kinds = ["stopped"] * args.stopped + ["killed"] * args.killed
     found: list[dict[str, Any]] = []
-    for i in range(max(1, args.undisturbed)):
+    for _ in range(max(1, args.undisturbed)):
         codes, digests, seconds = end(args.folder / "straight", start(args.folder / "straight"))
         wanted = wanted or digests[0]
         same = codes == [0, 0] and digests == [wanted, wanted]
