@@ -65,7 +65,7 @@ def train_seeds(
 ) -> Trained:
     """Trains every seed of one method to the end.
 
-    Seeds advance together under `vmap`; or one after another, a step each, where `run.one_by_one`
+    Seeds advance together under `vmap`; or one after another, a step each, where `one_by_one`
     says so or convolutions would lose their threads in a loop (`train.step_path`).
 
     Args:
