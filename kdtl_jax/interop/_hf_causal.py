@@ -137,9 +137,14 @@ def rope_frequencies(config: Config, head_width: int) -> tuple[float, ...]:
     """
     rope: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
-        entry = config.get(key) or {}
+        entry = {} if config.get(key) is None else config[key]
         if not isinstance(entry, Mapping):
             raise ValueError(f"config.json: {key} = {str(entry)[:60]}; expected an object.")
+        clash = [name for name in entry if name in rope and rope[name] != entry[name]]
+        if clash:
+            raise ValueError(
+                f"config.json: rope_scaling and rope_parameters differ in {clash[:8]}."
+            )
         rope |= entry
     rope.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))

@@ -302,7 +302,7 @@ mpnet = Family(
     ("mpnet",),
     "MPNetModel",
     "mpnet.",
-    (*_SIZES, count("relative_attention_num_buckets", 32)),
+    (*_SIZES, choice("relative_attention_num_buckets", 32)),
     (
         *_embeddings,
         *embedding("encoder.relative_attention_bias", "relative"),

@@ -136,9 +136,12 @@ def head_of(family: Family, config: Config, stored: Iterable[str], prefix: str) 
         for head in family.heads
         if head.rules and all(r.torch in names or r.torch in optional for r in head.rules)
     ]
-    named = config.get("architectures") or []
+    named = config.get("architectures")
+    named = [] if named is None else named
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise ValueError(f"config.json: architectures = {named!r}; expected a list of names.")
+        raise ValueError(
+            f"config.json: architectures = {str(named)[:60]}; expected names in a list."
+        )
     for head in present:
         if set(head.architectures) & set(named):
             return head

@@ -269,6 +269,14 @@ def _built(family: Family, config: Mapping[str, Any], tensors: Mapping[str, Any]
     own = [name for name in family.copies if name in tensors and name not in copies]
     is_tied = _hf_family.says_tied(family, config) and not (set(own) & set(named.values()))
     rules = rules_of(is_tied)
+    # A copy without a rule of its own is the bias of an output layer.
+    apart = [name for name in family.copies if name not in named.values()]
+    if head is not None and head.task == "language" and apart:
+        if not is_tied or set(apart) & set(own):
+            raise ValueError(
+                f"the output layer of {head.architectures[0]} is not tied to the embedding "
+                f"(tie_word_embeddings, {apart[0]!r}); that is not built here."
+            )
     shapes = {name.removeprefix(prefix): tuple(x.shape) for name, x in tensors.items()}
     module = family.build(values, Found(head, shapes, is_tied))
     unused = [name for name in tensors if _matches(family.buffers, name)]

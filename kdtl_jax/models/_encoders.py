@@ -94,7 +94,7 @@ class LanguageHead(nn.Module):
             logits = nn.Dense(table.num_embeddings, False, name="decoder")(x)
         if self.has_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (table.num_embeddings,))
-            logits = logits + bias
+            logits = logits + bias[None, None]
         return logits.astype(jnp.float32)
 
 

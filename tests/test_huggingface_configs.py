@@ -1,0 +1,279 @@
+"""config.json: every key read, harmless or refused; and derived from what is written."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdtl_jax.interop import huggingface, safetensors
+
+FOLDERS = Path(__file__).parent / "data" / "huggingface"
+TOKENS = jnp.arange(3, 9, dtype=jnp.int32)[None]
+
+
+def edited(tmp_path: Path, family: str, **changes: Any) -> Path:
+    """A copy of a folder with other values in config.json (... removes a key)."""
+    folder = tmp_path / family
+    shutil.copytree(FOLDERS / family, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    kept = {k: v for k, v in config.items() if v is not ...}
+    (folder / "config.json").write_text(json.dumps(kept))
+    return folder
+
+
+def written(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def saved(tmp_path: Path, source: huggingface.Pretrained, **changes: Any) -> Path:
+    out = tmp_path / "out"
+    config = {**source.config, **changes}
+    huggingface.save(out, source.params, source.rules, config=config)
+    return out
+
+
+SIZES = {
+    "bert": ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"],
+    "distilbert": ["dim", "n_layers", "n_heads", "hidden_dim", "max_position_embeddings"],
+    "gpt2": ["n_embd", "n_layer", "n_head", "n_positions"],
+    "llama": ["intermediate_size", "num_key_value_heads", "head_dim"],
+    "vit": ["image_size", "patch_size", "num_channels", "pooler_output_size"],
+    "resnet_basic": ["embedding_size", "hidden_sizes", "depths"],
+}
+NUMBERS = {
+    "bert": ["layer_norm_eps", "hidden_dropout_prob", "classifier_dropout"],
+    "gpt2": ["layer_norm_epsilon", "embd_pdrop", "resid_pdrop"],
+    "llama": ["rms_norm_eps", "attention_dropout"],
+}
+HOSTILE = [0, -1, 10**9, 10**400, 1.5, True, "8", float("nan"), {}, [[1]], [10**9]]
+
+
+@pytest.mark.parametrize(("family", "key"), [(f, k) for f, keys in SIZES.items() for k in keys])
+def test_hostile_sizes_are_one_clear_error(tmp_path: Path, family: str, key: str):
+    source = edited(tmp_path, family)
+    config = written(source)
+    for value in HOSTILE:
+        (source / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(ValueError, match=rf"config.json: {key} = ") as error:
+            huggingface.load(source)
+        assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(("family", "key"), [(f, k) for f, keys in NUMBERS.items() for k in keys])
+def test_hostile_numbers_are_one_clear_error(tmp_path: Path, family: str, key: str):
+    source = edited(tmp_path, family)
+    config = written(source)
+    for value in [-1e-6, 2.0, float("nan"), float("inf"), 10**400, True, "x", [1], {"a": 1}]:
+        (source / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(ValueError, match=rf"config.json: {key} = .*; expected a number"):
+            huggingface.load(source)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "says"),
+    [
+        ("bert", {"rotary": True}, "not known to be harmless: 'rotary' = True"),
+        ("bert", {"auto_map": {"AutoModel": "x.Y"}}, "'auto_map'"),
+        ("bert", {"pruned_heads": {"0": [1]}}, "'pruned_heads'"),
+        ("llama", {"quantization_config": {"bits": 4}}, "'quantization_config'"),
+        ("llama", {"sliding_window": 4}, "'sliding_window' = 4"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ("llama", {"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta = nan"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor = 0"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "factor = None"),
+        ("llama", {"rope_parameters": {"mscale": 1.0}}, r"does not read \['mscale'\]"),
+        ("llama", {"rope_parameters": [1]}, r"rope_parameters = \[1\]; expected an object"),
+        ("llama", {"rope_scaling": {"rope_theta": 7.0}}, "rope_scaling and rope_parameters differ"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "layer_types"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "one 'full_attention' per layer"),
+        ("vit", {"pooler_act": "mish"}, "pooler_act = 'mish'; the activation 'mish' is not built"),
+        ("vit", {"image_size": [8]}, "image_size = .*expected a positive integer, or two"),
+        ("vit", {"image_size": 9}, "image_size 9 x 9 is not a multiple of patch_size"),
+        ("resnet_basic", {"depths": [1]}, "must have one entry per stage each"),
+        ("resnet_basic", {"layer_type": "wide"}, "layer_type = 'wide'"),
+        ("bert", {"architectures": "BertModel"}, "architectures = BertModel; expected names"),
+        ("bert", {"num_attention_heads": 5}, "num_attention_heads = 5 does not divide the width"),
+        ("mpnet_language", {"relative_attention_num_buckets": 8}, "only 32"),
+        ("bert", {"is_decoder": True}, "outputs would be wrong"),
+    ],
+)
+def test_what_changes_outputs_and_is_not_built_is_refused(
+    tmp_path: Path, family: str, changes: dict[str, Any], says: str
+):
+    with pytest.raises(ValueError, match=f"(?s){says}"):
+        huggingface.load(edited(tmp_path, family, **changes))
+
+
+def test_harmless_keys_and_empty_values_pass(tmp_path: Path):
+    more = {"temperature": 0.7, "finetuning_task": "sst2", "pruned_heads": {}, "future": None}
+    source = huggingface.load(edited(tmp_path, "bert", gradient_checkpointing=True, **more))
+    assert source.module == huggingface.load(FOLDERS / "bert").module
+
+
+def test_missing_keys_mean_what_transformers_takes_them_for(tmp_path: Path):
+    mistral = edited(tmp_path, "llama", model_type="mistral", architectures=["MistralForCausalLM"])
+    config = {k: v for k, v in written(mistral).items() if k not in ("attention_bias", "mlp_bias")}
+    (mistral / "config.json").write_text(json.dumps(config))
+    tensors = {k: np.array(x) for k, x in safetensors.load(mistral).items()}
+    safetensors.save(
+        mistral / "model.safetensors", {k: x for k, x in tensors.items() if "bias" not in k}
+    )
+    (mistral / "config.json").write_text(json.dumps(config | {"pretraining_tp": 1}))
+    assert huggingface.load(mistral).module.window == 4096
+    (mistral / "config.json").write_text(json.dumps(config | {"sliding_window": None}))
+    assert huggingface.load(mistral).module.window is None
+    assert huggingface.load(
+        edited(tmp_path, "roberta", layer_norm_eps=...)
+    ).module.norm_epsilon == (1e-12)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "output"),
+    [
+        ("llama", "attention_dropout", "logits"),
+        ("gpt2", "embd_pdrop", "logits"),
+        ("gpt2", "resid_pdrop", "logits"),
+        ("gpt2", "attn_pdrop", "logits"),
+        ("bert", "classifier_dropout", "logits"),
+        ("bert", "hidden_dropout_prob", "last_hidden"),
+        ("bert", "attention_probs_dropout_prob", "last_hidden"),
+        ("roberta_classifier", "classifier_dropout", "logits"),
+        ("roberta_tokens", "classifier_dropout", "logits"),
+        ("distilbert", "seq_classif_dropout", "logits"),
+        ("distilbert_tokens", "dropout", "logits"),
+        ("vit", "attention_probs_dropout_prob", "last_hidden"),
+        ("vit", "hidden_dropout_prob", "last_hidden"),
+    ],
+)
+def test_every_dropout_of_the_config_drops_in_training(
+    tmp_path: Path, family: str, key: str, output: str
+):
+    rates = dict.fromkeys(
+        (k for k in json.loads((FOLDERS / family / "config.json").read_text()) if "drop" in k), 0.0
+    )
+    rates = {k: v for k, v in rates.items() if "summary" not in k}
+    source = huggingface.load(edited(tmp_path, family, **rates | {key: 0.9}))
+    inputs = jnp.ones((1, 16, 16, 3)) if family == "vit" else TOKENS
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        plain = source.model(source.params, None, inputs)[0][output]
+        key_ = jax.random.key(0)
+        dropped = source.model(source.params, None, inputs, key=key_, train=True)[0][output]
+    assert not np.allclose(plain, dropped, atol=1e-6)
+
+
+def test_a_head_is_told_by_its_name_or_by_its_tensors(tmp_path: Path):
+    bert = huggingface.load(edited(tmp_path, "bert", architectures=...))
+    assert bert.module.classes is not None and bert.module.token_classes is None
+    # Without a pooler below it, the same tensors classify tokens.
+    folder = tmp_path / "bert"
+    tensors = {k: np.array(x) for k, x in safetensors.load(folder).items() if "pooler" not in k}
+    safetensors.save(folder / "model.safetensors", tensors)
+    source = huggingface.load(folder)
+    assert source.module.classes is None and source.module.token_classes == bert.module.classes
+    logits = jax.eval_shape(source.model, source.params, None, TOKENS)[0]["logits"]
+    assert logits.shape == (1, 6, bert.module.classes)
+    for name in ("roberta_tokens", "distilbert_tokens", "electra_classifier", "mpnet_language"):
+        want = huggingface.load(FOLDERS / name)
+        named = huggingface.load(edited(tmp_path, name, architectures=None))
+        assert named.module == want.module and not named.report.extra
+
+
+def test_a_pooler_below_a_head_that_does_not_read_it_is_reported(tmp_path: Path):
+    folder = edited(tmp_path, "bert", architectures=["BertForTokenClassification"])
+    source = huggingface.load(folder)
+    assert source.report.extra == ("bert.pooler.dense.bias", "bert.pooler.dense.weight")
+    assert source.module.token_classes is not None and not source.module.has_pooler
+
+
+def test_a_head_equal_to_the_embedding_is_not_tied_unless_the_config_says_so(tmp_path: Path):
+    folder = edited(tmp_path, "llama", tie_word_embeddings=False)
+    tensors = {k: np.array(x) for k, x in safetensors.load(folder).items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    safetensors.save(folder / "model.safetensors", tensors)
+    source = huggingface.load(folder)
+    assert not source.module.is_tied and not source.report.unused
+    out = saved(tmp_path, source)
+    assert "lm_head.weight" in safetensors.load(out)
+    assert written(out)["tie_word_embeddings"] is False
+
+
+def test_a_language_head_with_an_output_layer_of_its_own_is_refused(tmp_path: Path):
+    folder = edited(tmp_path, "bert_language", tie_word_embeddings=False)
+    left_out = huggingface.load(folder)  # transformers would draw the output layer at random
+    assert not left_out.module.has_language_head and len(left_out.report.extra) == 5
+    tensors = {k: np.array(x) for k, x in safetensors.load(folder).items()}
+    tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
+    safetensors.save(folder / "model.safetensors", tensors)
+    with pytest.raises(ValueError, match="BertForMaskedLM is not tied to the embedding"):
+        huggingface.load(folder)
+
+
+def test_the_tie_flag_follows_the_tensors(tmp_path: Path):
+    folder = edited(tmp_path, "llama_tied")
+    tensors = {k: np.array(x) for k, x in safetensors.load(folder).items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    safetensors.save(folder / "model.safetensors", tensors)
+    out = saved(tmp_path, huggingface.load(folder))
+    assert written(out)["tie_word_embeddings"] is False
+
+
+def test_layers_labels_sizes_and_dtype_are_those_of_the_tensors(tmp_path: Path):
+    source = huggingface.load(FOLDERS / "qwen2")
+    small = huggingface.student(source, layers=(1,))
+    assert written(saved(tmp_path, small))["layer_types"] == ["full_attention"]
+    # The same from a config that was not told.
+    params = {k: v for k, v in source.params.items() if k != "layers_1"}
+    out = saved(tmp_path, source._replace(params=params))
+    assert written(out)["num_hidden_layers"] == len(written(out)["layer_types"]) == 1
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), source.params)
+    assert written(saved(tmp_path, source._replace(params=half)))["dtype"] == "bfloat16"
+    bert = huggingface.load(FOLDERS / "bert")
+    head = {"kernel": jnp.zeros((12, 7)), "bias": jnp.zeros(7)}
+    grown = saved(tmp_path, bert._replace(params={**bert.params, "head": head}))
+    assert len(written(grown)["id2label"]) == 7 and huggingface.load(grown).module.classes == 7
+    bare = {k: v for k, v in bert.params.items() if k != "head"}
+    assert written(saved(tmp_path, bert._replace(params=bare)))["architectures"] == ["BertModel"]
+
+
+def test_described_knows_which_side_is_which():
+    config = json.loads((FOLDERS / "distilbert" / "config.json").read_text())
+    tensors = {k: np.array(x) for k, x in safetensors.load(FOLDERS / "distilbert").items()}
+    tensors = {k: x for k, x in tensors.items() if "layer.1." not in k}
+    words, lin1 = "distilbert.embeddings.word_embeddings.weight", "ffn.lin1.weight"
+    tensors[words] = tensors[words][:20]
+    tensors |= {k: x[:10].astype(np.float16) for k, x in tensors.items() if k.endswith(lin1)}
+    new = huggingface.described(config, tensors)
+    assert {k: new[k] for k in ("vocab_size", "n_layers", "hidden_dim", "dtype")} == {
+        "vocab_size": 20,
+        "n_layers": 1,
+        "hidden_dim": 10,
+        "dtype": "float32",
+    }
+    strange = huggingface.described(
+        {"model_type": "t6", "torch_dtype": "float32"}, {"w": np.zeros(2, np.float16)}
+    )
+    assert strange == {"model_type": "t6", "torch_dtype": "float16"}
+    mixed = {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}
+    with pytest.raises(ValueError, match="2 entries that differ, for 1 layers"):
+        huggingface.described(mixed, {"model.layers.0.input_layernorm.weight": np.zeros(2)})
+
+
+def test_what_no_config_describes_is_not_written(tmp_path: Path):
+    source = huggingface.load(FOLDERS / "bert")
+    narrow = jax.tree.map(lambda x: x[..., :1], source.params["layers_0"])
+    with pytest.raises(ValueError, match="do not fit"):
+        saved(tmp_path, source._replace(params={**source.params, "layers_0": narrow}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_of_another_grid_are_refused():
+    source = huggingface.load(FOLDERS / "vit_rectangles")
+    with pytest.raises(
+        ValueError, match="grid of 1 x 4 patches, but the positions belong to 2 x 2"
+    ):
+        jax.eval_shape(source.model, source.params, None, jnp.zeros((1, 4, 8, 3)))
