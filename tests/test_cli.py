@@ -1,6 +1,6 @@
-"""`kdtl` as a whole: help, suggestions, exit codes, configuration files, and the demo twice.
+"""`kdtl` as a whole: help, suggestions, exit codes, the compilation cache, and the demo twice.
 
-Each command's own behavior is tested in test_cli_<command>.py.
+Configuration files are tested in test_cli_config.py, each command in test_cli_<command>.py.
 """
 
 import json
@@ -20,8 +20,11 @@ import yaml
 
 import kdtl_jax
 from kdtl_jax import cli
-from kdtl_jax.cli import _config, _output, env, main, params
+from kdtl_jax.cli import main, params
+from kdtl_jax.recipes import _output, env
+from kdtl_jax.recipes.settings import UsageError
 
+jax.devices()  # the back end is up, as in any test that ran before
 Captured = pytest.CaptureFixture[str]
 ALL = [[c.name] for c in cli.COMMANDS if c.name != "params"]
 ALL += [["params", c.name] for c in params.COMMANDS]
@@ -59,115 +62,71 @@ def test_every_command_has_examples_that_parse(words: list[str], capsys: Capture
     for argv in found:
         assert argv[: len(words)] == words
         if "--config" not in argv:  # its file is made up
-            args = cli.parse(argv)
-            assert args.command == words[0]
-
-
-def test_the_help_of_all_actions_has_an_example(capsys: Captured) -> None:
-    (argv,) = examples(helped(["params"], capsys))
-    assert cli.parse(argv).command == "params"
+            assert main([*argv, "--print-config"]) == 0
 
 
 @pytest.mark.parametrize("words", ALL, ids=NAMES)
 def test_printed_settings_read_back(words: list[str], tmp_path: Path, capsys: Captured) -> None:
-    argv = next(a for a in examples(helped(words, capsys)) if "--config" not in a)
+    help_text = helped(words, capsys)
+    argv = next(a for a in examples(help_text) if "--config" not in a)
     assert main([*argv, "--print-config"]) == 0
     text = capsys.readouterr().out
     settings = yaml.safe_load(text)
-    assert settings["command"] == words[0]
+    assert settings["command"].split()[0] == words[0]
     (tmp_path / "a.yaml").write_text(text)
     assert main([*words, "--config", str(tmp_path / "a.yaml"), "--print-config"]) == 0
     assert capsys.readouterr().out == text
     # Every flag is a key.
-    keys = {flag.replace("-", "_") for flag in re.findall(r"^  --([a-z0-9-]+)", text, re.M)}
-    assert keys <= settings.keys() | {"help", "config", "print_config"}
-
-
-def test_flags_win_over_the_file_and_the_file_over_defaults(
-    tmp_path: Path, capsys: Captured
-) -> None:
-    file = tmp_path / "a.yaml"
-    file.write_text("out: from-file\nquick: true\n")
-    args = cli.parse(["demo", "--config", str(file), "--out", "from-flag"])
-    assert (args.out, args.quick, args.force) == ("from-flag", True, False)
-
-
-@pytest.mark.parametrize("command", ["distill", "sweep", "transfer"])
-def test_quick_changes_only_what_is_not_said(command: str, tmp_path: Path) -> None:
-    file = tmp_path / "a.yaml"
-    file.write_text("seeds: 7\n")
-    words = [command, "--quick", "--epochs", "1", "--config", str(file)]
-    plain, quick = cli.parse([command]), cli.parse(words)
-    assert (quick.seeds, quick.epochs) == (7, 1)
-    later = "source_epochs" if command == "transfer" else "teacher_epochs"
-    assert getattr(quick, later) < getattr(plain, later)
-    # What is written is what is done, and in a file --quick says the same.
-    assert yaml.safe_load(_config.dump(quick))[later] == getattr(quick, later)
-    file.write_text("quick: true\n")
-    assert cli.parse([command, "--config", str(file)]).seeds == 2
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("quik: true", r"unknown key 'quik'; did you mean quick"),
-        ("config: b.yaml", "unknown key 'config'"),
-        ("quick: 3", "quick: expected true or false, got 3"),
-        ("out: {a: 1}", "out: expected one value"),
-        ("out: true", "out: expected one value"),
-        ("- a\n- b", "expected 'flag: value' lines"),
-        ("", "expected 'flag: value' lines, got None"),
-        ("a: [", "not YAML data"),
-        ("out: !!python/object/apply:os.mkdir [made]", "not YAML data"),
-        ("\0", "not YAML data"),
-    ],
-)
-def test_bad_configuration_is_wrong_usage(
-    text: str, words: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("a.yaml").write_text(text)
-    assert main(["demo", "--config", "a.yaml"]) == 2
-    error = capsys.readouterr().err
-    assert re.search(words, error) and "--config a.yaml" in error
-    assert not Path("made").exists(), "data only: nothing in the file is called"
-
-
-def test_a_missing_configuration_is_wrong_usage(capsys: Captured) -> None:
-    assert main(["demo", "--config", "nowhere.yaml"]) == 2
-    assert "--config nowhere.yaml: No such file or directory" in capsys.readouterr().err
+    keys = {flag.replace("-", "_") for flag in re.findall(r"^  --([a-z0-9-]+)", help_text, re.M)}
+    own = {"help", "config", "print_config", "debug", "no_compilation_cache"}
+    assert keys <= settings.keys() | own
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         ([], "name a command: demo, distill"),
-        (["dmeo"], r"invalid choice: 'dmeo'"),
-        (["demo", "--quik"], r"unknown argument --quik; did you mean --quick\?"),
+        (["dmeo"], "unknown command 'dmeo'; did you mean demo"),
+        (["demo", "--quik"], r"unknown argument --quik; did you mean --quick"),
         (["demo", "--qui"], "unknown argument --qui"),  # no abbreviations: they break later
-        (["demo", "--out"], "expected one argument"),
-        (["demo", "extra"], "unknown argument extra"),
-        (["params", "sclae"], "invalid choice: 'sclae'"),
-        (["params"], "ACTION"),
+        (["demo", "--out"], "--out: expected one argument"),
+        (["demo", "extra"], "unrecognized arguments: extra"),
+        (["params", "sclae"], "unknown command 'sclae'; did you mean scale"),
+        (["bench", "--preset", "lenet"], r"--preset: invalid choice: 'lenet' \(choose from 'mlp'"),
+        (["bench", "--devices", "99"], "there are 8 devices"),
+        (["distill", "--seeds", "100000000000"], "--seeds: expected .* at most 10000"),
+        (["distill", "--epochs", "1" + 5000 * "0"], "--epochs"),
+        (["distill", "--student", "mlp:100000000000"], "above 1,000,000"),
+        (["transfer", "--canvas", "100000000000"], "--canvas: expected .* at most 4096"),
+        (["sweep", "--sample", "100000000000", "--range", "kd=0..1"], "--sample: expected"),
     ],
 )
-def test_wrong_usage_exits_2_and_suggests(argv: list[str], words: str, capsys: Captured) -> None:
+def test_wrong_usage_exits_2_in_one_line(argv: list[str], words: str, capsys: Captured) -> None:
     assert main(argv) == 2
     printed = capsys.readouterr()
     assert re.search(words, printed.err) and not printed.out
+    assert printed.err.count("\n") == 1
+
+
+def test_actions_are_listed_with_their_command(capsys: Captured) -> None:
+    assert main(["params"]) == 0
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^ +{c.name} +\S", text, re.M) for c in params.COMMANDS)
+    assert "kdtl params ACTION" in text
 
 
 def raising(error: BaseException) -> Callable[[Any], int]:
-    def run(args: Any) -> int:
+    def run(settings: Any) -> int:
         raise error
 
     return run
 
 
 def sending(number: signal.Signals) -> Callable[[Any], int]:
-    def run(args: Any) -> int:
+    def run(settings: Any) -> int:
         os.kill(os.getpid(), number)
-        signal.pause()  # a second signal would be needed to get past this
+        signal.alarm(20)  # where the signal is lost, the test ends all the same
+        signal.pause()
         return 0
 
     return run
@@ -176,13 +135,14 @@ def sending(number: signal.Signals) -> Callable[[Any], int]:
 @pytest.mark.parametrize(
     ("run", "code", "message"),
     [
-        (lambda args: 0, 0, ""),
+        (lambda settings: 0, 0, ""),
+        (lambda settings: None, 0, ""),
         (raising(ValueError("no such thing")), 1, "kdtl env: no such thing\n"),
         (raising(TypeError("int, got str")), 1, "kdtl env: int, got str\n"),
         (raising(RuntimeError()), 1, "kdtl env: RuntimeError\n"),
         (raising(ImportError("pip install x")), 1, "kdtl env: pip install x\n"),
         (raising(FileNotFoundError(2, "No such file", "a.npz")), 1, "kdtl env: a.npz: No such"),
-        (raising(_config.UsageError("--x and --y exclude each other")), 2, "kdtl env: --x and"),
+        (raising(UsageError("--x and --y exclude each other")), 2, "kdtl env: --x and"),
         (raising(KeyboardInterrupt()), 130, "kdtl env: interrupted\n"),
         (sending(signal.SIGINT), 130, "kdtl env: interrupted\n"),
         (sending(signal.SIGTERM), 143, "kdtl env: terminated\n"),
@@ -199,10 +159,12 @@ def test_exit_codes(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_messages_name_the_flags_that_the_command_has() -> None:
-    args = cli.parse(["transfer"])
-    said = _config.spoken("where=, on_missing='keep', epochs=3, Glob(pattern='*/a')", args)
-    assert said == "--where, on_missing='keep', epochs=3, 'glob:*/a'"
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    monkeypatch.setattr(env, "run", raising(ValueError("no such thing")))
+    with pytest.raises(ValueError, match="no such thing"):
+        main(["env", "--debug"])
+    with pytest.raises(UsageError, match="unknown argument --nonsense"):
+        main(["env", "--debug", "--nonsense"])
 
 
 def test_a_mistake_of_our_own_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,17 +174,17 @@ def test_a_mistake_of_our_own_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_module_runs_as_a_program() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "kdtl_jax.cli", "env", "--nonsense"], capture_output=True, text=True
-    )
-    assert done.returncode == 2 and "unknown argument --nonsense" in done.stderr
-    assert "Traceback" not in done.stderr
+    for module in ("kdtl_jax", "kdtl_jax.cli"):
+        run = [sys.executable, "-m", module, "env", "--nonsense"]
+        done = subprocess.run(run, capture_output=True, text=True)
+        assert done.returncode == 2 and "unknown argument --nonsense" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
     read, write = os.pipe()
     os.close(read)
-    run = [sys.executable, "-m", "kdtl_jax.cli", "distill", "--list"]
+    run = [sys.executable, "-m", "kdtl_jax", "distill", "--list"]
     done = subprocess.run(run, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert done.returncode == 141 and done.stderr == ""
@@ -234,6 +196,43 @@ def test_env_names_versions_and_devices(capsys: Captured) -> None:
     assert {"python", "kdtl_jax", "jax", "flax", "optax", "devices", "cpus"} <= lines.keys()
 
 
+PROGRAM = """
+import sys
+from kdtl_jax import cli
+from kdtl_jax.recipes import _output, env
+
+def run(settings):
+    import jax, jax.numpy as jnp
+    with _output.counted_programs() as said:
+        jax.jit(lambda x: jnp.sin(x) + 1)(jnp.ones(3)).block_until_ready()
+        print(said())
+
+env.run = run
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_programs_are_kept_in_the_users_cache_folder_unless_told_otherwise(tmp_path: Path) -> None:
+    plain = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+
+    def said(*more: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, "env", *more],
+            env=plain | {"XDG_CACHE_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            cwd=Path(kdtl_jax.__file__).parent.parent,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "2 compiled, 0 from the compilation cache" in said("--no-compilation-cache")
+    assert not list(tmp_path.iterdir())
+    assert "2 compiled, 0 from the compilation cache" in said()
+    assert list((tmp_path / "kdtl_jax").glob("programs-*/*"))
+    assert "0 compiled, 2 from the compilation cache" in said()
+
+
 def test_a_folder_that_holds_something_is_refused(tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/results.json").write_text("precious")
@@ -242,25 +241,61 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path, capsys: Captur
     assert (tmp_path / "full/results.json").read_text() == "precious"
     assert main(["demo", "--quick", "--out", str(tmp_path / "full/results.json")]) == 1
     assert "is a file. Name a folder" in capsys.readouterr().err
-    args = cli.parse(["demo", "--out", str(tmp_path / "full"), "--force"])
-    assert _output.run_folder(args) == tmp_path / "full"
+    settings = cli.parse(["demo", "--out", str(tmp_path / "full"), "--force"])
+    with _output.run_folder(settings, "demo") as where:
+        assert where.path == tmp_path / "full"
 
 
 def test_settings_alone_are_no_run_and_a_config_of_ones_own_is_kept(tmp_path: Path) -> None:
-    args = cli.parse(["demo", "--out", str(tmp_path)])
-    _output.write_settings(tmp_path, args)
-    (tmp_path / ".lock").touch()
-    assert _output.run_folder(args) == tmp_path
+    settings = cli.parse(["demo", "--out", str(tmp_path)])
+    for _ in range(2):
+        with _output.run_folder(settings, "demo"):
+            names = {path.name for path in tmp_path.iterdir()}
+        assert names == {".lock", *_output.SETTINGS}
     (tmp_path / "env.json").unlink()
-    with pytest.raises(ValueError, match="is not empty"):
-        _output.run_folder(args)
+    with pytest.raises(ValueError, match="is not empty"), _output.run_folder(settings, "demo"):
+        pass
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
+    settings = cli.parse(["bench", "--out", str(tmp_path)])
+    with (
+        _output.run_folder(settings, "bench"),
+        pytest.raises(RuntimeError, match="is in use by process"),
+        _output.run_folder(settings, "bench"),
+    ):
+        pass
+
+
+def test_force_removes_only_what_a_run_wrote(tmp_path: Path, capsys: Captured) -> None:
+    mine = tmp_path / "checkpoints/other/weights.bin"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("my model")
+    (tmp_path / "notes.txt").write_text("mine")
+    settings = cli.parse(["demo", "--out", str(tmp_path), "--force"])
+    with _output.run_folder(settings, "demo"):
+        pass
+    assert mine.read_text() == "my model" and (tmp_path / "notes.txt").exists()
+    assert "left alone" in capsys.readouterr().out
+
+
+def test_a_lock_that_is_a_link_is_left_alone(tmp_path: Path) -> None:
+    precious = tmp_path / "precious.txt"
+    precious.write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").symlink_to(precious)
+    settings = cli.parse(["demo", "--out", str(tmp_path / "run")])
+    with pytest.raises(RuntimeError, match="link"), _output.run_folder(settings, "demo"):
+        pass
+    assert precious.read_text() == "precious"
 
 
 def numbers(folder: Path) -> dict[str, Any]:
-    """`results.json` without wall times."""
+    """`results.json` without wall times and what was compiled."""
     found = json.loads((folder / "results.json").read_text())
     for row in found["rows"]:
-        assert row.pop("seconds") > 0
+        assert row.pop("seconds") >= 0
+    assert found["notes"].pop().startswith("Programs: ")
     return found
 
 
@@ -273,7 +308,7 @@ def test_the_demo_gives_the_same_numbers_twice(tmp_path: Path) -> None:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     for run in runs:
-        command = [sys.executable, "-m", "kdtl_jax.cli", "demo", "--quick", "--out", str(run)]
+        command = [sys.executable, "-m", "kdtl_jax", "demo", "--quick", "--out", str(run)]
         done = subprocess.run(command, env=os.environ | cache, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "test" in done.stdout and f"report: {run / 'report.html'}" in done.stdout
@@ -283,6 +318,6 @@ def test_the_demo_gives_the_same_numbers_twice(tmp_path: Path) -> None:
     for name in ("student.safetensors", "metrics.jsonl"):
         assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes(), name
     assert {path.name for path in runs[0].iterdir()} == {
-        "config.yaml", "env.json", "metrics.jsonl", "results.json", "report.html",
+        *_output.SETTINGS, ".lock", "metrics.jsonl", "results.json", "report.html",
         "student.safetensors", "checkpoints",
     }  # fmt: skip

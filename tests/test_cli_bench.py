@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from kdtl_jax.cli import bench as cli_bench
 from kdtl_jax.cli import main
-from kdtl_jax.recipes import bench
+from kdtl_jax.recipes import _bench_report, bench
 from kdtl_jax.run import measure
 
 LIMITS = measure.Ceilings(1e9, 1e8, "float32", 1024, 2**28)
@@ -100,10 +99,10 @@ def test_a_terminal_of_80_columns_shows_every_digit() -> None:
     found = [measured("mlp", 0.1), measured("resnet", 1e3), measured("vit", 2e3)]
     found.append(measured("decoder", 1.0))
     screen = io.StringIO()
-    Console(width=80, file=screen).print(cli_bench.table(found))
+    Console(width=80, file=screen).print(_bench_report.table(found))
     text = screen.getvalue()
     assert "…" not in text and max(map(len, text.splitlines())) <= 80
-    for row in cli_bench.rows(found):
+    for row in _bench_report.rows(found):
         assert all(cell in text for cell in row)
     assert "1,053–1,855" in text and "ms/step awaited, p10–p90" in text
 

@@ -86,8 +86,9 @@ def parse(
     quick = "quick" in fields and (own.quick or values.get("quick") is True)
     parser = _parser(words, summary, module, fields, quick)
     where = "" if own.config is None else f"--config {own.config}: "
-    if values:
-        parser.set_defaults(_checked(parser, fields, values, where))
+    known = _checked(parser, fields, values, where)
+    repeated = {name for name, field in fields.items() if field.metadata.get("repeat")}
+    parser.set_defaults({name: value for name, value in known.items() if name not in repeated})
     if own.quick and quick:
         rest = [*rest, "--quick"]
     _refuse_unknown(parser, rest)
@@ -95,6 +96,9 @@ def parse(
         found = vars(parser.parse_args(rest))
     except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
         raise UsageError(_one_line(str(error))) from None
+    for name in repeated:  # flags replace the file's values, and are not added to them
+        if found[name] is None:
+            found[name] = known.get(name, fields[name].metadata["default"])
     made = {name: _value(field, found[name], "--") for name, field in fields.items()}
     return module.Settings(**made), own
 
@@ -174,8 +178,7 @@ def _add(group: Any, name: str, hint: Any, field: Any, default: Any) -> None:
     if "parse" not in about and not about.get("repeat") and about.get("positional") != "*":
         options |= {"choices": get_args(hint)} if get_origin(hint) is Literal else {"type": hint}
     if about.get("repeat"):
-        options["action"] = "append"
-        options["default"] = list(default) or None
+        options |= {"action": "append", "default": None}
     if about.get("many"):
         options["nargs"] = "+"
     if "positional" in about:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax import methods, models, trees
+from kdtl_jax import methods, models
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Variables
 from kdtl_jax.datasets import Splits, Standardizer, read_splits, standardizer
 from kdtl_jax.interop import linen, safetensors
@@ -88,12 +88,14 @@ def network(made: nn.Module, example: Any, *, dtype: Any = None) -> Network:
     Raises:
       ValueError: if the module does not take such inputs.
     """
-    taps, layout = _described(made) or _read(made, example)
+    taps, layout = _described(made) or ((), None)
     plain = linen.model(made, taps=taps)
     apply = _with_pooled(plain.apply)
-    return Network(
-        plain.init, apply if dtype is None else precision.compute_in(apply, dtype), layout
-    )
+    if layout is None:
+        variables = jax.eval_shape(lambda: plain.init(jax.random.key(0), jnp.asarray(example)))
+        layout = methods.layout(jax.eval_shape(apply, *variables, example)[0])
+    lowered = apply if dtype is None else precision.compute_in(apply, dtype)
+    return Network(plain.init, lowered, layout)
 
 
 def abstract(net: Network, example: Any) -> Variables:
@@ -311,14 +313,3 @@ def _described(made: nn.Module) -> tuple[tuple[str, ...], methods.Layout] | None
         taps = (r"layers_\d+", r"layers_\d+/attention/(query|key|value|probs)")
         return taps, methods.Layout(layers, "pooled", {}, attention)
     return None
-
-
-def _read(made: nn.Module, example: Any) -> tuple[tuple[str, ...], methods.Layout]:
-    """Any other module, by its outputs in natural order of their names."""
-    plain = linen.model(made)
-    variables = jax.eval_shape(lambda: plain.init(jax.random.key(0), jnp.asarray(example)))
-    found, _ = jax.eval_shape(plain.apply, *variables, example)
-    features = tuple(sorted(found.keys() - {"logits", "pooled"}, key=trees.natural_key))
-    flat = [name for name in ("pooled", *reversed(features)) if name in found]
-    last = next((name for name in flat if len(found[name].shape) == 2), "logits")
-    return (), methods.Layout(features, last)

@@ -109,10 +109,9 @@ def plain(settings: Any) -> dict[str, Any]:
 def as_yaml(settings: Any, command: str, **instead: Any) -> str:
     """All settings as YAML that `--config` reads back; `instead` overrides some."""
     known = plain(settings)
-    kept = {name: value for name, value in instead.items() if name in known}
-    return yaml.safe_dump(
-        {"command": command, **known, **kept}, sort_keys=False, allow_unicode=True
-    )
+    known |= {name: value for name, value in instead.items() if name in known}
+    named = {name.removesuffix("_"): value for name, value in known.items()}
+    return yaml.safe_dump({"command": command, **named}, sort_keys=False, allow_unicode=True)
 
 
 def near(name: str, known: Any, says: str = "did you mean") -> str:

@@ -1,65 +1,20 @@
-"""Models and data sets by name: every form, and what is said about everything else."""
+"""Splits of the data that a text names: digits, an npz, a folder of idx files, a CSV."""
 
-import argparse
 import gzip
 from pathlib import Path
 
-import flax.linen as nn
 import numpy as np
 import pytest
 
-from kdtl_jax import models
-from kdtl_jax.cli import _specs
-from kdtl_jax.cli._config import UsageError
+from kdtl_jax import datasets
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 255, (40, 4, 4), dtype=np.uint8)
 LABELS = np.arange(40, dtype=np.uint8) % 4
 
 
-@pytest.mark.parametrize(
-    ("text", "module"),
-    [
-        ("mlp:128,64", models.mlp((128, 64), 10)),
-        ("mlp:", models.mlp((), 10)),
-        ("cnn:16,32", models.cnn((16, 32), 10)),
-        ("resnet20", models.resnet(20, 10)),
-        ("resnet8x4", models.resnet_x4(8, 10)),
-        ("resnet32x4", models.resnet_x4(32, 10)),
-        ("wrn-16-2", models.wide_resnet(16, 2, 10)),
-        ("vit:patch=2,heads=2", models.ViT(64, 4, 2, 128, 2, classes=10)),
-        ("vit", models.ViT(64, 4, 4, 128, 4, classes=10)),
-    ],
-)
-def test_model_forms(text: str, module: nn.Module) -> None:
-    assert _specs.model(text, 10) == module
-    assert _specs.model_text(text) == text
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("mlp:a,b", "whole numbers"),
-        ("mlp:0", "at least 1"),
-        ("cnn:", "at least one layer"),
-        ("resnet9", "6 n + 2"),
-        ("wrn-16", "not known"),
-        ("vit:width=65", "does not divide"),
-        ("vit:depth=3", "patch, width"),
-        ("lenet", "not known"),
-        ("resnet20:3", "after a colon"),
-    ],
-)
-def test_anything_else_lists_the_forms(text: str, reason: str) -> None:
-    with pytest.raises(UsageError, match="wrn-16-2") as error:
-        _specs.model(text, 10)
-    assert reason in str(error.value)
-    with pytest.raises(argparse.ArgumentTypeError):
-        _specs.model_text(text)
-
-
 def test_digits_are_split_and_standardized_from_the_training_part_alone() -> None:
-    splits = _specs.dataset("digits")
+    splits = datasets.standardized(datasets.read_splits("digits"))
     assert sum(len(part.labels) for part in splits) == 1797
     assert abs(float(splits.train.inputs.mean())) < 1e-5
     assert abs(float(splits.train.inputs.std()) - 1) < 1e-5
@@ -69,7 +24,7 @@ def test_digits_are_split_and_standardized_from_the_training_part_alone() -> Non
 def test_npz_in_mnist_style_keeps_its_test_part(tmp_path: Path) -> None:
     path = tmp_path / "data.npz"
     np.savez(path, x_train=IMAGES, y_train=LABELS, x_test=IMAGES[:8], y_test=LABELS[:8])
-    splits = _specs.read_splits(str(path), validation=0.2)
+    splits = datasets.read_splits(str(path), validation=0.2)
     assert [len(part.labels) for part in splits] == [32, 8, 8]
     assert splits.train.inputs.shape == (32, 4, 4, 1)
     assert np.array_equal(splits.test.inputs[..., 0], IMAGES[:8])
@@ -78,7 +33,7 @@ def test_npz_in_mnist_style_keeps_its_test_part(tmp_path: Path) -> None:
 def test_npz_with_one_set_is_split(tmp_path: Path) -> None:
     path = tmp_path / "data.npz"
     np.savez(path, x=RNG.normal(size=(40, 3)), y=LABELS)
-    splits = _specs.read_splits(str(path), validation=0.2, test=0.2)
+    splits = datasets.read_splits(str(path), validation=0.2, test=0.2)
     assert [len(part.labels) for part in splits] == [24, 8, 8]
     assert splits.train.classes == 4
 
@@ -87,7 +42,7 @@ def test_npz_with_its_own_validation_part(tmp_path: Path) -> None:
     path = tmp_path / "data.npz"
     parts = {"x_train": IMAGES, "x_val": IMAGES, "x_test": IMAGES}
     np.savez(path, y_train=LABELS, y_val=LABELS, y_test=LABELS, allow_pickle=False, **parts)
-    assert [len(part.labels) for part in _specs.read_splits(str(path))] == [40, 40, 40]
+    assert [len(part.labels) for part in datasets.read_splits(str(path))] == [40, 40, 40]
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -100,9 +55,9 @@ def test_a_folder_of_idx_files_zipped_or_not(tmp_path: Path) -> None:
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(LABELS)))
     (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx(IMAGES[:4]))
     with pytest.raises(ValueError, match="has no t10k-labels-idx file"):
-        _specs.read_splits(str(tmp_path))
+        datasets.read_splits(str(tmp_path))
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(LABELS[:4]))
-    splits = _specs.read_splits(str(tmp_path), validation=0.5)
+    splits = datasets.read_splits(str(tmp_path), validation=0.5)
     assert [len(part.labels) for part in splits] == [20, 20, 4]
     assert splits.train.inputs.shape[1:] == (4, 4, 1)
 
@@ -111,11 +66,11 @@ def test_csv_by_its_label_column(tmp_path: Path) -> None:
     path = tmp_path / "data.csv"
     rows = [f"{i / 10},{i % 3},{'ab'[i % 2]}" for i in range(20)]
     path.write_text("\n".join(["height,width,kind", *rows]))
-    splits = _specs.read_splits(str(path), label="kind", validation=0.2, test=0.2)
+    splits = datasets.read_splits(str(path), label="kind", validation=0.2, test=0.2)
     assert [len(part.labels) for part in splits] == [12, 4, 4]
     assert splits.train.inputs.shape[1:] == (2,)
     with pytest.raises(ValueError, match=r"no column 'label'.*'kind'"):
-        _specs.read_splits(str(path))
+        datasets.read_splits(str(path))
 
 
 @pytest.mark.parametrize(
@@ -133,33 +88,22 @@ def test_unreadable_files_are_named(
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
-        _specs.read_splits(str(path))
+        datasets.read_splits(str(path))
     assert name in str(error.value)
 
 
 def test_missing_files_and_arrays_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file or folder"):
-        _specs.read_splits(str(tmp_path / "none.npz"))
+        datasets.read_splits(str(tmp_path / "none.npz"))
     with pytest.raises(ValueError, match="has no train-images-idx file"):
-        _specs.read_splits(str(tmp_path))
+        datasets.read_splits(str(tmp_path))
     path = tmp_path / "data.npz"
     np.savez(path, pictures=IMAGES)
     with pytest.raises(ValueError, match="it has \\['pictures'\\]"):
-        _specs.read_splits(str(path))
+        datasets.read_splits(str(path))
     np.savez(path, x_train=IMAGES, labels=LABELS)
     with pytest.raises(ValueError, match="has 'x_train' but not 'y_train'"):
-        _specs.read_splits(str(path))
+        datasets.read_splits(str(path))
     np.savez(path, x_train=IMAGES, y_train=LABELS, x_test=IMAGES, y_test=LABELS + 5)
     with pytest.raises(ValueError, match="labels must lie in 0..3, got 5"):
-        _specs.read_splits(str(path))
-
-
-def test_arguments_of_a_command(tmp_path: Path) -> None:
-    parser = argparse.ArgumentParser()
-    _specs.add_data_arguments(parser)
-    _specs.add_model_arguments(parser, {"teacher": "mlp:8", "student": "mlp:4"})
-    args = parser.parse_args(["--student", "cnn:4", "--validation", "0.1"])
-    assert (args.teacher, args.student, args.data) == ("mlp:8", "cnn:4", "digits")
-    assert len(_specs.splits(args).validation.labels) < 200
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--validation", "1"])
+        datasets.read_splits(str(path))

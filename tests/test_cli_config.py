@@ -1,0 +1,214 @@
+"""Settings from the command line and from YAML files: who wins, what is refused, how fast."""
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdtl_jax import cli
+from kdtl_jax.cli import _parser, main
+from kdtl_jax.recipes import settings as types
+from kdtl_jax.recipes.settings import UsageError, as_yaml, setting
+
+Captured = pytest.CaptureFixture[str]
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("out: from-file\nquick: true\n")
+    found = cli.parse(["demo", "--config", str(file), "--out", "from-flag"])
+    assert (found.out, found.quick, found.force) == ("from-flag", True, False)
+
+
+@pytest.mark.parametrize("command", ["distill", "sweep", "transfer"])
+def test_quick_changes_only_what_is_not_said(command: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("seeds: 7\n")
+    words = [command, "--quick", "--epochs", "1", "--config", str(file)]
+    plain, quick = cli.parse([command]), cli.parse(words)
+    assert (quick.seeds, quick.epochs) == (7, 1)
+    later = "source_epochs" if command == "transfer" else "teacher_epochs"
+    assert getattr(quick, later) < getattr(plain, later)
+    # What is written is what is done, and in a file --quick says the same.
+    assert yaml.safe_load(as_yaml(quick, command))[later] == getattr(quick, later)
+    file.write_text("quick: true\n")
+    assert cli.parse([command, "--config", str(file)]).seeds == 2
+
+
+BOMB = "a: &a [x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("quik: true", r"unknown key 'quik'; did you mean quick"),
+        ("config: b.yaml", "unknown key 'config'"),
+        ("quick: 3", "quick: expected true or false, got 3"),
+        ("out: {a: 1}", "out: .*Expected"),
+        ("out: true", "out: .*Expected"),
+        ("out: null", "out: expected a value, got null"),
+        ("seeds: null", "seeds: expected a value, got null"),
+        ("seeds: 0", "seeds: expected 1 or more"),
+        ("seeds: 2.5", "seeds: "),
+        ("seeds: 2\nseeds: 8", "key 'seeds' is given twice"),
+        ("seeds: !!int abc", "not plain YAML data"),
+        (f"seeds: {'9' * 5000}", "an integer of 5000 digits"),
+        ("seeds: 100000000000", "at most 1000"),
+        ("- a\n- b", "expected 'flag: value' lines"),
+        ("", "expected 'flag: value' lines, got None"),
+        ("a: [", "not plain YAML data"),
+        ("alphas: " + "[" * 3000, "nested more than 20 deep"),
+        (BOMB, r"aliases \(\*name\) are not read"),
+        ("out: !!python/object/apply:os.mkdir [made]", "not plain YAML data"),
+        ("command: distill", "written by kdtl distill, not kdtl demo"),
+        ("\0", "not plain YAML data"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_bad_configuration_is_wrong_usage(
+    text: str, words: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text(text)
+    began = time.perf_counter()
+    assert main(["demo", "--config", "a.yaml"]) == 2
+    assert time.perf_counter() - began < 5
+    error = capsys.readouterr().err
+    assert re.search(words, error) and "--config a.yaml" in error and error.count("\n") == 1
+    assert not Path("made").exists(), "data only: nothing in the file is called"
+
+
+def test_dates_and_words_of_yaml_are_text_where_text_is_meant(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("label: 2024-13-45\nout: 2024-01-01\n")
+    found = cli.parse(["distill", "--config", str(tmp_path / "a.yaml")])
+    assert (found.label, found.out) == ("2024-13-45", "2024-01-01")
+
+
+def test_files_too_large_or_missing_are_told(tmp_path: Path, capsys: Captured) -> None:
+    assert main(["demo", "--config", "nowhere.yaml"]) == 2
+    assert "--config nowhere.yaml: No such file or directory" in capsys.readouterr().err
+    (tmp_path / "a.yaml").write_bytes(b"#" * 2**20 + b"\n")
+    assert main(["demo", "--config", str(tmp_path / "a.yaml")]) == 2
+    assert "larger than" in capsys.readouterr().err
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_settings_or_one_line(text: str) -> None:
+    path = Path(__file__).parent / "data"
+    fields = {"out": None, "seeds": None}
+
+    class File:
+        def stat(self) -> Any:
+            return SimpleNamespace(st_size=len(text))
+
+        def read_text(self) -> str:
+            return text
+
+        def __str__(self) -> str:
+            return str(path)
+
+    try:
+        found = _parser.load(File(), fields, "demo")  # pyright: ignore[reportArgumentType]
+    except UsageError as error:
+        assert "\n" not in str(error) and len(str(error)) < 500
+    else:
+        assert found.keys() <= fields.keys()
+
+
+@dataclass(frozen=True)
+class Every:
+    """Every kind of field."""
+
+    files: tuple[str, ...] = setting((), "several", positional="*")
+    rule: tuple[str, ...] = setting((), "given several times", repeat=True)
+    as_: Literal["a", "b"] = setting("a", "a Python keyword")
+    share: float = setting(0.5, "a share", least=0, below=1, short="-s")
+    count: int | None = setting(None, "none at first", above=0)
+    names: tuple[str, ...] = setting(("x",), "names", parse=types.names)
+    words: dict[str, float] = setting({}, "many", parse=types.term_weights, many=True)
+
+
+def every(*argv: str) -> Every:
+    module = SimpleNamespace(Settings=Every, EXAMPLES="")
+    return _parser.parse("every", "every kind", module, list(argv))[0]
+
+
+def test_every_kind_of_field_on_the_command_line_and_in_a_file(tmp_path: Path) -> None:
+    assert every() == Every()
+    said = every(
+        *"f g --rule a=1 --rule b=2 --as b -s 0.25 --count 3 --names a,b".split(),
+        *("--words", "kd=1", "task=2"),
+    )
+    wanted = Every(("f", "g"), ("a=1", "b=2"), "b", 0.25, 3, ("a", "b"), {"kd": 1.0, "task": 2.0})
+    assert said == wanted
+    file = tmp_path / "a.yaml"
+    file.write_text(as_yaml(wanted, "every"))
+    assert "as: b" in file.read_text()
+    assert every("--config", str(file)) == wanted
+    assert every("--config", str(file), "--rule", "c=3").rule == ("c=3",), "a flag replaces"
+    for argv, message in (
+        (["--share", "1"], "--share: expected 0 or more, below 1, got 1"),
+        (["--count", "0"], "--count: expected above 0, got 0"),
+        (["--as", "c"], "--as: invalid choice"),
+        (["--names", ","], "--names: expected at least one name"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(message)):
+            every(*argv)
+
+
+@pytest.mark.parametrize(
+    ("parse", "value", "found"),
+    [
+        (types.method_names, "KD,Rkd-Angle", ("kd", "rkd_angle")),
+        (types.names, ["a", "b", "a"], ("a", "b")),
+        (types.numbers, 3, (3.0,)),
+        (types.numbers, "1,2e-3", (1.0, 2e-3)),
+        (types.term_weights, {"kd": {"kd": 0.5}, "task": 0.2}, {"kd.kd": 0.5, "task": 0.2}),
+        (types.layer_pairs, "a:b,c=d", (("a", "b"), ("c", "d"))),
+        (types.layer_pairs, {"a": "b"}, (("a", "b"),)),
+        (types.layer_pairs, [["a", "b"]], (("a", "b"),)),
+        (types.mesh_sizes, {"data": 2}, {"data": 2}),
+        (types.augmentations, "crop=1,flip", ("crop=1", "flip")),
+        (types.byte_size, "2GB", 2 * 10**9),
+        (types.byte_size, "500 MiB", 500 * 10**6),
+        (types.class_range, "0-4", "0-4"),
+    ],
+)
+def test_texts_and_yaml_values_become_settings(parse: Any, value: Any, found: Any) -> None:
+    assert parse(value) == found and parse(found) == found
+
+
+@pytest.mark.parametrize(
+    ("parse", "value"),
+    [
+        (types.names, 3),
+        (types.names, ""),
+        (types.names, [1]),
+        (types.number, "inf"),
+        (types.number, True),
+        (types.positive_numbers, "0,1"),
+        (types.term_weights, "kd=-1"),
+        (types.term_weights, "kd=much"),
+        (types.term_weights, "kd=1,kd=2"),
+        (types.layer_pairs, "hidden_0"),
+        (types.mesh_sizes, "data=x"),
+        (types.mesh_sizes, "rows=2"),
+        (types.augmentations, "blur"),
+        (types.augmentations, "flip=2"),
+        (types.byte_size, "much"),
+        (types.byte_size, True),
+        (types.class_range, "x"),
+    ],
+)
+def test_what_makes_no_sense_says_what_is_expected(parse: Any, value: Any) -> None:
+    with pytest.raises(ValueError, match=r"expected|is not|is none of|given twice"):
+        parse(value)

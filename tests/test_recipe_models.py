@@ -1,0 +1,212 @@
+"""Models by their text, as networks that methods know, and their files."""
+
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdtl_jax import models
+from kdtl_jax.datasets import Dataset, Splits, Standardizer
+from kdtl_jax.interop import safetensors
+from kdtl_jax.recipes import _models
+from kdtl_jax.recipes._models import About, Network
+from kdtl_jax.recipes.settings import Data, UsageError
+
+EXAMPLE = jnp.zeros((1, 8, 8, 1), jnp.float32)
+
+
+@pytest.fixture(autouse=True)
+def relaxed(standard_promotion: None) -> None:
+    """Models add biases by rank promotion."""
+
+
+def described(text: str) -> Network:
+    return _models.network(_models.module(text, 3), EXAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("text", "module"),
+    [
+        ("mlp:128,64", models.mlp((128, 64), 10)),
+        ("mlp:", models.mlp((), 10)),
+        ("cnn:16,32", models.cnn((16, 32), 10)),
+        ("resnet20", models.resnet(20, 10)),
+        ("resnet8x4", models.resnet_x4(8, 10)),
+        ("resnet32x4", models.resnet_x4(32, 10)),
+        ("wrn-16-2", models.wide_resnet(16, 2, 10)),
+        ("vit:patch=2,heads=2", models.ViT(64, 4, 2, 128, 2, classes=10)),
+        ("vit", models.ViT(64, 4, 4, 128, 4, classes=10)),
+    ],
+)
+def test_model_forms(text: str, module: nn.Module) -> None:
+    assert _models.module(text, 10) == module
+    assert _models.text_of(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("mlp:a,b", "whole numbers"),
+        ("mlp:0", "at least 1"),
+        ("cnn:", "at least one layer"),
+        ("resnet9", "6 n + 2"),
+        ("wrn-16", "not known"),
+        ("vit:width=65", "does not divide"),
+        ("vit:depth=3", "patch, width"),
+        ("lenet", "not known"),
+        ("resnet20:3", "after a colon"),
+        ("mlp:100000000000", "above 1,000,000"),
+        ("vit:width=" + 5000 * "9", "above 1,000,000"),
+    ],
+)
+def test_anything_else_lists_the_forms(text: str, reason: str) -> None:
+    with pytest.raises(UsageError, match="wrn-16-2") as error:
+        _models.module(text, 10)
+    assert reason in str(error.value)
+    with pytest.raises(UsageError, match="wrn-16-2"):
+        _models.text_of(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "features", "last"),
+    [
+        ("mlp:6,5", ["hidden_0", "hidden_1"], "hidden_1"),
+        ("mlp:", [], "logits"),
+        ("cnn:4,6", ["block_0", "block_1"], "pooled"),
+        ("resnet8", ["stem", "stage1", "stage2", "stage3"], "pooled"),
+        ("wrn-10-1", ["stem", "stage1", "stage2", "stage3"], "pooled"),
+        ("vit:layers=2,width=8,heads=2,hidden=8", ["layers_0", "layers_1"], "pooled"),
+    ],
+)
+def test_every_named_tap_exists(text: str, features: list[str], last: str) -> None:
+    net = described(text)
+    found = _models.output_shapes(net, jnp.zeros((2, 8, 8, 1)))
+    assert list(net.layout.features) == features and net.layout.last == last
+    named = [*features, last, *net.layout.before_activation, *net.layout.before_activation.values()]
+    named += [f"{path}/probs" for path in net.layout.attention]
+    assert set(named) <= found.keys()
+    assert found["logits"].shape == (2, 3)
+    if last != "logits":
+        assert len(found[last].shape) == 2
+    for after, before in net.layout.before_activation.items():
+        assert found[after].shape == found[before].shape
+
+
+@pytest.mark.parametrize("text", ["mlp:6,5", "cnn:4,6"])
+def test_before_activation_is_what_relu_reads(text: str) -> None:
+    net = described(text)
+    inputs = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
+    variables = net.init(jax.random.key(0), inputs)
+    outputs, _ = net.apply(*variables, inputs)
+    for after, before in net.layout.before_activation.items():
+        np.testing.assert_allclose(jax.nn.relu(outputs[before]), outputs[after], rtol=1e-6)
+        assert (outputs[before] < 0).any()
+
+
+class Foreign(nn.Module):
+    """A module that the library does not know."""
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> dict[str, jax.Array]:
+        x = inputs.reshape(inputs.shape[0], -1)
+        first = nn.Dense(4, name="one")(x)
+        return {"f10": first, "f9": first * 2, "logits": nn.Dense(3, name="head")(first)}
+
+
+def test_foreign_modules_are_read_by_their_outputs() -> None:
+    net = _models.network(Foreign(), EXAMPLE)
+    assert net.layout.features == ("f9", "f10") and net.layout.last == "f10"
+
+
+def test_half_precision_gives_float32_outputs() -> None:
+    net = _models.network(_models.module("mlp:6", 3), EXAMPLE, dtype=jnp.bfloat16)
+    found = _models.output_shapes(net, jnp.zeros((2, 8, 8, 1)))
+    assert {x.dtype for x in found.values()} == {jnp.dtype(jnp.float32)}
+
+
+def test_variables_go_through_a_file(tmp_path: object) -> None:
+    path = f"{tmp_path}/weights.safetensors"
+    for text in ("mlp:6", "resnet8"):
+        net = described(text)
+        variables = jax.jit(lambda net=net: net.init(jax.random.key(0), EXAMPLE))()
+        safetensors.save(path, _models.tree(variables))
+        jax.tree.map(np.testing.assert_array_equal, _models.load(path, net, EXAMPLE), variables)
+    with pytest.raises(ValueError, match=r"weights.safetensors: .*missing 'head/bias'"):
+        _models.load(path, described("mlp:6"), EXAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("text", "same", "other"),
+    [
+        ("mlp:8, 4", "mlp:8,4", "mlp:8"),
+        ("vit:heads=2", "vit:heads=2,patch=4", "vit:heads=1"),
+        ("resnet8", "resnet8", "resnet14"),
+    ],
+)
+def test_one_network_has_one_text(text: str, same: str, other: str) -> None:
+    assert _models.canonical(text) == _models.canonical(same) != _models.canonical(other)
+
+
+def data(classes: int = 3, names: tuple[str, ...] = ()) -> Splits:
+    rng = np.random.default_rng(0)
+    labels = np.arange(60, dtype=np.int32) % classes
+    part = Dataset("blobs", rng.normal(5, 2, (60, 4)).astype(np.float32), labels, classes, names)
+    return Splits(part, part, part)
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> str:
+    """A file of a ViT that says what it is of."""
+    net = _models.network(_models.module("mlp:6", 3), jnp.zeros((1, 4)))
+    scaling = Standardizer(np.full(4, 5, np.float32), np.full(4, 2, np.float32))
+    path = tmp_path / "teacher.safetensors"
+    variables = net.init(jax.random.key(0), jnp.zeros((1, 4)))
+    _models.save(path, variables, About("mlp:6", 3, scaling, ("a", "b", "c")), {"seed": "0"})
+    return str(path)
+
+
+def read(path: str, splits: Splits, monkeypatch: pytest.MonkeyPatch, **given: Any) -> Any:
+    monkeypatch.setattr(_models, "read_splits", lambda *args, **kwargs: splits)
+    text, about = _models.read_about(path, given.get("text"), "mlp:1")
+    return text, *_models.read_data(Data(), about, path)
+
+
+def test_a_file_says_what_its_model_is(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, splits, scaling = read(teacher, data(), monkeypatch)
+    assert text == "mlp:6" and safetensors.index(teacher).metadata["seed"] == "0"
+    np.testing.assert_array_equal(scaling.mean, np.full(4, 5))
+    np.testing.assert_allclose(splits.test.inputs, (data().test.inputs - 5) / 2, rtol=1e-6)
+    assert _models.read_about(None, None, "mlp:1") == ("mlp:1", About())
+
+
+def test_a_file_of_something_else_is_refused(
+    teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="holds the model mlp:6, not mlp:7"):
+        read(teacher, data(), monkeypatch, text="mlp:7")
+    with pytest.raises(ValueError, match="is of 3 classes, the data has 4"):
+        read(teacher, data(4), monkeypatch)
+    with pytest.raises(ValueError, match="is of the classes a, b, c, the data has a, b, d"):
+        read(teacher, data(3, ("a", "b", "d")), monkeypatch)
+    images = Splits(*(part._replace(inputs=part.inputs[:, :3]) for part in data()))
+    with pytest.raises(ValueError, match=r"scales inputs of shape \[4\]"):
+        read(teacher, images, monkeypatch)
+    with pytest.raises(ValueError, match="no such file"):
+        _models.read_about(str(tmp_path / "nowhere"), None, "mlp:1")
+    broken = tmp_path / "broken.safetensors"
+    safetensors.save(broken, {"a": np.ones(1)}, metadata={"classes": "many"})
+    with pytest.raises(ValueError, match="metadata are damaged"):
+        _models.read_about(str(broken), None, "mlp:1")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    net = described("mlp:6")
+    variables = jax.jit(lambda: net.init(jax.random.key(0), EXAMPLE))()
+    bad = jax.tree.map(lambda x: x * jnp.float32(jnp.nan), variables)
+    _models.save(tmp_path / "bad.safetensors", bad, About("mlp:6"), {})
+    with pytest.raises(ValueError, match="not finite"):
+        _models.load(str(tmp_path / "bad.safetensors"), net, EXAMPLE)
