@@ -11,10 +11,10 @@ import pytest
 
 from kdtl_jax import losses
 from kdtl_jax._types import Variables
-from kdtl_jax.cli import _specs, main
-from kdtl_jax.datasets import digits, standardizer, stratified
+from kdtl_jax.cli import main
+from kdtl_jax.datasets import Splits, digits, standardizer, stratified
 from kdtl_jax.interop import safetensors
-from kdtl_jax.recipes import _networks, distill
+from kdtl_jax.recipes import _models, _pair
 from kdtl_jax.run import teacher_cache
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -22,7 +22,8 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 TEACHER = "mlp:6"
 TRAIN = stratified(digits(), validation=0.2, test=0.3).train
 INPUTS = standardizer(TRAIN).apply(TRAIN).inputs
-NET = _networks.network(_specs.model(TEACHER, 10), jnp.asarray(INPUTS[:1]))
+NET = _models.network(_models.module(TEACHER, 10), jnp.asarray(INPUTS[:1]))
+MADE_OF: Any = {"model": TEACHER, "classes": tuple(map(str, range(10)))}
 VARIABLES: Variables = NET.init(jax.random.key(0), INPUTS[:1])
 LIVE = jax.tree.map(np.asarray, NET.apply(VARIABLES.params, None, INPUTS)[0])
 
@@ -33,7 +34,7 @@ def weights(tmp_path: Path) -> Path:
 
 
 def _saved(path: Path, variables: Variables) -> Path:
-    safetensors.save(path, jax.tree.map(np.asarray, _networks.tree(variables)))
+    safetensors.save(path, jax.tree.map(np.asarray, _models.tree(variables)))
     return path
 
 
@@ -52,16 +53,16 @@ def test_the_cache_holds_what_the_teacher_gives(
     right = 100 * np.mean(np.argmax(LIVE["logits"], axis=-1) == TRAIN.labels)
     assert f"teacher: {right:.1f} % of these examples right" in said.out
     assert f"{len(INPUTS):,} of {len(INPUTS):,} examples" in said.err
-    taps = sorted(_networks.shapes(NET, 1, INPUTS[:1]))
-    expect = teacher_cache.fingerprint(VARIABLES, {"inputs": INPUTS}, taps=taps)
+    taps = sorted(_models.output_shapes(NET, INPUTS[:1]))
+    expect = teacher_cache.fingerprint(VARIABLES, {"inputs": INPUTS}, taps=taps, **MADE_OF)
     found = teacher_cache.load(teacher_cache.open_cache(folder, expect=expect))
     assert set(found) == set(LIVE) == {"logits", "hidden_0", "dense_0"}
     for tap, values in found.items():
         np.testing.assert_allclose(values, LIVE[tap], atol=1e-5)
 
-    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
     assert _cache(folder, weights, "--taps", "all") == 0
-    assert before == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
 
 
 def test_int8_and_top_k_state_their_fidelity(
@@ -92,7 +93,7 @@ def test_damage_is_found_and_mended(
     with_weights = [*verify, "--teacher", TEACHER, "--weights", str(weights)]
     assert main(with_weights) == 0
     assert "as it was written, made by these weights from these data" in capsys.readouterr().out
-    (victim,) = folder.glob("*.npy")
+    (victim,) = folder.glob("*.bin")
     whole = victim.read_bytes()
     _damage(victim)
     assert main(verify) == 1
@@ -134,25 +135,39 @@ def test_what_does_not_fit_is_refused(
 def test_distillation_reads_a_cache_of_any_precision_and_fills_an_empty_one(
     tmp_path: Path, weights: Path
 ) -> None:
-    pair = distill.Pair(NET, NET, VARIABLES, INPUTS[:1])
-    bench: Any = SimpleNamespace(arrays={"inputs": INPUTS})
+    few = TRAIN._replace(inputs=INPUTS)
+    arrays = {"inputs": INPUTS}
+    pair: Any = SimpleNamespace(
+        teacher=NET,
+        teacher_text=TEACHER,
+        arrays=arrays,
+        splits=Splits(few, few, few),
+        example=INPUTS[:1],
+    )
+
+    def outputs(folder: str, frozen: Variables = VARIABLES) -> Any:
+        return _pair.cached_outputs(tmp_path / folder, pair, frozen, "float32")
+
     assert _cache(tmp_path / "half", weights, "--taps", "all", "--dtype", "bfloat16") == 0
     before = sorted(tmp_path.glob("half/*")), (tmp_path / "half/plan.json").read_bytes()
-    half = distill._from_cache(tmp_path / "half", bench, pair, None)
+    half = outputs("half")
     assert before == (sorted(tmp_path.glob("half/*")), (tmp_path / "half/plan.json").read_bytes())
-    full = distill._from_cache(tmp_path / "full", bench, pair, None)
+    full = outputs("full")
     assert set(half) == set(full) == set(LIVE)
     for tap, want in LIVE.items():
         np.testing.assert_allclose(full[tap], want, atol=1e-5)
         np.testing.assert_allclose(half[tap], want, rtol=2**-8, atol=1e-5)
         assert half[tap].dtype == np.float32 and np.any(half[tap] != full[tap])
-    (victim,) = (tmp_path / "full").glob("*.logits.npy")
+    (victim,) = (tmp_path / "full").glob("*.bin")
     _damage(victim)
-    mended = distill._from_cache(tmp_path / "full", bench, pair, None)
+    mended = outputs("full")
     np.testing.assert_array_equal(mended["logits"], full["logits"])
-    other = pair._replace(frozen=NET.init(jax.random.key(1), INPUTS[:1]))
     with pytest.raises(ValueError, match="holds another cache: teacher weights differ"):
-        distill._from_cache(tmp_path / "full", bench, other, None)
+        outputs("full", NET.init(jax.random.key(1), INPUTS[:1]))
+    # Another network of the same shapes.
+    pair.teacher_text = "mlp: 6,"
+    with pytest.raises(ValueError, match="model differs|holds another cache"):
+        outputs("full")
 
 
 def _damage(file: Path) -> None:
@@ -162,4 +177,4 @@ def _damage(file: Path) -> None:
 
 def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache", "--help"]) == 0
-    assert "kdtl cache --teacher mlp:128,64 --weights" in capsys.readouterr().out
+    assert "kdtl cache --weights runs/distill/teacher.safetensors" in capsys.readouterr().out

@@ -15,8 +15,9 @@ from kdtl_jax._types import Variables
 from kdtl_jax.datasets import Dataset, Splits
 from kdtl_jax.interop import safetensors
 from kdtl_jax.models import mlp, resnet
-from kdtl_jax.recipes import _fits, _networks, transfer
+from kdtl_jax.recipes import _choice, _models, _targets, _training
 from kdtl_jax.recipes import _transfer_methods as ways
+from kdtl_jax.train import sweep
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 WIDTH, CLASSES = 12, 3
@@ -35,8 +36,8 @@ def splits(classes: int = CLASSES) -> Splits:
     return Splits(*(blobs(classes, 20, seed) for seed in range(3)))
 
 
-def network() -> _networks.Network:
-    return _networks.network(mlp((WIDTH, 10), CLASSES), np.zeros((1, 6), np.float32))
+def network() -> _models.Network:
+    return _models.network(mlp((WIDTH, 10), CLASSES), np.zeros((1, 6), np.float32))
 
 
 def write_data(path: Path) -> Path:
@@ -54,7 +55,7 @@ def write_data(path: Path) -> Path:
 
 
 def write_source(path: Path, *, hidden: int = WIDTH, prefix: str = "", head: bool = True) -> Path:
-    net = _networks.network(mlp((hidden, 10), 4), np.zeros((1, 6), np.float32))
+    net = _models.network(mlp((hidden, 10), 4), np.zeros((1, 6), np.float32))
     params = net.init(jax.random.key(5), jnp.zeros((1, 6))).params
     flat = {f"{prefix}{k}": np.asarray(x) for k, x in trees.flatten(params).items()}
     kept = {name: x for name, x in flat.items() if head or "head" not in name}
@@ -64,7 +65,7 @@ def write_source(path: Path, *, hidden: int = WIDTH, prefix: str = "", head: boo
 
 def arguments(data: Path, out: Path, *more: str) -> list[str]:
     fixed = f"transfer --data {data} --out {out} --model mlp:{WIDTH},10 --seeds 2 --epochs 2"
-    return [*fixed.split(), "--labels-per-class", "4", "--rates", "0.01", *more]
+    return [*fixed.split(), "--labels-per-class", "4", "--learning-rates", "0.01", *more]
 
 
 @pytest.mark.slow
@@ -86,13 +87,17 @@ def test_a_run_writes_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert set(scores) == {"logme", "h_score", "leep", "nce"} and scores["nce"] <= 0
     assert "logme" in " ".join(results["notes"])
     names = {"config.yaml", "metrics.jsonl", "results.json", "checkpoints", "student.safetensors"}
-    assert names | {"report.html", "env.json"} == {entry.name for entry in out.iterdir()}
+    names |= {"report.html", "env.json", "made_from.json", ".lock"}
+    assert names == {entry.name for entry in out.iterdir()}
     # The config is a --config file, and the student is this model.
     config = yaml.safe_load((out / "config.yaml").read_text())
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(config | {"out": str(tmp_path / "two")}))
     assert cli.main(["transfer", "--config", str(tmp_path / "again.yaml"), "--print-config"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["methods"] == "scratch,copied_finetuned"
-    student = _networks.load(str(out / "student.safetensors"), network(), jnp.zeros((1, 6)))
+    assert yaml.safe_load(capsys.readouterr().out)["methods"] == [
+        "scratch",
+        "copied_finetuned",
+    ]
+    student = _models.load(str(out / "student.safetensors"), network(), jnp.zeros((1, 6)))
     assert student.params["head"]["kernel"].shape == (10, 3)
     assert cli.main(arguments(data, out)) == 1  # never overwritten
     assert "is not empty" in capsys.readouterr().err
@@ -127,8 +132,8 @@ def test_weights_of_ones_own_under_other_names_and_shapes(
 def test_bad_usage_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     data = write_data(tmp_path / "data.npz")
     for more, says in (
-        (("--methods", "scratch,magic"), "unknown method magic"),
-        (("--llrd", "1.5"), "above 0 and up to 1"),
+        (("--methods", "scratch,magic"), "'magic' is no method"),
+        (("--llrd", "1.5"), "above 0, at most 1"),
         (("--target-classes", "4-9"), "the data has classes 0-5, got 4-9"),
         (("--target-classes", "x"), "expected A-B"),
         (("--canvas", "3"), "needs images"),
@@ -142,34 +147,61 @@ def test_bad_usage_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert cli.main(arguments(data, tmp_path / "other", *more)) == 1
     assert "co_tuning train the source's head too" in capsys.readouterr().err
     assert cli.main(["transfer", "--list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(ways.METHODS)
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(ways.METHODS)
 
 
-def shared(net: _networks.Network, seeds: int = 2) -> tuple[Any, ...]:
+def shared(net: _models.Network, seeds: int = 2) -> tuple[Any, Any, Any]:
+    """What points read, and the held-out splits."""
     parts = splits()
     keys = jax.random.split(jax.random.key(1), seeds)
     fresh = jax.vmap(lambda key: net.init(key, jnp.zeros((1, 6))))(keys)
     copied = jax.tree.map(lambda x: x + 1, fresh)
     heads = {"kernel": jnp.ones((seeds, 10, 4)), "bias": jnp.zeros((seeds, 4))}
-    data = _fits.stacked([parts.train] * seeds)
-    return data, fresh, copied, heads, _fits.held(parts.validation), _fits.held(parts.test)
+    data = _choice.stacked([parts.train] * seeds)
+    both = _choice.held(parts.validation), _choice.held(parts.test)
+    return {"data": data, "fresh": fresh, "copied": copied, "heads": heads}, *both
+
+
+def fit_of(
+    method: ways.Method,
+    net: _models.Network,
+    *,
+    epochs: int,
+    batch_size: int = 25,
+    llrd: float = 1.0,
+) -> Any:
+    """One point's training, as `_targets.compare` makes it."""
+    learner = _targets.experiment(method, net, CLASSES, 4, llrd)
+    return _training.fit(
+        learner,
+        lambda point, shared: _targets.training_set(method, net, CLASSES, point, shared),
+        epochs=epochs,
+        batch_size=batch_size,
+        checks=_training.even_checks(epochs),
+        keep=lambda state: _targets.Kept(method.finish(state.params), state.model_state),
+    )
+
+
+def point_of(method: ways.Method) -> dict[str, Any]:
+    point = {"seed": jnp.zeros((), jnp.int32), "learning_rate": jnp.float32(0.1)}
+    return point | ({method.term: jnp.float32(0.1)} if method.term else {})
 
 
 @pytest.mark.parametrize("method", ways.METHODS, ids=lambda method: method.name)
 def test_every_method_is_a_program_with_a_plain_model_at_its_end(method: ways.Method):
-    net = network()
-    settings = transfer.Settings(epochs=4, llrd=0.8)
-    program = transfer._program(method, net, CLASSES, settings)
-    point = {"seed": jnp.zeros((), jnp.int32), "rate": jnp.float32(0.1)}
-    point |= {method.term: jnp.float32(0.1)} if method.term else {}
-    stacks = shared(net)
-    trained = jax.eval_shape(program, point, *stacks)
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacks[1].params)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), trained.fitted.params) == jax.tree.map(
+    net, (read, validation, test) = network(), shared(network())
+    fit = fit_of(method, net, epochs=4, llrd=0.8)
+    fitted = jax.eval_shape(fit, point_of(method), read, validation, test)
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), read["fresh"].params
+    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), fitted.kept.params) == jax.tree.map(
         lambda x: (x.shape, x.dtype), wanted
     )
-    assert trained.fitted.curve.shape == (4,)
-    count = transfer._trained_parameters(method, net, CLASSES, stacks)
+    assert fitted.curve.shape == (4,)
+    learner = _targets.experiment(method, net, CLASSES, 4, 1.0)
+    state = jax.eval_shape(learner.start, point_of(method), read)
+    count = trees.count(state.params, method.trainable) + trees.count(state.connectors)
     whole = trees.count(wanted)
     if method.name in ("copied_head_only", "bitfit"):
         assert count < whole / 2
@@ -181,30 +213,28 @@ def test_every_method_is_a_program_with_a_plain_model_at_its_end(method: ways.Me
 
 @pytest.mark.parametrize("name", ["copied_finetuned", "lora", "delta", "mixout"])
 def test_a_network_with_batch_statistics_carries_them(name: str):
-    net = _networks.network(resnet(8, CLASSES), jnp.zeros((1, 8, 8, 1)))
+    net = _models.network(resnet(8, CLASSES), jnp.zeros((1, 8, 8, 1)))
     fresh = jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))
     stack = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), fresh)
     images = jax.ShapeDtypeStruct((2, 20, 8, 8, 1), jnp.float32)
     data = {"inputs": images, "labels": jax.ShapeDtypeStruct((2, 20), jnp.int32)}
-    held = _fits.Held(jnp.zeros((5, 8, 8, 1)), jnp.zeros((5,), jnp.int32))
+    held = {"inputs": jnp.zeros((5, 8, 8, 1)), "labels": jnp.zeros((5,), jnp.int32)}
     method = ways.BY_NAME[name]
-    program = transfer._program(method, net, CLASSES, transfer.Settings(epochs=2, llrd=0.9))
-    point = {"seed": jnp.zeros((), jnp.int32), "rate": jnp.float32(0.1)}
-    point |= {method.term: jnp.float32(0.1)} if method.term else {}
-    trained = jax.eval_shape(program, point, data, stack, stack, None, held, held)
-    assert jax.tree.structure(trained.model_state) == jax.tree.structure(fresh.model_state)
-    assert jax.tree.structure(trained.fitted.params) == jax.tree.structure(fresh.params)
+    fit = fit_of(method, net, epochs=2, llrd=0.9)
+    read = {"data": data, "fresh": stack, "copied": stack, "heads": None}
+    fitted = jax.eval_shape(fit, point_of(method), read, held, held)
+    assert jax.tree.structure(fitted.kept.model_state) == jax.tree.structure(fresh.model_state)
+    assert jax.tree.structure(fitted.kept.params) == jax.tree.structure(fresh.params)
 
 
 @pytest.mark.slow
 def test_what_is_frozen_stays_and_what_is_low_rank_is(tmp_path: Path):
-    net, settings = network(), transfer.Settings(epochs=2, batch_size=20)
-    stacks = shared(net)
-    points = {"seed": jnp.arange(2, dtype=jnp.int32), "rate": jnp.full((2,), 0.01)}
+    net, held = network(), shared(network())
+    points = {"seed": jnp.arange(2, dtype=jnp.int32), "learning_rate": jnp.full((2,), 0.01)}
     for name in ("copied_head_only", "lora"):
-        program = transfer._program(ways.BY_NAME[name], net, CLASSES, settings)
-        fitted = jax.jit(jax.vmap(lambda p, run=program: run(p, *stacks)))(points).fitted
-        after, before = trees.flatten(fitted.params), trees.flatten(stacks[2].params)
+        fit = fit_of(ways.BY_NAME[name], net, epochs=2, batch_size=20)
+        fitted = sweep.vmap(fit)(points, *held)
+        after, before = (trees.flatten(x) for x in (fitted.kept.params, held[0]["copied"].params))
         changed = {path for path in after if not np.array_equal(after[path], before[path])}
         heads = {"head/kernel", "head/bias"}
         assert changed == heads | (
@@ -225,20 +255,20 @@ def test_depths_of_the_modules_of_every_model():
         "head",
     ]
     params = {"dense_0": {"kernel": jnp.ones(2)}, "head": {"kernel": jnp.ones(2)}}
+    adapter = {"dense_0/kernel": transforms.LoraWeights(jnp.ones(2), jnp.ones(2))}
     trained = {
-        "model": params,
-        "adapter": {"dense_0/kernel": transforms.LoraWeights(jnp.ones(2), jnp.ones(2))},
-        "source_head": {"kernel": jnp.ones(2)},
+        "params": {"base": params, "adapter": adapter},
+        "connectors": {"source_head": {"kernel": jnp.ones(2)}},
     }
     tx = ways.by_depth(params, trained, 0.5)
     updates, _ = tx.update(trained, tx.init(trained), trained)
     found = {path: float(leaf[0]) for path, leaf in trees.flatten(updates).items()}
     assert found == {
-        "adapter/dense_0/kernel/a": 0.5,
-        "adapter/dense_0/kernel/b": 0.5,
-        "model/dense_0/kernel": 0.5,
-        "model/head/kernel": 1.0,
-        "source_head/kernel": 1.0,
+        "params/adapter/dense_0/kernel/a": 0.5,
+        "params/adapter/dense_0/kernel/b": 0.5,
+        "params/base/dense_0/kernel": 0.5,
+        "params/base/head/kernel": 1.0,
+        "connectors/source_head/kernel": 1.0,
     }
 
 
@@ -251,7 +281,7 @@ def test_modules_with_batch_statistics_are_copied_with_them():
         {"dense": {"kernel": jnp.zeros((2, 2))}, "head": {"kernel": jnp.zeros((2, 3))}},
         {"batch_stats": {"norm": {"mean": jnp.zeros(2)}}},
     )
-    copied, report = transfer._copy(source, target, transfer.Surgery())
+    copied, report = _targets.copy(source, target, _targets.Surgery())
     assert float(copied.model_state["batch_stats"]["norm"]["mean"][0]) == 3
     assert {kept.path for kept in report.kept} == {"params/head/kernel"}
-    assert transfer._source_head(source) is None
+    assert _targets.source_head(source) is None

@@ -11,8 +11,7 @@ import pytest
 
 from kdtl_jax import cli, models
 from kdtl_jax.interop import _hf_names, huggingface, linen, naming, safetensors
-from kdtl_jax.recipes import sentences
-from kdtl_jax.recipes.sentences import Settings
+from kdtl_jax.recipes import _lines, sentences
 
 WORDS = ("cat", "dog", "sun", "moon", "runs", "sees", "loves", "quickly", "house", "river")
 CONFIG = {
@@ -61,26 +60,26 @@ def write_text(path: Path, count: int = 200) -> Path:
 def test_lines_are_distinct_and_not_tiny(tmp_path: Path):
     path = tmp_path / "text.txt"
     path.write_text("  a line of some words \n\nshort\na line of some words\nanother line of it\n")
-    assert sentences.read_lines(path) == ["a line of some words", "another line of it"]
+    assert _lines.read_lines(path) == ["a line of some words", "another line of it"]
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="not UTF-8 text"):
-        sentences.read_lines(path)
+        _lines.read_lines(path)
 
 
 def test_parts_are_disjoint_padded_and_reproducible():
     ids = [[1, 10 + i, 2][: 2 + i % 2] for i in range(40)]
-    settings = Settings(validation=8, test=12, batch_size=16)
-    parts = sentences.split(ids, settings, padding=7)
+    sizes = {"validation": 8, "test": 12, "batch_size": 16, "padding": 7}
+    parts = _lines.split(ids, **sizes)
     assert [len(part["tokens"]) for part in parts] == [20, 8, 12]
     seen = sorted(int(row[1]) for part in parts for row in part["tokens"])
     assert seen == list(range(10, 50))
     for part in parts:
         np.testing.assert_array_equal(part["tokens"][~part["mask"]], 7)
         assert part["mask"].sum() == sum(2 + int(row[1]) % 2 for row in part["tokens"])
-    again = sentences.split(ids, settings, padding=7)
+    again = _lines.split(ids, **sizes)
     np.testing.assert_array_equal(again.test["tokens"], parts.test["tokens"])
     with pytest.raises(ValueError, match="40 distinct lines, but 20 are held out.*needs 21"):
-        sentences.split(ids, settings._replace(batch_size=21), padding=7)
+        _lines.split(ids, **{**sizes, "batch_size": 21})
 
 
 def test_fidelity_by_hand(monkeypatch: pytest.MonkeyPatch):
@@ -115,7 +114,7 @@ def test_a_run_from_a_folder_and_a_text(tmp_path: Path, capsys: pytest.CaptureFi
     encoder = write_encoder(tmp_path / "encoder")
     text, out = write_text(tmp_path / "lines.txt"), tmp_path / "run"
     more = ["--layers", "0,2", "--steps", "60", "--held-out", "40", "--max-length", "12"]
-    command = ["transfer", "--task", "sentences", "--encoder", str(encoder), "--text", str(text)]
+    command = ["sentences", "--encoder", str(encoder), "--text", str(text)]
     assert cli.main([*command, "--out", str(out), *more]) == 0
     printed = capsys.readouterr().out
     assert "layers_{0,1}/attention/query/kernel" in printed and "sentences/s" in printed
@@ -135,13 +134,13 @@ def test_a_run_from_a_folder_and_a_text(tmp_path: Path, capsys: pytest.CaptureFi
     # The student is a folder that the importer, and PyTorch's libraries, read.
     student = huggingface.load(out / "student")
     assert student.module == huggingface.load(encoder).module.clone(layers=2)
-    assert sentences.tokenizer(out / "student")(["cat sees dog"], 4) == [[1, 4, 9, 2]]
+    assert _lines.tokenizer(out / "student")(["cat sees dog"], 4) == [[1, 4, 9, 2]]
 
 
 def test_what_is_missing_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    command = ["transfer", "--task", "sentences", "--out", str(tmp_path / "run")]
+    command = ["sentences", "--out", str(tmp_path / "run")]
     assert cli.main(command) == 2
     assert "needs --encoder" in capsys.readouterr().err
     assert cli.main([*command, "--layers", "first"]) == 2
@@ -154,4 +153,4 @@ def test_what_is_missing_is_named(
     monkeypatch.undo()
     pytest.importorskip("tokenizers", reason="the hub extra is not installed")
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json does not exist"):
-        sentences.tokenizer(tmp_path)
+        _lines.tokenizer(tmp_path)
