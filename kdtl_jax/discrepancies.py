@@ -125,10 +125,10 @@ def mk_mmd(
 
     def distinct(batch: "_Batch") -> Array:
         pairs = kernel(batch, batch)
-        count = jnp.maximum(batch.count * (batch.count - 1), 1)
+        count = jnp.maximum(batch.size * (batch.size - 1), 1)
         return (jnp.sum(pairs) - jnp.trace(pairs)) / count
 
-    between = jnp.sum(kernel(first, second)) / (first.count * second.count)
+    between = jnp.sum(kernel(first, second)) / (first.size * second.size)
     return _if_enough(distinct(first) + distinct(second) - 2 * between, first, second)
 
 
@@ -147,23 +147,21 @@ def mk_mmd_linear(
     """
     _checks.same_shape(student_features=student_features, target_features=target_features)
     first, second = _domains(student_features, target_features, where, None)
-    x, y = first.rows, second.rows
-    after = jnp.roll(jnp.arange(len(x)), -1)
+    x, y, size = first.rows, second.rows, len(first.rows)
+    after = jnp.roll(jnp.arange(size), -1)
     if where is not None:
         order = jnp.argsort(~where, stable=True)  # the real ones first
         x, y = x[order], y[order]
-        last = jnp.sum(where) - 1
-        after = jnp.where(jnp.arange(len(x)) >= last, 0, after)
+        after = jnp.where(jnp.arange(size) == jnp.sum(where) - 1, 0, after)
 
     def kernel(a: Array, b: Array) -> Array:
         return _gaussians(jnp.sum(jnp.square(a - b), axis=-1), scale, alphas)
 
     within = kernel(x, x[after]) + kernel(y, y[after])
     values = within - kernel(x, y[after]) - kernel(x[after], y)
-    if where is None:
-        return jnp.mean(values)
-    values = jnp.where(jnp.arange(len(x)) <= last, values, 0)
-    return _if_enough(jnp.sum(values) / first.count, first, second)
+    if where is not None:
+        values = jnp.where(jnp.arange(size) < jnp.sum(where), values, 0)
+    return _if_enough(jnp.sum(values) / first.size, first, second)
 
 
 def mean_squared_distance(
@@ -186,7 +184,7 @@ def mean_squared_distance(
     """
     first, second = _domains(student_features, target_features, where, target_where)
     joint = jnp.concatenate([first.rows, second.rows])
-    count = first.count + second.count
+    count = first.size + second.size
     mean = jnp.sum(joint, axis=0, keepdims=True) / count
     squares = sum(
         jnp.sum(jnp.square(_numerics.kept(batch.rows - mean, batch.where)))
@@ -266,7 +264,7 @@ def entropy_weights(
 class _Batch(NamedTuple):
     rows: Array  # 0 where masked
     where: Array | None
-    count: Array
+    size: Array
 
 
 def _batch(where: Array | None, **named: Array) -> _Batch:
@@ -297,7 +295,7 @@ def _domains(
     b = _batch(where if target_where is None else target_where, target_features=second)
     dtype = np.result_type(a.rows.dtype, b.rows.dtype)
     return tuple(  # type: ignore[return-value]
-        _Batch(x.rows.astype(dtype), x.where, x.count.astype(dtype)) for x in (a, b)
+        _Batch(x.rows.astype(dtype), x.where, x.size.astype(dtype)) for x in (a, b)
     )
 
 
@@ -305,12 +303,12 @@ def _if_enough(value: Array, *batches: _Batch) -> Array:
     """0 where a batch has fewer than two real examples left."""
     if all(batch.where is None for batch in batches):
         return value
-    return jnp.where(jnp.all(jnp.stack([batch.count >= 2 for batch in batches])), value, 0)
+    return jnp.where(jnp.all(jnp.stack([batch.size >= 2 for batch in batches])), value, 0)
 
 
 def _covariance(batch: _Batch) -> Array:
     centered = _numerics.centered(batch.rows, batch.where)
-    return _numerics.gram(centered.T, centered.T) / jnp.maximum(batch.count - 1, 1)
+    return _numerics.gram(centered.T, centered.T) / jnp.maximum(batch.size - 1, 1)
 
 
 def _gaussians(square: Array, scale: Scalar, alphas: Sequence[Scalar]) -> Array:

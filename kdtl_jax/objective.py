@@ -44,6 +44,15 @@ class Inputs(NamedTuple):
     step: Array | None = None
     key: Array | None = None
 
+    @property
+    def real(self) -> Array | None:
+        """Which examples are no padding, bool `[B]`; None where the batch has no weights.
+
+        The `where` of whatever mixes the rows of a batch: `losses.sp(s, t, where=inputs.real)`.
+        """
+        weights = self.batch.get("weights")
+        return None if weights is None else weights != 0
+
 
 class Masked(NamedTuple):
     """Values of which only those where `where` (bool, the same shape) holds are averaged."""

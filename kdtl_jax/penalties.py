@@ -65,7 +65,7 @@ def l2_sp(params: Params, source: Params, *, where: Selector = everything) -> Ar
       Li et al., Explicit Inductive Bias for Transfer Learning with Convolutional Networks, 2018
       (1802.01483), the term of weight `alpha`; TLL's `SPRegularization` is the same number.
     """
-    pairs = _matched("l2_sp", where, params=params, source=source)
+    pairs = _matched(where, params=params, source=source)
     return _total(jnp.square(leaf - anchor) for leaf, anchor in pairs)
 
 
@@ -89,7 +89,7 @@ def ewc(params: Params, anchor: Params, fisher: PyTree, *, where: Selector = eve
       Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, 2017
       (1612.00796), eq. 3.
     """
-    triples = _matched("ewc", where, params=params, anchor=anchor, fisher=fisher)
+    triples = _matched(where, params=params, anchor=anchor, fisher=fisher)
     return _total(weight * jnp.square(leaf - start) for leaf, start, weight in triples)
 
 
@@ -108,7 +108,7 @@ def _counterparts(tree: PyTree, where: Selector, paths: Iterable[str]) -> dict[s
     return {path: flat[path] for path in paths if path in flat}
 
 
-def _matched(fn: str, where: Selector, **named: PyTree) -> list[tuple[Array, ...]]:
+def _matched(where: Selector, **named: PyTree) -> list[tuple[Array, ...]]:
     """The selected leaves of all trees side by side, in one dtype; names and shapes checked."""
     (first, params), *others = named.items()
     flats = {first: _selected(params, where)}

@@ -99,7 +99,7 @@ def adversarial_ramp(steps: int, *, strength: float = 1.0) -> Schedule:
     _checks.positive(steps=steps)
 
     decay = optax.cosine_decay_schedule(strength, steps)
-    return lambda step: strength - decay(jnp.asarray(step).astype(jnp.float32))
+    return lambda step: jnp.asarray(strength - decay(jnp.asarray(step).astype(jnp.float32)))
 
 
 def fit_logit_scale(

@@ -333,7 +333,7 @@ class _Means(NamedTuple):
 
     centered: Array
     between: Array
-    count: Array
+    size: Array
     known: Callable[[Array], Array]
 
 

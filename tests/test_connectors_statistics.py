@@ -107,16 +107,16 @@ def test_running_statistics_by_hand() -> None:
     connector = connectors.batch_norm()
     params = connector.init(KEY, spec(2, 1))
     running = connectors.running_init(connector, params, spec(2, 1))
-    np.testing.assert_array_equal([running.mean[0], running.var[0], running.count], [0, 1, 0])
+    np.testing.assert_array_equal([running.mean[0], running.var[0], running.size], [0, 1, 0])
 
     def seen(*rows: float, where: Array | None = None) -> Any:
         x = jnp.asarray(rows, jnp.float32)[:, None]
         return connector.measure(params, x, where=where)[1]
 
     first = connectors.running_update(running, seen(1.0, 3.0))
-    np.testing.assert_allclose([first.mean[0], first.var[0], first.count], [2, 2, 2])
+    np.testing.assert_allclose([first.mean[0], first.var[0], first.size], [2, 2, 2])
     second = connectors.running_update(first, seen(4.0, 8.0), momentum=0.25)
-    np.testing.assert_allclose([second.mean[0], second.var[0], second.count], [3, 3.5, 4])
+    np.testing.assert_allclose([second.mean[0], second.var[0], second.size], [3, 3.5, 4])
     padding = seen(5.0, 6.0, where=jnp.asarray([True, False]))
     np.testing.assert_array_equal(connectors.running_update(second, padding)[:2], second[:2])
     assert jax.tree.structure(second) == jax.tree.structure(running)

@@ -160,3 +160,10 @@ def test_float64_stays_float64() -> None:
 def test_inputs_have_defaults_for_all_but_the_batch() -> None:
     inputs = objective.Inputs({"logits": f32(1)}, {}, {"labels": f32(0)})
     assert inputs.params is None and inputs.memory is None and inputs.key is None
+
+
+def test_real_examples_are_those_of_a_weight() -> None:
+    batch = {"inputs": jnp.ones((3, 2))}
+    assert objective.Inputs({}, {}, batch).real is None
+    weighted = objective.Inputs({}, {}, batch | {"weights": jnp.asarray([0.5, 0.0, 2.0])})
+    np.testing.assert_array_equal(weighted.real, [True, False, True])

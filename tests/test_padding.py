@@ -127,16 +127,18 @@ def test_pieces_and_discrepancies(name: str) -> None:
 
 def test_two_domains_may_have_masks_of_their_own() -> None:
     first, second = padded((3,), 0), padded((3,), 1)[:5]
-    masks = {"where": jnp.asarray(WHERE), "target_where": jnp.asarray(WHERE[:5])}
+    of_first, of_second = jnp.asarray(WHERE), jnp.asarray(WHERE[:5])
     for fn in (
         discrepancies.coral,
         discrepancies.mean_squared_distance,
         functools.partial(discrepancies.mk_mmd, scale=2.0),
     ):
         want = fn(first[REAL], second[REAL[:3]])
-        np.testing.assert_allclose(fn(first, second, **masks), want, rtol=1e-4)
+        np.testing.assert_allclose(
+            fn(first, second, where=of_first, target_where=of_second), want, rtol=1e-4
+        )
         with pytest.raises(ValueError, match="need a mask each, where and target_where"):
-            fn(first, second, where=masks["where"])
+            fn(first, second, where=of_first)
     one = jnp.arange(7) == 0
     assert discrepancies.coral(first, padded((3,), 1), where=one) == 0
 

@@ -12,14 +12,14 @@ from kdtl_jax._types import Params, PyTree, Scalar
 
 
 class Statistics(NamedTuple):
-    """Of one normalization: `mean` and `var` `[C]`, and how many values they were taken over.
+    """Of one normalization: `mean` and `var` `[C]`, and `size`, of how many values.
 
     The variance has the divisor n - 1, as running variances have in torch.
     """
 
     mean: Array
     var: Array
-    count: Array
+    size: Array
 
 
 class Run(Protocol):
@@ -93,11 +93,11 @@ def running_init(connector: Connector, params: Params, x: Any) -> PyTree:
     shapes = jax.eval_shape(connector.measure, params, x)[1]
 
     def fresh(found: Statistics) -> Statistics:
-        mean, var, count = found
+        mean, var, size = found
         return Statistics(
             jnp.zeros(mean.shape, mean.dtype),
             jnp.ones(var.shape, var.dtype),
-            jnp.zeros(count.shape, count.dtype),
+            jnp.zeros(size.shape, size.dtype),
         )
 
     return jax.tree.map(fresh, shapes, is_leaf=_is_statistics)
@@ -116,10 +116,10 @@ def running_update(running: PyTree, measured: PyTree, *, momentum: Scalar = 0.1)
     _checks.within(0, 1, momentum=momentum)
 
     def moved(old: Statistics, new: Statistics) -> Statistics:
-        share = jnp.where(old.count == 0, 1, _numerics.scalar(momentum, old.mean))
-        share = jnp.where(new.count >= 2, share, 0)
+        share = jnp.where(old.size == 0, 1, _numerics.scalar(momentum, old.mean))
+        share = jnp.where(new.size >= 2, share, 0)
         mean, var = (a + share * (b - a) for a, b in zip(old[:2], new[:2], strict=True))
-        return Statistics(mean, var, old.count + new.count)
+        return Statistics(mean, var, old.size + new.size)
 
     return jax.tree.map(moved, running, measured, is_leaf=_is_statistics)
 

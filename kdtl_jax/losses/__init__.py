@@ -10,8 +10,6 @@ from kdtl_jax.losses._attention import attention_kl as attention_kl
 from kdtl_jax.losses._attention import attention_mse as attention_mse
 from kdtl_jax.losses._attention import minilm_relation as minilm_relation
 from kdtl_jax.losses._attention import minilm_v2 as minilm_v2
-from kdtl_jax.losses._attention import tinybert_attention as tinybert_attention
-from kdtl_jax.losses._attention import tinybert_hidden as tinybert_hidden
 from kdtl_jax.losses._attention import token_gram as token_gram
 from kdtl_jax.losses._channels import affinity as affinity
 from kdtl_jax.losses._channels import cwd as cwd

@@ -8,14 +8,13 @@ objective averages over real tokens (`Masked(values, where)`).
 TypeError: an array is not floating point. ValueError: shapes do not fit, or an array is empty.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 from jax import Array
 
 from kdtl_jax import _checks, _numerics
 from kdtl_jax.losses import _sides
-from kdtl_jax.losses._features import last_axis_mse
 
 
 def attention_mse(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
@@ -196,71 +195,6 @@ def uniform_layers(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
             f"{student_layers} and {teacher_layers}."
         )
     return tuple(range(0, teacher_layers + 1, teacher_layers // student_layers))
-
-
-def tinybert_attention(
-    student: Sequence[Array], teacher: Sequence[Array], *, where: Array | None = None
-) -> Array:
-    """`sum_l attention_mse` with the student's layers spread evenly over the teacher's: TinyBERT.
-
-    The authors' code counts padding and sets scores <= -100 to 0 on both sides; `.mean()` is its
-    number then.
-
-    Args:
-      student: M arrays `[B, heads, L, L]`, scores before the softmax.
-      teacher: N of them, N a multiple of M.
-      where: bool `[B, L]`, real tokens.
-
-    Returns:
-      `[B, L]`, squared score units.
-
-    Raises:
-      ValueError: if the numbers of layers or the shapes do not fit.
-
-    References:
-      Jiao et al., TinyBERT: Distilling BERT for Natural Language Understanding, 2019 (1909.10351).
-    """
-    layers = _spread(student, teacher, below=0)[1:]
-    pairs = zip(student, layers, strict=True)
-    return jnp.sum(
-        jnp.stack([attention_mse(own, teacher[g - 1], where=where) for own, g in pairs]), axis=0
-    )
-
-
-def tinybert_hidden(student: Sequence[Array], teacher: Sequence[Array]) -> Array:
-    """`sum_l last_axis_mse` over embeddings and layers, spread evenly over the teacher's: TinyBERT.
-
-    The authors project all of the student's states by one shared linear map. `.mean()` is their
-    number.
-
-    Args:
-      student: M + 1 arrays `[B, L, D]`, the embeddings first, projected to the teacher's width.
-      teacher: N + 1 of them, N a multiple of M.
-
-    Returns:
-      `[B, L]`, squared feature units.
-
-    Raises:
-      ValueError: if the numbers of layers or the shapes do not fit.
-
-    References:
-      Jiao et al., TinyBERT: Distilling BERT for Natural Language Understanding, 2019 (1909.10351).
-    """
-    layers = _spread(student, teacher, below=1)
-    pairs = zip(student, layers, strict=True)
-    return jnp.sum(jnp.stack([last_axis_mse(own, teacher[g]) for own, g in pairs]), axis=0)
-
-
-def _spread(student: Sequence[Array], teacher: Sequence[Array], *, below: int) -> tuple[int, ...]:
-    """`uniform_layers` of two lists that begin with `below` entries that are no layers."""
-    own, other = len(student) - below, len(teacher) - below
-    if own < 1 or other < 1 or other % own:
-        first = "the embedding (layer 0) and then " if below else ""
-        raise ValueError(
-            f"student and teacher must be lists of {first}M and N layers, N a multiple of M, "
-            f"got {len(student)} and {len(teacher)} arrays."
-        )
-    return uniform_layers(own, other)
 
 
 def token_gram(

@@ -138,14 +138,8 @@ def _behavioral(student: Array, source: Array) -> Array:
     return 0.5 * losses.squared_distance(student, source)
 
 
-def _real(x: Inputs) -> Array | None:
-    """Which examples are no padding, `[B]`; None where all are."""
-    weights = x.batch.get("weights")
-    return None if weights is None else weights != 0
-
-
 def _bss(case: Case) -> Callable[[Inputs], Array]:
-    return lambda x: discrepancies.bss(x.student[case.net.layout.last], where=_real(x))
+    return lambda x: discrepancies.bss(x.student[case.net.layout.last], where=x.real)
 
 
 def _relation(case: Case) -> Mapping[str, Any]:
@@ -182,7 +176,7 @@ def _bi_tuning(case: Case) -> Callable[[Inputs], Array]:
             x.batch["labels"],
             class_weights=head["kernel"],
             class_bias=head["bias"],
-            where=_real(x),
+            where=x.real,
         )
 
     return penalty

@@ -108,9 +108,14 @@ def _tinybert(x: Arrays, hyper: Hyper) -> dict[str, Array]:
     def scores(prefix: str) -> list[Array]:
         return [jnp.where(a <= -1e2, 0, a) for a in _layers(x, f"{prefix}_attention")]
 
-    attention = jnp.mean(losses.tinybert_attention(scores("student"), scores("teacher")))
-    states = (_layers(x, f"{side}_hidden") for side in ("student", "teacher"))
-    hidden = jnp.mean(losses.tinybert_hidden(*states))
+    maps = scores("student"), scores("teacher")
+    layers = losses.uniform_layers(*map(len, maps))[1:]
+    each = [losses.attention_mse(s, maps[1][g - 1]) for s, g in zip(maps[0], layers, strict=True)]
+    attention = jnp.mean(sum(each[1:], each[0]))
+    states = [_layers(x, f"{side}_hidden") for side in ("student", "teacher")]
+    layers = losses.uniform_layers(len(states[0]) - 1, len(states[1]) - 1)
+    each = [losses.last_axis_mse(s, states[1][g]) for s, g in zip(states[0], layers, strict=True)]
+    hidden = jnp.mean(sum(each[1:], each[0]))
     return {"value": attention + hidden, "attention_loss": attention, "hidden_loss": hidden}
 
 

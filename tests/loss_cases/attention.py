@@ -1,7 +1,5 @@
 """Rows of the transformer losses: attention, relations, Gram matrices of states."""
 
-from collections.abc import Callable
-
 import numpy as np
 
 from kdtl_jax import losses
@@ -25,23 +23,6 @@ def vectors(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     student = {name: rng.normal(size=(batch, 3, 4)) for name in ("key", "query", "value")}
     return student, {name: rng.normal(size=(batch, 3, 6)) for name in ("key", "query", "value")}
-
-
-Layers = tuple[list[np.ndarray], list[np.ndarray]]
-
-
-def layered(
-    shape: tuple[int, ...], students: int, teachers: int
-) -> Callable[[np.random.Generator, int], Layers]:
-    def example(rng: np.random.Generator, batch: int) -> Layers:
-        sides = [[rng.normal(size=(batch, *shape)) for _ in range(n)] for n in (students, teachers)]
-        return sides[0], sides[1]
-
-    return example
-
-
-def hidden_mse(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
-    return ((student - teacher) ** 2).mean(-1)
 
 
 def token_gram(student: Pair, teacher: Pair) -> np.ndarray:
@@ -88,17 +69,6 @@ def minilm_v2(
     )
 
 
-def tinybert_attention(student: list[np.ndarray], teacher: list[np.ndarray]) -> np.ndarray:
-    step = len(teacher) // len(student)
-    pairs = [(s, teacher[(i + 1) * step - 1]) for i, s in enumerate(student)]
-    return np.sum([attention_mse(s, t) for s, t in pairs], axis=0)
-
-
-def tinybert_hidden(student: list[np.ndarray], teacher: list[np.ndarray]) -> np.ndarray:
-    step = (len(teacher) - 1) // (len(student) - 1)
-    return np.sum([hidden_mse(s, teacher[i * step]) for i, s in enumerate(student)], axis=0)
-
-
 CASES: dict[str, LossCase] = {
     "token_gram": LossCase(losses.token_gram, pairs, token_gram, where_rank=2),
     "attention_mse": LossCase(losses.attention_mse, scores, attention_mse),
@@ -109,8 +79,4 @@ CASES: dict[str, LossCase] = {
     "minilm_v2": LossCase(
         losses.minilm_v2, vectors, minilm_v2, {"relation_heads": 2}, where_rank=2
     ),
-    "tinybert_attention": LossCase(
-        losses.tinybert_attention, layered((2, 3, 3), 1, 2), tinybert_attention
-    ),
-    "tinybert_hidden": LossCase(losses.tinybert_hidden, layered((3, 4), 2, 3), tinybert_hidden),
 }

@@ -116,23 +116,3 @@ def test_layers_spread_evenly() -> None:
     assert losses.uniform_layers(2, 2) == (0, 1, 2)
     with pytest.raises(ValueError, match="must divide the teacher's, got 5 and 12"):
         losses.uniform_layers(5, 12)
-    a = jnp.ones((1, 2, 3))
-    for one, other in (([a], [a, a]), ([a, a], [a]), ([a] * 3, [a] * 4)):
-        counts = f"got {len(one)} and {len(other)} arrays"
-        with pytest.raises(
-            ValueError, match=rf"^student and teacher must be lists.*\(layer 0\).*{counts}"
-        ):
-            losses.tinybert_hidden(one, other)
-    with pytest.raises(
-        ValueError, match="^student and teacher must be lists.*M and N layers.*got 0 and 1"
-    ):
-        losses.tinybert_attention([], [a])
-
-
-def test_tinybert_pairs_the_layers_of_its_map(x64: None) -> None:
-    rng = np.random.default_rng(4)
-    states = [jnp.asarray(rng.normal(size=(1, 2, 3))) for _ in range(5)]
-    np.testing.assert_array_equal(losses.tinybert_hidden(states[::2], states), jnp.zeros((1, 2)))
-    maps = [jnp.asarray(rng.normal(size=(1, 1, 2, 2))) for _ in range(4)]
-    np.testing.assert_array_equal(losses.tinybert_attention(maps[1::2], maps), jnp.zeros((1, 2)))
-    assert float(losses.tinybert_attention(maps[::2], maps).min()) > 0
