@@ -1,10 +1,8 @@
-"""The teacher cache: what comes back, what survives a kill, what is refused."""
+"""The teacher cache: what comes back, what is refused, and training on it."""
 
-import errno
 import hashlib
 import json
 import math
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,52 +12,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from teacher_caches import (
+    ARRAYS,
+    CLASSES,
+    FEATURES,
+    INPUTS,
+    KEY,
+    LIVE,
+    PARAMS,
+    RNG,
+    ROWS,
+    N,
+    apply,
+    contents,
+    expected,
+    model,
+    other_weights,
+    write,
+)
 
-from kdtl_jax import _files, augment, losses, train
+from kdtl_jax import augment, losses, train
 from kdtl_jax.run import data
 from kdtl_jax.run import teacher_cache as tc
 from kdtl_jax.run.teacher_cache import _shards
 from kdtl_jax.run.teacher_cache import _write as _write_module
-
-N, FEATURES, CLASSES = 50, 6, 300
-RNG = np.random.default_rng(0)
-INPUTS = RNG.normal(size=(N, FEATURES)).astype(np.float32)
-ARRAYS: dict[str, Any] = {"inputs": INPUTS}
-PARAMS = {
-    "hidden": RNG.normal(size=(FEATURES, 5)).astype(np.float32),
-    "out": RNG.normal(size=(5, CLASSES)).astype(np.float32),
-}
-ROWS = np.array([3, 49, 20, 19, 3, 0, 40])
-KEY = jax.random.key(7)
-
-
-@jax.jit
-def _apply(params: Any, inputs: Any) -> dict[str, Any]:
-    hidden = jnp.tanh(inputs.reshape(inputs.shape[0], -1)[:, :FEATURES] @ params["hidden"])
-    logits = hidden @ params["out"]
-    return {"logits": logits, "block/hidden": hidden, "mean": jnp.mean(hidden, axis=0)}
-
-
-def _model(
-    params: Any, model_state: Any, inputs: Any, *, key: Any = None, train: bool = False
-) -> tuple[dict[str, Any], Any]:
-    return _apply(params, inputs), model_state
-
-
-LIVE = jax.tree.map(np.asarray, _apply(PARAMS, INPUTS))
-
-
-def _write(folder: Path, *, arrays: Any = ARRAYS, params: Any = PARAMS, **options: Any) -> tc.Plan:
-    options = {"batch_size": 8, "shard_rows": 20} | options
-    return tc.write(folder, _model, params, arrays, **options)
-
-
-def _expected(**options: Any) -> tc.Fingerprint:
-    return tc.fingerprint(PARAMS, ARRAYS, **options)
-
-
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
 @pytest.mark.parametrize(
@@ -70,8 +46,8 @@ def test_outputs_come_back_in_the_stored_precision(
 ) -> None:
     """Three shards, the last one ragged; rows in any order, repeated, across shards."""
     taps = ("logits", "block/hidden")
-    _write(tmp_path, taps=taps, dtype=dtype)
-    cache = tc.open_cache(tmp_path, expect=_expected(taps=taps, dtype=dtype))
+    write(tmp_path, taps=taps, dtype=dtype)
+    cache = tc.open_cache(tmp_path, expect=expected(taps=taps, dtype=dtype))
     found, stored = tc.rows(cache, ROWS), tc.rows(cache, ROWS, stored_precision=True)
     everything = tc.load(cache)
     assert set(found) == set(taps)
@@ -93,8 +69,8 @@ def test_outputs_come_back_in_the_stored_precision(
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_top_k_is_that_of_the_losses(tmp_path: Path, dtype: Any, temperature: float) -> None:
-    _write(tmp_path, top_k=7, temperature=temperature, dtype=dtype)
-    cache = tc.open_cache(tmp_path, expect=_expected(top_k=7, temperature=temperature, dtype=dtype))
+    write(tmp_path, top_k=7, temperature=temperature, dtype=dtype)
+    cache = tc.open_cache(tmp_path, expect=expected(top_k=7, temperature=temperature, dtype=dtype))
     cut = tc.rows(cache, ROWS)["logits"]
     want = losses.top_k_targets(LIVE["logits"][ROWS], k=7, temperature=temperature)
     assert isinstance(cut, losses.TopK) and cut.indices.dtype == np.int32
@@ -155,127 +131,9 @@ def test_sequences_and_integer_outputs(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found["best"], want.indices[..., 0])
 
 
-class Killed(BaseException):
-    """Not an Exception: nothing on the way may handle it."""
-
-
-@pytest.mark.parametrize(("after", "kept"), [(0, 0), (16, 0), (20, 1), (29, 1), (45, 2), (50, 3)])
-def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, after: int, kept: int) -> None:
-    """Killed once so many rows were done: bitwise what an uninterrupted run writes."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    _write(whole)
-
-    def kill(done: int, total: int) -> None:
-        if done >= after:
-            raise Killed
-
-    with pytest.raises(Killed):
-        _write(broken, progress=kill)
-    (broken / ".00001.bin.123.kdtl-tmp").write_bytes(b"cut sho")
-    with pytest.raises(ValueError, match=f"not finished: {kept} of 3 shards"):
-        tc.open_cache(broken, expect=_expected())
-    seen = []
-    _write(broken, progress=lambda done, total: seen.append((done, total)))
-    assert seen[0] == (min(20 * kept, N), N) and seen[-1] == (N, N)
-    assert _contents(broken) == _contents(whole)
-
-
-def test_a_run_killed_before_every_file_ends_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also between a shard and its seal, and before the manifest."""
-    options: dict[str, Any] = {"top_k": 3, "shard_rows": 25}
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    _write(whole, **options)
-    write_atomic, left = _files.write_atomic, 0
-
-    def killing(path: Path, content: bytes) -> None:
-        nonlocal left
-        if not left:
-            raise Killed
-        left -= 1
-        write_atomic(path, content)
-
-    monkeypatch.setattr(_files, "write_atomic", killing)
-    # Before the plan; the first shard; its seal; after it; the second one's seal; the manifest.
-    for count in [0, 1, 1, 2, 1, 2]:
-        left = count
-        with pytest.raises(Killed):
-            _write(broken, **options)
-    left = 1
-    _write(broken, **options)
-    assert left == 0 and _contents(broken) == _contents(whole)
-
-
-def test_writing_again_computes_nothing(tmp_path: Path) -> None:
-    _write(tmp_path)
-    seen = []
-    _write(tmp_path, shard_rows=None, progress=lambda *done: seen.append(done))
-    assert seen == [(N, N)], "the layout of the folder is kept"
-
-
-def _flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-
-
-def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-5])
-
-
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [(_flip, "altered"), (_truncate, "bytes, not"), (Path.unlink, "missing")],
-)
-def test_damage_is_named_and_mended(tmp_path: Path, damage: Any, reason: str) -> None:
-    _write(tmp_path)
-    before = _contents(tmp_path)
-    victim = tmp_path / "00001.bin"
-    damage(victim)
-    with pytest.raises(ValueError, match=rf"damaged: 00001\.bin.*{reason}"):
-        tc.open_cache(tmp_path, expect=_expected())
-    assert [problem.split()[0] for problem in tc.verify(tmp_path)] == [victim.name]
-    seen = []
-    _write(tmp_path, progress=lambda *done: seen.append(done))
-    assert seen[0] == (N - 20, N), "only the damaged shard is computed"
-    assert _contents(tmp_path) == before and tc.verify(tmp_path) == []
-
-
-@pytest.mark.parametrize("name", ["plan.json", "manifest.json", "00002.json"])
-def test_altered_records_are_noticed(tmp_path: Path, name: str) -> None:
-    _write(tmp_path)
-    before = _contents(tmp_path)
-    content = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(content.replace(b"bytes", b"Bytes").replace(b"dense", b"Dense"))
-    assert (tmp_path / name).read_bytes() != content
-    if name == "manifest.json":
-        with pytest.raises(ValueError, match="manifest.json was altered"):
-            tc.open_cache(tmp_path, expect=_expected())
-    if name == "plan.json":
-        with pytest.raises(ValueError, match=r"plan\.json was altered.*Choose another folder"):
-            _write(tmp_path)
-    else:
-        _write(tmp_path)
-        assert _contents(tmp_path) == before
-
-
-def test_a_quick_open_sees_sizes_and_no_bytes(tmp_path: Path) -> None:
-    _write(tmp_path)
-    _flip(tmp_path / "00001.bin")
-    tc.open_cache(tmp_path, expect=_expected(), contents=False)
-    _truncate(tmp_path / "00001.bin")
-    with pytest.raises(ValueError, match="bytes, not"):
-        tc.open_cache(tmp_path, expect=_expected(), contents=False)
-
-
-def _other_weights() -> Any:
-    return PARAMS | {"out": PARAMS["out"] + np.float32(1e-6)}
-
-
 MISMATCHES: dict[str, tuple[Any, str]] = {
     "one weight": (
-        lambda: tc.fingerprint(_other_weights(), ARRAYS, preprocessing={"mean": 1}),
+        lambda: tc.fingerprint(other_weights(), ARRAYS, preprocessing={"mean": 1}),
         "teacher weights differ",
     ),
     "a weight's name": (
@@ -293,31 +151,39 @@ MISMATCHES: dict[str, tuple[Any, str]] = {
         "number of examples differs: 50 in the cache, 49 here",
     ),
     "preprocessing": (
-        lambda: _expected(preprocessing={"mean": 2}),
+        lambda: expected(preprocessing={"mean": 2}),
         "preprocessing differs: 'mean' was 1, is 2",
     ),
     "preprocessing added": (
-        lambda: _expected(preprocessing={"mean": 1, "crop": None}),
+        lambda: expected(preprocessing={"mean": 1, "crop": None}),
         "preprocessing differs: 'crop' was not set, is None",
     ),
     "preprocessing gone": (
-        lambda: _expected(),
+        lambda: expected(),
         "preprocessing differs: 'mean' was 1, is not set",
     ),
+    "model": (
+        lambda: expected(preprocessing={"mean": 1}, model="vit:heads=1"),
+        "models differ: the cache does not say which model made it, this is 'vit:heads=1'",
+    ),
+    "classes": (
+        lambda: expected(preprocessing={"mean": 1}, classes=("b", "a")),
+        r"classes differ: \[\] in the cache, \['b', 'a'\] here",
+    ),
     "taps": (
-        lambda: _expected(preprocessing={"mean": 1}, taps=("logits", "block/hidden")),
+        lambda: expected(preprocessing={"mean": 1}, taps=("logits", "block/hidden")),
         r"taps are missing: \['block/hidden'\] asked, the cache holds \['logits'\]",
     ),
     "k": (
-        lambda: _expected(preprocessing={"mean": 1}, top_k=4),
+        lambda: expected(preprocessing={"mean": 1}, top_k=4),
         "logits differ: dense in the cache, the 4 most likely classes",
     ),
     "dtype": (
-        lambda: _expected(preprocessing={"mean": 1}, dtype=jnp.float16),
+        lambda: expected(preprocessing={"mean": 1}, dtype=jnp.float16),
         "dtype differ: float32 in the cache, float16 asked",
     ),
     "views": (
-        lambda: _expected(preprocessing={"mean": 1}, views=2, view_key=KEY),
+        lambda: expected(preprocessing={"mean": 1}, views=2, view_key=KEY),
         "views differ: none in the cache, 2 of key 0 7 asked",
     ),
 }
@@ -326,7 +192,7 @@ MISMATCHES: dict[str, tuple[Any, str]] = {
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plain")
-    _write(folder, preprocessing={"mean": 1})
+    write(folder, preprocessing={"mean": 1})
     return folder
 
 
@@ -338,7 +204,7 @@ def test_every_mismatch_is_refused_by_name(plain: Path, name: str) -> None:
 
 
 def test_all_differences_are_told_at_once_and_none_is_none(plain: Path) -> None:
-    both = tc.fingerprint(_other_weights(), {"inputs": INPUTS[::-1]}, dtype=jnp.bfloat16)
+    both = tc.fingerprint(other_weights(), {"inputs": INPUTS[::-1]}, dtype=jnp.bfloat16)
     with pytest.raises(ValueError, match="weights differ.*; data differ.*; prepro.*; dtype differ"):
         tc.open_cache(plain, expect=both)
     loose = both._replace(teacher=None, data=None, preprocessing=None, dtype=None)
@@ -346,10 +212,25 @@ def test_all_differences_are_told_at_once_and_none_is_none(plain: Path) -> None:
     assert tc.open_cache(plain, expect=None).plan.top_k is None
 
 
+def test_networks_and_classes_of_the_same_shapes_are_told_apart(tmp_path: Path) -> None:
+    made = {"model": "vit:heads=8", "classes": ("a", "b")}
+    write(tmp_path, **made)
+    assert tc.open_cache(tmp_path, expect=expected(**made)).plan.size == N
+    assert tc.open_cache(tmp_path, expect=expected()).plan.size == N, "None is not compared"
+    for wrong, says in (
+        ({"model": "vit:heads=1"}, "models differ: the cache is of 'vit:heads=8', this is 'vit:h"),
+        ({"classes": ("b", "a")}, r"classes differ: \['a', 'b'\] in the cache, \['b', 'a'\] here"),
+    ):
+        with pytest.raises(ValueError, match=f"made from something else: {says}"):
+            tc.open_cache(tmp_path, expect=expected(**made | wrong))
+        with pytest.raises(ValueError, match=f"holds another cache: {says}"):
+            write(tmp_path, **made | wrong)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"params": _other_weights()}, "teacher weights differ"),
+        ({"params": other_weights()}, "teacher weights differ"),
         ({"dtype": jnp.bfloat16}, "dtype differ"),
         ({"shard_rows": 10}, "shard_rows differ: 20 there, 10 here"),
         ({"preprocessing": {"mean": 2}}, "'mean' was 1, is 2"),
@@ -358,25 +239,10 @@ def test_all_differences_are_told_at_once_and_none_is_none(plain: Path) -> None:
 def test_another_cache_is_never_overwritten(
     plain: Path, options: dict[str, Any], message: str
 ) -> None:
-    before = _contents(plain)
+    before = contents(plain)
     with pytest.raises(ValueError, match=f"holds another cache: .*{message}.*another folder"):
-        _write(plain, **{"preprocessing": {"mean": 1}} | options)
-    assert _contents(plain) == before
-
-
-def test_folders_of_something_else_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match=r"holds other files: thesis\.tex"):
-        _write(tmp_path)
-    with pytest.raises(NotADirectoryError, match=r".*thesis\.tex is a file"):
-        _write(tmp_path / "thesis.tex")
-    with pytest.raises(FileNotFoundError, match="no teacher cache in"):
-        tc.open_cache(tmp_path / "nowhere", expect=None)
-
-
-def test_two_writers_do_not_meet(tmp_path: Path) -> None:
-    with _files.locked(tmp_path), pytest.raises(RuntimeError, match="in use by process"):
-        _write(tmp_path)
+        write(plain, **{"preprocessing": {"mean": 1}} | options)
+    assert contents(plain) == before
 
 
 @pytest.mark.parametrize("index", [np.array([0, 50]), np.array([-1])])
@@ -393,67 +259,32 @@ def test_no_rows(plain: Path) -> None:
     assert tc.rows(cache, np.zeros(0, np.int32))["logits"].shape == (0, CLASSES)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_a_full_or_readonly_disk_leaves_finished_shards(
-    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_atomic, calls = _files.write_atomic, [0]
-
-    def failing(path: Path, content: bytes) -> None:
-        if path.name == "00001.bin":
-            raise OSError(number, os.strerror(number))
-        calls[0] += 1
-        write_atomic(path, content)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_files, "write_atomic", failing)
-        with pytest.raises(OSError, match="1 of 3 shards are finished and intact") as error:
-            _write(tmp_path)
-    assert error.value.errno == number and calls[0] == 3  # plan, shard 0, its seal
-    seen = []
-    _write(tmp_path, progress=lambda *done: seen.append(done))
-    assert seen[0] == (20, N) and tc.verify(tmp_path) == []
-
-
-def test_what_cannot_fit_is_refused_before_the_teacher_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    needed = N * CLASSES * 4
-    monkeypatch.setattr(
-        "kdtl_jax._files.shutil.disk_usage",
-        lambda _: type("Usage", (), {"free": needed - 1})(),
-    )
-    with pytest.raises(OSError, match=f"{needed:,} bytes are needed") as error:
-        _write(tmp_path)
-    assert error.value.errno == errno.ENOSPC and not list(tmp_path.glob("*.bin"))
-
-
 def test_bad_outputs_and_settings(tmp_path: Path) -> None:
     spoiled = INPUTS.copy()
     spoiled[27, 0] = np.nan
     with pytest.raises(ValueError, match="output 'logits' of row 27 is NaN"):
-        _write(tmp_path / "a", arrays={"inputs": spoiled})
+        write(tmp_path / "a", arrays={"inputs": spoiled})
     large = PARAMS | {"out": PARAMS["out"] * np.float32(1e6)}
     with pytest.raises(ValueError, match=r"row 0 is finite but too large for float16"):
-        _write(tmp_path / "b", params=large, dtype=jnp.float16)
+        write(tmp_path / "b", params=large, dtype=jnp.float16)
     with pytest.raises(ValueError, match="no output 'block/hiden'. Nearest: 'block/hidden'"):
-        _write(tmp_path / "c", taps=("block/hiden",))
+        write(tmp_path / "c", taps=("block/hiden",))
     with pytest.raises(ValueError, match="top_k=301 needs logits"):
-        _write(tmp_path / "d", top_k=301)
+        write(tmp_path / "d", top_k=301)
     with pytest.raises(ValueError, match=r"'mean' must have one row per example, got \[5\]"):
-        _write(tmp_path / "j", taps=("mean",))
+        write(tmp_path / "j", taps=("mean",))
     with pytest.raises(ValueError, match='top_k must be at least 1 and needs "logits"'):
-        _write(tmp_path / "e", top_k=3, taps=("block/hidden",))
+        write(tmp_path / "e", top_k=3, taps=("block/hidden",))
     with pytest.raises(TypeError, match="dtype must be one of"):
-        _write(tmp_path / "f", dtype=jnp.int8)
+        write(tmp_path / "f", dtype=jnp.int8)
     with pytest.raises(ValueError, match="belong together"):
-        _write(tmp_path / "g", views=2, view_key=KEY)
+        write(tmp_path / "g", views=2, view_key=KEY)
     with pytest.raises(ValueError, match="need both views="):
         tc.fingerprint(PARAMS, ARRAYS, views=2)
     with pytest.raises(ValueError, match="one batch size"):
-        _write(tmp_path / "h", arrays={"inputs": INPUTS, "labels": np.zeros(3, np.int32)})
+        write(tmp_path / "h", arrays={"inputs": INPUTS, "labels": np.zeros(3, np.int32)})
     with pytest.raises(ValueError, match='need an entry "inputs"'):
-        _write(tmp_path / "i", arrays={"x": INPUTS})
+        write(tmp_path / "i", arrays={"x": INPUTS})
 
 
 def test_the_digest_knows_paths_shapes_dtypes_and_order() -> None:
@@ -499,7 +330,7 @@ def _augment(keys: jax.Array, batch: Any) -> Any:
 def test_cached_views_are_what_a_live_teacher_sees(tmp_path: Path) -> None:
     """Same augmented batch, shuffled, over more epochs than views: cache equals live teacher."""
     views: dict[str, Any] = {"views": 2, "view_key": data.view_key(KEY)}
-    _write(tmp_path, arrays=IMAGES, augment=_augment, shard_rows=8, batch_size=4, **views)
+    write(tmp_path, arrays=IMAGES, augment=_augment, shard_rows=8, batch_size=4, **views)
     cache = tc.open_cache(tmp_path, expect=tc.fingerprint(PARAMS, IMAGES, **views))
     assert len(list(tmp_path.glob("*.bin"))) == 6, "shards do not cross views"
     options: dict[str, Any] = {"key": KEY, "augment": _augment, "views": 2}
@@ -510,7 +341,7 @@ def test_cached_views_are_what_a_live_teacher_sees(tmp_path: Path) -> None:
         at = jnp.int32(epoch)
         rows = data.epoch_rows(resident, at)[0]
         batch = gather(rows, at, jnp.int32(0))
-        live = _apply(PARAMS, batch["inputs"])["logits"]
+        live = apply(PARAMS, batch["inputs"])["logits"]
         np.testing.assert_allclose(batch["teacher"]["logits"], live, atol=1e-5)
         read = tc.rows(cache, np.asarray(rows), epoch)["logits"]
         np.testing.assert_array_equal(read, batch["teacher"]["logits"])
@@ -521,7 +352,7 @@ def test_cached_views_are_what_a_live_teacher_sees(tmp_path: Path) -> None:
 
 def test_views_of_another_key_are_refused(tmp_path: Path) -> None:
     views: dict[str, Any] = {"views": 2, "view_key": data.view_key(KEY)}
-    _write(tmp_path, arrays=IMAGES, augment=_augment, **views)
+    write(tmp_path, arrays=IMAGES, augment=_augment, **views)
     wrongs: list[dict[str, Any]] = [{"view_key": data.view_key(jax.random.key(8))}, {"views": 3}]
     for wrong in wrongs:
         expect = tc.fingerprint(PARAMS, IMAGES, **views | wrong)
@@ -538,7 +369,7 @@ def test_training_on_a_cache_equals_training_on_the_teacher(
     tmp_path: Path, top_k: int | None
 ) -> None:
     """Through the stream reader and the step; k of all classes loses nothing either."""
-    _write(tmp_path, top_k=top_k, temperature=2.0 if top_k else 1.0)
+    write(tmp_path, top_k=top_k, temperature=2.0 if top_k else 1.0)
     cache = tc.open_cache(tmp_path, expect=None)
     tx = optax.sgd(0.1)
 
@@ -549,7 +380,7 @@ def test_training_on_a_cache_equals_training_on_the_teacher(
         return {"kd": losses.kd_kl(student, teacher, temperature=2.0)}
 
     def trained(teacher: Any, read: Any) -> Any:
-        step = jax.jit(train.make_step(_model, kd, {"kd": 1.0}, tx, teacher=teacher))
+        step = jax.jit(train.make_step(model, kd, {"kd": 1.0}, tx, teacher=teacher))
         student = jax.tree.map(lambda x: 0.5 * x[..., ::-1], PARAMS)
         state = train.init_state(student, tx, key=KEY)
         batches = data.stream(read, N, 16, key=KEY)(0)
@@ -557,7 +388,7 @@ def test_training_on_a_cache_equals_training_on_the_teacher(
             state, _ = step(state, next(batches), PARAMS)
         return state.params
 
-    live = trained(_model, lambda epoch, rows: data.take_rows(ARRAYS, rows))
+    live = trained(model, lambda epoch, rows: data.take_rows(ARRAYS, rows))
     cached = trained(
         None,
         lambda epoch, rows: data.take_rows(ARRAYS, rows) | {"teacher": tc.rows(cache, rows, epoch)},
