@@ -18,6 +18,7 @@ from kdtl_jax import methods, train
 from kdtl_jax._types import ModelFn, Outputs, Params, Variables
 from kdtl_jax.interop import equinox, haiku, linen
 from kdtl_jax.interop import nnx as interop_nnx
+from kdtl_jax.objective import Inputs
 
 INPUTS = jax.random.normal(jax.random.key(1), (8, 5))
 BATCH = {
@@ -148,7 +149,7 @@ def test_a_method_takes_three_lines(made: Callable[[int], Made]) -> None:
 
 
 @pytest.mark.parametrize("made", [of_linen, of_nnx, of_equinox, of_haiku, of_functions])
-def test_the_heads_of_every_framework_are_found(made: Callable[[int], Made]) -> None:
+def test_heads_and_derivatives_of_every_framework(made: Callable[[int], Made]) -> None:
     (student, variables), (teacher, frozen) = made(4), made(6)
     setup = methods.setup(
         student,
@@ -165,3 +166,10 @@ def test_the_heads_of_every_framework_are_found(made: Callable[[int], Made]) -> 
     found = found if setup.teacher_head.bias is None else found + setup.teacher_head.bias
     np.testing.assert_allclose(found, outputs["logits"], rtol=1e-5, atol=1e-6)
     assert setup.student_head(variables.params).kernel.shape == (4, 3)
+    # Derivatives run the networks once more, with whatever model state they have.
+    jacobian = methods.jacobian(setup)
+    inputs = Inputs(
+        student(*variables, INPUTS)[0], outputs, BATCH, variables.params, key=jax.random.key(0)
+    )
+    terms = jax.eval_shape(lambda x: jacobian.terms(x._replace(step=jnp.int32(0))), inputs)
+    assert terms["jacobian"].shape == (8,)

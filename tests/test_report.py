@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from kdtl_jax import _files
 from kdtl_jax.run import report
 from kdtl_jax.run.report import Interval, Results, Row, Section
 
@@ -146,38 +147,21 @@ def test_the_file_is_as_documented() -> None:
     assert {"python", "jax", "flax", "optax", "backend", "devices"} <= found["environment"].keys()
 
 
-def test_the_file_is_written_whatever_the_scores_and_names() -> None:
+def test_the_file_is_written_whatever_the_scores_and_names(tmp_path: Path) -> None:
     name = b"caf\xe9.npz".decode("utf-8", "surrogateescape")
     rows = [
         row("alone", [0.8, 0.8]),
         row("kd", [math.nan, 0.9], settings={"data": name, "rate": np.float32(math.inf)}),
     ]
     whole = results(rows=report.compared(rows, {"distillation": "alone"}), data={"name": name})
-    text = report.json_text(report.to_json(whole))
-    kd = json.loads(text.encode())["rows"][1]
+    _files.write_json(tmp_path / "results.json", report.to_json(whole))
+    kd = json.loads((tmp_path / "results.json").read_bytes())["rows"][1]
     assert kd["test_accuracy"] == {"mean": None, "ci95": None, "values": [None, 0.9]}
     assert kd["versus"]["verdict"] == "not finite" and kd["versus"]["difference"]["mean"] is None
-    assert kd["settings"] == {"data": "caf\\udce9.npz", "rate": None}
+    assert kd["settings"] == {"data": name, "rate": None}
     page = report.html_page(whole)
     Page(page)
     assert "caf\\udce9.npz" in page and "nan" in page and page.encode()
-
-
-def test_records_hold_arrays_and_anything_else() -> None:
-    record = {
-        1: np.arange(2),
-        "scalar": np.float64(0.5),
-        "flag": np.bool_(True),
-        "path": Path("a/b"),
-        "nested": ({"x": [math.inf, None, True, 3]},),
-    }
-    assert json.loads(report.json_text(record)) == {
-        "1": [0, 1],
-        "scalar": 0.5,
-        "flag": True,
-        "path": "a/b",
-        "nested": [{"x": [None, None, True, 3]}],
-    }
 
 
 class Page(HTMLParser):

@@ -13,7 +13,8 @@ from jax import Array
 from kdtl_jax import losses
 from kdtl_jax._types import Scalar
 from kdtl_jax.methods._logits import Logits, of_logits
-from kdtl_jax.methods._setup import Method, Setup
+from kdtl_jax.methods._method import Method
+from kdtl_jax.methods._setup import Setup
 
 
 def _half(setup: Setup, name: str, divergence: Callable[..., Array], temperature: Scalar) -> Method:

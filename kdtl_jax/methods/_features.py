@@ -12,9 +12,18 @@ from jax import Array
 from kdtl_jax import connectors, losses
 from kdtl_jax._types import Params, Scalar
 from kdtl_jax.methods import _layers
-from kdtl_jax.methods._layers import by_example, key_and_step, pairwise, projection, real, regressor
-from kdtl_jax.methods._logits import exclusive_classes, schedule, warmed_up
-from kdtl_jax.methods._setup import Method, Setup, Weight, method
+from kdtl_jax.methods._layers import by_example, pairwise, projection, regressor
+from kdtl_jax.methods._method import (
+    Method,
+    Weight,
+    exclusive_classes,
+    key_and_step,
+    method,
+    real,
+    schedule,
+    warmed_up,
+)
+from kdtl_jax.methods._setup import Setup
 from kdtl_jax.objective import Inputs
 
 

@@ -10,16 +10,16 @@ from jax import Array
 from kdtl_jax import connectors, losses
 from kdtl_jax._types import Outputs, Params, PyTree, Scalar
 from kdtl_jax.methods import _layers
-from kdtl_jax.methods._layers import (
-    by_example,
+from kdtl_jax.methods._layers import by_example, layers_of_maps, pairwise, regressor
+from kdtl_jax.methods._method import (
+    Method,
+    cooled_down,
     key_and_step,
-    layers_of_maps,
-    pairwise,
+    method,
+    needs_teacher_head,
     real,
-    regressor,
 )
-from kdtl_jax.methods._logits import cooled_down, needs_teacher_head
-from kdtl_jax.methods._setup import Head, Method, Setup, method
+from kdtl_jax.methods._setup import Head, Setup
 from kdtl_jax.objective import Inputs
 
 

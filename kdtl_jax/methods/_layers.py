@@ -14,7 +14,8 @@ from jax import Array
 from kdtl_jax import connectors
 from kdtl_jax._types import Outputs, Params
 from kdtl_jax.connectors import Connector
-from kdtl_jax.methods._setup import Method, Pair, Setup, Weight, method
+from kdtl_jax.methods._method import Method, Weight, method, real
+from kdtl_jax.methods._setup import Pair, Setup
 from kdtl_jax.objective import Inputs
 
 View = Callable[[Array, Array], tuple[Array, Array]]
@@ -219,20 +220,3 @@ def projection(channels: int) -> Connector:
 def regressor(channels: int) -> Connector:
     """RepDistiller's: `projection` and a ReLU."""
     return connectors.chain(projection(channels), connectors.activation(jax.nn.relu))
-
-
-def real(inputs: Inputs) -> Array | None:
-    """Which examples are real, `[B]`: those whose weight is not 0. None where all are."""
-    weights = inputs.batch.get("weights")
-    return None if weights is None else weights != 0
-
-
-def count(x: Array, where: Array | None) -> Array | int:
-    """How many examples are real, at least 1, in x's dtype."""
-    return len(x) if where is None else jnp.maximum(jnp.sum(where, dtype=x.dtype), 1)
-
-
-def key_and_step(inputs: Inputs) -> tuple[Array, Array]:
-    """The step's random key and number, which every step of `train` gives its terms."""
-    assert inputs.key is not None and inputs.step is not None
-    return inputs.key, inputs.step

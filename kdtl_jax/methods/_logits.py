@@ -9,13 +9,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 from kdtl_jax import connectors, losses, temperatures
-from kdtl_jax._types import Params, Scalar, Schedule
-from kdtl_jax.methods._layers import key_and_step, real
-from kdtl_jax.methods._setup import Head, Method, Setup, Weight, method
+from kdtl_jax._types import Params, Scalar
+from kdtl_jax.methods._method import (
+    Method,
+    Weight,
+    cooled_down,
+    exclusive_classes,
+    key_and_step,
+    method,
+    needs_teacher_head,
+    real,
+    warmed_up,
+)
+from kdtl_jax.methods._setup import Setup
 from kdtl_jax.objective import Inputs
 
 RANKED = 32  # classes among which rankings take pairs
@@ -48,49 +57,6 @@ def logits(inputs: Inputs) -> Logits:
     if where is not None:  # padding may be labeled with anything
         labels = jnp.where(where, labels, jnp.zeros((), labels.dtype))
     return Logits(inputs.student["logits"], inputs.teacher["logits"], labels, where)
-
-
-def exclusive_classes(setup: Setup) -> None:
-    """Refuses sigmoid heads, whose logits are no distribution over classes.
-
-    Raises:
-      ValueError: if the classes do not exclude each other.
-    """
-    if not setup.exclusive:
-        raise ValueError(
-            "needs two or more classes that exclude each other (softmax); for sigmoid heads use "
-            "binary_kd"
-        )
-
-
-def needs_teacher_head(setup: Setup) -> Head:
-    """The teacher's linear classifier.
-
-    Raises:
-      ValueError: if it is not known.
-    """
-    if setup.teacher_head is None:
-        raise ValueError(
-            "needs the teacher's classifier (a linear head), which this teacher does not show"
-        )
-    return setup.teacher_head
-
-
-def warmed_up(weight: float, setup: Setup) -> Schedule:
-    """0 to `weight` over the first 20 of 240 parts of the run, mdistiller's epochs."""
-    return schedule(optax.linear_schedule(0.0, weight, max(round(20 / 240 * setup.steps), 1)))
-
-
-def cooled_down(weight: float, setup: Setup) -> Schedule:
-    """`weight`, and over the last 90 of 240 parts of the run down to 0 along a half cosine."""
-    start = round(150 / 240 * setup.steps)
-    decay = optax.cosine_decay_schedule(weight, max(setup.steps - start, 1))
-    return schedule(optax.join_schedules([optax.constant_schedule(weight), decay], [start]))
-
-
-def schedule(made: optax.Schedule) -> Schedule:
-    """An optax schedule of a float step: its divisions pass strict promotion."""
-    return lambda step: jnp.asarray(made(jnp.asarray(step, jnp.float32)))
 
 
 def kd(setup: Setup, *, temperature: Scalar = 4.0) -> Method:

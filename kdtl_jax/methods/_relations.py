@@ -12,8 +12,9 @@ from jax import Array
 from kdtl_jax import connectors, losses, memory
 from kdtl_jax._types import Params, PyTree, Scalar
 from kdtl_jax.methods import _layers
-from kdtl_jax.methods._layers import count, key_and_step, pairwise, real
-from kdtl_jax.methods._setup import Method, Setup, method
+from kdtl_jax.methods._layers import pairwise
+from kdtl_jax.methods._method import Method, count, key_and_step, method, real
+from kdtl_jax.methods._setup import Setup
 from kdtl_jax.objective import Inputs
 
 

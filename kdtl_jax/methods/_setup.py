@@ -1,4 +1,4 @@
-"""What a method is built from, the shapes of two models, and what it is, a `Method`."""
+"""What methods are built from: the shapes of two models, and where their features are."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,13 +10,11 @@ import optax
 from jax import Array
 
 from kdtl_jax import objective, trees
-from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Scalar, Schedule, Variables
+from kdtl_jax._types import ModelFn, Outputs, Params, Variables
 from kdtl_jax.objective import Inputs, TermsFn
 
 Pair = tuple[str, str]  # (student tap, teacher tap)
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
-Weight = Scalar | Schedule
-Predict = Callable[[Params, PyTree, Outputs], Array]
 
 
 class Head(NamedTuple):
@@ -72,61 +70,6 @@ class Setup(NamedTuple):
     models: Models | None = None
 
 
-class Method(NamedTuple):
-    """A method for one pair of models.
-
-    `terms` and `weights` go to `train.make_step`, `connectors(key)` and `memory(key)` to
-    `train.init_state`.
-    """
-
-    terms: TermsFn  # {"task": ..., and the method's own}
-    weights: Mapping[str, Weight]  # the paper's, or its authors' code's
-    connectors: Callable[[Array], Params]  # key -> parameters, {} without connectors
-    memory: Callable[[Array], PyTree]  # key -> memory, None without one
-    # (connectors, memory, the student's outputs) -> logits at inference, where connectors take
-    # part in the prediction. None: the student's own logits.
-    predict: Predict | None = None
-
-
-def no_connectors(key: Array) -> Params:
-    """`Method.connectors` of a method that trains the student alone."""
-    return {}
-
-
-def no_memory(key: Array) -> PyTree:
-    """`Method.memory` of a method that remembers nothing."""
-    return None
-
-
-def alone(setup: Setup) -> Method:
-    """The task without a teacher: the baseline of every comparison."""
-    return method(setup, lambda inputs: {}, {"task": 1.0})
-
-
-def method(
-    setup: Setup,
-    terms: TermsFn,
-    weights: Mapping[str, Weight],
-    *,
-    connectors: Callable[[Array], Params] = no_connectors,
-    memory: Callable[[Array], PyTree] = no_memory,
-    predict: Predict | None = None,
-) -> Method:
-    """A `Method` of the given distillation terms; the setup's task is added to them.
-
-    For methods of your own: what it returns is used as any published method is.
-    """
-
-    def with_task(inputs: Inputs) -> Any:
-        found, task = terms(inputs), setup.task(inputs)
-        assert not isinstance(task, tuple), "a task keeps no memory"
-        if isinstance(found, tuple):
-            return {**task, **found[0]}, found[1]
-        return {**task, **found}
-
-    return Method(with_task, weights, connectors, memory, predict)
-
-
 def multi_label(inputs: Inputs) -> dict[str, Array]:
     """The task of sigmoid heads: `{"task": mean over classes of the binary cross-entropy}`.
 
@@ -178,8 +121,8 @@ def setup(
       ValueError: if a network has no logits or not one per class, one class is to be learned by
         softmax, or a tap does not exist (the existing ones are listed).
     """
-    of_student, student_where = _described(student, student_variables, inputs, student_layout)
-    of_teacher, teacher_where = _described(teacher, teacher_variables, inputs, teacher_layout)
+    of_student, student_layout = _described(student, student_variables, inputs, student_layout)
+    of_teacher, teacher_layout = _described(teacher, teacher_variables, inputs, teacher_layout)
     _check_logits("teacher", of_teacher, classes)
     count: int = of_teacher["logits"].shape[-1]
     _check_logits("student", of_student, count)
@@ -188,26 +131,26 @@ def setup(
             "the softmax of one logit is constant. Pass exclusive=False for a sigmoid head, or "
             "give the heads two outputs."
         )
-    matched = _from_the_end(student_where.features, teacher_where.features)
+    matched = _from_the_end(student_layout.features, teacher_layout.features)
     pairs = matched if layers is None else tuple((s, t) for s, t in layers)
     for name, taps, shapes in (
-        ("student", [s for s, _ in pairs] + [student_where.last], of_student),
-        ("teacher", [t for _, t in pairs] + [teacher_where.last], of_teacher),
+        ("student", [s for s, _ in pairs] + [student_layout.last], of_student),
+        ("teacher", [t for _, t in pairs] + [teacher_layout.last], of_teacher),
     ):
         _check_taps(name, taps, shapes)
     before = {
-        (s, t): (student_where.before_activation.get(s, s), teacher_where.before_activation[t])
+        (s, t): (student_layout.before_activation.get(s, s), teacher_layout.before_activation[t])
         for s, t in pairs
-        if t in teacher_where.before_activation
+        if t in teacher_layout.before_activation
     }
     concrete = not any(
         isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(teacher_variables)
     )
-    student_head = _head(student_where, of_student, student_variables.params)
-    teacher_head = _head(teacher_where, of_teacher, teacher_variables.params)
+    student_head = _head(student_layout, of_student, student_variables.params)
+    teacher_head = _head(teacher_layout, of_teacher, teacher_variables.params)
 
     def of_params(params: Params, inputs: Array) -> Outputs:
-        return student(params, None, inputs)[0]
+        return student(params, student_variables.model_state, inputs)[0]
 
     def of_inputs(inputs: Array) -> Outputs:
         return teacher(*teacher_variables, inputs)[0]
@@ -218,16 +161,16 @@ def setup(
         student=of_student,
         teacher=of_teacher,
         pairs=pairs,
-        last=(student_where.last, teacher_where.last),
+        last=(student_layout.last, teacher_layout.last),
         examples=examples,
         steps=steps,
         task=task or (objective.classification if exclusive else multi_label),
         exclusive=exclusive and count > 1,
         teacher_head=teacher_head(teacher_variables.params) if teacher_head and concrete else None,
         student_head=student_head,
-        last_maps=_last_maps(student_where, teacher_where, of_student, of_teacher),
+        last_maps=_last_maps(student_layout, teacher_layout, of_student, of_teacher),
         before_activation=before,
-        attention=_from_the_end(student_where.attention, teacher_where.attention),
+        attention=_from_the_end(student_layout.attention, teacher_layout.attention),
         models=Models(of_params, of_inputs) if stateless and concrete else None,
     )
 
@@ -263,25 +206,25 @@ def linear_head(params: Params) -> Head | None:
 
 
 def _described(
-    model: ModelFn, variables: Variables, inputs: Any, where: Layout | None
+    model: ModelFn, variables: Variables, inputs: Any, given: Layout | None
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], Layout]:
     outputs, _ = jax.eval_shape(model, *variables, inputs)
-    return dict(outputs), layout(outputs) if where is None else where
+    return dict(outputs), layout(outputs) if given is None else given
 
 
-def _head(where: Layout, outputs: Shapes, params: Params) -> Callable[[Params], Head] | None:
-    """The head as a function of parameters, if it is linear in `where.last`."""
-    if where.last == "logits":
+def _head(found: Layout, outputs: Shapes, params: Params) -> Callable[[Params], Head] | None:
+    """The head as a function of parameters, if it is linear in `found.last`."""
+    if found.last == "logits":
         return None
-    find = linear_head if where.head is None else where.head
+    find = linear_head if found.head is None else found.head
     head = jax.eval_shape(find, params)
-    wanted = (outputs[where.last].shape[-1], outputs["logits"].shape[-1])
+    wanted = (outputs[found.last].shape[-1], outputs["logits"].shape[-1])
     if head is not None and head.kernel.shape == wanted:
         return find  # pyright: ignore[reportReturnType]  # it has just been found
-    if where.head is None:
+    if found.head is None:
         return None
     raise ValueError(
-        f"the head of {where.last!r} must have the kernel {list(wanted)}, got "
+        f"the head of {found.last!r} must have the kernel {list(wanted)}, got "
         f"{None if head is None else list(head.kernel.shape)}. Give Layout.last what it reads."
     )
 
@@ -311,9 +254,9 @@ def _last_maps(
     student: Layout, teacher: Layout, of_student: Shapes, of_teacher: Shapes
 ) -> Pair | None:
     """The deepest features, where they are maps whose averages both heads read."""
-    for where, outputs in ((student, of_student), (teacher, of_teacher)):
-        if where.last != "pooled" or not where.features:
+    for found, outputs in ((student, of_student), (teacher, of_teacher)):
+        if found.last != "pooled" or not found.features:
             return None
-        if len(outputs[where.features[-1]].shape) != 4:
+        if len(outputs[found.features[-1]].shape) != 4:
             return None
     return student.features[-1], teacher.features[-1]

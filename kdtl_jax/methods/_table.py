@@ -13,7 +13,8 @@ from kdtl_jax.methods import (
     _relations,
     _tokens,
 )
-from kdtl_jax.methods._setup import Method, Setup
+from kdtl_jax.methods._method import Method
+from kdtl_jax.methods._setup import Setup
 
 
 class Entry(NamedTuple):

@@ -13,7 +13,8 @@ from kdtl_jax import connectors, losses
 from kdtl_jax._types import Outputs, Params
 from kdtl_jax.methods import _layers
 from kdtl_jax.methods._layers import by_example, pairwise
-from kdtl_jax.methods._setup import Method, Pair, Setup, method
+from kdtl_jax.methods._method import Method, method
+from kdtl_jax.methods._setup import Pair, Setup
 from kdtl_jax.objective import Inputs
 
 RELATION_HEADS = 12

@@ -16,7 +16,6 @@ from kdtl_jax.run.report._results import Versus as Versus
 from kdtl_jax.run.report._results import compared as compared
 from kdtl_jax.run.report._results import environment as environment
 from kdtl_jax.run.report._results import interval as interval
-from kdtl_jax.run.report._results import json_text as json_text
 from kdtl_jax.run.report._results import ranked as ranked
 from kdtl_jax.run.report._results import to_json as to_json
 from kdtl_jax.run.report._results import versus as versus

@@ -19,7 +19,6 @@ seed by seed (both methods of a seed share data and teacher). `seconds` is the w
 seeds and settings of a method, compilation included. A number that is not finite is null.
 """
 
-import json
 import math
 import os
 import platform
@@ -31,6 +30,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from scipy.special import stdtrit
+
+from kdtl_jax import _files
 
 SCHEMA_VERSION = 1
 
@@ -126,36 +127,9 @@ def ranked(values: Sequence[float]) -> list[int]:
     return sorted(range(len(keys)), key=lambda i: -keys[i])
 
 
-def json_text(record: Any, *, indent: int | None = None) -> str:
-    """A record as JSON text; never refuses, so that what was computed is not lost at the end.
-
-    NumPy and JAX values become numbers and lists, numbers that are not finite null, text that is
-    not UTF-8 (names of files) gets its bytes escaped, and anything else becomes its `str`.
-    """
-    return json.dumps(_plain(record), indent=indent, ensure_ascii=False, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {_text(str(name)): _plain(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        return _plain(np.asarray(value).tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (bool, int)):
-        return value
-    return _text(str(value))
-
-
-def _text(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def to_json(results: Results) -> dict[str, Any]:
     """The content of `results.json` (see the module's first lines)."""
-    return _plain(_record(results))
+    return _files.as_json(_record(results))
 
 
 def _record(results: Results) -> dict[str, Any]:

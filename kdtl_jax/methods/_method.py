@@ -1,0 +1,130 @@
+"""What a method is, and what methods share: masks, keys, schedules, requirements."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from kdtl_jax._types import Outputs, Params, PyTree, Scalar, Schedule
+from kdtl_jax.methods._setup import Head, Setup
+from kdtl_jax.objective import Inputs, TermsFn
+
+Weight = Scalar | Schedule
+Predict = Callable[[Params, PyTree, Outputs], Array]
+
+
+class Method(NamedTuple):
+    """A method for one pair of models.
+
+    `terms` and `weights` go to `train.make_step`, `connectors(key)` and `memory(key)` to
+    `train.init_state`.
+    """
+
+    terms: TermsFn  # {"task": ..., and the method's own}
+    weights: Mapping[str, Weight]  # the paper's, or its authors' code's
+    connectors: Callable[[Array], Params]  # key -> parameters, {} without connectors
+    memory: Callable[[Array], PyTree]  # key -> memory, None without one
+    # (connectors, memory, the student's outputs) -> logits at inference, where connectors take
+    # part in the prediction. None: the student's own logits.
+    predict: Predict | None = None
+
+
+def no_connectors(key: Array) -> Params:
+    """`Method.connectors` of a method that trains the student alone."""
+    return {}
+
+
+def no_memory(key: Array) -> PyTree:
+    """`Method.memory` of a method that remembers nothing."""
+    return None
+
+
+def method(
+    setup: Setup,
+    terms: TermsFn,
+    weights: Mapping[str, Weight],
+    *,
+    connectors: Callable[[Array], Params] = no_connectors,
+    memory: Callable[[Array], PyTree] = no_memory,
+    predict: Predict | None = None,
+) -> Method:
+    """A `Method` of the given distillation terms; the setup's task is added to them.
+
+    For methods of your own: what it returns is used as any published method is.
+    """
+
+    def with_task(inputs: Inputs) -> Any:
+        found, task = terms(inputs), setup.task(inputs)
+        assert not isinstance(task, tuple), "a task keeps no memory"
+        if isinstance(found, tuple):
+            return {**task, **found[0]}, found[1]
+        return {**task, **found}
+
+    return Method(with_task, weights, connectors, memory, predict)
+
+
+def alone(setup: Setup) -> Method:
+    """The task without a teacher: the baseline of every comparison."""
+    return method(setup, lambda inputs: {}, {"task": 1.0})
+
+
+def real(inputs: Inputs) -> Array | None:
+    """Which examples are real, `[B]`: those whose weight is not 0. None where all are."""
+    weights = inputs.batch.get("weights")
+    return None if weights is None else weights != 0
+
+
+def count(x: Array, where: Array | None) -> Array | int:
+    """How many examples are real, at least 1, in x's dtype."""
+    return len(x) if where is None else jnp.maximum(jnp.sum(where, dtype=x.dtype), 1)
+
+
+def key_and_step(inputs: Inputs) -> tuple[Array, Array]:
+    """The step's random key and number, which every step of `train` gives its terms."""
+    assert inputs.key is not None and inputs.step is not None
+    return inputs.key, inputs.step
+
+
+def exclusive_classes(setup: Setup) -> None:
+    """Refuses sigmoid heads, whose logits are no distribution over classes.
+
+    Raises:
+      ValueError: if the classes do not exclude each other.
+    """
+    if not setup.exclusive:
+        raise ValueError(
+            "needs two or more classes that exclude each other (softmax); for sigmoid heads use "
+            "binary_kd"
+        )
+
+
+def needs_teacher_head(setup: Setup) -> Head:
+    """The teacher's linear classifier.
+
+    Raises:
+      ValueError: if it is not known.
+    """
+    if setup.teacher_head is None:
+        raise ValueError(
+            "needs the teacher's classifier (a linear head), which this teacher does not show"
+        )
+    return setup.teacher_head
+
+
+def schedule(made: optax.Schedule) -> Schedule:
+    """An optax schedule of a float step: its divisions pass strict promotion."""
+    return lambda step: jnp.asarray(made(jnp.asarray(step, jnp.float32)))
+
+
+def warmed_up(weight: float, setup: Setup) -> Schedule:
+    """0 to `weight` over the first 20 of 240 parts of the run, mdistiller's epochs."""
+    return schedule(optax.linear_schedule(0.0, weight, max(round(20 / 240 * setup.steps), 1)))
+
+
+def cooled_down(weight: float, setup: Setup) -> Schedule:
+    """`weight`, and over the last 90 of 240 parts of the run down to 0 along a half cosine."""
+    start = round(150 / 240 * setup.steps)
+    decay = optax.cosine_decay_schedule(weight, max(setup.steps - start, 1))
+    return schedule(optax.join_schedules([optax.constant_schedule(weight), decay], [start]))
