@@ -155,6 +155,61 @@ def torch_one_after_another(
     return run
 
 
+def torch_together(live: bool, points: Any, data: Any, steps: int) -> Any:
+    """All MLP students in one compiled `torch.func` program, on one shared batch."""
+    import torch
+    from torch import func
+    from torch.nn import functional as F
+
+    students = sweep.size(points)
+    x = torch.tensor(np.array(data["inputs"]))
+    y = torch.tensor(np.array(data["labels"])).long()
+    soft = torch.tensor(np.array(data["teacher"]["logits"]))
+    temperatures = torch.tensor(np.array(points["temperature"]))
+
+    def weights(sizes: list[int], lead: tuple[int, ...]) -> list[Any]:
+        return [
+            torch.randn(*lead, *shape) * scale
+            for i, o in zip(sizes, sizes[1:], strict=False)
+            for shape, scale in (((i, o), i**-0.5), ((o,), 0.0))
+        ]
+
+    def forward(params: list[Any], x: Any) -> Any:
+        *hidden, kernel, bias = params
+        for w, b in zip(hidden[::2], hidden[1::2], strict=True):
+            x = torch.relu(x @ w + b)
+        return x @ kernel + bias
+
+    def loss(params: list[Any], temperature: Any, x: Any, y: Any, taught: Any) -> Any:
+        logits = forward(params, x)
+        log_s = F.log_softmax(logits / temperature, -1)
+        log_t = F.log_softmax(taught / temperature, -1)
+        kd = (log_t.exp() * (log_t - log_s)).sum(-1).mean() * temperature**2
+        return 0.9 * kd + 0.1 * F.cross_entropy(logits, y)
+
+    gradients = func.vmap(func.grad_and_value(loss), in_dims=(0, 0, None, None, None))
+    large = weights([64, 256, 256, 10], ())
+
+    @torch.compile
+    def step(params: list[Any], momenta: list[Any], x: Any, y: Any, taught: Any) -> Any:
+        taught = forward(large, x) if live else taught
+        grads, values = gradients(params, temperatures, x, y, taught)
+        momenta = [MOMENTUM * m + g for m, g in zip(momenta, grads, strict=True)]
+        return [p - RATE * m for p, m in zip(params, momenta, strict=True)], momenta, values
+
+    def run() -> Any:
+        torch.set_num_threads(os.cpu_count() or 1)
+        params = weights([64, 32, 10], (students,))
+        momenta, values = [torch.zeros_like(p) for p in params], None
+        with torch.no_grad():
+            for i in range(steps):
+                rows = slice(i * BATCH, (i + 1) * BATCH)
+                params, momenta, values = step(params, momenta, x[rows], y[rows], soft[rows])
+        return values
+
+    return run
+
+
 def measure(kind: str, rounds: int) -> list[dict[str, Any]]:
     rng, (k1, k2) = np.random.default_rng(0), jax.random.split(jax.random.key(0))
     steps = 50 if kind == "mlp" else 5
@@ -182,14 +237,22 @@ def measure(kind: str, rounds: int) -> list[dict[str, Any]]:
             init, model, teacher, points, given, arrays, index
         )
         run = experiment(init, model, teacher)
-        for runner in (sweep.vectorized, sweep.mapped, sweep.sequential):
-            every = runner(run)
-            forms[f"{name}: {runner.__name__}"] = lambda every=every, given=given, arrays=arrays: (
+        programs = {
+            "vmap": sweep.vmap(run),
+            "map": sweep.map(run),
+            "sequential": sweep.sequential(run),
+        }
+        for form, every in programs.items():
+            forms[f"{name}: sweep.{form}"] = lambda every=every, given=given, arrays=arrays: (
                 jax.block_until_ready(every(points, given, arrays, index))
             )
-        chosen = sweep.fastest(run, points, given, arrays, index).__name__
-        print(f"\n{kind}, {name} teacher: sweep.fastest chooses {chosen}")
+        chosen = sweep.fastest(list(programs.values()), points, given, arrays, index)
+        print(f"\n{kind}, {name} teacher: sweep.fastest chooses sweep.{list(programs)[chosen]}")
         try:
+            if kind == "mlp":
+                forms[f"{name}: torch.func vmap, compiled"] = torch_together(
+                    name == "live", points, {**data, "teacher": taught}, steps
+                )
             for threads in sorted({1, os.cpu_count() or 1}):
                 forms[f"{name}: torch eager, {threads} threads"] = torch_one_after_another(
                     kind, name == "live", threads, points, {**data, "teacher": taught}, steps

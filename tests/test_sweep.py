@@ -1,5 +1,6 @@
 """Sweeps: every runner and chunk gives the same numbers as one experiment after another."""
 
+import time
 from typing import Any
 
 import jax
@@ -55,20 +56,20 @@ def shared() -> tuple[Any, ...]:
 @pytest.fixture(scope="module")
 def one_after_another(shared: tuple[Any, ...]) -> np.ndarray:
     with jax.numpy_dtype_promotion("standard"):
-        out = sweep.run(_experiment, POINTS, *shared, runner=sweep.sequential)
+        out = sweep.sequential(_experiment)(POINTS, *shared)
     return np.asarray(out)
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("runner", [sweep.vectorized, sweep.mapped])
+@pytest.mark.parametrize("program", [sweep.vmap, sweep.map])
 @pytest.mark.parametrize("chunk", [None, 3])
-def test_runners_and_chunks_agree(
-    runner: sweep.Runner,
+def test_programs_and_chunks_agree(
+    program: Any,
     chunk: int | None,
     shared: tuple[Any, ...],
     one_after_another: np.ndarray,
 ) -> None:
-    got = sweep.run(_experiment, POINTS, *shared, runner=runner, chunk=chunk)
+    got = program(_experiment, chunk=chunk)(POINTS, *shared)
     assert got.shape == (8, 4)
     np.testing.assert_allclose(got, one_after_another, rtol=1e-4, atol=1e-6)
     assert len(np.unique(np.asarray(got)[:, -1])) == 8, "every point must matter"
@@ -94,13 +95,13 @@ def test_bad_sweeps_say_what_to_do() -> None:
         with pytest.raises(ValueError, match="'seed' must fit int32"):
             sweep.grid(seed=[seed])
     with pytest.raises(ValueError, match=r"single values at \['x/0', 'x/1'\].*jnp.asarray"):
-        sweep.run(lambda p: p["x"], {"x": [1.0, 2.0]})
+        sweep.vmap(lambda p: p["x"])({"x": [1.0, 2.0]})
     with pytest.raises(ValueError, match="loop over it in Python"):
         sweep.grid(method=["kd", "dkd"])
     with pytest.raises(ValueError, match="equally long"):
-        sweep.run(lambda p: p["a"], {"a": jnp.ones(2), "b": jnp.ones(3)})
+        sweep.vmap(lambda p: p["a"])({"a": jnp.ones(2), "b": jnp.ones(3)})
     with pytest.raises(ValueError, match="chunk must be at least 1"):
-        sweep.run(lambda p: p["a"], {"a": jnp.ones(2)}, chunk=0)
+        sweep.vmap(lambda p: p["a"], chunk=0)
 
 
 def test_a_sample_covers_every_axis_evenly() -> None:
@@ -125,7 +126,7 @@ def test_a_sample_covers_every_axis_evenly() -> None:
 def test_points_spread_over_devices(
     shared: tuple[Any, ...], one_after_another: np.ndarray, standard_promotion: None
 ) -> None:
-    got = sweep.run(_experiment, POINTS, *shared, devices=jax.devices()[:4])
+    got = sweep.vmap(_experiment, devices=jax.devices()[:4])(POINTS, *shared)
     np.testing.assert_allclose(got, one_after_another, rtol=1e-4, atol=1e-6)
     assert len(got.sharding.device_set) == 4
 
@@ -143,21 +144,50 @@ def test_the_chunk_follows_the_memory_budget(
         sweep.chunk_for_memory(wide, points, bytes=100)
 
 
-def test_the_fastest_runner_is_measured() -> None:
-    def slow(experiment: Any) -> Any:
-        run = sweep.mapped(experiment)
+def test_the_fastest_program_is_measured() -> None:
+    quick = sweep.vmap(lambda p: p["a"] * 2)
 
-        def every(*args: Any) -> Any:
-            import time
-
-            time.sleep(0.2)
-            return run(*args)
-
-        return every
+    def slow(points: sweep.Points, /, *shared: Any) -> Any:
+        time.sleep(0.2)
+        return quick(points, *shared)
 
     points = {"a": jnp.arange(8, dtype=jnp.float32)}
-    chosen = sweep.fastest(lambda p: p["a"] * 2, points, candidates=(slow, sweep.vectorized))
-    assert chosen is sweep.vectorized
+    assert sweep.fastest([slow, quick], points) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "compilations"),
+    [
+        (lambda f: sweep.vmap(f), 2),  # one per number of points
+        (lambda f: sweep.vmap(f, chunk=2), 1),
+        (lambda f: sweep.map(f, chunk=2), 1),
+        (lambda f: sweep.sequential(f), 1),
+    ],
+    ids=["vmap", "chunks", "mapped chunks", "sequential"],
+)
+def test_a_program_compiles_once_and_is_called_often(make: Any, compilations: int) -> None:
+    traces = []
+
+    def experiment(point: Any, offset: Any) -> Any:
+        traces.append(0)
+        return point["a"] + offset
+
+    program = make(experiment)
+    for n in (4, 7, 7, 4):
+        got = program({"a": np.arange(n, dtype=np.float32)}, jnp.float32(n))
+        np.testing.assert_array_equal(got, np.arange(n) + n)
+    assert len(traces) == compilations
+
+
+def test_keys_and_states_are_columns_too() -> None:
+    points = {"key": jax.random.split(jax.random.key(0), 5), "state": {"w": jnp.ones((5, 2))}}
+
+    def experiment(point: Any) -> Any:
+        return jax.random.normal(point["key"], (2,)) * point["state"]["w"]
+
+    for program in (sweep.vmap(experiment, chunk=2), sweep.map(experiment, chunk=3)):
+        want = jax.vmap(lambda k: jax.random.normal(k, (2,)))(points["key"])
+        np.testing.assert_allclose(program(points), want, rtol=1e-6)
 
 
 def test_successive_halving_keeps_the_best() -> None:
@@ -173,6 +203,16 @@ def test_successive_halving_keeps_the_best() -> None:
     assert result.survivors.tolist() == [2, 4]
     np.testing.assert_allclose(result.state, [1.2, 0.9], rtol=1e-6)
     assert np.isfinite(result.scores).sum(axis=1).tolist() == [4, 3, 2]
+    by_seed = sweep.successive_halving(
+        lambda p: jnp.zeros(()),
+        lambda state, p: state + p["rate"],
+        lambda state, p: jnp.stack([state, -state / 2]),
+        points,
+        rungs=2,
+        chunk=2,
+        devices=jax.devices()[:2],
+    )
+    assert by_seed.survivors.tolist() == [2, 4, 3] and by_seed.scores.shape == (2, 5, 2)
     with pytest.raises(ValueError, match="keep in"):
         sweep.successive_halving(jnp.sum, jnp.sum, jnp.sum, points, rungs=1, keep=0.0)
 

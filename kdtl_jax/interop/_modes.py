@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import jax
 
+from kdtl_jax import _jaxprs
+
 TRAINING = (
     "train", "training", "is_training", "is_train", "train_mode", "training_mode",
     "enable_dropout", "use_dropout", "apply_dropout",
@@ -117,17 +119,4 @@ def changes(function: Callable[[], Any], state: Any) -> bool:
 
 def draws(function: Callable[..., Any], *args: Any) -> bool:
     """Whether random bits are drawn anywhere in the traced function."""
-    return _has_random_bits(jax.make_jaxpr(function)(*args).jaxpr)
-
-
-def _has_random_bits(jaxpr: Any) -> bool:
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("random_bits", "threefry2x32"):
-            return True
-        for value in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns") and _has_random_bits(inner):
-                return True
-    return False
+    return not _jaxprs.primitives(function, *args).isdisjoint({"random_bits", "threefry2x32"})

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from kdtl_jax import _jaxprs
 from kdtl_jax.objective import Metrics
 from kdtl_jax.train._state import Batch, Step, TrainState
 
@@ -55,8 +56,8 @@ def step_path(step: Step, state: TrainState, batch: Batch, teacher_params: Any =
     """
     if jax.default_backend() != "cpu":
         return "scan"
-    traced = jax.make_jaxpr(step)(state, batch, teacher_params)
-    return "steps" if "conv_general_dilated" in str(traced) else "scan"
+    used = _jaxprs.primitives(step, state, batch, teacher_params)
+    return "steps" if "conv_general_dilated" in used else "scan"
 
 
 def epoch_path(
@@ -77,14 +78,11 @@ def jit_epoch(step: Step) -> Epoch:
     """
     scanned = jax.jit(scan_epoch(step), donate_argnums=0)
     one = jax.jit(lambda s, data, rows, t: step(s, take(data, rows), t), donate_argnums=0)
-    chosen: list[str] = []  # decided at the first call: a step has one path on one back end
 
     def epoch(
         state: TrainState, data: Batch, index: Array, teacher_params: Any = None
     ) -> tuple[TrainState, Metrics]:
-        if not chosen:
-            chosen.append(epoch_path(step, state, data, index.shape[1], teacher_params))
-        if chosen[0] == "scan":
+        if epoch_path(step, state, data, index.shape[1], teacher_params) == "scan":
             return scanned(state, data, index, teacher_params)
         collected = []
         for rows in np.asarray(index):

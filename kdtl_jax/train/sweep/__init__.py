@@ -4,28 +4,26 @@ An *experiment* is a pure function of one point, `experiment(point, *shared) -> 
 point is a dict of scalars (`{"seed": ..., "temperature": ...}`) and `shared` arrays are the same
 for all. Whatever is traceable can be swept: seeds, temperatures, loss weights, alpha, learning
 rates (`optax.sgd(point["rate"])` takes a traced rate). What must be static (widths, methods)
-is an ordinary Python loop around `run`.
+is an ordinary Python loop around it.
 
+    fit = sweep.vmap(experiment)                          # compiled once, called often
     points = sweep.grid(seed=range(8), temperature=[1.0, 4.0])
-    accuracy = sweep.run(experiment, points, data)        # every leaf [16, ...]
+    accuracy = fit(points, data)                          # every leaf [16, ...]
 """
 
 from kdtl_jax.train.sweep._halving import Halving as Halving
 from kdtl_jax.train.sweep._halving import successive_halving as successive_halving
+from kdtl_jax.train.sweep._measure import chunk_for_memory as chunk_for_memory
+from kdtl_jax.train.sweep._measure import fastest as fastest
+from kdtl_jax.train.sweep._measure import timings as timings
 from kdtl_jax.train.sweep._points import Points as Points
 from kdtl_jax.train.sweep._points import Range as Range
 from kdtl_jax.train.sweep._points import grid as grid
 from kdtl_jax.train.sweep._points import rows as rows
 from kdtl_jax.train.sweep._points import sample as sample
 from kdtl_jax.train.sweep._points import size as size
-from kdtl_jax.train.sweep._run import Experiment as Experiment
-from kdtl_jax.train.sweep._run import Runner as Runner
-from kdtl_jax.train.sweep._run import chunk_for_memory as chunk_for_memory
-from kdtl_jax.train.sweep._run import fastest as fastest
-from kdtl_jax.train.sweep._run import map as map
-from kdtl_jax.train.sweep._run import mapped as mapped
-from kdtl_jax.train.sweep._run import run as run
-from kdtl_jax.train.sweep._run import sequential as sequential
-from kdtl_jax.train.sweep._run import timings as timings
-from kdtl_jax.train.sweep._run import vectorized as vectorized
-from kdtl_jax.train.sweep._run import vmap as vmap
+from kdtl_jax.train.sweep._programs import Experiment as Experiment
+from kdtl_jax.train.sweep._programs import Program as Program
+from kdtl_jax.train.sweep._programs import map as map
+from kdtl_jax.train.sweep._programs import sequential as sequential
+from kdtl_jax.train.sweep._programs import vmap as vmap

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kdtl_jax._types import PyTree
 from kdtl_jax.train.sweep._points import Points, size
+from kdtl_jax.train.sweep._programs import taken, vmap
 
 
 class Halving(NamedTuple):
@@ -27,10 +27,13 @@ def successive_halving(
     *shared: Any,
     rungs: int,
     keep: float = 0.5,
+    chunk: int | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Halving:
     """Trains all points a little, keeps the best share, trains those further, and so on.
 
-    All survivors advance together as one vmapped program; each rung compiles once.
+    All survivors advance together, by `sweep.vmap`. Each rung has its own number of points and so
+    its own compilation; with `chunk` they share one.
 
     Args:
       start: `start(point, *shared) -> state`.
@@ -41,6 +44,8 @@ def successive_halving(
       *shared: what all points read.
       rungs: how many times survivors advance.
       keep: share kept after every rung but the last; at least one point always is.
+      chunk: as `sweep.vmap`.
+      devices: as `sweep.vmap`.
 
     Raises:
       ValueError: if `rungs < 1` or `keep` is not in (0, 1].
@@ -51,17 +56,19 @@ def successive_halving(
     """
     if rungs < 1 or not 0 < keep <= 1:
         raise ValueError(f"rungs must be at least 1 and keep in (0, 1], got {rungs}, {keep}.")
-    axes = (None,) * len(shared)
-    begin = jax.jit(jax.vmap(start, in_axes=(0, *axes)))
-    further = jax.jit(jax.vmap(advance, in_axes=(0, 0, *axes)))
-    judged = jax.jit(jax.vmap(score, in_axes=(0, 0, *axes)))
-    left = np.arange(size(points))
-    here = {name: jnp.asarray(column) for name, column in points.items()}
-    state = begin(here, *shared)
-    total, scores = len(left), np.empty(0)
+    begin = vmap(start, chunk=chunk, devices=devices)
+
+    def on(own: Any, *shared: Any) -> tuple[PyTree, Any]:
+        state = advance(own["state"], own["point"], *shared)
+        return state, score(state, own["point"], *shared)
+
+    further = vmap(on, chunk=chunk, devices=devices)
+    total = size(points)
+    left, here = np.arange(total), dict(points)
+    state, scores = begin(here, *shared), np.empty(0)
     for rung in range(rungs):
-        state = further(state, here, *shared)
-        found = np.asarray(judged(state, here, *shared), float)
+        state, found = further({"state": state, "point": here}, *shared)
+        found = np.asarray(found, float)
         if not rung:
             scores = np.full((rungs, total, *found.shape[1:]), np.nan)
         scores[rung, left] = found
@@ -69,9 +76,6 @@ def successive_halving(
         order = np.argsort(-np.where(np.isnan(mean), -np.inf, mean), kind="stable")
         if rung < rungs - 1:
             order = order[: max(1, int(np.ceil(keep * len(left))))]
-        left, state, here = left[order], *_take((state, here), order)
+        left, here = left[order], taken(here, order)
+        state = jax.tree.map(lambda leaf, order=order: leaf[order], state)
     return Halving(left, state, scores)
-
-
-def _take(tree: PyTree, order: Sequence[int] | np.ndarray) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf[order], tree)

@@ -11,7 +11,7 @@ from jax import Array
 
 from kdtl_jax._types import PyTree
 
-# `{name: [N]}`; for `run`, a column may be a whole pytree of arrays [N, ...].
+# `{name: [N]}`; a column may be a whole pytree of arrays [N, ...].
 Points = Mapping[str, Any]
 
 
@@ -33,13 +33,10 @@ def grid(**axes: Iterable[Any]) -> dict[str, Array]:
       ValueError: if an axis is empty, or its values are not numbers of one shape within int32.
       TypeError: if an axis is not a sequence.
     """
-    lists = {name: _listed("sweep.grid", name, values) for name, values in axes.items()}
+    lists = {name: _listed(name, values) for name, values in axes.items()}
     rows = list(itertools.product(*lists.values()))
     columns = zip(*rows, strict=True)
-    return {
-        name: _column("sweep.grid", name, column)
-        for name, column in zip(lists, columns, strict=True)
-    }
+    return {name: _column(name, column) for name, column in zip(lists, columns, strict=True)}
 
 
 def size(points: Points) -> int:
@@ -105,7 +102,7 @@ def rows(points: Points, results: PyTree) -> list[dict[str, Any]]:
     """One flat dict of Python numbers per point, for tables and CSV.
 
     Args:
-      points: as given to `run`.
+      points: as given to a program.
       results: as returned by it; array results with more axes contribute their last value.
     """
     columns = {name: np.asarray(column) for name, column in points.items()}
@@ -120,7 +117,7 @@ def rows(points: Points, results: PyTree) -> list[dict[str, Any]]:
 
 def _spread(name: str, axis: Range | Sequence[Any], unit: np.ndarray) -> Array:
     if not isinstance(axis, Range):
-        values = _column("sweep.sample", name, _listed("sweep.sample", name, axis))
+        values = _column(name, _listed(name, axis))
         return values[np.minimum((unit * len(values)).astype(int), len(values) - 1)]
     if not axis.low < axis.high or (axis.log and axis.low <= 0):
         need = "0 < low < high" if axis.log else "low < high"
@@ -130,7 +127,7 @@ def _spread(name: str, axis: Range | Sequence[Any], unit: np.ndarray) -> Array:
     return jnp.asarray(np.exp(value) if axis.log else value, jnp.float32)
 
 
-def _listed(fn: str, name: str, values: Any) -> list[Any]:
+def _listed(name: str, values: Any) -> list[Any]:
     if not np.iterable(values):
         raise TypeError(f"axis {name!r} must be a sequence, got {values!r}: give [{values!r}].")
     values = list(values)
@@ -139,7 +136,7 @@ def _listed(fn: str, name: str, values: Any) -> list[Any]:
     return values
 
 
-def _column(fn: str, name: str, values: Sequence[Any]) -> Array:
+def _column(name: str, values: Sequence[Any]) -> Array:
     shapes = sorted({np.shape(value) for value in values})
     if len(shapes) > 1:
         raise ValueError(f"the values of axis {name!r} must have one shape, got {shapes}.")

@@ -1,0 +1,113 @@
+"""Experiments as compiled programs: all points at once, mapped, one after another."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from kdtl_jax._types import PyTree
+from kdtl_jax.train.sweep._points import Points, size
+
+Experiment = Callable[..., PyTree]  # (point, *shared) -> arrays
+
+
+class Program(Protocol):
+    """`(points, *shared) -> results`, every leaf stacked along a leading axis `[N, ...]`."""
+
+    def __call__(self, points: Points, /, *shared: Any) -> PyTree: ...
+
+
+def vmap(
+    experiment: Experiment, *, chunk: int | None = None, devices: Sequence[Any] | None = None
+) -> Program:
+    """All points at once: small matrix products become one batched product.
+
+    Make it once and call it often: calls with equally many points share one compilation, and with
+    `chunk` all calls do that have at least so many.
+
+    Args:
+      experiment: `experiment(point, *shared) -> pytree of arrays`.
+      chunk: points per call of the compiled program, to bound memory; the last chunk is filled up
+        with its first point. None runs all at once.
+      devices: spread every chunk's points over these devices (`jax.devices()`).
+
+    Raises:
+      ValueError: if the chunk is not positive; when called, if columns differ in length.
+    """
+
+    def every(points: Points, *shared: Any) -> PyTree:
+        return jax.vmap(lambda point: experiment(point, *shared))(points)
+
+    return _in_chunks(jax.jit(every), chunk, devices)
+
+
+def map(
+    experiment: Experiment, *, chunk: int | None = None, devices: Sequence[Any] | None = None
+) -> Program:
+    """One point after another within one program (`lax.map`): one point's memory.
+
+    Arguments are those of `vmap`; each device maps over its own points.
+    """
+
+    def every(points: Points, *shared: Any) -> PyTree:
+        return jax.lax.map(lambda point: experiment(point, *shared), points)
+
+    return _in_chunks(jax.jit(every), chunk, devices)
+
+
+def sequential(experiment: Experiment) -> Program:
+    """One call of the compiled experiment per point: the program no other may be slower than."""
+    compiled = jax.jit(experiment)
+
+    def every(points: Points, /, *shared: Any) -> PyTree:
+        results = [
+            compiled(jax.tree.map(lambda x, i=i: x[i], dict(points)), *shared)
+            for i in range(size(points))
+        ]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+    return every
+
+
+def taken(points: Points, index: np.ndarray) -> dict[str, Any]:
+    """The points of the given rows."""
+    return jax.tree.map(lambda x: x[index], dict(points))
+
+
+def _in_chunks(
+    every: Callable[..., PyTree], chunk: int | None, devices: Sequence[Any] | None
+) -> Program:
+    """`every` on equally many points per call: one shape, one compilation."""
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}.")
+    many = 1 if devices is None else len(devices)
+    placed = jnp.asarray
+    if devices is not None:
+        mesh = Mesh(np.array(devices, dtype=object), ("points",), axis_types=(AxisType.Auto,))
+        placed = partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("points")))
+
+    def program(points: Points, /, *shared: Any) -> PyTree:
+        total = size(points)
+        columns = jax.tree.map(_on_host, dict(points))
+        width = -(-min(chunk or total, total) // many) * many  # a multiple of the devices
+        parts = []
+        for start in range(0, total, width):
+            index = np.arange(start, start + width)
+            index[index >= total] = start
+            here = columns if width == total else taken(columns, index)
+            part = every(jax.tree.map(placed, here), *shared)
+            kept = min(width, total - start)
+            parts.append(part if kept == width else jax.tree.map(lambda x, n=kept: x[:n], part))
+        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+    return program
+
+
+def _on_host(column: Any) -> Any:
+    """Where any chunk can be cut out of it; PRNG keys stay what they are."""
+    is_key = hasattr(column, "dtype") and jnp.issubdtype(column.dtype, jax.dtypes.prng_key)
+    return column if is_key else np.asarray(column)
