@@ -209,7 +209,7 @@ def test_softmax_methods_refuse_sigmoid_heads(mlps: Pair) -> None:
         "logit_mse",
         "binary_kd",
     }
-    assert refused == softmax | {"srd"}
+    assert refused == softmax | {"srd", "uskd"}
 
 
 @pytest.mark.parametrize("labels", [1, 3])

@@ -18,7 +18,7 @@ NAMED = {entry.name: entry for entry in methods.table()}
 # Methods in which an example's value depends on others: relations, statistics of the batch, banks.
 BETWEEN = """
 dist mlld hint ridge_hint ickd pkd srd review ft ab ofd simkd srrl sp rkd pkt cc itrd info_nce
-dcd rrd
+dcd rrd uskd
 """.split()
 # Those that draw at random: other rows alone draw other numbers.
 DRAWN = ["crd", "mgd", "jacobian"]

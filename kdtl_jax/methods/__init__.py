@@ -28,6 +28,7 @@ from kdtl_jax.methods._classes import skew_reverse_kl as skew_reverse_kl
 from kdtl_jax.methods._classes import symmetric_kl as symmetric_kl
 from kdtl_jax.methods._classes import tf_kd as tf_kd
 from kdtl_jax.methods._classes import total_variation as total_variation
+from kdtl_jax.methods._classes import uskd as uskd
 from kdtl_jax.methods._features import ab as ab
 from kdtl_jax.methods._features import cosine as cosine
 from kdtl_jax.methods._features import fsp as fsp

@@ -8,13 +8,16 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import optax
 from jax import Array
 
-from kdtl_jax import losses
+from kdtl_jax import connectors, losses
 from kdtl_jax._types import Scalar
-from kdtl_jax.methods._logits import Logits, of_logits
-from kdtl_jax.methods._method import Method
+from kdtl_jax.methods import _layers
+from kdtl_jax.methods._logits import Logits, logits, of_logits
+from kdtl_jax.methods._method import Method, exclusive_classes, method
 from kdtl_jax.methods._setup import Setup
+from kdtl_jax.objective import Inputs
 
 
 def _half(setup: Setup, name: str, divergence: Callable[..., Array], temperature: Scalar) -> Method:
@@ -150,6 +153,40 @@ def tf_kd(setup: Setup, *, temperature: Scalar = 20.0, correct_probability: floa
         return {"kd": losses.kd_kl(x.student, virtual, temperature=temperature)}
 
     return of_logits(setup, terms, {"task": 0.1, "kd": 0.9})
+
+
+def uskd(setup: Setup) -> Method:
+    """The student as its own teacher: Zipf's law over the other classes, ranked by two heads.
+
+    Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, 2023 (2303.13005). In
+    place of the task (task 0): target 1, the cross-entropy weighted by
+    `p(y)^2 + 1 - mean p(y)^2`; others 0.1, a cross-entropy to `1 / rank`; weak 0.005, a linear
+    head on the first layer that learns labels smoothed by 0.1. Classes are ranked by the sum of
+    both heads' probabilities, as in the paper; the authors' code adds log-probabilities.
+    """
+    exclusive_classes(setup)
+    of_student = _layers.every(setup)[0][0]
+    shape = jax.eval_shape(_layers.as_vector, setup.student[of_student])
+    head = connectors.linear(setup.classes)
+
+    def terms(inputs: Inputs) -> dict[str, Array]:
+        x = logits(inputs)
+        weak = head.apply(inputs.connectors, _layers.as_vector(inputs.student[of_student]))
+        student, other = (losses.non_target_logits(z, x.labels) for z in (x.student, weak))
+        zipf = losses.zipf_targets(jax.nn.softmax(student) + jax.nn.softmax(other), x.labels)
+        weight = losses.uskd_weight(x.student, x.labels, where=x.where)
+        smooth = losses.virtual_teacher(
+            x.labels, setup.classes, correct_probability=0.9 + 0.1 / setup.classes
+        )
+        hard = optax.softmax_cross_entropy_with_integer_labels(x.student, x.labels)
+        return {
+            "target": jax.lax.stop_gradient(weight) * hard,
+            "others": losses.soft_cross_entropy(student, zipf.astype(student.dtype)),
+            "weak": losses.soft_cross_entropy(weak, smooth.astype(weak.dtype)),
+        }
+
+    weights = {"task": 0.0, "target": 1.0, "others": 0.1, "weak": 0.005}
+    return method(setup, terms, weights, connectors=lambda key: head.init(key, shape))
 
 
 def probability_shift(setup: Setup, *, temperature: Scalar = 4.0) -> Method:

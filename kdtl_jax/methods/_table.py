@@ -100,6 +100,7 @@ _TABLE = (
     *_entries(
         "features",
         (_features.hint, "FitNets hint of the middle layer", "Romero et al., 1412.6550, 2015"),
+        (_classes.uskd, "Universal self-KD", "Yang et al., 2303.13005, 2023"),
         (_features.cosine, "Cosine hint of every layer", "Sanh et al., 1910.01108, 2019"),
         (_features.vid, "Variational information", "Ahn et al., 1904.05835, 2019"),
         (_features.ickd, "Inter-channel correlation", "Liu et al., ICCV 2021"),
