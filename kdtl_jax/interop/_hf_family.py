@@ -61,7 +61,7 @@ class Family(NamedTuple):
     are no weights, `other_heads` of heads that are not built here: both are reported, not imported.
     `sides` says which config key is which side of which parameter, `depth` which key counts the
     layers, `per_layer` which keys hold a list with an entry per layer, `by_layers` which only
-    describe the layers there are.
+    describe the layers there are, `presence` which key says that a tensor is there.
     """
 
     model_types: tuple[str, ...]
@@ -80,6 +80,7 @@ class Family(NamedTuple):
     sides: Mapping[str, tuple[str, int]] = {}
     per_layer: tuple[str, ...] = ()
     by_layers: tuple[str, ...] = ()
+    presence: Mapping[str, str] = {}
 
 
 def dense(torch: str, jax: str, axes: Axes = linear) -> tuple[Rule, Rule]:
@@ -179,6 +180,9 @@ def described(family: Family | None, config: Config, tensors: Mapping[str, Any])
     for key, (path, axis) in family.sides.items():
         if path in flat:
             out[key] = int(flat[path].shape[axis])
+    for key, name in family.presence.items():
+        if prefix + name not in tensors:
+            out[key] = False
     if head is not None and head.classes is not None:
         _set_labels(out, int(tensors[head.classes].shape[0]))
     if family.depth is not None:

@@ -1,4 +1,4 @@
-"""Networks of images: ViT, ResNet."""
+"""Networks of images: ViT, DeiT, DINOv2, the towers of CLIP and SigLIP, ResNet."""
 
 from typing import Any
 
@@ -14,13 +14,14 @@ from kdtl_jax.interop._hf_config import (
     epsilon,
     flag,
     layers,
+    number,
     optional,
     share,
     sides,
 )
 from kdtl_jax.interop._hf_encoders import check_heads
-from kdtl_jax.interop._hf_family import Family, Found, Head, dense, norm
-from kdtl_jax.interop.naming import Rule, conv2d
+from kdtl_jax.interop._hf_family import Family, Found, Head, dense, embedding, norm
+from kdtl_jax.interop.naming import Rule, conv2d, linear
 
 
 def _image(v: dict[str, Any]) -> Any:
@@ -122,6 +123,198 @@ vit = Family(
     heads=(image_head("ViTForImageClassification"),),
     harmless="encoder_stride",
     other_heads=(r"decoder\..*", r"(.*\.)?embeddings\.mask_token", r"classifier\..*"),
+    depth="num_hidden_layers",
+    sides={"intermediate_size": ("layers_0/mlp/up/kernel", 1)},
+)
+
+
+def _deit(v: dict[str, Any], found: Found) -> models.ViT:
+    classes = found.classes("image")
+    classes = found.classes("distilled") if classes is None else classes
+    return _vit(v, found).clone(
+        classes=classes,
+        has_distillation_token=True,
+        has_distillation_head=found.classes("distilled") is not None,
+    )
+
+
+deit = vit._replace(
+    model_types=("deit",),
+    base="DeiTModel",
+    prefix="deit.",
+    body=(Rule("embeddings.distillation_token", "embeddings/distillation"), *vit.body),
+    build=_deit,
+    heads=(
+        Head(
+            "distilled",
+            ("DeiTForImageClassificationWithTeacher",),
+            (
+                *dense("cls_classifier", "head"),
+                *dense("distillation_classifier", "distillation_head"),
+            ),
+            classes="cls_classifier.weight",
+        ),
+        image_head("DeiTForImageClassification"),
+    ),
+    other_heads=(*vit.other_heads, r"(cls|distillation)_classifier\..*"),
+)
+
+
+def _dinov2(v: dict[str, Any], found: Found) -> models.Dinov2:
+    if v["image_size"][0] != v["image_size"][1]:
+        raise ValueError("config.json: image_size of a 'dinov2' model must be a square.")
+    hidden = int(v["hidden_size"] * v["mlp_ratio"])
+    if v["use_swiglu_ffn"]:
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+    return models.Dinov2(
+        width=v["hidden_size"],
+        layers=v["num_hidden_layers"],
+        heads=check_heads(v["hidden_size"], v["num_attention_heads"]),
+        hidden=hidden,
+        patch=one_or_two(v["patch_size"]),
+        grid=grid_of(v),
+        classes=found.classes("image"),
+        is_gated=v["use_swiglu_ffn"],
+        activation=v["hidden_act"],
+        norm_epsilon=v["layer_norm_eps"],
+        qkv_bias=v["qkv_bias"],
+        dropout=v["hidden_dropout_prob"],
+        attention_dropout=v["attention_probs_dropout_prob"],
+    )
+
+
+dinov2 = Family(
+    ("dinov2",),
+    "Dinov2Model",
+    "dinov2.",
+    (
+        *PATCH_FIELDS,
+        number("mlp_ratio", 4, most=64),
+        activation("hidden_act", "gelu"),
+        epsilon("layer_norm_eps", 1e-6),
+        flag("qkv_bias", True),
+        flag("use_swiglu_ffn", False),
+        share("hidden_dropout_prob", 0.0),
+        choice("drop_path_rate", 0.0, 0),
+    ),
+    (
+        *vit_embeddings,
+        *vit_layer,
+        *norm(f"{_vit_layer}.norm1", "layers_{i}/attention_norm"),
+        Rule(f"{_vit_layer}.layer_scale1.lambda1", "layers_{i}/attention_scale"),
+        *norm(f"{_vit_layer}.norm2", "layers_{i}/mlp_norm"),
+        Rule(f"{_vit_layer}.layer_scale2.lambda1", "layers_{i}/mlp_scale"),
+        *dense(f"{_vit_layer}.mlp.fc1", "layers_{i}/mlp/up"),
+        *dense(f"{_vit_layer}.mlp.fc2", "layers_{i}/mlp/down"),
+        *dense(f"{_vit_layer}.mlp.weights_in", "layers_{i}/gated_mlp/gate_up"),
+        *dense(f"{_vit_layer}.mlp.weights_out", "layers_{i}/gated_mlp/down"),
+        *norm("layernorm", "norm"),
+    ),
+    _dinov2,
+    _image,
+    heads=(image_head("Dinov2ForImageClassification"),),
+    # These initialize, mask in pretraining, or say which feature maps a backbone returns.
+    harmless="layerscale_value use_mask_token apply_layernorm reshape_hidden_states "
+    "out_features out_indices stage_names",
+    other_heads=(r"(.*\.)?embeddings\.mask_token", r"classifier\..*"),
+    depth="num_hidden_layers",
+    by_layers=("out_features", "out_indices", "stage_names"),
+    presence={"use_mask_token": "embeddings.mask_token"},
+)
+
+_tower_layer = "encoder.layers.{i}"
+_tower_body = (
+    *embedding("embeddings.position_embedding", "embeddings/positions"),
+    *dense("embeddings.patch_embedding", "embeddings/patches", conv2d),
+    *dense(f"{_tower_layer}.self_attn.q_proj", "layers_{i}/attention/query"),
+    *dense(f"{_tower_layer}.self_attn.k_proj", "layers_{i}/attention/key"),
+    *dense(f"{_tower_layer}.self_attn.v_proj", "layers_{i}/attention/value"),
+    *dense(f"{_tower_layer}.self_attn.out_proj", "layers_{i}/attention/out"),
+    *norm(f"{_tower_layer}.layer_norm1", "layers_{i}/attention_norm"),
+    *dense(f"{_tower_layer}.mlp.fc1", "layers_{i}/mlp/up"),
+    *dense(f"{_tower_layer}.mlp.fc2", "layers_{i}/mlp/down"),
+    *norm(f"{_tower_layer}.layer_norm2", "layers_{i}/mlp_norm"),
+    *norm("post_layernorm", "norm"),
+)
+_TOWER_FIELDS = (
+    *(field for field in PATCH_FIELDS if field.key != "attention_probs_dropout_prob"),
+    count("intermediate_size"),
+    share("attention_dropout", 0.0),
+)
+
+
+def _tower_of(v: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "width": v["hidden_size"],
+        "layers": v["num_hidden_layers"],
+        "heads": check_heads(v["hidden_size"], v["num_attention_heads"]),
+        "hidden": v["intermediate_size"],
+        "patch": one_or_two(v["patch_size"]),
+        "grid": grid_of(v),
+        "activation": v["hidden_act"],
+        "norm_epsilon": v["layer_norm_eps"],
+        "attention_dropout": v["attention_dropout"],
+    }
+
+
+def _clip_vision(v: dict[str, Any], found: Found) -> models.ClipVision:
+    projection = found.shapes.get("visual_projection.weight")
+    return models.ClipVision(**_tower_of(v), projection=projection and projection[0])
+
+
+clip_vision = Family(
+    ("clip_vision_model",),
+    "CLIPVisionModel",
+    "vision_model.",
+    (*_TOWER_FIELDS, activation("hidden_act", "quick_gelu"), epsilon("layer_norm_eps", 1e-5)),
+    (
+        Rule("embeddings.class_embedding", "embeddings/cls"),
+        *_tower_body,
+        *norm("pre_layrnorm", "first_norm"),
+    ),
+    _clip_vision,
+    _image,
+    heads=(
+        Head(
+            "projection",
+            ("CLIPVisionModelWithProjection",),
+            (Rule("visual_projection.weight", "projection/kernel", linear),),
+        ),
+    ),
+    harmless="projection_dim",
+    buffers=(r"(.*\.)?embeddings\.position_ids",),
+    depth="num_hidden_layers",
+    sides={"intermediate_size": ("layers_0/mlp/up/kernel", 1)},
+)
+
+
+def _siglip_vision(v: dict[str, Any], found: Found) -> models.SiglipVision:
+    return models.SiglipVision(**_tower_of(v), has_pooler=v["vision_use_head"])
+
+
+siglip_vision = Family(
+    ("siglip_vision_model",),
+    "SiglipVisionModel",
+    "vision_model.",
+    (
+        *_TOWER_FIELDS,
+        activation("hidden_act", "gelu_pytorch_tanh"),
+        epsilon("layer_norm_eps", 1e-6),
+        flag("vision_use_head", True),
+    ),
+    (
+        *_tower_body,
+        Rule("head.probe", "pooler/probe"),
+        Rule("head.attention.in_proj_weight", "pooler/qkv/kernel", linear),
+        Rule("head.attention.in_proj_bias", "pooler/qkv/bias"),
+        *dense("head.attention.out_proj", "pooler/out"),
+        *norm("head.layernorm", "pooler/norm"),
+        *dense("head.mlp.fc1", "pooler/mlp/up"),
+        *dense("head.mlp.fc2", "pooler/mlp/down"),
+    ),
+    _siglip_vision,
+    _image,
+    buffers=(r"(.*\.)?embeddings\.position_ids",),
     depth="num_hidden_layers",
     sides={"intermediate_size": ("layers_0/mlp/up/kernel", 1)},
 )

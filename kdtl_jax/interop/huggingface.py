@@ -72,6 +72,10 @@ FAMILIES: tuple[Family, ...] = (
     _hf_causal.mistral,
     _hf_causal.qwen2,
     _hf_vision.vit,
+    _hf_vision.deit,
+    _hf_vision.dinov2,
+    _hf_vision.clip_vision,
+    _hf_vision.siglip_vision,
     _hf_vision.resnet,
 )
 

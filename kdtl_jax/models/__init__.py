@@ -31,4 +31,7 @@ from kdtl_jax.models._small_networks import MLP as MLP
 from kdtl_jax.models._small_networks import Conv3x3 as Conv3x3
 from kdtl_jax.models._small_networks import cnn as cnn
 from kdtl_jax.models._small_networks import mlp as mlp
+from kdtl_jax.models._vit import ClipVision as ClipVision
+from kdtl_jax.models._vit import Dinov2 as Dinov2
+from kdtl_jax.models._vit import SiglipVision as SiglipVision
 from kdtl_jax.models._vit import ViT as ViT

@@ -121,17 +121,26 @@ class FusedSelfAttention(nn.Module):
 
     heads: int
     dropout: float = 0.0
+    use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: Array, where: Array | None, train: bool = False) -> Array:
-        fused = nn.Dense(3 * x.shape[-1], name="qkv")(x)
+    def __call__(
+        self,
+        x: Array,
+        where: Array | None,
+        train: bool = False,
+        rotate: Callable[[Array], Array] | None = None,
+    ) -> Array:
+        fused = nn.Dense(3 * x.shape[-1], use_bias=self.use_bias, name="qkv")(x)
         query, key, value = (
             part.reshape(*x.shape[:2], self.heads, -1) for part in jnp.split(fused, 3, axis=-1)
         )
+        if rotate is not None:
+            query, key = rotate(query), rotate(key)
         probs, mix = attend(query, key, value, where)
         self.sow("intermediates", "probs", probs)
         probs = nn.Dropout(self.dropout, deterministic=not train)(probs)
-        return nn.Dense(x.shape[-1], name="out")(mix(probs))
+        return nn.Dense(x.shape[-1], use_bias=self.use_bias, name="out")(mix(probs))
 
 
 class FeedForward(nn.Module):
@@ -159,6 +168,22 @@ class GatedFeedForward(nn.Module):
         gate = self.activation(nn.Dense(self.hidden, use_bias=self.use_bias, name="gate")(x))
         up = nn.Dense(self.hidden, use_bias=self.use_bias, name="up")(x)
         y = nn.Dropout(self.dropout, deterministic=not train)(gate * up)
+        return nn.Dense(x.shape[-1], use_bias=self.use_bias, name="down")(y)
+
+
+class FusedGatedFeedForward(nn.Module):
+    """`down(activation(first half) * second half)` of one projection."""
+
+    hidden: int
+    activation: Activation
+    use_bias: bool = True
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        both = nn.Dense(2 * self.hidden, use_bias=self.use_bias, name="gate_up")(x)
+        gate, up = jnp.split(both, 2, axis=-1)
+        y = nn.Dropout(self.dropout, deterministic=not train)(self.activation(gate) * up)
         return nn.Dense(x.shape[-1], use_bias=self.use_bias, name="down")(y)
 
 

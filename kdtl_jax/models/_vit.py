@@ -1,25 +1,38 @@
-"""The Vision Transformer as a Linen module."""
+"""Vision Transformers as Linen modules: ViT, DeiT, DINOv2, and the towers of CLIP and SigLIP."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax.models._blocks import Activation, FeedForward, SelfAttention, gelu, layer_norm
+from kdtl_jax.models._blocks import (
+    Activation,
+    FeedForward,
+    FusedGatedFeedForward,
+    SelfAttention,
+    attend,
+    gelu,
+    gelu_tanh,
+    layer_norm,
+    quick_gelu,
+)
 
 
 class ViTEmbeddings(nn.Module):
-    """Patches by a strided convolution, a class token, learned positions."""
+    """Patches by a strided convolution, class token (DeiT has a second one), learned positions."""
 
     width: int
     patch: tuple[int, int]
+    has_distillation_token: bool = False
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
         window = self.patch
         x = nn.Conv(self.width, window, window, padding="VALID", name="patches")(images)
         x = x.reshape(x.shape[0], -1, self.width)
-        cls = self.param("cls", nn.initializers.zeros_init(), (1, 1, self.width))
-        x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, self.width)), x], axis=1)
+        for name in ("distillation", "cls") if self.has_distillation_token else ("cls",):
+            token = self.param(name, nn.initializers.zeros_init(), (1, 1, self.width))
+            x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, self.width)), x], axis=1)
         shape = (1, x.shape[1], self.width)
         return x + self.param("positions", nn.initializers.normal(0.02), shape)
 
@@ -48,12 +61,13 @@ class ViTLayer(nn.Module):
 
 
 class ViT(nn.Module):
-    """A Vision Transformer with class token.
+    """A Vision Transformer with class token, as ViT and DeiT are.
 
     Inputs: images `[B, H, W, C]`, sides divisible by `patch`.
     Outputs: `last_hidden` `[B, 1 + patches, width]` (after the last norm), `pooled` with a
     pooler, `logits` `[B, classes]` with a head. Taps: `embeddings`, `layers_0` …,
-    `layers_0/attention/probs`.
+    `layers_0/attention/probs`. With two heads `logits` is the mean of `class_logits` and
+    `distillation_logits`.
 
     Attributes:
       patch: side of a patch, or its height and width.
@@ -61,6 +75,8 @@ class ViT(nn.Module):
         another grid is refused, also where it has as many patches. None: the first image decides
         how many there are.
       pooler_width: None is `width`.
+      has_distillation_token: DeiT's second token, after the class token.
+      has_distillation_head: a second classifier, which reads that token.
     """
 
     width: int
@@ -78,11 +94,16 @@ class ViT(nn.Module):
     grid: tuple[int, int] | None = None
     pooled_activation: Activation = jnp.tanh
     pooler_width: int | None = None
+    has_distillation_token: bool = False
+    has_distillation_head: bool = False
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool = False) -> dict[str, Array]:
         patch = check_images(inputs, self.patch, self.grid)
-        x = ViTEmbeddings(self.width, patch, name="embeddings")(inputs)
+        embeddings = ViTEmbeddings(
+            self.width, patch, self.has_distillation_token, name="embeddings"
+        )
+        x = embeddings(inputs)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         for i in range(self.layers):
             x = ViTLayer(
@@ -103,7 +124,220 @@ class ViT(nn.Module):
             pooled = outputs["pooled"] = self.pooled_activation(dense(pooled))
         if self.classes is not None:
             outputs["logits"] = nn.Dense(self.classes, name="head")(pooled)
+        if self.classes is not None and self.has_distillation_head:
+            outputs["class_logits"] = outputs["logits"]
+            second = nn.Dense(self.classes, name="distillation_head")(x[:, 1])
+            outputs["distillation_logits"] = second
+            outputs["logits"] = (outputs["class_logits"] + second) / 2
         return outputs
+
+
+class Dinov2Layer(nn.Module):
+    """Pre-norm attention and feed-forward, each branch scaled per channel."""
+
+    heads: int
+    hidden: int
+    is_gated: bool
+    activation: Activation
+    norm_epsilon: float
+    qkv_bias: bool
+    dropout: float
+    attention_dropout: float
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        def scaled(name: str, y: Array) -> Array:
+            shape = (x.shape[-1],)
+            return y * self.param(name, nn.initializers.ones_init(), shape)[None, None]
+
+        attention = SelfAttention(
+            self.heads, use_bias=self.qkv_bias, dropout=self.attention_dropout, name="attention"
+        )
+        y = layer_norm(self.norm_epsilon, "attention_norm")(x)
+        y = nn.Dropout(self.dropout, deterministic=not train)(attention(y, None, train=train))
+        x = x + scaled("attention_scale", y)
+        y = layer_norm(self.norm_epsilon, "mlp_norm")(x)
+        if self.is_gated:
+            mlp = FusedGatedFeedForward(self.hidden, jax.nn.silu, name="gated_mlp")
+        else:
+            mlp = FeedForward(self.hidden, self.activation, name="mlp")
+        return x + scaled("mlp_scale", mlp(y))
+
+
+class Dinov2(nn.Module):
+    """DINOv2: a ViT with scaled branches; its classifier reads the class token and the mean patch.
+
+    Inputs and outputs as `ViT`; `pooled` is the class token after the last norm.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+    patch: int | tuple[int, int]
+    classes: int | None = None
+    is_gated: bool = False
+    activation: Activation = gelu
+    norm_epsilon: float = 1e-6
+    qkv_bias: bool = True
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    grid: tuple[int, int] | None = None
+
+    @nn.compact
+    def __call__(self, inputs: Array, *, train: bool = False) -> dict[str, Array]:
+        patch = check_images(inputs, self.patch, self.grid)
+        x = ViTEmbeddings(self.width, patch, name="embeddings")(inputs)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        for i in range(self.layers):
+            x = Dinov2Layer(
+                self.heads,
+                self.hidden,
+                self.is_gated,
+                self.activation,
+                self.norm_epsilon,
+                self.qkv_bias,
+                self.dropout,
+                self.attention_dropout,
+                name=f"layers_{i}",
+            )(x, train)
+        x = layer_norm(self.norm_epsilon, "norm")(x)
+        outputs = {"last_hidden": x, "pooled": x[:, 0]}
+        if self.classes is not None:
+            both = jnp.concatenate([x[:, 0], jnp.mean(x[:, 1:], axis=1)], axis=-1)
+            outputs["logits"] = nn.Dense(self.classes, name="head")(both)
+        return outputs
+
+
+class TowerEmbeddings(nn.Module):
+    """CLIP's and SigLIP's: patches, perhaps a class token, positions."""
+
+    width: int
+    patch: tuple[int, int]
+    has_class: bool
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        convolve = nn.Conv(
+            self.width,
+            self.patch,
+            self.patch,
+            padding="VALID",
+            use_bias=not self.has_class,
+            name="patches",
+        )
+        x = convolve(images)
+        x = x.reshape(x.shape[0], -1, self.width)
+        if self.has_class:
+            cls = self.param("cls", nn.initializers.normal(0.02), (self.width,))
+            first = jnp.broadcast_to(cls[None, None], (x.shape[0], 1, self.width))
+            x = jnp.concatenate([first, x], axis=1)
+        positions = nn.Embed(x.shape[1], self.width, name="positions")
+        return x + positions(jnp.arange(x.shape[1]))[None]
+
+
+class ClipVision(nn.Module):
+    """CLIP's vision tower.
+
+    Inputs as `ViT`. Outputs: `last_hidden` `[B, 1 + patches, width]` before the last norm, `pooled`
+    `[B, width]` (the class token after it), with a projection `image_embedding`.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+    patch: int | tuple[int, int]
+    projection: int | None = None
+    activation: Activation = quick_gelu
+    norm_epsilon: float = 1e-5
+    attention_dropout: float = 0.0
+    grid: tuple[int, int] | None = None
+
+    @nn.compact
+    def __call__(self, inputs: Array, *, train: bool = False) -> dict[str, Array]:
+        patch = check_images(inputs, self.patch, self.grid)
+        x = TowerEmbeddings(self.width, patch, True, name="embeddings")(inputs)
+        x = layer_norm(self.norm_epsilon, "first_norm")(x)
+        x = _tower(self, x, train)
+        pooled = layer_norm(self.norm_epsilon, "norm")(x[:, 0])
+        outputs = {"last_hidden": x, "pooled": pooled}
+        if self.projection is not None:
+            project = nn.Dense(self.projection, use_bias=False, name="projection")
+            outputs["image_embedding"] = project(pooled)
+        return outputs
+
+
+class AttentionPool(nn.Module):
+    """SigLIP's pooling: one learned query attends to all patches; then a feed-forward layer."""
+
+    heads: int
+    hidden: int
+    activation: Activation
+    norm_epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width = x.shape[-1]
+        probe = self.param("probe", nn.initializers.normal(0.02), (1, 1, width))
+        probe = jnp.broadcast_to(probe, (x.shape[0], 1, width))
+        # One matrix, as it is stored; the query reads its first third alone.
+        project = nn.Dense(3 * width, name="qkv")
+        query = jnp.split(project(probe), 3, axis=-1)[0]
+        _, key, value = jnp.split(project(x), 3, axis=-1)
+        query, key, value = (
+            part.reshape(*part.shape[:2], self.heads, -1) for part in (query, key, value)
+        )
+        probs, mix = attend(query, key, value, None)
+        y = nn.Dense(width, name="out")(mix(probs))
+        mlp = FeedForward(self.hidden, self.activation, name="mlp")
+        return (y + mlp(layer_norm(self.norm_epsilon, "norm")(y)))[:, 0]
+
+
+class SiglipVision(nn.Module):
+    """SigLIP's vision tower: no class token, attention pooling.
+
+    Inputs as `ViT`. Outputs: `last_hidden` `[B, patches, width]` after the last norm, and `pooled`.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+    patch: int | tuple[int, int]
+    has_pooler: bool = True
+    activation: Activation = gelu_tanh
+    norm_epsilon: float = 1e-6
+    attention_dropout: float = 0.0
+    grid: tuple[int, int] | None = None
+
+    @nn.compact
+    def __call__(self, inputs: Array, *, train: bool = False) -> dict[str, Array]:
+        patch = check_images(inputs, self.patch, self.grid)
+        x = TowerEmbeddings(self.width, patch, False, name="embeddings")(inputs)
+        x = layer_norm(self.norm_epsilon, "norm")(_tower(self, x, train))
+        outputs = {"last_hidden": x}
+        if self.has_pooler:
+            pool = AttentionPool(
+                self.heads, self.hidden, self.activation, self.norm_epsilon, name="pooler"
+            )
+            outputs["pooled"] = pool(x)
+        return outputs
+
+
+def _tower(module: ClipVision | SiglipVision, x: Array, train: bool) -> Array:
+    for i in range(module.layers):
+        x = ViTLayer(
+            module.heads,
+            module.hidden,
+            module.activation,
+            module.norm_epsilon,
+            qkv_bias=True,
+            dropout=0.0,
+            attention_dropout=module.attention_dropout,
+            name=f"layers_{i}",
+        )(x, train)
+    return x
 
 
 def check_images(
