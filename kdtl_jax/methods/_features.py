@@ -158,7 +158,7 @@ def srd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
     """`log sum_d |P f_S - f_T|^4` of what the heads read, batch-normalized, beside KD at T = 1.
 
     Miles and Mikolajczyk, The Role of the Projector, 2023 (2303.11098). The student is projected
-    linearly. Task 1, srd 1, kd 1: the paper and torchdistill.
+    linearly. Task 1, srd 1, kd 1, as torchdistill adds them.
     """
     exclusive_classes(setup)
     of_student, of_teacher = setup.last

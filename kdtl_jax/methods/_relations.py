@@ -84,7 +84,7 @@ def itrd(setup: Setup) -> Method:
     """`log2 sum_d |rho_d - 1|^3` of feature correlations rho, and mutual information.
 
     Miles, Rodriguez and Mikolajczyk, 2021 (2112.00459). The student is embedded linearly in the
-    teacher's width. Task 1, correlation 2, mutual 0.05: the authors' code. Published without the
+    teacher's width. Task 1, correlation 2, mutual 0.05: the distillers zoo. Published without the
     floor of 1e-12 under the logarithm, -inf at perfect correlation.
     """
     of_student, of_teacher = setup.last
