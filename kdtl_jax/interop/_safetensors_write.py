@@ -15,6 +15,7 @@ from kdtl_jax._types import PyTree
 from kdtl_jax.interop import _safetensors_header as _header
 
 Produce = Callable[[str], Any]  # name -> the array, or an iterator of vectors that make it up
+Beside = Callable[[Path], Mapping[str, bytes]]
 
 
 def save(path: str | Path, tree: PyTree, *, metadata: Mapping[str, str] | None = None) -> None:
@@ -92,8 +93,18 @@ def stream_sharded(
     *,
     max_bytes: int = 5_000_000_000,
     metadata: Mapping[str, str] | None = None,
+    beside: Beside | None = None,
 ) -> None:
     """`save_sharded` tensor by tensor; `specs` and `produce` as `stream`'s.
+
+    Args:
+      folder: the new folder.
+      specs: as `stream`'s.
+      produce: as `stream`'s.
+      max_bytes: of a file; a larger tensor has a file of its own.
+      metadata: of every file.
+      beside: `(folder) -> {name: content}`, called when all weights lie in the folder (which does
+        not have its name yet): other files to write, such as a configuration.
 
     Raises:
       FileExistsError: if the folder exists and is not empty.
@@ -115,6 +126,10 @@ def stream_sharded(
         whole = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         with atomic_file(part / _header.index_name) as file:
             file.write(json.dumps(whole, indent=1).encode())
+        for name, content in (beside(part) if beside else {}).items():
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(part / name) as file:
+                file.write(content)
 
 
 def _size(spec: Any) -> int:

@@ -28,6 +28,7 @@ from kdtl_jax._types import PyTree
 from kdtl_jax.interop import _safetensors_header as _header
 from kdtl_jax.interop._safetensors_header import Tensor as Tensor
 from kdtl_jax.interop._safetensors_header import index_name as index_name
+from kdtl_jax.interop._safetensors_header import json_file as json_file
 from kdtl_jax.interop._safetensors_write import save as save
 from kdtl_jax.interop._safetensors_write import save_sharded as save_sharded
 from kdtl_jax.interop._safetensors_write import stream as stream

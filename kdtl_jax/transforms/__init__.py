@@ -58,6 +58,7 @@ from kdtl_jax.transforms._lora import orthogonal_start as orthogonal_start
 from kdtl_jax.transforms._lora import pissa_start as pissa_start
 from kdtl_jax.transforms._lora import scale_by_rank as scale_by_rank
 from kdtl_jax.transforms._lora import scale_by_root_rank as scale_by_root_rank
+from kdtl_jax.transforms._leaves import refuse_codes as refuse_codes
 from kdtl_jax.transforms._low_rank import LowRank as LowRank
 from kdtl_jax.transforms._low_rank import factor_low_rank as factor_low_rank
 from kdtl_jax.transforms._low_rank import rank_for_energy as rank_for_energy

@@ -146,7 +146,9 @@ def karcher_mean(
     return _leaves.combine_leaves(formula, named, [by_leaf])
 
 
-def model_stock(base: Params, models: Sequence[Params], *, axis: int | None = None) -> Params:
+def model_stock(
+    base: Params, models: Sequence[Params], *, axis: int | None = None, floor: Scalar = 0.0
+) -> Params:
     """`t mean_i theta_i + (1 - t) base` with `t = N c / (1 + (N - 1) c)`.
 
     `c` is the mean cosine over pairs of task vectors: models that moved alike are trusted, models
@@ -158,6 +160,8 @@ def model_stock(base: Params, models: Sequence[Params], *, axis: int | None = No
       models: fine-tuned models, two or more.
       axis: None takes a leaf as one vector, else the axis along which its rows run, each
         with a ratio of its own (leaves of fewer axes are one vector).
+      floor: `c` divides by the product of two lengths, or by this if it is larger (squared units of
+        the weights). mergekit's 1e-6 pulls small changes back to the base.
 
     Returns:
       A tree with the structure and dtypes of the base.
@@ -175,7 +179,10 @@ def model_stock(base: Params, models: Sequence[Params], *, axis: int | None = No
     def formula(i: int, path: str, start: Array, *leaves: Array) -> Array:
         count, along = len(leaves), _row_axis(start, axis)
         deltas = [leaf - start for leaf in leaves]
-        cosines = [_cosine(deltas[j], deltas[k], along) for j in range(count) for k in range(j)]
+        least = _numerics.scalar(floor, start)
+        cosines = [
+            _cosine(deltas[j], deltas[k], along, least) for j in range(count) for k in range(j)
+        ]
         cosine = sum(cosines[1:], cosines[0]) / len(cosines)
         below = 1 + (count - 1) * cosine
         canceled = jnp.abs(below) < _CANCELED
@@ -193,10 +200,16 @@ def _row_axis(leaf: Array, axis: int | None) -> int | None:
     return axis
 
 
-def _cosine(a: Array, b: Array, axis: int | None) -> Array:
-    """Cosine, `[]` or with the row axis kept at length 1; 0 for zero vectors."""
-    dot = jnp.sum(_unit(a, axis) * _unit(b, axis), axis=axis, keepdims=axis is not None)
-    return jnp.clip(dot, -1, 1)
+def _cosine(a: Array, b: Array, axis: int | None, floor: Scalar = 0.0) -> Array:
+    """Cosine, `[]` or with the row axis kept at length 1; 0 for zero vectors.
+
+    It shrinks where the product of the lengths is below `floor`.
+    """
+    keep = axis is not None
+    cosine = jnp.clip(jnp.sum(_unit(a, axis) * _unit(b, axis), axis=axis, keepdims=keep), -1, 1)
+    product = flat_norm(a, axis, keepdims=keep) * flat_norm(b, axis, keepdims=keep)
+    small = product < floor
+    return jnp.where(small, cosine * product / jnp.where(small, floor, 1), cosine)
 
 
 def _slerp(a: Array, b: Array, t: Array, axis: int | None, threshold: float) -> Array:

@@ -1,10 +1,9 @@
 """`kdtl params`: weight surgery on safetensors files, streamed, with a report first.
 
 Every action reads headers, decides on names and shapes, prints a `Report`, and stops there: writing
-needs `--write`. Values then pass through in pieces of 4 MB, so memory holds pieces, not tensors. A
-merge that ranks, draws or measures within a tensor reads it several times for that; TIES over whole
-models reads all of them three times before it writes. Whole tensors are held where a shape changes,
-for matrix products (LoRA, `regmean`), and by such merges for tensors of double precision.
+needs `--write`. Values then pass through tensor by tensor; what is done entry by entry passes in
+pieces of 4 MB, and TIES over whole models reads all of them three times before it writes. A folder
+is written with the configuration and tokenizer of the first input, so that it opens.
 """
 
 from kdtl_jax.cli import Command

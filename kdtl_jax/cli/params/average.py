@@ -1,25 +1,22 @@
 """`kdtl params average`: `sum w theta / sum w`, the uniform soup without weights."""
 
-import argparse
+from dataclasses import dataclass
 
-from kdtl_jax.cli.params import _inputs, merge
-from kdtl_jax.cli.params._methods import METHODS, Options
+from kdtl_jax.cli.params import _checkpoints, merge
+from kdtl_jax.cli.params._checkpoints import Selection, Writing
+from kdtl_jax.cli.params._methods import Options
 
-EXAMPLE = "kdtl params average a.safetensors b.safetensors --weights 3,1 --write soup.safetensors"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `kdtl params average`."""
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="checkpoints of one structure")
-    parser.add_argument(
-        "--weights", type=_inputs.numbers, metavar="W,W", help="one per model (default: 1 each)"
-    )
-    merge.add_common(parser)
-    _inputs.show_example(parser, EXAMPLE)
+EXAMPLES = f"""
+kdtl params average a.safetensors b.safetensors --weights 3,1 --write soup.safetensors
+{_checkpoints.SELECTORS}"""
 
 
-def run(args: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class Settings(merge.Several, Selection, Writing):
+    """The weighted mean of several models."""
+
+
+def run(settings: Settings) -> int:
     """Reports, and writes if asked to."""
-    _inputs.required(args, EXAMPLE, "models")
-    models = [_inputs.opened(path) for path in args.models]
-    return merge.merged(args, METHODS["linear"], Options(weights=args.weights), None, models)
+    job = merge.several(settings, "linear", Options(weights=settings.weights), EXAMPLES)
+    return _checkpoints.finish(settings, "average", merge.rewrite(job))

@@ -1,17 +1,30 @@
 """`kdtl params diff`: names, shapes, dtypes, then how far the values are apart."""
 
-import argparse
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from kdtl_jax import trees
-from kdtl_jax.cli.params import _inputs, _rewrite
+from kdtl_jax.cli.params import _checkpoints
+from kdtl_jax.cli.params._checkpoints import Opened, Selection
 from kdtl_jax.interop import safetensors
 from kdtl_jax.interop.safetensors import Tensor
+from kdtl_jax.recipes.settings import setting
 
-EXAMPLE = "kdtl params diff before.safetensors after.safetensors --where 'encoder/.*'"
+EXAMPLES = f"""
+kdtl params diff before.safetensors after.safetensors --where 'encoder/.*'
+{_checkpoints.SELECTORS}"""
+
+
+@dataclass(frozen=True)
+class Settings(Selection):
+    """What differs between two checkpoints."""
+
+    source: str | None = setting(None, "a checkpoint", positional=True)
+    target: str | None = setting(None, "another", positional=True)
+    exit_code: bool = setting(False, "exit with 1 if anything differs, as git diff")
 
 
 class Distance(NamedTuple):
@@ -23,26 +36,15 @@ class Distance(NamedTuple):
     differing: int
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `kdtl params diff`."""
-    parser.add_argument("source", nargs="?", metavar="SOURCE", help="a checkpoint")
-    parser.add_argument("target", nargs="?", metavar="TARGET", help="another")
-    _inputs.add_where(parser, "compare these tensors of either")
-    parser.add_argument(
-        "--exit-code", action="store_true", help="exit with 1 if anything differs, as git diff"
-    )
-    _inputs.show_example(parser, EXAMPLE)
-
-
-def run(args: argparse.Namespace) -> int:
+def run(settings: Settings) -> int:
     """Prints the differences, and what is equal in one line."""
-    _inputs.required(args, EXAMPLE, "source", "target")
-    one, other = _inputs.opened(args.source), _inputs.opened(args.target)
+    one = _checkpoints.opened(settings.source, "SOURCE", EXAMPLES)
+    other = _checkpoints.opened(settings.target, "TARGET", EXAMPLES)
     both = one.specs | other.specs
-    chosen = trees.mask(both, _inputs.selected(args, both)) if both else {}
+    chosen = trees.mask(both, _checkpoints.selected(settings, both)) if both else {}
     names = sorted((path for path in both if chosen[path]), key=trees.natural_key)
     shared = [path for path in names if path in one.tensors and path in other.tensors]
-    done = _rewrite.progress(sum(one.tensors[p].stop - one.tensors[p].start for p in shared))
+    done = _checkpoints.progress(sum(one.tensors[p].stop - one.tensors[p].start for p in shared))
     rows = []
     for path in names:
         rows += _compared(path, one, other)
@@ -53,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {status:9} {path:<{width}}  {detail}".rstrip())
     different = len({path for _, path, _ in rows})
     print(f"{different} of {len(names)} tensors differ")
-    return 1 if args.exit_code and different else 0
+    return 1 if settings.exit_code and different else 0
 
 
-def _compared(path: str, one: _inputs.Opened, other: _inputs.Opened) -> list[tuple[str, str, str]]:
+def _compared(path: str, one: Opened, other: Opened) -> list[tuple[str, str, str]]:
     a, b = one.tensors.get(path), other.tensors.get(path)
     if a is None or b is None:
         there = b if a is None else a
@@ -81,7 +83,7 @@ def distance(a: Tensor, b: Tensor) -> Distance:
     largest, differing = 0.0, 0
     apart = before = after = inner = 0.0
     pairs = zip(
-        safetensors.blocks(a, _rewrite.BLOCK), safetensors.blocks(b, _rewrite.BLOCK), strict=True
+        safetensors.blocks(a, _checkpoints.BLOCK), safetensors.blocks(b, _checkpoints.BLOCK), strict=True
     )
     for x, y in pairs:
         wide = np.complex128 if np.iscomplexobj(x) or np.iscomplexobj(y) else np.float64

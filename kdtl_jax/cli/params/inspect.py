@@ -1,23 +1,36 @@
 """`kdtl params inspect`: names, shapes, dtypes, sizes, and with `--values` what the values are."""
 
-import argparse
 import hashlib
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import trees
-from kdtl_jax.cli.params import _inputs, _rewrite
+from kdtl_jax import transforms, trees
+from kdtl_jax.cli.params import _checkpoints
+from kdtl_jax.cli.params._checkpoints import Selection
 from kdtl_jax.interop import safetensors
 from kdtl_jax.interop.safetensors import Tensor
-from kdtl_jax.transforms import collapse_paths
+from kdtl_jax.recipes.settings import UsageError, setting
 
-EXAMPLE = "kdtl params inspect model.safetensors --where 'encoder/.*' --values"
+EXAMPLES = f"""
+kdtl params inspect model.safetensors --where 'encoder/.*' --values
+{_checkpoints.SELECTORS}"""
+
+
+@dataclass(frozen=True)
+class Settings(Selection):
+    """What a checkpoint holds."""
+
+    source: str | None = setting(None, "a checkpoint", positional=True)
+    values_: bool = setting(
+        False, "read the values: mean, deviation, range, zeros, NaN and infinity, equal tensors"
+    )
 
 
 class Values(NamedTuple):
@@ -32,36 +45,25 @@ class Values(NamedTuple):
     digest: str
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `kdtl params inspect`."""
-    parser.add_argument("source", nargs="?", metavar="SOURCE", help="a checkpoint")
-    _inputs.add_where(parser, "list these tensors")
-    parser.add_argument(
-        "--values",
-        action="store_true",
-        help="read the values: mean, deviation, range, zeros, NaN and infinity, equal tensors",
-    )
-    _inputs.show_example(parser, EXAMPLE)
-
-
-def run(args: argparse.Namespace) -> int:
+def run(settings: Settings) -> int:
     """Prints what a checkpoint holds."""
-    _inputs.required(args, EXAMPLE, "source")
+    if not settings.source:
+        raise UsageError(f"name SOURCE, for example: {EXAMPLES.strip().splitlines()[0]}")
     # Not `opened`: tensors that cannot be loaded (8-bit floats) can still be listed.
-    checkpoint = safetensors.index(args.source)
+    checkpoint = safetensors.index(settings.source)
     found = checkpoint.tensors
     if found:
         specs = {name: jax.ShapeDtypeStruct(t.shape, jnp.float32) for name, t in found.items()}
-        chosen = trees.mask(specs, _inputs.selected(args, specs))
+        chosen = trees.mask(specs, _checkpoints.selected(settings, specs))
         found = {name: t for name, t in found.items() if chosen[name]}
     found = {name: found[name] for name in sorted(found, key=trees.natural_key)}
     entries = sum(math.prod(t.shape) for t in found.values())
     count = sum(t.stop - t.start for t in found.values())
     files = f"{len(checkpoint.files)} file{'s' * (len(checkpoint.files) != 1)}"
-    print(f"{files}, {len(found)} tensors, {entries:,} numbers, {_rewrite.size(count)}")
+    print(f"{files}, {len(found)} tensors, {entries:,} numbers, {_checkpoints.size(count)}")
     for key, value in sorted(checkpoint.metadata.items()):
         print(f"  metadata  {key}: {value}")
-    for line in _with_values(found, count) if args.values else _listing(found):
+    for line in _with_values(found, count) if settings.values_ else _listing(found):
         print(f"  {line}")
     return 0
 
@@ -75,7 +77,7 @@ def _listing(found: Mapping[str, Tensor]) -> list[str]:
     rows = [
         (path, dtype, shape)
         for (_, dtype, shape), names in groups.items()
-        for path in collapse_paths(names)
+        for path in transforms.collapse_paths(names)
     ]
     width = max((len(path) for path, *_ in rows), default=0)
     return [f"{path:<{width}}  {dtype:5} {shape}" for path, dtype, shape in rows]
@@ -83,7 +85,7 @@ def _listing(found: Mapping[str, Tensor]) -> list[str]:
 
 def _with_values(found: Mapping[str, Tensor], total: int) -> list[str]:
     width = max((len(name) for name in found), default=0)
-    done = _rewrite.progress(total, "reading: ")
+    done = _checkpoints.progress(total, "reading: ")
     lines, equal = [], {}
     for name, tensor in found.items():
         line = f"{name:<{width}}  {tensor.dtype:5} {list(tensor.shape)!s:16}"
@@ -111,7 +113,7 @@ def statistics(tensor: Tensor) -> Values:
     count = zeros = nonfinite = 0
     first = shifted = squares = 0.0
     least, most = math.inf, -math.inf
-    for block in safetensors.blocks(tensor, _rewrite.BLOCK):
+    for block in safetensors.blocks(tensor, _checkpoints.BLOCK):
         digest.update(block.view(np.uint8).data)
         wide = np.abs(block) if np.iscomplexobj(block) else block
         wide = wide.astype(np.float64)

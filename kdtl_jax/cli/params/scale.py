@@ -1,52 +1,82 @@
 """`kdtl params scale`: `theta_small = alpha * theta_large`."""
 
-import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
 
 from kdtl_jax import transforms, trees
-from kdtl_jax.cli.params import _inputs, _rewrite
+from kdtl_jax.cli.params import _checkpoints
+from kdtl_jax.cli.params._checkpoints import Opened, Rewrite, Selection, Writing
+from kdtl_jax.interop import safetensors
+from kdtl_jax.recipes.settings import setting
+from kdtl_jax.transforms import Plan, Report
 
-EXAMPLE = (
-    "kdtl params scale model.safetensors --alpha 0.1 --where 'glob:**/kernel' "
-    "--write small.safetensors"
-)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `kdtl params scale`."""
-    parser.add_argument("source", nargs="?", metavar="SOURCE", help="a checkpoint")
-    add_alpha(parser)
-    _inputs.add_where(parser, "scale these tensors")
-    _rewrite.add_write(parser)
-    _inputs.show_example(parser, EXAMPLE)
+EXAMPLES = f"""
+kdtl params scale model.safetensors --alpha 0.1 --where 'glob:**/kernel' --write small.safetensors
+{_checkpoints.SELECTORS}"""
 
 
-def add_alpha(parser: argparse.ArgumentParser) -> None:
-    """`--alpha`, `--rule`."""
-    parser.add_argument(
-        "--alpha", type=float, default=1.0, metavar="A", help="the factor (default: 1)"
-    )
-    parser.add_argument(
-        "--rule",
-        action="append",
-        metavar="SELECTOR=A",
-        help="another factor for these tensors; repeat for more, the first match wins",
-    )
+@dataclass(frozen=True)
+class Factors:
+    """By what tensors are multiplied."""
+
+    alpha: float = setting(1.0, "the factor", metavar="A")
+    rule: tuple[str, ...] = setting(
+        (), "another factor for these tensors; repeat for more, the first match wins",
+        metavar="SELECTOR=A", repeat=True,
+    )  # fmt: skip
 
 
-def alphas(args: argparse.Namespace, specs: object) -> object:
-    """One factor per tensor, from `--rule` and `--alpha`."""
-    rules = _inputs.rules("rule", args.rule, float)
-    return trees.labels(specs, rules, default=args.alpha) if rules else args.alpha
+@dataclass(frozen=True)
+class Settings(Factors, Selection, Writing):
+    """Multiplies weights by a factor."""
+
+    source: str | None = setting(None, "a checkpoint", positional=True)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(settings: Settings) -> int:
     """Reports, and writes if asked to."""
-    _inputs.required(args, EXAMPLE, "source")
-    source = _inputs.opened(args.source)
+    source = _checkpoints.opened(settings.source, "SOURCE", EXAMPLES)
+    where = _checkpoints.selected(settings, source.specs)
+    chosen = trees.mask(source.specs, where)
+    transforms.refuse_codes({p: spec for p, spec in source.specs.items() if chosen[p]})
     plan = transforms.plan_transfer(
-        source.specs,
-        source.specs,
-        where=_inputs.selected(args, source.specs),
-        alpha=alphas(args, source.specs),
+        source.specs, source.specs, where=where, alpha=alphas(settings, source.specs)
     )
-    return _rewrite.finish(args, _rewrite.same_as(source, plan))
+    produce = planned(plan, source, source)
+    rewrite = Rewrite(source.specs, produce, plan.report, [source], source.names)
+    return _checkpoints.finish(settings, "scale", rewrite)
+
+
+def alphas(settings: Factors, specs: object) -> object:
+    """One factor per tensor, from `--rule` and `--alpha`."""
+    rules: Sequence[Any] = _checkpoints.rules("rule", settings.rule, float)
+    return trees.labels(specs, rules, default=settings.alpha) if rules else settings.alpha
+
+
+def planned(plan: Plan, source: Opened, target: Opened) -> Callable[[str], Any]:
+    """Carries out a plan tensor by tensor: in pieces where no shape changes."""
+    steps = {step.path: step for step in plan.steps}
+
+    def produce(path: str) -> Any:
+        step, spec = steps[path], target.specs[path]
+        if step.source is None:
+            return safetensors.blocks(target.tensors[path], _checkpoints.BLOCK)
+        tensor = source.tensors[step.source]
+        if step.policy is not None:
+            return _applied(step, safetensors.read(tensor), spec)
+        return (
+            _applied(step, block, jax.ShapeDtypeStruct(block.shape, spec.dtype))
+            for block in safetensors.blocks(tensor, _checkpoints.BLOCK)
+        )
+
+    return produce
+
+
+def _applied(step: Any, value: np.ndarray, spec: jax.ShapeDtypeStruct) -> np.ndarray:
+    like = np.broadcast_to(np.zeros((), spec.dtype), spec.shape)  # a NumPy target without memory
+    one = Plan((step,), {step.source: value.shape}, {step.path: like.shape}, Report())
+    return transforms.apply_plan(one, {step.source: value}, {step.path: like})[step.path]

@@ -1,14 +1,19 @@
 """`kdtl params transfer`: `theta_target = alpha * adapt(theta_source)`."""
 
-import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from kdtl_jax import transforms, trees
-from kdtl_jax.cli.params import _inputs, _rewrite, scale
+from kdtl_jax.cli.params import _checkpoints, scale
+from kdtl_jax.cli.params._checkpoints import Rewrite, Selection, Writing
+from kdtl_jax.recipes.settings import UsageError, setting
 
-EXAMPLE = (
-    "kdtl params transfer large.safetensors small.safetensors --rename 'encoder/(.*)=>\\1' "
-    "--on-mismatch uniform --policy 'head/.*=keep' --write new.safetensors"
-)
+EXAMPLES = f"""
+kdtl params transfer large.safetensors small.safetensors --rename 'encoder/(.*)=>\\1' \\
+    --on-mismatch uniform --policy 'head/.*=keep' --write new.safetensors
+{_checkpoints.SELECTORS}"""
 
 POLICIES = {
     "error": transforms.raise_on_mismatch,
@@ -19,72 +24,86 @@ POLICIES = {
     "uniform": transforms.select_uniform,
     "resize": transforms.resize_linear,
 }
+# What the library says in Python, and the flags for it.
+FLAGS = (
+    ("rename=, or on_missing='keep'", "--rename, or --on-missing keep"),
+    (
+        "rename=, a rename to None, where=, or on_extra='ignore'",
+        "--rename, --drop, --where, or --on-extra ignore",
+    ),
+    ("with a rename to None", "with --drop"),
+    ("the rule (path, None)", "--drop"),
+)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `kdtl params transfer`."""
-    parser.add_argument("source", nargs="?", metavar="SOURCE", help="where values come from")
-    parser.add_argument(
-        "target", nargs="?", metavar="TARGET", help="what is filled: its names, shapes and dtypes"
+@dataclass(frozen=True)
+class Settings(scale.Factors, Selection, Writing):
+    """Fills a target's weights from a source's."""
+
+    source: str | None = setting(None, "where values come from", positional=True)
+    target: str | None = setting(
+        None, "what is filled: its names, shapes and dtypes", positional=True
     )
-    _inputs.add_where(parser, "fill these tensors of the target")
-    parser.add_argument(
-        "--rename",
-        action="append",
-        metavar="'REGEX=>NEW'",
-        help="source names to target names, by whole name, \\1 for groups; the first match wins",
+    rename: tuple[str, ...] = setting(
+        (), "source names to target names, by whole name, \\1 for groups; the first match wins",
+        metavar="'REGEX=>NEW'", repeat=True,
+    )  # fmt: skip
+    drop: tuple[str, ...] = setting(
+        (), "source tensors that go nowhere", metavar="REGEX", repeat=True
     )
-    parser.add_argument(
-        "--drop", action="append", metavar="REGEX", help="source tensors that go nowhere"
+    on_missing: Literal["error", "keep"] = setting("error", "target tensors that the source lacks")
+    on_extra: Literal["error", "ignore"] = setting("error", "source tensors that the target lacks")
+    on_mismatch: Literal["error", "keep", "crop", "pad", "crop-or-pad", "uniform", "resize"] = (
+        setting("error", "tensors of another shape")
     )
-    scale.add_alpha(parser)
-    parser.add_argument(
-        "--on-missing",
-        choices=("error", "keep"),
-        default="error",
-        help="target tensors that the source lacks (default: error)",
-    )
-    parser.add_argument(
-        "--on-extra",
-        choices=("error", "ignore"),
-        default="error",
-        help="source tensors that the target lacks (default: error)",
-    )
-    parser.add_argument(
-        "--on-mismatch",
-        choices=tuple(POLICIES),
-        default="error",
-        help="tensors of another shape (default: error)",
-    )
-    parser.add_argument(
-        "--policy",
-        action="append",
-        metavar="SELECTOR=POLICY",
-        help="another --on-mismatch for these target tensors; the first match wins",
-    )
-    _rewrite.add_write(parser)
-    _inputs.show_example(parser, EXAMPLE)
+    policy: tuple[str, ...] = setting(
+        (), "another --on-mismatch for these target tensors; the first match wins",
+        metavar="SELECTOR=POLICY", repeat=True,
+    )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> int:
+def run(settings: Settings) -> int:
     """Reports, and writes if asked to."""
-    _inputs.required(args, EXAMPLE, "source", "target")
-    source, target = _inputs.opened(args.source), _inputs.opened(args.target)
-    policies = _inputs.rules("policy", args.policy, POLICIES.__getitem__)
-    otherwise = POLICIES[args.on_mismatch]
+    source = _checkpoints.opened(settings.source, "SOURCE", EXAMPLES)
+    target = _checkpoints.opened(settings.target, "TARGET", EXAMPLES)
+    policies = _checkpoints.rules("policy", settings.policy, POLICIES.__getitem__)
+    otherwise = POLICIES[settings.on_mismatch]
     named = trees.any_of(*[selector for selector, _ in policies])
     if policies and not all(trees.mask(target.specs, named, expect=None).values()):
         policies.append((trees.everything, otherwise))  # a rule that nothing is left for raises
-    plan = transforms.plan_transfer(
-        source.specs,
-        target.specs,
-        where=_inputs.selected(args, target.specs),
-        rename=_inputs.renames(args),
-        alpha=scale.alphas(args, target.specs),
-        on_missing=args.on_missing,
-        on_extra=args.on_extra,
-        on_mismatch=policies or otherwise,
-    )
-    produce = _rewrite.planned(plan, source, target)
-    rewrite = _rewrite.Rewrite(target.specs, produce, plan.report, [target, source], target.names)
-    return _rewrite.finish(args, rewrite)
+    rename, alpha = _renames(settings.drop, settings.rename), scale.alphas(settings, target.specs)
+    try:
+        plan = transforms.plan_transfer(
+            source.specs,
+            target.specs,
+            where=_checkpoints.selected(settings, target.specs),
+            rename=rename,
+            alpha=alpha,
+            on_missing=settings.on_missing,
+            on_extra=settings.on_extra,
+            on_mismatch=policies or otherwise,
+        )
+    except ValueError as error:
+        raise ValueError(_spoken(str(error))) from None
+    produce = scale.planned(plan, source, target)
+    rewrite = Rewrite(target.specs, produce, plan.report, [target, source], target.names)
+    return _checkpoints.finish(settings, "transfer", rewrite)
+
+
+def _renames(drop: Sequence[str], rename: Sequence[str]) -> list[tuple[str, str | None]]:
+    """`--drop REGEX` and `--rename 'REGEX=>REPLACEMENT'` as rules, drops first."""
+    found: list[tuple[str, str | None]] = [(pattern, None) for pattern in drop]
+    for text in rename:
+        pattern, separator, replacement = text.partition("=>")
+        if not separator:
+            raise UsageError(f"--rename {text!r}: expected 'REGEX=>REPLACEMENT'")
+        found.append((pattern.strip(), replacement.strip()))
+    return found
+
+
+def _spoken(message: str) -> str:
+    for said, flag in FLAGS:
+        message = message.replace(said, flag)
+    policies = "Pass --on-mismatch keep, crop, pad, uniform or resize"
+    message = re.sub("Pass on_mismatch=: .* or a function", policies, message)
+    return _checkpoints.spoken(message)

@@ -1,0 +1,316 @@
+"""What every action shares: checkpoints by canonical path, selectors, and writing a new one."""
+
+import json
+import math
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kdtl_jax
+from kdtl_jax import _files, trees
+from kdtl_jax.cli.params import _folders
+from kdtl_jax.interop import safetensors
+from kdtl_jax.recipes.settings import UsageError, plain, setting
+from kdtl_jax.transforms import Report
+
+RECIPE = "kdtl_recipe"  # the metadata key
+BLOCK = 1 << 20  # entries of a piece: 4 MB of float32
+SELECTORS = """
+A SELECTOR is a regular expression for the whole name of a tensor, 'encoder/.*/kernel', or a shell
+pattern after 'glob:', as in 'glob:**/kernel' ('*' stays within one '/'-segment, '**' crosses them).
+A checkpoint is a .safetensors file, a *.index.json, or a folder with either.
+"""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tensors an action is about."""
+
+    where: tuple[str, ...] = setting(
+        (), "only these tensors; repeat for more (default: all)", metavar="SELECTOR", repeat=True
+    )
+    except_: tuple[str, ...] = setting(
+        (), "leave these out of --where; repeat for more", metavar="SELECTOR", repeat=True
+    )
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Where a result goes."""
+
+    write: str | None = setting(
+        None,
+        "write OUT.safetensors, or a new folder of shards with config and tokenizer; without it "
+        "nothing is written",
+        metavar="OUT",
+    )
+    force: bool = setting(False, "replace OUT.safetensors if it exists (atomically)")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
+        None, "of the floating-point tensors written (default: as they are)"
+    )
+    shard_bytes: int = setting(
+        5_000_000_000, "most bytes per file of a folder", metavar="N", least=1, most=10**13
+    )
+    skip_sha256: bool = setting(
+        False, "record the inputs' sizes only, which saves reading them once more"
+    )
+
+
+class Opened(NamedTuple):
+    """A checkpoint whose headers were read: `tensors` and `specs` by canonical path."""
+
+    name: str
+    tensors: dict[str, safetensors.Tensor]
+    specs: dict[str, jax.ShapeDtypeStruct]
+    names: dict[str, str]  # canonical path -> name in the file, which may end in "/value"
+    checkpoint: safetensors.Checkpoint
+
+
+class Rewrite(NamedTuple):
+    """What will be written; `produce` makes a tensor, or an iterator of its pieces."""
+
+    specs: Mapping[str, Any]
+    produce: Callable[[str], Any]
+    report: Report
+    inputs: Sequence[Opened]  # the first gives the metadata, and a folder its configuration
+    names: Mapping[str, str]  # canonical path -> name in the file
+    layers: Sequence[int] | None = None  # the first input's layers that were kept, in order
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def opened(path: str | None, what: str, examples: str) -> Opened:
+    """Reads a checkpoint's headers.
+
+    Raises:
+      UsageError: if no path was given.
+      ValueError: as `safetensors.index`, or if two names have one canonical path.
+      TypeError: if a tensor is an 8-bit float.
+    """
+    if not path:
+        raise UsageError(f"name {what}, for example: {examples.strip().splitlines()[0].strip()}")
+    checkpoint = safetensors.index(path)
+    names: dict[str, str] = {}
+    for name in checkpoint.tensors:
+        canonical = trees.path_string((jax.tree_util.DictKey(name),))
+        if canonical in names:
+            raise ValueError(f"{path}: {names[canonical]!r} and {name!r} are one path. Rename one.")
+        names[canonical] = name
+    tensors = {path: checkpoint.tensors[name] for path, name in names.items()}
+    abstract = safetensors.abstract(checkpoint)
+    return Opened(path, tensors, {p: abstract[n] for p, n in names.items()}, names, checkpoint)
+
+
+def selector(text: str) -> trees.Selector:
+    """`glob:PATTERN` or a regular expression."""
+    return trees.Glob(text.removeprefix("glob:")) if text.startswith("glob:") else text
+
+
+def spoken(message: str) -> str:
+    """A library's message with shell patterns as they are written here."""
+    return re.sub(r"Glob\((?:pattern=)?'([^']*)'\)", r"'glob:\1'", message)
+
+
+def selected(settings: Selection, specs: Mapping[str, Any]) -> trees.Selector:
+    """`--where` without `--except`, each pattern checked to match something.
+
+    Raises:
+      ValueError: if a pattern matches nothing, listing the nearest paths; or if nothing is left.
+    """
+    wanted = [selector(text) for text in settings.where] or [trees.everything]
+    unwanted = [selector(text) for text in settings.except_]
+    both = trees.all_of(trees.any_of(*wanted), trees.none_of(*unwanted))
+    try:
+        for each in [*wanted, *unwanted, both]:
+            trees.mask(specs, each)
+    except ValueError as error:
+        raise ValueError(spoken(str(error))) from None
+    return both if len(wanted) > 1 or unwanted else wanted[0]
+
+
+def rules(flag: str, texts: Sequence[str], parse: Callable[[str], Any]) -> list[Any]:
+    """`[(selector, value), ...]` from `SELECTOR=VALUE` texts; the last '=' separates.
+
+    Raises:
+      UsageError: if a text has no '=' or its value cannot be parsed.
+    """
+    found = []
+    for text in texts:
+        pattern, separator, value = text.rpartition("=")
+        if not separator or not pattern:
+            raise UsageError(f"--{flag} {text!r}: expected SELECTOR=VALUE")
+        try:
+            found.append((selector(pattern), parse(value)))
+        except (ValueError, KeyError) as error:
+            raise UsageError(f"--{flag} {text!r}: {value!r} is no value ({error})") from None
+    return found
+
+
+def integers(value: Any) -> tuple[int, ...]:
+    """`0,2,5..7` as whole numbers; `5..7` is 5, 6, 7."""
+    if not isinstance(value, str):
+        value = ",".join(map(str, value if isinstance(value, (list, tuple)) else [value]))
+    out: list[int] = []
+    for item in value.split(","):
+        low, dots, high = item.partition("..")
+        first, last = int(low), int(high if dots else low)
+        if len(out) + last - first >= 10**7:
+            raise ValueError(f"{item!r} is more numbers than any tensor needs")
+        out += range(first, last + 1)
+    return tuple(out)
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def finish(settings: Writing, command: str, rewrite: Rewrite) -> int:
+    """Prints the report; with `--write`, writes atomically and reports NaN and infinity by path.
+
+    Raises:
+      FileExistsError: if the output exists and `--force` was not given.
+      OSError: if the disk is full; what was there stays as it was.
+    """
+    print(rewrite.report)
+    specs = {path: _stored(spec, settings.dtype) for path, spec in rewrite.specs.items()}
+    total = sum(_bytes(spec) for spec in specs.values())
+    what = f"{len(specs)} tensors, {size(total)}"
+    if settings.write is None:
+        print(f"dry run: nothing was written; --write OUT.safetensors would write {what}")
+        return 0
+    out = Path(settings.write)
+    _check_place(out, settings.force, total)
+    recipe = {RECIPE: _recipe(settings, command, rewrite.inputs)}
+    metadata = rewrite.inputs[0].checkpoint.metadata | recipe
+    nonfinite: list[str] = []
+    named = {rewrite.names.get(path, path): spec for path, spec in specs.items()}
+    produce = _watched(rewrite, specs, total, nonfinite)
+    # Double precision stays what it is; without x64, JAX would make float32 of it.
+    with jax.enable_x64(True):
+        if out.suffix == ".safetensors":
+            safetensors.stream(out, named, produce, metadata=metadata)
+        else:
+            beside = _folders.companions(rewrite.inputs[0].checkpoint, named, rewrite.layers)
+            safetensors.stream_sharded(
+                out, named, produce, max_bytes=settings.shard_bytes, metadata=metadata,
+                beside=beside,
+            )  # fmt: skip
+    print(f"wrote {out}: {what}")
+    for path in sorted(nonfinite, key=trees.natural_key):
+        print(f"warning: {path} holds NaN or infinity", file=sys.stderr)
+    return 0
+
+
+def size(count: int) -> str:
+    """A number of bytes for people: `1.5 GB`."""
+    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
+        if count >= 10**power:
+            return f"{count / 10**power:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def progress(total: int, what: str = "") -> Callable[[int], None]:
+    """Says on stderr how many of `total` bytes are done, every few seconds."""
+    start = last = time.monotonic()
+    done = 0
+
+    def add(count: int) -> None:
+        nonlocal done, last
+        done += count
+        now = time.monotonic()
+        if now - last > 3:
+            last = now
+            share = f"{100 * done / max(total, 1):3.0f} % of {size(total)}"
+            print(f"{now - start:6.1f} s  {what}{share}", file=sys.stderr, flush=True)
+
+    return add
+
+
+def _watched(
+    rewrite: Rewrite, specs: Mapping[str, Any], total: int, nonfinite: list[str]
+) -> Callable[[str], Any]:
+    paths = {rewrite.names.get(path, path): path for path in specs}
+    done = progress(total, "writing: ")
+
+    def watch(path: str, array: Any) -> np.ndarray:
+        array = np.asarray(array)
+        if array.dtype != specs[path].dtype and specs[path].dtype != rewrite.specs[path].dtype:
+            with np.errstate(over="ignore"):  # infinity is reported by tensor
+                array = array.astype(specs[path].dtype)
+        done(array.nbytes)
+        if path not in nonfinite[-1:] and trees.is_inexact(array) and not np.isfinite(array).all():
+            nonfinite.append(path)
+        return array
+
+    def produce(name: str) -> Any:
+        made = rewrite.produce(paths[name])
+        if isinstance(made, Iterator):
+            return (watch(paths[name], piece) for piece in made)
+        return watch(paths[name], made)
+
+    return produce
+
+
+def _stored(spec: Any, dtype: str | None) -> jax.ShapeDtypeStruct:
+    is_float = jnp.issubdtype(spec.dtype, jnp.floating)
+    return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype) if dtype and is_float else spec.dtype)
+
+
+def _check_place(out: Path, force: bool, total: int) -> None:
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--write {out}: the folder {out.parent} does not exist.")
+    if out.is_dir() and (out.suffix == ".safetensors" or any(out.iterdir())):
+        raise FileExistsError(f"--write {out} is a folder that exists. Name a new one.")
+    if out.is_file() and out.suffix != ".safetensors":
+        raise FileExistsError(f"--write {out} is a file; name OUT.safetensors or a new folder.")
+    if out.is_file() and not force:
+        raise FileExistsError(f"--write {out} exists. Name another file, or pass --force.")
+    free = shutil.disk_usage(out.parent).free
+    if free < total:
+        raise OSError(f"--write {out} needs {size(total)}, but its disk has {size(free)} free.")
+
+
+def _recipe(settings: Writing, command: str, inputs: Sequence[Opened]) -> str:
+    """The command, the options it was given, and its inputs, as JSON."""
+    place = {field.name for field in fields(Writing)} - {"dtype"}
+    defaults = {field.name: field.default for field in fields(settings)}
+    options = {
+        name: value
+        for name, value in plain(settings).items()
+        if name not in place and getattr(settings, name) != defaults[name]
+    }
+    if not settings.skip_sha256:
+        whole = sum(file.stat().st_size for one in inputs for file in one.checkpoint.files)
+        if whole > 1e9:
+            print(f"sha256 of {size(whole)} of inputs …", file=sys.stderr, flush=True)
+    files = [
+        {"file": file.name, "bytes": file.stat().st_size}
+        | ({} if settings.skip_sha256 else {"sha256": _files.sha256(file)})
+        for one in inputs
+        for file in one.checkpoint.files
+    ]
+    before = inputs[0].checkpoint.metadata.get(RECIPE)
+    recipe = {"command": f"kdtl params {command}", "options": options, "inputs": files}
+    recipe |= {"version": kdtl_jax.__version__} | ({"before": _data(before)} if before else {})
+    return json.dumps(recipe)
+
+
+def _data(text: str) -> Any:
+    """JSON data; what is none, because someone else wrote it, stays text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _bytes(spec: Any) -> int:
+    return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize

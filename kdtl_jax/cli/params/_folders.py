@@ -1,0 +1,214 @@
+"""What a folder of weights needs beside them to open: a configuration that is true, a tokenizer."""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from kdtl_jax import trees
+from kdtl_jax.interop import safetensors
+
+CONFIG = "config.json"
+COPIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "chat_template*",
+    "*processor_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "*_Pooling/config.json",
+)
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
+LARGEST = 500_000_000  # bytes of a file that is copied; more are no tokenizer
+
+
+def home(checkpoint: safetensors.Checkpoint) -> Path | None:
+    """The folder a checkpoint is the model of: one with a config.json and no second model."""
+    folder = checkpoint.files[0].parent if checkpoint.files else None
+    if folder is None or not (folder / CONFIG).is_file():
+        return None
+    others = {file.name for file in folder.glob("*.safetensors")}
+    return folder if others <= {file.name for file in checkpoint.files} else None
+
+
+def layer_pattern(names: Sequence[str], depth: int) -> re.Pattern[str] | None:
+    """The names of numbered layers: one group, the number, of which there are 0..depth-1."""
+    found: dict[str, set[int]] = {}
+    for name in names:
+        for match in re.finditer(r"(?<=[./_])\d+(?=[./])|^\d+(?=[./])", name):
+            found.setdefault(name[: match.start()], set()).add(int(match[0]))
+    wanted = [prefix for prefix, numbers in found.items() if numbers == set(range(depth))]
+    if not wanted:
+        return None
+    return re.compile(f"{re.escape(min(wanted, key=len))}(\\d+)[./].*")
+
+
+def companions(
+    checkpoint: safetensors.Checkpoint, specs: Mapping[str, Any], layers: Sequence[int] | None
+) -> Callable[[Path], Mapping[str, bytes]]:
+    """The files that belong beside weights of these specs, given the folder these were written to.
+
+    The configuration is the checkpoint's with what changed: dtype, number of layers and what is
+    listed by layer, ties that came apart. Where shapes changed it is left out, and that is said.
+
+    Raises:
+      ValueError: if config.json is no JSON object.
+    """
+    folder = home(checkpoint)
+    if folder is None:
+        return lambda written: {}
+    config = safetensors.json_file(folder / CONFIG)
+    before = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    pattern = layer_pattern(list(before), _depth(config))
+
+    def made(written: Path) -> Mapping[str, bytes]:
+        files = {
+            str(path.relative_to(folder)): path.read_bytes()
+            for shape in COPIED
+            for path in sorted(folder.glob(shape))
+            if path.is_file() and path.stat().st_size < LARGEST
+        }
+        reshaped = _reshaped(before, specs, pattern, layers)
+        if reshaped:
+            print(
+                f"warning: no {CONFIG} was written, because {reshaped[0]!r} has another shape than "
+                f"in {folder}: write one that says so",
+                file=sys.stderr,
+            )
+            return files
+        changed = config | _dtype(config, specs) | _layers(config, specs, pattern, layers)
+        changed |= _ties(changed, written, specs)
+        return files | {CONFIG: json.dumps(changed, indent=2).encode()}
+
+    return made
+
+
+def _depth(config: Mapping[str, Any]) -> int:
+    found = [config[key] for key in DEPTHS if isinstance(config.get(key), int)]
+    return found[0] if found else 0
+
+
+def _reshaped(
+    before: Mapping[str, tuple[int, ...]],
+    specs: Mapping[str, Any],
+    pattern: re.Pattern[str] | None,
+    layers: Sequence[int] | None,
+) -> list[str]:
+    """Names whose shape is not that of the tensor they come from."""
+
+    def origin(name: str) -> str:
+        match = pattern.fullmatch(name) if pattern and layers is not None else None
+        if match is None or int(match[1]) >= len(layers or ()):
+            return name
+        return f"{name[: match.start(1)]}{(layers or ())[int(match[1])]}{name[match.end(1) :]}"
+
+    return [
+        name
+        for name, spec in specs.items()
+        if origin(name) in before and tuple(spec.shape) != before[origin(name)]
+    ]
+
+
+def _dtype(config: Mapping[str, Any], specs: Mapping[str, Any]) -> dict[str, str]:
+    """The dtype that most numbers are stored in, under the keys that name it."""
+    counts: dict[str, int] = {}
+    for spec in specs.values():
+        if jnp.issubdtype(spec.dtype, jnp.floating):
+            name = str(jnp.dtype(spec.dtype))
+            counts[name] = counts.get(name, 0) + int(np.prod(spec.shape, dtype=np.int64))
+    if not counts:
+        return {}
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    return dict.fromkeys(keys, max(counts, key=lambda name: counts[name]))
+
+
+def _layers(
+    config: Mapping[str, Any],
+    specs: Mapping[str, Any],
+    pattern: re.Pattern[str] | None,
+    layers: Sequence[int] | None,
+) -> dict[str, Any]:
+    """The number of layers written, and of every list with one item per layer the kept ones."""
+    depth = _depth(config)
+    if pattern is None:
+        return {}
+    numbers = {int(match[1]) for name in specs if (match := pattern.fullmatch(name))}
+    kept = list(range(depth)) if layers is None else list(layers)
+    if len(numbers) != len(kept):
+        kept = [i for i in kept if i in numbers]
+    if kept == list(range(depth)):
+        return {}
+    lists = {
+        key: [value[i] for i in kept]
+        for key, value in config.items()
+        if isinstance(value, list) and len(value) == depth and key not in ("architectures",)
+    }
+    counts = {key: len(kept) for key in DEPTHS if config.get(key) == depth}
+    if isinstance(config.get("max_window_layers"), int):
+        counts["max_window_layers"] = sum(i < config["max_window_layers"] for i in kept)
+    return lists | counts
+
+
+def _ties(config: Mapping[str, Any], written: Path, specs: Mapping[str, Any]) -> dict[str, Any]:
+    """A head stored beside the embedding it is tied to must be equal to it."""
+    heads = [name for name in specs if name.endswith("lm_head.weight")]
+    tables = [
+        name
+        for name in specs
+        if re.search(r"(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$", name)
+    ]
+    if not config.get("tie_word_embeddings") or len(heads) != 1 or len(tables) != 1:
+        return {}
+    tensors = safetensors.index(written).tensors
+    head, table = (safetensors.blocks(tensors[name], 1 << 20) for name in (heads[0], tables[0]))
+    if specs[heads[0]].shape == specs[tables[0]].shape and all(
+        a.tobytes() == b.tobytes() for a, b in zip(head, table, strict=True)
+    ):
+        return {}
+    print(f"warning: {heads[0]} is no longer tied to {tables[0]}", file=sys.stderr)
+    return {"tie_word_embeddings": False}
+
+
+def tied(tensors: Sequence[Mapping[str, safetensors.Tensor]]) -> dict[str, str]:
+    """Paths whose tensors are equal in every model, to the first of them.
+
+    Only tensors of one shape, dtype and beginning are read to the end.
+    """
+    groups: dict[Any, list[str]] = {}
+    for path in sorted(tensors[0]):
+        if all(path in each for each in tensors) and tensors[0][path].shape:
+            key = tuple(_start(each[path]) for each in tensors)
+            groups.setdefault(key, []).append(path)
+    first: dict[str, str] = {}
+    for paths in groups.values():
+        for i, path in enumerate(paths):
+            earlier = (p for p in paths[:i] if p not in first and _equal(tensors, p, path))
+            if (same := next(earlier, None)) is not None:
+                first[path] = same
+    return first
+
+
+def _start(tensor: safetensors.Tensor) -> tuple[str, tuple[int, ...], bytes]:
+    head = next(safetensors.blocks(tensor, 256), np.zeros(0, np.uint8))
+    return tensor.dtype, tensor.shape, head.tobytes()
+
+
+def _equal(tensors: Sequence[Mapping[str, safetensors.Tensor]], a: str, b: str) -> bool:
+    return all(
+        x.tobytes() == y.tobytes()
+        for each in tensors
+        for x, y in zip(
+            safetensors.blocks(each[a], 1 << 20), safetensors.blocks(each[b], 1 << 20), strict=True
+        )
+    )

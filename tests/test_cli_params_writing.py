@@ -1,0 +1,193 @@
+"""`kdtl params` writes whole files or none, a folder that opens, and refuses what is no checkpoint."""
+
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from params_checkpoints import (
+    EVERY,
+    OUT,
+    A,
+    B,
+    assert_same,
+    flat,
+    native,
+    params,
+    prepare,
+    written,
+)
+
+from kdtl_jax import transforms
+from kdtl_jax.interop import safetensors
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    prepare(tmp_path, monkeypatch)
+    return tmp_path
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_dry_run_writes_nothing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: Path(path).read_bytes() for path in os.listdir()}
+    assert params(*EVERY[name]) == 0
+    assert {path: Path(path).read_bytes() for path in os.listdir()} == before
+    assert ("dry run" in capsys.readouterr().out) == (name not in ("inspect", "diff"))
+
+
+def test_the_recipe_is_in_the_metadata() -> None:
+    assert params("scale", A, "--alpha", "2", "--where", "head/.*", *OUT) == 0
+    assert params("average", "out.safetensors", B, "--write", "c.safetensors") == 0
+    metadata = safetensors.index("c.safetensors").metadata
+    assert metadata["format"] == "np"
+    recipe = json.loads(metadata["kdtl_recipe"])
+    assert recipe["command"] == "kdtl params average"
+    assert recipe["options"]["models"] == ["out.safetensors", B]
+    assert [x["file"] for x in recipe["inputs"]] == ["out.safetensors", B]
+    assert all(len(x["sha256"]) == 64 and x["bytes"] > 0 for x in recipe["inputs"])
+    before = recipe["before"]
+    assert before["options"] == {"source": A, "alpha": 2.0, "where": ["head/.*"]}
+
+
+def test_a_foreign_recipe_is_kept_as_text() -> None:
+    safetensors.save("f.safetensors", {"w": np.ones(1, np.float32)}, metadata={"kdtl_recipe": "{"})
+    assert params("scale", "f.safetensors", "--skip-sha256", *OUT) == 0
+    recipe = json.loads(safetensors.index("out.safetensors").metadata["kdtl_recipe"])
+    assert recipe["before"] == "{" and set(recipe["inputs"][0]) == {"file", "bytes"}
+
+
+def test_shards_in_and_out() -> None:
+    assert params("scale", A, "--alpha", "2", "--write", "shards", "--shard-bytes", "100") == 0
+    assert len(safetensors.index("shards").files) > 3
+    assert params("scale", "shards", "--alpha", "0.5", *OUT) == 0
+    assert_same(written(), flat(1))
+    assert params("diff", "shards/model.safetensors.index.json", "shards", "--exit-code") == 0
+
+
+def test_nothing_is_overwritten_unless_forced(capsys: pytest.CaptureFixture[str]) -> None:
+    before = Path(A).read_bytes()
+    assert params("scale", A, "--alpha", "2", "--write", A) == 1
+    assert "pass --force" in capsys.readouterr().err and Path(A).read_bytes() == before
+    assert params("scale", A, "--alpha", "2", "--write", A, "--force") == 0  # in place
+    assert_same(written(A), native(transforms.scale(flat(1), 2.0)))
+    Path("full").mkdir()
+    Path("full/x").touch()
+    for out in ("full", "nowhere/out.safetensors"):
+        assert params("scale", A, "--write", out) == 1
+        assert out in capsys.readouterr().err
+
+
+def test_a_write_error_keeps_the_old_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert params("scale", A, *OUT) == 0
+    before, listing = Path("out.safetensors").read_bytes(), sorted(os.listdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:  # the system refuses every byte beyond the limit, as a full disk does
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) - 50, hard))
+        code = params("scale", B, *OUT, "--force")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert code == 1 and "out.safetensors: File too large" in capsys.readouterr().err
+    assert Path("out.safetensors").read_bytes() == before and sorted(os.listdir()) == listing
+
+
+@pytest.mark.parametrize(("signal_", "code"), [(KeyboardInterrupt, 130), (SystemExit(143), 143)])
+def test_an_interrupted_write_keeps_the_old_file(
+    signal_: Any, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert params("scale", A, *OUT) == 0
+    before, listing = Path("out.safetensors").read_bytes(), sorted(os.listdir())
+    blocks = safetensors.blocks
+
+    def interrupted(tensor: safetensors.Tensor, size: int) -> Iterator[np.ndarray]:
+        if tensor.start > 200:
+            raise signal_
+        return blocks(tensor, size)
+
+    monkeypatch.setattr(safetensors, "blocks", interrupted)
+    assert params("scale", B, *OUT, "--force") == code
+    assert Path("out.safetensors").read_bytes() == before and sorted(os.listdir()) == listing
+
+
+BAD_FILES = {
+    "pickle": (pickle.dumps({"a": 1}), "a pickle"),
+    "truncated": (b"\x40\0\0\0\0\0\0\0{", "truncated"),
+    "empty": (b"", "empty or truncated"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+@pytest.mark.parametrize("command", EVERY)
+def test_bad_files_are_refused_by_every_action(name: str, command: str, capsys: Any) -> None:
+    content, says = BAD_FILES[name]
+    Path(A).write_bytes(content)
+    out = [] if command in ("inspect", "diff") else [*OUT]
+    assert params(*EVERY[command], *out) == 1
+    assert says in capsys.readouterr().err and not Path("out.safetensors").exists()
+
+
+def test_an_index_that_escapes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("model").mkdir()
+    index = {"weight_map": {"step": "../a.safetensors"}}
+    Path("model/model.safetensors.index.json").write_text(json.dumps(index))
+    assert params("scale", "model", *OUT) == 1
+    assert "may only name files beside it" in capsys.readouterr().err
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+GROWTH = """
+import sys
+import jax
+import numpy as np
+from kdtl_jax.cli import main
+from kdtl_jax.interop import safetensors
+
+def peak():
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+def checkpoint(name, rows):
+    specs = {"w": jax.ShapeDtypeStruct((rows, 1000), np.float32)}
+    block = np.ones(1_000_000, np.float32)
+    safetensors.stream(name, specs, lambda _: iter([block] * (rows // 1000)))
+
+for name, rows in (("small", 1000), ("large", 50_000)):
+    checkpoint(f"{name}.safetensors", rows)
+for words in (["scale", "{}.safetensors"], ["average", "{}.safetensors", "{}.safetensors"]):
+    before = None
+    for name in ("small", "large"):
+        call = [word.format(name) for word in words]
+        write = ["--write", "out.safetensors", "--force", "--skip-sha256"]
+        assert main(["params", *call, *write]) == 0
+        before = before or peak()
+    print(words[0], peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_a_checkpoint_passes_through_little_memory(folder: Path) -> None:
+    """200 MB in one tensor; the peak of resident memory grows by less than half of it."""
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    grown = dict(
+        line.split() for line in done.stdout.splitlines() if line[:5] in ("scale", "avera")
+    )
+    assert set(grown) == {"scale", "average"}
+    assert all(int(value) < 100e6 for value in grown.values()), grown
