@@ -51,7 +51,7 @@ def test_peft_folders_are_merged_as_they_say(is_dora: bool) -> None:
     if is_dora:
         tensors[f"{prefix}magnitude_vector"] = length
     safetensors.save("adapter/adapter_model.safetensors", tensors)
-    config = {"lora_alpha": 8, "r": 2, "use_rslora": True, "alpha_pattern": {}}
+    config = {"lora_alpha": 8, "r": 2, "use_rslora": True, "alpha_pattern": {}, "use_dora": is_dora}
     Path("adapter/adapter_config.json").write_text(json.dumps(config))
     assert params("lora-merge", "torch.safetensors", "adapter", *OUT) == 0
     want = kernel + np.float32(8 / math.sqrt(2)) * (a @ b).T

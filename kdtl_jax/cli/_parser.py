@@ -6,7 +6,6 @@ its own. The file is data: no tags, no aliases, no key twice, nothing unknown.
 
 import argparse
 import dataclasses
-import keyword
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -125,7 +124,7 @@ def load(path: Path, fields: Mapping[str, Any], words: str) -> dict[str, Any]:
     out = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        name = f"{name}_" if keyword.iskeyword(name) else name
+        name += "_" * (name not in fields and f"{name}_" in fields)
         if key == "command" and name not in fields:
             if value != words:
                 raise UsageError(f"--config {path}: written by kdtl {value}, not kdtl {words}")

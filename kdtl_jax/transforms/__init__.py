@@ -46,6 +46,7 @@ from kdtl_jax.transforms._ia3_vera_oft import ia3_input as ia3_input
 from kdtl_jax.transforms._ia3_vera_oft import ia3_output as ia3_output
 from kdtl_jax.transforms._ia3_vera_oft import oft as oft
 from kdtl_jax.transforms._ia3_vera_oft import vera as vera
+from kdtl_jax.transforms._leaves import refuse_codes as refuse_codes
 from kdtl_jax.transforms._lora import DoraWeights as DoraWeights
 from kdtl_jax.transforms._lora import LoraWeights as LoraWeights
 from kdtl_jax.transforms._lora import dora as dora
@@ -58,7 +59,6 @@ from kdtl_jax.transforms._lora import orthogonal_start as orthogonal_start
 from kdtl_jax.transforms._lora import pissa_start as pissa_start
 from kdtl_jax.transforms._lora import scale_by_rank as scale_by_rank
 from kdtl_jax.transforms._lora import scale_by_root_rank as scale_by_root_rank
-from kdtl_jax.transforms._leaves import refuse_codes as refuse_codes
 from kdtl_jax.transforms._low_rank import LowRank as LowRank
 from kdtl_jax.transforms._low_rank import factor_low_rank as factor_low_rank
 from kdtl_jax.transforms._low_rank import rank_for_energy as rank_for_energy

@@ -23,7 +23,6 @@ class Cut(NamedTuple):
 
     threshold: Array  # the key of the smallest entry taken
     equal: Array  # how many of its equals are taken, the first ones
-    dtype: Any  # in which entries are ranked
 
 
 def largest(read: Callable[[], Iterable[Array]], count: Any, dtype: Any = jnp.float32) -> Cut:
@@ -45,7 +44,7 @@ def largest(read: Callable[[], Iterable[Array]], count: Any, dtype: Any = jnp.fl
         for leaf in read():
             counts = counts + _histogram(leaf, threshold, shift, bits)
         threshold, wanted = _last(counts, threshold, wanted, shift)
-    return Cut(threshold, wanted, dtype)
+    return Cut(threshold, wanted)
 
 
 def taken(x: Array, cut: Cut, before: Any = 0) -> tuple[Array, Array]:
@@ -59,24 +58,31 @@ def taken(x: Array, cut: Cut, before: Any = 0) -> tuple[Array, Array]:
     Returns:
       `(mask, before)`: bool of the leaf's shape, and `before` for the next leaf.
     """
-    key = _keys(x, 8 * jnp.dtype(cut.dtype).itemsize).ravel()
-    equal = key == cut.threshold
     before = jnp.asarray(before, cut.equal.dtype)
-    upto = before + jnp.cumsum(equal, dtype=cut.equal.dtype)
-    mask = (key > cut.threshold) | (equal & (upto <= cut.equal))
-    return mask.reshape(x.shape), before + jnp.sum(equal, dtype=cut.equal.dtype)
+    return _taken(x, cut.threshold, cut.equal, before)
 
 
+@jax.jit
 def top(x: Array, count: Any) -> Array:
     """Which entries of one leaf are its `count` largest: bool of its shape."""
     return taken(x, largest(lambda: [x], count, x.dtype))[0]
 
 
+@jax.jit
 def kth_largest(x: Array, count: Any) -> Array:
     """The `count`-th largest entry, 1 for the largest."""
     key = largest(lambda: [x], count, x.dtype).threshold
     bits = jnp.where(key >> (8 * key.dtype.itemsize - 1) == 1, key << 1 >> 1, ~key)
     return jax.lax.bitcast_convert_type(bits, x.dtype)
+
+
+@jax.jit
+def _taken(x: Array, threshold: Array, wanted: Array, before: Array) -> tuple[Array, Array]:
+    key = _keys(x, 8 * threshold.dtype.itemsize).ravel()
+    equal = key == threshold
+    upto = before + jnp.cumsum(equal, dtype=wanted.dtype)
+    mask = (key > threshold) | (equal & (upto <= wanted))
+    return mask.reshape(x.shape), before + jnp.sum(equal, dtype=wanted.dtype)
 
 
 def _keys(x: Array, bits: int) -> Array:

@@ -264,7 +264,7 @@ def della(
 
 def keep(task_vector: PyTree, mask: PyTree) -> PyTree:
     """Zeroes the entries where `mask` (a tree of bool arrays of the same shapes) is false."""
-    flags = jax.tree.map(lambda m: m != 0 if hasattr(m, "dtype") else m, mask)
+    flags = jax.tree.map(lambda m: m.astype(bool) if hasattr(m, "dtype") else m, mask)
     return _leaves.combine_leaves(
         lambda i, path, leaf, kept: jnp.where(kept != 0, leaf, 0),
         {"task_vector": task_vector, "mask": flags},

@@ -103,7 +103,7 @@ def sign_balance(task_vectors: Sequence[PyTree]) -> Scalar:
     )
     chosen, _ = trees.partition(counts, trees.everything)
     once = {id(leaf): leaf for leaf in jax.tree.leaves(chosen)}
-    return sum(once.values(), jnp.zeros(()))
+    return sum((leaf.astype(float) for leaf in once.values()), jnp.zeros((), float))
 
 
 def disjoint_merge(

@@ -282,7 +282,7 @@ def _check_place(out: Path, force: bool, total: int) -> None:
 def _recipe(settings: Writing, command: str, inputs: Sequence[Opened]) -> str:
     """The command, the options it was given, and its inputs, as JSON."""
     place = {field.name for field in fields(Writing)} - {"dtype"}
-    defaults = {field.name: field.default for field in fields(settings)}
+    defaults = {field.name: field.metadata["default"] for field in fields(settings)}
     options = {
         name: value
         for name, value in plain(settings).items()

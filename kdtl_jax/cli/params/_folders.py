@@ -10,7 +10,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import trees
 from kdtl_jax.interop import safetensors
 
 CONFIG = "config.json"
@@ -171,10 +170,7 @@ def _ties(config: Mapping[str, Any], written: Path, specs: Mapping[str, Any]) ->
     if not config.get("tie_word_embeddings") or len(heads) != 1 or len(tables) != 1:
         return {}
     tensors = safetensors.index(written).tensors
-    head, table = (safetensors.blocks(tensors[name], 1 << 20) for name in (heads[0], tables[0]))
-    if specs[heads[0]].shape == specs[tables[0]].shape and all(
-        a.tobytes() == b.tobytes() for a, b in zip(head, table, strict=True)
-    ):
+    if equal(tensors[heads[0]], tensors[tables[0]]):
         return {}
     print(f"warning: {heads[0]} is no longer tied to {tables[0]}", file=sys.stderr)
     return {"tie_word_embeddings": False}
@@ -193,7 +189,11 @@ def tied(tensors: Sequence[Mapping[str, safetensors.Tensor]]) -> dict[str, str]:
     first: dict[str, str] = {}
     for paths in groups.values():
         for i, path in enumerate(paths):
-            earlier = (p for p in paths[:i] if p not in first and _equal(tensors, p, path))
+            earlier = (
+                p
+                for p in paths[:i]
+                if p not in first and all(equal(each[p], each[path]) for each in tensors)
+            )
             if (same := next(earlier, None)) is not None:
                 first[path] = same
     return first
@@ -204,11 +204,8 @@ def _start(tensor: safetensors.Tensor) -> tuple[str, tuple[int, ...], bytes]:
     return tensor.dtype, tensor.shape, head.tobytes()
 
 
-def _equal(tensors: Sequence[Mapping[str, safetensors.Tensor]], a: str, b: str) -> bool:
-    return all(
-        x.tobytes() == y.tobytes()
-        for each in tensors
-        for x, y in zip(
-            safetensors.blocks(each[a], 1 << 20), safetensors.blocks(each[b], 1 << 20), strict=True
-        )
-    )
+def equal(a: safetensors.Tensor, b: safetensors.Tensor) -> bool:
+    """Whether two tensors hold the same bytes."""
+    pairs = zip(safetensors.blocks(a, 1 << 20), safetensors.blocks(b, 1 << 20), strict=False)
+    same = (a.dtype, a.shape) == (b.dtype, b.shape)
+    return same and all(x.tobytes() == y.tobytes() for x, y in pairs)

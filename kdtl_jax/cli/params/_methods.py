@@ -180,7 +180,7 @@ def _rescaled(drop: Sparsify) -> Sparsify:
         out = []
         for tau, dropped in zip(taus(x), drop(x, o), strict=True):
             kept = transforms.keep(tau, {path: leaf != 0 for path, leaf in dropped.items()})
-            out.append(kept if o.rescale is False else transforms.rescale_l1(kept, tau))
+            out.append(kept if o.rescale is False else transforms.rescale_l1(kept, tau, floor=1e-7))
         return out
 
     return sparsify

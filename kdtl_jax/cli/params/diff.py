@@ -83,7 +83,9 @@ def distance(a: Tensor, b: Tensor) -> Distance:
     largest, differing = 0.0, 0
     apart = before = after = inner = 0.0
     pairs = zip(
-        safetensors.blocks(a, _checkpoints.BLOCK), safetensors.blocks(b, _checkpoints.BLOCK), strict=True
+        safetensors.blocks(a, _checkpoints.BLOCK),
+        safetensors.blocks(b, _checkpoints.BLOCK),
+        strict=True,
     )
     for x, y in pairs:
         wide = np.complex128 if np.iscomplexobj(x) or np.iscomplexobj(y) else np.float64

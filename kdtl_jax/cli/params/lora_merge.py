@@ -1,10 +1,163 @@
-"""`kdtl params lora-merge`: `W' = W + s a b`, LoRA's and DoRA's, as plain weights."""
+"""`kdtl params lora-merge`: adapters as plain weights, LoRA's `W' = W + s a b` first."""
+
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from kdtl_jax.cli.params._checkpoints import Writing
-from kdtl_jax.cli.params import _checkpoints
-EXAMPLES=f"""
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from kdtl_jax import transforms, trees
+from kdtl_jax.cli.params import _checkpoints, _folders
+from kdtl_jax.cli.params._checkpoints import Opened, Rewrite, Writing
+from kdtl_jax.interop import peft, safetensors
+from kdtl_jax.recipes.settings import UsageError, setting
+from kdtl_jax.transforms import Kept, Report
+
+EXAMPLES = f"""
 kdtl params lora-merge base/ adapter/ --write merged.safetensors
 {_checkpoints.SELECTORS}"""
+SCALINGS = {"rank": transforms.scale_by_rank, "root-rank": transforms.scale_by_root_rank}
+_OWN = re.compile(r"(?:adapter/)?(?P<module>.*)/(?P<part>a|b|magnitude)")
+
+
 @dataclass(frozen=True)
 class Settings(Writing):
-    """x"""
+    """Adds an adapter's weights to its base."""
+
+    base: str | None = setting(None, "a checkpoint", positional=True)
+    adapter: str | None = setting(
+        None,
+        "'kernel/a', 'kernel/b' as this library saves them, or a PEFT folder with its "
+        "adapter_config.json",
+        positional=True,
+    )
+    alpha: float | None = setting(
+        None, "numerator of s, for files of this library (PEFT's say theirs)", metavar="A"
+    )
+    scaling: Literal["rank", "root-rank"] = setting(
+        "rank", "s = alpha / r, or alpha / sqrt(r) for rsLoRA, likewise"
+    )
+    weight: float = setting(1.0, "times what is added", metavar="W")
+    in_axis: int = setting(-2, "kernels' inputs, likewise", metavar="A")
+    out_axis: int = setting(-1, "kernels' outputs, likewise", metavar="A")
+
+
+def run(settings: Settings) -> int:
+    """Reports, and writes if asked to."""
+    base = _checkpoints.opened(settings.base, "BASE", EXAMPLES)
+    adapter = _checkpoints.opened(settings.adapter, "ADAPTER", EXAMPLES)
+    transforms.refuse_codes({**base.specs, **adapter.specs})
+    home = adapter.checkpoint.files[0].parent if adapter.checkpoint.files else Path()
+    if (home / peft.CONFIG).is_file():
+        edits = _of_peft(settings, base)
+    elif any(".lora_" in name for name in adapter.tensors):
+        raise ValueError(f"{home} has no {peft.CONFIG}, which says how the adapter is applied.")
+    else:
+        edits = _of_this_library(settings, base, adapter)
+
+    def produce(path: str) -> Any:
+        tensor = base.tensors[path]
+        if path not in edits:
+            return safetensors.blocks(tensor, _checkpoints.BLOCK)
+        return np.asarray(edits[path](safetensors.read(tensor))).astype(base.specs[path].dtype)
+
+    report = Report(
+        merged=tuple(path for path in base.specs if path in edits),
+        kept=tuple(Kept(path, "no adapter") for path in base.specs if path not in edits),
+        shapes={path: spec.shape for path, spec in base.specs.items()},
+        sizes={p: math.prod(s.shape) for p, s in base.specs.items() if trees.is_inexact(s)},
+    )
+    rewrite = Rewrite(base.specs, produce, report, [base, adapter], base.names)
+    return _checkpoints.finish(settings, "lora-merge", rewrite)
+
+
+def _of_peft(settings: Settings, base: Opened) -> Mapping[str, Any]:
+    for flag in ("alpha", "scaling", "in_axis", "out_axis", "weight"):
+        if getattr(settings, flag) != getattr(Settings, flag):
+            name = flag.replace("_", "-")
+            raise UsageError(f"--{name} is for files of this library; PEFT's say theirs")
+    folder = _folders.home(base.checkpoint)
+    config = None if folder is None else safetensors.json_file(folder / _folders.CONFIG)
+    assert settings.adapter is not None
+    return peft.edits(peft.load(settings.adapter), base.specs, config)
+
+
+def _of_this_library(settings: Settings, base: Opened, adapter: Opened) -> Mapping[str, Any]:
+    """LoRA and DoRA weights as `AdaptedParams` or their adapter alone is saved.
+
+    Where the file holds its base too, that must be this one: PiSSA, OLoRA and LoRA-GA start from a
+    base of their own, to which the sum belongs.
+    """
+    parts: dict[str, dict[str, safetensors.Tensor]] = {}
+    for name, tensor in adapter.tensors.items():
+        match = _OWN.fullmatch(name)
+        if match is None and name.startswith("base/"):
+            _check_base(name, tensor, base)
+        elif match is None:
+            raise ValueError(
+                f"{name!r} in {adapter.name} is no part of a LoRA or DoRA: expected 'kernel/a' and "
+                f"'kernel/b', or a PEFT folder with {peft.CONFIG}."
+            )
+        else:
+            parts.setdefault(match["module"], {})[match["part"]] = tensor
+    for path, found in parts.items():
+        _check_pair(settings, path, found, base)
+    if settings.alpha is None:
+        raise UsageError("the file does not say alpha: pass --alpha")
+    if settings.weight != 1 and any("magnitude" in found for found in parts.values()):
+        raise UsageError("DoRA is not linear in its weights; --weight must stay 1")
+    return {path: _edit(settings, path, found) for path, found in parts.items()}
+
+
+def _check_base(name: str, tensor: safetensors.Tensor, base: Opened) -> None:
+    path = name.removeprefix("base/")
+    if path not in base.tensors or not _folders.equal(base.tensors[path], tensor):
+        raise ValueError(
+            f"the adapter was trained on another {path!r} than the base's (as PiSSA, OLoRA and "
+            "LoRA-GA are): merge it with the base in its own file, or with adapter.merge."
+        )
+
+
+def _check_pair(
+    settings: Settings, path: str, found: Mapping[str, safetensors.Tensor], base: Opened
+) -> None:
+    if not {"a", "b"} <= found.keys():
+        raise ValueError(f"the adapter of {path!r} has {sorted(found)}, not a and b.")
+    if path not in base.specs:
+        raise ValueError(
+            f"the adapter's {path!r} is not in the base; nearest: "
+            f"{trees.nearest(path, list(base.specs))}. Adapters belong to one architecture."
+        )
+    shape, a, b = base.specs[path].shape, found["a"].shape, found["b"].shape
+    axes = (settings.in_axis, settings.out_axis)
+    inside = len(shape) >= 2 and all(-len(shape) <= axis < len(shape) for axis in axes)
+    fits = inside and min(len(a), len(b)) >= 2 and a[-1] == b[-2]
+    if not fits or tuple(shape[axis] for axis in axes) != (a[-2], b[-1]):
+        raise ValueError(
+            f"the adapter of {path!r} does not fit: kernel {list(shape)} with in_axis={axes[0]}, "
+            f"out_axis={axes[1]}, a {list(a)}, b {list(b)}. Is it another architecture's, or do "
+            "its kernels have other axes (--in-axis, --out-axis)?"
+        )
+
+
+def _edit(settings: Settings, path: str, found: Mapping[str, safetensors.Tensor]) -> Any:
+    make = transforms.dora if "magnitude" in found else transforms.lora
+    kind = make(
+        alpha=settings.alpha,
+        scaling=SCALINGS[settings.scaling],
+        in_axis=settings.in_axis,
+        out_axis=settings.out_axis,
+    )
+
+    def edit(kernel: np.ndarray) -> Any:
+        arrays = {part: safetensors.read(tensor) for part, tensor in found.items()}
+        weights = (transforms.DoraWeights if "magnitude" in found else transforms.LoraWeights)(
+            **arrays
+        )
+        weights = weights._replace(b=np.float32(settings.weight) * weights.b)
+        return kind.merge({path: kernel}, {path: weights})[path]
+
+    return edit

@@ -202,9 +202,7 @@ def _by_tensor(job: Job) -> Callable[[str], Any]:
     return produce
 
 
-def _pieces(
-    job: Job, path: str, places: Sequence[tuple[int, str] | None]
-) -> Iterator[Members]:
+def _pieces(job: Job, path: str, places: Sequence[tuple[int, str] | None]) -> Iterator[Members]:
     """Vectors of at most `BLOCK` entries under the path `PIECE`, from the first entry on."""
     statistics = [one.tensors[path] for one in job.statistics]
     tensors = [_tensor(job, at) for at in places if at is not None] + statistics
@@ -214,7 +212,7 @@ def _pieces(
     ):
         trees_ = [{PIECE: jnp.asarray(x)} for x in piece]
         base = {} if places[0] is None else trees_[0]
-        models = trees_[: count] if places[0] is None else trees_[1:count]
+        models = trees_[:count] if places[0] is None else trees_[1:count]
         yield Members(base, models, trees_[count:])
 
 
@@ -252,8 +250,8 @@ def _whole_models(job: Job) -> Callable[[str], Any]:
         before, balance = [0] * count, 0
         for path in paths:
             found[f"before {path}"] = before
-            for _, trimmed, before in trim(path, before):
-                balance += int(transforms.sign_balance(trimmed))
+            for _, trimmed, seen in trim(path, before):
+                balance, before = balance + int(transforms.sign_balance(trimmed)), seen
                 done(4 * trimmed[0][PIECE].size)
         found["majority"] = 1 if balance >= 0 else -1
 
@@ -340,9 +338,7 @@ def several(
     for flag in ("weights", "density", "epsilon", "outliers"):
         shares = getattr(options, flag)
         if isinstance(shares, (list, tuple)) and len(shares) != len(models):
-            raise UsageError(
-                f"--{flag}: expected {len(models)}, one per model, got {len(shares)}"
-            )
+            raise UsageError(f"--{flag}: expected {len(models)}, one per model, got {len(shares)}")
     divides = "scale" not in method.options and options.normalize is not False
     if options.weights is not None and divides and not sum(options.weights):
         raise UsageError(f"--weights {options.weights}: their sum, a divisor, is 0")
@@ -451,9 +447,7 @@ def _check_leaves(named: Mapping[str, Any]) -> None:
         raise ValueError(f"{error} Pass --on-mismatch keep to keep the first's.") from None
 
 
-def _refuse_codes(
-    inputs: Sequence[Opened], chosen: set[str], wanted: Mapping[str, Any]
-) -> None:
+def _refuse_codes(inputs: Sequence[Opened], chosen: set[str], wanted: Mapping[str, Any]) -> None:
     """Raises ValueError if a chosen tensor is stored as integer codes in any model."""
     for one in inputs:
         transforms.refuse_codes({path: one.specs[path] for path in chosen if path in one.specs})

@@ -41,8 +41,8 @@ class Settings(Selection, Writing):
     )  # fmt: skip
     take: tuple[str, ...] = setting(
         (),
-        "of these tensors keep the entries WHICH along AXIS: 0,2,5..7, first:N or uniform:N (weight "
-        "selection); repeat for more",
+        "of these tensors keep the entries WHICH along AXIS: 0,2,5..7, first:N or uniform:N "
+        "(weight selection); repeat for more",
         metavar="SELECTOR@AXIS=WHICH",
         repeat=True,
     )
