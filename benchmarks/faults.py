@@ -1,6 +1,7 @@
 """Kills, terminations and a full disk: does a resumed run end as one that nothing disturbed?
 
 Command:   python benchmarks/faults.py [--kills 50] [--terms 20] [--seed 1] [--json out.json]
+           python benchmarks/faults.py --pairs 20
            mount -t tmpfs -o size=8m tmpfs FOLDER && python benchmarks/faults.py --full-disk FOLDER
 Machine:   2 cores of an AMD EPYC virtual machine, Linux 6.18, busy with other work (load 5 to 15);
            jax 0.10.2, orbax-checkpoint 0.12, Python 3.11.7
@@ -33,7 +34,8 @@ import numpy as np
 
 from kdtl_jax.run import checkpoint
 
-PROGRAM = Path(__file__).parent.parent / "tests" / "fault_program.py"
+TESTS = Path(__file__).parent.parent / "tests"
+PROGRAM, PAIRS = TESTS / "fault_program.py", TESTS / "pair_program.py"
 
 
 def attacks(kills: int, terms: int, seed: int) -> list[dict[str, Any]]:
@@ -42,6 +44,24 @@ def attacks(kills: int, terms: int, seed: int) -> list[dict[str, Any]]:
         command += ["--terms", str(terms), "--seed", str(seed)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)["attacks"]
+
+
+def pairs(count: int, seed: int) -> list[dict[str, Any]]:
+    """Runs of two processes: so many undisturbed, as many stopped or killed and resumed."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(PAIRS), folder, "--undisturbed", str(count)]
+        killed = count // 6
+        command += ["--stopped", str(count - killed), "--killed", str(killed), "--seed", str(seed)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout)
+    for kind in ("undisturbed", "stopped", "killed"):
+        runs = [run for run in found if run["kind"] == kind]
+        ended, same = (sum(run[name] for run in runs) for name in ("ended", "identical"))
+        print(
+            f"two processes, {kind}: {ended} of {len(runs)} ended by themselves, at most "
+            f"{max((run['seconds'] for run in runs), default=0):.0f} s later; {same} identical"
+        )
+    return found
 
 
 def summary(found: list[dict[str, Any]]) -> None:
@@ -111,6 +131,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--terms", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--pairs", type=int, help="runs of two processes instead")
     parser.add_argument("--full-disk", type=Path, metavar="FOLDER", help="on a small file system")
     parser.add_argument("--json", help="write the attacks here")
     args = parser.parse_args()
@@ -119,6 +140,9 @@ def main() -> None:
         for is_foreseen in (True, False):
             full_disk(args.full_disk, is_foreseen)
         return
+    if args.pairs is not None:
+        found = pairs(args.pairs, args.seed)
+        sys.exit(0 if all(run["ended"] and run["identical"] for run in found) else 1)
     found = attacks(args.kills, args.terms, args.seed)
     summary(found)
     if args.json:

@@ -93,7 +93,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes | memoryview) -> None:
     """Writes beside `path`, syncs, renames: readers see the old file or the new one."""
     with atomic_file(path) as file:
         file.write(content)

@@ -29,3 +29,24 @@ def test_killed_and_stopped_runs_end_bit_identical(tmp_path: Path) -> None:
     assert [a["code"] for a in stopped] == [143] * 2, done.stderr
     assert all(a["newest"] >= a["last_line"] > 0 for a in stopped), "a stop loses no step"
     assert last["identical"], done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_end_together_and_identical(tmp_path: Path) -> None:
+    """Undisturbed, with SIGTERM to both or to one of them, and with one of them killed."""
+    here = Path(__file__).parent
+    environment = os.environ | {
+        "PYTHONPATH": str(here.parent),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, str(here / "pair_program.py"), str(tmp_path)]
+    counts = ["--undisturbed", "1", "--stopped", "2", "--killed", "1"]
+    done = subprocess.run([*command, *counts], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == 4
+    for run in found:
+        assert run["ended"] and run["identical"], found
+        if run["kind"] == "stopped":
+            assert set(run["codes"]) <= {143, 0}, "both stop, or both were done"

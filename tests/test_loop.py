@@ -237,8 +237,8 @@ def test_outside_the_main_thread_nothing_is_caught() -> None:
 def breaking(at: int) -> train.Step:
     """The step, with a gradient of NaN for one leaf at one step."""
 
-    def broken(state: train.TrainState, teacher: Any, batch: Any) -> Any:
-        new, metrics = STEP(state, teacher, batch)
+    def broken(state: train.TrainState, batch: Any, teacher_params: Any = None) -> Any:
+        new, metrics = STEP(state, batch, teacher_params)
         spoil = jnp.where(state.step == at, jnp.nan, 1.0)
         return new._replace(params=new.params | {"v": new.params["v"] * spoil}), metrics
 

@@ -189,8 +189,9 @@ def _from_npz(path: Path, validation: float, test: float, seed: int) -> Splits:
             )
         whole = whole._replace(name=path.name)
         return stratified(whole, validation=validation, test=test, seed=seed)
-    found = [_pair(path, there, keys, train) for keys in (VALIDATION_KEYS, TEST_KEYS)]
-    return _completed(path, train, *found, validation, test, seed)
+    validation_part = _pair(path, there, VALIDATION_KEYS, train)
+    test_part = _pair(path, there, TEST_KEYS, train)
+    return _completed(path, train, validation_part, test_part, validation, test, seed)
 
 
 def _pair(

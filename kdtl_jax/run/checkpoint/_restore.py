@@ -202,7 +202,7 @@ def read_manifest(home: Path) -> Manifest:
     value = _files.read_sealed(home / MANIFEST)
     if value.get("format") != FORMAT:
         raise ValueError(f"format {value.get('format')}, this version reads {FORMAT}")
-    fields = {name: value.get(name) for name in Manifest._fields}
+    fields: dict[str, Any] = {name: value.get(name) for name in Manifest._fields}
     odd = [name for name, kind in _KINDS.items() if not isinstance(fields[name], kind)]
     if not odd and not all(map(_is_leaf, fields["leaves"])):
         odd = ["leaves"]

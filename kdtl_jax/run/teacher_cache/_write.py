@@ -293,7 +293,7 @@ def _compute_missing(
 def _write_shard(folder: Path, shard: int, records: np.ndarray) -> None:
     """The records, then their seal: without it the shard does not count."""
     (folder / _shards.seal_name(shard)).unlink(missing_ok=True)
-    content = records.view(np.uint8).data if records.dtype.itemsize else b""
+    content = records.view(np.uint8).data
     _files.write_atomic(folder / _shards.file_name(shard), content)
     seal = {"bytes": records.nbytes, "sha256": hashlib.sha256(content).hexdigest()}
     _files.write_sealed(folder / _shards.seal_name(shard), seal)
