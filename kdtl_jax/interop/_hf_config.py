@@ -198,10 +198,11 @@ def as_given(key: str, default: Any = None) -> Field:
 
 def activation(key: str, default: Any = REQUIRED) -> Field:
     """The name of an activation, as a function."""
-    return Field(key, lambda value, limits: _activation(value), default)
+    return Field(key, lambda value, limits: activation_named(value), default)
 
 
-def _activation(name: Any) -> models.Activation:
+def activation_named(name: Any) -> models.Activation:
+    """The function that transformers calls so."""
     match name:
         case "gelu" | "gelu_python":
             return models.gelu

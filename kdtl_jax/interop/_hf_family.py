@@ -24,7 +24,8 @@ class Head(NamedTuple):
     `architectures` are the classes that have it, the one to write first. A head without an entry in
     `architectures` is recognized by its tensors, and by whether a pooler lies below it
     (`has_pooler`, None: either). `replaces` are JAX paths that the body has no tensor for under
-    this head. `classes` is the torch name whose first side is the number of classes.
+    this head. `optional` rules are of tensors that it may have. `classes` is the torch name whose
+    first side is the number of classes.
     """
 
     task: str
@@ -33,6 +34,7 @@ class Head(NamedTuple):
     has_pooler: bool | None = None
     replaces: str = ""
     classes: str | None = None
+    optional: tuple[Rule, ...] = ()
 
 
 class Found(NamedTuple):
@@ -115,9 +117,16 @@ def rules_of(
     """The rules of a file, with the prefix and the norm names that it uses."""
     body = [rule for rule in family.body if head is None or not _replaced(rule, head)]
     rules = [rule._replace(torch=prefix + rule.torch) for rule in body]
-    rules += () if head is None else head.rules
+    rules += () if head is None else (*head.rules, *head.optional)
     if is_tied:
         rules = [rule for rule in rules if rule.torch not in family.copies]
+    # Where a parameter has several names, the file says which is meant.
+    paths = [rule.jax for rule in rules]
+    rules = [
+        rule
+        for rule in rules
+        if paths.count(rule.jax) == 1 or any(naming.covers([rule], name) for name in stored)
+    ]
     if any(name.endswith("LayerNorm.gamma") for name in stored):  # converted from TensorFlow
         old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
         for new_name, old_name in old.items():

@@ -148,11 +148,14 @@ class FeedForward(nn.Module):
 
     hidden: int
     activation: Activation = gelu
+    use_bias: bool = True
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        y = self.activation(nn.Dense(self.hidden, name="up")(x))
-        return nn.Dense(x.shape[-1], name="down")(y)
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        y = self.activation(nn.Dense(self.hidden, use_bias=self.use_bias, name="up")(x))
+        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        return nn.Dense(x.shape[-1], use_bias=self.use_bias, name="down")(y)
 
 
 class GatedFeedForward(nn.Module):

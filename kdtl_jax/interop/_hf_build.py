@@ -1,0 +1,124 @@
+"""From a config and the tensors beside it to a module, its names, and abstract variables."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from kdtl_jax.interop import (
+    _hf_causal,
+    _hf_encoders,
+    _hf_family,
+    _hf_text,
+    _hf_vision,
+    linen,
+    naming,
+)
+from kdtl_jax.interop._hf_config import Limits, read
+from kdtl_jax.interop._hf_family import Family, Found
+from kdtl_jax.interop.naming import Rule
+
+FAMILIES: tuple[Family, ...] = (
+    _hf_encoders.bert,
+    _hf_encoders.roberta,
+    _hf_encoders.xlm_roberta,
+    _hf_encoders.camembert,
+    _hf_encoders.distilbert,
+    _hf_encoders.electra,
+    _hf_encoders.mpnet,
+    _hf_text.modernbert,
+    _hf_text.deberta,
+    _hf_text.t5,
+    _hf_causal.gpt2,
+    _hf_causal.llama,
+    _hf_causal.mistral,
+    _hf_causal.qwen2,
+    _hf_vision.vit,
+    _hf_vision.deit,
+    _hf_vision.dinov2,
+    _hf_vision.clip_vision,
+    _hf_vision.siglip_vision,
+    _hf_vision.resnet,
+)
+
+
+class Built(NamedTuple):
+    """The module of a config and its tensors, the rules that name them, and abstract variables."""
+
+    module: nn.Module
+    rules: tuple[Rule, ...]
+    variables: dict[str, Any]
+    unused: tuple[str, ...]
+    extra: tuple[str, ...]
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a config; raises ValueError for a `model_type` that is not known here."""
+    if "model_type" not in config:
+        raise ValueError("config.json has no 'model_type'; it is of no known model.")
+    name = config["model_type"]
+    for family in FAMILIES:
+        if name in family.model_types:
+            return family
+    known = ", ".join(each for family in FAMILIES for each in family.model_types)
+    raise ValueError(
+        f"model_type {str(name)[:60]!r} is not built here; known are {known}. "
+        "Load its tensors with safetensors.load and name them with your own rules."
+    )
+
+
+def built(family: Family, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Built:
+    """The model that a config and its tensors make."""
+    sides = [int(side) for array in tensors.values() for side in array.shape]
+    limits = Limits(max(sides, default=1), len(tensors))
+    values = read(config, family.fields, family.harmless, limits)
+    prefix = _hf_family.prefix_of(family, tensors)
+    head = _hf_family.head_of(family, config, tensors, prefix)
+
+    def rules_of(is_tied: bool) -> tuple[Rule, ...]:
+        return _hf_family.rules_of(family, head, tensors, is_tied=is_tied, prefix=prefix)
+
+    named = {rule.jax: rule.torch for rule in rules_of(False)}
+    copies = [
+        name for name, path in family.copies.items() if _is_copy(tensors, name, named.get(path))
+    ]
+    own = [name for name in family.copies if name in tensors and name not in copies]
+    is_tied = _hf_family.says_tied(family, config) and not (set(own) & set(named.values()))
+    rules = rules_of(is_tied)
+    # A copy without a rule of its own is the bias of an output layer.
+    apart = [name for name in family.copies if name not in named.values()]
+    if head is not None and head.task == "language" and apart:
+        if not is_tied or set(apart) & set(own):
+            raise ValueError(
+                f"the output layer of {head.architectures[0]} is not tied to the embedding "
+                f"(tie_word_embeddings, {apart[0]!r}); that is not built here."
+            )
+    shapes = {name.removeprefix(prefix): tuple(x.shape) for name, x in tensors.items()}
+    module = family.build(values, Found(head, shapes, is_tied))
+    unused = [name for name in tensors if _matches(family.buffers, name)]
+    unused += [name for name in copies if not naming.covers(rules, name)]
+    extra = [
+        name
+        for name in tensors
+        if name not in unused
+        and _matches(family.other_heads, name)
+        and not naming.covers(rules, name)
+    ]
+    init = jax.eval_shape(linen.model(module).init, jax.random.key(0), family.example(values))
+    variables = {**init.params, **(init.model_state or {})}
+    return Built(module, rules, variables, tuple(unused), tuple(extra))
+
+
+def _is_copy(tensors: Mapping[str, Any], name: str, source: str | None) -> bool:
+    """Whether a tensor is another one, stored twice."""
+    if source is None or name not in tensors or source not in tensors:
+        return False
+    a, b = tensors[name], tensors[source]
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and bool(np.array_equal(a, b))
+
+
+def _matches(patterns: Sequence[str], name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)

@@ -1,0 +1,206 @@
+"""DeBERTa-v2 as a Linen module.
+
+Inputs are those of `Bert`. Outputs: `last_hidden` `[B, L, width]`, and with a head `logits`. Taps:
+`layers_0` …, `layers_0/attention/probs`.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kdtl_jax.models._blocks import (
+    Activation,
+    FeedForward,
+    attend,
+    gelu,
+    layer_norm,
+    token_inputs,
+)
+from kdtl_jax.models._encoders import LanguageHead
+
+
+class Layout(NamedTuple):
+    """What all layers share; the fields are those of `Deberta`."""
+
+    width: int
+    heads: int
+    hidden: int
+    span: int | None
+    buckets: int
+    most: int
+    by_key: bool
+    by_query: bool
+    shares_projections: bool
+    activation: Activation
+    norm_epsilon: float
+    dropout: float
+    attention_dropout: float
+
+
+class Deberta(nn.Module):
+    """DeBERTa-v2: attention by content and by relative position, disentangled; post-norm.
+
+    Attributes:
+      positions: None: the input knows no absolute positions.
+      span: relative positions on each side that have an embedding; None: attention by content only.
+      buckets: if positive, distances are log-spaced buckets up to `most`.
+      by_key, by_query: whether positions meet the queries ("c2p"), and the keys ("p2c").
+      shares_projections: whether positions are projected by the layer's own key and query.
+      window: of a convolution beside the first layer; 0: none.
+    """
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+    positions: int | None = None
+    types: int = 0
+    span: int | None = None
+    buckets: int = -1
+    most: int = 512
+    by_key: bool = False
+    by_query: bool = False
+    shares_projections: bool = False
+    norms_positions: bool = False
+    window: int = 0
+    window_activation: Activation = jnp.tanh
+    embedding_width: int | None = None
+    classes: int | None = None
+    token_classes: int | None = None
+    has_language_head: bool = False
+    is_tied: bool = True
+    activation: Activation = gelu
+    pooled_activation: Activation = gelu
+    norm_epsilon: float = 1e-7
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    pooled_dropout: float = 0.0
+    head_dropout: float | None = None
+
+    @nn.compact
+    def __call__(self, inputs: object, *, train: bool = False) -> dict[str, Array]:
+        tokens, mask, types = token_inputs(inputs)
+        where = None if mask is None else mask[:, None, None, :]
+        length = tokens.shape[1]
+
+        def drop(rate: float, y: Array) -> Array:
+            return nn.Dropout(rate, deterministic=not train)(y)
+
+        def masked(y: Array) -> Array:
+            return y if mask is None else jnp.where(mask[..., None], y, 0)
+
+        width = self.embedding_width or self.width
+        table = nn.Embed(self.vocabulary, width, name="tokens")
+        x = table(tokens)
+        if self.positions is not None:
+            x = x + nn.Embed(self.positions, width, name="positions")(jnp.arange(length))[None]
+        if self.types:
+            types = jnp.zeros_like(tokens) if types is None else types
+            x = x + nn.Embed(self.types, width, name="types")(types)
+        if width != self.width:
+            x = nn.Dense(self.width, use_bias=False, name="project")(x)
+        first = x = drop(self.dropout, masked(layer_norm(self.norm_epsilon, "tokens_norm")(x)))
+        relative = None
+        if self.span is not None:
+            places = nn.Embed(2 * self.span, self.width, name="relative")
+            relative = places(jnp.arange(2 * self.span))
+            if self.norms_positions:
+                relative = layer_norm(self.norm_epsilon, "relative_norm")(relative)
+        layout = Layout(*(getattr(self, name) for name in Layout._fields))
+        for i in range(self.layers):
+            x = DebertaLayer(layout, name=f"layers_{i}")(x, where, relative, train)
+            if i == 0 and self.window:
+                y = nn.Conv(self.width, (self.window,), name="conv")(first)
+                y = self.window_activation(drop(self.dropout, masked(y)))
+                x = masked(layer_norm(self.norm_epsilon, "conv_norm")(x + y))
+        outputs = {"last_hidden": x}
+        rate = self.dropout if self.head_dropout is None else self.head_dropout
+        if self.classes is not None:
+            dense = nn.Dense(self.width, name="pooler")
+            y = self.pooled_activation(dense(drop(self.pooled_dropout, x[:, 0])))
+            outputs["pooled"] = y
+            outputs["logits"] = nn.Dense(self.classes, name="head")(drop(rate, y))
+        if self.token_classes is not None:
+            outputs["logits"] = nn.Dense(self.token_classes, name="head")(drop(self.dropout, x))
+        if self.has_language_head:
+            language = LanguageHead(
+                self.activation, self.norm_epsilon, self.is_tied, name="language"
+            )
+            outputs["logits"] = language(x, table)
+        return outputs
+
+
+class DebertaLayer(nn.Module):
+    """Disentangled attention and feed-forward, each followed by its residual and norm."""
+
+    layout: Layout
+
+    @nn.compact
+    def __call__(self, x: Array, where: Array | None, relative: Array | None, train: bool) -> Array:
+        m = self.layout
+        drop = nn.Dropout(m.dropout, deterministic=not train)
+        places = None if relative is None else drop(relative)
+        y = DisentangledAttention(m, name="attention")(x, where, places, train)
+        x = layer_norm(m.norm_epsilon, "attention_norm")(x + drop(y))
+        y = FeedForward(m.hidden, m.activation, name="mlp")(x)
+        return layer_norm(m.norm_epsilon, "mlp_norm")(x + drop(y))
+
+
+class DisentangledAttention(nn.Module):
+    """Scores of contents, of queries with positions, and of keys with positions."""
+
+    layout: Layout
+
+    @nn.compact
+    def __call__(self, x: Array, where: Array | None, relative: Array | None, train: bool) -> Array:
+        m = self.layout
+        width, length = m.width, x.shape[1]
+        to = {name: nn.Dense(width, name=name) for name in ("query", "key", "value")}
+
+        def heads(y: Array) -> Array:
+            return y.reshape(*y.shape[:-1], m.heads, -1)
+
+        query, key, value = (heads(to[name](x)) for name in ("query", "key", "value"))
+        scale = (query.shape[-1] * (1 + m.by_key + m.by_query)) ** -0.5
+        bias = None
+        if relative is not None and (m.by_key or m.by_query):
+            assert m.span is not None
+            index = log_buckets(length, m.buckets, m.most) + m.span
+            index = jnp.clip(index, 0, 2 * m.span - 1)[None, None]
+            bias = jnp.zeros((), jnp.float32)
+            if m.by_key:
+                project = to["key"] if m.shares_projections else nn.Dense(width, name="place_key")
+                scores = jnp.einsum("bqhd,phd->bhqp", query, heads(project(relative)))
+                bias = jnp.take_along_axis(scores, index, axis=-1).astype(jnp.float32) * scale
+            if m.by_query:
+                own = m.shares_projections
+                project = to["query"] if own else nn.Dense(width, name="place_query")
+                scores = jnp.einsum("bkhd,phd->bhkp", key, heads(project(relative)))
+                moved = jnp.take_along_axis(scores, jnp.swapaxes(index, -1, -2), axis=-1)
+                part = jnp.swapaxes(moved, -1, -2).astype(jnp.float32) * scale
+                bias = bias + part if m.by_key else part
+        probs, mix = attend(query, key, value, where, bias, scale)
+        self.sow("intermediates", "probs", probs)
+        probs = nn.Dropout(m.attention_dropout, deterministic=not train)(probs)
+        return nn.Dense(width, name="out")(mix(probs))
+
+
+def log_buckets(length: int, buckets: int, most: int) -> Array:
+    """int32 `[L, L]`: `query - key`, in log-spaced buckets beyond half of `buckets` if positive."""
+    at = np.arange(length)
+    offset = at[:, None] - at[None, :]
+    if buckets <= 0:
+        return jnp.asarray(offset, jnp.int32)
+    middle = buckets // 2
+    distance = np.maximum(np.abs(offset), middle - 1).astype(np.float32)
+    distance[np.abs(offset) < middle] = middle - 1
+    # In float32, as the published code computes it: a rounding decides a bucket.
+    ratio = np.log(np.maximum(distance, 1) / np.float32(middle)) / np.log(
+        np.float32((most - 1) / middle)
+    )
+    far = np.ceil(ratio * np.float32(middle - 1)) + middle
+    return jnp.asarray(np.where(distance <= middle, offset, far * np.sign(offset)), jnp.int32)

@@ -1,0 +1,239 @@
+"""Encoders of text that know relative positions: T5 and ModernBERT as Linen modules.
+
+Inputs are those of `Bert`. Outputs: `last_hidden` `[B, L, width]`, and with a head `logits`. Taps:
+`layers_0` …, `layers_0/attention/probs`.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kdtl_jax.models._blocks import (
+    Activation,
+    FeedForward,
+    FusedGatedFeedForward,
+    FusedSelfAttention,
+    GatedFeedForward,
+    SelfAttention,
+    gelu,
+    mean_pool,
+    relative_buckets,
+    rotary,
+    token_inputs,
+)
+from kdtl_jax.models._encoders import LanguageHead
+
+
+class T5Layer(nn.Module):
+    """Pre-norm attention with unscaled scores, and feed-forward; no biases."""
+
+    heads: int
+    head_width: int
+    hidden: int
+    is_gated: bool
+    activation: Activation
+    norm_epsilon: float
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: Array, where: Array | None, bias: Array, train: bool) -> Array:
+        def drop(y: Array) -> Array:
+            return nn.Dropout(self.dropout, deterministic=not train)(y)
+
+        attention = SelfAttention(
+            self.heads,
+            head_width=self.head_width,
+            use_bias=False,
+            out_bias=False,
+            dropout=self.dropout,
+            scale=1.0,
+            name="attention",
+        )
+        y = nn.RMSNorm(epsilon=self.norm_epsilon, name="attention_norm")(x)
+        x = x + drop(attention(y, where, train=train, bias=bias))
+        y = nn.RMSNorm(epsilon=self.norm_epsilon, name="mlp_norm")(x)
+        kind = GatedFeedForward if self.is_gated else FeedForward
+        return x + drop(
+            kind(self.hidden, self.activation, False, self.dropout, name="mlp")(y, train)
+        )
+
+
+class T5Encoder(nn.Module):
+    """The encoder of T5: buckets of relative positions, shared by all layers.
+
+    Attributes:
+      buckets: relative positions with a bias of their own, half of them for each direction.
+      most: the distance from which on all positions share the last bucket.
+      is_gated: T5 1.1's `down(activation(gate(x)) * up(x))`.
+    """
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    head_width: int
+    hidden: int
+    buckets: int = 32
+    most: int = 128
+    is_gated: bool = False
+    activation: Activation = jax.nn.relu
+    norm_epsilon: float = 1e-6
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, inputs: object, *, train: bool = False) -> dict[str, Array]:
+        tokens, mask, _ = token_inputs(inputs)
+        where = None if mask is None else mask[:, None, None, :]
+        x = nn.Embed(self.vocabulary, self.width, name="tokens")(tokens)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        shared = nn.Embed(self.buckets, self.heads, name="relative")
+        bias = shared(relative_buckets(tokens.shape[1], self.buckets, self.most))
+        bias = jnp.moveaxis(bias, -1, 0)[None]
+        for i in range(self.layers):
+            x = T5Layer(
+                self.heads,
+                self.head_width,
+                self.hidden,
+                self.is_gated,
+                self.activation,
+                self.norm_epsilon,
+                self.dropout,
+                name=f"layers_{i}",
+            )(x, where, bias, train)
+        x = nn.RMSNorm(epsilon=self.norm_epsilon, name="norm")(x)
+        return {"last_hidden": nn.Dropout(self.dropout, deterministic=not train)(x)}
+
+
+class ModernBert(nn.Module):
+    """ModernBERT: pre-norm, rotary positions, gated feed-forward, some layers within a window.
+
+    Attributes:
+      windows: per layer, how far a position sees to each side; None: everywhere.
+      ropes: per layer, radians per position of each pair of channels.
+      pools_mean: whether the classifier reads the mean of the tokens instead of the first.
+    """
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+    windows: tuple[int | None, ...]
+    ropes: tuple[tuple[float, ...], ...]
+    classes: int | None = None
+    token_classes: int | None = None
+    has_language_head: bool = False
+    is_tied: bool = True
+    pools_mean: bool = False
+    activation: Activation = gelu
+    head_activation: Activation = gelu
+    norm_epsilon: float = 1e-5
+    norm_bias: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    decoder_bias: bool = True
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    mlp_dropout: float = 0.0
+    head_dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, inputs: object, *, train: bool = False) -> dict[str, Array]:
+        tokens, mask, _ = token_inputs(inputs)
+        length = tokens.shape[1]
+        table = nn.Embed(self.vocabulary, self.width, name="tokens")
+
+        def norm(name: str) -> nn.LayerNorm:
+            return nn.LayerNorm(
+                self.norm_epsilon, use_bias=self.norm_bias, use_fast_variance=False, name=name
+            )
+
+        def drop(rate: float, y: Array) -> Array:
+            return nn.Dropout(rate, deterministic=not train)(y)
+
+        x = drop(self.dropout, norm("tokens_norm")(table(tokens)))
+        for i in range(self.layers):
+            layer = ModernBertLayer(
+                self.heads,
+                self.hidden,
+                i > 0,
+                self.activation,
+                self.norm_epsilon,
+                self.norm_bias,
+                self.attention_bias,
+                self.mlp_bias,
+                self.attention_dropout,
+                self.mlp_dropout,
+                self.ropes[i],
+                name=f"layers_{i}",
+            )
+            x = layer(x, _near(length, self.windows[i], mask), train)
+        x = norm("norm")(x)
+        outputs = {"last_hidden": x}
+        if self.has_language_head:
+            language = LanguageHead(
+                self.head_activation,
+                self.norm_epsilon,
+                self.is_tied,
+                self.decoder_bias,
+                self.head_bias,
+                self.norm_bias,
+                name="language",
+            )
+            outputs["logits"] = language(x, table)
+        classes = self.classes if self.token_classes is None else self.token_classes
+        if classes is not None:
+            y = x
+            if self.classes is not None:
+                y = mean_pool(x, mask).astype(x.dtype) if self.pools_mean else x[:, 0]
+            y = self.head_activation(nn.Dense(self.width, self.head_bias, name="pooler")(y))
+            y = drop(self.head_dropout, norm("pooler_norm")(y))
+            outputs["logits"] = nn.Dense(classes, name="head")(y)
+        return outputs
+
+
+class ModernBertLayer(nn.Module):
+    """Pre-norm attention (the first layer has no norm of its own) and gated feed-forward."""
+
+    heads: int
+    hidden: int
+    has_attention_norm: bool
+    activation: Activation
+    norm_epsilon: float
+    norm_bias: bool
+    attention_bias: bool
+    mlp_bias: bool
+    attention_dropout: float
+    mlp_dropout: float
+    rope: tuple[float, ...]
+
+    @nn.compact
+    def __call__(self, x: Array, where: Array | None, train: bool) -> Array:
+        def norm(name: str) -> nn.LayerNorm:
+            return nn.LayerNorm(
+                self.norm_epsilon, use_bias=self.norm_bias, use_fast_variance=False, name=name
+            )
+
+        attention = FusedSelfAttention(
+            self.heads, self.attention_dropout, self.attention_bias, name="attention"
+        )
+        y = norm("attention_norm")(x) if self.has_attention_norm else x
+        y = attention(y, where, train, rotary(x.shape[1], self.rope))
+        x = x + nn.Dropout(self.attention_dropout, deterministic=not train)(y)
+        mlp = FusedGatedFeedForward(
+            self.hidden, self.activation, self.mlp_bias, self.mlp_dropout, name="mlp"
+        )
+        return x + mlp(norm("mlp_norm")(x), train)
+
+
+def _near(length: int, window: int | None, mask: Array | None) -> Array | None:
+    """Which keys a query sees: within the window, where there is a token."""
+    where = None if mask is None else mask[:, None, None, :]
+    if window is None:
+        return where
+    at = np.arange(length)
+    near = jnp.asarray(np.abs(at[:, None] - at[None, :]) <= window)[None, None]
+    return near if where is None else near & where
