@@ -245,3 +245,12 @@ def test_stored_classes_out_of_range_are_nan_without_a_nan_gradient() -> None:
     assert np.isfinite(value) and np.isfinite(gradient).all()
     rows = np.asarray(jax.jit(losses.top_k_kl_tail)(STUDENT, padded))
     np.testing.assert_array_equal(np.isnan(rows), np.arange(6) == 1)
+
+
+def test_labels_of_tokens_are_those_of_rows() -> None:
+    tokens, other, labels, where = (
+        x.reshape(2, 3, *x.shape[1:]) for x in (STUDENT, LOGITS, IGNORED, KNOWN)
+    )
+    for loss in LABELLED.values():
+        want = loss(STUDENT, LOGITS, IGNORED, where=KNOWN).reshape(2, 3)
+        np.testing.assert_allclose(loss(tokens, other, labels, where=where), want, rtol=1e-6)
