@@ -10,9 +10,11 @@ import numpy as np
 
 from kdtl_jax.interop import (
     _hf_causal,
+    _hf_convolutions,
     _hf_encoders,
     _hf_family,
     _hf_text,
+    _hf_towers,
     _hf_vision,
     linen,
     naming,
@@ -41,7 +43,10 @@ FAMILIES: tuple[Family, ...] = (
     _hf_vision.dinov2,
     _hf_vision.clip_vision,
     _hf_vision.siglip_vision,
-    _hf_vision.resnet,
+    _hf_towers.clip_text,
+    _hf_towers.siglip_text,
+    _hf_convolutions.resnet,
+    _hf_convolutions.convnext,
 )
 
 

@@ -1,4 +1,4 @@
-"""Networks of images: ViT, DeiT, DINOv2, the towers of CLIP and SigLIP, ResNet."""
+"""Transformers of images: ViT, DeiT, DINOv2, the towers of CLIP and SigLIP."""
 
 from typing import Any
 
@@ -10,7 +10,6 @@ from kdtl_jax.interop._hf_config import (
     activation,
     choice,
     count,
-    counts,
     epsilon,
     flag,
     layers,
@@ -24,7 +23,7 @@ from kdtl_jax.interop._hf_family import Family, Found, Head, dense, embedding, n
 from kdtl_jax.interop.naming import Rule, conv2d, linear
 
 
-def _image(v: dict[str, Any]) -> Any:
+def image(v: dict[str, Any]) -> Any:
     """An abstract batch of images."""
     height, width = v.get("image_size", (32, 32))
     return jax.ShapeDtypeStruct((1, height, width, v["num_channels"]), jnp.float32)
@@ -119,7 +118,7 @@ vit = Family(
         *dense("pooler.dense", "pooler"),
     ),
     _vit,
-    _image,
+    image,
     heads=(image_head("ViTForImageClassification"),),
     harmless="encoder_stride",
     other_heads=(r"decoder\..*", r"(.*\.)?embeddings\.mask_token", r"classifier\..*"),
@@ -211,7 +210,7 @@ dinov2 = Family(
         *norm("layernorm", "norm"),
     ),
     _dinov2,
-    _image,
+    image,
     heads=(image_head("Dinov2ForImageClassification"),),
     # These initialize, mask in pretraining, or say which feature maps a backbone returns.
     harmless="layerscale_value use_mask_token apply_layernorm reshape_hidden_states "
@@ -223,9 +222,7 @@ dinov2 = Family(
 )
 
 _tower_layer = "encoder.layers.{i}"
-_tower_body = (
-    *embedding("embeddings.position_embedding", "embeddings/positions"),
-    *dense("embeddings.patch_embedding", "embeddings/patches", conv2d),
+tower_layers = (
     *dense(f"{_tower_layer}.self_attn.q_proj", "layers_{i}/attention/query"),
     *dense(f"{_tower_layer}.self_attn.k_proj", "layers_{i}/attention/key"),
     *dense(f"{_tower_layer}.self_attn.v_proj", "layers_{i}/attention/value"),
@@ -234,6 +231,11 @@ _tower_body = (
     *dense(f"{_tower_layer}.mlp.fc1", "layers_{i}/mlp/up"),
     *dense(f"{_tower_layer}.mlp.fc2", "layers_{i}/mlp/down"),
     *norm(f"{_tower_layer}.layer_norm2", "layers_{i}/mlp_norm"),
+)
+_tower_body = (
+    *embedding("embeddings.position_embedding", "embeddings/positions"),
+    *dense("embeddings.patch_embedding", "embeddings/patches", conv2d),
+    *tower_layers,
     *norm("post_layernorm", "norm"),
 )
 _TOWER_FIELDS = (
@@ -273,7 +275,7 @@ clip_vision = Family(
         *norm("pre_layrnorm", "first_norm"),
     ),
     _clip_vision,
-    _image,
+    image,
     heads=(
         Head(
             "projection",
@@ -313,65 +315,8 @@ siglip_vision = Family(
         *dense("head.mlp.fc2", "pooler/mlp/down"),
     ),
     _siglip_vision,
-    _image,
+    image,
     buffers=(r"(.*\.)?embeddings\.position_ids",),
     depth="num_hidden_layers",
     sides={"intermediate_size": ("layers_0/mlp/up/kernel", 1)},
-)
-
-
-def _conv_norm(torch: str, jax: str) -> tuple[Rule, ...]:
-    return (
-        Rule(f"{torch}.convolution.weight", f"{jax}/conv/kernel", conv2d),
-        *norm(f"{torch}.normalization", f"{jax}/norm"),
-        Rule(f"{torch}.normalization.running_mean", f"batch_stats/{jax}/norm/mean"),
-        Rule(f"{torch}.normalization.running_var", f"batch_stats/{jax}/norm/var"),
-    )
-
-
-def _resnet(v: dict[str, Any], found: Found) -> models.ImageResNet:
-    if len(v["hidden_sizes"]) != len(v["depths"]):
-        raise ValueError(
-            f"config.json: hidden_sizes {list(v['hidden_sizes'])} and depths {list(v['depths'])} "
-            "must have one entry per stage each."
-        )
-    return models.ImageResNet(
-        stem=v["embedding_size"],
-        widths=v["hidden_sizes"],
-        depths=v["depths"],
-        is_bottleneck=v["layer_type"] == "bottleneck",
-        downsample_first=v["downsample_in_first_stage"],
-        downsample_in_first_conv=v["downsample_in_bottleneck"],
-        classes=found.classes("image"),
-        activation=v["hidden_act"],
-    )
-
-
-_resnet_block = "encoder.stages.{s}.layers.{i}"
-resnet = Family(
-    ("resnet",),
-    "ResNetModel",
-    "resnet.",
-    (
-        count("embedding_size"),
-        counts("hidden_sizes"),
-        counts("depths", of_layers=True),
-        count("num_channels", 3),
-        choice("layer_type", "bottleneck", "basic"),
-        flag("downsample_in_first_stage", False),
-        flag("downsample_in_bottleneck", False),
-        activation("hidden_act", "relu"),
-    ),
-    (
-        *_conv_norm("embedder.embedder", "stem"),
-        *_conv_norm(f"{_resnet_block}.shortcut", "stage{s}_block{i}/shortcut"),
-        *_conv_norm(f"{_resnet_block}.layer.{{j}}", "stage{s}_block{i}/conv{j}"),
-    ),
-    _resnet,
-    _image,
-    heads=(image_head("ResNetForImageClassification", "classifier.1"),),
-    # These say which feature maps a backbone returns.
-    harmless="out_features out_indices stage_names",
-    buffers=(r".*\.num_batches_tracked",),
-    other_heads=(r"classifier\..*",),
 )

@@ -3,9 +3,10 @@
     source = huggingface.load("all-MiniLM-L6-v2")
     outputs, _ = source.model(source.params, source.model_state, {"tokens": ids, "mask": mask})
 
-Encoders of the BERT kind (MiniLM, DistilBERT, RoBERTa, CamemBERT, ELECTRA, MPNet) with heads for
-sequences, tokens and masked language, decoders of the GPT-2 and Llama kind (Mistral, Qwen2), ViT
-and ResNet. Every tensor is imported, or named in the report; every key of the config is read, known
+Encoders of the BERT kind (MiniLM, DistilBERT, RoBERTa, CamemBERT, ELECTRA, MPNet, ModernBERT,
+DeBERTa-v2) with heads for sequences, tokens and masked language, T5's encoder, decoders of the
+GPT-2 and Llama kind (Mistral, Qwen2), ViT, DeiT, DINOv2, the towers of CLIP and SigLIP, ResNet and
+ConvNeXt. Every tensor is imported, or named in the report; every key of the config is read, known
 to be harmless, or refused by name. What is written describes itself: sizes, layers, labels, heads,
 ties and dtype of the config are derived from the tensors.
 

@@ -9,6 +9,7 @@ from kdtl_jax.models._blocks import gelu_tanh as gelu_tanh
 from kdtl_jax.models._blocks import mean_pool as mean_pool
 from kdtl_jax.models._blocks import quick_gelu as quick_gelu
 from kdtl_jax.models._blocks import sentence_embedding as sentence_embedding
+from kdtl_jax.models._convnext import ConvNext as ConvNext
 from kdtl_jax.models._deberta import Deberta as Deberta
 from kdtl_jax.models._decoder import Cache as Cache
 from kdtl_jax.models._decoder import Decoder as Decoder
@@ -32,7 +33,9 @@ from kdtl_jax.models._small_networks import MLP as MLP
 from kdtl_jax.models._small_networks import Conv3x3 as Conv3x3
 from kdtl_jax.models._small_networks import cnn as cnn
 from kdtl_jax.models._small_networks import mlp as mlp
+from kdtl_jax.models._text_encoders import ClipText as ClipText
 from kdtl_jax.models._text_encoders import ModernBert as ModernBert
+from kdtl_jax.models._text_encoders import SiglipText as SiglipText
 from kdtl_jax.models._text_encoders import T5Encoder as T5Encoder
 from kdtl_jax.models._vit import ClipVision as ClipVision
 from kdtl_jax.models._vit import Dinov2 as Dinov2

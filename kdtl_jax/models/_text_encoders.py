@@ -1,4 +1,4 @@
-"""Encoders of text that know relative positions: T5 and ModernBERT as Linen modules.
+"""More encoders of text as Linen modules: T5, ModernBERT, and the towers of CLIP and SigLIP.
 
 Inputs are those of `Bert`. Outputs: `last_hidden` `[B, L, width]`, and with a head `logits`. Taps:
 `layers_0` …, `layers_0/attention/probs`.
@@ -17,13 +17,19 @@ from kdtl_jax.models._blocks import (
     FusedSelfAttention,
     GatedFeedForward,
     SelfAttention,
+    causal,
+    check_length,
     gelu,
+    gelu_tanh,
+    layer_norm,
     mean_pool,
+    quick_gelu,
     relative_buckets,
     rotary,
     token_inputs,
 )
 from kdtl_jax.models._encoders import LanguageHead
+from kdtl_jax.models._vit import ViTLayer
 
 
 class T5Layer(nn.Module):
@@ -227,6 +233,90 @@ class ModernBertLayer(nn.Module):
             self.hidden, self.activation, self.mlp_bias, self.mlp_dropout, name="mlp"
         )
         return x + mlp(norm("mlp_norm")(x), train)
+
+
+class ClipText(nn.Module):
+    """CLIP's text tower: causal attention; the sentence is the end token's hidden state.
+
+    Outputs also `pooled` `[B, width]`, with a projection `text_embedding`.
+
+    Attributes:
+      end: the token whose first position is pooled; None: the largest token's, as in old files.
+    """
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+    positions: int
+    end: int | None = None
+    projection: int | None = None
+    activation: Activation = quick_gelu
+    norm_epsilon: float = 1e-5
+    attention_dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, inputs: object, *, train: bool = False) -> dict[str, Array]:
+        tokens, mask, _ = token_inputs(inputs)
+        where = causal(tokens.shape[1])
+        where = where if mask is None else where & mask[:, None, None, :]
+        x = layer_norm(self.norm_epsilon, "norm")(_text_tower(self, tokens, where, train))
+        last = jnp.argmax(tokens if self.end is None else tokens == self.end, axis=1)
+        pooled = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+        outputs = {"last_hidden": x, "pooled": pooled}
+        if self.projection is not None:
+            project = nn.Dense(self.projection, use_bias=False, name="projection")
+            outputs["text_embedding"] = project(pooled)
+        return outputs
+
+
+class SiglipText(nn.Module):
+    """SigLIP's text tower: the sentence is a projection of the last position, padding or not.
+
+    Outputs also `pooled` `[B, projection]`.
+    """
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+    positions: int
+    projection: int
+    activation: Activation = gelu_tanh
+    norm_epsilon: float = 1e-6
+    attention_dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, inputs: object, *, train: bool = False) -> dict[str, Array]:
+        tokens, mask, _ = token_inputs(inputs)
+        where = None if mask is None else mask[:, None, None, :]
+        x = layer_norm(self.norm_epsilon, "norm")(_text_tower(self, tokens, where, train))
+        pooled = nn.Dense(self.projection, name="pooler")(x[:, -1])
+        return {"last_hidden": x, "pooled": pooled}
+
+
+def _text_tower(
+    module: ClipText | SiglipText, tokens: Array, where: Array | None, train: bool
+) -> Array:
+    length = tokens.shape[1]
+    check_length(tokens, module.positions)
+    x = nn.Embed(module.vocabulary, module.width, name="tokens")(tokens)
+    places = nn.Embed(module.positions, module.width, name="positions")
+    x = x + places(jnp.arange(length))[None]
+    for i in range(module.layers):
+        x = ViTLayer(
+            module.heads,
+            module.hidden,
+            module.activation,
+            module.norm_epsilon,
+            qkv_bias=True,
+            dropout=0.0,
+            attention_dropout=module.attention_dropout,
+            name=f"layers_{i}",
+        )(x, train, where)
+    return x
 
 
 def _near(length: int, window: int | None, mask: Array | None) -> Array | None:

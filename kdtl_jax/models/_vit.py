@@ -49,13 +49,13 @@ class ViTLayer(nn.Module):
     attention_dropout: float
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Array, train: bool, where: Array | None = None) -> Array:
         drop = nn.Dropout(self.dropout, deterministic=not train)
         attention = SelfAttention(
             self.heads, use_bias=self.qkv_bias, dropout=self.attention_dropout, name="attention"
         )
         y = layer_norm(self.norm_epsilon, "attention_norm")(x)
-        x = x + drop(attention(y, None, train=train))
+        x = x + drop(attention(y, where, train=train))
         y = layer_norm(self.norm_epsilon, "mlp_norm")(x)
         return x + drop(FeedForward(self.hidden, self.activation, name="mlp")(y))
 

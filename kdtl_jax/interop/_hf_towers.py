@@ -1,0 +1,103 @@
+"""The text towers of CLIP and SigLIP."""
+
+from typing import Any
+
+from kdtl_jax import models
+from kdtl_jax.interop._hf_config import activation, count, epsilon, layers, share
+from kdtl_jax.interop._hf_encoders import check_heads, tokens
+from kdtl_jax.interop._hf_family import Family, Found, Head, dense, embedding, norm
+from kdtl_jax.interop._hf_vision import tower_layers
+from kdtl_jax.interop.naming import Rule, linear
+
+_FIELDS = (
+    count("vocab_size"),
+    count("hidden_size"),
+    layers("num_hidden_layers"),
+    count("num_attention_heads"),
+    count("intermediate_size"),
+    count("max_position_embeddings"),
+    share("attention_dropout", 0.0),
+)
+_BODY = (
+    *embedding("embeddings.token_embedding", "tokens"),
+    *embedding("embeddings.position_embedding", "positions"),
+    *tower_layers,
+    *norm("final_layer_norm", "norm"),
+)
+_SIDES = {
+    "vocab_size": ("tokens/embedding", 0),
+    "max_position_embeddings": ("positions/embedding", 0),
+    "intermediate_size": ("layers_0/mlp/up/kernel", 1),
+}
+_BUFFERS = (r"(.*\.)?embeddings\.position_ids",)
+
+
+def _shared(v: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "vocabulary": v["vocab_size"],
+        "width": v["hidden_size"],
+        "layers": v["num_hidden_layers"],
+        "heads": check_heads(v["hidden_size"], v["num_attention_heads"]),
+        "hidden": v["intermediate_size"],
+        "positions": v["max_position_embeddings"],
+        "activation": v["hidden_act"],
+        "norm_epsilon": v["layer_norm_eps"],
+        "attention_dropout": v["attention_dropout"],
+    }
+
+
+def _clip(v: dict[str, Any], found: Found) -> models.ClipText:
+    projection = found.shapes.get("text_projection.weight")
+    # Files from before the end token was recorded say 2, and mean the largest token.
+    end = None if v["eos_token_id"] == 2 else v["eos_token_id"]
+    return models.ClipText(**_shared(v), end=end, projection=projection and projection[0])
+
+
+clip_text = Family(
+    ("clip_text_model",),
+    "CLIPTextModel",
+    "text_model.",
+    (
+        *_FIELDS,
+        activation("hidden_act", "quick_gelu"),
+        epsilon("layer_norm_eps", 1e-5),
+        count("eos_token_id", 49407, least=0, most=1 << 31),
+    ),
+    _BODY,
+    _clip,
+    tokens,
+    heads=(
+        Head(
+            "projection",
+            ("CLIPTextModelWithProjection",),
+            (Rule("text_projection.weight", "projection/kernel", linear),),
+        ),
+    ),
+    harmless="projection_dim",
+    buffers=_BUFFERS,
+    depth="num_hidden_layers",
+    sides=_SIDES,
+)
+
+
+def _siglip(v: dict[str, Any], found: Found) -> models.SiglipText:
+    return models.SiglipText(**_shared(v), projection=v["projection_size"])
+
+
+siglip_text = Family(
+    ("siglip_text_model",),
+    "SiglipTextModel",
+    "text_model.",
+    (
+        *_FIELDS,
+        activation("hidden_act", "gelu_pytorch_tanh"),
+        epsilon("layer_norm_eps", 1e-6),
+        count("projection_size"),
+    ),
+    (*_BODY, *dense("head", "pooler")),
+    _siglip,
+    tokens,
+    buffers=_BUFFERS,
+    depth="num_hidden_layers",
+    sides=_SIDES,
+)
