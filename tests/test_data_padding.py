@@ -78,3 +78,5 @@ def test_unpad_gives_back_what_pad_filled_up() -> None:
     np.testing.assert_array_equal(found["nested"]["x"], [0, 1, 2])
     weighted = data.pad(short | {"weights": np.array([1, 0.5, 1])}, BATCH)
     assert data.unpad(weighted)["weights"].tolist() == [1, 0.5, 1, 0], "these are the user's own"
+    stacked = {"inputs": INPUTS[None, :3], "weights": np.array([[1, 1, 0]])}
+    assert data.unpad(stacked).keys() == stacked.keys(), "the weights of several runs"

@@ -127,10 +127,11 @@ def pad(batch: Batch, batch_size: int) -> dict[str, Any]:
 def unpad(batch: Batch) -> dict[str, Any]:
     """The real rows of a batch that `pad` filled up, without `"weights"`.
 
-    A batch with other weights than 0 and 1 stays as it is.
+    A batch with other weights than 0 and 1, or none but 0, stays as it is.
     """
     weights = np.asarray(batch["weights"]) if "weights" in batch else np.ones(0)
-    if not np.isin(weights, (0, 1)).all() or (weights.size and not weights.any()):
+    is_padding = weights.ndim == 1 and np.isin(weights, (0, 1)).all()
+    if not is_padding or (weights.size and not weights.any()):
         return dict(batch)
     real = {name: x for name, x in batch.items() if name != "weights"}
     if weights.all():
