@@ -17,6 +17,7 @@ from jax import Array
 # Where `|log p - log q|` is below this, differences of p and q go by series. Smaller would be
 # cheaper and lose digits: sharp distributions know p and q to 1e-5 only, but log p - log q to 1e-7.
 NEAR = 1.0
+FEW = 32  # so many classes or fewer are summed over the outermost axis
 
 
 def upcast(x: Array) -> Array:
@@ -182,30 +183,34 @@ def kl_from_logits(
     if where is not None:
         p_logits = jnp.where(where, p_logits, -jnp.inf)
         q_logits = jnp.where(where, q_logits, -jnp.inf)
-    return _kl(p_logits, q_logits, difference)
+    arrays = p_logits, q_logits, difference
+    if p_logits.shape[-1] > FEW:
+        return _kl(*arrays, -1)
+    # Sums of a few numbers each are slow along the innermost axis, where rows can run in parallel.
+    return _kl(*(jnp.moveaxis(x, -1, 0) for x in arrays), 0)
 
 
-@jax.custom_jvp
-def _kl(p_logits: Array, q_logits: Array, difference: Array) -> Array:
-    return _kl_value(_compared(p_logits, q_logits, difference))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _kl(p_logits: Array, q_logits: Array, difference: Array, axis: int) -> Array:
+    return _kl_value(_compared(p_logits, q_logits, difference, axis), axis)
 
 
 @_kl.defjvp
 def _kl_jvp(
-    primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
+    axis: int, primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
 ) -> tuple[Array, Array]:
     # The difference says more exactly what the logits say already: it adds no derivative.
-    found = _compared(*primals)
+    found = _compared(*primals, axis)
     in_p, in_q, near, p, q, d, rest = found
-    kl = _kl_value(found)
+    kl = _kl_value(found, axis)
     # A row with an infinite KL has no finite derivative; what remains is that of its finite part.
-    level = jnp.where(jnp.isfinite(kl), kl, 0)[..., None]
+    level = jnp.expand_dims(jnp.where(jnp.isfinite(kl), kl, 0), axis)
     both = in_p & in_q
     by_p = jnp.where(both, p * (d - level), 0)
     # A class absent from p leaves q, one absent from q nothing. Said by `both` alone: with one
     # array more XLA would split so small a loss over threads, and wait for them.
     by_q = jnp.where(near, p * (rest - d), jnp.where(both, q - p, q))
-    return kl, jnp.sum(by_p * tangents[0] + by_q * tangents[1], axis=-1)
+    return kl, jnp.sum(by_p * tangents[0] + by_q * tangents[1], axis=axis)
 
 
 class _Compared(NamedTuple):
@@ -223,7 +228,7 @@ class _Compared(NamedTuple):
     rest: Array
 
 
-def _compared(p_logits: Array, q_logits: Array, difference: Array) -> _Compared:
+def _compared(p_logits: Array, q_logits: Array, difference: Array, axis: int) -> _Compared:
     """`log_softmax` and `log_ratio` of both in one pass: one exponential per logit.
 
     The exponentials of the normalizers serve again as probabilities, and the terms' `d + expm1(-d)`
@@ -231,34 +236,34 @@ def _compared(p_logits: Array, q_logits: Array, difference: Array) -> _Compared:
     """
     in_p, in_q = p_logits != -jnp.inf, q_logits != -jnp.inf
     both = in_p & in_q
-    top_p, total_p, p = _softmax_parts(p_logits)
-    top_q, total_q, q = _softmax_parts(q_logits)
+    top_p, total_p, p = _softmax_parts(p_logits, axis)
+    top_q, total_q, q = _softmax_parts(q_logits, axis)
     shift = (top_p - top_q) + (jnp.log(total_p) - jnp.log(total_q))
     d = jnp.where(both, difference - shift, 0)
     near = both & (jnp.abs(d) < NEAR)
     excess = jnp.where(near, q * _near_expm1(jnp.where(near, d, 0)), p - q)
-    r = jax.lax.stop_gradient(jnp.sum(excess, axis=-1, keepdims=True))
+    r = jax.lax.stop_gradient(jnp.sum(excess, axis=axis, keepdims=True))
     d = jnp.where(both, d - jnp.log1p(r), 0)
     return _Compared(in_p, in_q, near, p, q, d, _near_expm1_plus(jnp.where(near, d, 0)))
 
 
-def _softmax_parts(logits: Array) -> tuple[Array, Array, Array]:
+def _softmax_parts(logits: Array, axis: int = -1) -> tuple[Array, Array, Array]:
     """`(top, sum exp(z - top), softmax)`; an empty row has `(0, 1, zeros)`.
 
     Guards of rows, not of elements: with a finite top, `exp(-inf - top) = 0` has derivative 0.
     """
-    top = jnp.max(logits, axis=-1, keepdims=True)
+    top = jnp.max(logits, axis=axis, keepdims=True)
     top = jax.lax.stop_gradient(jnp.where(top != -jnp.inf, top, 0))
     e = jnp.exp(logits - top)
-    total = jnp.sum(e, axis=-1, keepdims=True)
+    total = jnp.sum(e, axis=axis, keepdims=True)
     total = jnp.where(total == 0, 1, total)
     return top, total, e / total
 
 
-def _kl_value(found: _Compared) -> Array:
+def _kl_value(found: _Compared, axis: int) -> Array:
     in_p, in_q, near, p, q, d, rest = found
     terms = jnp.where(near, p * rest, p * d + (q - p))
-    return jnp.sum(jnp.where(in_p & in_q, terms, jnp.where(in_p, jnp.inf, q)), axis=-1)
+    return jnp.sum(jnp.where(in_p & in_q, terms, jnp.where(in_p, jnp.inf, q)), axis=axis)
 
 
 def _near_expm1(d: Array) -> Array:
