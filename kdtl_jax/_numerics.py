@@ -183,11 +183,9 @@ def kl_from_logits(
     if where is not None:
         p_logits = jnp.where(where, p_logits, -jnp.inf)
         q_logits = jnp.where(where, q_logits, -jnp.inf)
-    arrays = p_logits, q_logits, difference
-    if p_logits.shape[-1] > FEW:
-        return _kl(*arrays, -1)
-    # Sums of a few numbers each are slow along the innermost axis, where rows can run in parallel.
-    return _kl(*(jnp.moveaxis(x, -1, 0) for x in arrays), 0)
+    # Sums of a few numbers each are slow along the innermost axis: let rows run there.
+    axis = 0 if p_logits.shape[-1] <= FEW else -1
+    return _kl(*(jnp.moveaxis(x, -1, axis) for x in (p_logits, q_logits, difference)), axis)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -200,24 +198,19 @@ def _kl_jvp(
     axis: int, primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
 ) -> tuple[Array, Array]:
     # The difference says more exactly what the logits say already: it adds no derivative.
-    found = _compared(*primals, axis)
-    in_p, in_q, near, p, q, d, rest = found
+    in_p, in_q, near, p, q, d, rest = found = _compared(*primals, axis)
     kl = _kl_value(found, axis)
     # A row with an infinite KL has no finite derivative; what remains is that of its finite part.
     level = jnp.expand_dims(jnp.where(jnp.isfinite(kl), kl, 0), axis)
     both = in_p & in_q
     by_p = jnp.where(both, p * (d - level), 0)
-    # A class absent from p leaves q, one absent from q nothing. Said by `both` alone: with one
-    # array more XLA would split so small a loss over threads, and wait for them.
+    # A class absent from p leaves q, one absent from q nothing.
     by_q = jnp.where(near, p * (rest - d), jnp.where(both, q - p, q))
     return kl, jnp.sum(by_p * tangents[0] + by_q * tangents[1], axis=axis)
 
 
 class _Compared(NamedTuple):
-    """Supports and distributions, `ratio` d as of `log_ratio`, and `d + expm1(-d)` where near.
-
-    Near is where both have the class and `|d| < NEAR`.
-    """
+    """Near is where both have the class and `|d| < NEAR`; d as of `log_ratio`."""
 
     in_p: Array
     in_q: Array
@@ -225,7 +218,7 @@ class _Compared(NamedTuple):
     p: Array
     q: Array
     ratio: Array
-    rest: Array
+    rest: Array  # `d + expm1(-d)` where near
 
 
 def _compared(p_logits: Array, q_logits: Array, difference: Array, axis: int) -> _Compared:
