@@ -61,7 +61,7 @@ def parse_mesh(text: str) -> dict[str, int]:
         name, _, size = part.partition("=")
         if name.strip() not in AXES or not size.strip().isdecimal() or name.strip() in sizes:
             raise ValueError(
-                f"--mesh: {part!r} is not understood; expected for example 'data=4,fsdp=2' "
+                f"{part!r} is not understood; expected for example 'data=4,fsdp=2' "
                 f"with axes {', '.join(AXES)}, each at most once."
             )
         sizes[name.strip()] = int(size)
