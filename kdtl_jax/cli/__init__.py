@@ -53,8 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         words, summary, module, rest = found
         name = f"kdtl {words}"
-        if hasattr(module, "add_arguments"):
-            return _on_namespaces(words, module, rest)
         settings, own = _parser.parse(words, summary, module, rest)
         if own.print_config:
             print(as_yaml(settings, words), end="")
@@ -130,39 +128,6 @@ def find(argv: Sequence[str]) -> tuple[str, str, Any, list[str]] | None:
         if not hasattr(module, "COMMANDS"):
             return words, command.summary, module, rest
         table = module.COMMANDS
-
-
-def _on_namespaces(words: str, module: Any, rest: list[str]) -> int:
-    """A command that still takes an argparse namespace."""
-    import argparse
-
-    from kdtl_jax.cli import _config
-
-    parser = argparse.ArgumentParser(
-        prog=f"kdtl {words}",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    module.add_arguments(parser)
-    _config.add_arguments(parser)
-    command, _, action = words.partition(" ")
-    parser.set_defaults(command=command, action=action, module=module.__name__)
-    args, more = parser.parse_known_args(rest)
-    if more:
-        raise UsageError(_config.unknown_flag(more[0], parser))
-    args = _config.resolve(parser, parser, rest, args)
-    if args.print_config:
-        print(_config.dump(args), end="")
-        return 0
-    try:
-        code = module.run(args)
-        sys.stdout.flush()
-        return code
-    except UsageError:
-        raise
-    except FAILURES as error:
-        print(f"kdtl {words}: {_config.spoken(_plain(error), args)}", file=sys.stderr)
-        return 1
 
 
 def keep_programs() -> None:

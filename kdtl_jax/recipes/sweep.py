@@ -264,7 +264,8 @@ def sweep_one(
         few = [jax.tree.map(lambda x: x[:1], part) for part in held]  # it is steps that differ
         candidates = programs(short, PROBE_STEPS)
         if len(candidates) > 1:
-            probed = timings(candidates, some, shared, *few)
+            seconds = sweeps.timings([*candidates.values()], some, shared, *few, repeats=2)
+            probed = dict(zip(candidates, seconds, strict=True))
         path = min(candidates, key=lambda name: probed.get(name, 0.0))
         listed = ", ".join(f"{way} {1e3 * s:.2f} ms" for way, s in probed.items())
         say(
@@ -284,20 +285,6 @@ def sweep_one(
     per_call = (chunk or count * seeds) if path == "together" else 1
     spent = time.perf_counter() - begun
     return Swept(name, columns, *found, path, per_call, spent, probed)
-
-
-def timings(
-    programs: Mapping[str, Callable[..., Any]], points: Mapping[str, Any], *shared: Any
-) -> dict[str, float]:
-    """Seconds per point of every program; they take turns, the shorter of two runs counts."""
-    best = dict.fromkeys(programs, float("inf"))
-    for turn in range(3):
-        for name, program in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program(points, *shared))
-            if turn:  # the first run compiles
-                best[name] = min(best[name], time.perf_counter() - start)
-    return {name: seconds / len(points["seed"]) for name, seconds in best.items()}
 
 
 def halved(
@@ -336,7 +323,8 @@ def halved(
         return state[1]
 
     done = sweeps.successive_halving(
-        start, advance, score, columns, shared, *held, rungs=settings.halving
+        start, advance, score, columns, shared, *held, rungs=settings.halving,
+        chunk=None if chunk is None else max(1, chunk // seeds), devices=devices,
     )  # fmt: skip
     reached = np.isfinite(done.scores.reshape(settings.halving, count, -1)).any(axis=-1)
     rungs = np.maximum(reached.sum(axis=0), 1)
