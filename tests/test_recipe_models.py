@@ -61,6 +61,8 @@ def test_model_forms(text: str, module: nn.Module) -> None:
         ("resnet20:3", "after a colon"),
         ("mlp:100000000000", "above 1,000,000"),
         ("vit:width=" + 5000 * "9", "above 1,000,000"),
+        ("resnet999998", "deeper than 2,000"),
+        ("vit:layers=100000", "deeper than 2,000"),
     ],
 )
 def test_anything_else_lists_the_forms(text: str, reason: str) -> None:
@@ -148,7 +150,9 @@ def test_variables_go_through_a_file(tmp_path: object) -> None:
     ],
 )
 def test_one_network_has_one_text(text: str, same: str, other: str) -> None:
-    assert _models.canonical(text) == _models.canonical(same) != _models.canonical(other)
+    assert (
+        models.canonical_name(text) == models.canonical_name(same) != models.canonical_name(other)
+    )
 
 
 def data(classes: int = 3, names: tuple[str, ...] = ()) -> Splits:

@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,7 +137,6 @@ def keep_programs() -> None:
     One folder per jaxlib and kind of processor: a program is machine code.
     """
     import jax
-    import jaxlib
 
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
@@ -145,7 +145,9 @@ def keep_programs() -> None:
     features = next((line for line in lines if "flags" in line.lower()), platform.processor())
     kind = hashlib.sha256(features.encode()).hexdigest()[:8]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "kdtl_jax" / f"programs-{jaxlib.__version__}-{platform.machine()}-{kind}"
+    folder = (
+        home / "kdtl_jax" / f"programs-{metadata.version('jaxlib')}-{platform.machine()}-{kind}"
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

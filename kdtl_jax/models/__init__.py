@@ -22,6 +22,9 @@ from kdtl_jax.models._decoder import segment_positions as segment_positions
 from kdtl_jax.models._decoders import GPT2 as GPT2
 from kdtl_jax.models._decoders import Llama as Llama
 from kdtl_jax.models._encoders import Bert as Bert
+from kdtl_jax.models._named import NAMED_FORMS as NAMED_FORMS
+from kdtl_jax.models._named import canonical_name as canonical_name
+from kdtl_jax.models._named import named as named
 from kdtl_jax.models._resnets import ImageResNet as ImageResNet
 from kdtl_jax.models._resnets import ResNet as ResNet
 from kdtl_jax.models._resnets import WideResNet as WideResNet

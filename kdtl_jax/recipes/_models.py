@@ -5,7 +5,6 @@ and how its inputs are scaled. `read_about` and `load` are the one reader that a
 """
 
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,9 +23,6 @@ from kdtl_jax.interop import linen, safetensors
 from kdtl_jax.recipes.settings import MODEL, Data, UsageError
 from kdtl_jax.run import record
 from kdtl_jax.train import precision
-
-VIT = {"patch": 4, "width": 64, "layers": 4, "heads": 4, "hidden": 128}
-LARGEST = 10**6  # of any number in a model's text
 
 
 class Network(NamedTuple):
@@ -53,7 +49,7 @@ def module(text: str, classes: int) -> nn.Module:
       UsageError: listing the forms, if the text is none of them or its numbers make no sense.
     """
     try:
-        return _module(text.strip(), classes)
+        return models.named(text.strip(), classes)
     except ValueError as error:
         raise UsageError(f"{text!r} is no model: {error} Expected {MODEL}.") from None
 
@@ -66,15 +62,6 @@ def text_of(value: Any) -> str | None:
         raise ValueError(f"expected a model as in mlp:128,64, got {value!r:.80}")
     module(value, 2)
     return value
-
-
-def canonical(text: str) -> str:
-    """The one way to write a model: another text of it gives the same."""
-    name, _, rest = text.replace(" ", "").partition(":")
-    if name != "vit":
-        return f"{name}:{rest}" if rest or name == "mlp" else name
-    given = dict(part.partition("=")[::2] for part in filter(None, rest.split(",")))
-    return "vit:" + ",".join(f"{key}={given.get(key, VIT[key])}" for key in VIT)
 
 
 def network(made: nn.Module, example: Any, *, dtype: Any = None) -> Network:
@@ -227,46 +214,6 @@ def outputs(net: Network, variables: Variables, inputs: np.ndarray) -> dict[str,
         got = jax.device_get(apply(variables, inputs[rows]))
         found.append({name: value[: len(inputs) - start] for name, value in got.items()})
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-
-
-def _module(text: str, classes: int) -> nn.Module:
-    if any(len(digits) > 7 or int(digits) > LARGEST for digits in re.findall(r"\d+", text)):
-        raise ValueError(f"a number in it is above {LARGEST:,}.")
-    name, colon, rest = text.partition(":")
-    if name == "mlp":
-        return models.mlp(_numbers(rest), classes)
-    if name == "cnn":
-        return models.cnn(_numbers(rest), classes)
-    if name == "vit":
-        return _vit(rest, classes)
-    if colon:
-        raise ValueError(f"only mlp, cnn and vit take values after a colon, not {name!r}.")
-    if found := re.fullmatch(r"resnet(\d+)x4", name):
-        return models.resnet_x4(int(found[1]), classes)
-    if found := re.fullmatch(r"resnet(\d+)", name):
-        return models.resnet(int(found[1]), classes)
-    if found := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
-        return models.wide_resnet(int(found[1]), int(found[2]), classes)
-    raise ValueError("its name is not known.")
-
-
-def _numbers(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")] if text.strip() else []
-    if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"{text!r} is not a list of whole numbers.")
-    return [int(part) for part in parts]
-
-
-def _vit(text: str, classes: int) -> nn.Module:
-    chosen = dict(VIT)
-    for part in filter(None, text.split(",")):
-        name, _, value = part.partition("=")
-        if name.strip() not in VIT or not value.strip().isdecimal() or int(value) < 1:
-            raise ValueError(f"{part!r} is not one of {', '.join(VIT)} with a whole number.")
-        chosen[name.strip()] = int(value)
-    if chosen["width"] % chosen["heads"]:
-        raise ValueError(f"width {chosen['width']} does not divide into {chosen['heads']} heads.")
-    return models.ViT(**chosen, classes=classes)
 
 
 def _with_pooled(apply: ModelFn) -> ModelFn:

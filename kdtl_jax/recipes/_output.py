@@ -121,10 +121,10 @@ def counted_programs() -> Iterator[Callable[[], str]]:
     def hit(event: str, **_: Any) -> None:
         found["cached"] += event == "/jax/compilation_cache/cache_hits"
 
-    def compiled(event: str, seconds: float, **_: Any) -> None:
+    def compiled(event: str, duration_secs: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             found["requests"] += 1
-            found["seconds"] += seconds
+            found["seconds"] += duration_secs
 
     jax.monitoring.register_event_listener(hit)
     jax.monitoring.register_event_duration_secs_listener(compiled)

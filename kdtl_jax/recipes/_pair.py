@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kdtl_jax import methods, train, trees
+from kdtl_jax import methods, models, train, trees
 from kdtl_jax._types import ModelFn, Variables
 from kdtl_jax.datasets import Splits, Standardizer
 from kdtl_jax.methods import Entry, Method, Setup
@@ -71,15 +71,14 @@ def setup(
     layers: Sequence[tuple[str, str]] = (),
 ) -> Setup:
     """The pair as methods see it; without `frozen` with a blank teacher, for checks beforehand."""
-    if frozen is None:
-        shapes = _models.abstract(pair.teacher, pair.example)
-        frozen = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    shapes = _models.abstract(pair.teacher, pair.example)
+    blank: Variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     inputs = pair.arrays["inputs"]
     return methods.setup(
         pair.student.apply,
         pair.teacher.apply,
         student_variables=_models.abstract(pair.student, pair.example),
-        teacher_variables=frozen,
+        teacher_variables=blank if frozen is None else frozen,
         inputs=jax.ShapeDtypeStruct((batch_size, *inputs.shape[1:]), inputs.dtype),
         examples=len(inputs),
         steps=steps,
@@ -236,7 +235,7 @@ def cached_outputs(folder: Path, pair: Pair, frozen: Variables, precision: str) 
     """
     net, inputs = pair.teacher, {"inputs": pair.arrays["inputs"]}
     made_of = {
-        "model": _models.canonical(pair.teacher_text),
+        "model": models.canonical_name(pair.teacher_text),
         "classes": pair.splits.train.class_names(),
         "preprocessing": {} if precision == "float32" else {"precision": precision},
         "taps": sorted(_models.output_shapes(net, pair.example)),

@@ -28,6 +28,8 @@ from kdtl_jax.train import Batch, TrainState
 
 EVALUATION_BATCH = 512
 EVALUATION = "eval/validation_accuracy"  # in a line of the metrics file
+# Of a stacked state under vmap: the step is shared.
+AXES: Any = TrainState._make(None if name == "step" else 0 for name in TrainState._fields)
 NEVER = 2**62  # of `sharding.place`: no leaf is large enough to be split
 
 
@@ -170,10 +172,9 @@ def evaluation(
         return scores.predicted(experiment.logits(state, inputs, shared))
 
     whole = None if mesh is None else sharding.replicated(mesh)
-    axes = TrainState(**dict.fromkeys(TrainState._fields, 0))._replace(step=None)
     single = jax.jit(lambda state, at, x, shared: one(_own(state, at), x, shared),
                      out_shardings=whole)  # fmt: skip
-    every = jax.jit(jax.vmap(one, in_axes=(axes, None, None)), out_shardings=whole)
+    every = jax.jit(jax.vmap(one, in_axes=(AXES, None, None)), out_shardings=whole)
 
     def evaluate(state: TrainState, inputs: np.ndarray) -> np.ndarray:
         # Without the optimizer's state, which nothing here reads, one program serves all methods.
@@ -199,8 +200,7 @@ def _own(state: TrainState, at: Any) -> TrainState:
 
 def _together(step: Any) -> train.Step:
     """All seeds at once: batches `[S, B, ...]`, metrics `[S]`."""
-    axes = TrainState(**dict.fromkeys(TrainState._fields, 0))._replace(step=None)
-    return jax.vmap(step, in_axes=(axes, 0, (0, None)), out_axes=(axes, 0))
+    return jax.vmap(step, in_axes=(AXES, 0, (0, None)), out_axes=(AXES, 0))
 
 
 def _in_turn(step: Any, seeds: int) -> train.Step:

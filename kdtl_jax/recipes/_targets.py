@@ -281,6 +281,7 @@ def transfer_scores(
     named = jax.nn.softmax(ways.on_head(features, head))
     found["leep"] = transferability.leep(named, labels, num_classes=classes)
     hard = jnp.argmax(named, axis=-1).astype(jnp.int32)
-    sizes = {"num_source_classes": named.shape[-1], "num_classes": classes}
-    found["nce"] = transferability.nce(hard, labels, **sizes)
+    found["nce"] = transferability.nce(
+        hard, labels, num_source_classes=named.shape[-1], num_classes=classes
+    )
     return found

@@ -236,7 +236,7 @@ def one_by_one(
             loss = jnp.mean(metrics["loss"].value())
         named = [classes(state, part["inputs"], shared) for part in (validation, test)]
         found = [accuracy(n, p["labels"]) for n, p in zip(named, (validation, test), strict=True)]
-        return Fitted(None, found[0][None], *found, named[1], loss)
+        return Fitted(None, found[0][None], found[0], found[1], named[1], loss)
 
     def run(points: Point, *shared: Any) -> Fitted:
         found = [of_one(pick(dict(points), i), *shared) for i in range(len(points["seed"]))]

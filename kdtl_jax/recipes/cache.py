@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kdtl_jax import models
 from kdtl_jax._types import ModelFn, Variables
 from kdtl_jax.datasets import Dataset
 from kdtl_jax.losses import TopK
@@ -145,7 +146,7 @@ def teacher(settings: Settings) -> tuple[Dataset, Network, Variables, dict[str, 
     train = _models.read_data(settings, about, path)[0].train
     example = jnp.asarray(train.inputs[:1])
     net = _models.network(_models.module(text, train.classes), example)
-    made_of = {"model": _models.canonical(text), "classes": train.class_names()}
+    made_of = {"model": models.canonical_name(text), "classes": train.class_names()}
     return train, net, _models.load(path, net, example), made_of
 
 

@@ -19,16 +19,9 @@ from typing import Any, Literal
 import yaml
 
 from kdtl_jax.datasets import EXPECTED
+from kdtl_jax.models import NAMED_FORMS
 
-FORMS = (
-    "mlp:128,64 (hidden widths)",
-    "cnn:16,32 (channels)",
-    "resnet8, resnet14, resnet20, resnet32, resnet44, resnet56, resnet110",
-    "resnet8x4, resnet32x4",
-    "wrn-16-2 (depth, width)",
-    "vit:patch=4,width=64,layers=4,heads=4,hidden=128 (these are the defaults)",
-)
-MODEL = f"one of: {'; '.join(FORMS)}"
+MODEL = f"one of: {'; '.join(NAMED_FORMS)}"
 AUGMENTATIONS = ("crop", "flip", "mixup", "cutmix")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 INT32 = 2**31 - 1
@@ -202,7 +195,7 @@ def term_weights(value: Any) -> dict[str, float]:
 def layer_pairs(value: Any) -> tuple[tuple[str, str], ...]:
     """`student_tap:teacher_tap,...`, a mapping, or a list of pairs."""
     if isinstance(value, (list, tuple)):
-        value = dict(p.split(":", 1) if isinstance(p, str) and ":" in p else p for p in value)
+        value = [":".join(pair) if isinstance(pair, (list, tuple)) else pair for pair in value]
     if isinstance(value, str):
         value = value.replace("=", ":")
     found = tuple((str(a), str(b)) for a, b in _pairs(value, ":").items())

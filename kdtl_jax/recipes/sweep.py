@@ -124,7 +124,7 @@ def run(settings: Settings) -> None:
     size = len(pair.arrays["labels"])
     _training.check_batch(settings.batch_size, size)
     steps = settings.epochs * (size // settings.batch_size)
-    of_setup = {"steps": steps, "batch_size": settings.batch_size}
+    of_setup: dict[str, Any] = {"steps": steps, "batch_size": settings.batch_size}
     blank = _pair.setup(pair, None, **of_setup)
     entries, notes = suitable(chosen, blank)
     axes = {entry.name: _axes.own_axes(entry, blank, columns) for entry in entries}
@@ -234,7 +234,7 @@ def sweep_one(
         )
     each = {axis: np.repeat(column, seeds) for axis, column in columns.items()}
     points = {"seed": np.tile(np.arange(seeds, dtype=np.int32), count), **each}
-    of_fit = {"batch_size": settings.batch_size}
+    of_fit: dict[str, Any] = {"batch_size": settings.batch_size}
 
     def data_of(point: Point, shared: Shared) -> Any:
         return shared.arrays

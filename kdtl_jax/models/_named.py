@@ -1,0 +1,83 @@
+"""Models by name, for command lines and for files that say what they hold: `mlp:128,64`."""
+
+import re
+
+import flax.linen as nn
+
+from kdtl_jax.models._resnets import resnet, resnet_x4, wide_resnet
+from kdtl_jax.models._small_networks import cnn, mlp
+from kdtl_jax.models._vit import ViT
+
+NAMED_FORMS = (
+    "mlp:128,64 (hidden widths)",
+    "cnn:16,32 (channels)",
+    "resnet8, resnet14, resnet20, resnet32, resnet44, resnet56, resnet110",
+    "resnet8x4, resnet32x4",
+    "wrn-16-2 (depth, width)",
+    "vit:patch=4,width=64,layers=4,heads=4,hidden=128 (these are the defaults)",
+)
+VIT = {"patch": 4, "width": 64, "layers": 4, "heads": 4, "hidden": 128}
+LARGEST, DEEPEST = 10**6, 2000  # of any number in a name, of a depth or a number of layers
+
+
+def named(text: str, classes: int) -> nn.Module:
+    """The module that a text names (`NAMED_FORMS`), with `classes` outputs.
+
+    Raises:
+      ValueError: if the text is no such name, or its numbers make no sense.
+    """
+    if any(len(digits) > 7 or int(digits) > LARGEST for digits in re.findall(r"\d+", text)):
+        raise ValueError(f"a number in it is above {LARGEST:,}.")
+    name, colon, rest = text.partition(":")
+    if name == "mlp":
+        return mlp(_numbers(rest), classes)
+    if name == "cnn":
+        return cnn(_numbers(rest), classes)
+    if name == "vit":
+        return _vit(rest, classes)
+    if colon:
+        raise ValueError(f"only mlp, cnn and vit take values after a colon, not {name!r}.")
+    depth = re.match(r"(?:resnet|wrn-)(\d+)", name)
+    if depth and int(depth[1]) > DEEPEST:
+        raise ValueError(f"it is deeper than {DEEPEST:,} layers.")
+    if found := re.fullmatch(r"resnet(\d+)x4", name):
+        return resnet_x4(int(found[1]), classes)
+    if found := re.fullmatch(r"resnet(\d+)", name):
+        return resnet(int(found[1]), classes)
+    if found := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
+        return wide_resnet(int(found[1]), int(found[2]), classes)
+    raise ValueError("its name is not known.")
+
+
+def canonical_name(text: str) -> str:
+    """The one way to write a name: every text of one model gives the same."""
+    name, _, rest = text.replace(" ", "").partition(":")
+    if name != "vit":
+        return f"{name}:{rest}" if rest or name == "mlp" else name
+    given: dict[str, str] = {}
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        given[key] = value
+    return "vit:" + ",".join(f"{key}={given.get(key, VIT[key])}" for key in VIT)
+
+
+def _numbers(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"{text!r} is not a list of whole numbers.")
+    return [int(part) for part in parts]
+
+
+def _vit(text: str, classes: int) -> nn.Module:
+    chosen = dict(VIT)
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        if name.strip() not in VIT or not value.strip().isdecimal() or int(value) < 1:
+            raise ValueError(f"{part!r} is not one of {', '.join(VIT)} with a whole number.")
+        chosen[name.strip()] = int(value)
+    if chosen["layers"] > DEEPEST:
+        raise ValueError(f"it is deeper than {DEEPEST:,} layers.")
+    if chosen["width"] % chosen["heads"]:
+        raise ValueError(f"width {chosen['width']} does not divide into {chosen['heads']} heads.")
+    width, layers, heads = (chosen[name] for name in ("width", "layers", "heads"))
+    return ViT(width, layers, heads, chosen["hidden"], chosen["patch"], classes=classes)
