@@ -55,6 +55,42 @@ _READ: dict[str, dict[str, Any]] = {
     )
     | {"bias": ("none", "all", "oft_only"), "init_weights": (True, False)},
 }
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 2**31
+
+
+def _are_patterns(value: Any) -> bool:
+    """Regular expressions to numbers; a repeated group could take for ever to match."""
+    return isinstance(value, dict) and all(
+        _is_number(number)
+        and len(text) < 500
+        and not re.search(r"\)[*+{]", text)
+        and _compiles(text)
+        for text, number in value.items()
+    )
+
+
+def _compiles(text: str) -> bool:
+    try:
+        return re.compile(text) is not None
+    except re.error:
+        return False
+
+
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("lora_alpha", "num_cayley_neumann_terms"), _is_number),
+    "r": lambda value: type(value) is int and 0 <= value < 2**31,
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), _are_patterns),
+    **dict.fromkeys(
+        ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias", "use_cayley_neumann"),
+        lambda value: isinstance(value, bool),
+    ),
+    "modules_to_save": lambda value: (
+        isinstance(value, list) and all(isinstance(each, str) for each in value)
+    ),
+}
 _PARTS = {
     "LORA": ("lora_A", "lora_B", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B"),
     "IA3": ("ia3_l",),
@@ -112,7 +148,7 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: naming the key.
     """
     kind = config.get("peft_type", "LORA")
-    if kind not in _READ:
+    if not isinstance(kind, str) or kind not in _READ:
         raise _refused(f"peft_type {kind!r}", f"known are {', '.join(_READ)}")
     allowed = _READ[kind]
     for key, value in config.items():
@@ -123,20 +159,11 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
         known = allowed[key]
         if known is not None and not any(value is k or value == k != True for k in known):  # noqa: E712
             raise _refused(f"{key} = {str(value)[:80]}", f"known are {known}")
-    for key in ("r", "lora_alpha", "num_cayley_neumann_terms"):
-        value = config.get(key, 1)
-        if type(value) not in (int, float) or not 0 <= value < 2**31:
-            raise _refused(f"{key} = {str(value)[:80]}", "expected a number")
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key) or {}
-        numbers = isinstance(patterns, dict) and all(
-            type(v) in (int, float) and 0 < v < 2**31 for v in patterns.values()
-        )
-        if not numbers:
-            raise _refused(f"{key} = {str(patterns)[:80]}", "expected {pattern: number}")
-    for key in ("save_projection",) if kind == "VERA" else ():
-        if not config.get(key, True):
-            raise _refused(f"{key} = false", "the projections are drawn by PyTorch's generator")
+    for key, is_right in _TYPES.items():
+        if config.get(key) is not None and not is_right(config[key]):
+            raise _refused(f"{key} = {str(config[key])[:80]}", "it has another type")
+    if kind == "VERA" and not config.get("save_projection", True):
+        raise _refused("save_projection = false", "PyTorch's generator drew the projections")
     return {**config, "peft_type": kind}
 
 
@@ -204,7 +231,10 @@ def save(folder: str | Path, adapter: Adapter) -> None:
         for module, parts in adapter.weights.items()
         for part, value in parts.items()
     }
-    tensors |= {f"{PREFIX}{name}": value for name, value in adapter.replaced.items()}
+    for name, value in adapter.replaced.items():
+        module, _, last = name.rpartition(".")
+        inside = ".base_layer" if module in adapter.weights else ""
+        tensors[f"{PREFIX}{module}{inside}.{last}"] = value
     tensors |= {f"base_model.{name}": value for name, value in adapter.shared.items()}
     with _files.new_folder(Path(folder)) as part:
         with _files.atomic_file(part / CONFIG) as file:
@@ -305,7 +335,8 @@ def _sorted(tensors: Mapping[str, Any], config: dict[str, Any]) -> Adapter:
         elif kind == "VERA" and re.fullmatch(r"(base_model\.)?vera_[AB](\.\w+)?", name):
             shared[re.search(r"vera_[AB]", name)[0]] = value  # type: ignore[index]
         elif _replaces(short, config):
-            replaced[short.replace(".base_layer.", ".")] = value
+            if ".original_module." not in short:  # the base's own, beside the trained copy
+                replaced[_plain(short)] = value
         else:
             raise _refused(f"the tensor {name!r}", "it is no part of a known adapter")
     if len(adapters) > 1:
@@ -314,10 +345,15 @@ def _sorted(tensors: Mapping[str, Any], config: dict[str, Any]) -> Adapter:
     return Adapter(config, weights, replaced, shared)
 
 
+def _plain(name: str) -> str:
+    """The base's name of a tensor that PEFT has wrapped."""
+    return re.sub(r"\.(base_layer|modules_to_save(\.default)?)\.", ".", name)
+
+
 def _replaces(name: str, config: Mapping[str, Any]) -> bool:
     """Whether a tensor is a whole tensor of the base, as the configuration announces."""
     saved = config.get("modules_to_save") or []
-    module, _, last = name.replace(".base_layer.", ".").rpartition(".")
+    module, _, last = _plain(name).rpartition(".")
     if any(f".{module}.".find(f".{each}.") >= 0 for each in saved):
         return last in ("weight", "bias")
     return last == "bias" and config.get("bias", "none") != "none"
@@ -456,6 +492,7 @@ def _oft_edit(
     eye = jnp.eye(size, dtype=q.dtype)[None]
     if config.get("use_cayley_neumann", True):
         terms = int(config.get("num_cayley_neumann_terms", 5))
+        terms = 4 if terms == 3 else terms  # as PEFT's loop has it
         turn, power = eye + (2 * q if terms > 1 else 0 * q), q
         for term in range(2, terms):
             power = power @ q
