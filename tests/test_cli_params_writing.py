@@ -147,6 +147,74 @@ def test_an_index_that_escapes_is_refused(capsys: pytest.CaptureFixture[str]) ->
     assert "may only name files beside it" in capsys.readouterr().err
 
 
+# --- folders -------------------------------------------------------------------------------------
+
+
+def model_folder(name: str, seed: int, **config: Any) -> None:
+    """A model folder as transformers lays it out."""
+    Path(name).mkdir()
+    tensors = {k.replace("/", "."): x for k, x in flat(seed).items() if k != "step"}
+    safetensors.save(f"{name}/model.safetensors", tensors)
+    told = {"model_type": "x", "num_hidden_layers": 3, "torch_dtype": "float32"}
+    told["layer_types"] = ["full", "sliding", "full"]
+    Path(name, "config.json").write_text(json.dumps(told | config))
+    Path(name, "tokenizer.json").write_text(name)
+    Path(name, "generation_config.json").write_text("{}")
+    Path(name, "README.md").write_text("of the original model")
+
+
+def config_of(name: str) -> dict[str, Any]:
+    return json.loads(Path(name, "config.json").read_text())
+
+
+def test_a_folder_is_written_with_a_true_configuration_and_a_tokenizer() -> None:
+    for seed, name in enumerate(("one", "two")):
+        model_folder(name, seed)
+    assert params("average", "one", "two", "--write", "out", "--dtype", "bfloat16") == 0
+    names = set(os.listdir("out"))
+    assert {"config.json", "tokenizer.json", "generation_config.json"} <= names
+    assert "README.md" not in names and Path("out/tokenizer.json").read_text() == "one"
+    assert config_of("out") == config_of("one") | {"torch_dtype": "bfloat16"}
+    assert {x.dtype.name for x in written("out").values()} == {"bfloat16"}
+
+
+def test_a_slice_of_layers_says_so() -> None:
+    model_folder("one", 0)
+    layers = ("--layers", r"layer_(\d+)\..*", "--keep", "2,0")
+    assert params("slice", "one", *layers, "--write", "out") == 0
+    assert config_of("out")["num_hidden_layers"] == 2
+    assert config_of("out")["layer_types"] == ["full", "full"]
+
+
+def test_another_width_is_no_longer_what_the_configuration_says(capsys: Any) -> None:
+    model_folder("one", 0)
+    take = ("--take", "head.kernel@1=first:2")
+    assert params("slice", "one", *take, "--write", "out") == 0
+    assert "no config.json was written" in capsys.readouterr().err
+    assert not Path("out/config.json").exists() and Path("out/tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("where", [[], ["--where", "lm_head.weight"]])
+def test_a_tie_that_comes_apart_is_said(where: list[str], capsys: Any) -> None:
+    model_folder("one", 0, tie_word_embeddings=True)
+    table = flat(0)["layer_0/kernel"]
+    tied = {"model.embed_tokens.weight": table, "lm_head.weight": table}
+    safetensors.save("one/model.safetensors", tied)
+    assert params("scale", "one", "--alpha", "2", *where, "--write", "out") == 0
+    assert config_of("out")["tie_word_embeddings"] is not bool(where)
+    assert ("no longer tied" in capsys.readouterr().err) == bool(where)
+
+
+def test_a_hostile_configuration_is_one_line(capsys: Any) -> None:
+    model_folder("one", 0)
+    for text in ("[]", "{", '{"a": NaN}', "{" + '"a":1,' * 40_000 + '"a":1}', '{"n_layer": 1e999}'):
+        Path("one/config.json").write_text(text)
+        code = params("scale", "one", "--write", "out")
+        error = capsys.readouterr().err
+        assert code == 0 or (len(error.splitlines()) == 1 and "config.json" in error)
+        assert code == 1 or text.startswith('{"n')
+
+
 # --- memory --------------------------------------------------------------------------------------
 
 GROWTH = """

@@ -102,25 +102,35 @@ def parse(
     return module.Settings(**made), own
 
 
+def read_yaml(path: Path, flag: str) -> dict[Any, Any]:
+    """A YAML mapping as plain data: bounded, without aliases, tags or repeated keys.
+
+    Raises:
+      UsageError: naming the flag and the file.
+    """
+    try:
+        if path.stat().st_size > CONFIG_BYTES:
+            raise UsageError(f"{flag} {path}: larger than {CONFIG_BYTES:,} bytes")
+        values = yaml.load(path.read_text(), _Loader)  # a safe loader
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, ValueError, RecursionError, yaml.YAMLError) as error:
+        if isinstance(error, UsageError):
+            raise
+        said = _one_line(str(error))
+        raise UsageError(f"{flag} {path}: not plain YAML data: {said}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{flag} {path}: expected 'flag: value' lines, got {values!r:.80}")
+    return values
+
+
 def load(path: Path, fields: Mapping[str, Any], words: str) -> dict[str, Any]:
     """`{field: value}` from a YAML file.
 
     Raises:
       UsageError: naming the file, the key and the nearest known ones.
     """
-    try:
-        if path.stat().st_size > CONFIG_BYTES:
-            raise UsageError(f"--config {path}: larger than {CONFIG_BYTES:,} bytes")
-        values = yaml.load(path.read_text(), _Loader)  # a safe loader
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, ValueError, RecursionError, yaml.YAMLError) as error:
-        if isinstance(error, UsageError):
-            raise
-        said = _one_line(str(error))
-        raise UsageError(f"--config {path}: not plain YAML data: {said}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"--config {path}: expected 'flag: value' lines, got {values!r:.80}")
+    values = read_yaml(path, "--config")
     out = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")

@@ -42,12 +42,17 @@ def home(checkpoint: safetensors.Checkpoint) -> Path | None:
 
 
 def layer_pattern(names: Sequence[str], depth: int) -> re.Pattern[str] | None:
-    """The names of numbered layers: one group, the number, of which there are 0..depth-1."""
+    """The names of numbered layers: one group, the number, of which there are 0..depth-1.
+
+    A depth of 0 is not known: the longest such row of numbers are the layers.
+    """
     found: dict[str, set[int]] = {}
     for name in names:
         for match in re.finditer(r"(?<=[./_])\d+(?=[./])|^\d+(?=[./])", name):
             found.setdefault(name[: match.start()], set()).add(int(match[0]))
-    wanted = [prefix for prefix, numbers in found.items() if numbers == set(range(depth))]
+    rows = {prefix: len(n) for prefix, n in found.items() if n == set(range(len(n)))}
+    depth = depth or max(rows.values(), default=0)
+    wanted = [prefix for prefix, count in rows.items() if count == depth]
     if not wanted:
         return None
     return re.compile(f"{re.escape(min(wanted, key=len))}(\\d+)[./].*")
@@ -69,7 +74,7 @@ def companions(
         return lambda written: {}
     config = safetensors.json_file(folder / CONFIG)
     before = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    pattern = layer_pattern(list(before), _depth(config))
+    pattern = layer_pattern(list(before), depth(config))
 
     def made(written: Path) -> Mapping[str, bytes]:
         files = {
@@ -93,7 +98,8 @@ def companions(
     return made
 
 
-def _depth(config: Mapping[str, Any]) -> int:
+def depth(config: Mapping[str, Any]) -> int:
+    """The number of layers a configuration names; 0 if it names none."""
     found = [config[key] for key in DEPTHS if isinstance(config.get(key), int)]
     return found[0] if found else 0
 
@@ -139,21 +145,21 @@ def _layers(
     layers: Sequence[int] | None,
 ) -> dict[str, Any]:
     """The number of layers written, and of every list with one item per layer the kept ones."""
-    depth = _depth(config)
+    count = depth(config)
     if pattern is None:
         return {}
     numbers = {int(match[1]) for name in specs if (match := pattern.fullmatch(name))}
-    kept = list(range(depth)) if layers is None else list(layers)
+    kept = list(range(count)) if layers is None else list(layers)
     if len(numbers) != len(kept):
         kept = [i for i in kept if i in numbers]
-    if kept == list(range(depth)):
+    if kept == list(range(count)):
         return {}
     lists = {
         key: [value[i] for i in kept]
         for key, value in config.items()
-        if isinstance(value, list) and len(value) == depth and key not in ("architectures",)
+        if isinstance(value, list) and len(value) == count and key not in ("architectures",)
     }
-    counts = {key: len(kept) for key in DEPTHS if config.get(key) == depth}
+    counts = {key: len(kept) for key in DEPTHS if config.get(key) == count}
     if isinstance(config.get("max_window_layers"), int):
         counts["max_window_layers"] = sum(i < config["max_window_layers"] for i in kept)
     return lists | counts

@@ -165,12 +165,13 @@ def _consensus(sparsify: Sparsify, *, normalize: bool) -> Merge:
 
 def _trim_some(x: Members, o: Options) -> list[Tree]:
     """At least one entry of every tensor is kept, unless the density is 0."""
-    out = []
-    for tau, density in zip(taus(x), _each(o.density, len(x.models)), strict=True):
-        (leaf,) = tau.values()
-        least = 1.5 / max(leaf.size, 2) if density > 0 else 0.0
-        out.append(transforms.trim(tau, density=min(1.0, max(density, least))))
-    return out
+
+    def by_leaf(tau: Tree, density: float) -> Callable[[str], float]:
+        least = {path: 1.5 / max(leaf.size, 2) for path, leaf in tau.items()}
+        return lambda path: min(1.0, max(density, least[path])) if density > 0 else 0.0
+
+    pairs = zip(taus(x), _each(o.density, len(x.models)), strict=True)
+    return [transforms.trim(tau, density=by_leaf(tau, density)) for tau, density in pairs]
 
 
 def _rescaled(drop: Sparsify) -> Sparsify:
@@ -196,7 +197,8 @@ def _nuslerp(x: Members, o: Options) -> Tree:
     t = second / total if abs(total) >= 1e-6 else 0.5
     if not x.base:
         return transforms.slerp(x.models[0], x.models[1], t, axis=o.axis, threshold=1.0)
-    tau = transforms.slerp(*taus(x), t, axis=o.axis, threshold=1.0)
+    one, other = taus(x)
+    tau = transforms.slerp(one, other, t, axis=o.axis, threshold=1.0)
     return transforms.apply_task_vectors(x.base, [tau])
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from kdtl_jax import transforms, trees
@@ -146,14 +147,14 @@ def _check_pair(
 def _edit(settings: Settings, path: str, found: Mapping[str, safetensors.Tensor]) -> Any:
     make = transforms.dora if "magnitude" in found else transforms.lora
     kind = make(
-        alpha=settings.alpha,
+        alpha=settings.alpha or 0.0,
         scaling=SCALINGS[settings.scaling],
         in_axis=settings.in_axis,
         out_axis=settings.out_axis,
     )
 
     def edit(kernel: np.ndarray) -> Any:
-        arrays = {part: safetensors.read(tensor) for part, tensor in found.items()}
+        arrays = {part: jnp.asarray(safetensors.read(tensor)) for part, tensor in found.items()}
         weights = (transforms.DoraWeights if "magnitude" in found else transforms.LoraWeights)(
             **arrays
         )

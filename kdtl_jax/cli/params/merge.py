@@ -229,7 +229,8 @@ def _whole_models(job: Job) -> Callable[[str], Any]:
     count = len(next(iter(job.parts.values())).models) if job.parts else 0
     is_double = any(spec.dtype == np.float64 for one in job.inputs for spec in one.specs.values())
     dtype = jnp.float64 if is_double else jnp.float32
-    densities = [options.density] * count if isinstance(options.density, float) else options.density
+    given = options.density
+    densities = [given] * count if isinstance(given, (int, float)) else given
     found: dict[str, Any] = {}
 
     def measure() -> None:

@@ -1,0 +1,234 @@
+"""The base's weights with a PEFT adapter merged, one tensor at a time."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from kdtl_jax import transforms, trees
+from kdtl_jax._types import Array
+from kdtl_jax.interop._peft_files import Adapter, refused
+
+Edit = Callable[[Any], Array]
+# Modules that transformers builds as Conv1D, kernels [in, out], in the models that have it.
+_CONV1D = frozenset(("c_attn", "c_proj", "c_fc", "q_attn"))
+_CONV1D_MODELS = frozenset(("gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer"))
+
+
+def edits(
+    adapter: Adapter, base: Mapping[str, Any], base_config: Mapping[str, Any] | None = None
+) -> dict[str, Edit]:
+    """`{name of a base tensor: function of that tensor}`, checked by name and shape.
+
+    Args:
+      adapter: from `load`.
+      base: `{torch name: anything with a shape}`.
+      base_config: the base's config.json, which tells a square kernel of a Conv1D, `[in, out]`.
+
+    Raises:
+      ValueError: if the base lacks a tensor, a shape does not fit, or a square kernel may be both.
+    """
+    out: dict[str, Edit] = {}
+    for module, parts in adapter.weights.items():
+        name = f"{module}.weight"
+        if name not in base:
+            raise ValueError(
+                f"the adapter's {name!r} is not in the base; nearest: "
+                f"{trees.nearest(name, list(base))}. Adapters belong to one architecture."
+            )
+        bias = f"{module}.bias"
+        shape = tuple(base[name].shape)
+        out[name], on_bias = _edits_of(adapter, module, parts, shape, base_config)
+        if on_bias is not None:
+            if bias in base:
+                out[bias] = on_bias
+            elif "lora_B.bias" in parts:
+                raise ValueError(f"{bias!r} would be new: lora_bias needs a base with biases.")
+    for name, value in adapter.replaced.items():
+        if name not in base or tuple(base[name].shape) != tuple(value.shape):
+            where = list(base[name].shape) if name in base else "nothing"
+            raise ValueError(
+                f"the adapter replaces {name!r} by {list(value.shape)}, the base has {where}."
+            )
+        out[name] = _composed(out.get(name), value)
+    return out
+
+
+def _edits_of(
+    adapter: Adapter,
+    module: str,
+    parts: Mapping[str, Any],
+    shape: tuple[int, ...],
+    base_config: Mapping[str, Any] | None,
+) -> tuple[Edit, Edit | None]:
+    """What becomes of a module's weight, and of its bias."""
+    config = adapter.config
+    if "lora_embedding_A" in parts:
+        a, b = parts["lora_embedding_A"], parts["lora_embedding_B"]
+        _fits(module, shape, (a.shape[-1], b.shape[0]), parts)
+        scale = scale_of(config, module, a.shape[0])
+        return lambda w: _wide(w) + scale * (_wide(b) @ _wide(a)).T, None
+    if adapter.kind == "LORA":
+        return _lora_edits(config, module, parts, shape, base_config)
+    if adapter.kind == "IA3":
+        vector = parts["ia3_l"]
+        is_input = vector.shape[0] == 1 and vector.size > 1
+        sides = (vector.size, None) if not is_input else (None, vector.size)
+        flips = _is_flipped(config, module, shape, sides, base_config)
+        along = (lambda w: jnp.ravel(_wide(vector))[:, None]) if is_input == flips else (
+            lambda w: jnp.ravel(_wide(vector))[None]
+        )  # fmt: skip
+        on_bias = None if is_input else (lambda b: _wide(b) * jnp.ravel(_wide(vector)))
+        return lambda w: _wide(w) * along(w), on_bias
+    if adapter.kind == "VERA":
+        b, d = parts["vera_lambda_b"], parts["vera_lambda_d"]
+        first, second = adapter.shared["vera_A"], adapter.shared["vera_B"]
+        flips = _is_flipped(config, module, shape, (b.size, None), base_config)
+        fan_in = shape[0] if flips else shape[1]
+        _fits(module, shape[::-1] if flips else shape, (b.size, fan_in), parts)
+        if first.shape != (d.size, first.shape[1]) or first.shape[1] < fan_in:
+            raise ValueError(f"{module!r} does not fit vera_A {list(first.shape)}.")
+        left = _wide(b)[:, None] * _wide(second[: b.size])
+        delta = left @ (_wide(d)[:, None] * _wide(first[:, :fan_in]))
+        return lambda w: _wide(w) + (delta.T if flips else delta), None
+    return _oft_edit(config, module, parts["oft_R"], shape, base_config), None
+
+
+def _lora_edits(
+    config: Mapping[str, Any],
+    module: str,
+    parts: Mapping[str, Any],
+    shape: tuple[int, ...],
+    base_config: Mapping[str, Any] | None,
+) -> tuple[Edit, Edit | None]:
+    a, b = parts["lora_A"], parts["lora_B"]
+    rank, out = int(a.shape[0]), int(b.shape[0])
+    flips = len(shape) == 2 and _is_flipped(config, module, shape, (out, a.shape[1]), base_config)
+    fits = len(shape) >= 2 and b.size == out * rank and (
+        shape == (a.shape[1], out) if flips else shape == (out, *a.shape[1:])
+    )  # fmt: skip
+    if not fits:
+        raise ValueError(
+            f"the adapter of {module!r} does not fit: kernel {list(shape)}, lora_A "
+            f"{list(a.shape)}, lora_B {list(b.shape)}. Is it another architecture's?"
+        )
+    scale = scale_of(config, module, rank)
+    magnitude = parts.get("lora_magnitude_vector")
+    make = transforms.lora if magnitude is None else transforms.dora
+    in_axis, out_axis = (-2, -1) if flips else (-1, -2)
+    kind = make(alpha=scale, scaling=lambda alpha, rank: alpha, in_axis=in_axis, out_axis=out_axis)
+    left, right = _wide(a).reshape(rank, -1).T, _wide(b).reshape(out, rank).T
+    weights: Any = transforms.LoraWeights(left, right)
+    if magnitude is not None:
+        weights = transforms.DoraWeights(left, right, jnp.ravel(_wide(magnitude)))
+
+    def edit(w: Any) -> Array:
+        matrix = _wide(w) if flips else _wide(w).reshape(out, -1)
+        return kind.merge({"w": matrix}, {"w": weights})["w"].reshape(shape)
+
+    extra = parts.get("lora_B.bias")
+    return edit, None if extra is None else (lambda bias: _wide(bias) + scale * _wide(extra))
+
+
+def _oft_edit(
+    config: Mapping[str, Any],
+    module: str,
+    skew: Any,
+    shape: tuple[int, ...],
+    base_config: Mapping[str, Any] | None,
+) -> Edit:
+    """`W^T <- R W^T` with R block-diagonal, from PEFT's series or its exact solution."""
+    blocks, count = skew.shape
+    size = int((1 + (1 + 8 * count) ** 0.5) / 2)
+    flips = _is_flipped(config, module, shape, (None, blocks * size), base_config)
+    if len(shape) != 2 or shape[0 if flips else 1] != blocks * size:
+        raise ValueError(f"{module!r}: {blocks} blocks of {size} do not rotate {list(shape)}.")
+    upper = jnp.zeros((blocks, size, size), jnp.float32)
+    upper = upper.at[:, *np.triu_indices(size, 1)].set(_wide(skew))
+    q = upper - jnp.swapaxes(upper, -1, -2)
+    eye = jnp.eye(size, dtype=q.dtype)[None]
+    if config.get("use_cayley_neumann", True):
+        terms = int(config.get("num_cayley_neumann_terms", 5))
+        terms = 4 if terms == 3 else terms  # as PEFT's loop has it
+        turn, power = eye + (2 * q if terms > 1 else 0 * q), q
+        for term in range(2, terms):
+            power = power @ q
+            turn = turn + (1 if term == terms - 1 and term > 2 else 2) * power
+    else:
+        turn = jnp.linalg.solve(eye + q, eye - q)
+
+    def edit(w: Any) -> Array:
+        rows = _wide(w) if flips else _wide(w).T
+        turned = (turn @ rows.reshape(blocks, size, -1)).reshape(rows.shape)
+        return turned if flips else turned.T
+
+    return edit
+
+
+def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """`alpha / r` or `alpha / sqrt(r)`; the patterns decide, and the rank must be theirs."""
+
+    def pattern(key: str, default: float) -> float:
+        found = (
+            value
+            for text, value in (config.get(key) or {}).items()
+            if re.match(rf"(.*\.)?({text})$", module)
+        )
+        return next(found, default)
+
+    wanted = pattern("rank_pattern", config.get("r", rank))
+    if wanted != rank:
+        raise refused(f"{module!r} of rank {rank}", f"the configuration says {wanted}")
+    alpha = pattern("alpha_pattern", config.get("lora_alpha", 8))
+    return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
+
+
+def _is_flipped(
+    config: Mapping[str, Any],
+    module: str,
+    shape: tuple[int, ...],
+    sides: tuple[int | None, int | None],
+    base_config: Mapping[str, Any] | None,
+) -> bool:
+    """Whether a kernel is `[in, out]`; the configuration's one flag is only its last module's.
+
+    Raises:
+      ValueError: if the kernel is square and nothing says which it is.
+    """
+    if len(shape) != 2:
+        return False
+    out, fan_in = sides
+    straight = out in (None, shape[0]) and fan_in in (None, shape[1])
+    flipped = out in (None, shape[1]) and fan_in in (None, shape[0])
+    if straight != flipped:
+        return flipped
+    may_be = module.rpartition(".")[2] in _CONV1D
+    if base_config is not None and "model_type" in base_config:
+        return may_be and base_config["model_type"] in _CONV1D_MODELS
+    if may_be or config.get("fan_in_fan_out"):
+        raise refused(
+            f"fan_in_fan_out of {module!r} {list(shape)}",
+            "the kernel is square; the base's config.json would say which side is the input",
+        )
+    return False
+
+
+def _fits(
+    module: str, shape: tuple[int, ...], wanted: tuple[int, ...], parts: Mapping[str, Any]
+) -> None:
+    if tuple(shape) != tuple(wanted):
+        shapes = {part: list(value.shape) for part, value in parts.items()}
+        raise ValueError(f"{module!r} {list(shape)} does not fit the adapter's {shapes}.")
+
+
+def _composed(edit: Edit | None, value: Any) -> Edit:
+    """The replaced tensor, then what the adapter does to it."""
+    return (lambda w: jnp.asarray(value)) if edit is None else (lambda w: edit(value))
+
+
+def _wide(x: Any) -> Array:
+    """As an array of float32 or wider."""
+    array = jnp.asarray(x)
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))

@@ -1,0 +1,156 @@
+"""`kdtl params merge --recipe`: mergekit's YAML, by filter, by gradient, and by layers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from params_checkpoints import OUT, assert_same, native, params, written
+
+from kdtl_jax import transforms
+from kdtl_jax.cli.params._methods import METHODS, Members, Options
+from kdtl_jax.interop import safetensors
+
+DEPTH = 4
+
+
+def model(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shapes = {"model.embed_tokens.weight": (5, 4), "model.norm.weight": (4,)}
+    for i in range(DEPTH):
+        shapes[f"model.layers.{i}.mlp.weight"] = (4, 4)
+        shapes[f"model.layers.{i}.attn.bias"] = (4,)
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three model folders with a configuration and a tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    config = {"model_type": "llama", "num_hidden_layers": DEPTH, "torch_dtype": "float32"}
+    config["layer_types"] = [f"kind {i}" for i in range(DEPTH)]
+    for seed, name in enumerate(("base", "a", "b")):
+        Path(name).mkdir()
+        safetensors.save(f"{name}/model.safetensors", model(seed))
+        Path(name, "config.json").write_text(json.dumps(config))
+        Path(name, "tokenizer.json").write_text(f"of {name}")
+    return tmp_path
+
+
+def run(recipe: dict[str, Any], *words: str) -> int:
+    Path("recipe.yaml").write_text(json.dumps(recipe))  # which is YAML
+    return params("merge", "--recipe", "recipe.yaml", *(words or OUT))
+
+
+def models(**by_model: Any) -> list[dict[str, Any]]:
+    return [{"model": name, "parameters": found} for name, found in by_model.items()]
+
+
+GIVEN: dict[str, tuple[dict[str, Any], dict[str, Any], Options]] = {
+    "linear": ({"weight": 1}, {"normalize": False}, Options([1.0, 1.0], False)),
+    "task_arithmetic": ({"weight": 0.5}, {"lambda": 0.7}, Options([0.5, 0.5], scale=0.7)),
+    "ties": ({"weight": "5e-1", "density": 0.5}, {}, Options([0.5, 0.5], density=[0.5, 0.5])),
+    "dare_ties": (
+        {"weight": 1, "density": 0.4},
+        {"rescale": False},
+        Options([1.0, 1.0], density=[0.4, 0.4], rescale=False),
+    ),
+    "della": (
+        {"weight": 1, "density": 0.4, "epsilon": 0.2},
+        {"int8_mask": True},
+        Options([1.0, 1.0], density=[0.4, 0.4], epsilon=[0.2, 0.2]),
+    ),
+    "sce": ({}, {"select_topk": 0.5}, Options(density=0.5)),
+    "model_stock": ({}, {"filter_wise": True}, Options(axis=-1)),
+    "nuslerp": ({"weight": 1}, {"nuslerp_flatten": False}, Options([1.0, 1.0], axis=-1)),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_recipes_are_the_methods_of_that_name(name: str) -> None:
+    own, shared, options = GIVEN[name]
+    recipe = {"merge_method": name, "models": models(a=own, b=own), "parameters": shared}
+    has_base = METHODS[name].base != "has no"
+    assert run(recipe | ({"base_model": "base"} if has_base else {})) == 0
+    method = METHODS[name]
+    members = Members(model(0) if has_base else {}, [model(1), model(2)], [])
+    assert_same(written(), native((method.mergekit or method.merge)(members, options)))
+
+
+def test_values_by_filter_and_by_layer() -> None:
+    """The first filter that fits decides; a list is a gradient over the layers."""
+    t = [{"filter": "mlp", "value": [0, 0.75]}, {"filter": "attn", "value": 1}, {"value": 0.5}]
+    recipe = {
+        "merge_method": "slerp",
+        "base_model": "a",
+        "models": models(a=None, b=None),
+        "parameters": {"t": t},
+    }
+    assert run(recipe) == 0
+    got, a, b = written(), model(1), model(2)
+    for i in range(DEPTH):
+        name = f"model.layers.{i}.mlp.weight"
+        want = transforms.slerp({"x": a[name]}, {"x": b[name]}, 0.25 * i)["x"]
+        np.testing.assert_allclose(got[name], want, rtol=1e-6)
+        np.testing.assert_array_equal(
+            got[f"model.layers.{i}.attn.bias"], b[f"model.layers.{i}.attn.bias"]
+        )
+    want = transforms.slerp(a, b, 0.5)
+    np.testing.assert_allclose(got["model.norm.weight"], want["model.norm.weight"], rtol=1e-6)
+
+
+def test_layers_of_several_models_make_a_folder_that_opens() -> None:
+    recipe = {
+        "merge_method": "passthrough",
+        "dtype": "bfloat16",
+        "slices": [
+            {"sources": [{"model": "a", "layer_range": [0, 2]}]},
+            {"sources": [{"model": "b", "layer_range": [1, 4]}]},
+        ],
+    }
+    assert run(recipe, "--write", "out") == 0
+    got, a, b = written("out"), model(1), model(2)
+    origin = [(a, 0), (a, 1), (b, 1), (b, 2), (b, 3)]
+    assert len(got) == 2 + 2 * len(origin)
+    for i, (tree, j) in enumerate(origin):
+        want = tree[f"model.layers.{j}.mlp.weight"].astype(got["model.norm.weight"].dtype)
+        np.testing.assert_array_equal(got[f"model.layers.{i}.mlp.weight"], want)
+    half = got["model.norm.weight"].dtype
+    np.testing.assert_array_equal(got["model.norm.weight"], b["model.norm.weight"].astype(half))
+    embedding = "model.embed_tokens.weight"
+    np.testing.assert_array_equal(got[embedding], a[embedding].astype(half))
+    config = json.loads(Path("out/config.json").read_text())
+    assert config["num_hidden_layers"] == 5 and config["torch_dtype"] == "bfloat16"
+    assert config["layer_types"] == ["kind 0", "kind 1", "kind 1", "kind 2", "kind 3"]
+    assert Path("out/tokenizer.json").read_text() == "of a"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"merge_method": "magic"}, "'magic' is none of"),
+        ({"tokenizer_source": "union"}, "'tokenizer_source' is not understood"),
+        ({"parameters": {"normalise": True}}, "'normalise' is not understood"),
+        ({"models": models(a={"weight": 1, "wait": 2})}, "'wait' is not understood"),
+        ({"models": models(a={})}, "has no weight"),
+        ({"models": models(nowhere={"weight": 1})}, "'nowhere' does not exist"),
+        ({"models": [{"model": "a+lora"}]}, "merge its LoRA first"),
+        ({"models": []}, "not empty"),
+        ({"slices": []}, "either models or slices"),
+        ({"dtype": "float8"}, "'float8' is none of"),
+        ({"models": models(a={"weight": [1, "x"]})}, "list of numbers"),
+    ],
+)
+def test_what_a_recipe_says_is_understood_or_refused(changes: Any, says: str, capsys: Any) -> None:
+    recipe = {"merge_method": "linear", "models": models(a={"weight": 1}, b={"weight": 1})}
+    assert run(recipe | changes) in (1, 2)
+    error = capsys.readouterr().err
+    assert says in error and len(error.splitlines()) == 1
+    assert not Path("out.safetensors").exists()
+
+
+def test_a_recipe_stands_alone(capsys: Any) -> None:
+    recipe = {"merge_method": "linear", "models": models(a={"weight": 1})}
+    assert run(recipe, *OUT, "--density", "0.5") == 2
+    assert "leave out --density" in capsys.readouterr().err
