@@ -111,6 +111,55 @@ class EquinoxKeywords(eqx.Module):
         return self.drop(x, inference=kwargs.get("inference", True), key=kwargs.get("key"))
 
 
+class LinenRequired(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, **kwargs: Any) -> Any:
+        return nn.Dropout(0.5, deterministic=not kwargs["training"])(x)
+
+
+class LinenNumber(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, train: int = 0) -> Any:
+        return nn.Dropout(0.5, deterministic=not train)(x)
+
+
+class LinenOwnStatistics(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, update_stats: bool = False, learning: bool = False) -> Any:
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (4,))
+        if update_stats or learning:
+            mean.value = x.mean(0)
+        return x - mean.value
+
+
+class NNXOwnStatistics(fnnx.Module):
+    def __init__(self):
+        self.mean = fnnx.BatchStat(jnp.zeros(4))
+
+    def __call__(self, x: Any, train: bool = True) -> Any:
+        if train:
+            self.mean.set_value(x.mean(0))
+        return x - self.mean.get_value()
+
+
+class NNXAttention(fnnx.Module):
+    def __init__(self):
+        make = fnnx.MultiHeadAttention
+        self.inner = make(1, 4, dropout_rate=0.5, decode=False, rngs=fnnx.Rngs(0))
+
+    def __call__(self, x: Any, train: bool = False, learning: bool = False) -> Any:
+        return self.inner(x[None], deterministic=not (train or learning))[0]
+
+
+class NNXRecurrent(fnnx.Module):
+    def __init__(self):
+        self.recurrent = fnnx.RNN(fnnx.LSTMCell(4, 4, rngs=fnnx.Rngs(0)))
+        self.layers = fnnx.List([fnnx.BatchNorm(4, rngs=fnnx.Rngs(0))])
+
+    def __call__(self, x: Any) -> Any:
+        return self.layers[0](self.recurrent(x[:, None])[:, 0])
+
+
 def haiku_deterministic(x: Any, deterministic: bool) -> Any:
     return x if deterministic else hk.dropout(hk.next_rng_key(), 0.5, x)
 
@@ -129,10 +178,10 @@ def of_nnx(module: Any) -> tuple[Any, Variables]:
     return model.apply, Variables(model.params, model.model_state)
 
 
-def of_equinox(module: Any) -> tuple[Any, Variables]:
+def of_equinox(module: Any, state: Any = None) -> tuple[Any, Variables]:
     from kdtl_jax.interop import equinox
 
-    model = equinox.model(module)
+    model = equinox.model(module, state)
     return model.apply, Variables(model.params, model.model_state)
 
 
@@ -150,6 +199,12 @@ CASES = {
     "linen field": lambda: of_linen(LinenField()),
     "linen kwargs passed on": lambda: of_linen(LinenKeywords()),
     "linen attention": lambda: of_linen(LinenAttention()),
+    "linen required": lambda: of_linen(LinenRequired()),
+    "linen number": lambda: of_linen(LinenNumber()),
+    "linen own statistics": lambda: of_linen(LinenOwnStatistics()),
+    "nnx own statistics": lambda: of_nnx(NNXOwnStatistics()),
+    "nnx attention": lambda: of_nnx(NNXAttention()),
+    "nnx recurrent": lambda: of_nnx(NNXRecurrent()),
     "nnx is_training": lambda: of_nnx(NNXTraining()),
     "nnx field": lambda: of_nnx(NNXField()),
     "nnx kwargs": lambda: of_nnx(NNXKeywords()),
@@ -198,6 +253,37 @@ class NNXNeverFrozen(fnnx.Module):
         return self.norm(x, use_running_average=not learning)
 
 
+class LinenOwnFrozen(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, learning: bool = False) -> Any:
+        return LinenOwnStatistics()(x, learning=learning)
+
+
+class NNXAttentionFrozen(NNXAttention):
+    def __call__(self, x: Any, learning: bool = False) -> Any:
+        return super().__call__(x, learning=learning)
+
+
+class NNXOwnDropout(fnnx.Module):
+    def __init__(self):
+        self.rngs = fnnx.Rngs(0)
+
+    def __call__(self, x: Any, learning: bool = True) -> Any:
+        return x * jax.random.bernoulli(self.rngs(), 0.5, x.shape) if learning else x
+
+
+class EquinoxOwnStatistics(eqx.Module):
+    index: Any
+
+    def __init__(self):
+        self.index = eqx.nn.StateIndex(jnp.zeros(4))
+
+    def __call__(self, x: Any, state: Any, learning: bool = False) -> Any:
+        if learning:
+            state = state.set(self.index, jax.lax.pmean(x, "batch"))
+        return x - state.get(self.index), state
+
+
 class EquinoxAlwaysFrozen(eqx.Module):
     drop: Any = eqx.nn.Dropout(0.5)
 
@@ -212,9 +298,16 @@ class EquinoxAlwaysFrozen(eqx.Module):
         (lambda: of_linen(LinenNeverFrozen()), False),
         (lambda: of_nnx(NNXNeverFrozen()), False),
         (lambda: of_equinox(EquinoxAlwaysFrozen()), True),
+        (lambda: of_linen(LinenOwnFrozen()), True),
+        (lambda: of_nnx(NNXAttentionFrozen()), True),
+        (lambda: of_nnx(NNXOwnDropout()), False),
+        (lambda: of_equinox(*eqx.nn.make_with_state(EquinoxOwnStatistics)()), True),
         (lambda: of_haiku(lambda x, train: hk.BatchNorm(True, True, 0.5)(x, True)), False),
     ],
-    ids=["linen frozen", "linen kwargs", "nnx", "equinox", "haiku"],
+    ids=[
+        *("linen frozen", "linen kwargs", "nnx", "equinox", "linen own statistics"),
+        *("nnx attention", "nnx own dropout", "equinox own statistics", "haiku"),
+    ],
 )
 def test_a_mode_that_cannot_be_set_is_refused_and_the_call_is_shown(make: Any, train: bool) -> None:
     apply, v = make()

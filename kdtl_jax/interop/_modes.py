@@ -15,7 +15,7 @@ from kdtl_jax import _jaxprs
 
 TRAINING = (
     "train", "training", "is_training", "is_train", "train_mode", "training_mode",
-    "enable_dropout", "use_dropout", "apply_dropout",
+    "enable_dropout", "use_dropout", "apply_dropout", "update_stats", "update_batch_stats",
 )  # fmt: skip
 EVALUATION = (
     "deterministic", "is_deterministic", "inference", "is_inference", "inference_mode",
@@ -34,7 +34,7 @@ def flags(names: Iterable[str], train: bool) -> Flags:
 
 
 def accepted(function: Callable[..., Any]) -> list[str]:
-    """Names of the arguments that can be given by name and hold a bool, or nothing, by default."""
+    """Names of arguments that can be given by name and are a bool, 0, 1 or nothing by default."""
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [
         name
@@ -43,7 +43,7 @@ def accepted(function: Callable[..., Any]) -> list[str]:
         and (
             parameter.default is inspect.Parameter.empty
             or parameter.default is None
-            or isinstance(parameter.default, bool)
+            or (isinstance(parameter.default, int) and parameter.default in (0, 1))
         )
     ]
 
@@ -69,7 +69,7 @@ def first_that_follows(
     for way in ways[:-1]:
         try:
             found = modes(way)
-        except TypeError:  # no such argument, somewhere below
+        except (TypeError, KeyError):  # another argument is meant, somewhere below
             continue
         if all(training == train for training in found.values()):
             return way

@@ -142,7 +142,7 @@ def _modes_of(module: Any, run: Callable[[], tuple[Any, Any]], state: Any) -> di
     modes: dict[str, bool] = {}
     if any(isinstance(layer, eqx.nn.Dropout) and layer.p for layer in layers):
         modes["dropout"] = _modes.draws(run)
-    if state is not None and any(isinstance(layer, eqx.nn.BatchNorm) for layer in layers):
+    if state is not None:
         modes["batch statistics"] = _modes.changes(lambda: run()[1], state)
     return modes
 

@@ -114,6 +114,8 @@ def model(
             except errors.ModifyScopeVariableError:  # statistics that are updated in evaluation
                 check()
                 raise
+        if changing and not any(modes.values()) and _is_same(updated, model_state, "batch_stats"):
+            modes["batch_stats"] = False  # of a layer of the module's own making
         check()
         found = _taps.outputs_of(outputs)
         if taps:
@@ -185,6 +187,14 @@ def _recorded() -> Iterator[dict[str, bool]]:
 
     with nn.intercept_methods(note):
         yield found
+
+
+def _is_same(updated: Mapping[str, Any], before: Mapping[str, Any], collection: str) -> bool:
+    """Whether a collection came back as it was."""
+    if collection not in before:
+        return False
+    new, old = jax.tree.leaves(updated[collection]), jax.tree.leaves(before[collection])
+    return all(a is b for a, b in zip(new, old, strict=True))
 
 
 def _first(*values: Any) -> Any:

@@ -159,16 +159,39 @@ def _set_mode(module: nnx.Module, train: bool) -> None:
 
 
 def _modes_of(module: nnx.Module, changed: set[str]) -> dict[str, bool]:
-    """Whether each layer ran in training mode, by what it changed: statistics, a random stream."""
+    """Whether each layer ran in training mode, by what it changed: statistics, a random stream.
+
+    A layer of the module's own making that draws is seen by its stream, if there is no recurrent
+    layer, whose first carry is drawn in either mode.
+    """
     modes: dict[str, bool] = {}
+    drawn: set[str] = set()
+    draws_carry = False
     for key_path, node in nnx.iter_graph(module):
         path = "/".join(map(str, key_path))
-        own = [name for name in changed if name.startswith(f"{path}/" if path else "")]
-        if isinstance(node, nnx.BatchNorm) or (
-            isinstance(node, nnx.Dropout) and node.rate and node.rngs is not None
-        ):
-            modes[path] = bool(own)
-    return modes
+        own = {name for name in changed if name.startswith(f"{path}/" if path else "")}
+        if isinstance(node, nnx.Module) and (_has_statistics(node) or _has_dropout(node)):
+            modes[path or type(node).__name__] = bool(own)
+        elif isinstance(node, (nnx.RNN, nnx.RNNCellBase)):
+            draws_carry = True
+        elif isinstance(node, nnx.RngStream) and own:
+            drawn.add(path)
+    if draws_carry:
+        return modes
+    unseen = {path for path in drawn if not any(path.startswith(f"{known}/") for known in modes)}
+    return modes | dict.fromkeys(sorted(unseen), True)
+
+
+def _has_statistics(layer: nnx.Module) -> bool:
+    return any(isinstance(value, nnx.BatchStat) for value in vars(layer).values())
+
+
+def _has_dropout(layer: nnx.Module) -> bool:
+    if getattr(layer, "rngs", None) is None:
+        return False
+    if isinstance(layer, nnx.Dropout):
+        return bool(layer.rate)
+    return isinstance(layer, nnx.MultiHeadAttention) and bool(layer.dropout_rate)
 
 
 def _arrays(module: nnx.Module) -> dict[str, Any]:
