@@ -68,3 +68,29 @@ def test_what_cannot_be_a_student_is_refused():
     resnet = huggingface.load(FOLDERS / "resnet_basic")
     with pytest.raises(ValueError, match="'resnet' model has no numbered layers"):
         huggingface.student(resnet, layers=(0,))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_what_layers_differ_in_goes_with_them(tmp_path: Path):
+    source = huggingface.load(FOLDERS / "modernbert_language")
+    assert source.module.windows == (None, 2)
+    student = huggingface.student(source, layers=(0, 1, 1))
+    assert student.module.windows == (None, 2, 2)
+    assert student.module.ropes == tuple(source.module.ropes[i] for i in (0, 1, 1))
+    huggingface.save(tmp_path, student.params, student.rules, config=student.config)
+    assert huggingface.load(tmp_path).module == student.module
+    # The same where the config gives a pattern instead of a list.
+    config = {**source.config, "layer_types": None, "global_attn_every_n_layers": 2}
+    again = huggingface.student(source._replace(config=config), layers=(0, 1, 1))
+    assert again.module == student.module
+    with pytest.raises(ValueError, match="no place for 1 leaves(.|\n)*layers_1/attention_norm"):
+        huggingface.student(source, layers=(1, 1))  # the first layer has no norm of its own
+
+
+def test_students_keep_the_dtypes_of_their_source():
+    source = huggingface.load(FOLDERS / "bert", dtype=jnp.bfloat16)
+    small = huggingface.student(source, layers=(1,))
+    assert {str(x.dtype) for x in jax.tree.leaves(small.params)} == {"bfloat16"}
+    headed = huggingface.student(source, layers=(1,), classes=2)
+    kinds = {path.split("/")[0]: str(x.dtype) for path, x in trees.flatten(headed.params).items()}
+    assert kinds["layers_0"] == "bfloat16" and kinds["head"] == "float32"

@@ -192,6 +192,8 @@ def test_one_leaf_to_several_places() -> None:
     source, target = {"w": jnp.ones(2)}, {"a": jnp.zeros(2), "b": jnp.zeros(2)}
     params, _ = transforms.transfer(source, target, rename=lambda _: ("a", "b"))
     _assert_equal(params, {"a": jnp.ones(2), "b": jnp.ones(2)})
+    with pytest.raises(ValueError, match="no place for 1 leaves"):  # not even for one of its copies
+        transforms.transfer(source, {"a": jnp.zeros(2)}, rename=lambda _: ("a", "b"))
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ class Family(NamedTuple):
     `{torch name: the JAX path they are tied to}`. `buffers` are regular expressions of tensors that
     are no weights, `other_heads` of heads that are not built here: both are reported, not imported.
     `sides` says which config key is which side of which parameter, `depth` which key counts the
-    layers, `per_layer` which keys hold a list with an entry per layer, `by_layers` which only
+    layers, `per_layer` which keys hold a list with an entry per layer (`layer_kinds`
+    gives `layer_types` where a config leaves it to a pattern), `by_layers` which only
     describe the layers there are, `presence` which key says that a tensor is there.
     """
 
@@ -81,6 +82,7 @@ class Family(NamedTuple):
     depth: str | None = None
     sides: Mapping[str, tuple[str, int]] = {}
     per_layer: tuple[str, ...] = ()
+    layer_kinds: Callable[[dict[str, Any]], list[str]] | None = None
     by_layers: tuple[str, ...] = ()
     presence: Mapping[str, str] = {}
 

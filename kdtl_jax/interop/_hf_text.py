@@ -99,13 +99,19 @@ t5 = Family(
 )
 
 
+_KINDS = ("full_attention", "sliding_attention")
+
+
+def _modern_kinds(v: dict[str, Any]) -> list[str]:
+    every = v["global_attn_every_n_layers"]
+    return [_KINDS[i % every > 0] for i in range(v["num_hidden_layers"])]
+
+
 def _modernbert(v: dict[str, Any], found: Found) -> models.ModernBert:
     depth = v["num_hidden_layers"]
     heads = check_heads(v["hidden_size"], v["num_attention_heads"])
     head_width = v["hidden_size"] // heads
-    every = v["global_attn_every_n_layers"]
-    names = ("full_attention", "sliding_attention")
-    kinds = v["layer_types"] or [names[i % every > 0] for i in range(depth)]
+    names, kinds = _KINDS, v["layer_types"] or _modern_kinds(v)
     if not isinstance(kinds, list) or len(kinds) != depth or any(k not in names for k in kinds):
         raise ValueError(
             f"config.json: layer_types = {str(kinds)[:60]}; expected {' or '.join(names)} for each "
@@ -233,6 +239,7 @@ modernbert = Family(
     depth="num_hidden_layers",
     sides={"vocab_size": ("tokens/embedding", 0)},
     per_layer=("layer_types",),
+    layer_kinds=_modern_kinds,
 )
 
 

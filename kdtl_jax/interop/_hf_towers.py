@@ -50,7 +50,7 @@ def _clip(v: dict[str, Any], found: Found) -> models.ClipText:
     projection = found.shapes.get("text_projection.weight")
     # Files from before the end token was recorded say 2, and mean the largest token.
     end = None if v["eos_token_id"] == 2 else v["eos_token_id"]
-    return models.ClipText(**_shared(v), end=end, projection=projection and projection[0])
+    return models.ClipText(**_shared(v), end=end, projection=projection[0] if projection else None)
 
 
 clip_text = Family(

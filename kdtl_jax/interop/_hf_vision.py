@@ -261,7 +261,7 @@ def _tower_of(v: dict[str, Any]) -> dict[str, Any]:
 
 def _clip_vision(v: dict[str, Any], found: Found) -> models.ClipVision:
     projection = found.shapes.get("visual_projection.weight")
-    return models.ClipVision(**_tower_of(v), projection=projection and projection[0])
+    return models.ClipVision(**_tower_of(v), projection=projection[0] if projection else None)
 
 
 clip_vision = Family(

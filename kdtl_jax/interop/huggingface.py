@@ -123,11 +123,14 @@ def student(
     if not layers or not all(0 <= i < depth for i in layers):
         raise ValueError(f"layers must lie in 0..{depth - 1}, got {list(layers)}.")
     config, rules = _shallower(family, source.config, layers), source.rules
-    module = source.module.clone(layers=len(layers))
     rename = transforms.layer_map(r"layers_(\d+)/.*", layers)
+    flat = trees.flatten(source.params)
+    chosen = {new: leaf for path, leaf in flat.items() for new in rename(path)}
     if classes is None:
-        init = jax.eval_shape(linen.model(module).init, jax.random.key(0), _example(family, config))
-        params, report = transforms.transfer(source.params, init.params, rename=rename)
+        # Built anew: what a config says per layer is that of the chosen layers.
+        built = _hf_build.built(family, config, naming.to_torch(chosen, rules))
+        target, module = _with_dtypes(built.variables, chosen, None), built.module
+        params, report = transforms.transfer(source.params, target, rename=rename)
     else:
         head = _classifier(family)
         config |= {
@@ -140,8 +143,10 @@ def student(
         rules = _hf_family.rules_of(family, head, (), is_tied=True, prefix=family.prefix)
         old = ("head", "language")
         body = {name: leaf for name, leaf in source.params.items() if name not in old}
-        target = _with_fresh(module, _example(family, config), set(body), key)
-        new = [name for name in target if name in ("head", "pooler") and name not in body]
+        fresh = {rule.jax.split("/")[0] for rule in (*head.rules, *head.optional)} | {"pooler"}
+        fresh -= body.keys()
+        target = _with_fresh(module, _example(family, config), chosen, fresh, key)
+        new = [name for name in target if name in fresh]
         # A pooler that the new model does not have stays behind.
         body = {name: x for name, x in body.items() if name != "pooler" or name in target}
         params, report = transforms.replace_head(
@@ -207,6 +212,8 @@ def described(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str
 def _shallower(family: Family, config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
     assert family.depth is not None
     depth, out = config[family.depth], {**config, family.depth: len(layers)}
+    if family.layer_kinds is not None and out.get("layer_types") is None:
+        out["layer_types"] = family.layer_kinds(_values(family, config))
     for key in family.per_layer:
         if isinstance(out.get(key), list) and len(out[key]) == depth:
             out[key] = [out[key][i] for i in layers]
@@ -271,15 +278,17 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _with_fresh(
-    module: nn.Module, inputs: Any, present: set[str], key: Array | None
+    module: nn.Module, inputs: Any, arrays: Mapping[str, Any], names: set[str], key: Array | None
 ) -> dict[str, Any]:
-    """The module's parameters: initialized where its head is new, abstract elsewhere."""
+    """The module's parameters: initialized under `names`, abstract like the arrays elsewhere."""
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), inputs)
     init = linen.model(module).init
     shapes = jax.eval_shape(init, jax.random.key(0), inputs).params
-    new = [name for name in shapes if name in ("head", "pooler") and name not in present]
+    new = [name for name in shapes if name in names]
     fresh = jax.jit(lambda key: {name: init(key, zeros).params[name] for name in new})
-    return {**shapes, **fresh(jax.random.key(0) if key is None else key)}
+    old = {name: leaf for name, leaf in shapes.items() if name not in names}
+    typed = _with_dtypes(old, arrays, None)
+    return {**typed, **fresh(jax.random.key(0) if key is None else key)}
 
 
 def _with_dtypes(target: PyTree, arrays: Mapping[str, Any], dtype: Any) -> PyTree:

@@ -272,10 +272,8 @@ def _leftovers(
         selects = trees.any_of(where)
     except ValueError:  # a tree of bools says nothing about paths outside the target
         selects = trees.any_of(trees.everything)
-    placed = {old for new, old in sources.items() if new in want}
-    homeless = {
-        old for new, old in sources.items() if old not in placed and selects(new, have[old])
-    }
+    # A leaf that goes to several places needs each of them.
+    homeless = {old for new, old in sources.items() if new not in want and selects(new, have[old])}
     candidates = [path for path, leaf in have.items() if trees.is_inexact(leaf)]
     extra = [path for path in candidates if path in homeless]
     used = {old for new, old in sources.items() if new in want and selects(new, want[new])}
