@@ -85,7 +85,7 @@ def sampling_log_probs(
 
     t = rows(temperature).astype(wide.dtype)
     first = jnp.argmax(wide, axis=-1, keepdims=True)
-    is_first = jnp.arange(wide.shape[-1], dtype=first.dtype) == first
+    is_first = jax.lax.broadcasted_iota(first.dtype, wide.shape, wide.ndim - 1) == first
     greedy = jnp.where(is_first, jnp.zeros((), wide.dtype), -jnp.inf)
     z = jnp.where(t > 0, wide / jnp.where(t > 0, t, 1), greedy)
     if top_k is not None:
@@ -169,7 +169,7 @@ def sample(
     assert cache is not None
     last = width - 1 - jnp.argmax(jnp.flip(mask, axis=1), axis=1)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    head, stops = model.head(params), jnp.asarray(stop_tokens, jnp.int32)
+    head, stops = model.head(params), jnp.asarray(stop_tokens, jnp.int32)[None]
     ends = jnp.sum(segments, axis=1)  # the position of the first new token
 
     def drawn(hidden: Array, at: Array) -> tuple[Array, Array]:

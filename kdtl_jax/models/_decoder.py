@@ -19,7 +19,7 @@ of their own segment and nothing else, so padding and packing change no number o
 have no dropout here, as is the practice in fine-tuning and distillation.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -30,98 +30,9 @@ from jax import Array
 from kdtl_jax import _checks
 from kdtl_jax._types import Params
 from kdtl_jax.losses import Head
-
-NO_WINDOW = 2**30
-
-
-class Rope(NamedTuple):
-    """Rotary positions of one kind of layer: radians per position of each pair of channels.
-
-    Channel `i` turns with channel `i + n` where `n = len(frequencies)`; channels from `2 n` on
-    stay (partial rotation); a frequency of 0 turns nothing. Cosine and sine are multiplied by
-    `scale`. Sequences longer than `original_length` use `long_frequencies`, where there are any.
-    """
-
-    frequencies: tuple[float, ...] = ()
-    scale: float = 1.0
-    long_frequencies: tuple[float, ...] | None = None
-    original_length: int | None = None
-
-
-class Norm(NamedTuple):
-    """`(x - mean) / sqrt(var + epsilon)` if centered, else `x / sqrt(mean(x^2) + epsilon)`.
-
-    Times `scale`, or `1 + scale` with a unit offset (Gemma), plus `bias` where there is one.
-    """
-
-    epsilon: float = 1e-6
-    is_centered: bool = False
-    has_unit_offset: bool = False
-
-
-class DecoderConfig(NamedTuple):
-    """What a decoder computes.
-
-    Attributes:
-      ropes: one per layer; empty for learned positions.
-      windows: positions that a layer sees, itself included; None sees all before it. One per layer,
-        or empty for none at all.
-      learned_positions: rows of the table of positions (GPT-2), 0 for none.
-      fuses_qkv, fuses_gate: whether query, key and value (gate and up) are one matrix.
-      has_pre_norms, has_post_norms: norms before attention and feed-forward, and after them.
-      has_head_norms: whether queries and keys are normalized head by head (Qwen3, Gemma 3).
-      has_projection_norms: whether they are normalized before they are split into heads (OLMo 2).
-      attention_scale: of `q k^T`; None is `1 / sqrt(head_width)`.
-      attention_softcap, final_softcap: `cap tanh(z / cap)` of scores and of logits.
-      embedding_scale: factor of the token embeddings (Gemma: `sqrt(width)`).
-      logit_scale: factor of the logits.
-      is_tied: whether the head is the token embedding.
-    """
-
-    vocabulary: int
-    width: int
-    layers: int
-    heads: int
-    key_heads: int
-    head_width: int
-    hidden: int
-    ropes: tuple[Rope, ...] = ()
-    windows: tuple[int | None, ...] = ()
-    learned_positions: int = 0
-    norm: Norm = Norm()
-    has_norm_bias: bool = False
-    has_pre_norms: bool = True
-    has_post_norms: bool = False
-    has_head_norms: bool = False
-    has_projection_norms: bool = False
-    activation: Callable[[Array], Array] = jax.nn.silu
-    is_gated: bool = True
-    fuses_qkv: bool = False
-    fuses_gate: bool = False
-    has_qkv_bias: bool = False
-    has_out_bias: bool = False
-    has_mlp_bias: bool = False
-    attention_scale: float | None = None
-    attention_softcap: float | None = None
-    final_softcap: float | None = None
-    embedding_scale: float = 1.0
-    logit_scale: float = 1.0
-    is_tied: bool = False
-    has_head_bias: bool = False
-
-
-class Cache(NamedTuple):
-    """Keys and values of the positions read so far; arrays only.
-
-    `keys`, `values` `[layers, B, S, key_heads, head_width]`; `positions` and `segments` int32
-    `[B, S]` of the `S` slots (segment 0: empty or padding); `length` int32 `[]`, slots in use.
-    """
-
-    keys: Array
-    values: Array
-    positions: Array
-    segments: Array
-    length: Array
+from kdtl_jax.models import _decoder_layer
+from kdtl_jax.models._decoder_config import Cache, DecoderConfig
+from kdtl_jax.models._decoder_layer import Kind, kinds, normalized, places_of, written
 
 
 class Apply(Protocol):
@@ -223,40 +134,6 @@ def segment_positions(segments: Array) -> Array:
     return jnp.maximum(count - jax.lax.cummax(jnp.where(begins, count, 0), axis=1), 0)
 
 
-class _Layer(NamedTuple):
-    """What differs from layer to layer, beside the parameters; arrays, so that layers can scan."""
-
-    frequencies: Array  # [pairs]
-    long_frequencies: Array  # [pairs]
-    original_length: Array
-    scale: Array
-    window: Array
-
-
-def _layers(config: DecoderConfig) -> _Layer:
-    """Rows of every layer, `[layers, ...]`."""
-    ropes = config.ropes or (Rope(),) * config.layers
-    windows = config.windows or (None,) * config.layers
-    long = [r.frequencies if r.long_frequencies is None else r.long_frequencies for r in ropes]
-    lengths = [NO_WINDOW if r.original_length is None else r.original_length for r in ropes]
-    return _Layer(
-        np.asarray([r.frequencies for r in ropes], np.float32),
-        np.asarray(long, np.float32),
-        np.asarray(lengths, np.int32),
-        np.asarray([r.scale for r in ropes], np.float32),
-        np.asarray([NO_WINDOW if w is None else w for w in windows], np.int32),
-    )
-
-
-class _Places(NamedTuple):
-    """Where queries and keys stand."""
-
-    queries: Array  # positions [B, L]
-    distance: Array  # query position minus key position [B, L, S]
-    visible: Array  # bool [B, L, S]: the key is real, of the same segment, and not later
-    end: Array  # positions of the longest sequence
-
-
 def _apply(
     config: DecoderConfig,
     params: Params,
@@ -273,181 +150,47 @@ def _apply(
         if given is not None:
             _checks.integers(**{name: given})
             _checks.same_shape(tokens=tokens, **{name: given})
-    segments = jnp.ones(tokens.shape, jnp.int32) if segments is None else jnp.int32(segments)
-    if positions is None:
-        positions = segment_positions(segments)
-        if cache is not None:
-            used = jnp.where(cache.segments > 0, cache.positions, -1)
-            positions = positions + jnp.max(used, axis=1, keepdims=True) + 1
-    positions = jnp.int32(positions)
+    own = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments.astype(jnp.int32)
+    at = segment_positions(own) if positions is None else positions.astype(jnp.int32)
+    if positions is None and cache is not None:
+        used = jnp.where(cache.segments > 0, cache.positions, -1)
+        at = at + jnp.max(used, axis=1, keepdims=True) + 1
     if cache is not None:
         cache = cache._replace(
-            positions=_written(cache.positions, positions, cache.length),
-            segments=_written(cache.segments, segments, cache.length),
+            positions=written(cache.positions, at, cache.length),
+            segments=written(cache.segments, own, cache.length),
         )
-    keys = (positions, segments) if cache is None else (cache.positions, cache.segments)
-    distance = positions[:, :, None] - keys[0][:, None, :]
-    same = (segments[:, :, None] == keys[1][:, None, :]) & (keys[1][:, None, :] > 0)
-    end = jnp.max(jnp.where(segments > 0, positions, 0)) + 1
-    places = _Places(positions, distance, same & (distance >= 0), end)
+    places = places_of(at, own, cache)
 
     table = params["tokens"]["embedding"]
     x = jnp.take(table, tokens, axis=0).astype(dtype or table.dtype)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
     if config.learned_positions:
-        x = x + jnp.take(params["positions"]["embedding"], positions, axis=0).astype(x.dtype)
+        x = x + jnp.take(params["positions"]["embedding"], at, axis=0).astype(x.dtype)
 
-    def layer(
-        x: Array, weights: Params, own: _Layer, memory: Any
-    ) -> tuple[Array, tuple[Array, Array]]:
-        start = None if cache is None else cache.length
-        return _layer(config, x, weights, own, places, memory, start)
+    start = None if cache is None else cache.length
+
+    def layer(x: Array, weights: Params, kind: Kind, memory: Any) -> tuple[Array, Any]:
+        return _decoder_layer.layer(config, x, weights, kind, places, memory, start)
 
     if remat_policy is not None:
         layer = jax.checkpoint(layer, policy=remat_policy)
-    rows = _layers(config)
-    memories = None if cache is None else (cache.keys, cache.values)
+    by_layer = kinds(config), None if cache is None else (cache.keys, cache.values)
     if "layers" in params:
-        given = (params["layers"], jax.tree.map(jnp.asarray, rows), memories)
-        x, filled = jax.lax.scan(lambda x, one: layer(x, *one), x, given)
+        x, filled = jax.lax.scan(lambda x, one: layer(x, *one), x, (params["layers"], *by_layer))
     else:
         collected = []
         for i in range(config.layers):
-            own = jax.tree.map(lambda a, i=i: a[i], (rows, memories))
-            x, both = layer(x, params[f"layers_{i}"], *own)
+            one = jax.tree.map(lambda a, i=i: a[i], by_layer)
+            x, both = layer(x, params[f"layers_{i}"], *one)
             collected.append(both)
-        filled = jax.tree.map(lambda *a: jnp.stack(a), *collected) if cache is not None else None
+        filled = jax.tree.map(lambda *a: jnp.stack(a), *collected)
     if cache is not None:
+        keys, values = filled
         length = cache.length + jnp.int32(tokens.shape[1])
-        cache = cache._replace(keys=filled[0], values=filled[1], length=length)
-    return _normalized(config.norm, x, params["norm"]), cache
-
-
-def _layer(
-    config: DecoderConfig,
-    x: Array,
-    weights: Params,
-    own: _Layer,
-    places: _Places,
-    memory: tuple[Array, Array] | None,
-    start: Array | None,
-) -> tuple[Array, tuple[Array, Array]]:
-    """One layer: attention, then feed-forward, each with its residual."""
-    pre = config.has_pre_norms
-    y = _normalized(config.norm, x, weights["attention_norm"]) if pre else x
-    y, filled = _attention(config, y, weights["attention"], own, places, memory, start)
-    if config.has_post_norms:
-        y = _normalized(config.norm, y, weights["attention_post_norm"])
-    x = x + y
-    y = _normalized(config.norm, x, weights["mlp_norm"]) if pre else x
-    y = _feed_forward(config, y, weights["mlp"])
-    if config.has_post_norms:
-        y = _normalized(config.norm, y, weights["mlp_post_norm"])
-    return x + y, filled
-
-
-def _attention(
-    config: DecoderConfig,
-    x: Array,
-    weights: Params,
-    own: _Layer,
-    places: _Places,
-    memory: tuple[Array, Array] | None,
-    start: Array | None,
-) -> tuple[Array, tuple[Array, Array]]:
-    batch, length, _ = x.shape
-    count, width = config.key_heads, config.head_width
-    if config.fuses_qkv:
-        cuts = (config.heads * width, (config.heads + count) * width)
-        query, key, value = jnp.split(_dense(x, weights["qkv"]), cuts, axis=-1)
-    else:
-        query, key, value = (_dense(x, weights[name]) for name in ("query", "key", "value"))
-    if config.has_projection_norms:
-        query = _normalized(config.norm, query, weights["query_norm"])
-        key = _normalized(config.norm, key, weights["key_norm"])
-    query = query.reshape(batch, length, config.heads, width)
-    key, value = (a.reshape(batch, length, count, width) for a in (key, value))
-    if config.has_head_norms:
-        query = _normalized(config.norm, query, weights["query_norm"])
-        key = _normalized(config.norm, key, weights["key_norm"])
-    query, key = _rotated((query, key), own, places)
-    if memory is not None and start is not None:
-        key, value = (_written(a, b, start) for a, b in zip(memory, (key, value), strict=True))
-    visible = places.visible & (places.distance < own.window)
-    y = _attend(config, query, key.astype(query.dtype), value.astype(query.dtype), visible)
-    return _dense(y.reshape(batch, length, -1), weights["out"]), (key, value)
-
-
-def _attend(config: DecoderConfig, query: Array, key: Array, value: Array, visible: Array) -> Array:
-    """`softmax(q k^T scale) v` over visible keys; heads in groups of one key."""
-    scale = config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
-    visible = visible[:, None]
-    if config.attention_softcap is None:
-        return jax.nn.dot_product_attention(query, key, value, mask=visible, scale=scale)
-    batch, length, heads, width = query.shape
-    grouped = query.reshape(batch, length, config.key_heads, heads // config.key_heads, width)
-    scores = scale * jnp.einsum(
-        "blkgd,bskd->bkgls", grouped, key, preferred_element_type=jnp.float32
-    )
-    scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
-    scores = jnp.where(visible[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgls,bskd->blkgd", shares, value).reshape(query.shape)
-
-
-def _rotated(arrays: tuple[Array, Array], own: _Layer, places: _Places) -> tuple[Array, Array]:
-    """Queries and keys `[B, L, heads, width]`, turned by their positions; angles in float32."""
-    pairs = own.frequencies.shape[-1]
-    if not pairs:
-        return arrays
-    is_long = places.end > own.original_length
-    frequencies = jnp.where(is_long, own.long_frequencies, own.frequencies)
-    angle = places.queries[:, :, None].astype(jnp.float32) * frequencies
-    cos, sin = (own.scale * f(angle)[:, :, None, :] for f in (jnp.cos, jnp.sin))
-
-    def turned(x: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        first, second, rest = jnp.split(wide, (pairs, 2 * pairs), axis=-1)
-        both = first * cos - second * sin, second * cos + first * sin
-        return jnp.concatenate([*both, rest], axis=-1).astype(x.dtype)
-
-    return turned(arrays[0]), turned(arrays[1])
-
-
-def _feed_forward(config: DecoderConfig, x: Array, weights: Params) -> Array:
-    if config.fuses_gate:
-        gate, up = jnp.split(_dense(x, weights["gate_up"]), 2, axis=-1)
-    elif config.is_gated:
-        gate, up = _dense(x, weights["gate"]), _dense(x, weights["up"])
-    else:
-        return _dense(config.activation(_dense(x, weights["up"])), weights["down"])
-    return _dense(config.activation(gate) * up, weights["down"])
-
-
-def _dense(x: Array, weights: Mapping[str, Array]) -> Array:
-    y = jnp.matmul(x, weights["kernel"].astype(x.dtype), preferred_element_type=jnp.float32)
-    if "bias" in weights:
-        y = y + weights["bias"].astype(jnp.float32)
-    return y.astype(x.dtype)
-
-
-def _normalized(norm: Norm, x: Array, weights: Mapping[str, Array]) -> Array:
-    y = x.astype(jnp.float32)
-    if norm.is_centered:
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + norm.epsilon)
-    scale = weights["scale"].astype(jnp.float32)
-    y = y * (1 + scale if norm.has_unit_offset else scale)
-    if "bias" in weights:
-        y = y + weights["bias"].astype(jnp.float32)
-    return y.astype(x.dtype)
-
-
-def _written(slots: Array, new: Array, start: Array) -> Array:
-    """`slots` `[B, S, ...]` with `new` `[B, L, ...]` from slot `start` on."""
-    at = (jnp.int32(0), start) + (jnp.int32(0),) * (slots.ndim - 2)
-    return jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), at)
+        cache = cache._replace(keys=keys, values=values, length=length)
+    return normalized(config.norm, x, params["norm"]), cache
 
 
 def _init(config: DecoderConfig, key: Array) -> Params:

@@ -1,0 +1,108 @@
+"""Numbers of a config.json, and the rotary tables that they make."""
+
+import math
+from collections.abc import Sequence
+
+from kdtl_jax.interop._hf_config import Config
+from kdtl_jax.models import Rope
+
+
+def size(config: Config, key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+        raise ValueError(f"config.json: {key} must be a positive whole number, got {value!r}.")
+    return value
+
+
+def number(config: Config, key: str, default: float) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"config.json: {key} must be a finite number, got {value!r}.")
+    return float(value)
+
+
+def optional(config: Config, key: str, default: float | None = None) -> float | None:
+    return None if config.get(key, default) is None else number(config, key, default or 0.0)
+
+
+def rope(
+    config: Config, width: int, given: Config | None = None, theta: float | None = None
+) -> Rope:
+    """Rotary tables as transformers computes them: default, linear, llama3, yarn, longrope.
+
+    Args:
+      config: the whole configuration.
+      width: of a head.
+      given: the parameters of this kind of layer; None reads `rope_parameters` (transformers 5) or
+        `rope_scaling`.
+      theta: the base where the parameters have none; None reads `rope_theta`.
+
+    Raises:
+      ValueError: for another kind.
+    """
+    if given is None:
+        given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    theta = number(given, "rope_theta", theta or number(config, "rope_theta", 10_000.0))
+    partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    width = int(width * partial)
+    plain = [theta ** (-2 * i / width) for i in range(width // 2)]
+    kind = given.get("rope_type", given.get("type")) or "default"
+    if kind == "default":
+        return Rope(tuple(plain))
+    longest = size(config, "max_position_embeddings", 2048)
+    original = given.get("original_max_position_embeddings") or config.get(
+        "original_max_position_embeddings", longest
+    )
+    if kind in ("longrope", "su"):
+        stretch = given.get("factor") or longest / original
+        scale = given.get("attention_factor")
+        if scale is None:
+            scale = 1.0
+            if stretch > 1:
+                scale = math.sqrt(1 + math.log(stretch) / math.log(original))
+        short = tuple(f / s for f, s in zip(plain, given["short_factor"], strict=True))
+        long = tuple(f / s for f, s in zip(plain, given["long_factor"], strict=True))
+        return Rope(short, scale, long, original)
+    factor = number(given, "factor", 1.0)
+    if kind == "linear":
+        return Rope(tuple(f / factor for f in plain))
+    if kind == "llama3":
+        low, high = given["low_freq_factor"], given["high_freq_factor"]
+
+        def blended(frequency: float) -> float:
+            turns = original * frequency / (2 * math.pi)
+            share = min(max((turns - low) / (high - low), 0.0), 1.0)
+            return share * frequency + (1 - share) * frequency / factor
+
+        return Rope(tuple(blended(f) for f in plain))
+    if kind == "yarn":
+        return _yarn(given, plain, theta, width, factor, original)
+    raise ValueError(
+        f"rope type {kind!r} is not built here (only default, linear, llama3, yarn and longrope)."
+    )
+
+
+def _yarn(
+    given: Config, plain: Sequence[float], theta: float, width: int, factor: float, original: int
+) -> Rope:
+    """YaRN: short waves as they are, long ones stretched, a ramp between (2309.00071)."""
+
+    def scale(m: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1
+
+    attention = given.get("attention_factor")
+    if attention is None:
+        m, m_all = given.get("mscale"), given.get("mscale_all_dim")
+        attention = scale(m) / scale(m_all) if m and m_all else scale(1.0)
+
+    def dimension(turns: float) -> float:
+        return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(given.get("beta_fast") or 32), dimension(given.get("beta_slow") or 1)
+    if given.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    ramp = [min(max((i - low) / max(high - low, 1e-3), 0), 1) for i in range(len(plain))]
+    mixed = [r * f / factor + (1 - r) * f for r, f in zip(ramp, plain, strict=True)]
+    return Rope(tuple(mixed), attention)

@@ -1,0 +1,195 @@
+"""Hugging Face folders of decoder-only language models, in and out.
+
+    source = decoders.load("SmolLM2-135M")
+    hidden, _ = source.model.apply(source.params, tokens)
+    small = decoders.student(source, layers=range(0, 30, 3))
+    decoders.save("small", small.params, small.rules, config=small.config)
+
+Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2 and 3 (text), Phi-3, SmolLM3, OLMo 2 and GPT-2, sharded
+or not, in any float dtype. The model is a `models.Decoder`, whose head is apart. Encoders, and
+decoders as Linen modules with taps, are in `interop.huggingface`.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from kdtl_jax import models, transforms
+from kdtl_jax._files import atomic_file
+from kdtl_jax._types import Params
+from kdtl_jax.interop import _hf_decoders, naming, safetensors
+from kdtl_jax.interop.naming import Rule
+from kdtl_jax.models import Decoder
+from kdtl_jax.transforms import Report
+
+
+class PretrainedDecoder(NamedTuple):
+    """A checkpoint as a decoder: its functions, its parameters, and what names its tensors."""
+
+    model: Decoder
+    params: Params
+    rules: tuple[Rule, ...]
+    config: dict[str, Any]
+    report: Report
+
+
+_HEAD = "lm_head.weight"
+_BUFFERS = (r"(.*\.)?rotary_emb\.inv_freq", r"(.*\.)?h\.\d+\.attn\.(masked_)?bias")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def load(folder: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
+    """Imports a folder with config.json and `*.safetensors`.
+
+    Args:
+      folder: the folder.
+      dtype: floating dtype of the parameters; None keeps the file's.
+
+    Raises:
+      FileNotFoundError: if there is no such folder, config.json or safetensors file.
+      ValueError: for an unknown family, a key of the configuration that is not understood, a tensor
+        without a place, a missing tensor, or a shape that disagrees with the configuration.
+    """
+    folder = Path(folder)
+    config = _read(folder / "config.json")
+    tensors = safetensors.views(safetensors.index(folder).tensors)
+    built, rules, unused = _built(config, tensors)
+    model = models.decoder(built)
+    kept = {name: array for name, array in tensors.items() if name not in unused}
+    arrays = naming.from_torch(kept, rules, ignore=_BUFFERS)
+    target = jax.eval_shape(model.init, jax.random.key(0))
+    stored = next(iter(arrays.values())).dtype
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or stored), target)
+    params, report = transforms.transfer(arrays, target)
+    return PretrainedDecoder(
+        model, params, rules, config, report._replace(unused=tuple(sorted(unused)))
+    )
+
+
+def student(source: PretrainedDecoder, *, layers: Sequence[int]) -> PretrainedDecoder:
+    """Some of a decoder's layers as a decoder of its own; layer `j` is the source's `layers[j]`.
+
+    Raises:
+      ValueError: if a position is out of range.
+    """
+    whole = source.model.config
+    layers = tuple(layers)
+    if not layers or not all(0 <= i < whole.layers for i in layers):
+        raise ValueError(f"layers must lie in 0..{whole.layers - 1}, got {list(layers)}.")
+    built = whole._replace(
+        layers=len(layers),
+        ropes=tuple(whole.ropes[i] for i in layers) if whole.ropes else (),
+        windows=tuple(whole.windows[i] for i in layers) if whole.windows else (),
+    )
+    model = models.decoder(built)
+    target = jax.eval_shape(model.init, jax.random.key(0))
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, source.params["tokens"]["embedding"].dtype), target
+    )
+    rename = transforms.layer_map(r"layers_(\d+)/.*", layers)
+    params, report = transforms.transfer(source.params, target, rename=rename)
+    config = dict(source.config)
+    config["n_layer" if "n_layer" in config else "num_hidden_layers"] = len(layers)
+    for key in ("layer_types", "no_rope_layers"):
+        if isinstance(config.get(key), list):
+            config[key] = [config[key][i] for i in layers]
+    if _hf_decoders.decoder(config)[0]._replace(is_tied=built.is_tied) != built:
+        raise ValueError(
+            f"the layers {list(layers)} of a {config['model_type']!r} model have windows or "
+            "rotary tables that its config.json cannot say; keep the pattern of its layers."
+        )
+    return PretrainedDecoder(model, params, source.rules, config, report)
+
+
+def save(
+    folder: str | Path,
+    params: Params,
+    rules: Sequence[Rule],
+    *,
+    config: Mapping[str, Any],
+    tokenizer: str | Path | None = None,
+) -> None:
+    """Writes `model.safetensors` and `config.json` that transformers opens.
+
+    The dtype, the vocabulary and whether the head is tied are said as they are in the tensors.
+
+    Args:
+      folder: made if need be; files are replaced atomically, the weights last.
+      params: the parameters, layers apart (`transforms.unstack_layers` takes stacked ones apart).
+      rules: a `PretrainedDecoder`'s rules.
+      config: its config.
+      tokenizer: a folder whose tokenizer files are copied.
+
+    Raises:
+      ValueError: if a parameter has no rule, or the parameters are not those that the config says.
+    """
+    tensors = naming.to_torch(params, rules)
+    table = params["tokens"]["embedding"]
+    config = {**config, "vocab_size": int(table.shape[0])}
+    config["tie_word_embeddings"] = "kernel" not in params.get("head", {})
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(table.dtype)
+    built, again, _ = _built(config, tensors)
+    target = jax.eval_shape(models.decoder(built).init, jax.random.key(0))
+    transforms.plan_transfer(naming.from_torch(tensors, again), target)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES if tokenizer is not None else ():
+        file = Path(tokenizer or folder) / name
+        if file.is_file() and file.parent.resolve() != folder.resolve():
+            shutil.copyfile(file, folder / name)
+    with atomic_file(folder / "config.json") as out:
+        out.write(json.dumps(config, indent=2, sort_keys=True).encode())
+    safetensors.save(folder / "model.safetensors", tensors, metadata={"format": "pt"})
+
+
+def _built(
+    config: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> tuple[models.DecoderConfig, tuple[Rule, ...], set[str]]:
+    """The decoder of a config and its tensors, its rules, and the copies of tied tensors."""
+    built, rules = _hf_decoders.decoder(config)
+    prefix = _hf_decoders.FAMILIES[config["model_type"]].prefix
+    if not any(name.startswith(prefix) for name in tensors):
+        prefix = ""
+    rules = tuple(
+        rule if rule.torch.startswith("lm_head") else rule._replace(torch=prefix + rule.torch)
+        for rule in rules
+    )
+    embedding = next(rule.torch for rule in rules if rule.jax == "tokens/embedding")
+    unused = set()
+    if _HEAD in tensors and embedding in tensors:
+        head, table = tensors[_HEAD], tensors[embedding]
+        is_copy = head.shape == table.shape and bool(np.array_equal(head, table))
+        built = built._replace(is_tied=is_copy and built.is_tied)
+        unused = {_HEAD} if built.is_tied else set()
+    elif not built.is_tied:
+        raise ValueError(
+            f"config.json says that the head is not the embedding, and there is no {_HEAD!r}."
+        )
+    return built, rules, unused
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}).") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object.")
+    return config

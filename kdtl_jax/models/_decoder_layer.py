@@ -1,0 +1,188 @@
+"""One layer of a decoder: attention, rotary positions, feed-forward, norms."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax._types import Params
+from kdtl_jax.models._decoder_config import NO_WINDOW, Cache, DecoderConfig, Norm, Rope
+
+
+class Kind(NamedTuple):
+    """What differs from layer to layer, beside the parameters; arrays, so that layers can scan."""
+
+    frequencies: Array  # [pairs]
+    long_frequencies: Array  # [pairs]
+    original_length: Array
+    scale: Array
+    window: Array
+
+
+def kinds(config: DecoderConfig) -> Kind:
+    """Rows of every layer, `[layers, ...]`."""
+    ropes = config.ropes or (Rope(),) * config.layers
+    windows = config.windows or (None,) * config.layers
+    long = [r.frequencies if r.long_frequencies is None else r.long_frequencies for r in ropes]
+    lengths = [NO_WINDOW if r.original_length is None else r.original_length for r in ropes]
+    return Kind(
+        jnp.asarray([r.frequencies for r in ropes], jnp.float32),
+        jnp.asarray(long, jnp.float32),
+        jnp.asarray(lengths, jnp.int32),
+        jnp.asarray([r.scale for r in ropes], jnp.float32),
+        jnp.asarray([NO_WINDOW if w is None else w for w in windows], jnp.int32),
+    )
+
+
+class Places(NamedTuple):
+    """Where queries and keys stand."""
+
+    queries: Array  # positions [B, L]
+    distance: Array  # query position minus key position [B, L, S]
+    visible: Array  # bool [B, L, S]: the key is real, of the same segment, and not later
+    ends: Array  # positions of the row [B, 1, 1]
+
+
+def places_of(positions: Array, segments: Array, cache: Cache | None) -> Places:
+    """Of queries `[B, L]` before keys `[B, L]`, or before those of the cache `[B, S]`."""
+    keys = (positions, segments) if cache is None else (cache.positions, cache.segments)
+    distance = positions[:, :, None] - keys[0][:, None, :]
+    same = (segments[:, :, None] == keys[1][:, None, :]) & (keys[1][:, None, :] > 0)
+    ends = jnp.max(jnp.where(segments > 0, positions, 0), axis=1)[:, None, None] + 1
+    return Places(positions, distance, same & (distance >= 0), ends)
+
+
+def layer(
+    config: DecoderConfig,
+    x: Array,
+    weights: Params,
+    own: Kind,
+    places: Places,
+    memory: tuple[Array, Array] | None,
+    start: Array | None,
+) -> tuple[Array, tuple[Array, Array] | None]:
+    """One layer: attention, then feed-forward, each with its residual."""
+    pre = config.has_pre_norms
+    y = normalized(config.norm, x, weights["attention_norm"]) if pre else x
+    y, filled = _attention(config, y, weights["attention"], own, places, memory, start)
+    if config.has_post_norms:
+        y = normalized(config.norm, y, weights["attention_post_norm"])
+    x = x + y
+    y = normalized(config.norm, x, weights["mlp_norm"]) if pre else x
+    y = _feed_forward(config, y, weights["mlp"])
+    if config.has_post_norms:
+        y = normalized(config.norm, y, weights["mlp_post_norm"])
+    return x + y, filled
+
+
+def _attention(
+    config: DecoderConfig,
+    x: Array,
+    weights: Params,
+    own: Kind,
+    places: Places,
+    memory: tuple[Array, Array] | None,
+    start: Array | None,
+) -> tuple[Array, tuple[Array, Array] | None]:
+    batch, length, _ = x.shape
+    count, width = config.key_heads, config.head_width
+    if config.fuses_qkv:
+        cuts = (config.heads * width, (config.heads + count) * width)
+        query, key, value = jnp.split(_dense(x, weights["qkv"]), cuts, axis=-1)
+    else:
+        query, key, value = (_dense(x, weights[name]) for name in ("query", "key", "value"))
+    if config.has_projection_norms:
+        query = normalized(config.norm, query, weights["query_norm"])
+        key = normalized(config.norm, key, weights["key_norm"])
+    query = query.reshape(batch, length, config.heads, width)
+    key, value = (a.reshape(batch, length, count, width) for a in (key, value))
+    if config.has_head_norms:
+        query = normalized(config.norm, query, weights["query_norm"])
+        key = normalized(config.norm, key, weights["key_norm"])
+    query, key = _rotated((query, key), own, places)
+    if memory is not None and start is not None:
+        key, value = written(memory[0], key, start), written(memory[1], value, start)
+    visible = places.visible & (places.distance < own.window)
+    y = _attend(config, query, key.astype(query.dtype), value.astype(query.dtype), visible)
+    filled = None if memory is None else (key, value)
+    return _dense(y.reshape(batch, length, -1), weights["out"]), filled
+
+
+def _attend(config: DecoderConfig, query: Array, key: Array, value: Array, visible: Array) -> Array:
+    """`softmax(q k^T scale) v` over visible keys; heads in groups of one key."""
+    scale = config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
+    visible = visible[:, None]
+    if config.attention_softcap is None:
+        return jax.nn.dot_product_attention(query, key, value, mask=visible, scale=scale)
+    batch, length, heads, width = query.shape
+    grouped = query.reshape(batch, length, config.key_heads, heads // config.key_heads, width)
+    scores = scale * jnp.einsum(
+        "blkgd,bskd->bkgls", grouped, key, preferred_element_type=jnp.float32
+    )
+    scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
+    scores = jnp.where(visible[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgls,bskd->blkgd", shares, value).reshape(query.shape)
+
+
+def _rotated(arrays: tuple[Array, Array], own: Kind, places: Places) -> tuple[Array, Array]:
+    """Queries and keys `[B, L, heads, width]`, turned by their positions; angles in float32."""
+    pairs = own.frequencies.shape[-1]
+    if not pairs:
+        return arrays
+    is_long = places.ends > own.original_length
+    both = _along(own.long_frequencies, is_long), _along(own.frequencies, is_long)
+    frequencies = jnp.where(is_long, *both)
+    frequencies = jnp.broadcast_to(frequencies, (*places.queries.shape, pairs))
+    angle = places.queries[:, :, None].astype(jnp.float32) * frequencies
+    cos, sin = (own.scale * f(angle)[:, :, None, :] for f in (jnp.cos, jnp.sin))
+
+    def turned(x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        first, second, rest = jnp.split(wide, (pairs, 2 * pairs), axis=-1)
+        both = first * cos - second * sin, second * cos + first * sin
+        return jnp.concatenate([*both, rest], axis=-1).astype(x.dtype)
+
+    return turned(arrays[0]), turned(arrays[1])
+
+
+def _feed_forward(config: DecoderConfig, x: Array, weights: Params) -> Array:
+    if config.fuses_gate:
+        gate, up = jnp.split(_dense(x, weights["gate_up"]), 2, axis=-1)
+    elif config.is_gated:
+        gate, up = _dense(x, weights["gate"]), _dense(x, weights["up"])
+    else:
+        return _dense(config.activation(_dense(x, weights["up"])), weights["down"])
+    return _dense(config.activation(gate) * up, weights["down"])
+
+
+def _dense(x: Array, weights: Mapping[str, Array]) -> Array:
+    y = jnp.matmul(x, weights["kernel"].astype(x.dtype), preferred_element_type=jnp.float32)
+    if "bias" in weights:
+        y = y + _along(weights["bias"], y)
+    return y.astype(x.dtype)
+
+
+def normalized(norm: Norm, x: Array, weights: Mapping[str, Array]) -> Array:
+    y = x.astype(jnp.float32)
+    if norm.is_centered:
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + norm.epsilon)
+    scale = _along(weights["scale"], y)
+    y = y * (1 + scale if norm.has_unit_offset else scale)
+    if "bias" in weights:
+        y = y + _along(weights["bias"], y)
+    return y.astype(x.dtype)
+
+
+def written(slots: Array, new: Array, start: Array) -> Array:
+    """`slots` `[B, S, ...]` with `new` `[B, L, ...]` from slot `start` on."""
+    at = (jnp.int32(0), start) + (jnp.int32(0),) * (slots.ndim - 2)
+    return jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), at)
+
+
+def _along(vector: Array, x: Array) -> Array:
+    """A float32 vector along the last axis of `x`."""
+    return vector.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + vector.shape)

@@ -1,0 +1,225 @@
+"""Decoders of every published family, against outputs recorded from transformers.
+
+The folders in tests/data/decoders hold tiny random weights written by transformers 5.24 (torch
+2.13) with that model's logits on 24 and on 12 tokens, and its greedy continuation of 8 tokens.
+"""
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdtl_jax import language, losses, models, transforms
+from kdtl_jax.interop import decoders, safetensors
+
+FOLDERS = Path(__file__).parent / "data" / "decoders"
+FAMILIES = sorted(folder.name for folder in FOLDERS.iterdir())
+KINDS = ["gemma2", "phi3", "smollm3"]  # soft caps and windows, fused matrices, resting positions
+
+
+@cache
+def loaded(name: str) -> decoders.PretrainedDecoder:
+    return decoders.load(FOLDERS / name)
+
+
+@cache
+def recorded(name: str) -> dict[str, np.ndarray]:
+    with np.load(FOLDERS / name / "expected.npz") as file:
+        return dict(file)
+
+
+def logits(name: str, tokens: Any, params: Any = None, **more: Any) -> np.ndarray:
+    source = loaded(name)
+    params = source.params if params is None else params
+    hidden, _ = source.model.apply(params, jnp.asarray(tokens), **more)
+    return np.asarray(losses.head_logits(hidden, source.model.head(params)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_those_of_transformers(name: str):
+    known = recorded(name)
+    for tokens, wanted in (
+        (known["tokens"], known["logits"]),
+        (known["tokens"][:, :12], known["short"]),
+    ):
+        np.testing.assert_allclose(logits(name, tokens), wanted, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_continuations_are_those_of_transformers(name: str):
+    source, known = loaded(name), recorded(name)
+    prompts, keys = jnp.asarray(known["tokens"][:1, :8]), jax.random.split(jax.random.key(0), 1)
+    run = jax.jit(
+        lambda params: language.sample(
+            source.model, params, prompts, keys=keys, length=40, temperature=0.0
+        )
+    )
+    # Keys in a cache keep the rotary table they were turned by; transformers starts its cache anew
+    # where a text outgrows the short one, so only the texts within it are alike.
+    alike = 9 if name == "phi3" else 40
+    np.testing.assert_array_equal(run(source.params).tokens[0, :alike], known["greedy"][:alike])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_folders_come_back_bit_for_bit(name: str, tmp_path: Path):
+    source = loaded(name)
+    decoders.save(tmp_path, source.params, source.rules, config=source.config)
+    written, stored = safetensors.load(tmp_path), safetensors.load(FOLDERS / name)
+    assert written.keys() == stored.keys() - set(source.report.unused)
+    for tensor, array in written.items():
+        assert array.dtype == stored[tensor].dtype
+        np.testing.assert_array_equal(array, stored[tensor], err_msg=tensor)
+    again = json.loads((tmp_path / "config.json").read_text())
+    assert again | {"tie_word_embeddings": None} == source.config | {"tie_word_embeddings": None}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_stacked_layers_give_the_numbers_of_separate_ones(name: str):
+    source, tokens = loaded(name), recorded(name)["tokens"]
+    stacked = transforms.stack_layers(source.params, r"layers_(\d+)/.*")
+    np.testing.assert_allclose(
+        logits(name, tokens, stacked), logits(name, tokens), atol=3e-6, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_cache_gives_the_numbers_of_one_pass(name: str):
+    source = loaded(name)
+    tokens = jnp.asarray(recorded(name)["tokens"][:, :12])  # within the short rotary table
+    whole, none = source.model.apply(source.params, tokens)
+    memory, parts = models.init_cache(source.model.config, 2, 16), []
+    for start, stop in ((0, 5), (5, 6), (6, 12)):
+        part, memory = source.model.apply(source.params, tokens[:, start:stop], cache=memory)
+        parts.append(part)
+    assert none is None and memory is not None and int(memory.length) == 12
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*KINDS, "gpt2"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_number(name: str, side: str):
+    tokens = recorded(name)["tokens"][:1, :10]
+    alone = logits(name, tokens)
+    amounts = ((0, 0), (3, 0)) if side == "left" else ((0, 0), (0, 3))
+    padded = np.pad(tokens, amounts, constant_values=7)
+    segments = jnp.asarray(np.pad(np.ones((1, 10), np.int32), amounts))
+    real = slice(3, 13) if side == "left" else slice(0, 10)
+    found = logits(name, padded, segments=segments)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found[:, real], alone, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*KINDS, "gpt2"])
+def test_packed_texts_do_not_see_each_other(name: str):
+    tokens = recorded(name)["tokens"]
+    first, second = tokens[:1, :7], tokens[1:, :5]
+    packed = np.concatenate([first, second], axis=1)
+    segments = jnp.asarray([[1] * 7 + [2] * 5])
+    found = logits(name, packed, segments=segments)
+    alone = np.concatenate([logits(name, first), logits(name, second)], axis=1)
+    np.testing.assert_allclose(found, alone, atol=3e-6, rtol=1e-5)
+
+
+def test_positions_count_real_tokens_of_each_segment():
+    segments = jnp.asarray([[0, 0, 1, 1, 1, 2, 2], [1, 1, 0, 0, 1, 1, 0], [3, 3, 3, 1, 1, 1, 0]])
+    found = models.segment_positions(segments)
+    at = np.where(np.asarray(segments) > 0, found, -1)
+    wanted = [[-1, -1, 0, 1, 2, 0, 1], [0, 1, -1, -1, 2, 3, -1], [0, 1, 2, 0, 1, 2, -1]]
+    np.testing.assert_array_equal(at, wanted)
+
+
+def test_rematerialized_gradients_are_the_same():
+    source, tokens = loaded("llama"), jnp.asarray(recorded("llama")["short"].argmax(-1))
+    again = models.decoder(
+        source.model.config, remat_policy=jax.checkpoint_policies.nothing_saveable
+    )
+
+    def loss(model: models.Decoder, params: Any) -> jax.Array:
+        hidden, _ = model.apply(params, tokens)
+        return jnp.mean(jnp.square(losses.head_logits(hidden, model.head(params))))
+
+    plain = jax.grad(lambda p: loss(source.model, p))(source.params)
+    remade = jax.grad(lambda p: loss(again, p))(source.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), remade, plain)
+
+
+@pytest.mark.usefixtures("standard_promotion")  # jax's own attention mixes dtypes
+def test_half_precision_stays_near_and_keeps_its_dtype():
+    source, known = loaded("qwen3"), recorded("qwen3")
+    half = models.decoder(source.model.config, dtype=jnp.bfloat16)
+    hidden, _ = half.apply(source.params, jnp.asarray(known["tokens"]))
+    found = losses.head_logits(hidden, half.head(source.params))
+    assert hidden.dtype == jnp.bfloat16 and found.dtype == jnp.float32
+    assert 0 < np.abs(found - known["logits"]).max() < 0.05 * np.abs(known["logits"]).max()
+
+
+def test_a_student_of_some_layers_is_a_folder_of_its_own(tmp_path: Path):
+    source, tokens = loaded("gemma2"), recorded("gemma2")["tokens"]
+    small = decoders.student(source, layers=(0, 3))
+    assert small.config["num_hidden_layers"] == 2 and len(small.config["layer_types"]) == 2
+    decoders.save(tmp_path, small.params, small.rules, config=small.config)
+    again = decoders.load(tmp_path)
+    assert again.model.config == small.model.config
+    hidden, _ = again.model.apply(again.params, jnp.asarray(tokens))
+    wanted, _ = small.model.apply(small.params, jnp.asarray(tokens))
+    np.testing.assert_array_equal(hidden, wanted)
+    with pytest.raises(ValueError, match="layers must lie in 0..3"):
+        decoders.student(source, layers=(4,))
+
+
+def edited(tmp_path: Path, name: str, **changes: Any) -> Path:
+    shutil.copytree(FOLDERS / name, tmp_path / name)
+    file = tmp_path / name / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return tmp_path / name
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("llama", {"model_type": "bert"}, "no decoder that is built here"),
+        ("llama", {"strange_key": 1}, "strange_key"),
+        ("llama", {"num_hidden_layers": 10**9}, "more layers than any model"),
+        ("llama", {"rms_norm_eps": float("nan")}, "finite number"),
+        ("llama", {"hidden_size": None}, "hidden_size must be a positive whole number"),
+        ("llama", {"hidden_act": "mish"}, "'mish' is not built here"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "cannot be read"),
+        ("llama", {"rope_parameters": [1]}, "cannot be read"),
+        ("llama", {"vocab_size": 41}, "tokens/embedding"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "layer_types must be 4 times"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "is not built here"),
+    ],
+)
+def test_what_is_not_understood_is_refused(
+    name: str, changes: dict[str, Any], says: str, tmp_path: Path
+):
+    with pytest.raises(ValueError, match=says):
+        decoders.load(edited(tmp_path, name, **changes))
+
+
+def test_a_head_that_differs_from_the_embedding_is_kept_and_said(tmp_path: Path):
+    source = loaded("llama3")
+    table = source.params["tokens"]["embedding"]
+    params = {**source.params, "head": {"kernel": np.asarray(table).T + 1}}
+    decoders.save(tmp_path, params, source.rules, config=source.config)
+    again = decoders.load(tmp_path)
+    assert again.config["tie_word_embeddings"] is False and not again.model.config.is_tied
+    np.testing.assert_array_equal(again.params["head"]["kernel"], params["head"]["kernel"])
+
+
+def test_configs_whose_numbers_do_not_fit_are_refused():
+    config = loaded("llama").model.config
+    for changed, says in (
+        ({"windows": (4,)}, "windows must have one entry per layer"),
+        ({"key_heads": 3}, "heads must be a multiple"),
+        ({"has_head_norms": True, "has_projection_norms": True}, "exclude each other"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            models.decoder(config._replace(**changed))
