@@ -1,18 +1,18 @@
 """Peak memory of `kdtl params` on checkpoints far larger than it.
 
 Command:   python benchmarks/params_memory.py [--gigabytes 1] [--json out.json]
-Machine:   Intel Xeon 2.5 GHz, virtual, 2 cores, nothing else running; jax 0.10.2, numpy 2.4.6,
+Machine:   Intel Xeon 2.5 GHz, virtual, 2 cores, other jobs running; jax 0.10.2, numpy 2.4.6,
            Python 3.11.7
 RESULT:    growth of the peak, checkpoints of 1 GB each (a tensor of 0.25 GB in each), and seconds:
-           scale 44 MB 2.3 s, average of two 71 MB 2.7 s, merge of two by ties 215 MB 34 s, by dare
-           182 MB 9 s, by slerp 167 MB 16 s; imports take 230 MB. Alone, `scale` of 20 GB with a
-           tensor of 5 GB: whole peak 288 MB, 43 s
+           scale 47 MB 12 s, average of two 118 MB 22 s, merge of two by ties 311 MB 108 s, by dare
+           2325 MB 111 s, by slerp 1266 MB 52 s. What is done entry by entry passes in pieces;
+           dare and slerp hold 5 to 9 times the largest tensor (3 of which are the models)
 
 Three checkpoints of one structure are written to a temporary folder: an embedding of a quarter of
 the size, the rest kernels of 16 MB, float32. Every command runs in a process of its own, first on
 a checkpoint of a few numbers (imports and compilation), then on the large ones; the growth of the
 peak resident set between the two is what the large one costs. `average` reads two checkpoints,
-`ties` three, four times each.
+`ties` three, several times each.
 """
 
 import argparse
