@@ -114,54 +114,31 @@ class Workload(NamedTuple):
 
 def presets(*, quick: bool = False) -> dict[str, Preset]:
     """The presets by name; `quick` makes each of them tiny."""
-    chosen = (
-        Preset(
-            "mlp",
-            mlp((1200, 1200) if not quick else (64,), 10),
-            mlp((800, 800) if not quick else (16,), 10),
-            (784,) if not quick else (32,),
-            10,
-            128,
-            optax.sgd(0.1, momentum=0.9),
-            "784-1200-1200-10 teaches 784-800-800-10" if not quick else "32-64-10 teaches 32-16-10",
-        ),
-        Preset(
-            "resnet",
-            resnet_x4(32, 100) if not quick else resnet(8, 10, channels=(8, 8, 8, 8)),
-            resnet_x4(8, 100) if not quick else resnet(8, 10, channels=(4, 4, 4, 4)),
-            (32, 32, 3) if not quick else (8, 8, 3),
-            100 if not quick else 10,
-            16 if not quick else 4,
-            optax.sgd(0.05, momentum=0.9),
-            "resnet32x4 teaches resnet8x4, 32x32 images"
-            if not quick
-            else "resnet8, 8 channels, teaches resnet8, 4 channels, 8x8 images",
-        ),
-        Preset(
-            "vit",
-            _vit(192, 12, 3) if not quick else _vit(32, 1, 2),
-            _vit(96, 6, 3) if not quick else _vit(16, 1, 2),
-            (32, 32, 3) if not quick else (8, 8, 3),
-            100,
-            32 if not quick else 4,
-            optax.adamw(1e-3),
-            "ViT 192 wide, 12 layers, teaches 96 wide, 6 layers; 32x32 images, patch 4"
-            if not quick
-            else "ViT 32 wide teaches 16 wide, one layer each; 8x8 images, patch 4",
-        ),
-        Preset(
-            "decoder",
-            _decoder(384, 6, 6) if not quick else _decoder(32, 1, 2, 64),
-            _decoder(192, 4, 3) if not quick else _decoder(16, 1, 2, 64),
-            (128,) if not quick else (8,),
-            8192 if not quick else 64,
-            8 if not quick else 2,
-            optax.adamw(1e-3),
-            "GPT-2 384 wide, 6 layers, teaches 192 wide, 4 layers; 8192 tokens, length 128"
-            if not quick
-            else "GPT-2 32 wide teaches 16 wide, one layer each; 64 tokens, length 8",
-        ),
-    )
+    momentum, adamw = optax.sgd(0.1, momentum=0.9), optax.adamw(1e-3)
+    slow = optax.sgd(0.05, momentum=0.9)
+    if quick:
+        tiny = (resnet(8, 10, channels=(n, n, n, n)) for n in (8, 4))
+        chosen = (
+            Preset("mlp", mlp((64,), 10), mlp((16,), 10), (32,), 10, 128, momentum,
+                   "32-64-10 teaches 32-16-10"),
+            Preset("resnet", *tiny, (8, 8, 3), 10, 4, slow,
+                   "resnet8, 8 channels, teaches resnet8, 4 channels, 8x8 images"),
+            Preset("vit", _vit(32, 1, 2), _vit(16, 1, 2), (8, 8, 3), 100, 4, adamw,
+                   "ViT 32 wide teaches 16 wide, one layer each; 8x8 images, patch 4"),
+            Preset("decoder", _decoder(32, 1, 2, 64), _decoder(16, 1, 2, 64), (8,), 64, 2, adamw,
+                   "GPT-2 32 wide teaches 16 wide, one layer each; 64 tokens, length 8"),
+        )  # fmt: skip
+    else:
+        chosen = (
+            Preset("mlp", mlp((1200, 1200), 10), mlp((800, 800), 10), (784,), 10, 128, momentum,
+                   "784-1200-1200-10 teaches 784-800-800-10"),
+            Preset("resnet", resnet_x4(32, 100), resnet_x4(8, 100), (32, 32, 3), 100, 16, slow,
+                   "resnet32x4 teaches resnet8x4, 32x32 images"),
+            Preset("vit", _vit(192, 12, 3), _vit(96, 6, 3), (32, 32, 3), 100, 32, adamw,
+                   "ViT 192 wide, 12 layers, teaches 96 wide, 6 layers; 32x32 images, patch 4"),
+            Preset("decoder", _decoder(384, 6, 6), _decoder(192, 4, 3), (128,), 8192, 8, adamw,
+                   "GPT-2 384 wide, 6 layers, teaches 192 wide, 4 layers; 8192 tokens, length 128"),
+        )  # fmt: skip
     return {preset.name: preset for preset in chosen}
 
 
