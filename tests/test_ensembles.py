@@ -163,7 +163,7 @@ BAD_WEIGHTS = {
 )
 @pytest.mark.parametrize("says", BAD_WEIGHTS)
 def test_weights_must_share(mix: Any, says: str) -> None:
-    with pytest.raises(ValueError, match=f"{mix.__name__}: .*{says}"):
+    with pytest.raises(ValueError, match=says):
         mix(logits(), weights=BAD_WEIGHTS[says])
 
 

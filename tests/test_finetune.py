@@ -58,7 +58,7 @@ def test_layers_that_no_rule_covers_raise() -> None:
     with pytest.raises(ValueError, match="ids must have leaves"):
         finetune.layer_decay({})
     for factor in (0.0, 0.5, float("inf")):
-        with pytest.raises(ValueError, match="^discriminative_rates: factor must"):
+        with pytest.raises(ValueError, match="^factor must"):
             finetune.discriminative_rates({"w": 1}, factor=factor)
     with pytest.raises(ValueError, match="labels no leaf"):
         ids(network(2), last="nrom")

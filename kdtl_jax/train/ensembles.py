@@ -109,8 +109,8 @@ def mean_logits(logits: Array, *, weights: Weights | None = None) -> Array:
     References:
       TextBrewer averages logits. Hinton et al., 2015 (1503.02531), section 2.
     """
-    logits = _door("mean_logits", logits)
-    share = _shares("mean_logits", weights, logits)
+    logits = _door(logits)
+    share = _shares(weights, logits)
     return _with_absent(jnp.sum(share * _finite(logits), axis=0), jnp.any(_absent(logits), axis=0))
 
 
@@ -134,9 +134,9 @@ def mean_probabilities(
       ValueError: as `mean_logits`, or if the temperature is not positive.
       TypeError: if the logits are not floating point.
     """
-    logits = _door("mean_probabilities", logits)
+    logits = _door(logits)
     _checks.positive(temperature=temperature)
-    share = _shares("mean_probabilities", weights, logits)
+    share = _shares(weights, logits)
     temperature = _numerics.scalar(temperature, logits)
     return temperature * _log_mixture(_numerics.log_softmax(logits / temperature), share)
 
@@ -161,9 +161,9 @@ def log_sum_exp(
       ValueError: as `mean_probabilities`.
       TypeError: if the logits are not floating point.
     """
-    logits = _door("log_sum_exp", logits)
+    logits = _door(logits)
     _checks.positive(temperature=temperature)
-    share = _shares("log_sum_exp", weights, logits)
+    share = _shares(weights, logits)
     temperature = _numerics.scalar(temperature, logits)
     return temperature * _log_mixture(logits / temperature, share)
 
@@ -193,7 +193,7 @@ def gated_logits(logits: Array, scores: Array) -> Array:
     References:
       Lan, Zhu and Gong, Knowledge Distillation by On-the-Fly Native Ensemble, 2018 (1806.04606).
     """
-    logits = _door("gated_logits", logits)
+    logits = _door(logits)
     _checks.floating(scores=scores)
     _checks.rank(3, 3, logits=logits)
     if scores.shape != (logits.shape[1], logits.shape[0]):
@@ -229,20 +229,20 @@ def over_teachers(
         values = jax.vmap(loss, in_axes=(None, 0))(student, teachers)
         if weights is None:
             return jnp.sum(values, axis=0)
-        share = _fitted("over_teachers", weights, values)
+        share = _fitted(weights, values)
         return jnp.sum(share * values, axis=0)
 
     return summed
 
 
-def _door(fn: str, logits: Array) -> Array:
+def _door(logits: Array) -> Array:
     _checks.floating(logits=logits)
     _checks.rank(2, logits=logits)
     _checks.nonempty(logits=logits)
     return _numerics.upcast(logits)
 
 
-def _fitted(fn: str, weights: Weights, values: Array) -> Array:
+def _fitted(weights: Weights, values: Array) -> Array:
     """Weights `[K]` or `[K, B]`, shaped to multiply `values [K, B, ...]`."""
     if np.shape(weights) not in (values.shape[:1], values.shape[:2]):
         raise ValueError(
@@ -252,11 +252,11 @@ def _fitted(fn: str, weights: Weights, values: Array) -> Array:
     return _numerics.per_example(jnp.asarray(weights), values)
 
 
-def _shares(fn: str, weights: Weights | None, logits: Array) -> Array:
+def _shares(weights: Weights | None, logits: Array) -> Array:
     """Weights that sum to 1 over teachers, shaped to multiply the logits."""
     if weights is None:
         return jnp.full((1,) * logits.ndim, 1 / logits.shape[0], logits.dtype)
-    share = _fitted(fn, weights, logits)
+    share = _fitted(weights, logits)
     _checks.non_negative(weights=weights)
     known = _checks.concrete(weights)
     if known is not None:

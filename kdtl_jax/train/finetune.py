@@ -208,11 +208,11 @@ def scale_by_multipliers(by_leaf: PyTree) -> optax.GradientTransformation:
     table = trees.flatten(by_leaf)
 
     def init(params: Params) -> optax.EmptyState:
-        _covered("scale_by_multipliers", params, table)
+        _covered(params, table)
         return optax.EmptyState()
 
     def update(updates: PyTree, state: Any, params: Params | None = None) -> tuple[PyTree, Any]:
-        _covered("scale_by_multipliers", updates, table)
+        _covered(updates, table)
         return trees.map_with_path(lambda path, u: _times(table[path], u), updates), state
 
     return optax.GradientTransformation(init, update)
@@ -233,7 +233,7 @@ def optimizers(params: Params, rules: trees.Rules) -> optax.GradientTransformati
     table = trees.flatten(trees.labels(params, numbered))
 
     def label(tree: PyTree) -> PyTree:
-        _covered("optimizers", tree, table)
+        _covered(tree, table)
         return trees.map_with_path(lambda path, _: table[path], tree)
 
     # A rule whose leaves are all outside the trainable partition has nothing to do.
@@ -272,7 +272,7 @@ def unfreeze_gate(params: Params, rules: trees.Rules) -> optax.GradientTransform
     opens = trees.flatten(trees.labels(params, rules))
 
     def init(params: Params) -> GateState:
-        _covered("unfreeze_gate", params, opens)
+        _covered(params, opens)
         return GateState(jnp.zeros((), jnp.int32))
 
     def update(
@@ -281,7 +281,7 @@ def unfreeze_gate(params: Params, rules: trees.Rules) -> optax.GradientTransform
         def gate(path: str, leaf: Array) -> Array:
             return jnp.where(state.step >= opens[path], leaf, jnp.zeros((), leaf.dtype))
 
-        _covered("unfreeze_gate", updates, opens)
+        _covered(updates, opens)
         return trees.map_with_path(gate, updates), GateState(state.step + 1)
 
     return optax.GradientTransformation(init, update)
@@ -338,7 +338,7 @@ def carry_opt_state(old: PyTree, new: PyTree) -> Carried:
     return Carried(state, tuple(shared), tuple(path for path in after if path not in before))
 
 
-def _covered(fn: str, tree: PyTree, table: Mapping[str, Any]) -> None:
+def _covered(tree: PyTree, table: Mapping[str, Any]) -> None:
     for path in trees.flatten(tree):
         if path not in table:
             raise ValueError(

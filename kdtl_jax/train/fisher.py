@@ -43,7 +43,7 @@ def empirical_fisher(
         grads = jax.grad(lambda t: loss(trees.combine(t, frozen), example))(trained)
         return jax.tree.map(_square, grads)
 
-    return _mean_over("empirical_fisher", squares, params, examples, chunk)
+    return _mean_over(squares, params, examples, chunk)
 
 
 def true_fisher(
@@ -77,7 +77,7 @@ def true_fisher(
             lambda row: jnp.tensordot(p.astype(_wide(row).dtype), _square(row), axes=1), rows
         )
 
-    return _mean_over("true_fisher", squares, params, examples, chunk)
+    return _mean_over(squares, params, examples, chunk)
 
 
 def batch_fisher(loss: ExampleLoss, params: Params, examples: PyTree, *, batch_size: int) -> PyTree:
@@ -85,7 +85,7 @@ def batch_fisher(loss: ExampleLoss, params: Params, examples: PyTree, *, batch_s
 
     Arguments as `empirical_fisher`'s; `N` must be a multiple of `batch_size`.
     """
-    count = _count("batch_fisher", examples)
+    count = _count(examples)
     if count % batch_size:
         raise ValueError(f"{count} examples are no multiple of {batch_size}.")
     batches = jax.tree.map(lambda x: jnp.reshape(x, (-1, batch_size, *x.shape[1:])), examples)
@@ -97,13 +97,12 @@ def batch_fisher(loss: ExampleLoss, params: Params, examples: PyTree, *, batch_s
 
 
 def _mean_over(
-    fn: str,
     squares: Callable[[Params, Params, Any], PyTree],
     params: Params,
     examples: PyTree,
     chunk: int,
 ) -> PyTree:
-    count = _count(fn, examples)
+    count = _count(examples)
     trained, frozen = trees.partition(params, trees.everything)
 
     def summed(part: PyTree) -> PyTree:
@@ -125,7 +124,7 @@ def _mean_over(
     return trees.combine(jax.tree.map(lambda x: x / count, total), frozen)
 
 
-def _count(fn: str, examples: PyTree) -> int:
+def _count(examples: PyTree) -> int:
     flat = trees.flatten(examples)
     _checks.same_batch(**flat)
     _checks.nonempty(**flat)
