@@ -1,0 +1,118 @@
+"""Merging that ranks, draws or chooses entries: ties, densities, scales, and two of mergekit's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdtl_jax import transforms
+
+
+def leaf(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.03, 0.5, 0.97, 1.0])
+def test_della_keeps_its_density_at_the_ends(density: float) -> None:
+    tau = {"w": leaf(0, 40, 50)}
+    chances = transforms.della_probabilities(tau, density=density)["w"]
+    np.testing.assert_allclose(jnp.mean(chances), density, atol=1e-6)
+    assert float(jnp.min(chances)) >= 0 and float(jnp.max(chances)) <= 1
+    kept = transforms.della(jax.random.key(0), tau, density=density)["w"]
+    if density in (0.0, 1.0):
+        np.testing.assert_array_equal(kept, density * tau["w"])
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-5, 1.0, 1e8])
+def test_model_stock_depends_on_angles_alone(size: float) -> None:
+    one, other = np.random.default_rng(0).normal(size=(2, 64))
+    other = 0.6 * one + 0.8 * other
+    cosine = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+    want = 2 * cosine / (1 + cosine) * (one + other) / 2
+    models = [{"b": jnp.asarray(size * x, jnp.float32)} for x in (one, other)]
+    got = transforms.model_stock({"b": jnp.zeros(64)}, models)["b"]
+    np.testing.assert_allclose(np.asarray(got, np.float64) / size, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "moves", [(0.04, -0.06), (1e-5, -1e-5), (0.3, 0.1), (0.0, 0.2), (0.0, 0.0)]
+)
+def test_model_stock_of_one_entry_is_finite(moves: tuple[float, float]) -> None:
+    """Alike: the mean; opposite, or one unmoved: the base."""
+    base, models = jnp.float32(2.5), [jnp.float32(2.5 + move) for move in moves]
+    got = transforms.model_stock({"s": base}, [{"s": model} for model in models])["s"]
+    alike = moves[0] * moves[1] > 0
+    np.testing.assert_allclose(got, 2.5 + (sum(moves) / 2 if alike else 0), rtol=1e-6)
+    slope = jax.grad(
+        lambda m: transforms.model_stock({"s": base}, [{"s": m}, {"s": models[1]}])["s"]
+    )
+    assert bool(jnp.isfinite(slope(models[0])))
+
+
+def test_multi_slerp_normalizes_its_weights_and_has_a_value_where_directions_cancel() -> None:
+    base, models = {"w": jnp.zeros((3, 4))}, [{"w": leaf(i, 3, 4)} for i in (1, 2)]
+    one, other = (transforms.multi_slerp(base, models, w)["w"] for w in ([3, 1], [0.75, 0.25]))
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+    np.testing.assert_allclose(transforms.multi_slerp(None, models)["w"],
+                               transforms.multi_slerp(base, models)["w"], rtol=1e-6)  # fmt: skip
+    away = [{"w": models[0]["w"]}, {"w": -3 * models[0]["w"]}]
+    np.testing.assert_allclose(transforms.multi_slerp(base, away)["w"], -models[0]["w"], rtol=1e-5)
+
+
+def test_near_swap_has_no_unit() -> None:
+    base = {"w": jnp.asarray([1.0, 1.0, 2.0]) * 1e-9}
+    model = {"w": jnp.asarray([1.0, 1.5, 4.0]) * 1e-9}
+    got = transforms.near_swap(base, model, t=1e-9)["w"]
+    np.testing.assert_allclose(got, np.array([1.0, 1.5, 3.0]) * 1e-9, rtol=1e-5)
+
+
+def test_arcee_fusion_by_hand() -> None:
+    """Importance against the median and 1.5 times the distance of the quartiles, in NumPy."""
+    before, after = (np.asarray(leaf(seed, 6, 5), np.float64) for seed in (0, 1))
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) + 1e-8 for x in (after, before))
+    importance = np.abs(after - before) * (p * np.log(p / q)).sum(-1, keepdims=True)
+    ordered = np.sort(importance.ravel())
+    low, middle, high = (ordered[int(share * 29)] for share in (0.25, 0.5, 0.75))
+    chosen = importance >= middle + 1.5 * (high - low)
+    assert 0 < chosen.sum() < 15
+    got = transforms.arcee_fusion({"w": leaf(0, 6, 5)}, {"w": leaf(1, 6, 5)})["w"]
+    np.testing.assert_allclose(got, np.where(chosen, after, before), rtol=1e-6)
+
+
+def test_ram_keeps_what_one_model_changed_and_averages_the_rest() -> None:
+    base = {"w": jnp.zeros(5)}
+    models = [{"w": jnp.asarray(x)} for x in ([2.0, 1, 0, 0, 4], [0.0, 3, 1e-6, 0, 8])]
+    np.testing.assert_allclose(transforms.ram(base, models)["w"], [2, 2, 0, 0, 6])
+    # The first changed 2 entries with the other and 1 alone: rho = 2, limited to 0.2.
+    boosted = transforms.ram(base, models, gain=0.1)["w"]
+    np.testing.assert_allclose(boosted, [2 * 1.02, 2, 0, 0, 6], rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 24])
+def test_pieces_are_trimmed_as_the_whole(count: int) -> None:
+    """Many equal magnitudes, NaN and infinity: as a stable sort, in whatever pieces."""
+    whole = np.round(np.random.default_rng(0).normal(size=24), 1).astype(np.float32)
+    whole[[3, 9, 11]] = [np.nan, np.inf, -0.0]
+    pieces = [jnp.asarray(piece) for piece in np.split(whole, [5, 6, 15])]
+    cut, before, got = transforms.magnitude_cut(lambda: pieces, count), 0, []
+    for piece in pieces:
+        trimmed, before = transforms.trim_to_cut(piece, cut, before)
+        got.append(np.asarray(trimmed))
+    ranked = np.where(np.isnan(whole), -1, np.abs(whole))
+    want, kept = np.zeros_like(whole), np.argsort(-ranked, kind="stable")[:count]
+    want[kept] = whole[kept]
+    np.testing.assert_array_equal(np.concatenate(got), want)
+
+
+def test_leaves_that_are_one_array_stay_one() -> None:
+    table = {seed: leaf(seed, 4, 3) for seed in range(2)}
+    trees = [{"embed": table[i], "head": table[i], "other": leaf(5 + i, 4, 3)} for i in range(2)]
+    tau = transforms.task_vector(trees[1], trees[0])
+    drawn = transforms.dare(jax.random.key(0), tau, density=0.5)
+    merged = transforms.apply_task_vectors(trees[0], [drawn])
+    assert merged["embed"] is merged["head"] and not (drawn["embed"] == drawn["other"]).all()
+    apart = transforms.average(trees, [[("head", 1.0), (".*", 3.0)], 1.0])
+    want = (table[0] + table[1]) / 2
+    np.testing.assert_allclose(apart["head"], want, rtol=1e-6)
+    assert not np.allclose(apart["embed"], want)
+    assert transforms.trim_global(tau, density=0.5)["embed"] is not None
