@@ -85,9 +85,9 @@ def shifted(inputs: jax.Array, rows: jax.Array, epoch: jax.Array) -> jax.Array:
 def on_views(step: train.Step, per_epoch: int) -> train.Step:
     """The step on the epoch's shifted images."""
 
-    def viewed(state: train.TrainState, batch: train.Batch, teacher: Any = None) -> Any:
+    def viewed(state: train.TrainState, batch: train.Batch, teacher_params: Any = None) -> Any:
         inputs = shifted(batch["inputs"], batch["row"], state.step // per_epoch)
-        return step(state, {**batch, "inputs": inputs}, teacher)
+        return step(state, {**batch, "inputs": inputs}, teacher_params)
 
     return viewed
 

@@ -15,7 +15,7 @@ from flax import nnx as flax_nnx
 from safetensors.numpy import load_file
 
 from kdtl_jax import models, transforms
-from kdtl_jax.interop import _hf_names, huggingface, linen, naming, nnx, safetensors
+from kdtl_jax.interop import _hf_encoders, huggingface, linen, naming, nnx, safetensors
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = ("minilm_linen.py", "minilm_nnx.py")
@@ -41,7 +41,9 @@ def write_folder(folder: Path) -> Path:
     module = models.Bert(30, 8, 6, 2, 16, 12)
     tokens = jnp.zeros((1, 4), jnp.int32)
     params = jax.jit(linen.model(module).init)(jax.random.key(7), tokens).params
-    bare = [rule._replace(torch=rule.torch.removeprefix("bert.")) for rule in _hf_names.bert.body]
+    bare = [
+        rule._replace(torch=rule.torch.removeprefix("bert.")) for rule in _hf_encoders.bert.body
+    ]
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
     tensors = {name: np.asarray(x) for name, x in naming.to_torch(params, bare).items()}

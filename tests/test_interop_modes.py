@@ -157,7 +157,8 @@ class NNXRecurrent(fnnx.Module):
         self.layers = fnnx.List([fnnx.BatchNorm(4, rngs=fnnx.Rngs(0))])
 
     def __call__(self, x: Any) -> Any:
-        return self.layers[0](self.recurrent(x[:, None])[:, 0])
+        carried: Any = self.recurrent(x[:, None])
+        return self.layers[0](carried[:, 0])
 
 
 def haiku_deterministic(x: Any, deterministic: bool) -> Any:
@@ -260,7 +261,10 @@ class LinenOwnFrozen(nn.Module):
 
 
 class NNXAttentionFrozen(NNXAttention):
-    def __call__(self, x: Any, learning: bool = False) -> Any:
+    # The usual flag is missing on purpose.
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Any, learning: bool = False
+    ) -> Any:
         return super().__call__(x, learning=learning)
 
 

@@ -1,5 +1,7 @@
 """Sampling: the distribution, the loop, and the log-probabilities that come with it."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +33,13 @@ DRAW = jax.jit(
 )
 
 
-def filtered(z: np.ndarray, temperature=1.0, top_k=None, top_p=None, min_p=None) -> np.ndarray:
+def filtered(
+    z: np.ndarray,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> np.ndarray:
     """One row in float64, step by step."""
     z = z.astype(np.float64) / temperature
     if top_k is not None:
@@ -61,7 +69,7 @@ def filtered(z: np.ndarray, temperature=1.0, top_k=None, top_p=None, min_p=None)
         {"temperature": 1.7, "top_k": 6, "top_p": 0.8, "min_p": 0.1},
     ],
 )
-def test_the_distribution_is_the_one_described(how):
+def test_the_distribution_is_the_one_described(how: dict[str, Any]):
     z = np.random.default_rng(0).normal(size=(4, 9)).astype(np.float32) * 2
     z[0, :3] = z[0].max()  # ties
     found = language.sampling_log_probs(jnp.asarray(z), **how)
@@ -97,7 +105,7 @@ def test_a_temperature_of_zero_takes_the_largest():
         ({"top_k": 0}, "top_k must lie in"),
     ],
 )
-def test_what_is_no_way_to_sample_is_refused(how, says):
+def test_what_is_no_way_to_sample_is_refused(how: dict[str, Any], says: str):
     with pytest.raises(ValueError, match=says):
         language.sampling_log_probs(jnp.zeros((2, 4)), **how)
 
@@ -160,7 +168,7 @@ def test_what_is_drawn_follows_the_distribution():
         ({"prompt_mask": MASK[:, :2]}, "where must have shape"),
     ],
 )
-def test_what_cannot_be_continued_is_refused(change, says):
+def test_what_cannot_be_continued_is_refused(change: dict[str, Any], says: str):
     given = {"keys": KEYS, "length": 2, "prompt_mask": MASK} | change
     with pytest.raises(ValueError, match=says):
         language.sample(MODEL, PARAMS, PROMPTS, **given)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kdtl_jax import cli, models
-from kdtl_jax.interop import _hf_names, huggingface, linen, naming, safetensors
+from kdtl_jax.interop import _hf_encoders, huggingface, linen, naming, safetensors
 from kdtl_jax.recipes import _lines, sentences
 
 WORDS = ("cat", "dog", "sun", "moon", "runs", "sees", "loves", "quickly", "house", "river")
@@ -38,7 +38,7 @@ def write_encoder(folder: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
     tensors = {
-        name: np.asarray(x) for name, x in naming.to_torch(params, _hf_names.bert.body).items()
+        name: np.asarray(x) for name, x in naming.to_torch(params, _hf_encoders.bert.body).items()
     }
     safetensors.save(folder / "model.safetensors", tensors)
     vocabulary = {word: i for i, word in enumerate(("[UNK]", "[CLS]", "[SEP]", "[PAD]", *WORDS))}

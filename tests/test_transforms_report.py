@@ -77,6 +77,6 @@ def test_nothing_to_transfer_is_everything() -> None:
 
 def test_numbers_with_leading_zeros_are_other_names() -> None:
     names = ("a/01/w", "a/1/w", "a/2/w", "a" + "1" * 5000)
-    sizes = dict.fromkeys(names, 1)
+    sizes: dict[str, int] = {name: 1 for name in names}
     shown = str(transforms.Report(copied=names, sizes=sizes)).splitlines()[1:]
     assert [line.split()[1] for line in shown] == ["a/01/w", "a/{1,2}/w", names[-1]]

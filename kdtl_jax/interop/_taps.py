@@ -17,7 +17,7 @@ def named(calls: Iterable[tuple[str, Sequence[Any]]]) -> dict[str, Array]:
     Several calls of one module are `path/0`, `path/1`, …; a tuple or dict of outputs is taken apart
     in the same way, `path/0` or `path/weights`.
     """
-    found: dict[str, Array] = {}
+    found: dict[str, Any] = {}
     for path, outputs in calls:
         for i, output in enumerate(outputs):
             here = path if len(outputs) == 1 else f"{path}/{i}"

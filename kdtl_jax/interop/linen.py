@@ -140,7 +140,8 @@ def _ways(module: nn.Module, call: Call | None, train: bool) -> list[_Way]:
         return [_Way(module, call)]
     options = _modes.candidates(type(module).__call__, train)
     if options == [{}]:
-        module = module.clone(**_modes.flags(_mode_fields(module), train))
+        changes: dict[str, Any] = _modes.flags(_mode_fields(module), train)
+        module = module.clone(**changes)
     return [
         _Way(module, lambda bound, inputs, train, given=given: bound(inputs, **given))
         for given in options
@@ -150,7 +151,7 @@ def _ways(module: nn.Module, call: Call | None, train: bool) -> list[_Way]:
 def _mode_fields(module: nn.Module) -> list[str]:
     return [
         field.name
-        for field in dataclasses.fields(module)  # pyright: ignore[reportArgumentType]
+        for field in dataclasses.fields(module)
         if isinstance(getattr(module, field.name), bool)
     ]
 

@@ -196,7 +196,7 @@ def _has_dropout(layer: nnx.Module) -> bool:
 
 def _arrays(module: nnx.Module) -> dict[str, Any]:
     """What is not a parameter, by path."""
-    rest = nnx.split(module, nnx.Param, ...)[2]
+    rest: Any = nnx.split(module, nnx.Param, ...)[2]
     return {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(rest)}
 
 

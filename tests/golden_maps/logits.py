@@ -203,7 +203,8 @@ def wsld_ce(x: Inputs, h: Hyper) -> Array:
 
 def wkd_logit(x: Inputs, h: Hyper) -> Array:
     moved = losses.sinkhorn_cost(
-        *(losses.non_target_logits(z, x["labels"]) for z in pair(x)),
+        losses.non_target_logits(pair(x)[0], x["labels"]),
+        losses.non_target_logits(pair(x)[1], x["labels"]),
         jax.nn.relu(x["cost_matrix"]) + 1e-8,
         temperature=h["temperature"],
         regularization=h["sinkhorn_lambda"],

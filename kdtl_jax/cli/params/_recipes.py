@@ -91,7 +91,8 @@ def job(settings: Settings) -> tuple[Job, Settings]:
         for source in each.sources:
             _only(f"{path}: {source.model}: parameters", source.parameters, parameters)
         _only(f"{path}: a slice's parameters", each.parameters, parameters)
-    models = list(dict.fromkeys([*([base] if base else []), *_models(slices)]))
+    named: list[str] = [*([base] if base else []), *_models(slices)]
+    models: list[str] = list(dict.fromkeys(named))
     inputs = [_checkpoints.opened(model, "a model", "") for model in models]
     transforms.refuse_codes({k: v for one in inputs for k, v in one.specs.items()})
     build = _Build(name, method, parameters, shared, base, models, inputs, settings.seed or 0)
