@@ -159,7 +159,7 @@ def shared(net: _models.Network, seeds: int = 2) -> tuple[Any, Any, Any]:
     heads = {"kernel": jnp.ones((seeds, 10, 4)), "bias": jnp.zeros((seeds, 4))}
     data = _choice.stacked([parts.train] * seeds)
     both = _choice.held(parts.validation), _choice.held(parts.test)
-    return {"data": data, "fresh": fresh, "copied": copied, "heads": heads}, *both
+    return {"data": data, "begin": copied, "copied": copied, "heads": heads}, *both
 
 
 def fit_of(
@@ -193,7 +193,7 @@ def test_every_method_is_a_program_with_a_plain_model_at_its_end(method: ways.Me
     fit = fit_of(method, net, epochs=4, llrd=0.8)
     fitted = jax.eval_shape(fit, point_of(method), read, validation, test)
     wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), read["fresh"].params
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), read["begin"].params
     )
     assert jax.tree.map(lambda x: (x.shape, x.dtype), fitted.kept.params) == jax.tree.map(
         lambda x: (x.shape, x.dtype), wanted
@@ -221,7 +221,7 @@ def test_a_network_with_batch_statistics_carries_them(name: str):
     held = {"inputs": jnp.zeros((5, 8, 8, 1)), "labels": jnp.zeros((5,), jnp.int32)}
     method = ways.BY_NAME[name]
     fit = fit_of(method, net, epochs=2, llrd=0.9)
-    read = {"data": data, "fresh": stack, "copied": stack, "heads": None}
+    read = {"data": data, "begin": stack, "copied": stack, "heads": None}
     fitted = jax.eval_shape(fit, point_of(method), read, held, held)
     assert jax.tree.structure(fitted.kept.model_state) == jax.tree.structure(fresh.model_state)
     assert jax.tree.structure(fitted.kept.params) == jax.tree.structure(fresh.params)

@@ -115,7 +115,7 @@ def compare(
     heads = None if head is None else source_head(source.tree)
     if heads is not None and not source.is_per_seed:
         heads = jax.tree.map(lambda x: jnp.stack([x] * seeds), heads)
-    shared = {"data": data, "fresh": fresh, "copied": copied, "heads": heads}
+    shared = {"data": data, "copied": copied, "heads": heads}
     classes = part.classes
     scores = jax.jit(jax.vmap(lambda *one: transfer_scores(net, classes, *one)))(
         copied, heads, data["inputs"], data["labels"]
@@ -129,6 +129,8 @@ def compare(
     for method in chosen:
         say(method.name)
         learner = experiment(method, net, classes, steps, settings.llrd)
+        # From scratch and copied are one program: where it begins is an argument.
+        read = {**shared, "begin": copied if method.is_copied else fresh}
         axes = {"learning_rate": settings.learning_rates}
         if method.term:
             axes[method.term] = settings.strengths or method.strengths
@@ -144,9 +146,9 @@ def compare(
         begun = time.perf_counter()
         # Equally many settings per call, whatever the method's axes: what is alike compiles once.
         chunk = seeds * len(settings.learning_rates)
-        fitted = jax.block_until_ready(sweep.vmap(fit, chunk=chunk)(points, shared, *held))
+        fitted = jax.block_until_ready(sweep.vmap(fit, chunk=chunk)(points, read, *held))
         choice = _choice.best(fitted, points)
-        state = jax.eval_shape(learner.start, _training.pick(points, 0), shared)
+        state = jax.eval_shape(learner.start, _training.pick(points, 0), read)
         described = {
             "epochs": settings.epochs,
             "batch_size": settings.batch_size,
@@ -170,7 +172,7 @@ def experiment(method: Method, net: Network, classes: int, steps: int, llrd: flo
 
     def parts(point: Point, shared: Any) -> tuple[Case, Variables, Params, Any, Any]:
         case = case_of(net, classes, steps, point, shared)
-        begin = case.copied if method.is_copied else case.fresh
+        begin = case.begin
         params = method.start(begin.params, _training.keys(point["seed"]).connectors)
         glue = {"source_head": dict(case.source_head or {})} if method.needs_source_head else {}
         optimized = {"params": params, "connectors": glue} if glue else params
@@ -209,7 +211,7 @@ def experiment(method: Method, net: Network, classes: int, steps: int, llrd: flo
 def case_of(net: Network, classes: int, steps: int, point: Point, shared: Any) -> Case:
     """One seed's case."""
     own = _training.pick(shared, point["seed"])
-    return Case(net, own["fresh"], own["copied"], own["heads"], own["data"], classes, steps)
+    return Case(net, own["begin"], own["copied"], own["heads"], own["data"], classes, steps)
 
 
 def training_set(method: Method, net: Network, classes: int, point: Point, shared: Any) -> Any:

@@ -26,7 +26,7 @@ class Case(NamedTuple):
     """What a method is built from: one seed's models and training set."""
 
     net: Network
-    fresh: Variables
+    begin: Variables  # where it starts: fresh, or `copied`
     copied: Variables  # the source's body under a fresh head
     source_head: Mapping[str, Array] | None  # kernel [width, source classes], bias
     data: Mapping[str, Array]  # inputs and labels of the target's training set
