@@ -1,7 +1,7 @@
 """A config.json read by a table: each key is read, known to be harmless, or refused by name.
 
 A family's table is a tuple of fields: a key, what its value may be, and the default that
-`transformers` gives it. Sizes are bounded by the tensors beside the config, so that a hostile or
+transformers gives it. Sizes are bounded by the tensors beside the config, so that a hostile or
 broken file ends in one clear ValueError before anything is built.
 """
 
