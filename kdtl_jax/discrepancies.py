@@ -227,6 +227,7 @@ def mcc(
       Jin et al., Minimum Class Confusion for Versatile Domain Adaptation, 2020 (1912.03699).
     """
     logits = _batch(logits=logits, where=where).rows
+    _checks.several_classes(logits=logits)
     _checks.positive(temperature=temperature)
     p = jnp.exp(_numerics.log_softmax(logits / _numerics.scalar(temperature, logits)))
     if example_weights is None:
@@ -253,6 +254,7 @@ def entropy_weights(
     weights of the others are 0.
     """
     logits = _batch(logits=logits, where=where).rows
+    _checks.several_classes(logits=logits)
     _checks.positive(temperature=temperature)
     log_p = _numerics.log_softmax(logits / _numerics.scalar(temperature, logits))
     finite = jnp.where(log_p != -jnp.inf, log_p, 0)

@@ -107,8 +107,18 @@ class TermsFn(Protocol):
 
 
 def classification(inputs: Inputs) -> dict[str, Array]:
-    """The plain task as a `TermsFn`: `{"task": cross-entropy of "logits" with "labels"}`."""
+    """The plain task as a `TermsFn`: `{"task": cross-entropy of "logits" with "labels"}`.
+
+    Raises:
+      TypeError, ValueError: if labels are no class numbers, or the head has a single logit.
+    """
     logits, labels = inputs.student["logits"], inputs.batch["labels"]
+    real = inputs.real
+    if real is not None:
+        real = jnp.reshape(real, (-1,) + (1,) * (jnp.ndim(labels) - 1))
+        real = jnp.broadcast_to(real, jnp.shape(labels))
+    _checks.several_classes(logits=logits)
+    _checks.labels(labels, logits, real)
     return {"task": optax.softmax_cross_entropy_with_integer_labels(logits, labels)}
 
 

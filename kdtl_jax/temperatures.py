@@ -134,6 +134,7 @@ def fit_logit_scale(
     _checks.floating(logits=logits)
     _checks.rank(2, 2, logits=logits)
     _checks.nonempty(logits=logits)
+    _checks.several_classes(logits=logits)
     _checks.positive(low=low, high=high)
     _checks.labels(labels, logits, where)
     logits = _numerics.kept(_numerics.upcast(logits), where)

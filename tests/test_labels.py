@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from kdtl_jax import losses, objective
+from kdtl_jax import discrepancies, losses, objective, temperatures
 
 LOGITS = jnp.asarray(2 * np.random.default_rng(0).normal(size=(6, 5)), jnp.float32)
 BEST = jnp.argmax(LOGITS, axis=-1).astype(jnp.int32)
@@ -185,7 +185,8 @@ def test_kd_decomposes_into_the_target_class_and_the_others() -> None:
 SOFTMAX_LOSSES = (
     "forward_kl kd_kl reverse_kl symmetric_kl skew_forward_kl skew_reverse_kl total_variation "
     "adaptive_kl_weight jensen_shannon jsd_gkd jsd_continuous jsd_normalized soft_cross_entropy "
-    "hard_kd ttm wttm dist_inter dist_intra class_correlation batch_correlation uld uld_w1"
+    "hard_kd ttm wttm dist_inter dist_intra class_correlation batch_correlation uld uld_w1 "
+    "co_tuning"
 ).split()
 
 
@@ -193,6 +194,19 @@ SOFTMAX_LOSSES = (
 def test_a_softmax_of_one_class_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"softmax over one class .* pass the pair \[z, 0\]"):
         getattr(losses, name)(LOGITS[:, :1], STUDENT[:, :1])
+
+
+def test_what_a_softmax_of_one_class_hides_in_elsewhere_is_refused() -> None:
+    one, zeros = LOGITS[:, :1], jnp.zeros(6, jnp.int32)
+    batch = objective.Inputs({"logits": one}, {}, {"labels": zeros})
+    for call in (
+        lambda: objective.classification(batch),
+        lambda: discrepancies.mcc(one),
+        lambda: discrepancies.entropy_weights(one),
+        lambda: temperatures.fit_logit_scale(one, zeros),
+    ):
+        with pytest.raises(ValueError, match="softmax over one class"):
+            call()
 
 
 def test_makers_of_teachers_refuse_one_class_and_a_top_k_of_one_has_no_renormalized_kl() -> None:

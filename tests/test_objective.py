@@ -167,3 +167,23 @@ def test_real_examples_are_those_of_a_weight() -> None:
     assert objective.Inputs({}, {}, batch).real is None
     weighted = objective.Inputs({}, {}, batch | {"weights": jnp.asarray([0.5, 0.0, 2.0])})
     np.testing.assert_array_equal(weighted.real, [True, False, True])
+
+
+def test_the_task_names_its_labels_and_padded_ones_may_be_anything() -> None:
+    logits = jnp.asarray([[2.0, 0, 0], [0, 1, 0]])
+
+    def task(labels: Any, **entries: Any) -> jax.Array:
+        batch = {"labels": labels, **entries}
+        return objective.classification(objective.Inputs({"logits": logits}, {}, batch))["task"]
+
+    for labels, hint in (
+        (np.asarray([[0], [1]]), "squeeze"),
+        (np.eye(3)[:2], "argmax"),
+        (np.asarray([True, False]), "astype"),
+        (np.asarray([1, 3]), r"0\.\.2, got 1\.\.3"),
+        (np.asarray([0, -100]), "labels != -100"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^labels .*{hint}"):
+            task(labels)
+    padded = task(np.asarray([0, -100]), weights=jnp.asarray([1.0, 0.0]))
+    assert padded[0] == task(np.asarray([0, 1]))[0]

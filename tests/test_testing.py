@@ -171,6 +171,10 @@ def broadcasting_weight(student: Array, teacher: Array, *, weight: Any = 1.0) ->
     return jnp.asarray(weight) * good(student, teacher)
 
 
+def broadcasting_power(student: Array, teacher: Array, *, power: int = 2) -> Array:
+    return good(student, teacher) ** jnp.asarray(power)
+
+
 def test_a_good_loss_passes_everything() -> None:
     testing.check_loss(good, example, oracle=good_oracle)
     testing.check_loss(mask_selected, example, where_rank=2, checks=(testing.masks,))
@@ -196,6 +200,7 @@ BROKEN: list[tuple[Callable[..., Any], testing.Check, dict[str, Any], str]] = [
     (mask_ignored, testing.masks, {"where_rank": 2}, "where must equal slicing"),
     (mask_multiplied, testing.masks, {"where_rank": 2}, "masked entries -inf"),
     (broadcasting_weight, testing.hyperparameters, {}, r"weight\[4, 1\]: must raise ValueError"),
+    (broadcasting_power, testing.hyperparameters, {}, r"power\[1\]: must raise"),
     (broadcasting, testing.errors, {}, "teacher of length 1 on axis 0.*must raise ValueError"),
     (silent, testing.errors, {}, "must name both shapes"),
     (accepts_integers, testing.errors, {}, "student as integers: must raise TypeError"),

@@ -114,7 +114,7 @@ def minilm_relation(
     References:
       Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021 (2012.15828).
     """
-    _checks.positive(relation_heads=relation_heads)
+    _checks.count(1, relation_heads=relation_heads)
     _sides.same_positions(student[0], teacher[0], at_most=3)
     _checks.mask(where, student[0].shape[:-1])
     scores_s = _relation(*student, relation_heads, where)
@@ -143,6 +143,7 @@ def minilm_v2(
     References:
       Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021 (2012.15828).
     """
+    _checks.count(1, relation_heads=relation_heads)
     _checks.same_keys(student=student, teacher=teacher)
     if not student:
         raise ValueError("give at least one of query, key, value.")

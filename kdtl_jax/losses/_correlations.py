@@ -139,6 +139,7 @@ def pkd_pearson(
     """
     student, teacher = _sides.real(where, *_sides.same_shape(student, teacher))
     _checks.non_negative(eps=eps)
+    _checks.count(0, ddof=ddof)
     count = student.size // student.shape[-1]
     if count <= ddof:
         raise ValueError(

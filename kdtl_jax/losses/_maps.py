@@ -31,6 +31,7 @@ def attention_map(x: Array, *, power: int | float = 2) -> Array:
       Zagoruyko and Komodakis, Paying More Attention to Attention, 2017 (1612.03928).
     """
     x = _sides.one(x, at_least=3)
+    _checks.scalar(power=power)
     _checks.positive(power=power)
     return _numerics.normalize(_numerics.batch_flat(jnp.mean(_power(x, power), axis=-1)))
 
@@ -105,7 +106,8 @@ def factor_transfer(
       (1802.04977).
     """
     student, teacher = _sides.same_shape(student, teacher)
-    if p < 1 or q < 1:
+    _checks.scalar(p=p, q=q)
+    if not (p >= 1 and q >= 1):
         raise ValueError(f"norms need p >= 1 and q >= 1, got p={p}, q={q}.")
     student, teacher = _numerics.batch_flat(student), _numerics.batch_flat(teacher)
     return _vector_norm(_unit(student, q) - _unit(teacher, q), p)
@@ -149,6 +151,7 @@ def catkd(student: Array, teacher: Array, *, resolution: int = 2) -> Array:
       Guo et al., Class Attention Transfer Based Knowledge Distillation, 2023.
     """
     student, teacher = _sides.same_channels(student, teacher, at_least=4, at_most=4)
+    _checks.count(1, resolution=resolution)
     size = (resolution, resolution)
     apart = _pooled_unit(student, size) - _pooled_unit(teacher, size)
     return jnp.mean(jnp.square(apart), axis=(1, 2, 3))
@@ -222,7 +225,10 @@ def wkd_feature(
       Distillation, 2024 (2412.08139).
     """
     student, teacher = _sides.same_shape(student, teacher, at_least=4, at_most=4)
-    _checks.positive(grid=grid, eps=eps)
+    _checks.count(1, grid=grid)
+    _checks.count(0, ddof=ddof)
+    _checks.positive(eps=eps)
+    _checks.non_negative(mean_weight=mean_weight)
     rows, columns = (_pooling.pool_bounds(n, grid) for n in student.shape[1:3])
     cells = [(slice(*row), slice(*column)) for row in rows for column in columns]
     smallest = min((r.stop - r.start) * (c.stop - c.start) for r, c in cells)

@@ -180,6 +180,7 @@ def standardize_logits(
     _checks.rank(1, logits=logits)
     _checks.nonempty(logits=logits)
     _checks.mask(where, logits.shape)
+    _checks.count(0, ddof=ddof)
     if logits.shape[-1] <= ddof:
         raise ValueError(
             f"needs more than ddof={ddof} classes, "

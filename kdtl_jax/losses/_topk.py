@@ -319,6 +319,7 @@ def _gaps(x: Array) -> Array:
 
 
 def _ordered(p: Array, eps: Scalar) -> Array:
+    _checks.non_negative(eps=eps)
     small = _numerics.scalar(eps, p)
     some = p > small
     return (_gaps(p) > small) & some[..., :, None] & some[..., None, :]

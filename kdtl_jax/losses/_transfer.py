@@ -79,6 +79,7 @@ def co_tuning(student_logits: Array, target: Array) -> Array:
       You et al., Co-Tuning for Transfer Learning, NeurIPS 2020.
     """
     student_logits, target = _sides.same_shape(student_logits, target)
+    _checks.several_classes(student_logits=student_logits)
     log_p = _numerics.log_softmax(student_logits)
     # An impossible class that is never asked for contributes 0, not 0 * inf.
     return -jnp.sum(target * jnp.where(target == 0, 0, log_p), axis=-1)

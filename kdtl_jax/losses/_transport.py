@@ -56,6 +56,7 @@ def sinkhorn_cost(
     """
     _checks.floating(cost=cost)
     _checks.positive(regularization=regularization)
+    _checks.non_negative(eps=eps)
     _checks.count(1, iterations=iterations)
     logits = _logspace.softened(student_logits, teacher_logits, temperature)
     log_a, log_b = (_numerics.log_softmax(z) for z in logits)

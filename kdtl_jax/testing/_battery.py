@@ -1,5 +1,6 @@
 """What is checked, one function each: from the `Subject` to the failures found."""
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -286,7 +287,7 @@ def hyperparameters(subject: Subject) -> Iterator[str]:
     """Numbers among the hyper-parameters: a scalar or, where that has a meaning, one per example.
 
     Any other shape raises ValueError: `[1]`, `[B, 1]` and `[B + 1]` would broadcast into something
-    else. One per example must act on its own example.
+    else. One per example must act on its own example. Integers are sizes, never arrays.
     """
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
         args = _subject.arguments(subject, np.float64)
@@ -294,7 +295,13 @@ def hyperparameters(subject: Subject) -> Iterator[str]:
         given = inspect.signature(subject.loss).parameters.values()
         defaults = {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY} | hyper
         numbers = {name: x for name, x in defaults.items() if isinstance(x, float)}
+        sizes = {name: x for name, x in defaults.items() if type(x) is int}
         plain = jax.eval_shape(partial(subject.loss, **hyper), *args)
+        for name, size in sizes.items():
+            several = hyper | {name: np.full((1,), size)}
+            with contextlib.suppress(ValueError, TypeError), jax.numpy_dtype_promotion("standard"):
+                jax.eval_shape(partial(subject.loss, **several), *args)
+                yield f"{name}[1]: must raise, it is a size"
 
         def outcome(name: str, *shape: int) -> Any:
             def loss(x: Any) -> Any:

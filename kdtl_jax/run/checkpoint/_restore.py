@@ -87,8 +87,11 @@ def best(folder: str | Path, name: str, *, minimize: bool = True) -> int:
         for step in steps(folder):
             reason = problem(folder, step)
             if reason is None:
-                values[step] = score(read_manifest(folder / str(step)).meta, step, name)
-                reason = f"no value of {name!r}" if values[step] is None else "it is not finite"
+                meta = read_manifest(folder / str(step)).meta
+                values[step] = score(meta, step, name)
+                reason = "it is not finite"
+                if values[step] is None:
+                    reason = f"no value of {name!r}, only of {_scored(meta, step)}"
             reasons.append(f"step {step}: {reason}")
         chosen = scores.best(list(values.values()), minimize=minimize)
         if chosen is None:
@@ -191,6 +194,14 @@ def score(meta: Mapping[str, Any], step: int, name: str) -> Any:
         if isinstance(line, dict) and line.get("step") == step:
             return line.get(f"eval/{name}")
     return None
+
+
+def _scored(meta: Mapping[str, Any], step: int) -> list[str]:
+    """The names that `score` knows at a step."""
+    evaluations = meta.get("evaluations")
+    lines = evaluations if isinstance(evaluations, list) else []
+    here = [line for line in lines if isinstance(line, dict) and line.get("step") == step]
+    return [key.removeprefix("eval/") for line in here for key in line if key.startswith("eval/")]
 
 
 def read_manifest(home: Path) -> Manifest:
