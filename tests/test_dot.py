@@ -158,3 +158,15 @@ def test_dot_refuses_what_it_cannot_do() -> None:
         state = train.init_state({"w": normal(5, C)}, tx, key=jax.random.key(0))
         with pytest.raises(ValueError, match=r"distill must name some of the terms"):
             jax.eval_shape(step_of(tx), state, BATCH, {"w": normal(5, C)})
+
+
+def test_a_part_of_the_parameters_or_a_second_dot_is_refused() -> None:
+    once = dot.scale_by_dot(distill=["match"])
+    for tx, message in (
+        (optax.masked(once, {"w": False}), "must see every parameter"),
+        (optax.partition({"a": once, "b": optax.sgd(0.1)}, {"w": "b"}), "must see every parameter"),
+        (optax.chain(once, dot.scale_by_dot(distill=["task"])), "is used once"),
+    ):
+        state = train.init_state({"w": normal(5, C)}, tx, key=jax.random.key(0))
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(step_of(tx), state, BATCH, {"w": normal(5, C)})

@@ -52,8 +52,8 @@ def scale_by_dot(
         SGD with momentum on the sum.
 
     Raises:
-      ValueError: if the momenta leave `[0, 1)`, `distill` names nothing, or the step does not pass
-        `distill_gradient`.
+      ValueError: if the momenta leave `[0, 1)`, `distill` names nothing, the step does not pass
+        `distill_gradient`, or some parameters are masked out.
 
     References:
       Zhao et al., DOT: A Distillation-Oriented Trainer, 2023 (2307.08436); mdistiller's
@@ -87,6 +87,14 @@ def scale_by_dot(
                 "train.make_step passes it."
             )
 
+        nodes = jax.tree.leaves(updates, is_leaf=_is_masked)
+        if any(map(_is_masked, nodes)):
+            raise ValueError(
+                "scale_by_dot must see every parameter: those that optax.masked or "
+                "optax.partition keeps from it would lose their distillation gradient. Select "
+                "parameters by the step's trainable=."
+            )
+
         def moved(gradient: PyTree, velocity: PyTree, decay: float) -> PyTree:
             return jax.tree.map(lambda g, v: g + decay * v, gradient, velocity)
 
@@ -98,6 +106,17 @@ def scale_by_dot(
 
 
 def distilled(opt_state: PyTree) -> frozenset[str]:
-    """The terms that a `scale_by_dot` in the optimizer wants apart; none without one."""
-    found = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, DotState))
-    return frozenset().union(*(x.names for x in found if isinstance(x, DotState)))
+    """The terms that a `scale_by_dot` in the optimizer wants apart; none without one.
+
+    Raises:
+      ValueError: if there are two: each would add the gradient of the other's terms.
+    """
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, DotState))
+    found = [leaf.names for leaf in leaves if isinstance(leaf, DotState)]
+    if len(found) > 1:
+        raise ValueError("scale_by_dot is used once: name all distillation terms in one.")
+    return found[0] if found else frozenset()
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
