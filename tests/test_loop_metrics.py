@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdtl_jax import train
+from kdtl_jax import objective, train
 from kdtl_jax.run import data, loop, processes
 
 LINES = b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n'
@@ -112,6 +112,16 @@ def go(steps: int, **options: Any) -> loop.Result:
 def test_a_connector_that_is_not_finite_is_named() -> None:
     with pytest.raises(FloatingPointError, match=r"step 3 gave .* in 'connectors/c', 'loss'"):
         go(6)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_labels_without_a_class_are_not_blamed_on_the_learning_rate() -> None:
+    arrays = ARRAYS | {"labels": ARRAYS["labels"] + 1}  # 1 and 2 for two classes
+    step = train.make_step(model, objective.classification, {"task": 1.0}, TX)
+    state = train.init_state({"w": jnp.ones((3, 2))}, TX, key=jax.random.key(0))
+    with pytest.raises(FloatingPointError, match=r"in 'loss'\..* labels outside 0") as error:
+        loop.run(step, state, data.resident(arrays, 4, key=None), steps=2)
+    assert "learning rate" not in str(error.value)
 
 
 @pytest.mark.usefixtures("standard_promotion")

@@ -45,9 +45,16 @@ class Nonfinite(NamedTuple):
 
 def raise_nonfinite(found: Nonfinite) -> None:
     """The default: an error. The state of the last good step is saved before."""
+    # A step that is too long spoils the parameters too; a label without a class has no gradient.
+    repair = (
+        "Its gradient is finite: look for labels outside 0..classes-1 in the batch and for "
+        "values of its terms that are not finite,"
+        if found.leaves == ["loss"]
+        else "Lower the learning rate, clip gradients,"
+    )
     raise FloatingPointError(
-        f"{found}. The state before it is kept. Lower the learning rate, clip gradients, "
-        "or pass skip_nonfinite(step) to leave such updates out."
+        f"{found}. The state before it is kept. {repair} or pass skip_nonfinite(step) to leave "
+        "such updates out."
     )
 
 
