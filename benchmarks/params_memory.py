@@ -4,9 +4,11 @@ Command:   python benchmarks/params_memory.py [--gigabytes 1] [--json out.json]
 Machine:   Intel Xeon 2.5 GHz, virtual, 2 cores, other jobs running; jax 0.10.2, numpy 2.4.6,
            Python 3.11.7
 RESULT:    growth of the peak, checkpoints of 1 GB each (a tensor of 0.25 GB in each), and seconds:
-           scale 47 MB 12 s, average of two 118 MB 22 s, merge of two by ties 311 MB 108 s, by dare
-           2325 MB 111 s, by slerp 1266 MB 52 s. What is done entry by entry passes in pieces;
-           dare and slerp hold 5 to 9 times the largest tensor (3 of which are the models)
+           scale 47 MB 12 s, average of two 118 MB 22 s, merge of two by ties 311 MB 108 s. Of
+           checkpoints with little else than that tensor: dare 192 MB 15 s, della 294 MB 134 s,
+           slerp 892 MB 13 s. What is done by entries or by rows passes in pieces; slerp holds 3.6
+           times the largest tensor, 2 of which are the models; not in the list below: model_stock
+           5.9 times, karcher 6.0, multi_slerp 8.0, dare as mergekit 9.3, breadcrumbs 11.6 times
 
 Three checkpoints of one structure are written to a temporary folder: an embedding of a quarter of
 the size, the rest kernels of 16 MB, float32. Every command runs in a process of its own, first on
@@ -39,6 +41,9 @@ COMMANDS = {
     "merge ties of 2": ["merge", "{a}", "{b}", "--method", "ties", "--base", "{base}"],
     "merge dare of 2": [
         *("merge", "{a}", "{b}", "--method", "dare", "--base", "{base}", "--density", "0.5")
+    ],
+    "merge della of 2": [
+        *("merge", "{a}", "{b}", "--method", "della", "--base", "{base}", "--density", "0.5")
     ],
     "merge slerp of 2": ["merge", "{a}", "{b}", "--method", "slerp", "--t", "0.5"],
 }

@@ -204,6 +204,27 @@ def test_tensors_stored_twice_stay_tied(name: str) -> None:
     assert_same(got, native(want))
 
 
+@pytest.mark.parametrize("name", ["dare", "dare_ties", "della", "della_linear"])
+def test_blocks_of_rows_are_merged_one_after_another(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the draws of the whole tensor."""
+    monkeypatch.setattr("kdtl_jax.transforms._leaves.BLOCK", 6)
+    words, sizes = NEEDED[name], []
+    merge = METHODS[name].merge
+
+    def watched(x: Members, o: Options) -> Any:
+        sizes.extend(leaf.size for leaf in x.base.values() if leaf.ndim > 1)
+        return merge(x, o)
+
+    method = METHODS[name]._replace(merge=watched)
+    monkeypatch.setitem(METHODS, name, method)
+    assert params("merge", A, B, "--method", name, *words, "--base", BASE, *OUT) == 0
+    assert len(sizes) > 8 and max(sizes) <= 6
+    want = merge(Members(flat(0), [flat(1), flat(2)], []), options(words))
+    assert_same(drop_step(written()), drop_step(native(want)))
+
+
 @pytest.mark.parametrize("words", [[], ["--on-mismatch", "keep"], ["--method", "ties"]])
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32])
 def test_integer_codes_are_never_merged(words: list[str], dtype: Any, capsys: Any) -> None:

@@ -1,5 +1,7 @@
 """Merging that ranks, draws or chooses entries: ties, densities, scales, and two of mergekit's."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,3 +118,32 @@ def test_leaves_that_are_one_array_stay_one() -> None:
     np.testing.assert_allclose(apart["head"], want, rtol=1e-6)
     assert not np.allclose(apart["embed"], want)
     assert transforms.trim_global(tau, density=0.5)["embed"] is not None
+
+
+@pytest.mark.parametrize("shape", [(23, 6), (3, 4, 5), (20, 1), (30,), ()])
+@pytest.mark.parametrize("method", [transforms.dare, transforms.della])
+def test_blocks_of_rows_draw_what_the_whole_leaf_draws(
+    method: Any, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdtl_jax.transforms._leaves.BLOCK", 12)
+    key, tau = jax.random.key(1), leaf(0, *shape)
+    whole = method(key, {"w": tau}, density=0.5)["w"]
+    traced = jax.jit(lambda key, tau: method(key, {"w": tau}, density=0.5))(key, tau)["w"]
+    np.testing.assert_allclose(traced, whole, rtol=1e-6)
+    rows = jnp.reshape(tau, (-1, *shape[-1:])) if len(shape) > 1 else tau[None]
+    per = transforms.block_rows(rows.shape)
+    parts = [
+        method(key, {"w": rows[i : i + per]}, density=0.5, block=i // per)["w"]
+        for i in range(0, len(rows), per)
+    ]
+    np.testing.assert_array_equal(jnp.concatenate(parts).reshape(shape), whole)
+    if whole.ndim > 1 and len(parts) > 2:
+        zeros = [np.asarray(part == 0).tolist() for part in parts[:-1]]
+        assert any(zero != zeros[0] for zero in zeros)  # every block draws for itself
+
+
+def test_draws_are_uniform_over_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdtl_jax.transforms._leaves.BLOCK", 1000)
+    kept = transforms.dare(jax.random.key(0), {"w": jnp.ones((500, 100))}, density=0.3)["w"] != 0
+    np.testing.assert_allclose(jnp.mean(kept), 0.3, atol=0.01)
+    np.testing.assert_allclose(jnp.mean(kept, axis=1), 0.3, atol=0.2)

@@ -46,6 +46,7 @@ from kdtl_jax.transforms._ia3_vera_oft import ia3_input as ia3_input
 from kdtl_jax.transforms._ia3_vera_oft import ia3_output as ia3_output
 from kdtl_jax.transforms._ia3_vera_oft import oft as oft
 from kdtl_jax.transforms._ia3_vera_oft import vera as vera
+from kdtl_jax.transforms._leaves import block_rows as block_rows
 from kdtl_jax.transforms._leaves import refuse_codes as refuse_codes
 from kdtl_jax.transforms._lora import DoraWeights as DoraWeights
 from kdtl_jax.transforms._lora import LoraWeights as LoraWeights

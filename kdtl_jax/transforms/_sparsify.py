@@ -1,8 +1,11 @@
 """Sparsifying task vectors: trim by magnitude, DARE, DELLA, breadcrumbs, and Mixout.
 
 Random draws use a key folded with each leaf's path, so that a leaf's draw does not depend on what
-else is in the tree. `keep` and the two rescalings are the pieces other conventions are made of:
-mergekit's DARE, for example, is `rescale_l1(keep(tau, mask), tau)`.
+else is in the tree, and with the number of each block of its rows (`block_rows`), so that a leaf
+may come in pieces: `dare` and `della` take the number of the first block of what they are given.
+
+`keep` and the two rescalings are the pieces other conventions are made of: mergekit's DARE, for
+example, is `rescale_l1(keep(tau, mask), tau)`.
 """
 
 import math
@@ -153,7 +156,9 @@ def breadcrumbs(task_vector: PyTree, *, density: Coefficient, outliers: Coeffici
     return _leaves.combine_leaves(formula, {"task_vector": task_vector}, [densities, tops])
 
 
-def dare(key: Array, task_vector: PyTree, *, density: Coefficient) -> PyTree:
+def dare(
+    key: Array, task_vector: PyTree, *, density: Coefficient, block: int | Array = 0
+) -> PyTree:
     """Drops entries at random and divides the kept ones by `density`: unbiased over keys.
 
     Args:
@@ -161,6 +166,7 @@ def dare(key: Array, task_vector: PyTree, *, density: Coefficient) -> PyTree:
       task_vector: any pytree.
       density: probability of keeping an entry, in (0, 1], the paper's 1 - p; a number, traced
         scalar, or one number per leaf; leaves that no rule names are kept whole.
+      block: number of the leaves' first block, 0 for whole leaves.
 
     Returns:
       A tree of the same structure and dtypes.
@@ -180,7 +186,7 @@ def dare(key: Array, task_vector: PyTree, *, density: Coefficient) -> PyTree:
         _checks.positive(density=values[i])
         _checks.within(0, 1, density=values[i])
         share = _numerics.scalar(values[i], leaf)
-        kept = jax.random.bernoulli(_leaves.fold_path(key, path), share, leaf.shape)
+        kept = _leaves.uniform(key, path, leaf.shape, share.real.dtype, block) < share.real
         return jnp.where(kept, leaf / share, 0)
 
     return _leaves.combine_leaves(formula, {"task_vector": task_vector}, [values])
@@ -231,7 +237,12 @@ def della_probabilities(
 
 
 def della(
-    key: Array, task_vector: PyTree, *, density: Coefficient, epsilon: Scalar = 0.15
+    key: Array,
+    task_vector: PyTree,
+    *,
+    density: Coefficient,
+    epsilon: Scalar = 0.15,
+    block: int | Array = 0,
 ) -> PyTree:
     """Drops entries at random, small ones more often, and divides the kept by their probability.
 
@@ -240,6 +251,7 @@ def della(
       task_vector: any pytree.
       density: mean probability of keeping an entry; as `della_probabilities`.
       epsilon: half the spread of the probabilities.
+      block: number of the leaves' first block, 0 for whole leaves.
 
     Returns:
       A tree of the same structure and dtypes; unbiased over keys where probabilities are > 0.
@@ -254,7 +266,7 @@ def della(
     probabilities = della_probabilities(task_vector, density=density, epsilon=epsilon)
 
     def formula(i: int, path: str, leaf: Array, probability: Array) -> Array:
-        draw = jax.random.uniform(_leaves.fold_path(key, path), leaf.shape, leaf.dtype)
+        draw = _leaves.uniform(key, path, leaf.shape, leaf.dtype, block)
         kept = draw < probability
         return jnp.where(kept, leaf / jnp.where(kept, probability, 1), 0)
 
@@ -316,7 +328,7 @@ def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Param
 
     def formula(i: int, path: str, leaf: Array, anchor: Array) -> Array:
         p = _numerics.scalar(rate, leaf)
-        back = jax.random.bernoulli(_leaves.fold_path(key, path), p, leaf.shape)
+        back = _leaves.uniform(key, path, leaf.shape, p.real.dtype) < p.real
         # The formula's two cases, written so that rate 0 gives `params` bit by bit.
         return jnp.where(back, anchor, leaf + p / (1 - p) * (leaf - anchor))
 

@@ -4,6 +4,7 @@ Each leaf is one vector, or with `axis` each of its rows (`axis=-1`: the last in
 row; the weights of one output of a flax kernel `[in, out]` run along `axis=-2`).
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -90,17 +91,7 @@ def multi_slerp(
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
         start, leaves = (0, leaves) if base is None else (leaves[0], leaves[1:])
-        shares = _shares(path, by_leaf[i], leaves[0])
-        deltas = [leaf - start for leaf in leaves]
-        units = [_unit(delta) for delta in deltas]
-        mean = _mix(shares, units)
-        cancels = flat_norm(mean) <= _CANCELED
-        mean = _unit(mean)
-        tangent = _mix(shares, [unit - jnp.sum(unit * mean) * mean for unit in units])
-        angle = flat_norm(tangent)
-        length = _mix(shares, [flat_norm(delta) for delta in deltas])
-        arc = length * (jnp.cos(angle) * mean + jnp.sinc(angle / jnp.pi) * tangent)
-        return start + jnp.where(cancels, _mix(shares, deltas), arc)
+        return _multi_slerp(start, leaves, _shares(path, by_leaf[i], leaves[0]))
 
     return _leaves.combine_leaves(formula, named, [by_leaf])
 
@@ -136,12 +127,7 @@ def karcher_mean(
     by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
-        shares = _shares(path, by_leaf[i], leaves[0])
-        norms = [flat_norm(leaf) for leaf in leaves]
-        units = jnp.stack([_unit(leaf) for leaf in leaves])
-        weight = jnp.stack(shares)
-        point = _karcher(units, weight, iterations, tolerance)
-        return _mix(shares, norms) * point
+        return _karcher(leaves, _shares(path, by_leaf[i], leaves[0]), iterations, tolerance)
 
     return _leaves.combine_leaves(formula, named, [by_leaf])
 
@@ -177,17 +163,8 @@ def model_stock(
         raise ValueError(f"expected two or more models, got {len(models)}.")
 
     def formula(i: int, path: str, start: Array, *leaves: Array) -> Array:
-        count, along = len(leaves), _row_axis(start, axis)
-        deltas = [leaf - start for leaf in leaves]
         least = _numerics.scalar(floor, start)
-        cosines = [
-            _cosine(deltas[j], deltas[k], along, least) for j in range(count) for k in range(j)
-        ]
-        cosine = sum(cosines[1:], cosines[0]) / len(cosines)
-        below = 1 + (count - 1) * cosine
-        canceled = jnp.abs(below) < _CANCELED
-        share = jnp.where(canceled, 0, count * cosine / jnp.where(canceled, 1, below))
-        return start + share * (sum(deltas[1:], deltas[0]) / count)
+        return _model_stock(start, leaves, least, _row_axis(start, axis))
 
     named = {"base": base} | _leaves.numbered("models", models)
     return _leaves.combine_leaves(formula, named, [])
@@ -212,6 +189,11 @@ def _cosine(a: Array, b: Array, axis: int | None, floor: Scalar = 0.0) -> Array:
     return jnp.where(small, cosine * product / jnp.where(small, floor, 1), cosine)
 
 
+# The formulas are compiled, so that what they compute on the way is fused and not held: a leaf
+# costs its models and the result.
+
+
+@functools.partial(jax.jit, static_argnums=3)
 def _slerp(a: Array, b: Array, t: Array, axis: int | None, threshold: float) -> Array:
     cosine = _cosine(a, b, axis)
     linear = (jnp.abs(cosine) > threshold) | (jnp.abs(cosine) >= 1)
@@ -221,6 +203,32 @@ def _slerp(a: Array, b: Array, t: Array, axis: int | None, threshold: float) -> 
     first = jnp.where(linear, 1 - t, jnp.sin((1 - t) * angle) / sine)
     second = jnp.where(linear, t, jnp.sin(t * angle) / sine)
     return first * a + second * b
+
+
+@jax.jit
+def _multi_slerp(start: Array | int, leaves: Sequence[Array], shares: Sequence[Array]) -> Array:
+    deltas = [leaf - start for leaf in leaves]
+    units = [_unit(delta) for delta in deltas]
+    mean = _mix(shares, units)
+    cancels = flat_norm(mean) <= _CANCELED
+    mean = _unit(mean)
+    tangent = _mix(shares, [unit - jnp.sum(unit * mean) * mean for unit in units])
+    angle = flat_norm(tangent)
+    length = _mix(shares, [flat_norm(delta) for delta in deltas])
+    arc = length * (jnp.cos(angle) * mean + jnp.sinc(angle / jnp.pi) * tangent)
+    return start + jnp.where(cancels, _mix(shares, deltas), arc)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _model_stock(start: Array, leaves: Sequence[Array], floor: Array, axis: int | None) -> Array:
+    count = len(leaves)
+    deltas = [leaf - start for leaf in leaves]
+    cosines = [_cosine(deltas[j], deltas[k], axis, floor) for j in range(count) for k in range(j)]
+    cosine = sum(cosines[1:], cosines[0]) / len(cosines)
+    below = 1 + (count - 1) * cosine
+    canceled = jnp.abs(below) < _CANCELED
+    share = jnp.where(canceled, 0, count * cosine / jnp.where(canceled, 1, below))
+    return start + share * (sum(deltas[1:], deltas[0]) / count)
 
 
 def _unit(x: Array, axis: int | None = None) -> Array:
@@ -241,23 +249,31 @@ def _mix(shares: Sequence[Array], vectors: Sequence[Array]) -> Array:
     return sum(terms[1:], terms[0])
 
 
-def _karcher(units: Array, weights: Array, iterations: int, tolerance: float) -> Array:
-    """Karcher mean of unit vectors `[N, ...]`; the number of steps is fixed, for the gradient."""
-    weights = weights.reshape(-1, *(1,) * (units.ndim - 1))
-    axes = tuple(range(1, units.ndim))
-    start = _unit(jnp.sum(weights * units, axis=0))
+@functools.partial(jax.jit, static_argnums=2)
+def _karcher(
+    leaves: Sequence[Array], shares: Sequence[Array], iterations: int, tolerance: float
+) -> Array:
+    """The number of steps is fixed, for the gradient."""
+    norms = [flat_norm(leaf) for leaf in leaves]
+    divisors = [jnp.where(norm > 0, norm, 1) for norm in norms]
 
     def body(_: Array, point: Array) -> Array:
-        cosine = jnp.clip(jnp.sum(units * point[None], axis=axes, keepdims=True), -1, 1)
-        near = jnp.abs(cosine) >= 1
-        angle = jnp.where(near, 0, jnp.arccos(jnp.where(near, 0, cosine)))
-        moves = angle >= tolerance
-        factor = jnp.where(moves, angle / jnp.where(moves, jnp.sin(angle), 1), 0)
-        tangent = jnp.sum(weights * factor * (units - cosine * point[None]), axis=0)
+        factors, steps = [], []
+        for leaf, divisor, share in zip(leaves, divisors, shares, strict=True):
+            cosine = jnp.clip(jnp.sum(leaf / divisor * point), -1, 1)
+            near = jnp.abs(cosine) >= 1
+            angle = jnp.where(near, 0, jnp.arccos(jnp.where(near, 0, cosine)))
+            moves = angle >= tolerance
+            factor = jnp.where(moves, angle / jnp.where(moves, jnp.sin(angle), 1), 0)
+            factors.append(share * factor)
+            steps.append(leaf / divisor - cosine * point)
+        tangent = _mix(factors, steps)
         norm = flat_norm(tangent)
         goes = norm >= tolerance
         direction = tangent / jnp.where(goes, norm, 1)
         moved = _unit(jnp.cos(norm) * point + jnp.sin(norm) * direction)
         return jnp.where(goes, moved, point)
 
-    return jax.lax.fori_loop(0, iterations, body, start)
+    start = _unit(_mix(shares, [_unit(leaf) for leaf in leaves]))
+    point = jax.lax.fori_loop(0, iterations, body, start)
+    return _mix(shares, norms) * point

@@ -41,6 +41,7 @@ class Members(NamedTuple):
     base: Tree
     models: list[Tree]
     statistics: list[Tree]
+    block: int = 0  # number of the first block, where a tensor comes in blocks of rows
 
 
 Merge = Callable[[Members, Options], Tree]
@@ -57,6 +58,7 @@ class Method(NamedTuple):
     options: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     is_elementwise: bool = False  # an entry depends on the same entry of each input alone
+    is_rowwise: bool = False  # `merge`: an entry depends on its row, and on its block's draws
     has_statistics: bool = False
     mergekit: Merge | None = None  # where that program's number differs
 
@@ -90,14 +92,16 @@ def _trim(x: Members, o: Options) -> list[Tree]:
 def _dare(x: Members, o: Options) -> list[Tree]:
     count = len(x.models)
     members = zip(draws(o, count), taus(x), _each(o.density, count), strict=True)
-    return [transforms.dare(key, tau, density=density) for key, tau, density in members]
+    return [
+        transforms.dare(key, tau, density=density, block=x.block) for key, tau, density in members
+    ]
 
 
 def _della(x: Members, o: Options) -> list[Tree]:
     count = len(x.models)
     shares = zip(_each(o.density, count), _each(o.epsilon, count), strict=True)
     return [
-        transforms.della(key, tau, density=density, epsilon=epsilon)
+        transforms.della(key, tau, density=density, epsilon=epsilon, block=x.block)
         for key, tau, (density, epsilon) in zip(draws(o, count), taus(x), shares, strict=True)
     ]
 
@@ -255,6 +259,7 @@ METHODS = {
         _added(_dare),
         options=_DRAWS,
         required=("density",),
+        is_rowwise=True,
         mergekit=_added(_rescaled(_dare)),
     ),
     "dare_ties": Method(
@@ -262,6 +267,7 @@ METHODS = {
         _agreed(_dare),
         options=_DRAWS,
         required=("density",),
+        is_rowwise=True,
         mergekit=_consensus(_rescaled(_dare), normalize=False),
     ),
     "della": Method(
@@ -269,6 +275,7 @@ METHODS = {
         _agreed(_della),
         options=(*_DRAWS, "epsilon"),
         required=("density",),
+        is_rowwise=True,
         mergekit=_consensus(_rescaled(_della), normalize=True),
     ),
     "della_linear": Method(
@@ -276,6 +283,7 @@ METHODS = {
         _added(_della),
         options=(*_DRAWS, "epsilon"),
         required=("density",),
+        is_rowwise=True,
         mergekit=_added(_rescaled(_della)),
     ),
     "breadcrumbs": Method(

@@ -1,7 +1,8 @@
 """`kdtl params merge`: several models into one, by the published methods.
 
-Tensors are merged one after another by `transforms`, entry by entry methods in pieces of 4 MB. So
-memory holds a few times the largest tensor, not the models.
+Tensors are merged one after another by `transforms`, in pieces of about 4 MB by methods that work
+entry by entry or row by row. Others hold several times the largest tensor (slerp 4, breadcrumbs
+12), never the models.
 """
 
 import math
@@ -188,6 +189,11 @@ def _by_tensor(job: Job) -> Callable[[str], Any]:
             )
         # Tied tensors share the draws of the first one's path, and so stay equal.
         name = first.get(path, path)
+        if job.method.is_rowwise and job.merge is job.method.merge:
+            return (
+                np.asarray(job.merge(rows, part.options)[name]).ravel()
+                for rows in _rows(job, name, [part.base, *part.models])
+            )
         trees_ = [
             {} if at is None else {name: jnp.asarray(safetensors.read(_tensor(job, at)))}
             for at in (part.base, *part.models)
@@ -214,6 +220,19 @@ def _pieces(job: Job, path: str, places: Sequence[tuple[int, str] | None]) -> It
         base = {} if places[0] is None else trees_[0]
         models = trees_[:count] if places[0] is None else trees_[1:count]
         yield Members(base, models, trees_[count:])
+
+
+def _rows(job: Job, name: str, places: Sequence[tuple[int, str] | None]) -> Iterator[Members]:
+    """The blocks of rows in which `transforms` draws, under the path `name`; vectors whole."""
+    tensors = [_tensor(job, at) for at in places if at is not None]
+    shape = tensors[0].shape
+    size = math.prod(shape)
+    if len(shape) > 1:
+        shape, size = (-1, shape[-1]), transforms.block_rows(shape) * shape[-1]
+    pieces = zip(*(safetensors.blocks(tensor, size) for tensor in tensors), strict=True)
+    for block, piece in enumerate(pieces):
+        base, *models = [{name: jnp.asarray(x).reshape(shape)} for x in piece]
+        yield Members(base, models, [], block)
 
 
 def _whole_models(job: Job) -> Callable[[str], Any]:
