@@ -8,7 +8,7 @@ RESULT:    growth of the peak, checkpoints of 1 GB each (a tensor of 0.25 GB in 
            checkpoints with little else than that tensor: dare 192 MB 15 s, della 294 MB 134 s,
            slerp 892 MB 13 s. What is done by entries or by rows passes in pieces; slerp holds 3.6
            times the largest tensor, 2 of which are the models; not in the list below: model_stock
-           5.9 times, karcher 6.0, multi_slerp 8.0, dare as mergekit 9.3, breadcrumbs 11.6 times
+           5.9 times, karcher and multi_slerp 6.0, dare as mergekit 9.3, breadcrumbs 11.6 times
 
 Three checkpoints of one structure are written to a temporary folder: an embedding of a quarter of
 the size, the rest kernels of 16 MB, float32. Every command runs in a process of its own, first on

@@ -90,7 +90,7 @@ def multi_slerp(
     by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
-        start, leaves = (0, leaves) if base is None else (leaves[0], leaves[1:])
+        start, leaves = (None, leaves) if base is None else (leaves[0], leaves[1:])
         return _multi_slerp(start, leaves, _shares(path, by_leaf[i], leaves[0]))
 
     return _leaves.combine_leaves(formula, named, [by_leaf])
@@ -206,17 +206,18 @@ def _slerp(a: Array, b: Array, t: Array, axis: int | None, threshold: float) -> 
 
 
 @jax.jit
-def _multi_slerp(start: Array | int, leaves: Sequence[Array], shares: Sequence[Array]) -> Array:
-    deltas = [leaf - start for leaf in leaves]
+def _multi_slerp(start: Array | None, leaves: Sequence[Array], shares: Sequence[Array]) -> Array:
+    deltas = leaves if start is None else [leaf - start for leaf in leaves]
     units = [_unit(delta) for delta in deltas]
-    mean = _mix(shares, units)
-    cancels = flat_norm(mean) <= _CANCELED
-    mean = _unit(mean)
-    tangent = _mix(shares, [unit - jnp.sum(unit * mean) * mean for unit in units])
+    total = _mix(shares, units)
+    cancels = flat_norm(total) <= _CANCELED
+    mean = _unit(total)
+    tangent = total - _mix(shares, [jnp.sum(unit * mean) for unit in units]) * mean
     angle = flat_norm(tangent)
     length = _mix(shares, [flat_norm(delta) for delta in deltas])
     arc = length * (jnp.cos(angle) * mean + jnp.sinc(angle / jnp.pi) * tangent)
-    return start + jnp.where(cancels, _mix(shares, deltas), arc)
+    moved = jnp.where(cancels, _mix(shares, deltas), arc)
+    return moved if start is None else start + moved
 
 
 @functools.partial(jax.jit, static_argnums=3)
