@@ -16,8 +16,9 @@ from kdtl_jax import transforms, trees
 from kdtl_jax.cli import _parser
 from kdtl_jax.cli.params import _checkpoints, _folders
 from kdtl_jax.cli.params._checkpoints import Opened
+from kdtl_jax.cli.params._jobs import Job, Part
 from kdtl_jax.cli.params._methods import METHODS, Method, Options
-from kdtl_jax.cli.params.merge import Job, Part, Settings
+from kdtl_jax.cli.params.merge import Settings
 from kdtl_jax.interop import safetensors
 from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.transforms import Report

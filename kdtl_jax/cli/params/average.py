@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kdtl_jax.cli.params import _checkpoints, merge
+from kdtl_jax.cli.params import _checkpoints, _jobs, merge
 from kdtl_jax.cli.params._checkpoints import Selection, Writing
 from kdtl_jax.cli.params._methods import Options
 
@@ -19,4 +19,4 @@ class Settings(merge.Several, Selection, Writing):
 def run(settings: Settings) -> int:
     """Reports, and writes if asked to."""
     job = merge.several(settings, "linear", Options(weights=settings.weights), EXAMPLES)
-    return _checkpoints.finish(settings, "average", merge.rewrite(job))
+    return _checkpoints.finish(settings, "average", _jobs.rewrite(job))
