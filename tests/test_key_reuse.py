@@ -65,7 +65,7 @@ def test_sweeps_and_online_teachers() -> None:
     step = train.make_step(model, terms, {"match": 1.0}, TX, teacher=model)
 
     def experiment(point: Any, data: Any) -> Any:
-        state, metrics = step(start(jax.random.key(point["seed"])), data, TEACHER)
+        _, metrics = step(start(jax.random.key(point["seed"])), data, TEACHER)
         return metrics["loss"].value()
 
     for program in (sweep.vmap, sweep.map, sweep.sequential):

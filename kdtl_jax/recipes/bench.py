@@ -117,11 +117,11 @@ def presets(*, quick: bool = False) -> dict[str, Preset]:
     momentum, adamw = optax.sgd(0.1, momentum=0.9), optax.adamw(1e-3)
     slow = optax.sgd(0.05, momentum=0.9)
     if quick:
-        tiny = (resnet(8, 10, channels=(n, n, n, n)) for n in (8, 4))
+        large, small = (resnet(8, 10, channels=(n, n, n, n)) for n in (8, 4))
         chosen = (
             Preset("mlp", mlp((64,), 10), mlp((16,), 10), (32,), 10, 128, momentum,
                    "32-64-10 teaches 32-16-10"),
-            Preset("resnet", *tiny, (8, 8, 3), 10, 4, slow,
+            Preset("resnet", large, small, (8, 8, 3), 10, 4, slow,
                    "resnet8, 8 channels, teaches resnet8, 4 channels, 8x8 images"),
             Preset("vit", _vit(32, 1, 2), _vit(16, 1, 2), (8, 8, 3), 100, 4, adamw,
                    "ViT 32 wide teaches 16 wide, one layer each; 8x8 images, patch 4"),

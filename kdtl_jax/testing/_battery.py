@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -359,7 +359,7 @@ def errors(subject: Subject) -> Iterator[str]:
         told = f"{what}, student{list(before)}, teacher{list(after)}"
         if not isinstance(error, ValueError):
             yield f"{told}: must raise ValueError, got {_subject.summary(error)}"
-        elif not all(_names(str(error), s) for s in (before, after)):
+        elif not all(_subject.names_shape(str(error), s) for s in (before, after)):
             yield f"{told}: the message must name both shapes, got {error}"
     for i in range(min(2, len(shapes))):
         side = ("student", "teacher")[i]
@@ -395,9 +395,3 @@ def _mismatches(pairs: list[tuple[Any, Any]]) -> Iterator[tuple[str, Callable[[A
             "teacher with an extra axis",
             lambda a: jax.ShapeDtypeStruct((a.shape[0], 1, *a.shape[1:]), a.dtype),
         )
-
-
-def _names(message: str, shape: Sequence[int]) -> bool:
-    plain = message.replace(" ", "").replace(",)", ")")
-    inner = ",".join(str(n) for n in shape)
-    return f"[{inner}]" in plain or f"({inner})" in plain

@@ -1,6 +1,6 @@
 """What is checked, and the small tools that every check uses."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -185,3 +185,10 @@ def not_finite(what: str, value: Any, gradient: Any) -> Iterator[str]:
 def summary(error: Exception | None) -> str:
     """An exception in one line."""
     return "no error" if error is None else f"{type(error).__name__}: {str(error).splitlines()[:1]}"
+
+
+def names_shape(message: str, shape: Sequence[int]) -> bool:
+    """Whether a message names a shape."""
+    plain = message.replace(" ", "").replace(",)", ")")
+    inner = ",".join(str(n) for n in shape)
+    return f"[{inner}]" in plain or f"({inner})" in plain
