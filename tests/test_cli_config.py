@@ -157,6 +157,8 @@ def test_every_kind_of_field_on_the_command_line_and_in_a_file(tmp_path: Path) -
     assert every("--config", str(file), "--rule", "c=3").rule == ("c=3",), "a flag replaces"
     for argv, message in (
         (["--share", "1"], "--share: expected 0 or more, below 1, got 1"),
+        (["--share", "nan"], "--share/-s: expected a finite number, got 'nan'"),
+        (["--share", "half"], "--share/-s: expected a number, got 'half'"),
         (["--count", "0"], "--count: expected above 0, got 0"),
         (["--as", "c"], "--as: invalid choice"),
         (["--names", ","], "--names: expected at least one name"),

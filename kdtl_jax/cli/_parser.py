@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import jsonargparse
 import yaml
 
-from kdtl_jax.recipes.settings import INT32, UsageError, near
+from kdtl_jax.recipes.settings import INT32, UsageError, near, number
 
 CONFIG_BYTES = 2**20
 DEEPEST = 20  # brackets and mappings inside each other
@@ -185,7 +185,8 @@ def _add(group: Any, name: str, hint: Any, field: Any, default: Any) -> None:
     if "metavar" in about:
         options["metavar"] = about["metavar"]
     if "parse" not in about and not about.get("repeat") and about.get("positional") != "*":
-        options |= {"choices": get_args(hint)} if get_origin(hint) is Literal else {"type": hint}
+        literal = get_origin(hint) is Literal
+        options |= {"choices": get_args(hint)} if literal else {"type": _type(hint)}
     if about.get("repeat"):
         options |= {"action": "append", "default": None}
     if about.get("many"):
@@ -196,6 +197,24 @@ def _add(group: Any, name: str, hint: Any, field: Any, default: Any) -> None:
         group.add_argument(name, nargs="*" if many else "?", **options)
         return
     group.add_argument(_flag(name), *([about["short"]] if "short" in about else []), **options)
+
+
+def _type(hint: Any) -> Any:
+    """What checks a value: jsonargparse does for most hints, but calls `nan` no float."""
+    if hint is float:
+        return _number
+    return _number_or_none if hint == float | None else hint
+
+
+def _number(value: Any) -> float:
+    try:
+        return number(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _number_or_none(value: Any) -> float | None:
+    return None if value in (None, "null") else _number(value)
 
 
 def _add_own(parser: Any) -> None:

@@ -151,7 +151,10 @@ def number(value: Any) -> float:
     """A finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(f"expected a number, got {value!r}")
-    found = float(value)
+    try:
+        found = float(value)
+    except ValueError:
+        raise ValueError(f"expected a number, got {value!r:.80}") from None
     if not math.isfinite(found):
         raise ValueError(f"expected a finite number, got {value!r}")
     return found
