@@ -237,7 +237,11 @@ def test_padded_rows_write_nothing_even_where_their_index_is_a_real_rows(jit: bo
 
     got = (jax.jit(update) if jit else update)(GARBAGE, index, WHERE)
     want = memory.bank_update(bank, GARBAGE[real], index[real], momentum=0.25)
-    np.testing.assert_array_equal(got.rows, want.rows)
+    # A compiled update may round differently; rows that are not written stay bit for bit.
+    np.testing.assert_allclose(got.rows, want.rows, rtol=1e-6)
+    np.testing.assert_array_equal(
+        got.rows[jnp.asarray([0, 1, 3, 5])], bank.rows[jnp.asarray([0, 1, 3, 5])]
+    )
     nobody = update(GARBAGE, index, jnp.zeros(4, jnp.bool_))
     np.testing.assert_array_equal(nobody.rows, bank.rows)
 
