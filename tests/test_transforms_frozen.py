@@ -79,7 +79,7 @@ def batch() -> dict[str, jax.Array]:
 def step_flops(tx: optax.GradientTransformation, where: trees.Selector) -> float:
     step = train.make_step(model, terms, {"task": 1.0}, tx, trainable=where)
     state = train.init_state(network(), tx, key=jax.random.key(0), trainable=where)
-    return flops(step, state, None, batch())
+    return flops(step, state, batch())
 
 
 @functools.cache

@@ -38,7 +38,7 @@ def interpolate(source: Params, target: Params, alpha: Coefficient) -> Params:
     def formula(i: int, path: str, a: jax.Array, b: jax.Array) -> jax.Array:
         if values[i] is None:
             return a
-        share = _numerics.scalar(values[i], a)
+        share = _numerics.cast(values[i], a)
         return (1 - share) * a + share * b
 
     return _leaves.combine_leaves(formula, {"source": source, "target": target}, [values])
@@ -92,7 +92,7 @@ def average(models: Sequence[Params], weights: Weights | None = None) -> Params:
     def formula(i: int, path: str, *leaves: jax.Array) -> jax.Array:
         _leaves.nonzero_total(path, by_leaf[i])
         terms = [_leaves.scaled(w, x) for w, x in zip(by_leaf[i], leaves, strict=True)]
-        shares = [_numerics.scalar(w, leaves[0]) for w in by_leaf[i]]
+        shares = [_numerics.cast(w, leaves[0]) for w in by_leaf[i]]
         return sum(terms[1:], terms[0]) / sum(shares[1:], shares[0])
 
     return _leaves.combine_leaves(formula, named, [by_leaf])

@@ -99,7 +99,7 @@ def refuse_codes(flat: Mapping[str, Any]) -> None:
 def multiply(leaf: Any, alpha: Scalar) -> Array:
     """`alpha * leaf` in float32 or wider, in the leaf's own dtype."""
     wide = widen(leaf)
-    return (_numerics.scalar(alpha, wide) * wide).astype(canonical_dtype(leaf))
+    return (_numerics.cast(alpha, wide) * wide).astype(canonical_dtype(leaf))
 
 
 def widen(leaf: Any) -> Array:
@@ -211,7 +211,7 @@ def nonzero_total(path: str, weights: Sequence[Any]) -> None:
 
 def scaled(weight: Any, leaf: Array) -> Array:
     """`weight * leaf` in the leaf's dtype."""
-    return _numerics.scalar(weight, leaf) * leaf
+    return _numerics.cast(weight, leaf) * leaf
 
 
 def fold_path(key: Array, path: str) -> Array:

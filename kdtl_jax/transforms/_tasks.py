@@ -76,7 +76,7 @@ def apply_task_vectors(
         if scales[i] is None:
             return start
         terms = [_leaves.scaled(w, tau) for w, tau in zip(by_leaf[i], taus, strict=True)]
-        return start + _numerics.scalar(scales[i], start) * sum(terms[1:], terms[0])
+        return start + _numerics.cast(scales[i], start) * sum(terms[1:], terms[0])
 
     named = {"base": base} | _leaves.numbered("task_vectors", task_vectors)
     return _leaves.combine_leaves(formula, named, [scales, by_leaf])
