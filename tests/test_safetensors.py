@@ -341,7 +341,7 @@ def test_kill_9_in_a_write_never_leaves_half_a_file(tmp_path: Path):
     )
     assert run.stdout == "survived 20\nfolders True\n", run.stderr
     litter = [p.name for p in tmp_path.iterdir() if not p.name.startswith("w.safetensors")]
-    assert litter and all(name.endswith(".tmp") for name in litter)  # killed in the act
+    assert litter and all(name.endswith(".kdtl-tmp") for name in litter)  # killed in the act
 
 
 def test_many_tensors_need_one_open_file(tmp_path: Path):

@@ -205,16 +205,20 @@ def _updates(
     extra: dict[str, Any] = {"value": found.loss, "grad": whole, "value_fn": value_fn}
     if apart:
         extra["distill_gradient"] = apart[0]
+    structure = jax.tree.structure(opt_state)
+    raised: Exception | None = None
     try:
-        return tx.update(found.gradients[0], opt_state, trained, **extra)
+        updates, new = tx.update(found.gradients[0], opt_state, trained, **extra)
+        if jax.tree.structure(new) == structure:
+            return updates, new
     except (ValueError, TypeError) as error:
-        made = jax.eval_shape(tx.init, trained)
-        if jax.tree.structure(made) == jax.tree.structure(opt_state):
+        raised = error
+        if jax.tree.structure(jax.eval_shape(tx.init, trained)) == structure:
             raise
-        raise ValueError(
-            "the optimizer's state was made for other parameters than the step trains. "
-            "Give init_state and the step the same optimizer and the same trainable=."
-        ) from error
+    raise ValueError(
+        "the optimizer's state was made for other parameters than the step trains. "
+        "Give init_state and the step the same optimizer and the same trainable=."
+    ) from raised
 
 
 def _unscaled(gradient: PyTree, scale: Array | None) -> PyTree:
