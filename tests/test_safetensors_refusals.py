@@ -215,14 +215,17 @@ def test_any_bytes_are_loaded_or_refused(tmp_path: Path, content: bytes):
 
 
 @contextmanager
-def cheap(seconds: float = 1.0, bytes_: float = 100e6) -> Iterator[None]:
-    """Fails if the block takes longer, or allocates more at any moment."""
+def cheap(seconds: float = 10.0, bytes_: float = 100e6) -> Iterator[None]:
+    """Fails if the block takes more of the processor, or allocates more at any moment.
+
+    Quadratic work on these files takes minutes.
+    """
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         yield
         assert tracemalloc.get_traced_memory()[1] < bytes_
-        assert time.perf_counter() - start < seconds
+        assert time.process_time() - start < seconds
     finally:
         tracemalloc.stop()
 
@@ -271,7 +274,7 @@ def test_a_long_header_of_many_tensors_is_read(tmp_path: Path):
     header = {f"{i}": entry("I8", (1,), (i, i + 1)) for i in range(20_000)}
     text = json.dumps(header, separators=(",", ":")).encode()
     path = raw_file(tmp_path / "w.safetensors", text, bytes(20_000))
-    with cheap(seconds=3):
+    with cheap():
         assert len(weights.index(path).tensors) == 20_000
 
 
