@@ -28,6 +28,7 @@ def floating(x: Any, width: int | None = None) -> None:
 
 
 def param_dtype(x: Any) -> Any:
+    """The dtype of `x`, float32 at least."""
     return jnp.float32 if jnp.finfo(x.dtype).bits < 32 else x.dtype
 
 
@@ -67,6 +68,7 @@ def resize_nearest(size: Size) -> Connector:
 
 
 def nearest(x: Array, size: tuple[int, int]) -> Array:
+    """`[B, H, W, C]` to `[B, *size, C]`, each cell from the nearest one before it."""
     for axis, wanted in zip((1, 2), size, strict=True):
         if x.shape[axis] != wanted:
             x = jnp.take(x, np.arange(wanted) * x.shape[axis] // wanted, axis=axis)
@@ -84,11 +86,13 @@ def resize_bilinear(size: Size) -> Connector:
 
 
 def feature_map(x: Any) -> Any:
+    """`x`, checked to be `[B, H, W, C]`."""
     _checks.rank(4, 4, x=x)
     return x
 
 
 def pair(size: Size) -> tuple[int, int]:
+    """Height and width; one number is both."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 

@@ -8,6 +8,7 @@ from kdtl_jax.models import Rope
 
 
 def size(config: Config, key: str, default: int | None = None) -> int:
+    """A positive whole number of the configuration."""
     value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
@@ -16,6 +17,7 @@ def size(config: Config, key: str, default: int | None = None) -> int:
 
 
 def number(config: Config, key: str, default: float) -> float:
+    """A finite number of the configuration."""
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"config.json: {key} must be a finite number, got {value!r}.")
@@ -23,6 +25,7 @@ def number(config: Config, key: str, default: float) -> float:
 
 
 def optional(config: Config, key: str, default: float | None = None) -> float | None:
+    """A finite number, or null."""
     return None if config.get(key, default) is None else number(config, key, default or 0.0)
 
 

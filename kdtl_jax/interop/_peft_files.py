@@ -123,6 +123,7 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sort_tensors(tensors: Mapping[str, Any], config: dict[str, Any]) -> Adapter:
+    """The adapter of a file's tensors, by module; what has no place is refused."""
     kind = config["peft_type"]
     names = "|".join(map(re.escape, _PARTS[kind]))
     part = re.compile(rf"(?P<module>.+)\.(?P<part>{names})(?P<rest>(\.\w+){{0,2}})")
@@ -192,6 +193,7 @@ def _check_parts(
 
 
 def refused(what: str, why: str) -> ValueError:
+    """The error for what is not understood of an adapter."""
     return ValueError(
         f"PEFT adapter: {what} is not understood ({why}). Merge it where it was made, with "
         "merge_and_unload, or convert it to a plain LoRA."
