@@ -11,7 +11,7 @@ from typing import Any
 import kdtl_jax
 
 PACKAGE = Path(kdtl_jax.__file__).parent
-README = PACKAGE.parent / "README.md"
+README = Path(__file__).parent.parent / "README.md"
 FILES = sorted(PACKAGE.rglob("*.py"))
 DOTTED = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:\(.*\))?")
 # Names of other systems, of the papers' variables and of parameters of the reader's own model.

@@ -110,13 +110,13 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if key in _HARMLESS or value is None or value is False or value in ({}, []):
             continue
         if key not in allowed:
-            raise refused(f"{key} = {str(value)[:80]}", "it may change the merged weights")
+            raise refused(f"{key} = {_shown(value)}", "it may change the merged weights")
         known = allowed[key]
         if known is not None and not any(value is k or value == k != True for k in known):  # noqa: E712
-            raise refused(f"{key} = {str(value)[:80]}", f"known are {known}")
+            raise refused(f"{key} = {_shown(value)}", f"known are {known}")
     for key, is_right in _TYPES.items():
         if config.get(key) is not None and not is_right(config[key]):
-            raise refused(f"{key} = {str(config[key])[:80]}", "it has another type")
+            raise refused(f"{key} = {_shown(config[key])}", "it has another type")
     if kind == "VERA" and not config.get("save_projection", True):
         raise refused("save_projection = false", "PyTorch's generator drew the projections")
     return {**config, "peft_type": kind}
@@ -190,6 +190,11 @@ def _check_parts(
             )
         if optional & {"lora_magnitude_vector"} and not optional <= parts.keys() | {"lora_B.bias"}:
             raise refused(f"{module!r} without lora_magnitude_vector", "the adapter is a DoRA")
+
+
+def _shown(value: Any) -> str:
+    """A foreign value on one line: what does not print is escaped, long values are cut."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value)[:80])
 
 
 def refused(what: str, why: str) -> ValueError:

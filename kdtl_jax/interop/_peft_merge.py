@@ -182,6 +182,8 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
     if wanted != rank:
         raise refused(f"{module!r} of rank {rank}", f"the configuration says {wanted}")
     alpha = pattern("alpha_pattern", config.get("lora_alpha", 8))
+    if alpha is None:
+        raise refused("lora_alpha = None", "expected a number")
     return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
 
 
