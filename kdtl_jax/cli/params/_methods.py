@@ -71,13 +71,15 @@ def taus(x: Members) -> list[Tree]:
     return [transforms.task_vector(model, x.base) for model in x.models]
 
 
-def draws(o: Options, count: int) -> list[jax.Array]:
-    """One key per model."""
-    return list(jax.random.split(jax.random.key(o.seed), count))
+def _keys(x: Members, o: Options) -> list[jax.Array]:
+    return list(jax.random.split(jax.random.key(o.seed), len(x.models)))
 
 
-def _each(value: float | Sequence[float], count: int) -> list[float]:
-    return [value] * count if isinstance(value, (int, float)) else list(value)
+def _each(value: float | Sequence[float], x: Members) -> list[float]:
+    return [value] * len(x.models) if isinstance(value, (int, float)) else list(value)
+
+
+Sparsify = Callable[[Members, Options], list[Tree]]
 
 
 def _whole(x: Members, o: Options) -> list[Tree]:
@@ -85,37 +87,29 @@ def _whole(x: Members, o: Options) -> list[Tree]:
 
 
 def _trim(x: Members, o: Options) -> list[Tree]:
-    pairs = zip(taus(x), _each(o.density, len(x.models)), strict=True)
+    pairs = zip(taus(x), _each(o.density, x), strict=True)
     return [transforms.trim(tau, density=density) for tau, density in pairs]
 
 
 def _dare(x: Members, o: Options) -> list[Tree]:
-    count = len(x.models)
-    members = zip(draws(o, count), taus(x), _each(o.density, count), strict=True)
-    return [
-        transforms.dare(key, tau, density=density, block=x.block) for key, tau, density in members
-    ]
+    rows = zip(_keys(x, o), taus(x), _each(o.density, x), strict=True)
+    return [transforms.dare(key, tau, density=d, block=x.block) for key, tau, d in rows]
 
 
 def _della(x: Members, o: Options) -> list[Tree]:
-    count = len(x.models)
-    shares = zip(_each(o.density, count), _each(o.epsilon, count), strict=True)
+    rows = zip(_keys(x, o), taus(x), _each(o.density, x), _each(o.epsilon, x), strict=True)
     return [
         transforms.della(key, tau, density=density, epsilon=epsilon, block=x.block)
-        for key, tau, (density, epsilon) in zip(draws(o, count), taus(x), shares, strict=True)
+        for key, tau, density, epsilon in rows
     ]
 
 
 def _breadcrumbs(x: Members, o: Options) -> list[Tree]:
-    count = len(x.models)
-    shares = zip(_each(o.density, count), _each(o.outliers, count), strict=True)
+    rows = zip(taus(x), _each(o.density, x), _each(o.outliers, x), strict=True)
     return [
         transforms.breadcrumbs(tau, density=density, outliers=outliers)
-        for tau, (density, outliers) in zip(taus(x), shares, strict=True)
+        for tau, density, outliers in rows
     ]
-
-
-Sparsify = Callable[[Members, Options], list[Tree]]
 
 
 def _added(sparsify: Sparsify) -> Merge:
@@ -174,7 +168,7 @@ def _trim_some(x: Members, o: Options) -> list[Tree]:
         least = {path: 1.5 / max(leaf.size, 2) for path, leaf in tau.items()}
         return lambda path: min(1.0, max(density, least[path])) if density > 0 else 0.0
 
-    pairs = zip(taus(x), _each(o.density, len(x.models)), strict=True)
+    pairs = zip(taus(x), _each(o.density, x), strict=True)
     return [transforms.trim(tau, density=by_leaf(tau, density)) for tau, density in pairs]
 
 
@@ -189,10 +183,6 @@ def _rescaled(drop: Sparsify) -> Sparsify:
         return out
 
     return sparsify
-
-
-def _multi_slerp(x: Members, o: Options) -> Tree:
-    return transforms.multi_slerp(x.base or None, x.models, o.weights)
 
 
 def _nuslerp(x: Members, o: Options) -> Tree:
@@ -215,163 +205,113 @@ def _linear(x: Members, o: Options) -> Tree:
 _ADDS = ("weights", "normalize", "scale")
 _KEEPS = (*_ADDS, "density")
 _DRAWS = (*_KEEPS, "rescale", "seed")
+_SPREAD = (*_DRAWS, "epsilon")
+_TAILS = (*_KEEPS, "outliers")
 
 METHODS = {
     "linear": Method(
         "sum w theta / sum w, or without --normalize no the plain sum",
-        _linear,
-        base="has no",
-        options=("weights", "normalize"),
-        is_elementwise=True,
+        _linear, base="has no", options=("weights", "normalize"), is_elementwise=True,
     ),
     "interpolate": Method(
         "(1 - t) first + t second (WiSE-FT)",
         lambda x, o: transforms.interpolate(x.models[0], x.models[1], o.t),
-        base="has no",
-        fewest=2,
-        most=2,
-        options=("t",),
-        required=("t",),
-        is_elementwise=True,
+        base="has no", fewest=2, most=2, options=("t",), required=("t",), is_elementwise=True,
     ),
     "passthrough": Method(
         "one model, times --scale; for recipes that stack layers of several",
         lambda x, o: transforms.scale(x.models[0], o.scale),
-        base="has no",
-        most=1,
-        options=("scale",),
-        is_elementwise=True,
+        base="has no", most=1, options=("scale",), is_elementwise=True,
     ),
     "task_arithmetic": Method(
-        "base + scale sum w (theta - base)",
-        _added(_whole),
-        options=_ADDS,
-        is_elementwise=True,
+        "base + scale sum w (theta - base)", _added(_whole), options=_ADDS, is_elementwise=True
     ),
     "ties": Method(
         "trim over whole models, elect signs, average what agrees (TIES as its paper)",
         _agreed(_trim),  # with `--scope model`, the default, by passes over all tensors
-        options=(*_KEEPS, "scope"),
-        mergekit=_consensus(_trim_some, normalize=True),
+        options=(*_KEEPS, "scope"), mergekit=_consensus(_trim_some, normalize=True),
     ),
     "dare": Method(
         "drop entries of task vectors at random, rescale, add",
-        _added(_dare),
-        options=_DRAWS,
-        required=("density",),
-        is_rowwise=True,
+        _added(_dare), options=_DRAWS, required=("density",), is_rowwise=True,
         mergekit=_added(_rescaled(_dare)),
     ),
     "dare_ties": Method(
         "as dare, then elect signs and average what agrees",
-        _agreed(_dare),
-        options=_DRAWS,
-        required=("density",),
-        is_rowwise=True,
+        _agreed(_dare), options=_DRAWS, required=("density",), is_rowwise=True,
         mergekit=_consensus(_rescaled(_dare), normalize=False),
     ),
     "della": Method(
         "drop small entries more often, elect signs, average what agrees",
-        _agreed(_della),
-        options=(*_DRAWS, "epsilon"),
-        required=("density",),
-        is_rowwise=True,
+        _agreed(_della), options=_SPREAD, required=("density",), is_rowwise=True,
         mergekit=_consensus(_rescaled(_della), normalize=True),
     ),
     "della_linear": Method(
         "drop small entries more often, add",
-        _added(_della),
-        options=(*_DRAWS, "epsilon"),
-        required=("density",),
-        is_rowwise=True,
+        _added(_della), options=_SPREAD, required=("density",), is_rowwise=True,
         mergekit=_added(_rescaled(_della)),
     ),
     "breadcrumbs": Method(
         "drop each tensor's largest and smallest entries, add",
-        _added(_breadcrumbs),
-        options=(*_KEEPS, "outliers"),
-        required=("density",),
+        _added(_breadcrumbs), options=_TAILS, required=("density",),
     ),
     "breadcrumbs_ties": Method(
         "as breadcrumbs, then elect signs and average what agrees",
-        _agreed(_breadcrumbs),
-        options=(*_KEEPS, "outliers"),
-        required=("density",),
+        _agreed(_breadcrumbs), options=_TAILS, required=("density",),
         mergekit=_consensus(_breadcrumbs, normalize=False),
     ),
     "sce": Method(
         "select by variance, weigh by energy, erase minority signs; density is the share selected",
         lambda x, o: transforms.sce(x.base, x.models, top=o.density),
-        options=("density",),
-        required=("density",),
+        options=("density",), required=("density",),
         mergekit=lambda x, o: transforms.sce(x.base, x.models, top=o.density, floor=1e-6),
     ),
     "slerp": Method(
         "along the arc from the first to the second",
         lambda x, o: transforms.slerp(x.models[0], x.models[1], o.t, axis=o.axis),
-        base="has no",
-        fewest=2,
-        most=2,
-        options=("t", "axis"),
-        required=("t",),
+        base="has no", fewest=2, most=2, options=("t", "axis"), required=("t",),
     ),
     "nuslerp": Method(
         "slerp by weights, of the task vectors where there is a base",
-        _nuslerp,
-        base="takes",
-        fewest=2,
-        most=2,
-        options=("weights", "axis"),
+        _nuslerp, base="takes", fewest=2, most=2, options=("weights", "axis"),
     ),
     "multi_slerp": Method(
         "several models' directions averaged in a tangent space, from the base if there is one",
-        _multi_slerp,
-        base="takes",
-        options=("weights",),
+        lambda x, o: transforms.multi_slerp(x.base or None, x.models, o.weights),
+        base="takes", options=("weights",),
     ),
     "karcher": Method(
         "mean on the sphere, times the mean length",
         lambda x, o: transforms.karcher_mean(x.models, o.weights),
-        base="has no",
-        options=("weights",),
+        base="has no", options=("weights",),
     ),
     "near_swap": Method(
         "the model's entries where within t of the base's",
         lambda x, o: transforms.near_swap(x.base, x.models[0], t=o.t),
-        most=1,
-        options=("t",),
-        required=("t",),
-        is_elementwise=True,
+        most=1, options=("t",), required=("t",), is_elementwise=True,
     ),
     "arcee_fusion": Method(
         "the model's entries whose importance stands out",
-        lambda x, o: transforms.arcee_fusion(x.base, x.models[0]),
-        most=1,
+        lambda x, o: transforms.arcee_fusion(x.base, x.models[0]), most=1,
     ),
     "ram": Method(
         "changes that one model made alone are kept (times 1 + gain rho), shared ones averaged",
-        lambda x, o: transforms.ram(x.base, x.models, gain=o.gain),
-        options=("gain",),
+        lambda x, o: transforms.ram(x.base, x.models, gain=o.gain), options=("gain",),
     ),
     "model_stock": Method(
         "between base and mean, by the angle between task vectors",
         lambda x, o: transforms.model_stock(x.base, x.models, axis=o.axis),
-        fewest=2,
-        options=("axis",),
+        fewest=2, options=("axis",),
         mergekit=lambda x, o: transforms.model_stock(x.base, x.models, axis=o.axis, floor=1e-6),
     ),
     "fisher": Method(
         "weighted by Fisher information, entry by entry",
         lambda x, o: transforms.fisher_merge(x.models, x.statistics, o.weights),
-        base="has no",
-        options=("weights",),
-        is_elementwise=True,
-        has_statistics=True,
+        base="has no", options=("weights",), is_elementwise=True, has_statistics=True,
     ),
     "regmean": Method(
         "least squares to the outputs of all models' kernels [in, out]",
         lambda x, o: transforms.regmean(x.models, x.statistics),
-        base="has no",
-        has_statistics=True,
+        base="has no", has_statistics=True,
     ),
-}
+}  # fmt: skip

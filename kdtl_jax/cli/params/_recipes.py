@@ -8,16 +8,16 @@ not known here is refused by name.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdtl_jax import transforms, trees
 from kdtl_jax.cli import _parser
-from kdtl_jax.cli.params import _checkpoints, _folders
-from kdtl_jax.cli.params._checkpoints import Opened
-from kdtl_jax.cli.params._jobs import Job, Part
-from kdtl_jax.cli.params._methods import METHODS, Method, Options
+from kdtl_jax.cli.params import _checkpoints, _folders, _merging
+from kdtl_jax.cli.params._checkpoints import Opened, Rewrite
+from kdtl_jax.cli.params._merging import Part
+from kdtl_jax.cli.params._methods import METHODS, Options
 from kdtl_jax.cli.params.merge import Settings
 from kdtl_jax.interop import safetensors
 from kdtl_jax.recipes.settings import UsageError
@@ -49,7 +49,19 @@ KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "passthrough": ("passthrough", ("scale",)),
 }
 _TOP = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype")
-_NEEDED = ("t", "weight")
+# A parameter that is a number -> our option, its default (None: it must be given), whether each
+# model has its own.
+_NUMBERS: dict[str, tuple[str, float | None, bool]] = {
+    "weight": ("weights", None, True),
+    "density": ("density", 1.0, True),
+    "select_topk": ("density", 1.0, False),
+    "epsilon": ("epsilon", 0.15, True),
+    "gamma": ("outliers", 0.01, True),
+    "lambda": ("scale", 1.0, False),
+    "scale": ("scale", 1.0, False),
+    "t": ("t", None, False),
+    "r": ("gain", 0.1, False),
+}
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -69,8 +81,17 @@ class Slice(NamedTuple):
     parameters: Mapping[str, Any]
 
 
-def job(settings: Settings) -> tuple[Job, Settings]:
-    """The job of `settings.recipe`, and the settings with the recipe's dtype.
+class Place(NamedTuple):
+    """A tensor of one model, which meets those of others."""
+
+    path: str
+    tensor: safetensors.Tensor
+    spec: Any
+    parameters: Sequence[Mapping[str, Any]]  # the model's, the slice's, the recipe's
+
+
+def merged(settings: Settings) -> tuple[Rewrite, Settings]:
+    """The merge that `settings.recipe` describes, and the settings with the recipe's dtype.
 
     Raises:
       UsageError: if the recipe cannot be read, or models or options were given beside it.
@@ -83,40 +104,61 @@ def job(settings: Settings) -> tuple[Job, Settings]:
     name = recipe.get("merge_method")
     if name not in KNOWN:
         raise ValueError(f"{path}: merge_method {name!r} is none of {', '.join(KNOWN)}.")
-    ours, parameters = KNOWN[name]
+    ours, known = KNOWN[name]
     method = METHODS[ours]
     base = _reference(recipe.get("base_model"), path)
-    slices = _slices(recipe, path)
-    shared = _parameters(recipe, f"{path}: parameters", parameters)
-    for each in slices:
-        for source in each.sources:
-            _only(f"{path}: {source.model}: parameters", source.parameters, parameters)
-        _only(f"{path}: a slice's parameters", each.parameters, parameters)
-    named: list[str] = [*([base] if base else []), *_models(slices)]
-    models: list[str] = list(dict.fromkeys(named))
-    inputs = [_checkpoints.opened(model, "a model", "") for model in models]
-    transforms.refuse_codes({k: v for one in inputs for k, v in one.specs.items()})
-    build = _Build(name, method, parameters, shared, base, models, inputs, settings.seed or 0)
-    parts, copies, layers = _plan(build, slices)
-    shapes = {
-        out: inputs[i].specs[source].shape
-        for out, (i, source) in {
-            **{p: part.base or part.models[0] for p, part in parts.items()},
-            **copies,
-        }.items()
-    }
+    slices = _slices(recipe, path, known)
+    shared = _parameters(recipe, f"{path}: parameters", known)
+    named = [source.model for each in slices for source in each.sources]
+    models = dict.fromkeys([*([base] if base else []), *named])
+    inputs = {model: _checkpoints.opened(model, "a model", "") for model in models}
+    transforms.refuse_codes({k: v for one in inputs.values() for k, v in one.specs.items()})
+    if method.base == "needs" and base is None:
+        raise ValueError(f"merge_method {name} needs base_model.")
+    has_base = base is not None and method.base != "has no"
+    from_base = base if has_base or name == "slerp" else None  # slerp starts at the base
+
+    specs: dict[str, Any] = {}
+    parts: dict[str, Part] = {}
+    copies: dict[str, safetensors.Tensor] = {}
+    layers: list[int] = []
+    for out, each, named_there, t in _tensors(inputs[named[0]], slices, layers):
+        places = []
+        for source in _sources(each, from_base, has_base):
+            one, there = inputs[source.model], named_there(source)
+            if there not in one.specs:
+                near = trees.nearest(there, list(one.specs))
+                raise ValueError(f"{source.model} has no tensor {there!r}; nearest: {near}.")
+            own = (source.parameters, each.parameters, shared)
+            places.append(Place(there, one.tensors[there], one.specs[there], own))
+        if len({place.spec.shape for place in places}) > 1:
+            shapes = [list(place.spec.shape) for place in places]
+            raise ValueError(f"{out!r} has the shapes {shapes} in the models to merge.")
+        specs[out] = places[0].spec
+        if not all(trees.is_inexact(place.spec) for place in places):
+            copies[out] = places[0].tensor
+            continue
+        of_models = places[has_base:]
+        if not method.fewest <= len(of_models) <= (method.most or len(of_models)):
+            raise ValueError(f"merge_method {name} cannot merge {len(of_models)} models.")
+        options = _options(known, places[0], of_models, t)._replace(seed=settings.seed or 0)
+        base_tensor = places[0].tensor if has_base else None
+        parts[out] = Part(tuple(place.tensor for place in of_models), options, base_tensor)
+    shapes = {out: spec.shape for out, spec in specs.items()}
     report = Report(
         merged=tuple(parts),
         kept=tuple(transforms.Kept(p, "not a floating-point array") for p in copies),
         shapes=shapes,
-        sizes={path: math.prod(shapes[path]) for path in parts},
+        sizes={out: math.prod(shapes[out]) for out in parts},
     )
-    merge = method.mergekit or method.merge
     dtype = settings.dtype or recipe.get("out_dtype") or recipe.get("dtype")
     if dtype not in (None, *_DTYPES):
         raise ValueError(f"{path}: dtype {dtype!r} is none of {', '.join(_DTYPES)}.")
-    found = Job(method, merge, inputs, parts, copies, report, layers=layers)
-    return found, dataclasses.replace(settings, dtype=dtype)
+    produce = _merging.by_tensor(method, method.mergekit or method.merge, parts, copies)
+    specs = {out: specs[out] for out in sorted(specs, key=trees.natural_key)}
+    names = next(iter(inputs.values())).names
+    rewrite = Rewrite(specs, produce, report, list(inputs.values()), names, layers)
+    return rewrite, dataclasses.replace(settings, dtype=dtype)
 
 
 # --- from YAML to slices -------------------------------------------------------------------------
@@ -155,21 +197,24 @@ def _reference(value: Any, recipe: Path) -> str | None:
     return found
 
 
-def _slices(recipe: Mapping[str, Any], path: Path) -> list[Slice]:
+def _slices(recipe: Mapping[str, Any], path: Path, known: Sequence[str]) -> list[Slice]:
     if ("models" in recipe) == ("slices" in recipe):
         raise ValueError(f"{path}: expected either models or slices.")
     if "models" in recipe:
-        sources = [_source(each, path, ("model", "parameters")) for each in _list(recipe, "models")]
-        return [Slice(sources, None, {})]
+        keys = ("model", "parameters")
+        return [
+            Slice([_source(each, path, keys, known) for each in _list(recipe, "models")], None, {})
+        ]
     out = []
     for each in _list(recipe, "slices"):
         _only(f"{path}: a slice", each, ("sources", "parameters"))
-        named = ("model", "parameters", "layer_range")
-        sources = [_source(source, path, named) for source in _list(each, "sources")]
+        keys = ("model", "parameters", "layer_range")
+        sources = [_source(source, path, keys, known) for source in _list(each, "sources")]
         lengths = {_range(source, path)[1] for source in each["sources"]}
         if len(lengths) != 1:
             raise ValueError(f"{path}: the sources of a slice must have equally many layers.")
-        out.append(Slice(sources, lengths.pop(), each.get("parameters") or {}))
+        own = _parameters(each, f"{path}: a slice's parameters", known)
+        out.append(Slice(sources, lengths.pop(), own))
     return out
 
 
@@ -180,161 +225,100 @@ def _list(found: Mapping[str, Any], key: str) -> list[Any]:
     return value
 
 
-def _source(found: Any, path: Path, known: Sequence[str]) -> Source:
-    _only(f"{path}: a model", found, known)
+def _source(found: Any, path: Path, keys: Sequence[str], known: Sequence[str]) -> Source:
+    _only(f"{path}: a model", found, keys)
     model = _reference(found.get("model"), path)
     if model is None:
         raise ValueError(f"{path}: a model has no 'model'.")
     first = _range(found, path)[0] if "layer_range" in found else 0
-    return Source(model, first, found.get("parameters") or {})
+    return Source(model, first, _parameters(found, f"{path}: {model}: parameters", known))
 
 
 def _range(found: Mapping[str, Any], path: Path) -> tuple[int, int]:
+    """The first of a range of layers, and how many there are."""
     value = found.get("layer_range")
-    whole = isinstance(value, list) and len(value) == 2 and all(type(i) is int for i in value)
-    if not whole or not 0 <= value[0] < value[1] < 10**5:  # type: ignore[index]
-        raise ValueError(f"{path}: layer_range must be [first, end], got {str(value)[:60]!r}.")
-    return value[0], value[1] - value[0]  # type: ignore[index]
-
-
-def _models(slices: Sequence[Slice]) -> list[str]:
-    return [source.model for each in slices for source in each.sources]
+    if isinstance(value, list) and [type(i) for i in value] == [int, int]:
+        first, end = value
+        if 0 <= first < end < 10**5:
+            return first, end - first
+    raise ValueError(f"{path}: layer_range must be [first, end], got {str(value)[:60]!r}.")
 
 
 # --- from slices to tensors ----------------------------------------------------------------------
 
 
-class _Build(NamedTuple):
-    name: str
-    method: Method
-    known: tuple[str, ...]
-    shared: Mapping[str, Any]
-    base: str | None
-    models: Sequence[str]
-    inputs: Sequence[Opened]
-    seed: int
+def _tensors(
+    first: Opened, slices: Sequence[Slice], layers: list[int]
+) -> Iterator[tuple[str, Slice, Callable[[Source], str], float]]:
+    """Every tensor of the result: its name, slice, name in a source, place in the slice, 0 to 1.
 
-
-def _plan(
-    build: _Build, slices: Sequence[Slice]
-) -> tuple[dict[str, Part], dict[str, tuple[int, str]], list[int]]:
-    """Every tensor of the result; layers are numbered on from slice to slice."""
-    first = build.inputs[build.models.index(slices[0].sources[0].model)]
-    pattern = _pattern(first)
-    depth = len({m[1] for name in first.specs if pattern and (m := pattern.fullmatch(name))})
-    parts: dict[str, Part] = {}
-    copies: dict[str, tuple[int, str]] = {}
-    layers: list[int] = []
-
-    def add(out: str, each: Slice, named: Callable[[Source], str], t: float) -> None:
-        places = [(build.models.index(s.model), named(s), s) for s in _with_base(build, each)]
-        for i, source, _ in places:
-            if source not in build.inputs[i].specs:
-                near = trees.nearest(source, list(build.inputs[i].specs))
-                raise ValueError(f"{build.models[i]} has no tensor {source!r}; nearest: {near}.")
-        specs = [build.inputs[i].specs[source] for i, source, _ in places]
-        if len({spec.shape for spec in specs}) > 1:
-            shapes = [list(spec.shape) for spec in specs]
-            raise ValueError(f"{out!r} has the shapes {shapes} in the models to merge.")
-        if all(trees.is_inexact(spec) for spec in specs):
-            parts[out] = _part(build, each, places, t)
-        else:
-            copies[out] = places[0][:2]
-
-    for name in first.specs:
-        if pattern is None or pattern.fullmatch(name) is None:
+    Layers are numbered on from slice to slice; the first source's numbers are added to `layers`.
+    """
+    folder = _folders.home(first.checkpoint)
+    config = {} if folder is None else safetensors.json_file(folder / _folders.CONFIG)
+    pattern = _folders.layer_pattern(list(first.specs), _folders.depth(config))
+    matches = {name: pattern.fullmatch(name) if pattern else None for name in first.specs}
+    depth = len({match[1] for match in matches.values() if match})
+    for name, match in matches.items():
+        if match is None:
             is_first = re.search(r"embed|wte|wpe", name) is not None
-            add(name, slices[0 if is_first else -1], lambda s, name=name: name, 0.0)
+            yield name, slices[0 if is_first else -1], lambda s, name=name: name, 0.0
+    # Every layer has the tensors of the first.
+    ends = [(m.string[: m.start(1)], m.string[m.end(1) :])
+            for m in matches.values() if m and m[1] == "0"]  # fmt: skip
     for each in slices:
         length = depth if each.length is None else each.length
         for j in range(length):
             t = j / (length - 1) if length > 1 else 1.0
-            start = each.sources[0].first + j
-            for name in first.specs:
-                match = pattern.fullmatch(name) if pattern else None
-                if match is None or match[1] != "0":  # every layer has the tensors of the first
-                    continue
-                head, rest = name[: match.start(1)], name[match.end(1) :]
-                add(
-                    f"{head}{len(layers)}{rest}",
-                    each,
-                    lambda s, head=head, rest=rest, j=j: f"{head}{s.first + j}{rest}",
-                    t,
-                )
-            layers.append(start)
-    return parts, copies, layers
+            for head, rest in ends:
+
+                def named(s: Source, head: str = head, rest: str = rest, j: int = j) -> str:
+                    return f"{head}{s.first + j}{rest}"
+
+                yield f"{head}{len(layers)}{rest}", each, named, t
+            layers.append(each.sources[0].first + j)
 
 
-def _pattern(one: Opened) -> re.Pattern[str] | None:
-    folder = _folders.home(one.checkpoint)
-    depth = 0
-    if folder is not None:
-        depth = _folders.depth(safetensors.json_file(folder / _folders.CONFIG))
-    return _folders.layer_pattern(list(one.specs), depth)
-
-
-def _with_base(build: _Build, each: Slice) -> list[Source]:
-    """The sources, the base first; it is added where the method has one."""
-    if build.base is None:
+def _sources(each: Slice, base: str | None, has_base: bool) -> list[Source]:
+    """The sources, the base first: where it is no model to merge, without its own parameters."""
+    if base is None:
         return list(each.sources)
-    base = [source for source in each.sources if source.model == build.base]
-    others = [source for source in each.sources if source.model != build.base]
-    is_model = build.method.base == "has no" and build.name != "slerp"
-    if is_model:
-        return list(each.sources)
-    return [*(base or [Source(build.base, each.sources[0].first, {})]), *others]
+    found = [source for source in each.sources if source.model == base]
+    found = found or [Source(base, each.sources[0].first, {})]
+    found = [source._replace(parameters={}) for source in found] if has_base else found
+    return [*found, *(source for source in each.sources if source.model != base)]
 
 
-def _part(build: _Build, each: Slice, places: Sequence[tuple[int, str, Source]], t: float) -> Part:
-    has_base = build.base is not None and build.method.base != "has no"
-    if build.method.base == "needs" and not has_base:
-        raise ValueError(f"merge_method {build.name} needs base_model.")
-    models = places[1:] if has_base else places
-    most = build.method.most or len(models)
-    if not build.method.fewest <= len(models) <= most:
-        raise ValueError(f"merge_method {build.name} cannot merge {len(models)} models.")
+def _options(known: Sequence[str], here: Place, models: Sequence[Place], t: float) -> Options:
+    """The options of one tensor; `here` is the base or the first model."""
 
-    def value(key: str, default: Any, place: tuple[int, str, Source]) -> Any:
-        own = place[2].parameters if place is not places[0] or not has_base else {}
-        for scope in (own, each.parameters, build.shared):
-            if key in scope and (found := _evaluated(scope[key], place[1], t)) is not None:
+    def value(key: str, place: Place, default: Any = None) -> Any:
+        for scope in place.parameters:
+            if key in scope and (found := _evaluated(scope[key], place.path, t)) is not None:
                 return found
-        if default is None and key in _NEEDED and key in build.known:
-            raise ValueError(f"{place[1]!r} has no {key} in the recipe, and no default.")
         return default
 
-    def number(key: str, default: float | None, place: tuple[int, str, Source]) -> float:
-        found = value(key, default, place)
+    def number(key: str, place: Place, default: float | None) -> float:
+        found = value(key, place, default)
+        if found is None:
+            raise ValueError(f"{place.path!r} has no {key} in the recipe, and no default.")
         try:
-            return float(1.0 if found is None else found)
+            return float(found)
         except (TypeError, ValueError):
-            raise ValueError(f"{key} of {place[1]!r} must be a number, got {found!r}.") from None
+            raise ValueError(f"{key} of {place.path!r} must be a number, got {found!r}.") from None
 
-    def by_model(key: str, default: float | None) -> list[float]:
-        return [number(key, default, place) for place in models]
-
-    here = places[0]
-    axis = None
-    if value("nuslerp_flatten", True, here) is False:
-        axis = 0 if value("nuslerp_row_wise", False, here) else -1
-    if value("filter_wise", False, here):
-        axis = -1
-    is_top = "select_topk" in build.known
-    options = Options(
-        weights=by_model("weight", None) if "weight" in build.known else None,
-        normalize=value("normalize", None, here),
-        scale=number("scale" if "scale" in build.known else "lambda", 1.0, here),
-        density=number("select_topk", 1.0, here) if is_top else by_model("density", 1.0),
-        epsilon=by_model("epsilon", 0.15),
-        outliers=by_model("gamma", 0.01),
-        rescale=value("rescale", None, here),
-        t=number("t", None, here) if "t" in build.known else 0.5,
-        axis=axis,
-        gain=number("r", 0.1, here) if build.name == "ramplus_tl" else 0.0,
-        seed=build.seed,
-    )
-    at = [place[:2] for place in models]
-    return Part(tuple(at), places[0][:2] if has_base else None, options)
+    given: dict[str, Any] = {
+        ours: [number(key, place, default) for place in models]
+        if is_by_model
+        else number(key, here, default)
+        for key, (ours, default, is_by_model) in _NUMBERS.items()
+        if key in known
+    }
+    axis = -1 if value("filter_wise", here, False) else None
+    if value("nuslerp_flatten", here, True) is False:
+        axis = 0 if value("nuslerp_row_wise", here, False) else -1
+    given |= {key: value(key, here) for key in ("normalize", "rescale")}
+    return Options(axis=axis, **given)
 
 
 def _evaluated(setting: Any, name: str, t: float) -> Any:

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from kdtl_jax.cli.params import _checkpoints, _jobs, merge
+from kdtl_jax.cli.params import _checkpoints, merge
 from kdtl_jax.cli.params._checkpoints import Selection, Writing
-from kdtl_jax.cli.params._methods import Options
 
 EXAMPLES = f"""
 kdtl params average a.safetensors b.safetensors --weights 3,1 --write soup.safetensors
@@ -18,5 +17,5 @@ class Settings(merge.Several, Selection, Writing):
 
 def run(settings: Settings) -> int:
     """Reports, and writes if asked to."""
-    job = merge.several(settings, "linear", Options(weights=settings.weights), EXAMPLES)
-    return _checkpoints.finish(settings, "average", _jobs.rewrite(job))
+    as_merge = merge.Settings(**vars(settings))  # whose method is linear by default
+    return _checkpoints.finish(settings, "average", merge.merged(as_merge, EXAMPLES))

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import numpy as np
 
 from kdtl_jax import _checks, transforms, trees
-from kdtl_jax.cli.params import _checkpoints
-from kdtl_jax.cli.params._checkpoints import Opened, Selection, Writing
-from kdtl_jax.cli.params._jobs import Job, Part, rewrite
-from kdtl_jax.cli.params._methods import METHODS, Method, Options
+from kdtl_jax.cli.params import _checkpoints, _merging
+from kdtl_jax.cli.params._checkpoints import Opened, Rewrite, Selection, Writing
+from kdtl_jax.cli.params._merging import Part
+from kdtl_jax.cli.params._methods import METHODS, Options
 from kdtl_jax.recipes.settings import UsageError, numbers, setting
 from kdtl_jax.transforms import Kept, Report
 
@@ -111,55 +111,42 @@ class Settings(Several, Selection, Writing):
 
 def run(settings: Settings) -> int:
     """Reports, and writes if asked to."""
-    if settings.recipe is not None:
-        from kdtl_jax.cli.params import _recipes
+    if settings.recipe is None:
+        return _checkpoints.finish(settings, "merge", merged(settings, EXAMPLES))
+    from kdtl_jax.cli.params import _recipes
 
-        job, settings = _recipes.job(settings)
-    else:
-        job = _job(settings)
-    return _checkpoints.finish(settings, "merge", rewrite(job))
-
-
-def _job(settings: Settings) -> Job:
-    method = METHODS[settings.method]
-    options = options_of(settings, method)
-    if (settings.base is None) == (method.base == "needs") and method.base != "takes":
-        needs = "needs --base" if method.base == "needs" else "has no --base"
-        raise UsageError(f"--method {settings.method} {needs}")
-    wanted = len(settings.models) if method.has_statistics else 0
-    if len(settings.statistics) != wanted:
-        raise UsageError(
-            f"--method {settings.method} needs one --statistics per model"
-            if method.has_statistics
-            else f"--method {settings.method} reads no --statistics"
-        )
-    is_paper = settings.as_ == "paper"
-    job = several(settings, settings.method, options, EXAMPLES, settings.base, settings.rule)
-    return job._replace(
-        merge=method.merge if is_paper else method.mergekit or method.merge,
-        is_global=settings.method == "ties" and is_paper and settings.scope != "tensor",
-    )
+    found, settings = _recipes.merged(settings)
+    return _checkpoints.finish(settings, "merge", found)
 
 
-def several(
-    settings: Any,
-    name: str,
-    options: Options,
-    examples: str,
-    base: str | None = None,
-    rule: Sequence[str] = (),
-) -> Job:
+def merged(settings: Settings, examples: str) -> Rewrite:
     """A merge of whole models, checked by name and shape.
 
     Raises:
-      UsageError: if there are too few models or weights.
+      UsageError: if there are too few models, or an option is missing, of no use, or not one per
+        model.
       ValueError: if names or shapes differ and `--on-mismatch keep` was not given, or a tensor
         holds integer codes.
     """
-    method = METHODS[name]
-    models = [_checkpoints.opened(path, "MODELS", examples) for path in settings.models or [None]]
-    most = method.most or len(models)
-    if not method.fewest <= len(models) <= most:
+    method, name = METHODS[settings.method], settings.method
+    is_paper = settings.as_ == "paper"
+    options = _options(settings)
+    if (settings.base is None) == (method.base == "needs") and method.base != "takes":
+        needs = "needs --base" if method.base == "needs" else "has no --base"
+        raise UsageError(f"--method {name} {needs}")
+    if len(settings.statistics) != len(settings.models) * method.has_statistics:
+        reads = "needs one" if method.has_statistics else "reads no"
+        per = " per model" if method.has_statistics else ""
+        raise UsageError(f"--method {name} {reads} --statistics{per}")
+    models, base, statistics = (
+        [_checkpoints.opened(path, what, examples) for path in paths]
+        for what, paths in (
+            ("MODELS", settings.models or [None]),
+            ("BASE", [] if settings.base is None else [settings.base]),
+            ("STATISTICS", settings.statistics),
+        )
+    )
+    if not method.fewest <= len(models) <= (method.most or len(models)):
         wanted = f"{method.fewest}" + (" or more" if method.most is None else "")
         raise UsageError(f"--method needs {wanted} models, got {len(models)}")
     for flag in ("weights", "density", "epsilon", "outliers"):
@@ -169,59 +156,61 @@ def several(
     divides = "scale" not in method.options and options.normalize is not False
     if options.weights is not None and divides and not sum(options.weights):
         raise UsageError(f"--weights {options.weights}: their sum, a divisor, is 0")
-    inputs = models if base is None else [_checkpoints.opened(base, "BASE", examples), *models]
-    statistics = [
-        _checkpoints.opened(path, "STATISTICS", examples)
-        for path in getattr(settings, "statistics", ())
-    ]
-    report = _report(settings, inputs)
+    inputs = [*base, *models]
+    report, specs = _report(settings, inputs), inputs[0].specs
     if method.is_elementwise and statistics:
-        named = {one.name: one.specs for one in statistics}
-        merged = {p: inputs[0].specs[p] for p in report.merged}
-        _checks.same_leaves(**{"models": merged}, **named)
-    found = _checkpoints.rules("rule", rule, float)
-    places = trees.labels(inputs[0].specs, found, default=options.t) if found else {}
-    start = 0 if base is None else 1
+        _checks.same_leaves(
+            models={p: specs[p] for p in report.merged}, **{x.name: x.specs for x in statistics}
+        )
+    rules = _checkpoints.rules("rule", settings.rule, float)
+    places = trees.labels(specs, rules, default=options.t) if rules else {}
     parts = {
         path: Part(
-            models=tuple((i, path) for i in range(start, len(inputs))),
-            base=(0, path) if start else None,
-            options=options._replace(t=places.get(path, options.t)),
+            tuple(model.tensors[path] for model in models),
+            options._replace(t=places.get(path, options.t)),
+            base[0].tensors[path] if base else None,
+            tuple(one.tensors.get(path) for one in statistics),
         )
         for path in report.merged
     }
-    copies = {path: (0, path) for path in inputs[0].specs if path not in parts}
-    return Job(method, method.merge, inputs, parts, copies, report, statistics)
+    copies = {path: tensor for path, tensor in inputs[0].tensors.items() if path not in parts}
+    if name == "ties" and is_paper and settings.scope != "tensor":
+        produce = _merging.ties_of_models(parts, copies)
+    else:
+        merge = method.merge if is_paper else method.mergekit or method.merge
+        produce = _merging.by_tensor(method, merge, parts, copies)
+    specs = {path: specs[path] for path in sorted(specs, key=trees.natural_key)}
+    return Rewrite(specs, produce, report, [*inputs, *statistics], inputs[0].names)
 
 
-def options_of(settings: Settings, method: Method) -> Options:
+def _options(settings: Settings) -> Options:
     """The options given, each read by the method.
 
     Raises:
       UsageError: naming the first that it does not read, or needs and does not have.
       ValueError: if a share lies outside `[0, 1]`.
     """
-    known = ("weights", "normalize", "scale", "density", "rescale", "scope", "epsilon", "outliers")
-    known += ("t", "axis", "gain", "seed")
-    given = {name: getattr(settings, name) for name in known if getattr(settings, name) is not None}
-    read = [o for o in method.options if o != "rescale" or settings.as_ == "mergekit"]
-    unread = [name for name in given if name not in read] + ["rule"] * (
-        bool(settings.rule) and "t" not in read
-    )
+    method, is_mergekit = METHODS[settings.method], settings.as_ == "mergekit"
+    names = (*Options._fields, "scope")
+    settable: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    given = {name: value for name, value in settable.items() if value is not None}
+    read = [option for option in method.options if option != "rescale" or is_mergekit]
+    unread = [name for name in given if name not in read]
+    if settings.rule and "t" not in read:
+        unread.append("rule")
     if unread:
         raise UsageError(
             f"--method {settings.method} does not read --{unread[0]}; it reads "
             f"{', '.join('--' + name for name in read) or 'no options'}"
         )
     lacking = [name for name in method.required if name not in given]
-    if lacking and not (settings.as_ == "mergekit" and lacking == ["density"]):
+    if lacking and not (is_mergekit and lacking == ["density"]):
         raise UsageError(f"--method {settings.method} needs --{lacking[0]}")
     given.pop("scope", None)
-    for name in ("density", "epsilon", "outliers"):
-        if name in given:
-            _checks.within(0, 1, **{name: np.asarray(given[name])})
-            given[name] = given[name][0] if len(given[name]) == 1 else given[name]
-    if settings.as_ == "mergekit":
+    for name in {"density", "epsilon", "outliers"} & given.keys():
+        _checks.within(0, 1, **{name: np.asarray(given[name])})
+        given[name] = given[name][0] if len(given[name]) == 1 else given[name]
+    if is_mergekit:
         given.setdefault("density", 1.0)
     return Options(**given)
 

@@ -1,0 +1,158 @@
+"""A merge, tensor by tensor: which tensors meet in one of the result, and how they are read.
+
+Tensors are merged one after another by `transforms`, entry by entry methods in pieces of 4 MB. So
+memory holds a few times the largest tensor, not the models.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from kdtl_jax import transforms
+from kdtl_jax.cli.params import _checkpoints, _folders, _methods
+from kdtl_jax.cli.params._methods import Members, Merge, Method, Options
+from kdtl_jax.interop import safetensors
+from kdtl_jax.interop.safetensors import Tensor
+
+
+class Part(NamedTuple):
+    """One tensor of the result: what is merged into it, and how."""
+
+    models: tuple[Tensor, ...]
+    options: Options
+    base: Tensor | None = None
+    statistics: tuple[Tensor | None, ...] = ()
+
+
+def by_tensor(
+    method: Method, merge: Merge, parts: Mapping[str, Part], copies: Mapping[str, Tensor]
+) -> Callable[[str], Any]:
+    """`Rewrite.produce` of a merge whose tensors do not know each other; copies stay as they are.
+
+    `merge` is the method's or, where that differs, mergekit's.
+    """
+    # Tied tensors share the draws of the first one's path, and so stay equal.
+    first = _ties(parts) if "seed" in method.options else {}
+
+    def produce(path: str) -> Any:
+        if (plain := _plain(parts, copies, path)) is not None:
+            return plain
+        part, name = parts[path], first.get(path, path)
+        if method.is_elementwise:
+            pieces = _pieces(part, name, _checkpoints.BLOCK)
+            return (np.asarray(merge(x, part.options)[name]) for x in pieces)
+        if method.is_rowwise and merge is method.merge:
+            return (np.asarray(merge(x, part.options)[name]).ravel() for x in _rows(part, name))
+        models, statistics = (
+            [{} if t is None else {name: jnp.asarray(safetensors.read(t))} for t in tensors]
+            for tensors in ((part.base, *part.models), part.statistics)
+        )
+        members = Members(models[0], models[1:], statistics)
+        return np.asarray(merge(members, part.options)[name])
+
+    return produce
+
+
+def ties_of_models(parts: Mapping[str, Part], copies: Mapping[str, Tensor]) -> Callable[[str], Any]:
+    """`Rewrite.produce` of TIES over whole models; its passes begin with the first tensor.
+
+    Two passes find every model's cut, a third counts signs and how many of the cut's equals come
+    before each tensor. Writing is the fourth.
+    """
+    first = _ties(parts)
+    paths = sorted(path for path in parts if path not in first)
+    some = next(iter(parts.values()), Part((), Options()))
+    options, count = some.options, len(some.models)
+    total = sum(math.prod(parts[path].models[0].shape) for path in paths)
+    doubles = [t for p in parts.values() for t in (p.base, *p.models) if t and t.dtype == "F64"]
+    dtype = jnp.float64 if doubles else jnp.float32
+    given = options.density
+    densities = [given] * count if isinstance(given, (int, float)) else given
+    found: dict[str, Any] = {}
+
+    def measure() -> None:
+        done = _checkpoints.progress(4 * total * (2 * count + 1), "ranking: ")
+
+        def read(i: int) -> Iterator[Any]:
+            for path in paths:
+                one = parts[path]._replace(models=parts[path].models[i : i + 1])
+                for x in _pieces(one, path, _checkpoints.BLOCK):
+                    (tau,) = _methods.taus(x)
+                    yield tau[path]
+                    done(4 * tau[path].size)
+
+        kept = [math.floor(density * total) for density in densities]
+        found["cuts"] = [
+            transforms.magnitude_cut(lambda i=i: read(i), kept[i], dtype) for i in range(count)
+        ]
+        before, balance = [0] * count, 0
+        for path in paths:
+            found[f"before {path}"] = before
+            for _, trimmed, seen in trim(path, before):
+                balance, before = balance + int(transforms.sign_balance(trimmed)), seen
+                done(4 * trimmed[0][path].size)
+        found["majority"] = 1 if balance >= 0 else -1
+
+    def trim(path: str, before: list[Any]) -> Iterator[tuple[Members, list[Any], list[Any]]]:
+        for x in _pieces(parts[path], path, _checkpoints.BLOCK):
+            pairs = [
+                transforms.trim_to_cut(tau[path], cut, seen)
+                for tau, cut, seen in zip(_methods.taus(x), found["cuts"], before, strict=True)
+            ]
+            before = [seen for _, seen in pairs]
+            yield x, [{path: leaf} for leaf, _ in pairs], before
+
+    def merged(path: str) -> Iterator[np.ndarray]:
+        if not found:
+            measure()
+        for x, trimmed, _ in trim(path, found[f"before {path}"]):
+            signs = transforms.elect_sign_global(trimmed, majority=found["majority"])
+            tau = transforms.disjoint_merge(trimmed, signs, options.weights)
+            out = transforms.apply_task_vectors(x.base, [tau], scale=options.scale)
+            yield np.asarray(out[path])
+
+    def produce(path: str) -> Iterator[np.ndarray]:
+        plain = _plain(parts, copies, path)
+        return merged(first.get(path, path)) if plain is None else plain
+
+    return produce
+
+
+def _plain(
+    parts: Mapping[str, Part], copies: Mapping[str, Tensor], path: str
+) -> Iterator[np.ndarray] | None:
+    """A copied tensor, or an empty one: that has nothing to merge, and no norm. None: merge it."""
+    tensor = copies.get(path) or parts[path].base or parts[path].models[0]
+    if path in copies or not math.prod(tensor.shape):
+        return safetensors.blocks(tensor, _checkpoints.BLOCK)
+    return None
+
+
+def _pieces(part: Part, name: str, size: int, shape: tuple[int, ...] = (-1,)) -> Iterator[Members]:
+    """All tensors side by side, so many entries at a time, under the path `name`."""
+    models = [part.base, *part.models] if part.base else [*part.models]
+    tensors = [t for t in (*models, *part.statistics) if t is not None]
+    read = (safetensors.blocks(tensor, size) for tensor in tensors)
+    for number, pieces in enumerate(zip(*read, strict=True)):
+        found = [{name: jnp.asarray(x).reshape(shape)} for x in pieces]
+        base = found.pop(0) if part.base else {}
+        yield Members(base, found[: len(part.models)], found[len(part.models) :], number)
+
+
+def _rows(part: Part, name: str) -> Iterator[Members]:
+    """The blocks of rows in which `transforms` draws; vectors whole."""
+    shape = part.models[0].shape
+    if len(shape) < 2:
+        return _pieces(part, name, math.prod(shape), shape)
+    return _pieces(part, name, transforms.block_rows(shape) * shape[-1], (-1, shape[-1]))
+
+
+def _ties(parts: Mapping[str, Part]) -> dict[str, str]:
+    """Tensors that are equal in every model, to the first of them."""
+    rows = {path: [t for t in (p.base, *p.models) if t] for path, p in parts.items()}
+    count = max(map(len, rows.values()), default=0)
+    columns = [{path: row[i] for path, row in rows.items()} for i in range(count)]
+    return _folders.tied(columns) if columns else {}
