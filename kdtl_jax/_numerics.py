@@ -27,8 +27,15 @@ def upcast(x: Array) -> Array:
 
 
 def cast(x: float | Array, like: Array) -> Array:
-    """An array in the dtype of `like` (no weak types, no silent promotion)."""
-    return jnp.asarray(x).astype(like.dtype)
+    """An array in the dtype of `like` (no weak types, no silent promotion).
+
+    Raises:
+      TypeError: if it is complex and `like` is not: its imaginary part would be lost.
+    """
+    value = jnp.asarray(x)
+    if jnp.iscomplexobj(value) and not jnp.iscomplexobj(like):
+        raise TypeError(f"this number must be real, got {value.dtype}: pass its real part.")
+    return value.astype(like.dtype)
 
 
 def scalar(x: float | Array, like: Array) -> Array:

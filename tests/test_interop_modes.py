@@ -343,8 +343,9 @@ def test_frozen_statistics_beside_a_dropout_that_trains_are_the_authors_choice()
 def test_haiku_functions_without_a_mode() -> None:
     apply, v = of_haiku(lambda x: hk.Linear(2)(x))
     assert apply(v.params, None, X)[0]["logits"].shape == (6, 2)
-    with pytest.raises(TypeError, match=r"net must take \(inputs, train\).*\['x', 'a', 'b'\]"):
-        of_haiku(lambda x, a, b: x)
+    for net in (lambda x, a, b: x, lambda x, state: x, lambda x, rate: x, lambda x, mask=None: x):
+        with pytest.raises(TypeError, match=r"net must take its inputs and train .*\['x', "):
+            of_haiku(net)
 
 
 class Pair(nn.Module):

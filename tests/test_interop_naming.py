@@ -177,6 +177,11 @@ def _network(**shapes: tuple[int, ...]) -> dict[str, Any]:
         (_network(wave=(3, 2, 4)), "wave/kernel .*naming.conv_transpose1d"),
         (_network(cube=(3, 3, 3, 2, 4)), "cube/kernel .*naming.conv3d"),
         (_network(conv=(3, 3, 1, 8), fc=(32, 32), head=(32, 2)), r"fc/kernel \[32, 32\]"),
+        # Inputs that are another layer's outputs may be a flattened map all the same.
+        (_network(conv=(3, 3, 1, 8), fc=(32, 5), side=(7, 32)), r"fc/kernel \[32, 5\]"),
+        (_network(conv=(3, 3, 1, 8), wide=(3, 3, 8, 32), fc=(32, 5)), r"fc/kernel \[32, 5\]"),
+        (_network(seed=(5, 72), conv=(3, 3, 8, 1)), r"seed/kernel \[5, 72\]: naming.unflattened"),
+        ({"norm": {"scale": np.zeros((4, 4, 8))}}, r"norm/scale \[4, 4, 8\]: Axes"),
     ],
 )
 def test_the_convention_refuses_to_guess_axes(tree: Any, named: str):
@@ -192,6 +197,7 @@ def test_the_convention_takes_axes_that_are_said():
             (".*/conv/kernel", naming.conv2d),
             (".*/up/kernel", naming.conv_transpose2d),
             (".*/fc/kernel", naming.flattened(8, 2, 2)),
+            (".*/head/kernel", naming.linear),  # its 16 inputs might be two places of 8 channels
         ],
     )
     axes = {rule.torch: rule.axes for rule in rules}
@@ -203,6 +209,22 @@ def test_the_convention_takes_axes_that_are_said():
     assert len(naming.convention(pooled, axes=[("conv/kernel", naming.conv2d)])) == 4
     with pytest.raises(ValueError, match="labels no leaf"):
         naming.convention(pooled, axes=[("cnov/kernel", naming.conv2d)])
+
+
+def test_a_linear_layer_that_makes_a_map():
+    rng = np.random.default_rng(3)
+    x, weight, bias = (rng.standard_normal(s) for s in ((2, 6), (8 * 3 * 5, 6), (8 * 3 * 5,)))
+    tree = _network(seed=(6, 120), conv=(3, 3, 8, 1))
+    said = [("conv/kernel", naming.conv2d), ("seed/kernel", naming.unflattened(8, 3, 5))]
+    with pytest.raises(ValueError, match=r"seed/bias \[120\]: naming.unflattened_vector"):
+        naming.convention(tree, axes=said)
+    rules = naming.convention(tree, axes=[*said, ("seed/bias", naming.unflattened_vector(8, 3, 5))])
+    got = naming.from_torch({"seed.weight": weight, "seed.bias": bias}, rules)
+    ours = (x @ got["seed/kernel"] + got["seed/bias"]).reshape(2, 3, 5, 8)
+    torchs = (x @ weight.T + bias).reshape(2, 8, 3, 5).transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(ours, torchs)
+    np.testing.assert_array_equal(naming.to_torch(got, rules)["seed.weight"], weight)
+    np.testing.assert_array_equal(naming.to_torch(got, rules)["seed.bias"], bias)
 
 
 def test_transposed_convolutions_of_any_rank_are_undone():

@@ -91,10 +91,9 @@ def _with_mode(net: Callable[..., Any]) -> Callable[[Any, bool], Any]:
         return lambda inputs, train: net(inputs, **_modes.flags(accepted, train))
     if len(names) == 1 and not _modes.is_open(net):
         return lambda inputs, train: net(inputs)
-    if len(names) == 2 and names[1] in accepted:
-        return lambda inputs, train: net(inputs, train)
     raise TypeError(
-        f"net must take (inputs, train), got the arguments {names}. Write for example "
+        "net must take its inputs and train (or is_training, deterministic, ...), got the "
+        f"arguments {names}, none of which is known to be the mode. Write for example "
         "lambda x, train: Net()(x, is_training=train)."
     )
 

@@ -47,8 +47,6 @@ conv3d = Axes((2, 3, 4, 1, 0))
 # Flax's ConvTranspose (transpose_kernel=False) wants it in and out swapped back, and mirrored.
 conv_transpose1d = Axes((2, 0, 1), flip=(0,))
 conv_transpose2d = Axes((2, 3, 0, 1), flip=(0, 1))
-
-
 conv_transpose3d = Axes((2, 3, 4, 0, 1), flip=(0, 1, 2))
 
 
@@ -59,6 +57,22 @@ def flattened(channels: int, *window: int) -> Axes:
     """
     places = tuple(range(2, 2 + len(window)))
     return Axes((*places, 1, 0), split=(None, (channels, *window)), join=(len(window) + 1, 1))
+
+
+def unflattened(channels: int, *window: int) -> Axes:
+    """A linear layer whose outputs become a map: the kernel of `nn.Linear(n, 64 * 7 * 7)`.
+
+    `unflattened_vector` is its bias, or a vector of anything else that is one number per place.
+    """
+    places = tuple(range(1, 1 + len(window)))
+    last = len(places) + 1
+    return Axes((last, *places, 0), split=((channels, *window), None), join=(1, last))
+
+
+def unflattened_vector(channels: int, *window: int) -> Axes:
+    """One number per channel and place of a flattened map: `[C * H * W]` and `[H * W * C]`."""
+    places = tuple(range(1, 1 + len(window)))
+    return Axes((*places, 0), split=((channels, *window),), join=(len(places) + 1,))
 
 
 class Rule(NamedTuple):
@@ -126,8 +140,9 @@ def convention(
     `kernel`, `scale` and `embedding` become `weight`, `mean` and `var` become `running_mean` and
     `running_var`; a leading `params` or `batch_stats` is not part of the torch name. Matrices are
     transposed. What a shape does not tell must be said: whether a kernel of more axes is of a
-    convolution, a transposed convolution or a stack of layers, and whether a linear layer reads a
-    flattened map.
+    convolution, a transposed convolution or a stack of layers, whether a linear layer reads a
+    flattened map or makes one (its inputs or outputs are a multiple of a convolution's channels),
+    and what a scale or bias of several axes is in torch.
 
         naming.convention(variables, axes=[
             (".*/conv\\d/kernel", naming.conv2d),
@@ -147,10 +162,10 @@ def convention(
     torch_names |= {"mean": "running_mean", "var": "running_var"}
     flat = trees.flatten(tree)
     said = _said(tree, list(flat), axes)
-    unclear = [text for path in flat if path not in said and (text := _unclear(path, flat))]
+    unclear = [text for path in flat if path not in said and (text := _unclear(path, flat, said))]
     if unclear:
         raise ValueError(
-            "the axes of these kernels cannot be told from their shapes; say them with "
+            "the axes of these leaves cannot be told from their shapes; say them with "
             "axes=[(path, naming.conv2d), ...]:\n  " + "\n  ".join(unclear[:12])
         )
     rules = []
@@ -178,25 +193,50 @@ def _said(
     return {path: axes[number][1] for path, number in numbers if number >= 0}
 
 
-def _unclear(path: str, flat: Mapping[str, Any]) -> str | None:
-    """Why a kernel's axes cannot be told from its shape; None if they can."""
-    shape = tuple(flat[path].shape)
-    kernels = {p: tuple(x.shape) for p, x in flat.items() if p.split("/")[-1] == "kernel"}
-    if path not in kernels or len(shape) < 2:
-        return None
-    if len(shape) > 2:
+def _unclear(path: str, flat: Mapping[str, Any], said: Mapping[str, Axes]) -> str | None:
+    """Why a leaf's axes cannot be told from its shape; None if they can."""
+    shape, name = tuple(flat[path].shape), path.split("/")[-1]
+    kernels = [tuple(x.shape) for p, x in flat.items() if p.split("/")[-1] == "kernel"]
+    maps = [other for other in kernels if len(other) > 2]
+    start = f"{path} {list(shape)}: "
+    if name == "kernel" and len(shape) > 2:
         kind = {3: "conv1d", 4: "conv2d", 5: "conv3d"}.get(len(shape))
-        known = (
-            f"naming.{kind}, naming.{kind.replace('conv', 'conv_transpose')} or " if kind else ""
-        )
-        return f"{path} {list(shape)}: {known}Axes(...)"
-    # A matrix whose inputs are no layer's outputs but a multiple of a convolution's.
-    others = [other for p, other in kernels.items() if p != path]
-    maps = {other[-1] for other in others if len(other) > 2}
-    made = {other[-1] for other in others}
-    if shape[0] in made or not any(shape[0] % channels == 0 for channels in maps):
+        transposed = f"naming.{kind}, naming.{kind.replace('conv', 'conv_transpose')} or "
+        return start + (transposed if kind else "") + "Axes(...)"
+    if name == "kernel" and len(shape) == 2:
+        if any(_is_multiple(shape[0], channels) for *_, channels in maps):
+            return start + "naming.flattened(channels, height, width), or naming.linear"
+        # What another layer reads is no map, and nobody makes an image of four channels or fewer.
+        read = {other[0] for other in kernels if len(other) == 2}
+        wanted = [other[-2] for other in maps if other[-2] > 4]
+        if shape[1] not in read and any(_is_multiple(shape[1], n) for n in wanted):
+            return start + "naming.unflattened(channels, height, width), or naming.linear"
         return None
-    return f"{path} {list(shape)}: naming.flattened(channels, height, width), or naming.linear"
+    if name in ("scale", "bias", "mean", "var"):
+        if len(shape) > 1:
+            return start + "Axes(...)"
+        # A vector beside a flattened map, unless a layer has as many outputs of its own.
+        made = {x.shape[1] for p, x in flat.items() if _is_linear(p, x, said)}
+        if shape and shape[0] not in made and shape[0] in _flattened_lengths(said):
+            return start + "naming.unflattened_vector(channels, height, width), or naming.same"
+    return None
+
+
+def _is_multiple(length: int, channels: int) -> bool:
+    return channels > 1 and length > channels and length % channels == 0
+
+
+def _is_linear(path: str, leaf: Any, said: Mapping[str, Axes]) -> bool:
+    """Whether a leaf is the kernel of a linear layer whose outputs are no map."""
+    axes = said.get(path, linear)
+    is_map = axes.split is not None and len(axes.split) == 2 and axes.split[0] is not None
+    return path.split("/")[-1] == "kernel" and len(leaf.shape) == 2 and not is_map
+
+
+def _flattened_lengths(said: Mapping[str, Axes]) -> set[int]:
+    """Lengths of the maps that rules flatten."""
+    flattening = [axes for axes in said.values() if axes.join is not None]
+    return {math.prod(parts) for axes in flattening for parts in axes.split or () if parts}
 
 
 def _translated(name: str, table: Sequence[tuple[str, str, Axes]], hint: str) -> tuple[str, Axes]:

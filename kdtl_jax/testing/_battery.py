@@ -287,7 +287,8 @@ def hyperparameters(subject: Subject) -> Iterator[str]:
     """Numbers among the hyper-parameters: a scalar or, where that has a meaning, one per example.
 
     Any other shape raises ValueError: `[1]`, `[B, 1]` and `[B + 1]` would broadcast into something
-    else. One per example must act on its own example. Integers are sizes, never arrays.
+    else. Complex numbers raise TypeError. One per example must act on its own example. Integers are
+    sizes, never arrays.
     """
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
         args = _subject.arguments(subject, np.float64)
@@ -303,17 +304,20 @@ def hyperparameters(subject: Subject) -> Iterator[str]:
                 jax.eval_shape(partial(subject.loss, **several), *args)
                 yield f"{name}[1]: must raise, it is a size"
 
-        def outcome(name: str, *shape: int) -> Any:
+        def outcome(name: str, *shape: int, dtype: Any = np.float64) -> Any:
             def loss(x: Any) -> Any:
                 return subject.loss(*args, **hyper | {name: x})
 
             try:
-                return jax.eval_shape(loss, jax.ShapeDtypeStruct(shape, np.float64))
+                return jax.eval_shape(loss, jax.ShapeDtypeStruct(shape, dtype))
             except Exception as error:
                 return error
 
         batch, accepted = subject.batch, {}
         for name, number in numbers.items():
+            error = outcome(name, dtype=np.complex128)
+            if not isinstance(error, (TypeError, ValueError)):
+                yield f"{name}: complex must raise TypeError, its imaginary part would be lost"
             for shape in ((1,), (batch, 1), (batch + 1,)):
                 error = outcome(name, *shape)
                 if not isinstance(error, ValueError):
