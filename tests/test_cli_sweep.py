@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kdtl_jax.cli import main, parse
-from kdtl_jax.datasets import Splits, Standardizer, digits
+from kdtl_jax.datasets import Splits, digits
 from kdtl_jax.models import mlp
 from kdtl_jax.recipes import _axes, _models, _pair, _training, sweep
 from kdtl_jax.recipes.settings import UsageError
@@ -37,9 +37,16 @@ def pair() -> tuple[Any, Any, Any]:
         frozen = teacher.init(jax.random.key(7), example)
         index = np.arange(32, dtype=np.int32)
         arrays = {"inputs": few.inputs, "labels": few.labels, "index": index}
-        unit = Standardizer(np.zeros((), np.float32), np.ones((), np.float32))
         made = _pair.Pair(
-            Splits(few, few, few), unit, arrays, "mlp:8", teacher, student, None, {}, example
+            Splits(few, few, few),
+            _models.About(),
+            arrays,
+            "mlp:8",
+            teacher,
+            student,
+            None,
+            {},
+            example,
         )
         setup = _pair.setup(made, frozen, steps=4, batch_size=BATCH)
         entry = _pair.entries()["kd"]

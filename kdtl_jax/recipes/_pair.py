@@ -1,6 +1,6 @@
 """A teacher and a student on one data set: what `kdtl distill` and `kdtl sweep` begin with."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 
-from kdtl_jax import methods, models, train, trees
+from kdtl_jax import methods, models, train
 from kdtl_jax._types import ModelFn, Variables
-from kdtl_jax.datasets import Splits, Standardizer
+from kdtl_jax.datasets import Splits
 from kdtl_jax.methods import Entry, Method, Setup
 from kdtl_jax.recipes import _models, _seeds, _training
 from kdtl_jax.recipes._models import About, Network
 from kdtl_jax.recipes._training import Experiment, Point
-from kdtl_jax.run import report, scores, teacher_cache
+from kdtl_jax.run import teacher_cache
 
 TEACHER, BASELINE = "teacher", "student_alone"
 DEFAULT_TEACHER = "mlp:128,64"
@@ -25,8 +26,8 @@ DEFAULT_TEACHER = "mlp:128,64"
 class Pair(NamedTuple):
     """Data, and the two networks that learn from it."""
 
-    splits: Splits  # scaled
-    scaling: Standardizer  # as the teacher's file says, or measured on the training part
+    splits: Splits  # scaled, as the teacher's file says or by the training part
+    about: About  # what the file of a model of this pair says, but for the model
     arrays: dict[str, Any]  # of the training part: "inputs", "labels", "index"
     teacher_text: str
     teacher: Network
@@ -59,7 +60,8 @@ def read(settings: Any, *, dtype: Any = None) -> Pair:
     )
     given = None if path is None else _models.load(path, large, example)
     files = {"data": settings.data, **({} if path is None else {"teacher_weights": path})}
-    return Pair(splits, scaling, arrays, text, large, small, given, files, example)
+    about = About(None, part.classes, scaling, part.names)
+    return Pair(splits, about, arrays, text, large, small, given, files, example)
 
 
 def setup(
@@ -95,22 +97,18 @@ def entries() -> dict[str, Entry]:
     return {entry.name: entry for entry in methods.table()}
 
 
-def build(entry: Entry, setup: Setup, temperature: Any, weights: Mapping[str, Any]) -> Method:
-    """A method with the user's temperature, where it has one, and weights of its terms."""
-    own = (
-        {}
-        if temperature is None or not methods.takes_temperature(entry)
-        else {"temperature": temperature}
-    )
-    method = entry.build(setup, **own)
-    return method._replace(weights={**method.weights, **weights})
+def build(entry: Entry, setup: Setup, temperature: Any) -> Method:
+    """A method with the user's temperature, where it has one."""
+    if temperature is None or not methods.takes_temperature(entry):
+        return entry.build(setup)
+    return entry.build(setup, temperature=temperature)
 
 
 def student(
-    pair: Pair,
     net: Network,
     method: Method,
     tx: optax.GradientTransformation,
+    begin: Callable[[Array, Any], Variables],
     *,
     teacher: ModelFn | None = None,
     microbatches: int = 1,
@@ -120,10 +118,10 @@ def student(
     """`net` learning by a method; `shared` is the live teacher's variables, or None.
 
     Args:
-      pair: for the shape of inputs.
       net: the network that is trained.
       method: its terms.
       tx: the optimizer.
+      begin: `begin(key, shared) -> variables`, where it starts.
       teacher: a live one; None: its outputs are in the batches, or there is none.
       microbatches: parts of a batch.
       view: augmentation, from `_training.views`.
@@ -135,13 +133,13 @@ def student(
 
     def start(point: Point, shared: Any) -> train.TrainState:
         keys = _training.keys(point["seed"])
-        fresh = net.init(keys.model, pair.example)
+        first = begin(keys.model, shared)
         return train.init_state(
-            fresh.params,
+            first.params,
             tx,
             key=keys.steps,
             connectors=method.connectors(keys.connectors),
-            model_state=fresh.model_state,
+            model_state=first.model_state,
             memory=method.memory(keys.memory),
         )
 
@@ -160,56 +158,33 @@ def student(
 
 
 def taught(
-    pair: Pair,
-    run: _seeds.Run,
-    tx: Callable[[int], optax.GradientTransformation],
-    *,
-    epochs: int,
-    described: Mapping[str, Any],
-) -> tuple[Variables, report.Row, np.ndarray]:
-    """The teacher, given or trained here: its variables, its row, the classes it names `[test]`."""
-    steps = epochs * (len(pair.arrays["labels"]) // run.batch_size)
-    blank = setup(pair, None, steps=steps, batch_size=run.batch_size)
-    learner = student(pair, pair.teacher, methods.alone(blank), tx(steps))
+    pair: Pair, run: _seeds.Run, task: Method, tx: optax.GradientTransformation, epochs: int
+) -> tuple[Variables, _seeds.Trained]:
+    """The teacher's variables, given or trained here on the task alone, and its scores."""
+    points = _training.points(1)
     if pair.given is None:
-        trained = _seeds.train_seeds(TEACHER, learner, _training.points(1), None, run, epochs)
-        state, seconds = trained.state, trained.seconds
+        learner = student(
+            pair.teacher, task, tx, lambda key, _: pair.teacher.init(key, pair.example)
+        )
+        trained = _seeds.train_seeds(TEACHER, learner, points, None, run, epochs)
     else:
-        state = jax.jit(jax.vmap(learner.start, in_axes=(0, None)))(_training.points(1), None)
-        stacked = jax.tree.map(lambda x: jnp.asarray(x)[None], tuple(pair.given))
-        state, seconds = state._replace(params=stacked[0], model_state=stacked[1]), 0.0
-    name = _seeds.evaluation(learner, None, True, run.mesh)
-    validation, test = (name(state, part.inputs) for part in pair.splits[1:])
-    frozen = Variables(*_training.pick((state.params, state.model_state), 0))
-    row = report.Row(
-        TEACHER,
-        TEACHER,
-        "Teacher",
-        trees.count(frozen.params),
-        report.interval(scores.accuracy(test, pair.splits.test.labels)),
-        report.interval(scores.accuracy(validation, pair.splits.validation.labels)),
-        seconds,
-        described,
-    )
-    return frozen, row, test[0]
-
-
-def about(pair: Pair, text: str) -> About:
-    """What the file of a model of this pair shall say."""
-    part = pair.splits.train
-    return About(text, part.classes, pair.scaling, part.names)
+        learner = student(pair.teacher, task, tx, lambda key, given: given)
+        trained = _seeds.train_seeds(TEACHER, learner, points, pair.given, run, 0)
+    state = trained.state
+    return Variables(*_training.pick((state.params, state.model_state), 0)), trained
 
 
 def build_all(
     entries: Sequence[Entry], setup: Setup, settings: Any
-) -> tuple[dict[str, tuple[Entry | None, Method]], list[str]]:
+) -> tuple[dict[str, Method], list[str]]:
     """The baseline and the methods that apply, with the user's weights; notes on the others."""
-    notes = [f"{e.name} does not apply: {why}." for e in entries if (why := e.applies(setup))]
-    fitting: list[Entry] = [entry for entry in entries if entry.applies(setup) is None]
-    built: dict[str, tuple[Entry | None, Method]] = {BASELINE: (None, methods.alone(setup))}
-    for entry in fitting:
-        built[entry.name] = entry, build(entry, setup, settings.temperature, {})
-    terms = {name: sorted(method.weights) for name, (_, method) in built.items()}
+    built, notes = {BASELINE: methods.alone(setup)}, []
+    for entry in entries:
+        if (why := entry.applies(setup)) is None:
+            built[entry.name] = build(entry, setup, settings.temperature)
+        else:
+            notes.append(f"{entry.name} does not apply: {why}.")
+    terms = {name: sorted(method.weights) for name, method in built.items()}
     for key, weight in settings.weights.items():
         name, dot, term = key.rpartition(".")
         asked = [name] if dot else [name for name in terms if name != BASELINE]
@@ -222,8 +197,8 @@ def build_all(
             )
         for name in having:  # method.term wins over term
             if dot or f"{name}.{term}" not in settings.weights:
-                entry, method = built[name]
-                built[name] = entry, method._replace(weights={**method.weights, term: weight})
+                method = built[name]
+                built[name] = method._replace(weights={**method.weights, term: weight})
     return built, notes
 
 

@@ -19,11 +19,11 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kdtl_jax import train
-from kdtl_jax.datasets import Dataset
+from kdtl_jax import train, trees
+from kdtl_jax.datasets import Splits
 from kdtl_jax.objective import Metrics
 from kdtl_jax.recipes._training import CHECKS, Experiment, Point, keys, pick
-from kdtl_jax.run import checkpoint, data, loop, scores, sharding
+from kdtl_jax.run import checkpoint, data, loop, report, scores, sharding
 from kdtl_jax.train import Batch, TrainState
 
 EVALUATION_BATCH = 512
@@ -41,10 +41,9 @@ class Run(NamedTuple):
     resume: bool
     batch_size: int
     arrays: Mapping[str, Any]  # [N, ...]: "inputs", "labels", "index", cached outputs as "teacher"
-    validation: Dataset
+    splits: Splits  # accuracy is measured on the last two
     rows: np.ndarray | None = None  # [S, n], what each seed sees; None: everything
     mesh: Mesh | None = None
-    microbatches: int = 1
     one_by_one: bool = False  # also where seeds could advance together
     save_every: int | None = None  # epochs; None: at the end
     say: Callable[[str, bool], None] = lambda text, last: None
@@ -57,7 +56,10 @@ class Trained(NamedTuple):
     state: TrainState  # stacked
     in_turn: bool  # seed after seed, or all at once
     epochs: list[int]  # at which validation accuracy was recorded
-    validation: np.ndarray  # [checks, S]
+    curve: np.ndarray  # [checks, S], validation accuracy along the way
+    validation: np.ndarray  # [S], at the end
+    test: np.ndarray  # [S]
+    named: np.ndarray  # [S, test examples], the classes named
     skipped: list[int]  # per seed: updates left out because they were not finite
     seconds: float
 
@@ -76,7 +78,7 @@ def train_seeds(
       points: one per seed, every leaf `[S, ...]`.
       shared: what all seeds read, such as a live teacher's variables.
       run: data, folder and placement.
-      epochs: passes over each seed's examples.
+      epochs: passes over each seed's examples; 0 measures what it starts from.
 
     Raises:
       SystemExit: after a signal, with the state saved.
@@ -88,18 +90,22 @@ def train_seeds(
     single = loop.skip_nonfinite(
         lambda state, batch, teacher_params=None: experiment.step(state, batch, *teacher_params)
     )
-    in_turn = run.one_by_one or _convolves(single, state, points, shared, run)
+    in_turn = not epochs or run.one_by_one or _convolves(single, state, points, shared, run)
     step = _in_turn(single, seeds) if in_turn else _together(single)
     order = jax.vmap(lambda seed: keys(seed).order)(points["seed"])
     source = _source_in_turn(run, order) if in_turn else _source_together(run, order)
-    given, place = (points, shared), jax.device_put
-    if run.mesh is not None:
-        mesh = run.mesh
+    given, mesh = (points, shared), run.mesh
+
+    def place(batch: Any) -> Any:
+        if mesh is None:
+            return jax.device_put(batch)
+        return sharding.place(batch, mesh, smallest=NEVER)
+
+    if mesh is not None:
         state = sharding.place(state, mesh)
         step = sharding.keep_placement(_placed(step, mesh, 0 if in_turn else 1), state)
         given = sharding.place(given, mesh, smallest=NEVER)
-        place = lambda batch: sharding.place(batch, mesh, smallest=NEVER)  # noqa: E731
-    evaluate = evaluation(experiment, shared, in_turn, run.mesh)
+    evaluate = evaluation(experiment, shared, in_turn, mesh)
 
     home = run.folder / "checkpoints" / name
     owner = {"run": run.identity, "method": name}
@@ -107,8 +113,12 @@ def train_seeds(
     calls = seeds if in_turn else 1  # per step of a seed
     before = float(meta.get("seconds", 0.0))
 
+    def on_validation(state: TrainState) -> np.ndarray:
+        part = run.splits.validation
+        return scores.accuracy(evaluate(state, part.inputs), part.labels)
+
     def validate(state: TrainState) -> dict[str, Any]:
-        found = scores.accuracy(evaluate(state, run.validation.inputs), run.validation.labels)
+        found = on_validation(state)
         epoch = int(state.step) // calls // per_epoch
         run.say(
             f"{name}: epoch {epoch} of {epochs}, validation accuracy {100 * found.mean():.1f} %",
@@ -123,7 +133,7 @@ def train_seeds(
     evaluations = list(meta.get("evaluations", []))
     evaluated = [line["step"] for line in evaluations]
     total = epochs * per_epoch * calls
-    if at < total or at not in evaluated:  # a signal may have come before the last one
+    if epochs and (at < total or at not in evaluated):  # a signal may have come before the last one
         epoch = per_epoch * calls
         with (
             checkpoint.open_folder(home, keep=checkpoint.newest(1), owner=owner) as checkpoints,
@@ -148,13 +158,43 @@ def train_seeds(
             )
         state, evaluations = result.state, result.evaluations
         before += time.perf_counter() - begun
+    curve = np.array([line[EVALUATION] for line in evaluations], np.float64)
+    named = evaluate(state, run.splits.test.inputs)
     return Trained(
         state,
         in_turn,
         [line["step"] // calls // per_epoch for line in evaluations],
-        np.array([line[EVALUATION] for line in evaluations], np.float64),
-        _skipped(run, name, per_epoch),
+        curve,
+        curve[-1] if evaluations else on_validation(state),
+        scores.accuracy(named, run.splits.test.labels),
+        named,
+        _skipped(run, name, per_epoch) if epochs else [],
         before,
+    )
+
+
+def row(
+    method: str,
+    family: str,
+    label: str,
+    params: Any,
+    trained: Trained,
+    settings: Mapping[str, Any],
+    *,
+    teacher: Trained | None = None,
+) -> report.Row:
+    """A line of the table; with a teacher, the share of test examples on which both agree."""
+    same = None if teacher is None else (trained.named == teacher.named).mean(axis=1)
+    return report.Row(
+        method,
+        family,
+        label,
+        trees.count(params),
+        report.interval(trained.test),
+        report.interval(trained.validation),
+        trained.seconds,
+        settings,
+        None if same is None else report.interval(same),
     )
 
 

@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kdtl_jax import methods, trees
+from kdtl_jax import methods
 from kdtl_jax._types import Variables
 from kdtl_jax.datasets import per_class
 from kdtl_jax.recipes import _models, _output, _pair, _seeds, _training
 from kdtl_jax.recipes import settings as types
-from kdtl_jax.recipes._pair import BASELINE
+from kdtl_jax.recipes._pair import BASELINE, TEACHER
 from kdtl_jax.recipes.settings import UsageError, setting
-from kdtl_jax.run import processes, report, scores, sharding
+from kdtl_jax.run import processes, report, sharding
 from kdtl_jax.train import precision
 
 STUDENTS = "distillation"  # their family in the table
@@ -159,7 +159,7 @@ def run(settings: Settings) -> int:
         "layers": settings.layers,
     }
     # Once with a blank teacher, so that what cannot work is said before one is trained.
-    _pair.build_all(entries, _pair.setup(pair, None, **of_setup), settings)
+    built, _ = _pair.build_all(entries, _pair.setup(pair, None, **of_setup), settings)
 
     def tx(steps: int) -> Any:
         rate = settings.learning_rate or _training.RATES[settings.optimizer]
@@ -179,19 +179,21 @@ def run(settings: Settings) -> int:
             resume=settings.resume,
             batch_size=settings.batch_size,
             arrays=pair.arrays,
-            validation=pair.splits.validation,
+            splits=pair.splits,
             mesh=mesh,
             one_by_one=settings.one_by_one,
             save_every=settings.save_every,
             say=_output.seldom(say),
         )
         say(f"teacher{'' if pair.given is None else f', from {settings.teacher_weights}'}")
+        steps = settings.teacher_epochs * (len(inputs) // settings.batch_size)
+        frozen, teacher = _pair.taught(
+            pair, common, built[BASELINE], tx(steps), settings.teacher_epochs
+        )
         described = {"epochs": settings.teacher_epochs, "batch_size": settings.batch_size}
         if pair.given is not None:
             described = {"weights": settings.teacher_weights}
-        frozen, row, named_by_teacher = _pair.taught(
-            pair, common, tx, epochs=settings.teacher_epochs, described=described
-        )
+        row = _seeds.row(TEACHER, TEACHER, "Teacher", frozen.params, teacher, described)
 
         # Its outputs are computed once where they stay the same and fit, else it runs along.
         view, arrays, live = None, pair.arrays, None
@@ -200,37 +202,37 @@ def run(settings: Settings) -> int:
         shapes = _models.output_shapes(pair.teacher, pair.example).values()
         total = len(inputs) * sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in shapes)
         if settings.teacher_cache is not None:
-            outputs = _pair.cached_outputs(
-                Path(settings.teacher_cache), pair, frozen, settings.precision
-            )
-            arrays = {**arrays, "teacher": outputs}
+            cache = Path(settings.teacher_cache)
+            arrays |= {"teacher": _pair.cached_outputs(cache, pair, frozen, settings.precision)}
         elif view is not None or total > CACHE_BYTES:
             live = pair.teacher.apply
         else:
-            arrays = {**arrays, "teacher": _models.outputs(pair.teacher, frozen, inputs)}
+            arrays |= {"teacher": _models.outputs(pair.teacher, frozen, inputs)}
 
         # The students.
         setup = _pair.setup(pair, frozen, **of_setup)
         built, notes = _pair.build_all(entries, setup, settings)
-        common = common._replace(arrays=arrays, rows=rows, finished=(_pair.TEACHER,))
+        known = {entry.name: entry for entry in entries}
+        common = common._replace(arrays=arrays, rows=rows, finished=(TEACHER,))
         points, table, learning, failed = _training.points(settings.seeds), [row], {}, []
         best: tuple[float, str, Variables] | None = None
-        for i, (name, (entry, method)) in enumerate(built.items()):
+        for i, (name, method) in enumerate(built.items()):
             say(f"{name} ({i + 1} of {len(built)})")
-            teacher = live if entry is not None else None
+            entry, reads = known.get(name), live is not None and name != BASELINE
             learner = _pair.student(
-                pair,
                 pair.student,
                 method,
                 tx(of_setup["steps"]),
-                teacher=teacher,
+                lambda key, _: pair.student.init(key, pair.example),
+                teacher=live if reads else None,
                 microbatches=settings.microbatches,
                 view=view,
                 per_epoch=per_epoch,
             )
-            shared = None if teacher is None else frozen
             try:
-                trained = _seeds.train_seeds(name, learner, points, shared, common, settings.epochs)
+                trained = _seeds.train_seeds(
+                    name, learner, points, frozen if reads else None, common, settings.epochs
+                )
             except (ValueError, TypeError) as error:
                 if entry is None:
                     raise
@@ -238,64 +240,75 @@ def run(settings: Settings) -> int:
                 failed.append(name)
                 continue
             common = common._replace(finished=(*common.finished, name))
-            on_test = _seeds.evaluation(learner, shared, trained.in_turn, mesh)(
-                trained.state, pair.splits.test.inputs
-            )
-            validation = report.interval(trained.validation[-1])
-            state = trained.state
+            state, label = trained.state, "Student alone" if entry is None else entry.title
             params = _training.pick((state.params, state.connectors), 0)
             described = {
                 "epochs": settings.epochs,
                 "batch_size": settings.batch_size,
-                "weights": {t: number_of(w) for t, w in method.weights.items()},
+                "weights": {
+                    term: "schedule" if callable(weight) else round(float(weight), 6)
+                    for term, weight in method.weights.items()
+                },
                 "ran": "seed by seed" if trained.in_turn else "all seeds at once",
                 **({} if entry is None else {"paper": entry.paper}),
                 **({"skipped_updates": trained.skipped} if any(trained.skipped) else {}),
             }
-            table.append(
-                report.Row(
-                    name,
-                    STUDENTS,
-                    "Student alone" if entry is None else entry.title,
-                    trees.count(params[0] if method.predict is None else params),
-                    report.interval(scores.accuracy(on_test, pair.splits.test.labels)),
-                    validation,
-                    trained.seconds,
-                    described,
-                    report.interval((on_test == named_by_teacher).mean(axis=1)),
-                )
-            )
+            used = params[0] if method.predict is None else params  # at inference
+            row = _seeds.row(name, STUDENTS, label, used, trained, described, teacher=teacher)
+            table.append(row)
             learning[name] = {
                 "epoch": [float(epoch) for epoch in trained.epochs],
-                "validation_accuracy": trained.validation.mean(axis=1).tolist(),
+                "validation_accuracy": trained.curve.mean(axis=1).tolist(),
             }
             if any(trained.skipped):
                 notes.append(
                     f"{name}: updates that were not finite were left out, per seed "
                     f"{trained.skipped}."
                 )
-            if not np.isfinite(validation.mean):
+            if not np.isfinite(row.validation.mean):
                 notes.append(f"{name} diverged: logits are not finite, and it is ranked last.")
-            elif method.predict is None and (best is None or validation.mean > best[0]):
+            elif method.predict is None and (best is None or row.validation.mean > best[0]):
                 variables = _training.pick((state.params, state.model_state), 0)
-                best = validation.mean, name, Variables(*variables)
+                best = row.validation.mean, name, Variables(*variables)
         if jax.process_index() != 0:
             return 0
 
-        _models.save(
-            folder / "teacher.safetensors", frozen, _pair.about(pair, pair.teacher_text), {}
-        )
+        files: list[tuple[str, str, Variables, dict[str, str]]] = [
+            ("teacher", pair.teacher_text, frozen, {})
+        ]
         if best is not None:
-            about = _pair.about(pair, settings.student)
             more = {"method": best[1], "seed": "0"}
-            _models.save(folder / "student.safetensors", best[2], about, more)
+            files.append(("student", settings.student, best[2], more))
+        for name, text, variables, more in files:
+            about = pair.about._replace(model=text)
+            _models.save(folder / f"{name}.safetensors", variables, about, more)
+        sizes = {name: len(part.labels) for name, part in pair.splits._asdict().items()}
+        seen = f"{settings.per_class} per class, drawn anew for every seed"
+        data = {
+            "name": pair.splits.train.name,
+            "classes": classes,
+            **sizes,
+            "student_examples": seen if settings.per_class else "all",
+        }
+        about_data = (
+            f"Data: {data['name']}, {data['train']} training, {data['validation']} validation and "
+            f"{data['test']} test examples. The teacher ({pair.teacher_text}) sees all training "
+            f"examples, students ({settings.student}) {data['student_examples']}. A seed has the "
+            "same start and the same batches under every method. Nothing was chosen on the test "
+            "split."
+        )
+        comparisons = len(table) - 2
+        by_chance = (
+            f"Each of the {comparisons} comparisons stands by itself at 95 %: about "
+            f"{round(comparisons / 20)} would look clear by chance alone."
+        )
         results = report.Results(
             "kdtl distill: one teacher, students by several methods",
-            data_of(pair, settings),
+            data,
             report.compared(table, {STUDENTS: BASELINE}),
             learning,
             {},
-            [*notes_on(pair, settings, len(table) - 2), *notes, programs()],
+            [about_data, *([by_chance] if comparisons >= 10 else []), *notes, programs()],
         )
         _output.finish(folder, results)
     if failed:
@@ -328,11 +341,6 @@ def few_rows(pair: _pair.Pair, settings: Settings) -> np.ndarray | None:
     return np.stack([part.inputs for part in few])
 
 
-def number_of(weight: Any) -> float | str:
-    """A weight for the record."""
-    return "schedule" if callable(weight) else round(float(weight), 6)
-
-
 @contextlib.contextmanager
 def hint_of_resuming(folder: Path) -> Iterator[None]:
     """After a signal, says how to go on."""
@@ -345,31 +353,3 @@ def hint_of_resuming(folder: Path) -> Iterator[None]:
             file=sys.stderr,
         )
         raise
-
-
-def data_of(pair: _pair.Pair, settings: Settings) -> dict[str, Any]:
-    """The data's entry in results.json."""
-    seen = f"{settings.per_class} per class, drawn anew for every seed"
-    return {
-        "name": pair.splits.train.name,
-        "classes": pair.splits.train.classes,
-        **{name: len(part.labels) for name, part in pair.splits._asdict().items()},
-        "student_examples": seen if settings.per_class else "all",
-    }
-
-
-def notes_on(pair: _pair.Pair, settings: Settings, comparisons: int) -> list[str]:
-    """What a reader of the table should know."""
-    data = data_of(pair, settings)
-    notes = [
-        f"Data: {data['name']}, {data['train']} training, {data['validation']} validation and "
-        f"{data['test']} test examples. The teacher ({pair.teacher_text}) sees all training "
-        f"examples, students ({settings.student}) {data['student_examples']}. A seed has the same "
-        "start and the same batches under every method. Nothing was chosen on the test split."
-    ]
-    if comparisons >= 10:
-        notes.append(
-            f"Each of the {comparisons} comparisons stands by itself at 95 %: about "
-            f"{round(comparisons / 20)} would look clear by chance alone."
-        )
-    return notes

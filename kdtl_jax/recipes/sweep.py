@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import train, transforms
+from kdtl_jax import methods, train, transforms
 from kdtl_jax._types import Params, Variables
 from kdtl_jax.methods import Entry, Setup
 from kdtl_jax.recipes import _axes, _models, _output, _pair, _seeds, _sweep_report, _training
@@ -153,12 +153,12 @@ def run(settings: Settings) -> None:
         say(f"teacher{'' if pair.given is None else f', from {settings.teacher_weights}'}")
         common = _seeds.Run(
             folder=folder, identity=where.run, resume=False, batch_size=settings.batch_size,
-            arrays=pair.arrays, validation=pair.splits.validation,
+            arrays=pair.arrays, splits=pair.splits,
         )  # fmt: skip
-        frozen, teacher, _ = _pair.taught(
-            pair, common, lambda steps: tx_of({}, steps), epochs=settings.teacher_epochs,
-            described={},
-        )  # fmt: skip
+        tx = tx_of({}, settings.teacher_epochs * (size // settings.batch_size))
+        frozen, teacher = _pair.taught(
+            pair, common, methods.alone(blank), tx, settings.teacher_epochs
+        )
         setup = _pair.setup(pair, frozen, **of_setup)
         outputs = _models.outputs(pair.teacher, frozen, pair.arrays["inputs"])
         if all(entry.needs in ("labels", "logits") for entry in entries):
@@ -180,7 +180,12 @@ def run(settings: Settings) -> None:
                           known, say)
             )  # fmt: skip
         results = _sweep_report.Sweep(
-            pair, settings, swept, [*notes, programs()], teacher.validation.mean, teacher.test.mean
+            pair,
+            settings,
+            swept,
+            [*notes, programs()],
+            float(teacher.validation[0]),
+            float(teacher.test[0]),
         )
         _sweep_report.write(folder, results)
     _sweep_report.print_table(results)
@@ -200,7 +205,7 @@ def student(pair: _pair.Pair, entry: Entry, setup: Setup, tx: Callable[[Point], 
         return train.init_state(params, tx(point), key=keys.steps, model_state=fresh.model_state)
 
     def step(state: Any, batch: Any, point: Point, shared: Shared) -> Any:
-        plain = _pair.build(entry, setup, point.get("temperature"), {})
+        plain = _pair.build(entry, setup, point.get("temperature"))
         factor = point.get("weight")
         weights = {
             term: weight if factor is None or term == "task" else times(weight, factor)

@@ -110,8 +110,8 @@ def merged(settings: Settings) -> tuple[Rewrite, Settings]:
     slices = _slices(recipe, path, known)
     shared = _parameters(recipe, f"{path}: parameters", known)
     named = [source.model for each in slices for source in each.sources]
-    models = dict.fromkeys([*([base] if base else []), *named])
-    inputs = {model: _checkpoints.opened(model, "a model", "") for model in models}
+    models: list[str] = [*([base] if base else []), *named]
+    inputs = {m: _checkpoints.opened(m, "a model", "") for m in dict.fromkeys(models)}
     transforms.refuse_codes({k: v for one in inputs.values() for k, v in one.specs.items()})
     if method.base == "needs" and base is None:
         raise ValueError(f"merge_method {name} needs base_model.")
