@@ -1,10 +1,38 @@
-"""Language models: text, packing, sampling.
+"""Language models: text, packing, sampling, and the methods that distill them.
 
 Decoders themselves are in `kdtl_jax.models`, their losses in `kdtl_jax.losses`.
 """
 
+from kdtl_jax.language._methods import LanguageMethod as LanguageMethod
+from kdtl_jax.language._methods import Learner as Learner
+from kdtl_jax.language._methods import Setup as Setup
+from kdtl_jax.language._methods import gkd as gkd
+from kdtl_jax.language._methods import kd as kd
+from kdtl_jax.language._methods import methods as methods
+from kdtl_jax.language._methods import minillm as minillm
+from kdtl_jax.language._methods import opd as opd
+from kdtl_jax.language._methods import opd_sampled as opd_sampled
+from kdtl_jax.language._methods import privileged as privileged
+from kdtl_jax.language._methods import qad as qad
+from kdtl_jax.language._methods import self_ as self_
+from kdtl_jax.language._methods import self_ema as self_ema
+from kdtl_jax.language._methods import seqkd as seqkd
+from kdtl_jax.language._methods import sft as sft
+from kdtl_jax.language._rollouts import Rollout as Rollout
+from kdtl_jax.language._rollouts import of_student as of_student
+from kdtl_jax.language._rollouts import of_teacher as of_teacher
+from kdtl_jax.language._rollouts import on_samples as on_samples
+from kdtl_jax.language._rollouts import rollout as rollout
 from kdtl_jax.language._sampling import Samples as Samples
 from kdtl_jax.language._sampling import Sequences as Sequences
 from kdtl_jax.language._sampling import joined as joined
 from kdtl_jax.language._sampling import sample as sample
 from kdtl_jax.language._sampling import sampling_log_probs as sampling_log_probs
+from kdtl_jax.language._terms import cross_entropy as cross_entropy
+from kdtl_jax.language._terms import divergence as divergence
+from kdtl_jax.language._terms import log_probs as log_probs
+from kdtl_jax.language._terms import model as model
+from kdtl_jax.language._terms import next_tokens as next_tokens
+from kdtl_jax.language._terms import rewards_to_go as rewards_to_go
+from kdtl_jax.language._terms import sampled_reverse_kl as sampled_reverse_kl
+from kdtl_jax.language._terms import together as together

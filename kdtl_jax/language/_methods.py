@@ -1,0 +1,309 @@
+"""Distillation of language models: each method as a function from a setup to a step.
+
+    setup = language.Setup(student.model, optax.adamw(1e-4), teacher=teacher.model, prompt=64)
+    learner = language.opd(setup)
+    state = learner.begin(train.init_state(student.params, setup.tx, key=key))
+    loop.run(learner.step, state, source, teacher.params, steps=1000)
+
+| method | tokens | loss |
+|---|---|---|
+| `sft` | the data's | cross-entropy |
+| `kd` | the data's | divergence, forward KL |
+| `seqkd` | the teacher's | cross-entropy |
+| `gkd` | the student's in a share of the steps, else the data's | generalized JSD |
+| `opd` | the student's | reverse KL, exact at every position |
+| `opd_sampled` | the student's | reverse KL from the sampled tokens alone |
+| `minillm` | the student's | reverse KL of whole sequences |
+| `self_` | the student's | reverse KL to the weights it started from, told more |
+| `self_ema` | the student's | the same, the teacher following the student |
+| `qad` | the data's | forward KL of the quantized student to its full precision |
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from kdtl_jax import losses, train, trees
+from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Scalar
+from kdtl_jax.language import _rollouts, _terms
+from kdtl_jax.language._terms import Divergence, Weights, as_they_are
+from kdtl_jax.models import Decoder, segment_positions
+from kdtl_jax.objective import TermsFn
+from kdtl_jax.train import Step, TrainState, mean_teachers
+
+
+class Setup(NamedTuple):
+    """What a method is built from.
+
+    Attributes:
+      student: the decoder that is trained.
+      tx: the optimizer.
+      teacher: the decoder of the step's `teacher_params`; None is the student's.
+      weights: from what is trained to the student's parameters (see `model`).
+      trainable: selector over what is trained.
+      prompt: columns of the prompt, for methods that sample.
+      divergence: None is the method's own.
+      task: weight of the cross-entropy with the data beside a divergence on the data.
+      share: of GKD's steps that learn from the student's samples.
+      beta: of GKD's divergence.
+      decay: of the following teacher.
+      temperature, top_k, top_p, stop_tokens: of sampling; losses are at temperature 1.
+      microbatches: parts of a batch.
+      chunk_size: tokens whose logits exist at a time.
+    """
+
+    student: Decoder
+    tx: optax.GradientTransformation
+    teacher: Decoder | None = None
+    weights: Weights = as_they_are
+    trainable: trees.Selector = trees.everything
+    prompt: int = 0
+    divergence: Divergence | None = None
+    task: float = 0.0
+    share: float = 0.5
+    beta: float = 0.5
+    decay: float = 0.95
+    temperature: Scalar = 1.0
+    top_k: int | None = None
+    top_p: Scalar | None = None
+    stop_tokens: Sequence[int] = ()
+    microbatches: int = 1
+    chunk_size: int = _terms.CHUNK
+
+
+class Learner(NamedTuple):
+    """A method's step, and what makes its first state of `train.init_state`'s."""
+
+    step: Step
+    begin: Callable[[TrainState], TrainState]
+
+
+class LanguageMethod(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    title: str
+    paper: str
+    build: Callable[[Setup], Learner]
+    samples: bool = False  # whether rows need a prompt
+    teaches_itself: bool = False  # whether teacher_params are the weights it starts from
+
+
+def sft(setup: Setup) -> Learner:
+    """Fine-tuning on the data."""
+    step = _step(setup, _cross_entropy(setup), {"task": 1.0}, teacher=None)
+    return Learner(step, _unchanged)
+
+
+def kd(setup: Setup) -> Learner:
+    """A divergence to the teacher on the data, forward KL by default.
+
+    References:
+      Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (1503.02531).
+    """
+    step = _distilled(setup, losses.forward_kl, _teacher(setup))
+    return Learner(step, _unchanged)
+
+
+def seqkd(setup: Setup) -> Learner:
+    """Fine-tuning on completions that the teacher samples, anew in every step.
+
+    References:
+      Kim and Rush, Sequence-Level Knowledge Distillation, 2016 (1606.07947), who take the mode by
+      beam search; samples are what large models are distilled from today.
+    """
+    step = _step(setup, _cross_entropy(setup), {"task": 1.0}, teacher=None)
+    draw = _draw(setup, setup.teacher or setup.student)
+    return Learner(_rollouts.on_samples(step, draw, _rollouts.of_teacher), _unchanged)
+
+
+def gkd(setup: Setup) -> Learner:
+    """Generalized JSD on the student's samples in `share` of the steps, on the data in the others.
+
+    References:
+      Agarwal et al., On-Policy Distillation of Language Models, 2023 (2306.13649).
+    """
+    step = _distilled(setup, partial(losses.jsd_gkd, beta=setup.beta), _teacher(setup))
+    draw = _draw(setup, setup.student)
+    return Learner(_rollouts.on_samples(step, draw, _own(setup), share=setup.share), _unchanged)
+
+
+def opd(setup: Setup) -> Learner:
+    """`sum_v p_S (log p_S - log p_T)` at every position of the student's own samples.
+
+    The sum over the vocabulary is exact and differentiated; the tokens are constants.
+    """
+    step = _distilled(setup._replace(task=0.0), losses.reverse_kl, _teacher(setup))
+    draw = _draw(setup, setup.student)
+    return Learner(_rollouts.on_samples(step, draw, _own(setup)), _unchanged)
+
+
+def opd_sampled(setup: Setup) -> Learner:
+    """`opd` from the log-probabilities of the sampled tokens alone: unbiased, of more variance."""
+    terms = _terms.sampled_reverse_kl(chunk_size=setup.chunk_size)
+    step = _step(setup, terms, {"kd": 1.0}, teacher=_teacher(setup))
+    draw = _draw(setup, setup.student)
+    return Learner(_rollouts.on_samples(step, draw, _own(setup)), _unchanged)
+
+
+def minillm(setup: Setup) -> Learner:
+    """Reverse KL of whole sequences: what a token does to those after it counts as well.
+
+    References:
+      Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2023 (2306.08543).
+    """
+    terms = _terms.together(
+        _terms.divergence(losses.reverse_kl, chunk_size=setup.chunk_size),
+        _terms.rewards_to_go(chunk_size=setup.chunk_size),
+    )
+    step = _step(setup, terms, {"kd": 1.0, "long": 1.0}, teacher=_teacher(setup))
+    draw = _draw(setup, setup.student)
+    return Learner(_rollouts.on_samples(step, draw, _own(setup)), _unchanged)
+
+
+def self_(setup: Setup) -> Learner:
+    """The weights it starts from are its teacher, with a privileged prompt, on its own samples.
+
+    `inputs["privileged"]` holds `tokens` and `segments` `[B, P']` of the teacher's prompt, at least
+    as wide as the student's, padded on the left.
+
+    References:
+      Self-Distilled Reasoner (OPSD), 2026 (2601.18734); Self-Distillation Fine-Tuning, 2026
+      (2601.19897). Both papers state the reverse KL.
+    """
+    teacher = privileged(_teacher_model(setup, as_they_are), setup.prompt)
+    step = _distilled(setup._replace(task=0.0), losses.reverse_kl, teacher)
+    draw = _draw(setup, setup.student)
+    return Learner(_rollouts.on_samples(step, draw, _own(setup)), _unchanged)
+
+
+def self_ema(setup: Setup) -> Learner:
+    """`self_` whose teacher is the moving average of the student. It takes no `teacher_params`."""
+    teacher = privileged(_teacher_model(setup, setup.weights), setup.prompt)
+    step = _distilled(setup._replace(task=0.0), losses.reverse_kl, teacher)
+    step = mean_teachers.follow(step, decay=setup.decay)
+    draw = _draw(setup, setup.student)
+    return Learner(_rollouts.on_samples(step, draw, _own(setup)), mean_teachers.begin)
+
+
+def qad(setup: Setup) -> Learner:
+    """Forward KL to the teacher, the student computing with quantized weights (`setup.weights`).
+
+    References:
+      Quantization-Aware Distillation for NVFP4 Inference Accuracy Recovery, 2026 (2601.20088).
+    """
+    return kd(setup)
+
+
+def methods() -> tuple[LanguageMethod, ...]:
+    """The table of methods."""
+    return (
+        LanguageMethod("sft", "Fine-tuning", "", sft),
+        LanguageMethod("kd", "Distillation on the data", "1503.02531", kd),
+        LanguageMethod("seqkd", "Sequence-level distillation", "1606.07947", seqkd, True),
+        LanguageMethod("gkd", "Generalized distillation", "2306.13649", gkd, True),
+        LanguageMethod("opd", "On-policy distillation", "2306.13649", opd, True),
+        LanguageMethod("opd_sampled", "On-policy, sampled", "2306.13649", opd_sampled, True),
+        LanguageMethod("minillm", "MiniLLM", "2306.08543", minillm, True),
+        LanguageMethod("self", "Self-distillation", "2601.18734", self_, True, True),
+        LanguageMethod("self_ema", "Self-distillation, EMA", "2601.19897", self_ema, True, True),
+        LanguageMethod("qad", "Quantization-aware distillation", "2601.20088", qad),
+    )
+
+
+def privileged(teacher: ModelFn, prompt: int) -> ModelFn:
+    """The teacher on its own prompt with the student's completion; outputs as if on the student's.
+
+    Args:
+      teacher: from `model`.
+      prompt: P, columns of the student's prompt.
+
+    Returns:
+      A model function of inputs with an entry `"privileged"`; its hidden states `[B, L, width]`
+      stand where the student's do, from the prompt's last column on.
+    """
+
+    def apply(
+        params: Params,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, PyTree]:
+        told, width = inputs["privileged"], inputs["privileged"]["tokens"].shape[1]
+        if width < prompt:
+            raise ValueError(
+                f"the privileged prompt must have at least the prompt's {prompt} columns, got "
+                f"{width}. Pad it on the left, with segment 0."
+            )
+
+        def joined(name: str) -> Array:
+            return jnp.concatenate([told[name], inputs[name][:, prompt:]], axis=1)
+
+        segments = joined("segments")
+        whole = {
+            "tokens": joined("tokens"),
+            "segments": segments,
+            "positions": segment_positions(segments),
+        }
+        outputs, model_state = teacher(params, model_state, whole)
+        return {**outputs, "hidden": outputs["hidden"][:, width - prompt :]}, model_state
+
+    return apply
+
+
+def _step(setup: Setup, terms: TermsFn, weights: Any, *, teacher: ModelFn | None) -> Step:
+    return train.make_step(
+        _terms.model(setup.student, setup.weights),
+        terms,
+        weights,
+        setup.tx,
+        teacher=teacher,
+        trainable=setup.trainable,
+        microbatches=setup.microbatches,
+    )
+
+
+def _distilled(setup: Setup, own: Divergence, teacher: ModelFn) -> Step:
+    """A divergence, and the cross-entropy beside it where that has a weight."""
+    terms = _terms.divergence(setup.divergence or own, chunk_size=setup.chunk_size)
+    if not setup.task:
+        return _step(setup, terms, {"kd": 1.0}, teacher=teacher)
+    both = _terms.together(terms, _cross_entropy(setup))
+    return _step(setup, both, {"kd": 1.0, "task": setup.task}, teacher=teacher)
+
+
+def _cross_entropy(setup: Setup) -> TermsFn:
+    return _terms.cross_entropy(chunk_size=setup.chunk_size)
+
+
+def _teacher(setup: Setup) -> ModelFn:
+    return _terms.model(setup.teacher or setup.student)
+
+
+def _teacher_model(setup: Setup, weights: Weights) -> ModelFn:
+    return _terms.model(setup.student, weights)
+
+
+def _draw(setup: Setup, decoder: Decoder) -> _rollouts.Rollout:
+    return _rollouts.rollout(
+        decoder,
+        prompt=setup.prompt,
+        temperature=setup.temperature,
+        top_k=setup.top_k,
+        top_p=setup.top_p,
+        stop_tokens=setup.stop_tokens,
+    )
+
+
+def _own(setup: Setup) -> _rollouts.Choice:
+    return lambda state, teacher_params: setup.weights(state.params)
+
+
+def _unchanged(state: TrainState) -> TrainState:
+    return state

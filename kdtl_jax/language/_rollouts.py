@@ -1,0 +1,142 @@
+"""Learning from samples: what a batch holds is continued by a model inside the compiled step.
+
+    draw = language.rollout(decoder, prompt=32, temperature=1.0)
+    step = language.on_samples(train.make_step(...), draw, of_student)
+
+A row's first `prompt` columns are its prompt, padded on the left; the rest is its completion, of
+which a rollout keeps only the length. The tokens are constants: nothing is differentiated through
+the sampling.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax._types import Params, Scalar
+from kdtl_jax.language._sampling import joined, sample
+from kdtl_jax.models import Decoder, segment_positions
+from kdtl_jax.objective import Metrics
+from kdtl_jax.train import Batch, Step, TrainState
+
+Tokens = dict[str, Array]
+Rollout = Callable[[Params, Any, Array], Tokens]  # (parameters, token batch, key) -> token batch
+Choice = Callable[[TrainState, Any], Params]  # (state, teacher_params) -> parameters that sample
+_APART = 2**31 - 1  # the sampler's key is folded with a number that no microbatch has
+
+
+def rollout(
+    decoder: Decoder,
+    *,
+    prompt: int,
+    temperature: Scalar = 1.0,
+    top_k: int | None = None,
+    top_p: Scalar | None = None,
+    stop_tokens: Sequence[int] = (),
+) -> Rollout:
+    """`draw(params, tokens, key)`: every row's prompt with a sampled completion.
+
+    Args:
+      decoder: the model that samples.
+      prompt: columns of the prompt, at least 1; the row's other columns are sampled.
+      temperature, top_k, top_p: as for `sample`.
+      stop_tokens: a completion ends with one of these.
+
+    Returns:
+      The function. What it returns has the shape of the row, `learned` on sampled tokens, and
+      `log_probs` `[B, L]`, the sampler's, 0 elsewhere.
+    """
+
+    def draw(params: Params, tokens: Any, key: Array) -> Tokens:
+        rows, length = tokens["tokens"].shape
+        if not 0 < prompt < length:
+            raise ValueError(f"prompt must lie in 1..{length - 1}, got {prompt}.")
+        prompts = tokens["tokens"][:, :prompt]
+        mask = jnp.ones(prompts.shape, jnp.bool_)
+        if "segments" in tokens:
+            mask = tokens["segments"][:, :prompt] > 0
+            # A row of padding alone still needs a token; it is not learned.
+            mask = mask.at[:, -1].set(True)
+        samples = sample(
+            decoder,
+            params,
+            prompts,
+            keys=jax.random.split(key, rows),
+            length=length - prompt,
+            prompt_mask=mask,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_tokens=stop_tokens,
+        )
+        whole = joined(prompts, samples, prompt_mask=mask)
+        log_probs = jnp.pad(samples.log_probs, ((0, 0), (prompt, 0)))
+        drawn = {
+            "tokens": whole.tokens,
+            "segments": whole.segments,
+            "positions": segment_positions(whole.segments),
+            "learned": whole.is_sampled,
+            "log_probs": log_probs,
+        }
+        return jax.lax.stop_gradient(drawn)
+
+    return draw
+
+
+def of_student(state: TrainState, teacher_params: Any) -> Params:
+    """What is trained."""
+    return state.params
+
+
+def of_teacher(state: TrainState, teacher_params: Any) -> Params:
+    """What it learns from."""
+    return teacher_params
+
+
+def on_samples(step: Step, draw: Rollout, choice: Choice = of_student, *, share: float = 1) -> Step:
+    """A step that learns from samples of `choice(state, teacher_params)` instead of the data.
+
+    Args:
+      step: from `train.make_step`.
+      draw: from `rollout`; a state whose parameters are not the decoder's (an adapter's, say) needs
+        a `choice` that makes them so.
+      choice: `of_student`, `of_teacher`, or a function of state and teacher.
+      share: of the steps that learn from samples; the others learn from the data as it is (GKD's
+        lambda).
+    """
+
+    def sampled(
+        state: TrainState, batch: Batch, teacher_params: Any = None
+    ) -> tuple[TrainState, Metrics]:
+        own = jax.random.fold_in(jax.random.fold_in(state.key, state.step), _APART)
+        key_choice, key = jax.random.split(own)
+        given = batch["inputs"]
+
+        def drawn() -> Tokens:
+            return draw(choice(state, teacher_params), given, key)
+
+        if share >= 1:
+            tokens = drawn()
+        else:
+            is_drawn = jax.random.uniform(key_choice) < share
+            tokens = jax.lax.cond(is_drawn, drawn, lambda: _as_drawn(given))
+        kept = {n: x for n, x in given.items() if n not in tokens}
+        return step(state, {**batch, "inputs": {**kept, **tokens}}, teacher_params)
+
+    return sampled
+
+
+def _as_drawn(given: Any) -> Tokens:
+    """A batch of data with every entry that a drawn one has."""
+    tokens = jnp.asarray(given["tokens"], jnp.int32)
+    segments = jnp.asarray(given.get("segments", jnp.ones_like(tokens)), jnp.int32)
+    positions = given.get("positions", segment_positions(segments))
+    return {
+        "tokens": tokens,
+        "segments": segments,
+        "positions": jnp.asarray(positions, jnp.int32),
+        "learned": jnp.asarray(given.get("learned", segments > 0), jnp.bool_),
+        "log_probs": jnp.zeros(tokens.shape, jnp.float32),
+    }

@@ -1,0 +1,245 @@
+"""Decoders as model functions, and terms on tokens whose logits are made in chunks.
+
+A batch of the step is `{"inputs": tokens}` where `tokens` is a token batch:
+
+- `tokens` int32 `[B, L]`; `segments` int32 `[B, L]`, 0 for padding, and `positions` int32 `[B, L]`
+  within the segment, both optional;
+- `learned` bool `[B, L]`: the tokens that are targets. Each is predicted one position earlier, in
+  the same segment. This is the loss mask; `segments` is the attention mask.
+
+Outputs are `{"hidden": [B, L, width], "head": losses.Head}`. Every term is a `Mean`, so that sums
+and counts of microbatches, devices and padded rows add up to the whole batch exactly.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from kdtl_jax import losses
+from kdtl_jax._types import Mean, ModelFn, Outputs, Params, PyTree, Scalar
+from kdtl_jax.models import Decoder
+from kdtl_jax.objective import Inputs, TermsFn
+
+CHUNK = 256  # tokens whose logits exist at a time
+Divergence = Callable[[Array, Array], Array]  # [n, V], [n, V] -> [n]
+Weights = Callable[[Params], Params]
+
+
+def as_they_are(params: Params) -> Params:
+    """The weights themselves."""
+    return params
+
+
+def model(decoder: Decoder, weights: Weights = as_they_are) -> ModelFn:
+    """A model function of token batches, whose outputs are hidden states and the head.
+
+    Args:
+      decoder: `models.decoder(config)`, or a pretrained one's `.model`.
+      weights: from what is trained to the decoder's parameters, run inside the step: an adapter's
+        `lambda p: lora.apply(p.base, p.weights)`, or a fake quantization.
+    """
+
+    def apply(
+        params: Params,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, PyTree]:
+        own = weights(params)
+        hidden, _ = decoder.apply(
+            own, inputs["tokens"], inputs.get("positions"), inputs.get("segments")
+        )
+        outputs: dict[str, Any] = {"hidden": hidden, "head": decoder.head(own)}
+        return outputs, model_state
+
+    return apply
+
+
+def next_tokens(batch: Mapping[str, Array]) -> tuple[Array, Array]:
+    """What each position predicts: `(targets int32 [B, L], where bool [B, L])`.
+
+    Position i predicts token i + 1 if both are of one segment, not padding, and `learned[i + 1]`;
+    the last position predicts nothing. Without `segments` a row is one text, without `learned`
+    every token is a target.
+    """
+    tokens = batch["tokens"]
+    ones = jnp.ones(tokens.shape, jnp.int32)
+    segments, learned = batch.get("segments", ones), batch.get("learned", ones > 0)
+
+    def after(x: Array) -> Array:
+        return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
+
+    where = (segments > 0) & (segments == after(segments)) & after(learned)
+    return after(tokens), where
+
+
+def counted(inputs: Inputs) -> tuple[Array, Array]:
+    """`next_tokens` of the step's batch, without rows of weight 0."""
+    targets, where = next_tokens(inputs.batch["inputs"])
+    return targets, where if inputs.real is None else where & inputs.real[:, None]
+
+
+def cross_entropy(*, chunk_size: int = CHUNK) -> TermsFn:
+    """The terms `{"task": mean of -log p_S(next token)}`, nats per learned token."""
+
+    def terms(inputs: Inputs) -> dict[str, Mean]:
+        targets, where = counted(inputs)
+        task = losses.chunked_loss(
+            optax.softmax_cross_entropy_with_integer_labels,
+            inputs.student["hidden"],
+            _head(inputs.student),
+            jnp.where(where, targets, 0),
+            where=where,
+            chunk_size=chunk_size,
+        )
+        return {"task": task}
+
+    return terms
+
+
+def divergence(loss: Divergence, *, chunk_size: int = CHUNK) -> TermsFn:
+    """The terms `{"kd": mean of loss(student logits, teacher logits)}` over learned tokens.
+
+    Args:
+      loss: `losses.forward_kl`, `reverse_kl`, `jsd_normalized`, `skew_forward_kl`, … with its
+        hyper-parameters bound by `functools.partial`.
+      chunk_size: tokens whose logits exist at a time.
+    """
+
+    def terms(inputs: Inputs) -> dict[str, Mean]:
+        _, where = counted(inputs)
+        kd = losses.chunked_divergence(
+            loss,
+            inputs.student["hidden"],
+            _head(inputs.student),
+            inputs.teacher["hidden"],
+            _head(inputs.teacher),
+            where=where,
+            chunk_size=chunk_size,
+        )
+        return {"kd": kd}
+
+    return terms
+
+
+def together(*parts: TermsFn) -> TermsFn:
+    """The terms of several functions, none of which carries memory."""
+
+    def terms(inputs: Inputs) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for part in parts:
+            more: Any = part(inputs)
+            found |= more
+        return found
+
+    return terms
+
+
+def sampled_reverse_kl(*, chunk_size: int = CHUNK) -> TermsFn:
+    """The terms `{"kd": mean of -rho sg[log p_T(y) - log p_S(y)]}` over sampled tokens y.
+
+    `rho = p_S(y) / p_sampler(y)` carries the gradient: its expectation is that of the reverse KL
+    at every position, tokens before it constant. The batch's inputs hold `log_probs` of the
+    sampler, as a rollout gives them. Exact per-position KL has the same expectation and far less
+    variance; this is for teachers that only score tokens.
+    """
+
+    def loss(teacher_head: losses.Head, logits: Array, targets: Any) -> Array:
+        tokens, teacher_hidden, sampler = targets
+        ours = losses.token_log_probs(logits, tokens)
+        theirs = losses.token_log_probs(losses.head_logits(teacher_hidden, teacher_head), tokens)
+        advantage = jax.lax.stop_gradient(theirs - ours)
+        return -jnp.exp(ours - sampler.astype(ours.dtype)) * advantage
+
+    def terms(inputs: Inputs) -> dict[str, Mean]:
+        tokens, where = counted(inputs)
+        targets = (jnp.where(where, tokens, 0), inputs.teacher["hidden"], _sampler(inputs))
+        kd = losses.chunked_loss(
+            partial(loss, jax.lax.stop_gradient(_head(inputs.teacher))),
+            inputs.student["hidden"],
+            _head(inputs.student),
+            targets,
+            where=where,
+            chunk_size=chunk_size,
+        )
+        return {"kd": kd}
+
+    return terms
+
+
+def rewards_to_go(*, discount: Scalar = 1.0, chunk_size: int = CHUNK) -> TermsFn:
+    """MiniLLM's long part: `{"long": mean of -rho_t sg[R_{t+1}]}` over sampled tokens.
+
+    `R_{t+1}` is the mean of `discount^{t'-t-1} (log p_T - log p_S)(y_t')` over the tokens after t
+    (the length normalization of the paper), 0 at the last. With the exact reverse KL at each
+    position, the paper's single-step part, this is its gradient, without mixing the teacher into
+    the sampler and without clipping, which one update per sample does not need.
+
+    References:
+      Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2023 (2306.08543), eq. 5.
+    """
+
+    def loss(logits: Array, targets: Any) -> Array:
+        tokens, returns, sampler = targets
+        ours = losses.token_log_probs(logits, tokens)
+        return -jnp.exp(ours - sampler.astype(ours.dtype)) * returns
+
+    def terms(inputs: Inputs) -> dict[str, Mean]:
+        tokens, where = counted(inputs)
+        tokens = jnp.where(where, tokens, 0)
+        ours, theirs = (
+            log_probs(out["hidden"], _head(out), tokens, chunk_size=chunk_size)
+            for out in (inputs.student, inputs.teacher)
+        )
+        rewards = jax.lax.stop_gradient(jnp.where(where, theirs - ours, 0))
+        factor = jnp.asarray(discount, rewards.dtype)
+
+        def back(carry: tuple[Array, Array], now: tuple[Array, Array]) -> Any:
+            total, count = carry
+            reward, is_real = now
+            value = total / jnp.maximum(count, 1)
+            # A position that does not count leaves what comes after it as it is.
+            total = jnp.where(is_real, reward + factor * total, total)
+            return (total, count + is_real.astype(total.dtype)), value
+
+        start = jnp.zeros(rewards.shape[0], rewards.dtype)
+        _, returns = jax.lax.scan(back, (start, start), (rewards.T, where.T), reverse=True)
+        long = losses.chunked_loss(
+            loss,
+            inputs.student["hidden"],
+            _head(inputs.student),
+            (tokens, returns.T, _sampler(inputs)),
+            where=where,
+            chunk_size=chunk_size,
+        )
+        return {"long": long}
+
+    return terms
+
+
+def log_probs(hidden: Array, head: losses.Head, tokens: Array, *, chunk_size: int = CHUNK) -> Array:
+    """`log p(tokens)` `[B, L]` at every position, logits made in chunks; not differentiated."""
+    hidden, head = jax.lax.stop_gradient((hidden, head))
+
+    def one(row: tuple[Array, Array]) -> Array:
+        return losses.token_log_probs(losses.head_logits(row[0], head), row[1])
+
+    rows = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
+    return jax.lax.map(one, rows, batch_size=chunk_size).reshape(tokens.shape)
+
+
+def _head(outputs: Outputs) -> losses.Head:
+    head: Any = outputs["head"]
+    return head
+
+
+def _sampler(inputs: Inputs) -> Array:
+    """The sampler's log-probability of the token that each position predicts."""
+    return jnp.pad(inputs.batch["inputs"]["log_probs"][:, 1:], ((0, 0), (0, 1)))

@@ -1,0 +1,206 @@
+"""Language terms and methods: what is counted, what is learned from, two steps of each method."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from kdtl_jax import language, losses, models, train
+
+CONFIG = models.DecoderConfig(
+    vocabulary=12,
+    width=8,
+    layers=1,
+    heads=2,
+    key_heads=1,
+    head_width=4,
+    hidden=12,
+    ropes=(models.Rope((1.0, 0.1)),),
+    is_tied=True,
+)
+DECODER = models.decoder(CONFIG)
+MODEL = language.model(DECODER)
+STUDENT, TEACHER = (
+    jax.tree.map(lambda x: 8 * x, DECODER.init(jax.random.key(seed))) for seed in (0, 1)
+)
+TX = optax.sgd(0.1)
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def batch(rows: int = 4, length: int = 8, seed: int = 0) -> dict[str, Any]:
+    """Rows of two packed texts, padding at the end, some tokens not learned."""
+    draw = np.random.default_rng(seed)
+    segments = np.ones((rows, length), np.int32)
+    segments[:, length // 2 :] = 2
+    segments[0, -2:] = 0
+    learned = draw.random((rows, length)) < 0.7
+    tokens = draw.integers(1, 12, (rows, length)).astype(np.int32)
+    return {"inputs": {"tokens": tokens, "segments": segments, "learned": learned & (segments > 0)}}
+
+
+def dense(inputs: dict[str, Any], params: Any) -> jax.Array:
+    hidden, _ = DECODER.apply(params, inputs["tokens"], None, inputs["segments"])
+    return losses.head_logits(hidden, DECODER.head(params))
+
+
+def test_a_position_predicts_the_next_token_of_its_own_text():
+    targets, where = language.next_tokens(
+        {
+            "tokens": jnp.asarray([[5, 6, 7, 8, 0]]),
+            "segments": jnp.asarray([[1, 1, 2, 2, 0]]),
+            "learned": jnp.asarray([[True, True, True, True, True]]),
+        }
+    )
+    assert targets.tolist() == [[6, 7, 8, 0, 0]]
+    assert where.tolist() == [[True, False, True, False, False]]
+
+
+def test_the_terminating_token_is_learned_though_padding_has_its_number():
+    tokens, completion = jnp.asarray([[4, 7, 2, 2, 2]]), jnp.asarray([[0, 1, 1, 0, 0]]) > 0
+    segments = jnp.asarray([[1, 1, 1, 0, 0]])
+    _, where = language.next_tokens({"tokens": tokens, "segments": segments, "learned": completion})
+    assert where.tolist() == [[True, True, False, False, False]]
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_terms_are_means_over_learned_tokens_whatever_the_parts(microbatches: int):
+    terms = language.together(
+        language.cross_entropy(chunk_size=5), language.divergence(losses.reverse_kl, chunk_size=5)
+    )
+    step = train.make_step(
+        MODEL, terms, {"task": 1.0, "kd": 0.5}, TX, teacher=MODEL, microbatches=microbatches
+    )
+    given = batch()
+    state = train.init_state(STUDENT, TX, key=jax.random.key(0))
+    new, metrics = jax.jit(step)(state, given, TEACHER)
+
+    def loss(params: Any) -> Any:
+        targets, where = language.next_tokens(jax.tree.map(jnp.asarray, given["inputs"]))
+        ours, theirs = dense(given["inputs"], params), dense(given["inputs"], TEACHER)
+        task = optax.softmax_cross_entropy_with_integer_labels(ours, targets)
+        kd = losses.reverse_kl(ours, theirs)
+        means = [jnp.sum(jnp.where(where, x, 0)) / jnp.sum(where) for x in (task, kd)]
+        return means[0] + 0.5 * means[1], means
+
+    (value, means), gradient = jax.value_and_grad(loss, has_aux=True)(STUDENT)
+    np.testing.assert_allclose(train.values(metrics)["loss"], value, rtol=1e-5)
+    np.testing.assert_allclose(train.values(metrics)["kd"], means[1], rtol=1e-5)
+    for a, b, g in zip(*map(jax.tree.leaves, (new.params, STUDENT, gradient)), strict=True):
+        np.testing.assert_allclose(a, b - 0.1 * g, atol=2e-6)
+
+
+def test_rows_of_weight_zero_and_padding_change_nothing():
+    step = jax.jit(train.make_step(MODEL, language.cross_entropy(), {"task": 1.0}, TX))
+    given = batch()
+    padded = jax.tree.map(lambda x: np.concatenate([x, x[:2]]), given)
+    padded["weights"] = np.asarray([1, 1, 1, 1, 0, 0], np.float32)
+    state = train.init_state(STUDENT, TX, key=jax.random.key(0))
+    one, two = step(state, given)[0], step(state, padded)[0]
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
+
+
+def prompts(rows: int = 4) -> dict[str, Any]:
+    """Prompts of three columns, one of them short, and completions of five."""
+    given = batch(rows)["inputs"]
+    segments = np.ones((rows, 8), np.int32)
+    segments[0, 0] = 0
+    told = {"tokens": given["tokens"][:, :5], "segments": np.ones((rows, 5), np.int32)}
+    learned = np.arange(8) >= 3
+    learned = np.broadcast_to(learned, segments.shape)
+    inputs = {"tokens": given["tokens"], "segments": segments, "learned": learned}
+    return {"inputs": {**inputs, "privileged": told}}
+
+
+SETUP = language.Setup(DECODER, TX, prompt=3, stop_tokens=(2,), chunk_size=16)
+
+
+@pytest.mark.parametrize("method", language.methods(), ids=lambda m: m.name)
+def test_every_method_makes_steps_that_repeat(method: language.LanguageMethod):
+    learner = method.build(SETUP)
+    given, step = prompts(), jax.jit(learner.step)
+    teacher = None if method.name == "self_ema" else TEACHER
+
+    def two_steps() -> Any:
+        state = learner.begin(train.init_state(STUDENT, TX, key=jax.random.key(0)))
+        state, _ = step(state, given, teacher)
+        return step(state, given, teacher)
+
+    (state, metrics), (again, _) = two_steps(), two_steps()
+    assert all(np.isfinite(x) for x in train.values(metrics).values())
+    assert metrics["loss"].weight > 0
+    changed = False
+    for a, b, start in zip(
+        *map(jax.tree.leaves, (state.params, again.params, STUDENT)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+        changed |= bool(np.any(np.asarray(a) != np.asarray(start)))
+    assert changed
+
+
+def test_a_rollout_keeps_the_prompt_and_learns_what_it_sampled():
+    given = prompts()["inputs"]
+    draw = language.rollout(DECODER, prompt=3, stop_tokens=(2,))
+    found = jax.jit(draw)(STUDENT, given, jax.random.key(3))
+    np.testing.assert_array_equal(found["tokens"][:, :3], given["tokens"][:, :3])
+    np.testing.assert_array_equal(found["segments"][:, :3], given["segments"][:, :3])
+    np.testing.assert_array_equal(found["learned"], (found["segments"] > 0) & (np.arange(8) >= 3))
+    # The sampler's log-probabilities are the model's own at temperature 1.
+    inputs = jax.tree.map(np.asarray, dict(found))
+    logits = dense(inputs, STUDENT)
+    own = losses.token_log_probs(logits[:, :-1], found["tokens"][:, 1:])
+    where = np.asarray(found["learned"])[:, 1:]
+    np.testing.assert_allclose(
+        np.where(where, own, 0), np.where(where, found["log_probs"][:, 1:], 0), atol=1e-4
+    )
+
+
+def test_gkd_learns_from_the_data_in_the_other_steps():
+    kd = language.kd(SETUP._replace(divergence=partial(losses.jsd_gkd, beta=0.5)))
+    given = prompts()
+    state = train.init_state(STUDENT, TX, key=jax.random.key(0))
+    gkd = jax.jit(language.gkd(SETUP._replace(share=1e-9)).step)(state, given, TEACHER)[0]
+    kd = jax.jit(kd.step)(state, given, TEACHER)[0]
+    for a, b in zip(jax.tree.leaves(gkd.params), jax.tree.leaves(kd.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_a_privileged_teacher_sees_its_own_prompt_and_the_same_completion():
+    given = jax.tree.map(jnp.asarray, prompts()["inputs"])
+    outputs, _ = language.privileged(MODEL, 3)(TEACHER, None, given)
+    alone = {
+        "tokens": jnp.concatenate([given["privileged"]["tokens"], given["tokens"][:, 3:]], axis=1),
+        "segments": jnp.ones((4, 10), jnp.int32),
+    }
+    hidden = MODEL(TEACHER, None, alone)[0]["hidden"]
+    np.testing.assert_allclose(outputs["hidden"][:, 2:], hidden[:, 4:], atol=1e-6)
+
+
+def test_returns_are_means_of_later_rewards():
+    # The gradient of the long part by hand: -sum_t sg(R_t) grad log p(y_t) / count.
+    given = jax.tree.map(jnp.asarray, prompts()["inputs"])
+    drawn = language.rollout(DECODER, prompt=3)(STUDENT, given, jax.random.key(0))
+    targets, where = language.next_tokens(drawn)
+
+    def log_p(params: Any) -> Any:
+        return losses.token_log_probs(dense(drawn, params), targets, where=where)
+
+    gap = np.asarray(log_p(TEACHER) - log_p(STUDENT), np.float64)
+    returns = np.zeros_like(gap)
+    for row in range(4):
+        places = np.flatnonzero(where[row])
+        for i, place in enumerate(places[:-1]):
+            returns[row, place] = gap[row, places[i + 1 :]].mean()
+    weight = jnp.asarray(returns / np.sum(where), jnp.float32)
+    wanted = jax.grad(lambda p: -jnp.sum(weight * log_p(p)))(STUDENT)
+    step = train.make_step(
+        MODEL, language.rewards_to_go(chunk_size=7), {"long": 1.0}, TX, teacher=MODEL
+    )
+    state = train.init_state(STUDENT, TX, key=jax.random.key(0))
+    new = jax.jit(step)(state, {"inputs": drawn}, TEACHER)[0]
+    for a, b, g in zip(*map(jax.tree.leaves, (new.params, STUDENT, wanted)), strict=True):
+        np.testing.assert_allclose(a, b - 0.1 * g, rtol=1e-5, atol=1e-5)
