@@ -63,16 +63,26 @@ from kdtl_jax.losses._maps import catkd as catkd
 from kdtl_jax.losses._maps import factor_transfer as factor_transfer
 from kdtl_jax.losses._maps import hcl as hcl
 from kdtl_jax.losses._maps import wkd_feature as wkd_feature
+from kdtl_jax.losses._on_policy import entropy_aware_kl as entropy_aware_kl
+from kdtl_jax.losses._on_policy import student_top_k_reverse_kl as student_top_k_reverse_kl
 from kdtl_jax.losses._predictions import batch_correlation as batch_correlation
 from kdtl_jax.losses._predictions import class_correlation as class_correlation
 from kdtl_jax.losses._predictions import dist_inter as dist_inter
 from kdtl_jax.losses._predictions import dist_intra as dist_intra
 from kdtl_jax.losses._predictions import skd_direction as skd_direction
+from kdtl_jax.losses._random_sampling import (
+    random_sampling_cross_entropy as random_sampling_cross_entropy,
+)
 from kdtl_jax.losses._relations import cc as cc
 from kdtl_jax.losses._relations import pkt as pkt
 from kdtl_jax.losses._relations import rkd_angle as rkd_angle
 from kdtl_jax.losses._relations import rkd_distance as rkd_distance
 from kdtl_jax.losses._relations import sp as sp
+from kdtl_jax.losses._sampled import clipped_policy_gradient as clipped_policy_gradient
+from kdtl_jax.losses._sampled import kl_k2 as kl_k2
+from kdtl_jax.losses._sampled import kl_k3 as kl_k3
+from kdtl_jax.losses._sampled import policy_gradient as policy_gradient
+from kdtl_jax.losses._sampled import sampled_reverse_kl as sampled_reverse_kl
 from kdtl_jax.losses._topk import hinge_ranking as hinge_ranking
 from kdtl_jax.losses._topk import logistic_ranking as logistic_ranking
 from kdtl_jax.losses._topk import top_k_kl_renormalized as top_k_kl_renormalized
@@ -97,6 +107,7 @@ from kdtl_jax.losses._channels import flow_matrix as flow_matrix
 from kdtl_jax.losses._chunked import Head as Head
 from kdtl_jax.losses._chunked import chunked_divergence as chunked_divergence
 from kdtl_jax.losses._chunked import chunked_loss as chunked_loss
+from kdtl_jax.losses._chunked import chunked_map as chunked_map
 from kdtl_jax.losses._chunked import head_logits as head_logits
 from kdtl_jax.losses._contrast import unit_classes as unit_classes
 from kdtl_jax.losses._contrast import unit_features as unit_features
@@ -111,8 +122,19 @@ from kdtl_jax.losses._labels import virtual_teacher as virtual_teacher
 from kdtl_jax.losses._labels import wsld_weight as wsld_weight
 from kdtl_jax.losses._labels import zipf_targets as zipf_targets
 from kdtl_jax.losses._maps import attention_map as attention_map
+from kdtl_jax.losses._on_policy import in_student_top_k as in_student_top_k
+from kdtl_jax.losses._on_policy import top_k_overlap as top_k_overlap
 from kdtl_jax.losses._predictions import standardize_logits as standardize_logits
+from kdtl_jax.losses._random_sampling import WeightedClasses as WeightedClasses
+from kdtl_jax.losses._random_sampling import random_sampling_draws as random_sampling_draws
+from kdtl_jax.losses._random_sampling import random_sampling_targets as random_sampling_targets
 from kdtl_jax.losses._relations import gaussian_taylor_kernel as gaussian_taylor_kernel
+from kdtl_jax.losses._sampled import drop_gate as drop_gate
+from kdtl_jax.losses._sampled import iw_opd_weight as iw_opd_weight
+from kdtl_jax.losses._sampled import ratio_gate as ratio_gate
+from kdtl_jax.losses._sampled import reward_to_go as reward_to_go
+from kdtl_jax.losses._sampled import truncated_ratio as truncated_ratio
+from kdtl_jax.losses._sampled import whitened as whitened
 from kdtl_jax.losses._sequence import Shifted as Shifted
 from kdtl_jax.losses._sequence import TaidProgress as TaidProgress
 from kdtl_jax.losses._sequence import align_tokens as align_tokens
@@ -127,6 +149,7 @@ from kdtl_jax.losses._sequence import token_log_probs as token_log_probs
 from kdtl_jax.losses._topk import TopK as TopK
 from kdtl_jax.losses._topk import soften_top_k as soften_top_k
 from kdtl_jax.losses._topk import stored_top_k as stored_top_k
+from kdtl_jax.losses._topk import top_k_at as top_k_at
 from kdtl_jax.losses._topk import top_k_buckets as top_k_buckets
 from kdtl_jax.losses._topk import top_k_targets as top_k_targets
 from kdtl_jax.losses._transfer import delta_attention as delta_attention

@@ -129,23 +129,8 @@ def chunked_loss(
     Returns:
       `objective.Mean`: the sum over the tokens that count, and their number; float32 or wider.
     """
-    _check_head(hidden, head)
-    _checks.nonempty(hidden=hidden)
-    _checks.positive(chunk_size=chunk_size)
-    leading = jnp.shape(hidden)[:-1]
-    _checks.mask(where, leading)
-    for leaf in jax.tree.leaves(targets):
-        if jnp.shape(leaf)[: len(leading)] != leading:
-            raise ValueError(
-                f"targets must begin with the tokens' dimensions {list(leading)}, got "
-                f"{_checks.described(target=leaf, hidden=hidden)}."
-            )
-    if where is None:
-        where = jnp.ones(leading, jnp.bool_)
-    else:
-        # What does not count may be NaN, and 0 times NaN is no gradient: gone before arithmetic.
-        hidden, targets = jax.tree.map(lambda a: _numerics.kept(a, where), (hidden, targets))
-    rows = _chunks((hidden, targets, where), len(leading), chunk_size)
+    hidden, targets, where = _counted(hidden, head, targets, where, chunk_size)
+    rows = _chunks((hidden, targets, where), where.ndim, chunk_size)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rows)
     logits = jax.eval_shape(head_logits, shapes[0], head)
     # Arrays that the loss closes over become arguments, so that they too have a gradient.
@@ -167,6 +152,70 @@ def chunked_loss(
         rows[2],
     )
     return Mean(total, jnp.sum(where, dtype=total.dtype))
+
+
+def chunked_map(
+    fn: Callable[[Array, Any], PyTree],
+    hidden: Array,
+    head: Head,
+    targets: PyTree,
+    *,
+    where: Array | None = None,
+    chunk_size: int = 256,
+) -> PyTree:
+    """`fn(logits, targets)` of every token, logits made chunk by chunk (and again for gradients).
+
+    For numbers per token that are no sum yet: a teacher's log-probabilities at given classes
+    (`top_k_at`), the student's own (`token_log_probs`), its k likeliest (`top_k_targets`).
+
+    Args:
+      fn: `([n, V] logits, targets of n tokens) -> pytree of [n, *]`.
+      hidden: `[..., width]`; leading dimensions are tokens.
+      head: the output layer.
+      targets: pytree of arrays `[..., *]` with the same leading dimensions, `None` if there are
+        none; differentiated like everything else.
+      where: bool `[...]`, tokens that count; others may hold anything and give 0.
+      chunk_size: tokens per chunk, static.
+
+    Returns:
+      `fn`'s pytree with leaves `[..., *]`.
+    """
+    hidden, targets, where = _counted(hidden, head, targets, where, chunk_size)
+
+    @jax.checkpoint
+    def of_chunk(chunk: Any) -> PyTree:
+        return fn(head_logits(chunk[0], head), chunk[1])
+
+    values = jax.lax.map(of_chunk, _chunks((hidden, targets), where.ndim, chunk_size))
+
+    def joined(a: Array) -> Array:
+        a = jnp.moveaxis(a, 0, 1)
+        rows = a.reshape(-1, *a.shape[2:])[: where.size]
+        return _numerics.kept(rows.reshape(*where.shape, *a.shape[2:]), where)
+
+    return jax.tree.map(joined, values)
+
+
+def _counted(
+    hidden: Array, head: Head, targets: PyTree, where: Array | None, chunk_size: int
+) -> tuple[Array, PyTree, Array]:
+    """Checked; what does not count may be NaN, and 0 times NaN is no gradient: gone at once."""
+    _check_head(hidden, head)
+    _checks.nonempty(hidden=hidden)
+    _checks.positive(chunk_size=chunk_size)
+    leading = jnp.shape(hidden)[:-1]
+    _checks.mask(where, leading)
+    for leaf in jax.tree.leaves(targets):
+        if jnp.shape(leaf)[: len(leading)] != leading:
+            raise ValueError(
+                f"targets must begin with the tokens' dimensions {list(leading)}, got "
+                f"{_checks.described(target=leaf, hidden=hidden)}."
+            )
+    if where is None:
+        where = jnp.ones(leading, jnp.bool_)
+    else:
+        hidden, targets = jax.tree.map(lambda a: _numerics.kept(a, where), (hidden, targets))
+    return hidden, targets, where
 
 
 def _check_head(hidden: Array, head: Head) -> None:

@@ -58,6 +58,28 @@ def top_k_targets(teacher_logits: Array, *, k: int, temperature: Scalar = 1.0) -
     return TopK(indices, values, _log_rest(log_p, indices))
 
 
+def top_k_at(teacher_logits: Array, indices: Array, *, temperature: Scalar = 1.0) -> TopK:
+    """A dense teacher on k given classes, the student's most likely ones say, and its tail.
+
+    In chunks: `chunked_map(top_k_at, teacher_hidden, teacher_head, indices)`.
+
+    Args:
+      teacher_logits: `[..., num_classes]`.
+      indices: int `[..., k]`, all different within a row.
+      temperature: softens the teacher; the student must be given the same.
+    """
+    teacher, _ = _logspace.softened(teacher_logits, teacher_logits, temperature)
+    _checks.indices(teacher.shape[-1], indices=indices)
+    if jnp.ndim(indices) != teacher.ndim or jnp.shape(indices)[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            "indices must be [..., k] with the teacher's leading dimensions, got "
+            f"{_checks.described(teacher_logits=teacher_logits, indices=indices)}."
+        )
+    log_p = _numerics.log_softmax(teacher)
+    chosen = jnp.take_along_axis(log_p, indices, axis=-1)
+    return TopK(indices, chosen, _log_rest(log_p, indices))
+
+
 def stored_top_k(indices: Array, log_probs: Array) -> TopK:
     """`TopK` from stored classes and log-probabilities: the tail is what is missing to 1.
 

@@ -12,6 +12,7 @@ means *act here*.
 - Depth: `select_layers`, `deepen`, `stack_layers`, `unstack_layers`.
 - Leaves with a geometry: `resize_positions`, `resize_patch_kernel`, `adapt_input_channels`.
 - Low rank: `factor_low_rank`, `rank_for_energy`, `truncate_rank`.
+- Low precision: `fake_quantize` with `int_per_channel`, `int_by_group`, `mxfp4`, `nvfp4`.
 - Several trees: `interpolate`, `average`, `ema`, task vectors, and the merging methods.
 - Adapters: pytrees that become a change of the weights, LoRA first.
 """
@@ -79,6 +80,12 @@ from kdtl_jax.transforms._mismatch import select_uniform as select_uniform
 from kdtl_jax.transforms._mismatch import select_with as select_with
 from kdtl_jax.transforms._plan import Plan as Plan
 from kdtl_jax.transforms._plan import plan_transfer as plan_transfer
+from kdtl_jax.transforms._quantize import e2m1 as e2m1
+from kdtl_jax.transforms._quantize import fake_quantize as fake_quantize
+from kdtl_jax.transforms._quantize import int_by_group as int_by_group
+from kdtl_jax.transforms._quantize import int_per_channel as int_per_channel
+from kdtl_jax.transforms._quantize import mxfp4 as mxfp4
+from kdtl_jax.transforms._quantize import nvfp4 as nvfp4
 from kdtl_jax.transforms._ranking import Cut as Cut
 from kdtl_jax.transforms._report import Adapted as Adapted
 from kdtl_jax.transforms._report import Cast as Cast

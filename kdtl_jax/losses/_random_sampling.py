@@ -1,0 +1,115 @@
+"""Random-sampling distillation: a teacher stored as a few classes drawn from it.
+
+The k most likely classes are a biased teacher whatever is done about their tail; N draws are an
+unbiased one. Draws come from `q ~ p_T^exponent`; a class drawn counts `p_T / q`.
+
+    draws = losses.random_sampling_draws(key, teacher_logits, num_draws=50)
+    targets = losses.random_sampling_targets(teacher_logits, draws)
+    loss = losses.random_sampling_cross_entropy(student_logits, targets)
+
+Arrays that are not floating point raise TypeError, shapes and ranges that do not fit ValueError.
+
+References:
+  Anshumann et al., Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs, 2025
+  (2503.16870).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import _checks, _numerics
+from kdtl_jax._types import Scalar
+from kdtl_jax.losses import _logspace
+
+
+class WeightedClasses(NamedTuple):
+    """A sparse target: int `indices` `[..., N]` and `weights` `[..., N]`, >= 0.
+
+    A class may appear several times; its weights add. With weight 0 an entry is padding.
+    """
+
+    indices: Array
+    weights: Array
+
+
+def random_sampling_draws(
+    key: Array, teacher_logits: Array, *, num_draws: int, exponent: Scalar = 1.0
+) -> Array:
+    """Classes drawn with replacement from `q ~ p_T^exponent`: int32 `[..., num_draws]`.
+
+    Args:
+      key: a PRNG key.
+      teacher_logits: `[..., num_classes]`.
+      num_draws: N; about 12 different classes are among 50 draws from a language model.
+      exponent: >= 0; below 1 it draws rare classes more often.
+    """
+    _checks.count(1, num_draws=num_draws)
+    log_q = _proposal(teacher_logits, exponent)[1]
+    drawn = jax.random.categorical(key, log_q, axis=-1, shape=(num_draws, *log_q.shape[:-1]))
+    return jnp.moveaxis(drawn, 0, -1).astype(jnp.int32)
+
+
+def random_sampling_targets(
+    teacher_logits: Array, draws: Array, *, exponent: Scalar = 1.0
+) -> WeightedClasses:
+    """The draws with weights `p_T / (N q)`: in expectation the teacher itself.
+
+    At exponent 1 each counts `1 / N`. Otherwise the weights do not sum to 1; divided by their sum
+    they are the paper's, of less variance and a bias that vanishes with N.
+
+    Args:
+      teacher_logits: `[..., num_classes]`.
+      draws: int `[..., N]`, from `random_sampling_draws` with the same exponent.
+      exponent: of the draws.
+    """
+    log_p, log_q = _proposal(teacher_logits, exponent)
+    _checks.indices(log_p.shape[-1], draws=draws)
+    if jnp.shape(draws)[:-1] != log_p.shape[:-1]:
+        raise ValueError(
+            "draws must be [..., N] with the teacher's leading dimensions, got "
+            f"{_checks.described(teacher_logits=teacher_logits, draws=draws)}."
+        )
+    ratio = jnp.take_along_axis(_numerics.finite_difference(log_p, log_q), draws, axis=-1)
+    return WeightedClasses(draws, jnp.exp(ratio) / jnp.shape(draws)[-1])
+
+
+def random_sampling_cross_entropy(
+    student_logits: Array, targets: WeightedClasses, *, temperature: Scalar = 1.0
+) -> Array:
+    """`-sum_n w_n log p_S(class_n)`; its mean over draws is `soft_cross_entropy` with the teacher.
+
+    Args:
+      student_logits: `[..., num_classes]`.
+      targets: indices out of range raise, or give NaN with gradient 0 under `jit`.
+      temperature: softens the student, as the teacher was softened before the draws.
+
+    Returns:
+      `[...]`, nats, float32 or wider. Not zero at equality: the teacher's entropy stays in.
+    """
+    student, _ = _logspace.softened(student_logits, student_logits, temperature)
+    _checks.indices(student.shape[-1], indices=targets.indices)
+    _checks.floating(weights=targets.weights)
+    _checks.same_shape(**targets._asdict())
+    if jnp.shape(targets.indices)[:-1] != student.shape[:-1]:
+        raise ValueError(
+            "targets must be [..., N] with the student's leading dimensions, got "
+            f"{_checks.described(student_logits=student_logits, **targets._asdict())}."
+        )
+    indices, usable = _numerics.usable_labels(targets.indices, student.shape[-1])
+    log_p = jnp.take_along_axis(_numerics.log_softmax(student), indices, axis=-1)
+    weights = _numerics.upcast(targets.weights).astype(log_p.dtype)
+    loss = _logspace.minus_mean_log(weights, weights != 0, log_p)
+    return _numerics.at_usable(loss, jnp.all(usable, axis=-1))
+
+
+def _proposal(teacher_logits: Array, exponent: Scalar) -> tuple[Array, Array]:
+    """`log p` and `log q`; a class that the teacher excludes is never drawn."""
+    _checks.non_negative(exponent=exponent)
+    teacher, _ = _logspace.softened(teacher_logits, teacher_logits)
+    log_p = _numerics.log_softmax(teacher)
+    present = log_p != -jnp.inf
+    power = _numerics.scalar(exponent, log_p) * jnp.where(present, log_p, 0)
+    return log_p, _numerics.log_softmax(power, where=present)

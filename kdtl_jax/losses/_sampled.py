@@ -1,0 +1,290 @@
+"""Losses on sampled tokens: the student writes, the teacher judges one token per position.
+
+On-policy distillation minimizes `KL(p_S || p_T)` over the student's own text. Where the teacher
+gives more than one number per token, `reverse_kl` (exact) and `student_top_k_reverse_kl` have the
+same expected gradient and far less variance.
+
+| tokens drawn from the student | expected value | expected gradient |
+|---|---|---|
+| `sampled_reverse_kl` | reverse KL | of the reverse KL |
+| `kl_k2` | about the reverse KL | of the reverse KL |
+| `kl_k3` | reverse KL | of the *forward* KL |
+| `log p_S - log p_T` itself | reverse KL | zero: do not differentiate it |
+
+All log-probabilities have one shape, `[B, L]` say; `sampler_log_probs` are those under the
+distribution that was sampled from, tempered and filtered (`language.Samples.log_probs`). Everything
+but the student's own is a constant. Ratios are bounded at `exp(20)`. `where`, bool of the same
+shape, marks the positions that count: others may hold anything (-inf), and give 0. The result has
+the arguments' shape, in nats, float32 or wider. Arrays that are not floating point raise TypeError,
+shapes that differ ValueError.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import _checks, _numerics
+from kdtl_jax._types import Scalar
+
+MAX_LOG_RATIO = 20.0
+
+
+def sampled_reverse_kl(
+    student_log_probs: Array,
+    teacher_log_probs: Array,
+    sampler_log_probs: Array,
+    *,
+    where: Array | None = None,
+) -> Array:
+    """`-rho sg(log p_T - log p_S)` with `rho = p_S / p_sampler`: the score-function reverse KL.
+
+    The sum over a text has, over texts from the sampler, the gradient of the reverse KL at each
+    position, given the text before it. Several groups multiply it by a gate (`drop_gate`,
+    `ratio_gate`) or, in place of rho, bound it (`clipped_policy_gradient`).
+
+    References:
+      Thinking Machines, On-Policy Distillation, 2025. Tinker's and slime's advantages are
+      `log p_T - log p_sampler`: `policy_gradient` gives their numbers.
+    """
+    named = {"student_log_probs": student_log_probs, "teacher_log_probs": teacher_log_probs}
+    student, teacher = _prepared(where, **named)
+    advantages = jax.lax.stop_gradient(teacher - student)
+    return policy_gradient(student_log_probs, advantages, sampler_log_probs, where=where)
+
+
+def policy_gradient(
+    log_probs: Array, advantages: Array, sampler_log_probs: Array, *, where: Array | None = None
+) -> Array:
+    """`-rho A` with `rho = p / p_sampler`, the advantages A and the sampler constant.
+
+    References:
+      Tinker's "importance_sampling" loss, its sum over tokens; SkyRL's, its various means.
+    """
+    log_probs, advantages, sampler = _prepared(
+        where, log_probs=log_probs, advantages=advantages, sampler_log_probs=sampler_log_probs
+    )
+    return -_ratio(log_probs, sampler) * jax.lax.stop_gradient(advantages)
+
+
+def clipped_policy_gradient(
+    log_probs: Array,
+    advantages: Array,
+    sampler_log_probs: Array,
+    *,
+    clip_low: Scalar = 0.2,
+    clip_high: Scalar = 0.2,
+    dual_clip: Scalar | None = None,
+    where: Array | None = None,
+) -> Array:
+    """`max(-rho A, -clip(rho, 1 - clip_low, 1 + clip_high) A)`: PPO's bound on a step.
+
+    A token whose ratio has left the interval in the direction of its advantage has gradient 0.
+    `dual_clip` c, > 1, also bounds the loss at `-c A` where A is negative.
+
+    For text sampled from a mixture with the teacher (MiniLLM) `sampler_log_probs` are the
+    mixture's.
+
+    References:
+      Schulman et al., Proximal Policy Optimization Algorithms, 2017 (1707.06347); Ye et al.,
+      Mastering Complex Control in MOBA Games with Deep Reinforcement Learning, 2020 (1912.09729)
+      for the dual clip. slime's and verl's on-policy distillation.
+    """
+    _checks.non_negative(clip_low=clip_low, clip_high=clip_high)
+    log_probs, advantages, sampler = _prepared(
+        where, log_probs=log_probs, advantages=advantages, sampler_log_probs=sampler_log_probs
+    )
+    advantages = jax.lax.stop_gradient(advantages)
+    ratio = _ratio(log_probs, sampler)
+    low = 1 - _numerics.per_example(clip_low, ratio)
+    high = 1 + _numerics.per_example(clip_high, ratio)
+    loss = jnp.maximum(-ratio * advantages, -jnp.clip(ratio, low, high) * advantages)
+    if dual_clip is None:
+        return loss
+    _checks.within(1, float("inf"), dual_clip=dual_clip)
+    bound = -_numerics.per_example(dual_clip, loss) * advantages
+    return jnp.where(advantages < 0, jnp.minimum(bound, loss), loss)
+
+
+def kl_k2(
+    student_log_probs: Array, teacher_log_probs: Array, *, where: Array | None = None
+) -> Array:
+    """`(log p_S - log p_T)^2 / 2`: the value is biased, the gradient is the reverse KL's.
+
+    For tokens from the student as it is; from an older one multiply by `truncated_ratio`.
+
+    References:
+      Schulman, Approximating KL Divergence, 2020. verl's "k2" ("mse").
+    """
+    student, teacher = _pair(student_log_probs, teacher_log_probs, where)
+    return jnp.square(student - teacher) / 2
+
+
+def kl_k3(
+    student_log_probs: Array, teacher_log_probs: Array, *, where: Array | None = None
+) -> Array:
+    """`p_T / p_S - 1 - log(p_T / p_S)`: never negative, the value is the reverse KL's.
+
+    Its gradient is, in expectation over the student's tokens, the *forward* KL's.
+
+    References:
+      Schulman, Approximating KL Divergence, 2020. verl's "k3" ("low_var_kl") bounds it at 10.
+    """
+    student, teacher = _pair(student_log_probs, teacher_log_probs, where)
+    apart = jnp.clip(teacher - student, -_top(student), _top(student))
+    return jnp.expm1(apart) - apart
+
+
+def truncated_ratio(
+    log_probs: Array,
+    sampler_log_probs: Array,
+    *,
+    max_ratio: Scalar = 2.0,
+    where: Array | None = None,
+) -> Array:
+    """`min(p / p_sampler, max_ratio)`, a constant: the weight of a token in a loss of its own.
+
+    References:
+      Truncated importance sampling, as of SDPO (2601.20802) and TRL's self-distillation.
+    """
+    _checks.positive(max_ratio=max_ratio)
+    student, sampler = _prepared(where, log_probs=log_probs, sampler_log_probs=sampler_log_probs)
+    ratio = _ratio(student, sampler)
+    bounded = jnp.minimum(ratio, _numerics.per_example(max_ratio, ratio))
+    return jax.lax.stop_gradient(_numerics.kept(bounded, where))
+
+
+def drop_gate(
+    log_probs: Array,
+    sampler_log_probs: Array,
+    *,
+    max_drop: Scalar = 0.2,
+    where: Array | None = None,
+) -> Array:
+    """False where the token's probability has fallen by more than `max_drop` since it was sampled.
+
+    References:
+      prime-rl's reference KL, which adds `1e-3 (log p - log p_sampler)^2` on every token.
+    """
+    _checks.within(0, 1, max_drop=max_drop)
+    student, sampler = _prepared(where, log_probs=log_probs, sampler_log_probs=sampler_log_probs)
+    fallen = jnp.exp(sampler) - jnp.exp(student)
+    kept = fallen <= _numerics.per_example(max_drop, fallen)
+    return kept if where is None else kept & where
+
+
+def ratio_gate(
+    log_probs: Array,
+    sampler_log_probs: Array,
+    *,
+    low: Scalar = 0.5,
+    high: Scalar = 5.0,
+    where: Array | None = None,
+) -> Array:
+    """False where `p / p_sampler` has left `[low, high]`.
+
+    References:
+      IcePop (Ling Team, 2025), as of NeMo-RL's multi-teacher on-policy distillation.
+    """
+    _checks.positive(low=low, high=high)
+    student, sampler = _prepared(where, log_probs=log_probs, sampler_log_probs=sampler_log_probs)
+    ratio = _ratio(student, sampler)
+    inside = ratio >= _numerics.per_example(low, ratio)
+    inside &= ratio <= _numerics.per_example(high, ratio)
+    return inside if where is None else inside & where
+
+
+def reward_to_go(rewards: Array, *, gamma: Scalar = 1.0, where: Array | None = None) -> Array:
+    """`sum_{i >= l} gamma^(i - l) r_i` over the counted positions of a row; 0 at the others.
+
+    MiniLLM's advantage is this of `log p_T - log p_S` under the sampling policy, over the number of
+    tokens left (`reward_to_go` of ones), whitened. Gamma 0 leaves the rewards.
+
+    Args:
+      rewards: `[..., L]`.
+      gamma: in [0, 1].
+      where: bool `[..., L]`.
+
+    Returns:
+      `[..., L]`.
+
+    References:
+      Gu et al., MiniLLM, 2023 (2306.08543). TRL's version carries a stray factor `gamma^l`.
+    """
+    _checks.within(0, 1, gamma=gamma)
+    (rewards,) = _prepared(where, rewards=rewards)
+    discount = _numerics.scalar(gamma, rewards)
+
+    def add(after: Array, reward: Array) -> tuple[Array, Array]:
+        total = reward + discount * after
+        return total, total
+
+    rows = jnp.moveaxis(rewards, -1, 0)
+    _, totals = jax.lax.scan(add, jnp.zeros_like(rows[0]), rows, reverse=True)
+    return _numerics.kept(jnp.moveaxis(totals, 0, -1), where)
+
+
+def whitened(values: Array, *, where: Array | None = None) -> Array:
+    """`(a - mean) / sqrt(var + 1e-8)` over all counted entries, with the unbiased variance.
+
+    The batch's own scale, hence no loss: whoever accumulates microbatches whitens before cutting.
+
+    Args:
+      values: any shape.
+      where: bool, the same shape; the others neither count nor come out other than 0.
+
+    References:
+      MiniLLM's PPO, which lets padding into mean and variance.
+    """
+    (values,) = _prepared(where, values=values)
+    counted = jnp.ones(values.shape, jnp.bool_) if where is None else where
+    count = jnp.sum(counted, dtype=values.dtype)
+    mean = jnp.sum(values) / jnp.maximum(count, 1)
+    apart = jnp.where(counted, values - mean.reshape((1,) * values.ndim), 0)
+    variance = jnp.sum(jnp.square(apart)) / jnp.maximum(count - 1, 1)
+    return apart * jax.lax.rsqrt(variance + 1e-8).reshape((1,) * values.ndim)
+
+
+def iw_opd_weight(advantages: Array, *, gamma: Scalar = 0.5, where: Array | None = None) -> Array:
+    """`1 + gamma (1 - sum_{i < l} |A_i| / sum_i |A_i|)`: early tokens count for more.
+
+    Args:
+      advantages: `[..., L]`, `log p_T - log p_sampler` of the sampled tokens.
+      gamma: >= 0.
+      where: bool `[..., L]`.
+
+    Returns:
+      `[..., L]`, in [1, 1 + gamma], a constant: multiplies the advantages of `policy_gradient`.
+
+    References:
+      IW-OPD, 2026 (2606.22600); TRL's trainer weighs `-log p_S` times the advantage.
+    """
+    _checks.non_negative(gamma=gamma)
+    (advantages,) = _prepared(where, advantages=advantages)
+    size = jnp.abs(advantages)
+    before = jnp.cumsum(size, axis=-1) - size
+    total = jnp.sum(size, axis=-1, keepdims=True)
+    share = before / jnp.where(total == 0, 1, total)
+    return jax.lax.stop_gradient(1 + _numerics.scalar(gamma, share) * (1 - share))
+
+
+def _prepared(where: Array | None, **arrays: Array) -> list[Array]:
+    """Checked, float32 or wider, 0 where masked."""
+    _checks.floating(**arrays)
+    _checks.rank(1, **arrays)
+    _checks.same_shape(**arrays)
+    for array in arrays.values():
+        _checks.mask(where, jnp.shape(array))
+    return [_numerics.kept(_numerics.upcast(a), where) for a in arrays.values()]
+
+
+def _pair(student: Array, teacher: Array, where: Array | None) -> list[Array]:
+    return _prepared(where, student_log_probs=student, teacher_log_probs=teacher)
+
+
+def _top(like: Array) -> Array:
+    return _numerics.scalar(MAX_LOG_RATIO, like)
+
+
+def _ratio(log_probs: Array, sampler_log_probs: Array) -> Array:
+    apart = log_probs - jax.lax.stop_gradient(sampler_log_probs)
+    return jnp.exp(jnp.clip(apart, -_top(apart), _top(apart)))

@@ -1,0 +1,203 @@
+"""Fake quantization: weights rounded to a low-precision grid, gradients passed straight through.
+
+Quantization-aware distillation teaches the model that will run: the student computes with rounded
+weights, the teacher with its own, and the gradient moves the unrounded ones.
+
+    rounded = fake_quantize(params, partial(int_by_group, bits=4, group=32), where=r".*kernel")
+
+A quantizer is any function `weight -> weight`. Those here compute in float32 or wider and keep the
+dtype. Kernels are `[..., in, out]`: a scale is shared along `axis=-2`, the inputs of one output
+channel, whole or in groups (the last one may be shorter). A block of zeros stays zeros.
+
+The gradient is the identity's; where a given `amax` clips a weight it is 0. Scales are constants.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import _checks, _numerics, trees
+from kdtl_jax._types import Params
+from kdtl_jax.transforms import _leaves
+
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+
+
+def fake_quantize(
+    params: Params, quantizer: Callable[[Array], Array], *, where: trees.Selector
+) -> Params:
+    """Applies the quantizer to the selected floating-point leaves; all others pass through.
+
+    Args:
+      params: any pytree.
+      quantizer: `weight -> weight` of the same shape and dtype, e.g. `int_per_channel`, `nvfp4`.
+      where: the weights to quantize: kernels, hardly norms and biases.
+
+    Returns:
+      The tree with rounded weights, differentiable straight through.
+
+    Raises:
+      ValueError: if `where` matches nothing, a selected leaf holds quantized integer codes, or the
+        quantizer changes a shape or dtype.
+    """
+    selected = trees.mask(params, where)
+    chosen = jax.tree.leaves(selected)
+    pairs = zip(trees.flatten(params).items(), chosen, strict=True)
+    _leaves.refuse_codes({path: leaf for (path, leaf), is_chosen in pairs if is_chosen})
+
+    def one(path: str, leaf: Array, is_chosen: bool) -> Array:
+        if not is_chosen or not trees.is_inexact(leaf):
+            return leaf
+        rounded = quantizer(leaf)
+        if (rounded.shape, rounded.dtype) != (leaf.shape, leaf.dtype):
+            raise ValueError(
+                f"the quantizer made {rounded.dtype}{list(rounded.shape)} of {path!r}, "
+                f"{leaf.dtype}{list(leaf.shape)}; it must keep shape and dtype."
+            )
+        return rounded
+
+    return trees.map_with_path(one, params, selected)
+
+
+def int_per_channel(
+    weight: Array,
+    *,
+    bits: int = 8,
+    axis: int = -2,
+    amax: Array | None = None,
+    narrow: bool = True,
+) -> Array:
+    """Integers of `bits` bits with one scale per channel: `round(w M / amax) amax / M`.
+
+    `M = 2^(bits - 1) - 1`; halves round to even.
+
+    Args:
+      weight: `[..., in, out]`, at least one axis.
+      bits: 2 to 16.
+      axis: the axis along which the scale is shared.
+      amax: what M stands for, broadcastable to the weight; by default the largest absolute value
+        along `axis`. Weights beyond it are clipped, with gradient 0.
+      narrow: codes -M to M; otherwise -M - 1 is one too.
+
+    Returns:
+      The rounded weight.
+
+    References:
+      Wu et al., Integer Quantization for Deep Learning Inference, 2020 (2004.09602);
+      Model-Optimizer's `FakeTensorQuantFunction`.
+    """
+    wide = _weight(weight)
+    _checks.count(2, bits=bits)
+    top = 2 ** (bits - 1) - 1
+    if amax is None:
+        amax = jnp.max(jnp.abs(wide), axis=axis, keepdims=True)
+    amax = jax.lax.stop_gradient(jnp.broadcast_to(jnp.asarray(amax, wide.dtype), wide.shape))
+    some = amax > 2.0**-24
+    scale = top / jnp.where(some, amax, 1)
+    codes = jnp.clip(jnp.round(wide * scale), -top if narrow else -top - 1, top)
+    rounded = jnp.where(some, codes / scale, 0)
+    return _straight_through(weight, wide, rounded, jnp.abs(wide) <= amax)
+
+
+def int_by_group(weight: Array, *, bits: int = 4, group: int = 128, axis: int = -2) -> Array:
+    """`int_per_channel` with one scale per `group` consecutive inputs of a channel.
+
+    References:
+      Lin et al., AWQ, 2023 (2306.00978), without its rescaling.
+    """
+
+    def of_blocks(blocks: Array) -> Array:
+        return int_per_channel(blocks, bits=bits, axis=-1)
+
+    return _by_blocks(weight, of_blocks, group, axis)
+
+
+def mxfp4(weight: Array, *, block: int = 32, axis: int = -2) -> Array:
+    """MXFP4: E2M1 numbers, a power of two per block of 32.
+
+    The exponent is `floor(log2 max|w|) - 2`, so that the largest may saturate at 6.
+
+    References:
+      Open Compute Project, Microscaling Formats Specification 1.0, 2023. Model-Optimizer takes
+      `ceil(log2(max|w| / 6))`, which never saturates, and rounds halves toward zero.
+    """
+
+    def of_blocks(blocks: Array) -> Array:
+        top = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
+        exponent = jnp.maximum(jnp.frexp(jnp.where(top > 0, top, 1))[1] - 3, -127)
+        return e2m1(blocks, jnp.ldexp(jnp.ones_like(top), exponent))
+
+    return _by_blocks(weight, of_blocks, block, axis)
+
+
+def nvfp4(weight: Array, *, block: int = 16, axis: int = -2) -> Array:
+    """NVFP4: E2M1 numbers, an E4M3 scale per block of 16, and one scale for the whole tensor.
+
+    References:
+      NVIDIA, Pretraining Large Language Models with NVFP4, 2025 (2509.25149); quantization-aware
+      distillation, 2026 (2601.20088). Model-Optimizer's `NVFP4QTensor`.
+    """
+    whole = jnp.max(jnp.abs(_weight(weight))) / (E2M1_MAX * E4M3_MAX)
+    whole = jax.lax.stop_gradient(jnp.where(whole > 0, whole, 1))
+
+    def of_blocks(blocks: Array) -> Array:
+        unit = whole.reshape((1,) * blocks.ndim)
+        share = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True) / (E2M1_MAX * unit)
+        share = jnp.clip(jnp.where(share > 0, share, 1), 2.0**-9, E4M3_MAX)
+        return e2m1(blocks, _minifloat(share, 3, -6, E4M3_MAX) * unit)
+
+    return _by_blocks(weight, of_blocks, block, axis)
+
+
+def e2m1(weight: Array, scale: Array) -> Array:
+    """The nearest of `scale * {0, .5, 1, 1.5, 2, 3, 4, 6}` and their negatives; halves to even.
+
+    Args:
+      weight: any shape.
+      scale: > 0, broadcastable to the weight.
+    """
+    wide = _weight(weight)
+    scale = jax.lax.stop_gradient(jnp.broadcast_to(jnp.asarray(scale, wide.dtype), wide.shape))
+    size = _minifloat(jnp.abs(wide) / scale, 1, 0, E2M1_MAX)
+    return _straight_through(weight, wide, jnp.sign(wide) * size * scale, jnp.ones_like(wide) > 0)
+
+
+def _weight(weight: Array) -> Array:
+    _checks.floating(weight=weight)
+    _checks.rank(1, weight=weight)
+    _checks.nonempty(weight=weight)
+    return _numerics.upcast(weight)
+
+
+def _straight_through(weight: Array, wide: Array, rounded: Array, passes: Array) -> Array:
+    """The rounded value to the bit, with the gradient of the weight where it passes."""
+    moved = jnp.where(passes, wide - jax.lax.stop_gradient(wide), 0)
+    return (jax.lax.stop_gradient(rounded) + moved).astype(weight.dtype)
+
+
+def _by_blocks(weight: Array, fn: Callable[[Array], Array], size: int, axis: int) -> Array:
+    """`fn` of the weight as `[..., blocks, size]` along an axis, zeros filling the last block."""
+    wide = _weight(weight)
+    _checks.count(1, block=size)
+    if not -wide.ndim <= axis < wide.ndim:
+        raise ValueError(
+            f"axis {axis} is outside of {_checks.described(weight=weight)}. Vectors have axis=-1; "
+            "select matrices with where=."
+        )
+    last = jnp.moveaxis(wide, axis, -1)
+    length = last.shape[-1]
+    last = jnp.pad(last, [(0, 0)] * (last.ndim - 1) + [(0, -length % size)])
+    done = fn(last.reshape(*last.shape[:-1], -1, size)).reshape(last.shape)[..., :length]
+    return jnp.moveaxis(done, -1, axis).astype(weight.dtype)
+
+
+def _minifloat(x: Array, mantissa_bits: int, least_exponent: int, largest: float) -> Array:
+    """x >= 0 rounded to a small float, halves to the even code, saturating."""
+    exponent = jnp.frexp(jnp.where(x > 0, x, 1))[1] - 1
+    top = jnp.frexp(jnp.asarray(largest, x.dtype))[1] - 1
+    exponent = jnp.clip(exponent, least_exponent, top) - mantissa_bits
+    step = jnp.ldexp(jnp.ones_like(x), exponent)
+    return jnp.minimum(jnp.round(x / step) * step, largest)
