@@ -27,11 +27,7 @@ def upcast(x: Array) -> Array:
 
 
 def cast(x: float | Array, like: Array) -> Array:
-    """An array in the dtype of `like` (no weak types, no silent promotion).
-
-    Raises:
-      TypeError: if it is complex and `like` is not: its imaginary part would be lost.
-    """
+    """An array in the dtype of `like` (no weak types, no silent promotion, no part lost)."""
     value = jnp.asarray(x)
     if jnp.iscomplexobj(value) and not jnp.iscomplexobj(like):
         raise TypeError(f"this number must be real, got {value.dtype}: pass its real part.")
@@ -39,11 +35,7 @@ def cast(x: float | Array, like: Array) -> Array:
 
 
 def scalar(x: float | Array, like: Array) -> Array:
-    """A scalar hyper-parameter in the dtype of `like`.
-
-    Raises:
-      ValueError: if it is an array: `[B]` would silently broadcast along the wrong axis.
-    """
+    """A scalar hyper-parameter in the dtype of `like`; `[B]` would broadcast along another axis."""
     value = cast(x, like)
     if value.ndim:
         raise ValueError(

@@ -9,6 +9,7 @@ import pytest
 
 from kdtl_jax.cli import main
 from kdtl_jax.cli.params import _checkpoints
+from kdtl_jax.cli.params._formulas import Members
 from kdtl_jax.interop import safetensors
 
 Flat = dict[str, Any]
@@ -48,6 +49,18 @@ def written(path: str = "out.safetensors") -> Flat:
 
 def native(tree: Flat) -> Flat:
     return {name: np.asarray(leaf) for name, leaf in tree.items()}
+
+
+def by_tensor(merge: Any, base: Flat, models: list[Flat], options: Any, data: Any = ()) -> Flat:
+    """A method's merge of every tensor of the first, one at a time; `{}` for no base."""
+    out = {}
+    for path, leaf in (base or models[0]).items():
+        one = [{path: tree[path]} for tree in models]
+        known = [{path: x[path]} if path in x else {} for x in data]
+        members = Members({path: base[path]} if base else {}, one, known)
+        rows = options if np.ndim(leaf) > 1 else options._replace(axis=None)
+        out |= merge.whole(members, rows)
+    return native(out)
 
 
 def assert_same(got: Flat, want: Flat, rtol: float = 0.0) -> None:

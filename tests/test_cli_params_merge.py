@@ -14,6 +14,7 @@ from params_checkpoints import (
     B,
     Flat,
     assert_same,
+    by_tensor,
     flat,
     native,
     params,
@@ -22,8 +23,10 @@ from params_checkpoints import (
 )
 
 from kdtl_jax import transforms
-from kdtl_jax.cli.params._methods import METHODS, Members, Options
+from kdtl_jax.cli.params._formulas import Members, Options
+from kdtl_jax.cli.params._methods import METHODS
 from kdtl_jax.interop import safetensors
+from kdtl_jax.transforms import _leaves
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +36,42 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 # --- every method --------------------------------------------------------------------------------
+
+# Whole models by the library: the command merges block by block.
+LIBRARY: dict[str, Any] = {
+    "slerp --t 0.3": lambda b, m: transforms.slerp(m[0], m[1], 0.3),
+    "slerp --t 0.3 --axis -1": lambda b, m: transforms.slerp(m[0], m[1], 0.3, axis=-1),
+    "slerp --t 0.3 --axis 0": lambda b, m: transforms.slerp(m[0], m[1], 0.3, axis=0),
+    "multi_slerp --weights 1,3": lambda b, m: transforms.multi_slerp(None, m, [1.0, 3.0]),
+    "karcher --weights 1,3": lambda b, m: transforms.karcher_mean(m, [1.0, 3.0]),
+    "model_stock": transforms.model_stock,
+    "model_stock --axis -1": lambda b, m: transforms.model_stock(b, m, axis=-1),
+    "multi_slerp": transforms.multi_slerp,
+    "breadcrumbs --density 0.5 --outliers 0.2": lambda b, m: transforms.apply_task_vectors(
+        b, [transforms.breadcrumbs(_tau(b, x), density=0.5, outliers=0.2) for x in m]
+    ),
+    "ties --scope tensor --density 0.4": lambda b, m: transforms.apply_task_vectors(
+        b, [transforms.ties_per_leaf([_tau(b, x) for x in m], density=0.4)]
+    ),
+}
+
+
+def _tau(base: Flat, model: Flat) -> Flat:
+    return transforms.task_vector(model, base)
+
+
+@pytest.mark.parametrize("words", LIBRARY)
+def test_blocks_of_rows_give_what_whole_models_give(
+    words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_leaves, "BLOCK", 8)  # two rows of four
+    name, *more = words.split()
+    has_base = not words.startswith(("slerp", "karcher", "multi_slerp --weights"))
+    base = ["--base", BASE] if has_base else []
+    assert params("merge", A, B, "--method", name, *more, *base, *OUT) == 0
+    want = LIBRARY[words](drop_step(flat(0)), [drop_step(flat(1)), drop_step(flat(2))])
+    assert_same(drop_step(written()), native(want))
+
 
 NEEDED = {
     "interpolate": ["--t", "0.3"],
@@ -93,8 +132,9 @@ def test_merging_tensor_by_tensor_is_merging_whole_models(name: str) -> None:
     if name == "fisher":
         trees = [drop_step(tree) for tree in trees]
     first = flat(0) if has_base else flat(1)
-    want = method.merge(Members(first if has_base else {}, trees, data), options(words))
-    assert_same(drop_step(written()), drop_step(native(want)))
+    has = drop_step(first) if has_base else {}
+    want = by_tensor(method.merge, has, [drop_step(t) for t in trees], options(words), data)
+    assert_same(drop_step(written()), want)
     assert written()["step"] == first["step"]
 
 
@@ -199,7 +239,9 @@ def test_tensors_stored_twice_stay_tied(name: str) -> None:
     assert params("merge", A, B, *words, *OUT) == 0
     got = written()
     np.testing.assert_array_equal(got["embed"], got["lm_head"])
-    want = METHODS[name].merge(Members(trees[0], trees[1:], []), Options(density=0.4, seed=1))
+    want = METHODS[name].merge.combine(
+        Members(trees[0], trees[1:], []), Options(density=0.4, seed=1)
+    )
     assert want["embed"] is want["lm_head"] or (want["embed"] == want["lm_head"]).all()
     assert_same(got, native(want))
 
@@ -215,14 +257,15 @@ def test_blocks_of_rows_are_merged_one_after_another(
 
     def watched(x: Members, o: Options) -> Any:
         sizes.extend(leaf.size for leaf in x.base.values() if leaf.ndim > 1)
-        return merge(x, o)
+        return merge.combine(x, o)
 
-    method = METHODS[name]._replace(merge=watched)
+    method = METHODS[name]._replace(merge=merge._replace(combine=watched))
     monkeypatch.setitem(METHODS, name, method)
     assert params("merge", A, B, "--method", name, *words, "--base", BASE, *OUT) == 0
     assert len(sizes) > 8 and max(sizes) <= 6
-    want = merge(Members(flat(0), [flat(1), flat(2)], []), options(words))
-    assert_same(drop_step(written()), drop_step(native(want)))
+    base, *models = (drop_step(flat(seed)) for seed in range(3))
+    want = by_tensor(merge, base, models, options(words))
+    assert_same(drop_step(written()), want)
 
 
 @pytest.mark.parametrize("words", [[], ["--on-mismatch", "keep"], ["--method", "ties"]])
@@ -312,8 +355,8 @@ def test_leaves_of_every_kind_keep_shape_and_dtype(name: str) -> None:
     assert params("merge", *names, "--method", name, *words, *extra, *OUT) == 0
     got = written()
     full = {path: x for path, x in base.items() if x.size}
-    members = Members(full if has_base else {}, [{p: m[p] for p in full} for m in models], [])
-    want = native(METHODS[name].merge(members, options(words)))
+    given = [{p: m[p] for p in full} for m in models]
+    want = by_tensor(METHODS[name].merge, full if has_base else {}, given, options(words))
     assert_same(got, want | {"none": base["none"]})
     if has_base:
         np.testing.assert_array_equal(got["unchanged"], base["unchanged"])

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from params_checkpoints import OUT, assert_same, native, params, written
+from params_checkpoints import OUT, assert_same, by_tensor, params, written
 
 from kdtl_jax import transforms
-from kdtl_jax.cli.params._methods import METHODS, Members, Options
+from kdtl_jax.cli.params._formulas import Options
+from kdtl_jax.cli.params._methods import METHODS
 from kdtl_jax.interop import safetensors
 
 DEPTH = 4
@@ -74,8 +75,10 @@ def test_recipes_are_the_methods_of_that_name(name: str) -> None:
     has_base = METHODS[name].base != "has no"
     assert run(recipe | ({"base_model": "base"} if has_base else {})) == 0
     method = METHODS[name]
-    members = Members(model(0) if has_base else {}, [model(1), model(2)], [])
-    assert_same(written(), native((method.mergekit or method.merge)(members, options)))
+    want = by_tensor(
+        method.mergekit or method.merge, model(0) if has_base else {}, [model(1), model(2)], options
+    )
+    assert_same(written(), want)
 
 
 def test_values_by_filter_and_by_layer() -> None:

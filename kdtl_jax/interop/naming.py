@@ -201,8 +201,10 @@ def _unclear(path: str, flat: Mapping[str, Any], said: Mapping[str, Axes]) -> st
     start = f"{path} {list(shape)}: "
     if name == "kernel" and len(shape) > 2:
         kind = {3: "conv1d", 4: "conv2d", 5: "conv3d"}.get(len(shape))
-        transposed = f"naming.{kind}, naming.{kind.replace('conv', 'conv_transpose')} or "
-        return start + (transposed if kind else "") + "Axes(...)"
+        if kind is None:
+            return start + "Axes(...)"
+        transposed = kind.replace("conv", "conv_transpose")
+        return start + f"naming.{kind}, naming.{transposed} or Axes(...)"
     if name == "kernel" and len(shape) == 2:
         if any(_is_multiple(shape[0], channels) for *_, channels in maps):
             return start + "naming.flattened(channels, height, width), or naming.linear"

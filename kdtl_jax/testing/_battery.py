@@ -287,8 +287,7 @@ def hyperparameters(subject: Subject) -> Iterator[str]:
     """Numbers among the hyper-parameters: a scalar or, where that has a meaning, one per example.
 
     Any other shape raises ValueError: `[1]`, `[B, 1]` and `[B + 1]` would broadcast into something
-    else. Complex numbers raise TypeError. One per example must act on its own example. Integers are
-    sizes, never arrays.
+    else; complex numbers raise TypeError. One per example acts on its own. Integers are sizes.
     """
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
         args = _subject.arguments(subject, np.float64)

@@ -11,7 +11,7 @@ A *coefficient* (`alpha` everywhere in this package) is a number, a traced scala
 import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import jax
@@ -228,6 +228,23 @@ def block_rows(shape: Sequence[int]) -> int:
     return max(1, BLOCK // max(1, math.prod(shape[-1:])))
 
 
+def row_blocks(leaves: Sequence[Array]) -> Iterator[list[Array]]:
+    """Leaves of one shape in `block_rows` of rows, side by side; vectors whole.
+
+    Sums over a leaf are sums of its blocks' sums, whether the blocks come from memory or a file.
+    """
+    shape = leaves[0].shape
+    size = math.prod(shape[:-1])
+    step = block_rows(shape)
+    if len(shape) < 2 or size <= step:
+        yield list(leaves)
+        return
+    flat = [leaf.reshape(size, shape[-1]) for leaf in leaves]
+    for start in range(0, size, step):
+        rows = min(step, size - start)
+        yield [jax.lax.dynamic_slice_in_dim(leaf, start, rows) for leaf in flat]
+
+
 def uniform(key: Array, path: str, shape: tuple[int, ...], dtype: Any, block: Any = 0) -> Array:
     """Uniform draws in [0, 1) for a leaf, or for its blocks from number `block` on."""
     return _uniform(fold_path(key, path), block, shape, jnp.dtype(dtype), block_rows(shape))
@@ -246,12 +263,6 @@ def _uniform(key: Array, first: Array, shape: tuple[int, ...], dtype: Any, per: 
     if rest:
         rows.append(draw(first + full, rest))
     return jnp.concatenate(rows).reshape(shape)
-
-
-def flat_norm(x: Array, axis: int | None = None, *, keepdims: bool = False) -> Array:
-    """Euclidean norm of a leaf as one vector, or along one axis; gradient 0 at 0."""
-    axes = tuple(range(x.ndim)) if axis is None else axis
-    return jnp.abs(x) if x.ndim == 0 else _numerics.safe_norm(x, axis=axes, keepdims=keepdims)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -8,8 +8,9 @@ may come in pieces: `dare` and `della` take the number of the first block of wha
 example, is `rescale_l1(keep(tau, mask), tau)`.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -293,11 +294,22 @@ def rescale_l1(sparse: PyTree, original: PyTree, *, floor: float = 0.0) -> PyTre
     """
 
     def formula(i: int, path: str, kept: Array, whole: Array) -> Array:
-        before, after = jnp.sum(jnp.abs(whole)), jnp.sum(jnp.abs(kept))
-        usable = (before > floor) & (after > floor)
-        return kept * jnp.where(usable, before / jnp.where(usable, after, 1), 1)
+        return kept * l1_ratio(lambda: _leaves.row_blocks([whole, kept]), floor=floor)
 
     return _leaves.combine_leaves(formula, {"sparse": sparse, "original": original}, [])
+
+
+def l1_ratio(read: Callable[[], Iterable[Sequence[Array]]], *, floor: float = 0.0) -> Array:
+    """The factor of `rescale_l1` for a leaf whose pieces `(original, sparse)` `read()` yields."""
+    found = [_l1_norms(*pieces) for pieces in read()]
+    before, after = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), found)
+    usable = (before > floor) & (after > floor)
+    return jnp.where(usable, before / jnp.where(usable, after, 1), 1)
+
+
+@jax.jit
+def _l1_norms(whole: Array, kept: Array) -> list[Array]:
+    return [jnp.sum(jnp.abs(whole)), jnp.sum(jnp.abs(kept))]
 
 
 def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Params:

@@ -2,21 +2,35 @@
 
 Each leaf is one vector, or with `axis` each of its rows (`axis=-1`: the last index runs along a
 row; the weights of one output of a flax kernel `[in, out]` run along `axis=-2`).
+
+Every method is a weighted sum of the models, or of their task vectors, whose shares follow from
+lengths and angles alone (`angles`). So leaves larger than memory are merged in pieces: their angles
+by passes over the pieces, then `sum(share_i * piece_i)`.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kdtl_jax import _numerics
+from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import Array, Params, Scalar
 from kdtl_jax.transforms import _leaves
-from kdtl_jax.transforms._leaves import Coefficient, Weights, flat_norm
+from kdtl_jax.transforms._leaves import Coefficient, Weights
 
 # Directions cancel below this share of their length: what is left is rounding, amplified.
-_CANCELED = 1e-4
+_CANCELED = 1e-3
+
+Read = Callable[[], Iterable[Sequence[Array]]]  # the pieces of N vectors, side by side
+
+
+class Angles(NamedTuple):
+    """How long vectors are and how they lie; with `axis`, arrays of one number per row."""
+
+    lengths: Sequence[Array]
+    cosines: Sequence[Sequence[Array]]  # 0 for zero vectors, 1 of a vector with itself
 
 
 def slerp(
@@ -30,7 +44,7 @@ def slerp(
     """`sin((1-t) a)/sin(a) source + sin(t a)/sin(a) target`, `a` the angle between the two.
 
     The parameters themselves are combined, not their unit vectors. Near-parallel pairs
-    (`|cos a| > threshold`) are interpolated linearly.
+    (`|cos a| > threshold`, or 1 up to rounding) are interpolated linearly.
 
     Args:
       source: any pytree.
@@ -55,7 +69,8 @@ def slerp(
     def formula(i: int, path: str, a: Array, b: Array) -> Array:
         if values[i] is None:
             return a
-        return _slerp(a, b, _numerics.scalar(values[i], a), _row_axis(a, axis), threshold)
+        share = _numerics.scalar(values[i], a)
+        return _mixed([a, b], slerp_shares(_angles([a, b], axis), share, threshold=threshold))
 
     return _leaves.combine_leaves(formula, {"source": source, "target": target}, [values])
 
@@ -63,12 +78,11 @@ def slerp(
 def multi_slerp(
     base: Params | None, models: Sequence[Params], weights: Weights | None = None
 ) -> Params:
-    """One step on the sphere for several models: their directions averaged in a tangent space.
+    """The mean direction of several models' changes, times their mean length.
 
-    With `u_i` the direction of `theta_i - base`, `m` their normalized weighted mean and
-    `T = sum w_i (u_i - <u_i, m> m)`, moves along `cos|T| m + sin|T| T/|T|`, as far as the
-    weighted mean of the lengths. Where the directions cancel there is no mean direction, and the
-    differences are averaged instead.
+    With `u_i` the direction of `theta_i - base`: `sum w_i u_i / |sum w_i u_i| * sum w_i |theta_i -
+    base|`. (mergekit then steps along the mean tangent at that direction, which is 0.) Where the
+    directions cancel there is no mean direction, and the differences are averaged instead.
 
     Args:
       base: the common starting point; None is zero.
@@ -90,8 +104,10 @@ def multi_slerp(
     by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
-        start, leaves = (None, leaves) if base is None else (leaves[0], leaves[1:])
-        return _multi_slerp(start, leaves, _shares(path, by_leaf[i], leaves[0]))
+        vectors = leaves if base is None else [leaf - leaves[0] for leaf in leaves[1:]]
+        _leaves.nonzero_total(path, by_leaf[i])
+        moved = _mixed(vectors, multi_slerp_shares(_angles(vectors), by_leaf[i]))
+        return moved if base is None else leaves[0] + moved
 
     return _leaves.combine_leaves(formula, named, [by_leaf])
 
@@ -127,7 +143,13 @@ def karcher_mean(
     by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
-        return _karcher(leaves, _shares(path, by_leaf[i], leaves[0]), iterations, tolerance)
+        _leaves.nonzero_total(path, by_leaf[i])
+
+        def read() -> Iterable[Sequence[Array]]:
+            return _leaves.row_blocks(leaves)
+
+        rest = {"iterations": iterations, "tolerance": tolerance}
+        return _mixed(leaves, karcher_shares(read, by_leaf[i], **rest))
 
     return _leaves.combine_leaves(formula, named, [by_leaf])
 
@@ -138,7 +160,7 @@ def model_stock(
     """`t mean_i theta_i + (1 - t) base` with `t = N c / (1 + (N - 1) c)`.
 
     `c` is the mean cosine over pairs of task vectors: models that moved alike are trusted, models
-    that moved apart are pulled back to the base. Where they cancel (`1 + (N - 1) c` below 1e-4, as
+    that moved apart are pulled back to the base. Where they cancel (`1 + (N - 1) c` below 1e-3, as
     of two opposite changes) t has no finite value, and the base is kept.
 
     Args:
@@ -163,118 +185,214 @@ def model_stock(
         raise ValueError(f"expected two or more models, got {len(models)}.")
 
     def formula(i: int, path: str, start: Array, *leaves: Array) -> Array:
-        least = _numerics.scalar(floor, start)
-        return _model_stock(start, leaves, least, _row_axis(start, axis))
+        deltas = [leaf - start for leaf in leaves]
+        shares = model_stock_shares(_angles(deltas, axis), floor=_numerics.scalar(floor, start))
+        return start + _mixed(deltas, shares)
 
     named = {"base": base} | _leaves.numbered("models", models)
     return _leaves.combine_leaves(formula, named, [])
 
 
-def _row_axis(leaf: Array, axis: int | None) -> int | None:
-    """The rows' axis, or None where the leaf is one vector anyway."""
-    if axis is None or leaf.ndim < 2 or not -leaf.ndim <= axis < leaf.ndim:
-        return None
-    return axis
+# --- shares from angles --------------------------------------------------------------------------
 
 
-def _cosine(a: Array, b: Array, axis: int | None, floor: Scalar = 0.0) -> Array:
-    """Cosine, `[]` or with the row axis kept at length 1; 0 for zero vectors.
+def angles(read: Read, axis: int | None = None) -> Angles:
+    """Lengths and cosines of N vectors, whose pieces `read()` yields side by side.
 
-    It shrinks where the product of the lengths is below `floor`.
+    Args:
+      read: called twice; must yield the same pieces each time, which may be read from files.
+      axis: None takes each vector as one; else the axis of the rows, which lie whole in a piece.
     """
-    keep = axis is not None
-    cosine = jnp.clip(jnp.sum(_unit(a, axis) * _unit(b, axis), axis=axis, keepdims=keep), -1, 1)
-    product = flat_norm(a, axis, keepdims=keep) * flat_norm(b, axis, keepdims=keep)
-    small = product < floor
-    return jnp.where(small, cosine * product / jnp.where(small, floor, 1), cosine)
+    tops = _tops(read, axis)
+    products: Any = None
+    for pieces in read():
+        found = _products(pieces, tops, axis)
+        products = found if products is None else jax.tree.map(jnp.add, products, found)
+    sizes = [_numerics.safe_sqrt(row[-1]) for row in products]
+
+    def cosine(i: int, j: int) -> Array:
+        both = sizes[i] * sizes[j]
+        return jnp.clip(products[max(i, j)][min(i, j)] / jnp.where(both > 0, both, 1), -1, 1)
+
+    count = range(len(tops))
+    lengths = [size * top for size, top in zip(sizes, tops, strict=True)]
+    return Angles(lengths, [[cosine(i, j) for j in count] for i in count])
 
 
-# The formulas are compiled, so that what they compute on the way is fused and not held: a leaf
-# costs its models and the result.
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _slerp(a: Array, b: Array, t: Array, axis: int | None, threshold: float) -> Array:
-    cosine = _cosine(a, b, axis)
-    linear = (jnp.abs(cosine) > threshold) | (jnp.abs(cosine) >= 1)
+def slerp_shares(found: Angles, t: Scalar, *, threshold: float = 0.9995) -> list[Array]:
+    """The shares of two vectors, `t` of the way from the first to the second: see `slerp`."""
+    cosine = found.cosines[0][1]
+    t = _numerics.cast(t, cosine)
+    # Nearer to 1 than rounding tells, the angle is noise.
+    limit = min(threshold, 1 - 4 * float(jnp.finfo(cosine.dtype).eps))
+    linear = jnp.abs(cosine) > limit
     # The angle of the unused branch is harmless, so that its gradient is finite.
     angle = jnp.arccos(jnp.where(linear, 0, cosine))
     sine = jnp.sin(angle)
     first = jnp.where(linear, 1 - t, jnp.sin((1 - t) * angle) / sine)
-    second = jnp.where(linear, t, jnp.sin(t * angle) / sine)
-    return first * a + second * b
+    return [first, jnp.where(linear, t, jnp.sin(t * angle) / sine)]
 
 
-@jax.jit
-def _multi_slerp(start: Array | None, leaves: Sequence[Array], shares: Sequence[Array]) -> Array:
-    deltas = leaves if start is None else [leaf - start for leaf in leaves]
-    units = [_unit(delta) for delta in deltas]
-    total = _mix(shares, units)
-    cancels = flat_norm(total) <= _CANCELED
-    mean = _unit(total)
-    tangent = total - _mix(shares, [jnp.sum(unit * mean) for unit in units]) * mean
-    angle = flat_norm(tangent)
-    length = _mix(shares, [flat_norm(delta) for delta in deltas])
-    arc = length * (jnp.cos(angle) * mean + jnp.sinc(angle / jnp.pi) * tangent)
-    moved = jnp.where(cancels, _mix(shares, deltas), arc)
-    return moved if start is None else start + moved
+def multi_slerp_shares(found: Angles, weights: Sequence[Scalar] | None = None) -> list[Array]:
+    """The shares of N vectors in `multi_slerp`; its weights."""
+    weights = _of_sum_one(weights, found.lengths)
+    pairs = [
+        a * b * cosine
+        for a, row in zip(weights, found.cosines, strict=True)
+        for b, cosine in zip(weights, row, strict=True)
+    ]
+    mean = _numerics.safe_sqrt(_total(pairs))
+    cancels = mean <= _CANCELED
+    length = _mixed(found.lengths, weights) / jnp.where(cancels, 1, mean)
+    return [
+        jnp.where(cancels, weight, length * weight / jnp.where(size > 0, size, 1))
+        for weight, size in zip(weights, found.lengths, strict=True)
+    ]
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _model_stock(start: Array, leaves: Sequence[Array], floor: Array, axis: int | None) -> Array:
-    count = len(leaves)
-    deltas = [leaf - start for leaf in leaves]
-    cosines = [_cosine(deltas[j], deltas[k], axis, floor) for j in range(count) for k in range(j)]
-    cosine = sum(cosines[1:], cosines[0]) / len(cosines)
+def model_stock_shares(found: Angles, *, floor: Scalar = 0.0) -> list[Array]:
+    """The shares of N task vectors in `model_stock`."""
+    count = len(found.lengths)
+    cosine = _total([_floored(found, i, j, floor) for i in range(count) for j in range(i)])
+    cosine = cosine / (count * (count - 1) / 2)
     below = 1 + (count - 1) * cosine
     canceled = jnp.abs(below) < _CANCELED
-    share = jnp.where(canceled, 0, count * cosine / jnp.where(canceled, 1, below))
-    return start + share * (sum(deltas[1:], deltas[0]) / count)
+    return [jnp.where(canceled, 0, cosine / jnp.where(canceled, 1, below))] * count
 
 
-def _unit(x: Array, axis: int | None = None) -> Array:
-    """The direction; a zero vector stays zero."""
-    norm = flat_norm(x, axis, keepdims=axis is not None)
-    return x / jnp.where(norm > 0, norm, 1)
+def karcher_shares(
+    read: Read,
+    weights: Sequence[Scalar] | None = None,
+    *,
+    iterations: int = 10,
+    tolerance: float = 1e-5,
+) -> list[Array]:
+    """The shares of N vectors in `karcher_mean`; its weights.
+
+    `read()` as in `angles`, called twice an iteration. Known tangents end the iteration; traced
+    ones do not, so that the number of steps is fixed for the gradient.
+    """
+    found = angles(read)
+    sizes = [jnp.where(size > 0, size, 1) for size in found.lengths]
+    start = multi_slerp_shares(found, weights)
+    weights = _of_sum_one(weights, sizes)
+    length = _mixed(found.lengths, weights)
+    # The point is a sum of the vectors with these shares.
+    point = [share / jnp.where(length > 0, length, 1) for share in start]
+    for _ in range(iterations):
+        cosines = _sum_of_pieces(_cosines, read, point, sizes)
+        tangent = _tangent(point, cosines, sizes, weights, tolerance)
+        square = _sum_of_pieces(_square, read, tangent)
+        point, goes = _moved(point, tangent, square, tolerance)
+        if (known := _checks.concrete(goes)) is not None and not known.any():
+            break
+    return [length * share for share in point]
 
 
-def _shares(path: str, weights: Sequence[Scalar], like: Array) -> list[Array]:
-    """Weights of sum 1."""
-    _leaves.nonzero_total(path, weights)
-    shares = [_numerics.scalar(w, like) for w in weights]
-    return [share / sum(shares[1:], shares[0]) for share in shares]
+def _floored(found: Angles, i: int, j: int, floor: Scalar) -> Array:
+    """A cosine that shrinks where the product of the lengths is below `floor`."""
+    product = found.lengths[i] * found.lengths[j]
+    small = product < floor
+    return jnp.where(
+        small, found.cosines[i][j] * product / jnp.where(small, floor, 1), found.cosines[i][j]
+    )
 
 
-def _mix(shares: Sequence[Array], vectors: Sequence[Array]) -> Array:
-    terms = [share * vector for share, vector in zip(shares, vectors, strict=True)]
+def _angles(vectors: Sequence[Array], axis: int | None = None) -> Angles:
+    """The angles of leaves; a leaf of fewer than two axes is one vector."""
+    leaf = vectors[0]
+    if axis is None or leaf.ndim < 2 or not -leaf.ndim <= axis < leaf.ndim:
+        return angles(lambda: _leaves.row_blocks(vectors))
+    return angles(lambda: [vectors], axis)
+
+
+def _tops(read: Read, axis: int | None) -> list[Array]:
+    """Each vector's largest entry, by which it is divided: squares must not underflow."""
+    tops: Any = None
+    for pieces in read():
+        found = _largest(pieces, axis)
+        tops = found if tops is None else list(map(jnp.maximum, tops, found))
+    return [jnp.where((top > 0) & jnp.isfinite(top), top, 1) for top in tops]
+
+
+def _of_sum_one(weights: Sequence[Scalar] | None, like: Sequence[Array]) -> list[Array]:
+    weights = [1.0] * len(like) if weights is None else weights
+    shares = [_numerics.cast(w, like[0]) for w in weights]
+    return [share / _total(shares) for share in shares]
+
+
+def _mixed(vectors: Sequence[Array], shares: Sequence[Array]) -> Array:
+    return _total([share * vector for share, vector in zip(shares, vectors, strict=True)])
+
+
+def _total(terms: Sequence[Array]) -> Array:
     return sum(terms[1:], terms[0])
 
 
+# One program per kind of piece, whoever asks: what is summed over pieces is equal bit for bit.
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _largest(pieces: Sequence[Array], axis: int | None) -> list[Array]:
+    pieces = jax.lax.stop_gradient(list(pieces))
+    return [jnp.max(jnp.abs(x), axis=axis, keepdims=axis is not None) for x in pieces]
+
+
 @functools.partial(jax.jit, static_argnums=2)
-def _karcher(
-    leaves: Sequence[Array], shares: Sequence[Array], iterations: int, tolerance: float
-) -> Array:
-    """The number of steps is fixed, for the gradient."""
-    norms = [flat_norm(leaf) for leaf in leaves]
-    divisors = [jnp.where(norm > 0, norm, 1) for norm in norms]
+def _products(
+    pieces: Sequence[Array], tops: Sequence[Array], axis: int | None
+) -> list[list[Array]]:
+    rows = [x / top for x, top in zip(pieces, tops, strict=True)]
 
-    def body(_: Array, point: Array) -> Array:
-        factors, steps = [], []
-        for leaf, divisor, share in zip(leaves, divisors, shares, strict=True):
-            cosine = jnp.clip(jnp.sum(leaf / divisor * point), -1, 1)
-            near = jnp.abs(cosine) >= 1
-            angle = jnp.where(near, 0, jnp.arccos(jnp.where(near, 0, cosine)))
-            moves = angle >= tolerance
-            factor = jnp.where(moves, angle / jnp.where(moves, jnp.sin(angle), 1), 0)
-            factors.append(share * factor)
-            steps.append(leaf / divisor - cosine * point)
-        tangent = _mix(factors, steps)
-        norm = flat_norm(tangent)
-        goes = norm >= tolerance
-        direction = tangent / jnp.where(goes, norm, 1)
-        moved = _unit(jnp.cos(norm) * point + jnp.sin(norm) * direction)
-        return jnp.where(goes, moved, point)
+    def product(a: Array, b: Array) -> Array:
+        return jnp.sum(a * b, axis=axis, keepdims=axis is not None)
 
-    start = _unit(_mix(shares, [_unit(leaf) for leaf in leaves]))
-    point = jax.lax.fori_loop(0, iterations, body, start)
-    return _mix(shares, norms) * point
+    return [[product(a, b) for b in rows[: i + 1]] for i, a in enumerate(rows)]
+
+
+@jax.jit
+def _cosines(pieces: Sequence[Array], shares: Sequence[Array], sizes: Sequence[Array]) -> Any:
+    point = _mixed(pieces, shares)
+    return [jnp.sum(x / size * point) for x, size in zip(pieces, sizes, strict=True)]
+
+
+@jax.jit
+def _square(pieces: Sequence[Array], shares: Sequence[Array]) -> Array:
+    return jnp.sum(jnp.square(_mixed(pieces, shares)))
+
+
+def _sum_of_pieces(program: Any, read: Read, *args: Any) -> Any:
+    found = [program(pieces, *args) for pieces in read()]
+    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), found)
+
+
+@jax.jit
+def _tangent(
+    point: Sequence[Array],
+    cosines: Sequence[Array],
+    sizes: Sequence[Array],
+    weights: Sequence[Array],
+    tolerance: float,
+) -> list[Array]:
+    """The shares of `sum w_i (a_i / sin a_i) (u_i - cos(a_i) point)`; near vectors left out."""
+    factors = []
+    for weight, cosine in zip(weights, cosines, strict=True):
+        near = jnp.abs(cosine) >= 1
+        angle = jnp.where(near, 0, jnp.arccos(jnp.where(near, 0, cosine)))
+        moves = angle >= tolerance
+        factors.append(weight * jnp.where(moves, angle / jnp.where(moves, jnp.sin(angle), 1), 0))
+    back = _mixed(cosines, factors)
+    rows = zip(factors, sizes, point, strict=True)
+    return [factor / size - back * share for factor, size, share in rows]
+
+
+@jax.jit
+def _moved(
+    point: Sequence[Array], tangent: Sequence[Array], square: Array, tolerance: float
+) -> tuple[list[Array], Array]:
+    """A step along the tangent, and whether it was worth one."""
+    norm = _numerics.safe_sqrt(square)
+    goes = norm >= tolerance
+    along = jnp.sin(norm) / jnp.where(goes, norm, 1)
+    moved = [jnp.cos(norm) * old + along * step for old, step in zip(point, tangent, strict=True)]
+    return [jnp.where(goes, new, old) for new, old in zip(moved, point, strict=True)], goes

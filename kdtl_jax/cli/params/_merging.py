@@ -1,7 +1,8 @@
 """A merge, tensor by tensor: which tensors meet in one of the result, and how they are read.
 
-Tensors are merged one after another by `transforms`, entry by entry methods in pieces of 4 MB. So
-memory holds a few times the largest tensor, not the models.
+Tensors are merged one after another by `transforms`, most methods in pieces of 4 MB. So memory
+holds little, and for the others (`regmean`, `sce`, `ram`, `arcee_fusion`, angles of columns) a few
+times the largest tensor; never the models.
 """
 
 import math
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdtl_jax import transforms
-from kdtl_jax.cli.params import _checkpoints, _folders, _methods
-from kdtl_jax.cli.params._methods import Members, Merge, Method, Options
+from kdtl_jax.cli.params import _checkpoints, _folders, _formulas
+from kdtl_jax.cli.params._formulas import Members, Merge, Options
+from kdtl_jax.cli.params._methods import Method
 from kdtl_jax.interop import safetensors
 from kdtl_jax.interop.safetensors import Tensor
 
@@ -41,19 +43,35 @@ def by_tensor(
         if (plain := _plain(parts, copies, path)) is not None:
             return plain
         part, name = parts[path], first.get(path, path)
+        options = part.options._replace(axis=_row_axis(part))
         if method.is_elementwise:
             pieces = _pieces(part, name, _checkpoints.BLOCK)
-            return (np.asarray(merge(x, part.options)[name]) for x in pieces)
-        if method.is_rowwise and merge is method.merge:
-            return (np.asarray(merge(x, part.options)[name]).ravel() for x in _rows(part, name))
+            return (np.asarray(merge.combine(x, options)[name]) for x in pieces)
+        if method.is_rowwise and options.axis is None:
+
+            def read() -> Iterator[Members]:
+                return _rows(part, name)
+
+            found = None if merge.measure is None else merge.measure(read, options)
+            blocks = (x._replace(found=found) for x in read())
+            return (np.asarray(merge.combine(x, options)[name]).ravel() for x in blocks)
+        if options.axis == -1:  # every row has its own angles
+            return (np.asarray(merge.whole(x, options)[name]).ravel() for x in _rows(part, name))
         models, statistics = (
             [{} if t is None else {name: jnp.asarray(safetensors.read(t))} for t in tensors]
             for tensors in ((part.base, *part.models), part.statistics)
         )
-        members = Members(models[0], models[1:], statistics)
-        return np.asarray(merge(members, part.options)[name])
+        return np.asarray(merge.whole(Members(models[0], models[1:], statistics), options)[name])
 
     return produce
+
+
+def _row_axis(part: Part) -> int | None:
+    """The axis of the rows that spherical methods turn apart; None where a tensor is one vector."""
+    axis, rank = part.options.axis, len(part.models[0].shape)
+    if axis is None or rank < 2 or not -rank <= axis < rank:
+        return None
+    return axis % rank - rank
 
 
 def ties_of_models(parts: Mapping[str, Part], copies: Mapping[str, Tensor]) -> Callable[[str], Any]:
@@ -80,7 +98,7 @@ def ties_of_models(parts: Mapping[str, Part], copies: Mapping[str, Tensor]) -> C
             for path in paths:
                 one = parts[path]._replace(models=parts[path].models[i : i + 1])
                 for x in _pieces(one, path, _checkpoints.BLOCK):
-                    (tau,) = _methods.taus(x)
+                    (tau,) = _formulas.taus(x)
                     yield tau[path]
                     done(4 * tau[path].size)
 
@@ -100,7 +118,7 @@ def ties_of_models(parts: Mapping[str, Part], copies: Mapping[str, Tensor]) -> C
         for x in _pieces(parts[path], path, _checkpoints.BLOCK):
             pairs = [
                 transforms.trim_to_cut(tau[path], cut, seen)
-                for tau, cut, seen in zip(_methods.taus(x), found["cuts"], before, strict=True)
+                for tau, cut, seen in zip(_formulas.taus(x), found["cuts"], before, strict=True)
             ]
             before = [seen for _, seen in pairs]
             yield x, [{path: leaf} for leaf, _ in pairs], before

@@ -16,8 +16,9 @@ from kdtl_jax import transforms, trees
 from kdtl_jax.cli import _parser
 from kdtl_jax.cli.params import _checkpoints, _folders, _merging
 from kdtl_jax.cli.params._checkpoints import Opened, Rewrite
+from kdtl_jax.cli.params._formulas import Options
 from kdtl_jax.cli.params._merging import Part
-from kdtl_jax.cli.params._methods import METHODS, Options
+from kdtl_jax.cli.params._methods import METHODS
 from kdtl_jax.cli.params.merge import Settings
 from kdtl_jax.interop import safetensors
 from kdtl_jax.recipes.settings import UsageError
@@ -33,13 +34,13 @@ KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "multislerp": ("multi_slerp", ("weight",)),
     "karcher": ("karcher", ()),
     "task_arithmetic": ("task_arithmetic", _GTA),
-    "ties": ("ties", (*_GTA, "density")),
+    "ties": ("ties", _DROPS),
     "dare_linear": ("dare", _DROPS),
     "dare_ties": ("dare_ties", _DROPS),
     "della": ("della", (*_DROPS, "epsilon")),
     "della_linear": ("della_linear", (*_DROPS, "epsilon")),
-    "breadcrumbs": ("breadcrumbs", (*_GTA, "density", "gamma")),
-    "breadcrumbs_ties": ("breadcrumbs_ties", (*_GTA, "density", "gamma")),
+    "breadcrumbs": ("breadcrumbs", (*_DROPS, "gamma")),
+    "breadcrumbs_ties": ("breadcrumbs_ties", (*_DROPS, "gamma")),
     "sce": ("sce", ("select_topk", "int8_mask")),
     "model_stock": ("model_stock", ("filter_wise",)),
     "nearswap": ("near_swap", ("t",)),

@@ -10,8 +10,9 @@ import numpy as np
 from kdtl_jax import _checks, transforms, trees
 from kdtl_jax.cli.params import _checkpoints, _merging
 from kdtl_jax.cli.params._checkpoints import Opened, Rewrite, Selection, Writing
+from kdtl_jax.cli.params._formulas import Options
 from kdtl_jax.cli.params._merging import Part
-from kdtl_jax.cli.params._methods import METHODS, Options
+from kdtl_jax.cli.params._methods import METHODS
 from kdtl_jax.recipes.settings import UsageError, numbers, setting
 from kdtl_jax.transforms import Kept, Report
 
@@ -78,7 +79,8 @@ class Settings(Several, Selection, Writing):
         metavar="D", parse=_shares,
     )  # fmt: skip
     rescale: bool | None = setting(
-        None, "as mergekit: restore the L1 norm after dropping (yes, no; default: yes)",
+        None, "as mergekit: restore the L1 norm after dropping (yes, no; default: "
+        "where drops are random)",
         metavar="YES", parse=_truth,
     )  # fmt: skip
     scope: Literal["model", "tensor"] | None = setting(

@@ -1,0 +1,300 @@
+"""What the methods of `kdtl params merge` are made of: `transforms` on one tensor of each model.
+
+Random draws fold in the tensor's path and ranks are the tensor's own, so merging tensor by tensor
+gives what merging whole models gives, bit for bit. TIES over whole models ranks all tensors
+together (`merge`).
+
+A tensor comes in blocks of rows. What an entry needs to know of the whole tensor (a cut, a norm,
+the angles between models) is measured first, by passes over the blocks.
+
+Methods follow their papers. `mergekit` is the same method as that program computes it: it weighs
+task vectors before it elects signs, divides by weights instead of counts, and rescales what is left
+after dropping to the L1 norm of the whole.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kdtl_jax import transforms
+from kdtl_jax._types import Array
+
+Tree = dict[str, Any]  # one tensor by its path
+
+
+class Options(NamedTuple):
+    """What `--weights`, `--scale` … say, defaults filled in; shares may differ by model."""
+
+    weights: Sequence[float] | None = None
+    normalize: bool | None = None  # None is the method's own habit
+    scale: float = 1.0
+    density: float | Sequence[float] = 0.2
+    epsilon: float | Sequence[float] = 0.15
+    outliers: float | Sequence[float] = 0.01
+    rescale: bool | None = None
+    t: float = 0.5
+    axis: int | None = None
+    gain: float = 0.0
+    seed: int = 0
+
+
+class Members(NamedTuple):
+    """A tensor of every model, or a block of rows; `statistics` are Fishers or Gram matrices."""
+
+    base: Tree
+    models: list[Tree]
+    statistics: list[Tree]
+    block: int = 0  # its number
+    found: Any = None  # what was measured of the whole tensor
+
+
+Read = Callable[[], Iterable[Members]]  # the tensor's blocks, from the first
+
+
+class Merge(NamedTuple):
+    """What is done with a block; before that, what is measured of the whole tensor."""
+
+    combine: Callable[[Members, Options], Tree]
+    measure: Callable[[Read, Options], Any] | None = None
+
+    def whole(self, x: Members, o: Options) -> Tree:
+        """The merge of a tensor that is all in memory."""
+        found = None if self.measure is None else self.measure(lambda: [x], o)
+        return self.combine(x._replace(found=found), o)
+
+
+# --- task vectors --------------------------------------------------------------------------------
+
+
+def taus(x: Members) -> list[Tree]:
+    """The models' task vectors."""
+    return [transforms.task_vector(model, x.base) for model in x.models]
+
+
+def _keys(x: Members, o: Options) -> list[jax.Array]:
+    return list(jax.random.split(jax.random.key(o.seed), len(x.models)))
+
+
+def _each(value: float | Sequence[float], x: Members) -> list[float]:
+    return [value] * len(x.models) if isinstance(value, (int, float)) else list(value)
+
+
+class Sparsify(NamedTuple):
+    """What is left of every model's task vector, and what must be known of the whole for it."""
+
+    drop: Callable[[Members, Options], list[Tree]]
+    measure: Callable[[Read, Options], Any] | None = None
+
+
+def _blocks(read: Read, i: int) -> Iterator[Array]:
+    """The task vector of model `i`, block by block."""
+    for x in read():
+        (tau,) = taus(x._replace(models=x.models[i : i + 1]))
+        yield from tau.values()
+
+
+class _Kept(NamedTuple):
+    """The cut that keeps the largest entries, and how many of its equals come before each block."""
+
+    cut: transforms.Cut
+    before: list[Any]
+
+
+def _largest(read: Read, i: int, count: Callable[[int], int]) -> _Kept:
+    """The largest `count(size)` entries of model `i`'s task vector."""
+    sizes = [(tau.size, tau.real.dtype) for tau in _blocks(read, i)]
+    kept = count(sum(size for size, _ in sizes))
+    cut = transforms.magnitude_cut(lambda: _blocks(read, i), kept, sizes[0][1])
+    before = [jnp.zeros((), cut.equal.dtype)]
+    for tau in _blocks(read, i):
+        before.append(transforms.trim_to_cut(tau, cut, before[-1])[1])
+    return _Kept(cut, before)
+
+
+def _cut(tau: Tree, kept: _Kept, block: int) -> Tree:
+    return {p: transforms.trim_to_cut(x, kept.cut, kept.before[block])[0] for p, x in tau.items()}
+
+
+def _trimmed(x: Members, o: Options) -> list[Tree]:
+    return [_cut(tau, kept, x.block) for tau, kept in zip(taus(x), x.found, strict=True)]
+
+
+def _trim_counts(least: int) -> Callable[[Read, Options], Any]:
+    """The cuts that keep each model's density, and so many entries where it is not 0."""
+
+    def count(density: float, size: int) -> int:
+        return max(math.floor(density * size), least if density > 0 else 0)
+
+    def measure(read: Read, o: Options) -> Any:
+        shares = _each(o.density, next(iter(read())))
+        return [_largest(read, i, lambda n, d=d: count(d, n)) for i, d in enumerate(shares)]
+
+    return measure
+
+
+def _crumbs(read: Read, o: Options) -> Any:
+    """Per model the largest entries, and of those the ones too large."""
+    first = next(iter(read()))
+    rows = zip(_each(o.density, first), _each(o.outliers, first), strict=True)
+
+    def counts(size: int, density: float, outliers: float) -> tuple[int, int]:
+        kept = math.floor(density * size)
+        top = min(math.floor(outliers * size), size - kept)
+        return top + kept, top
+
+    return [
+        tuple(_largest(read, i, lambda n, j=j, s=shares: counts(n, *s)[j]) for j in (0, 1))
+        for i, shares in enumerate(rows)
+    ]
+
+
+def _crumbled(x: Members, o: Options) -> list[Tree]:
+    out = []
+    for tau, (kept, dropped) in zip(taus(x), x.found, strict=True):
+        large = _cut(tau, dropped, x.block)
+        out.append({p: jnp.where(large[p] != 0, 0, y) for p, y in _cut(tau, kept, x.block).items()})
+    return out
+
+
+def _dare(x: Members, o: Options) -> list[Tree]:
+    rows = zip(_keys(x, o), taus(x), _each(o.density, x), strict=True)
+    return [transforms.dare(key, tau, density=d, block=x.block) for key, tau, d in rows]
+
+
+def _della(x: Members, o: Options) -> list[Tree]:
+    rows = zip(_keys(x, o), taus(x), _each(o.density, x), _each(o.epsilon, x), strict=True)
+    return [
+        transforms.della(key, tau, density=density, epsilon=epsilon, block=x.block)
+        for key, tau, density, epsilon in rows
+    ]
+
+
+WHOLE = Sparsify(lambda x, o: taus(x))
+TRIM = Sparsify(_trimmed, _trim_counts(0))
+TRIM_SOME = Sparsify(_trimmed, _trim_counts(1))  # mergekit keeps an entry of every tensor
+DARE, DELLA = Sparsify(_dare), Sparsify(_della)
+BREADCRUMBS = Sparsify(_crumbled, _crumbs)
+
+
+def added(sparsify: Sparsify) -> Merge:
+    """The base and the weighted sum of task vectors, or with `normalize` their weighted mean."""
+
+    def combine(x: Members, o: Options) -> Tree:
+        weights = _weights(x, o)
+        total = sum(weights)
+        if o.normalize and abs(total) >= 1e-8:
+            weights = [w / total for w in weights]
+        return transforms.apply_task_vectors(x.base, sparsify.drop(x, o), weights, scale=o.scale)
+
+    return Merge(combine, sparsify.measure)
+
+
+def agreed(sparsify: Sparsify) -> Merge:
+    """The base and the mean (the sum, if not to `normalize`) of what has the elected sign."""
+
+    def combine(x: Members, o: Options) -> Tree:
+        vectors = sparsify.drop(x, o)
+        divisor = transforms.undivided if o.normalize is False else transforms.agreeing_count
+        signs = transforms.elect_sign(vectors)
+        merged = transforms.disjoint_merge(vectors, signs, o.weights, divisor=divisor)
+        return transforms.apply_task_vectors(x.base, [merged], scale=o.scale)
+
+    return Merge(combine, sparsify.measure)
+
+
+def _weights(x: Members, o: Options) -> list[float]:
+    return [1.0] * len(x.models) if o.weights is None else list(o.weights)
+
+
+# --- mergekit's conventions ----------------------------------------------------------------------
+
+
+def consensus(sparsify: Sparsify, *, normalize: bool) -> Merge:
+    """Signs of weighted task vectors; a sum, or with `normalize` over the agreeing weight."""
+
+    def combine(x: Members, o: Options) -> Tree:
+        weights = _weights(x, o)
+        pairs = zip(sparsify.drop(x, o), weights, strict=True)
+        vectors = [transforms.scale(tau, w) for tau, w in pairs]
+        divides = normalize if o.normalize is None else o.normalize
+        divisor = transforms.agreeing_weight(weights) if divides else transforms.undivided
+        signs = transforms.elect_sign(vectors)
+        merged = transforms.disjoint_merge(vectors, signs, divisor=divisor)
+        return transforms.apply_task_vectors(x.base, [merged], scale=o.scale)
+
+    return Merge(combine, sparsify.measure)
+
+
+def rescaled(sparsify: Sparsify, *, default: bool) -> Sparsify:
+    """What is kept keeps its value, times the ratio of L1 norms if `rescale`."""
+
+    def kept(x: Members, o: Options) -> list[Tree]:
+        pairs = zip(taus(x), sparsify.drop(x, o), strict=True)
+        return [
+            transforms.keep(tau, {path: leaf != 0 for path, leaf in dropped.items()})
+            for tau, dropped in pairs
+        ]
+
+    def measure(read: Read, o: Options) -> Any:
+        found = None if sparsify.measure is None else sparsify.measure(read, o)
+        if not (default if o.rescale is None else o.rescale):
+            return found, [1.0] * len(next(iter(read())).models)
+
+        def pairs(i: int) -> Iterator[list[Array]]:
+            for x in read():
+                x = x._replace(found=found)
+                yield [leaf for tree in (taus(x)[i], kept(x, o)[i]) for leaf in tree.values()]
+
+        count = len(next(iter(read())).models)
+        ratios = [transforms.l1_ratio(lambda i=i: pairs(i), floor=1e-7) for i in range(count)]
+        return found, ratios
+
+    def drop(x: Members, o: Options) -> list[Tree]:
+        found, ratios = x.found
+        vectors = kept(x._replace(found=found), o)
+        return [transforms.scale(tau, ratio) for tau, ratio in zip(vectors, ratios, strict=True)]
+
+    return Sparsify(drop, measure)
+
+
+# --- on spheres ----------------------------------------------------------------------------------
+
+
+def _vectors(x: Members) -> list[Tree]:
+    """The task vectors where there is a base, else the models."""
+    return taus(x) if x.base else x.models
+
+
+def pieces(read: Read) -> Iterator[list[Array]]:
+    for x in read():
+        yield transforms.one_dtype([leaf for tree in _vectors(x) for leaf in tree.values()])
+
+
+def mixed(x: Members, o: Options) -> Tree:
+    """The vectors' weighted sum, their weights measured."""
+    if x.base:
+        return transforms.apply_task_vectors(x.base, taus(x), x.found)
+    return transforms.weighted_sum(x.models, x.found)
+
+
+def spherical(shares: Callable[[transforms.Angles, Options], Any]) -> Merge:
+    def measure(read: Read, o: Options) -> Any:
+        return shares(transforms.angles(lambda: pieces(read), o.axis), o)
+
+    return Merge(mixed, measure)
+
+
+def nuslerp(found: transforms.Angles, o: Options) -> Any:
+    first, second = (1.0, 1.0) if o.weights is None else o.weights
+    total = first + second
+    t = second / total if abs(total) >= 1e-6 else 0.5
+    return transforms.slerp_shares(found, t, threshold=1.0)
+
+
+def linear(x: Members, o: Options) -> Tree:
+    if o.normalize is False:
+        return transforms.weighted_sum(x.models, _weights(x, o))
+    return transforms.average(x.models, o.weights)
