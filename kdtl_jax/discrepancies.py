@@ -12,7 +12,7 @@ examples, or a hyper-parameter is out of its range.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -296,9 +296,11 @@ def _domains(
     a = _batch(where, student_features=first)
     b = _batch(where if target_where is None else target_where, target_features=second)
     dtype = np.result_type(a.rows.dtype, b.rows.dtype)
-    return tuple(  # type: ignore[return-value]
-        _Batch(x.rows.astype(dtype), x.where, x.size.astype(dtype)) for x in (a, b)
-    )
+    return _of_dtype(a, dtype), _of_dtype(b, dtype)
+
+
+def _of_dtype(batch: _Batch, dtype: Any) -> _Batch:
+    return batch._replace(rows=batch.rows.astype(dtype), size=batch.size.astype(dtype))
 
 
 def _if_enough(value: Array, *batches: _Batch) -> Array:

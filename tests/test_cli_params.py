@@ -246,7 +246,7 @@ def test_bad_slices(words: list[str], code: int, says: str, capsys: Any) -> None
         (["merge", A, B, "--method", "fisher"], "one --statistics per model"),
         (["scale", A, "--rule", "head"], "expected SELECTOR=VALUE"),
         (["scale", A, "--rule", "head/.*=x"], "'x' is no value"),
-        (["transfer", A, B, "--rename", "a"], "REGEX=>REPLACEMENT"),
+        (["transfer", A, B, "--rename", "a"], "REGEX=>NAME"),
         (["scale"], "name SOURCE"),
         (["scale", A, "--alpa", "2"], "did you mean --alpha"),
         (["shrink"], "unknown command 'shrink'"),

@@ -178,7 +178,7 @@ def fit_of(
         epochs=epochs,
         batch_size=batch_size,
         checks=_training.even_checks(epochs),
-        keep=lambda state: _targets.Kept(method.finish(state.params), state.model_state),
+        keep=lambda state: Variables(method.finish(state.params), state.model_state),
     )
 
 

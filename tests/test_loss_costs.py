@@ -1,10 +1,9 @@
 """What a loss costs beside a direct transcription of its equation, and in how much memory it runs.
 
-Compiled only, never run. XLA's analysis of the compiled program counts one floating-point operation
-per element of every arithmetic operation, and also of every comparison, selection and `and`;
-exponentials, logarithms and roots it counts apart, one each. Here comparisons and selections are
-taken out, since they are no arithmetic (they are the guards), and transcendentals are put in. A
-transcription is what one would write in a notebook: no guards, no masks.
+Compiled only, never run. XLA's analysis of the compiled program counts an operation per element of
+all arithmetic, and of comparisons, selections and `and`; transcendentals it counts apart, one each.
+Here the former are taken out (they are the guards) and the latter put in. A transcription is what
+one would write in a notebook: no guards, no masks.
 
 Two groups. `EQUATIONS` cost at most 1.1 times the transcription. `EXACT` do more arithmetic on
 purpose, because the transcription loses digits: sums of non-negative terms in place of differences

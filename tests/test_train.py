@@ -7,88 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from train_models import (
+    CLASSES,
+    STUDENT,
+    TEACHER,
+    WEIGHTS,
+    WIDTH,
+    assert_equal_trees,
+    data,
+    distill_terms,
+    distillation,
+    mlp,
+    mlp_init,
+    task_terms,
+)
 
-from kdtl_jax import losses, train, trees
-from kdtl_jax._types import Outputs, Params, PyTree, Variables
-from kdtl_jax.objective import Inputs, Mean
+from kdtl_jax import train
+from kdtl_jax._types import Params, PyTree
+from kdtl_jax.objective import Inputs
 from kdtl_jax.train import TrainState
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-
-WIDTH, CLASSES = 6, 3
-
-
-def mlp_init(key: jax.Array, widths: tuple[int, ...]) -> Params:
-    layers = {}
-    for i, (n_in, n_out) in enumerate(zip(widths, widths[1:], strict=False)):
-        name = "head" if i == len(widths) - 2 else f"layer_{i}"
-        kernel = jax.random.normal(jax.random.fold_in(key, i), (n_in, n_out)) / n_in**0.5
-        layers[name] = {"kernel": kernel, "bias": jnp.zeros(n_out)}
-    return layers
-
-
-def mlp(
-    params: Params,
-    model_state: PyTree,
-    inputs: Any,
-    *,
-    key: jax.Array | None = None,
-    train: bool = False,
-) -> tuple[Outputs, PyTree]:
-    x = inputs
-    for name in sorted(params.keys() - {"head"}, key=trees.natural_key):
-        x = jnp.tanh(x @ params[name]["kernel"] + params[name]["bias"])
-    if train and model_state is not None:
-        model_state = {"seen": model_state["seen"] + x.shape[0]}
-    logits = x @ params["head"]["kernel"] + params["head"]["bias"]
-    return {"logits": logits, "features": x}, model_state
-
-
-def data(seed: int = 0, size: int = 8) -> dict[str, jax.Array]:
-    rng = np.random.default_rng(seed)
-    return {
-        "inputs": jnp.asarray(rng.normal(size=(size, WIDTH)), jnp.float32),
-        "labels": jnp.asarray(rng.integers(0, CLASSES, size), jnp.int32),
-    }
-
-
-def distill_terms(inputs: Inputs) -> dict[str, jax.Array]:
-    student, teacher = inputs.student["logits"], inputs.teacher["logits"]
-    labels = inputs.batch["labels"]
-    return {
-        "task": optax.softmax_cross_entropy_with_integer_labels(student, labels),
-        "match": losses.mse(student, teacher),
-    }
-
-
-def task_terms(inputs: Inputs) -> dict[str, jax.Array]:
-    labels = inputs.batch["labels"]
-    logits = inputs.student["logits"]
-    return {"task": optax.softmax_cross_entropy_with_integer_labels(logits, labels)}
-
-
-WEIGHTS = {"task": 0.1, "match": optax.linear_schedule(0.0, 0.9, 10)}
-STUDENT = (WIDTH, 5, CLASSES)
-TEACHER = (WIDTH, 8, CLASSES)
-
-
-def distillation(tx: optax.GradientTransformation | None = None) -> tuple[Any, TrainState, Params]:
-    tx = optax.adam(1e-2) if tx is None else tx
-    step = train.make_step(mlp, distill_terms, WEIGHTS, tx, teacher=mlp)
-    params = mlp_init(jax.random.key(0), STUDENT)
-    return step, train.init_state(params, tx, key=jax.random.key(1)), mlp_init(
-        jax.random.key(2), TEACHER
-    )  # fmt: skip
-
-
-def assert_equal_trees(a: Any, b: Any) -> None:
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(bits(x), bits(y))
-
-
-def bits(x: jax.Array) -> np.ndarray:
-    return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
 
 
 def test_distillation_learns_and_logs_unweighted_terms() -> None:
@@ -323,155 +262,3 @@ def test_a_selector_that_matches_nothing_raises() -> None:
     params = mlp_init(jax.random.key(0), STUDENT)
     with pytest.raises(ValueError, match=r"'tail/\.\*' matches no leaf.*head"):
         train.init_state(params, optax.sgd(0.1), key=jax.random.key(1), trainable="tail/.*")
-
-
-def test_keys_differ_by_step_and_by_use() -> None:
-    seen = []
-
-    def noisy(
-        params: Params, model_state: PyTree, inputs: Any, *, key: Any = None, train: bool = False
-    ) -> tuple[Outputs, PyTree]:
-        seen.append(jax.random.key_data(key))
-        return mlp(params, model_state, inputs)
-
-    def terms(inputs: Inputs) -> dict[str, jax.Array]:
-        assert inputs.key is not None
-        seen.append(jax.random.key_data(inputs.key))
-        return task_terms(inputs)
-
-    tx = optax.sgd(0.0)
-    step = train.make_step(noisy, terms, {"task": 1.0}, tx)
-    state = train.init_state(mlp_init(jax.random.key(0), STUDENT), tx, key=jax.random.key(1))
-    state, _ = step(state, data())
-    again, _ = step(state, data())
-    assert len({tuple(np.asarray(k)) for k in seen}) == 4
-    assert_equal_trees(again.key, state.key)
-
-
-def test_memory_and_model_state_are_carried() -> None:
-    def terms(inputs: Inputs) -> tuple[dict[str, jax.Array], PyTree]:
-        return task_terms(inputs), inputs.memory + jnp.mean(inputs.student["features"])
-
-    tx = optax.sgd(0.1)
-    step = train.make_step(mlp, terms, {"task": 1.0}, tx)
-    state = train.init_state(
-        mlp_init(jax.random.key(0), STUDENT), tx, key=jax.random.key(1),
-        model_state={"seen": jnp.int32(0)}, memory=jnp.zeros((), jnp.bfloat16),
-    )  # fmt: skip
-    new, _ = jax.jit(step)(state, data())
-    assert int(new.model_state["seen"]) == 8
-    assert new.memory.dtype == jnp.bfloat16 and float(new.memory) != 0
-
-
-def test_cached_teacher_outputs_equal_the_teacher() -> None:
-    step, state, teacher = distillation()
-    outputs, _ = mlp(teacher, None, data()["inputs"])
-    tx = optax.adam(1e-2)
-    cached = train.make_step(mlp, distill_terms, WEIGHTS, tx)
-    a, _ = jax.jit(step)(state, data(), teacher)
-    b, _ = jax.jit(cached)(state, {**data(), "teacher": outputs})
-    for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
-    c, _ = jax.jit(step)(state, data(), Variables(teacher))
-    assert_equal_trees(a, c)
-
-
-def test_padding_changes_nothing_whatever_it_holds() -> None:
-    step, state, teacher = distillation(optax.sgd(0.1))
-    plain = data(size=5)
-    a, metrics_a = jax.jit(step)(state, plain, teacher)
-    stepped = jax.jit(step)
-    for filler in (0.0, 1e30, np.nan):
-        padded = {
-            "inputs": jnp.concatenate([plain["inputs"], jnp.full((3, WIDTH), filler)]),
-            "labels": jnp.concatenate([plain["labels"], jnp.zeros(3, jnp.int32)]),
-            "weights": jnp.asarray([1.0] * 5 + [0.0] * 3),
-        }
-        b, metrics_b = stepped(state, padded, teacher)
-        for x, y in zip(
-            jax.tree.leaves((a.params, train.values(metrics_a))),
-            jax.tree.leaves((b.params, train.values(metrics_b))),
-            strict=True,
-        ):
-            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
-
-
-def test_a_step_computes_in_the_dtype_of_its_state() -> None:
-    step, state, teacher = distillation(optax.sgd(0.1))
-    half = train.init_state(
-        jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params),
-        optax.sgd(0.1),
-        key=jax.random.key(1),
-    )
-    new, metrics = jax.jit(step)(half, data(), teacher)
-    assert {x.dtype for x in jax.tree.leaves(new.params)} == {jnp.dtype(jnp.bfloat16)}
-    assert metrics["loss"].total.dtype == jnp.float32
-
-
-def test_evaluation_adds_up_over_unequal_batches() -> None:
-    def correct(inputs: Inputs) -> dict[str, jax.Array]:
-        hits = jnp.argmax(inputs.student["logits"], -1) == inputs.batch["labels"]
-        return {"accuracy": hits.astype(jnp.float32)} | task_terms(inputs)
-
-    evaluate = jax.jit(train.make_eval_step(mlp, correct))
-    params, batch = mlp_init(jax.random.key(0), STUDENT), data()
-    whole = train.values(evaluate(params, batch))
-    parts = [
-        evaluate(Variables(params), train.take(batch, i)) for i in (jnp.arange(3), jnp.arange(3, 8))
-    ]
-    added = train.values(train.add_metrics(*parts))
-    for name, value in whole.items():
-        np.testing.assert_allclose(added[name], value, rtol=1e-6)
-    assert isinstance(parts[0]["accuracy"], Mean)
-
-
-def test_epoch_index_is_a_permutation_by_key_and_epoch() -> None:
-    key = jax.random.key(0)
-    first = train.epoch_index(key, 0, 10, 3)
-    assert first.shape == (3, 3) and first.dtype == jnp.int32
-    assert len(set(np.asarray(first).ravel())) == 9
-    assert set(np.asarray(first).ravel()) <= set(range(10))
-    np.testing.assert_array_equal(first, train.epoch_index(key, jnp.int32(0), 10, 3))
-    assert (np.asarray(first) != np.asarray(train.epoch_index(key, 1, 10, 3))).any()
-    for size in (0, 11):
-        with pytest.raises(ValueError, match=r"batch_size must lie in 1\.\.10"):
-            train.epoch_index(key, 0, 10, size)
-
-
-def test_take_gathers_every_array_of_a_batch() -> None:
-    batch = {**data(), "teacher": {"logits": data()["inputs"]}}
-    taken = train.take(batch, jnp.asarray([[1, 3], [0, 0]]))
-    assert taken["inputs"].shape == (2, 2, WIDTH)
-    np.testing.assert_array_equal(taken["teacher"]["logits"][0, 1], batch["inputs"][3])
-
-
-def convolving(
-    params: Params, model_state: PyTree, inputs: Any, *, key: Any = None, train: bool = False
-) -> tuple[Outputs, PyTree]:
-    x = inputs[..., None]
-    y = jax.lax.conv_general_dilated(
-        x, params["conv"].reshape(3, 1, 1), (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
-    )
-    return {"logits": y[:, :CLASSES, 0]}, model_state
-
-
-@pytest.mark.parametrize(
-    ("model", "path"), [(mlp, "scan"), (convolving, "steps")], ids=["scan", "steps"]
-)
-def test_jit_epoch_gives_the_scanned_epoch_on_either_path(model: Any, path: str) -> None:
-    tx = optax.sgd(0.1)
-    params = mlp_init(jax.random.key(0), STUDENT) if model is mlp else {"conv": jnp.ones(3)}
-    step = train.make_step(model, task_terms, {"task": 1.0}, tx)
-    index = train.epoch_index(jax.random.key(3), 0, 8, 4)
-
-    def start() -> TrainState:
-        return train.init_state(params, tx, key=jax.random.key(1))
-
-    if jax.default_backend() == "cpu":
-        assert train.epoch_path(step, start(), data()) == path
-    a, metrics_a = train.jit_epoch(step)(start(), data(), index)
-    b, metrics_b = jax.jit(train.scan_epoch(step))(start(), data(), index)
-    for x, y in zip(
-        jax.tree.leaves((a.params, metrics_a)), jax.tree.leaves((b.params, metrics_b)), strict=True
-    ):
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)

@@ -75,6 +75,7 @@ _PARTS = {
     "VERA": ("vera_lambda_b", "vera_lambda_d"),
     "OFT": ("oft_R",),
 }
+_SHARED = re.compile(r"(?:base_model\.)?(vera_[AB])(?:\.\w+)?")  # VeRA's projections
 
 
 class Adapter(NamedTuple):
@@ -112,7 +113,8 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if key not in allowed:
             raise refused(f"{key} = {_shown(value)}", "it may change the merged weights")
         known = allowed[key]
-        if known is not None and not any(value is k or value == k != True for k in known):  # noqa: E712
+        # 1 is not True here: a flag and a number of the same key mean different things.
+        if known is not None and not any(type(value) is type(k) and value == k for k in known):
             raise refused(f"{key} = {_shown(value)}", f"known are {known}")
     for key, is_right in _TYPES.items():
         if config.get(key) is not None and not is_right(config[key]):
@@ -143,8 +145,8 @@ def sort_tensors(tensors: Mapping[str, Any], config: dict[str, Any]) -> Adapter:
             adapters |= set(adapter)
             key = match["part"] + (".bias" if last == "bias" else "")
             weights.setdefault(match["module"], {})[key] = value
-        elif kind == "VERA" and re.fullmatch(r"(base_model\.)?vera_[AB](\.\w+)?", name):
-            shared[re.search(r"vera_[AB]", name)[0]] = value  # type: ignore[index]
+        elif kind == "VERA" and (of_all := _SHARED.fullmatch(name)):
+            shared[of_all[1]] = value
         elif _replaces(short, config):
             if ".original_module." not in short:  # the base's own, beside the trained copy
                 replaced[_plain(short)] = value

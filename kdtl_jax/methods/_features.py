@@ -19,7 +19,6 @@ from kdtl_jax.methods._method import (
     exclusive_classes,
     key_and_step,
     method,
-    real,
     schedule,
     warmed_up,
 )
@@ -85,7 +84,7 @@ def vid(setup: Setup) -> Method:
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         params, features = inputs.connectors, found.read(inputs.student, inputs.teacher)
-        features = _layers.connect(means, params, features, real(inputs))
+        features = _layers.connect(means, params, features, inputs.real)
         values = [
             losses.vid(mean, teacher, variance.apply(params[f"variance_{i}"], teacher))
             for i, (mean, teacher) in enumerate(features)
@@ -168,7 +167,7 @@ def srd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
     plain = norm.init(jax.random.key(0), teacher_shape)  # scale 1, offset 0: nothing to learn
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        where = real(inputs)
+        where = inputs.real
         student = project.apply(inputs.connectors, inputs.student[of_student], where=where)
         teacher = norm.apply(plain, inputs.teacher[of_teacher], where=where)
         logits = inputs.student["logits"], inputs.teacher["logits"]
@@ -225,7 +224,7 @@ def review(setup: Setup) -> Method:
         return params
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        where, features = real(inputs), found.read(inputs.student, inputs.teacher)
+        where, features = inputs.real, found.read(inputs.student, inputs.teacher)
         fused, residual = [], None
         for i in reversed(range(count)):
             student, teacher = features[i]
@@ -260,7 +259,7 @@ def ft(setup: Setup) -> Method:
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         [(student, teacher)] = found.read(inputs.student, inputs.teacher)
-        params, where = inputs.connectors, real(inputs)
+        params, where = inputs.connectors, inputs.real
         factor, rebuilt = paraphrase.apply(params["paraphraser"], teacher, where=where)
         factor = jax.lax.stop_gradient(factor)
         translated = translate.apply(params["translator"], student, where=where)
@@ -348,7 +347,7 @@ def fsp(setup: Setup) -> Method:
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         features = found.read(inputs.student, inputs.teacher)
-        features = _layers.connect(glue, inputs.connectors, features, real(inputs))
+        features = _layers.connect(glue, inputs.connectors, features, inputs.real)
         flows = []
         for (s1, t1), (s2, t2) in zip(features, features[1:], strict=False):
             student, teacher = _layers.same_positions(s1, s2), _layers.same_positions(t1, t2)

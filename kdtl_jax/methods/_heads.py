@@ -17,7 +17,6 @@ from kdtl_jax.methods._method import (
     key_and_step,
     method,
     needs_teacher_head,
-    real,
 )
 from kdtl_jax.methods._setup import Head, Setup
 from kdtl_jax.objective import Inputs
@@ -128,7 +127,7 @@ def simkd(setup: Setup) -> Method:
 
     def terms(inputs: Inputs) -> tuple[dict[str, Array], PyTree]:
         [(student, teacher)] = found.read(inputs.student, inputs.teacher)
-        student, measured = projector.measure(inputs.connectors, student, where=real(inputs))
+        student, measured = projector.measure(inputs.connectors, student, where=inputs.real)
         running = connectors.running_update(inputs.memory, measured)
         return {"simkd": losses.mse(student, teacher)}, running
 
@@ -162,7 +161,7 @@ def srrl(setup: Setup) -> Method:
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         student = inputs.student[of_student]
-        student = connector.apply(inputs.connectors, student, where=real(inputs))
+        student = connector.apply(inputs.connectors, student, where=inputs.real)
         teacher = inputs.teacher[of_teacher]
         logits = classify(head, student), classify(head, teacher)
         return {"feature": losses.mse(student, teacher), "classifier": losses.mse(*logits)}

@@ -14,7 +14,7 @@ from jax import Array
 from kdtl_jax import connectors
 from kdtl_jax._types import Outputs, Params
 from kdtl_jax.connectors import Connector
-from kdtl_jax.methods._method import Method, Weight, method, real
+from kdtl_jax.methods._method import Method, Weight, method
 from kdtl_jax.methods._setup import Pair, Setup
 from kdtl_jax.objective import Inputs
 
@@ -155,13 +155,13 @@ def pairwise(
 
         def plain(inputs: Inputs) -> dict[str, Array]:
             features = found.read(inputs.student, inputs.teacher)
-            return {term: total(loss, features, real(inputs), layer_weights)}
+            return {term: total(loss, features, inputs.real, layer_weights)}
 
         return method(setup, plain, weights)
     glue = [connector(teacher.shape[-1]) for teacher in found.teacher]
 
     def connected(inputs: Inputs) -> dict[str, Array]:
-        where, features = real(inputs), found.read(inputs.student, inputs.teacher)
+        where, features = inputs.real, found.read(inputs.student, inputs.teacher)
         features = connect(glue, inputs.connectors, features, where)
         return {term: total(loss, features, where, layer_weights)}
 

@@ -21,7 +21,6 @@ from kdtl_jax.methods._method import (
     key_and_step,
     method,
     needs_teacher_head,
-    real,
     warmed_up,
 )
 from kdtl_jax.methods._setup import Setup
@@ -53,7 +52,7 @@ def of_logits(
 
 def logits(inputs: Inputs) -> Logits:
     """The logits of both models, the labels and the mask of a batch."""
-    labels, where = inputs.batch["labels"], real(inputs)
+    labels, where = inputs.batch["labels"], inputs.real
     if where is not None:  # padding may be labeled with anything
         labels = jnp.where(where, labels, jnp.zeros((), labels.dtype))
     return Logits(inputs.student["logits"], inputs.teacher["logits"], labels, where)

@@ -70,12 +70,6 @@ def alone(setup: Setup) -> Method:
     return method(setup, lambda inputs: {}, {"task": 1.0})
 
 
-def real(inputs: Inputs) -> Array | None:
-    """Which examples are real, `[B]`: those whose weight is not 0. None where all are."""
-    weights = inputs.batch.get("weights")
-    return None if weights is None else weights != 0
-
-
 def count(x: Array, where: Array | None) -> Array | int:
     """How many examples are real, at least 1, in x's dtype."""
     return len(x) if where is None else jnp.maximum(jnp.sum(where, dtype=x.dtype), 1)

@@ -13,7 +13,7 @@ from kdtl_jax import connectors, losses, memory
 from kdtl_jax._types import Params, PyTree, Scalar
 from kdtl_jax.methods import _layers
 from kdtl_jax.methods._layers import pairwise
-from kdtl_jax.methods._method import Method, count, key_and_step, method, real
+from kdtl_jax.methods._method import Method, count, key_and_step, method
 from kdtl_jax.methods._setup import Setup
 from kdtl_jax.objective import Inputs
 
@@ -42,7 +42,7 @@ def rkd(setup: Setup) -> Method:
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         sides = inputs.student[of_student], inputs.teacher[of_teacher]
-        where = real(inputs)
+        where = inputs.real
         return {
             "distance": losses.rkd_distance(*sides, where=where),
             "angle": losses.rkd_angle(*sides, where=where),
@@ -91,7 +91,7 @@ def itrd(setup: Setup) -> Method:
     embed = connectors.linear(setup.teacher[of_teacher].shape[-1])
 
     def terms(inputs: Inputs) -> dict[str, Array]:
-        teacher, where = inputs.teacher[of_teacher], real(inputs)
+        teacher, where = inputs.teacher[of_teacher], inputs.real
         student = embed.apply(inputs.connectors, inputs.student[of_student])
         mutual = losses.itrd_mutual(student, teacher, where=where)
         distance = jnp.abs(losses.feature_correlation(student, teacher, where=where) - 1)
@@ -146,7 +146,7 @@ def crd(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
         bank: memory.Bank, queries: Array, drawn: Array, inputs: Inputs
     ) -> tuple[Array, Array]:
         """The values of one side, and its normalizer."""
-        fixed, where = jax.lax.stop_gradient(queries), real(inputs)
+        fixed, where = jax.lax.stop_gradient(queries), inputs.real
         given = {"temperature": temperature, "where": where}
         first = memory.bank_set_normalizer(bank, fixed, drawn, **given)
         log_z = jnp.where(inputs.step == 0, first.log_z, bank.log_z)
@@ -155,7 +155,7 @@ def crd(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
 
     def terms(inputs: Inputs) -> tuple[dict[str, Array], PyTree]:
         student, teacher = _embedded(setup, inputs)
-        index, banks, where = inputs.batch["index"], inputs.memory, real(inputs)
+        index, banks, where = inputs.batch["index"], inputs.memory, inputs.real
         key, _ = key_and_step(inputs)
         drawn = memory.bank_draw(key, index, size=n, negatives=negatives, where=where)
         of_student, log_z_teacher = side(banks["teacher"], student, drawn, inputs)
@@ -190,7 +190,7 @@ def info_nce(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
         student, teacher = _embedded(setup, inputs)
         return {
             "info_nce": losses.info_nce(
-                student, teacher, temperature=temperature, where=real(inputs)
+                student, teacher, temperature=temperature, where=inputs.real
             )
         }
 
@@ -211,10 +211,10 @@ def dcd(setup: Setup) -> Method:
         temperature = 1 / jnp.minimum(jnp.exp(inputs.connectors["tau"]), 10)
         return {
             "info_nce": losses.info_nce(
-                student, teacher, temperature=temperature, where=real(inputs)
+                student, teacher, temperature=temperature, where=inputs.real
             ),
             "invariance": losses.dcd_invariance(
-                student, teacher, temperature=temperature, where=real(inputs)
+                student, teacher, temperature=temperature, where=inputs.real
             ),
         }
 
@@ -236,7 +236,7 @@ def rrd(setup: Setup, *, temperature: Scalar = 0.1) -> Method:
     def terms(inputs: Inputs) -> tuple[dict[str, Array], PyTree]:
         student, teacher = _embedded(setup, inputs)
         teacher = jax.lax.stop_gradient(teacher)
-        where = real(inputs)
+        where = inputs.real
         queue = memory.queue_push(inputs.memory, teacher, where=where)
         values = losses.rrd(
             student, teacher, queue=queue.rows, student_temperature=temperature, where=where

@@ -29,7 +29,7 @@ from kdtl_jax.models._blocks import (
     token_inputs,
 )
 from kdtl_jax.models._encoders import LanguageHead
-from kdtl_jax.models._vit import ViTLayer
+from kdtl_jax.models._vit import in_turn, pre_norm
 
 
 class T5Layer(nn.Module):
@@ -305,18 +305,7 @@ def _text_tower(
     x = nn.Embed(module.vocabulary, module.width, name="tokens")(tokens)
     places = nn.Embed(module.positions, module.width, name="positions")
     x = x + places(jnp.arange(length))[None]
-    for i in range(module.layers):
-        x = ViTLayer(
-            module.heads,
-            module.hidden,
-            module.activation,
-            module.norm_epsilon,
-            qkv_bias=True,
-            dropout=0.0,
-            attention_dropout=module.attention_dropout,
-            name=f"layers_{i}",
-        )(x, train, where)
-    return x
+    return in_turn(pre_norm(module), module.layers, x, train, where)
 
 
 def _near(length: int, window: int | None, mask: Array | None) -> Array | None:

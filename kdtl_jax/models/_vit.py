@@ -1,5 +1,9 @@
 """Vision Transformers as Linen modules: ViT, DeiT, DINOv2, and the towers of CLIP and SigLIP."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -44,9 +48,9 @@ class ViTLayer(nn.Module):
     hidden: int
     activation: Activation
     norm_epsilon: float
-    qkv_bias: bool
-    dropout: float
-    attention_dropout: float
+    qkv_bias: bool = True
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: Array, train: bool, where: Array | None = None) -> Array:
@@ -58,6 +62,15 @@ class ViTLayer(nn.Module):
         x = x + drop(attention(y, where, train=train))
         y = layer_norm(self.norm_epsilon, "mlp_norm")(x)
         return x + drop(FeedForward(self.hidden, self.activation, name="mlp")(y))
+
+
+def in_turn(
+    layer: Callable[..., nn.Module], count: int, x: Array, train: bool, where: Array | None = None
+) -> Array:
+    """`layers_0` to the last, one after another; `layer(name=)` makes each of them."""
+    for i in range(count):
+        x = layer(name=f"layers_{i}")(x, train, where)
+    return x
 
 
 class ViT(nn.Module):
@@ -105,18 +118,17 @@ class ViT(nn.Module):
         )
         x = embeddings(inputs)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        for i in range(self.layers):
-            x = ViTLayer(
-                self.heads,
-                self.hidden,
-                self.activation,
-                self.norm_epsilon,
-                self.qkv_bias,
-                self.dropout,
-                self.attention_dropout,
-                name=f"layers_{i}",
-            )(x, train)
-        x = layer_norm(self.norm_epsilon, "norm")(x)
+        layer = partial(
+            ViTLayer,
+            self.heads,
+            self.hidden,
+            self.activation,
+            self.norm_epsilon,
+            self.qkv_bias,
+            self.dropout,
+            self.attention_dropout,
+        )
+        x = layer_norm(self.norm_epsilon, "norm")(in_turn(layer, self.layers, x, train))
         outputs = {"last_hidden": x}
         pooled = x[:, 0]
         if self.has_pooler:
@@ -145,7 +157,7 @@ class Dinov2Layer(nn.Module):
     attention_dropout: float
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Array, train: bool, where: Array | None = None) -> Array:
         def scaled(name: str, y: Array) -> Array:
             shape = (x.shape[-1],)
             return y * self.param(name, nn.initializers.ones_init(), shape)[None, None]
@@ -154,7 +166,7 @@ class Dinov2Layer(nn.Module):
             self.heads, use_bias=self.qkv_bias, dropout=self.attention_dropout, name="attention"
         )
         y = layer_norm(self.norm_epsilon, "attention_norm")(x)
-        y = nn.Dropout(self.dropout, deterministic=not train)(attention(y, None, train=train))
+        y = nn.Dropout(self.dropout, deterministic=not train)(attention(y, where, train=train))
         x = x + scaled("attention_scale", y)
         y = layer_norm(self.norm_epsilon, "mlp_norm")(x)
         if self.is_gated:
@@ -189,19 +201,18 @@ class Dinov2(nn.Module):
         patch = check_images(inputs, self.patch, self.grid)
         x = ViTEmbeddings(self.width, patch, name="embeddings")(inputs)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        for i in range(self.layers):
-            x = Dinov2Layer(
-                self.heads,
-                self.hidden,
-                self.is_gated,
-                self.activation,
-                self.norm_epsilon,
-                self.qkv_bias,
-                self.dropout,
-                self.attention_dropout,
-                name=f"layers_{i}",
-            )(x, train)
-        x = layer_norm(self.norm_epsilon, "norm")(x)
+        layer = partial(
+            Dinov2Layer,
+            self.heads,
+            self.hidden,
+            self.is_gated,
+            self.activation,
+            self.norm_epsilon,
+            self.qkv_bias,
+            self.dropout,
+            self.attention_dropout,
+        )
+        x = layer_norm(self.norm_epsilon, "norm")(in_turn(layer, self.layers, x, train))
         outputs = {"last_hidden": x, "pooled": x[:, 0]}
         if self.classes is not None:
             both = jnp.concatenate([x[:, 0], jnp.mean(x[:, 1:], axis=1)], axis=-1)
@@ -259,7 +270,7 @@ class ClipVision(nn.Module):
         patch = check_images(inputs, self.patch, self.grid)
         x = TowerEmbeddings(self.width, patch, True, name="embeddings")(inputs)
         x = layer_norm(self.norm_epsilon, "first_norm")(x)
-        x = _tower(self, x, train)
+        x = in_turn(pre_norm(self), self.layers, x, train)
         pooled = layer_norm(self.norm_epsilon, "norm")(x[:, 0])
         outputs = {"last_hidden": x, "pooled": pooled}
         if self.projection is not None:
@@ -315,7 +326,7 @@ class SiglipVision(nn.Module):
     def __call__(self, inputs: Array, *, train: bool = False) -> dict[str, Array]:
         patch = check_images(inputs, self.patch, self.grid)
         x = TowerEmbeddings(self.width, patch, False, name="embeddings")(inputs)
-        x = layer_norm(self.norm_epsilon, "norm")(_tower(self, x, train))
+        x = layer_norm(self.norm_epsilon, "norm")(in_turn(pre_norm(self), self.layers, x, train))
         outputs = {"last_hidden": x}
         if self.has_pooler:
             pool = AttentionPool(
@@ -325,19 +336,10 @@ class SiglipVision(nn.Module):
         return outputs
 
 
-def _tower(module: ClipVision | SiglipVision, x: Array, train: bool) -> Array:
-    for i in range(module.layers):
-        x = ViTLayer(
-            module.heads,
-            module.hidden,
-            module.activation,
-            module.norm_epsilon,
-            qkv_bias=True,
-            dropout=0.0,
-            attention_dropout=module.attention_dropout,
-            name=f"layers_{i}",
-        )(x, train)
-    return x
+def pre_norm(module: Any) -> Callable[..., nn.Module]:
+    """The layers of a tower of CLIP or SigLIP, of pictures or of text."""
+    widths = module.heads, module.hidden, module.activation, module.norm_epsilon
+    return partial(ViTLayer, *widths, attention_dropout=module.attention_dropout)
 
 
 def check_images(

@@ -3,7 +3,7 @@
 An axis is one of `AXES` or the name of a method's term. A setting is one value on every axis.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,33 +22,24 @@ DEFAULT = {"temperature": (1.0, 2.0, 4.0, 8.0)}
 
 def grid(value: Any) -> dict[str, tuple[float, ...]]:
     """`axis=number,…` words, or a mapping."""
-    pairs = value.items() if isinstance(value, Mapping) else [_axis(word) for word in value or ()]
-    out: dict[str, tuple[float, ...]] = {}
-    for name, values in pairs:
-        try:
-            found = types.numbers(values)
-        except ValueError:
-            found = ()
-        if not found or not name:
-            raise ValueError(f"'{name}={values}' is not axis=number,… as in temperature=1,2,4")
-        _add(out, name, found)
-    return out
+
+    def several(values: Any) -> tuple[float, ...]:
+        if not (found := types.numbers(values)):
+            raise ValueError("no number")
+        return found
+
+    return _by_axis(value, several, "axis=number,… as in temperature=1,2,4")
 
 
 def ranges(value: Any) -> dict[str, str]:
-    """`axis=low..high[:log]` words, or a mapping."""
-    pairs = value.items() if isinstance(value, Mapping) else [_axis(word) for word in value or ()]
-    out: dict[str, str] = {}
-    for name, text in pairs:
-        try:
-            _range(text)
-        except ValueError:
-            raise ValueError(
-                f"'{name}={text}' is not axis=low..high or axis=low..high:log, as in "
-                "temperature=1..20:log"
-            ) from None
-        _add(out, name, text)
-    return out
+    """`axis=low..high[:log]` words, or a mapping; the ranges stay text, as they are recorded."""
+
+    def text_of(text: Any) -> str:
+        _range(text)
+        return str(text)
+
+    form = "axis=low..high or axis=low..high:log, as in temperature=1..20:log"
+    return _by_axis(value, text_of, form)
 
 
 def columns_of(settings: Any) -> dict[str, np.ndarray]:
@@ -91,18 +82,20 @@ def own_axes(entry: Entry, setup: Setup, columns: Mapping[str, Any]) -> dict[str
     return {name: column[first] for name, column in own.items()}
 
 
-def _axis(word: Any) -> tuple[str, str]:
-    name, equals, rest = str(word).partition("=")
-    return name.strip() if equals else "", rest if equals else str(word)
-
-
-def _add(out: dict[str, Any], name: str, value: Any) -> None:
-    name = {"lr": "learning_rate"}.get(name, name)
-    if name in out:
-        raise ValueError(f"axis {name!r} is given twice")
-    if name == "seed":
-        raise ValueError("seeds are given by --seeds N")
-    out[name] = value
+def _by_axis(value: Any, parse: Callable[[Any], Any], form: str) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for given, text in types.pairs(value or {}, "=").items():
+        name = {"lr": "learning_rate"}.get(given, given)
+        try:
+            found = parse(text)
+        except ValueError:
+            raise ValueError(f"'{given}={text}' is not {form}") from None
+        if name in out:
+            raise ValueError(f"axis {name!r} is given twice")
+        if name == "seed":
+            raise ValueError("seeds are given by --seeds N")
+        out[name] = found
+    return out
 
 
 def _range(text: str) -> sweeps.Range:

@@ -4,10 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
+from kdtl_jax.recipes import _output
 from kdtl_jax.run import measure, report
 from kdtl_jax.run.report import plots
 
@@ -42,7 +40,7 @@ def rows(found: Sequence[Any]) -> list[list[str]]:
             f"{one.examples_per_second:,.0f}",
             f"{one.compile_seconds:.1f}",
             _scaled(one.cost.flops, 1e9),
-            _scaled(_bytes(one), 1e6),
+            _scaled(one.memory.compiled(), 1e6),
             "–" if one.roofline is None else f"{100 * one.roofline.fraction:.0f} %",
             "–" if one.roofline is None else one.roofline.bound,
         ]
@@ -104,35 +102,28 @@ def _scaling(found: Sequence[Any]) -> report.Section:
         for s in one.scaling
     ]
     header = ("pair", "devices", "ms/step", "examples/s", "efficiency")
+    is_virtual = jax.default_backend() == "cpu" and jax.device_count() > 1
     note = (
         "Every device gets the same number of examples. "
-        + ("Virtual devices share one processor: there, 1/N is the ideal. " if _virtual() else "")
+        + ("Virtual devices share one processor: there, 1/N is the ideal. " if is_virtual else "")
         + "Efficiency is the rate per device against one device."
     )
     chart = plots.lines(lines, x_axis="devices", y_axis="efficiency, %")
     return report.Section("Scaling", [note], [report.table(header, cells), chart])
 
 
-def table(found: Sequence[Any]) -> Table:
-    """The table for a terminal: a column per pair, so that 80 characters hold every digit."""
-    out = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+def table(found: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
+    """A terminal's table: a column per pair, so that 80 characters hold every digit."""
     names, *measured = zip(*rows(found), strict=True)
-    out.add_column(HEADER[0])
-    for name in names:
-        out.add_column(name, justify="right")
-    for label, cells in zip(HEADER[1:], measured, strict=True):
-        out.add_row(label, *cells)
-    return out
+    lines = [[label, *cells] for label, cells in zip(HEADER[1:], measured, strict=True)]
+    return [HEADER[0], *names], lines
 
 
 def show(limits: measure.Ceilings, found: Sequence[Any]) -> None:
-    console = Console(highlight=False)
     print(_ceilings(limits))
-    if console.is_terminal:
-        console.print(table(found))
-    else:
-        for row in rows(found):
-            print("  ".join(f"{name} {cell}" for name, cell in zip(HEADER, row, strict=True)))
+    named = [zip(HEADER, row, strict=True) for row in rows(found)]
+    lines = ["  ".join(f"{name} {cell}" for name, cell in row) for row in named]
+    _output.show(*table(found), lines)
     print(TIMES)
     for one in found:
         share = one.epoch_seconds / one.seconds
@@ -150,14 +141,6 @@ def _ceilings(limits: measure.Ceilings) -> str:
         f"Ceilings here: {limits.flops / 1e9:,.0f} GFLOP/s (matmul, {limits.dtype}, "
         f"n = {limits.matmul_size}), {limits.bytes / 1e9:,.1f} GB/s (copy)"
     )
-
-
-def _virtual() -> bool:
-    return jax.default_backend() == "cpu" and jax.device_count() > 1
-
-
-def _bytes(one: Any) -> float | None:
-    return one.memory.compiled()
 
 
 def _scaled(value: float | None, unit: float) -> str:

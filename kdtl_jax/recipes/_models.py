@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax import methods, models
+from kdtl_jax import methods, models, transforms
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Variables
 from kdtl_jax.datasets import Splits, Standardizer, read_splits, standardizer
 from kdtl_jax.interop import linen, safetensors
+from kdtl_jax.recipes._training import in_chunks
 from kdtl_jax.recipes.settings import MODEL, Data, UsageError
 from kdtl_jax.run import record
 from kdtl_jax.train import precision
@@ -205,15 +206,21 @@ def tree(variables: Variables) -> PyTree:
     return {"params": variables.params, **variables.model_state}
 
 
+def selected(teacher: Params, student: Params) -> Params:
+    """A student filled with evenly spaced units of its teacher, layer by layer.
+
+    A unit keeps its place on both sides: the rows that a layer reads are those that the layer
+    before writes.
+    """
+    return transforms.transfer(
+        teacher, student, on_mismatch=transforms.select_uniform, check_finite=False
+    )[0]
+
+
 def outputs(net: Network, variables: Variables, inputs: np.ndarray) -> dict[str, np.ndarray]:
     """All outputs of a frozen network, `[N, ...]` on the host."""
     apply = jax.jit(lambda v, x: dict(net.apply(v.params, v.model_state, x)[0]))
-    size, found = min(512, len(inputs)), []
-    for start in range(0, len(inputs), size):
-        rows = np.minimum(np.arange(start, start + size), len(inputs) - 1)
-        got = jax.device_get(apply(variables, inputs[rows]))
-        found.append({name: value[: len(inputs) - start] for name, value in got.items()})
-    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    return in_chunks(lambda x: apply(variables, x), inputs, 512)
 
 
 def _with_pooled(apply: ModelFn) -> ModelFn:

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import yaml
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from kdtl_jax import _files
-from kdtl_jax.recipes.settings import UsageError, as_yaml, plain
+from kdtl_jax.recipes.settings import UsageError, as_yaml
 from kdtl_jax.run import checkpoint, processes, record, report
 
 Say = Callable[[str], None]
@@ -53,7 +54,7 @@ def run_folder(
       UsageError: if the run to be resumed had other settings.
       RuntimeError: if another process has it.
     """
-    folder = Path(settings.out)
+    folder, config = Path(settings.out), as_yaml(settings, command, force=False, resume=False)
     if resume and settings.force:
         raise UsageError("--resume continues a run, --force overwrites it: give one of them.")
     with contextlib.ExitStack() as stack:
@@ -72,25 +73,23 @@ def run_folder(
             stack.enter_context(_files.locked(folder))
             made = record.made_from(files or {})
             if taken_up:
-                run = _check_same(folder, settings, command)
+                run = _check_same(folder, config, command)
                 for notice in record.compare(folder, made):
                     print(f"note: {notice}", file=sys.stderr)
                 return run
             (folder / "metrics.jsonl").unlink(missing_ok=True)
             if kept := checkpoint.remove(folder / "checkpoints"):
                 print(f"note: not ours, and left alone in {folder}/checkpoints: {', '.join(kept)}")
-            text = as_yaml(settings, command, force=False, resume=False)
-            _files.write_atomic(folder / "config.yaml", text.encode(errors="replace"))
-            run = secrets.token_hex(8)
+            _files.write_atomic(folder / "config.yaml", config.encode(errors="replace"))
             record.keep(folder, made)
-            about = {**report.environment(), "run": run}
-            _files.write_json(folder / "env.json", about)
+            run = secrets.token_hex(8)
+            _files.write_json(folder / "env.json", {**report.environment(), "run": run})
             return run
 
         yield Folder(folder, processes.decide(begin))
 
 
-def _check_same(folder: Path, settings: Any, command: str) -> str:
+def _check_same(folder: Path, config: str, command: str) -> str:
     """The identity of the run to be resumed, after comparing its settings."""
     file = folder / "config.yaml"
     try:
@@ -99,7 +98,7 @@ def _check_same(folder: Path, settings: Any, command: str) -> str:
         run = str(recorded["run"])
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         raise ValueError(f"{file} or env.json beside it cannot be read ({error}).") from None
-    now = {"command": command, **plain(settings)}
+    now = yaml.safe_load(config)
     other = [
         f"{name} ({known.get(name)!r}, now {now.get(name)!r})"
         for name in sorted(known.keys() | now.keys())
@@ -206,47 +205,70 @@ def seldom(say: Say, seconds: float = 10.0) -> Callable[[str, bool], None]:
 
 
 def print_table(results: report.Results) -> None:
-    """The table of methods."""
+    """The table of methods, by family."""
+    header = ("method", "test accuracy %", "against the baseline", "parameters", "seconds")
+    for family in dict.fromkeys(row.family for row in results.rows):
+        rows = [row for row in results.rows if row.family == family]
+        compared = [
+            "–"
+            if row.versus is None
+            else f"{100 * row.versus.difference.mean:+.1f}, {row.versus.verdict}"
+            for row in rows
+        ]
+        cells = [
+            (x.label, report.percent(x.test), versus, f"{x.parameters:,}", f"{x.seconds:.1f}")
+            for x, versus in zip(rows, compared, strict=True)
+        ]
+        lines = [
+            f"{family:12s} {row.method:26s} test {test:>11s} %  {versus:32s} {count:>9} parameters "
+            f"{seconds:>6} s"
+            for row, (_, test, versus, count, seconds) in zip(rows, cells, strict=True)
+        ]
+        better = [i for i, x in enumerate(rows) if x.versus and x.versus.verdict == "better"]
+        show(header, cells, lines, title=family.capitalize(), bold=better)
     console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        for row in results.rows:
-            print(
-                f"{row.family:12s} {row.method:26s} test {report.percent(row.test):>11s} %  "
-                f"{_compared(row):32s} {row.parameters:>9,} parameters {row.seconds:6.1f} s"
-            )
-    else:
-        for family in dict.fromkeys(row.family for row in results.rows):
-            console.print(_table(family, [row for row in results.rows if row.family == family]))
     for note in results.notes:
         console.print(f"note: {note}", style="dim" if console.is_terminal else None, soft_wrap=True)
 
 
-def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    """A plain table: aligned on a terminal, else with tabs. Returns the exit code 0."""
-    console = Console(highlight=False)
+def show(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    lines: Sequence[str] | None = None,
+    *,
+    title: str | None = None,
+    bold: Sequence[int] = (),
+) -> None:
+    """A table on a terminal; elsewhere lines, by default of every cell after its column's name."""
+    console = Console(highlight=False, markup=False)
     if console.is_terminal:
-        table = Table(*header)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    else:
-        for row in (header, *rows):
-            print("\t".join(row))
+        console.print(table(header, rows, title=title, bold=bold))
+        return
+    if lines is None:
+        lines = ["  ".join(f"{n} {c}" for n, c in zip(header, row, strict=True)) for row in rows]
+    print("\n".join(lines))
+
+
+def table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    title: str | None = None,
+    bold: Sequence[int] = (),
+) -> Table:
+    """The table for a terminal: first column to the left, rows of the numbers `bold` stressed."""
+    out = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False,
+        padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    for i, name in enumerate(header):
+        out.add_column(name, justify="right" if i else "left")
+    for i, row in enumerate(rows):
+        out.add_row(*row, style="bold" if i in bold else "")
+    return out
+
+
+def list_methods(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Prints `--list`, its columns between tabs where there is no terminal; the exit code is 0."""
+    show(header, rows, ["\t".join(row) for row in (header, *rows)])
     return 0
-
-
-def _table(family: str, rows: Sequence[report.Row]) -> Table:
-    table = Table(title=family.capitalize(), title_justify="left")
-    for name in ("method", "test accuracy %", "against the baseline", "parameters", "seconds"):
-        table.add_column(name, justify="left" if name == "method" else "right")
-    for row in rows:
-        cells = (report.percent(row.test), _compared(row), f"{row.parameters:,}")
-        better = row.versus is not None and row.versus.verdict == "better"
-        table.add_row(row.label, *cells, f"{row.seconds:.1f}", style="bold" if better else "")
-    return table
-
-
-def _compared(row: report.Row) -> str:
-    if row.versus is None:
-        return "–"
-    return f"{100 * row.versus.difference.mean:+.1f}, {row.versus.verdict}"

@@ -1,6 +1,7 @@
 """A teacher and a student on one data set: what `kdtl distill` and `kdtl sweep` begin with."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +18,27 @@ from kdtl_jax.methods import Entry, Method, Setup
 from kdtl_jax.recipes import _models, _seeds, _training
 from kdtl_jax.recipes._models import About, Network
 from kdtl_jax.recipes._training import Experiment, Point
+from kdtl_jax.recipes.settings import MODEL, setting
 from kdtl_jax.run import teacher_cache
 
 TEACHER, BASELINE = "teacher", "student_alone"
 DEFAULT_TEACHER = "mlp:128,64"
+
+
+@dataclass(frozen=True)
+class Models:
+    """The settings of a teacher and a student."""
+
+    teacher: str | None = setting(
+        None, f"{MODEL}; default: what --teacher-weights holds, or {DEFAULT_TEACHER}",
+        metavar="MODEL", parse=_models.text_of, group="models",
+    )  # fmt: skip
+    student: str = setting(
+        "mlp:16", "as --teacher", metavar="MODEL", parse=_models.text_of, group="models"
+    )
+    teacher_weights: str | None = setting(
+        None, "a safetensors file instead of training a teacher", metavar="FILE", group="models"
+    )
 
 
 class Pair(NamedTuple):

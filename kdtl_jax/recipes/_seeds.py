@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kdtl_jax import train, trees
 from kdtl_jax.datasets import Splits
 from kdtl_jax.objective import Metrics
-from kdtl_jax.recipes._training import CHECKS, Experiment, Point, keys, pick
+from kdtl_jax.recipes._training import CHECKS, Experiment, Point, in_chunks, keys, pick
 from kdtl_jax.run import checkpoint, data, loop, report, scores, sharding
 from kdtl_jax.train import Batch, TrainState
 
@@ -218,17 +218,14 @@ def evaluation(
 
     def evaluate(state: TrainState, inputs: np.ndarray) -> np.ndarray:
         # Without the optimizer's state, which nothing here reads, one program serves all methods.
-        state, found = state._replace(opt_state=None), []
-        seeds, size = len(state.key), min(EVALUATION_BATCH, len(inputs))
-        for start in range(0, len(inputs), size):
-            rows = np.minimum(np.arange(start, start + size), len(inputs) - 1)
-            if in_turn:
-                x = inputs[rows]
-                part = np.stack([single(state, np.int32(s), x, shared) for s in range(seeds)])
-            else:
-                part = np.asarray(every(state, inputs[rows], shared))
-            found.append(part[:, : len(inputs) - start])
-        return np.concatenate(found, axis=1)
+        state, seeds = state._replace(opt_state=None), range(len(state.key))
+
+        def by_example(x: Array) -> Any:
+            if not in_turn:
+                return np.asarray(every(state, x, shared)).T
+            return np.stack([single(state, np.int32(i), x, shared) for i in seeds], axis=1)
+
+        return in_chunks(by_example, inputs, EVALUATION_BATCH).T
 
     return evaluate
 

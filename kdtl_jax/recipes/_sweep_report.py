@@ -3,15 +3,12 @@
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from kdtl_jax import _files
+from kdtl_jax.recipes import _output
 from kdtl_jax.recipes._pair import Pair
 from kdtl_jax.run import report, scores
 from kdtl_jax.run.report import plots
@@ -67,13 +64,6 @@ def lines(outcome: Sweep) -> list[Line]:
             )
     order = scores.ranked([line.validation.mean for line in found])
     return sorted((found[i] for i in order), key=lambda line: not line.complete)
-
-
-def write(folder: Path, outcome: Sweep) -> None:
-    """`results.json`, `sweep.csv` and `report.html`."""
-    _files.write_json(folder / "results.json", to_json(outcome))
-    _files.write_atomic(folder / "sweep.csv", to_csv(outcome).encode())
-    _files.write_atomic(folder / "report.html", html_page(outcome).encode())
 
 
 def to_json(outcome: Sweep) -> dict[str, Any]:
@@ -233,19 +223,10 @@ def _largest(scores: np.ndarray) -> float:
 def print_table(outcome: Sweep) -> None:
     """The best settings, and which path was taken."""
     found, axes = lines(outcome), _axes(outcome)
-    console = Console(highlight=False)
     header = ("method", *axes, "validation %", "test %")
     shown = [_cells(line, axes) for line in found[:SHOWN]]
-    if console.is_terminal:
-        table = Table(title=f"Best of {len(found)} settings, by validation", title_justify="left")
-        for i, name in enumerate(header):
-            table.add_column(name, justify="right" if i else "left")
-        for i, row in enumerate(shown):
-            table.add_row(*row, style="bold" if i == 0 else "")
-        console.print(table)
-    else:
-        for row in shown:
-            print("  ".join(f"{n} {c}" for n, c in zip(header, row, strict=True)))
+    title = f"Best of {len(found)} settings, by validation"
+    _output.show(header, shown, title=title, bold=[0])
     for swept in outcome.swept:
         per = f", {swept.per_call} per call" if swept.path == "together" else ""
         print(f"{swept.method}: {PATHS.get(swept.path, swept.path)}{per}, {swept.seconds:.1f} s")
@@ -262,15 +243,11 @@ def _row(line: Line) -> dict[str, Any]:
     return {
         "method": line.method,
         "setting": line.setting,
-        "validation_accuracy": _interval(line.validation),
-        "test_accuracy": _interval(line.test),
+        "validation_accuracy": line.validation._asdict(),
+        "test_accuracy": line.test._asdict(),
         "epochs": line.epochs,
         "stopped_early": not line.complete,
     }
-
-
-def _interval(found: report.Interval) -> Mapping[str, Any]:
-    return {"mean": found.mean, "ci95": found.ci95, "values": list(found.values)}
 
 
 def _axes(outcome: Sweep) -> list[str]:

@@ -20,7 +20,7 @@ from kdtl_jax.datasets import Dataset, Splits, per_class
 from kdtl_jax.recipes import _choice, _models, _training
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes._models import Network
-from kdtl_jax.recipes._training import Experiment, Point
+from kdtl_jax.recipes._training import Experiment, Fitted, Point
 from kdtl_jax.recipes._transfer_methods import Case, Method
 from kdtl_jax.run import report
 from kdtl_jax.train import sweep
@@ -45,13 +45,6 @@ class Surgery(NamedTuple):
     on_mismatch: transforms.Policy = transforms.raise_on_mismatch
 
 
-class Kept(NamedTuple):
-    """What remains of a target: a plain model."""
-
-    params: Params
-    model_state: Any
-
-
 class Compared(NamedTuple):
     """What `compare` finds."""
 
@@ -59,7 +52,7 @@ class Compared(NamedTuple):
     learning: dict[str, dict[str, list[float]]]
     surgery: transforms.Report
     scores: dict[str, report.Interval]  # of the source for the target, before any training
-    models: dict[str, Kept]  # by method, stacked over seeds
+    models: dict[str, Variables]  # plain, by method, stacked over seeds
 
 
 def compare(
@@ -141,7 +134,9 @@ def compare(
             epochs=settings.epochs,
             batch_size=batch_size,
             checks=_training.even_checks(settings.epochs),
-            keep=lambda state, method=method: Kept(method.finish(state.params), state.model_state),
+            keep=lambda state, method=method: Variables(
+                method.finish(state.params), state.model_state
+            ),
         )
         begun = time.perf_counter()
         # Equally many settings per call, whatever the method's axes: what is alike compiles once.
@@ -220,11 +215,12 @@ def training_set(method: Method, net: Network, classes: int, point: Point, share
     return {**case.data, **method.record(case)}
 
 
-def train_sources(net: Network, part: Dataset, *, seeds: int, epochs: int) -> Source:
-    """One source model per seed, on the whole source task."""
+def train_sources(
+    net: Network, data: Any, held: Sequence[Any], *, seeds: int, epochs: int
+) -> Fitted:
+    """One model per seed on the whole of a task; what is kept are `Variables`."""
     tx = optax.adam(SOURCE_RATE)
     step = train.make_step(net.apply, objective.classification, {"task": 1.0}, tx)
-    data = _choice.held(part)
 
     def start(point: Point, shared: Any) -> train.TrainState:
         keys = _training.keys(point["seed"])
@@ -238,10 +234,17 @@ def train_sources(net: Network, part: Dataset, *, seeds: int, epochs: int) -> So
     )
     fit = _training.fit(
         learner, lambda point, shared: shared, epochs=epochs, batch_size=SOURCE_BATCH,
-        keep=lambda state: _models.tree(Variables(state.params, state.model_state)),
+        keep=lambda state: Variables(state.params, state.model_state),
     )  # fmt: skip
-    few = {name: x[:1] for name, x in data.items()}  # its scores are not reported
-    return Source(sweep.vmap(fit)(_training.points(seeds), data, few, few).kept, True)
+    return sweep.vmap(fit)(_training.points(seeds), data, *held)
+
+
+def sources_of(net: Network, part: Dataset, *, seeds: int, epochs: int) -> Source:
+    """Sources to transfer from, whose own scores are not reported."""
+    data = _choice.held(part)
+    few = {name: x[:1] for name, x in data.items()}
+    fitted = train_sources(net, data, [few, few], seeds=seeds, epochs=epochs)
+    return Source(_models.tree(fitted.kept), True)
 
 
 def copy(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -116,15 +117,30 @@ def views(chosen: tuple[str, ...], classes: int, side: int) -> Callable[[Array, 
     return view
 
 
-def accuracy(classes: Array, labels: Array) -> Array:
-    """`scores.accuracy` within a program."""
-    share = jnp.mean((classes == labels).astype(jnp.float32), axis=-1)
-    return jnp.where(jnp.any(classes == scores.WRONG, axis=-1), jnp.nan, share)
+def judged(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """`scores.predicted` and `scores.accuracy` within a program: classes, and the share right."""
+    named = scores.predicted(logits)
+    share = jnp.mean((named == labels).astype(jnp.float32), axis=-1)
+    return named, jnp.where(jnp.any(named == scores.WRONG, axis=-1), jnp.nan, share)
 
 
 def pick(tree: PyTree, at: Any) -> PyTree:
     """One part, or some, of a stacked tree."""
     return jax.tree.map(lambda leaf: leaf[at], tree)
+
+
+def in_chunks(fn: Callable[[Any], PyTree], inputs: PyTree, size: int) -> PyTree:
+    """`fn` over arrays `[N, ...]` on the host, as many rows at a time: `[N, ...]` on the host.
+
+    All calls have one shape: the last is filled up with the last row.
+    """
+    count, parts = len(jax.tree.leaves(inputs)[0]), []
+    size = min(size, count)
+    for start in range(0, count, size):
+        rows = np.minimum(np.arange(start, start + size), count - 1)
+        found = jax.device_get(fn(pick(inputs, rows)))
+        parts.append(jax.tree.map(lambda x, n=count - start: x[:n], found))
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
 # Many points in one program.
@@ -159,8 +175,7 @@ def fit(
             experiment, state, point, shared, arrays, validation,
             epochs=epochs, batch_size=batch_size, checks=checks, steps=steps,
         )  # fmt: skip
-        named = scores.predicted(experiment.logits(state, test["inputs"], shared))
-        on_test = accuracy(named, test["labels"])
+        named, on_test = judged(experiment.logits(state, test["inputs"], shared), test["labels"])
         return Fitted(keep(state), curve, curve[-1], on_test, named, losses[-1])
 
     return run
@@ -195,8 +210,8 @@ def advance(
 
     def between_checks(state: TrainState, numbers: Array) -> tuple[TrainState, Any]:
         state, losses = jax.lax.scan(one_epoch, state, numbers)
-        named = scores.predicted(experiment.logits(state, validation["inputs"], shared))
-        return state, (accuracy(named, validation["labels"]), losses)
+        logits = experiment.logits(state, validation["inputs"], shared)
+        return state, (judged(logits, validation["labels"])[1], losses)
 
     first = state.step // (size // batch_size)
     numbers = first + jnp.arange(epochs, dtype=jnp.int32).reshape(checks, -1)
@@ -222,8 +237,10 @@ def one_by_one(
         return experiment.step(state, batch, *teacher_params)
 
     epoch, start = train.jit_epoch(step), jax.jit(experiment.start)
-    classes = jax.jit(
-        lambda state, x, shared: scores.predicted(experiment.logits(state, x, shared))
+    judge = jax.jit(
+        lambda state, part, shared: judged(
+            experiment.logits(state, part["inputs"], shared), part["labels"]
+        )
     )
 
     def of_one(point: Point, shared: Any, validation: Any, test: Any) -> Fitted:
@@ -234,9 +251,9 @@ def one_by_one(
             index = train.epoch_index(order, number, size, min(batch_size, size))[:steps]
             state, metrics = epoch(state, arrays, index, (point, shared))
             loss = jnp.mean(metrics["loss"].value())
-        named = [classes(state, part["inputs"], shared) for part in (validation, test)]
-        found = [accuracy(n, p["labels"]) for n, p in zip(named, (validation, test), strict=True)]
-        return Fitted(None, found[0][None], found[0], found[1], named[1], loss)
+        _, on_validation = judge(state, validation, shared)
+        named, on_test = judge(state, test, shared)
+        return Fitted(None, on_validation[None], on_validation, on_test, named, loss)
 
     def run(points: Point, *shared: Any) -> Fitted:
         found = [of_one(pick(dict(points), i), *shared) for i in range(len(points["seed"]))]

@@ -197,38 +197,36 @@ def _merged(params: Params) -> Params:
     return _lora.merge(params["base"], params["adapter"])
 
 
-def _lora_apply(case: Case) -> ModelFn:
-    def run(
-        params: Params,
-        model_state: PyTree,
-        inputs: Any,
-        *,
-        key: Array | None = None,
-        train: bool = False,
-    ) -> tuple[Outputs, PyTree]:
-        return case.net.apply(_merged(params), model_state, inputs, key=key, train=train)
+def _on(
+    change: Callable[[Case, Params, Array | None], tuple[Params, Array | None]],
+) -> Callable[[Case], ModelFn]:
+    """The network on changed parameters; the change has a key in training only, and returns it."""
 
-    return run
+    def of_case(case: Case) -> ModelFn:
+        def run(
+            params: Params,
+            model_state: PyTree,
+            inputs: Any,
+            *,
+            key: Array | None = None,
+            train: bool = False,
+        ) -> tuple[Outputs, PyTree]:
+            changed, rest = change(case, params, key if train else None)
+            rest = rest if train else key
+            return case.net.apply(changed, model_state, inputs, key=rest, train=train)
+
+        return run
+
+    return of_case
 
 
-def _mixout(case: Case) -> ModelFn:
-    def run(
-        params: Params,
-        model_state: PyTree,
-        inputs: Any,
-        *,
-        key: Array | None = None,
-        train: bool = False,
-    ) -> tuple[Outputs, PyTree]:
-        mixed = params
-        if train and key is not None:
-            key, draw = jax.random.split(key)
-            body = {name: leaf for name, leaf in mixed.items() if name != "head"}
-            source = {name: case.copied.params[name] for name in body}
-            mixed = {**mixed, **transforms.mixout(draw, body, source, rate=0.5)}
-        return case.net.apply(mixed, model_state, inputs, key=key, train=train)
-
-    return run
+def _mixout(case: Case, params: Params, key: Array | None) -> tuple[Params, Array | None]:
+    if key is None:
+        return params, None
+    key, draw = jax.random.split(key)
+    body = {name: leaf for name, leaf in params.items() if name != "head"}
+    source = {name: case.copied.params[name] for name in body}
+    return {**params, **transforms.mixout(draw, body, source, rate=0.5)}, key
 
 
 METHODS: tuple[Method, ...] = (
@@ -251,7 +249,8 @@ METHODS: tuple[Method, ...] = (
     Method(
         "lora", "LoRA of rank 8, and the head", "Hu et al., 2106.09685",
         trainable=r"adapter/.*|base/head/.*",
-        start=_lora_start, apply=_lora_apply, finish=_merged,
+        start=_lora_start, finish=_merged,
+        apply=_on(lambda case, params, key: (_merged(params), key)),
     ),
     Method(
         "behavioral", "Features kept near the source's", "Li et al., 1901.09229",
@@ -283,7 +282,7 @@ METHODS: tuple[Method, ...] = (
         "bi_tuning", "Bi-Tuning's classifier part", "Zhong et al., 2011.06182",
         strengths=(0.1, 1.0), term="bi_tuning", penalty=_bi_tuning,
     ),
-    Method("mixout", "Mixout, half of the weights", "Lee et al., 1909.11299", apply=_mixout),
+    Method("mixout", "Mixout, half of the weights", "Lee et al., 1909.11299", apply=_on(_mixout)),
 )  # fmt: skip
 BY_NAME = {method.name: method for method in METHODS}
 DEFAULT = (

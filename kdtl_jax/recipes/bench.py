@@ -145,7 +145,7 @@ def presets(*, quick: bool = False) -> dict[str, Preset]:
 def workload(preset: Preset, dtype: Any) -> Workload:
     """Models, step and random data of a preset, computing in `dtype` with float32 parameters."""
     teacher, student = linen.model(preset.teacher), linen.model(preset.student)
-    is_text = preset.name == "decoder"
+    terms = _terms(1.0 if preset.name == "decoder" else TEMPERATURE)  # text: 1, as is usual
     example = _random(preset, 1)["inputs"]
     keys = jax.random.split(jax.random.key(0))
     of_teacher, of_student = (
@@ -155,7 +155,7 @@ def workload(preset: Preset, dtype: Any) -> Workload:
     cast = jnp.dtype(dtype) != jnp.float32
     of, by = (precision.compute_in(m.apply, dtype) if cast else m.apply for m in (student, teacher))
     tx = preset.tx if jnp.dtype(dtype) != jnp.float16 else precision.loss_scaling(preset.tx)
-    step = train.make_step(of, _token_terms if is_text else _terms, WEIGHTS, tx, teacher=by)
+    step = train.make_step(of, terms, WEIGHTS, tx, teacher=by)
 
     def state() -> train.TrainState:
         return train.init_state(
@@ -316,21 +316,17 @@ def _random(preset: Preset, n: int) -> dict[str, Array]:
     return {"inputs": inputs, "labels": jnp.asarray(rng.integers(0, preset.classes, n), jnp.int32)}
 
 
-def _terms(inputs: Inputs) -> dict[str, Array]:
-    logits = inputs.student["logits"]
-    return {
-        "kd": losses.kd_kl(logits, inputs.teacher["logits"], temperature=TEMPERATURE),
-        "task": optax.softmax_cross_entropy_with_integer_labels(logits, inputs.batch["labels"]),
-    }
+def _terms(temperature: float) -> Callable[[Inputs], dict[str, Array]]:
+    """KD and the labels; of text at every token, `[B, L]`."""
 
+    def terms(inputs: Inputs) -> dict[str, Array]:
+        logits, labels = inputs.student["logits"], inputs.batch["labels"]
+        return {
+            "kd": losses.kd_kl(logits, inputs.teacher["logits"], temperature=temperature),
+            "task": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+        }
 
-def _token_terms(inputs: Inputs) -> dict[str, Array]:
-    """The same at every token, `[B, L]`; the KL at temperature 1, as is usual for text."""
-    logits = inputs.student["logits"]
-    return {
-        "kd": losses.forward_kl(logits, inputs.teacher["logits"]),
-        "task": optax.softmax_cross_entropy_with_integer_labels(logits, inputs.batch["labels"]),
-    }
+    return terms
 
 
 def _vit(width: int, layers: int, heads: int) -> ViT:

@@ -6,10 +6,7 @@ read for another teacher or other data. An interrupted one is completed, a damag
     kdtl cache --weights runs/distill/teacher.safetensors --taps all
 """
 
-import contextlib
 import sys
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,14 +14,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kdtl_jax import models
 from kdtl_jax._types import ModelFn, Variables
 from kdtl_jax.datasets import Dataset
 from kdtl_jax.losses import TopK
-from kdtl_jax.recipes import _models
+from kdtl_jax.recipes import _models, _output
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._models import Network
 from kdtl_jax.recipes.settings import UsageError, setting
@@ -32,7 +27,7 @@ from kdtl_jax.run import scores, teacher_cache
 from kdtl_jax.train import precision
 
 COMPARED = 1024  # examples behind the fidelity of a lower precision
-LINE_SECONDS = 5.0  # between lines of progress where there is no terminal
+LINE_SECONDS = 5.0  # between lines of progress
 EXAMPLES = """
   kdtl cache --weights runs/distill/teacher.safetensors
   kdtl cache --data mnist/ --teacher cnn:32,64 --weights teacher.safetensors \\
@@ -87,23 +82,23 @@ def run(settings: Settings) -> int:
     apply, lowered = in_precision(net.apply, variables, lower)
     if lower != "float32":
         print_fidelity(net.apply, variables, apply, lowered, inputs, lower)
-    with progress() as tell:
-        plan = teacher_cache.write(
-            folder,
-            apply,
-            lowered,
-            {"inputs": inputs},
-            batch_size=settings.batch_size,
-            # How inputs are scaled is in the data's digest.
-            preprocessing={} if lower == "float32" else {"precision": lower},
-            taps=taps,
-            top_k=settings.top_k,
-            temperature=settings.temperature,
-            dtype=settings.dtype,
-            weights=teacher_cache.digest(variables),
-            progress=tell,
-            **made_of,
-        )
+    say = _output.seldom(_output.progress(), LINE_SECONDS)
+    plan = teacher_cache.write(
+        folder,
+        apply,
+        lowered,
+        {"inputs": inputs},
+        batch_size=settings.batch_size,
+        # How inputs are scaled is in the data's digest.
+        preprocessing={} if lower == "float32" else {"precision": lower},
+        taps=taps,
+        top_k=settings.top_k,
+        temperature=settings.temperature,
+        dtype=settings.dtype,
+        weights=teacher_cache.digest(variables),
+        progress=lambda done, total: say(f"{done:,} of {total:,} examples", done == total),
+        **made_of,
+    )
     cache = teacher_cache.open_cache(folder, expect=None, contents=False)
     print_plan(folder, plan)
     if "logits" in taps:
@@ -203,25 +198,3 @@ def print_plan(folder: Path, plan: teacher_cache.Plan) -> None:
         f"{folder}: {plan.size:,} examples, {', '.join(plan.fingerprint.taps or ())} in "
         f"{plan.fingerprint.dtype}{form}, {size:,} bytes"
     )
-
-
-@contextlib.contextmanager
-def progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, a line now and then in a log."""
-    console = Console(stderr=True, highlight=False)
-    if console.is_terminal:
-        columns = TextColumn("examples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=console) as bars:
-            task = bars.add_task("examples", total=None)
-            yield lambda done, total: bars.update(task, completed=done, total=total)
-        return
-    start, last = time.perf_counter(), -LINE_SECONDS
-
-    def tell(done: int, total: int) -> None:
-        nonlocal last
-        now = time.perf_counter() - start
-        if now - last >= LINE_SECONDS or done == total:
-            last = now
-            print(f"{now:5.1f} s  {done:,} of {total:,} examples", file=sys.stderr, flush=True)
-
-    yield tell

@@ -25,13 +25,11 @@ import optax
 from kdtl_jax import losses, objective, projection, train, transforms, trees
 from kdtl_jax._types import ModelFn, Params, Variables
 from kdtl_jax.datasets import Splits, digits, only_classes, per_class, standardizer, stratified
-from kdtl_jax.interop import linen
 from kdtl_jax.models import mlp
 from kdtl_jax.objective import Inputs
 from kdtl_jax.recipes import _choice, _models, _output, _targets, _training, transfer
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import settings as types
-from kdtl_jax.recipes._targets import Kept
 from kdtl_jax.recipes._training import Experiment, Fitted, Point
 from kdtl_jax.recipes.settings import setting
 from kdtl_jax.run import checkpoint, report, scores
@@ -51,7 +49,6 @@ ORDER = (
 TEACHER, STUDENT, CLASSES = (128, 64), (16, 16), 10
 IMAGES_PER_CLASS, BATCH = 10, 20
 TEMPERATURE, KD, TASK = 4.0, 0.9, 0.1
-TEACHER_RATE = 3e-3
 FEATURES = "hidden_1"  # the student's last hidden layer
 LAYERS = ("dense_0/.*", "dense_1/.*", "head/.*")
 TARGETS = ("scratch", "copied_head_only", "copied_finetuned", "copied_l2_sp")
@@ -144,33 +141,25 @@ def distill(
 ) -> tuple[list[report.Row], dict[str, Any], dict[str, Any], dict[str, Params]]:
     """Rows, learning curves, alpha's curves, and models by method, stacked over seeds."""
     held = [_choice.held(part) for part in (splits.validation, splits.test)]
-    teacher, student = linen.model(mlp(TEACHER, CLASSES)), linen.model(mlp(STUDENT, CLASSES))
-    seeds = settings.seeds
-
-    say("teacher")
-    everything = _choice.held(splits.train)
+    everything, seeds = _choice.held(splits.train), settings.seeds
     example = everything["inputs"][:1]
-    starts = _choice.per_seed(
-        lambda s: teacher.init(_training.keys(s).model, example).params, seeds
+    teacher, student = (
+        _models.network(mlp(widths, CLASSES), example) for widths in (TEACHER, STUDENT)
     )
-    learning_teachers = _training.fit(
-        learner(teacher.apply, objective.classification),
-        lambda point, shared: shared["data"],
-        epochs=settings.teacher_epochs,
-        batch_size=64,
-        keep=kept,
-    )
-    points = _choice.columns(seeds, learning_rate=(TEACHER_RATE,), task=(1.0,))
+    say("teacher")
     began = time.perf_counter()
-    fit_teachers, shared = sweep.vmap(learning_teachers), {"data": everything}
-    teachers = jax.block_until_ready(fit_teachers({**points, "start": starts}, shared, *held))
+    teachers = jax.block_until_ready(
+        _targets.train_sources(
+            teacher, everything, held, seeds=seeds, epochs=settings.teacher_epochs
+        )
+    )
     described = {
         "widths": list(TEACHER),
         "images": len(splits.train.labels),
         "epochs": settings.teacher_epochs,
-        "batch_size": 64,
+        "batch_size": _targets.SOURCE_BATCH,
         "optimizer": "adam",
-        "learning_rate": TEACHER_RATE,
+        "learning_rate": _targets.SOURCE_RATE,
     }
     seconds = time.perf_counter() - began
     rows = [_choice.row("teacher", FAMILY, "Teacher", teachers, seconds, described)]
@@ -183,7 +172,7 @@ def distill(
     data["teacher"] = {"logits": apply_all(frozen, data["inputs"])}
     # Where they start: anew, or as evenly spaced units of their teacher, layer by layer.
     fresh = _choice.per_seed(lambda s: student.init(_training.keys(s).model, example).params, seeds)
-    selected = jax.jit(jax.vmap(select_weights))(frozen, fresh)
+    selected = jax.jit(jax.vmap(_models.selected))(frozen, fresh)
 
     learning: dict[str, Any] = {}
     alpha_curves: dict[str, Any] = {}
@@ -197,7 +186,7 @@ def distill(
             epochs=settings.epochs,
             batch_size=BATCH,
             checks=_training.even_checks(settings.epochs),
-            keep=kept,
+            keep=lambda state: Variables(state.params),
         )
         return sweep.vmap(fit, chunk=seeds * len(settings.learning_rates))
 
@@ -289,11 +278,6 @@ def learner(
     return Experiment(start, step, logits)
 
 
-def kept(state: train.TrainState) -> Kept:
-    """What is kept of a trained model."""
-    return Kept(state.params, state.model_state)
-
-
 def terms_of_both(inputs: Inputs) -> dict[str, Any]:
     """Cross-entropy with the labels, and the exact KL to the teacher's outputs."""
     logits, target = inputs.student["logits"], inputs.teacher["logits"]
@@ -306,17 +290,6 @@ def terms_of_both(inputs: Inputs) -> dict[str, Any]:
 def terms_of_regression(inputs: Inputs) -> dict[str, Any]:
     """The squared distance from the teacher's logits."""
     return {"mse": losses.mse(inputs.student["logits"], inputs.teacher["logits"])}
-
-
-def select_weights(teacher: Params, student: Params) -> Params:
-    """A student filled with evenly spaced units of its teacher, layer by layer.
-
-    A unit keeps its place on both sides: the rows that a layer reads are those that the layer
-    before writes.
-    """
-    return transforms.transfer(
-        teacher, student, on_mismatch=transforms.select_uniform, check_finite=False
-    )[0]
 
 
 def project(
@@ -333,15 +306,12 @@ def project(
         features = apply(params, None, data["inputs"])[0][FEATURES]
         w = projection.fit(features, data["teacher"]["logits"], ridge=ridge)
         params = {**params, "head": {"kernel": w.kernel, "bias": w.bias}}
-        validation, test = (
-            scores.predicted(apply(params, None, part["inputs"])[0]["logits"]) for part in held
+        (_, on_validation), (named, on_test) = (
+            _training.judged(apply(params, None, part["inputs"])[0]["logits"], part["labels"])
+            for part in held
         )
-        on_validation, on_test = (
-            _training.accuracy(named, part["labels"])
-            for named, part in zip((validation, test), held, strict=True)
-        )
-        curve, kept_of = on_validation[None], Kept(params, None)
-        return Fitted(kept_of, curve, on_validation, on_test, test, jnp.float32(0))
+        curve, loss = on_validation[None], jnp.float32(0)
+        return Fitted(Variables(params), curve, on_validation, on_test, named, loss)
 
     over_seeds = jax.vmap(measure, in_axes=(0, 0, None))
     start = time.perf_counter()
@@ -378,7 +348,7 @@ def transfer_digits(
     )
     net = _models.network(mlp(TEACHER, 5), jnp.asarray(target.train.inputs[:1]))
     say("source")
-    source = _targets.train_sources(
+    source = _targets.sources_of(
         net, source_part, seeds=settings.target_seeds, epochs=settings.teacher_epochs
     )
     own = transfer.Settings(

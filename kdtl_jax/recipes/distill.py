@@ -41,7 +41,7 @@ EXAMPLES = """
 
 
 @dataclass(frozen=True)
-class Settings(types.Training, types.Data, types.Output):
+class Settings(_pair.Models, types.Training, types.Data, types.Output):
     """What fixes a run of `kdtl distill`."""
 
     out: str = setting("runs/distill", "the run folder", metavar="FOLDER")
@@ -57,16 +57,6 @@ class Settings(types.Training, types.Data, types.Output):
         None, "training images per class, drawn anew for every seed; default: all", metavar="N",
         least=1, group="data",
     )  # fmt: skip
-    teacher: str | None = setting(
-        None, f"{types.MODEL}; default: what --teacher-weights holds, or mlp:128,64",
-        metavar="MODEL", parse=_models.text_of, group="models",
-    )  # fmt: skip
-    student: str = setting(
-        "mlp:16", "as --teacher", metavar="MODEL", parse=_models.text_of, group="models"
-    )
-    teacher_weights: str | None = setting(
-        None, "a safetensors file instead of training a teacher", metavar="FILE", group="models"
-    )
     teacher_cache: str | None = setting(
         None, "keep the teacher's outputs there, and use those that are there already; default: "
         "up to 512 MB of them are held in memory, without --augment; else the teacher runs along",
@@ -135,7 +125,7 @@ def run(settings: Settings) -> int:
             (e.name, e.title, e.paper, e.needs, "yes" if e.connector else "no")
             for e in methods.table()
         ]
-        return _output.print_columns(("method", "title", "paper", "needs", "connector"), rows)
+        return _output.list_methods(("method", "title", "paper", "needs", "connector"), rows)
     entries = types.chosen(settings.methods, _pair.entries(), "kdtl distill")
     mesh = join_mesh(settings)  # before anything touches a device
     pair = _pair.read(settings, dtype=DTYPES[settings.precision])
@@ -147,8 +137,12 @@ def run(settings: Settings) -> int:
         )
     if settings.augment and inputs.ndim != 4:
         raise UsageError(f"--augment needs images [N, H, W, C], the data is {list(inputs.shape)}.")
-    rows, size = few_rows(pair, settings), len(inputs)
-    size = size if rows is None else rows.shape[-1]
+    rows, size = None, len(inputs)
+    if settings.per_class is not None:
+        numbered, few = pair.splits.train._replace(inputs=pair.arrays["index"]), settings.per_class
+        parts = [per_class(numbered, few, seed=seed) for seed in range(settings.seeds)]
+        rows = np.stack([part.inputs for part in parts])  # [S, n], the examples that a seed sees
+        size = rows.shape[-1]
     _training.check_batch(
         settings.batch_size, size, settings.microbatches, 1 if mesh is None else mesh.size
     )
@@ -330,15 +324,6 @@ def join_mesh(settings: Settings) -> Mesh | None:
             raise UsageError(str(error)) from None
         return sharding.make_mesh(**settings.mesh)
     return sharding.make_mesh(**settings.mesh) if settings.mesh else None
-
-
-def few_rows(pair: _pair.Pair, settings: Settings) -> np.ndarray | None:
-    """The examples that each seed sees `[S, n]`; None: all of them."""
-    if settings.per_class is None:
-        return None
-    numbered = pair.splits.train._replace(inputs=pair.arrays["index"])
-    few = [per_class(numbered, settings.per_class, seed=s) for s in range(settings.seeds)]
-    return np.stack([part.inputs for part in few])
 
 
 @contextlib.contextmanager

@@ -41,6 +41,7 @@ from kdtl_jax.objective import Inputs, Masked
 from kdtl_jax.recipes import _output
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._lines import Lines, read_lines, split, tokenizer
+from kdtl_jax.recipes._training import in_chunks
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import data, loop, report
 
@@ -216,13 +217,8 @@ def embeddings(
     part: Mapping[str, np.ndarray],
     chunk: int = 100,
 ) -> np.ndarray:
-    """Sentence embeddings `[N, width]` of unit length, in chunks of one shape."""
-    count = len(part["tokens"])
-    found = []
-    for first in range(0, count, chunk):
-        rows = np.minimum(np.arange(first, first + chunk), count - 1)
-        found.append(np.asarray(embed(params, {name: x[rows] for name, x in part.items()})))
-    return np.concatenate(found)[:count]
+    """Sentence embeddings `[N, width]` of unit length."""
+    return in_chunks(lambda x: embed(params, x), dict(part), chunk)
 
 
 def fidelity(student: np.ndarray, teacher: np.ndarray) -> Fidelity:

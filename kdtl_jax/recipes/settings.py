@@ -12,12 +12,13 @@ are `parse=` of fields that are written as text: they take the text or the value
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import yaml
 
+from kdtl_jax import transforms, trees
 from kdtl_jax.datasets import EXPECTED
 from kdtl_jax.models import NAMED_FORMS
 
@@ -25,6 +26,15 @@ MODEL = f"one of: {'; '.join(NAMED_FORMS)}"
 AUGMENTATIONS = ("crop", "flip", "mixup", "cutmix")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 INT32 = 2**31 - 1
+POLICIES = {  # of leaves of another shape
+    "error": transforms.raise_on_mismatch,
+    "keep": transforms.keep_on_mismatch,
+    "crop": transforms.crop,
+    "pad": transforms.pad,
+    "crop_or_pad": transforms.crop_or_pad,
+    "uniform": transforms.select_uniform,
+    "resize": transforms.resize_linear,
+}
 
 
 class UsageError(ValueError):
@@ -176,10 +186,28 @@ def positive_numbers(value: Any) -> tuple[float, ...] | None:
     return found
 
 
+def pairs(value: Any, sign: str) -> dict[str, Any]:
+    """`name<sign>value,...`, a list of such, or a mapping."""
+    if isinstance(value, Mapping):
+        return {str(name): found for name, found in value.items()}
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)):
+        raise ValueError(f"expected name{sign}value,..., got {value!r}")
+    found: dict[str, Any] = {}
+    for part in parts:
+        if isinstance(part, str) and not part.strip():
+            continue
+        name, _, rest = part.partition(sign) if isinstance(part, str) else (str(part), "", "")
+        if name.strip() in found:
+            raise ValueError(f"{name.strip()!r} is given twice")
+        found[name.strip()] = rest.strip()
+    return found
+
+
 def term_weights(value: Any) -> dict[str, float]:
     """`kd=0.9,task=0.1`, or a mapping; `{method: {term: w}}` is `method.term=w`."""
     out: dict[str, float] = {}
-    for name, text in _pairs(value, "=").items():
+    for name, text in pairs(value, "=").items():
         nested = text.items() if isinstance(text, Mapping) else [("", text)]
         for term, weight in nested:
             key = f"{name}.{term}" if term else name
@@ -201,7 +229,7 @@ def layer_pairs(value: Any) -> tuple[tuple[str, str], ...]:
         value = [":".join(pair) if isinstance(pair, (list, tuple)) else pair for pair in value]
     if isinstance(value, str):
         value = value.replace("=", ":")
-    found = tuple((str(a), str(b)) for a, b in _pairs(value, ":").items())
+    found = tuple((str(a), str(b)) for a, b in pairs(value, ":").items())
     for student, teacher in found:
         if not student or not teacher:
             raise ValueError(
@@ -212,7 +240,7 @@ def layer_pairs(value: Any) -> tuple[tuple[str, str], ...]:
 
 def mesh_sizes(value: Any) -> dict[str, int]:
     """`data=4,fsdp=2`, or a mapping."""
-    found = _pairs(value, "=")
+    found = pairs(value, "=")
     for axis, size in found.items():
         if axis not in ("data", "fsdp") or not str(size).isdecimal() or not 0 < int(size) < 10**6:
             raise ValueError(
@@ -233,6 +261,26 @@ def augmentations(value: Any) -> tuple[str, ...]:
                 "cutmix=ALPHA)"
             )
     return names(value)
+
+
+def selector(text: str) -> trees.Selector:
+    """`glob:PATTERN`, or a regular expression for the whole path."""
+    return trees.Glob(text.removeprefix("glob:")) if text.startswith("glob:") else text
+
+
+def renames(texts: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Rules of `transforms.transfer` from `'REGEX=>NAME'`; without a name what matches is dropped.
+
+    Raises:
+      UsageError: if a rule has no `=>`.
+    """
+    rules: list[tuple[str, str | None]] = []
+    for text in texts:
+        pattern, arrow, name = text.partition("=>")
+        if not arrow:
+            raise UsageError(f"--rename {text!r}: expected 'REGEX=>NAME'")
+        rules.append((pattern.strip(), name.strip() or None))
+    return rules
 
 
 def byte_size(value: Any) -> int | None:
@@ -264,21 +312,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(found) for name, found in value.items()}
     return [_plain(found) for found in value] if isinstance(value, (list, tuple)) else value
-
-
-def _pairs(value: Any, sign: str) -> dict[str, Any]:
-    """`name<sign>value,...`, a list of such, or a mapping."""
-    if isinstance(value, Mapping):
-        return {str(name): found for name, found in value.items()}
-    parts = value.split(",") if isinstance(value, str) else value
-    if not isinstance(parts, (list, tuple)):
-        raise ValueError(f"expected name{sign}value,..., got {value!r}")
-    found: dict[str, Any] = {}
-    for part in parts:
-        if isinstance(part, str) and not part.strip():
-            continue
-        name, _, rest = part.partition(sign) if isinstance(part, str) else (str(part), "", "")
-        if name.strip() in found:
-            raise ValueError(f"{name.strip()!r} is given twice")
-        found[name.strip()] = rest.strip()
-    return found

@@ -16,10 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import methods, train, transforms
+from kdtl_jax import _files, methods, train, transforms
 from kdtl_jax._types import Params, Variables
 from kdtl_jax.methods import Entry, Setup
-from kdtl_jax.recipes import _axes, _models, _output, _pair, _seeds, _sweep_report, _training
+from kdtl_jax.recipes import (
+    _axes,
+    _choice,
+    _models,
+    _output,
+    _pair,
+    _seeds,
+    _sweep_report,
+    _training,
+)
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._training import Experiment, Point
 from kdtl_jax.recipes.settings import UsageError, setting
@@ -35,7 +44,7 @@ EXAMPLES = """
 
 
 @dataclass(frozen=True)
-class Settings(types.Training, types.Data, types.Output):
+class Settings(_pair.Models, types.Training, types.Data, types.Output):
     """What fixes a run of `kdtl sweep`."""
 
     out: str = setting("runs/sweep", "the run folder", metavar="FOLDER")
@@ -61,15 +70,8 @@ class Settings(types.Training, types.Data, types.Output):
     seeds: int = setting(3, "students per setting", metavar="N", least=1, most=10_000, quick=2)
     epochs: int = setting(30, "of a student", metavar="N", least=1, quick=4)
     teacher_epochs: int = setting(30, "of the teacher", metavar="N", least=1, quick=4)
-    teacher: str | None = setting(
-        None, f"{types.MODEL}; default: what --teacher-weights holds, or mlp:128,64",
-        metavar="MODEL", parse=_models.text_of, group="models",
-    )  # fmt: skip
     student: str = setting(
         "mlp:16,16", "as --teacher", metavar="MODEL", parse=_models.text_of, group="models"
-    )
-    teacher_weights: str | None = setting(
-        None, "a safetensors file instead of training a teacher", metavar="FILE", group="models"
     )
     halving: int = setting(
         1, "stop early: after each of so many equal parts of the epochs the better half of the "
@@ -165,10 +167,7 @@ def run(settings: Settings) -> None:
             outputs = {"logits": outputs["logits"]}
         on_device = jax.tree.map(jnp.asarray, {**pair.arrays, "teacher": outputs})
         shared = Shared(on_device, jax.tree.map(jnp.asarray, frozen))
-        held = [
-            {"inputs": jnp.asarray(part.inputs), "labels": jnp.asarray(part.labels)}
-            for part in pair.splits[1:]
-        ]
+        held = [_choice.held(part) for part in pair.splits[1:]]
         swept: list[Swept] = []
         for i, entry in enumerate(entries):
             count = len(next(iter(axes[entry.name].values()), [0]))
@@ -187,7 +186,9 @@ def run(settings: Settings) -> None:
             float(teacher.validation[0]),
             float(teacher.test[0]),
         )
-        _sweep_report.write(folder, results)
+        _files.write_json(folder / "results.json", _sweep_report.to_json(results))
+        _files.write_atomic(folder / "sweep.csv", _sweep_report.to_csv(results).encode())
+        _files.write_atomic(folder / "report.html", _sweep_report.html_page(results).encode())
     _sweep_report.print_table(results)
     print(f"report: {folder / 'report.html'}")
 
@@ -367,10 +368,7 @@ def suitable(chosen: Sequence[Entry], setup: Setup) -> tuple[list[Entry], list[s
 
 def scaled_start(teacher: Params, student: Params, alpha: Any) -> Params:
     """`alpha` times the teacher's evenly spaced units, in the student's shapes."""
-    selected, _ = transforms.transfer(
-        teacher, student, on_mismatch=transforms.select_uniform, check_finite=False
-    )
-    return transforms.scale(selected, alpha)
+    return transforms.scale(_models.selected(teacher, student), alpha)
 
 
 def times(weight: Any, factor: Any) -> Any:

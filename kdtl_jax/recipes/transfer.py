@@ -14,7 +14,6 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import transforms, trees
 from kdtl_jax._types import Variables
 from kdtl_jax.datasets import Dataset, Splits, Standardizer, only_classes
 from kdtl_jax.interop import safetensors
@@ -26,15 +25,6 @@ from kdtl_jax.recipes._targets import BASELINE, FAMILY, Source, Surgery
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import checkpoint, record, report
 
-POLICIES = {
-    "error": transforms.raise_on_mismatch,
-    "keep": transforms.keep_on_mismatch,
-    "crop": transforms.crop,
-    "pad": transforms.pad,
-    "crop_or_pad": transforms.crop_or_pad,
-    "uniform": transforms.select_uniform,
-    "resize": transforms.resize_linear,
-}
 CANVAS = 12  # pixels, for the embedded digits, which otherwise are too easy to need a source
 EXAMPLES = """
   kdtl transfer --out runs/transfer
@@ -116,9 +106,12 @@ def run(settings: Settings) -> int | None:
     """Copies a source into targets, trains them by every method, writes the run folder."""
     if settings.list:
         header = ("method", "label", "paper")
-        return _output.print_columns(header, [(m.name, m.label, m.paper) for m in ways.METHODS])
+        return _output.list_methods(header, [(m.name, m.label, m.paper) for m in ways.METHODS])
     chosen = types.chosen(settings.methods, ways.BY_NAME, "kdtl transfer")
-    surgery, path = surgery_of(settings), settings.source_weights
+    path, policy = settings.source_weights, types.POLICIES[settings.on_mismatch]
+    surgery = Surgery(rename=types.renames(settings.rename), on_mismatch=policy)
+    if settings.where is not None:
+        surgery = surgery._replace(where=types.selector(settings.where))
     text, about = _models.read_about(path, settings.model, "mlp:128,64")
     scaling, source_part, target = read(settings, about)
     net = _models.network(
@@ -139,7 +132,7 @@ def run(settings: Settings) -> int | None:
             before = _models.network(
                 _models.module(text, source_part.classes), jnp.asarray(source_part.inputs[:1])
             )
-            source = _targets.train_sources(
+            source = _targets.sources_of(
                 before, source_part, seeds=settings.seeds, epochs=settings.source_epochs
             )
         else:
@@ -195,26 +188,6 @@ def run(settings: Settings) -> int | None:
         _output.write_curves(folder, found.learning)
         _output.finish(folder, results)
     return 0
-
-
-def surgery_of(settings: Settings) -> Surgery:
-    """The settings' selectors and rules.
-
-    Raises:
-      UsageError: if a rule has no `=>`.
-    """
-    rules: list[tuple[str, str | None]] = []
-    for text in settings.rename:
-        pattern, arrow, name = text.partition("=>")
-        if not arrow:
-            raise UsageError(f"--rename {text!r}: expected 'REGEX=>NAME'")
-        rules.append((pattern.strip(), name.strip() or None))
-    surgery = Surgery(rename=rules, on_mismatch=POLICIES[settings.on_mismatch])
-    where = settings.where
-    if where is None:
-        return surgery
-    glob = where.startswith("glob:")
-    return surgery._replace(where=trees.Glob(where.removeprefix("glob:")) if glob else where)
 
 
 def read(settings: Settings, about: About) -> tuple[Standardizer, Dataset, Splits]:

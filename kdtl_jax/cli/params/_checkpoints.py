@@ -19,7 +19,7 @@ import kdtl_jax
 from kdtl_jax import _files, trees
 from kdtl_jax.cli.params import _folders
 from kdtl_jax.interop import safetensors
-from kdtl_jax.recipes.settings import UsageError, plain, setting
+from kdtl_jax.recipes.settings import UsageError, plain, selector, setting
 from kdtl_jax.transforms import Report
 
 RECIPE = "kdtl_recipe"  # the metadata key
@@ -109,11 +109,6 @@ def opened(path: str | None, what: str, examples: str) -> Opened:
     tensors = {path: checkpoint.tensors[name] for path, name in names.items()}
     abstract = safetensors.abstract(checkpoint)
     return Opened(path, tensors, {p: abstract[n] for p, n in names.items()}, names, checkpoint)
-
-
-def selector(text: str) -> trees.Selector:
-    """`glob:PATTERN` or a regular expression."""
-    return trees.Glob(text.removeprefix("glob:")) if text.startswith("glob:") else text
 
 
 def spoken(message: str) -> str:

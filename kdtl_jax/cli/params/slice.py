@@ -12,7 +12,7 @@ from kdtl_jax import transforms, trees
 from kdtl_jax.cli.params import _checkpoints
 from kdtl_jax.cli.params._checkpoints import Rewrite, Selection, Writing
 from kdtl_jax.interop import safetensors
-from kdtl_jax.recipes.settings import UsageError, setting
+from kdtl_jax.recipes.settings import UsageError, selector, setting
 from kdtl_jax.transforms import Adapted, Report
 
 EXAMPLES = f"""
@@ -104,7 +104,7 @@ def _indices(texts: Sequence[str], specs: Mapping[str, Any]) -> dict[str, dict[i
         pattern, at, axis = head.rpartition("@")
         if not (equals and at and axis.lstrip("-").isdecimal()):
             raise UsageError(f"--take {text!r}: expected SELECTOR@AXIS=WHICH")
-        chosen = trees.mask(specs, _checkpoints.selector(pattern))
+        chosen = trees.mask(specs, selector(pattern))
         for path in [path for path in specs if chosen[path]]:
             shape = specs[path].shape
             if not -len(shape) <= int(axis) < len(shape):

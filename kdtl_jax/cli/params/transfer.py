@@ -1,29 +1,21 @@
 """`kdtl params transfer`: `theta_target = alpha * adapt(theta_source)`."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from kdtl_jax import transforms, trees
 from kdtl_jax.cli.params import _checkpoints, scale
 from kdtl_jax.cli.params._checkpoints import Rewrite, Selection, Writing
-from kdtl_jax.recipes.settings import UsageError, setting
+from kdtl_jax.recipes import settings as types
+from kdtl_jax.recipes.settings import setting
 
 EXAMPLES = f"""
 kdtl params transfer large.safetensors small.safetensors --rename 'encoder/(.*)=>\\1' \\
     --on-mismatch uniform --policy 'head/.*=keep' --write new.safetensors
 {_checkpoints.SELECTORS}"""
 
-POLICIES = {
-    "error": transforms.raise_on_mismatch,
-    "keep": transforms.keep_on_mismatch,
-    "crop": transforms.crop,
-    "pad": transforms.pad,
-    "crop-or-pad": transforms.crop_or_pad,
-    "uniform": transforms.select_uniform,
-    "resize": transforms.resize_linear,
-}
+POLICIES = {name.replace("_", "-"): policy for name, policy in types.POLICIES.items()}
 # What the library says in Python, and the flags for it.
 FLAGS = (
     ("rename=, or on_missing='keep'", "--rename, or --on-missing keep"),
@@ -71,14 +63,15 @@ def run(settings: Settings) -> int:
     named = trees.any_of(*[selector for selector, _ in policies])
     if policies and not all(trees.mask(target.specs, named, expect=None).values()):
         policies.append((trees.everything, otherwise))  # a rule that nothing is left for raises
-    rename, alpha = _renames(settings.drop, settings.rename), scale.alphas(settings, target.specs)
+    drops = [(pattern, None) for pattern in settings.drop]
+    rename = [*drops, *types.renames(settings.rename)]
     try:
         plan = transforms.plan_transfer(
             source.specs,
             target.specs,
             where=_checkpoints.selected(settings, target.specs),
             rename=rename,
-            alpha=alpha,
+            alpha=scale.alphas(settings, target.specs),
             on_missing=settings.on_missing,
             on_extra=settings.on_extra,
             on_mismatch=policies or otherwise,
@@ -88,17 +81,6 @@ def run(settings: Settings) -> int:
     produce = scale.planned(plan, source, target)
     rewrite = Rewrite(target.specs, produce, plan.report, [target, source], target.names)
     return _checkpoints.finish(settings, "transfer", rewrite)
-
-
-def _renames(drop: Sequence[str], rename: Sequence[str]) -> list[tuple[str, str | None]]:
-    """`--drop REGEX` and `--rename 'REGEX=>REPLACEMENT'` as rules, drops first."""
-    found: list[tuple[str, str | None]] = [(pattern, None) for pattern in drop]
-    for text in rename:
-        pattern, separator, replacement = text.partition("=>")
-        if not separator:
-            raise UsageError(f"--rename {text!r}: expected 'REGEX=>REPLACEMENT'")
-        found.append((pattern.strip(), replacement.strip()))
-    return found
 
 
 def _spoken(message: str) -> str:
