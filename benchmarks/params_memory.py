@@ -46,6 +46,16 @@ COMMANDS = {
         *("merge", "{a}", "{b}", "--method", "della", "--base", "{base}", "--density", "0.5")
     ],
     "merge slerp of 2": ["merge", "{a}", "{b}", "--method", "slerp", "--t", "0.5"],
+    "karcher of 2": ["merge", "{a}", "{b}", "--method", "karcher"],
+    "multi_slerp of 2": ["merge", "{a}", "{b}", "--method", "multi_slerp", "--base", "{base}"],
+    "model_stock of 2": ["merge", "{a}", "{b}", "--method", "model_stock", "--base", "{base}"],
+    "breadcrumbs of 2": [
+        *("merge", "{a}", "{b}", "--method", "breadcrumbs", "--base", "{base}", "--density", "0.5")
+    ],
+    "dare as mergekit": [
+        *("merge", "{a}", "{b}", "--method", "dare", "--base", "{base}", "--density", "0.5"),
+        *("--as", "mergekit"),
+    ],
 }
 
 CHILD = """
@@ -107,6 +117,7 @@ def files(folder: Path, size: str) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=1.0, help="size of a checkpoint")
+    parser.add_argument("--only", default="", help="run the commands whose name has this")
     parser.add_argument("--json", help="write the figures to this file")
     arguments = parser.parse_args()
     count = int(arguments.gigabytes * 1e9) // 4
@@ -121,6 +132,8 @@ def main() -> None:
             write(Path(large), seed, kernels, 2048, vocabulary)
         size = Path(files(folder, "large")["a"]).stat().st_size
         for command, words in COMMANDS.items():
+            if arguments.only not in command:
+                continue
             start = time.perf_counter()
             before, after, seconds = run(folder, words)
             figures[command] = {

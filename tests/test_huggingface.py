@@ -1,7 +1,7 @@
 """Folders of every family, imported and compared with PyTorch's outputs.
 
-The folders in tests/data/huggingface hold tiny random weights written by transformers 5.23 (torch
-2.13), each with the outputs of that model on fixed inputs in expected.npz.
+The folders in tests/data/huggingface hold tiny random weights written by transformers 5.23 or
+5.24 (torch 2.13), each with the outputs of that model on fixed inputs in expected.npz.
 """
 
 import json

@@ -41,6 +41,7 @@ FAMILIES: tuple[Family, ...] = (
     _hf_vision.vit,
     _hf_vision.deit,
     _hf_vision.dinov2,
+    _hf_vision.dinov2_registers,
     _hf_vision.clip_vision,
     _hf_vision.siglip_vision,
     _hf_towers.clip_text,

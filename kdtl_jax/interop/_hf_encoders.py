@@ -19,7 +19,7 @@ from kdtl_jax.interop._hf_config import (
 from kdtl_jax.interop._hf_family import Family, Found, Head, dense, embedding, norm
 from kdtl_jax.interop.naming import Rule, linear
 
-_TOKENS = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+_TOKENS = jax.ShapeDtypeStruct((1, 1), jnp.int32)  # however few positions a model has
 _POOLER = "pooler/.*"
 _UNUSED_POOLER = r"(.*\.)?pooler\.dense\..*"  # below a head that does not read it
 

@@ -1,5 +1,6 @@
-"""The text towers of CLIP and SigLIP."""
+"""The text towers of CLIP and SigLIP, and either tower of a folder that holds both."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from kdtl_jax import models
@@ -101,3 +102,30 @@ siglip_text = Family(
     depth="num_hidden_layers",
     sides=_SIDES,
 )
+
+
+def one_tower(config: Mapping[str, Any], tower: str | None) -> tuple[dict[str, Any], str | None]:
+    """The config of a tower and a pattern of its tensors; others' as they are, with no pattern.
+
+    Raises:
+      ValueError: if a folder of two towers is not told which, or one of none is.
+    """
+    kind = config.get("model_type")
+    if kind not in ("clip", "siglip"):
+        if tower is not None:
+            raise ValueError(f"a folder of model_type {str(kind)[:60]!r} has no {tower} tower.")
+        return dict(config), None
+    if tower not in ("vision", "text"):
+        raise ValueError(
+            f"a {kind!r} folder holds two towers; pass tower='vision' or tower='text', got "
+            f"{tower!r}."
+        )
+    own = config.get(f"{tower}_config")
+    if not isinstance(own, Mapping):
+        raise ValueError(f"config.json of a {kind!r} folder has no {tower}_config.")
+    own = {**own, **(config.get(f"{tower}_config_dict") or {})}
+    # Which class it is follows from whether there is a projection.
+    own = {key: value for key, value in own.items() if key != "architectures"}
+    own |= {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
+    projection = {"vision": "visual_projection", "text": "text_projection"}[tower]
+    return own | {"model_type": f"{kind}_{tower}_model"}, rf"({tower}_model|{projection})\..*"

@@ -179,6 +179,7 @@ def _dinov2(v: dict[str, Any], found: Found) -> models.Dinov2:
         qkv_bias=v["qkv_bias"],
         dropout=v["hidden_dropout_prob"],
         attention_dropout=v["attention_probs_dropout_prob"],
+        registers=v.get("num_register_tokens", 0),
     )
 
 
@@ -219,6 +220,17 @@ dinov2 = Family(
     depth="num_hidden_layers",
     by_layers=("out_features", "out_indices", "stage_names"),
     presence={"use_mask_token": "embeddings.mask_token"},
+)
+
+dinov2_registers = dinov2._replace(
+    model_types=("dinov2_with_registers",),
+    base="Dinov2WithRegistersModel",
+    prefix="dinov2_with_registers.",
+    fields=(*dinov2.fields, count("num_register_tokens", 4, least=0)),
+    body=(*dinov2.body, Rule("embeddings.register_tokens", "registers")),
+    heads=(image_head("Dinov2WithRegistersForImageClassification"),),
+    sides={"num_register_tokens": ("registers", 1)},
+    presence={},
 )
 
 _tower_layer = "encoder.layers.{i}"

@@ -5,10 +5,11 @@
 
 Encoders of the BERT kind (MiniLM, DistilBERT, RoBERTa, CamemBERT, ELECTRA, MPNet, ModernBERT,
 DeBERTa-v2) with heads for sequences, tokens and masked language, T5's encoder, decoders of the
-GPT-2 and Llama kind (Mistral, Qwen2), ViT, DeiT, DINOv2, the towers of CLIP and SigLIP, ResNet and
-ConvNeXt. Every tensor is imported, or named in the report; every key of the config is read, known
-to be harmless, or refused by name. What is written describes itself: sizes, layers, labels, heads,
-ties and dtype of the config are derived from the tensors.
+GPT-2 and Llama kind (Mistral, Qwen2), ViT, DeiT, DINOv2 (with registers too), the towers of CLIP
+and SigLIP (alone, or one of a whole folder), ResNet and ConvNeXt. Every tensor is imported, or
+named in the report; every key of the config is read, known to be harmless, or refused by name. What
+is written describes itself: sizes, layers, labels, heads, ties and dtype of the config are derived
+from the tensors.
 
 Deliberately absent: tokenizers (the `tokenizers` package reads the folder's tokenizer.json), and
 pickles.
@@ -19,7 +20,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -29,7 +30,7 @@ from jax import Array
 from kdtl_jax import transforms, trees
 from kdtl_jax._files import atomic_file
 from kdtl_jax._types import ModelFn, Params, PyTree
-from kdtl_jax.interop import _hf_build, _hf_family, linen, naming, safetensors
+from kdtl_jax.interop import _hf_build, _hf_family, _hf_towers, linen, naming, safetensors
 from kdtl_jax.interop._hf_build import FAMILIES, family_of
 from kdtl_jax.interop._hf_config import Limits, read
 from kdtl_jax.interop._hf_family import Family, Found, Head
@@ -53,7 +54,13 @@ class Pretrained(NamedTuple):
     report: Report
 
 
-def load(source: str | Path, *, dtype: Any = None, taps: Sequence[str] = ()) -> Pretrained:
+def load(
+    source: str | Path,
+    *,
+    dtype: Any = None,
+    taps: Sequence[str] = (),
+    tower: Literal["vision", "text"] | None = None,
+) -> Pretrained:
     """Imports a folder, or (with the `hub` extra) a repository such as `"org/name"`.
 
     Args:
@@ -61,6 +68,8 @@ def load(source: str | Path, *, dtype: Any = None, taps: Sequence[str] = ()) -> 
         form `org/name` that is no local folder is fetched first.
       dtype: floating dtype of the parameters; None keeps the file's.
       taps: as in `linen.model`.
+      tower: which tower of a whole CLIP or SigLIP folder to load, with its projection; the other's
+        tensors are reported as `extra`.
 
     Returns:
       `Pretrained`. Its report lists under `extra` the heads that this model does not have, and
@@ -73,16 +82,18 @@ def load(source: str | Path, *, dtype: Any = None, taps: Sequence[str] = ()) -> 
       ImportError: if a repository is named and `huggingface_hub` is not installed.
     """
     folder = _folder(source)
-    config = _read_config(folder / "config.json")
+    config, own = _hf_towers.one_tower(_read_config(folder / "config.json"), tower)
     family = family_of(config)
-    views = safetensors.views(safetensors.index(folder).tensors)
+    stored = safetensors.views(safetensors.index(folder).tensors)
+    views = {k: x for k, x in stored.items() if own is None or re.fullmatch(own, k)}
     built = _hf_build.built(family, config, views)
     tensors = {k: x for k, x in views.items() if k not in {*built.unused, *built.extra}}
     arrays = naming.from_torch(tensors, built.rules)
     variables, report = transfer(arrays, _with_dtypes(built.variables, arrays, dtype))
     params = {k: v for k, v in variables.items() if k != "batch_stats"}
     state = {"batch_stats": variables["batch_stats"]} if "batch_stats" in variables else None
-    report = report._replace(extra=built.extra, unused=built.unused)
+    others = tuple(name for name in stored if name not in views)
+    report = report._replace(extra=(*built.extra, *others), unused=built.unused)
     run = linen.model(built.module, taps=taps).apply
     return Pretrained(run, params, state, built.module, built.rules, config, report)
 

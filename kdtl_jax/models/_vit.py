@@ -179,7 +179,8 @@ class Dinov2Layer(nn.Module):
 class Dinov2(nn.Module):
     """DINOv2: a ViT with scaled branches; its classifier reads the class token and the mean patch.
 
-    Inputs and outputs as `ViT`; `pooled` is the class token after the last norm.
+    Inputs and outputs as `ViT`; `pooled` is the class token after the last norm. `registers` tokens
+    without positions stand between the class token and the patches.
     """
 
     width: int
@@ -195,11 +196,17 @@ class Dinov2(nn.Module):
     dropout: float = 0.0
     attention_dropout: float = 0.0
     grid: tuple[int, int] | None = None
+    registers: int = 0
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool = False) -> dict[str, Array]:
         patch = check_images(inputs, self.patch, self.grid)
         x = ViTEmbeddings(self.width, patch, name="embeddings")(inputs)
+        if self.registers:
+            shape = (1, self.registers, self.width)
+            tokens = self.param("registers", nn.initializers.zeros_init(), shape)
+            tokens = jnp.broadcast_to(tokens, (x.shape[0], *shape[1:]))
+            x = jnp.concatenate([x[:, :1], tokens, x[:, 1:]], axis=1)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         layer = partial(
             Dinov2Layer,
@@ -215,7 +222,8 @@ class Dinov2(nn.Module):
         x = layer_norm(self.norm_epsilon, "norm")(in_turn(layer, self.layers, x, train))
         outputs = {"last_hidden": x, "pooled": x[:, 0]}
         if self.classes is not None:
-            both = jnp.concatenate([x[:, 0], jnp.mean(x[:, 1:], axis=1)], axis=-1)
+            patches = x[:, 1 + self.registers :]
+            both = jnp.concatenate([x[:, 0], jnp.mean(patches, axis=1)], axis=-1)
             outputs["logits"] = nn.Dense(self.classes, name="head")(both)
         return outputs
 
