@@ -1,0 +1,41 @@
+"""Curves with their spread over seeds, as SVG on a transparent ground."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
+
+GRAY = "#808080"  # reads on light and on dark pages
+COLORS = ("#3b82c4", "#c2703d", "#4f9d69")
+
+
+def save(
+    path: str, x_values: Sequence[float], curves: Mapping[str, Any], *, x: str, y: str
+) -> None:
+    """Writes curves `{name: [x, seeds]}`: the mean, and the 95 % interval of it."""
+    # Fixed ids and no date: the same numbers give the same file.
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "kdtl_jax", "font.size": 11})
+    drawing, axes = plt.subplots(figsize=(6.4, 3.6))
+    for color, (name, values) in zip(COLORS, curves.items(), strict=False):
+        values = np.asarray(values)
+        middle = values.mean(axis=1)
+        half = 1.96 * values.std(axis=1, ddof=1) / values.shape[1] ** 0.5
+        axes.plot(x_values, middle, color=color, marker="o", label=name)
+        axes.fill_between(x_values, middle - half, middle + half, color=color, alpha=0.25, lw=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(x_values, [f"{value:g}" for value in x_values])
+    axes.set_xlabel(x, color=GRAY)
+    axes.set_ylabel(y, color=GRAY)
+    axes.tick_params(colors=GRAY)
+    axes.grid(color=GRAY, alpha=0.25)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(GRAY)
+    if len(curves) > 1:
+        axes.legend(frameon=False, labelcolor=GRAY)
+    drawing.savefig(path, transparent=True, bbox_inches="tight", metadata={"Date": None})
+    plt.close(drawing)
