@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
+from matplotlib import pyplot as plt
 
 GRAY = "#808080"  # reads on light and on dark pages
 COLORS = ("#3b82c4", "#c2703d", "#4f9d69")
