@@ -22,10 +22,6 @@ BATCH = 16
 OF_FIT: Any = {"batch_size": BATCH}
 
 
-def data_of(point: Any, shared: sweep.Shared) -> Any:
-    return shared.arrays
-
-
 @pytest.fixture(scope="module")
 def pair() -> tuple[Any, Any, Any]:
     """A method's student, the arrays that its points read, and what they are measured on."""
@@ -75,12 +71,12 @@ POINTS = {
 @pytest.mark.usefixtures("standard_promotion")
 def test_every_path_trains_the_same_students(pair: tuple[Any, Any, Any]) -> None:
     learner, shared, held = pair
-    fit = _training.fit(learner, data_of, epochs=2, keep=lambda state: state.params, **OF_FIT)
+    fit = _training.fit(learner, epochs=2, keep=lambda state: state.params, **OF_FIT)
     together = sweeps.vmap(fit)(POINTS, shared, held, held)
     for program in (
         sweeps.map(fit),
         sweeps.vmap(fit, chunk=2),
-        _training.one_by_one(learner, data_of, epochs=2, **OF_FIT),
+        _training.one_by_one(learner, epochs=2, **OF_FIT),
     ):
         found = program(POINTS, shared, held, held)
         np.testing.assert_allclose(found.loss, together.loss, rtol=1e-4)
@@ -105,7 +101,7 @@ def test_two_rungs_train_as_one(pair: tuple[Any, Any, Any]) -> None:
             )
         return state
 
-    fit = _training.fit(learner, data_of, epochs=2, keep=lambda state: state, **OF_FIT)
+    fit = _training.fit(learner, epochs=2, keep=lambda state: state, **OF_FIT)
     after = jax.jit(jax.vmap(twice, in_axes=(0, None)))(POINTS, shared)
     straight = sweeps.vmap(fit)(POINTS, shared, held, held).kept
     assert after.step.tolist() == [4, 4, 4]

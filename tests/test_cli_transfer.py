@@ -174,7 +174,6 @@ def fit_of(
     learner = _targets.experiment(method, net, CLASSES, 4, llrd)
     return _training.fit(
         learner,
-        lambda point, shared: _targets.training_set(method, net, CLASSES, point, shared),
         epochs=epochs,
         batch_size=batch_size,
         checks=_training.even_checks(epochs),

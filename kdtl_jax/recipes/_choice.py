@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import trees
 from kdtl_jax.datasets import Dataset
 from kdtl_jax.recipes._training import Fitted, pick
-from kdtl_jax.run import report, scores
+from kdtl_jax.run import scores
 from kdtl_jax.train import sweep
 
 
@@ -39,41 +38,6 @@ def best(fitted: Fitted, points: Mapping[str, np.ndarray]) -> Choice:
     first = int(scores.ranked(_by_setting(fitted.validation, seeds).mean(axis=1))[0]) * seeds
     setting = {n: round(float(points[n][first]), 6) for n in points if n != "seed"}
     return Choice(setting, pick(fitted, np.arange(first, first + seeds)))
-
-
-def row(
-    method: str,
-    family: str,
-    label: str,
-    fitted: Fitted,
-    seconds: float,
-    settings: Mapping[str, Any],
-    *,
-    teacher: Any = None,
-) -> report.Row:
-    """A line of the table from one student per seed, whose parameters were kept.
-
-    Args:
-      method: key in results.json.
-      family: group of the table.
-      label: the method in words.
-      fitted: `[seeds, ...]`.
-      seconds: wall time of all settings.
-      settings: what was fixed and what was chosen.
-      teacher: the classes it names `[seeds, test examples]`, for the agreement.
-    """
-    same = None if teacher is None else np.asarray(fitted.named) == np.asarray(teacher)
-    return report.Row(
-        method,
-        family,
-        label,
-        trees.count(pick(fitted.kept.params, 0)),
-        report.interval(fitted.test),
-        report.interval(fitted.validation),
-        seconds,
-        settings,
-        None if same is None else report.interval(same.mean(axis=1)),
-    )
 
 
 def learning_curve(fitted: Fitted, epochs: int) -> dict[str, list[float]]:
@@ -114,7 +78,7 @@ def held(part: Dataset) -> dict[str, Any]:
 
 
 def own_data(point: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:
-    """`data_of` where `shared["data"]` is `stacked`."""
+    """`Experiment.data` where `shared["data"]` is `stacked`."""
     return pick(shared["data"], point["seed"])
 
 

@@ -19,11 +19,11 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kdtl_jax import train, trees
+from kdtl_jax import train
 from kdtl_jax.datasets import Splits
 from kdtl_jax.objective import Metrics
 from kdtl_jax.recipes._training import CHECKS, Experiment, Point, in_chunks, keys, pick
-from kdtl_jax.run import checkpoint, data, loop, report, scores, sharding
+from kdtl_jax.run import checkpoint, data, loop, scores, sharding
 from kdtl_jax.train import Batch, TrainState
 
 EVALUATION_BATCH = 512
@@ -170,31 +170,6 @@ def train_seeds(
         named,
         _skipped(run, name, per_epoch) if epochs else [],
         before,
-    )
-
-
-def row(
-    method: str,
-    family: str,
-    label: str,
-    params: Any,
-    trained: Trained,
-    settings: Mapping[str, Any],
-    *,
-    teacher: Trained | None = None,
-) -> report.Row:
-    """A line of the table; with a teacher, the share of test examples on which both agree."""
-    same = None if teacher is None else (trained.named == teacher.named).mean(axis=1)
-    return report.Row(
-        method,
-        family,
-        label,
-        trees.count(params),
-        report.interval(trained.test),
-        report.interval(trained.validation),
-        trained.seconds,
-        settings,
-        None if same is None else report.interval(same),
     )
 
 

@@ -60,21 +60,11 @@ def compare(
     target: Splits,
     source: Source,
     chosen: Sequence[Method],
-    settings: Any,
+    settings: Any,  # `transfer.Settings`
     surgery: Surgery,
     say: Callable[[str], None],
 ) -> Compared:
-    """Copies the source into targets and trains them by every method.
-
-    Args:
-      net: the target's network.
-      target: its data, scaled.
-      source: weights to start from.
-      chosen: methods.
-      settings: `seeds`, `labels_per_class`, `epochs`, `batch_size`, `learning_rates`, `strengths`,
-        `llrd`, as in `Settings`.
-      surgery: how the source's leaves find their places.
-      say: progress.
+    """Copies the source into targets, whose network is `net`, and trains them by every method.
 
     Raises:
       ValueError: if the source does not fit (every leaf is named), a method needs the source's head
@@ -130,7 +120,6 @@ def compare(
         points = _choice.columns(seeds, **axes)
         fit = _training.fit(
             learner,
-            lambda point, shared, method=method: training_set(method, net, classes, point, shared),
             epochs=settings.epochs,
             batch_size=batch_size,
             checks=_training.even_checks(settings.epochs),
@@ -154,8 +143,11 @@ def compare(
             **choice.setting,
         }
         seconds = time.perf_counter() - begun
+        params = _training.pick(choice.fitted.kept.params, 0)
         found.rows.append(
-            _choice.row(method.name, FAMILY, method.label, choice.fitted, seconds, described)
+            _training.row(
+                method.name, FAMILY, method.label, params, choice.fitted, seconds, described
+            )
         )
         found.learning[method.name] = _choice.learning_curve(choice.fitted, settings.epochs)
         found.models[method.name] = choice.fitted.kept
@@ -165,8 +157,12 @@ def compare(
 def experiment(method: Method, net: Network, classes: int, steps: int, llrd: float) -> Experiment:
     """A target trained by one method; what belongs to its seed is in `shared`."""
 
+    def case_of(point: Point, shared: Any) -> Case:
+        own = _training.pick(shared, point["seed"])
+        return Case(net, own["begin"], own["copied"], own["heads"], own["data"], classes, steps)
+
     def parts(point: Point, shared: Any) -> tuple[Case, Variables, Params, Any, Any]:
-        case = case_of(net, classes, steps, point, shared)
+        case = case_of(point, shared)
         begin = case.begin
         params = method.start(begin.params, _training.keys(point["seed"]).connectors)
         glue = {"source_head": dict(case.source_head or {})} if method.needs_source_head else {}
@@ -200,19 +196,12 @@ def experiment(method: Method, net: Network, classes: int, steps: int, llrd: flo
     def logits(state: Any, inputs: Any, shared: Any) -> Any:
         return net.apply(method.finish(state.params), state.model_state, inputs)[0]["logits"]
 
-    return Experiment(start, step, logits)
+    def data(point: Point, shared: Any) -> Any:
+        """A seed's examples, with what the method records of the source's outputs on them."""
+        case = case_of(point, shared)
+        return {**case.data, **method.record(case)}
 
-
-def case_of(net: Network, classes: int, steps: int, point: Point, shared: Any) -> Case:
-    """One seed's case."""
-    own = _training.pick(shared, point["seed"])
-    return Case(net, own["begin"], own["copied"], own["heads"], own["data"], classes, steps)
-
-
-def training_set(method: Method, net: Network, classes: int, point: Point, shared: Any) -> Any:
-    """A seed's examples, with what the method records of the source's outputs on them."""
-    case = case_of(net, classes, 1, point, shared)
-    return {**case.data, **method.record(case)}
+    return Experiment(start, step, logits, data)
 
 
 def train_sources(
@@ -233,7 +222,7 @@ def train_sources(
         lambda state, x, shared: net.apply(state.params, state.model_state, x)[0]["logits"],
     )
     fit = _training.fit(
-        learner, lambda point, shared: shared, epochs=epochs, batch_size=SOURCE_BATCH,
+        learner, epochs=epochs, batch_size=SOURCE_BATCH,
         keep=lambda state: Variables(state.params, state.model_state),
     )  # fmt: skip
     return sweep.vmap(fit)(_training.points(seeds), data, *held)

@@ -15,9 +15,9 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import augment, objective, train
-from kdtl_jax._types import PyTree
-from kdtl_jax.run import scores
+from kdtl_jax import augment, objective, train, trees
+from kdtl_jax._types import Params, PyTree
+from kdtl_jax.run import report, scores
 from kdtl_jax.train import Batch, TrainState
 
 Point = Mapping[str, Any]  # "seed", and whatever else distinguishes a student
@@ -42,6 +42,8 @@ class Experiment(NamedTuple):
     start: Callable[[Point, Any], TrainState]
     step: Callable[[TrainState, Batch, Point, Any], tuple[TrainState, objective.Metrics]]
     logits: Callable[[TrainState, Array, Any], Array]  # of inputs [B, ...], in evaluation mode
+    # The arrays [N, ...] that a point trains on, for `fit`.
+    data: Callable[[Point, Any], Batch] = lambda point, shared: shared
 
 
 class Fitted(NamedTuple):
@@ -143,12 +145,48 @@ def in_chunks(fn: Callable[[Any], PyTree], inputs: PyTree, size: int) -> PyTree:
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
+def row(
+    method: str,
+    family: str,
+    label: str,
+    params: Params,
+    found: Any,
+    seconds: float,
+    settings: Mapping[str, Any],
+    *,
+    teacher: Any = None,
+) -> report.Row:
+    """A method's line of the table: one student per seed.
+
+    Args:
+      method: its key in results.json.
+      family: group of the table.
+      label: the method in words.
+      params: of one student, to be counted.
+      found: with accuracies `test` and `validation` `[S]`, and `named` `[S, test examples]`.
+      seconds: wall time of everything.
+      settings: what was fixed and what was chosen.
+      teacher: the classes it names, `[S or 1, test examples]`, for the agreement.
+    """
+    same = None if teacher is None else np.asarray(found.named) == np.asarray(teacher)
+    return report.Row(
+        method,
+        family,
+        label,
+        trees.count(params),
+        report.interval(found.test),
+        report.interval(found.validation),
+        seconds,
+        settings,
+        None if same is None else report.interval(same.mean(axis=1)),
+    )
+
+
 # Many points in one program.
 
 
 def fit(
     experiment: Experiment,
-    data_of: Callable[[Point, Any], Batch],
     *,
     epochs: int,
     batch_size: int,
@@ -160,7 +198,6 @@ def fit(
 
     Args:
       experiment: what is trained.
-      data_of: the arrays `[N, ...]` that a point trains on.
       epochs: passes over them; a multiple of `checks`.
       batch_size: examples per step; at most all of them.
       checks: how often validation accuracy is recorded.
@@ -169,8 +206,7 @@ def fit(
     """
 
     def run(point: Point, shared: Any, validation: Any, test: Any) -> Fitted:
-        arrays = data_of(point, shared)
-        state = experiment.start(point, shared)
+        arrays, state = experiment.data(point, shared), experiment.start(point, shared)
         state, curve, losses = advance(
             experiment, state, point, shared, arrays, validation,
             epochs=epochs, batch_size=batch_size, checks=checks, steps=steps,
@@ -221,7 +257,6 @@ def advance(
 
 def one_by_one(
     experiment: Experiment,
-    data_of: Callable[[Point, Any], Batch],
     *,
     epochs: int,
     batch_size: int,
@@ -244,7 +279,7 @@ def one_by_one(
     )
 
     def of_one(point: Point, shared: Any, validation: Any, test: Any) -> Fitted:
-        arrays, state = data_of(point, shared), start(point, shared)
+        arrays, state = experiment.data(point, shared), start(point, shared)
         order, size = keys(point["seed"]).order, arrays["labels"].shape[0]
         loss = jnp.float32(jnp.nan)
         for number in range(epochs):

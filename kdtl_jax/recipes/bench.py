@@ -210,17 +210,7 @@ def measure_preset(
     devices: int = 1,
     trace: str | None = None,
 ) -> Measured:
-    """Measures one preset.
-
-    Args:
-      preset: from `presets`.
-      limits: the machine's ceilings in the same dtype.
-      dtype: of the models' arithmetic.
-      batch_size: examples per step; None takes the preset's.
-      steps: that count, after warm-up; also the length of the epoch.
-      devices: scaling is measured on 1, 2, 4 … up to so many.
-      trace: a folder for a `jax.profiler` trace of some steps.
-    """
+    """Measures one preset: `steps` steps after warm-up, and scaling on 1, 2, 4 … `devices`."""
     size = preset.batch_size if batch_size is None else batch_size
     work = workload(preset, dtype)
     batch, state = work.batch(size), work.state()

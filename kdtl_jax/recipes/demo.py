@@ -162,8 +162,9 @@ def distill(
         "learning_rate": _targets.SOURCE_RATE,
     }
     seconds = time.perf_counter() - began
-    rows = [_choice.row("teacher", FAMILY, "Teacher", teachers, seconds, described)]
     frozen = teachers.kept.params
+    one = _training.pick(frozen, 0)
+    rows = [_training.row("teacher", FAMILY, "Teacher", one, teachers, seconds, described)]
 
     # What students read: ten images per class, and the teacher's outputs on them.
     few = [per_class(splits.train, IMAGES_PER_CLASS, seed=seed) for seed in range(seeds)]
@@ -182,7 +183,6 @@ def distill(
     def program(terms: Any, trainable: trees.Selector) -> Any:
         fit = _training.fit(
             learner(student.apply, terms, trainable),
-            _choice.own_data,
             epochs=settings.epochs,
             batch_size=BATCH,
             checks=_training.even_checks(settings.epochs),
@@ -214,10 +214,11 @@ def distill(
         axes = ("learning_rate", "alpha") if len(alphas) > 1 else ("learning_rate",)
         chosen = {axis: choice.setting[axis] for axis in axes}
         rows.append(
-            _choice.row(
+            _training.row(
                 method,
                 FAMILY,
                 label,
+                _training.pick(choice.fitted.kept.params, 0),
                 choice.fitted,
                 time.perf_counter() - began,
                 {**fixed, **described, **chosen},
@@ -275,7 +276,7 @@ def learner(
     def logits(state: Any, inputs: Any, shared: Any) -> Any:
         return apply(state.params, None, inputs)[0]["logits"]
 
-    return Experiment(start, step, logits)
+    return Experiment(start, step, logits, _choice.own_data)
 
 
 def terms_of_both(inputs: Inputs) -> dict[str, Any]:
@@ -324,8 +325,10 @@ def project(
     best = int(scores.ranked(np.asarray(fitted.validation).mean(axis=1))[0])
     described = {"gradient_steps": 0, "ridge": ridges[best]}
     label = "Projected outputs, ridge (no gradient step)"
-    return _choice.row(
-        "projected_outputs", FAMILY, label, _training.pick(fitted, best), seconds, described,
+    chosen = _training.pick(fitted, best)
+    one = _training.pick(chosen.kept.params, 0)
+    return _training.row(
+        "projected_outputs", FAMILY, label, one, chosen, seconds, described,
         teacher=named_by_teacher,
     )  # fmt: skip
 

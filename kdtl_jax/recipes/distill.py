@@ -187,7 +187,9 @@ def run(settings: Settings) -> int:
         described = {"epochs": settings.teacher_epochs, "batch_size": settings.batch_size}
         if pair.given is not None:
             described = {"weights": settings.teacher_weights}
-        row = _seeds.row(TEACHER, TEACHER, "Teacher", frozen.params, teacher, described)
+        row = _training.row(
+            TEACHER, TEACHER, "Teacher", frozen.params, teacher, teacher.seconds, described
+        )
 
         # Its outputs are computed once where they stay the same and fit, else it runs along.
         view, arrays, live = None, pair.arrays, None
@@ -197,11 +199,12 @@ def run(settings: Settings) -> int:
         total = len(inputs) * sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in shapes)
         if settings.teacher_cache is not None:
             cache = Path(settings.teacher_cache)
-            arrays |= {"teacher": _pair.cached_outputs(cache, pair, frozen, settings.precision)}
+            outputs = _pair.cached_outputs(cache, pair, frozen, settings.precision)
+            arrays = {**arrays, "teacher": outputs}
         elif view is not None or total > CACHE_BYTES:
             live = pair.teacher.apply
         else:
-            arrays |= {"teacher": _models.outputs(pair.teacher, frozen, inputs)}
+            arrays = {**arrays, "teacher": _models.outputs(pair.teacher, frozen, inputs)}
 
         # The students.
         setup = _pair.setup(pair, frozen, **of_setup)
@@ -248,7 +251,10 @@ def run(settings: Settings) -> int:
                 **({"skipped_updates": trained.skipped} if any(trained.skipped) else {}),
             }
             used = params[0] if method.predict is None else params  # at inference
-            row = _seeds.row(name, STUDENTS, label, used, trained, described, teacher=teacher)
+            row = _training.row(
+                name, STUDENTS, label, used, trained, trained.seconds, described,
+                teacher=teacher.named,
+            )  # fmt: skip
             table.append(row)
             learning[name] = {
                 "epoch": [float(epoch) for epoch in trained.epochs],
@@ -267,15 +273,11 @@ def run(settings: Settings) -> int:
         if jax.process_index() != 0:
             return 0
 
-        files: list[tuple[str, str, Variables, dict[str, str]]] = [
-            ("teacher", pair.teacher_text, frozen, {})
-        ]
+        about = pair.about._replace(model=pair.teacher_text)
+        _models.save(folder / "teacher.safetensors", frozen, about, {})
         if best is not None:
-            more = {"method": best[1], "seed": "0"}
-            files.append(("student", settings.student, best[2], more))
-        for name, text, variables, more in files:
-            about = pair.about._replace(model=text)
-            _models.save(folder / f"{name}.safetensors", variables, about, more)
+            about, more = about._replace(model=settings.student), {"method": best[1], "seed": "0"}
+            _models.save(folder / "student.safetensors", best[2], about, more)
         sizes = {name: len(part.labels) for name, part in pair.splits._asdict().items()}
         seen = f"{settings.per_class} per class, drawn anew for every seed"
         data = {
@@ -322,8 +324,9 @@ def join_mesh(settings: Settings) -> Mesh | None:
             )
         except ValueError as error:
             raise UsageError(str(error)) from None
-        return sharding.make_mesh(**settings.mesh)
-    return sharding.make_mesh(**settings.mesh) if settings.mesh else None
+    elif not settings.mesh:
+        return None
+    return sharding.make_mesh(**settings.mesh)
 
 
 @contextlib.contextmanager

@@ -218,7 +218,7 @@ def student(pair: _pair.Pair, entry: Entry, setup: Setup, tx: Callable[[Point], 
     def logits(state: Any, inputs: Any, shared: Shared) -> Any:
         return apply(state.params, state.model_state, inputs)[0]["logits"]
 
-    return Experiment(start, step, logits)
+    return Experiment(start, step, logits, lambda point, shared: shared.arrays)
 
 
 def sweep_one(
@@ -241,11 +241,7 @@ def sweep_one(
     each = {axis: np.repeat(column, seeds) for axis, column in columns.items()}
     points = {"seed": np.tile(np.arange(seeds, dtype=np.int32), count), **each}
     of_fit: dict[str, Any] = {"batch_size": settings.batch_size}
-
-    def data_of(point: Point, shared: Shared) -> Any:
-        return shared.arrays
-
-    whole = _training.fit(learner, data_of, epochs=settings.epochs, **of_fit)
+    whole = _training.fit(learner, epochs=settings.epochs, **of_fit)
     chunk = None
     if settings.memory is not None:
         chunk = sweeps.chunk_for_memory(whole, points, shared, *held, bytes=settings.memory)
@@ -254,7 +250,7 @@ def sweep_one(
         if devices is not None:  # only students that run together can be spread
             return {"together": sweeps.vmap(fit, chunk=chunk, devices=devices)}
         alone = _training.one_by_one(
-            learner, data_of, epochs=1 if steps else settings.epochs, steps=steps, **of_fit
+            learner, epochs=1 if steps else settings.epochs, steps=steps, **of_fit
         )
         return {
             "together": sweeps.vmap(fit, chunk=chunk), "mapped": sweeps.map(fit),
@@ -265,7 +261,7 @@ def sweep_one(
     if path == "fastest" and known is not None:
         path, probed = known.path, known.probed
     elif path == "fastest":
-        short = _training.fit(learner, data_of, epochs=1, steps=PROBE_STEPS, **of_fit)
+        short = _training.fit(learner, epochs=1, steps=PROBE_STEPS, **of_fit)
         some = {axis: column[:PROBE_POINTS] for axis, column in points.items()}
         few = [jax.tree.map(lambda x: x[:1], part) for part in held]  # it is steps that differ
         candidates = programs(short, PROBE_STEPS)

@@ -140,14 +140,13 @@ def merged(settings: Settings, examples: str) -> Rewrite:
         reads = "needs one" if method.has_statistics else "reads no"
         per = " per model" if method.has_statistics else ""
         raise UsageError(f"--method {name} {reads} --statistics{per}")
-    models, base, statistics = (
-        [_checkpoints.opened(path, what, examples) for path in paths]
-        for what, paths in (
-            ("MODELS", settings.models or [None]),
-            ("BASE", [] if settings.base is None else [settings.base]),
-            ("STATISTICS", settings.statistics),
-        )
-    )
+
+    def opened(what: str, paths: Sequence[str | None]) -> list[Opened]:
+        return [_checkpoints.opened(path, what, examples) for path in paths]
+
+    models = opened("MODELS", settings.models or [None])
+    base = [] if settings.base is None else opened("BASE", [settings.base])
+    statistics = opened("STATISTICS", settings.statistics)
     if not method.fewest <= len(models) <= (method.most or len(models)):
         wanted = f"{method.fewest}" + (" or more" if method.most is None else "")
         raise UsageError(f"--method needs {wanted} models, got {len(models)}")
