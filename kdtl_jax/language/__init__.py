@@ -3,6 +3,13 @@
 Decoders themselves are in `kdtl_jax.models`, their losses in `kdtl_jax.losses`.
 """
 
+from kdtl_jax.language._alignment import align_tokens as align_tokens
+from kdtl_jax.language._alignment import chunk_lengths as chunk_lengths
+from kdtl_jax.language._alignment import chunk_log_probs as chunk_log_probs
+from kdtl_jax.language._alignment import merge_chunks as merge_chunks
+from kdtl_jax.language._alignment import merge_tokens as merge_tokens
+from kdtl_jax.language._alignment import require_same_ids as require_same_ids
+from kdtl_jax.language._alignment import shared_ids as shared_ids
 from kdtl_jax.language._methods import LanguageMethod as LanguageMethod
 from kdtl_jax.language._methods import Learner as Learner
 from kdtl_jax.language._methods import Setup as Setup

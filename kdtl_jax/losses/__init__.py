@@ -6,6 +6,8 @@ and the step do. Task losses are optax's; published methods, which combine losse
 alignments that go into them.
 """
 
+from kdtl_jax.losses._alm import alm as alm
+from kdtl_jax.losses._alm import alm_limit as alm_limit
 from kdtl_jax.losses._attention import attention_kl as attention_kl
 from kdtl_jax.losses._attention import attention_mse as attention_mse
 from kdtl_jax.losses._attention import minilm_relation as minilm_relation
@@ -41,6 +43,9 @@ from kdtl_jax.losses._divergences import symmetric_kl as symmetric_kl
 from kdtl_jax.losses._divergences import total_variation as total_variation
 from kdtl_jax.losses._divergences import ttm as ttm
 from kdtl_jax.losses._divergences import wttm as wttm
+from kdtl_jax.losses._draft import lk_alpha as lk_alpha
+from kdtl_jax.losses._draft import lk_lambda as lk_lambda
+from kdtl_jax.losses._draws import random_sampling_cross_entropy as random_sampling_cross_entropy
 from kdtl_jax.losses._features import activation_boundary as activation_boundary
 from kdtl_jax.losses._features import cosine_distance as cosine_distance
 from kdtl_jax.losses._features import huber as huber
@@ -70,9 +75,7 @@ from kdtl_jax.losses._predictions import class_correlation as class_correlation
 from kdtl_jax.losses._predictions import dist_inter as dist_inter
 from kdtl_jax.losses._predictions import dist_intra as dist_intra
 from kdtl_jax.losses._predictions import skd_direction as skd_direction
-from kdtl_jax.losses._random_sampling import (
-    random_sampling_cross_entropy as random_sampling_cross_entropy,
-)
+from kdtl_jax.losses._rankings import margin_mse as margin_mse
 from kdtl_jax.losses._relations import cc as cc
 from kdtl_jax.losses._relations import pkt as pkt
 from kdtl_jax.losses._relations import rkd_angle as rkd_angle
@@ -113,6 +116,12 @@ from kdtl_jax.losses._contrast import unit_classes as unit_classes
 from kdtl_jax.losses._contrast import unit_features as unit_features
 from kdtl_jax.losses._correlations import feature_correlation as feature_correlation
 from kdtl_jax.losses._divergences import adaptive_kl_weight as adaptive_kl_weight
+from kdtl_jax.losses._draft import acceptance as acceptance
+from kdtl_jax.losses._draft import draft_targets as draft_targets
+from kdtl_jax.losses._draft import known_to_draft as known_to_draft
+from kdtl_jax.losses._draws import WeightedClasses as WeightedClasses
+from kdtl_jax.losses._draws import random_sampling_draws as random_sampling_draws
+from kdtl_jax.losses._draws import random_sampling_targets as random_sampling_targets
 from kdtl_jax.losses._features import ofd_margin as ofd_margin
 from kdtl_jax.losses._labels import mft_teacher as mft_teacher
 from kdtl_jax.losses._labels import non_target_logits as non_target_logits
@@ -125,9 +134,6 @@ from kdtl_jax.losses._maps import attention_map as attention_map
 from kdtl_jax.losses._on_policy import in_student_top_k as in_student_top_k
 from kdtl_jax.losses._on_policy import top_k_overlap as top_k_overlap
 from kdtl_jax.losses._predictions import standardize_logits as standardize_logits
-from kdtl_jax.losses._random_sampling import WeightedClasses as WeightedClasses
-from kdtl_jax.losses._random_sampling import random_sampling_draws as random_sampling_draws
-from kdtl_jax.losses._random_sampling import random_sampling_targets as random_sampling_targets
 from kdtl_jax.losses._relations import gaussian_taylor_kernel as gaussian_taylor_kernel
 from kdtl_jax.losses._sampled import drop_gate as drop_gate
 from kdtl_jax.losses._sampled import iw_opd_weight as iw_opd_weight
@@ -137,11 +143,9 @@ from kdtl_jax.losses._sampled import truncated_ratio as truncated_ratio
 from kdtl_jax.losses._sampled import whitened as whitened
 from kdtl_jax.losses._sequence import Shifted as Shifted
 from kdtl_jax.losses._sequence import TaidProgress as TaidProgress
-from kdtl_jax.losses._sequence import align_tokens as align_tokens
 from kdtl_jax.losses._sequence import answers_first as answers_first
 from kdtl_jax.losses._sequence import causal_shift as causal_shift
 from kdtl_jax.losses._sequence import distillm2_alpha as distillm2_alpha
-from kdtl_jax.losses._sequence import merge_tokens as merge_tokens
 from kdtl_jax.losses._sequence import taid_advance as taid_advance
 from kdtl_jax.losses._sequence import taid_start as taid_start
 from kdtl_jax.losses._sequence import taid_teacher as taid_teacher
@@ -154,3 +158,7 @@ from kdtl_jax.losses._topk import top_k_buckets as top_k_buckets
 from kdtl_jax.losses._topk import top_k_targets as top_k_targets
 from kdtl_jax.losses._transfer import delta_attention as delta_attention
 from kdtl_jax.losses._transfer import feature_norms as feature_norms
+from kdtl_jax.losses._vocabularies import by_id as by_id
+from kdtl_jax.losses._vocabularies import log_mass as log_mass
+from kdtl_jax.losses._vocabularies import shared_vocabulary as shared_vocabulary
+from kdtl_jax.losses._vocabularies import without_padding as without_padding

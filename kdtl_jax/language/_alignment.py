@@ -1,0 +1,195 @@
+"""Two tokenizations of one text: groups that end at the same byte, and what they are worth.
+
+    ours, theirs, count = language.align_tokens(student_ends, teacher_ends)
+    chunks = [language.chunk_log_probs(lp, groups, num_chunks=count) for lp, groups in ...]
+    loss = losses.alm(*chunks)
+
+Vocabularies are compared by id map, never by size: `shared_ids`, `require_same_ids`.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kdtl_jax import _checks, _numerics
+
+
+def align_tokens(
+    student_ends: np.ndarray, teacher_ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Groups of consecutive tokens that end at the same byte on both sides. Host-side.
+
+    Args:
+      student_ends: int `[L_S]`, non-decreasing byte offsets at which the student's tokens end.
+      teacher_ends: int `[L_T]`.
+
+    Returns:
+      The group of each student token `[L_S]` and of each teacher token `[L_T]`, and the number of
+      groups; -1 for tokens after the last common end if only one side has any.
+    """
+    sides = {"student_ends": np.asarray(student_ends), "teacher_ends": np.asarray(teacher_ends)}
+    _checks.rank(1, 1, **sides)
+    for name, ends in sides.items():
+        if np.any(np.diff(ends) < 0):
+            raise ValueError(f"{name} must not decrease, got {ends}.")
+    groups = [np.full(len(ends), -1, np.int32) for ends in sides.values()]
+    start, at, count = [0, 0], [0, 0], 0
+    ends = list(sides.values())
+    while at[0] < len(ends[0]) and at[1] < len(ends[1]):
+        left, right = ends[0][at[0]], ends[1][at[1]]
+        at[0] += int(left <= right)
+        at[1] += int(right <= left)
+        if left == right:
+            for side in (0, 1):
+                groups[side][start[side] : at[side]] = count
+            start, count = list(at), count + 1
+    if start[0] < len(ends[0]) and start[1] < len(ends[1]):
+        for side in (0, 1):
+            groups[side][start[side] :] = count
+        count += 1
+    return groups[0], groups[1], count
+
+
+def merge_tokens(log_probs: Array, tokens: Array, groups: Array, *, num_groups: int) -> Array:
+    """One distribution per group: its last token's, times the probability of those before it.
+
+    `p_j(v) prod_{k < j} p_k(token_k)` is the probability of the group's text with v in the place of
+    its last token, by the chain rule: exact, and summing to the probability of that prefix. The
+    first token's distribution times the later ones observed would be no probability of anything.
+    Two sides with one group end at different last tokens: only the observed entries are the same
+    text, which is what `losses.alm` compares.
+
+    Args:
+      log_probs: `[L, vocabulary]`; row k predicts token k.
+      tokens: int `[L]`, the tokens observed.
+      groups: int `[L]` from `align_tokens`, non-decreasing; -1 takes no part.
+      num_groups: static number of groups.
+
+    Returns:
+      `[num_groups, vocabulary]` log-probabilities; 0 throughout for a group without tokens.
+
+    References:
+      TRL's GOLD trainer with "bayesian" merging.
+    """
+    _checks.floating(log_probs=log_probs)
+    _checks.rank(2, 2, log_probs=log_probs)
+    _checks.same_shape(tokens=tokens, groups=groups)
+    groups = jnp.asarray(groups)
+    _checks.labels(tokens, log_probs, groups >= 0)
+    log_probs = _numerics.upcast(log_probs)
+    after = jnp.concatenate([groups[1:], jnp.full((1,), -1, groups.dtype)])
+    is_last = (groups >= 0) & (groups != after)
+    safe, _ = _numerics.usable_labels(tokens, log_probs.shape[-1], groups >= 0)
+    observed = jnp.take_along_axis(log_probs, safe[:, None], axis=1)
+    part = jnp.where(is_last[:, None], log_probs, observed)
+    # A negative group falls outside and is dropped.
+    return jax.ops.segment_sum(part, jnp.where(groups < 0, num_groups, groups), num_groups)
+
+
+def chunk_log_probs(log_probs: Array, groups: Array, *, num_chunks: int) -> Array:
+    """Log-probability of every chunk of text: the sum of its tokens'.
+
+    Args:
+      log_probs: `[..., L]`, of the observed tokens (`losses.token_log_probs`).
+      groups: int `[..., L]`, the chunk of each token; -1 takes no part.
+      num_chunks: static.
+
+    Returns:
+      `[..., num_chunks]`, <= 0; 0 for a chunk without tokens (mask it: `chunk_lengths`).
+    """
+    _checks.floating(log_probs=log_probs)
+    _checks.rank(1, log_probs=log_probs)
+    _checks.integers(groups=groups)
+    _checks.same_shape(log_probs=log_probs, groups=groups)
+    _checks.count(1, num_chunks=num_chunks)
+    log_probs = _numerics.upcast(log_probs)
+    inside = (groups >= 0) & (groups < num_chunks)
+    rows = log_probs.reshape(-1, log_probs.shape[-1])
+    row = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 0).reshape(log_probs.shape)
+    total = rows.shape[0] * num_chunks
+    place = jnp.where(inside, row * num_chunks + groups.astype(jnp.int32), total)
+    values = jnp.where(inside, log_probs, 0)
+    summed = jax.ops.segment_sum(values.reshape(-1), place.reshape(-1), total)
+    return summed.reshape(*log_probs.shape[:-1], num_chunks)
+
+
+def chunk_lengths(groups: Array, *, num_chunks: int) -> Array:
+    """Number of tokens of every chunk: int32 `[..., num_chunks]`, 0 for one that does not exist."""
+    counted = chunk_log_probs(jnp.ones(groups.shape, jnp.float32), groups, num_chunks=num_chunks)
+    return counted.astype(jnp.int32)
+
+
+def merge_chunks(groups: Array, closes: Array) -> Array:
+    """Joins chunks up to the next one that closes.
+
+    Where a chunk ends within a word, two tokenizers expect different things to follow. tokenkit
+    recommends to close chunks only where the teacher's probability of a token that begins a new
+    word (`losses.log_mass`) exceeds .1.
+
+    Args:
+      groups: int `[..., L]`, the chunk of each token; -1 takes no part.
+      closes: bool `[..., num_chunks]`; both sides must be given the same.
+
+    Returns:
+      int `[..., L]`, the merged chunk of each token, fewer of them.
+    """
+    _checks.integers(groups=groups)
+    groups = jnp.asarray(groups)
+    closed = jnp.cumsum(closes.astype(groups.dtype), axis=-1) - closes.astype(groups.dtype)
+    merged = jnp.take_along_axis(closed, jnp.maximum(groups, 0), axis=-1)
+    return jnp.where(groups >= 0, merged, -1)
+
+
+def shared_ids(
+    student_vocabulary: Mapping[str, int], teacher_vocabulary: Mapping[str, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids on both sides of the tokens with the same text, for `losses.shared_vocabulary`.
+
+    Args:
+      student_vocabulary: token text to id (`Tokenizer.vocabulary`).
+      teacher_vocabulary: the same of the teacher.
+
+    Returns:
+      int32 `[n]` twice, in the order of the student's ids.
+
+    Raises:
+      ValueError: if no token is shared.
+    """
+    both = sorted(
+        (i, teacher_vocabulary[token])
+        for token, i in student_vocabulary.items()
+        if token in teacher_vocabulary
+    )
+    if not both:
+        raise ValueError(
+            "the two vocabularies share no token; compare chunks of text (losses.alm)."
+        )
+    ours, theirs = np.asarray(both, np.int32).T
+    return ours, theirs
+
+
+def require_same_ids(
+    student_vocabulary: Mapping[str, int], teacher_vocabulary: Mapping[str, int]
+) -> None:
+    """Refuses vocabularies in which a token has another id, or exists on one side alone.
+
+    Losses on logits compare class by class: with other ids they are finite and mean nothing. Sizes
+    say nothing, since tables are padded.
+
+    Raises:
+      ValueError: naming some of the tokens that differ.
+    """
+    differ = [
+        (token, student_vocabulary.get(token), teacher_vocabulary.get(token))
+        for token in student_vocabulary.keys() | teacher_vocabulary.keys()
+        if student_vocabulary.get(token) != teacher_vocabulary.get(token)
+    ]
+    if differ:
+        some = ", ".join(f"{t!r} is {a} and {b}" for t, a, b in sorted(differ, key=str)[:3])
+        raise ValueError(
+            f"student and teacher number {len(differ)} tokens differently: {some}. Compare them by "
+            "losses.shared_vocabulary(…, *language.shared_ids(…)) or by chunks (losses.alm)."
+        )

@@ -1,0 +1,74 @@
+"""Approximate likelihood matching: two tokenizers agree on the probability of a stretch of text.
+
+A chunk is a stretch that both tokenizations cut at its ends (`language.align_tokens`); its
+log-probability is the sum of its tokens' (`language.chunk_log_probs`). Nothing else is the same
+text on both sides, which is why only this binary comparison, the observed chunk against all others,
+is exact. Both arguments are log-probabilities <= 0 of one shape, `[B, C]` say; the result has that
+shape, in nats, float32 or wider. Arrays that are not floating point raise TypeError, shapes and
+ranges that do not fit ValueError.
+
+References:
+  Minixhofer, Vulić and Ponti, Cross-Tokenizer Distillation via Approximate Likelihood Matching,
+  2025 (2503.20083), and its code, tokenkit.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import _checks, _numerics
+from kdtl_jax._types import Scalar
+
+
+def alm(
+    student_log_probs: Array,
+    teacher_log_probs: Array,
+    *,
+    temperature: Scalar = 100.0,
+    eps: Scalar = 1e-6,
+) -> Array:
+    """`KL(Bernoulli(p_T^(1/T)) || Bernoulli(p_S^(1/T)))` of a chunk's probability on both sides.
+
+    `eps` is taken off `log p / T`, so that certain chunks stay inside the logarithm. tokenkit's
+    `binary_ce` is this plus the teacher's binary entropy, a constant.
+
+    Args:
+      student_log_probs: `[...]`, <= 0.
+      teacher_log_probs: the same shape.
+      temperature: > 0; high ones compare log-probabilities, 1 compares probabilities.
+      eps: > 0.
+    """
+    student, teacher = _checked(student_log_probs, teacher_log_probs)
+    _checks.positive(temperature=temperature, eps=eps)
+    _checks.per_example(student.shape, temperature=temperature)
+    t, small = _numerics.per_example(temperature, student), _numerics.scalar(eps, student)
+    log_s, log_t = student / t - small, teacher / t - small
+    log_q = jnp.stack([log_s, _numerics.log1mexp(log_s)], axis=-1)
+    log_p = jnp.stack([log_t, _numerics.log1mexp(log_t)], axis=-1)
+    return jnp.sum(_numerics.kl_terms(log_p, log_q), axis=-1)
+
+
+def alm_limit(student_log_probs: Array, teacher_log_probs: Array, *, eps: Scalar = 1e-6) -> Array:
+    """`T` times `alm` as T grows: `y - x + y log(x / y)`, with x and y the two log-probabilities.
+
+    tokenkit's `binary_kl_temp_limit`: a Bregman divergence of log-probabilities.
+
+    Args:
+      student_log_probs: `[...]`, <= 0.
+      teacher_log_probs: the same shape.
+      eps: > 0, taken off both.
+    """
+    student, teacher = _checked(student_log_probs, teacher_log_probs)
+    _checks.positive(eps=eps)
+    x, y = student - _numerics.scalar(eps, student), teacher - _numerics.scalar(eps, teacher)
+    # With r = (y - x) / x it is x (r - (1 + r) log1p(r)), where nothing cancels but r itself.
+    r = (teacher - student) / x
+    return x * (r - (y / x) * jnp.log1p(r))
+
+
+def _checked(student: Array, teacher: Array) -> tuple[Array, Array]:
+    _checks.floating(student_log_probs=student, teacher_log_probs=teacher)
+    _checks.rank(1, student_log_probs=student)
+    _checks.same_shape(student_log_probs=student, teacher_log_probs=teacher)
+    _checks.nonempty(student_log_probs=student)
+    # Sums of rounded logarithms may end just above 0.
+    return tuple(jnp.minimum(_numerics.upcast(x), 0) for x in (student, teacher))

@@ -1,0 +1,141 @@
+"""Draft models of speculative decoding: losses on what the target model accepts.
+
+A token that the draft proposes is accepted with probability `alpha = sum_v min(p_T(v), p_S(v))`,
+`1 - total_variation`. `draft_logits` are `[..., draft_vocabulary]`, `target_logits`
+`[..., vocabulary]`; `draft_ids` int `[draft_vocabulary]` says which tokens the draft knows, by
+default all. Results are `[...]`, float32 or wider. Shapes and ids that do not fit raise ValueError,
+anything but real floating point TypeError.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import _checks, _numerics
+from kdtl_jax._types import Scalar
+from kdtl_jax.losses import _logspace
+from kdtl_jax.losses._divergences import forward_kl
+
+
+def acceptance(
+    draft_logits: Array, target_logits: Array, *, draft_ids: Array | None = None
+) -> Array:
+    """`sum_v min(p_T(v), p_S(v))`, the probability that the target takes the draft's token."""
+    log_q, log_p = _both(draft_logits, target_logits, draft_ids)
+    return 1 - _refused(log_q, log_p)
+
+
+def lk_alpha(draft_logits: Array, target_logits: Array, *, draft_ids: Array | None = None) -> Array:
+    """`-log alpha`, minus the log-probability of acceptance: 0 at equality.
+
+    Unlike the KL it is the number that speculative decoding lives from; unlike `1 - alpha` it has a
+    gradient where draft and target are far apart.
+
+    References:
+      LK losses, 2026 (2602.23881), the alpha form; SpecForge.
+    """
+    log_q, log_p = _both(draft_logits, target_logits, draft_ids)
+    refused = _refused(log_q, log_p)
+    near = refused < 0.5
+    far = _logspace.logsumexp(jnp.minimum(log_q, log_p))
+    return -jnp.where(near, jnp.log1p(-jnp.where(near, refused, 0)), far)
+
+
+def lk_lambda(
+    draft_logits: Array,
+    target_logits: Array,
+    *,
+    weight: Scalar,
+    draft_ids: Array | None = None,
+) -> Array:
+    """`weight KL(p_T || p_S) + (1 - weight) (1 - alpha)`, the KL on the draft's tokens alone.
+
+    Args:
+      draft_logits: `[..., draft_vocabulary]`.
+      target_logits: `[..., vocabulary]`.
+      weight: in [0, 1]: `scale exp(-decay mean(acceptance))` with scale and decay 1, a constant,
+        so that the KL leads while little is accepted. A scalar or one value per example.
+      draft_ids: int `[draft_vocabulary]`.
+
+    References:
+      LK losses, 2026 (2602.23881), the lambda form. SpecForge takes the cross-entropy for the KL,
+      and divides it by the number of all positions, padding included.
+    """
+    _checks.within(0, 1, weight=weight)
+    log_q, log_p = _both(draft_logits, target_logits, draft_ids)
+    refused = _refused(log_q, log_p)
+    _checks.per_example(refused.shape, weight=weight)
+    share = _numerics.per_example(weight, refused)
+    kl = forward_kl(draft_logits, known_to_draft(target_logits, draft_ids=draft_ids))
+    return share * kl + (1 - share) * refused
+
+
+def known_to_draft(target_logits: Array, *, draft_ids: Array | None = None) -> Array:
+    """The target's logits at the draft's tokens: `[..., draft_vocabulary]`, to be renormalized."""
+    if draft_ids is None:
+        return jnp.asarray(target_logits)
+    _checks.rank(1, target_logits=target_logits)
+    _checks.rank(1, 1, draft_ids=draft_ids)
+    _checks.indices(jnp.shape(target_logits)[-1], draft_ids=draft_ids)
+    return jnp.take(target_logits, draft_ids, axis=-1)
+
+
+def draft_targets(
+    target_logits: Array, where: Array, *, step: int, draft_ids: Array | None = None
+) -> tuple[Array, Array]:
+    """What the draft's step number `step` is scored against, EAGLE-3's test-time training.
+
+    In step i the draft's entry l, fed with its own guesses, predicts what the target says at
+    position l + i. Positions count where the target's own favorite is a token that the draft knows.
+    EAGLE-3's loss is `sum_i 0.8^i` of the mean `soft_cross_entropy` over the counted positions.
+
+    Args:
+      target_logits: `[B, T, vocabulary]`.
+      where: bool `[B, T]`, aligned with the target.
+      step: 0 to T - 1, static.
+      draft_ids: int `[draft_vocabulary]`.
+
+    Returns:
+      The teacher's logits `[B, T, draft_vocabulary]` and bool `[B, T]`; past the end False.
+
+    References:
+      Li et al., EAGLE-3, 2025 (2503.01840). SpecForge averages over masked positions too.
+    """
+    _checks.floating(target_logits=target_logits)
+    _checks.rank(3, 3, target_logits=target_logits)
+    _checks.mask(where, target_logits.shape[:-1])
+    _checks.count(0, step=step)
+    targets = known_to_draft(target_logits, draft_ids=draft_ids)
+    if draft_ids is not None:
+        favorite = jnp.argmax(target_logits, axis=-1).astype(jnp.int32)
+        is_known = jnp.zeros(target_logits.shape[-1], jnp.bool_).at[draft_ids].set(True)
+        where = where & is_known[favorite]
+    length = where.shape[1]
+    kept = max(length - step, 0)
+    targets = jnp.pad(targets[:, length - kept :], ((0, 0), (0, length - kept), (0, 0)))
+    return targets, jnp.pad(where[:, length - kept :], ((0, 0), (0, length - kept)))
+
+
+def _both(draft: Array, target: Array, draft_ids: Array | None) -> tuple[Array, Array]:
+    """`log p_S` and the target's `log p_T` at the draft's tokens, not renormalized."""
+    _checks.floating(draft_logits=draft, target_logits=target)
+    _checks.rank(1, draft_logits=draft, target_logits=target)
+    _checks.nonempty(draft_logits=draft)
+    _checks.several_classes(draft_logits=draft, target_logits=target)
+    log_p = known_to_draft(_numerics.log_softmax(target), draft_ids=draft_ids)
+    if jnp.shape(draft) != log_p.shape:
+        raise ValueError(
+            "draft_logits must be the target's, or have one class per draft id, got "
+            f"{_checks.described(draft_logits=draft, target_logits=target)}."
+        )
+    return _numerics.log_softmax(draft), log_p
+
+
+def _refused(log_q: Array, log_p: Array) -> Array:
+    """`1 - alpha = sum_v max(p_S - p_T, 0)`, relatively accurate where the two nearly agree."""
+    in_both = (log_q != -jnp.inf) & (log_p != -jnp.inf)
+    apart = jnp.where(in_both, log_q, 0) - jnp.where(in_both, log_p, 0)
+    p = jnp.exp(log_p)
+    near = in_both & (jnp.abs(apart) < 1)
+    gap = jnp.where(near, p * jnp.expm1(jnp.where(near, apart, 0)), jnp.exp(log_q) - p)
+    return jnp.sum(jax.nn.relu(gap), axis=-1)

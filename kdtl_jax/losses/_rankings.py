@@ -1,0 +1,45 @@
+"""Scores of candidates: what embedding models and rerankers learn from a stronger ranker.
+
+A query's scores are a row `[B, n]`, the positive first: dot products or cosines
+(`1 - cosine_distance`) of embeddings, or a reranker's logits. The listwise loss on them is `kd_kl`,
+their teacher's softmax against the student's (sentence-transformers' `DistillKLDivLoss` at its own
+temperature); of a pair's similarity, `squared_distance`; of embeddings themselves, `mse` or
+`cosine_distance`.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import _checks, _numerics
+
+
+def margin_mse(student_scores: Array, teacher_scores: Array) -> Array:
+    """Mean over the others of `((s_0 - s_i) - (t_0 - t_i))^2`: how far the positive leads.
+
+    The scale of the scores is free, not their unit: take the teacher's logits. Its sigmoids squash
+    margins, .99 and .95 to .04 where the logits are 1.65 apart.
+
+    Args:
+      student_scores: `[..., n]`, n > 1, the positive first.
+      teacher_scores: the same shape. Stored margins m are the scores `[0, -m_1, -m_2, …]`.
+
+    Returns:
+      `[...]`, float32 or wider; `.mean()` is sentence-transformers' number.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ or there is nothing beside the positive.
+
+    References:
+      Hofstätter et al., Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge
+      Distillation, 2020 (2010.02666).
+    """
+    scores = {"student_scores": student_scores, "teacher_scores": teacher_scores}
+    _checks.floating(**scores)
+    _checks.same_shape(**scores)
+    _checks.rank(1, student_scores=student_scores)
+    _checks.nonempty(student_scores=student_scores)
+    if jnp.shape(student_scores)[-1] < 2:
+        raise ValueError(f"a margin needs two scores, got {_checks.described(**scores)}.")
+    apart = _numerics.upcast(student_scores) - _numerics.upcast(teacher_scores)
+    return jnp.mean(jnp.square(apart[..., :1] - apart[..., 1:]), axis=-1)

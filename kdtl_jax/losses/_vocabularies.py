@@ -1,0 +1,120 @@
+"""Vocabularies that are not the same: padded ones, shared tokens, tokens by id map.
+
+Two vocabularies of one size may number other tokens, and two of different sizes may differ by
+padding alone: compare ids, never sizes. All functions take and give logits (log-probabilities are
+logits), so that any divergence follows, within `chunked_divergence` too:
+
+    def kl(student, teacher):
+        return losses.forward_kl(*losses.shared_vocabulary(student, teacher, ours, theirs))
+
+Arrays that are not floating point raise TypeError, ids and shapes that do not fit ValueError.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import _checks, _numerics
+from kdtl_jax.losses import _logspace
+
+
+def without_padding(logits: Array, *, size: int, width: int | None = None) -> Array:
+    """Logits with -inf from class `size` on, and cut or filled up to `width` classes.
+
+    Embedding tables are padded to round sizes; what a model says about tokens that do not exist is
+    no part of its distribution.
+
+    Args:
+      logits: `[..., num_classes]`.
+      size: number of real classes, the first ones.
+      width: number of classes of the result, at least `size`; by default as many as there are.
+    """
+    _checks.floating(logits=logits)
+    _checks.rank(1, logits=logits)
+    classes = jnp.shape(logits)[-1]
+    width = classes if width is None else width
+    _checks.count(1, size=size)
+    if size > min(classes, width):
+        raise ValueError(f"size {size} exceeds the {min(classes, width)} classes that there are.")
+    if width > classes:
+        fill = [(0, 0)] * (jnp.ndim(logits) - 1) + [(0, width - classes)]
+        logits = jnp.pad(logits, fill)
+    logits = logits[..., :width]
+    place = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.where(place < size, logits, -jnp.inf)
+
+
+def by_id(logits: Array, ids: Array) -> Array:
+    """`[..., num_ids]`: column v is the logit of class `ids[v]`, -inf where `ids[v]` is -1.
+
+    Args:
+      logits: `[..., num_classes]`.
+      ids: int `[num_ids]`.
+    """
+    _checks.floating(logits=logits)
+    _checks.rank(1, logits=logits)
+    _checks.rank(1, 1, ids=ids)
+    _checks.integers(ids=ids)
+    known = _checks.concrete(ids)
+    if known is not None:
+        _checks.indices(jnp.shape(logits)[-1], ids=known[known != -1])
+    ids = jnp.asarray(ids)
+    safe, usable = _numerics.usable_labels(ids, jnp.shape(logits)[-1])
+    taken = jnp.take(logits, safe, axis=-1)
+    usable = jnp.broadcast_to(usable, taken.shape)
+    absent = jnp.broadcast_to(ids == -1, taken.shape)
+    return jnp.where(usable, taken, jnp.where(absent, -jnp.inf, jnp.nan))
+
+
+def shared_vocabulary(
+    student_logits: Array, teacher_logits: Array, student_ids: Array, teacher_ids: Array
+) -> tuple[Array, Array]:
+    """Both sides on the tokens they share, and one bucket for everything else.
+
+    A divergence of them sees how much mass each side keeps for itself, though not on what.
+    Renormalizing on the shared tokens would not: a student that fled from them would look perfect.
+
+    Args:
+      student_logits: `[..., student_vocabulary]`.
+      teacher_logits: `[..., teacher_vocabulary]`, other dimensions equal.
+      student_ids: int `[n]`, all different: the shared tokens' ids (`language.shared_ids`).
+      teacher_ids: int `[n]`, the same tokens' ids on the other side.
+
+    Returns:
+      Log-probabilities `[..., n + 1]` of student and teacher, at temperature 1.
+    """
+    _checks.floating(student_logits=student_logits, teacher_logits=teacher_logits)
+    _checks.rank(1, student_logits=student_logits, teacher_logits=teacher_logits)
+    _checks.rank(1, 1, student_ids=student_ids, teacher_ids=teacher_ids)
+    _checks.same_shape(student_ids=student_ids, teacher_ids=teacher_ids)
+    if jnp.shape(student_logits)[:-1] != jnp.shape(teacher_logits)[:-1]:
+        raise ValueError(
+            "all dimensions but the vocabulary must be equal, got "
+            f"{_checks.described(student_logits=student_logits, teacher_logits=teacher_logits)}."
+        )
+    return _with_rest(student_logits, student_ids), _with_rest(teacher_logits, teacher_ids)
+
+
+def log_mass(logits: Array, classes: Array) -> Array:
+    """`log P(class in the set)`: the log-probability that a word ends here, say.
+
+    Args:
+      logits: `[..., num_classes]`.
+      classes: bool `[num_classes]`.
+
+    Returns:
+      `[...]`, <= 0; -inf, with gradient 0, for the empty set.
+    """
+    _checks.floating(logits=logits)
+    _checks.rank(1, logits=logits)
+    _checks.mask(classes, jnp.shape(logits)[-1:])
+    log_p = _numerics.log_softmax(logits)
+    return _logspace.logsumexp(log_p, where=jnp.broadcast_to(classes, log_p.shape))
+
+
+def _with_rest(logits: Array, ids: Array) -> Array:
+    _checks.indices(jnp.shape(logits)[-1], ids=ids)
+    log_p = _numerics.log_softmax(logits)
+    is_shared = jnp.zeros(log_p.shape[-1], jnp.bool_).at[ids].set(True)
+    rest = _logspace.logsumexp(log_p, where=jnp.broadcast_to(~is_shared, log_p.shape))
+    return jnp.concatenate([jnp.take(log_p, ids, axis=-1), rest[..., None]], axis=-1)
