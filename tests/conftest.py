@@ -63,6 +63,5 @@ def x64() -> Iterator[None]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--golden",
-        default=str(Path(__file__).parent / "golden"),
-        help="folder with manifest.json and .npz files (default: tests/golden)",
+        help="folder with manifest.json and .npz files (default: tests/golden and golden_language)",
     )

@@ -31,8 +31,14 @@ for _found in pkgutil.iter_modules(golden_maps.__path__):
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        cases = _cases(Path(str(metafunc.config.getoption("--golden"))))
+        cases = [case for folder in _folders(metafunc.config) for case in _cases(folder)]
         metafunc.parametrize("case", cases, ids=[case["case"] for case in cases])
+
+
+def _folders(config: pytest.Config) -> list[Path]:
+    given = config.getoption("--golden")
+    here = Path(__file__).parent
+    return [Path(str(given))] if given else [here / "golden", here / "golden_language"]
 
 
 def _cases(folder: Path) -> list[dict[str, Any]]:
@@ -82,8 +88,9 @@ def test_golden(case: dict[str, Any]) -> None:
 
 
 def test_few_methods_are_excluded(request: pytest.FixtureRequest) -> None:
-    cases = _cases(Path(str(request.config.getoption("--golden"))))
-    left_out = [c["case"] for c in cases if c["method"] in EXCLUDED]
-    assert len(left_out) <= 0.1 * len(cases), left_out
+    for folder in _folders(request.config):
+        cases = _cases(folder)
+        left_out = [c["case"] for c in cases if c["method"] in EXCLUDED]
+        assert len(left_out) <= 0.1 * len(cases), left_out
     assert all(EXCLUDED.values()), "an exclusion needs its reason"
     assert not EXCLUDED.keys() & METHODS.keys()

@@ -150,7 +150,7 @@ def opd_skyrl(x: Inputs, h: Hyper) -> dict[str, Array]:
 
 
 def minillm_advantage(x: Inputs, h: Hyper) -> dict[str, Array]:
-    """TRL: differentiated, and with a stray `gamma^l` unless normalized (by `1e-4` where masked)."""
+    """TRL: not detached; a stray `gamma^l` unless normalized, where masked tokens count 1e-4."""
     gamma, mask = h["gamma"], x["mask"]
     rewards = (x["teacher_logprobs"] - x["student_logprobs"]) * mask
     advantages = losses.reward_to_go(rewards, gamma=gamma)

@@ -15,7 +15,8 @@ import optax
 from jax import Array
 
 from golden_maps import Golden
-from kdtl_jax import losses
+from golden_maps.alignment import merged
+from kdtl_jax import language, losses
 
 Inputs = Mapping[str, Array]
 Hyper = Mapping[str, Any]
@@ -181,18 +182,14 @@ def uld_sum(x: Inputs, _: Hyper) -> Array:
     return masked_sum(losses.uld(student, teacher), counts_s & counts_t)
 
 
-def merged(logits: Array, ids: np.ndarray, groups: np.ndarray, count: int, strategy: str) -> Array:
-    """Merged probabilities of an answer. "bayesian": rows predict the token after, the last row of
-    a group gives the distribution and the earlier ones their tokens, each floored at 1e-8."""
-    log_p = jax.nn.log_softmax(logits)
-    merge = partial(losses.merge_tokens, num_groups=count)
-    if strategy == "observed":
-        return jnp.exp(merge(log_p, jnp.asarray(ids), jnp.asarray(groups)))
-    floored = jnp.maximum(log_p, np.log(1e-8))
-    is_last = np.append(groups[1:] != groups[:-1], True)[:, None]
-    observed = jnp.take_along_axis(floored, jnp.asarray(ids)[:, None], axis=1)
-    part = jnp.where(is_last, log_p, observed)
-    return jnp.exp(jax.ops.segment_sum(part, jnp.asarray(groups), count))
+def jsd_terms(q: Array, p: Array, beta: float) -> Array:
+    """The terms of GKD's divergence of student q and teacher p, log-probabilities as they are."""
+    if beta == 0:
+        return jnp.exp(p) * (p - q)
+    if beta == 1:
+        return jnp.exp(q) * (q - p)
+    mix = jnp.logaddexp(np.log(beta) + p, np.log1p(-beta) + q)
+    return beta * jnp.exp(p) * (p - mix) + (1 - beta) * jnp.exp(q) * (q - mix)
 
 
 def uld_aligned(x: Inputs, h: Hyper) -> Array:
@@ -209,9 +206,9 @@ def uld_aligned(x: Inputs, h: Hyper) -> Array:
             logits = x[f"{side}_logits"][b, at : at + size]
             sides.append((logits, np.asarray(x[f"{side}_ids"][b])[start : start + size]))
             ends.append(np.asarray(x[f"{side}_offsets"][b])[start : start + size, 1])
-        student_groups, teacher_groups, count = losses.align_tokens(ends[0], ends[1])
+        student_groups, teacher_groups, count = language.align_tokens(ends[0], ends[1])
         student, teacher = (
-            merged(logits, ids, groups, count, h["strategy"])
+            merged(jax.nn.log_softmax(logits), ids, groups, count, h["strategy"])
             for (logits, ids), groups in zip(sides, (student_groups, teacher_groups), strict=True)
         )
         if not h["hybrid"]:
@@ -221,14 +218,7 @@ def uld_aligned(x: Inputs, h: Hyper) -> Array:
         # Merged probabilities do not sum to 1 and are not renormalized, so this is no divergence
         # of the library: the terms of a JSD, written out.
         p, q = (jnp.log(jnp.maximum(z, 1e-8)) for z in (teacher[:, shared_t], student[:, shared_s]))
-        beta = h["beta"]
-        if beta == 0:
-            terms = jnp.exp(p) * (p - q)
-        elif beta == 1:
-            terms = jnp.exp(q) * (q - p)
-        else:
-            mix = jnp.logaddexp(np.log(beta) + p, np.log1p(-beta) + q)
-            terms = beta * jnp.exp(p) * (p - mix) + (1 - beta) * jnp.exp(q) * (q - mix)
+        terms = jsd_terms(q, p, h["beta"])
         own_s = np.setdiff1d(np.arange(student.shape[1]), shared_s)
         own_t = np.setdiff1d(np.arange(teacher.shape[1]), shared_t)
         rest = jnp.sum(losses.sorted_l1(student[:, own_s], teacher[:, own_t])) / count
