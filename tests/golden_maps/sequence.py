@@ -5,7 +5,6 @@ T^2, and whatever its code does besides its paper.
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
