@@ -17,7 +17,7 @@ class Lines(NamedTuple):
 
 
 def read_lines(path: str | Path, *, at_least: int = 15) -> list[str]:
-    """The distinct lines of a text with so many characters or more, in order.
+    """The distinct lines of a text of at least `at_least` characters, in order.
 
     Raises:
       OSError: if the file cannot be read.
@@ -60,7 +60,7 @@ def tokenizer(folder: str | Path) -> Callable[[Sequence[str], int], list[list[in
 def split(
     ids: Sequence[Sequence[int]], *, validation: int, test: int, batch_size: int, padding: int
 ) -> Lines:
-    """Padded token ids in three parts, drawn once and for all.
+    """Padded token ids in three parts, drawn with a fixed seed.
 
     Raises:
       ValueError: if there are too few lines.

@@ -47,7 +47,7 @@ def run_folder(
       settings: of the recipe, with `out` and `force`.
       command: its name, for `config.yaml`.
       files: the data and the weights that are read, by role.
-      resume: go on where the folder holds a run.
+      resume: continue the run in the folder, if there is one.
 
     Raises:
       ValueError: if the folder holds something, is a file, or is of a run on other content.
@@ -106,7 +106,7 @@ def _check_same(folder: Path, config: str, command: str) -> str:
     ]
     if other:
         raise UsageError(
-            f"--resume: {folder} was run with other settings: {', '.join(other)}. Go on with: "
+            f"--resume: {folder} was run with other settings: {', '.join(other)}. Resume with: "
             f"kdtl {command} --config {file} --resume --out {folder}"
         )
     return run
@@ -138,7 +138,7 @@ def counted_programs() -> Iterator[Callable[[], str]]:
 
 
 def devices(asked: int | None) -> list[Any]:
-    """So many devices, on a CPU as many virtual ones; None: all. Call it before any is touched.
+    """The first `asked` devices (None: all), virtual ones on a CPU; call it before any is used.
 
     Raises:
       UsageError: if there are fewer.
@@ -176,7 +176,7 @@ def write_curves(folder: Path, learning: Mapping[str, Mapping[str, Sequence[floa
 
 
 def progress() -> Say:
-    """Says what begins, and when; the same lines on a terminal and in a log."""
+    """`say(text)` prints a line with the seconds since the start, on a terminal and in a log."""
     console, start = Console(stderr=True, highlight=False), time.perf_counter()
 
     def say(text: str) -> None:
@@ -191,7 +191,7 @@ def progress() -> Say:
 
 
 def seldom(say: Say, seconds: float = 10.0) -> Callable[[str, bool], None]:
-    """Passes a line on if there was none for a while, and the last of a method always."""
+    """Prints at most one line per `seconds`, and every line that is marked as the last."""
     said = time.perf_counter()
 
     def maybe(text: str, last: bool) -> None:

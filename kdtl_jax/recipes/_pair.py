@@ -37,7 +37,10 @@ class Models:
         "mlp:16", "as --teacher", metavar="MODEL", parse=_models.text_of, group="models"
     )
     teacher_weights: str | None = setting(
-        None, "a safetensors file instead of training a teacher", metavar="FILE", group="models"
+        None,
+        "load the teacher from this safetensors file instead of training one",
+        metavar="FILE",
+        group="models",
     )
 
 
@@ -51,7 +54,7 @@ class Pair(NamedTuple):
     teacher: Network
     student: Network
     given: Variables | None  # the teacher's, from its file
-    files: dict[str, str]  # what was read, by role
+    files: dict[str, str]  # that were read: {"data": ..., "teacher_weights": ...}
     example: jax.Array  # inputs [1, ...]
 
 
@@ -224,7 +227,7 @@ def cached_outputs(folder: Path, pair: Pair, frozen: Variables, precision: str) 
     """The outputs in a teacher cache, which is filled, completed or mended first if need be.
 
     A whole cache of this teacher on these data serves in any precision (`kdtl cache --dtype`,
-    `--precision`): whoever made it chose that.
+    `--precision`): its maker chose that.
     """
     net, inputs = pair.teacher, {"inputs": pair.arrays["inputs"]}
     made_of = {

@@ -57,7 +57,7 @@ class Fitted(NamedTuple):
     loss: Array  # mean over the last epoch
 
 
-# What every recipe makes of a seed.
+# From a seed to a student.
 
 
 def keys(seed: Any) -> Keys:
@@ -202,7 +202,7 @@ def fit(
       batch_size: examples per step; at most all of them.
       checks: how often validation accuracy is recorded.
       keep: what of the final state is returned.
-      steps: only so many steps of each epoch, for a measurement.
+      steps: stop each epoch after this many, for a measurement.
     """
 
     def run(point: Point, shared: Any, validation: Any, test: Any) -> Fitted:

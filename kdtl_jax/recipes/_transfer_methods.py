@@ -90,7 +90,7 @@ def _probe_first(case: Case, params: Params) -> optax.GradientTransformation:
 
 
 def _from_the_top(case: Case, params: Params) -> optax.GradientTransformation:
-    """One more module every so many steps; all are open after half of the training."""
+    """Unfreezes one more module at equal intervals; all are trained after half of the steps."""
     names = modules_by_depth(params)
     pause = max(1, case.steps // 2 // max(1, len(names) - 1))
     rules = [(f"{name}(/.*)?", pause * i) for i, name in enumerate(reversed(names))]

@@ -46,12 +46,14 @@ class Settings(types.Output):
     """What fixes a run of `kdtl bench`."""
 
     out: str = setting("runs/bench", "the run folder", metavar="FOLDER")
-    preset: Literal["mlp", "resnet", "vit", "decoder", "all"] = setting("all", "which pair")
-    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "of the arithmetic")
+    preset: Literal["mlp", "resnet", "vit", "decoder", "all"] = setting(
+        "all", "pair of models to measure"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "dtype of the arithmetic")
     batch_size: int | None = setting(
         None, "examples per step; default: the pair's", metavar="N", least=1, most=10**7
     )
-    steps: int = setting(20, "that count", metavar="N", least=1, most=10**7)
+    steps: int = setting(20, "measured steps", metavar="N", least=1, most=10**7)
     devices: int | None = setting(
         None, "measure scaling on 1, 2, 4 … N devices; on a CPU, N virtual ones; default: all",
         metavar="N", least=1, most=4096,
@@ -108,7 +110,7 @@ class Workload(NamedTuple):
     step: train.Step
     state: Callable[[], train.TrainState]  # a fresh one: steps donate theirs
     teacher: Variables
-    batch: Callable[[int], dict[str, Array]]  # so many random examples
+    batch: Callable[[int], dict[str, Array]]  # a number of random examples
     parameters: tuple[int, int]  # teacher's, student's
 
 

@@ -52,20 +52,26 @@ class Settings(types.Data):
         metavar="NAME,...", parse=types.names,
     )  # fmt: skip
     top_k: int | None = setting(
-        None, "logits of the K most likely classes and the tail", metavar="K", least=1
+        None, "store only the K most likely classes and the mass of the rest", metavar="K", least=1
     )
-    temperature: float = types.positive_rate(1.0, "of the softmax that is cut to K classes")
-    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "of what is stored")
+    temperature: float = types.positive_rate(
+        1.0, "temperature of the softmax that is cut to K classes"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", "dtype of the stored outputs"
+    )
     precision: Literal["float32", "bfloat16", "float16", "int8"] = setting(
-        "float32", "the teacher's; int8 is of its weights alone"
+        "float32", "precision of the teacher; int8 applies to its weights only"
     )
     batch_size: int = setting(256, "examples per call of the teacher", metavar="N", least=1)
     out: str = setting(
-        "runs/teacher_cache", "the cache; one begun earlier is completed", metavar="FOLDER"
+        "runs/teacher_cache",
+        "folder of the cache; an unfinished one is completed",
+        metavar="FOLDER",
     )
     verify: bool = setting(
-        False, "compute nothing: compare every byte in --out with its SHA-256, and with --weights "
-        "what it was made from",
+        False, "compute nothing: check every byte in --out against its SHA-256, and with --weights "
+        "also what it was made from",
     )  # fmt: skip
 
 

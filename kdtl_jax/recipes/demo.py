@@ -63,22 +63,23 @@ class Settings(types.Output):
     seeds: int = setting(
         10, "teachers, and students per setting", metavar="N", least=1, most=1000, quick=2
     )
-    teacher_epochs: int = setting(20, "of a teacher", metavar="N", least=1, quick=2)
-    epochs: int = setting(100, "of a student", metavar="N", least=1, quick=10)
+    teacher_epochs: int = setting(20, "epochs per teacher", metavar="N", least=1, quick=2)
+    epochs: int = setting(100, "epochs per student", metavar="N", least=1, quick=10)
     learning_rates: tuple[float, ...] = setting(
-        (3e-3, 1e-2, 3e-2), "Adam's, of students", metavar="X,...",
+        (3e-3, 1e-2, 3e-2), "learning rates of the students to choose from", metavar="X,...",
         parse=types.positive_numbers, quick=(1e-2,),
     )  # fmt: skip
     alphas: tuple[float, ...] = setting(
-        (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0), "times the teacher's weights, where students start",
+        (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0),
+        "students start from these multiples of the teacher's weights",
         metavar="X,...", parse=types.positive_numbers, quick=(0.1, 1.0),
     )  # fmt: skip
     ridges: tuple[float, ...] = setting(
-        (1e-3, 1e-2, 1e-1, 1.0), "of the projected outputs", metavar="X,...",
+        (1e-3, 1e-2, 1e-1, 1.0), "ridge strengths of the projected outputs", metavar="X,...",
         parse=types.positive_numbers,
     )  # fmt: skip
     target_seeds: int = setting(16, "targets per setting", metavar="N", least=1, most=1000, quick=2)
-    target_epochs: int = setting(60, "of a target", metavar="N", least=1, quick=10)
+    target_epochs: int = setting(60, "epochs per target", metavar="N", least=1, quick=10)
 
 
 def run(settings: Settings) -> None:

@@ -47,47 +47,47 @@ class Settings(_pair.Models, types.Training, types.Data, types.Output):
     out: str = setting("runs/distill", "the run folder", metavar="FOLDER")
     list: bool = setting(False, "print the table of methods and exit")
     methods: tuple[str, ...] = setting(
-        ("kd", "dkd"), "what to compare, or all; see --list", metavar="NAME,...",
+        ("kd", "dkd"), "methods to compare, or all; see --list", metavar="NAME,...",
         parse=types.method_names,
     )  # fmt: skip
     seeds: int = setting(5, "students per method", metavar="N", least=1, most=10_000, quick=2)
-    epochs: int = setting(60, "of a student", metavar="N", least=1, quick=10)
-    teacher_epochs: int = setting(30, "of the teacher", metavar="N", least=1, quick=10)
+    epochs: int = setting(60, "epochs per student", metavar="N", least=1, quick=10)
+    teacher_epochs: int = setting(30, "epochs of the teacher", metavar="N", least=1, quick=10)
     per_class: int | None = setting(
-        None, "training images per class, drawn anew for every seed; default: all", metavar="N",
+        None, "training examples per class, redrawn for every seed; default: all", metavar="N",
         least=1, group="data",
     )  # fmt: skip
     teacher_cache: str | None = setting(
-        None, "keep the teacher's outputs there, and use those that are there already; default: "
-        "up to 512 MB of them are held in memory, without --augment; else the teacher runs along",
+        None, "store the teacher's outputs here, or reuse those already stored; default: kept in "
+        "memory up to 512 MB unless --augment is given, else the teacher runs at every step",
         metavar="FOLDER", group="models",
     )  # fmt: skip
     temperature: float | None = types.positive_rate(
-        None, "of every method that has one; default: each method's own", group="losses"
+        None, "for every method that has one; default: each method's own", group="losses"
     )
     weights: Mapping[str, float] = setting(
         {}, "kd=0.9,task=0.1, or kd.task=0.1 for one method; default: each method's own",
         metavar="TERM=X,...", parse=types.term_weights, group="losses",
     )  # fmt: skip
     layers: tuple[tuple[str, str], ...] = setting(
-        (), "taps to match; default: the last ones of both, then those before them",
+        (), "layers to match; default: from the last ones backward",
         metavar="STUDENT:TEACHER,...", parse=types.layer_pairs, group="losses",
     )  # fmt: skip
     precision: Literal["float32", "bfloat16", "float16"] = setting(
-        "float32", "of the computation; weights and losses stay in float32", group="training"
+        "float32", "compute in this precision; weights and losses stay in float32", group="training"
     )
     microbatches: int = setting(
-        1, "parts in which a batch is taken, to save memory", metavar="N", least=1,
+        1, "split each batch into this many parts to save memory", metavar="N", least=1,
         group="training",
     )  # fmt: skip
     augment: tuple[str, ...] = setting(
         (), "crop or crop=PIXELS, flip, mixup or mixup=ALPHA, cutmix or cutmix=ALPHA; teacher and "
         "student see the same views. mixup and cutmix mix the labels of the cross-entropy; a "
-        "method that reads labels itself sees each image's own",
+        "method that reads labels itself gets the unmixed ones",
         metavar="NAME,...", parse=types.augmentations, group="training",
     )  # fmt: skip
     one_by_one: bool = setting(
-        False, "train seed after seed; default: all at once, but convolutions on a CPU one by one",
+        False, "train seeds one after another; default: all at once, except convolutions on a CPU",
         group="devices",
     )  # fmt: skip
     mesh: Mapping[str, int] = setting(
@@ -95,18 +95,21 @@ class Settings(_pair.Models, types.Training, types.Data, types.Output):
         metavar="AXIS=N,...", parse=types.mesh_sizes, group="devices",
     )  # fmt: skip
     coordinator: str | None = setting(
-        None, "of a run of several processes (see --process)", metavar="HOST:PORT", group="devices"
+        None,
+        "address of process 0 in a multi-process run (see --process)",
+        metavar="HOST:PORT",
+        group="devices",
     )
     processes: int | None = setting(
-        None, "how many processes there are", metavar="N", least=1, group="devices"
+        None, "number of processes", metavar="N", least=1, group="devices"
     )
     process: int | None = setting(
-        None, "which of them this is, from 0", metavar="I", least=0, group="devices"
+        None, "index of this process, from 0", metavar="I", least=0, group="devices"
     )
     save_every: int | None = setting(
-        None, "epochs between saves; default: at the end", metavar="N", least=1
+        None, "epochs between saves; default: only at the end", metavar="N", least=1
     )
-    resume: bool = setting(False, "go on with the run in --out, from its last save")
+    resume: bool = setting(False, "continue the run in --out from its last save")
 
 
 def run(settings: Settings) -> int:
@@ -331,12 +334,12 @@ def join_mesh(settings: Settings) -> Mesh | None:
 
 @contextlib.contextmanager
 def hint_of_resuming(folder: Path) -> Iterator[None]:
-    """After a signal, says how to go on."""
+    """After a signal, prints how to resume."""
     try:
         yield
     except SystemExit:
         print(
-            f"kdtl distill: stopped and saved. Go on with: kdtl distill --config "
+            f"kdtl distill: stopped and saved. Resume with: kdtl distill --config "
             f"{folder / 'config.yaml'} --resume --out {folder}",
             file=sys.stderr,
         )

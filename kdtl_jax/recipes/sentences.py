@@ -73,27 +73,29 @@ class Settings(types.Output):
     out: str = setting("runs/sentences", "the run folder", metavar="FOLDER")
     encoder: str | None = setting(
         None,
-        "a Hugging Face folder of the BERT kind with tokenizer.json: all-MiniLM-L6-v2, say",
+        "Hugging Face folder of a BERT-like model with tokenizer.json, e.g. all-MiniLM-L6-v2",
         metavar="FOLDER",
     )
-    text: str | None = setting(None, "UTF-8 text, one sentence a line", metavar="FILE")
+    text: str | None = setting(None, "UTF-8 text, one sentence per line", metavar="FILE")
     layers: tuple[int, ...] = setting(
-        (1, 3, 5), "the encoder's layers that the student takes, from 0", metavar="N,...",
+        (1, 3, 5), "layers of the encoder that the student takes, from 0", metavar="N,...",
         parse=layer_numbers,
     )  # fmt: skip
     seeds: int = setting(1, "students of each kind", metavar="N", least=1, most=1000)
-    steps: int = setting(200, "of each student", metavar="N", least=4, quick=4)
+    steps: int = setting(200, "steps per student", metavar="N", least=4, quick=4)
     batch_size: int = setting(32, "lines per step", metavar="N", least=1)
     learning_rate: float = types.positive_rate(
-        5e-4, "AdamW's, warmed up, falling to 0", short="--lr"
+        5e-4, "of AdamW, warmed up, then decaying to 0", short="--lr"
     )
     max_length: int = setting(
-        20, "tokens of a line, the special ones included; what is longer is cut", metavar="N",
+        20, "tokens per line, special ones included; longer lines are cut", metavar="N",
         least=4, most=100_000,
     )  # fmt: skip
-    held_out: int = setting(500, "lines of the comparison", metavar="N", least=4, quick=60)
-    checks: int = setting(3, "validations along the way", metavar="N", least=1, quick=1)
-    rounds: int = setting(3, "of the speed measurement", metavar="N", least=1, quick=1)
+    held_out: int = setting(
+        500, "lines held out for the comparison", metavar="N", least=4, quick=60
+    )
+    checks: int = setting(3, "validations during training", metavar="N", least=1, quick=1)
+    rounds: int = setting(3, "rounds of the speed measurement", metavar="N", least=1, quick=1)
 
 
 class Fidelity(NamedTuple):

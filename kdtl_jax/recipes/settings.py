@@ -70,14 +70,16 @@ class Data:
     data: str = setting("digits", EXPECTED, metavar="DATA", group="data")
     label: str = setting("label", "a CSV's label column", metavar="COLUMN", group="data")
     validation: float = setting(
-        0.2, "share held out for validation, where the data has no such part", metavar="SHARE",
-        least=0, below=1, group="data",
+        0.2, "fraction held out for validation if the data has no validation split",
+        metavar="SHARE", least=0, below=1, group="data",
     )  # fmt: skip
     test: float = setting(
-        0.3, "share held out for the test, where the data has no such part", metavar="SHARE",
+        0.3, "fraction held out for the test if the data has no test split", metavar="SHARE",
         least=0, below=1, group="data",
     )  # fmt: skip
-    split_seed: int = setting(0, "of the held-out rows", metavar="N", least=0, group="data")
+    split_seed: int = setting(
+        0, "seed that picks the held-out rows", metavar="N", least=0, group="data"
+    )
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Training:
     batch_size: int = setting(64, "examples per step", metavar="N", least=1, group="training")
     optimizer: Literal["sgd", "adam", "adamw"] = setting("adam", "optimizer", group="training")
     learning_rate: float | None = positive_rate(
-        None, "falls to 0 along a cosine; default: 0.05 (sgd), 0.003 (adam, adamw)",
+        None, "decays to 0 along a cosine; default: 0.05 (sgd), 0.003 (adam, adamw)",
         group="training", short="--lr",
     )  # fmt: skip
     weight_decay: float = setting(
@@ -100,8 +102,8 @@ class Output:
     """Where a run writes."""
 
     out: str = setting("runs/run", "the run folder", metavar="FOLDER")
-    force: bool = setting(False, "overwrite the files of an earlier run in that folder")
-    quick: bool = setting(False, "a smoke test: few seeds and epochs, unless they are given")
+    force: bool = setting(False, "overwrite an earlier run in --out")
+    quick: bool = setting(False, "smoke test: few seeds and epochs unless given")
 
 
 def plain(settings: Any) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class Settings(_pair.Models, types.Training, types.Data, types.Output):
 
     out: str = setting("runs/sweep", "the run folder", metavar="FOLDER")
     methods: tuple[str, ...] = setting(
-        ("kd",), "that train nothing but the student (kdtl distill --list)", metavar="NAME,...",
+        ("kd",), "methods that train only the student (kdtl distill --list)", metavar="NAME,...",
         parse=types.method_names,
     )  # fmt: skip
     grid: Mapping[str, tuple[float, ...]] = setting(
@@ -60,26 +60,27 @@ class Settings(_pair.Models, types.Training, types.Data, types.Output):
         metavar="AXIS=X,...", parse=_axes.grid, many=True, group="axes",
     )  # fmt: skip
     sample: int | None = setting(
-        None, "N settings that fill the ranges of --range evenly, instead of a grid", metavar="N",
-        least=1, most=_axes.MOST, group="axes",
+        None, "draw N settings that fill the ranges of --range evenly, instead of a grid",
+        metavar="N", least=1, most=_axes.MOST, group="axes",
     )  # fmt: skip
     range: Mapping[str, str] = setting(
         {}, "for --sample, e.g. temperature=1..20:log", metavar="AXIS=LOW..HIGH[:log]",
         parse=_axes.ranges, many=True, group="axes",
     )  # fmt: skip
     seeds: int = setting(3, "students per setting", metavar="N", least=1, most=10_000, quick=2)
-    epochs: int = setting(30, "of a student", metavar="N", least=1, quick=4)
-    teacher_epochs: int = setting(30, "of the teacher", metavar="N", least=1, quick=4)
+    epochs: int = setting(30, "epochs per student", metavar="N", least=1, quick=4)
+    teacher_epochs: int = setting(30, "epochs of the teacher", metavar="N", least=1, quick=4)
     student: str = setting(
         "mlp:16,16", "as --teacher", metavar="MODEL", parse=_models.text_of, group="models"
     )
     halving: int = setting(
-        1, "stop early: after each of so many equal parts of the epochs the better half of the "
-        "settings goes on; 1: everything to the end", metavar="RUNGS", least=1, group="how it runs",
+        1, "stop early: after each of RUNGS equal parts of the epochs only the better half of "
+        "the settings continues; 1: train all to the end",
+        metavar="RUNGS", least=1, group="how it runs",
     )  # fmt: skip
     memory: int | None = setting(
-        None, "of one call, e.g. 2GB; default: any", metavar="BYTES", parse=types.byte_size,
-        group="how it runs",
+        None, "memory limit of one call, e.g. 2GB; default: none", metavar="BYTES",
+        parse=types.byte_size, group="how it runs",
     )  # fmt: skip
     devices: int | None = setting(
         None, "spread students over N devices; on a CPU, N virtual ones", metavar="N", least=1,

@@ -52,28 +52,32 @@ class Settings(types.Data, types.Output):
         metavar="FILE", group="source",
     )  # fmt: skip
     source_classes: str | None = setting(
-        None, "default: the first half", metavar="A-B", parse=types.class_range, group="source"
+        None,
+        "classes of the source; default: the first half",
+        metavar="A-B",
+        parse=types.class_range,
+        group="source",
     )
     target_classes: str | None = setting(
-        None, "default: those after the source's, or all of them with --source-weights",
+        None, "classes of the target; default: those after the source's, all with --source-weights",
         metavar="A-B", parse=types.class_range, group="source",
     )  # fmt: skip
     where: str | None = setting(
-        None, "which leaves are copied; default: all but the head", metavar="WHERE", group="source"
+        None, "leaves to copy; default: all but the head", metavar="WHERE", group="source"
     )
     rename: tuple[str, ...] = setting(
         (), "source path to target path; repeat for more, first match wins; '=>' alone drops",
         metavar="'REGEX=>NAME'", repeat=True, group="source",
     )  # fmt: skip
     on_mismatch: Literal["error", "keep", "crop", "pad", "crop_or_pad", "uniform", "resize"] = (
-        setting("error", "what becomes of leaves of another shape", group="source")
+        setting("error", "what to do with leaves of another shape", group="source")
     )
     source_epochs: int = setting(
-        20, "of a source trained here", metavar="N", least=1, quick=2, group="source"
+        20, "epochs of a source trained here", metavar="N", least=1, quick=2, group="source"
     )
     canvas: int | None = setting(
-        None, "put every image at a random place on a blank square this wide; 0: leave them as "
-        "they are; default: 12 for the embedded digits without --source-weights, else 0",
+        None, "place every image at random on a blank square this wide; 0: leave images as they "
+        "are; default: 12 for the embedded digits without --source-weights, else 0",
         metavar="PIXELS", least=0, most=4096, group="source",
     )  # fmt: skip
     methods: tuple[str, ...] = setting(
@@ -81,23 +85,27 @@ class Settings(types.Data, types.Output):
         parse=types.method_names, group="training",
     )  # fmt: skip
     labels_per_class: int = setting(
-        10, "drawn anew for every seed; 0: all", metavar="N", least=0, group="training"
+        10,
+        "training examples per class, redrawn for every seed; 0: all",
+        metavar="N",
+        least=0,
+        group="training",
     )
     seeds: int = setting(
         8, "students per setting", metavar="N", least=1, most=10_000, quick=2, group="training"
     )
-    epochs: int = setting(60, "of a target", metavar="N", least=1, quick=4, group="training")
+    epochs: int = setting(60, "epochs per target", metavar="N", least=1, quick=4, group="training")
     batch_size: int = setting(25, "examples per step", metavar="N", least=1, group="training")
     learning_rates: tuple[float, ...] = setting(
-        (1e-3, 3e-3, 1e-2), "Adam's, to choose from on validation", metavar="X,...",
+        (1e-3, 3e-3, 1e-2), "learning rates of Adam to choose from on validation", metavar="X,...",
         parse=types.positive_numbers, quick=(1e-3,), group="training",
     )  # fmt: skip
     strengths: tuple[float, ...] | None = setting(
-        None, "of each method's own term, to choose from; default: each method's own",
+        None, "weights of each method's own term to choose from; default: each method's own",
         metavar="X,...", parse=types.positive_numbers, group="training",
     )  # fmt: skip
     llrd: float = setting(
-        1.0, "layer-wise learning-rate decay, 0.75 for example; 1: none", metavar="DECAY",
+        1.0, "layer-wise learning-rate decay, e.g. 0.75; 1: none", metavar="DECAY",
         above=0, most=1, group="training",
     )  # fmt: skip
 

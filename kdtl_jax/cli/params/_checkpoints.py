@@ -55,13 +55,13 @@ class Writing:
     )
     force: bool = setting(False, "replace OUT.safetensors if it exists (atomically)")
     dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
-        None, "of the floating-point tensors written (default: as they are)"
+        None, "dtype of the floating-point tensors written (default: unchanged)"
     )
     shard_bytes: int = setting(
-        5_000_000_000, "most bytes per file of a folder", metavar="N", least=1, most=10**13
+        5_000_000_000, "largest file in a folder of shards", metavar="N", least=1, most=10**13
     )
     skip_sha256: bool = setting(
-        False, "record the inputs' sizes only, which saves reading them once more"
+        False, "record only the sizes of the inputs, which saves reading them once more"
     )
 
 

@@ -150,7 +150,7 @@ def _plain(
 
 
 def _pieces(part: Part, name: str, size: int, shape: tuple[int, ...] = (-1,)) -> Iterator[Members]:
-    """All tensors side by side, so many entries at a time, under the path `name`."""
+    """All tensors side by side, `size` entries at a time, under the path `name`."""
     models = [part.base, *part.models] if part.base else [*part.models]
     tensors = [t for t in (*models, *part.statistics) if t is not None]
     read = (safetensors.blocks(tensor, size) for tensor in tensors)

@@ -39,11 +39,13 @@ class Settings(Writing):
         None, "numerator of s, for files of this library (PEFT's say theirs)", metavar="A"
     )
     scaling: Literal["rank", "root-rank"] = setting(
-        "rank", "s = alpha / r, or alpha / sqrt(r) for rsLoRA, likewise"
+        "rank", "s = alpha / r, or alpha / sqrt(r) for rsLoRA; for files of this library"
     )
     weight: float = setting(1.0, "times what is added", metavar="W")
-    in_axis: int = setting(-2, "kernels' inputs, likewise", metavar="A")
-    out_axis: int = setting(-1, "kernels' outputs, likewise", metavar="A")
+    in_axis: int = setting(-2, "input axis of the kernels, for files of this library", metavar="A")
+    out_axis: int = setting(
+        -1, "output axis of the kernels, for files of this library", metavar="A"
+    )
 
 
 def run(settings: Settings) -> int:

@@ -49,7 +49,7 @@ def _truth(value: Any) -> bool | None:
 class Several:
     """What `merge` and `average` share."""
 
-    models: tuple[str, ...] = setting((), "checkpoints of one structure", positional="*")
+    models: tuple[str, ...] = setting((), "checkpoints of the same structure", positional="*")
     weights: tuple[float, ...] | None = setting(
         None, "one per model (default: 1 each)", metavar="W,W", parse=_shares
     )
@@ -65,7 +65,7 @@ class Settings(Several, Selection, Writing):
     method: str = setting("linear", "how to merge; see below", metavar="NAME", parse=_method)
     base: str | None = setting(None, "what the models were fine-tuned from", metavar="BASE")
     as_: Literal["paper", "mergekit"] = setting(
-        "paper", "whose conventions: the method's paper's, or mergekit's numbers"
+        "paper", "follow the method's paper, or give mergekit's numbers"
     )
     recipe: str | None = setting(
         None, "a mergekit YAML file instead of models and options", metavar="FILE"
@@ -73,9 +73,9 @@ class Settings(Several, Selection, Writing):
     normalize: bool | None = setting(
         None, "divide by the weights (yes, no; default: the method's)", metavar="YES", parse=_truth
     )
-    scale: float | None = setting(None, "of what is added (default: 1)", metavar="S")
+    scale: float | None = setting(None, "factor of what is added (default: 1)", metavar="S")
     density: tuple[float, ...] | None = setting(
-        None, "share of entries kept, one or one per model (ties: 0.2, as mergekit 1)",
+        None, "fraction of entries kept, one or one per model (ties: 0.2, as mergekit 1)",
         metavar="D", parse=_shares,
     )  # fmt: skip
     rescale: bool | None = setting(
@@ -89,19 +89,22 @@ class Settings(Several, Selection, Writing):
         "tensor",
     )
     epsilon: tuple[float, ...] | None = setting(
-        None, "della's spread (default: 0.15)", metavar="E", parse=_shares
+        None, "spread of della (default: 0.15)", metavar="E", parse=_shares
     )
     outliers: tuple[float, ...] | None = setting(
-        None, "breadcrumbs' share dropped (default: 0.01)", metavar="O", parse=_shares
+        None,
+        "fraction of the largest entries that breadcrumbs drops (default: 0.01)",
+        metavar="O",
+        parse=_shares,
     )
-    t: float | None = setting(None, "place between first and second", metavar="T")
+    t: float | None = setting(None, "position between first and second, 0 to 1", metavar="T")
     rule: tuple[str, ...] = setting(
         (), "another --t for these tensors; repeat for more, the first match wins",
         metavar="SELECTOR=T", repeat=True,
     )  # fmt: skip
-    axis: int | None = setting(None, "spherical methods: rows along it", metavar="A")
+    axis: int | None = setting(None, "spherical methods: rows along this axis", metavar="A")
     gain: float | None = setting(None, "ram: 0, or 0.1 for RAM+ (default: 0)", metavar="R")
-    seed: int | None = setting(None, "of random draws (default: 0)", metavar="N", least=0)
+    seed: int | None = setting(None, "seed of random draws (default: 0)", metavar="N", least=0)
     statistics: tuple[str, ...] = setting(
         (),
         "per model, in order: fisher's informations (the model's names and shapes) or regmean's "
