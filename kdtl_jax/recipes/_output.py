@@ -238,11 +238,12 @@ def show(
     *,
     title: str | None = None,
     bold: Sequence[int] = (),
+    left: int = 1,
 ) -> None:
     """A table on a terminal; elsewhere lines, by default of every cell after its column's name."""
     console = Console(highlight=False, markup=False)
     if console.is_terminal:
-        console.print(table(header, rows, title=title, bold=bold))
+        console.print(table(header, rows, title=title, bold=bold, left=left))
         return
     if lines is None:
         lines = ["  ".join(f"{n} {c}" for n, c in zip(header, row, strict=True)) for row in rows]
@@ -255,14 +256,15 @@ def table(
     *,
     title: str | None = None,
     bold: Sequence[int] = (),
+    left: int = 1,
 ) -> Table:
-    """The table for a terminal: first column to the left, rows of the numbers `bold` stressed."""
+    """A table for the terminal: the first `left` columns left-aligned, rows in `bold` stressed."""
     out = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False,
         padding=(0, 1, 0, 0),
     )  # fmt: skip
     for i, name in enumerate(header):
-        out.add_column(name, justify="right" if i else "left")
+        out.add_column(name, justify="left" if i < left else "right")
     for i, row in enumerate(rows):
         out.add_row(*row, style="bold" if i in bold else "")
     return out
@@ -270,5 +272,5 @@ def table(
 
 def list_methods(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
     """Prints `--list`, its columns between tabs where there is no terminal; the exit code is 0."""
-    show(header, rows, ["\t".join(row) for row in (header, *rows)])
+    show(header, rows, ["\t".join(row) for row in (header, *rows)], left=len(header))
     return 0
