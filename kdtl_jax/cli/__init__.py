@@ -32,6 +32,7 @@ _recipes, _params = "kdtl_jax.recipes", "kdtl_jax.cli.params"
 COMMANDS = (
     Command("demo", "every foundation method on embedded real data", f"{_recipes}.demo"),
     Command("distill", "teach a small model with a large one", f"{_recipes}.distill"),
+    Command("language", "teach a small language model with a large one", f"{_recipes}.language"),
     Command("transfer", "reuse a trained model's weights on a new task", f"{_recipes}.transfer"),
     Command("sentences", "a sentence encoder's layers as a student", f"{_recipes}.sentences"),
     Command("cache", "compute a teacher's outputs once, onto the disk", f"{_recipes}.cache"),

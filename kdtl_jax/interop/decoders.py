@@ -81,6 +81,20 @@ def load(folder: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
     )
 
 
+def initialized(config: Mapping[str, Any], key: jax.Array) -> PretrainedDecoder:
+    """A decoder of a config.json's content with random weights, as `load` gives trained ones.
+
+    Raises:
+      ValueError: for an unknown family or a key that is not understood.
+    """
+    built, rules = _hf_decoders.decoder(config)
+    prefix = _hf_decoders.FAMILIES[config["model_type"]].prefix
+    model = models.decoder(built)
+    params = jax.jit(model.init)(key)
+    _, report = transforms.transfer(params, params)
+    return PretrainedDecoder(model, params, _prefixed(rules, prefix), dict(config), report)
+
+
 def student(source: PretrainedDecoder, *, layers: Sequence[int]) -> PretrainedDecoder:
     """Some of a decoder's layers as a decoder of its own; layer `j` is the source's `layers[j]`.
 
@@ -165,10 +179,7 @@ def _built(
     prefix = _hf_decoders.FAMILIES[config["model_type"]].prefix
     if not any(name.startswith(prefix) for name in tensors):
         prefix = ""
-    rules = tuple(
-        rule if rule.torch.startswith("lm_head") else rule._replace(torch=prefix + rule.torch)
-        for rule in rules
-    )
+    rules = _prefixed(rules, prefix)
     embedding = next(rule.torch for rule in rules if rule.jax == "tokens/embedding")
     unused = set()
     if _HEAD in tensors and embedding in tensors:
@@ -181,6 +192,13 @@ def _built(
             f"config.json says that the head is not the embedding, and there is no {_HEAD!r}."
         )
     return built, rules, unused
+
+
+def _prefixed(rules: Sequence[Rule], prefix: str) -> tuple[Rule, ...]:
+    return tuple(
+        rule if rule.torch.startswith("lm_head") else rule._replace(torch=prefix + rule.torch)
+        for rule in rules
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

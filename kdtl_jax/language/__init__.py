@@ -10,6 +10,8 @@ from kdtl_jax.language._alignment import merge_chunks as merge_chunks
 from kdtl_jax.language._alignment import merge_tokens as merge_tokens
 from kdtl_jax.language._alignment import require_same_ids as require_same_ids
 from kdtl_jax.language._alignment import shared_ids as shared_ids
+from kdtl_jax.language._measures import Fidelity as Fidelity
+from kdtl_jax.language._measures import fidelity as fidelity
 from kdtl_jax.language._methods import LanguageMethod as LanguageMethod
 from kdtl_jax.language._methods import Learner as Learner
 from kdtl_jax.language._methods import Setup as Setup

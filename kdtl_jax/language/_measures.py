@@ -1,0 +1,76 @@
+"""How like its teacher a language model is, on a text: token by token, logits in chunks."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import losses
+from kdtl_jax._types import Mean, Outputs
+from kdtl_jax.language._terms import CHUNK
+
+
+class Fidelity(NamedTuple):
+    """Means over learned tokens, at temperature 1, in nats.
+
+    `nats` and `teacher_nats`: `-log p(next token)`. `forward_kl` is KL(teacher || student),
+    `reverse_kl` KL(student || teacher). `agreement`: both have one most likely token. `overlap`:
+    `sum_v min(p_S, p_T)`, 1 minus the total variation. `entropy`, `teacher_entropy`: of the
+    distributions.
+    """
+
+    nats: Mean
+    teacher_nats: Mean
+    forward_kl: Mean
+    reverse_kl: Mean
+    agreement: Mean
+    overlap: Mean
+    entropy: Mean
+    teacher_entropy: Mean
+
+
+def fidelity(
+    student: Outputs,
+    teacher: Outputs,
+    targets: Array,
+    where: Array,
+    *,
+    vocabulary: int | None = None,
+    chunk_size: int = CHUNK,
+) -> Fidelity:
+    """Compares two models' outputs on the same tokens; nothing is differentiated.
+
+    Args:
+      student, teacher: outputs of `language.model`'s functions, hidden states `[B, L, *]`.
+      targets, where: `[B, L]`, of `next_tokens`.
+      vocabulary: how many token ids there are, where a table has more rows; None: all.
+      chunk_size: tokens whose logits exist at a time.
+    """
+    heads: Any = student["head"], teacher["head"]
+
+    def one(row: Any) -> Array:
+        hidden, target, counts = row
+        ours, theirs = (
+            losses.head_logits(x, head)[..., :vocabulary]
+            for x, head in zip(hidden, heads, strict=True)
+        )
+        found = Fidelity(
+            -losses.token_log_probs(ours, target),
+            -losses.token_log_probs(theirs, target),
+            losses.forward_kl(ours, theirs),
+            losses.reverse_kl(ours, theirs),
+            (jnp.argmax(ours) == jnp.argmax(theirs)).astype(ours.dtype),
+            1 - losses.total_variation(ours, theirs),
+            losses.soft_cross_entropy(ours, ours),
+            losses.soft_cross_entropy(theirs, theirs),
+        )
+        return jnp.where(counts, jnp.stack(found), 0)
+
+    both = student["hidden"], teacher["hidden"]
+    rows = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[2:]), (both, jnp.where(where, targets, 0), where)
+    )
+    values = jax.lax.map(one, rows, batch_size=chunk_size)
+    count = jnp.sum(where, dtype=values.dtype)
+    return Fidelity(*(Mean(total, count) for total in jnp.sum(values, axis=0)))

@@ -1,0 +1,154 @@
+"""The models of `kdtl language`: folders, some of a model's layers, or a shape to start anew."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import models, transforms, trees
+from kdtl_jax._types import Params
+from kdtl_jax.interop import decoders
+from kdtl_jax.interop.decoders import PretrainedDecoder
+from kdtl_jax.models import Decoder
+from kdtl_jax.recipes.settings import UsageError
+
+KERNELS = r"layers_\d+/(attention|mlp)/[^/]+/kernel"
+SHAPE = ("layers", "width", "heads", "key_heads", "hidden")
+
+
+class Student(NamedTuple):
+    """What is trained, and how it becomes a decoder's parameters."""
+
+    decoder: Decoder
+    start: Params
+    weights: Callable[[Params], Params]
+    trainable: Any
+
+
+def shaped(value: Any) -> dict[str, int] | None:
+    """`layers=4,width=128,heads=4`, or a mapping; key_heads and hidden have defaults."""
+    if value is None:
+        return None
+    parts = (
+        value.items()
+        if isinstance(value, Mapping)
+        else [part.partition("=")[::2] for part in str(value).split(",")]
+    )
+    found = {str(name).strip(): str(size).strip() for name, size in parts}
+    if not set(found) <= set(SHAPE) or not {"layers", "width", "heads"} <= set(found):
+        raise ValueError(f"expected {','.join(f'{n}=N' for n in SHAPE)} (the last two if you like)")
+    if not all(size.isdecimal() and 0 < int(size) < 10**7 for size in found.values()):
+        raise ValueError(f"expected whole numbers above 0, got {value!r}")
+    sizes = {name: int(size) for name, size in found.items()}
+    if sizes["width"] % (2 * sizes["heads"]):
+        raise ValueError("the width must be an even multiple of the heads")
+    return sizes
+
+
+def anew(
+    shape: Mapping[str, int], vocabulary: int, eos: int | None, key: Array
+) -> PretrainedDecoder:
+    """A Llama of a shape, tied, with random weights."""
+    width = shape["width"]
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": shape.get("hidden", -(-8 * width // 3 // 16) * 16),
+        "num_hidden_layers": shape["layers"],
+        "num_attention_heads": shape["heads"],
+        "num_key_value_heads": shape.get("key_heads", shape["heads"]),
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+        "eos_token_id": eos,
+        "torch_dtype": "float32",
+    }
+    return decoders.initialized(config, key)
+
+
+def load(folder: str) -> PretrainedDecoder:
+    """A folder's decoder, its weights in float32.
+
+    Raises:
+      OSError, ValueError: as `interop.decoders.load`.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder} is no folder.")
+    return decoders.load(folder, dtype=jnp.float32)
+
+
+def student(
+    source: PretrainedDecoder,
+    *,
+    dtype: Any,
+    lora: int | None,
+    quantize: Callable[[Params], Params] | None,
+    key: Array,
+) -> Student:
+    """What is trained of a decoder: all of it, or a LoRA beside it; quantized as it computes."""
+    decoder = models.decoder(source.model.config, dtype=dtype)
+    if lora is None:
+        return Student(decoder, source.params, quantize or _same, r".*")
+    adapter = transforms.lora(rank=lora, alpha=2.0 * lora)
+    start = adapter.init(key, source.params, where=KERNELS)
+
+    def merged(params: Any) -> Params:
+        whole = adapter.apply(params.base, params.weights)
+        return whole if quantize is None else quantize(whole)
+
+    return Student(decoder, start, merged, r"weights/.*")
+
+
+def rounding(bits: int, group: int = 32) -> Callable[[Params], Params]:
+    """Kernels of the layers as integers of some bits with a scale per group of inputs, and back.
+
+    The gradient passes straight through.
+    """
+    most = 2 ** (bits - 1) - 1
+
+    def rounded(kernel: Array) -> Array:
+        size = group if kernel.shape[0] % group == 0 else kernel.shape[0]
+        parts = kernel.reshape(-1, size, kernel.shape[1])
+        scale = jnp.max(jnp.abs(parts), axis=1, keepdims=True) / most
+        scale = jnp.where(scale > 0, scale, 1)
+        near = (jnp.round(parts / scale) * scale).reshape(kernel.shape)
+        return kernel + jax.lax.stop_gradient(near - kernel)
+
+    def quantize(params: Params) -> Params:
+        chosen = trees.mask(params, KERNELS)
+        return jax.tree.map(lambda x, is_chosen: rounded(x) if is_chosen else x, params, chosen)
+
+    return quantize
+
+
+def same_tokens(ours: Mapping[str, int], theirs: Mapping[str, int]) -> None:
+    """Refuses a student whose token ids mean other text than its teacher's.
+
+    Raises:
+      UsageError: naming some of them.
+    """
+    other = sorted(t for t in ours.keys() & theirs.keys() if ours[t] != theirs[t])
+    missing = sorted(ours.keys() ^ theirs.keys())
+    if other or missing:
+        some = ", ".join(repr(t) for t in [*other, *missing][:4])
+        raise UsageError(
+            f"--student has another tokenizer than --teacher: {len(other) + len(missing)} tokens "
+            f"differ, {some} among them. Their ids would be read as other text."
+        )
+
+
+def _same(params: Params) -> Params:
+    return params
+
+
+def size_of(params: Params) -> tuple[int, int]:
+    """Parameters, and their bytes."""
+    leaves = jax.tree.leaves(params)
+    return sum(x.size for x in leaves), sum(x.nbytes for x in leaves)

@@ -1,0 +1,123 @@
+"""What `kdtl language` found, as JSON, as a page and as a table."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kdtl_jax import _files
+from kdtl_jax.run import report
+from kdtl_jax.run.report import plots
+
+
+class Row(NamedTuple):
+    """A model: its measures on held-out text, its size, its speed, how it was trained."""
+
+    name: str
+    title: str
+    measures: Mapping[str, float]
+    parameters: int
+    bytes: int
+    tokens_per_second: float
+    seconds: float
+    trained: Mapping[str, Any]
+
+
+class Sample(NamedTuple):
+    """A prompt and each model's continuation."""
+
+    prompt: str
+    continuations: Mapping[str, str]
+
+
+HEADER = (
+    "", "bits/byte", "KL(T‖S)", "KL(S‖T)", "top-1 %", "overlap %", "entropy", "parameters", "MB",
+    "tokens/s", "trained s",
+)  # fmt: skip
+NOTE = (
+    "On held-out text, per token and in nats at temperature 1: KL(T‖S) is the forward KL from the "
+    "teacher to the student, KL(S‖T) the reverse; top-1 is how often both name one most likely "
+    "token; overlap is Σ min(p, q). tokens/s is a forward pass on this machine during this run."
+)
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row as text."""
+    m = row.measures
+    return (
+        row.title,
+        f"{m['bits_per_byte']:.4f}",
+        f"{m['forward_kl']:.4f}",
+        f"{m['reverse_kl']:.4f}",
+        f"{100 * m['agreement']:.1f}",
+        f"{100 * m['overlap']:.1f}",
+        f"{m['entropy']:.3f}",
+        f"{row.parameters:,}",
+        f"{row.bytes / 1e6:.1f}",
+        f"{row.tokens_per_second:,.0f}",
+        f"{row.seconds:.0f}" if row.seconds else "–",
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The table, a line per model."""
+    lines = [HEADER, *map(cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def write(
+    folder: Path,
+    title: str,
+    about: Mapping[str, Any],
+    rows: Sequence[Row],
+    curves: Mapping[str, Sequence[Mapping[str, float]]],
+    samples: Sequence[Sample],
+    notes: Sequence[str],
+) -> None:
+    """Writes `results.json` and `report.html` and prints the table."""
+    record = {
+        "schema_version": 1,
+        "task": title,
+        "data": dict(about),
+        "rows": [row._asdict() for row in rows],
+        "curves": {name: list(curve) for name, curve in curves.items()},
+        "samples": [sample._asdict() for sample in samples],
+        "notes": list(notes),
+        "environment": report.environment(),
+    }
+    _files.write_json(folder / "results.json", _files.as_json(record))
+    sections = [
+        report.Section("Results", [NOTE], [report.table(HEADER, list(map(cells, rows)), narrow=5)])
+    ]
+    lines = [
+        plots.Line(name, [x["step"] for x in curve], [x["eval/agreement"] for x in curve])
+        for name, curve in curves.items()
+        if curve
+    ]
+    if lines:
+        chart = plots.lines(lines, x_axis="step", y_axis="top-1 agreement with the teacher, %")
+        sections.append(report.Section("Along the way", (), [chart]))
+    if samples:
+        sections.append(
+            report.Section("Side by side", ["Each continues the same held-out prompt."])
+        )
+    for i, sample in enumerate(samples, 1):
+        entries = [("prompt", sample.prompt), *sample.continuations.items()]
+        sections.append(report.Section(f"Prompt {i}", (), [report.Definitions(entries)], level=3))
+    described = [
+        (row.title, "; ".join(f"{k}: {v}" for k, v in row.trained.items())) for row in rows
+    ]
+    sections.append(report.Section("Settings", (), [report.Definitions(described)]))
+    sections.append(report.environment_section())
+    html = report.page(title, sections, notes=list(notes))
+    _files.write_atomic(folder / "report.html", html.encode(errors="replace"))
+    print(table(rows))
+    for note in notes:
+        print(f"note: {note}")
+    print(f"report: {folder / 'report.html'}")

@@ -1,0 +1,252 @@
+"""One model's training in `kdtl language`: logged, measured along the way, saved, resumed."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from kdtl_jax import language, train
+from kdtl_jax._types import ModelFn, Params, Variables
+from kdtl_jax.objective import Inputs, Metrics
+from kdtl_jax.recipes import _output
+from kdtl_jax.recipes._language_text import Rows
+from kdtl_jax.run import checkpoint, data, loop, sharding
+from kdtl_jax.train import Batch, TrainState
+
+
+class Run(NamedTuple):
+    """What the trainings of a run share."""
+
+    folder: Path
+    identity: str
+    resume: bool
+    mesh: Mesh | None
+    batch_size: int
+    save_every: int | None
+    checks: int
+    say: _output.Say
+    finished: tuple[str, ...] = ()  # whose lines stay in the metrics file
+
+
+class Trained(NamedTuple):
+    """What a training gives; `curve` is what was measured at which step."""
+
+    params: Params
+    curve: list[dict[str, float]]
+    seconds: float
+
+
+Measure = Callable[[Params], Mapping[str, float]]
+
+
+def place(tree: Any, mesh: Mesh | None) -> Any:
+    """On the mesh, or as it is."""
+    return tree if mesh is None else sharding.place(tree, mesh)
+
+
+def batches(rows: Rows, batch_size: int, key: Array) -> data.Source:
+    """The rows in an order that is a function of key and step."""
+    arrays = {"inputs": rows.inputs}
+
+    def read(epoch: int, chosen: np.ndarray) -> Batch:
+        return jax.tree.map(lambda x: x[chosen], arrays)
+
+    return data.stream(read, len(rows.inputs["tokens"]), batch_size, key=key)
+
+
+def trained(
+    name: str,
+    learner: language.Learner,
+    state: TrainState,
+    rows: Rows,
+    teacher_params: Any,
+    steps: int,
+    measure: Measure,
+    run: Run,
+    order: Array,
+) -> Trained:
+    """Trains up to `steps`, from the newest save if the run resumes.
+
+    Args:
+      name: of the method, in the metrics file and under `checkpoints/`.
+      learner: the step and what begins it.
+      state: from `train.init_state`.
+      rows: what is learned from.
+      teacher_params: the step's.
+      steps: how many.
+      measure: numbers of the parameters, along the way and at the end.
+      run: what the trainings share.
+      order: key of the rows' order.
+
+    Raises:
+      SystemExit: after a signal, with everything saved.
+      FloatingPointError: if the loss is no longer finite; the state before it is saved.
+    """
+    begun, before = time.perf_counter(), 0.0
+    state, step = learner.begin(state), learner.step
+    put: Callable[[Any], Any] = jax.device_put
+    if run.mesh is not None:
+        state = sharding.place(state, run.mesh)
+        step = sharding.keep_placement(step, state)
+        put = partial(sharding.place_batch, mesh=run.mesh)
+    home, owner = run.folder / "checkpoints" / name, {"run": run.identity, "method": name}
+    at, meta = 0, {}
+    if run.resume and home.exists():
+        try:
+            found = checkpoint.restore(home, state, owner=owner)
+            state, at, meta = found.state, found.step, found.meta
+            before = float(meta.get("seconds", 0.0))
+        except FileNotFoundError:
+            pass  # the first save was cut short
+    tokens = run.batch_size * rows.inputs["tokens"].shape[1]
+    said = clock(tokens, steps, at)
+
+    def log(line: dict[str, Any]) -> None:
+        write({"method": name, **line})
+        if "loss" in line:
+            run.say(f"{name}: step {line['step']} of {steps}, loss {line['loss']:.4f}, "
+                    f"{said(line['step'])}")  # fmt: skip
+        else:
+            found = {k.removeprefix("eval/"): v for k, v in line.items() if k != "step"}
+            run.say(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
+
+    def save(step: int, state: TrainState, meta: dict[str, Any]) -> None:
+        spent = before + time.perf_counter() - begun
+        checkpoint.save(checkpoints, step, state, {**meta, "seconds": spent})
+
+    def stays(line: dict[str, Any]) -> bool:
+        mine = line["method"] == name and line["step"] <= at
+        return line["method"] in run.finished or mine
+
+    with (
+        checkpoint.open_folder(home, keep=checkpoint.newest(1), owner=owner) as checkpoints,
+        loop.metrics_file(run.folder / "metrics.jsonl", stays=stays) as write,
+    ):
+        result = loop.run(
+            step,
+            state,
+            batches(rows, run.batch_size, order),
+            teacher_params,
+            steps=steps,
+            log=log,
+            log_every=max(1, min(50, steps // 10)),
+            evaluate=lambda state: measure(state.params),
+            evaluate_every=max(1, steps // run.checks),
+            save=save,
+            save_every=run.save_every,
+            meta=meta,
+            place=put,
+        )
+    spent = before + time.perf_counter() - begun
+    return Trained(result.state.params, result.evaluations, spent)
+
+
+def clock(tokens: int, steps: int, at: int) -> Callable[[int], str]:
+    """`said(step)`: tokens per second since the last line of the log, and the time left.
+
+    Args:
+      tokens: of a step.
+      steps: how many there are.
+      at: the step that is reached now.
+    """
+    since = time.perf_counter()
+
+    def said(step: int) -> str:
+        nonlocal at, since
+        now = time.perf_counter()
+        rate = (step - at) / max(now - since, 1e-9)
+        at, since = step, now
+        left = (steps - step) / max(rate, 1e-9)
+        return f"{rate * tokens:,.0f} tokens/s, {left // 60:.0f} min {left % 60:.0f} s left"
+
+    return said
+
+
+def measuring(
+    student: ModelFn,
+    weights: Callable[[Params], Params],
+    teacher: ModelFn,
+    teacher_params: Params,
+    rows: Rows,
+    *,
+    batch_size: int,
+    vocabulary: int,
+    mesh: Mesh | None,
+) -> Callable[[Params], dict[str, float]]:
+    """`measure(params)`: fidelity to the teacher and bits per byte on the given rows."""
+
+    def measures(inputs: Inputs) -> dict[str, Any]:
+        targets, where = language.next_tokens(inputs.batch["inputs"])
+        if inputs.real is not None:
+            where = where & inputs.real[:, None]
+        found = language.fidelity(
+            inputs.student, inputs.batch["teacher"], targets, where, vocabulary=vocabulary
+        )
+        return found._asdict()
+
+    def apply(params: Any, model_state: Any, inputs: Any, *, key: Any = None, train: bool = False):
+        return student(weights(params), model_state, inputs)
+
+    evaluate = train.make_eval_step(apply, measures)
+
+    @jax.jit
+    def one(params: Params, teacher_params: Params, batch: Batch) -> Metrics:
+        told, _ = teacher(teacher_params, None, batch["inputs"])
+        return evaluate(Variables(params), {**batch, "teacher": told})
+
+    add = jax.jit(train.add_metrics)
+
+    def measure(params: Params) -> dict[str, float]:
+        total: Metrics | None = None
+        for batch in _in_order(rows, batch_size, mesh):
+            found = one(params, teacher_params, batch)
+            total = found if total is None else add(total, found)
+        assert total is not None
+        means = {name: float(value) for name, value in train.values(total).items()}
+        count = float(total["nats"].weight)
+        for name, nats in (("", "nats"), ("teacher_", "teacher_nats")):
+            means[f"{name}bits_per_byte"] = means[nats] * count / np.log(2) / max(rows.bytes, 1)
+        return means
+
+    return measure
+
+
+def _in_order(rows: Rows, batch_size: int, mesh: Mesh | None) -> Iterator[Batch]:
+    kept = {n: rows.inputs[n] for n in ("tokens", "segments", "learned")}
+    for batch in data.in_order({"inputs": kept}, batch_size):
+        yield jax.device_put(batch) if mesh is None else sharding.place_batch(batch, mesh)
+
+
+def continued(
+    decoder: Any,
+    params: Params,
+    rows: Rows,
+    count: int,
+    *,
+    prompt: int,
+    length: int,
+    key: Array,
+    temperature: float,
+    stop_tokens: tuple[int, ...],
+) -> list[list[int]]:
+    """Continuations of the first held-out prompts, each by its own key."""
+    tokens = jnp.asarray(rows.inputs["tokens"][:count, :prompt])
+    mask = jnp.asarray(rows.inputs["segments"][:count, :prompt] > 0)
+
+    @jax.jit
+    def draw(params: Params, keys: Array) -> Any:
+        return language.sample(
+            decoder, params, tokens, keys=keys, length=length, prompt_mask=mask,
+            temperature=temperature, stop_tokens=stop_tokens,
+        )  # fmt: skip
+
+    found = draw(params, jax.random.split(key, len(tokens)))
+    ids, real = np.asarray(found.tokens), np.asarray(found.mask)
+    return [row[kept].tolist() for row, kept in zip(ids, real, strict=True)]

@@ -1,0 +1,390 @@
+"""A language model taught to a smaller one: weights, text, method, report, and a folder to use.
+
+    kdtl language --teacher SmolLM2-135M/ --layers 0,3,6,9,12,15,18,21,24,29 --data text.txt \\
+        --method sft,kd --steps 400
+
+A teacher (a Hugging Face folder, or one trained here from a shape) and students that start from a
+folder, from some of the teacher's layers or from nothing are compared on held-out text: each method
+trains the same student, on the same rows in the same order. With no arguments this is a small
+example on bytes: 390 kB of Shakespeare, which the package carries.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from kdtl_jax import language, losses, train
+from kdtl_jax._types import Params
+from kdtl_jax.interop import decoders
+from kdtl_jax.recipes import _language_models as of_models
+from kdtl_jax.recipes import _language_report as of_report
+from kdtl_jax.recipes import _language_text as text_rows
+from kdtl_jax.recipes import _language_tokens as tokens_of
+from kdtl_jax.recipes import _language_training as training
+from kdtl_jax.recipes import _output
+from kdtl_jax.recipes import settings as types
+from kdtl_jax.recipes.sentences import layer_numbers
+from kdtl_jax.recipes.settings import UsageError, setting
+from kdtl_jax.run import sharding
+
+METHODS = {method.name: method for method in language.methods()}
+DIVERGENCES = {
+    "forward": losses.forward_kl,
+    "reverse": losses.reverse_kl,
+    "jsd": losses.jsd_normalized,
+    "skew": losses.skew_forward_kl,
+    "skew_reverse": losses.skew_reverse_kl,
+    "tv": losses.total_variation,
+}
+EXAMPLES = """
+  kdtl language
+  kdtl language --teacher SmolLM2-135M/ --layers 0,4,8,12,16,20,24,29 --data text.txt
+  kdtl language --teacher big/ --student small/ --data chat.jsonl --method opd --prompt 64
+  kdtl language --teacher big/ --student big/ --method qad --bits 4 --data text.txt
+  kdtl language --student base/ --method self --lora 16 --data answers.jsonl
+  kdtl language --config runs/language/config.yaml --resume
+"""
+
+
+@dataclass(frozen=True)
+class Settings(types.Output):
+    """What fixes a run of `kdtl language`."""
+
+    out: str = setting("runs/language", "the run folder", metavar="FOLDER")
+    list: bool = setting(False, "print the table of methods and exit")
+    method: tuple[str, ...] = setting(
+        ("sft", "kd"), "what to compare; see --list", metavar="NAME,...", parse=types.method_names
+    )
+    data: str | None = setting(
+        None, "UTF-8 text, or .jsonl of text, or of prompt and completion (and privileged); "
+        "default: 390 kB of Shakespeare", metavar="FILE", group="data",
+    )  # fmt: skip
+    length: int = setting(128, "tokens of a row", metavar="N", least=4, most=10**6, group="data")
+    prompt: int = setting(
+        32, "columns of a row that are its prompt, where a method samples", metavar="N", least=1,
+        group="data",
+    )  # fmt: skip
+    held_out: float = setting(
+        0.05, "share of the text that is measured on", metavar="SHARE", above=0, below=1,
+        group="data",
+    )  # fmt: skip
+    teacher: str | None = setting(
+        None, "a Hugging Face folder; default: one trained here", metavar="FOLDER", group="models"
+    )
+    teacher_shape: Mapping[str, int] | None = setting(
+        None, "of a teacher trained here; default: layers=4,width=128,heads=4",
+        metavar="NAME=N,...", parse=of_models.shaped, group="models",
+    )  # fmt: skip
+    student: str | None = setting(
+        None, "a Hugging Face folder with the teacher's tokenizer", metavar="FOLDER", group="models"
+    )
+    layers: tuple[int, ...] = setting(
+        (), "the teacher's layers that the student takes, from 0; default: every second one",
+        metavar="N,...", parse=layer_numbers, group="models",
+    )  # fmt: skip
+    shape: Mapping[str, int] | None = setting(
+        None, "a student from nothing: layers=2,width=64,heads=4[,key_heads=N][,hidden=N]",
+        metavar="NAME=N,...", parse=of_models.shaped, group="models",
+    )  # fmt: skip
+    lora: int | None = setting(
+        None, "train a LoRA of this rank instead of all weights", metavar="RANK", least=1,
+        most=10_000, group="models",
+    )  # fmt: skip
+    bits: int = setting(
+        4, "of the weights under qad, in groups of 32", metavar="N", least=2, most=8, group="models"
+    )
+    steps: int = setting(300, "of each student", metavar="N", least=1, quick=4, group="training")
+    teacher_steps: int = setting(
+        300, "of a teacher trained here", metavar="N", least=1, quick=4, group="training"
+    )
+    batch_size: int = setting(16, "rows per step", metavar="N", least=1, group="training")
+    microbatches: int = setting(
+        1, "parts in which a batch is taken, to save memory", metavar="N", least=1, group="training"
+    )
+    learning_rate: float = types.positive_rate(
+        1e-3, "AdamW's, warmed up, falling to 0", short="--lr", group="training"
+    )
+    precision: Literal["float32", "bfloat16"] = setting(
+        "float32", "of the computation; weights and losses stay in float32", group="training"
+    )
+    seed: int = setting(0, "of starts, order and samples", metavar="N", least=0, group="training")
+    divergence: Literal["forward", "reverse", "jsd", "skew", "skew_reverse", "tv"] | None = setting(
+        None, "to the teacher; default: each method's own", group="losses"
+    )
+    task: float = setting(
+        0.0, "weight of the cross-entropy beside kd, gkd, qad", metavar="X", least=0, group="losses"
+    )
+    on_policy: float = setting(
+        0.5, "share of gkd's steps on the student's samples", metavar="SHARE", least=0, most=1,
+        group="losses",
+    )  # fmt: skip
+    temperature: float = types.positive_rate(1.0, "of sampling", group="losses")
+    top_p: float | None = setting(
+        None, "of sampling; default: all tokens", metavar="P", above=0, most=1, group="losses"
+    )
+    start_steps: int = setting(
+        0, "of kd before the methods that sample: a student that says nothing learns nothing",
+        metavar="N", least=0, group="training",
+    )  # fmt: skip
+    samples: int = setting(4, "held-out prompts continued in the report", metavar="N", least=0)
+    checks: int = setting(5, "measurements along the way", metavar="N", least=1, quick=1)
+    mesh: Mapping[str, int] = setting(
+        {}, "data=4,fsdp=2: split batches over 8 devices, weights over 2 of them",
+        metavar="AXIS=N,...", parse=types.mesh_sizes, group="devices",
+    )  # fmt: skip
+    save_every: int | None = setting(
+        None, "steps between saves; default: at the end", metavar="N", least=1
+    )
+    resume: bool = setting(False, "go on with the run in --out, from its last save")
+
+
+def run(settings: Settings) -> int:
+    """Trains the teacher, if none is given, and its students; measures, reports and writes them.
+
+    Raises:
+      UsageError: if settings contradict each other, or tokenizers do.
+      ValueError: for folders and files that cannot be read.
+      SystemExit: after a signal, with everything saved.
+    """
+    if settings.list:
+        rows = [(m.name, m.title, m.paper, "yes" if m.samples else "no") for m in METHODS.values()]
+        return _output.print_columns(("method", "title", "paper", "samples"), rows)
+    chosen = types.chosen(settings.method, METHODS, "kdtl language")
+    if settings.prompt >= settings.length:
+        raise UsageError(f"--prompt must be below --length {settings.length}.")
+    if settings.batch_size % settings.microbatches:
+        raise UsageError("--microbatches must divide --batch-size.")
+    if sum((settings.student is not None, bool(settings.layers), settings.shape is not None)) > 1:
+        raise UsageError("give one of --student, --layers and --shape.")
+    mesh = sharding.make_mesh(**settings.mesh) if settings.mesh else None
+    key_teacher, key_student, key_order, key_sample = jax.random.split(
+        jax.random.key(settings.seed), 4
+    )
+    files = {n: v for n in ("data", "teacher", "student") if (v := getattr(settings, n))}
+    say = _output.progress()
+    with _output.run_folder(settings, "language", files, resume=settings.resume) as (folder, who):
+        # Text, by the teacher's tokenizer.
+        source = settings.teacher or settings.student
+        tokenizer = tokens_of.of_bytes() if source is None else tokens_of.of_folder(Path(source))
+        if settings.teacher and settings.student:
+            other = tokens_of.of_folder(Path(settings.student))
+            of_models.same_tokens(other.vocabulary, tokenizer.vocabulary)
+        say("reading")
+        shape = text_rows.Shape(settings.length, settings.prompt, settings.held_out)
+        text = text_rows.read(settings.data, tokenizer, shape)
+        if settings.batch_size > len(text.train.inputs["tokens"]):
+            raise UsageError(
+                f"--batch-size {settings.batch_size}: there are "
+                f"{len(text.train.inputs['tokens'])} rows to learn from."
+            )
+        stops = () if tokenizer.eos is None else (tokenizer.eos,)
+        common = training.Run(
+            folder, who, settings.resume, mesh, settings.batch_size, settings.save_every,
+            settings.checks, say,
+        )  # fmt: skip
+        dtype = jnp.bfloat16 if settings.precision == "bfloat16" else None
+        measuring = partial(
+            training.measuring, rows=text.held_out, batch_size=settings.batch_size,
+            vocabulary=tokenizer.size, mesh=mesh,
+        )  # fmt: skip
+        curves: dict[str, Any] = {}
+
+        def optimizer(steps: int) -> optax.GradientTransformation:
+            warm = max(1, steps // 20)
+            rate = optax.warmup_cosine_decay_schedule(
+                0.0, settings.learning_rate, warm, max(steps, warm + 1)
+            )
+            return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
+
+        # The teacher.
+        seconds = 0.0
+        if source is None:
+            sizes = settings.teacher_shape or {"layers": 4, "width": 128, "heads": 4}
+            teacher = of_models.anew(sizes, tokenizer.size, tokenizer.eos, key_teacher)
+            tx = optimizer(settings.teacher_steps)
+            learner = language.sft(language.Setup(teacher.model, tx))
+            own = language.model(teacher.model)
+            found = training.trained(
+                "teacher",
+                learner,
+                train.init_state(teacher.params, tx, key=key_teacher),
+                text.train,
+                None,
+                settings.teacher_steps,
+                lambda params: measuring(own, _same, own, params)(params),
+                common,
+                key_order,
+            )
+            teacher, seconds = teacher._replace(params=found.params), found.seconds
+            common = common._replace(finished=("teacher",))
+        else:
+            teacher = of_models.load(source)
+        teacher = teacher._replace(params=training.place(teacher.params, mesh))
+        told = language.model(teacher.model)
+
+        # The student that every method starts from.
+        if settings.student is not None:
+            start = of_models.load(settings.student) if settings.teacher else teacher
+        elif settings.shape is not None:
+            start = of_models.anew(settings.shape, tokenizer.size, tokenizer.eos, key_student)
+        else:
+            layers = settings.layers or range(0, teacher.model.config.layers, 2)
+            start = decoders.student(teacher, layers=layers)
+
+        built: dict[str, tuple[of_models.Student, Params, training.Trained]] = {}
+        warm: Params = None
+        for method in chosen:
+            name = method.name
+            quantize = of_models.rounding(settings.bits) if name == "qad" else None
+            base = teacher if name == "qad" and start_is_free(settings) else start
+            student = of_models.student(
+                base, dtype=dtype, lora=settings.lora, quantize=quantize, key=key_student
+            )
+            setup = language.Setup(
+                student.decoder,
+                optimizer(settings.steps),
+                teacher=teacher.model,
+                weights=student.weights,
+                trainable=student.trainable,
+                prompt=settings.prompt,
+                divergence=on_tokens(settings.divergence, tokenizer.size),
+                task=settings.task,
+                share=settings.on_policy,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                stop_tokens=stops,
+                microbatches=settings.microbatches,
+            )
+            measure = measuring(
+                language.model(student.decoder), student.weights, told, teacher.params
+            )
+
+            def teach(
+                name: str,
+                learner: language.Learner,
+                tx: Any,
+                params: Params,
+                shared: Params,
+                steps: int,
+                measure: Any = measure,
+                trainable: Any = student.trainable,
+            ) -> training.Trained:
+                nonlocal common
+                state = train.init_state(params, tx, key=key_student, trainable=trainable)
+                found = training.trained(
+                    name, learner, state, text.train, shared, steps, measure, common, key_order
+                )
+                common = common._replace(finished=(*common.finished, name))
+                return found
+
+            params = student.start
+            if method.samples and settings.start_steps:
+                if warm is None:
+                    tx = optimizer(settings.start_steps)
+                    learner = language.kd(setup._replace(tx=tx))
+                    shared = teacher.params
+                    warm = teach("start", learner, tx, params, shared, settings.start_steps).params
+                params = warm
+            shared = teacher.params
+            if method.teaches_itself:
+                own = jax.jit(student.weights)(params)
+                shared = None if name == "self_ema" else training.place(own, mesh)
+            found = teach(name, method.build(setup), setup.tx, params, shared, settings.steps)
+            curves[name] = found.curve
+            built[name] = student, found.params, found
+
+        # How they compare.
+        say("measuring")
+        models: dict[str, tuple[Any, Params, str, float, Mapping[str, Any]]] = {
+            "teacher": (teacher.model, teacher.params, "Teacher", seconds, {"from": source})
+        }
+        untrained = training.place(start.params, mesh)
+        models["start"] = (start.model, untrained, "Student before training", 0.0, {})
+        for name, (student, params, found) in built.items():
+            whole = jax.jit(student.weights)(params)
+            about = {"method": METHODS[name].paper or name, "steps": settings.steps}
+            models[name] = (student.decoder, whole, METHODS[name].title, found.seconds, about)
+        table, continuations = [], {}
+        for name, (decoder, params, title, spent, about) in models.items():
+            own = language.model(decoder)
+            measures = measuring(own, _same, told, teacher.params)(params)
+            count, size = of_models.size_of(params)
+            speed = speed_of(own, params, text.held_out, settings.batch_size)
+            row = of_report.Row(name, title, measures, count, size, speed, spent, about)
+            table.append(row)
+            if settings.samples:
+                continuations[title] = training.continued(
+                    decoder, params, text.held_out, settings.samples, prompt=settings.prompt,
+                    length=min(settings.length - settings.prompt, 64), key=key_sample,
+                    temperature=0.8, stop_tokens=stops,
+                )  # fmt: skip
+        for name, (student, params, _) in built.items():
+            write_folder(folder / name, jax.jit(student.weights)(params), start, source)
+        if source is None:
+            write_folder(folder / "teacher", teacher.params, teacher, None)
+        sides = []
+        for i in range(min(settings.samples, len(text.held_out.inputs["tokens"]))):
+            prompt = text.held_out.inputs["tokens"][i, : settings.prompt]
+            real = text.held_out.inputs["segments"][i, : settings.prompt] > 0
+            said = {title: tokenizer.decode(rows[i]) for title, rows in continuations.items()}
+            sides.append(of_report.Sample(tokenizer.decode(prompt[real].tolist()), said))
+        notes = []
+        if text.train.cut:
+            notes.append(f"{text.train.cut} lines were longer than their columns and were cut.")
+        about = {
+            "name": text.name,
+            "rows": len(text.train.inputs["tokens"]),
+            "held_out_rows": len(text.held_out.inputs["tokens"]),
+            "held_out_bytes": text.held_out.bytes,
+        }
+        title = "kdtl language: a language model and its students"
+        of_report.write(folder, title, about, table, curves, sides, notes)
+        print(f"students: {', '.join(str(folder / name) for name in built)}")
+    return 0
+
+
+def start_is_free(settings: Settings) -> bool:
+    """Whether nothing was said about the student."""
+    return settings.student is None and settings.shape is None and not settings.layers
+
+
+def on_tokens(name: str | None, size: int) -> Any:
+    """A divergence by name, on the logits of the tokenizer's ids alone; None stays None."""
+    if name is None:
+        return None
+    loss = DIVERGENCES[name]
+    return lambda student, teacher: loss(student[..., :size], teacher[..., :size])
+
+
+def speed_of(model: Any, params: Params, rows: text_rows.Rows, batch_size: int) -> float:
+    """Tokens per second of a forward pass without logits: the median of five."""
+    batch = {n: rows.inputs[n][:batch_size] for n in ("tokens", "segments")}
+    forward = jax.jit(lambda params, batch: model(params, None, batch)[0]["hidden"])
+    forward(params, batch).block_until_ready()
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        forward(params, batch).block_until_ready()
+        times.append(time.perf_counter() - begun)
+    return batch["tokens"].size / float(np.median(times))
+
+
+def write_folder(
+    folder: Path, params: Params, of: decoders.PretrainedDecoder, source: str | None
+) -> None:
+    """A Hugging Face folder: weights, config, tokenizer."""
+    decoders.save(folder, params, of.rules, config=of.config, tokenizer=source)
+    if source is None:
+        tokens_of.write_bytes(folder)
+
+
+def _same(params: Params) -> Params:
+    return params

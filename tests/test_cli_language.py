@@ -1,0 +1,123 @@
+"""`kdtl language`: from a text to students in folders of their own; what it refuses; resuming."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from kdtl_jax import cli
+from kdtl_jax.interop import decoders
+from kdtl_jax.recipes import _language_text, _language_tokens, _language_training
+from kdtl_jax.recipes._language_text import Shape
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+TINY = [
+    "--teacher-shape", "layers=2,width=8,heads=2", "--teacher-steps", "3", "--steps", "4",
+    "--batch-size", "4", "--length", "12", "--prompt", "4", "--samples", "1", "--checks", "1",
+    "--held-out", "0.2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog\n" * 12)
+    return file
+
+
+@pytest.mark.slow
+def test_a_run_writes_students_that_open_and_what_was_measured(tmp_path: Path, text: Path):
+    out = tmp_path / "run"
+    words = ["language", *TINY, "--data", str(text), "--method", "sft,opd,qad", "--out", str(out)]
+    assert cli.main([*words, "--start-steps", "2"]) == 0
+    found = json.loads((out / "results.json").read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == ["teacher", "start", "sft", "opd", "qad"]
+    assert rows["teacher"]["measures"]["forward_kl"] == pytest.approx(0, abs=1e-6)
+    assert rows["sft"]["measures"]["bits_per_byte"] > 0
+    assert list(found["samples"][0]["continuations"])[0] == "Teacher"
+    assert "Side by side" in (out / "report.html").read_text()
+    opened = decoders.load(out / "opd")
+    assert opened.model.config.layers == 1
+    assert (out / "opd" / "tokenizer.json").is_file()
+    # The quantized student is written as it computes: few values per group of a kernel.
+    kernel = decoders.load(out / "qad").params["layers_0"]["mlp"]["up"]["kernel"]
+    assert len(np.unique(np.asarray(kernel)[:, 0])) <= 15
+    assert cli.main([*words, "--start-steps", "2"]) == 1  # the folder is taken
+
+
+@pytest.mark.slow
+def test_a_stopped_run_resumes_to_the_same_bits(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+):
+    words = ["language", *TINY, "--data", str(text), "--method", "gkd", "--out"]
+    assert cli.main([*words, str(tmp_path / "straight")]) == 0
+    whole = _language_training.loop.run
+
+    def short(*args: Any, **options: Any) -> Any:
+        whole(*args, **{**options, "steps": 2})
+        raise SystemExit(143)
+
+    out = str(tmp_path / "stopped")
+    for _ in range(2):  # within the teacher's training, then within the student's
+        with monkeypatch.context() as patched:
+            patched.setattr(_language_training.loop, "run", short)
+            assert cli.main([*words, out, "--resume"]) == 143
+        monkeypatch.setattr(_language_training.loop, "run", whole)
+    assert cli.main([*words, out, "--resume"]) == 0
+    one, two = (decoders.load(tmp_path / name / "gkd").params for name in ("straight", "stopped"))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--prompt", "12"], "--prompt must be below --length"),
+        (["--method", "gdk"], "gdk"),
+        (["--layers", "0", "--shape", "layers=1,width=8,heads=2"], "one of --student"),
+        (["--shape", "layers=1"], "expected layers=N"),
+        (["--batch-size", "4000"], "rows to learn from"),
+        (["--microbatches", "3"], "must divide"),
+    ],
+)
+def test_settings_that_make_no_sense_are_told_in_one_line(
+    words: list[str], says: str, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+):
+    given = ["language", *TINY, "--data", str(text), "--out", str(tmp_path / "out"), *words]
+    assert cli.main(given) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert says in said and said.startswith("kdtl language: ")
+
+
+def test_a_broken_line_is_named_by_its_number(tmp_path: Path):
+    file = tmp_path / "lines.jsonl"
+    file.write_text('{"text": "a good one"}\n{"text": \n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        _language_text.read(str(file), _language_tokens.of_bytes(), Shape(4, 2, 0.5))
+    file.write_text('{"text": "a good one"}\n{"words": "?"}\n')
+    with pytest.raises(ValueError, match="line 2 has neither"):
+        _language_text.read(str(file), _language_tokens.of_bytes(), Shape(4, 2, 0.5))
+
+
+def test_answers_stand_after_their_prompts_and_end(tmp_path: Path):
+    file = tmp_path / "lines.jsonl"
+    file.write_text('{"prompt": "ab", "completion": "cde"}\n' * 2)
+    rows = _language_text.read(str(file), _language_tokens.of_bytes(), Shape(8, 3, 0.5)).train
+    tokens = [0, *b"abcde", _language_tokens.END, 0]
+    assert rows.inputs["tokens"].tolist() == [tokens]
+    assert rows.inputs["segments"].tolist() == [[0, 1, 1, 1, 1, 1, 1, 0]]
+    assert rows.inputs["learned"].tolist() == [[False] * 3 + [True] * 4 + [False]]
+    assert rows.bytes == 3
+    assert rows.inputs["privileged"]["tokens"].tolist() == [[0, 0, 0, *b"cdeab"]]
+
+
+def test_documents_in_a_row_are_segments_of_their_own(tmp_path: Path):
+    file = tmp_path / "lines.jsonl"
+    file.write_text('{"text": "abc"}\n{"text": "defg"}\n{"text": "hijklmnop"}\n')
+    rows = _language_text.read(str(file), _language_tokens.of_bytes(), Shape(8, 2, 0.3)).train
+    assert rows.inputs["tokens"].tolist() == [[*b"abc", 256, *b"defg"]]
+    assert rows.inputs["segments"].tolist() == [[1, 1, 1, 1, 2, 2, 2, 2]]
+    assert rows.bytes == 2 + 3  # the first byte of a text is not predicted
