@@ -37,9 +37,9 @@ from kdtl_jax.language._sampling import Sequences as Sequences
 from kdtl_jax.language._sampling import joined as joined
 from kdtl_jax.language._sampling import sample as sample
 from kdtl_jax.language._sampling import sampling_log_probs as sampling_log_probs
+from kdtl_jax.language._terms import as_they_are as as_they_are
 from kdtl_jax.language._terms import cross_entropy as cross_entropy
 from kdtl_jax.language._terms import divergence as divergence
-from kdtl_jax.language._terms import log_probs as log_probs
 from kdtl_jax.language._terms import model as model
 from kdtl_jax.language._terms import next_tokens as next_tokens
 from kdtl_jax.language._terms import rewards_to_go as rewards_to_go

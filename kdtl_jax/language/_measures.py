@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -49,28 +48,28 @@ def fidelity(
     """
     heads: Any = student["head"], teacher["head"]
 
-    def one(row: Any) -> Array:
-        hidden, target, counts = row
-        ours, theirs = (
-            losses.head_logits(x, head)[..., :vocabulary]
-            for x, head in zip(hidden, heads, strict=True)
-        )
-        found = Fidelity(
+    def compared(logits: Array, rows: Any) -> Array:
+        told, target = rows
+        ours, theirs = (x[..., :vocabulary] for x in (logits, losses.head_logits(told, heads[1])))
+        found = (  # in the order of Fidelity
             -losses.token_log_probs(ours, target),
             -losses.token_log_probs(theirs, target),
             losses.forward_kl(ours, theirs),
             losses.reverse_kl(ours, theirs),
-            (jnp.argmax(ours) == jnp.argmax(theirs)).astype(ours.dtype),
+            (jnp.argmax(ours, axis=-1) == jnp.argmax(theirs, axis=-1)).astype(ours.dtype),
             1 - losses.total_variation(ours, theirs),
             losses.soft_cross_entropy(ours, ours),
             losses.soft_cross_entropy(theirs, theirs),
         )
-        return jnp.where(counts, jnp.stack(found), 0)
+        return jnp.stack(found, axis=-1)
 
-    both = student["hidden"], teacher["hidden"]
-    rows = jax.tree.map(
-        lambda x: x.reshape(-1, *x.shape[2:]), (both, jnp.where(where, targets, 0), where)
+    values = losses.chunked_map(
+        compared,
+        student["hidden"],
+        heads[0],
+        (teacher["hidden"], jnp.where(where, targets, 0)),
+        where=where,
+        chunk_size=chunk_size,
     )
-    values = jax.lax.map(one, rows, batch_size=chunk_size)
     count = jnp.sum(where, dtype=values.dtype)
-    return Fidelity(*(Mean(total, count) for total in jnp.sum(values, axis=0)))
+    return Fidelity(*(Mean(total, count) for total in jnp.sum(values, axis=(0, 1))))

@@ -47,6 +47,8 @@ class Setup(NamedTuple):
       trainable: selector over what is trained.
       prompt: columns of the prompt, for methods that sample.
       divergence: None is the method's own.
+      vocabulary: how many token ids there are, where the two tables differ in their padding: the
+        logits beyond are left out of a divergence. None: all rows.
       task: weight of the cross-entropy with the data beside a divergence on the data.
       share: of GKD's steps that learn from the student's samples.
       beta: of GKD's divergence.
@@ -63,6 +65,7 @@ class Setup(NamedTuple):
     trainable: trees.Selector = trees.everything
     prompt: int = 0
     divergence: Divergence | None = None
+    vocabulary: int | None = None
     task: float = 0.0
     share: float = 0.5
     beta: float = 0.5
@@ -157,7 +160,7 @@ def minillm(setup: Setup) -> Learner:
       Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2023 (2306.08543).
     """
     terms = _terms.together(
-        _terms.divergence(losses.reverse_kl, chunk_size=setup.chunk_size),
+        _divergence(setup, losses.reverse_kl),
         _terms.rewards_to_go(chunk_size=setup.chunk_size),
     )
     step = _step(setup, terms, {"kd": 1.0, "long": 1.0}, teacher=_teacher(setup))
@@ -271,11 +274,20 @@ def _step(setup: Setup, terms: TermsFn, weights: Any, *, teacher: ModelFn | None
 
 def _distilled(setup: Setup, own: Divergence, teacher: ModelFn) -> Step:
     """A divergence, and the cross-entropy beside it where that has a weight."""
-    terms = _terms.divergence(setup.divergence or own, chunk_size=setup.chunk_size)
+    terms = _divergence(setup, setup.divergence or own)
     if not setup.task:
         return _step(setup, terms, {"kd": 1.0}, teacher=teacher)
     both = _terms.together(terms, _cross_entropy(setup))
     return _step(setup, both, {"kd": 1.0, "task": setup.task}, teacher=teacher)
+
+
+def _divergence(setup: Setup, loss: Divergence) -> TermsFn:
+    size = setup.vocabulary
+
+    def on_tokens(student: Array, teacher: Array) -> Array:
+        return loss(student[..., :size], teacher[..., :size])
+
+    return _terms.divergence(on_tokens, chunk_size=setup.chunk_size)
 
 
 def _cross_entropy(setup: Setup) -> TermsFn:

@@ -21,7 +21,7 @@ import optax
 from jax import Array
 
 from kdtl_jax import losses
-from kdtl_jax._types import Mean, ModelFn, Outputs, Params, PyTree, Scalar
+from kdtl_jax._types import Mean, ModelFn, Outputs, Params, PyTree
 from kdtl_jax.models import Decoder
 from kdtl_jax.objective import Inputs, TermsFn
 
@@ -155,8 +155,7 @@ def sampled_reverse_kl(*, chunk_size: int = CHUNK) -> TermsFn:
         tokens, teacher_hidden, sampler = targets
         ours = losses.token_log_probs(logits, tokens)
         theirs = losses.token_log_probs(losses.head_logits(teacher_hidden, teacher_head), tokens)
-        advantage = jax.lax.stop_gradient(theirs - ours)
-        return -jnp.exp(ours - sampler.astype(ours.dtype)) * advantage
+        return losses.sampled_reverse_kl(ours, theirs, sampler)
 
     def terms(inputs: Inputs) -> dict[str, Mean]:
         tokens, where = counted(inputs)
@@ -174,13 +173,13 @@ def sampled_reverse_kl(*, chunk_size: int = CHUNK) -> TermsFn:
     return terms
 
 
-def rewards_to_go(*, discount: Scalar = 1.0, chunk_size: int = CHUNK) -> TermsFn:
+def rewards_to_go(*, chunk_size: int = CHUNK) -> TermsFn:
     """MiniLLM's long part: `{"long": mean of -rho_t sg[R_{t+1}]}` over sampled tokens.
 
-    `R_{t+1}` is the mean of `discount^{t'-t-1} (log p_T - log p_S)(y_t')` over the tokens after t
-    (the length normalization of the paper), 0 at the last. With the exact reverse KL at each
-    position, the paper's single-step part, this is its gradient, without mixing the teacher into
-    the sampler and without clipping, which one update per sample does not need.
+    `R_{t+1}` is the mean of `log p_T - log p_S` over the row's sampled tokens after t (the paper's
+    length normalization), 0 at the last. With the exact reverse KL at each position, the paper's
+    single-step part, this is its gradient, without mixing the teacher into the sampler and without
+    clipping, which one update per sample does not need.
 
     References:
       Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2023 (2306.08543), eq. 5.
@@ -188,51 +187,36 @@ def rewards_to_go(*, discount: Scalar = 1.0, chunk_size: int = CHUNK) -> TermsFn
 
     def loss(logits: Array, targets: Any) -> Array:
         tokens, returns, sampler = targets
-        ours = losses.token_log_probs(logits, tokens)
-        return -jnp.exp(ours - sampler.astype(ours.dtype)) * returns
+        return losses.policy_gradient(losses.token_log_probs(logits, tokens), returns, sampler)
 
     def terms(inputs: Inputs) -> dict[str, Mean]:
         tokens, where = counted(inputs)
         tokens = jnp.where(where, tokens, 0)
         ours, theirs = (
-            log_probs(out["hidden"], _head(out), tokens, chunk_size=chunk_size)
+            losses.chunked_map(
+                losses.token_log_probs,
+                *jax.lax.stop_gradient((out["hidden"], _head(out))),
+                tokens,
+                where=where,
+                chunk_size=chunk_size,
+            )
             for out in (inputs.student, inputs.teacher)
         )
-        rewards = jax.lax.stop_gradient(jnp.where(where, theirs - ours, 0))
-        factor = jnp.asarray(discount, rewards.dtype)
-
-        def back(carry: tuple[Array, Array], now: tuple[Array, Array]) -> Any:
-            total, count = carry
-            reward, is_real = now
-            value = total / jnp.maximum(count, 1)
-            # A position that does not count leaves what comes after it as it is.
-            total = jnp.where(is_real, reward + factor * total, total)
-            return (total, count + is_real.astype(total.dtype)), value
-
-        start = jnp.zeros(rewards.shape[0], rewards.dtype)
-        _, returns = jax.lax.scan(back, (start, start), (rewards.T, where.T), reverse=True)
+        rewards = theirs - ours
+        later, count = (
+            losses.reward_to_go(x, where=where) - x for x in (rewards, where.astype(rewards.dtype))
+        )
         long = losses.chunked_loss(
             loss,
             inputs.student["hidden"],
             _head(inputs.student),
-            (tokens, returns.T, _sampler(inputs)),
+            (tokens, later / jnp.maximum(count, 1), _sampler(inputs)),
             where=where,
             chunk_size=chunk_size,
         )
         return {"long": long}
 
     return terms
-
-
-def log_probs(hidden: Array, head: losses.Head, tokens: Array, *, chunk_size: int = CHUNK) -> Array:
-    """`log p(tokens)` `[B, L]` at every position, logits made in chunks; not differentiated."""
-    hidden, head = jax.lax.stop_gradient((hidden, head))
-
-    def one(row: tuple[Array, Array]) -> Array:
-        return losses.token_log_probs(losses.head_logits(row[0], head), row[1])
-
-    rows = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
-    return jax.lax.map(one, rows, batch_size=chunk_size).reshape(tokens.shape)
 
 
 def _head(outputs: Outputs) -> losses.Head:

@@ -1,6 +1,7 @@
 """The models of `kdtl language`: folders, some of a model's layers, or a shape to start anew."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import models, transforms, trees
+from kdtl_jax import language, models, transforms
 from kdtl_jax._types import Params
 from kdtl_jax.interop import decoders
 from kdtl_jax.interop.decoders import PretrainedDecoder
@@ -95,7 +96,7 @@ def student(
     """What is trained of a decoder: all of it, or a LoRA beside it; quantized as it computes."""
     decoder = models.decoder(source.model.config, dtype=dtype)
     if lora is None:
-        return Student(decoder, source.params, quantize or _same, r".*")
+        return Student(decoder, source.params, quantize or language.as_they_are, r".*")
     adapter = transforms.lora(rank=lora, alpha=2.0 * lora)
     start = adapter.init(key, source.params, where=KERNELS)
 
@@ -107,25 +108,9 @@ def student(
 
 
 def rounding(bits: int, group: int = 32) -> Callable[[Params], Params]:
-    """Kernels of the layers as integers of some bits with a scale per group of inputs, and back.
-
-    The gradient passes straight through.
-    """
-    most = 2 ** (bits - 1) - 1
-
-    def rounded(kernel: Array) -> Array:
-        size = group if kernel.shape[0] % group == 0 else kernel.shape[0]
-        parts = kernel.reshape(-1, size, kernel.shape[1])
-        scale = jnp.max(jnp.abs(parts), axis=1, keepdims=True) / most
-        scale = jnp.where(scale > 0, scale, 1)
-        near = (jnp.round(parts / scale) * scale).reshape(kernel.shape)
-        return kernel + jax.lax.stop_gradient(near - kernel)
-
-    def quantize(params: Params) -> Params:
-        chosen = trees.mask(params, KERNELS)
-        return jax.tree.map(lambda x, is_chosen: rounded(x) if is_chosen else x, params, chosen)
-
-    return quantize
+    """Kernels of the layers as integers of some bits with a scale per group of inputs, and back."""
+    quantizer = partial(transforms.int_by_group, bits=bits, group=group)
+    return partial(transforms.fake_quantize, quantizer=quantizer, where=KERNELS)
 
 
 def same_tokens(ours: Mapping[str, int], theirs: Mapping[str, int]) -> None:
@@ -142,10 +127,6 @@ def same_tokens(ours: Mapping[str, int], theirs: Mapping[str, int]) -> None:
             f"--student has another tokenizer than --teacher: {len(other) + len(missing)} tokens "
             f"differ, {some} among them. Their ids would be read as other text."
         )
-
-
-def _same(params: Params) -> Params:
-    return params
 
 
 def size_of(params: Params) -> tuple[int, int]:

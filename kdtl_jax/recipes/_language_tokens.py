@@ -88,4 +88,4 @@ def _letters() -> list[str]:
 
 
 def _first(value: Any) -> int | None:
-    return value[0] if isinstance(value, list) and value else value
+    return next(iter(value), None) if isinstance(value, list) else value

@@ -148,6 +148,11 @@ def trained(
     return Trained(result.state.params, result.evaluations, spent)
 
 
+def as_line(step: int, found: Mapping[str, float]) -> dict[str, float]:
+    """A measurement as a line of the curve."""
+    return {"step": step} | {f"eval/{name}": value for name, value in found.items()}
+
+
 def clock(tokens: int, steps: int, at: int) -> Callable[[int], str]:
     """`said(step)`: tokens per second since the last line of the log, and the time left.
 
@@ -179,8 +184,8 @@ def measuring(
     batch_size: int,
     vocabulary: int,
     mesh: Mesh | None,
-) -> Callable[[Params], dict[str, float]]:
-    """`measure(params)`: fidelity to the teacher and bits per byte on the given rows."""
+) -> Callable[..., dict[str, float]]:
+    """`measure(params, told=teacher_params)`: fidelity to the teacher and bits per byte."""
 
     def measures(inputs: Inputs) -> dict[str, Any]:
         targets, where = language.next_tokens(inputs.batch["inputs"])
@@ -203,10 +208,10 @@ def measuring(
 
     add = jax.jit(train.add_metrics)
 
-    def measure(params: Params) -> dict[str, float]:
+    def measure(params: Params, told: Params = teacher_params) -> dict[str, float]:
         total: Metrics | None = None
         for batch in _in_order(rows, batch_size, mesh):
-            found = one(params, teacher_params, batch)
+            found = one(params, told, batch)
             total = found if total is None else add(total, found)
         assert total is not None
         means = {name: float(value) for name, value in train.values(total).items()}
@@ -224,9 +229,8 @@ def _in_order(rows: Rows, batch_size: int, mesh: Mesh | None) -> Iterator[Batch]
         yield jax.device_put(batch) if mesh is None else sharding.place_batch(batch, mesh)
 
 
-def continued(
+def continuing(
     decoder: Any,
-    params: Params,
     rows: Rows,
     count: int,
     *,
@@ -235,18 +239,35 @@ def continued(
     key: Array,
     temperature: float,
     stop_tokens: tuple[int, ...],
-) -> list[list[int]]:
-    """Continuations of the first held-out prompts, each by its own key."""
+) -> Callable[[Params], list[list[int]]]:
+    """`draw(params)`: continuations of the first held-out prompts, each by its own key."""
     tokens = jnp.asarray(rows.inputs["tokens"][:count, :prompt])
     mask = jnp.asarray(rows.inputs["segments"][:count, :prompt] > 0)
+    keys = jax.random.split(key, len(tokens))
 
     @jax.jit
-    def draw(params: Params, keys: Array) -> Any:
+    def samples(params: Params, keys: Array) -> language.Samples:
         return language.sample(
             decoder, params, tokens, keys=keys, length=length, prompt_mask=mask,
             temperature=temperature, stop_tokens=stop_tokens,
         )  # fmt: skip
 
-    found = draw(params, jax.random.split(key, len(tokens)))
-    ids, real = np.asarray(found.tokens), np.asarray(found.mask)
-    return [row[kept].tolist() for row, kept in zip(ids, real, strict=True)]
+    def draw(params: Params) -> list[list[int]]:
+        found = samples(params, keys)
+        ids, real = np.asarray(found.tokens), np.asarray(found.mask)
+        return [row[kept].tolist() for row, kept in zip(ids, real, strict=True)]
+
+    return draw
+
+
+def speed(model: ModelFn, params: Params, rows: Rows, batch_size: int) -> float:
+    """Tokens per second of a forward pass without logits: the median of five."""
+    batch = {n: rows.inputs[n][:batch_size] for n in ("tokens", "segments")}
+    forward = jax.jit(lambda params, batch: model(params, None, batch)[0]["hidden"])
+    forward(params, batch).block_until_ready()
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        forward(params, batch).block_until_ready()
+        times.append(time.perf_counter() - begun)
+    return batch["tokens"].size / float(np.median(times))

@@ -9,7 +9,6 @@ trains the same student, on the same rows in the same order. With no arguments t
 example on bytes: 390 kB of Shakespeare, which the package carries.
 """
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +17,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from kdtl_jax import language, losses, train
+from kdtl_jax import language, losses, train, trees
 from kdtl_jax._types import Params
 from kdtl_jax.interop import decoders
 from kdtl_jax.recipes import _language_models as of_models
@@ -204,29 +202,47 @@ def run(settings: Settings) -> int:
             )
             return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
 
+        def teach(
+            name: str,
+            learner: language.Learner,
+            tx: Any,
+            params: Params,
+            shared: Params,
+            steps: int,
+            measure: training.Measure,
+            trainable: Any = trees.everything,
+        ) -> training.Trained:
+            nonlocal common
+            state = train.init_state(params, tx, key=key_student, trainable=trainable)
+            found = training.trained(
+                name, learner, state, text.train, shared, steps, measure, common, key_order
+            )
+            common = common._replace(finished=(*common.finished, name))
+            curves[name] = found.curve
+            return found
+
         # The teacher.
-        seconds = 0.0
+        taught_in = 0.0
         if source is None:
             sizes = settings.teacher_shape or {"layers": 4, "width": 128, "heads": 4}
             teacher = of_models.anew(sizes, tokenizer.size, tokenizer.eos, key_teacher)
-            tx = optimizer(settings.teacher_steps)
-            learner = language.sft(language.Setup(teacher.model, tx))
-            own = language.model(teacher.model)
-            found = training.trained(
+            own, tx = language.model(teacher.model), optimizer(settings.teacher_steps)
+            measure = measuring(own, language.as_they_are, own, teacher.params)
+            found = teach(
                 "teacher",
-                learner,
-                train.init_state(teacher.params, tx, key=key_teacher),
-                text.train,
+                language.sft(language.Setup(teacher.model, tx)),
+                tx,
+                teacher.params,
                 None,
                 settings.teacher_steps,
-                lambda params: measuring(own, _same, own, params)(params),
-                common,
-                key_order,
+                lambda params: measure(params, params),
             )
-            teacher, seconds = teacher._replace(params=found.params), found.seconds
-            common = common._replace(finished=("teacher",))
+            teacher, taught_in = teacher._replace(params=found.params), found.seconds
         else:
             teacher = of_models.load(source)
+            own = language.model(teacher.model)
+            measure = measuring(own, language.as_they_are, own, teacher.params)
+            curves["teacher"] = [training.as_line(0, measure(teacher.params))]
         teacher = teacher._replace(params=training.place(teacher.params, mesh))
         told = language.model(teacher.model)
 
@@ -235,18 +251,20 @@ def run(settings: Settings) -> int:
             start = of_models.load(settings.student) if settings.teacher else teacher
         elif settings.shape is not None:
             start = of_models.anew(settings.shape, tokenizer.size, tokenizer.eos, key_student)
-        else:
+        elif settings.layers or settings.method != ("qad",):
             layers = settings.layers or range(0, teacher.model.config.layers, 2)
             start = decoders.student(teacher, layers=layers)
-
-        built: dict[str, tuple[of_models.Student, Params, training.Trained]] = {}
+        else:
+            start = teacher
+        rows_of_tables = {x.model.config.vocabulary for x in (teacher, start)}
+        vocabulary = tokenizer.size if len(rows_of_tables) > 1 else None
+        built: dict[str, tuple[of_models.Student, training.Trained]] = {}
         warm: Params = None
         for method in chosen:
             name = method.name
             quantize = of_models.rounding(settings.bits) if name == "qad" else None
-            base = teacher if name == "qad" and start_is_free(settings) else start
             student = of_models.student(
-                base, dtype=dtype, lora=settings.lora, quantize=quantize, key=key_student
+                start, dtype=dtype, lora=settings.lora, quantize=quantize, key=key_student
             )
             setup = language.Setup(
                 student.decoder,
@@ -255,7 +273,8 @@ def run(settings: Settings) -> int:
                 weights=student.weights,
                 trainable=student.trainable,
                 prompt=settings.prompt,
-                divergence=on_tokens(settings.divergence, tokenizer.size),
+                divergence=DIVERGENCES[settings.divergence] if settings.divergence else None,
+                vocabulary=vocabulary,
                 task=settings.task,
                 share=settings.on_policy,
                 temperature=settings.temperature,
@@ -263,82 +282,69 @@ def run(settings: Settings) -> int:
                 stop_tokens=stops,
                 microbatches=settings.microbatches,
             )
-            measure = measuring(
-                language.model(student.decoder), student.weights, told, teacher.params
-            )
-
-            def teach(
-                name: str,
-                learner: language.Learner,
-                tx: Any,
-                params: Params,
-                shared: Params,
-                steps: int,
-                measure: Any = measure,
-                trainable: Any = student.trainable,
-            ) -> training.Trained:
-                nonlocal common
-                state = train.init_state(params, tx, key=key_student, trainable=trainable)
-                found = training.trained(
-                    name, learner, state, text.train, shared, steps, measure, common, key_order
-                )
-                common = common._replace(finished=(*common.finished, name))
-                return found
-
-            params = student.start
+            model = language.model(student.decoder)
+            measure = measuring(model, student.weights, told, teacher.params)
+            if not built:
+                curves["start"] = [training.as_line(0, measure(student.start))]
+            params, shared = student.start, teacher.params
             if method.samples and settings.start_steps:
                 if warm is None:
                     tx = optimizer(settings.start_steps)
                     learner = language.kd(setup._replace(tx=tx))
-                    shared = teacher.params
-                    warm = teach("start", learner, tx, params, shared, settings.start_steps).params
+                    steps = settings.start_steps
+                    warm = teach(
+                        "warm", learner, tx, params, shared, steps, measure, student.trainable
+                    ).params
                 params = warm
-            shared = teacher.params
             if method.teaches_itself:
                 own = jax.jit(student.weights)(params)
                 shared = None if name == "self_ema" else training.place(own, mesh)
-            found = teach(name, method.build(setup), setup.tx, params, shared, settings.steps)
-            curves[name] = found.curve
-            built[name] = student, found.params, found
+            found = teach(
+                name, method.build(setup), setup.tx, params, shared, settings.steps, measure,
+                student.trainable,
+            )  # fmt: skip
+            built[name] = student, found
 
-        # How they compare.
+        # How they compare; students of one shape share their programs.
         say("measuring")
-        models: dict[str, tuple[Any, Params, str, float, Mapping[str, Any]]] = {
-            "teacher": (teacher.model, teacher.params, "Teacher", seconds, {"from": source})
-        }
-        untrained = training.place(start.params, mesh)
-        models["start"] = (start.model, untrained, "Student before training", 0.0, {})
-        for name, (student, params, found) in built.items():
-            whole = jax.jit(student.weights)(params)
-            about = {"method": METHODS[name].paper or name, "steps": settings.steps}
-            models[name] = (student.decoder, whole, METHODS[name].title, found.seconds, about)
-        table, continuations = [], {}
-        for name, (decoder, params, title, spent, about) in models.items():
-            own = language.model(decoder)
-            measures = measuring(own, _same, told, teacher.params)(params)
-            count, size = of_models.size_of(params)
-            speed = speed_of(own, params, text.held_out, settings.batch_size)
-            row = of_report.Row(name, title, measures, count, size, speed, spent, about)
-            table.append(row)
-            if settings.samples:
-                continuations[title] = training.continued(
-                    decoder, params, text.held_out, settings.samples, prompt=settings.prompt,
+        first = next(iter(built.values()))[0]
+        compared = [("teacher", "Teacher", teacher.model, teacher.params, taught_in)]
+        compared.append(
+            ("start", "Student before training", first.decoder, first.weights(first.start), 0.0)
+        )
+        for name, (student, found) in built.items():
+            whole = jax.jit(student.weights)(found.params)
+            compared.append((name, METHODS[name].title, student.decoder, whole, found.seconds))
+            write_folder(folder / name, whole, start, source)
+        if source is None:
+            write_folder(folder / "teacher", teacher.params, teacher, None)
+        table, said, programs = [], {}, {}
+        for name, title, decoder, params, seconds in compared:
+            if decoder.config not in programs:
+                draw = training.continuing(
+                    decoder, text.held_out, settings.samples, prompt=settings.prompt,
                     length=min(settings.length - settings.prompt, 64), key=key_sample,
                     temperature=0.8, stop_tokens=stops,
                 )  # fmt: skip
-        for name, (student, params, _) in built.items():
-            write_folder(folder / name, jax.jit(student.weights)(params), start, source)
-        if source is None:
-            write_folder(folder / "teacher", teacher.params, teacher, None)
+                model = language.model(decoder)
+                rate = training.speed(model, params, text.held_out, settings.batch_size)
+                programs[decoder.config] = draw, rate
+            draw, rate = programs[decoder.config]
+            last = {k.removeprefix("eval/"): v for k, v in curves[name][-1].items()}
+            about = {"steps": last.pop("step")} if seconds else {}
+            size = of_models.size_of(params)
+            table.append(of_report.Row(name, title, last, *size, rate, seconds, about))
+            if settings.samples:
+                said[title] = draw(params)
         sides = []
         for i in range(min(settings.samples, len(text.held_out.inputs["tokens"]))):
             prompt = text.held_out.inputs["tokens"][i, : settings.prompt]
             real = text.held_out.inputs["segments"][i, : settings.prompt] > 0
-            said = {title: tokenizer.decode(rows[i]) for title, rows in continuations.items()}
-            sides.append(of_report.Sample(tokenizer.decode(prompt[real].tolist()), said))
-        notes = []
-        if text.train.cut:
-            notes.append(f"{text.train.cut} lines were longer than their columns and were cut.")
+            each = {title: tokenizer.decode(rows[i]) for title, rows in said.items()}
+            sides.append(of_report.Sample(tokenizer.decode(prompt[real].tolist()), each))
+        cut, notes = text.train.cut + text.held_out.cut, []
+        if cut:
+            notes.append(f"{cut} lines were longer than their columns and were cut short.")
         about = {
             "name": text.name,
             "rows": len(text.train.inputs["tokens"]),
@@ -351,32 +357,6 @@ def run(settings: Settings) -> int:
     return 0
 
 
-def start_is_free(settings: Settings) -> bool:
-    """Whether nothing was said about the student."""
-    return settings.student is None and settings.shape is None and not settings.layers
-
-
-def on_tokens(name: str | None, size: int) -> Any:
-    """A divergence by name, on the logits of the tokenizer's ids alone; None stays None."""
-    if name is None:
-        return None
-    loss = DIVERGENCES[name]
-    return lambda student, teacher: loss(student[..., :size], teacher[..., :size])
-
-
-def speed_of(model: Any, params: Params, rows: text_rows.Rows, batch_size: int) -> float:
-    """Tokens per second of a forward pass without logits: the median of five."""
-    batch = {n: rows.inputs[n][:batch_size] for n in ("tokens", "segments")}
-    forward = jax.jit(lambda params, batch: model(params, None, batch)[0]["hidden"])
-    forward(params, batch).block_until_ready()
-    times = []
-    for _ in range(5):
-        begun = time.perf_counter()
-        forward(params, batch).block_until_ready()
-        times.append(time.perf_counter() - begun)
-    return batch["tokens"].size / float(np.median(times))
-
-
 def write_folder(
     folder: Path, params: Params, of: decoders.PretrainedDecoder, source: str | None
 ) -> None:
@@ -384,7 +364,3 @@ def write_folder(
     decoders.save(folder, params, of.rules, config=of.config, tokenizer=source)
     if source is None:
         tokens_of.write_bytes(folder)
-
-
-def _same(params: Params) -> Params:
-    return params
