@@ -154,7 +154,7 @@ def run(settings: Settings) -> int:
     """
     if settings.list:
         rows = [(m.name, m.title, m.paper, "yes" if m.samples else "no") for m in METHODS.values()]
-        return _output.print_columns(("method", "title", "paper", "samples"), rows)
+        return _output.list_methods(("method", "title", "paper", "samples"), rows)
     chosen = types.chosen(settings.method, METHODS, "kdtl language")
     if settings.prompt >= settings.length:
         raise UsageError(f"--prompt must be below --length {settings.length}.")
