@@ -121,13 +121,13 @@ def _both(draft: Array, target: Array, draft_ids: Array | None) -> tuple[Array, 
     _checks.floating(draft_logits=draft, target_logits=target)
     _checks.rank(1, draft_logits=draft, target_logits=target)
     _checks.nonempty(draft_logits=draft)
-    _checks.several_classes(draft_logits=draft, target_logits=target)
     log_p = known_to_draft(_numerics.log_softmax(target), draft_ids=draft_ids)
     if jnp.shape(draft) != log_p.shape:
         raise ValueError(
             "draft_logits must be the target's, or have one class per draft id, got "
             f"{_checks.described(draft_logits=draft, target_logits=target)}."
         )
+    _checks.several_classes(draft_logits=draft, target_logits=target)
     return _numerics.log_softmax(draft), log_p
 
 

@@ -1,0 +1,303 @@
+"""What users of language-model trainers ran into, each with its number; and the pieces.
+
+Numbers of rows are those of the collection of complaints: what was wrong elsewhere, and why.
+"""
+
+import itertools
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdtl_jax import language, losses
+from kdtl_jax.losses import Head
+from kdtl_jax.objective import Masked, Mean, reduce
+
+P, Q = jnp.asarray([0.5, 0.3, 0.2]), jnp.asarray([0.2, 0.3, 0.5])
+OF_REVERSE_KL = [0.3207, -0.0825, -0.2382]
+close = partial(np.testing.assert_allclose, atol=1e-4)
+
+
+def expected_gradient(loss: Any) -> jax.Array:
+    """Of a loss of one token's log-probabilities, over all tokens that the student may sample."""
+
+    def one(z: jax.Array, token: int) -> jax.Array:
+        return loss(jax.nn.log_softmax(z)[token][None], jnp.log(Q[token])[None])[0]
+
+    return sum(P[y] * jax.grad(one)(jnp.log(P), y) for y in range(3))
+
+
+def test_rows_1_and_2_expected_gradients_of_sampled_losses() -> None:
+    sg = jax.lax.stop_gradient
+    close(jax.grad(losses.reverse_kl)(jnp.log(P), jnp.log(Q)), OF_REVERSE_KL)
+    close(expected_gradient(lambda s, t: losses.sampled_reverse_kl(s, t, sg(s))), OF_REVERSE_KL)
+    close(expected_gradient(losses.kl_k2), OF_REVERSE_KL)
+    close(expected_gradient(losses.kl_k3), P - Q)
+    close(expected_gradient(lambda s, t: s - t), 0)
+    # One divergence for all tokens of a state is a baseline, no advantage.
+    close(expected_gradient(lambda s, t: losses.policy_gradient(s, 0 * t - 0.7, sg(s))), 0)
+    # Off-policy the ratio makes up for the sampler.
+    sampler = jnp.asarray([0.2, 0.2, 0.6])
+
+    def one(z: jax.Array, y: int) -> jax.Array:
+        own = jax.nn.log_softmax(z)[y][None]
+        return losses.sampled_reverse_kl(own, jnp.log(Q[y])[None], jnp.log(sampler[y])[None])[0]
+
+    found = sum(sampler[y] * jax.grad(one)(jnp.log(P), y) for y in range(3))
+    close(found, OF_REVERSE_KL)
+
+
+def test_row_3_a_tail_keeps_the_gradient_that_clamping_kills() -> None:
+    student, teacher = jnp.log(jnp.asarray([0.6, 0.4])), jnp.log(jnp.asarray([0.9, 0.1]))
+    truncated = 0.6 * (student[0] - teacher[0])
+    close(truncated, -0.2433)
+    value, gradient = jax.value_and_grad(partial(losses.student_top_k_reverse_kl, k=1))(
+        student, teacher
+    )
+    close(value, 0.3112)
+    close(gradient, jax.grad(losses.reverse_kl)(student, teacher))
+    assert np.abs(gradient).max() > 0.1
+
+
+def test_row_5_identical_half_precision_logits_are_at_distance_0_under_jit() -> None:
+    z = 4 * jax.random.normal(jax.random.key(0), (1, 248_320), jnp.bfloat16)
+    assert float(jax.jit(losses.reverse_kl)(z, z)[0]) == 0
+
+
+def test_rows_6_8_and_9_chunks_see_the_models_own_logits() -> None:
+    rng = np.random.default_rng(0)
+    hidden, kernel, delta = (
+        jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((6, 16), (16, 40), (16, 40))
+    )
+    head = Head(kernel + delta, scale=3.0, softcap=30.0)  # an adapter's delta is in the kernel
+    wide = np.asarray(hidden, np.float64) @ np.asarray(kernel + delta, np.float64)
+    logits = losses.head_logits(hidden, head)
+    assert logits.dtype == jnp.float32
+    close(logits, 30 * np.tanh(wide * 3 / 30), rtol=1e-5)
+    other = Head(kernel)
+    jsd = partial(losses.jsd_gkd, beta=0.5)
+    found = losses.chunked_divergence(jsd, hidden, head, hidden, other, chunk_size=4).value()
+    close(found, jnp.mean(jsd(logits, losses.head_logits(hidden, other))), rtol=1e-5)
+    same = losses.chunked_divergence(jsd, hidden, head, hidden, head, chunk_size=4)
+    assert abs(float(same.total)) < 1e-9
+
+
+def test_row_12_tokens_merge_by_the_chain_rule() -> None:
+    """P(a) = .6, P(. | a) = (.5, .5): the pair's texts have the probability .3 each."""
+    rows = jnp.log(jnp.asarray([[0.6, 0.4, 1e-9], [1e-9, 0.5, 0.5]]))
+    merged = language.merge_tokens(
+        rows, jnp.asarray([0, 2]), jnp.asarray([0, 0], jnp.int32), num_groups=1
+    )
+    close(jnp.exp(merged), [[0, 0.3, 0.3]])
+    close(jnp.sum(jnp.exp(merged)), 0.6)  # the prefix's own probability
+
+
+def test_row_13_ids_of_another_tokenizer_are_refused() -> None:
+    logits = jnp.zeros((1, 3, 8))
+    with pytest.raises(ValueError, match="labels must lie in 0..7, got 8..10"):
+        losses.token_log_probs(logits, jnp.asarray([[8, 9, 10]]))
+    assert np.isnan(jax.jit(losses.token_log_probs)(logits, jnp.asarray([[8, 9, 10]]))).all()
+    ours, theirs = {"a": 0, "b": 1, "c": 2}, {"b": 0, "a": 1, "d": 5}
+    with pytest.raises(ValueError, match="number 4 tokens differently: 'a' is 0 and 1"):
+        language.require_same_ids(ours, theirs)
+    language.require_same_ids(ours, dict(ours))
+    np.testing.assert_array_equal(language.shared_ids(ours, theirs), [[0, 1], [1, 0]])
+    with pytest.raises(ValueError, match="share no token"):
+        language.shared_ids({"a": 0}, {"b": 0})
+
+
+def test_rows_15_and_16_answers_and_teachers_are_aligned() -> None:
+    labels = jnp.asarray([[-100, -100, 3, -100]])  # an answer of one token
+    logits = jax.random.normal(jax.random.key(0), (1, 4, 5))
+
+    def loss(z: jax.Array) -> jax.Array:
+        shifted = losses.causal_shift(z, labels)
+        teacher = jnp.asarray([[-jnp.inf, -1.0, -jnp.inf]])  # a server's padding
+        own = losses.token_log_probs(shifted.logits, shifted.labels, where=shifted.where)
+        values = losses.sampled_reverse_kl(
+            own, teacher, jax.lax.stop_gradient(own), where=shifted.where
+        )
+        return reduce("opd", Masked(values, shifted.where)).value()
+
+    value, gradient = jax.value_and_grad(loss)(logits)
+    assert np.isfinite(value)
+    np.testing.assert_array_equal(np.any(gradient != 0, axis=-1), [[False, True, False, False]])
+    assert np.isfinite(gradient).all()
+
+
+def test_rows_17_and_19_sums_and_counts() -> None:
+    first, second = jnp.asarray([[4.0]]), jnp.zeros((1, 3))
+    parts = [reduce("hard", values) for values in (first, second)]
+    assert Mean(sum(p.total for p in parts), sum(p.weight for p in parts)).value() == 1
+    masked = Masked(jnp.asarray([[2.0, 2.0, 0.0, 0.0]]), jnp.asarray([[True, True, False, False]]))
+    assert reduce("hidden", masked).value() == 2
+
+
+def test_row_22_a_masked_zero_vector_has_no_gradient() -> None:
+    where = jnp.asarray([[True, False]])
+
+    def loss(features: jax.Array) -> jax.Array:
+        values = losses.cosine_distance(features, jnp.zeros_like(features).at[:, 0].set(1))
+        return reduce("cosine", Masked(values, where)).value()
+
+    features = jnp.asarray([[[1.0, 2.0], [0.0, 0.0]]])
+    value, gradient = jax.value_and_grad(loss)(features)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+    assert not np.any(gradient[0, 1])
+
+
+def test_row_28_margins_of_logits_not_of_squashed_scores() -> None:
+    scores, none = jnp.asarray([0.99, 0.95]), jnp.zeros(2)
+    close(jnp.sqrt(losses.margin_mse(none, scores)), 0.04)
+    logits = jnp.log(scores / (1 - scores))
+    close(jnp.sqrt(losses.margin_mse(none, logits)), 1.651, atol=1e-3)
+
+
+def test_random_sampling_is_unbiased_where_renormalized_top_k_is_not() -> None:
+    uniform, teacher = jnp.zeros(3), jnp.log(P)
+    full = jax.grad(losses.soft_cross_entropy)(uniform, teacher)
+    close(full, [-0.1667, 0.0333, 0.1333])
+    top = jax.grad(losses.top_k_kl_teacher_renormalized)(
+        uniform, losses.top_k_targets(teacher, k=2)
+    )
+    close(top, [-0.2917, -0.0417, 0.3333])
+    for exponent in (1.0, 0.5):
+        q = jax.nn.softmax(exponent * teacher)
+        found = 0.0
+        for draws in itertools.product(range(3), repeat=2):
+            ids = jnp.asarray(draws)
+            targets = losses.random_sampling_targets(teacher, ids, exponent=exponent)
+            gradient = jax.grad(losses.random_sampling_cross_entropy)(uniform, targets)
+            found += q[draws[0]] * q[draws[1]] * gradient
+        close(found, full)
+    drawn = losses.random_sampling_draws(jax.random.key(0), teacher[None], num_draws=4000)
+    close(np.bincount(np.asarray(drawn[0])) / 4000, P, atol=0.03)
+
+
+def test_chunks_of_text_across_tokenizers() -> None:
+    """Numbers of the paper's setting, and chunks that merge up to the next word."""
+    student, teacher = jnp.asarray([-3.0]), jnp.asarray([-1.0])
+    close(losses.alm(student, teacher, eps=1e-9), 0.008969, atol=1e-6)
+    close(losses.alm_limit(student, teacher, eps=1e-9), 0.9014)
+    groups = jnp.asarray([[-1, 0, 0, 1, 2]])
+    own = jnp.asarray([[-9.0, -1.0, -2.0, -3.0, -4.0]])
+    close(language.chunk_log_probs(own, groups, num_chunks=4), [[-3, -3, -4, 0]])
+    close(language.chunk_lengths(groups, num_chunks=4), [[2, 1, 1, 0]])
+    closes = jnp.asarray([[False, True, True, False]])
+    np.testing.assert_array_equal(language.merge_chunks(groups, closes), [[-1, 0, 0, 0, 1]])
+
+
+def test_gates_weights_and_returns() -> None:
+    now, then = jnp.log(jnp.asarray([0.5, 0.1, 0.9])), jnp.log(jnp.asarray([0.5, 0.6, 0.1]))
+    np.testing.assert_array_equal(losses.drop_gate(now, then), [True, False, True])
+    np.testing.assert_array_equal(losses.ratio_gate(now, then), [True, False, False])
+    close(losses.truncated_ratio(now, then), [1, 1 / 6, 2])
+    where = jnp.asarray([True, True, False])
+    close(losses.reward_to_go(jnp.asarray([1.0, 2.0, jnp.nan]), gamma=0.5, where=where), [2, 2, 0])
+    close(losses.iw_opd_weight(jnp.asarray([1.0, -1.0, 2.0])), [1.5, 1.375, 1.25])
+    white = losses.whitened(jnp.asarray([1.0, 3.0, jnp.inf]), where=where)
+    close(white, [-(0.5**0.5), 0.5**0.5, 0])
+
+
+def test_drafts_count_where_the_targets_favorite_is_known() -> None:
+    target = jnp.asarray([[[3.0, 0.0, 1.0], [0.0, 3.0, 1.0], [0.0, 1.0, 3.0]]])
+    where, ids = jnp.ones((1, 3), bool), jnp.asarray([0, 2])
+    logits, counted = losses.draft_targets(target, where, step=1, draft_ids=ids)
+    np.testing.assert_array_equal(counted, [[False, True, False]])
+    np.testing.assert_array_equal(logits[0, :2], target[0, 1:, ids].T)
+    np.testing.assert_array_equal(losses.known_to_draft(target, draft_ids=ids)[0, 0], [3, 1])
+    alpha = losses.acceptance(jnp.log(P), jnp.log(Q))
+    close(alpha, 1 - losses.total_variation(jnp.log(P), jnp.log(Q)))
+    part = losses.acceptance(jnp.log(P[:2]), jnp.log(Q), draft_ids=jnp.asarray([0, 1]))
+    close(part, 0.2 + 0.3)
+    own = losses.top_k_targets(jnp.log(Q), k=2)
+    assert int(losses.top_k_overlap(jnp.log(P), own)) == 1
+    np.testing.assert_array_equal(losses.in_student_top_k(jnp.log(P), own), [False, True])
+
+
+OF_LOGITS = {
+    "forward_kl": losses.forward_kl,
+    "reverse_kl": losses.reverse_kl,
+    "jsd_gkd": partial(losses.jsd_gkd, beta=0.3),
+    "skew_forward_kl": losses.skew_forward_kl,
+    "skew_reverse_kl": losses.skew_reverse_kl,
+    "adaptive": lambda s, t: losses.symmetric_kl(
+        s, t, weight=jax.lax.stop_gradient(losses.adaptive_kl_weight(s, t))
+    ),
+    "total_variation": losses.total_variation,
+    "student_top_k_reverse_kl": partial(losses.student_top_k_reverse_kl, k=3),
+    "entropy_aware_kl": partial(losses.entropy_aware_kl, k=3),
+    "lk_alpha": losses.lk_alpha,
+}
+
+
+@pytest.mark.usefixtures("x64")
+def test_chunks_padding_id_maps_and_sharded_vocabularies_change_nothing() -> None:
+    """Every divergence at once, so that each form is one program."""
+    rng = np.random.default_rng(0)
+    ours, theirs = (jnp.asarray(rng.normal(size=(2, 4, 5))) for _ in range(2))
+    kernel, other = (jnp.asarray(rng.normal(size=(5, 8))) for _ in range(2))
+    order = jnp.asarray(rng.permutation(8))
+    tokens = jnp.asarray(rng.integers(0, 8, (2, 4)))
+
+    def dense(kernel: jax.Array) -> jax.Array:
+        s, t = losses.head_logits(ours, Head(kernel)), losses.head_logits(theirs, Head(other))
+        own = losses.token_log_probs(s, tokens)
+        values = [jnp.sum(f(s, t)) for f in OF_LOGITS.values()]
+        return jnp.stack([*values, jnp.sum(jnp.square(own))])
+
+    def chunked(kernel: jax.Array, other: jax.Array = other, prepare: Any = None) -> jax.Array:
+        def total(f: Any) -> jax.Array:
+            g = f if prepare is None else lambda s, t: f(*prepare(s, t))
+            return losses.chunked_divergence(
+                g, ours, Head(kernel), theirs, Head(other), chunk_size=3
+            ).total
+
+        own = losses.chunked_map(losses.token_log_probs, ours, Head(kernel), tokens, chunk_size=3)
+        own = own if prepare is None else jnp.zeros(())
+        return jnp.stack([*map(total, OF_LOGITS.values()), jnp.sum(jnp.square(own))])
+
+    def both(values: Any, kernel: jax.Array) -> Any:
+        """All values, and the gradient of their sum by the kernel."""
+        (_, found), gradient = jax.value_and_grad(
+            lambda k: (jnp.sum(found := values(k)), found), has_aux=True
+        )(kernel)
+        return found, gradient
+
+    want, by_kernel = jax.jit(partial(both, dense))(kernel)
+    # The vocabulary in four parts, each on a device of its own.
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    parts = jax.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "tensor"))
+    spread = jax.device_put(kernel, parts)
+    got, gradient = jax.jit(partial(both, chunked))(spread)
+    np.testing.assert_allclose(got, want, rtol=1e-9)
+    np.testing.assert_allclose(gradient, by_kernel, rtol=1e-7, atol=1e-9)
+    # Padded columns that say something, and a teacher that numbers the tokens differently.
+    padded = jnp.concatenate([kernel, 9 * jnp.ones((5, 3))], axis=1)
+    mapped = jnp.zeros((5, 8)).at[:, order].set(other)
+
+    def prepare(s: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        s = losses.without_padding(s, size=8)
+        return s, losses.without_padding(losses.by_id(t, order), size=8, width=11)
+
+    got = jax.jit(lambda k: chunked(k, mapped, prepare))(padded)
+    np.testing.assert_allclose(got[:-1], want[:-1], rtol=1e-9)
+
+
+def test_shared_vocabulary_sees_mass_that_leaves_it() -> None:
+    ours, theirs = losses.shared_vocabulary(
+        jnp.log(P),
+        jnp.log(jnp.asarray([0.3, 0.1, 0.5, 0.1])),
+        jnp.asarray([0, 1]),
+        jnp.asarray([2, 0]),
+    )
+    close(jnp.exp(ours), [0.5, 0.3, 0.2])
+    close(jnp.exp(theirs), [0.5, 0.3, 0.2])
+    close(jnp.exp(losses.log_mass(jnp.log(P), jnp.asarray([True, False, True]))), 0.7)
+    assert np.isneginf(losses.by_id(jnp.log(P), jnp.asarray([1, -1]))[1])
+    at = losses.top_k_at(jnp.log(P), jnp.asarray([2, 0]))
+    close(jnp.exp(at.log_probs), [0.2, 0.5])
+    close(jnp.exp(at.log_tail), 0.3)
