@@ -71,4 +71,4 @@ def _checked(student: Array, teacher: Array) -> tuple[Array, Array]:
     _checks.same_shape(student_log_probs=student, teacher_log_probs=teacher)
     _checks.nonempty(student_log_probs=student)
     # Sums of rounded logarithms may end just above 0.
-    return tuple(jnp.minimum(_numerics.upcast(x), 0) for x in (student, teacher))
+    return jnp.minimum(_numerics.upcast(student), 0), jnp.minimum(_numerics.upcast(teacher), 0)

@@ -270,7 +270,7 @@ def iw_opd_weight(advantages: Array, *, gamma: Scalar = 0.5, where: Array | None
 def _prepared(where: Array | None, **arrays: Array) -> list[Array]:
     """Checked, float32 or wider, 0 where masked."""
     _checks.floating(**arrays)
-    _checks.rank(1, **arrays)
+    _checks.rank(1, None, **arrays)
     _checks.same_shape(**arrays)
     for array in arrays.values():
         _checks.mask(where, jnp.shape(array))
