@@ -5,10 +5,10 @@ Machine:   Intel Xeon 2.5 GHz, virtual, 2 cores, other jobs running; jax 0.10.2,
            Python 3.11.7
 RESULT:    growth of the peak, checkpoints of 1 GB each (a tensor of 0.25 GB in each), and seconds:
            scale 47 MB 12 s, average of two 118 MB 22 s, merge of two by ties 311 MB 108 s. Of
-           checkpoints with little else than that tensor: dare 192 MB 15 s, della 294 MB 134 s,
-           slerp 892 MB 13 s. What is done by entries or by rows passes in pieces; slerp holds 3.6
-           times the largest tensor, 2 of which are the models; not in the list below: model_stock
-           5.9 times, karcher and multi_slerp 6.0, dare as mergekit 9.3, breadcrumbs 11.6 times
+           checkpoints with little else than that tensor: dare 192 MB 15 s, della 294 MB 134 s.
+           Of checkpoints of 0.49 GB whose largest tensor has 123 MB: slerp 167 MB, karcher 198 MB,
+           model_stock 212 MB, multi_slerp 227 MB, dare as mergekit 257 MB, breadcrumbs 322 MB. All
+           but sce, ram, arcee_fusion, regmean and angles of columns pass in pieces
 
 Three checkpoints of one structure are written to a temporary folder: an embedding of a quarter of
 the size, the rest kernels of 16 MB, float32. Every command runs in a process of its own, first on

@@ -46,7 +46,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8, jnp.int4])
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, jnp.int4, jnp.float8_e4m3fn])
 def test_codes_are_refused_by_name(name: str, dtype: Any) -> None:
     with pytest.raises(ValueError, match="'fc/kernel' .*integer codes.*Dequantize"):
         CALLS[name](_quantized(dtype))

@@ -78,11 +78,13 @@ def coefficients(
 
 
 def is_code(leaf: Any) -> bool:
-    """Whether a leaf looks quantized: an array of integers of at most eight bits."""
+    """Whether a leaf looks quantized: an array of integers or floats of at most eight bits."""
     dtype = getattr(leaf, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.integer) or np.ndim(leaf) == 0:
+    if dtype is None or np.ndim(leaf) == 0:
         return False
-    return jnp.iinfo(dtype).bits <= 8
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.finfo(dtype).bits <= 8
+    return jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits <= 8
 
 
 def refuse_codes(flat: Mapping[str, Any]) -> None:
@@ -91,8 +93,9 @@ def refuse_codes(flat: Mapping[str, Any]) -> None:
     if found:
         more = f" and {len(found) - 8} more" if len(found) > 8 else ""
         raise ValueError(
-            f"{', '.join(found[:8])}{more} hold integer codes, whose values mean nothing without "
-            "their scales. Dequantize them to floating point first, or leave them out."
+            f"{', '.join(found[:8])}{more} hold integer codes or 8-bit floats, whose values mean "
+            "nothing without their scales. Dequantize them to 16 bits or more first, or leave them "
+            "out."
         )
 
 
