@@ -15,6 +15,7 @@ import pytest
 from kdtl_jax import language, losses
 from kdtl_jax.losses import Head
 from kdtl_jax.objective import Masked, Mean, reduce
+from kdtl_jax.train import ensembles
 
 P, Q = jnp.asarray([0.5, 0.3, 0.2]), jnp.asarray([0.2, 0.3, 0.5])
 OF_REVERSE_KL = [0.3207, -0.0825, -0.2382]
@@ -301,3 +302,26 @@ def test_shared_vocabulary_sees_mass_that_leaves_it() -> None:
     at = losses.top_k_at(jnp.log(P), jnp.asarray([2, 0]))
     close(jnp.exp(at.log_probs), [0.2, 0.5])
     close(jnp.exp(at.log_tail), 0.3)
+
+
+def test_one_teacher_per_example_in_chunks_or_dense() -> None:
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(3, 2, 4)), jnp.float32)
+    kernels = jnp.asarray(rng.normal(size=(3, 4, 6)), jnp.float32)
+    student, teachers, owner = Head(kernels[0]), kernels[1:], jnp.asarray([1, 0, 1])
+    parts = [
+        losses.chunked_divergence(
+            losses.reverse_kl,
+            hidden,
+            student,
+            hidden,
+            Head(kernel),
+            where=jnp.broadcast_to(owner[:, None] == k, (3, 2)),
+        )
+        for k, kernel in enumerate(teachers)
+    ]
+    own = jnp.stack([hidden @ kernel for kernel in teachers])
+    one_hot = (owner[None] == jnp.arange(2)[:, None]).astype(jnp.float32)
+    dense = ensembles.over_teachers(losses.reverse_kl, weights=one_hot)(hidden @ kernels[0], own)
+    close(sum(p.total for p in parts), jnp.sum(dense), rtol=1e-5)
+    assert sum(p.weight for p in parts) == 6

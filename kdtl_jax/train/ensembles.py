@@ -210,6 +210,9 @@ def over_teachers(
 ) -> Callable[[Array, Array], Array]:
     """`sum_k w_k loss(student, teacher_k)` as a loss of a student and stacked teachers.
 
+    One teacher per example (multi-teacher on-policy distillation, 2601.02780) is a one-hot
+    `weights` `[K, B]`, or, in chunks, the sum of each teacher's `Mean` where the example is its.
+
     Args:
       loss: of one student and one teacher; bind its hyper-parameters with `functools.partial`.
       weights: `[K]`, or `[K, B]` for weights per example; ones by default, a plain sum.
