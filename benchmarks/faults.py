@@ -41,12 +41,17 @@ TESTS = Path(__file__).parent.parent / "tests"
 PROGRAM, PAIRS = TESTS / "fault_program.py", TESTS / "pair_program.py"
 
 
+def last_line(stdout: str) -> Any:
+    """The JSON that a program printed last; Gloo writes to stdout too."""
+    return json.loads(stdout.splitlines()[-1])
+
+
 def attacks(kills: int, terms: int, seed: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(PROGRAM), folder, "--kills", str(kills)]
         command += ["--terms", str(terms), "--seed", str(seed)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout)["attacks"]
+    return last_line(done.stdout)["attacks"]
 
 
 def pairs(count: int, seed: int) -> list[dict[str, Any]]:
@@ -56,7 +61,7 @@ def pairs(count: int, seed: int) -> list[dict[str, Any]]:
         killed = count // 6
         command += ["--stopped", str(count - killed), "--killed", str(killed), "--seed", str(seed)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found = json.loads(done.stdout)
+    found = last_line(done.stdout)
     for kind in ("undisturbed", "stopped", "killed"):
         runs = [run for run in found if run["kind"] == kind]
         ended, same = (sum(run[name] for run in runs) for name in ("ended", "identical"))

@@ -10,6 +10,8 @@ tests/test_faults.py and benchmarks/faults.py.
 """
 
 import argparse
+import contextlib
+import faulthandler
 import hashlib
 import json
 import random
@@ -80,6 +82,7 @@ def trained(folder: Path, seed: int, mesh: Any) -> bytes:
 
 
 def child(folder: Path, port: int, rank: int) -> None:
+    faulthandler.register(signal.SIGUSR1)  # tells where it hangs, should it
     jax.config.update("jax_platforms", "cpu")
     processes.initialize(coordinator=f"localhost:{port}", processes=2, process=rank)
     with processes.signals():
@@ -110,6 +113,9 @@ def end(folder: Path, pair: list[subprocess.Popen[bytes]]) -> tuple[list[int], l
         try:
             codes.append(process.wait(max(1.0, begun + 3 * SECONDS - time.monotonic())))
         except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGUSR1)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(2)
             process.kill()
             codes.append(-99)
     digests = [(folder / f"digest{rank}") for rank in range(2)]
@@ -162,9 +168,12 @@ def main() -> None:
         codes, digests, seconds = end(args.folder / "straight", start(args.folder / "straight"))
         wanted = wanted or digests[0]
         same = codes == [0, 0] and digests == [wanted, wanted]
-        found.append({"kind": "undisturbed", "codes": codes, "ended": True, "identical": same,
-                      "seconds": round(seconds, 1)})  # fmt: skip
+        found.append({"kind": "undisturbed", "codes": codes, "ended": -99 not in codes,
+                      "identical": same, "seconds": round(seconds, 1)})  # fmt: skip
         print(found[-1], file=sys.stderr, flush=True)
+        if not same:
+            for rank in range(2):
+                print((args.folder / f"straight/errors{rank}").read_text(), file=sys.stderr)
         shutil.rmtree(args.folder / "straight")
     for i, kind in enumerate(kinds):
         found.append(disturbed(args.folder / f"{kind}{i}", kind, dice, wanted))

@@ -23,7 +23,7 @@ def test_killed_and_stopped_runs_end_bit_identical(tmp_path: Path) -> None:
         [*command, "--kills", "5", "--terms", "2"], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    *attacks, last = json.loads(done.stdout)["attacks"]
+    *attacks, last = json.loads(done.stdout.splitlines()[-1])["attacks"]
     assert [a["code"] for a in attacks if a["signal"] == "SIGKILL"] == [-9] * 5, done.stderr
     stopped = [a for a in attacks if a["signal"] == "SIGTERM"]
     assert [a["code"] for a in stopped] == [143] * 2, done.stderr
