@@ -66,11 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    if not own.no_compilation_cache:
-        keep_programs()
-    from kdtl_jax.run import processes  # jax is needed from here on
-
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
     try:
+        if not own.no_compilation_cache:
+            keep_programs()
+        from kdtl_jax.run import processes  # jax is needed from here on
+
         with processes.signals():
             code = module.run(settings)
             sys.stdout.flush()

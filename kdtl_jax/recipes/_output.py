@@ -63,14 +63,18 @@ def run_folder(
             if folder.exists() and not folder.is_dir():
                 raise ValueError(f"--out {folder} is a file. Name a folder.")
             names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+            names = {name for name in names - {".lock"} if not name.endswith(_files.TEMPORARY)}
             taken_up = resume and "config.yaml" in names
-            if not taken_up and not settings.force and names - {".lock"} not in (set(), SETTINGS):
+            failed_early = names == SETTINGS or names <= SETTINGS - {"config.yaml"}
+            if not taken_up and not settings.force and not failed_early:
                 raise ValueError(
                     f"--out {folder} is not empty, and nothing in it is overwritten. Name another "
                     "folder, or pass --force."
                 )
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_files.locked(folder))
+            for unfinished in folder.glob(f".*{_files.TEMPORARY}"):
+                unfinished.unlink()
             made = record.made_from(files or {})
             if taken_up:
                 run = _check_same(folder, config, command)
@@ -80,10 +84,11 @@ def run_folder(
             (folder / "metrics.jsonl").unlink(missing_ok=True)
             if kept := checkpoint.remove(folder / "checkpoints"):
                 print(f"note: not ours, and left alone in {folder}/checkpoints: {', '.join(kept)}")
-            _files.write_atomic(folder / "config.yaml", config.encode(errors="replace"))
             record.keep(folder, made)
             run = secrets.token_hex(8)
             _files.write_json(folder / "env.json", {**report.environment(), "run": run})
+            # Last, because this file makes it a run to be resumed, which wants the other two.
+            _files.write_atomic(folder / "config.yaml", config.encode(errors="replace"))
             return run
 
         yield Folder(folder, processes.decide(begin))

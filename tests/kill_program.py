@@ -1,0 +1,296 @@
+"""Kills of every command that writes, at random moments, and what must then be true.
+
+    python kill_program.py FOLDER --kills 10 --stops 4 --seed 0 [--only scale,distill]
+
+prints one JSON object. Every command runs once undisturbed; then it is killed (SIGKILL) or stopped
+(SIGTERM, SIGINT) at a random moment of that time. Afterwards every file that it writes is the old
+one or the new one, whole, files of others are as they were, and the command, run again (`--resume`
+where there is one), ends with the bytes of the undisturbed run. Shared by tests/test_faults.py and
+benchmarks/faults.py. Everything is imported once, and a child is forked per run before any JAX back
+end starts.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from params_checkpoints import flat
+from test_sentences import write_encoder, write_text
+from tiny import write_data
+
+from kdtl_jax import _files
+from kdtl_jax.cli import find, main
+from kdtl_jax.interop import safetensors
+
+RUN = "run"  # where a command writes: a folder, or what --write names
+TINY = ["--data", "data.npz", "--teacher", "mlp:8", "--student", "mlp:4", "--batch-size", "8"]
+TRAINED = ["--seeds", "2", "--epochs", "6", "--teacher-epochs", "4"]
+OUT = ["--out", RUN]
+# Where a run keeps when it was made and how long it took, beside what has to be equal.
+TIMED = {"results.json", "report.html", "env.json", "made_from.json", "config.yaml", "bench.json"}
+
+
+class Case(NamedTuple):
+    """A command: its words, what repeats it after a kill, and what is there before."""
+
+    words: list[str]
+    again: list[str]
+    old: list[str] | None = None  # an earlier command whose result is there already
+    folder: bool = True  # whether RUN is a folder with a foreign file in it
+
+
+def cases() -> dict[str, Case]:
+    """Every command that writes, and the two of `params` that only read."""
+
+    def written(*words: str, shards: bool = False) -> Case:
+        command = ["params", *words, "--write", RUN if shards else f"{RUN}.safetensors"]
+        if shards:  # a folder is never replaced
+            return Case([*command, "--shard-bytes", "2000"], [], folder=False)
+        old = ["params", "scale", "base.safetensors", "--write", f"{RUN}.safetensors"]
+        return Case([*command, "--force"], [*command, "--force"], old, folder=False)
+
+    def run(name: str, *words: str, again: tuple[str, ...] = ("--force",)) -> Case:
+        command = [name, *words, *OUT]
+        return Case([*command, "--force"], [*command, *again])
+
+    models = ["a.safetensors", "b.safetensors"]
+    return {
+        "scale": written("scale", "a.safetensors", "--alpha", "2"),
+        "transfer weights": written("transfer", *models),
+        "slice": written("slice", "a.safetensors", "--where", "layer_.*"),
+        "average": written("average", *models),
+        "merge": written("merge", *models, "--method", "ties", "--base", "base.safetensors"),
+        "lora-merge": written("lora-merge", "plain.safetensors", "adapter"),
+        "shards": written("scale", "a.safetensors", "--alpha", "2", shards=True),
+        "inspect": Case(["params", "inspect", "a.safetensors", "--values"], [], folder=False),
+        "diff": Case(["params", "diff", *models], [], folder=False),
+        "cache": Case(
+            ["cache", "--data", "data.npz", "--weights", "teacher/teacher.safetensors",
+             "--batch-size", "4", *OUT],
+            ["cache", "--data", "data.npz", "--weights", "teacher/teacher.safetensors",
+             "--batch-size", "4", *OUT], folder=False,
+        ),
+        "distill": run("distill", *TINY, *TRAINED, "--methods", "kd", again=("--resume",)),
+        "sweep": run("sweep", *TINY, *TRAINED, "--grid", "rate=0.1,0.01"),
+        "transfer": run(
+            "transfer", "--data", "data.npz", "--model", "mlp:8", "--methods", "scratch",
+            "--labels-per-class", "3", "--batch-size", "3", "--seeds", "2", "--epochs", "4",
+            "--source-epochs", "4", "--source-classes", "0-2", "--target-classes", "0-2",
+        ),
+        "sentences": run(
+            "sentences", "--encoder", "encoder", "--text", "text.txt", "--layers", "0,2",
+            "--quick", "--batch-size", "16",
+        ),
+        "bench": run("bench", "--preset", "mlp", "--quick"),
+        "demo": run("demo", "--quick"),
+    }  # fmt: skip
+
+
+def prepare(folder: Path) -> None:
+    """Data, weights, an adapter, an encoder and a text in the working folder."""
+    write_data(folder / "data.npz")
+    for seed, name in enumerate(("base", "a", "b")):
+        tensors = flat(seed, width=64, layers=12)
+        safetensors.save(folder / f"{name}.safetensors", tensors, metadata={"format": "np"})
+    rng = np.random.default_rng(0)
+    layers = {f"layer_{i}.weight": rng.normal(size=(256, 256)) for i in range(12)}
+    plain = {name: x.astype(np.float32) for name, x in layers.items()}
+    safetensors.save(folder / "plain.safetensors", plain)
+    sides = {"A": (4, 256), "B": (256, 4)}
+    adapter = {
+        f"base_model.model.layer_{i}.lora_{side}.weight": np.ones(shape, np.float32)
+        for i in range(12)
+        for side, shape in sides.items()
+    }
+    (folder / "adapter").mkdir()
+    safetensors.save(folder / "adapter/adapter_model.safetensors", adapter)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["layer_0"]}
+    config["target_modules"] = [f"layer_{i}" for i in range(12)]
+    (folder / "adapter/adapter_config.json").write_text(json.dumps(config))
+    write_encoder(folder / "encoder")
+    write_text(folder / "text.txt")
+
+
+def start(folder: Path, words: list[str], log: Path) -> int:
+    """Runs a command in a forked process in the folder; its process number."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+            os.chdir(folder)
+            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+            code = main(words)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return pid
+
+
+def end(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def finish(folder: Path, words: list[str], log: Path) -> float:
+    """Runs a command to its end; the seconds it took."""
+    begun = time.monotonic()
+    code = end(start(folder, words, log))
+    assert code == 0, f"kdtl {' '.join(words)} ended with {code}: {log.read_text()[-2000:]}"
+    return time.monotonic() - begun
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file, but for locks, marks, checkpoints and unfinished files."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder)
+        ours = name.parts[0] in (RUN, f"{RUN}.safetensors")
+        hidden = name.name in (".lock", _files.MARK) or any(
+            part.endswith(_files.TEMPORARY) for part in name.parts
+        )
+        if not hidden and not (ours and "checkpoints" in name.parts and "mine" not in name.parts):
+            found[name.as_posix()] = path.read_bytes()
+    return found
+
+
+def is_whole(name: str, now: bytes, versions: list[dict[str, bytes]]) -> bool:
+    """Whether a file that a command writes is one of the versions, or readable where it is timed."""
+    base = Path(name).name
+    if base in TIMED:
+        try:
+            text = now.decode()
+            return base.endswith((".html", ".yaml")) or json.loads(text) is not None
+        except ValueError:
+            return False
+    if base == "metrics.jsonl":  # it grows line by line
+        return any(version[name].startswith(now) for version in versions if name in version)
+    return any(version.get(name) == now for version in versions)
+
+
+def attack(home: Path, case: Case, number: int, moment: float, whole: dict[str, bytes],
+           log: Path, scratch: Path) -> dict[str, Any]:  # fmt: skip
+    """One kill in a copy of the prepared folder; what was found wrong is in `wrong`."""
+    shutil.copytree(home, scratch, symlinks=True)
+    before = content(scratch)
+    pid = start(scratch, case.words, log)
+    time.sleep(moment)
+    sent = time.monotonic()
+    os.kill(pid, number)
+    code, wrong = end(pid), []
+    seconds, after = time.monotonic() - sent, content(scratch)
+    known = signal.Signals(number)
+    allowed = {
+        signal.SIGKILL: {-9, 0},
+        signal.SIGTERM: {143, -15, 0},
+        signal.SIGINT: {130, 0},
+    }
+    if code not in allowed[known]:
+        wrong.append(f"it ended with {code}: {log.read_text()[-300:]}")
+    for name, was in before.items():
+        if not _written(name) and after.get(name) != was:
+            wrong.append(f"{name} of another was changed or lost")
+        if case.old is not None and _written(name) and name not in after:
+            wrong.append(f"the old {name} is lost")
+    for name, now in after.items():
+        if _written(name) and not is_whole(name, now, [before, whole]):
+            wrong.append(f"{name} is neither the old nor the new one")
+        if not _written(name) and name not in before:
+            wrong.append(f"{name} was left behind")
+    if case.again:
+        again = case.again
+        if "--resume" in again and not (scratch / RUN / "config.yaml").exists():
+            again = case.words  # it was killed before there was anything to resume
+        code_again = end(start(scratch, again, log))
+        ended = content(scratch)
+        if code_again != 0:
+            wrong.append(f"again, it ended with {code_again}: {log.read_text()[-600:]}")
+        else:
+            for name, want in whole.items():
+                if Path(name).name not in TIMED and ended.get(name) != want:
+                    wrong.append(f"again, {name} differs from the undisturbed run's")
+        if case.folder and list((scratch / RUN).glob(f".*{_files.TEMPORARY}")):
+            wrong.append("unfinished files stay in the run folder")
+    if not wrong:
+        shutil.rmtree(scratch)
+    return {"signal": known.name, "moment": round(moment, 2), "code": code,
+            "seconds": round(seconds, 2), "wrong": wrong}  # fmt: skip
+
+
+def _written(name: str) -> bool:
+    """Whether a command writes it: what lies in RUN, but for the files of another there."""
+    return name.startswith(RUN) and Path(name).name not in ("notes.txt", "weights.bin")
+
+
+def main_() -> None:
+    parser = argparse.ArgumentParser(description="Example: kill_program.py FOLDER --kills 3")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--stops", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="names of commands, by comma")
+    args = parser.parse_args()
+    root: Path = args.folder.absolute()
+    base, log = root / "prepared", root / "log.txt"
+    base.mkdir(parents=True)
+    chosen = cases()
+    if args.only:
+        chosen = {name: chosen[name] for name in args.only.split(",")}
+    for case in chosen.values():
+        find(case.words)  # imports its module
+    if (child := os.fork()) == 0:  # it starts a back end, after which nobody may fork
+        prepare(base)
+        os._exit(0)
+    assert end(child) == 0
+    if "cache" in chosen:
+        teacher = ["distill", *TINY, *TRAINED, "--methods", "kd", "--out", "teacher"]
+        finish(base, teacher, log)
+    found = []
+    for name, case in chosen.items():
+        home, scratch = root / "home", root / "killed"
+        shutil.rmtree(home, ignore_errors=True)
+        shutil.copytree(base, home)
+        if case.folder:
+            (home / RUN / "checkpoints" / "mine").mkdir(parents=True)
+            (home / RUN / "checkpoints" / "mine" / "weights.bin").write_bytes(b"mine")
+            (home / RUN / "notes.txt").write_text("mine")
+        if case.old is not None:
+            finish(home, case.old, log)
+        straight = root / "straight"
+        for _ in range(2):  # the second time nothing is compiled
+            shutil.rmtree(straight, ignore_errors=True)
+            shutil.copytree(home, straight)
+            seconds = finish(straight, case.words, log)
+        whole, dice = content(straight), random.Random(f"{args.seed} {name}")
+        plan = [signal.SIGKILL] * args.kills
+        plan += [[signal.SIGTERM, signal.SIGINT][i % 2] for i in range(args.stops)]
+        for number in plan:
+            for _ in range(5):  # one that came after the end is sent again, earlier
+                shutil.rmtree(scratch, ignore_errors=True)
+                moment = dice.uniform(0, seconds)
+                one = attack(home, case, number, moment, whole, log, scratch)
+                if one["code"] != 0 or one["wrong"]:
+                    break
+                seconds = moment
+            found.append({"command": name} | one)
+            print(found[-1], file=sys.stderr, flush=True)
+            if one["wrong"]:
+                scratch.rename(root / f"wrong{len(found)}")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main_()
