@@ -8,9 +8,9 @@ Machine:   2 cores of an AMD EPYC virtual machine, Linux 6.18, busy with other w
 RESULT:    kill -9: 50 of 50 resumes bit-identical; 42 of the kills came during a save
            SIGTERM: 20 of 20 resumes bit-identical; 20 exited 143, 20 with their last step saved;
            0.91 s to the exit (at most 1.58)
-           two processes: 21 of 21 undisturbed runs ended identical; 19 of 19 stopped by SIGTERM (to
-           both or to one) exited 143 together within 15 s and resumed bit-identical; 2 of 2 whose
-           partner was killed ended by themselves (7 and 31 s later) and resumed bit-identical
+           two processes: 20 of 20 undisturbed runs ended identical; 17 of 17 stopped by SIGTERM (to
+           both or to one) exited 143 together within 16 s and resumed bit-identical; 3 of 3 whose
+           partner was killed ended by themselves within 2 s and resumed bit-identical
            full disk, foreseen and not: step 8 fails with the reason, steps 0 to 7 stay whole, with
            room again step 8 is saved and restored
 

@@ -80,7 +80,7 @@ def cases() -> dict[str, Case]:
              "--batch-size", "4", *OUT], folder=False,
         ),
         "distill": run("distill", *TINY, *TRAINED, "--methods", "kd", again=("--resume",)),
-        "sweep": run("sweep", *TINY, *TRAINED, "--grid", "rate=0.1,0.01"),
+        "sweep": run("sweep", *TINY, *TRAINED, "--grid", "temperature=1,4"),
         "transfer": run(
             "transfer", "--data", "data.npz", "--model", "mlp:8", "--methods", "scratch",
             "--labels-per-class", "3", "--batch-size", "3", "--seeds", "2", "--epochs", "4",
@@ -168,7 +168,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def is_whole(name: str, now: bytes, versions: list[dict[str, bytes]]) -> bool:
-    """Whether a file that a command writes is one of the versions, or readable where it is timed."""
+    """Whether a file that a command writes is one of the versions, or readable if timed."""
     base = Path(name).name
     if base in TIMED:
         try:

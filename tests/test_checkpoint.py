@@ -153,7 +153,7 @@ def test_falls_back_and_says_why(kept: Path, damage: str, standard_promotion: No
         says = "cut short"
     else:
         text = (home / "manifest.json").read_text()
-        (home / "manifest.json").write_text(text.replace('"format": 2', '"format": 3'))
+        (home / "manifest.json").write_text(text.replace('"format": 3', '"format": 4'))
         says = "altered"
     found = checkpoint.restore(kept, state())
     assert found.step == 1 and [s for s, _ in found.skipped] == [2] and says in found.skipped[0][1]

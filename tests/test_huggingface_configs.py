@@ -86,7 +86,7 @@ def test_hostile_numbers_are_one_clear_error(tmp_path: Path, family: str, key: s
         ("llama", {"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta = nan"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor = 0"),
         ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "factor = None"),
-        ("llama", {"rope_parameters": {"mscale": 1.0}}, r"does not read \['mscale'\]"),
+        ("llama", {"rope_parameters": {"mscale": 1.0}}, "does not read 'mscale'"),
         ("llama", {"rope_parameters": [1]}, r"rope_parameters = \[1\]; expected an object"),
         ("llama", {"rope_scaling": {"rope_theta": 7.0}}, "rope_scaling and rope_parameters differ"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "layer_types"),

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from kdtl_jax import _text
 from kdtl_jax.interop import (
     _hf_causal,
     _hf_convolutions,
@@ -71,7 +72,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
             return family
     known = ", ".join(each for family in FAMILIES for each in family.model_types)
     raise ValueError(
-        f"model_type {str(name)[:60]!r} is not built here; known are {known}. "
+        f"model_type {_text.quoted(name)} is not built here; known are {known}. "
         "Load its tensors with safetensors.load and name them with your own rules."
     )
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from kdtl_jax import models
+from kdtl_jax import _text, models
 from kdtl_jax.interop._hf_config import (
     Config,
     activation,
@@ -123,7 +123,7 @@ def _qwen2(v: dict[str, Any], found: Found) -> models.Llama:
     kinds = v["layer_types"]
     if kinds is not None and kinds != ["full_attention"] * v["num_hidden_layers"]:
         raise ValueError(
-            f"config.json: layer_types = {str(kinds)[:60]} is not built here (only one "
+            f"config.json: layer_types = {_text.shown(kinds)} is not built here (only one "
             "'full_attention' per layer); the outputs would be wrong."
         )
     return _llama(v, found).clone(qkv_bias=True)
@@ -139,25 +139,26 @@ def rope_frequencies(config: Config, head_width: int) -> tuple[float, ...]:
     for key in ("rope_scaling", "rope_parameters"):
         entry = {} if config.get(key) is None else config[key]
         if not isinstance(entry, Mapping):
-            raise ValueError(f"config.json: {key} = {str(entry)[:60]}; expected an object.")
+            raise ValueError(f"config.json: {key} = {_text.shown(entry)}; expected an object.")
         clash = [name for name in entry if name in rope and rope[name] != entry[name]]
         if clash:
             raise ValueError(
-                f"config.json: rope_scaling and rope_parameters differ in {clash[:8]}."
+                f"config.json: rope_scaling and rope_parameters differ in {_text.listed(clash)}."
             )
         rope |= entry
     rope.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     known = {"default": (), "linear": ("factor",), "llama3": _LLAMA3}
     if kind not in known or not isinstance(kind, str):
-        raise ValueError(f"rope type {kind!r} is not built here (only default, linear and llama3).")
+        raise ValueError(
+            f"rope type {_text.quoted(kind)} is not built here (only default, linear and llama3)."
+        )
     strange = rope.keys() - {"rope_theta", "rope_type", "type", *known[kind]}
     if rope.get("partial_rotary_factor") == 1:
         strange -= {"partial_rotary_factor"}
     if strange:
-        raise ValueError(
-            f"config.json: the rope type {kind!r} does not read {sorted(map(str, strange))[:8]}."
-        )
+        named = _text.listed(sorted(map(str, strange)))
+        raise ValueError(f"config.json: the rope type {kind!r} does not read {named}.")
     numbers = {key: _positive(key, rope.get(key)) for key in ("rope_theta", *known[kind])}
     theta = numbers["rope_theta"]
     plain = [theta ** (-2 * i / head_width) for i in range(head_width // 2)]
@@ -185,7 +186,7 @@ _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 def _positive(key: str, value: Any) -> float:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 < value < 1e15:
-        raise ValueError(f"config.json: {key} = {str(value)[:60]}; expected a positive number.")
+        raise ValueError(f"config.json: {key} = {_text.shown(value)}; expected a positive number.")
     return float(value)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kdtl_jax import models
+from kdtl_jax import _text, models
 
 Config = Mapping[str, Any]
 REQUIRED = object()
@@ -74,12 +74,14 @@ def read(config: Config, fields: Sequence[Field], harmless: str, limits: Limits)
         try:
             out[key] = check(value, limits)
         except ValueError as expected:
-            raise ValueError(f"config.json: {key} = {_short(value)}; {expected}.") from None
+            raise ValueError(f"config.json: {key} = {_text.quoted(value)}; {expected}.") from None
     known = HARMLESS | out.keys() | set(harmless.split())
     empty = (None, {}, [])  # as `pruned_heads` and `quantization_config` say nothing
     strange = [k for k in config if k not in known and not any(config[k] == e for e in empty)]
     if strange:
-        shown = ", ".join(f"{key!r} = {_short(config[key])}" for key in strange[:8])
+        shown = ", ".join(
+            f"{_text.quoted(key)} = {_text.quoted(config[key])}" for key in strange[:8]
+        )
         raise ValueError(
             f"config.json has keys that are not read here and not known to be harmless: {shown}. "
             "The outputs could be wrong; remove a key if it changes nothing."
@@ -219,7 +221,7 @@ def activation_named(name: Any) -> models.Activation:
         case "sigmoid":
             return jax.nn.sigmoid
         case _:
-            raise ValueError(f"the activation {_short(name)} is not built here")
+            raise ValueError(f"the activation {_text.quoted(name)} is not built here")
 
 
 def _integer(value: Any, least: int, most: int) -> int:
@@ -233,8 +235,3 @@ def _integer(value: Any, least: int, most: int) -> int:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kdtl_jax import models
+from kdtl_jax import _text, models
 from kdtl_jax.interop._hf_config import HARMLESS, Config
 from kdtl_jax.interop._hf_decoder_names import (
     both_norms,
@@ -58,10 +58,10 @@ def decoder(config: Config) -> tuple[DecoderConfig, tuple[Rule, ...]]:
       ValueError: for an unknown family, a key that is not understood, a value whose computation is
         not built here, or numbers that are no sizes.
     """
-    name = str(config.get("model_type"))[:60]
+    name = str(config.get("model_type"))
     if name not in FAMILIES:
         raise ValueError(
-            f"model_type {name!r} is no decoder that is built here; known are "
+            f"model_type {_text.quoted(name)} is no decoder that is built here; known are "
             f"{', '.join(sorted(FAMILIES))}."
         )
     family = FAMILIES[name]
@@ -69,19 +69,21 @@ def decoder(config: Config) -> tuple[DecoderConfig, tuple[Rule, ...]]:
     if unknown:
         raise ValueError(
             f"config.json of a {name!r} model has keys that are not understood here: "
-            f"{', '.join(unknown)}. They may change the outputs; remove them only if they do not."
+            f"{_text.listed(unknown)}. They may change the outputs; remove them only if they do "
+            "not."
         )
     for key, allowed in family.requires.items():
         if config.get(key, allowed[0]) not in allowed:
             raise ValueError(
-                f"{key} = {config[key]!r} of a {name!r} model is not built here (only "
+                f"{key} = {_text.quoted(config[key])} of a {name!r} model is not built here (only "
                 f"{' or '.join(map(repr, allowed))})."
             )
     try:
         return family.build(config), family.rules
     except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(
-            f"config.json of a {name!r} model cannot be read: {type(error).__name__}: {error}."
+            f"config.json of a {name!r} model cannot be read: {type(error).__name__}: "
+            f"{_text.shown(str(error), 100)}."
         ) from None
 
 
@@ -104,7 +106,9 @@ def _activation(config: Config, key: str, default: str) -> Callable[..., Any]:
     }
     name = config.get(key) or default
     if name not in known:
-        raise ValueError(f"{key} = {name!r} is not built here (only {', '.join(known)}).")
+        raise ValueError(
+            f"{key} = {_text.quoted(name)} is not built here (only {', '.join(known)})."
+        )
     return known[name]
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from kdtl_jax import trees
+from kdtl_jax import _text, trees
 from kdtl_jax.interop import naming
 from kdtl_jax.interop._hf_config import Config, Field
 from kdtl_jax.interop.naming import Axes, Rule, linear
@@ -152,7 +152,7 @@ def head_of(family: Family, config: Config, stored: Iterable[str], prefix: str) 
     named = [] if named is None else named
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise ValueError(
-            f"config.json: architectures = {str(named)[:60]}; expected names in a list."
+            f"config.json: architectures = {_text.shown(named)}; expected names in a list."
         )
     for head in present:
         if set(head.architectures) & set(named):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from kdtl_jax import _text
 from kdtl_jax.interop._hf_config import Config
 from kdtl_jax.models import Rope
 
@@ -12,7 +13,9 @@ def size(config: Config, key: str, default: int | None = None) -> int:
     value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-        raise ValueError(f"config.json: {key} must be a positive whole number, got {value!r}.")
+        raise ValueError(
+            f"config.json: {key} must be a positive whole number, got {_text.quoted(value)}."
+        )
     return value
 
 
@@ -20,7 +23,7 @@ def number(config: Config, key: str, default: float) -> float:
     """A finite number of the configuration."""
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"config.json: {key} must be a finite number, got {value!r}.")
+        raise ValueError(f"config.json: {key} must be a finite number, got {_text.quoted(value)}.")
     return float(value)
 
 
@@ -82,7 +85,8 @@ def rope(
     if kind == "yarn":
         return _yarn(given, plain, theta, width, factor, original)
     raise ValueError(
-        f"rope type {kind!r} is not built here (only default, linear, llama3, yarn and longrope)."
+        f"rope type {_text.quoted(kind)} is not built here (only default, linear, llama3, yarn and "
+        "longrope)."
     )
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kdtl_jax import models
+from kdtl_jax import _text, models
 from kdtl_jax.interop._hf_causal import rope_frequencies
 from kdtl_jax.interop._hf_config import (
     activation,
@@ -114,13 +114,13 @@ def _modernbert(v: dict[str, Any], found: Found) -> models.ModernBert:
     names, kinds = _KINDS, v["layer_types"] or _modern_kinds(v)
     if not isinstance(kinds, list) or len(kinds) != depth or any(k not in names for k in kinds):
         raise ValueError(
-            f"config.json: layer_types = {str(kinds)[:60]}; expected {' or '.join(names)} for each "
-            f"of the {depth} layers."
+            f"config.json: layer_types = {_text.shown(kinds)}; expected {' or '.join(names)} for "
+            f"each of the {depth} layers."
         )
     given = v["rope_parameters"] or {}
     if not isinstance(given, dict) or given.keys() - set(names):
         raise ValueError(
-            f"config.json: rope_parameters = {str(given)[:60]}; expected an object with "
+            f"config.json: rope_parameters = {_text.shown(given)}; expected an object with "
             f"{' and '.join(names)}."
         )
     thetas = dict(zip(names, (v["global_rope_theta"], v["local_rope_theta"]), strict=True))
@@ -248,7 +248,7 @@ def _deberta(v: dict[str, Any], found: Found) -> models.Deberta:
     kinds = [k.strip() for k in kinds.lower().split("|")] if isinstance(kinds, str) else kinds
     if not isinstance(kinds, list) or any(kind not in ("c2p", "p2c") for kind in kinds):
         raise ValueError(
-            f"config.json: pos_att_type = {str(kinds)[:60]}; expected 'c2p', 'p2c' or both."
+            f"config.json: pos_att_type = {_text.shown(kinds)}; expected 'c2p', 'p2c' or both."
         )
     if v["pooler_hidden_size"] not in (None, v["hidden_size"]):
         raise ValueError("config.json: pooler_hidden_size must be the hidden_size.")

@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from kdtl_jax import _text
+
 # Keys that no merged weight depends on, or that the tensors themselves answer.
 _HARMLESS = frozenset(
     """task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode
@@ -105,20 +107,20 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     kind = config.get("peft_type", "LORA")
     if not isinstance(kind, str) or kind not in _READ:
-        raise refused(f"peft_type {kind!r}", f"known are {', '.join(_READ)}")
+        raise refused(f"peft_type {_text.quoted(kind)}", f"known are {', '.join(_READ)}")
     allowed = _READ[kind]
     for key, value in config.items():
         if key in _HARMLESS or value is None or value is False or value in ({}, []):
             continue
         if key not in allowed:
-            raise refused(f"{key} = {_shown(value)}", "it may change the merged weights")
+            raise refused(f"{key} = {_text.shown(value)}", "it may change the merged weights")
         known = allowed[key]
         # 1 is not True here: a flag and a number of the same key mean different things.
         if known is not None and not any(type(value) is type(k) and value == k for k in known):
-            raise refused(f"{key} = {_shown(value)}", f"known are {known}")
+            raise refused(f"{key} = {_text.shown(value)}", f"known are {known}")
     for key, is_right in _TYPES.items():
         if config.get(key) is not None and not is_right(config[key]):
-            raise refused(f"{key} = {_shown(config[key])}", "it has another type")
+            raise refused(f"{key} = {_text.shown(config[key])}", "it has another type")
     if kind == "VERA" and not config.get("save_projection", True):
         raise refused("save_projection = false", "PyTorch's generator drew the projections")
     return {**config, "peft_type": kind}
@@ -141,7 +143,9 @@ def sort_tensors(tensors: Mapping[str, Any], config: dict[str, Any]) -> Adapter:
             if last not in ("", "weight", "bias"):
                 adapter, last = [*adapter, last], ""
             if len(adapter) > 1 or (last == "bias" and match["part"] != "lora_B"):
-                raise refused(f"the tensor {name!r}", "it is no part of a known adapter")
+                raise refused(
+                    f"the tensor {_text.quoted(name)}", "it is no part of a known adapter"
+                )
             adapters |= set(adapter)
             key = match["part"] + (".bias" if last == "bias" else "")
             weights.setdefault(match["module"], {})[key] = value
@@ -151,7 +155,7 @@ def sort_tensors(tensors: Mapping[str, Any], config: dict[str, Any]) -> Adapter:
             if ".original_module." not in short:  # the base's own, beside the trained copy
                 replaced[_plain(short)] = value
         else:
-            raise refused(f"the tensor {name!r}", "it is no part of a known adapter")
+            raise refused(f"the tensor {_text.quoted(name)}", "it is no part of a known adapter")
     if len(adapters) > 1:
         raise refused(f"a file with the adapters {sorted(adapters)}", "save one of them")
     _check_parts(kind, weights, shared, config)
@@ -188,15 +192,13 @@ def _check_parts(
         optional |= {"lora_B.bias"} if config.get("lora_bias") else set()
         if not wanted <= parts.keys() <= wanted | optional:
             raise refused(
-                f"{module!r} with {sorted(parts)}", f"expected {sorted(wanted | optional)}"
+                f"{_text.quoted(module)} with {sorted(parts)}",
+                f"expected {sorted(wanted | optional)}",
             )
         if optional & {"lora_magnitude_vector"} and not optional <= parts.keys() | {"lora_B.bias"}:
-            raise refused(f"{module!r} without lora_magnitude_vector", "the adapter is a DoRA")
-
-
-def _shown(value: Any) -> str:
-    """A foreign value on one line: what does not print is escaped, long values are cut."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value)[:80])
+            raise refused(
+                f"{_text.quoted(module)} without lora_magnitude_vector", "the adapter is a DoRA"
+            )
 
 
 def refused(what: str, why: str) -> ValueError:

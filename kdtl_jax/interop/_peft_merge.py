@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import transforms, trees
+from kdtl_jax import _text, transforms, trees
 from kdtl_jax._types import Array
 from kdtl_jax.interop._peft_files import Adapter, refused
 
@@ -35,7 +35,7 @@ def edits(
         name = f"{module}.weight"
         if name not in base:
             raise ValueError(
-                f"the adapter's {name!r} is not in the base; nearest: "
+                f"the adapter's {_text.quoted(name)} is not in the base; nearest: "
                 f"{trees.nearest(name, list(base))}. Adapters belong to one architecture."
             )
         bias = f"{module}.bias"
@@ -45,12 +45,15 @@ def edits(
             if bias in base:
                 out[bias] = on_bias
             elif "lora_B.bias" in parts:
-                raise ValueError(f"{bias!r} would be new: lora_bias needs a base with biases.")
+                raise ValueError(
+                    f"{_text.quoted(bias)} would be new: lora_bias needs a base with biases."
+                )
     for name, value in adapter.replaced.items():
         if name not in base or tuple(base[name].shape) != tuple(value.shape):
             where = list(base[name].shape) if name in base else "nothing"
             raise ValueError(
-                f"the adapter replaces {name!r} by {list(value.shape)}, the base has {where}."
+                f"the adapter replaces {_text.quoted(name)} by {list(value.shape)}, the base has "
+                f"{where}."
             )
         out[name] = _composed(out.get(name), value)
     return out
@@ -89,7 +92,7 @@ def _edits_of(
         fan_in = shape[0] if flips else shape[1]
         _fits(module, shape[::-1] if flips else shape, (b.size, fan_in), parts)
         if first.shape != (d.size, first.shape[1]) or first.shape[1] < fan_in:
-            raise ValueError(f"{module!r} does not fit vera_A {list(first.shape)}.")
+            raise ValueError(f"{_text.quoted(module)} does not fit vera_A {list(first.shape)}.")
         left = _wide(b)[:, None] * _wide(second[: b.size])
         delta = left @ (_wide(d)[:, None] * _wide(first[:, :fan_in]))
         return lambda w: _wide(w) + (delta.T if flips else delta), None
@@ -111,7 +114,7 @@ def _lora_edits(
     )  # fmt: skip
     if not fits:
         raise ValueError(
-            f"the adapter of {module!r} does not fit: kernel {list(shape)}, lora_A "
+            f"the adapter of {_text.quoted(module)} does not fit: kernel {list(shape)}, lora_A "
             f"{list(a.shape)}, lora_B {list(b.shape)}. Is it another architecture's?"
         )
     scale = scale_of(config, module, rank)
@@ -144,7 +147,9 @@ def _oft_edit(
     size = int((1 + (1 + 8 * count) ** 0.5) / 2)
     flips = _is_flipped(config, module, shape, (None, blocks * size), base_config)
     if len(shape) != 2 or shape[0 if flips else 1] != blocks * size:
-        raise ValueError(f"{module!r}: {blocks} blocks of {size} do not rotate {list(shape)}.")
+        raise ValueError(
+            f"{_text.quoted(module)}: {blocks} blocks of {size} do not rotate {list(shape)}."
+        )
     upper = jnp.zeros((blocks, size, size), jnp.float32)
     upper = upper.at[:, *np.triu_indices(size, 1)].set(_wide(skew))
     q = upper - jnp.swapaxes(upper, -1, -2)
@@ -180,7 +185,7 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
 
     wanted = pattern("rank_pattern", config.get("r", rank))
     if wanted != rank:
-        raise refused(f"{module!r} of rank {rank}", f"the configuration says {wanted}")
+        raise refused(f"{_text.quoted(module)} of rank {rank}", f"the configuration says {wanted}")
     alpha = pattern("alpha_pattern", config.get("lora_alpha", 8))
     if alpha is None:
         raise refused("lora_alpha = None", "expected a number")
@@ -211,7 +216,7 @@ def _is_flipped(
         return may_be and base_config["model_type"] in _CONV1D_MODELS
     if may_be or config.get("fan_in_fan_out"):
         raise refused(
-            f"fan_in_fan_out of {module!r} {list(shape)}",
+            f"fan_in_fan_out of {_text.quoted(module)} {list(shape)}",
             "the kernel is square; the base's config.json would say which side is the input",
         )
     return False
@@ -222,7 +227,9 @@ def _fits(
 ) -> None:
     if tuple(shape) != tuple(wanted):
         shapes = {part: list(value.shape) for part, value in parts.items()}
-        raise ValueError(f"{module!r} {list(shape)} does not fit the adapter's {shapes}.")
+        raise ValueError(
+            f"{_text.quoted(module)} {list(shape)} does not fit the adapter's {shapes}."
+        )
 
 
 def _composed(edit: Edit | None, value: Any) -> Edit:

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from kdtl_jax import _text
+
 max_header_bytes = 100_000_000  # the format's own limit
 index_name = "model.safetensors.index.json"
 
@@ -69,7 +71,7 @@ def numpy_dtype(name: str, dtype: str) -> np.dtype[Any]:
     if dtype in _dtypes:
         return _dtypes[dtype]
     raise TypeError(
-        f"tensor {name!r} is stored as {dtype}, which is not loaded: an 8-bit "
+        f"tensor {_text.quoted(name)} is stored as {dtype}, which is not loaded: an 8-bit "
         "float is meaningless without its separate scales. Dequantize it to BF16 with the tool "
         "that made it."
     )
@@ -89,7 +91,7 @@ def stored_dtype(name: str, dtype: Any) -> str:
         if little == known:
             return stored
     raise TypeError(
-        f"{name!r} has dtype {dtype}, which cannot be stored. Save arrays of float, "
+        f"{_text.quoted(name)} has dtype {dtype}, which cannot be stored. Save arrays of float, "
         "int or bool only: take trees.partition(...)[0] of a tree with functions, and "
         "jax.random.key_data of a PRNG key."
     )
@@ -144,8 +146,8 @@ def encode(
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise TypeError(
-                f"metadata must map strings to strings, got {key!r}: {value!r}. "
-                "Convert them first, e.g. str(value) or json.dumps(value)."
+                f"metadata must map strings to strings, got {_text.quoted(key)}: "
+                f"{_text.quoted(value)}. Convert them first, e.g. str(value) or json.dumps(value)."
             )
     widths = {name: _dtypes[dtype].itemsize for name, (dtype, _) in specs.items()}
     order = sorted(specs, key=lambda name: (-widths[name], name))
@@ -188,7 +190,7 @@ def json_object(path: Path, raw: bytes, what: str = "it") -> dict[str, Any]:
         if len(found) < len(pairs):
             counts = Counter(name for name, _ in pairs)
             twice = next(name for name, count in counts.items() if count > 1)
-            raise ValueError(f"the key {twice[:60]!r} appears twice")
+            raise ValueError(f"the key {_text.quoted(twice)} appears twice")
         return found
 
     def no_constant(text: str) -> Any:
@@ -200,7 +202,7 @@ def json_object(path: Path, raw: bytes, what: str = "it") -> dict[str, Any]:
     try:
         value = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise _bad(path, f"{what} is not JSON ({str(error)[:100]})") from None
+        raise _bad(path, f"{what} is not JSON ({_text.shown(str(error), 100)})") from None
     if not isinstance(value, dict):
         raise _bad(path, f"{what} must be a JSON object, got {type(value).__name__}")
     return value
@@ -208,18 +210,19 @@ def json_object(path: Path, raw: bytes, what: str = "it") -> dict[str, Any]:
 
 def _entry(path: Path, name: str, info: Any, payload: int) -> Tensor:
     if not isinstance(info, dict) or not info.keys() >= {"dtype", "shape", "data_offsets"}:
-        raise _bad(path, f"tensor {name[:60]!r} must have dtype, shape and data_offsets")
+        raise _bad(path, f"tensor {_text.quoted(name)} must have dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise _bad(
             path,
-            f"tensor {name!r} must have a shape and two offsets of whole numbers >= 0, got "
-            f"{str(shape)[:60]} and {str(offsets)[:60]}",
+            f"tensor {_text.quoted(name)} must have a shape and two offsets of whole numbers >= 0, "
+            f"got {_text.shown(shape)} and {_text.shown(offsets)}",
         )
     if not isinstance(dtype, str) or dtype not in _dtypes and dtype not in _fp8_bytes:
         raise _bad(
             path,
-            f"tensor {name!r} has the dtype {str(dtype)[:40]!r}; known are {', '.join(_dtypes)}",
+            f"tensor {_text.quoted(name)} has the dtype {_text.quoted(dtype)}; known are "
+            f"{', '.join(_dtypes)}",
         )
     width = _fp8_bytes[dtype] if dtype in _fp8_bytes else _dtypes[dtype].itemsize
     begin, end = offsets
@@ -227,8 +230,8 @@ def _entry(path: Path, name: str, info: Any, payload: int) -> Tensor:
     if end - begin != need:
         raise _bad(
             path,
-            f"tensor {name!r} of {dtype}{shape} needs {need} bytes, but its offsets span "
-            f"{end - begin}",
+            f"tensor {_text.quoted(name)} of {dtype}{_text.shown(shape)} needs {need} bytes, "
+            f"but its offsets span {end - begin}",
         )
     return Tensor(name, path, dtype, tuple(shape), payload + begin, payload + end)
 
@@ -238,8 +241,8 @@ def _check_tiling(path: Path, tensors: Mapping[str, Tensor], payload: int, size:
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1][4:6]):
         if tensor.start != position:
             word = "overlaps" if tensor.start < position else "leaves a hole after"
-            raise _bad(path, f"tensor {name!r} {word} {previous}")
-        position, previous = tensor.stop, repr(name)
+            raise _bad(path, f"tensor {_text.quoted(name)} {word} {previous}")
+        position, previous = tensor.stop, _text.quoted(name)
     if position != size:
         word = "it is truncated" if position > size else "something was appended"
         raise _bad(path, f"its tensors end at byte {position}, the file at {size}; {word}")

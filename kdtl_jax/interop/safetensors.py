@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from kdtl_jax import _checks, trees
+from kdtl_jax import _checks, _text, trees
 from kdtl_jax._types import PyTree
 from kdtl_jax.interop import _safetensors_header as _header
 from kdtl_jax.interop._safetensors_header import Tensor as Tensor
@@ -220,9 +220,11 @@ def nested(flat: Mapping[str, Any], *, separator: str = "/") -> dict[str, Any]:
         for segment in parents:
             node = node.setdefault(segment, {})
             if not isinstance(node, dict):
-                raise ValueError(f"{path!r} continues a path that is itself a tensor.")
+                raise ValueError(f"{_text.quoted(path)} continues a path that is itself a tensor.")
         if last in node:
-            raise ValueError(f"{path!r} is both a tensor and the beginning of another path.")
+            raise ValueError(
+                f"{_text.quoted(path)} is both a tensor and the beginning of another path."
+            )
         node[last] = leaf
     return tree
 
@@ -230,11 +232,12 @@ def nested(flat: Mapping[str, Any], *, separator: str = "/") -> dict[str, Any]:
 def fill(like: PyTree, flat: Mapping[str, Any]) -> PyTree:
     """The template's structure with the leaves `flat` names; everything must match exactly."""
     wanted = trees.flatten(like)
-    wrong = [f"missing {path!r}" for path in wanted if path not in flat]
-    wrong += [f"extra {path!r}" for path in flat if path not in wanted]
+    wrong = [f"missing {_text.quoted(path)}" for path in wanted if path not in flat]
+    wrong += [f"extra {_text.quoted(path)}" for path in flat if path not in wanted]
     both = [path for path in wanted if path in flat]
     wrong += [
-        f"{path!r} is {list(np.shape(flat[path]))}, expected {list(np.shape(wanted[path]))}"
+        f"{_text.quoted(path)} is {list(np.shape(flat[path]))}, expected "
+        f"{list(np.shape(wanted[path]))}"
         for path in both
         if np.shape(flat[path]) != np.shape(wanted[path])
     ]
@@ -247,7 +250,7 @@ def fill(like: PyTree, flat: Mapping[str, Any]) -> PyTree:
     for path in both:
         if jnp.result_type(flat[path]) != jnp.result_type(wanted[path]):
             raise TypeError(
-                f"{path!r} is {jnp.result_type(flat[path])}, expected "
+                f"{_text.quoted(path)} is {jnp.result_type(flat[path])}, expected "
                 f"{jnp.result_type(wanted[path])}. transforms.transfer converts and reports it."
             )
     return jax.tree.unflatten(jax.tree.structure(like), [flat[path] for path in wanted])
@@ -290,13 +293,14 @@ def _index_shards(path: Path) -> Checkpoint:
     tensors: dict[str, Tensor] = {}
     for tensor, shard in weight_map.items():
         if tensor not in shards[shard]:
-            raise ValueError(f"{path} puts {tensor!r} in {shard}, which lacks it.")
+            raise ValueError(f"{path} puts {_text.quoted(tensor)} in {shard}, which lacks it.")
         tensors[tensor] = shards[shard][tensor]
     unlisted = sorted(t for shard in shards.values() for t in shard if t not in weight_map)
     if unlisted:
         raise ValueError(
             f"{path} does not list {len(unlisted)} of its files' tensors, such as "
-            f"{unlisted[0]!r}. Index and files belong to different checkpoints; name a single file."
+            f"{_text.quoted(unlisted[0])}. Index and files belong to different checkpoints; name a "
+            "single file."
         )
     return Checkpoint(tensors, metadata, tuple(path.parent / name for name in sorted(shards)))
 
@@ -306,5 +310,7 @@ def _plain_name(path: Path, name: str) -> str:
     windows = PureWindowsPath(name)
     plain = PurePosixPath(name).name == name == windows.name and name not in ("", ".", "..")
     if not plain or windows.drive or "\0" in name:
-        raise ValueError(f"{path} names the file {name!r}; an index may only name files beside it.")
+        raise ValueError(
+            f"{path} names the file {_text.quoted(name)}; an index may only name files beside it."
+        )
     return name

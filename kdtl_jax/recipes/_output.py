@@ -74,7 +74,8 @@ def run_folder(
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_files.locked(folder))
             for unfinished in folder.glob(f".*{_files.TEMPORARY}"):
-                unfinished.unlink()
+                if unfinished.is_file():
+                    unfinished.unlink()
             made = record.made_from(files or {})
             if taken_up:
                 run = _check_same(folder, config, command)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kdtl_jax import transforms, trees
+from kdtl_jax import _text, transforms, trees
 from kdtl_jax.cli import _parser
 from kdtl_jax.cli.params import _checkpoints, _folders, _merging
 from kdtl_jax.cli.params._checkpoints import Opened, Rewrite
@@ -104,7 +104,9 @@ def merged(settings: Settings) -> tuple[Rewrite, Settings]:
     _only("the recipe", recipe, _TOP)
     name = recipe.get("merge_method")
     if name not in KNOWN:
-        raise ValueError(f"{path}: merge_method {name!r} is none of {', '.join(KNOWN)}.")
+        raise ValueError(
+            f"{path}: merge_method {_text.quoted(name)} is none of {', '.join(KNOWN)}."
+        )
     ours, known = KNOWN[name]
     method = METHODS[ours]
     base = _reference(recipe.get("base_model"), path)
@@ -129,12 +131,14 @@ def merged(settings: Settings) -> tuple[Rewrite, Settings]:
             one, there = inputs[source.model], named_there(source)
             if there not in one.specs:
                 near = trees.nearest(there, list(one.specs))
-                raise ValueError(f"{source.model} has no tensor {there!r}; nearest: {near}.")
+                raise ValueError(
+                    f"{source.model} has no tensor {_text.quoted(there)}; nearest: {near}."
+                )
             own = (source.parameters, each.parameters, shared)
             places.append(Place(there, one.tensors[there], one.specs[there], own))
         if len({place.spec.shape for place in places}) > 1:
             shapes = [list(place.spec.shape) for place in places]
-            raise ValueError(f"{out!r} has the shapes {shapes} in the models to merge.")
+            raise ValueError(f"{_text.quoted(out)} has the shapes {shapes} in the models to merge.")
         specs[out] = places[0].spec
         if not all(trees.is_inexact(place.spec) for place in places):
             copies[out] = places[0].tensor
@@ -154,7 +158,7 @@ def merged(settings: Settings) -> tuple[Rewrite, Settings]:
     )
     dtype = settings.dtype or recipe.get("out_dtype") or recipe.get("dtype")
     if dtype not in (None, *_DTYPES):
-        raise ValueError(f"{path}: dtype {dtype!r} is none of {', '.join(_DTYPES)}.")
+        raise ValueError(f"{path}: dtype {_text.quoted(dtype)} is none of {', '.join(_DTYPES)}.")
     produce = _merging.by_tensor(method, method.mergekit or method.merge, parts, copies)
     specs = {out: specs[out] for out in sorted(specs, key=trees.natural_key)}
     names = next(iter(inputs.values())).names
@@ -175,10 +179,12 @@ def _refuse_others(settings: Settings) -> None:
 
 def _only(where: str, found: Any, known: Sequence[str]) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
-        raise ValueError(f"{where}: expected 'key: value' lines, got {str(found)[:60]!r}.")
+        raise ValueError(f"{where}: expected 'key: value' lines, got {_text.quoted(found)}.")
     for key, value in found.items():
         if key not in known and value is not None:
-            raise ValueError(f"{where}: {key!r} is not understood; known are {', '.join(known)}.")
+            raise ValueError(
+                f"{where}: {_text.quoted(key)} is not understood; known are {', '.join(known)}."
+            )
     return found
 
 
@@ -190,11 +196,15 @@ def _reference(value: Any, recipe: Path) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str) or "+" in value:
-        raise ValueError(f"{recipe}: the model {value!r} must be a path (merge its LoRA first).")
+        raise ValueError(
+            f"{recipe}: the model {_text.quoted(value)} must be a path (merge its LoRA first)."
+        )
     beside = recipe.parent / value
     found = value if Path(value).exists() or not beside.exists() else str(beside)
     if not Path(found).exists():
-        raise FileNotFoundError(f"{recipe}: the model {value!r} does not exist here; download it.")
+        raise FileNotFoundError(
+            f"{recipe}: the model {_text.quoted(value)} does not exist here; download it."
+        )
     return found
 
 
@@ -222,7 +232,7 @@ def _slices(recipe: Mapping[str, Any], path: Path, known: Sequence[str]) -> list
 def _list(found: Mapping[str, Any], key: str) -> list[Any]:
     value = found.get(key)
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{key} must be a list that is not empty, got {str(value)[:60]!r}.")
+        raise ValueError(f"{key} must be a list that is not empty, got {_text.quoted(value)}.")
     return value
 
 
@@ -242,7 +252,7 @@ def _range(found: Mapping[str, Any], path: Path) -> tuple[int, int]:
         first, end = value
         if 0 <= first < end < 10**5:
             return first, end - first
-    raise ValueError(f"{path}: layer_range must be [first, end], got {str(value)[:60]!r}.")
+    raise ValueError(f"{path}: layer_range must be [first, end], got {_text.quoted(value)}.")
 
 
 # --- from slices to tensors ----------------------------------------------------------------------
@@ -302,11 +312,15 @@ def _options(known: Sequence[str], here: Place, models: Sequence[Place], t: floa
     def number(key: str, place: Place, default: float | None) -> float:
         found = value(key, place, default)
         if found is None:
-            raise ValueError(f"{place.path!r} has no {key} in the recipe, and no default.")
+            raise ValueError(
+                f"{_text.quoted(place.path)} has no {key} in the recipe, and no default."
+            )
         try:
             return float(found)
         except (TypeError, ValueError):
-            raise ValueError(f"{key} of {place.path!r} must be a number, got {found!r}.") from None
+            raise ValueError(
+                f"{key} of {_text.quoted(place.path)} must be a number, got {_text.quoted(found)}."
+            ) from None
 
     given: dict[str, Any] = {
         ours: [number(key, place, default) for place in models]
@@ -339,7 +353,7 @@ def _evaluated(setting: Any, name: str, t: float) -> Any:
         values = [float(each) for each in setting]
     except (TypeError, ValueError):
         raise ValueError(
-            f"a gradient must be a list of numbers, got {str(setting)[:60]}."
+            f"a gradient must be a list of numbers, got {_text.shown(setting)}."
         ) from None
     if not values:
         return None

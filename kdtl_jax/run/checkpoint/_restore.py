@@ -13,11 +13,12 @@ import orbax.checkpoint as ocp
 from kdtl_jax import _checks, _files, trees
 from kdtl_jax._types import PyTree
 from kdtl_jax.run import processes, scores
+from kdtl_jax.run.checkpoint import _history
 
 KIND = "checkpoints"  # of the folder's mark
 MANIFEST = "manifest.json"
 STATE = "state"  # the arrays, beside the manifest
-FORMAT = 2
+FORMAT = 3
 
 
 class Restored(NamedTuple):
@@ -42,7 +43,8 @@ class Manifest(NamedTuple):
     step: int
     folder: str  # the identity in the folder's mark
     owner: dict[str, str]
-    meta: dict[str, Any]
+    meta: dict[str, Any]  # its evaluations are those of this step
+    history: dict[str, Any] | None  # all evaluations up to it
     leaves: list[dict[str, Any]]  # path, shape, dtype, entry
     files: dict[str, dict[str, Any]]  # bytes, sha256
 
@@ -135,7 +137,10 @@ def restore(
 
     def choose() -> list[Any]:
         found, skipped = _choose(folder, step, owner)
-        return [found, skipped, read_manifest(folder / str(found))._asdict()]
+        manifest = read_manifest(folder / str(found))
+        if manifest.history is not None:
+            manifest.meta[_history.KEY] = _history.read(folder, manifest.history)
+        return [found, skipped, manifest._asdict()]
 
     found, skipped, known = processes.decide(choose)
     manifest = Manifest(**known)
@@ -219,6 +224,8 @@ def read_manifest(home: Path) -> Manifest:
         odd = ["leaves"]
     if not odd and not all(_is_file(name, known) for name, known in fields["files"].items()):
         odd = ["files"]
+    if not odd and not _history.is_known(fields["history"]):
+        odd = ["history"]
     if odd:
         raise ValueError(f"{MANIFEST} is not a checkpoint's: its {odd[0]!r} is missing or odd")
     return Manifest(**fields)
@@ -260,6 +267,11 @@ def _problem(folder: Path, step: int, owner: Mapping[str, str] | None) -> str | 
         return "it was saved in another folder, by another run or for another method"
     if owner is not None and manifest.owner != dict(owner):
         return f"it belongs to {manifest.owner or 'nothing named'}, not to {dict(owner)}"
+    if manifest.history is not None:
+        try:
+            _history.read(folder, manifest.history)
+        except ValueError as error:
+            return str(error)
     for name, known in manifest.files.items():
         path = home / name
         if not path.is_file():

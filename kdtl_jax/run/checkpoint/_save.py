@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from kdtl_jax import _checks, _files
 from kdtl_jax._types import PyTree
 from kdtl_jax.run import processes, scores
-from kdtl_jax.run.checkpoint import _restore
+from kdtl_jax.run.checkpoint import _history, _restore
 from kdtl_jax.run.checkpoint._restore import FORMAT, KIND, MANIFEST, STATE
 
 STORABLE = (np.number, np.bool_, jax.dtypes.prng_key)
@@ -26,7 +26,7 @@ SAVING, DROPPED = ".saving-", ".dropped-"  # a step that is being written, or de
 
 
 class Saved(NamedTuple):
-    """A whole step in a folder, with the `meta` it was saved with."""
+    """A whole step in a folder, with its `meta`; of the evaluations there, those of this step."""
 
     step: int
     meta: Mapping[str, Any]
@@ -46,6 +46,7 @@ class Checkpoints(NamedTuple):
     pending: list[Future[None]]
     keep: Keep
     saved: dict[int, Saved]  # the whole steps, in process 0
+    history: _history.Open  # the evaluations, in process 0
 
 
 def newest(count: int) -> Keep:
@@ -99,9 +100,9 @@ def open_folder(
         identity = processes.decide(lambda: _begin(folder, stack))
         writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        saved = _whole(folder) if jax.process_index() == 0 else {}
+        saved, history = _whole(folder) if jax.process_index() == 0 else ({}, _history.Open())
         checkpoints = Checkpoints(
-            folder, identity, dict(owner or {}), writer, worker, [], keep, saved
+            folder, identity, dict(owner or {}), writer, worker, [], keep, saved, history
         )
         try:
             yield checkpoints
@@ -124,7 +125,8 @@ def save(
       checkpoints: from `open_folder`.
       step: the step's number from 0 on, its name in the folder.
       state: any pytree of arrays (typed PRNG keys, 0-d, bfloat16 and sharded ones included).
-      meta: JSON data that comes back with the state.
+      meta: JSON data that comes back with the state. A list `meta["evaluations"]` that grows from
+        save to save is written once, not with every step.
 
     Raises:
       OSError: if this or the previous save failed (disk full, read-only); older steps are intact.
@@ -132,7 +134,13 @@ def save(
       ValueError: if `step` is negative.
     """
     _checks.count(0, step=step)
-    step, meta = operator.index(step), _as_json(meta or {})
+    step, meta = operator.index(step), dict(meta or {})
+    lines = meta.pop(_history.KEY, None)
+    if isinstance(lines, list):
+        meta[_history.KEY] = _of_step(lines, step)
+    elif lines is not None:
+        raise TypeError(f"meta[{_history.KEY!r}] must be a list, got {type(lines).__name__}.")
+    meta = _as_json(meta)
     flat = _restore.flatten(state)
     _check_storable(flat)
     wait(checkpoints)
@@ -141,7 +149,7 @@ def save(
         for i, (path, leaf) in enumerate(flat.items())
     ]
     stored = _stored(list(flat.values()))
-    processes.decide(lambda: _make_room(checkpoints, step, stored))
+    history = processes.decide(lambda: _make_room(checkpoints, step, stored, lines))
     try:
         home = checkpoints.folder / f"{SAVING}{step}" / STATE
         with _quiet():
@@ -154,6 +162,7 @@ def save(
         "folder": checkpoints.identity,
         "owner": checkpoints.owner,
         "meta": meta,
+        "history": history,
         "leaves": leaves,
     }
     checkpoints.pending.append(checkpoints.worker.submit(_finish, checkpoints, step, manifest))
@@ -206,16 +215,34 @@ def _begin(folder: Path, stack: contextlib.ExitStack) -> str:
     return identity
 
 
-def _whole(folder: Path) -> dict[int, Saved]:
-    found = {}
+def _whole(folder: Path) -> tuple[dict[int, Saved], _history.Open]:
+    """In process 0: the whole steps, and the evaluations of the newest; others' are deleted."""
+    found, history, named = {}, _history.Open(), set()
     for step in _restore.steps(folder):
         with contextlib.suppress(ValueError):
-            found[step] = Saved(step, _restore.read_manifest(folder / str(step)).meta)
-    return found
+            manifest = _restore.read_manifest(folder / str(step))
+            found[step] = Saved(step, manifest.meta)
+            if manifest.history is not None:
+                named.add(manifest.history["file"])
+                history = _history.opened(folder, manifest.history)
+    for path in folder.glob(_history.PATTERN):
+        if path.name not in named:
+            path.unlink()
+    return found, history
 
 
-def _make_room(checkpoints: Checkpoints, step: int, stored: Mapping[str, Any]) -> None:
-    """In process 0: what the step replaces moves aside, and its folder is made."""
+def _of_step(lines: Sequence[Any], step: int) -> list[Any]:
+    """The last lines, those of this step; keep functions ask for these alone."""
+    first = len(lines)
+    while first and isinstance(lines[first - 1], Mapping) and lines[first - 1].get("step") == step:
+        first -= 1
+    return list(lines[first:])
+
+
+def _make_room(
+    checkpoints: Checkpoints, step: int, stored: Mapping[str, Any], lines: list[Any] | None
+) -> dict[str, Any] | None:
+    """In process 0: what the step replaces moves aside, its evaluations and folder are made."""
     folder = checkpoints.folder
     try:
         needed = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in stored.values())
@@ -229,6 +256,9 @@ def _make_room(checkpoints: Checkpoints, step: int, stored: Mapping[str, Any]) -
         part = folder / f"{SAVING}{step}"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
+        if lines is None:
+            return None
+        return _history.append(checkpoints.history, folder, step, lines)
     except OSError as error:
         raise _failed(folder, step, error) from error
 

@@ -1,0 +1,41 @@
+"""Foreign text in messages: one line, what does not print escaped, of bounded length and cost."""
+
+import reprlib
+from typing import Any
+
+LONGEST = 60  # characters of a value in a message
+
+
+def shown(value: Any, most: int = LONGEST) -> str:
+    """Text as it is, anything else as its `repr`: on one line, at most `most` characters.
+
+    What does not print (line ends, escape codes, lone surrogates) is escaped. A value that is huge,
+    nested deeply or written so that Python refuses to print it costs no more than a small one.
+    """
+    if not isinstance(value, str):
+        value = _bounded(value, most)
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in value[: most + 1])
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+def quoted(text: Any, most: int = LONGEST) -> str:
+    """As `shown`, in quotes where it is text: a foreign name within a sentence."""
+    return f"'{shown(text, most)}'" if isinstance(text, str) else shown(text, most)
+
+
+def listed(names: Any, most: int = 8) -> str:
+    """Foreign names in quotes, the first of them and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(quoted(name) for name in names[:most]) + more
+
+
+def _bounded(value: Any, most: int) -> str:
+    writer = reprlib.Repr()
+    writer.maxlevel = 3
+    writer.maxlist = writer.maxtuple = writer.maxset = writer.maxfrozenset = writer.maxdict = 12
+    writer.maxstring = writer.maxlong = writer.maxother = most
+    try:
+        return writer.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return f"a {type(value).__name__} too long to print"

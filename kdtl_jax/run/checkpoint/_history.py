@@ -1,0 +1,112 @@
+"""The evaluations of a run, in one file per folder that grows by what is new.
+
+A run hands over all its evaluations at every save. Repeated in every checkpoint they would take
+room, and time, that grow with the square of their number; so they are appended to a file beside the
+steps, and a step's manifest says how many bytes of it are its own, and their SHA-256.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+KEY = "evaluations"  # in `meta`: a list of lines `{"step": ..., "eval/name": ...}`
+PATTERN = f"{KEY}-*.jsonl"
+FIELDS = {"file": str, "bytes": int, "sha256": str}
+
+
+class Open:
+    """A history file that saves append to; `file` is empty before the first one."""
+
+    def __init__(self) -> None:
+        self.file = ""
+        self.count = self.bytes = 0
+        self.last = b""
+        self.digest = hashlib.sha256()
+
+
+def opened(folder: Path, known: Mapping[str, Any] | None) -> Open:
+    """The history that the newest step's manifest names, to append to; a new one without."""
+    found = Open()
+    if known is not None:
+        _extend(found, _content(folder, known).splitlines(keepends=True))
+        found.file = known["file"]
+    return found
+
+
+def append(history: Open, folder: Path, step: int, lines: Sequence[Any]) -> dict[str, Any]:
+    """Writes the lines that the file lacks; what the manifest of `step` says of it.
+
+    Lines that do not go on where the file ends are those of a run that was rewound: they begin
+    another file, because older steps still need theirs.
+
+    Raises:
+      TypeError: if a line is not JSON.
+      OSError: if it cannot be written.
+    """
+    goes_on = history.file and len(lines) >= history.count
+    if not goes_on or (history.count and _text(lines[history.count - 1]) != history.last):
+        history.__init__()
+        history.file = f"{KEY}-{step}-{os.urandom(4).hex()}.jsonl"
+    new = [_text(line) for line in lines[history.count :]]
+    if new or not history.bytes:
+        with (folder / history.file).open("r+b" if history.bytes else "wb") as file:
+            file.truncate(history.bytes)  # what a killed save left behind it
+            file.seek(history.bytes)
+            file.write(b"".join(new))
+            file.flush()
+            os.fsync(file.fileno())
+        _extend(history, new)
+    digest = history.digest.hexdigest()
+    return {"file": history.file, "bytes": history.bytes, "sha256": digest}
+
+
+def read(folder: Path, known: Mapping[str, Any]) -> list[Any]:
+    """All lines up to a step, from what its manifest says.
+
+    Raises:
+      ValueError: with the reason, if they are missing or altered.
+    """
+    return [json.loads(line) for line in _content(folder, known).splitlines()]
+
+
+def is_known(value: Any) -> bool:
+    """Whether a manifest's entry is one of ours (or there is none)."""
+    if value is None:
+        return True
+    return (
+        isinstance(value, dict)
+        and all(type(value.get(name)) is kind for name, kind in FIELDS.items())
+        and value["bytes"] >= 0
+        and Path(value["file"]).match(PATTERN)
+        and Path(value["file"]).name == value["file"]
+    )
+
+
+def _content(folder: Path, known: Mapping[str, Any]) -> bytes:
+    path = folder / known["file"]
+    try:
+        size = path.stat().st_size
+        if size < known["bytes"]:
+            raise ValueError(f"{path.name} has {size} bytes, not {known['bytes']}")
+        with path.open("rb") as file:
+            content = file.read(known["bytes"])
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be read ({error.strerror})") from None
+    if hashlib.sha256(content).hexdigest() != known["sha256"]:
+        raise ValueError(f"{path.name} was altered: its SHA-256 does not match")
+    return content
+
+
+def _extend(history: Open, new: Sequence[bytes]) -> None:
+    for text in new:
+        history.digest.update(text)
+        history.bytes += len(text)
+    history.count += len(new)
+    history.last = new[-1] if new else history.last
+
+
+def _text(line: Any) -> bytes:
+    return json.dumps(line).encode() + b"\n"
