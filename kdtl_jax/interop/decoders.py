@@ -68,6 +68,18 @@ def load(folder: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
     folder = Path(folder)
     config = _read(folder / "config.json")
     tensors = safetensors.views(safetensors.index(folder).tensors)
+    return from_tensors(config, tensors, dtype=dtype)
+
+
+def from_tensors(
+    config: Mapping[str, Any], tensors: Mapping[str, Any], *, dtype: Any = None
+) -> PretrainedDecoder:
+    """A decoder from what a folder holds: config.json's object and the tensors by name.
+
+    Raises:
+      ValueError: as for `load`.
+    """
+    config = dict(config)
     built, rules, unused = _built(config, tensors)
     model = models.decoder(built)
     kept = {name: array for name, array in tensors.items() if name not in unused}

@@ -1,0 +1,348 @@
+"""llama.cpp's GGUF files of decoder-only language models, dequantized (package `gguf`, an extra).
+
+    source = gguf.load("SmolLM2-135M-Instruct.Q4_1.gguf")
+    hidden, _ = source.model.apply(source.params, tokens)
+    words = gguf.tokenizer("SmolLM2-135M-Instruct.Q4_1.gguf")
+
+The result is what `decoders.load` makes of the Hugging Face folder that the file was converted
+from, up to the quantization: what llama.cpp's converter changes is changed back. Architectures
+llama (with Mistral and SmolLM2), smollm3, qwen2, qwen3, gemma, gemma2, gemma3, phi3, olmo2, gpt2.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from kdtl_jax.interop import decoders
+from kdtl_jax.interop.decoders import PretrainedDecoder
+
+
+class TokenizerData(NamedTuple):
+    """The tokenizer of a GGUF file, as stored.
+
+    `model` is "gpt2" (byte-level BPE, with `merges`) or "llama" (SentencePiece, with `scores`);
+    `pre` names the splitting of words. `types` are llama.cpp's: 1 normal, 2 unknown, 3 control, 4
+    user-defined, 5 unused, 6 byte. Ids are None where the file has none.
+    """
+
+    model: str
+    pre: str | None
+    tokens: tuple[str, ...]
+    scores: tuple[float, ...]
+    types: tuple[int, ...]
+    merges: tuple[str, ...]
+    bos: int | None
+    eos: int | None
+    unknown: int | None
+    pad: int | None
+    adds_bos: bool | None
+    adds_eos: bool | None
+    adds_space: bool | None
+    chat_template: str | None
+
+
+def load(path: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
+    """Imports a GGUF file, its quantized tensors as floats.
+
+    Args:
+      path: the file.
+      dtype: floating dtype of the parameters; None is float32.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ImportError: without the package `gguf`.
+      ValueError: for a file that is no GGUF, an architecture that is not built here, a key of its
+        hyperparameters that is not understood, or a tensor without a place.
+    """
+    _, dequantize = _package()
+    reader = _open(path)
+    fields = _fields(reader, lambda key: not key.startswith("tokenizer."))
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    architecture = str(fields.get("general.architecture"))[:60]
+    if architecture not in _MODEL_TYPES:
+        raise ValueError(
+            f"architecture {architecture!r} is not built here (only {', '.join(_MODEL_TYPES)})."
+        )
+    extra = {
+        name: np.asarray(stored.pop(name).data, np.float32).ravel().tolist()
+        for name in ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+        if name in stored
+    }
+    if "token_embd.weight" not in stored:
+        raise ValueError(f"{path} has no tensor 'token_embd.weight'.")
+    config = _config(architecture, fields, extra)
+    config["vocab_size"] = int(stored["token_embd.weight"].shape[1])
+    config["tie_word_embeddings"] = "output.weight" not in stored
+    wanted = jnp.dtype(dtype or jnp.float32)
+    tensors = {}
+    for name, tensor in stored.items():
+        try:
+            array = dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            raise ValueError(
+                f"tensor {name!r} has the type {tensor.tensor_type.name}, which the package gguf "
+                "does not dequantize."
+            ) from None
+        theirs, undo = _place(architecture, name, config)
+        tensors[theirs] = undo(array).astype(wanted)
+    return decoders.from_tensors(config, tensors)
+
+
+def tokenizer(path: str | Path) -> TokenizerData:
+    """Reads the tokenizer of a GGUF file.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ImportError: without the package `gguf`.
+      ValueError: if the file is no GGUF or has no tokenizer.
+    """
+    fields = _fields(_open(path), lambda key: key.startswith("tokenizer."))
+
+    def get(key: str, default: Any = None) -> Any:
+        return fields.get(f"tokenizer.ggml.{key}", default)
+
+    if get("model") is None or get("tokens") is None:
+        raise ValueError(f"{path} has no tokenizer (tokenizer.ggml.model and tokens).")
+    return TokenizerData(
+        model=get("model"),
+        pre=get("pre"),
+        tokens=tuple(get("tokens")),
+        scores=tuple(get("scores", ())),
+        types=tuple(get("token_type", ())),
+        merges=tuple(get("merges", ())),
+        bos=get("bos_token_id"),
+        eos=get("eos_token_id"),
+        unknown=get("unknown_token_id"),
+        pad=get("padding_token_id"),
+        adds_bos=get("add_bos_token"),
+        adds_eos=get("add_eos_token"),
+        adds_space=get("add_space_prefix"),
+        chat_template=fields.get("tokenizer.chat_template"),
+    )
+
+
+_MODEL_TYPES: Mapping[str, str] = {
+    "llama": "llama",
+    "smollm3": "smollm3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "phi3": "phi3",
+    "olmo2": "olmo2",
+    "gpt2": "gpt2",
+}
+
+_PLAIN = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.key_length": "head_dim",
+    "rope.freq_base": "rope_theta",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+_GPT2 = {
+    "block_count": "n_layer",
+    "context_length": "n_positions",
+    "embedding_length": "n_embd",
+    "feed_forward_length": "n_inner",
+    "attention.head_count": "n_head",
+    "attention.layer_norm_epsilon": "layer_norm_epsilon",
+}
+# Said by other keys or by the tensors, or of no effect.
+_READ_ELSEWHERE = frozenset(
+    "vocab_size attention.value_length rope.dimension_count rope.scaling.type "
+    "rope.scaling.factor rope.scaling.original_context_length rope.scaling.attn_factor "
+    "rope.scaling.finetuned rope.freq_base_swa".split()
+)
+
+
+def _config(
+    architecture: str, fields: Mapping[str, Any], factors: Mapping[str, list[float]]
+) -> dict[str, Any]:
+    """The config.json of the model that the file was converted from."""
+    prefix = architecture + "."
+    own = {key[len(prefix) :]: value for key, value in fields.items() if key.startswith(prefix)}
+    names = _GPT2 if architecture == "gpt2" else _PLAIN
+    unknown = sorted(own.keys() - names.keys() - _READ_ELSEWHERE)
+    if architecture == "gpt2":
+        unknown = sorted(own.keys() - names.keys() - {"vocab_size", "attention.head_count_kv"})
+    if unknown:
+        raise ValueError(
+            f"a {architecture!r} file has hyperparameters that are not understood here: "
+            f"{', '.join(unknown)}."
+        )
+    config: dict[str, Any] = {"model_type": _MODEL_TYPES[architecture]}
+    config |= {names[key]: value for key, value in own.items() if key in names}
+    if architecture == "gpt2":
+        return config
+    head_width = own.get("attention.key_length")
+    if head_width is None:
+        head_width = own.get("embedding_length", 0) // max(own.get("attention.head_count", 1), 1)
+    if own.get("attention.value_length", head_width) != head_width:
+        raise ValueError("keys and values of different widths are not built here.")
+    turning = own.get("rope.dimension_count", head_width)
+    if turning != head_width:
+        if architecture != "phi3":
+            raise ValueError(f"rotation of {turning} of {head_width} channels is not built here.")
+        config["partial_rotary_factor"] = turning / head_width
+    if architecture in ("gemma2", "gemma3"):
+        # llama.cpp knows the largest models, whose queries are scaled otherwise, by their depth.
+        largest = own.get("block_count") == {"gemma2": 46, "gemma3": 62}[architecture]
+        width, heads = own.get("embedding_length", 0), own.get("attention.head_count", 1)
+        config["query_pre_attn_scalar"] = width // heads if largest else head_width
+    if architecture.startswith("gemma"):
+        # Their head width is not the width over the heads; a missing cap is none at all.
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if architecture != "gemma":
+                config.setdefault(key, None)
+    if own.get("rope.freq_base_swa", 10_000.0) != 10_000.0:
+        config["rope_local_base_freq"] = own["rope.freq_base_swa"]
+    if architecture in ("qwen2", "qwen3"):
+        config.pop("sliding_window", None)
+    scaling = _scaling(own, factors, config)
+    return config | ({"rope_scaling": scaling} if scaling else {})
+
+
+def _scaling(
+    own: Mapping[str, Any], factors: Mapping[str, list[float]], config: dict[str, Any]
+) -> dict[str, Any] | None:
+    """`rope_scaling`: divisors of the frequencies stored as tensors, or a linear factor."""
+    original = own.get("rope.scaling.original_context_length", own.get("context_length", 2048))
+    if "rope_freqs.weight" in factors:  # Llama 3, whose blend is stored frequency by frequency
+        divisors = factors["rope_freqs.weight"]
+        return {
+            "rope_type": "longrope",
+            "short_factor": divisors,
+            "long_factor": divisors,
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": original,
+        }
+    if "rope_factors_short.weight" in factors:
+        config["original_max_position_embeddings"] = original
+        scaling = {
+            "rope_type": "longrope",
+            "short_factor": factors["rope_factors_short.weight"],
+            "long_factor": factors["rope_factors_long.weight"],
+        }
+        if "rope.scaling.attn_factor" in own:
+            scaling["attention_factor"] = own["rope.scaling.attn_factor"]
+        return scaling
+    kind = own.get("rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    if kind != "linear":
+        raise ValueError(f"rope scaling {kind!r} of GGUF files is not built here (only linear).")
+    return {"rope_type": "linear", "factor": own.get("rope.scaling.factor", 1.0)}
+
+
+_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_IN_LAYER = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_CHANGED = {
+    "gemma2": {"ffn_norm": "pre_feedforward_layernorm"},
+    "gemma3": {"ffn_norm": "pre_feedforward_layernorm"},
+    "phi3": {"ffn_up": "mlp.gate_up_proj"},
+}
+_GPT2_NAMES = {
+    "token_embd.weight": "transformer.wte.weight",
+    "position_embd.weight": "transformer.wpe.weight",
+    "output_norm.weight": "transformer.ln_f.weight",
+    "output_norm.bias": "transformer.ln_f.bias",
+    "output.weight": "lm_head.weight",
+}
+_GPT2_IN_LAYER = {
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "attn_norm": "ln_1",
+    "ffn_norm": "ln_2",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
+Undo = Callable[[np.ndarray], np.ndarray]
+
+
+def _place(architecture: str, name: str, config: Mapping[str, Any]) -> tuple[str, Undo]:
+    """A tensor's Hugging Face name, and what undoes the converter's change to it."""
+    is_gpt2 = architecture == "gpt2"
+    outside, inside = (_GPT2_NAMES, _GPT2_IN_LAYER) if is_gpt2 else (_NAMES, _IN_LAYER)
+    inside = inside | _CHANGED.get(architecture, {})
+    match = re.fullmatch(r"blk\.(\d{1,4})\.(\w+)\.(weight|bias)", name)
+    if name in outside:
+        theirs = outside[name]
+    elif match and match[2] in inside:
+        layer = "transformer.h" if is_gpt2 else "model.layers"
+        theirs = f"{layer}.{match[1]}.{inside[match[2]]}.{match[3]}"
+    else:
+        raise ValueError(f"tensor {name[:80]!r} of a {architecture!r} file has no place here.")
+    part = match[2] if match else ""
+    if architecture in ("llama", "smollm3") and part in ("attn_q", "attn_k"):
+        key = "num_attention_heads" if part == "attn_q" else "num_key_value_heads"
+        heads = config.get(key, config["num_attention_heads"])
+        return theirs, lambda array: _halves(array, heads)
+    if architecture.startswith("gemma") and name.endswith("norm.weight"):
+        return theirs, lambda array: array - 1
+    if is_gpt2 and match and match[3] == "weight" and not part.endswith("norm"):
+        return theirs, lambda array: array.T
+    return theirs, lambda array: array
+
+
+def _halves(array: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head from pairs side by side (llama.cpp's rotation) to two halves."""
+    apart = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
+    return apart.swapaxes(1, 2).reshape(array.shape)
+
+
+def _package() -> tuple[Callable[[Path], Any], Callable[..., np.ndarray]]:
+    """The package's reader and its dequantization."""
+    try:
+        import gguf
+        from gguf import quants
+    except ImportError:
+        raise ImportError(
+            "GGUF files need the package gguf: pip install 'kdtl_jax[gguf]'."
+        ) from None
+    return gguf.GGUFReader, quants.dequantize
+
+
+def _open(path: str | Path) -> Any:
+    path, (reader, _) = Path(path), _package()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    try:
+        return reader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as GGUF ({error}).") from None
+
+
+def _fields(reader: Any, wanted: Callable[[str], bool]) -> dict[str, Any]:
+    return {name: field.contents() for name, field in reader.fields.items() if wanted(name)}
