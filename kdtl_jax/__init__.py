@@ -1,10 +1,12 @@
 """Knowledge distillation and transfer learning for JAX: pure functions over parameter pytrees.
 
 `import kdtl_jax` needs jax, numpy and optax only. Flax, orbax and rich are imported by the modules
-at the edge (`interop`, `models`, `run`, `recipes`, `cli`) when those are imported.
+at the edge (`interop`, `models`, `run`, `recipes`, `cli`) when those are imported or first used.
 """
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from kdtl_jax import augment as augment
 from kdtl_jax import connectors as connectors
@@ -26,3 +28,17 @@ from kdtl_jax._types import ModelFn as ModelFn
 from kdtl_jax._types import Variables as Variables
 
 __version__ = _version("kdtl_jax")
+
+_EDGE = ("cli", "datasets", "interop", "language", "models", "recipes", "run")
+
+
+def __dir__() -> list[str]:
+    return sorted({name for name in globals() if not name.startswith("_")}.union(_EDGE))
+
+
+if not _TYPE_CHECKING:  # a type checker is to report names that do not exist
+
+    def __getattr__(name: str) -> object:
+        if name in _EDGE:
+            return _import_module(f"kdtl_jax.{name}")
+        raise AttributeError(f"module 'kdtl_jax' has no attribute {name!r}; it has {__dir__()}")

@@ -101,11 +101,10 @@ def language_page() -> str:
         "|---|---|---|",
     ]
     for found in language.methods():
-        build = found if callable(found) else getattr(found, "build", found)
-        text = inspect.getdoc(build) or ""
+        text = inspect.getdoc(found.build) or ""
         first, _, rest = text.partition("\n\n")
         rest = rest.split("\n\nArgs:")[0]
-        name = f"{{py:func}}`{build.__name__} <kdtl_jax.language.{build.__name__}>`"
+        name = f"{{py:func}}`{found.build.__name__} <kdtl_jax.language.{found.build.__name__}>`"
         lines.append(f"| {name} | {cell(first)} | {cell(rest)} |")
     return "\n".join(lines) + "\n"
 

@@ -61,4 +61,4 @@ def main(out: str, epochs: int = 10, seeds: int = 6, examples: int = 300) -> Non
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

@@ -57,4 +57,4 @@ def main(out: str, epochs: int = 30, seeds: int = 8, examples: int = 300) -> Non
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

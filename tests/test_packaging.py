@@ -1,0 +1,25 @@
+"""What `import kdtl_jax` shows, and what an installed package brings along."""
+
+from importlib import resources
+
+import pytest
+
+import kdtl_jax
+
+
+def test_dir_lists_the_modules_and_nothing_else() -> None:
+    shown = dir(kdtl_jax)
+    assert {"losses", "methods", "train", "interop", "run", "models", "Variables"} <= set(shown)
+    assert not [name for name in shown if name.startswith("_")]
+    assert all(hasattr(kdtl_jax, name) for name in shown)  # modules at the edge load when used
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error_with_the_names_that_do() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'loses'.*'losses'"):
+        getattr(kdtl_jax, "los" + "es")
+
+
+def test_files_that_are_no_python_are_there() -> None:
+    package = resources.files("kdtl_jax")
+    for name in ("py.typed", "datasets/digits.npz", "run/report/page.html.jinja"):
+        assert package.joinpath(name).is_file()
