@@ -22,7 +22,8 @@ FOREIGN = set(
     cc_loss bc_loss SKDDirectionLoss LogitStdKDLoss loss_add_tail distill_top_k sparse_hinge_loss
     sparse_logistic_ranking_loss L2Loss OFDLoss feat_loss L2Regularization SPRegularization
     StaticLossBalancer param_groups_layer_decay LayerDecayValueAssigner nearswap ramplus_tl
-    multislerp magnitude_prune FakeTensorQuantFunction NVFP4QTensor hessian Partitioned reduce_on_plateau
+    multislerp magnitude_prune hessian Partitioned reduce_on_plateau FakeTensorQuantFunction
+    NVFP4QTensor binary_ce binary_kl_temp_limit DistillKLDivLoss p_j
     log_variance C_l p_i p_T t_end rho rho_i u_i F_i w_i G_i m_i tau_i
     layer_2 layer_10 layers_1 block_0 stage0 stage1_preact
     """.split()
