@@ -216,7 +216,7 @@ def test_any_manifest_is_whole_or_one_reason(
         assert (found is None) == same or json.loads(path.read_bytes()) == json.loads(whole)
     finally:
         path.write_bytes(whole)
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 2
 
 
 @pytest.fixture(scope="module")
@@ -297,4 +297,4 @@ def test_nothing_is_written_twice_for_many_leaves(tmp_path: Path) -> None:
     few = len([path for path in (tmp_path / "1").rglob("*") if path.is_file()])
     found = checkpoint.restore(tmp_path, tree).state
     assert all(float(found[f"layer{i}"][0]) == i for i in range(300))
-    assert few < 40 and time.process_time() - start < 60
+    assert few < 40 and time.process_time() - start < 10

@@ -1,5 +1,6 @@
 """Settings from the command line and from YAML files: who wins, what is refused, how fast."""
 
+import importlib
 import re
 import time
 from dataclasses import dataclass
@@ -79,9 +80,10 @@ def test_bad_configuration_is_wrong_usage(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.yaml").write_text(text)
+    importlib.import_module("kdtl_jax.recipes.demo")  # its time says nothing
     began = time.process_time()
     assert main(["demo", "--config", "a.yaml"]) == 2
-    assert time.process_time() - began < 10
+    assert time.process_time() - began < 2
     error = capsys.readouterr().err
     assert re.search(words, error) and "--config a.yaml" in error and error.count("\n") == 1
     assert not Path("made").exists(), "data only: nothing in the file is called"

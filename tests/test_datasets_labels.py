@@ -148,7 +148,7 @@ def test_a_gz_is_not_unpacked_past_its_header(tmp_path: Path) -> None:
     (tmp_path / "b").write_bytes(gzip.compress(idx((2**32 - 1, 2**32 - 1), b"short")))
     with pytest.raises(ValueError, match="its header .* asks for"):
         datasets.read_idx_array(tmp_path / "b")
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 2
 
 
 def test_an_npz_that_announces_more_than_it_holds(tmp_path: Path) -> None:
@@ -199,4 +199,4 @@ def test_any_bytes_are_data_or_one_clear_error(
         assert name in str(error) and len(str(error)) < 1000
     else:
         assert len(found.inputs) == len(found.labels) and np.isfinite(found.inputs).all()
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 2

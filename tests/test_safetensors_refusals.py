@@ -215,10 +215,10 @@ def test_any_bytes_are_loaded_or_refused(tmp_path: Path, content: bytes):
 
 
 @contextmanager
-def cheap(seconds: float = 10.0, bytes_: float = 100e6) -> Iterator[None]:
+def cheap(seconds: float = 4.0, bytes_: float = 100e6) -> Iterator[None]:
     """Fails if the block takes more of the processor, or allocates more at any moment.
 
-    Quadratic work on these files takes minutes.
+    Quadratic work on these files takes minutes; tracemalloc makes linear work several times slower.
     """
     tracemalloc.start()
     start = time.process_time()

@@ -256,7 +256,7 @@ def test_json_of_another_shape_is_one_error(tmp_path: Path, value: Any) -> None:
     start = time.process_time()
     with pytest.raises(ValueError, match="is damaged: .*Run `write` on it again"):
         tc.open_cache(tmp_path, expect=expected())
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 2
     write(tmp_path)
     assert tc.rows(tc.open_cache(tmp_path, expect=expected()), ROWS)["logits"].shape[0] == len(ROWS)
 
@@ -288,4 +288,4 @@ def test_any_bytes_are_the_cache_or_one_error(
         assert str(shared) in str(error)
     finally:
         path.write_bytes(whole)
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 2
