@@ -95,7 +95,7 @@ def cases() -> dict[str, Case]:
     }  # fmt: skip
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, *, has_sentences: bool) -> None:
     """Data, weights, an adapter, an encoder and a text in the working folder."""
     write_data(folder / "data.npz")
     for seed, name in enumerate(("base", "a", "b")):
@@ -116,8 +116,9 @@ def prepare(folder: Path) -> None:
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["layer_0"]}
     config["target_modules"] = [f"layer_{i}" for i in range(12)]
     (folder / "adapter/adapter_config.json").write_text(json.dumps(config))
-    write_encoder(folder / "encoder")
-    write_text(folder / "text.txt")
+    if has_sentences:
+        write_encoder(folder / "encoder")
+        write_text(folder / "text.txt")
 
 
 def start(folder: Path, words: list[str], log: Path) -> int:
@@ -252,7 +253,7 @@ def main_() -> None:
     for case in chosen.values():
         find(case.words)  # imports its module
     if (child := os.fork()) == 0:  # it starts a back end, after which nobody may fork
-        prepare(base)
+        prepare(base, has_sentences="sentences" in chosen)
         os._exit(0)
     assert end(child) == 0
     if "cache" in chosen:

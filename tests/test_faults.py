@@ -50,3 +50,18 @@ def test_two_processes_end_together_and_identical(tmp_path: Path) -> None:
         assert run["ended"] and run["identical"], found
         if run["kind"] == "stopped":
             assert set(run["codes"]) <= {143, 0}, "both stop, or both were done"
+
+
+@pytest.mark.slow
+def test_commands_killed_at_random_moments_lose_nothing(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
+    }
+    command = [sys.executable, "-W", "ignore", str(here / "kill_program.py"), str(tmp_path / "all")]
+    counts = ["--kills", "2", "--stops", "2", "--only", "scale,cache"]
+    done = subprocess.run([*command, *counts], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 8 and not [attack for attack in found if attack["wrong"]], found
