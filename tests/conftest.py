@@ -21,7 +21,7 @@ gc.set_threshold(50_000, 50, 100)
 
 # The elder emitters of fused loops compile a training run in three fifths of the time; later XLA
 # has one kind alone, and does not know the flag.
-if jax.version.__version_info__ < (0, 11):
+if jax.__version_info__ < (0, 11):
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
 

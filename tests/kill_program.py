@@ -271,6 +271,7 @@ def main_() -> None:
         if case.old is not None:
             finish(home, case.old, log)
         straight = root / "straight"
+        seconds = 0.0
         for _ in range(2):  # the second time nothing is compiled
             shutil.rmtree(straight, ignore_errors=True)
             shutil.copytree(home, straight)
@@ -279,6 +280,7 @@ def main_() -> None:
         plan = [signal.SIGKILL] * args.kills
         plan += [[signal.SIGTERM, signal.SIGINT][i % 2] for i in range(args.stops)]
         for number in plan:
+            one: dict[str, Any] = {}
             for _ in range(5):  # one that came after the end is sent again, earlier
                 shutil.rmtree(scratch, ignore_errors=True)
                 moment = dice.uniform(0, seconds)

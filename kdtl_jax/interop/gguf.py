@@ -9,6 +9,7 @@ from, up to the quantization: what llama.cpp's converter changes is changed back
 llama (with Mistral and SmolLM2), smollm3, qwen2, qwen3, gemma, gemma2, gemma3, phi3, olmo2, gpt2.
 """
 
+import importlib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -325,13 +326,13 @@ def _halves(array: np.ndarray, heads: int) -> np.ndarray:
 def _package() -> tuple[Callable[[Path], Any], Callable[..., np.ndarray]]:
     """The package's reader and its dequantization."""
     try:
-        import gguf
-        from gguf import quants
+        package = importlib.import_module("gguf")
+        quants = importlib.import_module("gguf.quants")
     except ImportError:
         raise ImportError(
             "GGUF files need the package gguf: pip install 'kdtl_jax[gguf]'."
         ) from None
-    return gguf.GGUFReader, quants.dequantize
+    return package.GGUFReader, quants.dequantize
 
 
 def _open(path: str | Path) -> Any:

@@ -15,8 +15,8 @@ Inputs = Mapping[str, Array]
 Hyper = Mapping[str, Any]
 
 
-def draft_ids(x: Inputs) -> np.ndarray:
-    return np.flatnonzero(np.asarray(x["in_draft_vocab"])).astype(np.int32)
+def draft_ids(x: Inputs) -> Array:
+    return jnp.asarray(np.flatnonzero(np.asarray(x["in_draft_vocab"])), jnp.int32)
 
 
 def step_losses(x: Inputs) -> list[Array]:

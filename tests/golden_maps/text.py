@@ -48,7 +48,7 @@ def causal_lm_accumulation(x: Inputs, h: Hyper) -> dict[str, Array]:
         shifted = losses.causal_shift(logits, labels)
         hard = -losses.token_log_probs(shifted.logits, shifted.labels)
         parts.append(reduce("hard", Masked(hard, shifted.where)))
-    whole = Mean(sum(p.total for p in parts), sum(p.weight for p in parts))
+    whole = Mean(*(jnp.sum(jnp.stack(side)) for side in zip(*parts, strict=True)))
     if h["num_items"]:
         micro = [Mean(p.total, whole.weight).value() for p in parts]
         return {"value": whole.value(), "micro_losses": jnp.stack(micro)}

@@ -238,6 +238,16 @@ def self_distillation(x: Inputs, h: Hyper) -> Array:
     return jnp.mean(rows)
 
 
+def with_tails(sides: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Log-probabilities of some classes, and that of all others as one more."""
+    empty = jnp.zeros(sides[0].shape, jnp.int32)
+    first, second = (
+        jnp.concatenate([side.log_probs, side.log_tail[..., None]], axis=-1)
+        for side in (losses.stored_top_k(empty, log_probs) for log_probs in sides)
+    )
+    return first, second
+
+
 def sdpo(x: Inputs, h: Hyper) -> Array:
     """The authors' code; log-probabilities come in."""
     own = x["student_logprobs"]
@@ -246,14 +256,9 @@ def sdpo(x: Inputs, h: Hyper) -> Array:
         if h["distillation_topk"] is None:
             # Numbers that need not sum to 1, and are not normalized either.
             values = jnp.sum(jsd_terms(*sides, h["alpha"]), axis=-1)
-        elif h["distillation_add_tail"]:
-            empty = jnp.zeros(sides[0].shape, jnp.int32)
-            stored = [losses.stored_top_k(empty, side) for side in sides]
-            sides = tuple(
-                jnp.concatenate([side.log_probs, side.log_tail[..., None]], axis=-1)
-                for side in stored
-            )
-        if h["distillation_topk"] is not None:
+        else:
+            if h["distillation_add_tail"]:
+                sides = with_tails(sides)
             values = losses.jsd_gkd(*sides, beta=h["alpha"])
     else:
         values = score_function(own, x["teacher_logprobs"])
