@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from kdtl_jax import cli
+from kdtl_jax import cli, language
 from kdtl_jax.interop import decoders
-from kdtl_jax.recipes import _language_text, _language_tokens, _language_training
+from kdtl_jax.recipes import _language_text, _language_training
 from kdtl_jax.recipes._language_text import Shape
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -97,17 +97,17 @@ def test_a_broken_line_is_named_by_its_number(tmp_path: Path):
     file = tmp_path / "lines.jsonl"
     file.write_text('{"text": "a good one"}\n{"text": \n')
     with pytest.raises(ValueError, match="line 2 is not JSON"):
-        _language_text.read(str(file), _language_tokens.of_bytes(), Shape(4, 2, 0.5))
+        _language_text.read(str(file), language.byte_tokenizer(), Shape(4, 2, 0.5))
     file.write_text('{"text": "a good one"}\n{"words": "?"}\n')
     with pytest.raises(ValueError, match="line 2 has neither"):
-        _language_text.read(str(file), _language_tokens.of_bytes(), Shape(4, 2, 0.5))
+        _language_text.read(str(file), language.byte_tokenizer(), Shape(4, 2, 0.5))
 
 
 def test_answers_stand_after_their_prompts_and_end(tmp_path: Path):
     file = tmp_path / "lines.jsonl"
     file.write_text('{"prompt": "ab", "completion": "cde"}\n' * 2)
-    rows = _language_text.read(str(file), _language_tokens.of_bytes(), Shape(8, 3, 0.5)).train
-    tokens = [0, *b"abcde", _language_tokens.END, 0]
+    rows = _language_text.read(str(file), language.byte_tokenizer(), Shape(8, 3, 0.5)).train
+    tokens = [0, *b"abcde", 256, 0]
     assert rows.inputs["tokens"].tolist() == [tokens]
     assert rows.inputs["segments"].tolist() == [[0, 1, 1, 1, 1, 1, 1, 0]]
     assert rows.inputs["learned"].tolist() == [[False] * 3 + [True] * 4 + [False]]
@@ -118,7 +118,7 @@ def test_answers_stand_after_their_prompts_and_end(tmp_path: Path):
 def test_documents_in_a_row_are_segments_of_their_own(tmp_path: Path):
     file = tmp_path / "lines.jsonl"
     file.write_text('{"text": "abc"}\n{"text": "defg"}\n{"text": "hijklmnop"}\n')
-    rows = _language_text.read(str(file), _language_tokens.of_bytes(), Shape(8, 2, 0.3)).train
+    rows = _language_text.read(str(file), language.byte_tokenizer(), Shape(8, 2, 0.3)).train
     assert rows.inputs["tokens"].tolist() == [[*b"abc", 256, *b"defg"]]
     assert rows.inputs["segments"].tolist() == [[1, 1, 1, 1, 2, 2, 2, 2]]
     assert rows.bytes == 2 + 3  # the first byte of a text is not predicted

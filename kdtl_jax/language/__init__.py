@@ -10,6 +10,10 @@ from kdtl_jax.language._alignment import merge_chunks as merge_chunks
 from kdtl_jax.language._alignment import merge_tokens as merge_tokens
 from kdtl_jax.language._alignment import require_same_ids as require_same_ids
 from kdtl_jax.language._alignment import shared_ids as shared_ids
+from kdtl_jax.language._chat import Chat as Chat
+from kdtl_jax.language._chat import chat as chat
+from kdtl_jax.language._chat import chat_prompt as chat_prompt
+from kdtl_jax.language._chat import chat_text as chat_text
 from kdtl_jax.language._measures import Fidelity as Fidelity
 from kdtl_jax.language._measures import fidelity as fidelity
 from kdtl_jax.language._methods import LanguageMethod as LanguageMethod
@@ -45,3 +49,7 @@ from kdtl_jax.language._terms import next_tokens as next_tokens
 from kdtl_jax.language._terms import rewards_to_go as rewards_to_go
 from kdtl_jax.language._terms import sampled_reverse_kl as sampled_reverse_kl
 from kdtl_jax.language._terms import together as together
+from kdtl_jax.language._tokenizer import Tokenizer as Tokenizer
+from kdtl_jax.language._tokenizer import byte_tokenizer as byte_tokenizer
+from kdtl_jax.language._tokenizer import tokenizer as tokenizer
+from kdtl_jax.language._tokenizer import write_byte_tokenizer as write_byte_tokenizer

@@ -4,7 +4,9 @@ A row has `length` columns. Plain text and documents (`{"text": ...}`) are cut i
 another; documents in one row are segments of their own. A line `{"prompt": ..., "completion": ...}`
 is a row of its own, its prompt padded on the left to the prompt's columns, its completion learned
 up to the end token. What a self-taught teacher is told beside the prompt is the line's
-`"privileged"` text, or else its completion; for plain text, what stands before the prompt.
+`"privileged"` text, or else its completion; for plain text, what stands before the prompt. A line
+`{"messages": [...]}` is written by the tokenizer's chat template: its last reply is the completion,
+what is before it the prompt.
 """
 
 import json
@@ -16,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdtl_jax import language
-from kdtl_jax.recipes._language_tokens import Tokenizer
 from kdtl_jax.recipes.settings import UsageError
 
 EMBEDDED = "shakespeare.txt"
@@ -46,7 +47,7 @@ class Shape(NamedTuple):
     held_out: float
 
 
-def read(path: str | None, tokenizer: Tokenizer, shape: Shape) -> Text:
+def read(path: str | None, tokenizer: language.Tokenizer, shape: Shape) -> Text:
     """The rows of a file; None is the text that the package carries.
 
     Raises:
@@ -72,12 +73,15 @@ def read(path: str | None, tokenizer: Tokenizer, shape: Shape) -> Text:
         at = max(1, int(len(lines) * (1 - shape.held_out)))
         has_text = ["text" in line for line in lines]
         if any(has_text) and not all(has_text):
-            raise ValueError(f"{name}: some lines have 'text' and some 'prompt'. Use one of them.")
+            raise ValueError(
+                f"{name}: some lines have 'text' and some have not. Use one form in a file."
+            )
         if all(has_text):
             texts = [str(line["text"]) for line in lines]
             parts = [_packed(part, tokenizer, shape) for part in (texts[:at], texts[at:])]
         else:
-            parts = [_answers(part, tokenizer, shape) for part in (lines[:at], lines[at:])]
+            said = [_said(line, name, i, tokenizer) for i, line in enumerate(lines, 1)]
+            parts = [_answers(part, tokenizer, shape) for part in (said[:at], said[at:])]
     for part, words in zip(parts, ("to learn from", "held out"), strict=True):
         if not len(part.inputs["tokens"]):
             raise UsageError(
@@ -93,13 +97,43 @@ def _object(line: str, name: str, number: int) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: line {number} is not JSON ({error}).") from None
     if not isinstance(found, dict) or not (
-        "text" in found or {"prompt", "completion"} <= set(found)
+        "text" in found or "messages" in found or {"prompt", "completion"} <= set(found)
     ):
-        raise ValueError(f"{name}: line {number} has neither 'text' nor 'prompt' and 'completion'.")
+        raise ValueError(
+            f"{name}: line {number} has neither 'text' nor 'messages' nor 'prompt' and "
+            "'completion'."
+        )
     return found
 
 
-def _packed(texts: Sequence[str], tokenizer: Tokenizer, shape: Shape) -> Rows:
+def _said(line: Any, name: str, number: int, tokenizer: language.Tokenizer) -> dict[str, Any]:
+    """A line as the texts of its prompt and completion."""
+    messages = line.get("messages")
+    if messages is None and isinstance(line["prompt"], list):
+        messages = [*line["prompt"], *line["completion"]]
+    if messages is None:
+        return line
+    if not (
+        isinstance(messages, list)
+        and messages
+        and all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in messages)
+        and messages[-1]["role"] == "assistant"
+    ):
+        raise ValueError(
+            f"{name}: example {number}: messages must be a list of objects with a 'role', the last "
+            "of them 'assistant'."
+        )
+    prompt = language.chat_prompt(tokenizer, messages[:-1])
+    whole = language.chat_text(tokenizer, messages)
+    if not whole.startswith(prompt):
+        raise ValueError(
+            f"{name}: example {number}: the chat template writes a conversation that does not "
+            "begin with the prompt for its last reply, so the reply cannot be told from it."
+        )
+    return {**line, "prompt": prompt, "completion": whole[len(prompt) :], "is_chat": True}
+
+
+def _packed(texts: Sequence[str], tokenizer: language.Tokenizer, shape: Shape) -> Rows:
     """Documents end to end, each with its end token, cut into rows."""
     ids, owner = [], []
     for i, text in enumerate(texts):
@@ -126,7 +160,7 @@ def _packed(texts: Sequence[str], tokenizer: Tokenizer, shape: Shape) -> Rows:
     return _rows(tokens, segments, learned, privileged, tokenizer)
 
 
-def _answers(lines: Sequence[Any], tokenizer: Tokenizer, shape: Shape) -> Rows:
+def _answers(lines: Sequence[Any], tokenizer: language.Tokenizer, shape: Shape) -> Rows:
     """Prompts padded on the left, completions after them with their end token."""
     size = len(lines), shape.length
     tokens, segments = np.zeros(size, np.int32), np.zeros(size, np.int32)
@@ -134,9 +168,12 @@ def _answers(lines: Sequence[Any], tokenizer: Tokenizer, shape: Shape) -> Rows:
     told = {name: np.zeros(size, np.int32) for name in ("tokens", "segments")}
     for i, line in enumerate(lines):
         prompt, answer = (tokenizer.encode(str(line[k])) for k in ("prompt", "completion"))
-        first = [] if tokenizer.bos is None else [tokenizer.bos]
-        prompt = first + prompt
-        if tokenizer.eos is not None:
+        if tokenizer.bos is not None and prompt[:1] != [tokenizer.bos]:
+            prompt = [tokenizer.bos, *prompt]
+        # A template ends its turns itself, and starts conversations as its model was taught.
+        if line.get("is_chat"):
+            prompt = tokenizer.encode(str(line["prompt"]))
+        elif tokenizer.eos is not None:
             answer = [*answer, tokenizer.eos]
         more = tokenizer.encode(str(line.get("privileged", line["completion"])))
         cut += len(prompt) > width or len(answer) > shape.length - width

@@ -25,7 +25,6 @@ from kdtl_jax.interop import decoders
 from kdtl_jax.recipes import _language_models as of_models
 from kdtl_jax.recipes import _language_report as of_report
 from kdtl_jax.recipes import _language_text as text_rows
-from kdtl_jax.recipes import _language_tokens as tokens_of
 from kdtl_jax.recipes import _language_training as training
 from kdtl_jax.recipes import _output
 from kdtl_jax.recipes import settings as types
@@ -171,9 +170,9 @@ def run(settings: Settings) -> int:
     with _output.run_folder(settings, "language", files, resume=settings.resume) as (folder, who):
         # Text, by the teacher's tokenizer.
         source = settings.teacher or settings.student
-        tokenizer = tokens_of.of_bytes() if source is None else tokens_of.of_folder(Path(source))
+        tokenizer = language.byte_tokenizer() if source is None else language.tokenizer(source)
         if settings.teacher and settings.student:
-            other = tokens_of.of_folder(Path(settings.student))
+            other = language.tokenizer(settings.student)
             of_models.same_tokens(other.vocabulary, tokenizer.vocabulary)
         say("reading")
         shape = text_rows.Shape(settings.length, settings.prompt, settings.held_out)
@@ -363,4 +362,4 @@ def write_folder(
     """A Hugging Face folder: weights, config, tokenizer."""
     decoders.save(folder, params, of.rules, config=of.config, tokenizer=source)
     if source is None:
-        tokens_of.write_bytes(folder)
+        language.write_byte_tokenizer(folder)

@@ -1,0 +1,175 @@
+"""Conversations as text and as tokens, by a checkpoint's own chat template.
+
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    chat = language.chat(tokenizer, messages)
+    chat.tokens, chat.learned       # learned: what the assistant says, its end of turn included
+
+Templates are programs of strangers: they run in jinja2's immutable sandbox, with the names and
+filters that transformers gives them.
+"""
+
+import datetime
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from kdtl_jax._text import shown
+from kdtl_jax.language._tokenizer import Tokenizer
+
+Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
+
+
+class Chat(NamedTuple):
+    """A conversation: `tokens` int32 `[L]`, and `learned` bool `[L]`, True on the assistant's."""
+
+    tokens: np.ndarray
+    learned: np.ndarray
+
+
+def chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    variables: Mapping[str, Any] = MappingProxyType({}),
+) -> Chat:
+    """The tokens of a conversation and which of them the assistant says.
+
+    Where the template marks the assistant's words (`{% generation %}`), they are what is marked.
+    Otherwise each assistant's message is what its rendering adds to the prompt for it, so its end
+    of turn is learned and the header before it is not. Text on either side of a border is encoded
+    apart: no token is learned in part.
+
+    Args:
+      tokenizer: with a `chat_template`.
+      messages: `{"role": ..., "content": ...}`, in order.
+      variables: further ones of the template, as its authors name them (`{"tools": [...]}`).
+
+    Raises:
+      ValueError: if there is no template, it raises, or it rewrites what came before a reply (then
+        no part of the text is the reply's alone).
+    """
+    marked = _rendered(tokenizer, messages, variables, prompts=False)
+    if any(is_learned for _, is_learned in marked):
+        pieces = marked
+    else:
+        pieces = _by_prefixes(tokenizer, messages, variables)
+    ids = [tokenizer.encode(text) for text, _ in pieces]
+    learned = [np.full(len(own), said) for own, (_, said) in zip(ids, pieces, strict=True)]
+    return Chat(
+        np.concatenate([np.asarray(own, np.int32) for own in ids], dtype=np.int32),
+        np.concatenate(learned).astype(np.bool_),
+    )
+
+
+def chat_prompt(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    variables: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """The text that asks for the assistant's next words, as the template writes it.
+
+    Args and errors are those of `chat`.
+    """
+    return _plain(_rendered(tokenizer, messages, variables, prompts=True))
+
+
+def chat_text(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    variables: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """A conversation's text, as the template writes it. Args and errors are those of `chat`."""
+    return _plain(_rendered(tokenizer, messages, variables, prompts=False))
+
+
+def _by_prefixes(
+    tokenizer: Tokenizer, messages: Sequence[Message], variables: Mapping[str, Any]
+) -> list[tuple[str, bool]]:
+    pieces: list[tuple[str, bool]] = []
+    written = ""
+    for i, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        before = _plain(_rendered(tokenizer, messages[:i], variables, prompts=True))
+        after = _plain(_rendered(tokenizer, messages[: i + 1], variables, prompts=False))
+        if not (before.startswith(written) and after.startswith(before)):
+            raise ValueError(
+                f"chat_template: the text of the first {i + 1} messages does not begin with the "
+                "prompt for the last of them, so what the assistant says cannot be told from the "
+                "rest. Mark it in the template with {% generation %}."
+            )
+        pieces += [(before[len(written) :], False), (after[len(before) :], True)]
+        written = after
+    whole = _plain(_rendered(tokenizer, messages, variables, prompts=False))
+    if not whole.startswith(written):
+        raise ValueError("chat_template: a later message changes the text of an earlier reply.")
+    return [*pieces, (whole[len(written) :], False)]
+
+
+def _plain(pieces: Sequence[tuple[str, bool]]) -> str:
+    return "".join(text for text, _ in pieces)
+
+
+def _rendered(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    variables: Mapping[str, Any],
+    *,
+    prompts: bool,
+) -> list[tuple[str, bool]]:
+    """The text in pieces, and whether a piece is marked as the assistant's."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the tokenizer has no chat template. Give lines with 'prompt' and 'completion', or a "
+            "folder with chat_template.jinja."
+        )
+    mark = secrets.token_hex(8)  # which no message can know
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {
+        "raise_exception": _raise,
+        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+        _MARK: mark,
+    }
+    given = {**tokenizer.special, **variables}
+    try:
+        template = environment.from_string(tokenizer.chat_template)
+        text = template.render(messages=messages, add_generation_prompt=prompts, **given)
+    except Exception as error:  # a template is a program, which may raise anything
+        raise ValueError(f"chat_template: {shown(str(error), 200)}") from None
+    pieces = text.split(mark)
+    return [(piece, i % 2 == 1) for i, piece in enumerate(pieces)]
+
+
+_MARK = "kdtl_jax_mark"
+
+
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}`: what the assistant says, between two marks."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        mark = nodes.Output([nodes.Name(_MARK, "load")]).set_lineno(line)
+        return [mark, *body, nodes.Output([nodes.Name(_MARK, "load")]).set_lineno(line)]
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
+    """As transformers': letters beyond ASCII stay, nothing is escaped for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent, **options)

@@ -1,0 +1,184 @@
+"""Tokenizers: bytes, or a Hugging Face folder's tokenizer.json.
+
+    tokenizer = language.tokenizer("SmolLM2-135M")
+    ids = tokenizer.encode("The capital of France is")
+    tokenizer.decode(ids)
+
+Text is encoded as it is: start and end tokens are added by who makes rows of it, by position, so
+that a padding id that equals the end token hides no end.
+"""
+
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kdtl_jax import _files
+from kdtl_jax._text import quoted
+
+_END = 256  # the end token of bytes
+_END_TEXT = "<|endoftext|>"
+
+
+class Tokenizer(NamedTuple):
+    """Text to ids and back.
+
+    `vocabulary` maps a token's text to its id and `size` is its number of ids (a model's table may
+    have more rows). `bos`, `eos` and `pad` are ids or None. `chat_template` is the folder's jinja2
+    text or None, for `chat`; `special` are the texts of special tokens that templates may name
+    (`"bos_token"`, …). Tokenizers of one `fingerprint` give the same ids.
+    """
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    vocabulary: Mapping[str, int]
+    size: int
+    bos: int | None
+    eos: int | None
+    pad: int | None
+    chat_template: str | None
+    special: Mapping[str, str]
+    fingerprint: str
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One id per byte of UTF-8, and an end token; `<|endoftext|>` in a text is bytes like others.
+
+    tokenizer = byte_tokenizer()
+    assert tokenizer.encode("é") == [195, 169] and tokenizer.decode([195, 169]) == "é"
+    """
+
+    def decode(ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i < _END).decode(errors="replace")
+
+    return Tokenizer(
+        encode=lambda text: list(text.encode(errors="replace")),
+        decode=decode,
+        vocabulary={text: i for i, text in enumerate(_letters())} | {_END_TEXT: _END},
+        size=_END + 1,
+        bos=None,
+        eos=_END,
+        pad=None,
+        chat_template=None,
+        special={"eos_token": _END_TEXT},
+        fingerprint=hashlib.sha256(b"bytes").hexdigest(),
+    )
+
+
+def tokenizer(path: str | Path) -> Tokenizer:
+    """Reads a folder's tokenizer.json, or that file.
+
+    Start, end and padding tokens are those of config.json, or else of tokenizer_config.json beside
+    it; the chat template that of chat_template.jinja, or else of tokenizer_config.json (of several
+    named ones, `default`).
+
+    Raises:
+      FileNotFoundError: if there is no tokenizer.json.
+      RuntimeError: without the package `tokenizers`.
+      ValueError: if a file is not what its name says.
+    """
+    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist.")
+    try:
+        package = importlib.import_module("tokenizers")
+    except ImportError:
+        raise RuntimeError(
+            "reading tokenizer.json needs the package tokenizers: pip install 'kdtl_jax[hub]'."
+        ) from None
+    content = file.read_bytes()
+    try:
+        made = package.Tokenizer.from_str(content.decode())
+    except Exception as error:  # the package raises plain Exception
+        raise ValueError(f"{file} is not a tokenizer: {quoted(str(error))}.") from None
+    about = _object(file.parent / "tokenizer_config.json")
+    config = _object(file.parent / "config.json")
+    special = {
+        name: text
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        if (text := _text(about.get(name))) is not None
+    }
+
+    def id_of(name: str) -> int | None:
+        found = config.get(f"{name}_token_id")
+        found = next(iter(found), None) if isinstance(found, list) else found
+        if isinstance(found, int) and not isinstance(found, bool):
+            return found
+        text = special.get(f"{name}_token")
+        return None if text is None else made.token_to_id(text)
+
+    def encode(text: str) -> list[int]:
+        return made.encode(text, add_special_tokens=False).ids
+
+    def decode(ids: Sequence[int]) -> str:
+        return made.decode(list(ids))
+
+    return Tokenizer(
+        encode=encode,
+        decode=decode,
+        vocabulary=made.get_vocab(),
+        size=made.get_vocab_size(),
+        bos=id_of("bos"),
+        eos=id_of("eos"),
+        pad=id_of("pad"),
+        chat_template=_template(file.parent, about),
+        special=special,
+        fingerprint=hashlib.sha256(content).hexdigest(),
+    )
+
+
+def write_byte_tokenizer(folder: str | Path) -> None:
+    """Writes `byte_tokenizer` as the tokenizer.json and tokenizer_config.json of a folder."""
+    vocabulary = {letter: i for i, letter in enumerate(_letters())}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    end = {"id": _END, "content": _END_TEXT, "special": True, "normalized": False}
+    end |= {"single_word": False, "lstrip": False, "rstrip": False}
+    made = {
+        "version": "1.0",
+        "added_tokens": [end],
+        "pre_tokenizer": {**level, "use_regex": False},
+        "decoder": {**level, "use_regex": False},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    }
+    _files.write_json(Path(folder) / "tokenizer.json", made)
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END_TEXT}
+    _files.write_json(Path(folder) / "tokenizer_config.json", about)
+
+
+def _letters() -> list[str]:
+    """The letter that stands for each byte in byte-level vocabularies (GPT-2's table)."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(b) if b in shown else chr(next(others)) for b in range(256)]
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {quoted(str(error))}.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {quoted(str(found))}.")
+    return found
+
+
+def _text(token: Any) -> str | None:
+    """A special token's text: tokenizer_config.json holds the text or an object with it."""
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
+
+
+def _template(folder: Path, about: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    found = about.get("chat_template")
+    if isinstance(found, list):
+        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None

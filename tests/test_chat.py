@@ -1,0 +1,134 @@
+"""Tokenizers and chat templates: transformers' text, the assistant's tokens, hostile templates."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdtl_jax import language
+from kdtl_jax.interop import decoders
+from kdtl_jax.recipes import _language_text
+from kdtl_jax.recipes._language_text import Shape
+
+STORED = json.loads((Path(__file__).parent / "data" / "chat_templates.json").read_text("utf-8"))
+MESSAGES = STORED["messages"]
+CASES = {case["name"]: case for case in STORED["cases"]}
+BYTES = language.byte_tokenizer()._replace(
+    special={"bos_token": "<s>", "eos_token": "</s>"}
+)  # fmt: skip
+
+
+def with_template(template: str) -> language.Tokenizer:
+    return BYTES._replace(chat_template=template)
+
+
+def learned_text(chat: language.Chat) -> str:
+    return BYTES.decode(chat.tokens[chat.learned].tolist())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_text_and_prompt_are_those_of_transformers(name: str) -> None:
+    case = CASES[name]
+    tokenizer = with_template(case["template"])
+    assert language.chat_text(tokenizer, MESSAGES, case["variables"]) == case["text"]
+    assert language.chat_prompt(tokenizer, MESSAGES[:-1], case["variables"]) == case["prompt"]
+    chat = language.chat(tokenizer, MESSAGES, case["variables"])
+    assert BYTES.decode(chat.tokens.tolist()) == case["text"]
+    assert chat.tokens.shape == chat.learned.shape
+
+
+def test_learned_is_what_the_assistant_says_and_its_end() -> None:
+    marked = language.chat(with_template(CASES["generation"]["template"]), MESSAGES)
+    assert learned_text(marked) == "4</s>7</s>"
+    # Without marks: what a reply adds to the prompt for it.
+    found = language.chat(with_template(CASES["chatml"]["template"]), MESSAGES)
+    assert learned_text(found) == " 4 <|im_end|>\n7<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% for m in messages %}", "Unexpected end of template"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe|not safely callable"),
+        ("{{ (1, 2)[none.x.y] }}", "undefined|None"),
+        ("{{ range(10000000) | length }}", "too big"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages[-1].content }}{% if add_generation_prompt %}?{% endif %}", "does not begin"),
+    ],
+)
+def test_a_template_that_raises_or_reaches_out_is_one_line(template: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says) as error:
+        language.chat(with_template(template), MESSAGES)
+    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 400
+
+
+def test_without_a_template() -> None:
+    with pytest.raises(ValueError, match="has no chat template"):
+        language.chat(BYTES, MESSAGES)
+
+
+def folder_with(tmp_path: Path, about: Any, config: Any) -> Path:
+    language.write_byte_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_a_folder_is_the_bytes_that_were_written(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers", reason="the hub extra is not installed")
+    about = {
+        "eos_token": {"content": "<|endoftext|>"},
+        "pad_token": "<|endoftext|>",
+        "chat_template": [{"name": "rag", "template": "?"}, {"name": "default", "template": "!"}],
+    }
+    folder = folder_with(tmp_path, about, {"bos_token_id": 7, "eos_token_id": [256, 3]})
+    found = language.tokenizer(folder)
+    text = "naïve 🙂 text\n\ttwo"
+    assert found.encode(text) == BYTES.encode(text) and found.decode(found.encode(text)) == text
+    assert found.vocabulary == dict(BYTES.vocabulary) and found.size == 257
+    assert (found.bos, found.eos, found.pad, found.chat_template) == (7, 256, 256, "!")
+    assert found.special == dict.fromkeys(("eos_token", "pad_token"), "<|endoftext|>")
+    (folder / "chat_template.jinja").write_text("from a file")
+    assert language.tokenizer(folder / "tokenizer.json").chat_template == "from a file"
+    assert "chat_template.jinja" in decoders.TOKENIZER_FILES
+    assert language.tokenizer(folder).fingerprint == found.fingerprint != BYTES.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("tokenizer.json", "{}", "is not a tokenizer"),
+        ("tokenizer.json", "\\x00" * 9, "is not a tokenizer"),
+        ("tokenizer_config.json", "[" * 90_000, "is not JSON"),
+        ("config.json", "[1]", "must hold a JSON object"),
+    ],
+)
+def test_a_file_that_is_no_tokenizer(tmp_path: Path, name: str, content: str, says: str) -> None:
+    pytest.importorskip("tokenizers", reason="the hub extra is not installed")
+    folder = folder_with(tmp_path, {}, {})
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=says) as error:
+        language.tokenizer(folder)
+    assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        language.tokenizer(tmp_path / "nowhere")
+
+
+def test_lines_of_messages_are_prompts_and_replies(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+    template += "{% if add_generation_prompt %}a:{% endif %}"
+    line = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "yz"}]}
+    pair = {"prompt": line["messages"][:1], "completion": line["messages"][1:]}
+    for each in (line, pair):
+        file = tmp_path / "lines.jsonl"
+        file.write_text(f"{json.dumps(each)}\n" * 2)
+        rows = _language_text.read(str(file), with_template(template), Shape(10, 6, 0.5)).train
+        assert rows.inputs["tokens"][0, :6].tolist() == [*b"u:x;a:"]
+        assert rows.inputs["tokens"][0, 6:9].tolist() == [*b"yz;"]
+        assert rows.inputs["learned"].tolist() == [[False] * 6 + [True] * 3 + [False]]
+    file.write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
+    with pytest.raises(ValueError, match="example 1: messages must be a list"):
+        _language_text.read(str(file), with_template(template), Shape(10, 6, 0.5))
