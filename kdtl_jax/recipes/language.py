@@ -98,7 +98,7 @@ class Settings(types.Output):
     bits: int = setting(
         4, "of the weights under qad, in groups of 32", metavar="N", least=2, most=8, group="models"
     )
-    steps: int = setting(300, "of each student", metavar="N", least=1, quick=4, group="training")
+    steps: int = setting(200, "of each student", metavar="N", least=1, quick=4, group="training")
     teacher_steps: int = setting(
         300, "of a teacher trained here", metavar="N", least=1, quick=4, group="training"
     )
@@ -132,7 +132,7 @@ class Settings(types.Output):
         metavar="N", least=0, group="training",
     )  # fmt: skip
     samples: int = setting(4, "held-out prompts continued in the report", metavar="N", least=0)
-    checks: int = setting(5, "measurements along the way", metavar="N", least=1, quick=1)
+    checks: int = setting(4, "measurements along the way", metavar="N", least=1, quick=1)
     mesh: Mapping[str, int] = setting(
         {}, "data=4,fsdp=2: split batches over 8 devices, weights over 2 of them",
         metavar="AXIS=N,...", parse=types.mesh_sizes, group="devices",
