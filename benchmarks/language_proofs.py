@@ -35,7 +35,6 @@ from kdtl_jax import language, losses, train, transforms
 from kdtl_jax.interop import decoders
 from kdtl_jax.recipes import _language_models as of_models
 from kdtl_jax.recipes import _language_text as text_rows
-from kdtl_jax.recipes import _language_tokens as tokens_of
 from kdtl_jax.recipes import _language_training as training
 from kdtl_jax.run import loop, report
 
@@ -110,7 +109,7 @@ def sampling(seeds: int, steps: int) -> None:
 
 def taught(seed: int, steps: int) -> Any:
     """The text, a byte-level teacher of a seed, and what trains and measures its students."""
-    tokenizer = tokens_of.of_bytes()
+    tokenizer = language.byte_tokenizer()
     text = text_rows.read(None, tokenizer, text_rows.Shape(64, 16, 0.02))
     teacher = of_models.anew({"layers": 4, "width": 96, "heads": 4}, 257, 256, jax.random.key(seed))
 
