@@ -101,7 +101,8 @@ def test_rows_of_weight_zero_and_padding_change_nothing():
     state = train.init_state(STUDENT, TX, key=jax.random.key(0))
     one, two = step(state, given)[0], step(state, padded)[0]
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-7)
+        # Two shapes are two programs, whose sums round apart by a few units of the last place.
+        np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def prompts(rows: int = 4) -> dict[str, Any]:
