@@ -65,3 +65,26 @@ def test_commands_killed_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) == 8 and not [attack for attack in found if attack["wrong"]], found
+
+
+SIGNALED = """
+import os, signal, socket, sys
+from kdtl_jax.run import processes
+
+with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+with processes.signals() as found:
+    processes.initialize(coordinator=f"localhost:{port}", processes=1, process=0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    sys.exit(0 if found.number == signal.SIGTERM else 1)
+"""
+
+
+def test_a_process_that_joins_others_keeps_its_signals() -> None:
+    """JAX catches SIGTERM too, and a command handles signals before it joins."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALED], env=environment, capture_output=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr.decode()

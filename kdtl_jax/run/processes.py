@@ -45,6 +45,7 @@ def initialize(
             f"(this one's number), or none for auto-detection; got {coordinator!r}, {processes}, "
             f"{process}."
         )
+    handler = signal.getsignal(signal.SIGTERM)
     jax.distributed.initialize(
         coordinator,
         processes,
@@ -52,6 +53,9 @@ def initialize(
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
     )
+    # JAX puts a handler of its own beneath Python's, which then is never called.
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def broadcast(value: Any) -> Any:
