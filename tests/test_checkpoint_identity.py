@@ -279,12 +279,17 @@ def test_only_folders_of_ours_are_opened_and_removed(tmp_path: Path) -> None:
             pass
     two_steps(foreign / "kd")
     two_steps(foreign / "alone")
+    with pytest.raises(ValueError, match="holds other files: other"):
+        checkpoint.check_removable(foreign)
+    for ours in (foreign / "kd", foreign / "new"):
+        checkpoint.check_removable(ours)
     assert checkpoint.remove(foreign) == ["other"]
     assert (foreign / "other" / "weights.bin").read_text() == "my model"
     mine = two_steps(tmp_path / "mine" / "kd").parent
     (tmp_path / "link").symlink_to(mine / "kd")
     assert checkpoint.remove(tmp_path / "link") == ["link"]
     assert checkpoint.steps(mine / "kd") == [1, 2], "what a link points to stays"
+    checkpoint.check_removable(mine)  # nothing but folders of ours
     assert checkpoint.remove(mine) == [] and not mine.exists()
     assert checkpoint.remove(tmp_path / "nowhere") == []
 

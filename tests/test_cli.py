@@ -282,6 +282,23 @@ def test_force_removes_only_what_a_run_wrote(tmp_path: Path, capsys: Captured) -
     assert "left alone" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["demo", "transfer", "distill"])
+def test_what_is_in_the_way_of_checkpoints_is_refused_before_any_training(
+    command: str, tmp_path: Path, capsys: Captured
+) -> None:
+    mine = tmp_path / "checkpoints" / ("kd/mine" if command == "distill" else "mine") / "weights"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("my model")
+    (tmp_path / "metrics.jsonl").write_text("an earlier run's")
+    words = ["--methods", "kd"] if command == "distill" else []
+    assert main([command, "--quick", "--out", str(tmp_path), "--force", *words]) == 1
+    said = capsys.readouterr()
+    assert "holds other files: mine. Choose another folder." in said.err
+    assert "source" not in said.err and "epoch" not in said.err, "nothing was trained"
+    assert mine.read_text() == "my model"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl"]
+
+
 def test_a_lock_that_is_a_link_is_left_alone(tmp_path: Path) -> None:
     precious = tmp_path / "precious.txt"
     precious.write_text("precious")

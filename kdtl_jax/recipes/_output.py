@@ -35,7 +35,12 @@ class Folder(NamedTuple):
 
 @contextlib.contextmanager
 def run_folder(
-    settings: Any, command: str, files: Mapping[str, str] | None = None, *, resume: bool = False
+    settings: Any,
+    command: str,
+    files: Mapping[str, str] | None = None,
+    *,
+    resume: bool = False,
+    saves: Sequence[str] = (),
 ) -> Iterator[Folder]:
     """The run folder, locked, with `config.yaml` and `env.json` in it.
 
@@ -48,9 +53,12 @@ def run_folder(
       command: its name, for `config.yaml`.
       files: the data and the weights that are read, by role.
       resume: continue the run in the folder, if there is one.
+      saves: the folders of checkpoints that will be written, as paths within the run folder; what
+        is in their way is refused now, not when the training is done.
 
     Raises:
-      ValueError: if the folder holds something, is a file, or is of a run on other content.
+      ValueError: if the folder holds something, is a file, or is of a run on other content; or if
+        files that are not ours lie where checkpoints will be saved.
       UsageError: if the run to be resumed had other settings.
       RuntimeError: if another process has it.
     """
@@ -71,6 +79,8 @@ def run_folder(
                     f"--out {folder} is not empty, and nothing in it is overwritten. Name another "
                     "folder, or pass --force."
                 )
+            for name in saves:
+                checkpoint.check_removable(folder / name)
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_files.locked(folder))
             for unfinished in folder.glob(f".*{_files.TEMPORARY}"):

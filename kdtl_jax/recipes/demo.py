@@ -89,7 +89,7 @@ def run(settings: Settings) -> None:
     splits = Splits(*(scaling.apply(part) for part in raw))
     say = _output.progress()
     with (
-        _output.run_folder(settings, "demo") as where,
+        _output.run_folder(settings, "demo", saves=["checkpoints"]) as where,
         _output.counted_programs() as programs,
     ):
         folder = where.path

@@ -164,7 +164,11 @@ def run(settings: Settings) -> int:
         return precision.loss_scaling(made) if settings.precision == "float16" else made
 
     say = _output.progress()
-    folder_of_run = _output.run_folder(settings, "distill", pair.files, resume=settings.resume)
+    learners = [*([TEACHER] if pair.given is None else []), *built]
+    folder_of_run = _output.run_folder(
+        settings, "distill", pair.files, resume=settings.resume,
+        saves=[f"checkpoints/{name}" for name in learners],
+    )  # fmt: skip
     with (
         folder_of_run as (folder, identity),
         _output.counted_programs() as programs,

@@ -167,7 +167,14 @@ def run(settings: Settings) -> int:
     )
     files = {n: v for n in ("data", "teacher", "student") if (v := getattr(settings, n))}
     say = _output.progress()
-    with _output.run_folder(settings, "language", files, resume=settings.resume) as (folder, who):
+    warms_up = settings.start_steps and any(method.samples for method in chosen)
+    learners = [*([] if files.keys() & {"teacher", "student"} else ["teacher"]),
+               *(["warm"] if warms_up else []), *(method.name for method in chosen)]  # fmt: skip
+    folder_of_run = _output.run_folder(
+        settings, "language", files, resume=settings.resume,
+        saves=[f"checkpoints/{name}" for name in learners],
+    )  # fmt: skip
+    with folder_of_run as (folder, who):
         # Text, by the teacher's tokenizer.
         source = settings.teacher or settings.student
         tokenizer = language.byte_tokenizer() if source is None else language.tokenizer(source)

@@ -131,7 +131,7 @@ def run(settings: Settings) -> int | None:
     files = {"data": settings.data, **({} if path is None else {"source_weights": path})}
     say = _output.progress()
     with (
-        _output.run_folder(settings, "transfer", files) as where,
+        _output.run_folder(settings, "transfer", files, saves=["checkpoints"]) as where,
         _output.counted_programs() as programs,
     ):
         folder = where.path

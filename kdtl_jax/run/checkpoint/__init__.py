@@ -33,6 +33,7 @@ from kdtl_jax.run.checkpoint._restore import steps as steps
 from kdtl_jax.run.checkpoint._save import Checkpoints as Checkpoints
 from kdtl_jax.run.checkpoint._save import Keep as Keep
 from kdtl_jax.run.checkpoint._save import Saved as Saved
+from kdtl_jax.run.checkpoint._save import check_removable as check_removable
 from kdtl_jax.run.checkpoint._save import newest as newest
 from kdtl_jax.run.checkpoint._save import newest_and_best as newest_and_best
 from kdtl_jax.run.checkpoint._save import newest_and_every as newest_and_every

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from kdtl_jax import _checks, _files
+from kdtl_jax import _checks, _files, _text
 from kdtl_jax._types import PyTree
 from kdtl_jax.run import processes, scores
 from kdtl_jax.run.checkpoint import _history, _restore
@@ -198,6 +198,25 @@ def remove(folder: str | Path) -> list[str]:
     if not kept:
         folder.rmdir()
     return [path.name for path in kept]
+
+
+def check_removable(folder: str | Path) -> None:
+    """Refuses a folder that `open_folder` would refuse even after `remove`; changes nothing.
+
+    For callers that save only at the end of long work.
+
+    Raises:
+      ValueError: if it holds files that are not ours.
+      OSError: if it is not a folder.
+    """
+    folder = Path(folder)
+    if folder.is_symlink() or not folder.is_dir() or (folder / _files.MARK).exists():
+        _files.check_free(folder, KIND)
+        return
+    kept = [path.name for path in sorted(folder.iterdir()) if not _files.is_ours(path, KIND)]
+    if others := [name for name in kept if name[0] != "."]:
+        listed = ", ".join(_text.shown(name) for name in others[:5])
+        raise ValueError(f"{folder} holds other files: {listed}. {_files.ANOTHER}")
 
 
 def _begin(folder: Path, stack: contextlib.ExitStack) -> str:
