@@ -23,7 +23,7 @@ TOKEN = re.compile(r"\s+|\d*\.?\d+(?:e-?\d+)?|[^\W\d_]+'*|->|<=|>=|!=|==|\|\||[_
 
 def mathml(text: str) -> str:
     """Plain notation as a `<math>` element."""
-    tokens = [token for token in TOKEN.findall(text)]
+    tokens: list[str] = TOKEN.findall(text)
     out: list[str] = []
     i = 0
     while i < len(tokens):

@@ -163,6 +163,10 @@ def commands() -> Iterator[tuple[str, str]]:
 `--config file.yaml`; `--print-config` writes that file. Exit codes: 0 done, 1 failed, 2 wrong
 usage, 130 and 143 interrupted with the state saved.
 
+A run folder holds `config.yaml`, `metrics.jsonl`, `results.json`, `report.html`, `env.json`, and
+weights and checkpoints where the command makes them; `--resume` continues a run in it. `--list`
+shows the methods of a command that has several.
+
 | command | what it does |
 |---|---|
 {rows}

@@ -4,11 +4,13 @@ python docs/gallery/scaled_start.py docs/_static/scaled_start.svg
 """
 
 import sys
+from typing import Any
 
 import figure
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from kdtl_jax import datasets, models, train, transforms
 from kdtl_jax.interop import linen
@@ -27,15 +29,15 @@ def main(out: str, epochs: int = 10, seeds: int = 6, examples: int = 300) -> Non
     small = linen.model(models.mlp([16, 16], classes=10))
     tx = optax.adam(3e-3)
 
-    def order(key, epochs):
+    def order(key: Array, epochs: int) -> Array:
         return jnp.concatenate([train.epoch_index(key, i, examples, 32) for i in range(epochs)])
 
-    def fit(model, params, key, epochs):
+    def fit(model: linen.Linen, params: Any, key: Array, epochs: int) -> Any:
         step = train.make_step(model.apply, classification, {"task": 1.0}, tx)
         state = train.init_state(params, tx, key=key)
         return train.scan_epoch(step)(state, data, order(key, epochs))[0].params
 
-    def accuracy(params):
+    def accuracy(params: Any) -> Array:
         logits = small.apply(params, None, test_inputs)[0]["logits"]
         return jnp.mean(jnp.argmax(logits, axis=-1) == test_labels)
 
@@ -46,7 +48,7 @@ def main(out: str, epochs: int = 10, seeds: int = 6, examples: int = 300) -> Non
     blank = small.init(key, data["inputs"][:1]).params
     selected, _ = transforms.transfer(teacher, blank, on_mismatch=transforms.select_uniform)
 
-    def experiment(point, selected):
+    def experiment(point: dict[str, Array], selected: Any) -> dict[str, Array]:
         start = transforms.scale(selected, point["alpha"])
         return {
             "before training": accuracy(start),

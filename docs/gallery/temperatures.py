@@ -4,15 +4,17 @@ python docs/gallery/temperatures.py docs/_static/temperatures.svg
 """
 
 import sys
+from typing import Any
 
 import figure
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from kdtl_jax import datasets, losses, models, train
 from kdtl_jax.interop import linen
-from kdtl_jax.objective import classification
+from kdtl_jax.objective import Inputs, classification
 from kdtl_jax.train import sweep
 
 
@@ -27,7 +29,7 @@ def main(out: str, epochs: int = 30, seeds: int = 8, examples: int = 300) -> Non
     small = linen.model(models.mlp([12], classes=10))
     tx = optax.adam(3e-3)
 
-    def order(key):
+    def order(key: Array) -> Array:
         return jnp.concatenate([train.epoch_index(key, i, examples, 32) for i in range(epochs)])
 
     key = jax.random.key(0)
@@ -35,8 +37,8 @@ def main(out: str, epochs: int = 30, seeds: int = 8, examples: int = 300) -> Non
     teacher = train.init_state(big.init(key, train_set["inputs"][:1]).params, tx, key=key)
     teacher, _ = train.jit_epoch(step)(teacher, train_set, order(key))
 
-    def experiment(point, teacher_params, data):
-        def terms(x):
+    def experiment(point: dict[str, Array], teacher_params: Any, data: dict[str, Array]) -> Array:
+        def terms(x: Inputs) -> dict[str, Array]:
             student, taught = x.student["logits"], x.teacher["logits"]
             kd = losses.kd_kl(student, taught, temperature=point["temperature"])
             return {"kd": kd, **classification(x)}
