@@ -164,8 +164,8 @@ def commands() -> Iterator[tuple[str, str]]:
 usage, 130 and 143 interrupted with the state saved.
 
 A run folder holds `config.yaml`, `metrics.jsonl`, `results.json`, `report.html`, `env.json`, and
-weights and checkpoints where the command makes them; `--resume` continues a run in it. `--list`
-shows the methods of a command that has several.
+weights and checkpoints where the command makes them. Where a command has `--resume`, it continues
+the run of such a folder; `--list` shows the methods of a command that has several.
 
 | command | what it does |
 |---|---|
