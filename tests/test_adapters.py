@@ -109,17 +109,20 @@ def test_adapters_of_many_users_are_one_vmap(name: str) -> None:
     np.testing.assert_allclose(together, jnp.stack(one_by_one), rtol=1e-5, atol=1e-6)
 
 
+def layer_of(stacked: Any, i: int, *, axis: int = 0) -> Any:
+    return jax.tree.map(lambda x: jnp.take(x, i, axis=axis), stacked)
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_scanned_kernel_is_its_layers_one_by_one(name: str) -> None:
     adapter = ADAPTERS[name]
     base, weights = trained(adapter)
     whole = adapter.merge(base, weights)["layers"]
     for i in range(2):
-        layer = jax.tree.map(lambda x: x[i], base["layers"])  # noqa: B023, used at once
         lead = 1 if name == "vera" else 0  # VeRA's terms come before the layers
-        mine = jax.tree.map(lambda x: jnp.take(x, i, axis=lead), weights["layers/kernel"])  # noqa: B023, likewise
-        alone = adapter.apply(layer, {"kernel": mine})
-        assert_close(alone, jax.tree.map(lambda x: x[i], whole))  # noqa: B023, likewise
+        mine = layer_of(weights["layers/kernel"], i, axis=lead)
+        alone = adapter.apply(layer_of(base["layers"], i), {"kernel": mine})
+        assert_close(alone, layer_of(whole, i))
 
 
 def test_lora_merge_is_the_two_step_forward() -> None:
@@ -145,7 +148,10 @@ def test_combination_of_low_rank_adapters_is_exact(name: str) -> None:
     adapter = ADAPTERS[name]
     (_, first), (_, second) = trained(adapter, 1), trained(adapter, 2)
     nothing = jax.tree.map(lambda x: jnp.zeros_like(x), params())
-    delta = lambda w: adapter.apply(nothing, w)["layers"]["kernel"]  # noqa: E731, one line
+
+    def delta(weights: Any) -> jax.Array:
+        return adapter.apply(nothing, weights)["layers"]["kernel"]
+
     want = 0.7 * delta(first) - 0.4 * delta(second)
     joint = adapter.combine([first, second], [0.7, -0.4])
     assert joint["layers/kernel"].a.shape == (2, 6, 4)
@@ -164,7 +170,10 @@ def test_combination_of_vera_adapters_is_exact() -> None:
     adapter = ADAPTERS["vera"]
     (_, first), (_, second) = trained(adapter, 1), trained(adapter, 2)
     nothing = jax.tree.map(lambda x: jnp.zeros_like(x), params())
-    delta = lambda w: adapter.apply(nothing, w)["head"]["kernel"]  # noqa: E731, one line
+
+    def delta(weights: Any) -> jax.Array:
+        return adapter.apply(nothing, weights)["head"]["kernel"]
+
     joint = adapter.combine([first, second], [2.0, -1.0])
     np.testing.assert_allclose(delta(joint), 2 * delta(first) - delta(second), rtol=1e-4, atol=1e-5)
 

@@ -173,7 +173,7 @@ def test_no_whole_step_is_an_error_with_reasons(kept: Path, standard_promotion: 
     with pytest.raises(FileNotFoundError, match=r"has no step 9\. Its steps: \[1, 2\]"):
         checkpoint.restore(kept, state(), step=9)
     with pytest.raises(TypeError, match="step must be an integer, got 1.5"):
-        checkpoint.restore(kept, state(), step=1.5)  # type: ignore[arg-type]
+        checkpoint.restore(kept, state(), step=1.5)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_differences_are_named_leaf_by_leaf(kept: Path, standard_promotion: None) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,11 +173,11 @@ def test_a_student_that_diverges_ranks_last_and_is_not_saved(
     """Logits that are not finite name no class: not even class 0."""
     plain = _seeds.evaluation
 
-    def evaluation(experiment: object, *rest: object) -> object:
-        evaluate = plain(experiment, *rest)  # pyright: ignore[reportArgumentType]
+    def evaluation(experiment: Any, *rest: Any) -> Any:
+        evaluate = plain(experiment, *rest)
 
-        def diverged(state: object, inputs: np.ndarray) -> np.ndarray:
-            found = evaluate(state, inputs)  # pyright: ignore[reportArgumentType]
+        def diverged(state: Any, inputs: np.ndarray) -> np.ndarray:
+            found = evaluate(state, inputs)
             return found if len(found) == 1 else np.full_like(found, -1)
 
         return diverged

@@ -251,7 +251,7 @@ def test_maps_need_four_axes() -> None:
 
 BAD_USES: dict[str, tuple[type[Exception], Callable[[], Any]]] = {
     "features must be at least 1, got -1": (ValueError, lambda: connectors.linear(-1)),
-    "features must be an integer, got 2.5": (TypeError, lambda: connectors.linear(2.5)),  # type: ignore[arg-type]
+    "features must be an integer, got 2.5": (TypeError, lambda: connectors.linear(2.5)),  # type: ignore[arg-type]  # wrong on purpose
     "stride must be at least 1, got 0": (ValueError, lambda: connectors.conv(2, stride=0)),
     r"x must have the width 4 .* got x\[2, 3\]": (
         ValueError,

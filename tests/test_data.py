@@ -199,10 +199,10 @@ def test_renaming_names_what_is_missing() -> None:
     [
         (lambda: data.resident(arrays(), 11, key=KEY), r"1\.\.10 \(the number of examples\)"),
         (lambda: data.resident(arrays(), 0, key=KEY), "batch_size"),
-        (lambda: data.resident(arrays(), 2.5, key=KEY), "batch_size must be an integer, got 2.5"),  # type: ignore[arg-type]
-        (lambda: data.resident(arrays(), 2, key=0), r"key must be a PRNG key .* got 0 \(int\)"),  # type: ignore[arg-type]
+        (lambda: data.resident(arrays(), 2.5, key=KEY), "batch_size must be an integer, got 2.5"),  # type: ignore[arg-type]  # wrong on purpose
+        (lambda: data.resident(arrays(), 2, key=0), r"key must be a PRNG key .* got 0 \(int\)"),  # type: ignore[arg-type]  # wrong on purpose
         (lambda: data.resident(arrays(), 2, key=jnp.ones(2)), r"PRNG key .* got float32\[2\]"),
-        (lambda: data.stream(read, 3, 2, key=0), "key must be a PRNG key"),  # type: ignore[arg-type]
+        (lambda: data.stream(read, 3, 2, key=0), "key must be a PRNG key"),  # type: ignore[arg-type]  # wrong on purpose
         (lambda: data.resident({}, 1, key=KEY), "no array in the batch"),
         (lambda: data.resident(arrays() | {"x": np.ones(3)}, 1, key=KEY), "one batch size"),
         (lambda: data.resident(arrays(), 2, key=None, augment=lambda k, b: b), "needs a key"),

@@ -206,7 +206,7 @@ class SharedNNX(flax_nnx.Module):
     def __init__(self, rngs: flax_nnx.Rngs):
         self.dense = flax_nnx.Linear(3, 3, rngs=rngs)
         self.drop = flax_nnx.Dropout(0.5, rngs=rngs)
-        self.other = flax_nnx.Dropout(0.5, rngs=flax_nnx.Rngs(dropout=7))
+        self.other: Any = flax_nnx.Dropout(0.5, rngs=flax_nnx.Rngs(dropout=7))
 
     def __call__(self, x: Any) -> Any:
         self.sow(flax_nnx.Intermediate, "inside", x)
@@ -215,7 +215,7 @@ class SharedNNX(flax_nnx.Module):
 
 def test_nnx_every_stream_is_rekeyed_whatever_it_is_called():
     module = SharedNNX(flax_nnx.Rngs(0))
-    before = jax.tree.map(jax.random.key_data, [module.other.rngs.key.get_value()])  # pyright: ignore[reportOptionalMemberAccess]
+    before = jax.tree.map(jax.random.key_data, [module.other.rngs.key.get_value()])
     bound = nnx.model(module, taps=["dense/.*", "inside"])
     ones = jnp.ones((2, 3))
     runs = [
@@ -235,7 +235,7 @@ def test_nnx_every_stream_is_rekeyed_whatever_it_is_called():
     drawn = {tuple(jax.random.key_data(keys[0][path]).tolist()) for path in streams}
     assert len(drawn) == 2  # each stream its own key
     assert not any("inside" in path for path in keys[0])  # sown values never become state
-    after = jax.tree.map(jax.random.key_data, [module.other.rngs.key.get_value()])  # pyright: ignore[reportOptionalMemberAccess]
+    after = jax.tree.map(jax.random.key_data, [module.other.rngs.key.get_value()])
     assert not changed(before, after)  # the module itself was never touched
     assert not hasattr(module, "__captures__")
 

@@ -261,8 +261,7 @@ class LinenOwnFrozen(nn.Module):
 
 
 class NNXAttentionFrozen(NNXAttention):
-    # The usual flag is missing on purpose.
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # no usual flag, on purpose
         self, x: Any, learning: bool = False
     ) -> Any:
         return super().__call__(x, learning=learning)

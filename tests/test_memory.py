@@ -149,10 +149,10 @@ BAD_PLACES = {
     r"size must be an integer, got 10.5 \(float\)": lambda: memory.bank_draw(
         KEY,
         jnp.asarray([2]),
-        size=10.5,  # type: ignore[arg-type]
+        size=10.5,  # type: ignore[arg-type]  # wrong on purpose
         negatives=3,
     ),
-    "size must be an integer, got 10.5": lambda: memory.bank_init(KEY, 10.5, 4),  # type: ignore[arg-type]
+    "size must be an integer, got 10.5": lambda: memory.bank_init(KEY, 10.5, 4),  # type: ignore[arg-type]  # wrong on purpose
     "width must be at least 1, got 0": lambda: memory.queue_init(KEY, 5, 0),
 }
 

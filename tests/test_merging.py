@@ -157,8 +157,8 @@ def test_a_soup_is_learned_in_two_lines() -> None:
     models = [jnp.asarray([1.0, 0.0]), jnp.asarray([0.0, 1.0]), jnp.asarray([-5.0, -5.0])]
     target = jnp.asarray([0.5, 0.5])
     # the two lines: the soup of traced weights, and a loss of it
-    soup = lambda logits: transforms.average(models, jax.nn.softmax(logits))  # noqa: E731
-    loss = lambda logits: jnp.sum((soup(logits) - target) ** 2)  # noqa: E731
+    soup = lambda logits: transforms.average(models, jax.nn.softmax(logits))  # noqa: E731, a line of the two
+    loss = lambda logits: jnp.sum((soup(logits) - target) ** 2)  # noqa: E731, a line of the two
     descend = jax.jit(lambda logits: logits - 0.3 * jax.grad(loss)(logits))
 
     logits = jnp.zeros(3)
@@ -170,10 +170,13 @@ def test_a_soup_is_learned_in_two_lines() -> None:
 def test_alpha_per_leaf_is_learned_in_two_lines() -> None:
     source, tuned = {"a": jnp.zeros(2), "b": jnp.zeros(2)}, {"a": jnp.ones(2), "b": jnp.ones(2)}
     target = {"a": jnp.full(2, 0.2), "b": jnp.full(2, 0.9)}
-    gap = lambda p: sum(jnp.sum((p[k] - target[k]) ** 2) for k in p)  # noqa: E731
+
+    def gap(p: dict[str, jax.Array]) -> jax.Array:
+        return jnp.sum(jnp.stack([jnp.sum((p[k] - target[k]) ** 2) for k in p]))
+
     # the two lines: alpha is a tree of scalars, differentiated through the merge
     slope = jax.jit(jax.grad(lambda alpha: gap(transforms.interpolate(source, tuned, alpha))))
-    step = lambda alpha: jax.tree.map(lambda a, g: a - 0.2 * g, alpha, slope(alpha))  # noqa: E731
+    step = lambda alpha: jax.tree.map(lambda a, g: a - 0.2 * g, alpha, slope(alpha))  # noqa: E731, of the two
 
     alpha = {"a": jnp.asarray(0.5), "b": jnp.asarray(0.5)}
     for _ in range(20):
@@ -310,7 +313,10 @@ def test_mixout_drops_toward_the_source() -> None:
     params, source = {"w": jnp.asarray([1.0, 2.0])}, {"w": jnp.asarray([0.0, 5.0])}
     same = transforms.mixout(jax.random.key(0), params, source, rate=0.0)
     close(same, params, rtol=0, atol=0)
-    draw = lambda key: transforms.mixout(key, params, source, rate=0.3)["w"]  # noqa: E731
+
+    def draw(key: jax.Array) -> jax.Array:
+        return transforms.mixout(key, params, source, rate=0.3)["w"]
+
     draws = np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(1), 4000)))
     np.testing.assert_allclose(draws.mean(0), params["w"], atol=0.1)
     np.testing.assert_allclose(np.unique(draws[:, 0].round(4)), [0, 1 / 0.7], atol=1e-4)

@@ -167,7 +167,7 @@ def test_what_cannot_be_stored_is_refused_by_name(tmp_path: Path, leaf: Any, say
 
 def test_metadata_and_folders_are_checked_before_writing(tmp_path: Path):
     with pytest.raises(TypeError, match="metadata must map strings to strings, got 'a': 1"):
-        weights.save(tmp_path / "w.safetensors", TREE, metadata={"a": 1})  # type: ignore[dict-item]
+        weights.save(tmp_path / "w.safetensors", TREE, metadata={"a": 1})  # type: ignore[dict-item]  # wrong on purpose
     with pytest.raises(FileNotFoundError, match=r"w\.safetensors cannot .*/nodir'$"):
         weights.save(tmp_path / "nodir" / "w.safetensors", TREE)
     assert not list(tmp_path.iterdir())

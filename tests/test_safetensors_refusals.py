@@ -52,7 +52,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "bad metadata": (lambda p: raw_file(p, {"__metadata__": {"a": 1}}), "__metadata__"),
     "no dtype": (lambda p: raw_file(p, {"a": {"shape": [], "data_offsets": [0, 0]}}), "must have"),
     "unknown dtype": (lambda p: raw_file(p, {"a": entry("F31")}, b"x" * 8), "'F31'"),
-    "dtype is a list": (lambda p: raw_file(p, {"a": entry([1])}, b"x" * 8), "has the dtype"),  # type: ignore[arg-type]
+    "dtype is a list": (lambda p: raw_file(p, {"a": entry([1])}, b"x" * 8), "has the dtype"),  # type: ignore[arg-type]  # wrong on purpose
     "negative offset": (lambda p: raw_file(p, {"a": entry(offsets=(-8, 0))}, b"x" * 8), "whole"),
     "negative shape": (lambda p: raw_file(p, {"a": entry(shape=(-2,))}, b"x" * 8), "whole"),
     "float shape": (lambda p: raw_file(p, {"a": entry(shape=(2.0,))}, b"x" * 8), "whole"),

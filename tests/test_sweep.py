@@ -88,7 +88,7 @@ def test_bad_sweeps_say_what_to_do() -> None:
     with pytest.raises(ValueError, match="axis 'x' is empty"):
         sweep.sample(3, x=[])
     with pytest.raises(TypeError, match=r"axis 'a' must be a sequence, got 3.0"):
-        sweep.grid(a=3.0)  # type: ignore[arg-type]
+        sweep.grid(a=3.0)  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(ValueError, match=r"'a' must have one shape, got \[\(1,\), \(2,\)\]"):
         sweep.grid(a=[[1], [2, 3]])
     for seed in (2**40, -(2**31) - 1):

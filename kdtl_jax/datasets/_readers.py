@@ -190,6 +190,8 @@ def npz_names(path: Path) -> list[str]:
     return sorted(name.removesuffix(".npy") for name in names)
 
 
+# What zipfile and NumPy raise on broken or foreign files; NotImplementedError is zipfile's for a
+# compression that it does not know.
 _BROKEN = (
     *(zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError, RuntimeError),
     *(NotImplementedError, OverflowError, MemoryError, SyntaxError, UnicodeError, OSError),

@@ -23,6 +23,7 @@ from kdtl_jax import models, transforms
 from kdtl_jax._files import atomic_file
 from kdtl_jax._types import Params
 from kdtl_jax.interop import _hf_decoders, naming, safetensors
+from kdtl_jax.interop._hf_config import read_json
 from kdtl_jax.interop.naming import Rule
 from kdtl_jax.models import Decoder
 from kdtl_jax.transforms import Report
@@ -66,7 +67,7 @@ def load(folder: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
         without a place, a missing tensor, or a shape that disagrees with the configuration.
     """
     folder = Path(folder)
-    config = _read(folder / "config.json")
+    config = read_json(folder / "config.json")
     tensors = safetensors.views(safetensors.index(folder).tensors)
     return from_tensors(config, tensors, dtype=dtype)
 
@@ -211,15 +212,3 @@ def _prefixed(rules: Sequence[Rule], prefix: str) -> tuple[Rule, ...]:
         rule if rule.torch.startswith("lm_head") else rule._replace(torch=prefix + rule.torch)
         for rule in rules
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist.")
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}).") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object.")
-    return config

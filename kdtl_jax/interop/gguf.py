@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from kdtl_jax import _text
 from kdtl_jax.interop import decoders
 from kdtl_jax.interop.decoders import PretrainedDecoder
 
@@ -63,10 +64,11 @@ def load(path: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
     reader = _open(path)
     fields = _fields(reader, lambda key: not key.startswith("tokenizer."))
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    architecture = str(fields.get("general.architecture"))[:60]
+    architecture = str(fields.get("general.architecture"))
     if architecture not in _MODEL_TYPES:
         raise ValueError(
-            f"architecture {architecture!r} is not built here (only {', '.join(_MODEL_TYPES)})."
+            f"architecture {_text.quoted(architecture)} is not built here "
+            f"(only {', '.join(_MODEL_TYPES)})."
         )
     extra = {
         name: np.asarray(stored.pop(name).data, np.float32).ravel().tolist()
@@ -83,10 +85,10 @@ def load(path: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
     for name, tensor in stored.items():
         try:
             array = dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError:
+        except NotImplementedError:  # the package's answer for a type it only lists
             raise ValueError(
-                f"tensor {name!r} has the type {tensor.tensor_type.name}, which the package gguf "
-                "does not dequantize."
+                f"tensor {_text.quoted(name)} has the type {tensor.tensor_type.name}, which the "
+                "package gguf does not dequantize."
             ) from None
         theirs, undo = _place(architecture, name, config)
         tensors[theirs] = undo(array).astype(wanted)
@@ -165,7 +167,7 @@ _GPT2 = {
 _READ_ELSEWHERE = frozenset(
     "vocab_size attention.value_length rope.dimension_count rope.scaling.type "
     "rope.scaling.factor rope.scaling.original_context_length rope.scaling.attn_factor "
-    "rope.scaling.finetuned rope.freq_base_swa".split()
+    "rope.scaling.finetuned".split()
 )
 
 
@@ -176,13 +178,15 @@ def _config(
     prefix = architecture + "."
     own = {key[len(prefix) :]: value for key, value in fields.items() if key.startswith(prefix)}
     names = _GPT2 if architecture == "gpt2" else _PLAIN
+    if architecture == "gemma3":
+        names = names | {"rope.freq_base_swa": "rope_local_base_freq"}
     unknown = sorted(own.keys() - names.keys() - _READ_ELSEWHERE)
     if architecture == "gpt2":
         unknown = sorted(own.keys() - names.keys() - {"vocab_size", "attention.head_count_kv"})
     if unknown:
         raise ValueError(
             f"a {architecture!r} file has hyperparameters that are not understood here: "
-            f"{', '.join(unknown)}."
+            f"{_text.shown(', '.join(unknown), 200)}."
         )
     config: dict[str, Any] = {"model_type": _MODEL_TYPES[architecture]}
     config |= {names[key]: value for key, value in own.items() if key in names}
@@ -208,9 +212,7 @@ def _config(
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             if architecture != "gemma":
                 config.setdefault(key, None)
-    if own.get("rope.freq_base_swa", 10_000.0) != 10_000.0:
-        config["rope_local_base_freq"] = own["rope.freq_base_swa"]
-    if architecture in ("qwen2", "qwen3"):
+    if architecture in ("qwen2", "qwen3"):  # llama.cpp, like their default config, has no windows
         config.pop("sliding_window", None)
     scaling = _scaling(own, factors, config)
     return config | ({"rope_scaling": scaling} if scaling else {})
@@ -304,7 +306,9 @@ def _place(architecture: str, name: str, config: Mapping[str, Any]) -> tuple[str
         layer = "transformer.h" if is_gpt2 else "model.layers"
         theirs = f"{layer}.{match[1]}.{inside[match[2]]}.{match[3]}"
     else:
-        raise ValueError(f"tensor {name[:80]!r} of a {architecture!r} file has no place here.")
+        raise ValueError(
+            f"tensor {_text.quoted(name)} of a {architecture!r} file has no place here."
+        )
     part = match[2] if match else ""
     if architecture in ("llama", "smollm3") and part in ("attn_q", "attn_k"):
         key = "num_attention_heads" if part == "attn_q" else "num_key_value_heads"

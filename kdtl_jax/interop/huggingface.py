@@ -32,7 +32,7 @@ from kdtl_jax._files import atomic_file
 from kdtl_jax._types import ModelFn, Params, PyTree
 from kdtl_jax.interop import _hf_build, _hf_family, _hf_towers, linen, naming, safetensors
 from kdtl_jax.interop._hf_build import FAMILIES, family_of
-from kdtl_jax.interop._hf_config import Limits, read
+from kdtl_jax.interop._hf_config import Limits, read, read_json
 from kdtl_jax.interop._hf_family import Family, Found, Head
 from kdtl_jax.interop.naming import Rule
 from kdtl_jax.transforms import Report, transfer
@@ -82,7 +82,7 @@ def load(
       ImportError: if a repository is named and `huggingface_hub` is not installed.
     """
     folder = _folder(source)
-    config, own = _hf_towers.one_tower(_read_config(folder / "config.json"), tower)
+    config, own = _hf_towers.one_tower(read_json(folder / "config.json"), tower)
     family = family_of(config)
     stored = safetensors.views(safetensors.index(folder).tensors)
     views = {k: x for k, x in stored.items() if own is None or re.fullmatch(own, k)}
@@ -274,18 +274,6 @@ def _folder(source: str | Path) -> Path:
         ) from None
     wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*"]
     return Path(hub.snapshot_download(str(source), allow_patterns=wanted))
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist.")
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}).") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object.")
-    return config
 
 
 def _with_fresh(

@@ -186,8 +186,18 @@ def uniform_layers(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
     >>> uniform_layers(4, 12)
     (0, 3, 6, 9, 12)
 
+    Args:
+      student_layers: M.
+      teacher_layers: N.
+
+    Returns:
+      M + 1 numbers of hidden states, 0 to N.
+
     Raises:
       ValueError: unless both are at least 1 and M divides N.
+
+    References:
+      Jiao et al., TinyBERT: Distilling BERT for Natural Language Understanding, 2019 (1909.10351).
     """
     _checks.count(1, student_layers=student_layers, teacher_layers=teacher_layers)
     if teacher_layers % student_layers:

@@ -33,6 +33,15 @@ def forward_kl(
 ) -> Array:
     """`KL(p_T || p_S) = sum_c p_T log(p_T / p_S)` of softened distributions.
 
+    Args:
+      student_logits: `[..., num_classes]`.
+      teacher_logits: the same shape.
+      temperature: softens both sides, > 0.
+      where: bool of the logits' shape, the classes that take part.
+
+    Returns:
+      `[...]`, nats.
+
     References:
       Kullback and Leibler, On information and sufficiency, 1951. TRL's `GKDTrainer` gives this
       at beta=0, DistiLLM's `forward_kl` the cross-entropy form (`soft_cross_entropy`).
@@ -54,6 +63,15 @@ def kd_kl(
     The `T^2` keeps the size of the gradient as the temperature grows. `.mean()` gives
     RepDistiller's and mdistiller's number (sum over classes, mean over the batch); divide by
     `num_classes` for Model-Optimizer's default, by `T^2` for TRL's and Liger's convention.
+
+    Args:
+      student_logits: `[..., num_classes]`.
+      teacher_logits: the same shape.
+      temperature: softens both sides, > 0.
+      where: bool of the logits' shape, the classes that take part.
+
+    Returns:
+      `[...]`, nats.
 
     References:
       Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015 (1503.02531).
@@ -131,6 +149,15 @@ def soft_cross_entropy(
     `kd_ce_loss`; divide by `num_classes` for TinyBERT's prediction loss. With the teacher on both
     sides it is the teacher's entropy.
 
+    Args:
+      student_logits: `[..., num_classes]`.
+      teacher_logits: the same shape.
+      temperature: softens both sides, > 0.
+      where: bool of the logits' shape, the classes that take part.
+
+    Returns:
+      `[...]`, nats.
+
     References:
       Hinton, Vinyals and Dean, 2015 (1503.02531).
     """
@@ -179,6 +206,14 @@ def ttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.1) ->
     which does not underflow. Not zero at equality unless gamma is 1. `.mean()` is the authors'
     number.
 
+    Args:
+      student_logits: `[..., num_classes]`.
+      teacher_logits: the same shape.
+      gamma: exponent of the teacher's probabilities, > 0.
+
+    Returns:
+      `[...]`, nats.
+
     References:
       Zheng and Yang, Knowledge Distillation Based on Transformed Teacher Matching, 2024
       (2402.11148).
@@ -192,6 +227,14 @@ def wttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.2) -
     """Weighted TTM: `(sum_c p_T^gamma) KL(softmax(gamma z_T) || softmax(z_S))`, gamma > 0.
 
     The weight, between 1 and `num_classes^(1 - gamma)`, grows with the teacher's smoothness.
+
+    Args:
+      student_logits: `[..., num_classes]`.
+      teacher_logits: the same shape.
+      gamma: exponent of the teacher's probabilities, > 0.
+
+    Returns:
+      `[...]`, nats.
 
     References:
       Zheng and Yang, 2024 (2402.11148). `.mean()` is the authors' number.
@@ -211,6 +254,15 @@ def reverse_kl(
     where: Array | None = None,
 ) -> Array:
     """`KL(p_S || p_T)`: mode seeking, the divergence of on-policy distillation.
+
+    Args:
+      student_logits: `[..., num_classes]`.
+      teacher_logits: the same shape.
+      temperature: softens both sides, > 0.
+      where: bool of the logits' shape, the classes that take part.
+
+    Returns:
+      `[...]`, nats.
 
     References:
       Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2023 (2306.08543).
@@ -307,6 +359,15 @@ def total_variation(
 
     No `T^2` belongs to it, since its gradient does not fall as `1/T^2`; DistillKit multiplies by
     it.
+
+    Args:
+      student_logits: `[..., num_classes]`.
+      teacher_logits: the same shape.
+      temperature: softens both sides, > 0.
+      where: bool of the logits' shape, the classes that take part.
+
+    Returns:
+      `[...]`, in [0, 1].
 
     References:
       Wen et al., f-Divergence Minimization for Sequence-Level Knowledge Distillation, 2023

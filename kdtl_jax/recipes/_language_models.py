@@ -119,14 +119,10 @@ def same_tokens(ours: Mapping[str, int], theirs: Mapping[str, int]) -> None:
     Raises:
       UsageError: naming some of them.
     """
-    other = sorted(t for t in ours.keys() & theirs.keys() if ours[t] != theirs[t])
-    missing = sorted(ours.keys() ^ theirs.keys())
-    if other or missing:
-        some = ", ".join(repr(t) for t in [*other, *missing][:4])
-        raise UsageError(
-            f"--student has another tokenizer than --teacher: {len(other) + len(missing)} tokens "
-            f"differ, {some} among them. Their ids would be read as other text."
-        )
+    try:
+        language.require_same_ids(ours, theirs)
+    except ValueError as error:
+        raise UsageError(f"--student has another tokenizer than --teacher: {error}") from None
 
 
 def size_of(params: Params) -> tuple[int, int]:

@@ -101,8 +101,13 @@ def bi_tuning(x: Inputs, h: Hyper) -> dict[str, Array]:
     temperature, labels = h["temperature"], x["labels"]
     kernel, bias = x["projector_weight"], x["projector_bias"]
     keys = jax.lax.stop_gradient(x["key_features"])
-    project = lambda f, w, b: f @ w + b[None, :]  # noqa: E731, one line of arithmetic
-    unit = lambda z: z / jnp.linalg.norm(z, axis=-1, keepdims=True)  # noqa: E731, likewise
+
+    def project(f: Array, w: Array, b: Array) -> Array:
+        return f @ w + b[None, :]
+
+    def unit(z: Array) -> Array:
+        return z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+
     query_z = unit(project(x["query_features"], kernel, bias))
     key_z = jax.lax.stop_gradient(unit(project(keys, kernel, bias)))
     query_h, key_h = losses.unit_features(x["query_features"]), losses.unit_features(keys)

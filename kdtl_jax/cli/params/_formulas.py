@@ -269,6 +269,7 @@ def _vectors(x: Members) -> list[Tree]:
 
 
 def pieces(read: Read) -> Iterator[list[Array]]:
+    """Block by block, the models' vectors (`[rows, ...]` each) in one floating dtype."""
     for x in read():
         yield transforms.one_dtype([leaf for tree in _vectors(x) for leaf in tree.values()])
 
@@ -281,6 +282,8 @@ def mixed(x: Members, o: Options) -> Tree:
 
 
 def spherical(shares: Callable[[transforms.Angles, Options], Any]) -> Merge:
+    """The sum of the vectors, each times its share: `shares` of the angles between them."""
+
     def measure(read: Read, o: Options) -> Any:
         return shares(transforms.angles(lambda: pieces(read), o.axis), o)
 
@@ -288,6 +291,10 @@ def spherical(shares: Callable[[transforms.Angles, Options], Any]) -> Merge:
 
 
 def nuslerp(found: transforms.Angles, o: Options) -> Any:
+    """The shares of SLERP at `t = w_2 / (w_1 + w_2)`, 1/2 where the weights' sum is below 1e-6.
+
+    mergekit's `nuslerp`: with a base it turns task vectors; only parallel ones mix linearly.
+    """
     first, second = (1.0, 1.0) if o.weights is None else o.weights
     total = first + second
     t = second / total if abs(total) >= 1e-6 else 0.5
@@ -295,6 +302,7 @@ def nuslerp(found: transforms.Angles, o: Options) -> Any:
 
 
 def linear(x: Members, o: Options) -> Tree:
+    """`sum_i w_i theta_i / sum_i w_i`, weights 1 by default; the sum if not to `normalize`."""
     if o.normalize is False:
         return transforms.weighted_sum(x.models, _weights(x, o))
     return transforms.average(x.models, o.weights)

@@ -108,8 +108,8 @@ def dot(
     circle = Circle(
         (0, 0),
         radius,
-        # Its stub asks for an affine transform; any that can `transform` a point will do.
-        transform=ScaledTranslation(x, y, ax.transData),  # pyright: ignore[reportArgumentType]
+        # Its stub asks for an affine transform.
+        transform=ScaledTranslation(x, y, ax.transData),  # pyright: ignore[reportArgumentType]  # any transforms
         facecolor=color,
         edgecolor=edge,
         linewidth=2,
