@@ -34,13 +34,8 @@ def forward_kl(
     """`KL(p_T || p_S) = sum_c p_T log(p_T / p_S)` of softened distributions.
 
     Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
+      student_logits, teacher_logits: `[..., num_classes]`; `where` the same, bool.
       temperature: softens both sides, > 0.
-      where: bool of the logits' shape, the classes that take part.
-
-    Returns:
-      `[...]`, nats.
 
     References:
       Kullback and Leibler, On information and sufficiency, 1951. TRL's `GKDTrainer` gives this
@@ -65,13 +60,8 @@ def kd_kl(
     `num_classes` for Model-Optimizer's default, by `T^2` for TRL's and Liger's convention.
 
     Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
+      student_logits, teacher_logits: `[..., num_classes]`; `where` the same, bool.
       temperature: softens both sides, > 0.
-      where: bool of the logits' shape, the classes that take part.
-
-    Returns:
-      `[...]`, nats.
 
     References:
       Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015 (1503.02531).
@@ -150,13 +140,8 @@ def soft_cross_entropy(
     sides it is the teacher's entropy.
 
     Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
+      student_logits, teacher_logits: `[..., num_classes]`; `where` the same, bool.
       temperature: softens both sides, > 0.
-      where: bool of the logits' shape, the classes that take part.
-
-    Returns:
-      `[...]`, nats.
 
     References:
       Hinton, Vinyals and Dean, 2015 (1503.02531).
@@ -256,13 +241,8 @@ def reverse_kl(
     """`KL(p_S || p_T)`: mode seeking, the divergence of on-policy distillation.
 
     Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
+      student_logits, teacher_logits: `[..., num_classes]`; `where` the same, bool.
       temperature: softens both sides, > 0.
-      where: bool of the logits' shape, the classes that take part.
-
-    Returns:
-      `[...]`, nats.
 
     References:
       Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2023 (2306.08543).
@@ -361,10 +341,8 @@ def total_variation(
     it.
 
     Args:
-      student_logits: `[..., num_classes]`.
-      teacher_logits: the same shape.
+      student_logits, teacher_logits: `[..., num_classes]`; `where` the same, bool.
       temperature: softens both sides, > 0.
-      where: bool of the logits' shape, the classes that take part.
 
     Returns:
       `[...]`, in [0, 1].
