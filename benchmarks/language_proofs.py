@@ -29,13 +29,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from kdtl_jax import language, losses, train, transforms
+from kdtl_jax import language, losses, train
 from kdtl_jax.interop import decoders
 from kdtl_jax.recipes import _language_models as of_models
 from kdtl_jax.recipes import _language_text as text_rows
 from kdtl_jax.recipes import _language_training as training
+from kdtl_jax.recipes._training import warmed_up
 from kdtl_jax.run import loop, report
 
 SAMPLES, VOCABULARY, K = 20_000, 256, 3
@@ -111,11 +111,11 @@ def taught(seed: int, steps: int) -> Any:
     """The text, a byte-level teacher of a seed, and what trains and measures its students."""
     tokenizer = language.byte_tokenizer()
     text = text_rows.read(None, tokenizer, text_rows.Shape(64, 16, 0.02))
-    teacher = of_models.anew({"layers": 4, "width": 96, "heads": 4}, 257, 256, jax.random.key(seed))
+    sizes = {"layers": 4, "width": 96, "heads": 4}
+    teacher = of_models.anew(sizes, tokenizer.size, tokenizer.eos, jax.random.key(seed))
 
     def fit(method: Any, start: Any, decoder: Any, told: Any, weights: Any) -> Any:
-        rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, max(1, steps // 20), steps)
-        tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate))
+        tx = warmed_up(2e-3, steps, max(1, steps // 20))
         setup = language.Setup(decoder, tx, teacher=teacher.model, weights=weights)
         state = train.init_state(start, tx, key=jax.random.key(seed))
         source = training.batches(text.train, 16, jax.random.key(seed))
@@ -128,7 +128,7 @@ def taught(seed: int, steps: int) -> Any:
     def measured(params: Any, decoder: Any, weights: Any = same) -> dict[str, float]:
         measure = training.measuring(
             language.model(decoder), weights, language.model(teacher.model), teacher.params,
-            rows=text.held_out, batch_size=16, vocabulary=257, mesh=None,
+            rows=text.held_out, batch_size=16, vocabulary=tokenizer.size, mesh=None,
         )  # fmt: skip
         return measure(params)
 
@@ -161,8 +161,7 @@ def quantized(seeds: int, steps: int) -> None:
     for seed in range(seeds):
         teacher, fit, measured = taught(seed, steps)
         for bits in (4, 3):
-            quantizer = partial(transforms.int_by_group, bits=bits, group=32)
-            round_ = partial(transforms.fake_quantize, quantizer=quantizer, where=of_models.KERNELS)
+            round_ = of_models.rounding(bits)
             for name, method in (("QAD", language.qad), ("QAT", language.sft), ("rounding", None)):
                 params = teacher.params
                 if method is not None:

@@ -130,5 +130,5 @@ def test_lines_of_messages_are_prompts_and_replies(tmp_path: Path) -> None:
         assert rows.inputs["tokens"][0, 6:9].tolist() == [*b"yz;"]
         assert rows.inputs["learned"].tolist() == [[False] * 6 + [True] * 3 + [False]]
     file.write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
-    with pytest.raises(ValueError, match="example 1: messages must be a list"):
+    with pytest.raises(ValueError, match=r"lines\.jsonl: line 1: messages must be a list"):
         _language_text.read(str(file), with_template(template), Shape(10, 6, 0.5))

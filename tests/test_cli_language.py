@@ -12,6 +12,7 @@ from kdtl_jax import cli, language
 from kdtl_jax.interop import decoders
 from kdtl_jax.recipes import _language_text, _language_training
 from kdtl_jax.recipes._language_text import Shape
+from kdtl_jax.recipes.settings import UsageError
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 TINY = [
@@ -37,7 +38,8 @@ def test_a_run_writes_students_that_open_and_what_was_measured(tmp_path: Path, t
     rows = {row["name"]: row for row in found["rows"]}
     assert list(rows) == ["teacher", "start", "opd", "qad"]
     assert rows["teacher"]["measures"]["forward_kl"] == pytest.approx(0, abs=1e-6)
-    assert rows["opd"]["measures"]["bits_per_byte"] > 0
+    bits = {name: row["measures"]["bits_per_byte"] for name, row in rows.items()}
+    assert bits["opd"] < bits["start"] + 0.5 and bits["qad"] < bits["start"] + 0.5, bits
     assert list(found["samples"][0]["continuations"])[0] == "Teacher"
     assert "Side by side" in (out / "report.html").read_text()
     opened = decoders.load(out / "opd")
@@ -58,16 +60,18 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     assert cli.main([*words, str(tmp_path / "straight")]) == 0
     whole = _language_training.loop.run
 
-    def short(*args: Any, **options: Any) -> Any:
-        whole(*args, **{**options, "steps": 2})
-        raise SystemExit(143)
-
     out = str(tmp_path / "stopped")
-    for _ in range(2):  # within the teacher's training, then within the student's
+    for stopped in (3, 4):  # steps of the teacher's training, and of the student's
+
+        def short(*args: Any, stopped: int = stopped, **options: Any) -> Any:
+            if options["steps"] != stopped:
+                return whole(*args, **options)
+            whole(*args, **{**options, "steps": 2})
+            raise SystemExit(143)
+
         with monkeypatch.context() as patched:
             patched.setattr(_language_training.loop, "run", short)
             assert cli.main([*words, out, "--resume"]) == 143
-        monkeypatch.setattr(_language_training.loop, "run", whole)
     assert cli.main([*words, out, "--resume"]) == 0
     one, two = (decoders.load(tmp_path / name / "gkd").params for name in ("straight", "stopped"))
     jax.tree.map(np.testing.assert_array_equal, one, two)
@@ -77,6 +81,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     ("words", "says"),
     [
         (["--prompt", "12"], "--prompt must be below --length"),
+        (["--layers", "2"], "--layers 2: the teacher has 2 layers, 0 to 1"),
         (["--method", "gdk"], "gdk"),
         (["--layers", "0", "--shape", "layers=1,width=8,heads=2"], "one of --student"),
         (["--shape", "layers=1"], "expected layers=N"),
@@ -101,6 +106,30 @@ def test_a_broken_line_is_named_by_its_number(tmp_path: Path):
     file.write_text('{"text": "a good one"}\n{"words": "?"}\n')
     with pytest.raises(ValueError, match="line 2 has neither"):
         _language_text.read(str(file), language.byte_tokenizer(), Shape(4, 2, 0.5))
+
+
+def test_lines_end_at_newlines_alone_and_documents_end_in_every_part(tmp_path: Path):
+    file = tmp_path / "lines.jsonl"
+    file.write_text('{"text": "ab\u2028cd"}\n{"text": "efgh"}\n', encoding="utf-8")
+    text = _language_text.read(str(file), language.byte_tokenizer(), Shape(5, 2, 0.5))
+    assert text.train.inputs["tokens"].tolist() == [list(b"ab\xe2\x80\xa8")]
+    assert text.held_out.inputs["tokens"].tolist() == [[*b"efgh", 256]]
+    for content, says in (
+        ("", "no row of --length 5"),
+        ('{"text": "alone"}\n', "no row of --length 5 tokens held out"),
+        ('{"prompt": "", "completion": ""}\n' * 2, "no row|must not be empty"),
+        ('{"prompt": [], "completion": 5}\n' * 2, "line 1: messages must be a list"),
+    ):
+        file.write_text(content)
+        with pytest.raises((ValueError, UsageError), match=says):
+            _language_text.read(str(file), language.byte_tokenizer(), Shape(5, 2, 0.5))
+
+
+def test_a_line_cannot_call_itself_a_chat(tmp_path: Path):
+    file = tmp_path / "lines.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b", "is_chat": true}\n' * 2)
+    rows = _language_text.read(str(file), language.byte_tokenizer(), Shape(4, 2, 0.5)).train
+    assert rows.inputs["tokens"].tolist() == [[0, *b"ab", 256]]
 
 
 def test_answers_stand_after_their_prompts_and_end(tmp_path: Path):

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -14,7 +13,7 @@ from kdtl_jax._types import Params
 from kdtl_jax.interop import decoders
 from kdtl_jax.interop.decoders import PretrainedDecoder
 from kdtl_jax.models import Decoder
-from kdtl_jax.recipes.settings import UsageError
+from kdtl_jax.recipes.settings import UsageError, pairs
 
 KERNELS = r"layers_\d+/(attention|mlp)/[^/]+/kernel"
 SHAPE = ("layers", "width", "heads", "key_heads", "hidden")
@@ -33,12 +32,7 @@ def shaped(value: Any) -> dict[str, int] | None:
     """`layers=4,width=128,heads=4`, or a mapping; key_heads and hidden have defaults."""
     if value is None:
         return None
-    parts = (
-        value.items()
-        if isinstance(value, Mapping)
-        else [part.partition("=")[::2] for part in str(value).split(",")]
-    )
-    found = {str(name).strip(): str(size).strip() for name, size in parts}
+    found = {name: str(size) for name, size in pairs(value, "=").items()}
     if not set(found) <= set(SHAPE) or not {"layers", "width", "heads"} <= set(found):
         raise ValueError(f"expected {','.join(f'{n}=N' for n in SHAPE)} (the last two if you like)")
     if not all(size.isdecimal() and 0 < int(size) < 10**7 for size in found.values()):
@@ -123,9 +117,3 @@ def same_tokens(ours: Mapping[str, int], theirs: Mapping[str, int]) -> None:
         language.require_same_ids(ours, theirs)
     except ValueError as error:
         raise UsageError(f"--student has another tokenizer than --teacher: {error}") from None
-
-
-def size_of(params: Params) -> tuple[int, int]:
-    """Parameters, and their bytes."""
-    leaves = jax.tree.leaves(params)
-    return sum(x.size for x in leaves), sum(x.nbytes for x in leaves)

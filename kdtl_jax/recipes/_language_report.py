@@ -84,14 +84,14 @@ def write(
     record = {
         "schema_version": 1,
         "task": title,
-        "data": dict(about),
+        "data": about,
         "rows": [row._asdict() for row in rows],
-        "curves": {name: list(curve) for name, curve in curves.items()},
+        "curves": curves,
         "samples": [sample._asdict() for sample in samples],
-        "notes": list(notes),
+        "notes": notes,
         "environment": report.environment(),
     }
-    _files.write_json(folder / "results.json", _files.as_json(record))
+    _files.write_json(folder / "results.json", record)
     sections = [
         report.Section("Results", [NOTE], [report.table(HEADER, list(map(cells, rows)), narrow=5)])
     ]

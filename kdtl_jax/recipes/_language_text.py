@@ -65,22 +65,25 @@ def read(path: str | None, tokenizer: language.Tokenizer, shape: Shape) -> Text:
     if not name.endswith((".jsonl", ".json")):
         at = int(len(text) * (1 - shape.held_out))
         at = text.rfind("\n", 0, at) + 1 or at  # between lines
-        parts = [_packed([part], tokenizer, shape) for part in (text[:at], text[at:])]
+        parts = [_packed([part], tokenizer, shape, None) for part in (text[:at], text[at:])]
     else:
+        # JSON texts may hold the other ends of lines that `splitlines` knows.
         lines = [
-            _object(line, name, i) for i, line in enumerate(text.splitlines(), 1) if line.strip()
+            (i, _object(line, name, i))
+            for i, line in enumerate(text.split("\n"), 1)
+            if line.strip()
         ]
         at = max(1, int(len(lines) * (1 - shape.held_out)))
-        has_text = ["text" in line for line in lines]
+        has_text = ["text" in line for _, line in lines]
         if any(has_text) and not all(has_text):
             raise ValueError(
                 f"{name}: some lines have 'text' and some have not. Use one form in a file."
             )
         if all(has_text):
-            texts = [str(line["text"]) for line in lines]
-            parts = [_packed(part, tokenizer, shape) for part in (texts[:at], texts[at:])]
+            texts, end = [str(line["text"]) for _, line in lines], tokenizer.eos
+            parts = [_packed(part, tokenizer, shape, end) for part in (texts[:at], texts[at:])]
         else:
-            said = [_said(line, name, i, tokenizer) for i, line in enumerate(lines, 1)]
+            said = [_said(line, f"{name}: line {i}", tokenizer) for i, line in lines]
             parts = [_answers(part, tokenizer, shape) for part in (said[:at], said[at:])]
     for part, words in zip(parts, ("to learn from", "held out"), strict=True):
         if not len(part.inputs["tokens"]):
@@ -106,13 +109,25 @@ def _object(line: str, name: str, number: int) -> dict[str, Any]:
     return found
 
 
-def _said(line: Any, name: str, number: int, tokenizer: language.Tokenizer) -> dict[str, Any]:
-    """A line as the texts of its prompt and completion."""
+class Said(NamedTuple):
+    """A line's texts: of the prompt, of the completion, and of what else its teacher is told."""
+
+    where: str
+    prompt: str
+    completion: str
+    privileged: str
+    is_chat: bool
+
+
+def _said(line: Any, where: str, tokenizer: language.Tokenizer) -> Said:
     messages = line.get("messages")
-    if messages is None and isinstance(line["prompt"], list):
-        messages = [*line["prompt"], *line["completion"]]
     if messages is None:
-        return line
+        sides = line["prompt"], line["completion"]
+        if not any(isinstance(side, list) for side in sides):
+            prompt, completion = map(str, sides)
+            told = str(line.get("privileged", completion))
+            return Said(where, prompt, completion, told, is_chat=False)
+        messages = [*sides[0], *sides[1]] if all(isinstance(x, list) for x in sides) else None
     if not (
         isinstance(messages, list)
         and messages
@@ -120,26 +135,27 @@ def _said(line: Any, name: str, number: int, tokenizer: language.Tokenizer) -> d
         and messages[-1]["role"] == "assistant"
     ):
         raise ValueError(
-            f"{name}: example {number}: messages must be a list of objects with a 'role', the last "
-            "of them 'assistant'."
+            f"{where}: messages must be a list of objects with a 'role', the last of them "
+            "'assistant'."
         )
     prompt = language.chat_prompt(tokenizer, messages[:-1])
     whole = language.chat_text(tokenizer, messages)
     if not whole.startswith(prompt):
         raise ValueError(
-            f"{name}: example {number}: the chat template writes a conversation that does not "
-            "begin with the prompt for its last reply, so the reply cannot be told from it."
+            f"{where}: the chat template writes a conversation that does not begin with the prompt "
+            "for its last reply, so the reply cannot be told from it."
         )
-    return {**line, "prompt": prompt, "completion": whole[len(prompt) :], "is_chat": True}
+    completion = whole[len(prompt) :]
+    return Said(where, prompt, completion, str(line.get("privileged", completion)), is_chat=True)
 
 
-def _packed(texts: Sequence[str], tokenizer: language.Tokenizer, shape: Shape) -> Rows:
-    """Documents end to end, each with its end token, cut into rows."""
-    ids, owner = [], []
+def _packed(
+    texts: Sequence[str], tokenizer: language.Tokenizer, shape: Shape, end: int | None
+) -> Rows:
+    """Texts one after another, each followed by the end token if there is one, cut into rows."""
+    ids, owner = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
     for i, text in enumerate(texts):
-        own = tokenizer.encode(text)
-        if len(texts) > 1 and tokenizer.eos is not None:
-            own = [*own, tokenizer.eos]
+        own = [*tokenizer.encode(text), *([] if end is None else [end])]
         ids.append(np.asarray(own, np.int32))
         owner.append(np.full(len(own), i, np.int64))
     rows = sum(map(len, ids)) // shape.length
@@ -160,26 +176,23 @@ def _packed(texts: Sequence[str], tokenizer: language.Tokenizer, shape: Shape) -
     return _rows(tokens, segments, learned, privileged, tokenizer)
 
 
-def _answers(lines: Sequence[Any], tokenizer: language.Tokenizer, shape: Shape) -> Rows:
+def _answers(lines: Sequence[Said], tokenizer: language.Tokenizer, shape: Shape) -> Rows:
     """Prompts padded on the left, completions after them with their end token."""
     size = len(lines), shape.length
     tokens, segments = np.zeros(size, np.int32), np.zeros(size, np.int32)
     learned, cut, width = np.zeros(size, np.bool_), 0, shape.prompt
     told = {name: np.zeros(size, np.int32) for name in ("tokens", "segments")}
     for i, line in enumerate(lines):
-        prompt, answer = (tokenizer.encode(str(line[k])) for k in ("prompt", "completion"))
-        if tokenizer.bos is not None and prompt[:1] != [tokenizer.bos]:
-            prompt = [tokenizer.bos, *prompt]
-        # A template ends its turns itself, and starts conversations as its model was taught.
-        if line.get("is_chat"):
-            prompt = tokenizer.encode(str(line["prompt"]))
-        elif tokenizer.eos is not None:
-            answer = [*answer, tokenizer.eos]
-        more = tokenizer.encode(str(line.get("privileged", line["completion"])))
+        prompt, answer = tokenizer.encode(line.prompt), tokenizer.encode(line.completion)
+        # A template starts its conversations and ends its turns itself.
+        if not line.is_chat:
+            prompt = [*([] if tokenizer.bos is None else [tokenizer.bos]), *prompt]
+            answer = [*answer, *([] if tokenizer.eos is None else [tokenizer.eos])]
+        more = tokenizer.encode(line.privileged)
         cut += len(prompt) > width or len(answer) > shape.length - width
         prompt, answer = prompt[-width:], answer[: shape.length - width]
         if not prompt or not answer:
-            raise ValueError("a line's prompt and completion must not be empty.")
+            raise ValueError(f"{line.where}: prompt and completion must not be empty.")
         tokens[i, width - len(prompt) : width] = prompt
         tokens[i, width : width + len(answer)] = answer
         segments[i, width - len(prompt) : width + len(answer)] = 1

@@ -17,7 +17,9 @@ from kdtl_jax._types import ModelFn, Params, Variables
 from kdtl_jax.objective import Inputs, Metrics
 from kdtl_jax.recipes import _output
 from kdtl_jax.recipes._language_text import Rows
+from kdtl_jax.recipes._training import newest
 from kdtl_jax.run import checkpoint, data, loop, sharding
+from kdtl_jax.run.measure import step_times
 from kdtl_jax.train import Batch, TrainState
 
 
@@ -89,7 +91,7 @@ def trained(
       SystemExit: after a signal, with everything saved.
       FloatingPointError: if the loss is no longer finite; the state before it is saved.
     """
-    begun, before = time.perf_counter(), 0.0
+    begun = time.perf_counter()
     state, step = learner.begin(state), learner.step
     put: Callable[[Any], Any] = jax.device_put
     if run.mesh is not None:
@@ -97,21 +99,14 @@ def trained(
         step = sharding.keep_placement(step, state)
         put = partial(sharding.place_batch, mesh=run.mesh)
     home, owner = run.folder / "checkpoints" / name, {"run": run.identity, "method": name}
-    at, meta = 0, {}
-    if run.resume and home.exists():
-        try:
-            found = checkpoint.restore(home, state, owner=owner)
-            state, at, meta = found.state, found.step, found.meta
-            before = float(meta.get("seconds", 0.0))
-        except FileNotFoundError:
-            pass  # the first save was cut short
-    tokens = run.batch_size * rows.inputs["tokens"].shape[1]
-    said = clock(tokens, steps, at)
+    state, at, meta = newest(home, state, owner) if run.resume else (state, 0, {})
+    before = float(meta.get("seconds", 0.0))
+    said = clock(run.batch_size * rows.inputs["tokens"].shape[1], steps)
 
     def log(line: dict[str, Any]) -> None:
         write({"method": name, **line})
         if "loss" in line:
-            run.say(f"{name}: step {line['step']} of {steps}, loss {line['loss']:.4f}, "
+            run.say(f"{name}: step {line['step']} of {steps}, loss {line['loss']:.4f}"
                     f"{said(line['step'])}")  # fmt: skip
         else:
             found = {k.removeprefix("eval/"): v for k, v in line.items() if k != "step"}
@@ -153,23 +148,27 @@ def as_line(step: int, found: Mapping[str, float]) -> dict[str, float]:
     return {"step": step} | {f"eval/{name}": value for name, value in found.items()}
 
 
-def clock(tokens: int, steps: int, at: int) -> Callable[[int], str]:
-    """`said(step)`: tokens per second since the last line of the log, and the time left.
+def clock(tokens: int, steps: int) -> Callable[[int], str]:
+    """`said(step)`: tokens per second since the first line of the log, and the time left.
+
+    Before the first line lies the compilation. Lines come late by the same number of steps each, so
+    that two neighbors alone would say little.
 
     Args:
       tokens: of a step.
       steps: how many there are.
-      at: the step that is reached now.
     """
-    since = time.perf_counter()
+    first: tuple[int, float] | None = None
 
     def said(step: int) -> str:
-        nonlocal at, since
+        nonlocal first
         now = time.perf_counter()
-        rate = (step - at) / max(now - since, 1e-9)
-        at, since = step, now
+        if first is None:
+            first = step, now
+            return ""
+        rate = (step - first[0]) / max(now - first[1], 1e-9)
         left = (steps - step) / max(rate, 1e-9)
-        return f"{rate * tokens:,.0f} tokens/s, {left // 60:.0f} min {left % 60:.0f} s left"
+        return f", {rate * tokens:,.0f} tokens/s, {left // 60:.0f} min {left % 60:.0f} s left"
 
     return said
 
@@ -264,10 +263,5 @@ def speed(model: ModelFn, params: Params, rows: Rows, batch_size: int) -> float:
     """Tokens per second of a forward pass without logits: the median of five."""
     batch = {n: rows.inputs[n][:batch_size] for n in ("tokens", "segments")}
     forward = jax.jit(lambda params, batch: model(params, None, batch)[0]["hidden"])
-    forward(params, batch).block_until_ready()
-    times = []
-    for _ in range(5):
-        begun = time.perf_counter()
-        forward(params, batch).block_until_ready()
-        times.append(time.perf_counter() - begun)
-    return batch["tokens"].size / float(np.median(times))
+    seconds = step_times(lambda: forward(params, batch), 5, warmup=1).median
+    return batch["tokens"].size / seconds

@@ -136,7 +136,7 @@ def student(
     view: Callable[..., Any] | None = None,
     per_epoch: int = 1,
 ) -> Experiment:
-    """`net` learning by a method; `shared` is the live teacher's variables, or None.
+    """`net` learning by a method; `shared` is what a live teacher or `begin` reads.
 
     Args:
       net: the network that is trained.

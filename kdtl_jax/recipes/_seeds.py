@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kdtl_jax import train
 from kdtl_jax.datasets import Splits
 from kdtl_jax.objective import Metrics
-from kdtl_jax.recipes._training import CHECKS, Experiment, Point, in_chunks, keys, pick
+from kdtl_jax.recipes._training import CHECKS, Experiment, Point, in_chunks, keys, newest, pick
 from kdtl_jax.run import checkpoint, data, loop, scores, sharding
 from kdtl_jax.train import Batch, TrainState
 
@@ -109,7 +109,7 @@ def train_seeds(
 
     home = run.folder / "checkpoints" / name
     owner = {"run": run.identity, "method": name}
-    state, at, meta = _newest(home, state, owner) if run.resume else (state, 0, {})
+    state, at, meta = newest(home, state, owner) if run.resume else (state, 0, {})
     calls = seeds if in_turn else 1  # per step of a seed
     before = float(meta.get("seconds", 0.0))
 
@@ -302,16 +302,6 @@ def _convolves(step: Any, state: TrainState, points: Point, shared: Any, run: Ru
     one = jax.tree.map(shape, state._replace(step=state.step[None]))
     batch = jax.tree.map(lambda x: shape(x, run.batch_size), dict(run.arrays))
     return train.step_path(step, one, batch, (jax.tree.map(shape, dict(points)), shared)) == "steps"
-
-
-def _newest(
-    home: Path, state: TrainState, owner: Mapping[str, str]
-) -> tuple[TrainState, int, dict[str, Any]]:
-    try:
-        found = checkpoint.restore(home, state, owner=owner)
-    except FileNotFoundError:  # nothing there yet, or the first save was cut short
-        return state, 0, {}
-    return found.state, found.step, found.meta
 
 
 @contextlib.contextmanager

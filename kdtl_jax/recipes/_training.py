@@ -7,6 +7,7 @@ resume. `_seeds.train_seeds` runs one point per seed, logged, saved, resumable, 
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from jax import Array
 
 from kdtl_jax import augment, objective, train, trees
 from kdtl_jax._types import Params, PyTree
-from kdtl_jax.run import report, scores
+from kdtl_jax.run import checkpoint, report, scores
 from kdtl_jax.train import Batch, TrainState
 
 Point = Mapping[str, Any]  # "seed", and whatever else distinguishes a student
@@ -314,3 +315,20 @@ def check_batch(batch_size: int, size: int, microbatches: int = 1, devices: int 
             f"a batch of {batch_size} does not divide into {microbatches} microbatches on "
             f"{devices} devices. Choose a multiple of {microbatches * devices}."
         )
+
+
+def newest(
+    home: Path, state: TrainState, owner: Mapping[str, str]
+) -> tuple[TrainState, int, dict[str, Any]]:
+    """The state of the newest whole save, its step and meta; the state as it is where none is."""
+    try:
+        found = checkpoint.restore(home, state, owner=owner)
+    except FileNotFoundError:  # nothing there yet, or the first save was cut short
+        return state, 0, {}
+    return found.state, found.step, found.meta
+
+
+def warmed_up(rate: float, steps: int, warmup: int) -> optax.GradientTransformation:
+    """AdamW on clipped gradients; its rate rises over `warmup` steps, then decays to 0."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(steps, warmup + 1))
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))

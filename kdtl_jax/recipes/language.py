@@ -28,7 +28,7 @@ from kdtl_jax.recipes import _language_text as text_rows
 from kdtl_jax.recipes import _language_training as training
 from kdtl_jax.recipes import _output
 from kdtl_jax.recipes import settings as types
-from kdtl_jax.recipes.sentences import layer_numbers
+from kdtl_jax.recipes._training import warmed_up
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import sharding
 
@@ -61,23 +61,23 @@ class Settings(types.Output):
         ("sft", "kd"), "what to compare; see --list", metavar="NAME,...", parse=types.method_names
     )
     data: str | None = setting(
-        None, "UTF-8 text, or .jsonl of text, or of prompt and completion (and privileged); "
-        "default: 390 kB of Shakespeare", metavar="FILE", group="data",
+        None, "UTF-8 text, or .jsonl with text, messages, or prompt and completion (and "
+        "privileged) on each line; default: 390 kB of Shakespeare", metavar="FILE", group="data",
     )  # fmt: skip
-    length: int = setting(128, "tokens of a row", metavar="N", least=4, most=10**6, group="data")
+    length: int = setting(128, "tokens per row", metavar="N", least=4, most=10**6, group="data")
     prompt: int = setting(
-        32, "columns of a row that are its prompt, where a method samples", metavar="N", least=1,
-        group="data",
+        32, "leading tokens of a row that are its prompt, for methods that sample", metavar="N",
+        least=1, group="data",
     )  # fmt: skip
     held_out: float = setting(
-        0.05, "share of the text that is measured on", metavar="SHARE", above=0, below=1,
+        0.05, "share of the text held out for measuring", metavar="SHARE", above=0, below=1,
         group="data",
     )  # fmt: skip
     teacher: str | None = setting(
         None, "a Hugging Face folder; default: one trained here", metavar="FOLDER", group="models"
     )
     teacher_shape: Mapping[str, int] | None = setting(
-        None, "of a teacher trained here; default: layers=4,width=128,heads=4",
+        None, "shape of a teacher trained here; default: layers=4,width=128,heads=4",
         metavar="NAME=N,...", parse=of_models.shaped, group="models",
     )  # fmt: skip
     student: str | None = setting(
@@ -85,7 +85,7 @@ class Settings(types.Output):
     )
     layers: tuple[int, ...] = setting(
         (), "the teacher's layers that the student takes, from 0; default: every second one",
-        metavar="N,...", parse=layer_numbers, group="models",
+        metavar="N,...", parse=types.layer_numbers, group="models",
     )  # fmt: skip
     shape: Mapping[str, int] | None = setting(
         None, "a student from nothing: layers=2,width=64,heads=4[,key_heads=N][,hidden=N]",
@@ -96,51 +96,69 @@ class Settings(types.Output):
         most=10_000, group="models",
     )  # fmt: skip
     bits: int = setting(
-        4, "of the weights under qad, in groups of 32", metavar="N", least=2, most=8, group="models"
+        4, "bits per weight for qad, in groups of 32", metavar="N", least=2, most=8, group="models"
     )
-    steps: int = setting(200, "of each student", metavar="N", least=1, quick=4, group="training")
+    steps: int = setting(200, "steps per student", metavar="N", least=1, quick=4, group="training")
     teacher_steps: int = setting(
-        300, "of a teacher trained here", metavar="N", least=1, quick=4, group="training"
+        300, "steps of a teacher trained here", metavar="N", least=1, quick=4, group="training"
     )
     batch_size: int = setting(16, "rows per step", metavar="N", least=1, group="training")
     microbatches: int = setting(
-        1, "parts in which a batch is taken, to save memory", metavar="N", least=1, group="training"
+        1,
+        "split each batch into this many parts to save memory",
+        metavar="N",
+        least=1,
+        group="training",
     )
     learning_rate: float = types.positive_rate(
-        1e-3, "AdamW's, warmed up, falling to 0", short="--lr", group="training"
+        1e-3,
+        "AdamW's peak learning rate; it warms up, then decays to 0",
+        short="--lr",
+        group="training",
     )
     precision: Literal["float32", "bfloat16"] = setting(
-        "float32", "of the computation; weights and losses stay in float32", group="training"
+        "float32", "compute in this precision; weights and losses stay in float32", group="training"
     )
-    seed: int = setting(0, "of starts, order and samples", metavar="N", least=0, group="training")
+    seed: int = setting(
+        0, "seed of initial weights, order and samples", metavar="N", least=0, group="training"
+    )
     divergence: Literal["forward", "reverse", "jsd", "skew", "skew_reverse", "tv"] | None = setting(
-        None, "to the teacher; default: each method's own", group="losses"
+        None, "divergence to the teacher; default: the method's own", group="losses"
     )
     task: float = setting(
-        0.0, "weight of the cross-entropy beside kd, gkd, qad", metavar="X", least=0, group="losses"
+        0.0,
+        "weight of the cross-entropy with the data, for kd, gkd and qad",
+        metavar="X",
+        least=0,
+        group="losses",
     )
     on_policy: float = setting(
-        0.5, "share of gkd's steps on the student's samples", metavar="SHARE", least=0, most=1,
-        group="losses",
+        0.5, "share of gkd's steps that use the student's samples", metavar="SHARE", least=0,
+        most=1, group="losses",
     )  # fmt: skip
-    temperature: float = types.positive_rate(1.0, "of sampling", group="losses")
+    temperature: float = types.positive_rate(1.0, "sampling temperature", group="losses")
     top_p: float | None = setting(
-        None, "of sampling; default: all tokens", metavar="P", above=0, most=1, group="losses"
+        None,
+        "sample from the smallest set of tokens with this probability; default: all",
+        metavar="P",
+        above=0,
+        most=1,
+        group="losses",
     )
     start_steps: int = setting(
-        0, "of kd before the methods that sample: a student that says nothing learns nothing",
+        0, "steps of kd before methods that sample, for students that start from nothing",
         metavar="N", least=0, group="training",
     )  # fmt: skip
-    samples: int = setting(4, "held-out prompts continued in the report", metavar="N", least=0)
-    checks: int = setting(4, "measurements along the way", metavar="N", least=1, quick=1)
+    samples: int = setting(4, "held-out prompts to continue in the report", metavar="N", least=0)
+    checks: int = setting(4, "measurements during training", metavar="N", least=1, quick=1)
     mesh: Mapping[str, int] = setting(
         {}, "data=4,fsdp=2: split batches over 8 devices, weights over 2 of them",
         metavar="AXIS=N,...", parse=types.mesh_sizes, group="devices",
     )  # fmt: skip
     save_every: int | None = setting(
-        None, "steps between saves; default: at the end", metavar="N", least=1
+        None, "steps between saves; default: only at the end", metavar="N", least=1
     )
-    resume: bool = setting(False, "go on with the run in --out, from its last save")
+    resume: bool = setting(False, "continue the run in --out from its last save")
 
 
 def run(settings: Settings) -> int:
@@ -202,11 +220,7 @@ def run(settings: Settings) -> int:
         curves: dict[str, Any] = {}
 
         def optimizer(steps: int) -> optax.GradientTransformation:
-            warm = max(1, steps // 20)
-            rate = optax.warmup_cosine_decay_schedule(
-                0.0, settings.learning_rate, warm, max(steps, warm + 1)
-            )
-            return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
+            return warmed_up(settings.learning_rate, steps, max(1, steps // 20))
 
         def teach(
             name: str,
@@ -227,10 +241,17 @@ def run(settings: Settings) -> int:
             curves[name] = found.curve
             return found
 
-        # The teacher.
-        taught_in = 0.0
+        # The teacher, and a student of a shape: what cannot be built is said before any training.
+        taught_in, fresh = 0.0, None
+        if settings.shape is not None:
+            fresh = of_models.anew(settings.shape, tokenizer.size, tokenizer.eos, key_student)
         if source is None:
             sizes = settings.teacher_shape or {"layers": 4, "width": 128, "heads": 4}
+            if max(settings.layers, default=0) >= sizes["layers"]:
+                raise UsageError(
+                    f"--layers {max(settings.layers)}: the teacher has {sizes['layers']} layers, "
+                    f"0 to {sizes['layers'] - 1}."
+                )
             teacher = of_models.anew(sizes, tokenizer.size, tokenizer.eos, key_teacher)
             own, tx = language.model(teacher.model), optimizer(settings.teacher_steps)
             measure = measuring(own, language.as_they_are, own, teacher.params)
@@ -250,13 +271,12 @@ def run(settings: Settings) -> int:
             measure = measuring(own, language.as_they_are, own, teacher.params)
             curves["teacher"] = [training.as_line(0, measure(teacher.params))]
         teacher = teacher._replace(params=training.place(teacher.params, mesh))
-        told = language.model(teacher.model)
 
         # The student that every method starts from.
         if settings.student is not None:
             start = of_models.load(settings.student) if settings.teacher else teacher
-        elif settings.shape is not None:
-            start = of_models.anew(settings.shape, tokenizer.size, tokenizer.eos, key_student)
+        elif fresh is not None:
+            start = fresh
         elif settings.layers or settings.method != ("qad",):
             layers = settings.layers or range(0, teacher.model.config.layers, 2)
             start = decoders.student(teacher, layers=layers)
@@ -289,7 +309,7 @@ def run(settings: Settings) -> int:
                 microbatches=settings.microbatches,
             )
             model = language.model(student.decoder)
-            measure = measuring(model, student.weights, told, teacher.params)
+            measure = measuring(model, student.weights, own, teacher.params)
             if not built:
                 curves["start"] = [training.as_line(0, measure(student.start))]
             params, shared = student.start, teacher.params
@@ -303,8 +323,8 @@ def run(settings: Settings) -> int:
                     ).params
                 params = warm
             if method.teaches_itself:
-                own = jax.jit(student.weights)(params)
-                shared = None if name == "self_ema" else training.place(own, mesh)
+                itself = jax.jit(student.weights)(params)
+                shared = None if name == "self_ema" else training.place(itself, mesh)
             found = teach(
                 name, method.build(setup), setup.tx, params, shared, settings.steps, measure,
                 student.trainable,
@@ -338,7 +358,7 @@ def run(settings: Settings) -> int:
             draw, rate = programs[decoder.config]
             last = {k.removeprefix("eval/"): v for k, v in curves[name][-1].items()}
             about = {"steps": last.pop("step")} if seconds else {}
-            size = of_models.size_of(params)
+            size = trees.count(params), sum(x.nbytes for x in jax.tree.leaves(params))
             table.append(of_report.Row(name, title, last, *size, rate, seconds, about))
             if settings.samples:
                 said[title] = draw(params)

@@ -41,7 +41,7 @@ from kdtl_jax.objective import Inputs, Masked
 from kdtl_jax.recipes import _output
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._lines import Lines, read_lines, split, tokenizer
-from kdtl_jax.recipes._training import in_chunks
+from kdtl_jax.recipes._training import in_chunks, warmed_up
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import data, loop, report
 
@@ -58,14 +58,6 @@ LABELS = {
 EXAMPLES = "  kdtl sentences --encoder all-MiniLM-L6-v2/ --text lines.txt"
 
 
-def layer_numbers(value: Any) -> tuple[int, ...]:
-    """`1,3,5`, or a list."""
-    parts = value.split(",") if isinstance(value, str) else value
-    if not isinstance(parts, (list, tuple)) or not all(str(p).strip().isdecimal() for p in parts):
-        raise ValueError(f"expected layers as in 1,3,5, got {value!r}")
-    return tuple(int(part) for part in parts)
-
-
 @dataclass(frozen=True)
 class Settings(types.Output):
     """What fixes a run of `kdtl sentences`."""
@@ -79,7 +71,7 @@ class Settings(types.Output):
     text: str | None = setting(None, "UTF-8 text, one sentence per line", metavar="FILE")
     layers: tuple[int, ...] = setting(
         (1, 3, 5), "layers of the encoder that the student takes, from 0", metavar="N,...",
-        parse=layer_numbers,
+        parse=types.layer_numbers,
     )  # fmt: skip
     seeds: int = setting(1, "students of each kind", metavar="N", least=1, most=1000)
     steps: int = setting(200, "steps per student", metavar="N", least=4, quick=4)
@@ -279,9 +271,7 @@ def _terms(layers: Sequence[int]) -> Callable[[Inputs], dict[str, Any]]:
 
 
 def _optimizer(settings: Settings) -> optax.GradientTransformation:
-    warmup = max(1, settings.steps // 10)
-    rate = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, warmup, settings.steps)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
+    return warmed_up(settings.learning_rate, settings.steps, max(1, settings.steps // 10))
 
 
 def _distill(

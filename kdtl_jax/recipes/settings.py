@@ -206,6 +206,14 @@ def pairs(value: Any, sign: str) -> dict[str, Any]:
     return found
 
 
+def layer_numbers(value: Any) -> tuple[int, ...]:
+    """`1,3,5`, or a list."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or not all(str(p).strip().isdecimal() for p in parts):
+        raise ValueError(f"expected layers as in 1,3,5, got {value!r}")
+    return tuple(int(part) for part in parts)
+
+
 def term_weights(value: Any) -> dict[str, float]:
     """`kd=0.9,task=0.1`, or a mapping; `{method: {term: w}}` is `method.term=w`."""
     out: dict[str, float] = {}
