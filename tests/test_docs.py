@@ -1,27 +1,12 @@
-"""Every Python block of the documentation runs, page by page; every link leads somewhere."""
+"""Every Python block of the documentation runs, page by page."""
 
-import re
 from pathlib import Path
 
 import pytest
+from documents import DOCS, WRITTEN, blocks
 
-ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
-GENERATED = ("_build", "_ext", "api", "methods", "commands")
-PAGES = sorted(
-    path
-    for path in DOCS.rglob("*.md")
-    if path.relative_to(DOCS).parts[0] not in GENERATED and path.name != "benchmarks.md"
-)
 PRETRAINED = {"encoder": "huggingface/bert", "decoder": "decoders/llama"}
-
-
-def blocks(text: str, language: str) -> list[str]:
-    """Fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-
-
-WITH_CODE = [path for path in PAGES if blocks(path.read_text(), "python")]
+WITH_CODE = [path for path in WRITTEN if blocks(path.read_text(), "python")]
 
 
 @pytest.mark.usefixtures("standard_promotion")

@@ -1,5 +1,6 @@
 """The documentation is whole: public names have entries, links and names lead somewhere."""
 
+import ast
 import importlib
 import inspect
 import re
@@ -8,33 +9,42 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from documents import DOCS, GENERATED, README, ROOT, WRITTEN, blocks, prose
 
 from kdtl_jax import losses, methods
 
-ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
+sys.path.insert(0, str(DOCS / "_ext"))
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|\{doc\}`(?:[^`<]*<)?([^`>]+)>?`")
 TARGET = re.compile(r"\{py:\w+\}`[^`<]*<([\w.]+)>`")
+# What stands before a dot in code spans beside modules: the reader's values, and a file's name.
+VALUES = {"adapter", "config", "setup", "tc", "x"}
 
 
 @pytest.fixture(scope="module")
 def reference() -> ModuleType:
     """The generator of the reference, which is no package."""
-    sys.path.insert(0, str(DOCS / "_ext"))
     return importlib.import_module("reference")
 
 
 @pytest.fixture(scope="module")
-def pages(reference: ModuleType) -> dict[str, str]:
+def made() -> dict[str, str]:
+    """Every generated page by its path below docs/."""
+    return importlib.import_module("pages").everything(ROOT)
+
+
+@pytest.fixture(scope="module")
+def pages(made: dict[str, str]) -> dict[str, str]:
     """Every page by its path below docs/, written and generated."""
-    tables = importlib.import_module("tables")
-    made = dict([*reference.pages(), *tables.pages(ROOT)])
-    written = {
-        str(path.relative_to(DOCS)): path.read_text()
-        for path in DOCS.rglob("*.md")
-        if path.relative_to(DOCS).parts[0] != "_build"
-    }
-    return written | made
+    return {str(path.relative_to(DOCS)): path.read_text() for path in WRITTEN} | made
+
+
+def test_pages_no_longer_made_are_deleted(tmp_path: Path) -> None:
+    write = importlib.import_module("pages").write
+    write(tmp_path, {"api/a.md": "a", "api/old.md": "old", "top.md": "top"})
+    (tmp_path / "written.md").write_text("by hand")
+    write(tmp_path, {"api/a.md": "b", "top.md": "top"})
+    left = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*.md")}
+    assert left == {"api/a.md": "b", "top.md": "top", "written.md": "by hand"}
 
 
 def test_every_public_name_has_an_entry(reference: ModuleType, pages: dict[str, str]) -> None:
@@ -57,35 +67,87 @@ def test_every_method_has_a_row(pages: dict[str, str]) -> None:
         assert f"<kdtl_jax.methods.{entry.name}>" in pages[f"methods/{entry.needs}.md"]
 
 
+def anchors(text: str) -> set[str]:
+    """What `#...` can follow the name of a page: its headings in lower case, with hyphens."""
+    headings = re.findall(r"^#{1,3} (.+)$", prose(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def bad_links(page: str, text: str, pages: dict[str, str]) -> list[str]:
+    """Links of a page (its path below docs/) that lead nowhere."""
+    bad = []
+    for link, document in LINK.findall(prose(text)):
+        place, _, anchor = (link or f"{document}.md").partition("#")
+        if re.match(r"https?:|mailto:", place):
+            continue
+        path = DOCS / page if not place else DOCS / page / ".." / place
+        found = (DOCS / place[1:] if place.startswith("/") else path).resolve()
+        inside = str(found.relative_to(DOCS)) if found.is_relative_to(DOCS) else ""
+        target = text if not place else pages.get(inside)
+        if target is None and found.exists() and inside.split("/")[0] not in GENERATED:
+            target = found.read_text() if found.suffix == ".md" else ""
+        if target is None or (anchor and anchor not in anchors(target)):
+            bad.append(f"{page}: {link or document}")
+    return bad
+
+
 def test_links_resolve(pages: dict[str, str]) -> None:
     texts = {**pages, **{f"../{path.name}": path.read_text() for path in ROOT.glob("*.md")}}
-    missing = []
-    for page, text in texts.items():
-        for link, document in LINK.findall(re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
-            place = (link or f"{document}.md").partition("#")[0]
-            if not place or re.match(r"https?:|mailto:", place):
-                continue
-            path = DOCS / page / ".." / place if not place.startswith("/") else DOCS / place[1:]
-            found = path.resolve()
-            known = found.is_relative_to(DOCS) and str(found.relative_to(DOCS)) in pages
-            if not known and not found.exists():
-                missing.append(f"{page}: {place}")
-    assert not missing, "\n".join(missing)
+    bad = [link for page, text in texts.items() for link in bad_links(page, text, pages)]
+    assert not bad, "\n".join(bad)
+
+
+def test_links_that_lead_nowhere_are_found() -> None:
+    pages = {"a.md": "# One: two\n", "api/b.md": "# B\n"}
+    good = "[a](a.md) [a](a.md#one-two) {doc}`api/b` [x](#here) [r](../README.md#set-up)\n# Here\n"
+    assert bad_links("page.md", good, pages) == []
+    for bad in ("[a](a.md#one)", "[a](api/gone.md)", "{doc}`b`", "[x](#there)", "[r](../NO.md)"):
+        assert len(bad_links("page.md", bad, pages)) == 1, bad
+
+
+def imported(text: str) -> dict[str, str]:
+    """The modules of a page's Python by the names that it gives them."""
+    found = {}
+    for block in blocks(text, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                inside = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+                for alias in node.names:
+                    found[alias.asname or alias.name] = inside + alias.name
+    return found
+
+
+def unknown_names(text: str, public: set[str]) -> list[str]:
+    """Dotted names in the code spans of a page that lead nowhere."""
+    ours = {name.split(".")[1] for name in public if "." in name}
+    roots = {root: f"kdtl_jax.{root}" for root in ours}
+    roots |= {root: root for root in ("flax", "jax", "kdtl_jax")} | imported(text)
+    missing = [name for name in TARGET.findall(text) if name not in public]
+    for name in re.findall(r"`([a-z_]+(?:\.[A-Za-z_]\w*)+)(?:\([^`]*\))?`", text):
+        root, _, rest = name.partition(".")
+        if root not in VALUES and not (root in roots and _attribute(f"{roots[root]}.{rest}")):
+            missing.append(name)
+    return missing
 
 
 def test_names_in_the_documentation_exist(reference: ModuleType, pages: dict[str, str]) -> None:
     public = set(reference.public())
-    roots = {name.split(".")[1] for name in public if "." in name}
-    missing = []
-    for page, text in pages.items():
-        missing += [f"{page}: {name}" for name in TARGET.findall(text) if name not in public]
-        if page.startswith(("api/", "commands/")) or page == "benchmarks.md":
-            continue  # made of docstrings, which tests/test_references.py reads
-        for name in re.findall(r"`([a-z_]+(?:\.[A-Za-z_]\w*)+)(?:\([^`]*\))?`", text):
-            known = f"kdtl_jax.{name}" in public or name.split(".")[0] not in roots
-            if not known and not _attribute(f"kdtl_jax.{name}"):
-                missing.append(f"{page}: {name}")
+    missing = [
+        f"{page}: {name}"
+        for page, text in {**pages, "../README.md": README.read_text()}.items()
+        # Those made of docstrings are read by tests/test_references.py.
+        if not page.startswith(("api/", "commands/")) and page != "benchmarks.md"
+        for name in unknown_names(text, public)
+    ]
     assert not missing, "\n".join(missing)
+
+
+def test_names_that_lead_nowhere_are_found(reference: ModuleType) -> None:
+    public = set(reference.public())
+    text = "```python\nfrom kdtl_jax.train import sweep\n```\n`sweep.vmap` `losses.mse` `x.batch`"
+    assert unknown_names(text, public) == []
+    text = "`trasforms.lora` `losses.msee` `sweep.vmap` {py:func}`a <kdtl_jax.losses.msee>`"
+    assert len(unknown_names(text, public)) == 4
 
 
 def _attribute(name: str) -> bool:
@@ -104,19 +166,30 @@ def _attribute(name: str) -> bool:
     return False
 
 
+def unmade_figures(text: str) -> list[str]:
+    """Figures of a page without the command that writes them; the dark form goes with the light."""
+    missing = []
+    for figure in re.findall(r"([\w-]+\.svg)[)\"]", text):
+        written = re.escape(figure.replace("-dark.svg", "-light.svg"))
+        scripts = re.findall(rf"python (docs/\S+\.py)[^\n]*/{written}", text)
+        if not scripts or not (ROOT / scripts[0]).exists() or not list(DOCS.rglob(figure)):
+            missing.append(figure)
+    return missing
+
+
 def test_every_figure_names_its_command(pages: dict[str, str]) -> None:
-    texts = {**pages, "../README.md": (ROOT / "README.md").read_text()}
-    for page, text in texts.items():
-        for figure in re.findall(r"([\w-]+\.svg)\)", text) + re.findall(r"([\w-]+\.svg)\"", text):
-            commands = re.findall(
-                rf"^.*python docs/\S+\.py.*{re.escape(figure)}", text, re.MULTILINE
-            )
-            if page == "../README.md":
-                commands = commands or re.findall(r"python docs/\S+\.py", text)
-            assert commands, f"{page}: {figure}"
-            script = re.findall(r"docs/\S+\.py", commands[0])[0]
-            assert (ROOT / script).exists()
-            assert list(DOCS.rglob(figure)), figure
+    texts = {**pages, "../README.md": README.read_text()}
+    missing = {page: found for page, text in texts.items() if (found := unmade_figures(text))}
+    assert not missing
+
+
+def test_figures_without_their_command_are_found() -> None:
+    text = README.read_text()
+    assert unmade_figures(text.replace("demo-light.svg`", "other.svg`")) == [
+        "demo-dark.svg",
+        "demo-light.svg",
+    ]
+    assert unmade_figures(text.replace("gallery/demo.py", "gallery/other.py"))
 
 
 # Public callables of kdtl_jax.losses that are pieces of a listed loss, and stand with it.

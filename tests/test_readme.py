@@ -1,21 +1,16 @@
-"""The README's Python runs as printed, in order, in one namespace."""
+"""The README's Python runs as printed, in order, in one namespace; its numbers are measured."""
 
+import ast
 import re
-from pathlib import Path
 
 import pytest
-
-README = Path(__file__).parent.parent / "README.md"
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+from documents import README, ROOT, blocks
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    found = blocks("python")
+    found = blocks(README.read_text(), "python")
     assert found, "the README has no Python example"
     namespace: dict[str, object] = {"__name__": "readme"}
     for number, block in enumerate(found):
@@ -25,5 +20,22 @@ def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_the_setup_commands_are_complete_lines() -> None:
     """Continuous integration runs the second one exactly as printed."""
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    lines = [line for block in blocks(README.read_text(), "sh") for line in block.splitlines()]
     assert sum(line.startswith("python3 -m venv .venv && ") for line in lines) == 2
+
+
+def numbers(text: str) -> set[str]:
+    """Numbers as text, `1,409` as `1409`; none of names such as `float32`."""
+    found = re.findall(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?![\d,]*\d)", text)
+    return {number.replace(",", "") for number in found}
+
+
+def test_measured_numbers_stand_in_the_headers_of_their_scripts() -> None:
+    _, _, section = README.read_text().partition("\n## Measured\n")
+    bullets = re.findall(
+        r"^- (.*?):\s+`python (\S+\.py)", section.partition("\n## ")[0], re.S | re.M
+    )
+    assert len(bullets) == section.partition("\n## ")[0].count("\n- ") > 0
+    for said, script in bullets:
+        header = numbers(ast.get_docstring(ast.parse((ROOT / script).read_text())) or "")
+        assert numbers(said) <= header, f"{script}: {sorted(numbers(said) - header)}"

@@ -1,11 +1,12 @@
 """Writes the generated pages before a build, and links names in code spans to the reference."""
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
 
+import pages
 import reference
-import tables
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.transforms import SphinxTransform
@@ -14,34 +15,23 @@ ARXIV = re.compile(r"\b((?:0[7-9]|1\d|2\d)(?:0[1-9]|1[0-2])\.\d{4,5})\b")
 DOCS = Path(__file__).parent.parent
 
 
-def everything(root: Path = DOCS.parent) -> dict[str, str]:
-    """Every generated page by its path below `docs/`."""
-    return dict([*reference.pages(), *tables.pages(root)])
-
-
-def write() -> None:
-    """Writes pages that changed, so that a second build is short."""
-    for name, text in everything().items():
-        path = DOCS / name
-        path.parent.mkdir(exist_ok=True)
-        if not path.exists() or path.read_text() != text:
-            path.write_text(text)
+@functools.cache
+def known() -> dict[str, str]:
+    """Public names by what stands for them in a code span: `losses.mse`."""
+    return {name.removeprefix("kdtl_jax."): name for name in reference.public()}
 
 
 class Names(SphinxTransform):
     """`losses.mse` in a code span becomes a link to its entry."""
 
     default_priority = 400
-    known: dict[str, str] = {}
 
     def apply(self, **kwargs: Any) -> None:
-        if not self.known:
-            self.known.update({n.removeprefix("kdtl_jax."): n for n in reference.public()})
         page = self.env.docname
         prefix = "losses." if page == "losses" else f"{page.removeprefix('api/')}."
         for literal in list(self.document.findall(nodes.literal)):
             text = literal.astext().removesuffix("()")
-            target = self.known.get(text) if "." in text else self.known.get(prefix + text)
+            target = known().get(text if "." in text else prefix + text)
             parent = literal.parent
             if target is None or isinstance(parent, (nodes.reference, addnodes.pending_xref)):
                 continue
@@ -73,6 +63,6 @@ def _link_papers(text: nodes.Text) -> None:
 
 def setup(app: Any) -> dict[str, bool]:
     """Registers the transform."""
-    write()
+    pages.write(DOCS, pages.everything(DOCS.parent))
     app.add_transform(Names)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

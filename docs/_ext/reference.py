@@ -5,6 +5,7 @@ there or re-exported from a private module beside it. Nothing is listed by hand.
 """
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -209,6 +210,7 @@ def _has(member: ast.FunctionDef, decorator: str) -> bool:
     return any(ast.unparse(d).split(".")[-1] == decorator for d in member.decorator_list)
 
 
+@functools.cache
 def _tree(module: ModuleType) -> ast.Module:
     return ast.parse(inspect.getsource(module))
 

@@ -85,7 +85,7 @@ def methods_page(needs: str, title: str) -> str:
         equation, rest = split(inspect.getdoc(entry.build) or "")
         glue = "yes" if entry.connector else ""
         name = f"{{py:func}}`{entry.name} <kdtl_jax.methods.{entry.name}>`"
-        cells = (f"{name}<br>{entry.title}", equation, paper(entry.paper), glue, rest)
+        cells = (f"{name}<br>{entry.title}", equation, entry.paper, glue, rest)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -130,11 +130,6 @@ def cell(text: str) -> str:
     return " ".join(
         reference.markdown(text).replace("```text", "").replace("```", "").split()
     ).replace("**References**", "")
-
-
-def paper(text: str) -> str:
-    """Authors and year; an arXiv number becomes a link."""
-    return re.sub(r"\b(\d{4}\.\d{4,5})\b", r"[\1](https://arxiv.org/abs/\1)", text)
 
 
 def commands() -> Iterator[tuple[str, str]]:
