@@ -66,10 +66,11 @@ def merge_tokens(log_probs: Array, tokens: Array, groups: Array, *, num_groups: 
       log_probs: `[L, vocabulary]`; row k predicts token k.
       tokens: int `[L]`, the tokens observed.
       groups: int `[L]` from `align_tokens`, non-decreasing; -1 takes no part.
-      num_groups: static number of groups.
+      num_groups: static number of groups; later ones take no part.
 
     Returns:
-      `[num_groups, vocabulary]` log-probabilities; 0 throughout for a group without tokens.
+      `[num_groups, vocabulary]` log-probabilities; 0 throughout for a group without tokens, NaN
+      for one with a token before its last that is outside of the vocabulary.
 
     References:
       TRL's GOLD trainer with "bayesian" merging.
@@ -82,9 +83,10 @@ def merge_tokens(log_probs: Array, tokens: Array, groups: Array, *, num_groups: 
     log_probs = _numerics.upcast(log_probs)
     after = jnp.concatenate([groups[1:], jnp.full((1,), -1, groups.dtype)])
     is_last = (groups >= 0) & (groups != after)
-    safe, _ = _numerics.usable_labels(tokens, log_probs.shape[-1], groups >= 0)
-    observed = jnp.take_along_axis(log_probs, safe[:, None], axis=1)
-    part = jnp.where(is_last[:, None], log_probs, observed)
+    safe, usable = _numerics.usable_labels(tokens, log_probs.shape[-1], groups >= 0)
+    observed = jnp.take_along_axis(log_probs, safe[:, None], axis=1)[:, 0]
+    observed = _numerics.at_usable(observed, usable, groups >= 0)
+    part = jnp.where(is_last[:, None], log_probs, observed[:, None])
     # A negative group falls outside and is dropped.
     return jax.ops.segment_sum(part, jnp.where(groups < 0, num_groups, groups), num_groups)
 
@@ -94,7 +96,7 @@ def chunk_log_probs(log_probs: Array, groups: Array, *, num_chunks: int) -> Arra
 
     Args:
       log_probs: `[..., L]`, of the observed tokens (`losses.token_log_probs`).
-      groups: int `[..., L]`, the chunk of each token; -1 takes no part.
+      groups: int `[..., L]`, the chunk of each token; what is not in 0..num_chunks-1 takes no part.
       num_chunks: static.
 
     Returns:

@@ -57,7 +57,7 @@ def fidelity(
             losses.forward_kl(ours, theirs),
             losses.reverse_kl(ours, theirs),
             (jnp.argmax(ours, axis=-1) == jnp.argmax(theirs, axis=-1)).astype(ours.dtype),
-            1 - losses.total_variation(ours, theirs),
+            losses.acceptance(ours, theirs),
             losses.soft_cross_entropy(ours, ours),
             losses.soft_cross_entropy(theirs, theirs),
         )

@@ -60,9 +60,11 @@ def alm_limit(student_log_probs: Array, teacher_log_probs: Array, *, eps: Scalar
     student, teacher = _checked(student_log_probs, teacher_log_probs)
     _checks.positive(eps=eps)
     x, y = student - _numerics.scalar(eps, student), teacher - _numerics.scalar(eps, teacher)
-    # With r = (y - x) / x it is x (r - (1 + r) log1p(r)), where nothing cancels but r itself.
+    # The term of a KL between -y and -x. Near each other, r knows the ratio y / x = 1 + r better.
     r = (teacher - student) / x
-    return x * (r - (y / x) * jnp.log1p(r))
+    near = jnp.abs(r) < 0.5
+    ratio = jnp.where(near, jnp.log1p(jnp.where(near, r, 0)), jnp.log(y / x))
+    return _numerics.kl_terms(jnp.log(-y), jnp.log(-x), ratio)
 
 
 def _checked(student: Array, teacher: Array) -> tuple[Array, Array]:

@@ -21,8 +21,7 @@ def acceptance(
     draft_logits: Array, target_logits: Array, *, draft_ids: Array | None = None
 ) -> Array:
     """`sum_v min(p_T(v), p_S(v))`, the probability that the target takes the draft's token."""
-    log_q, log_p = _both(draft_logits, target_logits, draft_ids)
-    return 1 - _refused(log_q, log_p)
+    return 1 - _refused(*_both(draft_logits, target_logits, draft_ids))
 
 
 def lk_alpha(draft_logits: Array, target_logits: Array, *, draft_ids: Array | None = None) -> Array:
@@ -34,8 +33,8 @@ def lk_alpha(draft_logits: Array, target_logits: Array, *, draft_ids: Array | No
     References:
       LK losses, 2026 (2602.23881), the alpha form; SpecForge.
     """
-    log_q, log_p = _both(draft_logits, target_logits, draft_ids)
-    refused = _refused(log_q, log_p)
+    log_q, log_p, ratio = _both(draft_logits, target_logits, draft_ids)
+    refused = _refused(log_q, log_p, ratio)
     near = refused < 0.5
     far = _logspace.logsumexp(jnp.minimum(log_q, log_p))
     return -jnp.where(near, jnp.log1p(-jnp.where(near, refused, 0)), far)
@@ -62,8 +61,7 @@ def lk_lambda(
       and divides it by the number of all positions, padding included.
     """
     _checks.within(0, 1, weight=weight)
-    log_q, log_p = _both(draft_logits, target_logits, draft_ids)
-    refused = _refused(log_q, log_p)
+    refused = _refused(*_both(draft_logits, target_logits, draft_ids))
     _checks.per_example(refused.shape, weight=weight)
     share = _numerics.per_example(weight, refused)
     kl = forward_kl(draft_logits, known_to_draft(target_logits, draft_ids=draft_ids))
@@ -92,7 +90,7 @@ def draft_targets(
     Args:
       target_logits: `[B, T, vocabulary]`.
       where: bool `[B, T]`, aligned with the target.
-      step: 0 to T - 1, static.
+      step: >= 0, static; from T on nothing counts.
       draft_ids: int `[draft_vocabulary]`.
 
     Returns:
@@ -116,8 +114,11 @@ def draft_targets(
     return targets, jnp.pad(where[:, length - kept :], ((0, 0), (0, length - kept)))
 
 
-def _both(draft: Array, target: Array, draft_ids: Array | None) -> tuple[Array, Array]:
-    """`log p_S` and the target's `log p_T` at the draft's tokens, not renormalized."""
+def _both(draft: Array, target: Array, draft_ids: Array | None) -> tuple[Array, Array, Array]:
+    """`log p_S`, the target's `log p_T` at the draft's tokens, not renormalized, their difference.
+
+    The difference is relatively accurate where the draft knows all tokens: both are normalized.
+    """
     _checks.floating(draft_logits=draft, target_logits=target)
     _checks.rank(1, draft_logits=draft, target_logits=target)
     _checks.nonempty(draft_logits=draft)
@@ -128,14 +129,17 @@ def _both(draft: Array, target: Array, draft_ids: Array | None) -> tuple[Array, 
             f"{_checks.described(draft_logits=draft, target_logits=target)}."
         )
     _checks.several_classes(draft_logits=draft, target_logits=target)
-    return _numerics.log_softmax(draft), log_p
+    log_q = _numerics.log_softmax(draft)
+    if draft_ids is not None:
+        return log_q, log_p, _numerics.finite_difference(log_q, log_p)
+    wide = _numerics.upcast(draft), _numerics.upcast(target)
+    return log_q, log_p, _numerics.log_ratio(*wide, log_q, log_p)
 
 
-def _refused(log_q: Array, log_p: Array) -> Array:
-    """`1 - alpha = sum_v max(p_S - p_T, 0)`, relatively accurate where the two nearly agree."""
+def _refused(log_q: Array, log_p: Array, ratio: Array) -> Array:
+    """`1 - alpha = sum_v max(p_S - p_T, 0)`, as accurate as `ratio`, `log p_S - log p_T`."""
     in_both = (log_q != -jnp.inf) & (log_p != -jnp.inf)
-    apart = jnp.where(in_both, log_q, 0) - jnp.where(in_both, log_p, 0)
     p = jnp.exp(log_p)
-    near = in_both & (jnp.abs(apart) < 1)
-    gap = jnp.where(near, p * jnp.expm1(jnp.where(near, apart, 0)), jnp.exp(log_q) - p)
+    near = in_both & (jnp.abs(ratio) < 1)
+    gap = jnp.where(near, p * jnp.expm1(jnp.where(near, ratio, 0)), jnp.exp(log_q) - p)
     return jnp.sum(jax.nn.relu(gap), axis=-1)

@@ -22,7 +22,8 @@ def student_top_k_reverse_kl(
     The student's classes are where the reverse KL has its mass; a teacher's own k may miss them.
     Zero at equality, never negative, at most the reverse KL. A teacher elsewhere is asked for its
     log-probabilities at `top_k_targets(student_logits, k=k).indices`; with its answer it is
-    `reverse_kl(*top_k_buckets(student_logits, stored_top_k(indices, log_probs)))`.
+    `reverse_kl(*top_k_buckets(student_logits, stored_top_k(indices, log_probs)))`. k is static, at
+    least 1 and at most the number of classes.
 
     References:
       SDPO (2601.20802) and SDFT (2601.19897) with `alpha=1`, their tails included.

@@ -15,8 +15,8 @@ All log-probabilities have one shape, `[B, L]` say; `sampler_log_probs` are thos
 distribution that was sampled from, tempered and filtered (`language.Samples.log_probs`). Everything
 but the student's own is a constant. Ratios are bounded at `exp(20)`. `where`, bool of the same
 shape, marks the positions that count: others may hold anything (-inf), and give 0. The result has
-the arguments' shape, in nats, float32 or wider. Arrays that are not floating point raise TypeError,
-shapes that differ ValueError.
+the arguments' shape, float32 or wider: losses and returns in nats, weights without a unit, gates
+bool. Arrays that are not floating point raise TypeError, shapes that differ ValueError.
 """
 
 import jax
@@ -79,7 +79,7 @@ def clipped_policy_gradient(
     """`max(-rho A, -clip(rho, 1 - clip_low, 1 + clip_high) A)`: PPO's bound on a step.
 
     A token whose ratio has left the interval in the direction of its advantage has gradient 0.
-    `dual_clip` c, > 1, also bounds the loss at `-c A` where A is negative.
+    `dual_clip` c, >= 1, also bounds the loss at `-c A` where A is negative.
 
     For text sampled from a mixture with the teacher (MiniLLM) `sampler_log_probs` are the
     mixture's.
@@ -131,7 +131,8 @@ def kl_k3(
     """
     student, teacher = _pair(student_log_probs, teacher_log_probs, where)
     apart = jnp.clip(teacher - student, -_top(student), _top(student))
-    return jnp.expm1(apart) - apart
+    # `expm1(a) - a`, in which nothing cancels.
+    return _numerics.kl_terms(jnp.zeros_like(apart), apart)
 
 
 def truncated_ratio(
@@ -236,12 +237,10 @@ def whitened(values: Array, *, where: Array | None = None) -> Array:
       MiniLLM's PPO, which lets padding into mean and variance.
     """
     (values,) = _prepared(where, values=values)
-    counted = jnp.ones(values.shape, jnp.bool_) if where is None else where
-    count = jnp.sum(counted, dtype=values.dtype)
-    mean = jnp.sum(values) / jnp.maximum(count, 1)
-    apart = jnp.where(counted, values - mean.reshape((1,) * values.ndim), 0)
+    count = values.size if where is None else jnp.sum(where, dtype=values.dtype)
+    apart = _numerics.kept(values - _numerics.masked_mean(values, where), where)
     variance = jnp.sum(jnp.square(apart)) / jnp.maximum(count - 1, 1)
-    return apart * jax.lax.rsqrt(variance + 1e-8).reshape((1,) * values.ndim)
+    return apart * jax.lax.rsqrt(variance + 1e-8)
 
 
 def iw_opd_weight(advantages: Array, *, gamma: Scalar = 0.5, where: Array | None = None) -> Array:
