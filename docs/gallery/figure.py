@@ -1,16 +1,31 @@
-"""Curves with their spread over seeds, as SVG on a transparent ground."""
+"""The gallery's data, and its curves: SVG on a transparent ground, with the spread over seeds."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import matplotlib
 import numpy as np
+
+from kdtl_jax import datasets
+from kdtl_jax.run import report
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 GRAY = "#808080"  # reads on light and on dark pages
 COLORS = ("#3b82c4", "#c2703d", "#4f9d69")
+
+
+def digits(examples: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`(data, test)`: the first examples of the training part, and the whole test part."""
+    splits = datasets.standardized(datasets.stratified(datasets.digits()))
+
+    def arrays(part: datasets.Dataset, count: int | None = None) -> dict[str, Any]:
+        inputs, labels = jnp.asarray(part.inputs[:count]), jnp.asarray(part.labels[:count])
+        return {"inputs": inputs, "labels": labels}
+
+    return arrays(splits.train, examples), arrays(splits.test)
 
 
 def save(
@@ -21,9 +36,9 @@ def save(
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "kdtl_jax", "font.size": 11})
     drawing, axes = plt.subplots(figsize=(6.4, 3.6))
     for color, (name, values) in zip(COLORS, curves.items(), strict=False):
-        values = np.asarray(values)
-        middle = values.mean(axis=1)
-        half = 1.96 * values.std(axis=1, ddof=1) / values.shape[1] ** 0.5
+        found = [report.interval(seeds) for seeds in np.asarray(values)]
+        middle = np.array([each.mean for each in found])
+        half = np.array([each.ci95 or 0.0 for each in found])
         axes.plot(x_values, middle, color=color, marker="o", label=name)
         axes.fill_between(x_values, middle - half, middle + half, color=color, alpha=0.25, lw=0)
     axes.set_xscale("log", base=2)

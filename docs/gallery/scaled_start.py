@@ -12,19 +12,14 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kdtl_jax import datasets, models, train, transforms
+from kdtl_jax import models, train, transforms
 from kdtl_jax.interop import linen
 from kdtl_jax.objective import classification
 from kdtl_jax.train import sweep
 
 
 def main(out: str, epochs: int = 10, seeds: int = 6, examples: int = 300) -> None:
-    splits = datasets.standardized(datasets.stratified(datasets.digits()))
-    data = {
-        "inputs": jnp.asarray(splits.train.inputs[:examples]),
-        "labels": jnp.asarray(splits.train.labels[:examples]),
-    }
-    test_inputs, test_labels = jnp.asarray(splits.test.inputs), jnp.asarray(splits.test.labels)
+    data, test = figure.digits(examples)
     big = linen.model(models.mlp([64, 64], classes=10))
     small = linen.model(models.mlp([16, 16], classes=10))
     tx = optax.adam(3e-3)
@@ -38,8 +33,8 @@ def main(out: str, epochs: int = 10, seeds: int = 6, examples: int = 300) -> Non
         return train.scan_epoch(step)(state, data, order(key, epochs))[0].params
 
     def accuracy(params: Any) -> Array:
-        logits = small.apply(params, None, test_inputs)[0]["logits"]
-        return jnp.mean(jnp.argmax(logits, axis=-1) == test_labels)
+        logits = small.apply(params, None, test["inputs"])[0]["logits"]
+        return jnp.mean(jnp.argmax(logits, axis=-1) == test["labels"])
 
     key = jax.random.key(0)
     teacher = jax.jit(lambda p: fit(big, p, key, 3 * epochs))(

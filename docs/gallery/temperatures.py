@@ -12,19 +12,14 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kdtl_jax import datasets, losses, models, train
+from kdtl_jax import losses, models, train
 from kdtl_jax.interop import linen
 from kdtl_jax.objective import Inputs, classification
 from kdtl_jax.train import sweep
 
 
 def main(out: str, epochs: int = 30, seeds: int = 8, examples: int = 300) -> None:
-    splits = datasets.standardized(datasets.stratified(datasets.digits()))
-    train_set = {
-        "inputs": jnp.asarray(splits.train.inputs[:examples]),
-        "labels": jnp.asarray(splits.train.labels[:examples]),
-    }
-    test_inputs, test_labels = jnp.asarray(splits.test.inputs), jnp.asarray(splits.test.labels)
+    train_set, test = figure.digits(examples)
     big = linen.model(models.mlp([128, 64], classes=10))
     small = linen.model(models.mlp([12], classes=10))
     tx = optax.adam(3e-3)
@@ -48,8 +43,8 @@ def main(out: str, epochs: int = 30, seeds: int = 8, examples: int = 300) -> Non
         step = train.make_step(small.apply, terms, weights, tx, teacher=big.apply)
         state = train.init_state(small.init(key, data["inputs"][:1]).params, tx, key=key)
         state, _ = train.scan_epoch(step)(state, data, order(key), teacher_params)
-        logits = small.apply(state.params, None, test_inputs)[0]["logits"]
-        return jnp.mean(jnp.argmax(logits, axis=-1) == test_labels)
+        logits = small.apply(state.params, None, test["inputs"])[0]["logits"]
+        return jnp.mean(jnp.argmax(logits, axis=-1) == test["labels"])
 
     temperatures = [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
     points = sweep.grid(temperature=temperatures, seed=range(seeds))
