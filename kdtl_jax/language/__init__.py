@@ -32,6 +32,7 @@ from kdtl_jax.language._methods import self_ema as self_ema
 from kdtl_jax.language._methods import seqkd as seqkd
 from kdtl_jax.language._methods import sft as sft
 from kdtl_jax.language._rollouts import Rollout as Rollout
+from kdtl_jax.language._rollouts import of_data as of_data
 from kdtl_jax.language._rollouts import of_student as of_student
 from kdtl_jax.language._rollouts import of_teacher as of_teacher
 from kdtl_jax.language._rollouts import on_samples as on_samples
@@ -46,7 +47,7 @@ from kdtl_jax.language._terms import cross_entropy as cross_entropy
 from kdtl_jax.language._terms import divergence as divergence
 from kdtl_jax.language._terms import model as model
 from kdtl_jax.language._terms import next_tokens as next_tokens
-from kdtl_jax.language._terms import rewards_to_go as rewards_to_go
+from kdtl_jax.language._terms import policy_gradient as policy_gradient
 from kdtl_jax.language._terms import sampled_reverse_kl as sampled_reverse_kl
 from kdtl_jax.language._terms import together as together
 from kdtl_jax.language._tokenizer import Tokenizer as Tokenizer

@@ -47,10 +47,10 @@ class Setup(NamedTuple):
       trainable: selector over what is trained.
       prompt: columns of the prompt, for methods that sample.
       divergence: None is the method's own.
-      vocabulary: how many token ids there are, where the two tables differ in their padding: the
-        logits beyond are left out of a divergence. None: all rows.
+      vocabulary: how many token ids there are, where the two tables differ in their padding: what
+        lies beyond is neither sampled nor part of a distribution. None: all rows.
       task: weight of the cross-entropy with the data beside a divergence on the data.
-      share: of GKD's steps that learn from the student's samples.
+      share: of GKD's steps that learn from the student's samples, in [0, 1].
       beta: of GKD's divergence.
       decay: of the following teacher.
       temperature, top_k, top_p, stop_tokens: of sampling; losses are at temperature 1.
@@ -120,7 +120,7 @@ def seqkd(setup: Setup) -> Learner:
       beam search; samples are what large models are distilled from today.
     """
     step = _step(setup, _cross_entropy(setup), {"task": 1.0}, teacher=None)
-    draw = _draw(setup, setup.teacher or setup.student)
+    draw = _draw(setup, _teacher_decoder(setup))
     return Learner(_rollouts.on_samples(step, draw, _rollouts.of_teacher), _unchanged)
 
 
@@ -131,8 +131,7 @@ def gkd(setup: Setup) -> Learner:
       Agarwal et al., On-Policy Distillation of Language Models, 2023 (2306.13649).
     """
     step = _distilled(setup, partial(losses.jsd_gkd, beta=setup.beta), _teacher(setup))
-    draw = _draw(setup, setup.student)
-    return Learner(_rollouts.on_samples(step, draw, _own(setup), share=setup.share), _unchanged)
+    return _on_own(setup, step, share=setup.share)
 
 
 def opd(setup: Setup) -> Learner:
@@ -141,16 +140,14 @@ def opd(setup: Setup) -> Learner:
     The sum over the vocabulary is exact and differentiated; the tokens are constants.
     """
     step = _distilled(setup._replace(task=0.0), losses.reverse_kl, _teacher(setup))
-    draw = _draw(setup, setup.student)
-    return Learner(_rollouts.on_samples(step, draw, _own(setup)), _unchanged)
+    return _on_own(setup, step)
 
 
 def opd_sampled(setup: Setup) -> Learner:
     """`opd` from the log-probabilities of the sampled tokens alone: unbiased, of more variance."""
     terms = _terms.sampled_reverse_kl(chunk_size=setup.chunk_size)
     step = _step(setup, terms, {"kd": 1.0}, teacher=_teacher(setup))
-    draw = _draw(setup, setup.student)
-    return Learner(_rollouts.on_samples(step, draw, _own(setup)), _unchanged)
+    return _on_own(setup, step)
 
 
 def minillm(setup: Setup) -> Learner:
@@ -161,11 +158,10 @@ def minillm(setup: Setup) -> Learner:
     """
     terms = _terms.together(
         _divergence(setup, losses.reverse_kl),
-        _terms.rewards_to_go(chunk_size=setup.chunk_size),
+        _terms.policy_gradient(chunk_size=setup.chunk_size),
     )
     step = _step(setup, terms, {"kd": 1.0, "long": 1.0}, teacher=_teacher(setup))
-    draw = _draw(setup, setup.student)
-    return Learner(_rollouts.on_samples(step, draw, _own(setup)), _unchanged)
+    return _on_own(setup, step)
 
 
 def self_(setup: Setup) -> Learner:
@@ -178,19 +174,17 @@ def self_(setup: Setup) -> Learner:
       Self-Distilled Reasoner (OPSD), 2026 (2601.18734); Self-Distillation Fine-Tuning, 2026
       (2601.19897). Both papers state the reverse KL.
     """
-    teacher = privileged(_teacher_model(setup, as_they_are), setup.prompt)
+    teacher = _itself(setup, as_they_are)
     step = _distilled(setup._replace(task=0.0), losses.reverse_kl, teacher)
-    draw = _draw(setup, setup.student)
-    return Learner(_rollouts.on_samples(step, draw, _own(setup)), _unchanged)
+    return _on_own(setup, step)
 
 
 def self_ema(setup: Setup) -> Learner:
     """`self_` whose teacher is the moving average of the student. It takes no `teacher_params`."""
-    teacher = privileged(_teacher_model(setup, setup.weights), setup.prompt)
+    teacher = _itself(setup, setup.weights)
     step = _distilled(setup._replace(task=0.0), losses.reverse_kl, teacher)
     step = mean_teachers.follow(step, decay=setup.decay)
-    draw = _draw(setup, setup.student)
-    return Learner(_rollouts.on_samples(step, draw, _own(setup)), mean_teachers.begin)
+    return _on_own(setup, step)._replace(begin=mean_teachers.begin)
 
 
 def qad(setup: Setup) -> Learner:
@@ -262,7 +256,7 @@ def privileged(teacher: ModelFn, prompt: int) -> ModelFn:
 
 def _step(setup: Setup, terms: TermsFn, weights: Any, *, teacher: ModelFn | None) -> Step:
     return train.make_step(
-        _terms.model(setup.student, setup.weights),
+        _terms.model(_student_decoder(setup), setup.weights),
         terms,
         weights,
         setup.tx,
@@ -273,33 +267,65 @@ def _step(setup: Setup, terms: TermsFn, weights: Any, *, teacher: ModelFn | None
 
 
 def _distilled(setup: Setup, own: Divergence, teacher: ModelFn) -> Step:
-    """A divergence, and the cross-entropy beside it where that has a weight."""
-    terms = _divergence(setup, setup.divergence or own)
+    """A divergence, and the cross-entropy with the data beside it where that has a weight."""
+    terms = _divergence(setup, own)
     if not setup.task:
         return _step(setup, terms, {"kd": 1.0}, teacher=teacher)
-    both = _terms.together(terms, _cross_entropy(setup))
+    both = _terms.together(terms, _rollouts.of_data(_cross_entropy(setup)))
     return _step(setup, both, {"kd": 1.0, "task": setup.task}, teacher=teacher)
 
 
-def _divergence(setup: Setup, loss: Divergence) -> TermsFn:
-    size = setup.vocabulary
-
-    def on_tokens(student: Array, teacher: Array) -> Array:
-        return loss(student[..., :size], teacher[..., :size])
-
-    return _terms.divergence(on_tokens, chunk_size=setup.chunk_size)
+def _divergence(setup: Setup, own: Divergence) -> TermsFn:
+    return _terms.divergence(setup.divergence or own, chunk_size=setup.chunk_size)
 
 
 def _cross_entropy(setup: Setup) -> TermsFn:
     return _terms.cross_entropy(chunk_size=setup.chunk_size)
 
 
+def _student_decoder(setup: Setup) -> Decoder:
+    return _known(setup.student, setup.vocabulary)
+
+
+def _teacher_decoder(setup: Setup) -> Decoder:
+    return _known(setup.teacher or setup.student, setup.vocabulary)
+
+
+def _known(decoder: Decoder, size: int | None) -> Decoder:
+    """The decoder without the padding of its table: its head has the first `size` tokens."""
+    if size is None:
+        return decoder
+    if not 0 < size <= decoder.config.vocabulary:
+        raise ValueError(
+            f"vocabulary must lie in 1..{decoder.config.vocabulary}, the rows of a table, got "
+            f"{size}."
+        )
+
+    def head(params: Params) -> losses.Head:
+        whole = decoder.head(params)
+        bias = None if whole.bias is None else whole.bias[:size]
+        return whole._replace(kernel=whole.kernel[:, :size], bias=bias)
+
+    return decoder._replace(head=head)
+
+
 def _teacher(setup: Setup) -> ModelFn:
-    return _terms.model(setup.teacher or setup.student)
+    return _terms.model(_teacher_decoder(setup))
 
 
-def _teacher_model(setup: Setup, weights: Weights) -> ModelFn:
-    return _terms.model(setup.student, weights)
+def _itself(setup: Setup, weights: Weights) -> ModelFn:
+    """The student as its own teacher, told more."""
+    return privileged(_terms.model(_student_decoder(setup), weights), setup.prompt)
+
+
+def _on_own(setup: Setup, step: Step, *, share: float = 1.0) -> Learner:
+    """Learning from the student's samples in `share` of the steps."""
+    draw = _draw(setup, _student_decoder(setup))
+
+    def own(state: TrainState, teacher_params: Any) -> Params:
+        return setup.weights(state.params)
+
+    return Learner(_rollouts.on_samples(step, draw, own, share=share), _unchanged)
 
 
 def _draw(setup: Setup, decoder: Decoder) -> _rollouts.Rollout:
@@ -311,10 +337,6 @@ def _draw(setup: Setup, decoder: Decoder) -> _rollouts.Rollout:
         top_p=setup.top_p,
         stop_tokens=setup.stop_tokens,
     )
-
-
-def _own(setup: Setup) -> _rollouts.Choice:
-    return lambda state, teacher_params: setup.weights(state.params)
 
 
 def _unchanged(state: TrainState) -> TrainState:

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kdtl_jax import _checks
 from kdtl_jax._types import Params, Scalar
 from kdtl_jax.language._sampling import joined, sample
 from kdtl_jax.models import Decoder, segment_positions
-from kdtl_jax.objective import Metrics
+from kdtl_jax.objective import Inputs, Metrics, TermsFn
 from kdtl_jax.train import Batch, Step, TrainState
 
 Tokens = dict[str, Array]
@@ -45,20 +46,22 @@ def rollout(
       stop_tokens: a completion ends with one of these.
 
     Returns:
-      The function. What it returns has the shape of the row, `learned` on sampled tokens, and
-      `log_probs` `[B, L]`, the sampler's, 0 elsewhere.
+      The function. What it returns has the shape of the row, `learned` on sampled tokens,
+      `log_probs` `[B, L]`, the sampler's, 0 elsewhere, and `is_drawn` bool `[B]`. A row whose
+      prompt is padding alone is padding to its end.
     """
 
     def draw(params: Params, tokens: Any, key: Array) -> Tokens:
         rows, length = tokens["tokens"].shape
         if not 0 < prompt < length:
             raise ValueError(f"prompt must lie in 1..{length - 1}, got {prompt}.")
-        prompts = tokens["tokens"][:, :prompt]
+        prompts = jnp.asarray(tokens["tokens"])[:, :prompt]
         mask = jnp.ones(prompts.shape, jnp.bool_)
         if "segments" in tokens:
-            mask = tokens["segments"][:, :prompt] > 0
-            # A row of padding alone still needs a token; it is not learned.
-            mask = mask.at[:, -1].set(True)
+            mask = jnp.asarray(tokens["segments"])[:, :prompt] > 0
+        is_row = jnp.any(mask, axis=1, keepdims=True)
+        # A row of padding alone still needs a token to be run.
+        mask = mask.at[:, -1].set(mask[:, -1] | ~is_row[:, 0])
         samples = sample(
             decoder,
             params,
@@ -72,13 +75,15 @@ def rollout(
             stop_tokens=stop_tokens,
         )
         whole = joined(prompts, samples, prompt_mask=mask)
+        segments = jnp.where(is_row, whole.segments, 0)
         log_probs = jnp.pad(samples.log_probs, ((0, 0), (prompt, 0)))
         drawn = {
             "tokens": whole.tokens,
-            "segments": whole.segments,
-            "positions": segment_positions(whole.segments),
-            "learned": whole.is_sampled,
-            "log_probs": log_probs,
+            "segments": segments,
+            "positions": segment_positions(segments),
+            "learned": whole.is_sampled & is_row,
+            "log_probs": jnp.where(is_row, log_probs, 0),
+            "is_drawn": jnp.ones(rows, jnp.bool_),
         }
         return jax.lax.stop_gradient(drawn)
 
@@ -95,7 +100,24 @@ def of_teacher(state: TrainState, teacher_params: Any) -> Params:
     return teacher_params
 
 
-def on_samples(step: Step, draw: Rollout, choice: Choice = of_student, *, share: float = 1) -> Step:
+def of_data(terms: TermsFn) -> TermsFn:
+    """The terms on what a step takes from the data; nothing counts where rows were sampled."""
+
+    def on_data(inputs: Inputs) -> dict[str, Any]:
+        given = inputs.batch["inputs"]
+        if "is_drawn" in given:
+            learned = given["learned"] & ~given["is_drawn"][:, None]
+            batch = {**inputs.batch, "inputs": {**given, "learned": learned}}
+            inputs = inputs._replace(batch=batch)
+        found: Any = terms(inputs)
+        return found
+
+    return on_data
+
+
+def on_samples(
+    step: Step, draw: Rollout, choice: Choice = of_student, *, share: float = 1.0
+) -> Step:
     """A step that learns from samples of `choice(state, teacher_params)` instead of the data.
 
     Args:
@@ -104,8 +126,9 @@ def on_samples(step: Step, draw: Rollout, choice: Choice = of_student, *, share:
         a `choice` that makes them so.
       choice: `of_student`, `of_teacher`, or a function of state and teacher.
       share: of the steps that learn from samples; the others learn from the data as it is (GKD's
-        lambda).
+        lambda), in [0, 1].
     """
+    _checks.within(0, 1, share=share)
 
     def sampled(
         state: TrainState, batch: Batch, teacher_params: Any = None
@@ -139,4 +162,5 @@ def _as_drawn(given: Any) -> Tokens:
         "positions": jnp.asarray(positions, jnp.int32),
         "learned": jnp.asarray(given.get("learned", segments > 0), jnp.bool_),
         "log_probs": jnp.zeros(tokens.shape, jnp.float32),
+        "is_drawn": jnp.zeros(tokens.shape[:1], jnp.bool_),
     }

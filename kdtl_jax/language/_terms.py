@@ -173,13 +173,14 @@ def sampled_reverse_kl(*, chunk_size: int = CHUNK) -> TermsFn:
     return terms
 
 
-def rewards_to_go(*, chunk_size: int = CHUNK) -> TermsFn:
-    """MiniLLM's long part: `{"long": mean of -rho_t sg[R_{t+1}]}` over sampled tokens.
+def policy_gradient(*, chunk_size: int = CHUNK) -> TermsFn:
+    """REINFORCE with rewards-to-go: `{"long": mean of -rho_t sg[R_{t+1}]}` over sampled tokens.
 
     `R_{t+1}` is the mean of `log p_T - log p_S` over the row's sampled tokens after t (the paper's
-    length normalization), 0 at the last. With the exact reverse KL at each position, the paper's
-    single-step part, this is its gradient, without mixing the teacher into the sampler and without
-    clipping, which one update per sample does not need.
+    length normalization), 0 at the last. It is MiniLLM's long part: with the exact reverse KL at
+    each position, the paper's single-step part, this is the gradient of its objective, without
+    mixing the teacher into the sampler and without clipping, which one update per sample does not
+    need.
 
     References:
       Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2023 (2306.08543), eq. 5.
