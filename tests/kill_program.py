@@ -74,9 +74,9 @@ def cases() -> dict[str, Case]:
         "inspect": Case(["params", "inspect", "a.safetensors", "--values"], [], folder=False),
         "diff": Case(["params", "diff", *models], [], folder=False),
         "cache": Case(
-            ["cache", "--data", "data.npz", "--weights", "teacher/teacher.safetensors",
+            ["cache", "--data", "data.npz", "--teacher-weights", "teacher/teacher.safetensors",
              "--batch-size", "4", *OUT],
-            ["cache", "--data", "data.npz", "--weights", "teacher/teacher.safetensors",
+            ["cache", "--data", "data.npz", "--teacher-weights", "teacher/teacher.safetensors",
              "--batch-size", "4", *OUT], folder=False,
         ),
         "distill": run("distill", *TINY, *TRAINED, "--methods", "kd", again=("--resume",)),

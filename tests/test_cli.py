@@ -88,6 +88,16 @@ def test_printed_settings_read_back(words: list[str], tmp_path: Path, capsys: Ca
         ([], "name a command: demo, distill"),
         (["dmeo"], "unknown command 'dmeo'; did you mean demo"),
         (["demo", "--quik"], r"unknown argument --quik; did you mean --quick"),
+        (
+            ["demo", "--quik", "--oot=x"],
+            "unknown arguments --quik; .* --quick.*, --oot=x; .* --out",
+        ),
+        (["bench", "--lr", "3"], "unknown argument --lr$"),
+        (["sentences", "--rate", "3"], "unknown argument --rate; did you mean --learning-rate"),
+        (["transfer", "--learning-rate", "3"], "did you mean --learning-rates"),
+        (["distill", "--weights", "kd=1"], "did you mean .*--loss-weights"),
+        (["distill", "--seeds", "3.5"], "--seeds: expected a whole number, got '3.5'$"),
+        (["distill", "--per-class", "few"], "--per-class: expected a whole number, got 'few'$"),
         (["demo", "--qui"], "unknown argument --qui"),  # no abbreviations: they break later
         (["demo", "--out"], "--out: expected one argument"),
         (["demo", "extra"], "unrecognized arguments: extra"),
@@ -171,6 +181,17 @@ def test_a_mistake_of_our_own_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(env, "run", raising(AssertionError("ours")))
     with pytest.raises(AssertionError, match="ours"):
         main(["env"])
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unable to initialize backend")])
+def test_a_missing_device_is_one_sentence(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(env, "run", raising(error))
+    assert main(["env"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("kdtl env: there is no cuda device") and said.count("\n") == 1
 
 
 def test_the_module_runs_as_a_program() -> None:

@@ -39,7 +39,7 @@ def _saved(path: Path, variables: Variables) -> Path:
 
 
 def _cache(folder: Path, weights: Path, *more: str) -> int:
-    named = ["--teacher", TEACHER, "--weights", str(weights), "--out", str(folder)]
+    named = ["--teacher", TEACHER, "--teacher-weights", str(weights), "--out", str(folder)]
     return main(["cache", *named, *more])
 
 
@@ -90,7 +90,7 @@ def test_damage_is_found_and_mended(
     verify = ["cache", "--out", str(folder), "--verify"]
     assert main(verify) == 1 and "no teacher cache in" in capsys.readouterr().err
     assert _cache(folder, weights) == 0
-    with_weights = [*verify, "--teacher", TEACHER, "--weights", str(weights)]
+    with_weights = [*verify, "--teacher", TEACHER, "--teacher-weights", str(weights)]
     assert main(with_weights) == 0
     assert "as it was written, made by these weights from these data" in capsys.readouterr().out
     (victim,) = folder.glob("*.bin")
@@ -126,7 +126,7 @@ def test_what_does_not_fit_is_refused(
     for message, code in refused.items():
         assert code == 1 and message in said, message
     assert main(["cache", "--out", str(tmp_path / "d")]) == 2
-    assert "--weights: name the teacher's safetensors file" in capsys.readouterr().err
+    assert "--teacher-weights: name the teacher's safetensors file" in capsys.readouterr().err
     assert _cache(tmp_path / "e", weights, "--batch-size", "0") == 2
     assert _cache(tmp_path / "e", weights, "--taps", ",") == 2
     assert not (tmp_path / "e").exists()
@@ -177,4 +177,6 @@ def _damage(file: Path) -> None:
 
 def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache", "--help"]) == 0
-    assert "kdtl cache --weights runs/distill/teacher.safetensors" in capsys.readouterr().out
+    assert (
+        "kdtl cache --teacher-weights runs/distill/teacher.safetensors" in capsys.readouterr().out
+    )

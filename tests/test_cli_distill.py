@@ -138,7 +138,7 @@ def test_lists_and_mappings_in_a_config_go_round(
 ) -> None:
     config = {
         "methods": ["kd", "dkd"],
-        "weights": {"kd": {"kd": 0.5}, "task": 0.2},
+        "loss_weights": {"kd": {"kd": 0.5}, "task": 0.2},
         "layers": {"hidden_0": "hidden_1"},
         "mesh": {"data": 2},
         "augment": ["crop=1", "flip"],
@@ -147,7 +147,7 @@ def test_lists_and_mappings_in_a_config_go_round(
     assert kdtl("distill", "--config", tmp_path / "in.yaml", "--print-config") == 0
     text = capsys.readouterr().out
     found = yaml.safe_load(text)
-    assert found["weights"] == {"kd.kd": 0.5, "task": 0.2}
+    assert found["loss_weights"] == {"kd.kd": 0.5, "task": 0.2}
     assert found["layers"] == [["hidden_0", "hidden_1"]] and found["mesh"] == {"data": 2}
     assert found["augment"] == ["crop=1", "flip"]
     (tmp_path / "out.yaml").write_text(text)

@@ -33,6 +33,14 @@ def test_the_digits_ship_with_the_package() -> None:
     assert float(found.inputs.sum(dtype=np.float64)) == 561718
 
 
+def test_datasets_print_their_shapes() -> None:
+    data = datasets.digits()
+    assert repr(data) == (
+        "Dataset('UCI handwritten digits', inputs float32[1797, 8, 8, 1], labels int32[1797], 10 classes)"
+    )
+    assert len(repr(datasets.stratified(data, validation=0.2, test=0.3))) < 300
+
+
 def test_splits_are_disjoint_stratified_and_fixed() -> None:
     data = datasets.digits()
     marked = data._replace(inputs=np.arange(1797, dtype=np.float32)[:, None])

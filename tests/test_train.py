@@ -45,6 +45,13 @@ def test_distillation_learns_and_logs_unweighted_terms() -> None:
     np.testing.assert_allclose(before["loss"], 0.1 * before["task"], rtol=1e-6)
 
 
+def test_states_print_counts_in_place_of_arrays() -> None:
+    _, state, _ = distillation()
+    text = repr(state)
+    assert text.startswith("TrainState(step=0, params: ") and len(text) < 300
+    assert "Array" not in repr(jax.eval_shape(lambda: state)._replace(step=None))
+
+
 def test_one_compilation_over_100_steps() -> None:
     traces = []
 

@@ -92,6 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{name}: {_plain(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except AssertionError as error:  # how JAX says that a platform it knows has no device
+        asked = os.environ.get("JAX_PLATFORMS", "cpu")
+        if debug or "cpu" in asked or str(error):
+            raise
+        print(f"{name}: {_no_device(asked)}", file=sys.stderr)
+        return 1
 
 
 def parse(argv: Sequence[str]) -> Any:
@@ -177,8 +183,17 @@ def _discard_output() -> None:
     os.close(nowhere)
 
 
+def _no_device(platforms: str) -> str:
+    return (
+        f"there is no {platforms} device that JAX can use here (JAX_PLATFORMS={platforms}). "
+        "Install JAX for it (pip install 'jax[cuda13]' or 'jax[tpu]'), or unset JAX_PLATFORMS."
+    )
+
+
 def _plain(error: BaseException) -> str:
-    """An OSError as "file: reason"; anything else as its text."""
+    """An OSError as "file: reason", a missing device in one sentence, else the error's text."""
+    if str(error).startswith("Unable to initialize backend"):
+        return _no_device(os.environ.get("JAX_PLATFORMS") or "accelerator")
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__

@@ -6,18 +6,21 @@ its own. The file is data: no tags, no aliases, no key twice, nothing unknown.
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import yaml
 
+from kdtl_jax._text import quoted, shown
 from kdtl_jax.recipes.settings import INT32, UsageError, near, number
 
 CONFIG_BYTES = 2**20
 DEEPEST = 20  # brackets and mappings inside each other
 LONGEST = 300  # characters of a message's line
+MOST_UNKNOWN = 8  # flags or keys that are named in one message
 # What a word of YAML may be beside text; dates are text.
 SCALARS = ("bool", "int", "float", "null", "merge")
 
@@ -131,7 +134,7 @@ def load(path: Path, fields: Mapping[str, Any], words: str) -> dict[str, Any]:
       UsageError: naming the file, the key and the nearest known ones.
     """
     values = read_yaml(path, "--config")
-    out = {}
+    out, unknown = {}, []
     for key, value in values.items():
         name = str(key).replace("-", "_")
         name += "_" * (name not in fields and f"{name}_" in fields)
@@ -140,10 +143,12 @@ def load(path: Path, fields: Mapping[str, Any], words: str) -> dict[str, Any]:
                 raise UsageError(f"--config {path}: written by kdtl {value}, not kdtl {words}")
             continue
         if name not in fields:
-            raise UsageError(f"--config {path}: unknown key {str(key)!r:.80}{near(name, fields)}")
+            unknown.append(f"{quoted(str(key))}{_alike(name, fields)}")
         if name in out:
             raise UsageError(f"--config {path}: the key {name!r} is given twice")
         out[name] = value
+    if unknown:
+        raise UsageError(f"--config {path}: {_all('unknown key', unknown)}")
     return out
 
 
@@ -175,9 +180,9 @@ def _parser(
 def _add(group: Any, name: str, hint: Any, field: Any, default: Any) -> None:
     about = field.metadata
     said = about["help"]
-    shown = _text(field.metadata["default"])
-    if shown and "default:" not in said:
-        said = f"{said}; default: {shown}"
+    written = _text(field.metadata["default"])
+    if written and "default:" not in said:
+        said = f"{said}; default: {written}"
     options: dict[str, Any] = {"dest": name, "default": default, "help": said.replace("%", "%%")}
     if hint is bool:
         group.add_argument(_flag(name), action="store_true", **options)
@@ -200,10 +205,22 @@ def _add(group: Any, name: str, hint: Any, field: Any, default: Any) -> None:
 
 
 def _type(hint: Any) -> Any:
-    """What checks a value: jsonargparse does for most hints, but calls `nan` no float."""
-    if hint is float:
-        return _number
-    return _number_or_none if hint == float | None else hint
+    """What checks a value: jsonargparse does for text, but calls `nan` no float."""
+    known = {float: _number, int: _whole, float | None: _number_or_none, int | None: _whole_or_none}
+    return known.get(hint, hint)
+
+
+def _whole(value: Any) -> int:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    try:
+        return value if is_whole else int(value if isinstance(value, str) else "")
+    except ValueError:  # of a text of thousands of digits, too
+        said = f"expected a whole number, got {quoted(value)}"
+        raise argparse.ArgumentTypeError(said) from None
+
+
+def _whole_or_none(value: Any) -> int | None:
+    return None if value in (None, "null") else _whole(value)
 
 
 def _number(value: Any) -> float:
@@ -234,10 +251,36 @@ def _add_own(parser: Any) -> None:
 
 def _refuse_unknown(parser: Any, words: Sequence[str]) -> None:
     known = [flag for action in parser._actions for flag in action.option_strings]
-    for word in words:
-        flag = word.partition("=")[0]
-        if flag.startswith("--") and flag != "--" and flag not in known:
-            raise UsageError(f"unknown argument {word:.80}{near(flag, known)}")
+    flags = [word.partition("=")[0] for word in words]
+    unknown = [
+        f"{shown(word)}{_alike(flag, known)}"
+        for word, flag in zip(words, flags, strict=True)
+        if flag.startswith("--") and flag != "--" and flag not in known
+    ]
+    if unknown:
+        raise UsageError(_all("unknown argument", unknown))
+
+
+def _all(kind: str, unknown: Sequence[str]) -> str:
+    """What was not known, each with its suggestion, the first few by name."""
+    more = f" and {len(unknown) - MOST_UNKNOWN} more" if len(unknown) > MOST_UNKNOWN else ""
+    return f"{kind}{'s' * (len(unknown) > 1)} {', '.join(unknown[:MOST_UNKNOWN])}{more}"
+
+
+def _alike(name: str, known: Iterable[str]) -> str:
+    """`; did you mean a, b?`: names that share a whole word with this one before others."""
+    known = list(known)
+    dashed = name.removeprefix("--").replace("_", "-")
+    dashed = "learning-rate" if dashed in ("lr", "rate", "step-size") else dashed
+    words = {word.rstrip("s") for word in dashed.split("-")}
+    found = [
+        other
+        for other in known
+        if words <= {word.rstrip("s") for word in re.split("[-_]", other.strip("-_"))}
+    ]
+    if found:
+        return f"; did you mean {', '.join(found[:3])}?"
+    return near(f"--{dashed}" if name.startswith("--") else name, known)
 
 
 def _checked(
@@ -320,4 +363,5 @@ def _one_line(text: str) -> str:
     if line.startswith('"'):
         name, _, rest = line[1:].partition('": ')
         line = f"{_flag(name)}: {rest}"
+    line = re.sub(r"Expected a <class 'str'>\. Got value: ", "expected text, got ", line)
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kdtl_jax import _text
+
 FEWEST_ROWS = 20  # from so many rows on, labels that hardly repeat are taken for an id
 
 
@@ -29,6 +31,12 @@ class Dataset(NamedTuple):
     classes: int
     names: tuple[str, ...] = ()  # of the classes, where they are not the numbers themselves
     notices: tuple[str, ...] = ()  # what a reader did to the labels
+
+    def __repr__(self) -> str:
+        """Shapes in place of arrays."""
+        inputs, labels = (f"{x.dtype}{list(x.shape)}" for x in (self.inputs, self.labels))
+        name = _text.quoted(self.name)
+        return f"Dataset({name}, inputs {inputs}, labels {labels}, {self.classes} classes)"
 
     def subset(self, rows: np.ndarray) -> "Dataset":
         """The examples `rows`."""

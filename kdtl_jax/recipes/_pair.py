@@ -206,18 +206,18 @@ def build_all(
         else:
             notes.append(f"{entry.name} does not apply: {why}.")
     terms = {name: sorted(method.weights) for name, method in built.items()}
-    for key, weight in settings.weights.items():
+    for key, weight in settings.loss_weights.items():
         name, dot, term = key.rpartition(".")
         asked = [name] if dot else [name for name in terms if name != BASELINE]
         having = [name for name in asked if term in terms.get(name, ())]
         if not having:
             listed = "; ".join(f"{name}: {', '.join(found)}" for name, found in terms.items())
             raise ValueError(
-                f"--weights: {key!r} is no term here. The terms are {listed}. Write term=weight, "
-                "or method.term=weight for one method."
+                f"--loss-weights: {key!r} is no term here. The terms are {listed}. Write "
+                "term=weight, or method.term=weight for one method."
             )
         for name in having:  # method.term wins over term
-            if dot or f"{name}.{term}" not in settings.weights:
+            if dot or f"{name}.{term}" not in settings.loss_weights:
                 method = built[name]
                 built[name] = method._replace(weights={**method.weights, term: weight})
     return built, notes

@@ -3,7 +3,7 @@
 The cache says what it was made from (weights, the model's text, data, classes), so that it is never
 read for another teacher or other data. An interrupted one is completed, a damaged one mended.
 
-    kdtl cache --weights runs/distill/teacher.safetensors --taps all
+    kdtl cache --teacher-weights runs/distill/teacher.safetensors --taps all
 """
 
 import sys
@@ -29,8 +29,8 @@ from kdtl_jax.train import precision
 COMPARED = 1024  # examples behind the fidelity of a lower precision
 LINE_SECONDS = 5.0  # between lines of progress
 EXAMPLES = """
-  kdtl cache --weights runs/distill/teacher.safetensors
-  kdtl cache --data mnist/ --teacher cnn:32,64 --weights teacher.safetensors \\
+  kdtl cache --teacher-weights runs/distill/teacher.safetensors
+  kdtl cache --data mnist/ --teacher cnn:32,64 --teacher-weights teacher.safetensors \\
       --top-k 5 --dtype float16 --out runs/cache
   kdtl cache --out runs/cache --verify
 """
@@ -41,10 +41,10 @@ class Settings(types.Data):
     """What fixes a run of `kdtl cache`."""
 
     teacher: str | None = setting(
-        None, f"{types.MODEL}; default: what --weights holds, or mlp:128,64", metavar="MODEL",
-        parse=_models.text_of,
+        None, f"{types.MODEL}; default: what --teacher-weights holds, or mlp:128,64",
+        metavar="MODEL", parse=_models.text_of,
     )  # fmt: skip
-    weights: str | None = setting(
+    teacher_weights: str | None = setting(
         None, "the teacher's safetensors, as kdtl distill writes them", metavar="FILE"
     )
     taps: tuple[str, ...] = setting(
@@ -70,8 +70,8 @@ class Settings(types.Data):
         metavar="FOLDER",
     )
     verify: bool = setting(
-        False, "compute nothing: check every byte in --out against its SHA-256, and with --weights "
-        "also what it was made from",
+        False, "compute nothing: check every byte in --out against its SHA-256, and with "
+        "--teacher-weights also what it was made from",
     )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def verify(folder: Path, settings: Settings) -> int:
         print(f"kdtl cache: write {folder} again to compute what is damaged.", file=sys.stderr)
         return 1
     made_from = ""
-    if settings.weights is not None:
+    if settings.teacher_weights is not None:
         train, _, variables, made_of = teacher(settings)
         expect = teacher_cache.fingerprint(variables, {"inputs": train.inputs}, **made_of)
         # The form is the folder's own; network, weights and data must be these.
@@ -137,10 +137,10 @@ def verify(folder: Path, settings: Settings) -> int:
 
 def teacher(settings: Settings) -> tuple[Dataset, Network, Variables, dict[str, Any]]:
     """The training part, the network, its variables, and the cache's word for the network."""
-    path = settings.weights
+    path = settings.teacher_weights
     if path is None:
         raise UsageError(
-            "--weights: name the teacher's safetensors file, for example "
+            "--teacher-weights: name the teacher's safetensors file, for example "
             "runs/distill/teacher.safetensors."
         )
     text, about = _models.read_about(path, settings.teacher, "mlp:128,64")

@@ -67,7 +67,7 @@ class Settings(types.Output):
     epochs: int = setting(100, "epochs per student", metavar="N", least=1, quick=10)
     learning_rates: tuple[float, ...] = setting(
         (3e-3, 1e-2, 3e-2), "learning rates of the students to choose from", metavar="X,...",
-        parse=types.positive_numbers, quick=(1e-2,),
+        parse=types.positive_numbers, quick=(1e-2,), short="--lr",
     )  # fmt: skip
     alphas: tuple[float, ...] = setting(
         (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0),

@@ -35,7 +35,7 @@ DTYPES = {"float32": None, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 EXAMPLES = """
   kdtl distill --methods kd,dkd,hint --seeds 5
   kdtl distill --data mnist/ --teacher cnn:32,64,128 --student cnn:8,16 --methods all
-  kdtl distill --methods kd --weights kd=0.9,task=0.1 --temperature 4 --out runs/kd
+  kdtl distill --methods kd --loss-weights kd=0.9,task=0.1 --temperature 4 --out runs/kd
   kdtl distill --config runs/kd/config.yaml --resume
 """
 
@@ -65,7 +65,7 @@ class Settings(_pair.Models, types.Training, types.Data, types.Output):
     temperature: float | None = types.positive_rate(
         None, "for every method that has one; default: each method's own", group="losses"
     )
-    weights: Mapping[str, float] = setting(
+    loss_weights: Mapping[str, float] = setting(
         {}, "kd=0.9,task=0.1, or kd.task=0.1 for one method; default: each method's own",
         metavar="TERM=X,...", parse=types.term_weights, group="losses",
     )  # fmt: skip

@@ -98,7 +98,7 @@ class Settings(types.Data, types.Output):
     batch_size: int = setting(25, "examples per step", metavar="N", least=1, group="training")
     learning_rates: tuple[float, ...] = setting(
         (1e-3, 3e-3, 1e-2), "learning rates of Adam to choose from on validation", metavar="X,...",
-        parse=types.positive_numbers, quick=(1e-3,), group="training",
+        parse=types.positive_numbers, quick=(1e-3,), group="training", short="--lr",
     )  # fmt: skip
     strengths: tuple[float, ...] | None = setting(
         None, "weights of each method's own term to choose from; default: each method's own",

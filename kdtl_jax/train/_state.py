@@ -1,5 +1,6 @@
 """The training state: everything that changes from step to step, and nothing else."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -29,6 +30,17 @@ class TrainState(NamedTuple):
     model_state: PyTree
     memory: PyTree
     key: Array
+
+    def __repr__(self) -> str:
+        """Counts in place of arrays: states are printed by accident far more than on purpose."""
+        steps = getattr(self.step, "shape", ())
+        parts = [f"step: {list(steps)}" if steps else f"step={self.step}"]
+        for name in self._fields[1:-1]:
+            leaves = jax.tree.leaves(getattr(self, name))
+            if leaves:
+                numbers = sum(math.prod(getattr(leaf, "shape", ())) for leaf in leaves)
+                parts.append(f"{name}: {numbers:,} numbers in {len(leaves)} leaves")
+        return f"{type(self).__name__}({', '.join(parts)})"
 
 
 class Step(Protocol):

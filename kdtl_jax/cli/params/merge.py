@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kdtl_jax import _checks, transforms, trees
+from kdtl_jax._text import quoted
 from kdtl_jax.cli.params import _checkpoints, _merging
 from kdtl_jax.cli.params._checkpoints import Opened, Rewrite, Selection, Writing
 from kdtl_jax.cli.params._formulas import Options
@@ -27,9 +28,10 @@ Methods:
 
 
 def _method(value: Any) -> str:
-    if value not in METHODS:
-        raise ValueError(f"{value!r} is none of {', '.join(METHODS)}")
-    return value
+    name = str(value).lower().replace("-", "_")
+    if name not in METHODS:
+        raise ValueError(f"{quoted(value)} is none of {', '.join(METHODS)}")
+    return name
 
 
 def _shares(value: Any) -> tuple[float, ...] | None:
