@@ -36,7 +36,8 @@ def test_the_digits_ship_with_the_package() -> None:
 def test_datasets_print_their_shapes() -> None:
     data = datasets.digits()
     assert repr(data) == (
-        "Dataset('UCI handwritten digits', inputs float32[1797, 8, 8, 1], labels int32[1797], 10 classes)"
+        "Dataset('UCI handwritten digits', inputs float32[1797, 8, 8, 1], labels int32[1797], "
+        "10 classes)"
     )
     assert len(repr(datasets.stratified(data, validation=0.2, test=0.3))) < 300
 
