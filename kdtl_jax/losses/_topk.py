@@ -220,6 +220,8 @@ def top_k_kl_sampled(student_logits: Array, targets: TopK, *, temperature: Scala
     For x sampled from the teacher the mean is the forward KL, and its gradient is right. For x
     sampled from the student *minus* the mean is the reverse KL, but the gradient of this number is
     not: use the value as a reward. One sample: unbiased, and of high variance and either sign.
+    (TRL's server distillation with `loss_top_k=1` compares two buckets, the class and the rest:
+    `top_k_kl_tail`, or `reverse_kl` of `top_k_buckets`.)
 
     Args:
       student_logits: `[..., num_classes]`.
@@ -228,9 +230,6 @@ def top_k_kl_sampled(student_logits: Array, targets: TopK, *, temperature: Scala
 
     Returns:
       `[...]`, nats, of either sign.
-
-    References:
-      TRL's server distillation with `loss_top_k=1`.
     """
     log_q, targets, usable = _checked(student_logits, targets, temperature)
     of_student = _logspace.at(log_q, targets.indices[..., 0])

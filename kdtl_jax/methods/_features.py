@@ -336,8 +336,8 @@ def fsp(setup: Setup) -> Method:
     """`mean (F_S - F_T)^2` of flow matrices between neighboring layers, summed.
 
     Yim et al., CVPR 2017. The paper's networks have equal widths; others are brought to the
-    teacher's by 1x1 convolutions. Trained before the task, for 30 of 270 epochs, with weight 50:
-    RepDistiller.
+    teacher's by 1x1 convolutions. Trained before the task, for 30 of 270 epochs: RepDistiller. The
+    weight, 50, is that of its script; its first stage does not read it.
     """
     found = _layers.layers(setup, _layers.every(setup, at_least=2), _layers.maps)
     glue = [
