@@ -14,6 +14,7 @@ from kdtl_jax import discrepancies as discrepancies
 from kdtl_jax import losses as losses
 from kdtl_jax import memory as memory
 from kdtl_jax import methods as methods
+from kdtl_jax import metrics as metrics
 from kdtl_jax import normalization as normalization
 from kdtl_jax import objective as objective
 from kdtl_jax import penalties as penalties

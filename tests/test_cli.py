@@ -356,9 +356,9 @@ def test_the_demo_gives_the_same_numbers_twice(tmp_path: Path) -> None:
     a, b = map(numbers, runs)
     assert a == b
     assert {row["method"] for row in a["rows"]} >= {"student_alone", "kd", "scratch"}
-    for name in ("student.safetensors", "metrics.jsonl"):
+    for name in ("students/kd.safetensors", "metrics.jsonl"):
         assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes(), name
     assert {path.name for path in runs[0].iterdir()} == {
         *_output.SETTINGS, ".lock", "metrics.jsonl", "results.json", "report.html",
-        "student.safetensors", "checkpoints",
+        "students", "checkpoints",
     }  # fmt: skip

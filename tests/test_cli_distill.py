@@ -56,7 +56,8 @@ def bits(folder: Path, methods: Sequence[str]) -> dict[str, Any]:
         for method in methods
         for path, x in final(folder, method).items()
     }
-    for name in ("metrics.jsonl", "student.safetensors", "teacher.safetensors"):
+    files = [f"students/{name}.safetensors" for name in methods if name != "teacher"]
+    for name in ("metrics.jsonl", "teacher.safetensors", *files):
         found[name] = (folder / name).read_bytes()
     return found
 
@@ -69,7 +70,7 @@ def test_the_run_folder_is_complete(straight: Path) -> None:
     assert names == {
         *("config.yaml", "env.json", "metrics.jsonl", "results.json", "report.html"),
         "made_from.json",
-        *("checkpoints", "student.safetensors", "teacher.safetensors"),
+        *("checkpoints", "students", "teacher.safetensors"),
     }
     assert {path.name for path in (straight / "checkpoints").iterdir()} == {
         *("teacher", "student_alone", "kd", "hint")
@@ -112,16 +113,20 @@ def test_metrics_have_a_line_per_epoch_and_evaluation(straight: Path) -> None:
 def test_students_read_back_give_the_accuracy_in_the_table(straight: Path, file: Path) -> None:
     with np.load(file) as stored:
         x, y = stored["x"], stored["y"]
-    meta = safetensors.index(straight / "student.safetensors").metadata
-    assert meta["model"] == "mlp:4" and meta["seed"] == "0" and meta["classes"] == "3"
+    stored = straight / "students" / "kd.safetensors"
+    meta = safetensors.index(stored).metadata
+    assert meta["model"] == "mlp:4" and meta["method"] == "kd" and meta["classes"] == "3"
     model = linen.model(models.mlp((4,), 3))
     mean, scale = (np.array(json.loads(meta[f"input_{n}"]), np.float32) for n in ("mean", "scale"))
-    params = safetensors.load_tree(straight / "student.safetensors")
+    params = safetensors.load_tree(stored)
     rows = datasets.read_splits(str(file))
     inputs = (rows.test.inputs - mean) / scale
     logits = model.apply(params, None, inputs)[0]["logits"]
     found = {row["method"]: row for row in results(straight)["rows"]}[meta["method"]]
-    wanted = found["test_accuracy"]["values"][0]
+    assert found["settings"]["file"] == "students/kd.safetensors"
+    validation = found["validation_accuracy"]["values"]
+    assert int(meta["seed"]) == found["settings"]["file_seed"] == np.argmax(validation)
+    wanted = found["test_accuracy"]["values"][int(meta["seed"])]
     assert np.mean(np.argmax(logits, -1) == rows.test.labels) == pytest.approx(wanted)
     assert len(x) == len(y) == 90
 
@@ -307,7 +312,7 @@ def test_batch_statistics_are_trained_and_saved(
     monkeypatch.setattr(_models, "module", lambda text, classes: Normed())
     folder = tmp_path / "run"
     assert kdtl("distill", "--data", file, *SHORT, "--out", folder) == 0
-    stored = safetensors.load(folder / "student.safetensors")
+    stored = safetensors.load(folder / "students" / "kd.safetensors")
     assert {"params/norm/scale", "batch_stats/norm/mean"} <= stored.keys()
     assert np.abs(stored["batch_stats/norm/mean"]).max() > 0
     again = ["--teacher-weights", folder / "teacher.safetensors", "--one-by-one"]

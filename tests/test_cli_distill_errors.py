@@ -121,7 +121,7 @@ def test_a_teacher_is_run_on_the_inputs_that_it_was_made_for(
     assert kdtl("distill", "--data", moved, *short, "--out", tmp_path / "run") == 0
     shown = results(tmp_path / "run")["rows"][0]["test_accuracy"]["mean"]
     known = safetensors.index(teacher).metadata
-    kept = safetensors.index(tmp_path / "run" / "student.safetensors").metadata
+    kept = safetensors.index(tmp_path / "run" / "students" / "kd.safetensors").metadata
     assert kept["input_mean"] == known["input_mean"]
     from kdtl_jax import datasets, models
     from kdtl_jax.interop import linen
@@ -188,5 +188,5 @@ def test_a_student_that_diverges_ranks_last_and_is_not_saved(
     rows = {row["method"]: row for row in results(run)["rows"]}
     assert rows["kd"]["test_accuracy"]["mean"] is None
     assert rows["teacher"]["test_accuracy"]["mean"] is not None
-    assert not (run / "student.safetensors").exists() and (run / "report.html").exists()
+    assert not list((run / "students").glob("*.safetensors")) and (run / "report.html").exists()
     assert any("kd diverged" in note for note in results(run)["notes"])

@@ -86,7 +86,7 @@ def test_a_run_writes_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
     scores = results["data"]["transferability"]
     assert set(scores) == {"logme", "h_score", "leep", "nce"} and scores["nce"] <= 0
     assert "logme" in " ".join(results["notes"])
-    names = {"config.yaml", "metrics.jsonl", "results.json", "checkpoints", "student.safetensors"}
+    names = {"config.yaml", "metrics.jsonl", "results.json", "checkpoints", "students"}
     names |= {"report.html", "env.json", "made_from.json", ".lock"}
     assert names == {entry.name for entry in out.iterdir()}
     # The config is a --config file, and the student is this model.
@@ -97,7 +97,9 @@ def test_a_run_writes_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "scratch",
         "copied_finetuned",
     ]
-    student = _models.load(str(out / "student.safetensors"), network(), jnp.zeros((1, 6)))
+    student = _models.load_variables(
+        str(out / "students" / "copied_finetuned.safetensors"), network(), jnp.zeros((1, 6))
+    )
     assert student.params["head"]["kernel"].shape == (10, 3)
     assert cli.main(arguments(data, out)) == 1  # never overwritten
     assert "is not empty" in capsys.readouterr().err
@@ -122,7 +124,7 @@ def test_weights_of_ones_own_under_other_names_and_shapes(
     assert "adapted dense_0/kernel [6, 16] -> [6, 12] by crop" in printed
     # The head alone was trained: the body is the source's, cropped, bit for bit.
     stored = safetensors.load(source)
-    student = safetensors.load(tmp_path / "c" / "student.safetensors")
+    student = safetensors.load(tmp_path / "c" / "students" / "copied_head_only.safetensors")
     np.testing.assert_array_equal(
         student["dense_0/kernel"], stored["backbone/dense_0/kernel"][:, :WIDTH]
     )

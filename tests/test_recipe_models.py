@@ -136,9 +136,11 @@ def test_variables_go_through_a_file(tmp_path: object) -> None:
         net = described(text)
         variables = jax.jit(lambda net=net: net.init(jax.random.key(0), EXAMPLE))()
         safetensors.save(path, _models.tree(variables))
-        jax.tree.map(np.testing.assert_array_equal, _models.load(path, net, EXAMPLE), variables)
+        jax.tree.map(
+            np.testing.assert_array_equal, _models.load_variables(path, net, EXAMPLE), variables
+        )
     with pytest.raises(ValueError, match=r"weights.safetensors: .*missing 'head/bias'"):
-        _models.load(path, described("mlp:6"), EXAMPLE)
+        _models.load_variables(path, described("mlp:6"), EXAMPLE)
 
 
 @pytest.mark.parametrize(
@@ -213,4 +215,4 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     bad = jax.tree.map(lambda x: x * jnp.float32(jnp.nan), variables)
     _models.save(tmp_path / "bad.safetensors", bad, About("mlp:6"), {})
     with pytest.raises(ValueError, match="not finite"):
-        _models.load(str(tmp_path / "bad.safetensors"), net, EXAMPLE)
+        _models.load_variables(str(tmp_path / "bad.safetensors"), net, EXAMPLE)

@@ -25,7 +25,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {"losses", "discrepancies", "penalties", "connectors", "memory", "objective"}
         | {"projection", "transforms"}
-        | {"normalization", "temperatures", "augment", "transferability"}
+        | {"normalization", "temperatures", "augment", "transferability", "metrics"}
     ),
     # Published methods as values; steps, and what is made of whole steps.
     frozenset({"methods", "train", "testing"}),

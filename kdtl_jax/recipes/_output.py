@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdtl_jax import _files
+from kdtl_jax.recipes import _students
 from kdtl_jax.recipes.settings import UsageError, as_yaml
 from kdtl_jax.run import checkpoint, processes, record, report
 
@@ -81,6 +82,7 @@ def run_folder(
                 )
             for name in saves:
                 checkpoint.check_removable(folder / name)
+            _files.check_free(folder / _students.FOLDER, _students.FOLDER)
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_files.locked(folder))
             for unfinished in folder.glob(f".*{_files.TEMPORARY}"):
@@ -93,6 +95,7 @@ def run_folder(
                     print(f"note: {notice}", file=sys.stderr)
                 return run
             (folder / "metrics.jsonl").unlink(missing_ok=True)
+            _files.remove(folder / _students.FOLDER, _students.FOLDER)
             if kept := checkpoint.remove(folder / "checkpoints"):
                 print(f"note: not ours, and left alone in {folder}/checkpoints: {', '.join(kept)}")
             record.keep(folder, made)

@@ -79,9 +79,9 @@ def read(settings: Any, *, dtype: Any = None) -> Pair:
         _models.network(_models.module(model, part.classes), example, dtype=dtype)
         for model in (text, settings.student)
     )
-    given = None if path is None else _models.load(path, large, example)
+    given = None if path is None else _models.load_variables(path, large, example)
     files = {"data": settings.data, **({} if path is None else {"teacher_weights": path})}
-    about = About(None, part.classes, scaling, part.names)
+    about = About(None, part.classes, scaling, part.names, part.inputs.shape[1:])
     return Pair(splits, about, arrays, text, large, small, given, files, example)
 
 

@@ -148,7 +148,7 @@ def teacher(settings: Settings) -> tuple[Dataset, Network, Variables, dict[str, 
     example = jnp.asarray(train.inputs[:1])
     net = _models.network(_models.module(text, train.classes), example)
     made_of = {"model": models.canonical_name(text), "classes": train.class_names()}
-    return train, net, _models.load(path, net, example), made_of
+    return train, net, _models.load_variables(path, net, example), made_of
 
 
 def in_precision(model: ModelFn, variables: Variables, name: str) -> tuple[ModelFn, Variables]:

@@ -27,7 +27,7 @@ from kdtl_jax._types import ModelFn, Params, Variables
 from kdtl_jax.datasets import Splits, digits, only_classes, per_class, standardizer, stratified
 from kdtl_jax.models import mlp
 from kdtl_jax.objective import Inputs
-from kdtl_jax.recipes import _choice, _models, _output, _targets, _training, transfer
+from kdtl_jax.recipes import _choice, _models, _output, _students, _targets, _training, transfer
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._training import Experiment, Fitted, Point
@@ -94,6 +94,18 @@ def run(settings: Settings) -> None:
     ):
         folder = where.path
         rows, learning, alpha, models = distill(splits, settings, say)
+        students = {
+            row.method: _students.best(
+                row.method, Variables(models[row.method]), row.validation.values
+            )
+            for row in rows
+            if row.method in models and row.method != "teacher"
+        }
+        rows = [
+            row._replace(settings={**row.settings, **_students.described(students.get(row.method))})
+            for row in rows
+        ]
+        advice = _students.note(rows, "student_alone")
         found = transfer_digits(splits, settings, say)
         order = sorted(rows, key=lambda row: ORDER.index(row.method))
         baselines = {FAMILY: "student_alone", _targets.FAMILY: _targets.BASELINE}
@@ -121,15 +133,14 @@ def run(settings: Settings) -> None:
                 "at random places on a 12×12 canvas. (On the centered digits a copy does not beat "
                 "training from scratch.)",
                 programs(),
+                *([] if advice is None else [advice]),
             ],
         )
         with checkpoint.open_folder(folder / "checkpoints") as checkpoints:
             checkpoint.save(checkpoints, settings.epochs, models, {"method": "all"})
-        student = jax.tree.map(lambda leaf: np.asarray(leaf[0]), models["kd"])
-        text = f"mlp:{','.join(map(str, STUDENT))}"
-        about = _models.About(text, CLASSES, scaling)
-        more = {"method": "kd", "seed": "0"}
-        _models.save(folder / "student.safetensors", Variables(student), about, more)
+        text, shape = f"mlp:{','.join(map(str, STUDENT))}", splits.train.inputs.shape[1:]
+        about = _models.About(text, CLASSES, scaling, (), shape)
+        _students.write(folder, [student for student in students.values() if student], about)
         _output.write_curves(folder, results.learning)
         _output.finish(folder, results)
 

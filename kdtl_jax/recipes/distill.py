@@ -20,9 +20,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kdtl_jax import methods
-from kdtl_jax._types import Variables
 from kdtl_jax.datasets import per_class
-from kdtl_jax.recipes import _models, _output, _pair, _seeds, _training
+from kdtl_jax.recipes import _models, _output, _pair, _seeds, _students, _training
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._pair import BASELINE, TEACHER
 from kdtl_jax.recipes.settings import UsageError, setting
@@ -219,7 +218,7 @@ def run(settings: Settings) -> int:
         known = {entry.name: entry for entry in entries}
         common = common._replace(arrays=arrays, rows=rows, finished=(TEACHER,))
         points, table, learning, failed = _training.points(settings.seeds), [row], {}, []
-        best: tuple[float, str, Variables] | None = None
+        students: list[_students.Student] = []
         for i, (name, method) in enumerate(built.items()):
             say(f"{name} ({i + 1} of {len(built)})")
             entry, reads = known.get(name), live is not None and name != BASELINE
@@ -246,6 +245,10 @@ def run(settings: Settings) -> int:
             common = common._replace(finished=(*common.finished, name))
             state, label = trained.state, "Student alone" if entry is None else entry.title
             params = _training.pick((state.params, state.connectors), 0)
+            kept = _students.best(
+                name, state, trained.validation, through_connectors=method.predict is not None
+            )
+            students += [] if kept is None else [kept]
             described = {
                 "epochs": settings.epochs,
                 "batch_size": settings.batch_size,
@@ -255,6 +258,7 @@ def run(settings: Settings) -> int:
                 },
                 "ran": "seed by seed" if trained.in_turn else "all seeds at once",
                 **({} if entry is None else {"paper": entry.paper}),
+                **_students.described(kept),
                 **({"skipped_updates": trained.skipped} if any(trained.skipped) else {}),
             }
             used = params[0] if method.predict is None else params  # at inference
@@ -274,17 +278,17 @@ def run(settings: Settings) -> int:
                 )
             if not np.isfinite(row.validation.mean):
                 notes.append(f"{name} diverged: logits are not finite, and it is ranked last.")
-            elif method.predict is None and (best is None or row.validation.mean > best[0]):
-                variables = _training.pick((state.params, state.model_state), 0)
-                best = row.validation.mean, name, Variables(*variables)
         if jax.process_index() != 0:
             return 0
 
         about = pair.about._replace(model=pair.teacher_text)
-        _models.save(folder / "teacher.safetensors", frozen, about, {})
-        if best is not None:
-            about, more = about._replace(model=settings.student), {"method": best[1], "seed": "0"}
-            _models.save(folder / "student.safetensors", best[2], about, more)
+        lower = settings.precision != "float32"
+        computed = {"precision": settings.precision} if lower else {}
+        _models.save(folder / "teacher.safetensors", frozen, about, computed)
+        _students.write(
+            folder, students, about._replace(model=settings.student), teacher=pair.teacher_text,
+            layers=settings.layers, head=setup.teacher_head, more=computed,
+        )  # fmt: skip
         sizes = {name: len(part.labels) for name, part in pair.splits._asdict().items()}
         seen = f"{settings.per_class} per class, drawn anew for every seed"
         data = {
@@ -292,7 +296,9 @@ def run(settings: Settings) -> int:
             "classes": classes,
             **sizes,
             "student_examples": seen if settings.per_class else "all",
+            "recommended": _students.recommended(table),
         }
+        advice = _students.note(table, BASELINE)
         about_data = (
             f"Data: {data['name']}, {data['train']} training, {data['validation']} validation and "
             f"{data['test']} test examples. The teacher ({pair.teacher_text}) sees all training "
@@ -311,7 +317,13 @@ def run(settings: Settings) -> int:
             report.compared(table, {STUDENTS: BASELINE}),
             learning,
             {},
-            [about_data, *([by_chance] if comparisons >= 10 else []), *notes, programs()],
+            [
+                about_data,
+                *([by_chance] if comparisons >= 10 else []),
+                *notes,
+                programs(),
+                *([] if advice is None else [advice]),
+            ],
         )
         _output.finish(folder, results)
     if failed:

@@ -14,10 +14,9 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax._types import Variables
 from kdtl_jax.datasets import Dataset, Splits, Standardizer, only_classes
 from kdtl_jax.interop import safetensors
-from kdtl_jax.recipes import _models, _output, _targets, _training
+from kdtl_jax.recipes import _models, _output, _students, _targets
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._models import About
@@ -29,7 +28,7 @@ CANVAS = 12  # pixels, for the embedded digits, which otherwise are too easy to 
 EXAMPLES = """
   kdtl transfer --out runs/transfer
   kdtl transfer --methods scratch,copied_finetuned,lora --labels-per-class 5 --seeds 16
-  kdtl transfer --source-weights runs/demo/student.safetensors --model mlp:16,16 --canvas 0
+  kdtl transfer --source-weights runs/demo/students/kd.safetensors --model mlp:16,16 --canvas 0
   kdtl transfer --data images.npz --model cnn:16,32 --source-weights old.safetensors \\
       --rename 'backbone/(.*)=>\\1' --on-mismatch crop
 
@@ -147,17 +146,22 @@ def run(settings: Settings) -> int | None:
             source = Source(given, False)
         found = _targets.compare(net, target, source, chosen, settings, surgery, say)
         print(found.surgery)
-        finite = [row for row in found.rows if np.isfinite(row.validation.mean)]
-        if finite:
-            best = max(finite, key=lambda row: row.validation.mean).method
-            first = Variables(*_training.pick(tuple(found.models[best]), 0))
-            known = About(text, target.train.classes, scaling)
-            more = {"method": best, "seed": "0"}
-            _models.save(folder / "student.safetensors", first, known, more)
+        students = {
+            row.method: _students.best(row.method, found.models[row.method], row.validation.values)
+            for row in found.rows
+        }
+        shape = target.train.inputs.shape[1:]
+        known = About(text, target.train.classes, scaling, target.train.names, shape)
+        _students.write(folder, [student for student in students.values() if student], known)
+        rows = [
+            row._replace(settings={**row.settings, **_students.described(students[row.method])})
+            for row in found.rows
+        ]
         with checkpoint.open_folder(folder / "checkpoints") as checkpoints:
             models = {name: model._asdict() for name, model in found.models.items()}
             checkpoint.save(checkpoints, settings.epochs, models, {"methods": list(models)})
         baselines = {FAMILY: BASELINE} if BASELINE in found.models else {}
+        advice = _students.note(rows, BASELINE)
         few = settings.labels_per_class
         trained_on = f"{len(source_part.labels)} examples of {source_part.classes} classes"
         where = path or f"one source model per seed, trained on {trained_on}"
@@ -172,8 +176,9 @@ def run(settings: Settings) -> int | None:
                 "test": len(target.test.labels),
                 "source": path or f"{len(source_part.labels)} source examples",
                 "transferability": {name: score.mean for name, score in found.scores.items()},
+                "recommended": _students.recommended(rows),
             },
-            report.compared(found.rows, baselines),
+            report.compared(rows, baselines),
             found.learning,
             {},
             [
@@ -187,10 +192,11 @@ def run(settings: Settings) -> int | None:
                 "is better, between sources for this target.",
                 *(
                     f"{row.method} diverged: logits are not finite, and it is ranked last."
-                    for row in found.rows
-                    if row not in finite
+                    for row in rows
+                    if not np.isfinite(row.validation.mean)
                 ),
                 programs(),
+                *([] if advice is None else [advice]),
             ],
         )
         _output.write_curves(folder, found.learning)

@@ -1,0 +1,310 @@
+"""Files of trained models: weights, and everything needed to use them.
+
+    model = model_files.load("runs/distill/students/kd.safetensors")
+    logits = model.predict(images)  # as they come: the file knows how they are scaled
+
+A file is safetensors. Its metadata say what it is a file of: the model's text (`mlp:16`), its
+classes, the shape of one input and how inputs are scaled. A student whose method predicts through
+connectors (SimKD) has them in its file, and runs as any other.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kdtl_jax import methods, models
+from kdtl_jax._types import PyTree, Variables
+from kdtl_jax.datasets import Standardizer
+from kdtl_jax.interop import networks, safetensors
+from kdtl_jax.interop.networks import Network
+from kdtl_jax.run import record
+
+BATCH = 256  # rows that `predict` computes at once, at most
+PLAIN, CONNECTED = "model", "model with connectors"  # the metadata's "kind"
+
+
+class About(NamedTuple):
+    """What a model's file says of itself; None where it says nothing."""
+
+    model: str | None = None
+    classes: int | None = None
+    scaling: Standardizer | None = None
+    names: tuple[str, ...] = ()  # of the classes, where they are not numbers
+    shape: tuple[int, ...] | None = None  # of one input
+
+
+class Connected(NamedTuple):
+    """What a method that predicts through connectors needs besides the student."""
+
+    method: str  # its name in `methods.table()`
+    teacher: str  # the teacher's text
+    layers: tuple[tuple[str, str], ...]  # that were matched; () by default
+    connectors: PyTree
+    memory: PyTree
+    head: methods.Head  # the teacher's
+
+
+class Model(NamedTuple):
+    """A model read from its file."""
+
+    predict: Callable[[Any], np.ndarray]  # inputs [N, ...] as they come -> logits [N, classes]
+    logits: Callable[[Array], Array]  # the same as a function of arrays, for `jit` and `jax.export`
+    about: About
+    metadata: Mapping[str, str]  # all that the file says, such as "method" and "seed"
+
+
+def about(path: str | Path) -> About:
+    """What a model's file says of itself.
+
+    Raises:
+      ValueError: if there is no such file, or its metadata are damaged.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is {_kind_of_folder(Path(path))}. Name a model's file.")
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such file.")
+    known = safetensors.index(path).metadata
+    try:
+        mean, scale = (
+            None if name not in known else np.asarray(json.loads(known[name]), np.float32)
+            for name in ("input_mean", "input_scale")
+        )
+        classes = int(known["classes"]) if "classes" in known else None
+        names = tuple(map(str, json.loads(known.get("class_names", "[]"))))
+        shape = tuple(map(int, json.loads(known["shape"]))) if "shape" in known else None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: its metadata are damaged ({error}).") from None
+    scaling = None if mean is None or scale is None else Standardizer(mean, scale)
+    return About(known.get("model"), classes, scaling, names, shape)
+
+
+def save(
+    path: str | Path,
+    variables: Variables,
+    about: About,
+    more: Mapping[str, str],
+    connected: Connected | None = None,
+) -> None:
+    """Writes a model's file, with everything needed to use it.
+
+    Args:
+      path: the file; replaced atomically.
+      variables: of the model.
+      about: what it is.
+      more: other metadata, such as `{"method": "kd", "seed": "0"}`.
+      connected: for methods with `Method.predict`.
+    """
+    known = {"model": about.model, "classes": about.classes}
+    metadata = {name: str(value) for name, value in known.items() if value is not None}
+    metadata["kind"] = PLAIN if connected is None else CONNECTED
+    if about.scaling is not None:
+        mean, scale = (json.dumps(x.tolist()) for x in about.scaling)
+        metadata |= {"input_mean": mean, "input_scale": scale}
+    if about.names:
+        metadata["class_names"] = json.dumps(about.names)
+    if about.shape is not None:
+        metadata["shape"] = json.dumps(about.shape)
+    stored = tree(variables)
+    if connected is not None:
+        metadata |= {"method": connected.method, "teacher": connected.teacher}
+        metadata["layers"] = json.dumps(connected.layers)
+        stored = {"student": stored, **_connected_tree(connected)}
+    arrays = jax.tree.map(np.asarray, stored)
+    safetensors.save(path, arrays, metadata={**metadata, **more})
+
+
+def tree(variables: Variables) -> PyTree:
+    """What a safetensors file of a model holds: parameters, or all collections by name."""
+    if variables.model_state is None:
+        return variables.params
+    return {"params": variables.params, **variables.model_state}
+
+
+def load_variables(path: str, net: Network, example: Any) -> Variables:
+    """A network's variables from safetensors, as `tree` stores them.
+
+    Raises:
+      OSError: if the file cannot be read.
+      ValueError: naming each leaf that is missing, extra, of another shape, or not finite.
+    """
+    template = networks.abstract(net, example)
+    try:
+        found = safetensors.load_tree(path, like=tree(template))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error} Does it hold this model, for these classes?") from None
+    found = jax.tree.map(np.array, found)
+    record.check_finite(path, found)
+    return _as_variables(found, template)
+
+
+def load(path: str | Path, *, shape: Sequence[int] | None = None) -> Model:
+    """A model that can be used: `predict` scales its inputs, whatever their number.
+
+    Args:
+      path: a file that `save` has written, as `kdtl distill` and `kdtl transfer` do.
+      shape: of one input, for a file that does not say it (those of earlier versions); without it
+        the first batch tells.
+
+    Raises:
+      ValueError: if it is no such file, in one line that says what it is, or is damaged.
+    """
+    found = about(path)
+    metadata = safetensors.index(path).metadata
+    if found.model is None or found.classes is None:
+        raise ValueError(
+            f"{path} holds weights, but does not say of which model: it is no file that kdtl "
+            "distill or kdtl transfer wrote. Name one of a run's students/*.safetensors."
+        )
+    found = found._replace(shape=found.shape or (None if shape is None else tuple(shape)))
+    built: dict[tuple[int, ...], Callable[[Array], Array]] = {}
+
+    def of_shape(own: tuple[int, ...]) -> Callable[[Array], Array]:
+        if found.shape not in (None, own):
+            wanted, got = (", ".join(map(str, ("N", *each))) for each in (found.shape or (), own))
+            raise ValueError(f"{path}: inputs must be [{wanted}], got [{got}].")
+        if own not in built:
+            built[own] = _built(str(path), found, metadata, own)
+        return built[own]
+
+    if found.shape is not None:
+        of_shape(found.shape)  # what is wrong with the file is said now
+
+    def logits(inputs: Array) -> Array:
+        scaled = jnp.asarray(inputs, jnp.float32)
+        if found.scaling is not None:
+            mean, scale = (jnp.asarray(x) for x in found.scaling)
+            shape = inputs.shape
+            scaled = (scaled - jnp.broadcast_to(mean, shape)) / jnp.broadcast_to(scale, shape)
+        return of_shape(tuple(inputs.shape[1:]))(scaled)
+
+    jitted: dict[tuple[int, ...], Callable[[Array], Array]] = {}
+
+    def predict(inputs: Any) -> np.ndarray:
+        inputs = np.asarray(inputs)
+        if inputs.ndim < 1 or inputs.dtype.kind not in "iufb":
+            raise ValueError(f"inputs must be numbers [N, ...], got {inputs.dtype} {inputs.shape}.")
+        own = tuple(inputs.shape[1:])
+        run = jitted.setdefault(own, jax.jit(of_shape(own)))
+        if found.scaling is not None:
+            inputs = (inputs - found.scaling.mean) / found.scaling.scale
+        return in_batches(run, inputs.astype(np.float32), found.classes or 0)
+
+    return Model(predict, logits, found, metadata)
+
+
+def in_batches(
+    run: Callable[[Any], Array], inputs: np.ndarray, classes: int, batch: int = BATCH
+) -> np.ndarray:
+    """`run` over `[N, ...]` in batches of a power of two, filled up: few shapes are compiled."""
+    parts = [np.zeros((0, classes), np.float32)]
+    for start in range(0, len(inputs), batch):
+        part = inputs[start : start + batch]
+        size = min(batch, 1 << (len(part) - 1).bit_length())
+        rows = np.minimum(np.arange(size), len(part) - 1)
+        parts.append(np.asarray(run(part[rows]), np.float32)[: len(part)])
+    return np.concatenate(parts)
+
+
+def _built(
+    path: str, found: About, metadata: Mapping[str, str], shape: tuple[int, ...]
+) -> Callable[[Array], Array]:
+    """Scaled inputs to logits."""
+    assert found.model is not None and found.classes is not None
+    example = jnp.zeros((1, *shape), jnp.float32)
+    dtype = None if "precision" not in metadata else jnp.dtype(metadata["precision"])
+    try:
+        net = networks.network(models.named(found.model, found.classes), example, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if metadata.get("kind") == CONNECTED:
+        return _through_connectors(path, net, found, metadata, example)
+    own = load_variables(path, net, example)
+    return lambda x: net.apply(own.params, own.model_state, x)[0]["logits"]
+
+
+def _through_connectors(
+    path: str, net: Network, found: About, metadata: Mapping[str, str], example: Array
+) -> Callable[[Array], Array]:
+    assert found.classes is not None
+    entries = {entry.name: entry for entry in methods.table()}
+    try:
+        entry, layers = entries[metadata["method"]], json.loads(metadata["layers"])
+        teacher = networks.network(models.named(metadata["teacher"], found.classes), example)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: its metadata are damaged ({error}).") from None
+    of_student, of_teacher = (networks.abstract(n, example) for n in (net, teacher))
+    setup = methods.setup(
+        net.apply,
+        teacher.apply,
+        student_variables=of_student,
+        teacher_variables=of_teacher,
+        inputs=example,
+        examples=1,
+        steps=1,
+        classes=found.classes,
+        layers=[(s, t) for s, t in layers] or None,
+        student_layout=net.layout,
+        teacher_layout=teacher.layout,
+    )
+    flat = safetensors.load(path)
+    head = {name: x for name, x in flat.items() if name.startswith("teacher_head/")}
+    setup = setup._replace(
+        teacher_head=methods.Head(
+            jnp.asarray(head["teacher_head/kernel"]),
+            jnp.asarray(head["teacher_head/bias"]) if "teacher_head/bias" in head else None,
+        )
+    )
+    method = entry.build(setup)
+    assert method.predict is not None
+    key = jax.random.key(0)
+    like: dict[str, Any] = {
+        "student": tree(of_student),
+        "connectors": jax.eval_shape(method.connectors, key),
+        "memory": jax.eval_shape(method.memory, key),
+    }
+    stored = safetensors.fill(like, {name: x for name, x in flat.items() if name not in head})
+    stored = jax.tree.map(np.array, stored)
+    record.check_finite(path, stored)
+    own, predict = _as_variables(stored["student"], of_student), method.predict
+
+    def logits(x: Array) -> Array:
+        outputs, _ = net.apply(own.params, own.model_state, x)
+        return predict(stored["connectors"], stored["memory"], outputs)
+
+    return logits
+
+
+def _connected_tree(connected: Connected) -> dict[str, PyTree]:
+    kernel, bias = connected.head
+    head = {"kernel": kernel, **({} if bias is None else {"bias": bias})}
+    return {
+        "connectors": connected.connectors,
+        "memory": connected.memory,
+        "teacher_head": head,
+    }
+
+
+def _as_variables(found: PyTree, template: Variables) -> Variables:
+    if template.model_state is None:
+        return Variables(found)
+    return Variables(found["params"], {name: found[name] for name in template.model_state})
+
+
+def _kind_of_folder(folder: Path) -> str:
+    names = {path.name for path in folder.iterdir()}
+    if students := sorted(path.name for path in (folder / "students").glob("*.safetensors")):
+        return f"a run folder, with students/{', students/'.join(students)}"
+    if "plan.json" in names:
+        return "a teacher cache: outputs, not a model"
+    marks = {"_CHECKPOINT_METADATA", "_METADATA", "manifest.json"}
+    if names & marks or any(name.isdecimal() for name in names):
+        return "a folder of checkpoints"
+    if "config.json" in names:
+        return "a Hugging Face folder"
+    return "a folder"

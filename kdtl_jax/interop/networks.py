@@ -1,0 +1,105 @@
+"""A model as a network that methods know: how it begins, how it runs, and where its features are.
+
+    net = networks.network(models.mlp((64, 32), 10), example)
+    variables = net.init(key, example)
+
+The models of `kdtl_jax.models` show all their features; another module shows what it returns.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import methods, models
+from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Variables
+from kdtl_jax.interop import linen
+from kdtl_jax.train import precision
+
+
+class Network(NamedTuple):
+    """A module as functions, and where its features are."""
+
+    init: Callable[[Array, Any], Variables]
+    apply: ModelFn
+    layout: methods.Layout
+
+
+def network(made: nn.Module, example: Any, *, dtype: Any = None) -> Network:
+    """Describes a module.
+
+    Args:
+      made: an unbound Linen module.
+      example: inputs `[1, ...]`, for shapes.
+      dtype: compute in this precision; outputs are float32 all the same. None: as it is.
+
+    Raises:
+      ValueError: if the module does not take such inputs.
+    """
+    taps, layout = _described(made) or ((), None)
+    plain = linen.model(made, taps=taps)
+    apply = _with_pooled(plain.apply)
+    if layout is None:
+        variables = jax.eval_shape(lambda: plain.init(jax.random.key(0), jnp.asarray(example)))
+        layout = methods.layout(jax.eval_shape(apply, *variables, example)[0])
+    lowered = apply if dtype is None else precision.compute_in(apply, dtype)
+    return Network(plain.init, lowered, layout)
+
+
+def abstract(net: Network, example: Any) -> Variables:
+    """Shapes of a network's variables."""
+    return jax.eval_shape(lambda: net.init(jax.random.key(0), example))
+
+
+def output_shapes(net: Network, example: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of all outputs for a batch like `example`."""
+    return dict(jax.eval_shape(net.apply, *abstract(net, example), example)[0])
+
+
+def _with_pooled(apply: ModelFn) -> ModelFn:
+    """Adds what a transformer's head reads, the class token, as `"pooled"`."""
+
+    def with_pooled(
+        params: Params,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, PyTree]:
+        outputs, state = apply(params, model_state, inputs, key=key, train=train)
+        if "pooled" not in outputs and "last_hidden" in outputs:
+            outputs = {**outputs, "pooled": outputs["last_hidden"][:, 0]}
+        return outputs, state
+
+    return with_pooled
+
+
+def _described(made: nn.Module) -> tuple[tuple[str, ...], methods.Layout] | None:
+    """Submodules to capture, and the layout, of the models of `kdtl_jax.models`."""
+    if isinstance(made, models.MLP):
+        hidden = tuple(f"hidden_{i}" for i in range(len(made.widths)))
+        before = {f"hidden_{i}": f"dense_{i}" for i in range(len(made.widths))}
+        last = hidden[-1] if hidden else "logits"
+        return ((r"dense_\d+",) if hidden else ()), methods.Layout(hidden, last, before)
+    if isinstance(made, models.CNN):
+        blocks = tuple(f"block_{i}" for i in range(len(made.channels)))
+        before = {f"block_{i}": f"conv_{i}" for i in range(len(made.channels))}
+        return (r"conv_\d+",), methods.Layout(blocks, "pooled", before)
+    stages = ("stem", "stage1", "stage2", "stage3")
+    if isinstance(made, models.ResNet):
+        before = {f"stage{i}": f"stage{i}_preact" for i in (1, 2, 3)}
+        return (), methods.Layout(stages, "pooled", before)
+    if isinstance(made, models.WideResNet):
+        # Stages are sums that no activation has followed yet, but for the last one.
+        before = {"stage1": "stage1", "stage2": "stage2", "stage3": "final_norm"}
+        return ("final_norm",), methods.Layout(stages, "pooled", before)
+    if isinstance(made, models.ViT):
+        layers = tuple(f"layers_{i}" for i in range(made.layers))
+        attention = tuple(f"{layer}/attention" for layer in layers)
+        taps = (r"layers_\d+", r"layers_\d+/attention/(query|key|value|probs)")
+        return taps, methods.Layout(layers, "pooled", {}, attention)
+    return None

@@ -1,0 +1,183 @@
+"""How good predictions are: classes, probabilities, several labels at once, and numbers.
+
+On the host, in float64: `labels` `[N]` are 0..K-1, `predicted` `[N]` are classes, where -1 stands
+for no answer (`run.scores.predicted` of logits that are not finite) and counts as wrong.
+`probabilities` `[N, K]` have rows that sum to 1. What is undefined, such as the precision of a
+class that was never named, is NaN.
+
+Raises ValueError if there are no examples or the numbers of examples differ.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class PerClass(NamedTuple):
+    """One number per class, `[K]`."""
+
+    precision: np.ndarray  # of the examples named k, the share that are k
+    recall: np.ndarray  # of the examples that are k, the share named k
+    f1: np.ndarray  # 2 TP / (2 TP + FP + FN)
+    support: np.ndarray  # examples that are k
+
+
+class Calibration(NamedTuple):
+    """Confidence and accuracy in bins of equal width over 0..1, `[bins]`; NaN in an empty bin."""
+
+    error: float  # expected calibration error: sum_b n_b / N |accuracy_b - confidence_b|
+    confidence: np.ndarray  # mean of the largest probabilities
+    accuracy: np.ndarray
+    count: np.ndarray
+
+
+def accuracy(predicted: Any, labels: Any) -> float:
+    """The share of right classes."""
+    predicted, labels = _pair(predicted, labels)
+    return float(np.mean(predicted == labels))
+
+
+def confusion(predicted: Any, labels: Any, classes: int) -> np.ndarray:
+    """Counts `[K, K]`: row i, column j holds the examples of class i that were named j.
+
+    An example without an answer is in no column.
+    """
+    predicted, labels = _pair(predicted, labels)
+    told = predicted >= 0
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (labels[told], predicted[told]), 1)
+    return counts
+
+
+def per_class(predicted: Any, labels: Any, classes: int) -> PerClass:
+    """Precision, recall and F1 of every class."""
+    counts = confusion(predicted, labels, classes)
+    support = np.bincount(np.asarray(labels), minlength=classes)
+    return _per_class(np.diagonal(counts), counts.sum(axis=0), support)
+
+
+def balanced_accuracy(predicted: Any, labels: Any, classes: int) -> float:
+    """The mean recall over the classes that occur in `labels`."""
+    return float(np.nanmean(per_class(predicted, labels, classes).recall))
+
+
+def negative_log_likelihood(probabilities: Any, labels: Any) -> float:
+    """`-mean log p(label)`; infinite where a label was given probability 0."""
+    p, labels = _pair(probabilities, labels)
+    with np.errstate(divide="ignore"):
+        return float(-np.mean(np.log(p[np.arange(len(labels)), labels].astype(np.float64))))
+
+
+def brier(probabilities: Any, labels: Any) -> float:
+    """`mean sum_k (p_k - y_k)^2`, y one-hot: 0 to 2. Brier, 1950."""
+    p, labels = _pair(probabilities, labels)
+    p = p.astype(np.float64)
+    own = p[np.arange(len(labels)), labels]
+    return float(np.mean(np.sum(p**2, axis=-1) - own**2 + (1 - own) ** 2))
+
+
+def calibration(probabilities: Any, labels: Any, *, bins: int = 15) -> Calibration:
+    """Whether the largest probability is the share of right answers, bin by bin.
+
+    Expected calibration error: Naeini et al., AAAI 2015, and Guo et al., 2017 (1706.04599), with
+    bins `((b - 1) / bins, b / bins]`.
+    """
+    p, labels = _pair(probabilities, labels)
+    confidence, right = p.max(axis=-1).astype(np.float64), p.argmax(axis=-1) == labels
+    if not np.isfinite(confidence).all():
+        nothing = np.full(bins, np.nan)
+        return Calibration(float("nan"), nothing, nothing, np.zeros(bins, np.int64))
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    count = np.bincount(place, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        mean = np.bincount(place, confidence, bins) / count
+        share = np.bincount(place, right.astype(np.float64), bins) / count
+    gaps = np.where(count > 0, np.abs(share - mean), 0.0)
+    return Calibration(float(np.sum(gaps * count) / len(labels)), mean, share, count)
+
+
+# Several labels at once: `targets` `[N, K]` of 0 and 1.
+
+
+def average_precision(ranking: Any, targets: Any) -> np.ndarray:
+    """`sum_n (R_n - R_(n-1)) P_n` of every label `[K]` over falling scores; equal ones count once.
+
+    Args:
+      ranking: scores `[N, K]`, logits or probabilities; only their order matters.
+      targets: 0 or 1, `[N, K]`. A label without a positive example has NaN.
+    """
+    ranking, targets = _pair(ranking, targets)
+    return np.array([_average_precision(r, t) for r, t in zip(ranking.T, targets.T, strict=True)])
+
+
+def per_label(predicted: Any, targets: Any) -> PerClass:
+    """Precision, recall and F1 of every label; `predicted` `[N, K]` is 0 or 1."""
+    predicted, targets = (x.astype(bool) for x in _pair(predicted, targets))
+    return _per_class((predicted & targets).sum(0), predicted.sum(0), targets.sum(0))
+
+
+def micro_f1(predicted: Any, targets: Any) -> float:
+    """`2 TP / (2 TP + FP + FN)` with the counts of all labels added up."""
+    predicted, targets = (x.astype(bool) for x in _pair(predicted, targets))
+    found = _per_class((predicted & targets).sum(), predicted.sum(), targets.sum())
+    return float(found.f1)
+
+
+# Numbers: `predicted` and `targets` are `[N]` or `[N, K]`, and results are means over K.
+
+
+def mean_absolute_error(predicted: Any, targets: Any) -> float:
+    """`mean |y - t|`."""
+    y, t = _numbers(predicted, targets)
+    return float(np.mean(np.abs(y - t)))
+
+
+def root_mean_squared_error(predicted: Any, targets: Any) -> float:
+    """`sqrt(mean (y - t)^2)` over everything."""
+    y, t = _numbers(predicted, targets)
+    return float(np.sqrt(np.mean((y - t) ** 2)))
+
+
+def r_squared(predicted: Any, targets: Any) -> float:
+    """`1 - sum (y - t)^2 / sum (t - mean t)^2`, the coefficient of determination."""
+    y, t = _numbers(predicted, targets)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        own = 1 - ((y - t) ** 2).sum(axis=0) / ((t - t.mean(axis=0)) ** 2).sum(axis=0)
+    return float(np.mean(own))
+
+
+def _per_class(right: np.ndarray, named: np.ndarray, support: np.ndarray) -> PerClass:
+    with np.errstate(invalid="ignore"):
+        right = np.asarray(right, np.float64)
+        return PerClass(right / named, right / support, 2 * right / (named + support), support)
+
+
+def _average_precision(ranking: np.ndarray, targets: np.ndarray) -> float:
+    positives = int(targets.sum())
+    if not positives or not np.isfinite(ranking).all():
+        return float("nan")
+    order = np.argsort(-ranking, kind="stable")
+    ranked, hits = ranking[order], np.cumsum(targets[order].astype(np.int64))
+    ends = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)  # of equal scores
+    recall = hits[ends] / positives
+    return float(np.sum(np.diff(recall, prepend=0.0) * hits[ends] / (ends + 1)))
+
+
+def _numbers(predicted: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
+    y, t = _pair(predicted, targets)
+    y, t = y.reshape(len(y), -1).astype(np.float64), t.reshape(len(t), -1).astype(np.float64)
+    if y.shape != t.shape:
+        raise ValueError(
+            f"predictions and targets must be of one shape, got {list(y.shape)} and {list(t.shape)}"
+        )
+    return y, t
+
+
+def _pair(found: Any, wanted: Any) -> tuple[np.ndarray, np.ndarray]:
+    found, wanted = np.asarray(found), np.asarray(wanted)
+    if found.ndim < 1 or wanted.ndim < 1 or len(found) != len(wanted) or not len(found):
+        raise ValueError(
+            "needs predictions and labels of the same examples, at least one, got "
+            f"{list(found.shape)} and {list(wanted.shape)}"
+        )
+    return found, wanted

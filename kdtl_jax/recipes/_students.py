@@ -1,0 +1,120 @@
+"""The students of a run: one file per method, and which of them to take.
+
+A file holds the student of the seed with the best validation accuracy; the recommendation is the
+method with the best mean validation accuracy. The test split decides nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kdtl_jax import _files, methods
+from kdtl_jax._types import Variables
+from kdtl_jax.interop import model_files
+from kdtl_jax.interop.model_files import About, Connected
+from kdtl_jax.recipes import _training
+from kdtl_jax.run import report, scores
+
+FOLDER = "students"
+
+
+class Student(NamedTuple):
+    """One method's student, of one seed."""
+
+    method: str
+    seed: int
+    variables: Variables
+    connectors: Any = None  # and memory, where the method predicts through them
+    memory: Any = None
+
+
+def best(
+    method: str, state: Any, validation: Any, *, through_connectors: bool = False
+) -> Student | None:
+    """The student of the seed that is best on validation.
+
+    None if the logits of all seeds are not finite.
+
+    Args:
+      method: its name.
+      state: stacked over seeds, a `TrainState` or `Variables`.
+      validation: accuracies `[S]`.
+      through_connectors: whether the method predicts through its connectors.
+    """
+    seed = scores.best(list(validation))
+    if seed is None:
+        return None
+    variables = Variables(*_training.pick((state.params, state.model_state), seed))
+    if not through_connectors:
+        return Student(method, seed, variables)
+    return Student(method, seed, variables, *_training.pick((state.connectors, state.memory), seed))
+
+
+def described(student: Student | None) -> dict[str, Any]:
+    """Its line in the table's settings."""
+    return {} if student is None else {"file": file_of(student.method), "file_seed": student.seed}
+
+
+def file_of(method: str) -> str:
+    """A method's file, within the run folder."""
+    return f"{FOLDER}/{method}.safetensors"
+
+
+def write(
+    folder: Path,
+    students: Sequence[Student],
+    about: About,
+    *,
+    teacher: str = "",
+    layers: Sequence[tuple[str, str]] = (),
+    head: methods.Head | None = None,
+    more: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the files.
+
+    Args:
+      folder: of the run.
+      students: one per method.
+      about: the model, classes and scaling that they share.
+      teacher: its text, for methods that predict through its head.
+      layers: that were matched.
+      head: the teacher's.
+      more: metadata besides the method and the seed.
+    """
+    _files.claim(folder / FOLDER, FOLDER)
+    for student in students:
+        known = {"method": student.method, "seed": str(student.seed), **(more or {})}
+        connected = None
+        if student.connectors is not None:
+            assert head is not None, "a method that predicts through connectors reads the head"
+            connected = Connected(
+                student.method, teacher, tuple(layers), student.connectors, student.memory, head
+            )
+        model_files.save(
+            folder / file_of(student.method), student.variables, about, known, connected
+        )
+
+
+def note(rows: Sequence[report.Row], baseline: str | None) -> str | None:
+    """Which file is which, and which one to take, by validation."""
+    with_file = [row for row in rows if "file" in row.settings]
+    at = scores.best([row.validation.mean for row in with_file])
+    if at is None:
+        return None
+    first = with_file[at]
+    files = ", ".join(f"{row.settings['file']} (seed {row.settings['file_seed']})"
+                      for row in with_file)  # fmt: skip
+    said = f"Recommended by validation: {first.settings['file']}"
+    if first.method == baseline:
+        said += ", the student trained alone: no method does better on the validation split"
+    return (
+        f"{said}. One file per method, of its seed that is best on validation: {files}. Use one "
+        f"with kdtl predict, evaluate or export."
+    )
+
+
+def recommended(rows: Sequence[report.Row]) -> str | None:
+    """The file of the method with the best mean validation accuracy."""
+    with_file = [row for row in rows if "file" in row.settings]
+    at = scores.best([row.validation.mean for row in with_file])
+    return None if at is None else str(with_file[at].settings["file"])

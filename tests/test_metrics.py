@@ -1,0 +1,66 @@
+"""Scores of predictions, against sums written out by hand."""
+
+import numpy as np
+import pytest
+
+from kdtl_jax import metrics
+
+LABELS = np.array([0, 0, 0, 1, 1, 2])
+NAMED = np.array([0, 0, 1, 1, -1, 1])  # the fifth has no answer
+
+
+def test_classes_one_by_one() -> None:
+    assert metrics.confusion(NAMED, LABELS, 4).tolist() == [
+        [2, 1, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0],
+    ]  # fmt: skip
+    found = metrics.per_class(NAMED, LABELS, 4)
+    np.testing.assert_allclose(found.precision, [1, 1 / 3, np.nan, np.nan])
+    np.testing.assert_allclose(found.recall, [2 / 3, 1 / 2, 0, np.nan])
+    np.testing.assert_allclose(found.f1, [4 / 5, 2 / 5, 0, np.nan])
+    assert found.support.tolist() == [3, 2, 1, 0]
+    assert metrics.accuracy(NAMED, LABELS) == 0.5
+    assert metrics.balanced_accuracy(NAMED, LABELS, 4) == pytest.approx((2 / 3 + 1 / 2) / 3)
+
+
+def test_probabilities() -> None:
+    p, labels = np.array([[0.9, 0.1], [0.8, 0.2], [0.45, 0.55], [0.5, 0.5]]), [0, 1, 1, 0]
+    assert metrics.negative_log_likelihood(p, labels) == pytest.approx(
+        -np.mean(np.log([0.9, 0.2, 0.55, 0.5]))
+    )
+    assert metrics.brier(p, labels) == pytest.approx(
+        np.mean([0.1**2 * 2, 0.8**2 * 2, 0.45**2 * 2, 0.5])
+    )
+    found = metrics.calibration(p, labels, bins=5)
+    assert found.count.tolist() == [0, 0, 2, 1, 1]  # an edge belongs to the bin below it
+    np.testing.assert_allclose(found.accuracy, [np.nan, np.nan, 1, 0, 1])
+    np.testing.assert_allclose(found.confidence, [np.nan, np.nan, 0.525, 0.8, 0.9])
+    assert found.error == pytest.approx((2 * 0.475 + 0.8 + 0.1) / 4)
+    assert metrics.negative_log_likelihood([[1.0, 0.0]], [1]) == np.inf
+    assert np.isnan(metrics.calibration([[np.nan, 1.0]], [1]).error)
+
+
+def test_several_labels_at_once() -> None:
+    ranking = np.array([[3.0, 1.0, 0.0], [2.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+    targets = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 1, 0]])
+    found = metrics.average_precision(ranking, targets)
+    # Of equal scores (rows 0 and 1 of the second label) all or none are taken.
+    np.testing.assert_allclose(found, [(1 + 2 / 3) / 2, (1 + 2 / 3) / 2, np.nan])
+    named = (ranking > 0.5).astype(int)
+    each = metrics.per_label(named, targets)
+    np.testing.assert_allclose(each.precision, [2 / 3, 2 / 3, np.nan])
+    np.testing.assert_allclose(each.recall, [1, 1, np.nan])
+    assert metrics.micro_f1(named, targets) == pytest.approx(8 / 10)
+
+
+def test_numbers() -> None:
+    y, t = np.array([1.0, 2.0, 4.0]), np.array([1.0, 3.0, 5.0])
+    assert metrics.mean_absolute_error(y, t) == pytest.approx(2 / 3)
+    assert metrics.root_mean_squared_error(y, t) == pytest.approx((2 / 3) ** 0.5)
+    assert metrics.r_squared(y, t) == pytest.approx(1 - 2 / 8)
+    assert metrics.r_squared(y[:, None], t) == pytest.approx(1 - 2 / 8)
+    assert metrics.r_squared([1.0, 1.0], [2.0, 2.0]) == -np.inf
+    with pytest.raises(ValueError, match="one shape"):
+        metrics.mean_absolute_error(np.ones((2, 2)), np.ones(2))
+    for found, wanted in (([], []), ([1], [1, 2]), (1, [1])):
+        with pytest.raises(ValueError, match="same examples"):
+            metrics.accuracy(found, wanted)
