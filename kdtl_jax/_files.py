@@ -12,9 +12,11 @@ import socket
 import stat
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from kdtl_jax import _text
 
 try:
     import fcntl
@@ -193,9 +195,19 @@ def check_free(folder: Path, kind: str) -> None:
         if found.get("kind") != kind or not isinstance(found.get("id"), str):
             raise ValueError(f"{folder} holds {found.get('kind')}, not {kind}. {ANOTHER}")
         return
-    others = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
+    refuse(folder, folder.iterdir())
+
+
+def refuse(folder: Path, paths: Iterable[Path]) -> None:
+    """Refuses a folder for those of its files that are not ours; hidden ones do not count.
+
+    Raises:
+      ValueError: naming the first of them.
+    """
+    others = sorted(path.name for path in paths if path.name[0] != ".")
     if others:
-        raise ValueError(f"{folder} holds other files: {', '.join(others[:5])}. {ANOTHER}")
+        listed = ", ".join(_text.shown(name) for name in others[:5])
+        raise ValueError(f"{folder} holds other files: {listed}. {ANOTHER}")
 
 
 def claim(folder: Path, kind: str) -> str:

@@ -1,12 +1,12 @@
-"""Kills of every command that writes, at random moments, and what must then be true.
+"""Kills of every command that writes, spread over its run, and what must then be true.
 
     python kill_program.py FOLDER --kills 10 --stops 4 --seed 0 [--only scale,distill]
 
 prints one JSON object. Every command runs once undisturbed; then it is killed (SIGKILL) or stopped
-(SIGTERM, SIGINT) at a random moment of that time. Afterwards every file that it writes is the old
-one or the new one, whole, files of others are as they were, and the command, run again (`--resume`
-where there is one), ends with the bytes of the undisturbed run. Shared by tests/test_faults.py and
-benchmarks/faults.py. Everything is imported once, and a child is forked per run before any JAX back
+(SIGTERM, SIGINT) at moments spread over that time, every second one over the time in which it
+writes. Afterwards every file that it writes is the old one or the new one, whole, files of others
+are as they were, and the command, run again (`--resume` where there is one), ends with the bytes of
+the undisturbed run. Everything is imported once, and a child is forked per run before any JAX back
 end starts.
 """
 
@@ -36,7 +36,12 @@ TINY = ["--data", "data.npz", "--teacher", "mlp:8", "--student", "mlp:4", "--bat
 TRAINED = ["--seeds", "2", "--epochs", "6", "--teacher-epochs", "4"]
 OUT = ["--out", RUN]
 # Where a run keeps when it was made and how long it took, beside what has to be equal.
-TIMED = {"results.json", "report.html", "env.json", "made_from.json", "config.yaml", "bench.json"}
+TIMED = {"results.json", "report.html", "env.json", "bench.json"}
+LANGUAGE = [
+    "--data", "text.txt", "--teacher-shape", "layers=2,width=8,heads=2", "--teacher-steps", "6",
+    "--steps", "6", "--batch-size", "4", "--length", "12", "--prompt", "4", "--samples", "1",
+    "--checks", "2", "--held-out", "0.2", "--method", "sft,opd", "--save-every", "2",
+]  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -54,7 +59,8 @@ def cases() -> dict[str, Case]:
     def written(*words: str, shards: bool = False) -> Case:
         command = ["params", *words, "--write", RUN if shards else f"{RUN}.safetensors"]
         if shards:  # a folder is never replaced
-            return Case([*command, "--shard-bytes", "2000"], [], folder=False)
+            command += ["--shard-bytes", "2000"]
+            return Case(command, command, folder=False)
         old = ["params", "scale", "base.safetensors", "--write", f"{RUN}.safetensors"]
         return Case([*command, "--force"], [*command, "--force"], old, folder=False)
 
@@ -90,6 +96,7 @@ def cases() -> dict[str, Case]:
             "sentences", "--encoder", "encoder", "--text", "text.txt", "--layers", "0,2",
             "--quick", "--batch-size", "16",
         ),
+        "language": run("language", *LANGUAGE, again=("--resume",)),
         "bench": run("bench", "--preset", "mlp", "--quick"),
         "demo": run("demo", "--quick"),
     }  # fmt: skip
@@ -113,12 +120,12 @@ def prepare(folder: Path, *, has_sentences: bool) -> None:
     }
     (folder / "adapter").mkdir()
     safetensors.save(folder / "adapter/adapter_model.safetensors", adapter)
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["layer_0"]}
-    config["target_modules"] = [f"layer_{i}" for i in range(12)]
+    modules = [f"layer_{i}" for i in range(12)]
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": modules}
     (folder / "adapter/adapter_config.json").write_text(json.dumps(config))
     if has_sentences:
         write_encoder(folder / "encoder")
-        write_text(folder / "text.txt")
+    write_text(folder / "text.txt")
 
 
 def start(folder: Path, words: list[str], log: Path) -> int:
@@ -146,12 +153,40 @@ def end(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def finish(folder: Path, words: list[str], log: Path) -> float:
-    """Runs a command to its end; the seconds it took."""
-    begun = time.monotonic()
-    code = end(start(folder, words, log))
+class Times(NamedTuple):
+    """The seconds after which a command first wrote, and ended."""
+
+    wrote: float
+    ended: float
+
+
+def finish(folder: Path, words: list[str], log: Path) -> Times:
+    """Runs a command to its end."""
+    before, begun, wrote = _listed(folder), time.monotonic(), 0.0
+    pid, status = start(folder, words, log), (0, 0)
+    while not status[0]:
+        time.sleep(0.005)
+        if not wrote and _listed(folder) != before:
+            wrote = time.monotonic() - begun
+        status = os.waitpid(pid, os.WNOHANG)
+    code, ended = os.waitstatus_to_exitcode(status[1]), time.monotonic() - begun
     assert code == 0, f"kdtl {' '.join(words)} ended with {code}: {log.read_text()[-2000:]}"
-    return time.monotonic() - begun
+    return Times(wrote, ended)
+
+
+def _listed(folder: Path) -> list[str]:
+    """What lies in the folder and in RUN."""
+    inside = os.listdir(folder / RUN) if (folder / RUN).is_dir() else []
+    return [*os.listdir(folder), *inside]
+
+
+def moments(count: int, times: Times, dice: random.Random) -> list[float]:
+    """Spread over the run, every second one over the time from the first write on."""
+    found = []
+    for i in range(count):
+        first = times.wrote if i % 2 else 0.0
+        found.append(first + (times.ended - first) * (i + dice.random()) / count)
+    return found
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -174,7 +209,9 @@ def is_whole(name: str, now: bytes, versions: list[dict[str, bytes]]) -> bool:
     if base in TIMED:
         try:
             text = now.decode()
-            return base.endswith((".html", ".yaml")) or json.loads(text) is not None
+            if base.endswith(".html"):
+                return text.rstrip().endswith("</html>")
+            return json.loads(text) is not None
         except ValueError:
             return False
     if base == "metrics.jsonl":  # it grows line by line
@@ -215,8 +252,11 @@ def attack(home: Path, case: Case, number: int, moment: float, whole: dict[str, 
         again = case.again
         if "--resume" in again and not (scratch / RUN / "config.yaml").exists():
             again = case.words  # it was killed before there was anything to resume
+        is_done = not case.folder and case.old is None and (scratch / RUN).is_dir()
         code_again = end(start(scratch, again, log))
         ended = content(scratch)
+        if code_again == 1 and is_done and "exists and is not empty" in log.read_text():
+            code_again = 0  # a finished folder of weights is never replaced
         if code_again != 0:
             wrong.append(f"again, it ended with {code_again}: {log.read_text()[-600:]}")
         else:
@@ -271,23 +311,23 @@ def main_() -> None:
         if case.old is not None:
             finish(home, case.old, log)
         straight = root / "straight"
-        seconds = 0.0
+        times = Times(0.0, 0.0)
         for _ in range(2):  # the second time nothing is compiled
             shutil.rmtree(straight, ignore_errors=True)
             shutil.copytree(home, straight)
-            seconds = finish(straight, case.words, log)
+            times = finish(straight, case.words, log)
         whole, dice = content(straight), random.Random(f"{args.seed} {name}")
         plan = [signal.SIGKILL] * args.kills
         plan += [[signal.SIGTERM, signal.SIGINT][i % 2] for i in range(args.stops)]
-        for number in plan:
+        planned = [*moments(args.kills, times, dice), *moments(args.stops, times, dice)]
+        for number, moment in zip(plan, planned, strict=True):
             one: dict[str, Any] = {}
             for _ in range(5):  # one that came after the end is sent again, earlier
                 shutil.rmtree(scratch, ignore_errors=True)
-                moment = dice.uniform(0, seconds)
                 one = attack(home, case, number, moment, whole, log, scratch)
                 if one["code"] != 0 or one["wrong"]:
                     break
-                seconds = moment
+                moment *= 0.95
             found.append({"command": name} | one)
             print(found[-1], file=sys.stderr, flush=True)
             if one["wrong"]:

@@ -109,6 +109,7 @@ def test_printed_settings_read_back(words: list[str], tmp_path: Path, capsys: Ca
         (["distill", "--student", "mlp:100000000000"], "above 1,000,000"),
         (["transfer", "--canvas", "100000000000"], "--canvas: expected .* at most 4096"),
         (["sweep", "--sample", "100000000000", "--range", "kd=0..1"], "--sample: expected"),
+        (["distill", "--methods", "a\nb\x1b[2J"], "Nearest"),
     ],
 )
 def test_wrong_usage_exits_2_in_one_line(argv: list[str], words: str, capsys: Captured) -> None:
@@ -150,6 +151,9 @@ def sending(number: signal.Signals) -> Callable[[Any], int]:
         (raising(ValueError("no such thing")), 1, "kdtl env: no such thing\n"),
         (raising(TypeError("int, got str")), 1, "kdtl env: int, got str\n"),
         (raising(RuntimeError()), 1, "kdtl env: RuntimeError\n"),
+        (raising(ValueError("two:\n  a\n  b\x1b[2J")), 1, "kdtl env: two: a; b\\x1b[2J\n"),
+        (raising(OSError(2, "No such file", "a\nb")), 1, "kdtl env: a\\nb: No such file\n"),
+        (raising(ValueError("no\n" * 10**6)), 1, "kdtl env: no; no; no"),
         (raising(ImportError("pip install x")), 1, "kdtl env: pip install x\n"),
         (raising(FileNotFoundError(2, "No such file", "a.npz")), 1, "kdtl env: a.npz: No such"),
         (raising(UsageError("--x and --y exclude each other")), 2, "kdtl env: --x and"),
@@ -166,6 +170,7 @@ def test_exit_codes(
     assert main(["env"]) == code
     printed = capsys.readouterr().err
     assert printed.startswith(message) and "Traceback" not in printed
+    assert len(printed.splitlines()) == (code != 0) and len(printed) < 5000
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -303,11 +308,12 @@ def test_force_removes_only_what_a_run_wrote(tmp_path: Path, capsys: Captured) -
     assert "left alone" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["demo", "transfer", "distill"])
+@pytest.mark.parametrize("command", ["demo", "transfer", "distill", "sweep"])
 def test_what_is_in_the_way_of_checkpoints_is_refused_before_any_training(
     command: str, tmp_path: Path, capsys: Captured
 ) -> None:
-    mine = tmp_path / "checkpoints" / ("kd/mine" if command == "distill" else "mine") / "weights"
+    place = {"distill": "kd/mine", "sweep": "teacher/mine"}.get(command, "mine")
+    mine = tmp_path / "checkpoints" / place / "weights"
     mine.parent.mkdir(parents=True)
     mine.write_text("my model")
     (tmp_path / "metrics.jsonl").write_text("an earlier run's")

@@ -65,6 +65,7 @@ def test_commands_killed_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) == 8 and not [attack for attack in found if attack["wrong"]], found
+    assert any(attack["code"] for attack in found), "nothing was killed before its end"
 
 
 SIGNALED = """

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kdtl_jax import _text
 from kdtl_jax.cli import _parser
 from kdtl_jax.recipes.settings import UsageError, as_yaml, near
 
@@ -41,6 +42,7 @@ COMMANDS = (
     Command("bench", "train steps against the machine's ceilings", f"{_recipes}.bench"),
     Command("env", "versions and devices, for reports", f"{_recipes}.env"),
 )
+LONGEST = 4000  # characters of a message
 FAILURES = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
 
 
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         if debug:
             raise
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {_plain(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
@@ -191,9 +193,17 @@ def _no_device(platforms: str) -> str:
 
 
 def _plain(error: BaseException) -> str:
-    """An OSError as "file: reason", a missing device in one sentence, else the error's text."""
-    if str(error).startswith("Unable to initialize backend"):
-        return _no_device(os.environ.get("JAX_PLATFORMS") or "accelerator")
+    """An OSError as "file: reason", a missing device in one sentence, else the error's text.
+
+    One line, escaped, bounded.
+    """
+    text = str(error)
+    if text.startswith("Unable to initialize backend"):
+        text = _no_device(os.environ.get("JAX_PLATFORMS") or "accelerator")
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__
+        text = f"{_text.shown(error.filename, LONGEST)}: {error.strerror}"
+    line = ""
+    for part in text[: 2 * LONGEST].split("\n"):
+        between = "" if not line else " " if line[-1] in ".:;," else "; "
+        line += between + part.strip() if part.strip() else ""
+    return _text.shown(line, LONGEST) or type(error).__name__

@@ -148,8 +148,9 @@ def run(settings: Settings) -> None:
         return _training.optimizer(settings.optimizer, rates, decay, steps)
 
     say = _output.progress()
+    saves = [f"checkpoints/{_pair.TEACHER}"] if pair.given is None else []
     with (
-        _output.run_folder(settings, "sweep", pair.files) as where,
+        _output.run_folder(settings, "sweep", pair.files, saves=saves) as where,
         _output.counted_programs() as programs,
     ):
         folder = where.path

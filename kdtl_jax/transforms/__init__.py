@@ -104,6 +104,7 @@ from kdtl_jax.transforms._sparsify import dare as dare
 from kdtl_jax.transforms._sparsify import della as della
 from kdtl_jax.transforms._sparsify import della_probabilities as della_probabilities
 from kdtl_jax.transforms._sparsify import keep as keep
+from kdtl_jax.transforms._sparsify import l1_norms as l1_norms
 from kdtl_jax.transforms._sparsify import l1_ratio as l1_ratio
 from kdtl_jax.transforms._sparsify import magnitude_cut as magnitude_cut
 from kdtl_jax.transforms._sparsify import mixout as mixout

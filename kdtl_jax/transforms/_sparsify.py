@@ -294,22 +294,23 @@ def rescale_l1(sparse: PyTree, original: PyTree, *, floor: float = 0.0) -> PyTre
     """
 
     def formula(i: int, path: str, kept: Array, whole: Array) -> Array:
-        return kept * l1_ratio(lambda: _leaves.row_blocks([whole, kept]), floor=floor)
+        norms = [l1_norms(*pieces) for pieces in _leaves.row_blocks([whole, kept])]
+        return kept * l1_ratio(norms, floor=floor)
 
     return _leaves.combine_leaves(formula, {"sparse": sparse, "original": original}, [])
 
 
-def l1_ratio(read: Callable[[], Iterable[Sequence[Array]]], *, floor: float = 0.0) -> Array:
-    """The factor of `rescale_l1` for a leaf whose pieces `(original, sparse)` `read()` yields."""
-    found = [_l1_norms(*pieces) for pieces in read()]
-    before, after = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), found)
+def l1_ratio(norms: Iterable[Sequence[Array]], *, floor: float = 0.0) -> Array:
+    """The factor of `rescale_l1` for a leaf, from the `l1_norms` of its pieces."""
+    before, after = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), norms)
     usable = (before > floor) & (after > floor)
     return jnp.where(usable, before / jnp.where(usable, after, 1), 1)
 
 
 @jax.jit
-def _l1_norms(whole: Array, kept: Array) -> list[Array]:
-    return [jnp.sum(jnp.abs(whole)), jnp.sum(jnp.abs(kept))]
+def l1_norms(original: Array, sparse: Array) -> list[Array]:
+    """The L1 norms of a piece of a leaf before and after entries were dropped."""
+    return [jnp.sum(jnp.abs(original)), jnp.sum(jnp.abs(sparse))]
 
 
 def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Params:

@@ -2,7 +2,7 @@
 
 Random draws fold in the tensor's path and ranks are the tensor's own, so merging tensor by tensor
 gives what merging whole models gives, bit for bit. TIES over whole models ranks all tensors
-together (`merge`).
+together (`_merging.ties_of_models`).
 
 A tensor comes in blocks of rows. What an entry needs to know of the whole tensor (a cut, a norm,
 the angles between models) is measured first, by passes over the blocks.
@@ -14,7 +14,7 @@ after dropping to the L1 norm of the whole.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,10 @@ class Members(NamedTuple):
     found: Any = None  # what was measured of the whole tensor
 
 
-Read = Callable[[], Iterable[Members]]  # the tensor's blocks, from the first
+class Read(Protocol):
+    """The tensor's blocks, from the first: of all models, or of model `i` alone."""
+
+    def __call__(self, i: int | None = None, /) -> Iterable[Members]: ...
 
 
 class Merge(NamedTuple):
@@ -62,7 +65,11 @@ class Merge(NamedTuple):
 
     def whole(self, x: Members, o: Options) -> Tree:
         """The merge of a tensor that is all in memory."""
-        found = None if self.measure is None else self.measure(lambda: [x], o)
+
+        def read(i: int | None = None) -> list[Members]:
+            return [x if i is None else x._replace(models=x.models[i : i + 1])]
+
+        found = None if self.measure is None else self.measure(read, o)
         return self.combine(x._replace(found=found), o)
 
 
@@ -91,8 +98,8 @@ class Sparsify(NamedTuple):
 
 def _blocks(read: Read, i: int) -> Iterator[Array]:
     """The task vector of model `i`, block by block."""
-    for x in read():
-        (tau,) = taus(x._replace(models=x.models[i : i + 1]))
+    for x in read(i):
+        (tau,) = taus(x)
         yield from tau.values()
 
 
@@ -240,17 +247,15 @@ def rescaled(sparsify: Sparsify, *, default: bool) -> Sparsify:
 
     def measure(read: Read, o: Options) -> Any:
         found = None if sparsify.measure is None else sparsify.measure(read, o)
-        if not (default if o.rescale is None else o.rescale):
-            return found, [1.0] * len(next(iter(read())).models)
-
-        def pairs(i: int) -> Iterator[list[Array]]:
-            for x in read():
-                x = x._replace(found=found)
-                yield [leaf for tree in (taus(x)[i], kept(x, o)[i]) for leaf in tree.values()]
-
         count = len(next(iter(read())).models)
-        ratios = [transforms.l1_ratio(lambda i=i: pairs(i), floor=1e-7) for i in range(count)]
-        return found, ratios
+        if not (default if o.rescale is None else o.rescale):
+            return found, [1.0] * count
+        norms: list[list[Any]] = [[] for _ in range(count)]
+        for x in read():
+            x = x._replace(found=found)
+            for own, tau, left in zip(norms, taus(x), kept(x, o), strict=True):
+                own.append(transforms.l1_norms(*tau.values(), *left.values()))
+        return found, [transforms.l1_ratio(own, floor=1e-7) for own in norms]
 
     def drop(x: Members, o: Options) -> list[Tree]:
         found, ratios = x.found

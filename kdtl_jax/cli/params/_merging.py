@@ -49,8 +49,8 @@ def by_tensor(
             return (np.asarray(merge.combine(x, options)[name]) for x in pieces)
         if method.is_rowwise and options.axis is None:
 
-            def read() -> Iterator[Members]:
-                return _rows(part, name)
+            def read(i: int | None = None, /) -> Iterator[Members]:
+                return _rows(part if i is None else _of_model(part, i), name)
 
             found = None if merge.measure is None else merge.measure(read, options)
             blocks = (x._replace(found=found) for x in read())
@@ -64,6 +64,11 @@ def by_tensor(
         return np.asarray(merge.whole(Members(models[0], models[1:], statistics), options)[name])
 
     return produce
+
+
+def _of_model(part: Part, i: int) -> Part:
+    """What is read for one model alone."""
+    return part._replace(models=part.models[i : i + 1])
 
 
 def _row_axis(part: Part) -> int | None:
@@ -96,8 +101,7 @@ def ties_of_models(parts: Mapping[str, Part], copies: Mapping[str, Tensor]) -> C
 
         def read(i: int) -> Iterator[Any]:
             for path in paths:
-                one = parts[path]._replace(models=parts[path].models[i : i + 1])
-                for x in _pieces(one, path, _checkpoints.BLOCK):
+                for x in _pieces(_of_model(parts[path], i), path, _checkpoints.BLOCK):
                     (tau,) = _formulas.taus(x)
                     yield tau[path]
                     done(4 * tau[path].size)

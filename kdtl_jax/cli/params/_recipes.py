@@ -124,8 +124,8 @@ def merged(settings: Settings) -> tuple[Rewrite, Settings]:
     specs: dict[str, Any] = {}
     parts: dict[str, Part] = {}
     copies: dict[str, safetensors.Tensor] = {}
-    layers: list[int] = []
-    for out, each, named_there, t in _tensors(inputs[named[0]], slices, layers):
+    layout = _layout(inputs[named[0]])
+    for out, each, named_there, t in _tensors(layout, slices):
         places = []
         for source in _sources(each, from_base, has_base):
             one, there = inputs[source.model], named_there(source)
@@ -162,6 +162,7 @@ def merged(settings: Settings) -> tuple[Rewrite, Settings]:
     produce = _merging.by_tensor(method, method.mergekit or method.merge, parts, copies)
     specs = {out: specs[out] for out in sorted(specs, key=trees.natural_key)}
     names = next(iter(inputs.values())).names
+    layers = _layers(layout, slices)
     rewrite = Rewrite(specs, produce, report, list(inputs.values()), names, layers)
     return rewrite, dataclasses.replace(settings, dtype=dtype)
 
@@ -258,36 +259,57 @@ def _range(found: Mapping[str, Any], path: Path) -> tuple[int, int]:
 # --- from slices to tensors ----------------------------------------------------------------------
 
 
-def _tensors(
-    first: Opened, slices: Sequence[Slice], layers: list[int]
-) -> Iterator[tuple[str, Slice, Callable[[Source], str], float]]:
-    """Every tensor of the result: its name, slice, name in a source, place in the slice, 0 to 1.
+class Layout(NamedTuple):
+    """How a model names its tensors."""
 
-    Layers are numbered on from slice to slice; the first source's numbers are added to `layers`.
-    """
+    outside: list[str]  # of the layers
+    ends: list[tuple[str, str]]  # what stands before and after a layer's number
+    depth: int
+
+
+def _layout(first: Opened) -> Layout:
     folder = _folders.home(first.checkpoint)
     config = {} if folder is None else safetensors.json_file(folder / _folders.CONFIG)
     pattern = _folders.layer_pattern(list(first.specs), _folders.depth(config))
     matches = {name: pattern.fullmatch(name) if pattern else None for name in first.specs}
-    depth = len({match[1] for match in matches.values() if match})
-    for name, match in matches.items():
-        if match is None:
-            is_first = re.search(r"embed|wte|wpe", name) is not None
-            yield name, slices[0 if is_first else -1], lambda s, name=name: name, 0.0
+    found = [match for match in matches.values() if match]
     # Every layer has the tensors of the first.
-    ends = [(m.string[: m.start(1)], m.string[m.end(1) :])
-            for m in matches.values() if m and m[1] == "0"]  # fmt: skip
+    ends = [(m.string[: m.start(1)], m.string[m.end(1) :]) for m in found if m[1] == "0"]
+    outside = [name for name, match in matches.items() if match is None]
+    return Layout(outside, ends, len({match[1] for match in found}))
+
+
+def _length(each: Slice, layout: Layout) -> int:
+    return layout.depth if each.length is None else each.length
+
+
+def _layers(layout: Layout, slices: Sequence[Slice]) -> list[int]:
+    """For each layer of the result, its number in the first source."""
+    return [each.sources[0].first + j for each in slices for j in range(_length(each, layout))]
+
+
+def _tensors(
+    layout: Layout, slices: Sequence[Slice]
+) -> Iterator[tuple[str, Slice, Callable[[Source], str], float]]:
+    """Every tensor of the result: its name, slice, name in a source, place in the slice, 0 to 1.
+
+    Layers are numbered on from slice to slice.
+    """
+    for name in layout.outside:
+        is_first = re.search(r"embed|wte|wpe", name) is not None
+        yield name, slices[0 if is_first else -1], lambda s, name=name: name, 0.0
+    before = 0
     for each in slices:
-        length = depth if each.length is None else each.length
+        length = _length(each, layout)
         for j in range(length):
             t = j / (length - 1) if length > 1 else 1.0
-            for head, rest in ends:
+            for head, rest in layout.ends:
 
                 def named(s: Source, head: str = head, rest: str = rest, j: int = j) -> str:
                     return f"{head}{s.first + j}{rest}"
 
-                yield f"{head}{len(layers)}{rest}", each, named, t
-            layers.append(each.sources[0].first + j)
+                yield f"{head}{before + j}{rest}", each, named, t
+        before += length
 
 
 def _sources(each: Slice, base: str | None, has_base: bool) -> list[Source]:

@@ -17,6 +17,7 @@ from kdtl_jax.cli.params._methods import METHODS
 from kdtl_jax.recipes.settings import UsageError, numbers, setting
 from kdtl_jax.transforms import Kept, Report
 
+SHARES = ("density", "epsilon", "outliers")  # options from 0 to 1, one or one per model
 EXAMPLES = f"""
 kdtl params merge a.safetensors b.safetensors --method ties --base base.safetensors --density 0.2 \\
     --write merged.safetensors
@@ -99,7 +100,12 @@ class Settings(Several, Selection, Writing):
         metavar="O",
         parse=_shares,
     )
-    t: float | None = setting(None, "position between first and second, 0 to 1", metavar="T")
+    t: float | None = setting(
+        None,
+        "position between first and second, 0 to 1; near_swap: the distance within which the "
+        "model's entry is taken",
+        metavar="T",
+    )
     rule: tuple[str, ...] = setting(
         (), "another --t for these tensors; repeat for more, the first match wins",
         metavar="SELECTOR=T", repeat=True,
@@ -155,7 +161,7 @@ def merged(settings: Settings, examples: str) -> Rewrite:
     if not method.fewest <= len(models) <= (method.most or len(models)):
         wanted = f"{method.fewest}" + (" or more" if method.most is None else "")
         raise UsageError(f"--method needs {wanted} models, got {len(models)}")
-    for flag in ("weights", "density", "epsilon", "outliers"):
+    for flag in ("weights", *SHARES):
         shares = getattr(options, flag)
         if isinstance(shares, (list, tuple)) and len(shares) != len(models):
             raise UsageError(f"--{flag}: expected {len(models)}, one per model, got {len(shares)}")
@@ -213,9 +219,10 @@ def _options(settings: Settings) -> Options:
     if lacking and not (is_mergekit and lacking == ["density"]):
         raise UsageError(f"--method {settings.method} needs --{lacking[0]}")
     given.pop("scope", None)
-    for name in {"density", "epsilon", "outliers"} & given.keys():
-        _checks.within(0, 1, **{name: np.asarray(given[name])})
-        given[name] = given[name][0] if len(given[name]) == 1 else given[name]
+    for name in SHARES:
+        if name in given:
+            _checks.within(0, 1, **{name: np.asarray(given[name])})
+            given[name] = given[name][0] if len(given[name]) == 1 else given[name]
     if is_mergekit:
         given.setdefault("density", 1.0)
     return Options(**given)

@@ -37,8 +37,9 @@ class Settings(scale.Factors, Selection, Writing):
         None, "what is filled: its names, shapes and dtypes", positional=True
     )
     rename: tuple[str, ...] = setting(
-        (), "source names to target names, by whole name, \\1 for groups; the first match wins",
-        metavar="'REGEX=>NEW'", repeat=True,
+        (), "source names to target names, by whole name, \\1 for groups; the first match wins; "
+        "an empty NAME drops the tensor",
+        metavar="'REGEX=>NAME'", repeat=True,
     )  # fmt: skip
     drop: tuple[str, ...] = setting(
         (), "source tensors that go nowhere", metavar="REGEX", repeat=True

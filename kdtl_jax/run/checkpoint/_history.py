@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +18,27 @@ PATTERN = f"{KEY}-*.jsonl"
 FIELDS = {"file": str, "bytes": int, "sha256": str}
 
 
-class Open:
+@dataclass
+class History:
     """A history file that saves append to; `file` is empty before the first one."""
 
-    def __init__(self) -> None:
-        self.file = ""
-        self.count = self.bytes = 0
-        self.last = b""
-        self.digest = hashlib.sha256()
+    file: str = ""
+    count: int = 0
+    size: int = 0  # bytes
+    last: bytes = b""
+    digest: Any = field(default_factory=hashlib.sha256)
 
 
-def opened(folder: Path, known: Mapping[str, Any] | None) -> Open:
+def open_history(folder: Path, known: Mapping[str, Any] | None) -> History:
     """The history that the newest step's manifest names, to append to; a new one without."""
-    found = Open()
+    found = History()
     if known is not None:
         _extend(found, _content(folder, known).splitlines(keepends=True))
         found.file = known["file"]
     return found
 
 
-def append(history: Open, folder: Path, step: int, lines: Sequence[Any]) -> dict[str, Any]:
+def append(history: History, folder: Path, step: int, lines: Sequence[Any]) -> dict[str, Any]:
     """Writes the lines that the file lacks; what the manifest of `step` says of it.
 
     Lines that do not go on where the file ends are those of a run that was rewound: they begin
@@ -48,19 +50,18 @@ def append(history: Open, folder: Path, step: int, lines: Sequence[Any]) -> dict
     """
     goes_on = history.file and len(lines) >= history.count
     if not goes_on or (history.count and _text(lines[history.count - 1]) != history.last):
-        history.__init__()
-        history.file = f"{KEY}-{step}-{os.urandom(4).hex()}.jsonl"
+        _begin(history, f"{KEY}-{step}-{os.urandom(4).hex()}.jsonl")
     new = [_text(line) for line in lines[history.count :]]
-    if new or not history.bytes:
-        with (folder / history.file).open("r+b" if history.bytes else "wb") as file:
-            file.truncate(history.bytes)  # what a killed save left behind it
-            file.seek(history.bytes)
+    if new or not history.size:
+        with (folder / history.file).open("r+b" if history.size else "wb") as file:
+            file.truncate(history.size)  # what a killed save left behind it
+            file.seek(history.size)
             file.write(b"".join(new))
             file.flush()
             os.fsync(file.fileno())
         _extend(history, new)
     digest = history.digest.hexdigest()
-    return {"file": history.file, "bytes": history.bytes, "sha256": digest}
+    return {"file": history.file, "bytes": history.size, "sha256": digest}
 
 
 def read(folder: Path, known: Mapping[str, Any]) -> list[Any]:
@@ -100,10 +101,16 @@ def _content(folder: Path, known: Mapping[str, Any]) -> bytes:
     return content
 
 
-def _extend(history: Open, new: Sequence[bytes]) -> None:
+def _begin(history: History, file: str) -> None:
+    """Makes it the empty history of another file."""
+    history.file, history.count, history.size, history.last = file, 0, 0, b""
+    history.digest = hashlib.sha256()
+
+
+def _extend(history: History, new: Sequence[bytes]) -> None:
     for text in new:
         history.digest.update(text)
-        history.bytes += len(text)
+        history.size += len(text)
     history.count += len(new)
     history.last = new[-1] if new else history.last
 

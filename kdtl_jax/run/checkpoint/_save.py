@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from kdtl_jax import _checks, _files, _text
+from kdtl_jax import _checks, _files
 from kdtl_jax._types import PyTree
 from kdtl_jax.run import processes, scores
 from kdtl_jax.run.checkpoint import _history, _restore
@@ -46,7 +46,7 @@ class Checkpoints(NamedTuple):
     pending: list[Future[None]]
     keep: Keep
     saved: dict[int, Saved]  # the whole steps, in process 0
-    history: _history.Open  # the evaluations, in process 0
+    history: _history.History  # the evaluations, in process 0
 
 
 def newest(count: int) -> Keep:
@@ -100,7 +100,7 @@ def open_folder(
         identity = processes.decide(lambda: _begin(folder, stack))
         writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        saved, history = _whole(folder) if jax.process_index() == 0 else ({}, _history.Open())
+        saved, history = _whole(folder) if jax.process_index() == 0 else ({}, _history.History())
         checkpoints = Checkpoints(
             folder, identity, dict(owner or {}), writer, worker, [], keep, saved, history
         )
@@ -213,10 +213,7 @@ def check_removable(folder: str | Path) -> None:
     if folder.is_symlink() or not folder.is_dir() or (folder / _files.MARK).exists():
         _files.check_free(folder, KIND)
         return
-    kept = [path.name for path in sorted(folder.iterdir()) if not _files.is_ours(path, KIND)]
-    if others := [name for name in kept if name[0] != "."]:
-        listed = ", ".join(_text.shown(name) for name in others[:5])
-        raise ValueError(f"{folder} holds other files: {listed}. {_files.ANOTHER}")
+    _files.refuse(folder, (path for path in folder.iterdir() if not _files.is_ours(path, KIND)))
 
 
 def _begin(folder: Path, stack: contextlib.ExitStack) -> str:
@@ -234,20 +231,22 @@ def _begin(folder: Path, stack: contextlib.ExitStack) -> str:
     return identity
 
 
-def _whole(folder: Path) -> tuple[dict[int, Saved], _history.Open]:
+def _whole(folder: Path) -> tuple[dict[int, Saved], _history.History]:
     """In process 0: the whole steps, and the evaluations of the newest; others' are deleted."""
-    found, history, named = {}, _history.Open(), set()
+    found, histories = {}, []
     for step in _restore.steps(folder):
         with contextlib.suppress(ValueError):
             manifest = _restore.read_manifest(folder / str(step))
             found[step] = Saved(step, manifest.meta)
             if manifest.history is not None:
-                named.add(manifest.history["file"])
-                history = _history.opened(folder, manifest.history)
+                histories.append(manifest.history)
+    named = {history["file"] for history in histories}
     for path in folder.glob(_history.PATTERN):
         if path.name not in named:
             path.unlink()
-    return found, history
+    with contextlib.suppress(ValueError):  # it was altered: the next save begins another
+        return found, _history.open_history(folder, histories[-1] if histories else None)
+    return found, _history.History()
 
 
 def _of_step(lines: Sequence[Any], step: int) -> list[Any]:
