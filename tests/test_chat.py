@@ -65,6 +65,37 @@ def test_a_template_that_raises_or_reaches_out_is_one_line(template: str, says: 
     assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 400
 
 
+def test_json_in_a_template_is_that_of_transformers() -> None:
+    """Its filter's arguments in its order: `tojson(false, 1)` escapes nothing and indents."""
+
+    def made(call: str) -> str:
+        template = "{{ {'b': 'é<', 'a': [1]} | " + call + " }}"
+        return language.chat_text(with_template(template), MESSAGES)
+
+    assert made("tojson") == '{"b": "é<", "a": [1]}'
+    assert made("tojson(true)") == '{"b": "\\u00e9<", "a": [1]}'
+    assert made("tojson(false, 1)") == '{\n "b": "é<",\n "a": [\n  1\n ]\n}'
+    assert made("tojson(separators=(',', ':'), sort_keys=true)") == '{"a":[1],"b":"é<"}'
+    with pytest.raises(ValueError, match="default"):
+        made("tojson(default=1)")
+
+
+def test_each_text_is_rendered_once() -> None:
+    calls = 0
+
+    def count(text: str) -> str:
+        nonlocal calls
+        calls += 1
+        return text
+
+    template = "{{ count('') }}" + CASES["chatml"]["template"]
+    language.chat(
+        with_template(template), MESSAGES, {**CASES["chatml"]["variables"], "count": count}
+    )
+    replies = sum(message["role"] == "assistant" for message in MESSAGES)
+    assert calls == 2 * replies + (MESSAGES[-1]["role"] != "assistant")
+
+
 def test_without_a_template() -> None:
     with pytest.raises(ValueError, match="has no chat template"):
         language.chat(BYTES, MESSAGES)
@@ -101,7 +132,7 @@ def test_a_folder_is_the_bytes_that_were_written(tmp_path: Path) -> None:
     ("name", "content", "says"),
     [
         ("tokenizer.json", "{}", "is not a tokenizer"),
-        ("tokenizer.json", "\\x00" * 9, "is not a tokenizer"),
+        ("tokenizer.json", "\x00" * 9, "is not a tokenizer"),
         ("tokenizer_config.json", "[" * 90_000, "is not JSON"),
         ("config.json", "[1]", "must hold a JSON object"),
     ],

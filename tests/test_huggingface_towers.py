@@ -54,3 +54,7 @@ def test_which_tower_must_be_said(tmp_path: Path) -> None:
     assert huggingface.load(folder, tower="text").config["hidden_act"] == "gelu"  # old folders
     with pytest.raises(ValueError, match="has no vision_config"):
         huggingface.load(folder, tower="vision")
+    for odd in ([1], "gelu", 3):
+        (folder / "config.json").write_text(json.dumps(config | {"vision_config_dict": odd}))
+        with pytest.raises(ValueError, match="vision_config_dict must be an object or null, got"):
+            huggingface.load(folder, tower="vision")

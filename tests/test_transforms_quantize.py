@@ -31,7 +31,7 @@ def test_rounded_once_is_rounded_and_gradients_pass(name: str) -> None:
     found = rounded(params)["layer"]
     assert np.any(found["kernel"] != weight)
     np.testing.assert_array_equal(found["bias"], 1)
-    np.testing.assert_allclose(quantizer(found["kernel"]), found["kernel"], rtol=1e-6)
+    np.testing.assert_array_equal(quantizer(found["kernel"]), found["kernel"])
     gradient = jax.grad(lambda k: jnp.sum(jnp.square(quantizer(k))))(weight)
     np.testing.assert_array_equal(gradient, 2 * found["kernel"])
     half = quantizer(weight.astype(jnp.bfloat16))
@@ -62,6 +62,10 @@ def test_what_does_not_fit_is_refused() -> None:
         transforms.fake_quantize(params, transforms.mxfp4, where="missing")
     with pytest.raises(ValueError, match="must keep shape and dtype"):
         transforms.fake_quantize(params, lambda w: w[:1], where="kernel")
+    for bits in (1, 17, 32):
+        with pytest.raises(ValueError, match=r"bits must"):
+            transforms.int_by_group(jnp.ones((4, 2)), bits=bits)
+    np.testing.assert_array_equal(transforms.int_per_channel(jnp.full((2, 1), 2.0**-24)), 0)
     with pytest.raises(ValueError, match="axis -2 is outside"):
         transforms.nvfp4(jnp.ones(4))
     with pytest.raises(TypeError, match="floating point"):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from kdtl_jax import _text
 from kdtl_jax.interop._hf_config import Config
@@ -49,28 +50,36 @@ def rope(
     """
     if given is None:
         given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = number(given, "rope_theta", theta or number(config, "rope_theta", 10_000.0))
-    partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    theta = _positive(given, "rope_theta", theta or _positive(config, "rope_theta", 10_000.0))
+    partial = _positive(config, "partial_rotary_factor", 1.0)
+    partial = _positive(given, "partial_rotary_factor", partial)
+    if partial > 1:
+        raise ValueError(f"config.json: partial_rotary_factor must be at most 1, got {partial}.")
     width = int(width * partial)
+    if width > 1 << 16:
+        raise ValueError(f"config.json: heads of {width} channels are wider than any model has.")
     plain = [theta ** (-2 * i / width) for i in range(width // 2)]
     kind = given.get("rope_type", given.get("type")) or "default"
     if kind == "default":
         return Rope(tuple(plain))
     longest = size(config, "max_position_embeddings", 2048)
-    original = given.get("original_max_position_embeddings") or config.get(
-        "original_max_position_embeddings", longest
-    )
+    original = size(config, "original_max_position_embeddings", longest)
+    original = size(given, "original_max_position_embeddings", original)
     if kind in ("longrope", "su"):
-        stretch = given.get("factor") or longest / original
-        scale = given.get("attention_factor")
-        if scale is None:
-            scale = 1.0
-            if stretch > 1:
-                scale = math.sqrt(1 + math.log(stretch) / math.log(original))
-        short = tuple(f / s for f, s in zip(plain, given["short_factor"], strict=True))
-        long = tuple(f / s for f, s in zip(plain, given["long_factor"], strict=True))
+        stretch = longest / original
+        if given.get("factor") is not None:
+            stretch = _positive(given, "factor", 1.0)
+        scale = 1.0
+        if given.get("attention_factor") is not None:
+            scale = number(given, "attention_factor", 1.0)
+        elif stretch > 1:
+            scale = math.sqrt(1 + math.log(stretch) / math.log(original))
+        short, long = (
+            tuple(f / s for f, s in zip(plain, _divisors(given, key, len(plain)), strict=True))
+            for key in ("short_factor", "long_factor")
+        )
         return Rope(short, scale, long, original)
-    factor = number(given, "factor", 1.0)
+    factor = _positive(given, "factor", 1.0)
     if kind == "linear":
         return Rope(tuple(f / factor for f in plain))
     if kind == "llama3":
@@ -88,6 +97,30 @@ def rope(
         f"rope type {_text.quoted(kind)} is not built here (only default, linear, llama3, yarn and "
         "longrope)."
     )
+
+
+def _positive(config: Config, key: str, default: float) -> float:
+    found = number(config, key, default)
+    if found <= 0:
+        raise ValueError(f"config.json: {key} must be above 0, got {found}.")
+    return found
+
+
+def _divisors(given: Config, key: str, count: int) -> list[float]:
+    """One positive number per frequency."""
+    found = given[key]
+    fits = isinstance(found, list) and len(found) == count
+    if not fits or not all(_is_positive(x) for x in found):
+        raise ValueError(
+            f"config.json: {key} must be {count} positive numbers, one per frequency, got "
+            f"{_text.quoted(found)}."
+        )
+    return found
+
+
+def _is_positive(x: Any) -> bool:
+    is_number = isinstance(x, int | float) and not isinstance(x, bool)
+    return is_number and math.isfinite(x) and x > 0
 
 
 def _yarn(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from kdtl_jax import models
+from kdtl_jax import _text, models
 from kdtl_jax.interop._hf_config import activation, count, epsilon, layers, share
 from kdtl_jax.interop._hf_encoders import check_heads, tokens
 from kdtl_jax.interop._hf_family import Family, Found, Head, dense, embedding, norm
@@ -120,10 +120,14 @@ def one_tower(config: Mapping[str, Any], tower: str | None) -> tuple[dict[str, A
             f"a {kind!r} folder holds two towers; pass tower='vision' or tower='text', got "
             f"{tower!r}."
         )
-    own = config.get(f"{tower}_config")
+    own, more = config.get(f"{tower}_config"), config.get(f"{tower}_config_dict") or {}
     if not isinstance(own, Mapping):
         raise ValueError(f"config.json of a {kind!r} folder has no {tower}_config.")
-    own = {**own, **(config.get(f"{tower}_config_dict") or {})}
+    if not isinstance(more, Mapping):
+        raise ValueError(
+            f"config.json: {tower}_config_dict must be an object or null, got {_text.quoted(more)}."
+        )
+    own = {**own, **more}
     # Which class it is follows from whether there is a projection.
     own = {key: value for key, value in own.items() if key != "architectures"}
     own |= {key: config[key] for key in ("dtype", "torch_dtype") if key in config}

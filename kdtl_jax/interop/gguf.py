@@ -75,10 +75,11 @@ def load(path: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
         for name in ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
         if name in stored
     }
-    if "token_embd.weight" not in stored:
-        raise ValueError(f"{path} has no tensor 'token_embd.weight'.")
+    table = stored.get("token_embd.weight")
+    if table is None or len(table.shape) != 2:
+        raise ValueError(f"{path} has no tensor 'token_embd.weight' [tokens, width].")
     config = _config(architecture, fields, extra)
-    config["vocab_size"] = int(stored["token_embd.weight"].shape[1])
+    config["vocab_size"] = int(table.shape[1])
     config["tie_word_embeddings"] = "output.weight" not in stored
     wanted = jnp.dtype(dtype or jnp.float32)
     tensors = {}
@@ -177,12 +178,12 @@ def _config(
     """The config.json of the model that the file was converted from."""
     prefix = architecture + "."
     own = {key[len(prefix) :]: value for key, value in fields.items() if key.startswith(prefix)}
-    names = _GPT2 if architecture == "gpt2" else _PLAIN
+    names, elsewhere = _PLAIN, _READ_ELSEWHERE
+    if architecture == "gpt2":
+        names, elsewhere = _GPT2, frozenset(("vocab_size", "attention.head_count_kv"))
     if architecture == "gemma3":
         names = names | {"rope.freq_base_swa": "rope_local_base_freq"}
-    unknown = sorted(own.keys() - names.keys() - _READ_ELSEWHERE)
-    if architecture == "gpt2":
-        unknown = sorted(own.keys() - names.keys() - {"vocab_size", "attention.head_count_kv"})
+    unknown = sorted(own.keys() - names.keys() - elsewhere)
     if unknown:
         raise ValueError(
             f"a {architecture!r} file has hyperparameters that are not understood here: "
@@ -192,12 +193,11 @@ def _config(
     config |= {names[key]: value for key, value in own.items() if key in names}
     if architecture == "gpt2":
         return config
-    head_width = own.get("attention.key_length")
-    if head_width is None:
-        head_width = own.get("embedding_length", 0) // max(own.get("attention.head_count", 1), 1)
-    if own.get("attention.value_length", head_width) != head_width:
+    width, heads = _count(own, "embedding_length"), _count(own, "attention.head_count")
+    head_width = _count(own, "attention.key_length", width // heads)
+    if _count(own, "attention.value_length", head_width) != head_width:
         raise ValueError("keys and values of different widths are not built here.")
-    turning = own.get("rope.dimension_count", head_width)
+    turning = _count(own, "rope.dimension_count", head_width)
     if turning != head_width:
         if architecture != "phi3":
             raise ValueError(f"rotation of {turning} of {head_width} channels is not built here.")
@@ -205,15 +205,21 @@ def _config(
     if architecture in ("gemma2", "gemma3"):
         # llama.cpp knows the largest models, whose queries are scaled otherwise, by their depth.
         largest = own.get("block_count") == {"gemma2": 46, "gemma3": 62}[architecture]
-        width, heads = own.get("embedding_length", 0), own.get("attention.head_count", 1)
         config["query_pre_attn_scalar"] = width // heads if largest else head_width
-    if architecture.startswith("gemma"):
-        # Their head width is not the width over the heads; a missing cap is none at all.
+        # A missing cap is none at all, not transformers' default.
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-            if architecture != "gemma":
-                config.setdefault(key, None)
-    if architecture in ("qwen2", "qwen3"):  # llama.cpp, like their default config, has no windows
-        config.pop("sliding_window", None)
+            config.setdefault(key, None)
+    window = config.get("sliding_window")
+    if window == 0:  # how the converter says none (Phi-4)
+        config["sliding_window"] = None
+    elif window is not None and architecture in ("qwen2", "qwen3"):
+        # llama.cpp reads no windows of theirs, and only some of a model's layers would have one.
+        if _count(own, "attention.sliding_window") < _count(own, "context_length"):
+            raise ValueError(
+                f"a {architecture!r} file with a sliding window of {window} positions, below its "
+                f"{own['context_length']}, is not built here: it does not say which layers have it."
+            )
+        del config["sliding_window"]
     scaling = _scaling(own, factors, config)
     return config | ({"rope_scaling": scaling} if scaling else {})
 
@@ -222,32 +228,53 @@ def _scaling(
     own: Mapping[str, Any], factors: Mapping[str, list[float]], config: dict[str, Any]
 ) -> dict[str, Any] | None:
     """`rope_scaling`: divisors of the frequencies stored as tensors, or a linear factor."""
-    original = own.get("rope.scaling.original_context_length", own.get("context_length", 2048))
-    if "rope_freqs.weight" in factors:  # Llama 3, whose blend is stored frequency by frequency
-        divisors = factors["rope_freqs.weight"]
-        return {
-            "rope_type": "longrope",
-            "short_factor": divisors,
-            "long_factor": divisors,
-            "attention_factor": 1.0,
-            "original_max_position_embeddings": original,
-        }
-    if "rope_factors_short.weight" in factors:
-        config["original_max_position_embeddings"] = original
-        scaling = {
-            "rope_type": "longrope",
-            "short_factor": factors["rope_factors_short.weight"],
-            "long_factor": factors["rope_factors_long.weight"],
-        }
-        if "rope.scaling.attn_factor" in own:
-            scaling["attention_factor"] = own["rope.scaling.attn_factor"]
-        return scaling
     kind = own.get("rope.scaling.type", "none")
+    attention = own.get("rope.scaling.attn_factor")
+    by_tensors = {key.removesuffix(".weight") for key in factors}
+    if by_tensors:
+        if by_tensors not in ({"rope_freqs"}, {"rope_factors_long", "rope_factors_short"}):
+            raise ValueError(
+                "a file has rope_freqs alone, or rope_factors_long and rope_factors_short, got "
+                f"{' and '.join(sorted(by_tensors))}."
+            )
+        if kind not in ("none", "longrope"):
+            raise ValueError(
+                f"rope scaling {_text.quoted(kind)} beside {' and '.join(sorted(by_tensors))} is "
+                "not built here."
+            )
+        original = own.get("rope.scaling.original_context_length")
+        if original is None:
+            original = _count(own, "context_length", 2048)
+        scaling: dict[str, Any] = {"rope_type": "longrope"}
+        if "rope_freqs" in by_tensors:  # Llama 3, whose blend is stored frequency by frequency
+            short = long = factors["rope_freqs.weight"]
+            scaling["attention_factor"] = 1.0
+            scaling["original_max_position_embeddings"] = original
+        else:
+            long, short = (factors[f"rope_factors_{n}.weight"] for n in ("long", "short"))
+            config["original_max_position_embeddings"] = original
+        scaling |= {"short_factor": short, "long_factor": long}
+        return scaling if attention is None else scaling | {"attention_factor": attention}
+    if kind not in ("none", "linear"):
+        raise ValueError(
+            f"rope scaling {_text.quoted(kind)} of GGUF files is not built here (only linear)."
+        )
+    if attention not in (None, 1.0):
+        raise ValueError(
+            f"rope.scaling.attn_factor = {_text.quoted(attention)} beside rope scaling {kind!r} is "
+            "not built here."
+        )
     if kind == "none":
         return None
-    if kind != "linear":
-        raise ValueError(f"rope scaling {kind!r} of GGUF files is not built here (only linear).")
     return {"rope_type": "linear", "factor": own.get("rope.scaling.factor", 1.0)}
+
+
+def _count(own: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A positive whole number among the hyperparameters."""
+    value = own.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{key} must be a positive whole number, got {_text.quoted(value)}.")
+    return value
 
 
 _NAMES = {
@@ -311,9 +338,10 @@ def _place(architecture: str, name: str, config: Mapping[str, Any]) -> tuple[str
         )
     part = match[2] if match else ""
     if architecture in ("llama", "smollm3") and part in ("attn_q", "attn_k"):
-        key = "num_attention_heads" if part == "attn_q" else "num_key_value_heads"
-        heads = config.get(key, config["num_attention_heads"])
-        return theirs, lambda array: _halves(array, heads)
+        heads = config["num_attention_heads"]
+        if part == "attn_k":
+            heads = config.get("num_key_value_heads", heads)
+        return theirs, lambda array: _halves(name, array, heads)
     if architecture.startswith("gemma") and name.endswith("norm.weight"):
         return theirs, lambda array: array - 1
     if is_gpt2 and match and match[3] == "weight" and not part.endswith("norm"):
@@ -321,8 +349,12 @@ def _place(architecture: str, name: str, config: Mapping[str, Any]) -> tuple[str
     return theirs, lambda array: array
 
 
-def _halves(array: np.ndarray, heads: int) -> np.ndarray:
+def _halves(name: str, array: np.ndarray, heads: Any) -> np.ndarray:
     """Rows of each head from pairs side by side (llama.cpp's rotation) to two halves."""
+    if not isinstance(heads, int) or heads < 1 or array.shape[0] % (2 * heads):
+        raise ValueError(
+            f"{name} has {array.shape[0]} rows, which are not those of {_text.quoted(heads)} heads."
+        )
     apart = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
     return apart.swapaxes(1, 2).reshape(array.shape)
 
@@ -350,4 +382,13 @@ def _open(path: str | Path) -> Any:
 
 
 def _fields(reader: Any, wanted: Callable[[str], bool]) -> dict[str, Any]:
-    return {name: field.contents() for name, field in reader.fields.items() if wanted(name)}
+    found = {}
+    for name, field in reader.fields.items():
+        if wanted(name):
+            try:
+                found[name] = field.contents()
+            except (ValueError, IndexError, TypeError) as error:
+                raise ValueError(
+                    f"{_text.quoted(name)} cannot be read ({_text.shown(str(error), 100)})."
+                ) from None
+    return found

@@ -162,7 +162,12 @@ def convention(
     torch_names |= {"mean": "running_mean", "var": "running_var"}
     flat = trees.flatten(tree)
     said = _said(tree, list(flat), axes)
-    unclear = [text for path in flat if path not in said and (text := _unclear(path, flat, said))]
+    others = _others(flat, said)
+    unclear = [
+        text
+        for path, leaf in flat.items()
+        if path not in said and (text := _unclear(path, tuple(leaf.shape), others))
+    ]
     if unclear:
         raise ValueError(
             "the axes of these leaves cannot be told from their shapes; say them with "
@@ -193,11 +198,32 @@ def _said(
     return {path: axes[number][1] for path, number in numbers if number >= 0}
 
 
-def _unclear(path: str, flat: Mapping[str, Any], said: Mapping[str, Axes]) -> str | None:
+class _Others(NamedTuple):
+    """What the leaves of a tree are, by which one of them is judged."""
+
+    channels: set[int]  # that convolutions make
+    images: set[int]  # that convolutions read; nobody makes an image of four channels or fewer
+    read: set[int]  # lengths that linear layers read
+    made: set[int]  # lengths that linear layers make, other than flattened maps
+    flattened: set[int]  # lengths of the maps that rules flatten
+
+
+def _others(flat: Mapping[str, Any], said: Mapping[str, Axes]) -> _Others:
+    kernels = {p: tuple(x.shape) for p, x in flat.items() if p.split("/")[-1] == "kernel"}
+    maps = [shape for shape in kernels.values() if len(shape) > 2]
+    matrices = {path: shape for path, shape in kernels.items() if len(shape) == 2}
+    return _Others(
+        channels={shape[-1] for shape in maps},
+        images={shape[-2] for shape in maps if shape[-2] > 4},
+        read={shape[0] for shape in matrices.values()},
+        made={shape[1] for path, shape in matrices.items() if not _makes_a_map(said.get(path))},
+        flattened=_flattened_lengths(said),
+    )
+
+
+def _unclear(path: str, shape: tuple[int, ...], others: _Others) -> str | None:
     """Why a leaf's axes cannot be told from its shape; None if they can."""
-    shape, name = tuple(flat[path].shape), path.split("/")[-1]
-    kernels = [tuple(x.shape) for p, x in flat.items() if p.split("/")[-1] == "kernel"]
-    maps = [other for other in kernels if len(other) > 2]
+    name = path.split("/")[-1]
     start = f"{path} {list(shape)}: "
     if name == "kernel" and len(shape) > 2:
         kind = {3: "conv1d", 4: "conv2d", 5: "conv3d"}.get(len(shape))
@@ -206,20 +232,18 @@ def _unclear(path: str, flat: Mapping[str, Any], said: Mapping[str, Axes]) -> st
         transposed = kind.replace("conv", "conv_transpose")
         return start + f"naming.{kind}, naming.{transposed} or Axes(...)"
     if name == "kernel" and len(shape) == 2:
-        if any(_is_multiple(shape[0], channels) for *_, channels in maps):
+        if any(_is_multiple(shape[0], channels) for channels in others.channels):
             return start + "naming.flattened(channels, height, width), or naming.linear"
-        # What another layer reads is no map, and nobody makes an image of four channels or fewer.
-        read = {other[0] for other in kernels if len(other) == 2}
-        wanted = [other[-2] for other in maps if other[-2] > 4]
-        if shape[1] not in read and any(_is_multiple(shape[1], n) for n in wanted):
+        # What another layer reads is no map.
+        is_read = shape[1] in others.read
+        if not is_read and any(_is_multiple(shape[1], channels) for channels in others.images):
             return start + "naming.unflattened(channels, height, width), or naming.linear"
         return None
     if name in ("scale", "bias", "mean", "var"):
         if len(shape) > 1:
             return start + "Axes(...)"
         # A vector beside a flattened map, unless a layer has as many outputs of its own.
-        made = {x.shape[1] for p, x in flat.items() if _is_linear(p, x, said)}
-        if shape and shape[0] not in made and shape[0] in _flattened_lengths(said):
+        if shape and shape[0] not in others.made and shape[0] in others.flattened:
             return start + "naming.unflattened_vector(channels, height, width), or naming.same"
     return None
 
@@ -228,11 +252,10 @@ def _is_multiple(length: int, channels: int) -> bool:
     return channels > 1 and length > channels and length % channels == 0
 
 
-def _is_linear(path: str, leaf: Any, said: Mapping[str, Axes]) -> bool:
-    """Whether a leaf is the kernel of a linear layer whose outputs are no map."""
-    axes = said.get(path, linear)
-    is_map = axes.split is not None and len(axes.split) == 2 and axes.split[0] is not None
-    return path.split("/")[-1] == "kernel" and len(leaf.shape) == 2 and not is_map
+def _makes_a_map(axes: Axes | None) -> bool:
+    """Whether the outputs of a linear layer are a map."""
+    split = None if axes is None else axes.split
+    return split is not None and len(split) == 2 and split[0] is not None
 
 
 def _flattened_lengths(said: Mapping[str, Axes]) -> set[int]:

@@ -60,7 +60,7 @@ def chat(
     if any(is_learned for _, is_learned in marked):
         pieces = marked
     else:
-        pieces = _by_prefixes(tokenizer, messages, variables)
+        pieces = _by_prefixes(tokenizer, messages, variables, _plain(marked))
     ids = [tokenizer.encode(text) for text, _ in pieces]
     learned = [np.full(len(own), said) for own, (_, said) in zip(ids, pieces, strict=True)]
     return Chat(
@@ -91,15 +91,18 @@ def chat_text(
 
 
 def _by_prefixes(
-    tokenizer: Tokenizer, messages: Sequence[Message], variables: Mapping[str, Any]
+    tokenizer: Tokenizer, messages: Sequence[Message], variables: Mapping[str, Any], whole: str
 ) -> list[tuple[str, bool]]:
+    """The pieces of the whole text, each reply found between two renderings of its beginning."""
     pieces: list[tuple[str, bool]] = []
     written = ""
     for i, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
         before = _plain(_rendered(tokenizer, messages[:i], variables, prompts=True))
-        after = _plain(_rendered(tokenizer, messages[: i + 1], variables, prompts=False))
+        after = whole
+        if i + 1 < len(messages):
+            after = _plain(_rendered(tokenizer, messages[: i + 1], variables, prompts=False))
         if not (before.startswith(written) and after.startswith(before)):
             raise ValueError(
                 f"chat_template: the text of the first {i + 1} messages does not begin with the "
@@ -108,7 +111,6 @@ def _by_prefixes(
             )
         pieces += [(before[len(written) :], False), (after[len(before) :], True)]
         written = after
-    whole = _plain(_rendered(tokenizer, messages, variables, prompts=False))
     if not whole.startswith(written):
         raise ValueError("chat_template: a later message changes the text of an earlier reply.")
     return [*pieces, (whole[len(written) :], False)]
@@ -170,6 +172,14 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    """As transformers': letters beyond ASCII stay, nothing is escaped for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """transformers' filter: letters beyond ASCII stay, nothing is escaped for HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

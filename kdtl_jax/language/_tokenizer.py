@@ -76,7 +76,7 @@ def tokenizer(path: str | Path) -> Tokenizer:
 
     Raises:
       FileNotFoundError: if there is no tokenizer.json.
-      RuntimeError: without the package `tokenizers`.
+      ImportError: without the package `tokenizers`.
       ValueError: if a file is not what its name says.
     """
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
@@ -85,7 +85,7 @@ def tokenizer(path: str | Path) -> Tokenizer:
     try:
         package = importlib.import_module("tokenizers")
     except ImportError:
-        raise RuntimeError(
+        raise ImportError(
             "reading tokenizer.json needs the package tokenizers: pip install 'kdtl_jax[hub]'."
         ) from None
     content = file.read_bytes()

@@ -126,11 +126,9 @@ def matrix_view(path: str, leaf: Any, in_axis: AxisSpec, out_axis: AxisSpec) -> 
 
 def selected_matrices(params: Params, where: trees.Selector) -> dict[str, Any]:
     """The inexact leaves an adapter is asked to adapt."""
-    flags = jax.tree.leaves(trees.mask(params, where))
+    flags = jax.tree.leaves(_leaves.selected(params, where))
     pairs = zip(trees.flatten(params).items(), flags, strict=True)
-    selected = {path: leaf for (path, leaf), is_selected in pairs if is_selected}
-    _leaves.refuse_codes(selected)
-    found = {path: leaf for path, leaf in selected.items() if trees.is_inexact(leaf)}
+    found = {path: leaf for (path, leaf), is_selected in pairs if is_selected}
     if not found:
         raise ValueError("adapter: the selected leaves hold no floating-point array.")
     return found

@@ -99,6 +99,18 @@ def refuse_codes(flat: Mapping[str, Any]) -> None:
         )
 
 
+def selected(params: PyTree, where: trees.Selector) -> PyTree:
+    """The mask of the inexact leaves that `where` selects.
+
+    Raises:
+      ValueError: if `where` matches nothing, or a leaf that it selects holds quantized codes.
+    """
+    mask = trees.mask(params, where)
+    pairs = zip(trees.flatten(params).items(), jax.tree.leaves(mask), strict=True)
+    refuse_codes({path: leaf for (path, leaf), is_chosen in pairs if is_chosen})
+    return jax.tree.map(lambda chosen, leaf: chosen and trees.is_inexact(leaf), mask, params)
+
+
 def multiply(leaf: Any, alpha: Scalar) -> Array:
     """`alpha * leaf` in float32 or wider, in the leaf's own dtype."""
     wide = widen(leaf)

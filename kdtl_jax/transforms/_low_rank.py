@@ -90,13 +90,9 @@ def truncate_rank(params: Params, rank: int, *, where: trees.Selector) -> Params
     Raises:
       ValueError: if `where` matches nothing, a selected leaf is no matrix, or `rank < 1`.
     """
-    chosen = trees.mask(params, where)
-    flags = jax.tree.leaves(chosen)
-    pairs = zip(trees.flatten(params).items(), flags, strict=True)
-    _leaves.refuse_codes({path: leaf for (path, leaf), is_chosen in pairs if is_chosen})
 
     def truncate(path: str, is_chosen: bool, leaf: Array) -> Array:
-        if not is_chosen or not trees.is_inexact(leaf):
+        if not is_chosen:
             return leaf
         if jnp.ndim(leaf) < 2:
             raise ValueError(f"{path!r} is no matrix, got {list(jnp.shape(leaf))}. Narrow where.")
@@ -104,4 +100,4 @@ def truncate_rank(params: Params, rank: int, *, where: trees.Selector) -> Params
             return leaf
         return factor_low_rank(jnp.asarray(leaf), rank).product()
 
-    return trees.map_with_path(truncate, chosen, params)
+    return trees.map_with_path(truncate, _leaves.selected(params, where), params)

@@ -43,13 +43,9 @@ def fake_quantize(
       ValueError: if `where` matches nothing, a selected leaf holds quantized integer codes, or the
         quantizer changes a shape or dtype.
     """
-    selected = trees.mask(params, where)
-    chosen = jax.tree.leaves(selected)
-    pairs = zip(trees.flatten(params).items(), chosen, strict=True)
-    _leaves.refuse_codes({path: leaf for (path, leaf), is_chosen in pairs if is_chosen})
 
     def one(path: str, leaf: Array, is_chosen: bool) -> Array:
-        if not is_chosen or not trees.is_inexact(leaf):
+        if not is_chosen:
             return leaf
         rounded = quantizer(leaf)
         if (rounded.shape, rounded.dtype) != (leaf.shape, leaf.dtype):
@@ -59,7 +55,7 @@ def fake_quantize(
             )
         return rounded
 
-    return trees.map_with_path(one, params, selected)
+    return trees.map_with_path(one, params, _leaves.selected(params, where))
 
 
 def int_per_channel(
@@ -79,7 +75,8 @@ def int_per_channel(
       bits: 2 to 16.
       axis: the axis along which the scale is shared.
       amax: what M stands for, broadcastable to the weight; by default the largest absolute value
-        along `axis`. Weights beyond it are clipped, with gradient 0.
+        along `axis`. Weights beyond it are clipped, with gradient 0. A channel whose amax is at
+        most 2^-24 becomes zeros.
       narrow: codes -M to M; otherwise -M - 1 is one too.
 
     Returns:
@@ -91,6 +88,8 @@ def int_per_channel(
     """
     wide = _weight(weight)
     _checks.count(2, bits=bits)
+    if bits > 16:
+        raise ValueError(f"bits must lie in 2..16, got {bits}: float32 holds no finer integers.")
     top = 2 ** (bits - 1) - 1
     if amax is None:
         amax = jnp.max(jnp.abs(wide), axis=axis, keepdims=True)
@@ -104,6 +103,9 @@ def int_per_channel(
 
 def int_by_group(weight: Array, *, bits: int = 4, group: int = 128, axis: int = -2) -> Array:
     """`int_per_channel` with one scale per `group` consecutive inputs of a channel.
+
+    Raises:
+      ValueError: for bits outside 2 to 16, or a group below 1.
 
     References:
       Lin et al., AWQ, 2023 (2306.00978), without its rescaling.

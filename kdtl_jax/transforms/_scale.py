@@ -1,7 +1,6 @@
 """Parameter distillation by scaling: `theta_small = alpha * theta_large`."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,20 +40,13 @@ def scale(
       TypeError: if a coefficient is not a real number.
     """
     leaves, treedef = jax.tree.flatten(params)
-    selected = jax.tree.leaves(trees.mask(params, where))
-    chosen = [c and trees.is_inexact(leaf) for c, leaf in zip(selected, leaves, strict=True)]
-    _leaves.refuse_codes(_selected(params, selected))
+    chosen = jax.tree.leaves(_leaves.selected(params, where))
     values = _leaves.coefficients(alpha, params, chosen)
     scaled = [
         leaf if value is None else _leaves.multiply(leaf, value)
         for leaf, value in zip(leaves, values, strict=True)
     ]
     return jax.tree.unflatten(treedef, scaled)
-
-
-def _selected(params: Params, selected: Sequence[bool]) -> dict[str, Any]:
-    pairs = zip(trees.flatten(params).items(), selected, strict=True)
-    return {path: leaf for (path, leaf), is_selected in pairs if is_selected}
 
 
 def scale_homogeneous(
