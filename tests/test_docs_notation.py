@@ -29,7 +29,8 @@ def short(text: str) -> str:
         ("e^{−(z_k − z_l)}", "<msup>e−(<msub>zk</msub>−<msub>zl</msub>)</msup>"),
         ("p^(1/(a b)) q", "<msup>p1/(ab)</msup> q"),
         ("2^{-l}", "<msup>2−l</msup>"),
-        ("a <= b", "a ≤ b"),
+        ("a <= b c", "a≤b c"),  # the operator brings its own space
+        ("βp_S", "β<msub>pS</msub>"),
     ],
 )
 def test_notation(text: str, elements: str) -> None:

@@ -169,7 +169,7 @@ def _attribute(name: str) -> bool:
 def unmade_figures(text: str) -> list[str]:
     """Figures of a page without the command that writes them; the dark form goes with the light."""
     missing = []
-    for figure in re.findall(r"([\w-]+\.svg)[)\"]", text):
+    for figure in re.findall(r"(?:\(|\"|\{image\} )[^\s)\"]*?([\w-]+\.svg)", text):
         written = re.escape(figure.replace("-dark.svg", "-light.svg"))
         scripts = re.findall(rf"python (docs/\S+\.py)[^\n]*/{written}", text)
         if not scripts or not (ROOT / scripts[0]).exists() or not list(DOCS.rglob(figure)):
@@ -190,6 +190,7 @@ def test_figures_without_their_command_are_found() -> None:
         "demo-light.svg",
     ]
     assert unmade_figures(text.replace("gallery/demo.py", "gallery/other.py"))
+    assert unmade_figures("```{image} _static/temperatures.svg\n```") == ["temperatures.svg"]
 
 
 # Public callables of kdtl_jax.losses that are pieces of a listed loss, and stand with it.

@@ -11,8 +11,12 @@ GREEK = {
 SIGNS = {"*": "·", "-": "−", "->": "→", "<=": "≤", ">=": "≥", "||": "‖", "!=": "≠", "==": "="}
 RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ᵀᵅᵝᵞ", "0123456789−⊤αβγ")
 LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+SPACED = {"+", "-", "−", "*", "·", "/", "->", "→", "=", "==", "!=", "<=", ">=", "<", ">", "≤", "≥"}
 CLOSING = {"(": ")", "{": "}"}
-TOKEN = re.compile(r"\s+|\d*\.?\d+(?:e-?\d+)?|[^\W\d_]+'*|->|<=|>=|!=|==|\|\||[_^]|.", re.DOTALL)
+GREEK_LETTER = r"[α-ωΑ-Ω](?=[A-Za-z])"  # times what follows: `βp`
+TOKEN = re.compile(
+    rf"\s+|\d*\.?\d+(?:e-?\d+)?|{GREEK_LETTER}|[^\W\d_]+'*|->|<=|>=|!=|==|\|\||[_^]|.", re.DOTALL
+)
 
 
 def mathml(text: str) -> str:
@@ -31,7 +35,9 @@ def _row(tokens: list[str], i: int, closing: str = "") -> tuple[str, int]:
         token = tokens[i]
         i += 1
         if token.isspace():
-            out += [] if closing else ['<mspace width="0.25em"/>']  # scripts are set closely
+            beside = {tokens[i - 2] if i > 1 else "", tokens[i] if i < len(tokens) else ""}
+            # Scripts are set closely, and operators bring their own space.
+            out += [] if closing or beside & SPACED else ['<mspace width="0.25em"/>']
         elif token in "_^":
             script, i = _script(tokens, i)
             kind = "msub" if token == "_" else "msup"

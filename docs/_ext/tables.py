@@ -73,19 +73,18 @@ def methods_page(needs: str, title: str) -> str:
         "",
         "Equations are those of the method's own terms; `S` is the student, `T` the teacher (as a "
         "factor, the temperature).",
-        "Weights are the defaults of the function. In *glue*, yes means that the method trains a "
-        "connector beside the student.",
+        "Weights are the defaults of the function.",
         "",
-        "| method | equation | paper | glue | weights and differences |",
-        "|---|---|---|---|---|",
+        "| Method, paper | Equation | Weights and differences |",
+        "|---|---|---|",
     ]
     for entry in methods.table():
         if entry.needs != needs:
             continue
         equation, rest = split(inspect.getdoc(entry.build) or "")
-        glue = "yes" if entry.connector else ""
+        glue = " Trains a connector beside the student." if entry.connector else ""
         name = f"{{py:func}}`{entry.name} <kdtl_jax.methods.{entry.name}>`"
-        cells = (f"{name}<br>{entry.title}", equation, entry.paper, glue, rest)
+        cells = (f"{name}<br>{entry.title}<br>{entry.paper}", equation, f"{rest}{glue}".strip())
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -97,7 +96,7 @@ def language_page() -> str:
         "",
         "Each is a function of a `language.Setup`: two decoders and how to sample from them.",
         "",
-        "| method | what it minimizes | notes |",
+        "| Method | What it minimizes | Notes |",
         "|---|---|---|",
     ]
     for found in language.methods():
