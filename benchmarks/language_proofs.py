@@ -175,7 +175,7 @@ def show(found: dict[str, list[float]]) -> None:
     """A line per number: mean and half-width."""
     for name, values in found.items():
         interval = report.interval(np.asarray(values))
-        half = "" if interval.ci95 is None else f" ± {interval.ci95:.4f}"
+        half = "" if interval.high is None else f" ± {interval.high - interval.mean:.4f}"
         print(f"{name}: {interval.mean:.4f}{half}", flush=True)
 
 

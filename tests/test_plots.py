@@ -62,23 +62,24 @@ def numbers(chart: plots.Chart, anchor: str, axis: str) -> dict[float, float]:
 
 
 def test_dots_and_whiskers_stand_where_their_values_are() -> None:
-    chart = plots.dots([plots.Bar("a", 0.5, 0.1), plots.Bar("b", 0.9, None)], axis="accuracy")
+    chart = plots.dots([plots.Bar("a", 0.5, 0.3, 0.6), plots.Bar("b", 0.9)], axis="accuracy")
     found = marks(chart)
-    assert list(found) == ["a: 50.0 ± 10.0 %", "b: 90.0 %"]
+    assert list(found) == ["a: 50.0 % (30.0 to 60.0)", "b: 90.0 %"]
     ticks = numbers(chart, "middle", "x")
     (low, x_low), (high, x_high) = min(ticks.items()), max(ticks.items())
     per_point = (x_high - x_low) / (high - low)
     places = [mark.center[0] for mark in found.values()]
     np.testing.assert_allclose(places, [x_low + per_point * (v - low) for v in (50, 90)], atol=0.2)
     paths = [p for p in ET.fromstring(chart.svg).iter("path") if "width: 3" in p.attrib["style"]]
-    lengths = [float(np.ptp(points(path)[:, 0])) for path in paths]
-    np.testing.assert_allclose(lengths, [20 * per_point, 0], atol=0.2)
+    [whisker] = [points(path)[:, 0] for path in paths]
+    ends = [x_low + per_point * (v - low) for v in (30, 60)]
+    np.testing.assert_allclose([whisker.min(), whisker.max()], ends, atol=0.2)
 
 
 def test_a_value_that_is_not_finite_has_its_row_and_no_dot() -> None:
-    bars = [plots.Bar("a", 0.5, 0.1), plots.Bar("lost", math.nan, math.nan)]
+    bars = [plots.Bar("a", 0.5, 0.4, 0.6), plots.Bar("lost", math.nan, math.nan, math.nan)]
     chart = plots.dots(bars, axis="accuracy")
-    assert list(marks(chart)) == ["a: 50.0 ± 10.0 %"]
+    assert list(marks(chart)) == ["a: 50.0 % (40.0 to 60.0)"]
     texts = [t.text for t in ET.fromstring(chart.svg).iter("text")]
     assert "lost" in texts and "nan" in texts
     nothing = plots.lines([plots.Line("x", [1, 2], [math.nan, math.nan])], x_axis="x", y_axis="y")
@@ -169,7 +170,7 @@ def test_spans_and_roofline_show_every_program() -> None:
 
 def every_chart(text: str) -> list[plots.Chart]:
     return [
-        plots.dots([plots.Bar(text, 0.5, 0.1)], axis=text),
+        plots.dots([plots.Bar(text, 0.5, 0.4, 0.6)], axis=text),
         plots.lines([plots.Line(text, [1, 2], [0.1, 0.2])], x_axis=text, y_axis=text),
         plots.parallel([plots.Axis(text, [0.0], [text]), plots.Axis("b", [1.0])], best=0),
         plots.heat_map([[0.5]], rows=[text], columns=[text], row_axis=text, column_axis=text),

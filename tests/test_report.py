@@ -1,4 +1,7 @@
-"""Results: intervals and verdicts by definition, the file's schema, a page without a network."""
+"""Results: the file's schema, rows against their baseline, a page without a network.
+
+Intervals and verdicts are tested in test_intervals.py.
+"""
 
 import importlib.resources
 import json
@@ -10,19 +13,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.stats
 
 from kdtl_jax import _files
 from kdtl_jax.run import report
-from kdtl_jax.run.report import Interval, Results, Row, Section
+from kdtl_jax.run.report import Results, Row, Section
 
 NASTY = "<script>alert('a')</script> & \"b\""
 
 
 def row(method: str, values: list[float], **more: Any) -> Row:
-    found = report.interval(values)
+    found = report.interval(values, is_share=True)
     base = Row(method, "distillation", method.upper(), 1234, found, found, 1.25, {"rate": 0.1})
     return base._replace(**more)
+
+
+def against(baseline: list[float], values: list[float]) -> report.Versus:
+    rows = [row("alone", baseline), row("kd", values)]
+    found = report.compared(rows, {"distillation": "alone"})[1].versus
+    assert found is not None
+    return found
 
 
 def results(**more: Any) -> Results:
@@ -49,71 +58,11 @@ def results(**more: Any) -> Results:
     return whole._replace(**more)
 
 
-@pytest.mark.parametrize("size", [2, 3, 5, 30])
-def test_intervals_are_students(size: int) -> None:
-    values = np.random.default_rng(size).normal(3, 2, size)
-    found = report.interval(values)
-    low, high = scipy.stats.t.interval(
-        0.95, size - 1, loc=values.mean(), scale=scipy.stats.sem(values)
-    )
-    assert found.ci95 is not None
-    np.testing.assert_allclose([found.mean - found.ci95, found.mean + found.ci95], [low, high])
-    assert found.values == tuple(values)
-
-
-def test_intervals_cover_the_mean_as_often_as_they_claim() -> None:
-    draws = np.random.default_rng(0).normal(size=(2000, 4))
-    found = [report.interval(draw) for draw in draws]
-    covered = np.mean([abs(x.mean) <= (x.ci95 or 0) for x in found])
-    assert abs(covered - 0.95) < 0.015  # three standard deviations of 2000 trials
-
-
-def test_one_value_has_no_interval_and_none_is_an_error() -> None:
-    assert report.interval(0.5) == Interval(0.5, None, (0.5,))
-    assert report.percent(report.interval(0.5)) == "50.0"
-    assert report.percent(Interval(0.906, 0.0091, ())) == "90.6 ± 0.9"
-    with pytest.raises(ValueError, match="at least one value"):
-        report.interval([])
-
-
-@pytest.mark.parametrize(
-    ("values", "verdict"),
-    [
-        ([0.85, 0.88, 0.86], "better"),
-        ([0.75, 0.78, 0.76], "worse"),
-        ([0.80, 0.82, 0.81], "no clear difference"),
-        ([0.90, 0.80, 0.79], "no clear difference"),  # larger mean, but one seed makes it
-    ],
-)
-def test_verdicts_are_of_paired_differences(values: list[float], verdict: str) -> None:
-    baseline = row("alone", [0.80, 0.82, 0.81])
-    found = report.versus(baseline, values)
-    assert (found.baseline, found.verdict) == ("alone", verdict)
-    expected = report.interval(np.subtract(values, baseline.test.values))
-    assert found.difference == expected
-    if verdict != "no clear difference":
-        paired: Any = scipy.stats.ttest_rel(values, baseline.test.values)
-        assert paired.pvalue < 0.05
-
-
-def test_pairing_finds_what_spread_over_seeds_would_hide() -> None:
-    baseline = row("alone", [0.5, 0.7, 0.9])
-    values = [0.51, 0.712, 0.911]
-    assert report.versus(baseline, values).verdict == "better"
-    unpaired: Any = scipy.stats.ttest_ind(values, baseline.test.values)
-    assert unpaired.pvalue > 0.9
-
-
-def test_one_seed_never_decides() -> None:
-    assert report.versus(row("alone", [0.1]), [0.9]).verdict == "no clear difference"
-
-
 def test_what_is_not_finite_is_shown_as_such_and_ranks_last() -> None:
     found = report.interval([0.9, math.nan, 0.8])
     assert math.isnan(found.mean) and report.percent(found) == "nan"
     assert math.isnan(report.interval([math.inf]).mean), "an infinite score is no score"
-    verdict = report.versus(row("alone", [0.8, 0.8, 0.8]), [0.9, math.nan, 0.9]).verdict
-    assert verdict == "not finite"
+    assert against([0.8, 0.8, 0.8], [0.9, math.nan, 0.9]).verdict == "not finite"
     assert report.ranked([0.5, math.nan, 0.9, math.inf, 0.7]) == [2, 4, 0, 1, 3]
     assert report.ranked([0.5, 0.5]) == [0, 1], "of equals the first"
 
@@ -131,7 +80,7 @@ def test_the_file_is_as_documented() -> None:
     assert found.keys() == {
         "schema_version", "task", "data", "rows", "curves", "notes", "environment"
     }  # fmt: skip
-    assert found["schema_version"] == report.SCHEMA_VERSION == 1
+    assert found["schema_version"] == report.SCHEMA_VERSION == 2
     alone, kd, _ = found["rows"]
     for entry in found["rows"]:
         assert entry.keys() == {
@@ -140,7 +89,9 @@ def test_the_file_is_as_documented() -> None:
         }  # fmt: skip
     assert kd["test_accuracy"]["values"] == [0.90, 0.91, 0.92] and kd["seeds"] == 3
     assert kd["test_accuracy"].keys() == {"mean", "ci95", "values"}
-    assert kd["versus"].keys() == {"baseline", "difference", "verdict"}
+    assert kd["versus"].keys() == {"baseline", "difference", "p_value", "p_adjusted", "verdict"}
+    low, high = kd["test_accuracy"]["ci95"]
+    assert 0.8 < low < kd["test_accuracy"]["mean"] < high < 1
     assert kd["versus"]["difference"]["mean"] == pytest.approx(0.1)
     assert alone["versus"] is alone["agreement"] is None
     assert found["curves"] == {"learning": dict(results().learning), "alpha": dict(results().alpha)}
@@ -208,7 +159,14 @@ def test_the_page_is_self_contained_and_escaped() -> None:
     assert not re.search(r"@import|url\(|https?://", text)
     assert "<script>" not in text and "".join(page.text).count("<script>alert('a')</script>") >= 3
     shown = " ".join(page.text)
-    for words in ("91.0 ± 2.5", "+10.0", "better", "1,234", "rate: 0.1", "KD"):
+    for words in (
+        "91.0 (88.2–93.2)",
+        "+10.0 (7.5 to 12.5)",
+        "better, p = 0.003",
+        "1,234",
+        "rate: 0.1",
+        "KD",
+    ):
         assert words in shown, words
     assert "prefers-color-scheme:dark" in text and "width=device-width" in text
 

@@ -55,13 +55,13 @@ def main(results: str, out: str, theme: str = "light") -> None:
     for axes, family, group in zip(panels[:, 0], families, groups, strict=True):
         for i, row in enumerate(group):
             mean = 100 * row["test_accuracy"]["mean"]
-            half = 100 * (row["test_accuracy"]["ci95"] or 0.0)
+            low, high = (100 * x for x in row["test_accuracy"]["ci95"])
             is_better = row["versus"] is not None and row["versus"]["verdict"] == "better"
             color = better if is_better else other
-            axes.plot([mean - half, mean + half], [i, i], color=color, lw=6, alpha=0.4)
+            axes.plot([low, high], [i, i], color=color, lw=6, alpha=0.4)
             axes.plot(mean, i, "o", color=color, ms=7)
             axes.annotate(
-                f"{mean:.1f}", (mean + half, i), (10, 0), textcoords="offset points", va="center",
+                f"{mean:.1f}", (high, i), (10, 0), textcoords="offset points", va="center",
                 color=ink, fontsize=10,
             )  # fmt: skip
         axes.set_title(family.capitalize(), color=ink, loc="left", fontsize=11, weight="bold")
@@ -73,7 +73,7 @@ def main(results: str, out: str, theme: str = "light") -> None:
         axes.grid(axis="x", color=quiet, alpha=0.25)
         axes.spines[:].set_visible(False)
     drawing.supxlabel(
-        "test accuracy in % with the 95 % interval of its mean over seeds; "
+        "test accuracy in % with its 95 % interval (seeds and test images); "
         "blue: better than training alone",
         color=quiet,
         fontsize=11,

@@ -38,9 +38,10 @@ def save(
     for color, (name, values) in zip(COLORS, curves.items(), strict=False):
         found = [report.interval(seeds) for seeds in np.asarray(values)]
         middle = np.array([each.mean for each in found])
-        half = np.array([each.ci95 or 0.0 for each in found])
+        low = [each.mean if each.low is None else each.low for each in found]
+        high = [each.mean if each.high is None else each.high for each in found]
         axes.plot(x_values, middle, color=color, marker="o", label=name)
-        axes.fill_between(x_values, middle - half, middle + half, color=color, alpha=0.25, lw=0)
+        axes.fill_between(x_values, low, high, color=color, alpha=0.25, lw=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(x_values, [f"{value:g}" for value in x_values])
     axes.set_xlabel(x, color=GRAY)

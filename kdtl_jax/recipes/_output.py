@@ -239,7 +239,7 @@ def print_table(results: report.Results) -> None:
             for x, versus in zip(rows, compared, strict=True)
         ]
         lines = [
-            f"{family:12s} {row.method:26s} test {test:>11s} %  {versus:32s} {count:>9} parameters "
+            f"{family:12s} {row.method:26s} test {test:>18s} %  {versus:32s} {count:>9} parameters "
             f"{seconds:>6} s"
             for row, (_, test, versus, count, seconds) in zip(rows, cells, strict=True)
         ]

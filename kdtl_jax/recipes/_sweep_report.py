@@ -56,8 +56,8 @@ def lines(outcome: Sweep) -> list[Line]:
                 Line(
                     swept.method,
                     setting,
-                    report.interval(swept.validation[k]),
-                    report.interval(swept.test[k]),
+                    report.interval(swept.validation[k], is_share=True),
+                    report.interval(swept.test[k], is_share=True),
                     int(swept.epochs[k]),
                     int(swept.epochs[k]) == most,
                 )
@@ -142,7 +142,9 @@ def html_page(outcome: Sweep) -> str:
         [[s.method, PATHS[s.path], str(s.per_call), f"{s.seconds:.1f}"] for s in outcome.swept],
     )
     sections = [
-        report.Section("Best settings", ["Mean ± 95 % interval over seeds."], [best]),
+        report.Section(
+            "Best settings", ["The mean over seeds and its 95 % interval, for other seeds."], [best]
+        ),
         report.Section("All settings", [lines_note], [parallel(found, axes)]),
         *_heat_maps(outcome),
         report.Section("How it ran", outcome.notes, [ran]),

@@ -146,8 +146,15 @@ def compare(
         params = _training.pick(choice.fitted.kept.params, 0)
         found.rows.append(
             _training.row(
-                method.name, FAMILY, method.label, params, choice.fitted, seconds, described
-            )
+                method.name,
+                FAMILY,
+                method.label,
+                params,
+                choice.fitted,
+                seconds,
+                described,
+                labels=target.test.labels,
+            )  # fmt: skip
         )
         found.learning[method.name] = _choice.learning_curve(choice.fitted, settings.epochs)
         found.models[method.name] = choice.fitted.kept

@@ -155,6 +155,7 @@ def row(
     seconds: float,
     settings: Mapping[str, Any],
     *,
+    labels: Any,
     teacher: Any = None,
 ) -> report.Row:
     """A method's line of the table: one student per seed.
@@ -167,19 +168,23 @@ def row(
       found: with accuracies `test` and `validation` `[S]`, and `named` `[S, test examples]`.
       seconds: wall time of everything.
       settings: what was fixed and what was chosen.
+      labels: of the test examples.
       teacher: the classes it names, `[S or 1, test examples]`, for the agreement.
     """
-    same = None if teacher is None else np.asarray(found.named) == np.asarray(teacher)
+    named = np.asarray(found.named)
+    right = named == np.asarray(labels)
+    same = None if teacher is None else named == np.asarray(teacher)
     return report.Row(
         method,
         family,
         label,
         trees.count(params),
-        report.interval(found.test),
-        report.interval(found.validation),
+        report.interval(found.test, right, is_share=True),
+        report.interval(found.validation, is_share=True),
         seconds,
         settings,
-        None if same is None else report.interval(same.mean(axis=1)),
+        None if same is None else report.interval(same.mean(axis=1), same, is_share=True),
+        examples=right,
     )
 
 

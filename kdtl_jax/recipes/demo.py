@@ -176,7 +176,12 @@ def distill(
     seconds = time.perf_counter() - began
     frozen = teachers.kept.params
     one = _training.pick(frozen, 0)
-    rows = [_training.row("teacher", FAMILY, "Teacher", one, teachers, seconds, described)]
+    rows = [
+        _training.row(
+            "teacher", FAMILY, "Teacher", one, teachers, seconds, described,
+            labels=splits.test.labels,
+        )
+    ]  # fmt: skip
 
     # What students read: ten images per class, and the teacher's outputs on them.
     few = [per_class(splits.train, IMAGES_PER_CLASS, seed=seed) for seed in range(seeds)]
@@ -234,6 +239,7 @@ def distill(
                 choice.fitted,
                 time.perf_counter() - began,
                 {**fixed, **described, **chosen},
+                labels=splits.test.labels,
                 teacher=teachers.named,
             )  # fmt: skip
         )
@@ -341,7 +347,7 @@ def project(
     one = _training.pick(chosen.kept.params, 0)
     return _training.row(
         "projected_outputs", FAMILY, label, one, chosen, seconds, described,
-        teacher=named_by_teacher,
+        labels=held[1]["labels"], teacher=named_by_teacher,
     )  # fmt: skip
 
 

@@ -326,7 +326,7 @@ def _row(
     cosine = report.interval([float(f.cosine.mean()) for f in test] * repeated)
     described: dict[str, Any] = {
         "mean_cosine": cosine.mean,
-        "mean_cosine_ci95": cosine.ci95,
+        "mean_cosine_ci95": None if cosine.low is None else [cosine.low, cosine.high],
         "agreement_at_10": float(np.mean([f.agreement.mean() for f in test])),
         "sentences_per_second": round(lines_per_second, 1),
     }
@@ -334,15 +334,19 @@ def _row(
         fixed = ("layers", "steps", "batch_size", "learning_rate", "max_length")
         described |= {name: getattr(settings, name) for name in fixed}
         described |= {f"weight_{term}": weight for term, weight in WEIGHTS.items()}
+    on_validation, on_test = (
+        np.stack([f.agreement for f in part] * repeated) for part in (validation, test)
+    )
     return report.Row(
         name,
         FAMILY,
         LABELS[name],
         parameters,
-        report.interval([float(f.agreement.mean()) for f in test] * repeated),
-        report.interval([float(f.agreement.mean()) for f in validation] * repeated),
+        report.interval(on_test.mean(axis=1), on_test, is_share=True),
+        report.interval(on_validation.mean(axis=1), on_validation, is_share=True),
         seconds,
         described,
+        examples=on_test,
     )
 
 

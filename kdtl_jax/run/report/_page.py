@@ -12,7 +12,8 @@ import jinja2
 
 from kdtl_jax.run.report import plots
 from kdtl_jax.run.report._drawing import COLORS, shown
-from kdtl_jax.run.report._results import Interval, Results, Row, environment, ranked
+from kdtl_jax.run.report._intervals import Interval
+from kdtl_jax.run.report._results import Results, Row, environment, ranked
 from kdtl_jax.run.report.plots import Chart
 
 _NOTES = 4  # so many stand before the results
@@ -86,9 +87,20 @@ def html_page(results: Results) -> str:
 
 
 def percent(found: Interval) -> str:
-    """`90.6 ± 0.9`; `nan` where a seed's value was not finite."""
-    half = "" if found.ci95 is None or math.isnan(found.ci95) else f" ± {100 * found.ci95:.1f}"
-    return f"{100 * found.mean:.1f}{half}"
+    """`90.6 (89.7–91.5)`, the mean and its interval; `nan` where a value was not finite."""
+    return f"{100 * found.mean:.1f}{_range(found, '–')}"
+
+
+def points(found: Interval) -> str:
+    """A difference of shares in points of a percent: `+10.0 (7.5 to 12.5)`."""
+    mean = f"{100 * found.mean:+.1f}" if math.isfinite(found.mean) else "nan"
+    return f"{mean}{_range(found, ' to ')}"
+
+
+def _range(found: Interval, between: str) -> str:
+    if found.low is None or found.high is None or math.isnan(found.low):
+        return ""
+    return f" ({100 * found.low:.1f}{between}{100 * found.high:.1f})"
 
 
 def _families(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
@@ -97,30 +109,36 @@ def _families(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
 
 
 def _table(rows: Sequence[Row]) -> Section:
-    seeds = max(len(row.test.values) for row in rows)
+    tested = sum(row.versus is not None and not math.isnan(row.versus.p_value) for row in rows)
     note = (
-        f"Accuracy on the test split: mean ± 95 % interval over {seeds} seeds. The comparison is "
-        "seed by seed."
+        "Accuracy on the test split in percent: the mean over seeds and its 95 % interval, which "
+        "counts that other seeds and other test examples would give other numbers. Comparisons are "
+        "made seed by seed and example by example."
     )
-    header = ("Method", "Test %", "Against the baseline", "Parameters", "Seconds")
+    verdicts = (
+        f"p is corrected for all {tested} comparisons of this table (Holm); a method is called "
+        "better or worse if it is at most 0.05. Fewer than 3 seeds are not tested."
+    )
+    header = ("Method", "Test %", "Against the baseline", "Seeds", "Parameters", "Seconds")
     groups = [(family, [_cells(row) for row in own]) for family, own in _families(rows)]
-    return Section("Results", [note], [Table(header, groups, narrow=3)])
+    return Section("Results", [note, verdicts], [Table(header, groups)])
 
 
 def _cells(row: Row) -> list[Cell]:
     compared: Cell = "–"
     if row.versus is not None:
-        points = percent(row.versus.difference)
-        sign = "" if points.startswith(("-", "nan")) else "+"
-        compared = sign + points, row.versus.verdict
-    name = row.label, row.method
-    return [name, percent(row.test), compared, f"{row.parameters:,}", f"{row.seconds:.1f}"]
+        p, verdict = row.versus.p_adjusted, row.versus.verdict
+        shown = "" if math.isnan(p) else ", p < 0.001" if p < 0.001 else f", p = {p:.3f}"
+        compared = points(row.versus.difference), verdict + shown
+    name, seeds = (row.label, row.method), f"{len(row.test.values)}"
+    size, seconds = f"{row.parameters:,}", f"{row.seconds:.1f}"
+    return [name, percent(row.test), compared, seeds, size, seconds]
 
 
 def _accuracy(rows: Sequence[Row]) -> list[Section]:
     sections = [Section("Accuracy by method")]
     for i, (family, own) in enumerate(_families(rows)):
-        bars = [plots.Bar(r.label, r.test.mean, r.test.ci95, i) for r in own]
+        bars = [plots.Bar(r.label, r.test.mean, r.test.low, r.test.high, i) for r in own]
         if len(bars) > 1:
             chart = plots.dots(bars, axis="test accuracy, % (with 95 % interval)")
             sections.append(Section(family, (), [chart], level=3))
@@ -175,7 +193,7 @@ def _clearest(rows: Sequence[Row], learning: Mapping[str, object]) -> list[Row]:
 
 def _agreement(rows: Sequence[Row]) -> list[Section]:
     bars = [
-        plots.Bar(row.label, row.agreement.mean, row.agreement.ci95, 1)
+        plots.Bar(row.label, row.agreement.mean, row.agreement.low, row.agreement.high, 1)
         for row in rows
         if row.agreement is not None
     ]

@@ -1,22 +1,25 @@
 """The results record: rows of methods with intervals, and the environment they were obtained in.
 
-`results.json`, schema_version 1:
+`results.json`, schema_version 2:
 
-    {"schema_version": 1, "task": str, "data": {...},
+    {"schema_version": 2, "task": str, "data": {...},
      "rows": [{"method": str, "family": str, "parameters": int, "seeds": int,
                "test_accuracy": {"mean", "ci95", "values": [seeds]},
                "seconds": float, "settings": {...},
                "validation_accuracy", "agreement": as test_accuracy, or null,
-               "versus": null or {"baseline", "difference": {"mean", "ci95"}, "verdict"}}],
+               "versus": null or {"baseline", "difference": {"mean", "ci95"}, "p_value",
+                                  "p_adjusted", "verdict"}}],
      "curves": {"learning": {method: {"epoch": [...], "validation_accuracy": [...]}},
                 "alpha": {method: {"alpha": [...], "validation_accuracy": [...],
                                    "test_accuracy": [...], "best": float}}},
      "notes": [str], "environment": {...}}
 
-`ci95` is the half-width of the 95 % interval of the mean, by Student's t over seeds. `agreement` is
-the share of test examples on which student and teacher name the same class. `versus` compares
-seed by seed (both methods of a seed share data and teacher). `seconds` is the wall time of all
-seeds and settings of a method, compilation included. A number that is not finite is null.
+`ci95` is the 95 % interval of the mean, [low, high] or null for one seed: for other seeds and,
+where examples are scored one by one, for other test examples (`_intervals`). `agreement` is the
+share of test examples on which student and teacher name the same class. `versus` compares seed by
+seed and example by example; `p_adjusted` is corrected for all comparisons of the file (Holm).
+`seconds` is the wall time of all seeds and settings of a method, compilation included. A number
+that is not finite is null.
 """
 
 import math
@@ -29,27 +32,21 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from scipy.special import stdtrit
 
 from kdtl_jax import _files
+from kdtl_jax.run.report._intervals import FEWEST_SEEDS, LEVEL, Interval, difference, holm
 
-SCHEMA_VERSION = 1
-
-
-class Interval(NamedTuple):
-    """A mean over seeds and the half-width of its 95 % interval (None for one seed)."""
-
-    mean: float
-    ci95: float | None
-    values: tuple[float, ...]
+SCHEMA_VERSION = 2
 
 
 class Versus(NamedTuple):
-    """A paired comparison with a baseline."""
+    """A comparison with a baseline, paired by seed and, where they are known, by example."""
 
     baseline: str
     difference: Interval
-    verdict: str  # "better", "worse", "no clear difference" or "not finite"
+    p_value: float  # of this comparison by itself; NaN if it was not tested
+    p_adjusted: float  # among all comparisons of the table, by Holm
+    verdict: str  # "better", "worse", "no clear difference", "not tested" or "not finite"
 
 
 class Row(NamedTuple):
@@ -65,6 +62,8 @@ class Row(NamedTuple):
     settings: Mapping[str, Any]
     agreement: Interval | None = None
     versus: Versus | None = None
+    examples: np.ndarray | None = None  # [S, N], the scores of the test examples
+    is_share: bool = True  # scores lie in [0, 1]
 
 
 class Results(NamedTuple):
@@ -78,47 +77,56 @@ class Results(NamedTuple):
     notes: Sequence[str] = ()
 
 
-def interval(values: Any) -> Interval:
-    """Mean and 95 % half-width `t(0.975, n - 1) s / sqrt(n)` over independent seeds.
+def compared(
+    rows: Sequence[Row], baselines: Mapping[str, str], *, minimize: bool = False
+) -> list[Row]:
+    """Rows with `versus` filled in.
 
-    NaN where a value is not finite: one failed seed is not averaged away.
+    A difference is called one if Holm's adjusted p-value is at most 0.05, counting every comparison
+    among the rows; fewer than three seeds are not tested.
 
-    Raises:
-      ValueError: if there are no values.
+    Args:
+      rows: of all families.
+      baselines: by family, its baseline's method.
+      minimize: whether smaller scores are better.
     """
-    x = np.asarray(values, np.float64).reshape(-1)
-    if not x.size:
-        raise ValueError("needs at least one value.")
-    if not np.isfinite(x).all():
-        return Interval(math.nan, None if x.size == 1 else math.nan, tuple(map(float, x)))
-    half = None
-    if x.size > 1:
-        half = float(stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / np.sqrt(x.size))
-    return Interval(float(x.mean()), half, tuple(map(float, x)))
-
-
-def versus(baseline: Row, values: Sequence[float]) -> Versus:
-    """Whether a method differs from a baseline: the interval of seed-by-seed differences."""
-    difference = interval(np.subtract(values, baseline.test.values))
-    mean, half = difference.mean, difference.ci95
-    if not math.isfinite(mean):
-        verdict = "not finite"
-    elif half is None or abs(mean) <= half:
-        verdict = "no clear difference"
-    else:
-        verdict = "better" if mean > 0 else "worse"
-    return Versus(baseline.method, difference, verdict)
-
-
-def compared(rows: Sequence[Row], baselines: Mapping[str, str]) -> list[Row]:
-    """Rows with `versus` filled in; `baselines` maps a family to its baseline's method."""
     by_method = {row.method: row for row in rows}
-    return [
-        row
+    against = [
+        None
         if row.family not in baselines or row.method == baselines[row.family]
-        else row._replace(versus=versus(by_method[baselines[row.family]], row.test.values))
+        else _against(by_method[baselines[row.family]], row)
         for row in rows
     ]
+    adjusted = holm([math.nan if one is None else one.p_value for one in against])
+    return [
+        row
+        if one is None
+        else row._replace(
+            versus=one._replace(p_adjusted=p, verdict=_verdict(one.difference, p, minimize))
+        )
+        for row, one, p in zip(rows, against, adjusted, strict=True)
+    ]
+
+
+def _against(baseline: Row, row: Row) -> Versus:
+    """A comparison by itself, without a verdict."""
+    found, p = difference(
+        row.test.values, baseline.test.values, row.examples, baseline.examples,
+        is_share=row.is_share,
+    )  # fmt: skip
+    tested = len(found.values) >= FEWEST_SEEDS and math.isfinite(p)
+    p = p if tested else math.nan
+    return Versus(baseline.method, found, p, p, "")
+
+
+def _verdict(difference: Interval, p: float, minimize: bool) -> str:
+    if not math.isfinite(difference.mean):
+        return "not finite"
+    if math.isnan(p):
+        return "not tested"
+    if p > LEVEL:
+        return "no clear difference"
+    return "better" if (difference.mean < 0) == minimize else "worse"
 
 
 def ranked(values: Sequence[float]) -> list[int]:
@@ -178,9 +186,21 @@ def _row(row: Row) -> dict[str, Any]:
 
 
 def _versus(found: Versus) -> dict[str, Any]:
-    difference = {"mean": found.difference.mean, "ci95": found.difference.ci95}
-    return {"baseline": found.baseline, "difference": difference, "verdict": found.verdict}
+    ends = {"mean": found.difference.mean, "ci95": _ends(found.difference)}
+    return {
+        "baseline": found.baseline,
+        "difference": ends,
+        "p_value": found.p_value,
+        "p_adjusted": found.p_adjusted,
+        "verdict": found.verdict,
+    }
 
 
 def _interval(found: Interval) -> dict[str, Any]:
-    return {"mean": found.mean, "ci95": found.ci95, "values": list(found.values)}
+    return {"mean": found.mean, "ci95": _ends(found), "values": list(found.values)}
+
+
+def _ends(found: Interval) -> list[float] | None:
+    if found.low is None or found.high is None or math.isnan(found.low):
+        return None
+    return [found.low, found.high]

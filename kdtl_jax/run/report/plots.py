@@ -25,11 +25,12 @@ class Chart(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """A labelled share with the half-width of its interval."""
+    """A labelled share and its interval, if it has one."""
 
     label: str
     value: float
-    half: float | None
+    low: float | None = None
+    high: float | None = None
     series: int = 0
 
 
@@ -71,12 +72,12 @@ def dots(bars: Sequence[Bar], *, axis: str) -> Chart:
     """One row per method: a dot with its interval; the label stands above, in full."""
     ax = _rows(len(bars), 34, axis)
     for i, bar in enumerate(bars):
-        value = _percent(bar.value) + ("" if bar.half is None else f" ± {_percent(bar.half)}")
         if math.isfinite(bar.value):
-            half = bar.half if bar.half is not None and math.isfinite(bar.half) else 0.0
-            ends = [100 * (bar.value - half), 100 * (bar.value + half)]
-            line(ax, ends, [i, i], series(bar.series), width=3)
-            words = f"{bar.label}: {value} %"
+            words = f"{bar.label}: {_percent(bar.value)} %"
+            if bar.low is not None and bar.high is not None and math.isfinite(bar.low):
+                ends = [100 * bar.low, 100 * bar.high]
+                line(ax, ends, [i, i], series(bar.series), width=3)
+                words += f" ({_percent(bar.low)} to {_percent(bar.high)})"
             dot(ax, 100 * bar.value, i, series(bar.series), words)
         _row_labels(ax, i, bar.label, _percent(bar.value))
     return Chart(svg(ax, axis))

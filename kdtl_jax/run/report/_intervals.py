@@ -1,0 +1,175 @@
+"""How far a mean score can be trusted, and which of many comparisons stand.
+
+S seeds scored on the same N test examples form a table `[S, N]`. Both are samples: a claim about a
+method has to hold for other seeds and for other examples. Studies of several readers who see the
+same cases have this design, and their analysis is used here, readers being seeds and cases being
+examples: with the mean squares of seeds, examples and what remains,
+
+    var(mean) = (MS_seeds + max(MS_examples - MS_rest, 0)) / (S N)
+    df        = (MS_seeds + max(MS_examples - MS_rest, 0))^2 / (MS_seeds^2 / (S - 1))
+
+and Student's t. Where only one score per seed is known, examples cannot be counted: the variance is
+that of the seeds.
+
+References:
+  Dorfman, Berbaum, Metz, Receiver operating characteristic rating analysis, 1992 (the model).
+  Hillis, A comparison of denominator degrees of freedom methods for multiple observer ROC studies,
+  Statistics in Medicine 26, 2007 (the degrees of freedom).
+  Franco, Little, Louis, Slud, Comparative study of confidence intervals for proportions in complex
+  sample surveys, 2019 (Wilson's interval with an effective sample size).
+  Holm, A simple sequentially rejective multiple test procedure, 1979.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import stdtr, stdtrit
+
+FEWEST_SEEDS = 3  # below, nothing is claimed
+LEVEL = 0.05
+
+
+class Interval(NamedTuple):
+    """A mean over seeds and its 95 % interval (None for one seed)."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    values: tuple[float, ...]  # by seed
+
+
+class Spread(NamedTuple):
+    """The variance of a mean `[...]` and its degrees of freedom."""
+
+    variance: np.ndarray
+    df: np.ndarray
+
+
+def interval(values: Any, examples: Any = None, *, is_share: bool = False) -> Interval:
+    """The mean over seeds and its 95 % interval.
+
+    NaN where a value is not finite: one failed seed is not averaged away.
+
+    Args:
+      values: one score per seed, `[S]`.
+      examples: the scores of the test examples behind them, `[S, N]`; without them the interval
+        is for these examples and other seeds.
+      is_share: scores lie in [0, 1], and so does the interval (Wilson's).
+
+    Raises:
+      ValueError: if there are no values, or they are of other seeds than the examples.
+    """
+    x = np.asarray(values, np.float64).reshape(-1)
+    if not x.size:
+        raise ValueError("needs at least one value.")
+    own = tuple(map(float, x))
+    if not np.isfinite(x).all():
+        nothing = None if x.size == 1 else math.nan
+        return Interval(math.nan, nothing, nothing, own)
+    mean = float(x.mean())
+    if x.size == 1:
+        return Interval(mean, None, None, own)
+    found = spread(_table(x, examples))
+    if not is_share:
+        half = float(stdtrit(found.df, 1 - LEVEL / 2) * np.sqrt(found.variance))
+        return Interval(mean, mean - half, mean + half, own)
+    count = x.size if examples is None else np.shape(examples)[1]
+    low, high = wilson(mean, found, count)
+    return Interval(mean, float(low), float(high), own)
+
+
+def difference(
+    values: Any, baseline: Any, examples: Any = None, baseline_examples: Any = None,
+    *, is_share: bool = False,
+) -> tuple[Interval, float]:  # fmt: skip
+    """Seed by seed and example by example: the mean difference, and its p-value (two-sided).
+
+    Args:
+      values: one score per seed, `[S]`.
+      baseline: the baseline's, of the same seeds.
+      examples: scores of the same test examples, `[S, N]`, or None.
+      baseline_examples: the baseline's.
+      is_share: scores lie in [0, 1], so differences lie in [-1, 1] and the interval is cut there.
+
+    Raises:
+      ValueError: as `interval`, or if the two do not pair.
+    """
+    paired = None
+    if examples is not None and baseline_examples is not None:
+        paired = np.asarray(examples, np.float64) - np.asarray(baseline_examples, np.float64)
+    x = np.subtract(values, baseline)
+    found = interval(x, paired)
+    if found.low is None or found.high is None or math.isnan(found.low):
+        return found, math.nan
+    if is_share:
+        found = found._replace(low=max(found.low, -1.0), high=min(found.high, 1.0))
+    of_mean = spread(_table(x, paired))
+    if of_mean.variance > 0:
+        t = abs(found.mean) / np.sqrt(of_mean.variance)
+        return found, float(2 * stdtr(of_mean.df, -t))
+    # All differences are one number: as many throws of a coin as there are of them.
+    count = x.size if paired is None else paired.shape[1]
+    return found, 1.0 if found.mean == 0 else 2.0 ** (1 - count)
+
+
+def spread(table: Any) -> Spread:
+    """The variance of the mean of tables `[..., S, N]`, and its degrees of freedom.
+
+    One column (`N = 1`) is one score per seed: the variance is `s^2 / S`, with `S - 1`.
+    """
+    x = np.asarray(table, np.float64)
+    seeds, count = x.shape[-2:]
+    mean = x.mean((-2, -1), keepdims=True)
+    by_seed = x.mean(-1, keepdims=True) - mean
+    ms_seeds = count * (by_seed**2).sum((-2, -1)) / (seeds - 1)
+    if count == 1:
+        return Spread(ms_seeds / seeds, np.full(ms_seeds.shape, seeds - 1.0))
+    by_example = x.mean(-2, keepdims=True) - mean
+    rest = x - mean - by_seed - by_example
+    ms_examples = seeds * (by_example**2).sum((-2, -1)) / (count - 1)
+    ms_rest = (rest**2).sum((-2, -1)) / ((seeds - 1) * (count - 1))
+    whole = ms_seeds + np.maximum(ms_examples - ms_rest, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        df = (seeds - 1) * (whole / ms_seeds) ** 2
+    # What is estimated from N examples is known no better than that.
+    df = np.where(ms_seeds > 0, np.minimum(df, count - 1), count - 1.0)
+    return Spread(whole / (seeds * count), df)
+
+
+def wilson(share: Any, found: Spread, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's interval of a share with the effective sample size `p (1 - p) / variance`.
+
+    It stays within 0 and 1, and has a width at both, where the sample size is that of `count`
+    examples.
+    """
+    p, t = np.clip(share, 0.0, 1.0), stdtrit(found.df, 1 - LEVEL / 2)
+    inner = p * (1 - p)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        size = np.where((found.variance > 0) & (inner > 0), inner / found.variance, count)
+    middle = (p + t**2 / (2 * size)) / (1 + t**2 / size)
+    half = t / (1 + t**2 / size) * np.sqrt(inner / size + t**2 / (4 * size**2))
+    # The formula's ends are 0 and 1 exactly there, but for rounding.
+    return np.maximum(middle - half, 0.0), np.minimum(middle + half, 1.0)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted for the number of comparisons (Holm's step-down); NaN is not counted."""
+    known = sorted((p, i) for i, p in enumerate(p_values) if math.isfinite(p))
+    adjusted, largest = [math.nan] * len(p_values), 0.0
+    for rank, (p, i) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        adjusted[i] = largest
+    return adjusted
+
+
+def _table(values: np.ndarray, examples: Any) -> np.ndarray:
+    if examples is None:
+        return values[:, None]
+    found = np.asarray(examples, np.float64)
+    if found.ndim != 2 or len(found) != len(values):
+        raise ValueError(
+            f"examples must be [{len(values)}, N], a row per seed, got {list(found.shape)}."
+        )
+    return found
