@@ -81,7 +81,7 @@ def test_the_run_folder_is_complete(straight: Path) -> None:
 
 def test_results_have_the_documented_schema(straight: Path) -> None:
     found = results(straight)
-    assert found["schema_version"] == 1
+    assert found["schema_version"] == 2
     rows = {row["method"]: row for row in found["rows"]}
     assert list(rows) == ["teacher", "student_alone", "kd", "hint"]
     for name, row in rows.items():
@@ -89,6 +89,8 @@ def test_results_have_the_documented_schema(straight: Path) -> None:
         assert row["seeds"] == len(accuracy["values"]) == seeds
         assert accuracy["mean"] == pytest.approx(np.mean(accuracy["values"]))
         assert (row["versus"] is not None) == (name in ("kd", "hint"))
+        if row["versus"] is not None:
+            assert row["versus"]["verdict"] == "not tested", "two seeds decide nothing"
         assert row["settings"]["epochs"] == (2 if name == "teacher" else 4)
     assert rows["teacher"]["parameters"] == 5 * 8 + 8 + 8 * 3 + 3
     assert rows["hint"]["parameters"] == 5 * 4 + 4 + 4 * 3 + 3  # the connector is thrown away
