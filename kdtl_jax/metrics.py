@@ -28,7 +28,7 @@ class Calibration(NamedTuple):
     error: float  # expected calibration error: sum_b n_b / N |accuracy_b - confidence_b|
     confidence: np.ndarray  # mean of the largest probabilities
     accuracy: np.ndarray
-    count: np.ndarray
+    counts: np.ndarray
 
 
 def accuracy(predicted: Any, labels: Any) -> float:

@@ -31,7 +31,7 @@ def test_probabilities() -> None:
         np.mean([0.1**2 * 2, 0.8**2 * 2, 0.45**2 * 2, 0.5])
     )
     found = metrics.calibration(p, labels, bins=5)
-    assert found.count.tolist() == [0, 0, 2, 1, 1]  # an edge belongs to the bin below it
+    assert found.counts.tolist() == [0, 0, 2, 1, 1]  # an edge belongs to the bin below it
     np.testing.assert_allclose(found.accuracy, [np.nan, np.nan, 1, 0, 1])
     np.testing.assert_allclose(found.confidence, [np.nan, np.nan, 0.525, 0.8, 0.9])
     assert found.error == pytest.approx((2 * 0.475 + 0.8 + 0.1) / 4)

@@ -35,6 +35,8 @@ COMMANDS = (
     Command("distill", "teach a small model with a large one", f"{_recipes}.distill"),
     Command("language", "teach a small language model with a large one", f"{_recipes}.language"),
     Command("transfer", "reuse a trained model's weights on a new task", f"{_recipes}.transfer"),
+    Command("predict", "a student's class for every example", f"{_recipes}.predict"),
+    Command("evaluate", "a student's scores on labeled data", f"{_recipes}.evaluate"),
     Command("sentences", "a sentence encoder's layers as a student", f"{_recipes}.sentences"),
     Command("cache", "compute a teacher's outputs once, onto the disk", f"{_recipes}.cache"),
     Command("params", "weight surgery: safetensors in, safetensors out", _params),

@@ -4,6 +4,7 @@ A file holds the student of the seed with the best validation accuracy; the reco
 method with the best mean validation accuracy. The test split decides nothing.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from kdtl_jax._types import Variables
 from kdtl_jax.interop import model_files
 from kdtl_jax.interop.model_files import About, Connected
 from kdtl_jax.recipes import _training
-from kdtl_jax.run import report, scores
+from kdtl_jax.run import record, report, scores
 
 FOLDER = "students"
 
@@ -58,6 +59,20 @@ def described(student: Student | None) -> dict[str, Any]:
 def file_of(method: str) -> str:
     """A method's file, within the run folder."""
     return f"{FOLDER}/{method}.safetensors"
+
+
+def made_of(folder: Path, settings: Any) -> dict[str, str]:
+    """What a file says of its run: the data, how they were split, the precision.
+
+    Args:
+      folder: of the run.
+      settings: with `types.Data`, and perhaps `precision`.
+    """
+    data = _files.read_sealed(folder / record.FILE)["files"]["data"]
+    split = {"validation": settings.validation, "test": settings.test, "seed": settings.split_seed}
+    known = {"data": data, "split": json.dumps({**split, "label": settings.label})}
+    precision = getattr(settings, "precision", "float32")
+    return known if precision == "float32" else {**known, "precision": precision}
 
 
 def write(

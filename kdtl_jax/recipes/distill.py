@@ -283,12 +283,11 @@ def run(settings: Settings) -> int:
             return 0
 
         about = pair.about._replace(model=pair.teacher_text)
-        lower = settings.precision != "float32"
-        computed = {"precision": settings.precision} if lower else {}
-        _models.save(folder / "teacher.safetensors", frozen, about, computed)
+        made_of = _students.made_of(folder, settings)
+        _models.save(folder / "teacher.safetensors", frozen, about, made_of)
         _students.write(
             folder, students, about._replace(model=settings.student), teacher=pair.teacher_text,
-            layers=settings.layers, head=setup.teacher_head, more=computed,
+            layers=settings.layers, head=setup.teacher_head, more=made_of,
         )  # fmt: skip
         sizes = {name: len(part.labels) for name, part in pair.splits._asdict().items()}
         seen = f"{settings.per_class} per class, drawn anew for every seed"

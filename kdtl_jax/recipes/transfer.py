@@ -152,7 +152,8 @@ def run(settings: Settings) -> int | None:
         }
         shape = target.train.inputs.shape[1:]
         known = About(text, target.train.classes, scaling, target.train.names, shape)
-        _students.write(folder, [student for student in students.values() if student], known)
+        kept = [student for student in students.values() if student]
+        _students.write(folder, kept, known)
         rows = [
             row._replace(settings={**row.settings, **_students.described(students[row.method])})
             for row in found.rows

@@ -1,0 +1,100 @@
+"""What a trained model is used on: examples with or without labels, in the model's own classes."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kdtl_jax import datasets
+from kdtl_jax.datasets import Dataset
+from kdtl_jax.interop.model_files import Model
+from kdtl_jax.recipes.settings import UsageError
+from kdtl_jax.run import record
+
+PARTS = ("train", "validation", "test")
+
+
+class Examples(NamedTuple):
+    """Inputs `[N, ...]` as the model's file wants them, and their labels, if asked for."""
+
+    inputs: np.ndarray
+    labels: np.ndarray | None
+    said: str  # what was read, in words
+
+
+def read(
+    data: str, model: Model, *, part: str | None, label: str | None, with_labels: bool
+) -> Examples:
+    """The examples of some data.
+
+    Without `part`: the test part if the data has one, or if the model was trained on these very
+    data, from which its run held one out; otherwise everything.
+
+    Raises:
+      UsageError: if the data has no such part.
+      ValueError: if they are data of other classes or of inputs of another shape.
+    """
+    known = json.loads(model.metadata.get("split", "{}"))
+    label = str(label or known.get("label", "label"))
+    seen = record.made_from({"data": data}).files["data"] == model.metadata.get("data")
+    held_out = seen and part != "all"  # else all rows stay together, in their order
+    fractions = {name: known.get(name, 0.0) if held_out else 0.0 for name in PARTS[1:]}
+    alone = None if with_labels else unlabeled(Path(data))
+    if alone is not None:
+        checked_shape(data, alone, model)
+        return Examples(alone, None, f"{len(alone)} examples")
+    parts = datasets.read_splits(data, label=label, seed=known.get("seed", 0), **fractions)
+    chosen = part or ("test" if len(parts.test.labels) else "all")
+    found = list(parts) if chosen == "all" else [getattr(parts, chosen)]
+    found = [each for each in found if len(each.labels)]
+    if not found:
+        raise UsageError(f"--part {chosen}: {data} has no such part. Take --part all.")
+    inputs = np.concatenate([each.inputs for each in found])
+    checked_shape(data, inputs, model)
+    labels = np.concatenate([in_classes_of(model, each) for each in found]) if with_labels else None
+    said = f"{len(inputs)} examples" if chosen == "all" else f"{len(inputs)} {chosen} examples"
+    if seen:
+        said += ", of the data that the model was trained on"
+    return Examples(inputs, labels, said)
+
+
+def checked_shape(data: str, inputs: np.ndarray, model: Model) -> None:
+    """Refuses inputs that the model does not take, naming both shapes."""
+    wanted = model.about.shape
+    if wanted is not None and inputs.shape[1:] != wanted:
+        raise ValueError(
+            f"{data}: its examples are {list(inputs.shape[1:])}, the model takes {list(wanted)}."
+        )
+
+
+def in_classes_of(model: Model, data: Dataset) -> np.ndarray:
+    """Labels in the model's numbering of classes.
+
+    Raises:
+      ValueError: naming a class that the model does not know.
+    """
+    names, own = data.class_names(), class_names(model)
+    place = {name: i for i, name in enumerate(own)}
+    occurring = np.unique(data.labels)
+    unknown = [names[i] for i in occurring if names[i] not in place]
+    if unknown:
+        listed = ", ".join(own[:8]) + (", …" if len(own) > 8 else "")
+        raise ValueError(
+            f"{data.name}: the model knows no class {unknown[0]!r}"
+            f"{f' (nor {len(unknown) - 1} more)' if unknown[1:] else ''}. Its classes are {listed}."
+        )
+    return np.array([place.get(name, -1) for name in names], np.int32)[data.labels]
+
+
+def class_names(model: Model) -> tuple[str, ...]:
+    """A name for every class of a model."""
+    return model.about.names or tuple(map(str, range(model.about.classes or 0)))
+
+
+def unlabeled(path: Path) -> np.ndarray | None:
+    """Inputs from a file without labels; None if it has labels, or is of another kind."""
+    if path.suffix == ".npy" and path.is_file():
+        inputs: Any = np.load(path, allow_pickle=False)
+        return inputs[..., None] if inputs.ndim == 3 else inputs
+    return None

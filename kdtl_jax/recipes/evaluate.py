@@ -1,0 +1,78 @@
+"""How good a student is on labeled data: accuracy, per class, confusion and calibration.
+
+kdtl evaluate runs/distill/students/kd.safetensors test.npz --out scores.json
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kdtl_jax import _files
+from kdtl_jax.interop import model_files
+from kdtl_jax.recipes import _inputs, _output, _scoring
+from kdtl_jax.recipes.settings import UsageError, setting
+
+MOST = 20  # classes whose confusion is printed
+EXAMPLES = """
+  kdtl evaluate runs/distill/students/kd.safetensors digits
+  kdtl evaluate runs/distill/students/kd.safetensors test.npz --out scores.json
+
+On the data that the student was trained on, the examples held out for the test are scored.
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `kdtl evaluate` reads and writes."""
+
+    student: str | None = setting(
+        None, "a model's file, such as students/kd.safetensors of a run", positional=True
+    )
+    data: str | None = setting(
+        None, "labeled examples, as for kdtl distill", positional=True
+    )  # fmt: skip
+    out: str | None = setting(None, "write all numbers to this JSON file", metavar="FILE")
+    part: Literal["all", "train", "validation", "test"] | None = setting(
+        None, "part of the data; default: test where the data has one, else all"
+    )
+    label: str | None = setting(
+        None, "a CSV's label column; default: the one that the model was trained with",
+        metavar="COLUMN",
+    )  # fmt: skip
+
+
+def run(settings: Settings) -> int:
+    """Prints the scores, and writes them."""
+    if settings.student is None or settings.data is None:
+        raise UsageError(f"name STUDENT and DATA, for example: {EXAMPLES.strip().splitlines()[0]}")
+    model = model_files.load(settings.student)
+    found = _inputs.read(
+        settings.data, model, part=settings.part, label=settings.label, with_labels=True
+    )
+    assert found.labels is not None
+    names = _inputs.class_names(model)
+    result = _scoring.of_classes(model.predict(found.inputs), found.labels, names)
+    print(f"{settings.student}: {found.said}", file=sys.stderr)
+    print("\n".join(_scoring.lines(result)))
+    show(result, names)
+    if settings.out is not None:
+        known = {"student": settings.student, "data": settings.data, "classes": list(names)}
+        _files.write_json(Path(settings.out), {**known, **result})
+    return 0
+
+
+def show(result: dict[str, Any], names: tuple[str, ...]) -> None:
+    """The tables of classes."""
+    rows = result["per_class"]
+    header = list(rows[0])
+    _output.show(header, [[_cell(value) for value in row.values()] for row in rows])
+    if "confusion" in result and len(names) <= MOST:
+        counts = [
+            [name, *map(str, row)] for name, row in zip(names, result["confusion"], strict=True)
+        ]
+        _output.show(["is \\ named", *names], counts)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

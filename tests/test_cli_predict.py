@@ -1,0 +1,144 @@
+"""`kdtl predict` and `kdtl evaluate` on a run's students, against the same numbers in Python."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import SHORT, kdtl, results, write_data
+
+from kdtl_jax import datasets, metrics, models
+from kdtl_jax.interop import model_files, networks, safetensors
+from kdtl_jax.interop.model_files import About
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "small.npz")
+
+
+@pytest.fixture(scope="module")
+def run(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    flags = [*SHORT, "--epochs", 2, "--methods", "kd,simkd"]
+    assert kdtl("distill", "--data", file, *flags, "--out", folder) == 0
+    return folder
+
+
+def test_a_run_says_which_file_to_take(run: Path) -> None:
+    found = results(run)
+    rows = {row["method"]: row for row in found["rows"] if row["method"] != "teacher"}
+    assert {path.stem for path in (run / "students").glob("*.safetensors")} == rows.keys()
+    best = max(rows.values(), key=lambda row: row["validation_accuracy"]["mean"])
+    assert found["data"]["recommended"] == best["settings"]["file"]
+    assert (run / found["data"]["recommended"]).is_file()
+    assert any("Recommended by validation: students/" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize("method", ["kd", "simkd", "student_alone"])
+def test_the_scores_are_those_of_the_run(
+    run: Path, file: Path, tmp_path: Path, method: str, capsys: Captured
+) -> None:
+    """On the run's own data its held-out test examples are scored."""
+    student, out = run / "students" / f"{method}.safetensors", tmp_path / "scores.json"
+    assert kdtl("evaluate", student, file, "--out", out) == 0
+    said = capsys.readouterr()
+    assert "27 test examples, of the data that the model was trained on" in said.err
+    row = next(row for row in results(run)["rows"] if row["method"] == method)
+    wanted = row["test_accuracy"]["values"][row["settings"]["file_seed"]]
+    found = json.loads(out.read_text())
+    assert found["accuracy"] == pytest.approx(wanted) and found["examples"] == 27
+    assert f"accuracy                   {100 * wanted:.2f} %" in said.out
+    # The same in Python.
+    test = datasets.read_splits(str(file)).test
+    named = model_files.load(student).predict(test.inputs).argmax(-1)
+    assert found["confusion"] == metrics.confusion(named, test.labels, 3).tolist()
+    each = metrics.per_class(named, test.labels, 3)
+    assert [row["support"] for row in found["per_class"]] == each.support.tolist()
+    np.testing.assert_allclose([row["recall"] for row in found["per_class"]], each.recall)
+    assert found["balanced_accuracy"] == pytest.approx(each.recall.mean())
+    assert 0 <= found["calibration_error"] <= 1 and found["brier"] <= 2
+    assert sum(found["calibration"]["counts"]) == 27
+
+
+def test_predictions_are_in_the_order_of_the_data(
+    run: Path, file: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    student = run / "students" / "kd.safetensors"
+    with np.load(file) as stored:
+        x = stored["x"]
+    np.save(tmp_path / "new.npy", x)
+    words = ["predict", student, tmp_path / "new.npy", "--probabilities"]
+    assert kdtl(*words, "--out", tmp_path / "p.csv") == 0
+    assert "p.csv: 90 examples" in capsys.readouterr().err
+    rows = list(csv.DictReader((tmp_path / "p.csv").open()))
+    logits = model_files.load(student).predict(x).astype(np.float64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    assert [int(row["row"]) for row in rows] == list(range(90))
+    assert [int(row["class"]) for row in rows] == logits.argmax(-1).tolist()
+    np.testing.assert_allclose([float(row["probability"]) for row in rows], p.max(-1), rtol=1e-5)
+    np.testing.assert_allclose([float(row["p(2)"]) for row in rows], p[:, 2], rtol=1e-5)
+    # Labels are not needed, and not in the way; without --out it is printed.
+    assert kdtl("predict", student, file, "--part", "all") == 0
+    printed = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [row["class"] for row in printed] == [row["class"] for row in rows]
+
+
+def test_examples_without_an_answer_have_no_class() -> None:
+    from kdtl_jax.recipes import predict
+
+    found = list(predict.rows(np.array([[np.nan, 0.0], [1.0, 1.0]]), ("a", "b"), False))
+    assert found == [["row", "class", "probability"], ["0", "", ""], ["1", "a", "0.5"]]
+
+
+def test_data_of_something_else_are_refused(run: Path, tmp_path: Path, capsys: Captured) -> None:
+    student = run / "students" / "kd.safetensors"
+
+    def refused(*words: Any) -> str:
+        assert kdtl(*words) in (1, 2)
+        said = capsys.readouterr().err.strip()
+        assert "\n" not in said
+        return said
+
+    rng = np.random.default_rng(0)
+    wide, more = tmp_path / "wide.npz", tmp_path / "more.npz"
+    np.savez(wide, x=rng.normal(size=(40, 6)), y=np.arange(40) % 3)
+    np.savez(more, x=rng.normal(size=(40, 5)), y=np.arange(40) % 4)
+    for command in ("predict", "evaluate"):
+        assert "its examples are [6], the model takes [5]" in refused(command, student, wide)
+        assert "name STUDENT and DATA" in refused(command)
+        assert "is a run folder, with students/kd.safetensors" in refused(command, run, wide)
+        assert "checkpoints. Name a model's file" in refused(
+            command, run / "checkpoints" / "kd", wide
+        )
+        assert "no such file" in refused(command, tmp_path / "nothing", wide)
+    assert "knows no class '3'. Its classes are 0, 1, 2" in refused("evaluate", student, more)
+    assert "has no such part" in refused("evaluate", student, more, "--part", "test")
+    safetensors.save(tmp_path / "weights.safetensors", {"w": np.ones(2)})
+    said = refused("predict", tmp_path / "weights.safetensors", more)
+    assert "does not say of which model" in said
+
+
+def test_classes_are_matched_by_name(tmp_path: Path) -> None:
+    """Data without some of the classes, in their own numbering, are scored in the model's."""
+    net = networks.network(models.mlp((4,), 3), np.zeros((1, 2), np.float32))
+    variables = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 2)))
+    names, student = ("ape", "bee", "cat"), tmp_path / "kd.safetensors"
+    model_files.save(student, variables, About("mlp:4", 3, None, names, (2,)), {})
+    x, y = np.random.default_rng(0).normal(size=(40, 2)), np.array(["bee", "cat"] * 20)
+    lines = [f"{a},{b},{name}" for (a, b), name in zip(x, y, strict=True)]
+    (tmp_path / "few.csv").write_text("\n".join(["a,b,kind", *lines]))
+    words = ["evaluate", student, tmp_path / "few.csv", "--label", "kind"]
+    assert kdtl(*words, "--out", tmp_path / "scores.json") == 0
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found["classes"] == list(names)
+    assert [row["support"] for row in found["per_class"]] == [0, 20, 20]
+    named = np.array(names)[model_files.load(student).predict(x).argmax(-1)]
+    assert found["accuracy"] == pytest.approx(np.mean(named == y))
