@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kdtl_jax import _text
+from kdtl_jax.datasets._preprocessing import Kind, Preprocessing
 
 FEWEST_ROWS = 20  # from so many rows on, labels that hardly repeat are taken for an id
 
@@ -20,23 +21,31 @@ FEWEST_ROWS = 20  # from so many rows on, labels that hardly repeat are taken fo
 class Dataset(NamedTuple):
     """Labelled examples on the host.
 
-    Labels are 0..classes-1; readers check that, and that no input is NaN or infinite. Inputs are
-    float32, except vectors whose differences float32 would round away (Unix times): they stay
-    float64 until a `Standardizer` has centered them.
+    Labels are 0..classes-1, or `[N, classes]` where an example has several (0 and 1, float32) or
+    where targets are numbers (float64, in their own units): `kind` says which. Readers check that,
+    and that no input is NaN or infinite. Inputs are float32, except vectors whose differences
+    float32 would round away (Unix times): they stay float64 until a `Standardizer` has centered
+    them.
     """
 
     name: str
     inputs: np.ndarray  # [N, ...]; images [N, H, W, C]
-    labels: np.ndarray  # int32 [N]
-    classes: int
+    labels: np.ndarray  # int32 [N]; of other kinds [N, classes]
+    classes: int  # how many, or how many labels or numbers
     names: tuple[str, ...] = ()  # of the classes, where they are not the numbers themselves
-    notices: tuple[str, ...] = ()  # what a reader did to the labels
+    notices: tuple[str, ...] = ()  # what a reader did
+    form: Preprocessing = Preprocessing()  # how the inputs were read
+
+    @property
+    def kind(self) -> Kind:
+        """Of the targets: "classes", "labels" or "numbers"."""
+        return self.form.kind
 
     def __repr__(self) -> str:
         """Shapes in place of arrays."""
         inputs, labels = (f"{x.dtype}{list(x.shape)}" for x in (self.inputs, self.labels))
         name = _text.quoted(self.name)
-        return f"Dataset({name}, inputs {inputs}, labels {labels}, {self.classes} classes)"
+        return f"Dataset({name}, inputs {inputs}, labels {labels}, {self.classes} {self.kind})"
 
     def subset(self, rows: np.ndarray) -> "Dataset":
         """The examples `rows`."""
@@ -91,8 +100,7 @@ def checked(
     flat, notices = _one_per_example(name, inputs, labels)
     if inputs.size == 0:
         raise ValueError(f"{name}: holds no examples, got inputs {list(inputs.shape)}.")
-    if inputs.dtype.kind not in "iufb":
-        raise ValueError(f"{name}: inputs must be numbers, got {inputs.dtype}.")
+    inputs = finite_numbers(name, inputs)
     found = _whole(name, flat)
     one_hot = labels.shape[-1] if labels.ndim == 2 and labels.shape[-1] > 1 else None
     if like is not None:
@@ -102,9 +110,7 @@ def checked(
     else:
         numbers, names, notice = _numbered(name, found)
         count, notices = int(numbers.max()) + 1, [*notices, *notice]
-    return Dataset(
-        name, _numbers(name, inputs), numbers.astype(np.int32), count, names, (*notices,)
-    )
+    return Dataset(name, inputs, numbers.astype(np.int32), count, names, (*notices,))
 
 
 def _one_per_example(
@@ -138,7 +144,7 @@ def _whole(name: str, labels: np.ndarray) -> np.ndarray:
     if labels.dtype.kind == "S":
         labels = np.char.decode(labels, "utf-8", "replace")
     if labels.dtype.kind == "U":
-        labels = _from_text(name, np.char.strip(labels))
+        labels = from_text(name, np.char.strip(labels))
     if labels.dtype.kind == "U":
         return labels
     if labels.dtype.kind not in "iufb":
@@ -157,7 +163,7 @@ def _whole(name: str, labels: np.ndarray) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-def _from_text(name: str, labels: np.ndarray) -> np.ndarray:
+def from_text(name: str, labels: np.ndarray) -> np.ndarray:
     """Text labels as numbers if all of them are, otherwise as they are."""
     empty = np.flatnonzero(labels == "")
     if len(empty):
@@ -226,8 +232,10 @@ def _numbered(name: str, labels: np.ndarray) -> tuple[np.ndarray, tuple[str, ...
     return numbers, names, [f"labels {listed} are numbered 0..{len(names) - 1} in this order"]
 
 
-def _numbers(name: str, inputs: np.ndarray) -> np.ndarray:
+def finite_numbers(name: str, inputs: np.ndarray) -> np.ndarray:
     """Inputs as float32, or as float64 where float32 rounds their differences away."""
+    if inputs.dtype.kind not in "iufb":
+        raise ValueError(f"{name}: inputs must be numbers, got {inputs.dtype}.")
     with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused below
         single = np.ascontiguousarray(inputs, np.float32)
     finite = np.isfinite(single).reshape(len(single), -1).all(axis=1)

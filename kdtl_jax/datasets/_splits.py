@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kdtl_jax.datasets._dataset import Dataset, digits
+from kdtl_jax.datasets._preprocessing import Standardizer
 from kdtl_jax.datasets._readers import npz_names, read_csv, read_idx, read_npz
 
 # Names of (inputs, labels) in an npz, in the order in which they are looked for.
@@ -31,18 +32,6 @@ class Splits(NamedTuple):
     train: Dataset
     validation: Dataset
     test: Dataset
-
-
-class Standardizer(NamedTuple):
-    """Shift and scale, measured on training data; both broadcast against the inputs."""
-
-    mean: np.ndarray
-    scale: np.ndarray
-
-    def apply(self, data: Dataset) -> Dataset:
-        """`(x - mean) / scale`, float32."""
-        centered = (data.inputs - self.mean) / self.scale
-        return data._replace(inputs=centered.astype(np.float32, copy=False))
 
 
 def read_splits(

@@ -1,0 +1,123 @@
+"""What turns files into a model's inputs and its outputs into answers, as one value.
+
+It is computed from the training part alone and stored in model files, so that whoever reads other
+data later reads them in the same way.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+Kind = Literal["classes", "labels", "numbers"]
+KINDS: tuple[Kind, ...] = ("classes", "labels", "numbers")
+
+
+class Standardizer(NamedTuple):
+    """Shift and scale, measured on training data; both broadcast against the values."""
+
+    mean: np.ndarray
+    scale: np.ndarray
+
+    def apply(self, data: Any) -> Any:
+        """`(x - mean) / scale` of a `Dataset`'s inputs, float32."""
+        centered = (data.inputs - self.mean) / self.scale
+        return data._replace(inputs=centered.astype(np.float32, copy=False))
+
+
+class Column(NamedTuple):
+    """A column of a table that is an input: one number, or one number per category."""
+
+    name: str
+    categories: tuple[str, ...] = ()  # of text; () for numbers
+    fill: float | str | None = None  # in place of a missing value; None: there may be none
+
+
+class Images(NamedTuple):
+    """How image files become arrays; height and width are in `Preprocessing.shape`."""
+
+    mode: str  # Pillow's: "L", "I;16", "RGB", "RGBA"
+    resize: bool = False  # images of another size are resized; otherwise they are refused
+
+
+class Preprocessing(NamedTuple):
+    """How a model's data are read: `scaled = (inputs - mean) / scale`, answers by `kind`."""
+
+    kind: Kind = "classes"  # of targets: one class, several labels at once, or numbers
+    names: tuple[str, ...] = ()  # of classes, labels or numbers; () where they have none
+    outputs: int = 0  # how many classes, labels or numbers
+    shape: tuple[int, ...] = ()  # of one input
+    targets: tuple[str, ...] = ()  # the columns (or the array) that held targets
+    columns: tuple[Column, ...] = ()  # of a table, in the order of the inputs
+    images: Images | None = None
+    scaling: Standardizer | None = None  # of inputs
+    target_scaling: Standardizer | None = None  # of numbers; outputs are in these units
+
+
+def to_json(preprocessing: Preprocessing) -> str:
+    """As text for a model's file; numbers keep every bit."""
+    known = preprocessing._asdict()
+    known["columns"] = [column._asdict() for column in preprocessing.columns]
+    if preprocessing.images is not None:
+        known["images"] = preprocessing.images._asdict()
+    for name in ("scaling", "target_scaling"):
+        if (found := known[name]) is not None:
+            known[name] = {"mean": _listed(found.mean), "scale": _listed(found.scale)}
+    return json.dumps(known)
+
+
+def from_json(text: str) -> Preprocessing:
+    """The value that `to_json` wrote.
+
+    Raises:
+      ValueError: if the text is none of it.
+    """
+    try:
+        known = json.loads(text)
+        kind, images = known["kind"], known["images"]
+        if kind not in KINDS:
+            raise ValueError(f"targets of kind {kind!r:.40}")
+        return Preprocessing(
+            kind,
+            _strings(known["names"]),
+            int(known["outputs"]),
+            tuple(map(int, known["shape"])),
+            _strings(known["targets"]),
+            tuple(_column(column) for column in known["columns"]),
+            None if images is None else Images(str(images["mode"]), bool(images["resize"])),
+            _standardizer(known["scaling"]),
+            _standardizer(known["target_scaling"]),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"no description of preprocessing ({error}).") from None
+
+
+def _listed(x: np.ndarray) -> dict[str, Any]:
+    return {"dtype": str(x.dtype), "values": x.tolist()}
+
+
+def _standardizer(known: Mapping[str, Any] | None) -> Standardizer | None:
+    if known is None:
+        return None
+    mean, scale = (
+        np.asarray(known[name]["values"], np.float64 if known[name]["dtype"] == "float64"
+                   else np.float32)
+        for name in ("mean", "scale")
+    )  # fmt: skip
+    if not (np.isfinite(mean).all() and np.isfinite(scale).all() and (scale != 0).all()):
+        raise ValueError("a scale that is 0 or not finite")
+    return Standardizer(mean, scale)
+
+
+def _column(known: Mapping[str, Any]) -> Column:
+    fill = known["fill"]
+    if not isinstance(fill, (int, float, str, type(None))):
+        raise ValueError("a fill value that is no number or text")
+    return Column(str(known["name"]), _strings(known["categories"]), fill)
+
+
+def _strings(known: Sequence[Any]) -> tuple[str, ...]:
+    if not isinstance(known, list):
+        raise ValueError("names that are no list")
+    return tuple(map(str, known))

@@ -1,0 +1,232 @@
+"""Targets of every kind: one class per example, several labels at once, or numbers.
+
+What files hold says which it is, unless the reader is told: text and whole numbers are classes;
+lists, "cat|dog" and rows of 0 and 1 that are not one-hot are labels; other numbers are numbers.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from kdtl_jax.datasets._dataset import Dataset, checked, finite_numbers, from_text
+from kdtl_jax.datasets._preprocessing import Kind, Preprocessing
+
+Target = Literal["auto", "classes", "labels", "numbers"]
+TARGETS = ("auto", "classes", "labels", "numbers")
+SEPARATOR = "|"  # of several labels in one cell
+MOST_LABELS = 10_000
+
+
+def targeted(
+    name: str,
+    inputs: np.ndarray,
+    found: Any,
+    *,
+    target: Target = "auto",
+    classes: int | None = None,
+    like: Dataset | None = None,
+    names: Sequence[str] = (),
+) -> Dataset:
+    """A `Dataset` from inputs and whatever a file holds as targets.
+
+    Args:
+      name: of the data, for messages.
+      inputs: numbers, `[N, ...]`.
+      found: `[N]` or `[N, K]`: numbers, text, or lists of labels as an object array.
+      target: their kind; "auto" reads it off the values.
+      classes: as in `checked`.
+      like: another part of the data, whose kind and names this part follows.
+      names: of the classes 0..K-1, or of the K columns.
+
+    Raises:
+      ValueError: if targets are not of their kind; rows are named.
+    """
+    found = _plain(np.asarray(found))
+    kind = like.kind if like is not None else _kind(name, found, target)
+    if kind == "classes":
+        return _classes(name, inputs, found, classes, like, names)
+    inputs = finite_numbers(name, inputs)
+    if len(found) != len(inputs) or found.ndim > 2:
+        raise ValueError(
+            f"{name}: targets of every example are needed, got inputs {list(inputs.shape)} and "
+            f"targets {list(found.shape)}. Are these two files of one split?"
+        )
+    make = _labels if kind == "labels" else _numbers
+    targets, names, notices = make(name, found, like, tuple(names))
+    form = Preprocessing(kind, names, targets.shape[1])
+    return Dataset(name, inputs, targets, targets.shape[1], names, (*notices,), form)
+
+
+def _classes(
+    name: str,
+    inputs: np.ndarray,
+    found: np.ndarray,
+    classes: int | None,
+    like: Dataset | None,
+    names: Sequence[str],
+) -> Dataset:
+    if found.ndim == 2 and found.shape[1] > 1 and names:
+        made = checked(name, inputs, found, classes, like=like and like._replace(names=()))
+        notices = (f"columns {', '.join(names[:6])} are one-hot: read as one class each",)
+        return made._replace(names=tuple(names), notices=notices)
+    if not names:
+        return checked(name, inputs, found, classes, like=like)
+    if like is None:
+        made = checked(name, inputs, found, len(names))
+    else:
+        made = checked(name, inputs, found, like=like._replace(names=()))
+    return made._replace(names=tuple(names))
+
+
+def _plain(found: np.ndarray) -> np.ndarray:
+    """Objects that are all text or all numbers as such; bytes as text; `[N, 1]` as `[N]`."""
+    if found.dtype.kind == "O" and found.size:
+        cells = found.ravel()
+        if all(isinstance(cell, str) for cell in cells):
+            found = found.astype(str)
+        elif all(isinstance(cell, (int, float, np.number, np.bool_)) for cell in cells):
+            found = found.astype(np.float64)
+    if found.dtype.kind == "S":
+        found = np.char.decode(found, "utf-8", "replace")
+    return found[:, 0] if found.ndim == 2 and found.shape[1] == 1 else found
+
+
+def _kind(name: str, found: np.ndarray, target: Target) -> Kind:
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r:.40}.")
+    if target != "auto":
+        return target
+    if found.dtype.kind == "O":
+        lists = all(isinstance(cell, (list, tuple, np.ndarray)) for cell in found.ravel())
+        return "labels" if lists and found.size else "classes"
+    if found.ndim == 2 and found.dtype.kind in "iufb" and found.size:
+        if np.isin(found, (0, 1)).all():
+            return "classes" if (found.sum(axis=1) == 1).all() else "labels"
+        if found.dtype.kind == "f":
+            return "numbers"
+        raise ValueError(
+            f"{name}: targets {list(found.shape)} of {found.dtype} are neither 0 and 1 nor "
+            "fractions: classes of several questions, or numbers? Choose one column with --label, "
+            "or --target numbers."
+        )
+    if found.dtype.kind == "U" and found.ndim == 1:
+        if any(SEPARATOR in cell for cell in found):
+            return "labels"
+        found = from_text(name, np.char.strip(found)) if not (found == "").any() else found
+    if found.dtype.kind == "f":
+        finite = found[np.isfinite(found)]
+        return "numbers" if (finite != np.floor(finite)).any() else "classes"
+    return "classes"
+
+
+def _labels(
+    name: str, found: np.ndarray, like: Dataset | None, names: tuple[str, ...]
+) -> tuple[np.ndarray, tuple[str, ...], list[str]]:
+    """`[N, K]` of 0 and 1, float32, and what the labels are called."""
+    if found.ndim == 2:
+        return _multi_hot(name, found, like, names)
+    rows = [_split(cell) for cell in found]
+    known = like.names if like is not None else names
+    known = known or tuple(sorted({label for row in rows for label in row}, key=_in_order))
+    place = {label: i for i, label in enumerate(known)}
+    if not 1 < len(known) <= MOST_LABELS:
+        raise ValueError(
+            f"{name}: {len(known)} different labels in {len(rows)} examples, from 2 to "
+            f"{MOST_LABELS:,} are possible. Is this the label column?"
+        )
+    hot = np.zeros((len(rows), len(known)), np.float32)
+    for i, row in enumerate(rows):
+        for label in row:
+            if label not in place:
+                listed = ", ".join(known[:8]) + (", …" if len(known) > 8 else "")
+                raise ValueError(
+                    f"{name}: label {label!r:.80} at row {i} does not occur in the training part, "
+                    f"whose labels are {listed}."
+                )
+            hot[i, place[label]] = 1
+    shown = ", ".join(known[:6]) + (", …" if len(known) > 6 else "")
+    notice = f"several labels per example, {len(known)} in all: {shown}"
+    return hot, known, [] if like is not None else [notice]
+
+
+def _multi_hot(
+    name: str, found: np.ndarray, like: Dataset | None, names: tuple[str, ...]
+) -> tuple[np.ndarray, tuple[str, ...], list[str]]:
+    count = found.shape[1] if like is None else like.classes
+    if found.dtype.kind not in "iufb" or found.shape[1] != count or not count:
+        raise ValueError(
+            f"{name}: several labels per example must be [N, {count}] of 0 and 1, got "
+            f"{list(found.shape)} of {found.dtype}."
+        )
+    wrong = np.flatnonzero(~np.isin(found, (0, 1)).all(axis=1))
+    if len(wrong):
+        raise ValueError(
+            f"{name}: several labels per example must be 0 or 1, got {found[wrong[0]].tolist()!s:.80} "
+            f"at row {wrong[0]}."
+        )
+    notice = f"targets are 0 or 1 in {count} columns: several labels per example"
+    known = names or (like.names if like is not None else ())
+    return found.astype(np.float32), known, [] if like is not None else [notice]
+
+
+def _numbers(
+    name: str, found: np.ndarray, like: Dataset | None, names: tuple[str, ...]
+) -> tuple[np.ndarray, tuple[str, ...], list[str]]:
+    """`[N, K]` float64 in their own units."""
+    if found.dtype.kind == "U":
+        flat = np.char.strip(found)
+        try:
+            found = flat.astype(np.float64)
+        except ValueError:
+            row = next(i for i, cell in enumerate(flat.ravel()) if not _is_number(cell))
+            shown = str(flat.ravel()[row])
+            raise ValueError(
+                f"{name}: targets must be numbers, got {shown!r:.80} at row "
+                f"{row // max(1, flat[0].size)}."
+            ) from None
+    if found.dtype.kind not in "iufb":
+        raise ValueError(f"{name}: targets must be numbers, got {found.dtype}.")
+    targets = found.reshape(len(found), -1).astype(np.float64)
+    wrong = np.flatnonzero(~np.isfinite(targets.astype(np.float32)).all(axis=1))
+    if len(wrong):
+        raise ValueError(
+            f"{name}: targets must be finite numbers, got {targets[wrong[0]].tolist()!s:.80} at "
+            f"row {wrong[0]} ({len(wrong)} such rows)."
+        )
+    if like is not None:
+        if targets.shape[1] != like.classes:
+            raise ValueError(
+                f"{name}: {like.classes} numbers per example are needed, got {targets.shape[1]}."
+            )
+        return targets, like.names, []
+    constant = np.flatnonzero((targets == targets[:1]).all(axis=0))
+    if len(constant):
+        which = names[constant[0]] if names else constant[0]
+        raise ValueError(
+            f"{name}: every target {which} is {targets[0, constant[0]]:g}: nothing can be learned."
+        )
+    one = "a number" if targets.shape[1] == 1 else f"{targets.shape[1]} numbers"
+    return targets, names, [f"targets are {one} per example (regression)"]
+
+
+def _split(cell: Any) -> list[str]:
+    parts = cell.split(SEPARATOR) if isinstance(cell, str) else cell
+    if parts is None or (isinstance(parts, float) and np.isnan(parts)):
+        return []
+    if not isinstance(parts, (list, tuple, np.ndarray)):
+        parts = [parts]
+    return [text for part in parts if (text := str(part).strip())]
+
+
+def _in_order(label: str) -> tuple[int, int | str]:
+    """Whole numbers by size, then text."""
+    return (0, int(label)) if label.isdecimal() and len(label) < 19 else (1, label)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
