@@ -162,8 +162,8 @@ def _multi_hot(
     wrong = np.flatnonzero(~np.isin(found, (0, 1)).all(axis=1))
     if len(wrong):
         raise ValueError(
-            f"{name}: several labels per example must be 0 or 1, got {found[wrong[0]].tolist()!s:.80} "
-            f"at row {wrong[0]}."
+            f"{name}: several labels per example must be 0 or 1, got "
+            f"{found[wrong[0]].tolist()!s:.80} at row {wrong[0]}."
         )
     notice = f"targets are 0 or 1 in {count} columns: several labels per example"
     known = names or (like.names if like is not None else ())
