@@ -18,6 +18,7 @@ html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_copyright = False
+smartquotes_action = "q"  # `--flag` keeps its dashes
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 add_module_names = False

@@ -148,8 +148,8 @@ def _items(chunk: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """Markdown's own signs are plain characters outside of backticks."""
-    parts = re.split(r"(`[^`]+`)", text)
+    """Markdown's own signs are plain characters outside of backticks and of `*emphasis*`."""
+    parts = re.split(r"(`[^`]+`|(?<![\w*])\*[A-Za-z][A-Za-z ]*\*(?![\w*]))", text)
     for i in range(0, len(parts), 2):
         parts[i] = re.sub(r"([*_<\[\]${}|#~])", r"\\\1", parts[i])
         parts[i] = re.sub(r"^(\s*)([+=]|\d+[.)])(\s)", r"\1\\\2\3", parts[i], flags=re.MULTILINE)

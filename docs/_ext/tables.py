@@ -96,15 +96,16 @@ def language_page() -> str:
         "",
         "Each is a function of a `language.Setup`: two decoders and how to sample from them.",
         "",
-        "| Method | What it minimizes | Notes |",
+        "| Method, paper | What it minimizes | Notes |",
         "|---|---|---|",
     ]
     for found in language.methods():
         text = inspect.getdoc(found.build) or ""
+        text = re.split(r"\n\n(?:Args|References):", text)[0]
         first, _, rest = text.partition("\n\n")
-        rest = rest.split("\n\nArgs:")[0]
         name = f"{{py:func}}`{found.build.__name__} <kdtl_jax.language.{found.build.__name__}>`"
-        lines.append(f"| {name} | {cell(first)} | {cell(rest)} |")
+        named = "<br>".join(filter(None, (name, found.title, found.paper)))
+        lines.append(f"| {named} | {cell(first)} | {cell(rest)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -113,15 +114,15 @@ def split(text: str) -> tuple[str, str]:
     text = re.split(r"\n\n(?:Args|Raises|Returns):", text)[0]
     first, _, rest = text.partition("\n\n")
     # The paper has a column of its own.
-    rest = re.sub(r"^[^`]{5,150}?(?:\(\d{4}\.\d{4,5}\)|\b(?:19|20)\d\d)\.\s+", "", rest)
+    rest = re.sub(r"^[^`]{5,150}?(?:\(\d{4}\.\d{4,5}\)|\b(?:19|20)\d\d)\.(?:\s+|$)", "", rest)
     found = re.match(r"`([^`]+)`", first)
     if not found:
         return cell(first), cell(rest)
     if " " not in found[1]:  # a name, no equation
         return cell(first), cell(rest)
     equation = f"{{formula}}`{' '.join(found[1].split())}`".replace("|", "\\|")
-    after = first[found.end() :].strip(" ,.:;\n")
-    return f"{equation} {cell(after)}".strip(), cell(rest)
+    after = cell(first[found.end() :]).rstrip(" .")
+    return f"{equation}{'' if after[:1] in (',', ':', ';', '') else ' '}{after}", cell(rest)
 
 
 def cell(text: str) -> str:
@@ -179,7 +180,7 @@ the run of such a folder; `--list` shows the methods of a command that has sever
 def command_page(name: str, summary: str, module: Any) -> str:
     """One command: examples, then its flags by group."""
     about = re.sub(
-        r"```text.*?```\n*", "", reference.markdown(module.__doc__ or ""), flags=re.DOTALL
+        r"```text\nkdtl .*?```\n*", "", reference.markdown(module.__doc__ or ""), flags=re.DOTALL
     )
     parts = [f"# kdtl {name}", f"{summary[0].upper()}{summary[1:]}.", about]
     parts.append(f"```text\n{inspect.cleandoc(module.EXAMPLES)}\n```")
@@ -188,7 +189,7 @@ def command_page(name: str, summary: str, module: Any) -> str:
         groups.setdefault(field.metadata.get("group") or "", []).append(field)
     for title, fields in groups.items():
         parts.append(f"## {title[0].upper()}{title[1:]}" if title else "## Flags")
-        lines = ["| flag | what it is | default |", "|---|---|---|", *map(_flag, fields)]
+        lines = ["| Flag | What it is | Default |", "|---|---|---|", *map(_flag, fields)]
         parts.append("\n".join(lines))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -206,7 +207,8 @@ def _flag(field: Any) -> str:
     if isinstance(default, (tuple, list)):
         default = ",".join(map(str, default))
     said = "" if default in (None, False, "", ()) else f"`{default}`"
-    return f"| `{shown}` | {cell(about['help'])} | {said} |"
+    about_it = re.sub(r"(?<![\w`-])--[a-z][\w-]*", r"`\g<0>`", about["help"])
+    return f"| `{shown}` | {cell(about_it)} | {said} |"
 
 
 def slug(name: str) -> str:
@@ -226,5 +228,8 @@ def benchmarks(folder: Path) -> str:
         text = ast.get_docstring(ast.parse(path.read_text())) or ""
         first, _, rest = text.partition("\n\n")
         title = " ".join(first.split())
-        parts += [f"## {path.name}", reference.markdown(title), f"```text\n{rest}\n```"]
+        parts += [f"## {path.name}", reference.markdown(title)]
+        for chunk in filter(str.strip, rest.split("\n\n")):
+            is_table = re.search(r"^ {2}|: {2}", chunk, re.MULTILINE) is not None
+            parts.append(f"```text\n{chunk}\n```" if is_table else reference.markdown(chunk))
     return "\n\n".join(parts) + "\n"

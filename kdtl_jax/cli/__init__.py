@@ -31,18 +31,18 @@ class Command(NamedTuple):
 
 _recipes, _params = "kdtl_jax.recipes", "kdtl_jax.cli.params"
 COMMANDS = (
-    Command("demo", "every foundation method on embedded real data", f"{_recipes}.demo"),
+    Command("demo", "compare the basic methods on embedded digits", f"{_recipes}.demo"),
     Command("distill", "teach a small model with a large one", f"{_recipes}.distill"),
     Command("language", "teach a small language model with a large one", f"{_recipes}.language"),
     Command("transfer", "reuse a trained model's weights on a new task", f"{_recipes}.transfer"),
-    Command("predict", "a student's class for every example", f"{_recipes}.predict"),
-    Command("evaluate", "a student's scores on labeled data", f"{_recipes}.evaluate"),
-    Command("sentences", "a sentence encoder's layers as a student", f"{_recipes}.sentences"),
-    Command("cache", "compute a teacher's outputs once, onto the disk", f"{_recipes}.cache"),
-    Command("params", "weight surgery: safetensors in, safetensors out", _params),
-    Command("sweep", "many settings and seeds as one program", f"{_recipes}.sweep"),
-    Command("bench", "train steps against the machine's ceilings", f"{_recipes}.bench"),
-    Command("env", "versions and devices, for reports", f"{_recipes}.env"),
+    Command("predict", "predict a class for every example of a file", f"{_recipes}.predict"),
+    Command("evaluate", "score a student on labeled data", f"{_recipes}.evaluate"),
+    Command("sentences", "distill a sentence encoder into fewer layers", f"{_recipes}.sentences"),
+    Command("cache", "compute a teacher's outputs once and keep them on disk", f"{_recipes}.cache"),
+    Command("params", "edit checkpoints: safetensors in, safetensors out", _params),
+    Command("sweep", "run many settings and seeds as one program", f"{_recipes}.sweep"),
+    Command("bench", "measure train steps against the machine's limits", f"{_recipes}.bench"),
+    Command("env", "print versions and devices for a bug report", f"{_recipes}.env"),
 )
 LONGEST = 4000  # characters of a message
 FAILURES = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)

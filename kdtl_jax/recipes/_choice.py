@@ -1,6 +1,6 @@
 """Settings x seeds of one method, and the choice among them by mean validation accuracy.
 
-The test split is only read off; a setting whose scores are not finite is never chosen before one
+The test split is not used to choose; a setting whose scores are not finite is never chosen before one
 whose are.
 """
 

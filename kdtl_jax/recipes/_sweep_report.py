@@ -127,7 +127,7 @@ def html_page(outcome: Sweep) -> str:
         f"{outcome.pair.splits.train.name}: {many}. Teacher {outcome.pair.teacher_text}, "
         f"{100 * outcome.teacher_test:.1f} % on the test split; student "
         f"{outcome.settings.student}. Settings are ordered by mean validation accuracy; the test "
-        f"split is only read off.{early}"
+        f"split is not used to choose.{early}"
     )
     best = report.table(
         ("method", *axes, "validation %", "test %"),

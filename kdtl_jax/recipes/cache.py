@@ -1,7 +1,7 @@
-"""A teacher's outputs for a training set, computed once and kept on disk.
+"""Computes a teacher's outputs for a training set once and keeps them on disk.
 
-The cache says what it was made from (weights, the model's text, data, classes), so that it is never
-read for another teacher or other data. An interrupted one is completed, a damaged one mended.
+The cache records what it was made from (weights, model, data, classes) and refuses to be read for
+anything else. An interrupted cache is completed, a damaged one repaired.
 
     kdtl cache --teacher-weights runs/distill/teacher.safetensors --taps all
 """

@@ -1,13 +1,13 @@
 """The four foundation methods and KD on the embedded UCI digits, in under a minute on two cores.
 
-Distillation: one teacher per seed sees all 899 training images, its small student ten per class,
-drawn anew for every seed, and the teacher's outputs on those same images; nothing unlabelled is
-added. Transfer: a model of the digits 0-4 gives its weights to one of 5-9 with ten labels per
-class. On the centered digits that does not help a perceptron, ten labels per class already suffice;
-so both tasks are made harder in the same way, every digit at a random place on a 12x12 canvas.
+Distillation: one teacher per seed is trained on all 899 images. Its small student gets ten per
+class, drawn anew for every seed, and the teacher's outputs on those images; no unlabeled data is
+used. Transfer: a model of the digits 0-4 passes its weights to a model of 5-9 with ten labels per
+class. A perceptron learns centered digits from that many labels without help, so both tasks are
+made harder in the same way: every digit is placed at random on a 12x12 canvas.
 
 Every trained method chooses its learning rate, and alpha or strength where it has one, by mean
-validation accuracy over seeds; the test split is only read off.
+validation accuracy over seeds. The test split is used for the final numbers alone.
 
     kdtl demo
 """
@@ -124,7 +124,7 @@ def run(settings: Settings) -> None:
             [
                 f"Data: {raw.train.name}, {len(raw.train.labels)} training, "
                 f"{len(raw.validation.labels)} validation and {len(raw.test.labels)} test images. "
-                "Settings are chosen on validation; the test split is only read off.",
+                "Settings are chosen on validation; the test split is not used to choose.",
                 "Distillation: a teacher sees all training images, its students only "
                 f"{IMAGES_PER_CLASS} per class, drawn anew for every seed, and the teacher's "
                 "outputs on those same images. Projected outputs keep the teacher's selected "

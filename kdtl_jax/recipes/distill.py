@@ -1,4 +1,4 @@
-"""Distillation of one teacher into students by many methods: data, teacher, students, table.
+"""Distills one teacher into students by several methods, and compares them.
 
 One teacher, trained here or given, is frozen. Every method then trains the same students: seed s
 starts from the same weights and draws the same batches under every method, so methods are compared

@@ -1,12 +1,12 @@
-"""A language model taught to a smaller one: weights, text, method, report, and a folder to use.
+"""Distills a language model into a smaller one, from weights and text to a report and a folder.
 
     kdtl language --teacher SmolLM2-135M/ --layers 0,3,6,9,12,15,18,21,24,29 --data text.txt \\
         --method sft,kd --steps 400
 
-A teacher (a Hugging Face folder, or one trained here from a shape) and students that start from a
-folder, from some of the teacher's layers or from nothing are compared on held-out text: each method
-trains the same student, on the same rows in the same order. With no arguments this is a small
-example on bytes: 390 kB of Shakespeare, which the package carries.
+The teacher is a Hugging Face folder, or is trained here from a shape. Students start from a folder,
+from some of the teacher's layers, or from a random initialization. Every method trains the same
+student on the same rows in the same order; all are compared on held-out text. Without arguments
+this is a small example on bytes: 390 kB of Shakespeare that come with the package.
 """
 
 from collections.abc import Mapping

@@ -1,16 +1,16 @@
-"""A pretrained sentence encoder taught to a student of half its depth, on lines of plain text.
+"""Distills a pretrained sentence encoder into a student of half its depth, on lines of plain text.
 
-The student takes some of the teacher's layers as they are (`huggingface.student`) and learns the
+The student starts from some of the teacher's layers (`huggingface.student`) and learns the
 teacher's hidden states, its sentence embeddings and the similarities between them, without labels.
-Beside it stands the same student from random initialization. What is reported is fidelity to the
-teacher on held-out lines: the mean cosine of the two embeddings of a line, and the share of its ten
-nearest lines that both encoders name.
+For comparison, the same student is trained from a random initialization. The report gives fidelity
+to the teacher on held-out lines: the mean cosine between the two embeddings of a line, and the
+share of its ten nearest lines on which both encoders agree.
 
     kdtl sentences --encoder all-MiniLM-L6-v2/ --text tinyshakespeare.txt
 
 24,762 distinct lines of Shakespeare, 500 of them held out, 200 steps of 32 lines (6,400 lines), one
-seed; jax 0.10.2, two CPU cores that were busy with other work, 311 s of CPU time in all (so the
-speeds mean their ratio, 1.9):
+seed; jax 0.10.2, two CPU cores shared with other work, 311 s of CPU time in all (of the speeds,
+only the ratio, 1.9, means something):
 
                                       mean cosine  agreement@10  parameters  sentences/s
     Teacher                                1.0000        1.0000  22,713,216           68

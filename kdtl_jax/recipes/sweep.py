@@ -1,8 +1,8 @@
-"""A sweep of students: settings x seeds of several methods, each method as one program.
+"""Sweeps settings and seeds of students, all of a method as one compiled program.
 
-One teacher, its outputs computed once. Within a method everything is traced (seeds, temperatures,
-weights, alpha, learning rates); methods are looped over. Settings are compared by their mean
-validation accuracy over seeds; the test split is only read off.
+The outputs of the one teacher are computed once. Within a method everything is traced (seeds,
+temperatures, weights, alpha, learning rates); methods run one after another. Settings are compared
+by their mean validation accuracy over seeds; the test split is used for the final numbers alone.
 
     kdtl sweep --grid temperature=1,2,4,8 learning_rate=1e-3,1e-2 --seeds 5
 """

@@ -1,9 +1,10 @@
-"""A trained model's weights on a new task with few labels, by every method of `_transfer_methods`.
+"""Reuses a trained model's weights on a new task with few labels, by several methods.
 
 Without `--source-weights` one source model per seed is trained on the source classes first. Every
 method starts from the same copies, sees the same few examples per seed, and chooses its learning
 rate (and the strength of its own term, where it has one) by mean validation accuracy over seeds;
-the test split is only read off. All seeds and settings of a method run as one compiled program.
+the test split is used for the final numbers alone. All seeds and settings of a method run as one
+compiled program.
 
     kdtl transfer --methods scratch,copied_finetuned,lora --labels-per-class 5 --seeds 16
 """
@@ -188,7 +189,7 @@ def run(settings: Settings) -> int | None:
                 f"Target: {target.train.classes} classes with {few or 'all'} labels each, drawn "
                 f"anew for every seed; {len(target.validation.labels)} validation and "
                 f"{len(target.test.labels)} test examples. Learning rate and strength are chosen "
-                "on validation; the test split is only read off.",
+                "on validation; the test split is not used to choose.",
                 f"Transferability before any training: {scores or 'no features to score'}. Higher "
                 "is better, between sources for this target.",
                 *(
