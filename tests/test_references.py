@@ -105,6 +105,6 @@ def test_dotted_names_lead_somewhere() -> None:
         for where, text in texts
         for name in references(text)
         if "." in name and name.split(".")[0] in modules | ROOTS.keys()
-        if name != "losses.f" and not exists(name)
+        if name not in ("losses.f", "metrics.jsonl") and not exists(name)  # a letter, a file
     ]
     assert not missing, "\n".join(missing)
