@@ -1,7 +1,7 @@
 """Settings x seeds of one method, and the choice among them by mean validation accuracy.
 
-The test split is not used to choose; a setting whose scores are not finite is never chosen before one
-whose are.
+The test split is not used to choose. A setting whose scores are not finite is chosen only where no
+other is left.
 """
 
 from collections.abc import Callable, Mapping, Sequence
