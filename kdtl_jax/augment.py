@@ -1,7 +1,7 @@
 """Augmentation as pure keyed functions: crop, flip, mixup, CutMix.
 
 Each function takes a key and a batch's arrays, so a view is a function of its key: made once, it
-goes to the teacher and the student alike. `example_keys(key, epoch, rows)` gives every example of
+goes to both teacher and student. `example_keys(key, epoch, rows)` gives every example of
 every epoch its own key, whatever the batch it falls into; a teacher cache built from those keys
 therefore agrees with a live teacher. `mixup` and `cutmix` mix rows *within* a batch, so they are
 functions of the batch too and ask for a live teacher. They take the mask of real examples (`where`,

@@ -28,7 +28,7 @@ from kdtl_jax._types import Outputs, Params, PyTree, Scalar, Schedule
 
 
 class Inputs(NamedTuple):
-    """All that a term may look at. New fields break nobody: terms read them by name.
+    """All that a term may look at. New fields break nothing: terms read them by name.
 
     `teacher` holds a teacher's outputs, empty without one; `teacher_params` is the step's third
     argument as it was given, for penalties that read frozen parameters.

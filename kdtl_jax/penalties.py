@@ -55,7 +55,7 @@ def l2_sp(params: Params, source: Params, *, where: Selector = everything) -> Ar
       where: selector of the leaves that are penalized, usually the backbone.
 
     Returns:
-      `[]`, float32 or wider. No gradient is stopped: `source` is a constant because nobody
+      `[]`, float32 or wider. No gradient is stopped: `source` is a constant because nothing
       differentiates with respect to it.
 
     Raises:

@@ -128,6 +128,8 @@ def markdown(text: str) -> str:
             )
         elif all(line.startswith("|") for line in chunk.splitlines()):  # a table is one already
             blocks.append(chunk)
+        elif chunk.lstrip().startswith(">>> "):
+            blocks.append(f"```pycon\n{textwrap.dedent(chunk)}\n```")
         elif all(line.startswith("    ") for line in chunk.splitlines()):
             blocks.append(f"```text\n{textwrap.dedent(chunk)}\n```")
         else:

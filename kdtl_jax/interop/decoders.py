@@ -153,7 +153,7 @@ def save(
 ) -> None:
     """Writes `model.safetensors` and `config.json` that transformers opens.
 
-    The dtype, the vocabulary and whether the head is tied are said as they are in the tensors.
+    The dtype, the vocabulary and whether the head is tied are written as the tensors have them.
 
     Args:
       folder: made if need be; files are replaced atomically, the weights last.

@@ -45,7 +45,7 @@ def model(
     `model_state` holds every collection but `"params"` (batch statistics), or None if there is
     none; it changes only with `train=True`.
 
-    The mode is told by whatever argument or field of a usual name the module has: `train`,
+    The mode is set through whichever usual argument or field the module has: `train`,
     `training`, `is_training`, `deterministic`, `use_running_average`, `inference`, …, also within
     `**kwargs`.
 

@@ -3,7 +3,7 @@
 A table of rules is data: each says which torch name is which canonical path, and how the axes are
 permuted between the two. Read left to right it imports, right to left it exports, and
 `to_torch(from_torch(x)) == x` bit for bit, because axes are only permuted and regrouped. Every
-tensor needs a rule (or an entry in `ignore`); nothing is dropped in silence.
+tensor needs a rule (or an entry in `ignore`); nothing is dropped silently.
 
 PyTorch keeps output features first, `[out, in]` and `[out, in, *window]`; Flax keeps them last.
 Equinox keeps PyTorch's axes. Position ids, masks and step counters are no weights: list them in

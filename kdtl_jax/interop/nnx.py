@@ -48,7 +48,7 @@ def model(
     `model_state` holds what is not an `nnx.Param`: batch statistics, random streams, counters.
     Within `apply` a fresh module is merged, so nothing outside is ever mutated. With `key`,
     every random stream is re-keyed from it, whatever it is called (`nnx.reseed(m, dropout=key)`
-    does nothing, in silence, to a module built with `nnx.Rngs(0)`). `train` switches between
+    silently does nothing to a module built with `nnx.Rngs(0)`). `train` switches between
     the module's `train()` and `eval()` modes, and sets what arguments and fields of a usual name
     there are: `train`, `training`, `deterministic`, `use_running_average`, …, also within
     `**kwargs`.

@@ -14,7 +14,7 @@
 | `opd` | the student's | reverse KL, exact at every position |
 | `opd_sampled` | the student's | reverse KL from the sampled tokens alone |
 | `minillm` | the student's | reverse KL of whole sequences |
-| `self_` | the student's | reverse KL to the weights it started from, told more |
+| `self_` | the student's | reverse KL to the weights it started from, given a privileged prompt |
 | `self_ema` | the student's | the same, the teacher following the student |
 | `qad` | the data's | forward KL of the quantized student to its full precision |
 """
@@ -113,7 +113,7 @@ def kd(setup: Setup) -> Learner:
 
 
 def seqkd(setup: Setup) -> Learner:
-    """Fine-tuning on completions that the teacher samples, anew in every step.
+    """Fine-tuning on completions that the teacher samples in every step.
 
     References:
       Kim and Rush, Sequence-Level Knowledge Distillation, 2016 (1606.07947), who take the mode by

@@ -1,7 +1,7 @@
 """Transformers: attention scores by KL or MSE, relations between tokens, Gram matrices of states.
 
 Float arrays, student first; values are per token (per query), `[B, L]`, averaged over heads, in
-float32 or wider. `where` (bool `[B, L]`) marks real tokens: others are nobody's keys, and as
+float32 or wider. `where` (bool `[B, L]`) marks real tokens: others are never keys, and as
 queries give 0. What compares states token by token is `last_axis_mse` and `cosine_distance`; the
 objective averages over real tokens (`Masked(values, where)`).
 
@@ -94,7 +94,7 @@ def minilm_relation(
 ) -> Array:
     """`mean over heads of KL(softmax(x_T y_T^T / sqrt(d)) || softmax(x_S y_S^T / sqrt(d)))`.
 
-    The vectors of all heads are joined and cut into `relation_heads` anew, so that widths and
+    The vectors of all heads are joined and cut again, into `relation_heads`, so that widths and
     numbers of heads may differ and no projection is needed. Averaged over real tokens of an example
     and then over examples it is the published number. (queries, keys) and (values, values) of
     the last layer make MiniLM; see `minilm_v2`.

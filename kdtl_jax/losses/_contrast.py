@@ -3,7 +3,7 @@
 The others are the rest of the batch, a memory bank or a queue; the last two are values of
 `kdtl_jax.memory` that the step carries. All take float arrays and return `[B]` in float32 or wider.
 
-`where` (bool `[B]`) marks the real examples: the values of the others are 0, and they are nobody's
+`where` (bool `[B]`) marks the real examples: the values of the others are 0, and they are no one's
 positives or negatives, so that a padded batch gives the numbers of its real rows alone.
 
 TypeError: an array is not floating point, or labels are not integers. ValueError: shapes do not

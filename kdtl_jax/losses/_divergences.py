@@ -12,7 +12,7 @@ What all functions here share:
 
 KLs are summed from non-negative terms: never negative, and relatively accurate when the two sides
 are close. Log-probabilities are logits too, so stored log-probabilities or the buckets of
-`top_k_buckets` can be compared as they are. The Jensen-Shannon family is in `_jensen_shannon`.
+`top_k_buckets` can be compared as they are. The Jensen-Shannon family stands apart below.
 """
 
 import jax

@@ -1,6 +1,6 @@
 """The Jensen-Shannon family: three published conventions, as three functions.
 
-Arguments and results are those of `_divergences`. All mix `M` of student and teacher and add the
+Arguments and results are those of `forward_kl`. All mix `M` of student and teacher and add the
 KLs to it; beta lies in [0, 1], and they differ in what it weighs, and so in what happens as beta
 goes to 0 and 1:
 

@@ -1,6 +1,6 @@
 """Divergences for the student's own text, with the teacher's whole distribution or part of it.
 
-As in `_divergences`: logits `[..., num_classes]` of one shape, temperatures > 0 that soften both
+As in `forward_kl`: logits `[..., num_classes]` of one shape, temperatures > 0 that soften both
 sides, a scalar or one value per example; results `[...]`, in nats, float32 or wider; TypeError for
 anything but real floating point, ValueError for what does not fit.
 """

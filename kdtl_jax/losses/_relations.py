@@ -5,7 +5,7 @@ different widths, only the relations are compared. They return `[B]` in float32 
 is computed from Gram matrices, never from a `[B, B, D]` array. Under `jit` with a batch sharded
 over devices the values are those of the whole batch.
 
-`where` (bool `[B]`) marks the real examples: the values of the others are 0, and nobody is related
+`where` (bool `[B]`) marks the real examples: the values of the others are 0, and no row is related
 to them, so that a padded batch gives the numbers of its real rows alone.
 
 TypeError: an array is not floating point. ValueError: batch sizes differ or are 0, or a

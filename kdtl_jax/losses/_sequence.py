@@ -29,7 +29,8 @@ class Shifted(NamedTuple):
 def causal_shift(logits: Array, labels: Array, *, ignore: int = -100) -> Shifted:
     """Pairs position l's logits with label l + 1, which they predict.
 
-    Shift student and teacher alike, or divergences are taken at positions that the labels mask.
+    Shift student and teacher in the same way, or divergences are taken at positions that the labels
+    mask.
 
     Args:
       logits: `[B, L, V]`.

@@ -63,7 +63,7 @@ def cwd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
 def wkd_f(setup: Setup) -> Method:
     """`4 ||mu_S - mu_T||^2 + ||sigma_S - sigma_T||^2` over the deepest map's positions.
 
-    Lv, Yang and Li, 2024 (2412.08139). Task 1, wkd_f 0.08, let down to 0 over the last 90 of 240
+    Lv, Yang and Li, 2024 (2412.08139). Task 1, wkd_f 0.08, decaying to 0 over the last 90 of 240
     epochs along a half cosine: the authors' code, whose variance is the unbiased one.
     """
 

@@ -87,7 +87,7 @@ def compare(folder: str | Path, now: Record) -> list[str]:
 
 
 def check_finite(name: str, tree: PyTree) -> None:
-    """Refuses weights with NaN or infinity, which would train others in silence.
+    """Refuses weights with NaN or infinity, which would silently spoil what is trained from them.
 
     Args:
       name: of the weights, for the message: their file.

@@ -98,7 +98,7 @@ def ema_decay(decay: float = 0.999) -> Schedule:
 def ema_update(
     teacher: Params, student: Params, step: Array, *, decay: Scalar | Schedule = 0.999
 ) -> Params:
-    """`d teacher + (1 - d) student` with `d = decay(step)`, for a loop of one's own.
+    """`d teacher + (1 - d) student` with `d = decay(step)`, for your own loop.
 
     Args:
       teacher: the average so far, in the dtype to average in (float32 for half-precision students).

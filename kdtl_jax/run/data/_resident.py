@@ -62,7 +62,7 @@ def resident(
         keys are `augment.example_keys` of the epoch's view.
       teacher: cached outputs, `[N, ...]`, or `[views, N, ...]` where `views` is given; they arrive
         as `batch["teacher"]`.
-      views: after so many epochs the augmented views repeat; None never repeats.
+      views: after this many epochs the augmented views repeat; None never repeats.
       rows: int `[n]`, the examples that take part (all by default); `[S, n]` for keys `[S]`.
 
     Raises:

@@ -31,7 +31,7 @@ def metrics_file(
     resume_at: int = 0,
     stays: Callable[[dict[str, Any]], bool] | None = None,
 ) -> Iterator[Log]:
-    """Opens a `.jsonl` file for `run(log=...)`; a missing one is started anew.
+    """Opens a `.jsonl` file for `run(log=...)`; a missing one is created.
 
     Args:
       path: appended to. Lines of steps after `resume_at` are dropped first: they will be written

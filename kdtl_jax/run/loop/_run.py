@@ -242,7 +242,7 @@ def fit(
       model: the model function.
       params: where to start; they are copied, not donated.
       tx: an optax optimizer.
-      terms: the objective, as for `train.make_step`; `objective.classification`, say.
+      terms: the objective, as for `train.make_step`; such as `objective.classification`.
       weights: one weight per term.
       source: batches, `data.resident(...)` or a `data.Source`.
       steps: how many updates.

@@ -21,7 +21,8 @@ class Fingerprint(NamedTuple):
     """Everything that a teacher's outputs depend on; build it with `fingerprint`.
 
     In what a reader expects, a field that is None is not compared: `_replace(teacher=None)` where
-    the teacher's weights are not at hand. `taps` are compared as "the cache holds at least these".
+    the teacher's weights are not available. `taps` are compared as "the cache holds at least
+    these".
     """
 
     model: str | None  # the teacher as text: what decides its outputs beside the weights
@@ -62,7 +63,7 @@ def fingerprint(
       preprocessing: everything else that decides the outputs, as JSON: normalization, tokenizer,
         augmentation settings, the teacher's precision.
       taps: names of the outputs to be stored.
-      top_k: logits as log-probabilities of so many classes and the mass of the tail; None is dense.
+      top_k: logits as log-probabilities of this many classes and the mass of the tail; None: dense.
       temperature: of the softmax before it is cut to `top_k`.
       dtype: float32, bfloat16 or float16; of log-probabilities for `top_k`.
       views: how many epochs of augmented views; None for data as it is.
