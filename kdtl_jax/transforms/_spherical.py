@@ -160,8 +160,9 @@ def model_stock(
     """`t mean_i theta_i + (1 - t) base` with `t = N c / (1 + (N - 1) c)`.
 
     `c` is the mean cosine over pairs of task vectors: models that moved in the same direction are
-    trusted, models that moved apart are pulled back to the base. Where they cancel (`1 + (N - 1) c` below 1e-3, as
-    of two opposite changes) t has no finite value, and the base is kept.
+    trusted, models that moved apart are pulled back to the base. Where they cancel
+    (`1 + (N - 1) c` below 1e-3, as of two opposite changes) t has no finite value, and the base is
+    kept.
 
     Args:
       base: pretrained parameters.

@@ -1,7 +1,8 @@
 """Task vectors: `tau = theta - theta_0`, what fine-tuning added; and adding them back.
 
 Merging methods are compositions of three kinds of functions, all on trees: *sparsify* a task vector
-(`trim`, `dare`), *elect* signs and combine several (`disjoint_merge`), and *apply* the result to the base:
+(`trim`, `dare`), *elect* signs and combine several (`disjoint_merge`), and *apply* the result to
+the base:
 
     apply_task_vectors(base, [ties(task_vectors, density=0.2)], scale=0.7)
 
