@@ -141,7 +141,7 @@ def _items(chunk: str) -> str:
     """`name: text` lines, with what is indented below them, as a list."""
     lines = []
     for line in chunk.splitlines():
-        named = re.match(r"(\*{0,2}[\w., ]+?): (.*)", line)
+        named = re.match(r"(\*{0,2}\w[\w., ]*?): (.*)", line)
         if named:
             lines.append(f"- `{named[1]}`: {named[2]}")
         else:

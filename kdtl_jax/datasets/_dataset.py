@@ -1,4 +1,4 @@
-"""What a labelled data set is, the checks that every reader makes, and the embedded digits.
+"""What a labeled data set is, the checks that every reader makes, and the embedded digits.
 
 The digits: Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine
 Learning Repository, 1998, https://doi.org/10.24432/C50P49, licensed under the Creative Commons
@@ -19,7 +19,7 @@ FEWEST_ROWS = 20  # from so many rows on, labels that hardly repeat are taken fo
 
 
 class Dataset(NamedTuple):
-    """Labelled examples on the host.
+    """Labeled examples on the host.
 
     Labels are 0..classes-1, or `[N, classes]` where an example has several (0 and 1, float32) or
     where targets are numbers (float64, in their own units): `kind` says which. Readers check that,

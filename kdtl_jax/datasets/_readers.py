@@ -1,4 +1,4 @@
-"""Labelled data from files: idx (the MNIST family), npz, and CSV with a label column.
+"""Labeled data from files: idx (the MNIST family), npz, and CSV with a label column.
 
 Nothing is ever unpickled, and nothing is unpacked that was not asked for or that its own header
 does not announce. Every message names the file and what is wrong with it.

@@ -43,7 +43,7 @@ def tckd(
       Zhao et al., Decoupled Knowledge Distillation, 2022 (2203.08679). In log space throughout: the
       authors' code takes the log of summed probabilities and overflows on large margins.
     """
-    student, teacher, labels, usable = _labelled(
+    student, teacher, labels, usable = _labeled(
         student_logits, teacher_logits, labels, temperature, where
     )
     kl = _numerics.kl_from_logits(_two(teacher, labels), _two(student, labels))
@@ -66,7 +66,7 @@ def nckd(
     References:
       Zhao et al., 2022 (2203.08679).
     """
-    student, teacher, labels, usable = _labelled(
+    student, teacher, labels, usable = _labeled(
         student_logits, teacher_logits, labels, temperature, where
     )
     others = ~_logspace.is_label(labels, student.shape[-1])
@@ -86,7 +86,7 @@ def target_cross_entropy(
     References:
       Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, 2023 (2303.13005).
     """
-    student, teacher, labels, usable = _labelled(student_logits, teacher_logits, labels, 1.0, where)
+    student, teacher, labels, usable = _labeled(student_logits, teacher_logits, labels, 1.0, where)
     belief = _logspace.probabilities(_logspace.at(_numerics.log_softmax(teacher), labels))
     values = -belief * _logspace.at(_numerics.log_softmax(student), labels)
     return _numerics.at_usable(values, usable, where)
@@ -121,7 +121,7 @@ def wsld_weight(
       Perspective, 2021 (2102.00650).
     """
     _checks.positive(eps=eps)
-    student, teacher, labels, usable = _labelled(student_logits, teacher_logits, labels, 1.0, where)
+    student, teacher, labels, usable = _labeled(student_logits, teacher_logits, labels, 1.0, where)
     of_student = -_logspace.at(_numerics.log_softmax(student), labels)
     of_teacher = -_logspace.at(_numerics.log_softmax(teacher), labels)
     weight = -jnp.expm1(-of_student / (of_teacher + _numerics.scalar(eps, of_teacher)))
@@ -147,7 +147,7 @@ def uskd_weight(student_logits: Array, labels: Array, *, where: Array | None = N
       Yang et al., 2023 (2303.13005).
     """
     _checks.rank(2, 2, student_logits=student_logits)
-    student, _, labels, usable = _labelled(student_logits, student_logits, labels, 1.0, where)
+    student, _, labels, usable = _labeled(student_logits, student_logits, labels, 1.0, where)
     squared = jnp.square(
         _logspace.probabilities(_logspace.at(_numerics.log_softmax(student), labels))
     )
@@ -322,7 +322,7 @@ def zipf_targets(scores: Array, labels: Array) -> Array:
     return _numerics.log_softmax(-jnp.log(ranks), where=~jnp.any(at_label, axis=-2))
 
 
-def _labelled(
+def _labeled(
     student_logits: Array,
     teacher_logits: Array,
     labels: Array,

@@ -73,7 +73,7 @@ def token_log_probs(logits: Array, tokens: Array, *, where: Array | None = None)
 
 
 def answers_first(values: Array, labels: Array, *, ignore: int = -100) -> tuple[Array, Array]:
-    """Rotates each row so that its first labelled position comes first.
+    """Rotates each row so that its first labeled position comes first.
 
     Aligns the answers of two models whose prompts differ in length.
 

@@ -1,7 +1,7 @@
 """Scores that may not be finite: they are NaN, rank last and never win.
 
-The argmax of NaN is class 0, and NaN compares as it likes. Whatever turns logits into classes,
-counts right answers or picks the best of several goes through here.
+The argmax of NaN is class 0, and comparisons with NaN are false. Whatever turns logits into
+classes, counts right answers or picks the best of several goes through here.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Placements over devices: JAX's sharding is the engine, this module only picks who lives where.
+"""Placements over devices: which array goes where, as shardings of JAX.
 
 A mesh has an axis `"data"` (examples are split over it) and optionally `"fsdp"` (weights and
 optimizer state are split over it, examples too). The train step itself does not change: place the

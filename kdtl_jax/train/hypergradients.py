@@ -1,4 +1,4 @@
-"""Hypergradients: how the validation loss after training depends on what training was told.
+"""Hypergradients: gradients of the loss after training with respect to hyper-parameters.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from kdtl_jax import losses, train

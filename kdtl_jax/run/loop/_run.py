@@ -32,7 +32,7 @@ class Result(NamedTuple):
 
 
 class Nonfinite(NamedTuple):
-    """An update that was not applied: the step that made it, and what it would have spoilt."""
+    """An update that was not applied: the step that made it, and what it would have spoiled."""
 
     step: int
     leaves: list[str]

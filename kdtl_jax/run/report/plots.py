@@ -25,7 +25,7 @@ class Chart(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """A labelled share and its interval, if it has one."""
+    """A labeled share and its interval, if it has one."""
 
     label: str
     value: float
