@@ -82,7 +82,7 @@ def test_simkd_predicts_through_its_connectors(tmp_path: Path) -> None:
         lambda v: v + jnp.asarray(0.25, v.dtype), method.memory(jax.random.key(2))
     )
     wanted = method.predict(connectors, memory, student.apply(*own, x)[0])
-    parts = Connected("simkd", "cnn:6", (), connectors, memory, setup.teacher_head)
+    parts = Connected("simkd", setup, connectors, memory)
     path = tmp_path / "simkd.safetensors"
     about = About("cnn:4", 3, None, (), (6, 6, 1))
     model_files.save(path, own, about, {}, parts)

@@ -21,7 +21,7 @@ from jax import Array
 from kdtl_jax import methods, models
 from kdtl_jax._types import PyTree, Variables
 from kdtl_jax.datasets import Standardizer
-from kdtl_jax.interop import networks, safetensors
+from kdtl_jax.interop import networks, own, safetensors
 from kdtl_jax.interop.networks import Network
 from kdtl_jax.run import record
 
@@ -43,11 +43,9 @@ class Connected(NamedTuple):
     """What a method that predicts through connectors needs besides the student."""
 
     method: str  # its name in `methods.table()`
-    teacher: str  # the teacher's text
-    layers: tuple[tuple[str, str], ...]  # that were matched; () by default
+    setup: methods.Setup  # with the teacher's head
     connectors: PyTree
     memory: PyTree
-    head: methods.Head  # the teacher's
 
 
 class Model(NamedTuple):
@@ -112,8 +110,7 @@ def save(
         metadata["shape"] = json.dumps(about.shape)
     stored = tree(variables)
     if connected is not None:
-        metadata |= {"method": connected.method, "teacher": connected.teacher}
-        metadata["layers"] = json.dumps(connected.layers)
+        metadata |= {"method": connected.method, "setup": _setup_text(connected.setup)}
         stored = {"student": stored, **_connected_tree(connected)}
     arrays = jax.tree.map(np.asarray, stored)
     safetensors.save(path, arrays, metadata={**metadata, **more})
@@ -143,11 +140,13 @@ def load_variables(path: str, net: Network, example: Any) -> Variables:
     return _as_variables(found, template)
 
 
-def load(path: str | Path, *, shape: Sequence[int] | None = None) -> Model:
+def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = None) -> Model:
     """A model that can be used: `predict` scales its inputs, whatever their number.
 
     Args:
       path: a file that `save` has written, as `kdtl distill` and `kdtl transfer` do.
+      model: for a file of a model of one's own, what `own.network` takes: the class or factory
+        itself. A file never has anything imported.
       shape: of one input, for a file that does not say it (those of earlier versions); without it
         the first batch tells.
 
@@ -161,16 +160,21 @@ def load(path: str | Path, *, shape: Sequence[int] | None = None) -> Model:
             f"{path} holds weights, but does not say of which model: it is no file that kdtl "
             "distill or kdtl transfer wrote. Name one of a run's students/*.safetensors."
         )
+    if is_own(found.model) and model is None:
+        raise ValueError(
+            f"{path} is of {found.model}, a model of your own. Give it: model= here, --model on "
+            "the command line."
+        )
     found = found._replace(shape=found.shape or (None if shape is None else tuple(shape)))
     built: dict[tuple[int, ...], Callable[[Array], Array]] = {}
 
-    def of_shape(own: tuple[int, ...]) -> Callable[[Array], Array]:
-        if found.shape not in (None, own):
-            wanted, got = (", ".join(map(str, ("N", *each))) for each in (found.shape or (), own))
+    def of_shape(each: tuple[int, ...]) -> Callable[[Array], Array]:
+        if found.shape not in (None, each):
+            wanted, got = (", ".join(map(str, ("N", *x))) for x in (found.shape or (), each))
             raise ValueError(f"{path}: inputs must be [{wanted}], got [{got}].")
-        if own not in built:
-            built[own] = _built(str(path), found, metadata, own)
-        return built[own]
+        if each not in built:
+            built[each] = _built(str(path), found, metadata, each, model)
+        return built[each]
 
     if found.shape is not None:
         of_shape(found.shape)  # what is wrong with the file is said now
@@ -189,8 +193,8 @@ def load(path: str | Path, *, shape: Sequence[int] | None = None) -> Model:
         inputs = np.asarray(inputs)
         if inputs.ndim < 1 or inputs.dtype.kind not in "iufb":
             raise ValueError(f"inputs must be numbers [N, ...], got {inputs.dtype} {inputs.shape}.")
-        own = tuple(inputs.shape[1:])
-        run = jitted.setdefault(own, jax.jit(of_shape(own)))
+        each = tuple(inputs.shape[1:])
+        run = jitted.setdefault(each, jax.jit(of_shape(each)))
         if found.scaling is not None:
             inputs = (inputs - found.scaling.mean) / found.scaling.scale
         return in_batches(run, inputs.astype(np.float32), found.classes or 0)
@@ -211,21 +215,29 @@ def in_batches(
     return np.concatenate(parts)
 
 
+def is_own(text: str) -> bool:
+    """Whether a model's text names a file of Python, as in `my_model.py:Net`."""
+    return ".py:" in text
+
+
 def _built(
-    path: str, found: About, metadata: Mapping[str, str], shape: tuple[int, ...]
+    path: str, found: About, metadata: Mapping[str, str], shape: tuple[int, ...], model: Any
 ) -> Callable[[Array], Array]:
     """Scaled inputs to logits."""
     assert found.model is not None and found.classes is not None
     example = jnp.zeros((1, *shape), jnp.float32)
     dtype = None if "precision" not in metadata else jnp.dtype(metadata["precision"])
     try:
-        net = networks.network(models.named(found.model, found.classes), example, dtype=dtype)
-    except ValueError as error:
+        if is_own(found.model):
+            net = own.network(model, classes=found.classes, example=example, dtype=dtype)
+        else:
+            net = networks.network(models.named(found.model, found.classes), example, dtype=dtype)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     if metadata.get("kind") == CONNECTED:
         return _through_connectors(path, net, found, metadata, example)
-    own = load_variables(path, net, example)
-    return lambda x: net.apply(own.params, own.model_state, x)[0]["logits"]
+    stored = load_variables(path, net, example)
+    return lambda x: net.apply(stored.params, stored.model_state, x)[0]["logits"]
 
 
 def _through_connectors(
@@ -233,33 +245,17 @@ def _through_connectors(
 ) -> Callable[[Array], Array]:
     assert found.classes is not None
     entries = {entry.name: entry for entry in methods.table()}
-    try:
-        entry, layers = entries[metadata["method"]], json.loads(metadata["layers"])
-        teacher = networks.network(models.named(metadata["teacher"], found.classes), example)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{path}: its metadata are damaged ({error}).") from None
-    of_student, of_teacher = (networks.abstract(n, example) for n in (net, teacher))
-    setup = methods.setup(
-        net.apply,
-        teacher.apply,
-        student_variables=of_student,
-        teacher_variables=of_teacher,
-        inputs=example,
-        examples=1,
-        steps=1,
-        classes=found.classes,
-        layers=[(s, t) for s, t in layers] or None,
-        student_layout=net.layout,
-        teacher_layout=teacher.layout,
-    )
     flat = safetensors.load(path)
-    head = {name: x for name, x in flat.items() if name.startswith("teacher_head/")}
-    setup = setup._replace(
-        teacher_head=methods.Head(
-            jnp.asarray(head["teacher_head/kernel"]),
-            jnp.asarray(head["teacher_head/bias"]) if "teacher_head/bias" in head else None,
+    head = {name: jnp.asarray(x) for name, x in flat.items() if name.startswith("teacher_head/")}
+    try:
+        entry = entries[metadata["method"]]
+        setup = _setup_from(json.loads(metadata["setup"]), found.classes)
+        setup = setup._replace(
+            teacher_head=methods.Head(head["teacher_head/kernel"], head.get("teacher_head/bias"))
         )
-    )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its metadata are damaged ({error}).") from None
+    of_student = networks.abstract(net, example)
     method = entry.build(setup)
     assert method.predict is not None
     key = jax.random.key(0)
@@ -271,23 +267,53 @@ def _through_connectors(
     stored = safetensors.fill(like, {name: x for name, x in flat.items() if name not in head})
     stored = jax.tree.map(np.array, stored)
     record.check_finite(path, stored)
-    own, predict = _as_variables(stored["student"], of_student), method.predict
+    student, predict = _as_variables(stored["student"], of_student), method.predict
 
     def logits(x: Array) -> Array:
-        outputs, _ = net.apply(own.params, own.model_state, x)
+        outputs, _ = net.apply(student.params, student.model_state, x)
         return predict(stored["connectors"], stored["memory"], outputs)
 
     return logits
 
 
 def _connected_tree(connected: Connected) -> dict[str, PyTree]:
-    kernel, bias = connected.head
-    head = {"kernel": kernel, **({} if bias is None else {"bias": bias})}
+    head = connected.setup.teacher_head
+    assert head is not None, "a method that predicts through connectors reads the teacher's head"
+    stored = {"kernel": head.kernel, **({} if head.bias is None else {"bias": head.bias})}
     return {
         "connectors": connected.connectors,
         "memory": connected.memory,
-        "teacher_head": head,
+        "teacher_head": stored,
     }
+
+
+def _setup_text(setup: methods.Setup) -> str:
+    """What a method reads of a setup when it predicts, as JSON."""
+    shapes = {
+        side: {tap: [list(x.shape), x.dtype.name] for tap, x in outputs.items()}
+        for side, outputs in (("student", setup.student), ("teacher", setup.teacher))
+    }
+    fields = ("pairs", "last", "last_maps", "exclusive")
+    return json.dumps({**shapes, **{name: getattr(setup, name) for name in fields}})
+
+
+def _setup_from(known: Mapping[str, Any], classes: int) -> methods.Setup:
+    """The inverse of `_setup_text`."""
+    student, teacher = (
+        {tap: jax.ShapeDtypeStruct(shape, dtype) for tap, (shape, dtype) in known[side].items()}
+        for side in ("student", "teacher")
+    )
+    return methods.Setup(
+        classes,
+        student,
+        teacher,
+        tuple((s, t) for s, t in known["pairs"]),
+        tuple(known["last"]),
+        examples=1,
+        steps=1,
+        exclusive=known["exclusive"],
+        last_maps=None if known["last_maps"] is None else tuple(known["last_maps"]),
+    )
 
 
 def _as_variables(found: PyTree, template: Variables) -> Variables:

@@ -68,6 +68,8 @@ class Setup(NamedTuple):
     before_activation: Mapping[Pair, Pair] = {}  # a matched pair -> the same before activation
     attention: tuple[Pair, ...] = ()  # paths of matched attention modules
     models: Models | None = None
+    inputs: Any = None  # a batch's, abstract
+    params: Params = None  # the student's, abstract
 
 
 def multi_label(inputs: Inputs) -> dict[str, Array]:
@@ -172,6 +174,8 @@ def setup(
         before_activation=before,
         attention=_from_the_end(student_layout.attention, teacher_layout.attention),
         models=Models(of_params, of_inputs) if stateless and concrete else None,
+        inputs=jax.eval_shape(lambda x: x, inputs),
+        params=jax.eval_shape(lambda x: x, student_variables.params),
     )
 
 

@@ -1,18 +1,42 @@
 """What a trained model is used on: examples with or without labels, in the model's own classes."""
 
 import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from kdtl_jax import datasets
 from kdtl_jax.datasets import Dataset
+from kdtl_jax.interop import model_files
 from kdtl_jax.interop.model_files import Model
-from kdtl_jax.recipes.settings import UsageError
+from kdtl_jax.recipes import _own
+from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import record
 
 PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Used:
+    """The settings of a command that uses a trained model."""
+
+    student: str | None = setting(
+        None, "a model's file, such as students/kd.safetensors of a run", positional=True
+    )
+    model: str | None = setting(
+        None, "the source of a model of your own, as FILE.py:NAME; only this file is imported",
+        metavar="FILE.py:NAME", parse=_own.checked,
+    )  # fmt: skip
+    part: Literal["all", "train", "validation", "test"] | None = setting(
+        None, "part of the data; default: test where the data has one, else all"
+    )
+    label: str | None = setting(
+        None, "a CSV's label column; default: the one that the model was trained with",
+        metavar="COLUMN",
+    )  # fmt: skip
 
 
 class Examples(NamedTuple):
@@ -21,6 +45,24 @@ class Examples(NamedTuple):
     inputs: np.ndarray
     labels: np.ndarray | None
     said: str  # what was read, in words
+
+
+def model_of(settings: Any) -> Model:
+    """The model of the settings; a note if its source file is no longer what it was.
+
+    Raises:
+      UsageError: if `model` is given and the file is not of that model.
+    """
+    known = model_files.about(settings.student).model
+    if settings.model is None:
+        return model_files.load(settings.student)
+    if known is None or Path(known).name != Path(settings.model).name:
+        raise UsageError(f"--model: {settings.student} holds {known}, not {settings.model}.")
+    found = model_files.load(settings.student, model=_own.imported(settings.model))
+    now = record.made_from({"source": _own.file_of(settings.model)}).files["source"]
+    if found.metadata.get("source_sha256") not in (None, now):
+        print(f"note: {settings.model} has changed since the model was trained", file=sys.stderr)
+    return found
 
 
 def read(

@@ -5,6 +5,7 @@ Networks are those of `interop.networks`, files those of `interop.model_files`. 
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ import numpy as np
 from kdtl_jax import models, transforms
 from kdtl_jax._types import Params, Variables
 from kdtl_jax.datasets import Splits, Standardizer, read_splits, standardizer
-from kdtl_jax.interop import model_files
+from kdtl_jax.interop import model_files, own
 from kdtl_jax.interop.model_files import About as About
 from kdtl_jax.interop.model_files import load_variables as load_variables
 from kdtl_jax.interop.model_files import save as save
@@ -23,6 +24,7 @@ from kdtl_jax.interop.networks import Network as Network
 from kdtl_jax.interop.networks import abstract as abstract
 from kdtl_jax.interop.networks import network as network
 from kdtl_jax.interop.networks import output_shapes as output_shapes
+from kdtl_jax.recipes import _own
 from kdtl_jax.recipes._training import in_chunks
 from kdtl_jax.recipes.settings import MODEL, Data, UsageError
 
@@ -45,8 +47,32 @@ def text_of(value: Any) -> str | None:
         return None
     if not isinstance(value, str):
         raise ValueError(f"expected a model as in mlp:128,64, got {value!r:.80}")
+    if model_files.is_own(value):
+        return _own.checked(value)
     module(value, 2)
     return value
+
+
+def described(text: str, classes: int, example: Any, *, dtype: Any = None) -> Network:
+    """The network that a text names: one of the library's, or of the user's file.
+
+    Raises:
+      ValueError: if it is no model, or does not take such inputs; a file of the user's by its name.
+    """
+    if not model_files.is_own(text):
+        return network(module(text, classes), example, dtype=dtype)
+    found = _own.imported(text)
+    try:
+        return own.network(found, classes=classes, example=example, dtype=dtype)
+    except Exception as error:  # whatever the user's code raises
+        raise ValueError(f"{text}: {' '.join(str(error).split())[:500]}") from error
+
+
+def same(text: str, other: str) -> bool:
+    """Whether two texts name one model; a user's file counts by its name, wherever it lies."""
+    if model_files.is_own(text) or model_files.is_own(other):
+        return Path(text).name == Path(other).name
+    return module(text, 2) == module(other, 2)
 
 
 def read_about(path: str | None, text: str | None, default: str) -> tuple[str, About]:
@@ -66,9 +92,14 @@ def read_about(path: str | None, text: str | None, default: str) -> tuple[str, A
     about = model_files.about(path)
     if about.model is None:
         return text or default, about
-    if text is not None and module(text, 2) != module(about.model, 2):
+    if text is not None and not same(text, about.model):
         raise UsageError(f"{path} holds the model {about.model}, not {text}.")
-    return about.model, about
+    if text is None and model_files.is_own(about.model):
+        raise UsageError(
+            f"{path} is of {about.model}. Name that file where it lies now: only what is named is "
+            "imported."
+        )
+    return about.model if text is None else text, about
 
 
 def read_data(settings: Data, about: About, path: str | None) -> tuple[Splits, Standardizer]:

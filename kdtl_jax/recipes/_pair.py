@@ -14,8 +14,9 @@ from jax import Array
 from kdtl_jax import methods, models, train
 from kdtl_jax._types import ModelFn, Variables
 from kdtl_jax.datasets import Splits
+from kdtl_jax.interop import model_files
 from kdtl_jax.methods import Entry, Method, Setup
-from kdtl_jax.recipes import _models, _seeds, _training
+from kdtl_jax.recipes import _models, _own, _seeds, _training
 from kdtl_jax.recipes._models import About, Network
 from kdtl_jax.recipes._training import Experiment, Point
 from kdtl_jax.recipes.settings import MODEL, setting
@@ -76,11 +77,15 @@ def read(settings: Any, *, dtype: Any = None) -> Pair:
     arrays = {"inputs": part.inputs, "labels": part.labels, "index": index}
     example = jnp.asarray(part.inputs[:1])
     large, small = (
-        _models.network(_models.module(model, part.classes), example, dtype=dtype)
+        _models.described(model, part.classes, example, dtype=dtype)
         for model in (text, settings.student)
     )
     given = None if path is None else _models.load_variables(path, large, example)
     files = {"data": settings.data, **({} if path is None else {"teacher_weights": path})}
+    named = {"teacher": text, "student": settings.student}
+    files |= {
+        role: _own.file_of(model) for role, model in named.items() if model_files.is_own(model)
+    }
     about = About(None, part.classes, scaling, part.names, part.inputs.shape[1:])
     return Pair(splits, about, arrays, text, large, small, given, files, example)
 

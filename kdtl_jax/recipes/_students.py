@@ -61,16 +61,18 @@ def file_of(method: str) -> str:
     return f"{FOLDER}/{method}.safetensors"
 
 
-def made_of(folder: Path, settings: Any) -> dict[str, str]:
+def made_of(folder: Path, settings: Any, role: str) -> dict[str, str]:
     """What a file says of its run: the data, how they were split, the precision.
 
     Args:
       folder: of the run.
       settings: with `types.Data`, and perhaps `precision`.
+      role: "student" or "teacher": whose source file counts, if it has one.
     """
-    data = _files.read_sealed(folder / record.FILE)["files"]["data"]
+    files = _files.read_sealed(folder / record.FILE)["files"]
     split = {"validation": settings.validation, "test": settings.test, "seed": settings.split_seed}
-    known = {"data": data, "split": json.dumps({**split, "label": settings.label})}
+    known = {"data": files["data"], "split": json.dumps({**split, "label": settings.label})}
+    known |= {"source_sha256": files[role]} if role in files else {}
     precision = getattr(settings, "precision", "float32")
     return known if precision == "float32" else {**known, "precision": precision}
 
@@ -80,9 +82,7 @@ def write(
     students: Sequence[Student],
     about: About,
     *,
-    teacher: str = "",
-    layers: Sequence[tuple[str, str]] = (),
-    head: methods.Head | None = None,
+    setup: methods.Setup | None = None,
     more: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the files.
@@ -91,9 +91,7 @@ def write(
       folder: of the run.
       students: one per method.
       about: the model, classes and scaling that they share.
-      teacher: its text, for methods that predict through its head.
-      layers: that were matched.
-      head: the teacher's.
+      setup: with the teacher's head, for methods that predict through connectors.
       more: metadata besides the method and the seed.
     """
     _files.claim(folder / FOLDER, FOLDER)
@@ -101,10 +99,8 @@ def write(
         known = {"method": student.method, "seed": str(student.seed), **(more or {})}
         connected = None
         if student.connectors is not None:
-            assert head is not None, "a method that predicts through connectors reads the head"
-            connected = Connected(
-                student.method, teacher, tuple(layers), student.connectors, student.memory, head
-            )
+            assert setup is not None
+            connected = Connected(student.method, setup, student.connectors, student.memory)
         model_files.save(
             folder / file_of(student.method), student.variables, about, known, connected
         )

@@ -146,7 +146,7 @@ def teacher(settings: Settings) -> tuple[Dataset, Network, Variables, dict[str, 
     text, about = _models.read_about(path, settings.teacher, "mlp:128,64")
     train = _models.read_data(settings, about, path)[0].train
     example = jnp.asarray(train.inputs[:1])
-    net = _models.network(_models.module(text, train.classes), example)
+    net = _models.described(text, train.classes, example)
     made_of = {"model": models.canonical_name(text), "classes": train.class_names()}
     return train, net, _models.load_variables(path, net, example), made_of
 

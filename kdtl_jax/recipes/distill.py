@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from kdtl_jax import methods
 from kdtl_jax.datasets import per_class
-from kdtl_jax.recipes import _models, _output, _pair, _seeds, _students, _training
+from kdtl_jax.recipes import _models, _output, _own, _pair, _seeds, _students, _training
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._pair import BASELINE, TEACHER
 from kdtl_jax.recipes.settings import UsageError, setting
@@ -40,7 +40,7 @@ EXAMPLES = """
 
 
 @dataclass(frozen=True)
-class Settings(_pair.Models, types.Training, types.Data, types.Output):
+class Settings(_pair.Models, _own.Terms, types.Training, types.Data, types.Output):
     """What fixes a run of `kdtl distill`."""
 
     out: str = setting("runs/distill", "the run folder", metavar="FOLDER")
@@ -128,7 +128,9 @@ def run(settings: Settings) -> int:
             for e in methods.table()
         ]
         return _output.list_methods(("method", "title", "paper", "needs", "connector"), rows)
-    entries = types.chosen(settings.methods, _pair.entries(), "kdtl distill")
+    own = _own.entries(settings)
+    entries = types.chosen(settings.methods, {**_pair.entries(), **own}, "kdtl distill")
+    entries += [entry for entry in own.values() if entry not in entries]
     mesh = join_mesh(settings)  # before anything touches a device
     pair = _pair.read(settings, dtype=DTYPES[settings.precision])
     inputs, classes = pair.arrays["inputs"], pair.splits.train.classes
@@ -165,7 +167,7 @@ def run(settings: Settings) -> int:
     say = _output.progress()
     learners = [*([TEACHER] if pair.given is None else []), *built]
     folder_of_run = _output.run_folder(
-        settings, "distill", pair.files, resume=settings.resume,
+        settings, "distill", {**pair.files, **_own.files(settings)}, resume=settings.resume,
         saves=[f"checkpoints/{name}" for name in learners],
     )  # fmt: skip
     with (
@@ -246,9 +248,11 @@ def run(settings: Settings) -> int:
             common = common._replace(finished=(*common.finished, name))
             state, label = trained.state, "Student alone" if entry is None else entry.title
             params = _training.pick((state.params, state.connectors), 0)
-            kept = _students.best(
-                name, state, trained.validation, through_connectors=method.predict is not None
-            )
+            connected, kept = method.predict is not None, None
+            if connected and name in own:
+                notes.append(f"{name} has no file: it predicts through connectors of its own.")
+            else:
+                kept = _students.best(name, state, trained.validation, through_connectors=connected)
             students += [] if kept is None else [kept]
             described = {
                 "epochs": settings.epochs,
@@ -283,12 +287,13 @@ def run(settings: Settings) -> int:
             return 0
 
         about = pair.about._replace(model=pair.teacher_text)
-        made_of = _students.made_of(folder, settings)
+        made_of = _students.made_of(folder, settings, "teacher")
         _models.save(folder / "teacher.safetensors", frozen, about, made_of)
-        _students.write(
-            folder, students, about._replace(model=settings.student), teacher=pair.teacher_text,
-            layers=settings.layers, head=setup.teacher_head, more=made_of,
-        )  # fmt: skip
+        about, made_of = (
+            about._replace(model=settings.student),
+            _students.made_of(folder, settings, "student"),
+        )
+        _students.write(folder, students, about, setup=setup, more=made_of)
         sizes = {name: len(part.labels) for name, part in pair.splits._asdict().items()}
         seen = f"{settings.per_class} per class, drawn anew for every seed"
         data = {

@@ -6,10 +6,9 @@ kdtl evaluate runs/distill/students/kd.safetensors test.npz --out scores.json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from kdtl_jax import _files
-from kdtl_jax.interop import model_files
 from kdtl_jax.recipes import _inputs, _output, _scoring
 from kdtl_jax.recipes.settings import UsageError, setting
 
@@ -23,30 +22,20 @@ On the data that the student was trained on, the examples held out for the test 
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(_inputs.Used):
     """What `kdtl evaluate` reads and writes."""
 
-    student: str | None = setting(
-        None, "a model's file, such as students/kd.safetensors of a run", positional=True
-    )
     data: str | None = setting(
         None, "labeled examples, as for kdtl distill", positional=True
     )  # fmt: skip
     out: str | None = setting(None, "write all numbers to this JSON file", metavar="FILE")
-    part: Literal["all", "train", "validation", "test"] | None = setting(
-        None, "part of the data; default: test where the data has one, else all"
-    )
-    label: str | None = setting(
-        None, "a CSV's label column; default: the one that the model was trained with",
-        metavar="COLUMN",
-    )  # fmt: skip
 
 
 def run(settings: Settings) -> int:
     """Prints the scores, and writes them."""
     if settings.student is None or settings.data is None:
         raise UsageError(f"name STUDENT and DATA, for example: {EXAMPLES.strip().splitlines()[0]}")
-    model = model_files.load(settings.student)
+    model = _inputs.model_of(settings)
     found = _inputs.read(
         settings.data, model, part=settings.part, label=settings.label, with_labels=True
     )

@@ -9,14 +9,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from scipy.special import softmax
 
 from kdtl_jax import _files
-from kdtl_jax.interop import model_files
 from kdtl_jax.recipes import _inputs
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import scores
@@ -28,12 +26,9 @@ EXAMPLES = """
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(_inputs.Used):
     """What `kdtl predict` reads and writes."""
 
-    student: str | None = setting(
-        None, "a model's file, such as students/kd.safetensors of a run", positional=True
-    )
     data: str | None = setting(
         None, "examples, with or without labels: digits, an .npz, .npy or .csv, a folder of idx "
         "files", positional=True,
@@ -42,20 +37,13 @@ class Settings:
         None, "write this CSV file; default: print", metavar="FILE"
     )  # fmt: skip
     probabilities: bool = setting(False, "a column with every class's probability")
-    part: Literal["all", "train", "validation", "test"] | None = setting(
-        None, "part of the data; default: test where the data has one, else all"
-    )
-    label: str | None = setting(
-        None, "a CSV's label column; default: the one that the model was trained with",
-        metavar="COLUMN",
-    )  # fmt: skip
 
 
 def run(settings: Settings) -> int:
     """Writes or prints a row per example."""
     if settings.student is None or settings.data is None:
         raise UsageError(f"name STUDENT and DATA, for example: {EXAMPLES.strip().splitlines()[0]}")
-    model = model_files.load(settings.student)
+    model = _inputs.model_of(settings)
     found = _inputs.read(
         settings.data, model, part=settings.part, label=settings.label, with_labels=False
     )

@@ -22,7 +22,7 @@ from kdtl_jax import transforms, trees
 from kdtl_jax.datasets import EXPECTED
 from kdtl_jax.models import NAMED_FORMS
 
-MODEL = f"one of: {'; '.join(NAMED_FORMS)}"
+MODEL = f"one of: {'; '.join(NAMED_FORMS)}; or FILE.py:NAME, a model of your own"
 AUGMENTATIONS = ("crop", "flip", "mixup", "cutmix")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 INT32 = 2**31 - 1

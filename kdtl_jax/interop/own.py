@@ -1,0 +1,269 @@
+"""A model of one's own as a network, in whatever framework it is written.
+
+    net = own.network(Net, classes=10, example=images[:1])   # a class, a factory or (init, apply)
+
+Understood are: a Linen module, as a class or an instance; a class or a factory of NNX or Equinox
+modules; `hk.transform`'s or any other pair of functions `init(key, inputs) -> params` and
+`apply(params, inputs) -> logits`; and factories of all of these. Arguments of a class or a factory
+are filled in by their names (`CLASSES`, `INPUTS`, `key`, `rngs`, ...); a single argument of another
+name is the number of classes.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import methods
+from kdtl_jax._types import ModelFn, Outputs, PyTree, Variables
+from kdtl_jax.interop import networks
+from kdtl_jax.interop.networks import Network
+from kdtl_jax.train import precision
+
+CLASSES = (
+    "classes", "num_classes", "n_classes", "num_labels", "n_labels", "num_outputs", "n_outputs",
+    "out_features", "out_size", "features_out", "dout", "n_out",
+)  # fmt: skip
+INPUTS = ("in_features", "in_size", "input_size", "features_in", "num_inputs", "din", "n_in")
+CHANNELS = ("channels", "in_channels", "input_channels")
+SHAPES = ("shape", "input_shape", "inputs_shape")
+
+
+def network(found: Any, *, classes: int, example: Any, dtype: Any = None) -> Network:
+    """A model of one's own as a network.
+
+    Args:
+      found: see the module.
+      classes: how many outputs it is to have.
+      example: inputs `[1, ...]`.
+      dtype: compute in this precision; None: as it is.
+
+    Raises:
+      TypeError: if it is none of these, with what it is and what to write instead.
+      ValueError: if it does not take such inputs, or has no logits `[B, classes]`.
+    """
+    name = getattr(found, "__name__", type(found).__name__)
+    example = jnp.asarray(example)
+    made = _made(found, classes, example.shape[1:], jax.random.key(0))
+    if isinstance(made, nn.Module):
+        net = networks.network(made, example)
+    elif pair := _pair(made):
+        net = _of_pair(*pair, example)
+    elif (kind := _framework(made)) is None:
+        raise TypeError(f"{name} is {_kind(made)}, no model. Expected {__doc_forms__}.")
+    elif made is found or not (_takes(found, "key") or _takes(found, "rngs")):
+        raise TypeError(
+            f"{name} holds one set of weights, and every seed would start from it. Give the class, "
+            f"or a factory with the argument {'rngs' if kind == 'nnx' else 'key'}."
+        )
+    else:
+        of_key = lambda key: _made(found, classes, example.shape[1:], key)  # noqa: E731  # short
+        net = (_of_nnx if kind == "nnx" else _of_equinox)(made, of_key)
+    shape = _logits_shape(name, net, example)
+    if shape != (1, classes):
+        raise ValueError(
+            f"{name} gives logits {list(shape)} for one example, expected [1, {classes}]: one "
+            f"output per class. An argument called classes= is filled in."
+        )
+    if dtype is not None:
+        net = net._replace(apply=precision.compute_in(net.apply, dtype))
+    variables = networks.abstract(net, example)
+    outputs = jax.eval_shape(net.apply, *variables, example)[0]
+    return net._replace(layout=net.layout if net.layout.features else methods.layout(outputs))
+
+
+__doc_forms__ = (
+    "a Linen module, an NNX or Equinox class, a factory of one, or functions (init, apply)"
+)
+
+
+def _made(found: Any, classes: int, shape: tuple[int, ...], key: Array) -> Any:
+    """The model itself: what a class or a factory gives."""
+    if isinstance(found, nn.Module) or _pair(found) or _framework(found):
+        return found
+    if not callable(found):
+        return found
+    return found(**_arguments(found, classes, shape, key))
+
+
+def _arguments(found: Any, classes: int, shape: tuple[int, ...], key: Array) -> dict[str, Any]:
+    """What a class or a factory is called with."""
+    name = getattr(found, "__name__", "it")
+    values = dict.fromkeys(CLASSES, classes) | dict.fromkeys(INPUTS, math.prod(shape))
+    values |= dict.fromkeys(SHAPES, shape) | {"key": key}
+    values |= dict.fromkeys(CHANNELS, shape[-1] if shape else 1)
+    given: dict[str, Any] = {}
+    unknown = []
+    for parameter in _parameters(found):
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        needed = parameter.default is parameter.empty
+        if parameter.name == "rngs":
+            from flax import nnx
+
+            given["rngs"] = nnx.Rngs(key)
+        elif parameter.name in values and (needed or parameter.name in (*CLASSES, "key")):
+            given[parameter.name] = values[parameter.name]
+        elif needed:
+            unknown.append(parameter.name)
+    if len(unknown) == 1 and not set(given) & set(CLASSES):
+        return {**given, unknown[0]: classes}
+    if unknown:
+        raise TypeError(
+            f"{name} needs {', '.join(unknown)}, of which nothing is known. Give them defaults, or "
+            f"write a factory: def build(classes): return {name}(...). Filled in are classes, "
+            "in_features, shape, channels, key and rngs."
+        )
+    return given
+
+
+def _pair(found: Any) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """`(init, apply)`, if it is such a pair."""
+    if isinstance(found, nn.Module) or isinstance(found, type):
+        return None
+    init, apply = getattr(found, "init", None), getattr(found, "apply", None)
+    if init is None and isinstance(found, (tuple, list)) and len(found) == 2:
+        init, apply = found
+    return (init, apply) if callable(init) and callable(apply) else None
+
+
+def _framework(found: Any) -> str | None:
+    """`"nnx"` or `"equinox"` for a module of theirs; neither is imported here."""
+    first = found[0] if isinstance(found, tuple) and len(found) == 2 else found
+    for base in type(first).__mro__:
+        if base.__module__.startswith("flax.nnx") and base.__name__ == "Module":
+            return "nnx"
+        if base.__module__.startswith("equinox") and base.__name__ == "Module":
+            return "equinox"
+    return None
+
+
+def _takes(found: Any, name: str) -> bool:
+    return callable(found) and any(p.name == name for p in _parameters(found))
+
+
+def _parameters(found: Any) -> list[inspect.Parameter]:
+    """Of a factory, or of a class's `__init__`, which a metaclass may hide."""
+    if isinstance(found, type):
+        return list(inspect.signature(found.__init__).parameters.values())[1:]
+    return list(inspect.signature(found).parameters.values())
+
+
+def _of_pair(init: Callable[..., Any], apply: Callable[..., Any], example: Array) -> Network:
+    """A network of two functions; a model function and its variables are taken as they are."""
+    names = list(inspect.signature(apply).parameters)
+    needs_rng = len(names) > 2 and names[1] in ("rng", "rng_key", "key")  # Haiku's order
+    is_model = len(names) > 2 and not needs_rng
+
+    def start(key: Array, inputs: Any) -> Variables:
+        needed = [p for p in inspect.signature(init).parameters.values() if p.default is p.empty]
+        made = init(key) if len(needed) == 1 else init(key, inputs)
+        return made if isinstance(made, Variables) else Variables(made)
+
+    def run(
+        params: Any,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, PyTree]:
+        if is_model:
+            return apply(params, model_state, inputs, key=key, train=train)
+        found = apply(params, key, inputs) if needs_rng else apply(params, inputs)
+        return dict(found) if isinstance(found, Mapping) else {"logits": found}, model_state
+
+    return Network(start, run, methods.Layout(()))
+
+
+def _of_nnx(made: Any, build: Callable[[Array], Any]) -> Network:
+    from flax import nnx
+
+    from kdtl_jax.interop import nnx as door
+
+    inner = door.model(made)
+
+    def start(key: Array, inputs: Any) -> Variables:
+        _, params, rest = nnx.split(build(key), nnx.Param, ...)
+        return Variables(params, _stored(rest))
+
+    return Network(start, _with_state(inner.apply, inner.model_state), methods.Layout(()))
+
+
+def _of_equinox(made: Any, build: Callable[[Array], Any]) -> Network:
+    import equinox as eqx
+
+    from kdtl_jax.interop import equinox as door
+
+    module, state = made if isinstance(made, tuple) else (made, None)
+    inner = door.model(module, state)
+
+    def start(key: Array, inputs: Any) -> Variables:
+        new = build(key)
+        own, first = new if isinstance(new, tuple) else (new, None)
+        params, _ = eqx.partition(own, eqx.is_inexact_array)
+        return Variables(params, _stored(first))
+
+    return Network(start, _with_state(inner.apply, inner.model_state), methods.Layout(()))
+
+
+def _stored(state: Any) -> PyTree:
+    """A framework's state as a collection that files hold: random keys as their numbers."""
+    if not jax.tree.leaves(state):
+        return None
+    return {"state": jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state)}
+
+
+def _with_state(apply: ModelFn, like: Any) -> ModelFn:
+    """The model function with its state as `_stored` keeps it."""
+    empty = not jax.tree.leaves(like)
+
+    def run(
+        params: Any,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, PyTree]:
+        state = like
+        if not empty:
+            state = jax.tree.map(
+                lambda own, x: (
+                    jax.random.wrap_key_data(x, impl=jax.random.key_impl(own))
+                    if _is_key(own)
+                    else x
+                ),
+                like,
+                model_state["state"],
+            )
+        outputs, new = apply(params, state, inputs, key=key, train=train)
+        return outputs, None if empty else _stored(new)
+
+    return run
+
+
+def _is_key(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _logits_shape(name: str, net: Network, example: Array) -> tuple[int, ...]:
+    """The shape of the logits, with one message for whatever goes wrong on the way."""
+    shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), example))
+    outputs, _ = jax.eval_shape(net.apply, *shapes, example)
+    if "logits" not in outputs:
+        raise ValueError(
+            f'{name} returns {sorted(outputs)}: no "logits". Return an array, or a dict with it.'
+        )
+    return tuple(outputs["logits"].shape)
+
+
+def _kind(made: Any) -> str:
+    if isinstance(made, (jax.Array,)) or hasattr(made, "dtype"):
+        return "an array"
+    return "a plain function" if inspect.isfunction(made) else f"{type(made).__name__}"

@@ -1,0 +1,215 @@
+"""Models, losses and methods of one's own, from a Python file that the user names: `file.py:name`.
+
+Only that file is imported, when its name stands on the command line or in the settings, and
+nothing else ever is. Its digest is part of the run's identity.
+"""
+
+import importlib.util
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kdtl_jax import methods
+from kdtl_jax.methods import Entry, Method, Setup
+from kdtl_jax.objective import Inputs
+from kdtl_jax.recipes.settings import UsageError, setting
+
+FORM = "FILE.py:NAME, as in my_model.py:Net"
+
+
+def file_of(text: str) -> str:
+    """The file of `file.py:name`."""
+    return text.rpartition(":")[0]
+
+
+def checked(value: Any) -> str | None:
+    """`parse=` of a setting: the text itself, once it has the form `file.py:name`."""
+    if value is None:
+        return None
+    if not isinstance(value, str) or not re.fullmatch(r".+\.py:[A-Za-z_]\w*", value):
+        raise ValueError(f"expected {FORM}, got {value!r:.80}")
+    return value
+
+
+def several(value: Any) -> tuple[str, ...]:
+    """`parse=` of a setting that may be repeated."""
+    parts = [value] if isinstance(value, str) else list(value or ())
+    return tuple(text for part in parts if (text := checked(part)) is not None)
+
+
+def imported(text: str) -> Any:
+    """The object that `file.py:name` names; the file is run once per process.
+
+    Raises:
+      UsageError: if there is no such file, or no such name in it (its names are listed).
+      ValueError: if the file cannot be imported, with the line at fault.
+    """
+    path, name = Path(file_of(text)), text.rpartition(":")[2]
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file.")
+    key = f"_kdtl_own_{path.resolve()}"
+    module = sys.modules.get(key)
+    if module is None:
+        spec = importlib.util.spec_from_file_location(key, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[key] = module  # dataclasses look their module up
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[key]
+            raise ValueError(_at_fault(path, error)) from error
+    if not hasattr(module, name):
+        names = [n for n, x in vars(module).items() if callable(x) and n[0] != "_"]
+        raise UsageError(f"{path} has no {name!r}. It has {', '.join(names) or 'nothing'}.")
+    return getattr(module, name)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The settings of losses and methods of one's own."""
+
+    loss: tuple[str, ...] = setting(
+        (), "a loss of your own, beside the methods: fn(student_logits, teacher_logits) -> one "
+        "value per example, or fn(inputs) -> a dict of such; only this file is imported; repeat "
+        "for more", metavar="FILE.py:NAME", parse=several, repeat=True, group="losses",
+    )  # fmt: skip
+    method: tuple[str, ...] = setting(
+        (), "a method of your own: build(setup) -> methods.Method; only this file is imported; "
+        "repeat for more", metavar="FILE.py:NAME", parse=several, repeat=True, group="losses",
+    )  # fmt: skip
+
+
+def files(settings: Terms) -> dict[str, str]:
+    """The files of losses and methods, by role."""
+    both = {"loss": settings.loss, "method": settings.method}
+    return {
+        f"{role} {text.rpartition(':')[2]}": file_of(text)
+        for role, texts in both.items()
+        for text in texts
+    }
+
+
+def entries(settings: Terms) -> dict[str, Entry]:
+    """Methods of one's own by name, from `--loss` and `--method`."""
+    known = {entry.name for entry in methods.table()}
+    found: dict[str, Entry] = {}
+    for flag, text in [
+        *(("--loss", t) for t in settings.loss),
+        *(("--method", t) for t in settings.method),
+    ]:
+        function, name = imported(text), text.rpartition(":")[2]
+        if not callable(function):
+            raise UsageError(f"{flag} {text}: {name} is {type(function).__name__}, no function.")
+        if name in known or name in found:
+            raise UsageError(f"{flag} {text}: there is a method called {name!r}. Rename yours.")
+        build = _of_loss(text, function) if flag == "--loss" else _of_method(text, function)
+        about = (inspect.getdoc(function) or name).splitlines()[0]
+        applies = _applies(build)
+        found[name] = Entry(name, about, Path(file_of(text)).name, "logits", False, build, applies)
+    return found
+
+
+def _of_loss(text: str, function: Callable[..., Any]) -> Callable[[Setup], Method]:
+    needed = [
+        p
+        for p in inspect.signature(function).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(needed) not in (1, 2):
+        raise UsageError(
+            f"--loss {text}: expected fn(student_logits, teacher_logits) -> one value per example, "
+            f"or fn(inputs) -> a dict of such; it takes {[p.name for p in needed]}"
+        )
+    name = text.rpartition(":")[2]
+
+    def terms(inputs: Inputs) -> Mapping[str, Any]:
+        if len(needed) == 1:
+            return function(inputs)
+        return {name: function(inputs.student["logits"], inputs.teacher["logits"])}
+
+    def build(setup: Setup) -> Method:
+        names = _terms_of(text, terms, setup)
+        return methods.method(setup, terms, {"task": 1.0, **dict.fromkeys(names, 1.0)})
+
+    return build
+
+
+def _of_method(text: str, function: Callable[..., Any]) -> Callable[[Setup], Method]:
+    def build(setup: Setup) -> Method:
+        try:
+            made = function(setup)
+        except Exception as error:  # whatever the user's code raises
+            raise ValueError(f"--method {text}: {_at_fault(Path(file_of(text)), error)}") from error
+        if not isinstance(made, Method):
+            raise TypeError(
+                f"--method {text}: expected a methods.Method, got {type(made).__name__}. Return "
+                "methods.method(setup, terms, weights)."
+            )
+        return made
+
+    return build
+
+
+def _terms_of(text: str, terms: Callable[[Inputs], Any], setup: Setup) -> list[str]:
+    """The names of a loss's terms, each of which must be one value per example."""
+    size = setup.student["logits"].shape[0]
+    batch = {
+        "inputs": setup.inputs,
+        "labels": jax.ShapeDtypeStruct((size,), jnp.int32),
+        "index": jax.ShapeDtypeStruct((size,), jnp.int32),
+    }
+
+    def of(params: Any, student: Any, teacher: Any, batch: Any, step: Any, key: Any) -> Any:
+        return terms(Inputs(student, teacher, batch, params, {}, step=step, key=key))
+
+    step, key = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
+    try:
+        found = jax.eval_shape(
+            of, setup.params, dict(setup.student), dict(setup.teacher), batch, step, key
+        )
+    except Exception as error:  # whatever the user's code raises
+        raise ValueError(f"--loss {text}: {_at_fault(Path(file_of(text)), error)}") from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"--loss {text}: expected a dict of terms, got {type(found).__name__}.")
+    for name, value in found.items():
+        if getattr(value, "shape", None) != (size,):
+            shape = list(value.shape) if hasattr(value, "shape") else type(value).__name__
+            raise ValueError(
+                f"--loss {text}: {name!r} must be one value per example, [{size}], got {shape}. Do "
+                "not average over the batch: that is done with the weights."
+            )
+    if "task" in found:
+        raise ValueError(f"--loss {text}: the term 'task' is the labels' own. Rename yours.")
+    return list(found)
+
+
+def _applies(build: Callable[[Setup], Method]) -> Callable[[Setup], str | None]:
+    """A method of one's own that refuses is an error, not a method left out."""
+
+    def applies(setup: Setup) -> str | None:
+        build(setup)
+        return None
+
+    return applies
+
+
+def _at_fault(path: Path, error: BaseException) -> str:
+    """`my_loss.py, line 3: NameError: ...`, the innermost line of the user's file."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).resolve() == path.resolve()
+    ]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    where = str(path) if line is None else f"{path}, line {line}"
+    said = " ".join(str(error).split())
+    return f"{where}: {type(error).__name__}: {said:.300}"

@@ -1,0 +1,138 @@
+"""`kdtl distill` with a model, a loss and a method of one's own, from files named by the user."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import SHORT, kdtl, results, write_data
+
+from kdtl_jax import datasets
+from kdtl_jax.interop import model_files
+from kdtl_jax.recipes import _own
+
+Captured = pytest.CaptureFixture[str]
+MODEL = """
+import jax
+from flax import nnx
+
+class Net(nnx.Module):
+    def __init__(self, din, classes, *, rngs):
+        self.hidden = nnx.Linear(din, 4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.2, rngs=rngs)
+        self.out = nnx.Linear(4, classes, rngs=rngs)
+
+    def __call__(self, x):
+        hidden = jax.nn.relu(self.hidden(x))
+        return {"hidden": hidden, "logits": self.out(self.dropout(hidden))}
+"""
+LOSS = """
+import jax.numpy as jnp
+from kdtl_jax import losses, methods
+
+def squares(student_logits, teacher_logits):
+    return jnp.mean((student_logits - teacher_logits) ** 2, axis=-1)
+
+def halves(inputs):
+    return {"half": 0.5 * squares(inputs.student["logits"], inputs.teacher["logits"])}
+
+def averaged(student_logits, teacher_logits):
+    return squares(student_logits, teacher_logits).mean()
+
+def wrong(inputs):
+    return inputs.nothing
+
+def twice(setup):
+    def terms(inputs):
+        return {"twice": 2 * squares(inputs.student["logits"], inputs.teacher["logits"])}
+    return methods.method(setup, terms, {"task": 0.5, "twice": 0.25})
+
+def kd(student_logits, teacher_logits):
+    return squares(student_logits, teacher_logits)
+"""
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own")
+    write_data(folder / "small.npz")
+    (folder / "my_model.py").write_text(MODEL)
+    (folder / "my_loss.py").write_text(LOSS)
+    return folder
+
+
+def words(room: Path, out: Path, *more: Any) -> list[Any]:
+    few = [
+        "--seeds",
+        2,
+        "--epochs",
+        2,
+        "--methods",
+        "halves",
+        "--student",
+        f"{room}/my_model.py:Net",
+    ]
+    own = [f"--loss={room}/my_loss.py:{name}" for name in ("squares", "halves")]
+    own += [f"--method={room}/my_loss.py:twice", "--loss-weights", "halves.half=0.25"]
+    return ["distill", "--data", room / "small.npz", *SHORT, *few, *own, "--out", out, *more]
+
+
+def test_a_model_a_loss_and_a_method_of_ones_own(room: Path, capsys: Captured) -> None:
+    out = room / "run"
+    assert kdtl(*words(room, out)) == 0
+    rows = {row["method"]: row for row in results(out)["rows"]}
+    assert set(rows) == {"teacher", "student_alone", "halves", "squares", "twice"}
+    assert rows["squares"]["settings"]["weights"] == {"task": 1.0, "squares": 1.0}
+    assert rows["halves"]["settings"]["weights"] == {"task": 1.0, "half": 0.25}
+    assert rows["twice"]["settings"]["weights"] == {"task": 0.5, "twice": 0.25}
+    assert rows["squares"]["settings"]["paper"] == "my_loss.py"
+    # Used by the command with its file named, and in Python with the class.
+    student, row = out / "students" / "twice.safetensors", rows["twice"]
+    scores = room / "scores.json"
+    source = f"{room}/my_model.py:Net"
+    assert kdtl("evaluate", student, room / "small.npz", "--model", source, "--out", scores) == 0
+    wanted = row["test_accuracy"]["values"][row["settings"]["file_seed"]]
+    assert json.loads(scores.read_text())["accuracy"] == pytest.approx(wanted)
+    test = datasets.read_splits(str(room / "small.npz")).test
+    model = model_files.load(student, model=_own.imported(source))
+    assert np.mean(model.predict(test.inputs).argmax(-1) == test.labels) == pytest.approx(wanted)
+    capsys.readouterr()
+    assert kdtl("predict", student, room / "small.npz") == 1
+    assert "a model of your own. Give it: model= here, --model" in capsys.readouterr().err
+    assert kdtl("predict", student, room / "small.npz", "--model", f"{room}/my_loss.py:kd") == 2
+    # What the files hold is part of the run.
+    (room / "my_loss.py").write_text(LOSS.replace("0.5 *", "0.6 *"))
+    assert kdtl(*words(room, out, "--resume")) == 1
+    said = capsys.readouterr().err
+    assert "other content of loss halves, loss squares, method twice" in said
+    (room / "my_loss.py").write_text(LOSS)
+    assert kdtl(*words(room, out, "--resume")) == 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "message"),
+    [
+        ("--loss", "my_loss.py:averaged", "must be one value per example, [8], got []"),
+        ("--loss", "my_loss.py:wrong", "my_loss.py, line 15: AttributeError: "),
+        ("--loss", "my_loss.py:nothing", "has no 'nothing'. It has squares, halves"),
+        ("--loss", "my_loss.py:kd", "there is a method called 'kd'. Rename yours"),
+        ("--loss", "other.py:kd", "other.py: no such file"),
+        ("--loss", "broken.py:kd", "broken.py, line 2: NameError: name 'x' is not defined"),
+        ("--loss", "syntax.py:kd", "syntax.py, line 1: SyntaxError"),
+        ("--loss", "my_loss.py", "expected FILE.py:NAME"),
+        ("--method", "my_loss.py:squares", "missing 1 required positional argument"),
+        ("--student", "my_loss.py:kd", "kd needs student_logits, teacher_logits"),
+        ("--student", "my_model:Net", "is no model"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_in_one_line(
+    room: Path, flag: str, text: str, message: str, capsys: Captured
+) -> None:
+    (room / "broken.py").write_text("import math\nx + 1\n")
+    (room / "syntax.py").write_text("def kd(:\n")
+    given = [flag, f"{room}/{text}", "--out", room / "refused"]
+    assert kdtl("distill", "--data", room / "small.npz", *SHORT, *given) in (1, 2)
+    said = capsys.readouterr().err.strip()
+    assert message in said and "\n" not in said
+    assert not (room / "refused").exists()

@@ -1,0 +1,144 @@
+"""Models of one's own, in every framework, as networks: they start, run, and go through a file."""
+
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kdtl_jax._types import Variables
+from kdtl_jax.interop import model_files, own
+from kdtl_jax.interop.model_files import About
+
+X = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+
+
+class Linen(nn.Module):
+    num_classes: int = 10  # a default is no choice: the data's number is filled in
+    width: int = 4
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool = False) -> Any:
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(self.width)(x))
+        return nn.Dense(self.num_classes)(jax.nn.relu(x))
+
+
+class NNX(nnx.Module):
+    def __init__(self, din: int, num_classes: int, *, rngs: nnx.Rngs) -> None:
+        self.hidden = nnx.Linear(din, 4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.out = nnx.Linear(4, num_classes, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        hidden = jax.nn.relu(self.hidden(x))
+        return {"hidden": hidden, "logits": self.out(self.dropout(hidden))}
+
+
+class Equinox(eqx.Module):
+    layers: eqx.nn.MLP
+
+    def __init__(self, in_size: int, classes: int, *, key: Any) -> None:
+        self.layers = eqx.nn.MLP(in_size, classes, 4, 1, key=key)
+
+    def __call__(self, x: Any) -> Any:
+        return self.layers(x)
+
+
+class Pair:
+    @staticmethod
+    def init(key: Any, inputs: Any) -> Any:
+        return {"w": jax.random.normal(key, (inputs.shape[-1], 3))}
+
+    @staticmethod
+    def apply(params: Any, inputs: Any) -> Any:
+        return inputs @ params["w"]
+
+
+def with_statistics(classes: int, key: Any) -> Any:
+    def build(key: Any) -> Any:
+        first, second = jax.random.split(key)
+        return eqx.nn.Sequential(
+            [
+                eqx.nn.Linear(5, 4, key=first),
+                eqx.nn.BatchNorm(4, "batch", mode="batch"),
+                eqx.nn.Linear(4, classes, key=second),
+            ]
+        )
+
+    return eqx.nn.make_with_state(build)(key)
+
+
+FORMS = {
+    "linen class": Linen,
+    "linen instance": Linen(3),
+    "linen factory": lambda: Linen(3, 8),
+    "factory of one argument": lambda k: Linen(k, 8),
+    "nnx class": NNX,
+    "equinox class": Equinox,
+    "equinox with state": with_statistics,
+    "functions": Pair(),
+    "two functions": (lambda key: jnp.zeros((5, 3)), lambda params, x: x @ params),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_starts_runs_and_goes_through_a_file(form: str, tmp_path: Path) -> None:
+    net = own.network(FORMS[form], classes=3, example=X[:1])
+    start = jax.jit(jax.vmap(lambda key: net.init(key, X[:1])))
+    several = start(jax.random.split(jax.random.key(0), 2))
+    first, second = (jax.tree.map(lambda x, i=i: x[i], several) for i in range(2))
+    if form != "two functions":  # seeds start apart
+        leaves = zip(jax.tree.leaves(first.params), jax.tree.leaves(second.params), strict=True)
+        assert any((a != b).any() for a, b in leaves)
+    outputs, state = net.apply(first.params, first.model_state, X)
+    assert outputs["logits"].shape == (6, 3)
+    assert jax.tree.structure(state) == jax.tree.structure(first.model_state)
+    trained = net.apply(first.params, first.model_state, X, key=jax.random.key(1), train=True)[1]
+    assert jax.tree.structure(trained) == jax.tree.structure(first.model_state)
+    if net.layout.features:
+        assert net.layout.features == ("hidden",)
+    path = tmp_path / "own.safetensors"
+    model_files.save(path, Variables(*first), About("my.py:Net", 3, None, (), (5,)), {})
+    with pytest.raises(ValueError, match=r"is of my.py:Net, a model of your own"):
+        model_files.load(path)
+    found = model_files.load(path, model=FORMS[form]).predict(X)
+    np.testing.assert_allclose(found, outputs["logits"], rtol=1e-5, atol=1e-6)
+
+
+class Needy(nn.Module):
+    depth: int
+    classes: int
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dense(self.classes)(x)
+
+
+def averaged(params: Any, x: Any) -> Any:
+    return jnp.mean(x @ params)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (Needy, "Needy needs depth, of which nothing is known.*write a factory"),
+        (Linen(4), r"Linen gives logits \[1, 4\] for one example, expected \[1, 3\]"),
+        (lambda: nnx.Linear(5, 3, rngs=nnx.Rngs(0)), "holds one set of weights.*argument rngs"),
+        (nnx.Linear(5, 3, rngs=nnx.Rngs(0)), "holds one set of weights.*argument rngs"),
+        (lambda: {"w": X}, "is dict, no model. Expected a Linen module"),
+        (np.ones(3), "is an array, no model"),
+        ((lambda key: jnp.ones((5, 3)), averaged), r"gives logits \[\] for one example"),
+        (
+            (lambda key: jnp.ones((5, 3)), lambda p, x: {"hidden": x}),
+            r"returns \['hidden'\]: no \"logits\"",
+        ),
+    ],
+)
+def test_what_is_no_model_says_what_to_write(found: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        own.network(found, classes=3, example=X[:1])
