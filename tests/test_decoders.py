@@ -6,7 +6,7 @@ The folders in tests/data/decoders hold tiny random weights written by transform
 
 import json
 import shutil
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,32 @@ def test_stacked_layers_give_the_numbers_of_separate_ones(name: str):
     np.testing.assert_allclose(
         logits(name, tokens, stacked), logits(name, tokens), atol=3e-6, rtol=1e-5
     )
+
+
+def test_taps_are_what_runs_along_the_layers():
+    source, tokens = loaded("gemma2"), jnp.asarray(recorded("gemma2")["tokens"])
+    config, params = source.model.config, source.params
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=3e-6)
+    names = models.tap_names(config)
+    assert names == ("tokens", *(f"layers_{i}" for i in range(config.layers)))
+    run = jax.jit(source.model.tap, static_argnums=0)
+    hidden, taps = run(names, params, tokens)
+    close(hidden, source.model.apply(params, tokens)[0])
+    assert taps.keys() == set(names)
+    # A decoder that ends after the first layer says that layer's output behind its last norm.
+    first = decoders.student(source, layers=[0])
+    inner = taps["layers_0"]
+    inner *= jax.lax.rsqrt(jnp.mean(jnp.square(inner), -1, keepdims=True) + config.norm.epsilon)
+    close(
+        first.model.apply(first.params, tokens)[0],
+        inner * (1 + params["norm"]["scale"])[None, None],
+    )
+    stacked = transforms.stack_layers(params, r"layers_(\d+)/.*")
+    chosen = (names[-1], names[0], names[1])
+    for path, found in run(chosen, stacked, tokens)[1].items():
+        close(found, taps[path], err_msg=path)
+    with pytest.raises(ValueError, match=r"the taps \['tokens', .*, got \['layers_99'\]"):
+        source.model.tap(["layers_99"], params, tokens)
 
 
 @pytest.mark.parametrize("name", KINDS)

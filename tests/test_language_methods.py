@@ -274,6 +274,35 @@ def test_a_privileged_teacher_sees_its_own_prompt_and_the_same_completion():
     np.testing.assert_allclose(outputs["hidden"][:, 2:], hidden[:, 4:], atol=1e-6)
 
 
+def test_a_student_learns_from_the_layers_of_its_teacher():
+    """Hidden states of chosen layers are outputs; a term on them counts the real positions."""
+    model = language.model(DECODER, taps=[r"layers_\d", "tokens"])
+
+    def terms(inputs: Any) -> Any:
+        where = inputs.batch["inputs"]["segments"] > 0
+        loss = losses.mse(inputs.student["layers_0"], inputs.teacher["layers_0"], where=where)
+        return {"hidden": loss}
+
+    step = jax.jit(train.make_step(model, terms, {"hidden": 1.0}, TX, teacher=model))
+    given = batch()
+    new, metrics = step(begun(), given, TEACHER)
+    tap = jax.jit(partial(DECODER.tap, ["layers_0"]))
+    inputs = given["inputs"]
+    ours, theirs = (
+        tap(params, inputs["tokens"], None, inputs["segments"])[1]["layers_0"]
+        for params in (STUDENT, TEACHER)
+    )
+    gap = np.square(np.asarray(ours, np.float64) - theirs).mean(-1)
+    real = inputs["segments"] > 0
+    wanted = np.mean(np.where(real, gap, 0).sum(1) / real.sum(1))
+    np.testing.assert_allclose(train.values(metrics)["hidden"], wanted, rtol=1e-6)
+    assert np.any(jax.tree.leaves(new.params)[0] != jax.tree.leaves(STUDENT)[0])
+    outputs, _ = jax.eval_shape(model, STUDENT, None, inputs)
+    assert sorted(outputs) == ["head", "hidden", "layers_0", "tokens"]
+    with pytest.raises(ValueError, match="layers_7"):
+        language.model(DECODER, taps=["layers_7"])
+
+
 def test_returns_are_means_of_later_rewards():
     # The gradient of the long part by hand: -sum_t sg(R_t) grad log p(y_t) / count.
     given = jax.tree.map(jnp.asarray, prompts()["inputs"])

@@ -220,8 +220,8 @@ def privileged(teacher: ModelFn, prompt: int) -> ModelFn:
       prompt: P, columns of the student's prompt.
 
     Returns:
-      A model function of inputs with an entry `"privileged"`; its hidden states `[B, L, width]`
-      stand where the student's do, from the prompt's last column on.
+      A model function of inputs with an entry `"privileged"`; its hidden states and taps
+      `[B, L, width]` stand where the student's do, from the prompt's last column on.
     """
 
     def apply(
@@ -249,7 +249,8 @@ def privileged(teacher: ModelFn, prompt: int) -> ModelFn:
             "positions": segment_positions(segments),
         }
         outputs, model_state = teacher(params, model_state, whole)
-        return {**outputs, "hidden": outputs["hidden"][:, width - prompt :]}, model_state
+        own = {n: x if n == "head" else x[:, width - prompt :] for n, x in outputs.items()}
+        return own, model_state
 
     return apply
 

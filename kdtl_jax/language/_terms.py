@@ -7,11 +7,12 @@ A batch of the step is `{"inputs": tokens}` where `tokens` is a token batch:
 - `learned` bool `[B, L]`: the tokens that are targets. Each is predicted one position earlier, in
   the same segment. This is the loss mask; `segments` is the attention mask.
 
-Outputs are `{"hidden": [B, L, width], "head": losses.Head}`. Every term is a `Mean`, so that sums
-and counts of microbatches, devices and padded rows add up to the whole batch exactly.
+Outputs are `{"hidden": [B, L, width], "head": losses.Head}` and what is tapped. Every term is a
+`Mean`, so that sums and counts of microbatches, devices and padded rows add up to the whole batch
+exactly.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kdtl_jax import losses
+from kdtl_jax import losses, models, trees
 from kdtl_jax._types import Mean, ModelFn, Outputs, Params, PyTree
 from kdtl_jax.models import Decoder
 from kdtl_jax.objective import Inputs, TermsFn
@@ -35,14 +36,24 @@ def as_they_are(params: Params) -> Params:
     return params
 
 
-def model(decoder: Decoder, weights: Weights = as_they_are) -> ModelFn:
+def model(
+    decoder: Decoder, weights: Weights = as_they_are, *, taps: Sequence[trees.Selector] = ()
+) -> ModelFn:
     """A model function of token batches, whose outputs are hidden states and the head.
 
     Args:
       decoder: `models.decoder(config)`, or a pretrained one's `.model`.
       weights: from what is trained to the decoder's parameters, run inside the step: an adapter's
         `lambda p: lora.apply(p.base, p.weights)`, or a fake quantization.
+      taps: what else joins the outputs, `[B, L, width]` under its name: `r"layers_(2|5)"` are the
+        outputs of two layers, `"tokens"` what enters the first.
+
+    Raises:
+      ValueError: for a tap that matches nothing.
     """
+    names = {name: name for name in models.tap_names(decoder.config)}
+    masks = [trees.mask(names, tap) for tap in taps]
+    chosen = [name for name in names if any(mask[name] for mask in masks)]
 
     def apply(
         params: Params,
@@ -53,10 +64,10 @@ def model(decoder: Decoder, weights: Weights = as_they_are) -> ModelFn:
         train: bool = False,
     ) -> tuple[Outputs, PyTree]:
         own = weights(params)
-        hidden, _ = decoder.apply(
-            own, inputs["tokens"], inputs.get("positions"), inputs.get("segments")
+        hidden, tapped = decoder.tap(
+            chosen, own, inputs["tokens"], inputs.get("positions"), inputs.get("segments")
         )
-        outputs: dict[str, Any] = {"hidden": hidden, "head": decoder.head(own)}
+        outputs: dict[str, Any] = {"hidden": hidden, "head": decoder.head(own), **tapped}
         return outputs, model_state
 
     return apply

@@ -19,7 +19,7 @@ of their own segment and nothing else, so padding and packing change no number o
 have no dropout here, as is the practice in fine-tuning and distillation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -59,13 +59,35 @@ class Apply(Protocol):
     ) -> tuple[Array, Cache | None]: ...
 
 
+class Tap(Protocol):
+    """`tap(names, params, tokens, positions, segments) -> (hidden, {name: [B, L, width]})`.
+
+    What runs along the layers, for losses on features and draft models: `"tokens"` is what enters
+    the first layer and `"layers_3"` what leaves the fourth, before the last norm. Names are static;
+    the other arguments and `hidden` are those of `apply`.
+
+    Raises:
+      ValueError: for a name that the decoder does not have.
+    """
+
+    def __call__(
+        self,
+        names: Sequence[str],
+        params: Params,
+        tokens: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
+    ) -> tuple[Array, dict[str, Array]]: ...
+
+
 class Decoder(NamedTuple):
-    """A decoder's functions: `init(key) -> params`, `apply`, and `head(params) -> losses.Head`."""
+    """A decoder's functions: `init(key) -> params`, `apply`, `tap`, and `head(params) -> Head`."""
 
     config: DecoderConfig
     init: Callable[[Array], Params]
     apply: Apply
     head: Callable[[Params], Head]
+    tap: Tap
 
 
 def decoder(
@@ -98,7 +120,24 @@ def decoder(
         segments: Array | None = None,
         cache: Cache | None = None,
     ) -> tuple[Array, Cache | None]:
-        return _apply(config, params, tokens, positions, segments, cache, dtype, remat_policy)
+        run = _apply(config, params, tokens, positions, segments, cache, dtype, remat_policy, ())
+        return run[:2]
+
+    def tap(
+        names: Sequence[str],
+        params: Params,
+        tokens: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
+    ) -> tuple[Array, dict[str, Array]]:
+        known = {name: i for i, name in enumerate(tap_names(config))}
+        if strange := [name for name in names if name not in known]:
+            raise ValueError(f"a decoder has the taps {list(known)}, got {strange}.")
+        places = tuple(known[name] for name in names)
+        hidden, _, found = _apply(
+            config, params, tokens, positions, segments, None, dtype, remat_policy, places
+        )
+        return hidden, dict(zip(names, found, strict=True))
 
     def head(params: Params) -> Head:
         table = params["tokens"]["embedding"]
@@ -106,7 +145,12 @@ def decoder(
         bias = params["head"]["bias"] if config.has_head_bias else None
         return Head(kernel, bias, config.logit_scale, config.final_softcap)
 
-    return Decoder(config, init, apply, head)
+    return Decoder(config, init, apply, head, tap)
+
+
+def tap_names(config: DecoderConfig) -> tuple[str, ...]:
+    """What `Decoder.tap` gives: `"tokens"`, `"layers_0"`, … in the order of the computation."""
+    return ("tokens", *(f"layers_{i}" for i in range(config.layers)))
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
@@ -143,7 +187,9 @@ def _apply(
     cache: Cache | None,
     dtype: Any,
     remat_policy: Callable[..., Any] | None,
-) -> tuple[Array, Cache | None]:
+    taps: tuple[int, ...],
+) -> tuple[Array, Cache | None, Sequence[Array]]:
+    """Hidden states, cache, and what stands before layer `taps[0]`, `taps[1]`, …"""
     _checks.integers(tokens=tokens)
     _checks.rank(2, 2, tokens=tokens)
     for name, given in (("positions", positions), ("segments", segments)):
@@ -178,19 +224,31 @@ def _apply(
         layer = jax.checkpoint(layer, policy=remat_policy)
     by_layer = kinds(config), None if cache is None else (cache.keys, cache.values)
     if "layers" in params:
-        x, filled = jax.lax.scan(lambda x, one: layer(x, *one), x, (params["layers"], *by_layer))
+        # Of every layer's output those that are asked for are kept: others are dropped at once.
+        kept = [x if place == 0 else jnp.zeros_like(x) for place in taps]
+
+        def next_layer(carry: Any, each: Any) -> Any:
+            number, *own = each
+            x, both = layer(carry[0], *own)
+            pairs = zip(taps, carry[1], strict=True)
+            return (x, [jnp.where(number == place, x, old) for place, old in pairs]), both
+
+        every = jnp.arange(1, config.layers + 1), params["layers"], *by_layer
+        (x, kept), filled = jax.lax.scan(next_layer, (x, kept), every)
     else:
-        collected = []
+        states, collected = [x], []
         for i in range(config.layers):
             one = jax.tree.map(lambda a, i=i: a[i], by_layer)
             x, both = layer(x, params[f"layers_{i}"], *one)
+            states.append(x)
             collected.append(both)
+        kept = [states[place] for place in taps]
         filled = jax.tree.map(lambda *a: jnp.stack(a), *collected)
     if cache is not None:
         keys, values = filled
         length = cache.length + jnp.int32(tokens.shape[1])
         cache = cache._replace(keys=keys, values=values, length=length)
-    return normalized(config.norm, x, params["norm"]), cache
+    return normalized(config.norm, x, params["norm"]), cache, kept
 
 
 def _init(config: DecoderConfig, key: Array) -> Params:
