@@ -24,6 +24,7 @@ Obtained on two CPU cores, jax 0.10.2, 5 seeds, 20,000 samples each, 256 classes
 
 import argparse
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -110,7 +111,7 @@ def sampling(seeds: int, steps: int) -> None:
 def taught(seed: int, steps: int) -> Any:
     """The text, a byte-level teacher of a seed, and what trains and measures its students."""
     tokenizer = language.byte_tokenizer()
-    text = text_rows.read(None, tokenizer, text_rows.Shape(64, 16, 0.02))
+    text = text_rows.read((), tokenizer, text_rows.Shape(64, 16, 0.02), Path("rows"))
     sizes = {"layers": 4, "width": 96, "heads": 4}
     teacher = of_models.anew(sizes, tokenizer.size, tokenizer.eos, jax.random.key(seed))
 
@@ -128,7 +129,8 @@ def taught(seed: int, steps: int) -> Any:
     def measured(params: Any, decoder: Any, weights: Any = same) -> dict[str, float]:
         measure = training.measuring(
             language.model(decoder), weights, language.model(teacher.model), teacher.params,
-            rows=text.held_out, batch_size=16, vocabulary=tokenizer.size, mesh=None,
+            rows=text.held_out, text_bytes=text.held_out_bytes, batch_size=16,
+            vocabulary=tokenizer.size, mesh=None,
         )  # fmt: skip
         return measure(params)
 

@@ -148,6 +148,10 @@ def test_a_file_that_is_no_tokenizer(tmp_path: Path, name: str, content: str, sa
         language.tokenizer(tmp_path / "nowhere")
 
 
+def read(file: Path, tokenizer: language.Tokenizer) -> _language_text.Text:
+    return _language_text.read([str(file)], tokenizer, Shape(10, 6, 0.5), file.parent / "rows")
+
+
 def test_lines_of_messages_are_prompts_and_replies(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
     template += "{% if add_generation_prompt %}a:{% endif %}"
@@ -156,10 +160,10 @@ def test_lines_of_messages_are_prompts_and_replies(tmp_path: Path) -> None:
     for each in (line, pair):
         file = tmp_path / "lines.jsonl"
         file.write_text(f"{json.dumps(each)}\n" * 2)
-        rows = _language_text.read(str(file), with_template(template), Shape(10, 6, 0.5)).train
+        rows = read(file, with_template(template)).train
         assert rows.inputs["tokens"][0, :6].tolist() == [*b"u:x;a:"]
         assert rows.inputs["tokens"][0, 6:9].tolist() == [*b"yz;"]
         assert rows.inputs["learned"].tolist() == [[False] * 6 + [True] * 3 + [False]]
     file.write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
-    with pytest.raises(ValueError, match=r"lines\.jsonl: line 1: messages must be a list"):
-        _language_text.read(str(file), with_template(template), Shape(10, 6, 0.5))
+    with pytest.raises(ValueError, match=r"lines\.jsonl: line 1: there is no reply to learn"):
+        read(file, with_template(template))

@@ -8,11 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from kdtl_jax import cli, language
+from kdtl_jax import cli
 from kdtl_jax.interop import decoders
-from kdtl_jax.recipes import _language_text, _language_training
-from kdtl_jax.recipes._language_text import Shape
-from kdtl_jax.recipes.settings import UsageError
+from kdtl_jax.recipes import _language_training
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 TINY = [
@@ -96,58 +94,3 @@ def test_settings_that_make_no_sense_are_told_in_one_line(
     assert cli.main(given) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert says in said and said.startswith("kdtl language: ")
-
-
-def test_a_broken_line_is_named_by_its_number(tmp_path: Path):
-    file = tmp_path / "lines.jsonl"
-    file.write_text('{"text": "a good one"}\n{"text": \n')
-    with pytest.raises(ValueError, match="line 2 is not JSON"):
-        _language_text.read(str(file), language.byte_tokenizer(), Shape(4, 2, 0.5))
-    file.write_text('{"text": "a good one"}\n{"words": "?"}\n')
-    with pytest.raises(ValueError, match="line 2 has neither"):
-        _language_text.read(str(file), language.byte_tokenizer(), Shape(4, 2, 0.5))
-
-
-def test_lines_end_at_newlines_alone_and_documents_end_in_every_part(tmp_path: Path):
-    file = tmp_path / "lines.jsonl"
-    file.write_text('{"text": "ab\u2028cd"}\n{"text": "efgh"}\n', encoding="utf-8")
-    text = _language_text.read(str(file), language.byte_tokenizer(), Shape(5, 2, 0.5))
-    assert text.train.inputs["tokens"].tolist() == [list(b"ab\xe2\x80\xa8")]
-    assert text.held_out.inputs["tokens"].tolist() == [[*b"efgh", 256]]
-    for content, says in (
-        ("", "no row of --length 5"),
-        ('{"text": "alone"}\n', "no row of --length 5 tokens held out"),
-        ('{"prompt": "", "completion": ""}\n' * 2, "no row|must not be empty"),
-        ('{"prompt": [], "completion": 5}\n' * 2, "line 1: messages must be a list"),
-    ):
-        file.write_text(content)
-        with pytest.raises((ValueError, UsageError), match=says):
-            _language_text.read(str(file), language.byte_tokenizer(), Shape(5, 2, 0.5))
-
-
-def test_a_line_cannot_call_itself_a_chat(tmp_path: Path):
-    file = tmp_path / "lines.jsonl"
-    file.write_text('{"prompt": "a", "completion": "b", "is_chat": true}\n' * 2)
-    rows = _language_text.read(str(file), language.byte_tokenizer(), Shape(4, 2, 0.5)).train
-    assert rows.inputs["tokens"].tolist() == [[0, *b"ab", 256]]
-
-
-def test_answers_stand_after_their_prompts_and_end(tmp_path: Path):
-    file = tmp_path / "lines.jsonl"
-    file.write_text('{"prompt": "ab", "completion": "cde"}\n' * 2)
-    rows = _language_text.read(str(file), language.byte_tokenizer(), Shape(8, 3, 0.5)).train
-    tokens = [0, *b"abcde", 256, 0]
-    assert rows.inputs["tokens"].tolist() == [tokens]
-    assert rows.inputs["segments"].tolist() == [[0, 1, 1, 1, 1, 1, 1, 0]]
-    assert rows.inputs["learned"].tolist() == [[False] * 3 + [True] * 4 + [False]]
-    assert rows.bytes == 3
-    assert rows.inputs["privileged"]["tokens"].tolist() == [[0, 0, 0, *b"cdeab"]]
-
-
-def test_documents_in_a_row_are_segments_of_their_own(tmp_path: Path):
-    file = tmp_path / "lines.jsonl"
-    file.write_text('{"text": "abc"}\n{"text": "defg"}\n{"text": "hijklmnop"}\n')
-    rows = _language_text.read(str(file), language.byte_tokenizer(), Shape(8, 2, 0.3)).train
-    assert rows.inputs["tokens"].tolist() == [[*b"abc", 256, *b"defg"]]
-    assert rows.inputs["segments"].tolist() == [[1, 1, 1, 1, 2, 2, 2, 2]]
-    assert rows.bytes == 2 + 3  # the first byte of a text is not predicted

@@ -26,8 +26,9 @@ class Tokenizer(NamedTuple):
     """Text to ids and back.
 
     `vocabulary` maps a token's text to its id and `size` is its number of ids (a model's table may
-    have more rows). `bos`, `eos` and `pad` are ids or None. `chat_template` is the folder's jinja2
-    text or None, for `chat`; `special` are the texts of special tokens that templates may name
+    have more rows). `bos`, `eos` and `pad` are ids or None; `adds_bos` says whether the tokenizer's
+    own rules begin a text with `bos`. `chat_template` is the folder's jinja2 text or None, for
+    `chat`; `special` are the texts of special tokens that templates may name
     (`"bos_token"`, …). Tokenizers of one `fingerprint` give the same ids.
     """
 
@@ -38,6 +39,7 @@ class Tokenizer(NamedTuple):
     bos: int | None
     eos: int | None
     pad: int | None
+    adds_bos: bool
     chat_template: str | None
     special: Mapping[str, str]
     fingerprint: str
@@ -61,6 +63,7 @@ def byte_tokenizer() -> Tokenizer:
         bos=None,
         eos=_END,
         pad=None,
+        adds_bos=False,
         chat_template=None,
         special={"eos_token": _END_TEXT},
         fingerprint=hashlib.sha256(b"bytes").hexdigest(),
@@ -115,14 +118,16 @@ def tokenizer(path: str | Path) -> Tokenizer:
     def decode(ids: Sequence[int]) -> str:
         return made.decode(list(ids))
 
+    bos = id_of("bos")
     return Tokenizer(
         encode=encode,
         decode=decode,
         vocabulary=made.get_vocab(),
         size=made.get_vocab_size(),
-        bos=id_of("bos"),
+        bos=bos,
         eos=id_of("eos"),
         pad=id_of("pad"),
+        adds_bos=bos is not None and made.encode("").ids[:1] == [bos],
         chat_template=_template(file.parent, about),
         special=special,
         fingerprint=hashlib.sha256(content).hexdigest(),

@@ -1,16 +1,16 @@
-"""The text of `kdtl language` as rows of tokens: plain text, or JSON lines.
+"""The text of `kdtl language` as rows of tokens.
 
-A row has `length` columns. Plain text and documents (`{"text": ...}`) are cut into rows one after
-another; documents in one row are segments of their own. A line `{"prompt": ..., "completion": ...}`
-is a row of its own, its prompt padded on the left to the prompt's columns, its completion learned
-up to the end token. What a self-taught teacher is told beside the prompt is the line's
-`"privileged"` text, or else its completion; for plain text, what stands before the prompt. A line
-`{"messages": [...]}` is written by the tokenizer's chat template: its last reply is the completion,
-what is before it the prompt.
+Texts (`--data text.txt`, or lines of `{"text": ...}`) are cut into rows one after another;
+documents in one row are segments of their own. A prompt with its completion, or a conversation, is
+a row of its own: its prompt padded on the left to the prompt's columns, its last answer learned up
+to the end token. What a self-taught teacher is told beside the prompt is the record's
+`"privileged"` text, or else its answer; for texts, what stands before the prompt.
+
+Text that is larger than memory is written as rows to the run folder and mapped from there.
 """
 
-import json
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,24 +19,26 @@ import numpy as np
 
 from kdtl_jax import language
 from kdtl_jax.recipes.settings import UsageError
+from kdtl_jax.run import processes
 
 EMBEDDED = "shakespeare.txt"
+IN_MEMORY = 256 * 2**20  # bytes of text whose rows are held in memory
 
 
 class Rows(NamedTuple):
-    """Token batches `[N, L]`, the bytes of their learned text, and how many rows were cut short."""
+    """Token batches `[N, L]`, and how many rows were cut short."""
 
     inputs: dict[str, Any]
-    bytes: int
     cut: int = 0
 
 
 class Text(NamedTuple):
-    """What is learned from, and what is measured on."""
+    """What is learned from, what is measured on, and the bytes of its learned text."""
 
     name: str
     train: Rows
     held_out: Rows
+    held_out_bytes: int
 
 
 class Shape(NamedTuple):
@@ -47,166 +49,112 @@ class Shape(NamedTuple):
     held_out: float
 
 
-def read(path: str | None, tokenizer: language.Tokenizer, shape: Shape) -> Text:
-    """The rows of a file; None is the text that the package carries.
-
-    Raises:
-      OSError: if the file cannot be read.
-      ValueError: if it is not UTF-8, a line is no JSON object of a known form, or too short.
-    """
-    name = EMBEDDED if path is None else Path(path).name
-    if path is None:
-        text = resources.files("kdtl_jax.datasets").joinpath(EMBEDDED).read_text(encoding="utf-8")
-    else:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error}).") from None
-    if not name.endswith((".jsonl", ".json")):
-        at = int(len(text) * (1 - shape.held_out))
-        at = text.rfind("\n", 0, at) + 1 or at  # between lines
-        parts = [_packed([part], tokenizer, shape, None) for part in (text[:at], text[at:])]
-    else:
-        # JSON texts may hold the other ends of lines that `splitlines` knows.
-        lines = [
-            (i, _object(line, name, i))
-            for i, line in enumerate(text.split("\n"), 1)
-            if line.strip()
-        ]
-        at = max(1, int(len(lines) * (1 - shape.held_out)))
-        has_text = ["text" in line for _, line in lines]
-        if any(has_text) and not all(has_text):
-            raise ValueError(
-                f"{name}: some lines have 'text' and some have not. Use one form in a file."
-            )
-        if all(has_text):
-            texts, end = [str(line["text"]) for _, line in lines], tokenizer.eos
-            parts = [_packed(part, tokenizer, shape, end) for part in (texts[:at], texts[at:])]
-        else:
-            said = [_said(line, f"{name}: line {i}", tokenizer) for i, line in lines]
-            parts = [_answers(part, tokenizer, shape) for part in (said[:at], said[at:])]
-    for part, words in zip(parts, ("to learn from", "held out"), strict=True):
-        if not len(part.inputs["tokens"]):
-            raise UsageError(
-                f"--data {name}: too little text: no row of --length {shape.length} tokens "
-                f"{words}. Give more text, shorter rows or another --held-out."
-            )
-    return Text(name, *parts)
-
-
-def _object(line: str, name: str, number: int) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: line {number} is not JSON ({error}).") from None
-    if not isinstance(found, dict) or not (
-        "text" in found or "messages" in found or {"prompt", "completion"} <= set(found)
-    ):
-        raise ValueError(
-            f"{name}: line {number} has neither 'text' nor 'messages' nor 'prompt' and "
-            "'completion'."
-        )
+def paths(value: Any) -> tuple[str, ...]:
+    """One path, or a list of them."""
+    found = (value,) if isinstance(value, str) else tuple(value or ())
+    if not all(isinstance(path, str) and path for path in found):
+        raise ValueError(f"expected paths of files or folders, got {value!r}")
     return found
 
 
-class Said(NamedTuple):
-    """A line's texts: of the prompt, of the completion, and of what else its teacher is told."""
+def read(
+    paths: Sequence[str],
+    tokenizer: language.Tokenizer,
+    shape: Shape,
+    folder: Path,
+    made_from: str = "",
+) -> Text:
+    """The rows of files and folders; of no path: of the text that the package carries.
 
-    where: str
-    prompt: str
-    completion: str
-    privileged: str
-    is_chat: bool
+    The last share of every file is held out.
 
+    Args:
+      paths: what `language.text_files` reads.
+      tokenizer: the teacher's.
+      shape: of the rows.
+      folder: where rows are kept that do not fit into memory.
+      made_from: names this text; rows in the folder that were made from another are replaced.
 
-def _said(line: Any, where: str, tokenizer: language.Tokenizer) -> Said:
-    messages = line.get("messages")
-    if messages is None:
-        sides = line["prompt"], line["completion"]
-        if not any(isinstance(side, list) for side in sides):
-            prompt, completion = map(str, sides)
-            told = str(line.get("privileged", completion))
-            return Said(where, prompt, completion, told, is_chat=False)
-        messages = [*sides[0], *sides[1]] if all(isinstance(x, list) for x in sides) else None
-    if not (
-        isinstance(messages, list)
-        and messages
-        and all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in messages)
-        and messages[-1]["role"] == "assistant"
-    ):
-        raise ValueError(
-            f"{where}: messages must be a list of objects with a 'role', the last of them "
-            "'assistant'."
+    Raises:
+      OSError: if a file cannot be read.
+      ValueError: naming file and line, if it is no text of a known form, or nothing is in it.
+    """
+    if not paths:
+        embedded = resources.files("kdtl_jax.datasets").joinpath(EMBEDDED)
+        with resources.as_file(embedded) as file:
+            return read([str(file)], tokenizer, shape, folder, made_from)
+    name = ", ".join(Path(path).name for path in paths)
+    is_large = sum(file.stat().st_size for file in language.text_files(paths)) > IN_MEMORY
+    at = 1 - shape.held_out
+    first = next(language.records(paths), None)
+    parts = []
+    for part, between in (("train", (0.0, at)), ("held_out", (at, 1.0))):
+        rows = _rows(language.records(paths, between), first, tokenizer, shape)
+        words = "to learn from" if part == "train" else "held out"
+        short = UsageError(
+            f"--data {name}: too little text: no row of --length {shape.length} tokens {words}. "
+            "Give more text, shorter rows or another --held-out."
         )
-    prompt = language.chat_prompt(tokenizer, messages[:-1])
-    whole = language.chat_text(tokenizer, messages)
-    if not whole.startswith(prompt):
-        raise ValueError(
-            f"{where}: the chat template writes a conversation that does not begin with the prompt "
-            "for its last reply, so the reply cannot be told from it."
+        row = next(rows, None)
+        if row is None:
+            raise short
+        parts.append(
+            _kept(itertools.chain([row], rows), folder / part if is_large else None, made_from)
         )
-    completion = whole[len(prompt) :]
-    return Said(where, prompt, completion, str(line.get("privileged", completion)), is_chat=True)
+    held_out = parts[1].inputs
+    return Text(name, parts[0], parts[1], learned_bytes(held_out, tokenizer))
 
 
-def _packed(
-    texts: Sequence[str], tokenizer: language.Tokenizer, shape: Shape, end: int | None
-) -> Rows:
-    """Texts one after another, each followed by the end token if there is one, cut into rows."""
-    ids, owner = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
-    for i, text in enumerate(texts):
-        own = [*tokenizer.encode(text), *([] if end is None else [end])]
-        ids.append(np.asarray(own, np.int32))
-        owner.append(np.full(len(own), i, np.int64))
-    rows = sum(map(len, ids)) // shape.length
-    tokens, own = (
-        np.concatenate(x)[: rows * shape.length].reshape(rows, shape.length) for x in (ids, owner)
-    )
-    segments = (own - own[:, :1] + 1).astype(np.int32)
-    learned = np.ones(tokens.shape, np.bool_)
-    before = np.roll(tokens, 1, axis=0)[:, shape.length - shape.prompt :]
-    is_before = np.roll(own, 1, axis=0)[:, shape.length - shape.prompt :] == own[:, :1]
-    is_before &= np.arange(rows)[:, None] > 0
-    privileged = {
-        "tokens": np.concatenate([before, tokens[:, : shape.prompt]], axis=1),
-        "segments": np.concatenate([is_before, segments[:, : shape.prompt]], axis=1).astype(
-            np.int32
-        ),
-    }
-    return _rows(tokens, segments, learned, privileged, tokenizer)
-
-
-def _answers(lines: Sequence[Said], tokenizer: language.Tokenizer, shape: Shape) -> Rows:
-    """Prompts padded on the left, completions after them with their end token."""
-    size = len(lines), shape.length
-    tokens, segments = np.zeros(size, np.int32), np.zeros(size, np.int32)
-    learned, cut, width = np.zeros(size, np.bool_), 0, shape.prompt
-    told = {name: np.zeros(size, np.int32) for name in ("tokens", "segments")}
-    for i, line in enumerate(lines):
-        prompt, answer = tokenizer.encode(line.prompt), tokenizer.encode(line.completion)
-        # A template starts its conversations and ends its turns itself.
-        if not line.is_chat:
-            prompt = [*([] if tokenizer.bos is None else [tokenizer.bos]), *prompt]
-            answer = [*answer, *([] if tokenizer.eos is None else [tokenizer.eos])]
-        more = tokenizer.encode(line.privileged)
-        cut += len(prompt) > width or len(answer) > shape.length - width
-        prompt, answer = prompt[-width:], answer[: shape.length - width]
-        if not prompt or not answer:
-            raise ValueError(f"{line.where}: prompt and completion must not be empty.")
-        tokens[i, width - len(prompt) : width] = prompt
-        tokens[i, width : width + len(answer)] = answer
-        segments[i, width - len(prompt) : width + len(answer)] = 1
-        learned[i, width : width + len(answer)] = True
-        whole = (more + prompt)[-shape.length :]
-        told["tokens"][i, shape.length - len(whole) :] = whole
-        told["segments"][i, shape.length - len(whole) :] = 1
-    return _rows(tokens, segments, learned, told, tokenizer)._replace(cut=cut)
-
-
-def _rows(tokens: Any, segments: Any, learned: Any, told: Any, tokenizer: Any) -> Rows:
-    inputs = {"tokens": tokens, "segments": segments, "learned": learned}
-    _, where = (np.asarray(x) for x in language.next_tokens(inputs))
+def learned_bytes(inputs: dict[str, Any], tokenizer: language.Tokenizer) -> int:
+    """Bytes of the text that the rows' learned tokens stand for."""
     size = 0
-    for row, counts in zip(tokens, where, strict=True):
-        size += len(tokenizer.decode(row[1:][counts[:-1]].tolist()).encode(errors="replace"))
-    return Rows({**inputs, "privileged": told}, size)
+    for start in range(0, len(inputs["tokens"]), 1024):
+        some = {n: inputs[n][start : start + 1024] for n in ("tokens", "segments", "learned")}
+        _, where = (np.asarray(x) for x in language.next_tokens(some))
+        for row, counts in zip(some["tokens"], where, strict=True):
+            said = tokenizer.decode(row[1:][counts[:-1]].tolist())
+            size += len(said.encode(errors="replace"))
+    return size
+
+
+def _rows(
+    records: Iterator[language.Record],
+    first: language.Record | None,
+    tokenizer: language.Tokenizer,
+    shape: Shape,
+) -> Iterator[language.Row]:
+    """The rows of records, which must have the form of the first."""
+    is_text = first is not None and "text" in first.value
+
+    def of_one_form() -> Iterator[language.Record]:
+        for record in records:
+            if first is not None and ("text" in record.value) != is_text:
+                raise ValueError(
+                    f"{record.place} has another form than {first.place}: only one of them is a "
+                    "'text'. Use one form in a run."
+                )
+            yield record
+
+    found = language.documents(of_one_form(), tokenizer)
+    if is_text:
+        return language.concatenated(found, shape.length, prompt=shape.prompt)
+    return language.after_prompts(found, shape.length, shape.prompt)
+
+
+def _kept(rows: Iterator[language.Row], folder: Path | None, made_from: str) -> Rows:
+    """Rows in memory, or in a folder."""
+    cut = 0
+
+    def counted() -> Iterator[language.Row]:
+        nonlocal cut
+        for row in rows:
+            cut += row.is_cut
+            yield row
+
+    if folder is None:
+        inputs = language.batch(counted())
+    else:
+        made = {"text": made_from}
+        processes.decide(lambda: language.write_rows(folder, counted(), made_from=made))
+        inputs = language.open_rows(folder)
+    return Rows(inputs, cut)

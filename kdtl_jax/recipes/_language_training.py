@@ -58,7 +58,7 @@ def batches(rows: Rows, batch_size: int, key: Array) -> data.Source:
     arrays = {"inputs": rows.inputs}
 
     def read(epoch: int, chosen: np.ndarray) -> Batch:
-        return jax.tree.map(lambda x: x[chosen], arrays)
+        return data.take_rows(arrays, chosen)
 
     return data.stream(read, len(rows.inputs["tokens"]), batch_size, key=key)
 
@@ -180,6 +180,7 @@ def measuring(
     teacher_params: Params,
     rows: Rows,
     *,
+    text_bytes: int,
     batch_size: int,
     vocabulary: int,
     mesh: Mesh | None,
@@ -216,7 +217,7 @@ def measuring(
         means = {name: float(value) for name, value in train.values(total).items()}
         count = float(total["nats"].weight)
         for name, nats in (("", "nats"), ("teacher_", "teacher_nats")):
-            means[f"{name}bits_per_byte"] = means[nats] * count / np.log(2) / max(rows.bytes, 1)
+            means[f"{name}bits_per_byte"] = means[nats] * count / np.log(2) / max(text_bytes, 1)
         return means
 
     return measure

@@ -60,9 +60,10 @@ class Settings(types.Output):
     method: tuple[str, ...] = setting(
         ("sft", "kd"), "what to compare; see --list", metavar="NAME,...", parse=types.method_names
     )
-    data: str | None = setting(
-        None, "UTF-8 text, or .jsonl with text, messages, or prompt and completion (and "
-        "privileged) on each line; default: 390 kB of Shakespeare", metavar="FILE", group="data",
+    data: tuple[str, ...] = setting(
+        (), "files or folders: UTF-8 text, .jsonl or .parquet with text, messages, or prompt and "
+        "completion (and privileged) in each record; default: 390 kB of Shakespeare",
+        metavar="PATH", parse=text_rows.paths, many=True, group="data",
     )  # fmt: skip
     length: int = setting(128, "tokens per row", metavar="N", least=4, most=10**6, group="data")
     prompt: int = setting(
@@ -183,7 +184,8 @@ def run(settings: Settings) -> int:
     key_teacher, key_student, key_order, key_sample = jax.random.split(
         jax.random.key(settings.seed), 4
     )
-    files = {n: v for n in ("data", "teacher", "student") if (v := getattr(settings, n))}
+    files = {n: v for n in ("teacher", "student") if (v := getattr(settings, n))}
+    files |= {f"data {path}": path for path in settings.data}
     say = _output.progress()
     warms_up = settings.start_steps and any(method.samples for method in chosen)
     learners = [*([] if files.keys() & {"teacher", "student"} else ["teacher"]),
@@ -201,7 +203,7 @@ def run(settings: Settings) -> int:
             of_models.same_tokens(other.vocabulary, tokenizer.vocabulary)
         say("reading")
         shape = text_rows.Shape(settings.length, settings.prompt, settings.held_out)
-        text = text_rows.read(settings.data, tokenizer, shape)
+        text = text_rows.read(settings.data, tokenizer, shape, folder / "text", who)
         if settings.batch_size > len(text.train.inputs["tokens"]):
             raise UsageError(
                 f"--batch-size {settings.batch_size}: there are "
@@ -214,8 +216,8 @@ def run(settings: Settings) -> int:
         )  # fmt: skip
         dtype = jnp.bfloat16 if settings.precision == "bfloat16" else None
         measuring = partial(
-            training.measuring, rows=text.held_out, batch_size=settings.batch_size,
-            vocabulary=tokenizer.size, mesh=mesh,
+            training.measuring, rows=text.held_out, text_bytes=text.held_out_bytes,
+            batch_size=settings.batch_size, vocabulary=tokenizer.size, mesh=mesh,
         )  # fmt: skip
         curves: dict[str, Any] = {}
 
@@ -370,12 +372,12 @@ def run(settings: Settings) -> int:
             sides.append(of_report.Sample(tokenizer.decode(prompt[real].tolist()), each))
         cut, notes = text.train.cut + text.held_out.cut, []
         if cut:
-            notes.append(f"{cut} lines were longer than their columns and were cut short.")
+            notes.append(f"{cut} records were longer than their columns and were cut short.")
         about = {
             "name": text.name,
             "rows": len(text.train.inputs["tokens"]),
             "held_out_rows": len(text.held_out.inputs["tokens"]),
-            "held_out_bytes": text.held_out.bytes,
+            "held_out_bytes": text.held_out_bytes,
         }
         title = "kdtl language: a language model and its students"
         of_report.write(folder, title, about, table, curves, sides, notes)

@@ -4,14 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from golden_maps import Golden
 from kdtl_jax import language, losses
+from kdtl_jax.models import segment_positions
 from kdtl_jax.objective import Masked, Mean, reduce
 
 Inputs = Mapping[str, Array]
 Hyper = Mapping[str, Any]
+IGNORED = -100
 
 
 def chosen(log_probs: Array, tokens: Array) -> dict[str, Array]:
@@ -56,13 +59,49 @@ def causal_lm_accumulation(x: Inputs, h: Hyper) -> dict[str, Array]:
     return {"value": jnp.mean(micro), "micro_losses": micro}
 
 
+def collate_labels(x: Inputs, h: Hyper) -> dict[str, np.ndarray]:
+    """Examples one to a row, or all in one; labels are -100 where nothing is learned."""
+    tokens, labels, sizes = (np.asarray(x[n]) for n in ("tokens", "token_labels", "lengths"))
+    if "segment_lengths" in x:
+        sizes = np.asarray(x["segment_lengths"]).ravel()
+        sizes = sizes[sizes > 0]
+    cuts = np.cumsum(sizes)[:-1]
+    found = [
+        language.document(ids, own != IGNORED)
+        for ids, own in zip(np.split(tokens, cuts), np.split(labels, cuts), strict=True)
+    ]
+    lines = [found] if h["padding_free"] else [[each] for each in found]
+    width = max(sum(len(each.tokens) for each in line) for line in lines)
+    multiple = h["pad_to_multiple_of"] or 1
+    width = -(-width // multiple) * multiple
+    rows = [language.joined_row(line, width, padding=h["pad_token_id"]) for line in lines]
+    batch = language.batch(rows)
+    learned, segments = batch["learned"], batch["segments"]
+    out = {"input_ids": batch["tokens"]}
+    if h["padding_free"]:
+        positions = np.asarray(segment_positions(jnp.asarray(segments))) * (segments > 0)
+        learned = learned & (positions > 0)
+        out["position_ids"] = positions
+    else:
+        out["attention_mask"] = (segments > 0).astype(np.int32)
+    return {"value": np.where(learned, batch["tokens"], IGNORED), **out}
+
+
+def completion_mask(x: Inputs, h: Hyper) -> dict[str, Array]:
+    ends = h["eos_token_id"]
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    mask = language.completion_mask(
+        x["tokens"][:, h["prompt_width"] :], padding=h["pad_token_id"], ends=ends
+    )
+    return {"value": mask, "lengths": jnp.sum(mask, axis=1)}
+
+
 METHODS: dict[str, Golden] = {
     "sampler_logprobs": sampler_logprobs,
     "sampler_logprobs_rows": sampler_logprobs_rows,
     "causal_lm_accumulation": causal_lm_accumulation,
+    "collate_labels": collate_labels,
+    "completion_mask": completion_mask,
 }
 
-EXCLUDED = {
-    "completion_mask": "reads lengths off token ids; the sampler returns the mask by position",
-    "collate_labels": "lists of rows to padded arrays: covered where text is packed",
-}
+EXCLUDED: dict[str, str] = {}

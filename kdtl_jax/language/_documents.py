@@ -1,0 +1,150 @@
+"""Records as documents: token ids, and which of them are learned."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kdtl_jax.language._chat import chat
+from kdtl_jax.language._records import FORMS, Record, has_known_form
+from kdtl_jax.language._tokenizer import Tokenizer
+
+NOTHING = np.zeros(0, np.int32)
+
+
+class Document(NamedTuple):
+    """One text as tokens.
+
+    Attributes:
+      tokens: int32 `[n]`.
+      learned: bool `[n]`, the tokens that are targets: all of a text, what the assistant says.
+      told: int32 `[m]`, what a teacher of the same weights is told beside the prompt.
+      place: where it stands, for messages.
+    """
+
+    tokens: np.ndarray
+    learned: np.ndarray
+    told: np.ndarray = NOTHING
+    place: str = "document"
+
+
+def document(
+    tokens: Sequence[int] | np.ndarray,
+    learned: Sequence[bool] | np.ndarray | None = None,
+    *,
+    told: Sequence[int] | np.ndarray = (),
+    place: str = "document",
+) -> Document:
+    """Checked tokens of one text; all are learned unless `learned` says otherwise.
+
+    Raises:
+      ValueError: if there is no token, an id does not fit, or the lengths differ.
+    """
+    ids = np.asarray(tokens)
+    if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
+        raise ValueError(f"{place}: expected ids [n], at least one, got {ids.dtype}{ids.shape}.")
+    if ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
+        raise ValueError(f"{place}: ids must lie in 0..2**31 - 1, got {ids.min()}..{ids.max()}.")
+    own = np.ones(len(ids), np.bool_) if learned is None else np.asarray(learned)
+    if own.shape != ids.shape or own.dtype != np.bool_:
+        raise ValueError(
+            f"{place}: learned must be bool [{len(ids)}], got {own.dtype}{list(own.shape)}."
+        )
+    return Document(ids.astype(np.int32), own, np.asarray(told, np.int32), place)
+
+
+def documents(records: Iterable[Record], tokenizer: Tokenizer) -> Iterator[Document]:
+    """The documents of records, as they are needed.
+
+    - `{"text"}` closes with the tokenizer's end token, and all of it is learned.
+    - Of `{"prompt", "completion"}` the completion with its end token is learned; as lists of
+      messages they are one conversation, of which the completion's replies are learned.
+    - `{"messages"}` goes through the tokenizer's chat template; what the assistant says is learned.
+
+    Text and prompts begin with the start token where the tokenizer itself adds one. What a
+    privileged teacher is told is the record's `"privileged"` text, or else its last answer.
+
+    Raises:
+      ValueError: naming file and line, if a record has none of these forms, is empty, has nothing
+        to learn, or the chat template raises.
+    """
+    for record in records:
+        try:
+            found = _document(record, tokenizer)
+        except (ValueError, TypeError) as error:
+            said = str(error).removeprefix(f"{record.place}: ")
+            raise ValueError(f"{record.place}: {said.rstrip('.')}.") from None
+        if found is not None:
+            yield found
+
+
+def _document(record: Record, tokenizer: Tokenizer) -> Document | None:
+    value = {name: x for name, x in record.value.items() if x is not None}
+    if not has_known_form(value):
+        raise ValueError(f"it has neither {FORMS}")
+    starts = tokenizer.adds_bos and tokenizer.bos is not None and record.begins
+    first = [tokenizer.bos] if starts and tokenizer.bos is not None else []
+    last = [tokenizer.eos] if record.ends and tokenizer.eos is not None else []
+    if "text" in value:
+        ids = tokenizer.encode(_text("text", value["text"]))
+        whole = not record.begins or not record.ends
+        if not ids and whole:  # a byte order mark alone, say
+            return None
+        if not ids:
+            raise ValueError("'text' is empty")
+        return document([*first, *ids, *last], place=record.place)
+    if "messages" in value or any(isinstance(value[n], list) for n in ("prompt", "completion")):
+        return _conversation(record.place, value, tokenizer)
+    prompt = tokenizer.encode(_text("prompt", value["prompt"]))
+    answer = tokenizer.encode(_text("completion", value["completion"]))
+    if not prompt or not answer:
+        raise ValueError("prompt and completion must not be empty")
+    told = tokenizer.encode(_text("privileged", value.get("privileged", value["completion"])))
+    learned = [False] * len(first + prompt) + [True] * len(answer + last)
+    ids = [*first, *prompt, *answer, *last]
+    return document(ids, learned, told=told, place=record.place)
+
+
+def _conversation(place: str, value: Mapping[str, Any], tokenizer: Tokenizer) -> Document:
+    if "messages" in value:
+        before, messages = [], _messages(value["messages"])
+    else:
+        before = _messages(value["prompt"])
+        messages = [*before, *_messages(value["completion"])]
+    variables = {"tools": value["tools"]} if "tools" in value else {}
+    found = chat(tokenizer, messages, variables)
+    learned = found.learned.copy()
+    runs = stretches(learned)
+    known = sum(each["role"] == "assistant" for each in before)
+    for start, stop in runs[:known]:
+        learned[start:stop] = False
+    if not runs[known:]:
+        raise ValueError("there is no reply to learn: no message of the role 'assistant'")
+    told = found.tokens[slice(*runs[-1])]
+    if "privileged" in value:
+        told = tokenizer.encode(_text("privileged", value["privileged"]))
+    return document(found.tokens, learned, told=told, place=place)
+
+
+def stretches(learned: np.ndarray) -> list[tuple[int, int]]:
+    """Where learned tokens stand together: `(first, after the last)`, ascending."""
+    steps = np.diff(np.concatenate([[0], learned.astype(np.int8), [0]]))
+    starts, stops = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
+    return list(zip(starts.tolist(), stops.tolist(), strict=True))
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name!r} must be text, got {type(value).__name__}")
+    return value
+
+
+def _messages(value: Any) -> list[dict[str, Any]]:
+    if not (
+        isinstance(value, list)
+        and value
+        and all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in value)
+    ):
+        raise ValueError("messages must be a list of objects with a 'role', at least one")
+    # Readers of tables give every message every key.
+    return [{name: x for name, x in each.items() if x is not None} for each in value]

@@ -1,0 +1,236 @@
+"""Documents as rows of tokens: one after another, packed by best fit, or one to a row.
+
+Documents in one row are segments: attention and next tokens never cross from one to another. What
+may be attended (`segments`) and what is learned (`learned`) are different things, both by position:
+the padding token may well be the end token, and the end token that closes a document is learned.
+"""
+
+import bisect
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kdtl_jax import _checks
+from kdtl_jax.language._documents import Document, stretches
+
+WINDOW = 4096  # documents that are packed with one another
+
+
+class Row(NamedTuple):
+    """One row of a token batch.
+
+    Attributes:
+      tokens: int32 `[L]`.
+      segments: int32 `[L]`, 0 for padding, else the document's number in its row.
+      learned: bool `[L]`, whether the token at this position is a target.
+      told: tokens and segments `[L']` of a privileged teacher's prompt, padded on the left, or
+        None.
+      is_cut: whether the document was longer than its columns.
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    learned: np.ndarray
+    told: tuple[np.ndarray, np.ndarray] | None = None
+    is_cut: bool = False
+
+
+def concatenated(documents: Iterable[Document], length: int, *, prompt: int = 0) -> Iterator[Row]:
+    """One document after another, cut every `length` tokens; a short rest at the end is left out.
+
+    The first token of a row is not predicted. Nothing is padded: the form for long texts.
+
+    Args:
+      documents: read as they are needed.
+      length: tokens per row.
+      prompt: with `told`: what stands before a row's first `prompt` tokens in the same document, at
+        most as many tokens, and these; 0 leaves it out.
+    """
+    _checks.count(2, length=length)
+    tokens, learned, owner = np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(0, np.int64)
+    before: tuple[np.ndarray, np.ndarray] | None = None
+    for i, found in enumerate(documents):
+        tokens = np.concatenate([tokens, found.tokens])
+        learned = np.concatenate([learned, found.learned])
+        owner = np.concatenate([owner, np.full(len(found.tokens), i)])
+        full = len(tokens) // length * length
+        for start in range(0, full, length):
+            ids, own = tokens[start : start + length], owner[start : start + length]
+            row = Row(
+                ids, (own - own[0] + 1).astype(np.int32), learned[start : start + length].copy()
+            )
+            if prompt:
+                row = row._replace(told=_context(before, ids, own, prompt))
+                before = ids[-prompt:], own[-prompt:]
+            yield row
+        tokens, learned, owner = tokens[full:], learned[full:], owner[full:]
+
+
+def packed(documents: Iterable[Document], length: int, *, window: int = WINDOW) -> Iterator[Row]:
+    """Rows of `length` tokens, filled by best fit, longest first, among `window` documents.
+
+    Longer documents are split first, so that every learned token is learned exactly once. Rows are
+    the same for the same documents in the same order, and nothing is dropped that has something to
+    learn: the form for conversations of many lengths.
+
+    Args:
+      documents: read as they are needed.
+      length: tokens per row.
+      window: documents that may share rows; larger wastes less padding and takes more memory.
+
+    Raises:
+      ValueError: if a size is too small.
+    """
+    _checks.count(2, length=length)
+    _checks.count(1, window=window)
+    waiting: list[Document] = []
+    for found in documents:
+        for piece in split(found, length):
+            waiting.append(piece)
+            if len(waiting) == window:
+                yield from _best_fit(waiting, length)
+                waiting = []
+    yield from _best_fit(waiting, length)
+
+
+def after_prompts(documents: Iterable[Document], length: int, prompt: int) -> Iterator[Row]:
+    """One document to a row: its prompt ends with column `prompt`, padded on the left.
+
+    The answer is the last stretch of learned tokens; what stands before it is the prompt, and is
+    not learned. A longer prompt loses its beginning, a longer answer its end. This is the form of
+    methods that sample from the prompt.
+
+    Raises:
+      ValueError: if the columns leave no room for either, or a document has no prompt or nothing
+        to learn.
+    """
+    _checks.count(1, prompt=prompt)
+    _checks.count(prompt + 1, length=length)
+    for found in documents:
+        runs = stretches(found.learned)
+        if not runs or runs[-1][0] == 0:
+            raise ValueError(
+                f"{found.place}: a row needs a prompt that is not learned, and an answer that is."
+            )
+        begin, stop = runs[-1]
+        start, end = max(0, begin - prompt), min(stop, begin + length - prompt)
+        kept = Document(found.tokens[start:end], np.arange(start, end) >= begin)
+        whole = np.concatenate([found.told, found.tokens[start:begin]])[-length:]
+        told = np.zeros(length, np.int32), np.zeros(length, np.int32)
+        told[0][length - len(whole) :], told[1][length - len(whole) :] = whole, 1
+        row = joined_row([kept], length, start=prompt - (begin - start))
+        yield row._replace(told=told, is_cut=start > 0 or end < stop)
+
+
+def joined_row(
+    documents: Sequence[Document], length: int, *, start: int = 0, padding: int = 0
+) -> Row:
+    """One row of documents side by side, from column `start` on."""
+    needed = start + sum(len(found.tokens) for found in documents)
+    if needed > length:
+        raise ValueError(f"length must be at least {needed}, the tokens of the row, got {length}.")
+    row = Row(
+        np.full(length, padding, np.int32), np.zeros(length, np.int32), np.zeros(length, np.bool_)
+    )
+    for i, found in enumerate(documents, 1):
+        here = slice(start, start + len(found.tokens))
+        row.tokens[here], row.segments[here], row.learned[here] = found.tokens, i, found.learned
+        start = here.stop
+    return row
+
+
+def split(of: Document, length: int) -> Iterator[Document]:
+    """A document in pieces of at most `length` tokens, those left out that teach nothing.
+
+    A piece begins with the last token of the one before, so that every learned token but the
+    document's first is learned exactly once, whatever the length.
+    """
+    for start in range(0, max(len(of.tokens) - 1, 1), length - 1):
+        learned = of.learned[start : start + length].copy()
+        learned[0] = False
+        if learned.any():
+            yield of._replace(tokens=of.tokens[start : start + length], learned=learned)
+
+
+def batch(rows: Iterable[Row]) -> dict[str, Any]:
+    """Rows as one token batch, `[N, L]` each: `tokens`, `segments`, `learned`, and `privileged`.
+
+    Raises:
+      ValueError: if there are no rows.
+    """
+    found = [as_batch(row) for row in rows]
+    if not found:
+        raise ValueError("there are no rows: no document has a token to learn.")
+    first = found[0]
+    stacked: dict[str, Any] = {
+        n: np.stack([x[n] for x in found]) for n in first if n != "privileged"
+    }
+    if "privileged" in first:
+        told = [x["privileged"] for x in found]
+        stacked["privileged"] = {n: np.stack([x[n] for x in told]) for n in told[0]}
+    return stacked
+
+
+def as_batch(row: Row) -> dict[str, Any]:
+    """A row's arrays by the names of a token batch."""
+    found: dict[str, Any] = {n: getattr(row, n) for n in ("tokens", "segments", "learned")}
+    if row.told is not None:
+        found["privileged"] = dict(zip(("tokens", "segments"), row.told, strict=True))
+    return found
+
+
+def completion_mask(tokens: Array, *, padding: int | None, ends: Sequence[int] = ()) -> Array:
+    """Which tokens of sampled completions count, read off the ids: bool `[B, C]`.
+
+    For completions of other samplers, padded on the right. Where the padding is an end token, the
+    first end token counts and nothing after it; otherwise trailing padding does not count.
+
+    Args:
+      tokens: int `[B, C]`, without the prompt.
+      padding: the padding's id, or None.
+      ends: ids of end tokens.
+
+    References:
+      TRL's `DistillationTrainer._get_completion_lengths`.
+    """
+    tokens, place = jnp.asarray(tokens), jnp.arange(jnp.shape(tokens)[-1])
+    if padding is None:
+        return jnp.ones(tokens.shape, jnp.bool_)
+    if padding in ends:
+        is_end = jnp.isin(tokens, jnp.asarray(tuple(ends), tokens.dtype)).astype(jnp.int32)
+        return jnp.cumsum(is_end, axis=-1) - is_end == 0
+    last = jnp.max(jnp.where(tokens != padding, place, -1), axis=-1, keepdims=True)
+    return place <= last
+
+
+def _context(
+    before: tuple[np.ndarray, np.ndarray] | None, ids: np.ndarray, own: np.ndarray, prompt: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What stands before a row in its first document, `prompt` tokens, and the row's prompt."""
+    tokens, owner = (np.zeros(prompt, np.int32), own[:0]) if before is None else before
+    is_before = np.zeros(prompt, np.int32)
+    is_before[prompt - len(owner) :] = owner == own[0]
+    tokens = np.pad(tokens, (prompt - len(tokens), 0))
+    segments = (own[:prompt] - own[0] + 1).astype(np.int32)
+    return np.concatenate([tokens, ids[:prompt]]), np.concatenate([is_before, segments])
+
+
+def _best_fit(documents: Sequence[Document], length: int) -> Iterator[Row]:
+    """Best fit decreasing: each document into the fullest row that still takes it."""
+    rows: list[list[Document]] = []
+    free: list[tuple[int, int]] = []  # (columns left, row), ascending
+    for found in sorted(documents, key=lambda x: -len(x.tokens)):
+        size = len(found.tokens)
+        at = bisect.bisect_left(free, (size, -1))
+        if at == len(free):
+            rows.append([found])
+            left, row = length - size, len(rows) - 1
+        else:
+            left, row = free.pop(at)
+            rows[row].append(found)
+            left -= size
+        bisect.insort(free, (left, row))
+    yield from (joined_row(row, length) for row in rows)

@@ -1,0 +1,223 @@
+"""Files of text as records, read as they are needed: plain text, JSON lines, parquet.
+
+A record is `{"text": ...}`, `{"messages": [...]}` or `{"prompt": ..., "completion": ...}`, where
+prompt and completion are texts or lists of messages. No file is held in memory, and the order is
+fixed: that of the paths, and of names within a folder.
+"""
+
+import codecs
+import importlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from kdtl_jax._text import listed, shown
+
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+PARQUET = (".parquet",)
+PLAIN = (".txt", ".md", ".text")
+COLUMNS = ("text", "messages", "prompt", "completion", "privileged", "tools")
+FORMS = "'text' nor 'messages' nor 'prompt' and 'completion'"
+MARK = b"\xef\xbb\xbf"  # which some editors write at the beginning of a file
+LONGEST = 64 * 2**20  # bytes of one line of JSON
+PIECE = 2**20  # bytes of plain text that are one record
+ROWS = 1024  # of a parquet file at a time
+
+Paths = str | Path | Sequence[str | Path]
+
+
+class Record(NamedTuple):
+    """One record, and where it stands; `ends` is False for a piece of a plain text but the last."""
+
+    place: str  # "data.jsonl: line 3"
+    value: Mapping[str, Any]
+    begins: bool = True
+    ends: bool = True
+
+
+def text_files(paths: Paths) -> list[Path]:
+    """The files that paths mean: files as they are, and all files of a known kind in folders.
+
+    Known are .txt .text .md (plain text), .jsonl .ndjson .json (one object per line) and .parquet;
+    a file that is named is plain text if its kind is unknown. Hidden files are left out.
+
+    Raises:
+      FileNotFoundError: if a path does not exist, or a folder holds no such file.
+    """
+    found: list[Path] = []
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        path = Path(path)
+        if not path.is_dir():
+            if not path.exists():
+                raise FileNotFoundError(f"{path} does not exist.")
+            found.append(path)
+            continue
+        known = (*JSON_LINES, *PARQUET, *PLAIN)
+        inside = [
+            file
+            for file in sorted(path.rglob("*"))
+            if file.suffix.lower() in known
+            and file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        ]
+        if not inside:
+            raise FileNotFoundError(f"{path} holds no file of text ({', '.join(known)}).")
+        found += inside
+    return found
+
+
+def records(paths: Paths, between: tuple[float, float] = (0.0, 1.0)) -> Iterator[Record]:
+    """The records of files, one after another.
+
+    A plain text is cut after a line end about every megabyte.
+
+    Args:
+      paths: files and folders, as for `text_files`.
+      between: the part of every file that is read, as shares of its lines (JSON), rows (parquet)
+        or bytes (plain text, to the nearest line before): `(0, 0.95)` and `(0.95, 1)` are disjoint
+        and make up the whole.
+
+    Raises:
+      FileNotFoundError: as `text_files`.
+      ImportError: for parquet without the package `pyarrow`.
+      ValueError: naming file and line, if text is not UTF-8, a line is no JSON object of a known
+        form, or a parquet file cannot be read.
+    """
+    if not 0 <= between[0] <= between[1] <= 1:
+        raise ValueError(f"between must be two ascending shares within 0 and 1, got {between}.")
+    for file in text_files(paths):
+        kind = file.suffix.lower()
+        if kind in JSON_LINES:
+            yield from _json_lines(file, between)
+        elif kind in PARQUET:
+            yield from _parquet(file, between)
+        else:
+            yield from _plain_text(file, between)
+
+
+def _cuts(size: int, between: tuple[float, float]) -> tuple[int, int]:
+    """The first and the last of `size` things; the first of all is never left out."""
+    start, stop = (max(1, int(size * x)) if 0 < x < 1 else round(size * x) for x in between)
+    return start, stop
+
+
+def _lines(content: BinaryIO, file: Path) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of every line that is not blank; lines end at newlines alone."""
+    number = 0
+    while line := content.readline(LONGEST + 1):
+        number += 1
+        if len(line) > LONGEST:
+            raise ValueError(f"{file}: line {number} has more than {LONGEST:,} bytes.")
+        if number == 1:
+            line = line.removeprefix(MARK)
+        if line.strip():
+            yield number, line
+
+
+def _json_lines(file: Path, between: tuple[float, float]) -> Iterator[Record]:
+    with file.open("rb") as content:
+        start, stop = 0, -1
+        if between != (0, 1):
+            start, stop = _cuts(sum(1 for _ in _lines(content, file)), between)
+            content.seek(0)
+        for i, (number, line) in enumerate(_lines(content, file)):
+            if i == stop:
+                return
+            if i >= start:
+                yield Record(f"{file}: line {number}", _object(line, f"{file}: line {number}"))
+
+
+def _object(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place} is not UTF-8 text ({error.reason}).") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON ({shown(str(error))}).") from None
+    if not isinstance(found, dict) or not has_known_form(found):
+        raise ValueError(
+            f"{place} has neither 'text' nor 'messages' nor 'prompt' and 'completion'."
+        )
+    return found
+
+
+def has_known_form(value: Mapping[str, Any]) -> bool:
+    """Whether a record has text, messages, or a prompt and its completion."""
+    given = {name for name, x in value.items() if x is not None}
+    return "text" in given or "messages" in given or {"prompt", "completion"} <= given
+
+
+def _plain_text(file: Path, between: tuple[float, float]) -> Iterator[Record]:
+    """Pieces that end with a line, none of them held longer than it is used."""
+    with file.open("rb") as content:
+        size = file.stat().st_size
+        start, stop = (_line_start(content, at, size) for at in _cuts(size, between))
+        begins, at = start == 0, start
+        content.seek(start)
+        decoder = codecs.getincrementaldecoder("utf-8")()  # a long line may be cut in a letter
+        while at < stop:
+            piece = content.read(min(PIECE, stop - at))
+            if at + len(piece) < stop:
+                piece += content.readline(min(PIECE, stop - at - len(piece)))
+            if not piece:
+                return
+            place = f"{file}: the text from byte {at:,} on"
+            at += len(piece)
+            try:
+                text = decoder.decode(piece, final=at == stop)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{place} is not UTF-8 text ({error.reason}).") from None
+            text = text.removeprefix("\ufeff") if begins else text
+            yield Record(place, {"text": text}, begins, at == size)
+            begins = False
+
+
+def _line_start(content: BinaryIO, at: int, size: int) -> int:
+    """The last beginning of a line up to a byte, or else of a letter."""
+    if at in (0, size):
+        return at
+    back = min(at, PIECE)
+    content.seek(at - back)
+    before = content.read(back)
+    if (line := before.rfind(b"\n")) >= 0:
+        return at - back + line + 1
+    content.seek(at)
+    here = content.read(1)
+    while at and here and here[0] & 0xC0 == 0x80:  # within a letter
+        at -= 1
+        content.seek(at)
+        here = content.read(1)
+    return at
+
+
+def _parquet(file: Path, between: tuple[float, float]) -> Iterator[Record]:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise ImportError(
+            f"reading {file.name} needs the package pyarrow: pip install 'kdtl_jax[data]'."
+        ) from None
+    row = 0
+    try:
+        with parquet.ParquetFile(file) as opened:
+            names = opened.schema_arrow.names
+            if not has_known_form(dict.fromkeys(names, "")):
+                raise ValueError(f"its columns are {listed(names)}, but neither {FORMS}")
+            start, stop = _cuts(opened.metadata.num_rows, between)
+            columns = [name for name in COLUMNS if name in names]
+            for group in range(opened.num_row_groups):
+                size = opened.metadata.row_group(group).num_rows
+                if row + size <= start or row >= stop:
+                    row += size
+                    continue
+                some = opened.iter_batches(batch_size=ROWS, row_groups=[group], columns=columns)
+                for value in (value for batch in some for value in batch.to_pylist()):
+                    if start <= row < stop:
+                        place = f"{file}: row {row + 1}"
+                        if not has_known_form(value):
+                            raise ValueError(f"it has neither {FORMS}")
+                        yield Record(place, {n: x for n, x in value.items() if x is not None})
+                    row += 1
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file}, row {row + 1}: {shown(str(error), 200)}.") from None

@@ -1,0 +1,113 @@
+"""Rows of tokens on disk, for texts that are larger than memory.
+
+    language.write_rows("rows", language.concatenated(documents, 1024), made_from={"text": "v2"})
+    arrays = language.open_rows("rows")  # memory-mapped: pages are read as they are needed
+
+    def read(epoch, rows):
+        return {"inputs": data.take_rows(arrays, rows)}
+
+    source = data.stream(read, len(arrays["tokens"]), 16, key=key)
+
+The source's order is a function of key and step, over all rows, however many there are.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from kdtl_jax import _files, trees
+from kdtl_jax.language._packing import Row, as_batch
+
+FORMAT, RECORD = 1, "rows.json"
+
+
+def write_rows(folder: str | Path, rows: Iterable[Row], *, made_from: Mapping[str, Any]) -> int:
+    """Writes rows, one file per array; nothing counts before all of them are there.
+
+    A whole folder of the same `made_from` is kept as it is, and the rows are not asked for.
+
+    Args:
+      folder: made if it does not exist; another one's rows in it are replaced.
+      rows: of one shape, read as they are needed.
+      made_from: JSON that decides the rows: text, tokenizer, lengths.
+
+    Returns:
+      How many rows there are.
+
+    Raises:
+      ValueError: if there are no rows, or their shapes differ.
+      OSError: if the disk is full.
+    """
+    folder = Path(folder)
+    known = _known(folder)
+    if known is not None and known["made_from"] == _files.as_json(made_from):
+        return int(known["rows"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD).unlink(missing_ok=True)
+    shapes: dict[str, tuple[str, list[int]]] = {}
+    count = 0
+    with ExitStack() as stack:
+        opened: dict[str, BinaryIO] = {}
+        for row in rows:
+            arrays = trees.flatten(as_batch(row))
+            found = {n: (x.dtype.str, list(x.shape)) for n, x in arrays.items()}
+            if not count:
+                shapes = found
+                opened = {
+                    name: stack.enter_context(_files.atomic_file(folder / _file(name)))
+                    for name in shapes
+                }
+            if found != shapes:
+                raise ValueError(f"row {count} has {found}, the rows before it {shapes}.")
+            for name, array in arrays.items():
+                opened[name].write(array.tobytes())
+            count += 1
+        if not count:
+            raise ValueError("there are no rows: no document has a token to learn.")
+    about = {"format": FORMAT, "rows": count, "arrays": shapes}
+    _files.write_sealed(folder / RECORD, {**about, "made_from": _files.as_json(made_from)})
+    return count
+
+
+def open_rows(folder: str | Path) -> dict[str, Any]:
+    """The arrays `[N, ...]` of a token batch that `write_rows` wrote, memory-mapped.
+
+    Raises:
+      ValueError: if the rows are not whole.
+    """
+    folder = Path(folder)
+    known = _known(folder)
+    if known is None:
+        raise ValueError(f"{folder} holds no whole rows. Write them again.")
+    arrays: dict[str, Any] = {}
+    for path, (dtype, shape) in known["arrays"].items():
+        mapped = np.memmap(folder / _file(path), dtype, "r", shape=(known["rows"], *shape))
+        *parents, name = path.split("/")
+        inside = arrays
+        for parent in parents:
+            inside = inside.setdefault(parent, {})
+        inside[name] = mapped
+    return arrays
+
+
+def _known(folder: Path) -> dict[str, Any] | None:
+    """The record of whole rows, or None."""
+    try:
+        known = _files.read_sealed(folder / RECORD)
+        if known["format"] != FORMAT:
+            return None
+        for path, (dtype, shape) in known["arrays"].items():
+            size = known["rows"] * math.prod(shape) * np.dtype(dtype).itemsize
+            if (folder / _file(path)).stat().st_size != size:
+                return None
+    except (ValueError, KeyError, TypeError, OSError):
+        return None
+    return known
+
+
+def _file(path: str) -> str:
+    return f"{path.replace('/', '.')}.bin"
