@@ -136,6 +136,23 @@ def several_classes(**logits: Any) -> None:
             )
 
 
+def no_text(**labels: Any) -> None:
+    """Raises TypeError for what is no array, and for arrays of text."""
+    for name, array in labels.items():
+        if isinstance(array, jax.Array):
+            continue
+        if (found := np.asarray(array)).dtype.kind in "USO":
+            raise TypeError(
+                f"{name} must be integers, got text: {np.ravel(found)[:3].tolist()}. "
+                f"Number the classes first: np.unique({name}, return_inverse=True)[1]."
+            )
+        if isinstance(array, (list, tuple)):
+            raise TypeError(
+                f"{name} must be an array, got a {type(array).__name__} of {len(array)}. "
+                f"Use jnp.asarray({name})."
+            )
+
+
 def integers(**arrays: Any) -> None:
     """Raises TypeError unless every array has an integer dtype."""
     for name, array in arrays.items():
@@ -176,11 +193,7 @@ def labels(labels: Any, logits: Any, where: Any = None) -> None:
     """
     shape, classes = np.shape(logits)[:-1], np.shape(logits)[-1]
     one_hot = "jnp.argmax(labels, axis=-1)"
-    if not isinstance(labels, jax.Array) and np.asarray(labels).dtype.kind in "USO":
-        raise TypeError(
-            f"labels must be integers, got text: {np.ravel(np.asarray(labels))[:3].tolist()}. "
-            "Number the classes first: np.unique(labels, return_inverse=True)[1]."
-        )
+    no_text(labels=labels)
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
         repair = one_hot if np.shape(labels) == np.shape(logits) else "labels.astype(jnp.int32)"
         raise TypeError(

@@ -141,6 +141,7 @@ WRONG_LABELS: dict[str, tuple[Any, type[Exception], str]] = {
     "one-hot of floats": (np.eye(6, 5, dtype=np.float32), TypeError, r"Use jnp\.argmax"),
     "floats": (np.zeros(6, np.float32), TypeError, r"Use labels\.astype\(jnp\.int32\)"),
     "text": (np.asarray(list("aabbcc")), TypeError, r"got text: \['a', 'a', 'b'\].*np\.unique"),
+    "a list": ([0, 1, 2, 3, 4, 9], TypeError, r"got a list of 6\. Use jnp\.asarray\(labels\)"),
     "objects": (np.asarray(["a", None] * 3, object), TypeError, "got text"),
     "from one": (np.asarray([1, 2, 3, 4, 5, 1]), ValueError, "count from 1: use labels - 1"),
     "codes": (np.asarray([10, 20, 30] * 2), ValueError, r"np\.unique\(labels, return_inverse"),
@@ -155,6 +156,13 @@ def test_what_is_no_class_number_is_refused_with_its_repair(name: str) -> None:
     labels, kind, says = WRONG_LABELS[name]
     with pytest.raises(kind, match=says):
         losses.tckd(STUDENT, LOGITS, labels)
+
+
+def test_several_labels_per_example_are_no_one_hot_rows_and_no_text() -> None:
+    with pytest.raises(ValueError, match="One-hot labels: jnp.argmax"):
+        losses.zipf_targets(STUDENT, jnp.eye(6, 5, dtype=jnp.int32))
+    with pytest.raises(TypeError, match="got text"):
+        losses.zipf_targets(STUDENT, np.asarray(list("abcdea")))  # pyright: ignore[reportArgumentType] -- text is the point
 
 
 def test_labels_of_eight_bits_may_belong_to_more_classes_than_fit() -> None:

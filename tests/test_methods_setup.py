@@ -187,3 +187,21 @@ def test_the_task_of_many_labels_is_their_mean() -> None:
     labels = jnp.array([[1.0, 0.0]])
     found = methods.multi_label(Inputs(outputs, {}, {"labels": labels}))["task"]
     np.testing.assert_allclose(found, [(np.log(2) + np.log1p(np.exp(2.0))) / 2], rtol=1e-6)
+
+
+def test_many_labels_are_shares_of_the_logits_shape() -> None:
+    """Transposed labels were reshaped, -100 and 255 learned as targets."""
+    outputs: Outputs = {"logits": jnp.array([[0.0, 2.0, 1.0], [1.0, 0.0, 3.0]])}
+
+    def task(labels: Any, **more: Any) -> jax.Array:
+        return methods.multi_label(Inputs(outputs, {}, {"labels": labels, **more}))["task"]
+
+    for wrong in (jnp.zeros((3, 2)), jnp.zeros(6), jnp.zeros(2, jnp.int32)):
+        with pytest.raises(ValueError, match="of the shape of the logits"):
+            task(wrong)
+    ignored = jnp.array([[1, 0, 1], [1, -100, 0]])
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 1\]"):
+        task(ignored)
+    found = jax.jit(task)(ignored)
+    assert np.isfinite(found[0]) and np.isnan(found[1])
+    np.testing.assert_allclose(task(ignored, weights=jnp.array([1.0, 0.0])), [found[0], 0])

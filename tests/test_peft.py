@@ -202,3 +202,34 @@ def test_any_configuration_is_merged_or_refused(tmp_path: Path, changes: Any) ->
     except ValueError as error:
         assert len(str(error).splitlines()) == 1 and len(str(error)) < 500
     assert time.process_time() - start < 2
+
+
+def test_the_dora_of_a_table_normalizes_its_columns(tmp_path: Path) -> None:
+    """PEFT's DoraEmbeddingVariant: `m / ||column|| (W + s A^T B^T)`; it was merged as a LoRA."""
+    rng = np.random.default_rng(0)
+    table, a, b = (rng.normal(size=s).astype("f4") for s in ((7, 4), (2, 7), (4, 2)))
+    magnitude = np.abs(rng.normal(size=(4, 1))).astype("f4")
+    name = "base_model.model.emb.lora_"
+    tensors = {
+        f"{name}embedding_A": a,
+        f"{name}embedding_B": b,
+        f"{name}magnitude_vector": magnitude,
+    }
+    says = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "use_dora": True}
+    found = peft.load(write(tmp_path / "a", tensors, says))
+    whole = table + 3 * (b @ a).T
+    want = magnitude.ravel() / np.linalg.norm(whole, axis=0) * whole
+    np.testing.assert_allclose(peft.merge({"emb.weight": table}, found)["emb.weight"], want, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 3, 3), (5, 1)])
+def test_scales_of_convolutions_and_of_one_number_are_refused(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    """They were multiplied onto the last axis, and onto the bias of the other side."""
+    vector = np.ones((1, shape[1], *(1 for _ in shape[2:])), "f4")
+    folder = write(
+        tmp_path / "a", {"base_model.model.c.ia3_l": vector}, {"peft_type": "IA3"}
+    )
+    with pytest.raises(ValueError, match="does not say which side it scales"):
+        peft.merge({"c.weight": np.ones(shape, "f4")}, peft.load(folder))

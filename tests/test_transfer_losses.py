@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kdtl_jax import losses
 
@@ -52,3 +53,17 @@ def test_delta_attention_sums_to_one_and_prefers_damage() -> None:
     standard = (np.asarray(damage) - 4 / 3) / np.std(np.asarray(damage), ddof=1)
     np.testing.assert_allclose(losses.delta_attention(damage), softmax(standard / 5), rtol=1e-6)
     np.testing.assert_allclose(losses.delta_attention(jnp.ones(4)), 0.25, rtol=1e-6)
+
+
+def test_a_projection_s_ignored_labels_are_no_class_of_their_own() -> None:
+    """Rows of -1 were each other's positives, and every row's candidates."""
+    queries, keys = normal(3, 5, 3), normal(4, 5, 3)
+    labels, known = jnp.asarray([7, -1, 7, -100, 300]), jnp.asarray([1, 0, 1, 0, 1], bool)
+    with pytest.raises(ValueError, match=r"got -100\.\.300"):
+        losses.bi_tuning_projection(queries, keys, labels)
+    unmasked = np.asarray(jax.jit(losses.bi_tuning_projection)(queries, keys, labels))
+    alone = losses.bi_tuning_projection(queries[known], keys[known], labels[known])
+    np.testing.assert_array_equal(np.isnan(unmasked), ~np.asarray(known))
+    np.testing.assert_allclose(unmasked[np.asarray(known)], alone, rtol=1e-5)
+    masked = losses.bi_tuning_projection(queries, keys, labels, where=known)
+    np.testing.assert_allclose(masked, np.nan_to_num(unmasked), rtol=1e-6)

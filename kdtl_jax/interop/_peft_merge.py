@@ -69,15 +69,17 @@ def _edits_of(
     """What becomes of a module's weight, and of its bias."""
     config = adapter.config
     if "lora_embedding_A" in parts:
-        a, b = parts["lora_embedding_A"], parts["lora_embedding_B"]
-        _fits(module, shape, (a.shape[-1], b.shape[0]), parts)
-        scale = scale_of(config, module, a.shape[0])
-        return lambda w: _wide(w) + scale * (_wide(b) @ _wide(a)).T, None
+        return _embedding_edit(config, module, parts, shape), None
     if adapter.kind == "LORA":
         return _lora_edits(config, module, parts, shape, base_config)
     if adapter.kind == "IA3":
         vector = parts["ia3_l"]
-        is_input = vector.shape[0] == 1 and vector.size > 1
+        if len(shape) != 2 or vector.size == 1:
+            raise refused(
+                f"ia3_l {list(vector.shape)} of {_text.quoted(module)} {list(shape)}",
+                "it does not say which side it scales; known are kernels of two axes",
+            )
+        is_input = vector.shape[0] == 1
         sides = (vector.size, None) if not is_input else (None, vector.size)
         flips = _is_flipped(config, module, shape, sides, base_config)
         along = (lambda w: jnp.ravel(_wide(vector))[:, None]) if is_input == flips else (
@@ -133,6 +135,22 @@ def _lora_edits(
 
     extra = parts.get("lora_B.bias")
     return edit, None if extra is None else (lambda bias: _wide(bias) + scale * _wide(extra))
+
+
+def _embedding_edit(
+    config: Mapping[str, Any], module: str, parts: Mapping[str, Any], shape: tuple[int, ...]
+) -> Edit:
+    """`W + s A^T B^T` of a table `[tokens, width]`, whose columns are what a DoRA normalizes."""
+    a, b = parts["lora_embedding_A"], parts["lora_embedding_B"]
+    _fits(module, shape, (a.shape[-1], b.shape[0]), parts)
+    pair = transforms.LoraWeights(_wide(a).T, _wide(b).T)
+    scale, magnitude = scale_of(config, module, a.shape[0]), parts.get("lora_magnitude_vector")
+    make = transforms.lora if magnitude is None else transforms.dora
+    kind = make(alpha=scale, scaling=lambda alpha, rank: alpha, in_axis=-2, out_axis=-1)
+    weights: Any = pair
+    if magnitude is not None:
+        weights = transforms.DoraWeights(*pair, jnp.ravel(_wide(magnitude)))
+    return lambda w: kind.merge({"w": _wide(w)}, {"w": weights})["w"]
 
 
 def _oft_edit(

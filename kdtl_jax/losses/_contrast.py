@@ -219,7 +219,7 @@ def bi_tuning_projection(
     Args:
       queries: `[B, P]` projections of the model being trained; normalized here.
       keys: `[B, P]` projections of the momentum model, or of another view.
-      labels: int `[B]`.
+      labels: int `[B]`, from 0; however many classes there are.
       temperature: of the cosine scores.
       where: bool `[B]`, real examples.
 
@@ -230,11 +230,12 @@ def bi_tuning_projection(
       Zhong et al., Bi-tuning of Pre-trained Representations, 2020 (2011.06182), eq. 4.
     """
     queries, keys = _sides.real(where, *_sides.same_shape(queries, keys, at_most=2))
-    _checks.integers(labels=labels)
-    _checks.rank(1, 1, labels=labels)
-    _checks.same_batch(queries=queries, labels=labels)
+    any_class = jnp.iinfo(jnp.int32).max  # only a negative label is surely no class
+    as_logits = jax.ShapeDtypeStruct((len(queries), any_class), queries.dtype)
+    _checks.labels(labels, as_logits, where)
+    labels, usable = _numerics.usable_labels(labels, any_class, where)
     scores = _numerics.gram(_numerics.unit(queries), _numerics.unit(keys))
-    return _class_contrast(scores, labels, temperature, where)
+    return _numerics.at_usable(_class_contrast(scores, labels, temperature, usable), usable, where)
 
 
 def _class_contrast(

@@ -306,12 +306,15 @@ def zipf_targets(scores: Array, labels: Array) -> Array:
     """
     _checks.floating(scores=scores)
     _checks.rank(1, scores=scores)
+    _checks.no_text(labels=labels)
     _checks.indices(scores.shape[-1], labels=labels)
     leading = jnp.shape(labels)[: scores.ndim - 1]
-    if leading != scores.shape[:-1] or labels.ndim > scores.ndim:
+    is_one_hot = jnp.shape(labels) == scores.shape
+    if leading != scores.shape[:-1] or labels.ndim > scores.ndim or is_one_hot:
         raise ValueError(
-            "labels must be [...] or [..., k] for scores [..., num_classes], got "
-            f"{_checks.described(labels=labels, scores=scores)}."
+            "labels must be [...] or [..., k], k < num_classes, for scores [..., num_classes], got "
+            f"{_checks.described(labels=labels, scores=scores)}. One-hot labels: "
+            "jnp.argmax(labels, axis=-1)."
         )
     scores = _numerics.upcast(scores)
     several = labels if labels.ndim == scores.ndim else labels[..., None]

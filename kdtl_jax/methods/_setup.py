@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kdtl_jax import objective, trees
+from kdtl_jax import _checks, _numerics, objective, trees
 from kdtl_jax._types import ModelFn, Outputs, Params, Variables
 from kdtl_jax.objective import Inputs, TermsFn
 
@@ -75,11 +75,25 @@ class Setup(NamedTuple):
 def multi_label(inputs: Inputs) -> dict[str, Array]:
     """The task of sigmoid heads: `{"task": mean over classes of the binary cross-entropy}`.
 
-    `batch["labels"]` is 0 or 1 per logit, `[B, classes]`; `[B]` for a head of one logit.
+    `batch["labels"]` is 0 or 1 per logit (or between), `[B, classes]`; `[B]` for a head of one
+    logit. Other numbers raise ValueError; under `jit` they give NaN, with gradient 0.
     """
-    logits, labels = inputs.student["logits"], jnp.asarray(inputs.batch["labels"])
-    targets = labels.reshape(logits.shape).astype(logits.dtype)
-    return {"task": jnp.mean(optax.sigmoid_binary_cross_entropy(logits, targets), axis=-1)}
+    logits, labels, real = inputs.student["logits"], inputs.batch["labels"], inputs.real
+    _checks.no_text(labels=labels)
+    if jnp.shape(labels) != logits.shape and (*jnp.shape(labels), 1) != logits.shape:
+        raise ValueError(
+            "labels must be 0 or 1 per logit, of the shape of the logits, got "
+            f"{_checks.described(labels=labels, logits=logits)}. For class numbers use "
+            "objective.classification, or jax.nn.one_hot(labels, classes)."
+        )
+    known, kept = _checks.concrete(labels), None if real is None else _checks.concrete(real)
+    if known is not None and (real is None or kept is not None):
+        _checks.within(0, 1, labels=known if kept is None else known[kept])
+    targets = jnp.asarray(labels).reshape(logits.shape).astype(logits.dtype)
+    is_target = (targets >= 0) & (targets <= 1)
+    values = optax.sigmoid_binary_cross_entropy(logits, jnp.where(is_target, targets, 0))
+    usable = jnp.all(is_target, axis=-1)
+    return {"task": _numerics.at_usable(jnp.mean(values, axis=-1), usable, real)}
 
 
 def setup(
