@@ -228,8 +228,6 @@ def test_scales_of_convolutions_and_of_one_number_are_refused(
 ) -> None:
     """They were multiplied onto the last axis, and onto the bias of the other side."""
     vector = np.ones((1, shape[1], *(1 for _ in shape[2:])), "f4")
-    folder = write(
-        tmp_path / "a", {"base_model.model.c.ia3_l": vector}, {"peft_type": "IA3"}
-    )
+    folder = write(tmp_path / "a", {"base_model.model.c.ia3_l": vector}, {"peft_type": "IA3"})
     with pytest.raises(ValueError, match="does not say which side it scales"):
         peft.merge({"c.weight": np.ones(shape, "f4")}, peft.load(folder))
