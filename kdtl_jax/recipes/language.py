@@ -89,7 +89,7 @@ class Settings(types.Output):
         metavar="N,...", parse=types.layer_numbers, group="models",
     )  # fmt: skip
     shape: Mapping[str, int] | None = setting(
-        None, "a student from nothing: layers=2,width=64,heads=4[,key_heads=N][,hidden=N]",
+        None, "a student with random weights: layers=2,width=64,heads=4[,key_heads=N][,hidden=N]",
         metavar="NAME=N,...", parse=of_models.shaped, group="models",
     )  # fmt: skip
     lora: int | None = setting(
@@ -147,7 +147,7 @@ class Settings(types.Output):
         group="losses",
     )
     start_steps: int = setting(
-        0, "steps of kd before methods that sample, for students that start from nothing",
+        0, "steps of kd before methods that sample, for students with random weights",
         metavar="N", least=0, group="training",
     )  # fmt: skip
     samples: int = setting(4, "held-out prompts to continue in the report", metavar="N", least=0)
