@@ -1,6 +1,7 @@
 """What `import kdtl_jax` shows, and what an installed package brings along."""
 
 from importlib import resources
+from pathlib import Path
 
 import pytest
 
@@ -23,3 +24,15 @@ def test_files_that_are_no_python_are_there() -> None:
     package = resources.files("kdtl_jax")
     for name in ("py.typed", "datasets/digits.npz", "run/report/page.html.jinja"):
         assert package.joinpath(name).is_file()
+
+
+def test_the_package_holds_modules_and_four_other_files() -> None:
+    package = Path(str(resources.files("kdtl_jax")))
+    found = {path.relative_to(package) for path in package.rglob("*") if path.is_file()}
+    others = {str(path) for path in found if path.suffix not in (".py", ".pyc")}
+    assert others == {
+        "py.typed",
+        "datasets/digits.npz",
+        "datasets/shakespeare.txt",
+        "run/report/page.html.jinja",
+    }
