@@ -21,7 +21,16 @@ from jax.sharding import Mesh
 
 from kdtl_jax import methods
 from kdtl_jax.datasets import per_class
-from kdtl_jax.recipes import _models, _output, _own, _pair, _seeds, _students, _training
+from kdtl_jax.recipes import (
+    _defaults,
+    _models,
+    _output,
+    _own,
+    _pair,
+    _seeds,
+    _students,
+    _training,
+)
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._pair import BASELINE, TEACHER
 from kdtl_jax.recipes.settings import UsageError, setting
@@ -50,11 +59,14 @@ class Settings(_pair.Models, _own.Terms, types.Training, types.Data, types.Outpu
         parse=types.method_names,
     )  # fmt: skip
     seeds: int = setting(5, "students per method", metavar="N", least=1, most=10_000, quick=2)
-    epochs: int = setting(60, "epochs per student", metavar="N", least=1, quick=10)
+    epochs: int | None = setting(
+        None, "epochs per student; default: 60, more where that is less than 1,000 steps",
+        metavar="N", least=1, quick=10,
+    )  # fmt: skip
     teacher_epochs: int = setting(30, "epochs of the teacher", metavar="N", least=1, quick=10)
     per_class: int | None = setting(
-        None, "training examples per class, redrawn for every seed; default: all", metavar="N",
-        least=1, group="data",
+        None, "training examples per class, redrawn for every seed; 0: all; default: 10 of the "
+        "built-in digits, all of other data", metavar="N", least=0, group="data",
     )  # fmt: skip
     teacher_cache: str | None = setting(
         None, "store the teacher's outputs here, or reuse those already stored; default: kept in "
@@ -142,18 +154,20 @@ def run(settings: Settings) -> int:
     if settings.augment and inputs.ndim != 4:
         raise UsageError(f"--augment needs images [N, H, W, C], the data is {list(inputs.shape)}.")
     rows, size = None, len(inputs)
-    if settings.per_class is not None:
-        numbered, few = pair.splits.train._replace(inputs=pair.arrays["index"]), settings.per_class
+    divisor = settings.microbatches * (1 if mesh is None else mesh.size)
+    fixed = _defaults.resolved(settings, size, classes, divisor)
+    if fixed.per_class:
+        numbered, few = pair.splits.train._replace(inputs=pair.arrays["index"]), fixed.per_class
         parts = [per_class(numbered, few, seed=seed) for seed in range(settings.seeds)]
         rows = np.stack([part.inputs for part in parts])  # [S, n], the examples that a seed sees
         size = rows.shape[-1]
     _training.check_batch(
-        settings.batch_size, size, settings.microbatches, 1 if mesh is None else mesh.size
+        fixed.batch_size, size, settings.microbatches, 1 if mesh is None else mesh.size
     )
-    per_epoch = size // settings.batch_size
+    per_epoch = size // fixed.batch_size
     of_setup = {
-        "steps": settings.epochs * per_epoch,
-        "batch_size": settings.batch_size // settings.microbatches,
+        "steps": fixed.epochs * per_epoch,
+        "batch_size": fixed.batch_size // settings.microbatches,
         "layers": settings.layers,
     }
     # Once with a blank teacher, so that what cannot work is said before one is trained.
@@ -167,7 +181,7 @@ def run(settings: Settings) -> int:
     say = _output.progress()
     learners = [*([TEACHER] if pair.given is None else []), *built]
     folder_of_run = _output.run_folder(
-        settings, "distill", {**pair.files, **_own.files(settings)}, resume=settings.resume,
+        fixed, "distill", {**pair.files, **_own.files(settings)}, resume=settings.resume,
         saves=[f"checkpoints/{name}" for name in learners],
     )  # fmt: skip
     with (
@@ -179,7 +193,7 @@ def run(settings: Settings) -> int:
             folder=folder,
             identity=identity,
             resume=settings.resume,
-            batch_size=settings.batch_size,
+            batch_size=fixed.batch_size,
             arrays=pair.arrays,
             splits=pair.splits,
             mesh=mesh,
@@ -188,11 +202,11 @@ def run(settings: Settings) -> int:
             say=_output.seldom(say),
         )
         say(f"teacher{'' if pair.given is None else f', from {settings.teacher_weights}'}")
-        steps = settings.teacher_epochs * (len(inputs) // settings.batch_size)
+        steps = settings.teacher_epochs * (len(inputs) // fixed.batch_size)
         frozen, teacher = _pair.taught(
             pair, common, built[BASELINE], tx(steps), settings.teacher_epochs
         )
-        described = {"epochs": settings.teacher_epochs, "batch_size": settings.batch_size}
+        described = {"epochs": settings.teacher_epochs, "batch_size": fixed.batch_size}
         if pair.given is not None:
             described = {"weights": settings.teacher_weights}
         truth = {"labels": pair.splits.test.labels}
@@ -237,7 +251,7 @@ def run(settings: Settings) -> int:
             )
             try:
                 trained = _seeds.train_seeds(
-                    name, learner, points, frozen if reads else None, common, settings.epochs
+                    name, learner, points, frozen if reads else None, common, fixed.epochs
                 )
             except (ValueError, TypeError) as error:
                 if entry is None:
@@ -255,8 +269,8 @@ def run(settings: Settings) -> int:
                 kept = _students.best(name, state, trained.validation, through_connectors=connected)
             students += [] if kept is None else [kept]
             described = {
-                "epochs": settings.epochs,
-                "batch_size": settings.batch_size,
+                "epochs": fixed.epochs,
+                "batch_size": fixed.batch_size,
                 "weights": {
                     term: "schedule" if callable(weight) else round(float(weight), 6)
                     for term, weight in method.weights.items()
@@ -295,12 +309,12 @@ def run(settings: Settings) -> int:
         )
         _students.write(folder, students, about, setup=setup, more=made_of)
         sizes = {name: len(part.labels) for name, part in pair.splits._asdict().items()}
-        seen = f"{settings.per_class} per class, drawn anew for every seed"
+        seen = f"{fixed.per_class} per class, drawn anew for every seed"
         data = {
             "name": pair.splits.train.name,
             "classes": classes,
             **sizes,
-            "student_examples": seen if settings.per_class else "all",
+            "student_examples": seen if fixed.per_class else "all",
             "recommended": _students.recommended(table),
         }
         advice = _students.note(table, BASELINE)

@@ -86,7 +86,10 @@ class Data:
 class Training:
     """How a student is trained."""
 
-    batch_size: int = setting(64, "examples per step", metavar="N", least=1, group="training")
+    batch_size: int | None = setting(
+        None, "examples per step; default: 64, fewer where that would be less than 5 steps per "
+        "epoch", metavar="N", least=1, group="training",
+    )  # fmt: skip
     optimizer: Literal["sgd", "adam", "adamw"] = setting("adam", "optimizer", group="training")
     learning_rate: float | None = positive_rate(
         None, "decays to 0 along a cosine; default: 0.05 (sgd), 0.003 (adam, adamw)",

@@ -69,6 +69,7 @@ class Settings(_pair.Models, types.Training, types.Data, types.Output):
     )  # fmt: skip
     seeds: int = setting(3, "students per setting", metavar="N", least=1, most=10_000, quick=2)
     epochs: int = setting(30, "epochs per student", metavar="N", least=1, quick=4)
+    batch_size: int = setting(64, "examples per step", metavar="N", least=1, group="training")
     teacher_epochs: int = setting(30, "epochs of the teacher", metavar="N", least=1, quick=4)
     student: str = setting(
         "mlp:16,16", "as --teacher", metavar="MODEL", parse=_models.text_of, group="models"
