@@ -24,6 +24,8 @@ def arrays(seed: int = 0) -> dict[str, Array]:
         "hidden": (*TOKENS, WIDTH),
         "kernel": (WIDTH, VOCABULARY),
         "bias": (VOCABULARY,),
+        "a": (WIDTH, 2),
+        "b": (2, VOCABULARY),
         "teacher_hidden": (*TOKENS, TEACHER_WIDTH),
         "teacher_kernel": (TEACHER_WIDTH, VOCABULARY),
         "teacher_bias": (VOCABULARY,),
@@ -37,7 +39,7 @@ def where_of(seed: int = 0) -> Array:
 
 
 def heads(x: dict[str, Array]) -> tuple[Head, Head]:
-    student = Head(x["kernel"], x["bias"], x["scale"], 6.0)
+    student = Head(x["kernel"], x["bias"], x["scale"], 6.0, (x["a"], x["b"]))
     return student, Head(x["teacher_kernel"], x["teacher_bias"])
 
 
@@ -236,8 +238,9 @@ def test_memory_is_a_chunk_s() -> None:
     f32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     shapes = f32((tokens, width)), f32((width, vocabulary))
 
-    def temporaries(loss: Callable[..., Array]) -> int:
-        program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes, *shapes).compile()
+    def temporaries(loss: Callable[..., Array], *given: Any) -> int:
+        by = (0, 1) if not given else 0
+        program = jax.jit(jax.value_and_grad(loss, by)).lower(*given or shapes * 2).compile()
         memory: Any = program.memory_analysis()
         return memory.temp_size_in_bytes
 
@@ -253,6 +256,17 @@ def test_memory_is_a_chunk_s() -> None:
     of_chunk, of_head = 4 * chunk * vocabulary, 4 * width * vocabulary
     assert temporaries(chunked) < 8 * of_chunk + 3 * of_head
     assert temporaries(dense) > 4 * tokens * vocabulary
+
+    # What trains an adapter on a frozen head makes nothing of the head's size.
+    def adapted(delta: tuple[Array, Array], h: Array, kernel: Array) -> Array:
+        head = Head(kernel, delta=delta)
+        return losses.chunked_divergence(
+            losses.forward_kl, h, head, h, Head(kernel), chunk_size=4
+        ).total
+
+    delta = f32((512, 2)), f32((2, vocabulary))
+    of_adapter = temporaries(adapted, delta, f32((16, 512)), f32((512, vocabulary)))
+    assert of_adapter < 4 * 512 * vocabulary / 4
 
 
 def test_as_a_term_microbatches_are_exactly_the_large_batch() -> None:
@@ -306,6 +320,8 @@ def test_bad_arguments_say_what_fits() -> None:
         divergence(hidden, Head(x["kernel"].T), rows, teacher)
     with pytest.raises(ValueError, match="one bias per class"):
         divergence(hidden, Head(x["kernel"], x["bias"][:3]), rows, teacher)
+    with pytest.raises(ValueError, match=r"delta a \[width, r\] and b \[r, vocabulary\]"):
+        divergence(hidden, Head(x["kernel"], delta=(x["a"], x["b"].T)), rows, teacher)
     with pytest.raises(ValueError, match=r"targets must begin with .*\[4, 6\]"):
         divergence(hidden, student, rows[:2], teacher)
     with pytest.raises(ValueError, match="where must have shape"):

@@ -76,6 +76,10 @@ def test_chunks_see_the_models_own_logits() -> None:
     wide = np.asarray(hidden, np.float64) @ np.asarray(kernel + delta, np.float64)
     logits = losses.head_logits(hidden, head)
     assert logits.dtype == jnp.float32
+    apart = Head(kernel, scale=3.0, softcap=30.0, delta=(jnp.eye(16, dtype=delta.dtype), delta))
+    parts = [np.asarray(hidden, np.float64) @ np.asarray(w, np.float64) for w in (kernel, delta)]
+    unrounded = 30 * np.tanh(sum(parts) * 3 / 30)
+    close(losses.head_logits(hidden, apart), unrounded, rtol=1e-6, atol=3e-6)
     close(logits, 30 * np.tanh(wide * 3 / 30), rtol=1e-6, atol=1e-6)
     other = Head(kernel)
     jsd = partial(losses.jsd_gkd, beta=0.5)

@@ -305,7 +305,8 @@ def _known(decoder: Decoder, size: int | None) -> Decoder:
     def head(params: Params) -> losses.Head:
         whole = decoder.head(params)
         bias = None if whole.bias is None else whole.bias[:size]
-        return whole._replace(kernel=whole.kernel[:, :size], bias=bias)
+        delta = whole.delta and (whole.delta[0], whole.delta[1][:, :size])
+        return whole._replace(kernel=whole.kernel[:, :size], bias=bias, delta=delta)
 
     return decoder._replace(head=head)
 

@@ -31,15 +31,18 @@ from kdtl_jax._types import Mean, PyTree, Scalar
 
 
 class Head(NamedTuple):
-    """An output layer `z = scale (h W + b)`, and `softcap tanh(z / softcap)` if capped.
+    """An output layer `z = scale (h W + h a b + bias)`, and `softcap tanh(z / softcap)` if capped.
 
-    `kernel` `[width, vocabulary]` (tied embeddings: their transpose), `bias` `[vocabulary]`.
+    `kernel` `[width, vocabulary]` (tied embeddings: their transpose), `bias` `[vocabulary]`;
+    `delta` is an adapter's `a [width, r]`, its scale within, and `b [r, vocabulary]`: `W + a b` is
+    never made, and a frozen W needs no gradient of its size.
     """
 
     kernel: Array
     bias: Array | None = None
     scale: Scalar = 1.0
     softcap: Scalar | None = None
+    delta: tuple[Array, Array] | None = None
 
 
 def head_logits(hidden: Array, head: Head) -> Array:
@@ -53,7 +56,7 @@ def head_logits(hidden: Array, head: Head) -> Array:
       `[..., vocabulary]`, float32 or wider.
     """
     _check_head(hidden, head)
-    return _transformed(_product(hidden, head.kernel), head)
+    return _transformed(_product(hidden, head.kernel), hidden, head)
 
 
 def chunked_divergence(
@@ -235,6 +238,15 @@ def _check_head(hidden: Array, head: Head) -> None:
                 f"expected one bias per class, got "
                 f"{_checks.described(kernel=head.kernel, bias=head.bias)}."
             )
+    if head.delta is not None:
+        a, b = head.delta
+        _checks.floating(a=a, b=b)
+        width, vocabulary = jnp.shape(head.kernel)
+        if jnp.shape(a)[:1] != (width,) or jnp.shape(b) != (*jnp.shape(a)[1:], vocabulary):
+            raise ValueError(
+                f"expected delta a [width, r] and b [r, vocabulary], got "
+                f"{_checks.described(kernel=head.kernel, a=a, b=b)}."
+            )
     _checks.positive(**({} if head.softcap is None else {"softcap": head.softcap}))
 
 
@@ -244,8 +256,11 @@ def _product(hidden: Array, kernel: Array) -> Array:
     return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=wide)
 
 
-def _transformed(product: Array, head: Head) -> Array:
-    """Bias, scale and cap."""
+def _transformed(product: Array, hidden: Array, head: Head) -> Array:
+    """What an adapter adds to `h W`; bias, scale and cap."""
+    if head.delta is not None:
+        a, b = head.delta
+        product = product + _product(_product(hidden, a).astype(hidden.dtype), b)
     if head.bias is not None:
         bias = head.bias.astype(product.dtype)
         product = product + bias.reshape((1,) * (product.ndim - 1) + bias.shape)
@@ -290,7 +305,7 @@ def _summed(
 
         def add(total: Array, chunk: Any) -> tuple[Array, None]:
             rows, aims, counts = chunk
-            logits = _transformed(_product(rows, kernel), head)
+            logits = _transformed(_product(rows, kernel), rows, head)
             return total + _chunk_total(loss, logits, constants, aims, counts), None
 
         return jax.lax.scan(add, _zero(hidden), (hidden, targets, where))[0]
@@ -302,14 +317,14 @@ def _summed(
             total, by_kernel, by_small = carry
             rows, aims, counts = chunk
 
-            def of_product(product: Array, small: Any) -> Array:
-                logits = _transformed(product, small[0])
+            def of_product(product: Array, rows: Array, small: Any) -> Array:
+                logits = _transformed(product, rows, small[0])
                 return _chunk_total(loss, logits, small[1], aims, counts)
 
-            value, pull = jax.vjp(of_product, _product(rows, kernel), small)
-            by_product, more = pull(jnp.ones_like(value))
+            value, pull = jax.vjp(of_product, _product(rows, kernel), rows, small)
+            by_product, by_rows, more = pull(jnp.ones_like(value))
             by_product = by_product.astype(rows.dtype)
-            by_rows = jnp.matmul(by_product, kernel.T)
+            by_rows += jnp.matmul(by_product, kernel.T)
             # Written as it is kept, so that the product is added where it lies.
             by_kernel += jax.lax.dot_general(
                 rows, by_product, (((0,), (0,)), ((), ())), preferred_element_type=by_kernel.dtype
