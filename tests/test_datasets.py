@@ -129,12 +129,12 @@ def test_npz_and_csv(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "a.npz", x_train=IMAGES, y_train=LABELS, images=IMAGES + 1)
     found = datasets.read(tmp_path / "a.npz")
     assert found.inputs.shape == (6, 4, 3, 1) and found.classes == 3
-    other = datasets.read(tmp_path / "a.npz", inputs_name="images", classes=9)
+    other = datasets.read(tmp_path / "a.npz", inputs="images", label="y_train", classes=9)
     assert other.classes == 9
     np.testing.assert_array_equal(other.inputs[..., 0], (IMAGES + 1).astype(np.float32))
     text = "\ufeffsize, kind ,weight\n1,cat,2.5\n-3e2,ant,0\n\n4,cat,1\n"  # as spreadsheets do
     (tmp_path / "a.csv").write_text(text, encoding="utf-8")
-    found = datasets.read(tmp_path / "a.csv", label_column="kind")
+    found = datasets.read(tmp_path / "a.csv", label="kind")
     np.testing.assert_array_equal(found.inputs, np.array([[1, 2.5], [-300, 0], [4, 1]]))
     assert found.labels.tolist() == [1, 0, 1] and found.classes == 2
     (tmp_path / "b.csv").write_text("label,a\n10,1\n2,0\n")
@@ -194,7 +194,7 @@ BAD: list[tuple[str, Callable[[Path], None], str]] = [
     ("a.csv", raw(b"a,label\n1,2\nx,3\n"), "row 3, column 'a': 'x' is not a number"),
     ("a.csv", raw(b"a,label\n1,2\n1\n"), "row 3 has 1 cells, the header has 2"),
     ("a.csv", raw(b"a,label\n1,2\n1,\n"), "row 3 has no label"),
-    ("a.csv", raw(b"a,label\n1,0\nnan,1\n"), "1 of 2 examples hold NaN"),
+    ("a.csv", raw(b"a,label\n1,0\nnan,1\n"), "row 3, column 'a': no value .1 of 2 are missing"),
     ("a.csv", raw(b"a,label\n1,4\n2,4\n"), "every label is 4: one class"),
     ("a.csv", raw(b"\xff\xfe\x00a"), "not a CSV text file"),
     ("images", raw(b""), "the file is empty"),
@@ -216,7 +216,7 @@ def test_bad_files_say_what_is_wrong(
     (tmp_path / "labels").write_bytes(idx(LABELS))
     write(tmp_path / name)
     with pytest.raises(ValueError, match=words) as caught:
-        datasets.read(tmp_path / name, tmp_path / "labels")
+        datasets.read(tmp_path / name, tmp_path / "labels", target="classes")
     assert str(tmp_path / name) in str(caught.value), "the file is named"
 
 
@@ -225,7 +225,7 @@ def test_missing_and_unreadable_files(tmp_path: Path, name: str) -> None:
     with pytest.raises(FileNotFoundError, match=name):
         datasets.read(tmp_path / name, tmp_path / "labels")
     (tmp_path / name).mkdir()
-    with pytest.raises(IsADirectoryError, match=name):
+    with pytest.raises(ValueError, match=f"{name}: has no train-images-idx file.*it has nothing"):
         datasets.read(tmp_path / name, tmp_path / "labels")
 
 

@@ -1,29 +1,11 @@
-"""Train, validation and test parts: read, split and standardized, the same on every machine."""
+"""Train, validation and test parts: split and standardized, the same on every machine."""
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from kdtl_jax.datasets._dataset import Dataset, digits
-from kdtl_jax.datasets._preprocessing import Standardizer
-from kdtl_jax.datasets._readers import npz_names, read_csv, read_idx, read_npz
-
-# Names of (inputs, labels) in an npz, in the order in which they are looked for.
-TRAIN_KEYS = (("x_train", "y_train"), ("train_images", "train_labels"))
-TEST_KEYS = (("x_test", "y_test"), ("test_images", "test_labels"))
-VALIDATION_KEYS = (
-    ("x_validation", "y_validation"),
-    ("x_valid", "y_valid"),
-    ("x_val", "y_val"),
-    ("val_images", "val_labels"),
-)
-WHOLE_KEYS = (("x", "y"), ("inputs", "labels"), ("images", "labels"), ("data", "target"))
-EXPECTED = (
-    "digits (embedded), an .npz (x_train, y_train, x_test, y_test, or x, y), a folder of idx files "
-    "(train-images-idx3-ubyte, train-labels-…, t10k-…, .gz too), or a .csv with a label column"
-)
+from kdtl_jax.datasets._dataset import Dataset
+from kdtl_jax.datasets._preprocessing import Preprocessing, Standardizer
 
 
 class Splits(NamedTuple):
@@ -34,54 +16,13 @@ class Splits(NamedTuple):
     test: Dataset
 
 
-def read_splits(
-    text: str,
-    *,
-    label: str = "label",
-    validation: float = 0.2,
-    test: float = 0.3,
-    seed: int = 0,
-) -> Splits:
-    """Train, validation and test parts of the data that a text names.
-
-    Args:
-      text: `digits`; an `.npz` with `x_train`, `y_train`, `x_test`, `y_test` (and, if it has one,
-        `x_validation`, `y_validation`), or with `x`, `y` alone; a folder of idx files in MNIST's
-        names; a `.csv` with a header line. Other usual names of arrays are understood
-        (`TRAIN_KEYS` and its neighbors); arrays with other names are not unpacked.
-      label: the label column of a CSV.
-      validation: share of the training rows (of all rows, if there is no test part either).
-      test: share of all rows, if there is no test part.
-      seed: of the rows drawn; parts keep their proportions of classes.
-
-    Raises:
-      OSError: if a file does not exist or cannot be read.
-      ValueError: if there is nothing of the kind, or its contents are not what they should be.
-    """
-    if text == "digits":
-        return stratified(digits(), validation=validation, test=test, seed=seed)
-    path = Path(text)
-    if path.is_dir():
-        train = read_idx(_idx(path, "train", "images"), _idx(path, "train", "labels"))
-        images, labels = _idx(path, "t10k", "images"), _idx(path, "t10k", "labels")
-        final = read_idx(images, labels, like=train)
-        return _completed(path, train, None, final, validation, 0.0, seed)
-    if not path.exists():
-        raise ValueError(f"{text}: no such file or folder. Expected {EXPECTED}.")
-    if path.suffix == ".npz":
-        return _from_npz(path, validation, test, seed)
-    if path.suffix == ".csv":
-        whole = read_csv(path, label=label)
-        return stratified(whole, validation=validation, test=test, seed=seed)
-    raise ValueError(f"{text}: not recognized by its name. Expected {EXPECTED}.")
-
-
 def stratified(
     data: Dataset, *, validation: float = 0.2, test: float = 0.2, seed: int = 0
 ) -> Splits:
     """Train, validation and test rows with every class in its own proportion in each part.
 
-    A function of `(labels, fractions, seed)` alone. Each part keeps the data set's order.
+    A function of `(labels, fractions, seed)` alone. Each part keeps the data set's order. Rows with
+    several labels or with numbers are drawn without regard to them.
 
     Raises:
       ValueError: if fractions are negative or leave nothing to train on, or a class has too few
@@ -94,14 +35,17 @@ def stratified(
         )
     rng = np.random.default_rng(seed)
     parts: list[list[np.ndarray]] = [[], [], []]
-    for label in range(data.classes):
-        rows = rng.permutation(np.flatnonzero(data.labels == label))
+    is_classes = data.kind == "classes"
+    for label in range(data.classes if is_classes else 1):
+        rows = np.flatnonzero(data.labels == label) if is_classes else np.arange(len(data.labels))
+        rows = rng.permutation(rows)
         cuts = [round(test * len(rows)), round((test + validation) * len(rows))]
         pieces = np.split(rows, cuts)
         asked = [test > 0, validation > 0, True]
         if len(rows) and any(a and not len(p) for a, p in zip(asked, pieces, strict=True)):
+            what = f"class {data.class_names()[label]} has" if is_classes else "there are"
             raise ValueError(
-                f"{data.name}: class {label} has {len(rows)} examples, too few for "
+                f"{data.name}: {what} {len(rows)} examples, too few for "
                 f"every part with validation={validation}, test={test}. Merge or drop the class, "
                 "or change the fractions."
             )
@@ -115,8 +59,10 @@ def per_class(data: Dataset, count: int, *, seed: int = 0) -> Dataset:
     """`count` examples of every class, drawn from `data`: a few-label training set.
 
     Raises:
-      ValueError: if a class has fewer.
+      ValueError: if a class has fewer, or examples have no class each.
     """
+    if data.kind != "classes":
+        raise ValueError(f"{data.name}: targets are {data.kind}: there is no number per class.")
     rng = np.random.default_rng(seed)
     chosen = []
     for label in np.unique(data.labels):
@@ -166,50 +112,38 @@ def standardized(splits: Splits) -> Splits:
     return Splits(*(measured.apply(part) for part in splits))
 
 
-def _from_npz(path: Path, validation: float, test: float, seed: int) -> Splits:
-    there = npz_names(path)
-    train = _pair(path, there, TRAIN_KEYS, None)
-    if train is None:
-        whole = _pair(path, there, WHOLE_KEYS, None)
-        if whole is None:
-            raise ValueError(
-                f"{path}: has no training data. Expected arrays x_train, y_train, x_test, y_test, "
-                f"or x, y; it has {there or 'none'}."
+def prepared(splits: Splits) -> tuple[Splits, Preprocessing]:
+    """All parts standardized by the training part, inputs and targets that are numbers, and how.
+
+    The value describes everything that is done to inputs and targets from the file on.
+    """
+    train = splits.train
+    form = train.form._replace(
+        names=train.names,
+        outputs=train.classes,
+        shape=train.inputs.shape[1:],
+        scaling=standardizer(train),
+    )
+    if train.kind == "numbers":
+        form = form._replace(target_scaling=_target_standardizer(train))
+    return scaled(splits, form), form
+
+
+def scaled(splits: Splits, preprocessing: Preprocessing) -> Splits:
+    """All parts scaled as a `Preprocessing` says: inputs, and targets that are numbers."""
+    scaling, of_targets = preprocessing.scaling, preprocessing.target_scaling
+    parts = [part if scaling is None else scaling.apply(part) for part in splits]
+    if of_targets is not None:
+        parts = [
+            part._replace(
+                labels=((part.labels - of_targets.mean) / of_targets.scale).astype(np.float32)
             )
-        whole = whole._replace(name=path.name)
-        return stratified(whole, validation=validation, test=test, seed=seed)
-    validation_part = _pair(path, there, VALIDATION_KEYS, train)
-    test_part = _pair(path, there, TEST_KEYS, train)
-    return _completed(path, train, validation_part, test_part, validation, test, seed)
+            for part in parts
+        ]
+    return Splits(*parts)
 
 
-def _pair(
-    path: Path, there: Sequence[str], keys: Sequence[tuple[str, str]], like: Dataset | None
-) -> Dataset | None:
-    for inputs, labels in keys:
-        if inputs in there and labels in there:
-            return read_npz(path, inputs=inputs, labels=labels, like=like)
-        if inputs in there and inputs.startswith("x"):
-            raise ValueError(f"{path}: has {inputs!r} but not {labels!r}; it has {list(there)}.")
-    return None
-
-
-def _idx(folder: Path, part: str, kind: str) -> Path:
-    """The one file of a part: `train-images-idx3-ubyte`, `train-images.idx3-ubyte.gz`, …"""
-    found = sorted(folder.glob(f"{part}-{kind}*"))
-    if part == "t10k" and not found:
-        found = sorted(folder.glob(f"test-{kind}*"))
-    if not found:
-        there = sorted(entry.name for entry in folder.iterdir())[:8]
-        raise ValueError(
-            f"{folder}: has no {part}-{kind}-idx file (.gz or not); it has "
-            f"{there or 'nothing'}. Expected MNIST's four files."
-        )
-    return found[0]
-
-
-def _completed(
-    path: Path,
+def drawn(
     train: Dataset,
     validation_part: Dataset | None,
     test_part: Dataset | None,
@@ -224,12 +158,13 @@ def _completed(
         test=test if test_part is None else 0.0,
         seed=seed,
     )
-    found = Splits(
+    return Splits(
         parts.train,
         parts.validation if validation_part is None else validation_part,
         parts.test if test_part is None else test_part,
     )
-    shapes = [part.inputs.shape[1:] for part in found]
-    if len(set(shapes)) > 1:
-        raise ValueError(f"{path}: parts have examples of different shapes, {shapes}.")
-    return Splits(*(part._replace(name=path.name) for part in found))
+
+
+def _target_standardizer(train: Dataset) -> Standardizer:
+    mean, deviation = train.labels.mean(axis=0), train.labels.std(axis=0)
+    return Standardizer(mean, np.where(deviation > 0, deviation, 1.0))

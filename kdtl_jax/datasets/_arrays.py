@@ -1,0 +1,178 @@
+"""Arrays: those of an npz, and npy files in a folder or beside each other.
+
+Nothing is ever unpickled, and nothing is unpacked that was not asked for or that its own header
+does not announce.
+"""
+
+import math
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+DEFLATE = 1032  # no stream of zlib unpacks to more bytes per byte than this
+INPUTS = ("x", "images", "image", "inputs", "input", "data", "features")
+LABELS = ("y", "labels", "label", "targets", "target", "classes", "class")
+PARTS = {
+    "train": ("train", "training", "tr"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "te"),
+}
+# What zipfile and NumPy raise on broken or foreign files; NotImplementedError is zipfile's for a
+# compression that it does not know.
+_BROKEN = (
+    *(zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError, RuntimeError),
+    *(NotImplementedError, OverflowError, MemoryError, SyntaxError, UnicodeError, OSError),
+)
+
+
+class Arrays(NamedTuple):
+    """Arrays by name, each read when asked for."""
+
+    path: Path
+    names: tuple[str, ...]
+    load: Callable[[str], np.ndarray]
+
+
+def npz(path: Path) -> Arrays:
+    """Those of an npz; none is unpacked yet.
+
+    Raises:
+      OSError: if the file does not exist or cannot be read.
+      ValueError: if it is no npz.
+    """
+    with path.open("rb") as file:
+        start = file.read(6)
+    if not start:
+        raise ValueError(f"{path}: the file is empty.")
+    if start == b"\x93NUMPY":
+        raise ValueError(f"{path}: a single array, not an npz. Use np.savez(path, x=, y=).")
+    try:
+        with zipfile.ZipFile(path) as stored:
+            names = [name for name in stored.namelist() if name.endswith(".npy")]
+    except _BROKEN as error:  # an OSError here is a seek to where a broken file points
+        raise ValueError(f"{path}: not a readable npz ({error}).") from None
+    names = sorted(name.removesuffix(".npy") for name in names)
+    return Arrays(path, tuple(names), lambda name: _npz_array(path, name))
+
+
+def npy_folder(folder: Path) -> Arrays:
+    """The npy files of a folder, called without their suffix."""
+    names = sorted(path.stem for path in folder.glob("*.npy"))
+    return Arrays(folder, tuple(names), lambda name: read_npy(folder / f"{name}.npy"))
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """One npy file.
+
+    Raises:
+      OSError: if the file does not exist or cannot be read.
+      ValueError: if it is no npy file, or holds pickled objects.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        try:
+            _check_announced(file, path.name, size)
+            file.seek(0)
+            return np.lib.format.read_array(file, allow_pickle=False)
+        except _BROKEN as error:
+            raise ValueError(f"{path}: not a readable npy file ({error!s:.200}).") from None
+
+
+def pairs(
+    arrays: Arrays, *, inputs: str | None, label: str
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The names of inputs and of targets by part: "train", "validation", "test", or "whole".
+
+    Args:
+      arrays: what is there.
+      inputs: the array of inputs, of the training part if there are several; None: the usual names.
+      label: likewise of targets; "label": the usual names.
+
+    Raises:
+      ValueError: if an array that was asked for is not there.
+    """
+    given = None if label == "label" else label
+    for name in filter(None, (inputs, given)):
+        if name not in arrays.names:
+            raise ValueError(
+                f"{arrays.path}: has no array {name!r:.80}; it has {_listed(arrays.names)}. Name "
+                "the arrays of inputs (--inputs) and labels (--label)."
+            )
+    x, y = _by_part(arrays.names, INPUTS, inputs), _by_part(arrays.names, LABELS, given)
+    if inputs is not None and given is not None and not set(x) & set(y):
+        return {"whole": inputs}, {"whole": given}
+    if "train" in x:
+        x.pop("whole", None)
+    if "train" in y or "train" in x:
+        y.pop("whole", None)
+    return x, y
+
+
+def described(arrays: Arrays) -> str:
+    """The arrays that are there, for messages."""
+    return f"it has {_listed(arrays.names)}"
+
+
+def _by_part(names: Sequence[str], words: Sequence[str], given: str | None) -> dict[str, str]:
+    lower = {name.lower(): name for name in reversed(names)}
+    if given is not None:
+        return _like(given, lower)
+    found: dict[str, str] = {}
+    for part, affixes in PARTS.items():
+        forms = (form for word in words for affix in affixes
+                 for form in (f"{word}_{affix}", f"{affix}_{word}", f"{word}{affix}"))  # fmt: skip
+        if first := next((lower[form] for form in forms if form in lower), None):
+            found[part] = first
+    if first := next((lower[word] for word in words if word in lower), None):
+        found["whole"] = first
+    return found
+
+
+def _like(given: str, lower: Mapping[str, str]) -> dict[str, str]:
+    """The other parts of an array that is called by its training part: `cells_train`."""
+    for affix in PARTS["train"]:
+        before, middle, after = given.lower().rpartition(affix)
+        if middle and (before.endswith("_") or after.startswith("_") or not (before or after)):
+            found = {"train": given}
+            for part in ("validation", "test"):
+                forms = (before + other + after for other in PARTS[part])
+                if first := next((lower[form] for form in forms if form in lower), None):
+                    found[part] = first
+            return found
+    return {"whole": given}
+
+
+def _npz_array(path: Path, name: str) -> np.ndarray:
+    try:
+        with zipfile.ZipFile(path) as stored:
+            member = stored.getinfo(f"{name}.npy")
+            most = min(member.file_size, DEFLATE * (member.compress_size + 1))
+            with stored.open(member) as file:
+                _check_announced(file, member.filename, most)
+            with stored.open(member) as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
+    except _BROKEN as error:  # an OSError here is a seek to where a broken file points
+        raise ValueError(f"{path}: not a readable npz ({error!s:.200}).") from None
+
+
+def _check_announced(file: Any, name: str, most: int) -> None:
+    """Refuses an array that is announced larger than its bytes can hold, before memory is taken."""
+    read_header = _NPY_HEADERS.get(np.lib.format.read_magic(file))
+    if read_header is None:
+        raise ValueError("an unknown version of the array format")
+    shape, _, dtype = read_header(file)
+    asked = math.prod(shape) * dtype.itemsize
+    if asked > most and not dtype.hasobject:
+        raise ValueError(f"{name} asks for {asked} bytes, at most {most} are there")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return str(list(names[:12])) if len(names) <= 12 else f"{list(names[:12])!s:.400} and more"

@@ -1,0 +1,184 @@
+"""Parquet and Arrow files, and folders of Hugging Face's `datasets`, read by pyarrow alone.
+
+    pip install 'kdtl_jax[tables]'
+
+Names of classes come from the `datasets` features that its files carry. Images are read from the
+bytes in the file; what a file merely points to is never opened.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SUFFIXES = (".parquet", ".arrow", ".feather")
+STARTS = (
+    b"\x89PNG",
+    b"\xff\xd8\xff",
+    b"GIF8",
+    b"BM",
+    b"RIFF",
+    b"II*\x00",
+    b"MM\x00*",
+    b"P5",
+    b"P6",
+)
+
+
+class ArrowTable(NamedTuple):
+    """The columns of a table by what they are."""
+
+    name: str
+    scalars: dict[str, np.ndarray]  # float64 with NaN, or objects, text and None
+    vectors: dict[str, np.ndarray]  # [N, ...], from lists of equal length
+    lists: dict[str, np.ndarray]  # objects, lists of any length
+    pictures: dict[str, list[bytes]]  # encoded images
+    names: dict[str, tuple[str, ...]]  # of classes, by column
+
+    def header(self) -> list[str]:
+        """The names of all columns."""
+        groups = (self.scalars, self.vectors, self.lists, self.pictures)
+        return [name for group in groups for name in group]
+
+
+def read_arrow(paths: Sequence[Path]) -> ArrowTable:
+    """One table from files of one part.
+
+    Raises:
+      ImportError: if pyarrow is not installed.
+      OSError: if a file does not exist or cannot be read.
+      ValueError: if a file is damaged, or files have different columns.
+    """
+    pa = _pyarrow(paths[0])
+    tables = [_read(pa, path) for path in paths]
+    try:
+        table = pa.concat_tables(tables) if len(tables) > 1 else tables[0]
+        table = table.combine_chunks()
+    except pa.ArrowException as error:
+        raise ValueError(f"{paths[0]}: files of one part differ ({str(error)[:200]}).") from None
+    features = _features(table.schema.metadata or {})
+    found = ArrowTable(str(paths[0]), {}, {}, {}, {}, _class_names(features))
+    for place, name in enumerate(table.column_names):
+        column = table.column(place)
+        chunk = column.combine_chunks() if hasattr(column, "combine_chunks") else column
+        if isinstance(chunk, pa.ChunkedArray):
+            chunk = pa.concat_arrays(chunk.chunks) if chunk.num_chunks else pa.array([], chunk.type)
+        try:
+            _put(pa, found, name, chunk)
+        except pa.ArrowException as error:
+            raise ValueError(f"{paths[0]}: column {name!r:.80}: {str(error)[:200]}.") from None
+    return found
+
+
+def _pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow as pa
+        import pyarrow.compute
+        import pyarrow.parquet
+    except ImportError:
+        raise ImportError(
+            f"{path}: parquet and Arrow files are read by pyarrow: pip install 'kdtl_jax[tables]'."
+        ) from None
+    return pa
+
+
+def _read(pa: Any, path: Path) -> Any:
+    try:
+        if path.suffix == ".parquet":
+            return pa.parquet.ParquetFile(path).read()
+        with path.open("rb") as file:  # `datasets` writes streams, Feather is a file
+            is_file = file.read(6) == b"ARROW1"
+        with pa.memory_map(str(path)) as source:
+            reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+            return reader.read_all()
+    except (pa.ArrowException, ValueError, MemoryError) as error:
+        raise ValueError(
+            f"{path}: not a readable {path.suffix[1:]} file ({str(error)[:200]})."
+        ) from None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise ValueError(
+            f"{path}: not a readable {path.suffix[1:]} file ({str(error)[:200]})."
+        ) from None
+
+
+def _put(pa: Any, found: ArrowTable, name: str, column: Any) -> None:
+    kind, types = column.type, pa.types
+    if isinstance(kind, pa.BaseExtensionType):
+        column, kind = column.storage, kind.storage_type
+    if types.is_dictionary(kind):
+        column, kind = column.dictionary_decode(), kind.value_type
+    if types.is_struct(kind) and "bytes" in [field.name for field in kind]:
+        column, kind = column.field("bytes"), pa.binary()
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        cells = column.to_pylist()
+        if cells and all(cell is not None and cell.startswith(STARTS) for cell in cells):
+            found.pictures[name] = cells
+        else:
+            found.scalars[name] = _objects(["<binary>"] * len(cells))
+    elif _is_list(types, kind):
+        lengths, inner = _unnested(pa, column)
+        if inner is None or column.null_count:
+            found.lists[name] = _objects(column.to_pylist())
+        else:
+            found.vectors[name] = inner.reshape(len(column), *lengths)
+    elif types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind) or (
+        types.is_decimal(kind) or types.is_null(kind)
+    ):  # fmt: skip
+        values = column.cast(pa.uint8()) if types.is_boolean(kind) else column
+        values = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        found.scalars[name] = np.array(values, np.float64)
+    else:
+        cells = column.to_pylist()
+        found.scalars[name] = _objects([None if c is None else str(c) for c in cells])
+
+
+def _is_list(types: Any, kind: Any) -> bool:
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+
+
+def _unnested(pa: Any, column: Any) -> tuple[list[int], np.ndarray | None]:
+    """The lengths of nested lists and their numbers, where all are of one length."""
+    lengths: list[int] = []
+    while _is_list(pa.types, column.type):
+        count, inner = len(column), column.flatten()
+        if not count or inner.null_count or len(inner) % count:
+            return [], None
+        sizes = pa.compute.list_value_length(column) if hasattr(pa, "compute") else None
+        if sizes is None or len(sizes.unique()) != 1:
+            return [], None
+        lengths.append(len(inner) // count)
+        column = inner
+    kind = column.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        return [], None
+    return lengths, np.array(column.to_numpy(zero_copy_only=False))
+
+
+def _objects(cells: Sequence[Any]) -> np.ndarray:
+    found = np.empty(len(cells), object)
+    found[:] = cells
+    return found
+
+
+def _features(metadata: Mapping[bytes, bytes]) -> Mapping[str, Any]:
+    """What `datasets` says of the columns."""
+    try:
+        found = json.loads(metadata[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _class_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    found = {}
+    for name, feature in features.items():
+        inner = feature.get("feature", feature) if isinstance(feature, dict) else feature
+        if isinstance(inner, list) and len(inner) == 1:  # an old way to write a list
+            inner = inner[0]
+        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
+            found[name] = tuple(map(str, inner.get("names") or ()))
+    return found

@@ -1,0 +1,168 @@
+"""Text tables: CSV, TSV and files with semicolons, read row by row.
+
+A first pass makes numbers of every column; columns that are not numbers are read once more, as
+text. Booleans are 0 and 1; empty cells and the usual words for a missing value are missing.
+"""
+
+import array
+import csv
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdtl_jax.datasets._tables import Table
+
+DELIMITERS = (",", ";", "\t", "|")
+ABSENT = frozenset(("", "na", "n/a", "nan", "null", "?"))
+FLAGS = {"true": 1.0, "false": 0.0}
+NAN = float("nan")
+PART = 4096  # rows that are read at once
+SUFFIXES = (".csv", ".tsv", ".tab")
+
+
+def header_of(path: Path) -> tuple[list[str], str]:
+    """The names of the columns, and the delimiter.
+
+    Raises:
+      OSError: if the file does not exist or cannot be read.
+      ValueError: if it is no text.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            first = next((line for line in stream if line.strip()), "")
+        counts = {mark: len(next(csv.reader([first], delimiter=mark), ())) for mark in DELIMITERS}
+        delimiter = max(DELIMITERS, key=lambda mark: counts[mark])
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            filled = filter(_is_filled, csv.reader(stream, delimiter=delimiter))
+            header, cells = next(filled, []), next(filled, [])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a CSV text file ({error}).") from None
+    names = [name.strip() for name in header]
+    if names and len(cells) == len(names) + 1 and "" not in names:
+        names = ["", *names]  # as R writes the names of rows
+    return names, delimiter
+
+
+def read_csv(path: Path, targets: Sequence[str] = ()) -> Table:
+    """A text table; of two columns of one name the second is called `name.1`.
+
+    Args:
+      path: the file, UTF-8.
+      targets: columns that are read as text, whatever they hold.
+
+    Raises:
+      OSError: if the file does not exist or cannot be read.
+      ValueError: if it is empty, or a row has another number of cells (its line is named).
+    """
+    header, delimiter = header_of(path)
+    names = _distinct(header)
+    as_text = {i for i, name in enumerate(names) if name in targets}
+    try:
+        numbers, lines, commas = _numbers(path, names, delimiter, as_text)
+        texts = _texts(path, names, delimiter, as_text)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a CSV text file ({error}).") from None
+    if not len(lines):
+        raise ValueError(
+            f"{path}: needs a header line and at least one row, got {int(bool(header))} line."
+        )
+    columns: dict[str, np.ndarray] = {}
+    for i, name in enumerate(names):
+        columns[name] = texts[i] if i in texts else np.frombuffer(numbers[i], np.float64)
+    notices = ("numbers with a decimal comma are read as such",) if commas else ()
+    return Table(str(path), columns, np.frombuffer(lines, np.int64), notices)
+
+
+def _rows(path: Path, names: Sequence[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Line numbers and cells of every row after the header."""
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        reader = csv.reader(stream, delimiter=delimiter)
+        filled = filter(_is_filled, reader)
+        next(filled, None)
+        for row in filled:
+            if len(row) != len(names):
+                raise ValueError(
+                    f"{path}: row {reader.line_num} has {len(row)} cells, the header has "
+                    f"{len(names)}."
+                )
+            yield reader.line_num, row
+
+
+def _is_filled(row: Sequence[str]) -> bool:
+    return len(row) > 1 or bool(row and row[0].strip())
+
+
+def _numbers(
+    path: Path, names: Sequence[str], delimiter: str, as_text: set[int]
+) -> tuple[dict[int, Any], Any, bool]:
+    """Columns of numbers, the line of every row, and whether commas were decimal.
+
+    Columns that are not numbers are added to `as_text`.
+    """
+    columns = {i: array.array("d") for i in range(len(names)) if i not in as_text}
+    lines, commas, rows = array.array("q"), False, _rows(path, names, delimiter)
+    while part := list(itertools.islice(rows, PART)):
+        lines.extend(line for line, _ in part)
+        for i in tuple(columns):
+            cells = [row[i] for _, row in part]
+            try:
+                columns[i].extend(array.array("d", map(float, cells)))
+            except ValueError:
+                found = [_number(cell.strip(), delimiter) for cell in cells]
+                if None in found:
+                    as_text.add(i)
+                    del columns[i]
+                else:
+                    columns[i].extend(found)
+                    commas |= delimiter == ";" and any(map(_has_decimal_comma, cells))
+    return columns, lines, commas
+
+
+def _number(cell: str, delimiter: str) -> float | None:
+    """A cell as a number, NaN where it is missing, None where it is something else."""
+    try:
+        return float(cell)
+    except ValueError:
+        pass
+    word = cell.lower()
+    if word in ABSENT or word == "none":
+        return NAN
+    if delimiter == ";" and _has_decimal_comma(cell):
+        return float(cell.replace(",", "."))
+    return FLAGS.get(word)
+
+
+def _texts(
+    path: Path, names: Sequence[str], delimiter: str, as_text: set[int]
+) -> dict[int, np.ndarray]:
+    """Columns of text; equal cells are one object, a missing one is None."""
+    if not as_text:
+        return {}
+    cells: dict[int, list[str | None]] = {i: [] for i in as_text}
+    for _, row in _rows(path, names, delimiter):
+        for i in as_text:
+            text = row[i].strip()
+            cells[i].append(None if text.lower() in ABSENT else sys.intern(text))
+    found = {}
+    for i, column in cells.items():
+        found[i] = np.empty(len(column), object)
+        found[i][:] = column
+    return found
+
+
+def _has_decimal_comma(cell: str) -> bool:
+    cell = cell.strip()
+    return cell.count(",") == 1 and cell.lstrip("+-").replace(",", "").isdecimal()
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    seen: dict[str, int] = {}
+    found = []
+    for name in names:
+        count = seen[name] = seen.get(name, -1) + 1
+        found.append(f"{name}.{count}" if count else name)
+    return found

@@ -1,0 +1,85 @@
+"""Idx files, the format of the MNIST family, gzipped or not."""
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+DEFLATE = 1032  # no stream of zlib unpacks to more bytes per byte than this
+PIECE = 2**20
+
+
+def is_idx_folder(folder: Path) -> bool:
+    """Whether a folder has a file of images in MNIST's names."""
+    return any(any(folder.glob(f"{part}-images*")) for part in ("train", "t10k", "test"))
+
+
+def idx_file(folder: Path, part: str, kind: str) -> Path:
+    """The one file of a part: `train-images-idx3-ubyte`, `train-images.idx3-ubyte.gz`, …"""
+    found = sorted(folder.glob(f"{part}-{kind}*"))
+    if part == "t10k" and not found:
+        found = sorted(folder.glob(f"test-{kind}*"))
+    if not found:
+        there = sorted(entry.name for entry in folder.iterdir())[:8]
+        raise ValueError(
+            f"{folder}: has no {part}-{kind}-idx file (.gz or not); it has "
+            f"{there or 'nothing'}. Expected MNIST's four files."
+        )
+    return found[0]
+
+
+def read_idx_images(path: Path) -> np.ndarray:
+    """The inputs of an idx file; gray images get a channel axis."""
+    inputs = read_idx_array(path)
+    return inputs[..., None] if inputs.ndim == 3 else inputs
+
+
+def read_idx_array(path: str | Path) -> np.ndarray:
+    """One idx file as an array in native byte order; no more is unpacked than its header says."""
+    path = Path(path)
+    with path.open("rb") as file:
+        start = file.read(2)
+        if not start:
+            raise ValueError(f"{path}: the file is empty.")
+        file.seek(0)
+        if start != b"\x1f\x8b":
+            return _idx_array(path, file, path.stat().st_size, packed=False)
+        try:
+            with gzip.open(file) as unpacked:
+                return _idx_array(path, unpacked, DEFLATE * path.stat().st_size, packed=True)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}: a damaged gzip file ({error}).") from None
+
+
+def _idx_array(path: Path, file: Any, most: int, *, packed: bool) -> np.ndarray:
+    """The array in an opened file that holds at most `most` bytes."""
+    raw = file.read(4)
+    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _TYPES or not 0 < raw[3] <= 32:
+        raise ValueError(
+            f"{path}: not an idx file: the first bytes are {raw[:4].hex(' ')}, expected 00 00 "
+            "then a type (08 for bytes) and the number of dimensions."
+        )
+    dtype, head = np.dtype(_TYPES[raw[2]]), file.read(4 * raw[3])
+    shape = [int.from_bytes(head[i : i + 4], "big") for i in range(0, len(head), 4)]
+    start = 4 + 4 * raw[3]
+    expected = start + math.prod(shape) * dtype.itemsize
+    content, more = bytearray(), b"-"
+    while more and len(content) + start <= min(expected, most):
+        more = file.read(min(PIECE, expected - start - len(content) + 1))
+        content += more
+    size = 4 + len(head) + len(content)
+    if len(head) < 4 * raw[3] or size != expected:
+        there = (f"at least {size}" if size > expected else f"{size}") if packed else f"{most}"
+        raise ValueError(
+            f"{path}: holds {there} bytes, its header {shape} of {dtype} asks for {expected}. "
+            "Is the download complete?"
+        )
+    try:
+        found = np.frombuffer(content, dtype).reshape(shape)
+    except ValueError as error:
+        raise ValueError(f"{path}: its header {shape} makes no array ({error}).") from None
+    return found.astype(dtype.newbyteorder("="))

@@ -1,0 +1,218 @@
+"""Images: folders of classes (`train/cat/1.png`), and bytes of image files in other data.
+
+Gray images have one channel, colored ones three, with transparency four; 16-bit ones are gray, with
+values up to 65535. A mixture becomes what holds all of them. Pixels are as stored, 0 to 255.
+"""
+
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from kdtl_jax.datasets._arrays import PARTS
+from kdtl_jax.datasets._preprocessing import Images
+
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
+    *(".ppm", ".pgm", ".pbm"),
+)
+MOST_PIXELS = 2**26  # of one image
+CHANNELS = {"L": 1, "I;16": 1, "RGB": 3, "RGBA": 4}
+ORIENTATION, SIDEWAYS = 274, (5, 6, 7, 8)  # of EXIF
+# What Pillow raises on broken files.
+_BROKEN = (
+    *(OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, MemoryError),
+    *(OverflowError, struct.error, zlib.error, Image.DecompressionBombError),
+)
+
+
+class Pictures(NamedTuple):
+    """Encoded images, one per example: files, or their bytes."""
+
+    name: str
+    files: Sequence[Path | bytes]
+
+    @property
+    def size(self) -> int:
+        """How many images."""
+        return len(self.files)
+
+    def at(self, row: int) -> str:
+        """An image as messages name it."""
+        found = self.files[row]
+        return str(found) if isinstance(found, Path) else f"{self.name}: image {row}"
+
+
+class Folder(NamedTuple):
+    """One part of a folder of images."""
+
+    files: list[Path]
+    classes: list[str]  # of every file: the folder it stands in
+    notices: tuple[str, ...]
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is an image by its name."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def parts_of(folder: Path) -> dict[str, Path]:
+    """The folders of parts by what they are, if the folder is divided: `train`, `test`, …"""
+    found = {}
+    for part, names in PARTS.items():
+        inside = [path for path in _folders(folder) if path.name.lower() in names]
+        if inside:
+            found[part] = inside[0]
+    return found if "train" in found else {}
+
+
+def in_classes(folder: Path) -> Folder:
+    """The images of a folder with one folder per class, in the order of their names."""
+    files, classes, notices, others = [], [], [], 0
+    for inside in _folders(folder):
+        own = all_images(inside)
+        others += sum(p.is_file() and not p.name.startswith(".") for p in inside.iterdir())
+        others -= sum(path.parent == inside for path in own)
+        if not own:
+            notices.append(f"folder {inside.name!r:.80} has no image: left out")
+        files += own
+        classes += [inside.name] * len(own)
+    if others > 0:
+        notices.append(f"{others} files that are no images are left out")
+    return Folder(files, classes, tuple(notices))
+
+
+def all_images(folder: Path) -> list[Path]:
+    """All images below a folder, in the order of their names."""
+    return sorted(path for path in folder.rglob("*") if is_image(path) and path.is_file())
+
+
+def form_of(
+    pictures: Pictures, rows: Sequence[int], image_size: tuple[int, int] | None
+) -> tuple[Images, tuple[int, ...], list[str]]:
+    """How these images become arrays, the shape of one, and what to tell.
+
+    Raises:
+      ValueError: naming two files of different sizes, if no size is given, or a broken file.
+    """
+    kinds = {"L": 0, "I;16": 0, "RGB": 0, "RGBA": 0}
+    first: dict[tuple[int, int], int] = {}
+    of_kind: dict[str, int] = {}
+    for row in rows:
+        kind, size = _header(pictures, row)
+        kinds[kind] += 1
+        of_kind.setdefault(kind, row)
+        first.setdefault(size, row)
+        if image_size is None and len(first) > 1:
+            one, other = [(f"{h}x{w}", pictures.at(at)) for (h, w), at in first.items()][:2]
+            raise ValueError(
+                f"{pictures.name}: images differ in size, {one[1]} is {one[0]} (height x width), "
+                f"{other[1]} is {other[0]}. Resize all of them with --image-size."
+            )
+    there = [kind for kind, count in kinds.items() if count]
+    if "I;16" in there and len(there) > 1:
+        other = next(kind for kind in there if kind != "I;16")
+        raise ValueError(
+            f"{pictures.name}: {pictures.at(of_kind['I;16'])} has 16 bits per pixel, "
+            f"{pictures.at(of_kind[other])} has 8. Give all of them one depth."
+        )
+    mode = there[-1]
+    notices = [] if len(there) == 1 else [
+        f"images of different kinds ({', '.join(f'{kinds[k]} {k}' for k in there)}) are all read "
+        f"as {mode}"
+    ]  # fmt: skip
+    height, width = image_size or next(iter(first))
+    return Images(mode, image_size is not None), (height, width, CHANNELS[mode]), notices
+
+
+def decoded(
+    pictures: Pictures, rows: Sequence[int], images: Images, shape: tuple[int, ...]
+) -> np.ndarray:
+    """The images `rows` as float32 `[N, H, W, C]`.
+
+    Raises:
+      ValueError: naming a broken file, or one of another size where nothing is resized.
+    """
+    out = np.empty((len(rows), *shape), np.float32)
+
+    def put(place: int) -> None:
+        out[place] = _decoded(pictures, rows[place], images, shape)
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
+        warnings.simplefilter("ignore")  # of Pillow, about odd files that it reads all the same
+        for _ in pool.map(put, range(len(rows))):
+            pass
+    return out
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+
+
+def _opened(pictures: Pictures, row: int) -> Any:
+    found = pictures.files[row]
+    return Image.open(found if isinstance(found, Path) else io.BytesIO(found))
+
+
+def _header(pictures: Pictures, row: int) -> tuple[str, tuple[int, int]]:
+    """Kind, height and width, without decoding."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with _opened(pictures, row) as image:
+                width, height = image.size
+                if image.getexif().get(ORIENTATION) in SIDEWAYS:
+                    width, height = height, width
+                if width * height > MOST_PIXELS:
+                    raise ValueError(f"{width} x {height} pixels are too many")
+                return _kind(image), (height, width)
+        except _BROKEN as error:
+            raise _broken(pictures, row, error) from None
+
+
+def _kind(image: Any) -> str:
+    if image.mode in ("1", "L"):
+        return "L"
+    if image.mode.startswith("I"):
+        return "I;16"
+    alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    return "RGBA" if alpha else "RGB"
+
+
+def _decoded(pictures: Pictures, row: int, images: Images, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        with _opened(pictures, row) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are too many")
+            image = ImageOps.exif_transpose(image)
+            if images.mode == "I;16":
+                image = Image.fromarray(np.asarray(image).astype(np.float32))
+            elif image.mode.startswith("I"):  # 16 bits, where 8 are expected
+                image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255)
+                                        .astype(np.uint8)).convert(images.mode)  # fmt: skip
+            elif image.mode != images.mode:
+                image = image.convert(images.mode)
+            height, width = shape[:2]
+            size = f"{image.height}x{image.width}"
+            if images.resize and (image.width, image.height) != (width, height):
+                image = image.resize((width, height), Image.Resampling.BILINEAR)
+            found = np.asarray(image, np.float32).reshape(image.height, image.width, -1)
+    except _BROKEN as error:
+        raise _broken(pictures, row, error) from None
+    if found.shape != tuple(shape):
+        raise ValueError(
+            f"{pictures.at(row)}: an image of {size} (height x width), the others are "
+            f"{height}x{width}. Resize all of them with --image-size."
+        )
+    return found
+
+
+def _broken(pictures: Pictures, row: int, error: Exception) -> ValueError:
+    return ValueError(f"{pictures.at(row)}: not a readable image ({str(error)[:120]}).")

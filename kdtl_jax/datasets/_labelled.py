@@ -1,0 +1,179 @@
+"""Tables with columns of labels: text files, parquet and Arrow, one file or a folder of them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdtl_jax.datasets import _arrow, _csv, _tables
+from kdtl_jax.datasets._arrays import PARTS
+from kdtl_jax.datasets._arrow import ArrowTable
+from kdtl_jax.datasets._images import Pictures
+from kdtl_jax.datasets._source import Choices, Source, with_channels
+from kdtl_jax.datasets._tables import Table
+
+TABLES = (*_csv.SUFFIXES, *_arrow.SUFFIXES)
+
+
+def table_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of tables in a folder and in the folders inside it, by part."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted((*folder.glob("*"), *folder.glob("*/*"))):
+        if path.suffix not in TABLES or path.name.startswith((".", "cache-")):
+            continue
+        words = set(re.split(r"[^a-z0-9]+", "/".join(path.relative_to(folder).parts).lower()))
+        parts = [part for part, names in PARTS.items() if words & set(names)]
+        found.setdefault(parts[0] if parts else "whole", []).append(path)
+    if "train" in found:
+        found.pop("whole", None)
+    return found
+
+
+def labelled(files: Mapping[str, Sequence[Path]], choices: Choices) -> dict[str, Source]:
+    """The parts of tables; one without labels, as competitions have them, is left out.
+
+    Raises:
+      OSError: if a file does not exist or cannot be read.
+      ValueError: if a file is damaged, or has no such column of labels.
+    """
+    found: dict[str, Source] = {}
+    for part in ("whole", "train", "validation", "test"):
+        paths = files.get(part, ())
+        if not paths:
+            continue
+        first = found.get("train")
+        if paths[0].suffix in _arrow.SUFFIXES:
+            source = _of_arrow(_arrow.read_arrow(paths), choices, first)
+        elif len(paths) == 1:
+            source = _of_csv(paths[0], choices, first)
+        else:
+            raise ValueError(
+                f"{paths[0].parent}: {paths[0].name} and {paths[1].name} both hold the {part} "
+                "part. Name one file."
+            )
+        if source is not None:
+            found[part] = source
+        elif first is not None:
+            note = f"{paths[0].name} has no labels: left out"
+            found["train"] = first._replace(notices=(*first.notices, note))
+    return found
+
+
+def _of_csv(path: Path, choices: Choices, first: Source | None) -> Source | None:
+    header, _ = _csv.header_of(path)
+    if not choices.with_targets:
+        table = _csv.read_csv(path, choices.targets)
+        return Source(str(path), _inputs_alone(table, choices))
+    if not header:
+        _csv.read_csv(path)  # raises: there is nothing
+    if first is not None and not set(first.columns) & set(header):
+        return None
+    names = _tables.label_columns(str(path), header, choices.label)
+    return _of_table(_csv.read_csv(path, names), names, choices)
+
+
+def _of_table(table: Table, names: Sequence[str], choices: Choices) -> Source:
+    table = _tables.without_index(_tables.dropped(table, choices.drop), names)
+    if choices.missing == "drop":
+        table = _tables.complete(table)
+    table, targets = _tables.targets_of(table, names)
+    several = tuple(names) if len(names) > 1 else ()
+    return Source(table.name, table, targets, several, tuple(names), table.notices)
+
+
+def _inputs_alone(table: Table, choices: Choices) -> Table:
+    return _tables.dropped(table, [name for name in choices.targets if name in table.columns])
+
+
+def _of_arrow(found: ArrowTable, choices: Choices, first: Source | None) -> Source | None:
+    header = found.header()
+    if first is not None and not set(first.columns) & set(header):
+        return None
+    names = choices.targets
+    if choices.with_targets:
+        names = _tables.label_columns(found.name, header, choices.label)
+    kept = [name for name in header if name not in (*names, *choices.drop)]
+    wide = _wide(found, kept, choices)
+    table = Table(found.name, {n: found.scalars[n] for n in (*header,) if n in found.scalars})
+    if wide is None:
+        if lists := [name for name in kept if name in found.lists]:
+            raise ValueError(
+                f"{found.name}: column {lists[0]!r:.80} holds lists of different lengths. Drop it "
+                "(--drop-columns)."
+            )
+        if not choices.with_targets:
+            return Source(found.name, _inputs_alone(table, choices))
+        if all(name in found.scalars for name in names):
+            source = _of_table(table, names, choices)
+            known = found.names.get(names[0], ()) if len(names) == 1 else ()
+            return source._replace(names=known or source.names)
+    inputs: Any = table if wide is None else _columns_inputs(found, wide)
+    notices = ()
+    if others := [name for name in kept if wide is not None and name != wide]:
+        notices = (f"columns {', '.join(others)[:200]} are left out: inputs are {wide!r}",)
+    if not choices.with_targets:
+        return Source(found.name, inputs, notices=notices)
+    if wide is None:  # lists of labels beside columns of numbers
+        inputs = _tables.without_index(
+            table._replace(columns={n: table.columns[n] for n in kept}), ()
+        )
+    targets, known = _targets(found, names)
+    if known and targets.dtype == np.float64 and len(targets) and (targets == -1).all():
+        return None if first is not None else Source(found.name, inputs, targets)
+    several = tuple(names) if len(names) > 1 else known
+    return Source(found.name, inputs, targets, several, tuple(names), notices)
+
+
+def _wide(found: ArrowTable, kept: Sequence[str], choices: Choices) -> str | None:
+    """The column whose images or arrays are the inputs; None: all columns of numbers are."""
+    if choices.inputs is not None:
+        if choices.inputs not in found.pictures and choices.inputs not in found.vectors:
+            raise ValueError(
+                f"{found.name}: has no column {choices.inputs!r:.80} of images or arrays; it has "
+                f"{found.header()!s:.300}."
+            )
+        return choices.inputs
+    wide = [name for name in (*found.pictures, *found.vectors) if name in kept]
+    if len(wide) > 1:
+        raise ValueError(
+            f"{found.name}: columns {', '.join(wide)[:200]} all hold inputs. Choose one with "
+            "--inputs."
+        )
+    return wide[0] if wide else None
+
+
+def _columns_inputs(found: ArrowTable, name: str) -> Pictures | np.ndarray:
+    if name in found.pictures:
+        return Pictures(f"{found.name}: column {name!r}", found.pictures[name])
+    return with_channels(found.vectors[name])
+
+
+def _targets(found: ArrowTable, names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Targets `[N]` or `[N, K]`, and the names of their classes."""
+    columns = []
+    for name in names:
+        if name in found.scalars:
+            column = found.scalars[name]
+            if (lacking := _tables.empty(column)).any():
+                raise ValueError(
+                    f"{found.name}: row {np.flatnonzero(lacking)[0]} has no label "
+                    f"({int(lacking.sum())} such rows)."
+                )
+        elif name in found.lists:
+            column = found.lists[name]
+        elif name in found.vectors:
+            column = found.vectors[name]
+        else:
+            raise ValueError(f"{found.name}: column {name!r:.80} holds images, not labels.")
+        columns.append(column)
+    if len(columns) > 1:
+        return np.stack(columns, axis=1), ()
+    known = found.names.get(names[0], ())
+    column = columns[0]
+    if known and (column.dtype == object or column.ndim > 1):  # several classes in a list
+        rows = [[known[int(i)] for i in cell] for cell in column]
+        column = np.empty(len(rows), object)
+        column[:] = rows
+    return column, known

@@ -1,0 +1,268 @@
+"""Reading data: one entry for everything that `EXPECTED` lists.
+
+splits = datasets.read_splits("photos/", image_size=(64, 64))
+splits, preprocessing = datasets.prepared(splits)  # standardized by the training part
+inputs = datasets.read_inputs("new/", preprocessing)  # later, without labels
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kdtl_jax.datasets import _images, _tables
+from kdtl_jax.datasets._dataset import Dataset, digits, finite_numbers
+from kdtl_jax.datasets._idx import read_idx_array, read_idx_images
+from kdtl_jax.datasets._images import Pictures
+from kdtl_jax.datasets._preprocessing import Preprocessing
+from kdtl_jax.datasets._source import Choices, Source
+from kdtl_jax.datasets._sources import EXPECTED, sources
+from kdtl_jax.datasets._splits import Splits, drawn, stratified
+from kdtl_jax.datasets._tables import Missing, Table
+from kdtl_jax.datasets._targets import Target, targeted
+
+PARTS = ("train", "validation", "test")
+
+
+def read_splits(
+    text: str,
+    *,
+    label: str = "label",
+    inputs: str | None = None,
+    target: Target = "auto",
+    missing: Missing | None = None,
+    one_hot: bool = False,
+    drop: Sequence[str] = (),
+    image_size: tuple[int, int] | None = None,
+    validation: float = 0.2,
+    test: float = 0.3,
+    seed: int = 0,
+    preprocessing: Preprocessing | None = None,
+) -> Splits:
+    """Train, validation and test parts of the data that a text names.
+
+    Args:
+      text: `digits`, or a file or folder of any kind in `EXPECTED`.
+      label: the column of labels, or several between commas; or the array of labels.
+      inputs: the array of inputs, or a column of images; None: the usual names.
+      target: what targets are; "auto" reads it off the values.
+      missing: what fills a missing value of a table, measured on the training part, or "drop" for
+        leaving such rows out; None: missing values are refused.
+      one_hot: make text columns one input per category; otherwise they are refused.
+      drop: columns of a table that are left out.
+      image_size: resize images to (height, width), whatever their proportions.
+      validation: share of the training rows (of all rows, if there is no test part either).
+      test: share of all rows, if there is no test part.
+      seed: of the rows drawn; parts keep their proportions of classes.
+      preprocessing: a model's, in whose way inputs and targets are read; the choices above that it
+        fixes are its own. Nothing is scaled.
+
+    Raises:
+      OSError: if a file does not exist or cannot be read.
+      ValueError: if there is nothing of the kind, or its contents are not what they should be.
+    """
+    if text == "digits":
+        whole = digits()
+        return stratified(whole, validation=validation, test=test, seed=seed)
+    path = Path(text)
+    if not path.exists():
+        raise ValueError(f"{text}: no such file or folder. Expected {EXPECTED}.")
+    choices = _choices(label, inputs, missing, one_hot, drop, image_size, preprocessing)
+    found = sources(path, choices)
+    first = found.get("train") or found["whole"]._replace(name=path.name)
+    like = None if preprocessing is None else _model(preprocessing)
+    train = _numbered(first, target, like)
+    given = {part: _numbered(found[part], target, train) for part in PARTS[1:] if part in found}
+    if "whole" in found and "train" not in found:
+        given = {}
+    parts = drawn(train, given.get("validation"), given.get("test"), validation, test, seed)
+    origins = [first, *(found[p] if p in given else first for p in PARTS[1:])]
+    form, notices = preprocessing, []
+    if form is None:
+        form, notices = _form(first, parts.train, choices)
+    made = [
+        _encoded(origin, part, form)._replace(name=path.name)
+        for origin, part in zip(origins, parts, strict=True)
+    ]
+    notices += _unknown(found, form) if isinstance(first.inputs, Table) else []
+    told = (*first.notices, *made[0].notices, *notices)
+    shapes = [part.inputs.shape[1:] for part in made]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"{path}: parts have examples of different shapes, {shapes}.")
+    return Splits(made[0]._replace(notices=tuple(dict.fromkeys(told))), *made[1:])
+
+
+def read(
+    path: str | Path,
+    labels: str | Path | None = None,
+    *,
+    label: str = "label",
+    inputs: str | None = None,
+    target: Target = "auto",
+    missing: Missing | None = None,
+    one_hot: bool = False,
+    drop: Sequence[str] = (),
+    image_size: tuple[int, int] | None = None,
+    classes: int | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> Dataset:
+    """Everything that a path holds as one `Dataset`: all of its parts, the training part first.
+
+    Args:
+      path: as for `read_splits`, or the idx file of images.
+      labels: the idx file of labels; for idx alone.
+      label: as for `read_splits`, and so are all that are not listed here.
+      inputs: likewise.
+      target: likewise.
+      missing: likewise.
+      one_hot: likewise.
+      drop: likewise.
+      image_size: likewise.
+      classes: number of classes, as in `checked`; None numbers the labels that occur.
+      preprocessing: a model's, in whose way inputs and targets are read. Nothing is scaled.
+
+    Raises:
+      OSError: if a file does not exist or cannot be read.
+      ValueError: if its contents are not what they should be.
+    """
+    path = Path(path)
+    choices = _choices(label, inputs, missing, one_hot, drop, image_size, preprocessing)
+    found = _idx_pair(path, labels) or sources(path, choices)
+    like = None if preprocessing is None else _model(preprocessing)
+    named = [found[part] for part in ("whole", *PARTS) if part in found]
+    if "train" in found:
+        named = [found[part] for part in PARTS if part in found]
+    first = _numbered(named[0], target, like, classes)
+    parts = [first, *(_numbered(source, target, first) for source in named[1:])]
+    form = preprocessing or _form(named[0], first, choices)[0]
+    made = [_encoded(source, part, form) for source, part in zip(named, parts, strict=True)]
+    whole, together = made[0], [np.concatenate(x) for x in zip(*(part[1:3] for part in made),
+                                                              strict=True)]  # fmt: skip
+    return whole._replace(inputs=together[0], labels=together[1])
+
+
+def read_inputs(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
+    """Inputs `[N, ...]` as a model reads them, of data with or without targets. Nothing is scaled.
+
+    Args:
+      path: anything that `read_splits` takes, of which columns and arrays of targets are ignored;
+        one `.npy` array, one idx file of images, one image, or a folder of images.
+      preprocessing: the model's.
+
+    Raises:
+      OSError: if a file does not exist or cannot be read.
+      ValueError: if its contents are not what the model reads.
+    """
+    if str(path) == "digits":
+        return digits().inputs
+    choices = Choices(with_targets=False, targets=preprocessing.targets)
+    found = sources(Path(path), choices)
+    parts = [found[part] for part in PARTS if part in found] or [found["whole"]]
+    made = [_inputs(source, np.arange(_count(source)), preprocessing) for source in parts]
+    inputs = np.concatenate(made)
+    if not len(inputs):
+        raise ValueError(f"{path}: holds no examples.")
+    if preprocessing.shape and inputs.shape[1:] != preprocessing.shape:
+        raise ValueError(
+            f"{path}: its examples are {list(inputs.shape[1:])}, the model takes "
+            f"{list(preprocessing.shape)}."
+        )
+    return inputs
+
+
+def _choices(
+    label: str,
+    inputs: str | None,
+    missing: Missing | None,
+    one_hot: bool,
+    drop: Sequence[str],
+    image_size: tuple[int, int] | None,
+    preprocessing: Preprocessing | None,
+) -> Choices:
+    if missing is not None and missing not in _tables.MISSING:
+        raise ValueError(
+            f"missing must be one of {', '.join(_tables.MISSING)}, got {missing!r:.40}."
+        )
+    if preprocessing is not None and label == "label" and preprocessing.targets:
+        label = ",".join(preprocessing.targets)
+    return Choices(label, inputs, missing, tuple(drop), image_size, one_hot)
+
+
+def _model(preprocessing: Preprocessing) -> Dataset:
+    """An empty part that has a model's classes."""
+    nothing = np.zeros(0, np.float32)
+    outputs, names = preprocessing.outputs, preprocessing.names
+    return Dataset("the model", nothing, nothing, outputs, names, form=preprocessing)
+
+
+def _idx_pair(path: Path, labels: str | Path | None) -> dict[str, Source]:
+    if labels is not None and not (path.is_dir() or path.suffix):
+        return {"whole": Source(str(path), read_idx_images(path), read_idx_array(Path(labels)))}
+    return {}
+
+
+def _numbered(
+    source: Source, target: Target, like: Dataset | None, classes: int | None = None
+) -> Dataset:
+    """The targets of a part; its inputs are rows of the source where they are yet to be encoded."""
+    inputs = source.inputs
+    if not isinstance(inputs, np.ndarray):
+        inputs = np.zeros((inputs.size, 1), np.float32)
+    made = targeted(
+        source.name, inputs, source.targets, target=target, classes=classes, like=like,
+        names=source.names,
+    )  # fmt: skip
+    if not isinstance(source.inputs, np.ndarray):
+        made = made._replace(inputs=np.arange(len(inputs)))
+    return made
+
+
+def _form(source: Source, train: Dataset, choices: Choices) -> tuple[Preprocessing, list[str]]:
+    """How this training part is read, but for the scaling."""
+    form = Preprocessing(train.kind, train.names, train.classes, targets=source.columns)
+    if isinstance(source.inputs, Table):
+        columns = _tables.columns_of(
+            source.inputs, train.inputs, missing=choices.missing, one_hot=choices.one_hot
+        )
+        width = sum(len(column.categories) or 1 for column in columns)
+        return form._replace(columns=columns, shape=(width,)), []
+    if isinstance(source.inputs, Pictures):
+        images, shape, notices = _images.form_of(source.inputs, train.inputs, choices.image_size)
+        return form._replace(images=images, shape=shape), notices
+    return form._replace(shape=train.inputs.shape[1:]), []
+
+
+def _encoded(source: Source, part: Dataset, form: Preprocessing) -> Dataset:
+    """A part with its inputs in the place of rows."""
+    inputs = part.inputs
+    if not isinstance(source.inputs, np.ndarray):
+        inputs = _inputs(source, inputs, form)
+    return part._replace(inputs=inputs, form=form._replace(kind=part.kind))
+
+
+def _inputs(source: Source, rows: np.ndarray, form: Preprocessing) -> np.ndarray:
+    found = source.inputs
+    if isinstance(found, Table):
+        if not form.columns:
+            raise ValueError(
+                f"{source.name}: a table, but the model takes {list(form.shape)}, not columns."
+            )
+        table = found.take(rows)
+        return finite_numbers(source.name, _tables.encoded(table, form.columns))
+    if isinstance(found, Pictures):
+        if form.images is None:
+            raise ValueError(
+                f"{source.name}: image files, but the model was not trained on such files."
+            )
+        return _images.decoded(found, rows, form.images, form.shape)
+    return finite_numbers(source.name, found[rows])
+
+
+def _count(source: Source) -> int:
+    inputs = source.inputs
+    return len(inputs) if isinstance(inputs, np.ndarray) else inputs.size
+
+
+def _unknown(found: dict[str, Source], form: Preprocessing) -> list[str]:
+    tables = [source.inputs for source in found.values() if isinstance(source.inputs, Table)]
+    return [note for table in tables for note in _tables.unknown_categories(table, form.columns)]

@@ -1,0 +1,144 @@
+"""What a path holds, recognized by itself: its parts, each with inputs and targets as stored.
+
+Digits, npz, npy files, CSV and its relatives, parquet and Arrow, folders of `datasets`, idx, and
+folders of images all come out as `Source`s by part: "train", "validation", "test", or "whole".
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from kdtl_jax.datasets import _arrays, _images
+from kdtl_jax.datasets._arrays import Arrays
+from kdtl_jax.datasets._idx import idx_file, is_idx_folder, read_idx_array, read_idx_images
+from kdtl_jax.datasets._images import Pictures
+from kdtl_jax.datasets._labelled import TABLES, labelled, table_files
+from kdtl_jax.datasets._source import Choices, Source, with_channels
+
+EXPECTED = (
+    "digits (embedded), an .npz or .npy files (x_train, y_train, x_test, y_test, or x, y), a .csv, "
+    ".tsv, .parquet or .arrow file with a label column, or a folder: of images (cat/1.png, or "
+    "train/cat/1.png), of idx files (train-images-idx3-ubyte, …, .gz too), of tables (train.csv, "
+    "test.csv), of Hugging Face datasets"
+)
+
+
+def sources(path: Path, choices: Choices) -> dict[str, Source]:
+    """The parts of what a path holds.
+
+    Raises:
+      OSError: if it does not exist or cannot be read.
+      ValueError: if it is nothing of the kind, or its contents are not what they should be.
+    """
+    if path.is_dir():
+        return _of_folder(path, choices)
+    if path.suffix == ".npz":
+        return _of_arrays(_arrays.npz(path), choices)
+    if path.suffix == ".npy":
+        return _of_npy(path, choices)
+    if path.suffix in TABLES:
+        return labelled({"whole": [path]}, choices)
+    if _images.is_image(path) and not choices.with_targets:
+        return {"whole": Source(str(path), Pictures(str(path), [path]))}
+    if not choices.with_targets and _starts_as_idx(path):
+        return {"whole": Source(str(path), read_idx_images(path))}
+    if "idx" in path.name or _starts_as_idx(path):
+        raise ValueError(
+            f"{path}: an idx file of images needs a second one with labels, as in "
+            "train-labels-idx1-ubyte.gz. Name the folder that holds both."
+        )
+    raise ValueError(f"{path}: not recognized by its name. Expected {EXPECTED}.")
+
+
+def _of_folder(folder: Path, choices: Choices) -> dict[str, Source]:
+    if is_idx_folder(folder):
+        return _of_idx(folder, choices)
+    tables = table_files(folder)
+    if tables:
+        return labelled(tables, choices)
+    arrays = _arrays.npy_folder(folder)
+    if arrays.names:
+        return _of_arrays(arrays, choices)
+    if not choices.with_targets and (files := _images.all_images(folder)):
+        return {"whole": Source(str(folder), Pictures(str(folder), files))}
+    found = _of_images(folder)
+    if found:
+        return found
+    there = sorted(entry.name for entry in folder.iterdir())[:8]
+    raise ValueError(
+        f"{folder}: has no train-images-idx file, no folders of images, no npy files and no "
+        f"tables; it has {there or 'nothing'}. Expected {EXPECTED}."
+    )
+
+
+def _of_images(folder: Path) -> dict[str, Source]:
+    parts = _images.parts_of(folder) or {"whole": folder}
+    found = {}
+    for part, inside in parts.items():
+        made = _images.in_classes(inside)
+        if made.files:
+            pictures = Pictures(str(inside), made.files)
+            labels = np.array(made.classes)
+            found[part] = Source(str(inside), pictures, labels, notices=made.notices)
+    return found if "train" in found or "whole" in found else {}
+
+
+def _of_idx(folder: Path, choices: Choices) -> dict[str, Source]:
+    found = {}
+    for part, name in (("train", "train"), ("test", "t10k")):
+        images = idx_file(folder, name, "images")
+        targets = None
+        if choices.with_targets:
+            targets = read_idx_array(idx_file(folder, name, "labels"))
+        found[part] = Source(str(images), read_idx_images(images), targets)
+    return found
+
+
+def _starts_as_idx(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(3)
+    return start[:2] in (b"\0\0", b"\x1f\x8b")
+
+
+# Arrays.
+
+
+def _of_npy(path: Path, choices: Choices) -> dict[str, Source]:
+    if not choices.with_targets:
+        return {"whole": Source(str(path), with_channels(_arrays.read_npy(path)))}
+    folder = _arrays.npy_folder(path.parent)
+    if path.stem not in folder.names:
+        path.stat()  # raises
+    return _of_arrays(folder, choices._replace(inputs=choices.inputs or path.stem))
+
+
+def _of_arrays(arrays: Arrays, choices: Choices) -> dict[str, Source]:
+    label = choices.label
+    if not choices.with_targets and label not in arrays.names:
+        label = "label"
+    x, y = _arrays.pairs(arrays, inputs=choices.inputs, label=label)
+    if not choices.with_targets:
+        if not x and len(arrays.names) == 1:
+            x = {"whole": arrays.names[0]}
+        if not x:
+            raise ValueError(f"{arrays.path}: has no inputs; {_arrays.described(arrays)}.")
+        return {
+            part: Source(str(arrays.path), with_channels(arrays.load(name)))
+            for part, name in x.items()
+        }
+    if "train" not in x and "whole" not in x:
+        raise ValueError(
+            f"{arrays.path}: has no training data. Expected arrays x_train, y_train, x_test, "
+            f"y_test, or x, y; {_arrays.described(arrays)}. Name others with --inputs and --label."
+        )
+    found = {}
+    for part, name in x.items():
+        if part not in y:
+            wanted = "y" if part == "whole" else f"y_{name.rpartition('_')[2]}"
+            raise ValueError(
+                f"{arrays.path}: has {name!r} but not {wanted!r}: no array {wanted!r}; "
+                f"{_arrays.described(arrays)}. Name the array of labels with --label."
+            )
+        inputs, targets = with_channels(arrays.load(name)), arrays.load(y[part])
+        found[part] = Source(str(arrays.path), inputs, targets, columns=(y[part],))
+    return found

@@ -1,0 +1,307 @@
+"""Tables: columns of numbers and of text, and how they become inputs and targets.
+
+What a column becomes is decided by the training part and kept as a `Column`: other parts, and data
+read later, are encoded in the same way.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from kdtl_jax import trees
+from kdtl_jax.datasets._preprocessing import Column
+
+Missing = Literal["mean", "median", "most_frequent", "drop"]
+MISSING = ("mean", "median", "most_frequent", "drop")
+MOST_CATEGORIES = 1000
+USUAL_LABELS = ("label", "labels", "target", "targets", "class", "y")
+
+
+class Table(NamedTuple):
+    """Columns `[N]`: float64 with NaN for what is missing, or objects, text and None."""
+
+    name: str
+    columns: Mapping[str, np.ndarray]
+    rows: np.ndarray | None = None  # the line of each row in its file, where it has lines
+    notices: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """How many rows."""
+        return len(next(iter(self.columns.values()), ()))
+
+    def at(self, row: int) -> str:
+        """A row as messages name it."""
+        return f"row {row if self.rows is None else self.rows[row]}"
+
+    def take(self, rows: np.ndarray) -> "Table":
+        """The rows `rows`."""
+        columns = {name: column[rows] for name, column in self.columns.items()}
+        return self._replace(columns=columns, rows=None if self.rows is None else self.rows[rows])
+
+
+def label_columns(table_name: str, header: Sequence[str], label: str) -> tuple[str, ...]:
+    """The columns that `label` names: one, or several between commas.
+
+    The default, "label", also stands for another usual name, if there is one such column.
+
+    Raises:
+      ValueError: if there is no such column (the nearest are listed) or two of them.
+    """
+    asked = (label,) if label in header else tuple(filter(None, map(str.strip, label.split(","))))
+    if asked == ("label",) and "label" not in header:
+        usual = [name for name in header if name.strip().lower() in USUAL_LABELS]
+        asked = tuple(usual) if len(usual) == 1 else asked
+    for name in asked:
+        if name not in header:
+            near = ", ".join(repr(found) for found in trees.nearest(name, header))
+            raise ValueError(
+                f"{table_name}: has no column {name!r:.80}. Nearest: {near:.300}. Name the column "
+                "of labels (--label)."
+            )
+        if header.count(name) > 1:
+            raise ValueError(
+                f"{table_name}: has {header.count(name)} columns called {name!r:.80}: as inputs "
+                "the others would give the answer away. Rename or drop them."
+            )
+    if not asked or len(asked) == len(header):
+        raise ValueError(
+            f"{table_name}: needs columns of labels and of inputs, got {len(asked)} and "
+            f"{len(header) - len(asked)}."
+        )
+    return asked
+
+
+def without_index(table: Table, targets: Sequence[str]) -> Table:
+    """The table without unnamed columns that count its rows."""
+    columns, notices = dict(table.columns), list(table.notices)
+    for name, column in table.columns.items():
+        unnamed = not name or name.startswith("Unnamed: ") or name == "__index_level_0__"
+        if unnamed and name not in targets and len(columns) > len(targets) + 1:
+            shown = repr(name) if name else "without a name"
+            if column.dtype == np.float64 and _is_index(column):
+                del columns[name]
+                notices.append(f"the column {shown} counts the rows: left out")
+    return table._replace(columns=columns, notices=tuple(notices))
+
+
+def dropped(table: Table, names: Sequence[str]) -> Table:
+    """The table without some columns.
+
+    Raises:
+      ValueError: if it has no such column.
+    """
+    for name in names:
+        if name not in table.columns:
+            near = ", ".join(repr(found) for found in trees.nearest(name, list(table.columns)))
+            raise ValueError(f"{table.name}: has no column {name!r:.80}. Nearest: {near:.300}.")
+    kept = {name: column for name, column in table.columns.items() if name not in names}
+    return table._replace(columns=kept)
+
+
+def complete(table: Table) -> Table:
+    """The rows in which nothing is missing."""
+    lacking = np.any([empty(column) for column in table.columns.values()], axis=0)
+    if not lacking.any():
+        return table
+    note = f"{int(lacking.sum())} of {len(lacking)} rows have missing values: left out"
+    return table.take(~lacking)._replace(notices=(*table.notices, note))
+
+
+def targets_of(table: Table, names: Sequence[str]) -> tuple[Table, np.ndarray]:
+    """The table of inputs, and targets `[N]` or `[N, K]`.
+
+    Raises:
+      ValueError: naming the first row without a target.
+    """
+    found = [table.columns[name] for name in names]
+    lacking = np.any([empty(column) for column in found], axis=0)
+    if lacking.any():
+        row = int(np.flatnonzero(lacking)[0])
+        raise ValueError(
+            f"{table.name}: {table.at(row)} has no label ({int(lacking.sum())} such rows). Fill "
+            "it in, or leave such rows out (--missing drop)."
+        )
+    columns = [_numbers_or_text(column) for column in found] if len(found) > 1 else found
+    if any(column.dtype.kind == "U" for column in columns):
+        columns = [column.astype(str) for column in columns]
+    stacked = columns[0] if len(columns) == 1 else np.stack(columns, axis=1)
+    return dropped(table, names), stacked
+
+
+def columns_of(
+    table: Table, rows: np.ndarray, *, missing: Missing | None, one_hot: bool
+) -> tuple[Column, ...]:
+    """What each column becomes, by the training rows.
+
+    Args:
+      table: of inputs.
+      rows: those of the training part.
+      missing: what fills a missing value; None or "drop": nothing does.
+      one_hot: whether text becomes one input per category.
+
+    Raises:
+      ValueError: naming row and column of text or of a missing value that nothing fills.
+    """
+    made = []
+    for name, column in table.columns.items():
+        part = column[rows]
+        there = part[~empty(part)]
+        lacking = empty(column)
+        if lacking.any() and missing in (None, "drop"):
+            row = int(np.flatnonzero(lacking)[0])
+            raise ValueError(
+                f"{table.name}: {table.at(row)}, column {name!r:.80}: no value "
+                f"({int(lacking.sum())} of {len(column)} are missing). Fill them in (--missing "
+                "mean, median, most_frequent) or leave such rows out (--missing drop)."
+            )
+        if not len(there):
+            raise ValueError(
+                f"{table.name}: column {name!r:.80} has no value in the training part. Drop it "
+                f"(--drop-columns)."
+            )
+        if column.dtype == np.float64:
+            fill = None if missing in (None, "drop") else _fill(there, missing)
+            made.append(Column(name, (), fill))
+        else:
+            made.append(_text_column(table, name, column, there, missing, one_hot))
+    return tuple(made)
+
+
+def encoded(table: Table, columns: Sequence[Column]) -> np.ndarray:
+    """Inputs `[N, D]`, float64: one number per column, or one per category.
+
+    A category that the training part does not have is 0 everywhere.
+
+    Raises:
+      ValueError: if a column is missing, text where numbers are expected, or has a missing value
+        that nothing fills; row and column are named.
+    """
+    parts: list[np.ndarray] = []
+    for column in columns:
+        if column.name not in table.columns:
+            near = ", ".join(repr(n) for n in trees.nearest(column.name, list(table.columns)))
+            raise ValueError(
+                f"{table.name}: has no column {column.name!r:.80}, which the model reads. Nearest: "
+                f"{near:.300}."
+            )
+        values, lacking = table.columns[column.name], empty(table.columns[column.name])
+        if lacking.any():
+            if column.fill is None:
+                row = int(np.flatnonzero(lacking)[0])
+                raise ValueError(
+                    f"{table.name}: {table.at(row)}, column {column.name!r:.80}: no value, and the "
+                    "training data had none missing."
+                )
+            values = values.copy()
+            values[lacking] = column.fill
+        if column.categories:
+            texts = _as_text(values)
+            parts.append(texts[:, None] == np.array(column.categories, object)[None])
+            continue
+        if values.dtype != np.float64:
+            raise _not_a_number(table, column.name, values)
+        parts.append(values[:, None])
+    return np.concatenate([part.astype(np.float64) for part in parts], axis=1)
+
+
+def unknown_categories(table: Table, columns: Sequence[Column]) -> list[str]:
+    """What to tell of categories that the training part does not have."""
+    notices = []
+    for column in columns:
+        if column.categories:
+            values = table.columns[column.name]
+            texts = _as_text(values[~empty(values)])
+            new = sorted(set(texts) - set(column.categories))
+            if new:
+                notices.append(
+                    f"column {column.name!r:.80}: {new[0]!r:.80} does not occur in the training "
+                    f"part ({len(new)} such categories): all of its inputs are 0"
+                )
+    return notices
+
+
+def empty(column: np.ndarray) -> np.ndarray:
+    """Where a value is missing, bool `[N]`."""
+    if column.dtype == np.float64:
+        return np.isnan(column)
+    return np.fromiter((cell is None for cell in column), bool, len(column))
+
+
+def _text_column(
+    table: Table,
+    name: str,
+    column: np.ndarray,
+    there: np.ndarray,
+    missing: Missing | None,
+    one_hot: bool,
+) -> Column:
+    if not one_hot:
+        raise _not_a_number(table, name, column)
+    texts = _as_text(there)
+    categories, counts = np.unique(texts.astype(str), return_counts=True)
+    if len(categories) > MOST_CATEGORIES or (len(texts) >= 20 and 2 * len(categories) > len(texts)):
+        raise ValueError(
+            f"{table.name}: column {name!r:.80} has {len(categories)} different texts in "
+            f"{len(texts)} rows, too many for one input each: a name or an id? Drop it "
+            "(--drop-columns)."
+        )
+    fill = None
+    if missing not in (None, "drop"):  # text has no mean
+        fill = str(categories[counts.argmax()])
+    return Column(name, tuple(map(str, categories)), fill)
+
+
+def _not_a_number(table: Table, name: str, column: np.ndarray) -> ValueError:
+    row = next(i for i, cell in enumerate(column) if cell is not None and not _is_number(cell))
+    repair = "Make it one input per category (--text-columns one-hot), or drop it (--drop-columns)."
+    if not isinstance(column[row], str):
+        repair = "Drop it (--drop-columns)."
+    return ValueError(
+        f"{table.name}: {table.at(row)}, column {name!r:.80}: {column[row]!r:.80} is not a number. "
+        f"{repair}"
+    )
+
+
+def _fill(values: np.ndarray, missing: Missing | None) -> float:
+    if missing == "mean":
+        return float(values.mean())
+    if missing == "median":
+        return float(np.median(values))
+    found, counts = np.unique(values, return_counts=True)
+    return float(found[counts.argmax()])
+
+
+def _is_index(column: np.ndarray) -> bool:
+    if not len(column) or np.isnan(column).any() or (column != np.floor(column)).any():
+        return False
+    return len(np.unique(column)) == len(column)
+
+
+def _as_text(column: np.ndarray) -> np.ndarray:
+    """A column as text; whole numbers without a fraction."""
+    if column.dtype == np.float64:
+        column = np.array([int(x) if x == np.floor(x) else x for x in column.tolist()], object)
+    return np.array([str(cell) for cell in column], object)
+
+
+def _numbers_or_text(column: np.ndarray) -> np.ndarray:
+    if column.dtype == np.float64:
+        return column
+    try:
+        return np.array([float(cell) for cell in column])
+    except (ValueError, TypeError):
+        flags = {"true": 1.0, "false": 0.0}
+        found = [flags.get(str(cell).strip().lower()) for cell in column]
+        if None in found:
+            return np.array([str(cell) for cell in column])
+        return np.array(found)
+
+
+def _is_number(cell: Any) -> bool:
+    try:
+        float(cell)
+    except (ValueError, TypeError):
+        return False
+    return True
