@@ -178,7 +178,8 @@ def teacher(tmp_path: Path) -> str:
 def read(path: str, splits: Splits, monkeypatch: pytest.MonkeyPatch, **given: Any) -> Any:
     monkeypatch.setattr(_models, "read_splits", lambda *args, **kwargs: splits)
     text, about = _models.read_about(path, given.get("text"), "mlp:1")
-    return text, *_models.read_data(Data(), about, path)
+    found, form = _models.read_data(Data(), about, path)
+    return text, found, form.scaling
 
 
 def test_a_file_says_what_its_model_is(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:

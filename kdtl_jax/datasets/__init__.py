@@ -24,6 +24,8 @@ from kdtl_jax.datasets._splits import scaled as scaled
 from kdtl_jax.datasets._splits import standardized as standardized
 from kdtl_jax.datasets._splits import standardizer as standardizer
 from kdtl_jax.datasets._splits import stratified as stratified
+from kdtl_jax.datasets._summary import summary as summary
+from kdtl_jax.datasets._summary import warnings as warnings
 from kdtl_jax.datasets._tables import MISSING as MISSING
 from kdtl_jax.datasets._tables import Missing as Missing
 from kdtl_jax.datasets._targets import TARGETS as TARGETS

@@ -238,14 +238,14 @@ def finite_numbers(name: str, inputs: np.ndarray) -> np.ndarray:
         raise ValueError(f"{name}: inputs must be numbers, got {inputs.dtype}.")
     with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused below
         single = np.ascontiguousarray(inputs, np.float32)
-    finite = np.isfinite(single).reshape(len(single), -1).all(axis=1)
+    finite = np.isfinite(single).all(axis=tuple(range(1, single.ndim)))
     if not finite.all():
         rows = np.flatnonzero(~finite)
         raise ValueError(
             f"{name}: {len(rows)} of {len(single)} examples hold NaN or infinity, the first at row "
             f"{rows[0]}. Drop or impute them first."
         )
-    if inputs.ndim != 2 or inputs.dtype.itemsize < 4 or inputs.dtype == np.float32:
+    if not inputs.size or inputs.ndim != 2 or inputs.dtype.itemsize < 4 or inputs.dtype == np.float32:
         return single
     double = inputs.astype(np.float64)
     rounding = np.finfo(np.float32).eps * np.abs(double).max(axis=0)

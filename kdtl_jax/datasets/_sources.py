@@ -12,7 +12,7 @@ from kdtl_jax.datasets import _arrays, _images
 from kdtl_jax.datasets._arrays import Arrays
 from kdtl_jax.datasets._idx import idx_file, is_idx_folder, read_idx_array, read_idx_images
 from kdtl_jax.datasets._images import Pictures
-from kdtl_jax.datasets._labelled import TABLES, labelled, table_files
+from kdtl_jax.datasets._labeled import TABLES, labeled, table_files
 from kdtl_jax.datasets._source import Choices, Source, with_channels
 
 EXPECTED = (
@@ -37,7 +37,7 @@ def sources(path: Path, choices: Choices) -> dict[str, Source]:
     if path.suffix == ".npy":
         return _of_npy(path, choices)
     if path.suffix in TABLES:
-        return labelled({"whole": [path]}, choices)
+        return labeled({"whole": [path]}, choices)
     if _images.is_image(path) and not choices.with_targets:
         return {"whole": Source(str(path), Pictures(str(path), [path]))}
     if not choices.with_targets and _starts_as_idx(path):
@@ -55,7 +55,7 @@ def _of_folder(folder: Path, choices: Choices) -> dict[str, Source]:
         return _of_idx(folder, choices)
     tables = table_files(folder)
     if tables:
-        return labelled(tables, choices)
+        return labeled(tables, choices)
     arrays = _arrays.npy_folder(folder)
     if arrays.names:
         return _of_arrays(arrays, choices)

@@ -18,10 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax import methods, models
+from kdtl_jax import datasets, methods, models
 from kdtl_jax._types import PyTree, Variables
+<<<<<<< HEAD
 from kdtl_jax.datasets import Standardizer
 from kdtl_jax.interop import networks, own, safetensors
+=======
+from kdtl_jax.datasets import Preprocessing, Standardizer
+from kdtl_jax.interop import networks, safetensors
+>>>>>>> 3c52ec6 (One entry reads data as people have them; what is read and what looks wrong is said before training; model files say how data are read)
 from kdtl_jax.interop.networks import Network
 from kdtl_jax.run import record
 
@@ -37,6 +42,7 @@ class About(NamedTuple):
     scaling: Standardizer | None = None
     names: tuple[str, ...] = ()  # of the classes, where they are not numbers
     shape: tuple[int, ...] | None = None  # of one input
+    preprocessing: Preprocessing | None = None  # from files of data to inputs, and to answers
 
 
 class Connected(NamedTuple):
@@ -76,10 +82,11 @@ def about(path: str | Path) -> About:
         classes = int(known["classes"]) if "classes" in known else None
         names = tuple(map(str, json.loads(known.get("class_names", "[]"))))
         shape = tuple(map(int, json.loads(known["shape"]))) if "shape" in known else None
+        form = datasets.from_json(known["preprocessing"]) if "preprocessing" in known else None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: its metadata are damaged ({error}).") from None
     scaling = None if mean is None or scale is None else Standardizer(mean, scale)
-    return About(known.get("model"), classes, scaling, names, shape)
+    return About(known.get("model"), classes, scaling, names, shape, form)
 
 
 def save(
@@ -108,6 +115,8 @@ def save(
         metadata["class_names"] = json.dumps(about.names)
     if about.shape is not None:
         metadata["shape"] = json.dumps(about.shape)
+    if about.preprocessing is not None:
+        metadata["preprocessing"] = datasets.to_json(about.preprocessing)
     stored = tree(variables)
     if connected is not None:
         metadata |= {"method": connected.method, "setup": _setup_text(connected.setup)}

@@ -5,7 +5,11 @@ Networks are those of `interop.networks`, files those of `interop.model_files`. 
 """
 
 import sys
+<<<<<<< HEAD
 from pathlib import Path
+=======
+from collections.abc import Sequence
+>>>>>>> 3c52ec6 (One entry reads data as people have them; what is read and what looks wrong is said before training; model files say how data are read)
 from typing import Any
 
 import flax.linen as nn
@@ -14,8 +18,13 @@ import numpy as np
 
 from kdtl_jax import models, transforms
 from kdtl_jax._types import Params, Variables
+<<<<<<< HEAD
 from kdtl_jax.datasets import Splits, Standardizer, read_splits, standardizer
 from kdtl_jax.interop import model_files, own
+=======
+from kdtl_jax.datasets import Kind, Preprocessing, Splits, prepared, read_splits, scaled, summary
+from kdtl_jax.interop import model_files
+>>>>>>> 3c52ec6 (One entry reads data as people have them; what is read and what looks wrong is said before training; model files say how data are read)
 from kdtl_jax.interop.model_files import About as About
 from kdtl_jax.interop.model_files import load_variables as load_variables
 from kdtl_jax.interop.model_files import save as save
@@ -102,21 +111,52 @@ def read_about(path: str | None, text: str | None, default: str) -> tuple[str, A
     return about.model if text is None else text, about
 
 
-def read_data(settings: Data, about: About, path: str | None) -> tuple[Splits, Standardizer]:
-    """The data, scaled as the model's file says, or to mean 0 and deviation 1 of its training part.
+def read_data(
+    settings: Data, about: About, path: str | None, *, kinds: Sequence[Kind] = ("classes",)
+) -> tuple[Splits, Preprocessing]:
+    """The data, read and scaled as the model's file says, or by their training part; and how.
+
+    What they are, and what looks wrong, is printed.
+
+    Args:
+      settings: what names the data.
+      about: what the model's file says.
+      path: that file, for messages.
+      kinds: of targets that the caller can learn.
 
     Raises:
+      UsageError: if targets are of another kind.
       ValueError: if the file is of a model with other classes or inputs.
     """
+    known = about.preprocessing
     raw = read_splits(
         settings.data,
         label=settings.label,
+        inputs=settings.inputs,
+        target=settings.target,
+        missing=settings.missing,
+        one_hot=settings.text_columns is not None,
+        drop=settings.drop_columns,
+        image_size=settings.image_size,
         validation=settings.validation,
         test=settings.test,
         seed=settings.split_seed,
+        # Its classes are compared below.
+        preprocessing=None if known is None else known._replace(outputs=0, names=()),
     )
-    for notice in raw.train.notices:
-        print(f"note: {notice}", file=sys.stderr)
+    for line in summary(raw):
+        print(line, file=sys.stderr)
+    if raw.train.kind not in kinds:
+        meant = {"labels": "several labels per example", "numbers": "numbers (regression)"}
+        raise UsageError(
+            f"--data {settings.data}: targets are {meant.get(raw.train.kind, 'classes')}, and this "
+            f"command learns {' or '.join(meant.get(kind, 'one class each') for kind in kinds)}. "
+            "Choose what they are with --target."
+        )
+    if known is not None and known.kind != raw.train.kind:
+        raise ValueError(
+            f"{path} learned {known.kind}, the targets of the data are {raw.train.kind}."
+        )
     if about.classes not in (None, raw.train.classes):
         raise ValueError(
             f"{path} is of {about.classes} classes, the data has {raw.train.classes}. Give it data "
@@ -127,7 +167,12 @@ def read_data(settings: Data, about: About, path: str | None) -> tuple[Splits, S
             f"{path} is of the classes {', '.join(about.names)}, the data has "
             f"{', '.join(raw.train.names)}."
         )
-    measured = about.scaling or standardizer(raw.train)
+    _, form = prepared(raw)
+    form = form._replace(scaling=about.scaling or form.scaling)
+    if known is not None:
+        form = form._replace(target_scaling=known.target_scaling)
+    measured = form.scaling
+    assert measured is not None
     try:
         np.broadcast_shapes(raw.train.inputs.shape, measured.mean.shape, measured.scale.shape)
     except ValueError:
@@ -135,7 +180,7 @@ def read_data(settings: Data, about: About, path: str | None) -> tuple[Splits, S
             f"{path} scales inputs of shape {list(measured.mean.shape)}, the data's examples are "
             f"{list(raw.train.inputs.shape[1:])}."
         ) from None
-    return Splits(*(measured.apply(part) for part in raw)), measured
+    return scaled(raw, form), form
 
 
 def selected(teacher: Params, student: Params) -> Params:

@@ -71,7 +71,7 @@ def read(settings: Any, *, dtype: Any = None) -> Pair:
     """
     path = settings.teacher_weights
     text, about = _models.read_about(path, settings.teacher, DEFAULT_TEACHER)
-    splits, scaling = _models.read_data(settings, about, path)
+    splits, form = _models.read_data(settings, about, path)
     part = splits.train
     index = np.arange(len(part.labels), dtype=np.int32)
     arrays = {"inputs": part.inputs, "labels": part.labels, "index": index}
@@ -82,11 +82,15 @@ def read(settings: Any, *, dtype: Any = None) -> Pair:
     )
     given = None if path is None else _models.load_variables(path, large, example)
     files = {"data": settings.data, **({} if path is None else {"teacher_weights": path})}
+<<<<<<< HEAD
     named = {"teacher": text, "student": settings.student}
     files |= {
         role: _own.file_of(model) for role, model in named.items() if model_files.is_own(model)
     }
     about = About(None, part.classes, scaling, part.names, part.inputs.shape[1:])
+=======
+    about = About(None, part.classes, form.scaling, part.names, part.inputs.shape[1:], form)
+>>>>>>> 3c52ec6 (One entry reads data as people have them; what is read and what looks wrong is said before training; model files say how data are read)
     return Pair(splits, about, arrays, text, large, small, given, files, example)
 
 

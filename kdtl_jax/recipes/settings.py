@@ -63,12 +63,63 @@ def positive_rate(default: float | None, help: str, **options: Any) -> Any:
     return setting(default, help, metavar="X", above=0, most=1e30, **options)
 
 
+def joined(value: Any) -> str:
+    """`a,b`, or a list of such names, as text."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    if not isinstance(value, str):
+        raise ValueError(f"expected text as in a,b, got {value!r:.80}")
+    return value
+
+
+def some_names(value: Any) -> tuple[str, ...]:
+    """`names`, or none."""
+    return () if value in ("", (), []) else names(value)
+
+
+def height_and_width(value: Any) -> tuple[int, int] | None:
+    """`64`, `48x64`, or two numbers."""
+    if value is None:
+        return None
+    parts = value if isinstance(value, (list, tuple)) else str(value).lower().split("x")
+    sides = [int(part) for part in parts if str(part).strip().isdecimal() and len(str(part)) < 6]
+    if len(sides) != len(parts) or len(sides) not in (1, 2) or min(sides) < 1:
+        raise ValueError(f"expected height and width as in 64 or 48x64, got {value!r:.80}")
+    return sides[0], sides[-1]
+
+
 @dataclass(frozen=True)
 class Data:
     """What is learned from."""
 
     data: str = setting("digits", EXPECTED, metavar="DATA", group="data")
-    label: str = setting("label", "a CSV's label column", metavar="COLUMN", group="data")
+    label: str = setting(
+        "label", "a table's label column, or several as in a,b,c; or the array of labels",
+        metavar="NAME,...", parse=joined, group="data",
+    )  # fmt: skip
+    inputs: str | None = setting(
+        None, "the array of inputs, or the column of images; default: the usual names",
+        metavar="NAME", group="data",
+    )  # fmt: skip
+    target: Literal["auto", "classes", "labels", "numbers"] = setting(
+        "auto", "what is learned: one class, several labels at once, or numbers (regression); "
+        "auto: what the values are", group="data",
+    )  # fmt: skip
+    missing: Literal["mean", "median", "most_frequent", "drop"] | None = setting(
+        None, "what fills missing values of a table, or drop such rows; default: they are refused",
+        group="data",
+    )  # fmt: skip
+    text_columns: Literal["one-hot"] | None = setting(
+        None, "make columns of text one input per category; default: they are refused",
+        group="data",
+    )  # fmt: skip
+    drop_columns: tuple[str, ...] = setting(
+        (), "columns of a table to leave out", metavar="NAME,...", parse=some_names, group="data"
+    )
+    image_size: tuple[int, int] | None = setting(
+        None, "resize images to this height and width; default: all must be of one size",
+        metavar="H[xW]", parse=height_and_width, group="data",
+    )  # fmt: skip
     validation: float = setting(
         0.2, "fraction held out for validation if the data has no validation split",
         metavar="SHARE", least=0, below=1, group="data",

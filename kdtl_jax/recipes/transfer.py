@@ -15,7 +15,7 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax.datasets import Dataset, Splits, Standardizer, only_classes
+from kdtl_jax.datasets import Dataset, Preprocessing, Splits, only_classes
 from kdtl_jax.interop import safetensors
 from kdtl_jax.recipes import _models, _output, _students, _targets
 from kdtl_jax.recipes import _transfer_methods as ways
@@ -121,7 +121,7 @@ def run(settings: Settings) -> int | None:
     if settings.where is not None:
         surgery = surgery._replace(where=types.selector(settings.where))
     text, about = _models.read_about(path, settings.model, "mlp:128,64")
-    scaling, source_part, target = read(settings, about)
+    form, source_part, target = read(settings, about)
     net = _models.network(
         _models.module(text, target.train.classes), jnp.asarray(target.train.inputs[:1])
     )
@@ -152,7 +152,9 @@ def run(settings: Settings) -> int | None:
             for row in found.rows
         }
         shape = target.train.inputs.shape[1:]
-        known = About(text, target.train.classes, scaling, target.train.names, shape)
+        classes, names = target.train.classes, target.train.names
+        form = form._replace(names=names, outputs=classes, shape=shape)
+        known = About(text, classes, form.scaling, names, shape, form)
         kept = [student for student in students.values() if student]
         _students.write(folder, kept, known)
         rows = [
@@ -206,15 +208,15 @@ def run(settings: Settings) -> int | None:
     return 0
 
 
-def read(settings: Settings, about: About) -> tuple[Standardizer, Dataset, Splits]:
-    """How inputs are scaled, the source's training set and the target's splits.
+def read(settings: Settings, about: About) -> tuple[Preprocessing, Dataset, Splits]:
+    """How the data are read, the source's training set and the target's splits.
 
     Raises:
       UsageError: if classes or canvas do not fit the data.
     """
     # A file's classes are the source's own: the target's may be others.
     own = about._replace(classes=None, names=())
-    ready, scaling = _models.read_data(settings, own, settings.source_weights)
+    ready, form = _models.read_data(settings, own, settings.source_weights)
     classes, is_trained = ready.train.classes, settings.source_weights is None
     first = _range(settings.source_classes) or range(classes // 2)
     later = range(first.stop, classes) if is_trained else range(classes)
@@ -230,14 +232,14 @@ def read(settings: Settings, about: About) -> tuple[Standardizer, Dataset, Split
     default = CANVAS if settings.data == "digits" and is_trained else 0
     canvas = default if settings.canvas is None else settings.canvas
     if not canvas:
-        return scaling, sources, target
+        return form, sources, target
     sides = ready.train.inputs.shape[1:3]
     if ready.train.inputs.ndim != 4 or max(sides) > canvas:
         raise UsageError(
             f"--canvas {canvas}: needs images no larger than that, the data is {list(sides)}"
         )
     placed = [on_canvas(part, canvas, seed=1 + i) for i, part in enumerate(target)]
-    return scaling, on_canvas(sources, canvas, seed=0, copies=8), Splits(*placed)
+    return form, on_canvas(sources, canvas, seed=0, copies=8), Splits(*placed)
 
 
 def on_canvas(data: Dataset, canvas: int, *, seed: int, copies: int = 1) -> Dataset:

@@ -31,7 +31,7 @@ def table_files(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def labelled(files: Mapping[str, Sequence[Path]], choices: Choices) -> dict[str, Source]:
+def labeled(files: Mapping[str, Sequence[Path]], choices: Choices) -> dict[str, Source]:
     """The parts of tables; one without labels, as competitions have them, is left out.
 
     Raises:
