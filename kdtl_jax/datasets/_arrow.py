@@ -1,6 +1,6 @@
 """Parquet and Arrow files, and folders of Hugging Face's `datasets`, read by pyarrow alone.
 
-    pip install 'kdtl_jax[tables]'
+    pip install 'kdtl_jax[data]'
 
 Names of classes come from the `datasets` features that its files carry. Images are read from the
 bytes in the file; what a file merely points to is never opened.
@@ -79,7 +79,7 @@ def _pyarrow(path: Path) -> Any:
         import pyarrow.parquet
     except ImportError:
         raise ImportError(
-            f"{path}: parquet and Arrow files are read by pyarrow: pip install 'kdtl_jax[tables]'."
+            f"{path}: parquet and Arrow files are read by pyarrow: pip install 'kdtl_jax[data]'."
         ) from None
     return pa
 

@@ -20,13 +20,8 @@ from jax import Array
 
 from kdtl_jax import datasets, methods, models
 from kdtl_jax._types import PyTree, Variables
-<<<<<<< HEAD
-from kdtl_jax.datasets import Standardizer
-from kdtl_jax.interop import networks, own, safetensors
-=======
 from kdtl_jax.datasets import Preprocessing, Standardizer
-from kdtl_jax.interop import networks, safetensors
->>>>>>> 3c52ec6 (One entry reads data as people have them; what is read and what looks wrong is said before training; model files say how data are read)
+from kdtl_jax.interop import networks, own, safetensors
 from kdtl_jax.interop.networks import Network
 from kdtl_jax.run import record
 

@@ -5,11 +5,8 @@ Networks are those of `interop.networks`, files those of `interop.model_files`. 
 """
 
 import sys
-<<<<<<< HEAD
-from pathlib import Path
-=======
 from collections.abc import Sequence
->>>>>>> 3c52ec6 (One entry reads data as people have them; what is read and what looks wrong is said before training; model files say how data are read)
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -18,13 +15,8 @@ import numpy as np
 
 from kdtl_jax import models, transforms
 from kdtl_jax._types import Params, Variables
-<<<<<<< HEAD
-from kdtl_jax.datasets import Splits, Standardizer, read_splits, standardizer
-from kdtl_jax.interop import model_files, own
-=======
 from kdtl_jax.datasets import Kind, Preprocessing, Splits, prepared, read_splits, scaled, summary
-from kdtl_jax.interop import model_files
->>>>>>> 3c52ec6 (One entry reads data as people have them; what is read and what looks wrong is said before training; model files say how data are read)
+from kdtl_jax.interop import model_files, own
 from kdtl_jax.interop.model_files import About as About
 from kdtl_jax.interop.model_files import load_variables as load_variables
 from kdtl_jax.interop.model_files import save as save

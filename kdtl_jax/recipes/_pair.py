@@ -82,15 +82,11 @@ def read(settings: Any, *, dtype: Any = None) -> Pair:
     )
     given = None if path is None else _models.load_variables(path, large, example)
     files = {"data": settings.data, **({} if path is None else {"teacher_weights": path})}
-<<<<<<< HEAD
     named = {"teacher": text, "student": settings.student}
     files |= {
         role: _own.file_of(model) for role, model in named.items() if model_files.is_own(model)
     }
-    about = About(None, part.classes, scaling, part.names, part.inputs.shape[1:])
-=======
     about = About(None, part.classes, form.scaling, part.names, part.inputs.shape[1:], form)
->>>>>>> 3c52ec6 (One entry reads data as people have them; what is read and what looks wrong is said before training; model files say how data are read)
     return Pair(splits, about, arrays, text, large, small, given, files, example)
 
 
