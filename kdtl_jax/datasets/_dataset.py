@@ -245,7 +245,12 @@ def finite_numbers(name: str, inputs: np.ndarray) -> np.ndarray:
             f"{name}: {len(rows)} of {len(single)} examples hold NaN or infinity, the first at row "
             f"{rows[0]}. Drop or impute them first."
         )
-    if not inputs.size or inputs.ndim != 2 or inputs.dtype.itemsize < 4 or inputs.dtype == np.float32:
+    if (
+        not inputs.size
+        or inputs.ndim != 2
+        or inputs.dtype.itemsize < 4
+        or inputs.dtype == np.float32
+    ):
         return single
     double = inputs.astype(np.float64)
     rounding = np.finfo(np.float32).eps * np.abs(double).max(axis=0)
