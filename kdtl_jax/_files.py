@@ -193,7 +193,8 @@ def check_free(folder: Path, kind: str) -> None:
     if (folder / MARK).exists():
         found = read_sealed(folder / MARK)
         if found.get("kind") != kind or not isinstance(found.get("id"), str):
-            raise ValueError(f"{folder} holds {found.get('kind')}, not {kind}. {ANOTHER}")
+            held = _text.shown(found.get("kind"))
+            raise ValueError(f"{folder} holds {held}, not {kind}. {ANOTHER}")
         return
     refuse(folder, folder.iterdir())
 

@@ -147,11 +147,12 @@ def _windows(config: Config, sliding: Callable[[int], bool]) -> tuple[int | None
     types = config.get("layer_types")
     if types is None:
         return tuple(window if sliding(i) else None for i in range(layers))
-    unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
+    unknown = set(types) - {"sliding_attention", "full_attention"}
     if unknown or len(types) != layers:
+        strange = f" with {_text.listed(sorted(map(str, unknown)))}" if unknown else ""
         raise ValueError(
             f"layer_types must be {layers} times 'sliding_attention' or 'full_attention', got "
-            f"{len(types)} entries{f' with {unknown}' if unknown else ''}."
+            f"{len(types)} entries{strange}."
         )
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 

@@ -55,6 +55,11 @@ def rope(
     partial = _positive(given, "partial_rotary_factor", partial)
     if partial > 1:
         raise ValueError(f"config.json: partial_rotary_factor must be at most 1, got {partial}.")
+    partial = number({"partial_rotary_factor": partial}, "partial_rotary_factor", 1.0)
+    if not 0 < partial <= 1:
+        raise ValueError(
+            f"config.json: partial_rotary_factor must be above 0 and at most 1, got {partial}."
+        )
     width = int(width * partial)
     if width > 1 << 16:
         raise ValueError(f"config.json: heads of {width} channels are wider than any model has.")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from kdtl_jax import models, transforms
+from kdtl_jax import _text, models, transforms
 from kdtl_jax._files import atomic_file
 from kdtl_jax._types import Params
 from kdtl_jax.interop import _hf_decoders, naming, safetensors
@@ -40,6 +40,10 @@ class PretrainedDecoder(NamedTuple):
 
 
 _HEAD = "lm_head.weight"
+_SIZES = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "n_embd", "n_inner", "n_head"),
+)
 _BUFFERS = (r"(.*\.)?rotary_emb\.inv_freq", r"(.*\.)?h\.\d+\.attn\.(masked_)?bias")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -188,7 +192,12 @@ def _built(
     config: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> tuple[models.DecoderConfig, tuple[Rule, ...], set[str]]:
     """The decoder of a config and its tensors, its rules, and the copies of tied tensors."""
+    _check_sizes(config, tensors)
     built, rules = _hf_decoders.decoder(config)
+    if built.layers > len(tensors):
+        raise ValueError(
+            f"config.json: {built.layers} layers; the file has {len(tensors)} tensors."
+        )
     prefix = _hf_decoders.FAMILIES[config["model_type"]].prefix
     if not any(name.startswith(prefix) for name in tensors):
         prefix = ""
@@ -205,6 +214,17 @@ def _built(
             f"config.json says that the head is not the embedding, and there is no {_HEAD!r}."
         )
     return built, rules, unused
+
+
+def _check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    """Refuses sizes that no tensor has before a model of them is built."""
+    longest = max((side for array in tensors.values() for side in array.shape), default=0)
+    for key in _SIZES:
+        if isinstance(config.get(key), int) and config[key] > longest:
+            raise ValueError(
+                f"config.json: {key} = {_text.shown(config[key])}; no tensor of the file has a "
+                f"side longer than {longest}."
+            )
 
 
 def _prefixed(rules: Sequence[Rule], prefix: str) -> tuple[Rule, ...]:

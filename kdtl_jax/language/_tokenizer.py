@@ -107,7 +107,10 @@ def tokenizer(path: str | Path) -> Tokenizer:
     def id_of(name: str) -> int | None:
         found = config.get(f"{name}_token_id")
         found = next(iter(found), None) if isinstance(found, list) else found
-        if isinstance(found, int) and not isinstance(found, bool):
+        # Below 0 is how some say that there is none.
+        if isinstance(found, int) and not isinstance(found, bool) and found >= 0:
+            if found >= 2**31:
+                raise ValueError(f"{file.parent / 'config.json'}: {name}_token_id is no token.")
             return found
         text = special.get(f"{name}_token")
         return None if text is None else made.token_to_id(text)
@@ -168,7 +171,7 @@ def _object(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {quoted(str(error))}.") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {quoted(str(found))}.")
+        raise ValueError(f"{file} must hold a JSON object, got {quoted(found)}.")
     return found
 
 
@@ -181,7 +184,10 @@ def _text(token: Any) -> str | None:
 def _template(folder: Path, about: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text ({error}).") from None
     found = about.get("chat_template")
     if isinstance(found, list):
         named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from kdtl_jax import _checks, _files, trees
+from kdtl_jax import _checks, _files, _text, trees
 from kdtl_jax._types import PyTree
 from kdtl_jax.run import processes, scores
 from kdtl_jax.run.checkpoint import _history
@@ -217,7 +217,8 @@ def read_manifest(home: Path) -> Manifest:
     """
     value = _files.read_sealed(home / MANIFEST)
     if value.get("format") != FORMAT:
-        raise ValueError(f"format {value.get('format')}, this version reads {FORMAT}")
+        said = _text.shown(value.get("format"))
+        raise ValueError(f"format {said}, this version reads {FORMAT}")
     fields: dict[str, Any] = {name: value.get(name) for name in Manifest._fields}
     odd = [name for name, kind in _KINDS.items() if not isinstance(fields[name], kind)]
     if not odd and not all(map(_is_leaf, fields["leaves"])):
@@ -266,14 +267,15 @@ def _problem(folder: Path, step: int, owner: Mapping[str, str] | None) -> str | 
     if manifest.folder != here:
         return "it was saved in another folder, by another run or for another method"
     if owner is not None and manifest.owner != dict(owner):
-        return f"it belongs to {manifest.owner or 'nothing named'}, not to {dict(owner)}"
+        whose = _text.shown(manifest.owner, 200) if manifest.owner else "nothing named"
+        return f"it belongs to {whose}, not to {dict(owner)}"
     if manifest.history is not None:
         try:
             _history.read(folder, manifest.history)
         except ValueError as error:
             return str(error)
     for name, known in manifest.files.items():
-        path = home / name
+        path, name = home / name, _text.shown(name)
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != known["bytes"]:
