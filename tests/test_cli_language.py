@@ -31,6 +31,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_writes_students_that_open_and_what_was_measured(tmp_path: Path, text: Path):
     out = tmp_path / "run"
     words = ["language", *TINY, "--data", str(text), "--method", "opd,qad", "--out", str(out)]
+    words += ["--teacher-cache", str(tmp_path / "cache"), "--cached", "top_k=8"]  # for qad
     assert cli.main(words) == 0
     found = json.loads((out / "results.json").read_text())
     rows = {row["name"]: row for row in found["rows"]}
@@ -85,6 +86,8 @@ def test_a_stopped_run_resumes_to_the_same_bits(
         (["--shape", "layers=1"], "expected layers=N"),
         (["--batch-size", "4000"], "rows to learn from"),
         (["--microbatches", "3"], "must divide"),
+        (["--method", "sft", "--teacher-cache", "x"], "--teacher-cache serves kd and qad"),
+        (["--cached", "top_k"], "expected dense, top_k=N or draws=N"),
     ],
 )
 def test_settings_that_make_no_sense_are_told_in_one_line(

@@ -10,6 +10,10 @@ from kdtl_jax.language._alignment import merge_chunks as merge_chunks
 from kdtl_jax.language._alignment import merge_tokens as merge_tokens
 from kdtl_jax.language._alignment import require_same_ids as require_same_ids
 from kdtl_jax.language._alignment import shared_ids as shared_ids
+from kdtl_jax.language._cached import kd_stored as kd_stored
+from kdtl_jax.language._cached import stored_divergence as stored_divergence
+from kdtl_jax.language._cached import stored_names as stored_names
+from kdtl_jax.language._cached import stored_outputs as stored_outputs
 from kdtl_jax.language._chat import Chat as Chat
 from kdtl_jax.language._chat import chat as chat
 from kdtl_jax.language._chat import chat_prompt as chat_prompt

@@ -285,14 +285,14 @@ def _cross_entropy(setup: Setup) -> TermsFn:
 
 
 def _student_decoder(setup: Setup) -> Decoder:
-    return _known(setup.student, setup.vocabulary)
+    return known(setup.student, setup.vocabulary)
 
 
 def _teacher_decoder(setup: Setup) -> Decoder:
-    return _known(setup.teacher or setup.student, setup.vocabulary)
+    return known(setup.teacher or setup.student, setup.vocabulary)
 
 
-def _known(decoder: Decoder, size: int | None) -> Decoder:
+def known(decoder: Decoder, size: int | None) -> Decoder:
     """The decoder without the padding of its table: its head has the first `size` tokens."""
     if size is None:
         return decoder

@@ -1,6 +1,6 @@
 """The models of `kdtl language`: folders, some of a model's layers, or a shape to start anew."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +77,39 @@ def load(folder: str) -> PretrainedDecoder:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder} is no folder.")
     return decoders.load(folder, dtype=jnp.float32)
+
+
+def beginning(
+    teacher: PretrainedDecoder,
+    *,
+    folder: str | None,
+    fresh: PretrainedDecoder | None,
+    layers: Sequence[int],
+    is_whole: bool,
+) -> PretrainedDecoder:
+    """The student that every method starts from.
+
+    Args:
+      teacher: what it is taken from unless there is a folder or a fresh one.
+      folder: of a student.
+      fresh: a student of a shape.
+      layers: the teacher's that it takes; none means every second one.
+      is_whole: take all of the teacher's layers where none are named.
+    """
+    if folder is not None:
+        return load(folder)
+    if fresh is not None:
+        return fresh
+    if is_whole and not layers:
+        return teacher
+    return decoders.student(teacher, layers=layers or range(0, teacher.model.config.layers, 2))
+
+
+def write_folder(folder: Path, params: Params, of: PretrainedDecoder, source: str | None) -> None:
+    """A Hugging Face folder: weights, config, tokenizer."""
+    decoders.save(folder, params, of.rules, config=of.config, tokenizer=source)
+    if source is None:
+        language.write_byte_tokenizer(folder)
 
 
 def student(

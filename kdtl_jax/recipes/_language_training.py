@@ -18,7 +18,7 @@ from kdtl_jax.objective import Inputs, Metrics
 from kdtl_jax.recipes import _output
 from kdtl_jax.recipes._language_text import Rows
 from kdtl_jax.recipes._training import newest
-from kdtl_jax.run import checkpoint, data, loop, sharding
+from kdtl_jax.run import checkpoint, data, loop, sharding, teacher_cache
 from kdtl_jax.run.measure import step_times
 from kdtl_jax.train import Batch, TrainState
 
@@ -53,12 +53,15 @@ def place(tree: Any, mesh: Mesh | None) -> Any:
     return tree if mesh is None else sharding.place(tree, mesh)
 
 
-def batches(rows: Rows, batch_size: int, key: Array) -> data.Source:
-    """The rows in an order that is a function of key and step."""
+def batches(
+    rows: Rows, batch_size: int, key: Array, cache: teacher_cache.Cache | None = None
+) -> data.Source:
+    """The rows, with their cached teacher, in an order that is a function of key and step."""
     arrays = {"inputs": rows.inputs}
 
     def read(epoch: int, chosen: np.ndarray) -> Batch:
-        return data.take_rows(arrays, chosen)
+        batch = data.take_rows(arrays, chosen)
+        return batch if cache is None else {**batch, "teacher": teacher_cache.rows(cache, chosen)}
 
     return data.stream(read, len(rows.inputs["tokens"]), batch_size, key=key)
 
@@ -73,6 +76,7 @@ def trained(
     measure: Measure,
     run: Run,
     order: Array,
+    cache: teacher_cache.Cache | None = None,
 ) -> Trained:
     """Trains up to `steps`, from the newest save if the run resumes.
 
@@ -86,6 +90,7 @@ def trained(
       measure: numbers of the parameters, along the way and at the end.
       run: what the trainings share.
       order: key of the rows' order.
+      cache: the teacher's outputs on the rows, where the step reads them.
 
     Raises:
       SystemExit: after a signal, with everything saved.
@@ -127,7 +132,7 @@ def trained(
         result = loop.run(
             step,
             state,
-            batches(rows, run.batch_size, order),
+            batches(rows, run.batch_size, order, cache),
             teacher_params,
             steps=steps,
             log=log,

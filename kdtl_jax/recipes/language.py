@@ -12,7 +12,6 @@ this is a small example on bytes: 390 kB of Shakespeare that come with the packa
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -21,7 +20,7 @@ import optax
 
 from kdtl_jax import language, losses, train, trees
 from kdtl_jax._types import Params
-from kdtl_jax.interop import decoders
+from kdtl_jax.recipes import _language_cache as of_cache
 from kdtl_jax.recipes import _language_models as of_models
 from kdtl_jax.recipes import _language_report as of_report
 from kdtl_jax.recipes import _language_text as text_rows
@@ -30,7 +29,7 @@ from kdtl_jax.recipes import _output
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._training import warmed_up
 from kdtl_jax.recipes.settings import UsageError, setting
-from kdtl_jax.run import sharding
+from kdtl_jax.run import sharding, teacher_cache
 
 METHODS = {method.name: method for method in language.methods()}
 DIVERGENCES = {
@@ -91,6 +90,15 @@ class Settings(types.Output):
     shape: Mapping[str, int] | None = setting(
         None, "a student with random weights: layers=2,width=64,heads=4[,key_heads=N][,hidden=N]",
         metavar="NAME=N,...", parse=of_models.shaped, group="models",
+    )  # fmt: skip
+    teacher_cache: str | None = setting(
+        None, "keep the teacher's distributions on the rows in this folder, or read them from it; "
+        "for kd and qad", metavar="FOLDER", group="models",
+    )  # fmt: skip
+    cached: str = setting(
+        "top_k=64", "what --teacher-cache keeps: the N most likely tokens and the mass of the "
+        "rest, N draws, or all", metavar="dense|top_k=N|draws=N", parse=of_cache.form,
+        group="models",
     )  # fmt: skip
     lora: int | None = setting(
         None, "train a LoRA of this rank instead of all weights", metavar="RANK", least=1,
@@ -180,6 +188,8 @@ def run(settings: Settings) -> int:
         raise UsageError("--microbatches must divide --batch-size.")
     if sum((settings.student is not None, bool(settings.layers), settings.shape is not None)) > 1:
         raise UsageError("give one of --student, --layers and --shape.")
+    if settings.teacher_cache and not {m.name for m in chosen} & set(of_cache.METHODS):
+        raise UsageError("--teacher-cache serves kd and qad: others ask about samples, or nothing.")
     mesh = sharding.make_mesh(**settings.mesh) if settings.mesh else None
     key_teacher, key_student, key_order, key_sample = jax.random.split(
         jax.random.key(settings.seed), 4
@@ -233,11 +243,12 @@ def run(settings: Settings) -> int:
             steps: int,
             measure: training.Measure,
             trainable: Any = trees.everything,
+            cache: teacher_cache.Cache | None = None,
         ) -> training.Trained:
             nonlocal common
             state = train.init_state(params, tx, key=key_student, trainable=trainable)
             found = training.trained(
-                name, learner, state, text.train, shared, steps, measure, common, key_order
+                name, learner, state, text.train, shared, steps, measure, common, key_order, cache
             )
             common = common._replace(finished=(*common.finished, name))
             curves[name] = found.curve
@@ -272,18 +283,19 @@ def run(settings: Settings) -> int:
             own = language.model(teacher.model)
             measure = measuring(own, language.as_they_are, own, teacher.params)
             curves["teacher"] = [training.as_line(0, measure(teacher.params))]
+        cache = None
+        if settings.teacher_cache:
+            cache = of_cache.written(
+                settings.teacher_cache, teacher, tokenizer, text.train, form=settings.cached,
+                dtype="float32", batch_size=settings.batch_size, seed=settings.seed, say=say,
+            )  # fmt: skip
         teacher = teacher._replace(params=training.place(teacher.params, mesh))
 
-        # The student that every method starts from.
-        if settings.student is not None:
-            start = of_models.load(settings.student) if settings.teacher else teacher
-        elif fresh is not None:
-            start = fresh
-        elif settings.layers or settings.method != ("qad",):
-            layers = settings.layers or range(0, teacher.model.config.layers, 2)
-            start = decoders.student(teacher, layers=layers)
-        else:
-            start = teacher
+        start = of_models.beginning(
+            teacher, folder=settings.student if settings.teacher else None, fresh=fresh,
+            layers=settings.layers,
+            is_whole=settings.student is not None or settings.method == ("qad",),
+        )  # fmt: skip
         rows_of_tables = {x.model.config.vocabulary for x in (teacher, start)}
         vocabulary = tokenizer.size if len(rows_of_tables) > 1 else None
         built: dict[str, tuple[of_models.Student, training.Trained]] = {}
@@ -327,9 +339,11 @@ def run(settings: Settings) -> int:
             if method.teaches_itself:
                 itself = jax.jit(student.weights)(params)
                 shared = None if name == "self_ema" else training.place(itself, mesh)
+            is_cached = cache is not None and name in of_cache.METHODS
+            learner = language.kd_stored(setup) if is_cached else method.build(setup)
             found = teach(
-                name, method.build(setup), setup.tx, params, shared, settings.steps, measure,
-                student.trainable,
+                name, learner, setup.tx, params, None if is_cached else shared, settings.steps,
+                measure, student.trainable, cache if is_cached else None,
             )  # fmt: skip
             built[name] = student, found
 
@@ -343,9 +357,9 @@ def run(settings: Settings) -> int:
         for name, (student, found) in built.items():
             whole = jax.jit(student.weights)(found.params)
             compared.append((name, METHODS[name].title, student.decoder, whole, found.seconds))
-            write_folder(folder / name, whole, start, source)
+            of_models.write_folder(folder / name, whole, start, source)
         if source is None:
-            write_folder(folder / "teacher", teacher.params, teacher, None)
+            of_models.write_folder(folder / "teacher", teacher.params, teacher, None)
         table, said, programs = [], {}, {}
         for name, title, decoder, params, seconds in compared:
             if decoder.config not in programs:
@@ -383,12 +397,3 @@ def run(settings: Settings) -> int:
         of_report.write(folder, title, about, table, curves, sides, notes)
         print(f"students: {', '.join(str(folder / name) for name in built)}")
     return 0
-
-
-def write_folder(
-    folder: Path, params: Params, of: decoders.PretrainedDecoder, source: str | None
-) -> None:
-    """A Hugging Face folder: weights, config, tokenizer."""
-    decoders.save(folder, params, of.rules, config=of.config, tokenizer=source)
-    if source is None:
-        language.write_byte_tokenizer(folder)

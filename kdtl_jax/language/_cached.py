@@ -1,0 +1,198 @@
+"""A teacher's distributions per token, to be kept on disk, and learning from them.
+
+    stored = language.stored_outputs(teacher.model, top_k=64)
+    run.teacher_cache.write("cache", stored, teacher.params, {"inputs": rows}, batch_size=16,
+                            taps=language.stored_names(top_k=64))
+    learner = language.kd_stored(setup)  # batches have the cache's rows as "teacher"
+
+Three forms: all logits (`logits`), the k most likely tokens with the mass of the rest (`indices`,
+`log_probs`, `log_tail`), and counts of tokens drawn from the teacher (`indices`, `counts`). Counts
+are unbiased with a dozen entries per position. The top alone, without the rest, is biased and not
+offered.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax import losses, train
+from kdtl_jax._types import Mean, ModelFn, Outputs, Params, PyTree
+from kdtl_jax.language import _methods, _terms
+from kdtl_jax.language._terms import CHUNK, Divergence
+from kdtl_jax.models import Decoder
+from kdtl_jax.objective import Inputs, TermsFn
+
+
+def stored_names(*, top_k: int | None = None, draws: int | None = None) -> tuple[str, ...]:
+    """The outputs of `stored_outputs` with the same arguments."""
+    if top_k is not None and draws is not None:
+        raise ValueError(f"give one of top_k and draws, got {top_k} and {draws}.")
+    if draws is not None:
+        return ("indices", "counts")
+    return ("logits",) if top_k is None else ("indices", "log_probs", "log_tail")
+
+
+def stored_outputs(
+    teacher: Decoder,
+    *,
+    top_k: int | None = None,
+    draws: int | None = None,
+    key: Array | None = None,
+    vocabulary: int | None = None,
+    chunk_size: int = CHUNK,
+) -> ModelFn:
+    """A model function of token batches whose outputs are what a cache keeps of each position.
+
+    Args:
+      teacher: the decoder.
+      top_k: keep the k most likely tokens, their log-probabilities and the log of the rest's mass.
+      draws: keep N draws with replacement, as different tokens and their counts, 0 for none. Needs
+        an entry `"row"` int `[B]` in the batch: a row's draws depend on it and the key alone.
+      key: of the draws.
+      vocabulary: how many token ids there are, where the teacher's table has more rows.
+      chunk_size: tokens whose logits exist at a time, for `top_k` and `draws`.
+
+    Returns:
+      The function; with neither it gives `logits` `[B, L, V]`.
+    """
+    names = stored_names(top_k=top_k, draws=draws)
+    if (draws is None) != (key is None):
+        raise ValueError("draws and key belong together.")
+    draw_key, apply_hidden = key, _terms.model(_methods.known(teacher, vocabulary))
+
+    def of_logits(logits: Array, keys: Any) -> dict[str, Array]:
+        small = _smallest(logits.shape[-1])
+        if top_k is not None:
+            cut = losses.top_k_targets(logits, k=top_k)
+            return {**cut._asdict(), "indices": cut.indices.astype(small)}
+        assert draws is not None and draw_key is not None
+        count = draws
+        kind = jax.random.key_impl(draw_key)
+
+        def drawn(data: Array, row: Array) -> Array:
+            key = jax.random.wrap_key_data(data, impl=kind)
+            return losses.random_sampling_draws(key, row, num_draws=count)
+
+        indices, counts = _counted(jax.vmap(drawn)(keys, logits))
+        return {"indices": indices.astype(small), "counts": counts.astype(_smallest(draws + 1))}
+
+    def apply(
+        params: Params,
+        model_state: PyTree,
+        inputs: Any,
+        *,
+        key: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, PyTree]:
+        outputs, model_state = apply_hidden(params, model_state, inputs)
+        hidden: Any = outputs["hidden"]
+        head: Any = outputs["head"]
+        if names == ("logits",):
+            return {"logits": losses.head_logits(hidden, head)}, model_state
+        keys = None
+        if draw_key is not None:
+            rows = jax.vmap(jax.random.fold_in, (None, 0))(draw_key, inputs["row"])
+            own = jax.vmap(lambda key: jax.random.split(key, hidden.shape[1]))(rows)
+            keys = jax.random.key_data(own)
+        stored = losses.chunked_map(of_logits, hidden, head, keys, chunk_size=chunk_size)
+        return stored, model_state
+
+    return apply
+
+
+def stored_divergence(divergence: Divergence | None = None, *, chunk_size: int = CHUNK) -> TermsFn:
+    """The terms `{"kd": mean over learned tokens}` against `inputs.teacher`, in any stored form.
+
+    All logits: the divergence, forward KL by default. The k most likely tokens: the divergence
+    between the k tokens and one bucket of all others. Counts: the cross-entropy with the drawn
+    tokens, whose gradient is in expectation that of the forward KL.
+
+    Raises:
+      ValueError: if the batch has no stored teacher, or a divergence other than the default is
+        asked of counts.
+    """
+
+    def terms(inputs: Inputs) -> dict[str, Mean]:
+        _, where = _terms.counted(inputs)
+        loss, targets = _loss(inputs.teacher, divergence)
+        head: Any = inputs.student["head"]
+        kd = losses.chunked_loss(
+            loss,
+            inputs.student["hidden"],
+            head,
+            targets,
+            where=where,
+            chunk_size=chunk_size,
+        )
+        return {"kd": kd}
+
+    return terms
+
+
+def kd_stored(setup: _methods.Setup) -> _methods.Learner:
+    """`kd` from a cached teacher: batches hold its rows as `"teacher"`; it takes no parameters.
+
+    References:
+      Anshumann et al., Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs, 2025
+      (2503.16870), for counts.
+    """
+    terms = stored_divergence(setup.divergence, chunk_size=setup.chunk_size)
+    weights = {"kd": 1.0}
+    if setup.task:
+        own = _terms.cross_entropy(chunk_size=setup.chunk_size)
+        terms, weights = _terms.together(terms, own), {**weights, "task": setup.task}
+    step = train.make_step(
+        _terms.model(_methods.known(setup.student, setup.vocabulary), setup.weights),
+        terms,
+        weights,
+        setup.tx,
+        trainable=setup.trainable,
+        microbatches=setup.microbatches,
+    )
+    return _methods.Learner(step, lambda state: state)
+
+
+def _loss(stored: Mapping[str, Any], divergence: Divergence | None) -> tuple[Any, Any]:
+    """The loss of logits and targets, and the targets, of whatever form is stored."""
+    if "logits" in stored:
+        return divergence or losses.forward_kl, stored["logits"]
+    if "counts" in stored:
+        if divergence is not None:
+            raise ValueError("a teacher stored as counts has one loss: give no divergence.")
+        counts = stored["counts"].astype(jnp.float32)
+        shares = counts / jnp.sum(counts, axis=-1, keepdims=True)
+        indices = stored["indices"].astype(jnp.int32)
+        return losses.random_sampling_cross_entropy, losses.WeightedClasses(indices, shares)
+    if "log_tail" in stored:
+        targets = losses.TopK(
+            stored["indices"].astype(jnp.int32), stored["log_probs"], stored["log_tail"]
+        )
+        if divergence is None:
+            return losses.top_k_kl_tail, targets
+
+        def in_buckets(logits: Array, cut: Any) -> Array:
+            return divergence(*losses.top_k_buckets(logits, cut))
+
+        return in_buckets, targets
+    raise ValueError(
+        f'the batch has no stored teacher: "teacher" has {sorted(stored)}, expected the outputs of '
+        "stored_outputs."
+    )
+
+
+def _counted(draws: Array) -> tuple[Array, Array]:
+    """Different draws first, each with how often it was drawn; then entries of count 0."""
+    ordered = jnp.sort(draws, axis=-1)
+    before = jnp.pad(ordered[..., :-1], [(0, 0)] * (draws.ndim - 1) + [(1, 0)], constant_values=-1)
+    is_first = ordered != before
+    counts = jnp.sum(ordered[..., :, None] == ordered[..., None, :], axis=-1) * is_first
+    places = jnp.argsort(~is_first, axis=-1, stable=True)
+    first, second = (jnp.take_along_axis(x, places, axis=-1) for x in (ordered, counts))
+    return first, second
+
+
+def _smallest(size: int) -> Any:
+    return next(t for t in (jnp.uint8, jnp.uint16, jnp.uint32) if size - 1 <= jnp.iinfo(t).max)
