@@ -71,9 +71,26 @@ def test_dots_and_whiskers_stand_where_their_values_are() -> None:
     places = [mark.center[0] for mark in found.values()]
     np.testing.assert_allclose(places, [x_low + per_point * (v - low) for v in (50, 90)], atol=0.2)
     paths = [p for p in ET.fromstring(chart.svg).iter("path") if "width: 3" in p.attrib["style"]]
-    [whisker] = [points(path)[:, 0] for path in paths]
-    ends = [x_low + per_point * (v - low) for v in (30, 60)]
-    np.testing.assert_allclose([whisker.min(), whisker.max()], ends, atol=0.2)
+    found = [points(path)[:, 0] for path in paths]
+    ends = [x_low + per_point * (v - low) for v in (30, 60, 90, 90)]  # without an interval a point
+    np.testing.assert_allclose([end(x) for x in found for end in (min, max)], ends, atol=0.2)
+
+
+def test_labels_stand_beside_their_rows_and_never_over_the_drawing() -> None:
+    long = "A method with a name that is much longer than one line"
+    chart = plots.dots([plots.Bar("a", 0.1, 0.0, 0.9), plots.Bar(long, 0.9)], axis="accuracy")
+    texts = {t.text: t for t in ET.fromstring(chart.svg).iter("text")}
+    assert "a" in texts and "A method with a name that is" in texts
+    left = min(mark.center[0] for mark in marks(chart).values())
+    whisker = min(
+        float(points(path)[:, 0].min())
+        for path in ET.fromstring(chart.svg).iter("path")
+        if "width: 3" in path.attrib["style"]
+    )
+    for label in ("a", "A method with a name that is", "much longer than one line"):
+        at = texts[label]
+        assert "end" in at.attrib["style"], "it ends there"
+        assert float(at.attrib["x"]) < min(left, whisker)
 
 
 def test_a_value_that_is_not_finite_has_its_row_and_no_dot() -> None:

@@ -5,8 +5,12 @@ labels per class it does not, and what a teacher adds can be seen. So that is th
 """
 
 import dataclasses
+import inspect
 import math
 from typing import Any
+
+from kdtl_jax import methods
+from kdtl_jax.recipes import _training
 
 LABELS = 10  # per class, of the built-in digits
 BATCH, FEWEST_BATCHES = 64, 5  # examples per step, steps per epoch
@@ -33,3 +37,15 @@ def resolved(settings: Any, examples: int, classes: int, divisor: int = 1) -> An
     batch = settings.batch_size or batch_size(size, divisor)
     epochs = settings.epochs or max(EPOCHS, math.ceil(STEPS / max(1, size // batch)))
     return dataclasses.replace(settings, per_class=few, batch_size=batch, epochs=epochs)
+
+
+def described(entry: methods.Entry | None, settings: Any) -> dict[str, Any]:
+    """Optimizer, rate and temperature of a method, defaults filled in, for its line of settings."""
+    rate = settings.learning_rate or _training.RATES[settings.optimizer]
+    found = {"optimizer": settings.optimizer, "learning_rate": rate}
+    if settings.weight_decay:
+        found["weight_decay"] = settings.weight_decay
+    if entry is not None and methods.takes_temperature(entry):
+        own = inspect.signature(entry.build).parameters["temperature"].default
+        found["temperature"] = settings.temperature or own
+    return found

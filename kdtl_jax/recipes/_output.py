@@ -1,8 +1,10 @@
 """Run folders, the terminal, and what was compiled: rich on a terminal, plain lines otherwise."""
 
 import contextlib
+import datetime
 import json
 import secrets
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,12 +102,23 @@ def run_folder(
                 print(f"note: not ours, and left alone in {folder}/checkpoints: {', '.join(kept)}")
             record.keep(folder, made)
             run = secrets.token_hex(8)
-            _files.write_json(folder / "env.json", {**report.environment(), "run": run})
+            begun = {"run": run, "command": _command(command), "begun": _now()}
+            _files.write_json(folder / "env.json", {**report.environment(), **begun})
             # Last, because this file makes it a run to be resumed, which wants the other two.
             _files.write_atomic(folder / "config.yaml", config.encode(errors="replace"))
             return run
 
         yield Folder(folder, processes.decide(begin))
+
+
+def _command(name: str) -> str:
+    """The command line as it was typed; the command alone where Python called it."""
+    is_ours = Path(sys.argv[0]).name in ("kdtl", "__main__.py")
+    return shlex.join(["kdtl", *sys.argv[1:]]) if is_ours else f"kdtl {name}, called from Python"
+
+
+def _now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(" ", "seconds")
 
 
 def _check_same(folder: Path, config: str, command: str) -> str:
@@ -173,6 +186,7 @@ def devices(asked: int | None) -> list[Any]:
 
 def finish(folder: Path, results: report.Results, table: str | None = None) -> None:
     """Writes `results.json` and `report.html`, and prints the table."""
+    results = results._replace(run=how_it_was_run(folder))
     _files.write_json(folder / "results.json", report.to_json(results))
     _files.write_atomic(folder / "report.html", report.html_page(results).encode(errors="replace"))
     if table is None:
@@ -180,6 +194,14 @@ def finish(folder: Path, results: report.Results, table: str | None = None) -> N
     else:
         print(table)
     print(f"report: {folder / 'report.html'}")
+
+
+def how_it_was_run(folder: Path) -> dict[str, Any]:
+    """The command line, when it began and ended, and every setting."""
+    begun = json.loads((folder / "env.json").read_text())
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    known = {name: begun[name] for name in ("command", "begun") if name in begun}
+    return {**known, "ended": _now(), **{k: v for k, v in settings.items() if k != "command"}}
 
 
 def write_curves(folder: Path, learning: Mapping[str, Mapping[str, Sequence[float]]]) -> None:

@@ -23,6 +23,7 @@ from kdtl_jax import methods
 from kdtl_jax.datasets import per_class
 from kdtl_jax.recipes import (
     _defaults,
+    _evidence,
     _models,
     _output,
     _own,
@@ -235,6 +236,7 @@ def run(settings: Settings) -> int:
         known = {entry.name: entry for entry in entries}
         common = common._replace(arrays=arrays, rows=rows, finished=(TEACHER,))
         points, table, learning, failed = _training.points(settings.seeds), [row], {}, []
+        named: dict[str, _evidence.Named] = {}  # by method
         students: list[_students.Student] = []
         for i, (name, method) in enumerate(built.items()):
             say(f"{name} ({i + 1} of {len(built)})")
@@ -271,6 +273,7 @@ def run(settings: Settings) -> int:
             described = {
                 "epochs": fixed.epochs,
                 "batch_size": fixed.batch_size,
+                **_defaults.described(entry, settings),
                 "weights": {
                     term: "schedule" if callable(weight) else round(float(weight), 6)
                     for term, weight in method.weights.items()
@@ -286,6 +289,7 @@ def run(settings: Settings) -> int:
                 teacher=teacher.named, **truth,
             )  # fmt: skip
             table.append(row)
+            named[name] = _evidence.Named(label, trained.named)
             learning[name] = {
                 "epoch": [float(epoch) for epoch in trained.epochs],
                 "validation_accuracy": trained.curve.mean(axis=1).tolist(),
@@ -325,6 +329,11 @@ def run(settings: Settings) -> int:
             "same start and the same batches under every method. Nothing was chosen on the test "
             "split."
         )
+        best = [x.method for x in table if x.settings.get("file", "") == data["recommended"]]
+        shown = named.get(best[0]) if best else None
+        evidence = (
+            [] if shown is None else _evidence.sections(pair.splits.test, shown, teacher.named)
+        )
         results = report.Results(
             "kdtl distill: one teacher, students by several methods",
             data,
@@ -332,6 +341,7 @@ def run(settings: Settings) -> int:
             learning,
             {},
             [about_data, *notes, programs(), *([] if advice is None else [advice])],
+            sections=evidence,
         )
         _output.finish(folder, results)
     if failed:

@@ -12,6 +12,9 @@ from kdtl_jax.run.report._page import html_page as html_page
 from kdtl_jax.run.report._page import page as page
 from kdtl_jax.run.report._page import percent as percent
 from kdtl_jax.run.report._page import table as table
+from kdtl_jax.run.report._pictures import Picture as Picture
+from kdtl_jax.run.report._pictures import Pictures as Pictures
+from kdtl_jax.run.report._pictures import png as png
 from kdtl_jax.run.report._results import SCHEMA_VERSION as SCHEMA_VERSION
 from kdtl_jax.run.report._results import Results as Results
 from kdtl_jax.run.report._results import Row as Row

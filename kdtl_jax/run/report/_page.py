@@ -13,6 +13,7 @@ import jinja2
 from kdtl_jax.run.report import plots
 from kdtl_jax.run.report._drawing import COLORS, shown
 from kdtl_jax.run.report._intervals import Interval
+from kdtl_jax.run.report._pictures import Pictures
 from kdtl_jax.run.report._results import Results, Row, environment, ranked
 from kdtl_jax.run.report.plots import Chart
 
@@ -46,7 +47,7 @@ class Section(NamedTuple):
 
     title: str
     notes: Sequence[str] = ()
-    parts: Sequence[Table | Chart | Definitions] = ()
+    parts: Sequence[Table | Chart | Definitions | Pictures] = ()
     level: int = 2  # of the heading
 
 
@@ -79,10 +80,19 @@ def html_page(results: Results) -> str:
     sections += _alpha(results) if results.alpha else []
     sections += _learning(results) if results.learning else []
     sections += _agreement(results.rows)
+    sections += results.sections
     if not few:  # all but the first stand behind the results
         sections.append(Section("Notes", results.notes[1:]))
     described = [(row.label, _described(row.settings)) for row in results.rows]
-    sections += [Section("Settings", (), [Definitions(described)]), environment_section()]
+    sections.append(Section("Settings of each method", (), [Definitions(described)]))
+    if results.run:
+        said = {
+            name: results.run[name] for name in ("command", "begun", "ended") if name in results.run
+        }
+        others = {name: value for name, value in results.run.items() if name not in said}
+        entries = [*((k, f"{v}") for k, v in said.items()), ("settings", _described(others))]
+        sections.append(Section("How it was run", (), [Definitions(entries)]))
+    sections.append(environment_section())
     return page(results.task, sections, notes=results.notes if few else results.notes[:1])
 
 
@@ -136,10 +146,15 @@ def _cells(row: Row) -> list[Cell]:
 
 
 def _accuracy(rows: Sequence[Row]) -> list[Section]:
-    sections = [Section("Accuracy by method")]
-    for i, (family, own) in enumerate(_families(rows)):
-        bars = [plots.Bar(r.label, r.test.mean, r.test.low, r.test.high, i) for r in own]
-        if len(bars) > 1:
+    sections, families = [Section("Accuracy by method")], list(_families(rows))
+    alone = [row for _, own in families if len(own) == 1 for row in own]  # such as the teacher
+    for i, (family, own) in enumerate(families):
+        drawn = own if len(own) == 1 else [*alone, *own]
+        bars = [
+            plots.Bar(r.label, r.test.mean, r.test.low, r.test.high, i if r in own else i - 1)
+            for r in drawn
+        ]
+        if len(own) > 1:
             chart = plots.dots(bars, axis="test accuracy, % (with 95 % interval)")
             sections.append(Section(family, (), [chart], level=3))
     return sections

@@ -12,7 +12,7 @@
      "curves": {"learning": {method: {"epoch": [...], "validation_accuracy": [...]}},
                 "alpha": {method: {"alpha": [...], "validation_accuracy": [...],
                                    "test_accuracy": [...], "best": float}}},
-     "notes": [str], "environment": {...}}
+     "notes": [str], "run": {"command", "begun", setting: value}, "environment": {...}}
 
 `ci95` is the 95 % interval of the mean, [low, high] or null for one seed: for other seeds and,
 where examples are scored one by one, for other test examples (`_intervals`). `agreement` is the
@@ -75,6 +75,8 @@ class Results(NamedTuple):
     learning: Mapping[str, Mapping[str, Sequence[float]]]
     alpha: Mapping[str, Mapping[str, Any]]
     notes: Sequence[str] = ()
+    run: Mapping[str, Any] = {}  # command line, date and all settings
+    sections: Sequence[Any] = ()  # more `Section`s of the page, behind the curves
 
 
 def compared(
@@ -151,6 +153,7 @@ def _record(results: Results) -> dict[str, Any]:
             "alpha": {k: dict(v) for k, v in results.alpha.items()},
         },
         "notes": list(results.notes),
+        "run": dict(results.run),
         "environment": environment(),
     }
 

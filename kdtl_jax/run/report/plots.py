@@ -5,6 +5,7 @@ the reader's light or dark setting. Every mark has a `<title>`, which browsers s
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from matplotlib.patches import Rectangle
 from kdtl_jax.run.report import _drawing
 from kdtl_jax.run.report._drawing import INK, SURFACE, dot, line, series, svg, text
 
+_LETTER, _LONGEST_LABEL = 7.4, 30  # pixels of a letter, letters of a line beside a row
 _LOW_SHARE, _HIGH_SHARE = 0.06, 0.62  # of a heat map's color: text stays readable on the strongest
 
 
@@ -69,15 +71,15 @@ class Worked(NamedTuple):
 
 
 def dots(bars: Sequence[Bar], *, axis: str) -> Chart:
-    """One row per method: a dot with its interval; the label stands above, in full."""
-    ax = _rows(len(bars), 34, axis)
+    """One row per method: a dot with its interval; the label stands beside it, in full."""
+    ax = _rows([bar.label for bar in bars], axis)
     for i, bar in enumerate(bars):
         if math.isfinite(bar.value):
-            words = f"{bar.label}: {_percent(bar.value)} %"
+            words, ends = f"{bar.label}: {_percent(bar.value)} %", [100 * bar.value] * 2
             if bar.low is not None and bar.high is not None and math.isfinite(bar.low):
                 ends = [100 * bar.low, 100 * bar.high]
-                line(ax, ends, [i, i], series(bar.series), width=3)
                 words += f" ({_percent(bar.low)} to {_percent(bar.high)})"
+            line(ax, ends, [i, i], series(bar.series), width=3)
             dot(ax, 100 * bar.value, i, series(bar.series), words)
         _row_labels(ax, i, bar.label, _percent(bar.value))
     return Chart(svg(ax, axis))
@@ -91,7 +93,7 @@ def spans(found: Sequence[Span], *, unit: str, axis: str) -> Chart:
     """
     if not found:
         raise ValueError("there is nothing to draw.")
-    ax = _rows(len(found), 38, axis)
+    ax = _rows([span.label for span in found], axis)
     _drawing.logarithmic(ax)
     for i, span in enumerate(found):
         words = f"{span.label}: {span.middle:.3g} {unit} ({span.low:.3g} to {span.high:.3g})"
@@ -101,18 +103,29 @@ def spans(found: Sequence[Span], *, unit: str, axis: str) -> Chart:
     return Chart(svg(ax, axis))
 
 
-def _rows(count: int, tall: int, axis: str) -> Axes:
-    """Axes with a row of so many pixels at every integer, the first on top."""
-    ax = _drawing.axes(tall * count + 56, left=14, right=78, top=4, bottom=44, grid="x")
-    ax.set_ylim(count - 0.5, -0.8)
+def _rows(labels: Sequence[str], axis: str) -> Axes:
+    """Axes with a row at every integer, the first on top, and room for its label on the left."""
+    longest = max((len(part) for label in labels for part in _folded(label)), default=0)
+    tall = 46 if any(len(_folded(label)) > 1 for label in labels) else 30
+    left = 24 + _LETTER * longest
+    height = tall * len(labels) + 56
+    ax = _drawing.axes(height, left=left, right=64, top=4, bottom=44, grid="x")
+    ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.set_yticks([])
     _drawing.label_x(ax, axis)
     return ax
 
 
+def _folded(label: str) -> list[str]:
+    """A label as lines that leave room for the drawing."""
+    return textwrap.wrap(label, _LONGEST_LABEL, break_on_hyphens=False) or [label]
+
+
 def _row_labels(ax: Axes, row: int, label: str, value: str) -> None:
-    across = ax.get_yaxis_transform()  # x in shares of the axes
-    text(ax, 0, row, label, offset=(0, 8), xycoords=across)
+    across, parts = ax.get_yaxis_transform(), _folded(label)  # x in shares of the axes
+    for i, part in enumerate(parts):
+        lift = 8 * (len(parts) - 1) - 16 * i
+        text(ax, 0, row, part, offset=(-14, lift), xycoords=across, ha="right", va="center")
     text(ax, 1.02, row, value, xycoords=across, va="center")
 
 

@@ -1,0 +1,107 @@
+"""What a student gets wrong: its confusion matrix, and the examples it sees unlike its teacher."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kdtl_jax._text import shown
+from kdtl_jax.datasets import Dataset
+from kdtl_jax.run import report
+from kdtl_jax.run.report import plots
+
+EXAMPLES, FEATURES = 12, 6  # that are shown
+CLASSES = 20  # of a matrix that fits a page
+PAIRS = 12  # of confused classes, where it does not
+
+
+class Named(NamedTuple):
+    """The classes that a method's students name for the test examples."""
+
+    label: str  # of the method
+    classes: np.ndarray  # [S, N]
+
+
+def sections(test: Dataset, student: Named, teacher: np.ndarray) -> list[report.Section]:
+    """Confusion matrix of a method, and examples on which it differs from its teacher.
+
+    Args:
+      test: the test split.
+      student: of the method that is recommended.
+      teacher: the classes that it names, `[1, N]` or `[S, N]`.
+    """
+    return [_confusion(test, student), *_differences(test, student, np.asarray(teacher))]
+
+
+def counts(labels: np.ndarray, named: np.ndarray, classes: int) -> np.ndarray:
+    """How often each class is named as each, `[K, K]`; logits that are not finite do not count."""
+    found = np.zeros((classes, classes), np.int64)
+    truth, said = np.broadcast_to(labels, named.shape).ravel(), named.ravel()
+    np.add.at(found, (truth[said >= 0], said[said >= 0]), 1)
+    return found
+
+
+def _confusion(test: Dataset, student: Named) -> report.Section:
+    found, names = counts(test.labels, student.classes, test.classes), _names(test)
+    title, seeds = "Confusion", len(student.classes)
+    whose = f"{student.label}, test split, all {seeds} seeds" if seeds > 1 else student.label
+    if test.classes > CLASSES:
+        wrong = found - np.diag(np.diag(found))
+        order = np.argsort(-wrong, axis=None, kind="stable")[:PAIRS]
+        pairs = [np.unravel_index(i, found.shape) for i in order]
+        rows = [(names[a], names[b], f"{wrong[a, b]}") for a, b in pairs if wrong[a, b]]
+        table = report.table(("Class", "Taken for", "Times"), rows)
+        return report.Section(title, [f"The most frequent confusions of {whose}."], [table])
+    note = f"{whose}: of the examples of each class (rows), the percentage named as each (columns)."
+    shares = found / np.maximum(found.sum(axis=1, keepdims=True), 1)
+    chart = plots.heat_map(
+        np.where(found > 0, shares, np.nan).tolist(), rows=names, columns=names,
+        row_axis="class", column_axis="named", percent=True,
+    )  # fmt: skip
+    return report.Section(title, [note], [chart])
+
+
+def _differences(test: Dataset, student: Named, teacher: np.ndarray) -> list[report.Section]:
+    apart = (student.classes != teacher).mean(axis=0)
+    order = [int(i) for i in np.argsort(-apart, kind="stable")[:EXAMPLES] if apart[i] > 0]
+    if not order:
+        return []
+    names = _names(test)
+
+    def words(row: int) -> list[str]:
+        def said(classes: np.ndarray) -> str:
+            known, times = np.unique(classes[:, row], return_counts=True)
+            first = int(known[np.argmax(times)])
+            share = f" ({times.max()} of {len(classes)})" if len(classes) > 1 else ""
+            return f"{names[first] if first >= 0 else 'nothing'}{share}"
+
+        return [names[int(test.labels[row])], said(teacher), said(student.classes)]
+
+    note = (
+        f"The test examples on which most seeds of {student.label} and the teacher name different "
+        "classes; the class named most often stands there, with how many seeds name it."
+    )
+    return [
+        report.Section("Where teacher and student differ", [note], [_shown(test, order, words)])
+    ]
+
+
+def _shown(test: Dataset, order: Sequence[int], words: Any) -> report.Pictures | report.Table:
+    first = test.inputs[0]
+    if first.ndim == 3 and first.shape[-1] in (1, 3):
+        captions = [dict(zip(("is", "teacher", "student"), words(i), strict=True)) for i in order]
+        texts = [", ".join(f"{k} {v}" for k, v in caption.items()) for caption in captions]
+        images = [report.png(test.inputs[i]) for i in order]
+        return report.Pictures([*map(report.Picture, images, texts)])
+    header = ("Example", "Is", "Teacher", "Student", "Inputs (scaled)")
+    rows = []
+    for i in order:
+        values = np.asarray(test.inputs[i]).ravel()
+        more = " …" if len(values) > FEATURES else ""
+        numbers = " ".join(f"{value:.3g}" for value in values[:FEATURES])
+        rows.append((f"{i}", *words(i), numbers + more))
+    return report.table(header, rows)
+
+
+def _names(test: Dataset) -> list[str]:
+    return [shown(name, 16) for name in test.class_names()]

@@ -1,0 +1,81 @@
+"""What a page shows of the examples themselves: confusions, differences, pictures."""
+
+import base64
+import struct
+import zlib
+
+import numpy as np
+import pytest
+
+from kdtl_jax.datasets import Dataset
+from kdtl_jax.recipes import _evidence
+from kdtl_jax.run import report
+
+
+def decoded(text: str) -> np.ndarray:
+    """The values of a PNG without filters."""
+    data = base64.b64decode(text)
+    width, height, depth, color = struct.unpack(">2I2B", data[16:26])
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and depth == 8
+    at = data.index(b"IDAT")
+    (size,) = struct.unpack(">I", data[at - 4 : at])
+    channels = {0: 1, 2: 3}[color]
+    lines = np.frombuffer(zlib.decompress(data[at + 4 : at + 4 + size]), np.uint8)
+    lines = lines.reshape(height, 1 + width * channels)
+    assert not lines[:, 0].any() and data.endswith(b"IEND\xaeB`\x82")
+    return lines[:, 1:].reshape(height, width, channels)
+
+
+def test_pictures_are_png_files() -> None:
+    image = np.arange(6.0).reshape(2, 3, 1) - 1
+    np.testing.assert_array_equal(decoded(report.png(image)), 51 * np.arange(6).reshape(2, 3, 1))
+    np.testing.assert_array_equal(decoded(report.png(image[..., 0])), decoded(report.png(image)))
+    assert decoded(report.png(np.zeros((2, 2, 3)))).shape == (2, 2, 3), "one value is black"
+    assert decoded(report.png(np.random.default_rng(0).random((130, 65, 1)))).shape == (44, 22, 1)
+    assert decoded(report.png(np.array([[np.nan, 1.0]]))).shape == (1, 2, 1)
+    with pytest.raises(ValueError, match=r"got \[2, 2, 2\]"):
+        report.png(np.zeros((2, 2, 2)))
+
+
+def split(classes: int = 3, shape: tuple[int, ...] = (8,)) -> Dataset:
+    labels = np.array([0, 0, 1, 2], np.int32)
+    inputs = np.random.default_rng(0).random((4, *shape)).astype(np.float32)
+    return Dataset("toy", inputs, labels, classes, ("<cat>", "dog", "eel"))
+
+
+NAMED = np.array([[0, 1, 1, -1], [0, 1, 0, 2]])  # by two seeds
+TEACHER = np.array([[0, 0, 1, 2]])
+
+
+def test_confusions_are_counted_over_seeds() -> None:
+    found = _evidence.counts(split().labels, NAMED, 3)
+    assert found.tolist() == [[2, 2, 0], [1, 1, 0], [0, 0, 1]]
+
+
+def test_differing_examples_are_shown_as_rows_or_pictures() -> None:
+    student = _evidence.Named("KD", NAMED)
+    confusion, differences = _evidence.sections(split(), student, TEACHER)
+    assert "all 2 seeds" in confusion.notes[0]
+    [table] = differences.parts
+    assert isinstance(table, report.Table)
+    [(_, rows)] = table.groups
+    assert [row[:4] for row in rows] == [
+        ("1", "<cat>", "<cat> (1 of 1)"[:5], "dog (2 of 2)"),  # most often apart comes first
+        ("2", "dog", "dog", "<cat> (1 of 2)"),
+        ("3", "eel", "eel", "nothing (1 of 2)"),
+    ]
+    _, shown = _evidence.sections(split(shape=(4, 4, 1)), student, TEACHER)
+    [pictures] = shown.parts
+    assert isinstance(pictures, report.Pictures)
+    assert pictures.pictures[0].caption == "is <cat>, teacher <cat>, student dog (2 of 2)"
+    page = report.page("t", [confusion, differences, shown])
+    assert "<cat>" not in page and page.count('src="data:image/png;base64,') == 3
+    assert len(_evidence.sections(split(), _evidence.Named("KD", TEACHER), TEACHER)) == 1
+
+
+def test_of_many_classes_the_most_frequent_confusions_are_listed() -> None:
+    data = split()._replace(classes=30, names=())
+    [section] = _evidence.sections(data, _evidence.Named("KD", NAMED), NAMED)
+    [table] = section.parts
+    assert isinstance(table, report.Table)
+    assert list(table.groups[0][1]) == [("0", "1", "2"), ("1", "0", "1")]
