@@ -247,10 +247,21 @@ def test_drafts_count_where_the_targets_favorite_is_known() -> None:
     np.testing.assert_array_equal(losses.in_student_top_k(jnp.log(P), own), [False, True])
 
 
+def of_top_k(loss: Any) -> Any:
+    return lambda s, t: loss(s, losses.top_k_targets(t, k=3))
+
+
+def of_draws(s: jax.Array, t: jax.Array) -> jax.Array:
+    drawn = jnp.broadcast_to(jnp.asarray([5, 0, 5, 7]), (*t.shape[:-1], 4))
+    return losses.random_sampling_cross_entropy(s, losses.random_sampling_targets(t, drawn))
+
+
 OF_LOGITS = {
     "forward_kl": losses.forward_kl,
     "reverse_kl": losses.reverse_kl,
+    "soft_cross_entropy": losses.soft_cross_entropy,
     "jsd_gkd": partial(losses.jsd_gkd, beta=0.3),
+    "jsd_normalized": losses.jsd_normalized,
     "skew_forward_kl": losses.skew_forward_kl,
     "skew_reverse_kl": losses.skew_reverse_kl,
     "adaptive": lambda s, t: losses.symmetric_kl(
@@ -258,62 +269,62 @@ OF_LOGITS = {
     ),
     "total_variation": losses.total_variation,
     "student_top_k_reverse_kl": partial(losses.student_top_k_reverse_kl, k=3),
-    "entropy_aware_kl": partial(losses.entropy_aware_kl, k=3),
+    "entropy_aware_kl": losses.entropy_aware_kl,
+    "entropy_aware_kl_top_k": partial(losses.entropy_aware_kl, k=3),
+    "taid": lambda s, t: losses.forward_kl(s, losses.taid_teacher(s, t, progress=0.4)),
+    "top_k_kl_tail": of_top_k(losses.top_k_kl_tail),
+    "top_k_kl_renormalized": of_top_k(losses.top_k_kl_renormalized),
+    "top_k_kl_teacher_renormalized": of_top_k(losses.top_k_kl_teacher_renormalized),
+    "top_k_kl_truncated": of_top_k(losses.top_k_kl_truncated),
+    "top_k_kl_sampled": of_top_k(losses.top_k_kl_sampled),
+    "random_sampling": of_draws,
+    "uld": losses.uld,
+    "uld_w1": losses.uld_w1,
     "lk_alpha": losses.lk_alpha,
+    "lk_lambda": partial(losses.lk_lambda, weight=0.3),
+    "acceptance": losses.acceptance,
 }
 
 
 @pytest.mark.usefixtures("x64")
 def test_chunks_padding_id_maps_and_sharded_vocabularies_change_nothing() -> None:
-    """Every divergence at once, so that each form is one program."""
+    """Every loss at once with a weight of its own, so that each form is one program."""
     rng = np.random.default_rng(0)
     ours, theirs = (jnp.asarray(rng.normal(size=(2, 4, 5))) for _ in range(2))
     kernel, other = (jnp.asarray(rng.normal(size=(5, 8))) for _ in range(2))
     order = jnp.asarray(rng.permutation(8))
     tokens = jnp.asarray(rng.integers(0, 8, (2, 4)))
 
+    def loss(s: jax.Array, t: jax.Array, at: jax.Array) -> jax.Array:
+        values = [*(f(s, t) for f in OF_LOGITS.values()), losses.token_log_probs(s, at)]
+        return sum((value * (1 + i / 7) for i, value in enumerate(values)), jnp.zeros(at.shape))
+
     def dense(kernel: jax.Array) -> jax.Array:
         s, t = losses.head_logits(ours, Head(kernel)), losses.head_logits(theirs, Head(other))
-        own = losses.token_log_probs(s, tokens)
-        values = [jnp.sum(f(s, t)) for f in OF_LOGITS.values()]
-        return jnp.stack([*values, jnp.sum(jnp.square(own))])
+        return jnp.sum(loss(s, t, tokens))
 
-    def chunked(kernel: jax.Array, other: jax.Array = other, prepare: Any = None) -> jax.Array:
-        def total(f: Any) -> jax.Array:
-            g = f if prepare is None else lambda s, t: f(*prepare(s, t))
-            return losses.chunked_divergence(
-                g, ours, Head(kernel), theirs, Head(other), chunk_size=3
-            ).total
+    want, by_kernel = jax.jit(jax.value_and_grad(dense))(kernel)
+    # Padded columns that say something, and a teacher that numbers the tokens differently.
+    padded = jnp.concatenate([kernel, 9 * jnp.ones((5, 4))], axis=1)
+    mapped = jnp.zeros((5, 8)).at[:, order].set(other)
 
-        own = losses.chunked_map(losses.token_log_probs, ours, Head(kernel), tokens, chunk_size=3)
-        own = own if prepare is None else jnp.zeros(())
-        return jnp.stack([*map(total, OF_LOGITS.values()), jnp.sum(jnp.square(own))])
+    def chunked(kernel: jax.Array) -> jax.Array:
+        def of_chunk(s: jax.Array, told: Any) -> jax.Array:
+            t = losses.by_id(losses.head_logits(told[0], Head(mapped)), order)
+            s = losses.without_padding(s, size=8)
+            return loss(s, losses.without_padding(t, size=8, width=12), told[1])
 
-    def both(values: Any, kernel: jax.Array) -> Any:
-        """All values, and the gradient of their sum by the kernel."""
-        (_, found), gradient = jax.value_and_grad(
-            lambda k: (jnp.sum(found := values(k)), found), has_aux=True
-        )(kernel)
-        return found, gradient
+        return losses.chunked_loss(
+            of_chunk, ours, Head(kernel), (theirs, tokens), chunk_size=3
+        ).total
 
-    want, by_kernel = jax.jit(partial(both, dense))(kernel)
     # The vocabulary in four parts, each on a device of its own.
     mesh = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
     parts = jax.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "tensor"))
-    spread = jax.device_put(kernel, parts)
-    got, gradient = jax.jit(partial(both, chunked))(spread)
+    got, gradient = jax.jit(jax.value_and_grad(chunked))(jax.device_put(padded, parts))
     np.testing.assert_allclose(got, want, rtol=1e-9)
-    np.testing.assert_allclose(gradient, by_kernel, rtol=1e-7, atol=1e-9)
-    # Padded columns that say something, and a teacher that numbers the tokens differently.
-    padded = jnp.concatenate([kernel, 9 * jnp.ones((5, 3))], axis=1)
-    mapped = jnp.zeros((5, 8)).at[:, order].set(other)
-
-    def prepare(s: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        s = losses.without_padding(s, size=8)
-        return s, losses.without_padding(losses.by_id(t, order), size=8, width=11)
-
-    got = jax.jit(lambda k: chunked(k, mapped, prepare))(padded)
-    np.testing.assert_allclose(got[:-1], want[:-1], rtol=1e-9)
+    np.testing.assert_allclose(gradient[:, :8], by_kernel, rtol=1e-7, atol=1e-9)
+    assert not np.any(gradient[:, 8:])
 
 
 def test_shared_vocabulary_sees_mass_that_leaves_it() -> None:
