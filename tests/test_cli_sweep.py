@@ -14,7 +14,8 @@ import pytest
 from kdtl_jax.cli import main, parse
 from kdtl_jax.datasets import Splits, digits
 from kdtl_jax.models import mlp
-from kdtl_jax.recipes import _axes, _models, _pair, _training, sweep
+from kdtl_jax.recipes import _axes, _models, _optimizers, _pair, _training, sweep
+from kdtl_jax.recipes._optimizers import Training
 from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.train import sweep as sweeps
 
@@ -50,7 +51,7 @@ def pair() -> tuple[Any, Any, Any]:
             made,
             entry,
             setup,
-            lambda point: _training.optimizer("adam", point["learning_rate"], 0.0, 4),
+            lambda point: _optimizers.optimizer(Training(), point["learning_rate"], 0.0, 4),
         )
         outputs = {"logits": _models.outputs(teacher, frozen, few.inputs)["logits"]}
         shared = sweep.Shared(jax.tree.map(jnp.asarray, {**arrays, "teacher": outputs}), frozen)

@@ -16,7 +16,8 @@ from kdtl_jax._types import ModelFn, Variables
 from kdtl_jax.datasets import Splits
 from kdtl_jax.interop import model_files
 from kdtl_jax.methods import Entry, Method, Setup
-from kdtl_jax.recipes import _models, _own, _seeds, _training
+from kdtl_jax.objective import TermsFn
+from kdtl_jax.recipes import _models, _own, _seeds, _tasks, _training
 from kdtl_jax.recipes._models import About, Network
 from kdtl_jax.recipes._training import Experiment, Point
 from kdtl_jax.recipes.settings import MODEL, setting
@@ -57,6 +58,7 @@ class Pair(NamedTuple):
     given: Variables | None  # the teacher's, from its file
     files: dict[str, str]  # that were read: {"data": ..., "teacher_weights": ...}
     example: jax.Array  # inputs [1, ...]
+    task: TermsFn = _training.task  # what is learned from the labels
 
 
 def read(settings: Any, *, dtype: Any = None) -> Pair:
@@ -87,7 +89,8 @@ def read(settings: Any, *, dtype: Any = None) -> Pair:
         role: _own.file_of(model) for role, model in named.items() if model_files.is_own(model)
     }
     about = About(None, part.classes, form.scaling, part.names, part.inputs.shape[1:], form)
-    return Pair(splits, about, arrays, text, large, small, given, files, example)
+    task = _tasks.task(settings, part.labels, part.classes)
+    return Pair(splits, about, arrays, text, large, small, given, files, example, task)
 
 
 def setup(
@@ -114,7 +117,7 @@ def setup(
         layers=tuple(layers) or None,
         student_layout=pair.student.layout,
         teacher_layout=pair.teacher.layout,
-        task=_training.task,
+        task=pair.task,
     )
 
 

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kdtl_jax import train
 from kdtl_jax.datasets import Splits
 from kdtl_jax.objective import Metrics
+from kdtl_jax.recipes._optimizers import used
 from kdtl_jax.recipes._training import CHECKS, Experiment, Point, in_chunks, keys, newest, pick
 from kdtl_jax.run import checkpoint, data, loop, scores, sharding
 from kdtl_jax.train import Batch, TrainState
@@ -48,6 +49,7 @@ class Run(NamedTuple):
     save_every: int | None = None  # epochs; None: at the end
     say: Callable[[str, bool], None] = lambda text, last: None
     finished: tuple[str, ...] = ()  # methods before this one
+    patience: int | None = None  # epochs without a better validation; None: all epochs
 
 
 class Trained(NamedTuple):
@@ -62,6 +64,7 @@ class Trained(NamedTuple):
     named: np.ndarray  # [S, test examples], the classes named
     skipped: list[int]  # per seed: updates left out because they were not finite
     seconds: float
+    kept: int | None = None  # the epoch whose weights are given back, where not the last
 
 
 def train_seeds(
@@ -133,10 +136,18 @@ def train_seeds(
     evaluations = list(meta.get("evaluations", []))
     evaluated = [line["step"] for line in evaluations]
     total = epochs * per_epoch * calls
-    if epochs and (at < total or at not in evaluated):  # a signal may have come before the last one
+    stop, keep, every = None, checkpoint.newest(1), max(1, epochs // CHECKS)
+    save_every = run.save_every
+    if run.patience is not None:
+        stop = loop.no_improvement("validation_accuracy", run.patience, minimize=False)
+        keep = checkpoint.newest_and_best(1, "validation_accuracy", minimize=False)
+        every = save_every = 1
+    ended = stop is not None and at in evaluated and stop(evaluations)  # early, before it resumed
+    # A signal may have come before the last evaluation.
+    if epochs and not ended and (at < total or at not in evaluated):
         epoch = per_epoch * calls
         with (
-            checkpoint.open_folder(home, keep=checkpoint.newest(1), owner=owner) as checkpoints,
+            checkpoint.open_folder(home, keep=keep, owner=owner) as checkpoints,
             _log(run, name, at, calls, evaluated) as log,
         ):
             result = loop.run(
@@ -148,9 +159,10 @@ def train_seeds(
                 log=log,
                 log_every=epoch,
                 evaluate=validate,
-                evaluate_every=max(1, epochs // CHECKS) * epoch,
+                evaluate_every=every * epoch,
+                stop=stop,
                 save=save,
-                save_every=run.save_every and run.save_every * epoch,
+                save_every=save_every and save_every * epoch,
                 # The path is known already: it need not be found by tracing once more.
                 meta=meta or (None if in_turn else {"path": "scan"}),
                 on_nonfinite=None,  # each seed leaves out its own
@@ -159,17 +171,22 @@ def train_seeds(
         state, evaluations = result.state, result.evaluations
         before += time.perf_counter() - begun
     curve = np.array([line[EVALUATION] for line in evaluations], np.float64)
+    best = None if run.patience is None else scores.best(list(curve))
+    if best is not None:
+        state = checkpoint.restore(home, state, step=evaluations[best]["step"], owner=owner).state
+    state = used(state)
     named = evaluate(state, run.splits.test.inputs)
     return Trained(
         state,
         in_turn,
         [line["step"] // calls // per_epoch for line in evaluations],
         curve,
-        curve[-1] if evaluations else on_validation(state),
+        curve[-1 if best is None else best] if evaluations else on_validation(state),
         scores.accuracy(named, run.splits.test.labels),
         named,
         _skipped(run, name, per_epoch) if epochs else [],
         before,
+        None if best is None else evaluations[best]["step"] // calls // per_epoch,
     )
 
 
@@ -192,8 +209,9 @@ def evaluation(
     every = jax.jit(jax.vmap(one, in_axes=(AXES, None, None)), out_shardings=whole)
 
     def evaluate(state: TrainState, inputs: np.ndarray) -> np.ndarray:
-        # Without the optimizer's state, which nothing here reads, one program serves all methods.
-        state, seeds = state._replace(opt_state=None), range(len(state.key))
+        # Without the optimizer's state, which nothing reads from here on, one program serves all
+        # methods.
+        state, seeds = used(state)._replace(opt_state=None), range(len(state.key))
 
         def by_example(x: Array) -> Any:
             if not in_turn:

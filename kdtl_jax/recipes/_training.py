@@ -23,7 +23,6 @@ from kdtl_jax.train import Batch, TrainState
 
 Point = Mapping[str, Any]  # "seed", and whatever else distinguishes a student
 CHECKS = 10  # validations along the way
-RATES = {"sgd": 0.05, "adam": 3e-3, "adamw": 3e-3}
 
 
 class Keys(NamedTuple):
@@ -69,25 +68,6 @@ def keys(seed: Any) -> Keys:
 def points(seeds: int) -> dict[str, Array]:
     """One point per seed."""
     return {"seed": jnp.arange(seeds, dtype=jnp.int32)}
-
-
-def optimizer(
-    name: str, rate: Any, weight_decay: Any, steps: int
-) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of the settings, its rate falling to 0; both numbers may be traced."""
-    fall = optax.cosine_decay_schedule(1.0, max(steps, 1))
-
-    def schedule(count: Any) -> Any:
-        return rate * fall(count)
-
-    if name == "adamw":
-        return optax.with_extra_args_support(optax.adamw(schedule, weight_decay=weight_decay))
-    inner = (
-        optax.adam(schedule) if name == "adam" else optax.sgd(schedule, momentum=0.9, nesterov=True)
-    )
-    if isinstance(weight_decay, (int, float)) and not weight_decay:
-        return optax.with_extra_args_support(inner)
-    return optax.chain(optax.add_decayed_weights(weight_decay), inner)
 
 
 def task(inputs: objective.Inputs) -> dict[str, Array]:

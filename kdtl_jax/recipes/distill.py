@@ -25,6 +25,7 @@ from kdtl_jax.recipes import (
     _defaults,
     _evidence,
     _models,
+    _optimizers,
     _output,
     _own,
     _pair,
@@ -50,7 +51,9 @@ EXAMPLES = """
 
 
 @dataclass(frozen=True)
-class Settings(_pair.Models, _own.Terms, types.Training, types.Data, types.Output):
+class Settings(
+    _pair.Models, _own.Terms, _optimizers.Training, _optimizers.Kept, types.Data, types.Output
+):
     """What fixes a run of `kdtl distill`."""
 
     out: str = setting("runs/distill", "the run folder", metavar="FOLDER")
@@ -175,8 +178,8 @@ def run(settings: Settings) -> int:
     built, _ = _pair.build_all(entries, _pair.setup(pair, None, **of_setup), settings)
 
     def tx(steps: int) -> Any:
-        rate = settings.learning_rate or _training.RATES[settings.optimizer]
-        made = _training.optimizer(settings.optimizer, rate, settings.weight_decay, steps)
+        rate = settings.learning_rate or _optimizers.RATES[settings.optimizer]
+        made = _optimizers.optimizer(settings, rate, settings.weight_decay, steps)
         return precision.loss_scaling(made) if settings.precision == "float16" else made
 
     say = _output.progress()
@@ -199,6 +202,7 @@ def run(settings: Settings) -> int:
             splits=pair.splits,
             mesh=mesh,
             one_by_one=settings.one_by_one,
+            patience=settings.early_stopping,
             save_every=settings.save_every,
             say=_output.seldom(say),
         )
@@ -278,6 +282,7 @@ def run(settings: Settings) -> int:
                     term: "schedule" if callable(weight) else round(float(weight), 6)
                     for term, weight in method.weights.items()
                 },
+                **({} if trained.kept is None else {"epoch_kept": trained.kept}),
                 "ran": "seed by seed" if trained.in_turn else "all seeds at once",
                 **({} if entry is None else {"paper": entry.paper}),
                 **_students.described(kept),

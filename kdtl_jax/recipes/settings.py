@@ -5,7 +5,7 @@
         seeds: int = setting(5, "students per method", metavar="N", least=1, quick=2)
 
 Nothing else describes a command: names, types, defaults, limits and help are read off the class.
-`Data`, `Training` and `Output` are the fields that several recipes share. The functions at the end
+`Data` and `Output` are fields that several recipes share. The functions at the end
 are `parse=` of fields that are written as text: they take the text or the value in a YAML file.
 """
 
@@ -130,24 +130,6 @@ class Data:
     )  # fmt: skip
     split_seed: int = setting(
         0, "seed that picks the held-out rows", metavar="N", least=0, group="data"
-    )
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a student is trained."""
-
-    batch_size: int | None = setting(
-        None, "examples per step; default: 64, fewer where that would be less than 5 steps per "
-        "epoch", metavar="N", least=1, group="training",
-    )  # fmt: skip
-    optimizer: Literal["sgd", "adam", "adamw"] = setting("adam", "optimizer", group="training")
-    learning_rate: float | None = positive_rate(
-        None, "decays to 0 along a cosine; default: 0.05 (sgd), 0.003 (adam, adamw)",
-        group="training", short="--lr",
-    )  # fmt: skip
-    weight_decay: float = setting(
-        0.0, "weight decay", metavar="X", least=0, most=1e30, group="training"
     )
 
 

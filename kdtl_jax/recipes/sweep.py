@@ -23,6 +23,7 @@ from kdtl_jax.recipes import (
     _axes,
     _choice,
     _models,
+    _optimizers,
     _output,
     _pair,
     _seeds,
@@ -44,7 +45,7 @@ EXAMPLES = """
 
 
 @dataclass(frozen=True)
-class Settings(_pair.Models, types.Training, types.Data, types.Output):
+class Settings(_pair.Models, _optimizers.Training, types.Data, types.Output):
     """What fixes a run of `kdtl sweep`."""
 
     out: str = setting("runs/sweep", "the run folder", metavar="FOLDER")
@@ -141,12 +142,12 @@ def run(settings: Settings) -> None:
     if "alpha" in columns:
         large, small = (_models.abstract(n, pair.example) for n in (pair.teacher, pair.student))
         jax.eval_shape(scaled_start, large.params, small.params, jnp.float32(1))
-    rate = settings.learning_rate or _training.RATES[settings.optimizer]
+    rate = settings.learning_rate or _optimizers.RATES[settings.optimizer]
 
     def tx_of(point: Point, steps: int) -> Any:
         decay = point.get("weight_decay", settings.weight_decay)
         rates = point.get("learning_rate", rate)
-        return _training.optimizer(settings.optimizer, rates, decay, steps)
+        return _optimizers.optimizer(settings, rates, decay, steps)
 
     say = _output.progress()
     saves = [f"checkpoints/{_pair.TEACHER}"] if pair.given is None else []
