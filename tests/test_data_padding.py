@@ -70,6 +70,35 @@ def test_batch_statistics_are_those_of_the_real_rows(
     assert int(found["rows"]) == BATCH
 
 
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("make", ["resident", "iterated"])
+def test_one_row_alone_is_filled_up_and_said(make: str) -> None:
+    """A batch of one has no variance: a DataLoader of 9 rows in batches of 4."""
+    arrays = {name: x[:9] for name, x in ARRAYS.items()}
+    pairs = [(arrays["inputs"][i : i + 4], arrays["labels"][i : i + 4]) for i in (0, 4, 8)]
+    resident = data.resident(arrays, 4, key=None, drop_remainder=False)
+    source: Any = resident if make == "resident" else data.iterate(pairs)
+    tx = optax.sgd(0.01)
+    step = train.make_step(model, terms, {"task": 1.0}, tx)
+
+    def begin() -> train.TrainState:
+        start = {"mean": jnp.zeros(2), "rows": jnp.zeros((), jnp.int32)}
+        return train.init_state({"w": jnp.ones(2)}, tx, key=jax.random.key(0), model_state=start)
+
+    with pytest.warns(UserWarning, match="A last batch of one row"):
+        found = loop.run(step, begin(), source, steps=3).state
+    others = [0, 1, 2] if make == "resident" else [5, 6, 7]
+    mean = np.zeros(2)
+    for rows in ([0, 1, 2, 3], [4, 5, 6, 7], [8, *others]):
+        mean = 0.9 * mean + 0.1 * INPUTS[rows].mean(axis=0)
+    np.testing.assert_allclose(found.model_state["mean"], mean, rtol=1e-5)
+    if make == "iterated":  # a run that is resumed at that batch makes the same one
+        two = loop.run(step, begin(), source, steps=2).state
+        with pytest.warns(UserWarning, match="A last batch of one row"):
+            again = loop.run(step, two, source, steps=3).state
+        np.testing.assert_array_equal(again.params["w"], found.params["w"])
+
+
 def test_unpad_gives_back_what_pad_filled_up() -> None:
     short = {"inputs": INPUTS[:3], "nested": {"x": np.arange(3)}}
     found = data.unpad(data.pad(short, BATCH))

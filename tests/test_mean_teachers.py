@@ -141,3 +141,15 @@ def test_misuse_is_told() -> None:
         jax.eval_shape(STEP, state, batch, state.params)
     with pytest.raises(ValueError, match="decay"):
         mean_teachers.ema_decay(1.5)
+
+
+def test_half_precision_is_averaged_in_float32() -> None:
+    """In bfloat16 a step of .001 rounds to none: the teacher stood still."""
+    tx = optax.sgd(0.0)
+    step = train.make_step(model, terms, {"task": 1.0, "mean": 1.0}, tx, teacher=model)
+    state = train.init_state({"w": jnp.ones((2, C), jnp.bfloat16)}, tx, key=jax.random.key(0))
+    state = mean_teachers.begin(state)
+    state = state._replace(params={"w": jnp.full((2, C), 2, jnp.bfloat16)})
+    batch = {"inputs": normal(B, 2), "labels": LABELS}
+    after, _ = mean_teachers.follow(step, decay=0.999)(state, batch)
+    np.testing.assert_allclose(after.memory.teacher.params["w"], 1.001, rtol=1e-6)

@@ -83,8 +83,9 @@ def scale_by_dot(
     ) -> tuple[PyTree, Any]:
         if distill_gradient is None:
             raise ValueError(
-                "scale_by_dot needs distill_gradient= beside the other terms' gradient; "
-                "train.make_step passes it."
+                "scale_by_dot needs distill_gradient= beside the other terms' gradient. "
+                "train.make_step passes it, but not everything around scale_by_dot passes it on: "
+                "in place of optax.MultiSteps take make_step(microbatches=)."
             )
 
         nodes = jax.tree.leaves(updates, is_leaf=_is_masked)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, transforms, trees
+from kdtl_jax import _checks, _numerics, transforms, trees
 from kdtl_jax._types import Params, PyTree, Scalar, Schedule, Variables
 from kdtl_jax.objective import Metrics
 from kdtl_jax.train._state import Batch, Step, TrainState, own
@@ -39,8 +39,15 @@ class MeanTeacher(NamedTuple):
 
 
 def begin(state: TrainState) -> TrainState:
-    """`state` whose teacher is a copy of its student, batch statistics included."""
-    teacher = Variables(state.params, state.model_state)
+    """`state` whose teacher is a copy of its student, batch statistics included.
+
+    Numbers of half precision are averaged in float32, where a small step is not rounded away; the
+    teacher runs in its student's dtypes.
+    """
+    teacher = jax.tree.map(
+        lambda x: _numerics.upcast(x) if trees.is_inexact(x) else x,
+        Variables(state.params, state.model_state),
+    )
     return state._replace(memory=MeanTeacher(jax.tree.map(own, teacher), state.memory))
 
 
@@ -71,7 +78,12 @@ def follow(step: Step, *, decay: Scalar | Schedule = 0.999) -> Step:
             raise ValueError("the state holds no mean teacher. Start from begin(init_state(...)).")
         if teacher_params is not None:
             raise ValueError("a mean teacher is part of the state: leave teacher_params out.")
-        new, metrics = step(state._replace(memory=held.memory), batch, held.teacher)
+        runs = jax.tree.map(
+            lambda mean, own: mean.astype(own.dtype) if trees.is_inexact(own) else mean,
+            held.teacher,
+            Variables(state.params, state.model_state),
+        )
+        new, metrics = step(state._replace(memory=held.memory), batch, runs)
         student = Variables(new.params, new.model_state)
         teacher = _averaged(held.teacher, student, _at(decay, state.step))
         return new._replace(memory=MeanTeacher(teacher, new.memory)), metrics

@@ -11,7 +11,8 @@ saw. Two forms give that:
 
 All batches of a run have one shape: a ragged last batch is filled up, and `batch["weights"]` is 0
 for the filling, so that one compiled step serves all. A model with batch statistics cannot mask
-the filling: `loop.run` gives it the real rows alone, in a batch of its own shape.
+the filling: `loop.run` gives it the real rows alone, in a batch of its own shape; a single one it
+fills up with other examples, and warns.
 """
 
 from kdtl_jax.run.data._host import Reader as Reader
@@ -30,6 +31,7 @@ from kdtl_jax.run.data._resident import Resident as Resident
 from kdtl_jax.run.data._resident import epoch_rows as epoch_rows
 from kdtl_jax.run.data._resident import examples as examples
 from kdtl_jax.run.data._resident import gather as gather
+from kdtl_jax.run.data._resident import length as length
 from kdtl_jax.run.data._resident import resident as resident
 from kdtl_jax.run.data._resident import steps_per_epoch as steps_per_epoch
 from kdtl_jax.run.data._resident import view_key as view_key

@@ -9,6 +9,7 @@ once and knows nothing of its trip count.
 import collections
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -65,7 +66,8 @@ def opened(
     """The first carry, what moves it on, and the path: "scan" or "steps".
 
     Padding would enter the statistics of a model that measures its batches: where the model state
-    holds such, a short last batch keeps its own shape, and its own program.
+    holds such, a short last batch keeps its own shape, and its own program. One row alone has no
+    variance: it is filled up with other examples, which count, and a warning says so.
     """
     at = int(jax.device_get(state.step))
     measures = any(trees.is_inexact(leaf) for leaf in jax.tree.leaves(state.model_state))
@@ -78,11 +80,13 @@ def opened(
         one = _guarded(step, check_finite)
         move = make(one, source, batch_at, teacher, batch)
         rest = data.examples(source) % source.batch_size
-        if measures and rest and not source.drop_remainder:
+        if measures and rest == 1 and not source.drop_remainder:
+            _warn_of_one_row()  # the rows it is filled up with come without weights
+        elif measures and rest and not source.drop_remainder:
             move = _with_rest(move, one, source, batch_at, teacher, rest)
         yield _start(step, state, teacher, batch, meta), _paced(move), path
         return
-    given = map(data.unpad, source(at)) if measures else source(at)
+    given = _measurable(source, at) if measures else source(at)
     with contextlib.closing(data.prefetch(given, prefetch, place)) as batches:
         first = next(batches, None)
         if first is None:
@@ -233,6 +237,29 @@ def _from_stream(
         return *advance(carry, teacher, batch), 1
 
     return move
+
+
+def _measurable(source: data.Source, at: int) -> Iterator[Batch]:
+    """The real rows of every batch; a single one takes the first place of the batch before it."""
+    before: Batch | None = None
+    for batch in source(at):
+        real = data.unpad(batch)
+        if data.length(real) > 1:
+            before = real
+        elif before is None and at:  # a run that is resumed here: the same batch as undisturbed
+            before = next((data.unpad(each) for each in source(at - 1)), None)
+        if before is not None and data.length(real) == 1 < data.length(before):
+            _warn_of_one_row()
+            real = jax.tree.map(lambda one, many: np.concatenate([one, many[1:]]), real, before)
+        yield real
+
+
+def _warn_of_one_row() -> None:
+    warnings.warn(
+        "A last batch of one row has no variance for the model's batch statistics: it is filled up "
+        "with other examples of the epoch. Another batch size, or drop_remainder=True, avoids it.",
+        stacklevel=4,
+    )
 
 
 def _example_batch(source: data.Resident, batch_at: BatchAt) -> Any:
