@@ -14,7 +14,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 GRAY = "#808080"  # reads on light and on dark pages
-COLORS = ("#3b82c4", "#c2703d", "#4f9d69")
+COLORS = ("#3b82c4", "#c2703d", "#4f9d69", "#9467bd")
 
 
 def digits(examples: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -29,7 +29,13 @@ def digits(examples: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def save(
-    path: str, x_values: Sequence[float], curves: Mapping[str, Any], *, x: str, y: str
+    path: str,
+    x_values: Sequence[float],
+    curves: Mapping[str, Any],
+    *,
+    x: str,
+    y: str,
+    log: bool = True,
 ) -> None:
     """Writes curves `{name: [x, seeds]}`: the mean, and the 95 % interval of it."""
     # Fixed ids and no date: the same numbers give the same file.
@@ -42,7 +48,8 @@ def save(
         high = [each.mean if each.high is None else each.high for each in found]
         axes.plot(x_values, middle, color=color, marker="o", label=name)
         axes.fill_between(x_values, low, high, color=color, alpha=0.25, lw=0)
-    axes.set_xscale("log", base=2)
+    if log:
+        axes.set_xscale("log", base=2)
     axes.set_xticks(x_values, [f"{value:g}" for value in x_values])
     axes.set_xlabel(x, color=GRAY)
     axes.set_ylabel(y, color=GRAY)
