@@ -340,6 +340,7 @@ def test_factors_of_the_frequencies_come_in_pairs_and_fit(tmp_path: Path) -> Non
     ones, twos = [1.0] * 4, [2.0] * 4
     both = gguf.load(written(rope_factors_long=twos, rope_factors_short=ones))
     rope = both.model.config.ropes[0]
+    assert rope.long_frequencies is not None
     np.testing.assert_allclose(np.divide(rope.frequencies, rope.long_frequencies), 2)
     for alone in ("rope_factors_long", "rope_factors_short"):
         with pytest.raises(ValueError, match=f"rope_factors_short, got {alone}"):

@@ -57,6 +57,7 @@ def test_intervals_are_students(size: int) -> None:
     expected = scipy.stats.t.interval(
         0.95, size - 1, loc=values.mean(), scale=scipy.stats.sem(values)
     )
+    assert found.low is not None and found.high is not None
     np.testing.assert_allclose([found.low, found.high], expected)
     assert found.values == tuple(values)
 

@@ -6,6 +6,7 @@ Names of classes come from the `datasets` features that its files carry. Images 
 bytes in the file; what a file merely points to is never opened.
 """
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,9 +75,9 @@ def read_arrow(paths: Sequence[Path]) -> ArrowTable:
 
 def _pyarrow(path: Path) -> Any:
     try:
-        import pyarrow as pa
-        import pyarrow.compute
-        import pyarrow.parquet
+        pa = importlib.import_module("pyarrow")
+        for part in ("compute", "parquet"):  # attributes of `pa` once they are imported
+            importlib.import_module(f"pyarrow.{part}")
     except ImportError:
         raise ImportError(
             f"{path}: parquet and Arrow files are read by pyarrow: pip install 'kdtl_jax[data]'."

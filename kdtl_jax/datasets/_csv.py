@@ -117,7 +117,7 @@ def _numbers(
                     as_text.add(i)
                     del columns[i]
                 else:
-                    columns[i].extend(found)
+                    columns[i].extend(x for x in found if x is not None)
                     commas |= delimiter == ";" and any(map(_has_decimal_comma, cells))
     return columns, lines, commas
 

@@ -95,7 +95,7 @@ def all_images(folder: Path) -> list[Path]:
 
 
 def form_of(
-    pictures: Pictures, rows: Sequence[int], image_size: tuple[int, int] | None
+    pictures: Pictures, rows: Sequence[int] | np.ndarray, image_size: tuple[int, int] | None
 ) -> tuple[Images, tuple[int, ...], list[str]]:
     """How these images become arrays, the shape of one, and what to tell.
 
@@ -133,7 +133,7 @@ def form_of(
 
 
 def decoded(
-    pictures: Pictures, rows: Sequence[int], images: Images, shape: tuple[int, ...]
+    pictures: Pictures, rows: Sequence[int] | np.ndarray, images: Images, shape: tuple[int, ...]
 ) -> np.ndarray:
     """The images `rows` as float32 `[N, H, W, C]`.
 

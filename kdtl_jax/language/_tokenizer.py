@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from kdtl_jax import _files
 from kdtl_jax._text import quoted
 
@@ -33,7 +35,7 @@ class Tokenizer(NamedTuple):
     """
 
     encode: Callable[[str], list[int]]
-    decode: Callable[[Sequence[int]], str]
+    decode: Callable[[Sequence[int] | np.ndarray], str]
     vocabulary: Mapping[str, int]
     size: int
     bos: int | None
@@ -52,7 +54,7 @@ def byte_tokenizer() -> Tokenizer:
     assert tokenizer.encode("é") == [195, 169] and tokenizer.decode([195, 169]) == "é"
     """
 
-    def decode(ids: Sequence[int]) -> str:
+    def decode(ids: Sequence[int] | np.ndarray) -> str:
         return bytes(i for i in ids if i < _END).decode(errors="replace")
 
     return Tokenizer(
@@ -118,7 +120,7 @@ def tokenizer(path: str | Path) -> Tokenizer:
     def encode(text: str) -> list[int]:
         return made.encode(text, add_special_tokens=False).ids
 
-    def decode(ids: Sequence[int]) -> str:
+    def decode(ids: Sequence[int] | np.ndarray) -> str:
         return made.decode(list(ids))
 
     bos = id_of("bos")

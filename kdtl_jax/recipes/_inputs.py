@@ -81,7 +81,9 @@ def read(
     label = str(label or known.get("label", "label"))
     seen = record.made_from({"data": data}).files["data"] == model.metadata.get("data")
     held_out = seen and part != "all"  # else all rows stay together, in their order
-    fractions = {name: known.get(name, 0.0) if held_out else 0.0 for name in PARTS[1:]}
+    fractions: dict[str, Any] = {
+        name: known.get(name, 0.0) if held_out else 0.0 for name in PARTS[1:]
+    }
     alone = None if with_labels else unlabeled(Path(data))
     if alone is not None:
         checked_shape(data, alone, model)

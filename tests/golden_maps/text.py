@@ -59,7 +59,7 @@ def causal_lm_accumulation(x: Inputs, h: Hyper) -> dict[str, Array]:
     return {"value": jnp.mean(micro), "micro_losses": micro}
 
 
-def collate_labels(x: Inputs, h: Hyper) -> dict[str, np.ndarray]:
+def collate_labels(x: Inputs, h: Hyper) -> dict[str, Any]:
     """Examples one to a row, or all in one; labels are -100 where nothing is learned."""
     tokens, labels, sizes = (np.asarray(x[n]) for n in ("tokens", "token_labels", "lengths"))
     if "segment_lengths" in x:
