@@ -45,6 +45,7 @@ from kdtl_jax.language._packing import batch as batch
 from kdtl_jax.language._packing import completion_mask as completion_mask
 from kdtl_jax.language._packing import concatenated as concatenated
 from kdtl_jax.language._packing import joined_row as joined_row
+from kdtl_jax.language._packing import maxtext_batch as maxtext_batch
 from kdtl_jax.language._packing import packed as packed
 from kdtl_jax.language._records import Record as Record
 from kdtl_jax.language._records import records as records

@@ -6,7 +6,7 @@ the padding token may well be the end token, and the end token that closes a doc
 """
 
 import bisect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from jax import Array
 
 from kdtl_jax import _checks
 from kdtl_jax.language._documents import Document, stretches
+from kdtl_jax.language._terms import next_tokens
+from kdtl_jax.models import segment_positions
 
 WINDOW = 4096  # documents that are packed with one another
 
@@ -180,6 +182,25 @@ def as_batch(row: Row) -> dict[str, Any]:
     if row.told is not None:
         found["privileged"] = dict(zip(("tokens", "segments"), row.told, strict=True))
     return found
+
+
+def maxtext_batch(batch: Mapping[str, Any]) -> dict[str, Array]:
+    """A token batch under MaxText's keys: `inputs` and `targets`, each with position and segment.
+
+    Targets are shifted by one; `targets_segmentation` is 0 where nothing is learned, so that its
+    `!= 0` is the loss mask.
+    """
+    segments = jnp.asarray(batch.get("segments", jnp.ones_like(batch["tokens"])))
+    positions = segment_positions(segments)
+    targets, where = next_tokens(batch)
+    return {
+        "inputs": jnp.asarray(batch["tokens"]),
+        "inputs_position": positions,
+        "inputs_segmentation": segments,
+        "targets": targets,
+        "targets_position": positions,
+        "targets_segmentation": jnp.where(where, segments, 0),
+    }
 
 
 def completion_mask(tokens: Array, *, padding: int | None, ends: Sequence[int] = ()) -> Array:
