@@ -12,6 +12,7 @@ import pytest
 from tiny import SHORT, kdtl, results, write_data
 
 from kdtl_jax import datasets, metrics, models
+from kdtl_jax.datasets import Preprocessing, Standardizer
 from kdtl_jax.interop import model_files, networks, safetensors
 from kdtl_jax.interop.model_files import About
 
@@ -110,6 +111,8 @@ def test_data_of_something_else_are_refused(run: Path, tmp_path: Path, capsys: C
     rng = np.random.default_rng(0)
     wide, more = tmp_path / "wide.npz", tmp_path / "more.npz"
     np.savez(wide, x=rng.normal(size=(40, 6)), y=np.arange(40) % 3)
+    same = tmp_path / "same.npz"
+    np.savez(same, x=rng.normal(size=(40, 5)), y=np.arange(40) % 3)
     np.savez(more, x=rng.normal(size=(40, 5)), y=np.arange(40) % 4)
     for command in ("predict", "evaluate"):
         assert "its examples are [6], the model takes [5]" in refused(command, student, wide)
@@ -119,8 +122,8 @@ def test_data_of_something_else_are_refused(run: Path, tmp_path: Path, capsys: C
             command, run / "checkpoints" / "kd", wide
         )
         assert "no such file" in refused(command, tmp_path / "nothing", wide)
-    assert "knows no class '3'. Its classes are 0, 1, 2" in refused("evaluate", student, more)
-    assert "has no such part" in refused("evaluate", student, more, "--part", "test")
+    assert "labels must lie in 0..2, got 3 at row 3" in refused("evaluate", student, more)
+    assert "has no such part" in refused("evaluate", student, same, "--part", "test")
     safetensors.save(tmp_path / "weights.safetensors", {"w": np.ones(2)})
     said = refused("predict", tmp_path / "weights.safetensors", more)
     assert "does not say of which model" in said
@@ -142,3 +145,54 @@ def test_classes_are_matched_by_name(tmp_path: Path) -> None:
     assert [row["support"] for row in found["per_class"]] == [0, 20, 20]
     named = np.array(names)[model_files.load(student).predict(x).argmax(-1)]
     assert found["accuracy"] == pytest.approx(np.mean(named == y))
+
+
+def stored(path: Path, form: Preprocessing) -> model_files.Model:
+    """A linear model's file, for data of this form."""
+    net = networks.network(models.mlp((), form.outputs), np.zeros((1, 2), np.float32))
+    variables = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 2)))
+    about = About("mlp:", form.outputs, form.scaling, form.names, form.shape, form)
+    model_files.save(path, variables, about, {})
+    return model_files.load(path)
+
+
+X = np.random.default_rng(1).normal(size=(30, 2)).astype(np.float32)
+
+
+def test_several_labels_at_once(tmp_path: Path, capsys: Captured) -> None:
+    form = Preprocessing("labels", ("a", "b", "c"), 3, (2,))
+    model = stored(tmp_path / "m.safetensors", form)
+    targets = (np.random.default_rng(2).random((30, 3)) < 0.4).astype(np.int64)
+    np.savez(tmp_path / "d.npz", x=X, y=targets)
+    words = [tmp_path / "m.safetensors", tmp_path / "d.npz"]
+    assert kdtl("evaluate", *words, "--out", tmp_path / "s.json") == 0
+    found, logits = json.loads((tmp_path / "s.json").read_text()), model.predict(X)
+    precision = metrics.average_precision(logits, targets)
+    assert found["mean_average_precision"] == pytest.approx(precision.mean())
+    assert found["micro_f1"] == pytest.approx(metrics.micro_f1(logits > 0, targets))
+    assert found["exact"] == pytest.approx(np.mean(((logits > 0) == targets).all(1)))
+    assert [row["class"] for row in found["per_class"]] == ["a", "b", "c"]
+    capsys.readouterr()
+    assert kdtl("predict", *words, "--probabilities") == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    for row, each in zip(rows, logits, strict=True):
+        assert row["labels"] == ";".join(n for n, v in zip("abc", each, strict=True) if v > 0)
+        assert float(row["p(b)"]) == pytest.approx(1 / (1 + np.exp(-each[1])), rel=1e-4)
+
+
+def test_numbers_are_in_the_units_of_the_targets(tmp_path: Path, capsys: Captured) -> None:
+    scaling = Standardizer(np.array([100.0]), np.array([20.0]))
+    form = Preprocessing("numbers", ("price",), 1, (2,), target_scaling=scaling)
+    model = stored(tmp_path / "m.safetensors", form)
+    targets = 100 + 20 * X[:, :1].astype(np.float64)
+    np.savez(tmp_path / "d.npz", x=X, y=targets)
+    words = [tmp_path / "m.safetensors", tmp_path / "d.npz"]
+    assert kdtl("evaluate", *words, "--out", tmp_path / "s.json") == 0
+    found = json.loads((tmp_path / "s.json").read_text())
+    wanted = 100 + 20 * model.predict(X).astype(np.float64)
+    assert found["r2"] == pytest.approx(metrics.r_squared(wanted, targets))
+    assert found["mean_absolute_error"] == pytest.approx(np.mean(np.abs(wanted - targets)))
+    capsys.readouterr()
+    assert kdtl("predict", *words) == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    np.testing.assert_allclose([float(row["price"]) for row in rows], wanted[:, 0], rtol=1e-6)

@@ -68,27 +68,34 @@ def model_of(settings: Any) -> Model:
 def read(
     data: str, model: Model, *, part: str | None, label: str | None, with_labels: bool
 ) -> Examples:
-    """The examples of some data.
+    """The examples of some data, read in the model's way.
 
-    Without `part`: the test part if the data has one, or if the model was trained on these very
-    data, from which its run held one out; otherwise everything.
+    Without `part`: where no labels are asked for, everything in its order; with labels the test
+    part if the data has one, or if the model was trained on these very data, from which its run
+    held one out; otherwise everything.
 
     Raises:
       UsageError: if the data has no such part.
       ValueError: if they are data of other classes or of inputs of another shape.
     """
+    form = model.about.preprocessing
+    if not with_labels and part in (None, "all"):
+        inputs = datasets.read_inputs(data, form or _form_of_old(model))
+        checked_shape(data, inputs, model)
+        return Examples(inputs, None, f"{len(inputs)} examples")
     known = json.loads(model.metadata.get("split", "{}"))
-    label = str(label or known.get("label", "label"))
     seen = record.made_from({"data": data}).files["data"] == model.metadata.get("data")
     held_out = seen and part != "all"  # else all rows stay together, in their order
-    fractions: dict[str, Any] = {
-        name: known.get(name, 0.0) if held_out else 0.0 for name in PARTS[1:]
-    }
-    alone = None if with_labels else unlabeled(Path(data))
-    if alone is not None:
-        checked_shape(data, alone, model)
-        return Examples(alone, None, f"{len(alone)} examples")
-    parts = datasets.read_splits(data, label=label, seed=known.get("seed", 0), **fractions)
+    shares = [float(known.get(name, 0)) if held_out else 0.0 for name in PARTS[1:]]
+    parts = datasets.read_splits(
+        data,
+        label=label or str(known.get("label", "label")),
+        target="auto" if form is None else form.kind,
+        preprocessing=form,
+        validation=shares[0],
+        test=shares[1],
+        seed=int(known.get("seed", 0)),
+    )
     chosen = part or ("test" if len(parts.test.labels) else "all")
     found = list(parts) if chosen == "all" else [getattr(parts, chosen)]
     found = [each for each in found if len(each.labels)]
@@ -96,7 +103,7 @@ def read(
         raise UsageError(f"--part {chosen}: {data} has no such part. Take --part all.")
     inputs = np.concatenate([each.inputs for each in found])
     checked_shape(data, inputs, model)
-    labels = np.concatenate([in_classes_of(model, each) for each in found]) if with_labels else None
+    labels = np.concatenate([each.labels if form else in_classes_of(model, each) for each in found])
     said = f"{len(inputs)} examples" if chosen == "all" else f"{len(inputs)} {chosen} examples"
     if seen:
         said += ", of the data that the model was trained on"
@@ -118,7 +125,7 @@ def in_classes_of(model: Model, data: Dataset) -> np.ndarray:
     Raises:
       ValueError: naming a class that the model does not know.
     """
-    names, own = data.class_names(), class_names(model)
+    names, own = data.class_names(), class_names(model)  # of a file that does not say more
     place = {name: i for i, name in enumerate(own)}
     occurring = np.unique(data.labels)
     unknown = [names[i] for i in occurring if names[i] not in place]
@@ -136,9 +143,21 @@ def class_names(model: Model) -> tuple[str, ...]:
     return model.about.names or tuple(map(str, range(model.about.classes or 0)))
 
 
-def unlabeled(path: Path) -> np.ndarray | None:
-    """Inputs from a file without labels; None if it has labels, or is of another kind."""
-    if path.suffix == ".npy" and path.is_file():
-        inputs: Any = np.load(path, allow_pickle=False)
-        return inputs[..., None] if inputs.ndim == 3 else inputs
-    return None
+def kind(model: Model) -> datasets.Kind:
+    """What a model answers: one class, several labels at once, or numbers."""
+    form = model.about.preprocessing
+    return "classes" if form is None else form.kind
+
+
+def numbers(model: Model, logits: np.ndarray) -> np.ndarray:
+    """A regression's outputs in the units of its targets, float64."""
+    form = model.about.preprocessing
+    scaling = None if form is None else form.target_scaling
+    found = logits.astype(np.float64)
+    return found if scaling is None else found * scaling.scale + scaling.mean
+
+
+def _form_of_old(model: Model) -> datasets.Preprocessing:
+    """Of a file that does not say how data are read: arrays are."""
+    about = model.about
+    return datasets.Preprocessing("classes", about.names, about.classes or 0, about.shape or ())

@@ -41,7 +41,13 @@ def run(settings: Settings) -> int:
     )
     assert found.labels is not None
     names = _inputs.class_names(model)
-    result = _scoring.of_classes(model.predict(found.inputs), found.labels, names)
+    logits, kind = model.predict(found.inputs), _inputs.kind(model)
+    if kind == "numbers":
+        result = _scoring.of_numbers(_inputs.numbers(model, logits), found.labels)
+    elif kind == "labels":
+        result = _scoring.of_labels(logits, found.labels, names)
+    else:
+        result = _scoring.of_classes(logits, found.labels, names)
     print(f"{settings.student}: {found.said}", file=sys.stderr)
     print("\n".join(_scoring.lines(result)))
     show(result, names)
@@ -53,7 +59,9 @@ def run(settings: Settings) -> int:
 
 def show(result: dict[str, Any], names: tuple[str, ...]) -> None:
     """The tables of classes."""
-    rows = result["per_class"]
+    rows = result.get("per_class")
+    if not rows:
+        return
     header = list(rows[0])
     _output.show(header, [[_cell(value) for value in row.values()] for row in rows])
     if "confusion" in result and len(names) <= MOST:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import softmax
+from scipy.special import expit, softmax
 
 from kdtl_jax import _files
 from kdtl_jax.recipes import _inputs
@@ -30,8 +30,8 @@ class Settings(_inputs.Used):
     """What `kdtl predict` reads and writes."""
 
     data: str | None = setting(
-        None, "examples, with or without labels: digits, an .npz, .npy or .csv, a folder of idx "
-        "files", positional=True,
+        None, "examples as for kdtl distill, with or without labels; also an .npy or one image",
+        positional=True,
     )  # fmt: skip
     out: str | None = setting(
         None, "write this CSV file; default: print", metavar="FILE"
@@ -48,9 +48,15 @@ def run(settings: Settings) -> int:
         settings.data, model, part=settings.part, label=settings.label, with_labels=False
     )
     logits = model.predict(found.inputs)
+    names, kind = _inputs.class_names(model), _inputs.kind(model)
+    if kind == "numbers":
+        table = rows_of_numbers(_inputs.numbers(model, logits), model.about.names)
+    elif kind == "labels":
+        table = rows_of_labels(logits, names, settings.probabilities)
+    else:
+        table = rows(logits, names, settings.probabilities)
     text = io.StringIO()
-    names = _inputs.class_names(model)
-    csv.writer(text, lineterminator="\n").writerows(rows(logits, names, settings.probabilities))
+    csv.writer(text, lineterminator="\n").writerows(table)
     if settings.out is None:
         print(text.getvalue(), end="")
         return 0
@@ -71,3 +77,22 @@ def rows(
     for i, (at, each) in enumerate(zip(named.tolist(), p.tolist(), strict=True)):
         chosen = ["", ""] if at == scores.WRONG else [names[at], f"{each[at]:.6g}"]
         yield [str(i), *chosen, *(f"{value:.6g}" for value in each if extra)]
+
+
+def rows_of_labels(
+    logits: np.ndarray, names: tuple[str, ...], with_probabilities: bool
+) -> Iterator[list[str]]:
+    """Several labels at once: those of probability above one half, between semicolons."""
+    yield ["row", "labels", *([f"p({name})" for name in names] if with_probabilities else [])]
+    p = expit(logits.astype(np.float64))
+    for i, each in enumerate(p.tolist()):
+        named = ";".join(name for name, value in zip(names, each, strict=True) if value > 0.5)
+        yield [str(i), named, *(f"{value:.6g}" for value in each if with_probabilities)]
+
+
+def rows_of_numbers(values: np.ndarray, names: tuple[str, ...]) -> Iterator[list[str]]:
+    """A regression's numbers, in the units of its targets."""
+    plain = ["value"] if values.shape[1] == 1 else [f"value_{i}" for i in range(values.shape[1])]
+    yield ["row", *(names or plain)]
+    for i, each in enumerate(values.tolist()):
+        yield [str(i), *(f"{value:.7g}" for value in each)]
