@@ -45,7 +45,9 @@ def test_the_commands_of_a_page_are_understood(path: Path) -> None:
 
 
 def test_commands_that_are_wrong_are_found() -> None:
-    text = "    kdtl distill --seeds 2 \\\n        --lr 0.1\nas `kdtl distil` and\n`kdtl env --no`\n"
+    text = (
+        "    kdtl distill --seeds 2 \\\n        --lr 0.1\nas `kdtl distil` and\n`kdtl env --no`\n"
+    )
     first, *others = shown(text)
     assert first == "kdtl distill --seeds 2 --lr 0.1" and understood(first) is None
     assert len(others) == 2 and all(understood(command) for command in others)
