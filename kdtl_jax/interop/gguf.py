@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdtl_jax import _text
-from kdtl_jax.interop import decoders
+from kdtl_jax.interop import _gguf_header, decoders
 from kdtl_jax.interop.decoders import PretrainedDecoder
 
 
@@ -376,9 +376,11 @@ def _open(path: str | Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     try:
+        _gguf_header.check(path)
         return reader(path)
     except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read as GGUF ({error}).") from None
+        said = _text.shown(str(error), 200)
+        raise ValueError(f"{path} cannot be read as GGUF ({said}).") from None
 
 
 def _fields(reader: Any, wanted: Callable[[str], bool]) -> dict[str, Any]:

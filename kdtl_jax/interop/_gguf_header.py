@@ -1,0 +1,74 @@
+"""The header of a GGUF file, walked before the package gguf reads it.
+
+The package counts up to whatever a header announces, far past the end of the file.
+"""
+
+import mmap
+import struct
+from pathlib import Path
+
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number
+_STRING, _ARRAY = 8, 9
+_DIMENSIONS = 4  # of a tensor at most
+
+
+def check(path: Path) -> None:
+    """Refuses a header that announces more than the file holds.
+
+    Raises:
+      ValueError: saying what is too large, or of a kind that GGUF does not have.
+    """
+    with path.open("rb") as file:
+        if path.stat().st_size < 24 or file.read(4) != b"GGUF":
+            raise ValueError("it does not begin as a GGUF file")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            _walk(content)
+
+
+def _walk(content: mmap.mmap) -> None:
+    order = "<" if int.from_bytes(content[4:8], "little") & 0xFFFF else ">"
+    at, size = 8, len(content)
+
+    def number(form: str) -> int:
+        nonlocal at
+        (found,) = struct.unpack_from(order + form, content, skip(struct.calcsize(form)))
+        return found
+
+    def skip(count: int) -> int:
+        """The place of so many bytes, which come next."""
+        nonlocal at
+        if count > size - at:
+            raise ValueError(f"its header asks for {count:,} bytes at {at:,}; it has {size:,}")
+        at += count
+        return at - count
+
+    def value(kind: int) -> None:
+        if kind in _SIZES:
+            skip(_SIZES[kind])
+        elif kind == _STRING:
+            skip(number("Q"))
+        else:
+            raise ValueError(f"its header has a value of kind {kind}, which GGUF has not")
+
+    try:
+        tensors, entries = number("Q"), number("Q")
+        for _ in range(entries):
+            skip(number("Q"))
+            kind = number("I")
+            if kind != _ARRAY:
+                value(kind)
+                continue
+            kind, count = number("I"), number("Q")
+            if kind in _SIZES:
+                skip(count * _SIZES[kind])
+                continue
+            for _ in range(count):
+                value(kind)
+        for _ in range(tensors):
+            skip(number("Q"))
+            dimensions = number("I")
+            if dimensions > _DIMENSIONS:
+                raise ValueError(f"its header has a tensor of {dimensions} dimensions")
+            skip(8 * dimensions + 12)
+    except (OverflowError, struct.error) as error:
+        raise ValueError(f"its header cannot be read ({error})") from None

@@ -1,0 +1,52 @@
+"""GGUF files of any bytes are read or refused in one line, at a small cost."""
+
+import struct
+from pathlib import Path
+
+import pytest
+from bounds import bounded, is_plain
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("gguf", reason="GGUF files need the package gguf")
+
+from test_gguf import LLAMA, _source, _write
+
+from kdtl_jax.interop import gguf
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gguf")
+    return _write(folder / "whole.gguf", "LLAMA", LLAMA, _source(LLAMA)[1])
+
+
+# What a header counts in, and what it may hold instead.
+counts = st.sampled_from([0, 1, 9, 2**20, 2**31, 2**40, 2**63, 2**64 - 1])
+puts = st.binary(max_size=6) | counts.map(lambda n: struct.pack("<Q", n))
+
+
+@settings(max_examples=30)
+@given(place=st.integers(0, 2700), put=puts, cut=st.sampled_from([0, 1, 4, 8, 500]))
+def test_any_bytes(whole: Path, place: int, put: bytes, cut: int) -> None:
+    path, content = whole.with_name("a.gguf"), whole.read_bytes()
+    path.write_bytes(content[:place] + put + content[place + cut :])
+    for read in (gguf.tokenizer, gguf.load):
+        with bounded():
+            try:
+                read(path)
+            except ValueError as error:
+                many = 40 if str(error).startswith("transfer: ") else 1
+                assert is_plain(str(error), many), str(error)[:2000]
+
+
+@pytest.mark.parametrize("place", [8, 16, "array"])
+def test_counts_past_the_end_of_the_file(whole: Path, place: int | str) -> None:
+    """Numbers of tensors, of entries, and of an array's entries that no file could hold."""
+    content = whole.read_bytes()
+    if isinstance(place, str):
+        place = content.index(b"tokenizer.ggml.token_type") + 25 + 8
+    path = whole.with_name("a.gguf")
+    path.write_bytes(content[:place] + struct.pack("<Q", 2**60) + content[place + 8 :])
+    with bounded(), pytest.raises(ValueError, match="cannot be read as GGUF"):
+        gguf.load(path)
