@@ -62,7 +62,7 @@ clip_text = Family(
         *_FIELDS,
         activation("hidden_act", "quick_gelu"),
         epsilon("layer_norm_eps", 1e-5),
-        count("eos_token_id", 49407, least=0, most=1 << 31),
+        count("eos_token_id", 49407, least=0, most=2**31 - 1),
     ),
     _BODY,
     _clip,
