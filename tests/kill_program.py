@@ -50,7 +50,8 @@ class Case(NamedTuple):
     words: list[str]
     again: list[str]
     old: list[str] | None = None  # an earlier command whose result is there already
-    folder: bool = True  # whether RUN is a folder with a foreign file in it
+    folder: bool = True  # whether RUN is a folder with foreign files in it
+    mine: str = "checkpoints/mine"  # where they may lie beside what is written
 
 
 def cases() -> dict[str, Case]:
@@ -66,7 +67,8 @@ def cases() -> dict[str, Case]:
 
     def run(name: str, *words: str, again: tuple[str, ...] = ("--force",)) -> Case:
         command = [name, *words, *OUT]
-        return Case([*command, "--force"], [*command, *again])
+        mine = "mine" if name in ("transfer", "demo") else "checkpoints/mine"
+        return Case([*command, "--force"], [*command, *again], mine=mine)
 
     models = ["a.safetensors", "b.safetensors"]
     return {
@@ -305,8 +307,8 @@ def main_() -> None:
         shutil.rmtree(home, ignore_errors=True)
         shutil.copytree(base, home)
         if case.folder:
-            (home / RUN / "checkpoints" / "mine").mkdir(parents=True)
-            (home / RUN / "checkpoints" / "mine" / "weights.bin").write_bytes(b"mine")
+            (home / RUN / case.mine).mkdir(parents=True)
+            (home / RUN / case.mine / "weights.bin").write_bytes(b"mine")
             (home / RUN / "notes.txt").write_text("mine")
         if case.old is not None:
             finish(home, case.old, log)
