@@ -17,6 +17,7 @@ sys.path.insert(0, str(DOCS / "_ext"))
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|\{doc\}`(?:[^`<]*<)?([^`>]+)>?`")
 TARGET = re.compile(r"\{py:\w+\}`[^`<]*<([\w.]+)>`")
 # What stands before a dot in code spans beside modules: the reader's values, and a file's name.
+FILES = {"csv", "json", "npy", "npz"}
 VALUES = {"adapter", "config", "setup", "tc", "x"}
 
 
@@ -125,7 +126,9 @@ def unknown_names(text: str, public: set[str]) -> list[str]:
     missing = [name for name in TARGET.findall(text) if name not in public]
     for name in re.findall(r"`([a-z_]+(?:\.[A-Za-z_]\w*)+)(?:\([^`]*\))?`", text):
         root, _, rest = name.partition(".")
-        if root not in VALUES and not (root in roots and _attribute(f"{roots[root]}.{rest}")):
+        if rest in FILES or root in VALUES:
+            continue
+        if not (root in roots and _attribute(f"{roots[root]}.{rest}")):
             missing.append(name)
     return missing
 
