@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from kdtl_jax import methods
-from kdtl_jax.recipes import _training
+from kdtl_jax.recipes import _optimizers
 
 LABELS = 10  # per class, of the built-in digits
 BATCH, FEWEST_BATCHES = 64, 5  # examples per step, steps per epoch
@@ -41,7 +41,7 @@ def resolved(settings: Any, examples: int, classes: int, divisor: int = 1) -> An
 
 def described(entry: methods.Entry | None, settings: Any) -> dict[str, Any]:
     """Optimizer, rate and temperature of a method, defaults filled in, for its line of settings."""
-    rate = settings.learning_rate or _training.RATES[settings.optimizer]
+    rate = settings.learning_rate or _optimizers.RATES[settings.optimizer]
     found = {"optimizer": settings.optimizer, "learning_rate": rate}
     if settings.weight_decay:
         found["weight_decay"] = settings.weight_decay
