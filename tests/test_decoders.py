@@ -229,6 +229,7 @@ def edited(tmp_path: Path, name: str, **changes: Any) -> Path:
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "cannot be read"),
         ("llama", {"rope_parameters": [1]}, "cannot be read"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "for phi3 alone"),
         ("llama", {"vocab_size": 41}, "tokens/embedding"),
         ("gemma2", {"layer_types": ["full_attention"]}, "layer_types must be 4 times"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "is not built here"),
@@ -239,6 +240,24 @@ def test_what_is_not_understood_is_refused(
 ):
     with pytest.raises(ValueError, match=says):
         decoders.load(edited(tmp_path, name, **changes))
+
+
+def test_gemma_reads_hidden_act_and_its_kin_do_not():
+    """transformers: `gelu` of early files is tanh's; Gemma 2 and 3 read `hidden_activation`."""
+    kin = {name: dict(loaded(name).config) for name in ("llama", "gemma2")}
+    kin["gemma"] = kin["llama"] | {"model_type": "gemma", "head_dim": 8}
+    for key in ("hidden_act", "mlp_bias"):
+        kin["gemma"].pop(key, None)
+
+    def activation(name: str, **changes: Any) -> Any:
+        return decoders.initialized(kin[name] | changes, jax.random.key(0)).model.config.activation
+
+    assert activation("gemma") is activation("gemma", hidden_act="gelu") is models.gelu_tanh
+    assert activation("gemma", hidden_act="relu") is jax.nn.relu
+    assert activation("gemma", hidden_activation="gelu_pytorch_tanh") is models.gelu_tanh
+    assert activation("gemma2", hidden_act="relu") is models.gelu_tanh
+    with pytest.raises(ValueError, match="contradict each other"):
+        activation("gemma", hidden_act="relu", hidden_activation="gelu_pytorch_tanh")
 
 
 def test_a_head_that_differs_from_the_embedding_is_kept_and_said(tmp_path: Path):

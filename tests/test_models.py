@@ -241,3 +241,24 @@ def test_small_models_run_whole_epochs_in_a_scan(name: str) -> None:
     step = train.make_step(apply, terms, {"size": 1.0}, tx)
     state = jax.eval_shape(start, inputs)
     assert train.step_path(step, state, {"inputs": inputs}) == "scan"
+
+
+def test_within_blocks_of_image_resnets_is_relu() -> None:
+    """transformers' ResNetConvLayer: `hidden_act` is the stem's and the block's, not its inside."""
+    module = models.ImageResNet(2, (2,), (1,), is_bottleneck=False, activation=jnp.negative)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 8, 3)), jnp.float32)
+    variables = module.init(KEY, images)
+    outputs = module.apply(variables, images)
+    block = variables["params"]["stage0_block0"]
+    statistics = 1 / np.sqrt(1 + 1e-5)  # of a mean of 0 and a variance of 1
+
+    def convolved(x: jax.Array, name: str) -> jax.Array:
+        kernel = block[name]["conv"]["kernel"]
+        around = ((1, 1), (1, 1))
+        layout = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), around, dimension_numbers=layout)
+        return y * statistics
+
+    inner = jax.nn.relu(convolved(outputs["stem"], "conv0"))
+    want = -(outputs["stem"] + convolved(inner, "conv1"))
+    np.testing.assert_allclose(outputs["stage0"], want, rtol=1e-4, atol=1e-5)

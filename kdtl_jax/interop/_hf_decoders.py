@@ -206,15 +206,25 @@ def _gemma(config: Config) -> DecoderConfig:
     return _common(
         config,
         norm=Norm(number(config, "rms_norm_eps", 1e-6), has_unit_offset=True),
-        activation=_gemma_activation(config),
+        activation=_activation(config, "hidden_activation", "gelu_pytorch_tanh"),
         embedding_scale=math.sqrt(size(config, "hidden_size")),
         is_tied=bool(config.get("tie_word_embeddings", True)),
     )
 
 
-def _gemma_activation(config: Config) -> Callable[..., Any]:
-    """`hidden_activation`; Gemma's files of early 2024 say `hidden_act: gelu` and mean tanh's."""
-    return _activation(config, "hidden_activation", "gelu_pytorch_tanh")
+def _gemma1(config: Config) -> DecoderConfig:
+    """Gemma, whose later kin read `hidden_activation` alone.
+
+    Files of early 2024 say `hidden_act: gelu` and mean tanh's.
+    """
+    legacy = config.get("hidden_act") in (None, "gelu")
+    own = "gelu_pytorch_tanh" if legacy else config["hidden_act"]
+    name = own if config.get("hidden_activation") is None else config["hidden_activation"]
+    named = {"hidden_act": own, "hidden_activation": name}
+    first, second = (_activation(named, key, "") for key in named)
+    if first is not second:
+        raise ValueError(f"hidden_act and hidden_activation contradict each other: {named}.")
+    return _gemma({**config, "hidden_activation": name})
 
 
 def _gemma2(config: Config) -> DecoderConfig:
@@ -329,7 +339,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
     ),
     "gemma": Family(
-        _gemma, llama_rules, _keys(_gemma_keys), {"use_bidirectional_attention": (None, False)}
+        _gemma1, llama_rules, _keys(_gemma_keys), {"use_bidirectional_attention": (None, False)}
     ),
     "gemma2": Family(
         _gemma2,

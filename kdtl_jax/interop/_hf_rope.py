@@ -55,10 +55,10 @@ def rope(
     partial = _positive(given, "partial_rotary_factor", partial)
     if partial > 1:
         raise ValueError(f"config.json: partial_rotary_factor must be at most 1, got {partial}.")
-    partial = number({"partial_rotary_factor": partial}, "partial_rotary_factor", 1.0)
-    if not 0 < partial <= 1:
+    if partial < 1 and config.get("model_type") != "phi3":  # elsewhere transformers ignores it
         raise ValueError(
-            f"config.json: partial_rotary_factor must be above 0 and at most 1, got {partial}."
+            f"config.json: partial_rotary_factor = {partial} is built here for phi3 alone; other "
+            "families rotate whole heads."
         )
     width = int(width * partial)
     if width > 1 << 16:

@@ -204,7 +204,7 @@ class ConvNorm(nn.Module):
 
 
 class ImageResNetBlock(nn.Module):
-    """Two 3x3 convolutions, or 1x1, 3x3, 1x1; then the shortcut and the activation."""
+    """Two 3x3 convolutions, or 1x1, 3x3, 1x1, with ReLU between; the shortcut, the activation."""
 
     features: int
     stride: int
@@ -214,7 +214,7 @@ class ImageResNetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        act, stride = self.activation, self.stride
+        act, stride = jax.nn.relu, self.stride
         if self.is_bottleneck:
             inner = self.features // 4
             first, second = (stride, 1) if self.downsample_in_first_conv else (1, stride)
@@ -226,7 +226,7 @@ class ImageResNetBlock(nn.Module):
             y = ConvNorm(*layer, name=f"conv{i}")(y, train)
         if stride != 1 or x.shape[-1] != self.features:
             x = ConvNorm(self.features, 1, stride, None, name="shortcut")(x, train)
-        return act(x + y)
+        return self.activation(x + y)
 
 
 class ImageResNet(nn.Module):
@@ -240,6 +240,8 @@ class ImageResNet(nn.Module):
       downsample_first: whether the first stage halves the resolution too.
       downsample_in_first_conv: a bottleneck's stride sits in its first 1x1 convolution (v1)
         instead of its 3x3 (v1.5).
+      activation: of the stem and behind every block; within blocks it is ReLU (as transformers has
+        it).
     """
 
     stem: int
