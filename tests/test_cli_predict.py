@@ -2,10 +2,12 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -196,3 +198,24 @@ def test_numbers_are_in_the_units_of_the_targets(tmp_path: Path, capsys: Capture
     assert kdtl("predict", *words) == 0
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     np.testing.assert_allclose([float(row["price"]) for row in rows], wanted[:, 0], rtol=1e-6)
+
+
+def test_an_exported_student_gives_the_same_logits_for_any_batch(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaling = Standardizer(np.array([1.0, 2.0], np.float32), np.array([3.0, 4.0], np.float32))
+    form = Preprocessing("classes", (), 3, (2,), scaling=scaling)
+    model, out = stored(tmp_path / "m.safetensors", form), tmp_path / "m.stablehlo"
+    words = ["export", tmp_path / "m.safetensors", "--out"]
+    assert kdtl(*words, out) == 0
+    assert "float32 [N, 2] -> logits [N, 3]" in capsys.readouterr().err
+    run = jax.export.deserialize(bytearray(out.read_bytes())).call
+    for rows in (X, X[:1], X[:7]):
+        np.testing.assert_allclose(run(rows), model.predict(rows), rtol=1e-5, atol=1e-6)
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    assert kdtl(*words, tmp_path / "m.onnx", "--format", "onnx") == 1
+    assert "ONNX needs jax2onnx: pip install" in capsys.readouterr().err
+    assert kdtl(*words, out, "--platforms", "abacus") == 1
+    assert "it cannot be exported: " in capsys.readouterr().err
+    assert kdtl("export", tmp_path / "m.safetensors") == 2
+    assert not (tmp_path / "m.onnx").exists()

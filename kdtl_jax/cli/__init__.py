@@ -37,6 +37,7 @@ COMMANDS = (
     Command("transfer", "reuse a trained model's weights on a new task", f"{_recipes}.transfer"),
     Command("predict", "predict a class for every example of a file", f"{_recipes}.predict"),
     Command("evaluate", "score a student on labeled data", f"{_recipes}.evaluate"),
+    Command("export", "a student as StableHLO or ONNX, for other runtimes", f"{_recipes}.export"),
     Command("sentences", "distill a sentence encoder into fewer layers", f"{_recipes}.sentences"),
     Command("cache", "compute a teacher's outputs once and keep them on disk", f"{_recipes}.cache"),
     Command("params", "edit checkpoints: safetensors in, safetensors out", _params),

@@ -54,8 +54,9 @@ def model_of(settings: Any) -> Model:
       UsageError: if `model` is given and the file is not of that model.
     """
     known = model_files.about(settings.student).model
+    shape = getattr(settings, "shape", None)
     if settings.model is None:
-        return model_files.load(settings.student)
+        return model_files.load(settings.student, shape=shape)
     if known is None or Path(known).name != Path(settings.model).name:
         raise UsageError(f"--model: {settings.student} holds {known}, not {settings.model}.")
     found = model_files.load(settings.student, model=_own.imported(settings.model))

@@ -1,0 +1,128 @@
+"""A student as one file for other runtimes: StableHLO, or ONNX where jax2onnx is installed.
+
+    kdtl export runs/distill/students/kd.safetensors --out kd.stablehlo
+
+The file takes raw inputs (scaling is part of it) in batches of any size, and gives logits. In JAX:
+`jax.export.deserialize(Path("kd.stablehlo").read_bytes()).call(inputs)`.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.export
+import jax.numpy as jnp
+
+from kdtl_jax import _files
+from kdtl_jax.interop.model_files import Model
+from kdtl_jax.recipes import _inputs, _own
+from kdtl_jax.recipes import settings as types
+from kdtl_jax.recipes.settings import UsageError, setting
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+EXAMPLES = """
+  kdtl export runs/distill/students/kd.safetensors --out kd.stablehlo
+  kdtl export runs/distill/students/kd.safetensors --out kd.onnx --format onnx
+
+StableHLO needs pip install 'kdtl_jax[export]', ONNX pip install 'kdtl_jax[onnx]'.
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `kdtl export` reads and writes."""
+
+    student: str | None = setting(
+        None, "a model's file, such as students/kd.safetensors of a run", positional=True
+    )
+    out: str | None = setting(None, "the file to write", metavar="FILE")
+    format: Literal["stablehlo", "onnx"] = setting("stablehlo", "what is written")
+    batch: int | None = setting(
+        None, "examples per call; default: any number", metavar="N", least=1
+    )
+    platforms: tuple[str, ...] = setting(
+        PLATFORMS, "where StableHLO is to run", metavar="NAME,...", parse=types.names
+    )
+    shape: tuple[int, ...] | None = setting(
+        None, "of one input, as in 8,8,1; for files of earlier versions, which do not say it",
+        metavar="N,...", parse=lambda value: None if value is None else types.layer_numbers(value),
+    )  # fmt: skip
+    model: str | None = setting(
+        None, "the source of a model of your own, as FILE.py:NAME; only this file is imported",
+        metavar="FILE.py:NAME", parse=_own.checked,
+    )  # fmt: skip
+
+
+def run(settings: Settings) -> int:
+    """Writes the file."""
+    if settings.student is None or settings.out is None:
+        raise UsageError(f"name STUDENT and --out, for example: {EXAMPLES.strip().splitlines()[0]}")
+    model = _inputs.model_of(settings)
+    shape = model.about.shape or settings.shape
+    if shape is None:
+        raise UsageError(
+            f"{settings.student} does not say the shape of its inputs: give it, as in --shape 8,8,1"
+        )
+    out = Path(settings.out)
+    if settings.format == "onnx":
+        write_onnx(out, model.logits, shape, settings.batch)
+    else:
+        _files.write_atomic(out, stablehlo(model, shape, settings.batch, settings.platforms))
+    first = "N" if settings.batch is None else settings.batch
+    inputs = ", ".join(map(str, (first, *shape)))
+    print(
+        f"{out}: float32 [{inputs}] -> logits [{first}, {model.about.classes}], "
+        f"{out.stat().st_size:,} bytes",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def stablehlo(
+    model: Model, shape: tuple[int, ...], batch: int | None, platforms: tuple[str, ...] = PLATFORMS
+) -> bytes:
+    """The model as `jax.export` serializes it.
+
+    Raises:
+      ImportError: if flatbuffers, by which jax.export writes, is not installed.
+      ValueError: if the model cannot run on batches of any size, or a platform is not known.
+    """
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ImportError("StableHLO needs flatbuffers: pip install 'kdtl_jax[export]'.")
+    rows = jax.export.symbolic_shape("n")[0] if batch is None else batch
+    inputs = jax.ShapeDtypeStruct((rows, *shape), jnp.float32)
+    try:
+        found = jax.export.export(jax.jit(model.logits), platforms=platforms)(inputs)
+        return bytes(found.serialize())
+    except (ValueError, TypeError, NotImplementedError, jax.errors.JAXTypeError) as error:
+        said = " ".join(str(error).split())[:300]
+        hint = "" if batch else " A model that needs to know its batch is exported with --batch."
+        raise ValueError(f"it cannot be exported: {said}{hint}") from error
+
+
+def write_onnx(
+    out: Path, logits: Callable[[Any], Any], shape: tuple[int, ...], batch: int | None
+) -> None:
+    """The model as ONNX, by jax2onnx.
+
+    Raises:
+      ImportError: if jax2onnx is not installed.
+      ValueError: if it does not know one of the model's operations.
+    """
+    try:
+        jax2onnx = importlib.import_module("jax2onnx")
+    except ImportError:
+        raise ImportError(
+            "ONNX needs jax2onnx: pip install 'kdtl_jax[onnx]'. The default is StableHLO."
+        ) from None
+    try:
+        made = jax2onnx.to_onnx(logits, [(batch or "B", *shape)])
+    except Exception as error:  # whatever a converter raises
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(f"jax2onnx cannot convert it: {type(error).__name__}: {said}") from error
+    _files.write_atomic(out, made.SerializeToString())
