@@ -62,6 +62,8 @@ def run(settings: Settings) -> int:
     """Writes the file."""
     if settings.student is None or settings.out is None:
         raise UsageError(f"name STUDENT and --out, for example: {EXAMPLES.strip().splitlines()[0]}")
+    if unknown := set(settings.platforms) - {*PLATFORMS, "rocm"}:
+        raise UsageError(f"--platforms: {min(unknown)!r} is none of {', '.join(PLATFORMS)}, rocm")
     model = _inputs.model_of(settings)
     shape = model.about.shape or settings.shape
     if shape is None:
