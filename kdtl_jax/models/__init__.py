@@ -11,6 +11,7 @@ from kdtl_jax.models._blocks import quick_gelu as quick_gelu
 from kdtl_jax.models._blocks import sentence_embedding as sentence_embedding
 from kdtl_jax.models._convnext import ConvNext as ConvNext
 from kdtl_jax.models._deberta import Deberta as Deberta
+from kdtl_jax.models._decoder import TENSOR_AXES as TENSOR_AXES
 from kdtl_jax.models._decoder import Decoder as Decoder
 from kdtl_jax.models._decoder import decoder as decoder
 from kdtl_jax.models._decoder import init_cache as init_cache

@@ -34,6 +34,16 @@ from kdtl_jax.models import _decoder_layer
 from kdtl_jax.models._decoder_config import Cache, DecoderConfig
 from kdtl_jax.models._decoder_layer import Kind, kinds, normalized, places_of, written
 
+# Axis of each weight that several devices share in a layer's work: of heads, of hidden units, of
+# the vocabulary. Fused kernels are split by their inputs, where their parts need no care.
+TENSOR_AXES = (
+    (r"attention/(query|key|value)/(kernel|bias)", -1),
+    (r"mlp/(up|gate)/(kernel|bias)", -1),
+    (r"(attention/(out|qkv)|mlp/(down|gate_up))/kernel", 0),
+    (r"tokens/embedding", 0),
+    (r"head/(kernel|bias)", -1),
+)
+
 
 class Apply(Protocol):
     """`apply(params, tokens, positions, segments, cache) -> (hidden, cache)`.

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from kdtl_jax import language, train
+from kdtl_jax import language, models, train
 from kdtl_jax._types import ModelFn, Params, Variables
 from kdtl_jax.objective import Inputs, Metrics
 from kdtl_jax.recipes import _output
@@ -50,7 +50,7 @@ Measure = Callable[[Params], Mapping[str, float]]
 
 def place(tree: Any, mesh: Mesh | None) -> Any:
     """On the mesh, or as it is."""
-    return tree if mesh is None else sharding.place(tree, mesh)
+    return tree if mesh is None else sharding.place(tree, mesh, tensor=models.TENSOR_AXES)
 
 
 def batches(
@@ -100,7 +100,7 @@ def trained(
     state, step = learner.begin(state), learner.step
     put: Callable[[Any], Any] = jax.device_put
     if run.mesh is not None:
-        state = sharding.place(state, run.mesh)
+        state = place(state, run.mesh)
         step = sharding.keep_placement(step, state)
         put = partial(sharding.place_batch, mesh=run.mesh)
     home, owner = run.folder / "checkpoints" / name, {"run": run.identity, "method": name}

@@ -161,8 +161,9 @@ class Settings(types.Output):
     samples: int = setting(4, "held-out prompts to continue in the report", metavar="N", least=0)
     checks: int = setting(4, "measurements during training", metavar="N", least=1, quick=1)
     mesh: Mapping[str, int] = setting(
-        {}, "data=4,fsdp=2: split batches over 8 devices, weights over 2 of them",
-        metavar="AXIS=N,...", parse=types.mesh_sizes, group="devices",
+        {}, "data=4,fsdp=2: split batches over 8 devices, weights over 2 of them; tensor=2: the "
+        "work of each layer over 2", metavar="AXIS=N,...",
+        parse=partial(types.mesh_sizes, axes=("data", "fsdp", "tensor")), group="devices",
     )  # fmt: skip
     save_every: int | None = setting(
         None, "steps between saves; default: only at the end", metavar="N", least=1

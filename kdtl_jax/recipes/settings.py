@@ -284,13 +284,13 @@ def layer_pairs(value: Any) -> tuple[tuple[str, str], ...]:
     return found
 
 
-def mesh_sizes(value: Any) -> dict[str, int]:
+def mesh_sizes(value: Any, axes: Sequence[str] = ("data", "fsdp")) -> dict[str, int]:
     """`data=4,fsdp=2`, or a mapping."""
     found = pairs(value, "=")
     for axis, size in found.items():
-        if axis not in ("data", "fsdp") or not str(size).isdecimal() or not 0 < int(size) < 10**6:
+        if axis not in axes or not str(size).isdecimal() or not 0 < int(size) < 10**6:
             raise ValueError(
-                f"'{axis}={size}' is not axis=size as in data=4,fsdp=2, with axes data, fsdp"
+                f"'{axis}={size}' is not axis=size as in data=4,fsdp=2, with axes {', '.join(axes)}"
             )
     return {axis: int(size) for axis, size in found.items()}
 

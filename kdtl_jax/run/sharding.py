@@ -1,9 +1,10 @@
 """Placements over devices: which array goes where, as shardings of JAX.
 
 A mesh has an axis `"data"` (examples are split over it) and optionally `"fsdp"` (weights and
-optimizer state are split over it, examples too). The train step itself does not change: place the
-state and the batch, call the same jitted step, and XLA inserts the collectives. `keep_placement`
-around the step holds the state where it was put. Meshes have Auto
+optimizer state are split over it, examples too) and `"tensor"` (a layer's work is split over it:
+every device has some heads and some hidden units, and all see the same examples). The train step
+itself does not change: place the state and the batch, call the same jitted step, and XLA inserts
+the collectives. `keep_placement` around the step holds the state where it was put. Meshes have Auto
 axis types, so ordinary code such as `x @ x.T` on sharded operands works.
 
 A teacher is placed like a state, by `place(teacher, mesh)`: with the mesh's FSDP rule or another
@@ -11,7 +12,9 @@ A teacher is placed like a state, by `place(teacher, mesh)`: with the mesh's FSD
 see `separate_teacher`.
 """
 
-from collections.abc import Callable, Mapping
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,34 +23,44 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from kdtl_jax import train
+from kdtl_jax import train, trees
 from kdtl_jax._types import ModelFn, PyTree, Variables
 
-AXES = ("data", "fsdp")
+AXES = ("data", "fsdp")  # over which examples are split
+TensorAxes = Sequence[tuple[str, int]]  # (regex of the end of a path, axis that is split)
 
 
-def make_mesh(*, data: int | None = None, fsdp: int = 1, devices: Any = None) -> Mesh:
-    """A `data x fsdp` mesh over the given devices (default: all, of all processes).
+def make_mesh(
+    *, data: int | None = None, fsdp: int = 1, tensor: int = 1, devices: Any = None
+) -> Mesh:
+    """A `data x fsdp x tensor` mesh over the given devices (default: all, of all processes).
 
     Args:
-      data: size of the data axis; None takes what fsdp leaves.
+      data: size of the data axis; None takes what the others leave.
       fsdp: size of the axis over which weights are split.
+      tensor: size of the axis over which the work within a layer is split; neighboring devices.
       devices: a sequence of devices; fewer than all is fine.
 
     Raises:
       ValueError: if the sizes do not multiply to at most the number of devices.
     """
     found = list(jax.devices() if devices is None else devices)
-    if fsdp < 1 or (data is not None and data < 1):
-        raise ValueError(f"sizes must be at least 1, got data={data}, fsdp={fsdp}.")
-    data = len(found) // fsdp if data is None else data
-    if data * fsdp > len(found) or data < 1:
+    if min(fsdp, tensor) < 1 or (data is not None and data < 1):
         raise ValueError(
-            f"data={data} x fsdp={fsdp} needs {max(data, 1) * fsdp} devices, there are "
+            f"sizes must be at least 1, got data={data}, fsdp={fsdp}, tensor={tensor}."
+        )
+    data = len(found) // (fsdp * tensor) if data is None else data
+    sizes = (data, fsdp) if tensor == 1 else (data, fsdp, tensor)
+    names = (*AXES, "tensor")[: len(sizes)]
+    count = math.prod(sizes)
+    if count > len(found) or data < 1:
+        asked = " x ".join(f"{n}={max(size, 1)}" for n, size in zip(names, sizes, strict=True))
+        raise ValueError(
+            f"{asked} needs {max(data, 1) * fsdp * tensor} devices, there are "
             f"{len(found)}. On one CPU, set JAX_NUM_CPU_DEVICES before starting Python."
         )
-    grid = np.array(found[: data * fsdp], dtype=object).reshape(data, fsdp)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    grid = np.array(found[:count], dtype=object).reshape(sizes)
+    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -74,42 +87,57 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over all devices."""
+    """The leading axis split over all devices of `"data"` and `"fsdp"`."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def fsdp_shardings(tree: PyTree, mesh: Mesh, *, smallest: int = 256) -> PyTree:
-    """One sharding per leaf: the largest divisible axis is split over `"fsdp"`.
+def fsdp_shardings(
+    tree: PyTree, mesh: Mesh, *, smallest: int = 256, tensor: TensorAxes = ()
+) -> PyTree:
+    """One sharding per leaf: an axis over `"tensor"` by name, the largest other over `"fsdp"`.
 
     Args:
       tree: arrays or abstract shapes; a whole `TrainState` is fine (scalars and PRNG keys are
-        replicated, the optimizer's moments follow their weights' shapes).
-      mesh: from `make_mesh`. With fsdp=1 everything is replicated.
+        replicated, the optimizer's moments follow their weights' shapes and names).
+      mesh: from `make_mesh`. Over axes of size 1 nothing is split.
       smallest: leaves with fewer elements stay replicated: splitting them costs more than it saves.
+      tensor: which axis of which leaf is split over `"tensor"`, such as `models.TENSOR_AXES`; the
+        first rule that matches the end of a path counts. An axis that is not divisible stays whole.
 
     Returns:
       A tree of `NamedSharding` for `jax.device_put` or `jax.jit(out_shardings=...)`.
     """
-    size = mesh.shape["fsdp"]
+    size, across = mesh.shape["fsdp"], mesh.shape.get("tensor", 1)
+    rules = [(re.compile(f"(.*/)?{pattern}"), axis) for pattern, axis in tensor]
 
-    def rule(leaf: Any) -> NamedSharding:
+    def rule(path: str, leaf: Any) -> NamedSharding:
         shape = np.shape(leaf)
-        if size == 1 or np.prod(shape, dtype=np.int64) < smallest:
+        if np.prod(shape, dtype=np.int64) < smallest:
             return replicated(mesh)
+        names: list[str | None] = [None] * len(shape)
+        for known, axis in rules if across > 1 else ():
+            if known.fullmatch(path):
+                if -len(shape) <= axis < len(shape) and shape[axis] % across == 0:
+                    names[axis] = "tensor"
+                break
         for axis in sorted(range(len(shape)), key=lambda i: -shape[i]):
-            if shape[axis] % size == 0:
-                return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
-        return replicated(mesh)
+            if size > 1 and names[axis] is None and shape[axis] % size == 0:
+                names[axis] = "fsdp"
+                break
+        while names and names[-1] is None:
+            names.pop()
+        return NamedSharding(mesh, PartitionSpec(*names))
 
-    return jax.tree.map(rule, tree)
+    return trees.map_with_path(rule, tree)
 
 
-def place(tree: PyTree, mesh: Mesh, *, smallest: int = 256) -> PyTree:
+def place(tree: PyTree, mesh: Mesh, *, smallest: int = 256, tensor: TensorAxes = ()) -> PyTree:
     """`tree` on the mesh by `fsdp_shardings`: pass it a state, parameters or a teacher.
 
     Arrays are copied, so donating the result never deletes the given ones.
     """
-    return jax.tree.map(_put, tree, fsdp_shardings(tree, mesh, smallest=smallest))
+    shardings = fsdp_shardings(tree, mesh, smallest=smallest, tensor=tensor)
+    return jax.tree.map(_put, tree, shardings)
 
 
 def keep_placement(step: train.Step, state: train.TrainState) -> train.Step:
@@ -140,13 +168,14 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
       ValueError: if the local batch is not divisible by this process's devices: pad it and give the
         padding weight 0 in `batch["weights"]`.
     """
-    here = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    own = sum(d.process_index == jax.process_index() for d in mesh.devices.flat)
+    parts = max(1, own // mesh.shape.get("tensor", 1))
     for path, leaf in jax.tree_util.tree_leaves_with_path(dict(batch)):
-        if not np.ndim(leaf) or np.shape(leaf)[0] % len(here):
+        if not np.ndim(leaf) or np.shape(leaf)[0] % parts:
             raise ValueError(
                 f"{jax.tree_util.keystr(path, simple=True, separator='/')} has shape "
                 f"{list(np.shape(leaf))}, whose leading axis must be a multiple of the "
-                f"{len(here)} local devices. Pad it and set weights to 0 there."
+                f"{parts} local devices. Pad it and set weights to 0 there."
             )
     spec = batch_sharding(mesh)
     if jax.process_count() == 1:
