@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from kdtl_jax import _text
 from kdtl_jax.cli import _parser
@@ -103,6 +103,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{name}: {_no_device(asked)}", file=sys.stderr)
         return 1
+
+
+def command() -> NoReturn:
+    """`kdtl` as a program: runs `main`, and ends the process.
+
+    After a signal nothing is torn down: a computation that XLA still has in flight would read what
+    Python has freed, and the process would end by signal 11. What is to be kept is on the disk.
+    """
+    code = main()
+    if code in (130, 143) and not _is_one_of_several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _is_one_of_several() -> bool:
+    """Whether other processes wait for this one to take its leave."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def parse(argv: Sequence[str]) -> Any:

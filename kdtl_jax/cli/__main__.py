@@ -1,7 +1,5 @@
 """`python -m kdtl_jax.cli`: the same as `kdtl`."""
 
-import sys
+from kdtl_jax.cli import command
 
-from kdtl_jax.cli import main
-
-sys.exit(main())
+command()

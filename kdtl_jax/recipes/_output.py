@@ -77,6 +77,8 @@ def run_folder(
             names = {name for name in names - {".lock"} if not name.endswith(_files.TEMPORARY)}
             taken_up = resume and "config.yaml" in names
             failed_early = names == SETTINGS or names <= SETTINGS - {"config.yaml"}
+            if resume and not taken_up:
+                raise UsageError(f"--resume: there is no run in {folder}. Start without it.")
             if not taken_up and not settings.force and not failed_early:
                 raise ValueError(
                     f"--out {folder} is not empty, and nothing in it is overwritten. Name another "
@@ -109,6 +111,20 @@ def run_folder(
             return run
 
         yield Folder(folder, processes.decide(begin))
+
+
+@contextlib.contextmanager
+def hint_of_resuming(command: str, folder: Path) -> Iterator[None]:
+    """After a signal, prints how to resume."""
+    try:
+        yield
+    except SystemExit:
+        print(
+            f"kdtl {command}: stopped and saved. Resume with: kdtl {command} --config "
+            f"{folder / 'config.yaml'} --resume --out {folder}",
+            file=sys.stderr,
+        )
+        raise
 
 
 def _command(name: str) -> str:

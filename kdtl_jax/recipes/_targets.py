@@ -5,7 +5,7 @@ learning rate (and the strength of its own term, where it has one) by mean valid
 seeds. All seeds and settings of a method run as one compiled program.
 """
 
-import time
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from kdtl_jax._types import Params, Variables
 from kdtl_jax.datasets import Dataset, Splits, per_class
 from kdtl_jax.recipes import _choice, _models, _training
 from kdtl_jax.recipes import _transfer_methods as ways
+from kdtl_jax.recipes._finished import NOWHERE, Finished, once
 from kdtl_jax.recipes._models import Network
 from kdtl_jax.recipes._training import Experiment, Fitted, Point
 from kdtl_jax.recipes._transfer_methods import Case, Method
@@ -63,6 +64,7 @@ def compare(
     settings: Any,  # `transfer.Settings`
     surgery: Surgery,
     say: Callable[[str], None],
+    finished: Finished = NOWHERE,
 ) -> Compared:
     """Copies the source into targets, whose network is `net`, and trains them by every method.
 
@@ -127,10 +129,12 @@ def compare(
                 method.finish(state.params), state.model_state
             ),
         )
-        begun = time.perf_counter()
         # Equally many settings per call, whatever the method's axes: what is alike compiles once.
         chunk = seeds * len(settings.learning_rates)
-        fitted = jax.block_until_ready(sweep.vmap(fit, chunk=chunk)(points, read, *held))
+        program = sweep.vmap(fit, chunk=chunk)
+        fitted, seconds = once(
+            finished, method.name, functools.partial(program, points, read, *held)
+        )
         choice = _choice.best(fitted, points)
         state = jax.eval_shape(learner.start, _training.pick(points, 0), read)
         described = {
@@ -142,7 +146,6 @@ def compare(
             + trees.count(state.connectors),
             **choice.setting,
         }
-        seconds = time.perf_counter() - begun
         params = _training.pick(choice.fitted.kept.params, 0)
         found.rows.append(
             _training.row(
@@ -235,11 +238,17 @@ def train_sources(
     return sweep.vmap(fit)(_training.points(seeds), data, *held)
 
 
-def sources_of(net: Network, part: Dataset, *, seeds: int, epochs: int) -> Source:
+def sources_of(
+    net: Network, part: Dataset, *, seeds: int, epochs: int, finished: Finished = NOWHERE
+) -> Source:
     """Sources to transfer from, whose own scores are not reported."""
     data = _choice.held(part)
     few = {name: x[:1] for name, x in data.items()}
-    fitted = train_sources(net, data, [few, few], seeds=seeds, epochs=epochs)
+    fitted, _ = once(
+        finished,
+        "source",
+        lambda: train_sources(net, data, [few, few], seeds=seeds, epochs=epochs),
+    )
     return Source(_models.tree(fitted.kept), True)
 
 

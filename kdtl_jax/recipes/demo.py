@@ -27,9 +27,18 @@ from kdtl_jax._types import ModelFn, Params, Variables
 from kdtl_jax.datasets import Splits, digits, only_classes, per_class, standardizer, stratified
 from kdtl_jax.models import mlp
 from kdtl_jax.objective import Inputs
-from kdtl_jax.recipes import _choice, _models, _output, _students, _targets, _training, transfer
+from kdtl_jax.recipes import (
+    _choice,
+    _models,
+    _output,
+    _students,
+    _targets,
+    _training,
+    transfer,
+)
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import settings as types
+from kdtl_jax.recipes._finished import NOWHERE, Finished, once
 from kdtl_jax.recipes._training import Experiment, Fitted, Point
 from kdtl_jax.recipes.settings import setting
 from kdtl_jax.run import checkpoint, report, scores
@@ -56,7 +65,7 @@ EXAMPLES = "  kdtl demo --out runs/demo"
 
 
 @dataclass(frozen=True)
-class Settings(types.Output):
+class Settings(types.Resumable):
     """What fixes a run of `kdtl demo`."""
 
     out: str = setting("runs/demo", "the run folder", metavar="FOLDER")
@@ -149,7 +158,10 @@ def run(settings: Settings) -> None:
 
 
 def distill(
-    splits: Splits, settings: Settings, say: Callable[[str], None]
+    splits: Splits,
+    settings: Settings,
+    say: Callable[[str], None],
+    finished: Finished = NOWHERE,
 ) -> tuple[list[report.Row], dict[str, Any], dict[str, Any], dict[str, Params]]:
     """Rows, learning curves, alpha's curves, and models by method, stacked over seeds."""
     held = [_choice.held(part) for part in (splits.validation, splits.test)]
@@ -159,11 +171,12 @@ def distill(
         _models.network(mlp(widths, CLASSES), example) for widths in (TEACHER, STUDENT)
     )
     say("teacher")
-    began = time.perf_counter()
-    teachers = jax.block_until_ready(
-        _targets.train_sources(
+    teachers, seconds = once(
+        finished,
+        "teacher",
+        lambda: _targets.train_sources(
             teacher, everything, held, seeds=seeds, epochs=settings.teacher_epochs
-        )
+        ),
     )
     described = {
         "widths": list(TEACHER),
@@ -173,7 +186,6 @@ def distill(
         "optimizer": "adam",
         "learning_rate": _targets.SOURCE_RATE,
     }
-    seconds = time.perf_counter() - began
     frozen = teachers.kept.params
     one = _training.pick(frozen, 0)
     rows = [
@@ -224,9 +236,8 @@ def distill(
         )
         stacks = [start(float(a)) for a in points["alpha"][::seeds]]  # one per setting
         start_column = jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)
-        began = time.perf_counter()
         each = {**points, "start": start_column}
-        fitted = jax.block_until_ready(program(each, {"data": data}, *held))
+        fitted, seconds = once(finished, method, lambda: program(each, {"data": data}, *held))
         choice = _choice.best(fitted, points)
         axes = ("learning_rate", "alpha") if len(alphas) > 1 else ("learning_rate",)
         chosen = {axis: choice.setting[axis] for axis in axes}
@@ -237,7 +248,7 @@ def distill(
                 label,
                 _training.pick(choice.fitted.kept.params, 0),
                 choice.fitted,
-                time.perf_counter() - began,
+                seconds,
                 {**fixed, **described, **chosen},
                 labels=splits.test.labels,
                 teacher=teachers.named,
@@ -355,7 +366,10 @@ def project(
 
 
 def transfer_digits(
-    splits: Splits, settings: Settings, say: Callable[[str], None]
+    splits: Splits,
+    settings: Settings,
+    say: Callable[[str], None],
+    finished: Finished = NOWHERE,
 ) -> _targets.Compared:
     """Sources of 0-4, targets of 5-9."""
     first, second = (
@@ -370,8 +384,9 @@ def transfer_digits(
     net = _models.network(mlp(TEACHER, 5), jnp.asarray(target.train.inputs[:1]))
     say("source")
     source = _targets.sources_of(
-        net, source_part, seeds=settings.target_seeds, epochs=settings.teacher_epochs
-    )
+        net, source_part, seeds=settings.target_seeds, epochs=settings.teacher_epochs,
+        finished=finished,
+    )  # fmt: skip
     own = transfer.Settings(
         seeds=settings.target_seeds,
         epochs=settings.target_epochs,
@@ -379,4 +394,4 @@ def transfer_digits(
         strengths=(1e-2,) if settings.quick else None,
     )
     chosen = [ways.BY_NAME[name] for name in TARGETS]
-    return _targets.compare(net, target, source, chosen, own, _targets.Surgery(), say)
+    return _targets.compare(net, target, source, chosen, own, _targets.Surgery(), say, finished)

@@ -7,9 +7,8 @@ seed by seed with the student that learns from the labels alone.
     kdtl distill --methods kd,dkd,hint --seeds 5
 """
 
-import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -191,7 +190,7 @@ def run(settings: Settings) -> int:
     with (
         folder_of_run as (folder, identity),
         _output.counted_programs() as programs,
-        hint_of_resuming(folder),
+        _output.hint_of_resuming("distill", folder),
     ):
         common = _seeds.Run(
             folder=folder,
@@ -369,17 +368,3 @@ def join_mesh(settings: Settings) -> Mesh | None:
     elif not settings.mesh:
         return None
     return sharding.make_mesh(**settings.mesh)
-
-
-@contextlib.contextmanager
-def hint_of_resuming(folder: Path) -> Iterator[None]:
-    """After a signal, prints how to resume."""
-    try:
-        yield
-    except SystemExit:
-        print(
-            f"kdtl distill: stopped and saved. Resume with: kdtl distill --config "
-            f"{folder / 'config.yaml'} --resume --out {folder}",
-            file=sys.stderr,
-        )
-        raise

@@ -142,6 +142,13 @@ class Output:
     quick: bool = setting(False, "smoke test: few seeds and epochs unless given")
 
 
+@dataclass(frozen=True)
+class Resumable(Output):
+    """Where a run writes that an interruption does not lose."""
+
+    resume: bool = setting(False, "continue the run in --out after its last finished method")
+
+
 def plain(settings: Any) -> dict[str, Any]:
     """All settings as data that YAML and JSON hold."""
     return {f.name: _plain(getattr(settings, f.name)) for f in dataclasses.fields(settings)}

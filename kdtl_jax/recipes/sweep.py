@@ -7,6 +7,7 @@ by their mean validation accuracy over seeds; the test split is used for the fin
     kdtl sweep --grid temperature=1,2,4,8 learning_rate=1e-3,1e-2 --seeds 5
 """
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from kdtl_jax.methods import Entry, Setup
 from kdtl_jax.recipes import (
     _axes,
     _choice,
+    _finished,
     _models,
     _optimizers,
     _output,
@@ -45,7 +47,7 @@ EXAMPLES = """
 
 
 @dataclass(frozen=True)
-class Settings(_pair.Models, _optimizers.Training, types.Data, types.Output):
+class Settings(_pair.Models, _optimizers.Training, types.Data, types.Resumable):
     """What fixes a run of `kdtl sweep`."""
 
     out: str = setting("runs/sweep", "the run folder", metavar="FOLDER")
@@ -152,14 +154,18 @@ def run(settings: Settings) -> None:
     say = _output.progress()
     saves = [f"checkpoints/{_pair.TEACHER}"] if pair.given is None else []
     with (
-        _output.run_folder(settings, "sweep", pair.files, saves=saves) as where,
+        _output.run_folder(
+            settings, "sweep", pair.files, resume=settings.resume, saves=saves
+        ) as where,
         _output.counted_programs() as programs,
+        _output.hint_of_resuming("sweep", where.path),
     ):
         folder = where.path
+        finished = _finished.opened(folder, where.run, resume=settings.resume, kinds=(Swept,))
         say(f"teacher{'' if pair.given is None else f', from {settings.teacher_weights}'}")
         common = _seeds.Run(
-            folder=folder, identity=where.run, resume=False, batch_size=settings.batch_size,
-            arrays=pair.arrays, splits=pair.splits,
+            folder=folder, identity=where.run, resume=settings.resume,
+            batch_size=settings.batch_size, arrays=pair.arrays, splits=pair.splits,
         )  # fmt: skip
         tx = tx_of({}, settings.teacher_epochs * (size // settings.batch_size))
         frozen, teacher = _pair.taught(
@@ -178,10 +184,11 @@ def run(settings: Settings) -> None:
             say(f"{entry.name} ({i + 1} of {len(entries)}): {count} settings")
             learner = student(pair, entry, setup, lambda point: tx_of(point, steps))
             known = swept[-1] if swept else None  # the pair decides the path: measured once
-            swept.append(
-                sweep_one(entry.name, learner, axes[entry.name], shared, held, settings, devices,
-                          known, say)
+            make = functools.partial(
+                sweep_one, entry.name, learner, axes[entry.name], shared, held, settings, devices,
+                known, say,
             )  # fmt: skip
+            swept.append(_finished.once(finished, entry.name, make)[0])
         results = _sweep_report.Sweep(
             pair,
             settings,

@@ -15,13 +15,15 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
+from kdtl_jax._types import Variables
 from kdtl_jax.datasets import Dataset, Preprocessing, Splits, only_classes
 from kdtl_jax.interop import safetensors
-from kdtl_jax.recipes import _models, _output, _students, _targets
+from kdtl_jax.recipes import _finished, _models, _output, _students, _targets
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._models import About
 from kdtl_jax.recipes._targets import BASELINE, FAMILY, Source, Surgery
+from kdtl_jax.recipes._training import Fitted
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import checkpoint, record, report
 
@@ -38,7 +40,7 @@ A WHERE selects target leaves: a regular expression for the whole path, or glob:
 
 
 @dataclass(frozen=True)
-class Settings(types.Data, types.Output):
+class Settings(types.Data, types.Resumable):
     """What fixes a run of `kdtl transfer`."""
 
     out: str = setting("runs/transfer", "the run folder", metavar="FOLDER")
@@ -131,21 +133,28 @@ def run(settings: Settings) -> int | None:
     files = {"data": settings.data, **({} if path is None else {"source_weights": path})}
     say = _output.progress()
     with (
-        _output.run_folder(settings, "transfer", files, saves=["checkpoints"]) as where,
+        _output.run_folder(
+            settings, "transfer", files, resume=settings.resume, saves=["checkpoints"]
+        ) as where,
         _output.counted_programs() as programs,
+        _output.hint_of_resuming("transfer", where.path),
     ):
         folder = where.path
+        finished = _finished.opened(
+            folder, where.run, resume=settings.resume, kinds=(Fitted, Variables)
+        )
         if given is None:
             say("source")
             before = _models.network(
                 _models.module(text, source_part.classes), jnp.asarray(source_part.inputs[:1])
             )
             source = _targets.sources_of(
-                before, source_part, seeds=settings.seeds, epochs=settings.source_epochs
-            )
+                before, source_part, seeds=settings.seeds, epochs=settings.source_epochs,
+                finished=finished,
+            )  # fmt: skip
         else:
             source = Source(given, False)
-        found = _targets.compare(net, target, source, chosen, settings, surgery, say)
+        found = _targets.compare(net, target, source, chosen, settings, surgery, say, finished)
         print(found.surgery)
         students = {
             row.method: _students.best(row.method, found.models[row.method], row.validation.values)

@@ -1,0 +1,124 @@
+"""Results of what a run has finished, so that one that is interrupted does not train it again.
+
+A method whose whole training is one compiled program has no step to resume from; what it found is
+kept when it is done, and a resumed run takes it from there. A file is written whole or not at all,
+and belongs to one run: the numbers that follow are those that the run would have found.
+"""
+
+import io
+import json
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from kdtl_jax import _files
+
+FOLDER, KIND = "finished", "finished methods"
+_PLAIN = (str, int, float, bool)
+
+
+class Finished(NamedTuple):
+    """Where results are kept."""
+
+    folder: Path | None  # None: nowhere
+    run: str
+    resume: bool
+    kinds: Mapping[str, type]  # the NamedTuples that results consist of, by name
+
+
+NOWHERE = Finished(None, "", False, {})
+
+
+def opened(folder: Path, run: str, *, resume: bool, kinds: Sequence[type]) -> Finished:
+    """The results of a run; those of an earlier one go unless it is resumed.
+
+    Args:
+      folder: of the run.
+      run: its identity.
+      resume: take up what is there.
+      kinds: the NamedTuple classes that results consist of.
+    """
+    home = folder / FOLDER
+    if not resume:
+        _files.remove(home, KIND)
+    _files.claim(home, KIND)
+    return Finished(home, run, resume, {kind.__name__: kind for kind in kinds})
+
+
+def once(finished: Finished, name: str, make: Callable[[], Any]) -> tuple[Any, float]:
+    """`make()` and the seconds that it took; its stored result where a resumed run has one.
+
+    Arrays come back as NumPy arrays with the same bits.
+    """
+    path = None if finished.folder is None else finished.folder / f"{name}.npz"
+    if path is not None and finished.resume and path.exists():
+        try:
+            return _read(path, finished)
+        except (ValueError, OSError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            print(f"note: {path} cannot be used ({error}): {name} runs again", file=sys.stderr)
+    begun = time.perf_counter()
+    result = jax.block_until_ready(make())
+    seconds = time.perf_counter() - begun
+    if path is not None:
+        _write(path, finished, result, seconds)
+    return result, seconds
+
+
+def _write(path: Path, finished: Finished, result: Any, seconds: float) -> None:
+    arrays: list[np.ndarray] = []
+    structure = _outline(result, finished.kinds, arrays)
+    about = json.dumps({"run": finished.run, "seconds": seconds, "structure": structure})
+    written = io.BytesIO()
+    named = {f"array_{i}": array for i, array in enumerate(arrays)}
+    np.savez(written, about=np.frombuffer(about.encode(), np.uint8), **named)  # pyright: ignore[reportArgumentType]  # its stub has one keyword more
+    _files.write_atomic(path, written.getbuffer())
+
+
+def _read(path: Path, finished: Finished) -> tuple[Any, float]:
+    with np.load(path, allow_pickle=False) as stored:
+        about = json.loads(stored["about"].tobytes())
+        if about["run"] != finished.run:
+            raise ValueError("it is of another run")
+        result = _filled(about["structure"], finished.kinds, stored)
+        return result, float(about["seconds"])
+
+
+def _outline(value: Any, kinds: Mapping[str, type], arrays: list[np.ndarray]) -> Any:
+    """The value as JSON, with numbers in place of its arrays, which are collected."""
+    if value is None or isinstance(value, _PLAIN):
+        return {"plain": value}
+    if isinstance(value, Mapping):
+        return {"dict": [[name, _outline(x, kinds, arrays)] for name, x in value.items()]}
+    if isinstance(value, tuple) and type(value) in kinds.values():
+        fields = [_outline(x, kinds, arrays) for x in value]
+        return {"named": type(value).__name__, "fields": fields}
+    if isinstance(value, (list, tuple)):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_outline(x, kinds, arrays) for x in value]}
+    if not isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        raise TypeError(f"a result holds {type(value).__name__}, which is not stored")
+    arrays.append(np.asarray(value))
+    return {"array": len(arrays) - 1, "dtype": str(arrays[-1].dtype)}
+
+
+def _filled(outline: Any, kinds: Mapping[str, type], stored: Any) -> Any:
+    """The value of an outline, its arrays read."""
+    if "plain" in outline:
+        return outline["plain"]
+    if "dict" in outline:
+        return {name: _filled(x, kinds, stored) for name, x in outline["dict"]}
+    if "named" in outline:
+        fields = [_filled(x, kinds, stored) for x in outline["fields"]]
+        return kinds[outline["named"]](*fields)
+    for kind, make in (("list", list), ("tuple", tuple)):
+        if kind in outline:
+            return make(_filled(x, kinds, stored) for x in outline[kind])
+    found = stored[f"array_{outline['array']}"]
+    dtype = jax.numpy.dtype(outline["dtype"])  # bfloat16 and its like are stored as bytes
+    return found if found.dtype == dtype else found.view(dtype)
