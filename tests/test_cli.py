@@ -343,6 +343,8 @@ def numbers(folder: Path) -> dict[str, Any]:
     for row in found["rows"]:
         assert row.pop("seconds") >= 0
     assert found["notes"].pop().startswith("Programs: ")
+    run = found.pop("run")
+    assert run["begun"] <= run["ended"] and run["seeds"] == 2 and "--quick" in run["command"]
     return found
 
 
@@ -366,5 +368,5 @@ def test_the_demo_gives_the_same_numbers_twice(tmp_path: Path) -> None:
         assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes(), name
     assert {path.name for path in runs[0].iterdir()} == {
         *_output.SETTINGS, ".lock", "metrics.jsonl", "results.json", "report.html",
-        "students", "checkpoints",
+        "students", "checkpoints", "finished",
     }  # fmt: skip

@@ -14,7 +14,8 @@ from kdtl_jax._types import Variables
 from kdtl_jax.cli import main
 from kdtl_jax.datasets import Splits, digits, standardizer, stratified
 from kdtl_jax.interop import safetensors
-from kdtl_jax.recipes import _models, _pair
+from kdtl_jax.recipes import _caching, _models, _pair
+from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.run import teacher_cache
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -146,7 +147,7 @@ def test_distillation_reads_a_cache_of_any_precision_and_fills_an_empty_one(
     )
 
     def outputs(folder: str, frozen: Variables = VARIABLES) -> Any:
-        return _pair.cached_outputs(tmp_path / folder, pair, frozen, "float32")
+        return _caching.outputs(tmp_path / folder, pair, frozen, "float32", sorted(LIVE))
 
     assert _cache(tmp_path / "half", weights, "--taps", "all", "--dtype", "bfloat16") == 0
     before = sorted(tmp_path.glob("half/*")), (tmp_path / "half/plan.json").read_bytes()
@@ -168,6 +169,38 @@ def test_distillation_reads_a_cache_of_any_precision_and_fills_an_empty_one(
     pair.teacher_text = "mlp: 6,"
     with pytest.raises(ValueError, match="model differs|holds another cache"):
         outputs("full")
+
+
+def test_what_a_cache_cannot_serve_is_said_before_training(tmp_path: Path, weights: Path) -> None:
+    few, entries = TRAIN._replace(inputs=INPUTS), _pair.entries()
+    pair: Any = SimpleNamespace(
+        teacher=NET, teacher_text=TEACHER, arrays={"inputs": INPUTS},
+        splits=Splits(few, few, few), example=INPUTS[:1], given=VARIABLES,
+    )  # fmt: skip
+    plain, cut = tmp_path / "plain", tmp_path / "cut"
+    kd, hint = [entries["kd"], entries["dkd"]], [entries["kd"], entries["hint"]]
+
+    def said(folder: Path, chosen: Any, **instead: Any) -> str:
+        asked = SimpleNamespace(**{**vars(pair), **instead})
+        with pytest.raises(UsageError) as error:
+            _caching.check(folder, asked, chosen, resume=False)
+        return str(error.value)
+
+    _caching.check(plain, pair, hint, resume=False)  # there is none: it will be written
+    assert _cache(plain, weights) == 0 and _cache(cut, weights, "--top-k", "2") == 0
+    # `kdtl cache` without --taps serves what reads logits alone, and nothing more is read.
+    _caching.check(plain, pair, kd, resume=False)
+    assert _caching.taps(kd, pair) == ["logits"] and _caching.taps(hint, pair) == sorted(LIVE)
+    found = _caching.outputs(plain, pair, VARIABLES, "float32", ["logits"])
+    assert set(found) == {"logits"}
+    np.testing.assert_allclose(found["logits"], LIVE["logits"], atol=1e-5)
+    # Otherwise the message names the flag.
+    assert "holds logits, and hint read" in said(plain, hint)
+    assert "kdtl cache --taps all" in said(plain, hint)
+    assert "without --top-k" in said(cut, kd)
+    assert "--teacher-weights" in said(plain, kd, given=None)
+    other = NET.init(jax.random.key(1), INPUTS[:1])
+    assert "teacher weights differ" in said(plain, kd, given=other)
 
 
 def _damage(file: Path) -> None:

@@ -69,7 +69,9 @@ def arguments(data: Path, out: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_run_writes_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_run_writes_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     data, out = write_data(tmp_path / "data.npz"), tmp_path / "run"
     more = ("--methods", "scratch,copied_finetuned", "--source-epochs", "3", "--llrd", "0.75")
     assert cli.main(arguments(data, out, *more)) == 0
@@ -87,7 +89,7 @@ def test_a_run_writes_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert set(scores) == {"logme", "h_score", "leep", "nce"} and scores["nce"] <= 0
     assert "logme" in " ".join(results["notes"])
     names = {"config.yaml", "metrics.jsonl", "results.json", "checkpoints", "students"}
-    names |= {"report.html", "env.json", "made_from.json", ".lock"}
+    names |= {"report.html", "env.json", "made_from.json", ".lock", "finished"}
     assert names == {entry.name for entry in out.iterdir()}
     # The config is a --config file, and the student is this model.
     config = yaml.safe_load((out / "config.yaml").read_text())
@@ -103,6 +105,18 @@ def test_a_run_writes_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert student.params["head"]["kernel"].shape == (10, 3)
     assert cli.main(arguments(data, out)) == 1  # never overwritten
     assert "is not empty" in capsys.readouterr().err
+    assert cli.main([*arguments(data, tmp_path / "none", *more), "--resume"]) == 2
+    assert f"--resume: there is no run in {tmp_path / 'none'}" in capsys.readouterr().err
+    # As if it had been stopped in its second method: nothing else is trained again.
+    (out / "finished" / "copied_finetuned.npz").unlink()
+    before = (out / "students" / "copied_finetuned.safetensors").read_bytes()
+    monkeypatch.setattr(_targets, "train_sources", None)
+    assert cli.main([*arguments(data, out, *more), "--resume"]) == 0
+    again = json.loads((out / "results.json").read_text())
+    for rows in (results["rows"], again["rows"]):
+        assert rows[1].pop("seconds") > 0
+    assert again["rows"] == results["rows"] and again["curves"] == results["curves"]
+    assert (out / "students" / "copied_finetuned.safetensors").read_bytes() == before
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import methods, models, train
+from kdtl_jax import methods, train
 from kdtl_jax._types import ModelFn, Variables
 from kdtl_jax.datasets import Splits
 from kdtl_jax.interop import model_files
@@ -21,7 +20,6 @@ from kdtl_jax.recipes import _models, _own, _seeds, _tasks, _training
 from kdtl_jax.recipes._models import About, Network
 from kdtl_jax.recipes._training import Experiment, Point
 from kdtl_jax.recipes.settings import MODEL, setting
-from kdtl_jax.run import teacher_cache
 
 TEACHER, BASELINE = "teacher", "student_alone"
 DEFAULT_TEACHER = "mlp:128,64"
@@ -229,25 +227,3 @@ def build_all(
                 method = built[name]
                 built[name] = method._replace(weights={**method.weights, term: weight})
     return built, notes
-
-
-def cached_outputs(folder: Path, pair: Pair, frozen: Variables, precision: str) -> Any:
-    """The outputs in a teacher cache, which is filled, completed or mended first if need be.
-
-    A whole cache of this teacher on these data serves in any precision (`kdtl cache --dtype`,
-    `--precision`): its maker chose that.
-    """
-    net, inputs = pair.teacher, {"inputs": pair.arrays["inputs"]}
-    made_of = {
-        "model": models.canonical_name(pair.teacher_text),
-        "classes": pair.splits.train.class_names(),
-        "preprocessing": {} if precision == "float32" else {"precision": precision},
-        "taps": sorted(_models.output_shapes(net, pair.example)),
-    }
-    made = teacher_cache.fingerprint(frozen, inputs, **made_of)
-    expected = made._replace(dtype=None, preprocessing=None)
-    try:
-        return teacher_cache.load(teacher_cache.open_cache(folder, expect=expected))
-    except (FileNotFoundError, ValueError):  # `write` mends it, or says what differs
-        teacher_cache.write(folder, net.apply, frozen, inputs, batch_size=512, **made_of)
-    return teacher_cache.load(teacher_cache.open_cache(folder, expect=expected, contents=False))

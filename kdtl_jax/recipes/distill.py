@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from kdtl_jax import methods
 from kdtl_jax.datasets import per_class
 from kdtl_jax.recipes import (
+    _caching,
     _defaults,
     _evidence,
     _models,
@@ -154,6 +155,9 @@ def run(settings: Settings) -> int:
             "--teacher-cache holds outputs for the images as they are, not for --augment's views. "
             "Give one or the other."
         )
+    if settings.teacher_cache is not None:
+        cache = Path(settings.teacher_cache)
+        _caching.check(cache, pair, entries, resume=settings.resume)
     if settings.augment and inputs.ndim != 4:
         raise UsageError(f"--augment needs images [N, H, W, C], the data is {list(inputs.shape)}.")
     rows, size = None, len(inputs)
@@ -225,8 +229,8 @@ def run(settings: Settings) -> int:
         shapes = _models.output_shapes(pair.teacher, pair.example).values()
         total = len(inputs) * sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in shapes)
         if settings.teacher_cache is not None:
-            cache = Path(settings.teacher_cache)
-            outputs = _pair.cached_outputs(cache, pair, frozen, settings.precision)
+            cache, needed = Path(settings.teacher_cache), _caching.taps(entries, pair)
+            outputs = _caching.outputs(cache, pair, frozen, settings.precision, needed)
             arrays = {**arrays, "teacher": outputs}
         elif view is not None or total > CACHE_BYTES:
             live = pair.teacher.apply

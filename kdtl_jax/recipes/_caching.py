@@ -1,0 +1,101 @@
+"""The teacher's outputs on disk: which of them a run needs, whether a cache has them, reading."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kdtl_jax import methods, models
+from kdtl_jax._types import Variables
+from kdtl_jax.methods import Entry
+from kdtl_jax.recipes import _models
+from kdtl_jax.recipes._pair import Pair
+from kdtl_jax.recipes.settings import UsageError
+from kdtl_jax.run import teacher_cache
+
+
+def taps(entries: Sequence[Entry], pair: Pair) -> list[str]:
+    """The teacher's outputs that methods read: its logits, or all where one reads more."""
+    published = methods.table()  # what a method of one's own reads is not known
+    if all(entry in published and entry.needs in ("labels", "logits") for entry in entries):
+        return ["logits"]
+    return sorted(_models.output_shapes(pair.teacher, pair.example))
+
+
+def check(folder: Path, pair: Pair, entries: Sequence[Entry], *, resume: bool) -> None:
+    """Says before anything is trained why a cache that is there cannot serve.
+
+    Raises:
+      UsageError: naming what differs and the flag that helps.
+    """
+    try:
+        plan = teacher_cache.open_cache(folder, expect=None, contents=False).plan
+    except (FileNotFoundError, ValueError):
+        return  # there is none, or an unfinished or damaged one, which is completed
+    if pair.given is None and not resume:
+        raise UsageError(
+            f"--teacher-cache {folder} holds the outputs of a teacher. Name its weights with "
+            "--teacher-weights, or another folder for those of a teacher that is trained here."
+        )
+    needed, held = taps(entries, pair), plan.fingerprint.taps or ()
+    lacking = [tap for tap in needed if tap not in held]
+    if lacking:
+        readers = [entry.name for entry in entries if taps([entry], pair) != ["logits"]]
+        raise UsageError(
+            f"--teacher-cache {folder} holds {', '.join(held)}, and {', '.join(readers)} read "
+            f"{', '.join(lacking)} too. Write another with kdtl cache --taps all, or leave these "
+            "methods out."
+        )
+    if (plan.fingerprint.logits or "dense") != "dense":
+        raise UsageError(
+            f"--teacher-cache {folder} holds {plan.fingerprint.logits}, and these methods read all "
+            "classes. Write another with kdtl cache without --top-k."
+        )
+    try:
+        teacher_cache.open_cache(folder, expect=_expected(pair, pair.given, needed), contents=False)
+    except ValueError as error:
+        raise UsageError(f"--teacher-cache: {error}") from None
+
+
+def outputs(
+    folder: Path, pair: Pair, frozen: Variables, precision: str, needed: Sequence[str]
+) -> Any:
+    """The outputs in a cache, which is filled, completed or mended first if need be.
+
+    A whole cache of this teacher on these data serves in any precision (`kdtl cache --dtype`,
+    `--precision`) and with any other outputs beside: its maker chose that.
+    """
+    net, inputs = pair.teacher, {"inputs": pair.arrays["inputs"]}
+    expected = _expected(pair, frozen, needed)
+    try:
+        return teacher_cache.load(teacher_cache.open_cache(folder, expect=expected))
+    except (FileNotFoundError, ValueError):  # `write` mends it, or says what differs
+        held = _held(folder) or needed
+        teacher_cache.write(
+            folder, net.apply, frozen, inputs, batch_size=512, taps=held, **_made_of(pair),
+            preprocessing={} if precision == "float32" else {"precision": precision},
+        )  # fmt: skip
+    return teacher_cache.load(teacher_cache.open_cache(folder, expect=expected, contents=False))
+
+
+def _held(folder: Path) -> tuple[str, ...] | None:
+    """What a cache that has to be mended holds."""
+    try:
+        return teacher_cache.open_cache(folder, expect=None, contents=False).plan.fingerprint.taps
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _made_of(pair: Pair) -> dict[str, Any]:
+    return {
+        "model": models.canonical_name(pair.teacher_text),
+        "classes": pair.splits.train.class_names(),
+    }
+
+
+def _expected(
+    pair: Pair, variables: Variables | None, needed: Sequence[str]
+) -> teacher_cache.Fingerprint:
+    made = teacher_cache.fingerprint(
+        variables, {"inputs": pair.arrays["inputs"]}, taps=needed, **_made_of(pair)
+    )
+    return made._replace(dtype=None, preprocessing=None)
