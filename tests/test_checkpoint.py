@@ -1,12 +1,16 @@
 """Checkpoints: exact round trips, verified reads, clear refusals, nothing lost."""
 
+import asyncio
+import logging
 import os
 import resource
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -270,6 +274,34 @@ def test_a_failed_write_is_an_error_and_old_steps_stay(
             checkpoint.wait(checkpoints)
     assert checkpoint.steps(kept) == [1, 2] and not list(kept.glob(".saving*"))
     assert checkpoint.restore(kept, state()).step == 2
+
+
+def test_what_outlives_a_failed_save_prints_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Other writes, whose event loop is closed by then; errors of anyone else are printed."""
+    printed: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    for _ in range(2):
+        with checkpoint.open_folder(tmp_path):
+            pass
+    loop = asyncio.new_event_loop()
+    loop.close()
+    with pytest.raises(RuntimeError, match="Event loop is closed") as late:
+        loop.call_soon_threadsafe(print)
+    assert late.value.__traceback__ is not None
+    inside = late.value.__traceback__.tb_next  # as the thread that calls it sees it
+    for kind, error, trace in (
+        (RuntimeError, late.value, inside),
+        (RuntimeError, RuntimeError("Event loop is closed"), late.value.__traceback__),
+        (ValueError, ValueError("mine"), None),
+    ):
+        args = {"exc_type": kind, "exc_value": error, "exc_traceback": trace}
+        hook: Any = sys.unraisablehook
+        hook(SimpleNamespace(**args))
+    assert [str(one.exc_value) for one in printed] == ["Event loop is closed", "mine"]
+    logging.getLogger("asyncio").error("Task exception was never retrieved: mine")
+    assert "mine" in caplog.text
 
 
 def test_what_cannot_fit_is_refused_before_writing(

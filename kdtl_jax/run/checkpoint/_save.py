@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import operator
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ import orbax.checkpoint as ocp
 from kdtl_jax import _checks, _files
 from kdtl_jax._types import PyTree
 from kdtl_jax.run import processes, scores
-from kdtl_jax.run.checkpoint import _history, _restore
+from kdtl_jax.run.checkpoint import _history, _quiet, _restore
 from kdtl_jax.run.checkpoint._restore import FORMAT, KIND, MANIFEST, STATE
 
 STORABLE = (np.number, np.bool_, jax.dtypes.prng_key)
@@ -98,6 +97,8 @@ def open_folder(
     folder = Path(folder).absolute()
     with contextlib.ExitStack() as stack:
         identity = processes.decide(lambda: _begin(folder, stack))
+        stack.enter_context(_quiet.logs())
+        _quiet.late_writes()
         writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         saved, history = _whole(folder) if jax.process_index() == 0 else ({}, _history.History())
@@ -109,7 +110,7 @@ def open_folder(
             wait(checkpoints)
         finally:
             worker.shutdown()
-            with contextlib.suppress(Exception), _quiet():  # a failed save was raised above
+            with contextlib.suppress(Exception):  # a failed save was raised above
                 writer.close()
 
 
@@ -152,8 +153,7 @@ def save(
     history = processes.decide(lambda: _make_room(checkpoints, step, stored, lines))
     try:
         home = checkpoints.folder / f"{SAVING}{step}" / STATE
-        with _quiet():
-            checkpoints.writer.save(home, args=ocp.args.PyTreeSave(stored))
+        checkpoints.writer.save(home, args=ocp.args.PyTreeSave(stored))
     except Exception as error:
         raise _failed(checkpoints.folder, step, error) from error
     manifest = {
@@ -286,8 +286,7 @@ def _finish(checkpoints: Checkpoints, step: int, manifest: dict[str, Any]) -> No
     folder = checkpoints.folder
     part, home = folder / f"{SAVING}{step}", folder / str(step)
     try:
-        with _quiet():
-            checkpoints.writer.wait_until_finished()
+        checkpoints.writer.wait_until_finished()
         if jax.process_index() != 0:
             return
         files = {}
@@ -353,21 +352,6 @@ def _stored(leaves: list[Any]) -> dict[str, Any]:
             raw[i] = copy
     host = [np.array(x) if not isinstance(x, jax.Array) else x for x in raw]
     return {_entry(i): leaf for i, leaf in enumerate(host) if leaf.size}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Drops Orbax's log of an error that is raised anyway: pages of traceback say no more."""
-
-    def foreign(record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(foreign)
-    try:
-        yield
-    finally:
-        logger.removeFilter(foreign)
 
 
 def _failed(folder: Path, step: int, error: Exception) -> OSError:

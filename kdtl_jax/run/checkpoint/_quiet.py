@@ -1,0 +1,51 @@
+"""What Orbax prints beside an error that is raised anyway: pages of traceback that say no more."""
+
+import contextlib
+import logging
+import sys
+import traceback
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+
+@contextlib.contextmanager
+def logs() -> Iterator[None]:
+    """Drops Orbax's own log within the block."""
+
+    def is_foreign(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_foreign)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_foreign)
+
+
+def late_writes() -> None:
+    """From here on: drops what the other writes of a failed save, which outlive it, have to say.
+
+    Their tasks are collected without having been read, and their threads find the event loop
+    closed, at any time later. Errors of anyone else are printed as before.
+    """
+    logger = logging.getLogger("asyncio")
+    if _is_read not in logger.filters:
+        logger.addFilter(_is_read)
+    before: Any = sys.unraisablehook
+    if not (isinstance(before, partial) and before.func is _print):
+        sys.unraisablehook = partial(_print, before)
+
+
+def _is_read(record: logging.LogRecord) -> bool:
+    trace = record.exc_info[2] if record.exc_info else None
+    unread = "exception was never retrieved" in record.getMessage()
+    return not (unread and any("orbax" in frame.filename for frame in traceback.extract_tb(trace)))
+
+
+def _print(before: Any, args: Any) -> None:
+    is_late = args.exc_type is RuntimeError and str(args.exc_value) == "Event loop is closed"
+    frames = traceback.extract_tb(args.exc_traceback)
+    if not (is_late and all("asyncio" in frame.filename for frame in frames)):
+        before(args)
