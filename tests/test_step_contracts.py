@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from kdtl_jax import Variables, interop, objective, train
+from kdtl_jax.datasets import Dataset
 from kdtl_jax.interop import linen
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -70,6 +71,36 @@ def test_what_a_model_returns_and_what_a_batch_is() -> None:
         jax.eval_shape(step_of(LINEAR), state, pair)
     with pytest.raises(TypeError, match=r"got Variables.*init_state\(v.params"):
         train.init_state(Variables({"w": jnp.zeros(2)}), TX, key=jax.random.key(0))
+
+
+def test_a_data_set_is_no_batch() -> None:
+    state = train.init_state({"w": jnp.zeros((3, 2))}, TX, key=jax.random.key(0))
+    data = Dataset("few", np.ones((4, 3), np.float32), np.zeros(4, np.int32), 2)
+    with pytest.raises(TypeError, match=r"got Dataset.*\{'inputs': data.inputs, 'labels'"):
+        step_of(LINEAR)(state, data)
+
+
+def test_batch_statistics_that_were_left_behind() -> None:
+    model = linen.model(Net())
+    v = model.init(jax.random.key(0), BATCH["inputs"])
+    state = train.init_state(v.params, TX, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"batch statistics.*init_state.*model_state=v.model_s"):
+        step_of(model.apply)(state, BATCH)
+    own = train.init_state({"w": jnp.zeros((3, 2))}, TX, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"teacher has a state.*Variables\(params, model_state\)"):
+        step_of(LINEAR, teacher=model.apply)(own, BATCH, v.params)
+    step_of(LINEAR, teacher=model.apply)(own, BATCH, v)
+
+
+def test_a_donated_state_is_not_used_twice() -> None:
+    step = train.jit_step(step_of(LINEAR))
+    first = train.init_state({"w": jnp.zeros((3, 2))}, TX, key=jax.random.key(0))
+    second, _ = step(first, BATCH)
+    with pytest.raises(RuntimeError, match="was given to a jitted step before.*state, metrics = "):
+        step(first, BATCH)
+    with pytest.raises(TypeError, match="a dict with 'inputs'"):
+        step(second, (1, 2))  # pyright: ignore[reportArgumentType]  # that is the slip
+    step(second, BATCH)
 
 
 def normalized() -> tuple[Any, train.TrainState]:

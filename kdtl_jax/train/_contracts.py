@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from kdtl_jax import _checks, trees
-from kdtl_jax._types import Outputs, PyTree
+from kdtl_jax._types import ModelFn, Outputs, PyTree
 
 PROTOCOL = "model(params, model_state, inputs, *, key=None, train=False) -> (outputs, model_state)"
 
@@ -33,6 +33,47 @@ def model_function(**models: Any) -> None:
             "of interop.linen.model(module), nnx, equinox or haiku likewise, or "
             "interop.function(f) of a plain f(params, inputs)."
         )
+
+
+def called(
+    name: str, model: ModelFn, params: Any, model_state: PyTree, inputs: Any, **mode: Any
+) -> tuple[Outputs, PyTree]:
+    """`model(params, model_state, inputs, **mode)`, checked.
+
+    Raises:
+      TypeError: if it returns something else than `(outputs, model_state)`.
+      ValueError: if the model needs a state, such as batch statistics, and was given none.
+    """
+    try:
+        returned = model(params, model_state, inputs, **mode)
+    except Exception as error:
+        if jax.tree.leaves(model_state) or not _misses_state(error):
+            raise
+        where = "teacher_params" if name == "teacher" else "init_state"
+        how = (
+            "Variables(params, model_state)"
+            if name == "teacher"
+            else "init_state(v.params, tx, key=key, model_state=v.model_state)"
+        )
+        raise ValueError(
+            f"the {name} has a state besides its parameters (batch statistics), and {where} got "
+            f"none. Write {how}."
+        ) from error
+    return outputs_of(returned, name)
+
+
+def donated(state: Any) -> bool:
+    """Whether a state's arrays were given away to an earlier call."""
+    return any(
+        isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
+        for leaf in jax.tree.leaves(state)
+    )
+
+
+def _misses_state(error: BaseException) -> bool:
+    """Whether a framework complains of a collection that is not there."""
+    said = f"{type(error).__name__} {error}"
+    return any(word in said for word in ("ScopeCollectionNotFound", "batch_stats", "BatchStat"))
 
 
 def outputs_of(returned: Any, name: str) -> tuple[Outputs, PyTree]:
@@ -60,9 +101,12 @@ def batch(given: Any) -> Mapping[str, Any]:
       ValueError: if an entry is missing or misshapen.
     """
     if not isinstance(given, Mapping):
+        example = "{'inputs': x, 'labels': y}"
+        if hasattr(given, "inputs") and hasattr(given, "labels"):  # a Dataset
+            example = "{'inputs': data.inputs, 'labels': data.labels}"
         raise TypeError(
             f"the batch must be a dict with 'inputs', got {_described(given)}. Write for example "
-            "{'inputs': x, 'labels': y}."
+            f"{example}."
         )
     if "inputs" not in given:
         raise ValueError(

@@ -1,5 +1,6 @@
 """The training step and the evaluation step."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -66,8 +67,9 @@ def make_step(
         if teacher is None:
             return batch.get("teacher", {})
         variables = _variables(teacher_params)
-        returned = teacher(variables.params, variables.model_state, batch["inputs"])
-        outputs, _ = _contracts.outputs_of(returned, "teacher")
+        outputs, _ = _contracts.called(
+            "teacher", teacher, variables.params, variables.model_state, batch["inputs"]
+        )
         return jax.lax.stop_gradient(outputs)
 
     def step(
@@ -85,8 +87,9 @@ def make_step(
             if microbatches > 1:
                 key = jax.random.fold_in(key, part)
             model_key, terms_key = jax.random.split(key)
-            returned = model(params, model_state, batch["inputs"], key=model_key, train=True)
-            outputs, after = _contracts.outputs_of(returned, "model")
+            outputs, after = _contracts.called(
+                "model", model, params, model_state, batch["inputs"], key=model_key, train=True
+            )
             _contracts.no_padding_in_statistics(batch, model_state, after)
             taught = outputs_of_teacher(teacher_params, batch)
             returned = terms(
@@ -141,8 +144,9 @@ def make_eval_step(
 
     def evaluate(variables: Any, batch: Batch) -> Metrics:
         variables, batch = _variables(variables), _contracts.batch(batch)
-        returned = model(variables.params, variables.model_state, batch["inputs"])
-        outputs, _ = _contracts.outputs_of(returned, "model")
+        outputs, _ = _contracts.called(
+            "model", model, variables.params, variables.model_state, batch["inputs"]
+        )
         inputs = Inputs(outputs, batch.get("teacher", {}), batch, variables.params)
         return objective.stack(objective.reduce_all(measures(inputs), batch.get("weights")))
 
@@ -163,8 +167,28 @@ def jit_step(step: Step) -> Step:
     """`jax.jit` with the state donated: its buffers are reused, so do not touch the old state.
 
     An EMA teacher must be a copy, not a leaf of the donated state.
+
+    Raises:
+      RuntimeError: (the returned step) if the state was given to a step before.
     """
-    return jax.jit(step, donate_argnums=0)
+    jitted = jax.jit(step, donate_argnums=0)
+
+    @functools.wraps(step)
+    def run(
+        state: TrainState, batch: Batch, teacher_params: Any = None
+    ) -> tuple[TrainState, Metrics]:
+        try:
+            return jitted(state, batch, teacher_params)
+        except (RuntimeError, ValueError) as error:
+            if not _contracts.donated(state):
+                raise
+            raise RuntimeError(
+                "this state was given to a jitted step before, which reuses its arrays. Go on "
+                "with the state that the step returned: state, metrics = step(state, batch)."
+            ) from error
+
+    vars(run)["lower"] = jitted.lower  # for `measure.compiled`
+    return run
 
 
 def _deal(batch: Batch, parts: int) -> dict[str, Any]:
