@@ -70,7 +70,7 @@ def read_splits(
     choices = _choices(label, inputs, missing, one_hot, drop, image_size, preprocessing)
     found = sources(path, choices)
     first = found.get("train") or found["whole"]._replace(name=path.name)
-    like = None if preprocessing is None else _model(preprocessing)
+    like = _model(preprocessing)
     train = _numbered(first, target, like)
     given = {part: _numbered(found[part], target, train) for part in PARTS[1:] if part in found}
     if "whole" in found and "train" not in found:
@@ -128,7 +128,7 @@ def read(
     path = Path(path)
     choices = _choices(label, inputs, missing, one_hot, drop, image_size, preprocessing)
     found = _idx_pair(path, labels) or sources(path, choices)
-    like = None if preprocessing is None else _model(preprocessing)
+    like = _model(preprocessing)
     named = [found[part] for part in ("whole", *PARTS) if part in found]
     if "train" in found:
         named = [found[part] for part in PARTS if part in found]
@@ -188,8 +188,10 @@ def _choices(
     return Choices(label, inputs, missing, tuple(drop), image_size, one_hot)
 
 
-def _model(preprocessing: Preprocessing) -> Dataset:
-    """An empty part that has a model's classes."""
+def _model(preprocessing: Preprocessing | None) -> Dataset | None:
+    """An empty part that has a model's classes; None where it has none of its own."""
+    if preprocessing is None or not preprocessing.outputs:
+        return None
     nothing = np.zeros(0, np.float32)
     outputs, names = preprocessing.outputs, preprocessing.names
     return Dataset("the model", nothing, nothing, outputs, names, form=preprocessing)

@@ -87,6 +87,7 @@ from kdtl_jax.methods._setup import Setup as Setup
 from kdtl_jax.methods._setup import layout as layout
 from kdtl_jax.methods._setup import linear_head as linear_head
 from kdtl_jax.methods._setup import multi_label as multi_label
+from kdtl_jax.methods._setup import regression as regression
 from kdtl_jax.methods._setup import setup as setup
 from kdtl_jax.methods._table import Entry as Entry
 from kdtl_jax.methods._table import table as table

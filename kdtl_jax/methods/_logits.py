@@ -23,7 +23,7 @@ from kdtl_jax.methods._method import (
     needs_teacher_head,
     warmed_up,
 )
-from kdtl_jax.methods._setup import Setup
+from kdtl_jax.methods._setup import Setup, regression
 from kdtl_jax.objective import Inputs
 
 RANKED = 32  # classes among which rankings take pairs
@@ -290,6 +290,8 @@ def binary_kd(
     """
     if setup.exclusive:
         raise ValueError("needs sigmoid heads (exclusive=False), these classes exclude each other")
+    if setup.task is regression:
+        raise ValueError("needs sigmoid heads, these outputs are numbers")
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         values = losses.binary_kl(

@@ -96,6 +96,17 @@ def multi_label(inputs: Inputs) -> dict[str, Array]:
     return {"task": _numerics.at_usable(jnp.mean(values, axis=-1), usable, real)}
 
 
+def regression(inputs: Inputs) -> dict[str, Array]:
+    """The task of numbers: `{"task": mean over outputs of (y - t)^2}`.
+
+    `batch["labels"]` are the targets, `[B, outputs]` as the logits, in the units in which the
+    model answers.
+    """
+    outputs, targets = inputs.student["logits"], inputs.batch["labels"]
+    _checks.same_shape(logits=outputs, labels=targets)
+    return {"task": jnp.mean(jnp.square(outputs - targets.astype(outputs.dtype)), axis=-1)}
+
+
 def setup(
     student: ModelFn,
     teacher: ModelFn,

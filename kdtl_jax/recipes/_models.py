@@ -120,7 +120,9 @@ def read_data(
       UsageError: if targets are of another kind.
       ValueError: if the file is of a model with other classes or inputs.
     """
-    known = about.preprocessing
+    known = read_so = about.preprocessing
+    if known is not None and known.kind == "classes":
+        read_so = known._replace(outputs=0, names=())  # its classes are compared below
     raw = read_splits(
         settings.data,
         label=settings.label,
@@ -133,8 +135,7 @@ def read_data(
         validation=settings.validation,
         test=settings.test,
         seed=settings.split_seed,
-        # Its classes are compared below.
-        preprocessing=None if known is None else known._replace(outputs=0, names=()),
+        preprocessing=read_so,
     )
     for line in summary(raw):
         print(line, file=sys.stderr)

@@ -263,22 +263,35 @@ def seldom(say: Say, seconds: float = 10.0) -> Callable[[str, bool], None]:
 
 def print_table(results: report.Results) -> None:
     """The table of methods, by family."""
-    header = ("method", "test accuracy %", "against the baseline", "parameters", "seconds")
+    score = results.score
+    header = (
+        "method",
+        f"test {score.name} {score.unit}".rstrip(),
+        "against the baseline",
+        "parameters",
+        "seconds",
+    )
     for family in dict.fromkeys(row.family for row in results.rows):
         rows = [row for row in results.rows if row.family == family]
         compared = [
             "–"
             if row.versus is None
-            else f"{100 * row.versus.difference.mean:+.1f}, {row.versus.verdict}"
+            else f"{score.number(row.versus.difference.mean, sign=True)}, {row.versus.verdict}"
             for row in rows
         ]
         cells = [
-            (x.label, report.percent(x.test), versus, f"{x.parameters:,}", f"{x.seconds:.1f}")
+            (
+                x.label,
+                report.percent(x.test, score),
+                versus,
+                f"{x.parameters:,}",
+                f"{x.seconds:.1f}",
+            )
             for x, versus in zip(rows, compared, strict=True)
         ]
         lines = [
-            f"{family:12s} {row.method:26s} test {test:>18s} %  {versus:32s} {count:>9} parameters "
-            f"{seconds:>6} s"
+            f"{family:12s} {row.method:26s} test {test:>18s} {score.unit:1s}  {versus:32s} "
+            f"{count:>9} parameters {seconds:>6} s"
             for row, (_, test, versus, count, seconds) in zip(rows, cells, strict=True)
         ]
         better = [i for i, x in enumerate(rows) if x.versus and x.versus.verdict == "better"]

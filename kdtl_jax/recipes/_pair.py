@@ -1,6 +1,7 @@
 """A teacher and a student on one data set: what `kdtl distill` and `kdtl sweep` begin with."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,14 +13,15 @@ from jax import Array
 
 from kdtl_jax import methods, train
 from kdtl_jax._types import ModelFn, Variables
-from kdtl_jax.datasets import Splits
+from kdtl_jax.datasets import Kind, Splits
 from kdtl_jax.interop import model_files
 from kdtl_jax.methods import Entry, Method, Setup
 from kdtl_jax.objective import TermsFn
-from kdtl_jax.recipes import _models, _own, _seeds, _tasks, _training
+from kdtl_jax.recipes import _measures, _models, _own, _seeds, _tasks, _training
+from kdtl_jax.recipes._measures import Measure
 from kdtl_jax.recipes._models import About, Network
 from kdtl_jax.recipes._training import Experiment, Point
-from kdtl_jax.recipes.settings import MODEL, setting
+from kdtl_jax.recipes.settings import MODEL, UsageError, setting
 
 TEACHER, BASELINE = "teacher", "student_alone"
 DEFAULT_TEACHER = "mlp:128,64"
@@ -57,21 +59,23 @@ class Pair(NamedTuple):
     files: dict[str, str]  # that were read: {"data": ..., "teacher_weights": ...}
     example: jax.Array  # inputs [1, ...]
     task: TermsFn = _training.task  # what is learned from the labels
+    measure: Measure = _measures.CLASSES  # what is learned, and how it is scored
 
 
-def read(settings: Any, *, dtype: Any = None) -> Pair:
+def read(settings: Any, *, dtype: Any = None, kinds: Sequence[Kind] = ("classes",)) -> Pair:
     """Reads the data and the teacher's file, and makes both networks.
 
     Args:
       settings: `data` and its neighbors, `teacher`, `teacher_weights`, `student`.
       dtype: of both networks' computation.
+      kinds: of targets that the caller can learn.
 
     Raises:
       ValueError: if the file is of another model, other classes or inputs, or is not finite.
     """
     path = settings.teacher_weights
     text, about = _models.read_about(path, settings.teacher, DEFAULT_TEACHER)
-    splits, form = _models.read_data(settings, about, path)
+    splits, form = _models.read_data(settings, about, path, kinds=kinds)
     part = splits.train
     index = np.arange(len(part.labels), dtype=np.int32)
     arrays = {"inputs": part.inputs, "labels": part.labels, "index": index}
@@ -87,8 +91,15 @@ def read(settings: Any, *, dtype: Any = None) -> Pair:
         role: _own.file_of(model) for role, model in named.items() if model_files.is_own(model)
     }
     about = About(None, part.classes, form.scaling, part.names, part.inputs.shape[1:], form)
-    task = _tasks.task(settings, part.labels, part.classes)
-    return Pair(splits, about, arrays, text, large, small, given, files, example, task)
+    measure = _measures.of(form)
+    task = measure.task
+    if form.kind == "classes":
+        task = _tasks.task(settings, part.labels, part.classes)
+    elif settings.label_smoothing or settings.class_weights != "none":
+        raise UsageError(
+            f"--label-smoothing and --class-weights are for classes, the targets are {form.kind}."
+        )
+    return Pair(splits, about, arrays, text, large, small, given, files, example, task, measure)
 
 
 def setup(
@@ -116,12 +127,50 @@ def setup(
         student_layout=pair.student.layout,
         teacher_layout=pair.teacher.layout,
         task=pair.task,
+        exclusive=pair.measure.kind == "classes",
     )
 
 
 def entries() -> dict[str, Entry]:
     """The table of methods by name."""
     return {entry.name: entry for entry in methods.table()}
+
+
+def suited(entries: Sequence[Entry], settings: Any, measure: Measure) -> list[Entry]:
+    """The methods to compare: those asked for, or what suits the targets where none was."""
+    default = next(f.default for f in dataclasses.fields(settings) if f.name == "methods")
+    if measure.kind == "classes" or settings.methods != default:
+        return list(entries)
+    published = {entry.name: entry for entry in methods.table()}
+    own = [entry for entry in entries if entry.name not in published]
+    return [*(published[name] for name in measure.methods), *own]
+
+
+def check_any(built: Mapping[str, Method], why_not: Sequence[str], measure: Measure) -> None:
+    """Raises UsageError if targets are no classes and not one of the methods is for such."""
+    if len(built) == 1 and why_not and measure.kind != "classes":
+        raise UsageError(
+            f"the targets are {measure.kind}: {why_not[0]} Methods for them are "
+            f"{', '.join(measure.methods)}, rkd, sp, and others that match features."
+        )
+
+
+def check_augmentation(settings: Any, pair: Pair) -> None:
+    """Raises UsageError if the data, their targets or a cache do not go with `--augment`."""
+    if settings.augment and settings.teacher_cache is not None:
+        raise UsageError(
+            "--teacher-cache holds outputs for the images as they are, not for --augment's views. "
+            "Give one or the other."
+        )
+    mixed = [name for name in settings.augment if name.startswith(("mixup", "cutmix"))]
+    if mixed and pair.measure.kind != "classes":
+        raise UsageError(
+            f"--augment {mixed[0]} mixes classes, the targets are {pair.measure.kind}."
+        )
+    if settings.augment and pair.arrays["inputs"].ndim != 4:
+        raise UsageError(
+            f"--augment needs images [N, H, W, C], the data is {list(pair.arrays['inputs'].shape)}."
+        )
 
 
 def build(entry: Entry, setup: Setup, temperature: Any) -> Method:

@@ -22,13 +22,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kdtl_jax import train
 from kdtl_jax.datasets import Splits
 from kdtl_jax.objective import Metrics
+from kdtl_jax.recipes import _measures
+from kdtl_jax.recipes._measures import Measure
 from kdtl_jax.recipes._optimizers import used
 from kdtl_jax.recipes._training import CHECKS, Experiment, Point, in_chunks, keys, newest, pick
 from kdtl_jax.run import checkpoint, data, loop, scores, sharding
 from kdtl_jax.train import Batch, TrainState
 
 EVALUATION_BATCH = 512
-EVALUATION = "eval/validation_accuracy"  # in a line of the metrics file
+EVALUATION = "eval/validation_"  # in a line of the metrics file
 # Of a stacked state under vmap: the step is shared.
 AXES: Any = TrainState._make(None if name == "step" else 0 for name in TrainState._fields)
 NEVER = 2**62  # of `sharding.place`: no leaf is large enough to be split
@@ -50,6 +52,7 @@ class Run(NamedTuple):
     say: Callable[[str, bool], None] = lambda text, last: None
     finished: tuple[str, ...] = ()  # methods before this one
     patience: int | None = None  # epochs without a better validation; None: all epochs
+    measure: Measure = _measures.CLASSES  # of the targets
 
 
 class Trained(NamedTuple):
@@ -58,10 +61,10 @@ class Trained(NamedTuple):
     state: TrainState  # stacked
     in_turn: bool  # seed after seed, or all at once
     epochs: list[int]  # at which validation accuracy was recorded
-    curve: np.ndarray  # [checks, S], validation accuracy along the way
+    curve: np.ndarray  # [checks, S], validation scores along the way
     validation: np.ndarray  # [S], at the end
     test: np.ndarray  # [S]
-    named: np.ndarray  # [S, test examples], the classes named
+    named: np.ndarray  # [S, test examples, ...], the classes named, or other answers
     skipped: list[int]  # per seed: updates left out because they were not finite
     seconds: float
     kept: int | None = None  # the epoch whose weights are given back, where not the last
@@ -108,7 +111,8 @@ def train_seeds(
         state = sharding.place(state, mesh)
         step = sharding.keep_placement(_placed(step, mesh, 0 if in_turn else 1), state)
         given = sharding.place(given, mesh, smallest=NEVER)
-    evaluate = evaluation(experiment, shared, in_turn, mesh)
+    measure = run.measure
+    evaluate = evaluation(experiment, shared, in_turn, mesh, measure)
 
     home = run.folder / "checkpoints" / name
     owner = {"run": run.identity, "method": name}
@@ -118,16 +122,14 @@ def train_seeds(
 
     def on_validation(state: TrainState) -> np.ndarray:
         part = run.splits.validation
-        return scores.accuracy(evaluate(state, part.inputs), part.labels)
+        return measure.score(evaluate(state, part.inputs), part.labels)
 
     def validate(state: TrainState) -> dict[str, Any]:
         found = on_validation(state)
         epoch = int(state.step) // calls // per_epoch
-        run.say(
-            f"{name}: epoch {epoch} of {epochs}, validation accuracy {100 * found.mean():.1f} %",
-            epoch == epochs,
-        )
-        return {"validation_accuracy": found}
+        score = measure.score_name.shown(found.mean())
+        run.say(f"{name}: epoch {epoch} of {epochs}, validation {score}", epoch == epochs)
+        return {f"validation_{measure.score_name.key}": found}
 
     def save(step: int, state: TrainState, meta: dict[str, Any]) -> None:
         spent = before + time.perf_counter() - begun
@@ -136,11 +138,12 @@ def train_seeds(
     evaluations = list(meta.get("evaluations", []))
     evaluated = [line["step"] for line in evaluations]
     total = epochs * per_epoch * calls
+    scored = f"validation_{measure.score_name.key}"
     stop, keep, every = None, checkpoint.newest(1), max(1, epochs // CHECKS)
     save_every = run.save_every
     if run.patience is not None:
-        stop = loop.no_improvement("validation_accuracy", run.patience, minimize=False)
-        keep = checkpoint.newest_and_best(1, "validation_accuracy", minimize=False)
+        stop = loop.no_improvement(scored, run.patience, minimize=False)
+        keep = checkpoint.newest_and_best(1, scored, minimize=False)
         every = save_every = 1
     ended = stop is not None and at in evaluated and stop(evaluations)  # early, before it resumed
     # A signal may have come before the last evaluation.
@@ -170,7 +173,9 @@ def train_seeds(
             )
         state, evaluations = result.state, result.evaluations
         before += time.perf_counter() - begun
-    curve = np.array([line[EVALUATION] for line in evaluations], np.float64)
+    curve = np.array(
+        [line[f"{EVALUATION}{measure.score_name.key}"] for line in evaluations], np.float64
+    )
     best = None if run.patience is None else scores.best(list(curve))
     if best is not None:
         state = checkpoint.restore(home, state, step=evaluations[best]["step"], owner=owner).state
@@ -182,7 +187,7 @@ def train_seeds(
         [line["step"] // calls // per_epoch for line in evaluations],
         curve,
         curve[-1 if best is None else best] if evaluations else on_validation(state),
-        scores.accuracy(named, run.splits.test.labels),
+        measure.score(named, run.splits.test.labels),
         named,
         _skipped(run, name, per_epoch) if epochs else [],
         before,
@@ -196,12 +201,16 @@ def examples(run: Run) -> int:
 
 
 def evaluation(
-    experiment: Experiment, shared: Any, in_turn: bool, mesh: Mesh | None = None
+    experiment: Experiment,
+    shared: Any,
+    in_turn: bool,
+    mesh: Mesh | None = None,
+    measure: Measure = _measures.CLASSES,
 ) -> Callable[[TrainState, np.ndarray], np.ndarray]:
-    """`evaluate(state, inputs) -> classes [S, N]` of a stacked state."""
+    """`evaluate(state, inputs) -> answers [S, N, ...]` of a stacked state."""
 
     def one(state: TrainState, inputs: Array, shared: Any) -> Array:
-        return scores.predicted(experiment.logits(state, inputs, shared))
+        return measure.answers(experiment.logits(state, inputs, shared))
 
     whole = None if mesh is None else sharding.replicated(mesh)
     single = jax.jit(lambda state, at, x, shared: one(_own(state, at), x, shared),
@@ -215,10 +224,10 @@ def evaluation(
 
         def by_example(x: Array) -> Any:
             if not in_turn:
-                return np.asarray(every(state, x, shared)).T
+                return np.asarray(every(state, x, shared)).swapaxes(0, 1)
             return np.stack([single(state, np.int32(i), x, shared) for i in seeds], axis=1)
 
-        return in_chunks(by_example, inputs, EVALUATION_BATCH).T
+        return in_chunks(by_example, inputs, EVALUATION_BATCH).swapaxes(0, 1)
 
     return evaluate
 
@@ -333,7 +342,8 @@ def _log(
 
     def stays(line: dict[str, Any]) -> bool:
         step = line["step"] * calls
-        behind = step in evaluated if EVALUATION in line else step <= at
+        checked = any(name.startswith(EVALUATION) for name in line)
+        behind = step in evaluated if checked else step <= at
         return line["method"] in run.finished or (line["method"] == name and behind)
 
     with loop.metrics_file(run.folder / "metrics.jsonl", stays=stays) as log:

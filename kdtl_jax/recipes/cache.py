@@ -17,7 +17,7 @@ import numpy as np
 
 from kdtl_jax import models
 from kdtl_jax._types import ModelFn, Variables
-from kdtl_jax.datasets import Dataset
+from kdtl_jax.datasets import KINDS, Dataset
 from kdtl_jax.losses import TopK
 from kdtl_jax.recipes import _models, _output
 from kdtl_jax.recipes import settings as types
@@ -107,7 +107,7 @@ def run(settings: Settings) -> int:
     )
     cache = teacher_cache.open_cache(folder, expect=None, contents=False)
     print_plan(folder, plan)
-    if "logits" in taps:
+    if "logits" in taps and train.kind == "classes":
         right = scores.accuracy(most_likely(cache), train.labels)
         print(f"teacher: {100 * right:.1f} % of these examples right")
     return 0
@@ -144,7 +144,7 @@ def teacher(settings: Settings) -> tuple[Dataset, Network, Variables, dict[str, 
             "runs/distill/teacher.safetensors."
         )
     text, about = _models.read_about(path, settings.teacher, "mlp:128,64")
-    train = _models.read_data(settings, about, path)[0].train
+    train = _models.read_data(settings, about, path, kinds=KINDS)[0].train
     example = jnp.asarray(train.inputs[:1])
     net = _models.described(text, train.classes, example)
     made_of = {"model": models.canonical_name(text), "classes": train.class_names()}

@@ -19,11 +19,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kdtl_jax import methods
-from kdtl_jax.datasets import per_class
+from kdtl_jax.datasets import KINDS, per_class
 from kdtl_jax.recipes import (
     _caching,
     _defaults,
     _evidence,
+    _measures,
     _models,
     _optimizers,
     _output,
@@ -148,18 +149,13 @@ def run(settings: Settings) -> int:
     entries = types.chosen(settings.methods, {**_pair.entries(), **own}, "kdtl distill")
     entries += [entry for entry in own.values() if entry not in entries]
     mesh = join_mesh(settings)  # before anything touches a device
-    pair = _pair.read(settings, dtype=DTYPES[settings.precision])
+    pair = _pair.read(settings, dtype=DTYPES[settings.precision], kinds=KINDS)
+    entries = _pair.suited(entries, settings, pair.measure)
     inputs, classes = pair.arrays["inputs"], pair.splits.train.classes
-    if settings.augment and settings.teacher_cache is not None:
-        raise UsageError(
-            "--teacher-cache holds outputs for the images as they are, not for --augment's views. "
-            "Give one or the other."
-        )
+    _pair.check_augmentation(settings, pair)
     if settings.teacher_cache is not None:
         cache = Path(settings.teacher_cache)
         _caching.check(cache, pair, entries, resume=settings.resume)
-    if settings.augment and inputs.ndim != 4:
-        raise UsageError(f"--augment needs images [N, H, W, C], the data is {list(inputs.shape)}.")
     rows, size = None, len(inputs)
     divisor = settings.microbatches * (1 if mesh is None else mesh.size)
     fixed = _defaults.resolved(settings, size, classes, divisor)
@@ -178,7 +174,8 @@ def run(settings: Settings) -> int:
         "layers": settings.layers,
     }
     # Once with a blank teacher, so that what cannot work is said before one is trained.
-    built, _ = _pair.build_all(entries, _pair.setup(pair, None, **of_setup), settings)
+    built, why_not = _pair.build_all(entries, _pair.setup(pair, None, **of_setup), settings)
+    _pair.check_any(built, why_not, pair.measure)
 
     def tx(steps: int) -> Any:
         rate = settings.learning_rate or _optimizers.RATES[settings.optimizer]
@@ -203,6 +200,7 @@ def run(settings: Settings) -> int:
             batch_size=fixed.batch_size,
             arrays=pair.arrays,
             splits=pair.splits,
+            measure=pair.measure,
             mesh=mesh,
             one_by_one=settings.one_by_one,
             patience=settings.early_stopping,
@@ -217,9 +215,17 @@ def run(settings: Settings) -> int:
         described = {"epochs": settings.teacher_epochs, "batch_size": fixed.batch_size}
         if pair.given is not None:
             described = {"weights": settings.teacher_weights}
-        truth = {"labels": pair.splits.test.labels}
-        row = _training.row(
-            TEACHER, TEACHER, "Teacher", frozen.params, teacher, teacher.seconds, described, **truth
+        truth = {"targets": pair.splits.test.labels}
+        row = _measures.row(
+            pair.measure,
+            TEACHER,
+            TEACHER,
+            "Teacher",
+            frozen.params,
+            teacher,
+            teacher.seconds,
+            described,
+            **truth,
         )
 
         # Its outputs are computed once where they stay the same and fit, else it runs along.
@@ -292,15 +298,15 @@ def run(settings: Settings) -> int:
                 **({"skipped_updates": trained.skipped} if any(trained.skipped) else {}),
             }
             used = params[0] if method.predict is None else params  # at inference
-            row = _training.row(
-                name, STUDENTS, label, used, trained, trained.seconds, described,
+            row = _measures.row(
+                pair.measure, name, STUDENTS, label, used, trained, trained.seconds, described,
                 teacher=teacher.named, **truth,
             )  # fmt: skip
             table.append(row)
             named[name] = _evidence.Named(label, trained.named)
             learning[name] = {
                 "epoch": [float(epoch) for epoch in trained.epochs],
-                "validation_accuracy": trained.curve.mean(axis=1).tolist(),
+                f"validation_{pair.measure.score_name.key}": trained.curve.mean(axis=1).tolist(),
             }
             if any(trained.skipped):
                 notes.append(
@@ -339,9 +345,9 @@ def run(settings: Settings) -> int:
         )
         best = [x.method for x in table if x.settings.get("file", "") == data["recommended"]]
         shown = named.get(best[0]) if best else None
-        evidence = (
-            [] if shown is None else _evidence.sections(pair.splits.test, shown, teacher.named)
-        )
+        evidence = []
+        if shown is not None and pair.measure.kind == "classes":
+            evidence = _evidence.sections(pair.splits.test, shown, teacher.named)
         results = report.Results(
             "kdtl distill: one teacher, students by several methods",
             data,
@@ -350,6 +356,7 @@ def run(settings: Settings) -> int:
             {},
             [about_data, *notes, programs(), *([] if advice is None else [advice])],
             sections=evidence,
+            score=pair.measure.score_name,
         )
         _output.finish(folder, results)
     if failed:

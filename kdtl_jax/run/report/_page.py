@@ -15,6 +15,7 @@ from kdtl_jax.run.report._drawing import COLORS, shown
 from kdtl_jax.run.report._intervals import Interval
 from kdtl_jax.run.report._pictures import Pictures
 from kdtl_jax.run.report._results import Results, Row, environment, ranked
+from kdtl_jax.run.report._score import ACCURACY, Score
 from kdtl_jax.run.report.plots import Chart
 
 _NOTES = 4  # so many stand before the results
@@ -76,7 +77,7 @@ def environment_section() -> Section:
 def html_page(results: Results) -> str:
     """The whole report of a run."""
     few = len(results.notes) <= _NOTES
-    sections = [_table(results.rows), *_accuracy(results.rows)]
+    sections = [_table(results), *_scores(results)]
     sections += _alpha(results) if results.alpha else []
     sections += _learning(results) if results.learning else []
     sections += _agreement(results.rows)
@@ -96,21 +97,23 @@ def html_page(results: Results) -> str:
     return page(results.task, sections, notes=results.notes if few else results.notes[:1])
 
 
-def percent(found: Interval) -> str:
-    """`90.6 (89.7–91.5)`, the mean and its interval; `nan` where a value was not finite."""
-    return f"{100 * found.mean:.1f}{_range(found, '–')}"
+def percent(found: Interval, score: Score = ACCURACY) -> str:
+    """`90.6 (89.7–91.5)`, the mean and its interval; `nan` where a value was not finite.
+
+    Of a score that is no share, the numbers themselves: `0.873 (0.850–0.896)`.
+    """
+    return f"{score.number(found.mean)}{_range(found, '–', score)}"
 
 
-def points(found: Interval) -> str:
-    """A difference of shares in points of a percent: `+10.0 (7.5 to 12.5)`."""
-    mean = f"{100 * found.mean:+.1f}" if math.isfinite(found.mean) else "nan"
-    return f"{mean}{_range(found, ' to ')}"
+def points(found: Interval, score: Score = ACCURACY) -> str:
+    """A difference, of shares in points of a percent: `+10.0 (7.5 to 12.5)`."""
+    return f"{score.number(found.mean, sign=True)}{_range(found, ' to ', score)}"
 
 
-def _range(found: Interval, between: str) -> str:
+def _range(found: Interval, between: str, score: Score) -> str:
     if found.low is None or found.high is None or math.isnan(found.low):
         return ""
-    return f" ({100 * found.low:.1f}{between}{100 * found.high:.1f})"
+    return f" ({score.number(found.low)}{between}{score.number(found.high)})"
 
 
 def _families(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
@@ -118,35 +121,50 @@ def _families(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
         yield family.capitalize(), [row for row in rows if row.family == family]
 
 
-def _table(rows: Sequence[Row]) -> Section:
+def _table(results: Results) -> Section:
+    rows, score = results.rows, results.score
     tested = sum(row.versus is not None and not math.isnan(row.versus.p_value) for row in rows)
+    in_percent = " in percent" if score.is_share else ""
+    is_paired = any(row.examples is not None for row in rows)  # example by example
+    and_examples = " and other test examples" if is_paired else ""
+    by_example = " and example by example" if is_paired else ""
     note = (
-        "Accuracy on the test split in percent: the mean over seeds and its 95 % interval, which "
-        "counts that other seeds and other test examples would give other numbers. Comparisons are "
-        "made seed by seed and example by example."
+        f"{score.name[0].upper()}{score.name[1:]} on the test split{in_percent}: the mean over "
+        "seeds and its 95 % interval, which "
+        f"counts that other seeds{and_examples} would give other numbers. Comparisons are "
+        f"made seed by seed{by_example}."
     )
     verdicts = (
         f"p is corrected for all {tested} comparisons of this table (Holm); a method is called "
         "better or worse if it is at most 0.05. Fewer than 3 seeds are not tested."
     )
-    header = ("Method", "Test %", "Against the baseline", "Seeds", "Parameters", "Seconds")
-    groups = [(family, [_cells(row) for row in own]) for family, own in _families(rows)]
+    header = (
+        "Method",
+        f"Test {score.unit or score.name}",
+        "Against the baseline",
+        "Seeds",
+        "Parameters",
+        "Seconds",
+    )
+    groups = [(family, [_cells(row, score) for row in own]) for family, own in _families(rows)]
     return Section("Results", [note, verdicts], [Table(header, groups)])
 
 
-def _cells(row: Row) -> list[Cell]:
+def _cells(row: Row, score: Score) -> list[Cell]:
     compared: Cell = "–"
     if row.versus is not None:
         p, verdict = row.versus.p_adjusted, row.versus.verdict
         shown = "" if math.isnan(p) else ", p < 0.001" if p < 0.001 else f", p = {p:.3f}"
-        compared = points(row.versus.difference), verdict + shown
+        compared = points(row.versus.difference, score), verdict + shown
     name, seeds = (row.label, row.method), f"{len(row.test.values)}"
     size, seconds = f"{row.parameters:,}", f"{row.seconds:.1f}"
-    return [name, percent(row.test), compared, seeds, size, seconds]
+    return [name, percent(row.test, score), compared, seeds, size, seconds]
 
 
-def _accuracy(rows: Sequence[Row]) -> list[Section]:
-    sections, families = [Section("Accuracy by method")], list(_families(rows))
+def _scores(results: Results) -> list[Section]:
+    score = results.score
+    title = f"{score.name[0].upper()}{score.name[1:]} by method"
+    sections, families = [Section(title)], list(_families(results.rows))
     alone = [row for _, own in families if len(own) == 1 for row in own]  # such as the teacher
     for i, (family, own) in enumerate(families):
         drawn = own if len(own) == 1 else [*alone, *own]
@@ -155,7 +173,8 @@ def _accuracy(rows: Sequence[Row]) -> list[Section]:
             for r in drawn
         ]
         if len(own) > 1:
-            chart = plots.dots(bars, axis="test accuracy, % (with 95 % interval)")
+            axis = f"test {score.axis} (with 95 % interval)"
+            chart = plots.dots(bars, axis=axis, percent=score.is_share)
             sections.append(Section(family, (), [chart], level=3))
     return sections
 
@@ -177,19 +196,25 @@ def _alpha(results: Results) -> list[Section]:
 
 
 def _learning(results: Results) -> list[Section]:
-    note = "Validation accuracy in %, mean over seeds; of many methods, the baseline and the best."
+    score = results.score
+    note = (
+        f"Validation {score.name}{' in %' if score.is_share else ''}, mean over seeds; of many "
+        "methods, the baseline and the best."
+    )
     sections = [Section("Learning curves", [note])]
     for family, rows in _families(results.rows):
         curves = [
             plots.Line(
                 row.label,
                 results.learning[row.method]["epoch"],
-                results.learning[row.method]["validation_accuracy"],
+                results.learning[row.method][f"validation_{score.key}"],
             )
             for row in _clearest(rows, results.learning)
         ]
         if curves:
-            chart = plots.lines(curves, x_axis="epoch", y_axis="validation accuracy, %")
+            chart = plots.lines(
+                curves, x_axis="epoch", y_axis=f"validation {score.axis}", percent=score.is_share
+            )
             sections.append(Section(family, (), [chart], level=3))
     return sections
 
@@ -214,9 +239,7 @@ def _agreement(rows: Sequence[Row]) -> list[Section]:
     ]
     if not bars:
         return []
-    note = (
-        "The share of test images on which student and teacher name the same class, right or wrong."
-    )
+    note = "The share of test examples on which student and teacher say the same, right or wrong."
     chart = plots.dots(bars, axis="agreement with the teacher, % (with 95 % interval)")
     return [Section("Teacher–student agreement", [note], [chart])]
 

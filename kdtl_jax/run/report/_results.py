@@ -14,6 +14,9 @@
                                    "test_accuracy": [...], "best": float}}},
      "notes": [str], "run": {"command", "begun", setting: value}, "environment": {...}}
 
+Where something else is scored than accuracy, its name stands in the place of "accuracy" in these
+keys, such as "test_r2".
+
 `ci95` is the 95 % interval of the mean, [low, high] or null for one seed: for other seeds and,
 where examples are scored one by one, for other test examples (`_intervals`). `agreement` is the
 share of test examples on which student and teacher name the same class. `versus` compares seed by
@@ -35,6 +38,7 @@ import numpy as np
 
 from kdtl_jax import _files
 from kdtl_jax.run.report._intervals import FEWEST_SEEDS, LEVEL, Interval, difference, holm
+from kdtl_jax.run.report._score import ACCURACY, Score
 
 SCHEMA_VERSION = 2
 
@@ -77,6 +81,7 @@ class Results(NamedTuple):
     notes: Sequence[str] = ()
     run: Mapping[str, Any] = {}  # command line, date and all settings
     sections: Sequence[Any] = ()  # more `Section`s of the page, behind the curves
+    score: Score = ACCURACY
 
 
 def compared(
@@ -147,7 +152,7 @@ def _record(results: Results) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "task": results.task,
         "data": dict(results.data),
-        "rows": [_row(row) for row in results.rows],
+        "rows": [_row(row, results.score.key) for row in results.rows],
         "curves": {
             "learning": {k: dict(v) for k, v in results.learning.items()},
             "alpha": {k: dict(v) for k, v in results.alpha.items()},
@@ -172,15 +177,15 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _row(row: Row) -> dict[str, Any]:
+def _row(row: Row, score: str) -> dict[str, Any]:
     return {
         "method": row.method,
         "family": row.family,
         "label": row.label,
         "parameters": row.parameters,
         "seeds": len(row.test.values),
-        "test_accuracy": _interval(row.test),
-        "validation_accuracy": _interval(row.validation),
+        f"test_{score}": _interval(row.test),
+        f"validation_{score}": _interval(row.validation),
         "agreement": None if row.agreement is None else _interval(row.agreement),
         "versus": None if row.versus is None else _versus(row.versus),
         "seconds": round(row.seconds, 3),

@@ -70,18 +70,20 @@ class Worked(NamedTuple):
     rate: float  # FLOPs per second, achieved
 
 
-def dots(bars: Sequence[Bar], *, axis: str) -> Chart:
+def dots(bars: Sequence[Bar], *, axis: str, percent: bool = True) -> Chart:
     """One row per method: a dot with its interval; the label stands beside it, in full."""
     ax = _rows([bar.label for bar in bars], axis)
+    number = _percent if percent else _plain
+    factor, unit = (100, " %") if percent else (1, "")
     for i, bar in enumerate(bars):
         if math.isfinite(bar.value):
-            words, ends = f"{bar.label}: {_percent(bar.value)} %", [100 * bar.value] * 2
+            words, ends = f"{bar.label}: {number(bar.value)}{unit}", [factor * bar.value] * 2
             if bar.low is not None and bar.high is not None and math.isfinite(bar.low):
-                ends = [100 * bar.low, 100 * bar.high]
-                words += f" ({_percent(bar.low)} to {_percent(bar.high)})"
+                ends = [factor * bar.low, factor * bar.high]
+                words += f" ({number(bar.low)} to {number(bar.high)})"
             line(ax, ends, [i, i], series(bar.series), width=3)
-            dot(ax, 100 * bar.value, i, series(bar.series), words)
-        _row_labels(ax, i, bar.label, _percent(bar.value))
+            dot(ax, factor * bar.value, i, series(bar.series), words)
+        _row_labels(ax, i, bar.label, number(bar.value))
     return Chart(svg(ax, axis))
 
 
@@ -129,19 +131,20 @@ def _row_labels(ax: Axes, row: int, label: str, value: str) -> None:
     text(ax, 1.02, row, value, xycoords=across, va="center")
 
 
-def lines(curves: Sequence[Line], *, x_axis: str, y_axis: str) -> Chart:
+def lines(curves: Sequence[Line], *, x_axis: str, y_axis: str, percent: bool = True) -> Chart:
     """Curves over a common axis; a chosen x is ringed."""
-    label = f"{y_axis} against {x_axis}"
+    label, factor = f"{y_axis} against {x_axis}", 100 if percent else 1
     ax = _drawing.axes(320, left=52, right=14, top=12, bottom=44, grid="y")
     for i, curve in enumerate(curves):
         known = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(y)]
         if not known:
             continue
-        xs, ys = [x for x, _ in known], [100 * y for _, y in known]
+        xs, ys = [x for x, _ in known], [factor * y for _, y in known]
         line(ax, xs, ys, series(i), title=curve.label)
         for x, y in zip(xs, ys, strict=True):
             chosen = curve.marked is not None and math.isclose(x, curve.marked)
-            words = f"{curve.label}: {x:g} gives {y:.1f} %"
+            said = f"{y:.1f} %" if percent else _plain(y)
+            words = f"{curve.label}: {x:g} gives {said}"
             edge = INK if chosen else SURFACE
             dot(ax, x, y, series(i), words, radius=6 if chosen else 4, edge=edge)
     _drawing.label_x(ax, x_axis)
@@ -343,6 +346,10 @@ def _value(axis: Axis, value: float) -> str:
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
+
+
+def _plain(value: float) -> str:
+    return f"{value:.3f}"
 
 
 def _si(value: float) -> str:

@@ -1,0 +1,167 @@
+"""What is learned and how it is scored, by the kind of targets; larger scores are better.
+
+Classes: cross-entropy and accuracy. Several labels at once: sigmoid cross-entropy and the mean over
+labels of their average precision. Numbers: squared error of standardized targets and R².
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kdtl_jax import methods, metrics, trees
+from kdtl_jax._types import Params
+from kdtl_jax.datasets import Kind, Preprocessing
+from kdtl_jax.objective import TermsFn
+from kdtl_jax.recipes import _training
+from kdtl_jax.run import report, scores
+
+
+class Measure(NamedTuple):
+    """Of one kind of targets."""
+
+    kind: Kind
+    score_name: report.Score
+    task: TermsFn
+    methods: tuple[str, ...]  # compared where the user names none
+    # From logits [..., K] to what is kept of every example, as part of a program.
+    answers: Callable[[Array], Array]
+    # (answers [..., N] or [..., N, K], targets) -> scores [...]; NaN where an answer is not finite.
+    score: Callable[[Any, Any], np.ndarray]
+    # Whether two answers are one decision, [..., N].
+    alike: Callable[[Any, Any], np.ndarray] | None
+    more: Callable[[Any, Any], dict[str, float]]  # other scores, means over seeds
+
+
+def of(form: Preprocessing) -> Measure:
+    """The measure of data that are read so."""
+    if form.kind == "labels":
+        return _LABELS
+    if form.kind == "numbers":
+        scale = np.ones(1) if form.target_scaling is None else form.target_scaling.scale
+        return _NUMBERS._replace(more=lambda y, t: _more_of_numbers(y, t, scale))
+    return CLASSES
+
+
+def row(
+    measure: Measure,
+    method: str,
+    family: str,
+    label: str,
+    params: Params,
+    found: Any,
+    seconds: float,
+    settings: Mapping[str, Any],
+    *,
+    targets: Any,
+    teacher: Any = None,
+) -> report.Row:
+    """A method's line of the table, as `_training.row`, for every kind of targets.
+
+    Args:
+      measure: of the targets.
+      method: its key in results.json.
+      family: group of the table.
+      label: the method in words.
+      params: of one student, to be counted.
+      found: with scores `test` and `validation` `[S]`, and answers `named` `[S, N, ...]`.
+      seconds: wall time of everything.
+      settings: what was fixed and what was chosen.
+      targets: of the test examples.
+      teacher: its answers, `[S or 1, N, ...]`, for the agreement.
+    """
+    if measure.kind == "classes":
+        return _training.row(
+            method, family, label, params, found, seconds, settings, labels=targets, teacher=teacher
+        )
+    share, same = measure.score_name.is_share, None
+    if teacher is not None and measure.alike is not None:
+        same = measure.alike(found.named, teacher)
+    others = {name: round(x, 6) for name, x in measure.more(found.named, targets).items()}
+    return report.Row(
+        method,
+        family,
+        label,
+        trees.count(params),
+        report.interval(found.test, is_share=share),
+        report.interval(found.validation, is_share=share),
+        seconds,
+        {**settings, **others},
+        None if same is None else report.interval(same.mean(axis=1), same, is_share=True),
+        is_share=share,
+    )
+
+
+def _by_seed(
+    score: Callable[[np.ndarray, np.ndarray], float],
+) -> Callable[[Any, Any], np.ndarray]:
+    """A score of one seed's answers `[N, K]` as one of `[..., N, K]`."""
+
+    def of_all(answers: Any, targets: Any) -> np.ndarray:
+        answers, targets = np.asarray(answers), np.asarray(targets)
+        flat = answers.reshape(-1, *answers.shape[-2:])
+        found = [score(y, targets) if y.size and np.isfinite(y).all() else np.nan for y in flat]
+        return np.array(found).reshape(answers.shape[:-2])
+
+    return of_all
+
+
+def _mean_average_precision(answers: np.ndarray, targets: np.ndarray) -> float:
+    each = metrics.average_precision(answers, targets)
+    return float(each[~np.isnan(each)].mean()) if not np.isnan(each).all() else float("nan")
+
+
+def _r_squared(answers: np.ndarray, targets: np.ndarray) -> float:
+    found = metrics.r_squared(answers, targets)
+    return found if np.isfinite(found) else float("nan")
+
+
+def _more_of_labels(answers: Any, targets: Any) -> dict[str, float]:
+    targets = np.asarray(targets)
+    named = [np.asarray(y) > 0 for y in np.asarray(answers)]
+    f1 = [metrics.per_label(y, targets).f1 for y in named]
+    return {
+        "macro_f1": float(np.mean([x[~np.isnan(x)].mean() if not np.isnan(x).all() else 0.0
+                                   for x in f1])),
+        "subset_accuracy": float(np.mean([(y == targets).all(axis=1).mean() for y in named])),
+    }  # fmt: skip
+
+
+def _more_of_numbers(answers: Any, targets: Any, scale: np.ndarray) -> dict[str, float]:
+    """The mean absolute error in the units of the data."""
+    error = np.abs(np.asarray(answers, np.float64) - np.asarray(targets)) * scale
+    return {"mean_absolute_error": float(error.mean())}
+
+
+CLASSES = Measure(
+    "classes",
+    report.ACCURACY,
+    _training.task,
+    ("kd", "dkd"),
+    scores.predicted,
+    scores.accuracy,
+    lambda named, other: np.asarray(named) == np.asarray(other),
+    lambda named, labels: {},
+)
+_LABELS = Measure(
+    "labels",
+    report.Score("mean_average_precision", "mean average precision", is_share=True),
+    methods.multi_label,
+    ("binary_kd", "logit_mse"),
+    jnp.asarray,
+    _by_seed(_mean_average_precision),
+    lambda y, other: ((np.asarray(y) > 0) == (np.asarray(other) > 0)).all(axis=-1),
+    _more_of_labels,
+)
+_NUMBERS = Measure(
+    "numbers",
+    report.Score("r2", "R²", is_share=False),
+    methods.regression,
+    ("logit_mse", "hint"),
+    jnp.asarray,
+    _by_seed(_r_squared),
+    None,
+    lambda y, t: {},
+)
