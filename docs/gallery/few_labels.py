@@ -4,6 +4,7 @@ python docs/gallery/few_labels.py docs/_static/few_labels.svg
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import figure
@@ -21,7 +22,9 @@ from kdtl_jax.train import sweep
 METHODS = {"alone": methods.alone, "KD": methods.kd, "DIST": methods.dist, "hint": methods.hint}
 
 
-def main(out: str, steps: int = 300, seeds: int = 6) -> None:
+def main(
+    out: str, steps: int = 300, seeds: int = 6, counts: Sequence[int] = (50, 100, 200, 400)
+) -> None:
     everything, test = figure.digits(899)
     big = linen.model(models.mlp([128, 64], classes=10))
     small = linen.model(models.mlp([32, 16], classes=10))
@@ -56,7 +59,6 @@ def main(out: str, steps: int = 300, seeds: int = 6) -> None:
 
         return sweep.vmap(experiment)(sweep.grid(seed=range(seeds)), data, taught)
 
-    counts = [50, 100, 200, 400]
     first = {n: {name: x[:n] for name, x in everything.items()} for n in counts}
     curves = {
         name: np.stack([accuracy(build, first[n]) for n in counts])
