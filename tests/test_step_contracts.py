@@ -77,7 +77,7 @@ def test_a_data_set_is_no_batch() -> None:
     state = train.init_state({"w": jnp.zeros((3, 2))}, TX, key=jax.random.key(0))
     data = Dataset("few", np.ones((4, 3), np.float32), np.zeros(4, np.int32), 2)
     with pytest.raises(TypeError, match=r"got Dataset.*\{'inputs': data.inputs, 'labels'"):
-        step_of(LINEAR)(state, data)
+        step_of(LINEAR)(state, data)  # pyright: ignore[reportArgumentType]  # the slip
 
 
 def test_batch_statistics_that_were_left_behind() -> None:

@@ -127,6 +127,13 @@ def tree(variables: Variables) -> PyTree:
     return {"params": variables.params, **variables.model_state}
 
 
+def as_variables(found: PyTree, template: Variables) -> Variables:
+    """The inverse of `tree`."""
+    if template.model_state is None:
+        return Variables(found)
+    return Variables(found["params"], {name: found[name] for name in template.model_state})
+
+
 def load_variables(path: str, net: Network, example: Any) -> Variables:
     """A network's variables from safetensors, as `tree` stores them.
 
@@ -141,7 +148,7 @@ def load_variables(path: str, net: Network, example: Any) -> Variables:
         raise ValueError(f"{path}: {error} Does it hold this model, for these classes?") from None
     found = jax.tree.map(np.array, found)
     record.check_finite(path, found)
-    return _as_variables(found, template)
+    return as_variables(found, template)
 
 
 def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = None) -> Model:
@@ -163,6 +170,11 @@ def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = N
         raise ValueError(
             f"{path} holds weights, but does not say of which model: it is no file that kdtl "
             "distill or kdtl transfer wrote. Name one of a run's students/*.safetensors."
+        )
+    if found.model.startswith("huggingface:"):
+        raise ValueError(
+            f"{path} is a copy of {found.model.removeprefix('huggingface:')}, which "
+            "interop.huggingface.load reads."
         )
     if is_own(found.model) and model is None:
         raise ValueError(
@@ -271,7 +283,7 @@ def _through_connectors(
     stored = safetensors.fill(like, {name: x for name, x in flat.items() if name not in head})
     stored = jax.tree.map(np.array, stored)
     record.check_finite(path, stored)
-    student, predict = _as_variables(stored["student"], of_student), method.predict
+    student, predict = as_variables(stored["student"], of_student), method.predict
 
     def logits(x: Array) -> Array:
         outputs, _ = net.apply(student.params, student.model_state, x)
@@ -318,12 +330,6 @@ def _setup_from(known: Mapping[str, Any], classes: int) -> methods.Setup:
         exclusive=known["exclusive"],
         last_maps=None if known["last_maps"] is None else tuple(known["last_maps"]),
     )
-
-
-def _as_variables(found: PyTree, template: Variables) -> Variables:
-    if template.model_state is None:
-        return Variables(found)
-    return Variables(found["params"], {name: found[name] for name in template.model_state})
 
 
 def _kind_of_folder(folder: Path) -> str:

@@ -18,16 +18,16 @@ from kdtl_jax._types import Params, Variables
 from kdtl_jax.datasets import Kind, Preprocessing, Splits, prepared, read_splits, scaled, summary
 from kdtl_jax.interop import model_files, own
 from kdtl_jax.interop.model_files import About as About
-from kdtl_jax.interop.model_files import load_variables as load_variables
 from kdtl_jax.interop.model_files import save as save
 from kdtl_jax.interop.model_files import tree as tree
 from kdtl_jax.interop.networks import Network as Network
 from kdtl_jax.interop.networks import abstract as abstract
 from kdtl_jax.interop.networks import network as network
 from kdtl_jax.interop.networks import output_shapes as output_shapes
-from kdtl_jax.recipes import _own
+from kdtl_jax.recipes import _own, _weights
 from kdtl_jax.recipes._training import in_chunks
 from kdtl_jax.recipes.settings import MODEL, Data, UsageError
+from kdtl_jax.run import record
 
 
 def module(text: str, classes: int) -> nn.Module:
@@ -60,6 +60,8 @@ def described(text: str, classes: int, example: Any, *, dtype: Any = None) -> Ne
     Raises:
       ValueError: if it is no model, or does not take such inputs; a file of the user's by its name.
     """
+    if text.startswith(_weights.HUGGING_FACE):
+        return network(_weights.pretrained(text).module, example, dtype=dtype)
     if not model_files.is_own(text):
         return network(module(text, classes), example, dtype=dtype)
     found = _own.imported(text)
@@ -67,6 +69,29 @@ def described(text: str, classes: int, example: Any, *, dtype: Any = None) -> Ne
         return own.network(found, classes=classes, example=example, dtype=dtype)
     except Exception as error:  # whatever the user's code raises
         raise ValueError(f"{text}: {' '.join(str(error).split())[:500]}") from error
+
+
+def load_variables(path: str, net: Network, example: Any) -> Variables:
+    """A network's variables: of the library's files, Orbax folders, and Hugging Face's.
+
+    Raises:
+      OSError: if the file cannot be read.
+      ValueError: naming each leaf that is missing, extra, of another shape, or not finite.
+    """
+    if _weights.is_hugging_face(path):
+        found = _weights.pretrained(path)
+        params, state = jax.tree.map(np.asarray, (found.params, found.model_state))
+        record.check_finite(path, params)
+        return Variables(params, state)
+    if not _weights.is_orbax(path):
+        return model_files.load_variables(path, net, example)
+    template = abstract(net, example)
+    try:
+        stored = jax.tree.map(np.array, _weights.from_orbax(path, tree(template)))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error} Does it hold this model, for these classes?") from None
+    record.check_finite(path, stored)
+    return model_files.as_variables(stored, template)
 
 
 def same(text: str, other: str) -> bool:
@@ -90,6 +115,14 @@ def read_about(path: str | None, text: str | None, default: str) -> tuple[str, A
     """
     if path is None:
         return text or default, About()
+    if _weights.is_hugging_face(path):
+        if text is not None:
+            raise UsageError(f"{path} says itself what model it is. Leave out {text}.")
+        return f"{_weights.HUGGING_FACE}{path}", About(scaling=_weights.scaling(path))
+    if _weights.is_orbax(path):
+        if text is None:
+            raise UsageError(f"{path} is an Orbax folder, which does not say its model. Name it.")
+        return text, About()
     about = model_files.about(path)
     if about.model is None:
         return text or default, about

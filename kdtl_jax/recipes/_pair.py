@@ -40,7 +40,8 @@ class Models:
     )
     teacher_weights: str | None = setting(
         None,
-        "load the teacher from this safetensors file instead of training one",
+        "load the teacher instead of training one: a safetensors file, an Orbax folder, or a "
+        "Hugging Face folder of an image classifier",
         metavar="FILE",
         group="models",
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from kdtl_jax import _checks, trees
 from kdtl_jax._types import ModelFn, Outputs, PyTree
@@ -65,7 +66,7 @@ def called(
 def donated(state: Any) -> bool:
     """Whether a state's arrays were given away to an earlier call."""
     return any(
-        isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
+        isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted()
         for leaf in jax.tree.leaves(state)
     )
 
