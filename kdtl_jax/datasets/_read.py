@@ -134,11 +134,16 @@ def read(
         named = [found[part] for part in PARTS if part in found]
     first = _numbered(named[0], target, like, classes)
     parts = [first, *(_numbered(source, target, first) for source in named[1:])]
-    form = preprocessing or _form(named[0], first, choices)[0]
+    form, notices = preprocessing, []
+    if form is None:
+        form, notices = _form(named[0], first, choices)
     made = [_encoded(source, part, form) for source, part in zip(named, parts, strict=True)]
     whole, together = made[0], [np.concatenate(x) for x in zip(*(part[1:3] for part in made),
                                                               strict=True)]  # fmt: skip
-    return whole._replace(inputs=together[0], labels=together[1])
+    told = (*(note for source in named for note in source.notices), *whole.notices, *notices)
+    return whole._replace(
+        inputs=together[0], labels=together[1], notices=tuple(dict.fromkeys(told))
+    )
 
 
 def read_inputs(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:

@@ -188,7 +188,8 @@ def _numbers(
     if found.dtype.kind not in "iufb":
         raise ValueError(f"{name}: targets must be numbers, got {found.dtype}.")
     targets = found.reshape(len(found), -1).astype(np.float64)
-    wrong = np.flatnonzero(~np.isfinite(targets.astype(np.float32)).all(axis=1))
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused
+        wrong = np.flatnonzero(~np.isfinite(targets.astype(np.float32)).all(axis=1))
     if len(wrong):
         raise ValueError(
             f"{name}: targets must be finite numbers, got {targets[wrong[0]].tolist()!s:.80} at "

@@ -1,0 +1,181 @@
+"""Targets of three kinds, what describes how they are read, and what is said of data beforehand."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data_files import NAMES, N, X, Y, columns, idx_folder, image_folder, table
+
+from kdtl_jax import datasets
+from kdtl_jax.datasets import Column, Images, Preprocessing, Standardizer
+
+HOT = np.stack([np.arange(N) % 2, np.arange(N) % 3 == 0, np.arange(N) % 5 == 0], axis=1)
+TAGS = ["|".join(name for name, on in zip(NAMES, row, strict=True) if on) for row in HOT]
+PRICE = np.round(3 * X[:, 0] + 0.25, 3)
+
+
+def npz(path: Path, **arrays: Any) -> str:
+    np.savez(path, **arrays)
+    return str(path)
+
+
+@pytest.mark.parametrize("form", ["cells", "columns", "array", "lists"])
+def test_several_labels_at_once(tmp_path: Path, form: str) -> None:
+    if form == "cells":
+        filled = [tags or "none" for tags in TAGS]
+        path, label = table(tmp_path / "a.csv", columns(tags=filled)), "tags"
+    elif form == "columns":
+        flags = {name: HOT[:, i] for i, name in enumerate(NAMES)}
+        path, label = table(tmp_path / "a.csv", columns(**flags)), ",".join(NAMES)
+    elif form == "array":
+        path, label = Path(npz(tmp_path / "a.npz", x=X, y=HOT)), "label"
+    else:
+        lists = [tags.split("|") if tags else [] for tags in TAGS]
+        path, label = tmp_path / "a.parquet", "tags"
+        pq.write_table(pa.table(columns(tags=lists)), path)
+    found = datasets.read(path, label=label)
+    assert found.kind == "labels" and found.labels.dtype == np.float32
+    wanted = HOT if form != "cells" else np.column_stack([HOT, HOT.sum(1) == 0])
+    np.testing.assert_array_equal(found.labels, wanted)
+    names = {"cells": (*NAMES, "none"), "array": ("0", "1", "2")}
+    assert found.class_names() == names.get(form, NAMES)
+    split, form_ = datasets.prepared(datasets.read_splits(str(path), label=label))
+    assert (form_.kind, form_.outputs) == ("labels", wanted.shape[1])
+    assert [len(part.labels) for part in split] == [30, 12, 18]
+    with pytest.raises(ValueError, match="targets are labels: there is no number per class"):
+        datasets.per_class(found, 2)
+
+
+def test_one_hot_columns_are_one_class_each(tmp_path: Path) -> None:
+    flags = {name: (Y == i).astype(int) for i, name in enumerate(NAMES)}
+    path = table(tmp_path / "a.csv", columns(**flags))
+    found = datasets.read(path, label=",".join(NAMES))
+    assert (found.kind, found.names) == ("classes", NAMES) and found.labels.tolist() == Y.tolist()
+    found = datasets.read(path, label=",".join(NAMES), target="labels")
+    assert found.kind == "labels" and found.labels.shape == (N, 3)
+
+
+def test_numbers(tmp_path: Path) -> None:
+    path = table(tmp_path / "a.csv", columns(price=PRICE, size=2 * PRICE + 1))
+    found = datasets.read(path, label="price", drop=("size",))
+    assert (found.kind, found.names, found.labels.shape) == ("numbers", ("price",), (N, 1))
+    np.testing.assert_allclose(found.labels[:, 0], PRICE)
+    found = datasets.read(path, label="price,size")
+    assert found.names == ("price", "size") and found.labels.dtype == np.float64
+    split, form = datasets.prepared(datasets.read_splits(str(path), label="price,size"))
+    assert split.train.labels.dtype == np.float32
+    np.testing.assert_allclose(split.train.labels.mean(0), 0, atol=1e-6)
+    np.testing.assert_allclose(split.train.labels.std(0), 1, atol=1e-6)
+    scale = form.target_scaling
+    assert scale is not None
+    raw = datasets.read_splits(str(path), label="price,size")
+    np.testing.assert_allclose(split.test.labels * scale.scale + scale.mean, raw.test.labels, 1e-5)
+    whole = npz(tmp_path / "b.npz", x=X, y=np.arange(N) % 7)
+    assert datasets.read(whole).kind == "classes"
+    assert datasets.read(whole, target="numbers").labels.ravel().tolist()[:8] == [*range(7), 0]
+
+
+@pytest.mark.parametrize(
+    ("target", "labels", "words"),
+    [
+        ("auto", np.stack([Y, Y], 1), r"\[60, 2\] of int64 are neither 0 and 1.*--target numbers"),
+        ("numbers", np.full(N, 2.5), "every target 0 is 2.5: nothing can be learned"),
+        ("numbers", np.where(Y == 1, np.nan, Y), r"finite numbers, got \[nan\] at row 1"),
+        ("numbers", np.where(Y == 1, 1e300, Y), r"finite numbers, got \[1e\+300\] at row 1"),
+        ("numbers", np.array(NAMES)[Y], "targets must be numbers, got 'ant' at row 0"),
+        ("labels", np.stack([Y, Y], 1), r"must be 0 or 1, got \[2, 2\] at row 2"),
+        ("labels", np.array(["a"] * N), "1 different labels in 60 examples"),
+        ("labels", HOT[:50], r"inputs \[60, 3\] and targets \[50, 3\]"),
+        ("classes", PRICE, "whole numbers, got"),
+        ("text", Y, "target must be one of auto, classes, labels, numbers, got 'text'"),
+    ],
+)
+def test_targets_of_another_kind(target: Any, labels: np.ndarray, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        datasets.targeted("data", X, labels, target=target)
+
+
+def test_parts_follow_the_labels_of_the_first() -> None:
+    train = datasets.targeted("train", X, np.array([tags or "none" for tags in TAGS]))
+    part = datasets.targeted("test", X[:2], np.array(["cat|ant", "bee"]), like=train)
+    assert part.labels.tolist() == [[1, 0, 1, 0], [0, 1, 0, 0]]
+    with pytest.raises(ValueError, match="test: label 'dog' at row 1 does not occur .*ant, bee"):
+        datasets.targeted("test", X[:2], np.array(["cat", "ant|dog"]), like=train)
+
+
+def test_later_data_are_read_in_the_models_way(tmp_path: Path) -> None:
+    path = table(tmp_path / "a.csv", columns(kind=np.array(NAMES)[Y]))
+    form = datasets.prepared(datasets.read_splits(str(path), label="kind"))[1]
+    few = table(
+        tmp_path / "few.csv", {"kind": ["cat", "bee"], "c": [1, 2], "b": [3, 4], "a": [5, 6]}
+    )
+    found = datasets.read(few, preprocessing=form)
+    assert found.labels.tolist() == [2, 1] and found.inputs.tolist() == [[5, 3, 1], [6, 4, 2]]
+    table(few, {"kind": ["cat", "dog"], "c": [1, 2], "b": [3, 4], "a": [5, 6]})
+    with pytest.raises(ValueError, match="label 'dog' at row 1 does not occur"):
+        datasets.read(few, preprocessing=form)
+    assert datasets.read_inputs(few, form).tolist() == [[5, 3, 1], [6, 4, 2]]
+    with pytest.raises(ValueError, match="the model was not trained on such files"):
+        datasets.read_inputs(image_folder(tmp_path / "images"), form)
+    with pytest.raises(ValueError, match=r"examples are \[4, 4, 1\], the model takes \[3\]"):
+        datasets.read_inputs(idx_folder(tmp_path / "idx") / "t10k-images-idx3-ubyte", form)
+
+
+def test_the_description_goes_to_text_and_back() -> None:
+    third = np.array([1 / 3, 1e-30], np.float32)
+    whole = Preprocessing(
+        "numbers", ("a", "ü"), 2, (3,), ("p", "q"),
+        (Column("x", (), 0.1), Column("y", ("r", "g"), "r"), Column("z")), Images("RGB", True),
+        Standardizer(third, third + 1), Standardizer(np.array([1 / 3]), np.array([2.0])),
+    )  # fmt: skip
+    for one in (whole, Preprocessing()):
+        back = datasets.from_json(datasets.to_json(one))
+        assert datasets.to_json(back) == datasets.to_json(one)
+    assert back.scaling is None
+    found = datasets.from_json(datasets.to_json(whole)).scaling
+    assert found is not None and found.mean.dtype == np.float32
+    np.testing.assert_array_equal(found.mean, third)
+    for text in ("", "[]", "{}", '{"kind": 3}', datasets.to_json(whole).replace("numbers", "odd")):
+        with pytest.raises(ValueError, match="no description of preprocessing"):
+            datasets.from_json(text)
+
+
+def split_of(inputs: np.ndarray, labels: np.ndarray, **given: Any) -> datasets.Splits:
+    return datasets.stratified(datasets.targeted("data", inputs, labels), **given)
+
+
+def test_the_summary_says_what_the_data_are() -> None:
+    lines = datasets.summary(split_of(X, np.array(NAMES)[Y]))
+    assert lines[0] == "data: data: 36 training, 12 validation and 12 test examples"
+    assert lines[1].startswith("inputs: 3 numbers, from -") and not lines[4:]
+    assert lines[2] == "targets: 3 classes: ant 12, bee 12, cat 12"
+    assert lines[3] == "note: labels ant, bee, cat are numbered 0..2 in this order"
+    lines = datasets.summary(split_of(X, PRICE))
+    assert lines[2].startswith("targets: target from ") and "regression" in lines[3]
+    assert "3 labels, several at once: 0 " in datasets.summary(split_of(X, HOT))[2]
+
+
+def test_what_looks_wrong_is_said() -> None:
+    first = np.zeros((N, 3, 6, 7), np.uint8) + np.arange(N, dtype=np.uint8)[:, None, None, None]
+    assert "look like channels first" in datasets.warnings(split_of(first, Y))[0]
+    index = np.column_stack([np.arange(N), X, np.ones(N)])
+    said = "\n".join(datasets.warnings(split_of(index, Y)))
+    assert "'number 0' rises from row to row: an index?" in said
+    assert "'number 4': the same in every training example" in said
+    z = (X - X.mean(0)) / X.std(0)
+    whole = split_of(z, Y, validation=0.0, test=0.0)
+    assert "inputs are standardized already" in datasets.warnings(whole)[-1]
+    rare = np.zeros(400, int)
+    rare[:3] = 1
+    many = np.random.default_rng(0).normal(size=(400, 2)) + 5
+    said = datasets.warnings(split_of(many, rare, test=0.3))
+    assert said == ["99.5 % of the training examples are '0': accuracy says little"]
+    parts = split_of(X, Y)
+    twice = parts._replace(test=parts.train)
+    assert "36 of 36 test examples are in the training part too" in datasets.warnings(twice)[0]
+    lacking = parts._replace(train=parts.train.subset(np.flatnonzero(parts.train.labels != 1)))
+    assert "no train example of '1'" in datasets.warnings(lacking)
+    assert not datasets.warnings(datasets.read_splits("digits"))
