@@ -151,6 +151,13 @@ def test_a_teachers_file_must_be_of_this_network_and_finite(
     assert not (tmp_path / "run").exists()
 
 
+def test_nothing_held_out_is_told_at_once(file: Path, tmp_path: Path, capsys: Captured) -> None:
+    for part in ("validation", "test"):
+        words = ["distill", "--data", file, *SHORT, f"--{part}", 0, "--out", tmp_path / "run"]
+        assert kdtl(*words) == 2
+        assert f"--{part} 0 leaves no {part} examples" in capsys.readouterr().err
+
+
 def test_resuming_wants_the_same_content(
     run_of_kd: Path, file: Path, tmp_path: Path, capsys: Captured
 ) -> None:

@@ -103,6 +103,11 @@ def test_a_run_writes_its_folder(
         str(out / "students" / "copied_finetuned.safetensors"), network(), jnp.zeros((1, 6))
     )
     assert student.params["head"]["kernel"].shape == (10, 3)
+    capsys.readouterr()
+    file = str(out / "students" / "copied_finetuned.safetensors")
+    assert cli.main(["predict", file, str(data)]) == 0
+    named = {line.split(",")[1] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert named and named <= {"3", "4", "5"}  # the target's classes, by their own names
     assert cli.main(arguments(data, out)) == 1  # never overwritten
     assert "is not empty" in capsys.readouterr().err
     assert cli.main([*arguments(data, tmp_path / "none", *more), "--resume"]) == 2

@@ -97,6 +97,7 @@ def test_few_labels_and_some_classes() -> None:
     with pytest.raises(ValueError, match="class 0 has 178 examples, 179 asked"):
         datasets.per_class(data, 179)
     upper = datasets.only_classes(data, range(5, 10))
+    assert upper.names == tuple("56789") and datasets.only_classes(data, range(5)).names == ()
     assert upper.classes == 5 and np.bincount(upper.labels).tolist() == [182, 181, 179, 174, 180]
     with pytest.raises(ValueError, match="no example of classes"):
         datasets.only_classes(data, range(10, 12))

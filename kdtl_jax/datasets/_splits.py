@@ -86,7 +86,10 @@ def only_classes(data: Dataset, classes: range) -> Dataset:
     return kept._replace(
         labels=kept.labels - np.int32(classes.start),
         classes=len(classes),
-        names=data.names[classes.start : classes.stop],
+        # Class 5 keeps its name where it becomes number 0.
+        names=data.class_names()[classes.start : classes.stop]
+        if data.names or classes.start
+        else (),
     )
 
 

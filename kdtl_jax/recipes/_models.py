@@ -209,6 +209,17 @@ def read_data(
     return scaled(raw, form), form
 
 
+def check_parts(splits: Splits) -> None:
+    """Refuses data of which nothing is held out, for validation or for the test.
+
+    Raises:
+      UsageError: naming the flag.
+    """
+    for name in ("validation", "test"):
+        if not len(getattr(splits, name).labels):
+            raise UsageError(f"--{name} 0 leaves no {name} examples. Give a share above 0.")
+
+
 def selected(teacher: Params, student: Params) -> Params:
     """A student filled with evenly spaced units of its teacher, layer by layer.
 

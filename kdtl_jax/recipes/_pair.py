@@ -77,6 +77,7 @@ def read(settings: Any, *, dtype: Any = None, kinds: Sequence[Kind] = ("classes"
     path = settings.teacher_weights
     text, about = _models.read_about(path, settings.teacher, DEFAULT_TEACHER)
     splits, form = _models.read_data(settings, about, path, kinds=kinds)
+    _models.check_parts(splits)
     part = splits.train
     index = np.arange(len(part.labels), dtype=np.int32)
     arrays = {"inputs": part.inputs, "labels": part.labels, "index": index}

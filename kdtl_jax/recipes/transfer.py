@@ -17,8 +17,8 @@ import numpy as np
 
 from kdtl_jax._types import Variables
 from kdtl_jax.datasets import Dataset, Preprocessing, Splits, only_classes
-from kdtl_jax.interop import safetensors
-from kdtl_jax.recipes import _finished, _models, _output, _students, _targets
+from kdtl_jax.interop import model_files, safetensors
+from kdtl_jax.recipes import _finished, _models, _output, _own, _students, _targets
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._models import About
@@ -124,13 +124,13 @@ def run(settings: Settings) -> int | None:
         surgery = surgery._replace(where=types.selector(settings.where))
     text, about = _models.read_about(path, settings.model, "mlp:128,64")
     form, source_part, target = read(settings, about)
-    net = _models.network(
-        _models.module(text, target.train.classes), jnp.asarray(target.train.inputs[:1])
-    )
+    example = jnp.asarray(target.train.inputs[:1])
+    net = _models.described(text, target.train.classes, example)
     given = None if path is None else safetensors.load(path)
     if path is not None:
         record.check_finite(path, given)
     files = {"data": settings.data, **({} if path is None else {"source_weights": path})}
+    files |= {"student": _own.file_of(text)} if model_files.is_own(text) else {}
     say = _output.progress()
     with (
         _output.run_folder(
@@ -145,9 +145,7 @@ def run(settings: Settings) -> int | None:
         )
         if given is None:
             say("source")
-            before = _models.network(
-                _models.module(text, source_part.classes), jnp.asarray(source_part.inputs[:1])
-            )
+            before = _models.described(text, source_part.classes, example)
             source = _targets.sources_of(
                 before, source_part, seeds=settings.seeds, epochs=settings.source_epochs,
                 finished=finished,
@@ -165,7 +163,7 @@ def run(settings: Settings) -> int | None:
         form = form._replace(names=names, outputs=classes, shape=shape)
         known = About(text, classes, form.scaling, names, shape, form)
         kept = [student for student in students.values() if student]
-        _students.write(folder, kept, known)
+        _students.write(folder, kept, known, more=_students.made_of(folder, settings, "student"))
         rows = [
             row._replace(settings={**row.settings, **_students.described(students[row.method])})
             for row in found.rows
@@ -226,6 +224,7 @@ def read(settings: Settings, about: About) -> tuple[Preprocessing, Dataset, Spli
     # A file's classes are the source's own: the target's may be others.
     own = about._replace(classes=None, names=())
     ready, form = _models.read_data(settings, own, settings.source_weights)
+    _models.check_parts(ready)
     classes, is_trained = ready.train.classes, settings.source_weights is None
     first = _range(settings.source_classes) or range(classes // 2)
     later = range(first.stop, classes) if is_trained else range(classes)
