@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -306,6 +307,30 @@ def test_force_removes_only_what_a_run_wrote(tmp_path: Path, capsys: Captured) -
         pass
     assert mine.read_text() == "my model" and (tmp_path / "notes.txt").exists()
     assert "left alone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("command", "name"), [("sentences", "student"), ("language", "sft")])
+def test_models_of_others_are_not_written_over(
+    command: str, name: str, tmp_path: Path, capsys: Captured
+) -> None:
+    """Neither in the run folder nor through a link there."""
+    mine, out = tmp_path / "mine" / "model.safetensors", tmp_path / "out"
+    mine.parent.mkdir()
+    mine.write_text("my model")
+    (tmp_path / "text.txt").write_text("words\n" * 99)
+    words = ["--encoder", str(tmp_path), "--text"] if command == "sentences" else ["--data"]
+    words = [command, *words, str(tmp_path / "text.txt"), "--force", "--out", str(out)]
+    for is_link in (False, True):
+        out.mkdir()
+        if is_link:
+            (out / name).symlink_to(mine.parent)
+        else:
+            shutil.copytree(mine.parent, out / name)
+        assert main(words) == 1
+        error = capsys.readouterr().err
+        assert ("is a link" if is_link else "other files: model.safetensors") in error
+        assert (out / name / mine.name).read_text() == "my model"
+        shutil.rmtree(out)
 
 
 @pytest.mark.parametrize("command", ["demo", "transfer", "distill", "sweep"])

@@ -11,7 +11,6 @@ decoders as Linen modules with taps, are in `interop.huggingface`.
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 
 from kdtl_jax import _text, models, transforms
-from kdtl_jax._files import atomic_file
+from kdtl_jax._files import atomic_file, write_atomic
 from kdtl_jax._types import Params
 from kdtl_jax.interop import _hf_decoders, naming, safetensors
 from kdtl_jax.interop._hf_config import read_json
@@ -182,7 +181,7 @@ def save(
     for name in TOKENIZER_FILES if tokenizer is not None else ():
         file = Path(tokenizer or folder) / name
         if file.is_file() and file.parent.resolve() != folder.resolve():
-            shutil.copyfile(file, folder / name)
+            write_atomic(folder / name, file.read_bytes())
     with atomic_file(folder / "config.json") as out:
         out.write(json.dumps(config, indent=2, sort_keys=True).encode())
     safetensors.save(folder / "model.safetensors", tensors, metadata={"format": "pt"})

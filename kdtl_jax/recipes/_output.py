@@ -44,6 +44,7 @@ def run_folder(
     *,
     resume: bool = False,
     saves: Sequence[str] = (),
+    models: Sequence[str] = (),
 ) -> Iterator[Folder]:
     """The run folder, locked, with `config.yaml` and `env.json` in it.
 
@@ -58,10 +59,11 @@ def run_folder(
       resume: continue the run in the folder, if there is one.
       saves: the folders of checkpoints that will be written, as paths within the run folder; what
         is in their way is refused now, not when the training is done.
+      models: the folders of models that will be written within the run folder; likewise.
 
     Raises:
       ValueError: if the folder holds something, is a file, or is of a run on other content; or if
-        files that are not ours lie where checkpoints will be saved.
+        files that are not ours lie where checkpoints or models will be saved.
       UsageError: if the run to be resumed had other settings.
       RuntimeError: if another process has it.
     """
@@ -86,6 +88,8 @@ def run_folder(
                 )
             for name in saves:
                 checkpoint.check_removable(folder / name)
+            for name in models:
+                _check_model(folder / name, is_ours="config.yaml" in names)
             _files.check_free(folder / _students.FOLDER, _students.FOLDER)
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_files.locked(folder))
@@ -111,6 +115,14 @@ def run_folder(
             return run
 
         yield Folder(folder, processes.decide(begin))
+
+
+def _check_model(folder: Path, *, is_ours: bool) -> None:
+    """Refuses a folder for a model that is a link, or whose files no run has written."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"{folder} is a link or a file. Remove it, or choose another --out.")
+    if folder.is_dir() and not is_ours:
+        _files.refuse(folder, folder.iterdir())
 
 
 @contextlib.contextmanager

@@ -202,7 +202,7 @@ def run(settings: Settings) -> int:
     learners = [*([] if files.keys() & {"teacher", "student"} else ["teacher"]),
                *(["warm"] if warms_up else []), *(method.name for method in chosen)]  # fmt: skip
     folder_of_run = _output.run_folder(
-        settings, "language", files, resume=settings.resume,
+        settings, "language", files, resume=settings.resume, models=learners,
         saves=[f"checkpoints/{name}" for name in learners],
     )  # fmt: skip
     with folder_of_run as (folder, who):

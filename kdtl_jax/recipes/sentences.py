@@ -20,7 +20,6 @@ only the ratio, 1.9, means something):
 """
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import losses, train, trees
+from kdtl_jax import _files, losses, train, trees
 from kdtl_jax._types import ModelFn, Params, Variables
 from kdtl_jax.interop import huggingface, linen
 from kdtl_jax.models import sentence_embedding
@@ -108,7 +107,8 @@ def run(settings: Settings) -> None:
             raise UsageError(f"kdtl sentences needs --{name}")
     encoder, text = Path(str(settings.encoder)), Path(str(settings.text))
     say = _output.progress()
-    with _output.run_folder(settings, "sentences") as where:
+    files = {"encoder": str(encoder), "text": str(text)}
+    with _output.run_folder(settings, "sentences", files, models=["student"]) as where:
         say("reading")
         found = read_lines(text)
         try:
@@ -185,7 +185,7 @@ def run(settings: Settings) -> None:
         student = copied._replace(params=first)
         home = where.path / "student"
         huggingface.save(home, student.params, student.rules, config=student.config)
-        shutil.copyfile(encoder / "tokenizer.json", home / "tokenizer.json")
+        _files.write_atomic(home / "tokenizer.json", (encoder / "tokenizer.json").read_bytes())
         print(copied.report)
         results = report.Results(
             "kdtl sentences: a sentence encoder's layers, distilled into a shallow student",
