@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bounds import bounded
 
 from kdtl_jax import language
 from kdtl_jax.interop import decoders
@@ -94,6 +95,32 @@ def test_each_text_is_rendered_once() -> None:
     )
     replies = sum(message["role"] == "assistant" for message in MESSAGES)
     assert calls == 2 * replies + (MESSAGES[-1]["role"] != "assistant")
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "passes"),
+        ("{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+         "passes"),
+        ("{% set n = namespace(x='ab') %}{% for i in range(50) %}{% set n.x = n.x ~ n.x %}"
+         "{% endfor %}", "characters"),
+        ("{% set n = namespace(x=[1]) %}{% for i in range(50) %}{% set n.x = n.x + n.x %}"
+         "{% endfor %}", "entries"),
+        ("{{ 'a' * 10**9 }}", "characters"),
+        ("{{ 2 ** (10 ** 9) }}", "characters"),
+        ("{{ '%1000000000d' % 1 }}", "too wide"),
+        ("{{ '{:1000000000}'.format(1) }}", "too wide"),
+        ("{{ 'x' | center(10**9) }}", "above 100,000 in center"),
+        ("{{ 'x'.ljust(10**9) }}", "above 100,000 in ljust"),
+        ("{{ range(9999) | join('x' * 9999) }}", "characters"),
+        ("{{ ('x' * 9999).join(range(9999) | map('string')) }}", "characters"),
+        ("{{ ('x' * 9999).replace('x', 'y' * 9999) }}", "characters"),
+    ],
+)  # fmt: skip
+def test_a_template_that_would_take_hours_or_terabytes(template: str, says: str) -> None:
+    with bounded(), pytest.raises(ValueError, match=f"chat_template: .*{says}"):
+        language.chat_text(with_template(template), MESSAGES)
 
 
 def test_without_a_template() -> None:

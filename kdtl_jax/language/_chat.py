@@ -4,8 +4,8 @@
     chat = language.chat(tokenizer, messages)
     chat.tokens, chat.learned       # learned: what the assistant says, its end of turn included
 
-Templates are programs of strangers: they run in jinja2's immutable sandbox, with the names and
-filters that transformers gives them.
+Templates are programs of strangers: they run in jinja2's immutable sandbox, within bounds of time
+and memory, with the names and filters that transformers gives them.
 """
 
 import datetime
@@ -20,9 +20,9 @@ import numpy as np
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kdtl_jax._text import shown
+from kdtl_jax.language._sandbox import Sandbox
 from kdtl_jax.language._tokenizer import Tokenizer
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
@@ -134,7 +134,7 @@ def _rendered(
             "folder with chat_template.jinja."
         )
     mark = secrets.token_hex(8)  # which no message can know
-    environment = ImmutableSandboxedEnvironment(
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _to_json
