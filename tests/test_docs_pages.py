@@ -122,7 +122,7 @@ def unknown_names(text: str, public: set[str]) -> list[str]:
     """Dotted names in the code spans of a page that lead nowhere."""
     ours = {name.split(".")[1] for name in public if "." in name}
     roots = {root: f"kdtl_jax.{root}" for root in ours}
-    roots |= {root: root for root in ("flax", "jax", "kdtl_jax")} | imported(text)
+    roots |= {root: root for root in ("equinox", "flax", "jax", "kdtl_jax")} | imported(text)
     missing = [name for name in TARGET.findall(text) if name not in public]
     for name in re.findall(r"`([a-z_]+(?:\.[A-Za-z_]\w*)+)(?:\([^`]*\))?`", text):
         root, _, rest = name.partition(".")
