@@ -37,6 +37,7 @@ TRAINED = ["--seeds", "2", "--epochs", "6", "--teacher-epochs", "4"]
 OUT = ["--out", RUN]
 # Where a run keeps when it was made and how long it took, beside what has to be equal.
 TIMED = {"results.json", "report.html", "env.json", "bench.json"}
+RESUMED = {"distill", "sweep", "transfer", "demo", "language"}
 LANGUAGE = [
     "--data", "text.txt", "--teacher-shape", "layers=2,width=8,heads=2", "--teacher-steps", "6",
     "--steps", "6", "--batch-size", "4", "--length", "12", "--prompt", "4", "--samples", "1",
@@ -65,8 +66,9 @@ def cases() -> dict[str, Case]:
         old = ["params", "scale", "base.safetensors", "--write", f"{RUN}.safetensors"]
         return Case([*command, "--force"], [*command, "--force"], old, folder=False)
 
-    def run(name: str, *words: str, again: tuple[str, ...] = ("--force",)) -> Case:
+    def run(name: str, *words: str) -> Case:
         command = [name, *words, *OUT]
+        again = ("--resume",) if name in RESUMED else ("--force",)
         mine = "mine" if name in ("transfer", "demo") else "checkpoints/mine"
         return Case([*command, "--force"], [*command, *again], mine=mine)
 
@@ -87,7 +89,7 @@ def cases() -> dict[str, Case]:
             ["cache", "--data", "data.npz", "--teacher-weights", "teacher/teacher.safetensors",
              "--batch-size", "4", *OUT], folder=False,
         ),
-        "distill": run("distill", *TINY, *TRAINED, "--methods", "kd", again=("--resume",)),
+        "distill": run("distill", *TINY, *TRAINED, "--methods", "kd"),
         "sweep": run("sweep", *TINY, *TRAINED, "--grid", "temperature=1,4"),
         "transfer": run(
             "transfer", "--data", "data.npz", "--model", "mlp:8", "--methods", "scratch",
@@ -98,7 +100,7 @@ def cases() -> dict[str, Case]:
             "sentences", "--encoder", "encoder", "--text", "text.txt", "--layers", "0,2",
             "--quick", "--batch-size", "16",
         ),
-        "language": run("language", *LANGUAGE, again=("--resume",)),
+        "language": run("language", *LANGUAGE),
         "bench": run("bench", "--preset", "mlp", "--quick"),
         "demo": run("demo", "--quick"),
     }  # fmt: skip

@@ -16,7 +16,7 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-PASSES = 50_000  # of loops and macros, in one rendering
+PASSES = 20_000  # of loops and macros, in one rendering
 LONGEST = 16 * 2**20  # characters or entries of one value
 WIDEST = 100_000  # a number that is given to a filter or a method
 _WIDE_FIELD = re.compile(r"\d{6}|\*")  # in a format's text
