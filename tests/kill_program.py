@@ -90,7 +90,9 @@ def cases() -> dict[str, Case]:
              "--batch-size", "4", *OUT], folder=False,
         ),
         "distill": run("distill", *TINY, *TRAINED, "--methods", "kd"),
-        "sweep": run("sweep", *TINY, *TRAINED, "--grid", "temperature=1,4"),
+        "sweep": run(
+            "sweep", *TINY, *TRAINED, "--grid", "temperature=1,4", "--path", "together"
+        ),
         "transfer": run(
             "transfer", "--data", "data.npz", "--model", "mlp:8", "--methods", "scratch",
             "--labels-per-class", "3", "--batch-size", "3", "--seeds", "2", "--epochs", "4",
@@ -194,7 +196,7 @@ def moments(count: int, times: Times, dice: random.Random) -> list[float]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file, but for locks, marks, checkpoints and unfinished files."""
+    """The bytes of every file but locks, marks, unfinished files, and what a run resumes from."""
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder)
@@ -202,7 +204,8 @@ def content(folder: Path) -> dict[str, bytes]:
         hidden = name.name in (".lock", _files.MARK) or any(
             part.endswith(_files.TEMPORARY) for part in name.parts
         )
-        if not hidden and not (ours and "checkpoints" in name.parts and "mine" not in name.parts):
+        kept = ours and {"checkpoints", "finished"} & {*name.parts} and "mine" not in name.parts
+        if not hidden and not kept:
             found[name.as_posix()] = path.read_bytes()
     return found
 
