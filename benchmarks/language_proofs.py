@@ -1,4 +1,4 @@
-"""What is known about distilling language models must come out here.
+"""Checks of language-model distillation against results that are known in advance.
 
     python benchmarks/language_proofs.py gradients   # expectation and variance of on-policy losses
     python benchmarks/language_proofs.py sampling    # random-sampling KD against top-k
