@@ -164,7 +164,9 @@ def _terms_of(text: str, terms: Callable[[Inputs], Any], setup: Setup) -> list[s
     size = setup.student["logits"].shape[0]
     batch = {
         "inputs": setup.inputs,
-        "labels": jax.ShapeDtypeStruct((size,), jnp.int32),
+        "labels": jax.ShapeDtypeStruct((size,), jnp.int32)
+        if setup.exclusive
+        else jax.ShapeDtypeStruct((size, setup.classes), jnp.float32),
         "index": jax.ShapeDtypeStruct((size,), jnp.int32),
     }
 
