@@ -157,6 +157,18 @@ def test_one_network_has_one_text(text: str, same: str, other: str) -> None:
     )
 
 
+def test_a_cache_knows_a_model_by_its_code_and_configuration(tmp_path: Path) -> None:
+    """Weights of the same shapes under other code, or another number of heads, are another's."""
+    for name, text in (("net.py", f"{tmp_path / 'net.py'}:Net"),
+                       ("config.json", f"huggingface:{tmp_path}")):  # fmt: skip
+        (tmp_path / name).write_text("heads = 8")
+        before = _models.identity(text)
+        assert _models.identity(text) == before
+        (tmp_path / name).write_text("heads = 1")
+        assert _models.identity(text) != before
+    assert _models.identity("vit:heads=2") == models.canonical_name("vit:heads=2")
+
+
 def data(classes: int = 3, names: tuple[str, ...] = ()) -> Splits:
     rng = np.random.default_rng(0)
     labels = np.arange(60, dtype=np.int32) % classes

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdtl_jax import methods, models
+from kdtl_jax import methods
 from kdtl_jax._types import Variables
 from kdtl_jax.methods import Entry
 from kdtl_jax.recipes import _models
@@ -87,7 +87,7 @@ def _held(folder: Path) -> tuple[str, ...] | None:
 
 def _made_of(pair: Pair) -> dict[str, Any]:
     return {
-        "model": models.canonical_name(pair.teacher_text),
+        "model": _models.identity(pair.teacher_text),
         "classes": pair.splits.train.class_names(),
     }
 

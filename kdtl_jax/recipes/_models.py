@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from kdtl_jax import models, transforms
+from kdtl_jax import _files, models, transforms
 from kdtl_jax._types import Params, Variables
 from kdtl_jax.datasets import Kind, Preprocessing, Splits, prepared, read_splits, scaled, summary
 from kdtl_jax.interop import model_files, own
@@ -99,6 +99,16 @@ def same(text: str, other: str) -> bool:
     if model_files.is_own(text) or model_files.is_own(other):
         return Path(text).name == Path(other).name
     return module(text, 2) == module(other, 2)
+
+
+def identity(text: str) -> str:
+    """What a cache knows a model by: a file's code and a folder's configuration are part of it."""
+    if text.startswith(_weights.HUGGING_FACE):
+        config = Path(text.removeprefix(_weights.HUGGING_FACE)) / "config.json"
+        return f"{_weights.HUGGING_FACE}{_files.sha256(config)}"
+    if model_files.is_own(text):
+        return f"{Path(text).name}, {_files.sha256(Path(_own.file_of(text)))}"
+    return models.canonical_name(text)
 
 
 def read_about(path: str | None, text: str | None, default: str) -> tuple[str, About]:

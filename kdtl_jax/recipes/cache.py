@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import models
 from kdtl_jax._types import ModelFn, Variables
 from kdtl_jax.datasets import KINDS, Dataset
 from kdtl_jax.losses import TopK
@@ -147,7 +146,7 @@ def teacher(settings: Settings) -> tuple[Dataset, Network, Variables, dict[str, 
     train = _models.read_data(settings, about, path, kinds=KINDS)[0].train
     example = jnp.asarray(train.inputs[:1])
     net = _models.described(text, train.classes, example)
-    made_of = {"model": models.canonical_name(text), "classes": train.class_names()}
+    made_of = {"model": _models.identity(text), "classes": train.class_names()}
     return train, net, _models.load_variables(path, net, example), made_of
 
 
