@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from kdtl_jax import language, losses, models, transforms
-from kdtl_jax.interop import decoders, safetensors
+from kdtl_jax.interop import _hf_decoders, decoders, safetensors
 
 FOLDERS = Path(__file__).parent / "data" / "decoders"
 FAMILIES = sorted(folder.name for folder in FOLDERS.iterdir())
@@ -250,7 +250,7 @@ def test_gemma_reads_hidden_act_and_its_kin_do_not():
         kin["gemma"].pop(key, None)
 
     def activation(name: str, **changes: Any) -> Any:
-        return decoders.initialized(kin[name] | changes, jax.random.key(0)).model.config.activation
+        return _hf_decoders.decoder(kin[name] | changes)[0].activation
 
     assert activation("gemma") is activation("gemma", hidden_act="gelu") is models.gelu_tanh
     assert activation("gemma", hidden_act="relu") is jax.nn.relu
