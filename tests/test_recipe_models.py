@@ -195,7 +195,7 @@ def read(path: str, splits: Splits, monkeypatch: pytest.MonkeyPatch, **given: An
 
 
 def test_a_file_says_what_its_model_is(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text, splits, scaling = read(teacher, data(), monkeypatch)
+    text, splits, scaling = read(teacher, data(3, ("a", "b", "c")), monkeypatch)
     assert text == "mlp:6" and safetensors.index(teacher).metadata["seed"] == "0"
     np.testing.assert_array_equal(scaling.mean, np.full(4, 5))
     np.testing.assert_allclose(splits.test.inputs, (data().test.inputs - 5) / 2, rtol=1e-6)
@@ -211,15 +211,56 @@ def test_a_file_of_something_else_is_refused(
         read(teacher, data(4), monkeypatch)
     with pytest.raises(ValueError, match="is of the classes a, b, c, the data has a, b, d"):
         read(teacher, data(3, ("a", "b", "d")), monkeypatch)
-    images = Splits(*(part._replace(inputs=part.inputs[:, :3]) for part in data()))
-    with pytest.raises(ValueError, match=r"scales inputs of shape \[4\]"):
-        read(teacher, images, monkeypatch)
+    with pytest.raises(ValueError, match="is of the classes a, b, c, the data has 0..2"):
+        read(teacher, data(), monkeypatch)
+
+    def changed(change: Any) -> Splits:
+        own = data(3, ("a", "b", "c"))
+        return Splits(*(part._replace(inputs=change(part.inputs)) for part in own))
+
+    for change in (lambda x: x[:, :3], lambda x: x[:, :1]):  # of one feature: none is repeated
+        with pytest.raises(ValueError, match=r"scales inputs of shape \[4\]"):
+            read(teacher, changed(change), monkeypatch)
+    for factor in (255, 1 / 255):
+        with pytest.raises(ValueError, match="Are the data in other units"):
+            read(teacher, changed(lambda x, f=factor: x * f), monkeypatch)
     with pytest.raises(ValueError, match="no such file"):
         _models.read_about(str(tmp_path / "nowhere"), None, "mlp:1")
     broken = tmp_path / "broken.safetensors"
     safetensors.save(broken, {"a": np.ones(1)}, metadata={"classes": "many"})
     with pytest.raises(ValueError, match="metadata are damaged"):
         _models.read_about(str(broken), None, "mlp:1")
+
+
+def test_images_of_another_size_are_refused_and_unknown_scaling_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A convolution with pooling would run on them."""
+    part = Dataset("x", np.random.default_rng(0).random((6, 4, 4, 1), np.float32),
+                   np.arange(6, dtype=np.int32) % 2, 2)  # fmt: skip
+    monkeypatch.setattr(_models, "read_splits", lambda *args, **kwargs: Splits(part, part, part))
+    with pytest.raises(ValueError, match=r"is of inputs \[8, 8, 1\], .* are \[4, 4, 1\]"):
+        _models.read_data(Data(), About("cnn:2", 2, None, (), (8, 8, 1)), "teacher")
+    _models.read_data(Data(), About("cnn:2", 2), "teacher")
+    assert "teacher does not say how its inputs were scaled" in capsys.readouterr().err
+
+
+def test_a_table_s_classes_are_numbered_as_its_teacher_s(tmp_path: Path) -> None:
+    """Numbers as classes were refused on the teacher's own data; another order is renumbered."""
+    for name, classes in (("numbers", "012"), ("words", "cab"), ("order", "bca")):
+        lines = (f"{i}.5,{i % 7},{classes[i % 3]}" for i in range(30))
+        (tmp_path / f"{name}.csv").write_text("x,y,label\n" + "\n".join(lines))
+
+    def read_csv(name: str, about: About = About(), path: str | None = None) -> Any:
+        return _models.read_data(Data(data=str(tmp_path / f"{name}.csv")), about, path)
+
+    for taught, given in (("numbers", "numbers"), ("words", "order")):
+        splits, form = read_csv(taught)
+        about = About("mlp:2", 3, form.scaling, splits.train.names, (2,), form)
+        again, _ = read_csv(given, about, "teacher")
+        assert again.train.names == splits.train.names and len(again.train.labels) == 15
+    with pytest.raises(ValueError, match="label '0'"):
+        read_csv("numbers", about, "teacher")
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:

@@ -30,6 +30,9 @@ from kdtl_jax.recipes.settings import MODEL, Data, UsageError
 from kdtl_jax.run import record
 
 
+UNITS = 20.0  # data whose scaled deviation is off by this factor are in other units
+
+
 def module(text: str, classes: int) -> nn.Module:
     """The Flax module that a text names, with `classes` outputs.
 
@@ -198,10 +201,25 @@ def read_data(
             f"{path} is of {about.classes} classes, the data has {raw.train.classes}. Give it data "
             "of its own classes."
         )
-    if about.names and raw.train.names and about.names != raw.train.names:
+    if about.classes is not None and about.names != raw.train.names:
+        own, found = (
+            ", ".join(names) or f"0..{raw.train.classes - 1}"
+            for names in (about.names, raw.train.names)
+        )
         raise ValueError(
-            f"{path} is of the classes {', '.join(about.names)}, the data has "
-            f"{', '.join(raw.train.names)}."
+            f"{path} is of the classes {own}, the data has {found}. Give it data whose classes are "
+            "called the same."
+        )
+    if about.shape not in (None, raw.train.inputs.shape[1:]):
+        raise ValueError(
+            f"{path} is of inputs {list(about.shape or ())}, the data's examples are "
+            f"{list(raw.train.inputs.shape[1:])}."
+        )
+    if path is not None and about.scaling is None:
+        print(
+            f"note: {path} does not say how its inputs were scaled: they are standardized by the "
+            "data's own mean and deviation.",
+            file=sys.stderr,
         )
     _, form = prepared(raw)
     form = form._replace(scaling=about.scaling or form.scaling)
@@ -209,14 +227,34 @@ def read_data(
         form = form._replace(target_scaling=known.target_scaling)
     measured = form.scaling
     assert measured is not None
+    shape = raw.train.inputs.shape
     try:
-        np.broadcast_shapes(raw.train.inputs.shape, measured.mean.shape, measured.scale.shape)
+        fits = np.broadcast_shapes(shape, measured.mean.shape, measured.scale.shape) == shape
     except ValueError:
+        fits = False
+    if not fits:
         raise ValueError(
             f"{path} scales inputs of shape {list(measured.mean.shape)}, the data's examples are "
-            f"{list(raw.train.inputs.shape[1:])}."
-        ) from None
-    return scaled(raw, form), form
+            f"{list(shape[1:])}."
+        )
+    splits = scaled(raw, form)
+    if about.scaling is not None:
+        _check_units(splits.train.inputs, path)
+    return splits, form
+
+
+def _check_units(inputs: np.ndarray, path: str | None) -> None:
+    """Refuses data that a file's scaling does not bring near a deviation of 1."""
+    axes = tuple(range(inputs.ndim - 1)) if inputs.ndim == 4 else (0,)
+    deviations = inputs.std(axis=axes, dtype=np.float64).ravel()
+    deviations = deviations[deviations > 0]
+    found = float(np.sqrt(np.mean(np.square(deviations)))) if deviations.size else 1.0
+    if not 1 / UNITS < found < UNITS:
+        raise ValueError(
+            f"{path} scales inputs by its own mean and deviation, and so scaled the data has a "
+            f"deviation of {found:.3g} where about 1 is expected. Are the data in other units, such "
+            "as pixels from 0 to 255 and from 0 to 1?"
+        )
 
 
 def check_parts(splits: Splits) -> None:

@@ -221,8 +221,8 @@ def read(settings: Settings, about: About) -> tuple[Preprocessing, Dataset, Spli
     Raises:
       UsageError: if classes or canvas do not fit the data.
     """
-    # A file's classes are the source's own: the target's may be others.
-    own = about._replace(classes=None, names=())
+    # A file's classes and sizes of images are the source's own: the target's may be others.
+    own = about._replace(classes=None, names=(), shape=None)
     ready, form = _models.read_data(settings, own, settings.source_weights)
     _models.check_parts(ready)
     classes, is_trained = ready.train.classes, settings.source_weights is None
