@@ -259,7 +259,7 @@ def test_a_table_s_classes_are_numbered_as_its_teacher_s(tmp_path: Path) -> None
         about = About("mlp:2", 3, form.scaling, splits.train.names, (2,), form)
         again, _ = read_csv(given, about, "teacher")
         assert again.train.names == splits.train.names and len(again.train.labels) == 15
-    with pytest.raises(ValueError, match="label '0'"):
+    with pytest.raises(ValueError, match="of the classes a, b, c, the data has 0..2"):
         read_csv("numbers", about, "teacher")
 
 
