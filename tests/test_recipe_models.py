@@ -251,11 +251,11 @@ def test_a_table_s_classes_are_numbered_as_its_teacher_s(tmp_path: Path) -> None
         lines = (f"{i}.5,{i % 7},{classes[i % 3]}" for i in range(30))
         (tmp_path / f"{name}.csv").write_text("x,y,label\n" + "\n".join(lines))
 
-    def read_csv(name: str, about: About = About(), path: str | None = None) -> Any:
+    def read_csv(name: str, about: About, path: str | None) -> Any:
         return _models.read_data(Data(data=str(tmp_path / f"{name}.csv")), about, path)
 
     for taught, given in (("numbers", "numbers"), ("words", "order")):
-        splits, form = read_csv(taught)
+        splits, form = read_csv(taught, About(), None)
         about = About("mlp:2", 3, form.scaling, splits.train.names, (2,), form)
         again, _ = read_csv(given, about, "teacher")
         assert again.train.names == splits.train.names and len(again.train.labels) == 15
