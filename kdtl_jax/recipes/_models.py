@@ -29,7 +29,6 @@ from kdtl_jax.recipes._training import in_chunks
 from kdtl_jax.recipes.settings import MODEL, Data, UsageError
 from kdtl_jax.run import record
 
-
 UNITS = 20.0  # data whose scaled deviation is off by this factor are in other units
 
 
@@ -252,8 +251,8 @@ def _check_units(inputs: np.ndarray, path: str | None) -> None:
     if not 1 / UNITS < found < UNITS:
         raise ValueError(
             f"{path} scales inputs by its own mean and deviation, and so scaled the data has a "
-            f"deviation of {found:.3g} where about 1 is expected. Are the data in other units, such "
-            "as pixels from 0 to 255 and from 0 to 1?"
+            f"deviation of {found:.3g} where about 1 is expected. Are the data in other units, "
+            "such as pixels from 0 to 255 and from 0 to 1?"
         )
 
 
