@@ -82,6 +82,11 @@ def test_arrays_under_other_names(tmp_path: Path) -> None:
         datasets.read_splits(str(path))
     found = datasets.read_splits(str(path), inputs="cells_train", label="kinds_train", **WHOLE)
     assert [len(part.labels) for part in found] == [N, 0, 6]
+    form = datasets.prepared(found)[1]
+    again = datasets.read_splits(str(path), preprocessing=form, **WHOLE)
+    assert [len(part.labels) for part in again] == [N, 0, 6]
+    assert len(datasets.read_inputs(path, form)) == N + 6
+    assert len(datasets.read_inputs(npz(tmp_path / "new.npz", x=X[:4]), form)) == 4
     with pytest.raises(ValueError, match="has no array 'cell'; it has .*'cells_train'"):
         datasets.read_splits(str(path), inputs="cell")
 
@@ -122,6 +127,10 @@ def test_missing_values_and_text(tmp_path: Path) -> None:
         assert found.inputs[7, 3:].tolist() == [1, 0, 0], "blue, among the most frequent"
     found = datasets.read(path, label="kind", missing="drop", one_hot=True)
     assert len(found.labels) == N - 2 and "2 of 60 rows" in " ".join(found.notices)
+    again = datasets.read(path, preprocessing=found.form)
+    np.testing.assert_array_equal(again.inputs, found.inputs)
+    with pytest.raises(ValueError, match="row 7, column 'b': no value, and the training data had"):
+        datasets.read_inputs(path, found.form)
     found = datasets.read(path, label="kind", drop=("color", "b"))
     assert found.inputs.shape == (N, 2)
 

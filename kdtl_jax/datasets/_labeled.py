@@ -75,6 +75,9 @@ def _of_csv(path: Path, choices: Choices, first: Source | None) -> Source | None
 
 
 def _of_table(table: Table, names: Sequence[str], choices: Choices) -> Source:
+    if choices.kept:
+        others = [name for name in table.columns if name not in (*choices.kept, *names)]
+        table = _tables.dropped(table, others)
     table = _tables.without_index(_tables.dropped(table, choices.drop), names)
     if choices.missing == "drop":
         table = _tables.complete(table)

@@ -53,6 +53,8 @@ class Preprocessing(NamedTuple):
     images: Images | None = None
     scaling: Standardizer | None = None  # of inputs
     target_scaling: Standardizer | None = None  # of numbers; outputs are in these units
+    inputs: str | None = None  # the array or column of inputs, where the user named it
+    leaves_out: bool = False  # rows with missing values, where targets are read too
 
 
 def to_json(preprocessing: Preprocessing) -> str:
@@ -88,6 +90,8 @@ def from_json(text: str) -> Preprocessing:
             None if images is None else Images(str(images["mode"]), bool(images["resize"])),
             _standardizer(known["scaling"]),
             _standardizer(known["target_scaling"]),
+            None if known.get("inputs") is None else str(known["inputs"]),
+            bool(known.get("leaves_out", False)),
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"no description of preprocessing ({error}).") from None

@@ -160,7 +160,9 @@ def read_inputs(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
     """
     if str(path) == "digits":
         return digits().inputs
-    choices = Choices(with_targets=False, targets=preprocessing.targets)
+    choices = Choices(
+        inputs=preprocessing.inputs, with_targets=False, targets=preprocessing.targets
+    )
     found = sources(Path(path), choices)
     parts = [found[part] for part in PARTS if part in found] or [found["whole"]]
     made = [_inputs(source, np.arange(_count(source)), preprocessing) for source in parts]
@@ -188,9 +190,13 @@ def _choices(
         raise ValueError(
             f"missing must be one of {', '.join(_tables.MISSING)}, got {missing!r:.40}."
         )
-    if preprocessing is not None and label == "label" and preprocessing.targets:
+    if preprocessing is None:
+        return Choices(label, inputs, missing, tuple(drop), image_size, one_hot)
+    if label == "label" and preprocessing.targets:
         label = ",".join(preprocessing.targets)
-    return Choices(label, inputs, missing, tuple(drop), image_size, one_hot)
+    kept = tuple(column.name for column in preprocessing.columns)
+    missing = "drop" if preprocessing.leaves_out else missing
+    return Choices(label, inputs or preprocessing.inputs, missing, kept=kept)
 
 
 def _model(preprocessing: Preprocessing | None) -> Dataset | None:
@@ -228,7 +234,10 @@ def _numbered(
 
 def _form(source: Source, train: Dataset, choices: Choices) -> tuple[Preprocessing, list[str]]:
     """How this training part is read, but for the scaling."""
-    form = Preprocessing(train.kind, train.names, train.classes, targets=source.columns)
+    form = Preprocessing(
+        train.kind, train.names, train.classes, targets=source.columns,
+        inputs=choices.inputs, leaves_out=choices.missing == "drop",
+    )  # fmt: skip
     if isinstance(source.inputs, Table):
         columns = _tables.columns_of(
             source.inputs, train.inputs, missing=choices.missing, one_hot=choices.one_hot

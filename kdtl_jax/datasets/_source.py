@@ -19,6 +19,7 @@ class Choices(NamedTuple):
     one_hot: bool = False
     with_targets: bool = True  # False: sources need none, and `targets` are columns to leave out
     targets: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()  # the columns of inputs that a model reads; (): all
 
 
 class Source(NamedTuple):

@@ -114,9 +114,11 @@ def _of_npy(path: Path, choices: Choices) -> dict[str, Source]:
 
 def _of_arrays(arrays: Arrays, choices: Choices) -> dict[str, Source]:
     label = choices.label
-    if not choices.with_targets and label not in arrays.names:
+    inputs = choices.inputs
+    if not choices.with_targets:
         label = "label"
-    x, y = _arrays.pairs(arrays, inputs=choices.inputs, label=label)
+        inputs = inputs if inputs in arrays.names else None  # new data may call them as usual
+    x, y = _arrays.pairs(arrays, inputs=inputs, label=label)
     if not choices.with_targets:
         if not x and len(arrays.names) == 1:
             x = {"whole": arrays.names[0]}
