@@ -37,7 +37,7 @@ def image_folder(
     return folder
 
 
-def table(path: Path, columns: dict[str, Sequence[Any]], delimiter: str = ",") -> Path:
+def table(path: Path, columns: dict[str, Any], delimiter: str = ",") -> Path:
     """A text table."""
     rows = zip(*columns.values(), strict=True)
     lines = [columns, *rows]
@@ -45,7 +45,7 @@ def table(path: Path, columns: dict[str, Sequence[Any]], delimiter: str = ",") -
     return path
 
 
-def columns(**more: Sequence[Any]) -> dict[str, Sequence[Any]]:
+def columns(**more: Any) -> dict[str, Any]:
     """The three numbers of every example, and more columns."""
     return {"a": X[:, 0], "b": X[:, 1], "c": X[:, 2], **more}
 

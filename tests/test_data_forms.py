@@ -25,9 +25,10 @@ from data_files import (
 from PIL import Image
 
 from kdtl_jax import datasets
+from kdtl_jax.datasets import Images, Missing
 
 ORDER = np.argsort(Y, kind="stable")  # of the files of a folder of classes
-WHOLE = {"validation": 0.0, "test": 0.0}
+WHOLE: dict[str, Any] = {"validation": 0.0, "test": 0.0}
 KINDS = np.array(NAMES)[Y]
 
 
@@ -120,7 +121,8 @@ def test_missing_values_and_text(tmp_path: Path) -> None:
         datasets.read(path, label="kind", one_hot=True)
     with pytest.raises(ValueError, match="row 2, column 'color': 'red' is not a number.*one-hot"):
         datasets.read(path, label="kind", missing="mean")
-    for how, wanted in (("mean", np.mean), ("median", np.median)):
+    fills: list[tuple[Missing, Any]] = [("mean", np.mean), ("median", np.median)]
+    for how, wanted in fills:
         found = datasets.read(path, label="kind", missing=how, one_hot=True)
         assert found.inputs.shape == (N, 6)
         assert found.inputs[5, 1] == pytest.approx(wanted(np.delete(X[:, 1], 5)))
@@ -239,7 +241,7 @@ def test_deep_images_and_images_of_several_sizes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"00.png is 4x4 .*x.png is 6x8. Resize .*--image-size"):
         datasets.read(mixed)
     found = datasets.read(mixed, image_size=(5, 4))
-    assert found.inputs.shape == (N + 1, 5, 4, 3) and found.form.images.resize
+    assert found.inputs.shape == (N + 1, 5, 4, 3) and found.form.images == Images("RGB", True)
     assert "(60 L, 1 RGB) are all read as RGB" in " ".join(found.notices)
     (mixed / "bee" / "y.png").write_bytes(png(PIXELS[0])[:40])
     with pytest.raises(ValueError, match="y.png: not a readable image"):
