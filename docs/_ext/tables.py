@@ -105,7 +105,7 @@ def language_page() -> str:
         first, _, rest = text.partition("\n\n")
         name = f"{{py:func}}`{found.build.__name__} <kdtl_jax.language.{found.build.__name__}>`"
         named = "<br>".join(filter(None, (name, found.title, found.paper)))
-        lines.append(f"| {named} | {cell(first)} | {cell(rest)} |")
+        lines.append(f"| {named} | {equations(first)} | {cell(rest)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -115,14 +115,18 @@ def split(text: str) -> tuple[str, str]:
     first, _, rest = text.partition("\n\n")
     # The paper has a column of its own.
     rest = re.sub(r"^[^`]{5,150}?(?:\(\d{4}\.\d{4,5}\)|\b(?:19|20)\d\d)\.(?:\s+|$)", "", rest)
-    found = re.match(r"`([^`]+)`", first)
-    if not found:
-        return cell(first), cell(rest)
-    if " " not in found[1]:  # a name, no equation
-        return cell(first), cell(rest)
-    equation = f"{{formula}}`{' '.join(found[1].split())}`".replace("|", "\\|")
-    after = cell(first[found.end() :]).rstrip(" .")
-    return f"{equation}{'' if after[:1] in (',', ':', ';', '') else ' '}{after}", cell(rest)
+    return equations(first), cell(rest)
+
+
+def equations(text: str) -> str:
+    """A cell in which what is code because it is an equation becomes one."""
+
+    def equation(found: re.Match[str]) -> str:
+        inside = " ".join(found[1].split())
+        is_name = " " not in inside or '"' in inside
+        return f"`{inside}`" if is_name else f"{{formula}}`{inside}`".replace("|", "\\|")
+
+    return re.sub(r"`([^`]+)`", equation, cell(text))
 
 
 def cell(text: str) -> str:
