@@ -105,7 +105,8 @@ def test_metrics_have_a_line_per_epoch_and_evaluation(straight: Path) -> None:
     assert [line["step"] for line in lines if line["method"] == "kd"] == [5, 10, 15, 20]
     assert [line["step"] for line in lines if line["method"] == "teacher"] == [5, 10]
     line = next(line for line in lines if line["method"] == "kd")
-    assert line.keys() == {"method", "step", "task", "kd", "loss", "skipped"}
+    assert line.keys() == {"method", "step", "task", "kd", "loss", "learning_rate", "skipped"}
+    assert 0 < lines[-1]["learning_rate"] < 1e-4 < line["learning_rate"]
     assert len(line["kd"]) == 2 and line["kd"][0] != line["kd"][1]
     np.testing.assert_allclose(
         line["loss"], 0.9 * np.array(line["kd"]) + 0.1 * np.array(line["task"]), rtol=1e-5

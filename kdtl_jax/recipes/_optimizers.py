@@ -1,5 +1,6 @@
 """How students are trained: the settings, optimizers by name, schedules, averages of weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -103,6 +104,13 @@ def optimizer(
         made = optax.chain(optax.clip_by_global_norm(settings.clip), made)
     decay = getattr(settings, "ema", None)
     return optax.with_extra_args_support(made if decay is None else averaged(made, decay))
+
+
+def rates(settings: Training, steps: int) -> Callable[[int], float]:
+    """The learning rate by step, for the log."""
+    of_step = shape(settings.schedule, settings.warmup, steps)
+    largest = settings.learning_rate or RATES[settings.optimizer]
+    return lambda step: round(largest * float(jnp.asarray(of_step(step))), 12)
 
 
 def shape(name: str, warmup: float, steps: int) -> optax.Schedule:

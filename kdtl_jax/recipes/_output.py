@@ -26,7 +26,7 @@ Say = Callable[[str], None]
 # What a run writes before its work: all that is left of one that failed before it trained anything.
 SETTINGS = {"config.yaml", "env.json", record.FILE}
 # Settings that may differ between a run and its continuation.
-FREE = {"resume", "force", "out", "process", "coordinator", "quick"}
+FREE = {"resume", "force", "out", "log", "process", "coordinator", "quick"}
 
 
 class Folder(NamedTuple):

@@ -51,6 +51,7 @@ class Run(NamedTuple):
     save_every: int | None = None  # epochs; None: at the end
     say: Callable[[str, bool], None] = lambda text, last: None
     finished: tuple[str, ...] = ()  # methods before this one
+    rate: Callable[[int], float] | None = None  # the learning rate by step, for the log
     patience: int | None = None  # epochs without a better validation; None: all epochs
     measure: Measure = _measures.CLASSES  # of the targets
 
@@ -347,7 +348,13 @@ def _log(
         return line["method"] in run.finished or (line["method"] == name and behind)
 
     with loop.metrics_file(run.folder / "metrics.jsonl", stays=stays) as log:
-        yield lambda line: log({"method": name, **line, "step": line["step"] // calls})
+
+        def write(line: dict[str, Any]) -> None:
+            step = line["step"] // calls
+            now = {"learning_rate": run.rate(step - 1)} if run.rate and "loss" in line else {}
+            log({"method": name, **line, **now, "step": step})
+
+        yield write
 
 
 def _skipped(run: Run, name: str, per_epoch: int) -> list[int]:

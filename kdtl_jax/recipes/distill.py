@@ -24,6 +24,7 @@ from kdtl_jax.recipes import (
     _caching,
     _defaults,
     _evidence,
+    _logs,
     _measures,
     _models,
     _optimizers,
@@ -126,6 +127,10 @@ class Settings(
         None, "epochs between saves; default: only at the end", metavar="N", least=1
     )
     resume: bool = setting(False, "continue the run in --out from its last save")
+    log: tuple[str, ...] = setting(
+        (), "write the metrics for other tools too: tensorboard, csv", metavar="NAME,...",
+        parse=_logs.kinds,
+    )  # fmt: skip
 
 
 def run(settings: Settings) -> int:
@@ -153,6 +158,7 @@ def run(settings: Settings) -> int:
     entries = _pair.suited(entries, settings, pair.measure)
     inputs, classes = pair.arrays["inputs"], pair.splits.train.classes
     _pair.check_augmentation(settings, pair)
+    _logs.check(settings.log)
     if settings.teacher_cache is not None:
         cache = Path(settings.teacher_cache)
         _caching.check(cache, pair, entries, resume=settings.resume)
@@ -209,6 +215,7 @@ def run(settings: Settings) -> int:
         )
         say(f"teacher{'' if pair.given is None else f', from {settings.teacher_weights}'}")
         steps = settings.teacher_epochs * (len(inputs) // fixed.batch_size)
+        common = common._replace(rate=_optimizers.rates(settings, steps))
         frozen, teacher = _pair.taught(
             pair, common, built[BASELINE], tx(steps), settings.teacher_epochs
         )
@@ -247,7 +254,8 @@ def run(settings: Settings) -> int:
         setup = _pair.setup(pair, frozen, **of_setup)
         built, notes = _pair.build_all(entries, setup, settings)
         known = {entry.name: entry for entry in entries}
-        common = common._replace(arrays=arrays, rows=rows, finished=(TEACHER,))
+        rates = _optimizers.rates(settings, of_setup["steps"])
+        common = common._replace(arrays=arrays, rows=rows, finished=(TEACHER,), rate=rates)
         points, table, learning, failed = _training.points(settings.seeds), [row], {}, []
         named: dict[str, _evidence.Named] = {}  # by method
         students: list[_students.Student] = []
@@ -308,6 +316,9 @@ def run(settings: Settings) -> int:
                 "epoch": [float(epoch) for epoch in trained.epochs],
                 f"validation_{pair.measure.score_name.key}": trained.curve.mean(axis=1).tolist(),
             }
+            if jax.process_index() == 0:
+                learning[name]["loss"] = _logs.losses(folder, name)
+                _logs.write(folder, settings.log)
             if any(trained.skipped):
                 notes.append(
                     f"{name}: updates that were not finite were left out, per seed "

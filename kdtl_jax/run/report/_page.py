@@ -216,6 +216,16 @@ def _learning(results: Results) -> list[Section]:
                 curves, x_axis="epoch", y_axis=f"validation {score.axis}", percent=score.is_share
             )
             sections.append(Section(family, (), [chart], level=3))
+        losses = [
+            plots.Line(row.label, range(1, len(found) + 1), found)
+            for row in _clearest(rows, results.learning)
+            if (found := results.learning[row.method].get("loss"))
+        ]
+        if losses:
+            chart = plots.lines(losses, x_axis="epoch", y_axis="training loss", percent=False)
+            title = f"{family}: loss"
+            note = "Each method's own objective in training: not comparable between methods."
+            sections.append(Section(title, [note], [chart], level=3))
     return sections
 
 

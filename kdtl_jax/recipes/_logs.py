@@ -1,0 +1,85 @@
+"""`metrics.jsonl` for other tools: a CSV table, and TensorBoard's event files by tensorboardX.
+
+Both are made anew from the run's own file after each method, so that a resumed run has every line
+once. Values by seed are averaged.
+"""
+
+import csv
+import importlib.util
+import io
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdtl_jax import _files
+from kdtl_jax.recipes.settings import UsageError, names
+from kdtl_jax.run import loop
+
+KINDS = ("tensorboard", "csv")
+KEYS = ("method", "step")
+
+
+def kinds(value: Any) -> tuple[str, ...]:
+    """`parse=` of a setting: some of `tensorboard,csv`."""
+    if value in (None, "", [], ()):
+        return ()
+    found = names(value)
+    unknown = [name for name in found if name not in KINDS]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r:.60} is none of {', '.join(KINDS)}")
+    return found
+
+
+def check(chosen: Sequence[str]) -> None:
+    """Raises UsageError if TensorBoard's writer is asked for and not installed."""
+    if "tensorboard" in chosen and importlib.util.find_spec("tensorboardX") is None:
+        raise UsageError("--log tensorboard: pip install 'kdtl_jax[tensorboard]'")
+
+
+def write(folder: Path, chosen: Sequence[str]) -> None:
+    """Writes `metrics.csv` and `tensorboard/` of a run folder from its `metrics.jsonl`."""
+    if not chosen:
+        return
+    lines = [_averaged(line) for line in loop.read_metrics(folder / "metrics.jsonl")]
+    if "csv" in chosen:
+        columns = dict.fromkeys([*KEYS, *(name for line in lines for name in line)])
+        text = io.StringIO()
+        table = csv.DictWriter(text, [*columns], lineterminator="\n")
+        table.writeheader()
+        table.writerows(lines)
+        _files.write_atomic(folder / "metrics.csv", text.getvalue().encode())
+    if "tensorboard" in chosen:
+        _write_events(folder / "tensorboard", lines)
+
+
+def _averaged(line: Mapping[str, Any]) -> dict[str, Any]:
+    def value(x: Any) -> Any:
+        numbers = np.asarray([np.nan if part is None else part for part in x], float)
+        return float(numbers.mean())
+
+    return {name: value(x) if isinstance(x, list) else x for name, x in line.items()}
+
+
+def _write_events(home: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """One run per method, which TensorBoard shows side by side."""
+    from tensorboardX import SummaryWriter  # an extra
+
+    for method in dict.fromkeys(line["method"] for line in lines):
+        shutil.rmtree(home / method, ignore_errors=True)
+        with SummaryWriter(str(home / method), write_to_disk=True) as writer:
+            for line in lines:
+                if line["method"] != method:
+                    continue
+                for name, value in line.items():
+                    if name not in KEYS and isinstance(value, (int, float)):
+                        writer.add_scalar(name, value, int(line["step"]))
+
+
+def losses(folder: Path, method: str) -> list[float]:
+    """A method's mean loss over seeds, by epoch."""
+    lines = loop.read_metrics(folder / "metrics.jsonl")
+    own = [_averaged(line) for line in lines if line["method"] == method and "loss" in line]
+    return [float(line["loss"]) for line in own]

@@ -1,0 +1,50 @@
+"""Metrics for other tools: what is in `metrics.jsonl`, averaged over seeds."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from kdtl_jax.recipes import _logs
+from kdtl_jax.recipes.settings import UsageError
+
+LINES = [
+    {"method": "kd", "step": 5, "loss": [1.0, 3.0], "learning_rate": 0.1},
+    {"method": "kd", "step": 5, "eval/validation_accuracy": [0.5, 1.0]},
+    {"method": "dkd", "step": 5, "loss": [4.0, None], "learning_rate": 0.1},
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    text = "".join(f"{json.dumps(line)}\n" for line in LINES)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    return tmp_path
+
+
+def test_a_table_has_a_row_per_line(folder: Path) -> None:
+    _logs.write(folder, ["csv"])
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["loss"] for row in rows] == ["2.0", "", "nan"]
+    assert rows[1]["eval/validation_accuracy"] == "0.75" and rows[0]["learning_rate"] == "0.1"
+    assert _logs.losses(folder, "kd") == [2.0]
+
+
+def test_tensorboard_has_a_run_per_method_written_once(folder: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    for _ in range(2):
+        _logs.write(folder, ["tensorboard"])
+    for method, tags in (("kd", (b"loss", b"eval/validation_accuracy")), ("dkd", (b"loss",))):
+        [events] = (folder / "tensorboard" / method).iterdir()
+        assert all(tag in events.read_bytes() for tag in tags)
+
+
+def test_names_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _logs.kinds("csv,tensorboard") == ("csv", "tensorboard") and _logs.kinds(None) == ()
+    with pytest.raises(ValueError, match="'wandb' is none of tensorboard, csv"):
+        _logs.kinds("csv,wandb")
+    monkeypatch.setattr(_logs.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'kdtl_jax\[tensorboard\]'"):
+        _logs.check(("tensorboard",))
