@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 import traceback
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,8 +207,18 @@ def content(folder: Path) -> dict[str, bytes]:
         )
         kept = ours and {"checkpoints", "finished"} & {*name.parts} and "mine" not in name.parts
         if not hidden and not kept:
-            found[name.as_posix()] = path.read_bytes()
+            kept = ours and "finished" in name.parts
+            found[name.as_posix()] = _arrays(path) if kept else path.read_bytes()
     return found
+
+
+def _arrays(path: Path) -> bytes:
+    """The arrays of a finished method's file; which run it is of and what it took are beside."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return b"".join(stored[name].tobytes() for name in stored.files if name != "about")
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
+        return path.read_bytes()  # it is not whole
 
 
 def is_whole(name: str, now: bytes, versions: list[dict[str, bytes]]) -> bool:
