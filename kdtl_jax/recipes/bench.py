@@ -46,6 +46,9 @@ class Settings(types.Output):
     """What fixes a run of `kdtl bench`."""
 
     out: str = setting("runs/bench", "the run folder", metavar="FOLDER")
+    force: bool = setting(
+        False, "overwrite an earlier run in --out; one that was stopped begins again"
+    )
     preset: Literal["mlp", "resnet", "vit", "decoder", "all"] = setting(
         "all", "pair of models to measure"
     )

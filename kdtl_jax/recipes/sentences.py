@@ -62,6 +62,9 @@ class Settings(types.Output):
     """What fixes a run of `kdtl sentences`."""
 
     out: str = setting("runs/sentences", "the run folder", metavar="FOLDER")
+    force: bool = setting(
+        False, "overwrite an earlier run in --out; one that was stopped begins again"
+    )
     encoder: str | None = setting(
         None,
         "Hugging Face folder of a BERT-like model with tokenizer.json, e.g. all-MiniLM-L6-v2",
