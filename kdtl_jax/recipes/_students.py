@@ -116,7 +116,7 @@ def note(rows: Sequence[report.Row], baseline: str | None) -> str | None:
     files = ", ".join(f"{row.settings['file']} (seed {row.settings['file_seed']})"
                       for row in with_file)  # fmt: skip
     said = f"Recommended by validation: {first.settings['file']}"
-    if first.method == baseline:
+    if first.method == baseline and len(with_file) > 1:
         said += ", the student trained alone: no method does better on the validation split"
     return (
         f"{said}. One file per method, of its seed that is best on validation: {files}. Use one "

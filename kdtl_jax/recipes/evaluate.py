@@ -68,7 +68,12 @@ def show(result: dict[str, Any], names: tuple[str, ...]) -> None:
         counts = [
             [name, *map(str, row)] for name, row in zip(names, result["confusion"], strict=True)
         ]
-        _output.show(["is \\ named", *names], counts)
+        lines = [
+            f"of class {name}: " + ", ".join(f"{n} named {other}" for n, other in zip(
+                row, names, strict=True) if n)
+            for name, row in zip(names, result["confusion"], strict=True)
+        ]  # fmt: skip
+        _output.show(["is \\ named", *names], counts, lines)
 
 
 def _cell(value: Any) -> str:
