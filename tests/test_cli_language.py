@@ -87,6 +87,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
         (["--batch-size", "4000"], "rows to learn from"),
         (["--microbatches", "3"], "must divide"),
         (["--method", "sft", "--teacher-cache", "x"], "--teacher-cache serves kd and qad"),
+        (["--pruned"], "--pruned needs the --shape"),
         (["--cached", "top_k"], "expected dense, top_k=N or draws=N"),
     ],
 )

@@ -10,9 +10,10 @@ from jax import Array
 
 from kdtl_jax import language, models, transforms
 from kdtl_jax._types import Params
-from kdtl_jax.interop import decoders
+from kdtl_jax.interop import decoders, pruning
 from kdtl_jax.interop.decoders import PretrainedDecoder
 from kdtl_jax.models import Decoder
+from kdtl_jax.recipes import _output
 from kdtl_jax.recipes.settings import UsageError, pairs
 
 KERNELS = r"layers_\d+/(attention|mlp)/[^/]+/kernel"
@@ -85,7 +86,9 @@ def beginning(
     folder: str | None,
     fresh: PretrainedDecoder | None,
     layers: Sequence[int],
+    shape: Mapping[str, int] | None,
     is_whole: bool,
+    say: _output.Say,
 ) -> PretrainedDecoder:
     """The student that every method starts from.
 
@@ -94,15 +97,45 @@ def beginning(
       folder: of a student.
       fresh: a student of a shape.
       layers: the teacher's that it takes; none means every second one.
+      shape: prune the teacher to this one.
       is_whole: take all of the teacher's layers where none are named.
+      say: told what pruning keeps.
+
+    Raises:
+      UsageError: if the teacher cannot be pruned to the shape.
     """
     if folder is not None:
         return load(folder)
     if fresh is not None:
         return fresh
+    if shape is not None:
+        return pruned(teacher, shape, say)
     if is_whole and not layers:
         return teacher
     return decoders.student(teacher, layers=layers or range(0, teacher.model.config.layers, 2))
+
+
+def pruned(
+    teacher: PretrainedDecoder, shape: Mapping[str, int], say: _output.Say
+) -> PretrainedDecoder:
+    """The teacher pruned to a shape: some of its layers, evenly, and what matters in them.
+
+    Without `hidden` the teacher's ratio to the width is kept.
+    """
+    config = teacher.model.config
+    if not 0 < shape["layers"] <= config.layers:
+        raise UsageError(f"--shape layers={shape['layers']}: the teacher has {config.layers}.")
+    chosen = transforms.uniform_indices(config.layers, shape["layers"])
+    hidden = shape.get("hidden", max(1, round(config.hidden * shape["width"] / config.width)))
+    try:
+        narrow, kept = pruning.narrow(
+            decoders.student(teacher, layers=[int(i) for i in chosen]), width=shape["width"],
+            heads=shape["heads"], key_heads=shape.get("key_heads"), hidden=hidden,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UsageError(f"--shape with --pruned: {error}") from None
+    say(f"pruned to layers {', '.join(map(str, chosen))}; {kept} of the importance")
+    return narrow
 
 
 def write_folder(folder: Path, params: Params, of: PretrainedDecoder, source: str | None) -> None:

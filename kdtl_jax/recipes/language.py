@@ -91,6 +91,10 @@ class Settings(types.Output):
         None, "a student with random weights: layers=2,width=64,heads=4[,key_heads=N][,hidden=N]",
         metavar="NAME=N,...", parse=of_models.shaped, group="models",
     )  # fmt: skip
+    pruned: bool = setting(
+        False, "start --shape as the teacher pruned to it: the layers, channels, heads and hidden "
+        "units that matter most", group="models",
+    )  # fmt: skip
     teacher_cache: str | None = setting(
         None, "keep the teacher's distributions on the rows in this folder, or read them from it; "
         "for kd and qad", metavar="FOLDER", group="models",
@@ -109,16 +113,13 @@ class Settings(types.Output):
     )
     steps: int = setting(200, "steps per student", metavar="N", least=1, quick=4, group="training")
     teacher_steps: int = setting(
-        300, "steps of a teacher trained here", metavar="N", least=1, quick=4, group="training"
+        600, "steps of a teacher trained here", metavar="N", least=1, quick=4, group="training"
     )
-    batch_size: int = setting(16, "rows per step", metavar="N", least=1, group="training")
+    batch_size: int = setting(8, "rows per step", metavar="N", least=1, group="training")
     microbatches: int = setting(
-        1,
-        "split each batch into this many parts to save memory",
-        metavar="N",
-        least=1,
+        1, "split each batch into this many parts to save memory", metavar="N", least=1,
         group="training",
-    )
+    )  # fmt: skip
     learning_rate: float = types.positive_rate(
         1e-3,
         "AdamW's peak learning rate; it warms up, then decays to 0",
@@ -135,12 +136,9 @@ class Settings(types.Output):
         None, "divergence to the teacher; default: the method's own", group="losses"
     )
     task: float = setting(
-        0.0,
-        "weight of the cross-entropy with the data, for kd, gkd and qad",
-        metavar="X",
-        least=0,
-        group="losses",
-    )
+        0.0, "weight of the cross-entropy with the data, for kd, gkd and qad", metavar="X",
+        least=0, group="losses",
+    )  # fmt: skip
     on_policy: float = setting(
         0.5, "share of gkd's steps that use the student's samples", metavar="SHARE", least=0,
         most=1, group="losses",
@@ -159,7 +157,7 @@ class Settings(types.Output):
         metavar="N", least=0, group="training",
     )  # fmt: skip
     samples: int = setting(4, "held-out prompts to continue in the report", metavar="N", least=0)
-    checks: int = setting(4, "measurements during training", metavar="N", least=1, quick=1)
+    checks: int = setting(2, "measurements during training", metavar="N", least=1, quick=1)
     mesh: Mapping[str, int] = setting(
         {}, "data=4,fsdp=2: split batches over 8 devices, weights over 2 of them; tensor=2: the "
         "work of each layer over 2", metavar="AXIS=N,...",
@@ -189,6 +187,8 @@ def run(settings: Settings) -> int:
         raise UsageError("--microbatches must divide --batch-size.")
     if sum((settings.student is not None, bool(settings.layers), settings.shape is not None)) > 1:
         raise UsageError("give one of --student, --layers and --shape.")
+    if settings.pruned and settings.shape is None:
+        raise UsageError("--pruned needs the --shape to prune to.")
     if settings.teacher_cache and not {m.name for m in chosen} & set(of_cache.METHODS):
         raise UsageError("--teacher-cache serves kd and qad: others ask about samples, or nothing.")
     mesh = sharding.make_mesh(**settings.mesh) if settings.mesh else None
@@ -257,7 +257,7 @@ def run(settings: Settings) -> int:
 
         # The teacher, and a student of a shape: what cannot be built is said before any training.
         taught_in, fresh = 0.0, None
-        if settings.shape is not None:
+        if settings.shape is not None and not settings.pruned:
             fresh = of_models.anew(settings.shape, tokenizer.size, tokenizer.eos, key_student)
         if source is None:
             sizes = settings.teacher_shape or {"layers": 4, "width": 128, "heads": 4}
@@ -294,7 +294,7 @@ def run(settings: Settings) -> int:
 
         start = of_models.beginning(
             teacher, folder=settings.student if settings.teacher else None, fresh=fresh,
-            layers=settings.layers,
+            layers=settings.layers, shape=settings.shape if settings.pruned else None, say=say,
             is_whole=settings.student is not None or settings.method == ("qad",),
         )  # fmt: skip
         rows_of_tables = {x.model.config.vocabulary for x in (teacher, start)}

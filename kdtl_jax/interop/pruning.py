@@ -1,0 +1,236 @@
+"""Narrower decoders: the heads, hidden units and channels of a pretrained one that matter most.
+
+    narrow, kept = pruning.narrow(teacher, width=384, heads=6, key_heads=3, hidden=1024)
+    print(kept)
+
+Layers are dropped by `decoders.student`; both together give a student of any smaller shape that
+starts from its teacher.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kdtl_jax import models, transforms
+from kdtl_jax._types import Params
+from kdtl_jax.interop import _hf_decoders
+from kdtl_jax.interop.decoders import PretrainedDecoder
+from kdtl_jax.models import DecoderConfig
+
+NORMS = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm")
+KEYS = {  # names of a size in config.json, the first that is there
+    "width": ("hidden_size", "n_embd"),
+    "heads": ("num_attention_heads", "n_head"),
+    "key_heads": ("num_key_value_heads",),
+    "hidden": ("intermediate_size", "n_inner"),
+}
+
+
+class Kept(NamedTuple):
+    """What a narrower decoder took, by position in the wide one.
+
+    `channels` `[width]`; `heads`, `key_heads` and `hidden` have a row per layer, `[layers, *]`.
+    `shares` are the parts of the summed importance that were kept, by name.
+    """
+
+    channels: np.ndarray
+    heads: np.ndarray
+    key_heads: np.ndarray
+    hidden: np.ndarray
+    shares: dict[str, float]
+
+    def __str__(self) -> str:
+        sizes = {"width": len(self.channels)} | {
+            name: getattr(self, name).shape[1] for name in ("heads", "key_heads", "hidden")
+        }
+        return ", ".join(f"{n} {sizes[n]} ({100 * x:.0f} %)" for n, x in self.shares.items())
+
+
+def narrow(
+    source: PretrainedDecoder,
+    *,
+    width: int | None = None,
+    heads: int | None = None,
+    key_heads: int | None = None,
+    hidden: int | None = None,
+    tokens: Array | None = None,
+) -> tuple[PretrainedDecoder, Kept]:
+    """A decoder of fewer channels, heads and hidden units; what is kept keeps its order.
+
+    The importance of a hidden unit is the product of the norms of what it reads and writes, that of
+    a head the norm of its values times that of its output; each layer keeps its own. Channels are
+    kept for all layers together, by the norm of what is read from and written to them, or by
+    what they carry: the mean of their magnitude in the residual stream over `tokens`.
+
+    Args:
+      source: the wide decoder.
+      width: channels of the residual stream; None keeps all.
+      heads: query heads, the same number for every key head.
+      key_heads: heads of keys and values; None keeps all, or as many as there are heads.
+      hidden: units of the feed-forward.
+      tokens: int `[B, L]`, a text on which channels are measured; None goes by weights.
+
+    Returns:
+      The decoder and what was kept of the wide one.
+
+    Raises:
+      ValueError: if a size is larger than the source's or does not divide, if the source has fused
+        matrices, or its config.json cannot say the shape (GPT-2's heads share the width).
+
+    References:
+      Muralidharan et al., Compact Language Models via Pruning and Knowledge Distillation, 2024
+      (2407.14679), Minitron, whose importances are all of activations.
+    """
+    whole = source.model.config
+    if whole.fuses_qkv or whole.fuses_gate:
+        raise ValueError("a decoder with fused matrices cannot be narrowed; take its layers apart.")
+    if key_heads is None:
+        key_heads = whole.key_heads if heads is None else min(whole.key_heads, heads)
+    given = {"width": width, "heads": heads, "key_heads": key_heads, "hidden": hidden}
+    asked = {n: getattr(whole, n) if size is None else size for n, size in given.items()}
+    for name, size in asked.items():
+        if not 0 < size <= getattr(whole, name):
+            raise ValueError(f"{name} must lie in 1..{getattr(whole, name)}, got {size}.")
+    per = whole.heads // whole.key_heads
+    if asked["heads"] % key_heads or asked["heads"] // key_heads > per:
+        raise ValueError(
+            f"heads must be a multiple of key_heads, at most {per} to each, got {asked['heads']} "
+            f"and {key_heads}."
+        )
+    config = _config(source.config, asked, whole)
+    built = _hf_decoders.decoder(config)[0]
+    sizes = {name: getattr(built, name) for name in (*asked, "head_width")}
+    if sizes != {**asked, "head_width": whole.head_width}:
+        raise ValueError(
+            f"the config.json of a {config['model_type']!r} model cannot say {asked} with heads of "
+            f"{whole.head_width}."
+        )
+    kept = _chosen(source, asked, tokens)
+    params = _narrowed(source.params, whole, kept)
+    model = models.decoder(built._replace(is_tied=whole.is_tied))
+    target = jax.eval_shape(model.init, jax.random.key(0))
+    _, report = transforms.transfer(params, target)
+    return PretrainedDecoder(model, params, source.rules, config, report), kept
+
+
+def _config(config: dict[str, Any], asked: dict[str, int], whole: DecoderConfig) -> dict[str, Any]:
+    new = dict(config)
+    for name, keys in KEYS.items():
+        key = next((key for key in keys if key in new), None)
+        if key is not None and (new[key] is not None or asked[name] != getattr(whole, name)):
+            new[key] = asked[name]
+        elif key is None and asked[name] != getattr(whole, name):
+            new[keys[0]] = asked[name]
+    if asked["width"] != asked["heads"] * whole.head_width or "head_dim" in new:
+        new["head_dim"] = whole.head_width
+    return new
+
+
+def _chosen(source: PretrainedDecoder, asked: dict[str, int], tokens: Array | None) -> Kept:
+    """The most important, ascending; groups of heads first, then heads within their group."""
+    whole, params = source.model.config, source.params
+    rows: dict[str, list[np.ndarray]] = {"heads": [], "key_heads": [], "hidden": []}
+    whole_sum, kept_sum = dict.fromkeys(rows, 0.0), dict.fromkeys(rows, 0.0)
+    per = whole.heads // whole.key_heads
+    for i in range(whole.layers):
+        layer = params[f"layers_{i}"]
+        mlp, attention = layer["mlp"], layer["attention"]
+        units = _norm(mlp["down"]["kernel"], 0) * _norm(mlp["up"]["kernel"], 1)
+        if "gate" in mlp:
+            units = units * _norm(mlp["gate"]["kernel"], 1)
+        out = _norm(attention["out"]["kernel"], 0).reshape(whole.heads, whole.head_width)
+        value = _norm(attention["value"]["kernel"], 1).reshape(whole.key_heads, whole.head_width)
+        each = np.sqrt((out**2).sum(-1)).reshape(whole.key_heads, per)
+        each = each * np.sqrt((value**2).sum(-1))[:, None]
+        groups = _top(each.sum(axis=1), asked["key_heads"])
+        inside = [_top(each[g], asked["heads"] // asked["key_heads"]) + g * per for g in groups]
+        found = {
+            "heads": (each.ravel(), np.concatenate(inside)),
+            "key_heads": (each.sum(axis=1), groups),
+            "hidden": (units, _top(units, asked["hidden"])),
+        }
+        for name, (scores, own) in found.items():
+            rows[name].append(own)
+            whole_sum[name] += float(scores.sum())
+            kept_sum[name] += float(scores[own].sum())
+    channels = _channels(source, tokens)
+    own = _top(channels, asked["width"])
+    shares = {"width": float(channels[own].sum() / max(channels.sum(), 1e-30))}
+    shares |= {name: kept_sum[name] / max(whole_sum[name], 1e-30) for name in rows}
+    stacked = {name: np.stack(found) for name, found in rows.items()}
+    return Kept(channels=own, shares=shares, **stacked)
+
+
+def _channels(source: PretrainedDecoder, tokens: Array | None) -> np.ndarray:
+    """Importance of every channel, `[width]`."""
+    if tokens is not None:
+        names = models.tap_names(source.model.config)
+        hidden, found = jax.jit(source.model.tap, static_argnums=0)(names, source.params, tokens)
+        stream = jnp.stack([*found.values(), hidden])
+        scale = jnp.sqrt(jnp.mean(jnp.square(stream), axis=-1, keepdims=True)) + 1e-6
+        return np.asarray(jnp.mean(jnp.abs(stream / scale), axis=(0, 1, 2)))
+    squares = _norm(source.params["tokens"]["embedding"], 1) ** 2
+    for i in range(source.model.config.layers):
+        layer = source.params[f"layers_{i}"]
+        for part in ("attention", "mlp"):
+            for name, weights in layer[part].items():
+                if "kernel" in weights:
+                    written = name in ("out", "down")
+                    squares = squares + _norm(weights["kernel"], 1 if written else 0) ** 2
+    return np.sqrt(squares)
+
+
+def _narrowed(params: Params, whole: DecoderConfig, kept: Kept) -> Params:
+    size = whole.head_width
+
+    def take(leaf: Array, *axes: np.ndarray | None) -> Array:
+        for axis, index in enumerate(axes):
+            leaf = leaf if index is None else jnp.take(leaf, jnp.asarray(index), axis=axis)
+        return leaf
+
+    def columns(heads: np.ndarray) -> np.ndarray:
+        return (heads[:, None] * size + np.arange(size)).ravel()
+
+    def dense(weights: Params, rows: np.ndarray, cols: np.ndarray) -> Params:
+        found = {"kernel": take(weights["kernel"], rows, cols)}
+        return found | ({"bias": take(weights["bias"], cols)} if "bias" in weights else {})
+
+    w = kept.channels
+    new: dict[str, Any] = {}
+    for name, part in params.items():
+        if name.startswith("layers_"):
+            i = int(name.removeprefix("layers_"))
+            q, k = columns(kept.heads[i]), columns(kept.key_heads[i])
+            sides = {"query": (w, q), "key": (w, k), "value": (w, k), "out": (q, w)}
+            sides |= {"up": (w, kept.hidden[i]), "gate": (w, kept.hidden[i])}
+            sides |= {"down": (kept.hidden[i], w)}
+            layer: dict[str, Any] = {}
+            for kind in ("attention", "mlp"):
+                layer[kind] = {n: dense(x, *sides[n]) for n, x in part[kind].items() if n in sides}
+            for n, x in part["attention"].items():
+                if n in ("query_norm", "key_norm"):
+                    own = None if whole.has_head_norms else {"query_norm": q, "key_norm": k}[n]
+                    layer["attention"][n] = {m: take(y, own) for m, y in x.items()}
+            layer |= {n: {m: take(y, w) for m, y in part[n].items()} for n in NORMS if n in part}
+            new[name] = layer
+        elif name in ("tokens", "positions"):
+            new[name] = {"embedding": take(part["embedding"], None, w)}
+        elif name == "norm":
+            new[name] = {m: take(y, w) for m, y in part.items()}
+        else:
+            new[name] = {m: take(y, w) if m == "kernel" else y for m, y in part.items()}
+    return new
+
+
+def _norm(kernel: Array, of: int) -> np.ndarray:
+    """Norms of a kernel's rows (`of=0`) or columns (`of=1`)."""
+    return np.sqrt(np.square(np.asarray(kernel, np.float32)).sum(axis=1 - of))
+
+
+def _top(scores: np.ndarray | Sequence[float], count: int) -> np.ndarray:
+    """The positions of the largest, ascending; of equals the first."""
+    return np.sort(np.argsort(-np.asarray(scores), kind="stable")[:count])

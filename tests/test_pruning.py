@@ -1,0 +1,90 @@
+"""Narrower decoders: what matters is kept, and the rest is as if it had never been."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdtl_jax import losses
+from kdtl_jax.interop import decoders, pruning
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 20,
+    "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "hidden_act": "silu", "rms_norm_eps": 1e-9, "rope_theta": 10000.0,
+    "max_position_embeddings": 64, "tie_word_embeddings": True, "torch_dtype": "float32",
+}  # fmt: skip
+TOKENS = jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
+
+
+def wide(**silent: list[int]) -> decoders.PretrainedDecoder:
+    """A random decoder in which some channels, heads and hidden units say nothing."""
+    source = decoders.initialized(CONFIG, jax.random.key(0))
+    params = jax.tree.map(lambda x: 5 * x, source.params)
+    channels, units = (jnp.asarray(silent.get(n, []), int) for n in ("channels", "hidden"))
+    heads = jnp.asarray([4 * h + i for h in silent.get("heads", []) for i in range(4)], int)
+    for i in range(2):
+        layer = params[f"layers_{i}"]
+        down, out = layer["mlp"]["down"]["kernel"], layer["attention"]["out"]["kernel"]
+        layer["mlp"]["down"]["kernel"] = down.at[units].set(0).at[:, channels].set(0)
+        layer["attention"]["out"]["kernel"] = out.at[heads].set(0).at[:, channels].set(0)
+    table = params["tokens"]["embedding"]
+    params["tokens"]["embedding"] = table.at[:, channels].set(0)
+    return source._replace(params=params)
+
+
+def logits(of: decoders.PretrainedDecoder, params: Any = None) -> jax.Array:
+    params = of.params if params is None else params
+    hidden, _ = of.model.apply(params, TOKENS)
+    return losses.head_logits(hidden, of.model.head(params))
+
+
+def test_heads_and_units_that_say_nothing_are_dropped_and_nothing_changes(tmp_path: Path):
+    source = wide(heads=[0, 3], hidden=[1, 2, 5, 11])
+    narrow, kept = pruning.narrow(source, heads=2, key_heads=2, hidden=8)
+    assert kept.heads.tolist() == [[1, 2]] * 2
+    assert kept.hidden.tolist() == [[0, 3, 4, 6, 7, 8, 9, 10]] * 2
+    assert kept.shares["heads"] == pytest.approx(1) and "hidden 8 (100 %)" in str(kept)
+    np.testing.assert_allclose(logits(narrow), logits(source), atol=1e-5)
+    # A head of its own width is written to config.json, and read again.
+    decoders.save(tmp_path / "n", narrow.params, narrow.rules, config=narrow.config)
+    again = decoders.load(tmp_path / "n")
+    assert again.model.config.heads == 2 and again.model.config.head_width == 4
+    np.testing.assert_array_equal(logits(again), logits(narrow))
+    # One key head alone, with both of its heads.
+    one, kept = pruning.narrow(wide(heads=[0, 1]), heads=2, key_heads=1)
+    assert kept.key_heads.tolist() == [[1]] * 2 and kept.heads.tolist() == [[2, 3]] * 2
+    np.testing.assert_allclose(logits(one), logits(wide(heads=[0, 1])), atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [None, TOKENS], ids=["by weights", "by activations"])
+def test_silent_channels_are_dropped(tokens: Any):
+    source = wide(channels=[0, 7, 8, 15])
+    if tokens is None:  # what is written to them is 0, what is read from them need not be
+        for layer in (source.params["layers_0"], source.params["layers_1"]):
+            for part, name in (("attention", "query"), ("mlp", "up")):
+                kernel = layer[part][name]["kernel"]
+                layer[part][name]["kernel"] = kernel.at[jnp.asarray([0, 7, 8, 15])].set(0)
+    narrow, kept = pruning.narrow(source, width=12, tokens=tokens)
+    assert kept.channels.tolist() == [1, 2, 3, 4, 5, 6, 9, 10, 11, 12, 13, 14]
+    # A norm's mean is over fewer channels now.
+    scaled = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * (16 / 12) ** 0.5 if "scale" in str(path[-1]) else x, narrow.params
+    )
+    np.testing.assert_allclose(logits(narrow, scaled), logits(source), atol=1e-4)
+
+
+def test_shapes_that_cannot_be_taken_are_refused():
+    source = decoders.initialized(CONFIG, jax.random.key(0))
+    for sizes, says in (
+        ({"width": 17}, "width must lie in 1..16"),
+        ({"heads": 3, "key_heads": 2}, "heads must be a multiple of key_heads"),
+        ({"heads": 4, "key_heads": 1}, "at most 2 to each"),
+        ({"hidden": 0}, "hidden must lie"),
+    ):
+        given: Any = sizes
+        with pytest.raises(ValueError, match=says):
+            pruning.narrow(source, **given)
