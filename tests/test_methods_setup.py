@@ -205,3 +205,11 @@ def test_many_labels_are_shares_of_the_logits_shape() -> None:
     found = jax.jit(task)(ignored)
     assert np.isfinite(found[0]) and np.isnan(found[1])
     np.testing.assert_allclose(task(ignored, weights=jnp.array([1.0, 0.0])), [found[0], 0])
+
+
+def test_numbers_are_learned_by_their_squared_error() -> None:
+    outputs, targets = jnp.array([[1.0, 2.0], [0.0, 4.0]]), np.array([[0.0, 2.0], [0.0, 1.0]])
+    found = methods.regression(Inputs({"logits": outputs}, {}, {"labels": targets}))["task"]
+    np.testing.assert_allclose(found, [0.5, 4.5])
+    with pytest.raises(ValueError, match="one shape"):
+        methods.regression(Inputs({"logits": outputs}, {}, {"labels": targets[:, 0]}))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kdtl_jax import Variables
-from kdtl_jax.run import record, scores
+from kdtl_jax.run import record, report, scores
 
 INF, NAN = math.inf, math.nan
 
@@ -109,3 +109,16 @@ def test_a_damaged_record_is_one_clear_error(tmp_path: Path, content: str) -> No
     (tmp_path / "made_from.json").write_text(content)
     with pytest.raises(ValueError, match=r"made_from\.json"):
         record.compare(tmp_path, record.made_from({}))
+
+
+def test_scores_are_written_in_their_units() -> None:
+    r2 = report.Score("r2", "R²", is_share=False)
+    assert (report.ACCURACY.shown(0.9061), r2.shown(0.8731)) == ("accuracy 90.6 %", "R² 0.873")
+    assert (report.ACCURACY.number(0.05, sign=True), r2.number(-0.5, sign=True)) == (
+        "+5.0",
+        "-0.500",
+    )
+    assert (
+        report.percent(report.interval([0.5]), r2) == "0.500" and r2.number(float("nan")) == "nan"
+    )
+    assert (report.ACCURACY.axis, r2.axis, r2.unit) == ("accuracy, %", "R²", "")

@@ -5,6 +5,7 @@ does not announce.
 """
 
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ PARTS = {
 _BROKEN = (
     *(zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError, RuntimeError),
     *(NotImplementedError, OverflowError, MemoryError, SyntaxError, UnicodeError, OSError),
+    tokenize.TokenError,  # of NumPy's reader of headers
 )
 
 

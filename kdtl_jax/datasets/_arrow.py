@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdtl_jax._text import shown
+
 SUFFIXES = (".parquet", ".arrow", ".feather")
 STARTS = (
     b"\x89PNG",
@@ -55,22 +57,27 @@ def read_arrow(paths: Sequence[Path]) -> ArrowTable:
     pa = _pyarrow(paths[0])
     tables = [_read(pa, path) for path in paths]
     try:
-        table = pa.concat_tables(tables) if len(tables) > 1 else tables[0]
-        table = table.combine_chunks()
+        table = pa.concat_tables(tables).combine_chunks()
     except pa.ArrowException as error:
         raise ValueError(f"{paths[0]}: files of one part differ ({str(error)[:200]}).") from None
     features = _features(table.schema.metadata or {})
     found = ArrowTable(str(paths[0]), {}, {}, {}, {}, _class_names(features))
     for place, name in enumerate(table.column_names):
-        column = table.column(place)
-        chunk = column.combine_chunks() if hasattr(column, "combine_chunks") else column
-        if isinstance(chunk, pa.ChunkedArray):
-            chunk = pa.concat_arrays(chunk.chunks) if chunk.num_chunks else pa.array([], chunk.type)
+        chunks = table.column(place).chunks
         try:
-            _put(pa, found, name, chunk)
-        except pa.ArrowException as error:
-            raise ValueError(f"{paths[0]}: column {name!r:.80}: {str(error)[:200]}.") from None
+            whole = pa.concat_arrays(chunks) if chunks else pa.array([], table.field(place).type)
+            _put(pa, found, name, whole)
+        except _broken(pa) as error:
+            raise ValueError(
+                f"{paths[0]}: column {shown(name, 80)!r} cannot be read ({str(error)[:200]})."
+            ) from None
     return found
+
+
+def _broken(pa: Any) -> tuple[type[Exception], ...]:
+    """What pyarrow raises on damaged files."""
+    known = (ValueError, KeyError, IndexError, TypeError, MemoryError, SystemError, OverflowError)
+    return (pa.ArrowException, *known)
 
 
 def _pyarrow(path: Path) -> Any:
@@ -88,22 +95,20 @@ def _pyarrow(path: Path) -> Any:
 def _read(pa: Any, path: Path) -> Any:
     try:
         if path.suffix == ".parquet":
-            return pa.parquet.ParquetFile(path).read()
-        with path.open("rb") as file:  # `datasets` writes streams, Feather is a file
-            is_file = file.read(6) == b"ARROW1"
-        with pa.memory_map(str(path)) as source:
-            reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-            return reader.read_all()
-    except (pa.ArrowException, ValueError, MemoryError) as error:
-        raise ValueError(
-            f"{path}: not a readable {path.suffix[1:]} file ({str(error)[:200]})."
-        ) from None
-    except OSError as error:
-        if error.errno is not None:
+            found = pa.parquet.ParquetFile(path).read()
+        else:
+            with path.open("rb") as file:  # `datasets` writes streams, Feather is a file
+                is_file = file.read(6) == b"ARROW1"
+            with pa.memory_map(str(path)) as source:
+                reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+                found = reader.read_all()
+        found.validate(full=True)  # offsets of a damaged file point anywhere
+    except (*_broken(pa), OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise ValueError(
-            f"{path}: not a readable {path.suffix[1:]} file ({str(error)[:200]})."
-        ) from None
+        kind = path.suffix[1:]
+        raise ValueError(f"{path}: not a readable {kind} file ({str(error)[:200]}).") from None
+    return found
 
 
 def _put(pa: Any, found: ArrowTable, name: str, column: Any) -> None:

@@ -236,7 +236,9 @@ def finite_numbers(name: str, inputs: np.ndarray) -> np.ndarray:
     """Inputs as float32, or as float64 where float32 rounds their differences away."""
     if inputs.dtype.kind not in "iufb":
         raise ValueError(f"{name}: inputs must be numbers, got {inputs.dtype}.")
-    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused below
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # what float32 cannot hold is infinite, and refused below
         single = np.ascontiguousarray(inputs, np.float32)
     finite = np.isfinite(single).all(axis=tuple(range(1, single.ndim)))
     if not finite.all():
