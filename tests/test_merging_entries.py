@@ -147,3 +147,20 @@ def test_draws_are_uniform_over_all_blocks(monkeypatch: pytest.MonkeyPatch) -> N
     kept = transforms.dare(jax.random.key(0), {"w": jnp.ones((500, 100))}, density=0.3)["w"] != 0
     np.testing.assert_allclose(jnp.mean(kept), 0.3, atol=0.01)
     np.testing.assert_allclose(jnp.mean(kept, axis=1), 0.3, atol=0.2)
+
+
+def test_ties_that_are_stored_twice_share_their_draws() -> None:
+    """As a file has them: equal arrays under two names."""
+    rng = np.random.default_rng(0)
+    table, other = (rng.normal(size=(5, 3)).astype(np.float32) for _ in range(2))
+    other[0] = table[0]  # a beginning alone is no tie
+    tree = {"a": table, "b": other, "c": table.copy()}
+    key = jax.random.key(0)
+    for merged in (
+        transforms.dare(key, tree, density=0.5),
+        transforms.della(key, tree, density=0.5, epsilon=0.1),
+        transforms.mixout(key, tree, {name: 0 * x for name, x in tree.items()}, rate=0.5),
+    ):
+        np.testing.assert_array_equal(merged["a"], merged["c"])
+        zeros = [np.asarray(merged[name]) == 0 for name in "ab"]
+        assert not np.array_equal(*zeros), "another leaf has draws of its own"

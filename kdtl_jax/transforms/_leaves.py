@@ -229,6 +229,32 @@ def scaled(weight: Any, leaf: Array) -> Array:
     return _numerics.cast(weight, leaf) * leaf
 
 
+def equal_paths(tree: PyTree) -> dict[str, str]:
+    """Paths whose leaf equals an earlier one, to the first such: ties that are stored twice.
+
+    What is drawn for a tied leaf is drawn with the first one's path. Only leaves of one beginning
+    are compared to the end; tracers and scalars equal none.
+    """
+    groups: dict[Any, list[tuple[str, Any]]] = {}
+    for path, leaf in trees.flatten(tree).items():
+        if np.ndim(leaf) and np.size(leaf) and trees.is_inexact(leaf):
+            groups.setdefault((leaf.shape, str(leaf.dtype)), []).append((path, leaf))
+    first: dict[str, str] = {}
+    for group in groups.values():
+        alike: dict[bytes, list[tuple[str, Any]]] = {}
+        for path, leaf in group if len(group) > 1 else ():
+            start = _checks.concrete(leaf[(0,) * (leaf.ndim - 1)])
+            if start is None:
+                continue
+            earlier = alike.setdefault(start.tobytes(), [])
+            same = [p for p, other in earlier if other is leaf or np.array_equal(other, leaf)]
+            if same:
+                first[path] = same[0]
+            else:
+                earlier.append((path, leaf))
+    return first
+
+
 def fold_path(key: Array, path: str) -> Array:
     """A key of the path's own: merging a subset draws what merging everything draws."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))

@@ -179,14 +179,14 @@ def dare(
       Yu et al., Language models are super Mario, 2023 (2311.03099). PEFT rescales so; mergekit
       by L1 norms: `rescale_l1(keep(task_vector, mask), task_vector)`.
     """
-    values = _leaves.coefficients(density, task_vector)
+    values, first = _leaves.coefficients(density, task_vector), _leaves.equal_paths(task_vector)
 
     def formula(i: int, path: str, leaf: Array) -> Array:
         if values[i] is None:
             return leaf
         _checks.positive(density=values[i])
         _checks.within(0, 1, density=values[i])
-        share = _numerics.scalar(values[i], leaf)
+        share, path = _numerics.scalar(values[i], leaf), first.get(path, path)
         kept = _leaves.uniform(key, path, leaf.shape, share.real.dtype, block) < share.real
         return jnp.where(kept, leaf / share, 0)
 
@@ -265,9 +265,10 @@ def della(
       `rescale_l1(keep(task_vector, mask), task_vector)`.
     """
     probabilities = della_probabilities(task_vector, density=density, epsilon=epsilon)
+    first = _leaves.equal_paths(task_vector)
 
     def formula(i: int, path: str, leaf: Array, probability: Array) -> Array:
-        draw = _leaves.uniform(key, path, leaf.shape, leaf.dtype, block)
+        draw = _leaves.uniform(key, first.get(path, path), leaf.shape, leaf.dtype, block)
         kept = draw < probability
         return jnp.where(kept, leaf / jnp.where(kept, probability, 1), 0)
 
@@ -339,8 +340,11 @@ def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Param
     if known is not None and bool((known >= 1).any()):
         raise ValueError(f"rate must be below 1, got {known}: nothing would be trained.")
 
+    first = _leaves.equal_paths(params)
+
     def formula(i: int, path: str, leaf: Array, anchor: Array) -> Array:
         p = _numerics.scalar(rate, leaf)
+        path = first.get(path, path)
         back = _leaves.uniform(key, path, leaf.shape, p.real.dtype) < p.real
         # The formula's two cases, written so that rate 0 gives `params` bit by bit.
         return jnp.where(back, anchor, leaf + p / (1 - p) * (leaf - anchor))
