@@ -232,6 +232,7 @@ def edited(tmp_path: Path, name: str, **changes: Any) -> Path:
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "for phi3 alone"),
         ("llama", {"vocab_size": 41}, "tokens/embedding"),
         ("gemma2", {"layer_types": ["full_attention"]}, "layer_types must be 4 times"),
+        ("gemma3", {"attn_logit_softcapping": 0.5}, "is not built here"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "is not built here"),
     ],
 )

@@ -256,7 +256,6 @@ def _gemma3(config: Config) -> DecoderConfig:
         has_post_norms=True,
         has_head_norms=True,
         attention_scale=number(config, "query_pre_attn_scalar", 256) ** -0.5,
-        attention_softcap=optional(config, "attn_logit_softcapping"),
         final_softcap=optional(config, "final_logit_softcapping"),
     )
 
@@ -358,7 +357,8 @@ FAMILIES: Mapping[str, Family] = {
             "query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping "
             "sliding_window_pattern rope_local_base_freq " + _gemma_keys + _windowed
         ),
-        {"use_bidirectional_attention": (False, None)},
+        # transformers does not read Gemma 3's softcapping of attention.
+        {"use_bidirectional_attention": (False, None), "attn_logit_softcapping": (None,)},
     ),
     "phi3": Family(
         _phi3,
