@@ -338,3 +338,11 @@ def test_linen_convention_names_the_torch_twin():
     back = naming.from_torch(tensors, rules)
     for path, leaf in trees.flatten(tree).items():
         np.testing.assert_array_equal(back[path], leaf)
+
+
+def test_an_nnx_state_left_behind_is_named_with_the_repair() -> None:
+    model, params, _ = nnx.model(flax_nnx.BatchNorm(3, rngs=flax_nnx.Rngs(0)))
+    with pytest.raises(
+        ValueError, match="BatchNorm has 2 arrays besides.*got 0.*model_state=state"
+    ):
+        model(params, None, jnp.ones((2, 3)))

@@ -296,3 +296,9 @@ def test_crd_fixes_its_normalizer_with_the_first_batch(mlps: Pair) -> None:
         assert later.memory[1][side].log_z == start
         touched = jnp.any(first.memory[0][side].rows != first.memory[1][side].rows, axis=1)
         assert jnp.array_equal(jnp.flatnonzero(touched), mlps.batch["index"])
+
+
+def test_crd_says_what_its_batch_lacks(mlps: Pair) -> None:
+    batch = {name: x for name, x in mlps.batch.items() if name != "index"}
+    with pytest.raises(ValueError, match='the batch has no "index".*jnp.arange'):
+        one_step(mlps._replace(batch=batch), NAMED["crd"])

@@ -68,6 +68,7 @@ def model(
     clean = nnx.clone(module)
     nnx.pop(clean, nnx.Intermediate)  # what an earlier call may have sown
     graph, params, rest = nnx.split(clean, nnx.Param, ...)
+    count = len(jax.tree.leaves(rest))
 
     def apply(
         params: nnx.State,
@@ -77,6 +78,14 @@ def model(
         key: Array | None = None,
         train: bool = False,
     ) -> tuple[Outputs, PyTree]:
+        if (given := len(jax.tree.leaves(model_state))) != count:
+            raise ValueError(
+                f"{type(module).__name__} has {count} arrays besides its parameters (batch "
+                f"statistics, random streams), got {given}. Give the model's state: "
+                "train.init_state(..., model_state=state) for a student, Variables(params, state) "
+                "for a teacher."
+            )
+
         def run(way: Call) -> _Ran:
             # Without the copy the module would share, and so mutate, the caller's variables.
             merged = nnx.merge(graph, params, model_state, copy=True)

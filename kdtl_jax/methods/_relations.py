@@ -154,6 +154,11 @@ def crd(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
         return losses.crd(scores, num_data=n), log_z
 
     def terms(inputs: Inputs) -> tuple[dict[str, Array], PyTree]:
+        if "index" not in inputs.batch:
+            raise ValueError(
+                'the batch has no "index", the places of its examples in the training set: add '
+                '"index": jnp.arange(number of examples) to the data.'
+            )
         student, teacher = _embedded(setup, inputs)
         index, banks, where = inputs.batch["index"], inputs.memory, inputs.real
         key, _ = key_and_step(inputs)
