@@ -27,18 +27,10 @@ from kdtl_jax._types import ModelFn, Params, Variables
 from kdtl_jax.datasets import Splits, digits, only_classes, per_class, standardizer, stratified
 from kdtl_jax.models import mlp
 from kdtl_jax.objective import Inputs
-from kdtl_jax.recipes import (
-    _choice,
-    _models,
-    _output,
-    _students,
-    _targets,
-    _training,
-    transfer,
-)
+from kdtl_jax.recipes import _choice, _models, _output, _students, _targets, _training, transfer
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import settings as types
-from kdtl_jax.recipes._finished import NOWHERE, Finished, once
+from kdtl_jax.recipes._finished import NOWHERE, Finished, once, opened
 from kdtl_jax.recipes._training import Experiment, Fitted, Point
 from kdtl_jax.recipes.settings import setting
 from kdtl_jax.run import checkpoint, report, scores
@@ -98,11 +90,15 @@ def run(settings: Settings) -> None:
     splits = Splits(*(scaling.apply(part) for part in raw))
     say = _output.progress()
     with (
-        _output.run_folder(settings, "demo", saves=["checkpoints"]) as where,
+        _output.run_folder(
+            settings, "demo", resume=settings.resume, saves=["checkpoints"]
+        ) as where,
         _output.counted_programs() as programs,
+        _output.hint_of_resuming("demo", where.path),
     ):
         folder = where.path
-        rows, learning, alpha, models = distill(splits, settings, say)
+        finished = opened(folder, where.run, resume=settings.resume, kinds=(Fitted, Variables))
+        rows, learning, alpha, models = distill(splits, settings, say, finished)
         students = {
             row.method: _students.best(
                 row.method, Variables(models[row.method]), row.validation.values
@@ -115,7 +111,7 @@ def run(settings: Settings) -> None:
             for row in rows
         ]
         advice = _students.note(rows, "student_alone")
-        found = transfer_digits(splits, settings, say)
+        found = transfer_digits(splits, settings, say, finished)
         order = sorted(rows, key=lambda row: ORDER.index(row.method))
         baselines = {FAMILY: "student_alone", _targets.FAMILY: _targets.BASELINE}
         results = report.Results(
