@@ -7,6 +7,8 @@ from typing import Any
 from kdtl_jax import _text, models
 from kdtl_jax.interop._hf_config import (
     Config,
+    Field,
+    Limits,
     activation,
     as_given,
     choice,
@@ -245,10 +247,24 @@ mistral = llama._replace(
     fields=(*_LLAMA_FIELDS, optional(count("sliding_window", 4096, most=1 << 31))),
     heads=(Head("causal", ("MistralForCausalLM",), _HEAD),),
 )
+
+
+def _no_windows(value: Any, limits: Limits) -> bool:
+    if value is not False:
+        raise ValueError(
+            "windows of Qwen2 are not built as a Linen module; interop.decoders.load reads them"
+        )
+    return False
+
+
 qwen2 = llama._replace(
     model_types=("qwen2",),
     base="Qwen2Model",
-    fields=(*_LLAMA_FIELDS, choice("use_sliding_window", False), as_given("layer_types")),
+    fields=(
+        *_LLAMA_FIELDS,
+        Field("use_sliding_window", _no_windows, False),
+        as_given("layer_types"),
+    ),
     build=_qwen2,
     heads=(Head("causal", ("Qwen2ForCausalLM",), _HEAD),),
     # Windows are not used where use_sliding_window is false.
