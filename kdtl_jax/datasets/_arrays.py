@@ -139,7 +139,7 @@ def _by_part(names: Sequence[str], words: Sequence[str], given: str | None) -> d
 
 
 def _like(given: str, lower: Mapping[str, str]) -> dict[str, str]:
-    """The other parts of an array that is called by its training part: `cells_train`."""
+    """The other parts of an array that is called by its training part: cells_train."""
     for affix in PARTS["train"]:
         before, middle, after = given.lower().rpartition(affix)
         if middle and (before.endswith("_") or after.startswith("_") or not (before or after)):
