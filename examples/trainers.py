@@ -4,6 +4,9 @@ A loss has a sum over the tokens that count and their number, apart, so that acc
 padded rows are exact. Tunix, MaxText, Flax NNX and Equinox models are used as they are.
 """
 
+# Models are whatever those frameworks take.
+# pyright: reportMissingParameterType=false
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp

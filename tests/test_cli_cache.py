@@ -181,7 +181,7 @@ def test_what_a_cache_cannot_serve_is_said_before_training(tmp_path: Path, weigh
     kd, hint = [entries["kd"], entries["dkd"]], [entries["kd"], entries["hint"]]
 
     def said(folder: Path, chosen: Any, **instead: Any) -> str:
-        asked = SimpleNamespace(**{**vars(pair), **instead})
+        asked: Any = SimpleNamespace(**{**vars(pair), **instead})
         with pytest.raises(UsageError) as error:
             _caching.check(folder, asked, chosen, resume=False)
         return str(error.value)

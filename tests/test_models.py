@@ -248,8 +248,8 @@ def test_within_blocks_of_image_resnets_is_relu() -> None:
     module = models.ImageResNet(2, (2,), (1,), is_bottleneck=False, activation=jnp.negative)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 8, 3)), jnp.float32)
     variables = module.init(KEY, images)
-    outputs = module.apply(variables, images)
-    block = variables["params"]["stage0_block0"]
+    outputs: Any = module.apply(variables, images)
+    block: Any = variables["params"]["stage0_block0"]
     statistics = 1 / np.sqrt(1 + 1e-5)  # of a mean of 0 and a variance of 1
 
     def convolved(x: jax.Array, name: str) -> jax.Array:
