@@ -40,14 +40,12 @@ def params(*sizes: int) -> dict[str, dict[str, Array]]:
 
 
 def made(student: Params, teacher: Params, **options: Any) -> Setup:
-    shared: dict[str, Any] = {"inputs": jnp.ones((4, 2)), "examples": 9, "steps": 5}
-    return methods.setup(
-        network,
-        network,
-        student_variables=Variables(student),
-        teacher_variables=Variables(teacher),
-        **{**shared, **options},
-    )
+    shared: dict[str, Any] = {
+        "student_variables": Variables(student),
+        "teacher_variables": Variables(teacher),
+        **{"inputs": jnp.ones((4, 2)), "examples": 9, "steps": 5},
+    }
+    return methods.setup(network, network, **{**shared, **options})
 
 
 def test_layers_are_matched_from_the_end() -> None:
@@ -81,6 +79,8 @@ def test_what_does_not_fit_is_told() -> None:
         made(params(2, 6, 3), params(2, 7, 5, 3), layers=[("f1", "f4")])
     with pytest.raises(ValueError, match="student has no tap 'pooled'"):
         made(params(2, 6, 3), params(2, 6, 3), student_layout=Layout(("f1",), "pooled"))
+    with pytest.raises(TypeError, match=r"teacher_variables must be Variables.*got dict"):
+        made(params(2, 6, 3), params(2, 6, 3), teacher_variables=params(2, 6, 3))
 
 
 def test_shapes_do_where_no_weights_are_read() -> None:

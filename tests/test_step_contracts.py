@@ -73,6 +73,17 @@ def test_what_a_model_returns_and_what_a_batch_is() -> None:
         train.init_state(Variables({"w": jnp.zeros(2)}), TX, key=jax.random.key(0))
 
 
+def test_a_state_without_the_connectors_of_a_method() -> None:
+    def terms(inputs: objective.Inputs) -> Any:
+        return {"task": inputs.connectors["pair_0"](inputs.student["logits"])}
+
+    state = train.init_state({"w": jnp.zeros((3, 2))}, TX, key=jax.random.key(0))
+    with pytest.raises(KeyError) as error:
+        train.make_step(LINEAR, terms, {"task": 1.0}, TX)(state, BATCH)
+    notes = "\n".join(error.value.__notes__)  # JAX adds its own
+    assert "no connectors" in notes and "connectors=method.connectors(key)" in notes
+
+
 def test_a_data_set_is_no_batch() -> None:
     state = train.init_state({"w": jnp.zeros((3, 2))}, TX, key=jax.random.key(0))
     data = Dataset("few", np.ones((4, 3), np.float32), np.zeros(4, np.int32), 2)

@@ -145,9 +145,16 @@ def setup(
         (`objective.classification`), or sigmoid if classes do not exclude each other.
 
     Raises:
+      TypeError: if the variables are parameters alone.
       ValueError: if a network has no logits or not one per class, one class is to be learned by
         softmax, or a tap does not exist (the existing ones are listed).
     """
+    for name, given in (("student", student_variables), ("teacher", teacher_variables)):
+        if not isinstance(given, tuple) or len(given) != 2:
+            raise TypeError(
+                f"{name}_variables must be Variables(params, model_state), got "
+                f"{type(given).__name__}. For a model without a state write Variables(params)."
+            )
     of_student, student_layout = _described(student, student_variables, inputs, student_layout)
     of_teacher, teacher_layout = _described(teacher, teacher_variables, inputs, teacher_layout)
     _check_logits("teacher", of_teacher, classes)

@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from kdtl_jax import _checks, trees
 from kdtl_jax._types import ModelFn, Outputs, PyTree
+from kdtl_jax.objective import Inputs, TermsFn
 
 PROTOCOL = "model(params, model_state, inputs, *, key=None, train=False) -> (outputs, model_state)"
 
@@ -61,6 +62,21 @@ def called(
             f"none. Write {how}."
         ) from error
     return outputs_of(returned, name)
+
+
+def told(terms: TermsFn, inputs: Inputs) -> Any:
+    """`terms(inputs)`; a KeyError says what the state lacks where a method's terms need it."""
+    try:
+        return terms(inputs)
+    except KeyError as error:
+        lacking = [n for n in ("connectors", "memory") if not jax.tree.leaves(getattr(inputs, n))]
+        if lacking:
+            how = ", ".join(f"{name}=method.{name}(key)" for name in lacking)
+            error.add_note(
+                f"The state has no {' and no '.join(lacking)}. If the terms are a method's, write "
+                f"init_state(..., {how})."
+            )
+        raise
 
 
 def donated(state: Any) -> bool:

@@ -92,19 +92,18 @@ def make_step(
             )
             _contracts.no_padding_in_statistics(batch, model_state, after)
             taught = outputs_of_teacher(teacher_params, batch)
-            returned = terms(
-                Inputs(
-                    outputs,
-                    jax.lax.stop_gradient(taught),
-                    batch,
-                    params,
-                    connectors,
-                    teacher_params,
-                    memory,
-                    state.step,
-                    terms_key,
-                )
+            inputs = Inputs(
+                outputs,
+                jax.lax.stop_gradient(taught),
+                batch,
+                params,
+                connectors,
+                teacher_params,
+                memory,
+                state.step,
+                terms_key,
             )
+            returned = _contracts.told(terms, inputs)
             named, memory = returned if isinstance(returned, tuple) else (returned, memory)
             means = objective.reduce_all(named, batch.get("weights"), batch_size=_size(batch))
             return means, (after, memory)
