@@ -334,3 +334,22 @@ def test_bad_arguments_say_what_fits() -> None:
         losses.chunked_loss(lambda z, t: jnp.sum(z), hidden, student, rows)
     with pytest.raises(TypeError, match="must be floating point"):
         divergence(hidden.astype(jnp.int32), student, rows, teacher)
+
+
+def test_a_map_over_chunks_is_the_map_over_all_logits() -> None:
+    rng = np.random.default_rng(0)
+    hidden, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 3), (3, 7)))
+    ids = jnp.asarray(rng.integers(0, 7, (2, 5)), jnp.int32)
+    where = jnp.arange(10).reshape(2, 5) % 4 != 1
+
+    def picked(logits: Array, ids: Array) -> dict[str, Array]:
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[:, None], axis=-1)
+        return {"chosen": chosen[:, 0], "top": jax.lax.top_k(logits, 2)[0]}
+
+    found = losses.chunked_map(picked, hidden, Head(kernel), ids, where=where, chunk_size=4)
+    logits = np.asarray(hidden) @ np.asarray(kernel)
+    normal = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    chosen = np.take_along_axis(normal, np.asarray(ids)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(found["chosen"], np.where(where, chosen, 0), rtol=1e-5, atol=1e-6)
+    top = np.where(where[..., None], -np.sort(-logits, axis=-1)[..., :2], 0)
+    np.testing.assert_allclose(found["top"], top, rtol=1e-5, atol=1e-6)

@@ -279,6 +279,8 @@ def _alike(name: str, known: Iterable[str]) -> str:
         if words <= {word.rstrip("s") for word in re.split("[-_]", other.strip("-_"))}
     ]
     if found:
+        # The very words first: "weights" is nearer to "loss-weights" than to "weight-decay".
+        found.sort(key=lambda other: not set(dashed.split("-")) <= set(re.split("[-_]", other)))
         return f"; did you mean {', '.join(found[:3])}?"
     return near(f"--{dashed}" if name.startswith("--") else name, known)
 
