@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf as writing
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +14,6 @@ import pytest
 
 from kdtl_jax import losses, models
 from kdtl_jax.interop import _hf_decoders, decoders, gguf, naming
-
-writing = pytest.importorskip("gguf", reason="GGUF files need the package gguf")
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -160,6 +159,7 @@ def _write(
     names = writing.get_tensor_name_map(arch, layers)
     for name, array in tensors.items():
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert theirs is not None, name
         writer.add_tensor(theirs, _converted(name, array, config))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -7,9 +7,6 @@ import pytest
 from bounds import bounded, is_plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-pytest.importorskip("gguf", reason="GGUF files need the package gguf")
-
 from test_gguf import LLAMA, _source, _write
 
 from kdtl_jax.interop import gguf

@@ -2,7 +2,9 @@
 
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +14,6 @@ from flax import nnx as flax_nnx
 
 from kdtl_jax import train, transforms, trees
 from kdtl_jax.interop import linen, naming, nnx, safetensors
-
-eqx = pytest.importorskip("equinox", reason="the equinox extra is not installed")
-hk = pytest.importorskip("haiku", reason="the haiku extra is not installed")
 
 X = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
 LABELS = np.arange(8, dtype=np.int32) % 2
@@ -264,7 +263,7 @@ def test_equinox_takes_trained_parameters_back():
     new = equinox.with_params(module, transforms.scale(bound.params, 0.0))
     assert not np.asarray(new.layers[0].weight).any() and new.activation is module.activation
     outputs, state = bound.apply(bound.params, None, X)
-    np.testing.assert_allclose(outputs["logits"], jax.vmap(module)(X), rtol=1e-6)
+    np.testing.assert_allclose(outputs["logits"], jax.vmap(module)(jnp.asarray(X)), rtol=1e-6)
     assert state is None
     with pytest.raises(ValueError, match="must have the structure"):
         equinox.with_params(module, {"weight": jnp.ones(1)})

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import equinox as eqx
 import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +13,6 @@ from flax import nnx as fnnx
 
 from kdtl_jax import Variables, interop
 from kdtl_jax.interop import linen, nnx
-
-eqx = pytest.importorskip("equinox", reason="the equinox extra is not installed")
-hk = pytest.importorskip("haiku", reason="the haiku extra is not installed")
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

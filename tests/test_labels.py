@@ -162,7 +162,7 @@ def test_several_labels_per_example_are_no_one_hot_rows_and_no_text() -> None:
     with pytest.raises(ValueError, match="One-hot labels: jnp.argmax"):
         losses.zipf_targets(STUDENT, jnp.eye(6, 5, dtype=jnp.int32))
     with pytest.raises(TypeError, match="got text"):
-        losses.zipf_targets(STUDENT, np.asarray(list("abcdea")))  # pyright: ignore[reportArgumentType] -- text is the point
+        losses.zipf_targets(STUDENT, np.asarray(list("abcdea")))  # pyright: ignore[reportArgumentType]  # text on purpose
 
 
 def test_labels_of_eight_bits_may_belong_to_more_classes_than_fit() -> None:

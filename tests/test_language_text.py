@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as arrow
+import pyarrow.parquet as parquet
 import pytest
 
 from kdtl_jax import language
@@ -194,8 +196,6 @@ def test_long_texts_come_in_pieces_at_line_ends(tmp_path: Path, monkeypatch: pyt
 
 
 def test_parquet_is_read_by_row_groups(tmp_path: Path):
-    arrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     file = tmp_path / "a.parquet"
     talks = [[said("user", f"{i}?"), said("assistant", str(i))] for i in range(7)]
     parquet.write_table(arrow.table({"messages": talks, "id": range(7)}), file, row_group_size=2)

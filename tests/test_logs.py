@@ -33,7 +33,6 @@ def test_a_table_has_a_row_per_line(folder: Path) -> None:
 
 
 def test_tensorboard_has_a_run_per_method_written_once(folder: Path) -> None:
-    pytest.importorskip("tensorboardX")
     for _ in range(2):
         _logs.write(folder, ["tensorboard"])
     for method, tags in (("kd", (b"loss", b"eval/validation_accuracy")), ("dkd", (b"loss",))):

@@ -157,8 +157,8 @@ def test_a_soup_is_learned_in_two_lines() -> None:
     models = [jnp.asarray([1.0, 0.0]), jnp.asarray([0.0, 1.0]), jnp.asarray([-5.0, -5.0])]
     target = jnp.asarray([0.5, 0.5])
     # the two lines: the soup of traced weights, and a loss of it
-    soup = lambda logits: transforms.average(models, jax.nn.softmax(logits))  # noqa: E731, a line of the two
-    loss = lambda logits: jnp.sum((soup(logits) - target) ** 2)  # noqa: E731, a line of the two
+    soup = lambda logits: transforms.average(models, jax.nn.softmax(logits))  # noqa: E731  # one line, as users would write it
+    loss = lambda logits: jnp.sum((soup(logits) - target) ** 2)  # noqa: E731  # one line, as users would write it
     descend = jax.jit(lambda logits: logits - 0.3 * jax.grad(loss)(logits))
 
     logits = jnp.zeros(3)
@@ -176,7 +176,7 @@ def test_alpha_per_leaf_is_learned_in_two_lines() -> None:
 
     # the two lines: alpha is a tree of scalars, differentiated through the merge
     slope = jax.jit(jax.grad(lambda alpha: gap(transforms.interpolate(source, tuned, alpha))))
-    step = lambda alpha: jax.tree.map(lambda a, g: a - 0.2 * g, alpha, slope(alpha))  # noqa: E731, of the two
+    step = lambda alpha: jax.tree.map(lambda a, g: a - 0.2 * g, alpha, slope(alpha))  # noqa: E731  # one line
 
     alpha = {"a": jnp.asarray(0.5), "b": jnp.asarray(0.5)}
     for _ in range(20):

@@ -88,7 +88,7 @@ def test_a_data_set_is_no_batch() -> None:
     state = train.init_state({"w": jnp.zeros((3, 2))}, TX, key=jax.random.key(0))
     data = Dataset("few", np.ones((4, 3), np.float32), np.zeros(4, np.int32), 2)
     with pytest.raises(TypeError, match=r"got Dataset.*\{'inputs': data.inputs, 'labels'"):
-        step_of(LINEAR)(state, data)  # pyright: ignore[reportArgumentType]  # the slip
+        step_of(LINEAR)(state, data)  # pyright: ignore[reportArgumentType]  # wrong on purpose
 
 
 def test_batch_statistics_that_were_left_behind() -> None:
@@ -110,7 +110,7 @@ def test_a_donated_state_is_not_used_twice() -> None:
     with pytest.raises(RuntimeError, match="was given to a jitted step before.*state, metrics = "):
         step(first, BATCH)
     with pytest.raises(TypeError, match="a dict with 'inputs'"):
-        step(second, (1, 2))  # pyright: ignore[reportArgumentType]  # that is the slip
+        step(second, (1, 2))  # pyright: ignore[reportArgumentType]  # wrong on purpose
     step(second, BATCH)
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,8 +60,6 @@ def test_a_layer_of_haiku_names_keeps_all_its_modules() -> None:
 
 
 def test_real_haiku_parameters() -> None:
-    hk = pytest.importorskip("haiku", reason="haiku is an optional extra")
-
     class Layer(hk.Module):
         def __call__(self, x: jax.Array) -> jax.Array:
             return x + hk.Linear(4, name="mlp")(jnp.tanh(hk.Linear(4, name="attn")(x)))

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+import equinox
+import haiku
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,13 +51,10 @@ def _nnx(seed: int) -> Any:
 
 
 def _equinox(seed: int) -> Any:
-    equinox = pytest.importorskip("equinox")
     return equinox.nn.MLP(3, 2, 4, depth=1, key=jax.random.key(seed))
 
 
 def _haiku(seed: int) -> Any:
-    haiku = pytest.importorskip("haiku")
-
     def forward(x: Array) -> Array:
         return haiku.nets.MLP([4, 2], name="net")(x)
 
@@ -140,7 +139,6 @@ def test_frameworks_meet_by_path() -> None:
 
 
 def test_equinox_kernels_are_transposed_by_a_policy() -> None:
-    pytest.importorskip("equinox")
     model, linen = _equinox(0), _linen(1)
     rules = [
         (r"layers/(\d)/weight", r"params/Dense_\1/kernel"),

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -218,7 +219,6 @@ def test_bad_layers(call: Any, words: str) -> None:
 
 
 def test_other_containers_are_sent_to_layer_map() -> None:
-    equinox = pytest.importorskip("equinox")
     model = equinox.nn.MLP(2, 2, 2, depth=3, key=jax.random.key(0))
     layers = r"layers/(\d+)/.*"
     with pytest.raises(ValueError, match="layer_map"):

@@ -3,12 +3,15 @@
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
+import equinox
+import flax.linen as nn
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from kdtl_jax import trees
 from kdtl_jax.trees import Glob, all_of, any_of, none_of
@@ -294,8 +297,6 @@ def test_nearest_falls_back_to_the_first_names() -> None:
 
 
 def test_nnx_variables_and_linen_boxes_add_nothing_to_a_path() -> None:
-    nnx = pytest.importorskip("flax.nnx", reason="flax is not installed")
-    nn = pytest.importorskip("flax.linen", reason="flax is not installed")
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     assert sorted(trees.flatten(nnx.state(model, nnx.Param))) == ["bias", "kernel"]
     assert sorted(trees.flatten(model)) == ["bias", "kernel"]
@@ -308,7 +309,6 @@ def test_nnx_variables_and_linen_boxes_add_nothing_to_a_path() -> None:
 
 
 def test_equinox_fields_and_bool_modules() -> None:
-    equinox = pytest.importorskip("equinox", reason="equinox is an optional extra")
     linear = equinox.nn.Linear(2, 3, key=jax.random.key(0))
     assert list(trees.flatten(linear)) == ["weight", "bias"]
 

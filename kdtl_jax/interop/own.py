@@ -9,6 +9,7 @@ are filled in by their names (`CLASSES`, `INPUTS`, `key`, `rngs`, ...); a single
 name is the number of classes.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -62,7 +63,7 @@ def network(found: Any, *, classes: int, example: Any, dtype: Any = None) -> Net
             f"or a factory with the argument {'rngs' if kind == 'nnx' else 'key'}."
         )
     else:
-        of_key = lambda key: _made(found, classes, example.shape[1:], key)  # noqa: E731  # short
+        of_key = functools.partial(_made, found, classes, example.shape[1:])
         net = (_of_nnx if kind == "nnx" else _of_equinox)(made, of_key)
     shape = _logits_shape(name, net, example)
     if shape != (1, classes):

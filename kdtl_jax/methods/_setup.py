@@ -256,7 +256,7 @@ def _head(found: Layout, outputs: Shapes, params: Params) -> Callable[[Params], 
     head = jax.eval_shape(find, params)
     wanted = (outputs[found.last].shape[-1], outputs["logits"].shape[-1])
     if head is not None and head.kernel.shape == wanted:
-        return find  # pyright: ignore[reportReturnType]  # it has just been found
+        return find  # pyright: ignore[reportReturnType]  # head is not None: linear_head finds one
     if found.head is None:
         return None
     raise ValueError(

@@ -76,7 +76,7 @@ def _write(path: Path, finished: Finished, result: Any, seconds: float) -> None:
     about = json.dumps({"run": finished.run, "seconds": seconds, "structure": structure})
     written = io.BytesIO()
     named = {f"array_{i}": array for i, array in enumerate(arrays)}
-    np.savez(written, about=np.frombuffer(about.encode(), np.uint8), **named)  # pyright: ignore[reportArgumentType]  # its stub has one keyword more
+    np.savez(written, about=np.frombuffer(about.encode(), np.uint8), **named)  # pyright: ignore[reportArgumentType]  # a name could be allow_pickle, a bool
     _files.write_atomic(path, written.getbuffer())
 
 

@@ -101,6 +101,7 @@ def stablehlo(
     try:
         found = jax.export.export(jax.jit(model.logits), platforms=platforms)(inputs)
         return bytes(found.serialize())
+    # NotImplementedError: JAX's own, of primitives that it cannot serialize.
     except (ValueError, TypeError, NotImplementedError, jax.errors.JAXTypeError) as error:
         said = " ".join(str(error).split())[:300]
         hint = "" if batch else " A model that needs to know its batch is exported with --batch."

@@ -55,7 +55,7 @@ def axes(
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")
     if grid:
-        ax.grid(axis=grid, color=RULE, linewidth=1, clip_on=False)  # pyright: ignore[reportArgumentType]  # its Literal
+        ax.grid(axis=grid, color=RULE, linewidth=1, clip_on=False)  # pyright: ignore[reportArgumentType]  # axis is a Literal in the stub, grid a str
     return ax
 
 
@@ -108,8 +108,7 @@ def dot(
     circle = Circle(
         (0, 0),
         radius,
-        # Its stub asks for an affine transform.
-        transform=ScaledTranslation(x, y, ax.transData),  # pyright: ignore[reportArgumentType]  # any transforms
+        transform=ScaledTranslation(x, y, ax.transData),  # pyright: ignore[reportArgumentType]  # the stub asks for an affine one
         facecolor=color,
         edgecolor=edge,
         linewidth=2,
