@@ -92,6 +92,17 @@ def test_arrays_under_other_names(tmp_path: Path) -> None:
         datasets.read_splits(str(path), inputs="cell")
 
 
+def test_one_set_with_a_test_part_of_its_own(tmp_path: Path) -> None:
+    path = npz(tmp_path / "a.npz", x=X, y=Y, x_test=X[:6], y_test=Y[:6])
+    found = datasets.read_splits(str(path), validation=0.2)
+    assert [len(part.labels) for part in found] == [48, 12, 6]
+    np.testing.assert_array_equal(found.test.inputs, X[:6].astype(np.float32))
+    wanted = np.concatenate([X, X[:6]]).astype(np.float32)
+    np.testing.assert_array_equal(datasets.read(path).inputs, wanted)
+    form = datasets.prepared(found)[1]
+    np.testing.assert_array_equal(datasets.read_inputs(path, form), wanted)
+
+
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_text_tables(tmp_path: Path, delimiter: str) -> None:
     path = table(tmp_path / "a.csv", {"": range(N), **columns(kind=KINDS)}, delimiter)
@@ -161,6 +172,20 @@ def test_what_fills_and_categories_are_the_training_parts(tmp_path: Path) -> Non
         datasets.read_inputs(tmp_path / "new.csv", form)
 
 
+def test_a_column_without_a_value_is_filled_whatever_its_type(tmp_path: Path) -> None:
+    colors = ["red", "green", "red"] * 20
+    path = table(tmp_path / "a.csv", {"a": X[:, 0], "color": colors, "label": Y})
+    found = datasets.read_splits(str(path), missing="mean", one_hot=True)
+    form = datasets.prepared(found)[1]
+    mean = form.columns[0].fill
+    for name, color in (("empty", [None, None]), ("numbers", ["inf", None])):
+        new = table(tmp_path / f"{name}.csv", {"a": [1, 2], "color": [c or "" for c in color]})
+        assert datasets.read_inputs(new, form)[1].tolist() == [2, 0, 1], "red, the most frequent"
+    of_text = pa.table({"a": pa.array([None, None], pa.string()), "color": ["red", "green"]})
+    later = datasets.read_inputs(parquet(tmp_path / "b.parquet", of_text), form)
+    np.testing.assert_allclose(later, [[mean, 0, 1], [mean, 1, 0]], rtol=1e-6)
+
+
 def test_a_test_table_without_labels_is_left_out(tmp_path: Path) -> None:
     table(tmp_path / "train.csv", columns(label=KINDS))
     table(tmp_path / "test.csv", columns())
@@ -181,6 +206,10 @@ def test_parquet_with_text_labels(tmp_path: Path) -> None:
         datasets.read(path, label="kind", one_hot=True)
     found = datasets.read(path, label="kind", one_hot=True, missing="most_frequent")
     assert found.inputs.shape == (N, 5) and found.names == NAMES
+    digits = parquet(tmp_path / "c.parquet", pa.table({"a": [str(y) for y in Y], "label": Y}))
+    with pytest.raises(ValueError, match="row 0, column 'a': '0' is text, not a number.*one-hot"):
+        datasets.read(digits)
+    assert datasets.read(digits, one_hot=True).inputs.shape == (N, 3)
     pa_lists = pa.table({"x": list(X), "label": KINDS})
     found = datasets.read(parquet(tmp_path / "b.parquet", pa_lists))
     np.testing.assert_array_equal(found.inputs, X.astype(np.float32))

@@ -10,7 +10,7 @@ import pytest
 
 from kdtl_jax import methods, models
 from kdtl_jax._types import Variables
-from kdtl_jax.datasets import Standardizer
+from kdtl_jax.datasets import Preprocessing, Standardizer
 from kdtl_jax.interop import model_files, networks, safetensors
 from kdtl_jax.interop.model_files import About, Connected
 
@@ -46,6 +46,21 @@ def test_a_loaded_model_scales_its_inputs(file: Path) -> None:
         np.testing.assert_allclose(model.predict(rows), found[: len(rows)], rtol=1e-6, atol=1e-6)
     whole = model_files.in_batches(lambda x: jnp.asarray(x[:, :3]), X, 3, batch=8)
     np.testing.assert_array_equal(whole, X[:, :3])
+
+
+def test_inputs_of_float64_are_scaled_in_it(tmp_path: Path) -> None:
+    """Seconds since 1970: float32 has steps of 128 there, as large as the spread."""
+    offset = 1.7e9 + 37
+    wide = Standardizer(np.full(4, offset), np.full(4, 100.0))
+    form = Preprocessing("classes", ("a", "b", "c"), 3, (4,), scaling=wide)
+    about = ABOUT._replace(scaling=wide, preprocessing=form)
+    model_files.save(tmp_path / "x.safetensors", made()[1], about, {})
+    net, variables = made()
+    wanted = net.apply(*variables, X)[0]["logits"]
+    found = model_files.load(tmp_path / "x.safetensors").predict(
+        X.astype(np.float64) * 100 + offset
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_other_inputs_are_refused(file: Path) -> None:

@@ -3,6 +3,7 @@
 from kdtl_jax.datasets._dataset import Dataset as Dataset
 from kdtl_jax.datasets._dataset import checked as checked
 from kdtl_jax.datasets._dataset import digits as digits
+from kdtl_jax.datasets._formats import EXPECTED as EXPECTED
 from kdtl_jax.datasets._idx import read_idx_array as read_idx_array
 from kdtl_jax.datasets._preprocessing import KINDS as KINDS
 from kdtl_jax.datasets._preprocessing import Column as Column
@@ -15,7 +16,6 @@ from kdtl_jax.datasets._preprocessing import to_json as to_json
 from kdtl_jax.datasets._read import read as read
 from kdtl_jax.datasets._read import read_inputs as read_inputs
 from kdtl_jax.datasets._read import read_splits as read_splits
-from kdtl_jax.datasets._sources import EXPECTED as EXPECTED
 from kdtl_jax.datasets._splits import Splits as Splits
 from kdtl_jax.datasets._splits import only_classes as only_classes
 from kdtl_jax.datasets._splits import per_class as per_class
@@ -26,8 +26,6 @@ from kdtl_jax.datasets._splits import standardizer as standardizer
 from kdtl_jax.datasets._splits import stratified as stratified
 from kdtl_jax.datasets._summary import summary as summary
 from kdtl_jax.datasets._summary import warnings as warnings
-from kdtl_jax.datasets._tables import MISSING as MISSING
 from kdtl_jax.datasets._tables import Missing as Missing
-from kdtl_jax.datasets._targets import TARGETS as TARGETS
 from kdtl_jax.datasets._targets import Target as Target
 from kdtl_jax.datasets._targets import targeted as targeted

@@ -153,8 +153,7 @@ def _unnested(pa: Any, column: Any) -> tuple[list[int], np.ndarray | None]:
         count, inner = len(column), column.flatten()
         if not count or inner.null_count or len(inner) % count:
             return [], None
-        sizes = pa.compute.list_value_length(column) if hasattr(pa, "compute") else None
-        if sizes is None or len(sizes.unique()) != 1:
+        if len(pa.compute.list_value_length(column).unique()) != 1:
             return [], None
         lengths.append(len(inner) // count)
         column = inner

@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from kdtl_jax.datasets._tables import Table
+from kdtl_jax.datasets._tables import FLAGS, Table
 
 DELIMITERS = (",", ";", "\t", "|")
 ABSENT = frozenset(("", "na", "n/a", "nan", "null", "?"))
-FLAGS = {"true": 1.0, "false": 0.0}
 NAN = float("nan")
 PART = 4096  # rows that are read at once
 SUFFIXES = (".csv", ".tsv", ".tab")

@@ -125,7 +125,7 @@ def _one_per_example(
             row = int(np.flatnonzero(labels.sum(axis=1) != 1)[:1].sum())
             raise ValueError(
                 f"{name}: labels {list(labels.shape)} are not one-hot, see row {row}: every row "
-                "needs a single 1 among zeros. Several labels per example are not read."
+                "needs a single 1 among zeros. Several labels per example need target='labels'."
             )
         flat = labels.argmax(axis=1)
         notices = [f"labels are one-hot rows: read as the numbers 0..{labels.shape[1] - 1}"]
@@ -236,9 +236,8 @@ def finite_numbers(name: str, inputs: np.ndarray) -> np.ndarray:
     """Inputs as float32, or as float64 where float32 rounds their differences away."""
     if inputs.dtype.kind not in "iufb":
         raise ValueError(f"{name}: inputs must be numbers, got {inputs.dtype}.")
-    with np.errstate(
-        over="ignore", invalid="ignore"
-    ):  # what float32 cannot hold is infinite, and refused below
+    # What float32 cannot hold is infinite, and refused below.
+    with np.errstate(over="ignore", invalid="ignore"):
         single = np.ascontiguousarray(inputs, np.float32)
     finite = np.isfinite(single).all(axis=tuple(range(1, single.ndim)))
     if not finite.all():

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from kdtl_jax.datasets._arrays import DEFLATE
+
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-DEFLATE = 1032  # no stream of zlib unpacks to more bytes per byte than this
 PIECE = 2**20
 
 
@@ -30,12 +31,6 @@ def idx_file(folder: Path, part: str, kind: str) -> Path:
             f"{there or 'nothing'}. Expected MNIST's four files."
         )
     return found[0]
-
-
-def read_idx_images(path: Path) -> np.ndarray:
-    """The inputs of an idx file; gray images get a channel axis."""
-    inputs = read_idx_array(path)
-    return inputs[..., None] if inputs.ndim == 3 else inputs
 
 
 def read_idx_array(path: str | Path) -> np.ndarray:

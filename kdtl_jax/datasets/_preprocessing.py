@@ -6,12 +6,12 @@ data later reads them in the same way.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 Kind = Literal["classes", "labels", "numbers"]
-KINDS: tuple[Kind, ...] = ("classes", "labels", "numbers")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Standardizer(NamedTuple):

@@ -12,11 +12,11 @@ import numpy as np
 
 from kdtl_jax.datasets import _images, _tables
 from kdtl_jax.datasets._dataset import Dataset, digits, finite_numbers
-from kdtl_jax.datasets._idx import read_idx_array, read_idx_images
+from kdtl_jax.datasets._formats import EXPECTED, sources
+from kdtl_jax.datasets._idx import read_idx_array
 from kdtl_jax.datasets._images import Pictures
 from kdtl_jax.datasets._preprocessing import Preprocessing
-from kdtl_jax.datasets._source import Choices, Source
-from kdtl_jax.datasets._sources import EXPECTED, sources
+from kdtl_jax.datasets._source import Choices, Source, with_channels
 from kdtl_jax.datasets._splits import Splits, drawn, stratified
 from kdtl_jax.datasets._tables import Missing, Table
 from kdtl_jax.datasets._targets import Target, targeted
@@ -73,8 +73,6 @@ def read_splits(
     like = _model(preprocessing)
     train = _numbered(first, target, like)
     given = {part: _numbered(found[part], target, train) for part in PARTS[1:] if part in found}
-    if "whole" in found and "train" not in found:
-        given = {}
     parts = drawn(train, given.get("validation"), given.get("test"), validation, test, seed)
     origins = [first, *(found[p] if p in given else first for p in PARTS[1:])]
     form, notices = preprocessing, []
@@ -129,9 +127,7 @@ def read(
     choices = _choices(label, inputs, missing, one_hot, drop, image_size, preprocessing)
     found = _idx_pair(path, labels) or sources(path, choices)
     like = _model(preprocessing)
-    named = [found[part] for part in ("whole", *PARTS) if part in found]
-    if "train" in found:
-        named = [found[part] for part in PARTS if part in found]
+    named = _in_order(found)
     first = _numbered(named[0], target, like, classes)
     parts = [first, *(_numbered(source, target, first) for source in named[1:])]
     form, notices = preprocessing, []
@@ -164,8 +160,9 @@ def read_inputs(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
         inputs=preprocessing.inputs, with_targets=False, targets=preprocessing.targets
     )
     found = sources(Path(path), choices)
-    parts = [found[part] for part in PARTS if part in found] or [found["whole"]]
-    made = [_inputs(source, np.arange(_count(source)), preprocessing) for source in parts]
+    made = [
+        _inputs(source, np.arange(_count(source)), preprocessing) for source in _in_order(found)
+    ]
     inputs = np.concatenate(made)
     if not len(inputs):
         raise ValueError(f"{path}: holds no examples.")
@@ -175,6 +172,11 @@ def read_inputs(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
             f"{list(preprocessing.shape)}."
         )
     return inputs
+
+
+def _in_order(found: dict[str, Source]) -> list[Source]:
+    """The training part first, or what stands in its place."""
+    return [found[part] for part in ("whole", *PARTS) if part in found]
 
 
 def _choices(
@@ -210,7 +212,8 @@ def _model(preprocessing: Preprocessing | None) -> Dataset | None:
 
 def _idx_pair(path: Path, labels: str | Path | None) -> dict[str, Source]:
     if labels is not None and not (path.is_dir() or path.suffix):
-        return {"whole": Source(str(path), read_idx_images(path), read_idx_array(Path(labels)))}
+        inputs = with_channels(read_idx_array(path))
+        return {"whole": Source(str(path), inputs, read_idx_array(labels))}
     return {}
 
 

@@ -5,7 +5,7 @@ read later, are encoded in the same way.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -13,9 +13,10 @@ from kdtl_jax import trees
 from kdtl_jax.datasets._preprocessing import Column
 
 Missing = Literal["mean", "median", "most_frequent", "drop"]
-MISSING = ("mean", "median", "most_frequent", "drop")
+MISSING: tuple[Missing, ...] = get_args(Missing)
 MOST_CATEGORIES = 1000
 USUAL_LABELS = ("label", "labels", "target", "targets", "class", "y")
+FLAGS = {"true": 1.0, "false": 0.0}
 
 
 class Table(NamedTuple):
@@ -187,21 +188,22 @@ def encoded(table: Table, columns: Sequence[Column]) -> np.ndarray:
                 f"{near:.300}."
             )
         values, lacking = table.columns[column.name], empty(table.columns[column.name])
-        if lacking.any():
-            if column.fill is None:
-                row = int(np.flatnonzero(lacking)[0])
-                raise ValueError(
-                    f"{table.name}: {table.at(row)}, column {column.name!r:.80}: no value, and the "
-                    "training data had none missing."
-                )
-            values = values.copy()
-            values[lacking] = column.fill
+        if lacking.any() and column.fill is None:
+            row = int(np.flatnonzero(lacking)[0])
+            raise ValueError(
+                f"{table.name}: {table.at(row)}, column {column.name!r:.80}: no value, and the "
+                "training data had none missing."
+            )
+        # Filled last: a column in which everything is missing may be of either type.
         if column.categories:
             texts = _as_text(values)
+            texts[lacking] = column.fill
             parts.append(texts[:, None] == np.array(column.categories, object)[None])
             continue
-        if values.dtype != np.float64:
+        if values.dtype != np.float64 and not lacking.all():
             raise _not_a_number(table, column.name, values)
+        if column.fill is not None:
+            values = np.where(lacking, column.fill, values)
         parts.append(values[:, None])
     return np.concatenate([part.astype(np.float64) for part in parts], axis=1)
 
@@ -254,13 +256,14 @@ def _text_column(
 
 
 def _not_a_number(table: Table, name: str, column: np.ndarray) -> ValueError:
-    row = next(i for i, cell in enumerate(column) if cell is not None and not _is_number(cell))
+    there = np.flatnonzero(~empty(column)).tolist()
+    row = next((i for i in there if not is_number(column[i])), there[0])
+    what = "is text, not a number" if is_number(column[row]) else "is not a number"
     repair = "Make it one input per category (--text-columns one-hot), or drop it (--drop-columns)."
     if not isinstance(column[row], str):
         repair = "Drop it (--drop-columns)."
     return ValueError(
-        f"{table.name}: {table.at(row)}, column {name!r:.80}: {column[row]!r:.80} is not a number. "
-        f"{repair}"
+        f"{table.name}: {table.at(row)}, column {name!r:.80}: {column[row]!r:.80} {what}. {repair}"
     )
 
 
@@ -282,7 +285,7 @@ def _is_index(column: np.ndarray) -> bool:
 def _as_text(column: np.ndarray) -> np.ndarray:
     """A column as text; whole numbers without a fraction."""
     if column.dtype == np.float64:
-        column = np.array([int(x) if x == np.floor(x) else x for x in column.tolist()], object)
+        column = np.array([int(x) if x.is_integer() else x for x in column.tolist()], object)
     return np.array([str(cell) for cell in column], object)
 
 
@@ -292,14 +295,14 @@ def _numbers_or_text(column: np.ndarray) -> np.ndarray:
     try:
         return np.array([float(cell) for cell in column])
     except (ValueError, TypeError):
-        flags = {"true": 1.0, "false": 0.0}
-        found = [flags.get(str(cell).strip().lower()) for cell in column]
+        found = [FLAGS.get(str(cell).strip().lower()) for cell in column]
         if None in found:
             return np.array([str(cell) for cell in column])
         return np.array(found)
 
 
-def _is_number(cell: Any) -> bool:
+def is_number(cell: Any) -> bool:
+    """Whether a cell is a number or reads as one."""
     try:
         float(cell)
     except (ValueError, TypeError):

@@ -5,15 +5,16 @@ lists, "cat|dog" and rows of 0 and 1 that are not one-hot are labels; other numb
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from kdtl_jax.datasets._dataset import Dataset, checked, finite_numbers, from_text
 from kdtl_jax.datasets._preprocessing import Kind, Preprocessing
+from kdtl_jax.datasets._tables import is_number
 
 Target = Literal["auto", "classes", "labels", "numbers"]
-TARGETS = ("auto", "classes", "labels", "numbers")
+TARGETS: tuple[Target, ...] = get_args(Target)
 SEPARATOR = "|"  # of several labels in one cell
 MOST_LABELS = 10_000
 
@@ -179,7 +180,7 @@ def _numbers(
         try:
             found = flat.astype(np.float64)
         except ValueError:
-            row = next(i for i, cell in enumerate(flat.ravel()) if not _is_number(cell))
+            row = next(i for i, cell in enumerate(flat.ravel()) if not is_number(cell))
             shown = str(flat.ravel()[row])
             raise ValueError(
                 f"{name}: targets must be numbers, got {shown!r:.80} at row "
@@ -223,11 +224,3 @@ def _split(cell: Any) -> list[str]:
 def _in_order(label: str) -> tuple[int, int | str]:
     """Whole numbers by size, then text."""
     return (0, int(label)) if label.isdecimal() and len(label) < 19 else (1, label)
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True

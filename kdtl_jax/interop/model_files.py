@@ -81,6 +81,8 @@ def about(path: str | Path) -> About:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: its metadata are damaged ({error}).") from None
     scaling = None if mean is None or scale is None else Standardizer(mean, scale)
+    if form is not None and form.scaling is not None:
+        scaling = form.scaling  # in the precision in which it was measured
     return About(known.get("model"), classes, scaling, names, shape, form)
 
 
@@ -198,7 +200,7 @@ def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = N
     def logits(inputs: Array) -> Array:
         scaled = jnp.asarray(inputs, jnp.float32)
         if found.scaling is not None:
-            mean, scale = (jnp.asarray(x) for x in found.scaling)
+            mean, scale = (jnp.asarray(x, jnp.float32) for x in found.scaling)
             shape = inputs.shape
             scaled = (scaled - jnp.broadcast_to(mean, shape)) / jnp.broadcast_to(scale, shape)
         return of_shape(tuple(inputs.shape[1:]))(scaled)

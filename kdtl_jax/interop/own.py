@@ -33,6 +33,7 @@ CLASSES = (
 INPUTS = ("in_features", "in_size", "input_size", "features_in", "num_inputs", "din", "n_in")
 CHANNELS = ("channels", "in_channels", "input_channels")
 SHAPES = ("shape", "input_shape", "inputs_shape")
+FORMS = "a Linen module, an NNX or Equinox class, a factory of one, or functions (init, apply)"
 
 
 def network(found: Any, *, classes: int, example: Any, dtype: Any = None) -> Network:
@@ -56,7 +57,7 @@ def network(found: Any, *, classes: int, example: Any, dtype: Any = None) -> Net
     elif pair := _pair(made):
         net = _of_pair(*pair, example)
     elif (kind := _framework(made)) is None:
-        raise TypeError(f"{name} is {_kind(made)}, no model. Expected {__doc_forms__}.")
+        raise TypeError(f"{name} is {_kind(made)}, no model. Expected {FORMS}.")
     elif made is found or not (_takes(found, "key") or _takes(found, "rngs")):
         raise TypeError(
             f"{name} holds one set of weights, and every seed would start from it. Give the class, "
@@ -65,7 +66,12 @@ def network(found: Any, *, classes: int, example: Any, dtype: Any = None) -> Net
     else:
         of_key = functools.partial(_made, found, classes, example.shape[1:])
         net = (_of_nnx if kind == "nnx" else _of_equinox)(made, of_key)
-    shape = _logits_shape(name, net, example)
+    outputs = networks.output_shapes(net, example)
+    if "logits" not in outputs:
+        raise ValueError(
+            f'{name} returns {sorted(outputs)}: no "logits". Return an array, or a dict with it.'
+        )
+    shape = outputs["logits"].shape
     if shape != (1, classes):
         raise ValueError(
             f"{name} gives logits {list(shape)} for one example, expected [1, {classes}]: one "
@@ -73,21 +79,13 @@ def network(found: Any, *, classes: int, example: Any, dtype: Any = None) -> Net
         )
     if dtype is not None:
         net = net._replace(apply=precision.compute_in(net.apply, dtype))
-    variables = networks.abstract(net, example)
-    outputs = jax.eval_shape(net.apply, *variables, example)[0]
     return net._replace(layout=net.layout if net.layout.features else methods.layout(outputs))
-
-
-__doc_forms__ = (
-    "a Linen module, an NNX or Equinox class, a factory of one, or functions (init, apply)"
-)
 
 
 def _made(found: Any, classes: int, shape: tuple[int, ...], key: Array) -> Any:
     """The model itself: what a class or a factory gives."""
-    if isinstance(found, nn.Module) or _pair(found) or _framework(found):
-        return found
-    if not callable(found):
+    known = isinstance(found, nn.Module) or _pair(found) or _framework(found)
+    if known or not callable(found):
         return found
     return found(**_arguments(found, classes, shape, key))
 
@@ -253,18 +251,7 @@ def _is_key(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _logits_shape(name: str, net: Network, example: Array) -> tuple[int, ...]:
-    """The shape of the logits, with one message for whatever goes wrong on the way."""
-    shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), example))
-    outputs, _ = jax.eval_shape(net.apply, *shapes, example)
-    if "logits" not in outputs:
-        raise ValueError(
-            f'{name} returns {sorted(outputs)}: no "logits". Return an array, or a dict with it.'
-        )
-    return tuple(outputs["logits"].shape)
-
-
 def _kind(made: Any) -> str:
-    if isinstance(made, (jax.Array,)) or hasattr(made, "dtype"):
+    if hasattr(made, "dtype"):
         return "an array"
     return "a plain function" if inspect.isfunction(made) else f"{type(made).__name__}"

@@ -99,7 +99,7 @@ def _of_arrow(found: ArrowTable, choices: Choices, first: Source | None) -> Sour
         names = _tables.label_columns(found.name, header, choices.label)
     kept = [name for name in header if name not in (*names, *choices.drop)]
     wide = _wide(found, kept, choices)
-    table = Table(found.name, {n: found.scalars[n] for n in (*header,) if n in found.scalars})
+    table = Table(found.name, found.scalars)
     if wide is None:
         if lists := [name for name in kept if name in found.lists]:
             raise ValueError(

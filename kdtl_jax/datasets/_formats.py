@@ -10,10 +10,10 @@ import numpy as np
 
 from kdtl_jax.datasets import _arrays, _images
 from kdtl_jax.datasets._arrays import Arrays
-from kdtl_jax.datasets._idx import idx_file, is_idx_folder, read_idx_array, read_idx_images
+from kdtl_jax.datasets._idx import idx_file, is_idx_folder, read_idx_array
 from kdtl_jax.datasets._images import Pictures
-from kdtl_jax.datasets._labeled import TABLES, labeled, table_files
 from kdtl_jax.datasets._source import Choices, Source, with_channels
+from kdtl_jax.datasets._table_files import TABLES, labeled, table_files
 
 EXPECTED = (
     "digits (embedded), an .npz or .npy files (x_train, y_train, x_test, y_test, or x, y), a .csv, "
@@ -41,7 +41,7 @@ def sources(path: Path, choices: Choices) -> dict[str, Source]:
     if _images.is_image(path) and not choices.with_targets:
         return {"whole": Source(str(path), Pictures(str(path), [path]))}
     if not choices.with_targets and _starts_as_idx(path):
-        return {"whole": Source(str(path), read_idx_images(path))}
+        return {"whole": Source(str(path), with_channels(read_idx_array(path)))}
     if "idx" in path.name or _starts_as_idx(path):
         raise ValueError(
             f"{path}: an idx file of images needs a second one with labels, as in "
@@ -90,7 +90,7 @@ def _of_idx(folder: Path, choices: Choices) -> dict[str, Source]:
         targets = None
         if choices.with_targets:
             targets = read_idx_array(idx_file(folder, name, "labels"))
-        found[part] = Source(str(images), read_idx_images(images), targets)
+        found[part] = Source(str(images), with_channels(read_idx_array(images)), targets)
     return found
 
 
