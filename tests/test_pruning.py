@@ -1,5 +1,6 @@
 """Narrower decoders: what matters is kept, and the rest is as if it had never been."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,34 @@ CONFIG = {
 TOKENS = jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
 
 
+@functools.cache
+def initialized() -> decoders.PretrainedDecoder:
+    return decoders.initialized(CONFIG, jax.random.key(0))
+
+
 def wide(**silent: list[int]) -> decoders.PretrainedDecoder:
     """A random decoder in which some channels, heads and hidden units say nothing."""
-    source = decoders.initialized(CONFIG, jax.random.key(0))
-    params = jax.tree.map(lambda x: 5 * x, source.params)
-    channels, units = (jnp.asarray(silent.get(n, []), int) for n in ("channels", "hidden"))
-    heads = jnp.asarray([4 * h + i for h in silent.get("heads", []) for i in range(4)], int)
+    source = initialized()
+    params: Any = jax.tree.map(lambda x: 5 * np.asarray(x), source.params)
+    channels, units = (silent.get(n, []) for n in ("channels", "hidden"))
+    heads = [4 * h + i for h in silent.get("heads", []) for i in range(4)]
     for i in range(2):
         layer = params[f"layers_{i}"]
         down, out = layer["mlp"]["down"]["kernel"], layer["attention"]["out"]["kernel"]
-        layer["mlp"]["down"]["kernel"] = down.at[units].set(0).at[:, channels].set(0)
-        layer["attention"]["out"]["kernel"] = out.at[heads].set(0).at[:, channels].set(0)
-    table = params["tokens"]["embedding"]
-    params["tokens"]["embedding"] = table.at[:, channels].set(0)
+        down[units], down[:, channels] = 0, 0
+        out[heads], out[:, channels] = 0, 0
+    params["tokens"]["embedding"][:, channels] = 0
     return source._replace(params=params)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def run(model: Any, params: Any) -> jax.Array:
+    hidden, _ = model.apply(params, TOKENS)
+    return losses.head_logits(hidden, model.head(params))
+
+
 def logits(of: decoders.PretrainedDecoder, params: Any = None) -> jax.Array:
-    params = of.params if params is None else params
-    hidden, _ = of.model.apply(params, TOKENS)
-    return losses.head_logits(hidden, of.model.head(params))
+    return run(of.model, of.params if params is None else params)
 
 
 def test_heads_and_units_that_say_nothing_are_dropped_and_nothing_changes(tmp_path: Path):
@@ -66,8 +75,7 @@ def test_silent_channels_are_dropped(tokens: Any):
     if tokens is None:  # what is written to them is 0, what is read from them need not be
         for layer in (source.params["layers_0"], source.params["layers_1"]):
             for part, name in (("attention", "query"), ("mlp", "up")):
-                kernel = layer[part][name]["kernel"]
-                layer[part][name]["kernel"] = kernel.at[jnp.asarray([0, 7, 8, 15])].set(0)
+                layer[part][name]["kernel"][[0, 7, 8, 15]] = 0
     narrow, kept = pruning.narrow(source, width=12, tokens=tokens)
     assert kept.channels.tolist() == [1, 2, 3, 4, 5, 6, 9, 10, 11, 12, 13, 14]
     # A norm's mean is over fewer channels now.
@@ -78,7 +86,7 @@ def test_silent_channels_are_dropped(tokens: Any):
 
 
 def test_shapes_that_cannot_be_taken_are_refused():
-    source = decoders.initialized(CONFIG, jax.random.key(0))
+    source = initialized()
     for sizes, says in (
         ({"width": 17}, "width must lie in 1..16"),
         ({"heads": 3, "key_heads": 2}, "heads must be a multiple of key_heads"),
