@@ -10,7 +10,7 @@ import pytest
 
 from kdtl_jax import cli
 from kdtl_jax.interop import decoders
-from kdtl_jax.recipes import _language_training
+from kdtl_jax.recipes import _language_models, _language_training
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 TINY = [
@@ -49,6 +49,18 @@ def test_a_run_writes_students_that_open_and_what_was_measured(tmp_path: Path, t
     steps = 7 * kernel / np.abs(kernel).max(axis=0)
     np.testing.assert_allclose(steps, np.round(steps), atol=1e-4)
     assert cli.main(words) == 1  # the folder is taken
+
+
+def test_a_cache_serves_students_whose_tables_have_padding(tmp_path: Path, text: Path):
+    teacher = _language_models.anew(
+        {"layers": 1, "width": 8, "heads": 2}, 260, 256, jax.random.key(0)
+    )
+    _language_models.write_folder(tmp_path / "teacher", teacher.params, teacher, None)
+    words = ["language", *TINY, "--data", str(text), "--teacher", str(tmp_path / "teacher")]
+    words += ["--method", "kd", "--teacher-cache", str(tmp_path / "cache"), "--cached", "dense"]
+    words += ["--steps", "1", "--samples", "0", "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    assert decoders.load(tmp_path / "out" / "kd").model.config.vocabulary == 260
 
 
 @pytest.mark.slow

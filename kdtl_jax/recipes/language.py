@@ -288,7 +288,7 @@ def run(settings: Settings) -> int:
         if settings.teacher_cache:
             cache = of_cache.written(
                 settings.teacher_cache, teacher, tokenizer, text.train, form=settings.cached,
-                dtype="float32", batch_size=settings.batch_size, seed=settings.seed, say=say,
+                batch_size=settings.batch_size, seed=settings.seed, say=say,
             )  # fmt: skip
         teacher = teacher._replace(params=training.place(teacher.params, mesh))
 
@@ -341,7 +341,10 @@ def run(settings: Settings) -> int:
                 itself = jax.jit(student.weights)(params)
                 shared = None if name == "self_ema" else training.place(itself, mesh)
             is_cached = cache is not None and name in of_cache.METHODS
-            learner = language.kd_stored(setup) if is_cached else method.build(setup)
+            if is_cached:  # the cache has the tokenizer's ids alone, whatever the tables have
+                learner = language.kd_stored(setup._replace(vocabulary=tokenizer.size))
+            else:
+                learner = method.build(setup)
             found = teach(
                 name, learner, setup.tx, params, None if is_cached else shared, settings.steps,
                 measure, student.trainable, cache if is_cached else None,
