@@ -71,7 +71,10 @@ def test_lines_end_at_newlines_alone_and_documents_end_in_every_part(tmp_path: P
     for content, says in (
         ("", "no row of --length 5"),
         ('{"text": "alone"}\n', "no row of --length 5 tokens held out"),
-        ('{"prompt": "", "completion": ""}\n' * 2, "no row|must not be empty"),
+        (
+            '{"prompt": "", "completion": ""}\n' * 2,
+            "line 1: prompt and completion must not be empty",
+        ),
         ('{"prompt": [], "completion": 5}\n' * 2, "line 1: messages must be a list"),
     ):
         file.write_text(content)
@@ -113,7 +116,7 @@ def test_documents_in_a_row_are_segments_of_their_own(tmp_path: Path):
 def test_what_is_told_before_a_row_is_of_the_same_document():
     rows = list(language.concatenated(documents({"text": "abcdefg"}, {"text": "hi"}), 4, prompt=2))
     assert [bytes(row.tokens.tolist()[:3]) for row in rows] == [b"abc", b"efg"]
-    told = [tuple(x.tolist() for x in row.told or ()) for row in rows]
+    told = [tuple(x.tolist() for x in row.privileged or ()) for row in rows]
     assert told == [([0, 0, *b"ab"], [0, 0, 1, 1]), ([*b"cdef"], [1, 1, 1, 1])]
 
 
@@ -131,7 +134,7 @@ def test_conversations_learn_what_the_assistant_says_and_only_the_completion_whe
     )
     assert text_of(whole) == ("<user>2+2?;<assistant>4;<user>so?;<assistant>5;", "4;5;")
     assert text_of(answer) == (text_of(whole)[0], "5;")
-    assert BYTES.decode(answer.told) == "5;" and BYTES.decode(told.told) == "psst"
+    assert BYTES.decode(answer.privileged) == "5;" and BYTES.decode(told.privileged) == "psst"
     [row] = language.after_prompts([whole], 60, 50)
     assert BYTES.decode(row.tokens[row.learned]) == "5;"
     for value, says in (
@@ -187,7 +190,7 @@ def test_long_texts_come_in_pieces_at_line_ends(tmp_path: Path, monkeypatch: pyt
     file.write_text("ab\ncd\nefghé\nij\n" + "é" * 20, encoding="utf-8")
     found = list(language.records(file))
     assert "".join(r.value["text"] for r in found) == file.read_text(encoding="utf-8")
-    assert found[0].value["text"] == "ab\ncd\nefghé\n"[:12] and len(found) > 3
+    assert found[0].value["text"] == "ab\ncd\nefghé\n" and len(found) > 3
     assert [r.begins for r in found] == [True] + [False] * (len(found) - 1)
     assert [r.ends for r in found] == [False] * (len(found) - 1) + [True]
     file.write_bytes(b"ab\xff")

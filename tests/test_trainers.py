@@ -47,9 +47,7 @@ class Tiny(nnx.Module):
         self.params = nnx.data(jax.tree.map(nnx.Param, params))
 
     def logits(self, tokens: Any, segments: Any) -> jax.Array:
-        params = jax.tree.map(
-            lambda x: x[...], self.params, is_leaf=lambda x: hasattr(x, "set_value")
-        )
+        params = jax.tree.map(lambda x: x[...], self.params, is_leaf=is_variable)
         hidden, _ = DECODER.apply(params, tokens, None, segments)
         return losses.head_logits(hidden, DECODER.head(params))
 

@@ -18,13 +18,13 @@ class Document(NamedTuple):
     Attributes:
       tokens: int32 `[n]`.
       learned: bool `[n]`, the tokens that are targets: all of a text, what the assistant says.
-      told: int32 `[m]`, what a teacher of the same weights is told beside the prompt.
+      privileged: int32 `[m]`, what a self-taught teacher reads before the prompt.
       place: where it stands, for messages.
     """
 
     tokens: np.ndarray
     learned: np.ndarray
-    told: np.ndarray = NOTHING
+    privileged: np.ndarray = NOTHING
     place: str = "document"
 
 
@@ -32,7 +32,7 @@ def document(
     tokens: Sequence[int] | np.ndarray,
     learned: Sequence[bool] | np.ndarray | None = None,
     *,
-    told: Sequence[int] | np.ndarray = (),
+    privileged: Sequence[int] | np.ndarray = (),
     place: str = "document",
 ) -> Document:
     """Checked tokens of one text; all are learned unless `learned` says otherwise.
@@ -50,7 +50,7 @@ def document(
         raise ValueError(
             f"{place}: learned must be bool [{len(ids)}], got {own.dtype}{list(own.shape)}."
         )
-    return Document(ids.astype(np.int32), own, np.asarray(told, np.int32), place)
+    return Document(ids.astype(np.int32), own, np.asarray(privileged, np.int32), place)
 
 
 def documents(records: Iterable[Record], tokenizer: Tokenizer) -> Iterator[Document]:
@@ -61,8 +61,8 @@ def documents(records: Iterable[Record], tokenizer: Tokenizer) -> Iterator[Docum
       messages they are one conversation, of which the completion's replies are learned.
     - `{"messages"}` goes through the tokenizer's chat template; what the assistant says is learned.
 
-    Text and prompts begin with the start token where the tokenizer itself adds one. What a
-    privileged teacher is told is the record's `"privileged"` text, or else its last answer.
+    Text and prompts begin with the start token where the tokenizer itself adds one. `privileged` is
+    the record's `"privileged"` text, or else its last answer.
 
     Raises:
       ValueError: naming file and line, if a record has none of these forms, is empty, has nothing
@@ -82,16 +82,15 @@ def _document(record: Record, tokenizer: Tokenizer) -> Document | None:
     value = {name: x for name, x in record.value.items() if x is not None}
     if not has_known_form(value):
         raise ValueError(f"it has neither {FORMS}")
-    starts = tokenizer.adds_bos and tokenizer.bos is not None and record.begins
+    starts = tokenizer.adds_bos and record.begins
     first = [tokenizer.bos] if starts and tokenizer.bos is not None else []
     last = [tokenizer.eos] if record.ends and tokenizer.eos is not None else []
     if "text" in value:
         ids = tokenizer.encode(_text("text", value["text"]))
-        whole = not record.begins or not record.ends
-        if not ids and whole:  # a byte order mark alone, say
-            return None
-        if not ids:
+        if not ids and record.begins and record.ends:
             raise ValueError("'text' is empty")
+        if not ids:  # a piece of a byte order mark alone, say
+            return None
         return document([*first, *ids, *last], place=record.place)
     if "messages" in value or any(isinstance(value[n], list) for n in ("prompt", "completion")):
         return _conversation(record.place, value, tokenizer)
@@ -99,10 +98,10 @@ def _document(record: Record, tokenizer: Tokenizer) -> Document | None:
     answer = tokenizer.encode(_text("completion", value["completion"]))
     if not prompt or not answer:
         raise ValueError("prompt and completion must not be empty")
-    told = tokenizer.encode(_text("privileged", value.get("privileged", value["completion"])))
+    privileged = tokenizer.encode(_text("privileged", value.get("privileged", value["completion"])))
     learned = [False] * len(first + prompt) + [True] * len(answer + last)
     ids = [*first, *prompt, *answer, *last]
-    return document(ids, learned, told=told, place=record.place)
+    return document(ids, learned, privileged=privileged, place=record.place)
 
 
 def _conversation(place: str, value: Mapping[str, Any], tokenizer: Tokenizer) -> Document:
@@ -120,10 +119,10 @@ def _conversation(place: str, value: Mapping[str, Any], tokenizer: Tokenizer) ->
         learned[start:stop] = False
     if not runs[known:]:
         raise ValueError("there is no reply to learn: no message of the role 'assistant'")
-    told = found.tokens[slice(*runs[-1])]
+    privileged = found.tokens[slice(*runs[-1])]
     if "privileged" in value:
-        told = tokenizer.encode(_text("privileged", value["privileged"]))
-    return document(found.tokens, learned, told=told, place=place)
+        privileged = tokenizer.encode(_text("privileged", value["privileged"]))
+    return document(found.tokens, learned, privileged=privileged, place=place)
 
 
 def stretches(learned: np.ndarray) -> list[tuple[int, int]]:

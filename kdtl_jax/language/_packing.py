@@ -28,15 +28,15 @@ class Row(NamedTuple):
       tokens: int32 `[L]`.
       segments: int32 `[L]`, 0 for padding, else the document's number in its row.
       learned: bool `[L]`, whether the token at this position is a target.
-      told: tokens and segments `[L']` of a privileged teacher's prompt, padded on the left, or
-        None.
+      privileged: tokens and segments `[L']` of a self-taught teacher's prompt, padded on the left,
+        or None.
       is_cut: whether the document was longer than its columns.
     """
 
     tokens: np.ndarray
     segments: np.ndarray
     learned: np.ndarray
-    told: tuple[np.ndarray, np.ndarray] | None = None
+    privileged: tuple[np.ndarray, np.ndarray] | None = None
     is_cut: bool = False
 
 
@@ -48,8 +48,8 @@ def concatenated(documents: Iterable[Document], length: int, *, prompt: int = 0)
     Args:
       documents: read as they are needed.
       length: tokens per row.
-      prompt: with `told`: what stands before a row's first `prompt` tokens in the same document, at
-        most as many tokens, and these; 0 leaves it out.
+      prompt: with `privileged`: a row's first `prompt` tokens after what stands before them in the
+        same document, at most as many tokens; 0 leaves it out.
     """
     _checks.count(2, length=length)
     tokens, learned, owner = np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(0, np.int64)
@@ -65,7 +65,7 @@ def concatenated(documents: Iterable[Document], length: int, *, prompt: int = 0)
                 ids, (own - own[0] + 1).astype(np.int32), learned[start : start + length].copy()
             )
             if prompt:
-                row = row._replace(told=_context(before, ids, own, prompt))
+                row = row._replace(privileged=_context(before, ids, own, prompt))
                 before = ids[-prompt:], own[-prompt:]
             yield row
         tokens, learned, owner = tokens[full:], learned[full:], owner[full:]
@@ -120,11 +120,11 @@ def after_prompts(documents: Iterable[Document], length: int, prompt: int) -> It
         begin, stop = runs[-1]
         start, end = max(0, begin - prompt), min(stop, begin + length - prompt)
         kept = Document(found.tokens[start:end], np.arange(start, end) >= begin)
-        whole = np.concatenate([found.told, found.tokens[start:begin]])[-length:]
-        told = np.zeros(length, np.int32), np.zeros(length, np.int32)
-        told[0][length - len(whole) :], told[1][length - len(whole) :] = whole, 1
+        whole = np.concatenate([found.privileged, found.tokens[start:begin]])[-length:]
+        tokens, segments = np.zeros(length, np.int32), np.zeros(length, np.int32)
+        tokens[length - len(whole) :], segments[length - len(whole) :] = whole, 1
         row = joined_row([kept], length, start=prompt - (begin - start))
-        yield row._replace(told=told, is_cut=start > 0 or end < stop)
+        yield row._replace(privileged=(tokens, segments), is_cut=start > 0 or end < stop)
 
 
 def joined_row(
@@ -171,16 +171,16 @@ def batch(rows: Iterable[Row]) -> dict[str, Any]:
         n: np.stack([x[n] for x in found]) for n in first if n != "privileged"
     }
     if "privileged" in first:
-        told = [x["privileged"] for x in found]
-        stacked["privileged"] = {n: np.stack([x[n] for x in told]) for n in told[0]}
+        own = [x["privileged"] for x in found]
+        stacked["privileged"] = {n: np.stack([x[n] for x in own]) for n in own[0]}
     return stacked
 
 
 def as_batch(row: Row) -> dict[str, Any]:
     """A row's arrays by the names of a token batch."""
     found: dict[str, Any] = {n: getattr(row, n) for n in ("tokens", "segments", "learned")}
-    if row.told is not None:
-        found["privileged"] = dict(zip(("tokens", "segments"), row.told, strict=True))
+    if row.privileged is not None:
+        found["privileged"] = dict(zip(("tokens", "segments"), row.privileged, strict=True))
     return found
 
 

@@ -28,7 +28,11 @@ Paths = str | Path | Sequence[str | Path]
 
 
 class Record(NamedTuple):
-    """One record, and where it stands; `ends` is False for a piece of a plain text but the last."""
+    """One record, and where it stands.
+
+    A plain text may come in several pieces: `begins` is True for its first alone, `ends` for its
+    last.
+    """
 
     place: str  # "data.jsonl: line 3"
     value: Mapping[str, Any]
@@ -136,9 +140,7 @@ def _object(line: bytes, place: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not JSON ({shown(str(error))}).") from None
     if not isinstance(found, dict) or not has_known_form(found):
-        raise ValueError(
-            f"{place} has neither 'text' nor 'messages' nor 'prompt' and 'completion'."
-        )
+        raise ValueError(f"{place} has neither {FORMS}.")
     return found
 
 

@@ -3,7 +3,7 @@
 Texts (`--data text.txt`, or lines of `{"text": ...}`) are cut into rows one after another;
 documents in one row are segments of their own. A prompt with its completion, or a conversation, is
 a row of its own: its prompt padded on the left to the prompt's columns, its last answer learned up
-to the end token. What a self-taught teacher is told beside the prompt is the record's
+to the end token. What a self-taught teacher reads before the prompt is the record's
 `"privileged"` text, or else its answer; for texts, what stands before the prompt.
 
 Text that is larger than memory is written as rows to the run folder and mapped from there.
@@ -90,14 +90,13 @@ def read(
     parts = []
     for part, between in (("train", (0.0, at)), ("held_out", (at, 1.0))):
         rows = _rows(language.records(paths, between), first, tokenizer, shape)
-        words = "to learn from" if part == "train" else "held out"
-        short = UsageError(
-            f"--data {name}: too little text: no row of --length {shape.length} tokens {words}. "
-            "Give more text, shorter rows or another --held-out."
-        )
         row = next(rows, None)
         if row is None:
-            raise short
+            words = "to learn from" if part == "train" else "held out"
+            raise UsageError(
+                f"--data {name}: too little text: no row of --length {shape.length} tokens {words}."
+                " Give more text, shorter rows or another --held-out."
+            )
         parts.append(
             _kept(itertools.chain([row], rows), folder / part if is_large else None, made_from)
         )
