@@ -26,7 +26,7 @@ FORMS = ("dense", "top_k=12", "top_k=3", "draws=400")
 
 
 def written(folder: Path, rows: Any = None, **changed: Any) -> teacher_cache.Cache:
-    given = {"form": "dense", "dtype": "float32", "batch_size": 4, "seed": 0, **changed}
+    given = {"form": "dense", "batch_size": 4, "seed": 0, **changed}
     tokenizer = given.pop("tokenizer", TOKENIZER)
     params = given.pop("params", TEACHER)
     teacher = PretrainedDecoder(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import losses, train
+from kdtl_jax import losses
 from kdtl_jax._types import Mean, ModelFn, Outputs, Params, PyTree
 from kdtl_jax.language import _methods, _terms
 from kdtl_jax.language._terms import CHUNK, Divergence
@@ -27,7 +27,7 @@ from kdtl_jax.objective import Inputs, TermsFn
 
 
 def stored_names(*, top_k: int | None = None, draws: int | None = None) -> tuple[str, ...]:
-    """The outputs of `stored_outputs` with the same arguments."""
+    """Names of the outputs of `stored_outputs` with the same arguments."""
     if top_k is not None and draws is not None:
         raise ValueError(f"give one of top_k and draws, got {top_k} and {draws}.")
     if draws is not None:
@@ -56,7 +56,12 @@ def stored_outputs(
       chunk_size: tokens whose logits exist at a time, for `top_k` and `draws`.
 
     Returns:
-      The function; with neither it gives `logits` `[B, L, V]`.
+      The function. With `top_k`: `indices` unsigned, `log_probs` `[B, L, k]`, and `log_tail`
+      `[B, L]`; with `draws`: `indices` and `counts`, unsigned `[B, L, N]`; with neither: `logits`
+      `[B, L, V]`.
+
+    Raises:
+      ValueError: for both of `top_k` and `draws`, or one of `draws` and `key` without the other.
     """
     names = stored_names(top_k=top_k, draws=draws)
     if (draws is None) != (key is None):
@@ -140,19 +145,7 @@ def kd_stored(setup: _methods.Setup) -> _methods.Learner:
       (2503.16870), for counts.
     """
     terms = stored_divergence(setup.divergence, chunk_size=setup.chunk_size)
-    weights = {"kd": 1.0}
-    if setup.task:
-        own = _terms.cross_entropy(chunk_size=setup.chunk_size)
-        terms, weights = _terms.together(terms, own), {**weights, "task": setup.task}
-    step = train.make_step(
-        _terms.model(_methods.known(setup.student, setup.vocabulary), setup.weights),
-        terms,
-        weights,
-        setup.tx,
-        trainable=setup.trainable,
-        microbatches=setup.microbatches,
-    )
-    return _methods.Learner(step, lambda state: state)
+    return _methods.Learner(_methods.distilled(setup, terms, teacher=None))
 
 
 def _loss(stored: Mapping[str, Any], divergence: Divergence | None) -> tuple[Any, Any]:

@@ -78,11 +78,15 @@ class Setup(NamedTuple):
     chunk_size: int = _terms.CHUNK
 
 
+def _unchanged(state: TrainState) -> TrainState:
+    return state
+
+
 class Learner(NamedTuple):
     """A method's step, and what makes its first state of `train.init_state`'s."""
 
     step: Step
-    begin: Callable[[TrainState], TrainState]
+    begin: Callable[[TrainState], TrainState] = _unchanged
 
 
 class LanguageMethod(NamedTuple):
@@ -98,8 +102,7 @@ class LanguageMethod(NamedTuple):
 
 def sft(setup: Setup) -> Learner:
     """Fine-tuning on the data."""
-    step = _step(setup, _cross_entropy(setup), {"task": 1.0}, teacher=None)
-    return Learner(step, _unchanged)
+    return Learner(_step(setup, _cross_entropy(setup), {"task": 1.0}, teacher=None))
 
 
 def kd(setup: Setup) -> Learner:
@@ -108,8 +111,7 @@ def kd(setup: Setup) -> Learner:
     References:
       Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (1503.02531).
     """
-    step = _distilled(setup, losses.forward_kl, _teacher(setup))
-    return Learner(step, _unchanged)
+    return Learner(distilled(setup, _divergence(setup, losses.forward_kl), _teacher(setup)))
 
 
 def seqkd(setup: Setup) -> Learner:
@@ -121,7 +123,7 @@ def seqkd(setup: Setup) -> Learner:
     """
     step = _step(setup, _cross_entropy(setup), {"task": 1.0}, teacher=None)
     draw = _draw(setup, _teacher_decoder(setup))
-    return Learner(_rollouts.on_samples(step, draw, _rollouts.of_teacher), _unchanged)
+    return Learner(_rollouts.on_samples(step, draw, _rollouts.of_teacher))
 
 
 def gkd(setup: Setup) -> Learner:
@@ -130,17 +132,21 @@ def gkd(setup: Setup) -> Learner:
     References:
       Agarwal et al., On-Policy Distillation of Language Models, 2023 (2306.13649).
     """
-    step = _distilled(setup, partial(losses.jsd_gkd, beta=setup.beta), _teacher(setup))
-    return _on_own(setup, step, share=setup.share)
+    terms = _divergence(setup, partial(losses.jsd_gkd, beta=setup.beta))
+    return _on_own(setup, distilled(setup, terms, _teacher(setup)), share=setup.share)
 
 
 def opd(setup: Setup) -> Learner:
     """`sum_v p_S (log p_S - log p_T)` at every position of the student's own samples.
 
     The sum over the vocabulary is exact and differentiated; the tokens are constants.
+
+    References:
+      Agarwal et al., On-Policy Distillation of Language Models, 2023 (2306.13649), whose GKD with
+      the reverse KL and samples in every step this is.
     """
-    step = _distilled(setup._replace(task=0.0), losses.reverse_kl, _teacher(setup))
-    return _on_own(setup, step)
+    terms = _divergence(setup, losses.reverse_kl)
+    return _on_own(setup, _step(setup, terms, {"kd": 1.0}, teacher=_teacher(setup)))
 
 
 def opd_sampled(setup: Setup) -> Learner:
@@ -174,15 +180,15 @@ def self_(setup: Setup) -> Learner:
       Self-Distilled Reasoner (OPSD), 2026 (2601.18734); Self-Distillation Fine-Tuning, 2026
       (2601.19897). Both papers state the reverse KL.
     """
+    terms = _divergence(setup, losses.reverse_kl)
     teacher = _itself(setup, as_they_are)
-    step = _distilled(setup._replace(task=0.0), losses.reverse_kl, teacher)
-    return _on_own(setup, step)
+    return _on_own(setup, _step(setup, terms, {"kd": 1.0}, teacher=teacher))
 
 
 def self_ema(setup: Setup) -> Learner:
     """`self_` whose teacher is the moving average of the student. It takes no `teacher_params`."""
-    teacher = _itself(setup, setup.weights)
-    step = _distilled(setup._replace(task=0.0), losses.reverse_kl, teacher)
+    terms = _divergence(setup, losses.reverse_kl)
+    step = _step(setup, terms, {"kd": 1.0}, teacher=_itself(setup, setup.weights))
     step = mean_teachers.follow(step, decay=setup.decay)
     return _on_own(setup, step)._replace(begin=mean_teachers.begin)
 
@@ -222,6 +228,9 @@ def privileged(teacher: ModelFn, prompt: int) -> ModelFn:
     Returns:
       A model function of inputs with an entry `"privileged"`; its hidden states and taps
       `[B, L, width]` stand where the student's do, from the prompt's last column on.
+
+    Raises:
+      ValueError: when called, if the privileged prompt is narrower than the student's.
     """
 
     def apply(
@@ -267,9 +276,8 @@ def _step(setup: Setup, terms: TermsFn, weights: Any, *, teacher: ModelFn | None
     )
 
 
-def _distilled(setup: Setup, own: Divergence, teacher: ModelFn) -> Step:
-    """A divergence, and the cross-entropy with the data beside it where that has a weight."""
-    terms = _divergence(setup, own)
+def distilled(setup: Setup, terms: TermsFn, teacher: ModelFn | None) -> Step:
+    """A step of `"kd"` terms, and of the cross-entropy with the data where that has a weight."""
     if not setup.task:
         return _step(setup, terms, {"kd": 1.0}, teacher=teacher)
     both = _terms.together(terms, _rollouts.of_data(_cross_entropy(setup)))
@@ -327,7 +335,7 @@ def _on_own(setup: Setup, step: Step, *, share: float = 1.0) -> Learner:
     def own(state: TrainState, teacher_params: Any) -> Params:
         return setup.weights(state.params)
 
-    return Learner(_rollouts.on_samples(step, draw, own, share=share), _unchanged)
+    return Learner(_rollouts.on_samples(step, draw, own, share=share))
 
 
 def _draw(setup: Setup, decoder: Decoder) -> _rollouts.Rollout:
@@ -339,7 +347,3 @@ def _draw(setup: Setup, decoder: Decoder) -> _rollouts.Rollout:
         top_p=setup.top_p,
         stop_tokens=setup.stop_tokens,
     )
-
-
-def _unchanged(state: TrainState) -> TrainState:
-    return state

@@ -33,7 +33,6 @@ def written(
     rows: Rows,
     *,
     form: str,
-    dtype: str,
     batch_size: int,
     seed: int,
     say: _output.Say,
@@ -62,7 +61,7 @@ def written(
         "model": f"{names[0]} {_files.digest(_files.as_json(config))[:12]}",
         "preprocessing": about | ({"seed": seed} if "draws" in stored else {}),
         "taps": language.stored_names(**stored),
-        "dtype": dtype,
+        "dtype": "float32",
     }
     expect = teacher_cache.fingerprint(teacher.params, {"inputs": inputs}, **made)
     write = partial(teacher_cache.write, folder, outputs, teacher.params, {"inputs": inputs})
