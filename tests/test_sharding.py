@@ -247,6 +247,7 @@ def test_bad_placements_say_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"labels.*multiple of the 4 local devices"):
         sharding.place_batch({"labels": np.zeros(6)}, sharding.make_mesh(data=4))
     assert sharding.parse_mesh("data=4,fsdp=2") == {"data": 4, "fsdp": 2}
+    assert sharding.parse_mesh("tensor=2") == {"tensor": 2}
     for text in ("data:4", "model=2", "data=2,data=2"):
         with pytest.raises(ValueError, match="expected for example 'data=4,fsdp=2'"):
             sharding.parse_mesh(text)

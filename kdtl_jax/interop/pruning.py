@@ -61,10 +61,11 @@ def narrow(
 ) -> tuple[PretrainedDecoder, Kept]:
     """A decoder of fewer channels, heads and hidden units; what is kept keeps its order.
 
-    The importance of a hidden unit is the product of the norms of what it reads and writes, that of
-    a head the norm of its values times that of its output; each layer keeps its own. Channels are
-    kept for all layers together, by the norm of what is read from and written to them, or by
-    what they carry: the mean of their magnitude in the residual stream over `tokens`.
+    The importance of a hidden unit is the product of the norms of what it reads and writes,
+    `||up_j|| ||gate_j|| ||down_j||`, that of a head the norm of its values times that of its
+    output, `||value_h|| ||out_h||`; each layer keeps its own. Channels are kept for all layers
+    together, by the norm of all weights that read or write them, or by what they carry: the mean of
+    `|x_c| / rms(x)` in the residual stream over `tokens`.
 
     Args:
       source: the wide decoder.

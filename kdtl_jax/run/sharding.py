@@ -69,13 +69,13 @@ def parse_mesh(text: str) -> dict[str, int]:
     Raises:
       ValueError: naming the part that is not `axis=size`.
     """
-    sizes: dict[str, int] = {}
+    axes, sizes = (*AXES, "tensor"), dict[str, int]()
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
-        if name.strip() not in AXES or not size.strip().isdecimal() or name.strip() in sizes:
+        if name.strip() not in axes or not size.strip().isdecimal() or name.strip() in sizes:
             raise ValueError(
                 f"{part!r} is not understood; expected for example 'data=4,fsdp=2' "
-                f"with axes {', '.join(AXES)}, each at most once."
+                f"with axes {', '.join(axes)}, each at most once."
             )
         sizes[name.strip()] = int(size)
     return sizes
