@@ -277,6 +277,20 @@ def test_deep_images_and_images_of_several_sizes(tmp_path: Path) -> None:
         datasets.read(mixed, image_size=(5, 4))
 
 
+def test_images_of_floats_are_as_stored(tmp_path: Path) -> None:
+    floats = PIXELS.astype(np.float32) / 255
+    for i, image in enumerate(floats[:4]):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "ab"[i % 2] / f"{i}.tif")
+    np.testing.assert_array_equal(datasets.read(tmp_path).inputs[..., 0], floats[[0, 2, 1, 3]])
+    gray = datasets.prepared(datasets.read_splits(str(image_folder(tmp_path / "gray"))))[1]
+    with pytest.raises(ValueError, match="0.tif: not a readable image .its pixels are floats"):
+        datasets.read_inputs(tmp_path / "a", gray)
+    image_folder(tmp_path)
+    with pytest.raises(ValueError, match="0.tif has 16 bits per pixel or floats, .* has 8"):
+        datasets.read(tmp_path)
+
+
 def test_idx_folders(tmp_path: Path) -> None:
     found = datasets.read_splits(str(idx_folder(tmp_path)), validation=0.0)
     assert [len(part.labels) for part in found] == [45, 0, 15]

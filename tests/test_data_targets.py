@@ -49,6 +49,18 @@ def test_several_labels_at_once(tmp_path: Path, form: str) -> None:
         datasets.per_class(found, 2)
 
 
+def test_rows_are_left_out_with_their_lists_of_labels(tmp_path: Path) -> None:
+    lists = [tags.split("|") if tags else [] for tags in TAGS]
+    cells = columns(tags=lists) | {"b": [None if i == 4 else x for i, x in enumerate(X[:, 1])]}
+    pq.write_table(pa.table(cells), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="row 4, column 'b': no value"):
+        datasets.read(tmp_path / "a.parquet", label="tags")
+    found = datasets.read(tmp_path / "a.parquet", label="tags", missing="drop")
+    np.testing.assert_array_equal(found.labels, np.delete(HOT, 4, axis=0))
+    np.testing.assert_array_equal(found.inputs, np.delete(X, 4, axis=0).astype(np.float32))
+    assert "1 of 60 rows have missing values: left out" in found.notices
+
+
 def test_one_hot_columns_are_one_class_each(tmp_path: Path) -> None:
     flags = {name: (Y == i).astype(int) for i, name in enumerate(NAMES)}
     path = table(tmp_path / "a.csv", columns(**flags))
@@ -95,15 +107,15 @@ def test_numbers(tmp_path: Path) -> None:
 )
 def test_targets_of_another_kind(target: Any, labels: np.ndarray, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        datasets.targeted("data", X, labels, target=target)
+        datasets.from_arrays("data", X, labels, target=target)
 
 
 def test_parts_follow_the_labels_of_the_first() -> None:
-    train = datasets.targeted("train", X, np.array([tags or "none" for tags in TAGS]))
-    part = datasets.targeted("test", X[:2], np.array(["cat|ant", "bee"]), like=train)
+    train = datasets.from_arrays("train", X, np.array([tags or "none" for tags in TAGS]))
+    part = datasets.from_arrays("test", X[:2], np.array(["cat|ant", "bee"]), like=train)
     assert part.labels.tolist() == [[1, 0, 1, 0], [0, 1, 0, 0]]
     with pytest.raises(ValueError, match="test: label 'dog' at row 1 does not occur .*ant, bee"):
-        datasets.targeted("test", X[:2], np.array(["cat", "ant|dog"]), like=train)
+        datasets.from_arrays("test", X[:2], np.array(["cat", "ant|dog"]), like=train)
 
 
 def test_later_data_are_read_in_the_models_way(tmp_path: Path) -> None:
@@ -132,19 +144,25 @@ def test_the_description_goes_to_text_and_back() -> None:
         Standardizer(third, third + 1), Standardizer(np.array([1 / 3]), np.array([2.0])),
     )  # fmt: skip
     for one in (whole, Preprocessing()):
-        back = datasets.from_json(datasets.to_json(one))
-        assert datasets.to_json(back) == datasets.to_json(one)
+        back = datasets.preprocessing_from_json(datasets.preprocessing_to_json(one))
+        assert datasets.preprocessing_to_json(back) == datasets.preprocessing_to_json(one)
     assert back.scaling is None
-    found = datasets.from_json(datasets.to_json(whole)).scaling
+    found = datasets.preprocessing_from_json(datasets.preprocessing_to_json(whole)).scaling
     assert found is not None and found.mean.dtype == np.float32
     np.testing.assert_array_equal(found.mean, third)
-    for text in ("", "[]", "{}", '{"kind": 3}', datasets.to_json(whole).replace("numbers", "odd")):
+    for text in (
+        "",
+        "[]",
+        "{}",
+        '{"kind": 3}',
+        datasets.preprocessing_to_json(whole).replace("numbers", "odd"),
+    ):
         with pytest.raises(ValueError, match="no description of preprocessing"):
-            datasets.from_json(text)
+            datasets.preprocessing_from_json(text)
 
 
 def split_of(inputs: np.ndarray, labels: np.ndarray, **given: Any) -> datasets.Splits:
-    return datasets.stratified(datasets.targeted("data", inputs, labels), **given)
+    return datasets.stratified(datasets.from_arrays("data", inputs, labels), **given)
 
 
 def test_the_summary_says_what_the_data_are() -> None:

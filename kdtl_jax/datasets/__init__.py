@@ -3,7 +3,7 @@
 from kdtl_jax.datasets._dataset import Dataset as Dataset
 from kdtl_jax.datasets._dataset import checked as checked
 from kdtl_jax.datasets._dataset import digits as digits
-from kdtl_jax.datasets._formats import EXPECTED as EXPECTED
+from kdtl_jax.datasets._formats import FORMATS as FORMATS
 from kdtl_jax.datasets._idx import read_idx_array as read_idx_array
 from kdtl_jax.datasets._preprocessing import KINDS as KINDS
 from kdtl_jax.datasets._preprocessing import Column as Column
@@ -11,8 +11,8 @@ from kdtl_jax.datasets._preprocessing import Images as Images
 from kdtl_jax.datasets._preprocessing import Kind as Kind
 from kdtl_jax.datasets._preprocessing import Preprocessing as Preprocessing
 from kdtl_jax.datasets._preprocessing import Standardizer as Standardizer
-from kdtl_jax.datasets._preprocessing import from_json as from_json
-from kdtl_jax.datasets._preprocessing import to_json as to_json
+from kdtl_jax.datasets._preprocessing import preprocessing_from_json as preprocessing_from_json
+from kdtl_jax.datasets._preprocessing import preprocessing_to_json as preprocessing_to_json
 from kdtl_jax.datasets._read import read as read
 from kdtl_jax.datasets._read import read_inputs as read_inputs
 from kdtl_jax.datasets._read import read_splits as read_splits
@@ -28,4 +28,4 @@ from kdtl_jax.datasets._summary import summary as summary
 from kdtl_jax.datasets._summary import warnings as warnings
 from kdtl_jax.datasets._tables import Missing as Missing
 from kdtl_jax.datasets._targets import Target as Target
-from kdtl_jax.datasets._targets import targeted as targeted
+from kdtl_jax.datasets._targets import from_arrays as from_arrays

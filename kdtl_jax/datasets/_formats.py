@@ -15,7 +15,7 @@ from kdtl_jax.datasets._images import Pictures
 from kdtl_jax.datasets._source import Choices, Source, with_channels
 from kdtl_jax.datasets._table_files import TABLES, labeled, table_files
 
-EXPECTED = (
+FORMATS = (
     "digits (embedded), an .npz or .npy files (x_train, y_train, x_test, y_test, or x, y), a .csv, "
     ".tsv, .parquet or .arrow file with a label column, or a folder: of images (cat/1.png, or "
     "train/cat/1.png), of idx files (train-images-idx3-ubyte, …, .gz too), of tables (train.csv, "
@@ -47,7 +47,7 @@ def sources(path: Path, choices: Choices) -> dict[str, Source]:
             f"{path}: an idx file of images needs a second one with labels, as in "
             "train-labels-idx1-ubyte.gz. Name the folder that holds both."
         )
-    raise ValueError(f"{path}: not recognized by its name. Expected {EXPECTED}.")
+    raise ValueError(f"{path}: not recognized by its name. Expected {FORMATS}.")
 
 
 def _of_folder(folder: Path, choices: Choices) -> dict[str, Source]:
@@ -67,7 +67,7 @@ def _of_folder(folder: Path, choices: Choices) -> dict[str, Source]:
     there = sorted(entry.name for entry in folder.iterdir())[:8]
     raise ValueError(
         f"{folder}: has no train-images-idx file, no folders of images, no npy files and no "
-        f"tables; it has {there or 'nothing'}. Expected {EXPECTED}."
+        f"tables; it has {there or 'nothing'}. Expected {FORMATS}."
     )
 
 

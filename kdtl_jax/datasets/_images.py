@@ -1,7 +1,8 @@
 """Images: folders of classes (`train/cat/1.png`), and bytes of image files in other data.
 
-Gray images have one channel, colored ones three, with transparency four; 16-bit ones are gray, with
-values up to 65535. A mixture becomes what holds all of them. Pixels are as stored, 0 to 255.
+Gray images have one channel, colored ones three, with transparency four; those of 16 bits or of
+floats are gray. A mixture becomes what holds all of them. Pixels are as stored: 0 to 255, to 65535,
+or any numbers.
 """
 
 import io
@@ -120,7 +121,7 @@ def form_of(
     if "I;16" in there and len(there) > 1:
         other = next(kind for kind in there if kind != "I;16")
         raise ValueError(
-            f"{pictures.name}: {pictures.at(of_kind['I;16'])} has 16 bits per pixel, "
+            f"{pictures.name}: {pictures.at(of_kind['I;16'])} has 16 bits per pixel or floats, "
             f"{pictures.at(of_kind[other])} has 8. Give all of them one depth."
         )
     mode = there[-1]
@@ -180,7 +181,7 @@ def _header(pictures: Pictures, row: int) -> tuple[str, tuple[int, int]]:
 def _kind(image: Any) -> str:
     if image.mode in ("1", "L"):
         return "L"
-    if image.mode.startswith("I"):
+    if image.mode.startswith(("I", "F")):
         return "I;16"
     alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
     return "RGBA" if alpha else "RGB"
@@ -194,6 +195,8 @@ def _decoded(pictures: Pictures, row: int, images: Images, shape: tuple[int, ...
             image = ImageOps.exif_transpose(image)
             if images.mode == "I;16":
                 image = Image.fromarray(np.asarray(image).astype(np.float32))
+            elif image.mode == "F":
+                raise ValueError(f"its pixels are floats, {images.mode} is expected")
             elif image.mode.startswith("I"):  # 16 bits, where 8 are expected
                 image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255)
                                         .astype(np.uint8)).convert(images.mode)  # fmt: skip

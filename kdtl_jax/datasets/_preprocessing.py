@@ -57,7 +57,7 @@ class Preprocessing(NamedTuple):
     leaves_out: bool = False  # rows with missing values, where targets are read too
 
 
-def to_json(preprocessing: Preprocessing) -> str:
+def preprocessing_to_json(preprocessing: Preprocessing) -> str:
     """As text for a model's file; numbers keep every bit."""
     known = preprocessing._asdict()
     known["columns"] = [column._asdict() for column in preprocessing.columns]
@@ -69,8 +69,8 @@ def to_json(preprocessing: Preprocessing) -> str:
     return json.dumps(known)
 
 
-def from_json(text: str) -> Preprocessing:
-    """The value that `to_json` wrote.
+def preprocessing_from_json(text: str) -> Preprocessing:
+    """The value that `preprocessing_to_json` wrote.
 
     Raises:
       ValueError: if the text is none of it.

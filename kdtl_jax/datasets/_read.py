@@ -1,4 +1,4 @@
-"""Reading data: one entry for everything that `EXPECTED` lists.
+"""Reading data: one entry for everything that `FORMATS` lists.
 
 splits = datasets.read_splits("photos/", image_size=(64, 64))
 splits, preprocessing = datasets.prepared(splits)  # standardized by the training part
@@ -12,14 +12,14 @@ import numpy as np
 
 from kdtl_jax.datasets import _images, _tables
 from kdtl_jax.datasets._dataset import Dataset, digits, finite_numbers
-from kdtl_jax.datasets._formats import EXPECTED, sources
+from kdtl_jax.datasets._formats import FORMATS, sources
 from kdtl_jax.datasets._idx import read_idx_array
 from kdtl_jax.datasets._images import Pictures
 from kdtl_jax.datasets._preprocessing import Preprocessing
 from kdtl_jax.datasets._source import Choices, Source, with_channels
 from kdtl_jax.datasets._splits import Splits, drawn, stratified
 from kdtl_jax.datasets._tables import Missing, Table
-from kdtl_jax.datasets._targets import Target, targeted
+from kdtl_jax.datasets._targets import Target, from_arrays
 
 PARTS = ("train", "validation", "test")
 
@@ -42,7 +42,7 @@ def read_splits(
     """Train, validation and test parts of the data that a text names.
 
     Args:
-      text: `digits`, or a file or folder of any kind in `EXPECTED`.
+      text: `digits`, or a file or folder of any kind in `FORMATS`.
       label: the column of labels, or several between commas; or the array of labels.
       inputs: the array of inputs, or a column of images; None: the usual names.
       target: what targets are; "auto" reads it off the values.
@@ -66,7 +66,7 @@ def read_splits(
         return stratified(whole, validation=validation, test=test, seed=seed)
     path = Path(text)
     if not path.exists():
-        raise ValueError(f"{text}: no such file or folder. Expected {EXPECTED}.")
+        raise ValueError(f"{text}: no such file or folder. Expected {FORMATS}.")
     choices = _choices(label, inputs, missing, one_hot, drop, image_size, preprocessing)
     found = sources(path, choices)
     first = found.get("train") or found["whole"]._replace(name=path.name)
@@ -224,7 +224,7 @@ def _numbered(
     inputs = source.inputs
     if not isinstance(inputs, np.ndarray):
         inputs = np.zeros((inputs.size, 1), np.float32)
-    made = targeted(
+    made = from_arrays(
         source.name, inputs, source.targets, target=target, classes=classes, like=like,
         names=source.names,
     )  # fmt: skip

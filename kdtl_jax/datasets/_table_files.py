@@ -118,11 +118,13 @@ def _of_arrow(found: ArrowTable, choices: Choices, first: Source | None) -> Sour
         notices = (f"columns {', '.join(others)[:200]} are left out: inputs are {wide!r}",)
     if not choices.with_targets:
         return Source(found.name, inputs, notices=notices)
-    if wide is None:  # lists of labels beside columns of numbers
-        inputs = _tables.without_index(
-            table._replace(columns={n: table.columns[n] for n in kept}), ()
-        )
     targets, known = _targets(found, names)
+    if wide is None:  # lists of labels beside columns of numbers
+        columns = {name: found.scalars[name] for name in kept}
+        inputs = _tables.without_index(Table(found.name, columns, np.arange(len(targets))), ())
+        if choices.missing == "drop":
+            inputs = _tables.complete(inputs)
+        targets, notices = targets[inputs.rows], inputs.notices
     if known and targets.dtype == np.float64 and len(targets) and (targets == -1).all():
         return None if first is not None else Source(found.name, inputs, targets)
     several = tuple(names) if len(names) > 1 else known

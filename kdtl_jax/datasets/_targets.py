@@ -19,22 +19,22 @@ SEPARATOR = "|"  # of several labels in one cell
 MOST_LABELS = 10_000
 
 
-def targeted(
+def from_arrays(
     name: str,
     inputs: np.ndarray,
-    found: Any,
+    targets: Any,
     *,
     target: Target = "auto",
     classes: int | None = None,
     like: Dataset | None = None,
     names: Sequence[str] = (),
 ) -> Dataset:
-    """A `Dataset` from inputs and whatever a file holds as targets.
+    """A `Dataset` from inputs and targets of any kind.
 
     Args:
       name: of the data, for messages.
       inputs: numbers, `[N, ...]`.
-      found: `[N]` or `[N, K]`: numbers, text, or lists of labels as an object array.
+      targets: `[N]` or `[N, K]`: numbers, text, or lists of labels as an object array.
       target: their kind; "auto" reads it off the values.
       classes: as in `checked`.
       like: another part of the data, whose kind and names this part follows.
@@ -43,7 +43,7 @@ def targeted(
     Raises:
       ValueError: if targets are not of their kind; rows are named.
     """
-    found = _plain(np.asarray(found))
+    found = _plain(np.asarray(targets))
     kind = like.kind if like is not None else _kind(name, found, target)
     if kind == "classes":
         return _classes(name, inputs, found, classes, like, names)
@@ -54,9 +54,9 @@ def targeted(
             f"targets {list(found.shape)}. Are these two files of one split?"
         )
     make = _labels if kind == "labels" else _numbers
-    targets, names, notices = make(name, found, like, tuple(names))
-    form = Preprocessing(kind, names, targets.shape[1])
-    return Dataset(name, inputs, targets, targets.shape[1], names, (*notices,), form)
+    labels, names, notices = make(name, found, like, tuple(names))
+    form = Preprocessing(kind, names, labels.shape[1])
+    return Dataset(name, inputs, labels, labels.shape[1], names, (*notices,), form)
 
 
 def _classes(

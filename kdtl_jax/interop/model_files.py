@@ -77,7 +77,11 @@ def about(path: str | Path) -> About:
         classes = int(known["classes"]) if "classes" in known else None
         names = tuple(map(str, json.loads(known.get("class_names", "[]"))))
         shape = tuple(map(int, json.loads(known["shape"]))) if "shape" in known else None
-        form = datasets.from_json(known["preprocessing"]) if "preprocessing" in known else None
+        form = (
+            datasets.preprocessing_from_json(known["preprocessing"])
+            if "preprocessing" in known
+            else None
+        )
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: its metadata are damaged ({error}).") from None
     scaling = None if mean is None or scale is None else Standardizer(mean, scale)
@@ -113,7 +117,7 @@ def save(
     if about.shape is not None:
         metadata["shape"] = json.dumps(about.shape)
     if about.preprocessing is not None:
-        metadata["preprocessing"] = datasets.to_json(about.preprocessing)
+        metadata["preprocessing"] = datasets.preprocessing_to_json(about.preprocessing)
     stored = tree(variables)
     if connected is not None:
         metadata |= {"method": connected.method, "setup": _setup_text(connected.setup)}

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from kdtl_jax import transforms, trees
-from kdtl_jax.datasets import EXPECTED
+from kdtl_jax.datasets import FORMATS
 from kdtl_jax.models import NAMED_FORMS
 
 MODEL = f"one of: {'; '.join(NAMED_FORMS)}; or FILE.py:NAME, a model of your own"
@@ -92,7 +92,7 @@ def height_and_width(value: Any) -> tuple[int, int] | None:
 class Data:
     """What is learned from."""
 
-    data: str = setting("digits", EXPECTED, metavar="DATA", group="data")
+    data: str = setting("digits", FORMATS, metavar="DATA", group="data")
     label: str = setting(
         "label", "a table's label column, or several as in a,b,c; or the array of labels",
         metavar="NAME,...", parse=joined, group="data",
