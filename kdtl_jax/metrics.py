@@ -5,7 +5,8 @@ for no answer (`run.scores.predicted` of logits that are not finite) and counts 
 `probabilities` `[N, K]` have rows that sum to 1. What is undefined, such as the precision of a
 class that was never named, is NaN.
 
-Raises ValueError if there are no examples or the numbers of examples differ.
+Raises ValueError if there are no examples, the numbers of examples differ, or labels are none of
+the classes.
 """
 
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ def confusion(predicted: Any, labels: Any, classes: int) -> np.ndarray:
     An example without an answer is in no column.
     """
     predicted, labels = _pair(predicted, labels)
+    _check_labels(labels, classes)
     told = predicted >= 0
     counts = np.zeros((classes, classes), np.int64)
     np.add.at(counts, (labels[told], predicted[told]), 1)
@@ -64,6 +66,7 @@ def balanced_accuracy(predicted: Any, labels: Any, classes: int) -> float:
 def negative_log_likelihood(probabilities: Any, labels: Any) -> float:
     """`-mean log p(label)`; infinite where a label was given probability 0."""
     p, labels = _pair(probabilities, labels)
+    _check_labels(labels, p.shape[-1])
     with np.errstate(divide="ignore"):
         return float(-np.mean(np.log(p[np.arange(len(labels)), labels].astype(np.float64))))
 
@@ -71,6 +74,7 @@ def negative_log_likelihood(probabilities: Any, labels: Any) -> float:
 def brier(probabilities: Any, labels: Any) -> float:
     """`mean sum_k (p_k - y_k)^2`, y one-hot: 0 to 2. Brier, 1950."""
     p, labels = _pair(probabilities, labels)
+    _check_labels(labels, p.shape[-1])
     p = p.astype(np.float64)
     own = p[np.arange(len(labels)), labels]
     return float(np.mean(np.sum(p**2, axis=-1) - own**2 + (1 - own) ** 2))
@@ -83,6 +87,7 @@ def calibration(probabilities: Any, labels: Any, *, bins: int = 15) -> Calibrati
     bins `((b - 1) / bins, b / bins]`.
     """
     p, labels = _pair(probabilities, labels)
+    _check_labels(labels, p.shape[-1])
     confidence, right = p.max(axis=-1).astype(np.float64), p.argmax(axis=-1) == labels
     if not np.isfinite(confidence).all():
         nothing = np.full(bins, np.nan)
@@ -181,3 +186,12 @@ def _pair(found: Any, wanted: Any) -> tuple[np.ndarray, np.ndarray]:
             f"{list(found.shape)} and {list(wanted.shape)}"
         )
     return found, wanted
+
+
+def _check_labels(labels: np.ndarray, classes: int) -> None:
+    """Refuses what indexing would take: a label of -1 is not the last class."""
+    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"labels must be whole numbers in 0..{classes - 1}, got {labels.dtype} from "
+            f"{labels.min()} to {labels.max()}"
+        )

@@ -186,6 +186,20 @@ def test_a_column_without_a_value_is_filled_whatever_its_type(tmp_path: Path) ->
     np.testing.assert_allclose(later, [[mean, 0, 1], [mean, 1, 0]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["a.csv", "a.parquet"])
+def test_dropped_columns_are_not_there(tmp_path: Path, form: str) -> None:
+    cells = columns(label=Y, target=Y + 1)
+    path = tmp_path / form
+    path = table(path, cells) if path.suffix == ".csv" else parquet(path, pa.table(cells))
+    assert datasets.read(path, drop=("label",)).names == ("1", "2", "3"), "of target"
+    with pytest.raises(ValueError, match="has no column 'label'"):
+        datasets.read(path, drop=("label", "target"))
+    with pytest.raises(ValueError, match="columns of labels and of inputs, got 1 and 0"):
+        datasets.read(path, drop=("a", "b", "c", "target"))
+    with pytest.raises(ValueError, match="has no column 'aa'. Nearest: 'a'"):
+        datasets.read(path, drop=("aa",))
+
+
 def test_a_test_table_without_labels_is_left_out(tmp_path: Path) -> None:
     table(tmp_path / "train.csv", columns(label=KINDS))
     table(tmp_path / "test.csv", columns())

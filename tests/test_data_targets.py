@@ -102,12 +102,19 @@ def test_numbers(tmp_path: Path) -> None:
         ("labels", np.array(["a"] * N), "1 different labels in 60 examples"),
         ("labels", HOT[:50], r"inputs \[60, 3\] and targets \[50, 3\]"),
         ("classes", PRICE, "whole numbers, got"),
+        ("numbers", np.zeros(0), r"inputs \[60, 3\] and targets \[0\]"),
         ("text", Y, "target must be one of auto, classes, labels, numbers, got 'text'"),
     ],
 )
 def test_targets_of_another_kind(target: Any, labels: np.ndarray, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         datasets.from_arrays("data", X, labels, target=target)
+
+
+@pytest.mark.parametrize("target", ["auto", "classes", "labels", "numbers"])
+def test_nothing_is_no_data(target: Any) -> None:
+    with pytest.raises(ValueError, match=r"data: holds no examples, got inputs \[0, 3\]"):
+        datasets.from_arrays("data", X[:0], PRICE[:0], target=target)
 
 
 def test_parts_follow_the_labels_of_the_first() -> None:

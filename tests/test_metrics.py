@@ -39,6 +39,16 @@ def test_probabilities() -> None:
     assert np.isnan(metrics.calibration([[np.nan, 1.0]], [1]).error)
 
 
+@pytest.mark.parametrize("labels", [[0, -1], [0, 2], [0.0, 1.0], [False, True]])
+def test_labels_are_classes(labels: list[float]) -> None:
+    p = np.full((2, 2), 0.5)
+    for call in (metrics.negative_log_likelihood, metrics.brier, metrics.calibration):
+        with pytest.raises(ValueError, match=r"whole numbers in 0\.\.1, got"):
+            call(p, labels)
+    with pytest.raises(ValueError, match=r"whole numbers in 0\.\.1, got"):
+        metrics.per_class([0, 1], labels, 2)
+
+
 def test_several_labels_at_once() -> None:
     ranking = np.array([[3.0, 1.0, 0.0], [2.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
     targets = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 1, 0]])

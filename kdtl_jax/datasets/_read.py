@@ -21,7 +21,7 @@ from kdtl_jax.datasets._splits import Splits, drawn, stratified
 from kdtl_jax.datasets._tables import Missing, Table
 from kdtl_jax.datasets._targets import Target, from_arrays
 
-PARTS = ("train", "validation", "test")
+PARTS = Splits._fields
 
 
 def read_splits(

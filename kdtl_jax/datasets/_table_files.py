@@ -70,8 +70,13 @@ def _of_csv(path: Path, choices: Choices, first: Source | None) -> Source | None
         _csv.read_csv(path)  # raises: there is nothing
     if first is not None and not set(first.columns) & set(header):
         return None
-    names = _tables.label_columns(str(path), header, choices.label)
+    names = _label_columns(str(path), header, choices)
     return _of_table(_csv.read_csv(path, names), names, choices)
+
+
+def _label_columns(name: str, header: Sequence[str], choices: Choices) -> tuple[str, ...]:
+    there = [column for column in header if column not in choices.drop]
+    return _tables.label_columns(name, there, choices.label)
 
 
 def _of_table(table: Table, names: Sequence[str], choices: Choices) -> Source:
@@ -96,7 +101,7 @@ def _of_arrow(found: ArrowTable, choices: Choices, first: Source | None) -> Sour
         return None
     names = choices.targets
     if choices.with_targets:
-        names = _tables.label_columns(found.name, header, choices.label)
+        names = _label_columns(found.name, header, choices)
     kept = [name for name in header if name not in (*names, *choices.drop)]
     wide = _wide(found, kept, choices)
     table = Table(found.name, found.scalars)

@@ -53,6 +53,8 @@ def from_arrays(
             f"{name}: targets of every example are needed, got inputs {list(inputs.shape)} and "
             f"targets {list(found.shape)}. Are these two files of one split?"
         )
+    if not inputs.size:
+        raise ValueError(f"{name}: holds no examples, got inputs {list(inputs.shape)}.")
     make = _labels if kind == "labels" else _numbers
     labels, names, notices = make(name, found, like, tuple(names))
     form = Preprocessing(kind, names, labels.shape[1])
