@@ -59,6 +59,9 @@ def test_a_cache_serves_students_whose_tables_have_padding(tmp_path: Path, text:
     words = ["language", *TINY, "--data", str(text), "--teacher", str(tmp_path / "teacher")]
     words += ["--method", "kd", "--teacher-cache", str(tmp_path / "cache"), "--cached", "dense"]
     words += ["--steps", "1", "--samples", "0", "--out", str(tmp_path / "out")]
+    wide = ["--pruned", "--shape", "layers=1,width=16,heads=2"]
+    assert cli.main([*words, *wide]) == 2
+    assert not (tmp_path / "cache").exists()  # refused before the teacher answers all rows
     assert cli.main(words) == 0
     assert decoders.load(tmp_path / "out" / "kd").model.config.vocabulary == 260
 
@@ -101,6 +104,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
         (["--microbatches", "3"], "must divide"),
         (["--method", "sft", "--teacher-cache", "x"], "--teacher-cache serves kd and qad"),
         (["--pruned"], "--pruned needs the --shape"),
+        (["--pruned", "--shape", "layers=3,width=8,heads=2"], "the teacher has 2"),
         (["--cached", "top_k"], "expected dense, top_k=N or draws=N"),
     ],
 )

@@ -33,12 +33,14 @@ def test_expected_gradients_of_sampled_losses() -> None:
     close(jax.grad(losses.reverse_kl)(jnp.log(P), jnp.log(Q)), OF_REVERSE_KL)
     close(expected_gradient(lambda s, t: losses.sampled_reverse_kl(s, t, sg(s))), OF_REVERSE_KL)
     close(expected_gradient(losses.kl_k2), OF_REVERSE_KL)
-    close(expected_gradient(losses.kl_k3), P - Q)
+    close(expected_gradient(losses.kl_k3), P - Q, atol=1e-6)
     apart = jnp.asarray([1e-4])
     np.testing.assert_allclose(losses.kl_k3(-apart, 0 * apart), 5.0001667e-9, rtol=1e-6)
     close(expected_gradient(lambda s, t: s - t), 0, atol=1e-6)
     # One divergence for all tokens of a state is a baseline, no advantage.
-    close(expected_gradient(lambda s, t: losses.policy_gradient(s, 0 * t - 0.7, sg(s))), 0)
+    close(
+        expected_gradient(lambda s, t: losses.policy_gradient(s, 0 * t - 0.7, sg(s))), 0, atol=1e-6
+    )
     # Off-policy the ratio makes up for the sampler.
     sampler = jnp.asarray([0.2, 0.2, 0.6])
 
@@ -58,7 +60,7 @@ def test_a_tail_keeps_the_gradient_that_clamping_kills() -> None:
         student, teacher
     )
     close(value, 0.3112)
-    close(gradient, jax.grad(losses.reverse_kl)(student, teacher))
+    close(gradient, jax.grad(losses.reverse_kl)(student, teacher), atol=1e-6)
     assert np.abs(gradient).max() > 0.1
 
 

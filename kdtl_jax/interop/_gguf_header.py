@@ -30,7 +30,6 @@ def _walk(content: mmap.mmap) -> None:
     at, size = 8, len(content)
 
     def number(form: str) -> int:
-        nonlocal at
         (found,) = struct.unpack_from(order + form, content, skip(struct.calcsize(form)))
         return found
 

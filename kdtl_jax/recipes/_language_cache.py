@@ -1,6 +1,5 @@
 """A teacher's distributions on the rows to learn from, kept in a folder of their own."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -54,19 +53,21 @@ def written(
     inputs = {n: rows.inputs[n] for n in ("tokens", "segments", "learned")}
     if "draws" in stored:
         inputs["row"] = np.arange(len(inputs["tokens"]), dtype=np.int32)
-    config = dict(teacher.config)
-    names = config.get("architectures") or ["decoder"]
+    names = teacher.config.get("architectures") or ["decoder"]
     about = {"stored": form, "tokenizer": tokenizer.fingerprint[:12]}
     made: dict[str, Any] = {
-        "model": f"{names[0]} {_files.digest(_files.as_json(config))[:12]}",
+        "model": f"{names[0]} {_files.digest(_files.as_json(teacher.config))[:12]}",
         "preprocessing": about | ({"seed": seed} if "draws" in stored else {}),
         "taps": language.stored_names(**stored),
         "dtype": "float32",
     }
     expect = teacher_cache.fingerprint(teacher.params, {"inputs": inputs}, **made)
-    write = partial(teacher_cache.write, folder, outputs, teacher.params, {"inputs": inputs})
     seldom = _output.seldom(say, 5.0)
-    write(
+    teacher_cache.write(
+        folder,
+        outputs,
+        teacher.params,
+        {"inputs": inputs},
         batch_size=batch_size,
         weights=expect.teacher,
         progress=lambda done, total: seldom(f"cache: {done:,} of {total:,} rows", done == total),

@@ -267,6 +267,8 @@ def run(settings: Settings) -> int:
                     f"0 to {sizes['layers'] - 1}."
                 )
             teacher = of_models.anew(sizes, tokenizer.size, tokenizer.eos, key_teacher)
+            if settings.pruned and settings.shape is not None:
+                of_models.pruned(teacher, settings.shape, lambda _: None)
             own, tx = language.model(teacher.model), optimizer(settings.teacher_steps)
             measure = measuring(own, language.as_they_are, own, teacher.params)
             found = teach(
@@ -284,19 +286,20 @@ def run(settings: Settings) -> int:
             own = language.model(teacher.model)
             measure = measuring(own, language.as_they_are, own, teacher.params)
             curves["teacher"] = [training.as_line(0, measure(teacher.params))]
+        # A student that cannot be had is said before the teacher answers all rows.
+        placed = teacher._replace(params=training.place(teacher.params, mesh))
+        start = of_models.beginning(
+            placed, folder=settings.student if settings.teacher else None, fresh=fresh,
+            layers=settings.layers, shape=settings.shape if settings.pruned else None, say=say,
+            is_whole=settings.student is not None or settings.method == ("qad",),
+        )  # fmt: skip
         cache = None
         if settings.teacher_cache:
             cache = of_cache.written(
                 settings.teacher_cache, teacher, tokenizer, text.train, form=settings.cached,
                 batch_size=settings.batch_size, seed=settings.seed, say=say,
             )  # fmt: skip
-        teacher = teacher._replace(params=training.place(teacher.params, mesh))
-
-        start = of_models.beginning(
-            teacher, folder=settings.student if settings.teacher else None, fresh=fresh,
-            layers=settings.layers, shape=settings.shape if settings.pruned else None, say=say,
-            is_whole=settings.student is not None or settings.method == ("qad",),
-        )  # fmt: skip
+        teacher = placed
         rows_of_tables = {x.model.config.vocabulary for x in (teacher, start)}
         vocabulary = tokenizer.size if len(rows_of_tables) > 1 else None
         built: dict[str, tuple[of_models.Student, training.Trained]] = {}
