@@ -112,8 +112,9 @@ def stored_divergence(divergence: Divergence | None = None, *, chunk_size: int =
     """The terms `{"kd": mean over learned tokens}` against `inputs.teacher`, in any stored form.
 
     All logits: the divergence, forward KL by default. The k most likely tokens: the divergence
-    between the k tokens and one bucket of all others. Counts: the cross-entropy with the drawn
-    tokens, whose gradient is in expectation that of the forward KL.
+    between the k tokens and one bucket of all others. Counts c: the cross-entropy with the drawn
+    tokens, `-sum_i c_i / sum(c) log p_S(v_i)`, whose gradient is in expectation that of the forward
+    KL.
 
     Raises:
       ValueError: if the batch has no stored teacher, or a divergence other than the default is
