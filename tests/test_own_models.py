@@ -132,6 +132,10 @@ def averaged(params: Any, x: Any) -> Any:
         (nnx.Linear(5, 3, rngs=nnx.Rngs(0)), "holds one set of weights.*argument rngs"),
         (lambda: {"w": X}, "is dict, no model. Expected a Linen module"),
         (np.ones(3), "is an array, no model"),
+        (
+            (lambda key: jnp.ones((5, 3)), lambda p, x: (x @ p, x)),
+            'tuple returns a tuple: no "logits". Return an array, or a dict',
+        ),
         ((lambda key: jnp.ones((5, 3)), averaged), r"gives logits \[\] for one example"),
         (
             (lambda key: jnp.ones((5, 3)), lambda p, x: {"hidden": x}),

@@ -1,11 +1,12 @@
 """Plain functions as model functions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from jax import Array
 
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree
+from kdtl_jax.interop import _taps
 
 
 def function(f: Callable[[Params, Any], Any]) -> ModelFn:
@@ -25,7 +26,6 @@ def function(f: Callable[[Params, Any], Any]) -> ModelFn:
         key: Array | None = None,
         train: bool = False,
     ) -> tuple[Outputs, PyTree]:
-        outputs = f(params, inputs)
-        return outputs if isinstance(outputs, Mapping) else {"logits": outputs}, model_state
+        return _taps.outputs_of(f(params, inputs)), model_state
 
     return apply

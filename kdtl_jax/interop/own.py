@@ -12,7 +12,7 @@ name is the number of classes.
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +22,7 @@ from jax import Array
 
 from kdtl_jax import methods
 from kdtl_jax._types import ModelFn, Outputs, PyTree, Variables
-from kdtl_jax.interop import networks
+from kdtl_jax.interop import _taps, networks
 from kdtl_jax.interop.networks import Network
 from kdtl_jax.train import precision
 
@@ -47,7 +47,8 @@ def network(found: Any, *, classes: int, example: Any, dtype: Any = None) -> Net
 
     Raises:
       TypeError: if it is none of these, with what it is and what to write instead.
-      ValueError: if it does not take such inputs, or has no logits `[B, classes]`.
+      ValueError: if it has no logits `[B, classes]`.
+      Exception: what the model itself raises, of inputs that it does not take, say.
     """
     name = getattr(found, "__name__", type(found).__name__)
     example = jnp.asarray(example)
@@ -67,11 +68,11 @@ def network(found: Any, *, classes: int, example: Any, dtype: Any = None) -> Net
         of_key = functools.partial(_made, found, classes, example.shape[1:])
         net = (_of_nnx if kind == "nnx" else _of_equinox)(made, of_key)
     outputs = networks.output_shapes(net, example)
-    if "logits" not in outputs:
-        raise ValueError(
-            f'{name} returns {sorted(outputs)}: no "logits". Return an array, or a dict with it.'
-        )
-    shape = outputs["logits"].shape
+    logits = outputs.get("logits")
+    shape = getattr(logits, "shape", None)
+    if shape is None:
+        what = f"a {type(logits).__name__}" if "logits" in outputs else sorted(outputs)
+        raise ValueError(f'{name} returns {what}: no "logits". Return an array, or a dict with it.')
     if shape != (1, classes):
         raise ValueError(
             f"{name} gives logits {list(shape)} for one example, expected [1, {classes}]: one "
@@ -175,7 +176,7 @@ def _of_pair(init: Callable[..., Any], apply: Callable[..., Any], example: Array
         if is_model:
             return apply(params, model_state, inputs, key=key, train=train)
         found = apply(params, key, inputs) if needs_rng else apply(params, inputs)
-        return dict(found) if isinstance(found, Mapping) else {"logits": found}, model_state
+        return _taps.outputs_of(found), model_state
 
     return Network(start, run, methods.Layout(()))
 
