@@ -181,7 +181,7 @@ def uniform_layers(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
     """TinyBERT's map `g(m) = m N / M` for m = 0..M, where layer 0 is the embedding.
 
     Hidden state m learns from the teacher's hidden state `g(m)`; with attentions counted from 0,
-    attention i learns from attention `g(i + 1) - 1`.
+    attention i learns from attention `g(i + 1) - 1`. Python numbers, no arrays.
 
     >>> uniform_layers(4, 12)
     (0, 3, 6, 9, 12)

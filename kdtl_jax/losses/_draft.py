@@ -20,7 +20,14 @@ from kdtl_jax.losses._divergences import forward_kl
 def acceptance(
     draft_logits: Array, target_logits: Array, *, draft_ids: Array | None = None
 ) -> Array:
-    """`sum_v min(p_T(v), p_S(v))`, the probability that the target takes the draft's token."""
+    """`sum_v min(p_T(v), p_S(v))`, the probability that the target takes the draft's token.
+
+    `[..., draft_vocabulary]` and `[..., vocabulary]` logits, `[...]` in [0, 1].
+
+    References:
+      Leviathan, Kalman and Matias, Fast Inference from Transformers via Speculative Decoding, 2022
+      (2211.17192).
+    """
     return 1 - _refused(*_both(draft_logits, target_logits, draft_ids))
 
 
@@ -28,7 +35,8 @@ def lk_alpha(draft_logits: Array, target_logits: Array, *, draft_ids: Array | No
     """`-log alpha`, minus the log-probability of acceptance: 0 at equality.
 
     Unlike the KL it is the number that speculative decoding lives from; unlike `1 - alpha` it has a
-    gradient where draft and target are far apart.
+    gradient where draft and target are far apart. `[..., draft_vocabulary]` and `[..., vocabulary]`
+    logits, `[...]`.
 
     References:
       LK losses, 2026 (2602.23881), the alpha form; SpecForge.

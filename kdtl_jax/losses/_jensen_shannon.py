@@ -33,6 +33,8 @@ def jensen_shannon(
 ) -> Array:
     """`1/2 KL(p_T || M) + 1/2 KL(p_S || M)`, `M = (p_T + p_S) / 2`; in [0, log 2].
 
+    `[..., num_classes]` logits, `[...]` nats.
+
     References:
       Lin, Divergence measures based on the Shannon entropy, 1991.
     """
@@ -52,7 +54,8 @@ def jsd_gkd(
 
     At beta 0 it is `KL(p_T || p_S)` and at 1 `KL(p_S || p_T)`, while the interior tends to 0 there:
     `beta = 1e-4` gives a loss (and a gradient) thousands of times smaller than `beta = 0`. For a
-    beta between, prefer `jsd_normalized`.
+    beta between, prefer `jsd_normalized`. `[..., num_classes]` logits, `[...]` nats; ValueError for
+    a beta outside [0, 1].
 
     References:
       Agarwal et al., On-Policy Distillation of Language Models, 2023 (2306.13649). This is TRL's
@@ -86,7 +89,8 @@ def jsd_continuous(
     """`beta KL(p_T || M) + (1 - beta) KL(p_S || M)`, `M = (1 - beta) p_T + beta p_S`.
 
     The mixture leans the other way than in `jsd_gkd`: each side is compared with what is mostly
-    the *other* one, and the ends are reached continuously.
+    the *other* one, and the ends are reached continuously. `[..., num_classes]` logits,
+    `[...]` nats; ValueError for a beta outside [0, 1].
 
     References:
       The convention of EasyDeL's generalized knowledge distillation trainer.
@@ -115,7 +119,8 @@ def jsd_normalized(
     `M = beta p_T + (1 - beta) p_S`. Tends to `KL(p_T || p_S)` as beta goes to 0 and to
     `KL(p_S || p_T)` as it goes to 1, smoothly, and reaches both: a schedule from 0 to 1 walks from
     mean seeking to mode seeking without the loss vanishing on the way. Four times the
-    Jensen-Shannon divergence at 1/2.
+    Jensen-Shannon divergence at 1/2. `[..., num_classes]` logits, `[...]` nats; ValueError for a
+    beta outside [0, 1].
 
     References:
       The skew-symmetric alpha-divergence scaling of Huszar, How (not) to Train your Generative

@@ -38,6 +38,7 @@ def tckd(
     Decoupled KD is `tckd + 8 nckd`: 8 for CIFAR-100 pairs of one family, 2 to 6 for some, 0.5 (at
     T = 1) for ImageNet. KD itself is `tckd + (1 - p_T(y)) nckd`: it mutes the other classes where
     the teacher is sure. The mean is mdistiller's number, there times `min(epoch / 20, 1)`.
+    `[..., num_classes]` logits, `[...]` labels and values.
 
     References:
       Zhao et al., Decoupled Knowledge Distillation, 2022 (2203.08679). In log space throughout: the
@@ -61,7 +62,8 @@ def nckd(
 ) -> Array:
     """Non-target KD: `T^2 KL` between the distributions over the classes other than the label.
 
-    0 for two classes.
+    `T^2 KL(q_T || q_S)`, q the softmax of `z / T` without the label's entry; 0 for two classes.
+    `[..., num_classes]` logits, `[...]` labels and values.
 
     References:
       Zhao et al., 2022 (2203.08679).
@@ -82,6 +84,7 @@ def target_cross_entropy(
 
     Normalized KD adds `gamma T^2` times the `soft_cross_entropy` at temperature T of the
     `non_target_logits`; WKD-L adds gamma times their `sinkhorn_cost`. Not zero at equality.
+    `[..., num_classes]` logits, `[...]` labels and values.
 
     References:
       Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, 2023 (2303.13005).
@@ -158,6 +161,8 @@ def uskd_weight(student_logits: Array, labels: Array, *, where: Array | None = N
 def non_target_logits(logits: Array, labels: Array, *, where: Array | None = None) -> Array:
     """The logits with -inf at the label: any divergence then compares the other classes alone.
 
+    `[..., num_classes]` logits and `[...]` labels.
+
     Returns:
       `[..., num_classes]`, the dtype of the logits.
     """
@@ -213,7 +218,8 @@ def virtual_teacher(
 def probability_shift(teacher_logits: Array, labels: Array, *, where: Array | None = None) -> Array:
     """The teacher with its largest logit and the label's exchanged: never wrong, equally sure.
 
-    Rows that are right come back unchanged; the argument is never modified.
+    `[..., num_classes]` logits and `[...]` labels. Rows that are right come back unchanged; the
+    argument is never modified.
 
     Returns:
       `[..., num_classes]`, the teacher's dtype.

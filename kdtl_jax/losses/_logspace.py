@@ -35,7 +35,12 @@ def softened(
 ) -> tuple[Array, Array]:
     """Checks the arguments of a logit loss and returns `(z_S / T, z_T / T)`, float32 or wider.
 
-    `per_example`: further hyper-parameters that are a scalar or one value per example.
+    `[..., num_classes]`, as are the results; `where` is bool of that shape. `per_example`: further
+    hyper-parameters that are a scalar or one value per example.
+
+    Raises:
+      TypeError: if logits are not floating point, or `where` is not bool.
+      ValueError: if shapes do not fit, there are fewer than two classes, or `temperature <= 0`.
     """
     logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     _checks.floating(**logits)
@@ -55,7 +60,10 @@ def softened(
 
 
 def softened_difference(p_logits: Array, q_logits: Array, temperature: Scalar) -> Array:
-    """`(z_p - z_q) / T`: exact where the two are close, unlike `z_p / T - z_q / T`."""
+    """`(z_p - z_q) / T`, `[..., num_classes]`: exact where the two are close.
+
+    Unlike `z_p / T - z_q / T`, in which each side is rounded first.
+    """
     apart = _numerics.finite_difference(_numerics.upcast(p_logits), _numerics.upcast(q_logits))
     return apart / _numerics.per_example(temperature, apart)
 
@@ -67,7 +75,11 @@ def compared(
     where: Array | None,
     **per_example: Scalar,
 ) -> Pair:
-    """Checked and softened log-distributions of both sides."""
+    """`log softmax(z / T)` of both sides, `[..., num_classes]`, and their difference.
+
+    A class that `where` (bool, the same shape) leaves out has -inf on both sides. Errors are those
+    of `softened`.
+    """
     student, teacher = softened(student_logits, teacher_logits, temperature, where, **per_example)
     if where is not None:
         student, teacher = (jnp.where(where, z, -jnp.inf) for z in (student, teacher))

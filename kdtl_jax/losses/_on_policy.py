@@ -23,7 +23,7 @@ def student_top_k_reverse_kl(
     Zero at equality, never negative, at most the reverse KL. A teacher elsewhere is asked for its
     log-probabilities at `top_k_targets(student_logits, k=k).indices`; with its answer it is
     `reverse_kl(*top_k_buckets(student_logits, stored_top_k(indices, log_probs)))`. k is static, at
-    least 1 and at most the number of classes.
+    least 1 and at most the number of classes. `[..., num_classes]` logits, `[...]` nats.
 
     References:
       SDPO (2601.20802) and SDFT (2601.19897) with `alpha=1`, their tails included.

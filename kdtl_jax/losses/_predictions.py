@@ -87,7 +87,8 @@ def class_correlation(
 ) -> Array:
     """`|P_T' P_T - P_S' P_S|^2 / C`: the classes' correlations over the batch.
 
-    One number for the batch, given to every example, so that the mean is the published value.
+    `[B, num_classes]` logits. One number for the batch, given to every example, `[B]`, so that the
+    mean is the published value.
     Multi-level logit distillation sums `kd_kl`, `batch_correlation` and this over the temperatures
     2, 3, 4, 5 and 6, of a weakly and of a strongly augmented view.
 
@@ -113,6 +114,8 @@ def batch_correlation(
 ) -> Array:
     """`sum_b' (<p_T, p_T'> - <p_S, p_S'>)^2`: an example's similarities to the batch.
 
+    `[B, num_classes]` logits, `[B]` values.
+
     References:
       Jin, Wang and Lin, CVPR 2023. `.mean()` is the number of the authors' `bc_loss`.
     """
@@ -129,6 +132,8 @@ def skd_direction(
     where: Array | None = None,
 ) -> Array:
     """`sqrt(d_b' S^-1 d_b)`, `d` the rows of the gap between the similarity matrices.
+
+    `[B, num_classes]` logits, `[B]` values.
 
     `d = Z_S Z_S' - Z_T Z_T'` of unit logits, `S = cov(d) + tikhonov I` (divisor batch - 1), with
     `tikhonov > 0`. Zero, with gradient zero, at equality.

@@ -40,7 +40,7 @@ def sampled_reverse_kl(
 
     The sum over a text has, over texts from the sampler, the gradient of the reverse KL at each
     position, given the text before it. Several groups multiply it by a gate (`drop_gate`,
-    `ratio_gate`) or, in place of rho, bound it (`clipped_policy_gradient`).
+    `ratio_gate`) or, in place of rho, bound it (`clipped_policy_gradient`). `[B, L]`, nats.
 
     References:
       Thinking Machines, On-Policy Distillation, 2025. Tinker's and slime's advantages are
@@ -56,6 +56,8 @@ def policy_gradient(
     log_probs: Array, advantages: Array, sampler_log_probs: Array, *, where: Array | None = None
 ) -> Array:
     """`-rho A` with `rho = p / p_sampler`, the advantages A and the sampler constant.
+
+    All `[B, L]`, nats.
 
     References:
       Tinker's "importance_sampling" loss, its sum over tokens; SkyRL's, its various means.
@@ -79,7 +81,7 @@ def clipped_policy_gradient(
     """`max(-rho A, -clip(rho, 1 - clip_low, 1 + clip_high) A)`: PPO's bound on a step.
 
     A token whose ratio has left the interval in the direction of its advantage has gradient 0.
-    `dual_clip` c, >= 1, also bounds the loss at `-c A` where A is negative.
+    `dual_clip` c, >= 1, also bounds the loss at `-c A` where A is negative. All `[B, L]`, nats.
 
     For text sampled from a mixture with the teacher (MiniLLM) `sampler_log_probs` are the
     mixture's.
@@ -110,7 +112,8 @@ def kl_k2(
 ) -> Array:
     """`(log p_S - log p_T)^2 / 2`: the value is biased, the gradient is the reverse KL's.
 
-    For tokens from the student as it is; from an older one multiply by `truncated_ratio`.
+    For tokens from the student as it is; from an older one multiply by `truncated_ratio`. `[B, L]`,
+    nats.
 
     References:
       Schulman, Approximating KL Divergence, 2020. verl's "k2" ("mse").
@@ -124,7 +127,7 @@ def kl_k3(
 ) -> Array:
     """`p_T / p_S - 1 - log(p_T / p_S)`: never negative, the value is the reverse KL's.
 
-    Its gradient is, in expectation over the student's tokens, the *forward* KL's.
+    Its gradient is, in expectation over the student's tokens, the *forward* KL's. `[B, L]`, nats.
 
     References:
       Schulman, Approximating KL Divergence, 2020. verl's "k3" ("low_var_kl") bounds it at 10.
@@ -144,6 +147,8 @@ def truncated_ratio(
 ) -> Array:
     """`min(p / p_sampler, max_ratio)`, a constant: the weight of a token in a loss of its own.
 
+    All `[B, L]`.
+
     References:
       Truncated importance sampling, as of SDPO (2601.20802) and TRL's self-distillation.
     """
@@ -162,6 +167,8 @@ def drop_gate(
     where: Array | None = None,
 ) -> Array:
     """False where the token's probability has fallen by more than `max_drop` since it was sampled.
+
+    `p_sampler - p <= max_drop`, all `[B, L]`.
 
     References:
       prime-rl's reference KL, which adds `1e-3 (log p - log p_sampler)^2` on every token.

@@ -140,7 +140,7 @@ class TaidProgress(NamedTuple):
 
 
 def taid_start(*, start: Scalar = 0.4) -> TaidProgress:
-    """The state before the first step."""
+    """The state before the first step: t is `start`, a scalar in [0, 1]."""
     progress = _numerics.upcast(jnp.asarray(start))
     zero = jnp.zeros_like(progress)
     return TaidProgress(progress, zero, zero, jnp.zeros((), jnp.int32))

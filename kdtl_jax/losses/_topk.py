@@ -103,7 +103,7 @@ def soften_top_k(targets: TopK, *, temperature: Scalar, tail_classes: int | None
     equal classes (give `num_classes - k`), or, by default, as one class. Exact without a tail.
 
     Args:
-      targets: at temperature 1, say; temperatures multiply.
+      targets: `[..., k]`, usually at temperature 1; temperatures multiply.
       temperature: > 0; a scalar or one value per example.
       tail_classes: number of classes that share the tail.
 
@@ -152,7 +152,7 @@ def top_k_kl_tail(student_logits: Array, targets: TopK, *, temperature: Scalar =
     """`KL` over the teacher's k classes and one tail bucket: the recommended top-k KL.
 
     Zero at equality, never negative, at most the full KL, and equal to it when student and teacher
-    agree within the tail.
+    agree within the tail. `[..., num_classes]` logits, `[..., k]` targets, `[...]` nats.
 
     References:
       TRL's server distillation (`loss_add_tail`), DistillKit's "symmetric_uniform" (which
@@ -169,7 +169,8 @@ def top_k_kl_renormalized(
     """`KL` of both sides renormalized on the teacher's k classes.
 
     Cannot see mass leave the set: shifting all k logits of the student together changes nothing.
-    One class (k = 1) is therefore refused.
+    One class (k = 1) is therefore refused. `[..., num_classes]` logits, `[..., k]` targets, `[...]`
+    nats.
 
     References:
       Model-Optimizer's top-k loss, MaxText's offline distillation, Tunix's `distill_top_k`.
@@ -186,6 +187,7 @@ def top_k_kl_teacher_renormalized(
     """`KL` of the teacher renormalized on its k classes to the student's full distribution.
 
     Teaches that the tail is empty: positive (minus the log of the kept mass) at equal models.
+    `[..., num_classes]` logits, `[..., k]` targets, `[...]` nats.
 
     References:
       DistillKit's "zero" (which multiplies by `T^2`), EasyDeL's sparse distillation (as a
@@ -202,7 +204,8 @@ def top_k_kl_truncated(student_logits: Array, targets: TopK, *, temperature: Sca
     """`sum_k p_T (log p_T - log p_S)` over the teacher's k classes, nothing renormalized.
 
     Not a divergence: negative when the student puts more mass on the set. Do not clamp it, since
-    that drops the gradient; use `top_k_kl_tail`.
+    that drops the gradient; use `top_k_kl_tail`. `[..., num_classes]` logits, `[..., k]` targets,
+    `[...]` nats.
 
     References:
       verl's top-k distillation.

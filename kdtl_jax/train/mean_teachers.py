@@ -79,7 +79,7 @@ def follow(step: Step, *, decay: Scalar | Schedule = 0.999) -> Step:
         if teacher_params is not None:
             raise ValueError("a mean teacher is part of the state: leave teacher_params out.")
         runs = jax.tree.map(
-            lambda mean, own: mean.astype(own.dtype) if trees.is_inexact(own) else mean,
+            lambda mean, now: mean.astype(now.dtype) if trees.is_inexact(now) else mean,
             held.teacher,
             Variables(state.params, state.model_state),
         )
