@@ -56,7 +56,7 @@ def bank_init(key: Array, size: int, width: int) -> Bank:
       width: D of the embeddings.
 
     Returns:
-      A `Bank`, float32.
+      A `Bank` of rows `[n, D]`, float32.
     """
     _checks.count(1, size=size, width=width)
     bound = 1 / math.sqrt(width / 3)
@@ -229,7 +229,7 @@ def queue_init(key: Array, size: int, width: int) -> Queue:
       width: D of the embeddings.
 
     Returns:
-      A `Queue`, float32, the pointer at 0.
+      A `Queue` of rows `[K, D]`, float32, the pointer at 0.
     """
     _checks.count(1, size=size, width=width)
     rows = _numerics.normalize(jax.random.normal(key, (size, width), jnp.float32))

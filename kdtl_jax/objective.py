@@ -109,6 +109,8 @@ class TermsFn(Protocol):
 def classification(inputs: Inputs) -> dict[str, Array]:
     """The plain task as a `TermsFn`: `{"task": cross-entropy of "logits" with "labels"}`.
 
+    `[..., classes]` logits and int `[...]` labels give `[...]`, nats.
+
     Raises:
       TypeError, ValueError: if labels are no class numbers, or the head has a single logit.
     """
@@ -189,7 +191,7 @@ def reduce_all(
 
 
 def resolve(weights: Weights, step: Array) -> dict[str, Array]:
-    """Weights at a step: schedules called, each a scalar of float32 or wider."""
+    """Weights at a step, an integer `[]`: schedules called, each `[]`, float32 or wider."""
     return {
         name: _as_float(weight(step) if callable(weight) else weight)
         for name, weight in weights.items()
@@ -204,7 +206,9 @@ def _as_float(weight: Scalar) -> Array:
 
 
 def weighted_sum(means: Mapping[str, Mean], weights: Mapping[str, Array]) -> Array:
-    """`sum_k weight_k * total_k / weight_k`: the scalar that is differentiated.
+    """`sum_k w_k total_k / weight_k` of weights w: what is differentiated, `[]`.
+
+    `total_k / weight_k` is the mean of term k.
 
     Raises:
       ValueError: if the two do not have the same keys.

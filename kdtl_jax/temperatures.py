@@ -49,7 +49,7 @@ def reverse_gradient(x: Array, scale: Scalar = 1.0) -> Array:
 
 
 def temperature_init() -> Array:
-    """The learned temperature's parameter: 1, which `learned_temperature` maps to about 15.6."""
+    """The learned temperature's parameter, `[]`: 1; `learned_temperature` maps to about 15.6."""
     return jnp.ones((), jnp.float32)
 
 

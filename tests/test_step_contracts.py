@@ -101,6 +101,9 @@ def test_batch_statistics_that_were_left_behind() -> None:
     with pytest.raises(ValueError, match=r"teacher has a state.*Variables\(params, model_state\)"):
         step_of(LINEAR, teacher=model.apply)(own, BATCH, v.params)
     step_of(LINEAR, teacher=model.apply)(own, BATCH, v)
+    evaluate = train.make_eval_step(model.apply, objective.classification)
+    with pytest.raises(ValueError, match=r"the step got none. Write Variables\(params, model_"):
+        evaluate(v.params, BATCH)
 
 
 def test_a_donated_state_is_not_used_twice() -> None:

@@ -111,6 +111,8 @@ def stored_outputs(
 def stored_divergence(divergence: Divergence | None = None, *, chunk_size: int = CHUNK) -> TermsFn:
     """The terms `{"kd": mean over learned tokens}` against `inputs.teacher`, in any stored form.
 
+    The student gives "hidden" `[B, L, D]` and its head.
+
     All logits: the divergence, forward KL by default. The k most likely tokens: the divergence
     between the k tokens and one bucket of all others. Counts c: the cross-entropy with the drawn
     tokens, `-sum_i c_i / sum(c) log p_S(v_i)`, whose gradient is in expectation that of the forward

@@ -187,8 +187,8 @@ def as_batch(row: Row) -> dict[str, Any]:
 def maxtext_batch(batch: Mapping[str, Any]) -> dict[str, Array]:
     """A token batch under MaxText's keys: `inputs` and `targets`, each with position and segment.
 
-    Targets are shifted by one; `targets_segmentation` is 0 where nothing is learned, so that its
-    `!= 0` is the loss mask.
+    All are int `[B, L]`. Targets are shifted by one; `targets_segmentation` is 0 where nothing is
+    learned, so that its `!= 0` is the loss mask.
     """
     segments = jnp.asarray(batch.get("segments", jnp.ones_like(batch["tokens"])))
     positions = segment_positions(segments)

@@ -118,6 +118,8 @@ def cross_entropy(*, chunk_size: int = CHUNK) -> TermsFn:
 def divergence(loss: Divergence, *, chunk_size: int = CHUNK) -> TermsFn:
     """The terms `{"kd": mean of loss(student logits, teacher logits)}` over learned tokens.
 
+    Both models give "hidden" `[B, L, D]`, of widths of their own, and their heads.
+
     Args:
       loss: `losses.forward_kl`, `reverse_kl`, `jsd_normalized`, `skew_forward_kl`, … with its
         hyper-parameters bound by `functools.partial`.

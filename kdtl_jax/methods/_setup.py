@@ -101,6 +101,9 @@ def regression(inputs: Inputs) -> dict[str, Array]:
 
     `batch["labels"]` are the targets, `[B, outputs]` as the logits, in the units in which the
     model answers.
+
+    Raises:
+      ValueError: if outputs and targets differ in shape.
     """
     outputs, targets = inputs.student["logits"], inputs.batch["labels"]
     _checks.same_shape(logits=outputs, labels=targets)

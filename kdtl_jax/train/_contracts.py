@@ -51,12 +51,12 @@ def called(
     except Exception as error:
         if jax.tree.leaves(model_state) or not _misses_state(error):
             raise
-        where = "teacher_params" if name == "teacher" else "init_state"
-        how = (
-            "Variables(params, model_state)"
-            if name == "teacher"
-            else "init_state(v.params, tx, key=key, model_state=v.model_state)"
-        )
+        if mode.get("train"):
+            where = "init_state"
+            how = "init_state(v.params, tx, key=key, model_state=v.model_state)"
+        else:
+            where = "teacher_params" if name == "teacher" else "the step"
+            how = "Variables(params, model_state)"
         raise ValueError(
             f"the {name} has a state besides its parameters (batch statistics), and {where} got "
             f"none. Write {how}."

@@ -232,8 +232,9 @@ def scaled(weight: Any, leaf: Array) -> Array:
 def equal_paths(tree: PyTree) -> dict[str, str]:
     """Paths whose leaf equals an earlier one, to the first such: ties that are stored twice.
 
-    What is drawn for a tied leaf is drawn with the first one's path. Only leaves of one beginning
-    are compared to the end; tracers and scalars equal none.
+    What is drawn for a tied leaf is drawn with the first one's path. Costs one row per leaf that
+    shares its shape: only leaves of one first row are compared whole. Tracers and scalars equal
+    none.
     """
     groups: dict[Any, list[tuple[str, Any]]] = {}
     for path, leaf in trees.flatten(tree).items():

@@ -104,6 +104,8 @@ def int_per_channel(
 def int_by_group(weight: Array, *, bits: int = 4, group: int = 128, axis: int = -2) -> Array:
     """`int_per_channel` with one scale per `group` consecutive inputs of a channel.
 
+    A weight `[..., in, out]`, whose inputs lie along `axis`; the result has its shape and dtype.
+
     Raises:
       ValueError: for bits outside 2 to 16, or a group below 1.
 
@@ -120,6 +122,7 @@ def int_by_group(weight: Array, *, bits: int = 4, group: int = 128, axis: int = 
 def mxfp4(weight: Array, *, block: int = 32, axis: int = -2) -> Array:
     """MXFP4: E2M1 numbers, a power of two per block of 32.
 
+    A weight `[..., in, out]`, whose blocks lie along `axis`; the result has its shape and dtype.
     The exponent is `floor(log2 max|w|) - 2`, so that the largest may saturate at 6.
 
     References:
@@ -137,6 +140,8 @@ def mxfp4(weight: Array, *, block: int = 32, axis: int = -2) -> Array:
 
 def nvfp4(weight: Array, *, block: int = 16, axis: int = -2) -> Array:
     """NVFP4: E2M1 numbers, an E4M3 scale per block of 16, and one scale for the whole tensor.
+
+    A weight `[..., in, out]`, whose blocks lie along `axis`; the result has its shape and dtype.
 
     References:
       NVIDIA, Pretraining Large Language Models with NVFP4, 2025 (2509.25149); quantization-aware

@@ -162,6 +162,9 @@ def dare(
 ) -> PyTree:
     """Drops entries at random and divides the kept ones by `density`: unbiased over keys.
 
+    Tied leaves draw once, those that are stored twice too: leaves of equal values. To find these,
+    leaves of one shape are compared; not under `jit`, where only one array twice is tied.
+
     Args:
       key: a PRNG key; every leaf folds its path in.
       task_vector: any pytree.
@@ -247,6 +250,8 @@ def della(
 ) -> PyTree:
     """Drops entries at random, small ones more often, and divides the kept by their probability.
 
+    Tied leaves draw once, as in `dare`.
+
     Args:
       key: a PRNG key; every leaf folds its path in.
       task_vector: any pytree.
@@ -302,7 +307,7 @@ def rescale_l1(sparse: PyTree, original: PyTree, *, floor: float = 0.0) -> PyTre
 
 
 def l1_ratio(norms: Iterable[Sequence[Array]], *, floor: float = 0.0) -> Array:
-    """The factor of `rescale_l1` for a leaf, from the `l1_norms` of its pieces."""
+    """The factor `[]` of `rescale_l1` for a leaf, from the `l1_norms` of its pieces."""
     before, after = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), norms)
     usable = (before > floor) & (after > floor)
     return jnp.where(usable, before / jnp.where(usable, after, 1), 1)
@@ -310,7 +315,7 @@ def l1_ratio(norms: Iterable[Sequence[Array]], *, floor: float = 0.0) -> Array:
 
 @jax.jit
 def l1_norms(original: Array, sparse: Array) -> list[Array]:
-    """The L1 norms of a piece of a leaf before and after entries were dropped."""
+    """The L1 norms, `[]` each, of a piece of a leaf before and after entries were dropped."""
     return [jnp.sum(jnp.abs(original)), jnp.sum(jnp.abs(sparse))]
 
 
@@ -318,7 +323,8 @@ def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Param
     """`(M source + (1 - M) params - rate source) / (1 - rate)`, `M ~ Bernoulli(rate)` per entry.
 
     Dropout toward the pretrained weights instead of toward zero: the mean over keys is `params`.
-    Call it inside the loss, on the selected leaves, with the step's key.
+    Call it inside the loss, on the selected leaves, with the step's key. Tied leaves draw once, as
+    in `dare`.
 
     Args:
       key: a PRNG key; every leaf folds its path in.

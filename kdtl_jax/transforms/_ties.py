@@ -144,7 +144,7 @@ def disjoint_merge(
 
 
 def agreeing_count(agrees: Array) -> Array:
-    """How many members agree: the mean of the paper and of PEFT."""
+    """How many members agree, bool `[N, ...]` -> `[...]`: the mean of the paper and of PEFT."""
     return jnp.sum(agrees, axis=0)
 
 
@@ -160,7 +160,7 @@ def agreeing_weight(weights: Sequence[Scalar] | Array) -> Divisor:
 
 
 def undivided(agrees: Array) -> Array:
-    """1 everywhere: a sum instead of a mean."""
+    """1 everywhere, bool `[N, ...]` -> `[...]`: a sum instead of a mean."""
     return jnp.ones_like(agrees[0])
 
 

@@ -28,7 +28,8 @@ def late_writes() -> None:
     """From here on: drops what the other writes of a failed save, which outlive it, have to say.
 
     Their tasks are collected without having been read, and their threads find the event loop
-    closed, at any time later. Errors of anyone else are printed as before.
+    closed, at any time later. Other errors are printed as before; a closed event loop, met within
+    asyncio alone, names no library, and is dropped whoever met it.
     """
     logger = logging.getLogger("asyncio")
     if _is_read not in logger.filters:
