@@ -1,5 +1,6 @@
-"""Where the documentation stands, and the code in it."""
+"""Where the documentation stands, the code in it, and the names that it speaks of."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -23,3 +24,19 @@ def blocks(text: str, language: str) -> list[str]:
 def prose(text: str) -> str:
     """A page without its fenced blocks."""
     return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def leads_somewhere(name: str) -> bool:
+    """Whether a dotted name leads to a module, or to an attribute of one."""
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            value = importlib.import_module(".".join(parts[:cut]))
+        except ImportError:
+            continue
+        for part in parts[cut:]:
+            if not hasattr(value, part):
+                return False
+            value = getattr(value, part)
+        return True
+    return False

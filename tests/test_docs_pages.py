@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from documents import DOCS, GENERATED, README, ROOT, WRITTEN, blocks, prose
+from documents import DOCS, GENERATED, README, ROOT, WRITTEN, blocks, leads_somewhere, prose
 
 from kdtl_jax import losses, methods
 
@@ -128,7 +128,7 @@ def unknown_names(text: str, public: set[str]) -> list[str]:
         root, _, rest = name.partition(".")
         if rest in FILES or root in VALUES:
             continue
-        if not (root in roots and _attribute(f"{roots[root]}.{rest}")):
+        if not (root in roots and leads_somewhere(f"{roots[root]}.{rest}")):
             missing.append(name)
     return missing
 
@@ -151,22 +151,6 @@ def test_names_that_lead_nowhere_are_found(reference: ModuleType) -> None:
     assert unknown_names(text, public) == []
     text = "`trasforms.lora` `losses.msee` `sweep.vmap` {py:func}`a <kdtl_jax.losses.msee>`"
     assert len(unknown_names(text, public)) == 4
-
-
-def _attribute(name: str) -> bool:
-    """Whether a dotted name leads to a module, or to an attribute of a public name."""
-    parts = name.split(".")
-    for cut in range(len(parts), 0, -1):
-        try:
-            value = importlib.import_module(".".join(parts[:cut]))
-        except ImportError:
-            continue
-        for part in parts[cut:]:
-            if not hasattr(value, part):
-                return False
-            value = getattr(value, part)
-        return True
-    return False
 
 
 def unmade_figures(text: str) -> list[str]:

@@ -1,17 +1,17 @@
-"""Names in backticks, in docstrings and the README, exist: nothing refers to what was renamed."""
+"""Names in backticks in docstrings exist: nothing refers to what was renamed."""
 
 import ast
 import builtins
-import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from documents import leads_somewhere
+
 import kdtl_jax
 
 PACKAGE = Path(kdtl_jax.__file__).parent
-README = Path(__file__).parent.parent / "README.md"
 FILES = sorted(PACKAGE.rglob("*.py"))
 DOTTED = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:\(.*\))?")
 # Names of other systems, of the papers' variables and of parameters of the reader's own model.
@@ -72,17 +72,8 @@ def identifiers() -> set[str]:
 
 def exists(name: str) -> bool:
     """Whether a dotted name that begins with a module known here leads to something."""
-    root, *rest = name.split(".")
-    try:
-        value = importlib.import_module(ROOTS.get(root, f"kdtl_jax.{root}"))
-        for part in rest:
-            if not hasattr(value, part):
-                value = importlib.import_module(f"{value.__name__}.{part}")
-            else:
-                value = getattr(value, part)
-    except (ImportError, AttributeError):
-        return False
-    return True
+    root, _, rest = name.partition(".")
+    return leads_somewhere(f"{ROOTS.get(root, f'kdtl_jax.{root}')}.{rest}")
 
 
 def test_names_in_docstrings_exist() -> None:
@@ -98,12 +89,11 @@ def test_names_in_docstrings_exist() -> None:
 
 
 def test_dotted_names_lead_somewhere() -> None:
-    """`losses.kd_kl`, `jax.lax.scan`: in docstrings, and in the README."""
+    """`losses.kd_kl`, `jax.lax.scan`; those of pages are read by tests/test_docs_pages.py."""
     modules = {path.stem for path in PACKAGE.iterdir() if path.stem[0] not in "_."}
-    texts = [*docstrings(), ("README.md", README.read_text())]
     missing = [
         f"{where}: `{name}`"
-        for where, text in texts
+        for where, text in docstrings()
         for name in references(text)
         if "." in name and name.split(".")[0] in modules | ROOTS.keys()
         if name not in ("losses.f", "metrics.jsonl", "metrics.csv")  # a letter, files
