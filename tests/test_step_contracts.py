@@ -117,6 +117,22 @@ def test_a_donated_state_is_not_used_twice() -> None:
     step(second, BATCH)
 
 
+def test_a_step_that_fails_while_it_runs_says_so_itself() -> None:
+    """Its state is deleted by then, though it was given to no step before."""
+
+    def broken(x: Any) -> Any:
+        raise RuntimeError("no memory left")
+
+    def terms(inputs: objective.Inputs) -> dict[str, jax.Array]:
+        logits = jax.lax.stop_gradient(inputs.student["logits"])
+        return {"task": jax.pure_callback(broken, jax.typeof(logits[:, 0]), logits)}
+
+    step = train.jit_step(train.make_step(LINEAR, terms, {"task": 1.0}, TX))
+    state = train.init_state({"w": jnp.zeros((3, 2))}, TX, key=jax.random.key(0))
+    with pytest.raises(RuntimeError, match="no memory left"):
+        jax.block_until_ready(step(state, BATCH))
+
+
 def normalized() -> tuple[Any, train.TrainState]:
     model = linen.model(Net())
     v = model.init(jax.random.key(0), BATCH["inputs"])

@@ -12,7 +12,7 @@ What all losses here share: `student_logits` are `[..., num_classes]`; `targets`
 `top_k_targets` or `stored_top_k`, are the teacher's k classes, made at the same temperature, which
 is a scalar or one value per example. The result is `[...]`, in nats unless said otherwise, float32
 or wider. Shapes that do not fit and concrete indices out of range raise ValueError, wrong kinds of
-dtype TypeError; under `jit` an index out of range (a stored -1, say) gives NaN, with gradient 0.
+dtype TypeError; under `jit` an index out of range (such as a stored -1) gives NaN, with gradient 0.
 """
 
 from typing import NamedTuple

@@ -179,7 +179,8 @@ def jit_step(step: Step) -> Step:
         try:
             return jitted(state, batch, teacher_params)
         except (RuntimeError, ValueError) as error:
-            if not _contracts.donated(state):
+            # A step that fails while it runs (out of memory) has deleted its state as well.
+            if "deleted" not in str(error) or not _contracts.donated(state):
                 raise
             raise RuntimeError(
                 "this state was given to a jitted step before, which reuses its arrays. Go on "

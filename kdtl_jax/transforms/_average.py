@@ -123,7 +123,7 @@ def greedy_soup(
     order = sorted(range(len(models)), key=lambda i: -scores[i])
     soup, chosen, best = models[order[0]], [order[0]], scores[order[0]]
     for i in order[1:]:
-        # From the members anew: a running average in half precision would drift.
+        # From the members each time: a running average in half precision would drift.
         trial = average([models[j] for j in [*chosen, i]])
         trial_score = float(score(trial))
         if trial_score >= best:

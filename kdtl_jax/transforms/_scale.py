@@ -28,7 +28,7 @@ def scale(
       alpha: a number or traced scalar; `(path) -> number`; ordered rules
         `[(selector, number), ...]`, where leaves that no rule names stay as they are; or a
         pytree prefix of numbers. A coefficient may also have its leaf's rank, with lengths 1
-        or the leaf's own (one value per layer of a scanned kernel, say).
+        or the leaf's own (such as one value per layer of a scanned kernel).
       where: which leaves are scaled.
 
     Returns:

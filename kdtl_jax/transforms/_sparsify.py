@@ -162,8 +162,9 @@ def dare(
 ) -> PyTree:
     """Drops entries at random and divides the kept ones by `density`: unbiased over keys.
 
-    Tied leaves draw once, those that are stored twice too: leaves of equal values. To find these,
-    leaves of one shape are compared; not under `jit`, where only one array twice is tied.
+    Tied leaves share their draws, also where they are stored twice: leaves of equal values count as
+    tied, and leaves of one shape are compared to find them. Traced leaves have no values to
+    compare: there only one array under several paths is tied.
 
     Args:
       key: a PRNG key; every leaf folds its path in.
@@ -250,7 +251,7 @@ def della(
 ) -> PyTree:
     """Drops entries at random, small ones more often, and divides the kept by their probability.
 
-    Tied leaves draw once, as in `dare`.
+    Tied leaves share their draws, as in `dare`.
 
     Args:
       key: a PRNG key; every leaf folds its path in.
@@ -323,8 +324,8 @@ def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Param
     """`(M source + (1 - M) params - rate source) / (1 - rate)`, `M ~ Bernoulli(rate)` per entry.
 
     Dropout toward the pretrained weights instead of toward zero: the mean over keys is `params`.
-    Call it inside the loss, on the selected leaves, with the step's key. Tied leaves draw once, as
-    in `dare`.
+    Call it inside the loss, on the selected leaves, with the step's key. Tied leaves share their
+    draws, as in `dare`: inside the loss, those that are one array.
 
     Args:
       key: a PRNG key; every leaf folds its path in.
