@@ -65,3 +65,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--golden",
         help="folder with manifest.json and .npz files (default: tests/golden and golden_language)",
     )
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data of `tiny.write_data`."""
+    from tiny import write_data  # imports the whole package, which few tests need
+
+    return write_data(tmp_path_factory.mktemp("data") / "small.npz")

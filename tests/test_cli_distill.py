@@ -14,17 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from tiny import SHORT, kdtl, results, write_data
+from tiny import SHORT, kdtl, results
 
 from kdtl_jax import datasets, methods, models, trees
 from kdtl_jax.interop import linen, safetensors
 from kdtl_jax.recipes import _models, _seeds
 from kdtl_jax.run import checkpoint, loop
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data") / "small.npz")
 
 
 @pytest.fixture(scope="module")

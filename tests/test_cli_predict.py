@@ -11,7 +11,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import SHORT, kdtl, results, write_data
+from tiny import SHORT, kdtl, results
 
 from kdtl_jax import datasets, metrics, models
 from kdtl_jax.datasets import Preprocessing, Standardizer
@@ -19,11 +19,6 @@ from kdtl_jax.interop import model_files, networks, safetensors
 from kdtl_jax.interop.model_files import About
 
 Captured = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data") / "small.npz")
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ PARTS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
-class Used:
-    """The settings of a command that uses a trained model."""
+class Trained:
+    """The settings that name a trained model."""
 
     student: str | None = setting(
         None, "a model's file, such as students/kd.safetensors of a run", positional=True
@@ -30,6 +30,12 @@ class Used:
         None, "the source of a model of your own, as FILE.py:NAME; only this file is imported",
         metavar="FILE.py:NAME", parse=_own.checked,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Used(Trained):
+    """The settings of a command that uses a trained model on data."""
+
     part: Literal["all", "train", "validation", "test"] | None = setting(
         None, "part of the data; default: test where the data has one, else all"
     )

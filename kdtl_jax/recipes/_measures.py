@@ -31,8 +31,9 @@ class Measure(NamedTuple):
     # (answers [..., N] or [..., N, K], targets) -> scores [...]; NaN where an answer is not finite.
     score: Callable[[Any, Any], np.ndarray]
     # Whether two answers are one decision, [..., N].
-    alike: Callable[[Any, Any], np.ndarray] | None
-    more: Callable[[Any, Any], dict[str, float]]  # other scores, means over seeds
+    alike: Callable[[Any, Any], np.ndarray] | None = None
+    # Other scores, means over seeds.
+    more: Callable[[Any, Any], dict[str, float]] = lambda answers, targets: {}
 
 
 def of(form: Preprocessing) -> Measure:
@@ -58,7 +59,7 @@ def row(
     targets: Any,
     teacher: Any = None,
 ) -> report.Row:
-    """A method's line of the table, as `_training.row`, for every kind of targets.
+    """A method's line of the table: one student per seed.
 
     Args:
       measure: of the targets.
@@ -72,11 +73,9 @@ def row(
       targets: of the test examples.
       teacher: its answers, `[S or 1, N, ...]`, for the agreement.
     """
-    if measure.kind == "classes":
-        return _training.row(
-            method, family, label, params, found, seconds, settings, labels=targets, teacher=teacher
-        )
-    share, same = measure.score_name.is_share, None
+    share, right, same = measure.score_name.is_share, None, None
+    if measure.kind == "classes":  # the score is a mean over examples
+        right = np.asarray(found.named) == np.asarray(targets)
     if teacher is not None and measure.alike is not None:
         same = measure.alike(found.named, teacher)
     others = {name: round(x, 6) for name, x in measure.more(found.named, targets).items()}
@@ -85,11 +84,12 @@ def row(
         family,
         label,
         trees.count(params),
-        report.interval(found.test, is_share=share),
+        report.interval(found.test, right, is_share=share),
         report.interval(found.validation, is_share=share),
         seconds,
         {**settings, **others},
         None if same is None else report.interval(same.mean(axis=1), same, is_share=True),
+        examples=right,
         is_share=share,
     )
 
@@ -143,7 +143,6 @@ CLASSES = Measure(
     scores.predicted,
     scores.accuracy,
     lambda named, other: np.asarray(named) == np.asarray(other),
-    lambda named, labels: {},
 )
 _LABELS = Measure(
     "labels",
@@ -162,6 +161,4 @@ _NUMBERS = Measure(
     ("logit_mse", "hint"),
     jnp.asarray,
     _by_seed(_r_squared),
-    None,
-    lambda y, t: {},
 )

@@ -108,11 +108,9 @@ def write(
 
 def note(rows: Sequence[report.Row], baseline: str | None) -> str | None:
     """Which file is which, and which one to take, by validation."""
-    with_file = [row for row in rows if "file" in row.settings]
-    at = scores.best([row.validation.mean for row in with_file])
-    if at is None:
+    if (first := _first(rows)) is None:
         return None
-    first = with_file[at]
+    with_file = [row for row in rows if "file" in row.settings]
     files = ", ".join(f"{row.settings['file']} (seed {row.settings['file_seed']})"
                       for row in with_file)  # fmt: skip
     said = f"Recommended by validation: {first.settings['file']}"
@@ -120,12 +118,17 @@ def note(rows: Sequence[report.Row], baseline: str | None) -> str | None:
         said += ", the student trained alone: no method does better on the validation split"
     return (
         f"{said}. One file per method, of its seed that is best on validation: {files}. Use one "
-        f"with kdtl predict, evaluate or export."
+        "with kdtl predict, evaluate or export."
     )
 
 
 def recommended(rows: Sequence[report.Row]) -> str | None:
     """The file of the method with the best mean validation accuracy."""
+    first = _first(rows)
+    return None if first is None else str(first.settings["file"])
+
+
+def _first(rows: Sequence[report.Row]) -> report.Row | None:
     with_file = [row for row in rows if "file" in row.settings]
     at = scores.best([row.validation.mean for row in with_file])
-    return None if at is None else str(with_file[at].settings["file"])
+    return None if at is None else with_file[at]

@@ -17,7 +17,7 @@ import optax
 from kdtl_jax import objective, train, transferability, transforms, trees
 from kdtl_jax._types import Params, Variables
 from kdtl_jax.datasets import Dataset, Splits, per_class
-from kdtl_jax.recipes import _choice, _models, _training
+from kdtl_jax.recipes import _choice, _measures, _models, _training
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes._finished import NOWHERE, Finished, once
 from kdtl_jax.recipes._models import Network
@@ -148,7 +148,8 @@ def compare(
         }
         params = _training.pick(choice.fitted.kept.params, 0)
         found.rows.append(
-            _training.row(
+            _measures.row(
+                _measures.CLASSES,
                 method.name,
                 FAMILY,
                 method.label,
@@ -156,8 +157,8 @@ def compare(
                 choice.fitted,
                 seconds,
                 described,
-                labels=target.test.labels,
-            )  # fmt: skip
+                targets=target.test.labels,
+            )
         )
         found.learning[method.name] = _choice.learning_curve(choice.fitted, settings.epochs)
         found.models[method.name] = choice.fitted.kept

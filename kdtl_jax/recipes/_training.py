@@ -16,9 +16,9 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import augment, objective, train, trees
-from kdtl_jax._types import Params, PyTree
-from kdtl_jax.run import checkpoint, report, scores
+from kdtl_jax import augment, objective, train
+from kdtl_jax._types import PyTree
+from kdtl_jax.run import checkpoint, scores
 from kdtl_jax.train import Batch, TrainState
 
 Point = Mapping[str, Any]  # "seed", and whatever else distinguishes a student
@@ -124,48 +124,6 @@ def in_chunks(fn: Callable[[Any], PyTree], inputs: PyTree, size: int) -> PyTree:
         found = jax.device_get(fn(pick(inputs, rows)))
         parts.append(jax.tree.map(lambda x, n=count - start: x[:n], found))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
-
-
-def row(
-    method: str,
-    family: str,
-    label: str,
-    params: Params,
-    found: Any,
-    seconds: float,
-    settings: Mapping[str, Any],
-    *,
-    labels: Any,
-    teacher: Any = None,
-) -> report.Row:
-    """A method's line of the table: one student per seed.
-
-    Args:
-      method: its key in results.json.
-      family: group of the table.
-      label: the method in words.
-      params: of one student, to be counted.
-      found: with accuracies `test` and `validation` `[S]`, and `named` `[S, test examples]`.
-      seconds: wall time of everything.
-      settings: what was fixed and what was chosen.
-      labels: of the test examples.
-      teacher: the classes it names, `[S or 1, test examples]`, for the agreement.
-    """
-    named = np.asarray(found.named)
-    right = named == np.asarray(labels)
-    same = None if teacher is None else named == np.asarray(teacher)
-    return report.Row(
-        method,
-        family,
-        label,
-        trees.count(params),
-        report.interval(found.test, right, is_share=True),
-        report.interval(found.validation, is_share=True),
-        seconds,
-        settings,
-        None if same is None else report.interval(same.mean(axis=1), same, is_share=True),
-        examples=right,
-    )
 
 
 # Many points in one program.

@@ -28,6 +28,7 @@ from kdtl_jax.datasets import Splits, digits, only_classes, per_class, standardi
 from kdtl_jax.models import mlp
 from kdtl_jax.objective import Inputs
 from kdtl_jax.recipes import _choice, _models, _output, _students, _targets, _training, transfer
+from kdtl_jax.recipes import _measures as measures
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._finished import NOWHERE, Finished, once, opened
@@ -185,9 +186,9 @@ def distill(
     frozen = teachers.kept.params
     one = _training.pick(frozen, 0)
     rows = [
-        _training.row(
-            "teacher", FAMILY, "Teacher", one, teachers, seconds, described,
-            labels=splits.test.labels,
+        measures.row(
+            measures.CLASSES, "teacher", FAMILY, "Teacher", one, teachers, seconds, described,
+            targets=splits.test.labels,
         )
     ]  # fmt: skip
 
@@ -238,7 +239,8 @@ def distill(
         axes = ("learning_rate", "alpha") if len(alphas) > 1 else ("learning_rate",)
         chosen = {axis: choice.setting[axis] for axis in axes}
         rows.append(
-            _training.row(
+            measures.row(
+                measures.CLASSES,
                 method,
                 FAMILY,
                 label,
@@ -246,7 +248,7 @@ def distill(
                 choice.fitted,
                 seconds,
                 {**fixed, **described, **chosen},
-                labels=splits.test.labels,
+                targets=splits.test.labels,
                 teacher=teachers.named,
             )  # fmt: skip
         )
@@ -352,9 +354,9 @@ def project(
     label = "Projected outputs, ridge (no gradient step)"
     chosen = _training.pick(fitted, best)
     one = _training.pick(chosen.kept.params, 0)
-    return _training.row(
-        "projected_outputs", FAMILY, label, one, chosen, seconds, described,
-        labels=held[1]["labels"], teacher=named_by_teacher,
+    return measures.row(
+        measures.CLASSES, "projected_outputs", FAMILY, label, one, chosen, seconds, described,
+        targets=held[1]["labels"], teacher=named_by_teacher,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from kdtl_jax import _files
 from kdtl_jax.interop.model_files import Model
-from kdtl_jax.recipes import _inputs, _own
+from kdtl_jax.recipes import _inputs
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes.settings import UsageError, setting
 
@@ -34,12 +34,9 @@ StableHLO needs pip install 'kdtl_jax[export]', ONNX pip install 'kdtl_jax[onnx]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(_inputs.Trained):
     """What `kdtl export` reads and writes."""
 
-    student: str | None = setting(
-        None, "a model's file, such as students/kd.safetensors of a run", positional=True
-    )
     out: str | None = setting(None, "the file to write", metavar="FILE")
     format: Literal["stablehlo", "onnx"] = setting("stablehlo", "what is written")
     batch: int | None = setting(
@@ -51,10 +48,6 @@ class Settings:
     shape: tuple[int, ...] | None = setting(
         None, "of one input, as in 8,8,1; for files of earlier versions, which do not say it",
         metavar="N,...", parse=lambda value: None if value is None else types.layer_numbers(value),
-    )  # fmt: skip
-    model: str | None = setting(
-        None, "the source of a model of your own, as FILE.py:NAME; only this file is imported",
-        metavar="FILE.py:NAME", parse=_own.checked,
     )  # fmt: skip
 
 

@@ -40,14 +40,9 @@ def ranked(values: Sequence[Any], *, minimize: bool = False) -> list[int]:
       minimize: whether smaller is better.
     """
     means = [np.mean(np.asarray(value, np.float64)) for value in values]
-    return sorted(
-        range(len(means)),
-        key=lambda i: (
-            (not np.isfinite(means[i]), means[i] if minimize else -means[i])
-            if np.isfinite(means[i])
-            else (True, 0.0)
-        ),
-    )
+    sign = 1 if minimize else -1
+    keys = [sign * mean if np.isfinite(mean) else np.inf for mean in means]
+    return sorted(range(len(keys)), key=keys.__getitem__)
 
 
 def best(values: Sequence[Any], *, minimize: bool = False) -> int | None:

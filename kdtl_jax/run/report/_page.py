@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import jinja2
 
+from kdtl_jax.run import scores
 from kdtl_jax.run.report import plots
 from kdtl_jax.run.report._drawing import COLORS, shown
 from kdtl_jax.run.report._intervals import Interval
 from kdtl_jax.run.report._pictures import Pictures
-from kdtl_jax.run.report._results import Results, Row, environment, ranked
+from kdtl_jax.run.report._results import Results, Row, environment
 from kdtl_jax.run.report._score import ACCURACY, Score
 from kdtl_jax.run.report.plots import Chart
 
@@ -237,7 +238,7 @@ def _clearest(rows: Sequence[Row], learning: Mapping[str, object]) -> list[Row]:
     drawn = [row for row in rows if row.method in learning]
     if len(drawn) <= COLORS:
         return drawn
-    best = ranked([row.validation.mean for row in drawn[1:]])[: COLORS - 1]
+    best = scores.ranked([row.validation.mean for row in drawn[1:]])[: COLORS - 1]
     return [drawn[0], *(drawn[1 + i] for i in sorted(best))]
 
 

@@ -136,12 +136,6 @@ def _verdict(difference: Interval, p: float, minimize: bool) -> str:
     return "better" if (difference.mean < 0) == minimize else "worse"
 
 
-def ranked(values: Sequence[float]) -> list[int]:
-    """Places of the values, the largest first; those that are not finite come last."""
-    keys = [value if math.isfinite(value) else -math.inf for value in values]
-    return sorted(range(len(keys)), key=lambda i: -keys[i])
-
-
 def to_json(results: Results) -> dict[str, Any]:
     """The content of `results.json` (see the module's first lines)."""
     return _files.as_json(_record(results))
