@@ -236,16 +236,10 @@ def run(settings: Settings) -> int:
             return warmed_up(settings.learning_rate, steps, max(1, steps // 20))
 
         def teach(
-            name: str,
-            learner: language.Learner,
-            tx: Any,
-            params: Params,
-            shared: Params,
-            steps: int,
-            measure: training.Measure,
-            trainable: Any = trees.everything,
+            name: str, learner: language.Learner, tx: Any, params: Params, shared: Params,
+            steps: int, measure: training.Measure, trainable: Any = trees.everything,
             cache: teacher_cache.Cache | None = None,
-        ) -> training.Trained:
+        ) -> training.Trained:  # fmt: skip
             nonlocal common
             state = train.init_state(params, tx, key=key_student, trainable=trainable)
             found = training.trained(
@@ -272,14 +266,9 @@ def run(settings: Settings) -> int:
             own, tx = language.model(teacher.model), optimizer(settings.teacher_steps)
             measure = measuring(own, language.as_they_are, own, teacher.params)
             found = teach(
-                "teacher",
-                language.sft(language.Setup(teacher.model, tx)),
-                tx,
-                teacher.params,
-                None,
-                settings.teacher_steps,
-                lambda params: measure(params, params),
-            )
+                "teacher", language.sft(language.Setup(teacher.model, tx)), tx, teacher.params,
+                None, settings.teacher_steps, lambda params: measure(params, params),
+            )  # fmt: skip
             teacher, taught_in = teacher._replace(params=found.params), found.seconds
         else:
             teacher = of_models.load(source)
