@@ -392,6 +392,8 @@ def test_the_demo_gives_the_same_numbers_twice(tmp_path: Path) -> None:
     assert {row["method"] for row in a["rows"]} >= {"student_alone", "kd", "scratch"}
     for name in ("students/kd.safetensors", "metrics.jsonl"):
         assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes(), name
+    student = str(runs[0] / "students/kd.safetensors")
+    assert main(["evaluate", student, "digits", "--part", "test"]) == 0  # knows what was held out
     assert {path.name for path in runs[0].iterdir()} == {
         *_output.SETTINGS, ".lock", "metrics.jsonl", "results.json", "report.html",
         "students", "checkpoints", "finished",

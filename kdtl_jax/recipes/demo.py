@@ -86,13 +86,14 @@ class Settings(types.Resumable):
 
 def run(settings: Settings) -> None:
     """Trains teachers, students, sources and targets; writes the run folder."""
-    raw = stratified(digits(), validation=0.2, test=0.3)
+    data = types.Data()  # the digits, split as every command splits them
+    raw = stratified(digits(), validation=data.validation, test=data.test)
     scaling = standardizer(raw.train)
     splits = Splits(*(scaling.apply(part) for part in raw))
     say = _output.progress()
     with (
         _output.run_folder(
-            settings, "demo", resume=settings.resume, saves=["checkpoints"]
+            settings, "demo", {"data": data.data}, resume=settings.resume, saves=["checkpoints"]
         ) as where,
         _output.counted_programs() as programs,
         _output.hint_of_resuming("demo", where.path),
@@ -146,7 +147,8 @@ def run(settings: Settings) -> None:
             checkpoint.save(checkpoints, settings.epochs, models, {"method": "all"})
         text, shape = f"mlp:{','.join(map(str, STUDENT))}", splits.train.inputs.shape[1:]
         about = _models.About(text, CLASSES, scaling, (), shape)
-        _students.write(folder, [student for student in students.values() if student], about)
+        kept = [student for student in students.values() if student]
+        _students.write(folder, kept, about, more=_students.made_of(folder, data, "student"))
         _output.write_curves(folder, results.learning)
         _output.finish(folder, results)
 
