@@ -128,6 +128,13 @@ def micro_f1(predicted: Any, targets: Any) -> float:
     return float(found.f1)
 
 
+def macro_f1(predicted: Any, targets: Any) -> float:
+    """The mean F1 over the labels that have one (`per_label`); NaN if none has."""
+    f1 = per_label(predicted, targets).f1
+    known = f1[~np.isnan(f1)]
+    return float(known.mean()) if known.size else float("nan")
+
+
 # Numbers: `predicted` and `targets` are `[N]` or `[N, K]`, and results are means over K.
 
 

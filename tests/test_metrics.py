@@ -60,6 +60,9 @@ def test_several_labels_at_once() -> None:
     np.testing.assert_allclose(each.precision, [2 / 3, 2 / 3, np.nan])
     np.testing.assert_allclose(each.recall, [1, 1, np.nan])
     assert metrics.micro_f1(named, targets) == pytest.approx(8 / 10)
+    f1 = metrics.per_label(named, targets).f1
+    assert metrics.macro_f1(named, targets) == pytest.approx(np.nanmean(f1))
+    assert np.isnan(metrics.macro_f1([[0, 0]], [[0, 0]]))
 
 
 def test_numbers() -> None:

@@ -53,6 +53,21 @@ class Examples(NamedTuple):
     said: str  # what was read, in words
 
 
+def used(settings: Any, example: str, *, with_labels: bool) -> tuple[Model, Examples]:
+    """The model that `Used` settings name, and the examples that it answers.
+
+    Raises:
+      UsageError: showing `example` where the student or the data are not named.
+    """
+    if settings.student is None or settings.data is None:
+        raise UsageError(f"name STUDENT and DATA, for example: {example}")
+    model = model_of(settings)
+    found = read(
+        settings.data, model, part=settings.part, label=settings.label, with_labels=with_labels
+    )
+    return model, found
+
+
 def model_of(settings: Any) -> Model:
     """The model of the settings; a note if its source file is no longer what it was.
 

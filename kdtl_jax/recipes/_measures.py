@@ -121,12 +121,10 @@ def _r_squared(answers: np.ndarray, targets: np.ndarray) -> float:
 def _more_of_labels(answers: Any, targets: Any) -> dict[str, float]:
     targets = np.asarray(targets)
     named = [np.asarray(y) > 0 for y in np.asarray(answers)]
-    f1 = [metrics.per_label(y, targets).f1 for y in named]
     return {
-        "macro_f1": float(np.mean([x[~np.isnan(x)].mean() if not np.isnan(x).all() else 0.0
-                                   for x in f1])),
+        "macro_f1": float(np.mean([metrics.macro_f1(y, targets) for y in named])),
         "subset_accuracy": float(np.mean([(y == targets).all(axis=1).mean() for y in named])),
-    }  # fmt: skip
+    }
 
 
 def _more_of_numbers(answers: Any, targets: Any, scale: np.ndarray) -> dict[str, float]:

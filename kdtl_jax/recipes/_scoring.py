@@ -57,7 +57,7 @@ def of_labels(logits: np.ndarray, targets: np.ndarray, names: Sequence[str]) -> 
         "exact": float(np.mean((named == targets).all(axis=1))),
         "mean_average_precision": float(np.nanmean(precision)),
         "micro_f1": metrics.micro_f1(named, targets),
-        "macro_f1": float(np.nanmean(each.f1)),
+        "macro_f1": metrics.macro_f1(named, targets),
         "per_class": rows,
     }
 

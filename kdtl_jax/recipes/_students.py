@@ -117,8 +117,8 @@ def note(rows: Sequence[report.Row], baseline: str | None) -> str | None:
     if first.method == baseline and len(with_file) > 1:
         said += ", the student trained alone: no method does better on the validation split"
     return (
-        f"{said}. One file per method, of its seed that is best on validation: {files}. Use one "
-        "with kdtl predict, evaluate or export."
+        f"{said}. One file per method, of its seed that is best on validation: {files}. Name one, "
+        "with the run's folder before it, to kdtl predict, evaluate or export."
     )
 
 

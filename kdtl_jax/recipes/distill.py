@@ -327,7 +327,7 @@ def run(settings: Settings) -> int:
             if not np.isfinite(row.validation.mean):
                 notes.append(f"{name} diverged: logits are not finite, and it is ranked last.")
         if jax.process_index() != 0:
-            return 0
+            return 1 if failed else 0
 
         about = pair.about._replace(model=pair.teacher_text)
         made_of = _students.made_of(folder, settings, "teacher")

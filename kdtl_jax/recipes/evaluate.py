@@ -10,7 +10,7 @@ from typing import Any
 
 from kdtl_jax import _files
 from kdtl_jax.recipes import _inputs, _output, _scoring
-from kdtl_jax.recipes.settings import UsageError, setting
+from kdtl_jax.recipes.settings import setting
 
 MOST = 20  # classes whose confusion is printed
 EXAMPLES = """
@@ -33,12 +33,8 @@ class Settings(_inputs.Used):
 
 def run(settings: Settings) -> int:
     """Prints the scores, and writes them."""
-    if settings.student is None or settings.data is None:
-        raise UsageError(f"name STUDENT and DATA, for example: {EXAMPLES.strip().splitlines()[0]}")
-    model = _inputs.model_of(settings)
-    found = _inputs.read(
-        settings.data, model, part=settings.part, label=settings.label, with_labels=True
-    )
+    example = EXAMPLES.strip().splitlines()[0]
+    model, found = _inputs.used(settings, example, with_labels=True)
     assert found.labels is not None
     names = _inputs.class_names(model)
     logits, kind = model.predict(found.inputs), _inputs.kind(model)

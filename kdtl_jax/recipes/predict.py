@@ -16,7 +16,7 @@ from scipy.special import expit, softmax
 
 from kdtl_jax import _files
 from kdtl_jax.recipes import _inputs
-from kdtl_jax.recipes.settings import UsageError, setting
+from kdtl_jax.recipes.settings import setting
 from kdtl_jax.run import scores
 
 EXAMPLES = """
@@ -41,12 +41,8 @@ class Settings(_inputs.Used):
 
 def run(settings: Settings) -> int:
     """Writes or prints a row per example."""
-    if settings.student is None or settings.data is None:
-        raise UsageError(f"name STUDENT and DATA, for example: {EXAMPLES.strip().splitlines()[0]}")
-    model = _inputs.model_of(settings)
-    found = _inputs.read(
-        settings.data, model, part=settings.part, label=settings.label, with_labels=False
-    )
+    example = EXAMPLES.strip().splitlines()[0]
+    model, found = _inputs.used(settings, example, with_labels=False)
     logits = model.predict(found.inputs)
     names, kind = _inputs.class_names(model), _inputs.kind(model)
     if kind == "numbers":
