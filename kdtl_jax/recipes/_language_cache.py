@@ -7,7 +7,7 @@ import numpy as np
 
 from kdtl_jax import _files, language
 from kdtl_jax.interop.decoders import PretrainedDecoder
-from kdtl_jax.recipes import _output
+from kdtl_jax.recipes import _progress
 from kdtl_jax.recipes._language_text import Rows
 from kdtl_jax.run import teacher_cache
 
@@ -34,7 +34,7 @@ def written(
     form: str,
     batch_size: int,
     seed: int,
-    say: _output.Say,
+    say: _progress.Say,
 ) -> teacher_cache.Cache:
     """The cache in a folder, completed if need be.
 
@@ -62,7 +62,7 @@ def written(
         "dtype": "float32",
     }
     expect = teacher_cache.fingerprint(teacher.params, {"inputs": inputs}, **made)
-    seldom = _output.seldom(say, 5.0)
+    seldom = _progress.seldom(say, 5.0)
     teacher_cache.write(
         folder,
         outputs,

@@ -13,7 +13,7 @@ from kdtl_jax._types import Params
 from kdtl_jax.interop import decoders, pruning
 from kdtl_jax.interop.decoders import PretrainedDecoder
 from kdtl_jax.models import Decoder
-from kdtl_jax.recipes import _output
+from kdtl_jax.recipes import _progress
 from kdtl_jax.recipes.settings import UsageError, pairs
 
 KERNELS = r"layers_\d+/(attention|mlp)/[^/]+/kernel"
@@ -88,7 +88,7 @@ def beginning(
     layers: Sequence[int],
     shape: Mapping[str, int] | None,
     is_whole: bool,
-    say: _output.Say,
+    say: _progress.Say,
 ) -> PretrainedDecoder:
     """The student that every method starts from.
 
@@ -116,7 +116,7 @@ def beginning(
 
 
 def pruned(
-    teacher: PretrainedDecoder, shape: Mapping[str, int], say: _output.Say
+    teacher: PretrainedDecoder, shape: Mapping[str, int], say: _progress.Say
 ) -> PretrainedDecoder:
     """The teacher pruned to a shape: some of its layers, evenly, and what matters in them.
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from kdtl_jax import language, models, train
 from kdtl_jax._types import ModelFn, Params, Variables
 from kdtl_jax.objective import Inputs, Metrics
-from kdtl_jax.recipes import _output
+from kdtl_jax.recipes import _progress
 from kdtl_jax.recipes._language_text import Rows
 from kdtl_jax.recipes._training import newest
 from kdtl_jax.run import checkpoint, data, loop, sharding, teacher_cache
@@ -33,7 +33,8 @@ class Run(NamedTuple):
     batch_size: int
     save_every: int | None
     checks: int
-    say: _output.Say
+    say: _progress.Say
+    moved: _progress.Moved = lambda done, total: None
     finished: tuple[str, ...] = ()  # whose lines stay in the metrics file
 
 
@@ -143,6 +144,7 @@ def trained(
             save_every=run.save_every,
             meta=meta,
             place=put,
+            reached=lambda step: run.moved(step, steps),
         )
     spent = before + time.perf_counter() - begun
     return Trained(result.state.params, result.evaluations, spent)
@@ -172,8 +174,8 @@ def clock(tokens: int, steps: int) -> Callable[[int], str]:
             first = step, now
             return ""
         rate = (step - first[0]) / max(now - first[1], 1e-9)
-        left = (steps - step) / max(rate, 1e-9)
-        return f", {rate * tokens:,.0f} tokens/s, {left // 60:.0f} min {left % 60:.0f} s left"
+        left = _progress.in_words((steps - step) / max(rate, 1e-9))
+        return f", {rate * tokens:,.0f} tokens/s, {left} left"
 
     return said
 

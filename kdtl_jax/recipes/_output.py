@@ -6,7 +6,6 @@ import json
 import secrets
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,6 @@ from kdtl_jax.recipes import _students
 from kdtl_jax.recipes.settings import UsageError, as_yaml
 from kdtl_jax.run import checkpoint, processes, record, report
 
-Say = Callable[[str], None]
 # What a run writes before its work: all that is left of one that failed before it trained anything.
 SETTINGS = {"config.yaml", "env.json", record.FILE}
 # Settings that may differ between a run and its continuation.
@@ -242,35 +240,6 @@ def write_curves(folder: Path, learning: Mapping[str, Mapping[str, Sequence[floa
     _files.write_atomic(
         folder / "metrics.jsonl", "".join(f"{json.dumps(x)}\n" for x in lines).encode()
     )
-
-
-def progress() -> Say:
-    """`say(text)` prints a line with the seconds since the start, on a terminal and in a log."""
-    console, start = Console(stderr=True, highlight=False), time.perf_counter()
-
-    def say(text: str) -> None:
-        seconds = time.perf_counter() - start
-        if console.is_terminal:
-            console.print(f"[dim]{seconds:5.1f} s[/]  ", end="")
-            console.print(f"{text} …", markup=False)
-        else:
-            print(f"{seconds:5.1f} s  {text}", file=sys.stderr, flush=True)
-
-    return say
-
-
-def seldom(say: Say, seconds: float = 10.0) -> Callable[[str, bool], None]:
-    """Prints at most one line per `seconds`, and every line that is marked as the last."""
-    said = time.perf_counter()
-
-    def maybe(text: str, last: bool) -> None:
-        nonlocal said
-        now = time.perf_counter()
-        if last or now - said >= seconds:
-            said = now
-            say(text)
-
-    return maybe
 
 
 def print_table(results: report.Results) -> None:

@@ -50,6 +50,7 @@ class Run(NamedTuple):
     one_by_one: bool = False  # also where seeds could advance together
     save_every: int | None = None  # epochs; None: at the end
     say: Callable[[str, bool], None] = lambda text, last: None
+    moved: Callable[[int, int], None] = lambda done, total: None  # of a method's steps
     finished: tuple[str, ...] = ()  # methods before this one
     rate: Callable[[int], float] | None = None  # the learning rate by step, for the log
     patience: int | None = None  # epochs without a better validation; None: all epochs
@@ -171,6 +172,7 @@ def train_seeds(
                 meta=meta or (None if in_turn else {"path": "scan"}),
                 on_nonfinite=None,  # each seed leaves out its own
                 place=place,
+                reached=lambda step: run.moved(step, total),
             )
         state, evaluations = result.state, result.evaluations
         before += time.perf_counter() - begun

@@ -24,7 +24,7 @@ from kdtl_jax._types import Variables
 from kdtl_jax.interop import linen
 from kdtl_jax.models import GPT2, ViT, mlp, resnet, resnet_x4
 from kdtl_jax.objective import Inputs
-from kdtl_jax.recipes import _bench_report, _output
+from kdtl_jax.recipes import _bench_report, _output, _progress
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes.settings import setting
 from kdtl_jax.run import measure, sharding
@@ -177,8 +177,7 @@ def workload(preset: Preset, dtype: Any) -> Workload:
 def run(settings: Settings) -> None:
     """Measures, prints the table, writes bench.json and report.html."""
     devices = len(_output.devices(settings.devices))
-    say = _output.progress()
-    with _output.run_folder(settings, "bench") as where:
+    with _output.run_folder(settings, "bench") as where, _progress.shown() as say:
         say("ceilings")
         dtype = jnp.dtype(settings.dtype)
         limits = measure.ceilings(dtype, quick=settings.quick)

@@ -18,7 +18,7 @@ import numpy as np
 from kdtl_jax._types import ModelFn, Variables
 from kdtl_jax.datasets import KINDS, Dataset
 from kdtl_jax.losses import TopK
-from kdtl_jax.recipes import _models, _output
+from kdtl_jax.recipes import _models, _progress
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._models import Network
 from kdtl_jax.recipes.settings import UsageError, setting
@@ -87,23 +87,29 @@ def run(settings: Settings) -> int:
     apply, lowered = in_precision(net.apply, variables, lower)
     if lower != "float32":
         print_fidelity(net.apply, variables, apply, lowered, inputs, lower)
-    say = _output.seldom(_output.progress(), LINE_SECONDS)
-    plan = teacher_cache.write(
-        folder,
-        apply,
-        lowered,
-        {"inputs": inputs},
-        batch_size=settings.batch_size,
-        # How inputs are scaled is in the data's digest.
-        preprocessing={} if lower == "float32" else {"precision": lower},
-        taps=taps,
-        top_k=settings.top_k,
-        temperature=settings.temperature,
-        dtype=settings.dtype,
-        weights=teacher_cache.digest(variables),
-        progress=lambda done, total: say(f"{done:,} of {total:,} examples", done == total),
-        **made_of,
-    )
+    with _progress.shown() as say:
+        seldom = _progress.seldom(say, LINE_SECONDS)
+
+        def report(done: int, total: int) -> None:
+            seldom(f"{done:,} of {total:,} examples", done == total)
+            say.bar("examples", done, total)
+
+        plan = teacher_cache.write(
+            folder,
+            apply,
+            lowered,
+            {"inputs": inputs},
+            batch_size=settings.batch_size,
+            # How inputs are scaled is in the data's digest.
+            preprocessing={} if lower == "float32" else {"precision": lower},
+            taps=taps,
+            top_k=settings.top_k,
+            temperature=settings.temperature,
+            dtype=settings.dtype,
+            weights=teacher_cache.digest(variables),
+            progress=report,
+            **made_of,
+        )
     cache = teacher_cache.open_cache(folder, expect=None, contents=False)
     print_plan(folder, plan)
     if "logits" in taps and train.kind == "classes":

@@ -32,6 +32,7 @@ from kdtl_jax.recipes import _measures as measures
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._finished import NOWHERE, Finished, once, opened
+from kdtl_jax.recipes._progress import by_part, shown
 from kdtl_jax.recipes._training import Experiment, Fitted, Point
 from kdtl_jax.recipes.settings import setting
 from kdtl_jax.run import checkpoint, report, scores
@@ -90,15 +91,16 @@ def run(settings: Settings) -> None:
     raw = stratified(digits(), validation=data.validation, test=data.test)
     scaling = standardizer(raw.train)
     splits = Splits(*(scaling.apply(part) for part in raw))
-    say = _output.progress()
     with (
         _output.run_folder(
             settings, "demo", {"data": data.data}, resume=settings.resume, saves=["checkpoints"]
         ) as where,
         _output.counted_programs() as programs,
         _output.hint_of_resuming("demo", where.path),
+        shown() as bar,
     ):
         folder = where.path
+        say = by_part(bar, len(ORDER) + len(("source", *TARGETS)))
         finished = opened(folder, where.run, resume=settings.resume, kinds=(Fitted, Variables))
         rows, learning, alpha, models = distill(splits, settings, say, finished)
         students = {
@@ -114,6 +116,7 @@ def run(settings: Settings) -> None:
         ]
         advice = _students.note(rows, "student_alone")
         found = transfer_digits(splits, settings, say, finished)
+        bar.hide()
         order = sorted(rows, key=lambda row: ORDER.index(row.method))
         baselines = {FAMILY: "student_alone", _targets.FAMILY: _targets.BASELINE}
         results = report.Results(

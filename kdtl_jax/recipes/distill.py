@@ -31,6 +31,7 @@ from kdtl_jax.recipes import (
     _output,
     _own,
     _pair,
+    _progress,
     _seeds,
     _students,
     _training,
@@ -188,7 +189,6 @@ def run(settings: Settings) -> int:
         made = _optimizers.optimizer(settings, rate, settings.weight_decay, steps)
         return precision.loss_scaling(made) if settings.precision == "float16" else made
 
-    say = _output.progress()
     learners = [*([TEACHER] if pair.given is None else []), *built]
     folder_of_run = _output.run_folder(
         fixed, "distill", {**pair.files, **_own.files(settings)}, resume=settings.resume,
@@ -198,6 +198,7 @@ def run(settings: Settings) -> int:
         folder_of_run as (folder, identity),
         _output.counted_programs() as programs,
         _output.hint_of_resuming("distill", folder),
+        _progress.shown() as say,
     ):
         common = _seeds.Run(
             folder=folder,
@@ -211,7 +212,8 @@ def run(settings: Settings) -> int:
             one_by_one=settings.one_by_one,
             patience=settings.early_stopping,
             save_every=settings.save_every,
-            say=_output.seldom(say),
+            say=_progress.seldom(say),
+            moved=_progress.part(say, TEACHER, 0, len(learners)),
         )
         say(f"teacher{'' if pair.given is None else f', from {settings.teacher_weights}'}")
         steps = settings.teacher_epochs * (len(inputs) // fixed.batch_size)
@@ -260,7 +262,10 @@ def run(settings: Settings) -> int:
         named: dict[str, _evidence.Named] = {}  # by method
         students: list[_students.Student] = []
         for i, (name, method) in enumerate(built.items()):
-            say(f"{name} ({i + 1} of {len(built)})")
+            said = f"{name} ({i + 1} of {len(built)})"
+            say(said)
+            at = len(learners) - len(built) + i
+            common = common._replace(moved=_progress.part(say, said, at, len(learners)))
             entry, reads = known.get(name), live is not None and name != BASELINE
             learner = _pair.student(
                 pair.student,
@@ -326,6 +331,7 @@ def run(settings: Settings) -> int:
                 )
             if not np.isfinite(row.validation.mean):
                 notes.append(f"{name} diverged: logits are not finite, and it is ranked last.")
+        say.hide()
         if jax.process_index() != 0:
             return 1 if failed else 0
 

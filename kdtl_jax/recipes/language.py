@@ -25,7 +25,7 @@ from kdtl_jax.recipes import _language_models as of_models
 from kdtl_jax.recipes import _language_report as of_report
 from kdtl_jax.recipes import _language_text as text_rows
 from kdtl_jax.recipes import _language_training as training
-from kdtl_jax.recipes import _output
+from kdtl_jax.recipes import _output, _progress
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._training import warmed_up
 from kdtl_jax.recipes.settings import UsageError, setting
@@ -197,7 +197,6 @@ def run(settings: Settings) -> int:
     )
     files = {n: v for n in ("teacher", "student") if (v := getattr(settings, n))}
     files |= {f"data {path}": path for path in settings.data}
-    say = _output.progress()
     warms_up = settings.start_steps and any(method.samples for method in chosen)
     learners = [*([] if files.keys() & {"teacher", "student"} else ["teacher"]),
                *(["warm"] if warms_up else []), *(method.name for method in chosen)]  # fmt: skip
@@ -205,7 +204,7 @@ def run(settings: Settings) -> int:
         settings, "language", files, resume=settings.resume, models=learners,
         saves=[f"checkpoints/{name}" for name in learners],
     )  # fmt: skip
-    with folder_of_run as (folder, who):
+    with folder_of_run as (folder, who), _progress.shown() as say:
         # Text, by the teacher's tokenizer.
         source = settings.teacher or settings.student
         tokenizer = language.byte_tokenizer() if source is None else language.tokenizer(source)
@@ -241,6 +240,8 @@ def run(settings: Settings) -> int:
             cache: teacher_cache.Cache | None = None,
         ) -> training.Trained:  # fmt: skip
             nonlocal common
+            moved = _progress.part(say, name, len(common.finished), len(learners))
+            common = common._replace(moved=moved)
             state = train.init_state(params, tx, key=key_student, trainable=trainable)
             found = training.trained(
                 name, learner, state, text.train, shared, steps, measure, common, key_order, cache
@@ -344,6 +345,7 @@ def run(settings: Settings) -> int:
             built[name] = student, found
 
         # How they compare; students of one shape share their programs.
+        say.hide()
         say("measuring")
         first = next(iter(built.values()))[0]
         compared = [("teacher", "Teacher", teacher.model, teacher.params, taught_in)]

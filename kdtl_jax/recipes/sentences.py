@@ -37,7 +37,7 @@ from kdtl_jax._types import ModelFn, Params, Variables
 from kdtl_jax.interop import huggingface, linen
 from kdtl_jax.models import sentence_embedding
 from kdtl_jax.objective import Inputs, Masked
-from kdtl_jax.recipes import _output
+from kdtl_jax.recipes import _output, _progress
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._lines import Lines, read_lines, split, tokenizer
 from kdtl_jax.recipes._training import in_chunks, warmed_up
@@ -109,9 +109,11 @@ def run(settings: Settings) -> None:
         if getattr(settings, name) is None:
             raise UsageError(f"kdtl sentences needs --{name}")
     encoder, text = Path(str(settings.encoder)), Path(str(settings.text))
-    say = _output.progress()
     files = {"encoder": str(encoder), "text": str(text)}
-    with _output.run_folder(settings, "sentences", files, models=["student"]) as where:
+    with (
+        _output.run_folder(settings, "sentences", files, models=["student"]) as where,
+        _progress.shown() as say,
+    ):
         say("reading")
         found = read_lines(text)
         try:

@@ -28,6 +28,7 @@ from kdtl_jax.recipes import (
     _optimizers,
     _output,
     _pair,
+    _progress,
     _seeds,
     _sweep_report,
     _training,
@@ -151,7 +152,6 @@ def run(settings: Settings) -> None:
         rates = point.get("learning_rate", rate)
         return _optimizers.optimizer(settings, rates, decay, steps)
 
-    say = _output.progress()
     saves = [f"checkpoints/{_pair.TEACHER}"] if pair.given is None else []
     with (
         _output.run_folder(
@@ -159,8 +159,10 @@ def run(settings: Settings) -> None:
         ) as where,
         _output.counted_programs() as programs,
         _output.hint_of_resuming("sweep", where.path),
+        _progress.shown() as bar,
     ):
         folder = where.path
+        say = _progress.by_part(bar, len(entries) + 1)
         finished = _finished.opened(folder, where.run, resume=settings.resume, kinds=(Swept,))
         say(f"teacher{'' if pair.given is None else f', from {settings.teacher_weights}'}")
         common = _seeds.Run(
@@ -186,7 +188,7 @@ def run(settings: Settings) -> None:
             known = swept[-1] if swept else None  # the pair decides the path: measured once
             make = functools.partial(
                 sweep_one, entry.name, learner, axes[entry.name], shared, held, settings, devices,
-                known, say,
+                known, bar.line,
             )  # fmt: skip
             swept.append(_finished.once(finished, entry.name, make)[0])
         results = _sweep_report.Sweep(

@@ -18,7 +18,7 @@ import numpy as np
 from kdtl_jax._types import Variables
 from kdtl_jax.datasets import Dataset, Preprocessing, Splits, only_classes
 from kdtl_jax.interop import model_files, safetensors
-from kdtl_jax.recipes import _finished, _models, _output, _own, _students, _targets
+from kdtl_jax.recipes import _finished, _models, _output, _own, _progress, _students, _targets
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._models import About
@@ -131,15 +131,16 @@ def run(settings: Settings) -> int | None:
         record.check_finite(path, given)
     files = {"data": settings.data, **({} if path is None else {"source_weights": path})}
     files |= {"student": _own.file_of(text)} if model_files.is_own(text) else {}
-    say = _output.progress()
     with (
         _output.run_folder(
             settings, "transfer", files, resume=settings.resume, saves=["checkpoints"]
         ) as where,
         _output.counted_programs() as programs,
         _output.hint_of_resuming("transfer", where.path),
+        _progress.shown() as bar,
     ):
         folder = where.path
+        say = _progress.by_part(bar, len(chosen) + (given is None))
         finished = _finished.opened(
             folder, where.run, resume=settings.resume, kinds=(Fitted, Variables)
         )
@@ -153,6 +154,7 @@ def run(settings: Settings) -> int | None:
         else:
             source = Source(given, False)
         found = _targets.compare(net, target, source, chosen, settings, surgery, say, finished)
+        bar.hide()
         print(found.surgery)
         students = {
             row.method: _students.best(row.method, found.models[row.method], row.validation.values)

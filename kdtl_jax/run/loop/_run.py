@@ -19,6 +19,7 @@ from kdtl_jax.run.loop._metrics import Evaluate, Log, Stop
 from kdtl_jax.train import Batch, Step, TrainState
 
 Save = Callable[[int, TrainState, dict[str, Any]], None]
+Reached = Callable[[int], None]
 
 
 class Result(NamedTuple):
@@ -102,6 +103,7 @@ def run(
     on_nonfinite: Callable[[Nonfinite], None] | None = raise_nonfinite,
     prefetch: int = 2,
     place: Callable[[Any], Any] = jax.device_put,
+    reached: Reached | None = None,
 ) -> Result:
     """Trains up to step `steps`, never waiting for a single step's result.
 
@@ -136,6 +138,8 @@ def run(
         the run. None does not check, which saves a copy of the state.
       prefetch: batches of a `Source` waiting on the device.
       place: puts a batch of a `Source` on the device(s).
+      reached: `reached(step)` after every call that was given to the device, which has at most half
+        a second of work before it gets there: for a bar on a terminal. Nothing waits for it.
 
     Returns:
       The final state and why the run ended.
@@ -197,16 +201,18 @@ def run(
             # 2. Up to the next step at which something is due.
             most = min(_next(at, log_every, evaluate_every, save_every), steps) - at
             try:
-                carry, reached, made = move(carry, at, most)
+                carry, last, made = move(carry, at, most)
             except StopIteration:
                 steps, why = at, "data ended"
                 continue
             at += made
+            if reached is not None:
+                reached(at)
             # 3. The window's line, fetched while later steps run.
             if at % log_every == 0:
                 window = carry.window
                 carry = carry._replace(window=Metrics(window.names, empty()))
-                if _metrics.push(pending, at, window, reached):
+                if _metrics.push(pending, at, window, last):
                     break
         _metrics.drain(pending)
         event = _nonfinite_in(carry)
