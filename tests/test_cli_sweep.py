@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import SHORT, kdtl, results
 
 from kdtl_jax.cli import main, parse
 from kdtl_jax.datasets import Splits, digits
 from kdtl_jax.models import mlp
-from kdtl_jax.recipes import _axes, _models, _optimizers, _pair, _training, sweep
+from kdtl_jax.recipes import _axes, _finished, _models, _optimizers, _pair, _training, sweep
 from kdtl_jax.recipes._optimizers import Training
 from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.train import sweep as sweeps
@@ -209,6 +210,41 @@ def test_a_sweep_ends_in_table_csv_and_report(
     assert "http" not in page
     assert "validation %" in capsys.readouterr().out
     assert main(["sweep", "--config", str(out / "config.yaml"), "--print-config"]) == 0
+
+
+@pytest.mark.slow
+def test_halving_is_resumed_after_its_last_rung(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["sweep", "--data", file, *SHORT, "--halving", "4", "--grid", "lr=1e-3,3e-2"]
+    words += ["--path", "together"]
+    assert kdtl(*words, "--out", tmp_path / "whole") == 0
+    once = _finished.once
+
+    def interrupted(finished: Any, name: str, make: Any) -> Any:
+        def stopped() -> Any:
+            made = make()
+            if name == "kd_rung_2":
+                raise KeyboardInterrupt
+            return made
+
+        return once(finished, name, stopped)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_finished, "once", interrupted)
+        assert kdtl(*words, "--out", tmp_path / "a") == 130
+    kept = [path.name for path in (tmp_path / "a" / "finished").glob("*.npz")]
+    assert kept == ["kd_rung_1.npz"]
+    trained: list[str] = []
+
+    def watched(finished: Any, name: str, make: Any) -> Any:
+        return once(finished, name, lambda: (trained.append(name), make())[1])
+
+    monkeypatch.setattr(_finished, "once", watched)
+    assert kdtl(*words, "--out", tmp_path / "a", "--resume") == 0
+    assert trained == ["kd", "kd_rung_2"]
+    assert [path.name for path in (tmp_path / "a" / "finished").glob("*.npz")] == ["kd.npz"]
+    assert results(tmp_path / "a")["rows"] == results(tmp_path / "whole")["rows"]
 
 
 @pytest.mark.slow

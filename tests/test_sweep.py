@@ -217,6 +217,32 @@ def test_successive_halving_keeps_the_best() -> None:
         sweep.successive_halving(jnp.sum, jnp.sum, jnp.sum, points, rungs=1, keep=0.0)
 
 
+def test_halving_goes_on_from_the_rung_that_is_stored() -> None:
+    points = {"rate": jnp.asarray([0.1, 0.5, 0.4, 0.2, 0.3], jnp.float32)}
+    stored: dict[int, sweep.Halving] = {}
+    trained: list[int] = []
+
+    def kept(rung: int, make: Any) -> sweep.Halving:
+        if rung not in stored:
+            stored[rung] = make()
+            trained.append(rung)
+        return stored[rung]
+
+    def halved() -> sweep.Halving:
+        return sweep.successive_halving(
+            lambda p: jnp.zeros(()), lambda state, p: state + p["rate"], lambda state, p: state,
+            points, rungs=3, kept=kept,
+        )  # fmt: skip
+
+    whole = halved()
+    assert trained == [0, 1, 2]
+    del stored[2], stored[0]  # a run that was stopped in its last rung; rung 0 is no longer needed
+    again = halved()
+    assert trained == [0, 1, 2, 2]
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_rows_are_flat_python_numbers() -> None:
     points = sweep.grid(seed=[1, 2])
     got = sweep.rows(points, {"loss": jnp.asarray([[3.0, 2.0], [5.0, 4.0]])})

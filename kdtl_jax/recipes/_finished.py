@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kdtl_jax import _files
+from kdtl_jax._types import PyTree
+from kdtl_jax.train import sweep
 
 FOLDER, KIND = "finished", "finished methods"
 _PLAIN = (str, int, float, bool)
@@ -67,7 +70,47 @@ def once(finished: Finished, name: str, make: Callable[[], Any]) -> tuple[Any, f
     seconds = time.perf_counter() - begun
     if path is not None:
         _write(path, finished, result, seconds)
+        for rung in path.parent.glob(f"{name}_rung_*.npz"):
+            rung.unlink()
     return result, seconds
+
+
+def rungs(finished: Finished, name: str, state: PyTree, last: int) -> sweep.Kept:
+    """`kept` of `sweep.successive_halving`, whose survivors are stored after every rung but `last`.
+
+    Args:
+      finished: where.
+      name: of the method.
+      state: the shapes of one point's, whose structure and kinds of keys a stored one has.
+      last: the rung after which the method is finished, and stored as a whole.
+    """
+    leaves, structure = jax.tree.flatten(state)
+    if finished.folder is None:
+        return lambda rung, make: make()
+    home = finished.folder
+
+    def raw(make: Callable[[], sweep.Halving]) -> dict[str, Any]:
+        found = make()
+        arrays = [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(found.state)]
+        return {"survivors": found.survivors, "state": arrays, "scores": found.scores}
+
+    def kept(rung: int, make: Callable[[], sweep.Halving]) -> sweep.Halving:
+        if rung == last:
+            return make()
+        stored, _ = once(finished, f"{name}_rung_{rung}", lambda: raw(make))
+        (home / f"{name}_rung_{rung - 1}.npz").unlink(missing_ok=True)
+        arrays = [
+            jax.random.wrap_key_data(jnp.asarray(x)) if _is_key(of) else jnp.asarray(x)
+            for x, of in zip(stored["state"], leaves, strict=True)
+        ]
+        state = jax.tree.unflatten(structure, arrays)
+        return sweep.Halving(stored["survivors"], state, stored["scores"])
+
+    return kept
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _write(path: Path, finished: Finished, result: Any, seconds: float) -> None:

@@ -60,9 +60,9 @@ def shown() -> Iterator[Progress]:
             drawn.add_task(text, total=total, first=None, last=None)
             drawn.start()
         [task] = drawn.tasks
-        told: dict[str, Any] = (
-            {} if done is None or done == task.completed else {"last": (now, done)}
-        )
+        told: dict[str, Any] = {}
+        if done is not None and done != task.completed:
+            told["last"] = now, done
         if done is not None and task.fields["first"] is None:
             told = {"first": (now, done), "last": (now, done)}
         drawn.update(task.id, description=text, completed=done, total=total, **told)

@@ -24,6 +24,7 @@ from kdtl_jax.recipes import (
     _axes,
     _choice,
     _finished,
+    _halving,
     _models,
     _optimizers,
     _output,
@@ -36,7 +37,6 @@ from kdtl_jax.recipes import (
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._training import Experiment, Point
 from kdtl_jax.recipes.settings import UsageError, setting
-from kdtl_jax.run import scores
 from kdtl_jax.train import sweep as sweeps
 
 PROBE_STEPS, PROBE_POINTS = 8, 16
@@ -188,7 +188,7 @@ def run(settings: Settings) -> None:
             known = swept[-1] if swept else None  # the pair decides the path: measured once
             make = functools.partial(
                 sweep_one, entry.name, learner, axes[entry.name], shared, held, settings, devices,
-                known, bar.line,
+                known, bar.line, finished,
             )  # fmt: skip
             swept.append(_finished.once(finished, entry.name, make)[0])
         results = _sweep_report.Sweep(
@@ -244,6 +244,7 @@ def sweep_one(
     devices: Sequence[Any] | None,
     known: Swept | None,
     say: Callable[[str], None],
+    finished: _finished.Finished = _finished.NOWHERE,
 ) -> Swept:
     """All settings and seeds of one method."""
     seeds, count = settings.seeds, len(next(iter(columns.values()), [0]))
@@ -289,7 +290,9 @@ def sweep_one(
         )
 
     if settings.halving > 1:
-        found = halved(learner, columns, shared, held, settings, chunk, devices)
+        found = _halving.halved(
+            name, learner, columns, shared, held, settings, chunk, devices, finished
+        )
         path = "together"
     else:
         fitted = programs(whole)[path](points, shared, *held)
@@ -300,58 +303,6 @@ def sweep_one(
     per_call = (chunk or count * seeds) if path == "together" else 1
     spent = time.perf_counter() - begun
     return Swept(name, columns, *found, path, per_call, spent, probed)
-
-
-def halved(
-    learner: Experiment,
-    columns: dict[str, np.ndarray],
-    shared: Shared,
-    held: Sequence[Any],
-    settings: Settings,
-    chunk: int | None,
-    devices: Sequence[Any] | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Validation, test and loss `[K, S]` and epochs `[K]` after successive halving.
-
-    A point is a setting with all its seeds: they stay or go together.
-    """
-    seeds, count = settings.seeds, len(next(iter(columns.values()), [0]))
-    epochs = settings.epochs // settings.halving
-    own = jnp.arange(seeds, dtype=jnp.int32)
-
-    def start(point: Point, shared: Shared, *held: Any) -> Any:
-        states = jax.vmap(lambda seed: learner.start({**point, "seed": seed}, shared))(own)
-        return states, jnp.zeros((seeds,)), jnp.zeros((seeds,))
-
-    def advance(state: Any, point: Point, shared: Shared, validation: Any, test: Any) -> Any:
-        def of_seed(state: train.TrainState, seed: Any) -> Any:
-            mine = {**point, "seed": seed}
-            state, curve, losses = _training.advance(
-                learner, state, mine, shared, shared.arrays, validation,
-                epochs=epochs, batch_size=settings.batch_size,
-            )  # fmt: skip
-            return state, curve[-1], losses[-1]
-
-        return jax.vmap(of_seed)(state[0], own)
-
-    def score(state: Any, point: Point, *_: Any) -> Any:
-        return state[1]
-
-    done = sweeps.successive_halving(
-        start, advance, score, columns, shared, *held, rungs=settings.halving,
-        chunk=None if chunk is None else max(1, chunk // seeds), devices=devices,
-    )  # fmt: skip
-    reached = np.isfinite(done.scores.reshape(settings.halving, count, -1)).any(axis=-1)
-    rungs = np.maximum(reached.sum(axis=0), 1)
-    validation = done.scores[rungs - 1, np.arange(count)].reshape(count, seeds)
-    test, loss = (np.full((count, seeds), np.nan) for _ in range(2))
-    states, _, losses = done.state
-    evaluate = jax.jit(jax.vmap(jax.vmap(lambda s, x: scores.predicted(
-        learner.logits(s, x, shared)), in_axes=(0, None)), in_axes=(0, None)))  # fmt: skip
-    named = np.asarray(evaluate(states, held[1]["inputs"]))
-    test[done.survivors] = scores.accuracy(named, np.asarray(held[1]["labels"]))
-    loss[done.survivors] = np.asarray(losses)
-    return validation, test, loss, rungs * epochs
 
 
 def suitable(chosen: Sequence[Entry], setup: Setup) -> tuple[list[Entry], list[str]]:

@@ -12,6 +12,7 @@ is an ordinary Python loop around it.
 """
 
 from kdtl_jax.train.sweep._halving import Halving as Halving
+from kdtl_jax.train.sweep._halving import Kept as Kept
 from kdtl_jax.train.sweep._halving import successive_halving as successive_halving
 from kdtl_jax.train.sweep._measure import chunk_for_memory as chunk_for_memory
 from kdtl_jax.train.sweep._measure import fastest as fastest

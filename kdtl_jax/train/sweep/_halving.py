@@ -19,6 +19,10 @@ class Halving(NamedTuple):
     scores: np.ndarray  # [rungs, N, ...], NaN where a point had been stopped
 
 
+# (rung, what makes what is left after it) -> what is left after it
+Kept = Callable[[int, Callable[[], Halving]], Halving]
+
+
 def successive_halving(
     start: Callable[..., PyTree],
     advance: Callable[..., PyTree],
@@ -29,6 +33,7 @@ def successive_halving(
     keep: float = 0.5,
     chunk: int | None = None,
     devices: Sequence[Any] | None = None,
+    kept: Kept = lambda rung, make: make(),
 ) -> Halving:
     """Trains all points a little, keeps the best share, trains those further, and so on.
 
@@ -46,6 +51,8 @@ def successive_halving(
       keep: share kept after every rung but the last; at least one point always is.
       chunk: as `sweep.vmap`.
       devices: as `sweep.vmap`.
+      kept: `kept(rung, make) -> make()`, what is left after a rung; one that stores it, and gives
+        back what an earlier call stored, makes the sweep resumable.
 
     Raises:
       ValueError: if `rungs < 1` or `keep` is not in (0, 1].
@@ -64,18 +71,27 @@ def successive_halving(
 
     further = vmap(on, chunk=chunk, devices=devices)
     total = size(points)
-    left, here = np.arange(total), dict(points)
-    state, scores = begin(here, *shared), np.empty(0)
-    for rung in range(rungs):
+
+    def after(rung: int) -> Halving:
+        """What is left after a rung; of earlier ones only what is not stored is trained."""
+        return kept(rung, lambda: next_after(rung))
+
+    def next_after(rung: int) -> Halving:
+        if rung:
+            left, state, scores = after(rung - 1)
+        else:
+            left, state, scores = np.arange(total), begin(dict(points), *shared), None
+        here = taken(dict(points), left)
         state, found = further({"state": state, "point": here}, *shared)
         found = np.asarray(found, float)
-        if not rung:
+        if scores is None:
             scores = np.full((rungs, total, *found.shape[1:]), np.nan)
         scores[rung, left] = found
         mean = found.reshape(len(left), -1).mean(axis=1)
         order = np.argsort(-np.where(np.isnan(mean), -np.inf, mean), kind="stable")
         if rung < rungs - 1:
             order = order[: max(1, int(np.ceil(keep * len(left))))]
-        left, here = left[order], taken(here, order)
-        state = jax.tree.map(lambda leaf, order=order: leaf[order], state)
-    return Halving(left, state, scores)
+        state = jax.tree.map(lambda leaf: leaf[order], state)
+        return Halving(left[order], state, scores)
+
+    return after(rungs - 1)
