@@ -38,7 +38,7 @@ TRAINED = ["--seeds", "2", "--epochs", "6", "--teacher-epochs", "4"]
 OUT = ["--out", RUN]
 # Where a run keeps when it was made and how long it took, beside what has to be equal.
 TIMED = {"results.json", "report.html", "env.json", "bench.json"}
-RESUMED = {"distill", "sweep", "transfer", "demo", "language"}
+RESUMED = {"distill", "sweep", "transfer", "demo", "language", "sentences"}
 LANGUAGE = [
     "--data", "text.txt", "--teacher-shape", "layers=2,width=8,heads=2", "--teacher-steps", "6",
     "--steps", "6", "--batch-size", "4", "--length", "12", "--prompt", "4", "--samples", "1",
@@ -101,7 +101,7 @@ def cases() -> dict[str, Case]:
         ),
         "sentences": run(
             "sentences", "--encoder", "encoder", "--text", "text.txt", "--layers", "0,2",
-            "--quick", "--batch-size", "16",
+            "--quick", "--batch-size", "16", "--save-every", "2",
         ),
         "language": run("language", *LANGUAGE),
         "bench": run("bench", "--preset", "mlp", "--quick"),

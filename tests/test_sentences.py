@@ -1,17 +1,23 @@
 """Sentence encoders distilled on plain text: fidelity by hand, and a whole run on a tiny folder."""
 
+import dataclasses
 import json
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdtl_jax import cli, models
+from kdtl_jax import cli, models, train
 from kdtl_jax.interop import _hf_encoders, huggingface, linen, naming, safetensors
-from kdtl_jax.recipes import _lines, sentences
+from kdtl_jax.objective import Inputs
+from kdtl_jax.recipes import _lines, _output, sentences
+from kdtl_jax.recipes import _sentence_training as training
+from kdtl_jax.run import checkpoint
 
 WORDS = ("cat", "dog", "sun", "moon", "runs", "sees", "loves", "quickly", "house", "river")
 CONFIG = {
@@ -137,12 +143,65 @@ def test_a_run_from_a_folder_and_a_text(tmp_path: Path, capsys: pytest.CaptureFi
     assert _lines.tokenizer(out / "student")(["cat sees dog"], 4) == [[1, 4, 9, 2]]
 
 
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_stopped_student_is_resumed_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tokens = np.random.default_rng(0).integers(0, 9, (20, 3)).astype(np.int32)
+    lines = _lines.Lines({"tokens": tokens}, {}, {})
+    settings = sentences.Settings(steps=8, batch_size=4, checks=2, save_every=2)
+
+    def model(
+        params: Any, model_state: Any, inputs: Any, *, key: Any = None, train: bool = False
+    ) -> Any:
+        return {"x": params["w"][inputs["tokens"]]}, model_state
+
+    def terms(x: Inputs) -> dict[str, Any]:
+        return {"mse": jnp.square(x.student["x"] - x.teacher["x"]).mean(axis=1)}
+
+    step = train.make_step(
+        model, terms, {"mse": 1.0}, training.optimizer(settings), teacher=model
+    )  # fmt: skip
+
+    def distilled(folder: str, *, resume: bool = False) -> Any:
+        told: list[str] = []
+        where = _output.Folder(tmp_path / folder, "run")
+        own = dataclasses.replace(settings, resume=resume)
+        return training.distilled(
+            step, {"w": jnp.zeros(9)}, {"w": jnp.arange(9.0)}, lines, jax.random.key(0),
+            lambda params: float(params["w"].sum()),
+            training.Run(where, "kind_0", own, told.append, lambda done, total: None),
+        )  # fmt: skip
+
+    params, curve, _ = distilled("whole")
+    saved: list[int] = []
+    save = checkpoint.save
+
+    def stopping(checkpoints: Any, step: int, *rest: Any) -> None:
+        save(checkpoints, step, *rest)
+        saved.append(step)
+        if len(saved) == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        patch.setattr(checkpoint, "save", stopping)
+        distilled("run")
+    assert saved[:2] == [2, 4] and 8 not in saved
+    again, found, _ = distilled("run", resume=True)
+    np.testing.assert_array_equal(again["w"], params["w"])
+    assert found == curve and curve["epoch"] == [4.0, 8.0]
+    assert curve["validation_accuracy"][0] != curve["validation_accuracy"][1]
+
+
 def test_what_is_missing_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     command = ["sentences", "--out", str(tmp_path / "run")]
     assert cli.main(command) == 2
     assert "needs --encoder" in capsys.readouterr().err
+    named = ["--encoder", str(tmp_path), "--text", str(tmp_path)]
+    assert cli.main([*command, *named, "--resume"]) == 2
+    assert "--resume: there is no run in" in capsys.readouterr().err
     assert cli.main([*command, "--layers", "first"]) == 2
     assert "expected layers as in 1,3,5" in capsys.readouterr().err
     text = write_text(tmp_path / "lines.txt", 3)

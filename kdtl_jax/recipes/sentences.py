@@ -29,32 +29,33 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
-from kdtl_jax import _files, losses, train, trees
-from kdtl_jax._types import ModelFn, Params, Variables
+from kdtl_jax import _files, train, trees
+from kdtl_jax._types import ModelFn, Params
 from kdtl_jax.interop import huggingface, linen
 from kdtl_jax.models import sentence_embedding
-from kdtl_jax.objective import Inputs, Masked
 from kdtl_jax.recipes import _output, _progress
+from kdtl_jax.recipes import _sentence_training as training
 from kdtl_jax.recipes import settings as types
-from kdtl_jax.recipes._lines import Lines, read_lines, split, tokenizer
-from kdtl_jax.recipes._training import in_chunks, warmed_up
+from kdtl_jax.recipes._lines import read_lines, split, tokenizer
+from kdtl_jax.recipes._training import in_chunks
 from kdtl_jax.recipes.settings import UsageError, setting
-from kdtl_jax.run import data, loop, report
+from kdtl_jax.run import report
 
-FAMILY, BASELINE, NEIGHBORS = "sentences", "random_distilled", 10
-WEIGHTS = {"hidden": 1.0, "embedding": 1.0, "relation": 1.0}
+FAMILY, DISTILLED, BASELINE, NEIGHBORS = "sentences", "copied_distilled", "random_distilled", 10
 
 
 LABELS = {
     "teacher": "Teacher",
     "copied_untrained": "Teacher's layers, untrained",
-    "copied_distilled": "Teacher's layers, distilled",
+    DISTILLED: "Teacher's layers, distilled",
     BASELINE: "Random initialization, distilled",
 }
-EXAMPLES = "  kdtl sentences --encoder all-MiniLM-L6-v2/ --text lines.txt"
+EXAMPLES = """
+  kdtl sentences --encoder all-MiniLM-L6-v2/ --text lines.txt
+  kdtl sentences --config runs/sentences/config.yaml --resume
+"""
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,6 @@ class Settings(types.Output):
     """What fixes a run of `kdtl sentences`."""
 
     out: str = setting("runs/sentences", "the run folder", metavar="FOLDER")
-    force: bool = setting(
-        False, "overwrite an earlier run in --out; one that was stopped begins again"
-    )
     encoder: str | None = setting(
         None,
         "Hugging Face folder of a BERT-like model with tokenizer.json, e.g. all-MiniLM-L6-v2",
@@ -90,6 +88,10 @@ class Settings(types.Output):
     )
     checks: int = setting(3, "validations during training", metavar="N", least=1, quick=1)
     rounds: int = setting(3, "rounds of the speed measurement", metavar="N", least=1, quick=1)
+    save_every: int | None = setting(
+        None, "steps between saves; default: at the end of each student", metavar="N", least=1
+    )
+    resume: bool = setting(False, "continue the run in --out from its last save")
 
 
 class Fidelity(NamedTuple):
@@ -110,8 +112,14 @@ def run(settings: Settings) -> None:
             raise UsageError(f"kdtl sentences needs --{name}")
     encoder, text = Path(str(settings.encoder)), Path(str(settings.text))
     files = {"encoder": str(encoder), "text": str(text)}
+    learners = [(name, seed) for name in (DISTILLED, BASELINE) for seed in range(settings.seeds)]
+    folder_of_run = _output.run_folder(
+        settings, "sentences", files, resume=settings.resume, models=["student"],
+        saves=[f"checkpoints/{name}_{seed}" for name, seed in learners],
+    )  # fmt: skip
     with (
-        _output.run_folder(settings, "sentences", files, models=["student"]) as where,
+        folder_of_run as where,
+        _output.hint_of_resuming("sentences", where.path),
         _progress.shown() as say,
     ):
         say("reading")
@@ -141,32 +149,38 @@ def run(settings: Settings) -> None:
         def measure(params: Params, name: str) -> Fidelity:
             return fidelity(embeddings(embed, params, parts[name]), target[name])
 
+        def agreement(params: Params) -> float:
+            return float(measure(params, "validation").agreement.mean())
+
         example = jnp.asarray(lines.test["tokens"][:1])
         init = jax.jit(lambda key: linen.model(copied.module).init(key, example).params)
-        starts = {
-            "copied_distilled": lambda key: copied.params,
-            BASELINE: init,
-        }
+        starts = {DISTILLED: lambda key: copied.params, BASELINE: init}
         step = train.make_step(
-            apply, _terms(settings.layers), WEIGHTS, _optimizer(settings), teacher=teacher.model
+            apply,
+            training.terms_of(settings.layers),
+            training.WEIGHTS,
+            training.optimizer(settings),
+            teacher=teacher.model,
         )
         learning: dict[str, dict[str, list[float]]] = {}
         ends: dict[str, list[Params]] = {}
-        seconds: dict[str, float] = {"teacher": 0.0, "copied_untrained": 0.0}
-        for name, start in starts.items():
-            began = time.perf_counter()
-            for seed in range(settings.seeds):
-                say(f"{name}, seed {seed}")
-                key_start, key = jax.random.split(jax.random.key(seed))
-                params, curve = _distill(
-                    step, start(key_start), teacher.params, lines, settings, key, measure, say
-                )
-                ends.setdefault(name, []).append(params)
-                learning.setdefault(name, curve)
-            seconds[name] = time.perf_counter() - began
+        seconds = {"teacher": 0.0, "copied_untrained": 0.0, DISTILLED: 0.0, BASELINE: 0.0}
+        for i, (name, seed) in enumerate(learners):
+            text_of_part = f"{name}, seed {seed}"
+            say(text_of_part)
+            key_start, key = jax.random.split(jax.random.key(seed))
+            moved = _progress.part(say, text_of_part, i, len(learners))
+            run_of = training.Run(where, f"{name}_{seed}", settings, say, moved)
+            params, curve, spent = training.distilled(
+                step, starts[name](key_start), teacher.params, lines, key, agreement, run_of
+            )
+            ends.setdefault(name, []).append(params)
+            learning.setdefault(name, curve)
+            seconds[name] += spent
+        say.hide()
 
         say("measuring")
-        first = ends["copied_distilled"][0]
+        first = ends[DISTILLED][0]
         encoders = {"teacher": (embed_teacher, teacher.params), "student": (embed, first)}
         speeds = speed(encoders, lines.test, settings.rounds)
         exact = Fidelity(np.ones(settings.held_out), np.ones(settings.held_out))
@@ -258,65 +272,6 @@ def _embedding(model: ModelFn) -> Callable[[Params, Any], Array]:
     return embed
 
 
-def _terms(layers: Sequence[int]) -> Callable[[Inputs], dict[str, Any]]:
-    def terms(x: Inputs) -> dict[str, Any]:
-        mask = x.batch["inputs"]["mask"]
-        each = [
-            losses.last_axis_mse(x.student[f"layers_{j}"], x.teacher[f"layers_{i}"])
-            for j, i in enumerate(layers)
-        ]
-        ours, theirs = (sentence_embedding(o["last_hidden"], mask) for o in (x.student, x.teacher))
-        return {
-            "hidden": Masked(jnp.mean(jnp.stack(each), axis=0), mask),
-            "embedding": losses.cosine_distance(ours, theirs),
-            "relation": losses.rkd_distance(ours, theirs),
-        }
-
-    return terms
-
-
-def _optimizer(settings: Settings) -> optax.GradientTransformation:
-    return warmed_up(settings.learning_rate, settings.steps, max(1, settings.steps // 10))
-
-
-def _distill(
-    step: train.Step,
-    start: Params,
-    teacher: Params,
-    lines: Lines,
-    settings: Settings,
-    key: Array,
-    measure: Callable[[Params, str], Fidelity],
-    say: Callable[[str], None],
-) -> tuple[Params, dict[str, list[float]]]:
-    key_order, key_steps = jax.random.split(key)
-    batches = data.resident({"inputs": lines.train}, settings.batch_size, key=key_order)
-    state = train.init_state(start, _optimizer(settings), key=key_steps)
-
-    def log(line: Mapping[str, Any]) -> None:
-        if "loss" in line:
-            say(f"  step {line['step']} of {settings.steps}, loss {line['loss']:.4f}")
-
-    result = loop.run(
-        step,
-        state,
-        batches,
-        Variables(teacher),
-        steps=settings.steps,
-        log=log,
-        log_every=max(1, settings.steps // 10),
-        evaluate=lambda state: {
-            "agreement": float(measure(state.params, "validation").agreement.mean())
-        },
-        evaluate_every=max(1, settings.steps // settings.checks),
-    )
-    curve = {
-        "epoch": [float(line["step"]) for line in result.evaluations],
-        "validation_accuracy": [line["eval/agreement"] for line in result.evaluations],
-    }
-    return result.state.params, curve
-
-
 def _row(
     name: str,
     settings: Settings,
@@ -338,7 +293,7 @@ def _row(
     if trained:
         fixed = ("layers", "steps", "batch_size", "learning_rate", "max_length")
         described |= {name: getattr(settings, name) for name in fixed}
-        described |= {f"weight_{term}": weight for term, weight in WEIGHTS.items()}
+        described |= {f"weight_{term}": weight for term, weight in training.WEIGHTS.items()}
     on_validation, on_test = (
         np.stack([f.agreement for f in part] * repeated) for part in (validation, test)
     )

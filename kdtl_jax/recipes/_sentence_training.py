@@ -1,0 +1,105 @@
+"""One student's training in `kdtl sentences`: what it learns, measured, saved, resumed."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from kdtl_jax import losses, train
+from kdtl_jax._types import Params, Variables
+from kdtl_jax.models import sentence_embedding
+from kdtl_jax.objective import Inputs, Masked
+from kdtl_jax.recipes import _output, _progress
+from kdtl_jax.recipes._lines import Lines
+from kdtl_jax.recipes._training import newest, warmed_up
+from kdtl_jax.run import checkpoint, data, loop
+
+WEIGHTS = {"hidden": 1.0, "embedding": 1.0, "relation": 1.0}
+
+
+def terms_of(layers: Sequence[int]) -> Callable[[Inputs], dict[str, Any]]:
+    def terms(x: Inputs) -> dict[str, Any]:
+        mask = x.batch["inputs"]["mask"]
+        each = [
+            losses.last_axis_mse(x.student[f"layers_{j}"], x.teacher[f"layers_{i}"])
+            for j, i in enumerate(layers)
+        ]
+        ours, theirs = (sentence_embedding(o["last_hidden"], mask) for o in (x.student, x.teacher))
+        return {
+            "hidden": Masked(jnp.mean(jnp.stack(each), axis=0), mask),
+            "embedding": losses.cosine_distance(ours, theirs),
+            "relation": losses.rkd_distance(ours, theirs),
+        }
+
+    return terms
+
+
+def optimizer(settings: Any) -> optax.GradientTransformation:
+    return warmed_up(settings.learning_rate, settings.steps, max(1, settings.steps // 10))
+
+
+class Run(NamedTuple):
+    """Where one student's training is saved and told."""
+
+    where: _output.Folder
+    name: str  # of the student, under `checkpoints/`
+    settings: Any  # `sentences.Settings`
+    say: _progress.Say
+    moved: _progress.Moved
+
+
+def distilled(
+    step: train.Step,
+    start: Params,
+    teacher: Params,
+    lines: Lines,
+    key: Array,
+    agreement: Callable[[Params], float],
+    run: Run,
+) -> tuple[Params, dict[str, list[float]], float]:
+    """Parameters, learning curve and seconds of one student, from its newest save if resumed."""
+    began, settings = time.perf_counter(), run.settings
+    key_order, key_steps = jax.random.split(key)
+    batches = data.resident({"inputs": lines.train}, settings.batch_size, key=key_order)
+    state = train.init_state(start, optimizer(settings), key=key_steps)
+    home = run.where.path / "checkpoints" / run.name
+    owner = {"run": run.where.run, "method": run.name}
+    state, _, meta = newest(home, state, owner) if settings.resume else (state, 0, {})
+    before = float(meta.get("seconds", 0.0))
+
+    def spent() -> float:
+        return before + time.perf_counter() - began
+
+    def log(line: Mapping[str, Any]) -> None:
+        if "loss" in line:
+            run.say(f"  step {line['step']} of {settings.steps}, loss {line['loss']:.4f}")
+
+    with checkpoint.open_folder(home, keep=checkpoint.newest(1), owner=owner) as checkpoints:
+
+        def save(step: int, state: train.TrainState, meta: dict[str, Any]) -> None:
+            checkpoint.save(checkpoints, step, state, {**meta, "seconds": spent()})
+
+        result = loop.run(
+            step,
+            state,
+            batches,
+            Variables(teacher),
+            steps=settings.steps,
+            log=log,
+            log_every=max(1, settings.steps // 10),
+            evaluate=lambda state: {"agreement": agreement(state.params)},
+            evaluate_every=max(1, settings.steps // settings.checks),
+            save=save,
+            save_every=settings.save_every,
+            meta=meta,
+            reached=lambda step: run.moved(step, settings.steps),
+        )
+    curve = {
+        "epoch": [float(line["step"]) for line in result.evaluations],
+        "validation_accuracy": [line["eval/agreement"] for line in result.evaluations],
+    }
+    return result.state.params, curve, spent()
