@@ -26,7 +26,6 @@ from kdtl_jax import transforms
 from kdtl_jax.cli.params._formulas import Members, Options
 from kdtl_jax.cli.params._methods import METHODS
 from kdtl_jax.interop import safetensors
-from kdtl_jax.transforms import _leaves
 
 
 @pytest.fixture(autouse=True)
@@ -36,42 +35,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 # --- every method --------------------------------------------------------------------------------
-
-# Whole models by the library: the command merges block by block.
-LIBRARY: dict[str, Any] = {
-    "slerp --t 0.3": lambda b, m: transforms.slerp(m[0], m[1], 0.3),
-    "slerp --t 0.3 --axis -1": lambda b, m: transforms.slerp(m[0], m[1], 0.3, axis=-1),
-    "slerp --t 0.3 --axis 0": lambda b, m: transforms.slerp(m[0], m[1], 0.3, axis=0),
-    "multi_slerp --weights 1,3": lambda b, m: transforms.multi_slerp(None, m, [1.0, 3.0]),
-    "karcher --weights 1,3": lambda b, m: transforms.karcher_mean(m, [1.0, 3.0]),
-    "model_stock": transforms.model_stock,
-    "model_stock --axis -1": lambda b, m: transforms.model_stock(b, m, axis=-1),
-    "multi_slerp": transforms.multi_slerp,
-    "breadcrumbs --density 0.5 --outliers 0.2": lambda b, m: transforms.apply_task_vectors(
-        b, [transforms.breadcrumbs(_tau(b, x), density=0.5, outliers=0.2) for x in m]
-    ),
-    "ties --scope tensor --density 0.4": lambda b, m: transforms.apply_task_vectors(
-        b, [transforms.ties_per_leaf([_tau(b, x) for x in m], density=0.4)]
-    ),
-}
-
-
-def _tau(base: Flat, model: Flat) -> Flat:
-    return transforms.task_vector(model, base)
-
-
-@pytest.mark.parametrize("words", LIBRARY)
-def test_blocks_of_rows_give_what_whole_models_give(
-    words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_leaves, "BLOCK", 8)  # two rows of four
-    name, *more = words.split()
-    has_base = not words.startswith(("slerp", "karcher", "multi_slerp --weights"))
-    base = ["--base", BASE] if has_base else []
-    assert params("merge", A, B, "--method", name, *more, *base, *OUT) == 0
-    want = LIBRARY[words](drop_step(flat(0)), [drop_step(flat(1)), drop_step(flat(2))])
-    assert_same(drop_step(written()), native(want))
-
 
 NEEDED = {
     "interpolate": ["--t", "0.3"],
@@ -251,7 +214,7 @@ def test_blocks_of_rows_are_merged_one_after_another(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the draws of the whole tensor."""
-    monkeypatch.setattr("kdtl_jax.transforms._leaves.BLOCK", 6)
+    monkeypatch.setattr("kdtl_jax.transforms._blocks.BLOCK", 6)
     words, sizes = NEEDED[name], []
     merge = METHODS[name].merge
 

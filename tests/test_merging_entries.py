@@ -125,7 +125,7 @@ def test_leaves_that_are_one_array_stay_one() -> None:
 def test_blocks_of_rows_draw_what_the_whole_leaf_draws(
     method: Any, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdtl_jax.transforms._leaves.BLOCK", 12)
+    monkeypatch.setattr("kdtl_jax.transforms._blocks.BLOCK", 12)
     key, tau = jax.random.key(1), leaf(0, *shape)
     whole = method(key, {"w": tau}, density=0.5)["w"]
     traced = jax.jit(lambda key, tau: method(key, {"w": tau}, density=0.5))(key, tau)["w"]
@@ -143,7 +143,7 @@ def test_blocks_of_rows_draw_what_the_whole_leaf_draws(
 
 
 def test_draws_are_uniform_over_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdtl_jax.transforms._leaves.BLOCK", 1000)
+    monkeypatch.setattr("kdtl_jax.transforms._blocks.BLOCK", 1000)
     kept = transforms.dare(jax.random.key(0), {"w": jnp.ones((500, 100))}, density=0.3)["w"] != 0
     np.testing.assert_allclose(jnp.mean(kept), 0.3, atol=0.01)
     np.testing.assert_allclose(jnp.mean(kept, axis=1), 0.3, atol=0.2)

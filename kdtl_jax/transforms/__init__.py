@@ -27,6 +27,7 @@ from kdtl_jax.transforms._average import ema as ema
 from kdtl_jax.transforms._average import greedy_soup as greedy_soup
 from kdtl_jax.transforms._average import interpolate as interpolate
 from kdtl_jax.transforms._average import weighted_sum as weighted_sum
+from kdtl_jax.transforms._blocks import block_rows as block_rows
 from kdtl_jax.transforms._depth import DISTILBERT_LAYERS as DISTILBERT_LAYERS
 from kdtl_jax.transforms._depth import layer_map as layer_map
 from kdtl_jax.transforms._depth import layer_numbers as layer_numbers
@@ -47,7 +48,6 @@ from kdtl_jax.transforms._ia3_vera_oft import ia3_input as ia3_input
 from kdtl_jax.transforms._ia3_vera_oft import ia3_output as ia3_output
 from kdtl_jax.transforms._ia3_vera_oft import oft as oft
 from kdtl_jax.transforms._ia3_vera_oft import vera as vera
-from kdtl_jax.transforms._leaves import block_rows as block_rows
 from kdtl_jax.transforms._leaves import one_dtype as one_dtype
 from kdtl_jax.transforms._leaves import refuse_codes as refuse_codes
 from kdtl_jax.transforms._lora import DoraWeights as DoraWeights
@@ -96,9 +96,17 @@ from kdtl_jax.transforms._report import collapse_paths as collapse_paths
 from kdtl_jax.transforms._scale import fit_alpha as fit_alpha
 from kdtl_jax.transforms._scale import scale as scale
 from kdtl_jax.transforms._scale import scale_homogeneous as scale_homogeneous
+from kdtl_jax.transforms._sce import Selection as Selection
+from kdtl_jax.transforms._sce import sce as sce
+from kdtl_jax.transforms._sce import sce_piece as sce_piece
+from kdtl_jax.transforms._sce import sce_selection as sce_selection
 from kdtl_jax.transforms._selective import arcee_fusion as arcee_fusion
+from kdtl_jax.transforms._selective import arcee_piece as arcee_piece
+from kdtl_jax.transforms._selective import arcee_threshold as arcee_threshold
 from kdtl_jax.transforms._selective import near_swap as near_swap
 from kdtl_jax.transforms._selective import ram as ram
+from kdtl_jax.transforms._selective import ram_boosts as ram_boosts
+from kdtl_jax.transforms._selective import ram_piece as ram_piece
 from kdtl_jax.transforms._sparsify import breadcrumbs as breadcrumbs
 from kdtl_jax.transforms._sparsify import dare as dare
 from kdtl_jax.transforms._sparsify import della as della
@@ -122,9 +130,10 @@ from kdtl_jax.transforms._spherical import multi_slerp as multi_slerp
 from kdtl_jax.transforms._spherical import multi_slerp_shares as multi_slerp_shares
 from kdtl_jax.transforms._spherical import slerp as slerp
 from kdtl_jax.transforms._spherical import slerp_shares as slerp_shares
+from kdtl_jax.transforms._statistics import check_grams as check_grams
 from kdtl_jax.transforms._statistics import fisher_merge as fisher_merge
 from kdtl_jax.transforms._statistics import regmean as regmean
-from kdtl_jax.transforms._statistics import sce as sce
+from kdtl_jax.transforms._statistics import regmean_kernel as regmean_kernel
 from kdtl_jax.transforms._tasks import apply_task_vectors as apply_task_vectors
 from kdtl_jax.transforms._tasks import task_vector as task_vector
 from kdtl_jax.transforms._ties import agreeing_count as agreeing_count

@@ -8,10 +8,7 @@ A *coefficient* (`alpha` everywhere in this package) is a number, a traced scala
 `(path) -> number`, ordered rules `[(selector, number), ...]`, or a pytree prefix of numbers.
 """
 
-import functools
-import math
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import jax
@@ -26,7 +23,6 @@ Coefficient = Scalar | Callable[[str], Scalar] | Sequence[tuple[trees.Selector, 
 Weights = Array | Sequence[Coefficient]
 Formula = Callable[..., Array]  # (leaf number, path, leaf of each tree ...) -> leaf
 _UNCOVERED = object()
-BLOCK = 1 << 20  # entries that one key draws for
 
 
 def by_rules(tree: PyTree, rules: trees.Rules, *, default: Any) -> list[Any]:
@@ -254,57 +250,6 @@ def equal_paths(tree: PyTree) -> dict[str, str]:
             else:
                 earlier.append((path, leaf))
     return first
-
-
-def fold_path(key: Array, path: str) -> Array:
-    """A key of the path's own: merging a subset draws what merging everything draws."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
-
-
-def block_rows(shape: Sequence[int]) -> int:
-    """How many rows (along the last axis) make a block, for which one key draws.
-
-    As many as have 2**20 entries, at least one. A leaf larger than memory can be read in such
-    blocks: what `dare` and `della` draw for a block depends on its number alone.
-    """
-    return max(1, BLOCK // max(1, math.prod(shape[-1:])))
-
-
-def row_blocks(leaves: Sequence[Array]) -> Iterator[list[Array]]:
-    """Leaves of one shape in `block_rows` of rows, side by side; vectors whole.
-
-    Sums over a leaf are sums of its blocks' sums, whether the blocks come from memory or a file.
-    """
-    shape = leaves[0].shape
-    size = math.prod(shape[:-1])
-    step = block_rows(shape)
-    if len(shape) < 2 or size <= step:
-        yield list(leaves)
-        return
-    flat = [leaf.reshape(size, shape[-1]) for leaf in leaves]
-    for start in range(0, size, step):
-        rows = min(step, size - start)
-        yield [jax.lax.dynamic_slice_in_dim(leaf, start, rows) for leaf in flat]
-
-
-def uniform(key: Array, path: str, shape: tuple[int, ...], dtype: Any, block: Any = 0) -> Array:
-    """Uniform draws in [0, 1) for a leaf, or for its blocks from number `block` on."""
-    return _uniform(fold_path(key, path), block, shape, jnp.dtype(dtype), block_rows(shape))
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _uniform(key: Array, first: Array, shape: tuple[int, ...], dtype: Any, per: int) -> Array:
-    def draw(number: Array, rows: int) -> Array:
-        block = (rows, *shape[-1:])
-        return jax.random.uniform(jax.random.fold_in(key, number), block, dtype)
-
-    full, rest = divmod(math.prod(shape[:-1]), per)
-    # One block after another: a generator's temporaries are several times what it draws.
-    blocks = jax.lax.map(lambda i: draw(i, per), first + jnp.arange(full))
-    rows = [blocks.reshape(full * per, *shape[-1:])]
-    if rest:
-        rows.append(draw(first + full, rest))
-    return jnp.concatenate(rows).reshape(shape)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params, PyTree, Scalar
-from kdtl_jax.transforms import _adapters, _leaves
+from kdtl_jax.transforms import _adapters, _blocks, _leaves
 from kdtl_jax.transforms._adapters import (
     AdaptedParams,
     Adapter,
@@ -324,7 +324,7 @@ def _starts(
     for path, leaf in leaves.items():
         kernel = view(path, leaf).matrix
         slope = None if grads is None else view(path, grads[path]).matrix
-        leaf_key = _leaves.fold_path(key, path)
+        leaf_key = _blocks.fold_path(key, path)
         pairs[path] = LoraWeights(
             *start(leaf_key, kernel, rank, _numerics.scalar(scale, kernel), slope)
         )

@@ -68,12 +68,11 @@ def top(x: Array, count: Any) -> Array:
     return taken(x, largest(lambda: [x], count, x.dtype))[0]
 
 
-@jax.jit
-def kth_largest(x: Array, count: Any) -> Array:
-    """The `count`-th largest entry, 1 for the largest."""
-    key = largest(lambda: [x], count, x.dtype).threshold
+def kth_largest(read: Callable[[], Iterable[Array]], count: Any, dtype: Any) -> Array:
+    """The `count`-th largest entry of all leaves that `read()` yields, 1 for the largest."""
+    key = largest(read, count, dtype).threshold
     bits = jnp.where(key >> (8 * key.dtype.itemsize - 1) == 1, key << 1 >> 1, ~key)
-    return jax.lax.bitcast_convert_type(bits, x.dtype)
+    return jax.lax.bitcast_convert_type(bits, dtype)
 
 
 @jax.jit

@@ -1,13 +1,19 @@
-"""Merging by choosing entries: from which model each entry comes, and how much of it."""
+"""Merging by choosing entries: from which model each entry comes, and how much of it.
 
-from collections.abc import Sequence
+What an entry needs to know of its whole leaf (`arcee_threshold`, `ram_boosts`) is found by passes
+over the leaf's pieces, blocks of its rows, and each piece is merged by itself (`arcee_piece`,
+`ram_piece`): a leaf may be larger than memory.
+"""
+
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from kdtl_jax import _numerics
 from kdtl_jax._types import Array, Params, Scalar
-from kdtl_jax.transforms import _leaves, _ranking
+from kdtl_jax.transforms import _blocks, _leaves, _ranking
+from kdtl_jax.transforms._blocks import Read
 
 
 def near_swap(base: Params, model: Params, *, t: Scalar) -> Params:
@@ -61,16 +67,34 @@ def arcee_fusion(base: Params, model: Params) -> Params:
       from random ones; here they are exact.
     """
 
-    def formula(i: int, path: str, a: Array, b: Array) -> Array:
-        before, after = (jnp.atleast_1d(x) for x in (a, b))
-        p, q = (jax.nn.softmax(x, axis=-1) + 1e-8 for x in (after, before))
-        divergence = jnp.sum(p * jnp.log(p / q), axis=-1, keepdims=True)
-        importance = jnp.abs(after - before) * divergence
-        low, middle, high = (_quantile(importance, share) for share in (0.25, 0.5, 0.75))
-        chosen = importance >= middle + 1.5 * (high - low)
-        return jnp.where(chosen, after, before).reshape(a.shape)
+    def formula(i: int, path: str, *leaves: Array) -> Array:
+        threshold = arcee_threshold(lambda: _blocks.row_blocks(leaves))
+        return _blocks.in_blocks(leaves, lambda k, pieces: arcee_piece(pieces, threshold))
 
     return _leaves.combine_leaves(formula, {"base": base, "model": model}, [])
+
+
+def arcee_threshold(read: Read) -> Array:
+    """The importance `[]` from which on an entry stands out; the pieces hold whole rows."""
+
+    def importances() -> Iterable[Array]:
+        return (_importance(*pieces) for pieces in read())
+
+    found = [(x.size, x.dtype) for x in importances()]
+    size, dtype = sum(count for count, _ in found), found[0][1]
+    # The entries at the places floor(share (n - 1)) of the sorted leaf.
+    low, middle, high = (
+        _ranking.kth_largest(importances, size - int(share * (size - 1)), dtype)
+        for share in (0.25, 0.5, 0.75)
+    )
+    return middle + 1.5 * (high - low)
+
+
+def arcee_piece(pieces: Sequence[Array], threshold: Array) -> Array:
+    """`arcee_fusion` of one piece of base and model."""
+    before, after = pieces
+    chosen = _importance(before, after) >= threshold
+    return jnp.where(chosen.reshape(before.shape), after, before)
 
 
 def ram(
@@ -104,26 +128,62 @@ def ram(
       Reinforced Agent Merging, 2026 (2601.13572); mergekit's `ram` and `ramplus_tl`.
     """
 
-    def formula(i: int, path: str, start: Array, *leaves: Array) -> Array:
-        deltas = [leaf - start for leaf in leaves]
-        changed = [jnp.abs(delta) > _numerics.scalar(epsilon, start) for delta in deltas]
-        count = sum(mask.astype(start.dtype) for mask in changed)
-        out = jnp.zeros_like(start)
-        for delta, mask in zip(deltas, changed, strict=True):
-            alone, shared = mask & (count == 1), mask & (count > 1)
-            ratio = jnp.sum(shared, dtype=start.dtype) / jnp.maximum(
-                jnp.sum(alone, dtype=start.dtype), _numerics.scalar(epsilon, start)
-            )
-            boost = 1 + _numerics.scalar(gain, start) * jnp.clip(
-                ratio.astype(start.dtype), 0, limit
-            )
-            out = out + jnp.where(alone, boost * delta, jnp.where(shared, delta / count, 0))
-        return start + out
+    def formula(i: int, path: str, *leaves: Array) -> Array:
+        def read() -> Iterable[Sequence[Array]]:
+            return _blocks.row_blocks(leaves)
+
+        boosts = ram_boosts(read, epsilon=epsilon, gain=gain, limit=limit)
+        return _blocks.in_blocks(
+            leaves, lambda k, pieces: ram_piece(pieces, boosts, epsilon=epsilon)
+        )
 
     named = {"base": base} | _leaves.numbered("models", models)
     return _leaves.combine_leaves(formula, named, [])
 
 
-def _quantile(x: Array, share: float) -> Array:
-    """The entry at place `floor(share (n - 1))` of the sorted array."""
-    return _ranking.kth_largest(x, x.size - int(share * (x.size - 1)))
+def ram_boosts(
+    read: Read, *, epsilon: Scalar = 1e-5, gain: Scalar = 0.0, limit: Scalar = 0.2
+) -> list[Array]:
+    """The factor `[]` of what each model changed alone, `1 + gain min(rho_i, limit)`."""
+    totals: list[list[Array]] = []  # per model, entries changed with others and alone
+    for pieces in read():
+        start = pieces[0]
+        found = [
+            [jnp.sum(mask).astype(start.dtype) for mask in (shared, alone)]
+            for shared, alone in _changed(pieces, epsilon)
+        ]
+        totals = jax.tree.map(jnp.add, totals, found) if totals else found
+
+    def boost(shared: Array, alone: Array) -> Array:
+        ratio = shared / jnp.maximum(alone, _numerics.scalar(epsilon, alone))
+        return 1 + _numerics.scalar(gain, alone) * jnp.clip(ratio, 0, limit)
+
+    return [boost(*pair) for pair in totals]
+
+
+def ram_piece(pieces: Sequence[Array], boosts: Sequence[Array], *, epsilon: Scalar = 1e-5) -> Array:
+    """`ram` of one piece of base and models."""
+    start, *leaves = pieces
+    changed = _changed(pieces, epsilon)
+    count = sum((shared | alone).astype(start.dtype) for shared, alone in changed)
+    out = jnp.zeros_like(start)
+    for leaf, (shared, alone), boost in zip(leaves, changed, boosts, strict=True):
+        delta = leaf - start
+        out = out + jnp.where(alone, boost * delta, jnp.where(shared, delta / count, 0))
+    return start + out
+
+
+def _changed(pieces: Sequence[Array], epsilon: Scalar) -> list[tuple[Array, Array]]:
+    """For each model, which entries it changed with others, and which alone."""
+    start, *leaves = pieces
+    masks = [jnp.abs(leaf - start) > _numerics.scalar(epsilon, start) for leaf in leaves]
+    count = sum(mask.astype(jnp.int32) for mask in masks)
+    return [(mask & (count > 1), mask & (count == 1)) for mask in masks]
+
+
+def _importance(before: Array, after: Array) -> Array:
+    """`|after - before| KL(softmax(after) || softmax(before))`, the divergence of each row."""
+    before, after = (jnp.atleast_1d(x) for x in (before, after))
+    p, q = (jax.nn.softmax(x, axis=-1) + 1e-8 for x in (after, before))
+    divergence = jnp.sum(p * jnp.log(p / q), axis=-1, keepdims=True)
+    return jnp.abs(after - before) * divergence

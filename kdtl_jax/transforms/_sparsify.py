@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params, PyTree, Scalar
-from kdtl_jax.transforms import _leaves, _ranking
+from kdtl_jax.transforms import _blocks, _leaves, _ranking
 from kdtl_jax.transforms._leaves import Coefficient
 
 
@@ -191,7 +191,7 @@ def dare(
         _checks.positive(density=values[i])
         _checks.within(0, 1, density=values[i])
         share, path = _numerics.scalar(values[i], leaf), first.get(path, path)
-        kept = _leaves.uniform(key, path, leaf.shape, share.real.dtype, block) < share.real
+        kept = _blocks.uniform(key, path, leaf.shape, share.real.dtype, block) < share.real
         return jnp.where(kept, leaf / share, 0)
 
     return _leaves.combine_leaves(formula, {"task_vector": task_vector}, [values])
@@ -274,7 +274,7 @@ def della(
     first = _leaves.equal_paths(task_vector)
 
     def formula(i: int, path: str, leaf: Array, probability: Array) -> Array:
-        draw = _leaves.uniform(key, first.get(path, path), leaf.shape, leaf.dtype, block)
+        draw = _blocks.uniform(key, first.get(path, path), leaf.shape, leaf.dtype, block)
         kept = draw < probability
         return jnp.where(kept, leaf / jnp.where(kept, probability, 1), 0)
 
@@ -301,7 +301,7 @@ def rescale_l1(sparse: PyTree, original: PyTree, *, floor: float = 0.0) -> PyTre
     """
 
     def formula(i: int, path: str, kept: Array, whole: Array) -> Array:
-        norms = [l1_norms(*pieces) for pieces in _leaves.row_blocks([whole, kept])]
+        norms = [l1_norms(*pieces) for pieces in _blocks.row_blocks([whole, kept])]
         return kept * l1_ratio(norms, floor=floor)
 
     return _leaves.combine_leaves(formula, {"sparse": sparse, "original": original}, [])
@@ -352,7 +352,7 @@ def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Param
     def formula(i: int, path: str, leaf: Array, anchor: Array) -> Array:
         p = _numerics.scalar(rate, leaf)
         path = first.get(path, path)
-        back = _leaves.uniform(key, path, leaf.shape, p.real.dtype) < p.real
+        back = _blocks.uniform(key, path, leaf.shape, p.real.dtype) < p.real
         # The formula's two cases, written so that rate 0 gives `params` bit by bit.
         return jnp.where(back, anchor, leaf + p / (1 - p) * (leaf - anchor))
 

@@ -9,7 +9,7 @@ by passes over the pieces, then `sum(share_i * piece_i)`.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,13 +17,12 @@ import jax.numpy as jnp
 
 from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import Array, Params, Scalar
-from kdtl_jax.transforms import _leaves
+from kdtl_jax.transforms import _blocks, _leaves
+from kdtl_jax.transforms._blocks import Read
 from kdtl_jax.transforms._leaves import Coefficient, Weights
 
 # Directions cancel below this share of their length: what is left is rounding, amplified.
 _CANCELED = 1e-3
-
-Read = Callable[[], Iterable[Sequence[Array]]]  # the pieces of N vectors, side by side
 
 
 class Angles(NamedTuple):
@@ -146,7 +145,7 @@ def karcher_mean(
         _leaves.nonzero_total(path, by_leaf[i])
 
         def read() -> Iterable[Sequence[Array]]:
-            return _leaves.row_blocks(leaves)
+            return _blocks.row_blocks(leaves)
 
         rest = {"iterations": iterations, "tolerance": tolerance}
         return _mixed(leaves, karcher_shares(read, by_leaf[i], **rest))
@@ -202,7 +201,8 @@ def angles(read: Read, axis: int | None = None) -> Angles:
 
     Args:
       read: called twice; must yield the same pieces each time, which may be read from files.
-      axis: None takes each vector as one; else the axis of the rows, which lie whole in a piece.
+      axis: None takes each vector as one; else the axis of the rows: they lie whole in a piece, or
+        the pieces are parts of each (blocks `[n, ...]` for axis 0).
     """
     tops = _tops(read, axis)
     products: Any = None
@@ -301,9 +301,10 @@ def _floored(found: Angles, i: int, j: int, floor: Scalar) -> Array:
 
 def _angles(vectors: Sequence[Array], axis: int | None = None) -> Angles:
     """The angles of leaves; a leaf of fewer than two axes is one vector."""
-    leaf = vectors[0]
-    if axis is None or leaf.ndim < 2 or not -leaf.ndim <= axis < leaf.ndim:
-        return angles(lambda: _leaves.row_blocks(vectors))
+    rank = vectors[0].ndim
+    axis = None if axis is None or rank < 2 or not -rank <= axis < rank else axis
+    if axis is None or (rank == 2 and axis in (0, -2)):  # columns add up over blocks of rows
+        return angles(lambda: _blocks.row_blocks(vectors), axis)
     return angles(lambda: [vectors], axis)
 
 

@@ -1,15 +1,18 @@
-"""Merging by what the models' data say: Fisher, RegMean, and SCE by the weights' own variance."""
+"""Merging by what the models' data say: Fisher and RegMean."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params, PyTree, Scalar
-from kdtl_jax.transforms import _leaves, _ranking
+from kdtl_jax.transforms import _blocks, _leaves
 from kdtl_jax.transforms._leaves import Weights
-from kdtl_jax.transforms._sparsify import floor_share
+
+Rows = Callable[[], Iterable[Array]]  # a matrix in blocks of rows
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -96,76 +99,111 @@ def regmean(
     """
     if len(grams) != len(models):
         raise ValueError(f"expected {len(models)} sets of Grams, got {len(grams)}.")
-    named = _leaves.numbered("models", models)
-    _checks.same_leaves(**{f"grams[{i}]": gram for i, gram in enumerate(grams)})
-    for path, gram in grams[0].items():
-        _check_gram(path, gram, trees.flatten(models[0]))
+    check_grams(grams, trees.flatten(models[0]))
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
         if path not in grams[0]:
             return sum(leaves[1:], leaves[0]) / len(leaves)
-        stacked = jnp.stack([jnp.asarray(gram[path], leaves[0].dtype) for gram in grams])
-        eye = jnp.eye(stacked.shape[-1], dtype=stacked.dtype)
-        soft, added = (_numerics.scalar(value, stacked) for value in (shrink, ridge))
-        diagonal = jnp.diagonal(stacked, axis1=-2, axis2=-1)
-        mean = jnp.mean(diagonal, axis=(0, -1))[..., None, None]
-        eye = jnp.broadcast_to(eye, stacked.shape)
-        stacked = soft * stacked + ((1 - soft) * diagonal[..., None, :] + added * mean[None]) * eye
-        right = jnp.sum(jnp.matmul(stacked, jnp.stack(leaves), precision=_HIGHEST), axis=0)
-        left = jnp.sum(stacked, axis=0)
-        return jnp.linalg.solve(left, right)
+        own = [jnp.asarray(gram[path], leaves[0].dtype) for gram in grams]
+        reads = [[functools.partial(_rows, x) for x in matrices] for matrices in (leaves, own)]
+        return regmean_kernel(*reads, shrink=shrink, ridge=ridge)
 
     # The Grams of tied leaves differ.
     by_path = [list(trees.flatten(models[0]))]
-    return _leaves.combine_leaves(formula, named, by_path)
+    return _leaves.combine_leaves(formula, _leaves.numbered("models", models), by_path)
 
 
-def sce(
-    base: Params, models: Sequence[Params], *, top: Scalar = 1.0, floor: Scalar = 0.0
-) -> Params:
-    """Select entries by variance, calculate weights by energy, erase minority signs, leaf by leaf.
-
-    Entries are the `floor(top n)` of largest variance across models, `n` the entries that vary at
-    all; model i weighs the mean square of its delta; an entry keeps the deltas whose sign is that
-    of the sum, renormalized.
+def regmean_kernel(
+    kernels: Sequence[Rows],
+    grams: Sequence[Rows],
+    *,
+    shrink: Scalar = 0.9,
+    ridge: Scalar = 1e-6,
+) -> Array:
+    """`regmean` of one kernel, read in blocks of rows: holds about three matrices, not two a model.
 
     Args:
-      base: pretrained parameters.
-      models: a list of fine-tuned models of its structure.
-      top: share of varying entries to take, in `[0, 1]`; 1 takes every entry.
-      floor: models weigh the same where their energies (squared units of the weights) sum to no
-        more than this; mergekit's is 1e-6.
+      kernels: per model, a function that yields the blocks of its kernel `[..., in, out]`, rows
+        along the axis `in`, all in one dtype.
+      grams: per model, the same for its Gram matrix `[..., in, in]`.
+      shrink: see `regmean`.
+      ridge: see `regmean`.
 
     Returns:
-      A tree with the structure and dtypes of the base.
-
-    Raises:
-      ValueError: if names or shapes differ, or `top` lies outside `[0, 1]`.
-
-    References:
-      Wan et al., FuseChat, 2024 (2408.07990), SCE; mergekit's `sce`.
+      The merged kernel.
     """
-    _checks.within(0, 1, top=top)
+    diagonals = [_diagonal(gram) for gram in grams]
+    soft, added = (_numerics.scalar(value, diagonals[0]) for value in (shrink, ridge))
+    means = [jnp.mean(diagonal, axis=-1, keepdims=True) for diagonal in diagonals]
+    constant = added * (sum(means[1:], means[0]) / len(means))
+    left: list[Any] = []
+    right: list[Any] = []
+    for kernel, gram, diagonal in zip(kernels, grams, diagonals, strict=True):
+        own, start = list(kernel()), 0
+        for number, rows in enumerate(gram()):
+            on, place = (1 - soft) * diagonal + constant, start + jnp.arange(rows.shape[-2])
+            eye = place[:, None] == jnp.arange(rows.shape[-1])[None]
+            eye = jnp.broadcast_to(eye, rows.shape)
+            shrunk = soft * rows + jnp.where(eye, on[..., None, :], 0)
+            start += rows.shape[-2]
+            product = _product(shrunk, own)
+            if number == len(left):
+                left.append(shrunk)
+                right.append(product)
+            else:
+                left[number], right[number] = left[number] + shrunk, right[number] + product
+        del own
+    matrix = jnp.concatenate(left, axis=-2)
+    left.clear()
+    factors = jax.scipy.linalg.lu_factor(matrix)
+    del matrix
+    step, width = max(1, _blocks.BLOCK // diagonals[0].size), right[0].shape[-1]
+    columns = []
+    for first in range(0, width, step):
+        some = jnp.concatenate([rows[..., first : first + step] for rows in right], axis=-2)
+        columns.append(jax.scipy.linalg.lu_solve(factors, some))
+    del factors
+    right.clear()
+    return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=-1)
 
-    def formula(i: int, path: str, start: Array, *leaves: Array) -> Array:
-        deltas = jnp.stack([leaf - start for leaf in leaves])
-        known = _checks.concrete(top)
-        if known is None or known < 1:
-            deltas = jnp.where(_varying(deltas, top)[None], deltas, 0)
-        energy = jnp.mean(jnp.square(deltas), axis=tuple(range(1, deltas.ndim)), keepdims=True)
-        whole = jnp.sum(energy)
-        weighs = whole > _numerics.scalar(floor, whole)
-        share = jnp.where(weighs, energy / jnp.where(weighs, whole, 1), 1 / len(leaves))
-        sign = jnp.where(jnp.sum(deltas, axis=0) >= 0, 1, -1).astype(start.dtype)
-        agrees = (jnp.sign(deltas) == sign[None]).astype(start.dtype)
-        total = jnp.sum(agrees * share, axis=0)
-        return start + jnp.sum(agrees * share * deltas, axis=0) / jnp.maximum(total, 1e-6)
 
-    named = {"base": base} | _leaves.numbered("models", models)
-    return _leaves.combine_leaves(formula, named, [])
+def check_grams(grams: Sequence[Mapping[str, Any]], flat: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the Gram matrices have the same paths and fit kernels of `flat`.
+
+    Of each only the shape is read.
+    """
+    _checks.same_leaves(**{f"grams[{i}]": gram for i, gram in enumerate(grams)})
+    for path, gram in grams[0].items():
+        _check_gram(path, gram, flat)
 
 
-def _check_gram(path: str, gram: Array, flat: Mapping[str, Array]) -> None:
+def _rows(matrix: Array) -> Iterator[Array]:
+    """The matrix in blocks of rows; several matrices whole."""
+    blocks = _blocks.row_blocks([matrix]) if matrix.ndim == 2 else [[matrix]]
+    return (block for (block,) in blocks)
+
+
+def _diagonal(gram: Rows) -> Array:
+    """`[..., in]`"""
+    found, start = [], 0
+    for rows in gram():
+        found.append(jnp.diagonal(rows, offset=start, axis1=-2, axis2=-1))
+        start += rows.shape[-2]
+    return jnp.concatenate(found, axis=-1)
+
+
+def _product(rows: Array, own: Sequence[Array]) -> Array:
+    """Some rows of a matrix times a kernel in blocks of rows."""
+    total, start = None, 0
+    for block in own:
+        some = rows[..., start : start + block.shape[-2]]
+        found = jnp.matmul(some, block, precision=_HIGHEST)
+        total, start = found if total is None else total + found, start + block.shape[-2]
+    assert total is not None
+    return total
+
+
+def _check_gram(path: str, gram: Any, flat: Mapping[str, Any]) -> None:
     if path not in flat:
         near = trees.nearest(path, list(flat))
         raise ValueError(f"the models have no leaf {path!r}; nearest paths: {near}.")
@@ -176,14 +214,3 @@ def _check_gram(path: str, gram: Array, flat: Mapping[str, Array]) -> None:
             f"{path!r} must be a kernel [..., in, out] with a Gram matrix [..., in, in], "
             f"got {_checks.described(kernel=kernel, gram=gram)}."
         )
-
-
-def _varying(deltas: Array, top: Scalar) -> Array:
-    variance = jnp.var(deltas, axis=0)
-    varying = jnp.sum(variance != 0)
-    known, count = _checks.concrete(top), _checks.concrete(varying)
-    if known is not None and count is not None:
-        kept = floor_share(int(count), top=top)
-    else:
-        kept = jnp.floor(jnp.asarray(top) * varying.astype(jnp.float32)).astype(jnp.int32)
-    return _ranking.top(variance, kept)

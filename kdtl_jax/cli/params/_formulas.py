@@ -4,8 +4,8 @@ Random draws fold in the tensor's path and ranks are the tensor's own, so mergin
 gives what merging whole models gives, bit for bit. TIES over whole models ranks all tensors
 together (`_merging.ties_of_models`).
 
-A tensor comes in blocks of rows. What an entry needs to know of the whole tensor (a cut, a norm,
-the angles between models) is measured first, by passes over the blocks.
+A tensor comes in blocks of rows. What an entry needs to know of the whole tensor (a cut, a norm, a
+threshold, the angles between models) is measured first, by passes over the blocks.
 
 Methods follow their papers. `mergekit` is the same method as that program computes it: it weighs
 task vectors before it elects signs, divides by weights instead of counts, and rescales what is left
@@ -214,6 +214,38 @@ def agreed(sparsify: Sparsify) -> Merge:
 
 def _weights(x: Members, o: Options) -> list[float]:
     return [1.0] * len(x.models) if o.weights is None else list(o.weights)
+
+
+# --- choosing entries ----------------------------------------------------------------------------
+
+
+def _leaves(x: Members) -> list[Array]:
+    """The base's block and the models', in one dtype."""
+    return transforms.one_dtype([leaf for tree in (x.base, *x.models) for leaf in tree.values()])
+
+
+def _chosen(piece: Callable[[Members, Options], Array]) -> Callable[[Members, Options], Tree]:
+    """A block of the result in the base's dtype."""
+    return lambda x, o: {p: piece(x, o).astype(leaf.dtype) for p, leaf in x.base.items()}
+
+
+def sce(*, floor: float = 0.0) -> Merge:
+    def measure(read: Read, o: Options) -> Any:
+        top = o.density
+        assert isinstance(top, (int, float))  # `merge` refuses several
+        return transforms.sce_selection(lambda: map(_leaves, read()), top=top, floor=floor)
+
+    return Merge(_chosen(lambda x, o: transforms.sce_piece(_leaves(x), x.found, x.block)), measure)
+
+
+ARCEE_FUSION = Merge(
+    _chosen(lambda x, o: transforms.arcee_piece(_leaves(x), x.found)),
+    lambda read, o: transforms.arcee_threshold(lambda: map(_leaves, read())),
+)
+RAM = Merge(
+    _chosen(lambda x, o: transforms.ram_piece(_leaves(x), x.found)),
+    lambda read, o: transforms.ram_boosts(lambda: map(_leaves, read()), gain=o.gain),
+)
 
 
 # --- mergekit's conventions ----------------------------------------------------------------------

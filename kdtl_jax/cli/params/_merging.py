@@ -1,10 +1,10 @@
 """A merge, tensor by tensor: which tensors meet in one of the result, and how they are read.
 
-Tensors are merged one after another by `transforms`, most methods in pieces of 4 MB. So memory
-holds little, and for the others (`regmean`, `sce`, `ram`, `arcee_fusion`, angles of columns) a few
-times the largest tensor; never the models.
+Tensors are merged one after another by `transforms`, in pieces of 4 MB: memory holds little, never
+the models. Only `regmean`, which solves equations, holds three matrices, and a vector is one piece.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdtl_jax import transforms
+from kdtl_jax._types import Array
 from kdtl_jax.cli.params import _checkpoints, _folders, _formulas
-from kdtl_jax.cli.params._formulas import Members, Merge, Options
+from kdtl_jax.cli.params._formulas import Members, Merge, Options, Tree
 from kdtl_jax.cli.params._methods import Method
 from kdtl_jax.interop import safetensors
 from kdtl_jax.interop.safetensors import Tensor
@@ -47,23 +48,72 @@ def by_tensor(
         if method.is_elementwise:
             pieces = _pieces(part, name, _checkpoints.BLOCK)
             return (np.asarray(merge.combine(x, options)[name]) for x in pieces)
-        if method.is_rowwise and options.axis is None:
-
-            def read(i: int | None = None, /) -> Iterator[Members]:
-                return _rows(part if i is None else _of_model(part, i), name)
-
-            found = None if merge.measure is None else merge.measure(read, options)
-            blocks = (x._replace(found=found) for x in read())
-            return (np.asarray(merge.combine(x, options)[name]).ravel() for x in blocks)
+        if method.has_grams:
+            return _least_squares(part, name, merge)
         if options.axis == -1:  # every row has its own angles
             return (np.asarray(merge.whole(x, options)[name]).ravel() for x in _rows(part, name))
-        models, statistics = (
-            [{} if t is None else {name: jnp.asarray(safetensors.read(t))} for t in tensors]
-            for tensors in ((part.base, *part.models), part.statistics)
+        return (
+            np.asarray(block[name]).ravel()
+            for slab, axis in _slabs(part, options.axis)
+            for block in _measured(slab, name, merge, options._replace(axis=axis))
         )
-        return np.asarray(merge.whole(Members(models[0], models[1:], statistics), options)[name])
 
     return produce
+
+
+def _measured(part: Part, name: str, merge: Merge, options: Options) -> Iterator[Tree]:
+    """The merged blocks, what they need to know of the whole measured first."""
+
+    def read(i: int | None = None, /) -> Iterator[Members]:
+        return _rows(part if i is None else _of_model(part, i), name)
+
+    found = None if merge.measure is None else merge.measure(read, options)
+    return (merge.combine(x._replace(found=found), options) for x in read())
+
+
+def _least_squares(part: Part, name: str, merge: Merge) -> Iterator[np.ndarray]:
+    """RegMean: a kernel with Gram matrices is solved for, any other tensor is averaged."""
+    if None in part.statistics:
+        alone = part._replace(statistics=())
+        for x in _pieces(alone, name, _checkpoints.BLOCK):
+            members = x._replace(statistics=[{} for _ in x.models])
+            yield np.asarray(merge.combine(members, part.options)[name])
+        return
+    stored = [next(safetensors.blocks(tensor, 1)) for tensor in part.models]
+    wide = transforms.one_dtype(stored)[0].dtype
+
+    def rows(tensor: Tensor) -> Iterator[Array]:
+        size = transforms.block_rows(tensor.shape) * tensor.shape[-1]
+        for x in safetensors.blocks(tensor, size):
+            yield jnp.asarray(x.reshape(-1, tensor.shape[-1]), wide)
+
+    for slab, _ in _slabs(part, -2):
+        kernels, grams = (
+            [functools.partial(rows, tensor) for tensor in tensors if tensor]
+            for tensors in (slab.models, slab.statistics)
+        )
+        found = transforms.regmean_kernel(kernels, grams)
+        yield np.asarray(found.astype(stored[0].dtype)).ravel()
+
+
+def _slabs(part: Part, axis: int | None) -> Iterator[tuple[Part, int | None]]:
+    """The matrices `[length of the axis, the rest]` for each index before it, and their axis."""
+    if axis is None:
+        yield part, None
+        return
+    count = math.prod(part.models[0].shape[:axis])
+    for number in range(count):
+
+        def cut(tensor: Tensor | None, number: int = number) -> Tensor | None:
+            if tensor is None:
+                return None
+            size = (tensor.stop - tensor.start) // count
+            shape = (tensor.shape[axis], math.prod(tensor.shape[axis:][1:]))
+            start = tensor.start + number * size
+            return tensor._replace(shape=shape, start=start, stop=start + size)
+
+        models = tuple(t for each in part.models if (t := cut(each)))
+        yield Part(models, part.options, cut(part.base), tuple(map(cut, part.statistics))), -2
 
 
 def _of_model(part: Part, i: int) -> Part:

@@ -4,9 +4,11 @@ from typing import Literal, NamedTuple
 
 from kdtl_jax import transforms
 from kdtl_jax.cli.params._formulas import (
+    ARCEE_FUSION,
     BREADCRUMBS,
     DARE,
     DELLA,
+    RAM,
     TRIM,
     TRIM_SOME,
     WHOLE,
@@ -19,6 +21,7 @@ from kdtl_jax.cli.params._formulas import (
     nuslerp,
     pieces,
     rescaled,
+    sce,
     spherical,
 )  # fmt: skip
 
@@ -34,8 +37,8 @@ class Method(NamedTuple):
     options: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     is_elementwise: bool = False  # an entry depends on the same entry of each input alone
-    is_rowwise: bool = True  # beside what is measured, an entry depends on its row alone
     has_statistics: bool = False
+    has_grams: bool = False  # [in, in] beside kernels [in, out], not informations by entry
     mergekit: Merge | None = None  # where that program's number differs
 
 
@@ -102,9 +105,7 @@ METHODS = {
     ),
     "sce": Method(
         "select by variance, weigh by energy, erase minority signs; density is the share selected",
-        Merge(lambda x, o: transforms.sce(x.base, x.models, top=o.density)),
-        options=("density",), required=("density",), is_rowwise=False,
-        mergekit=Merge(lambda x, o: transforms.sce(x.base, x.models, top=o.density, floor=1e-6)),
+        sce(), options=("density",), required=("density",), mergekit=sce(floor=1e-6),
     ),
     "slerp": Method(
         "along the arc from the first to the second",
@@ -132,13 +133,11 @@ METHODS = {
     ),
     "arcee_fusion": Method(
         "the model's entries whose importance stands out",
-        Merge(lambda x, o: transforms.arcee_fusion(x.base, x.models[0])),
-        most=1, is_rowwise=False,
+        ARCEE_FUSION, most=1,
     ),
     "ram": Method(
         "changes that one model made alone are kept (times 1 + gain rho), shared ones averaged",
-        Merge(lambda x, o: transforms.ram(x.base, x.models, gain=o.gain)),
-        options=("gain",), is_rowwise=False,
+        RAM, options=("gain",),
     ),
     "model_stock": Method(
         "between base and mean, by the angle between task vectors",
@@ -154,6 +153,6 @@ METHODS = {
     "regmean": Method(
         "least squares to the outputs of all models' kernels [in, out]",
         Merge(lambda x, o: transforms.regmean(x.models, x.statistics)),
-        base="has no", is_rowwise=False, has_statistics=True,
+        base="has no", has_statistics=True, has_grams=True,
     ),
 }  # fmt: skip

@@ -165,12 +165,16 @@ def merged(settings: Settings, examples: str) -> Rewrite:
         shares = getattr(options, flag)
         if isinstance(shares, (list, tuple)) and len(shares) != len(models):
             raise UsageError(f"--{flag}: expected {len(models)}, one per model, got {len(shares)}")
+    if name == "sce" and isinstance(options.density, (list, tuple)):
+        raise UsageError(f"--density: sce selects one share, got {len(options.density)}")
     divides = "scale" not in method.options and options.normalize is not False
     if options.weights is not None and divides and not sum(options.weights):
         raise UsageError(f"--weights {options.weights}: their sum, a divisor, is 0")
     inputs = [*base, *models]
     report, specs = _report(settings, inputs), inputs[0].specs
-    if method.is_elementwise and statistics:
+    if method.has_grams:
+        transforms.check_grams([one.specs for one in statistics], specs)
+    elif statistics:
         _checks.same_leaves(
             models={p: specs[p] for p in report.merged}, **{x.name: x.specs for x in statistics}
         )

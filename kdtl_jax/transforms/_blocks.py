@@ -1,0 +1,75 @@
+"""Leaves in blocks of rows: what is summed or drawn for a block depends on its number alone.
+
+So a leaf gives the same numbers whether it lies in memory or is read from a file block by block.
+"""
+
+import functools
+import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kdtl_jax._types import Array
+
+Read = Callable[[], Iterable[Sequence[Array]]]  # one leaf of several trees, in pieces side by side
+BLOCK = 1 << 20  # entries that one key draws for
+
+
+def fold_path(key: Array, path: str) -> Array:
+    """A key of the path's own: merging a subset draws what merging everything draws."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def block_rows(shape: Sequence[int]) -> int:
+    """How many rows (along the last axis) make a block, for which one key draws.
+
+    As many as have 2**20 entries, at least one. A leaf larger than memory can be read in such
+    blocks: what `dare` and `della` draw for a block depends on its number alone.
+    """
+    return max(1, BLOCK // max(1, math.prod(shape[-1:])))
+
+
+def row_blocks(leaves: Sequence[Array]) -> Iterator[list[Array]]:
+    """Leaves of one shape in `block_rows` of rows, side by side; vectors whole.
+
+    Sums over a leaf are sums of its blocks' sums, whether the blocks come from memory or a file.
+    """
+    shape = leaves[0].shape
+    size = math.prod(shape[:-1])
+    step = block_rows(shape)
+    if len(shape) < 2 or size <= step:
+        yield list(leaves)
+        return
+    flat = [leaf.reshape(size, shape[-1]) for leaf in leaves]
+    for start in range(0, size, step):
+        rows = min(step, size - start)
+        yield [jax.lax.dynamic_slice_in_dim(leaf, start, rows) for leaf in flat]
+
+
+def in_blocks(leaves: Sequence[Array], formula: Callable[[int, Sequence[Array]], Array]) -> Array:
+    """`formula(number, pieces)` of every block of rows, put together again."""
+    pieces = [formula(number, block) for number, block in enumerate(row_blocks(leaves))]
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces).reshape(leaves[0].shape)
+
+
+def uniform(key: Array, path: str, shape: tuple[int, ...], dtype: Any, block: Any = 0) -> Array:
+    """Uniform draws in [0, 1) for a leaf, or for its blocks from number `block` on."""
+    return _uniform(fold_path(key, path), block, shape, jnp.dtype(dtype), block_rows(shape))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _uniform(key: Array, first: Array, shape: tuple[int, ...], dtype: Any, per: int) -> Array:
+    def draw(number: Array, rows: int) -> Array:
+        block = (rows, *shape[-1:])
+        return jax.random.uniform(jax.random.fold_in(key, number), block, dtype)
+
+    full, rest = divmod(math.prod(shape[:-1]), per)
+    # One block after another: a generator's temporaries are several times what it draws.
+    blocks = jax.lax.map(lambda i: draw(i, per), first + jnp.arange(full))
+    rows = [blocks.reshape(full * per, *shape[-1:])]
+    if rest:
+        rows.append(draw(first + full, rest))
+    return jnp.concatenate(rows).reshape(shape)

@@ -1,0 +1,128 @@
+"""SCE: entries selected by their variance across models, models weighed by their energy.
+
+Variances are ranked and energies summed by passes over a leaf's pieces (`sce_selection`), then
+each piece is merged by itself (`sce_piece`): a leaf may be larger than memory.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from kdtl_jax import _checks, _numerics
+from kdtl_jax._types import Array, Params, Scalar
+from kdtl_jax.transforms import _blocks, _leaves, _ranking
+from kdtl_jax.transforms._blocks import Read
+from kdtl_jax.transforms._sparsify import floor_share
+
+
+class Selection(NamedTuple):
+    """What `sce` takes of a leaf: entries by a cut of variances, models by their energy."""
+
+    cut: _ranking.Cut | None  # None: every entry
+    before: Sequence[Any]  # how many of the cut's equals come before each piece
+    shares: Sequence[Array]  # `[]` for each model, of sum 1
+
+
+def sce(
+    base: Params, models: Sequence[Params], *, top: Scalar = 1.0, floor: Scalar = 0.0
+) -> Params:
+    """Select entries by variance, calculate weights by energy, erase minority signs, leaf by leaf.
+
+    Entries are the `floor(top n)` of largest variance across models, `n` the entries that vary at
+    all; model i weighs the mean square of its delta; an entry keeps the deltas whose sign is that
+    of the sum, renormalized.
+
+    Args:
+      base: pretrained parameters.
+      models: a list of fine-tuned models of its structure.
+      top: share of varying entries to take, in `[0, 1]`; 1 takes every entry.
+      floor: models weigh the same where their energies (squared units of the weights) sum to no
+        more than this; mergekit's is 1e-6.
+
+    Returns:
+      A tree with the structure and dtypes of the base.
+
+    Raises:
+      ValueError: if names or shapes differ, or `top` lies outside `[0, 1]`.
+
+    References:
+      Wan et al., FuseChat, 2024 (2408.07990), SCE; mergekit's `sce`.
+    """
+    _checks.within(0, 1, top=top)
+
+    def formula(i: int, path: str, *leaves: Array) -> Array:
+        found = sce_selection(lambda: _blocks.row_blocks(leaves), top=top, floor=floor)
+        return _blocks.in_blocks(leaves, lambda k, pieces: sce_piece(pieces, found, k))
+
+    named = {"base": base} | _leaves.numbered("models", models)
+    return _leaves.combine_leaves(formula, named, [])
+
+
+def sce_selection(read: Read, *, top: Scalar = 1.0, floor: Scalar = 0.0) -> Selection:
+    """What `sce` takes of a leaf whose pieces `read()` yields, the same every time."""
+    _checks.within(0, 1, top=top)
+    known = _checks.concrete(top)
+    cut = None if known is not None and known >= 1 else _most_varying(read, top)
+    sums: list[Array] = []
+    size, before = 0, [0]
+    for pieces in read():
+        deltas, seen = _sce_deltas(pieces, cut, before[-1])
+        before.append(seen)
+        size += pieces[0].size
+        found = [jnp.sum(jnp.square(delta)) for delta in deltas]
+        sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
+    energies = [total / size for total in sums]
+    whole = sum(energies[1:], energies[0])
+    weighs = whole > _numerics.scalar(floor, whole)
+    divisor = jnp.where(weighs, whole, 1)
+    shares = [jnp.where(weighs, energy / divisor, 1 / len(energies)) for energy in energies]
+    return Selection(cut, before, shares)
+
+
+def sce_piece(pieces: Sequence[Array], found: Selection, number: int) -> Array:
+    """`sce` of the piece of base and models that has this number."""
+    start = pieces[0]
+    deltas, _ = _sce_deltas(pieces, found.cut, found.before[number])
+    total = sum(deltas[1:], deltas[0])
+    sign = jnp.where(total >= 0, 1, -1).astype(start.dtype)
+    agrees = [(jnp.sign(delta) == sign).astype(start.dtype) for delta in deltas]
+    shares = [agree * share for agree, share in zip(agrees, found.shares, strict=True)]
+    weight = sum(shares[1:], shares[0])
+    terms = [share * delta for share, delta in zip(shares, deltas, strict=True)]
+    return start + sum(terms[1:], terms[0]) / jnp.maximum(weight, 1e-6)
+
+
+def _most_varying(read: Read, top: Scalar) -> _ranking.Cut:
+    """The cut that takes the `floor(top n)` of largest variance of the n entries that vary."""
+
+    def variances() -> Iterable[Array]:
+        return (_variance(pieces) for pieces in read())
+
+    varying: Any = 0
+    dtype: Any = None
+    for variance in variances():
+        varying, dtype = varying + jnp.sum(variance != 0), variance.dtype
+    known, count = _checks.concrete(top), _checks.concrete(varying)
+    if known is not None and count is not None:
+        kept = floor_share(int(count), top=top)
+    else:
+        kept = jnp.floor(jnp.asarray(top) * varying.astype(jnp.float32)).astype(jnp.int32)
+    return _ranking.largest(variances, kept, dtype)
+
+
+def _sce_deltas(
+    pieces: Sequence[Array], cut: _ranking.Cut | None, before: Any
+) -> tuple[list[Array], Any]:
+    """The changes, 0 where the cut does not take an entry, and `before` for the next piece."""
+    start, *leaves = pieces
+    deltas = [leaf - start for leaf in leaves]
+    if cut is None:
+        return deltas, before
+    taken, before = _ranking.taken(_variance(pieces), cut, before)
+    return [jnp.where(taken, delta, 0) for delta in deltas], before
+
+
+def _variance(pieces: Sequence[Array]) -> Array:
+    start, *leaves = pieces
+    return jnp.var(jnp.stack([leaf - start for leaf in leaves]), axis=0)
