@@ -201,6 +201,20 @@ def test_what_a_cache_cannot_serve_is_said_before_training(tmp_path: Path, weigh
     assert "--teacher-weights" in said(plain, kd, given=None)
     other = NET.init(jax.random.key(1), INPUTS[:1])
     assert "teacher weights differ" in said(plain, kd, given=other)
+    # The same is known of one that is not finished, which is completed with its own outputs.
+    more, half = tmp_path / "more", tmp_path / "half"
+    assert _cache(more, weights, "--taps", "all") == 0
+    assert _cache(half, weights, "--dtype", "float16") == 0
+    for folder in (plain, more, half):
+        (folder / "manifest.json").unlink()
+    assert "holds logits, and hint read" in said(plain, hint)
+    assert "teacher weights differ" in said(plain, kd, given=other)
+    assert "complete it with kdtl cache" in said(half, kd) and "float16" in said(half, kd)
+    _caching.check(more, pair, kd, resume=False)
+    found = _caching.outputs(more, pair, VARIABLES, "float32", ["logits"])
+    np.testing.assert_allclose(found["logits"], LIVE["logits"], atol=1e-5)
+    plan = teacher_cache.open_cache(more, expect=None).plan
+    assert set(plan.fingerprint.taps or ()) == set(LIVE)
 
 
 def _damage(file: Path) -> None:

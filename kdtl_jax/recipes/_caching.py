@@ -21,16 +21,21 @@ def taps(entries: Sequence[Entry], pair: Pair) -> list[str]:
     return sorted(_models.output_shapes(pair.teacher, pair.example))
 
 
-def check(folder: Path, pair: Pair, entries: Sequence[Entry], *, resume: bool) -> None:
+def check(
+    folder: Path, pair: Pair, entries: Sequence[Entry], *, resume: bool, precision: str = "float32"
+) -> None:
     """Says before anything is trained why a cache that is there cannot serve.
 
     Raises:
       UsageError: naming what differs and the flag that helps.
     """
+    is_whole = True
     try:
         plan = teacher_cache.open_cache(folder, expect=None, contents=False).plan
-    except (FileNotFoundError, ValueError):
-        return  # there is none, or an unfinished or damaged one, which is completed
+    except (FileNotFoundError, ValueError):  # there is none, or one that is completed or mended
+        is_whole, plan = False, _begun(folder)
+    if plan is None:
+        return
     if pair.given is None and not resume:
         raise UsageError(
             f"--teacher-cache {folder} holds the outputs of a teacher. Name its weights with "
@@ -51,9 +56,17 @@ def check(folder: Path, pair: Pair, entries: Sequence[Entry], *, resume: bool) -
             "classes. Write another with kdtl cache without --top-k."
         )
     try:
-        teacher_cache.open_cache(folder, expect=_expected(pair, pair.given, needed), contents=False)
+        if is_whole:
+            expected = _expected(pair, pair.given, needed)
+            teacher_cache.open_cache(folder, expect=expected, contents=False)
+        elif pair.given is not None:  # it is completed by the teacher as it runs here
+            made = _expected(pair, pair.given, held)._replace(
+                dtype="float32", preprocessing=_preprocessing(precision)
+            )
+            teacher_cache.begun(folder, expect=made)
     except ValueError as error:
-        raise UsageError(f"--teacher-cache: {error}") from None
+        complete = "" if is_whole else " It is not finished: complete it with kdtl cache."
+        raise UsageError(f"--teacher-cache: {error}{complete}") from None
 
 
 def outputs(
@@ -69,20 +82,25 @@ def outputs(
     try:
         return teacher_cache.load(teacher_cache.open_cache(folder, expect=expected))
     except (FileNotFoundError, ValueError):  # `write` mends it, or says what differs
-        held = _held(folder) or needed
+        plan = _begun(folder)
+        held = needed if plan is None else plan.fingerprint.taps or needed
         teacher_cache.write(
             folder, net.apply, frozen, inputs, batch_size=512, taps=held, **_made_of(pair),
-            preprocessing={} if precision == "float32" else {"precision": precision},
+            preprocessing=_preprocessing(precision),
         )  # fmt: skip
     return teacher_cache.load(teacher_cache.open_cache(folder, expect=expected, contents=False))
 
 
-def _held(folder: Path) -> tuple[str, ...] | None:
-    """What a cache that has to be mended holds."""
+def _begun(folder: Path) -> teacher_cache.Plan | None:
+    """The plan of a cache that has to be completed or mended."""
     try:
-        return teacher_cache.open_cache(folder, expect=None, contents=False).plan.fingerprint.taps
-    except (FileNotFoundError, ValueError):
+        return teacher_cache.begun(folder)
+    except ValueError:  # `write` says what is wrong with it
         return None
+
+
+def _preprocessing(precision: str) -> dict[str, str]:
+    return {} if precision == "float32" else {"precision": precision}
 
 
 def _made_of(pair: Pair) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def run(settings: Settings) -> int:
     _logs.check(settings.log)
     if settings.teacher_cache is not None:
         cache = Path(settings.teacher_cache)
-        _caching.check(cache, pair, entries, resume=settings.resume)
+        _caching.check(cache, pair, entries, resume=settings.resume, precision=settings.precision)
     rows, size = None, len(inputs)
     divisor = settings.microbatches * (1 if mesh is None else mesh.size)
     fixed = _defaults.resolved(settings, size, classes, divisor)

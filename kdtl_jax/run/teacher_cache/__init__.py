@@ -41,6 +41,7 @@ from kdtl_jax.run.teacher_cache._fingerprint import digest as digest
 from kdtl_jax.run.teacher_cache._fingerprint import fingerprint as fingerprint
 from kdtl_jax.run.teacher_cache._shards import Cache as Cache
 from kdtl_jax.run.teacher_cache._shards import Plan as Plan
+from kdtl_jax.run.teacher_cache._shards import begun as begun
 from kdtl_jax.run.teacher_cache._shards import load as load
 from kdtl_jax.run.teacher_cache._shards import open_cache as open_cache
 from kdtl_jax.run.teacher_cache._shards import rows as rows

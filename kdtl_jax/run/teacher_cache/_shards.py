@@ -84,6 +84,26 @@ def open_cache(folder: str | Path, *, expect: Fingerprint | None, contents: bool
     return Cache(folder, plan, chosen)
 
 
+def begun(folder: str | Path, *, expect: Fingerprint | None = None) -> Plan | None:
+    """The plan of a cache that may not be finished; None where none was begun.
+
+    Args:
+      folder: of `write`.
+      expect: what `write` would be asked for.
+
+    Raises:
+      ValueError: if the plan cannot be read, or is of something else (every difference is named).
+    """
+    file = Path(folder) / PLAN
+    if not file.exists():
+        return None
+    plan = read_plan(_files.read_sealed(file))
+    problems = [] if expect is None else differences(plan.fingerprint, expect)
+    if problems:
+        raise ValueError(f"{folder} was begun from something else: {'; '.join(problems)}.")
+    return plan
+
+
 def rows(
     cache: Cache, index: Any, epoch: int = 0, *, stored_precision: bool = False
 ) -> dict[str, Any]:
