@@ -1,4 +1,4 @@
-"""Training and evaluation modes, whatever a module calls them; taps of unusual outputs; slips."""
+"""Training and evaluation modes, whatever a module calls them."""
 
 from typing import Any
 
@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import errors
 from flax import nnx as fnnx
 
-from kdtl_jax import Variables, interop
+from kdtl_jax import Variables
 from kdtl_jax.interop import linen, nnx
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -116,6 +117,20 @@ class LinenRequired(nn.Module):
         return nn.Dropout(0.5, deterministic=not kwargs["training"])(x)
 
 
+class LinenUnset(nn.Module):
+    deterministic: bool | None = None
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dropout(0.5, deterministic=self.deterministic)(x)
+
+
+class LinenNumpy(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, train: Any = np.False_) -> Any:
+        return nn.Dropout(0.5, deterministic=not train)(x)
+
+
 class LinenNumber(nn.Module):
     @nn.compact
     def __call__(self, x: Any, train: int = 0) -> Any:
@@ -200,6 +215,8 @@ CASES = {
     "linen kwargs passed on": lambda: of_linen(LinenKeywords()),
     "linen attention": lambda: of_linen(LinenAttention()),
     "linen required": lambda: of_linen(LinenRequired()),
+    "linen unset field": lambda: of_linen(LinenUnset()),
+    "linen NumPy bool": lambda: of_linen(LinenNumpy()),
     "linen number": lambda: of_linen(LinenNumber()),
     "linen own statistics": lambda: of_linen(LinenOwnStatistics()),
     "nnx own statistics": lambda: of_nnx(NNXOwnStatistics()),
@@ -274,6 +291,17 @@ class NNXOwnDropout(fnnx.Module):
         return x * jax.random.bernoulli(self.rngs(), 0.5, x.shape) if learning else x
 
 
+class EquinoxOwnDropout(eqx.Module):
+    def __call__(self, x: Any, key: Any = None) -> Any:
+        return x if key is None else x * jax.random.bernoulli(key, 0.5, x.shape)
+
+
+class LinenOwnDropout(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return x * jax.random.bernoulli(self.make_rng("dropout"), 0.5, x.shape)
+
+
 class EquinoxOwnStatistics(eqx.Module):
     index: Any
 
@@ -303,18 +331,27 @@ class EquinoxAlwaysFrozen(eqx.Module):
         (lambda: of_linen(LinenOwnFrozen()), True),
         (lambda: of_nnx(NNXAttentionFrozen()), True),
         (lambda: of_nnx(NNXOwnDropout()), False),
+        (lambda: of_equinox(EquinoxOwnDropout()), False),
         (lambda: of_equinox(*eqx.nn.make_with_state(EquinoxOwnStatistics)()), True),
         (lambda: of_haiku(lambda x, train: hk.BatchNorm(True, True, 0.5)(x, True)), False),
     ],
     ids=[
         *("linen frozen", "linen kwargs", "nnx", "equinox", "linen own statistics"),
-        *("nnx attention", "nnx own dropout", "equinox own statistics", "haiku"),
+        *("nnx attention", "nnx own dropout", "equinox own dropout", "equinox own statistics"),
+        "haiku",
     ],
 )
 def test_a_mode_that_cannot_be_set_is_refused_and_the_call_is_shown(make: Any, train: bool) -> None:
     apply, v = make()
     with pytest.raises(ValueError, match="mode.*lambda .*x, .*train"):
         apply(v.params, v.model_state, X, key=KEY, train=train)
+
+
+def test_dropout_of_a_linen_modules_own_making_has_no_randomness_in_evaluation() -> None:
+    apply, v = of_linen(LinenOwnDropout())
+    apply(v.params, v.model_state, X, key=KEY, train=True)
+    with pytest.raises(errors.InvalidRngError, match="dropout"):
+        apply(v.params, v.model_state, X, key=KEY)
 
 
 def test_a_call_of_ones_own_is_believed() -> None:
@@ -344,49 +381,3 @@ def test_haiku_functions_without_a_mode() -> None:
     for net in (lambda x, a, b: x, lambda x, state: x, lambda x, rate: x, lambda x, mask=None: x):
         with pytest.raises(TypeError, match=r"net must take its inputs and train .*\['x', "):
             of_haiku(net)
-
-
-class Pair(nn.Module):
-    @nn.compact
-    def __call__(self, x: Any) -> Any:
-        self.sow("intermediates", "last", x, reduce_fn=lambda old, new: new, init_fn=lambda: 0)
-        return x, {"weights": 2 * x}
-
-
-class Outer(nn.Module):
-    @nn.compact
-    def __call__(self, x: Any) -> Any:
-        return Pair(name="pair")(x)[0]
-
-
-class NNXPair(fnnx.Module):
-    def __call__(self, x: Any) -> Any:
-        self.sow(fnnx.Intermediate, "last", x, reduce_fn=lambda old, new: new, init_fn=lambda: 0)
-        return x, {"weights": 2 * x}
-
-
-class NNXOuter(fnnx.Module):
-    def __init__(self):
-        self.pair = NNXPair()
-
-    def __call__(self, x: Any) -> Any:
-        return self.pair(x)[0]
-
-
-def test_taps_take_tuples_apart_and_leave_sown_arrays_whole() -> None:
-    taps = ["pair/.*"]
-    run = linen.model(Outer(), taps=taps)
-    ours = run.apply({}, None, X)[0]
-    theirs = nnx.model(NNXOuter(), taps=taps)
-    for outputs in (ours, theirs.apply(theirs.params, theirs.model_state, X)[0]):
-        assert set(outputs) == {"logits", "pair/0", "pair/1/weights", "pair/last"}
-        np.testing.assert_array_equal(outputs["pair/1/weights"], 2 * X)
-        np.testing.assert_array_equal(outputs["pair/last"], X)
-
-
-def test_a_plain_function_is_a_model_function() -> None:
-    model = interop.function(lambda params, x: x @ params["w"])
-    outputs, state = model({"w": jnp.ones((4, 2))}, None, X, key=None, train=True)
-    assert outputs["logits"].shape == (6, 2) and state is None
-    named = interop.function(lambda params, x: {"logits": x, "hidden": x})
-    assert set(named({}, None, X)[0]) == {"logits", "hidden"}

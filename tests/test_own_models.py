@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,6 +111,34 @@ def test_every_form_starts_runs_and_goes_through_a_file(form: str, tmp_path: Pat
     np.testing.assert_allclose(found, outputs["logits"], rtol=1e-5, atol=1e-6)
 
 
+def haiku_with_a_mode(x: Any, is_training: bool = False) -> Any:
+    return hk.Linear(3)(x) * (2.0 if is_training else 1.0)
+
+
+def in_either_mode(params: Any, x: Any, key: Any = None, deterministic: bool = True) -> Any:
+    assert (key is None) == deterministic
+    return x @ params * (1.0 if deterministic else 2.0)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        hk.transform(haiku_with_a_mode),
+        (Pair.init, lambda params, x, **kwargs: x @ params["w"] * (1.0 + kwargs["training"])),
+        (lambda key: jnp.ones((5, 3)), in_either_mode),
+    ],
+    ids=["haiku", "keywords", "named"],
+)
+def test_a_pair_of_functions_is_told_its_mode(pair: Any) -> None:
+    net = own.network(pair, classes=3, example=X[:1])
+    start = net.init(jax.random.key(0), X[:1])
+    trained, evaluated = (
+        net.apply(*start, X, key=jax.random.key(1) if train else None, train=train)[0]["logits"]
+        for train in (True, False)
+    )
+    np.testing.assert_allclose(trained, 2 * evaluated)
+
+
 class Needy(nn.Module):
     depth: int
     classes: int
@@ -127,6 +156,7 @@ def averaged(params: Any, x: Any) -> Any:
     ("found", "message"),
     [
         (Needy, "Needy needs depth, of which nothing is known.*write a factory"),
+        ((Pair.init, lambda p, s, x: (x, s)), r"apply\(p, s, x\) is not understood"),
         (Linen(4), r"Linen gives logits \[1, 4\] for one example, expected \[1, 3\]"),
         (lambda: nnx.Linear(5, 3, rngs=nnx.Rngs(0)), "holds one set of weights.*argument rngs"),
         (nnx.Linear(5, 3, rngs=nnx.Rngs(0)), "holds one set of weights.*argument rngs"),

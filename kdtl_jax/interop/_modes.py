@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from kdtl_jax import _jaxprs
 
@@ -43,7 +44,7 @@ def accepted(function: Callable[..., Any]) -> list[str]:
         and (
             parameter.default is inspect.Parameter.empty
             or parameter.default is None
-            or (isinstance(parameter.default, int) and parameter.default in (0, 1))
+            or (isinstance(parameter.default, (int, np.bool_)) and parameter.default in (0, 1))
         )
     ]
 

@@ -83,7 +83,10 @@ def model(
             )(inputs, keys)
 
         def modes(way: Call) -> dict[str, bool]:
-            return _modes_of(module, lambda: run(way), model_state)
+            found = _modes_of(module, lambda: run(way), model_state)
+            if keys is not None and not train and not found.get("dropout"):
+                found["dropout"] = _modes.draws(lambda: run(way))  # of the module's own making
+            return found
 
         way = call
         if way is None:

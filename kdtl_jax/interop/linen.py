@@ -55,7 +55,8 @@ def model(
         a regular expression that must match whole paths. A module called several times, or one
         that returns a tuple, gives `path/0`, `path/1`, and so on.
       call: `call(module, inputs, train)`, for modules that are called in another way.
-      rngs: names of the random streams that the module reads when `key` is given.
+      rngs: names of the random streams that the module reads when `key` is given; `"dropout"` in
+        training only, so that dropout that does not follow the mode is an error.
 
     Returns:
       `Linen(init, apply)`. `init(key, inputs)` reads shapes only and is safe under `eval_shape`.
@@ -65,14 +66,15 @@ def model(
         listed), or dropout or batch statistics are not in the mode asked for.
     """
 
-    def streams(key: Array | None) -> dict[str, Array] | None:
+    def streams(key: Array | None, train: bool) -> dict[str, Array] | None:
         if key is None:
             return None
-        return {name: jax.random.fold_in(key, i) for i, name in enumerate(rngs)}
+        keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(rngs)}
+        return keys if train else {k: v for k, v in keys.items() if k != "dropout"}
 
     def init(key: Array, inputs: Any) -> Variables:
         key_params, key_rest = jax.random.split(key)
-        keys = {"params": key_params, **(streams(key_rest) or {})}
+        keys = {"params": key_params, **(streams(key_rest, True) or {})}
 
         def run(way: _Way) -> Any:
             return way.module.init(keys, inputs, False, method=way.call)
@@ -97,7 +99,7 @@ def model(
                 inputs,
                 train,
                 method=way.call,
-                rngs=streams(key),
+                rngs=streams(key, train),
                 mutable=mutable,
                 capture_intermediates=_tapped if taps else False,
             )
@@ -152,7 +154,7 @@ def _mode_fields(module: nn.Module) -> list[str]:
     return [
         field.name
         for field in dataclasses.fields(module)
-        if isinstance(getattr(module, field.name), bool)
+        if isinstance(getattr(module, field.name), (bool, np.bool_, type(None)))
     ]
 
 

@@ -4,9 +4,10 @@
 
 Understood are: a Linen module, as a class or an instance; a class or a factory of NNX or Equinox
 modules; `hk.transform`'s or any other pair of functions `init(key, inputs) -> params` and
-`apply(params, inputs) -> logits`; and factories of all of these. Arguments of a class or a factory
-are filled in by their names (`CLASSES`, `INPUTS`, `key`, `rngs`, ...); a single argument of another
-name is the number of classes.
+`apply(params, inputs) -> logits`, where `apply` may also take a key and its mode under a usual
+name (`key`, `rng`; `train`, `is_training`, `deterministic`, ...); and factories of all of these.
+Arguments of a class or a factory are filled in by their names (`CLASSES`, `INPUTS`, `key`, `rngs`,
+...); a single argument of another name is the number of classes.
 """
 
 import functools
@@ -22,7 +23,7 @@ from jax import Array
 
 from kdtl_jax import methods
 from kdtl_jax._types import ModelFn, Outputs, PyTree, Variables
-from kdtl_jax.interop import _taps, networks
+from kdtl_jax.interop import _modes, _taps, networks
 from kdtl_jax.interop.networks import Network
 from kdtl_jax.train import precision
 
@@ -32,6 +33,7 @@ CLASSES = (
 )  # fmt: skip
 INPUTS = ("in_features", "in_size", "input_size", "features_in", "num_inputs", "din", "n_in")
 CHANNELS = ("channels", "in_channels", "input_channels")
+KEYS = ("key", "rng", "rng_key", "rngs")
 SHAPES = ("shape", "input_shape", "inputs_shape")
 FORMS = "a Linen module, an NNX or Equinox class, a factory of one, or functions (init, apply)"
 
@@ -156,13 +158,26 @@ def _parameters(found: Any) -> list[inspect.Parameter]:
 
 def _of_pair(init: Callable[..., Any], apply: Callable[..., Any], example: Array) -> Network:
     """A network of two functions; a model function and its variables are taken as they are."""
-    names = list(inspect.signature(apply).parameters)
-    needs_rng = len(names) > 2 and names[1] in ("rng", "rng_key", "key")  # Haiku's order
-    is_model = len(names) > 2 and not needs_rng
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(apply).parameters
+    names = [p.name for p in parameters.values() if p.kind in places]
+    needs_key = names[1:2] != [] and names[1] in KEYS  # Haiku's order
+    named_key = [name for name in parameters if name in KEYS and not needs_key]
+    inputs_like = [name for name in names if name not in KEYS and not _modes.flags([name], True)]
+    is_model = len(inputs_like) > 2
+    if is_model and not ({"key", "train"} <= set(parameters) or _modes.is_open(apply)):
+        raise TypeError(
+            f"apply({', '.join(parameters)}) is not understood. Expected apply(params, inputs), "
+            "if need be with key and train, or apply(params, model_state, inputs, *, key=None, "
+            "train=False), which returns (outputs, model_state). Of a Haiku function with state "
+            "give interop.haiku.model(net), before it is transformed."
+        )
 
     def start(key: Array, inputs: Any) -> Variables:
-        needed = [p for p in inspect.signature(init).parameters.values() if p.default is p.empty]
-        made = init(key) if len(needed) == 1 else init(key, inputs)
+        given = inspect.signature(init).parameters.values()
+        flags = _modes.flags(_modes.accepted(init), True)
+        needed = [p for p in given if p.default is p.empty and p.name not in flags]
+        made = init(key, *(() if len(needed) == 1 else (inputs,)), **flags)
         return made if isinstance(made, Variables) else Variables(made)
 
     def run(
@@ -175,8 +190,17 @@ def _of_pair(init: Callable[..., Any], apply: Callable[..., Any], example: Array
     ) -> tuple[Outputs, PyTree]:
         if is_model:
             return apply(params, model_state, inputs, key=key, train=train)
-        found = apply(params, key, inputs) if needs_rng else apply(params, inputs)
-        return _taps.outputs_of(found), model_state
+        before = (params, key) if needs_key else (params,)
+
+        def call(flags: _modes.Flags) -> Any:
+            return apply(*before, inputs, **dict.fromkeys(named_key, key), **flags)
+
+        def modes(flags: _modes.Flags) -> dict[str, bool]:
+            jax.eval_shape(lambda: call(flags))  # whether it takes them, all that can be asked
+            return {}
+
+        way = _modes.first_that_follows(_modes.candidates(apply, train), train, modes)
+        return _taps.outputs_of(call(way)), model_state
 
     return Network(start, run, methods.Layout(()))
 
