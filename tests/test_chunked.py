@@ -107,6 +107,22 @@ def test_the_size_of_a_chunk_changes_nothing(chunk: int) -> None:
 
 
 @pytest.mark.usefixtures("x64")
+def test_blocks_of_a_chunk_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 tokens in chunks of two blocks of 8 rows, and a head of 5 x 600 by 512 columns."""
+    monkeypatch.setattr("kdtl_jax.losses._chunk_blocks.BLOCK_OF_LOGITS", 1)
+    monkeypatch.setattr("kdtl_jax.losses._chunk_blocks.BLOCK_OF_HEAD", 1)
+    monkeypatch.setitem(globals(), "VOCABULARY", 600)
+    x, where = arrays(), where_of()
+    both = jax.jit(jax.value_and_grad(partial(chunked_total, "logit_mse", chunk=13)))
+    assert str(both.lower(x, where).as_text()).count("while") >= 3  # chunks, rows, columns
+    got, gradients = both(x, where)
+    want, dense = jax.jit(jax.value_and_grad(partial(dense_total, "logit_mse")))(x, where)
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+    for key, gradient in dense.items():
+        np.testing.assert_allclose(gradients[key], gradient, rtol=1e-9, atol=1e-12, err_msg=key)
+
+
+@pytest.mark.usefixtures("x64")
 def test_labels_and_top_k_teachers_and_foreign_vocabularies() -> None:
     x = arrays()
     labels = jnp.asarray(np.random.default_rng(1).integers(0, VOCABULARY, TOKENS), jnp.int32)

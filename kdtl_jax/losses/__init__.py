@@ -107,11 +107,9 @@ from kdtl_jax.losses._transport import uld_w1 as uld_w1
 # Pieces.
 from kdtl_jax.losses._attention import uniform_layers as uniform_layers
 from kdtl_jax.losses._channels import flow_matrix as flow_matrix
-from kdtl_jax.losses._chunked import Head as Head
 from kdtl_jax.losses._chunked import chunked_divergence as chunked_divergence
 from kdtl_jax.losses._chunked import chunked_loss as chunked_loss
 from kdtl_jax.losses._chunked import chunked_map as chunked_map
-from kdtl_jax.losses._chunked import head_logits as head_logits
 from kdtl_jax.losses._contrast import unit_classes as unit_classes
 from kdtl_jax.losses._contrast import unit_features as unit_features
 from kdtl_jax.losses._correlations import feature_correlation as feature_correlation
@@ -123,6 +121,8 @@ from kdtl_jax.losses._draws import WeightedClasses as WeightedClasses
 from kdtl_jax.losses._draws import random_sampling_draws as random_sampling_draws
 from kdtl_jax.losses._draws import random_sampling_targets as random_sampling_targets
 from kdtl_jax.losses._features import ofd_margin as ofd_margin
+from kdtl_jax.losses._head import Head as Head
+from kdtl_jax.losses._head import head_logits as head_logits
 from kdtl_jax.losses._labels import mft_teacher as mft_teacher
 from kdtl_jax.losses._labels import non_target_logits as non_target_logits
 from kdtl_jax.losses._labels import probability_shift as probability_shift

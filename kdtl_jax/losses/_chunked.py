@@ -20,7 +20,8 @@ forward-mode differentiation (`jax.jvp`), which a loss with its own gradient doe
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,35 +29,8 @@ from jax import Array
 
 from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import Mean, PyTree, Scalar
-
-
-class Head(NamedTuple):
-    """An output layer `z = scale (h W + h a b + bias)`, and `softcap tanh(z / softcap)` if capped.
-
-    `kernel` `[width, vocabulary]` (tied embeddings: their transpose), `bias` `[vocabulary]`;
-    `delta` is an adapter's `a [width, r]`, its scale within, and `b [r, vocabulary]`: `W + a b` is
-    never made, and a frozen W needs no gradient of its size.
-    """
-
-    kernel: Array
-    bias: Array | None = None
-    scale: Scalar = 1.0
-    softcap: Scalar | None = None
-    delta: tuple[Array, Array] | None = None
-
-
-def head_logits(hidden: Array, head: Head) -> Array:
-    """Logits of hidden states: accumulated, biased and capped in float32 or wider.
-
-    Args:
-      hidden: `[..., width]`; the kernel is taken in its dtype.
-      head: `Head` of the same width.
-
-    Returns:
-      `[..., vocabulary]`, float32 or wider.
-    """
-    _check_head(hidden, head)
-    return _transformed(_product(hidden, head.kernel), hidden, head)
+from kdtl_jax.losses import _chunk_blocks, _head
+from kdtl_jax.losses._head import Head, head_logits
 
 
 def chunked_divergence(
@@ -92,15 +66,14 @@ def chunked_divergence(
       Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training, 2024 (2410.10989), whose
       fused linear losses take the gradient in the forward pass in the same way.
     """
-    _check_head(teacher_hidden, teacher_head)
+    _head.check_head(teacher_hidden, teacher_head)
     frozen = jax.lax.stop_gradient(teacher_head)
 
-    def loss(student_logits: Array, teacher_rows: Array) -> Array:
-        return divergence(student_logits, head_logits(teacher_rows, frozen))
+    def logits(teacher_rows: Array) -> Array:
+        return head_logits(teacher_rows, frozen)
 
-    return chunked_loss(
-        loss, student_hidden, student_head, teacher_hidden, where=where, chunk_size=chunk_size
-    )
+    given = student_hidden, student_head, teacher_hidden, where, chunk_size
+    return _chunked(divergence, logits, *given)
 
 
 def chunked_loss(
@@ -122,7 +95,8 @@ def chunked_loss(
 
     Args:
       loss: `([n, V] logits, targets of n tokens) -> [n]`, e.g. `losses.top_k_kl_tail`, or
-        `optax.softmax_cross_entropy_with_integer_labels`.
+        `optax.softmax_cross_entropy_with_integer_labels`. On a CPU it sees a few rows at a time,
+        so that its passes stay in the cache.
       hidden: `[..., width]`; leading dimensions are tokens.
       head: the output layer.
       targets: pytree of arrays `[..., *]` with the same leading dimensions.
@@ -132,13 +106,37 @@ def chunked_loss(
     Returns:
       `objective.Mean`: the sum over the tokens that count, and their number; float32 or wider.
     """
+    return _chunked(loss, lambda targets: targets, hidden, head, targets, where, chunk_size)
+
+
+def _chunked(
+    loss: Callable[[Array, Any], Array],
+    prepared: Callable[[PyTree], PyTree],
+    hidden: Array,
+    head: Head,
+    targets: PyTree,
+    where: Array | None,
+    chunk_size: int,
+) -> Mean:
+    """`chunked_loss` with the targets `prepared(targets)`, made for a whole chunk."""
     hidden, targets, where = _counted(hidden, head, targets, where, chunk_size)
-    rows = _chunks((hidden, targets, where), where.ndim, chunk_size)
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rows)
-    logits = jax.eval_shape(head_logits, shapes[0], head)
+    block = _chunk_blocks.block_rows(head.kernel.shape[1])
+    rows = _chunks((hidden, targets, where), where.ndim, chunk_size, block)
+
+    def shapes(like: PyTree, size: int) -> Any:
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[2:]), a.dtype), like)
+
     # Arrays that the loss closes over become arguments, so that they too have a gradient.
-    pure, constants = jax.closure_convert(loss, logits, shapes[1])
-    values = jax.eval_shape(pure, logits, shapes[1], *constants)
+    size, converted, constants = rows[2].shape[1], {}, []
+    for n in (min(size, block), size):
+        logits = jax.eval_shape(head_logits, shapes(rows[0], n), head)
+        aims = jax.eval_shape(prepared, shapes(rows[1], n))
+        converted[n], constants = jax.closure_convert(loss, logits, aims)
+
+    def pure(logits: Array, aims: PyTree, *constants: Array) -> Array:
+        return converted[logits.shape[0]](logits, aims, *constants)
+
+    values = jax.eval_shape(pure, logits, aims, *constants)
     if getattr(values, "shape", None) != logits.shape[:-1]:
         raise ValueError(
             f"loss must return one value per token, {list(logits.shape[:-1])} for a chunk, "
@@ -148,6 +146,7 @@ def chunked_loss(
     small = jax.tree.map(_wide, head._replace(kernel=None))
     total = _summed(
         pure,
+        lambda targets: jax.lax.stop_gradient(prepared(targets)),
         rows[0],
         small._replace(kernel=head.kernel),
         tuple(constants),
@@ -203,7 +202,7 @@ def _counted(
     hidden: Array, head: Head, targets: PyTree, where: Array | None, chunk_size: int
 ) -> tuple[Array, PyTree, Array]:
     """Checked; what does not count may be NaN, and 0 times NaN is no gradient: gone at once."""
-    _check_head(hidden, head)
+    _head.check_head(hidden, head)
     _checks.nonempty(hidden=hidden)
     _checks.positive(chunk_size=chunk_size)
     leading = jnp.shape(hidden)[:-1]
@@ -221,58 +220,8 @@ def _counted(
     return hidden, targets, where
 
 
-def _check_head(hidden: Array, head: Head) -> None:
-    _checks.floating(hidden=hidden, kernel=head.kernel)
-    _checks.rank(1, hidden=hidden)
-    _checks.rank(2, 2, kernel=head.kernel)
-    if jnp.shape(hidden)[-1] != jnp.shape(head.kernel)[0]:
-        raise ValueError(
-            f"expected hidden [..., width] and kernel [width, vocabulary], got "
-            f"{_checks.described(hidden=hidden, kernel=head.kernel)}. "
-            "Tied embeddings are [vocabulary, width]: pass embedding.T."
-        )
-    if head.bias is not None:
-        _checks.floating(bias=head.bias)
-        if jnp.shape(head.bias) != jnp.shape(head.kernel)[1:]:
-            raise ValueError(
-                f"expected one bias per class, got "
-                f"{_checks.described(kernel=head.kernel, bias=head.bias)}."
-            )
-    if head.delta is not None:
-        a, b = head.delta
-        _checks.floating(a=a, b=b)
-        width, vocabulary = jnp.shape(head.kernel)
-        if jnp.shape(a)[:1] != (width,) or jnp.shape(b) != (*jnp.shape(a)[1:], vocabulary):
-            raise ValueError(
-                f"expected delta a [width, r] and b [r, vocabulary], got "
-                f"{_checks.described(kernel=head.kernel, a=a, b=b)}."
-            )
-    _checks.positive(**({} if head.softcap is None else {"softcap": head.softcap}))
-
-
-def _product(hidden: Array, kernel: Array) -> Array:
-    """`h W` accumulated in float32 or wider, the factors in the hidden states' dtype."""
-    wide = _numerics.upcast(hidden).dtype
-    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=wide)
-
-
-def _transformed(product: Array, hidden: Array, head: Head) -> Array:
-    """What an adapter adds to `h W`; bias, scale and cap."""
-    if head.delta is not None:
-        a, b = head.delta
-        product = product + _product(_product(hidden, a).astype(hidden.dtype), b)
-    if head.bias is not None:
-        bias = head.bias.astype(product.dtype)
-        product = product + bias.reshape((1,) * (product.ndim - 1) + bias.shape)
-    logits = product * _numerics.scalar(head.scale, product)
-    if head.softcap is None:
-        return logits
-    cap = _numerics.scalar(head.softcap, logits)
-    return cap * jnp.tanh(logits / cap)
-
-
-def _chunks(tree: PyTree, leading: int, chunk_size: int) -> PyTree:
-    """Leaves `[chunks, n, ...]`, padded by zeros to equal chunks.
+def _chunks(tree: PyTree, leading: int, chunk_size: int, rows: int = 1) -> PyTree:
+    """Leaves `[chunks, n, ...]`, padded by zeros to equal chunks of whole blocks of `rows`.
 
     Chunk c holds tokens c, c + chunks, …: a batch sharded along its first dimension stays where it
     lies, every device working on its share of every chunk.
@@ -283,6 +232,7 @@ def _chunks(tree: PyTree, leading: int, chunk_size: int) -> PyTree:
         a = a.reshape(-1, *a.shape[leading:])
         count = -(-a.shape[0] // chunk_size)
         size = -(-a.shape[0] // count)
+        size = size if size <= rows else -(-size // rows) * rows
         a = jnp.pad(a, [(0, size * count - a.shape[0])] + [(0, 0)] * (a.ndim - 1))
         return jnp.moveaxis(a.reshape(size, count, *a.shape[1:]), 1, 0)
 
@@ -291,6 +241,7 @@ def _chunks(tree: PyTree, leading: int, chunk_size: int) -> PyTree:
 
 def _summed(
     loss: Callable[..., Array],
+    prepared: Callable[[PyTree], PyTree],
     hidden: Array,
     head: Head,
     constants: tuple[Array, ...],
@@ -299,47 +250,50 @@ def _summed(
 ) -> Array:
     """The sum over chunks `[chunks, n, ...]`, with its gradient taken on the way."""
 
+    def of_product(product: Array, small: Any, aims: PyTree, counts: Array) -> Array:
+        return _chunk_total(loss, _head.transformed(product, small[0]), small[1], aims, counts)
+
     @jax.custom_vjp
     def summed(hidden: Array, head: Head, constants: tuple[Array, ...]) -> Array:
         kernel = head.kernel.astype(hidden.dtype)
 
         def add(total: Array, chunk: Any) -> tuple[Array, None]:
             rows, aims, counts = chunk
-            logits = _transformed(_product(rows, kernel), rows, head)
-            return total + _chunk_total(loss, logits, constants, aims, counts), None
+            product = _head.adapted(_head.product(rows, kernel), rows, head.delta)
+            return total + of_product(product, (head, constants), prepared(aims), counts), None
 
         return jax.lax.scan(add, _zero(hidden), (hidden, targets, where))[0]
 
     def forward(hidden: Array, head: Head, constants: tuple[Array, ...]) -> Any:
-        kernel, small = head.kernel.astype(hidden.dtype), (head._replace(kernel=None), constants)
+        kernel = head.kernel.astype(hidden.dtype)
+        small = head._replace(kernel=None, delta=None), constants
 
         def add(carry: Any, chunk: Any) -> tuple[Any, Array]:
-            total, by_kernel, by_small = carry
+            total, by_kernel, by_delta, by_small = carry
             rows, aims, counts = chunk
-
-            def of_product(product: Array, rows: Array, small: Any) -> Array:
-                logits = _transformed(product, rows, small[0])
-                return _chunk_total(loss, logits, small[1], aims, counts)
-
-            value, pull = jax.vjp(of_product, _product(rows, kernel), rows, small)
-            by_product, by_rows, more = pull(jnp.ones_like(value))
+            product, pull = jax.vjp(
+                partial(_head.adapted, _head.product(rows, kernel)), rows, head.delta
+            )
+            value, by_product, more = _chunk_blocks.gradient(
+                of_product, product, small, prepared(aims), counts
+            )
+            by_rows, by_own_delta = pull(by_product)
             by_product = by_product.astype(rows.dtype)
             by_rows += jnp.matmul(by_product, kernel.T)
-            # Written as it is kept, so that the product is added where it lies.
-            by_kernel += jax.lax.dot_general(
-                rows, by_product, (((0,), (0,)), ((), ())), preferred_element_type=by_kernel.dtype
-            )
-            by_small = jax.tree.map(jnp.add, by_small, more)
-            return (total + value, by_kernel, by_small), by_rows
+            by_kernel = _chunk_blocks.with_product(by_kernel, rows, by_product)
+            by_delta, by_small = jax.tree.map(jnp.add, (by_delta, by_small), (by_own_delta, more))
+            return (total + value, by_kernel, by_delta, by_small), by_rows
 
         start = (
             _zero(hidden),
             jnp.zeros(head.kernel.shape, _zero(hidden).dtype),
+            jax.tree.map(jnp.zeros_like, head.delta),
             jax.tree.map(jnp.zeros_like, small),
         )
-        (total, by_kernel, by_small), by_hidden = jax.lax.scan(add, start, (hidden, targets, where))
-        by_head = by_small[0]._replace(kernel=by_kernel.astype(head.kernel.dtype))
-        return total, (by_hidden, by_head, by_small[1])
+        found, by_hidden = jax.lax.scan(add, start, (hidden, targets, where))
+        total, by_kernel, by_delta, (by_head, by_constants) = found
+        by_head = by_head._replace(kernel=by_kernel.astype(head.kernel.dtype), delta=by_delta)
+        return total, (by_hidden, by_head, by_constants)
 
     def backward(gradient: Any, cotangent: Array) -> Any:
         return jax.tree.map(lambda g: g * cotangent.astype(g.dtype), gradient)

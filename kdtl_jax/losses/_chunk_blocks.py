@@ -1,0 +1,101 @@
+"""The work on a chunk of logits, in blocks that a CPU's caches hold.
+
+Matrix products want many rows at a time, everything else wants few. XLA's programs for a CPU pass
+over whole arrays, and a chunk of logits is larger than the caches: so there the loss takes its
+chunk block by block. On other devices a chunk is one block.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdtl_jax._types import PyTree
+
+BLOCK_OF_LOGITS = 2**18  # logits of one model that a CPU core's cache holds
+BLOCK_OF_HEAD = 2**21  # weights of a head in a CPU's last cache, with as much again
+
+
+def gradient(
+    of_product: Callable[..., Array], product: Array, small: Any, aims: PyTree, counts: Array
+) -> tuple[Array, Array, Any]:
+    """A chunk's total and its gradient by `product` and `small`.
+
+    On a CPU a block of rows at a time, each written over the logits it comes from: the loss passes
+    a dozen times over its logits, and a block stays in the processor's cache.
+    """
+
+    def at_once(product: Array, small: Any, *rest: Any) -> tuple[Array, Array, Any]:
+        value, pull = jax.vjp(lambda *by: of_product(*by, *rest), product, small)
+        return value, *pull(jnp.ones_like(value))
+
+    size, vocabulary = product.shape
+    rows = block_rows(vocabulary)
+    if size <= rows:
+        return at_once(product, small, aims, counts)
+    blocks = size // rows
+
+    def in_blocks(product: Array, small: Any, *rest: Any) -> tuple[Array, Array, Any]:
+        # Block i holds rows i, i + blocks, …: shared by devices like the chunk (see `_chunks`).
+        def split(a: Array) -> Array:
+            return a.reshape(rows, blocks, *a.shape[1:])
+
+        def block(i: Array, carry: Any) -> Any:
+            total, slots, by_small = carry
+
+            def own(a: Array) -> Array:
+                return jax.lax.dynamic_index_in_dim(a, i, axis=1, keepdims=False)
+
+            value, by_own, more = at_once(own(slots), small, *jax.tree.map(own, parts))
+            slots = jax.lax.dynamic_update_index_in_dim(slots, by_own, i, axis=1)
+            return total + value, slots, jax.tree.map(jnp.add, by_small, more)
+
+        parts = jax.tree.map(split, rest)
+        start = jnp.zeros((), product.dtype), split(product), jax.tree.map(jnp.zeros_like, small)
+        total, slots, by_small = jax.lax.fori_loop(0, blocks, block, start)
+        return total, slots.reshape(product.shape), by_small
+
+    given = product, small, aims, counts
+    return jax.lax.platform_dependent(*given, cpu=in_blocks, default=at_once)
+
+
+def with_product(total: Array, rows: Array, by_product: Array) -> Array:
+    """`total + rows^T by_product`.
+
+    On a CPU, where no matrix product adds to what is there, a block of columns at a time: what is
+    to be added is never as large as the head.
+    """
+
+    def added(total: Array, rows: Array, by_product: Array) -> Array:
+        # Written as it is kept, so that the product is added where it lies.
+        return total + jax.lax.dot_general(
+            rows, by_product, (((0,), (0,)), ((), ())), preferred_element_type=total.dtype
+        )
+
+    width, vocabulary = total.shape
+    columns = max(512, BLOCK_OF_HEAD // width)
+    if vocabulary <= columns:
+        return added(total, rows, by_product)
+
+    def in_blocks(total: Array, rows: Array, by_product: Array) -> Array:
+        def block(total: Array, start: Any, columns: int) -> Array:
+            def own(a: Array) -> Array:
+                return jax.lax.dynamic_slice_in_dim(a, start, columns, axis=1)
+
+            new = added(own(total), rows, own(by_product))
+            return jax.lax.dynamic_update_slice_in_dim(total, new, start, axis=1)
+
+        whole, rest = divmod(vocabulary, columns)
+        total = jax.lax.fori_loop(
+            0, whole, lambda i, total: block(total, i * columns, columns), total
+        )
+        return block(total, whole * columns, rest) if rest else total
+
+    return jax.lax.platform_dependent(total, rows, by_product, cpu=in_blocks, default=added)
+
+
+def block_rows(vocabulary: int) -> int:
+    """Rows of a block of logits: a power of two, at least 8."""
+    return max(8, 1 << (BLOCK_OF_LOGITS // vocabulary).bit_length() >> 1)
