@@ -27,11 +27,48 @@ TEMPORARY = ".kdtl-tmp"  # how the name of an unfinished file ends
 MARK = ".kdtl"  # the file that makes a folder ours
 ANOTHER = "Choose another folder."
 RECORD_BYTES = 256 * 2**20  # no record of ours is larger
+JSON_BYTES = 16 * 2**20  # nor any config.json or its like
+
+
+def regular(path: Path) -> Path:
+    """The path, unless it is a pipe, a socket or a device: reading one may never end.
+
+    Raises:
+      OSError: if there is nothing.
+      ValueError: saying what it is.
+    """
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        kind = "pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
+        raise ValueError(f"{path} is a {kind}, not a file.")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file of others holds.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: naming the file, if it is not JSON, holds no object, or is larger than any such.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    if path.stat().st_size > JSON_BYTES:
+        raise ValueError(
+            f"{path} has {path.stat().st_size:,} bytes, at most {JSON_BYTES:,} are read."
+        )
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({_text.shown(str(error), 100)}).") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object.")
+    return found
 
 
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -39,6 +76,21 @@ def digest(value: Any) -> str:
     """SHA-256 of a JSON value in its canonical form."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_place(path: Path) -> None:
+    """Refuses a place where no file can be written: before work whose result would go there.
+
+    Raises:
+      FileNotFoundError: naming the folder, if there is none.
+      FileExistsError: if a folder, a pipe or a device is there, whose place a file would take.
+    """
+    if not path.parent.is_dir():
+        reason = f"{path.name} cannot be written: its folder does not exist; make it first"
+        raise FileNotFoundError(errno.ENOENT, reason, str(path.parent))
+    if path.exists() and not path.is_file():
+        reason = "a folder, a pipe or a device is there; name a file"
+        raise FileExistsError(errno.EEXIST, reason, str(path))
 
 
 @contextlib.contextmanager
@@ -49,11 +101,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     Raises:
       OSError: naming `path`, if the disk is full; the old file then stays as it was.
-      FileNotFoundError: naming its folder, if there is none.
+      FileNotFoundError, FileExistsError: as `check_place`.
     """
-    if not path.parent.is_dir():
-        reason = f"{path.name} cannot be written: its folder does not exist; make it first"
-        raise FileNotFoundError(errno.ENOENT, reason, str(path.parent))
+    check_place(path)
     handle, temporary = tempfile.mkstemp(
         prefix=f".{path.name[:100]}.", suffix=TEMPORARY, dir=path.parent
     )
@@ -139,7 +189,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > RECORD_BYTES:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
-        value = json.loads(path.read_bytes())
+        value = json.loads(regular(path).read_bytes())
     except FileNotFoundError:
         raise ValueError(f"no {path.name}: the save was cut short") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -6,10 +6,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import pytest
 import yaml
+from bounds import bounded, is_plain
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -102,32 +103,42 @@ def test_dates_and_words_of_yaml_are_text_where_text_is_meant(tmp_path: Path) ->
 def test_files_too_large_or_missing_are_told(tmp_path: Path, capsys: Captured) -> None:
     assert main(["demo", "--config", "nowhere.yaml"]) == 2
     assert "--config nowhere.yaml: No such file or directory" in capsys.readouterr().err
-    (tmp_path / "a.yaml").write_bytes(b"#" * 2**20 + b"\n")
+    (tmp_path / "a.yaml").write_bytes(b"#" * 2**17 + b"\n")
     assert main(["demo", "--config", str(tmp_path / "a.yaml")]) == 2
     assert "larger than" in capsys.readouterr().err
 
 
-@given(st.text(max_size=60))
-def test_any_text_is_settings_or_one_line(text: str) -> None:
-    path = Path(__file__).parent / "data"
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("config") / "a.yaml"
+
+
+# What YAML gives a meaning, between pieces of text.
+marks = st.sampled_from(
+    ["\n", "  ", "- ", ": ", "? ", "{", "}", "[", "]", ", ", "&a ", "*a", "!!", "!!int ", "!!set ",
+     "!!binary ", "!!timestamp ", "!!omap ", "|", ">", "'", '"', "#", "%", "---", "...", "<<", "~",
+     "0x", "1:30", "1_0", "9" * 50, ".inf", ".nan", "2024-01-01", "yes", "seeds", "out", "a", "\0",
+     "\ufeff", "\t", "\x85"]
+)  # fmt: skip
+
+
+@given(st.text(max_size=60) | st.lists(marks, max_size=25).map("".join))
+def test_any_text_is_settings_or_one_line(config: Path, text: str) -> None:
+    config.write_bytes(text.encode())
     fields = {"out": None, "seeds": None}
-
-    class File:  # as much of a Path as is read
-        def stat(self) -> Any:
-            return SimpleNamespace(st_size=len(text))
-
-        def read_text(self) -> str:
-            return text
-
-        def __str__(self) -> str:
-            return str(path)
-
     try:
-        found = _parser.load(cast(Path, File()), fields, "demo")
+        with bounded():
+            found = _parser.load(config, fields, "demo")
     except UsageError as error:
-        assert "\n" not in str(error) and len(str(error)) < 500
+        assert is_plain(str(error)) and len(str(error)) < 1000
     else:
         assert found.keys() <= fields.keys()
+
+
+def test_a_long_file_takes_no_long_time(config: Path) -> None:
+    config.write_text("".join(f"k{i}: 1\n" for i in range(9000)) + "k8999: 2\n")
+    with bounded(6), pytest.raises(UsageError, match="the key 'k8999' is given twice"):
+        _parser.load(config, {}, "demo")
 
 
 @dataclass(frozen=True)

@@ -12,53 +12,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jsonargparse
-import yaml
 
 from kdtl_jax._text import quoted, shown
+from kdtl_jax.recipes import yaml_files
 from kdtl_jax.recipes.settings import INT32, UsageError, near, number
 
-CONFIG_BYTES = 2**20
-DEEPEST = 20  # brackets and mappings inside each other
 LONGEST = 300  # characters of a message's line
 MOST_UNKNOWN = 8  # flags or keys that are named in one message
-# What a word of YAML may be beside text; dates are text.
-SCALARS = ("bool", "int", "float", "null", "merge")
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain YAML: aliases, tags and repeated keys are errors, deep nesting is one early."""
-
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not read")
-        self.depth += 1
-        if self.depth > DEEPEST:
-            raise yaml.YAMLError(f"nested more than {DEEPEST} deep")
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        found = super().construct_mapping(node, deep)
-        if len(found) != len(node.value):
-            keys = [key.value for key, _ in node.value]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.YAMLError(f"the key {twice!r} is given twice")
-        return found
-
-    def construct_yaml_int(self, node: Any) -> int:
-        if len(node.value) > 40:
-            raise yaml.YAMLError(f"an integer of {len(node.value)} digits")
-        return super().construct_yaml_int(node)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, shape) for tag, shape in known if tag.rpartition(":")[2] in SCALARS]
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def parse(
@@ -112,19 +72,11 @@ def read_yaml(path: Path, flag: str) -> dict[Any, Any]:
       UsageError: naming the flag and the file.
     """
     try:
-        if path.stat().st_size > CONFIG_BYTES:
-            raise UsageError(f"{flag} {path}: larger than {CONFIG_BYTES:,} bytes")
-        values = yaml.load(path.read_text(), _Loader)  # a safe loader
+        return yaml_files.read(path)
     except OSError as error:
         raise UsageError(f"{flag} {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, ValueError, RecursionError, yaml.YAMLError) as error:
-        if isinstance(error, UsageError):
-            raise
-        said = _one_line(str(error))
-        raise UsageError(f"{flag} {path}: not plain YAML data: {said}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{flag} {path}: expected 'flag: value' lines, got {values!r:.80}")
-    return values
+    except ValueError as error:
+        raise UsageError(f"{flag} {path}: {error}") from None
 
 
 def load(path: Path, fields: Mapping[str, Any], words: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ _NPY_HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
+MOST_HEADER = 10_000  # bytes, of one array
 DEFLATE = 1032  # no stream of zlib unpacks to more bytes per byte than this
 INPUTS = ("x", "images", "image", "inputs", "input", "data", "features")
 LABELS = ("y", "labels", "label", "targets", "target", "classes", "class")
@@ -67,7 +68,7 @@ def npz(path: Path) -> Arrays:
 
 def npy_folder(folder: Path) -> Arrays:
     """The npy files of a folder, called without their suffix."""
-    names = sorted(path.stem for path in folder.glob("*.npy"))
+    names = sorted(path.stem for path in folder.glob("*.npy") if path.is_file())
     return Arrays(folder, tuple(names), lambda name: read_npy(folder / f"{name}.npy"))
 
 
@@ -167,9 +168,14 @@ def _npz_array(path: Path, name: str) -> np.ndarray:
 
 def _check_announced(file: Any, name: str, most: int) -> None:
     """Refuses an array that is announced larger than its bytes can hold, before memory is taken."""
-    read_header = _NPY_HEADERS.get(np.lib.format.read_magic(file))
+    version = np.lib.format.read_magic(file)
+    read_header = _NPY_HEADERS.get(version)
     if read_header is None:
         raise ValueError("an unknown version of the array format")
+    length = int.from_bytes(file.read(2 if version == (1, 0) else 4), "little")
+    if length > MOST_HEADER:  # NumPy refuses it too, once it is read
+        raise ValueError(f"a header of {length} bytes")
+    file.seek(np.lib.format.MAGIC_LEN)
     shape, _, dtype = read_header(file)
     asked = math.prod(shape) * dtype.itemsize
     if asked > most and not dtype.hasobject:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kdtl_jax import _files
 from kdtl_jax.datasets import _arrays, _images
 from kdtl_jax.datasets._arrays import Arrays
 from kdtl_jax.datasets._idx import idx_file, is_idx_folder, read_idx_array
@@ -30,6 +31,8 @@ def sources(path: Path, choices: Choices) -> dict[str, Source]:
       OSError: if it does not exist or cannot be read.
       ValueError: if it is nothing of the kind, or its contents are not what they should be.
     """
+    if path.exists():
+        _files.regular(path)
     if path.is_dir():
         return _of_folder(path, choices)
     if path.suffix == ".npz":

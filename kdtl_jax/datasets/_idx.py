@@ -16,14 +16,18 @@ PIECE = 2**20
 
 def is_idx_folder(folder: Path) -> bool:
     """Whether a folder has a file of images in MNIST's names."""
-    return any(any(folder.glob(f"{part}-images*")) for part in ("train", "t10k", "test"))
+    return any(_files_of(folder, part, "images") for part in ("train", "t10k", "test"))
+
+
+def _files_of(folder: Path, part: str, kind: str) -> list[Path]:
+    return sorted(path for path in folder.glob(f"{part}-{kind}*") if path.is_file())
 
 
 def idx_file(folder: Path, part: str, kind: str) -> Path:
     """The one file of a part: `train-images-idx3-ubyte`, `train-images.idx3-ubyte.gz`, …"""
-    found = sorted(folder.glob(f"{part}-{kind}*"))
+    found = _files_of(folder, part, kind)
     if part == "t10k" and not found:
-        found = sorted(folder.glob(f"test-{kind}*"))
+        found = _files_of(folder, "test", kind)
     if not found:
         there = sorted(entry.name for entry in folder.iterdir())[:8]
         raise ValueError(
@@ -63,12 +67,13 @@ def _idx_array(path: Path, file: Any, most: int, *, packed: bool) -> np.ndarray:
     start = 4 + 4 * raw[3]
     expected = start + math.prod(shape) * dtype.itemsize
     content, more = bytearray(), b"-"
-    while more and len(content) + start <= min(expected, most):
+    while more and len(content) + start <= expected <= most:
         more = file.read(min(PIECE, expected - start - len(content) + 1))
         content += more
     size = 4 + len(head) + len(content)
     if len(head) < 4 * raw[3] or size != expected:
-        there = (f"at least {size}" if size > expected else f"{size}") if packed else f"{most}"
+        there = f"at most {most}" if expected > most else f"{size}"
+        there = (f"at least {size}" if size > expected else there) if packed else f"{most}"
         raise ValueError(
             f"{path}: holds {there} bytes, its header {shape} of {dtype} asks for {expected}. "
             "Is the download complete?"

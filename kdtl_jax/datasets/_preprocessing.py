@@ -10,8 +10,12 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from kdtl_jax import _text
+
 Kind = Literal["classes", "labels", "numbers"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+# What reading JSON of another shape raises.
+_NONE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
 
 
 class Standardizer(NamedTuple):
@@ -93,8 +97,8 @@ def preprocessing_from_json(text: str) -> Preprocessing:
             None if known.get("inputs") is None else str(known["inputs"]),
             bool(known.get("leaves_out", False)),
         )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"no description of preprocessing ({error}).") from None
+    except _NONE as error:
+        raise ValueError(f"no description of preprocessing ({_text.shown(str(error))}).") from None
 
 
 def _listed(x: np.ndarray) -> dict[str, Any]:

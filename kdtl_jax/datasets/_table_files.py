@@ -21,7 +21,8 @@ def table_files(folder: Path) -> dict[str, list[Path]]:
     """The files of tables in a folder and in the folders inside it, by part."""
     found: dict[str, list[Path]] = {}
     for path in sorted((*folder.glob("*"), *folder.glob("*/*"))):
-        if path.suffix not in TABLES or path.name.startswith((".", "cache-")):
+        is_hidden = path.name.startswith((".", "cache-"))
+        if path.suffix not in TABLES or is_hidden or not path.is_file():
             continue
         words = set(re.split(r"[^a-z0-9]+", "/".join(path.relative_to(folder).parts).lower()))
         parts = [part for part, names in PARTS.items() if words & set(names)]

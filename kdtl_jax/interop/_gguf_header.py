@@ -7,6 +7,8 @@ import mmap
 import struct
 from pathlib import Path
 
+from kdtl_jax import _files
+
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number
 _STRING, _ARRAY = 8, 9
 _DIMENSIONS = 4  # of a tensor at most
@@ -18,7 +20,7 @@ def check(path: Path) -> None:
     Raises:
       ValueError: saying what is too large, or of a kind that GGUF does not have.
     """
-    with path.open("rb") as file:
+    with _files.regular(path).open("rb") as file:
         if path.stat().st_size < 24 or file.read(4) != b"GGUF":
             raise ValueError("it does not begin as a GGUF file")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

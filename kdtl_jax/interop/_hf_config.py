@@ -5,10 +5,8 @@ transformers gives it. Sizes are bounded by the tensors beside the config, so th
 broken file ends in one clear ValueError before anything is built.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -59,24 +57,6 @@ HARMLESS = frozenset(
     pooler_size_per_head pooler_type
     """.split()
 )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a config.json holds; NaN and infinities pass, for the table to name them.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is not JSON, or no object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist.")
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({_text.shown(str(error), 100)}).") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object.")
-    return config
 
 
 def read(config: Config, fields: Sequence[Field], harmless: str, limits: Limits) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import _text
+from kdtl_jax import _files, _text
 
 max_header_bytes = 100_000_000  # the format's own limit
 index_name = "model.safetensors.index.json"
@@ -107,7 +107,7 @@ def parse(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
       ValueError: in plain words, for anything that is not a whole and truthful safetensors file.
       FileNotFoundError: if there is no such file.
     """
-    size = path.stat().st_size
+    size = _files.regular(path).stat().st_size
     with path.open("rb") as file:
         start = file.read(32)
         _refuse_foreign(path, start)
@@ -172,7 +172,7 @@ def json_file(path: Path) -> dict[str, Any]:
       ValueError: naming the file.
       FileNotFoundError: if there is none.
     """
-    size = path.stat().st_size
+    size = _files.regular(path).stat().st_size
     if size > max_header_bytes:
         raise _bad(path, f"it has {size} bytes, more than {max_header_bytes}")
     return json_object(path, path.read_bytes())

@@ -19,10 +19,9 @@ import jax
 import numpy as np
 
 from kdtl_jax import _text, models, transforms
-from kdtl_jax._files import atomic_file, write_atomic
+from kdtl_jax._files import atomic_file, read_json, write_atomic
 from kdtl_jax._types import Params
 from kdtl_jax.interop import _hf_decoders, naming, safetensors
-from kdtl_jax.interop._hf_config import read_json
 from kdtl_jax.interop.naming import Rule
 from kdtl_jax.models import Decoder
 from kdtl_jax.transforms import Report

@@ -28,11 +28,11 @@ import numpy as np
 from jax import Array
 
 from kdtl_jax import transforms, trees
-from kdtl_jax._files import atomic_file
+from kdtl_jax._files import atomic_file, read_json
 from kdtl_jax._types import ModelFn, Params, PyTree
 from kdtl_jax.interop import _hf_build, _hf_family, _hf_towers, linen, naming, safetensors
 from kdtl_jax.interop._hf_build import FAMILIES, family_of
-from kdtl_jax.interop._hf_config import Limits, read, read_json
+from kdtl_jax.interop._hf_config import Limits, read
 from kdtl_jax.interop._hf_family import Family, Found, Head
 from kdtl_jax.interop.naming import Rule
 from kdtl_jax.transforms import Report, transfer

@@ -9,6 +9,7 @@ connectors (SimKD) has them in its file, and runs as any other.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax import datasets, methods, models
+from kdtl_jax import _text, datasets, methods, models
 from kdtl_jax._types import PyTree, Variables
 from kdtl_jax.datasets import Preprocessing, Standardizer
 from kdtl_jax.interop import networks, own, safetensors
 from kdtl_jax.interop.networks import Network
 from kdtl_jax.run import record
 
+MOST_INPUTS = 2**26  # numbers in one input
 BATCH = 256  # rows that `predict` computes at once, at most
 PLAIN, CONNECTED = "model", "model with connectors"  # the metadata's "kind"
 
@@ -68,7 +70,8 @@ def about(path: str | Path) -> About:
         raise ValueError(f"{path} is {_kind_of_folder(Path(path))}. Name a model's file.")
     if not Path(path).exists():
         raise ValueError(f"{path}: no such file.")
-    known = safetensors.index(path).metadata
+    checkpoint = safetensors.index(path)
+    known = checkpoint.metadata
     try:
         mean, scale = (
             None if name not in known else np.asarray(json.loads(known[name]), np.float32)
@@ -82,12 +85,44 @@ def about(path: str | Path) -> About:
             if "preprocessing" in known
             else None
         )
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: its metadata are damaged ({error}).") from None
-    scaling = None if mean is None or scale is None else Standardizer(mean, scale)
-    if form is not None and form.scaling is not None:
-        scaling = form.scaling  # in the precision in which it was measured
-    return About(known.get("model"), classes, scaling, names, shape, form)
+        scaling = None if mean is None or scale is None else Standardizer(mean, scale)
+        if form is not None and form.scaling is not None:
+            scaling = form.scaling  # in the precision in which it was measured
+        found = About(known.get("model"), classes, scaling, names, shape, form)
+        _check_sizes(found)
+        if (layers := models.depth(found.model or "")) > len(checkpoint.tensors):
+            raise ValueError(f"{layers} layers in {len(checkpoint.tensors)} tensors")
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path}: its metadata are damaged ({_text.shown(str(error))}).") from None
+    return found
+
+
+def _check_sizes(about: About) -> None:
+    """Refuses sizes that no model has, or that contradict each other."""
+    shape, classes, form = about.shape or (), about.classes, about.preprocessing
+    if any(side < 1 for side in shape) or math.prod(shape) > MOST_INPUTS:
+        raise ValueError(f"inputs of shape {list(shape)}")
+    if classes is not None and not 0 < classes < 2**31:
+        raise ValueError(f"{classes} classes")
+    if about.names and classes is not None and len(about.names) != classes:
+        raise ValueError(f"{len(about.names)} names of {classes} classes")
+    if form is not None and classes is not None and form.outputs not in (0, classes):
+        raise ValueError(f"{form.outputs} outputs of {classes} classes")
+    for scaling, fits in ((about.scaling, shape), (form and form.target_scaling, (classes or 1,))):
+        for part in scaling or ():
+            if not np.isfinite(part).all():
+                raise ValueError("a scale that is not finite")
+            if fits and not _fits(part.shape, fits):
+                raise ValueError(f"a scale of shape {list(part.shape)}")
+    if about.scaling is not None and not (about.scaling.scale != 0).all():
+        raise ValueError("a scale that is 0")
+
+
+def _fits(part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Whether an array of one shape broadcasts to another without enlarging it."""
+    return len(part) <= len(whole) and all(
+        side in (1, of) for side, of in zip(reversed(part), reversed(whole), strict=False)
+    )
 
 
 def save(
@@ -248,8 +283,8 @@ def _built(
     """Scaled inputs to logits."""
     assert found.model is not None and found.classes is not None
     example = jnp.zeros((1, *shape), jnp.float32)
-    dtype = None if "precision" not in metadata else jnp.dtype(metadata["precision"])
     try:
+        dtype = None if "precision" not in metadata else jnp.dtype(metadata["precision"])
         if is_own(found.model):
             net = own.network(model, classes=found.classes, example=example, dtype=dtype)
         else:

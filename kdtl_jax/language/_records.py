@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from kdtl_jax import _files
 from kdtl_jax._text import listed, shown
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -55,7 +56,7 @@ def text_files(paths: Paths) -> list[Path]:
         if not path.is_dir():
             if not path.exists():
                 raise FileNotFoundError(f"{path} does not exist.")
-            found.append(path)
+            found.append(_files.regular(path))
             continue
         known = (*JSON_LINES, *PARQUET, *PLAIN)
         inside = [

@@ -10,7 +10,6 @@ that a padding id that equals the end token hides no end.
 
 import hashlib
 import importlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,15 +164,7 @@ def _letters() -> list[str]:
 
 def _object(file: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {quoted(str(error))}.") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {quoted(found)}.")
-    return found
+    return _files.read_json(file) if file.is_file() else {}
 
 
 def _text(token: Any) -> str | None:

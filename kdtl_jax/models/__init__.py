@@ -26,6 +26,7 @@ from kdtl_jax.models._decoders import Llama as Llama
 from kdtl_jax.models._encoders import Bert as Bert
 from kdtl_jax.models._named import NAMED_FORMS as NAMED_FORMS
 from kdtl_jax.models._named import canonical_name as canonical_name
+from kdtl_jax.models._named import depth as depth
 from kdtl_jax.models._named import named as named
 from kdtl_jax.models._resnets import ImageResNet as ImageResNet
 from kdtl_jax.models._resnets import ResNet as ResNet

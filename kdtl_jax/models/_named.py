@@ -61,8 +61,20 @@ def canonical_name(text: str) -> str:
     return "vit:" + ",".join(f"{key}={given.get(key, VIT[key])}" for key in VIT)
 
 
+def depth(text: str) -> int:
+    """How many layers a name asks for, at least; 0 where it does not say."""
+    name, _, rest = text.replace(" ", "").partition(":")
+    if found := re.search(r"^(?:resnet|wrn-)(\d{1,9})", name) or re.search(
+        r"layers=(\d{1,9})", rest
+    ):
+        return int(found[1])
+    return rest.count(",") + 1 if rest and name in ("mlp", "cnn") else 0
+
+
 def _numbers(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    if len(parts) > DEEPEST:
+        raise ValueError(f"it is deeper than {DEEPEST:,} layers.")
     if not all(part.isdecimal() for part in parts):
         raise ValueError(f"{text!r} is not a list of whole numbers.")
     return [int(part) for part in parts]

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from kdtl_jax import datasets
+from kdtl_jax import _files, datasets
 from kdtl_jax.datasets import Dataset
 from kdtl_jax.interop import model_files
 from kdtl_jax.interop.model_files import Model
@@ -45,12 +45,34 @@ class Used(Trained):
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Written:
+    """The setting of a command that may replace a file."""
+
+    force: bool = setting(False, "replace the file --out if it exists")
+
+
 class Examples(NamedTuple):
     """Inputs `[N, ...]` as the model's file wants them, and their labels, if asked for."""
 
     inputs: np.ndarray
     labels: np.ndarray | None
     said: str  # what was read, in words
+
+
+def check_out(settings: Any) -> None:
+    """Refuses, before any work, an `out` where nothing can be written, or where something is.
+
+    Raises:
+      FileExistsError: if there is a file, without `--force`; or what no file replaces.
+      FileNotFoundError: if its folder does not exist.
+    """
+    if settings.out is None:
+        return
+    out = Path(settings.out)
+    _files.check_place(out)
+    if out.exists() and not settings.force:
+        raise FileExistsError(f"--out {out} exists. Name another file, or pass --force.")
 
 
 def used(settings: Any, example: str, *, with_labels: bool) -> tuple[Model, Examples]:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kdtl_jax import _files
+
 
 class Lines(NamedTuple):
     """Token ids `[N, L]` and where there are tokens, of three disjoint sets of lines."""
@@ -24,7 +26,7 @@ def read_lines(path: str | Path, *, at_least: int = 15) -> list[str]:
       ValueError: if it is not UTF-8 text.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = _files.regular(Path(path)).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error}).") from None
     stripped = (line.strip() for line in text.splitlines())

@@ -1,6 +1,5 @@
 """Weights from elsewhere, beside the library's own files: Orbax and Hugging Face folders."""
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kdtl_jax import trees
+from kdtl_jax import _files, trees
 from kdtl_jax._types import PyTree
 from kdtl_jax.datasets import Standardizer
 from kdtl_jax.interop import huggingface, safetensors
@@ -29,14 +28,29 @@ def is_orbax(path: str) -> bool:
 
 
 def scaling(folder: str) -> Standardizer | None:
-    """How a Hugging Face folder's images are scaled, from 0..255; None if it does not say."""
-    try:
-        known = json.loads((Path(folder) / "preprocessor_config.json").read_text())
-        mean, deviation = (np.asarray(known[f"image_{n}"], np.float32) for n in ("mean", "std"))
-        factor = np.float32(known.get("rescale_factor", 1 / 255))
-    except (OSError, ValueError, TypeError, KeyError):
+    """How a Hugging Face folder's images are scaled, from 0..255; None if it does not say.
+
+    Raises:
+      ValueError: naming the file, if it says what no images can be scaled by.
+    """
+    file = Path(folder) / "preprocessor_config.json"
+    known = _files.read_json(file) if file.is_file() else {}
+    if not {"image_mean", "image_std"} <= known.keys():
         return None
-    return Standardizer(mean / factor, deviation / factor)
+    try:
+        parts = (known["image_mean"], known["image_std"], known.get("rescale_factor", 1 / 255))
+        mean, deviation, factor = (np.asarray(part, np.float32) for part in parts)
+        with np.errstate(all="ignore"):
+            made = Standardizer(mean / factor, deviation / factor)
+        if not (np.isfinite(made.mean).all() and np.isfinite(made.scale).all()):
+            raise ValueError("not finite")
+        if made.mean.ndim > 1 or made.scale.ndim > 1 or not (made.scale > 0).all():
+            raise ValueError("not one number above 0 per channel")
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"{file}: image_mean, image_std and rescale_factor cannot be used ({error})."
+        ) from None
+    return made
 
 
 def pretrained(text: str) -> Pretrained:

@@ -22,7 +22,7 @@ On the data that the student was trained on, the examples held out for the test 
 
 
 @dataclass(frozen=True)
-class Settings(_inputs.Used):
+class Settings(_inputs.Used, _inputs.Written):
     """What `kdtl evaluate` reads and writes."""
 
     data: str | None = setting(
@@ -34,6 +34,7 @@ class Settings(_inputs.Used):
 def run(settings: Settings) -> int:
     """Prints the scores, and writes them."""
     example = EXAMPLES.strip().splitlines()[0]
+    _inputs.check_out(settings)
     model, found = _inputs.used(settings, example, with_labels=True)
     assert found.labels is not None
     names = _inputs.class_names(model)

@@ -34,7 +34,7 @@ StableHLO needs pip install 'kdtl_jax[export]', ONNX pip install 'kdtl_jax[onnx]
 
 
 @dataclass(frozen=True)
-class Settings(_inputs.Trained):
+class Settings(_inputs.Trained, _inputs.Written):
     """What `kdtl export` reads and writes."""
 
     out: str | None = setting(None, "the file to write", metavar="FILE")
@@ -57,6 +57,7 @@ def run(settings: Settings) -> int:
         raise UsageError(f"name STUDENT and --out, for example: {EXAMPLES.strip().splitlines()[0]}")
     if unknown := set(settings.platforms) - {*PLATFORMS, "rocm"}:
         raise UsageError(f"--platforms: {min(unknown)!r} is none of {', '.join(PLATFORMS)}, rocm")
+    _inputs.check_out(settings)
     model = _inputs.model_of(settings)
     shape = model.about.shape or settings.shape
     if shape is None:

@@ -26,7 +26,7 @@ EXAMPLES = """
 
 
 @dataclass(frozen=True)
-class Settings(_inputs.Used):
+class Settings(_inputs.Used, _inputs.Written):
     """What `kdtl predict` reads and writes."""
 
     data: str | None = setting(
@@ -42,6 +42,7 @@ class Settings(_inputs.Used):
 def run(settings: Settings) -> int:
     """Writes or prints a row per example."""
     example = EXAMPLES.strip().splitlines()[0]
+    _inputs.check_out(settings)
     model, found = _inputs.used(settings, example, with_labels=False)
     logits = model.predict(found.inputs)
     names, kind = _inputs.class_names(model), _inputs.kind(model)

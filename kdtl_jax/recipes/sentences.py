@@ -19,7 +19,6 @@ only the ratio, 1.9, means something):
     Random initialization, distilled       0.4263        0.0712  17,389,824          130
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,7 +127,7 @@ def run(settings: Settings) -> None:
             encode = tokenizer(encoder)
         except ImportError as error:
             raise RuntimeError(str(error)) from None
-        config = json.loads((encoder / "config.json").read_bytes())
+        config = _files.read_json(encoder / "config.json")
         lines = split(
             encode(found, settings.max_length),
             validation=max(4, 2 * settings.held_out // 5),

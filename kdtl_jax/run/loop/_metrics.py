@@ -48,7 +48,7 @@ def metrics_file(
     path = Path(path)
     if path.exists():
         keep = stays or (lambda line: line["step"] <= resume_at)
-        old = path.read_bytes()
+        old = _files.regular(path).read_bytes()
         kept = b"".join(text + b"\n" for text, line in _lines(path, old) if _stays(line, keep))
         if kept != old:
             _files.write_atomic(path, kept)
@@ -74,7 +74,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     if not path.exists():
         warnings.warn(f"{path} is missing: its metrics are lost.", stacklevel=2)
         return []
-    return [line for _, line in _lines(path, path.read_bytes())]
+    return [line for _, line in _lines(path, _files.regular(path).read_bytes())]
 
 
 def _lines(path: Path, content: bytes) -> list[tuple[bytes, dict[str, Any]]]:
