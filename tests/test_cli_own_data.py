@@ -1,56 +1,81 @@
 """From files as people have them to predictions: kdtl distill, then kdtl predict and evaluate."""
 
 import csv
+import gzip
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.export
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_files import NAMES, N, X, Y, columns, idx_folder, image_folder, table
+from data_files import NAMES, N, X, Y, columns, idx, png, table
+from documents import DOCS, blocks
 from tiny import kdtl, results
 
-from kdtl_jax import datasets, metrics
-from kdtl_jax.interop import model_files
+from kdtl_jax import datasets, metrics, models
+from kdtl_jax.interop import linen, model_files
 
 Captured = pytest.CaptureFixture[str]
+GUIDE = (DOCS / "guides" / "own-data.md").read_text()
 HOT = np.stack([np.arange(N) % 2, np.arange(N) % 3 == 0], axis=1).astype(int)
 PRICE = np.round(100 + 3 * X[:, 0] + 0.25, 3)
-TINY = ["--teacher", "mlp:6", "--student", "mlp:3", "--batch-size", "12", "--lr", "0.01",
-        "--seeds", "1", "--epochs", "2", "--teacher-epochs", "1"]  # fmt: skip
+CIFAR = "airplane automobile bird cat deer dog frog horse ship truck".split()
+SHORT = ["--batch-size", "12", "--seeds", "1", "--epochs", "2", "--teacher-epochs", "1"]
 
 
-def parquet(folder: Path) -> Path:
+def cifar10(path: Path) -> None:
+    """The layout of CIFAR-10 as images, with few of them: the class is the hue."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 5), ("test", 2)):
+        for i, name in enumerate(CIFAR):
+            (path / part / name).mkdir(parents=True)
+            for number in range(1, count + 1):
+                pixels = rng.integers(0, 90, (32, 32, 3), dtype=np.uint8)
+                pixels[..., i % 3] += np.uint8(15 * i)
+                (path / part / name / f"{number:04d}.png").write_bytes(png(pixels))
+
+
+def fashion(path: Path) -> None:
+    """Its four files, zipped as they are downloaded."""
+    rng = np.random.default_rng(0)
+    path.mkdir()
+    for part, count in (("train", 60), ("t10k", 20)):
+        labels = np.arange(count) % 10
+        images = rng.integers(0, 90, (count, 28, 28)) + 15 * labels[:, None, None]
+        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+            (path / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(idx(array)))
+
+
+def animals(path: Path) -> None:
     cells = {**columns(color=np.array(["r", "g"])[np.arange(N) % 2]), "kind": np.array(NAMES)[Y]}
-    pq.write_table(pa.table(cells), folder / "a.parquet")
-    return folder / "a.parquet"
+    pq.write_table(pa.table(cells), path)
 
 
-def of_labels(folder: Path) -> Path:
-    tags = ["|".join(np.array(["p", "q"])[row == 1]) or "none" for row in HOT]
-    return table(folder / "a.csv", columns(tags=tags))
-
-
-FORMS: dict[str, tuple[Callable[[Path], Path], list[str], str, str]] = {
-    "images": (lambda f: image_folder(f / "images"), ["--methods", "kd"], "kd", "accuracy"),
-    "idx": (lambda f: idx_folder(f / "idx"), ["--methods", "kd"], "kd", "accuracy"),
-    "parquet": (
-        parquet, ["--label", "kind", "--text-columns", "one-hot", "--methods", "KD"], "kd",
-        "accuracy",
-    ),
-    "labels": (
-        of_labels, ["--label", "tags", "--methods", "binary_kd"], "binary_kd",
+# By the names that they have in the guide: what makes a small one, and what is measured.
+DATA: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cifar10": (cifar10, "accuracy"),
+    "fashion-mnist": (fashion, "accuracy"),
+    "animals.parquet": (animals, "accuracy"),
+    "scans.csv": (
+        lambda path: table(path, columns(cough=HOT[:, 0], fever=HOT[:, 1])),
         "mean_average_precision",
     ),
-    "numbers": (
-        lambda f: table(f / "a.csv", {"": range(N), **columns(price=PRICE)}),
-        ["--label", "price", "--methods", "logit_mse"], "logit_mse", "r2",
-    ),
-}  # fmt: skip
+    "houses.csv": (lambda path: table(path, {"": range(N), **columns(price=PRICE)}), "r2"),
+}
+
+
+def in_guide(name: str) -> list[list[str]]:
+    """The words of all commands of the guide that speak of a name."""
+    lines = [line for block in blocks(GUIDE, "sh") for line in block.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if name in line]
 
 
 def scored(logits: np.ndarray, labels: np.ndarray, score: str) -> float:
@@ -61,15 +86,24 @@ def scored(logits: np.ndarray, labels: np.ndarray, score: str) -> float:
     return float(np.nanmean(metrics.average_precision(logits, labels)))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_from_files_to_predictions(form: str, tmp_path: Path, capsys: Captured) -> None:
-    make, words, method, score = FORMS[form]
-    data, run = make(tmp_path), tmp_path / "run"
-    assert kdtl("distill", "--data", data, *words, *TINY, "--out", run) == 0
+@pytest.mark.parametrize("name", DATA)
+def test_the_guide_leads_from_files_to_predictions(
+    name: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commands as they stand there, but for the length of the training."""
+    monkeypatch.chdir(tmp_path)
+    make, score = DATA[name]
+    data = Path(name)
+    make(data)
+    distill, predict, *others = in_guide(name)
+    assert kdtl(*distill, *SHORT) == 0
     said = capsys.readouterr()
-    assert f"data: {data.name}: " in said.err and "\ntargets: " in said.err
+    assert f"data: {name}: " in said.err and "\ntargets: " in said.err
+    assert kdtl(*predict) == 0
+    run, student = Path(distill[distill.index("--out") + 1]), Path(predict[1])
+    method = distill[distill.index("--methods") + 1]
     row = next(row for row in results(run)["rows"] if row["method"] == method)
-    student = run / row["settings"]["file"]
+    assert student == run / row["settings"]["file"]
     # The same numbers in Python, from the student's file and the data alone.
     model = model_files.load(student)
     known = model.about.preprocessing
@@ -82,8 +116,7 @@ def test_from_files_to_predictions(form: str, tmp_path: Path, capsys: Captured) 
     found = scored(answers, parts.test.labels, score)
     assert row[f"test_{score}"]["values"] == [pytest.approx(found, abs=1e-5)]
     assert f"validation_{score}" in results(run)["curves"]["learning"][method]
-    assert kdtl("predict", student, data, "--out", tmp_path / "out.csv") == 0
-    with (tmp_path / "out.csv").open(newline="") as file:
+    with Path(predict[predict.index("--out") + 1]).open(newline="") as file:
         rows = list(csv.reader(file))
     whole = datasets.read_inputs(data, known)
     assert len(rows) == len(whole) + 1
@@ -98,12 +131,43 @@ def test_from_files_to_predictions(form: str, tmp_path: Path, capsys: Captured) 
         wanted = logits * known.target_scaling.scale + known.target_scaling.mean
         np.testing.assert_allclose(said_numbers, wanted, rtol=1e-5)
         assert row["settings"]["mean_absolute_error"] > 0
-    assert kdtl("evaluate", student, data, "--out", tmp_path / "scores.json") == 0
-    scores = json.loads((tmp_path / "scores.json").read_text())
+    for words in others or [["evaluate", student, data, "--out", "scores.json"]]:
+        assert kdtl(*words) == 0
+    scores = json.loads(Path("scores.json").read_text())
     assert scores[score] == pytest.approx(found, abs=1e-5)
     page = (run / "report.html").read_text()
-    name = {"r2": "R²", "mean_average_precision": "Mean average precision"}
-    assert f"{name.get(score, 'Accuracy')} by method" in page
+    titles = {"r2": "R²", "mean_average_precision": "Mean average precision"}
+    assert f"{titles.get(score, 'Accuracy')} by method" in page
+
+
+def test_the_guide_exports_a_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("flatbuffers", reason="the export extra is not installed")
+    monkeypatch.chdir(tmp_path)
+    [words] = in_guide("kdtl export")
+    student = Path(words[1])
+    student.parent.mkdir(parents=True)
+    variables = linen.model(models.mlp([4], classes=3)).init(jax.random.key(0), jnp.ones((1, 5)))
+    model_files.save(student, variables, model_files.About("mlp:4", 3, shape=(5,)), {})
+    assert kdtl(*words) == 0
+    exported = jax.export.deserialize(bytearray(Path("animals.stablehlo").read_bytes()))
+    assert np.asarray(exported.call(np.ones((7, 5), np.float32))).shape == (7, 3)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_guide_trains_code_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = blocks(GUIDE, "python")
+    exec(next(block for block in code if "people.csv" in block), {})  # the guide's
+    for name in ("my_model.py", "my_loss.py"):
+        Path(name).write_text(next(block for block in code if block.startswith(f"# {name}")))
+    for name, run, more in (
+        ("my_model.py:Net", "distill", []),
+        ("my_loss.py:squares", "squares", ["--methods", "squares"]),
+    ):
+        [words] = [words for words in in_guide(name) if words[0] == "distill"]
+        assert kdtl(*words, *SHORT, *more) == 0
+        student = "squares" if more else "kd"
+        assert (Path("runs") / run / "students" / f"{student}.safetensors").exists()
 
 
 @pytest.mark.parametrize(
