@@ -19,14 +19,15 @@ import pytest
 gc.freeze()
 gc.set_threshold(50_000, 50, 100)
 
-# The elder emitters of fused loops compile a training run in three fifths of the time; later XLA
-# has one kind alone, and does not know the flag.
+# The elder emitters of fused loops compile a training run in three fifths of the time, and tiny
+# modules gain nothing from being split for several threads. Later XLA does not know the flags.
 if jax.__version_info__ < (0, 11):
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # compiles in four fifths of the time
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # and so in processes that tests start
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))

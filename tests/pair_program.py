@@ -5,8 +5,10 @@
 prints one JSON object. A run trains two models, one after the other as the methods of a command,
 on a mesh of both processes, and saves every third step while older steps are dropped. A stopped
 run gets SIGTERM in both processes or in one of them at a random moment and is resumed to its end;
-of a killed one a process dies without a word and the other must end by itself. Shared by
-tests/test_faults.py and benchmarks/faults.py.
+of a killed one a process dies without a word and the other must end by itself. Everything is
+imported once, and a child is forked per process before any JAX back end starts; it leaves through
+the interpreter's own exit, as any process does. Shared by tests/test_faults.py and
+benchmarks/faults.py.
 """
 
 import argparse
@@ -14,11 +16,11 @@ import contextlib
 import faulthandler
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from functools import partial
@@ -92,31 +94,58 @@ def child(folder: Path, port: int, rank: int) -> None:
     (folder / f"digest{rank}").write_text(hashlib.sha256(b"".join(found)).hexdigest())
 
 
-def start(folder: Path) -> list[subprocess.Popen[bytes]]:
+class Process:
+    """A forked process that runs `child`."""
+
+    def __init__(self, folder: Path, port: int, rank: int) -> None:
+        self.code: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            errors = os.open(folder / f"errors{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(errors, 2)
+            sys.exit(child(folder, port, rank))  # unwinds `main`
+
+    def poll(self) -> int | None:
+        """The exit code (negative: the signal), None while it runs."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def wait(self, seconds: float) -> int:
+        end = time.monotonic() + seconds
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise TimeoutError
+            time.sleep(0.02)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+def start(folder: Path) -> list[Process]:
     folder.mkdir(parents=True, exist_ok=True)
     for path in [*folder.glob("started*"), *folder.glob("digest*")]:
         path.unlink()
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, __file__, str(folder), "--port", str(port), "--rank"]
-    return [
-        subprocess.Popen([*command, str(rank)], stderr=(folder / f"errors{rank}").open("wb"))
-        for rank in range(2)
-    ]
+    sys.stdout.flush()
+    return [Process(folder, port, rank) for rank in range(2)]
 
 
-def end(folder: Path, pair: list[subprocess.Popen[bytes]]) -> tuple[list[int], list[str], float]:
+def end(folder: Path, pair: list[Process]) -> tuple[list[int], list[str], float]:
     """Exit codes, digests, and seconds until the second one ended; -99: it never did."""
     begun, codes = time.monotonic(), []
     for process in pair:
         try:
             codes.append(process.wait(max(1.0, begun + 3 * SECONDS - time.monotonic())))
-        except subprocess.TimeoutExpired:
+        except TimeoutError:
             process.send_signal(signal.SIGUSR1)
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(TimeoutError):
                 process.wait(2)
-            process.kill()
+            process.send_signal(signal.SIGKILL)
             codes.append(-99)
     digests = [(folder / f"digest{rank}") for rank in range(2)]
     found = [path.read_text() if path.exists() else "" for path in digests]
@@ -156,11 +185,7 @@ def main() -> None:
     parser.add_argument("--stopped", type=int, default=2)
     parser.add_argument("--killed", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.rank is not None:
-        return child(args.folder, args.port, args.rank)
     dice, wanted = random.Random(args.seed), ""
     kinds = ["stopped"] * args.stopped + ["killed"] * args.killed
     found: list[dict[str, Any]] = []
@@ -181,7 +206,6 @@ def main() -> None:
         if found[-1]["ended"] and found[-1]["identical"]:
             shutil.rmtree(args.folder / f"{kind}{i}")
     print(json.dumps(found))
-    return None
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ def test_killed_and_stopped_runs_end_bit_identical(tmp_path: Path) -> None:
     }
     command = [sys.executable, str(here / "fault_program.py"), str(tmp_path), "--chain"]
     done = subprocess.run(
-        [*command, "--kills", "5", "--terms", "2"], env=environment, capture_output=True, text=True
+        [*command, "--kills", "3", "--terms", "1"], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     *attacks, last = json.loads(done.stdout.splitlines()[-1])["attacks"]
-    assert [a["code"] for a in attacks if a["signal"] == "SIGKILL"] == [-9] * 5, done.stderr
+    assert [a["code"] for a in attacks if a["signal"] == "SIGKILL"] == [-9] * 3, done.stderr
     stopped = [a for a in attacks if a["signal"] == "SIGTERM"]
-    assert [a["code"] for a in stopped] == [143] * 2, done.stderr
+    assert [a["code"] for a in stopped] == [143], done.stderr
     assert all(a["newest"] >= a["last_line"] > 0 for a in stopped), "a stop loses no step"
     assert last["identical"], done.stderr
 
