@@ -3,6 +3,7 @@
     source = gguf.load("SmolLM2-135M-Instruct.Q4_1.gguf")
     hidden, _ = source.model.apply(source.params, tokens)
     words = gguf.tokenizer("SmolLM2-135M-Instruct.Q4_1.gguf")
+    gguf.write_folder("SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 The result is what `decoders.load` makes of the Hugging Face folder that the file was converted
 from, up to the quantization: what llama.cpp's converter changes is changed back. Architectures
@@ -13,38 +14,16 @@ import importlib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from kdtl_jax import _text
-from kdtl_jax.interop import _gguf_header, decoders
+from kdtl_jax._files import write_json
+from kdtl_jax.interop import _gguf_header, _gguf_words, decoders
+from kdtl_jax.interop._gguf_words import TokenizerData as TokenizerData
 from kdtl_jax.interop.decoders import PretrainedDecoder
-
-
-class TokenizerData(NamedTuple):
-    """The tokenizer of a GGUF file, as stored.
-
-    `model` is "gpt2" (byte-level BPE, with `merges`) or "llama" (SentencePiece, with `scores`);
-    `pre` names the splitting of words. `types` are llama.cpp's: 1 normal, 2 unknown, 3 control, 4
-    user-defined, 5 unused, 6 byte. Ids are None where the file has none.
-    """
-
-    model: str
-    pre: str | None
-    tokens: tuple[str, ...]
-    scores: tuple[float, ...]
-    types: tuple[int, ...]
-    merges: tuple[str, ...]
-    bos: int | None
-    eos: int | None
-    unknown: int | None
-    pad: int | None
-    adds_bos: bool | None
-    adds_eos: bool | None
-    adds_space: bool | None
-    chat_template: str | None
 
 
 def load(path: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
@@ -127,6 +106,31 @@ def tokenizer(path: str | Path) -> TokenizerData:
         adds_space=get("add_space_prefix"),
         chat_template=fields.get("tokenizer.chat_template"),
     )
+
+
+def write_folder(folder: str | Path, path: str | Path) -> None:
+    """Writes a GGUF file as a Hugging Face folder: weights in float32, config, tokenizer.
+
+    Args:
+      folder: made if need be; its files are replaced.
+      path: of the GGUF file.
+
+    Raises:
+      FileNotFoundError, ImportError, ValueError: as `load` and `tokenizer`; ValueError also for a
+        tokenizer other than byte-level BPE split as in GPT-2, Llama 3, Qwen2 or SmolLM.
+    """
+    words = tokenizer(path)
+    files = {
+        "tokenizer.json": _gguf_words.tokenizer_json(words),
+        "tokenizer_config.json": _gguf_words.tokenizer_config(words),
+    }
+    source = load(path)
+    ids = {"bos": words.bos, "eos": words.eos, "pad": words.pad}
+    ids = {f"{name}_token_id": i for name, i in ids.items() if i is not None}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_json(Path(folder) / name, content)
+    decoders.save(folder, source.params, source.rules, config={**source.config, **ids})
 
 
 _MODEL_TYPES: Mapping[str, str] = {

@@ -10,11 +10,12 @@ from jax import Array
 
 from kdtl_jax import language, models, transforms
 from kdtl_jax._types import Params
-from kdtl_jax.interop import decoders, pruning
+from kdtl_jax.interop import decoders, gguf, pruning
 from kdtl_jax.interop.decoders import PretrainedDecoder
 from kdtl_jax.models import Decoder
 from kdtl_jax.recipes import _progress
 from kdtl_jax.recipes.settings import UsageError, pairs
+from kdtl_jax.run import processes
 
 KERNELS = r"layers_\d+/(attention|mlp)/[^/]+/kernel"
 SHAPE = ("layers", "width", "heads", "key_heads", "hidden")
@@ -78,6 +79,26 @@ def load(folder: str) -> PretrainedDecoder:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder} is no folder.")
     return decoders.load(folder, dtype=jnp.float32)
+
+
+def is_gguf(path: str) -> bool:
+    """Whether it is a file of llama.cpp."""
+    return path.endswith(".gguf") and Path(path).is_file()
+
+
+def as_folder(path: str | None, folder: Path, *, resume: bool) -> str | None:
+    """A model's folder: the path itself, or what a GGUF file becomes in the given one.
+
+    A resumed run takes what is there: the weights are written last.
+
+    Raises:
+      OSError, ImportError, ValueError: as `interop.gguf.write_folder`.
+    """
+    if path is None or not is_gguf(path):
+        return path
+    if not (resume and (folder / "model.safetensors").is_file()):
+        processes.decide(lambda: gguf.write_folder(folder, path))
+    return str(folder)
 
 
 def beginning(

@@ -3,10 +3,10 @@
     kdtl language --teacher SmolLM2-135M/ --layers 0,3,6,9,12,15,18,21,24,29 --data text.txt \\
         --method sft,kd --steps 400
 
-The teacher is a Hugging Face folder, or is trained here from a shape. Students start from a folder,
-from some of the teacher's layers, or from a random initialization. Every method trains the same
-student on the same rows in the same order; all are compared on held-out text. Without arguments
-this is a small example on bytes: 390 kB of Shakespeare that come with the package.
+The teacher is a Hugging Face folder or a GGUF file, or is trained here from a shape. Students start
+from a folder, from some of the teacher's layers, or from a random initialization. Every method
+trains the same student on the same rows in the same order; all are compared on held-out text.
+Without arguments this is a small example on bytes, on 390 kB of Shakespeare that the package holds.
 """
 
 from collections.abc import Mapping
@@ -74,14 +74,15 @@ class Settings(types.Output):
         group="data",
     )  # fmt: skip
     teacher: str | None = setting(
-        None, "a Hugging Face folder; default: one trained here", metavar="FOLDER", group="models"
-    )
+        None, "a Hugging Face folder or a .gguf file; default: one trained here", metavar="PATH",
+        group="models",
+    )  # fmt: skip
     teacher_shape: Mapping[str, int] | None = setting(
         None, "shape of a teacher trained here; default: layers=4,width=128,heads=4",
         metavar="NAME=N,...", parse=of_models.shaped, group="models",
     )  # fmt: skip
     student: str | None = setting(
-        None, "a Hugging Face folder with the teacher's tokenizer", metavar="FOLDER", group="models"
+        None, "a folder or file with the teacher's tokenizer", metavar="PATH", group="models"
     )
     layers: tuple[int, ...] = setting(
         (), "the teacher's layers that the student takes, from 0; default: every second one",
@@ -121,11 +122,9 @@ class Settings(types.Output):
         group="training",
     )  # fmt: skip
     learning_rate: float = types.positive_rate(
-        1e-3,
-        "AdamW's peak learning rate; it warms up, then decays to 0",
-        short="--lr",
+        1e-3, "AdamW's peak learning rate; it warms up, then decays to 0", short="--lr",
         group="training",
-    )
+    )  # fmt: skip
     precision: Literal["float32", "bfloat16"] = setting(
         "float32", "compute in this precision; weights and losses stay in float32", group="training"
     )
@@ -198,18 +197,23 @@ def run(settings: Settings) -> int:
     files = {n: v for n in ("teacher", "student") if (v := getattr(settings, n))}
     files |= {f"data {path}": path for path in settings.data}
     warms_up = settings.start_steps and any(method.samples for method in chosen)
+    converted = [name for name in ("teacher", "student") if of_models.is_gguf(files.get(name, ""))]
     learners = [*([] if files.keys() & {"teacher", "student"} else ["teacher"]),
                *(["warm"] if warms_up else []), *(method.name for method in chosen)]  # fmt: skip
     folder_of_run = _output.run_folder(
-        settings, "language", files, resume=settings.resume, models=learners,
+        settings, "language", files, resume=settings.resume, models=[*learners, *converted],
         saves=[f"checkpoints/{name}" for name in learners],
     )  # fmt: skip
     with folder_of_run as (folder, who), _progress.shown() as say:
         # Text, by the teacher's tokenizer.
-        source = settings.teacher or settings.student
+        folders = {
+            name: of_models.as_folder(path, folder / name, resume=settings.resume)
+            for name, path in (("teacher", settings.teacher), ("student", settings.student))
+        }
+        source = folders["teacher"] or folders["student"]
         tokenizer = language.byte_tokenizer() if source is None else language.tokenizer(source)
-        if settings.teacher and settings.student:
-            other = language.tokenizer(settings.student)
+        if folders["teacher"] and folders["student"]:
+            other = language.tokenizer(folders["student"])
             of_models.same_tokens(other.vocabulary, tokenizer.vocabulary)
         say("reading")
         shape = text_rows.Shape(settings.length, settings.prompt, settings.held_out)
@@ -279,7 +283,7 @@ def run(settings: Settings) -> int:
         # A student that cannot be had is said before the teacher answers all rows.
         placed = teacher._replace(params=training.place(teacher.params, mesh))
         start = of_models.beginning(
-            placed, folder=settings.student if settings.teacher else None, fresh=fresh,
+            placed, folder=folders["student"] if folders["teacher"] else None, fresh=fresh,
             layers=settings.layers, shape=settings.shape if settings.pruned else None, say=say,
             is_whole=settings.student is not None or settings.method == ("qad",),
         )  # fmt: skip
