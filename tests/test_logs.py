@@ -29,7 +29,7 @@ def test_a_table_has_a_row_per_line(folder: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["loss"] for row in rows] == ["2.0", "", "nan"]
     assert rows[1]["eval/validation_accuracy"] == "0.75" and rows[0]["learning_rate"] == "0.1"
-    assert _logs.losses(folder, "kd") == [2.0]
+    assert _logs.curves(folder, "kd") == {"loss": [2.0], "learning_rate": [0.1]}
 
 
 def test_tensorboard_has_a_run_per_method_written_once(folder: Path) -> None:

@@ -41,10 +41,11 @@ def best(fitted: Fitted, points: Mapping[str, np.ndarray]) -> Choice:
 
 
 def learning_curve(fitted: Fitted, epochs: int) -> dict[str, list[float]]:
-    """Mean validation accuracy over seeds, by epoch."""
+    """Means over seeds: validation accuracy by "epoch", and the loss of every epoch."""
     curve = np.asarray(fitted.curve, np.float64).mean(axis=0)
     at = [epochs * (i + 1) / len(curve) for i in range(len(curve))]
-    return {"epoch": at, "validation_accuracy": curve.tolist()}
+    losses = np.asarray(fitted.losses, np.float64).mean(axis=0)
+    return {"epoch": at, "validation_accuracy": curve.tolist(), "loss": losses.tolist()}
 
 
 def setting_curve(fitted: Fitted, points: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:

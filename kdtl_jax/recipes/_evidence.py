@@ -22,15 +22,18 @@ class Named(NamedTuple):
     classes: np.ndarray  # [S, N]
 
 
-def sections(test: Dataset, student: Named, teacher: np.ndarray) -> list[report.Section]:
+def sections(
+    test: Dataset, student: Named, teacher: np.ndarray, *, by: str = "teacher"
+) -> list[report.Section]:
     """Confusion matrix of a method, and examples on which it differs from its teacher.
 
     Args:
       test: the test split.
       student: of the method that is recommended.
-      teacher: the classes that it names, `[1, N]` or `[S, N]`.
+      teacher: the classes that it names, `[1, N]` or `[S, N]`; or those of another method.
+      by: what the teacher is called.
     """
-    return [_confusion(test, student), *_differences(test, student, np.asarray(teacher))]
+    return [_confusion(test, student), *_differences(test, student, np.asarray(teacher), by)]
 
 
 def counts(labels: np.ndarray, named: np.ndarray, classes: int) -> np.ndarray:
@@ -61,7 +64,9 @@ def _confusion(test: Dataset, student: Named) -> report.Section:
     return report.Section(title, [note], [chart])
 
 
-def _differences(test: Dataset, student: Named, teacher: np.ndarray) -> list[report.Section]:
+def _differences(
+    test: Dataset, student: Named, teacher: np.ndarray, by: str
+) -> list[report.Section]:
     apart = (student.classes != teacher).mean(axis=0)
     order = [int(i) for i in np.argsort(-apart, kind="stable")[:EXAMPLES] if apart[i] > 0]
     if not order:
@@ -78,22 +83,23 @@ def _differences(test: Dataset, student: Named, teacher: np.ndarray) -> list[rep
         return [names[int(test.labels[row])], said(teacher), said(student.classes)]
 
     note = (
-        f"The test examples on which most seeds of {student.label} and the teacher name different "
+        f"The test examples on which most seeds of {student.label} and the {by} name different "
         "classes; the class named most often stands there, with how many seeds name it."
     )
-    return [
-        report.Section("Where teacher and student differ", [note], [_shown(test, order, words)])
-    ]
+    shown = _shown(test, order, words, by)
+    return [report.Section(f"Where {by} and student differ", [note], [shown])]
 
 
-def _shown(test: Dataset, order: Sequence[int], words: Any) -> report.Pictures | report.Table:
+def _shown(
+    test: Dataset, order: Sequence[int], words: Any, by: str
+) -> report.Pictures | report.Table:
     first = test.inputs[0]
     if first.ndim == 3 and first.shape[-1] in (1, 3):
-        captions = [dict(zip(("is", "teacher", "student"), words(i), strict=True)) for i in order]
+        captions = [dict(zip(("is", by, "student"), words(i), strict=True)) for i in order]
         texts = [", ".join(f"{k} {v}" for k, v in caption.items()) for caption in captions]
         images = [report.png(test.inputs[i]) for i in order]
         return report.Pictures([*map(report.Picture, images, texts)])
-    header = ("Example", "Is", "Teacher", "Student", "Inputs (scaled)")
+    header = ("Example", "Is", by.capitalize(), "Student", "Inputs (scaled)")
     rows = []
     for i in order:
         values = np.asarray(test.inputs[i]).ravel()

@@ -24,8 +24,8 @@ def halved(
     chunk: int | None,
     devices: Sequence[Any] | None,
     finished: _finished.Finished,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Validation, test and loss `[K, S]` and epochs `[K]` after successive halving.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Validation, test and loss `[K, S]`, epochs `[K]`, the best setting's classes `[S, N]`.
 
     A point is a setting with all its seeds: they stay or go together.
     """
@@ -68,4 +68,4 @@ def halved(
     named = np.asarray(evaluate(states, held[1]["inputs"]))
     test[done.survivors] = scores.accuracy(named, np.asarray(held[1]["labels"]))
     loss[done.survivors] = np.asarray(losses)
-    return validation, test, loss, rungs * epochs
+    return validation, test, loss, rungs * epochs, named[0]

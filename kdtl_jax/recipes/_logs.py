@@ -78,8 +78,9 @@ def _write_events(home: Path, lines: Sequence[Mapping[str, Any]]) -> None:
                         writer.add_scalar(name, value, int(line["step"]))
 
 
-def losses(folder: Path, method: str) -> list[float]:
-    """A method's mean loss over seeds, by epoch."""
+def curves(folder: Path, method: str) -> dict[str, list[float]]:
+    """A method's mean loss over seeds and its learning rate, by epoch."""
     lines = loop.read_metrics(folder / "metrics.jsonl")
     own = [_averaged(line) for line in lines if line["method"] == method and "loss" in line]
-    return [float(line["loss"]) for line in own]
+    found = {name: [float(x[name]) for x in own if name in x] for name in ("loss", "learning_rate")}
+    return {name: values for name, values in found.items() if len(values) == len(own)}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdtl_jax.recipes import _output
+from kdtl_jax.recipes import _evidence, _output
 from kdtl_jax.recipes._pair import Pair
 from kdtl_jax.run import report, scores
 from kdtl_jax.run.report import plots
@@ -32,6 +32,7 @@ class Sweep(NamedTuple):
     notes: list[str]
     teacher_validation: float
     teacher_test: float
+    teacher_named: np.ndarray  # [1, N], classes of the test examples
 
 
 class Line(NamedTuple):
@@ -147,10 +148,20 @@ def html_page(outcome: Sweep) -> str:
         ),
         report.Section("All settings", [lines_note], [parallel(found, axes)]),
         *_heat_maps(outcome),
+        *_best_student(outcome, found[0]),
         report.Section("How it ran", outcome.notes, [ran]),
         report.environment_section(),
     ]
     return report.page("kdtl sweep", sections, notes=[setting])
+
+
+def _best_student(outcome: Sweep, best: Line) -> list[report.Section]:
+    """What the best setting of all confuses, and where it differs from the teacher."""
+    if not math.isfinite(best.validation.mean):
+        return []
+    named = next(swept.named for swept in outcome.swept if swept.method == best.method)
+    student = _evidence.Named(f"the best setting of {best.method}", named)
+    return _evidence.sections(outcome.pair.splits.test, student, outcome.teacher_named)
 
 
 def parallel(found: Sequence[Line], axes: Sequence[str]) -> plots.Chart:

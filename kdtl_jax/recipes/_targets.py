@@ -17,7 +17,7 @@ import optax
 from kdtl_jax import objective, train, transferability, transforms, trees
 from kdtl_jax._types import Params, Variables
 from kdtl_jax.datasets import Dataset, Splits, per_class
-from kdtl_jax.recipes import _choice, _measures, _models, _training
+from kdtl_jax.recipes import _choice, _evidence, _measures, _models, _training
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes._finished import NOWHERE, Finished, once
 from kdtl_jax.recipes._models import Network
@@ -54,6 +54,7 @@ class Compared(NamedTuple):
     surgery: transforms.Report
     scores: dict[str, report.Interval]  # of the source for the target, before any training
     models: dict[str, Variables]  # plain, by method, stacked over seeds
+    named: dict[str, _evidence.Named]  # by method
 
 
 def compare(
@@ -110,7 +111,7 @@ def compare(
     size = data["labels"].shape[1]
     batch_size = min(settings.batch_size, size)
     steps = settings.epochs * (size // batch_size)
-    found = Compared([], {}, done, measured, {})
+    found = Compared([], {}, done, measured, {}, {})
     for method in chosen:
         say(method.name)
         learner = experiment(method, net, classes, steps, settings.llrd)
@@ -162,6 +163,8 @@ def compare(
         )
         found.learning[method.name] = _choice.learning_curve(choice.fitted, settings.epochs)
         found.models[method.name] = choice.fitted.kept
+        named = np.asarray(choice.fitted.named)
+        found.named[method.name] = _evidence.Named(method.label, named)
     return found
 
 

@@ -54,7 +54,7 @@ class Fitted(NamedTuple):
     validation: Array  # accuracies at the end
     test: Array
     named: Array  # [test examples], the classes named; -1 where logits were not finite
-    loss: Array  # mean over the last epoch
+    losses: Array  # [epochs], their means
 
 
 # From a seed to a student.
@@ -156,7 +156,7 @@ def fit(
             epochs=epochs, batch_size=batch_size, checks=checks, steps=steps,
         )  # fmt: skip
         named, on_test = judged(experiment.logits(state, test["inputs"], shared), test["labels"])
-        return Fitted(keep(state), curve, curve[-1], on_test, named, losses[-1])
+        return Fitted(keep(state), curve, curve[-1], on_test, named, losses)
 
     return run
 
@@ -225,14 +225,14 @@ def one_by_one(
     def of_one(point: Point, shared: Any, validation: Any, test: Any) -> Fitted:
         arrays, state = experiment.data(point, shared), start(point, shared)
         order, size = keys(point["seed"]).order, arrays["labels"].shape[0]
-        loss = jnp.float32(jnp.nan)
+        losses = []
         for number in range(epochs):
             index = train.epoch_index(order, number, size, min(batch_size, size))[:steps]
             state, metrics = epoch(state, arrays, index, (point, shared))
-            loss = jnp.mean(metrics["loss"].value())
+            losses.append(jnp.mean(metrics["loss"].value()))
         _, on_validation = judge(state, validation, shared)
         named, on_test = judge(state, test, shared)
-        return Fitted(None, on_validation[None], on_validation, on_test, named, loss)
+        return Fitted(None, on_validation[None], on_validation, on_test, named, jnp.stack(losses))
 
     def run(points: Point, *shared: Any) -> Fitted:
         found = [of_one(pick(dict(points), i), *shared) for i in range(len(points["seed"]))]

@@ -343,8 +343,8 @@ def project(
             _training.judged(apply(params, None, part["inputs"])[0]["logits"], part["labels"])
             for part in held
         )
-        curve, loss = on_validation[None], jnp.float32(0)
-        return Fitted(Variables(params), curve, on_validation, on_test, named, loss)
+        curve, losses = on_validation[None], jnp.zeros(1)
+        return Fitted(Variables(params), curve, on_validation, on_test, named, losses)
 
     over_seeds = jax.vmap(measure, in_axes=(0, 0, None))
     start = time.perf_counter()

@@ -322,7 +322,7 @@ def run(settings: Settings) -> int:
                 f"validation_{pair.measure.score_name.key}": trained.curve.mean(axis=1).tolist(),
             }
             if jax.process_index() == 0:
-                learning[name]["loss"] = _logs.losses(folder, name)
+                learning[name] |= _logs.curves(folder, name)
                 _logs.write(folder, settings.log)
             if any(trained.skipped):
                 notes.append(

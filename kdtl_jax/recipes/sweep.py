@@ -37,6 +37,7 @@ from kdtl_jax.recipes import (
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._training import Experiment, Point
 from kdtl_jax.recipes.settings import UsageError, setting
+from kdtl_jax.run import scores
 from kdtl_jax.train import sweep as sweeps
 
 PROBE_STEPS, PROBE_POINTS = 8, 16
@@ -111,8 +112,9 @@ class Swept(NamedTuple):
     columns: dict[str, np.ndarray]  # [K] each, of the axes that the method has
     validation: np.ndarray  # [K, S]
     test: np.ndarray  # [K, S]
-    loss: np.ndarray  # [K, S]
+    loss: np.ndarray  # [K, S], of the last epoch
     epochs: np.ndarray  # [K], trained
+    named: np.ndarray  # [S, N], the classes that the best setting names for the test examples
     path: str
     per_call: int
     seconds: float
@@ -198,6 +200,7 @@ def run(settings: Settings) -> None:
             [*notes, programs()],
             float(teacher.validation[0]),
             float(teacher.test[0]),
+            teacher.named,
         )
         _files.write_json(folder / "results.json", _sweep_report.to_json(results))
         _files.write_atomic(folder / "sweep.csv", _sweep_report.to_csv(results).encode())
@@ -297,9 +300,11 @@ def sweep_one(
     else:
         fitted = programs(whole)[path](points, shared, *held)
         shape = (count, seeds)
-        scores = (fitted.validation, fitted.test, fitted.loss)
-        validation, test, loss = (np.asarray(x, np.float64).reshape(shape) for x in scores)
-        found = validation, test, loss, np.full(count, settings.epochs)
+        each = (fitted.validation, fitted.test, fitted.losses[:, -1])
+        validation, test, loss = (np.asarray(x, np.float64).reshape(shape) for x in each)
+        best = int(scores.ranked(validation.mean(axis=1))[0])
+        named = np.asarray(fitted.named).reshape(*shape, -1)[best]
+        found = validation, test, loss, np.full(count, settings.epochs), named
     per_call = (chunk or count * seeds) if path == "together" else 1
     spent = time.perf_counter() - begun
     return Swept(name, columns, *found, path, per_call, spent, probed)

@@ -9,6 +9,7 @@ compiled program.
     kdtl transfer --methods scratch,copied_finetuned,lora --labels-per-class 5 --seeds 16
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +19,16 @@ import numpy as np
 from kdtl_jax._types import Variables
 from kdtl_jax.datasets import Dataset, Preprocessing, Splits, only_classes
 from kdtl_jax.interop import model_files, safetensors
-from kdtl_jax.recipes import _finished, _models, _output, _own, _progress, _students, _targets
+from kdtl_jax.recipes import (
+    _evidence,
+    _finished,
+    _models,
+    _output,
+    _own,
+    _progress,
+    _students,
+    _targets,
+)
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._models import About
@@ -211,10 +221,23 @@ def run(settings: Settings) -> int | None:
                 programs(),
                 *([] if advice is None else [advice]),
             ],
+            sections=evidence(target.test, found.named, rows),
         )
         _output.write_curves(folder, found.learning)
         _output.finish(folder, results)
     return 0
+
+
+def evidence(
+    test: Dataset, named: dict[str, _evidence.Named], rows: Sequence[report.Row]
+) -> list[report.Section]:
+    """What the recommended method confuses, and where it and the baseline differ."""
+    file = _students.recommended(rows)
+    best = [named[row.method] for row in rows if file and row.settings.get("file") == file]
+    if not best:
+        return []
+    other = named.get(BASELINE, best[0]).classes
+    return _evidence.sections(test, best[0], other, by="baseline")
 
 
 def read(settings: Settings, about: About) -> tuple[Preprocessing, Dataset, Splits]:

@@ -227,7 +227,19 @@ def _learning(results: Results) -> list[Section]:
             title = f"{family}: loss"
             note = "Each method's own objective in training: not comparable between methods."
             sections.append(Section(title, [note], [chart], level=3))
-    return sections
+    return [*sections, *_rates(results)]
+
+
+def _rates(results: Results) -> list[Section]:
+    """The learning rate by epoch, where it changes; methods of a run have one schedule."""
+    found = [
+        curve["learning_rate"] for curve in results.learning.values() if "learning_rate" in curve
+    ]
+    if not found or len(set(found[0])) == 1:
+        return []
+    line = plots.Line("all methods", range(1, len(found[0]) + 1), found[0])
+    chart = plots.lines([line], x_axis="epoch", y_axis="learning rate", percent=False)
+    return [Section("Learning rate", (), [chart], level=3)]
 
 
 def _clearest(rows: Sequence[Row], learning: Mapping[str, object]) -> list[Row]:

@@ -143,7 +143,7 @@ def lines(curves: Sequence[Line], *, x_axis: str, y_axis: str, percent: bool = T
         line(ax, xs, ys, series(i), title=curve.label)
         for x, y in zip(xs, ys, strict=True):
             chosen = curve.marked is not None and math.isclose(x, curve.marked)
-            said = f"{y:.1f} %" if percent else _plain(y)
+            said = f"{y:.1f} %" if percent else f"{y:.3g}"
             words = f"{curve.label}: {x:g} gives {said}"
             edge = INK if chosen else SURFACE
             dot(ax, x, y, series(i), words, radius=6 if chosen else 4, edge=edge)
