@@ -19,6 +19,7 @@ peak resident set between the two is what the large one costs. `average` reads t
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -34,7 +35,7 @@ import numpy as np
 
 from kdtl_jax.interop import safetensors
 
-NAMES = ("base", "a", "b")
+NAMES = ("base", "a", "b", "kernel_a", "kernel_b", "gram_a", "gram_b")
 COMMANDS = {
     "scale": ["scale", "{a}", "--alpha", "0.5"],
     "average of 2": ["average", "{a}", "{b}"],
@@ -51,6 +52,14 @@ COMMANDS = {
     "model_stock of 2": ["merge", "{a}", "{b}", "--method", "model_stock", "--base", "{base}"],
     "breadcrumbs of 2": [
         *("merge", "{a}", "{b}", "--method", "breadcrumbs", "--base", "{base}", "--density", "0.5")
+    ],
+    "sce of 2": ["merge", "{a}", "{b}", "--method", "sce", "--base", "{base}", "--density", "0.5"],
+    "ram of 2": ["merge", "{a}", "{b}", "--method", "ram", "--base", "{base}", "--gain", "0.1"],
+    "arcee_fusion": ["merge", "{a}", "--method", "arcee_fusion", "--base", "{base}"],
+    "slerp of columns": ["merge", "{a}", "{b}", "--method", "slerp", "--t", "0.5", "--axis", "0"],
+    "regmean of 2": [
+        *("merge", "{kernel_a}", "{kernel_b}", "--method", "regmean"),
+        *("--statistics", "{gram_a}", "--statistics", "{gram_b}"),
     ],
     "dare as mergekit": [
         *("merge", "{a}", "{b}", "--method", "dare", "--base", "{base}", "--density", "0.5"),
@@ -80,10 +89,13 @@ def write(path: Path, seed: int, kernels: int, width: int, vocabulary: int) -> N
     block = np.random.default_rng(seed).normal(size=width * width).astype(np.float32)
     specs = {f"layer_{i}/kernel": (width, width) for i in range(kernels)}
     specs["embedding"] = (vocabulary, width)
+    if "kernel" in path.stem or "gram" in path.stem:  # one square matrix as large as the embedding
+        side = int((vocabulary * width) ** 0.5)
+        specs = {"kernel": (side, side)}
     rows = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in specs.items()}
 
     def produce(name: str) -> Iterator[np.ndarray]:
-        left = specs[name][0] * width
+        left = math.prod(specs[name])
         while left > 0:
             yield block[:left]
             left -= block.size
@@ -122,6 +134,7 @@ def main() -> None:
     arguments = parser.parse_args()
     count = int(arguments.gigabytes * 1e9) // 4
     vocabulary, kernels = count // 4 // 2048, 3 * count // 4 // 2048**2
+    largest = 4 * vocabulary * 2048
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -140,12 +153,14 @@ def main() -> None:
                 "checkpoint_bytes": size,
                 "peak_bytes": after,
                 "growth_bytes": after - before,
+                "largest_tensors": (after - before) / largest,
                 "seconds": seconds,
             }
+            growth = after - before
             print(
                 f"{command:16} {size / 1e9:.2f} GB each: peak {after / 1e6:5.0f} MB, of which "
-                f"{(after - before) / 1e6:5.0f} MB for the data; {seconds:5.1f} s "
-                f"(process {time.perf_counter() - start:.1f} s)",
+                f"{growth / 1e6:5.0f} MB for the data, {growth / largest:.2f} of the largest "
+                f"tensor; {seconds:5.1f} s (process {time.perf_counter() - start:.1f} s)",
                 flush=True,
             )
     print(

@@ -133,7 +133,9 @@ def test_columns_of_stacks_are_turned_apart_in_pieces(monkeypatch: pytest.Monkey
     for axis in (-3, -2):
         words = ("--method", "slerp", "--t", "0.3", "--axis", str(axis))
         assert params("merge", "m0.safetensors", "m1.safetensors", *words, *OUT, "--force") == 0
-        assert_same(written(), native(transforms.slerp(*models, 0.3, axis=axis)), rtol=1e-6)
+        assert_same(
+            written(), native(transforms.slerp(models[0], models[1], 0.3, axis=axis)), rtol=1e-6
+        )
     assert max(sizes) <= 12  # one row of the heads
 
 

@@ -136,35 +136,27 @@ def regmean_kernel(
     soft, added = (_numerics.scalar(value, diagonals[0]) for value in (shrink, ridge))
     means = [jnp.mean(diagonal, axis=-1, keepdims=True) for diagonal in diagonals]
     constant = added * (sum(means[1:], means[0]) / len(means))
-    left: list[Any] = []
-    right: list[Any] = []
-    for kernel, gram, diagonal in zip(kernels, grams, diagonals, strict=True):
-        own, start = list(kernel()), 0
-        for number, rows in enumerate(gram()):
-            on, place = (1 - soft) * diagonal + constant, start + jnp.arange(rows.shape[-2])
-            eye = place[:, None] == jnp.arange(rows.shape[-1])[None]
-            eye = jnp.broadcast_to(eye, rows.shape)
-            shrunk = soft * rows + jnp.where(eye, on[..., None, :], 0)
-            start += rows.shape[-2]
-            product = _product(shrunk, own)
-            if number == len(left):
-                left.append(shrunk)
-                right.append(product)
-            else:
-                left[number], right[number] = left[number] + shrunk, right[number] + product
-        del own
-    matrix = jnp.concatenate(left, axis=-2)
-    left.clear()
-    factors = jax.scipy.linalg.lu_factor(matrix)
-    del matrix
-    step, width = max(1, _blocks.BLOCK // diagonals[0].size), right[0].shape[-1]
-    columns = []
-    for first in range(0, width, step):
-        some = jnp.concatenate([rows[..., first : first + step] for rows in right], axis=-2)
-        columns.append(jax.scipy.linalg.lu_solve(factors, some))
-    del factors
-    right.clear()
-    return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=-1)
+    on = [(1 - soft) * diagonal + constant for diagonal in diagonals]
+    shape = diagonals[0].shape
+    left = jnp.zeros((*shape, shape[-1]), diagonals[0].dtype)  # transposed
+    for gram, own in zip(grams, on, strict=True):
+        for start, rows in _numbered(gram):
+            left = _add(left, _shrunk(rows, own, soft, start).mT, start, -1)
+    factors, swaps = _factored(left)
+    del left
+    right: Any = None
+    for kernel, gram, own in zip(kernels, grams, on, strict=True):
+        whole = _whole(kernel, shape[-1])
+        right = jnp.zeros_like(whole) if right is None else right
+        for start, rows in _numbered(gram):
+            shrunk = _shrunk(rows, own, soft, start)
+            right = _add(right, jnp.matmul(shrunk, whole, precision=_HIGHEST), start, -2)
+        del whole
+    step = max(1, _blocks.BLOCK // max(1, diagonals[0].size))
+    for first in range(0, right.shape[-1], step):
+        some = _solved(factors, swaps, right[..., first : first + step])
+        right = jax.block_until_ready(_overwrite(right, some, first, -1))
+    return right
 
 
 def check_grams(grams: Sequence[Mapping[str, Any]], flat: Mapping[str, Any]) -> None:
@@ -183,24 +175,64 @@ def _rows(matrix: Array) -> Iterator[Array]:
     return (block for (block,) in blocks)
 
 
+@jax.jit
+def _shrunk(rows: Array, on: Array, shrink: Scalar, start: int) -> Array:
+    """Rows of a Gram matrix from `start` on, `on` added to its diagonal."""
+    place = start + jnp.arange(rows.shape[-2])
+    eye = place[:, None] == jnp.arange(rows.shape[-1])[None]
+    return shrink * rows + jnp.where(jnp.broadcast_to(eye, rows.shape), on[..., None, :], 0)
+
+
+def _add(total: Array, piece: Array, start: int, axis: int) -> Array:
+    here = jax.lax.slice_in_dim(total, start, start + piece.shape[axis], axis=axis)
+    # Without waiting, blocks whose turn has not come pile up.
+    return jax.block_until_ready(_overwrite(total, here + piece, start, axis))
+
+
+def _numbered(read: Rows) -> Iterator[tuple[int, Array]]:
+    """Each block of rows after the number of its first."""
+    start = 0
+    for rows in read():
+        yield start, rows
+        start += rows.shape[-2]
+
+
+def _whole(read: Rows, count: int) -> Array:
+    """A matrix of so many rows, from its blocks."""
+    whole: Any = None
+    for start, rows in _numbered(read):
+        if whole is None:
+            whole = jnp.zeros((*rows.shape[:-2], count, rows.shape[-1]), rows.dtype)
+        whole = _overwrite(whole, rows, start, -2)
+    return whole
+
+
+# Where the arrays are known, these work in place. LAPACK stores columns one after another: a matrix
+# that is kept transposed need not be copied for it.
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _overwrite(total: Array, piece: Array, start: int, axis: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(total, piece, start, axis)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _factored(transposed: Array) -> tuple[Array, Array]:
+    factors, swaps = jax.scipy.linalg.lu_factor(transposed.mT)
+    return factors.mT, swaps
+
+
+@jax.jit
+def _solved(transposed: Array, swaps: Array, right: Array) -> Array:
+    return jax.scipy.linalg.lu_solve((transposed.mT, swaps), right)
+
+
 def _diagonal(gram: Rows) -> Array:
     """`[..., in]`"""
-    found, start = [], 0
-    for rows in gram():
-        found.append(jnp.diagonal(rows, offset=start, axis1=-2, axis2=-1))
-        start += rows.shape[-2]
-    return jnp.concatenate(found, axis=-1)
-
-
-def _product(rows: Array, own: Sequence[Array]) -> Array:
-    """Some rows of a matrix times a kernel in blocks of rows."""
-    total, start = None, 0
-    for block in own:
-        some = rows[..., start : start + block.shape[-2]]
-        found = jnp.matmul(some, block, precision=_HIGHEST)
-        total, start = found if total is None else total + found, start + block.shape[-2]
-    assert total is not None
-    return total
+    pieces = (
+        jnp.diagonal(rows, offset=start, axis1=-2, axis2=-1) for start, rows in _numbered(gram)
+    )
+    return jnp.concatenate([jax.block_until_ready(piece) for piece in pieces], axis=-1)
 
 
 def _check_gram(path: str, gram: Any, flat: Mapping[str, Any]) -> None:
