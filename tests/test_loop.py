@@ -334,15 +334,19 @@ def test_one_compilation_whatever_the_number_of_steps(make: Callable[[], Any]) -
     assert count(150) == count(1)
 
 
+@pytest.mark.parametrize("where", ["mesh", "one device", "anywhere"])
 @pytest.mark.parametrize("make", [resident, streamed])
-def test_one_compilation_on_a_mesh(
-    make: Callable[[], Any], caplog: pytest.LogCaptureFixture
+def test_one_compilation_wherever_the_state_lies(
+    make: Callable[[], Any], where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What comes back from a call lies where the first call's arguments lay."""
-    mesh = sharding.make_mesh(data=2, fsdp=2)
-    state = sharding.place(fresh(), mesh)
-    step = sharding.keep_placement(STEP, state)
-    place = partial(sharding.place_batch, mesh=mesh)
+    state, step, place = fresh(), STEP, jax.device_put
+    if where == "one device":
+        state = jax.device_put(state, jax.devices()[0])
+    elif where == "mesh":
+        mesh = sharding.make_mesh(data=2, fsdp=2)
+        state = sharding.place(state, mesh)
+        step, place = sharding.keep_placement(STEP, state), partial(sharding.place_batch, mesh=mesh)
     with jax.log_compiles():
         loop.run(step, state, make(), steps=20, place=place, log=print, log_every=7)
     assert len([x for x in caplog.messages if re.match(r"Compiling .*advance", x)]) == 1

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding
 
 from kdtl_jax import train, trees
 from kdtl_jax.objective import Metrics
@@ -119,16 +118,15 @@ def _start(
 ) -> Carry:
     """The carry before the first call, with the window of the run that is resumed.
 
-    Where the state lies on a mesh so does the rest, as it will after a call: or else the second
-    call, on arguments placed in another way, would compile once more.
+    Where the state is bound to devices so is the rest, as it will be after a call: or else the
+    second call, on arguments placed in another way, would compile once more.
     """
     metrics = jax.eval_shape(step, state, batch, teacher)[1]
     sums = _metrics.from_json(meta.get("window"), metrics.names)
     zeros = np.zeros(metrics.sums.shape, metrics.sums.dtype)
     window = zeros if sums is None else np.asarray(sums, metrics.sums.dtype)
     bad = np.zeros(len(checked_paths(state)), np.bool_)
-    on = getattr(state.step, "sharding", None)
-    on = on if isinstance(on, NamedSharding) else None
+    on = state.step.sharding if getattr(state.step, "committed", False) else None
     return Carry(state, Metrics(metrics.names, jax.device_put(window, on)), jax.device_put(bad, on))
 
 

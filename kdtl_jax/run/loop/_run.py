@@ -164,7 +164,8 @@ def run(
         ) as (carry, move, path),
     ):
         sums = carry.window.sums
-        empty = jax.jit(partial(jnp.zeros_like, sums), out_shardings=sums.sharding)
+        on = sums.sharding if sums.committed else None  # as in a call's result: one program
+        empty = jax.jit(partial(jnp.zeros_like, sums), out_shardings=on)
 
         def store() -> None:
             nonlocal saved
