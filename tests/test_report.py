@@ -199,6 +199,15 @@ def test_of_many_methods_the_baseline_and_the_best_have_curves() -> None:
     assert keys == ["M00", *(f"M{i}" for i in range(13, 20))]
 
 
+def test_the_learning_rate_is_drawn_where_it_changes() -> None:
+    rates = [0.002, 0.004] + [0.001] * 29
+    curve = {"epoch": [1, 31], "validation_accuracy": [0.5, 0.7], "learning_rate": rates}
+    text = report.html_page(results(learning={"kd": curve}))
+    assert "In percent of its peak, 0.004." in text and "all methods: 1 gives 50.0 %" in text
+    text = report.html_page(results(learning={"kd": {**curve, "learning_rate": [0.1] * 31}}))
+    assert "Learning rate" not in text
+
+
 def test_the_template_is_part_of_the_package() -> None:
     files = importlib.resources.files("kdtl_jax.run.report")
     assert files.joinpath("page.html.jinja").is_file()

@@ -237,9 +237,12 @@ def _rates(results: Results) -> list[Section]:
     ]
     if not found or len(set(found[0])) == 1:
         return []
-    line = plots.Line("all methods", range(1, len(found[0]) + 1), found[0])
-    chart = plots.lines([line], x_axis="epoch", y_axis="learning rate", percent=False)
-    return [Section("Learning rate", (), [chart], level=3)]
+    peak = max(found[0])
+    shares = [rate / peak for rate in found[0]]
+    line = plots.Line("all methods", range(1, len(shares) + 1), shares)
+    chart = plots.lines([line], x_axis="epoch", y_axis="learning rate, % of its peak")
+    note = f"In percent of its peak, {peak:.3g}."
+    return [Section("Learning rate", [note], [chart], level=3)]
 
 
 def _clearest(rows: Sequence[Row], learning: Mapping[str, object]) -> list[Row]:

@@ -70,6 +70,9 @@ class Worked(NamedTuple):
     rate: float  # FLOPs per second, achieved
 
 
+MARKED = 30  # points of a line that are drawn with a ring
+
+
 def dots(bars: Sequence[Bar], *, axis: str, percent: bool = True) -> Chart:
     """One row per method: a dot with its interval; the label stands beside it, in full."""
     ax = _rows([bar.label for bar in bars], axis)
@@ -145,8 +148,9 @@ def lines(curves: Sequence[Line], *, x_axis: str, y_axis: str, percent: bool = T
             chosen = curve.marked is not None and math.isclose(x, curve.marked)
             said = f"{y:.1f} %" if percent else f"{y:.3g}"
             words = f"{curve.label}: {x:g} gives {said}"
-            edge = INK if chosen else SURFACE
-            dot(ax, x, y, series(i), words, radius=6 if chosen else 4, edge=edge)
+            small = len(xs) > MARKED  # rings around so many would hide the line
+            edge = INK if chosen else series(i) if small else SURFACE
+            dot(ax, x, y, series(i), words, radius=6 if chosen else 2 if small else 4, edge=edge)
     _drawing.label_x(ax, x_axis)
     return Chart(svg(ax, label), tuple(curve.label for curve in curves))
 
