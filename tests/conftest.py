@@ -5,6 +5,8 @@ that a second run compiles nothing. Steps that call optax use `standard_promotio
 Adam does not pass strict promotion.
 """
 
+import contextlib
+import ctypes
 import gc
 import os
 from collections.abc import Iterator
@@ -37,6 +39,32 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 # A first example compiles, so its time says nothing; the same examples every run.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("suite")
+
+
+ROOM = 2**31  # bytes that a worker's compiled programs may take
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded() -> Iterator[None]:
+    """Several workers share a machine: one that has grown lets go of its programs between files.
+
+    What is needed again comes from the persistent cache.
+    """
+    yield
+    if _resident() > ROOM:
+        jax.clear_caches()
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _resident() -> int:
+    """Bytes of memory in use; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture
