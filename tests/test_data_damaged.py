@@ -12,6 +12,7 @@ import pytest
 from data_files import NAMES, PIXELS, X, Y, columns, image_table, png
 
 from kdtl_jax import datasets
+from kdtl_jax.datasets import _arrow
 
 
 def arrow() -> bytes:
@@ -75,3 +76,49 @@ def test_any_bytes_are_data_or_one_clear_error(
         else:
             assert np.isfinite(found.inputs).all()
     assert refused
+
+
+def test_columns_that_are_not_asked_for_are_not_read(tmp_path: Path) -> None:
+    """Their pages are broken here: whoever reads them fails."""
+    path = tmp_path / "a.parquet"
+    path.write_bytes(parquet())
+    whole = datasets.read(path)
+    stored = pq.ParquetFile(path).metadata.row_group(0).column(1)
+    content = bytearray(path.read_bytes())
+    content[stored.data_page_offset : stored.data_page_offset + 8] = b"\xff" * 8
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="not a readable parquet file"):
+        datasets.read(path)
+    found = datasets.read(path, drop=["b"])
+    np.testing.assert_array_equal(found.inputs, whole.inputs[:, [0, 2]])
+    # A model's own columns, with targets and without.
+    for same in (datasets.read(path, preprocessing=found.form).inputs,
+                 datasets.read_inputs(path, found.form)):  # fmt: skip
+        np.testing.assert_array_equal(same, found.inputs)
+    with pytest.raises(ValueError, match="has no column 'd'. Nearest: "):
+        datasets.read(path, drop=["d"])
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_columns_of_arrow_files_are_chosen_too(tmp_path: Path, kind: str) -> None:
+    table, out = pa.table(columns(label=np.array(NAMES)[Y])), io.BytesIO()
+    make = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+    with make(out, table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "a.arrow").write_bytes(out.getvalue())
+    np.testing.assert_array_equal(
+        datasets.read(tmp_path / "a.arrow", drop=["b"]).inputs, X[:, [0, 2]].astype(np.float32)
+    )
+
+
+def test_a_table_that_unpacks_to_thousands_of_times_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_arrow, "LARGE", 2**18)
+    rows = 1_000_000
+    zeros = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int8)), pa.array([0.0]))
+    pq.write_table(
+        pa.table({"label": zeros, "a": zeros}), tmp_path / "a.parquet", row_group_size=rows
+    )
+    with pytest.raises(ValueError, match="1,000,000 rows of 2 columns in"):
+        datasets.read(tmp_path / "a.parquet")

@@ -272,9 +272,10 @@ def _value(field: Any, value: Any, where: str) -> Any:
         except (ValueError, TypeError) as error:
             raise UsageError(f"{at}: {error}") from None
     if about.get("repeat") or about.get("positional") == "*":
-        value = () if value is None else tuple(value)
-        if not all(isinstance(part, str) for part in value):
+        value = () if value is None else value
+        if not isinstance(value, (list, tuple)) or not all(isinstance(part, str) for part in value):
             raise UsageError(f"{at}: expected text, got {value!r:.80}")
+        value = tuple(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         _within(at, value, about)
     return value

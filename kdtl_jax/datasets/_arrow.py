@@ -6,9 +6,10 @@ Names of classes come from the `datasets` features that its files carry. Images 
 bytes in the file; what a file merely points to is never opened.
 """
 
+import contextlib
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ import numpy as np
 from kdtl_jax._text import shown
 
 SUFFIXES = (".parquet", ".arrow", ".feather")
+# A column that is nearly constant takes hardly any bytes; a whole table that is so is a trap.
+LARGE, MOST_PACKED = 2**28, 1000  # bytes; per byte of a file
 STARTS = (
     b"\x89PNG",
     b"\xff\xd8\xff",
@@ -46,8 +49,25 @@ class ArrowTable(NamedTuple):
         return [name for group in groups for name in group]
 
 
-def read_arrow(paths: Sequence[Path]) -> ArrowTable:
-    """One table from files of one part.
+def header_of(path: Path) -> list[str]:
+    """The names of a file's columns; nothing else is read.
+
+    Raises:
+      ImportError: if pyarrow is not installed.
+      OSError: if the file does not exist or cannot be read.
+      ValueError: if it is damaged.
+    """
+    pa = _pyarrow(path)
+    with _readable(pa, path):
+        if path.suffix == ".parquet":
+            with pa.parquet.ParquetFile(path) as opened:
+                return list(opened.schema_arrow.names)
+        with pa.memory_map(str(path)) as source:
+            return list(_stream(pa, path, source).schema.names)
+
+
+def read_arrow(paths: Sequence[Path], columns: Sequence[str]) -> ArrowTable:
+    """One table from files of one part, with these of their columns.
 
     Raises:
       ImportError: if pyarrow is not installed.
@@ -55,7 +75,7 @@ def read_arrow(paths: Sequence[Path]) -> ArrowTable:
       ValueError: if a file is damaged, or files have different columns.
     """
     pa = _pyarrow(paths[0])
-    tables = [_read(pa, path) for path in paths]
+    tables = [_read(pa, path, columns) for path in paths]
     try:
         table = pa.concat_tables(tables).combine_chunks()
     except pa.ArrowException as error:
@@ -92,23 +112,50 @@ def _pyarrow(path: Path) -> Any:
     return pa
 
 
-def _read(pa: Any, path: Path) -> Any:
-    try:
+def _read(pa: Any, path: Path, columns: Sequence[str]) -> Any:
+    with _readable(pa, path):
         if path.suffix == ".parquet":
-            found = pa.parquet.ParquetFile(path).read()
+            with pa.parquet.ParquetFile(path) as opened:
+                _check_announced(path, opened.metadata.num_rows, len(columns))
+                found = opened.read(columns=list(columns))
         else:
-            with path.open("rb") as file:  # `datasets` writes streams, Feather is a file
-                is_file = file.read(6) == b"ARROW1"
             with pa.memory_map(str(path)) as source:
-                reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-                found = reader.read_all()
+                names = _stream(pa, path, source).schema.names
+            places = [i for i, name in enumerate(names) if name in columns]
+            with pa.memory_map(str(path)) as source:
+                found = _stream(pa, path, source, places).read_all()
+        # A column's name may begin as another's: "a" asks for "a.b" as well.
+        found = found.select([i for i, name in enumerate(found.column_names) if name in columns])
         found.validate(full=True)  # offsets of a damaged file point anywhere
+        return found
+
+
+def _stream(pa: Any, path: Path, source: Any, places: Sequence[int] | None = None) -> Any:
+    """A reader of the columns at these places: `datasets` writes streams, Feather is a file."""
+    options = pa.ipc.IpcReadOptions(included_fields=None if places is None else list(places))
+    with path.open("rb") as file:
+        is_file = file.read(6) == b"ARROW1"
+    make = pa.ipc.open_file if is_file else pa.ipc.open_stream
+    return make(source, options=options)
+
+
+def _check_announced(path: Path, rows: int, columns: int) -> None:
+    """Refuses a table that is unpacked to thousands of times what is stored."""
+    asked, size = 8 * rows * columns, path.stat().st_size
+    if asked > max(LARGE, MOST_PACKED * size):
+        raise ValueError(f"{rows:,} rows of {columns} columns in {size:,} bytes")
+
+
+@contextlib.contextmanager
+def _readable(pa: Any, path: Path) -> Iterator[None]:
+    """What pyarrow raises becomes one error that names the file."""
+    try:
+        yield
     except (*_broken(pa), OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         kind = path.suffix[1:]
         raise ValueError(f"{path}: not a readable {kind} file ({str(error)[:200]}).") from None
-    return found
 
 
 def _put(pa: Any, found: ArrowTable, name: str, column: Any) -> None:

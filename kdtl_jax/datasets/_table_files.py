@@ -46,7 +46,7 @@ def labeled(files: Mapping[str, Sequence[Path]], choices: Choices) -> dict[str, 
             continue
         first = found.get("train")
         if paths[0].suffix in _arrow.SUFFIXES:
-            source = _of_arrow(_arrow.read_arrow(paths), choices, first)
+            source = _of_arrow(paths, choices, first)
         elif len(paths) == 1:
             source = _of_csv(paths[0], choices, first)
         else:
@@ -96,14 +96,20 @@ def _inputs_alone(table: Table, choices: Choices) -> Table:
     return _tables.dropped(table, [name for name in choices.targets if name in table.columns])
 
 
-def _of_arrow(found: ArrowTable, choices: Choices, first: Source | None) -> Source | None:
-    header = found.header()
+def _of_arrow(paths: Sequence[Path], choices: Choices, first: Source | None) -> Source | None:
+    header = _arrow.header_of(paths[0])
     if first is not None and not set(first.columns) & set(header):
         return None
     names = choices.targets
     if choices.with_targets:
-        names = _label_columns(found.name, header, choices)
+        names = _label_columns(str(paths[0]), header, choices)
+    _tables.check_there(str(paths[0]), choices.drop, header)
     kept = [name for name in header if name not in (*names, *choices.drop)]
+    if choices.kept and set(choices.kept) <= {*header}:
+        kept = [name for name in kept if name in (*choices.kept, choices.inputs)]
+    asked = [choices.inputs] if choices.inputs in kept else kept
+    found = _arrow.read_arrow(paths, [*asked, *(names if choices.with_targets else ())])
+    choices = choices._replace(drop=())  # they were not read
     wide = _wide(found, kept, choices)
     table = Table(found.name, found.scalars)
     if wide is None:
@@ -143,7 +149,7 @@ def _wide(found: ArrowTable, kept: Sequence[str], choices: Choices) -> str | Non
         if choices.inputs not in found.pictures and choices.inputs not in found.vectors:
             raise ValueError(
                 f"{found.name}: has no column {choices.inputs!r:.80} of images or arrays; it has "
-                f"{found.header()!s:.300}."
+                f"{list(kept)!s:.300}."
             )
         return choices.inputs
     wide = [name for name in (*found.pictures, *found.vectors) if name in kept]

@@ -93,12 +93,17 @@ def dropped(table: Table, names: Sequence[str]) -> Table:
     Raises:
       ValueError: if it has no such column.
     """
-    for name in names:
-        if name not in table.columns:
-            near = ", ".join(repr(found) for found in trees.nearest(name, list(table.columns)))
-            raise ValueError(f"{table.name}: has no column {name!r:.80}. Nearest: {near:.300}.")
+    check_there(table.name, names, list(table.columns))
     kept = {name: column for name, column in table.columns.items() if name not in names}
     return table._replace(columns=kept)
+
+
+def check_there(table_name: str, names: Sequence[str], header: Sequence[str]) -> None:
+    """Refuses columns to drop that are not there, naming the nearest."""
+    for name in names:
+        if name not in header:
+            near = ", ".join(repr(found) for found in trees.nearest(name, header))
+            raise ValueError(f"{table_name}: has no column {name!r:.80}. Nearest: {near:.300}.")
 
 
 def complete(table: Table) -> Table:
