@@ -1,6 +1,7 @@
 """Files of others, whatever is in them, are read or refused in one clear line, at a small cost."""
 
 import contextlib
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -8,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from bounds import bounded, is_plain, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
-from kdtl_jax import _files, datasets, language
+from kdtl_jax import _files, language
 from kdtl_jax.interop import decoders, huggingface
 from kdtl_jax.recipes import _language_text
 from kdtl_jax.run import checkpoint
@@ -52,49 +55,6 @@ def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
             {**inner, next(iter(inner)): value} if isinstance(inner, dict) and inner else value
         )
     return out
-
-
-# --- data ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One small data set of every kind."""
-    folder = tmp_path_factory.mktemp("data")
-    y = np.arange(30) % 3
-    np.savez_compressed(folder / "a.npz", x=np.ones((30, 2), np.float32), y=y)
-    np.savez(folder / "b.npz", x_train=np.ones((30, 2)), y_train=y, x_test=np.ones((9, 2)),
-             y_test=y[:9])  # fmt: skip
-    rows = "".join(f"{label},{i},{-i}\n" for i, label in enumerate(y))
-    (folder / "a.csv").write_text("label,a,b\n" + rows)
-    (folder / "idx").mkdir()
-    for name, count in (("train", 30), ("t10k", 9)):
-        header = bytes([0, 0, 8, 3, 0, 0, 0, count, 0, 0, 0, 2, 0, 0, 0, 2])
-        (folder / f"idx/{name}-images-idx3-ubyte").write_bytes(header + bytes(count * 4))
-        header = bytes([0, 0, 8, 1, 0, 0, 0, count])
-        labels = bytes(y[:count].astype(np.uint8))
-        (folder / f"idx/{name}-labels-idx1-ubyte").write_bytes(header + labels)
-    return folder
-
-
-PARTS = ("a.npz", "b.npz", "a.csv", "idx/train-images-idx3-ubyte", "idx/train-labels-idx1-ubyte",
-         "idx/t10k-labels-idx1-ubyte")  # fmt: skip
-
-
-@settings(max_examples=40)
-@given(name=st.sampled_from(PARTS), edit=edits)
-def test_any_data_set(data: Path, name: str, edit: tuple[int, bytes, int]) -> None:
-    whole = (data / name).read_bytes()
-    named = data / Path(name).parts[0]
-    (data / name).write_bytes(edited(whole, edit))
-    try:
-        with read_or_refused():
-            found = datasets.read_splits(str(named))
-            for part in found:
-                assert len(part.inputs) == len(part.labels) and np.isfinite(part.inputs).all()
-                assert 0 <= part.labels.min() <= part.labels.max() < part.classes
-    finally:
-        (data / name).write_bytes(whole)
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
@@ -281,14 +241,23 @@ ANSWER = {"prompt": "a question", "completion": "an answer", "privileged": "a hi
 
 
 @settings(max_examples=40)
-@given(line=st.sampled_from([LINE, ANSWER]), picks=picked, edit=st.none() | edits)
+@given(line=st.sampled_from([LINE, ANSWER]), picks=picked, edit=st.none() | edits,
+       is_table=st.booleans())  # fmt: skip
 def test_any_line_of_a_text(
-    tmp_path_factory: pytest.TempPathFactory, line: dict[str, Any], picks: list[Any], edit: Any
-) -> None:
+    tmp_path_factory: pytest.TempPathFactory, line: dict[str, Any], picks: list[Any], edit: Any,
+    is_table: bool,
+) -> None:  # fmt: skip
     file = tmp_path_factory.mktemp("text") / "lines.jsonl"
     keys = sorted(line)
     changes = {keys[number % len(keys)]: value for number, value in picks}
     content = "".join(f"{json.dumps(x)}\n" for x in (line, changed(line, changes), line)).encode()
+    if is_table:
+        names = dict.fromkeys([*line, *changed(line, changes)])
+        rows = [pa.array([str(x.get(name)) for x in (line, changed(line, changes), line)])
+                for name in names]  # fmt: skip
+        out = io.BytesIO()
+        parquet.write_table(pa.table(rows, list(names)), out)
+        file, content = file.with_suffix(".parquet"), out.getvalue()
     file.write_bytes(content if edit is None else edited(content, edit))
     with read_or_refused():
         shape = _language_text.Shape(8, 4, 0.3)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import yaml
 from bounds import HOSTILE, bounded, is_plain, values
@@ -20,7 +21,7 @@ from kdtl_jax.cli.params import _recipes
 from kdtl_jax.cli.params.merge import Settings
 from kdtl_jax.datasets import Column, Preprocessing, Standardizer
 from kdtl_jax.interop import model_files, safetensors
-from kdtl_jax.recipes import _finished, _inputs
+from kdtl_jax.recipes import _finished, _inputs, _weights
 
 # --- files of models -----------------------------------------------------------------------------
 
@@ -99,6 +100,44 @@ def test_sizes_that_no_model_has(tmp_path: Path, name: str, text: str, says: str
     with bounded(), pytest.raises(ValueError, match=says) as refusal:
         model_files.load(file)
     assert str(file) in str(refusal.value) and is_plain(str(refusal.value))
+
+
+# --- folders of Orbax ----------------------------------------------------------------------------
+
+TREE = {"dense": {"kernel": np.ones((3, 2), np.float32), "bias": np.zeros(2, np.float32)}}
+
+
+@pytest.fixture(scope="module")
+def orbax(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("orbax") / "tree"
+    ocp.PyTreeCheckpointer().save(folder, {"params": TREE, "opt": [np.ones(3)]})
+    return folder
+
+
+@settings(max_examples=25)
+@given(number=st.integers(0, 100), edit=edits)
+def test_any_bytes_of_an_orbax_folder(
+    orbax: Path, number: int, edit: tuple[int, bytes, int]
+) -> None:
+    files = sorted(path for path in orbax.rglob("*") if path.is_file() and path.stat().st_size)
+    path = files[number % len(files)]
+    whole = path.read_bytes()
+    path.write_bytes(edited(whole, edit))
+    try:
+        with read_or_refused():
+            found = _weights.from_orbax(str(orbax), TREE)
+            assert found["dense"]["kernel"].shape == (3, 2)
+    finally:
+        path.write_bytes(whole)
+
+
+def test_arrays_of_an_orbax_folder_that_no_file_holds(
+    orbax: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_weights, "LARGE", 0)
+    monkeypatch.setattr(_weights, "MOST_PACKED", 0)
+    with pytest.raises(ValueError, match="its arrays have 11 numbers, its files"):
+        _weights.from_orbax(str(orbax), TREE)
 
 
 # --- recipes of merges ---------------------------------------------------------------------------

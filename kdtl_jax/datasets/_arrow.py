@@ -79,7 +79,7 @@ def read_arrow(paths: Sequence[Path], columns: Sequence[str]) -> ArrowTable:
     try:
         table = pa.concat_tables(tables).combine_chunks()
     except pa.ArrowException as error:
-        raise ValueError(f"{paths[0]}: files of one part differ ({str(error)[:200]}).") from None
+        raise ValueError(f"{paths[0]}: files of one part differ ({_said(error)}).") from None
     features = _features(table.schema.metadata or {})
     found = ArrowTable(str(paths[0]), {}, {}, {}, {}, _class_names(features))
     for place, name in enumerate(table.column_names):
@@ -89,7 +89,7 @@ def read_arrow(paths: Sequence[Path], columns: Sequence[str]) -> ArrowTable:
             _put(pa, found, name, whole)
         except _broken(pa) as error:
             raise ValueError(
-                f"{paths[0]}: column {shown(name, 80)!r} cannot be read ({str(error)[:200]})."
+                f"{paths[0]}: column {shown(name, 80)!r} cannot be read ({_said(error)})."
             ) from None
     return found
 
@@ -98,6 +98,10 @@ def _broken(pa: Any) -> tuple[type[Exception], ...]:
     """What pyarrow raises on damaged files."""
     known = (ValueError, KeyError, IndexError, TypeError, MemoryError, SystemError, OverflowError)
     return (pa.ArrowException, *known)
+
+
+def _said(error: Exception) -> str:
+    return shown(" ".join(str(error).split()), 200)
 
 
 def _pyarrow(path: Path) -> Any:
@@ -155,7 +159,7 @@ def _readable(pa: Any, path: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         kind = path.suffix[1:]
-        raise ValueError(f"{path}: not a readable {kind} file ({str(error)[:200]}).") from None
+        raise ValueError(f"{path}: not a readable {kind} file ({_said(error)}).") from None
 
 
 def _put(pa: Any, found: ArrowTable, name: str, column: Any) -> None:

@@ -1,19 +1,22 @@
 """Weights from elsewhere, beside the library's own files: Orbax and Hugging Face folders."""
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from kdtl_jax import _files, trees
+from kdtl_jax import _files, _text, trees
 from kdtl_jax._types import PyTree
 from kdtl_jax.datasets import Standardizer
 from kdtl_jax.interop import huggingface, safetensors
 from kdtl_jax.interop.huggingface import Pretrained
 
 HUGGING_FACE = "huggingface:"  # before the folder, as a model's text
+LARGE, MOST_PACKED = 2**26, 1000  # numbers; per byte of the files
 ITEMS = ("params", "default", "state", "model")  # of a step, in the order they are looked for
 
 
@@ -79,14 +82,31 @@ def from_orbax(path: str, like: PyTree) -> PyTree:
     folder = _tree_in(Path(path))
     if folder is None:
         raise ValueError(f"{path} is no folder that Orbax wrote.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that arrays come without a sharding
-        found = ocp.PyTreeCheckpointer().restore(folder.absolute())
+    reader = ocp.PyTreeCheckpointer()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that arrays come without a sharding
+            _check_announced(folder, reader.metadata(folder.absolute()))
+            found = reader.restore(folder.absolute())
+    except Exception as error:  # Orbax, TensorStore and JAX raise kinds of their own
+        said = _text.shown(" ".join(str(error).split()) or type(error).__name__, 200)
+        raise ValueError(f"{path} cannot be read by Orbax ({said}).") from error
     wanted = trees.flatten(like)
     candidates = [trees.flatten(each) for each in _within(found)]
     fits = [flat for flat in candidates if flat.keys() == wanted.keys()]
     nearest = max(candidates, key=lambda flat: len(flat.keys() & wanted.keys()))
     return safetensors.fill(like, (fits or [nearest])[0])
+
+
+def _check_announced(folder: Path, metadata: Any) -> None:
+    """Refuses arrays that no files of this size unpack to, before memory is taken."""
+    inside = getattr(metadata, "item_metadata", metadata)  # of later versions
+    announced = jax.tree.leaves(getattr(inside, "tree", inside))
+    shapes = [leaf.shape for leaf in announced if getattr(leaf, "shape", None) is not None]
+    asked = sum(math.prod(shape) for shape in shapes)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if asked > max(LARGE, MOST_PACKED * size):
+        raise ValueError(f"its arrays have {asked:,} numbers, its files {size:,} bytes")
 
 
 def _within(found: Any) -> Iterator[Any]:
