@@ -1,0 +1,336 @@
+"""The steps of `kdtl language` in their order: teacher, start, students, comparison.
+
+Each takes the `Work` that all share and what the steps before it gave.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from kdtl_jax import language, losses, train, trees
+from kdtl_jax._types import ModelFn, Params
+from kdtl_jax.interop.decoders import PretrainedDecoder
+from kdtl_jax.recipes import _language_cache as of_cache
+from kdtl_jax.recipes import _language_models as of_models
+from kdtl_jax.recipes import _language_report as of_report
+from kdtl_jax.recipes import _language_text as text_rows
+from kdtl_jax.recipes import _language_training as training
+from kdtl_jax.recipes import _progress
+from kdtl_jax.recipes._training import warmed_up
+from kdtl_jax.recipes.settings import UsageError
+from kdtl_jax.run import teacher_cache
+
+DIVERGENCES = {
+    "forward": losses.forward_kl,
+    "reverse": losses.reverse_kl,
+    "jsd": losses.jsd_normalized,
+    "skew": losses.skew_forward_kl,
+    "skew_reverse": losses.skew_reverse_kl,
+    "tv": losses.total_variation,
+}
+SHAPE = {"layers": 4, "width": 128, "heads": 4}  # of a teacher trained here
+
+
+class Keys(NamedTuple):
+    """What is random in a run, each apart from the others."""
+
+    teacher: Array
+    student: Array
+    order: Array
+    sample: Array
+
+
+class Work(NamedTuple):
+    """What all steps of a run share."""
+
+    settings: Any  # `language.Settings`
+    folder: Path
+    teacher: str | None  # folders of given models
+    student: str | None
+    tokenizer: language.Tokenizer
+    text: text_rows.Text
+    run: training.Run
+    learners: Sequence[str]  # all that is trained, in order
+    say: _progress.Progress
+    keys: Keys
+    curves: dict[str, list[dict[str, float]]]  # what was measured of each model, as it is found
+
+    @property
+    def source(self) -> str | None:
+        """The folder that the tokenizer is from."""
+        return self.teacher or self.student
+
+
+class Taught(NamedTuple):
+    """The teacher, its parameters placed on the mesh, and how long it was trained."""
+
+    given: PretrainedDecoder  # as read or trained
+    placed: PretrainedDecoder
+    seconds: float
+
+
+class Built(NamedTuple):
+    """A student and its training."""
+
+    method: language.LanguageMethod
+    student: of_models.Student
+    trained: training.Trained
+
+
+# The teacher, and what students start from.
+
+
+def fresh(work: Work) -> PretrainedDecoder | None:
+    """A student of `--shape`; first of all, so that one that cannot be built is said at once."""
+    settings, tokenizer = work.settings, work.tokenizer
+    if settings.shape is None or settings.pruned:
+        return None
+    return of_models.anew(settings.shape, tokenizer.size, tokenizer.eos, work.keys.student)
+
+
+def teacher(work: Work) -> Taught:
+    """The teacher of a folder, or one that is trained here."""
+    if work.source is not None:
+        found = of_models.load(work.source)
+        measure = _measuring(work, language.model(found.model), language.as_they_are, found)
+        work.curves["teacher"] = [training.as_line(0, measure(found.params))]
+        return Taught(found, _placed(work, found), 0.0)
+    settings, tokenizer = work.settings, work.tokenizer
+    sizes = settings.teacher_shape or SHAPE
+    if max(settings.layers, default=0) >= sizes["layers"]:
+        raise UsageError(
+            f"--layers {max(settings.layers)}: the teacher has {sizes['layers']} layers, "
+            f"0 to {sizes['layers'] - 1}."
+        )
+    found = of_models.anew(sizes, tokenizer.size, tokenizer.eos, work.keys.teacher)
+    if settings.pruned and settings.shape is not None:  # that it can be, before it is trained
+        of_models.pruned(found, settings.shape, lambda _: None)
+    measure = _measuring(work, language.model(found.model), language.as_they_are, found)
+    tx = _optimizer(work, settings.teacher_steps)
+    trained = _teach(
+        work, "teacher", language.sft(language.Setup(found.model, tx)), tx, found.params, None,
+        settings.teacher_steps, lambda params: measure(params, params),
+    )  # fmt: skip
+    found = found._replace(params=trained.params)
+    return Taught(found, _placed(work, found), trained.seconds)
+
+
+def start(work: Work, taught: Taught, fresh: PretrainedDecoder | None) -> PretrainedDecoder:
+    """The student before any method; it is built before the teacher answers all rows."""
+    settings = work.settings
+    return of_models.beginning(
+        taught.placed,
+        folder=work.student if work.teacher else None,
+        fresh=fresh,
+        layers=settings.layers,
+        shape=settings.shape if settings.pruned else None,
+        say=work.say,
+        is_whole=settings.student is not None or settings.method == ("qad",),
+    )
+
+
+def cache(work: Work, taught: Taught) -> teacher_cache.Cache | None:
+    """The teacher's distributions on the rows, where they are to be kept."""
+    settings = work.settings
+    if not settings.teacher_cache:
+        return None
+    return of_cache.written(
+        settings.teacher_cache, taught.given, work.tokenizer, work.text.train,
+        form=settings.cached, batch_size=settings.batch_size, seed=settings.seed, say=work.say,
+    )  # fmt: skip
+
+
+# The students.
+
+
+def students(
+    work: Work,
+    chosen: Sequence[language.LanguageMethod],
+    taught: Taught,
+    start: PretrainedDecoder,
+    cache: teacher_cache.Cache | None,
+) -> list[Built]:
+    """A student by every method, all from one start on the same rows in the same order."""
+    built: list[Built] = []
+    warm: Params = None
+    for method in chosen:
+        student, setup = _student(work, method, taught, start)
+        measure = _measuring(
+            work, language.model(student.decoder), student.weights, taught.placed
+        )  # fmt: skip
+        if not built:
+            work.curves["start"] = [training.as_line(0, measure(student.start))]
+        begin, shared = student.start, taught.placed.params
+        if method.samples and work.settings.start_steps:
+            if warm is None:
+                warm = _warm(work, student, setup, shared, measure)
+            begin = warm
+        if method.teaches_itself:
+            itself = jax.jit(student.weights)(begin)
+            shared = None if method.name == "self_ema" else training.place(itself, work.run.mesh)
+        kept = cache if method.name in of_cache.METHODS else None
+        if kept is None:
+            learner = method.build(setup)
+        else:  # the cache has the tokenizer's ids alone, whatever the tables have
+            learner = language.kd_stored(setup._replace(vocabulary=work.tokenizer.size))
+            shared = None
+        trained = _teach(
+            work, method.name, learner, setup.tx, begin, shared, work.settings.steps, measure,
+            student.trainable, kept,
+        )  # fmt: skip
+        built.append(Built(method, student, trained))
+    return built
+
+
+def _student(
+    work: Work, method: language.LanguageMethod, taught: Taught, start: PretrainedDecoder
+) -> tuple[of_models.Student, language.Setup]:
+    """A method's student, and what builds its step."""
+    settings, tokenizer = work.settings, work.tokenizer
+    student = of_models.student(
+        start,
+        dtype=jnp.bfloat16 if settings.precision == "bfloat16" else None,
+        lora=settings.lora,
+        quantize=of_models.rounding(settings.bits) if method.name == "qad" else None,
+        key=work.keys.student,
+    )
+    rows_of_tables = {x.model.config.vocabulary for x in (taught.placed, start)}
+    setup = language.Setup(
+        student.decoder,
+        _optimizer(work, settings.steps),
+        teacher=taught.placed.model,
+        weights=student.weights,
+        trainable=student.trainable,
+        prompt=settings.prompt,
+        divergence=DIVERGENCES[settings.divergence] if settings.divergence else None,
+        vocabulary=tokenizer.size if len(rows_of_tables) > 1 else None,
+        task=settings.task,
+        share=settings.on_policy,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        stop_tokens=_stops(work),
+        microbatches=settings.microbatches,
+    )
+    return student, setup
+
+
+def _warm(
+    work: Work,
+    student: of_models.Student,
+    setup: language.Setup,
+    shared: Params,
+    measure: training.Measure,
+) -> Params:
+    """Where methods that sample begin: after some steps of kd on the data."""
+    steps = work.settings.start_steps
+    tx = _optimizer(work, steps)
+    learner = language.kd(setup._replace(tx=tx))
+    return _teach(
+        work, "warm", learner, tx, student.start, shared, steps, measure, student.trainable
+    ).params
+
+
+# How they compare.
+
+
+def compared(
+    work: Work, taught: Taught, start: PretrainedDecoder, built: Sequence[Built]
+) -> tuple[list[of_report.Row], list[of_report.Sample]]:
+    """Rows of the report and continued prompts; writes the folders of what was trained.
+
+    Models of one shape share their programs.
+    """
+    settings, first, held_out = work.settings, built[0].student, work.text.held_out
+    models = [
+        ("teacher", "Teacher", taught.placed.model, taught.placed.params, taught.seconds),
+        ("start", "Student before training", first.decoder, first.weights(first.start), 0.0),
+    ]
+    for method, student, trained in built:
+        whole = jax.jit(student.weights)(trained.params)
+        models.append((method.name, method.title, student.decoder, whole, trained.seconds))
+        of_models.write_folder(work.folder / method.name, whole, start, work.source)
+    if work.source is None:
+        of_models.write_folder(
+            work.folder / "teacher", taught.placed.params, taught.placed, None
+        )  # fmt: skip
+    rows, said, programs = [], {}, {}
+    for name, title, decoder, params, seconds in models:
+        if decoder.config not in programs:
+            draw = training.continuing(
+                decoder, held_out, settings.samples, prompt=settings.prompt,
+                length=min(settings.length - settings.prompt, 64), key=work.keys.sample,
+                temperature=0.8, stop_tokens=_stops(work),
+            )  # fmt: skip
+            rate = training.speed(language.model(decoder), params, held_out, settings.batch_size)
+            programs[decoder.config] = draw, rate
+        draw, rate = programs[decoder.config]
+        last = {k.removeprefix("eval/"): v for k, v in work.curves[name][-1].items()}
+        about = {"steps": last.pop("step")} if seconds else {}
+        size = trees.count(params), sum(x.nbytes for x in jax.tree.leaves(params))
+        rows.append(of_report.Row(name, title, last, *size, rate, seconds, about))
+        if settings.samples:
+            said[title] = draw(params)
+    return rows, _samples(work, said)
+
+
+def _samples(work: Work, said: dict[str, list[list[int]]]) -> list[of_report.Sample]:
+    """Held-out prompts, with each model's continuation."""
+    inputs, found = work.text.held_out.inputs, []
+    for i in range(min(work.settings.samples, len(inputs["tokens"]))):
+        prompt = inputs["tokens"][i, : work.settings.prompt]
+        real = inputs["segments"][i, : work.settings.prompt] > 0
+        each = {title: work.tokenizer.decode(rows[i]) for title, rows in said.items()}
+        found.append(of_report.Sample(work.tokenizer.decode(prompt[real].tolist()), each))
+    return found
+
+
+# What the steps share.
+
+
+def _optimizer(work: Work, steps: int) -> optax.GradientTransformation:
+    return warmed_up(work.settings.learning_rate, steps, max(1, steps // 20))
+
+
+def _stops(work: Work) -> tuple[int, ...]:
+    return () if work.tokenizer.eos is None else (work.tokenizer.eos,)
+
+
+def _placed(work: Work, found: PretrainedDecoder) -> PretrainedDecoder:
+    return found._replace(params=training.place(found.params, work.run.mesh))
+
+
+def _measuring(work: Work, model: ModelFn, weights: Any, taught: PretrainedDecoder) -> Any:
+    return training.measuring(
+        model, weights, language.model(taught.model), taught.params,
+        rows=work.text.held_out, text_bytes=work.text.held_out_bytes,
+        batch_size=work.settings.batch_size, vocabulary=work.tokenizer.size, mesh=work.run.mesh,
+    )  # fmt: skip
+
+
+def _teach(
+    work: Work,
+    name: str,
+    learner: language.Learner,
+    tx: optax.GradientTransformation,
+    params: Params,
+    shared: Params,
+    steps: int,
+    measure: training.Measure,
+    trainable: trees.Selector = trees.everything,
+    cache: teacher_cache.Cache | None = None,
+) -> training.Trained:
+    """One model's training; its curve joins the others."""
+    finished = tuple(each for each in work.learners if each in work.curves)
+    moved = _progress.part(work.say, name, len(finished), len(work.learners))
+    run = work.run._replace(finished=finished, moved=moved)
+    state = train.init_state(params, tx, key=work.keys.student, trainable=trainable)
+    found = training.trained(
+        name, learner, state, work.text.train, shared, steps, measure, run, work.keys.order, cache
+    )
+    work.curves[name] = found.curve
+    return found
