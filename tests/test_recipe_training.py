@@ -15,7 +15,7 @@ from tiny import SHORT, kdtl, results, write_data
 
 from kdtl_jax import train
 from kdtl_jax.objective import Inputs
-from kdtl_jax.recipes import _optimizers, _tasks, _training
+from kdtl_jax.recipes import _optimizers, _tasks
 from kdtl_jax.recipes._optimizers import Training
 from kdtl_jax.run import checkpoint, loop
 
@@ -86,7 +86,7 @@ def test_labels_are_smoothed_and_classes_weighted() -> None:
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
     inputs = Inputs({"logits": logits}, {}, {"labels": jnp.asarray(labels)})
     log_p = np.asarray(jax.nn.log_softmax(logits))
-    assert _tasks.task(Training(), labels, 3) is _training.task
+    assert _tasks.task(Training(), labels, 3) is _tasks.cross_entropy
     smooth: Any = replace(Training(), label_smoothing=0.3)
     targets = 0.7 * np.eye(3)[labels] + 0.1
     found = _tasks.task(smooth, labels, 3)(inputs)

@@ -23,6 +23,7 @@ import pytest
 
 from kdtl_jax import Variables, _numerics, losses, memory, train, transforms
 from kdtl_jax.objective import Inputs
+from kdtl_jax.recipes import settings
 from kdtl_jax.run import checkpoint, loop, processes, sharding
 from kdtl_jax.train import precision
 
@@ -246,11 +247,11 @@ def test_bad_placements_say_what_to_do() -> None:
         sharding.make_mesh(data=0)
     with pytest.raises(ValueError, match=r"labels.*multiple of the 4 local devices"):
         sharding.place_batch({"labels": np.zeros(6)}, sharding.make_mesh(data=4))
-    assert sharding.parse_mesh("data=4,fsdp=2") == {"data": 4, "fsdp": 2}
-    assert sharding.parse_mesh("tensor=2") == {"tensor": 2}
-    for text in ("data:4", "model=2", "data=2,data=2"):
-        with pytest.raises(ValueError, match="expected for example 'data=4,fsdp=2'"):
-            sharding.parse_mesh(text)
+    assert settings.mesh_sizes("data=4,fsdp=2") == {"data": 4, "fsdp": 2}
+    assert settings.mesh_sizes("tensor=2", axes=("tensor",)) == {"tensor": 2}
+    for text in ("data:4", "model=2", "data=0", "data=2,data=2"):
+        with pytest.raises(ValueError, match="as in data=4,fsdp=2|'data' is given twice"):
+            settings.mesh_sizes(text)
     with pytest.raises(ValueError, match="give all of coordinator"):
         processes.initialize(coordinator="localhost:1")
 

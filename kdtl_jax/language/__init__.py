@@ -64,6 +64,7 @@ from kdtl_jax.language._sampling import joined as joined
 from kdtl_jax.language._sampling import sample as sample
 from kdtl_jax.language._sampling import sampling_log_probs as sampling_log_probs
 from kdtl_jax.language._terms import as_they_are as as_they_are
+from kdtl_jax.language._terms import counted as counted
 from kdtl_jax.language._terms import cross_entropy as cross_entropy
 from kdtl_jax.language._terms import divergence as divergence
 from kdtl_jax.language._terms import model as model

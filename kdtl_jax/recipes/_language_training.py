@@ -195,9 +195,7 @@ def measuring(
     """`measure(params, told=teacher_params)`: fidelity to the teacher and bits per byte."""
 
     def measures(inputs: Inputs) -> dict[str, Any]:
-        targets, where = language.next_tokens(inputs.batch["inputs"])
-        if inputs.real is not None:
-            where = where & inputs.real[:, None]
+        targets, where = language.counted(inputs)
         found = language.fidelity(
             inputs.student, inputs.batch["teacher"], targets, where, vocabulary=vocabulary
         )

@@ -15,7 +15,7 @@ from kdtl_jax import methods, metrics, trees
 from kdtl_jax._types import Params
 from kdtl_jax.datasets import Kind, Preprocessing
 from kdtl_jax.objective import TermsFn
-from kdtl_jax.recipes import _training
+from kdtl_jax.recipes import _tasks
 from kdtl_jax.run import report, scores
 
 
@@ -136,7 +136,7 @@ def _more_of_numbers(answers: Any, targets: Any, scale: np.ndarray) -> dict[str,
 CLASSES = Measure(
     "classes",
     report.ACCURACY,
-    _training.task,
+    _tasks.cross_entropy,
     ("kd", "dkd"),
     scores.predicted,
     scores.accuracy,

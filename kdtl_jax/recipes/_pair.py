@@ -59,7 +59,7 @@ class Pair(NamedTuple):
     given: Variables | None  # the teacher's, from its file
     files: dict[str, str]  # that were read: {"data": ..., "teacher_weights": ...}
     example: jax.Array  # inputs [1, ...]
-    task: TermsFn = _training.task  # what is learned from the labels
+    task: TermsFn = _tasks.cross_entropy  # what is learned from the labels
     measure: Measure = _measures.CLASSES  # what is learned, and how it is scored
 
 

@@ -10,7 +10,14 @@ from jax import Array
 
 from kdtl_jax import objective
 from kdtl_jax.objective import TermsFn
-from kdtl_jax.recipes import _training
+
+
+def cross_entropy(inputs: objective.Inputs) -> dict[str, Array]:
+    """Cross-entropy with the labels, or with the mixed labels `batch["targets"]` `[B, K]`."""
+    if "targets" not in inputs.batch:
+        return objective.classification(inputs)
+    logits = inputs.student["logits"]
+    return {"task": optax.softmax_cross_entropy(logits, inputs.batch["targets"])}
 
 
 def task(settings: Any, labels: np.ndarray, classes: int) -> TermsFn:
@@ -19,7 +26,7 @@ def task(settings: Any, labels: np.ndarray, classes: int) -> TermsFn:
     `--label-smoothing e` mixes the labels with the uniform distribution, `(1 - e) y + e / K`.
     `--class-weights balanced` weighs an example of class k by `N / (K n_k)`, so that all classes
     together count alike and the mean weight of the training examples is 1. Both concern this term
-    alone; without either it is `_training.task`.
+    alone; without either it is `cross_entropy`.
 
     Args:
       settings: `label_smoothing` and `class_weights`.
@@ -29,7 +36,7 @@ def task(settings: Any, labels: np.ndarray, classes: int) -> TermsFn:
     smoothing = settings.label_smoothing
     weights = balanced(labels, classes) if settings.class_weights == "balanced" else None
     if not smoothing and weights is None:
-        return _training.task
+        return cross_entropy
 
     def terms(inputs: objective.Inputs) -> dict[str, Array]:
         logits, batch = inputs.student["logits"], inputs.batch

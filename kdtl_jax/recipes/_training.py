@@ -70,14 +70,6 @@ def points(seeds: int) -> dict[str, Array]:
     return {"seed": jnp.arange(seeds, dtype=jnp.int32)}
 
 
-def task(inputs: objective.Inputs) -> dict[str, Array]:
-    """Cross-entropy with the labels, or with the mixed labels `batch["targets"]` `[B, K]`."""
-    if "targets" not in inputs.batch:
-        return objective.classification(inputs)
-    logits = inputs.student["logits"]
-    return {"task": optax.softmax_cross_entropy(logits, inputs.batch["targets"])}
-
-
 def views(chosen: tuple[str, ...], classes: int, side: int) -> Callable[[Array, Array, Any], Batch]:
     """`view(key, epoch, batch) -> batch` by names of augmentations; mixed labels as "targets"."""
 

@@ -63,24 +63,6 @@ def make_mesh(
     return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def parse_mesh(text: str) -> dict[str, int]:
-    """`"data=4,fsdp=2"` as keyword arguments of `make_mesh`.
-
-    Raises:
-      ValueError: naming the part that is not `axis=size`.
-    """
-    axes, sizes = (*AXES, "tensor"), dict[str, int]()
-    for part in filter(None, text.split(",")):
-        name, _, size = part.partition("=")
-        if name.strip() not in axes or not size.strip().isdecimal() or name.strip() in sizes:
-            raise ValueError(
-                f"{part!r} is not understood; expected for example 'data=4,fsdp=2' "
-                f"with axes {', '.join(axes)}, each at most once."
-            )
-        sizes[name.strip()] = int(size)
-    return sizes
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
