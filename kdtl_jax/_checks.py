@@ -104,8 +104,10 @@ def within(low: float, high: float, **scalars: Any) -> None:
 
 
 def scalar(**scalars: Any) -> None:
-    """Raises ValueError unless every value has shape `[]`."""
+    """Raises ValueError unless every value has shape `[]`, TypeError unless it is real."""
     for name, value in scalars.items():
+        if jnp.iscomplexobj(value):
+            raise TypeError(f"{name} must be real, got {value!r}.")
         if np.shape(value):
             raise ValueError(
                 f"{name} must be one number, got {described(**{name: value})}. "

@@ -39,6 +39,7 @@ def flip(keys: Array, images: Array, *, probability: float | Array = 0.5) -> Arr
       probability: in `[0, 1]`.
     """
     _check_images(keys, images)
+    _checks.scalar(probability=probability)
     _checks.within(0, 1, probability=probability)
     mirrored = jax.vmap(lambda k: jax.random.bernoulli(k, probability))(keys)
     return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
@@ -165,5 +166,6 @@ def _check_mix(inputs: Array, targets: Array, alpha: float | Array, where: Array
     _checks.floating(inputs=inputs, targets=targets)
     _checks.rank(2, 2, targets=targets)
     _checks.same_batch(inputs=inputs, targets=targets)
+    _checks.scalar(alpha=alpha)
     _checks.positive(alpha=alpha)
     _checks.mask(where, jnp.shape(inputs)[:1])

@@ -316,7 +316,16 @@ def _covariance(batch: _Batch) -> Array:
 
 
 def _gaussians(square: Array, scale: Scalar, alphas: Sequence[Scalar]) -> Array:
+    _checks.non_negative(scale=scale)
+    for alpha in alphas:
+        _checks.positive(alphas=alpha)
     widths = [
         2 * _numerics.scalar(alpha, square) * _numerics.scalar(scale, square) for alpha in alphas
     ]
-    return sum((jnp.exp(-square / width) for width in widths[1:]), jnp.exp(-square / widths[0]))
+
+    def kernel(width: Array) -> Array:
+        """Of equal rows alone where the scale is 0, as that of a batch of equal rows is."""
+        usual = jnp.exp(-square / jnp.where(width == 0, 1, width))
+        return jnp.where(width == 0, (square == 0).astype(square.dtype), usual)
+
+    return sum((kernel(width) for width in widths[1:]), kernel(widths[0]))

@@ -60,6 +60,9 @@ def stoch_norm(
     """
     _checks.floating(x=x)
     _checks.rank(2, x=x)
+    _checks.scalar(momentum=momentum, eps=eps)
+    _checks.within(0, 1, momentum=momentum)
+    _checks.non_negative(eps=eps)
     channels = (x.shape[-1],)
     vectors = {"scale": scale, "offset": offset, "mean": running.mean, "var": running.var}
     if any(jnp.shape(vector) != channels for vector in vectors.values()):

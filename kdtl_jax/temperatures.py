@@ -96,6 +96,7 @@ def adversarial_ramp(steps: int, *, strength: float = 1.0) -> Schedule:
     Raises:
       ValueError: if steps is not positive.
     """
+    _checks.scalar(steps=steps, strength=strength)
     _checks.positive(steps=steps)
 
     decay = optax.cosine_decay_schedule(strength, steps)

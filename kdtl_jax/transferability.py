@@ -229,6 +229,7 @@ def transrate(
     References:
       Huang et al., Frustratingly Easy Transferability Estimation, 2022 (2106.09362).
     """
+    _checks.scalar(eps=eps)
     _checks.positive(eps=eps)
     features, _, member, known = _labeled(features, labels, num_classes, where)
     features = _numerics.centered(features, where)

@@ -174,6 +174,8 @@ def batch_norm(*, eps: float = 1e-5) -> Connector:
     in float32 or wider, or by running statistics (`Connector.evaluate`). `eps` is added to the
     variance, so it is in squared feature units, as everywhere; 1e-5 is torch's.
     """
+    _checks.scalar(eps=eps)
+    _checks.non_negative(eps=eps)
 
     def init(key: Array, x: Any) -> Params:
         floating(x)
@@ -302,6 +304,9 @@ def variance(*, initial: float = 5.0, eps: float = 1e-5) -> Connector:
 
     Both are in squared feature units.
     """
+    _checks.scalar(initial=initial, eps=eps)
+    _checks.non_negative(eps=eps)
+    _checks.positive(**{"initial - eps": initial - eps})
 
     def init(key: Array, x: Any) -> Params:
         floating(x)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, losses
+from kdtl_jax import _checks, _numerics, losses
 from kdtl_jax._types import Params, Scalar
 from kdtl_jax.models import Cache, Decoder, init_cache
 
@@ -79,11 +79,10 @@ def sampling_log_probs(
     _checks.non_negative(temperature=temperature)
     wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
-    def rows(value: Any) -> Array:
-        value = jnp.asarray(value)
-        return value if value.ndim == 0 else value[..., None]
+    def rows(value: Any, dtype: Any = wide.dtype) -> Array:
+        return _numerics.per_example(value, jnp.zeros(wide.shape[:-1], dtype))[..., None]
 
-    t = rows(temperature).astype(wide.dtype)
+    t = rows(temperature)
     first = jnp.argmax(wide, axis=-1, keepdims=True)
     is_first = jax.lax.broadcasted_iota(first.dtype, wide.shape, wide.ndim - 1) == first
     greedy = jnp.where(is_first, jnp.zeros((), wide.dtype), -jnp.inf)
@@ -91,20 +90,20 @@ def sampling_log_probs(
     if top_k is not None:
         _checks.within(1, float("inf"), top_k=top_k)
         ranked = jnp.flip(jnp.sort(z, axis=-1), axis=-1)
-        place = jnp.minimum(rows(top_k), z.shape[-1]).astype(jnp.int32) - 1
+        place = jnp.minimum(rows(top_k, jnp.int32), z.shape[-1]) - 1
         place = jnp.broadcast_to(place, (*z.shape[:-1], 1))
         z = jnp.where(z >= jnp.take_along_axis(ranked, place, axis=-1), z, -jnp.inf)
     if top_p is not None:
         _checks.within(0, 1, top_p=top_p)
         order = jnp.argsort(z, axis=-1)
         mass = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(z, order, axis=-1), axis=-1), axis=-1)
-        out = (mass <= 1 - rows(top_p).astype(z.dtype)).at[..., -1].set(False)
+        out = (mass <= 1 - rows(top_p)).at[..., -1].set(False)
         place = jnp.argsort(order, axis=-1)
         z = jnp.where(jnp.take_along_axis(out, place, axis=-1), -jnp.inf, z)
     if min_p is not None:
         _checks.within(0, 1, min_p=min_p)
         p = jax.nn.softmax(z, axis=-1)
-        floor = rows(min_p).astype(z.dtype) * jnp.max(p, axis=-1, keepdims=True)
+        floor = rows(min_p) * jnp.max(p, axis=-1, keepdims=True)
         z = jnp.where(p >= floor, z, -jnp.inf)
     return jax.nn.log_softmax(z, axis=-1)
 

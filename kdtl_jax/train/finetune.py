@@ -127,8 +127,10 @@ def layer_decay(
     References:
       Clark et al., ELECTRA, 2020; Bao et al., BEiT, 2021 (2106.08254); timm.
     """
+    _checks.scalar(decay=decay, min_scale=min_scale)
     _checks.positive(decay=decay)
     _checks.within(0, 1, decay=decay)
+    _checks.within(0, 1, min_scale=min_scale)
     if not jax.tree.leaves(ids):
         raise ValueError(f"ids must have leaves, got {ids!r}. Make it by layer_ids.")
     highest = max(int(np.max(leaf)) for leaf in jax.tree.leaves(ids))

@@ -99,6 +99,7 @@ def ema_decay(decay: float = 0.999) -> Schedule:
     References:
       Tarvainen and Valpola, 2017 (1703.01780). KD-Lib takes min(1e-3, ...) once an epoch.
     """
+    _checks.scalar(decay=decay)
     _checks.within(0, 1, decay=decay)
 
     def schedule(step: Array) -> Array:

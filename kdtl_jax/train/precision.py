@@ -100,6 +100,7 @@ def loss_scaling(
     References:
       Micikevicius et al., Mixed Precision Training, 2018 (1710.03740).
     """
+    _checks.scalar(initial=initial, period=period, factor=factor, smallest=smallest)
     if initial <= 0 or factor <= 1 or period < 1 or smallest <= 0:
         raise ValueError(
             "initial and smallest must be > 0, factor > 1 and period >= 1, got "

@@ -193,6 +193,7 @@ def lora(
       Hu et al., LoRA, 2021 (2106.09685).
     """
     _check_rank(rank)
+    _checks.scalar(alpha=alpha)
 
     def view(path: str, leaf: PyTree) -> MatrixView:
         return _adapters.matrix_view(path, leaf, in_axis, out_axis)
@@ -251,6 +252,7 @@ def dora(
       Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, 2024 (2402.09353).
     """
     _check_rank(rank)
+    _checks.scalar(alpha=alpha)
 
     def view(path: str, leaf: PyTree) -> MatrixView:
         return _adapters.matrix_view(path, leaf, in_axis, out_axis)

@@ -49,7 +49,9 @@ def sce(
     References:
       Wan et al., FuseChat, 2024 (2408.07990), SCE; mergekit's `sce`.
     """
+    _checks.scalar(top=top)
     _checks.within(0, 1, top=top)
+    _checks.non_negative(floor=floor)
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
         found = sce_selection(lambda: _blocks.row_blocks(leaves), top=top, floor=floor)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import jax.numpy as jnp
 
-from kdtl_jax import _numerics
+from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import Array, Params, Scalar
 from kdtl_jax.transforms import _blocks, _leaves, _ranking
 from kdtl_jax.transforms._blocks import Read
@@ -35,6 +35,7 @@ def near_swap(base: Params, model: Params, *, t: Scalar) -> Params:
     References:
       mergekit's `nearswap` (2403.13257).
     """
+    _checks.non_negative(t=t)
 
     def formula(i: int, path: str, a: Array, b: Array) -> Array:
         gap, within = jnp.abs(a - b), _numerics.scalar(t, a)
@@ -127,6 +128,9 @@ def ram(
     References:
       Reinforced Agent Merging, 2026 (2601.13572); mergekit's `ram` and `ramplus_tl`.
     """
+
+    _checks.scalar(epsilon=epsilon, gain=gain, limit=limit)
+    _checks.non_negative(epsilon=epsilon, limit=limit)
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
         def read() -> Iterable[Sequence[Array]]:

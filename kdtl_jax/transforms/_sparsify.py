@@ -300,6 +300,9 @@ def rescale_l1(sparse: PyTree, original: PyTree, *, floor: float = 0.0) -> PyTre
     leaf whose kept entries happen to be small is blown up.
     """
 
+    _checks.scalar(floor=floor)
+    _checks.non_negative(floor=floor)
+
     def formula(i: int, path: str, kept: Array, whole: Array) -> Array:
         norms = [l1_norms(*pieces) for pieces in _blocks.row_blocks([whole, kept])]
         return kept * l1_ratio(norms, floor=floor)

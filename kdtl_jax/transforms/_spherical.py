@@ -9,7 +9,7 @@ by passes over the pieces, then `sum(share_i * piece_i)`.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,8 +50,7 @@ def slerp(
       target: the same structure and shapes.
       t: 0 gives the source, 1 the target; a number, traced scalar, or one number per leaf;
         leaves that no rule names stay the source's.
-      axis: None takes a leaf as one vector, else the axis along which its rows run (leaves
-        of fewer axes are one vector).
+      axis: along which a leaf's rows run; None, or a leaf of fewer axes, is one vector.
       threshold: of the cosine's size. 1.0 with `axis=-1` is mergekit's NuSLERP.
 
     Returns:
@@ -63,6 +62,7 @@ def slerp(
     References:
       Shoemake, Animating rotation with quaternion curves, 1985; mergekit's `slerp`.
     """
+    _checks.scalar(threshold=threshold)
     values = _leaves.coefficients(t, source)
 
     def formula(i: int, path: str, a: Array, b: Array) -> Array:
@@ -138,15 +138,14 @@ def karcher_mean(
     References:
       Karcher, Riemannian center of mass, 1977; mergekit's `karcher` (2403.13257).
     """
+    _checks.scalar(tolerance=tolerance)
+    _checks.non_negative(tolerance=tolerance)
     named = _leaves.numbered("models", models)
     by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
         _leaves.nonzero_total(path, by_leaf[i])
-
-        def read() -> Iterable[Sequence[Array]]:
-            return _blocks.row_blocks(leaves)
-
+        read = functools.partial(_blocks.row_blocks, leaves)
         rest = {"iterations": iterations, "tolerance": tolerance}
         return _mixed(leaves, karcher_shares(read, by_leaf[i], **rest))
 
@@ -183,6 +182,7 @@ def model_stock(
     """
     if len(models) < 2:
         raise ValueError(f"expected two or more models, got {len(models)}.")
+    _checks.non_negative(floor=floor)
 
     def formula(i: int, path: str, start: Array, *leaves: Array) -> Array:
         deltas = [leaf - start for leaf in leaves]

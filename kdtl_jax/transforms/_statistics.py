@@ -47,6 +47,7 @@ def fisher_merge(
     """
     if len(fishers) != len(models):
         raise ValueError(f"expected {len(models)} Fisher trees, one per model, got {len(fishers)}.")
+    _checks.non_negative(floor=floor)
     named = _leaves.numbered("models", models)
     named |= _leaves.numbered("fishers", fishers)
     by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
