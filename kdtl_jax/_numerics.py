@@ -17,6 +17,7 @@ from jax import Array
 # Where `|log p - log q|` is below this, differences of p and q go by series. Smaller would be
 # cheaper and lose digits: sharp distributions know p and q to 1e-5 only, but log p - log q to 1e-7.
 NEAR = 1.0
+UNIT = 2.0**80  # by which what is too small, or too large, to be squared is multiplied
 FEW = 32  # so many classes or fewer are summed over the outermost axis
 
 
@@ -140,7 +141,7 @@ def log_ratio(
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     near = both & (jnp.abs(d) < NEAR)
     excess = jnp.where(near, q * _near_expm1(jnp.where(near, d, 0)), p - q)
-    r = jnp.sum(excess, axis=-1, keepdims=True)
+    r = jnp.clip(jnp.sum(excess, axis=-1, keepdims=True), -0.5, 1)
     return jnp.where(both, d - jnp.log1p(jax.lax.stop_gradient(r)), 0)
 
 
@@ -234,8 +235,9 @@ def _compared(p_logits: Array, q_logits: Array, difference: Array, axis: int) ->
     d = jnp.where(both, difference - shift, 0)
     near = both & (jnp.abs(d) < NEAR)
     excess = jnp.where(near, q * _near_expm1(jnp.where(near, d, 0)), p - q)
-    r = jax.lax.stop_gradient(jnp.sum(excess, axis=axis, keepdims=True))
-    d = jnp.where(both, d - jnp.log1p(r), 0)
+    # Far above any use, at logits of 1e15, rounding leaves no correction but nonsense.
+    r = jnp.clip(jnp.sum(excess, axis=axis, keepdims=True), -0.5, 1)
+    d = jnp.where(both, d - jnp.log1p(jax.lax.stop_gradient(r)), 0)
     return _Compared(in_p, in_q, near, p, q, d, _near_expm1_plus(jnp.where(near, d, 0)))
 
 
@@ -316,17 +318,9 @@ def rescaled(x: Array, *, axis: int | tuple[int, ...] | None = None) -> Array:
 
 
 def normalize(x: Array, *, axis: int | tuple[int, ...] = -1) -> Array:
-    """`x / ||x||` at any scale; a zero vector stays zero with gradient 0.
+    """`x / ||x||` at any scale, in one pass; a zero vector stays zero with gradient 0.
 
     There is no floor: torch's `normalize` leaves vectors shorter than 1e-12 shorter than 1.
-    """
-    return unit(rescaled(x, axis=axis), axis=axis)
-
-
-def unit(x: Array, *, axis: int | tuple[int, ...] = -1) -> Array:
-    """`x / ||x||` in three operations per element; a zero vector stays zero with gradient 0.
-
-    Cheaper than `normalize`, but the squares must be in range (norms of 1e-19 to 1e19).
     """
     return _unit(x, axis)
 
@@ -348,9 +342,16 @@ def _unit_jvp(
 
 
 def _inverse_norm(x: Array, axis: int | tuple[int, ...]) -> Array:
-    squares = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
-    zero = squares == 0
-    return jnp.where(zero, 0, jax.lax.rsqrt(jnp.where(zero, 1, squares)))
+    """`1 / ||x||`, 0 of a zero vector; squares are summed in three units, of which one fits."""
+    squares, of_small, of_large = (
+        jnp.sum(jnp.square(x * factor), axis=axis, keepdims=True) for factor in (1, UNIT, 1 / UNIT)
+    )
+    is_small, is_large = squares < 1e-30, squares > 1e30
+    zero = of_small == 0
+    usual = jax.lax.rsqrt(jnp.where(is_small, 1, squares))
+    small = jax.lax.rsqrt(jnp.where(zero, 1, of_small)) * UNIT
+    inverse = jnp.where(is_small, small, jnp.where(is_large, jax.lax.rsqrt(of_large) / UNIT, usual))
+    return jnp.where(zero, 0, inverse)
 
 
 def masked_mean(

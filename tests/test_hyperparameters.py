@@ -70,13 +70,15 @@ def test_arrays_and_complex_numbers_are_refused(name: str) -> None:
 def test_sampling_options_are_one_number_or_one_per_example(option: str) -> None:
     logits = jax.random.normal(KEY, (3, 3, 5))
     each = np.asarray([0.3, 0.6, 0.9], np.float32)
-    found = language.sampling_log_probs(logits, **{option: each})  # by example, not by position
+    found = language.sampling_log_probs(
+        logits, **{option: jnp.asarray(each)}
+    )  # by example, not by position
     for row, value, got in zip(logits, each, found, strict=True):
-        want = language.sampling_log_probs(row, **{option: float(value)})
+        want = language.sampling_log_probs(row, **{option: jnp.asarray(value)})
         np.testing.assert_allclose(got, want, rtol=1e-5)
     for shape in ((1,), (3, 1), (5,)):
         with pytest.raises(ValueError, match="one number or one per example"):
-            language.sampling_log_probs(logits, **{option: np.full(shape, 0.5)})
+            language.sampling_log_probs(logits, **{option: jnp.full(shape, 0.5)})
 
 
 def test_negative_and_unknown_numbers_are_refused() -> None:

@@ -37,8 +37,17 @@ SCALE_FREE: dict[str, tuple[Callable[..., Any], list[Any]]] = {
     "ickd": (losses.ickd, MAPS),
     "nst": (losses.nst, MAPS),
     "affinity": (losses.affinity, MAPS),
+    "skd_direction": (losses.skd_direction, ROWS),
+    "ega_node": (losses.ega_node, ROWS),
+    "dcd_invariance": (losses.dcd_invariance, ROWS),
     "kdsvd": (lambda s, t: losses.kdsvd([s, 2 * s], [t, s]), MAPS),
 }
+
+
+# Those that need squares of the features themselves, and say in what range.
+IN_RANGE = {"pkt", "pkd_pearson", "cosine_distance", "attention_transfer", "factor_transfer"}
+FAR = ((1e-20, 1e-20), (1e-28, 1.0), (1.0, 1e20), (1e20, 1e20))
+NEAR = ((1e-15, 1e-15), (1e15, 1e15))
 
 
 @pytest.mark.parametrize("name", SCALE_FREE)
@@ -46,8 +55,9 @@ def test_scale_free_losses(name: str) -> None:
     fn, (student, teacher) = SCALE_FREE[name]
     run = jax.jit(jax.value_and_grad(lambda s, t: jnp.sum(fn(s, t) ** 2)))
     want, slope = run(student, teacher)
-    for scale in SCALES:
-        value, gradient = run(scale * student, teacher / scale)
+    opposite = tuple((scale, 1 / scale) for scale in SCALES)
+    for scale, other in opposite + (NEAR if name in IN_RANGE else FAR):
+        value, gradient = run(scale * student, other * teacher)
         np.testing.assert_allclose(value, want, rtol=1e-3, atol=1e-6)
         # Homogeneous of degree -1, like the derivative of any function of directions.
         np.testing.assert_allclose(

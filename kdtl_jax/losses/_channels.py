@@ -87,7 +87,7 @@ def nst(student: Array, teacher: Array) -> Array:
       (1707.01219).
     """
     student, teacher = _sides.same_positions(student, teacher)
-    u, v = (_numerics.unit(_by_channel(x)) for x in (student, teacher))
+    u, v = (_numerics.normalize(_by_channel(x)) for x in (student, teacher))
     (width, positions), others = u.shape[1:], v.shape[1]
     if positions * (width + others) <= width**2 + others**2 + width * others:
         moments = (_numerics.gram(m, m) / m.shape[-1] for m in map(_swap, (u, v)))
@@ -169,7 +169,7 @@ def affinity(student: Array, teacher: Array) -> Array:
       He et al., Knowledge Adaptation for Efficient Semantic Segmentation, 2019 (1903.04688).
     """
     student, teacher = _sides.same_shape(student, teacher, at_least=3)
-    x, y = (_numerics.unit(_by_channel(side)) for side in (student, teacher))
+    x, y = (_numerics.normalize(_by_channel(side)) for side in (student, teacher))
     apart, together = (jnp.sum(jnp.square(z), axis=-1) for z in (x - y, x + y))
     lengths = jnp.sum(jnp.square(x), axis=-1) - jnp.sum(jnp.square(y), axis=-1)
     norms = _numerics.safe_sqrt(0.5 * (apart * together + jnp.square(lengths)))

@@ -112,7 +112,7 @@ def _similarities(
     """Scaled cosines `[B, B]`, and which columns are real examples."""
     _checks.positive(temperature=temperature)
     sides = _sides.real(where, *_sides.same_shape(student, teacher))
-    s, t = (_numerics.unit(_numerics.batch_flat(side)) for side in sides)
+    s, t = (_numerics.normalize(_numerics.batch_flat(side)) for side in sides)
     others = None if where is None else jnp.broadcast_to(where[None, :], (len(s), len(s)))
     return _numerics.gram(s, t) / _numerics.scalar(temperature, s), others
 
@@ -155,8 +155,8 @@ def rrd(
             f"{_checks.described(queue=queue, student=student)}."
         )
     rows = _numerics.cast(queue, student)
-    toward_s = _numerics.gram(_numerics.unit(student), rows)
-    toward_t = _numerics.gram(_numerics.unit(teacher), rows)
+    toward_s = _numerics.gram(_numerics.normalize(student), rows)
+    toward_t = _numerics.gram(_numerics.normalize(teacher), rows)
     toward_s = toward_s / _numerics.scalar(student_temperature, student)
     toward_t = toward_t / _numerics.scalar(teacher_temperature, student)
     return _numerics.kept(_numerics.kl_from_logits(toward_t, toward_s), where)
@@ -234,7 +234,7 @@ def bi_tuning_projection(
     as_logits = jax.ShapeDtypeStruct((len(queries), any_class), queries.dtype)
     _checks.labels(labels, as_logits, where)
     labels, usable = _numerics.usable_labels(labels, any_class, where)
-    scores = _numerics.gram(_numerics.unit(queries), _numerics.unit(keys))
+    scores = _numerics.gram(_numerics.normalize(queries), _numerics.normalize(keys))
     return _numerics.at_usable(_class_contrast(scores, labels, temperature, usable), usable, where)
 
 
@@ -277,7 +277,7 @@ def unit_features(features: Array) -> Array:
     """`[h, 1] / ||[h, 1]||`, `[B, D] -> [B, D + 1]`: features as the head's bias sees them."""
     features = _sides.one(features, at_least=2, at_most=2)
     ones = jnp.ones((features.shape[0], 1), features.dtype)
-    return _numerics.unit(jnp.concatenate([features, ones], axis=-1))
+    return _numerics.normalize(jnp.concatenate([features, ones], axis=-1))
 
 
 def unit_classes(class_weights: Array, class_bias: Array) -> Array:
@@ -285,4 +285,4 @@ def unit_classes(class_weights: Array, class_bias: Array) -> Array:
     rows = jnp.concatenate(
         [_numerics.upcast(class_weights).T, _numerics.upcast(class_bias)[:, None]], axis=-1
     )
-    return _numerics.unit(rows)
+    return _numerics.normalize(rows)

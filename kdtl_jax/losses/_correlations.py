@@ -75,7 +75,7 @@ def itrd_mutual(student: Array, teacher: Array, *, where: Array | None = None) -
       (2112.00459).
     """
     sides = (_numerics.batch_flat(side) for side in _sides.same_batch(student, teacher))
-    units = (_numerics.unit(side) for side in _sides.real(where, *sides))
+    units = (_numerics.normalize(side) for side in _sides.real(where, *sides))
     gram_s, gram_t = (_numerics.gram(unit, unit) for unit in units)
     own, shared = _trace_one(gram_s), _trace_one(gram_s * gram_t)
     return jnp.sum(jnp.square(own) - jnp.square(shared), axis=-1)
@@ -105,7 +105,7 @@ def feature_correlation(student: Array, teacher: Array, *, where: Array | None =
       (2112.00459).
     """
     sides = _sides.real(where, *_sides.same_shape(student, teacher, at_most=2))
-    s, t = (_numerics.unit(_numerics.centered(x, where), axis=0) for x in sides)
+    s, t = (_numerics.normalize(_numerics.centered(x, where), axis=0) for x in sides)
     return jnp.sum(s * t, axis=0)
 
 
@@ -127,7 +127,7 @@ def pkd_pearson(
       teacher: the same shape (resize the smaller map bilinearly, `connectors.resize_bilinear`).
       ddof: the variance divides by `n - ddof`.
       eps: added to the standard deviation, so in feature units; the authors' constant. With
-        `eps=0` the value does not depend on the features' scale.
+        `eps=0` the value does not depend on the features' scale (1e-18 to 1e18).
       where: bool `[B]`, real examples.
 
     Raises:
@@ -206,7 +206,7 @@ def ridge_hint(
 
 def _unit_features(x: Array) -> Array:
     """Each example centered over its features, of unit length."""
-    return _numerics.unit(x - jnp.mean(x, axis=1, keepdims=True), axis=1)
+    return _numerics.normalize(x - jnp.mean(x, axis=1, keepdims=True), axis=1)
 
 
 def _flat(student: Array, teacher: Array, where: Array | None) -> tuple[Array, ...]:

@@ -25,7 +25,8 @@ def attention_map(x: Array, *, power: int | float = 2) -> Array:
       power: `p > 0`, a Python number.
 
     Returns:
-      `[B, positions]` of unit length; a zero map stays zero.
+      `[B, positions]` of unit length; a zero map stays zero. The scale of x does not matter as long
+      as `|x|^p` is in float32's range: 1e-18 to 1e18 for p = 2.
 
     References:
       Zagoruyko and Komodakis, Paying More Attention to Attention, 2017 (1612.03928).
@@ -87,7 +88,8 @@ def factor_transfer(
     The factors come from `connectors.translator` (student) and a trained
     `connectors.paraphraser` (teacher). With p = 1 torchdistill and mmrazor average over
     elements: divide `.mean()` by the elements per example. Knowledge adaptation (1903.04688) is
-    the same formula on adapted features.
+    the same formula on adapted features. The scale of either side does not matter as long as
+    `|x|^q` is in float32's range: 1e-18 to 1e18 for q = 2.
 
     Args:
       student: `[B, ...]`.
@@ -158,7 +160,7 @@ def catkd(student: Array, teacher: Array, *, resolution: int = 2) -> Array:
 
 
 def _pooled_unit(x: Array, size: tuple[int, int]) -> Array:
-    return _numerics.unit(_pooling.pool_to(x, size), axis=(1, 2))
+    return _numerics.normalize(_pooling.pool_to(x, size), axis=(1, 2))
 
 
 def hcl(student: Array, teacher: Array, *, sizes: Sequence[int] = (4, 2, 1)) -> Array:

@@ -135,7 +135,7 @@ def cc(
     """
     _checks.positive(gamma=gamma)
     _checks.count(0, order=order)
-    units = (_numerics.unit(x) for x in _flat(student, teacher, where))
+    units = (_numerics.normalize(x) for x in _flat(student, teacher, where))
     kernels = (gaussian_taylor_kernel(x, gamma=gamma, order=order) for x in units)
     return _mean_over_others(jnp.square(jnp.subtract(*kernels)), where)
 
