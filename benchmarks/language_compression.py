@@ -1,0 +1,174 @@
+"""Pruned and quantized language models: what distillation gives beyond training.
+
+    python benchmarks/language_compression.py pruned
+    python benchmarks/language_compression.py quantized
+
+A teacher of four layers learns the text that the package carries, in bytes, for every seed.
+
+- pruned: two of its layers distilled, the same two fine-tuned, two new ones trained; equal steps.
+- quantized: its kernels in 4 and 3 bits, a scale for 32 inputs each: learning from the teacher with
+  the rounding in place (QAD), learning from the text so (QAT), and only rounded. KL to the teacher.
+
+Intervals are 95 % over seeds; differences are paired.
+"""
+
+import argparse
+from functools import partial
+from importlib import resources
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from kdtl_jax import language, models, train, transforms
+from kdtl_jax.run import report
+
+LENGTH, BATCH, LAYERS, WIDTH = 64, 16, 4, 96
+KEPT = (0, 2)
+KERNELS = r"layers_\d+/(attention|mlp)/.*kernel"
+
+
+def decoder(layers: int) -> models.Decoder:
+    """A small one on bytes, with learned positions."""
+    config = models.DecoderConfig(
+        vocabulary=257, width=WIDTH, layers=layers, heads=4, key_heads=4, head_width=WIDTH // 4,
+        hidden=3 * WIDTH, learned_positions=LENGTH, is_tied=True,
+    )  # fmt: skip
+    return models.decoder(config)
+
+
+def rows(text: bytes) -> dict[str, Any]:
+    """The text in rows."""
+    count = len(text) // LENGTH
+    tokens = np.frombuffer(text[: count * LENGTH], np.uint8).reshape(count, LENGTH)
+    return {"inputs": {"tokens": jnp.asarray(tokens, jnp.int32)}}
+
+
+def learning(method: Any, steps: int, rate: float, student: Any, teacher: Any, weights: Any) -> Any:
+    """`learn(params, data, teacher_params, key)` by a method; compiled once for all seeds."""
+    tx = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 20), steps))
+    learner = method(language.Setup(student, tx, teacher=teacher, weights=weights))
+    epoch = train.jit_epoch(learner.step)
+
+    def learn(params: Any, data: Any, teacher_params: Any, key: jax.Array) -> Any:
+        state = train.init_state(jax.tree.map(jnp.copy, params), tx, key=key)  # it is given away
+        count = len(data["inputs"]["tokens"])
+        epochs = range(-(-steps // (count // BATCH)))
+        order = [train.epoch_index(key, i, count, BATCH) for i in epochs]
+        state, _ = epoch(state, data, jnp.concatenate(order)[:steps], teacher_params)
+        return state.params
+
+    return learn
+
+
+def measuring(student: Any, teacher: Any, weights: Any = language.as_they_are) -> Any:
+    """`measure(params, teacher_params, inputs)`: bits per byte, and KL to the teacher."""
+    model, told = language.model(student, weights), language.model(teacher)
+
+    @jax.jit
+    def measure(params: Any, teacher_params: Any, inputs: Any) -> dict[str, jax.Array]:
+        ours, theirs = model(params, None, inputs)[0], told(teacher_params, None, inputs)[0]
+        found = language.fidelity(ours, theirs, *language.next_tokens(inputs))
+        nats = found.nats.value() / jnp.log(2)
+        return {"bits per byte": nats, "KL(T||S)": found.forward_kl.value()}
+
+    return measure
+
+
+def taught(steps: int) -> Any:
+    """`teach(data, key)`."""
+    teacher = decoder(LAYERS)
+    learn = learning(language.sft, 4 * steps, 2e-3, teacher, teacher, language.as_they_are)
+    init = jax.jit(teacher.init)
+    return lambda data, key: learn(init(key), data, None, key)
+
+
+def pruned(seeds: int, steps: int, text: bytes) -> None:
+    """Half of the layers distilled, the same fine-tuned, the same from nothing."""
+    (data, held_out), same = halves(text), language.as_they_are
+    teacher, student = decoder(LAYERS), decoder(len(KEPT))
+    teach, init = taught(steps), jax.jit(student.init)
+    measure, own = measuring(student, teacher), measuring(teacher, teacher)
+    kd, sft = (
+        learning(method, steps, 2e-3, student, teacher, same)
+        for method in (language.kd, language.sft)
+    )
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    rename = transforms.layer_map(r"layers_(\d+)/.*", KEPT)
+    found: dict[str, dict[str, list[float]]] = {}
+    for seed in range(seeds):
+        key, other = jax.random.split(jax.random.key(seed))
+        told = teach(data, key)
+        half, _ = transforms.transfer(told, shapes, rename=rename)
+        note(found, "teacher", own(told, told, held_out))
+        for name, learn, start in (
+            ("pruned, distilled", kd, half),
+            ("pruned, fine-tuned", sft, half),
+            ("from nothing, fine-tuned", sft, init(other)),
+        ):
+            note(found, name, measure(learn(start, data, told, key), told, held_out))
+    show(found)
+
+
+def quantized(seeds: int, steps: int, text: bytes) -> None:
+    """At 4 and 3 bits: distilled, fine-tuned, and only rounded."""
+    data, held_out = halves(text)
+    model, teach = decoder(LAYERS), taught(steps)
+    found: dict[str, dict[str, list[float]]] = {}
+    ways = {}
+    for bits in (4, 3):
+        quantizer = partial(transforms.int_by_group, bits=bits, group=32)
+        rounded = partial(transforms.fake_quantize, quantizer=quantizer, where=KERNELS)
+        measure = measuring(model, model, rounded)
+        for name, method in (("QAD", language.qad), ("QAT", language.sft)):
+            ways[f"{bits} bits, {name}"] = (
+                learning(method, steps, 3e-4, model, model, rounded), measure,
+            )  # fmt: skip
+        ways[f"{bits} bits, rounding"] = (lambda params, data, told, key: params), measure
+    for seed in range(seeds):
+        key = jax.random.key(seed)
+        told = teach(data, key)
+        for name, (learn, measure) in ways.items():
+            note(found, name, measure(learn(told, data, told, key), told, held_out))
+    show(found)
+
+
+def halves(text: bytes) -> tuple[Any, Any]:
+    """What is learned from, and what is measured on: the last twentieth."""
+    at = len(text) * 19 // 20
+    return rows(text[:at]), rows(text[at:])["inputs"]
+
+
+def note(found: Any, name: str, measured: Any) -> None:
+    """Keeps a measurement and prints it."""
+    values = {what: float(value) for what, value in measured.items()}
+    for what, value in values.items():
+        found.setdefault(name, {}).setdefault(what, []).append(value)
+    print(name, values, flush=True)
+
+
+def show(found: dict[str, dict[str, list[float]]]) -> None:
+    """A line per number, and the paired differences of neighbors: mean and half-width."""
+    lines = {f"{name}: {what}": v for name, each in found.items() for what, v in each.items()}
+    names = [name for name in found if name != "teacher"]
+    for one, two in zip(names, names[1:], strict=False):
+        for what, values in found[one].items():
+            paired = np.subtract(found[two][what], values).tolist()
+            lines[f"{two} above {one}, paired: {what}"] = paired
+    for name, values in lines.items():
+        interval = report.interval(np.asarray(values))
+        half = "" if interval.high is None else f" ± {interval.high - interval.mean:.5f}"
+        print(f"{name}: {interval.mean:.5f}{half}", flush=True)
+
+
+if __name__ == "__main__":
+    proofs = {f.__name__: f for f in (pruned, quantized)}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("proof", choices=proofs)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200)
+    given = parser.parse_args()
+    shakespeare = resources.files("kdtl_jax.datasets").joinpath("shakespeare.txt").read_bytes()
+    proofs[given.proof](given.seeds, given.steps, shakespeare)
