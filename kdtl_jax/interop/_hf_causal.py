@@ -21,6 +21,7 @@ from kdtl_jax.interop._hf_config import (
 )
 from kdtl_jax.interop._hf_encoders import check_heads, tokens
 from kdtl_jax.interop._hf_family import Family, Found, Head, dense, embedding, norm
+from kdtl_jax.interop._hf_rope import frequencies
 from kdtl_jax.interop.naming import Rule, linear, same
 
 _HEAD = (Rule("lm_head.weight", "head/kernel", linear),)
@@ -163,7 +164,7 @@ def rope_frequencies(config: Config, head_width: int) -> tuple[float, ...]:
         raise ValueError(f"config.json: the rope type {kind!r} does not read {named}.")
     numbers = {key: _positive(key, rope.get(key)) for key in ("rope_theta", *known[kind])}
     theta = numbers["rope_theta"]
-    plain = [theta ** (-2 * i / head_width) for i in range(head_width // 2)]
+    plain = frequencies(theta, head_width)
     if kind == "default":
         return tuple(plain)
     factor = numbers["factor"]

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from kdtl_jax import _text
 from kdtl_jax.interop._hf_config import Config
 from kdtl_jax.models import Rope
@@ -63,7 +65,7 @@ def rope(
     width = int(width * partial)
     if width > 1 << 16:
         raise ValueError(f"config.json: heads of {width} channels are wider than any model has.")
-    plain = [theta ** (-2 * i / width) for i in range(width // 2)]
+    plain = frequencies(theta, width)
     kind = given.get("rope_type", given.get("type")) or "default"
     if kind == "default":
         return Rope(tuple(plain))
@@ -102,6 +104,18 @@ def rope(
         f"rope type {_text.quoted(kind)} is not built here (only default, linear, llama3, yarn and "
         "longrope)."
     )
+
+
+def frequencies(theta: float, width: int) -> list[float]:
+    """`theta ** (-2 i / width)` of the pairs of a head, rounded as transformers rounds them.
+
+    Exponent, power and reciprocal are float32 there. A frequency one step away turns a far
+    position by an angle that logits show.
+    """
+    exponents = np.arange(0, width - 1, 2, dtype=np.float32) / np.float32(width)
+    with np.errstate(over="ignore", divide="ignore"):
+        powers = np.power(theta, exponents.astype(np.float64)).astype(np.float32)
+        return [float(f) for f in np.float32(1) / powers]
 
 
 def _positive(config: Config, key: str, default: float) -> float:

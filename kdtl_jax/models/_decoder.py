@@ -32,7 +32,7 @@ from kdtl_jax._types import Params
 from kdtl_jax.losses import Head
 from kdtl_jax.models import _decoder_layer
 from kdtl_jax.models._decoder_config import Cache, DecoderConfig
-from kdtl_jax.models._decoder_layer import Kind, kinds, normalized, places_of, written
+from kdtl_jax.models._decoder_layer import Kind, Slots, kinds, normalized, places_of, written
 
 # Axis of each weight that several devices share in a layer's work: of heads, of hidden units, of
 # the vocabulary. Fused kernels are split by their inputs, where their parts need no care.
@@ -225,39 +225,44 @@ def _apply(
     if config.learned_positions:
         x = x + jnp.take(params["positions"]["embedding"], at, axis=0).astype(x.dtype)
 
-    start = None if cache is None else cache.length
-
-    def layer(x: Array, weights: Params, kind: Kind, memory: Any) -> tuple[Array, Any]:
-        return _decoder_layer.layer(config, x, weights, kind, places, memory, start)
+    def layer(
+        x: Array, weights: Params, kind: Kind, slots: Slots | None
+    ) -> tuple[Array, Slots | None]:
+        return _decoder_layer.layer(config, x, weights, kind, places, slots)
 
     if remat_policy is not None:
         layer = jax.checkpoint(layer, policy=remat_policy)
-    by_layer = kinds(config), None if cache is None else (cache.keys, cache.values)
+    every = kinds(config)
+    slots = None
+    if cache is not None:
+        slots = Slots(cache.keys, cache.values, jnp.int32(0), cache.length)
     if "layers" in params:
         # Of every layer's output those that are asked for are kept: others are dropped at once.
         kept = [x if place == 0 else jnp.zeros_like(x) for place in taps]
 
         def next_layer(carry: Any, each: Any) -> Any:
-            number, *own = each
-            x, both = layer(carry[0], *own)
+            (x, slots), (number, weights, kind) = carry[0], each
+            if slots is not None:
+                slots = slots._replace(layer=number - 1)
+            x, slots = layer(x, weights, kind, slots)
             pairs = zip(taps, carry[1], strict=True)
-            return (x, [jnp.where(number == place, x, old) for place, old in pairs]), both
+            return ((x, slots), [jnp.where(number == place, x, old) for place, old in pairs]), None
 
-        every = jnp.arange(1, config.layers + 1), params["layers"], *by_layer
-        (x, kept), filled = jax.lax.scan(next_layer, (x, kept), every)
+        numbers = jnp.arange(1, config.layers + 1, dtype=jnp.int32)
+        start = (x, slots), kept
+        ((x, slots), kept), _ = jax.lax.scan(next_layer, start, (numbers, params["layers"], every))
     else:
-        states, collected = [x], []
+        states = [x]
         for i in range(config.layers):
-            one = jax.tree.map(lambda a, i=i: a[i], by_layer)
-            x, both = layer(x, params[f"layers_{i}"], *one)
+            if slots is not None:
+                slots = slots._replace(layer=jnp.int32(i))
+            kind = jax.tree.map(lambda a, i=i: a[i], every)
+            x, slots = layer(x, params[f"layers_{i}"], kind, slots)
             states.append(x)
-            collected.append(both)
         kept = [states[place] for place in taps]
-        filled = jax.tree.map(lambda *a: jnp.stack(a), *collected)
-    if cache is not None:
-        keys, values = filled
+    if cache is not None and slots is not None:
         length = cache.length + jnp.int32(tokens.shape[1])
-        cache = cache._replace(keys=keys, values=values, length=length)
+        cache = cache._replace(keys=slots.keys, values=slots.values, length=length)
     return normalized(config.norm, x, params["norm"]), cache, kept
 
 

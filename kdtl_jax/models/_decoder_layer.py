@@ -45,6 +45,15 @@ class Places(NamedTuple):
     ends: Array  # positions of the row [B, 1, 1]
 
 
+class Slots(NamedTuple):
+    """The cached keys and values `[layers, B, S, ...]`; a layer's own, and the next to fill."""
+
+    keys: Array
+    values: Array
+    layer: Array
+    start: Array
+
+
 def places_of(positions: Array, segments: Array, cache: Cache | None) -> Places:
     """Of queries `[B, L]` before keys `[B, L]`, or before those of the cache `[B, S]`."""
     keys = (positions, segments) if cache is None else (cache.positions, cache.segments)
@@ -60,13 +69,12 @@ def layer(
     weights: Params,
     own: Kind,
     places: Places,
-    memory: tuple[Array, Array] | None,
-    start: Array | None,
-) -> tuple[Array, tuple[Array, Array] | None]:
+    slots: Slots | None,
+) -> tuple[Array, Slots | None]:
     """One layer: attention, then feed-forward, each with its residual."""
     pre = config.has_pre_norms
     y = normalized(config.norm, x, weights["attention_norm"]) if pre else x
-    y, filled = _attention(config, y, weights["attention"], own, places, memory, start)
+    y, filled = _attention(config, y, weights["attention"], own, places, slots)
     if config.has_post_norms:
         y = normalized(config.norm, y, weights["attention_post_norm"])
     x = x + y
@@ -83,9 +91,8 @@ def _attention(
     weights: Params,
     own: Kind,
     places: Places,
-    memory: tuple[Array, Array] | None,
-    start: Array | None,
-) -> tuple[Array, tuple[Array, Array] | None]:
+    slots: Slots | None,
+) -> tuple[Array, Slots | None]:
     batch, length, _ = x.shape
     count, width = config.key_heads, config.head_width
     if config.fuses_qkv:
@@ -102,12 +109,20 @@ def _attention(
         query = normalized(config.norm, query, weights["query_norm"])
         key = normalized(config.norm, key, weights["key_norm"])
     query, key = _rotated((query, key), own, places)
-    if memory is not None and start is not None:
-        key, value = written(memory[0], key, start), written(memory[1], value, start)
+    if slots is not None:
+        # Written into the array of all layers, where a loop keeps it, and read from there.
+        at = (slots.layer, jnp.int32(0), slots.start, jnp.int32(0), jnp.int32(0))
+        keys, values = (
+            jax.lax.dynamic_update_slice(all_layers, new[None].astype(all_layers.dtype), at)
+            for all_layers, new in ((slots.keys, key), (slots.values, value))
+        )
+        slots = slots._replace(keys=keys, values=values)
+        key, value = (
+            jax.lax.dynamic_index_in_dim(a, slots.layer, keepdims=False) for a in (keys, values)
+        )
     visible = places.visible & (places.distance < own.window)
     y = _attend(config, query, key.astype(query.dtype), value.astype(query.dtype), visible)
-    filled = None if memory is None else (key, value)
-    return _dense(y.reshape(batch, length, -1), weights["out"]), filled
+    return _dense(y.reshape(batch, length, -1), weights["out"]), slots
 
 
 def _attend(config: DecoderConfig, query: Array, key: Array, value: Array, visible: Array) -> Array:

@@ -1,0 +1,497 @@
+"""Language models against PyTorch: a distillation step, sampling, the loss at vocabulary scale.
+
+Command:   python benchmarks/language.py [--parts step sampling vocabulary] [--rounds 5]
+               [--json out.json]
+Peers:     PyTorch with transformers' Llama, eager and under torch.compile; Liger's chunked loss,
+           compiled (each skipped with a line where it is missing; `pip install torch==2.13.0
+           transformers==5.24.0` and `pip install --no-deps liger-kernel==0.8.5`).
+
+step: one KD step (forward KL, AdamW) of a decoder of 12.6 million parameters taught by one of 26.6
+million, 8 x 128 tokens, vocabulary 8,192; both libraries start from the same folder of weights, and
+loss and gradient are compared before anything is timed. Beside it the share of the machine's matrix
+products: multiplications that the step needs, over its time, over those per second of one product
+of 2,048 x 2,048 matrices. sampling: 64 tokens after 16 from the same decoder, through a cache of
+keys and values, by one row and by eight; greedy continuations are compared first. vocabulary: KL
+and its gradients by hidden states and head (width 512, teacher's 1,024) in chunks of tokens, beside
+the same matrix products in the same chunks and nothing else ("products"); value and gradient are
+compared with Liger's. Memory is what the resident set grows above the inputs and the gradients, in
+a process of its own, the second time it runs.
+
+A round runs every form once; ratios are medians over the rounds' own ratios. On an accelerator the
+decoders compute in bfloat16 and the peers, which are there for processors, are left out.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from kdtl_jax import language, losses, models, train
+from kdtl_jax.interop import decoders
+from kdtl_jax.losses import Head
+
+ON_CPU = jax.default_backend() == "cpu"
+ROWS, LENGTH, PROMPT, NEW = (8, 128, 16, 64) if ON_CPU else (64, 512, 16, 64)
+WIDTH, TEACHER_WIDTH = 512, 1024
+CORES = len(os.sched_getaffinity(0))
+Form = Callable[[], Any]  # runs to completion
+Results = dict[str, Any]
+
+
+def config(width: int, hidden: int, layers: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "vocab_size": 8192,
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+    }
+
+
+STUDENT, TEACHER = config(384, 1024, 6), config(512, 1408, 8)
+
+
+clock = time.perf_counter
+
+
+def measure(forms: dict[str, Form], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every form in every round, interleaved, after one warm-up."""
+    for form in forms.values():
+        form()
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(rounds):
+        for name, form in forms.items():
+            start = clock()
+            form()
+            seconds[name].append(clock() - start)
+    return seconds
+
+
+def over(seconds: dict[str, list[float]], name: str, base: str) -> float:
+    """Median of the rounds' own ratios of times."""
+    pairs = zip(seconds[name], seconds[base], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def table(seconds: dict[str, list[float]], ours: str, note: dict[str, str] | None = None) -> None:
+    for name, times in seconds.items():
+        print(
+            f"  {name:42s} {1e3 * statistics.median(times):9.1f} ms (least {1e3 * min(times):8.1f})"
+            f"  {over(seconds, name, ours):5.2f} times ours  {(note or {}).get(name, '')}"
+        )
+
+
+def agree(what: str, ours: Any, theirs: Any, tolerance: float) -> None:
+    """Stops the script where two libraries do not compute the same."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    print(f"  {what}: {float(ours.ravel()[0]):.6g}, the peer's within {error:.1e}")
+    if not error <= tolerance:
+        raise SystemExit(f"{what} differs from the peer's by {error:.1e}, more than {tolerance}.")
+
+
+def found(name: str, hint: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        print(f"  {name} is not installed: left out (pip install {hint})")
+        return False
+    return ON_CPU
+
+
+def decoder_pair() -> tuple[decoders.PretrainedDecoder, decoders.PretrainedDecoder]:
+    keys = jax.random.split(jax.random.key(0))
+    student, teacher = map(decoders.initialized, (STUDENT, TEACHER), keys)
+    # Sharper than at the start of training, so that greedy texts do not hang on ties.
+    return student._replace(params=jax.tree.map(lambda x: 2 * x, student.params)), teacher
+
+
+def in_torch(source: decoders.PretrainedDecoder) -> Any:
+    """The same weights as transformers' model."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        decoders.save(folder, source.params, source.rules, config=source.config)
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+
+
+def size(source: decoders.PretrainedDecoder) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(source.params))
+
+
+def step_flops(student: decoders.PretrainedDecoder, teacher: decoders.PretrainedDecoder) -> float:
+    """Multiply-adds twice: of the teacher forward, of the student forward and twice backward."""
+    of_attention = [
+        4 * LENGTH * c["num_hidden_layers"] * c["hidden_size"] for c in (STUDENT, TEACHER)
+    ]
+    forward = [2 * size(s) + a for s, a in zip((student, teacher), of_attention, strict=True)]
+    return ROWS * LENGTH * (3 * forward[0] + forward[1])
+
+
+def step(rounds: int) -> Results:
+    print("\nKD step")
+    student, teacher = decoder_pair()
+    dtype = jnp.float32 if ON_CPU else jnp.bfloat16
+    ours, theirs = (models.decoder(s.model.config, dtype=dtype) for s in (student, teacher))
+    tx = optax.adamw(1e-4)
+    model = language.model(ours)
+    terms = language.divergence(losses.forward_kl)
+    run = train.jit_step(
+        train.make_step(model, terms, {"kd": 1.0}, tx, teacher=language.model(theirs))
+    )
+    tokens = jax.random.randint(jax.random.key(1), (ROWS, LENGTH), 0, STUDENT["vocab_size"])
+    batch = {"inputs": {"tokens": tokens}}
+
+    @jax.jit
+    def value_and_norm(params: Any, teacher_params: Any) -> Any:
+        def loss(params: Any) -> Array:
+            hidden, _ = ours.apply(params, tokens)
+            aims, _ = theirs.apply(teacher_params, tokens)
+            given = hidden, ours.head(params), aims, theirs.head(teacher_params)
+            where = jnp.arange(LENGTH)[None].repeat(ROWS, 0) < LENGTH - 1
+            return losses.chunked_divergence(losses.forward_kl, *given, where=where).value()
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        return value, optax.global_norm(gradient)
+
+    checked = [float(x) for x in value_and_norm(student.params, teacher.params)]
+    state = train.init_state(jax.tree.map(jnp.copy, student.params), tx, key=jax.random.key(2))
+    first = True
+
+    def jax_step() -> None:
+        nonlocal state, first
+        state, metrics = run(state, batch, teacher.params)
+        jax.block_until_ready(state)
+        if first:
+            agree("kdtl_jax's step and its loss apart", metrics["loss"].value(), checked[0], 1e-3)
+            first = False
+
+    n = 2048 if ON_CPU else 8192
+    square = jax.random.normal(jax.random.key(3), (n, n)).astype(dtype)
+    product = jax.jit(jnp.matmul)
+    forms: dict[str, Form] = {
+        "kdtl_jax": jax_step,
+        f"one product of {n} x {n}": lambda: jax.block_until_ready(product(square, square)),
+    }
+    if found("torch", "torch==2.13.0") and found("transformers", "transformers==5.24.0"):
+        forms |= torch_steps(student, teacher, np.asarray(tokens), checked)
+    seconds = measure(forms, rounds)
+    flops = step_flops(student, teacher)
+    ceiling = 2 * n**3 / min(seconds[f"one product of {n} x {n}"])
+    share = {
+        name: f"{flops / statistics.median(times) / ceiling:5.1%} of the products' speed"
+        for name, times in seconds.items()
+        if not name.startswith("one product")
+    }
+    per_second = ROWS * LENGTH / statistics.median(seconds["kdtl_jax"])
+    print(
+        f"  {size(student):,} parameters taught by {size(teacher):,}, {ROWS} x {LENGTH} tokens, "
+        f"{flops / 1e9:.0f} GFLOP; {ceiling / 1e9:.0f} GFLOP/s; {per_second:.0f} tokens/s"
+    )
+    table(seconds, "kdtl_jax", share)
+    return {"seconds": seconds, "flops": flops, "ceiling": ceiling, "tokens_per_second": per_second}
+
+
+def torch_steps(student: Any, teacher: Any, tokens: np.ndarray, checked: list[float]) -> Any:
+    import torch
+    from torch.nn import functional as F
+
+    torch.set_num_threads(CORES)
+    data = torch.tensor(tokens).long()
+    frozen = in_torch(teacher).eval().requires_grad_(False)
+
+    def build(is_compiled: bool) -> Form:
+        learner = in_torch(student)
+        optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-4, fused=True)
+
+        def loss() -> Any:
+            with torch.no_grad():
+                aim = frozen(data, use_cache=False).logits[:, :-1].flatten(0, 1)
+                aim = F.log_softmax(aim, dim=-1)
+            logits = learner(data, use_cache=False).logits[:, :-1].flatten(0, 1)
+            log_p = F.log_softmax(logits, dim=-1)
+            return F.kl_div(log_p, aim, reduction="batchmean", log_target=True)
+
+        run, is_first = torch.compile(loss) if is_compiled else loss, True
+
+        def form() -> None:
+            nonlocal is_first
+            optimizer.zero_grad()
+            value = run()
+            value.backward()
+            if is_first:
+                norm = torch.stack([p.grad.double().norm() for p in learner.parameters()]).norm()
+                agree("loss", checked[0], value.item(), 1e-4)
+                agree("norm of the gradient", checked[1], norm.item(), 1e-4)
+                is_first = False
+            optimizer.step()
+
+        return form
+
+    return {"torch eager": build(False), "torch.compile": build(True)}
+
+
+def sampling(rounds: int) -> Results:
+    print(f"\nSampling: {NEW} tokens after {PROMPT}")
+    student, _ = decoder_pair()
+    prompts = jax.random.randint(jax.random.key(4), (8, PROMPT), 0, STUDENT["vocab_size"])
+
+    @partial(jax.jit, static_argnames="rows")
+    def sample(params: Any, key: Array, temperature: Array, rows: int) -> Array:
+        keys = jax.random.split(key, rows)
+        more: Any = {"keys": keys, "length": NEW, "temperature": temperature}
+        return language.sample(student.model, params, prompts[:rows], **more).tokens
+
+    def ours(rows: int) -> Form:
+        return lambda: sample(
+            student.params, jax.random.key(5), jnp.float32(1), rows
+        ).block_until_ready()
+
+    forms: dict[str, Form] = {f"kdtl_jax, {rows} rows": ours(rows) for rows in (1, 8)}
+    if found("torch", "torch==2.13.0") and found("transformers", "transformers==5.24.0"):
+        import torch
+
+        model = in_torch(student).eval()
+        fixed = {"max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0}
+
+        def generate(rows: int, **how: Any) -> Any:
+            given = torch.tensor(np.asarray(prompts[:rows])).long()
+            mask = torch.ones_like(given)
+            with torch.inference_mode():
+                return model.generate(given, attention_mask=mask, **fixed, **how)
+
+        model.generation_config.eos_token_id = None
+        greedy = np.asarray(sample(student.params, jax.random.key(5), jnp.float32(0), 8))
+        same = greedy == generate(8, do_sample=False)[:, PROMPT:].numpy()
+        print(f"  greedy continuations equal to transformers': {same.mean():.1%} of {same.size}")
+        if same.mean() < 0.95:
+            raise SystemExit("greedy continuations differ from transformers'.")
+
+        def theirs(rows: int, threads: int) -> Form:
+            def form() -> None:
+                torch.set_num_threads(threads)
+                generate(rows, do_sample=True, top_k=0)
+                torch.set_num_threads(CORES)
+
+            return form
+
+        for rows in (1, 8):
+            for threads in sorted({1, CORES}):
+                forms[f"transformers, {rows} rows, {threads} threads"] = theirs(rows, threads)
+    seconds = measure(forms, rounds)
+    for rows in (1, 8):
+        own = {name: times for name, times in seconds.items() if f" {rows} rows" in name}
+        table(
+            own,
+            f"kdtl_jax, {rows} rows",
+            {
+                name: f"{rows * NEW / statistics.median(times):.0f} tokens/s"
+                for name, times in own.items()
+            },
+        )
+    return {"seconds": seconds}
+
+
+def vocabulary_arrays(tokens: int, classes: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+
+    def normal(rows: int, columns: int, scale: float = 1.0) -> np.ndarray:
+        return scale * rng.standard_normal((rows, columns), np.float32)
+
+    return [
+        normal(tokens, WIDTH),
+        normal(WIDTH, classes, WIDTH**-0.5),
+        normal(tokens, TEACHER_WIDTH),
+        normal(TEACHER_WIDTH, classes, TEACHER_WIDTH**-0.5),
+    ]
+
+
+def products(chunk: int, h: Array, kernel: Array, teacher_h: Array, teacher_kernel: Array) -> Any:
+    """The matrix products of the loss, a chunk of tokens at a time, and the sum over chunks."""
+    wide = partial(jnp.matmul, preferred_element_type=jnp.float32)
+
+    def add(total: Array, rows: Any) -> Any:
+        by_logits = (wide(rows[0], kernel) - wide(rows[1], teacher_kernel)).astype(h.dtype)
+        by_kernel = jax.lax.dot_general(
+            rows[0], by_logits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return total + by_kernel, by_logits @ kernel.T
+
+    chunks = [x.reshape(-1, chunk, x.shape[-1]) for x in (h, teacher_h)]
+    total, by_h = jax.lax.scan(add, jnp.zeros(kernel.shape, jnp.float32), tuple(chunks))
+    return by_h, total.astype(kernel.dtype)
+
+
+def chunked(chunk: int, h: Array, kernel: Array, teacher_h: Array, teacher_kernel: Array) -> Array:
+    heads = Head(kernel), Head(teacher_kernel)
+    return losses.chunked_divergence(
+        losses.forward_kl, h, heads[0], teacher_h, heads[1], chunk_size=chunk
+    ).value()
+
+
+def dense(h: Array, kernel: Array, teacher_h: Array, teacher_kernel: Array) -> Array:
+    return jnp.mean(losses.forward_kl(h @ kernel, teacher_h @ teacher_kernel))
+
+
+def vocabulary_form(kind: str, tokens: int, classes: int, chunk: int, dtype: str) -> Form:
+    """`() -> (loss, by hidden states, by head)`, as this kind of form computes it."""
+    given = vocabulary_arrays(tokens, classes)
+    if kind == "Liger":
+        import torch
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        torch.set_num_threads(CORES)
+        h, kernel, teacher_h, teacher_kernel = (
+            torch.tensor(x).to(getattr(torch, dtype)) for x in given
+        )
+        kernel, teacher_kernel = kernel.T.contiguous(), teacher_kernel.T.contiguous()
+        h.requires_grad_(True)
+        kernel.requires_grad_(True)
+        none = torch.zeros(tokens, dtype=torch.long)
+        loss = LigerFusedLinearJSDLoss(0.0, 1.0, beta=0.0, compiled=True, chunk_size=chunk)
+
+        def liger() -> Any:
+            value = loss(h, kernel, teacher_h, teacher_kernel, none)
+            value.backward()
+            found = value.detach(), h.grad, kernel.grad
+            h.grad = kernel.grad = None
+            return found
+
+        return liger
+    arrays = [jnp.asarray(x, dtype) for x in given]
+    own = {"dense": dense, "chunked": partial(chunked, chunk)}
+    function: Any = partial(products, chunk)
+    if kind in own:
+        function = jax.value_and_grad(own[kind], argnums=(0, 1))
+    program = jax.jit(function)
+    return lambda: jax.block_until_ready(program(*arrays))
+
+
+# Classes, tokens, our chunk, Liger's chunk (the faster of 256 and 1,024).
+SCALES = ((32_768, 1024, 256, 1024), (131_072, 1024, 64, 256))
+
+
+def vocabulary(rounds: int) -> Results:
+    results: Results = {}
+    has_liger = found("torch", "torch==2.13.0") and found(
+        "liger-kernel", "--no-deps liger-kernel==0.8.5"
+    )
+    for classes, tokens, chunk, liger_chunk in SCALES:
+        for dtype in ("float32", "bfloat16"):
+            print(f"\nKL over {classes:,} classes, {tokens:,} tokens, {dtype}, chunks of {chunk}")
+            forms = {
+                "products": vocabulary_form("products", tokens, classes, chunk, dtype),
+                "kdtl_jax": vocabulary_form("chunked", tokens, classes, chunk, dtype),
+            }
+            if has_liger:
+                name = f"Liger, compiled, chunks of {liger_chunk}"
+                forms[name] = vocabulary_form("Liger", tokens, classes, liger_chunk, dtype)
+                tolerance = 1e-4 if dtype == "float32" else 3e-2
+                ours, theirs = forms["kdtl_jax"](), forms[name]()
+                agree("loss", ours[0], theirs[0].float(), tolerance)
+                for what, a, b in zip(("h", "W"), ours[1], theirs[1:], strict=True):
+                    norms = jnp.linalg.norm(a.astype(jnp.float32)), b.double().norm()
+                    agree(f"norm of the gradient by {what}", *norms, tolerance)
+                del ours, theirs
+            seconds = measure(forms, rounds)
+            table(seconds, "kdtl_jax")
+            print(f"  times the products: {over(seconds, 'kdtl_jax', 'products'):.2f}")
+            results[f"{classes} {dtype}"] = {"seconds": seconds}
+            del forms
+            gc.collect()
+    classes, tokens, chunk, liger_chunk = SCALES[-1]
+    kinds = [("chunked", chunk), ("dense", 0)] + [("Liger", liger_chunk)] * has_liger
+    print(f"\nMemory, {classes:,} classes, {tokens:,} tokens, float32")
+    for kind, own in kinds:
+        command = [sys.executable, __file__, "--memory", kind, str(tokens), str(classes), str(own)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        megabytes = float(done.stdout.split()[-1])
+        print(f"  {kind:10s} {megabytes:7.0f} MB")
+        results[f"memory {kind}"] = megabytes
+    print(f"  chunked is 1/{results['memory dense'] / results['memory chunked']:.1f} of dense")
+    return results
+
+
+def memory(kind: str, tokens: int, classes: int, chunk: int) -> float:
+    """Megabytes by which the resident set grows above inputs and gradients, the second time."""
+    form = vocabulary_form(kind, tokens, classes, chunk, "float32")
+    form()
+    gc.collect()
+
+    def resident(name: str) -> int:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith(name)) * 1024
+
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak is now what is resident
+    before = resident("VmRSS")
+    form()
+    gradients = 4 * WIDTH * (tokens + classes)
+    return (resident("VmHWM") - before - gradients) / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Example: python benchmarks/language.py")
+    parts = {"step": step, "sampling": sampling, "vocabulary": vocabulary}
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--rounds", type=int, default=5, help="of the losses 3 at most")
+    parser.add_argument("--json", help="write the seconds here")
+    parser.add_argument("--memory", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--busy", action="store_true", help="processor time, for a busy machine (with taskset -c 0)"
+    )
+    args = parser.parse_args()
+    if args.busy:
+        global clock
+        clock = time.process_time
+    if args.memory:
+        print(memory(args.memory[0], *map(int, args.memory[1:])))
+        return
+    names = ("kdtl_jax", "jax", "torch", "transformers", "liger-kernel")
+    versions = {"python": platform.python_version()}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    device = jax.devices()[0].device_kind
+    print(f"{platform.machine()}, {CORES} cores, {device}, load {os.getloadavg()[0]:.1f}")
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    begun = time.perf_counter()
+    results = {
+        name: parts[name](min(3, args.rounds) if name == "vocabulary" else args.rounds)
+        for name in args.parts
+    }
+    print(f"\n{time.perf_counter() - begun:.0f} s; load {os.getloadavg()[0]:.1f}")
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"versions": versions, **results}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
