@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from kdtl_jax import language, losses, models, transforms
-from kdtl_jax.interop import _hf_decoders, decoders, safetensors
+from kdtl_jax.interop import _hf_decoders, _hf_rope, decoders, safetensors
 
 FOLDERS = Path(__file__).parent / "data" / "decoders"
 FAMILIES = sorted(folder.name for folder in FOLDERS.iterdir())
@@ -96,6 +96,13 @@ def test_stacked_layers_give_the_numbers_of_separate_ones(name: str):
     np.testing.assert_allclose(
         logits(name, tokens, stacked), logits(name, tokens), atol=3e-6, rtol=1e-5
     )
+
+
+def test_rotary_frequencies_are_rounded_as_transformers_rounds_them():
+    """Where one rounding of `10000 ** (-2 i / 64)` gives another float32: bits from torch 2.13."""
+    found = np.asarray(_hf_rope.frequencies(10_000.0, 64), np.float32)
+    bits = {5: 1047712803, 9: 1033475085, 12: 1023510243, 20: 995049016, 28: 967166816}
+    assert {i: int(found[i].view(np.uint32)) for i in bits} == bits
 
 
 def test_taps_are_what_runs_along_the_layers():
