@@ -1,7 +1,8 @@
 """How good predictions are: classes, probabilities, several labels at once, and numbers.
 
 On the host, in float64: `labels` `[N]` are 0..K-1, `predicted` `[N]` are classes, where -1 stands
-for no answer (`run.scores.predicted` of logits that are not finite) and counts as wrong.
+for no answer (`run.scores.predicted` of logits that are not finite): it is of no class, and shares
+of right answers are NaN.
 `probabilities` `[N, K]` have rows that sum to 1. What is undefined, such as the precision of a
 class that was never named, is NaN.
 
@@ -33,9 +34,10 @@ class Calibration(NamedTuple):
 
 
 def accuracy(predicted: Any, labels: Any) -> float:
-    """The share of right classes."""
+    """The share of right classes; NaN if an example has no answer, as in `run.scores.accuracy`."""
     predicted, labels = _pair(predicted, labels)
-    return float(np.mean(predicted == labels))
+    _check_labels(labels, int(labels.max()) + 1)
+    return float(np.mean(predicted == labels)) if _are_answers(predicted) else float("nan")
 
 
 def confusion(predicted: Any, labels: Any, classes: int) -> np.ndarray:
@@ -59,8 +61,9 @@ def per_class(predicted: Any, labels: Any, classes: int) -> PerClass:
 
 
 def balanced_accuracy(predicted: Any, labels: Any, classes: int) -> float:
-    """The mean recall over the classes that occur in `labels`."""
-    return float(np.nanmean(per_class(predicted, labels, classes).recall))
+    """The mean recall over the classes that occur in `labels`; NaN as `accuracy`."""
+    recall = per_class(predicted, labels, classes).recall
+    return float(np.nanmean(recall)) if _are_answers(np.asarray(predicted)) else float("nan")
 
 
 def negative_log_likelihood(probabilities: Any, labels: Any) -> float:
@@ -195,10 +198,14 @@ def _pair(found: Any, wanted: Any) -> tuple[np.ndarray, np.ndarray]:
     return found, wanted
 
 
+def _are_answers(predicted: np.ndarray) -> bool:
+    return bool((predicted >= 0).all())
+
+
 def _check_labels(labels: np.ndarray, classes: int) -> None:
     """Refuses what indexing would take: a label of -1 is not the last class."""
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
-            f"labels must be whole numbers in 0..{classes - 1}, got {labels.dtype} from "
+            f"labels must be whole numbers in 0..{max(classes, 1) - 1}, got {labels.dtype} from "
             f"{labels.min()} to {labels.max()}"
         )

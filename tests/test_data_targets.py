@@ -1,5 +1,6 @@
 """Targets of three kinds, what describes how they are read, and what is said of data beforehand."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,43 @@ def test_what_looks_wrong_is_said() -> None:
     lacking = parts._replace(train=parts.train.subset(np.flatnonzero(parts.train.labels != 1)))
     assert "no train example of '1'" in datasets.warnings(lacking)
     assert not datasets.warnings(datasets.read_splits("digits"))
+
+
+@pytest.mark.parametrize(
+    ("cells", "target", "words"),
+    [
+        ([None, [1], [2, 0]] * 20, "auto", "a label is missing at row 0, got None"),
+        ([[1, None], [1], [2, 0]] * 20, "auto", r"a label is missing at row 0, got \[1, None\]"),
+        ([["x", None], ["y"]] * 30, "auto", r"a label is missing at row 0, got \['x', None\]"),
+        ([[1, 3], [0, 2]] * 30, "auto", "Say which: --target labels or --target numbers"),
+        ([2**60, 2**60 + 1] * 30, "auto", r"whole numbers above 2\^53 apart"),
+        ([[1, 3], [0, 2]] * 30, "labels", None),
+        ([[1, 3], [0, 2]] * 30, "numbers", None),
+    ],
+)
+def test_lists_in_arrow_columns(
+    tmp_path: Path, cells: list[Any], target: Any, words: str | None
+) -> None:
+    pq.write_table(pa.table(columns(tags=cells)), tmp_path / "a.parquet")
+
+    def read() -> Any:
+        return datasets.read(tmp_path / "a.parquet", label="tags", target=target)
+
+    if words is not None:
+        with pytest.raises(ValueError, match=words):
+            read()
+        return
+    wanted = [[0, 1, 0, 1], [1, 0, 1, 0]] if target == "labels" else cells[:2]
+    np.testing.assert_array_equal(read().labels[:2], wanted)
+
+
+@pytest.mark.parametrize(("first", "words"), [([-1, 0], r"lie in 0\.\.2, got \[-1, 0\] at row 0"),
+                                              (None, "a label is missing at row 0")])  # fmt: skip
+def test_numbers_of_named_classes_in_lists(tmp_path: Path, first: Any, words: str) -> None:
+    feature = {"feature": {"names": ["a", "b", "c"], "_type": "ClassLabel"}, "_type": "Sequence"}
+    about = json.dumps({"info": {"features": {"tags": feature}}})
+    cells = columns(tags=[first, [2], *([[0, 1]] * 58)])
+    whole = pa.table(cells).replace_schema_metadata({b"huggingface": about.encode()})
+    pq.write_table(whole, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=words):
+        datasets.read(tmp_path / "a.parquet", label="tags")

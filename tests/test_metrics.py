@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from kdtl_jax import metrics
+from kdtl_jax.run import scores
 
 LABELS = np.array([0, 0, 0, 1, 1, 2])
 NAMED = np.array([0, 0, 1, 1, -1, 1])  # the fifth has no answer
@@ -18,8 +19,18 @@ def test_classes_one_by_one() -> None:
     np.testing.assert_allclose(found.recall, [2 / 3, 1 / 2, 0, np.nan])
     np.testing.assert_allclose(found.f1, [4 / 5, 2 / 5, 0, np.nan])
     assert found.support.tolist() == [3, 2, 1, 0]
-    assert metrics.accuracy(NAMED, LABELS) == 0.5
-    assert metrics.balanced_accuracy(NAMED, LABELS, 4) == pytest.approx((2 / 3 + 1 / 2) / 3)
+    answers = NAMED != -1
+    assert metrics.accuracy(NAMED[answers], LABELS[answers]) == 3 / 5
+    assert metrics.balanced_accuracy([0, 0, 1, 1, 2, 1], LABELS, 4) == pytest.approx(
+        (2 / 3 + 1 / 2) / 3
+    )
+
+
+def test_without_an_answer_there_is_no_share_of_right_ones() -> None:
+    assert np.isnan(metrics.accuracy(NAMED, LABELS)) and np.isnan(scores.accuracy(NAMED, LABELS))
+    assert np.isnan(metrics.balanced_accuracy(NAMED, LABELS, 4))
+    with pytest.raises(ValueError, match="whole numbers"):  # -1 is no label that could be right
+        metrics.accuracy([0, -1], [0, -1])
 
 
 def test_probabilities() -> None:

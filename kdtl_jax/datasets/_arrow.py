@@ -175,11 +175,11 @@ def _put(pa: Any, found: ArrowTable, name: str, column: Any) -> None:
         if cells and all(cell is not None and cell.startswith(STARTS) for cell in cells):
             found.pictures[name] = cells
         else:
-            found.scalars[name] = _objects(["<binary>"] * len(cells))
+            found.scalars[name] = objects(["<binary>"] * len(cells))
     elif _is_list(types, kind):
         lengths, inner = _unnested(pa, column)
         if inner is None or column.null_count:
-            found.lists[name] = _objects(column.to_pylist())
+            found.lists[name] = objects(column.to_pylist())
         else:
             found.vectors[name] = inner.reshape(len(column), *lengths)
     elif types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind) or (
@@ -190,7 +190,7 @@ def _put(pa: Any, found: ArrowTable, name: str, column: Any) -> None:
         found.scalars[name] = np.array(values, np.float64)
     else:
         cells = column.to_pylist()
-        found.scalars[name] = _objects([None if c is None else str(c) for c in cells])
+        found.scalars[name] = objects([None if c is None else str(c) for c in cells])
 
 
 def _is_list(types: Any, kind: Any) -> bool:
@@ -214,7 +214,8 @@ def _unnested(pa: Any, column: Any) -> tuple[list[int], np.ndarray | None]:
     return lengths, np.array(column.to_numpy(zero_copy_only=False))
 
 
-def _objects(cells: Sequence[Any]) -> np.ndarray:
+def objects(cells: Sequence[Any]) -> np.ndarray:
+    """`[N]` of anything, which NumPy would otherwise take apart."""
     found = np.empty(len(cells), object)
     found[:] = cells
     return found

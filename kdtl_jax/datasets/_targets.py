@@ -55,6 +55,8 @@ def from_arrays(
         )
     if not inputs.size:
         raise ValueError(f"{name}: holds no examples, got inputs {list(inputs.shape)}.")
+    if kind == "numbers" and (stacked := _equal_numbers(found)) is not None:
+        found = stacked
     make = _labels if kind == "labels" else _numbers
     labels, names, notices = make(name, found, like, tuple(names))
     form = Preprocessing(kind, names, labels.shape[1])
@@ -101,8 +103,14 @@ def _kind(name: str, found: np.ndarray, target: Target) -> Kind:
     if target != "auto":
         return target
     if found.dtype.kind == "O":
-        lists = all(isinstance(cell, (list, tuple, np.ndarray)) for cell in found.ravel())
-        return "labels" if lists and found.size else "classes"
+        known = [cell for cell in found.ravel() if not _lacks(cell)]
+        lists = all(isinstance(cell, (list, tuple, np.ndarray)) for cell in known)
+        if _equal_numbers(found) is not None:
+            raise ValueError(
+                f"{name}: the lists of {len(found[0])} whole numbers may be labels that an example "
+                "has, or numbers. Say which: --target labels or --target numbers."
+            )
+        return "labels" if lists and known else "classes"
     if found.ndim == 2 and found.dtype.kind in "iufb" and found.size:
         if np.isin(found, (0, 1)).all():
             return "classes" if (found.sum(axis=1) == 1).all() else "labels"
@@ -129,7 +137,7 @@ def _labels(
     """`[N, K]` of 0 and 1, float32, and what the labels are called."""
     if found.ndim == 2:
         return _multi_hot(name, found, like, names)
-    rows = [_split(cell) for cell in found]
+    rows = [_split(name, i, cell) for i, cell in enumerate(found)]
     known = like.names if like is not None else names
     known = known or tuple(sorted({label for row in rows for label in row}, key=_in_order))
     place = {label: i for i, label in enumerate(known)}
@@ -214,13 +222,32 @@ def _numbers(
     return targets, names, [f"targets are {one} per example (regression)"]
 
 
-def _split(cell: Any) -> list[str]:
+def _split(name: str, row: int, cell: Any) -> list[str]:
     parts = cell.split(SEPARATOR) if isinstance(cell, str) else cell
-    if parts is None or (isinstance(parts, float) and np.isnan(parts)):
-        return []
     if not isinstance(parts, (list, tuple, np.ndarray)):
         parts = [parts]
+    if any(_lacks(part) for part in parts):
+        raise ValueError(
+            f"{name}: a label is missing at row {row}, got {cell!s:.80}. Fill it in or leave it "
+            "out; an example without labels has an empty list."
+        )
     return [text for part in parts if (text := str(part).strip())]
+
+
+def _equal_numbers(found: np.ndarray) -> np.ndarray | None:
+    """`[N, K]` of lists of K whole numbers each, K > 1."""
+    if found.dtype.kind != "O" or not found.size or not isinstance(found[0], list):
+        return None
+    length = len(found[0])
+    if length < 2 or not all(isinstance(row, list) and len(row) == length for row in found):
+        return None
+    if not all(isinstance(cell, int) for row in found for cell in row):
+        return None
+    return np.array(found.tolist())
+
+
+def _lacks(cell: Any) -> bool:
+    return cell is None or (isinstance(cell, float) and np.isnan(cell))
 
 
 def _in_order(label: str) -> tuple[int, int | str]:

@@ -6,15 +6,17 @@ import sys
 import traceback
 from collections.abc import Iterator
 from functools import partial
+from pathlib import PurePath
 from typing import Any
 
 
 @contextlib.contextmanager
 def logs() -> Iterator[None]:
-    """Drops Orbax's own log within the block."""
+    """Drops tracebacks that Orbax logs within the block, and what it says below a warning."""
 
     def is_foreign(record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname
+        is_news = record.levelno >= logging.WARNING and not record.exc_info
+        return is_news or not _is_orbax(record.pathname)
 
     logger = logging.getLogger("absl")
     logger.addFilter(is_foreign)
@@ -25,7 +27,7 @@ def logs() -> Iterator[None]:
 
 
 def late_writes() -> None:
-    """From here on: drops what the other writes of a failed save, which outlive it, have to say.
+    """From a failed save on: drops what its other writes, which outlive it, have to say.
 
     Their tasks are collected without having been read, and their threads find the event loop
     closed, at any time later. Other errors are printed as before; a closed event loop, met within
@@ -42,11 +44,16 @@ def late_writes() -> None:
 def _is_read(record: logging.LogRecord) -> bool:
     trace = record.exc_info[2] if record.exc_info else None
     unread = "exception was never retrieved" in record.getMessage()
-    return not (unread and any("orbax" in frame.filename for frame in traceback.extract_tb(trace)))
+    return not (unread and any(_is_orbax(f.filename) for f in traceback.extract_tb(trace)))
+
+
+def _is_orbax(path: str) -> bool:
+    """Of the package itself: a folder of one's own may be called orbax-runs."""
+    return "orbax" in PurePath(path).parts
 
 
 def _print(before: Any, args: Any) -> None:
     is_late = args.exc_type is RuntimeError and str(args.exc_value) == "Event loop is closed"
     frames = traceback.extract_tb(args.exc_traceback)
-    if not (is_late and all("asyncio" in frame.filename for frame in frames)):
+    if not (is_late and frames and all("asyncio" in PurePath(f.filename).parts for f in frames)):
         before(args)
