@@ -1,9 +1,14 @@
 r"""Equations as MathML, at build time: browsers draw them without a script or a network.
 
+Where superscripts stand is a table of the font's: STIX Two Math (SIL Open Font License), as the
+package ziamath carries it, becomes part of the site.
+
 `$...$` is LaTeX. The role `formula` takes the plain notation of docstrings and tables, such as
 {formula}`T^2 KL(p_T‖p_S)` or {formula}`mean (r(f_S) - f_T)^2`.
 """
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import latex2mathml.converter
@@ -29,8 +34,17 @@ def _display(self: Any, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+def _copy_font(app: Any, error: Exception | None) -> None:
+    static = Path(app.outdir) / "_static"
+    package = importlib.util.find_spec("ziamath")
+    if error is None and static.is_dir() and package is not None and package.origin is not None:
+        font = Path(package.origin).parent / "fonts" / "STIXTwoMath-Regular.ttf"
+        (static / font.name).write_bytes(font.read_bytes())
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Registers the role and the renderer."""
     app.add_role("formula", formula)
+    app.connect("build-finished", _copy_font)
     app.add_html_math_renderer("mathml", (_inline, None), (_display, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -56,11 +56,8 @@ def label_columns(table_name: str, header: Sequence[str], label: str) -> tuple[s
         asked = tuple(usual) if len(usual) == 1 else asked
     for name in asked:
         if name not in header:
-            near = ", ".join(repr(found) for found in trees.nearest(name, header))
-            raise ValueError(
-                f"{table_name}: has no column {name!r:.80}. Nearest: {near:.300}. Name the column "
-                "of labels (--label)."
-            )
+            said = _no_column(table_name, name, header)
+            raise ValueError(f"{said} Name the column of labels (--label).")
         if header.count(name) > 1:
             raise ValueError(
                 f"{table_name}: has {header.count(name)} columns called {name!r:.80}: as inputs "
@@ -102,8 +99,12 @@ def check_there(table_name: str, names: Sequence[str], header: Sequence[str]) ->
     """Refuses columns to drop that are not there, naming the nearest."""
     for name in names:
         if name not in header:
-            near = ", ".join(repr(found) for found in trees.nearest(name, header))
-            raise ValueError(f"{table_name}: has no column {name!r:.80}. Nearest: {near:.300}.")
+            raise ValueError(_no_column(table_name, name, header))
+
+
+def _no_column(table: str, name: str, columns: Sequence[str], more: str = "") -> str:
+    near = ", ".join(repr(found) for found in trees.nearest(name, columns))
+    return f"{table}: has no column {name!r:.80}{more}. Nearest: {near:.300}."
 
 
 def complete(table: Table) -> Table:
@@ -187,11 +188,8 @@ def encoded(table: Table, columns: Sequence[Column]) -> np.ndarray:
     parts: list[np.ndarray] = []
     for column in columns:
         if column.name not in table.columns:
-            near = ", ".join(repr(n) for n in trees.nearest(column.name, list(table.columns)))
-            raise ValueError(
-                f"{table.name}: has no column {column.name!r:.80}, which the model reads. Nearest: "
-                f"{near:.300}."
-            )
+            reads = ", which the model reads"
+            raise ValueError(_no_column(table.name, column.name, list(table.columns), reads))
         values, lacking = table.columns[column.name], empty(table.columns[column.name])
         if lacking.any() and column.fill is None:
             row = int(np.flatnonzero(lacking)[0])
