@@ -32,6 +32,7 @@ from kdtl_jax import _files
 from kdtl_jax.cli import find, main
 from kdtl_jax.interop import safetensors
 
+STUDENT = "teacher/students/kd.safetensors"
 RUN = "run"  # where a command writes: a folder, or what --write names
 TINY = ["--data", "data.npz", "--teacher", "mlp:8", "--student", "mlp:4", "--batch-size", "8"]
 TRAINED = ["--seeds", "2", "--epochs", "6", "--teacher-epochs", "4"]
@@ -73,6 +74,11 @@ def cases() -> dict[str, Case]:
         mine = "mine" if name in ("transfer", "demo") else "checkpoints/mine"
         return Case([*command, "--force"], [*command, *again], mine=mine)
 
+    def used(name: str, *words: str) -> Case:
+        command = [name, STUDENT, *words, "--out", f"{RUN}.safetensors", "--force"]
+        old = ["params", "scale", "base.safetensors", "--write", f"{RUN}.safetensors"]
+        return Case(command, command, old, folder=False)
+
     models = ["a.safetensors", "b.safetensors"]
     return {
         "scale": written("scale", "a.safetensors", "--alpha", "2"),
@@ -84,6 +90,9 @@ def cases() -> dict[str, Case]:
         "shards": written("scale", "a.safetensors", "--alpha", "2", shards=True),
         "inspect": Case(["params", "inspect", "a.safetensors", "--values"], [], folder=False),
         "diff": Case(["params", "diff", *models], [], folder=False),
+        "predict": used("predict", "data.npz"),
+        "evaluate": used("evaluate", "data.npz"),
+        "export": used("export"),
         "cache": Case(
             ["cache", "--data", "data.npz", "--teacher-weights", "teacher/teacher.safetensors",
              "--batch-size", "4", *OUT],
@@ -314,7 +323,7 @@ def main_() -> None:
         prepare(base, has_sentences="sentences" in chosen)
         os._exit(0)
     assert end(child) == 0
-    if "cache" in chosen:
+    if {"cache", "predict", "evaluate", "export"} & chosen.keys():
         teacher = ["distill", *TINY, *TRAINED, "--methods", "kd", "--out", "teacher"]
         finish(base, teacher, log)
     found = []
