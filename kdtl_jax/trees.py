@@ -279,7 +279,7 @@ def _number_key(digits: str) -> tuple[int, int, str, str]:
 def _predicate(where: Selector) -> Predicate:
     if isinstance(where, str):
         try:
-            pattern = re.compile(where)
+            pattern = re.compile(where, re.DOTALL)  # a name may hold anything
         except re.error as error:
             raise ValueError(
                 f"{where!r} is not a regular expression ({error}). "
@@ -287,7 +287,7 @@ def _predicate(where: Selector) -> Predicate:
             ) from None
         return lambda path, leaf: pattern.fullmatch(path) is not None
     if isinstance(where, Glob):
-        pattern = re.compile(_glob_to_regex(where.pattern))
+        pattern = re.compile(_glob_to_regex(where.pattern), re.DOTALL)
         return lambda path, leaf: pattern.fullmatch(path) is not None
     if callable(where) and not is_bool_tree(where):
         test = where

@@ -290,3 +290,20 @@ def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> N
     assert params(name, "--help") == 0
     text = capsys.readouterr().out
     assert f"kdtl params {name}" in text and "'glob:'" in text
+
+
+def test_names_of_others_say_nothing_to_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["a\x1b[2J\nb", "x" * 100_000, "c"]
+    for file, value in (("a", 1), ("b", 2)):
+        tensors = {name: np.full(2, value, np.float32) for name in names}
+        metadata = {"k\x1b[2J": "v\x1b[2J" + "w" * 100_000}
+        safetensors.save(f"{file}.safetensors", tensors, metadata=metadata)
+    for words in (("inspect", A), ("inspect", A, "--values"), ("diff", A, B), ("average", A, B)):
+        assert params(*words) == 0
+        said = capsys.readouterr()
+        for line in (said.out + said.err).split("\n"):
+            assert line.isprintable() and len(line) < 12_000
+        assert "a\\x1b[2J\\nb" in said.out

@@ -214,3 +214,26 @@ def test_an_exported_student_gives_the_same_logits_for_any_batch(
     assert "'abacus' is none of cpu, cuda, tpu, rocm" in capsys.readouterr().err
     assert kdtl("export", tmp_path / "m.safetensors") == 2
     assert not (tmp_path / "m.onnx").exists()
+
+
+def test_a_file_that_is_there_is_replaced_with_force_alone(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    form = Preprocessing("classes", ("a", "\x1b[2J\nb", "c"), 3, (2,))
+    student, out = tmp_path / "m.safetensors", tmp_path / "out"
+    stored(student, form)
+    np.savez(tmp_path / "d.npz", x=X, y=np.array(form.names)[np.arange(30) % 3])
+    for words in (["predict", student, tmp_path / "d.npz"], ["export", student],
+                  ["evaluate", student, tmp_path / "d.npz"]):  # fmt: skip
+        out.write_text("mine")
+        assert kdtl(*words, "--out", out) == 1 and out.read_text() == "mine"
+        assert "exists. Name another file, or pass --force" in capsys.readouterr().err
+        assert kdtl(*words, "--out", student) == 1, "nor is what is read"
+        assert kdtl(*words, "--out", tmp_path, "--force") == 1, "a folder is never replaced"
+        assert kdtl(*words, "--out", "/dev/null", "--force") == 1
+        assert kdtl(*words, "--out", tmp_path / "no/where") == 1
+        capsys.readouterr()
+        assert kdtl(*words, "--out", out, "--force") == 0 and out.read_bytes() != b"mine"
+        said = capsys.readouterr()
+        assert all(map(str.isprintable, (said.out + said.err).split("\n")))
+    assert not Path("/dev/null").is_file()

@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kdtl_jax import _files
+from kdtl_jax import _files, _text
 from kdtl_jax.recipes import _students
 from kdtl_jax.recipes.settings import UsageError, as_yaml
 from kdtl_jax.run import checkpoint, processes, record, report
@@ -24,6 +24,7 @@ from kdtl_jax.run import checkpoint, processes, record, report
 # What a run writes before its work: all that is left of one that failed before it trained anything.
 SETTINGS = {"config.yaml", "env.json", record.FILE}
 # Settings that may differ between a run and its continuation.
+LONGEST = 1000  # characters of a table's cell, or of its line
 FREE = {"resume", "force", "out", "log", "process", "coordinator", "quick"}
 
 
@@ -292,13 +293,16 @@ def show(
     left: int = 1,
 ) -> None:
     """A table on a terminal; elsewhere lines, by default of every cell after its column's name."""
+    # Names of others say nothing to a terminal.
+    header, *rows = ([_text.shown(cell, LONGEST) for cell in row] for row in (header, *rows))
     console = Console(highlight=False, markup=False)
     if console.is_terminal:
         console.print(table(header, rows, title=title, bold=bold, left=left))
         return
     if lines is None:
         lines = ["  ".join(f"{n} {c}" for n, c in zip(header, row, strict=True)) for row in rows]
-    print("\n".join(lines))
+    for line in lines:
+        print("\t".join(_text.shown(part, LONGEST) for part in line.split("\t")))
 
 
 def table(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import expit, softmax
 
-from kdtl_jax import _files
+from kdtl_jax import _files, _text
 from kdtl_jax.recipes import _inputs
 from kdtl_jax.recipes.settings import setting
 from kdtl_jax.run import scores
@@ -55,7 +55,10 @@ def run(settings: Settings) -> int:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(table)
     if settings.out is None:
-        print(text.getvalue(), end="")
+        said = text.getvalue()
+        if sys.stdout.isatty():  # where names of others could be commands
+            said = "".join(f"{_text.shown(x, 10_000)}\n" for x in said[:-1].split("\n"))
+        print(said, end="")
         return 0
     _files.write_atomic(Path(settings.out), text.getvalue().encode())
     print(f"{settings.out}: {found.said}", file=sys.stderr)

@@ -4,10 +4,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from kdtl_jax import trees
+from kdtl_jax import _text, trees
 
 Shape = tuple[int, ...]
 # A number as str() writes it: `01` is not `1`, and stays as it is.
+WIDEST, LONGEST = 200, 10_000  # characters of a path in a line
 _NUMBER = re.compile(r"(?<!\d)(?:0|[1-9][0-9]{0,17})(?!\d)")
 
 
@@ -77,7 +78,7 @@ class Report(NamedTuple):
         ]
         rows = _rows(self)
         status_width = max((len(status) for status, *_ in rows), default=0)
-        path_width = max((len(path) for _, path, _ in rows), default=0)
+        path_width = min(WIDEST, max((len(path) for _, path, _ in rows), default=0))
         lines += [
             f"  {status:<{status_width}}  {path:<{path_width}}  {detail}".rstrip()
             for status, path, detail in rows
@@ -114,8 +115,8 @@ def _rows(report: Report) -> list[tuple[str, str, str]]:
     groups: dict[tuple[str, str, str], list[str]] = {}
     for status, path, detail in facts:
         groups.setdefault((status, re.sub(_NUMBER, "#", path), detail), []).append(path)
-    return [
-        (status, collapsed, detail)
+    return [  # names of others, on one line each
+        (status, _text.shown(collapsed, LONGEST), _text.shown(detail, LONGEST))
         for (status, _, detail), paths in groups.items()
         for collapsed in collapse_paths(paths)
     ]

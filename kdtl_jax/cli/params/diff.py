@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kdtl_jax import trees
+from kdtl_jax import _text, trees
 from kdtl_jax.cli.params import _checkpoints
 from kdtl_jax.cli.params._checkpoints import Opened, Selection
 from kdtl_jax.interop import safetensors
@@ -47,7 +47,10 @@ def run(settings: Settings) -> int:
     done = _checkpoints.progress(sum(one.tensors[p].stop - one.tensors[p].start for p in shared))
     rows = []
     for path in names:
-        rows += _compared(path, one, other)
+        rows += [
+            (status, _text.shown(name, 200), detail)
+            for status, name, detail in _compared(path, one, other)
+        ]
         if path in one.tensors:
             done(one.tensors[path].stop - one.tensors[path].start)
     width = max((len(path) for _, path, _ in rows), default=0)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import transforms, trees
+from kdtl_jax import _text, transforms, trees
 from kdtl_jax.cli.params import _checkpoints
 from kdtl_jax.cli.params._checkpoints import Selection
 from kdtl_jax.interop import safetensors
@@ -45,6 +45,9 @@ class Values(NamedTuple):
     digest: str
 
 
+LONGEST = 2000  # characters of a line
+
+
 def run(settings: Settings) -> int:
     """Prints what a checkpoint holds."""
     if not settings.source:
@@ -62,7 +65,7 @@ def run(settings: Settings) -> int:
     files = f"{len(checkpoint.files)} file{'s' * (len(checkpoint.files) != 1)}"
     print(f"{files}, {len(found)} tensors, {entries:,} numbers, {_checkpoints.size(count)}")
     for key, value in sorted(checkpoint.metadata.items()):
-        print(f"  metadata  {key}: {value}")
+        print(f"  metadata  {_text.shown(key, 200)}: {_text.shown(value, LONGEST)}")
     for line in _with_values(found, count) if settings.values_ else _listing(found):
         print(f"  {line}")
     return 0
@@ -75,7 +78,7 @@ def _listing(found: Mapping[str, Tensor]) -> list[str]:
         key = (re.sub(r"\d+", "#", name), tensor.dtype, str(list(tensor.shape)))
         groups.setdefault(key, []).append(name)
     rows = [
-        (path, dtype, shape)
+        (_text.shown(path, 200), dtype, shape)
         for (_, dtype, shape), names in groups.items()
         for path in transforms.collapse_paths(names)
     ]
@@ -84,11 +87,11 @@ def _listing(found: Mapping[str, Tensor]) -> list[str]:
 
 
 def _with_values(found: Mapping[str, Tensor], total: int) -> list[str]:
-    width = max((len(name) for name in found), default=0)
+    width = max((len(_text.shown(name, 200)) for name in found), default=0)
     done = _checkpoints.progress(total, "reading: ")
     lines, equal = [], {}
     for name, tensor in found.items():
-        line = f"{name:<{width}}  {tensor.dtype:5} {list(tensor.shape)!s:16}"
+        line = f"{_text.shown(name, 200):<{width}}  {tensor.dtype:5} {list(tensor.shape)!s:16}"
         if tensor.dtype.startswith("F8"):
             lines.append(f"{line} an 8-bit float, not read")
             continue
@@ -103,7 +106,7 @@ def _with_values(found: Mapping[str, Tensor], total: int) -> list[str]:
         equal.setdefault((tensor.dtype, tensor.shape, values.digest), []).append(name)
     for (_, shape, _), names in equal.items():
         if len(names) > 1 and math.prod(shape) > 1:
-            lines.append(f"equal, perhaps tied: {', '.join(names)}")
+            lines.append(f"equal, perhaps tied: {_text.shown(', '.join(names), LONGEST)}")
     return lines
 
 
