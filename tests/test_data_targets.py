@@ -214,7 +214,7 @@ def test_what_looks_wrong_is_said() -> None:
         ([[1, None], [1], [2, 0]] * 20, "auto", r"a label is missing at row 0, got \[1, None\]"),
         ([["x", None], ["y"]] * 30, "auto", r"a label is missing at row 0, got \['x', None\]"),
         ([[1, 3], [0, 2]] * 30, "auto", "Say which: --target labels or --target numbers"),
-        ([2**60, 2**60 + 1] * 30, "auto", r"whole numbers above 2\^53 apart"),
+        ([2**60, 2**60 + 1] * 30, "auto", r"above 2\^53 they cannot be told apart"),
         ([[1, 3], [0, 2]] * 30, "labels", None),
         ([[1, 3], [0, 2]] * 30, "numbers", None),
     ],

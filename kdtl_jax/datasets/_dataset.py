@@ -158,9 +158,9 @@ def _whole(name: str, labels: np.ndarray) -> np.ndarray:
         row = int(odd[0])
         if np.abs(labels[row]) > 2.0**53 and np.isfinite(labels[row]):
             raise ValueError(
-                f"{name}: labels are read as float64, which does not tell whole numbers above 2^53 "
-                f"apart, got {labels[row]:g} at row {row}. Number the classes from 0 on, or write "
-                "them as text such as 'id-123'."
+                f"{name}: labels must be whole numbers, got {labels[row]:g} at row {row}: above "
+                "2^53 they cannot be told apart. Number the classes from 0 on, or write them as "
+                "text such as 'id-123'."
             )
         raise ValueError(
             f"{name}: labels must be whole numbers, got {labels[row]} at row {row}. "
