@@ -20,7 +20,8 @@ def student_top_k_reverse_kl(
     """`KL(p_S || p_T)` over the *student's* k most likely classes and one tail bucket.
 
     The student's classes are where the reverse KL has its mass; a teacher's own k may miss them.
-    Zero at equality, never negative, at most the reverse KL. A teacher elsewhere is asked for its
+    Zero at equality, never negative, at most the reverse KL, whose gradient it does not have: over
+    the tail's classes it moves their sum alone. A teacher elsewhere is asked for its
     log-probabilities at `top_k_targets(student_logits, k=k).indices`; with its answer it is
     `reverse_kl(*top_k_buckets(student_logits, stored_top_k(indices, log_probs)))`. k is static, at
     least 1 and at most the number of classes. `[..., num_classes]` logits, `[...]` nats.
