@@ -183,6 +183,8 @@ def test_malformed_input_raises() -> None:
         ensembles.mean_probabilities(jnp.ones((K, B, C), jnp.int32))
     with pytest.raises(ValueError, match="temperature must be finite and > 0"):
         ensembles.log_sum_exp(logits(), temperature=0.0)
+    with pytest.raises(ValueError, match="a softmax over one class is always 1"):
+        ensembles.mean_probabilities(jnp.ones((K, B, 1)))
     with pytest.raises(ValueError, match="at least 2 dimension"):
         ensembles.mean_logits(jnp.ones(3, jnp.float32))
     with pytest.raises(ValueError, match=r"scores must be \[4, 3\].*scores\[3, 4\]"):

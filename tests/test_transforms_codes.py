@@ -42,6 +42,10 @@ CALLS = {
     "interpolate": lambda p: transforms.interpolate(p, p, 0.5),
     "task_vector": lambda p: transforms.task_vector(p, p),
     "trim": lambda p: transforms.trim(p, density=0.5),
+    "trim_global": lambda p: transforms.trim_global(p, density=0.5),
+    "breadcrumbs": lambda p: transforms.breadcrumbs(p, density=0.5, outliers=0.1),
+    "apply_task_vectors": lambda p: transforms.apply_task_vectors(p, [p]),
+    "ram": lambda p: transforms.ram(p, [p, p]),
 }
 
 

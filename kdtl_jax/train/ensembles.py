@@ -135,6 +135,7 @@ def mean_probabilities(
       TypeError: if the logits are not floating point.
     """
     logits = _door(logits)
+    _checks.several_classes(logits=logits)
     _checks.positive(temperature=temperature)
     share = _shares(weights, logits)
     temperature = _numerics.scalar(temperature, logits)

@@ -66,11 +66,12 @@ def trim_global(task_vector: PyTree, *, density: Scalar = 0.2) -> PyTree:
       A tree of the same structure and dtypes.
 
     Raises:
-      ValueError: if the density lies outside `[0, 1]`.
+      ValueError: if the density lies outside `[0, 1]`, or a leaf holds quantized codes.
 
     References:
       Yadav et al., TIES-Merging, 2023 (2306.01708), step 1.
     """
+    _leaves.refuse_codes(trees.flatten(task_vector))
     chosen, rest = trees.partition(task_vector, trees.everything)
     leaves, treedef = jax.tree.flatten(chosen)
     if not leaves:
