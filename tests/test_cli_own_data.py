@@ -177,8 +177,8 @@ def test_the_guide_trains_code_of_ones_own(tmp_path: Path, monkeypatch: pytest.M
         ("distill", ["--label-smoothing", "0.1"], "are for classes, the targets are numbers"),
         ("distill", ["--per-class", "3"], "targets are numbers: there is no number per class"),
         ("distill", ["--target", "classes"], "labels must be whole numbers"),
-        ("transfer", [], "targets are numbers .regression., and this command learns one class"),
-        ("sweep", [], "targets are numbers .regression., and this command learns one class"),
+        ("transfer", [], "targets are numbers. Name a source with --source-weights"),
+        ("sweep", ["--methods", "kd,dkd"], "no method is left. kd is left out"),
     ],
 )
 def test_what_numbers_cannot_do_is_said_before_training(

@@ -15,7 +15,7 @@ from kdtl_jax._types import Variables
 from kdtl_jax.datasets import Dataset, Splits
 from kdtl_jax.interop import safetensors
 from kdtl_jax.models import mlp, resnet
-from kdtl_jax.recipes import _choice, _models, _targets, _training
+from kdtl_jax.recipes import _choice, _models, _targets, _training, transfer
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.train import sweep
 
@@ -192,7 +192,7 @@ def fit_of(
     llrd: float = 1.0,
 ) -> Any:
     """One point's training, as `_targets.compare` makes it."""
-    learner = _targets.experiment(method, net, CLASSES, 4, llrd)
+    learner = _targets.experiment(method, net, CLASSES, 4, transfer.Settings(llrd=llrd))
     return _training.fit(
         learner,
         epochs=epochs,
@@ -219,7 +219,7 @@ def test_every_method_is_a_program_with_a_plain_model_at_its_end(method: ways.Me
         lambda x: (x.shape, x.dtype), wanted
     )
     assert fitted.curve.shape == (4,)
-    learner = _targets.experiment(method, net, CLASSES, 4, 1.0)
+    learner = _targets.experiment(method, net, CLASSES, 4, transfer.Settings())
     state = jax.eval_shape(learner.start, point_of(method), read)
     count = trees.count(state.params, method.trainable) + trees.count(state.connectors)
     whole = trees.count(wanted)

@@ -13,7 +13,7 @@ import numpy as np
 
 from kdtl_jax.datasets import Dataset
 from kdtl_jax.recipes._training import Fitted, pick
-from kdtl_jax.run import scores
+from kdtl_jax.run import report, scores
 from kdtl_jax.train import sweep
 
 
@@ -40,12 +40,14 @@ def best(fitted: Fitted, points: Mapping[str, np.ndarray]) -> Choice:
     return Choice(setting, pick(fitted, np.arange(first, first + seeds)))
 
 
-def learning_curve(fitted: Fitted, epochs: int) -> dict[str, list[float]]:
-    """Means over seeds: validation accuracy by "epoch", and the loss of every epoch."""
+def learning_curve(
+    fitted: Fitted, epochs: int, score: report.Score = report.ACCURACY
+) -> dict[str, list[float]]:
+    """Means over seeds: the validation score by "epoch", and the loss of every epoch."""
     curve = np.asarray(fitted.curve, np.float64).mean(axis=0)
     at = [epochs * (i + 1) / len(curve) for i in range(len(curve))]
     losses = np.asarray(fitted.losses, np.float64).mean(axis=0)
-    return {"epoch": at, "validation_accuracy": curve.tolist(), "loss": losses.tolist()}
+    return {"epoch": at, f"validation_{score.key}": curve.tolist(), "loss": losses.tolist()}
 
 
 def setting_curve(fitted: Fitted, points: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:

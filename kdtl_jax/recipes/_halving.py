@@ -10,7 +10,6 @@ import numpy as np
 from kdtl_jax import train
 from kdtl_jax.recipes import _finished, _training
 from kdtl_jax.recipes._training import Experiment, Point
-from kdtl_jax.run import scores
 from kdtl_jax.train import sweep as sweeps
 
 
@@ -63,9 +62,12 @@ def halved(
     validation = done.scores[rungs - 1, np.arange(count)].reshape(count, seeds)
     test, loss = (np.full((count, seeds), np.nan) for _ in range(2))
     states, _, losses = done.state
-    evaluate = jax.jit(jax.vmap(jax.vmap(lambda s, x: scores.predicted(
-        learner.logits(s, x, shared)), in_axes=(0, None)), in_axes=(0, None)))  # fmt: skip
-    named = np.asarray(evaluate(states, held[1]["inputs"]))
-    test[done.survivors] = scores.accuracy(named, np.asarray(held[1]["labels"]))
+
+    def on_test(state: train.TrainState) -> Any:
+        logits = learner.logits(state, held[1]["inputs"], shared)
+        return learner.judged(logits, held[1]["labels"])
+
+    named, found = jax.jit(jax.vmap(jax.vmap(on_test)))(states)
+    test[done.survivors] = np.asarray(found)
     loss[done.survivors] = np.asarray(losses)
-    return validation, test, loss, rungs * epochs, named[0]
+    return validation, test, loss, rungs * epochs, np.asarray(named[0])

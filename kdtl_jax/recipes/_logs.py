@@ -19,6 +19,7 @@ from kdtl_jax.recipes.settings import UsageError, names
 from kdtl_jax.run import loop
 
 KINDS = ("tensorboard", "csv")
+HELP = "write the metrics for other tools too: tensorboard, csv"
 KEYS = ("method", "step")
 
 

@@ -7,6 +7,7 @@ labels of their average precision. Numbers: squared error of standardized target
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -15,7 +16,7 @@ from kdtl_jax import methods, metrics, trees
 from kdtl_jax._types import Params
 from kdtl_jax.datasets import Kind, Preprocessing
 from kdtl_jax.objective import TermsFn
-from kdtl_jax.recipes import _tasks
+from kdtl_jax.recipes import _tasks, _training
 from kdtl_jax.run import report, scores
 
 
@@ -32,6 +33,8 @@ class Measure(NamedTuple):
     score: Callable[[Any, Any], np.ndarray]
     # Whether two answers are one decision, [..., N].
     alike: Callable[[Any, Any], np.ndarray] | None = None
+    # `answers` and `score` of one student `[N, K]` within a program; its score is float32.
+    judged: Callable[[Array, Array], tuple[Array, Array]] = _training.judged
     # Other scores, means over seeds.
     more: Callable[[Any, Any], dict[str, float]] = lambda answers, targets: {}
 
@@ -94,6 +97,35 @@ def row(
     )
 
 
+def _judged(
+    score: Callable[[Array, Array], Array],
+) -> Callable[[Array, Array], tuple[Array, Array]]:
+    def of_logits(logits: Array, targets: Array) -> tuple[Array, Array]:
+        found = score(logits, targets.astype(logits.dtype))
+        return logits, jnp.where(jnp.isfinite(logits).all() & jnp.isfinite(found), found, jnp.nan)
+
+    return of_logits
+
+
+def _traced_precision(logits: Array, targets: Array) -> Array:
+    """`_mean_average_precision`: of each positive the precision among scores that are no lower."""
+
+    def of_label(y: Array, t: Array) -> Array:
+        positive = t > 0
+        lower = jnp.searchsorted(jnp.sort(y), y)
+        missed = jnp.searchsorted(jnp.sort(jnp.where(positive, y, jnp.inf)), y)
+        precision = (jnp.sum(positive) - missed) / (len(y) - lower)
+        return jnp.sum(jnp.where(positive, precision, 0.0)) / jnp.sum(t)
+
+    return jnp.nanmean(jax.vmap(of_label, in_axes=1)(logits, targets))
+
+
+def _traced_r_squared(numbers: Array, targets: Array) -> Array:
+    residual = jnp.sum(jnp.square(numbers - targets), axis=0)
+    own = targets - jnp.mean(targets, axis=0, keepdims=True)
+    return jnp.mean(1 - residual / jnp.sum(jnp.square(own), axis=0))
+
+
 def _by_seed(
     score: Callable[[np.ndarray, np.ndarray], float],
 ) -> Callable[[Any, Any], np.ndarray]:
@@ -150,7 +182,8 @@ _LABELS = Measure(
     jnp.asarray,
     _by_seed(_mean_average_precision),
     lambda y, other: ((np.asarray(y) > 0) == (np.asarray(other) > 0)).all(axis=-1),
-    _more_of_labels,
+    judged=_judged(_traced_precision),
+    more=_more_of_labels,
 )
 _NUMBERS = Measure(
     "numbers",
@@ -159,4 +192,5 @@ _NUMBERS = Measure(
     ("logit_mse", "hint"),
     jnp.asarray,
     _by_seed(_r_squared),
+    judged=_judged(_traced_r_squared),
 )

@@ -16,7 +16,7 @@ import numpy as np
 from kdtl_jax import _files, models, transforms
 from kdtl_jax._types import Params, Variables
 from kdtl_jax.datasets import Kind, Preprocessing, Splits, prepared, read_splits, scaled, summary
-from kdtl_jax.interop import model_files, own
+from kdtl_jax.interop import model_files, own, safetensors
 from kdtl_jax.interop.model_files import About as About
 from kdtl_jax.interop.model_files import save as save
 from kdtl_jax.interop.model_files import tree as tree
@@ -96,6 +96,14 @@ def load_variables(path: str, net: Network, example: Any) -> Variables:
     return model_files.as_variables(stored, template)
 
 
+def load_tree(path: str) -> Any:
+    """All leaves of a source's file or folder, whatever model it is of, as `tree` lays them out."""
+    if _weights.is_hugging_face(path):
+        found = _weights.pretrained(path)
+        return tree(Variables(*jax.tree.map(np.asarray, (found.params, found.model_state))))
+    return _weights.any_orbax(path) if _weights.is_orbax(path) else safetensors.load(path)
+
+
 def same(text: str, other: str) -> bool:
     """Whether two texts name one model; a user's file counts by its name, wherever it lies."""
     if model_files.is_own(text) or model_files.is_own(other):
@@ -149,7 +157,12 @@ def read_about(path: str | None, text: str | None, default: str) -> tuple[str, A
 
 
 def read_data(
-    settings: Data, about: About, path: str | None, *, kinds: Sequence[Kind] = ("classes",)
+    settings: Data,
+    about: About,
+    path: str | None,
+    *,
+    kinds: Sequence[Kind] = ("classes",),
+    other_targets: bool = False,
 ) -> tuple[Splits, Preprocessing]:
     """The data, read and scaled as the model's file says, or by their training part; and how.
 
@@ -160,14 +173,18 @@ def read_data(
       about: what the model's file says.
       path: that file, for messages.
       kinds: of targets that the caller can learn.
+      other_targets: the data's targets need not be those of the file; inputs are read as it says.
 
     Raises:
       UsageError: if targets are of another kind.
       ValueError: if the file is of a model with other classes or inputs.
     """
     known = read_so = about.preprocessing
-    if known is not None and known.kind == "classes":
+    if known is not None and (other_targets or known.kind == "classes"):
         read_so = known._replace(outputs=0, names=())  # its classes are compared below
+    if read_so is not None and other_targets:
+        columns = read_so.targets if settings.label == "label" else tuple(settings.label.split(","))
+        read_so = read_so._replace(targets=columns, target_scaling=None)
     raw = read_splits(
         settings.data,
         label=settings.label,
@@ -191,7 +208,7 @@ def read_data(
             f"command learns {' or '.join(meant.get(kind, 'one class each') for kind in kinds)}. "
             "Choose what they are with --target."
         )
-    if known is not None and known.kind != raw.train.kind:
+    if known is not None and known.kind != raw.train.kind and not other_targets:
         raise ValueError(
             f"{path} learned {known.kind}, the targets of the data are {raw.train.kind}."
         )
@@ -220,9 +237,11 @@ def read_data(
             "data's own mean and deviation.",
             file=sys.stderr,
         )
+    if other_targets:
+        raw = Splits(*(part._replace(form=part.form._replace(kind=part.kind)) for part in raw))
     _, form = prepared(raw)
     form = form._replace(scaling=about.scaling or form.scaling)
-    if known is not None:
+    if known is not None and not other_targets:
         form = form._replace(target_scaling=known.target_scaling)
     measured = form.scaling
     assert measured is not None

@@ -30,20 +30,12 @@ RATES = {
 
 
 @dataclass(frozen=True)
-class Training:
-    """How a student is trained."""
+class Optimizing:
+    """How weights are trained, but for the batches and the rate."""
 
-    batch_size: int | None = setting(
-        None, "examples per step; default: 64, fewer where that would be less than 5 steps per "
-        "epoch", metavar="N", least=1, group="training",
-    )  # fmt: skip
     optimizer: Literal[
         "sgd", "adam", "adamw", "nadamw", "lion", "lamb", "muon", "rmsprop", "adafactor"
     ] = setting("adam", "optimizer", group="training")
-    learning_rate: float | None = positive_rate(
-        None, "the largest learning rate; default: 0.003, but sgd 0.05, lion 0.0003, muon 0.02, "
-        "rmsprop 0.001, adafactor 0.01", group="training", short="--lr",
-    )  # fmt: skip
     schedule: Literal["cosine", "linear", "constant"] = setting(
         "cosine", "how the learning rate falls to 0, or stays", group="training"
     )
@@ -68,6 +60,20 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Training(Optimizing):
+    """How a student is trained."""
+
+    batch_size: int | None = setting(
+        None, "examples per step; default: 64, fewer where that would be less than 5 steps per "
+        "epoch", metavar="N", least=1, group="training",
+    )  # fmt: skip
+    learning_rate: float | None = positive_rate(
+        None, "the largest learning rate; default: 0.003, but sgd 0.05, lion 0.0003, muon 0.02, "
+        "rmsprop 0.001, adafactor 0.01", group="training", short="--lr",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Kept:
     """Which weights a student is left with."""
 
@@ -83,7 +89,11 @@ class Kept:
 
 
 def optimizer(
-    settings: Training, rate: Any, weight_decay: Any, steps: int
+    settings: Optimizing,
+    rate: Any,
+    weight_decay: Any,
+    steps: int,
+    *then: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of the settings; rate and weight decay may be traced.
 
@@ -93,6 +103,7 @@ def optimizer(
       weight_decay: decoupled in adamw, nadamw, lion, lamb and muon; elsewhere added to the
         gradient.
       steps: of the whole run.
+      *then: what changes the updates afterwards, before they enter an average.
     """
     of_step = shape(settings.schedule, settings.warmup, steps)
 
@@ -102,8 +113,16 @@ def optimizer(
     made = _named(settings.optimizer, schedule, weight_decay)
     if settings.clip is not None:
         made = optax.chain(optax.clip_by_global_norm(settings.clip), made)
+    if then:
+        made = optax.chain(made, *then)
     decay = getattr(settings, "ema", None)
     return optax.with_extra_args_support(made if decay is None else averaged(made, decay))
+
+
+def to_try(settings: Optimizing) -> tuple[float, ...]:
+    """Learning rates to choose from where none are given: a third of the usual one to 3.3 of it."""
+    usual = RATES[settings.optimizer]
+    return tuple(round(usual * factor, 9) for factor in (1 / 3, 1, 10 / 3))
 
 
 def rates(settings: Training, steps: int) -> Callable[[int], float]:
@@ -191,11 +210,6 @@ def used(state: TrainState) -> TrainState:
     glue = jax.tree.leaves(state.connectors)
     params, connectors = (means[0]["params"], means[0]["connectors"]) if glue else (means[0], None)
     return state._replace(
-        params=_filled(params, state.params),
-        connectors=_filled(connectors, state.connectors) if glue else state.connectors,
+        params=trees.combine(params, state.params),  # what is not trained stays
+        connectors=trees.combine(connectors, state.connectors) if glue else state.connectors,
     )
-
-
-def _filled(mean: PyTree, whole: PyTree) -> PyTree:
-    """The average where there is one; what is not trained stays."""
-    return trees.combine(mean, trees.partition(whole, trees.everything)[1])

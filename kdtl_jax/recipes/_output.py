@@ -232,12 +232,16 @@ def how_it_was_run(folder: Path) -> dict[str, Any]:
 
 
 def write_curves(folder: Path, learning: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-    """`metrics.jsonl` of a run that trains in whole programs: validation accuracy by epoch."""
-    lines = [
-        _files.as_json({"step": epoch, "method": method, "eval/validation_accuracy": value})
-        for method, curve in learning.items()
-        for epoch, value in zip(curve["epoch"], curve["validation_accuracy"], strict=True)
-    ]
+    """`metrics.jsonl` of a run that trains in whole programs: scores and losses by epoch."""
+    lines = []
+    for method, curve in learning.items():
+        for name in [name for name in curve if name != "epoch"]:
+            epochs = range(1, len(curve[name]) + 1) if name == "loss" else curve["epoch"]
+            key = name if name == "loss" else f"eval/{name}"
+            lines += [
+                _files.as_json({"step": epoch, "method": method, key: value})
+                for epoch, value in zip(epochs, curve[name], strict=True)
+            ]
     _files.write_atomic(
         folder / "metrics.jsonl", "".join(f"{json.dumps(x)}\n" for x in lines).encode()
     )

@@ -98,9 +98,7 @@ def read(settings: Any, *, dtype: Any = None, kinds: Sequence[Kind] = ("classes"
     if form.kind == "classes":
         task = _tasks.task(settings, part.labels, part.classes)
     elif settings.label_smoothing or settings.class_weights != "none":
-        raise UsageError(
-            f"--label-smoothing and --class-weights are for classes, the targets are {form.kind}."
-        )
+        raise UsageError(_tasks.for_classes(form.kind))
     return Pair(splits, about, arrays, text, large, small, given, files, example, task, measure)
 
 

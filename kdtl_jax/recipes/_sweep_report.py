@@ -47,8 +47,8 @@ class Line(NamedTuple):
 
 
 def lines(outcome: Sweep) -> list[Line]:
-    """All settings by mean validation accuracy; those that were stopped early come last."""
-    found = []
+    """All settings by mean validation score; those that were stopped early come last."""
+    found, share = [], _score(outcome).is_share
     for swept in outcome.swept:
         most = int(swept.epochs.max())
         for k in range(len(swept.epochs)):
@@ -57,8 +57,8 @@ def lines(outcome: Sweep) -> list[Line]:
                 Line(
                     swept.method,
                     setting,
-                    report.interval(swept.validation[k], is_share=True),
-                    report.interval(swept.test[k], is_share=True),
+                    report.interval(swept.validation[k], is_share=share),
+                    report.interval(swept.test[k], is_share=share),
                     int(swept.epochs[k]),
                     int(swept.epochs[k]) == most,
                 )
@@ -70,6 +70,7 @@ def lines(outcome: Sweep) -> list[Line]:
 def to_json(outcome: Sweep) -> dict[str, Any]:
     """The content of results.json."""
     found, settings, splits = lines(outcome), outcome.settings, outcome.pair.splits
+    score = _score(outcome).key
     return {
         "schema_version": SCHEMA_VERSION,
         "task": "kdtl sweep",
@@ -81,8 +82,8 @@ def to_json(outcome: Sweep) -> dict[str, Any]:
         "epochs": settings.epochs,
         "rungs": settings.halving,
         "teacher": {
-            "validation_accuracy": outcome.teacher_validation,
-            "test_accuracy": outcome.teacher_test,
+            f"validation_{score}": outcome.teacher_validation,
+            f"test_{score}": outcome.teacher_test,
         },
         "programs": [
             {
@@ -94,8 +95,8 @@ def to_json(outcome: Sweep) -> dict[str, Any]:
             }
             for swept in outcome.swept
         ],
-        "rows": [_row(line) for line in found],
-        "best": _row(found[0]) if math.isfinite(found[0].validation.mean) else None,
+        "rows": [_row(line, score) for line in found],
+        "best": _row(found[0], score) if math.isfinite(found[0].validation.mean) else None,
         "notes": outcome.notes,
         "environment": report.environment(),
     }
@@ -119,23 +120,23 @@ def to_csv(outcome: Sweep) -> str:
 
 def html_page(outcome: Sweep) -> str:
     """The report: best settings, parallel coordinates, heat map, how it ran."""
-    found, axes = lines(outcome), _axes(outcome)
+    found, axes, score = lines(outcome), _axes(outcome), _score(outcome)
     seeds = len(found[0].validation.values)
     many = f"{len(found)} settings, {seeds} seeds each"
     stopped = sum(not line.complete for line in found)
     early = f" {stopped} settings were stopped early." if stopped else ""
     setting = (
         f"{outcome.pair.splits.train.name}: {many}. Teacher {outcome.pair.teacher_text}, "
-        f"{100 * outcome.teacher_test:.1f} % on the test split; student "
-        f"{outcome.settings.student}. Settings are ordered by mean validation accuracy; the test "
+        f"{score.shown(outcome.teacher_test)} on the test split; student "
+        f"{outcome.settings.student}. Settings are ordered by mean validation score; the test "
         f"split is not used to choose.{early}"
     )
     best = report.table(
-        ("method", *axes, "validation %", "test %"),
-        [_cells(line, axes) for line in found[:SHOWN]],
+        ("method", *axes, *_headings(score)),
+        [_cells(line, axes, score) for line in found[:SHOWN]],
     )
     lines_note = (
-        "One line per setting, from what was set to the mean validation accuracy it reached; "
+        "One line per setting, from what was set to the mean validation score it reached; "
         "stronger lines reached more, the best one is orange."
     )
     ran = report.table(
@@ -146,7 +147,7 @@ def html_page(outcome: Sweep) -> str:
         report.Section(
             "Best settings", ["The mean over seeds and its 95 % interval, for other seeds."], [best]
         ),
-        report.Section("All settings", [lines_note], [parallel(found, axes)]),
+        report.Section("All settings", [lines_note], [parallel(found, axes, score)]),
         *_heat_maps(outcome),
         *_best_student(outcome, found[0]),
         report.Section("How it ran", outcome.notes, [ran]),
@@ -157,14 +158,16 @@ def html_page(outcome: Sweep) -> str:
 
 def _best_student(outcome: Sweep, best: Line) -> list[report.Section]:
     """What the best setting of all confuses, and where it differs from the teacher."""
-    if not math.isfinite(best.validation.mean):
+    if outcome.pair.measure.kind != "classes" or not math.isfinite(best.validation.mean):
         return []
     named = next(swept.named for swept in outcome.swept if swept.method == best.method)
     student = _evidence.Named(f"the best setting of {best.method}", named)
     return _evidence.sections(outcome.pair.splits.test, student, outcome.teacher_named)
 
 
-def parallel(found: Sequence[Line], axes: Sequence[str]) -> plots.Chart:
+def parallel(
+    found: Sequence[Line], axes: Sequence[str], score: report.Score = report.ACCURACY
+) -> plots.Chart:
     """Parallel coordinates of all settings; the method is an axis if there are several."""
     names = list(dict.fromkeys(line.method for line in found))
     drawn = [plots.Axis("method", [names.index(x.method) for x in found], names)]
@@ -175,8 +178,8 @@ def parallel(found: Sequence[Line], axes: Sequence[str]) -> plots.Chart:
             drawn.append(plots.Axis(axis, values))
     if not drawn:
         drawn = [plots.Axis("method", [0.0] * len(found), names)]
-    score = plots.Axis("validation %", [100 * line.validation.mean for line in found])
-    return plots.parallel([*drawn, score], best=0)
+    reached = [score.factor * line.validation.mean for line in found]
+    return plots.parallel([*drawn, plots.Axis(_headings(score)[0], reached)], best=0)
 
 
 def _heat_maps(outcome: Sweep) -> list[report.Section]:
@@ -208,7 +211,7 @@ def _heat_maps(outcome: Sweep) -> list[report.Section]:
         parts.append(report.Section(swept.method, (), [chart], level=3))
     if not parts:
         return []
-    note = "Mean validation accuracy in %: the best over all other settings."
+    note = f"Mean validation {_score(outcome).axis}: the best over all other settings."
     return [report.Section("Two axes at a time", [note]), *parts]
 
 
@@ -235,9 +238,9 @@ def _largest(scores: np.ndarray) -> float:
 
 def print_table(outcome: Sweep) -> None:
     """The best settings, and which path was taken."""
-    found, axes = lines(outcome), _axes(outcome)
-    header = ("method", *axes, "validation %", "test %")
-    shown = [_cells(line, axes) for line in found[:SHOWN]]
+    found, axes, score = lines(outcome), _axes(outcome), _score(outcome)
+    header = ("method", *axes, *_headings(score))
+    shown = [_cells(line, axes, score) for line in found[:SHOWN]]
     title = f"Best of {len(found)} settings, by validation"
     _output.show(header, shown, title=title, bold=[0])
     for swept in outcome.swept:
@@ -247,20 +250,30 @@ def print_table(outcome: Sweep) -> None:
         print(note)
 
 
-def _cells(line: Line, axes: Sequence[str]) -> list[str]:
+def _cells(line: Line, axes: Sequence[str], score: report.Score) -> list[str]:
     setting = [f"{line.setting[a]:.4g}" if a in line.setting else "–" for a in axes]
-    return [line.method, *setting, report.percent(line.validation), report.percent(line.test)]
+    return [line.method, *setting, *(report.percent(x, score) for x in line[2:4])]
 
 
-def _row(line: Line) -> dict[str, Any]:
+def _row(line: Line, score: str) -> dict[str, Any]:
     return {
         "method": line.method,
         "setting": line.setting,
-        "validation_accuracy": line.validation._asdict(),
-        "test_accuracy": line.test._asdict(),
+        f"validation_{score}": line.validation._asdict(),
+        f"test_{score}": line.test._asdict(),
         "epochs": line.epochs,
         "stopped_early": not line.complete,
     }
+
+
+def _score(outcome: Sweep) -> report.Score:
+    return outcome.pair.measure.score_name
+
+
+def _headings(score: report.Score) -> list[str]:
+    """What is called accuracy needs no name; other scores do."""
+    named = "" if score == report.ACCURACY else f" {score.name}"
+    return [f"{part}{named} {score.unit}".rstrip() for part in ("validation", "test")]
 
 
 def _axes(outcome: Sweep) -> list[str]:

@@ -17,9 +17,11 @@ import optax
 from kdtl_jax import objective, train, transferability, transforms, trees
 from kdtl_jax._types import Params, Variables
 from kdtl_jax.datasets import Dataset, Splits, per_class
-from kdtl_jax.recipes import _choice, _evidence, _measures, _models, _training
+from kdtl_jax.recipes import _choice, _evidence, _models, _optimizers, _tasks, _training
+from kdtl_jax.recipes import _measures as measures
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes._finished import NOWHERE, Finished, once
+from kdtl_jax.recipes._measures import Measure
 from kdtl_jax.recipes._models import Network
 from kdtl_jax.recipes._training import Experiment, Fitted, Point
 from kdtl_jax.recipes._transfer_methods import Case, Method
@@ -66,6 +68,7 @@ def compare(
     surgery: Surgery,
     say: Callable[[str], None],
     finished: Finished = NOWHERE,
+    measure: Measure = measures.CLASSES,
 ) -> Compared:
     """Copies the source into targets, whose network is `net`, and trains them by every method.
 
@@ -103,7 +106,8 @@ def compare(
         heads = jax.tree.map(lambda x: jnp.stack([x] * seeds), heads)
     shared = {"data": data, "copied": copied, "heads": heads}
     classes = part.classes
-    scores = jax.jit(jax.vmap(lambda *one: transfer_scores(net, classes, *one)))(
+    kind = measure.kind
+    scores = jax.jit(jax.vmap(lambda *one: transfer_scores(net, classes, kind, *one)))(
         copied, heads, data["inputs"], data["labels"]
     )
     measured = {name: report.interval(np.asarray(values)) for name, values in scores.items()}
@@ -111,10 +115,13 @@ def compare(
     size = data["labels"].shape[1]
     batch_size = min(settings.batch_size, size)
     steps = settings.epochs * (size // batch_size)
+    task = measure.task if kind != "classes" else _tasks.task(settings, part.labels, classes)
+    patience = settings.early_stopping
+    checks = settings.epochs if patience else _training.even_checks(settings.epochs)
     found = Compared([], {}, done, measured, {}, {})
     for method in chosen:
         say(method.name)
-        learner = experiment(method, net, classes, steps, settings.llrd)
+        learner = experiment(method, net, classes, steps, settings, measure, task)
         # From scratch and copied are one program: where it begins is an argument.
         read = {**shared, "begin": copied if method.is_copied else fresh}
         axes = {"learning_rate": settings.learning_rates}
@@ -125,7 +132,8 @@ def compare(
             learner,
             epochs=settings.epochs,
             batch_size=batch_size,
-            checks=_training.even_checks(settings.epochs),
+            checks=checks,
+            patience=patience,
             keep=lambda state, method=method: Variables(
                 method.finish(state.params), state.model_state
             ),
@@ -141,16 +149,18 @@ def compare(
         described = {
             "epochs": settings.epochs,
             "batch_size": settings.batch_size,
-            "optimizer": "adam",
+            "optimizer": settings.optimizer,
             "llrd": settings.llrd,
             "trained_parameters": trees.count(state.params, method.trainable)
             + trees.count(state.connectors),
             **choice.setting,
         }
+        if choice.fitted.epoch is not None:
+            described["epochs_kept"] = np.asarray(choice.fitted.epoch).tolist()  # by seed
         params = _training.pick(choice.fitted.kept.params, 0)
         found.rows.append(
-            _measures.row(
-                _measures.CLASSES,
+            measures.row(
+                measure,
                 method.name,
                 FAMILY,
                 method.label,
@@ -161,14 +171,24 @@ def compare(
                 targets=target.test.labels,
             )
         )
-        found.learning[method.name] = _choice.learning_curve(choice.fitted, settings.epochs)
+        found.learning[method.name] = _choice.learning_curve(
+            choice.fitted, settings.epochs, measure.score_name
+        )
         found.models[method.name] = choice.fitted.kept
         named = np.asarray(choice.fitted.named)
         found.named[method.name] = _evidence.Named(method.label, named)
     return found
 
 
-def experiment(method: Method, net: Network, classes: int, steps: int, llrd: float) -> Experiment:
+def experiment(
+    method: Method,
+    net: Network,
+    classes: int,
+    steps: int,
+    settings: Any,  # `_optimizers.Optimizing`, with `llrd`
+    measure: Measure = measures.CLASSES,
+    task: objective.TermsFn = _tasks.cross_entropy,
+) -> Experiment:
     """A target trained by one method; what belongs to its seed is in `shared`."""
 
     def case_of(point: Point, shared: Any) -> Case:
@@ -181,12 +201,13 @@ def experiment(method: Method, net: Network, classes: int, steps: int, llrd: flo
         params = method.start(begin.params, _training.keys(point["seed"]).connectors)
         glue = {"source_head": dict(case.source_head or {})} if method.needs_source_head else {}
         optimized = {"params": params, "connectors": glue} if glue else params
-        chain: list[optax.GradientTransformation] = [optax.adam(point["learning_rate"])]
-        if llrd < 1:
-            chain.append(ways.by_depth(begin.params, optimized, llrd))
+        then: list[optax.GradientTransformation] = []
+        if settings.llrd < 1:
+            then.append(ways.by_depth(begin.params, optimized, settings.llrd))
         if method.gate is not None:
-            chain.append(method.gate(case, params))
-        return case, begin, params, glue, optax.chain(*chain)
+            then.append(method.gate(case, params))
+        rate, decay = point["learning_rate"], settings.weight_decay
+        return case, begin, params, glue, _optimizers.optimizer(settings, rate, decay, steps, *then)
 
     def start(point: Point, shared: Any) -> train.TrainState:
         _, begin, params, glue, tx = parts(point, shared)
@@ -201,7 +222,8 @@ def experiment(method: Method, net: Network, classes: int, steps: int, llrd: flo
 
         def terms(inputs: objective.Inputs) -> dict[str, Any]:
             own = {} if penalty is None else {method.term: penalty(inputs)}
-            return {**objective.classification(inputs), **own}
+            learned: Any = task(inputs)
+            return {**learned, **own}
 
         weights = {"task": 1.0} | ({method.term: point[method.term]} if method.term else {})
         model = method.apply(case)
@@ -215,7 +237,7 @@ def experiment(method: Method, net: Network, classes: int, steps: int, llrd: flo
         case = case_of(point, shared)
         return {**case.data, **method.record(case)}
 
-    return Experiment(start, step, logits, data)
+    return Experiment(start, step, logits, data, measure.judged)
 
 
 def train_sources(
@@ -280,12 +302,14 @@ def source_head(tree: Any) -> dict[str, Any] | None:
 
 
 def transfer_scores(
-    net: Network, classes: int, copied: Variables, head: Any, inputs: Any, labels: Any
+    net: Network, classes: int, kind: str, copied: Variables, head: Any, inputs: Any, labels: Any
 ) -> dict[str, Any]:
     """Transferability by what the source makes of the target's training set, by score."""
     if net.layout.last == "logits":  # the head is all there is, and it is fresh
         return {}
     features = net.apply(*copied, inputs)[0][net.layout.last]
+    if kind != "classes":
+        return {"logme": transferability.logme(features, labels)}
     found = {
         "logme": transferability.logme(features, jax.nn.one_hot(labels, classes)),
         "h_score": transferability.regularized_h_score(features, labels, num_classes=classes),

@@ -51,6 +51,11 @@ def task(settings: Any, labels: np.ndarray, classes: int) -> TermsFn:
     return terms
 
 
+def for_classes(kind: str) -> str:
+    """What is said where targets are none."""
+    return f"--label-smoothing and --class-weights are for classes, the targets are {kind}."
+
+
 def balanced(labels: np.ndarray, classes: int) -> np.ndarray:
     """`N / (K n_k)` by class, K counting the classes that occur; 0 for one that does not."""
     counts = np.bincount(labels, minlength=classes)

@@ -18,6 +18,7 @@ from jax import Array
 
 from kdtl_jax import augment, objective, train
 from kdtl_jax._types import PyTree
+from kdtl_jax.recipes._optimizers import used
 from kdtl_jax.run import checkpoint, scores
 from kdtl_jax.train import Batch, TrainState
 
@@ -36,6 +37,13 @@ class Keys(NamedTuple):
     views: Array
 
 
+def judged(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """`scores.predicted` and `scores.accuracy` within a program: classes, and the share right."""
+    named = scores.predicted(logits)
+    share = jnp.mean((named == labels).astype(jnp.float32), axis=-1)
+    return named, jnp.where(jnp.any(named == scores.WRONG, axis=-1), jnp.nan, share)
+
+
 class Experiment(NamedTuple):
     """One student's training as pure functions; none of them is jitted."""
 
@@ -44,17 +52,20 @@ class Experiment(NamedTuple):
     logits: Callable[[TrainState, Array, Any], Array]  # of inputs [B, ...], in evaluation mode
     # The arrays [N, ...] that a point trains on, for `fit`.
     data: Callable[[Point, Any], Batch] = lambda point, shared: shared
+    # (logits, targets) -> what is kept of every example, and the score.
+    judged: Callable[[Array, Array], tuple[Array, Array]] = judged
 
 
 class Fitted(NamedTuple):
     """What one point's training gives."""
 
     kept: Any  # what the recipe keeps of the state
-    curve: Array  # [checks], validation accuracy along the way
-    validation: Array  # accuracies at the end
+    curve: Array  # [checks], validation scores along the way
+    validation: Array  # scores at the end
     test: Array
-    named: Array  # [test examples], the classes named; -1 where logits were not finite
+    named: Array  # [test examples, ...], the classes named, -1 where logits were not finite
     losses: Array  # [epochs], their means
+    epoch: Array | None = None  # of what is kept, where training may stop early
 
 
 # From a seed to a student.
@@ -92,13 +103,6 @@ def views(chosen: tuple[str, ...], classes: int, side: int) -> Callable[[Array, 
     return view
 
 
-def judged(logits: Array, labels: Array) -> tuple[Array, Array]:
-    """`scores.predicted` and `scores.accuracy` within a program: classes, and the share right."""
-    named = scores.predicted(logits)
-    share = jnp.mean((named == labels).astype(jnp.float32), axis=-1)
-    return named, jnp.where(jnp.any(named == scores.WRONG, axis=-1), jnp.nan, share)
-
-
 def pick(tree: PyTree, at: Any) -> PyTree:
     """One part, or some, of a stacked tree."""
     return jax.tree.map(lambda leaf: leaf[at], tree)
@@ -129,6 +133,7 @@ def fit(
     checks: int = 1,
     keep: Callable[[TrainState], Any] = lambda state: None,
     steps: int | None = None,
+    patience: int | None = None,
 ) -> Callable[..., Fitted]:
     """`run(point, shared, validation, test) -> Fitted`, one point from start to scores.
 
@@ -136,19 +141,55 @@ def fit(
       experiment: what is trained.
       epochs: passes over them; a multiple of `checks`.
       batch_size: examples per step; at most all of them.
-      checks: how often validation accuracy is recorded.
+      checks: how often the validation score is recorded.
       keep: what of the final state is returned.
       steps: stop each epoch after this many, for a measurement.
+      patience: give back the state of the check with the best validation score, the last of those
+        before so many in a row without a better one; None: the final state.
     """
+    every = epochs // checks
 
     def run(point: Point, shared: Any, validation: Any, test: Any) -> Fitted:
         arrays, state = experiment.data(point, shared), experiment.start(point, shared)
+        if patience is not None:
+            return run_until(arrays, state, point, shared, validation, test)
         state, curve, losses = advance(
             experiment, state, point, shared, arrays, validation,
             epochs=epochs, batch_size=batch_size, checks=checks, steps=steps,
         )  # fmt: skip
-        named, on_test = judged(experiment.logits(state, test["inputs"], shared), test["labels"])
-        return Fitted(keep(state), curve, curve[-1], on_test, named, losses)
+        return ended(used(state), curve, curve[-1], losses, shared, test)
+
+    def ended(
+        state: TrainState, curve: Array, score: Array, losses: Array, shared: Any, test: Any
+    ) -> Fitted:
+        logits = experiment.logits(state, test["inputs"], shared)
+        named, on_test = experiment.judged(logits, test["labels"])
+        return Fitted(keep(state), curve, score, on_test, named, losses)
+
+    def run_until(
+        arrays: Batch, state: TrainState, point: Point, shared: Any, validation: Any, test: Any
+    ) -> Fitted:
+        """Trains on after the end, since points share a program; the best is not replaced then."""
+
+        def check(carry: Any, number: Array) -> Any:
+            state, best, waited = carry
+            state, curve, losses = advance(
+                experiment, state, point, shared, arrays, validation,
+                epochs=every, batch_size=batch_size, steps=steps,
+            )  # fmt: skip
+            found = used(state)._replace(opt_state=None), curve[-1], number
+            running = waited < patience
+            better = running & ((curve[-1] > best[1]) | ~jnp.isfinite(best[1]))
+            best = jax.tree.map(lambda new, old: jnp.where(better, new, old), found, best)
+            waited = jnp.where(running, jnp.where(better, 0, waited + 1), waited)
+            return (state, best, waited), (jnp.where(running, curve[-1], best[1]), losses)
+
+        first = used(state)._replace(opt_state=None), jnp.float32(-jnp.inf), jnp.int32(0)
+        carry = state, first, jnp.int32(0)
+        numbers = jnp.arange(checks, dtype=jnp.int32)
+        (_, best, _), (curve, losses) = jax.lax.scan(check, carry, numbers)
+        found = ended(best[0], curve, best[1], losses.reshape(-1), shared, test)
+        return found._replace(epoch=(best[2] + 1) * every)
 
     return run
 
@@ -182,8 +223,8 @@ def advance(
 
     def between_checks(state: TrainState, numbers: Array) -> tuple[TrainState, Any]:
         state, losses = jax.lax.scan(one_epoch, state, numbers)
-        logits = experiment.logits(state, validation["inputs"], shared)
-        return state, (judged(logits, validation["labels"])[1], losses)
+        logits = experiment.logits(used(state), validation["inputs"], shared)
+        return state, (experiment.judged(logits, validation["labels"])[1], losses)
 
     first = state.step // (size // batch_size)
     numbers = first + jnp.arange(epochs, dtype=jnp.int32).reshape(checks, -1)
@@ -209,8 +250,8 @@ def one_by_one(
 
     epoch, start = train.jit_epoch(step), jax.jit(experiment.start)
     judge = jax.jit(
-        lambda state, part, shared: judged(
-            experiment.logits(state, part["inputs"], shared), part["labels"]
+        lambda state, part, shared: experiment.judged(
+            experiment.logits(used(state), part["inputs"], shared), part["labels"]
         )
     )
 

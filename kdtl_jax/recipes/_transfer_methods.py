@@ -42,6 +42,7 @@ class Method(NamedTuple):
     paper: str
     is_copied: bool = True
     needs_source_head: bool = False  # trained beside the model
+    needs_classes: bool = False  # of the target
     trainable: trees.Selector = trees.everything
     strengths: tuple[float, ...] = ()  # of the extra term, to choose from; its name is `term`
     term: str = ""
@@ -268,7 +269,7 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         "co_tuning", "Co-Tuning, direct relation", "You et al., NeurIPS 2020",
-        needs_source_head=True,
+        needs_source_head=True, needs_classes=True,
         strengths=(0.1, 1.0, 2.3), term="co_tuning",
         record=_relation, penalty=_co_tuning,
     ),
@@ -280,6 +281,7 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         "bi_tuning", "Bi-Tuning's classifier part", "Zhong et al., 2011.06182",
+        needs_classes=True,
         strengths=(0.1, 1.0), term="bi_tuning", penalty=_bi_tuning,
     ),
     Method("mixout", "Mixout, half of the weights", "Lee et al., 1909.11299", apply=_on(_mixout)),

@@ -77,6 +77,21 @@ def from_orbax(path: str, like: PyTree) -> PyTree:
     Raises:
       ValueError: naming each leaf that is missing, extra, or of another shape.
     """
+    found = _restored(path)
+    wanted = trees.flatten(like)
+    candidates = [trees.flatten(each) for each in _within(found)]
+    fits = [flat for flat in candidates if flat.keys() == wanted.keys()]
+    nearest = max(candidates, key=lambda flat: len(flat.keys() & wanted.keys()))
+    return safetensors.fill(like, (fits or [nearest])[0])
+
+
+def any_orbax(path: str) -> PyTree:
+    """The innermost tree of parameters in an Orbax folder, as it is."""
+    *_, last = _within(_restored(path))
+    return last
+
+
+def _restored(path: str) -> Any:
     import orbax.checkpoint as ocp
 
     folder = _tree_in(Path(path))
@@ -87,15 +102,10 @@ def from_orbax(path: str, like: PyTree) -> PyTree:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that arrays come without a sharding
             _check_announced(folder, reader.metadata(folder.absolute()))
-            found = reader.restore(folder.absolute())
+            return reader.restore(folder.absolute())
     except Exception as error:  # Orbax, TensorStore and JAX raise kinds of their own
         said = _text.shown(" ".join(str(error).split()) or type(error).__name__, 200)
         raise ValueError(f"{path} cannot be read by Orbax ({said}).") from error
-    wanted = trees.flatten(like)
-    candidates = [trees.flatten(each) for each in _within(found)]
-    fits = [flat for flat in candidates if flat.keys() == wanted.keys()]
-    nearest = max(candidates, key=lambda flat: len(flat.keys() & wanted.keys()))
-    return safetensors.fill(like, (fits or [nearest])[0])
 
 
 def _check_announced(folder: Path, metadata: Any) -> None:

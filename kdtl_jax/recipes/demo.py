@@ -391,10 +391,9 @@ def transfer_digits(
         finished=finished,
     )  # fmt: skip
     own = transfer.Settings(
-        seeds=settings.target_seeds,
-        epochs=settings.target_epochs,
+        seeds=settings.target_seeds, epochs=settings.target_epochs, labels_per_class=10,
         learning_rates=(3e-3,) if settings.quick else (1e-3, 3e-3, 1e-2),
         strengths=(1e-2,) if settings.quick else None,
-    )
+    )  # fmt: skip
     chosen = [ways.BY_NAME[name] for name in TARGETS]
     return _targets.compare(net, target, source, chosen, own, _targets.Surgery(), say, finished)

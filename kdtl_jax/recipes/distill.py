@@ -128,10 +128,7 @@ class Settings(
         None, "epochs between saves; default: only at the end", metavar="N", least=1
     )
     resume: bool = setting(False, "continue the run in --out from its last save")
-    log: tuple[str, ...] = setting(
-        (), "write the metrics for other tools too: tensorboard, csv", metavar="NAME,...",
-        parse=_logs.kinds,
-    )  # fmt: skip
+    log: tuple[str, ...] = setting((), _logs.HELP, metavar="NAME,...", parse=_logs.kinds)
 
 
 def run(settings: Settings) -> int:

@@ -7,6 +7,7 @@ by their mean validation accuracy over seeds; the test split is used for the fin
     kdtl sweep --grid temperature=1,2,4,8 learning_rate=1e-3,1e-2 --seeds 5
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +20,12 @@ import numpy as np
 
 from kdtl_jax import _files, methods, train, transforms
 from kdtl_jax._types import Params, Variables
+from kdtl_jax.datasets import KINDS
 from kdtl_jax.methods import Entry, Setup
 from kdtl_jax.recipes import (
     _axes,
     _choice,
+    _defaults,
     _finished,
     _halving,
     _models,
@@ -74,7 +77,6 @@ class Settings(_pair.Models, _optimizers.Training, types.Data, types.Resumable):
     )  # fmt: skip
     seeds: int = setting(3, "students per setting", metavar="N", least=1, most=10_000, quick=2)
     epochs: int = setting(30, "epochs per student", metavar="N", least=1, quick=4)
-    batch_size: int = setting(64, "examples per step", metavar="N", least=1, group="training")
     teacher_epochs: int = setting(30, "epochs of the teacher", metavar="N", least=1, quick=4)
     student: str = setting(
         "mlp:16,16", "as --teacher", metavar="MODEL", parse=_models.text_of, group="models"
@@ -130,11 +132,14 @@ def run(settings: Settings) -> None:
         raise UsageError(
             f"--halving {settings.halving} must divide the {settings.epochs} epochs of a student."
         )
-    pair = _pair.read(settings)
+    pair = _pair.read(settings, kinds=KINDS)
+    chosen = _pair.suited(chosen, settings, pair.measure)
     size = len(pair.arrays["labels"])
-    _training.check_batch(settings.batch_size, size)
-    steps = settings.epochs * (size // settings.batch_size)
-    of_setup: dict[str, Any] = {"steps": steps, "batch_size": settings.batch_size}
+    batch_size = settings.batch_size or _defaults.batch_size(size)
+    settings = dataclasses.replace(settings, batch_size=batch_size)
+    _training.check_batch(batch_size, size)
+    steps = settings.epochs * (size // batch_size)
+    of_setup: dict[str, Any] = {"steps": steps, "batch_size": batch_size}
     blank = _pair.setup(pair, None, **of_setup)
     entries, notes = suitable(chosen, blank)
     axes = {entry.name: _axes.own_axes(entry, blank, columns) for entry in entries}
@@ -169,9 +174,10 @@ def run(settings: Settings) -> None:
         say(f"teacher{'' if pair.given is None else f', from {settings.teacher_weights}'}")
         common = _seeds.Run(
             folder=folder, identity=where.run, resume=settings.resume,
-            batch_size=settings.batch_size, arrays=pair.arrays, splits=pair.splits,
+            batch_size=batch_size, arrays=pair.arrays, splits=pair.splits,
+            measure=pair.measure,
         )  # fmt: skip
-        tx = tx_of({}, settings.teacher_epochs * (size // settings.batch_size))
+        tx = tx_of({}, settings.teacher_epochs * (size // batch_size))
         frozen, teacher = _pair.taught(
             pair, common, methods.alone(blank), tx, settings.teacher_epochs
         )
@@ -234,7 +240,8 @@ def student(pair: _pair.Pair, entry: Entry, setup: Setup, tx: Callable[[Point], 
     def logits(state: Any, inputs: Any, shared: Shared) -> Any:
         return apply(state.params, state.model_state, inputs)[0]["logits"]
 
-    return Experiment(start, step, logits, lambda point, shared: shared.arrays)
+    judged = pair.measure.judged
+    return Experiment(start, step, logits, lambda point, shared: shared.arrays, judged)
 
 
 def sweep_one(

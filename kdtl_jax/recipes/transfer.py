@@ -9,6 +9,7 @@ compiled program.
     kdtl transfer --methods scratch,copied_finetuned,lora --labels-per-class 5 --seeds 16
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,20 +18,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdtl_jax._types import Variables
-from kdtl_jax.datasets import Dataset, Preprocessing, Splits, only_classes
-from kdtl_jax.interop import model_files, safetensors
+from kdtl_jax.datasets import KINDS, Dataset, Preprocessing, Splits, only_classes
+from kdtl_jax.interop import model_files
 from kdtl_jax.recipes import (
+    _defaults,
     _evidence,
     _finished,
+    _logs,
+    _measures,
     _models,
+    _optimizers,
     _output,
     _own,
     _progress,
     _students,
     _targets,
+    _tasks,
 )
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import settings as types
+from kdtl_jax.recipes._measures import Measure
 from kdtl_jax.recipes._models import About
 from kdtl_jax.recipes._targets import BASELINE, FAMILY, Source, Surgery
 from kdtl_jax.recipes._training import Fitted
@@ -50,7 +57,7 @@ A WHERE selects target leaves: a regular expression for the whole path, or glob:
 
 
 @dataclass(frozen=True)
-class Settings(types.Data, types.Resumable):
+class Settings(_optimizers.Optimizing, _optimizers.Kept, types.Data, types.Resumable):
     """What fixes a run of `kdtl transfer`."""
 
     out: str = setting("runs/transfer", "the run folder", metavar="FOLDER")
@@ -96,20 +103,21 @@ class Settings(types.Data, types.Resumable):
         ways.DEFAULT, f"of: {', '.join(ways.BY_NAME)}, or all", metavar="NAME,...",
         parse=types.method_names, group="training",
     )  # fmt: skip
-    labels_per_class: int = setting(
-        10,
-        "training examples per class, redrawn for every seed; 0: all",
-        metavar="N",
-        least=0,
-        group="training",
-    )
+    labels_per_class: int | None = setting(
+        None, "training examples per class, redrawn for every seed; 0: all; default: 10 of the "
+        "built-in digits, all of other data", metavar="N", least=0, group="training",
+    )  # fmt: skip
     seeds: int = setting(
         8, "students per setting", metavar="N", least=1, most=10_000, quick=2, group="training"
     )
     epochs: int = setting(60, "epochs per target", metavar="N", least=1, quick=4, group="training")
     batch_size: int = setting(25, "examples per step", metavar="N", least=1, group="training")
-    learning_rates: tuple[float, ...] = setting(
-        (1e-3, 3e-3, 1e-2), "learning rates of Adam to choose from on validation", metavar="X,...",
+    schedule: Literal["cosine", "linear", "constant"] = setting(
+        "constant", "how the learning rate falls to 0, or stays", group="training"
+    )
+    learning_rates: tuple[float, ...] | None = setting(
+        None, "learning rates to choose from on validation; default: 0.001, 0.003, 0.01, and in "
+        "that proportion for other optimizers than Adam", metavar="X,...",
         parse=types.positive_numbers, quick=(1e-3,), group="training", short="--lr",
     )  # fmt: skip
     strengths: tuple[float, ...] | None = setting(
@@ -120,6 +128,7 @@ class Settings(types.Data, types.Resumable):
         1.0, "layer-wise learning-rate decay, e.g. 0.75; 1: none", metavar="DECAY",
         above=0, most=1, group="training",
     )  # fmt: skip
+    log: tuple[str, ...] = setting((), _logs.HELP, metavar="NAME,...", parse=_logs.kinds)
 
 
 def run(settings: Settings) -> int | None:
@@ -127,6 +136,7 @@ def run(settings: Settings) -> int | None:
     if settings.list:
         header = ("method", "label", "paper")
         return _output.list_methods(header, [(m.name, m.label, m.paper) for m in ways.METHODS])
+    _logs.check(settings.log)
     chosen = types.chosen(settings.methods, ways.BY_NAME, "kdtl transfer")
     path, policy = settings.source_weights, types.POLICIES[settings.on_mismatch]
     surgery = Surgery(rename=types.renames(settings.rename), on_mismatch=policy)
@@ -134,9 +144,12 @@ def run(settings: Settings) -> int | None:
         surgery = surgery._replace(where=types.selector(settings.where))
     text, about = _models.read_about(path, settings.model, "mlp:128,64")
     form, source_part, target = read(settings, about)
+    measure = _measures.of(form)
+    settings = resolved(settings, measure)
+    chosen = suited(chosen, settings, measure)
     example = jnp.asarray(target.train.inputs[:1])
     net = _models.described(text, target.train.classes, example)
-    given = None if path is None else safetensors.load(path)
+    given = None if path is None else _models.load_tree(path)
     if path is not None:
         record.check_finite(path, given)
     files = {"data": settings.data, **({} if path is None else {"source_weights": path})}
@@ -163,7 +176,9 @@ def run(settings: Settings) -> int | None:
             )  # fmt: skip
         else:
             source = Source(given, False)
-        found = _targets.compare(net, target, source, chosen, settings, surgery, say, finished)
+        found = _targets.compare(
+            net, target, source, chosen, settings, surgery, say, finished, measure
+        )
         bar.hide()
         print(found.surgery)
         students = {
@@ -185,7 +200,10 @@ def run(settings: Settings) -> int | None:
             checkpoint.save(checkpoints, settings.epochs, models, {"methods": list(models)})
         baselines = {FAMILY: BASELINE} if BASELINE in found.models else {}
         advice = _students.note(rows, BASELINE)
-        few = settings.labels_per_class
+        few = settings.labels_per_class or 0
+        outputs = f"{classes} {measure.kind}" if measure.kind != "classes" else (
+            f"{classes} classes with {few or 'all'} labels each, drawn anew for every seed"
+        )  # fmt: skip
         trained_on = f"{len(source_part.labels)} examples of {source_part.classes} classes"
         where = path or f"one source model per seed, trained on {trained_on}"
         scores = ", ".join(f"{name} {score.mean:.2f}" for name, score in found.scores.items())
@@ -207,8 +225,7 @@ def run(settings: Settings) -> int | None:
             [
                 f"Source: {where}; {100 * found.surgery.fraction:.1f} % of the target's parameters "
                 "are its own.",
-                f"Target: {target.train.classes} classes with {few or 'all'} labels each, drawn "
-                f"anew for every seed; {len(target.validation.labels)} validation and "
+                f"Target: {outputs}; {len(target.validation.labels)} validation and "
                 f"{len(target.test.labels)} test examples. Learning rate and strength are chosen "
                 "on validation; the test split is not used to choose.",
                 f"Transferability before any training: {scores or 'no features to score'}. Higher "
@@ -221,9 +238,11 @@ def run(settings: Settings) -> int | None:
                 programs(),
                 *([] if advice is None else [advice]),
             ],
-            sections=evidence(target.test, found.named, rows),
+            sections=evidence(target.test, found.named, rows) if measure.kind == "classes" else [],
+            score=measure.score_name,
         )
         _output.write_curves(folder, found.learning)
+        _logs.write(folder, settings.log)
         _output.finish(folder, results)
     return 0
 
@@ -240,6 +259,41 @@ def evidence(
     return _evidence.sections(test, best[0], other, by="baseline")
 
 
+def resolved(settings: Settings, measure: Measure) -> Settings:
+    """The settings with numbers in place of what was not given.
+
+    Raises:
+      UsageError: if a setting has no meaning for the targets.
+    """
+    few, is_classes = settings.labels_per_class, measure.kind == "classes"
+    if few is None:
+        few = _defaults.LABELS if settings.data == "digits" else 0
+    if few and not is_classes:
+        raise UsageError(f"--labels-per-class {few}: the targets are {measure.kind}, no classes.")
+    if settings.class_weights != "none" and few:
+        raise UsageError(
+            f"--class-weights: every class has {few} labels already. Give --labels-per-class 0."
+        )
+    if not is_classes and (settings.label_smoothing or settings.class_weights != "none"):
+        raise UsageError(_tasks.for_classes(measure.kind))
+    rates = settings.learning_rates or _optimizers.to_try(settings)
+    return dataclasses.replace(settings, labels_per_class=few, learning_rates=rates)
+
+
+def suited(
+    chosen: Sequence[ways.Method], settings: Settings, measure: Measure
+) -> list[ways.Method]:
+    """The methods that can learn such targets: of those asked for, all must.
+
+    Raises:
+      UsageError: naming the others.
+    """
+    cannot = [m.name for m in chosen if m.needs_classes and measure.kind != "classes"]
+    if cannot and settings.methods != ways.DEFAULT:
+        raise UsageError(f"{', '.join(cannot)} need classes, the targets are {measure.kind}.")
+    return [method for method in chosen if method.name not in cannot]
+
+
 def read(settings: Settings, about: About) -> tuple[Preprocessing, Dataset, Splits]:
     """How the data are read, the source's training set and the target's splits.
 
@@ -248,8 +302,19 @@ def read(settings: Settings, about: About) -> tuple[Preprocessing, Dataset, Spli
     """
     # A file's classes and sizes of images are the source's own: the target's may be others.
     own = about._replace(classes=None, names=(), shape=None)
-    ready, form = _models.read_data(settings, own, settings.source_weights)
+    ready, form = _models.read_data(
+        settings, own, settings.source_weights, kinds=KINDS, other_targets=True
+    )
     _models.check_parts(ready)
+    if ready.train.kind != "classes":
+        given = settings.source_classes or settings.target_classes or settings.canvas
+        if settings.source_weights is None or given:
+            raise UsageError(
+                f"--data {settings.data}: the targets are {ready.train.kind}. Name a source with "
+                "--source-weights, without --source-classes, --target-classes or --canvas: only "
+                "classes are divided into a source's and a target's."
+            )
+        return form, ready.train, ready
     classes, is_trained = ready.train.classes, settings.source_weights is None
     first = _range(settings.source_classes) or range(classes // 2)
     later = range(first.stop, classes) if is_trained else range(classes)
@@ -260,6 +325,11 @@ def read(settings: Settings, about: About) -> tuple[Preprocessing, Dataset, Spli
                 f"--{name}-classes: the data has classes 0-{classes - 1}, got "
                 f"{chosen.start}-{chosen.stop - 1}"
             )
+    if is_trained and len(first) < 2:
+        raise UsageError(
+            f"--source-classes: a source of one class learns nothing, and the data has {classes}. "
+            "Name a trained model with --source-weights, or two classes or more."
+        )
     sources = only_classes(ready.train, first) if is_trained else ready.train
     target = Splits(*(only_classes(part, second) for part in ready))
     default = CANVAS if settings.data == "digits" and is_trained else 0

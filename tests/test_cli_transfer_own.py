@@ -1,0 +1,176 @@
+"""`kdtl transfer` and `kdtl sweep` on several labels and numbers, and how targets are trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from data_files import N, Y, columns, image_folder, table
+from test_cli_own_data import HOT, PRICE, scored
+from tiny import kdtl, results
+
+from kdtl_jax import datasets, models
+from kdtl_jax.interop import model_files, networks, safetensors
+from kdtl_jax.recipes import _measures, _training
+from kdtl_jax.train import sweep
+
+Captured = pytest.CaptureFixture[str]
+KINDS = {"labels": "mean_average_precision", "numbers": "r2"}
+FEW = ["--seeds", "2", "--epochs", "2", "--lr", "0.01", "--batch-size", "12"]
+
+
+def source(folder: Path) -> Path:
+    """A perceptron of three inputs and four classes, of nobody's data."""
+    net = networks.network(models.mlp((6,), 4), np.zeros((1, 3), np.float32))
+    params = net.init(_training.keys(5).model, jnp.zeros((1, 3))).params
+    file = folder / "source.safetensors"
+    safetensors.save(file, safetensors_leaves(params))
+    return file
+
+
+def safetensors_leaves(params: Any) -> dict[str, np.ndarray]:
+    return {f"{a}/{b}": np.asarray(x) for a, part in params.items() for b, x in part.items()}
+
+
+def data_of(kind: str, folder: Path) -> tuple[Path, str]:
+    if kind == "labels":
+        cells = columns(cough=HOT[:, 0], fever=HOT[:, 1])
+        return table(folder / "a.csv", cells), "cough,fever"
+    return table(folder / "a.csv", columns(price=PRICE)), "price"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_targets_that_are_no_classes(kind: str, tmp_path: Path, capsys: Captured) -> None:
+    (data, label), score, run = data_of(kind, tmp_path), KINDS[kind], tmp_path / "run"
+    words: list[Any] = ["transfer", "--data", data, "--label", label, "--model", "mlp:6", *FEW]
+    words += ["--source-weights", source(tmp_path), "--methods", "scratch,copied_finetuned"]
+    assert kdtl(*words, "--log", "csv", "--out", run) == 0
+    row = results(run)["rows"][1]
+    student = run / row["settings"]["file"]
+    model = model_files.load(student)
+    known = model.about.preprocessing
+    assert known is not None and known.kind == kind
+    parts = datasets.read_splits(str(data), preprocessing=known)
+    logits = model.predict(parts.test.inputs)
+    if known.target_scaling is not None:
+        logits = logits * known.target_scaling.scale + known.target_scaling.mean
+    found = scored(logits, parts.test.labels, score)
+    assert row[f"test_{score}"]["values"][row["settings"]["file_seed"]] == pytest.approx(
+        found, abs=1e-5
+    )
+    assert set(results(run)["data"]["transferability"]) == {"logme"}
+    assert f"validation_{score}" in results(run)["curves"]["learning"]["scratch"]
+    assert f"eval/validation_{score}" in (run / "metrics.csv").read_text().splitlines()[0]
+    assert kdtl("evaluate", student, data, "--out", tmp_path / "scores.json") == 0
+    assert json.loads((tmp_path / "scores.json").read_text())[score] == pytest.approx(found, 1e-5)
+    capsys.readouterr()
+    for more, says in (
+        (["--methods", "co_tuning"], f"co_tuning need classes, the targets are {kind}"),
+        (["--labels-per-class", "3"], f"the targets are {kind}, no classes"),
+        (["--label-smoothing", "0.1"], f"are for classes, the targets are {kind}"),
+    ):
+        assert kdtl(*words, *more, "--out", tmp_path / "refused") == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert says in last
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sweep_of_targets_that_are_no_classes(kind: str, tmp_path: Path) -> None:
+    """One setting is the run of `kdtl distill`, whose batches hold everything too."""
+    (data, label), score = data_of(kind, tmp_path), KINDS[kind]
+    words = ["--data", data, "--label", label, "--teacher", "mlp:6", "--student", "mlp:3"]
+    words += [*FEW, "--batch-size", "30", "--teacher-epochs", "1", "--methods", "logit_mse"]
+    sweep_words = ["--grid", "mse=1", "--path", "together"]
+    assert kdtl("sweep", *words, *sweep_words, "--out", tmp_path / "sweep") == 0
+    assert kdtl("distill", *words, "--out", tmp_path / "distill") == 0
+    (found,) = results(tmp_path / "sweep")["rows"]
+    wanted = next(
+        row for row in results(tmp_path / "distill")["rows"] if row["method"] == "logit_mse"
+    )
+    for part in ("validation", "test"):
+        assert found[f"{part}_{score}"]["values"] == pytest.approx(
+            wanted[f"{part}_{score}"]["values"], abs=1e-4
+        )
+    assert (
+        f"validation {'R²' if kind == 'numbers' else 'mean average precision'}"
+        in (tmp_path / "sweep" / "report.html").read_text()
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_within_a_program_are_those_of_numpy(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    targets = HOT if kind == "labels" else rng.normal(size=(N, 2))
+    measure = _measures.of(datasets.Preprocessing(kind=kind))  # pyright: ignore[reportArgumentType]  # a key of KINDS
+    logits = np.round(rng.normal(size=(N, 2)), 1).astype(np.float32)  # with ties
+    for each in (logits, np.full_like(logits, np.nan)):
+        answers, found = measure.judged(jnp.asarray(each), jnp.asarray(targets, jnp.float32))
+        np.testing.assert_array_equal(answers, each)
+        np.testing.assert_allclose(found, measure.score(each, targets), rtol=1e-5)
+
+
+def test_training_flags_are_those_of_distill(tmp_path: Path, capsys: Captured) -> None:
+    data, run = table(tmp_path / "a.csv", columns(kind=Y)), tmp_path / "run"
+    words: list[Any] = ["transfer", "--data", data, "--label", "kind", "--model", "mlp:6", *FEW]
+    words += ["--source-weights", source(tmp_path), "--methods", "copied_head_only,lora,lp_ft"]
+    flags = "--optimizer adamw --schedule cosine --warmup 0.2 --clip 1 --weight-decay 0.01"
+    flags += " --ema 0.9 --early-stopping 1 --label-smoothing 0.1 --class-weights balanced"
+    assert kdtl(*words, *flags.split(), "--log", "csv,tensorboard", "--out", run) == 0
+    rows = {row["method"]: row for row in results(run)["rows"]}
+    assert set(rows["lora"]["settings"]["epochs_kept"]) <= {1, 2}
+    head = safetensors.load(run / "students" / "copied_head_only.safetensors")
+    np.testing.assert_array_equal(
+        head["dense_0/kernel"], safetensors.load(tmp_path / "source.safetensors")["dense_0/kernel"]
+    )
+    assert list((run / "tensorboard" / "lora").glob("events*"))
+    # Interrupted in its second method, it ends with the same bits.
+    (run / "finished" / "lora.npz").unlink()
+    before = (run / "students" / "lora.safetensors").read_bytes()
+    assert kdtl(*words, *flags.split(), "--log", "csv,tensorboard", "--out", run, "--resume") == 0
+    assert (run / "students" / "lora.safetensors").read_bytes() == before
+    capsys.readouterr()
+    more = ["--class-weights", "balanced", "--labels-per-class", "3"]
+    assert kdtl(*words, *more, "--out", tmp_path / "x") == 2
+    assert "every class has 3 labels already" in capsys.readouterr().err
+
+
+def test_the_best_check_is_given_back() -> None:
+    """A student whose score falls from the second epoch on stops, and the first is kept."""
+    import optax
+
+    from kdtl_jax import train
+
+    tx = optax.sgd(1.0)
+
+    def start(point: Any, shared: Any) -> Any:
+        return train.init_state({"w": jnp.zeros(())}, tx, key=_training.keys(point["seed"]).steps)
+
+    def step(state: Any, batch: Any, point: Any, shared: Any) -> Any:
+        apply: Any = lambda params, model_state, x, **_: (  # noqa: E731  # a model in one line
+            {"logits": params["w"] * jnp.ones((len(x), 1))}, model_state,
+        )  # fmt: skip
+        terms: Any = lambda inputs: {"task": -inputs.student["logits"][:, 0]}  # noqa: E731  # +1 a step
+        return train.make_step(apply, terms, {"task": 1.0}, tx)(state, batch)
+
+    scores = jnp.asarray([0.0, 0.3, 0.9, 0.5, 0.4, 1.0])  # by w: 0.3 after one epoch
+
+    learner = _training.Experiment(
+        start, step, lambda state, x, shared: state.params["w"],
+        judged=lambda w, labels: (w[None], scores[w.astype(int)]),
+    )  # fmt: skip
+    data = {"inputs": jnp.zeros((4, 1)), "labels": jnp.zeros((4,), jnp.int32)}
+    fit = _training.fit(
+        learner, epochs=5, batch_size=4, checks=5, patience=2, keep=lambda state: state.params["w"]
+    )
+    found = sweep.vmap(fit)({"seed": jnp.arange(2)}, data, data, data)
+    assert found.kept.tolist() == [2, 2] and found.epoch is not None
+    assert found.epoch.tolist() == [2, 2] and found.test.tolist() == pytest.approx([0.9, 0.9])
+    assert found.curve[0].tolist() == pytest.approx([0.3, 0.9, 0.5, 0.4, 0.9])
+
+
+def test_a_source_of_one_class_is_refused(tmp_path: Path, capsys: Captured) -> None:
+    data = image_folder(tmp_path / "images")
+    assert kdtl("transfer", "--data", data, "--model", "mlp:6", "--out", tmp_path / "x") == 2
+    assert "a source of one class learns nothing" in capsys.readouterr().err
