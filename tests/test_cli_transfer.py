@@ -91,6 +91,10 @@ def test_a_run_writes_its_folder(
     names = {"config.yaml", "metrics.jsonl", "results.json", "checkpoints", "students"}
     names |= {"report.html", "env.json", "made_from.json", ".lock", "finished"}
     assert names == {entry.name for entry in out.iterdir()}
+    page = (out / "report.html").read_text()
+    assert "Transfer: loss" in page and "<h2>Confusion</h2>" in page
+    losses = results["curves"]["learning"]["scratch"]["loss"]
+    assert len(losses) == row["settings"]["epochs"] and losses[-1] < losses[0]
     # The config is a --config file, and the student is this model.
     config = yaml.safe_load((out / "config.yaml").read_text())
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(config | {"out": str(tmp_path / "two")}))
