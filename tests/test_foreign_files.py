@@ -252,11 +252,13 @@ def test_any_line_of_a_text(
     changes = {keys[number % len(keys)]: value for number, value in picks}
     content = "".join(f"{json.dumps(x)}\n" for x in (line, changed(line, changes), line)).encode()
     if is_table:
-        names = dict.fromkeys([*line, *changed(line, changes)])
-        rows = [pa.array([str(x.get(name)) for x in (line, changed(line, changes), line)])
-                for name in names]  # fmt: skip
+        each = (line, changed(line, changes), line)
+        texts = {
+            name: [str(x.get(name)).encode(errors="replace").decode() for x in each]
+            for name in dict.fromkeys([*line, *each[1]])
+        }
         out = io.BytesIO()
-        parquet.write_table(pa.table(rows, list(names)), out)
+        parquet.write_table(pa.table(texts), out)
         file, content = file.with_suffix(".parquet"), out.getvalue()
     file.write_bytes(content if edit is None else edited(content, edit))
     with read_or_refused():

@@ -9,7 +9,6 @@ import io
 import json
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import _files
+from kdtl_jax import _files, _text
 from kdtl_jax._types import PyTree
 from kdtl_jax.train import sweep
 
@@ -63,8 +62,9 @@ def once(finished: Finished, name: str, make: Callable[[], Any]) -> tuple[Any, f
     if path is not None and finished.resume and path.exists():
         try:
             return _read(path, finished)
-        except (ValueError, OSError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            print(f"note: {path} cannot be used ({error}): {name} runs again", file=sys.stderr)
+        except Exception as error:  # zipfile, zlib, NumPy and json each have their own
+            said = _text.shown(str(error) or type(error).__name__, 200)
+            print(f"note: {path} cannot be used ({said}): {name} runs again", file=sys.stderr)
     begun = time.perf_counter()
     result = jax.block_until_ready(make())
     seconds = time.perf_counter() - begun

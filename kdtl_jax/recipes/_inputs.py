@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from kdtl_jax import _files, datasets
+from kdtl_jax import _files, _text, datasets
 from kdtl_jax.datasets import Dataset
 from kdtl_jax.interop import model_files
 from kdtl_jax.interop.model_files import Model
@@ -127,18 +127,18 @@ def read(
         inputs = datasets.read_inputs(data, form or _form_of_old(model))
         checked_shape(data, inputs, model)
         return Examples(inputs, None, f"{len(inputs)} examples")
-    known = json.loads(model.metadata.get("split", "{}"))
+    split = _split_of(model)
     seen = record.made_from({"data": data}).files["data"] == model.metadata.get("data")
     held_out = seen and part != "all"  # else all rows stay together, in their order
-    shares = [float(known.get(name, 0)) if held_out else 0.0 for name in PARTS[1:]]
+    shares = split.shares if held_out else (0.0, 0.0)
     parts = datasets.read_splits(
         data,
-        label=label or str(known.get("label", "label")),
+        label=label or split.label,
         target="auto" if form is None else form.kind,
         preprocessing=form,
         validation=shares[0],
         test=shares[1],
-        seed=int(known.get("seed", 0)),
+        seed=split.seed,
     )
     chosen = part or ("test" if len(parts.test.labels) else "all")
     found = list(parts) if chosen == "all" else [getattr(parts, chosen)]
@@ -152,6 +152,35 @@ def read(
     if seen:
         said += ", of the data that the model was trained on"
     return Examples(inputs, labels, said)
+
+
+class Split(NamedTuple):
+    """How a run divided its data: the shares of validation and test, the seed, the label."""
+
+    shares: tuple[float, float]
+    seed: int
+    label: str
+
+
+def _split_of(model: Model) -> Split:
+    """What a model's file says of the data that it was trained on.
+
+    Raises:
+      ValueError: if that is not how data are divided.
+    """
+    try:
+        known = json.loads(model.metadata.get("split", "{}"))
+        validation, test = (float(known.get(name, 0)) for name in PARTS[1:])
+        found = Split((validation, test), int(known.get("seed", 0)), known.get("label") or "label")
+        if not (0 <= validation < 1 and 0 <= test < 1 and 0 <= found.seed < 2**32):
+            raise ValueError("shares must lie within 0 and 1")
+        if not isinstance(found.label, str):
+            raise ValueError("the label must be a name")
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"the model's file says of its data what is no split ({_text.shown(str(error))})."
+        ) from None
+    return found
 
 
 def checked_shape(data: str, inputs: np.ndarray, model: Model) -> None:

@@ -103,7 +103,7 @@ def merged(settings: Settings) -> tuple[Rewrite, Settings]:
     recipe = _parser.read_yaml(path, "--recipe")
     _only("the recipe", recipe, _TOP)
     name = recipe.get("merge_method")
-    if name not in KNOWN:
+    if not isinstance(name, str) or name not in KNOWN:
         raise ValueError(
             f"{path}: merge_method {_text.quoted(name)} is none of {', '.join(KNOWN)}."
         )
