@@ -117,7 +117,40 @@ def test_leaves_that_are_one_array_stay_one() -> None:
     want = (table[0] + table[1]) / 2
     np.testing.assert_allclose(apart["head"], want, rtol=1e-6)
     assert not np.allclose(apart["embed"], want)
-    assert transforms.trim_global(tau, density=0.5)["embed"] is not None
+    trimmed = transforms.trim_global(tau, density=0.5)
+    assert trimmed["embed"] is trimmed["head"]
+    kept = [int(jnp.count_nonzero(trimmed[name])) for name in ("embed", "other")]
+    assert sum(kept) == 12  # of 24: what is tied is ranked once
+
+
+def test_ties_under_jit_are_those_made_there() -> None:
+    """Equal leaves of an argument are drawn apart; what is tied inside is not."""
+    table, key = leaf(0, 4, 3), jax.random.key(0)
+
+    def drawn(tree: Any) -> Any:
+        return transforms.dare(key, tree, density=0.5)
+
+    tree = {"embed": table, "head": table}
+    together, apart = drawn(tree), jax.jit(drawn)(tree)
+    np.testing.assert_array_equal(together["embed"], together["head"])
+    assert not (apart["embed"] == apart["head"]).all()
+    inside = jax.jit(lambda tree: drawn(tree | {"head": tree["embed"]}))(tree)
+    for name in tree:
+        np.testing.assert_array_equal(inside[name], together["embed"], err_msg=name)
+        np.testing.assert_array_equal(apart["embed"], together["embed"])
+
+
+def test_leaves_of_other_processes_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are drawn by their own paths: nothing can compare them."""
+    table, key = leaf(0, 4, 3), jax.random.key(0)
+    tree = {"embed": table, "head": table + 0}
+    alone = {name: transforms.dare(key, {name: x}, density=0.5)[name] for name, x in tree.items()}
+    for name in ("is_fully_addressable", "is_fully_replicated"):
+        monkeypatch.setattr(type(table), name, property(lambda self: False))
+    got = transforms.dare(key, tree, density=0.5)
+    monkeypatch.undo()
+    for name, want in alone.items():
+        np.testing.assert_array_equal(got[name], want, err_msg=name)
 
 
 @pytest.mark.parametrize("shape", [(23, 6), (3, 4, 5), (20, 1), (30,), ()])

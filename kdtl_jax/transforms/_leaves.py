@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, PyTree, Scalar
@@ -229,20 +230,19 @@ def equal_paths(tree: PyTree) -> dict[str, str]:
     """Paths whose leaf equals an earlier one, to the first such: ties that are stored twice.
 
     What is drawn for a tied leaf is drawn with the first one's path. Costs one row per leaf that
-    shares its shape: only leaves of one first row are compared whole. Tracers and scalars equal
-    none.
+    shares its shape: only leaves of one first row are compared whole. Scalars equal none, nor do
+    leaves whose values are not known here: tracers, and arrays that lie in part with other
+    processes.
     """
     groups: dict[Any, list[tuple[str, Any]]] = {}
     for path, leaf in trees.flatten(tree).items():
-        if np.ndim(leaf) and np.size(leaf) and trees.is_inexact(leaf):
+        if np.ndim(leaf) and np.size(leaf) and trees.is_inexact(leaf) and _is_known(leaf):
             groups.setdefault((leaf.shape, str(leaf.dtype)), []).append((path, leaf))
     first: dict[str, str] = {}
     for group in groups.values():
         alike: dict[bytes, list[tuple[str, Any]]] = {}
         for path, leaf in group if len(group) > 1 else ():
-            start = _checks.concrete(leaf[(0,) * (leaf.ndim - 1)])
-            if start is None:
-                continue
+            start = np.asarray(leaf[(0,) * (leaf.ndim - 1)])
             earlier = alike.setdefault(start.tobytes(), [])
             same = [p for p, other in earlier if other is leaf or np.array_equal(other, leaf)]
             if same:
@@ -250,6 +250,13 @@ def equal_paths(tree: PyTree) -> dict[str, str]:
             else:
                 earlier.append((path, leaf))
     return first
+
+
+def _is_known(leaf: Any) -> bool:
+    """Whether the leaf's values can be read in this process."""
+    if isinstance(leaf, Tracer):
+        return False
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
 
 
 def _same(a: Any, b: Any) -> bool:

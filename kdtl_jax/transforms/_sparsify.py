@@ -164,8 +164,10 @@ def dare(
     """Drops entries at random and divides the kept ones by `density`: unbiased over keys.
 
     Tied leaves share their draws, also where they are stored twice: leaves of equal values count as
-    tied, and leaves of one shape are compared to find them. Traced leaves have no values to
-    compare: there only one array under several paths is tied.
+    tied, and leaves of one shape are compared to find them. Under `jit` and `grad` every leaf of an
+    argument is a value of its own, equal to none: tie leaves inside, as in
+    `tree | {"head": tree["embed"]}`, or they are drawn apart. So are, also outside, leaves of which
+    other processes hold a part.
 
     Args:
       key: a PRNG key; every leaf folds its path in.
@@ -329,7 +331,7 @@ def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Param
 
     Dropout toward the pretrained weights instead of toward zero: the mean over keys is `params`.
     Call it inside the loss, on the selected leaves, with the step's key. Tied leaves share their
-    draws, as in `dare`: inside the loss, those that are one array.
+    draws as in `dare`, which inside a loss sees only those ties that are made there.
 
     Args:
       key: a PRNG key; every leaf folds its path in.
