@@ -7,14 +7,16 @@ RESULT:    growth of the peak, checkpoints of 1 GB each (a tensor of 0.25 GB in 
            scale 47 MB 12 s, average of two 118 MB 22 s, merge of two by ties 311 MB 108 s. Of
            checkpoints with little else than that tensor: dare 192 MB 15 s, della 294 MB 134 s.
            Of checkpoints of 0.49 GB whose largest tensor has 123 MB: slerp 167 MB, karcher 198 MB,
-           model_stock 212 MB, multi_slerp 227 MB, dare as mergekit 257 MB, breadcrumbs 322 MB. All
-           but sce, ram, arcee_fusion, regmean and angles of columns pass in pieces
+           model_stock 212 MB, multi_slerp 227 MB, dare as mergekit 257 MB, breadcrumbs 322 MB, ram
+           249 MB, arcee_fusion 194 MB, sce 294 MB (2.4 of that tensor), angles of columns 184 MB.
+           regmean of a kernel of 250 MB, which factors a matrix: 1.2 GB. All others pass in pieces
 
-Three checkpoints of one structure are written to a temporary folder: an embedding of a quarter of
-the size, the rest kernels of 16 MB, float32. Every command runs in a process of its own, first on
-a checkpoint of a few numbers (imports and compilation), then on the large ones; the growth of the
-peak resident set between the two is what the large one costs. `average` reads two checkpoints,
-`ties` three, several times each.
+Checkpoints of one structure are written to a temporary folder: an embedding of a quarter of the
+size, the rest kernels of 16 MB, float32 (for regmean one square kernel as large as the embedding,
+and its Gram matrices). Every command runs in a process of its own, first on a checkpoint of a few
+numbers (imports and compilation), then on the large ones; the growth of the peak resident set
+between the two is what the large one costs. `average` reads two checkpoints, `ties` three, several
+times each.
 """
 
 import argparse

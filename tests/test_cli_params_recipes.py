@@ -103,6 +103,41 @@ def test_values_by_filter_and_by_layer() -> None:
     np.testing.assert_allclose(got["model.norm.weight"], want["model.norm.weight"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("no", [False, 0, [{"filter": "mlp", "value": True}, {"value": 0}]])
+def test_truth_may_be_written_as_a_number(no: Any) -> None:
+    """`normalize: 0` is a sum."""
+    given = models(a={"weight": 1}, b={"weight": 0.5})
+    recipe = {"merge_method": "linear", "models": given, "parameters": {"normalize": no}}
+    assert run(recipe) == 0
+    got, a, b = written(), model(1), model(2)
+    for name, x in got.items():
+        total = 1.5 if isinstance(no, list) and "mlp" in name else 1
+        np.testing.assert_allclose(x, (a[name] + 0.5 * b[name]) / total, rtol=1e-6)
+
+
+def test_the_base_of_slices_that_begin_apart_is_named(capsys: Any) -> None:
+    """Beside equal ranges it has the same layers; else nobody knows which."""
+    ranges = {"a": [1, 3], "b": [0, 2]}
+    sources: list[Any] = [{"model": name, "layer_range": there} for name, there in ranges.items()]
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "slices": [{"sources": sources, "parameters": {"weight": 0.5}}],
+    }
+    assert run(recipe) == 1
+    assert "name it there with its layer_range" in capsys.readouterr().err
+    sources.append({"model": "base", "layer_range": [2, 4]})
+    assert run(recipe) == 0
+    got, base, a, b = written(), model(0), model(1), model(2)
+    for i in range(2):
+        start, one, other = (
+            tree[f"model.layers.{i + first}.mlp.weight"]
+            for tree, first in ((base, 2), (a, 1), (b, 0))
+        )
+        want = start + 0.5 * (one - start) + 0.5 * (other - start)
+        np.testing.assert_allclose(got[f"model.layers.{i}.mlp.weight"], want, rtol=1e-5, atol=1e-6)
+
+
 def test_layers_of_several_models_make_a_folder_that_opens() -> None:
     recipe = {
         "merge_method": "passthrough",
@@ -140,6 +175,9 @@ def test_layers_of_several_models_make_a_folder_that_opens() -> None:
         ({"models": models(nowhere={"weight": 1})}, "'nowhere' does not exist"),
         ({"models": [{"model": "a+lora"}]}, "merge its LoRA first"),
         ({"models": []}, "not empty"),
+        ({"parameters": {"normalize": "often"}}, "must be true or false"),
+        ({"chat_template": "auto"}, "'chat_template' is not understood"),
+        ({"merge_method": "karcher", "parameters": {"tol": 1}}, "nothing is read here"),
         ({"slices": []}, "either models or slices"),
         ({"dtype": "float8"}, "'float8' is none of"),
         ({"models": models(a={"weight": [1, "x"]})}, "list of numbers"),

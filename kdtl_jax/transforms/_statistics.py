@@ -14,6 +14,7 @@ from kdtl_jax.transforms._leaves import Weights
 
 Rows = Callable[[], Iterable[Array]]  # a matrix in blocks of rows
 
+_PARTS = 8  # a kernel's columns are solved for in so many parts
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -121,7 +122,7 @@ def regmean_kernel(
     shrink: Scalar = 0.9,
     ridge: Scalar = 1e-6,
 ) -> Array:
-    """`regmean` of one kernel, read in blocks of rows: holds about three matrices, not two a model.
+    """`regmean` of one kernel, read in blocks of rows: no more than three matrices are held.
 
     Args:
       kernels: per model, a function that yields the blocks of its kernel `[..., in, out]`, rows
@@ -145,19 +146,19 @@ def regmean_kernel(
             left = _add(left, _shrunk(rows, own, soft, start).mT, start, -1)
     factors, swaps = _factored(left)
     del left
-    right: Any = None
-    for kernel, gram, own in zip(kernels, grams, on, strict=True):
-        whole = _whole(kernel, shape[-1])
-        right = jnp.zeros_like(whole) if right is None else right
-        for start, rows in _numbered(gram):
-            shrunk = _shrunk(rows, own, soft, start)
-            right = _add(right, jnp.matmul(shrunk, whole, precision=_HIGHEST), start, -2)
-        del whole
-    step = max(1, _blocks.BLOCK // max(1, diagonals[0].size))
-    for first in range(0, right.shape[-1], step):
-        some = _solved(factors, swaps, right[..., first : first + step])
-        right = jax.block_until_ready(_overwrite(right, some, first, -1))
-    return right
+    width = next(iter(kernels[0]())).shape[-1]
+    step = max(1, _blocks.BLOCK // max(1, diagonals[0].size), width // _PARTS)
+    merged = jnp.zeros((*shape, width), factors.dtype)
+    for first in range(0, width, step):
+        right = jnp.zeros_like(merged[..., first : first + step])
+        for kernel, gram, own in zip(kernels, grams, on, strict=True):
+            some = _columns(kernel, jnp.zeros_like(right), first)
+            for start, rows in _numbered(gram):
+                product = jnp.matmul(_shrunk(rows, own, soft, start), some, precision=_HIGHEST)
+                right = _add(right, product, start, -2)
+        solved = _solved(factors, swaps, right)
+        merged = jax.block_until_ready(_overwrite(merged, solved, first, -1))
+    return merged
 
 
 def check_grams(grams: Sequence[Mapping[str, Any]], flat: Mapping[str, Any]) -> None:
@@ -198,14 +199,12 @@ def _numbered(read: Rows) -> Iterator[tuple[int, Array]]:
         start += rows.shape[-2]
 
 
-def _whole(read: Rows, count: int) -> Array:
-    """A matrix of so many rows, from its blocks."""
-    whole: Any = None
+def _columns(read: Rows, into: Array, first: int) -> Array:
+    """Columns of a matrix from `first` on, as many as `into` has, from its blocks of rows."""
     for start, rows in _numbered(read):
-        if whole is None:
-            whole = jnp.zeros((*rows.shape[:-2], count, rows.shape[-1]), rows.dtype)
-        whole = _overwrite(whole, rows, start, -2)
-    return whole
+        some = rows[..., first : first + into.shape[-1]]
+        into = jax.block_until_ready(_overwrite(into, some, start, -2))
+    return into
 
 
 # Where the arrays are known, these work in place. LAPACK stores columns one after another: a matrix

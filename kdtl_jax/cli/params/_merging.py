@@ -93,7 +93,10 @@ def _least_squares(part: Part, name: str, merge: Merge) -> Iterator[np.ndarray]:
             for tensors in (slab.models, slab.statistics)
         )
         found = transforms.regmean_kernel(kernels, grams)
-        yield np.asarray(found.astype(stored[0].dtype)).ravel()
+        flat = np.asarray(found).ravel()
+        del found
+        for start in range(0, flat.size, _checkpoints.BLOCK):
+            yield flat[start : start + _checkpoints.BLOCK].astype(stored[0].dtype)
 
 
 def _slabs(part: Part, axis: int | None) -> Iterator[tuple[Part, int | None]]:

@@ -2,7 +2,8 @@
 
 Read: `models` or `slices` (layers of several models one after another), `base_model`, and
 parameters by model, slice and recipe, by filter and as gradients over a slice's layers. Whatever is
-not known here is refused by name.
+not known here is refused by name. `dtype` and `out_dtype` say what is written; the arithmetic is in
+float32, mergekit's in `dtype`.
 """
 
 import dataclasses
@@ -183,9 +184,8 @@ def _only(where: str, found: Any, known: Sequence[str]) -> Mapping[str, Any]:
         raise ValueError(f"{where}: expected 'key: value' lines, got {_text.quoted(found)}.")
     for key, value in found.items():
         if key not in known and value is not None:
-            raise ValueError(
-                f"{where}: {_text.quoted(key)} is not understood; known are {', '.join(known)}."
-            )
+            read = f"known are {', '.join(known)}" if known else "nothing is read here"
+            raise ValueError(f"{where}: {_text.quoted(key)} is not understood; {read}.")
     return found
 
 
@@ -317,6 +317,11 @@ def _sources(each: Slice, base: str | None, has_base: bool) -> list[Source]:
     if base is None:
         return list(each.sources)
     found = [source for source in each.sources if source.model == base]
+    if not found and len({source.first for source in each.sources}) > 1:
+        raise ValueError(
+            f"the base {base} is no source of a slice whose sources begin at different layers: "
+            "name it there with its layer_range."
+        )
     found = found or [Source(base, each.sources[0].first, {})]
     found = [source._replace(parameters={}) for source in found] if has_base else found
     return [*found, *(source for source in each.sources if source.model != base)]
@@ -351,10 +356,20 @@ def _options(known: Sequence[str], here: Place, models: Sequence[Place], t: floa
         for key, (ours, default, is_by_model) in _NUMBERS.items()
         if key in known
     }
-    axis = -1 if value("filter_wise", here, False) else None
-    if value("nuslerp_flatten", here, True) is False:
-        axis = 0 if value("nuslerp_row_wise", here, False) else -1
-    given |= {key: value(key, here) for key in ("normalize", "rescale")}
+
+    def truth(key: str, default: bool | None = None) -> bool | None:
+        found = value(key, here, default)
+        if found not in (None, True, False):  # 0 and 1 are equal to these
+            raise ValueError(
+                f"{key} of {_text.quoted(here.path)} must be true or false, got "
+                f"{_text.quoted(found)}."
+            )
+        return None if found is None else bool(found)
+
+    axis = -1 if truth("filter_wise", False) else None
+    if not truth("nuslerp_flatten", True):
+        axis = 0 if truth("nuslerp_row_wise", False) else -1
+    given |= {key: truth(key) for key in ("normalize", "rescale")}
     return Options(axis=axis, **given)
 
 
