@@ -23,6 +23,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from params_checkpoints import flat
 from test_sentences import write_encoder, write_text
@@ -314,6 +315,8 @@ def main_() -> None:
     root: Path = args.folder.absolute()
     base, log = root / "prepared", root / "log.txt"
     base.mkdir(parents=True)
+    # An exported program tells from where it was traced: here, of each run, another line.
+    jax.config.update("jax_traceback_in_locations_limit", 0)
     chosen = cases()
     if args.only:
         chosen = {name: chosen[name] for name in args.only.split(",")}
