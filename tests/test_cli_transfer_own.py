@@ -6,14 +6,15 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from data_files import N, Y, columns, image_folder, table
 from test_cli_own_data import HOT, PRICE, scored
 from tiny import kdtl, results
 
-from kdtl_jax import datasets, models
+from kdtl_jax import datasets, models, trees
 from kdtl_jax.interop import model_files, networks, safetensors
-from kdtl_jax.recipes import _measures, _training
+from kdtl_jax.recipes import _measures, _models, _training
 from kdtl_jax.train import sweep
 
 Captured = pytest.CaptureFixture[str]
@@ -174,3 +175,19 @@ def test_a_source_of_one_class_is_refused(tmp_path: Path, capsys: Captured) -> N
     data = image_folder(tmp_path / "images")
     assert kdtl("transfer", "--data", data, "--model", "mlp:6", "--out", tmp_path / "x") == 2
     assert "a source of one class learns nothing" in capsys.readouterr().err
+
+
+def test_sources_from_orbax_folders(tmp_path: Path) -> None:
+    """Parameters beside an optimizer's state, and with batch statistics."""
+    stored = safetensors.load(source(tmp_path))
+    params: dict[str, Any] = {}
+    for path, leaf in stored.items():
+        params.setdefault(path.split("/")[0], {})[path.split("/")[1]] = leaf
+    writer = ocp.PyTreeCheckpointer()
+    writer.save(tmp_path / "a", {"params": params, "opt": {"count": np.zeros(())}})
+    found = trees.flatten(_models.load_tree(str(tmp_path / "a")))
+    assert found.keys() == stored.keys()
+    np.testing.assert_array_equal(found["head/kernel"], stored["head/kernel"])
+    writer.save(tmp_path / "b", {"params": params, "batch_stats": {"norm": {"mean": np.ones(2)}}})
+    whole = trees.flatten(_models.load_tree(str(tmp_path / "b")))
+    assert whole.keys() == {"batch_stats/norm/mean", *(f"params/{path}" for path in stored)}

@@ -86,9 +86,11 @@ def from_orbax(path: str, like: PyTree) -> PyTree:
 
 
 def any_orbax(path: str) -> PyTree:
-    """The innermost tree of parameters in an Orbax folder, as it is."""
-    *_, last = _within(_restored(path))
-    return last
+    """The innermost tree of parameters in an Orbax folder, with batch statistics beside it."""
+    *outer, params = _within(_restored(path))
+    if outer and "batch_stats" in outer[-1]:
+        return {"params": params, "batch_stats": outer[-1]["batch_stats"]}
+    return params
 
 
 def _restored(path: str) -> Any:
