@@ -6,7 +6,8 @@ Digits are to be written backwards. A teacher learns it from its rules; students
 warmed up on 256 answers, then learn from a second set of prompts by fine-tuning on noisy answers,
 from the teacher's answers, from the teacher's distribution on the noisy answers, and on their own.
 Exact match is of greedy and of sampled answers, bits per byte (a digit is a byte) of right ones,
-each on 512 new prompts. Intervals are 95 % over seeds of the students.
+each on 512 new prompts. Intervals are 95 % over seeds of the students. No results are recorded
+here yet; with six digits and wider students of 24 channels all but fine-tuning came to 100 %.
 """
 
 import argparse
