@@ -11,8 +11,9 @@ RESULT:    step: loss and gradient equal to PyTorch's, 1e-7
            sampling, times as long in transformers: one row 2.4, eight rows 1.8; 512 of 512 greedy
            tokens equal
            KL over 32,768 classes, 512 tokens in chunks of 256, times the matrix products: float32
-           1.08 to 1.10, bfloat16 1.10 to 1.11. Temporary memory of 2,048 tokens in float32 88 MB
-           (bfloat16 187 MB); of 1,024 tokens over 131,072 classes in chunks of 64 93 MB
+           1.08 to 1.10, bfloat16 1.10 to 1.11, about 1.1. Temporary memory by XLA's figure: 2,048
+           tokens in float32 88 MB (bfloat16 187 MB), dense 1,409 MB; 1,024 tokens over 131,072
+           classes in chunks of 64 93 MB
 
 step: one KD step (forward KL, AdamW) of a decoder of 12.6 million parameters taught by one of 26.6
 million, 8 x 128 tokens, vocabulary 8,192; both libraries start from the same folder of weights, and
