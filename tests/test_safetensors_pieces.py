@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -243,3 +244,19 @@ def test_only_the_taken_rows_are_read(tmp_path: Path):
     rows = np.array([0, 500_000_000, 999_999_999])
     (*pieces,) = weights.take(tensor, {0: rows, 1: np.array([7, 99])})
     assert np.concatenate(pieces).tolist() == [0.0] * 6
+
+
+def test_taking_maps_no_file(tmp_path: Path) -> None:
+    """A file of 2 TB, nearly all of it holes, is more than the address space may hold."""
+    file = tmp_path / "a.safetensors"
+    weights.save(file, {"x": np.arange(12, dtype=np.float32).reshape(4, 3)})
+    tensor = weights.index(file).tensors["x"]
+    with open(file, "r+b") as out:
+        out.truncate(2 * 10**12)
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (10**12, limit[1]))
+    try:
+        found = np.concatenate(list(weights.take(tensor, {0: np.array([3, 1]), 1: np.array([2])})))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+    np.testing.assert_array_equal(found, [11, 5])
