@@ -196,7 +196,7 @@ def _parameters(found: Mapping[str, Any], where: str, known: Sequence[str]) -> M
 def _reference(value: Any, recipe: Path) -> str | None:
     if value is None:
         return None
-    if not isinstance(value, str) or not value or "+" in value:
+    if not isinstance(value, str) or not 0 < len(value) < 1000 or "+" in value:
         raise ValueError(
             f"{recipe}: the model {_text.quoted(value)} must be a path (merge its LoRA first)."
         )
