@@ -343,6 +343,8 @@ def _unit_jvp(
 
 def _inverse_norm(x: Array, axis: int | tuple[int, ...]) -> Array:
     """`1 / ||x||`, 0 of a zero vector; squares are summed in three units, of which one fits."""
+    if x.size == 1:  # XLA takes the square of a product of scalars for a product of squares
+        return jnp.where(x == 0, 0, 1 / jnp.where(x == 0, 1, jnp.abs(x)))
     squares, of_small, of_large = (
         jnp.sum(jnp.square(x * factor), axis=axis, keepdims=True) for factor in (1, UNIT, 1 / UNIT)
     )

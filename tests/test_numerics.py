@@ -191,6 +191,12 @@ def test_normalize_keeps_zero_and_has_unit_length() -> None:
     assert np.isfinite(jacobian).all() and not np.asarray(jacobian[1]).any()
 
 
+@pytest.mark.parametrize("value", [0.0, -1e-25, 2.0, 1e25])
+def test_normalize_of_a_single_number_is_its_sign(value: float) -> None:
+    x = jnp.full((1, 1), value, jnp.float32)
+    np.testing.assert_allclose(jax.jit(_numerics.normalize)(x), np.sign([[value]]), rtol=1e-6)
+
+
 def test_square_root_has_gradient_zero_at_zero() -> None:
     x = jnp.asarray([4.0, 0.0], jnp.float32)
     np.testing.assert_allclose(_numerics.safe_sqrt(x), [2, 0])
