@@ -13,6 +13,7 @@ here yet.
 
 import argparse
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from importlib import resources
 from typing import Any
@@ -85,10 +86,15 @@ def rows(text: bytes, pairs: dict[bytes, int]) -> dict[str, Any]:
     return jax.tree.map(jnp.asarray, {"inputs": {**found, "theirs": theirs}})
 
 
+def next_logits(outputs: Mapping[str, Any]) -> jax.Array:
+    """Logits `[B, T - 1, V]` of the tokens after the first."""
+    return losses.head_logits(outputs["hidden"], outputs["head"])[:, :-1]
+
+
 def of_text(inputs: Inputs) -> dict[str, Any]:
     """The cross-entropy of a token batch whose first token is given."""
     batch = inputs.batch["inputs"]
-    logits = losses.head_logits(inputs.student["hidden"], inputs.student["head"])[:, :-1]
+    logits = next_logits(inputs.student)
     nats = -losses.token_log_probs(logits, batch["tokens"][:, 1:])
     real = batch.get("segments", jnp.ones_like(batch["tokens"]))[:, 1:] > 0
     return {"task": Masked(nats, real)}
@@ -98,8 +104,8 @@ def across(inputs: Inputs) -> dict[str, Any]:
     """The same, and both losses to the teacher, each a mean over the teacher's tokens."""
     batch = inputs.batch["inputs"]
     theirs, tokens = batch["theirs"], batch["tokens"][:, 1:]
-    ours = losses.head_logits(inputs.student["hidden"], inputs.student["head"])[:, :-1]
-    told = losses.head_logits(inputs.teacher["hidden"], inputs.teacher["head"])[:, :-1]
+    ours = next_logits(inputs.student)
+    told = next_logits(inputs.teacher)
     of_bytes = losses.token_log_probs(ours, tokens)
     of_pieces = losses.token_log_probs(told, theirs["tokens"][:, 1:])
     chunks = language.chunk_log_probs(of_bytes, batch["groups"], num_chunks=LENGTH)
