@@ -6,8 +6,20 @@ Digits are to be written backwards. A teacher learns it from its rules; students
 warmed up on 256 answers, then learn from a second set of prompts by fine-tuning on noisy answers,
 from the teacher's answers, from the teacher's distribution on the noisy answers, and on their own.
 Exact match is of greedy and of sampled answers, bits per byte (a digit is a byte) of right ones,
-each on 512 new prompts. Intervals are 95 % over seeds of the students. No results are recorded
-here yet; with six digits and wider students of 24 channels all but fine-tuning came to 100 %.
+each on 512 new prompts. Intervals are 95 % over seeds of the students.
+
+Obtained on two CPU cores, jax 0.10.2, in two minutes; greedily, every method answers all right:
+
+                    exact match, sampled, %   bits per byte
+    teacher                  99.8             0.001
+    fine-tuning              39.1 ± 6.6       0.154 ± 0.021
+    sequence KD              72.9 ± 11.7      0.051 ± 0.022
+    KD                       73.4 ± 11.8      0.050 ± 0.022
+    GKD                      77.9 ± 5.1       0.041 ± 0.016
+    on-policy                78.9 ± 5.0       0.039 ± 0.014
+
+The means are in the expected order. Three seeds tell fine-tuning from the rest, not the other four
+from each other. With six digits and students of 24 channels all but fine-tuning came to 99 %.
 """
 
 import argparse
