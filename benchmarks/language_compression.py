@@ -9,7 +9,20 @@ A teacher of four layers learns the text that the package carries, in bytes, for
 - quantized: its kernels in 4 and 3 bits, a scale for 32 inputs each: learning from the teacher with
   the rounding in place (QAD), learning from the text so (QAT), and only rounded. KL to the teacher.
 
-Intervals are 95 % over seeds; differences are paired. No results are recorded here yet.
+Intervals are 95 % over seeds; differences are paired. Obtained on two CPU cores, jax 0.10.2:
+
+    pruned                       KL(T||S), nats      bits per byte
+    teacher                      0                   3.11 ± 0.59
+    pruned, distilled            0.020 ± 0.008       3.13 ± 0.58
+    pruned, fine-tuned           0.104 ± 0.040       3.01 ± 0.50
+    from nothing, fine-tuned     0.628 ± 0.414       4.05 ± 0.24
+    fine-tuned above distilled   0.083 ± 0.045       -0.119 ± 0.088
+    from nothing above pruned    0.524 ± 0.430       1.033 ± 0.530
+
+Distilled is nearest to the teacher, and pruned beats new layers. In bits per byte fine-tuning is
+ahead: this teacher still learns, and its pruned layers, trained as long again, pass it.
+
+Results of "quantized" are not recorded here yet.
 """
 
 import argparse
