@@ -160,24 +160,6 @@ def test_resume_is_exact(make: Callable[[], Any], tmp_path: Path) -> None:
     assert steps == [6, 12, 15, 18, 24, 30, 30, 36, 40]
 
 
-def test_a_metrics_file_is_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    with loop.metrics_file(path) as log:
-        for step in (5, 10, 15):
-            log({"step": step, "loss": float("nan") if step == 10 else 0.5})
-    with path.open("a") as file:
-        file.write('{"step": 12, "lo')
-    with (
-        pytest.warns(UserWarning, match="line 4 cannot be read"),
-        loop.metrics_file(path, resume_at=10) as log,
-    ):
-        log({"step": 15, "loss": 0.25})
-    found = loop.read_metrics(path)
-    assert found == [
-        {"step": 5, "loss": 0.5}, {"step": 10, "loss": None}, {"step": 15, "loss": 0.25}
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_first(number: signal.Signals) -> None:
     before = signal.getsignal(number)
