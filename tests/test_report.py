@@ -58,13 +58,11 @@ def results(**more: Any) -> Results:
     return whole._replace(**more)
 
 
-def test_what_is_not_finite_is_shown_as_such_and_ranks_last() -> None:
+def test_what_is_not_finite_is_shown_as_such() -> None:
     found = report.interval([0.9, math.nan, 0.8])
     assert math.isnan(found.mean) and report.percent(found) == "nan"
     assert math.isnan(report.interval([math.inf]).mean), "an infinite score is no score"
     assert against([0.8, 0.8, 0.8], [0.9, math.nan, 0.9]).verdict == "not finite"
-    assert report.ranked([0.5, math.nan, 0.9, math.inf, 0.7]) == [2, 4, 0, 1, 3]
-    assert report.ranked([0.5, 0.5]) == [0, 1], "of equals the first"
 
 
 def test_rows_are_compared_within_their_family() -> None:

@@ -45,6 +45,8 @@ def test_accuracy_of_a_diverged_run_is_nan() -> None:
     ("values", "minimize", "wanted"),
     [
         ([0.5, NAN, 0.9, 0.9], False, [2, 3, 0, 1]),
+        ([0.5, NAN, 0.9, INF, 0.7], False, [2, 4, 0, 1, 3]),
+        ([0.5, 0.5], False, [0, 1]),
         ([0.5, NAN, 0.9, -INF], True, [0, 2, 1, 3]),
         ([NAN, NAN], False, [0, 1]),
         ([None, 0.1], False, [1, 0]),

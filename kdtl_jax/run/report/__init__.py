@@ -24,4 +24,3 @@ from kdtl_jax.run.report._results import environment as environment
 from kdtl_jax.run.report._results import to_json as to_json
 from kdtl_jax.run.report._score import ACCURACY as ACCURACY
 from kdtl_jax.run.report._score import Score as Score
-from kdtl_jax.run.scores import ranked as ranked
