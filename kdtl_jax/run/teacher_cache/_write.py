@@ -241,13 +241,13 @@ def _check_folder(folder: Path) -> None:
 
 def _begin(folder: Path, plan: Plan, *, keep_layout: bool) -> Plan:
     """The plan of a cache begun earlier, if it is the same cache; else this one, written."""
-    if not (folder / _shards.PLAN).exists():
-        _files.write_sealed(folder / _shards.PLAN, _shards.to_json(plan))
-        return plan
     try:
-        begun = _shards.read_plan(_files.read_sealed(folder / _shards.PLAN))
+        begun = _shards.begun(folder)
     except ValueError as error:
         raise ValueError(f"{folder} cannot be resumed: {error}. {ANOTHER}") from None
+    if begun is None:
+        _files.write_sealed(folder / _shards.PLAN, _shards.to_json(plan))
+        return plan
     problems = differences(begun.fingerprint, plan.fingerprint)
     if not problems and begun._replace(shard_rows=plan.shard_rows) != plan:
         problems = [f"outputs differ: {list(begun.columns)} there, {list(plan.columns)} here"]
