@@ -1,7 +1,7 @@
 r"""Equations as MathML, at build time: browsers draw them without a script or a network.
 
-Where superscripts stand is a table of the font's: STIX Two Math (SIL Open Font License), as the
-package ziamath carries it, becomes part of the site.
+Browsers place superscripts by a table in the font, and many systems have no font with one. The site
+therefore carries STIX Two Math (SIL Open Font License), which comes with the package ziamath.
 
 `$...$` is LaTeX. The role `formula` takes the plain notation of docstrings and tables, such as
 {formula}`T^2 KL(p_T‖p_S)` or {formula}`mean (r(f_S) - f_T)^2`.
