@@ -21,7 +21,7 @@ import pytest
 gc.freeze()
 gc.set_threshold(50_000, 50, 100)
 
-# The elder emitters of fused loops compile a training run in three fifths of the time, and tiny
+# The older emitters of fused loops compile a training run in three fifths of the time, and tiny
 # modules gain nothing from being split for several threads. Later XLA does not know the flags.
 if jax.__version_info__ < (0, 11):
     flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"

@@ -159,9 +159,7 @@ def test_a_stopped_student_is_resumed_to_the_same_bits(
     def terms(x: Inputs) -> dict[str, Any]:
         return {"mse": jnp.square(x.student["x"] - x.teacher["x"]).mean(axis=1)}
 
-    step = train.make_step(
-        model, terms, {"mse": 1.0}, training.optimizer(settings), teacher=model
-    )  # fmt: skip
+    step = train.make_step(model, terms, {"mse": 1.0}, training.optimizer(settings), teacher=model)
 
     def distilled(folder: str, *, resume: bool = False) -> Any:
         told: list[str] = []

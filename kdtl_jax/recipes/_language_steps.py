@@ -160,9 +160,7 @@ def students(
     warm: Params = None
     for method in chosen:
         student, setup = _student(work, method, taught, start)
-        measure = _measuring(
-            work, language.model(student.decoder), student.weights, taught.placed
-        )  # fmt: skip
+        measure = _measuring(work, language.model(student.decoder), student.weights, taught.placed)
         if not built:
             work.curves["start"] = [training.as_line(0, measure(student.start))]
         begin, shared = student.start, taught.placed.params
@@ -255,9 +253,7 @@ def compared(
         models.append((method.name, method.title, student.decoder, whole, trained.seconds))
         of_models.write_folder(work.folder / method.name, whole, start, work.source)
     if work.source is None:
-        of_models.write_folder(
-            work.folder / "teacher", taught.placed.params, taught.placed, None
-        )  # fmt: skip
+        of_models.write_folder(work.folder / "teacher", taught.placed.params, taught.placed, None)
     rows, said, programs = [], {}, {}
     for name, title, decoder, params, seconds in models:
         if decoder.config not in programs:

@@ -24,8 +24,8 @@ from kdtl_jax.run import checkpoint, processes, record, report
 # What a run writes before its work: all that is left of one that failed before it trained anything.
 SETTINGS = {"config.yaml", "env.json", record.FILE}
 # Settings that may differ between a run and its continuation.
-LONGEST = 1000  # characters of a table's cell, or of its line
 FREE = {"resume", "force", "out", "log", "process", "coordinator", "quick"}
+LONGEST = 1000  # characters of a table's cell, or of its line
 
 
 class Folder(NamedTuple):
@@ -235,12 +235,15 @@ def write_curves(folder: Path, learning: Mapping[str, Mapping[str, Sequence[floa
     """`metrics.jsonl` of a run that trains in whole programs: scores and losses by epoch."""
     lines = []
     for method, curve in learning.items():
-        for name in [name for name in curve if name != "epoch"]:
-            epochs = range(1, len(curve[name]) + 1) if name == "loss" else curve["epoch"]
-            key = name if name == "loss" else f"eval/{name}"
+        for name, values in curve.items():
+            if name == "epoch":
+                continue
+            is_loss = name == "loss"  # of every epoch; scores are of those in "epoch"
+            epochs = range(1, len(values) + 1) if is_loss else curve["epoch"]
+            key = name if is_loss else f"eval/{name}"
             lines += [
                 _files.as_json({"step": epoch, "method": method, key: value})
-                for epoch, value in zip(epochs, curve[name], strict=True)
+                for epoch, value in zip(epochs, values, strict=True)
             ]
     _files.write_atomic(
         folder / "metrics.jsonl", "".join(f"{json.dumps(x)}\n" for x in lines).encode()

@@ -165,13 +165,13 @@ def run(settings: Settings) -> None:
         ends: dict[str, list[Params]] = {}
         seconds = {"teacher": 0.0, "copied_untrained": 0.0, DISTILLED: 0.0, BASELINE: 0.0}
         for i, (name, seed) in enumerate(learners):
-            text_of_part = f"{name}, seed {seed}"
-            say(text_of_part)
+            said = f"{name}, seed {seed}"
+            say(said)
             key_start, key = jax.random.split(jax.random.key(seed))
-            moved = _progress.part(say, text_of_part, i, len(learners))
-            run_of = training.Run(where, f"{name}_{seed}", settings, say, moved)
+            moved = _progress.part(say, said, i, len(learners))
+            place = training.Run(where, f"{name}_{seed}", settings, say, moved)
             params, curve, spent = training.distilled(
-                step, starts[name](key_start), teacher.params, lines, key, agreement, run_of
+                step, starts[name](key_start), teacher.params, lines, key, agreement, place
             )
             ends.setdefault(name, []).append(params)
             learning.setdefault(name, curve)

@@ -70,7 +70,7 @@ class Worked(NamedTuple):
     rate: float  # FLOPs per second, achieved
 
 
-MARKED = 30  # points of a line that are drawn with a ring
+MARKED = 30  # most points of a line of which each is drawn in a ring
 
 
 def dots(bars: Sequence[Bar], *, axis: str, percent: bool = True) -> Chart:
