@@ -14,7 +14,8 @@ from tiny import kdtl, results
 
 from kdtl_jax import datasets, models, trees
 from kdtl_jax.interop import model_files, networks, safetensors
-from kdtl_jax.recipes import _measures, _models, _training
+from kdtl_jax.recipes import _measures, _models, _training, transfer
+from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.train import sweep
 
 Captured = pytest.CaptureFixture[str]
@@ -69,12 +70,34 @@ def test_targets_that_are_no_classes(kind: str, tmp_path: Path, capsys: Captured
     capsys.readouterr()
     for more, says in (
         (["--methods", "co_tuning"], f"co_tuning need classes, the targets are {kind}"),
-        (["--labels-per-class", "3"], f"the targets are {kind}, no classes"),
+        (["--labels-per-class", "3"], f"the targets are {kind}, not classes"),
         (["--label-smoothing", "0.1"], f"are for classes, the targets are {kind}"),
     ):
         assert kdtl(*words, *more, "--out", tmp_path / "refused") == 2
         last = capsys.readouterr().err.strip().splitlines()[-1]
         assert says in last
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_source_that_is_no_classifier(kind: str, tmp_path: Path, capsys: Captured) -> None:
+    """Its head gives no probabilities: what reads them is refused, left out or not scored."""
+    data, label = data_of(kind, tmp_path)
+    words: list[Any] = ["transfer", *FEW, "--source-weights"]
+    first = [source(tmp_path), "--model", "mlp:6", "--methods", "scratch", "--out", tmp_path / "a"]
+    assert kdtl(*words, *first, "--data", data, "--label", label) == 0
+    file = tmp_path / "a" / "students" / "scratch.safetensors"
+    words += [file, "--data", table(tmp_path / "b.csv", columns(kind=Y)), "--label", "kind"]
+    for asked, named in (("lwf", "lwf"), ("scratch,co_tuning,lwf", "co_tuning, lwf")):
+        assert kdtl(*words, "--methods", asked, "--out", tmp_path / "refused") == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"{named} need a source that is a classifier, {file} learned {kind}." in last
+    assert not (tmp_path / "refused").exists()
+    chosen = ["--methods", "copied_finetuned", "--out", tmp_path / "run"]
+    assert kdtl(*words, *chosen) == 0
+    assert set(results(tmp_path / "run")["data"]["transferability"]) == {"logme", "h_score"}
+    of_default = [ways.BY_NAME[name] for name in ways.DEFAULT]
+    left = transfer.suited(of_default, transfer.Settings(), _measures.CLASSES, kind)  # pyright: ignore[reportArgumentType]  # a key of KINDS
+    assert [m.name for m in of_default if m not in left] == ["co_tuning", "lwf"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -149,10 +172,12 @@ def test_the_best_check_is_given_back() -> None:
         return train.init_state({"w": jnp.zeros(())}, tx, key=_training.keys(point["seed"]).steps)
 
     def step(state: Any, batch: Any, point: Any, shared: Any) -> Any:
-        apply: Any = lambda params, model_state, x, **_: (  # noqa: E731  # a model in one line
-            {"logits": params["w"] * jnp.ones((len(x), 1))}, model_state,
-        )  # fmt: skip
-        terms: Any = lambda inputs: {"task": -inputs.student["logits"][:, 0]}  # noqa: E731  # +1 a step
+        def apply(params: Any, model_state: Any, inputs: Any, **_: Any) -> Any:
+            return {"logits": params["w"] * jnp.ones((len(inputs), 1))}, model_state
+
+        def terms(inputs: Any) -> Any:
+            return {"task": -inputs.student["logits"][:, 0]}  # w grows by 1 a step
+
         return train.make_step(apply, terms, {"task": 1.0}, tx)(state, batch)
 
     scores = jnp.asarray([0.0, 0.3, 0.9, 0.5, 0.4, 1.0])  # by w: 0.3 after one epoch

@@ -38,6 +38,7 @@ class Source(NamedTuple):
 
     tree: Any  # as `_models.tree` lays variables out; extra leaves are asked about
     is_per_seed: bool
+    is_classifier: bool = True  # its head can be read as probabilities of classes
 
 
 class Surgery(NamedTuple):
@@ -86,7 +87,7 @@ def compare(
     )
     first = _training.pick(source.tree, 0) if source.is_per_seed else source.tree
     _, done = copy(first, _training.pick(fresh, 0), surgery)
-    head = source_head(first)
+    head = source_head(first) if source.is_classifier else None
     lacking = [method.name for method in chosen if method.needs_source_head and head is None]
     if lacking:
         raise ValueError(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdtl_jax._types import Variables
-from kdtl_jax.datasets import KINDS, Dataset, Preprocessing, Splits, only_classes
+from kdtl_jax.datasets import KINDS, Dataset, Kind, Preprocessing, Splits, only_classes
 from kdtl_jax.interop import model_files
 from kdtl_jax.recipes import (
     _defaults,
@@ -146,7 +146,9 @@ def run(settings: Settings) -> int | None:
     form, source_part, target = read(settings, about)
     measure = _measures.of(form)
     settings = resolved(settings, measure)
-    chosen = suited(chosen, settings, measure)
+    known = about.preprocessing
+    source_kind = "classes" if known is None else known.kind
+    chosen = suited(chosen, settings, measure, source_kind)
     example = jnp.asarray(target.train.inputs[:1])
     net = _models.described(text, target.train.classes, example)
     given = None if path is None else _models.load_tree(path)
@@ -175,7 +177,7 @@ def run(settings: Settings) -> int | None:
                 finished=finished,
             )  # fmt: skip
         else:
-            source = Source(given, False)
+            source = Source(given, False, source_kind == "classes")
         found = _targets.compare(
             net, target, source, chosen, settings, surgery, say, finished, measure
         )
@@ -223,7 +225,7 @@ def run(settings: Settings) -> int | None:
             {},
             [
                 f"Source: {where}; {100 * found.surgery.fraction:.1f} % of the target's parameters "
-                "are its own.",
+                "are copied from it.",
                 f"Target: {outputs}; {len(target.validation.labels)} validation and "
                 f"{len(target.test.labels)} test examples. Learning rate and strength are chosen "
                 "on validation; the test split is not used to choose.",
@@ -268,7 +270,7 @@ def resolved(settings: Settings, measure: Measure) -> Settings:
     if few is None:
         few = _defaults.LABELS if settings.data == "digits" else 0
     if few and not is_classes:
-        raise UsageError(f"--labels-per-class {few}: the targets are {measure.kind}, no classes.")
+        raise UsageError(f"--labels-per-class {few}: the targets are {measure.kind}, not classes.")
     if settings.class_weights != "none" and few:
         raise UsageError(
             f"--class-weights: every class has {few} labels already. Give --labels-per-class 0."
@@ -280,17 +282,23 @@ def resolved(settings: Settings, measure: Measure) -> Settings:
 
 
 def suited(
-    chosen: Sequence[ways.Method], settings: Settings, measure: Measure
+    chosen: Sequence[ways.Method], settings: Settings, measure: Measure, source_kind: Kind
 ) -> list[ways.Method]:
-    """The methods that can learn such targets: of those asked for, all must.
+    """The methods that suit the targets and the source: of those asked for, all must.
 
     Raises:
       UsageError: naming the others.
     """
-    cannot = [m.name for m in chosen if m.needs_classes and measure.kind != "classes"]
-    if cannot and settings.methods != ways.DEFAULT:
-        raise UsageError(f"{', '.join(cannot)} need classes, the targets are {measure.kind}.")
-    return [method for method in chosen if method.name not in cannot]
+    no_classes = [m.name for m in chosen if m.needs_classes and measure.kind != "classes"]
+    no_source = [m.name for m in chosen if m.needs_source_head and source_kind != "classes"]
+    if no_classes and settings.methods != ways.DEFAULT:
+        raise UsageError(f"{', '.join(no_classes)} need classes, the targets are {measure.kind}.")
+    if no_source and settings.methods != ways.DEFAULT:
+        raise UsageError(
+            f"{', '.join(no_source)} need a source that is a classifier, "
+            f"{settings.source_weights} learned {source_kind}."
+        )
+    return [method for method in chosen if method.name not in (*no_classes, *no_source)]
 
 
 def read(settings: Settings, about: About) -> tuple[Preprocessing, Dataset, Splits]:
