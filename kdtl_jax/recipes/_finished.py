@@ -81,7 +81,7 @@ def rungs(finished: Finished, name: str, state: PyTree, last: int) -> sweep.Kept
     Args:
       finished: where.
       name: of the method.
-      state: the shapes of one point's, whose structure and kinds of keys a stored one has.
+      state: shapes of one point's state: where a stored one has which leaves, and which are keys.
       last: the rung after which the method is finished, and stored as a whole.
     """
     leaves, structure = jax.tree.flatten(state)

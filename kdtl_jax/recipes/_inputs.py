@@ -64,7 +64,7 @@ def check_out(settings: Any) -> None:
     """Refuses, before any work, an `out` where nothing can be written, or where something is.
 
     Raises:
-      FileExistsError: if there is a file, without `--force`; or what no file replaces.
+      FileExistsError: if a file is there, without `--force`, or something that is no file.
       FileNotFoundError: if its folder does not exist.
     """
     if settings.out is None:
@@ -166,7 +166,7 @@ def _split_of(model: Model) -> Split:
     """What a model's file says of the data that it was trained on.
 
     Raises:
-      ValueError: if that is not how data are divided.
+      ValueError: if what it says cannot be used.
     """
     try:
         known = json.loads(model.metadata.get("split", "{}"))
@@ -178,7 +178,7 @@ def _split_of(model: Model) -> Split:
             raise ValueError("the label must be a name")
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"the model's file says of its data what is no split ({_text.shown(str(error))})."
+            f"the model's file does not say how its data were split ({_text.shown(str(error))})."
         ) from None
     return found
 

@@ -120,7 +120,7 @@ def optimizer(
 
 
 def to_try(settings: Optimizing) -> tuple[float, ...]:
-    """Learning rates to choose from where none are given: a third of the usual one to 3.3 of it."""
+    """Learning rates to choose from by default: the usual one, a third of it and 10/3 of it."""
     usual = RATES[settings.optimizer]
     return tuple(round(usual * factor, 9) for factor in (1 / 3, 1, 10 / 3))
 

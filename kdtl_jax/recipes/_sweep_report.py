@@ -252,7 +252,11 @@ def print_table(outcome: Sweep) -> None:
 
 def _cells(line: Line, axes: Sequence[str], score: report.Score) -> list[str]:
     setting = [f"{line.setting[a]:.4g}" if a in line.setting else "–" for a in axes]
-    return [line.method, *setting, *(report.percent(x, score) for x in line[2:4])]
+    return [
+        line.method,
+        *setting,
+        *(report.percent(x, score) for x in (line.validation, line.test)),
+    ]
 
 
 def _row(line: Line, score: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def task(settings: Any, labels: np.ndarray, classes: int) -> TermsFn:
 
 
 def for_classes(kind: str) -> str:
-    """What is said where targets are none."""
+    """The message where targets are no classes."""
     return f"--label-smoothing and --class-weights are for classes, the targets are {kind}."
 
 

@@ -144,8 +144,8 @@ def fit(
       checks: how often the validation score is recorded.
       keep: what of the final state is returned.
       steps: stop each epoch after this many, for a measurement.
-      patience: give back the state of the check with the best validation score, the last of those
-        before so many in a row without a better one; None: the final state.
+      patience: stop after so many checks in a row without a better validation score, and give
+        back the state of the best check; None: the final state.
     """
     every = epochs // checks
 

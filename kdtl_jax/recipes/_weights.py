@@ -34,7 +34,7 @@ def scaling(folder: str) -> Standardizer | None:
     """How a Hugging Face folder's images are scaled, from 0..255; None if it does not say.
 
     Raises:
-      ValueError: naming the file, if it says what no images can be scaled by.
+      ValueError: naming the file, if no images can be scaled by what it says.
     """
     file = Path(folder) / "preprocessor_config.json"
     known = _files.read_json(file) if file.is_file() else {}

@@ -100,7 +100,7 @@ def run(settings: Settings) -> None:
         shown() as bar,
     ):
         folder = where.path
-        say = by_part(bar, len(ORDER) + len(("source", *TARGETS)))
+        say = by_part(bar, len(ORDER) + 1 + len(TARGETS))
         finished = opened(folder, where.run, resume=settings.resume, kinds=(Fitted, Variables))
         rows, learning, alpha, models = distill(splits, settings, say, finished)
         students = {
