@@ -45,10 +45,10 @@ ROOM = 2**31  # bytes that a worker's compiled programs may take
 
 
 @pytest.fixture(scope="module", autouse=True)
-def bounded() -> Iterator[None]:
-    """Several workers share a machine: one that has grown lets go of its programs between files.
+def programs_released() -> Iterator[None]:
+    """Several workers share a machine: one that has grown drops its programs between files.
 
-    What is needed again comes from the persistent cache.
+    Those that are needed again come from the persistent cache.
     """
     yield
     if _resident() > ROOM:

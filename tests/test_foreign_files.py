@@ -250,12 +250,12 @@ def test_any_line_of_a_text(
     file = tmp_path_factory.mktemp("text") / "lines.jsonl"
     keys = sorted(line)
     changes = {keys[number % len(keys)]: value for number, value in picks}
-    content = "".join(f"{json.dumps(x)}\n" for x in (line, changed(line, changes), line)).encode()
+    lines = (line, changed(line, changes), line)
+    content = "".join(f"{json.dumps(x)}\n" for x in lines).encode()
     if is_table:
-        each = (line, changed(line, changes), line)
         texts = {
-            name: [str(x.get(name)).encode(errors="replace").decode() for x in each]
-            for name in dict.fromkeys([*line, *each[1]])
+            name: [str(x.get(name)).encode(errors="replace").decode() for x in lines]
+            for name in dict.fromkeys([*line, *lines[1]])
         }
         out = io.BytesIO()
         parquet.write_table(pa.table(texts), out)

@@ -43,11 +43,6 @@ class ArrowTable(NamedTuple):
     pictures: dict[str, list[bytes]]  # encoded images
     names: dict[str, tuple[str, ...]]  # of classes, by column
 
-    def header(self) -> list[str]:
-        """The names of all columns."""
-        groups = (self.scalars, self.vectors, self.lists, self.pictures)
-        return [name for group in groups for name in group]
-
 
 def header_of(path: Path) -> list[str]:
     """The names of a file's columns; nothing else is read.
@@ -67,7 +62,7 @@ def header_of(path: Path) -> list[str]:
 
 
 def read_arrow(paths: Sequence[Path], columns: Sequence[str]) -> ArrowTable:
-    """One table from files of one part, with these of their columns.
+    """One table of these columns, from the files of one part.
 
     Raises:
       ImportError: if pyarrow is not installed.

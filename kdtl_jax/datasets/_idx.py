@@ -72,8 +72,11 @@ def _idx_array(path: Path, file: Any, most: int, *, packed: bool) -> np.ndarray:
         content += more
     size = 4 + len(head) + len(content)
     if len(head) < 4 * raw[3] or size != expected:
-        there = f"at most {most}" if expected > most else f"{size}"
-        there = (f"at least {size}" if size > expected else there) if packed else f"{most}"
+        there = str(size if packed else most)
+        if packed and expected > most:
+            there = f"at most {most}"
+        elif packed and size > expected:
+            there = f"at least {size}"
         raise ValueError(
             f"{path}: holds {there} bytes, its header {shape} of {dtype} asks for {expected}. "
             "Is the download complete?"

@@ -14,8 +14,8 @@ from kdtl_jax import _text
 
 Kind = Literal["classes", "labels", "numbers"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-# What reading JSON of another shape raises.
-_NONE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
+# What JSON of another shape raises where it is read.
+_MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
 
 
 class Standardizer(NamedTuple):
@@ -97,7 +97,7 @@ def preprocessing_from_json(text: str) -> Preprocessing:
             None if known.get("inputs") is None else str(known["inputs"]),
             bool(known.get("leaves_out", False)),
         )
-    except _NONE as error:
+    except _MALFORMED as error:
         raise ValueError(f"no description of preprocessing ({_text.shown(str(error))}).") from None
 
 

@@ -157,9 +157,11 @@ def read_inputs(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
     if str(path) == "digits":
         return digits().inputs
     choices = Choices(
-        inputs=preprocessing.inputs, with_targets=False, targets=preprocessing.targets,
+        inputs=preprocessing.inputs,
+        with_targets=False,
+        targets=preprocessing.targets,
         kept=tuple(column.name for column in preprocessing.columns),
-    )  # fmt: skip
+    )
     found = sources(Path(path), choices)
     made = [
         _inputs(source, np.arange(_count(source)), preprocessing) for source in _in_order(found)

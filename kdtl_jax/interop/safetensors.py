@@ -7,10 +7,9 @@ tensors there are, one file is open at a time; `views` holds one mapping per fil
 Writing is atomic: a temporary file beside the target is written, synced and renamed, so the target
 is the old file or the new one, never half of it. `stream` holds one tensor, not the checkpoint.
 
-The `safetensors` package slices. It maps the whole file to do so; whole tensors and pieces are read
-without a mapping, so a file may be larger than the address space. Deliberately absent: anything
-that unpickles (`.bin`, `.pt`, `.ckpt` are refused by content), and checksums, which the format
-lacks (training checkpoints have them: `kdtl_jax.run.checkpoint`).
+`read`, `blocks` and `take` map nothing, so a file may be larger than the address space.
+Deliberately absent: anything that unpickles (`.bin`, `.pt`, `.ckpt` are refused by content), and
+checksums, which the format lacks (training checkpoints have them: `kdtl_jax.run.checkpoint`).
 """
 
 import math
@@ -133,7 +132,6 @@ def take(
     rest = tensor.shape[1:]
     row = math.prod(rest)
     width = (tensor.stop - tensor.start) // tensor.shape[0]
-    # Read, not mapped: the file may be larger than the address space.
     for run in _runs(which[0], max(1, size // row)):
         low, high = int(run.min()), int(run.max()) + 1
         piece = _piece(tensor, tensor.start + low * width, tensor.start + high * width)
