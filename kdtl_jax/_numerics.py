@@ -141,7 +141,7 @@ def log_ratio(
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     near = both & (jnp.abs(d) < NEAR)
     excess = jnp.where(near, q * _near_expm1(jnp.where(near, d, 0)), p - q)
-    r = jnp.clip(jnp.sum(excess, axis=-1, keepdims=True), -0.5, 1)
+    r = jnp.clip(jnp.sum(excess, axis=-1, keepdims=True), -0.5, 1)  # see `_compared`
     return jnp.where(both, d - jnp.log1p(jax.lax.stop_gradient(r)), 0)
 
 
@@ -318,11 +318,11 @@ def rescaled(x: Array, *, axis: int | tuple[int, ...] | None = None) -> Array:
 
 
 def normalize(x: Array, *, axis: int | tuple[int, ...] = -1) -> Array:
-    """`x / ||x||` at any scale, in one pass; a zero vector stays zero with gradient 0.
+    """`x / ||x||` at any scale of float32, in its dtype; a zero vector stays zero with gradient 0.
 
     There is no floor: torch's `normalize` leaves vectors shorter than 1e-12 shorter than 1.
     """
-    return _unit(x, axis)
+    return _unit(upcast(x), axis).astype(x.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

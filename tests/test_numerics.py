@@ -197,6 +197,15 @@ def test_normalize_of_a_single_number_is_its_sign(value: float) -> None:
     np.testing.assert_allclose(jax.jit(_numerics.normalize)(x), np.sign([[value]]), rtol=1e-6)
 
 
+def test_normalize_of_half_precision_has_unit_length() -> None:
+    x = jnp.asarray([[300.0, 400.0], [0.0, 0.0], [3e-4, 4e-4], [-6e4, 0.0]], jnp.float16)
+    found, slope = jax.jit(jax.value_and_grad(lambda x: jnp.sum(_numerics.normalize(x)[:2, 0])))(x)
+    want = [[0.6, 0.8], [0, 0], [0.6, 0.8], [-1, 0]]
+    np.testing.assert_allclose(_numerics.normalize(x), want, rtol=1e-3)
+    assert _numerics.normalize(x).dtype == jnp.float16
+    assert np.isfinite(found) and np.isfinite(slope).all() and not np.asarray(slope[1]).any()
+
+
 def test_square_root_has_gradient_zero_at_zero() -> None:
     x = jnp.asarray([4.0, 0.0], jnp.float32)
     np.testing.assert_allclose(_numerics.safe_sqrt(x), [2, 0])
