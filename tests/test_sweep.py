@@ -236,6 +236,9 @@ def test_halving_goes_on_from_the_rung_that_is_stored() -> None:
 
     whole = halved()
     assert trained == [0, 1, 2]
+    for rung, left in stored.items():
+        reached = np.isfinite(left.scores).any(axis=1)
+        assert reached.tolist() == [r <= rung for r in range(3)], "of a rung, not of later ones"
     del stored[2], stored[0]  # a run that was stopped in its last rung; rung 0 is no longer needed
     again = halved()
     assert trained == [0, 1, 2, 2]

@@ -86,6 +86,7 @@ def successive_halving(
         found = np.asarray(found, float)
         if scores is None:
             scores = np.full((rungs, total, *found.shape[1:]), np.nan)
+        scores = scores.copy()  # that of the rung before may be kept
         scores[rung, left] = found
         mean = found.reshape(len(left), -1).mean(axis=1)
         order = np.argsort(-np.where(np.isnan(mean), -np.inf, mean), kind="stable")
