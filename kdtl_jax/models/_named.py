@@ -28,6 +28,8 @@ def named(text: str, classes: int) -> nn.Module:
     """
     if any(len(digits) > 7 or int(digits) > LARGEST for digits in re.findall(r"\d+", text)):
         raise ValueError(f"a number in it is above {LARGEST:,}.")
+    if depth(text) > DEEPEST:
+        raise ValueError(f"it is deeper than {DEEPEST:,} layers.")
     name, colon, rest = text.partition(":")
     if name == "mlp":
         return mlp(_numbers(rest), classes)
@@ -37,9 +39,6 @@ def named(text: str, classes: int) -> nn.Module:
         return _vit(rest, classes)
     if colon:
         raise ValueError(f"only mlp, cnn and vit take values after a colon, not {name!r}.")
-    depth = re.match(r"(?:resnet|wrn-)(\d+)", name)
-    if depth and int(depth[1]) > DEEPEST:
-        raise ValueError(f"it is deeper than {DEEPEST:,} layers.")
     if found := re.fullmatch(r"resnet(\d+)x4", name):
         return resnet_x4(int(found[1]), classes)
     if found := re.fullmatch(r"resnet(\d+)", name):
@@ -64,17 +63,17 @@ def canonical_name(text: str) -> str:
 def depth(text: str) -> int:
     """How many layers a name asks for, at least; 0 where it does not say."""
     name, _, rest = text.replace(" ", "").partition(":")
-    if found := re.search(r"^(?:resnet|wrn-)(\d{1,9})", name) or re.search(
-        r"layers=(\d{1,9})", rest
-    ):
-        return int(found[1])
-    return rest.count(",") + 1 if rest and name in ("mlp", "cnn") else 0
+    if name in ("mlp", "cnn"):
+        return rest.count(",") + 1 if rest else 0
+    if name == "vit":
+        found = re.findall(r"layers=(\d{1,9})", rest)  # of several the last counts
+    else:
+        found = re.findall(r"^(?:resnet|wrn-)(\d{1,9})", name)
+    return int(found[-1]) if found else 0
 
 
 def _numbers(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
-    if len(parts) > DEEPEST:
-        raise ValueError(f"it is deeper than {DEEPEST:,} layers.")
     if not all(part.isdecimal() for part in parts):
         raise ValueError(f"{text!r} is not a list of whole numbers.")
     return [int(part) for part in parts]
@@ -87,8 +86,6 @@ def _vit(text: str, classes: int) -> nn.Module:
         if name.strip() not in VIT or not value.strip().isdecimal() or int(value) < 1:
             raise ValueError(f"{part!r} is not one of {', '.join(VIT)} with a whole number.")
         chosen[name.strip()] = int(value)
-    if chosen["layers"] > DEEPEST:
-        raise ValueError(f"it is deeper than {DEEPEST:,} layers.")
     if chosen["width"] % chosen["heads"]:
         raise ValueError(f"width {chosen['width']} does not divide into {chosen['heads']} heads.")
     width, layers, heads = (chosen[name] for name in ("width", "layers", "heads"))
