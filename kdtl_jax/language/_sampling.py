@@ -64,8 +64,8 @@ def sampling_log_probs(
 
     Args:
       logits: `[..., vocabulary]`.
-      temperature, top_k, top_p, min_p: numbers, or arrays of the logits' leading dimensions; None
-        leaves a filter out.
+      temperature, top_k, top_p, min_p: a number, or an array of the logits' leading dimensions or
+        the first of them (one per example); None leaves a filter out.
 
     Returns:
       `[..., vocabulary]`, float32 or wider. The same filters in the same order as transformers'

@@ -21,10 +21,20 @@ BLOCK_OF_HEAD = 2**21  # weights of a head in a CPU's last cache, with as much a
 def gradient(
     of_product: Callable[..., Array], product: Array, small: Any, aims: PyTree, counts: Array
 ) -> tuple[Array, Array, Any]:
-    """A chunk's total and its gradient by `product` and `small`.
+    """A chunk's total `sum_i l(z_i, y_i)` and its gradient by `product` and `small`.
 
     On a CPU a block of rows at a time, each written over the logits it comes from: the loss passes
     a dozen times over its logits, and a block stays in the processor's cache.
+
+    Args:
+      of_product: `(product, small, aims, counts) -> []`, a sum over rows, of any number of rows.
+      product: `[n, vocabulary]`, n a multiple of `block_rows(vocabulary)` or below it.
+      small: pytree of floating-point arrays that all rows share.
+      aims: pytree of arrays `[n, *]`, constants.
+      counts: bool `[n]`, rows that count.
+
+    Returns:
+      The total `[]`, its gradient by `product`, `[n, vocabulary]`, and by `small`.
     """
 
     def at_once(product: Array, small: Any, *rest: Any) -> tuple[Array, Array, Any]:
@@ -66,6 +76,14 @@ def with_product(total: Array, rows: Array, by_product: Array) -> Array:
 
     On a CPU, where no matrix product adds to what is there, a block of columns at a time: what is
     to be added is never as large as the head.
+
+    Args:
+      total: `[width, vocabulary]`.
+      rows: `[n, width]`, hidden states.
+      by_product: `[n, vocabulary]`, their dtype.
+
+    Returns:
+      `[width, vocabulary]`, accumulated in the dtype of `total`.
     """
 
     def added(total: Array, rows: Array, by_product: Array) -> Array:
@@ -97,5 +115,8 @@ def with_product(total: Array, rows: Array, by_product: Array) -> Array:
 
 
 def block_rows(vocabulary: int) -> int:
-    """Rows of a block of logits: a power of two, at least 8."""
+    """Rows of a block of logits `[rows, vocabulary]`: a power of two, at least 8.
+
+    The largest such that `rows * vocabulary <= BLOCK_OF_LOGITS`, if 8 are not too many.
+    """
     return max(8, 1 << (BLOCK_OF_LOGITS // vocabulary).bit_length() >> 1)

@@ -121,8 +121,9 @@ def cosine_distance(student: Array, teacher: Array) -> Array:
 
     Of hidden states, its mean over real tokens is DistilBERT's, TextBrewer's and DistillKit's
     number; twice of it, of the first token's state, is patient distillation,
-    `|| s / |s| - t / |t| ||^2`. A zero vector has no direction: its distance is 1. Entries between
-    1e-18 and 1e18 have squares in float32.
+    `|| s / |s| - t / |t| ||^2`. A zero vector has no direction: its distance is 1. The
+    scale of either side does not matter as long as its squares are in float32's range: entries of
+    1e-18 to 1e18.
 
     Args:
       student: `[..., D]`.

@@ -39,6 +39,12 @@ def head_logits(hidden: Array, head: Head) -> Array:
 
 
 def check_head(hidden: Array, head: Head) -> None:
+    """Checks that a head fits hidden states `[..., width]`.
+
+    Raises:
+      TypeError: if hidden states, kernel, bias or delta are not floating point.
+      ValueError: if shapes do not fit (`Head`), or the softcap is not finite and > 0.
+    """
     _checks.floating(hidden=hidden, kernel=head.kernel)
     _checks.rank(1, hidden=hidden)
     _checks.rank(2, 2, kernel=head.kernel)
@@ -68,20 +74,45 @@ def check_head(hidden: Array, head: Head) -> None:
 
 
 def product(hidden: Array, kernel: Array) -> Array:
-    """`h W` accumulated in float32 or wider, the factors in the hidden states' dtype."""
+    """`h W`, the factors in the dtype of the hidden states.
+
+    Args:
+      hidden: `[..., width]`.
+      kernel: `[width, vocabulary]`.
+
+    Returns:
+      `[..., vocabulary]`, accumulated in float32 or wider.
+    """
     wide = _numerics.upcast(hidden).dtype
     return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=wide)
 
 
 def adapted(logits: Array, hidden: Array, delta: tuple[Array, Array] | None) -> Array:
-    """`h W` with what an adapter adds to it."""
+    """`h W + (h a) b`: with what an adapter adds.
+
+    Args:
+      logits: `h W`, `[..., vocabulary]`, float32 or wider.
+      hidden: `h`, `[..., width]`.
+      delta: `a [width, r]` and `b [r, vocabulary]`, or None.
+
+    Returns:
+      `[..., vocabulary]`, the dtype of the logits.
+    """
     if delta is None:
         return logits
     return logits + product(product(hidden, delta[0]).astype(hidden.dtype), delta[1])
 
 
 def transformed(logits: Array, head: Head) -> Array:
-    """Bias, scale and cap."""
+    """`z = scale (y + bias)`, and `softcap tanh(z / softcap)` if capped.
+
+    Args:
+      logits: `y = h W + h a b`, `[..., vocabulary]`, float32 or wider.
+      head: whose `bias` `[vocabulary]`, `scale` and `softcap` are taken.
+
+    Returns:
+      `[..., vocabulary]`, the dtype of the logits.
+    """
     if head.bias is not None:
         bias = head.bias.astype(logits.dtype)
         logits = logits + bias.reshape((1,) * (logits.ndim - 1) + bias.shape)

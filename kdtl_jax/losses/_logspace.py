@@ -90,12 +90,21 @@ def compared(
 
 
 def probabilities(log_p: Array) -> Array:
-    """`exp(log_p)`; 0 with gradient 0 where the class is absent, as `exp(-inf)` has."""
+    """`exp(log_p)`, `[..., num_classes]` like `log_p`; absent classes have 0, and gradient 0."""
     return jnp.exp(log_p)
 
 
 def logsumexp(x: Array, *, where: Array | None = None, axis: int = -1) -> Array:
-    """`log sum exp`; -inf, with gradient 0, over nothing."""
+    """`log sum_i exp(x_i)` over one axis; -inf, with gradient 0, over nothing.
+
+    Args:
+      x: `[..., n, ...]`, floating point; -inf is absent.
+      where: bool, broadcast to `x`, entries that take part.
+      axis: of the sum, the last by default.
+
+    Returns:
+      The shape of `x` without `axis`, its dtype.
+    """
     present = x != -jnp.inf
     if where is not None:
         present &= where
@@ -108,7 +117,15 @@ def logsumexp(x: Array, *, where: Array | None = None, axis: int = -1) -> Array:
 
 
 def cross_entropy(log_p: Array, log_q: Array) -> Array:
-    """`-sum p log q` over the last axis, `0 log 0 = 0`; +inf where q lacks a class of p."""
+    """`-sum p log q` over the last axis, `0 log 0 = 0`; +inf where q lacks a class of p.
+
+    Args:
+      log_p: `[..., num_classes]` log-probabilities, -inf of an absent class.
+      log_q: the same shape.
+
+    Returns:
+      `[...]`, nats.
+    """
     return minus_mean_log(probabilities(log_p), log_p != -jnp.inf, log_q)
 
 
