@@ -68,11 +68,9 @@ def test_arrays_and_complex_numbers_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("option", ["temperature", "top_p", "min_p"])
 def test_sampling_options_are_one_number_or_one_per_example(option: str) -> None:
-    logits = jax.random.normal(KEY, (3, 3, 5))
+    logits = jax.random.normal(KEY, (3, 3, 5))  # as many examples as positions
     each = np.asarray([0.3, 0.6, 0.9], np.float32)
-    found = language.sampling_log_probs(
-        logits, **{option: jnp.asarray(each)}
-    )  # by example, not by position
+    found = language.sampling_log_probs(logits, **{option: jnp.asarray(each)})
     for row, value, got in zip(logits, each, found, strict=True):
         want = language.sampling_log_probs(row, **{option: jnp.asarray(value)})
         np.testing.assert_allclose(got, want, rtol=1e-5)

@@ -69,9 +69,9 @@ def tokenizer_json(words: TokenizerData) -> dict[str, Any]:
     """
     if words.model != "gpt2" or words.pre not in _SPLITS:
         raise ValueError(
-            f"a tokenizer {_text.quoted(words.model)} that splits by {_text.quoted(words.pre)} is "
-            f"not written here (only byte-level BPE, 'gpt2', by {', '.join(_SPLITS)}). Take the "
-            "folder that the file was made from, with its tokenizer.json."
+            f"no tokenizer.json can be written for model {_text.quoted(words.model)} with the "
+            f"splitting {_text.quoted(words.pre)}, only for byte-level BPE ('gpt2') with one of "
+            f"{', '.join(_SPLITS)}. Take the folder that the file was converted from."
         )
     if len(words.types) not in (0, len(words.tokens)):
         raise ValueError(f"{len(words.types)} types for {len(words.tokens)} tokens.")
@@ -116,10 +116,8 @@ def _start(words: TokenizerData) -> dict[str, Any]:
     """Every text begins with `bos`."""
     assert words.bos is not None
     bos = _token(words.tokens, words.bos)
-    first, text = (
-        {"SpecialToken": {"id": bos, "type_id": 0}},
-        {"Sequence": {"id": "A", "type_id": 0}},
-    )
+    first = {"SpecialToken": {"id": bos, "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
     return {
         "type": "TemplateProcessing",
         "single": [first, text],

@@ -84,7 +84,7 @@ def model(
 
         def modes(way: Call) -> dict[str, bool]:
             found = _modes_of(module, lambda: run(way), model_state)
-            if keys is not None and not train and not found.get("dropout"):
+            if keys is not None and not train and "dropout" not in found:
                 found["dropout"] = _modes.draws(lambda: run(way))  # of the module's own making
             return found
 

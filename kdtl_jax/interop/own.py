@@ -50,7 +50,7 @@ def network(found: Any, *, classes: int, example: Any, dtype: Any = None) -> Net
     Raises:
       TypeError: if it is none of these, with what it is and what to write instead.
       ValueError: if it has no logits `[B, classes]`.
-      Exception: what the model itself raises, of inputs that it does not take, say.
+      Exception: whatever the model itself raises, for instance for inputs that it does not take.
     """
     name = getattr(found, "__name__", type(found).__name__)
     example = jnp.asarray(example)
@@ -161,7 +161,7 @@ def _of_pair(init: Callable[..., Any], apply: Callable[..., Any], example: Array
     places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(apply).parameters
     names = [p.name for p in parameters.values() if p.kind in places]
-    needs_key = names[1:2] != [] and names[1] in KEYS  # Haiku's order
+    needs_key = len(names) > 1 and names[1] in KEYS  # Haiku's order
     named_key = [name for name in parameters if name in KEYS and not needs_key]
     inputs_like = [name for name in names if name not in KEYS and not _modes.flags([name], True)]
     is_model = len(inputs_like) > 2

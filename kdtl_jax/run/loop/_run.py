@@ -139,7 +139,7 @@ def run(
       prefetch: batches of a `Source` waiting on the device.
       place: puts a batch of a `Source` on the device(s).
       reached: `reached(step)` after every call that was given to the device, which has at most half
-        a second of work before it gets there: for a bar on a terminal. Nothing waits for it.
+        a second of work before it gets there: for a progress bar. Nothing waits for it.
 
     Returns:
       The final state and why the run ended.
