@@ -102,3 +102,11 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import write_data  # imports the whole package, which few tests need
 
     return write_data(tmp_path_factory.mktemp("data") / "small.npz")
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder of `params_checkpoints`, with its three models."""
+    from params_checkpoints import prepare  # imports the whole command line
+
+    prepare(tmp_path, monkeypatch)

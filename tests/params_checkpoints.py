@@ -47,6 +47,10 @@ def written(path: str = "out.safetensors") -> Flat:
     return {name: np.array(x) for name, x in safetensors.load(path).items()}
 
 
+def drop_step(tree: Flat) -> Flat:
+    return {name: leaf for name, leaf in tree.items() if name != "step"}
+
+
 def native(tree: Flat) -> Flat:
     return {name: np.asarray(leaf) for name, leaf in tree.items()}
 

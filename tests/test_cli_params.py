@@ -21,18 +21,13 @@ from params_checkpoints import (
     flat,
     native,
     params,
-    prepare,
     written,
 )
 
 from kdtl_jax import transforms
 from kdtl_jax.interop import safetensors
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    prepare(tmp_path, monkeypatch)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("checkpoints")
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -307,3 +302,14 @@ def test_names_of_others_say_nothing_to_a_terminal(
         for line in (said.out + said.err).split("\n"):
             assert line.isprintable() and len(line) < 12_000
         assert "a\\x1b[2J\\nb" in said.out
+
+
+def test_names_that_print_alike_are_two_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["x" * 300 + "a", "x" * 300 + "b", "y\n", "y\\n"]
+    for file, value in (("a", 1), ("b", 2)):
+        safetensors.save(f"{file}.safetensors", {n: np.full(2, value, np.float32) for n in names})
+    assert params("diff", A, B) == 0
+    assert "4 of 4 tensors differ" in capsys.readouterr().out

@@ -15,10 +15,10 @@ from params_checkpoints import (
     Flat,
     assert_same,
     by_tensor,
+    drop_step,
     flat,
     native,
     params,
-    prepare,
     written,
 )
 
@@ -27,11 +27,7 @@ from kdtl_jax.cli.params._formulas import Members, Options
 from kdtl_jax.cli.params._methods import METHODS
 from kdtl_jax.interop import safetensors
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    prepare(tmp_path, monkeypatch)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("checkpoints")
 
 
 # --- every method --------------------------------------------------------------------------------
@@ -99,10 +95,6 @@ def test_merging_tensor_by_tensor_is_merging_whole_models(name: str) -> None:
     want = by_tensor(method.merge, has, [drop_step(t) for t in trees], options(words), data)
     assert_same(drop_step(written()), want)
     assert written()["step"] == first["step"]
-
-
-def drop_step(tree: Flat) -> Flat:
-    return {name: x for name, x in tree.items() if name != "step"}
 
 
 def taus() -> list[Flat]:

@@ -1,7 +1,6 @@
 """`kdtl params merge` in pieces: no tensor is held whole, and the numbers are the whole's."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,10 @@ from params_checkpoints import (
     B,
     Flat,
     assert_same,
+    drop_step,
     flat,
     native,
     params,
-    prepare,
     written,
 )
 
@@ -25,14 +24,7 @@ from kdtl_jax.cli.params._methods import METHODS
 from kdtl_jax.interop import safetensors
 from kdtl_jax.transforms import _blocks
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare(tmp_path, monkeypatch)
-
-
-def drop_step(tree: Flat) -> Flat:
-    return {name: leaf for name, leaf in tree.items() if name != "step"}
+pytestmark = pytest.mark.usefixtures("checkpoints")
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:

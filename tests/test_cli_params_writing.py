@@ -22,18 +22,13 @@ from params_checkpoints import (
     flat,
     native,
     params,
-    prepare,
     written,
 )
 
 from kdtl_jax import transforms
 from kdtl_jax.interop import safetensors
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    prepare(tmp_path, monkeypatch)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("checkpoints")
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -248,10 +243,10 @@ for words in (["scale", "{}.safetensors"], ["average", "{}.safetensors", "{}.saf
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_a_checkpoint_passes_through_little_memory(folder: Path) -> None:
+def test_a_checkpoint_passes_through_little_memory() -> None:
     """200 MB in one tensor; the peak of resident memory grows by less than half of it."""
     done = subprocess.run(
-        [sys.executable, "-c", GROWTH], cwd=folder, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", GROWTH], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     grown = dict(

@@ -24,6 +24,7 @@ from kdtl_jax.transforms import Report
 
 RECIPE = "kdtl_recipe"  # the metadata key
 BLOCK = 1 << 20  # entries of a piece: 4 MB of float32
+WIDEST = 200  # characters of a name in a printed column
 SELECTORS = """
 A SELECTOR is a regular expression for the whole name of a tensor, 'encoder/.*/kernel', or a shell
 pattern after 'glob:', as in 'glob:**/kernel' ('*' stays within one '/'-segment, '**' crosses them).

@@ -47,15 +47,13 @@ def run(settings: Settings) -> int:
     done = _checkpoints.progress(sum(one.tensors[p].stop - one.tensors[p].start for p in shared))
     rows = []
     for path in names:
-        rows += [
-            (status, _text.shown(name, 200), detail)
-            for status, name, detail in _compared(path, one, other)
-        ]
+        rows += _compared(path, one, other)
         if path in one.tensors:
             done(one.tensors[path].stop - one.tensors[path].start)
-    width = max((len(path) for _, path, _ in rows), default=0)
-    for status, path, detail in rows:
-        print(f"  {status:9} {path:<{width}}  {detail}".rstrip())
+    shown = [_text.shown(path, _checkpoints.WIDEST) for _, path, _ in rows]
+    width = max(map(len, shown), default=0)
+    for name, (status, _, detail) in zip(shown, rows, strict=True):
+        print(f"  {status:9} {name:<{width}}  {detail}".rstrip())
     different = len({path for _, path, _ in rows})
     print(f"{different} of {len(names)} tensors differ")
     return 1 if settings.exit_code and different else 0

@@ -13,11 +13,12 @@ import numpy as np
 
 from kdtl_jax import _text, transforms, trees
 from kdtl_jax.cli.params import _checkpoints
-from kdtl_jax.cli.params._checkpoints import Selection
+from kdtl_jax.cli.params._checkpoints import WIDEST, Selection
 from kdtl_jax.interop import safetensors
 from kdtl_jax.interop.safetensors import Tensor
 from kdtl_jax.recipes.settings import UsageError, setting
 
+LONGEST = 2000  # characters of a line
 EXAMPLES = f"""
 kdtl params inspect model.safetensors --where 'encoder/.*' --values
 {_checkpoints.SELECTORS}"""
@@ -45,9 +46,6 @@ class Values(NamedTuple):
     digest: str
 
 
-LONGEST = 2000  # characters of a line
-
-
 def run(settings: Settings) -> int:
     """Prints what a checkpoint holds."""
     if not settings.source:
@@ -65,7 +63,7 @@ def run(settings: Settings) -> int:
     files = f"{len(checkpoint.files)} file{'s' * (len(checkpoint.files) != 1)}"
     print(f"{files}, {len(found)} tensors, {entries:,} numbers, {_checkpoints.size(count)}")
     for key, value in sorted(checkpoint.metadata.items()):
-        print(f"  metadata  {_text.shown(key, 200)}: {_text.shown(value, LONGEST)}")
+        print(f"  metadata  {_text.shown(key, WIDEST)}: {_text.shown(value, LONGEST)}")
     for line in _with_values(found, count) if settings.values_ else _listing(found):
         print(f"  {line}")
     return 0
@@ -78,7 +76,7 @@ def _listing(found: Mapping[str, Tensor]) -> list[str]:
         key = (re.sub(r"\d+", "#", name), tensor.dtype, str(list(tensor.shape)))
         groups.setdefault(key, []).append(name)
     rows = [
-        (_text.shown(path, 200), dtype, shape)
+        (_text.shown(path, WIDEST), dtype, shape)
         for (_, dtype, shape), names in groups.items()
         for path in transforms.collapse_paths(names)
     ]
@@ -87,11 +85,12 @@ def _listing(found: Mapping[str, Tensor]) -> list[str]:
 
 
 def _with_values(found: Mapping[str, Tensor], total: int) -> list[str]:
-    width = max((len(_text.shown(name, 200)) for name in found), default=0)
+    shown = {name: _text.shown(name, WIDEST) for name in found}
+    width = max(map(len, shown.values()), default=0)
     done = _checkpoints.progress(total, "reading: ")
     lines, equal = [], {}
     for name, tensor in found.items():
-        line = f"{_text.shown(name, 200):<{width}}  {tensor.dtype:5} {list(tensor.shape)!s:16}"
+        line = f"{shown[name]:<{width}}  {tensor.dtype:5} {list(tensor.shape)!s:16}"
         if tensor.dtype.startswith("F8"):
             lines.append(f"{line} an 8-bit float, not read")
             continue
