@@ -1,8 +1,9 @@
 """Merging by choosing entries: from which model each entry comes, and how much of it.
 
 What an entry needs to know of its whole leaf (`arcee_threshold`, `ram_boosts`) is found by passes
-over the leaf's pieces, blocks of its rows, and each piece is merged by itself (`arcee_piece`,
-`ram_piece`): a leaf may be larger than memory.
+over the leaf's pieces, and each piece is merged by itself (`arcee_piece`, `ram_piece`): a leaf may
+be larger than memory. A piece is a list of equal blocks of rows `[rows, ...]` in one dtype: the
+base's, then one per model.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,7 +31,7 @@ def near_swap(base: Params, model: Params, *, t: Scalar) -> Params:
       A tree with the structure and dtypes of the base.
 
     Raises:
-      ValueError: if names or shapes differ.
+      ValueError: if names or shapes differ, or `t` is negative.
 
     References:
       mergekit's `nearswap` (2403.13257).
@@ -81,8 +82,8 @@ def arcee_threshold(read: Read) -> Array:
     def importances() -> Iterable[Array]:
         return (_importance(*pieces) for pieces in read())
 
-    found = [(x.size, x.dtype) for x in importances()]
-    size, dtype = sum(count for count, _ in found), found[0][1]
+    leaves = [(pieces[0].size, pieces[0].dtype) for pieces in read()]
+    size, dtype = sum(count for count, _ in leaves), leaves[0][1]
     # The entries at the places floor(share (n - 1)) of the sorted leaf.
     low, middle, high = (
         _ranking.kth_largest(importances, size - int(share * (size - 1)), dtype)
@@ -123,12 +124,11 @@ def ram(
       A tree with the structure and dtypes of the base.
 
     Raises:
-      ValueError: if names or shapes differ.
+      ValueError: if names or shapes differ, or `epsilon` or `limit` is negative.
 
     References:
       Reinforced Agent Merging, 2026 (2601.13572); mergekit's `ram` and `ramplus_tl`.
     """
-
     _checks.scalar(epsilon=epsilon, gain=gain, limit=limit)
     _checks.non_negative(epsilon=epsilon, limit=limit)
 
