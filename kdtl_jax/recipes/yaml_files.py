@@ -57,7 +57,7 @@ def read(path: Path) -> dict[Any, Any]:
 
     Raises:
       OSError: if the file does not exist or cannot be read.
-      ValueError: in one line that does not name the file.
+      ValueError: saying in one line what is wrong; the caller names the file.
     """
     with _files.regular(path).open("rb") as file:
         content = file.read(BYTES + 1)

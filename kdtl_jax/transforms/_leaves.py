@@ -230,8 +230,8 @@ def equal_paths(tree: PyTree) -> dict[str, str]:
     """Paths whose leaf equals an earlier one, to the first such: ties that are stored twice.
 
     What is drawn for a tied leaf is drawn with the first one's path. Costs one row per leaf that
-    shares its shape: only leaves of one first row are compared whole. Scalars equal none, nor do
-    leaves whose values are not known here: tracers, and arrays that lie in part with other
+    shares its shape: only leaves with the same first row are compared whole. Scalars equal none,
+    nor do leaves whose values are unknown here: tracers, and arrays that lie partly in other
     processes.
     """
     groups: dict[Any, list[tuple[str, Any]]] = {}

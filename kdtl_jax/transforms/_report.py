@@ -7,8 +7,9 @@ from typing import NamedTuple
 from kdtl_jax import _text, trees
 
 Shape = tuple[int, ...]
+WIDEST = 200  # characters of the column of paths, which longer ones overrun
+LONGEST = 10_000  # characters of a path or a detail
 # A number as str() writes it: `01` is not `1`, and stays as it is.
-WIDEST, LONGEST = 200, 10_000  # characters of a path in a line
 _NUMBER = re.compile(r"(?<!\d)(?:0|[1-9][0-9]{0,17})(?!\d)")
 
 
@@ -115,7 +116,7 @@ def _rows(report: Report) -> list[tuple[str, str, str]]:
     groups: dict[tuple[str, str, str], list[str]] = {}
     for status, path, detail in facts:
         groups.setdefault((status, re.sub(_NUMBER, "#", path), detail), []).append(path)
-    return [  # names of others, on one line each
+    return [  # foreign names may hold line ends and escape codes
         (status, _text.shown(collapsed, LONGEST), _text.shown(detail, LONGEST))
         for (status, _, detail), paths in groups.items()
         for collapsed in collapse_paths(paths)

@@ -1,7 +1,8 @@
 """SCE: entries selected by their variance across models, models weighed by their energy.
 
 Variances are ranked and energies summed by passes over a leaf's pieces (`sce_selection`), then
-each piece is merged by itself (`sce_piece`): a leaf may be larger than memory.
+each piece is merged by itself (`sce_piece`): a leaf may be larger than memory. A piece is a list of
+equal blocks of rows `[rows, ...]` in one dtype: the base's, then one per model.
 """
 
 from collections.abc import Iterable, Sequence
@@ -44,7 +45,7 @@ def sce(
       A tree with the structure and dtypes of the base.
 
     Raises:
-      ValueError: if names or shapes differ, or `top` lies outside `[0, 1]`.
+      ValueError: if names or shapes differ, `top` lies outside `[0, 1]`, or `floor` is negative.
 
     References:
       Wan et al., FuseChat, 2024 (2408.07990), SCE; mergekit's `sce`.
@@ -83,7 +84,7 @@ def sce_selection(read: Read, *, top: Scalar = 1.0, floor: Scalar = 0.0) -> Sele
 
 
 def sce_piece(pieces: Sequence[Array], found: Selection, number: int) -> Array:
-    """`sce` of the piece of base and models that has this number."""
+    """`sce` of the piece that `read()` yielded at this number, counted from 0."""
     start = pieces[0]
     deltas, _ = _sce_deltas(pieces, found.cut, found.before[number])
     total = sum(deltas[1:], deltas[0])

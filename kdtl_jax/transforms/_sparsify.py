@@ -163,11 +163,10 @@ def dare(
 ) -> PyTree:
     """Drops entries at random and divides the kept ones by `density`: unbiased over keys.
 
-    Tied leaves share their draws, also where they are stored twice: leaves of equal values count as
-    tied, and leaves of one shape are compared to find them. Under `jit` and `grad` every leaf of an
-    argument is a value of its own, equal to none: tie leaves inside, as in
-    `tree | {"head": tree["embed"]}`, or they are drawn apart. So are, also outside, leaves of which
-    other processes hold a part.
+    Tied leaves share their draws, even if they are stored twice: leaves of one shape are compared,
+    and those with equal values count as tied. Under `jit` and `grad` every leaf of an argument is a
+    value of its own, equal to none: tie leaves inside, as in `tree | {"head": tree["embed"]}`, or
+    they are drawn independently. So are leaves that lie partly in other processes, even outside.
 
     Args:
       key: a PRNG key; every leaf folds its path in.
@@ -301,8 +300,10 @@ def rescale_l1(sparse: PyTree, original: PyTree, *, floor: float = 0.0) -> PyTre
     mergekit's convention for DARE and DELLA, with a floor of 1e-7 (in units of the weights), which
     leaves small task vectors shrunken. It restores the mean size exactly but is not unbiased: a
     leaf whose kept entries happen to be small is blown up.
-    """
 
+    Raises:
+      ValueError: if names or shapes differ, or `floor` is negative.
+    """
     _checks.scalar(floor=floor)
     _checks.non_negative(floor=floor)
 
@@ -331,7 +332,7 @@ def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Param
 
     Dropout toward the pretrained weights instead of toward zero: the mean over keys is `params`.
     Call it inside the loss, on the selected leaves, with the step's key. Tied leaves share their
-    draws as in `dare`, which inside a loss sees only those ties that are made there.
+    draws as in `dare`, which inside a loss sees only the ties that are made there.
 
     Args:
       key: a PRNG key; every leaf folds its path in.

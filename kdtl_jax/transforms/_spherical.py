@@ -127,7 +127,7 @@ def karcher_mean(
       models: a list of trees of one structure.
       weights: None for equal ones, else one per model; normalized to sum 1.
       iterations: at most this many.
-      tolerance: radians.
+      tolerance: radians, >= 0.
 
     Returns:
       A tree with the structure and dtypes of the first model.
@@ -174,7 +174,7 @@ def model_stock(
       A tree with the structure and dtypes of the base.
 
     Raises:
-      ValueError: if there are fewer than two models, or names or shapes differ.
+      ValueError: if there are fewer than two models, names or shapes differ, or `floor < 0`.
 
     References:
       Jang, Yun and Han, Model Stock: All we need is just a few fine-tuned models, 2024

@@ -14,7 +14,7 @@ from kdtl_jax.transforms._leaves import Weights
 
 Rows = Callable[[], Iterable[Array]]  # a matrix in blocks of rows
 
-_PARTS = 8  # a kernel's columns are solved for in so many parts
+_PARTS = 8  # a kernel's columns are solved for in about this many parts at most
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -40,7 +40,8 @@ def fisher_merge(
       A tree with the first model's structure, dtypes and leaves that are not inexact.
 
     Raises:
-      ValueError: if names, shapes or numbers of trees and weights differ, or the weights sum to 0.
+      ValueError: if names, shapes or numbers of trees and weights differ, the weights sum to 0, or
+        `floor` is negative.
 
     References:
       Matena and Raffel, Merging Models with Fisher-Weighted Averaging, 2021 (2111.09832). Their
@@ -132,7 +133,7 @@ def regmean_kernel(
       ridge: see `regmean`.
 
     Returns:
-      The merged kernel.
+      The merged kernel `[..., in, out]`.
     """
     diagonals = [_diagonal(gram) for gram in grams]
     soft, added = (_numerics.scalar(value, diagonals[0]) for value in (shrink, ridge))
@@ -172,7 +173,7 @@ def check_grams(grams: Sequence[Mapping[str, Any]], flat: Mapping[str, Any]) -> 
 
 
 def _rows(matrix: Array) -> Iterator[Array]:
-    """The matrix in blocks of rows; several matrices whole."""
+    """The matrix in blocks of rows; a stack of matrices whole."""
     blocks = _blocks.row_blocks([matrix]) if matrix.ndim == 2 else [[matrix]]
     return (block for (block,) in blocks)
 
@@ -228,7 +229,7 @@ def _solved(transposed: Array, swaps: Array, right: Array) -> Array:
 
 
 def _diagonal(gram: Rows) -> Array:
-    """`[..., in]`"""
+    """The diagonal `[..., in]` of a matrix in blocks of rows."""
     pieces = (
         jnp.diagonal(rows, offset=start, axis1=-2, axis2=-1) for start, rows in _numbered(gram)
     )

@@ -130,7 +130,7 @@ def _trimmed(x: Members, o: Options) -> list[Tree]:
 
 
 def _trim_counts(least: int) -> Callable[[Read, Options], Any]:
-    """The cuts that keep each model's density, and so many entries where it is not 0."""
+    """The cuts that keep each model's density, at least `least` entries where it is not 0."""
 
     def count(density: float, size: int) -> int:
         return max(math.floor(density * size), least if density > 0 else 0)
@@ -230,6 +230,8 @@ def _chosen(piece: Callable[[Members, Options], Array]) -> Callable[[Members, Op
 
 
 def sce(*, floor: float = 0.0) -> Merge:
+    """SCE, whose `top` is the density; `floor` as in `transforms.sce`."""
+
     def measure(read: Read, o: Options) -> Any:
         top = o.density
         assert isinstance(top, (int, float))  # `merge` refuses several
