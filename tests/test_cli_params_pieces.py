@@ -106,14 +106,14 @@ def test_regmean_reads_kernels_and_grams_in_pieces(monkeypatch: pytest.MonkeyPat
     assert params("merge", *files, "--method", "regmean", *data, *OUT) == 0
     assert max(sizes) <= 8
     got = written()
-    assert_same(got, native(transforms.regmean(models, [native(g) for g in grams])), rtol=2e-5)
+    assert_same(got, native(transforms.regmean(models, [native(g) for g in grams])), rtol=5e-6)
     for name in ("heads/kernel", "fc/kernel"):
         left, right = 0, 0
         for model, gram in zip(models, grams, strict=True):
             eye = np.eye(4) * gram[name]
             soft = 0.9 * gram[name] + 0.1 * eye
             left, right = left + soft, right + soft @ model[name].astype(np.float64)
-        np.testing.assert_allclose(got[name], np.linalg.solve(left, right), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(got[name], np.linalg.solve(left, right), rtol=5e-6, atol=5e-6)
     np.testing.assert_allclose(got["fc/bias"], (models[0]["fc/bias"] + models[1]["fc/bias"]) / 2)
 
 
