@@ -6,13 +6,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from data_files import N, Y, columns, image_folder, table
 from test_cli_own_data import HOT, PRICE, scored
 from tiny import kdtl, results
 
-from kdtl_jax import datasets, models, trees
+from kdtl_jax import datasets, models, train, trees
 from kdtl_jax.interop import model_files, networks, safetensors
 from kdtl_jax.recipes import _measures, _models, _training, transfer
 from kdtl_jax.recipes import _transfer_methods as ways
@@ -102,7 +103,7 @@ def test_a_source_that_is_no_classifier(kind: str, tmp_path: Path, capsys: Captu
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sweep_of_targets_that_are_no_classes(kind: str, tmp_path: Path) -> None:
-    """One setting is the run of `kdtl distill`, whose batches hold everything too."""
+    """One setting is the run of `kdtl distill`; in one batch, since the two shuffle differently."""
     (data, label), score = data_of(kind, tmp_path), KINDS[kind]
     words = ["--data", data, "--label", label, "--teacher", "mlp:6", "--student", "mlp:3"]
     words += [*FEW, "--batch-size", "30", "--teacher-epochs", "1", "--methods", "logit_mse"]
@@ -115,7 +116,7 @@ def test_a_sweep_of_targets_that_are_no_classes(kind: str, tmp_path: Path) -> No
     )
     for part in ("validation", "test"):
         assert found[f"{part}_{score}"]["values"] == pytest.approx(
-            wanted[f"{part}_{score}"]["values"], abs=1e-4
+            wanted[f"{part}_{score}"]["values"], abs=1e-5
         )
     assert (
         f"validation {'R²' if kind == 'numbers' else 'mean average precision'}"
@@ -162,10 +163,6 @@ def test_training_flags_are_those_of_distill(tmp_path: Path, capsys: Captured) -
 
 def test_the_best_check_is_given_back() -> None:
     """A student whose score falls from the second epoch on stops, and the first is kept."""
-    import optax
-
-    from kdtl_jax import train
-
     tx = optax.sgd(1.0)
 
     def start(point: Any, shared: Any) -> Any:

@@ -23,7 +23,7 @@ class Named(NamedTuple):
 
 
 def sections(
-    test: Dataset, student: Named, teacher: np.ndarray, *, by: str = "teacher"
+    test: Dataset, student: Named, teacher: np.ndarray, *, called: str = "teacher"
 ) -> list[report.Section]:
     """Confusion matrix of a method, and examples on which it differs from its teacher.
 
@@ -31,9 +31,9 @@ def sections(
       test: the test split.
       student: of the method that is recommended.
       teacher: the classes that it names, `[1, N]` or `[S, N]`; or those of another method.
-      by: what the teacher is called.
+      called: the teacher in the report's words, or that method.
     """
-    return [_confusion(test, student), *_differences(test, student, np.asarray(teacher), by)]
+    return [_confusion(test, student), *_differences(test, student, np.asarray(teacher), called)]
 
 
 def counts(labels: np.ndarray, named: np.ndarray, classes: int) -> np.ndarray:
@@ -65,7 +65,7 @@ def _confusion(test: Dataset, student: Named) -> report.Section:
 
 
 def _differences(
-    test: Dataset, student: Named, teacher: np.ndarray, by: str
+    test: Dataset, student: Named, teacher: np.ndarray, called: str
 ) -> list[report.Section]:
     apart = (student.classes != teacher).mean(axis=0)
     order = [int(i) for i in np.argsort(-apart, kind="stable")[:EXAMPLES] if apart[i] > 0]
@@ -83,23 +83,23 @@ def _differences(
         return [names[int(test.labels[row])], said(teacher), said(student.classes)]
 
     note = (
-        f"The test examples on which most seeds of {student.label} and the {by} name different "
+        f"The test examples on which most seeds of {student.label} and the {called} name different "
         "classes; the class named most often stands there, with how many seeds name it."
     )
-    shown = _shown(test, order, words, by)
-    return [report.Section(f"Where {by} and student differ", [note], [shown])]
+    examples = _shown(test, order, words, called)
+    return [report.Section(f"Where {called} and student differ", [note], [examples])]
 
 
 def _shown(
-    test: Dataset, order: Sequence[int], words: Any, by: str
+    test: Dataset, order: Sequence[int], words: Any, called: str
 ) -> report.Pictures | report.Table:
     first = test.inputs[0]
     if first.ndim == 3 and first.shape[-1] in (1, 3):
-        captions = [dict(zip(("is", by, "student"), words(i), strict=True)) for i in order]
+        captions = [dict(zip(("is", called, "student"), words(i), strict=True)) for i in order]
         texts = [", ".join(f"{k} {v}" for k, v in caption.items()) for caption in captions]
         images = [report.png(test.inputs[i]) for i in order]
         return report.Pictures([*map(report.Picture, images, texts)])
-    header = ("Example", "Is", by.capitalize(), "Student", "Inputs (scaled)")
+    header = ("Example", "Is", called.capitalize(), "Student", "Inputs (scaled)")
     rows = []
     for i in order:
         values = np.asarray(test.inputs[i]).ravel()

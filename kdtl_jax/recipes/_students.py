@@ -117,7 +117,7 @@ def note(rows: Sequence[report.Row], baseline: str | None) -> str | None:
     if first.method == baseline and len(with_file) > 1:
         said += ", the student trained alone: no method does better on the validation split"
     return (
-        f"{said}. One file per method, of its seed that is best on validation: {files}. Name one, "
+        f"{said}. One file per method, of its seed that is best on validation: {files}. Give one, "
         "with the run's folder before it, to kdtl predict, evaluate or export."
     )
 

@@ -257,7 +257,7 @@ def evidence(
     if not best:
         return []
     other = named.get(BASELINE, best[0]).classes
-    return _evidence.sections(test, best[0], other, by="baseline")
+    return _evidence.sections(test, best[0], other, called="baseline")
 
 
 def resolved(settings: Settings, measure: Measure) -> Settings:
