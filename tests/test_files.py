@@ -128,6 +128,16 @@ def test_any_bytes_are_a_sealed_record_or_one_reason(
         _files.read_sealed(path)
 
 
+def test_json_of_others_is_read_up_to_a_size(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    with path.open("wb") as file:
+        file.truncate(_files.JSON_BYTES + 1)
+    with pytest.raises(ValueError, match="16,777,217 bytes, at most 16,777,216 are read"):
+        _files.read_json(path)
+    path.write_bytes(b" " * (_files.JSON_BYTES - 2) + b"{}")
+    assert _files.read_json(path) == {}
+
+
 def test_space_is_checked_before_writing(tmp_path: Path) -> None:
     _files.check_space(tmp_path, 1)
     with pytest.raises(OSError, match=r"no space left: 1,152,921,504,606,846,976 bytes .*Tidy"):
