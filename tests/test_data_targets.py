@@ -235,13 +235,22 @@ def test_lists_in_arrow_columns(
     np.testing.assert_array_equal(read().labels[:2], wanted)
 
 
-@pytest.mark.parametrize(("first", "words"), [([-1, 0], r"lie in 0\.\.2, got \[-1, 0\] at row 0"),
-                                              (None, "a label is missing at row 0")])  # fmt: skip
-def test_numbers_of_named_classes_in_lists(tmp_path: Path, first: Any, words: str) -> None:
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        ([[-1, 0], [2]] * 30, r"lie in 0\.\.2, got \[-1, 0\] at row 0"),
+        ([[0], [0.5, 1]] * 30, r"lie in 0\.\.2, got \[0.5, 1.0\] at row 1"),
+        ([[0.0, 7.0]] * 60, r"lie in 0\.\.2, got \[0.0, 7.0\] at row 0"),
+        ([["x"], ["y", "x"]] * 30, r"lie in 0\.\.2, got \['x'\] at row 0"),
+        ([[[0]], [[1], [2]]] * 30, r"lie in 0\.\.2, got \[\[0\]\] at row 0"),
+        ([None, [2], [0, 1]] * 20, "a label is missing at row 0"),
+    ],
+)
+def test_numbers_of_named_classes_in_lists(tmp_path: Path, cells: list[Any], words: str) -> None:
     feature = {"feature": {"names": ["a", "b", "c"], "_type": "ClassLabel"}, "_type": "Sequence"}
     about = json.dumps({"info": {"features": {"tags": feature}}})
-    cells = columns(tags=[first, [2], *([[0, 1]] * 58)])
-    whole = pa.table(cells).replace_schema_metadata({b"huggingface": about.encode()})
+    whole = pa.table(columns(tags=cells))
+    whole = whole.replace_schema_metadata({b"huggingface": about.encode()})
     pq.write_table(whole, tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=words):
         datasets.read(tmp_path / "a.parquet", label="tags")

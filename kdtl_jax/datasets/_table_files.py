@@ -189,9 +189,10 @@ def _targets(found: ArrowTable, names: Sequence[str]) -> tuple[np.ndarray, tuple
         return np.stack(columns, axis=1), ()
     known = found.names.get(names[0], ())
     column = columns[0]
-    if column.ndim == 2 and column.dtype.kind in "iu":  # lists that happen to be of one length
-        if known or not np.isin(column, (0, 1)).all():
-            column = _arrow.objects(column.tolist())
+    if column.ndim == 2 and (
+        known or (column.dtype.kind in "iu" and not np.isin(column, (0, 1)).all())
+    ):  # lists that happen to be of one length
+        column = _arrow.objects(column.tolist())
     if known and column.dtype == object:  # several classes in a list
         named = [_named(found.name, row, cell, known) for row, cell in enumerate(column)]
         column = _arrow.objects(named)
@@ -202,7 +203,7 @@ def _named(name: str, row: int, cell: Any, known: Sequence[str]) -> list[str] | 
     """The names of a list of class numbers; None stays, and is refused with other empty cells."""
     if cell is None or None in cell:
         return None
-    if any(not 0 <= int(i) < len(known) for i in cell):
+    if any(i not in range(len(known)) for i in cell):
         raise ValueError(
             f"{name}: labels must lie in 0..{len(known) - 1}, got {cell!s:.80} at row {row}."
         )
