@@ -96,6 +96,13 @@ def test_a_source_that_is_no_classifier(kind: str, tmp_path: Path, capsys: Captu
     chosen = ["--methods", "copied_finetuned", "--out", tmp_path / "run"]
     assert kdtl(*words, *chosen) == 0
     assert set(results(tmp_path / "run")["data"]["transferability"]) == {"logme", "h_score"}
+    # What is learned now is in the student's file, however its columns were named.
+    again = ["--data", data, "--label", ", ".join(label.split(",")), *chosen[:2]]
+    assert kdtl(*words, *again, "--out", tmp_path / "again") == 0
+    for run, wanted in (("run", ("kind",)), ("again", tuple(label.split(",")))):
+        student = tmp_path / run / "students" / "copied_finetuned.safetensors"
+        known = model_files.about(str(student)).preprocessing
+        assert known is not None and known.targets == wanted
     of_default = [ways.BY_NAME[name] for name in ways.DEFAULT]
     left = transfer.suited(of_default, transfer.Settings(), _measures.CLASSES, kind)  # pyright: ignore[reportArgumentType]  # a key of KINDS
     assert [m.name for m in of_default if m not in left] == ["co_tuning", "lwf"]

@@ -257,11 +257,12 @@ def _form(source: Source, train: Dataset, choices: Choices) -> tuple[Preprocessi
 
 
 def _encoded(source: Source, part: Dataset, form: Preprocessing) -> Dataset:
-    """A part with its inputs in the place of rows."""
+    """A part with its inputs in the place of rows; its form says which targets were read."""
     inputs = part.inputs
     if not isinstance(source.inputs, np.ndarray):
         inputs = _inputs(source, inputs, form)
-    return part._replace(inputs=inputs, form=form._replace(kind=part.kind))
+    read = form._replace(kind=part.kind, targets=source.columns or form.targets)
+    return part._replace(inputs=inputs, form=read)
 
 
 def _inputs(source: Source, rows: np.ndarray, form: Preprocessing) -> np.ndarray:

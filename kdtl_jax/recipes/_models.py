@@ -183,8 +183,7 @@ def read_data(
     if known is not None and (other_targets or known.kind == "classes"):
         read_so = known._replace(outputs=0, names=())  # its classes are compared below
     if read_so is not None and other_targets:
-        columns = read_so.targets if settings.label == "label" else tuple(settings.label.split(","))
-        read_so = read_so._replace(targets=columns, target_scaling=None)
+        read_so = read_so._replace(target_scaling=None)
     raw = read_splits(
         settings.data,
         label=settings.label,
@@ -237,8 +236,6 @@ def read_data(
             "data's own mean and deviation.",
             file=sys.stderr,
         )
-    if other_targets:
-        raw = Splits(*(part._replace(form=part.form._replace(kind=part.kind)) for part in raw))
     _, form = prepared(raw)
     form = form._replace(scaling=about.scaling or form.scaling)
     if known is not None and not other_targets:
