@@ -1,21 +1,23 @@
 """Language models against PyTorch: a distillation step, sampling, the loss at vocabulary scale.
 
 Command:   python benchmarks/language.py [--parts step sampling vocabulary] [--rounds 5]
-               [--json out.json]
+               [--busy] [--json out.json]
 Peers:     PyTorch with transformers' Llama, eager and under torch.compile; Liger's chunked loss,
            compiled (each skipped with a line where it is missing; `pip install torch==2.13.0
            transformers==5.24.0` and `pip install --no-deps liger-kernel==0.8.5`).
-Machine:   2 cores of an AMD EPYC virtual machine (AVX-512), busy with other work (load 8 to 28), so
-           processor time of one core (--busy); jax 0.10.2, torch 2.13.0, transformers 5.24.0
+Machine:   2 cores of an AMD EPYC virtual machine (AVX-512), busy with other work (load 6 to 28), so
+           processor time of one core (taskset -c 0, --busy); jax 0.10.2, torch 2.13.0, transformers
+           5.24.0
 RESULT:    step: loss and gradient equal to PyTorch's, 1e-7
            sampling, times as long in transformers: one row 2.4, eight rows 1.8; 512 of 512 greedy
            tokens equal
-           KL over 32,768 classes, 512 tokens in chunks of 256, times the matrix products: float32
-           1.08 to 1.10, bfloat16 1.10 to 1.11, about 1.1. Temporary memory by XLA's figure: 2,048
-           tokens in float32 88 MB (bfloat16 187 MB), dense 1,409 MB; 1,024 tokens over 131,072
-           classes in chunks of 64 93 MB
+           KL over 32,768 classes, 1,024 tokens in chunks of 256, times the matrix products: float32
+           and bfloat16 1.08 (512 tokens: 1.08 to 1.10, bfloat16 1.10 to 1.11), about 1.1; Liger
+           takes 1.17 times as long. Temporary memory by XLA's figure: 2,048 tokens in float32 88 MB
+           (bfloat16 187 MB), dense 1,409 MB; 1,024 tokens over 131,072 classes in chunks of 64
+           93 MB
 
-step: one KD step (forward KL, AdamW) of a decoder of 12.6 million parameters taught by one of 26.6
+step: one KD step (forward KL, AdamW) of a decoder of 12.6 million parameters taught by one of 26.7
 million, 8 x 128 tokens, vocabulary 8,192; both libraries start from the same folder of weights, and
 loss and gradient are compared before anything is timed. Beside it the share of the machine's matrix
 products: multiplications that the step needs, over its time, over those per second of one product
@@ -31,16 +33,12 @@ decoders compute in bfloat16 and the peers, which are there for processors, are 
 """
 
 import argparse
-import gc
 import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -49,17 +47,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _rounds import CORES, ON_CPU, Clock, Form, agree, has_peer, measure, table
+from _vocabulary import vocabulary
 from jax import Array
 
 from kdtl_jax import language, losses, models, train
 from kdtl_jax.interop import decoders
-from kdtl_jax.losses import Head
 
-ON_CPU = jax.default_backend() == "cpu"
 ROWS, LENGTH, PROMPT, NEW = (8, 128, 16, 64) if ON_CPU else (64, 512, 16, 64)
-WIDTH, TEACHER_WIDTH = 512, 1024
-CORES = len(os.sched_getaffinity(0))
-Form = Callable[[], Any]  # runs to completion
 Results = dict[str, Any]
 
 
@@ -82,54 +77,6 @@ def config(width: int, hidden: int, layers: int) -> dict[str, Any]:
 
 
 STUDENT, TEACHER = config(384, 1024, 6), config(512, 1408, 8)
-
-
-clock = time.perf_counter
-
-
-def measure(forms: dict[str, Form], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every form in every round, interleaved, after one warm-up."""
-    for form in forms.values():
-        form()
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(rounds):
-        for name, form in forms.items():
-            start = clock()
-            form()
-            seconds[name].append(clock() - start)
-    return seconds
-
-
-def over(seconds: dict[str, list[float]], name: str, base: str) -> float:
-    """Median of the rounds' own ratios of times."""
-    pairs = zip(seconds[name], seconds[base], strict=True)
-    return statistics.median(a / b for a, b in pairs)
-
-
-def table(seconds: dict[str, list[float]], ours: str, note: dict[str, str] | None = None) -> None:
-    for name, times in seconds.items():
-        print(
-            f"  {name:42s} {1e3 * statistics.median(times):9.1f} ms (least {1e3 * min(times):8.1f})"
-            f"  {over(seconds, name, ours):5.2f} times ours  {(note or {}).get(name, '')}"
-        )
-
-
-def agree(what: str, ours: Any, theirs: Any, tolerance: float) -> None:
-    """Stops the script where two libraries do not compute the same."""
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    error = np.abs(ours - theirs).max() / np.abs(theirs).max()
-    print(f"  {what}: {float(ours.ravel()[0]):.6g}, the peer's within {error:.1e}")
-    if not error <= tolerance:
-        raise SystemExit(f"{what} differs from the peer's by {error:.1e}, more than {tolerance}.")
-
-
-def found(name: str, hint: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        print(f"  {name} is not installed: left out (pip install {hint})")
-        return False
-    return ON_CPU
 
 
 def decoder_pair() -> tuple[decoders.PretrainedDecoder, decoders.PretrainedDecoder]:
@@ -162,33 +109,32 @@ def step_flops(student: decoders.PretrainedDecoder, teacher: decoders.Pretrained
     return ROWS * LENGTH * (3 * forward[0] + forward[1])
 
 
-def step(rounds: int) -> Results:
+def step(rounds: int, clock: Clock) -> Results:
     print("\nKD step")
     student, teacher = decoder_pair()
     dtype = jnp.float32 if ON_CPU else jnp.bfloat16
-    ours, theirs = (models.decoder(s.model.config, dtype=dtype) for s in (student, teacher))
-    tx = optax.adamw(1e-4)
-    model = language.model(ours)
-    terms = language.divergence(losses.forward_kl)
-    run = train.jit_step(
-        train.make_step(model, terms, {"kd": 1.0}, tx, teacher=language.model(theirs))
+    model, teacher_model = (
+        models.decoder(source.model.config, dtype=dtype) for source in (student, teacher)
     )
+    tx = optax.adamw(1e-4)
+    run = train.jit_step(language.kd(language.Setup(model, tx, teacher=teacher_model)).step)
     tokens = jax.random.randint(jax.random.key(1), (ROWS, LENGTH), 0, STUDENT["vocab_size"])
     batch = {"inputs": {"tokens": tokens}}
 
     @jax.jit
     def value_and_norm(params: Any, teacher_params: Any) -> Any:
         def loss(params: Any) -> Array:
-            hidden, _ = ours.apply(params, tokens)
-            aims, _ = theirs.apply(teacher_params, tokens)
-            given = hidden, ours.head(params), aims, theirs.head(teacher_params)
+            hidden, _ = model.apply(params, tokens)
+            teacher_hidden, _ = teacher_model.apply(teacher_params, tokens)
+            ours = hidden, model.head(params)
+            others = teacher_hidden, teacher_model.head(teacher_params)
             where = jnp.arange(LENGTH)[None].repeat(ROWS, 0) < LENGTH - 1
-            return losses.chunked_divergence(losses.forward_kl, *given, where=where).value()
+            return losses.chunked_divergence(losses.forward_kl, *ours, *others, where=where).value()
 
         value, gradient = jax.value_and_grad(loss)(params)
         return value, optax.global_norm(gradient)
 
-    checked = [float(x) for x in value_and_norm(student.params, teacher.params)]
+    expected = [float(x) for x in value_and_norm(student.params, teacher.params)]
     state = train.init_state(jax.tree.map(jnp.copy, student.params), tx, key=jax.random.key(2))
     first = True
 
@@ -197,7 +143,7 @@ def step(rounds: int) -> Results:
         state, metrics = run(state, batch, teacher.params)
         jax.block_until_ready(state)
         if first:
-            agree("kdtl_jax's step and its loss apart", metrics["loss"].value(), checked[0], 1e-3)
+            agree("kdtl_jax's step and its loss apart", metrics["loss"].value(), expected[0], 1e-3)
             first = False
 
     n = 2048 if ON_CPU else 8192
@@ -207,9 +153,9 @@ def step(rounds: int) -> Results:
         "kdtl_jax": jax_step,
         f"one product of {n} x {n}": lambda: jax.block_until_ready(product(square, square)),
     }
-    if found("torch", "torch==2.13.0") and found("transformers", "transformers==5.24.0"):
-        forms |= torch_steps(student, teacher, np.asarray(tokens), checked)
-    seconds = measure(forms, rounds)
+    if has_peer("torch", "torch==2.13.0") and has_peer("transformers", "transformers==5.24.0"):
+        forms |= torch_steps(student, teacher, np.asarray(tokens), expected)
+    seconds = measure(forms, rounds, clock)
     flops = step_flops(student, teacher)
     ceiling = 2 * n**3 / min(seconds[f"one product of {n} x {n}"])
     share = {
@@ -226,7 +172,7 @@ def step(rounds: int) -> Results:
     return {"seconds": seconds, "flops": flops, "ceiling": ceiling, "tokens_per_second": per_second}
 
 
-def torch_steps(student: Any, teacher: Any, tokens: np.ndarray, checked: list[float]) -> Any:
+def torch_steps(student: Any, teacher: Any, tokens: np.ndarray, expected: list[float]) -> Any:
     import torch
     from torch.nn import functional as F
 
@@ -240,11 +186,11 @@ def torch_steps(student: Any, teacher: Any, tokens: np.ndarray, checked: list[fl
 
         def loss() -> Any:
             with torch.no_grad():
-                aim = frozen(data, use_cache=False).logits[:, :-1].flatten(0, 1)
-                aim = F.log_softmax(aim, dim=-1)
+                teacher_logits = frozen(data, use_cache=False).logits[:, :-1].flatten(0, 1)
+                log_p_teacher = F.log_softmax(teacher_logits, dim=-1)
             logits = learner(data, use_cache=False).logits[:, :-1].flatten(0, 1)
             log_p = F.log_softmax(logits, dim=-1)
-            return F.kl_div(log_p, aim, reduction="batchmean", log_target=True)
+            return F.kl_div(log_p, log_p_teacher, reduction="batchmean", log_target=True)
 
         run, is_first = torch.compile(loss) if is_compiled else loss, True
 
@@ -255,8 +201,8 @@ def torch_steps(student: Any, teacher: Any, tokens: np.ndarray, checked: list[fl
             value.backward()
             if is_first:
                 norm = torch.stack([p.grad.double().norm() for p in learner.parameters()]).norm()
-                agree("loss", checked[0], value.item(), 1e-4)
-                agree("norm of the gradient", checked[1], norm.item(), 1e-4)
+                agree("loss", expected[0], value.item(), 1e-4)
+                agree("norm of the gradient", expected[1], norm.item(), 1e-4)
                 is_first = False
             optimizer.step()
 
@@ -265,7 +211,7 @@ def torch_steps(student: Any, teacher: Any, tokens: np.ndarray, checked: list[fl
     return {"torch eager": build(False), "torch.compile": build(True)}
 
 
-def sampling(rounds: int) -> Results:
+def sampling(rounds: int, clock: Clock) -> Results:
     print(f"\nSampling: {NEW} tokens after {PROMPT}")
     student, _ = decoder_pair()
     prompts = jax.random.randint(jax.random.key(4), (8, PROMPT), 0, STUDENT["vocab_size"])
@@ -282,7 +228,7 @@ def sampling(rounds: int) -> Results:
         ).block_until_ready()
 
     forms: dict[str, Form] = {f"kdtl_jax, {rows} rows": ours(rows) for rows in (1, 8)}
-    if found("torch", "torch==2.13.0") and found("transformers", "transformers==5.24.0"):
+    if has_peer("torch", "torch==2.13.0") and has_peer("transformers", "transformers==5.24.0"):
         import torch
 
         model = in_torch(student).eval()
@@ -301,7 +247,7 @@ def sampling(rounds: int) -> Results:
         if same.mean() < 0.95:
             raise SystemExit("greedy continuations differ from transformers'.")
 
-        def theirs(rows: int, threads: int) -> Form:
+        def peer(rows: int, threads: int) -> Form:
             def form() -> None:
                 torch.set_num_threads(threads)
                 generate(rows, do_sample=True, top_k=0)
@@ -311,8 +257,8 @@ def sampling(rounds: int) -> Results:
 
         for rows in (1, 8):
             for threads in sorted({1, CORES}):
-                forms[f"transformers, {rows} rows, {threads} threads"] = theirs(rows, threads)
-    seconds = measure(forms, rounds)
+                forms[f"transformers, {rows} rows, {threads} threads"] = peer(rows, threads)
+    seconds = measure(forms, rounds, clock)
     for rows in (1, 8):
         own = {name: times for name, times in seconds.items() if f" {rows} rows" in name}
         table(
@@ -326,170 +272,17 @@ def sampling(rounds: int) -> Results:
     return {"seconds": seconds}
 
 
-def vocabulary_arrays(tokens: int, classes: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
-
-    def normal(rows: int, columns: int, scale: float = 1.0) -> np.ndarray:
-        return scale * rng.standard_normal((rows, columns), np.float32)
-
-    return [
-        normal(tokens, WIDTH),
-        normal(WIDTH, classes, WIDTH**-0.5),
-        normal(tokens, TEACHER_WIDTH),
-        normal(TEACHER_WIDTH, classes, TEACHER_WIDTH**-0.5),
-    ]
-
-
-def products(chunk: int, h: Array, kernel: Array, teacher_h: Array, teacher_kernel: Array) -> Any:
-    """The matrix products of the loss, a chunk of tokens at a time, and the sum over chunks."""
-    wide = partial(jnp.matmul, preferred_element_type=jnp.float32)
-
-    def add(total: Array, rows: Any) -> Any:
-        by_logits = (wide(rows[0], kernel) - wide(rows[1], teacher_kernel)).astype(h.dtype)
-        by_kernel = jax.lax.dot_general(
-            rows[0], by_logits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-        )
-        return total + by_kernel, by_logits @ kernel.T
-
-    chunks = [x.reshape(-1, chunk, x.shape[-1]) for x in (h, teacher_h)]
-    total, by_h = jax.lax.scan(add, jnp.zeros(kernel.shape, jnp.float32), tuple(chunks))
-    return by_h, total.astype(kernel.dtype)
-
-
-def chunked(chunk: int, h: Array, kernel: Array, teacher_h: Array, teacher_kernel: Array) -> Array:
-    heads = Head(kernel), Head(teacher_kernel)
-    return losses.chunked_divergence(
-        losses.forward_kl, h, heads[0], teacher_h, heads[1], chunk_size=chunk
-    ).value()
-
-
-def dense(h: Array, kernel: Array, teacher_h: Array, teacher_kernel: Array) -> Array:
-    return jnp.mean(losses.forward_kl(h @ kernel, teacher_h @ teacher_kernel))
-
-
-def vocabulary_form(kind: str, tokens: int, classes: int, chunk: int, dtype: str) -> Form:
-    """`() -> (loss, by hidden states, by head)`, as this kind of form computes it."""
-    given = vocabulary_arrays(tokens, classes)
-    if kind == "Liger":
-        import torch
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-        torch.set_num_threads(CORES)
-        h, kernel, teacher_h, teacher_kernel = (
-            torch.tensor(x).to(getattr(torch, dtype)) for x in given
-        )
-        kernel, teacher_kernel = kernel.T.contiguous(), teacher_kernel.T.contiguous()
-        h.requires_grad_(True)
-        kernel.requires_grad_(True)
-        none = torch.zeros(tokens, dtype=torch.long)
-        loss = LigerFusedLinearJSDLoss(0.0, 1.0, beta=0.0, compiled=True, chunk_size=chunk)
-
-        def liger() -> Any:
-            value = loss(h, kernel, teacher_h, teacher_kernel, none)
-            value.backward()
-            found = value.detach(), h.grad, kernel.grad
-            h.grad = kernel.grad = None
-            return found
-
-        return liger
-    arrays = [jnp.asarray(x, dtype) for x in given]
-    own = {"dense": dense, "chunked": partial(chunked, chunk)}
-    function: Any = partial(products, chunk)
-    if kind in own:
-        function = jax.value_and_grad(own[kind], argnums=(0, 1))
-    program = jax.jit(function).lower(*arrays).compile()
-    found: Any = program.memory_analysis()
-    temporary[kind] = found.temp_size_in_bytes / 1e6
-    return lambda: jax.block_until_ready(program(*arrays))
-
-
-temporary: dict[str, float] = {}  # megabytes, XLA's own figure, by kind of form
-
-# Classes, tokens, our chunk, Liger's chunk (the faster of 256 and 1,024).
-SCALES = ((32_768, 1024, 256, 1024), (131_072, 1024, 64, 256))
-
-
-def vocabulary(rounds: int) -> Results:
-    results: Results = {}
-    has_liger = found("torch", "torch==2.13.0") and found(
-        "liger-kernel", "--no-deps liger-kernel==0.8.5"
-    )
-    for classes, tokens, chunk, liger_chunk in SCALES:
-        for dtype in ("float32", "bfloat16"):
-            print(f"\nKL over {classes:,} classes, {tokens:,} tokens, {dtype}, chunks of {chunk}")
-            forms = {
-                "products": vocabulary_form("products", tokens, classes, chunk, dtype),
-                "kdtl_jax": vocabulary_form("chunked", tokens, classes, chunk, dtype),
-            }
-            if has_liger and dtype == "float32":
-                name = f"Liger, compiled, chunks of {liger_chunk}"
-                forms[name] = vocabulary_form("Liger", tokens, classes, liger_chunk, dtype)
-                ours, theirs = forms["kdtl_jax"](), forms[name]()
-                agree("loss", ours[0], theirs[0].float(), 1e-4)
-                for what, a, b in zip(("h", "W"), ours[1], theirs[1:], strict=True):
-                    norms = jnp.linalg.norm(a.astype(jnp.float32)), b.double().norm()
-                    agree(f"norm of the gradient by {what}", *norms, 1e-4)
-                del ours, theirs
-            seconds = measure(forms, rounds)
-            table(seconds, "kdtl_jax")
-            print(f"  times the products: {over(seconds, 'kdtl_jax', 'products'):.2f}")
-            results[f"{classes} {dtype}"] = {"seconds": seconds}
-            del forms
-            gc.collect()
-    classes, tokens, chunk, liger_chunk = SCALES[-1]
-    kinds = [("chunked", chunk), ("dense", 0)] + [("Liger", liger_chunk)] * has_liger
-    print(f"\nMemory, {classes:,} classes, {tokens:,} tokens, float32")
-    for kind, own in kinds:
-        command = [sys.executable, __file__, "--memory", kind, str(tokens), str(classes), str(own)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(f"  {kind}: not measured, {done.stderr.strip().splitlines()[-1:]}")
-            continue
-        megabytes, of_program = map(float, done.stdout.split()[-2:])
-        print(f"  {kind:10s} {megabytes:7.0f} MB, by XLA's own figure {of_program:.0f} MB")
-        results[f"memory {kind}"] = megabytes
-    if "memory dense" in results and "memory chunked" in results:
-        share = results["memory dense"] / results["memory chunked"]
-        print(f"  chunked is 1/{share:.1f} of dense")
-    return results
-
-
-def memory(kind: str, tokens: int, classes: int, chunk: int) -> float:
-    """Megabytes by which the resident set grows above inputs and gradients, the second time."""
-    form = vocabulary_form(kind, tokens, classes, chunk, "float32")
-    form()
-    gc.collect()
-
-    def resident(name: str) -> int:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith(name)) * 1024
-
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak is now what is resident
-    before = resident("VmRSS")
-    form()
-    gradients = 4 * WIDTH * (tokens + classes)
-    return (resident("VmHWM") - before - gradients) / 1e6
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Example: python benchmarks/language.py")
     parts = {"step": step, "sampling": sampling, "vocabulary": vocabulary}
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--rounds", type=int, default=5, help="of the losses 3 at most")
     parser.add_argument("--json", help="write the seconds here")
-    parser.add_argument("--memory", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument(
         "--busy", action="store_true", help="processor time, for a busy machine (with taskset -c 0)"
     )
     args = parser.parse_args()
-    if args.busy:
-        global clock
-        clock = time.process_time
-    if args.memory:
-        kind = args.memory[0]
-        print(memory(kind, *map(int, args.memory[1:])), temporary.get(kind, float("nan")))
-        return
+    clock = time.process_time if args.busy else time.perf_counter
     names = ("kdtl_jax", "jax", "torch", "transformers", "liger-kernel")
     versions = {"python": platform.python_version()}
     for name in names:
@@ -502,7 +295,7 @@ def main() -> None:
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     begun = time.perf_counter()
     results = {
-        name: parts[name](min(3, args.rounds) if name == "vocabulary" else args.rounds)
+        name: parts[name](min(3, args.rounds) if name == "vocabulary" else args.rounds, clock)
         for name in args.parts
     }
     print(f"\n{time.perf_counter() - begun:.0f} s; load {os.getloadavg()[0]:.1f}")

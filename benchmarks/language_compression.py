@@ -27,16 +27,14 @@ Results of "quantized" are not recorded here yet.
 
 import argparse
 from functools import partial
-from importlib import resources
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from _seeds import learning, optimizer, show, texts
 
-from kdtl_jax import language, models, train, transforms
-from kdtl_jax.run import report
+from kdtl_jax import language, models, transforms
 
 LENGTH, BATCH, LAYERS, WIDTH = 64, 16, 4, 96
 KEPT = (0, 2)
@@ -59,31 +57,22 @@ def rows(text: bytes) -> dict[str, Any]:
     return {"inputs": {"tokens": jnp.asarray(tokens, jnp.int32)}}
 
 
-def learning(method: Any, steps: int, rate: float, student: Any, teacher: Any, weights: Any) -> Any:
-    """`learn(params, data, teacher_params, key)` by a method; compiled once for all seeds."""
-    tx = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 20), steps))
+def learns(method: Any, steps: int, rate: float, student: Any, teacher: Any, weights: Any) -> Any:
+    """`learn(params, data, teacher_params, key)` by a method."""
+    tx = optimizer(rate, steps)
     learner = method(language.Setup(student, tx, teacher=teacher, weights=weights))
-    epoch = train.jit_epoch(learner.step)
-
-    def learn(params: Any, data: Any, teacher_params: Any, key: jax.Array) -> Any:
-        state = train.init_state(jax.tree.map(jnp.copy, params), tx, key=key)  # it is given away
-        count = len(data["inputs"]["tokens"])
-        epochs = range(-(-steps // (count // BATCH)))
-        order = [train.epoch_index(key, i, count, BATCH) for i in epochs]
-        state, _ = epoch(state, data, jnp.concatenate(order)[:steps], teacher_params)
-        return state.params
-
-    return learn
+    return learning(learner, tx, steps, BATCH)
 
 
 def measuring(student: Any, teacher: Any, weights: Any = language.as_they_are) -> Any:
     """`measure(params, teacher_params, inputs)`: bits per byte, and KL to the teacher."""
-    model, told = language.model(student, weights), language.model(teacher)
+    model, teacher_model = language.model(student, weights), language.model(teacher)
 
     @jax.jit
     def measure(params: Any, teacher_params: Any, inputs: Any) -> dict[str, jax.Array]:
-        ours, theirs = model(params, None, inputs)[0], told(teacher_params, None, inputs)[0]
-        found = language.fidelity(ours, theirs, *language.next_tokens(inputs))
+        outputs, _ = model(params, None, inputs)
+        teacher_outputs, _ = teacher_model(teacher_params, None, inputs)
+        found = language.fidelity(outputs, teacher_outputs, *language.next_tokens(inputs))
         nats = found.nats.value() / jnp.log(2)
         return {"bits per byte": nats, "KL(T||S)": found.forward_kl.value()}
 
@@ -93,19 +82,19 @@ def measuring(student: Any, teacher: Any, weights: Any = language.as_they_are) -
 def taught(steps: int) -> Any:
     """`teach(data, key)`."""
     teacher = decoder(LAYERS)
-    learn = learning(language.sft, 4 * steps, 2e-3, teacher, teacher, language.as_they_are)
+    learn = learns(language.sft, 4 * steps, 2e-3, teacher, teacher, language.as_they_are)
     init = jax.jit(teacher.init)
     return lambda data, key: learn(init(key), data, None, key)
 
 
-def pruned(seeds: int, steps: int, text: bytes) -> None:
+def pruned(seeds: int, steps: int) -> None:
     """Half of the layers distilled, the same fine-tuned, the same from nothing."""
-    (data, held_out), same = halves(text), language.as_they_are
+    (data, held_out), same = split(), language.as_they_are
     teacher, student = decoder(LAYERS), decoder(len(KEPT))
     teach, init = taught(steps), jax.jit(student.init)
     measure, own = measuring(student, teacher), measuring(teacher, teacher)
     kd, sft = (
-        learning(method, steps, 2e-3, student, teacher, same)
+        learns(method, steps, 2e-3, student, teacher, same)
         for method in (language.kd, language.sft)
     )
     shapes = jax.eval_shape(init, jax.random.key(0))
@@ -113,21 +102,25 @@ def pruned(seeds: int, steps: int, text: bytes) -> None:
     found: dict[str, dict[str, list[float]]] = {}
     for seed in range(seeds):
         key, other = jax.random.split(jax.random.key(seed))
-        told = teach(data, key)
-        half, _ = transforms.transfer(told, shapes, rename=rename)
-        note(found, "teacher", own(told, told, held_out))
+        teacher_params = teach(data, key)
+        half, _ = transforms.transfer(teacher_params, shapes, rename=rename)
+        note(found, "teacher", own(teacher_params, teacher_params, held_out))
         for name, learn, start in (
             ("pruned, distilled", kd, half),
             ("pruned, fine-tuned", sft, half),
             ("from nothing, fine-tuned", sft, init(other)),
         ):
-            note(found, name, measure(learn(start, data, told, key), told, held_out))
-    show(found)
+            note(
+                found,
+                name,
+                measure(learn(start, data, teacher_params, key), teacher_params, held_out),
+            )
+    show_paired(found)
 
 
-def quantized(seeds: int, steps: int, text: bytes) -> None:
+def quantized(seeds: int, steps: int) -> None:
     """At 4 and 3 bits: distilled, fine-tuned, and only rounded."""
-    data, held_out = halves(text)
+    data, held_out = split()
     model, teach = decoder(LAYERS), taught(steps)
     found: dict[str, dict[str, list[float]]] = {}
     ways = {}
@@ -137,21 +130,25 @@ def quantized(seeds: int, steps: int, text: bytes) -> None:
         measure = measuring(model, model, rounded)
         for name, method in (("QAD", language.qad), ("QAT", language.sft)):
             ways[f"{bits} bits, {name}"] = (
-                learning(method, steps, 3e-4, model, model, rounded), measure,
+                learns(method, steps, 3e-4, model, model, rounded), measure,
             )  # fmt: skip
-        ways[f"{bits} bits, rounding"] = (lambda params, data, told, key: params), measure
+        ways[f"{bits} bits, rounding"] = (lambda params, data, teacher_params, key: params), measure
     for seed in range(seeds):
         key = jax.random.key(seed)
-        told = teach(data, key)
+        teacher_params = teach(data, key)
         for name, (learn, measure) in ways.items():
-            note(found, name, measure(learn(told, data, told, key), told, held_out))
-    show(found)
+            note(
+                found,
+                name,
+                measure(learn(teacher_params, data, teacher_params, key), teacher_params, held_out),
+            )
+    show_paired(found)
 
 
-def halves(text: bytes) -> tuple[Any, Any]:
-    """What is learned from, and what is measured on: the last twentieth."""
-    at = len(text) * 19 // 20
-    return rows(text[:at]), rows(text[at:])["inputs"]
+def split() -> tuple[Any, Any]:
+    """What is learned from, and what is measured on."""
+    learned, held_out = texts()
+    return rows(learned), rows(held_out)["inputs"]
 
 
 def note(found: Any, name: str, measured: Any) -> None:
@@ -162,18 +159,15 @@ def note(found: Any, name: str, measured: Any) -> None:
     print(name, values, flush=True)
 
 
-def show(found: dict[str, dict[str, list[float]]]) -> None:
-    """A line per number, and the paired differences of neighbors: mean and half-width."""
+def show_paired(found: dict[str, dict[str, list[float]]]) -> None:
+    """A line per number, and the paired differences of neighbors."""
     lines = {f"{name}: {what}": v for name, each in found.items() for what, v in each.items()}
     names = [name for name in found if name != "teacher"]
     for one, two in zip(names, names[1:], strict=False):
         for what, values in found[one].items():
             paired = np.subtract(found[two][what], values).tolist()
             lines[f"{two} above {one}, paired: {what}"] = paired
-    for name, values in lines.items():
-        interval = report.interval(np.asarray(values))
-        half = "" if interval.high is None else f" ± {interval.high - interval.mean:.5f}"
-        print(f"{name}: {interval.mean:.5f}{half}", flush=True)
+    show(lines, digits=5)
 
 
 if __name__ == "__main__":
@@ -183,5 +177,4 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     given = parser.parse_args()
-    shakespeare = resources.files("kdtl_jax.datasets").joinpath("shakespeare.txt").read_bytes()
-    proofs[given.proof](given.seeds, given.steps, shakespeare)
+    proofs[given.proof](given.seeds, given.steps)

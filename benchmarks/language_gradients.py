@@ -33,10 +33,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from _seeds import show
 
 from kdtl_jax import losses
-from kdtl_jax.run import report
 
 SAMPLES, VOCABULARY, K = 20_000, 256, 16
 
@@ -100,7 +99,7 @@ def gradients(seeds: int) -> None:
             )
         for name, value in values.items():
             found.setdefault(name, []).append(float(value))
-    show(found)
+    show(found, digits=4)
 
 
 def sampling(seeds: int) -> None:
@@ -127,15 +126,7 @@ def sampling(seeds: int) -> None:
             "renormalized top-12: bias, relative": jnp.linalg.norm(top - exact) / size,
         }.items():
             found.setdefault(name, []).append(float(value))
-    show(found)
-
-
-def show(found: dict[str, list[float]]) -> None:
-    """A line per number: mean and half-width."""
-    for name, values in found.items():
-        interval = report.interval(np.asarray(values))
-        half = "" if interval.high is None else f" ± {interval.high - interval.mean:.4f}"
-        print(f"{name}: {interval.mean:.4f}{half}", flush=True)
+    show(found, digits=4)
 
 
 if __name__ == "__main__":

@@ -27,11 +27,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
+from _seeds import learning, optimizer, show
 
-from kdtl_jax import language, models, train
-from kdtl_jax.run import report
+from kdtl_jax import language, models
 
 DIGITS, SEPARATOR, END = 8, 10, 11
 PROMPT, LENGTH, BATCH = DIGITS + 1, 2 * DIGITS + 2, 64
@@ -73,24 +71,11 @@ def questions(key: jax.Array, count: int, noise: float = 0.0) -> dict[str, Any]:
     return {"inputs": inputs}
 
 
-def learning(method: Any, student: models.Decoder, teacher: models.Decoder, steps: int) -> Any:
-    """`learn(params, data, teacher_params, key)` by a method; compiled once for all seeds."""
-    rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, max(1, steps // 20), steps)
-    tx = optax.adamw(rate)
+def learns(method: Any, student: models.Decoder, teacher: models.Decoder, steps: int) -> Any:
+    """`learn(params, data, teacher_params, key)` by a method."""
+    tx = optimizer(3e-3, steps)
     setup = language.Setup(student, tx, teacher=teacher, prompt=PROMPT, stop_tokens=(END,))
-    learner = method(setup)
-    epoch = train.jit_epoch(learner.step)
-
-    def learn(params: Any, data: Any, teacher_params: Any, key: jax.Array) -> Any:
-        params = jax.tree.map(jnp.copy, params)  # the state is given away
-        state = learner.begin(train.init_state(params, tx, key=key))
-        rows = len(data["inputs"]["tokens"])
-        epochs = range(-(-steps // (rows // BATCH)))
-        order = [train.epoch_index(key, i, rows, BATCH) for i in epochs]
-        state, _ = epoch(state, data, jnp.concatenate(order)[:steps], teacher_params)
-        return state.params
-
-    return learn
+    return learning(method(setup), tx, steps, BATCH)
 
 
 def measuring(student: models.Decoder) -> Any:
@@ -116,11 +101,11 @@ def measuring(student: models.Decoder) -> Any:
     return measure
 
 
-def main(seeds: int, steps: int, noise: float) -> dict[str, list[float]]:
+def main(seeds: int, steps: int, noise: float) -> None:
     """Trains everything and prints a line per number."""
     large, small = decoder(2, 48), decoder(1, 16)
     held_out = questions(jax.random.key(1000), 512)
-    teach = learning(language.sft, large, large, 8 * steps)
+    teach = learns(language.sft, large, large, 8 * steps)
     key = jax.random.key(0)
     teacher = teach(jax.jit(large.init)(key), questions(key, 8192), None, key)
     found: dict[str, list[float]] = {}
@@ -130,8 +115,8 @@ def main(seeds: int, steps: int, noise: float) -> dict[str, list[float]]:
             found.setdefault(f"{name}: {what}", []).append(float(value))
 
     note("teacher", measuring(large)(teacher, held_out, key))
-    warm_up = learning(language.sft, small, large, steps)
-    learners = {name: learning(method, small, large, steps) for name, method in METHODS.items()}
+    warm_up = learns(language.sft, small, large, steps)
+    learners = {name: learns(method, small, large, steps) for name, method in METHODS.items()}
     measure, init = measuring(small), jax.jit(small.init)
     for seed in range(seeds):
         key, other = jax.random.split(jax.random.key(seed + 1))
@@ -142,11 +127,7 @@ def main(seeds: int, steps: int, noise: float) -> dict[str, list[float]]:
             note(name, measure(learn(start, data, teacher, key), held_out, key))
             last = [f"{v[-1]:.3f}" for n, v in found.items() if n.startswith(f"{name}: ")]
             print(f"seed {seed}, {name}: {', '.join(last)}", flush=True)
-    for name, values in found.items():
-        interval = report.interval(np.asarray(values))
-        half = "" if interval.high is None else f" ± {interval.high - interval.mean:.3f}"
-        print(f"{name}: {interval.mean:.3f}{half}", flush=True)
-    return found
+    show(found, digits=3)
 
 
 if __name__ == "__main__":

@@ -15,17 +15,15 @@ import argparse
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
-from importlib import resources
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from _seeds import learning, optimizer, show, texts
 
 from kdtl_jax import language, losses, models, train
 from kdtl_jax.objective import Inputs, Masked
-from kdtl_jax.run import report
 
 LENGTH, BATCH, PAIRS, START = 64, 16, 256, 256
 WEIGHTS = {
@@ -73,17 +71,20 @@ def rows(text: bytes, pairs: dict[bytes, int]) -> dict[str, Any]:
         cut = in_pairs(row, pairs)
         ends = np.cumsum([len(piece) for piece in cut])
         groups, _, count = language.align_tokens(np.arange(1, LENGTH + 1), ends)
-        theirs, first = np.full(LENGTH + 1, -1), np.zeros(LENGTH, int)
-        theirs[0] = START
-        theirs[1 : count + 1] = [pairs.get(piece, piece[0]) for piece in cut]
+        teacher_tokens, first = np.full(LENGTH + 1, -1), np.zeros(LENGTH, int)
+        teacher_tokens[0] = START
+        teacher_tokens[1 : count + 1] = [pairs.get(piece, piece[0]) for piece in cut]
         first[:count] = ends - [len(piece) for piece in cut]
         made["tokens"].append(np.asarray([START, *row]))
-        for name, value in (("pairs", theirs), ("groups", groups), ("first", first)):
+        for name, value in (("pairs", teacher_tokens), ("groups", groups), ("first", first)):
             made[name].append(value)
     found = {name: np.stack(values).astype(np.int32) for name, values in made.items()}
-    theirs = found.pop("pairs")
-    theirs = {"tokens": np.maximum(theirs, 0), "segments": (theirs >= 0).astype(np.int32)}
-    return jax.tree.map(jnp.asarray, {"inputs": {**found, "theirs": theirs}})
+    teacher_tokens = found.pop("pairs")
+    teacher = {
+        "tokens": np.maximum(teacher_tokens, 0),
+        "segments": (teacher_tokens >= 0).astype(np.int32),
+    }
+    return jax.tree.map(jnp.asarray, {"inputs": {**found, "teacher": teacher}})
 
 
 def next_logits(outputs: Mapping[str, Any]) -> jax.Array:
@@ -103,35 +104,24 @@ def of_text(inputs: Inputs) -> dict[str, Any]:
 def across(inputs: Inputs) -> dict[str, Any]:
     """The same, and both losses to the teacher, each a mean over the teacher's tokens."""
     batch = inputs.batch["inputs"]
-    theirs, tokens = batch["theirs"], batch["tokens"][:, 1:]
-    ours = next_logits(inputs.student)
-    told = next_logits(inputs.teacher)
-    of_bytes = losses.token_log_probs(ours, tokens)
-    of_pieces = losses.token_log_probs(told, theirs["tokens"][:, 1:])
+    logits, teacher_logits = next_logits(inputs.student), next_logits(inputs.teacher)
+    of_bytes = losses.token_log_probs(logits, batch["tokens"][:, 1:])
+    of_pieces = losses.token_log_probs(teacher_logits, batch["teacher"]["tokens"][:, 1:])
     chunks = language.chunk_log_probs(of_bytes, batch["groups"], num_chunks=LENGTH)
-    before = jnp.take_along_axis(ours, batch["first"][..., None], axis=1)
-    where = theirs["segments"][:, 1:] > 0
+    before = jnp.take_along_axis(logits, batch["first"][..., None], axis=1)
+    where = batch["teacher"]["segments"][:, 1:] > 0
     return {
         "task": Masked(-of_bytes, jnp.ones(of_bytes.shape, bool)),
         "alm": Masked(losses.alm_limit(chunks, of_pieces), where),
-        "uld": Masked(losses.uld(before, told), where),
+        "uld": Masked(losses.uld(before, teacher_logits), where),
     }
 
 
-def learning(model: Any, some: Any, weights: Any, teacher: Any, steps: int) -> Any:
-    """`learn(params, data, teacher_params, key)`, compiled once for all seeds."""
-    tx = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 3e-3, max(1, steps // 20), steps))
-    epoch = train.jit_epoch(train.make_step(model, some, weights, tx, teacher=teacher))
-
-    def learn(params: Any, data: Any, teacher_params: Any, key: jax.Array) -> Any:
-        state = train.init_state(jax.tree.map(jnp.copy, params), tx, key=key)
-        count = len(data["inputs"]["tokens"])
-        epochs = range(-(-steps // (count // BATCH)))
-        order = [train.epoch_index(key, i, count, BATCH) for i in epochs]
-        state, _ = epoch(state, data, jnp.concatenate(order)[:steps], teacher_params)
-        return state.params
-
-    return learn
+def learns(model: Any, some: Any, weights: Any, teacher: Any, steps: int) -> Any:
+    """`learn(params, data, teacher_params, key)` by some terms."""
+    tx = optimizer(3e-3, steps)
+    step = train.make_step(model, some, weights, tx, teacher=teacher)
+    return learning(language.Learner(step), tx, steps, BATCH)
 
 
 def bits(model: Any, params: Any, inputs: Any) -> float:
@@ -146,28 +136,28 @@ def bits(model: Any, params: Any, inputs: Any) -> float:
     return float(nats(model, params, inputs)) / np.log(2) / (len(inputs["tokens"]) * LENGTH)
 
 
-def main(seeds: int, steps: int, text: bytes) -> dict[str, list[float]]:
+def main(seeds: int, steps: int) -> None:
     """Trains everything and prints a line per number."""
-    at = len(text) * 19 // 20
-    frequent = Counter(text[i : i + 2] for i in range(at)).most_common(PAIRS)
+    learned, rest = texts()
+    frequent = Counter(map(bytes, zip(learned, learned[1:], strict=False))).most_common(PAIRS)
     pairs = {pair: START + 1 + i for i, (pair, _) in enumerate(frequent)}
-    whole, held_out = rows(text[:at], pairs), rows(text[at:], pairs)["inputs"]
+    whole, held_out = rows(learned, pairs), rows(rest, pairs)["inputs"]
     few = jax.tree.map(lambda x: x[: len(x) // 10], whole)
     large, small = decoder(2, 96, START + 1 + PAIRS), decoder(2, 48, START + 1)
     of_pairs, of_bytes = language.model(large), language.model(small)
 
-    def told(params: Any, model_state: Any, inputs: Any, **options: Any) -> Any:
-        return of_pairs(params, model_state, inputs["theirs"], **options)
+    def teacher_model(params: Any, model_state: Any, inputs: Any, **options: Any) -> Any:
+        return of_pairs(params, model_state, inputs["teacher"], **options)
 
     key = jax.random.key(0)
-    teach = learning(of_pairs, of_text, WEIGHTS["fine-tuning"], None, 2 * steps)
-    teacher = teach(jax.jit(large.init)(key), {"inputs": whole["inputs"]["theirs"]}, None, key)
-    print(f"teacher: bits per byte: {bits(of_pairs, teacher, held_out['theirs']):.4f}", flush=True)
+    teach = learns(of_pairs, of_text, WEIGHTS["fine-tuning"], None, 2 * steps)
+    teacher = teach(jax.jit(large.init)(key), {"inputs": whole["inputs"]["teacher"]}, None, key)
+    print(f"teacher: bits per byte: {bits(of_pairs, teacher, held_out['teacher']):.4f}", flush=True)
     learners = {}
     for name, weights in WEIGHTS.items():
         is_alone = set(weights) == {"task"}
-        some, other = (of_text, None) if is_alone else (across, told)
-        learners[name] = learning(of_bytes, some, weights, other, steps)
+        some, other = (of_text, None) if is_alone else (across, teacher_model)
+        learners[name] = learns(of_bytes, some, weights, other, steps)
     found: dict[str, list[float]] = {name: [] for name in WEIGHTS}
     init = jax.jit(small.init)
     for seed in range(seeds):
@@ -177,15 +167,10 @@ def main(seeds: int, steps: int, text: bytes) -> dict[str, list[float]]:
             found[name].append(bits(of_bytes, params, held_out))
             print(f"seed {seed}, {name}: {found[name][-1]:.4f}", flush=True)
     alone, alm, uld = (np.asarray(found[name]) for name in WEIGHTS)
-    for name, values in {
-        **{f"{name}: bits per byte": found[name] for name in WEIGHTS},
-        "ALM below ULD, paired": uld - alm,
-        "ALM below fine-tuning, paired": alone - alm,
-    }.items():
-        interval = report.interval(np.asarray(values))
-        half = "" if interval.high is None else f" ± {interval.high - interval.mean:.4f}"
-        print(f"{name}: {interval.mean:.4f}{half}", flush=True)
-    return found
+    lines = {f"{name}: bits per byte": found[name] for name in WEIGHTS}
+    lines["ALM below ULD, paired"] = (uld - alm).tolist()
+    lines["ALM below fine-tuning, paired"] = (alone - alm).tolist()
+    show(lines, digits=4)
 
 
 if __name__ == "__main__":
@@ -193,5 +178,4 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=600)
     given = parser.parse_args()
-    shakespeare = resources.files("kdtl_jax.datasets").joinpath("shakespeare.txt").read_bytes()
-    main(given.seeds, given.steps, shakespeare)
+    main(given.seeds, given.steps)

@@ -8,7 +8,7 @@ RESULT:    growth of the peak, checkpoints of 1 GB each (a tensor of 0.25 GB in 
            checkpoints with little else than that tensor: dare 192 MB 15 s, della 294 MB 134 s.
            Of checkpoints of 0.49 GB whose largest tensor has 123 MB: slerp 167 MB, karcher 198 MB,
            model_stock 212 MB, multi_slerp 227 MB, dare as mergekit 257 MB, breadcrumbs 322 MB, ram
-           249 MB, arcee_fusion 194 MB, sce 294 MB (2.4 of that tensor), angles of columns 184 MB.
+           249 MB, arcee_fusion 194 MB, sce 294 MB (2.4 of that tensor), slerp of columns 184 MB.
            regmean of a kernel of 250 MB, which factors a matrix: 1.2 GB. All others pass in pieces
 
 Checkpoints of one structure are written to a temporary folder: an embedding of a quarter of the
@@ -145,20 +145,20 @@ def main() -> None:
         ):
             write(Path(small), seed, 2, 8, 16)
             write(Path(large), seed, kernels, 2048, vocabulary)
-        size = Path(files(folder, "large")["a"]).stat().st_size
         for command, words in COMMANDS.items():
             if arguments.only not in command:
                 continue
             start = time.perf_counter()
             before, after, seconds = run(folder, words)
+            size = Path(words[1].format(**files(folder, "large"))).stat().st_size
+            growth = after - before
             figures[command] = {
                 "checkpoint_bytes": size,
                 "peak_bytes": after,
-                "growth_bytes": after - before,
-                "largest_tensors": (after - before) / largest,
+                "growth_bytes": growth,
+                "largest_tensors": growth / largest,
                 "seconds": seconds,
             }
-            growth = after - before
             print(
                 f"{command:16} {size / 1e9:.2f} GB each: peak {after / 1e6:5.0f} MB, of which "
                 f"{growth / 1e6:5.0f} MB for the data, {growth / largest:.2f} of the largest "

@@ -228,7 +228,7 @@ def benchmarks(folder: Path) -> str:
         "the versions. Times are compared within one run, in alternating rounds, because two runs "
         "on a shared machine differ more than two programs do.",
     ]
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(folder.glob("[!_]*.py")):
         text = ast.get_docstring(ast.parse(path.read_text())) or ""
         first, _, rest = text.partition("\n\n")
         title = " ".join(first.split())
