@@ -15,7 +15,7 @@ from tiny import SHORT, kdtl, results, write_data
 
 from kdtl_jax import train
 from kdtl_jax.objective import Inputs
-from kdtl_jax.recipes import _optimizers, _tasks
+from kdtl_jax.recipes import _choice, _optimizers, _tasks, _training
 from kdtl_jax.recipes._optimizers import Training
 from kdtl_jax.run import checkpoint, loop
 
@@ -139,3 +139,11 @@ def test_early_stopping_gives_back_the_best_epoch(tmp_path: Path) -> None:
     lines = loop.read_metrics(out / "metrics.jsonl")
     assert len([x for x in lines if x["method"] == "hint" and "loss" in x]) == len(values)
     assert json.loads((out / "results.json").read_text())["data"]["recommended"]
+
+
+def test_a_chosen_setting_is_reported_however_small() -> None:
+    points = _choice.columns(2, learning_rate=(3e-8, 1e-3), strength=(0.1,))
+    scores = jnp.asarray([0.9, 0.8, 0.5, 0.5])
+    fitted = _training.Fitted(None, scores[:, None], scores, scores, scores, scores[:, None])
+    assert _choice.best(fitted, points).setting == {"learning_rate": 3e-8, "strength": 0.1}
+    assert _choice.setting_curve(fitted, points, "learning_rate")["best"] == 3e-8

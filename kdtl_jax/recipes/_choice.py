@@ -36,7 +36,7 @@ def best(fitted: Fitted, points: Mapping[str, np.ndarray]) -> Choice:
     """The first among the settings with the highest mean validation accuracy over seeds."""
     seeds = int(points["seed"].max()) + 1
     first = int(scores.ranked(_by_setting(fitted.validation, seeds).mean(axis=1))[0]) * seeds
-    setting = {n: round(float(points[n][first]), 6) for n in points if n != "seed"}
+    setting = {name: meant(points[name][first]) for name in points if name != "seed"}
     return Choice(setting, pick(fitted, np.arange(first, first + seeds)))
 
 
@@ -50,6 +50,11 @@ def learning_curve(
     return {"epoch": at, f"validation_{score.key}": curve.tolist(), "loss": losses.tolist()}
 
 
+def meant(value: Any) -> float:
+    """A float32 as the number that was meant: six significant digits."""
+    return float(f"{float(value):.6g}")
+
+
 def setting_curve(fitted: Fitted, points: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
     """Mean accuracies over seeds by one axis, the others at their best on validation."""
     seeds = int(points["seed"].max()) + 1
@@ -59,12 +64,12 @@ def setting_curve(fitted: Fitted, points: Mapping[str, np.ndarray], name: str) -
     )
     order = scores.ranked(validation)
     rows = [next(i for i in order if values[i] == value) for value in np.unique(values)]
-    found = [round(float(values[i]), 6) for i in rows]
+    found = [meant(values[i]) for i in rows]
     return {
         name: found,
         "validation_accuracy": validation[rows].tolist(),
         "test_accuracy": test[rows].tolist(),
-        "best": round(float(values[order[0]]), 6),
+        "best": meant(values[order[0]]),
     }
 
 

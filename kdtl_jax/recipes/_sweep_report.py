@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdtl_jax.recipes import _evidence, _output
+from kdtl_jax.recipes._choice import meant
 from kdtl_jax.recipes._pair import Pair
 from kdtl_jax.run import report, scores
 from kdtl_jax.run.report import plots
@@ -52,7 +53,7 @@ def lines(outcome: Sweep) -> list[Line]:
     for swept in outcome.swept:
         most = int(swept.epochs.max())
         for k in range(len(swept.epochs)):
-            setting = {name: _short(column[k]) for name, column in swept.columns.items()}
+            setting = {name: meant(column[k]) for name, column in swept.columns.items()}
             found.append(
                 Line(
                     swept.method,
@@ -110,7 +111,7 @@ def to_csv(outcome: Sweep) -> str:
     out.writerow(["method", *axes, "seed", "validation", "test", "loss", "epochs"])
     for swept in outcome.swept:
         for k, epochs in enumerate(swept.epochs):
-            setting = [_short(swept.columns[a][k]) if a in swept.columns else "" for a in axes]
+            setting = [meant(swept.columns[a][k]) if a in swept.columns else "" for a in axes]
             for seed in range(swept.validation.shape[1]):
                 scores = (swept.validation, swept.test, swept.loss)
                 values = [f"{score[k, seed]:.6g}" for score in scores]
@@ -224,7 +225,7 @@ def _binned(column: np.ndarray) -> _Bins:
     """Its values, or equally full ranges of them where there are many."""
     values = np.unique(column)
     if len(values) <= BINS + 2:
-        return _Bins([f"{_short(v):g}" for v in values], np.searchsorted(values, column))
+        return _Bins([f"{meant(v):g}" for v in values], np.searchsorted(values, column))
     parts = np.array_split(values, BINS)
     starts = np.array([part[0] for part in parts])
     place = np.searchsorted(starts, column, side="right") - 1
@@ -282,8 +283,3 @@ def _headings(score: report.Score) -> list[str]:
 
 def _axes(outcome: Sweep) -> list[str]:
     return list(dict.fromkeys(name for swept in outcome.swept for name in swept.columns))
-
-
-def _short(value: Any) -> float:
-    """A float32 as the number that was meant: six significant digits."""
-    return float(f"{float(value):.6g}")
