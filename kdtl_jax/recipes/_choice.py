@@ -51,7 +51,7 @@ def learning_curve(
 
 
 def meant(value: Any) -> float:
-    """A float32 as the number that was meant: six significant digits."""
+    """A float32 as the number that was meant: six significant digits, however small it is."""
     return float(f"{float(value):.6g}")
 
 

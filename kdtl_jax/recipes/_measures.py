@@ -16,7 +16,7 @@ from kdtl_jax import methods, metrics, trees
 from kdtl_jax._types import Params
 from kdtl_jax.datasets import Kind, Preprocessing
 from kdtl_jax.objective import TermsFn
-from kdtl_jax.recipes import _tasks, _training
+from kdtl_jax.recipes import _choice, _tasks, _training
 from kdtl_jax.run import report, scores
 
 
@@ -81,7 +81,7 @@ def row(
         right = np.asarray(found.named) == np.asarray(targets)
     if teacher is not None and measure.alike is not None:
         same = measure.alike(found.named, teacher)
-    others = {name: round(x, 6) for name, x in measure.more(found.named, targets).items()}
+    others = {name: _choice.meant(x) for name, x in measure.more(found.named, targets).items()}
     return report.Row(
         method,
         family,

@@ -108,13 +108,13 @@ def write(
 
 def note(rows: Sequence[report.Row], baseline: str | None) -> str | None:
     """Which file is which, and which one to take, by validation."""
-    if (first := _first(rows)) is None:
+    if (best := first(rows)) is None:
         return None
     with_file = [row for row in rows if "file" in row.settings]
     files = ", ".join(f"{row.settings['file']} (seed {row.settings['file_seed']})"
                       for row in with_file)  # fmt: skip
-    said = f"Recommended by validation: {first.settings['file']}"
-    if first.method == baseline and len(with_file) > 1:
+    said = f"Recommended by validation: {best.settings['file']}"
+    if best.method == baseline and len(with_file) > 1:
         said += ", the student trained alone: no method does better on the validation split"
     return (
         f"{said}. One file per method, of its seed that is best on validation: {files}. Give one, "
@@ -124,11 +124,12 @@ def note(rows: Sequence[report.Row], baseline: str | None) -> str | None:
 
 def recommended(rows: Sequence[report.Row]) -> str | None:
     """The file of the method with the best mean validation accuracy."""
-    first = _first(rows)
-    return None if first is None else str(first.settings["file"])
+    best = first(rows)
+    return None if best is None else str(best.settings["file"])
 
 
-def _first(rows: Sequence[report.Row]) -> report.Row | None:
+def first(rows: Sequence[report.Row]) -> report.Row | None:
+    """The row of that file; None where no method has one."""
     with_file = [row for row in rows if "file" in row.settings]
     at = scores.best([row.validation.mean for row in with_file])
     return None if at is None else with_file[at]

@@ -22,6 +22,7 @@ from kdtl_jax import methods
 from kdtl_jax.datasets import KINDS, per_class
 from kdtl_jax.recipes import (
     _caching,
+    _choice,
     _defaults,
     _evidence,
     _logs,
@@ -298,7 +299,7 @@ def run(settings: Settings) -> int:
                 "batch_size": fixed.batch_size,
                 **_defaults.described(entry, settings),
                 "weights": {
-                    term: "schedule" if callable(weight) else round(float(weight), 6)
+                    term: "schedule" if callable(weight) else _choice.meant(weight)
                     for term, weight in method.weights.items()
                 },
                 **({} if trained.kept is None else {"epoch_kept": trained.kept}),
@@ -357,11 +358,10 @@ def run(settings: Settings) -> int:
             "same start and the same batches under every method. Nothing was chosen on the test "
             "split."
         )
-        best = [x.method for x in table if x.settings.get("file", "") == data["recommended"]]
-        shown = named.get(best[0]) if best else None
-        evidence = []
-        if shown is not None and pair.measure.kind == "classes":
-            evidence = _evidence.sections(pair.splits.test, shown, teacher.named)
+        best, evidence = _students.first(table), []
+        if best is not None and pair.measure.kind == "classes":
+            student = named[best.method]
+            evidence = _evidence.sections(pair.splits.test, student, teacher.named)
         results = report.Results(
             "kdtl distill: one teacher, students by several methods",
             data,

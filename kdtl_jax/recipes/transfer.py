@@ -252,12 +252,12 @@ def evidence(
     test: Dataset, named: dict[str, _evidence.Named], rows: Sequence[report.Row]
 ) -> list[report.Section]:
     """What the recommended method confuses, and where it and the baseline differ."""
-    file = _students.recommended(rows)
-    best = [named[row.method] for row in rows if file and row.settings.get("file") == file]
-    if not best:
+    first = _students.first(rows)
+    if first is None:
         return []
-    other = named.get(BASELINE, best[0]).classes
-    return _evidence.sections(test, best[0], other, called="baseline")
+    best = named[first.method]
+    other = named.get(BASELINE, best).classes
+    return _evidence.sections(test, best, other, called="baseline")
 
 
 def resolved(settings: Settings, measure: Measure) -> Settings:
