@@ -143,6 +143,17 @@ def test_scores_within_a_program_are_those_of_numpy(kind: str) -> None:
         np.testing.assert_allclose(found, measure.score(each, targets), rtol=1e-5)
 
 
+def test_an_error_in_small_units_is_not_rounded_to_0() -> None:
+    scaling = datasets.Standardizer(np.zeros(1), np.full(1, 1e-9))
+    measure = _measures.of(datasets.Preprocessing(kind="numbers", target_scaling=scaling))
+    score, answers = jnp.asarray([0.5]), jnp.asarray([[[2.0], [0.0]]])
+    found = _training.Fitted(None, score[:, None], score, score, answers, score[:, None])
+    row = _measures.row(
+        measure, "kd", "", "", {}, found, 0.0, {}, targets=np.array([[1.0], [0.0]])
+    )  # fmt: skip
+    assert row.settings["mean_absolute_error"] == pytest.approx(5e-10)
+
+
 def test_training_flags_are_those_of_distill(tmp_path: Path, capsys: Captured) -> None:
     data, run = table(tmp_path / "a.csv", columns(kind=Y)), tmp_path / "run"
     words: list[Any] = ["transfer", "--data", data, "--label", "kind", "--model", "mlp:6", *FEW]
