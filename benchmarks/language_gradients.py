@@ -56,13 +56,13 @@ def on_policy_losses(z: jax.Array, teacher: jax.Array, token: jax.Array) -> tupl
     `sum_v dp_S(v) = 0`, over K alone it is not.
     """
     top = losses.top_k_targets(jax.lax.stop_gradient(z), k=K).indices
-    ours, theirs = (jax.nn.log_softmax(x) for x in (z, teacher))
-    gap = jax.lax.stop_gradient(ours - theirs)
-    one = losses.sampled_reverse_kl(
-        ours[token][None], theirs[token][None], jax.lax.stop_gradient(ours[token])[None]
+    log_p, teacher_log_p = (jax.nn.log_softmax(x) for x in (z, teacher))
+    gap = jax.lax.stop_gradient(log_p - teacher_log_p)
+    sampled = losses.sampled_reverse_kl(
+        log_p[token][None], teacher_log_p[token][None], jax.lax.stop_gradient(log_p[token])[None]
     )[0]
-    summed = jnp.sum(jnp.exp(ours[top]) * gap[top])
-    return one, summed + jnp.where(jnp.any(token == top), 0.0, one)
+    summed = jnp.sum(jnp.exp(log_p[top]) * gap[top])
+    return sampled, summed + jnp.where(jnp.any(token == top), 0.0, sampled)
 
 
 def gradients(seeds: int) -> None:

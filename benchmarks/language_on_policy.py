@@ -54,7 +54,7 @@ def decoder(layers: int, width: int) -> models.Decoder:
             head_width=width // 2,
             hidden=2 * width,
             learned_positions=LENGTH,
-        )  # fmt: skip
+        )
     )
 
 

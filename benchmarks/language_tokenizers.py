@@ -46,7 +46,7 @@ def decoder(layers: int, width: int, vocabulary: int) -> models.Decoder:
             hidden=3 * width,
             learned_positions=LENGTH + 1,
             is_tied=True,
-        )  # fmt: skip
+        )
     )
 
 
