@@ -149,7 +149,8 @@ def test_a_method_of_tokens_teaches_a_pair_of_transformers(entry: Entry, vits: P
 TIERS_1_AND_2 = """
 forward_kl reverse_kl symmetric_kl js jsd_gkd jsd_continuous jsd_normalized skew_forward_kl
 skew_reverse_kl total_variation adaptive_kl
-kd logit_std dkd nkd dist wsld ttm wttm logit_mse mlld wkd_l wkd_f hinge_ranking logistic_ranking
+kd logit_std dkd nkd dist wsld ttm wttm logit_mse logit_l1
+logit_huber bounded_regression mlld wkd_l wkd_f hinge_ranking logistic_ranking
 label_smoothing tf_kd probability_shift mft hard_kd ctkd
 hint cosine at ft ab nst fsp vid review ofd simkd cwd mgd srrl catkd ickd pkd srd jacobian
 sp rkd pkt cc crd info_nce rrd ridge_hint
@@ -189,7 +190,8 @@ def test_takes_temperature_is_what_the_signature_says(mlps: Pair) -> None:
 def test_only_methods_of_positions_and_tokens_refuse_vectors(mlps: Pair) -> None:
     refused = {entry.name for entry in TABLE if entry.applies(mlps.setup)}
     of_tokens = {entry.name for entry in TABLE if entry.needs == "tokens"}
-    assert refused == of_tokens | {"at", "nst", "cwd", "wkd_f", "catkd", "binary_kd"}
+    of_targets = {"binary_kd", "bounded_regression"}
+    assert refused == of_tokens | of_targets | {"at", "nst", "cwd", "wkd_f", "catkd"}
 
 
 def test_what_is_missing_is_named(mlps: Pair) -> None:
@@ -205,10 +207,8 @@ def test_what_is_missing_is_named(mlps: Pair) -> None:
 def test_softmax_methods_refuse_sigmoid_heads(mlps: Pair) -> None:
     setup = mlps.setup._replace(exclusive=False)
     refused = {e.name for e in TABLE if "exclude each other" in str(e.applies(setup))}
-    softmax = {e.name for e in TABLE if e.needs in ("labels", "logits")} - {
-        "logit_mse",
-        "binary_kd",
-    }
+    softmax = {e.name for e in TABLE if e.needs in ("labels", "logits")}
+    softmax -= {"binary_kd", "logit_mse", "logit_l1", "logit_huber", "bounded_regression"}
     assert refused == softmax | {"srd", "uskd"}
 
 
@@ -227,6 +227,31 @@ def test_sigmoid_heads_are_taught(labels: int) -> None:
     assert terms["task"].shape == (BATCH,)
     weighted = methods.binary_kd(pair.setup, class_weights=jnp.full((labels,), 2.0))
     assert jnp.allclose(terms_of(pair, weighted)["kd"], 2 * terms["kd"])
+
+
+def test_regressions_are_taught() -> None:
+    """The task by itself, by its weight, and what a teacher nearer or farther adds."""
+    pair = method_pairs.sigmoid_mlps(3)
+    pair = pair._replace(setup=pair.setup._replace(task=methods.regression))
+    s, t = mlp(pair.student, pair.batch["inputs"])["logits"], pair.teacher["logits"]
+    y, gap = pair.batch["labels"], jnp.abs(s - t)
+    near, far = (jnp.square(z - y).mean(axis=1) for z in (s, t))
+    assert 0 < jnp.sum(near > far) < BATCH
+    small = jnp.minimum(gap, 0.2)
+    wanted: dict[str, tuple[str, Array]] = {
+        "logit_mse": ("mse", (gap**2).mean(axis=1)),
+        "logit_l1": ("l1", gap.mean(axis=1)),
+        "logit_huber": ("huber", (small**2 / 2 + 0.2 * (gap - small)).mean(axis=1)),
+        "bounded_regression": ("bounded", jnp.where(near > far, near, 0)),
+    }
+    for name, (term, values) in wanted.items():
+        check(pair, NAMED[name])
+        more = {"delta": 0.2} if name == "logit_huber" else {}
+        terms = terms_of(pair, NAMED[name].build(pair.setup, **more))
+        assert jnp.allclose(terms[term], values, atol=1e-6)
+        assert jnp.allclose(terms["task"], near, atol=1e-6)
+    of_numbers = {e.name for e in TABLE if e.needs == "logits" and not e.applies(pair.setup)}
+    assert of_numbers == wanted.keys()
 
 
 def test_weights_are_overridden_as_any_dict_is(mlps: Pair) -> None:

@@ -50,10 +50,12 @@ from kdtl_jax.losses._features import activation_boundary as activation_boundary
 from kdtl_jax.losses._features import cosine_distance as cosine_distance
 from kdtl_jax.losses._features import huber as huber
 from kdtl_jax.losses._features import last_axis_mse as last_axis_mse
+from kdtl_jax.losses._features import mae as mae
 from kdtl_jax.losses._features import mse as mse
 from kdtl_jax.losses._features import partial_l2 as partial_l2
 from kdtl_jax.losses._features import squared_distance as squared_distance
 from kdtl_jax.losses._features import srd as srd
+from kdtl_jax.losses._features import teacher_bounded as teacher_bounded
 from kdtl_jax.losses._features import vid as vid
 from kdtl_jax.losses._jensen_shannon import jensen_shannon as jensen_shannon
 from kdtl_jax.losses._jensen_shannon import jsd_continuous as jsd_continuous

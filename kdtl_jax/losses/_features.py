@@ -116,6 +116,57 @@ def huber(
     return _mean(optax.losses.huber_loss(difference, delta=delta), where)
 
 
+def mae(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
+    """`mean |s - t|` over all but the batch: least absolute deviations, L1.
+
+    `.mean()` is torch's `L1Loss`. Its gradient at equality is 0.
+
+    Args:
+      student: `[B, ...]`.
+      teacher: the same shape; targets, predictions or features.
+      where: bool, entries that take part.
+
+    References:
+      He et al., FAKD: Feature-Affinity Based Knowledge Distillation for Efficient Image
+      Super-Resolution, ICIP 2020, whose output distillation it is.
+    """
+    difference, where = _difference(student, teacher, where)
+    return _mean(jnp.abs(difference), where)
+
+
+def teacher_bounded(
+    student: Array,
+    teacher: Array,
+    targets: Array,
+    *,
+    margin: Scalar = 0.0,
+    where: Array | None = None,
+) -> Array:
+    """`mean (s - y)^2` where that and `margin` exceed `mean (t - y)^2`, else 0.
+
+    A student that is nearer to the targets than its teacher by the margin is left alone: numbers
+    have no bound, so a teacher may point away from the truth. The paper sums over the four
+    coordinates of a box and adds half of it to the smooth L1 loss of the targets.
+
+    Args:
+      student: `[B, ...]`.
+      teacher: the same shape.
+      targets: the same shape; y.
+      margin: >= 0, in squared units.
+      where: bool, entries that take part.
+
+    References:
+      Chen et al., Learning Efficient Object Detection Models with Knowledge Distillation, NeurIPS
+      2017.
+    """
+    _checks.non_negative(margin=margin)
+    _checks.same_shape(student=student, targets=targets)
+    _checks.floating(targets=targets)
+    own, of_teacher = mse(student, targets, where=where), mse(teacher, targets, where=where)
+    is_near = own + _numerics.scalar(margin, own) <= of_teacher
+    return jnp.where(is_near, 0, jnp.where(jnp.isnan(of_teacher), of_teacher, own))
+
+
 def cosine_distance(student: Array, teacher: Array) -> Array:
     """`1 - cos(s, t)` over the last axis, exactly 0 at equality.
 

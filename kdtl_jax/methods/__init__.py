@@ -51,12 +51,15 @@ from kdtl_jax.methods._heads import simkd as simkd
 from kdtl_jax.methods._heads import srrl as srrl
 from kdtl_jax.methods._heads import wkd_f as wkd_f
 from kdtl_jax.methods._logits import binary_kd as binary_kd
+from kdtl_jax.methods._logits import bounded_regression as bounded_regression
 from kdtl_jax.methods._logits import ctkd as ctkd
 from kdtl_jax.methods._logits import dist as dist
 from kdtl_jax.methods._logits import dkd as dkd
 from kdtl_jax.methods._logits import hinge_ranking as hinge_ranking
 from kdtl_jax.methods._logits import kd as kd
 from kdtl_jax.methods._logits import logistic_ranking as logistic_ranking
+from kdtl_jax.methods._logits import logit_huber as logit_huber
+from kdtl_jax.methods._logits import logit_l1 as logit_l1
 from kdtl_jax.methods._logits import logit_mse as logit_mse
 from kdtl_jax.methods._logits import logit_std as logit_std
 from kdtl_jax.methods._logits import mlld as mlld

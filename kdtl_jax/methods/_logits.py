@@ -1,7 +1,7 @@
 """Methods of class logits: KD and what has been proposed in its place.
 
-Each is beside the task, whose weight is named. All but `logit_mse` and `binary_kd` need classes
-that exclude each other (softmax).
+Each is beside the task, whose weight is named. All but `binary_kd` and the regressions (`logit_mse`,
+`logit_l1`, `logit_huber`, `bounded_regression`) need classes that exclude each other (softmax).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -185,6 +185,50 @@ def logit_mse(setup: Setup) -> Method:
         return {"mse": losses.mse(inputs.student["logits"], inputs.teacher["logits"])}
 
     return method(setup, terms, {"task": 0.0, "mse": 1.0})
+
+
+def logit_l1(setup: Setup) -> Method:
+    """`mean_c |z_S - z_T|`: L1, which a teacher far off on some examples pulls less than squares.
+
+    He et al., FAKD, ICIP 2020. Task 0.5, l1 0.5: the authors' scripts, whose task is L1 too. For
+    regression and for logits.
+    """
+
+    def terms(inputs: Inputs) -> dict[str, Array]:
+        return {"l1": losses.mae(inputs.student["logits"], inputs.teacher["logits"])}
+
+    return method(setup, terms, {"task": 0.5, "l1": 0.5})
+
+
+def logit_huber(setup: Setup, *, delta: Scalar = 1.0) -> Method:
+    """`logit_l1` with a square where student and teacher are nearer than `delta` (smooth L1).
+
+    Huber, 1964. Task 0.5, huber 0.5, as `logit_l1`. `delta` is in units of the outputs: standard
+    deviations of the targets where these are standardized, as `kdtl` does.
+    """
+
+    def terms(inputs: Inputs) -> dict[str, Array]:
+        sides = inputs.student["logits"], inputs.teacher["logits"]
+        return {"huber": losses.huber(*sides, delta=delta)}
+
+    return method(setup, terms, {"task": 0.5, "huber": 0.5})
+
+
+def bounded_regression(setup: Setup, *, margin: Scalar = 0.0) -> Method:
+    """The squared error again, until the student is nearer to the targets than its teacher.
+
+    Chen et al., NeurIPS 2017, whose task is the smooth L1 loss. Task 1, bounded 0.5: the paper.
+    `margin` is in squared units of the outputs.
+    """
+    if setup.task is not regression:
+        raise ValueError("needs targets that are numbers (task=methods.regression)")
+
+    def terms(inputs: Inputs) -> dict[str, Array]:
+        student, teacher = inputs.student["logits"], inputs.teacher["logits"]
+        targets = inputs.batch["labels"].astype(student.dtype)
+        return {"bounded": losses.teacher_bounded(student, teacher, targets, margin=margin)}
+
+    return method(setup, terms, {"task": 1.0, "bounded": 0.5})
 
 
 def mlld(setup: Setup, *, temperatures: Sequence[Scalar] = (2.0, 3.0, 4.0, 5.0, 6.0)) -> Method:

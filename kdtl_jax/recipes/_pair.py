@@ -146,12 +146,14 @@ def suited(entries: Sequence[Entry], settings: Any, measure: Measure) -> list[En
     return [*(published[name] for name in measure.methods), *own]
 
 
-def check_any(built: Mapping[str, Method], why_not: Sequence[str], measure: Measure) -> None:
+def check_any(built: Mapping[str, Method], why_not: Sequence[str], setup: Setup, kind: Kind) -> None:
     """Raises UsageError if targets are no classes and not one of the methods is for such."""
-    if len(built) == 1 and why_not and measure.kind != "classes":
+    if len(built) == 1 and why_not and kind != "classes":
+        table = (entry for entry in methods.table() if entry.needs == "logits")
+        fitting = [entry.name for entry in table if entry.applies(setup) is None]
         raise UsageError(
-            f"the targets are {measure.kind}: {why_not[0]} Methods for them are "
-            f"{', '.join(measure.methods)}, rkd, sp, and others that match features."
+            f"the targets are {kind}: {why_not[0]} Methods for them are {', '.join(fitting)}, and "
+            "those that match features, such as hint, rkd and sp."
         )
 
 

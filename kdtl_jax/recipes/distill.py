@@ -179,8 +179,9 @@ def run(settings: Settings) -> int:
         "layers": settings.layers,
     }
     # Once with a blank teacher, so that what cannot work is said before one is trained.
-    built, why_not = _pair.build_all(entries, _pair.setup(pair, None, **of_setup), settings)
-    _pair.check_any(built, why_not, pair.measure)
+    blank = _pair.setup(pair, None, **of_setup)
+    built, why_not = _pair.build_all(entries, blank, settings)
+    _pair.check_any(built, why_not, blank, pair.measure.kind)
 
     def tx(steps: int) -> Any:
         rate = settings.learning_rate or _optimizers.RATES[settings.optimizer]

@@ -20,7 +20,8 @@ def rows(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
     return rng.normal(size=(batch, 5)), rng.normal(size=(batch, 5))
 
 
-def maps_and_scale(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
+def three_maps(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
+    """A third map beside both: variances, targets."""
     return (*maps(rng, batch), rng.normal(size=(batch, 2, 3, 4)))
 
 
@@ -35,6 +36,17 @@ def summed(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
 def huber(student: np.ndarray, teacher: np.ndarray, delta: float) -> np.ndarray:
     d = np.abs(student - teacher)
     return np.where(d <= delta, d**2 / 2, delta * (d - delta / 2)).mean((1, 2, 3))
+
+
+def mae(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+    return np.asarray([np.abs(s - t).mean() for s, t in zip(student, teacher, strict=True)])
+
+
+def teacher_bounded(
+    student: np.ndarray, teacher: np.ndarray, targets: np.ndarray, margin: float
+) -> np.ndarray:
+    own, of_teacher = mse(student, targets), mse(teacher, targets)
+    return own * (own + margin > of_teacher)
 
 
 def last_axis_mse(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
@@ -88,6 +100,14 @@ def ofd(student: np.ndarray, teacher: np.ndarray, margin: np.ndarray) -> np.ndar
 CASES: dict[str, LossCase] = {
     "mse": LossCase(losses.mse, maps, mse, has_where=True),
     "huber": LossCase(losses.huber, maps, huber, {"delta": 0.7}, has_where=True),
+    "mae": LossCase(losses.mae, maps, mae, has_where=True),
+    "teacher_bounded": LossCase(
+        losses.teacher_bounded, three_maps, teacher_bounded, {"margin": 0.1}, has_where=True,
+        zero_at_equality=False, note="with a margin, a student as good as its teacher goes on",
+    ),
+    "teacher_bounded_no_margin": LossCase(
+        losses.teacher_bounded, three_maps, teacher_bounded, {"margin": 0.0}
+    ),
     "squared_distance": LossCase(losses.squared_distance, maps, summed, has_where=True),
     "squared_distance_positions": LossCase(losses.squared_distance, maps, summed, where_rank=3),
     "mse_rows": LossCase(losses.mse, maps, mse, where_rank=1),
@@ -104,7 +124,7 @@ CASES: dict[str, LossCase] = {
     ),
     "vid": LossCase(
         vid,
-        maps_and_scale,
+        three_maps,
         likelihood,
         zero_at_equality=False,
         nonnegative=False,
