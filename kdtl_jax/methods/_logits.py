@@ -1,7 +1,8 @@
 """Methods of class logits: KD and what has been proposed in its place.
 
-Each is beside the task, whose weight is named. All but `binary_kd` and the regressions (`logit_mse`,
-`logit_l1`, `logit_huber`, `bounded_regression`) need classes that exclude each other (softmax).
+Each is beside the task, whose weight is named. All need classes that exclude each other (softmax),
+but for `binary_kd` and the regressions: `logit_mse`, `logit_l1`, `logit_huber`,
+`bounded_regression`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

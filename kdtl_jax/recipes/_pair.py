@@ -146,7 +146,9 @@ def suited(entries: Sequence[Entry], settings: Any, measure: Measure) -> list[En
     return [*(published[name] for name in measure.methods), *own]
 
 
-def check_any(built: Mapping[str, Method], why_not: Sequence[str], setup: Setup, kind: Kind) -> None:
+def check_any(
+    built: Mapping[str, Method], why_not: Sequence[str], setup: Setup, kind: Kind
+) -> None:
     """Raises UsageError if targets are no classes and not one of the methods is for such."""
     if len(built) == 1 and why_not and kind != "classes":
         table = (entry for entry in methods.table() if entry.needs == "logits")

@@ -102,8 +102,13 @@ CASES: dict[str, LossCase] = {
     "huber": LossCase(losses.huber, maps, huber, {"delta": 0.7}, has_where=True),
     "mae": LossCase(losses.mae, maps, mae, has_where=True),
     "teacher_bounded": LossCase(
-        losses.teacher_bounded, three_maps, teacher_bounded, {"margin": 0.1}, has_where=True,
-        zero_at_equality=False, note="with a margin, a student as good as its teacher goes on",
+        losses.teacher_bounded,
+        three_maps,
+        teacher_bounded,
+        {"margin": 0.1},
+        has_where=True,
+        zero_at_equality=False,
+        note="with a margin, a student as good as its teacher goes on",
     ),
     "teacher_bounded_no_margin": LossCase(
         losses.teacher_bounded, three_maps, teacher_bounded, {"margin": 0.0}
