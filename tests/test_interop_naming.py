@@ -182,11 +182,56 @@ def _network(**shapes: tuple[int, ...]) -> dict[str, Any]:
         (_network(conv=(3, 3, 1, 8), wide=(3, 3, 8, 32), fc=(32, 5)), r"fc/kernel \[32, 5\]"),
         (_network(seed=(5, 72), conv=(3, 3, 8, 1)), r"seed/kernel \[5, 72\]: naming.unflattened"),
         ({"norm": {"scale": np.zeros((4, 4, 8))}}, r"norm/scale \[4, 4, 8\]: Axes"),
+        # A color image that is flattened before the first layer, without any convolution.
+        (_network(fc1=(90, 8), fc2=(8, 10)), r"fc1/kernel \[90, 8\]: naming.flattened"),
+        (_network(fc1=(3072, 64), fc2=(64, 10)), r"fc1/kernel \[3072, 64\]"),
+        # An autoencoder and a generator of color images.
+        (_network(a=(192, 7), b=(7, 192)), r"a/kernel.*b/kernel \[7, 192\]: naming.unflattened"),
+        (_network(a=(5, 8), b=(8, 48)), r"b/kernel \[8, 48\]: naming.unflattened"),
+        (_network(seed=(5, 64), up=(3, 3, 4, 1)), r"seed/kernel \[5, 64\]: naming.unflattened"),
+        # Maps of 4 and 6 channels, joined and flattened.
+        (_network(a=(3, 3, 1, 4), b=(3, 3, 1, 6), fc=(50, 2)), r"fc/kernel \[50, 2\]"),
+        # Matrices of another name: nothing says which way round they are.
+        ({"a": {"w": np.zeros((4, 4))}}, r"a/w \[4, 4\]: naming.same, naming.linear"),
+        ({"a": {"weight": np.zeros((4, 2, 4))}}, r"a/weight \[4, 2, 4\]: naming.same or"),
     ],
 )
 def test_the_convention_refuses_to_guess_axes(tree: Any, named: str):
     with pytest.raises(ValueError, match=f"(?s)cannot be told from their shapes.*{named}"):
         naming.convention(tree)
+
+
+def test_the_convention_needs_no_words_where_shapes_tell():
+    tables = {"words": {"embedding": np.zeros((48, 48))}, "cls": np.zeros((1, 1, 48))}
+    for tree in (
+        _network(fc1=(784, 48), fc2=(48, 10)),  # a gray image; 48 is another layer's
+        _network(fc1=(64, 30), fc2=(30, 12)),  # twelve classes
+        _network(up=(48, 192), down=(192, 48)) | tables,  # a Transformer's
+    ):
+        assert len(naming.convention(tree)) == len(jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        Axes((0, 0)),
+        Axes((1, 2)),
+        Axes((1, 0), flip=(-1,)),
+        Axes((1, 0), flip=(2,)),
+        Axes((1, 0), join=(1,)),
+        Axes((1, 0), join=(2, 1)),
+        Axes((1, 0), split=(None, (2, 2))),
+    ],
+)
+def test_axes_that_do_not_name_each_axis_once_are_refused(axes: Axes):
+    rules = [Rule("w", "k", axes)]
+    for wrong in (
+        lambda: naming.from_torch({"w": np.ones((4, 4))}, rules),
+        lambda: naming.from_torch({"w": jax.ShapeDtypeStruct((4, 4), jnp.float32)}, rules),
+        lambda: naming.to_torch({"k": np.ones((4, 4))}, rules),
+    ):
+        with pytest.raises(ValueError, match="rule of '.' must name each of its . axes once"):
+            wrong()
 
 
 def test_the_convention_takes_axes_that_are_said():

@@ -187,3 +187,23 @@ def test_a_leaf_that_fits_is_copied(policy: Any) -> None:
     params, report = transforms.transfer(source, target, on_mismatch=policy)
     assert report.copied == ("w",) and not report.adapted and not report.kept
     np.testing.assert_array_equal(params["w"], source["w"])
+
+
+def test_a_square_weight_for_a_kernel_is_not_taken_for_granted():
+    weight = np.arange(9.0, dtype=np.float32).reshape(3, 3)
+    source, rename = {"fc.weight": weight}, [(r"(.*)\.weight", r"\1/kernel")]
+    target = {"fc": {"kernel": np.zeros((3, 3), np.float32)}}
+
+    def filled(policy: Any) -> Any:
+        params, _ = transforms.transfer(source, target, rename=rename, on_mismatch=policy)
+        return params["fc"]["kernel"]
+
+    with pytest.raises(ValueError, match=r"fc/kernel: source\[3, 3\] fits either way round"):
+        transforms.transfer(source, target, rename=rename)
+    np.testing.assert_array_equal(filled(lambda leaf, shape, path: leaf.T), weight.T)
+    np.testing.assert_array_equal(filled(lambda leaf, shape, path: None), weight)
+    # A leaf that fits one way alone shows how the others stand.
+    more = source | {"head.weight": np.ones((3, 2), np.float32)}
+    wanted = target | {"head": {"kernel": np.zeros((3, 2), np.float32)}}
+    params, _ = transforms.transfer(more, wanted, rename=rename)
+    np.testing.assert_array_equal(params["fc"]["kernel"], weight)

@@ -21,6 +21,7 @@ import numpy as np
 
 from kdtl_jax import trees
 from kdtl_jax._types import PyTree
+from kdtl_jax.interop import _unclear_axes
 
 
 class Axes(NamedTuple):
@@ -141,8 +142,8 @@ def convention(
     `running_var`; a leading `params` or `batch_stats` is not part of the torch name. Matrices are
     transposed. What a shape does not tell must be said: whether a kernel of more axes is of a
     convolution, a transposed convolution or a stack of layers, whether a linear layer reads a
-    flattened map or makes one (its inputs or outputs are a multiple of a convolution's channels),
-    and what a scale or bias of several axes is in torch.
+    flattened map or makes one (beside convolutions, or of the size of a color image), what a scale
+    or bias of several axes is in torch, and which way round a square leaf of another name is.
 
         naming.convention(variables, axes=[
             (".*/conv\\d/kernel", naming.conv2d),
@@ -162,11 +163,12 @@ def convention(
     torch_names |= {"mean": "running_mean", "var": "running_var"}
     flat = trees.flatten(tree)
     said = _said(tree, list(flat), axes)
-    others = _others(flat, said)
+    makers = [path for path, axes in said.items() if _makes_a_map(axes)]
+    others = _unclear_axes.others(flat, makers, _flattened_lengths(said))
     unclear = [
         text
         for path, leaf in flat.items()
-        if path not in said and (text := _unclear(path, tuple(leaf.shape), others))
+        if path not in said and (text := _unclear_axes.unclear(path, tuple(leaf.shape), others))
     ]
     if unclear:
         raise ValueError(
@@ -198,63 +200,9 @@ def _said(
     return {path: axes[number][1] for path, number in numbers if number >= 0}
 
 
-class _Others(NamedTuple):
-    """What the leaves of a tree are, by which one of them is judged."""
-
-    channels: set[int]  # that convolutions make
-    images: set[int]  # that convolutions read; nobody makes an image of four channels or fewer
-    read: set[int]  # lengths that linear layers read
-    made: set[int]  # lengths that linear layers make, other than flattened maps
-    flattened: set[int]  # lengths of the maps that rules flatten
-
-
-def _others(flat: Mapping[str, Any], said: Mapping[str, Axes]) -> _Others:
-    kernels = {p: tuple(x.shape) for p, x in flat.items() if p.split("/")[-1] == "kernel"}
-    maps = [shape for shape in kernels.values() if len(shape) > 2]
-    matrices = {path: shape for path, shape in kernels.items() if len(shape) == 2}
-    return _Others(
-        channels={shape[-1] for shape in maps},
-        images={shape[-2] for shape in maps if shape[-2] > 4},
-        read={shape[0] for shape in matrices.values()},
-        made={shape[1] for path, shape in matrices.items() if not _makes_a_map(said.get(path))},
-        flattened=_flattened_lengths(said),
-    )
-
-
-def _unclear(path: str, shape: tuple[int, ...], others: _Others) -> str | None:
-    """Why a leaf's axes cannot be told from its shape; None if they can."""
-    name = path.split("/")[-1]
-    start = f"{path} {list(shape)}: "
-    if name == "kernel" and len(shape) > 2:
-        kind = {3: "conv1d", 4: "conv2d", 5: "conv3d"}.get(len(shape))
-        if kind is None:
-            return start + "Axes(...)"
-        transposed = kind.replace("conv", "conv_transpose")
-        return start + f"naming.{kind}, naming.{transposed} or Axes(...)"
-    if name == "kernel" and len(shape) == 2:
-        if any(_is_multiple(shape[0], channels) for channels in others.channels):
-            return start + "naming.flattened(channels, height, width), or naming.linear"
-        # What another layer reads is no map.
-        is_read = shape[1] in others.read
-        if not is_read and any(_is_multiple(shape[1], channels) for channels in others.images):
-            return start + "naming.unflattened(channels, height, width), or naming.linear"
-        return None
-    if name in ("scale", "bias", "mean", "var"):
-        if len(shape) > 1:
-            return start + "Axes(...)"
-        # A vector beside a flattened map, unless a layer has as many outputs of its own.
-        if shape and shape[0] not in others.made and shape[0] in others.flattened:
-            return start + "naming.unflattened_vector(channels, height, width), or naming.same"
-    return None
-
-
-def _is_multiple(length: int, channels: int) -> bool:
-    return channels > 1 and length > channels and length % channels == 0
-
-
-def _makes_a_map(axes: Axes | None) -> bool:
+def _makes_a_map(axes: Axes) -> bool:
     """Whether the outputs of a linear layer are a map."""
-    split = None if axes is None else axes.split
+    split = axes.split
     return split is not None and len(split) == 2 and split[0] is not None
 
 
@@ -286,6 +234,7 @@ def _permuted(name: str, array: Any, axes: Axes) -> Any:
     if axes == same:
         return array
     pieces = _pieces(name, array.shape, axes)
+    _check_axes(name, axes, len(pieces))
     order = axes.order or tuple(range(len(pieces)))
     sizes = [pieces[i] for i in order]
     final = _joined(sizes, axes)
@@ -298,6 +247,8 @@ def _unpermuted(path: str, array: Any, axes: Axes) -> Any:
     """The array with torch's axes."""
     if axes == same:
         return array
+    split = axes.split or (None,) * len(axes.order or array.shape)
+    _check_axes(path, axes, sum(1 if part is None else len(part) for part in split))
     sizes, whole = _sizes(path, array.shape, axes)
     order = axes.order or tuple(range(len(sizes)))
     inverse = tuple(int(i) for i in np.argsort(order))
@@ -369,6 +320,20 @@ def _shaped(array: Any, shape: Sequence[int]) -> Any:
 def _flipped(array: Any, axes: Axes) -> Any:
     steps = tuple(slice(None, None, -1 if i in axes.flip else 1) for i in range(array.ndim))
     return array[steps] if axes.flip else array
+
+
+def _check_axes(name: str, axes: Axes, pieces: int) -> None:
+    order, join = axes.order or range(pieces), axes.join or (1,) * pieces
+    if (
+        sorted(order) != list(range(pieces))
+        or not set(axes.flip) <= set(range(pieces))
+        or sum(join) != pieces
+        or min(join, default=1) < 1
+    ):
+        raise ValueError(
+            f"the rule of {name!r} must name each of its {pieces} axes once, counted from 0, got "
+            f"{axes}."
+        )
 
 
 def _check_rank(name: str, shape: Sequence[int], rank: int) -> None:

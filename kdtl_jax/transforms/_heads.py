@@ -10,7 +10,7 @@ import numpy as np
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params
 from kdtl_jax.transforms import _width
-from kdtl_jax.transforms._plan import Rename
+from kdtl_jax.transforms._rename import Rename
 from kdtl_jax.transforms._report import Report
 from kdtl_jax.transforms._transfer import transfer
 from kdtl_jax.transforms._width import Axis, AxisSpec

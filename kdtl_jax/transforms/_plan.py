@@ -1,7 +1,7 @@
 """Planning a transfer: all that names and shapes decide, in Python and on abstract values."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,102 +13,8 @@ from kdtl_jax._types import PyTree, Scalar
 from kdtl_jax.transforms import _leaves, _mismatch
 from kdtl_jax.transforms._leaves import Coefficient
 from kdtl_jax.transforms._mismatch import Policy, Shape
+from kdtl_jax.transforms._rename import Rename, destinations
 from kdtl_jax.transforms._report import Adapted, Cast, Kept, Report
-
-Rename = Sequence[tuple[str, str | None]] | Callable[[str], str | Sequence[str] | None]
-
-
-def destinations(names: Sequence[str], rename: Rename) -> dict[str, tuple[str, ...]]:
-    """`{source path: target paths}`; a dropped leaf has none.
-
-    Raises:
-      ValueError: if two source leaves get one target path, a rule is never used or is no
-        regular expression, or following the rules leads back to where it began.
-    """
-    if callable(rename):
-        found = {name: _as_paths(name, rename(name)) for name in names}
-    else:
-        found = _by_rules(names, rename)
-    taken: dict[str, str] = {}
-    for source, targets in found.items():
-        for target in targets:
-            if target in taken:
-                raise ValueError(
-                    f"rename sends both {taken[target]!r} and {source!r} to {target!r}. "
-                    "Rename one of them elsewhere, or drop it with the rule (path, None)."
-                )
-            taken[target] = source
-    return found
-
-
-def _by_rules(
-    names: Sequence[str], rules: Sequence[tuple[str, str | None]]
-) -> dict[str, tuple[str, ...]]:
-    patterns = [_compiled(pattern) for pattern, _ in rules]
-    used = [False] * len(rules)
-
-    def renamed(name: str) -> str | None:
-        for i, (pattern, (_, replacement)) in enumerate(zip(patterns, rules, strict=True)):
-            match = pattern.fullmatch(name)
-            if match:
-                used[i] = True
-                return None if replacement is None else _expanded(match, replacement)
-        return name
-
-    single = {name: renamed(name) for name in names}
-    for (pattern, _), was_used in zip(rules, used, strict=True):
-        if not was_used:
-            near = ", ".join(map(repr, trees.nearest(pattern, list(names))))
-            raise ValueError(
-                f"the rename rule {pattern!r} matches no path of the source, or earlier "
-                f"rules take all it matches. It must match a whole path; nearest: {near}."
-            )
-    _no_cycles(single)
-    return {name: () if new is None else (new,) for name, new in single.items()}
-
-
-def _no_cycles(renamed: dict[str, str | None]) -> None:
-    # Every rule is applied once, so a swap would be well defined; but a reader cannot tell it
-    # from two rules that undo each other, and the commonest cause is the latter.
-    for start in renamed:
-        seen, here = [start], renamed[start]
-        while here is not None and here in renamed and here not in seen:
-            seen.append(here)
-            here = renamed[here]
-        if here == start and len(seen) > 1:
-            raise ValueError(
-                f"the rename rules form a cycle: {' -> '.join([*seen, start])}. If a swap is "
-                "meant, pass a function path -> path instead of rules."
-            )
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"the rename rule {pattern!r} is not a regular expression ({error})."
-        ) from None
-
-
-def _expanded(match: re.Match[str], replacement: str) -> str:
-    try:
-        return match.expand(replacement)
-    except (re.error, IndexError) as error:
-        raise ValueError(
-            f"the replacement {replacement!r} of the rename rule {match.re.pattern!r} "
-            f"cannot be filled in ({error})."
-        ) from None
-
-
-def _as_paths(name: str, result: str | Sequence[str] | None) -> tuple[str, ...]:
-    paths = (result,) if isinstance(result, str) else () if result is None else result
-    if not isinstance(paths, Sequence) or not all(isinstance(path, str) for path in paths):
-        raise ValueError(
-            f"rename must return a path, several paths or None, got {result!r} for {name!r}."
-        )
-    return tuple(paths)
-
 
 OnMismatch = Policy | Sequence[tuple[trees.Selector, Policy]]
 OnMissing = Literal["error", "keep"]
@@ -174,6 +80,7 @@ def plan_transfer(
         _decide(path, leaf, is_chosen, sources.get(path), have, policy, tried)
         for (path, leaf), is_chosen, policy in zip(want.items(), chosen, policies, strict=True)
     ]
+    decisions = _refuse_either_way(decisions, policies, have, want)
     extra, unused = _leftovers(have, want, sources, where)
     _raise_problems(decisions, extra, list(have), on_missing, on_extra)
     filled = [isinstance(decision, Step) for decision in decisions]
@@ -247,6 +154,47 @@ def _decide(
     if policy in _mismatch.PATH_FREE:
         tried.add(trial)
     return Step(path, old, policy)
+
+
+def _refuse_either_way(
+    decisions: Sequence[Step | Kept | _Missing | _Misfit],
+    policies: Sequence[Policy],
+    have: Mapping[str, Any],
+    want: Mapping[str, Any],
+) -> list[Step | Kept | _Missing | _Misfit]:
+    """Refuses a `weight` for a `kernel` that would fit either way round.
+
+    PyTorch and Equinox keep outputs first, Flax keeps them last. A leaf that fits only as it is
+    shows that the source was turned around, or never had to be.
+    """
+
+    def crosses(decision: Any, policy: Policy) -> bool:
+        if not isinstance(decision, Step) or not _mismatch.leaves_fitting_alone(policy):
+            return False
+        if decision.source is None or decision.policy is not None:
+            return False
+        ends = {re.split("[./]", name)[-1] for name in (decision.source, decision.path)}
+        return ends == {"weight", "kernel"} and np.ndim(have[decision.source]) > 1
+
+    def fits_either_way(decision: Any) -> bool:
+        long = [length for length in np.shape(want[decision.path]) if length > 1]
+        return len(set(long)) < len(long)
+
+    both = zip(decisions, policies, strict=True)
+    crossing = [decision for decision, policy in both if crosses(decision, policy)]
+    if not all(map(fits_either_way, crossing)):
+        return list(decisions)
+    refused = {
+        decision.path: _Misfit(
+            decision.path,
+            f"{decision.path}: source{list(np.shape(want[decision.path]))} fits either way round, "
+            "and a 'weight' is stored [out, in], a 'kernel' [in, out]. Turn the source around "
+            "(interop.naming.from_torch), or pass on_mismatch= a function that returns the leaf "
+            "as it should be (None: as it is).",
+        )
+        for decision in crossing
+    }
+    return [refused.get(decision.path, decision) for decision in decisions]
 
 
 def _policy_per_leaf(target: PyTree, on_mismatch: OnMismatch) -> list[Policy]:

@@ -22,10 +22,10 @@ from kdtl_jax.transforms._plan import (
     OnMismatch,
     OnMissing,
     Plan,
-    Rename,
     Step,
     plan_transfer,
 )
+from kdtl_jax.transforms._rename import Rename
 from kdtl_jax.transforms._report import Report
 
 
@@ -51,7 +51,8 @@ def transfer(
     the target's value.
 
     Names and shapes are all it goes by: a square kernel stored `(out, in)` fits one stored
-    `(in, out)`, so transpose the source first when conventions differ.
+    `(in, out)`, so transpose the source first when conventions differ. A `weight` for a `kernel`
+    is refused where no shape shows that this was done.
 
     Args:
       source: where values come from; any pytree.

@@ -1,0 +1,110 @@
+"""What a tree's shapes leave open: which leaves might be stored with other axes in PyTorch.
+
+A wrong guess is silent, because the shapes fit; so whatever might be a flattened map, an image or
+a square matrix the other way round counts as unclear.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+
+class Others(NamedTuple):
+    """What the leaves of a tree are, by which one of them is judged."""
+
+    channels: set[int]  # that convolutions make
+    images: set[int]  # that convolutions read
+    read: set[int]  # lengths that linear layers read
+    made: set[int]  # lengths that linear layers make, other than flattened maps
+    entering: set[int]  # lengths that linear layers read and no layer makes
+    flattened: set[int]  # lengths of the maps that rules flatten
+
+
+def others(flat: Mapping[str, Any], makers: Collection[str], flattened: Collection[int]) -> Others:
+    """Describes a tree; `makers` are the linear layers that make maps, as rules say."""
+    kernels = {p: tuple(x.shape) for p, x in flat.items() if p.split("/")[-1] == "kernel"}
+    maps = [shape for shape in kernels.values() if len(shape) > 2]
+    matrices = {path: shape for path, shape in kernels.items() if len(shape) == 2}
+    tables = [tuple(x.shape) for p, x in flat.items() if p.split("/")[-1] == "embedding"]
+    read = {shape[0] for shape in matrices.values()}
+    made = {shape[1] for path, shape in matrices.items() if path not in makers}
+    channels = {shape[-1] for shape in maps}
+    entering = read - made - channels - {shape[-1] for shape in tables if shape}
+    if not entering and not maps and not tables:
+        entering = read  # as in an autoencoder: something is read that comes from outside
+    return Others(
+        channels=channels,
+        images={shape[-2] for shape in maps},
+        read=read,
+        made=made,
+        entering=entering,
+        flattened=set(flattened),
+    )
+
+
+def unclear(path: str, shape: tuple[int, ...], others: Others) -> str | None:
+    """Why a leaf's axes cannot be told from its shape; None if they can."""
+    name = path.split("/")[-1]
+    start = f"{path} {list(shape)}: "
+    if name == "kernel" and len(shape) > 2:
+        kind = {3: "conv1d", 4: "conv2d", 5: "conv3d"}.get(len(shape))
+        if kind is None:
+            return start + "Axes(...)"
+        transposed = kind.replace("conv", "conv_transpose")
+        return start + f"naming.{kind}, naming.{transposed} or Axes(...)"
+    if name == "kernel" and len(shape) == 2:
+        if _reads_a_map(shape, others):
+            return start + "naming.flattened(channels, height, width), or naming.linear"
+        if _may_make_a_map(shape, others):
+            return start + "naming.unflattened(channels, height, width), or naming.linear"
+        return None
+    if name in ("scale", "bias", "mean", "var"):
+        if len(shape) > 1:
+            return start + "Axes(...)"
+        # A vector beside a flattened map, unless a layer has as many outputs of its own.
+        if shape and shape[0] not in others.made and shape[0] in others.flattened:
+            return start + "naming.unflattened_vector(channels, height, width), or naming.same"
+        return None
+    if name == "embedding" and len(shape) <= 2:
+        return None
+    # Where another order of the axes has another shape, a transfer refuses the wrong one.
+    long = [length for length in shape if length > 1]
+    if len(set(long)) < len(long):
+        turned = ", naming.linear" if len(shape) == 2 else ""
+        return start + f"naming.same{turned} or Axes(...)"
+    return None
+
+
+def _reads_a_map(shape: tuple[int, ...], others: Others) -> bool:
+    """Whether the inputs of a linear layer may be a flattened map."""
+    if any(_is_multiple(shape[0], channels) for channels in others.channels):
+        return True
+    if shape[0] not in others.entering:
+        return False
+    # Beside convolutions, maps may have been joined; without them, an image may come in.
+    return max(others.channels, default=1) > 1 or _is_color_image(shape[0])
+
+
+def _may_make_a_map(shape: tuple[int, ...], others: Others) -> bool:
+    """Whether the outputs of a linear layer may become a map."""
+    if shape[1] in others.read - others.entering:
+        return False  # What another layer reads is no map.
+    # Nobody makes an image of four channels or fewer from more numbers than it has.
+    if any(
+        _is_multiple(shape[1], channels) and (channels > 4 or shape[1] > shape[0])
+        for channels in others.images
+    ):
+        return True
+    is_image = _is_color_image(shape[1]) and not others.channels
+    return is_image and (shape[1] in others.entering or shape[1] > shape[0])
+
+
+def _is_color_image(length: int) -> bool:
+    """Whether this many numbers are an image of three channels, less than twice as wide as high."""
+    places, odd = divmod(length, 3)
+    sides = range(2, math.isqrt(places) + 1)
+    return not odd and any(places % side == 0 and places < 2 * side * side for side in sides)
+
+
+def _is_multiple(length: int, channels: int) -> bool:
+    return channels > 1 and length > channels and length % channels == 0
