@@ -289,6 +289,7 @@ def _source_together(run: Run, order: Array) -> data.Resident:
     arrays = dict(run.arrays)
     teacher = arrays.pop("teacher", None)
     source = data.resident(arrays, run.batch_size, key=order, rows=run.rows, teacher=teacher)
+    source = source._replace(order=order)  # itself, as in `_training.fit`, not a part of it
     if run.mesh is None:
         return source
     held = source.arrays, source.teacher, source.order, source.augment_key, source.rows
@@ -302,22 +303,19 @@ def _source_in_turn(run: Run, order: Array) -> data.Source:
     """Batches `[B, ...]` of seed 0, 1, …, 0, 1, …, each in its own order, read on the host."""
     host = jax.tree.map(np.asarray, dict(run.arrays))
     seeds, size = len(order), examples(run)
-
-    def reader(own: np.ndarray | None) -> data.Reader:
-        return lambda epoch, rows: data.take_rows(host, rows if own is None else own[rows])
-
-    each = [
-        data.stream(
-            reader(None if run.rows is None else run.rows[i]), size, run.batch_size, key=order[i]
-        )
-        for i in range(seeds)
-    ]
+    shuffled = jax.jit(
+        jax.vmap(lambda key, epoch: train.epoch_index(key, epoch, size, run.batch_size), (0, None))
+    )
 
     def source(step: int) -> Iterator[Batch]:
-        # Seed i has made its part of the steps so far, one more if its turn has just been.
-        started = [each[i](step // seeds + (i < step % seeds)) for i in range(seeds)]
+        rows, known = np.empty(0), -1
         while True:
-            yield next(started[step % seeds])
+            epoch, at = divmod(step // seeds, size // run.batch_size)
+            if epoch != known:
+                rows, known = np.asarray(shuffled(order, np.int32(epoch))), epoch
+            seed = step % seeds
+            mine = rows[seed, at]
+            yield data.take_rows(host, mine if run.rows is None else run.rows[seed, mine])
             step += 1
 
     return source

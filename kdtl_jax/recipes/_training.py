@@ -3,7 +3,8 @@
 An `Experiment` is one student's training as pure functions of a *point*, what distinguishes it
 from the others (its seed, rates, weights), and of what all of them share. `fit` runs an experiment
 from start to scores in one program, which `train.sweep` maps over points: no log, nothing to
-resume. `_seeds.train_seeds` runs one point per seed, logged, saved, resumable, on any mesh.
+resume. `_seeds.train_seeds` runs one point per seed, logged, saved, resumable, on any mesh. Both
+shuffle alike: a seed's batches are those of its `Keys.order`.
 """
 
 from collections.abc import Callable, Mapping
@@ -237,13 +238,17 @@ def one_by_one(
     *,
     epochs: int,
     batch_size: int,
+    checks: int = 1,
+    keep: Callable[[TrainState], Any] = lambda state: None,
     steps: int | None = None,
+    patience: int | None = None,
 ) -> Callable[..., Fitted]:
     """`run(points, shared, validation, test) -> Fitted` as `fit`, one point after another.
 
     Each epoch is `train.jit_epoch`'s: a call per step where a loop would cost convolutions their
-    threads.
+    threads. A point that stops early trains no further; its curve repeats the best score.
     """
+    every = epochs // checks
 
     def step(state: TrainState, batch: Batch, teacher_params: Any = None) -> Any:
         return experiment.step(state, batch, *teacher_params)
@@ -251,21 +256,38 @@ def one_by_one(
     epoch, start = train.jit_epoch(step), jax.jit(experiment.start)
     judge = jax.jit(
         lambda state, part, shared: experiment.judged(
-            experiment.logits(used(state), part["inputs"], shared), part["labels"]
+            experiment.logits(state, part["inputs"], shared), part["labels"]
         )
     )
 
     def of_one(point: Point, shared: Any, validation: Any, test: Any) -> Fitted:
         arrays, state = experiment.data(point, shared), start(point, shared)
         order, size = keys(point["seed"]).order, arrays["labels"].shape[0]
-        losses = []
+        losses, curve, waited = [], [], 0
+        best, score, at = state, jnp.float32(-jnp.inf), 0
         for number in range(epochs):
             index = train.epoch_index(order, number, size, min(batch_size, size))[:steps]
             state, metrics = epoch(state, arrays, index, (point, shared))
             losses.append(jnp.mean(metrics["loss"].value()))
-        _, on_validation = judge(state, validation, shared)
-        named, on_test = judge(state, test, shared)
-        return Fitted(None, on_validation[None], on_validation, on_test, named, jnp.stack(losses))
+            if (number + 1) % every:
+                continue
+            now = used(state)._replace(opt_state=None)
+            curve.append(judge(now, validation, shared)[1])
+            if patience is None or curve[-1] > score or not jnp.isfinite(score):
+                # The next epoch takes the state's memory.
+                best = now if patience is None else jax.tree.map(lambda x: x.copy(), now)
+                score, at, waited = curve[-1], number + 1, 0
+            else:
+                waited += 1
+            if waited == patience:
+                break
+        losses += losses[-1:] * (epochs - len(losses))
+        curve += [score] * (checks - len(curve))
+        named, on_test = judge(best, test, shared)
+        epoch_kept = None if patience is None else jnp.int32(at)
+        return Fitted(
+            keep(best), jnp.stack(curve), score, on_test, named, jnp.stack(losses), epoch_kept
+        )
 
     def run(points: Point, *shared: Any) -> Fitted:
         found = [of_one(pick(dict(points), i), *shared) for i in range(len(points["seed"]))]
