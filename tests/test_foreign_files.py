@@ -22,7 +22,7 @@ from kdtl_jax.recipes import _language_text
 from kdtl_jax.run import checkpoint
 
 FOLDERS = Path(__file__).parent / "data"
-ENCODERS = ("bert", "vit", "gpt2", "llama", "t5", "resnet_basic", "deberta_tokens", "siglip_text")
+ENCODERS = ("bert", "vit", "t5", "resnet_basic", "deberta_tokens", "siglip_text")
 DECODERS = ("gemma2", "gemma3", "gpt2", "llama", "mistral", "phi3", "qwen2", "smollm3")
 REFUSALS = (ValueError, OSError)
 edits = st.tuples(st.integers(0, 2**20), st.binary(max_size=6), st.integers(0, 40))

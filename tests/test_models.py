@@ -82,16 +82,6 @@ CASES: dict[str, tuple[nn.Module, Any, dict[str, tuple[int, ...]]]] = {
         TOKENS,
         {"last_hidden": (2, 7, 8), "pooled": (2, 8), "logits": (2, 4)},
     ),
-    "gpt2": (
-        models.GPT2(13, 8, 2, 2, 16, positions=9),
-        TOKENS,
-        {"last_hidden": (2, 7, 8), "logits": (2, 7, 13)},
-    ),
-    "llama": (
-        models.Llama(13, 8, 2, 4, 2, 16, rope_frequencies=(1.0,)),
-        TOKENS,
-        {"last_hidden": (2, 7, 8), "logits": (2, 7, 13)},
-    ),
 }  # fmt: skip
 
 

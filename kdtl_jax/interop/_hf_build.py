@@ -10,8 +10,8 @@ import numpy as np
 
 from kdtl_jax import _text
 from kdtl_jax.interop import (
-    _hf_causal,
     _hf_convolutions,
+    _hf_decoders,
     _hf_encoders,
     _hf_family,
     _hf_text,
@@ -35,10 +35,6 @@ FAMILIES: tuple[Family, ...] = (
     _hf_text.modernbert,
     _hf_text.deberta,
     _hf_text.t5,
-    _hf_causal.gpt2,
-    _hf_causal.llama,
-    _hf_causal.mistral,
-    _hf_causal.qwen2,
     _hf_vision.vit,
     _hf_vision.deit,
     _hf_vision.dinov2,
@@ -70,6 +66,10 @@ def family_of(config: Mapping[str, Any]) -> Family:
     for family in FAMILIES:
         if name in family.model_types:
             return family
+    if name in _hf_decoders.FAMILIES:
+        raise ValueError(
+            f"model_type {_text.quoted(name)} is a decoder: interop.decoders.load reads it."
+        )
     known = ", ".join(each for family in FAMILIES for each in family.model_types)
     raise ValueError(
         f"model_type {_text.quoted(name)} is not built here; known are {known}. "

@@ -24,7 +24,7 @@ from kdtl_jax.interop._hf_decoder_names import (
     query_key_norms,
     separate,
 )
-from kdtl_jax.interop._hf_rope import number, optional, rope, size
+from kdtl_jax.interop._hf_rope import epsilon, number, optional, rope, scaling, size
 from kdtl_jax.interop.naming import Rule
 from kdtl_jax.models import DecoderConfig, Norm
 
@@ -126,7 +126,7 @@ def _common(config: Config, **changes: Any) -> DecoderConfig:
         key_heads=size(config, "num_key_value_heads", heads),
         head_width=head_width,
         hidden=size(config, "intermediate_size"),
-        norm=Norm(number(config, "rms_norm_eps", 1e-6)),
+        norm=Norm(epsilon(config, "rms_norm_eps", 1e-6)),
         activation=_activation(config, "hidden_act", "silu"),
         has_qkv_bias=bias,
         has_out_bias=bias,
@@ -138,12 +138,17 @@ def _common(config: Config, **changes: Any) -> DecoderConfig:
     return built._replace(**changes)
 
 
-def _windows(config: Config, sliding: Callable[[int], bool]) -> tuple[int | None, ...]:
-    """The window of every layer: by `layer_types` where it is given, else by `sliding(layer)`."""
-    window, layers = config.get("sliding_window"), _layers(config)
-    if window is None:
+def _windows(
+    config: Config, sliding: Callable[[int], bool], default: int | None = 4096
+) -> tuple[int | None, ...]:
+    """The window of every layer: by `layer_types` where it is given, else by `sliding(layer)`.
+
+    A config without `sliding_window` has the default; one that says null has no windows.
+    """
+    layers = _layers(config)
+    if config.get("sliding_window", default) is None:
         return ()
-    window = size(config, "sliding_window")
+    window = size(config, "sliding_window", default)
     types = config.get("layer_types")
     if types is None:
         return tuple(window if sliding(i) else None for i in range(layers))
@@ -182,6 +187,12 @@ def _qwen3(config: Config) -> DecoderConfig:
 
 def _qwen_windows(config: Config) -> tuple[int | None, ...]:
     if not config.get("use_sliding_window", False):
+        whole, types = ["full_attention"] * _layers(config), config.get("layer_types")
+        if types is not None and types != whole:
+            raise ValueError(
+                f"layer_types must be {len(whole)} times 'full_attention' where use_sliding_window "
+                f"is false, got {_text.shown(types)}."
+            )
         return ()
     first = config.get("max_window_layers", 28)
     return _windows(config, lambda i: i >= first)
@@ -198,14 +209,14 @@ def _smollm3(config: Config) -> DecoderConfig:
         every = config.get("no_rope_layer_interval", 4)
         rotates = [int((i + 1) % every != 0) for i in range(layers)]
     still = own._replace(frequencies=(0.0,) * len(own.frequencies), scale=1.0)
-    windows = _windows(config, lambda i: True) if config.get("use_sliding_window") else ()
+    windows = _windows(config, lambda i: True, None) if config.get("use_sliding_window") else ()
     return _common(config, ropes=tuple(own if r else still for r in rotates), windows=windows)
 
 
 def _gemma(config: Config) -> DecoderConfig:
     return _common(
         config,
-        norm=Norm(number(config, "rms_norm_eps", 1e-6), has_unit_offset=True),
+        norm=Norm(epsilon(config, "rms_norm_eps", 1e-6), has_unit_offset=True),
         activation=_activation(config, "hidden_activation", "gelu_pytorch_tanh"),
         embedding_scale=math.sqrt(size(config, "hidden_size")),
         is_tied=bool(config.get("tie_word_embeddings", True)),
@@ -246,8 +257,8 @@ def _gemma3(config: Config) -> DecoderConfig:
         whole = rope(config, head_width, parameters["full_attention"], 1_000_000.0)
         near = rope(config, head_width, parameters["sliding_attention"], 10_000.0)
     else:
-        scaling = {**(config.get("rope_scaling") or {}), **parameters}
-        whole = rope(config, head_width, scaling, number(config, "rope_theta", 1_000_000.0))
+        own = scaling(config)
+        whole = rope(config, head_width, own, number(config, "rope_theta", 1_000_000.0))
         near = rope(config, head_width, {}, number(config, "rope_local_base_freq", 10_000.0))
     plain = {k: v for k, v in config.items() if k not in ("rope_parameters", "rope_scaling")}
     return _gemma({**plain, "head_dim": head_width})._replace(
@@ -263,8 +274,8 @@ def _gemma3(config: Config) -> DecoderConfig:
 def _phi3(config: Config) -> DecoderConfig:
     return _common(
         config,
-        windows=_windows(config, lambda i: True),
-        norm=Norm(number(config, "rms_norm_eps", 1e-5)),
+        windows=_windows(config, lambda i: True, None),
+        norm=Norm(epsilon(config, "rms_norm_eps", 1e-5)),
         fuses_qkv=True,
         fuses_gate=True,
         has_qkv_bias=False,
@@ -275,7 +286,7 @@ def _phi3(config: Config) -> DecoderConfig:
 def _olmo2(config: Config) -> DecoderConfig:
     return _common(
         config,
-        norm=Norm(number(config, "rms_norm_eps", 1e-5)),
+        norm=Norm(epsilon(config, "rms_norm_eps", 1e-5)),
         has_pre_norms=False,
         has_post_norms=True,
         has_projection_norms=True,
@@ -293,7 +304,7 @@ def _gpt2(config: Config) -> DecoderConfig:
         head_width=width // heads,
         hidden=size(config, "n_inner", 4 * width),
         learned_positions=size(config, "n_positions", 1024),
-        norm=Norm(number(config, "layer_norm_epsilon", 1e-5), is_centered=True),
+        norm=Norm(epsilon(config, "layer_norm_epsilon", 1e-5), is_centered=True),
         has_norm_bias=True,
         activation=_activation(config, "activation_function", "gelu_new"),
         is_gated=False,

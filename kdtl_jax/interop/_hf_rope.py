@@ -1,7 +1,7 @@
 """Numbers of a config.json, and the rotary tables that they make."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,17 @@ import numpy as np
 from kdtl_jax import _text
 from kdtl_jax.interop._hf_config import Config
 from kdtl_jax.models import Rope
+
+_ORIGINAL = "factor original_max_position_embeddings "
+_READS = {  # what each kind of table reads; "su" is longrope's first name
+    "default": "",
+    "linear": "factor",
+    "llama3": _ORIGINAL + "low_freq_factor high_freq_factor",
+    "yarn": _ORIGINAL + "attention_factor mscale mscale_all_dim beta_fast beta_slow truncate "
+    "finetuned",
+    "longrope": _ORIGINAL + "attention_factor short_factor long_factor",
+    "su": _ORIGINAL + "attention_factor short_factor long_factor",
+}
 
 
 def size(config: Config, key: str, default: int | None = None) -> int:
@@ -22,12 +33,21 @@ def size(config: Config, key: str, default: int | None = None) -> int:
     return value
 
 
-def number(config: Config, key: str, default: float) -> float:
-    """A finite number of the configuration."""
+def number(config: Config, key: str, default: float | None) -> float:
+    """A finite number of the configuration; without a default it must be there."""
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) < 1e300:
         raise ValueError(f"config.json: {key} must be a finite number, got {_text.quoted(value)}.")
     return float(value)
+
+
+def epsilon(config: Config, key: str, default: float) -> float:
+    """What a norm adds to a variance."""
+    value = number(config, key, default)
+    if not 0 < value <= 1:
+        raise ValueError(f"config.json: {key} must be a number above 0, at most 1, got {value}.")
+    return value
 
 
 def optional(config: Config, key: str, default: float | None = None) -> float | None:
@@ -50,8 +70,7 @@ def rope(
     Raises:
       ValueError: for another kind.
     """
-    if given is None:
-        given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    given = scaling(config) if given is None else given
     theta = _positive(given, "rope_theta", theta or _positive(config, "rope_theta", 10_000.0))
     partial = _positive(config, "partial_rotary_factor", 1.0)
     partial = _positive(given, "partial_rotary_factor", partial)
@@ -67,6 +86,15 @@ def rope(
         raise ValueError(f"config.json: heads of {width} channels are wider than any model has.")
     plain = frequencies(theta, width)
     kind = given.get("rope_type", given.get("type")) or "default"
+    if not isinstance(kind, str) or kind not in _READS:
+        raise ValueError(
+            f"rope type {_text.quoted(kind)} is not built here (only {', '.join(_READS)})."
+        )
+    read = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_READS[kind].split()}
+    if strange := sorted(map(str, given.keys() - read)):
+        raise ValueError(
+            f"config.json: the rope type {kind!r} does not read {_text.listed(strange)}."
+        )
     if kind == "default":
         return Rope(tuple(plain))
     longest = size(config, "max_position_embeddings", 2048)
@@ -86,11 +114,13 @@ def rope(
             for key in ("short_factor", "long_factor")
         )
         return Rope(short, scale, long, original)
-    factor = _positive(given, "factor", 1.0)
+    factor = _positive(given, "factor", None)
     if kind == "linear":
         return Rope(tuple(f / factor for f in plain))
     if kind == "llama3":
-        low, high = given["low_freq_factor"], given["high_freq_factor"]
+        low, high = (_positive(given, f"{end}_freq_factor", None) for end in ("low", "high"))
+        if high <= low:
+            raise ValueError("config.json: high_freq_factor must be above low_freq_factor.")
 
         def blended(frequency: float) -> float:
             turns = original * frequency / (2 * math.pi)
@@ -98,12 +128,27 @@ def rope(
             return share * frequency + (1 - share) * frequency / factor
 
         return Rope(tuple(blended(f) for f in plain))
-    if kind == "yarn":
-        return _yarn(given, plain, theta, width, factor, original)
-    raise ValueError(
-        f"rope type {_text.quoted(kind)} is not built here (only default, linear, llama3, yarn and "
-        "longrope)."
-    )
+    return _yarn(given, plain, theta, width, factor, original)
+
+
+def scaling(config: Config) -> dict[str, Any]:
+    """What `rope_scaling` and `rope_parameters` say.
+
+    Raises:
+      ValueError: if one is no object, or they differ.
+    """
+    found: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        entry = {} if config.get(key) is None else config[key]
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"config.json: {key} = {_text.shown(entry)}; expected an object.")
+        clash = [name for name in entry if name in found and found[name] != entry[name]]
+        if clash:
+            raise ValueError(
+                f"config.json: rope_scaling and rope_parameters differ in {_text.listed(clash)}."
+            )
+        found |= entry
+    return found
 
 
 def frequencies(theta: float, width: int) -> list[float]:
@@ -118,7 +163,7 @@ def frequencies(theta: float, width: int) -> list[float]:
         return [float(f) for f in np.float32(1) / powers]
 
 
-def _positive(config: Config, key: str, default: float) -> float:
+def _positive(config: Config, key: str, default: float | None) -> float:
     found = number(config, key, default)
     if found <= 0:
         raise ValueError(f"config.json: {key} must be above 0, got {found}.")

@@ -3,7 +3,6 @@
 from typing import Any
 
 from kdtl_jax import _text, models
-from kdtl_jax.interop._hf_causal import rope_frequencies
 from kdtl_jax.interop._hf_config import (
     activation,
     activation_named,
@@ -19,6 +18,7 @@ from kdtl_jax.interop._hf_config import (
 )
 from kdtl_jax.interop._hf_encoders import check_heads, tokens
 from kdtl_jax.interop._hf_family import Family, Found, Head, dense, embedding, norm
+from kdtl_jax.interop._hf_rope import rope
 from kdtl_jax.interop.naming import Rule, conv1d, linear
 
 
@@ -125,11 +125,11 @@ def _modernbert(v: dict[str, Any], found: Found) -> models.ModernBert:
         )
     thetas = dict(zip(names, (v["global_rope_theta"], v["local_rope_theta"]), strict=True))
     ropes = {
-        kind: rope_frequencies(
-            {"rope_theta": theta, "rope_parameters": given.get(kind)}, head_width
-        )
+        kind: rope({"rope_theta": theta, "rope_parameters": given.get(kind)}, head_width)
         for kind, theta in thetas.items()
     }
+    if any(table != models.Rope(table.frequencies) for table in ropes.values()):
+        raise ValueError("config.json: rope types that scale attention are not built here.")
     return models.ModernBert(
         vocabulary=v["vocab_size"],
         width=v["hidden_size"],
@@ -137,7 +137,7 @@ def _modernbert(v: dict[str, Any], found: Found) -> models.ModernBert:
         heads=heads,
         hidden=v["intermediate_size"],
         windows=tuple(None if k == names[0] else v["local_attention"] // 2 for k in kinds),
-        ropes=tuple(ropes[kind] for kind in kinds),
+        ropes=tuple(ropes[kind].frequencies for kind in kinds),
         classes=found.classes("sequence"),
         token_classes=found.classes("token"),
         has_language_head=found.head is not None and found.head.task == "language",

@@ -6,11 +6,12 @@
     decoders.save("small", small.params, small.rules, config=small.config)
 
 Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2 and 3 (text), Phi-3, SmolLM3, OLMo 2 and GPT-2, sharded
-or not, in any float dtype. The model is a `models.Decoder`, whose head is apart. Encoders, and
-decoders as Linen modules with taps, are in `interop.huggingface`.
+or not, in any float dtype. The model is a `models.Decoder`, whose head is apart, and whose `tap`
+gives hidden states and attention. Encoders are in `interop.huggingface`.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,9 +41,10 @@ class PretrainedDecoder(NamedTuple):
 _HEAD = "lm_head.weight"
 _SIZES = (
     *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "n_embd", "n_inner", "n_head"),
+    *("head_dim", "n_embd", "n_inner", "n_head", "n_positions"),
 )
 _BUFFERS = (r"(.*\.)?rotary_emb\.inv_freq", r"(.*\.)?h\.\d+\.attn\.(masked_)?bias")
+_OTHER_HEADS = r"(score|classifier|(transformer\.)?qa_outputs|multiple_choice_head)\..*"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -62,6 +64,10 @@ def load(folder: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
     Args:
       folder: the folder.
       dtype: floating dtype of the parameters; None keeps the file's.
+
+    Returns:
+      The decoder. Its report lists heads for other tasks under `extra`, and a stored copy of the
+      embedding under `unused`.
 
     Raises:
       FileNotFoundError: if there is no such folder, config.json or safetensors file.
@@ -85,15 +91,15 @@ def from_tensors(
     config = dict(config)
     built, rules, unused = _built(config, tensors)
     model = models.decoder(built)
-    kept = {name: array for name, array in tensors.items() if name not in unused}
+    extra = tuple(name for name in tensors if re.fullmatch(_OTHER_HEADS, name))
+    kept = {name: array for name, array in tensors.items() if name not in {*unused, *extra}}
     arrays = naming.from_torch(kept, rules, ignore=_BUFFERS)
     target = jax.eval_shape(model.init, jax.random.key(0))
     stored = next(iter(arrays.values())).dtype
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or stored), target)
     params, report = transforms.transfer(arrays, target)
-    return PretrainedDecoder(
-        model, params, rules, config, report._replace(unused=tuple(sorted(unused)))
-    )
+    report = report._replace(unused=tuple(sorted(unused)), extra=extra)
+    return PretrainedDecoder(model, params, rules, config, report)
 
 
 def initialized(config: Mapping[str, Any], key: jax.Array) -> PretrainedDecoder:

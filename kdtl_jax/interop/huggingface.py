@@ -4,12 +4,11 @@
     outputs, _ = source.model(source.params, source.model_state, {"tokens": ids, "mask": mask})
 
 Encoders of the BERT kind (MiniLM, DistilBERT, RoBERTa, CamemBERT, ELECTRA, MPNet, ModernBERT,
-DeBERTa-v2) with heads for sequences, tokens and masked language, T5's encoder, decoders of the
-GPT-2 and Llama kind (Mistral, Qwen2), ViT, DeiT, DINOv2 (with registers too), the towers of CLIP
-and SigLIP (alone, or one of a whole folder), ResNet and ConvNeXt. Every tensor is imported, or
-named in the report; every key of the config is read, known to be harmless, or refused by name. What
-is written describes itself: sizes, layers, labels, heads, ties and dtype of the config are derived
-from the tensors.
+DeBERTa-v2) with heads for sequences, tokens and masked language, T5's encoder, ViT, DeiT, DINOv2
+(with registers too), the towers of CLIP and SigLIP (alone, or one of a whole folder), ResNet and
+ConvNeXt. Decoders are in `interop.decoders`. Every tensor is imported, or named in the report;
+every key of the config is read, known to be harmless, or refused by name. What is written describes
+itself: sizes, layers, labels, heads, ties and dtype of the config are derived from the tensors.
 
 Deliberately absent: tokenizers (the `tokenizers` package reads the folder's tokenizer.json), and
 pickles.
@@ -111,7 +110,7 @@ def student(
         save("small", small.params, small.rules, config=small.config)
 
     Args:
-      source: an encoder or decoder with numbered layers.
+      source: an encoder with numbered layers.
       layers: positions among its layers; layer `j` of the student is layer `layers[j]`.
       classes: gives an encoder a new head (and the pooler below it, where the family has one and
         the source lacks it); None keeps the source's head, or its absence.

@@ -45,13 +45,15 @@ def model(
       decoder: `models.decoder(config)`, or a pretrained one's `.model`.
       weights: from what is trained to the decoder's parameters, run inside the step: an adapter's
         `lambda p: lora.apply(p.base, p.weights)`, or a fake quantization.
-      taps: what else joins the outputs, `[B, L, width]` under its name: `r"layers_(2|5)"` are the
-        outputs of two layers, `"tokens"` what enters the first.
+      taps: what else joins the outputs under its name: `r"layers_(2|5)"` are the outputs
+        `[B, L, width]` of two layers, `"tokens"` what enters the first,
+        `"layers_2/attention/probs"` a layer's attention `[B, heads, L, L]`.
 
     Raises:
       ValueError: for a tap that matches nothing.
     """
-    names = {name: name for name in models.tap_names(decoder.config)}
+    of = decoder.config
+    names = {name: name for name in (*models.tap_names(of), *models.attention_names(of))}
     masks = [trees.mask(names, tap) for tap in taps]
     chosen = [name for name in names if any(mask[name] for mask in masks)]
 

@@ -1,6 +1,7 @@
-"""Flax Linen models that return a dict with `"logits"` and their named features.
+"""Flax Linen models that return a dict with `"logits"` and their named features, and decoders.
 
-`kdtl_jax.interop.linen.model(module)` turns one into the library's model functions.
+`kdtl_jax.interop.linen.model(module)` turns a module into the library's model functions; a decoder
+of text is functions already (`decoder`).
 """
 
 from kdtl_jax.models._blocks import Activation as Activation
@@ -13,6 +14,7 @@ from kdtl_jax.models._convnext import ConvNext as ConvNext
 from kdtl_jax.models._deberta import Deberta as Deberta
 from kdtl_jax.models._decoder import TENSOR_AXES as TENSOR_AXES
 from kdtl_jax.models._decoder import Decoder as Decoder
+from kdtl_jax.models._decoder import attention_names as attention_names
 from kdtl_jax.models._decoder import decoder as decoder
 from kdtl_jax.models._decoder import init_cache as init_cache
 from kdtl_jax.models._decoder import segment_positions as segment_positions
@@ -21,8 +23,6 @@ from kdtl_jax.models._decoder_config import Cache as Cache
 from kdtl_jax.models._decoder_config import DecoderConfig as DecoderConfig
 from kdtl_jax.models._decoder_config import Norm as Norm
 from kdtl_jax.models._decoder_config import Rope as Rope
-from kdtl_jax.models._decoders import GPT2 as GPT2
-from kdtl_jax.models._decoders import Llama as Llama
 from kdtl_jax.models._encoders import Bert as Bert
 from kdtl_jax.models._named import NAMED_FORMS as NAMED_FORMS
 from kdtl_jax.models._named import canonical_name as canonical_name

@@ -52,8 +52,7 @@ def attend(
 
     Args:
       query: `[B, Q, H, D]`.
-      key: `[B, K, G, D]` with `G` dividing `H`: each key head serves `H / G` query heads.
-      value: `[B, K, G, D]`.
+      key, value: `[B, K, H, D]`.
       where: bool, broadcastable to `[B, H, Q, K]`: what may be looked at.
       bias: added to the scaled scores, broadcastable to `[B, H, Q, K]`.
       scale: of the scores; None is `1 / sqrt(D)`.
@@ -61,8 +60,6 @@ def attend(
     Returns:
       `(probs [B, H, Q, K], mix)` with `mix(probs) -> [B, Q, H * D]`, so that dropout fits between.
     """
-    heads, groups = query.shape[2], key.shape[2]
-    key, value = (jnp.repeat(x, heads // groups, axis=2) for x in (key, value))
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = scores * jnp.asarray(scale, jnp.float32)
@@ -80,10 +77,9 @@ def attend(
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention, with optional grouped keys, rotary positions and score bias."""
+    """Multi-head self-attention, with an optional bias of the scores."""
 
     heads: int
-    key_heads: int | None = None
     head_width: int | None = None
     use_bias: bool = True
     out_bias: bool = True
@@ -95,21 +91,16 @@ class SelfAttention(nn.Module):
         self,
         x: Array,
         where: Array | None,
-        rotate: Callable[[Array], Array] | None = None,
         train: bool = False,
         bias: Array | None = None,
     ) -> Array:
-        groups = self.key_heads or self.heads
         width = self.head_width or x.shape[-1] // self.heads
 
-        def project(name: str, count: int) -> Array:
-            y = nn.Dense(count * width, use_bias=self.use_bias, name=name)(x)
-            return y.reshape(*x.shape[:2], count, width)
+        def project(name: str) -> Array:
+            y = nn.Dense(self.heads * width, use_bias=self.use_bias, name=name)(x)
+            return y.reshape(*x.shape[:2], self.heads, width)
 
-        query, key = project("query", self.heads), project("key", groups)
-        value = project("value", groups)
-        if rotate is not None:
-            query, key = rotate(query), rotate(key)
+        query, key, value = (project(name) for name in ("query", "key", "value"))
         probs, mix = attend(query, key, value, where, bias, self.scale)
         self.sow("intermediates", "probs", probs)
         probs = nn.Dropout(self.dropout, deterministic=not train)(probs)
@@ -117,7 +108,7 @@ class SelfAttention(nn.Module):
 
 
 class FusedSelfAttention(nn.Module):
-    """Multi-head self-attention whose query, key and value are one projection, as in GPT-2."""
+    """Multi-head self-attention whose query, key and value are one projection."""
 
     heads: int
     dropout: float = 0.0
@@ -290,12 +281,6 @@ def rotary(length: int, frequencies: Sequence[float]) -> Callable[[Array], Array
     return rotate
 
 
-def causal(length: int, window: int | None = None) -> Array:
-    """bool `[1, 1, L, L]`: each position sees itself and what came before (at most `window`)."""
-    query = jnp.arange(length, dtype=jnp.int32)[:, None]
-    key = jnp.arange(length, dtype=jnp.int32)[None, :]
-    seen = jnp.less_equal(*jnp.broadcast_arrays(key, query))
-    if window is not None:
-        q, k = jnp.broadcast_arrays(query, key)
-        seen &= q - k < window
-    return seen[None, None]
+def causal(length: int) -> Array:
+    """bool `[1, 1, L, L]`: each position sees itself and what came before."""
+    return jnp.tril(jnp.ones((length, length), jnp.bool_))[None, None]

@@ -70,11 +70,12 @@ class Apply(Protocol):
 
 
 class Tap(Protocol):
-    """`tap(names, params, tokens, positions, segments) -> (hidden, {name: [B, L, width]})`.
+    """`tap(names, params, tokens, positions, segments) -> (hidden, {name: array})`.
 
-    What runs along the layers, for losses on features and draft models: `"tokens"` is what enters
-    the first layer and `"layers_3"` what leaves the fourth, before the last norm. Names are static;
-    the other arguments and `hidden` are those of `apply`.
+    For losses on features and draft models: `"tokens"` is what enters the first layer and
+    `"layers_3"` what leaves the fourth, before the last norm, `[B, L, width]`;
+    `"layers_3/attention/probs"` are its attention probabilities, `[B, heads, L, L]` in float32.
+    Names are static; the other arguments and `hidden` are those of `apply`.
 
     Raises:
       ValueError: for a name that the decoder does not have.
@@ -141,13 +142,23 @@ def decoder(
         segments: Array | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         known = {name: i for i, name in enumerate(tap_names(config))}
-        if strange := [name for name in names if name not in known]:
-            raise ValueError(f"a decoder has the taps {list(known)}, got {strange}.")
-        places = tuple(known[name] for name in names)
-        hidden, _, found = _apply(
+        layers = {name: i for i, name in enumerate(attention_names(config))}
+        if strange := [name for name in names if name not in known | layers]:
+            raise ValueError(f"a decoder has the taps {[*known, *layers]}, got {strange}.")
+        # What enters a layer gives its attention.
+        places = tuple((known | layers)[name] for name in names)
+        hidden, _, states = _apply(
             config, params, tokens, positions, segments, None, dtype, remat_policy, places
         )
-        return hidden, dict(zip(names, found, strict=True))
+        found = dict(zip(names, states, strict=True))
+        if found.keys() & layers.keys():
+            where = places_of(*_placed(tokens, positions, segments, None), None)
+            for name in found.keys() & layers.keys():
+                weights, kind = _of_layer(config, params, layers[name])
+                found[name] = _decoder_layer.attention_probs(
+                    config, found[name], weights, kind, where
+                )
+        return hidden, found
 
     def head(params: Params) -> Head:
         table = params["tokens"]["embedding"]
@@ -159,8 +170,13 @@ def decoder(
 
 
 def tap_names(config: DecoderConfig) -> tuple[str, ...]:
-    """What `Decoder.tap` gives: `"tokens"`, `"layers_0"`, … in the order of the computation."""
+    """What runs along the layers: `"tokens"`, `"layers_0"`, … in the order of the computation."""
     return ("tokens", *(f"layers_{i}" for i in range(config.layers)))
+
+
+def attention_names(config: DecoderConfig) -> tuple[str, ...]:
+    """What `Decoder.tap` gives beside `tap_names`: `"layers_0/attention/probs"`, …"""
+    return tuple(f"layers_{i}/attention/probs" for i in range(config.layers))
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
@@ -206,11 +222,7 @@ def _apply(
         if given is not None:
             _checks.integers(**{name: given})
             _checks.same_shape(tokens=tokens, **{name: given})
-    own = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments.astype(jnp.int32)
-    at = segment_positions(own) if positions is None else positions.astype(jnp.int32)
-    if positions is None and cache is not None:
-        used = jnp.where(cache.segments > 0, cache.positions, -1)
-        at = at + jnp.max(used, axis=1, keepdims=True) + 1
+    at, own = _placed(tokens, positions, segments, cache)
     if cache is not None:
         cache = cache._replace(
             positions=written(cache.positions, at, cache.length),
@@ -232,7 +244,6 @@ def _apply(
 
     if remat_policy is not None:
         layer = jax.checkpoint(layer, policy=remat_policy)
-    every = kinds(config)
     slots = None
     if cache is not None:
         slots = Slots(cache.keys, cache.values, jnp.int32(0), cache.length)
@@ -250,20 +261,42 @@ def _apply(
 
         numbers = jnp.arange(1, config.layers + 1, dtype=jnp.int32)
         start = (x, slots), kept
-        ((x, slots), kept), _ = jax.lax.scan(next_layer, start, (numbers, params["layers"], every))
+        every = (numbers, params["layers"], kinds(config))
+        ((x, slots), kept), _ = jax.lax.scan(next_layer, start, every)
     else:
         states = [x]
         for i in range(config.layers):
             if slots is not None:
                 slots = slots._replace(layer=jnp.int32(i))
-            kind = jax.tree.map(lambda a, i=i: a[i], every)
-            x, slots = layer(x, params[f"layers_{i}"], kind, slots)
+            x, slots = layer(x, *_of_layer(config, params, i), slots)
             states.append(x)
         kept = [states[place] for place in taps]
     if cache is not None and slots is not None:
         length = cache.length + jnp.int32(tokens.shape[1])
         cache = cache._replace(keys=slots.keys, values=slots.values, length=length)
     return normalized(config.norm, x, params["norm"]), cache, kept
+
+
+def _placed(
+    tokens: Array, positions: Array | None, segments: Array | None, cache: Cache | None
+) -> tuple[Array, Array]:
+    """Position and segment of each token, int32 `[B, L]`."""
+    own = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments.astype(jnp.int32)
+    if positions is not None:
+        return positions.astype(jnp.int32), own
+    at = segment_positions(own)
+    if cache is not None:
+        used = jnp.where(cache.segments > 0, cache.positions, -1)
+        at = at + jnp.max(used, axis=1, keepdims=True) + 1
+    return at, own
+
+
+def _of_layer(config: DecoderConfig, params: Params, i: int) -> tuple[Params, Kind]:
+    """A layer's parameters, stacked or apart, and what it differs in."""
+    kind = jax.tree.map(lambda a: a[i], kinds(config))
+    if "layers" in params:
+        return jax.tree.map(lambda a: a[i], params["layers"]), kind
+    return params[f"layers_{i}"], kind
 
 
 def _init(config: DecoderConfig, key: Array) -> Params:

@@ -94,21 +94,7 @@ def _attention(
     slots: Slots | None,
 ) -> tuple[Array, Slots | None]:
     batch, length, _ = x.shape
-    count, width = config.key_heads, config.head_width
-    if config.fuses_qkv:
-        cuts = (config.heads * width, (config.heads + count) * width)
-        query, key, value = jnp.split(_dense(x, weights["qkv"]), cuts, axis=-1)
-    else:
-        query, key, value = (_dense(x, weights[name]) for name in ("query", "key", "value"))
-    if config.has_projection_norms:
-        query = normalized(config.norm, query, weights["query_norm"])
-        key = normalized(config.norm, key, weights["key_norm"])
-    query = query.reshape(batch, length, config.heads, width)
-    key, value = (a.reshape(batch, length, count, width) for a in (key, value))
-    if config.has_head_norms:
-        query = normalized(config.norm, query, weights["query_norm"])
-        key = normalized(config.norm, key, weights["key_norm"])
-    query, key = _rotated((query, key), own, places)
+    query, key, value = _projected(config, x, weights, own, places)
     if slots is not None:
         # Written into the array of all layers, where a loop keeps it, and read from there.
         at = (slots.layer, jnp.int32(0), slots.start, jnp.int32(0), jnp.int32(0))
@@ -125,21 +111,62 @@ def _attention(
     return _dense(y.reshape(batch, length, -1), weights["out"]), slots
 
 
+def attention_probs(
+    config: DecoderConfig, x: Array, weights: Params, own: Kind, places: Places
+) -> Array:
+    """Attention probabilities `[B, heads, L, L]` of a layer that `x` enters."""
+    y = normalized(config.norm, x, weights["attention_norm"]) if config.has_pre_norms else x
+    query, key, _ = _projected(config, y, weights["attention"], own, places)
+    probs = _probs(config, query, key, places.visible & (places.distance < own.window))
+    return probs.reshape(len(x), config.heads, *probs.shape[-2:])
+
+
+def _projected(
+    config: DecoderConfig, x: Array, weights: Params, own: Kind, places: Places
+) -> tuple[Array, Array, Array]:
+    """Queries, keys and values `[B, L, heads, width]`, normalized and turned by their positions."""
+    batch, length, _ = x.shape
+    count, width = config.key_heads, config.head_width
+    if config.fuses_qkv:
+        cuts = (config.heads * width, (config.heads + count) * width)
+        query, key, value = jnp.split(_dense(x, weights["qkv"]), cuts, axis=-1)
+    else:
+        query, key, value = (_dense(x, weights[name]) for name in ("query", "key", "value"))
+    if config.has_projection_norms:
+        query = normalized(config.norm, query, weights["query_norm"])
+        key = normalized(config.norm, key, weights["key_norm"])
+    query = query.reshape(batch, length, config.heads, width)
+    key, value = (a.reshape(batch, length, count, width) for a in (key, value))
+    if config.has_head_norms:
+        query = normalized(config.norm, query, weights["query_norm"])
+        key = normalized(config.norm, key, weights["key_norm"])
+    return *_rotated((query, key), own, places), value
+
+
 def _attend(config: DecoderConfig, query: Array, key: Array, value: Array, visible: Array) -> Array:
     """`softmax(q k^T scale) v` over visible keys; heads in groups of one key."""
-    scale = config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
-    visible = visible[:, None]
     if config.attention_softcap is None:
-        return jax.nn.dot_product_attention(query, key, value, mask=visible, scale=scale)
+        mask, scale = visible[:, None], _scale(config)
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale)
+    probs = _probs(config, query, key, visible).astype(value.dtype)
+    return jnp.einsum("bkgls,bskd->blkgd", probs, value).reshape(query.shape)
+
+
+def _probs(config: DecoderConfig, query: Array, key: Array, visible: Array) -> Array:
+    """`softmax(q k^T scale)` in float32, `[B, key_heads, heads / key_heads, L, S]`."""
     batch, length, heads, width = query.shape
     grouped = query.reshape(batch, length, config.key_heads, heads // config.key_heads, width)
-    scores = scale * jnp.einsum(
+    scores = _scale(config) * jnp.einsum(
         "blkgd,bskd->bkgls", grouped, key, preferred_element_type=jnp.float32
     )
-    scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
-    scores = jnp.where(visible[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgls,bskd->blkgd", shares, value).reshape(query.shape)
+    if config.attention_softcap is not None:
+        scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def _scale(config: DecoderConfig) -> float:
+    return config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
 
 
 def _rotated(arrays: tuple[Array, Array], own: Kind, places: Places) -> tuple[Array, Array]:

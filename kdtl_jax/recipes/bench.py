@@ -19,10 +19,11 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import _files, losses, train, trees
+from kdtl_jax import _files, losses, models, train, trees
 from kdtl_jax._types import Variables
-from kdtl_jax.interop import linen
-from kdtl_jax.models import GPT2, ViT, mlp, resnet, resnet_x4
+from kdtl_jax.interop import function, linen
+from kdtl_jax.interop.linen import Linen
+from kdtl_jax.models import DecoderConfig, Norm
 from kdtl_jax.objective import Inputs
 from kdtl_jax.recipes import _bench_report, _output, _progress
 from kdtl_jax.recipes import settings as types
@@ -68,8 +69,8 @@ class Preset(NamedTuple):
     """A pair of models and what they read."""
 
     name: str
-    teacher: Any  # Linen modules
-    student: Any
+    teacher: Linen  # (init, apply)
+    student: Linen
     shape: tuple[int, ...]  # of one example
     classes: int  # or the vocabulary, where the example is a row of tokens
     batch_size: int
@@ -122,9 +123,9 @@ def presets(*, quick: bool = False) -> dict[str, Preset]:
     momentum, adamw = optax.sgd(0.1, momentum=0.9), optax.adamw(1e-3)
     slow = optax.sgd(0.05, momentum=0.9)
     if quick:
-        large, small = (resnet(8, 10, channels=(n, n, n, n)) for n in (8, 4))
+        large, small = (linen.model(models.resnet(8, 10, channels=(n, n, n, n))) for n in (8, 4))
         chosen = (
-            Preset("mlp", mlp((64,), 10), mlp((16,), 10), (32,), 10, 128, momentum,
+            Preset("mlp", _mlp(64), _mlp(16), (32,), 10, 128, momentum,
                    "32-64-10 teaches 32-16-10"),
             Preset("resnet", large, small, (8, 8, 3), 10, 4, slow,
                    "resnet8, 8 channels, teaches resnet8, 4 channels, 8x8 images"),
@@ -134,10 +135,11 @@ def presets(*, quick: bool = False) -> dict[str, Preset]:
                    "GPT-2 32 wide teaches 16 wide, one layer each; 64 tokens, length 8"),
         )  # fmt: skip
     else:
+        large, small = (linen.model(models.resnet_x4(depth, 100)) for depth in (32, 8))
         chosen = (
-            Preset("mlp", mlp((1200, 1200), 10), mlp((800, 800), 10), (784,), 10, 128, momentum,
+            Preset("mlp", _mlp(1200, 1200), _mlp(800, 800), (784,), 10, 128, momentum,
                    "784-1200-1200-10 teaches 784-800-800-10"),
-            Preset("resnet", resnet_x4(32, 100), resnet_x4(8, 100), (32, 32, 3), 100, 16, slow,
+            Preset("resnet", large, small, (32, 32, 3), 100, 16, slow,
                    "resnet32x4 teaches resnet8x4, 32x32 images"),
             Preset("vit", _vit(192, 12, 3), _vit(96, 6, 3), (32, 32, 3), 100, 32, adamw,
                    "ViT 192 wide, 12 layers, teaches 96 wide, 6 layers; 32x32 images, patch 4"),
@@ -149,7 +151,7 @@ def presets(*, quick: bool = False) -> dict[str, Preset]:
 
 def workload(preset: Preset, dtype: Any) -> Workload:
     """Models, step and random data of a preset, computing in `dtype` with float32 parameters."""
-    teacher, student = linen.model(preset.teacher), linen.model(preset.student)
+    teacher, student = preset.teacher, preset.student
     terms = _terms(1.0 if preset.name == "decoder" else TEMPERATURE)  # text: 1, as is usual
     example = _random(preset, 1)["inputs"]
     keys = jax.random.split(jax.random.key(0))
@@ -323,9 +325,28 @@ def _terms(temperature: float) -> Callable[[Inputs], dict[str, Array]]:
     return terms
 
 
-def _vit(width: int, layers: int, heads: int) -> ViT:
-    return ViT(width, layers, heads, 4 * width, patch=4, classes=100)
+def _mlp(*hidden: int) -> Linen:
+    return linen.model(models.mlp(hidden, 10))
 
 
-def _decoder(width: int, layers: int, heads: int, vocabulary: int = 8192) -> GPT2:
-    return GPT2(vocabulary, width, layers, heads, 4 * width, positions=128)
+def _vit(width: int, layers: int, heads: int) -> Linen:
+    return linen.model(models.ViT(width, layers, heads, 4 * width, patch=4, classes=100))
+
+
+def _decoder(width: int, layers: int, heads: int, vocabulary: int = 8192) -> Linen:
+    """GPT-2, its logits made at once."""
+    config = DecoderConfig(
+        vocabulary, width, layers, heads, heads, width // heads, 4 * width, learned_positions=128,
+        norm=Norm(1e-5, is_centered=True), has_norm_bias=True, activation=models.gelu_tanh,
+        is_gated=False, fuses_qkv=True, has_qkv_bias=True, has_out_bias=True, has_mlp_bias=True,
+        is_tied=True,
+    )  # fmt: skip
+    decoder = models.decoder(config)
+
+    def init(key: Array, inputs: Any) -> Variables:
+        return Variables(decoder.init(key), None)
+
+    def logits(params: Any, tokens: Array) -> Array:
+        return losses.head_logits(decoder.apply(params, tokens)[0], decoder.head(params))
+
+    return Linen(init, function(logits))
