@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,7 +16,17 @@ from tiny import SHORT, kdtl, results
 from kdtl_jax.cli import main, parse
 from kdtl_jax.datasets import Splits, digits
 from kdtl_jax.models import mlp
-from kdtl_jax.recipes import _axes, _finished, _models, _optimizers, _pair, _training, sweep
+from kdtl_jax.recipes import (
+    _axes,
+    _finished,
+    _halving,
+    _models,
+    _optimizers,
+    _pair,
+    _sweep_report,
+    _training,
+    sweep,
+)
 from kdtl_jax.recipes._optimizers import Training
 from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.train import sweep as sweeps
@@ -267,3 +278,43 @@ def test_a_setting_that_diverges_ranks_last(tmp_path: Path) -> None:
     last = record["rows"][-1]
     assert last["setting"]["learning_rate"] == pytest.approx(1e30)
     assert last["validation_accuracy"]["mean"] is None
+
+
+def test_a_setting_that_diverges_in_its_last_rung_is_shown_as_such(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It came first after the earlier rung; that score must not stand for it."""
+
+    def advance(learner: Any, state: Any, point: Any, *rest: Any, **sizes: Any) -> Any:
+        found = jnp.where((point["alpha"] > 0.8) & (state == 1), jnp.nan, point["alpha"])
+        return state + 1, found[None], jnp.zeros((1,))
+
+    monkeypatch.setattr(_training, "advance", advance)
+    learner: Any = SimpleNamespace(
+        start=lambda point, shared: jnp.zeros(()),
+        logits=lambda state, inputs, shared: inputs,
+        judged=lambda logits, labels: (labels, jnp.float32(0.5)),
+    )
+    held = {"inputs": jnp.zeros((2,)), "labels": jnp.zeros((2,))}
+    shared = sweep.Shared({}, None)
+    settings = SimpleNamespace(seeds=2, epochs=2, halving=2, batch_size=1)
+    finished: Any = SimpleNamespace(folder=None)
+
+    def found(*alphas: float) -> Any:
+        columns = {"alpha": np.asarray(alphas, np.float32)}
+        made = _halving.halved(
+            "kd", learner, columns, shared, (held, held), settings, None, None, finished
+        )
+        swept = sweep.Swept("kd", columns, *made, "together", 1, 0.0, {})
+        measure = SimpleNamespace(score_name=_sweep_report.report.ACCURACY)
+        return _sweep_report.lines(
+            SimpleNamespace(swept=[swept], pair=SimpleNamespace(measure=measure))  # pyright: ignore[reportArgumentType]  # a stand-in
+        )
+
+    first, stopped, last = found(0.5, 0.9, 0.7)
+    assert first.setting["alpha"] == pytest.approx(0.7) and first.complete
+    assert stopped.validation.mean == pytest.approx(0.5) and stopped.epochs == 1
+    assert last.setting["alpha"] == pytest.approx(0.9) and np.isnan(last.validation.mean)
+    only = found(0.5, 0.9)
+    assert only[0].setting["alpha"] == pytest.approx(0.5)
+    assert np.isnan(only[1].validation.mean) and only[1].epochs == 2

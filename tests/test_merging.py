@@ -193,6 +193,10 @@ def test_greedy_soup_takes_what_helps_and_leaves_the_rest() -> None:
     assert chosen == [0, 2]
     np.testing.assert_allclose(soup, [-0.1, 0.05], rtol=1e-5)
     assert score(soup) >= max(score(m) for m in models)
+    broken = jnp.asarray([jnp.nan, 0.0])
+    assert transforms.greedy_soup([broken, *models], score)[1] == [1, 3]
+    with pytest.raises(ValueError, match=r"no model has a finite score, got \[nan\]"):
+        transforms.greedy_soup([broken], score)
 
 
 def test_ema_keeps_the_shadows_precision() -> None:

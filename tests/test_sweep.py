@@ -192,6 +192,10 @@ def test_keys_and_states_are_columns_too() -> None:
 
 def test_successive_halving_keeps_the_best() -> None:
     points = {"rate": jnp.asarray([0.1, jnp.nan, 0.4, 0.2, 0.3], jnp.float32)}
+    endless = {"rate": jnp.asarray([0.1, jnp.inf, 0.4], jnp.float32)}  # a loss of -inf
+    assert sweep.successive_halving(
+        lambda p: p["rate"], lambda s, p: s, lambda s, p: s, endless, rungs=2
+    ).survivors.tolist() == [2, 0]
     result = sweep.successive_halving(
         lambda p: jnp.zeros(()),
         lambda state, p: state + p["rate"],

@@ -48,7 +48,7 @@ def halved(
         return jax.vmap(of_seed)(state[0], own)
 
     def score(state: Any, point: Point, *_: Any) -> Any:
-        return state[1]
+        return jnp.where(jnp.isnan(state[1]), -jnp.inf, state[1])  # NaN is "not trained so far"
 
     first = {axis: column[0] for axis, column in columns.items()}
     shapes = jax.eval_shape(lambda point: start(point, shared), first)
@@ -57,9 +57,9 @@ def halved(
         chunk=None if chunk is None else max(1, chunk // seeds), devices=devices,
         kept=_finished.rungs(finished, name, shapes, settings.halving - 1),
     )  # fmt: skip
-    reached = np.isfinite(done.scores.reshape(settings.halving, count, -1)).any(axis=-1)
-    rungs = np.maximum(reached.sum(axis=0), 1)
+    rungs = (~np.isnan(done.scores.reshape(settings.halving, count, -1))).any(axis=-1).sum(axis=0)
     validation = done.scores[rungs - 1, np.arange(count)].reshape(count, seeds)
+    validation = np.where(np.isfinite(validation), validation, np.nan)
     test, loss = (np.full((count, seeds), np.nan) for _ in range(2))
     states, _, losses = done.state
 

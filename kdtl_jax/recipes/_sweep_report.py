@@ -48,7 +48,10 @@ class Line(NamedTuple):
 
 
 def lines(outcome: Sweep) -> list[Line]:
-    """All settings by mean validation score; those that were stopped early come last."""
+    """All settings by mean validation score; those that were stopped early come after the others.
+
+    Those without a finite score come last.
+    """
     found, share = [], _score(outcome).is_share
     for swept in outcome.swept:
         most = int(swept.epochs.max())
@@ -65,7 +68,8 @@ def lines(outcome: Sweep) -> list[Line]:
                 )
             )
     order = scores.ranked([line.validation.mean for line in found])
-    return sorted((found[i] for i in order), key=lambda line: not line.complete)
+    last = [not math.isfinite(line.validation.mean) for line in found]
+    return [found[i] for i in sorted(order, key=lambda i: (last[i], not found[i].complete))]
 
 
 def to_json(outcome: Sweep) -> dict[str, Any]:
@@ -159,7 +163,7 @@ def html_page(outcome: Sweep) -> str:
 
 def _best_student(outcome: Sweep, best: Line) -> list[report.Section]:
     """What the best setting of all confuses, and where it differs from the teacher."""
-    if outcome.pair.measure.kind != "classes" or not math.isfinite(best.validation.mean):
+    if outcome.pair.measure.kind != "classes" or not math.isfinite(best.test.mean):
         return []
     named = next(swept.named for swept in outcome.swept if swept.method == best.method)
     student = _evidence.Named(f"the best setting of {best.method}", named)

@@ -5,6 +5,7 @@ Everything is differentiable in its coefficients and vmappable over them, so a l
 `jax.vmap`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -107,26 +108,30 @@ def greedy_soup(
 
     Args:
       models: a list of trees of one structure.
-      score: higher is better, usually accuracy on held-out data.
+      score: higher is better, usually accuracy on held-out data; what is not finite loses.
 
     Returns:
       `(soup, indices)`: the averaged parameters and which models are in it, in order of entry.
 
     Raises:
-      ValueError: if names or shapes differ.
+      ValueError: if names or shapes differ, or no model's score is finite.
 
     References:
       Wortsman et al., Model soups, 2022 (2203.05482), recipe 1.
     """
     _leaves.numbered("models", models)
     scores = [float(score(model)) for model in models]
-    order = sorted(range(len(models)), key=lambda i: -scores[i])
+    order = sorted(
+        range(len(models)), key=lambda i: -scores[i] if math.isfinite(scores[i]) else math.inf
+    )
+    if not math.isfinite(scores[order[0]]):
+        raise ValueError(f"no model has a finite score, got {scores}.")
     soup, chosen, best = models[order[0]], [order[0]], scores[order[0]]
     for i in order[1:]:
         # From the members each time: a running average in half precision would drift.
         trial = average([models[j] for j in [*chosen, i]])
         trial_score = float(score(trial))
-        if trial_score >= best:
+        if best <= trial_score < math.inf:
             soup, best = trial, trial_score
             chosen.append(i)
     return soup, chosen

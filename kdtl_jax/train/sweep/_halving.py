@@ -44,7 +44,7 @@ def successive_halving(
       start: `start(point, *shared) -> state`.
       advance: `advance(state, point, *shared) -> state`, one rung's worth of training.
       score: `score(state, point, *shared) -> [...]`, of which the mean counts; higher is better,
-        NaN loses.
+        what is not finite loses.
       points: `{name: [N]}`.
       *shared: what all points read.
       rungs: how many times survivors advance.
@@ -89,7 +89,7 @@ def successive_halving(
         scores = scores.copy()  # that of the rung before may be kept
         scores[rung, left] = found
         mean = found.reshape(len(left), -1).mean(axis=1)
-        order = np.argsort(-np.where(np.isnan(mean), -np.inf, mean), kind="stable")
+        order = np.argsort(-np.where(np.isfinite(mean), mean, -np.inf), kind="stable")
         if rung < rungs - 1:
             order = order[: max(1, int(np.ceil(keep * len(left))))]
         state = jax.tree.map(lambda leaf: leaf[order], state)
