@@ -51,18 +51,35 @@ def test_a_run_writes_students_that_open_and_what_was_measured(tmp_path: Path, t
     assert cli.main(words) == 1  # the folder is taken
 
 
-def test_a_cache_serves_students_whose_tables_have_padding(tmp_path: Path, text: Path):
+def test_a_cache_serves_students_whose_tables_have_padding(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+):
     teacher = _language_models.anew(
         {"layers": 1, "width": 8, "heads": 2}, 260, 256, jax.random.key(0)
     )
     _language_models.write_folder(tmp_path / "teacher", teacher.params, teacher, None)
     words = ["language", *TINY, "--data", str(text), "--teacher", str(tmp_path / "teacher")]
-    words += ["--method", "kd", "--teacher-cache", str(tmp_path / "cache"), "--cached", "dense"]
+    words += ["--method", "kd,sft", "--teacher-cache", str(tmp_path / "cache")]
+    words += ["--cached", "dense"]
     words += ["--steps", "1", "--samples", "0", "--out", str(tmp_path / "out")]
     wide = ["--pruned", "--shape", "layers=1,width=16,heads=2"]
     assert cli.main([*words, *wide]) == 2
     assert not (tmp_path / "cache").exists()  # refused before the teacher answers all rows
+    # A student that diverges at once does not cost the others' results.
+    whole = _language_training.trained
+
+    def diverging(name: str, learner: Any, state: Any, *rest: Any, **options: Any) -> Any:
+        if name == "sft":
+            state = state._replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
+        return whole(name, learner, state, *rest, **options)
+
+    monkeypatch.setattr(_language_training, "trained", diverging)
     assert cli.main(words) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    kd, sft = found["rows"][-2:]
+    assert kd["title"] == "Distillation on the data" and sft["title"] == "Fine-tuning (diverged)"
+    assert "step 0 gave values that are not finite" in sft["trained"]["diverged"]
+    assert sft["measures"]["bits_per_byte"] is None and "sft diverged" in found["notes"][-1]
     assert decoders.load(tmp_path / "out" / "kd").model.config.vocabulary == 260
 
 

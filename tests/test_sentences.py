@@ -100,6 +100,8 @@ def test_fidelity_by_hand(monkeypatch: pytest.MonkeyPatch):
     found = sentences.fidelity(student, teacher)
     np.testing.assert_allclose(found.cosine, np.cos([0, 0, 0.65, 0]), atol=1e-12)
     np.testing.assert_array_equal(found.agreement, [1, 0, 0, 1])
+    student[1] = np.nan
+    assert np.isnan(sentences.fidelity(student, teacher).agreement).all()
 
 
 def test_embeddings_do_not_depend_on_the_chunks():
@@ -116,7 +118,9 @@ def test_embeddings_do_not_depend_on_the_chunks():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
-def test_a_run_from_a_folder_and_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_run_from_a_folder_and_a_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     encoder = write_encoder(tmp_path / "encoder")
     text, out = write_text(tmp_path / "lines.txt"), tmp_path / "run"
     more = ["--layers", "0,2", "--steps", "60", "--held-out", "40", "--max-length", "12"]
@@ -142,6 +146,20 @@ def test_a_run_from_a_folder_and_a_text(tmp_path: Path, capsys: pytest.CaptureFi
     assert student.module == huggingface.load(encoder).module.clone(layers=2)
     assert _lines.tokenizer(out / "student")(["cat sees dog"], 4) == [[1, 4, 9, 2]]
 
+    # Students that diverge are shown as such, and what was finished is written all the same.
+    def diverged(step: Any, start: Any, *rest: Any) -> Any:
+        curve = {"epoch": [], "validation_accuracy": []}
+        return training.Distilled(start, curve, 1.0, "step 3 gave values that are not finite")
+
+    monkeypatch.setattr(training, "distilled", diverged)
+    assert cli.main([*command, "--out", str(out), *more, "--resume"]) == 1
+    assert "every seed diverged" in capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    measured = {row["method"]: row["test_accuracy"]["mean"] for row in results["rows"]}
+    assert measured["teacher"] == 1 and measured["copied_untrained"] is not None
+    assert measured["copied_distilled"] is measured["random_distilled"] is None
+    assert any("copied_distilled, seed 0 diverged" in note for note in results["notes"])
+
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_stopped_student_is_resumed_to_the_same_bits(
@@ -161,17 +179,21 @@ def test_a_stopped_student_is_resumed_to_the_same_bits(
 
     step = train.make_step(model, terms, {"mse": 1.0}, training.optimizer(settings), teacher=model)
 
-    def distilled(folder: str, *, resume: bool = False) -> Any:
+    def distilled(folder: str, *, resume: bool = False, start: float = 0.0) -> Any:
         told: list[str] = []
         where = _output.Folder(tmp_path / folder, "run")
         own = dataclasses.replace(settings, resume=resume)
         return training.distilled(
-            step, {"w": jnp.zeros(9)}, {"w": jnp.arange(9.0)}, lines, jax.random.key(0),
+            step, {"w": jnp.full(9, start)}, {"w": jnp.arange(9.0)}, lines, jax.random.key(0),
             lambda params: float(params["w"].sum()),
             training.Run(where, "kind_0", own, told.append, lambda done, total: None),
         )  # fmt: skip
 
-    params, curve, _ = distilled("whole")
+    params, curve, _, how = distilled("whole")
+    assert not how
+    lost = distilled("lost", start=1e30)
+    assert lost.diverged == "step 0 gave values that are not finite in 'loss'"
+    np.testing.assert_array_equal(lost.params["w"], np.full(9, np.float32(1e30)))
     saved: list[int] = []
     save = checkpoint.save
 
@@ -185,7 +207,7 @@ def test_a_stopped_student_is_resumed_to_the_same_bits(
         patch.setattr(checkpoint, "save", stopping)
         distilled("run")
     assert saved[:2] == [2, 4] and 8 not in saved
-    again, found, _ = distilled("run", resume=True)
+    again, found, *_ = distilled("run", resume=True)
     np.testing.assert_array_equal(again["w"], params["w"])
     assert found == curve and curve["epoch"] == [4.0, 8.0]
     assert curve["validation_accuracy"][0] != curve["validation_accuracy"][1]

@@ -3,7 +3,7 @@
 Each takes the `Work` that all share and what the steps before it gave.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from kdtl_jax.recipes import _language_training as training
 from kdtl_jax.recipes import _progress
 from kdtl_jax.recipes._training import warmed_up
 from kdtl_jax.recipes.settings import UsageError
-from kdtl_jax.run import teacher_cache
+from kdtl_jax.run import loop, teacher_cache
 
 DIVERGENCES = {
     "forward": losses.forward_kl,
@@ -80,6 +80,7 @@ class Built(NamedTuple):
     method: language.LanguageMethod
     student: of_models.Student
     trained: training.Trained
+    diverged: str  # how, or nothing
 
 
 # The teacher, and what students start from.
@@ -177,11 +178,12 @@ def students(
         else:  # the cache has the tokenizer's ids alone, whatever the tables have
             learner = language.kd_stored(setup._replace(vocabulary=work.tokenizer.size))
             shared = None
+        met: list[loop.Nonfinite] = []  # one that diverges does not cost the others' results
         trained = _teach(
             work, method.name, learner, setup.tx, begin, shared, work.settings.steps, measure,
-            student.trainable, kept,
+            student.trainable, kept, on_nonfinite=met.append,
         )  # fmt: skip
-        built.append(Built(method, student, trained))
+        built.append(Built(method, student, trained, str(met[0]) if met else ""))
     return built
 
 
@@ -248,13 +250,14 @@ def compared(
         ("teacher", "Teacher", taught.placed.model, taught.placed.params, taught.seconds),
         ("start", "Student before training", first.decoder, first.weights(first.start), 0.0),
     ]
-    for method, student, trained in built:
+    for method, student, trained, _ in built:
         whole = jax.jit(student.weights)(trained.params)
         models.append((method.name, method.title, student.decoder, whole, trained.seconds))
         of_models.write_folder(work.folder / method.name, whole, start, work.source)
     if work.source is None:
         of_models.write_folder(work.folder / "teacher", taught.placed.params, taught.placed, None)
     rows, said, programs = [], {}, {}
+    diverged = {each.method.name: each.diverged for each in built if each.diverged}
     for name, title, decoder, params, seconds in models:
         if decoder.config not in programs:
             draw = training.continuing(
@@ -267,6 +270,9 @@ def compared(
         draw, rate = programs[decoder.config]
         last = {k.removeprefix("eval/"): v for k, v in work.curves[name][-1].items()}
         about = {"steps": last.pop("step")} if seconds else {}
+        if name in diverged:
+            about["diverged"] = diverged[name]
+            title += " (diverged)"
         size = trees.count(params), sum(x.nbytes for x in jax.tree.leaves(params))
         rows.append(of_report.Row(name, title, last, *size, rate, seconds, about))
         if settings.samples:
@@ -319,6 +325,7 @@ def _teach(
     measure: training.Measure,
     trainable: trees.Selector = trees.everything,
     cache: teacher_cache.Cache | None = None,
+    on_nonfinite: Callable[[loop.Nonfinite], None] = loop.raise_nonfinite,
 ) -> training.Trained:
     """One model's training; its curve joins the others."""
     finished = tuple(each for each in work.learners if each in work.curves)
@@ -326,7 +333,8 @@ def _teach(
     run = work.run._replace(finished=finished, moved=moved)
     state = train.init_state(params, tx, key=work.keys.student, trainable=trainable)
     found = training.trained(
-        name, learner, state, work.text.train, shared, steps, measure, run, work.keys.order, cache
-    )
+        name, learner, state, work.text.train, shared, steps, measure, run, work.keys.order,
+        cache, on_nonfinite=on_nonfinite,
+    )  # fmt: skip
     work.curves[name] = found.curve
     return found

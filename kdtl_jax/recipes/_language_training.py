@@ -78,6 +78,8 @@ def trained(
     run: Run,
     order: Array,
     cache: teacher_cache.Cache | None = None,
+    *,
+    on_nonfinite: Callable[[loop.Nonfinite], None] = loop.raise_nonfinite,
 ) -> Trained:
     """Trains up to `steps`, from the newest save if the run resumes.
 
@@ -92,10 +94,11 @@ def trained(
       run: what the trainings share.
       order: key of the rows' order.
       cache: the teacher's outputs on the rows, where the step reads them.
+      on_nonfinite: as `loop.run`; the state before such an update is saved, and given back.
 
     Raises:
       SystemExit: after a signal, with everything saved.
-      FloatingPointError: if the loss is no longer finite; the state before it is saved.
+      FloatingPointError: by default, if the loss is no longer finite.
     """
     begun = time.perf_counter()
     state, step = learner.begin(state), learner.step
@@ -143,11 +146,15 @@ def trained(
             save=save,
             save_every=run.save_every,
             meta=meta,
+            on_nonfinite=on_nonfinite,
             place=put,
             reached=lambda step: run.moved(step, steps),
         )
     spent = before + time.perf_counter() - begun
-    return Trained(result.state.params, result.evaluations, spent)
+    params, curve = result.state.params, result.evaluations
+    if not curve or curve[-1]["step"] != result.step:  # it ended early
+        curve = [*curve, as_line(result.step, measure(params))]
+    return Trained(params, curve, spent)
 
 
 def as_line(step: int, found: Mapping[str, float]) -> dict[str, float]:

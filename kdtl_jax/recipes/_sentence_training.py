@@ -52,6 +52,15 @@ class Run(NamedTuple):
     moved: _progress.Moved
 
 
+class Distilled(NamedTuple):
+    """A student, its learning curve, and how it diverged, if it did: then the state before."""
+
+    params: Params
+    curve: dict[str, list[float]]
+    seconds: float
+    diverged: str
+
+
 def distilled(
     step: train.Step,
     start: Params,
@@ -60,8 +69,9 @@ def distilled(
     key: Array,
     agreement: Callable[[Params], float],
     run: Run,
-) -> tuple[Params, dict[str, list[float]], float]:
-    """Parameters, learning curve and seconds of one student, from its newest save if resumed."""
+) -> Distilled:
+    """Trains one student, from its newest save if resumed."""
+    met: list[loop.Nonfinite] = []
     began, settings = time.perf_counter(), run.settings
     key_order, key_steps = jax.random.split(key)
     batches = data.resident({"inputs": lines.train}, settings.batch_size, key=key_order)
@@ -96,10 +106,11 @@ def distilled(
             save=save,
             save_every=settings.save_every,
             meta=meta,
+            on_nonfinite=met.append,
             reached=lambda step: run.moved(step, settings.steps),
         )
     curve = {
         "epoch": [float(line["step"]) for line in result.evaluations],
         "validation_accuracy": [line["eval/agreement"] for line in result.evaluations],
     }
-    return result.state.params, curve, spent()
+    return Distilled(result.state.params, curve, spent(), str(met[0]) if met else "")

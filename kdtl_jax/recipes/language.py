@@ -215,7 +215,7 @@ def run(settings: Settings) -> int:
         rows, samples = steps.compared(work, taught, start, built)
         write(work, rows, samples)
         print(f"students: {', '.join(str(folder / each.method.name) for each in built)}")
-    return 0
+    return 1 if all(each.diverged for each in built) else 0
 
 
 def check(settings: Settings, methods: Sequence[str]) -> None:
@@ -255,6 +255,9 @@ def write(
     cut, notes = text.train.cut + text.held_out.cut, []
     if cut:
         notes.append(f"{cut} records were longer than their columns and were cut short.")
+    for row in rows:
+        if how := row.trained.get("diverged"):
+            notes.append(f"{row.name} diverged: {how}. Its row and folder hold the state before.")
     about = {
         "name": text.name,
         "rows": len(text.train.inputs["tokens"]),

@@ -100,7 +100,7 @@ class Fidelity(NamedTuple):
     agreement: np.ndarray  # [N], of the ten nearest lines
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings) -> int:
     """Distills both students, compares them with their teacher, writes the run folder.
 
     Raises:
@@ -122,14 +122,14 @@ def run(settings: Settings) -> None:
         _progress.shown() as say,
     ):
         say("reading")
-        found = read_lines(text)
+        read = read_lines(text)
         try:
             encode = tokenizer(encoder)
         except ImportError as error:
             raise RuntimeError(str(error)) from None
         config = _files.read_json(encoder / "config.json")
         lines = split(
-            encode(found, settings.max_length),
+            encode(read, settings.max_length),
             validation=max(4, 2 * settings.held_out // 5),
             test=settings.held_out,
             batch_size=settings.batch_size,
@@ -162,7 +162,8 @@ def run(settings: Settings) -> None:
             teacher=teacher.model,
         )
         learning: dict[str, dict[str, list[float]]] = {}
-        ends: dict[str, list[Params]] = {}
+        ends: dict[str, list[Params]] = {}  # None: it diverged
+        notes = _notes(settings)
         seconds = {"teacher": 0.0, "copied_untrained": 0.0, DISTILLED: 0.0, BASELINE: 0.0}
         for i, (name, seed) in enumerate(learners):
             said = f"{name}, seed {seed}"
@@ -170,23 +171,28 @@ def run(settings: Settings) -> None:
             key_start, key = jax.random.split(jax.random.key(seed))
             moved = _progress.part(say, said, i, len(learners))
             place = training.Run(where, f"{name}_{seed}", settings, say, moved)
-            params, curve, spent = training.distilled(
+            found = training.distilled(
                 step, starts[name](key_start), teacher.params, lines, key, agreement, place
             )
-            ends.setdefault(name, []).append(params)
-            learning.setdefault(name, curve)
-            seconds[name] += spent
+            if found.diverged:
+                notes.append(f"{said} diverged, and it is ranked last: {found.diverged}.")
+            ends.setdefault(name, []).append(None if found.diverged else found.params)
+            learning.setdefault(name, found.curve)
+            seconds[name] += found.seconds
         say.hide()
 
         say("measuring")
-        first = ends[DISTILLED][0]
-        encoders = {"teacher": (embed_teacher, teacher.params), "student": (embed, first)}
+        first = next((params for params in ends[DISTILLED] if params is not None), None)
+        encoders = {"teacher": (embed_teacher, teacher.params), "student": (embed, copied.params)}
         speeds = speed(encoders, lines.test, settings.rounds)
         exact = Fidelity(np.ones(settings.held_out), np.ones(settings.held_out))
         scores: dict[str, dict[str, list[Fidelity]]] = {"teacher": {n: [exact] for n in parts}}
+        lost = {n: Fidelity(*(np.full(len(y), np.nan),) * 2) for n, y in target.items()}
         for name, params in {"copied_untrained": [copied.params], **ends}.items():
-            scores[name] = {n: [measure(p, n) for p in params] for n in parts}
-        counts = {name: trees.count(first) for name in scores}
+            scores[name] = {
+                n: [lost[n] if p is None else measure(p, n) for p in params] for n in parts
+            }
+        counts = {name: trees.count(copied.params) for name in scores}
         counts["teacher"] = trees.count(teacher.params)
         rows = [
             _row(
@@ -200,10 +206,10 @@ def run(settings: Settings) -> None:
             )
             for name, found_of in scores.items()
         ]
-        student = copied._replace(params=first)
         home = where.path / "student"
-        huggingface.save(home, student.params, student.rules, config=student.config)
-        _files.write_atomic(home / "tokenizer.json", (encoder / "tokenizer.json").read_bytes())
+        if first is not None:
+            huggingface.save(home, first, copied.rules, config=copied.config)
+            _files.write_atomic(home / "tokenizer.json", (encoder / "tokenizer.json").read_bytes())
         print(copied.report)
         results = report.Results(
             "kdtl sentences: a sentence encoder's layers, distilled into a shallow student",
@@ -216,11 +222,12 @@ def run(settings: Settings) -> None:
             report.compared(rows, {FAMILY: BASELINE}),
             learning,
             {},
-            _notes(settings),
+            notes,
         )
         _output.write_curves(where.path, learning)
         _output.finish(where.path, results, table(rows))
-        print(f"student: {home}")
+        print(f"student: {home}" if first is not None else "student: none, every seed diverged")
+    return 1 if first is None else 0
 
 
 def embeddings(
@@ -234,11 +241,16 @@ def embeddings(
 
 
 def fidelity(student: np.ndarray, teacher: np.ndarray) -> Fidelity:
-    """Cosines, and agreement of the nearest lines, of unit embeddings `[N, width]`."""
+    """Cosines, and agreement of the nearest lines, of unit embeddings `[N, width]`.
+
+    The agreement is NaN if any embedding is not finite.
+    """
     cosine = np.sum(student * teacher, axis=1)
     ours, theirs = _nearest(student), _nearest(teacher)
     shared = [len(set(a) & set(b)) for a, b in zip(ours, theirs, strict=True)]
-    return Fidelity(cosine, np.asarray(shared) / ours.shape[1])
+    # Next to an embedding that is not finite, "nearest" means nothing.
+    known = np.isfinite(student).all() and np.isfinite(teacher).all()
+    return Fidelity(cosine, np.where(known, np.asarray(shared) / ours.shape[1], np.nan))
 
 
 def speed(
