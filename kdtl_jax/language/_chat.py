@@ -9,10 +9,11 @@ and memory, with the names and filters that transformers gives them.
 """
 
 import datetime
+import functools
 import json
 import secrets
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from types import CodeType, MappingProxyType
 from typing import Any, NamedTuple
 
 import jinja2
@@ -134,26 +135,41 @@ def _rendered(
             "folder with chat_template.jinja."
         )
     mark = secrets.token_hex(8)  # which no message can know
-    environment = Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {
-        "raise_exception": _raise,
-        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-        _MARK: mark,
-    }
+    environment = _environment()
+    environment.globals |= {"raise_exception": _raise, "strftime_now": _now, _MARK: mark}
     given = {**tokenizer.special, **variables}
+    given |= {"messages": messages, "add_generation_prompt": prompts}
     try:
-        template = environment.from_string(tokenizer.chat_template)
-        text = template.render(messages=messages, add_generation_prompt=prompts, **given)
+        code = _compiled(tokenizer.chat_template)
+        template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
+        text = template.render(given)
     except Exception as error:  # a template is a program, which may raise anything
-        raise ValueError(f"chat_template: {shown(str(error), 200)}") from None
+        said = shown(str(error), 200) or type(error).__name__
+        raise ValueError(f"chat_template: {said}") from None
     pieces = text.split(mark)
     return [(piece, i % 2 == 1) for i, piece in enumerate(pieces)]
 
 
 _MARK = "kdtl_jax_mark"
+_LONGEST = 50_000  # characters of a template
+_WIDEST = 100  # of a date's format, and of what stands between the parts of JSON
+
+
+def _environment() -> Sandbox:
+    environment = Sandbox(
+        {"tojson": _to_json},
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, "jinja2.ext.loopcontrols"],
+    )
+    return environment
+
+
+@functools.lru_cache(8)
+def _compiled(template: str) -> CodeType:
+    if len(template) > _LONGEST:
+        raise ValueError(f"{len(template):,} characters, more than {_LONGEST:,}")
+    return _environment().compile(template)
 
 
 class _Generation(Extension):
@@ -172,6 +188,12 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
+def _now(form: str) -> str:
+    if len(form) > _WIDEST:
+        raise ValueError(f"a date in {len(form):,} characters")
+    return datetime.datetime.now().strftime(form)
+
+
 def _to_json(
     value: Any,
     ensure_ascii: bool = False,
@@ -180,6 +202,9 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """transformers' filter: letters beyond ASCII stay, nothing is escaped for HTML."""
+    widths = [len(x) if isinstance(x, str) else x for x in (indent or 0, *(separators or ()))]
+    if any(width > _WIDEST for width in widths):
+        raise ValueError(f"tojson with more than {_WIDEST} characters between its parts")
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -1,41 +1,87 @@
 """Where chat templates run: jinja2's immutable sandbox, with bounds on time and memory.
 
 The sandbox keeps a template from reaching out; it does not keep one from looping for hours or from
-making a text of terabytes. Here every pass of a loop and every call of a macro is counted, and what
-would be longer than any conversation is refused before it is made.
+making a text of terabytes. Here everything that a template does is paid for out of one sum: each
+pass of a loop by the nodes of its body, each value by its length, each filter, method and
+comparison by what it reads. What would be longer than any conversation is refused before it is
+made, and what is nested or shared so that printing it takes ages is refused when it is built.
 """
 
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
+from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.tests import TESTS
+from jinja2.utils import Namespace
 
-PASSES = 20_000  # of loops and macros, in one rendering
-LONGEST = 16 * 2**20  # characters or entries of one value
+PASSES = 20_000  # of loops, macros and blocks, in one rendering
+WORK = 32 * 2**20  # in characters: what all that a rendering does may cost
+LONGEST = 8 * 2**20  # what one value may cost
 WIDEST = 100_000  # a number that is given to a filter or a method
-_WIDE_FIELD = re.compile(r"\d{6}|\*")  # in a format's text
+BITS = 10_000  # of an integer
+ENTRY, NODE = 32, 64  # what an entry of a list and a node of the template cost
+_LAZY = 20_000  # entries that an iterator is taken to have
+
+# What these make is at most as long as what they are given, or of a few characters more.
+_ADDITIVE = {
+    *("abs", "attr", "capitalize", "casefold", "copy", "count", "d", "default", "dictsort", "e"),
+    *("encode", "endswith", "escape", "find", "first", "float", "forceescape", "get", "groupby"),
+    *("index", "int", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier"),
+    *("islower", "isnumeric", "isprintable", "isspace", "istitle", "isupper", "items", "keys"),
+    *("last", "length", "list", "lower", "lstrip", "map", "max", "min", "partition", "random"),
+    *("reject", "rejectattr", "removeprefix", "removesuffix", "reverse", "rfind", "rindex"),
+    *("round", "rpartition", "rsplit", "rstrip", "safe", "select", "selectattr", "sort", "split"),
+    *("splitlines", "startswith", "string", "strip", "swapcase", "title", "tojson", "trim"),
+    *("truncate", "unique", "upper", "values", "wordcount"),
+    *TESTS,
+}
+# These look at entries, not into them.
+_SHALLOW = {
+    *("attr", "copy", "count", "d", "default", "defined", "first", "get", "items", "keys", "last"),
+    *("length", "list", "map", "mapping", "none", "reject", "rejectattr", "reverse", "select"),
+    *("selectattr", "sequence", "iterable", "string", "undefined", "values", "boolean", "true"),
+    *("false", "number", "integer", "callable"),
+}
+_QUADRATIC = {"pprint", "striptags", "urlize", "wordwrap", "xmlattr"}
+_FIELD = re.compile(r"%|\{")
+_WIDE_FIELD = re.compile(r"\d{5}|\*|\{[^{}]*\{")  # in a format's text
 
 
 class _Generator(CodeGenerator):
-    """Python of a template, with a count at the head of every body that may run again."""
+    """Python of a template that counts and weighs as it runs."""
+
+    def _counter(self, name: str, *args: int) -> nodes.Call:
+        numbers: list[nodes.Expr] = [nodes.Const(arg) for arg in args]
+        return nodes.Call(nodes.EnvironmentAttribute(name), numbers, [], None, None)
 
     def _count(self, body: list[nodes.Node]) -> list[nodes.Node]:
-        counter = nodes.EnvironmentAttribute("counted")
-        return [nodes.Output([nodes.Call(counter, [], [], None, None)]), *body]
+        return [nodes.Output([self._counter("counted", _nodes(body))]), *body]
+
+    def visit_Template(self, node: nodes.Template, frame: Frame | None = None) -> None:
+        for block in node.find_all(nodes.Block):
+            block.body = self._count(block.body)
+        super().visit_Template(node, frame)
 
     def visit_For(self, node: nodes.For, frame: Frame) -> None:
         node.body = self._count(node.body)
+        if node.test is not None:  # it runs for entries that no pass is made for
+            node.test = nodes.And(self._counter("tried", _nodes([node.test])), node.test)
         super().visit_For(node, frame)
 
     def visit_Macro(self, node: nodes.Macro, frame: Frame) -> None:
         node.body = self._count(node.body)
         super().visit_Macro(node, frame)
+
+    def visit_CallBlock(self, node: nodes.CallBlock, frame: Frame) -> None:
+        node.body = self._count(node.body)
+        super().visit_CallBlock(node, frame)
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.joined((")
@@ -44,89 +90,262 @@ class _Generator(CodeGenerator):
             self.write(", ")
         self.write("))")
 
+    def visit_List(self, node: nodes.List, frame: Frame) -> None:
+        self._within("weighed", super().visit_List, node, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
+        self._within("weighed", super().visit_Dict, node, frame)
+
+    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
+        if node.ctx == "load":
+            self._within("weighed", super().visit_Tuple, node, frame)
+        else:
+            super().visit_Tuple(node, frame)
+
+    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
+        self.write("(")
+        is_cheap = any(isinstance(x, nodes.Const) for x in (node.expr, *(o.expr for o in node.ops)))
+        is_cheap = is_cheap and all(operand.op in ("eq", "ne") for operand in node.ops)
+        for operand in (nodes.Operand("", node.expr), *node.ops):
+            if operand.op:
+                self.write(f" {_OPERATORS[operand.op]} ")
+            if is_cheap:
+                self.visit(operand.expr, frame)
+            else:
+                self._within("compared", self.visit, operand.expr, frame)
+        self.write(")")
+
+    def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
+        if isinstance(node.arg, nodes.Slice):
+            self._within("sliced", self.visit, node.node, frame)
+            self.write("[")
+            self.visit(node.arg, frame)
+            self.write("]")
+        else:
+            super().visit_Getitem(node, frame)
+
+    def _within(
+        self, name: str, visit: Callable[[Any, Frame], None], node: nodes.Node, frame: Frame
+    ) -> None:
+        self.write(f"environment.{name}(")
+        visit(node, frame)
+        self.write(")")
+
+
+_OPERATORS = {
+    "eq": "==", "ne": "!=", "gt": ">", "gteq": ">=", "lt": "<", "lteq": "<=", "in": "in",
+    "notin": "not in",
+}  # fmt: skip
+
+
+def _nodes(body: Iterable[nodes.Node]) -> int:
+    """How many nodes run in one pass of a body; bodies that are counted by themselves are not."""
+    found, waiting = 0, list(body)
+    while waiting:
+        node = waiting.pop()
+        found += 1
+        own = ("body",) if isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock)) else ()
+        waiting += node.iter_child_nodes(exclude=own)
+    return found
+
 
 class Sandbox(ImmutableSandboxedEnvironment):
     """The environment of one rendering."""
 
     code_generator_class = _Generator
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.passes = 0
-        self.filters = {name: _guarded(name, made) for name, made in self.filters.items()}
+    def __init__(self, filters: Mapping[str, Callable[..., Any]], **options: Any) -> None:
+        super().__init__(finalize=self.printed, **options)
+        self.passes, self.work = 0, 0
+        self.filters |= filters
+        self.filters = {name: self._guarded(name, made) for name, made in self.filters.items()}
+        self.tests = {name: self._guarded(name, made) for name, made in self.tests.items()}
+        del self.globals["lipsum"]
 
-    def counted(self) -> str:
-        """Counts a pass; the text of nothing."""
+    def spend(self, cost: int) -> None:
+        """Pays for what is about to be done."""
+        self.work += cost
+        if self.work > WORK:
+            raise SecurityError("more work than any conversation asks for")
+
+    def counted(self, size: int) -> str:
+        """Counts a pass of a body of so many nodes; the text of nothing."""
         self.passes += 1
         if self.passes > PASSES:
             raise SecurityError(f"more than {PASSES:,} passes of its loops")
+        self.spend(NODE * size)
         return ""
+
+    def tried(self, size: int) -> bool:
+        """Pays for the condition of a loop; True."""
+        self.spend(NODE * size)
+        return True
+
+    def weighed(self, value: Any) -> Any:
+        """A value, paid for with all that is in it."""
+        self.spend(weight(value))
+        return value
+
+    def compared(self, value: Any) -> Any:
+        """An operand of a comparison. Whether a key is in a mapping, a look tells."""
+        self.spend(1 if isinstance(value, Mapping) else weight(value))
+        return value
+
+    def sliced(self, value: Any) -> Any:
+        """What a part is taken of."""
+        self.spend(_size(value))
+        return value
+
+    def printed(self, value: Any) -> Any:
+        """What `{{ }}` prints: of a container, a letter may take four."""
+        if not isinstance(value, str):
+            self.spend(4 * weight(value))
+        return value
+
+    def concat(self, parts: Iterable[str]) -> str:
+        """The text of what was printed."""
+        return "".join(self._paid(parts))
+
+    def _paid(self, parts: Iterable[str]) -> Iterator[str]:
+        for part in parts:
+            self.spend(len(part))
+            yield part
 
     def joined(self, parts: tuple[Any, ...]) -> str:
         """`a ~ b`."""
-        texts = [str(part) for part in parts]
-        _check(sum(map(len, texts)))
+        texts = [str(self.printed(part)) for part in parts]
+        self.spend(_check(sum(map(len, texts))))
         return "".join(texts)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """An operation whose result would not be too long."""
-        sizes = [_size(left), _size(right)]
         numbers = [x for x in (left, right) if isinstance(x, int)]
-        if operator == "+" and not numbers:
-            _check(sum(sizes))
-        elif operator == "*" and len(numbers) < 2:
-            _check(math.prod(max(0, x) if isinstance(x, int) else _size(x) for x in (left, right)))
+        for number in numbers:
+            _check_integer(number.bit_length())
+        if operator == "*" and len(numbers) == 2:
+            _check_integer(left.bit_length() + right.bit_length())
+        elif operator == "**" and len(numbers) == 2:
+            _check_integer(left.bit_length() * abs(right))
+        elif operator == "*":
+            self.spend(_check(math.prod(
+                max(0, x) if isinstance(x, int) else max(1, weight(x)) for x in (left, right)
+            )))  # fmt: skip
         elif operator == "%" and isinstance(left, str):
-            _check_format(left)
-        elif operator in ("*", "**") and len(numbers) == 2:
-            bits = left.bit_length() + right.bit_length()
-            _check((left.bit_length() * abs(right) if operator == "**" else bits) // 8)
+            self.spend(_check_format(left, (right,)))
+        elif not numbers:
+            self.spend(_check(_size(left) + _size(right)))
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """A call of a function or of a value's method."""
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
         own = getattr(method, "__self__", None)
-        if isinstance(own, (str, list, tuple, dict)):
-            _check_call(getattr(method, "__name__", ""), (own, *args), kwargs)
-        return super().call(__context, __obj, *args, **kwargs)
+        __self.spend(NODE)
+        if isinstance(own, (str, bytes, int, float, list, tuple, dict)):
+            __self._pay_call(getattr(method, "__name__", ""), (own, *args), kwargs)
+        elif not isinstance(__obj, Macro):  # whose body pays
+            __self.spend(sum(map(weight, (*args, *kwargs.values()))))
+        made = super().call(__context, __obj, *args, **kwargs)
+        __self.spend(_size(made))
+        return made
+
+    def _guarded(self, name: str, made: Callable[..., Any]) -> Callable[..., Any]:
+        first = int(hasattr(made, "jinja_pass_arg"))  # jinja2's own first argument
+
+        @functools.wraps(made)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            self._pay_call(name, args[first:], kwargs)
+            found = made(*args, **kwargs)
+            self.spend(_size(found))
+            return self._metered(found) if isinstance(found, Iterator) else found
+
+        return guarded
+
+    def _metered(self, entries: Iterator[Any]) -> Iterator[Any]:
+        for entry in entries:
+            self.spend(ENTRY)
+            yield entry
+
+    def _pay_call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pays for a filter, a test or a method, by what it reads and the most that it makes."""
+        given = [*args, *kwargs.values()]
+        for i, x in enumerate(given):
+            if isinstance(x, int):
+                _check_integer(x.bit_length())
+                if i and abs(x) > WIDEST:
+                    raise SecurityError(f"a number above {WIDEST:,} in {name}")
+        weigh = _size if name in _SHALLOW else weight
+        weights = [max(1, weigh(x)) for x in given]
+        cost = sum(weights)
+        if name in ("format", "format_map"):
+            cost = _check_format(next((x for x in args if isinstance(x, str)), ""), given)
+        elif name == "join" and len(given) > 1:  # either may be what stands between
+            cost += _entries(given[0]) * weights[1] + _entries(given[1]) * weights[0]
+        elif name == "replace" and len(given) > 2 and isinstance(given[1], str):
+            cost += str(given[0]).count(given[1]) * weights[2]
+        elif name in _QUADRATIC or (name == "sum" and len(given) > 1):
+            cost = math.prod(weights) + cost**2 // 64
+        elif name not in _ADDITIVE:
+            numbers = [abs(x) for x in given if isinstance(x, int)]
+            cost = math.prod(weights) * math.prod(max(1, x) for x in numbers)
+        self.spend(_check(cost))
 
 
-def _guarded(name: str, made: Callable[..., Any]) -> Callable[..., Any]:
-    first = int(hasattr(made, "jinja_pass_arg"))  # jinja2's own first argument
+def weight(value: Any) -> int:
+    """Its characters and entries with everything in them, however often it is in there.
 
-    @functools.wraps(made)
-    def filtered(*args: Any, **kwargs: Any) -> Any:
-        _check_call(name, args[first:], kwargs)
-        return made(*args, **kwargs)
-
-    return filtered
-
-
-def _check_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    given = [*args, *kwargs.values()]
-    if any(isinstance(x, int) and abs(x) > WIDEST for x in given[1:]):
-        raise SecurityError(f"a number above {WIDEST:,} in {name}")
-    if name in ("format", "format_map"):
-        _check_format(next((x for x in args if isinstance(x, str)), ""))
-    sizes = [max(1, len(x)) if hasattr(x, "__len__") else WIDEST for x in given]
-    if name == "join" and len(given) > 1:
-        text_method = isinstance(given[0], str)  # ", ".join(list), or list | join(", ")
-        _check(sizes[0] * sizes[1] if text_method or isinstance(given[1], str) else 0)
-    elif name == "replace" and len(given) > 2:
-        _check(sizes[0] * sizes[2] // sizes[1])
-
-
-def _check_format(text: str) -> None:
-    if _WIDE_FIELD.search(text):
-        raise SecurityError("a field of a format is too wide")
+    Raises:
+      SecurityError: above `LONGEST`.
+    """
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    found, waiting = 0, [value]
+    while waiting:
+        x = waiting.pop()
+        found += _size(x)
+        if isinstance(x, Namespace):
+            x = object.__getattribute__(x, "_Namespace__attrs")
+            found += 4 * ENTRY + _size(x)
+        if isinstance(x, Mapping):
+            found += 4 * ENTRY
+            waiting += x.keys()
+            waiting += x.values()
+        elif hasattr(x, "__len__") and not isinstance(x, (str, bytes, range)):
+            found += ENTRY
+            waiting += x
+        _check(found)
+    return found
 
 
 def _size(value: Any) -> int:
-    return len(value) if hasattr(value, "__len__") else 0
+    """Its characters or its entries, not what is in them."""
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    if isinstance(value, int):
+        return value.bit_length() // 8
+    return ENTRY * len(value) if hasattr(value, "__len__") else 0
 
 
-def _check(size: int) -> None:
-    if size > LONGEST:
-        raise SecurityError(f"a value of {size:,} characters or entries")
+def _entries(value: Any) -> int:
+    return len(value) if hasattr(value, "__len__") else _LAZY
+
+
+def _check(cost: int) -> int:
+    if cost > LONGEST:
+        raise SecurityError(f"a value of {cost:,} characters or entries")
+    return cost
+
+
+def _check_integer(bits: int) -> None:
+    if bits > BITS:
+        raise SecurityError(f"an integer of {bits:,} bits, more characters than any number has")
+
+
+def _check_format(text: str, given: Iterable[Any]) -> int:
+    """The most characters that a format makes: each field, the longest value and its width."""
+    if _WIDE_FIELD.search(text):
+        raise SecurityError("a field of a format is too wide")
+    widest = max(re.findall(r"\d+", text), key=int, default="0")
+    longest = 4 * sum(weight(x) for x in given if x is not text) + int(widest) + 32
+    return _check(len(text) + len(_FIELD.findall(text)) * longest)
