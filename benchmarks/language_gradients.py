@@ -21,8 +21,9 @@ Obtained on two CPU cores, jax 0.10.2, 5 seeds, 20,000 samples each, 95 % interv
       random sampling, 12 draws: error of the mean, relative: 0.0117 ± 0.0034
       renormalized top-12: bias, relative: 0.8958 ± 0.6277
 
-The exact sum, the sampled loss and the sum over the student's top k with the rest sampled have one
-expectation, and variances of 0, most, and between. The top k with all other classes in one bucket
+The exact sum, the sampled loss and the sum over the student's top k with the rest sampled
+(`losses.top_k_reverse_kl_sampled_tail`) have one expectation, and variances of 0, most, and
+between. The top k with all other classes in one bucket
 (`losses.student_top_k_reverse_kl`, what papers call a tail) has no variance and another gradient:
 it bounds the reverse KL from below and is equal to it only where both models agree on the shape of
 the tail.
@@ -48,21 +49,17 @@ def pair(seed: int) -> tuple[jax.Array, jax.Array]:
 
 
 def on_policy_losses(z: jax.Array, teacher: jax.Array, token: jax.Array) -> tuple[jax.Array, ...]:
-    """Two losses of a token that the student drew, `p_S` at `z`.
-
-    The sampled reverse KL; and the student's top k summed, with the sampled term for all others:
-    `sum_{v in K} p_S(v) sg[log p_S(v) - log p_T(v)]`, and `-sg[log p_T - log p_S] log p_S` of a
-    token outside K. The logarithms in the sum are constants: over all classes their own gradient is
-    `sum_v dp_S(v) = 0`, over K alone it is not.
-    """
+    """The sampled reverse KL of a token that the student drew, and with its top k summed."""
     top = losses.top_k_targets(jax.lax.stop_gradient(z), k=K).indices
     log_p, teacher_log_p = (jax.nn.log_softmax(x) for x in (z, teacher))
-    gap = jax.lax.stop_gradient(log_p - teacher_log_p)
+    drawn = jax.lax.stop_gradient(log_p[token])
     sampled = losses.sampled_reverse_kl(
-        log_p[token][None], teacher_log_p[token][None], jax.lax.stop_gradient(log_p[token])[None]
+        log_p[token][None], teacher_log_p[token][None], drawn[None]
     )[0]
-    summed = jnp.sum(jnp.exp(log_p[top]) * gap[top])
-    return sampled, summed + jnp.where(jnp.any(token == top), 0.0, sampled)
+    targets = losses.top_k_at(teacher, top)
+    return sampled, losses.top_k_reverse_kl_sampled_tail(
+        z, targets, token, teacher_log_p[token], drawn
+    )
 
 
 def gradients(seeds: int) -> None:

@@ -52,6 +52,41 @@ def test_expected_gradients_of_sampled_losses() -> None:
     close(found, OF_REVERSE_KL)
 
 
+@pytest.mark.parametrize(
+    ("classes", "sampler"), [([0], P), ([2], Q), ([1, 2], jnp.asarray([0.2, 0.2, 0.6]))]
+)
+def test_top_k_with_a_sampled_tail_is_the_reverse_kl_on_average(
+    classes: list[int], sampler: jax.Array
+) -> None:
+    targets = losses.stored_top_k(jnp.asarray(classes), jnp.log(Q[jnp.asarray(classes)]))
+
+    def average(z: jax.Array) -> jax.Array:
+        each = [
+            sampler[y]
+            * losses.top_k_reverse_kl_sampled_tail(
+                z, targets, jnp.asarray(y), jnp.log(Q[y]), jnp.log(sampler[y])
+            )
+            for y in range(3)
+        ]
+        return sum(each, jnp.zeros(()))
+
+    value, gradient = jax.value_and_grad(average)(jnp.log(P))
+    close(value, losses.reverse_kl(jnp.log(P), jnp.log(Q)), atol=1e-6)
+    close(gradient, OF_REVERSE_KL)
+
+
+def test_a_class_that_the_teacher_excludes_is_infinitely_far() -> None:
+    none = jnp.asarray([-jnp.inf])
+    at_one = losses.TopK(jnp.asarray([1]), none, jnp.zeros(()))
+    told = (jnp.asarray(0), jnp.log(Q[0]), jnp.log(P[0]))
+    loss = losses.top_k_reverse_kl_sampled_tail
+    value, gradient = jax.value_and_grad(loss)(jnp.log(P), at_one, *told)
+    assert value == np.inf
+    assert np.isfinite(gradient).all()
+    own = jnp.asarray([0.0, -jnp.inf, 0.0])  # the student excludes it too
+    assert np.isfinite(loss(own, at_one, *told))
+
+
 def test_a_tail_keeps_the_gradient_that_clamping_kills() -> None:
     student, teacher = jnp.log(jnp.asarray([0.6, 0.4])), jnp.log(jnp.asarray([0.9, 0.1]))
     truncated = losses.top_k_kl_truncated(teacher, losses.top_k_targets(student, k=1))
@@ -327,22 +362,6 @@ def test_chunks_padding_id_maps_and_sharded_vocabularies_change_nothing() -> Non
     np.testing.assert_allclose(got, want, rtol=1e-9)
     np.testing.assert_allclose(gradient[:, :8], by_kernel, rtol=1e-7, atol=1e-9)
     assert not np.any(gradient[:, 8:])
-
-
-def test_shared_vocabulary_sees_mass_that_leaves_it() -> None:
-    ours, theirs = losses.shared_vocabulary(
-        jnp.log(P),
-        jnp.log(jnp.asarray([0.3, 0.1, 0.5, 0.1])),
-        jnp.asarray([0, 1]),
-        jnp.asarray([2, 0]),
-    )
-    close(jnp.exp(ours), [0.5, 0.3, 0.2], atol=1e-6)
-    close(jnp.exp(theirs), [0.5, 0.3, 0.2], atol=1e-6)
-    close(jnp.exp(losses.log_mass(jnp.log(P), jnp.asarray([True, False, True]))), 0.7, atol=1e-6)
-    assert np.isneginf(losses.by_id(jnp.log(P), jnp.asarray([1, -1]))[1])
-    at = losses.top_k_at(jnp.log(P), jnp.asarray([2, 0]))
-    close(jnp.exp(at.log_probs), [0.2, 0.5], atol=1e-6)
-    close(jnp.exp(at.log_tail), 0.3, atol=1e-6)
 
 
 def test_one_teacher_per_example_in_chunks_or_dense() -> None:

@@ -72,6 +72,9 @@ from kdtl_jax.losses._maps import hcl as hcl
 from kdtl_jax.losses._maps import wkd_feature as wkd_feature
 from kdtl_jax.losses._on_policy import entropy_aware_kl as entropy_aware_kl
 from kdtl_jax.losses._on_policy import student_top_k_reverse_kl as student_top_k_reverse_kl
+from kdtl_jax.losses._on_policy import (
+    top_k_reverse_kl_sampled_tail as top_k_reverse_kl_sampled_tail,
+)
 from kdtl_jax.losses._predictions import batch_correlation as batch_correlation
 from kdtl_jax.losses._predictions import class_correlation as class_correlation
 from kdtl_jax.losses._predictions import dist_inter as dist_inter

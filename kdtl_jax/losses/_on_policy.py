@@ -11,7 +11,7 @@ from jax import Array
 
 from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import Scalar
-from kdtl_jax.losses import _divergences, _logspace, _topk
+from kdtl_jax.losses import _divergences, _logspace, _sampled, _topk
 
 
 def student_top_k_reverse_kl(
@@ -24,7 +24,8 @@ def student_top_k_reverse_kl(
     the tail's classes it moves their sum alone. A teacher elsewhere is asked for its
     log-probabilities at `top_k_targets(student_logits, k=k).indices`; with its answer it is
     `reverse_kl(*top_k_buckets(student_logits, stored_top_k(indices, log_probs)))`. k is static, at
-    least 1 and at most the number of classes. `[..., num_classes]` logits, `[...]` nats.
+    least 1 and at most the number of classes. `[..., num_classes]` logits, `[...]` nats. Without
+    its bias: `top_k_reverse_kl_sampled_tail`.
 
     References:
       SDPO (2601.20802) and SDFT (2601.19897) with `alpha=1`, their tails included.
@@ -34,6 +35,62 @@ def student_top_k_reverse_kl(
     targets = _topk.top_k_at(teacher_logits, indices, temperature=temperature)
     buckets = _topk.top_k_buckets(student_logits, targets, temperature=temperature)
     return _divergences.reverse_kl(*buckets)
+
+
+def top_k_reverse_kl_sampled_tail(
+    student_logits: Array,
+    targets: _topk.TopK,
+    tokens: Array,
+    teacher_log_probs: Array,
+    sampler_log_probs: Array,
+    *,
+    where: Array | None = None,
+) -> Array:
+    """`sum_{v in K} p_S(v) sg[g_v]`, and `rho sg[g_y]` of a drawn token y outside K.
+
+    With `g = log p_S - log p_T` and `rho = p_S / p_sampler`, bounded at `exp(20)`. On average over
+    tokens from the sampler, value and gradient are those of the reverse KL, whichever classes K
+    has: what the sum does not cover, the sample does. With the student's most likely classes the
+    variance is less than that of `sampled_reverse_kl`; `student_top_k_reverse_kl` has none, but a
+    bias. For a teacher elsewhere, asked for its log-probabilities at K and at the token.
+
+    Args:
+      student_logits: `[..., num_classes]`.
+      targets: the teacher on K, e.g. `stored_top_k(ids, answer)` with
+        `ids = top_k_targets(student_logits, k=k).indices`; its tail is not used.
+      tokens: int `[...]`, drawn by the sampler.
+      teacher_log_probs: `[...]`, of the tokens.
+      sampler_log_probs: `[...]`, of the tokens, at the time they were drawn.
+      where: bool `[...]`, positions that count; the others may hold anything, and give 0.
+
+    Returns:
+      `[...]`, nats, of either sign; +inf where a class that the student gives has no probability
+      under the teacher, with the gradient of the finite terms.
+    """
+    _checks.floating(teacher_log_probs=teacher_log_probs, sampler_log_probs=sampler_log_probs)
+    _checks.labels(tokens, student_logits, where)
+    of_tokens = {"teacher_log_probs": teacher_log_probs, "sampler_log_probs": sampler_log_probs}
+    _checks.same_shape(tokens=tokens, **of_tokens)
+    known = _topk.TopK(*(_numerics.kept(x, where) for x in targets))
+    log_s, known, has_targets = _topk.checked(_numerics.kept(student_logits, where), known, 1.0)
+    tokens, usable = _numerics.usable_labels(tokens, log_s.shape[-1], where)
+    of_teacher, of_sampler = (
+        _numerics.kept(_numerics.upcast(x), where) for x in of_tokens.values()
+    )
+    on_k = jnp.take_along_axis(log_s, known.indices, axis=-1)
+    on_token = _logspace.at(log_s, tokens)
+    gap, is_infinite = _gap(on_k, _numerics.upcast(known.log_probs))
+    token_gap, is_token_infinite = _gap(on_token, of_teacher)
+    # The two may be of different widths; both are in range.
+    same = known.indices.astype(jnp.int32) == tokens.astype(jnp.int32)[..., None]
+    is_outside = ~jnp.any(same, axis=-1)
+    told = (x[..., None] for x in (on_token, -token_gap, of_sampler))
+    drawn = jnp.squeeze(_sampled.policy_gradient(*told), axis=-1)
+    value = jnp.sum(_logspace.probabilities(on_k) * gap, axis=-1)
+    value += jnp.where(is_outside, drawn, 0)
+    is_infinite = jnp.any(is_infinite, axis=-1) | (is_outside & is_token_infinite)
+    value = jnp.where(is_infinite, jax.lax.stop_gradient(value) + jnp.inf, value)
+    return _numerics.at_usable(value, usable & has_targets, where)
 
 
 def entropy_aware_kl(
@@ -95,3 +152,9 @@ def in_student_top_k(student_logits: Array, targets: _topk.TopK) -> Array:
     """Which of the teacher's k classes are among the student's own k: bool `[..., k]`."""
     own = _topk.top_k_targets(student_logits, k=jnp.shape(targets.indices)[-1]).indices
     return jnp.any(targets.indices[..., :, None] == own[..., None, :], axis=-1)
+
+
+def _gap(student: Array, teacher: Array) -> tuple[Array, Array]:
+    """`log p_S - log p_T`, a constant, 0 outside either support; and where it is infinite."""
+    gap = jax.lax.stop_gradient(_numerics.finite_difference(student, teacher))
+    return gap, (student != -jnp.inf) & (teacher == -jnp.inf)

@@ -7,6 +7,8 @@ What all functions here share:
   map's positions into the batch). Anything but real floating point raises TypeError, all else that
   does not fit ValueError.
 - `temperature > 0` softens both sides and is a scalar or one value per example. No `T^2`.
+- A class whose logit is -inf on both sides, the padding of a vocabulary, does not count. Where only
+  one side has it, that side gives it no probability.
 - `where`, bool `[B]`, says which examples count, e.g. those that are not padding. The others change
   nothing for them and get 0. On several devices gather the batch first.
 - Losses return `[...]` or `[B]`, float32 or wider.
@@ -50,7 +52,7 @@ def dist_inter(
     _checks.non_negative(eps=eps)
     logits = _logspace.softened(student_logits, teacher_logits, temperature)
     student, teacher = (_numerics.softmax(z) for z in logits)
-    terms, rest = _pearson_terms(student, teacher, -1, eps)
+    terms, rest = _pearson_terms(student, teacher, -1, eps, _present(*logits))
     return jnp.sum(terms, axis=-1) + jnp.squeeze(rest, -1)
 
 
@@ -72,9 +74,15 @@ def dist_intra(
       Huang et al., 2022 (2205.10536).
     """
     _checks.non_negative(eps=eps)
-    student, teacher = _probabilities(student_logits, teacher_logits, temperature, where)
-    terms, rest = _pearson_terms(student, teacher, 0, eps, where)
-    values = jnp.mean(terms, axis=1) * _count(student, where) + jnp.mean(rest)
+    logits = _rows(student_logits, teacher_logits, temperature, where)
+    student, teacher = _probabilities(*logits, where)
+    rows = None if where is None else where[:, None]
+    terms, rest = _pearson_terms(student, teacher, 0, eps, rows)
+    classes = _classes(*logits, where)
+    count = jnp.maximum(jnp.sum(classes, dtype=terms.dtype), 1)
+    # The terms of a class that no example has are 0, its rest would be 1.
+    values = jnp.sum(terms, axis=1) * (_count(student, where) / count)
+    values += jnp.sum(jnp.where(classes, rest[0], 0)) / count
     return _numerics.kept(values, where)
 
 
@@ -98,10 +106,11 @@ def class_correlation(
       losses that are already reduced, its strong view uses weak logits at two temperatures, and
       the strong view's correlations are computed and dropped.
     """
-    student, teacher = _probabilities(student_logits, teacher_logits, temperature, where)
-    batch, classes = student.shape
+    logits = _rows(student_logits, teacher_logits, temperature, where)
+    student, teacher = _probabilities(*logits, where)
     gap = _numerics.gram(teacher.T, teacher.T) - _numerics.gram(student.T, student.T)
-    value = jnp.broadcast_to(jnp.sum(jnp.square(gap)) / classes, (batch,))
+    classes = jnp.sum(_classes(*logits, where), dtype=gap.dtype)
+    value = jnp.broadcast_to(jnp.sum(jnp.square(gap)) / jnp.maximum(classes, 1), student.shape[:1])
     return _numerics.kept(value, where)
 
 
@@ -119,7 +128,8 @@ def batch_correlation(
     References:
       Jin, Wang and Lin, CVPR 2023. `.mean()` is the number of the authors' `bc_loss`.
     """
-    student, teacher = _probabilities(student_logits, teacher_logits, temperature, where)
+    logits = _rows(student_logits, teacher_logits, temperature, where)
+    student, teacher = _probabilities(*logits, where)
     gap = _numerics.gram(teacher, teacher) - _numerics.gram(student, student)
     return jnp.sum(jnp.square(gap), axis=-1)
 
@@ -136,15 +146,17 @@ def skd_direction(
     `[B, num_classes]` logits, `[B]` values.
 
     `d = Z_S Z_S' - Z_T Z_T'` of unit logits, `S = cov(d) + tikhonov I` (divisor batch - 1), with
-    `tikhonov > 0`. Zero, with gradient zero, at equality.
+    `tikhonov > 0`. Zero, with gradient zero, at equality. A logit of -inf on one side only has no
+    direction: the value is NaN.
 
     References:
       The direction term of SKD (Jeong et al., CVPR 2026); its instance term is
       `forward_kl(..., temperature=4.0)`. `.mean()` is torchdistill's `SKDDirectionLoss`.
     """
     _checks.positive(tikhonov=tikhonov)
-    student, teacher = _rows(student_logits, teacher_logits, 1.0, where)
-    student, teacher = _numerics.normalize(student), _numerics.normalize(teacher)
+    logits = _rows(student_logits, teacher_logits, 1.0, where)
+    present = _present(*logits)
+    student, teacher = (_numerics.normalize(_numerics.kept(z, present)) for z in logits)
     # Masked examples are zero vectors: their rows and columns of the gap are 0.
     gap = _numerics.gram(student, student) - _numerics.gram(teacher, teacher)
     count = _count(gap, where)
@@ -218,15 +230,23 @@ def _rows(
     return _numerics.kept(student, where), _numerics.kept(teacher, where)
 
 
-def _probabilities(
-    student_logits: Array, teacher_logits: Array, temperature: Scalar, where: Array | None
-) -> tuple[Array, Array]:
+def _probabilities(student: Array, teacher: Array, where: Array | None) -> tuple[Array, Array]:
     """Softmaxes of the rows, 0 where a row does not count."""
-    student, teacher = _rows(student_logits, teacher_logits, temperature, where)
     return (
         _numerics.kept(_numerics.softmax(student), where),
         _numerics.kept(_numerics.softmax(teacher), where),
     )
+
+
+def _present(student: Array, teacher: Array) -> Array:
+    """Bool of the logits' shape: which entries at least one side has."""
+    return (student != -jnp.inf) | (teacher != -jnp.inf)
+
+
+def _classes(student: Array, teacher: Array, where: Array | None) -> Array:
+    """Bool `[num_classes]`: the classes that some example that counts has."""
+    present = _present(student, teacher)
+    return jnp.any(present if where is None else present & where[:, None], axis=0)
 
 
 def _count(like: Array, where: Array | None) -> Array:
@@ -241,11 +261,21 @@ def _pearson_terms(
 ) -> tuple[Array, Array]:
     """Terms >= 0 along `axis` and a rest: in all `1 - <x', y'> / (|x'| |y'| + eps)`, centered.
 
-    `1 - rho = 1/2 |u - v|^2` of the unit vectors does not cancel where the two nearly agree. With
-    `where`, x and y are 0 in the rows that do not count and `axis` is the batch.
+    `1 - rho = 1/2 |u - v|^2` of the unit vectors does not cancel where the two nearly agree.
+    `where` broadcasts to x and y, which are 0 wherever it is false.
     """
-    count = x.shape[axis] if where is None else jnp.maximum(_count(x, where), 1)
-    x, y = (_numerics.kept(z - jnp.sum(z, axis=axis, keepdims=True) / count, where) for z in (x, y))
+    if where is None:
+        count = jnp.asarray(x.shape[axis], x.dtype)
+    else:
+        where = jnp.broadcast_to(where, x.shape)
+        ones = jnp.where(where, jnp.ones((), x.dtype), 0)
+        count = jnp.maximum(jnp.sum(ones, axis=axis, keepdims=True), 1)
+
+    def centered(z: Array) -> Array:
+        apart = z - jnp.sum(z, axis=axis, keepdims=True) / count
+        return apart if where is None else jnp.where(where, apart, 0)
+
+    x, y = centered(x), centered(y)
     # Probabilities: their squares are in range.
     square_x = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
     square_y = jnp.sum(jnp.square(y), axis=axis, keepdims=True)

@@ -1,8 +1,8 @@
 """Losses on sampled tokens: the student writes, the teacher judges one token per position.
 
 On-policy distillation minimizes `KL(p_S || p_T)` over the student's own text. Where the teacher
-gives more than one number per token, `reverse_kl` (exact) and `student_top_k_reverse_kl` have the
-same expected gradient and far less variance.
+gives more than one number per token, `reverse_kl` (all of them) and `top_k_reverse_kl_sampled_tail`
+(some) have the same expected gradient and less variance.
 
 | tokens drawn from the student | expected value | expected gradient |
 |---|---|---|

@@ -144,7 +144,7 @@ def top_k_buckets(
     Returns:
       student `[..., k + 1]`, teacher `[..., k + 1]`.
     """
-    log_q, targets, _ = _checked(student_logits, targets, temperature)
+    log_q, targets, _ = checked(student_logits, targets, temperature)
     return _with_tail(log_q, targets), _teacher_with_tail(targets)
 
 
@@ -158,7 +158,7 @@ def top_k_kl_tail(student_logits: Array, targets: TopK, *, temperature: Scalar =
       TRL's server distillation (`loss_add_tail`), DistillKit's "symmetric_uniform" (which
       multiplies by `T^2`).
     """
-    log_q, targets, usable = _checked(student_logits, targets, temperature)
+    log_q, targets, usable = checked(student_logits, targets, temperature)
     kl = _numerics.kl_from_logits(_teacher_with_tail(targets), _with_tail(log_q, targets))
     return _numerics.at_usable(kl, usable)
 
@@ -175,7 +175,7 @@ def top_k_kl_renormalized(
     References:
       Model-Optimizer's top-k loss, MaxText's offline distillation, Tunix's `distill_top_k`.
     """
-    log_q, targets, usable = _checked(student_logits, targets, temperature)
+    log_q, targets, usable = checked(student_logits, targets, temperature)
     _checks.several_classes(log_probs=targets.log_probs)
     chosen = jnp.take_along_axis(log_q, targets.indices, axis=-1)
     return _numerics.at_usable(_numerics.kl_from_logits(targets.log_probs, chosen), usable)
@@ -193,7 +193,7 @@ def top_k_kl_teacher_renormalized(
       DistillKit's "zero" (which multiplies by `T^2`), EasyDeL's sparse distillation (as a
       cross-entropy).
     """
-    log_q, targets, usable = _checked(student_logits, targets, temperature)
+    log_q, targets, usable = checked(student_logits, targets, temperature)
     log_p = _numerics.log_softmax(targets.log_probs)
     log_p = jnp.concatenate([log_p, jnp.full_like(log_p[..., :1], -jnp.inf)], axis=-1)
     kl = jnp.sum(_numerics.kl_terms(log_p, _with_tail(log_q, targets)), axis=-1)
@@ -210,7 +210,7 @@ def top_k_kl_truncated(student_logits: Array, targets: TopK, *, temperature: Sca
     References:
       verl's top-k distillation.
     """
-    log_q, targets, usable = _checked(student_logits, targets, temperature)
+    log_q, targets, usable = checked(student_logits, targets, temperature)
     log_p = _numerics.upcast(targets.log_probs)
     chosen = jnp.take_along_axis(log_q, targets.indices, axis=-1)
     kl = _logspace.cross_entropy(log_p, chosen) - _logspace.cross_entropy(log_p, log_p)
@@ -234,7 +234,7 @@ def top_k_kl_sampled(student_logits: Array, targets: TopK, *, temperature: Scala
     Returns:
       `[...]`, nats, of either sign.
     """
-    log_q, targets, usable = _checked(student_logits, targets, temperature)
+    log_q, targets, usable = checked(student_logits, targets, temperature)
     of_student = _logspace.at(log_q, targets.indices[..., 0])
     return _numerics.at_usable(_numerics.upcast(targets.log_probs[..., 0]) - of_student, usable)
 
@@ -261,7 +261,7 @@ def hinge_ranking(
     References:
       DistillKit's `sparse_hinge_loss`, which divides by the number of pairs of all positions.
     """
-    log_q, targets, usable = _checked(student_logits, targets, 1.0)
+    log_q, targets, usable = checked(student_logits, targets, 1.0)
     chosen = _logspace.probabilities(jnp.take_along_axis(log_q, targets.indices, axis=-1))
     p_t = _logspace.probabilities(_numerics.upcast(targets.log_probs))
     lead = _gaps(p_t) if margin is None else _numerics.scalar(margin, p_t)
@@ -286,7 +286,7 @@ def logistic_ranking(student_logits: Array, targets: TopK, *, eps: Scalar = 1e-9
       Burges et al., Learning to Rank using Gradient Descent, 2005. DistillKit's
       `sparse_logistic_ranking_loss` divides by the number of pairs of all positions.
     """
-    log_q, targets, usable = _checked(student_logits, targets, 1.0)
+    log_q, targets, usable = checked(student_logits, targets, 1.0)
     chosen = jnp.take_along_axis(log_q, targets.indices, axis=-1)
     present = chosen != -jnp.inf
     p_t = _logspace.probabilities(_numerics.upcast(targets.log_probs))
@@ -297,9 +297,7 @@ def logistic_ranking(student_logits: Array, targets: TopK, *, eps: Scalar = 1e-9
     return _numerics.at_usable(_numerics.nan_of(mean, jnp.sum(p_t, axis=-1)), usable)
 
 
-def _checked(
-    student_logits: Array, targets: TopK, temperature: Scalar
-) -> tuple[Array, TopK, Array]:
+def checked(student_logits: Array, targets: TopK, temperature: Scalar) -> tuple[Array, TopK, Array]:
     """The student's log-probabilities, targets with safe indices, and which rows have them all."""
     student, _ = _logspace.softened(student_logits, student_logits, temperature)
     classes = student.shape[-1]

@@ -11,7 +11,7 @@ from jax import Array
 
 from kdtl_jax import losses
 from loss_cases import LossCase
-from loss_cases.divergences import kl, of_probabilities, tokens
+from loss_cases.divergences import kl, of_probabilities, softmax, tokens
 
 CONSTANT = "the teacher's judgement is a constant: the gradient is not the value's"
 DRAWS = np.asarray([[[0, 2, 2], [4, 1, 0]]], np.int32)
@@ -84,6 +84,42 @@ def student_top_k(p: np.ndarray, q: np.ndarray, k: int) -> np.ndarray:
         order = np.argsort(-q[i])
         own, other = (np.append(z[i][order][:k], z[i][order][k:].sum()) for z in (q, p))
         out[i] = kl(own, other)
+    return out
+
+
+def judged(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, ...]:
+    """Logits of both sides, a token, and the sampler's log-probability of it."""
+    drawn = rng.integers(0, 5, size=(batch, 2)).astype(np.int32)
+    return *tokens(rng, batch), drawn, -rng.exponential(size=(batch, 2))
+
+
+@functools.wraps(losses.top_k_reverse_kl_sampled_tail)
+def of_top_k_and_token(
+    student: Array, teacher: Array, drawn: Array, sampler: Array, *, k: int, where: Any = None
+) -> Array:
+    """The loss of what a dense teacher answers on the student's k classes and the token."""
+    if jnp.shape(student) != jnp.shape(teacher):
+        raise ValueError(f"{list(jnp.shape(student))} and {list(jnp.shape(teacher))} differ")
+    classes = jnp.argsort(student, descending=True, stable=True)[..., :k]
+    targets = losses.top_k_at(jax.lax.stop_gradient(teacher), classes)
+    of_teacher = losses.token_log_probs(jax.lax.stop_gradient(teacher), drawn, where=where)
+    return losses.top_k_reverse_kl_sampled_tail(
+        student, targets, drawn, of_teacher, sampler, where=where
+    )
+
+
+def top_k_and_token(
+    student: np.ndarray, teacher: np.ndarray, drawn: np.ndarray, sampler: np.ndarray, k: int
+) -> np.ndarray:
+    q, p = softmax(student), softmax(teacher)
+    out = np.zeros(drawn.shape)
+    for i in np.ndindex(out.shape):
+        kept = np.argsort(-q[i], kind="stable")[:k]
+        out[i] = (q[i][kept] * np.log(q[i][kept] / p[i][kept])).sum()
+        y = drawn[i]
+        if y not in kept:
+            own = np.log(q[i][y])
+            out[i] += ratio(own, sampler[i]) * (own - np.log(p[i][y]))
     return out
 
 
@@ -168,6 +204,17 @@ CASES: dict[str, LossCase] = {
         tokens,
         of_probabilities(student_top_k),
         {"k": 3, "temperature": 2.0},
+    ),
+    "top_k_reverse_kl_sampled_tail": LossCase(
+        of_top_k_and_token,
+        judged,
+        top_k_and_token,
+        {"k": 3},
+        nonnegative=False,
+        where_rank=2,
+        twice_differentiable=False,
+        frozen=True,
+        note=CONSTANT,
     ),
     "entropy_aware_kl": LossCase(
         losses.entropy_aware_kl,
