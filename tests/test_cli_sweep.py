@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from tiny import SHORT, kdtl, results
 
+from kdtl_jax import datasets
 from kdtl_jax.cli import main, parse
 from kdtl_jax.datasets import Splits, digits
+from kdtl_jax.interop import model_files
 from kdtl_jax.models import mlp
 from kdtl_jax.recipes import (
     _axes,
@@ -84,19 +86,19 @@ POINTS = {
 @pytest.mark.usefixtures("standard_promotion")
 def test_every_path_trains_the_same_students(pair: tuple[Any, Any, Any]) -> None:
     learner, shared, held = pair
-    fit = _training.fit(learner, epochs=2, keep=lambda state: state.params, **OF_FIT)
+    of_fit: Any = {"epochs": 2, "checks": 2, "keep": lambda state: state.params, **OF_FIT}
+    fit = _training.fit(learner, **of_fit)
     together = sweeps.vmap(fit)(POINTS, shared, held, held)
     for program in (
         sweeps.map(fit),
         sweeps.vmap(fit, chunk=2),
-        _training.one_by_one(learner, epochs=2, **OF_FIT),
+        _training.one_by_one(learner, **of_fit),
     ):
         found = program(POINTS, shared, held, held)
         np.testing.assert_allclose(found.losses, together.losses, rtol=1e-4)
         np.testing.assert_allclose(found.test, together.test, atol=0.04)
-        for a, b in zip(
-            jax.tree.leaves(found.kept), jax.tree.leaves(together.kept), strict=bool(found.kept)
-        ):
+        np.testing.assert_allclose(found.curve, together.curve, atol=0.04)
+        for a, b in zip(jax.tree.leaves(found.kept), jax.tree.leaves(together.kept), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
     assert len(np.unique(np.asarray(together.losses[:, -1]))) == 3, "every axis matters"
 
@@ -172,6 +174,7 @@ def test_axes_that_make_no_sense_say_why(flags: list[str], message: str) -> None
         (["--memory", "much"], "500MB or 2GB"),
         (["--methods", "kdd"], "no method"),
         (["--halving", "7"], "must divide the 30 epochs"),
+        (["--halving", "2", "--early-stopping", "3"], "Give one of them"),
         (["--grid", "kd=" + ",".join("1" * 1100), "task=" + ",".join("1" * 1100)], "more than"),
         (["--devices", "99"], "there are 8 devices"),
     ],
@@ -190,6 +193,22 @@ def test_an_unknown_axis_does_not_hinder_the_next_attempt(
     for _ in range(2):
         assert main(["sweep", "--grid", "temprature=1,2", "--out", str(tmp_path / "run")]) == 2
         assert "'temprature' is no axis of kd" in capsys.readouterr().err
+
+
+def check_student(run: Path, best: dict[str, Any]) -> None:
+    """The best setting's file holds the student whose score is reported; a curve ends in it."""
+    record = json.loads((run / "results.json").read_text())
+    assert record["data"]["recommended"] == best["file"] == "students/kd.safetensors"
+    assert best["file_seed"] == int(np.argmax(best["validation_accuracy"]["values"]))
+    model = model_files.load(run / best["file"])
+    splits = datasets.read_splits("digits", preprocessing=model.about.preprocessing)
+    named = model.predict(splits.test.inputs).argmax(axis=-1)
+    wanted = best["test_accuracy"]["values"][best["file_seed"]]
+    assert np.mean(named == splits.test.labels) == pytest.approx(wanted, abs=1e-6)
+    assert model_files.about(run / "teacher.safetensors").model == "mlp:32"
+    curve = record["curves"]["learning"]["kd"]
+    assert len(curve["loss"]) == 4 and curve["epoch"] == [2, 4]
+    assert curve["validation_accuracy"][-1] == pytest.approx(best["validation_accuracy"]["mean"])
 
 
 @pytest.mark.slow
@@ -223,6 +242,7 @@ def test_a_sweep_ends_in_table_csv_and_report(
     assert "the best setting of kd" in page
     assert "validation %" in capsys.readouterr().out
     assert main(["sweep", "--config", str(out / "config.yaml"), "--print-config"]) == 0
+    check_student(out, rows[0])
 
 
 @pytest.mark.slow
@@ -258,6 +278,32 @@ def test_halving_is_resumed_after_its_last_rung(
     assert trained == ["kd", "kd_rung_2"]
     assert [path.name for path in (tmp_path / "a" / "finished").glob("*.npz")] == ["kd.npz"]
     assert results(tmp_path / "a")["rows"] == results(tmp_path / "whole")["rows"]
+
+
+@pytest.mark.slow
+def test_averages_and_early_stops_are_those_of_distill(tmp_path: Path, file: Path) -> None:
+    """One student, by every path; its file is the student that was scored, and it is logged."""
+    words: list[Any] = ["--data", file, *SHORT, "--seeds", "1", "--ema", "0.5", "--log", "csv"]
+    words += ["--early-stopping", "1", "--epochs", "12", "--lr", "0.1"]
+    assert kdtl("distill", *words, "--temperature", "2", "--out", tmp_path / "distill") == 0
+    wanted = next(r for r in results(tmp_path / "distill")["rows"] if r["method"] == "kd")
+    assert wanted["settings"]["epoch_kept"] < 11
+    for path in ("together", "one-by-one"):
+        out = tmp_path / path
+        assert kdtl("sweep", *words, "--grid", "temperature=2", "--path", path, "--out", out) == 0
+        (row,) = results(out)["rows"]
+        assert row["epochs"] == wanted["settings"]["epoch_kept"]
+        for part in ("validation_accuracy", "test_accuracy"):
+            assert row[part]["values"] == pytest.approx(wanted[part]["values"], abs=1e-6)
+        first, second = (
+            model_files.load(folder / "students" / "kd.safetensors")
+            for folder in (out, tmp_path / "distill")
+        )
+        x = np.random.default_rng(1).normal(size=(9, 5))
+        np.testing.assert_allclose(first.predict(x), second.predict(x), atol=1e-3)
+        with (out / "metrics.csv").open() as lines:
+            methods = [line["method"] for line in csv.DictReader(lines)]
+        assert {*methods} == {"teacher", "kd"} and methods.count("kd") == 24
 
 
 @pytest.mark.slow

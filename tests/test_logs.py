@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from kdtl_jax.recipes import _logs
-from kdtl_jax.recipes.settings import UsageError
 
 LINES = [
     {"method": "kd", "step": 5, "loss": [1.0, 3.0], "learning_rate": 0.1},
@@ -45,5 +44,5 @@ def test_names_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="'wandb' is none of tensorboard, csv"):
         _logs.kinds("csv,wandb")
     monkeypatch.setattr(_logs.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'kdtl_jax\[tensorboard\]'"):
-        _logs.check(("tensorboard",))
+    with pytest.raises(ValueError, match=r"pip install 'kdtl_jax\[tensorboard\]'"):
+        _logs.kinds("tensorboard")

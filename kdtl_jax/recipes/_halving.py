@@ -6,10 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from kdtl_jax import train
 from kdtl_jax.recipes import _finished, _training
-from kdtl_jax.recipes._training import Experiment, Point
+from kdtl_jax.recipes._optimizers import used
+from kdtl_jax.recipes._training import Experiment, Fitted, Point
+from kdtl_jax.run import scores
 from kdtl_jax.train import sweep as sweeps
 
 
@@ -23,8 +26,8 @@ def halved(
     chunk: int | None,
     devices: Sequence[Any] | None,
     finished: _finished.Finished,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Validation, test and loss `[K, S]`, epochs `[K]`, the best setting's classes `[S, N]`.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, Fitted]:
+    """What `Swept` holds: validation, test, loss, epochs, which are complete, the best's students.
 
     A point is a setting with all its seeds: they stay or go together.
     """
@@ -34,21 +37,26 @@ def halved(
 
     def start(point: Point, shared: Any, *held: Any) -> Any:
         states = jax.vmap(lambda seed: learner.start({**point, "seed": seed}, shared))(own)
-        return states, jnp.zeros((seeds,)), jnp.zeros((seeds,))
+        return states, jnp.zeros((seeds, settings.halving)), jnp.zeros((seeds, settings.epochs))
 
     def advance(state: Any, point: Point, shared: Any, validation: Any, test: Any) -> Any:
-        def of_seed(state: train.TrainState, seed: Any) -> Any:
+        def of_seed(state: train.TrainState, curve: Array, losses: Array, seed: Any) -> Any:
             mine = {**point, "seed": seed}
-            state, curve, losses = _training.advance(
+            state, *new = _training.advance(
                 learner, state, mine, shared, shared.arrays, validation,
                 epochs=epochs, batch_size=settings.batch_size,
             )  # fmt: skip
-            return state, curve[-1], losses[-1]
+            # What is new moves in from the end: after the last rung both are full.
+            old = curve[len(new[0]) :], losses[len(new[1]) :]
+            curve, losses = (jnp.concatenate(parts) for parts in zip(old, new, strict=True))
+            return state, curve, losses
 
-        return jax.vmap(of_seed)(state[0], own)
+        states, curves, losses = state
+        return jax.vmap(of_seed)(states, curves, losses, own)
 
     def score(state: Any, point: Point, *_: Any) -> Any:
-        return jnp.where(jnp.isnan(state[1]), -jnp.inf, state[1])  # NaN is "not trained so far"
+        now = state[1][:, -1]
+        return jnp.where(jnp.isnan(now), -jnp.inf, now)  # NaN is "not trained so far"
 
     first = {axis: column[0] for axis, column in columns.items()}
     shapes = jax.eval_shape(lambda point: start(point, shared), first)
@@ -61,13 +69,20 @@ def halved(
     validation = done.scores[rungs - 1, np.arange(count)].reshape(count, seeds)
     validation = np.where(np.isfinite(validation), validation, np.nan)
     test, loss = (np.full((count, seeds), np.nan) for _ in range(2))
-    states, _, losses = done.state
+    states, curves, losses = done.state
 
     def on_test(state: train.TrainState) -> Any:
         logits = learner.logits(state, held[1]["inputs"], shared)
         return learner.judged(logits, held[1]["labels"])
 
-    named, found = jax.jit(jax.vmap(jax.vmap(on_test)))(states)
+    kept = jax.vmap(jax.vmap(used))(states)
+    named, found = jax.jit(jax.vmap(jax.vmap(on_test)))(kept)
     test[done.survivors] = np.asarray(found)
-    loss[done.survivors] = np.asarray(losses)
-    return validation, test, loss, rungs * epochs, np.asarray(named[0])
+    loss[done.survivors] = np.asarray(losses[..., -1])
+    complete = np.isin(np.arange(count), done.survivors)
+    trained = np.repeat(rungs[:, None] * epochs, seeds, axis=1)
+    order = np.sort(done.survivors)
+    best = order[scores.ranked(list(validation[order]))[0]]
+    of_all = Fitted(_training.variables(kept), curves, curves[..., -1], found, named, losses)
+    of_best = _training.pick(of_all, int(np.flatnonzero(done.survivors == best)[0]))
+    return validation, test, loss, trained, complete, of_best

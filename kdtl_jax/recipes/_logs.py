@@ -7,37 +7,44 @@ once. Values by seed are averaged.
 import csv
 import importlib.util
 import io
+import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kdtl_jax import _files
-from kdtl_jax.recipes.settings import UsageError, names
+from kdtl_jax.recipes.settings import names, setting
 from kdtl_jax.run import loop
 
 KINDS = ("tensorboard", "csv")
-HELP = "write the metrics for other tools too: tensorboard, csv"
 KEYS = ("method", "step")
 
 
 def kinds(value: Any) -> tuple[str, ...]:
-    """`parse=` of a setting: some of `tensorboard,csv`."""
+    """`parse=` of a setting: some of `tensorboard,csv`; what TensorBoard needs must be there."""
     if value in (None, "", [], ()):
         return ()
     found = names(value)
     unknown = [name for name in found if name not in KINDS]
     if unknown:
         raise ValueError(f"{unknown[0]!r:.60} is none of {', '.join(KINDS)}")
+    if "tensorboard" in found and importlib.util.find_spec("tensorboardX") is None:
+        raise ValueError("tensorboard: pip install 'kdtl_jax[tensorboard]'")
     return found
 
 
-def check(chosen: Sequence[str]) -> None:
-    """Raises UsageError if TensorBoard's writer is asked for and not installed."""
-    if "tensorboard" in chosen and importlib.util.find_spec("tensorboardX") is None:
-        raise UsageError("--log tensorboard: pip install 'kdtl_jax[tensorboard]'")
+@dataclass(frozen=True)
+class Logged:
+    """A setting of commands that train."""
+
+    log: tuple[str, ...] = setting(
+        (), "write the metrics for other tools too: tensorboard, csv", metavar="NAME,...",
+        parse=kinds,
+    )  # fmt: skip
 
 
 def write(folder: Path, chosen: Sequence[str]) -> None:
@@ -54,6 +61,31 @@ def write(folder: Path, chosen: Sequence[str]) -> None:
         _files.write_atomic(folder / "metrics.csv", text.getvalue().encode())
     if "tensorboard" in chosen:
         _write_events(folder / "tensorboard", lines)
+
+
+def write_curves(
+    folder: Path, learning: Mapping[str, Mapping[str, Sequence[float]]], chosen: Sequence[str]
+) -> None:
+    """`metrics.jsonl` of methods that train in whole programs, their scores and losses by epoch.
+
+    What it holds of others stays. Then `write`.
+    """
+    file = folder / "metrics.jsonl"
+    known = loop.read_metrics(file) if file.exists() else []
+    lines = [line for line in known if line["method"] not in learning]
+    for method, curve in learning.items():
+        for name, values in curve.items():
+            if name == "epoch":
+                continue
+            is_loss = name == "loss"  # of every epoch; scores are of those in "epoch"
+            epochs = range(1, len(values) + 1) if is_loss else curve["epoch"]
+            key = name if is_loss else f"eval/{name}"
+            lines += [
+                _files.as_json({"step": epoch, "method": method, key: value})
+                for epoch, value in zip(epochs, values, strict=True)
+            ]
+    _files.write_atomic(file, "".join(f"{json.dumps(x)}\n" for x in lines).encode())
+    write(folder, chosen)
 
 
 def _averaged(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,8 +83,9 @@ class Kept:
         group="training",
     )  # fmt: skip
     early_stopping: int | None = setting(
-        None, "stop after so many epochs without a better mean validation accuracy, and give back "
-        "the best epoch's weights", metavar="PATIENCE", least=1, group="training",
+        None, "stop after so many epochs without a better validation score (in kdtl distill: the "
+        "mean over seeds), and give back the best epoch's weights", metavar="PATIENCE", least=1,
+        group="training",
     )  # fmt: skip
 
 

@@ -231,25 +231,6 @@ def how_it_was_run(folder: Path) -> dict[str, Any]:
     return {**known, "ended": _now(), **{k: v for k, v in settings.items() if k != "command"}}
 
 
-def write_curves(folder: Path, learning: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-    """`metrics.jsonl` of a run that trains in whole programs: scores and losses by epoch."""
-    lines = []
-    for method, curve in learning.items():
-        for name, values in curve.items():
-            if name == "epoch":
-                continue
-            is_loss = name == "loss"  # of every epoch; scores are of those in "epoch"
-            epochs = range(1, len(values) + 1) if is_loss else curve["epoch"]
-            key = name if is_loss else f"eval/{name}"
-            lines += [
-                _files.as_json({"step": epoch, "method": method, key: value})
-                for epoch, value in zip(epochs, values, strict=True)
-            ]
-    _files.write_atomic(
-        folder / "metrics.jsonl", "".join(f"{json.dumps(x)}\n" for x in lines).encode()
-    )
-
-
 def print_table(results: report.Results) -> None:
     """The table of methods, by family."""
     score = results.score

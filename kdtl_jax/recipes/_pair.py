@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from kdtl_jax.datasets import Kind, Splits
 from kdtl_jax.interop import model_files
 from kdtl_jax.methods import Entry, Method, Setup
 from kdtl_jax.objective import TermsFn
-from kdtl_jax.recipes import _measures, _models, _own, _seeds, _tasks, _training
+from kdtl_jax.recipes import _measures, _models, _own, _seeds, _students, _tasks, _training
 from kdtl_jax.recipes._measures import Measure
 from kdtl_jax.recipes._models import About, Network
 from kdtl_jax.recipes._training import Experiment, Point
@@ -252,6 +253,31 @@ def taught(
         trained = _seeds.train_seeds(TEACHER, learner, points, pair.given, run, 0)
     state = trained.state
     return Variables(*_training.pick((state.params, state.model_state), 0)), trained
+
+
+def write(
+    folder: Path,
+    pair: Pair,
+    settings: Any,
+    frozen: Variables,
+    students: Sequence[_students.Student],
+    setup: Setup,
+) -> None:
+    """Writes the teacher's file and one per student.
+
+    Args:
+      folder: of the run.
+      pair: the models.
+      settings: as for `read`, with `types.Data`.
+      frozen: the teacher.
+      students: one per method.
+      setup: with the teacher's head, for methods that predict through connectors.
+    """
+    large, small = (pair.about._replace(model=m) for m in (pair.teacher_text, settings.student))
+    made_of = _students.made_of(folder, settings, "teacher")
+    _models.save(folder / "teacher.safetensors", frozen, large, made_of)
+    made_of = _students.made_of(folder, settings, "student")
+    _students.write(folder, students, small, setup=setup, more=made_of)
 
 
 def build_all(

@@ -7,7 +7,7 @@ method with the best mean validation accuracy. The test split decides nothing.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from kdtl_jax import _files, methods
 from kdtl_jax._types import Variables
@@ -27,6 +27,20 @@ class Student(NamedTuple):
     variables: Variables
     connectors: Any = None  # and memory, where the method predicts through them
     memory: Any = None
+
+
+class Line(Protocol):
+    """A method's line of a table; its settings name the file, where it has one."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+    @property
+    def validation(self) -> report.Interval: ...
+
+
+L = TypeVar("L", bound=Line)
 
 
 def best(
@@ -106,7 +120,7 @@ def write(
         )
 
 
-def note(rows: Sequence[report.Row], baseline: str | None) -> str | None:
+def note(rows: Sequence[Line], baseline: str | None) -> str | None:
     """Which file is which, and which one to take, by validation."""
     if (best := first(rows)) is None:
         return None
@@ -122,13 +136,13 @@ def note(rows: Sequence[report.Row], baseline: str | None) -> str | None:
     )
 
 
-def recommended(rows: Sequence[report.Row]) -> str | None:
+def recommended(rows: Sequence[Line]) -> str | None:
     """The file of the method with the best mean validation accuracy."""
     best = first(rows)
     return None if best is None else str(best.settings["file"])
 
 
-def first(rows: Sequence[report.Row]) -> report.Row | None:
+def first(rows: Sequence[L]) -> L | None:
     """The row of that file; None where no method has one."""
     with_file = [row for row in rows if "file" in row.settings]
     at = scores.best([row.validation.mean for row in with_file])

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdtl_jax.recipes import _evidence, _output
+from kdtl_jax.recipes import _choice, _evidence, _output, _students
 from kdtl_jax.recipes._choice import meant
 from kdtl_jax.recipes._pair import Pair
 from kdtl_jax.run import report, scores
@@ -43,8 +43,14 @@ class Line(NamedTuple):
     setting: dict[str, float]
     validation: report.Interval
     test: report.Interval
-    epochs: int
+    epochs: tuple[int, ...]  # [S], after which a student was left as it is
     complete: bool
+    student: _students.Student | None = None  # of the method's best setting
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its file."""
+        return _students.described(self.student)
 
 
 def lines(outcome: Sweep) -> list[Line]:
@@ -54,7 +60,6 @@ def lines(outcome: Sweep) -> list[Line]:
     """
     found, share = [], _score(outcome).is_share
     for swept in outcome.swept:
-        most = int(swept.epochs.max())
         for k in range(len(swept.epochs)):
             setting = {name: meant(column[k]) for name, column in swept.columns.items()}
             found.append(
@@ -63,13 +68,24 @@ def lines(outcome: Sweep) -> list[Line]:
                     setting,
                     report.interval(swept.validation[k], is_share=share),
                     report.interval(swept.test[k], is_share=share),
-                    int(swept.epochs[k]),
-                    int(swept.epochs[k]) == most,
+                    tuple(swept.epochs[k].tolist()),
+                    bool(swept.complete[k]),
                 )
             )
     order = scores.ranked([line.validation.mean for line in found])
     last = [not math.isfinite(line.validation.mean) for line in found]
-    return [found[i] for i in sorted(order, key=lambda i: (last[i], not found[i].complete))]
+    found = [found[i] for i in sorted(order, key=lambda i: (last[i], not found[i].complete))]
+    for swept in outcome.swept:
+        at = next(i for i, x in enumerate(found) if x.complete and x.method == swept.method)
+        student = _students.best(swept.method, swept.best.kept, found[at].validation.values)
+        found[at] = found[at]._replace(student=student)
+    return found
+
+
+def learning(outcome: Sweep) -> dict[str, dict[str, list[float]]]:
+    """The learning curves of each method's best setting, means over seeds."""
+    epochs, score = outcome.settings.epochs, _score(outcome)
+    return {x.method: _choice.learning_curve(x.best, epochs, score) for x in outcome.swept}
 
 
 def to_json(outcome: Sweep) -> dict[str, Any]:
@@ -82,6 +98,7 @@ def to_json(outcome: Sweep) -> dict[str, Any]:
         "data": {
             "name": splits.train.name,
             **{name: len(part.labels) for name, part in splits._asdict().items()},
+            "recommended": _students.recommended(found),
         },
         "seeds": settings.seeds,
         "epochs": settings.epochs,
@@ -102,6 +119,7 @@ def to_json(outcome: Sweep) -> dict[str, Any]:
         ],
         "rows": [_row(line, score) for line in found],
         "best": _row(found[0], score) if math.isfinite(found[0].validation.mean) else None,
+        "curves": {"learning": learning(outcome)},
         "notes": outcome.notes,
         "environment": report.environment(),
     }
@@ -114,12 +132,12 @@ def to_csv(outcome: Sweep) -> str:
     out = csv.writer(text, lineterminator="\n")
     out.writerow(["method", *axes, "seed", "validation", "test", "loss", "epochs"])
     for swept in outcome.swept:
-        for k, epochs in enumerate(swept.epochs):
+        for k in range(len(swept.epochs)):
             setting = [meant(swept.columns[a][k]) if a in swept.columns else "" for a in axes]
             for seed in range(swept.validation.shape[1]):
                 scores = (swept.validation, swept.test, swept.loss)
                 values = [f"{score[k, seed]:.6g}" for score in scores]
-                out.writerow([swept.method, *setting, seed, *values, int(epochs)])
+                out.writerow([swept.method, *setting, seed, *values, swept.epochs[k, seed]])
     return text.getvalue()
 
 
@@ -154,6 +172,7 @@ def html_page(outcome: Sweep) -> str:
         ),
         report.Section("All settings", [lines_note], [parallel(found, axes, score)]),
         *_heat_maps(outcome),
+        *_curves(outcome),
         *_best_student(outcome, found[0]),
         report.Section("How it ran", outcome.notes, [ran]),
         report.environment_section(),
@@ -165,9 +184,31 @@ def _best_student(outcome: Sweep, best: Line) -> list[report.Section]:
     """What the best setting of all confuses, and where it differs from the teacher."""
     if outcome.pair.measure.kind != "classes" or not math.isfinite(best.test.mean):
         return []
-    named = next(swept.named for swept in outcome.swept if swept.method == best.method)
-    student = _evidence.Named(f"the best setting of {best.method}", named)
+    named = next(swept.best.named for swept in outcome.swept if swept.method == best.method)
+    student = _evidence.Named(f"the best setting of {best.method}", np.asarray(named))
     return _evidence.sections(outcome.pair.splits.test, student, outcome.teacher_named)
+
+
+def _curves(outcome: Sweep) -> list[report.Section]:
+    """Validation and loss of the best settings."""
+    score, found = _score(outcome), learning(outcome)
+    validation = [
+        plots.Line(method, curve["epoch"], curve[f"validation_{score.key}"])
+        for method, curve in found.items()
+    ]
+    losses = [
+        plots.Line(method, range(1, len(curve["loss"]) + 1), curve["loss"])
+        for method, curve in found.items()
+    ]
+    reached = plots.lines(
+        validation, x_axis="epoch", y_axis=f"validation {score.axis}", percent=score.is_share
+    )
+    lost = plots.lines(losses, x_axis="epoch", y_axis="training loss", percent=False)
+    notes = [
+        "Of each method's best setting, mean over seeds. A loss is the method's own: not "
+        "comparable between methods."
+    ]
+    return [report.Section("Learning curves", notes, [reached, lost])]
 
 
 def parallel(
@@ -196,8 +237,7 @@ def _heat_maps(outcome: Sweep) -> list[report.Section]:
         if len(chosen) < 2:
             continue
         across, down = chosen
-        complete = swept.epochs == swept.epochs.max()
-        scores = np.where(complete, swept.validation.mean(axis=1), np.nan)
+        scores = np.where(swept.complete, swept.validation.mean(axis=1), np.nan)
         columns, rows = _binned(varied[across]), _binned(varied[down])
         cells = [
             [
@@ -251,8 +291,8 @@ def print_table(outcome: Sweep) -> None:
     for swept in outcome.swept:
         per = f", {swept.per_call} per call" if swept.path == "together" else ""
         print(f"{swept.method}: {PATHS.get(swept.path, swept.path)}{per}, {swept.seconds:.1f} s")
-    for note in outcome.notes:
-        print(note)
+    for note in (*outcome.notes, _students.note(found, None)):
+        print(note or "no student has a file: none has a finite score")
 
 
 def _cells(line: Line, axes: Sequence[str], score: report.Score) -> list[str]:
@@ -265,13 +305,16 @@ def _cells(line: Line, axes: Sequence[str], score: report.Score) -> list[str]:
 
 
 def _row(line: Line, score: str) -> dict[str, Any]:
+    several = len(set(line.epochs)) > 1
     return {
         "method": line.method,
         "setting": line.setting,
         f"validation_{score}": line.validation._asdict(),
         f"test_{score}": line.test._asdict(),
-        "epochs": line.epochs,
+        "epochs": max(line.epochs),
+        **({"epochs_kept": list(line.epochs)} if several else {}),
         "stopped_early": not line.complete,
+        **line.settings,
     }
 
 

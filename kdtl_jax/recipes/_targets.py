@@ -260,7 +260,7 @@ def train_sources(
     )
     fit = _training.fit(
         learner, epochs=epochs, batch_size=SOURCE_BATCH,
-        keep=lambda state: Variables(state.params, state.model_state),
+        keep=_training.variables,
     )  # fmt: skip
     return sweep.vmap(fit)(_training.points(seeds), data, *held)
 

@@ -18,7 +18,7 @@ import optax
 from jax import Array
 
 from kdtl_jax import augment, objective, train
-from kdtl_jax._types import PyTree
+from kdtl_jax._types import PyTree, Variables
 from kdtl_jax.recipes._optimizers import used
 from kdtl_jax.run import checkpoint, scores
 from kdtl_jax.train import Batch, TrainState
@@ -121,6 +121,11 @@ def in_chunks(fn: Callable[[Any], PyTree], inputs: PyTree, size: int) -> PyTree:
         found = jax.device_get(fn(pick(inputs, rows)))
         parts.append(jax.tree.map(lambda x, n=count - start: x[:n], found))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def variables(state: TrainState) -> Variables:
+    """What is kept of a plain student."""
+    return Variables(state.params, state.model_state)
 
 
 # Many points in one program.

@@ -32,6 +32,7 @@ from kdtl_jax.recipes import _measures as measures
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._finished import NOWHERE, Finished, once, opened
+from kdtl_jax.recipes._logs import Logged, write_curves
 from kdtl_jax.recipes._progress import by_part, shown
 from kdtl_jax.recipes._training import Experiment, Fitted, Point
 from kdtl_jax.recipes.settings import setting
@@ -59,7 +60,7 @@ EXAMPLES = "  kdtl demo --out runs/demo"
 
 
 @dataclass(frozen=True)
-class Settings(types.Resumable):
+class Settings(Logged, types.Resumable):
     """What fixes a run of `kdtl demo`."""
 
     out: str = setting("runs/demo", "the run folder", metavar="FOLDER")
@@ -152,7 +153,7 @@ def run(settings: Settings) -> None:
         about = _models.About(text, CLASSES, scaling, (), shape)
         kept = [student for student in students.values() if student]
         _students.write(folder, kept, about, more=_students.made_of(folder, data, "student"))
-        _output.write_curves(folder, results.learning)
+        write_curves(folder, results.learning, settings.log)
         _output.finish(folder, results)
 
 

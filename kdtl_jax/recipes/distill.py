@@ -56,8 +56,9 @@ EXAMPLES = """
 
 @dataclass(frozen=True)
 class Settings(
-    _pair.Models, _own.Terms, _optimizers.Training, _optimizers.Kept, types.Data, types.Output
-):
+    _pair.Models, _own.Terms, _optimizers.Training, _optimizers.Kept, _logs.Logged, types.Data,
+    types.Output,
+):  # fmt: skip
     """What fixes a run of `kdtl distill`."""
 
     out: str = setting("runs/distill", "the run folder", metavar="FOLDER")
@@ -129,7 +130,6 @@ class Settings(
         None, "epochs between saves; default: only at the end", metavar="N", least=1
     )
     resume: bool = setting(False, "continue the run in --out from its last save")
-    log: tuple[str, ...] = setting((), _logs.HELP, metavar="NAME,...", parse=_logs.kinds)
 
 
 def run(settings: Settings) -> int:
@@ -157,7 +157,6 @@ def run(settings: Settings) -> int:
     entries = _pair.suited(entries, settings, pair.measure)
     inputs, classes = pair.arrays["inputs"], pair.splits.train.classes
     _pair.check_augmentation(settings, pair)
-    _logs.check(settings.log)
     if settings.teacher_cache is not None:
         cache = Path(settings.teacher_cache)
         _caching.check(cache, pair, entries, resume=settings.resume, precision=settings.precision)
@@ -334,14 +333,7 @@ def run(settings: Settings) -> int:
         if jax.process_index() != 0:
             return 1 if failed else 0
 
-        about = pair.about._replace(model=pair.teacher_text)
-        made_of = _students.made_of(folder, settings, "teacher")
-        _models.save(folder / "teacher.safetensors", frozen, about, made_of)
-        about, made_of = (
-            about._replace(model=settings.student),
-            _students.made_of(folder, settings, "student"),
-        )
-        _students.write(folder, students, about, setup=setup, more=made_of)
+        _pair.write(folder, pair, settings, frozen, students, setup)
         sizes = {name: len(part.labels) for name, part in pair.splits._asdict().items()}
         seen = f"{fixed.per_class} per class, drawn anew for every seed"
         data = {

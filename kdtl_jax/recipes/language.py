@@ -23,7 +23,7 @@ from kdtl_jax.recipes import _language_report as of_report
 from kdtl_jax.recipes import _language_steps as steps
 from kdtl_jax.recipes import _language_text as text_rows
 from kdtl_jax.recipes import _language_training as training
-from kdtl_jax.recipes import _output, _progress
+from kdtl_jax.recipes import _logs, _output, _progress
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import sharding
@@ -40,7 +40,7 @@ EXAMPLES = """
 
 
 @dataclass(frozen=True)
-class Settings(types.Output):
+class Settings(_logs.Logged, types.Output):
     """What fixes a run of `kdtl language`."""
 
     out: str = setting("runs/language", "the run folder", metavar="FOLDER")

@@ -34,7 +34,7 @@ from kdtl_jax import _files, train, trees
 from kdtl_jax._types import ModelFn, Params
 from kdtl_jax.interop import huggingface, linen
 from kdtl_jax.models import sentence_embedding
-from kdtl_jax.recipes import _output, _progress
+from kdtl_jax.recipes import _logs, _output, _progress
 from kdtl_jax.recipes import _sentence_training as training
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._lines import read_lines, split, tokenizer
@@ -58,7 +58,7 @@ EXAMPLES = """
 
 
 @dataclass(frozen=True)
-class Settings(types.Output):
+class Settings(_logs.Logged, types.Output):
     """What fixes a run of `kdtl sentences`."""
 
     out: str = setting("runs/sentences", "the run folder", metavar="FOLDER")
@@ -224,7 +224,7 @@ def run(settings: Settings) -> int:
             {},
             notes,
         )
-        _output.write_curves(where.path, learning)
+        _logs.write_curves(where.path, learning, settings.log)
         _output.finish(where.path, results, table(rows))
         print(f"student: {home}" if first is not None else "student: none, every seed diverged")
     return 1 if first is None else 0

@@ -28,6 +28,7 @@ from kdtl_jax.recipes import (
     _defaults,
     _finished,
     _halving,
+    _logs,
     _models,
     _optimizers,
     _output,
@@ -38,9 +39,8 @@ from kdtl_jax.recipes import (
     _training,
 )
 from kdtl_jax.recipes import settings as types
-from kdtl_jax.recipes._training import Experiment, Point
+from kdtl_jax.recipes._training import Experiment, Fitted, Point
 from kdtl_jax.recipes.settings import UsageError, setting
-from kdtl_jax.run import scores
 from kdtl_jax.train import sweep as sweeps
 
 PROBE_STEPS, PROBE_POINTS = 8, 16
@@ -52,7 +52,9 @@ EXAMPLES = """
 
 
 @dataclass(frozen=True)
-class Settings(_pair.Models, _optimizers.Training, types.Data, types.Resumable):
+class Settings(
+    _pair.Models, _optimizers.Training, _optimizers.Kept, _logs.Logged, types.Data, types.Resumable
+):
     """What fixes a run of `kdtl sweep`."""
 
     out: str = setting("runs/sweep", "the run folder", metavar="FOLDER")
@@ -114,9 +116,10 @@ class Swept(NamedTuple):
     columns: dict[str, np.ndarray]  # [K] each, of the axes that the method has
     validation: np.ndarray  # [K, S]
     test: np.ndarray  # [K, S]
-    loss: np.ndarray  # [K, S], of the last epoch
-    epochs: np.ndarray  # [K], trained
-    named: np.ndarray  # [S, N], the classes that the best setting names for the test examples
+    loss: np.ndarray  # [K, S], of the last of its epochs
+    epochs: np.ndarray  # [K, S], after which a student was left as it is
+    complete: np.ndarray  # [K], whether `--halving` left it
+    best: Fitted  # the students of the setting that is best on validation; their `Variables` kept
     path: str
     per_call: int
     seconds: float
@@ -131,6 +134,10 @@ def run(settings: Settings) -> None:
     if settings.epochs % settings.halving:
         raise UsageError(
             f"--halving {settings.halving} must divide the {settings.epochs} epochs of a student."
+        )
+    if settings.halving > 1 and settings.early_stopping is not None:
+        raise UsageError(
+            "--halving stops settings as a whole, --early-stopping one student. Give one of them."
         )
     pair = _pair.read(settings, kinds=KINDS)
     chosen = _pair.suited(chosen, settings, pair.measure)
@@ -170,12 +177,14 @@ def run(settings: Settings) -> None:
     ):
         folder = where.path
         say = _progress.by_part(bar, len(entries) + 1)
-        finished = _finished.opened(folder, where.run, resume=settings.resume, kinds=(Swept,))
+        finished = _finished.opened(
+            folder, where.run, resume=settings.resume, kinds=(Swept, Fitted, Variables)
+        )
         say(f"teacher{'' if pair.given is None else f', from {settings.teacher_weights}'}")
         common = _seeds.Run(
             folder=folder, identity=where.run, resume=settings.resume,
             batch_size=batch_size, arrays=pair.arrays, splits=pair.splits,
-            measure=pair.measure,
+            measure=pair.measure, patience=settings.early_stopping,
         )  # fmt: skip
         tx = tx_of({}, settings.teacher_epochs * (size // batch_size))
         frozen, teacher = _pair.taught(
@@ -208,6 +217,9 @@ def run(settings: Settings) -> None:
             float(teacher.test[0]),
             teacher.named,
         )
+        kept = [line.student for line in _sweep_report.lines(results) if line.student]
+        _pair.write(folder, pair, settings, frozen, kept, setup)
+        _logs.write_curves(folder, _sweep_report.learning(results), settings.log)
         _files.write_json(folder / "results.json", _sweep_report.to_json(results))
         _files.write_atomic(folder / "sweep.csv", _sweep_report.to_csv(results).encode())
         _files.write_atomic(folder / "report.html", _sweep_report.html_page(results).encode())
@@ -264,8 +276,16 @@ def sweep_one(
         )
     each = {axis: np.repeat(column, seeds) for axis, column in columns.items()}
     points = {"seed": np.tile(np.arange(seeds, dtype=np.int32), count), **each}
+    patience = settings.early_stopping
     of_fit: dict[str, Any] = {"batch_size": settings.batch_size}
-    whole = _training.fit(learner, epochs=settings.epochs, **of_fit)
+    of_whole: dict[str, Any] = {
+        "epochs": settings.epochs,
+        "checks": settings.epochs if patience else _training.even_checks(settings.epochs),
+        "keep": _training.variables,
+        "patience": patience,
+        **of_fit,
+    }
+    whole = _training.fit(learner, **of_whole)
     chunk = None
     if settings.memory is not None:
         chunk = sweeps.chunk_for_memory(whole, points, shared, *held, bytes=settings.memory)
@@ -273,9 +293,8 @@ def sweep_one(
     def programs(fit: Any, steps: int | None = None) -> dict[str, Callable[..., Any]]:
         if devices is not None:  # only students that run together can be spread
             return {"together": sweeps.vmap(fit, chunk=chunk, devices=devices)}
-        alone = _training.one_by_one(
-            learner, epochs=1 if steps else settings.epochs, steps=steps, **of_fit
-        )
+        short = {"epochs": 1, "steps": steps, **of_fit}
+        alone = _training.one_by_one(learner, **(of_whole if steps is None else short))
         return {
             "together": sweeps.vmap(fit, chunk=chunk), "mapped": sweeps.map(fit),
             "one-by-one": alone,
@@ -306,12 +325,14 @@ def sweep_one(
         path = "together"
     else:
         fitted = programs(whole)[path](points, shared, *held)
-        shape = (count, seeds)
-        each = (fitted.validation, fitted.test, fitted.losses[:, -1])
-        validation, test, loss = (np.asarray(x, np.float64).reshape(shape) for x in each)
-        best = int(scores.ranked(validation.mean(axis=1))[0])
-        named = np.asarray(fitted.named).reshape(*shape, -1)[best]
-        found = validation, test, loss, np.full(count, settings.epochs), named
+        epochs = np.full(count * seeds, settings.epochs)
+        if fitted.epoch is not None:
+            epochs = np.asarray(fitted.epoch)
+        loss = np.take_along_axis(np.asarray(fitted.losses), epochs[:, None] - 1, axis=1)
+        each = (fitted.validation, fitted.test, loss)
+        validation, test, loss = (np.asarray(x, np.float64).reshape(count, seeds) for x in each)
+        epochs, best = epochs.reshape(count, seeds), _choice.best(fitted, points).fitted
+        found = validation, test, loss, epochs, np.ones(count, bool), best
     per_call = (chunk or count * seeds) if path == "together" else 1
     spent = time.perf_counter() - begun
     return Swept(name, columns, *found, path, per_call, spent, probed)

@@ -57,7 +57,7 @@ A WHERE selects target leaves: a regular expression for the whole path, or glob:
 
 
 @dataclass(frozen=True)
-class Settings(_optimizers.Optimizing, _optimizers.Kept, types.Data, types.Resumable):
+class Settings(_optimizers.Optimizing, _optimizers.Kept, _logs.Logged, types.Data, types.Resumable):
     """What fixes a run of `kdtl transfer`."""
 
     out: str = setting("runs/transfer", "the run folder", metavar="FOLDER")
@@ -128,7 +128,6 @@ class Settings(_optimizers.Optimizing, _optimizers.Kept, types.Data, types.Resum
         1.0, "layer-wise learning-rate decay, e.g. 0.75; 1: none", metavar="DECAY",
         above=0, most=1, group="training",
     )  # fmt: skip
-    log: tuple[str, ...] = setting((), _logs.HELP, metavar="NAME,...", parse=_logs.kinds)
 
 
 def run(settings: Settings) -> int | None:
@@ -136,7 +135,6 @@ def run(settings: Settings) -> int | None:
     if settings.list:
         header = ("method", "label", "paper")
         return _output.list_methods(header, [(m.name, m.label, m.paper) for m in ways.METHODS])
-    _logs.check(settings.log)
     chosen = types.chosen(settings.methods, ways.BY_NAME, "kdtl transfer")
     path, policy = settings.source_weights, types.POLICIES[settings.on_mismatch]
     surgery = Surgery(rename=types.renames(settings.rename), on_mismatch=policy)
@@ -242,8 +240,7 @@ def run(settings: Settings) -> int | None:
             sections=evidence(target.test, found.named, rows) if measure.kind == "classes" else [],
             score=measure.score_name,
         )
-        _output.write_curves(folder, found.learning)
-        _logs.write(folder, settings.log)
+        _logs.write_curves(folder, found.learning, settings.log)
         _output.finish(folder, results)
     return 0
 
