@@ -32,7 +32,11 @@ def test_a_run_writes_students_that_open_and_what_was_measured(tmp_path: Path, t
     out = tmp_path / "run"
     words = ["language", *TINY, "--data", str(text), "--method", "opd,qad", "--out", str(out)]
     words += ["--teacher-cache", str(tmp_path / "cache"), "--cached", "top_k=8"]  # for qad
-    assert cli.main(words) == 0
+    assert cli.main([*words, "--log", "csv"]) == 0
+    table = (out / "metrics.csv").read_text()
+    assert "eval/forward_kl" in table and {"teacher", "opd", "qad"} <= {
+        line.split(",")[0] for line in table.splitlines()
+    }
     found = json.loads((out / "results.json").read_text())
     rows = {row["name"]: row for row in found["rows"]}
     assert list(rows) == ["teacher", "start", "opd", "qad"]

@@ -125,7 +125,8 @@ def test_a_run_from_a_folder_and_a_text(
     text, out = write_text(tmp_path / "lines.txt"), tmp_path / "run"
     more = ["--layers", "0,2", "--steps", "60", "--held-out", "40", "--max-length", "12"]
     command = ["sentences", "--encoder", str(encoder), "--text", str(text)]
-    assert cli.main([*command, "--out", str(out), *more]) == 0
+    assert cli.main([*command, "--out", str(out), "--log", "csv", *more]) == 0
+    assert "copied_distilled" in (out / "metrics.csv").read_text()
     printed = capsys.readouterr().out
     assert "layers_{0,1}/attention/query/kernel" in printed and "sentences/s" in printed
     results = json.loads((out / "results.json").read_text())
