@@ -31,6 +31,7 @@ from kdtl_jax.recipes import (
 )
 from kdtl_jax.recipes._optimizers import Training
 from kdtl_jax.recipes.settings import UsageError
+from kdtl_jax.train import TrainState
 from kdtl_jax.train import sweep as sweeps
 
 BATCH = 16
@@ -332,12 +333,12 @@ def test_a_setting_that_diverges_in_its_last_rung_is_shown_as_such(
     """It came first after the earlier rung; that score must not stand for it."""
 
     def advance(learner: Any, state: Any, point: Any, *rest: Any, **sizes: Any) -> Any:
-        found = jnp.where((point["alpha"] > 0.8) & (state == 1), jnp.nan, point["alpha"])
-        return state + 1, found[None], jnp.zeros((1,))
+        found = jnp.where((point["alpha"] > 0.8) & (state.step == 1), jnp.nan, point["alpha"])
+        return state._replace(step=state.step + 1), found[None], jnp.zeros((1,))
 
     monkeypatch.setattr(_training, "advance", advance)
     learner: Any = SimpleNamespace(
-        start=lambda point, shared: jnp.zeros(()),
+        start=lambda point, shared: TrainState(jnp.zeros(()), {}, {}, None, None, None, None),
         logits=lambda state, inputs, shared: inputs,
         judged=lambda logits, labels: (labels, jnp.float32(0.5)),
     )
@@ -359,8 +360,9 @@ def test_a_setting_that_diverges_in_its_last_rung_is_shown_as_such(
 
     first, stopped, last = found(0.5, 0.9, 0.7)
     assert first.setting["alpha"] == pytest.approx(0.7) and first.complete
-    assert stopped.validation.mean == pytest.approx(0.5) and stopped.epochs == 1
+    assert stopped.validation.mean == pytest.approx(0.5) and stopped.epochs == (1, 1)
     assert last.setting["alpha"] == pytest.approx(0.9) and np.isnan(last.validation.mean)
     only = found(0.5, 0.9)
     assert only[0].setting["alpha"] == pytest.approx(0.5)
-    assert np.isnan(only[1].validation.mean) and only[1].epochs == 2
+    assert np.isnan(only[1].validation.mean) and only[1].epochs == (2, 2)
+    assert only[0].student is None and only[1].student is None and first.student is not None
