@@ -14,6 +14,7 @@ import pytest
 from tiny import SHORT, kdtl, results
 
 from kdtl_jax import datasets
+from kdtl_jax._types import Variables
 from kdtl_jax.cli import main, parse
 from kdtl_jax.datasets import Splits, digits
 from kdtl_jax.interop import model_files
@@ -343,7 +344,7 @@ def test_a_setting_that_diverges_in_its_last_rung_is_shown_as_such(
         judged=lambda logits, labels: (labels, jnp.float32(0.5)),
     )
     held = {"inputs": jnp.zeros((2,)), "labels": jnp.zeros((2,))}
-    shared = sweep.Shared({}, None)
+    shared: Any = sweep.Shared({}, Variables({}))
     settings = SimpleNamespace(seeds=2, epochs=2, halving=2, batch_size=1)
     finished: Any = SimpleNamespace(folder=None)
 

@@ -164,6 +164,7 @@ def test_a_part_of_the_parameters_or_a_second_dot_is_refused() -> None:
     once = dot.scale_by_dot(distill=["match"])
     for tx, message in (
         (optax.masked(once, {"w": False}), "must see every parameter"),
+        (optax.flatten(once), "such as optax.flatten"),
         (optax.partition({"a": once, "b": optax.sgd(0.1)}, {"w": "b"}), "must see every parameter"),
         (optax.chain(once, dot.scale_by_dot(distill=["task"])), "is used once"),
     ):

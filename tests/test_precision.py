@@ -108,6 +108,31 @@ def test_an_overflowing_gradient_only_lowers_the_scale() -> None:
         precision.loss_scaling(TX, factor=1.0)
 
 
+def test_a_skipped_step_leaves_batch_statistics_and_memory_alone() -> None:
+    def model(params: Any, model_state: Any, inputs: Any, *, key: Any = None, train: bool = False):
+        return {"y": inputs @ params}, {**model_state, "mean": jnp.mean(inputs, axis=0)}
+
+    def terms(x: Any) -> Any:
+        return {"y": jnp.sum(jnp.square(x.student["y"]), axis=-1)}, x.student["y"][0]
+
+    tx = precision.loss_scaling(optax.sgd(0.1))
+    step = train.make_step(model, terms, {"y": 1.0}, tx)
+    state = train.init_state(
+        jnp.eye(2),
+        tx,
+        key=jax.random.key(0),
+        model_state={"mean": jnp.zeros(2), "key": jax.random.key(1), "steps": 3},
+        memory=jnp.zeros(2),
+    )
+    state, _ = step(state, {"inputs": jnp.ones((3, 2))})
+    np.testing.assert_array_equal(state.model_state["mean"], np.ones(2))
+    after, _ = step(state, {"inputs": jnp.full((3, 2), jnp.inf)})
+    assert after.opt_state.skipped == 1 and after.model_state["steps"] == 3
+    for one, other in ((after.params, state.params), (after.memory, state.memory)):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(after.model_state["mean"], np.ones(2))
+
+
 def test_float16_learns_where_unscaled_gradients_vanish() -> None:
     """A loss of 1e-7 gives float16 gradients of 0; scaled by 2^15 they survive."""
     model = precision.compute_in(_model, jnp.float16)

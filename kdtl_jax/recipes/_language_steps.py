@@ -269,7 +269,7 @@ def compared(
             programs[decoder.config] = draw, rate
         draw, rate = programs[decoder.config]
         last = {k.removeprefix("eval/"): v for k, v in work.curves[name][-1].items()}
-        about = {"steps": last.pop("step")} if seconds else {}
+        about: dict[str, Any] = {"steps": last.pop("step")} if seconds else {}
         if name in diverged:
             about["diverged"] = diverged[name]
             title += " (diverged)"

@@ -122,7 +122,9 @@ def make_step(
             optimizer, found, state.opt_state, parts.trained, value_fn, scale
         )
         params, connectors = parts.join(optax.apply_updates(parts.trained, updates))
-        model_state, memory = found.carried
+        model_state, memory = precision.unless_skipped(
+            found.carried, carried, opt_state, state.opt_state
+        )
         new = TrainState(
             state.step + 1, params, connectors, opt_state, model_state, memory, state.key
         )

@@ -96,6 +96,12 @@ def scale_by_dot(
                 "parameters by the step's trainable=."
             )
 
+        if jax.tree.structure(updates) != jax.tree.structure(distill_gradient):
+            raise ValueError(
+                "scale_by_dot got another structure of parameters than the step has: what stands "
+                "around it, such as optax.flatten, changes it. Leave that out."
+            )
+
         def moved(gradient: PyTree, velocity: PyTree, decay: float) -> PyTree:
             return jax.tree.map(lambda g, v: g + decay * v, gradient, velocity)
 

@@ -5,6 +5,7 @@ the model. bfloat16 has float32's range and needs no loss scaling; float16 does.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jax import Array
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree
+from kdtl_jax.train._state import like
 
 
 def compute_in(model: ModelFn, dtype: Any) -> ModelFn:
@@ -94,8 +96,8 @@ def loss_scaling(
 
     Steps of this library see the scale in the optimizer's state and multiply the loss by it; what
     else they pass (`value`, `grad`, `distill_gradient`) is not scaled. A gradient or loss that is
-    not finite changes nothing but the scale, divided by `factor`; after `period` good steps the
-    scale is multiplied by it.
+    not finite changes nothing but the scale, divided by `factor`: neither parameters nor batch
+    statistics nor memory. After `period` good steps the scale is multiplied by it.
 
     References:
       Micikevicius et al., Mixed Precision Training, 2018 (1710.03740).
@@ -152,6 +154,14 @@ def loss_scale(opt_state: PyTree) -> Array | None:
             "would see scaled gradients. Write loss_scaling(optax.chain(...))."
         )
     return opt_state.scale if isinstance(opt_state, LossScaleState) else None
+
+
+def unless_skipped(new: PyTree, old: PyTree, after: PyTree, before: PyTree) -> PyTree:
+    """`new`, or `old` where `loss_scaling` skipped the step between two states of an optimizer."""
+    if not isinstance(after, LossScaleState):
+        return new
+    taken = after.skipped == before.skipped
+    return jax.tree.map(partial(jax.lax.select_n, taken), old, like(new, old))
 
 
 def all_finite(tree: PyTree) -> Array:
