@@ -77,12 +77,12 @@ def stacked(parts: Sequence[Dataset]) -> dict[str, Any]:
     """Equally long training sets, one per seed, as arrays `[S, n, ...]` on the device."""
     inputs = np.stack([part.inputs for part in parts])
     labels = np.stack([part.labels for part in parts])
-    return {"inputs": jnp.asarray(inputs), "labels": jnp.asarray(labels)}
+    return jax.device_put({"inputs": inputs, "labels": labels})
 
 
 def held(part: Dataset) -> dict[str, Any]:
     """A held-out split on the device."""
-    return {"inputs": jnp.asarray(part.inputs), "labels": jnp.asarray(part.labels)}
+    return jax.device_put({"inputs": part.inputs, "labels": part.labels})
 
 
 def own_data(point: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:

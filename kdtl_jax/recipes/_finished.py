@@ -56,23 +56,35 @@ def opened(folder: Path, run: str, *, resume: bool, kinds: Sequence[type]) -> Fi
 def once(finished: Finished, name: str, make: Callable[[], Any]) -> tuple[Any, float]:
     """`make()` and the seconds that it took; its stored result where a resumed run has one.
 
-    Arrays come back as NumPy arrays with the same bits.
+    Arrays are NumPy's, from a file or not: rows of them are picked without a program per shape.
     """
+    return begun(finished, name, make)()
+
+
+def begun(
+    finished: Finished, name: str, make: Callable[[], Any]
+) -> Callable[[], tuple[Any, float]]:
+    """`once` in two parts: its programs run from now on, beside others, until it is called."""
     path = None if finished.folder is None else finished.folder / f"{name}.npz"
     if path is not None and finished.resume and path.exists():
         try:
-            return _read(path, finished)
+            stored = _read(path, finished)
+            return lambda: stored
         except Exception as error:  # zipfile, zlib, NumPy and json each have their own
             said = _text.shown(str(error) or type(error).__name__, 200)
             print(f"note: {path} cannot be used ({said}): {name} runs again", file=sys.stderr)
-    begun = time.perf_counter()
-    result = jax.block_until_ready(make())
-    seconds = time.perf_counter() - begun
-    if path is not None:
-        _write(path, finished, result, seconds)
-        for rung in path.parent.glob(f"{name}_rung_*.npz"):
-            rung.unlink()
-    return result, seconds
+    start, running = time.perf_counter(), make()
+
+    def ended() -> tuple[Any, float]:
+        result = jax.device_get(running)
+        seconds = time.perf_counter() - start
+        if path is not None:
+            _write(path, finished, result, seconds)
+            for rung in path.parent.glob(f"{name}_rung_*.npz"):
+                rung.unlink()
+        return result, seconds
+
+    return ended
 
 
 def rungs(finished: Finished, name: str, state: PyTree, last: int) -> sweep.Kept:

@@ -20,7 +20,7 @@ from kdtl_jax.datasets import Dataset, Splits, per_class
 from kdtl_jax.recipes import _choice, _evidence, _models, _optimizers, _tasks, _training
 from kdtl_jax.recipes import _measures as measures
 from kdtl_jax.recipes import _transfer_methods as ways
-from kdtl_jax.recipes._finished import NOWHERE, Finished, once
+from kdtl_jax.recipes._finished import NOWHERE, Finished, begun, once
 from kdtl_jax.recipes._measures import Measure
 from kdtl_jax.recipes._models import Network
 from kdtl_jax.recipes._training import Experiment, Fitted, Point
@@ -267,16 +267,16 @@ def train_sources(
 
 def sources_of(
     net: Network, part: Dataset, *, seeds: int, epochs: int, finished: Finished = NOWHERE
-) -> Source:
-    """Sources to transfer from, whose own scores are not reported."""
+) -> Callable[[], Source]:
+    """Begins to train sources, whose own scores are not reported; waits for them when called."""
     data = _choice.held(part)
     few = {name: x[:1] for name, x in data.items()}
-    fitted, _ = once(
+    ended = begun(
         finished,
         "source",
         lambda: train_sources(net, data, [few, few], seeds=seeds, epochs=epochs),
     )
-    return Source(_models.tree(fitted.kept), True)
+    return lambda: Source(_models.tree(ended()[0].kept), True)
 
 
 def copy(

@@ -12,7 +12,6 @@ validation accuracy over seeds. The test split is used for the final numbers alo
     kdtl demo
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +102,7 @@ def run(settings: Settings) -> None:
         folder = where.path
         say = by_part(bar, len(ORDER) + 1 + len(TARGETS))
         finished = opened(folder, where.run, resume=settings.resume, kinds=(Fitted, Variables))
+        targets = transfer_digits(splits, settings, say, finished)
         rows, learning, alpha, models = distill(splits, settings, say, finished)
         students = {
             row.method: _students.best(
@@ -116,7 +116,7 @@ def run(settings: Settings) -> None:
             for row in rows
         ]
         advice = _students.note(rows, "student_alone")
-        found = transfer_digits(splits, settings, say, finished)
+        found = targets()
         bar.hide()
         order = sorted(rows, key=lambda row: ORDER.index(row.method))
         baselines = {FAMILY: "student_alone", _targets.FAMILY: _targets.BASELINE}
@@ -244,20 +244,14 @@ def distill(
         choice = _choice.best(fitted, points)
         axes = ("learning_rate", "alpha") if len(alphas) > 1 else ("learning_rate",)
         chosen = {axis: choice.setting[axis] for axis in axes}
+        one = _training.pick(choice.fitted.kept.params, 0)
         rows.append(
             measures.row(
-                measures.CLASSES,
-                method,
-                FAMILY,
-                label,
-                _training.pick(choice.fitted.kept.params, 0),
-                choice.fitted,
-                seconds,
+                measures.CLASSES, method, FAMILY, label, one, choice.fitted, seconds,
                 {**fixed, **described, **chosen},
-                targets=splits.test.labels,
-                teacher=teachers.named,
-            )  # fmt: skip
-        )
+                targets=splits.test.labels, teacher=teachers.named,
+            )
+        )  # fmt: skip
         learning[method] = _choice.learning_curve(choice.fitted, settings.epochs)
         models[method] = choice.fitted.kept.params
         if len(alphas) > 1:
@@ -276,11 +270,11 @@ def distill(
         ("kd_scaled", "KD from α × teacher's weights", scaled, both, distilled, None),
     ):
         weights = {"task": task, "kd": kd}
-        train_students(
-            method, label, full, start, weights, described, alphas or settings.alphas
-        )  # fmt: skip
+        train_students(method, label, full, start, weights, described, alphas or settings.alphas)
     say("projected_outputs")
-    rows.append(project(student.apply, selected, data, held, teachers.named, settings.ridges))
+    rows.append(
+        project(student.apply, selected, data, held, teachers.named, settings.ridges, finished)
+    )
     # The same projection learned by gradient on the same target; the hidden layers stay frozen.
     start = {**selected, "head": fresh["head"]}
     train_students(
@@ -333,6 +327,7 @@ def project(
     held: Sequence[Any],
     named_by_teacher: Any,
     ridges: Sequence[float],
+    finished: Finished,
 ) -> report.Row:
     """`y_small = f(x) w`: f the teacher's selected hidden layers, w a ridge fit of its logits."""
 
@@ -348,13 +343,11 @@ def project(
         return Fitted(Variables(params), curve, on_validation, on_test, named, losses)
 
     over_seeds = jax.vmap(measure, in_axes=(0, 0, None))
-    start = time.perf_counter()
-    fitted = jax.block_until_ready(
-        jax.jit(jax.vmap(over_seeds, in_axes=(None, None, 0)))(
-            selected, data, jnp.asarray(ridges, jnp.float32)
-        )
+    program = jax.jit(jax.vmap(over_seeds, in_axes=(None, None, 0)))
+    strengths = np.asarray(ridges, np.float32)
+    fitted, seconds = once(
+        finished, "projected_outputs", lambda: program(selected, data, strengths)
     )
-    seconds = time.perf_counter() - start
     best = int(scores.ranked(np.asarray(fitted.validation).mean(axis=1))[0])
     described = {"gradient_steps": 0, "ridge": ridges[best]}
     label = "Projected outputs, ridge (no gradient step)"
@@ -374,8 +367,8 @@ def transfer_digits(
     settings: Settings,
     say: Callable[[str], None],
     finished: Finished = NOWHERE,
-) -> _targets.Compared:
-    """Sources of 0-4, targets of 5-9."""
+) -> Callable[[], _targets.Compared]:
+    """Begins to train sources of 0-4; the function it returns trains the targets of 5-9."""
     first, second = (
         Splits(*(only_classes(part, range(start, start + 5)) for part in splits))
         for start in (0, 5)
@@ -386,8 +379,7 @@ def transfer_digits(
         *(transfer.on_canvas(part, transfer.CANVAS, seed=1 + i) for i, part in enumerate(second))
     )
     net = _models.network(mlp(TEACHER, 5), jnp.asarray(target.train.inputs[:1]))
-    say("source")
-    source = _targets.sources_of(
+    sources = _targets.sources_of(
         net, source_part, seeds=settings.target_seeds, epochs=settings.teacher_epochs,
         finished=finished,
     )  # fmt: skip
@@ -397,4 +389,10 @@ def transfer_digits(
         strengths=(1e-2,) if settings.quick else None,
     )  # fmt: skip
     chosen = [ways.BY_NAME[name] for name in TARGETS]
-    return _targets.compare(net, target, source, chosen, own, _targets.Surgery(), say, finished)
+
+    def targets() -> _targets.Compared:
+        say("source")
+        surgery = _targets.Surgery()
+        return _targets.compare(net, target, sources(), chosen, own, surgery, say, finished)
+
+    return targets

@@ -173,7 +173,7 @@ def run(settings: Settings) -> int | None:
             source = _targets.sources_of(
                 before, source_part, seeds=settings.seeds, epochs=settings.source_epochs,
                 finished=finished,
-            )  # fmt: skip
+            )()  # fmt: skip
         else:
             source = Source(given, False, source_kind == "classes")
         found = _targets.compare(
