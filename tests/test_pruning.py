@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdtl_jax import losses
+from kdtl_jax import losses, models
 from kdtl_jax.interop import decoders, pruning
 
 CONFIG = {
@@ -83,6 +83,48 @@ def test_silent_channels_are_dropped(tokens: Any):
         lambda path, x: x * (16 / 12) ** 0.5 if "scale" in str(path[-1]) else x, narrow.params
     )
     np.testing.assert_allclose(logits(narrow, scaled), logits(source), atol=1e-4)
+
+
+def test_heads_and_units_are_kept_by_what_they_give_on_a_text():
+    """Recomputed by hand from the residual stream, the attention and the kernels."""
+    source = wide()
+    config, params = source.model.config, source.params
+    probs = "layers_1/attention/probs"
+    names = ("layers_0", probs, *models.unit_names(config))
+    taps = jax.jit(source.model.tap, static_argnums=0)(names, params, TOKENS)[1]
+    layer = jax.tree.map(lambda x: np.asarray(x, np.float64), params["layers_1"])
+
+    def normed(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        return scale * x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-9)
+
+    x = np.asarray(taps["layers_0"], np.float64)
+    y = normed(x, layer["attention_norm"]["scale"])
+    value = (y @ layer["attention"]["value"]["kernel"]).reshape(2, 8, 2, 4).repeat(2, axis=2)
+    heads = np.einsum("bhls,bshd->blhd", np.asarray(taps[probs], np.float64), value)
+    x = x + heads.reshape(2, 8, 16) @ layer["attention"]["out"]["kernel"]
+    y = normed(x, layer["mlp_norm"]["scale"])
+    gate, up = (y @ layer["mlp"][name]["kernel"] for name in ("gate", "up"))
+    units = gate / (1 + np.exp(-gate)) * up
+
+    def score(a: np.ndarray) -> np.ndarray:
+        return np.sqrt((np.abs(a).mean(1) ** 2).sum(0))  # Minitron: positions, then the batch
+
+    each = np.linalg.norm(score(heads), axis=-1)
+    np.testing.assert_allclose(
+        taps["layers_1/attention/heads"], heads.reshape(2, 8, 16), rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(taps["layers_1/mlp/units"], units, rtol=1e-4, atol=1e-5)
+    _, kept = pruning.narrow(source, heads=2, key_heads=2, hidden=5, tokens=TOKENS)
+    best = [2 * g + int(np.argmax(each[2 * g : 2 * g + 2])) for g in range(2)]
+    assert kept.heads[1].tolist() == best
+    assert kept.hidden[1].tolist() == sorted(np.argsort(-score(units))[:5].tolist())
+    _, kept = pruning.narrow(source, heads=2, key_heads=1, tokens=TOKENS)
+    assert kept.key_heads[1].tolist() == [int(np.argmax(each.reshape(2, 2).sum(1)))]
+    # A head whose values are 0 says nothing, whatever its output weights are.
+    for name in ("layers_0", "layers_1"):
+        params[name]["attention"]["value"]["kernel"][:, :4] = 0
+    _, kept = pruning.narrow(source, heads=2, key_heads=1, tokens=TOKENS)
+    assert kept.key_heads.tolist() == [[1], [1]] and kept.shares["heads"] == pytest.approx(1)
 
 
 def test_shapes_that_cannot_be_taken_are_refused():

@@ -61,11 +61,13 @@ def narrow(
 ) -> tuple[PretrainedDecoder, Kept]:
     """A decoder of fewer channels, heads and hidden units; what is kept keeps its order.
 
-    The importance of a hidden unit is the product of the norms of what it reads and writes,
-    `||up_j|| ||gate_j|| ||down_j||`, that of a head the norm of its values times that of its
-    output, `||value_h|| ||out_h||`; each layer keeps its own. Channels are kept for all layers
-    together, by the norm of all weights that read or write them, or by what they carry: the mean of
-    `|x_c| / rms(x)` in the residual stream over `tokens`.
+    By weights, the importance of a hidden unit is the product of the norms of what it reads and
+    writes, `||up_j|| ||gate_j|| ||down_j||`, and that of a head the norm of its values times that
+    of its output, `||value_h|| ||out_h||`; by a text, it is `transforms.importance_by_activation`
+    of what the unit or the head gives there. Each layer keeps its own, and a key head matters as
+    much as the heads that share it do together. Channels are kept for all layers together, by the
+    norm of all weights that read or write them, or by what they carry: the mean of `|x_c| / rms(x)`
+    in the residual stream over the text.
 
     Args:
       source: the wide decoder.
@@ -73,7 +75,8 @@ def narrow(
       heads: query heads, the same number for every key head.
       key_heads: heads of keys and values; None keeps all, or as many as there are heads.
       hidden: units of the feed-forward.
-      tokens: int `[B, L]`, a text on which channels are measured; None goes by weights.
+      tokens: int `[B, L]`, a text on which all importances are measured, B pieces of it without
+        padding; None goes by weights.
 
     Returns:
       The decoder and what was kept of the wide one.
@@ -137,16 +140,10 @@ def _chosen(source: PretrainedDecoder, asked: dict[str, int], tokens: Array | No
     rows: dict[str, list[np.ndarray]] = {"heads": [], "key_heads": [], "hidden": []}
     whole_sum, kept_sum = dict.fromkeys(rows, 0.0), dict.fromkeys(rows, 0.0)
     per = whole.heads // whole.key_heads
+    text = None if tokens is None else _of_text(source, tokens)
     for i in range(whole.layers):
-        layer = params[f"layers_{i}"]
-        mlp, attention = layer["mlp"], layer["attention"]
-        units = _norm(mlp["down"]["kernel"], 0) * _norm(mlp["up"]["kernel"], 1)
-        if "gate" in mlp:
-            units = units * _norm(mlp["gate"]["kernel"], 1)
-        out = _norm(attention["out"]["kernel"], 0).reshape(whole.heads, whole.head_width)
-        value = _norm(attention["value"]["kernel"], 1).reshape(whole.key_heads, whole.head_width)
-        each = np.sqrt((out**2).sum(-1)).reshape(whole.key_heads, per)
-        each = each * np.sqrt((value**2).sum(-1))[:, None]
+        each, units = _of_weights(whole, params[f"layers_{i}"]) if text is None else text[i]
+        each = each.reshape(whole.key_heads, per)
         groups = _top(each.sum(axis=1), asked["key_heads"])
         inside = [_top(each[g], asked["heads"] // asked["key_heads"]) + g * per for g in groups]
         found = {
@@ -164,6 +161,36 @@ def _chosen(source: PretrainedDecoder, asked: dict[str, int], tokens: Array | No
     shares |= {name: kept_sum[name] / max(whole_sum[name], 1e-30) for name in rows}
     stacked = {name: np.stack(found) for name, found in rows.items()}
     return Kept(channels=own, shares=shares, **stacked)
+
+
+def _of_weights(whole: DecoderConfig, layer: Params) -> tuple[np.ndarray, np.ndarray]:
+    """Importance of a layer's heads `[heads]` and hidden units `[hidden]`."""
+    mlp, attention = layer["mlp"], layer["attention"]
+    units = _norm(mlp["down"]["kernel"], 0) * _norm(mlp["up"]["kernel"], 1)
+    if "gate" in mlp:
+        units = units * _norm(mlp["gate"]["kernel"], 1)
+    out = _norm(attention["out"]["kernel"], 0).reshape(whole.heads, whole.head_width)
+    value = _norm(attention["value"]["kernel"], 1).reshape(whole.key_heads, whole.head_width)
+    of_value = np.repeat(np.sqrt((value**2).sum(-1)), whole.heads // whole.key_heads)
+    return np.sqrt((out**2).sum(-1)) * of_value, units
+
+
+def _of_text(source: PretrainedDecoder, tokens: Array) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The same of every layer by what heads and units give on a text."""
+    config = source.model.config
+    names = models.unit_names(config)
+
+    @jax.jit
+    def scores(params: Params, tokens: Array) -> list[Array]:
+        _, found = source.model.tap(names, params, tokens)
+        widths = {"attention/heads": config.head_width, "mlp/units": 1}
+        return [
+            transforms.importance_by_activation(found[name], inner=widths[name.split("/", 1)[1]])
+            for name in names
+        ]
+
+    each = [np.asarray(x) for x in scores(source.params, tokens)]
+    return list(zip(each[::2], each[1::2], strict=True))
 
 
 def _channels(source: PretrainedDecoder, tokens: Array | None) -> np.ndarray:

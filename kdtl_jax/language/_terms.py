@@ -47,13 +47,15 @@ def model(
         `lambda p: lora.apply(p.base, p.weights)`, or a fake quantization.
       taps: what else joins the outputs under its name: `r"layers_(2|5)"` are the outputs
         `[B, L, width]` of two layers, `"tokens"` what enters the first,
-        `"layers_2/attention/probs"` a layer's attention `[B, heads, L, L]`.
+        `"layers_2/attention/probs"` a layer's attention `[B, heads, L, L]`; all of
+        `models.decoder(config).tap`.
 
     Raises:
       ValueError: for a tap that matches nothing.
     """
     of = decoder.config
-    names = {name: name for name in (*models.tap_names(of), *models.attention_names(of))}
+    every = (*models.tap_names(of), *models.attention_names(of), *models.unit_names(of))
+    names = {name: name for name in every}
     masks = [trees.mask(names, tap) for tap in taps]
     chosen = [name for name in names if any(mask[name] for mask in masks)]
 

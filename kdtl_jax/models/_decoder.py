@@ -74,8 +74,10 @@ class Tap(Protocol):
 
     For losses on features and draft models: `"tokens"` is what enters the first layer and
     `"layers_3"` what leaves the fourth, before the last norm, `[B, L, width]`;
-    `"layers_3/attention/probs"` are its attention probabilities, `[B, heads, L, L]` in float32.
-    Names are static; the other arguments and `hidden` are those of `apply`.
+    `"layers_3/attention/probs"` are its attention probabilities, `[B, heads, L, L]` in float32,
+    `"layers_3/attention/heads"` what its heads give, `[B, L, heads * head_width]`, and
+    `"layers_3/mlp/units"` its hidden units, `[B, L, hidden]`, both as the output projections read
+    them. Names are static; the other arguments and `hidden` are those of `apply`.
 
     Raises:
       ValueError: for a name that the decoder does not have.
@@ -142,10 +144,13 @@ def decoder(
         segments: Array | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         known = {name: i for i, name in enumerate(tap_names(config))}
-        layers = {name: i for i, name in enumerate(attention_names(config))}
+        layers = {
+            name: int(name.split("/")[0].removeprefix("layers_"))
+            for name in (*attention_names(config), *unit_names(config))
+        }
         if strange := [name for name in names if name not in known | layers]:
             raise ValueError(f"a decoder has the taps {[*known, *layers]}, got {strange}.")
-        # What enters a layer gives its attention.
+        # What enters a layer gives what is within.
         places = tuple((known | layers)[name] for name in names)
         hidden, _, states = _apply(
             config, params, tokens, positions, segments, None, dtype, remat_policy, places
@@ -155,9 +160,12 @@ def decoder(
             where = places_of(*_placed(tokens, positions, segments, None), None)
             for name in found.keys() & layers.keys():
                 weights, kind = _of_layer(config, params, layers[name])
-                found[name] = _decoder_layer.attention_probs(
-                    config, found[name], weights, kind, where
-                )
+                given = config, found[name], weights, kind, where
+                part = name.split("/", 1)[1]
+                if part == "attention/probs":
+                    found[name] = _decoder_layer.attention_probs(*given)
+                else:
+                    found[name] = _decoder_layer.inner(*given)[part]
         return hidden, found
 
     def head(params: Params) -> Head:
@@ -177,6 +185,12 @@ def tap_names(config: DecoderConfig) -> tuple[str, ...]:
 def attention_names(config: DecoderConfig) -> tuple[str, ...]:
     """What `Decoder.tap` gives beside `tap_names`: `"layers_0/attention/probs"`, …"""
     return tuple(f"layers_{i}/attention/probs" for i in range(config.layers))
+
+
+def unit_names(config: DecoderConfig) -> tuple[str, ...]:
+    """The last of `Decoder.tap`: `"layers_0/attention/heads"`, `"layers_0/mlp/units"`, …"""
+    parts = ("attention/heads", "mlp/units")
+    return tuple(f"layers_{i}/{part}" for i in range(config.layers) for part in parts)
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:

@@ -72,17 +72,26 @@ def layer(
     slots: Slots | None,
 ) -> tuple[Array, Slots | None]:
     """One layer: attention, then feed-forward, each with its residual."""
-    pre = config.has_pre_norms
-    y = normalized(config.norm, x, weights["attention_norm"]) if pre else x
+    y = _before(config, x, weights, "attention_norm")
     y, filled = _attention(config, y, weights["attention"], own, places, slots)
+    x = _added(config, x, y, weights, "attention")
+    y = _units(config, _before(config, x, weights, "mlp_norm"), weights["mlp"])
+    return _added(config, x, y, weights, "mlp"), filled
+
+
+OUTPUTS = {"attention": "out", "mlp": "down"}
+
+
+def _before(config: DecoderConfig, x: Array, weights: Params, norm: str) -> Array:
+    return normalized(config.norm, x, weights[norm]) if config.has_pre_norms else x
+
+
+def _added(config: DecoderConfig, x: Array, y: Array, weights: Params, part: str) -> Array:
+    """What enters a part's output projection, projected and added to the residual."""
+    y = _dense(y, weights[part][OUTPUTS[part]])
     if config.has_post_norms:
-        y = normalized(config.norm, y, weights["attention_post_norm"])
-    x = x + y
-    y = normalized(config.norm, x, weights["mlp_norm"]) if pre else x
-    y = _feed_forward(config, y, weights["mlp"])
-    if config.has_post_norms:
-        y = normalized(config.norm, y, weights["mlp_post_norm"])
-    return x + y, filled
+        y = normalized(config.norm, y, weights[f"{part}_post_norm"])
+    return x + y
 
 
 def _attention(
@@ -93,6 +102,7 @@ def _attention(
     places: Places,
     slots: Slots | None,
 ) -> tuple[Array, Slots | None]:
+    """The heads' results side by side, before they are projected."""
     batch, length, _ = x.shape
     query, key, value = _projected(config, x, weights, own, places)
     if slots is not None:
@@ -108,17 +118,28 @@ def _attention(
         )
     visible = places.visible & (places.distance < own.window)
     y = _attend(config, query, key.astype(query.dtype), value.astype(query.dtype), visible)
-    return _dense(y.reshape(batch, length, -1), weights["out"]), slots
+    return y.reshape(batch, length, -1), slots
 
 
 def attention_probs(
     config: DecoderConfig, x: Array, weights: Params, own: Kind, places: Places
 ) -> Array:
     """Attention probabilities `[B, heads, L, L]` of a layer that `x` enters."""
-    y = normalized(config.norm, x, weights["attention_norm"]) if config.has_pre_norms else x
+    y = _before(config, x, weights, "attention_norm")
     query, key, _ = _projected(config, y, weights["attention"], own, places)
     probs = _probs(config, query, key, places.visible & (places.distance < own.window))
     return probs.reshape(len(x), config.heads, *probs.shape[-2:])
+
+
+def inner(
+    config: DecoderConfig, x: Array, weights: Params, own: Kind, places: Places
+) -> dict[str, Array]:
+    """What the two output projections of a layer read that `x` enters."""
+    y = _before(config, x, weights, "attention_norm")
+    heads, _ = _attention(config, y, weights["attention"], own, places, None)
+    x = _added(config, x, heads, weights, "attention")
+    units = _units(config, _before(config, x, weights, "mlp_norm"), weights["mlp"])
+    return {"attention/heads": heads, "mlp/units": units}
 
 
 def _projected(
@@ -190,14 +211,15 @@ def _rotated(arrays: tuple[Array, Array], own: Kind, places: Places) -> tuple[Ar
     return turned(arrays[0]), turned(arrays[1])
 
 
-def _feed_forward(config: DecoderConfig, x: Array, weights: Params) -> Array:
+def _units(config: DecoderConfig, x: Array, weights: Params) -> Array:
+    """The hidden units `[B, L, hidden]`."""
     if config.fuses_gate:
         gate, up = jnp.split(_dense(x, weights["gate_up"]), 2, axis=-1)
     elif config.is_gated:
         gate, up = _dense(x, weights["gate"]), _dense(x, weights["up"])
     else:
-        return _dense(config.activation(_dense(x, weights["up"])), weights["down"])
-    return _dense(config.activation(gate) * up, weights["down"])
+        return config.activation(_dense(x, weights["up"]))
+    return config.activation(gate) * up
 
 
 def _dense(x: Array, weights: Mapping[str, Array]) -> Array:
