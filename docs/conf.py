@@ -7,8 +7,23 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "kdtl_jax"
 author = "The kdtl_jax authors"
-extensions = ["myst_parser", "equations", "generated", "cards"]
-exclude_patterns = ["_build", "_ext"]
+extensions = ["myst_parser", "sphinx_gallery.gen_gallery", "equations", "generated", "cards"]
+exclude_patterns = ["_build", "_ext", "notebooks"]
+# Scripts that run when the site is built, and are shown with their plots.
+sphinx_gallery_conf = {
+    "examples_dirs": "notebooks",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"\.py$",
+    "within_subsection_order": "FileNameSortKey",
+    "image_scrapers": ("figures.svg",),
+    "reset_modules": ("matplotlib", "figures.style"),
+    "abort_on_example_error": True,
+    "show_signature": False,
+    "write_computation_times": False,
+    "remove_config_comments": True,
+    "doc_module": ("kdtl_jax",),
+    "reference_url": {"kdtl_jax": None},
+}
 myst_enable_extensions = ["colon_fence", "dollarmath", "deflist"]
 myst_heading_anchors = 3
 html_theme = "furo"

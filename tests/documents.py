@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
-GENERATED = ("_build", "_ext", "api", "methods", "commands")
+GENERATED = ("_build", "_ext", "api", "methods", "commands", "gallery")
 # Pages that somebody wrote; the others are made before a build.
 WRITTEN = sorted(
     path

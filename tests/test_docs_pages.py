@@ -176,7 +176,7 @@ def test_figures_without_their_command_are_found() -> None:
         "demo-dark.svg",
         "demo-light.svg",
     ]
-    assert unmade_figures(text.replace("gallery/demo.py", "gallery/other.py"))
+    assert unmade_figures(text.replace("docs/demo_chart.py", "docs/other.py"))
     assert unmade_figures("```{image} _static/temperatures.svg\n```") == ["temperatures.svg"]
 
 

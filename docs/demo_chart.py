@@ -1,8 +1,8 @@
 """Accuracy of every method of `kdtl demo`, from the run's results, for light or for dark pages.
 
 kdtl demo
-python docs/gallery/demo.py runs/demo/results.json docs/_static/demo-light.svg
-python docs/gallery/demo.py runs/demo/results.json docs/_static/demo-dark.svg dark
+python docs/demo_chart.py runs/demo/results.json docs/_static/demo-light.svg
+python docs/demo_chart.py runs/demo/results.json docs/_static/demo-dark.svg dark
 """
 
 import json
