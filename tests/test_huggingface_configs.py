@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdtl_jax.interop import huggingface, safetensors
+from kdtl_jax.interop import huggingface, naming, safetensors
 
 FOLDERS = Path(__file__).parent / "data" / "huggingface"
 TOKENS = jnp.arange(3, 9, dtype=jnp.int32)[None]
@@ -78,7 +78,8 @@ def test_hostile_numbers_are_one_clear_error(tmp_path: Path, family: str, key: s
         ("bert", {"pruned_heads": {"0": [1]}}, "'pruned_heads'"),
         ("vit", {"pooler_act": "mish"}, "pooler_act = 'mish'; the activation 'mish' is not built"),
         ("vit", {"image_size": [8]}, "image_size = .*expected a positive integer, or two"),
-        ("vit", {"image_size": 9}, "image_size 9 x 9 is not a multiple of patch_size"),
+        ("vit", {"image_size": 3}, r"image_size \[3, 3\] is smaller than patch_size"),
+        ("vit", {"image_size": 9}, r"positions: source\[1, 17, 12\] does not fit"),
         ("resnet_basic", {"depths": [1]}, "must have one entry per stage each"),
         ("resnet_basic", {"layer_type": "wide"}, "layer_type = 'wide'"),
         ("bert", {"architectures": "BertModel"}, "architectures = BertModel; expected names"),
@@ -227,3 +228,33 @@ def test_images_of_another_grid_are_refused():
         ValueError, match="grid of 1 x 4 patches, but the positions belong to 2 x 2"
     ):
         jax.eval_shape(source.model, source.params, None, jnp.zeros((1, 4, 8, 3)))
+
+
+def test_pixels_that_no_patch_covers_change_nothing(tmp_path: Path):
+    whole = huggingface.load(FOLDERS / "vit")
+    source = huggingface.load(edited(tmp_path, "vit", image_size=18))  # as SigLIP's 384 by 14
+    assert source.module == whole.module.clone(unseen=(2, 2))
+    images = jax.random.normal(jax.random.key(0), (1, 18, 18, 3))
+    with jax.numpy_rank_promotion("allow"):
+        ours, _ = source.model(source.params, None, images)
+        want, _ = whole.model(whole.params, None, images[:, :16, :16])
+    np.testing.assert_allclose(ours["logits"], want["logits"], atol=1e-6)
+    with pytest.raises(ValueError, match="divisible by 4 after 2 and 2 pixels are left out"):
+        jax.eval_shape(source.model, source.params, None, images[:, :16, :16])
+
+
+def test_a_second_head_that_is_left_out_leaves_the_name_too(tmp_path: Path):
+    named = {"bert_language": "BertForPreTraining", "gpt2": "GPT2DoubleHeadsModel", "t5": "T5Model"}
+    written_as = []
+    for family, name in named.items():
+        source = huggingface.load(edited(tmp_path, family, architectures=[name]))
+        config = huggingface.described(source.config, naming.to_torch(source.params, source.rules))
+        written_as += config["architectures"]
+    assert written_as == ["BertForMaskedLM", "GPT2LMHeadModel", "T5EncoderModel"]
+
+
+def test_t5_feed_forward_layers_of_every_name(tmp_path: Path):
+    source = huggingface.load(
+        edited(tmp_path, "t5", feed_forward_proj="silu", dense_act_fn=None, is_gated_act=None)
+    )
+    assert source.module.activation is jax.nn.silu and not source.module.is_gated

@@ -233,15 +233,16 @@ def _product(shape: Sequence[int]) -> int:
 def _set_architecture(
     out: dict[str, Any], family: Family, head: Head | None, tensors: Mapping[str, Any]
 ) -> None:
-    named = set(out.get("architectures") or [])
-    if head is not None and named & set(head.architectures):
-        return
+    """Names the class of a body with this head and nothing else.
+
+    A class that has more (a second head, a decoder) is not what is written then: transformers
+    would draw the rest at random.
+    """
     if head is not None and any(rule.torch in tensors for rule in head.rules):
         out["architectures"] = [head.architectures[0]]
-        return
-    known = {name for each in family.heads for name in each.architectures}
-    if any("For" in name or name in known for name in named):  # a head that is not written
-        out["architectures"] = [family.base]
+    elif out.get("architectures"):
+        is_tied = head is not None and set(head.architectures) & set(out["architectures"])
+        out["architectures"] = [head.architectures[0] if is_tied else family.base]
 
 
 def _set_labels(out: dict[str, Any], classes: int) -> None:

@@ -24,8 +24,9 @@ from kdtl_jax.interop.naming import Rule, conv1d, linear
 
 def _t5(v: dict[str, Any], found: Found) -> models.T5Encoder:
     kind = v["feed_forward_proj"]
-    name = {"relu": "relu", "gated-gelu": "gelu_new", "gated-silu": "silu"}[kind]
-    if v["dense_act_fn"] not in (None, name) or v["is_gated_act"] not in (None, kind != "relu"):
+    is_gated, name = kind.startswith("gated-"), kind.removeprefix("gated-")
+    name = "gelu_new" if kind == "gated-gelu" else name
+    if v["dense_act_fn"] not in (None, name) or v["is_gated_act"] not in (None, is_gated):
         raise ValueError(
             f"config.json: feed_forward_proj = {kind!r} contradicts dense_act_fn or is_gated_act."
         )
@@ -38,13 +39,14 @@ def _t5(v: dict[str, Any], found: Found) -> models.T5Encoder:
         hidden=v["d_ff"],
         buckets=v["relative_attention_num_buckets"],
         most=v["relative_attention_max_distance"],
-        is_gated=kind != "relu",
+        is_gated=is_gated,
         activation=activation_named(name),
         norm_epsilon=v["layer_norm_epsilon"],
         dropout=v["dropout_rate"],
     )
 
 
+_T5_KINDS = ("relu", "gelu", "silu", "gated-relu", "gated-gelu", "gated-silu")
 _block = "encoder.block.{i}.layer"
 _attention = f"{_block}.0.SelfAttention"
 
@@ -68,7 +70,7 @@ t5 = Family(
         count("relative_attention_max_distance", 128, most=1 << 20),
         share("dropout_rate", 0.1),
         epsilon("layer_norm_epsilon", 1e-6),
-        choice("feed_forward_proj", "relu", "gated-gelu", "gated-silu"),
+        choice("feed_forward_proj", *_T5_KINDS),
         as_given("dense_act_fn"),
         as_given("is_gated_act"),
         choice("is_decoder", False),
@@ -252,6 +254,9 @@ def _deberta(v: dict[str, Any], found: Found) -> models.Deberta:
         )
     if v["pooler_hidden_size"] not in (None, v["hidden_size"]):
         raise ValueError("config.json: pooler_hidden_size must be the hidden_size.")
+    heads = check_heads(v["hidden_size"], v["num_attention_heads"])
+    if v["attention_head_size"] not in (None, v["hidden_size"] // heads):
+        raise ValueError("config.json: attention_head_size must be hidden_size / heads.")
     most = v["max_relative_positions"]
     most = v["max_position_embeddings"] if most < 1 else most
     span = v["position_buckets"] if v["position_buckets"] > 0 else most
@@ -259,7 +264,7 @@ def _deberta(v: dict[str, Any], found: Found) -> models.Deberta:
         vocabulary=v["vocab_size"],
         width=v["hidden_size"],
         layers=v["num_hidden_layers"],
-        heads=check_heads(v["hidden_size"], v["num_attention_heads"]),
+        heads=heads,
         hidden=v["intermediate_size"],
         positions=v["max_position_embeddings"] if v["position_biased_input"] else None,
         types=v["type_vocab_size"],
@@ -272,6 +277,7 @@ def _deberta(v: dict[str, Any], found: Found) -> models.Deberta:
         norms_positions=v["norm_rel_ebd"] == "layer_norm",
         window=v["conv_kernel_size"],
         window_activation=v["conv_act"],
+        window_groups=v["conv_groups"],
         embedding_width=v["embedding_size"],
         classes=found.classes("sequence"),
         token_classes=found.classes("token"),
@@ -305,6 +311,7 @@ deberta = Family(
         epsilon("layer_norm_eps", 1e-7),
         share("hidden_dropout_prob", 0.1),
         share("attention_probs_dropout_prob", 0.1),
+        optional(count("attention_head_size")),
         flag("relative_attention", False),
         flag("position_biased_input", True),
         flag("share_att_key", False),
@@ -314,7 +321,7 @@ deberta = Family(
         as_given("pos_att_type"),
         count("conv_kernel_size", 0, least=0),
         activation("conv_act", "tanh"),
-        choice("conv_groups", 1),
+        count("conv_groups", 1),
         activation("pooler_hidden_act", "gelu"),
         optional(count("pooler_hidden_size")),
         share("pooler_dropout", 0.0),

@@ -29,15 +29,16 @@ def image(v: dict[str, Any]) -> Any:
     return jax.ShapeDtypeStruct((1, height, width, v["num_channels"]), jnp.float32)
 
 
-def grid_of(v: dict[str, Any]) -> tuple[int, int]:
-    """Patches per column and per row."""
-    (height, width), (high, wide) = v["image_size"], v["patch_size"]
-    if height % high or width % wide:
+def grid_of(v: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Patches per column and per row, and the pixels at the end of each that none covers."""
+    pairs = list(zip(v["image_size"], v["patch_size"], strict=True))
+    if any(side < patch for side, patch in pairs):
         raise ValueError(
-            f"config.json: image_size {height} x {width} is not a multiple of patch_size "
-            f"{high} x {wide}."
+            f"config.json: image_size {list(v['image_size'])} is smaller than patch_size "
+            f"{list(v['patch_size'])}."
         )
-    return height // high, width // wide
+    (high, down), (wide, right) = (divmod(side, patch) for side, patch in pairs)
+    return {"grid": (high, wide), "unseen": (down, right)}
 
 
 def one_or_two(sizes: tuple[int, int]) -> int | tuple[int, int]:
@@ -75,7 +76,7 @@ def _vit(v: dict[str, Any], found: Found) -> models.ViT:
         heads=check_heads(v["hidden_size"], v["num_attention_heads"]),
         hidden=v["intermediate_size"],
         patch=one_or_two(v["patch_size"]),
-        grid=grid_of(v),
+        **grid_of(v),
         classes=found.classes("image"),
         has_pooler=found.has("pooler.dense.weight"),
         pooled_activation=v["pooler_act"],
@@ -171,7 +172,7 @@ def _dinov2(v: dict[str, Any], found: Found) -> models.Dinov2:
         heads=check_heads(v["hidden_size"], v["num_attention_heads"]),
         hidden=hidden,
         patch=one_or_two(v["patch_size"]),
-        grid=grid_of(v),
+        **grid_of(v),
         classes=found.classes("image"),
         is_gated=v["use_swiglu_ffn"],
         activation=v["hidden_act"],
@@ -264,7 +265,7 @@ def _tower_of(v: dict[str, Any]) -> dict[str, Any]:
         "heads": check_heads(v["hidden_size"], v["num_attention_heads"]),
         "hidden": v["intermediate_size"],
         "patch": one_or_two(v["patch_size"]),
-        "grid": grid_of(v),
+        **grid_of(v),
         "activation": v["hidden_act"],
         "norm_epsilon": v["layer_norm_eps"],
         "attention_dropout": v["attention_dropout"],

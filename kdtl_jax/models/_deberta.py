@@ -4,6 +4,7 @@ Inputs are those of `Bert`. Outputs: `last_hidden` `[B, L, width]`, and with a h
 `layers_0` …, `layers_0/attention/probs`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from kdtl_jax.models._blocks import (
     Activation,
     FeedForward,
     attend,
+    check_length,
     gelu,
     layer_norm,
     token_inputs,
@@ -49,7 +51,8 @@ class Deberta(nn.Module):
       buckets: if positive, distances are log-spaced buckets up to `most`.
       by_key, by_query: whether positions meet the queries ("c2p"), and the keys ("p2c").
       shares_projections: whether positions are projected by the layer's own key and query.
-      window: of a convolution beside the first layer; 0: none.
+      window: of a convolution beside the first layer; 0: none. `window_groups` of its channels are
+        convolved apart.
     """
 
     vocabulary: int
@@ -68,6 +71,7 @@ class Deberta(nn.Module):
     norms_positions: bool = False
     window: int = 0
     window_activation: Activation = jnp.tanh
+    window_groups: int = 1
     embedding_width: int | None = None
     classes: int | None = None
     token_classes: int | None = None
@@ -97,6 +101,7 @@ class Deberta(nn.Module):
         table = nn.Embed(self.vocabulary, width, name="tokens")
         x = table(tokens)
         if self.positions is not None:
+            check_length(tokens, self.positions)
             x = x + nn.Embed(self.positions, width, name="positions")(jnp.arange(length))[None]
         if self.types:
             types = jnp.zeros_like(tokens) if types is None else types
@@ -111,12 +116,18 @@ class Deberta(nn.Module):
             if self.norms_positions:
                 relative = layer_norm(self.norm_epsilon, "relative_norm")(relative)
         layout = Layout(*(getattr(self, name) for name in Layout._fields))
+        if self.window:
+            groups = self.window_groups
+            conv = nn.Conv(self.width, (self.window,), feature_group_count=groups, name="conv")
+            y = self.window_activation(drop(self.dropout, masked(conv(first))))
+            norm = layer_norm(self.norm_epsilon, "conv_norm")
+
+            def beside(x: Array) -> Array:
+                return masked(norm(x + y))
+
         for i in range(self.layers):
-            x = DebertaLayer(layout, name=f"layers_{i}")(x, where, relative, train)
-            if i == 0 and self.window:
-                y = nn.Conv(self.width, (self.window,), name="conv")(first)
-                y = self.window_activation(drop(self.dropout, masked(y)))
-                x = masked(layer_norm(self.norm_epsilon, "conv_norm")(x + y))
+            more = beside if i == 0 and self.window else None
+            x = DebertaLayer(layout, name=f"layers_{i}")(x, where, relative, train, more)
         outputs = {"last_hidden": x}
         rate = self.dropout if self.head_dropout is None else self.head_dropout
         if self.classes is not None:
@@ -140,14 +151,23 @@ class DebertaLayer(nn.Module):
     layout: Layout
 
     @nn.compact
-    def __call__(self, x: Array, where: Array | None, relative: Array | None, train: bool) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        where: Array | None,
+        relative: Array | None,
+        train: bool,
+        beside: Callable[[Array], Array] | None,
+    ) -> Array:
         m = self.layout
         drop = nn.Dropout(m.dropout, deterministic=not train)
         places = None if relative is None else drop(relative)
         y = DisentangledAttention(m, name="attention")(x, where, places, train)
         x = layer_norm(m.norm_epsilon, "attention_norm")(x + drop(y))
         y = FeedForward(m.hidden, m.activation, name="mlp")(x)
-        return layer_norm(m.norm_epsilon, "mlp_norm")(x + drop(y))
+        x = layer_norm(m.norm_epsilon, "mlp_norm")(x + drop(y))
+        # Within the layer, so that its tap is the hidden state that transformers returns.
+        return x if beside is None else beside(x)
 
 
 class DisentangledAttention(nn.Module):

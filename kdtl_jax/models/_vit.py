@@ -87,6 +87,8 @@ class ViT(nn.Module):
       grid: patches per column and per row that the positions were learned for; an image with
         another grid is refused, also where it has as many patches. None: the first image decides
         how many there are.
+      unseen: rows at the bottom and columns at the right that no patch covers (SigLIP cuts 27
+        patches of 14 out of 384 pixels).
       pooler_width: None is `width`.
       has_distillation_token: DeiT's second token, after the class token.
       has_distillation_head: a second classifier, which reads that token.
@@ -105,6 +107,7 @@ class ViT(nn.Module):
     dropout: float = 0.0
     attention_dropout: float = 0.0
     grid: tuple[int, int] | None = None
+    unseen: tuple[int, int] = (0, 0)
     pooled_activation: Activation = jnp.tanh
     pooler_width: int | None = None
     has_distillation_token: bool = False
@@ -112,7 +115,7 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool = False) -> dict[str, Array]:
-        patch = check_images(inputs, self.patch, self.grid)
+        patch = check_images(inputs, self.patch, self.grid, self.unseen)
         embeddings = ViTEmbeddings(
             self.width, patch, self.has_distillation_token, name="embeddings"
         )
@@ -196,11 +199,12 @@ class Dinov2(nn.Module):
     dropout: float = 0.0
     attention_dropout: float = 0.0
     grid: tuple[int, int] | None = None
+    unseen: tuple[int, int] = (0, 0)
     registers: int = 0
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool = False) -> dict[str, Array]:
-        patch = check_images(inputs, self.patch, self.grid)
+        patch = check_images(inputs, self.patch, self.grid, self.unseen)
         x = ViTEmbeddings(self.width, patch, name="embeddings")(inputs)
         if self.registers:
             shape = (1, self.registers, self.width)
@@ -272,10 +276,11 @@ class ClipVision(nn.Module):
     norm_epsilon: float = 1e-5
     attention_dropout: float = 0.0
     grid: tuple[int, int] | None = None
+    unseen: tuple[int, int] = (0, 0)
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool = False) -> dict[str, Array]:
-        patch = check_images(inputs, self.patch, self.grid)
+        patch = check_images(inputs, self.patch, self.grid, self.unseen)
         x = TowerEmbeddings(self.width, patch, True, name="embeddings")(inputs)
         x = layer_norm(self.norm_epsilon, "first_norm")(x)
         x = in_turn(pre_norm(self), self.layers, x, train)
@@ -329,10 +334,11 @@ class SiglipVision(nn.Module):
     norm_epsilon: float = 1e-6
     attention_dropout: float = 0.0
     grid: tuple[int, int] | None = None
+    unseen: tuple[int, int] = (0, 0)
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool = False) -> dict[str, Array]:
-        patch = check_images(inputs, self.patch, self.grid)
+        patch = check_images(inputs, self.patch, self.grid, self.unseen)
         x = TowerEmbeddings(self.width, patch, False, name="embeddings")(inputs)
         x = layer_norm(self.norm_epsilon, "norm")(in_turn(pre_norm(self), self.layers, x, train))
         outputs = {"last_hidden": x}
@@ -351,17 +357,25 @@ def pre_norm(module: Any) -> Callable[..., nn.Module]:
 
 
 def check_images(
-    images: Array, patch: int | tuple[int, int], grid: tuple[int, int] | None
+    images: Array,
+    patch: int | tuple[int, int],
+    grid: tuple[int, int] | None,
+    unseen: tuple[int, int] = (0, 0),
 ) -> tuple[int, int]:
-    """The patch's height and width; raises ValueError unless images divide into the grid."""
+    """The patch's height and width; raises ValueError unless images divide into the grid.
+
+    `unseen` rows and columns at the end are left over.
+    """
     height, width = (patch, patch) if isinstance(patch, int) else patch
-    if images.ndim != 4 or images.shape[1] % height or images.shape[2] % width:
+    rest = tuple(images.shape[i + 1] - unseen[i] for i in (0, 1)) if images.ndim == 4 else ()
+    if not rest or rest[0] % height or rest[1] % width:
         sides = f"{height}" if height == width else f"{height} and {width}"
+        less = f" after {unseen[0]} and {unseen[1]} pixels are left out" if any(unseen) else ""
         raise ValueError(
-            f"images must be [B, H, W, C] with sides divisible by {sides}, got "
+            f"images must be [B, H, W, C] with sides divisible by {sides}{less}, got "
             f"{list(images.shape)}. Resize them, or resample the patch embedding."
         )
-    came = (images.shape[1] // height, images.shape[2] // width)
+    came = (rest[0] // height, rest[1] // width)
     if grid is not None and came != tuple(grid):
         raise ValueError(
             f"images {list(images.shape)} have a grid of {came[0]} x {came[1]} patches, but the "
