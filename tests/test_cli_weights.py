@@ -12,8 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 from tiny import kdtl, results, write_data
 
-from kdtl_jax import datasets, models
-from kdtl_jax.interop import huggingface, networks
+from kdtl_jax import datasets, models, trees
+from kdtl_jax.interop import huggingface, model_files, networks, safetensors
 from kdtl_jax.recipes import _models, _weights
 from kdtl_jax.recipes.settings import UsageError
 
@@ -41,11 +41,62 @@ def test_a_hugging_face_folder_teaches(tmp_path: Path, capsys: pytest.CaptureFix
     teacher = results(out)["rows"][0]
     wanted = np.mean(np.argmax(logits, -1) == test.labels)
     assert teacher["test_accuracy"]["values"] == [pytest.approx(wanted)]
-    assert "copy of" in _refusal(out / "teacher.safetensors", tmp_path / "d.npz", capsys)
+    file = out / "teacher.safetensors"
+    assert f"Give it: model=huggingface.load('{folder}').module" in _refusal(
+        file, tmp_path / "d.npz", capsys
+    )
+    module = huggingface.load(folder).module
+    again = model_files.load(file, model=module).predict(test.inputs)
+    np.testing.assert_allclose(again, logits, atol=1e-5)
     assert kdtl("predict", out / "students" / "kd.safetensors", tmp_path / "d.npz") == 0
     capsys.readouterr()
     assert kdtl(*words, "--teacher", "mlp:8", "--out", tmp_path / "other") == 2
     assert "says itself what model it is" in capsys.readouterr().err
+
+
+def test_a_hugging_face_folder_becomes_a_model_of_other_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The body is copied, the head is new; the file is used with the folder."""
+    rng, y = np.random.default_rng(0), np.arange(40) % 3
+    images = rng.integers(0, 100, (40, 16, 16, 3)) + 40 * y[:, None, None, None]
+    np.savez(tmp_path / "d.npz", x=images.astype(np.uint8), y=y)
+    data, out = tmp_path / "d.npz", tmp_path / "run"
+    shutil.copytree(VIT, tmp_path / "vit")
+    words = ["transfer", "--data", data, "--source-weights", tmp_path / "vit", "--seeds", 1]
+    words += ["--methods", "copied_head_only", "--epochs", 1, "--lr", 0.01, "--out", out]
+    assert kdtl(*words) == 0
+    found = results(out)
+    assert any("new in the target: head (5 outputs there, 3 here)" in x for x in found["notes"])
+    student, known = out / "students" / "copied_head_only.safetensors", huggingface.load(VIT)
+    stored = safetensors.load(student)
+    assert stored["head/kernel"].shape == (12, 3)
+    body = {k: x for k, x in trees.flatten(known.params).items() if not k.startswith("head/")}
+    assert body.keys() | {"head/kernel", "head/bias"} == stored.keys()
+    for path, leaf in body.items():
+        np.testing.assert_array_equal(stored[path], leaf)
+    model = model_files.load(student, model=known.module)
+    assert model.about.preprocessing is not None
+    test = datasets.read_splits(str(data), preprocessing=model.about.preprocessing).test
+    score = np.mean(model.predict(test.inputs).argmax(-1) == test.labels)
+    (row,) = found["rows"]
+    assert row["test_accuracy"]["values"] == [pytest.approx(score)]
+    assert "Give it" in _refusal(student, data, capsys)
+    words = [student, data, "--model", f"{tmp_path / 'vit'}/", "--out", tmp_path / "scores.json"]
+    assert kdtl("evaluate", *words) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["accuracy"] == pytest.approx(score)
+    # As a teacher it keeps its own classes.
+    with pytest.raises(ValueError, match="head/kernel.*for these classes"):
+        net = _models.described(f"huggingface:{VIT}", 3, test.inputs[:1])
+        _models.load_variables(str(VIT), net, test.inputs[:1])
+
+
+def test_a_body_without_a_head_gets_one() -> None:
+    folder = VIT.parent / "vit_rectangles"
+    sides = huggingface.load(folder).config["image_size"]
+    net = _models.described(f"huggingface:{folder}", 3, jnp.zeros((1, *sides, 3)))
+    head = _models.abstract(net, jnp.zeros((1, *sides, 3))).params["head"]
+    assert head["kernel"].shape[-1] == 3
 
 
 def _refusal(student: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> str:

@@ -198,7 +198,8 @@ def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = N
     Args:
       path: a file that `save` has written, as `kdtl distill` and `kdtl transfer` do.
       model: for a file of a model of one's own, what `own.network` takes: the class or factory
-        itself. A file never has anything imported.
+        itself; for that of a Hugging Face folder the folder's module. A file never has anything
+        imported or read beside it.
       shape: of one input, for a file that does not say it (those of earlier versions); without it
         the first batch tells.
 
@@ -212,15 +213,15 @@ def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = N
             f"{path} holds weights, but does not say of which model: it is no file that kdtl "
             "distill or kdtl transfer wrote. Name one of a run's students/*.safetensors."
         )
-    if found.model.startswith("huggingface:"):
-        raise ValueError(
-            f"{path} is a copy of {found.model.removeprefix('huggingface:')}, which "
-            "interop.huggingface.load reads."
-        )
     if is_own(found.model) and model is None:
         raise ValueError(
             f"{path} is of {found.model}, a model of your own. Give it: model= here, --model on "
             "the command line."
+        )
+    if (folder := hugging_face_of(found.model)) and model is None:
+        raise ValueError(
+            f"{path} is of the model of the Hugging Face folder {folder}. Give it: "
+            f"model=huggingface.load({folder!r}).module here, --model {folder} on the command line."
         )
     found = found._replace(shape=found.shape or (None if shape is None else tuple(shape)))
     built: dict[tuple[int, ...], Callable[[Array], Array]] = {}
@@ -272,6 +273,11 @@ def in_batches(
     return np.concatenate(parts)
 
 
+def hugging_face_of(text: str) -> str | None:
+    """The folder in `huggingface:FOLDER`, a model's text; None for others."""
+    return text.removeprefix("huggingface:") if text.startswith("huggingface:") else None
+
+
 def is_own(text: str) -> bool:
     """Whether a model's text names a file of Python, as in `my_model.py:Net`."""
     return ".py:" in text
@@ -285,7 +291,9 @@ def _built(
     example = jnp.zeros((1, *shape), jnp.float32)
     try:
         dtype = None if "precision" not in metadata else jnp.dtype(metadata["precision"])
-        if is_own(found.model):
+        if is_folder := hugging_face_of(found.model) is not None:
+            model = model.clone(classes=found.classes)  # it may have been trained for others
+        if is_folder or is_own(found.model):
             net = own.network(model, classes=found.classes, example=example, dtype=dtype)
         else:
             net = networks.network(models.named(found.model, found.classes), example, dtype=dtype)

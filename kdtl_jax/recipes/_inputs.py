@@ -12,11 +12,17 @@ from kdtl_jax import _files, _text, datasets
 from kdtl_jax.datasets import Dataset
 from kdtl_jax.interop import model_files
 from kdtl_jax.interop.model_files import Model
-from kdtl_jax.recipes import _own
+from kdtl_jax.recipes import _own, _weights
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import record
 
 PARTS = ("train", "validation", "test")
+
+
+def source(value: Any) -> str | None:
+    """`parse=` of a setting: a file of one's own with a name in it, or a Hugging Face folder."""
+    is_folder = isinstance(value, str) and _weights.is_hugging_face(value)
+    return value if is_folder else _own.checked(value)
 
 
 @dataclass(frozen=True)
@@ -27,8 +33,8 @@ class Trained:
         None, "a model's file, such as students/kd.safetensors of a run", positional=True
     )
     model: str | None = setting(
-        None, "the source of a model of your own, as FILE.py:NAME; only this file is imported",
-        metavar="FILE.py:NAME", parse=_own.checked,
+        None, "the source of a model of your own, as FILE.py:NAME; only this file is imported. Or "
+        "the Hugging Face folder whose model it is", metavar="FILE.py:NAME", parse=source,
     )  # fmt: skip
 
 
@@ -100,8 +106,12 @@ def model_of(settings: Any) -> Model:
     shape = getattr(settings, "shape", None)
     if settings.model is None:
         return model_files.load(settings.student, shape=shape)
-    if known is None or Path(known).name != Path(settings.model).name:
+    held = known and (model_files.hugging_face_of(known) or known)
+    if not held or Path(held).name != Path(settings.model).name:
         raise UsageError(f"--model: {settings.student} holds {known}, not {settings.model}.")
+    if _weights.is_hugging_face(settings.model):
+        module = _weights.pretrained(settings.model).module
+        return model_files.load(settings.student, model=module)
     found = model_files.load(settings.student, model=_own.imported(settings.model))
     now = record.made_from({"source": _own.file_of(settings.model)}).files["source"]
     if found.metadata.get("source_sha256") not in (None, now):

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from kdtl_jax import _files, models, transforms
+from kdtl_jax import _files, models, transforms, trees
 from kdtl_jax._types import Params, Variables
 from kdtl_jax.datasets import Kind, Preprocessing, Splits, prepared, read_splits, scaled, summary
 from kdtl_jax.interop import model_files, own, safetensors
@@ -63,7 +63,8 @@ def described(text: str, classes: int, example: Any, *, dtype: Any = None) -> Ne
       ValueError: if it is no model, or does not take such inputs; a file of the user's by its name.
     """
     if text.startswith(_weights.HUGGING_FACE):
-        return network(_weights.pretrained(text).module, example, dtype=dtype)
+        made = _weights.pretrained(text).module.clone(classes=classes)
+        return network(made, example, dtype=dtype)
     if not model_files.is_own(text):
         return network(module(text, classes), example, dtype=dtype)
     found = _own.imported(text)
@@ -80,16 +81,16 @@ def load_variables(path: str, net: Network, example: Any) -> Variables:
       OSError: if the file cannot be read.
       ValueError: naming each leaf that is missing, extra, of another shape, or not finite.
     """
-    if _weights.is_hugging_face(path):
-        found = _weights.pretrained(path)
-        params, state = jax.tree.map(np.asarray, (found.params, found.model_state))
-        record.check_finite(path, params)
-        return Variables(params, state)
-    if not _weights.is_orbax(path):
+    of_folder = trees.flatten(load_tree(path)) if _weights.is_hugging_face(path) else None
+    if of_folder is None and not _weights.is_orbax(path):
         return model_files.load_variables(path, net, example)
     template = abstract(net, example)
     try:
-        stored = jax.tree.map(np.array, _weights.from_orbax(path, tree(template)))
+        if of_folder is None:
+            stored = _weights.from_orbax(path, tree(template))
+        else:
+            stored = safetensors.fill(tree(template), of_folder)
+        stored = jax.tree.map(np.array, stored)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error} Does it hold this model, for these classes?") from None
     record.check_finite(path, stored)

@@ -29,7 +29,7 @@ from kdtl_jax.run import report
 from kdtl_jax.train import sweep
 
 FAMILY, BASELINE = "transfer", "scratch"
-HEADS = r"(params/)?head/.*"
+HEADS = rf"(params/)?{ways.HEAD}"
 SOURCE_RATE, SOURCE_BATCH = 3e-3, 64
 
 

@@ -19,7 +19,8 @@ from kdtl_jax.objective import Inputs
 from kdtl_jax.recipes._models import Network
 from kdtl_jax.train import finetune
 
-HEAD, BODY = "head/.*", r"(?!head/).*"
+HEADS = ("head", "distillation_head")  # DeiT has both
+HEAD, BODY = "(distillation_)?head/.*", "(?!(distillation_)?head/).*"
 
 
 class Case(NamedTuple):
@@ -60,8 +61,8 @@ def modules_by_depth(params: Params) -> list[str]:
     def rank(name: str) -> tuple[int, Any]:
         if name.startswith(("stem", "embed", "pos", "cls")):
             return 0, trees.natural_key(name)
-        if name == "head":
-            return 3, ()
+        if name in HEADS:
+            return 3, trees.natural_key(name)
         return (2 if "norm" in name or name == "pooler" else 1), trees.natural_key(name)
 
     return sorted(params, key=rank)
@@ -188,7 +189,7 @@ _lora = transforms.lora(rank=8, alpha=8.0)
 
 def _lora_start(params: Params, key: Array) -> Params:
     def is_kernel(path: str, leaf: Any) -> bool:
-        return jnp.ndim(leaf) >= 2 and not path.startswith("head/")
+        return jnp.ndim(leaf) >= 2 and path.split("/")[0] not in HEADS
 
     base, weights = _lora.init(key, params, where=is_kernel)
     return {"base": base, "adapter": weights}
@@ -225,7 +226,7 @@ def _mixout(case: Case, params: Params, key: Array | None) -> tuple[Params, Arra
     if key is None:
         return params, None
     key, draw = jax.random.split(key)
-    body = {name: leaf for name, leaf in params.items() if name != "head"}
+    body = {name: leaf for name, leaf in params.items() if name not in HEADS}
     source = {name: case.copied.params[name] for name in body}
     return {**params, **transforms.mixout(draw, body, source, rate=0.5)}, key
 
@@ -245,11 +246,11 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         "bitfit", "Biases and head alone (BitFit)", "Ben Zaken et al., 2106.10199",
-        trainable=r"head/.*|.*bias",
+        trainable=f"{HEAD}|.*bias",
     ),
     Method(
         "lora", "LoRA of rank 8, and the head", "Hu et al., 2106.09685",
-        trainable=r"adapter/.*|base/head/.*",
+        trainable=f"adapter/.*|base/{HEAD}",
         start=_lora_start, finish=_merged,
         apply=_on(lambda case, params, key: (_merged(params), key)),
     ),

@@ -60,12 +60,13 @@ def pretrained(text: str) -> Pretrained:
     """The model that `huggingface:FOLDER` names.
 
     Raises:
-      ValueError: if it is no classifier of one array of inputs.
+      ValueError: if its model takes no head for classes of its own.
     """
     folder = text.removeprefix(HUGGING_FACE)
     found = huggingface.load(folder)
-    if "id2label" not in found.config and "num_labels" not in found.config:
-        raise ValueError(f"{folder}: its config.json names no classes: it is no classifier.")
+    if not hasattr(found.module, "classes"):
+        kind = _text.quoted(found.config["model_type"])
+        raise ValueError(f"{folder}: a model of the type {kind} takes no head for classes here.")
     return found
 
 

@@ -17,6 +17,7 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
+from kdtl_jax import transforms
 from kdtl_jax._types import Variables
 from kdtl_jax.datasets import KINDS, Dataset, Kind, Preprocessing, Splits, only_classes
 from kdtl_jax.interop import model_files
@@ -34,6 +35,7 @@ from kdtl_jax.recipes import (
     _students,
     _targets,
     _tasks,
+    _training,
 )
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import settings as types
@@ -152,6 +154,8 @@ def run(settings: Settings) -> int | None:
     given = None if path is None else _models.load_tree(path)
     if path is not None:
         record.check_finite(path, given)
+        if _targets.source_head(given) is None and settings.methods == ways.DEFAULT:
+            chosen = [method for method in chosen if not method.needs_source_head]
     files = {"data": settings.data, **({} if path is None else {"source_weights": path})}
     files |= {"student": _own.file_of(text)} if model_files.is_own(text) else {}
     with (
@@ -222,8 +226,7 @@ def run(settings: Settings) -> int | None:
             found.learning,
             {},
             [
-                f"Source: {where}; {100 * found.surgery.fraction:.1f} % of the target's parameters "
-                "are copied from it.",
+                f"Source: {where}; {copied(found.surgery, source, classes)}",
                 f"Target: {outputs}; {len(target.validation.labels)} validation and "
                 f"{len(target.test.labels)} test examples. Learning rate and strength are chosen "
                 "on validation; the test split is not used to choose.",
@@ -243,6 +246,17 @@ def run(settings: Settings) -> int | None:
         _logs.write_curves(folder, found.learning, settings.log)
         _output.finish(folder, results)
     return 0
+
+
+def copied(surgery: transforms.Report, source: Source, outputs: int) -> str:
+    """How much of a target is its source's, and which of its modules are new."""
+    paths = [path.removeprefix("params/") for path in surgery.sizes.keys() - surgery.transferred]
+    new = ", ".join(sorted({path.split("/")[0] for path in paths}))
+    first = _training.pick(source.tree, 0) if source.is_per_seed else source.tree
+    head = _targets.source_head(first)
+    had = "" if head is None else f" ({head['kernel'].shape[-1]} outputs there, {outputs} here)"
+    share = f"{100 * surgery.fraction:.1f} % of the target's parameters are copied from it"
+    return f"{share}; new in the target: {new}{had}." if new else f"{share}."
 
 
 def evidence(
