@@ -36,6 +36,8 @@ def made() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def pages(made: dict[str, str]) -> dict[str, str]:
     """Every page by its path below docs/, written and generated."""
+    notebooks = ["index", *(path.stem for path in (DOCS / "notebooks").glob("*.py"))]
+    made = made | {f"gallery/{name}.md": "" for name in notebooks}  # by sphinx-gallery
     return {str(path.relative_to(DOCS)): path.read_text() for path in WRITTEN} | made
 
 
