@@ -152,6 +152,17 @@ def test_a_folder_is_the_bytes_that_were_written(tmp_path: Path) -> None:
     (folder / "chat_template.jinja").write_text("from a file")
     assert language.tokenizer(folder / "tokenizer.json").chat_template == "from a file"
     assert "chat_template.jinja" in decoders.TOKENIZER_FILES
+    # Padding and truncation that a file asks for would change texts behind one's back.
+    asked = json.loads((folder / "tokenizer.json").read_text())
+    padding = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+    cut = {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    for about in ({"truncation": cut}, {"padding": padding}):
+        (folder / "tokenizer.json").write_text(json.dumps({**asked, **about}))
+        plain = language.tokenizer(folder)
+        assert plain.encode("four") == list(b"four") == plain.framed("four", 9)
+        assert plain.framed("four", 2) == BYTES.framed("four", 2) == list(b"fo")
+    language.write_byte_tokenizer(folder)
     assert language.tokenizer(folder).fingerprint == found.fingerprint != BYTES.fingerprint
 
 

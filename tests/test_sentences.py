@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdtl_jax import cli, models, train
+from kdtl_jax import cli, language, models, train
 from kdtl_jax.interop import _hf_encoders, huggingface, linen, naming, safetensors
 from kdtl_jax.objective import Inputs
 from kdtl_jax.recipes import _lines, _output, sentences
@@ -145,7 +145,9 @@ def test_a_run_from_a_folder_and_a_text(
     # The student is a folder that the importer, and PyTorch's libraries, read.
     student = huggingface.load(out / "student")
     assert student.module == huggingface.load(encoder).module.clone(layers=2)
-    assert _lines.tokenizer(out / "student")(["cat sees dog"], 4) == [[1, 4, 9, 2]]
+    words = language.tokenizer(out / "student")
+    assert words.framed("cat sees dog", 4) == [1, 4, 9, 2]
+    assert words.encode("cat sees dog") == [4, 9, 5] and words.framed("cat", 4) == [1, 4, 2]
 
     # Students that diverge are shown as such, and what was finished is written all the same.
     def diverged(step: Any, start: Any, *rest: Any) -> Any:
@@ -227,10 +229,12 @@ def test_what_is_missing_is_named(
     assert "expected layers as in 1,3,5" in capsys.readouterr().err
     text = write_text(tmp_path / "lines.txt", 3)
     named = [*command, "--encoder", str(tmp_path), "--text", str(text)]
+    (tmp_path / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert cli.main(named) == 1
     assert "pip install 'kdtl_jax[hub]'" in capsys.readouterr().err
     monkeypatch.undo()
     pytest.importorskip("tokenizers", reason="the hub extra is not installed")
+    (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json does not exist"):
-        _lines.tokenizer(tmp_path)
+        language.tokenizer(tmp_path)

@@ -5,7 +5,7 @@
     tokenizer.decode(ids)
 
 Text is encoded as it is: start and end tokens are added by who makes rows of it, by position, so
-that a padding id that equals the end token hides no end.
+that a padding id that equals the end token hides no end. Encoders read `framed` text.
 """
 
 import hashlib
@@ -28,12 +28,14 @@ class Tokenizer(NamedTuple):
 
     `vocabulary` maps a token's text to its id and `size` is its number of ids (a model's table may
     have more rows). `bos`, `eos` and `pad` are ids or None; `adds_bos` says whether the tokenizer's
-    own rules begin a text with `bos`. `chat_template` is the folder's jinja2 text or None, for
-    `chat`; `special` are the texts of special tokens that templates may name
+    own rules begin a text with `bos`. `framed(text, length)` are at most `length` ids with the
+    start and end tokens of those rules (`[CLS] … [SEP]`). `chat_template` is the folder's jinja2
+    text or None, for `chat`; `special` are the texts of special tokens that templates may name
     (`"bos_token"`, …). Tokenizers of one `fingerprint` give the same ids.
     """
 
     encode: Callable[[str], list[int]]
+    framed: Callable[[str, int], list[int]]
     decode: Callable[[Sequence[int] | np.ndarray], str]
     vocabulary: Mapping[str, int]
     size: int
@@ -57,6 +59,7 @@ def byte_tokenizer() -> Tokenizer:
 
     return Tokenizer(
         encode=lambda text: list(text.encode(errors="replace")),
+        framed=lambda text, length: list(text.encode(errors="replace"))[:length],
         decode=decode,
         vocabulary={text: i for i, text in enumerate(_letters())} | {_END_TEXT: _END},
         size=_END + 1,
@@ -96,6 +99,8 @@ def tokenizer(path: str | Path) -> Tokenizer:
         made = package.Tokenizer.from_str(content.decode())
     except Exception as error:  # the package raises plain Exception
         raise ValueError(f"{file} is not a tokenizer: {quoted(str(error))}.") from None
+    made.no_padding()
+    made.no_truncation()
     about = _object(file.parent / "tokenizer_config.json")
     config = _object(file.parent / "config.json")
     special = {
@@ -118,12 +123,18 @@ def tokenizer(path: str | Path) -> Tokenizer:
     def encode(text: str) -> list[int]:
         return made.encode(text, add_special_tokens=False).ids
 
+    def framed(text: str, length: int) -> list[int]:
+        found = made.encode(text, add_special_tokens=False)
+        found.truncate(max(length - made.num_special_tokens_to_add(False), 0))
+        return made.post_process(found).ids
+
     def decode(ids: Sequence[int] | np.ndarray) -> str:
         return made.decode(list(ids))
 
     bos = id_of("bos")
     return Tokenizer(
         encode=encode,
+        framed=framed,
         decode=decode,
         vocabulary=made.get_vocab(),
         size=made.get_vocab_size(),

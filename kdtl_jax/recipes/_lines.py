@@ -1,7 +1,6 @@
 """Lines of plain text as token ids, in three disjoint parts."""
 
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,32 +30,6 @@ def read_lines(path: str | Path, *, at_least: int = 15) -> list[str]:
         raise ValueError(f"{path}: not UTF-8 text ({error}).") from None
     stripped = (line.strip() for line in text.splitlines())
     return list(dict.fromkeys(line for line in stripped if len(line) >= at_least))
-
-
-def tokenizer(folder: str | Path) -> Callable[[Sequence[str], int], list[list[int]]]:
-    """`encode(lines, max_length) -> ids` by the folder's tokenizer.json.
-
-    Raises:
-      ImportError: without the `tokenizers` package.
-      FileNotFoundError: if the folder has no tokenizer.json.
-    """
-    try:
-        package = importlib.import_module("tokenizers")
-    except ImportError:
-        raise ImportError(
-            "reading tokenizer.json needs the package tokenizers: pip install 'kdtl_jax[hub]'."
-        ) from None
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist.")
-    model = package.Tokenizer.from_file(str(path))
-    model.no_padding()
-
-    def encode(lines: Sequence[str], max_length: int) -> list[list[int]]:
-        model.enable_truncation(max_length)
-        return [encoding.ids for encoding in model.encode_batch(list(lines))]
-
-    return encode
 
 
 def split(

@@ -30,14 +30,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax import _files, train, trees
+from kdtl_jax import _files, language, train, trees
 from kdtl_jax._types import ModelFn, Params
 from kdtl_jax.interop import huggingface, linen
 from kdtl_jax.models import sentence_embedding
 from kdtl_jax.recipes import _logs, _output, _progress
 from kdtl_jax.recipes import _sentence_training as training
 from kdtl_jax.recipes import settings as types
-from kdtl_jax.recipes._lines import read_lines, split, tokenizer
+from kdtl_jax.recipes._lines import read_lines, split
 from kdtl_jax.recipes._training import in_chunks
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import report
@@ -124,16 +124,15 @@ def run(settings: Settings) -> int:
         say("reading")
         read = read_lines(text)
         try:
-            encode = tokenizer(encoder)
+            words = language.tokenizer(encoder)
         except ImportError as error:
             raise RuntimeError(str(error)) from None
-        config = _files.read_json(encoder / "config.json")
         lines = split(
-            encode(read, settings.max_length),
+            [words.framed(line, settings.max_length) for line in read],
             validation=max(4, 2 * settings.held_out // 5),
             test=settings.held_out,
             batch_size=settings.batch_size,
-            padding=config.get("pad_token_id") or 0,
+            padding=words.pad or 0,
         )
 
         # The teacher, and a student that takes some of its layers.
