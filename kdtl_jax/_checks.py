@@ -139,7 +139,7 @@ def several_classes(**logits: Any) -> None:
 
 
 def no_text(**labels: Any) -> None:
-    """Raises TypeError for what is no array, and for arrays of text."""
+    """Raises TypeError for what is not an array, and for arrays of text."""
     for name, array in labels.items():
         if isinstance(array, jax.Array):
             continue

@@ -112,7 +112,7 @@ def is_bool_tree(where: Selector) -> bool:
     """Whether a selector is a tree of bools, callable (an Equinox module) or not.
 
     Raises:
-      ValueError: if it is no selector at all.
+      ValueError: if it is not a selector at all.
     """
     if isinstance(where, (str, Glob)):
         return False

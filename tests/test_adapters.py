@@ -197,7 +197,7 @@ def test_oft_rotates_exactly() -> None:
     q = q - q.T
     rotation = (np.eye(4) + q) @ np.linalg.inv(np.eye(4) - q)
     np.testing.assert_allclose(after, rotation @ np.asarray(before), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="no multiple of block_size=4"):
+    with pytest.raises(ValueError, match="not a multiple of block_size=4"):
         transforms.oft(4).init(jax.random.key(0), params(), where="layers/kernel")
 
 

@@ -91,7 +91,7 @@ def test_a_teacher_of_other_shapes_is_named_leaf_by_leaf(
     ("text", "message"),
     [
         ("epoch: 3\n", "unknown key 'epoch'; did you mean epochs"),
-        ("methods: [kd, nothing]\n", "'nothing' is no method"),
+        ("methods: [kd, nothing]\n", "'nothing' is not a method"),
         ("loss_weights: {kd: much}\n", "term=number"),
         ("data: {a: 1}\n", "expected text, got"),
         ("temperature: 0\n", "above 0"),

@@ -123,7 +123,7 @@ def test_a_model_a_loss_and_a_method_of_ones_own(room: Path, capsys: Captured) -
         ("--loss", "my_loss.py", "expected FILE.py:NAME"),
         ("--method", "my_loss.py:squares", "missing 1 required positional argument"),
         ("--student", "my_loss.py:kd", "kd needs student_logits, teacher_logits"),
-        ("--student", "my_model:Net", "is no model"),
+        ("--student", "my_model:Net", "is not a model"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_in_one_line(

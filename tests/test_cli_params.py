@@ -240,7 +240,7 @@ def test_bad_slices(words: list[str], code: int, says: str, capsys: Any) -> None
         (["average", A, B, "--weights", "1,-1"], "their sum, a divisor, is 0"),
         (["merge", A, B, "--method", "fisher"], "one --statistics per model"),
         (["scale", A, "--rule", "head"], "expected SELECTOR=VALUE"),
-        (["scale", A, "--rule", "head/.*=x"], "'x' is no value"),
+        (["scale", A, "--rule", "head/.*=x"], "'x' is not a value"),
         (["transfer", A, B, "--rename", "a"], "REGEX=>NAME"),
         (["scale"], "name SOURCE"),
         (["scale", A, "--alpa", "2"], "did you mean --alpha"),

@@ -67,7 +67,7 @@ def test_peft_folders_are_merged_as_they_say(is_dora: bool) -> None:
         ({"head/kernel/a": (4, 2)}, None, "has ['a'], not a and b"),
         ({"hed/kernel/a": (4, 2), "hed/kernel/b": (2, 3)}, None, "nearest: ['head/kernel'"),
         ({"head/kernel/a": (5, 2), "head/kernel/b": (2, 3)}, {}, "does not fit: kernel [4, 3]"),
-        ({"head/kernel/c": (4, 2)}, None, "is no part of a LoRA"),
+        ({"head/kernel/c": (4, 2)}, None, "is not part of a LoRA"),
     ],
 )
 def test_bad_adapters(tensors: Any, config: Any, says: str, capsys: Any) -> None:

@@ -167,7 +167,7 @@ def test_layers_of_several_models_make_a_folder_that_opens() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"merge_method": "magic"}, "'magic' is none of"),
+        ({"merge_method": "magic"}, "'magic' is not one of"),
         ({"tokenizer_source": "union"}, "'tokenizer_source' is not understood"),
         ({"parameters": {"normalise": True}}, "'normalise' is not understood"),
         ({"models": models(a={"weight": 1, "wait": 2})}, "'wait' is not understood"),
@@ -179,7 +179,7 @@ def test_layers_of_several_models_make_a_folder_that_opens() -> None:
         ({"chat_template": "auto"}, "'chat_template' is not understood"),
         ({"merge_method": "karcher", "parameters": {"tol": 1}}, "nothing is read here"),
         ({"slices": []}, "either models or slices"),
-        ({"dtype": "float8"}, "'float8' is none of"),
+        ({"dtype": "float8"}, "'float8' is not one of"),
         ({"models": models(a={"weight": [1, "x"]})}, "list of numbers"),
     ],
 )

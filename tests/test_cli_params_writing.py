@@ -1,4 +1,4 @@
-"""`kdtl params` writes whole files or none, and refuses what is no checkpoint."""
+"""`kdtl params` writes whole files or none, and refuses what is not a checkpoint."""
 
 import json
 import os

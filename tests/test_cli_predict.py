@@ -211,7 +211,7 @@ def test_an_exported_student_gives_the_same_logits_for_any_batch(
     assert kdtl(*words, tmp_path / "m.onnx", "--format", "onnx") == 1
     assert "ONNX needs jax2onnx: pip install" in capsys.readouterr().err
     assert kdtl(*words, out, "--platforms", "abacus") == 2
-    assert "'abacus' is none of cpu, cuda, tpu, rocm" in capsys.readouterr().err
+    assert "'abacus' is not one of cpu, cuda, tpu, rocm" in capsys.readouterr().err
     assert kdtl("export", tmp_path / "m.safetensors") == 2
     assert not (tmp_path / "m.onnx").exists()
 

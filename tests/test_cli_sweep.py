@@ -194,7 +194,7 @@ def test_an_unknown_axis_does_not_hinder_the_next_attempt(
 ) -> None:
     for _ in range(2):
         assert main(["sweep", "--grid", "temprature=1,2", "--out", str(tmp_path / "run")]) == 2
-        assert "'temprature' is no axis of kd" in capsys.readouterr().err
+        assert "'temprature' is not an axis of kd" in capsys.readouterr().err
 
 
 def check_student(run: Path, best: dict[str, Any]) -> None:

@@ -157,7 +157,7 @@ def test_weights_of_ones_own_under_other_names_and_shapes(
 def test_bad_usage_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     data = write_data(tmp_path / "data.npz")
     for more, says in (
-        (("--methods", "scratch,magic"), "'magic' is no method"),
+        (("--methods", "scratch,magic"), "'magic' is not a method"),
         (("--llrd", "1.5"), "above 0, at most 1"),
         (("--target-classes", "4-9"), "the data has classes 0-5, got 4-9"),
         (("--target-classes", "x"), "expected A-B"),

@@ -227,7 +227,7 @@ def edited(tmp_path: Path, name: str, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("name", "changes", "says"),
     [
-        ("llama", {"model_type": "bert"}, "no decoder that is built here"),
+        ("llama", {"model_type": "bert"}, "not a decoder that is built here"),
         ("llama", {"strange_key": 1}, "strange_key"),
         ("llama", {"num_hidden_layers": 10**9}, "more layers than any model"),
         ("llama", {"rms_norm_eps": float("nan")}, "finite number"),

@@ -213,7 +213,7 @@ def test_fisher_by_hand_per_example_per_model_and_per_batch() -> None:
     np.testing.assert_allclose(fisher.true_fisher(logits, params, data)["w"], want, rtol=1e-4)
     whole = fisher.batch_fisher(loss, params, data, batch_size=7)
     np.testing.assert_allclose(whole["w"], grads.mean(0) ** 2, rtol=1e-3, atol=1e-7)
-    with pytest.raises(ValueError, match="no multiple of 2"):
+    with pytest.raises(ValueError, match="not a multiple of 2"):
         fisher.batch_fisher(loss, params, data, batch_size=2)
 
 

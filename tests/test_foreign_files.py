@@ -106,7 +106,7 @@ def test_any_bytes_of_a_step(saved: Path, number: int, edit: tuple[int, bytes, i
     inside=st.booleans(),
 )
 def test_any_manifest_with_a_seal(saved: Path, changes: dict[str, Any], inside: bool) -> None:
-    """Even sealed, a manifest of another shape is no step: what is restored is the state."""
+    """Even sealed, a manifest of another shape is not a step: what is restored is the state."""
     path = saved / "2/manifest.json"
     whole = path.read_bytes()
     manifest = json.loads(whole)

@@ -1,4 +1,4 @@
-"""Hyper-parameters of what is no loss: one number where one is meant, whatever would broadcast."""
+"""Hyper-parameters outside the losses: one number where one is meant, whatever would broadcast."""
 
 from collections.abc import Callable
 from typing import Any

@@ -41,7 +41,7 @@ def test_tensorboard_has_a_run_per_method_written_once(folder: Path) -> None:
 
 def test_names_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _logs.kinds("csv,tensorboard") == ("csv", "tensorboard") and _logs.kinds(None) == ()
-    with pytest.raises(ValueError, match="'wandb' is none of tensorboard, csv"):
+    with pytest.raises(ValueError, match="'wandb' is not one of tensorboard, csv"):
         _logs.kinds("csv,wandb")
     monkeypatch.setattr(_logs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'kdtl_jax\[tensorboard\]'"):

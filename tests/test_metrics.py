@@ -29,7 +29,7 @@ def test_classes_one_by_one() -> None:
 def test_without_an_answer_there_is_no_share_of_right_ones() -> None:
     assert np.isnan(metrics.accuracy(NAMED, LABELS)) and np.isnan(scores.accuracy(NAMED, LABELS))
     assert np.isnan(metrics.balanced_accuracy(NAMED, LABELS, 4))
-    with pytest.raises(ValueError, match="whole numbers"):  # -1 is no label that could be right
+    with pytest.raises(ValueError, match="whole numbers"):  # -1 is not a label that could be right
         metrics.accuracy([0, -1], [0, -1])
 
 

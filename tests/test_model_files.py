@@ -1,4 +1,4 @@
-"""Files of trained models: what `load` gives is the model, and what is no model's file says so."""
+"""Files of trained models: `load` gives the model, and any other file is refused."""
 
 from pathlib import Path
 from typing import Any

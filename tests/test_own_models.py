@@ -20,7 +20,7 @@ X = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
 
 
 class Linen(nn.Module):
-    num_classes: int = 10  # a default is no choice: the data's number is filled in
+    num_classes: int = 10  # a default is not a choice: the data's number is filled in
     width: int = 4
 
     @nn.compact

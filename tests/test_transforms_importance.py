@@ -198,7 +198,7 @@ def test_stacked_and_half_precision_matrices() -> None:
             lambda: jax.jit(lambda m: transforms.rank_for_energy(m, 0.9))(jnp.ones((2, 2))),
             "outside jit",
         ),
-        (lambda: transforms.truncate_rank({"b": jnp.ones(3)}, 1, where="b"), "is no matrix"),
+        (lambda: transforms.truncate_rank({"b": jnp.ones(3)}, 1, where="b"), "is not a matrix"),
         (lambda: transforms.truncate_rank({"w": jnp.ones((3, 3))}, 0, where="w"), "rank must lie"),
     ],
 )

@@ -31,13 +31,13 @@ class Command(NamedTuple):
 
 _recipes, _params = "kdtl_jax.recipes", "kdtl_jax.cli.params"
 COMMANDS = (
-    Command("demo", "compare the basic methods on embedded digits", f"{_recipes}.demo"),
+    Command("demo", "compare the basic methods on the built-in digits", f"{_recipes}.demo"),
     Command("distill", "teach a small model with a large one", f"{_recipes}.distill"),
     Command("language", "teach a small language model with a large one", f"{_recipes}.language"),
     Command("transfer", "reuse a trained model's weights on a new task", f"{_recipes}.transfer"),
     Command("predict", "predict a class for every example of a file", f"{_recipes}.predict"),
     Command("evaluate", "score a student on labeled data", f"{_recipes}.evaluate"),
-    Command("export", "a student as StableHLO or ONNX, for other runtimes", f"{_recipes}.export"),
+    Command("export", "write a student for other runtimes: StableHLO, ONNX", f"{_recipes}.export"),
     Command("sentences", "distill a sentence encoder into fewer layers", f"{_recipes}.sentences"),
     Command("cache", "compute a teacher's outputs once and keep them on disk", f"{_recipes}.cache"),
     Command("params", "edit checkpoints: safetensors in, safetensors out", _params),

@@ -197,7 +197,7 @@ def _add_own(parser: Any) -> None:
     group.add_argument(
         "--no-compilation-cache",
         action="store_true",
-        help="compile everything anew instead of keeping programs in the user's cache folder",
+        help="recompile everything instead of keeping programs in the user's cache folder",
     )
 
 

@@ -1,4 +1,4 @@
-"""Labeled data on the host: the embedded digits, readers for files, fixed splits."""
+"""Labeled data on the host: the built-in digits, readers for files, fixed splits."""
 
 from kdtl_jax.datasets._dataset import Dataset as Dataset
 from kdtl_jax.datasets._dataset import checked as checked

@@ -49,7 +49,7 @@ def npz(path: Path) -> Arrays:
 
     Raises:
       OSError: if the file does not exist or cannot be read.
-      ValueError: if it is no npz.
+      ValueError: if it is not an npz.
     """
     with path.open("rb") as file:
         start = file.read(6)
@@ -77,7 +77,7 @@ def read_npy(path: Path) -> np.ndarray:
 
     Raises:
       OSError: if the file does not exist or cannot be read.
-      ValueError: if it is no npy file, or holds pickled objects.
+      ValueError: if it is not an npy file, or holds pickled objects.
     """
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -28,7 +28,7 @@ def header_of(path: Path) -> tuple[list[str], str]:
 
     Raises:
       OSError: if the file does not exist or cannot be read.
-      ValueError: if it is no text.
+      ValueError: if it is not text.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:

@@ -1,4 +1,4 @@
-"""What a labeled data set is, the checks that every reader makes, and the embedded digits.
+"""What a labeled data set is, the checks that every reader makes, and the built-in digits.
 
 The digits: Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine
 Learning Repository, 1998, https://doi.org/10.24432/C50P49, licensed under the Creative Commons

@@ -17,7 +17,7 @@ from kdtl_jax.datasets._source import Choices, Source, with_channels
 from kdtl_jax.datasets._table_files import TABLES, labeled, table_files
 
 FORMATS = (
-    "digits (embedded), an .npz or .npy files (x_train, y_train, x_test, y_test, or x, y), a .csv, "
+    "digits (built in), an .npz or .npy files (x_train, y_train, x_test, y_test, or x, y), a .csv, "
     ".tsv, .parquet or .arrow file with a label column, or a folder: of images (cat/1.png, or "
     "train/cat/1.png), of idx files (train-images-idx3-ubyte, …, .gz too), of tables (train.csv, "
     "test.csv), of Hugging Face datasets"

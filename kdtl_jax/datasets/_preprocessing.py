@@ -77,7 +77,7 @@ def preprocessing_from_json(text: str) -> Preprocessing:
     """The value that `preprocessing_to_json` wrote.
 
     Raises:
-      ValueError: if the text is none of it.
+      ValueError: if the text does not describe one.
     """
     try:
         known = json.loads(text)
@@ -121,7 +121,7 @@ def _standardizer(known: Mapping[str, Any] | None) -> Standardizer | None:
 def _column(known: Mapping[str, Any]) -> Column:
     fill = known["fill"]
     if not isinstance(fill, (int, float, str, type(None))):
-        raise ValueError("a fill value that is no number or text")
+        raise ValueError("a fill value that is not a number or text")
     return Column(str(known["name"]), _strings(known["categories"]), fill)
 
 

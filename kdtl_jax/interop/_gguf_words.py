@@ -65,7 +65,7 @@ def tokenizer_json(words: TokenizerData) -> dict[str, Any]:
     """The content of tokenizer.json.
 
     Raises:
-      ValueError: if it is no byte-level BPE, or its splitting is not known here.
+      ValueError: if it is not a byte-level BPE, or its splitting is not known here.
     """
     if words.model != "gpt2" or words.pre not in _SPLITS:
         raise ValueError(

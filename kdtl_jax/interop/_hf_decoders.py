@@ -61,7 +61,7 @@ def decoder(config: Config) -> tuple[DecoderConfig, tuple[Rule, ...]]:
     name = str(config.get("model_type"))
     if name not in FAMILIES:
         raise ValueError(
-            f"model_type {_text.quoted(name)} is no decoder that is built here; known are "
+            f"model_type {_text.quoted(name)} is not a decoder that is built here; known are "
             f"{', '.join(sorted(FAMILIES))}."
         )
     family = FAMILIES[name]

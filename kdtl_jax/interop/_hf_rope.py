@@ -135,7 +135,7 @@ def scaling(config: Config) -> dict[str, Any]:
     """What `rope_scaling` and `rope_parameters` say.
 
     Raises:
-      ValueError: if one is no object, or they differ.
+      ValueError: if one is not an object, or they differ.
     """
     found: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):

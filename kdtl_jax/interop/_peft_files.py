@@ -144,7 +144,7 @@ def sort_tensors(tensors: Mapping[str, Any], config: dict[str, Any]) -> Adapter:
                 adapter, last = [*adapter, last], ""
             if len(adapter) > 1 or (last == "bias" and match["part"] != "lora_B"):
                 raise refused(
-                    f"the tensor {_text.quoted(name)}", "it is no part of a known adapter"
+                    f"the tensor {_text.quoted(name)}", "it is not part of a known adapter"
                 )
             adapters |= set(adapter)
             key = match["part"] + (".bias" if last == "bias" else "")
@@ -155,7 +155,7 @@ def sort_tensors(tensors: Mapping[str, Any], config: dict[str, Any]) -> Adapter:
             if ".original_module." not in short:  # the base's own, beside the trained copy
                 replaced[_plain(short)] = value
         else:
-            raise refused(f"the tensor {_text.quoted(name)}", "it is no part of a known adapter")
+            raise refused(f"the tensor {_text.quoted(name)}", "it is not part of a known adapter")
     if len(adapters) > 1:
         raise refused(f"a file with the adapters {sorted(adapters)}", "save one of them")
     _check_parts(kind, weights, shared, config)

@@ -24,7 +24,7 @@ def save(path: str | Path, tree: PyTree, *, metadata: Mapping[str, str] | None =
     Non-contiguous arrays (transposed kernels) and scalars are stored as what they are.
 
     Raises:
-      TypeError: if a leaf is no array, a PRNG key, or of a dtype that the format lacks; or if
+      TypeError: if a leaf is not an array, a PRNG key, or of a dtype that the format lacks; or if
         metadata are not strings.
       OSError: if the disk is full; the old file then stays as it was.
       FileNotFoundError: if the file's folder does not exist.

@@ -88,7 +88,7 @@ def _reads_a_map(shape: tuple[int, ...], others: Others) -> bool:
 def _may_make_a_map(shape: tuple[int, ...], others: Others) -> bool:
     """Whether the outputs of a linear layer may become a map."""
     if shape[1] in others.read - others.entering:
-        return False  # What another layer reads is no map.
+        return False  # What another layer reads is not a map.
     # Nobody makes an image of four channels or fewer from more numbers than it has.
     if any(
         _is_multiple(shape[1], channels) and (channels > 4 or shape[1] > shape[0])

@@ -64,7 +64,7 @@ def load(
 
     Args:
       source: a local folder with config.json and `*.safetensors` (sharded or not); a name of the
-        form `org/name` that is no local folder is fetched first.
+        form `org/name` that is not a local folder is fetched first.
       dtype: floating dtype of the parameters; None keeps the file's.
       taps: as in `linen.model`.
       tower: which tower of a whole CLIP or SigLIP folder to load, with its projection; the other's
@@ -122,7 +122,7 @@ def student(
 
     Raises:
       ValueError: if the model has no numbered layers, a position is out of range, or `classes` is
-        given for what is no encoder.
+        given for what is not an encoder.
     """
     family = family_of(source.config)
     if family.depth is None or not hasattr(source.module, "layers"):
@@ -268,7 +268,7 @@ def _folder(source: str | Path) -> Path:
         hub = importlib.import_module("huggingface_hub")
     except ImportError:
         raise ImportError(
-            f"{source} is no local folder. To fetch it from the hub install the "
+            f"{source} is not a local folder. To fetch it from the hub install the "
             "extra: pip install 'kdtl_jax[hub]'."
         ) from None
     wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*"]

@@ -210,7 +210,7 @@ def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = N
     metadata = safetensors.index(path).metadata
     if found.model is None or found.classes is None:
         raise ValueError(
-            f"{path} holds weights, but does not say of which model: it is no file that kdtl "
+            f"{path} holds weights, but does not say of which model: it is not a file that kdtl "
             "distill or kdtl transfer wrote. Name one of a run's students/*.safetensors."
         )
     if is_own(found.model) and model is None:

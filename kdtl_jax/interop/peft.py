@@ -123,7 +123,7 @@ def from_lora(
       **config: further keys of the configuration, such as `base_model_name_or_path`.
 
     Raises:
-      ValueError: if a name is no kernel's, or a key is not understood.
+      ValueError: if a name is not a kernel's, or a key is not understood.
     """
     parts: dict[str, dict[str, Any]] = {}
     for name, pair in weights.items():

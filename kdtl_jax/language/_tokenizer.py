@@ -115,7 +115,7 @@ def tokenizer(path: str | Path) -> Tokenizer:
         # Below 0 is how some say that there is none.
         if isinstance(found, int) and not isinstance(found, bool) and found >= 0:
             if found >= 2**31:
-                raise ValueError(f"{file.parent / 'config.json'}: {name}_token_id is no token.")
+                raise ValueError(f"{file.parent / 'config.json'}: {name}_token_id is not a token.")
             return found
         text = special.get(f"{name}_token")
         return None if text is None else made.token_to_id(text)

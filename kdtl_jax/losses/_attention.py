@@ -194,7 +194,7 @@ def uniform_layers(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
       `(g(0), ..., g(M))`, M + 1 Python ints from 0 to N.
 
     Raises:
-      TypeError: if either is no integer.
+      TypeError: if either is not an integer.
       ValueError: unless both are at least 1 and M divides N.
 
     References:

@@ -102,5 +102,5 @@ def _range(text: str) -> sweeps.Range:
     bounds, log, rest = str(text).partition(":log")
     low, dots, high = bounds.partition("..")
     if not dots or rest:
-        raise ValueError(f"{text!r} is no range")
+        raise ValueError(f"{text!r} is not a range")
     return sweeps.Range(types.number(low), types.number(high), bool(log))

@@ -77,7 +77,7 @@ def load(folder: str) -> PretrainedDecoder:
       OSError, ValueError: as `interop.decoders.load`.
     """
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder} is no folder.")
+        raise FileNotFoundError(f"{folder} is not a folder.")
     return decoders.load(folder, dtype=jnp.float32)
 
 

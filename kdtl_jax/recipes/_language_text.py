@@ -77,7 +77,7 @@ def read(
 
     Raises:
       OSError: if a file cannot be read.
-      ValueError: naming file and line, if it is no text of a known form, or nothing is in it.
+      ValueError: naming file and line, if it is not text in a known form, or is empty.
     """
     if not paths:
         embedded = resources.files("kdtl_jax.datasets").joinpath(EMBEDDED)

@@ -31,7 +31,7 @@ def kinds(value: Any) -> tuple[str, ...]:
     found = names(value)
     unknown = [name for name in found if name not in KINDS]
     if unknown:
-        raise ValueError(f"{unknown[0]!r:.60} is none of {', '.join(KINDS)}")
+        raise ValueError(f"{unknown[0]!r:.60} is not one of {', '.join(KINDS)}")
     if "tensorboard" in found and importlib.util.find_spec("tensorboardX") is None:
         raise ValueError("tensorboard: pip install 'kdtl_jax[tensorboard]'")
     return found
@@ -42,7 +42,7 @@ class Logged:
     """A setting of commands that train."""
 
     log: tuple[str, ...] = setting(
-        (), "write the metrics for other tools too: tensorboard, csv", metavar="NAME,...",
+        (), "also write the metrics for other tools: tensorboard, csv", metavar="NAME,...",
         parse=kinds,
     )  # fmt: skip
 

@@ -41,7 +41,7 @@ def module(text: str, classes: int) -> nn.Module:
     try:
         return models.named(text.strip(), classes)
     except ValueError as error:
-        raise UsageError(f"{text!r} is no model: {error} Expected {MODEL}.") from None
+        raise UsageError(f"{text!r} is not a model: {error} Expected {MODEL}.") from None
 
 
 def text_of(value: Any) -> str | None:
@@ -60,7 +60,7 @@ def described(text: str, classes: int, example: Any, *, dtype: Any = None) -> Ne
     """The network that a text names: one of the library's, or of the user's file.
 
     Raises:
-      ValueError: if it is no model, or does not take such inputs; a file of the user's by its name.
+      ValueError: if it is not a model or does not take such inputs; the user's files by name.
     """
     if text.startswith(_weights.HUGGING_FACE):
         made = _weights.pretrained(text).module.clone(classes=classes)

@@ -37,21 +37,21 @@ class Optimizing:
         "sgd", "adam", "adamw", "nadamw", "lion", "lamb", "muon", "rmsprop", "adafactor"
     ] = setting("adam", "optimizer", group="training")
     schedule: Literal["cosine", "linear", "constant"] = setting(
-        "cosine", "how the learning rate falls to 0, or stays", group="training"
+        "cosine", "how the learning rate decays to 0; constant: not at all", group="training"
     )
     warmup: float = setting(
-        0.0, "share of the steps over which the learning rate rises first", metavar="SHARE",
+        0.0, "share of the steps that first raise the learning rate from 0", metavar="SHARE",
         least=0, below=1, group="training",
     )  # fmt: skip
     clip: float | None = positive_rate(
-        None, "scale gradients of a larger norm down to it", group="training"
+        None, "scale down gradients whose norm exceeds this", group="training"
     )
     class_weights: Literal["none", "balanced"] = setting(
-        "none", "balanced: classes count alike in the cross-entropy, however rare",
+        "none", "balanced: all classes count equally in the cross-entropy, however rare",
         group="training",
     )  # fmt: skip
     label_smoothing: float = setting(
-        0.0, "share of the uniform distribution in the labels of the cross-entropy",
+        0.0, "weight of the uniform distribution in the cross-entropy's labels",
         metavar="SHARE", least=0, below=1, group="training",
     )  # fmt: skip
     weight_decay: float = setting(
@@ -64,11 +64,11 @@ class Training(Optimizing):
     """How a student is trained."""
 
     batch_size: int | None = setting(
-        None, "examples per step; default: 64, fewer where that would be less than 5 steps per "
+        None, "examples per step; default: 64, or fewer if that would give fewer than 5 steps per "
         "epoch", metavar="N", least=1, group="training",
     )  # fmt: skip
     learning_rate: float | None = positive_rate(
-        None, "the largest learning rate; default: 0.003, but sgd 0.05, lion 0.0003, muon 0.02, "
+        None, "peak learning rate; default: 0.003, but sgd 0.05, lion 0.0003, muon 0.02, "
         "rmsprop 0.001, adafactor 0.01", group="training", short="--lr",
     )  # fmt: skip
 
@@ -83,8 +83,8 @@ class Kept:
         group="training",
     )  # fmt: skip
     early_stopping: int | None = setting(
-        None, "stop after so many epochs without a better validation score (in kdtl distill: the "
-        "mean over seeds), and give back the best epoch's weights", metavar="PATIENCE", least=1,
+        None, "stop after this many epochs without a better validation score (in kdtl distill, "
+        "the mean over seeds) and keep the best epoch's weights", metavar="PATIENCE", least=1,
         group="training",
     )  # fmt: skip
 
@@ -100,7 +100,7 @@ def optimizer(
 
     Args:
       settings: `optimizer`, `schedule`, `warmup`, `clip`, and `ema` where the recipe has it.
-      rate: the largest learning rate.
+      rate: peak learning rate.
       weight_decay: decoupled in adamw, nadamw, lion, lamb and muon; elsewhere added to the
         gradient.
       steps: of the whole run.

@@ -78,9 +78,9 @@ class Terms:
     """The settings of losses and methods of one's own."""
 
     loss: tuple[str, ...] = setting(
-        (), "a loss of your own, beside the methods: fn(student_logits, teacher_logits) -> one "
-        "value per example, or fn(inputs) -> a dict of such; only this file is imported; repeat "
-        "for more", metavar="FILE.py:NAME", parse=several, repeat=True, group="losses",
+        (), "a loss of your own to compare with the methods: fn(student_logits, teacher_logits) "
+        "-> one value per example, or fn(inputs) -> a dict of these; only this file is imported; "
+        "repeat for more", metavar="FILE.py:NAME", parse=several, repeat=True, group="losses",
     )  # fmt: skip
     method: tuple[str, ...] = setting(
         (), "a method of your own: build(setup) -> methods.Method; only this file is imported; "
@@ -108,7 +108,7 @@ def entries(settings: Terms) -> dict[str, Entry]:
     ]:
         function, name = imported(text), text.rpartition(":")[2]
         if not callable(function):
-            raise UsageError(f"{flag} {text}: {name} is {type(function).__name__}, no function.")
+            raise UsageError(f"{flag} {text}: {name} is {type(function).__name__}, not a function.")
         if name in known or name in found:
             raise UsageError(f"{flag} {text}: there is a method called {name!r}. Rename yours.")
         build = _of_loss(text, function) if flag == "--loss" else _of_method(text, function)
@@ -127,7 +127,7 @@ def _of_loss(text: str, function: Callable[..., Any]) -> Callable[[Setup], Metho
     if len(needed) not in (1, 2):
         raise UsageError(
             f"--loss {text}: expected fn(student_logits, teacher_logits) -> one value per example, "
-            f"or fn(inputs) -> a dict of such; it takes {[p.name for p in needed]}"
+            f"or fn(inputs) -> a dict of these; it takes {[p.name for p in needed]}"
         )
     name = text.rpartition(":")[2]
 

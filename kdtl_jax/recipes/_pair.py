@@ -33,7 +33,7 @@ class Models:
     """The settings of a teacher and a student."""
 
     teacher: str | None = setting(
-        None, f"{MODEL}; default: what --teacher-weights holds, or {DEFAULT_TEACHER}",
+        None, f"{MODEL}; default: the model in --teacher-weights, or {DEFAULT_TEACHER}",
         metavar="MODEL", parse=_models.text_of, group="models",
     )  # fmt: skip
     student: str = setting(
@@ -298,7 +298,7 @@ def build_all(
         if not having:
             listed = "; ".join(f"{name}: {', '.join(found)}" for name, found in terms.items())
             raise ValueError(
-                f"--loss-weights: {key!r} is no term here. The terms are {listed}. Write "
+                f"--loss-weights: {key!r} is not a term here. The terms are {listed}. Write "
                 "term=weight, or method.term=weight for one method."
             )
         for name in having:  # method.term wins over term

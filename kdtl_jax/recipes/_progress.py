@@ -1,7 +1,7 @@
 """What a command tells while it works: lines, and on a terminal a bar with the time left.
 
 Lines go to standard error and stay. The bar is redrawn below them by a thread of rich's and is gone
-when the work is done; where standard error is no terminal there is none. Standard output is left
+when the work is done; where standard error is not a terminal there is none. Standard output is left
 to results.
 """
 

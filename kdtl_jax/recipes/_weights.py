@@ -99,7 +99,7 @@ def _restored(path: str) -> Any:
 
     folder = _tree_in(Path(path))
     if folder is None:
-        raise ValueError(f"{path} is no folder that Orbax wrote.")
+        raise ValueError(f"{path} is not a folder that Orbax wrote.")
     reader = ocp.PyTreeCheckpointer()
     try:
         with warnings.catch_warnings():

@@ -40,11 +40,11 @@ class Settings(types.Data):
     """What fixes a run of `kdtl cache`."""
 
     teacher: str | None = setting(
-        None, f"{types.MODEL}; default: what --teacher-weights holds, or mlp:128,64",
+        None, f"{types.MODEL}; default: the model in --teacher-weights, or mlp:128,64",
         metavar="MODEL", parse=_models.text_of,
     )  # fmt: skip
     teacher_weights: str | None = setting(
-        None, "the teacher's safetensors, as kdtl distill writes them", metavar="FILE"
+        None, "the teacher's safetensors file, as written by kdtl distill", metavar="FILE"
     )
     taps: tuple[str, ...] = setting(
         ("logits",), "outputs to store, or all, as kdtl distill --teacher-cache reads them",

@@ -1,4 +1,4 @@
-"""The four foundation methods and KD on the embedded UCI digits, in under a minute on two cores.
+"""The four foundation methods and KD on the built-in UCI digits, in under a minute on two cores.
 
 Distillation: one teacher per seed is trained on all 899 images. Its small student gets ten per
 class, drawn anew for every seed, and the teacher's outputs on those images; no unlabeled data is

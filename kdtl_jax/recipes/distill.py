@@ -69,7 +69,7 @@ class Settings(
     )  # fmt: skip
     seeds: int = setting(5, "students per method", metavar="N", least=1, most=10_000, quick=2)
     epochs: int | None = setting(
-        None, "epochs per student; default: 60, more where that is less than 1,000 steps",
+        None, "epochs per student; default: 60, more if that is fewer than 1,000 steps",
         metavar="N", least=1, quick=10,
     )  # fmt: skip
     teacher_epochs: int = setting(30, "epochs of the teacher", metavar="N", least=1, quick=10)
@@ -83,7 +83,7 @@ class Settings(
         metavar="FOLDER", group="models",
     )  # fmt: skip
     temperature: float | None = types.positive_rate(
-        None, "for every method that has one; default: each method's own", group="losses"
+        None, "temperature of every method that has one; default: each method's own", group="losses"
     )
     loss_weights: Mapping[str, float] = setting(
         {}, "kd=0.9,task=0.1, or kd.task=0.1 for one method; default: each method's own",

@@ -56,7 +56,8 @@ def run(settings: Settings) -> int:
     if settings.student is None or settings.out is None:
         raise UsageError(f"name STUDENT and --out, for example: {EXAMPLES.strip().splitlines()[0]}")
     if unknown := set(settings.platforms) - {*PLATFORMS, "rocm"}:
-        raise UsageError(f"--platforms: {min(unknown)!r} is none of {', '.join(PLATFORMS)}, rocm")
+        known = ", ".join((*PLATFORMS, "rocm"))
+        raise UsageError(f"--platforms: {min(unknown)!r} is not one of {known}")
     _inputs.check_out(settings)
     model = _inputs.model_of(settings)
     shape = model.about.shape or settings.shape

@@ -67,7 +67,7 @@ class Settings(_logs.Logged, types.Output):
         group="models",
     )  # fmt: skip
     teacher_shape: Mapping[str, int] | None = setting(
-        None, "shape of a teacher trained here; default: layers=4,width=128,heads=4",
+        None, "shape of the teacher trained here; default: layers=4,width=128,heads=4",
         metavar="NAME=N,...", parse=of_models.shaped, group="models",
     )  # fmt: skip
     student: str | None = setting(
@@ -111,7 +111,7 @@ class Settings(_logs.Logged, types.Output):
         group="training",
     )  # fmt: skip
     learning_rate: float = types.positive_rate(
-        1e-3, "AdamW's peak learning rate; it warms up, then decays to 0", short="--lr",
+        1e-3, "AdamW's peak learning rate; it warms up and then decays to 0", short="--lr",
         group="training",
     )  # fmt: skip
     precision: Literal["float32", "bfloat16"] = setting(

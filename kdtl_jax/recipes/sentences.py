@@ -76,7 +76,7 @@ class Settings(_logs.Logged, types.Output):
     steps: int = setting(200, "steps per student", metavar="N", least=4, quick=4)
     batch_size: int = setting(32, "lines per step", metavar="N", least=1)
     learning_rate: float = types.positive_rate(
-        5e-4, "of AdamW, warmed up, then decaying to 0", short="--lr"
+        5e-4, "AdamW's peak learning rate; it warms up and then decays to 0", short="--lr"
     )
     max_length: int = setting(
         20, "tokens per line, special ones included; longer lines are cut", metavar="N",

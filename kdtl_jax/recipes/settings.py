@@ -94,7 +94,7 @@ class Data:
 
     data: str = setting("digits", FORMATS, metavar="DATA", group="data")
     label: str = setting(
-        "label", "a table's label column, or several as in a,b,c; or the array of labels",
+        "label", "the label column of a table, or several as in a,b,c; or the array of labels",
         metavar="NAME,...", parse=joined, group="data",
     )  # fmt: skip
     inputs: str | None = setting(
@@ -102,22 +102,22 @@ class Data:
         metavar="NAME", group="data",
     )  # fmt: skip
     target: Literal["auto", "classes", "labels", "numbers"] = setting(
-        "auto", "what is learned: one class, several labels at once, or numbers (regression); "
-        "auto: what the values are", group="data",
+        "auto", "what to predict: one class, several labels, or numbers (regression); auto: "
+        "decided by the values", group="data",
     )  # fmt: skip
     missing: Literal["mean", "median", "most_frequent", "drop"] | None = setting(
-        None, "what fills missing values of a table, or drop such rows; default: they are refused",
-        group="data",
+        None, "what to fill a table's missing values with: mean, median or most_frequent; drop: "
+        "leave out their rows; default: missing values are an error", group="data",
     )  # fmt: skip
     text_columns: Literal["one-hot"] | None = setting(
-        None, "make columns of text one input per category; default: they are refused",
-        group="data",
+        None, "one-hot: turn text columns into one input per category; default: text columns are "
+        "an error", group="data",
     )  # fmt: skip
     drop_columns: tuple[str, ...] = setting(
         (), "columns of a table to leave out", metavar="NAME,...", parse=some_names, group="data"
     )
     image_size: tuple[int, int] | None = setting(
-        None, "resize images to this height and width; default: all must be of one size",
+        None, "resize images to this height and width; default: all must have the same size",
         metavar="H[xW]", parse=height_and_width, group="data",
     )  # fmt: skip
     validation: float = setting(
@@ -196,7 +196,7 @@ def chosen(asked: tuple[str, ...], known: Mapping[str, Any], command: str) -> li
         if name not in known:
             nearest = difflib.get_close_matches(name, list(known), n=4, cutoff=0.0)
             raise UsageError(
-                f"--methods: {name!r} is no method. Nearest: {', '.join(nearest)}. "
+                f"--methods: {name!r} is not a method. Nearest: {', '.join(nearest)}. "
                 f"{command} --list shows all."
             )
     return [known[name] for name in asked]
@@ -310,7 +310,7 @@ def augmentations(value: Any) -> tuple[str, ...]:
         name, equals, strength = part.partition("=")
         if name not in AUGMENTATIONS or (equals and (name == "flip" or number(strength) <= 0)):
             raise ValueError(
-                f"{part!r} is none of {', '.join(AUGMENTATIONS)} (crop=PIXELS, mixup=ALPHA, "
+                f"{part!r} is not one of {', '.join(AUGMENTATIONS)} (crop=PIXELS, mixup=ALPHA, "
                 "cutmix=ALPHA)"
             )
     return names(value)

@@ -70,7 +70,7 @@ class Settings(
         metavar="AXIS=X,...", parse=_axes.grid, many=True, group="axes",
     )  # fmt: skip
     sample: int | None = setting(
-        None, "draw N settings that fill the ranges of --range evenly, instead of a grid",
+        None, "instead of a grid, draw N settings that cover the ranges of --range evenly",
         metavar="N", least=1, most=_axes.MOST, group="axes",
     )  # fmt: skip
     range: Mapping[str, str] = setting(
@@ -84,7 +84,7 @@ class Settings(
         "mlp:16,16", "as --teacher", metavar="MODEL", parse=_models.text_of, group="models"
     )
     halving: int = setting(
-        1, "stop early: after each of RUNGS equal parts of the epochs only the better half of "
+        1, "stop early: after each of RUNGS equal parts of the epochs, only the better half of "
         "the settings continues; 1: train all to the end",
         metavar="RUNGS", least=1, group="how it runs",
     )  # fmt: skip
@@ -153,8 +153,8 @@ def run(settings: Settings) -> None:
     unknown = [axis for axis in columns if not any(axis in own for own in axes.values())]
     if unknown:
         raise UsageError(
-            f"{unknown[0]!r} is no axis of {', '.join(axes)}. Axes are {', '.join(_axes.AXES)}, "
-            "task, and the names of a method's terms."
+            f"{unknown[0]!r} is not an axis of {', '.join(axes)}. Axes are "
+            f"{', '.join(_axes.AXES)}, task, and the names of a method's terms."
         )
     if "alpha" in columns:
         large, small = (_models.abstract(n, pair.example) for n in (pair.teacher, pair.student))

@@ -46,7 +46,7 @@ from kdtl_jax.recipes._training import Fitted
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import checkpoint, record, report
 
-CANVAS = 12  # pixels, for the embedded digits, which otherwise are too easy to need a source
+CANVAS = 12  # pixels, for the built-in digits, which otherwise are too easy to need a source
 EXAMPLES = """
   kdtl transfer --out runs/transfer
   kdtl transfer --methods scratch,copied_finetuned,lora --labels-per-class 5 --seeds 16
@@ -65,7 +65,7 @@ class Settings(_optimizers.Optimizing, _optimizers.Kept, _logs.Logged, types.Dat
     out: str = setting("runs/transfer", "the run folder", metavar="FOLDER")
     list: bool = setting(False, "print the methods and exit")
     model: str | None = setting(
-        None, f"{types.MODEL}; default: what --source-weights holds, or mlp:128,64",
+        None, f"{types.MODEL}; default: the model in --source-weights, or mlp:128,64",
         metavar="MODEL", parse=_models.text_of,
     )  # fmt: skip
     source_weights: str | None = setting(
@@ -98,7 +98,7 @@ class Settings(_optimizers.Optimizing, _optimizers.Kept, _logs.Logged, types.Dat
     )
     canvas: int | None = setting(
         None, "place every image at random on a blank square this wide; 0: leave images as they "
-        "are; default: 12 for the embedded digits without --source-weights, else 0",
+        "are; default: 12 for the built-in digits without --source-weights, else 0",
         metavar="PIXELS", least=0, most=4096, group="source",
     )  # fmt: skip
     methods: tuple[str, ...] = setting(
@@ -115,7 +115,7 @@ class Settings(_optimizers.Optimizing, _optimizers.Kept, _logs.Logged, types.Dat
     epochs: int = setting(60, "epochs per target", metavar="N", least=1, quick=4, group="training")
     batch_size: int = setting(25, "examples per step", metavar="N", least=1, group="training")
     schedule: Literal["cosine", "linear", "constant"] = setting(
-        "constant", "how the learning rate falls to 0, or stays", group="training"
+        "constant", "how the learning rate decays to 0; constant: not at all", group="training"
     )
     learning_rates: tuple[float, ...] | None = setting(
         None, "learning rates to choose from on validation; default: 0.001, 0.003, 0.01, and in "

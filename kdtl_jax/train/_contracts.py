@@ -114,7 +114,7 @@ def batch(given: Any) -> Mapping[str, Any]:
     """The batch, if it is a dict with `"inputs"` and weights `[B]`.
 
     Raises:
-      TypeError: if it is no mapping.
+      TypeError: if it is not a mapping.
       ValueError: if an entry is missing or misshapen.
     """
     if not isinstance(given, Mapping):

@@ -54,8 +54,8 @@ def make_step(
       The step. Its metrics are a mapping with every unweighted term and `"loss"`.
 
     Raises:
-      TypeError: if `model` or `teacher` is no model function; when the step is traced, if what it
-        returns or the batch is not of the form above.
+      TypeError: if `model` or `teacher` is not a model function; when the step is traced, if its
+        results or the batch do not have the form above.
       ValueError: when the step is traced, if terms and weights have different keys, or the
         selector matches nothing, or the batch does not divide into the microbatches, or rows of
         weight 0 might enter batch statistics.

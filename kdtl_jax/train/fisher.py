@@ -87,7 +87,7 @@ def batch_fisher(loss: ExampleLoss, params: Params, examples: PyTree, *, batch_s
     """
     count = _count(examples)
     if count % batch_size:
-        raise ValueError(f"{count} examples are no multiple of {batch_size}.")
+        raise ValueError(f"{count} examples are not a multiple of {batch_size}.")
     batches = jax.tree.map(lambda x: jnp.reshape(x, (-1, batch_size, *x.shape[1:])), examples)
 
     def mean_loss(params: Params, batch: PyTree) -> Array:

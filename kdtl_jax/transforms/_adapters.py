@@ -9,7 +9,7 @@ so no model changes: call `apply` inside the loss and differentiate with respect
 Weights are a flat dict `{path: arrays}`: selectors, optimizers and checkpoints see
 `"encoder/kernel/a"`. Many adapters at once are one `jax.vmap(adapter.apply, in_axes=(None, 0))`;
 kernels of scanned layers `[L, in, out]` have one adapter per layer; several kinds compose by
-nesting `apply`. Dropout of the adapter's *inputs* is no function of parameters and is left out.
+nesting `apply`. Dropout of the adapter's *inputs* is not a function of parameters and is left out.
 """
 
 import math

@@ -350,7 +350,7 @@ def _stacked_leaf(*leaves: Any) -> Any:
 
 
 def _signature(leaf: Any) -> Any:
-    # What is no array (a function, a name) cannot be stacked: all layers must hold the same.
+    # What is not an array (a function, a name) cannot be stacked: all layers must hold the same.
     return (np.shape(leaf), leaf.dtype) if hasattr(leaf, "dtype") else leaf
 
 

@@ -221,7 +221,7 @@ def oft(block_size: int = 32, *, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1
         kernel = _adapters.matrix_view(path, leaf, in_axis, out_axis)
         if kernel.matrix.shape[-2] % block_size:
             raise ValueError(
-                f"the {kernel.matrix.shape[-2]} inputs of {path!r} are no multiple of "
+                f"the {kernel.matrix.shape[-2]} inputs of {path!r} are not a multiple of "
                 f"block_size={block_size}."
             )
         return kernel

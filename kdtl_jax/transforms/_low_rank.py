@@ -35,7 +35,7 @@ def factor_low_rank(matrix: Array, rank: int) -> LowRank:
       The factors, in the dtype of `matrix`.
 
     Raises:
-      ValueError: if it is no matrix or the rank is out of range.
+      ValueError: if it is not a matrix or the rank is out of range.
       TypeError: if it is not floating point.
 
     References:
@@ -66,7 +66,7 @@ def rank_for_energy(matrix: Array, energy: float) -> int:
       energy: in `(0, 1]`.
 
     Raises:
-      ValueError: if it is no matrix, traced, or `energy` is out of range.
+      ValueError: if it is not a matrix, traced, or `energy` is out of range.
       TypeError: if it is not floating point.
     """
     _checks.rank(2, matrix=matrix)
@@ -88,14 +88,14 @@ def truncate_rank(params: Params, rank: int, *, where: trees.Selector) -> Params
     Matrices whose smaller side is at most `r` stay as they are.
 
     Raises:
-      ValueError: if `where` matches nothing, a selected leaf is no matrix, or `rank < 1`.
+      ValueError: if `where` matches nothing, a selected leaf is not a matrix, or `rank < 1`.
     """
 
     def truncate(path: str, is_chosen: bool, leaf: Array) -> Array:
         if not is_chosen:
             return leaf
         if jnp.ndim(leaf) < 2:
-            raise ValueError(f"{path!r} is no matrix, got {list(jnp.shape(leaf))}. Narrow where.")
+            raise ValueError(f"{path!r} {list(jnp.shape(leaf))} is not a matrix. Narrow where.")
         if 1 <= rank and min(leaf.shape[-2:]) <= rank:
             return leaf
         return factor_low_rank(jnp.asarray(leaf), rank).product()

@@ -214,7 +214,7 @@ def uld_aligned(x: Inputs, h: Hyper) -> Array:
             rows.append(jnp.sum(losses.sorted_l1(student, teacher)) / count)
             continue
         shared_t, shared_s = np.asarray(x["vocab_pairs"]).T
-        # Merged probabilities do not sum to 1 and are not renormalized, so this is no divergence
+        # Merged probabilities do not sum to 1 and are not renormalized, so this is not a divergence
         # of the library: the terms of a JSD, written out.
         p, q = (jnp.log(jnp.maximum(z, 1e-8)) for z in (teacher[:, shared_t], student[:, shared_s]))
         terms = jsd_terms(q, p, h["beta"])

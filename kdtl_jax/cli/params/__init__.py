@@ -11,8 +11,8 @@ from kdtl_jax.cli import Command
 _here = "kdtl_jax.cli.params"
 
 COMMANDS = (
-    Command("inspect", "what a checkpoint holds", f"{_here}.inspect"),
-    Command("diff", "what differs between two checkpoints", f"{_here}.diff"),
+    Command("inspect", "list a checkpoint's tensors", f"{_here}.inspect"),
+    Command("diff", "compare two checkpoints", f"{_here}.diff"),
     Command("scale", "multiply weights: small = alpha * large", f"{_here}.scale"),
     Command("transfer", "fill a target's weights from a source's", f"{_here}.transfer"),
     Command("slice", "keep some layers, units or tensors", f"{_here}.slice"),

@@ -50,11 +50,11 @@ class Writing:
 
     write: str | None = setting(
         None,
-        "write OUT.safetensors, or a new folder of shards with config and tokenizer; without it "
+        "write OUT.safetensors, or a new folder of shards with config and tokenizer; without it, "
         "nothing is written",
         metavar="OUT",
     )
-    force: bool = setting(False, "replace OUT.safetensors if it exists (atomically)")
+    force: bool = setting(False, "replace OUT.safetensors (atomically) if it exists")
     dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
         None, "dtype of the floating-point tensors written (default: unchanged)"
     )
@@ -62,7 +62,7 @@ class Writing:
         5_000_000_000, "largest file in a folder of shards", metavar="N", least=1, most=10**13
     )
     skip_sha256: bool = setting(
-        False, "record only the sizes of the inputs, which saves reading them once more"
+        False, "record only the sizes of the inputs, which saves reading them again"
     )
 
 
@@ -148,7 +148,7 @@ def rules(flag: str, texts: Sequence[str], parse: Callable[[str], Any]) -> list[
         try:
             found.append((selector(pattern), parse(value)))
         except (ValueError, KeyError) as error:
-            raise UsageError(f"--{flag} {text!r}: {value!r} is no value ({error})") from None
+            raise UsageError(f"--{flag} {text!r}: {value!r} is not a value ({error})") from None
     return found
 
 

@@ -68,7 +68,7 @@ METHODS = {
         "base + scale sum w (theta - base)", added(WHOLE), options=_ADDS, is_elementwise=True
     ),
     "ties": Method(
-        "trim over whole models, elect signs, average what agrees (TIES as its paper)",
+        "trim over the whole model, elect signs, average what agrees (TIES as in its paper)",
         agreed(TRIM),  # with `--scope model`, the default, by passes over all tensors
         options=(*_KEEPS, "rescale", "scope"),
         mergekit=consensus(rescaled(TRIM_SOME, default=False), normalize=True),
@@ -79,7 +79,7 @@ METHODS = {
         mergekit=added(rescaled(DARE, default=True)),
     ),
     "dare_ties": Method(
-        "as dare, then elect signs and average what agrees",
+        "like dare, then elect signs and average what agrees",
         agreed(DARE), options=_DRAWS, required=("density",),
         mergekit=consensus(rescaled(DARE, default=True), normalize=False),
     ),
@@ -99,7 +99,7 @@ METHODS = {
         mergekit=added(rescaled(BREADCRUMBS, default=False)),
     ),
     "breadcrumbs_ties": Method(
-        "as breadcrumbs, then elect signs and average what agrees",
+        "like breadcrumbs, then elect signs and average what agrees",
         agreed(BREADCRUMBS), options=_TAILS, required=("density",),
         mergekit=consensus(rescaled(BREADCRUMBS, default=False), normalize=False),
     ),
@@ -113,7 +113,7 @@ METHODS = {
         base="has no", fewest=2, most=2, options=("t", "axis"), required=("t",),
     ),
     "nuslerp": Method(
-        "slerp by weights, of the task vectors where there is a base",
+        "slerp by weights, of task vectors if there is a base",
         spherical(nuslerp), base="takes", fewest=2, most=2, options=("weights", "axis"),
     ),
     "multi_slerp": Method(
@@ -127,7 +127,7 @@ METHODS = {
         base="has no", options=("weights",),
     ),
     "near_swap": Method(
-        "the model's entries where within t of the base's",
+        "the model's entries if they are within t of the base's",
         Merge(lambda x, o: transforms.near_swap(x.base, x.models[0], t=o.t)),
         most=1, options=("t",), required=("t",), is_elementwise=True,
     ),

@@ -106,7 +106,7 @@ def merged(settings: Settings) -> tuple[Rewrite, Settings]:
     name = recipe.get("merge_method")
     if not isinstance(name, str) or name not in KNOWN:
         raise ValueError(
-            f"{path}: merge_method {_text.quoted(name)} is none of {', '.join(KNOWN)}."
+            f"{path}: merge_method {_text.quoted(name)} is not one of {', '.join(KNOWN)}."
         )
     ours, known = KNOWN[name]
     method = METHODS[ours]
@@ -159,7 +159,7 @@ def merged(settings: Settings) -> tuple[Rewrite, Settings]:
     )
     dtype = settings.dtype or recipe.get("out_dtype") or recipe.get("dtype")
     if dtype not in (None, *_DTYPES):
-        raise ValueError(f"{path}: dtype {_text.quoted(dtype)} is none of {', '.join(_DTYPES)}.")
+        raise ValueError(f"{path}: dtype {_text.quoted(dtype)} is not one of {', '.join(_DTYPES)}.")
     produce = _merging.by_tensor(method, method.mergekit or method.merge, parts, copies)
     specs = {out: specs[out] for out in sorted(specs, key=trees.natural_key)}
     names = next(iter(inputs.values())).names
@@ -313,13 +313,13 @@ def _tensors(
 
 
 def _sources(each: Slice, base: str | None, has_base: bool) -> list[Source]:
-    """The sources, the base first: where it is no model to merge, without its own parameters."""
+    """The sources, the base first: where it is not a model to merge, without its own parameters."""
     if base is None:
         return list(each.sources)
     found = [source for source in each.sources if source.model == base]
     if not found and len({source.first for source in each.sources}) > 1:
         raise ValueError(
-            f"the base {base} is no source of a slice whose sources begin at different layers: "
+            f"the base {base} is not a source of a slice whose sources begin at different layers: "
             "name it there with its layer_range."
         )
     found = found or [Source(base, each.sources[0].first, {})]

@@ -20,11 +20,11 @@ kdtl params diff before.safetensors after.safetensors --where 'encoder/.*'
 
 @dataclass(frozen=True)
 class Settings(Selection):
-    """What differs between two checkpoints."""
+    """Compare two checkpoints."""
 
     source: str | None = setting(None, "a checkpoint", positional=True)
     target: str | None = setting(None, "another", positional=True)
-    exit_code: bool = setting(False, "exit with 1 if anything differs, as git diff")
+    exit_code: bool = setting(False, "exit with status 1 if anything differs, like git diff")
 
 
 class Distance(NamedTuple):

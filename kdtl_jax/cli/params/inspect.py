@@ -26,7 +26,7 @@ kdtl params inspect model.safetensors --where 'encoder/.*' --values
 
 @dataclass(frozen=True)
 class Settings(Selection):
-    """What a checkpoint holds."""
+    """List a checkpoint's tensors."""
 
     source: str | None = setting(None, "a checkpoint", positional=True)
     values_: bool = setting(
@@ -47,7 +47,7 @@ class Values(NamedTuple):
 
 
 def run(settings: Settings) -> int:
-    """Prints what a checkpoint holds."""
+    """Prints a checkpoint's tensors."""
     if not settings.source:
         raise UsageError(f"name SOURCE, for example: {EXAMPLES.strip().splitlines()[0]}")
     # Not `opened`: tensors that cannot be loaded (8-bit floats) can still be listed.

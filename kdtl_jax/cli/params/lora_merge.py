@@ -36,12 +36,12 @@ class Settings(Writing):
         positional=True,
     )
     alpha: float | None = setting(
-        None, "numerator of s, for files of this library (PEFT's say theirs)", metavar="A"
+        None, "numerator of s, for files of this library (PEFT's carry their own)", metavar="A"
     )
     scaling: Literal["rank", "root-rank"] = setting(
         "rank", "s = alpha / r, or alpha / sqrt(r) for rsLoRA; for files of this library"
     )
-    weight: float = setting(1.0, "times what is added", metavar="W")
+    weight: float = setting(1.0, "factor of the added weights", metavar="W")
     in_axis: int = setting(-2, "input axis of the kernels, for files of this library", metavar="A")
     out_axis: int = setting(
         -1, "output axis of the kernels, for files of this library", metavar="A"
@@ -81,7 +81,7 @@ def _of_peft(settings: Settings, base: Opened) -> Mapping[str, Any]:
     for flag in ("alpha", "scaling", "in_axis", "out_axis", "weight"):
         if getattr(settings, flag) != getattr(Settings, flag):
             name = flag.replace("_", "-")
-            raise UsageError(f"--{name} is for files of this library; PEFT's say theirs")
+            raise UsageError(f"--{name} is for files of this library; PEFT's carry their own")
     folder = _folders.home(base.checkpoint)
     config = None if folder is None else safetensors.json_file(folder / _folders.CONFIG)
     assert settings.adapter is not None
@@ -101,8 +101,8 @@ def _of_this_library(settings: Settings, base: Opened, adapter: Opened) -> Mappi
             _check_base(name, tensor, base)
         elif match is None:
             raise ValueError(
-                f"{name!r} in {adapter.name} is no part of a LoRA or DoRA: expected 'kernel/a' and "
-                f"'kernel/b', or a PEFT folder with {peft.CONFIG}."
+                f"{name!r} in {adapter.name} is not part of a LoRA or DoRA: expected 'kernel/a' "
+                f"and 'kernel/b', or a PEFT folder with {peft.CONFIG}."
             )
         else:
             parts.setdefault(match["module"], {})[match["part"]] = tensor

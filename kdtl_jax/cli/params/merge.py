@@ -31,7 +31,7 @@ Methods:
 def _method(value: Any) -> str:
     name = str(value).lower().replace("-", "_")
     if name not in METHODS:
-        raise ValueError(f"{quoted(value)} is none of {', '.join(METHODS)}")
+        raise ValueError(f"{quoted(value)} is not one of {', '.join(METHODS)}")
     return name
 
 
@@ -66,9 +66,11 @@ class Settings(Several, Selection, Writing):
     """Several models into one."""
 
     method: str = setting("linear", "how to merge; see below", metavar="NAME", parse=_method)
-    base: str | None = setting(None, "what the models were fine-tuned from", metavar="BASE")
+    base: str | None = setting(
+        None, "the checkpoint that the models were fine-tuned from", metavar="BASE"
+    )
     as_: Literal["paper", "mergekit"] = setting(
-        "paper", "follow the method's paper, or give mergekit's numbers"
+        "paper", "follow the method's paper, or reproduce mergekit's results"
     )
     recipe: str | None = setting(
         None, "a mergekit YAML file instead of models and options", metavar="FILE"
@@ -76,7 +78,7 @@ class Settings(Several, Selection, Writing):
     normalize: bool | None = setting(
         None, "divide by the weights (yes, no; default: the method's)", metavar="YES", parse=_truth
     )
-    scale: float | None = setting(None, "factor of what is added (default: 1)", metavar="S")
+    scale: float | None = setting(None, "factor of the added change (default: 1)", metavar="S")
     density: tuple[float, ...] | None = setting(
         None, "fraction of entries kept, one or one per model (ties: 0.2, as mergekit 1)",
         metavar="D", parse=_shares,

@@ -36,7 +36,7 @@ class Settings(Selection, Writing):
         metavar="REGEX",
     )
     keep: tuple[int, ...] | None = setting(
-        None, "these layers, renumbered from 0; DistilBERT's are 0,2,4,7,9,11",
+        None, "layers to keep, renumbered from 0; DistilBERT keeps 0,2,4,7,9,11",
         metavar="0,2,4..7", parse=_keep,
     )  # fmt: skip
     take: tuple[str, ...] = setting(

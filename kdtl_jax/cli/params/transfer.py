@@ -32,18 +32,16 @@ FLAGS = (
 class Settings(scale.Factors, Selection, Writing):
     """Fills a target's weights from a source's."""
 
-    source: str | None = setting(None, "where values come from", positional=True)
+    source: str | None = setting(None, "the checkpoint that values come from", positional=True)
     target: str | None = setting(
-        None, "what is filled: its names, shapes and dtypes", positional=True
+        None, "the checkpoint to fill: its names, shapes and dtypes", positional=True
     )
     rename: tuple[str, ...] = setting(
         (), "source names to target names, by whole name, \\1 for groups; the first match wins; "
         "an empty NAME drops the tensor",
         metavar="'REGEX=>NAME'", repeat=True,
     )  # fmt: skip
-    drop: tuple[str, ...] = setting(
-        (), "source tensors that go nowhere", metavar="REGEX", repeat=True
-    )
+    drop: tuple[str, ...] = setting((), "source tensors to leave out", metavar="REGEX", repeat=True)
     on_missing: Literal["error", "keep"] = setting("error", "target tensors that the source lacks")
     on_extra: Literal["error", "ignore"] = setting("error", "source tensors that the target lacks")
     on_mismatch: Literal["error", "keep", "crop", "pad", "crop-or-pad", "uniform", "resize"] = (

@@ -153,7 +153,7 @@ def open_arrays(files: Mapping[str, str | Path]) -> dict[str, np.ndarray]:
 
     Raises:
       OSError: if a file does not exist or cannot be read.
-      ValueError: if lengths differ, or a file is no whole .npy or holds Python objects.
+      ValueError: if lengths differ, or a file is not a whole .npy or holds Python objects.
     """
     arrays = {}
     for name, path in files.items():
