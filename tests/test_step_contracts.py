@@ -10,9 +10,11 @@ import optax
 import pytest
 from flax import nnx
 
-from kdtl_jax import Variables, interop, objective, train
-from kdtl_jax.datasets import Dataset
+from kdtl_jax import Variables, interop, methods, objective, train
+from kdtl_jax.datasets import Dataset, stratified
 from kdtl_jax.interop import linen
+from kdtl_jax.run import loop
+from kdtl_jax.run.data import resident
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -183,3 +185,36 @@ def test_weighted_examples_of_a_model_with_statistics_go_into_the_term() -> None
     step = train.make_step(model, terms, {"task": 1.0}, TX)
     _, metrics = jax.jit(step)(state, {**BATCH, "example_weights": weights})
     assert float(metrics["task"].weight) == 3.5
+
+
+def test_one_message_for_every_other_slip() -> None:
+    variables = linen.model(Net()).init(jax.random.key(0), BATCH["inputs"])
+    model, w, key = linen.model(Net()).apply, {"w": jnp.zeros((3, 2))}, jax.random.key(0)
+    collections = {"params": variables.params, **variables.model_state}
+    data: Any = Dataset("", np.zeros((4, 3), np.float32), np.zeros(4, np.int32), 2)
+    wrong: list[Any] = [optax.adam, 0, Net(), lambda p, x: x, [BATCH], (1, 2)]
+    unmade, no_key, module, plain, listed, pair = wrong
+    state = train.init_state(w, TX, key=key)
+    taught = step_of(LINEAR, teacher=linen.model(nn.Dense(2)).apply)
+    of_setup: Any = {"inputs": BATCH["inputs"], "examples": 4, "steps": 1}
+    of_setup |= {f"{name}_variables": Variables(w) for name in ("student", "teacher")}
+    for slip, error, words in (
+        (lambda: step_of(model)(train.init_state(collections, TX, key=key), BATCH), TypeError,
+         r"those alone, got the collections \['batch_stats', 'params'\]"),
+        (lambda: taught(state, BATCH), ValueError, "teacher_params got none"),
+        (lambda: train.init_state(w, unmade, key=key), TypeError, "Call it, as in"),
+        (lambda: train.init_state(w, TX, key=no_key), TypeError, "jax.random.key"),
+        (lambda: methods.setup(module, LINEAR, **of_setup), TypeError, "student must be a model"),
+        (lambda: methods.setup(LINEAR, plain, **of_setup), TypeError, "teacher must be"),
+        (lambda: loop.run(step_of(LINEAR), state, listed, steps=1), TypeError, "data.iterate"),
+        (lambda: resident(data, 2, key=key), TypeError, "'inputs': data.inputs"),
+        (lambda: resident(pair, 2, key=key), TypeError, "arrays must be a dict"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=words):
+            slip()
+    with pytest.raises(KeyError) as found:
+        step_of(LINEAR)(state, {"inputs": BATCH["inputs"]})
+    assert found.value.__notes__[0] == "The batch has ['inputs'], the model returns ['logits']."
+    assert repr(stratified(data)) == (
+        "Splits('', inputs float32[3], 2 classes: train 2, validation 1, test 1)"
+    )

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kdtl_jax import _text
 from kdtl_jax.datasets._dataset import Dataset
 from kdtl_jax.datasets._preprocessing import Preprocessing, Standardizer
 
@@ -14,6 +15,15 @@ class Splits(NamedTuple):
     train: Dataset
     validation: Dataset
     test: Dataset
+
+    def __repr__(self) -> str:
+        """Shapes and sizes in place of arrays."""
+        part, sizes = (
+            self.train,
+            ", ".join(f"{n} {len(x.labels)}" for n, x in self._asdict().items()),
+        )
+        about = f"inputs {part.inputs.dtype}{list(part.inputs.shape[1:])}"
+        return f"Splits({_text.quoted(part.name)}, {about}, {part.classes} {part.kind}: {sizes})"
 
 
 def stratified(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kdtl_jax import _checks, _numerics, objective, trees
+from kdtl_jax import _checks, _model_functions, _numerics, objective, trees
 from kdtl_jax._types import ModelFn, Outputs, Params, Variables
 from kdtl_jax.objective import Inputs, TermsFn
 
@@ -148,18 +148,23 @@ def setup(
         (`objective.classification`), or sigmoid if classes do not exclude each other.
 
     Raises:
-      TypeError: if the variables are parameters alone.
+      TypeError: if a model is no model function, or its variables are parameters alone.
       ValueError: if a network has no logits or not one per class, one class is to be learned by
         softmax, or a tap does not exist (the existing ones are listed).
     """
+    _model_functions.model_function(student=student, teacher=teacher)
     for name, given in (("student", student_variables), ("teacher", teacher_variables)):
         if not isinstance(given, tuple) or len(given) != 2:
             raise TypeError(
                 f"{name}_variables must be Variables(params, model_state), got "
                 f"{type(given).__name__}. For a model without a state write Variables(params)."
             )
-    of_student, student_layout = _described(student, student_variables, inputs, student_layout)
-    of_teacher, teacher_layout = _described(teacher, teacher_variables, inputs, teacher_layout)
+    of_student, student_layout = _described(
+        "student", student, student_variables, inputs, student_layout
+    )
+    of_teacher, teacher_layout = _described(
+        "teacher", teacher, teacher_variables, inputs, teacher_layout
+    )
     _check_logits("teacher", of_teacher, classes)
     count: int = of_teacher["logits"].shape[-1]
     _check_logits("student", of_student, count)
@@ -245,9 +250,12 @@ def linear_head(params: Params) -> Head | None:
 
 
 def _described(
-    model: ModelFn, variables: Variables, inputs: Any, given: Layout | None
+    name: str, model: ModelFn, variables: Variables, inputs: Any, given: Layout | None
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], Layout]:
-    outputs, _ = jax.eval_shape(model, *variables, inputs)
+    def run(params: Any, model_state: Any, inputs: Any) -> Any:
+        return _model_functions.called(name, model, params, model_state, inputs)
+
+    outputs, _ = jax.eval_shape(run, *variables, inputs)
     return dict(outputs), layout(outputs) if given is None else given
 
 

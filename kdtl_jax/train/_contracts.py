@@ -1,6 +1,5 @@
-"""What a step expects of models, batches and states, told where it is not so."""
+"""What a step expects of terms, batches and states, told where it is not so."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,66 +8,20 @@ import numpy as np
 from jax.core import Tracer
 
 from kdtl_jax import _checks, trees
-from kdtl_jax._types import ModelFn, Outputs, PyTree
+from kdtl_jax._model_functions import named
+from kdtl_jax._types import PyTree
 from kdtl_jax.objective import Inputs, TermsFn
-
-PROTOCOL = "model(params, model_state, inputs, *, key=None, train=False) -> (outputs, model_state)"
-
-
-def model_function(**models: Any) -> None:
-    """Refuses what cannot be called as a model function: a module, a transformed pair, Variables.
-
-    Raises:
-      TypeError: naming what came, and the adapters that make a model function of it.
-    """
-    for name, model in models.items():
-        if callable(model) and not (hasattr(model, "init") and hasattr(model, "apply")):
-            try:
-                inspect.signature(model).bind(None, None, None, key=None, train=False)
-                continue
-            except TypeError:
-                pass
-            except ValueError:  # a signature that cannot be read
-                continue
-        raise TypeError(
-            f"{name} must be a model function {PROTOCOL}, got {_described(model)}. Take the .apply "
-            "of interop.linen.model(module), nnx, equinox or haiku likewise, or "
-            "interop.function(f) of a plain f(params, inputs)."
-        )
-
-
-def called(
-    name: str, model: ModelFn, params: Any, model_state: PyTree, inputs: Any, **mode: Any
-) -> tuple[Outputs, PyTree]:
-    """`model(params, model_state, inputs, **mode)`, checked.
-
-    Raises:
-      TypeError: if it returns something else than `(outputs, model_state)`.
-      ValueError: if the model needs a state, such as batch statistics, and was given none.
-    """
-    try:
-        returned = model(params, model_state, inputs, **mode)
-    except Exception as error:
-        if jax.tree.leaves(model_state) or not _misses_state(error):
-            raise
-        if mode.get("train"):
-            where = "init_state"
-            how = "init_state(v.params, tx, key=key, model_state=v.model_state)"
-        else:
-            where = "teacher_params" if name == "teacher" else "the step"
-            how = "Variables(params, model_state)"
-        raise ValueError(
-            f"the {name} has a state besides its parameters (batch statistics), and {where} got "
-            f"none. Write {how}."
-        ) from error
-    return outputs_of(returned, name)
 
 
 def told(terms: TermsFn, inputs: Inputs) -> Any:
-    """`terms(inputs)`; a KeyError says what the state lacks where a method's terms need it."""
+    """`terms(inputs)`; a KeyError says what there is, and what the state lacks."""
     try:
         return terms(inputs)
     except KeyError as error:
+        if error.args and error.args[0] not in inputs.batch:
+            error.add_note(
+                f"The batch has {sorted(inputs.batch)}, the model returns {sorted(inputs.student)}."
+            )
         lacking = [n for n in ("connectors", "memory") if not jax.tree.leaves(getattr(inputs, n))]
         if lacking:
             how = ", ".join(f"{name}=method.{name}(key)" for name in lacking)
@@ -87,29 +40,6 @@ def donated(state: Any) -> bool:
     )
 
 
-def _misses_state(error: BaseException) -> bool:
-    """Whether a framework complains of a collection that is not there."""
-    said = f"{type(error).__name__} {error}"
-    return any(word in said for word in ("ScopeCollectionNotFound", "batch_stats", "BatchStat"))
-
-
-def outputs_of(returned: Any, name: str) -> tuple[Outputs, PyTree]:
-    """What a model function returned, if it is `(outputs, model_state)`.
-
-    Raises:
-      TypeError: if it is something else.
-    """
-    if isinstance(returned, (tuple, list)) and len(returned) == 2:
-        outputs, model_state = returned
-        if isinstance(outputs, Mapping):
-            return outputs, model_state
-    raise TypeError(
-        f"the {name} must return (outputs, model_state) with outputs a dict such as "
-        f"{{'logits': array}}, got {_described(returned)}. interop.function(f) makes a model "
-        "function of f(params, inputs) -> logits."
-    )
-
-
 def batch(given: Any) -> Mapping[str, Any]:
     """The batch, if it is a dict with `"inputs"` and weights `[B]`.
 
@@ -117,14 +47,7 @@ def batch(given: Any) -> Mapping[str, Any]:
       TypeError: if it is not a mapping.
       ValueError: if an entry is missing or misshapen.
     """
-    if not isinstance(given, Mapping):
-        example = "{'inputs': x, 'labels': y}"
-        if hasattr(given, "inputs") and hasattr(given, "labels"):  # a Dataset
-            example = "{'inputs': data.inputs, 'labels': data.labels}"
-        raise TypeError(
-            f"the batch must be a dict with 'inputs', got {_described(given)}. Write for example "
-            f"{example}."
-        )
+    given = named("the batch", given)
     if "inputs" not in given:
         raise ValueError(
             f"the batch must be a dict with 'inputs', got the keys {sorted(given)}. Name "
@@ -164,14 +87,3 @@ def no_padding_in_statistics(batch: Mapping[str, Any], before: PyTree, after: Py
             "own shape, or none. To weight examples, let the term return "
             "objective.Mean(sum(w * values), sum(w))."
         )
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, (jax.Array, np.ndarray)):
-        return f"an array of shape {list(value.shape)}"
-    if isinstance(value, (tuple, list)):
-        inner = ", ".join(type(part).__name__ for part in value)
-        return f"{type(value).__name__} of {len(value)}: {inner}"
-    if inspect.isfunction(value):
-        return f"{value.__name__}{inspect.signature(value)}"
-    return f"{type(value).__name__}"

@@ -104,7 +104,7 @@ def init_state(
       trainable: selector over `params`, of what the optimizer may change; the same as the step's.
 
     Raises:
-      TypeError: if `params` are `Variables`.
+      TypeError: if `params` are `Variables`, `tx` is no optimizer or `key` no key.
       ValueError: if the selector matches nothing.
     """
     if isinstance(params, Variables):
@@ -112,6 +112,12 @@ def init_state(
             "params must be the parameters alone, got Variables. Write init_state(v.params, tx, "
             "key=key, model_state=v.model_state)."
         )
+    if not hasattr(tx, "init"):
+        raise TypeError(
+            f"tx must be an optimizer, got {tx!r:.80}. Call it, as in optax.adam(1e-3)."
+        )
+    if key is not None and not hasattr(key, "dtype"):
+        raise TypeError(f"key must be a PRNG key such as jax.random.key(0), got {key!r:.80}.")
     params = jax.tree.map(own, params)
     connectors = jax.tree.map(own, {} if connectors is None else connectors)
     return TrainState(

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import objective, trees
+from kdtl_jax import _model_functions, objective, trees
 from kdtl_jax._types import ModelFn, PyTree, Variables
 from kdtl_jax.objective import Inputs, Mean, Metrics, TermsFn, Weights
 from kdtl_jax.train import _contracts, _gradients, dot, precision
@@ -60,14 +60,16 @@ def make_step(
         selector matches nothing, or the batch does not divide into the microbatches, or rows of
         weight 0 might enter batch statistics.
     """
-    _contracts.model_function(model=model, **({} if teacher is None else {"teacher": teacher}))
+    _model_functions.model_function(
+        model=model, **({} if teacher is None else {"teacher": teacher})
+    )
     optimizer = optax.with_extra_args_support(tx)
 
     def outputs_of_teacher(teacher_params: Any, batch: Batch) -> Any:
         if teacher is None:
             return batch.get("teacher", {})
         variables = _variables(teacher_params)
-        outputs, _ = _contracts.called(
+        outputs, _ = _model_functions.called(
             "teacher", teacher, variables.params, variables.model_state, batch["inputs"]
         )
         return jax.lax.stop_gradient(outputs)
@@ -87,7 +89,7 @@ def make_step(
             if microbatches > 1:
                 key = jax.random.fold_in(key, part)
             model_key, terms_key = jax.random.split(key)
-            outputs, after = _contracts.called(
+            outputs, after = _model_functions.called(
                 "model", model, params, model_state, batch["inputs"], key=model_key, train=True
             )
             _contracts.no_padding_in_statistics(batch, model_state, after)
@@ -141,11 +143,11 @@ def make_eval_step(
 
     Add the `Mean`s of several batches with `add_metrics` for exact totals.
     """
-    _contracts.model_function(model=model)
+    _model_functions.model_function(model=model)
 
     def evaluate(variables: Any, batch: Batch) -> Metrics:
         variables, batch = _variables(variables), _contracts.batch(batch)
-        outputs, _ = _contracts.called(
+        outputs, _ = _model_functions.called(
             "model", model, variables.params, variables.model_state, batch["inputs"]
         )
         inputs = Inputs(outputs, batch.get("teacher", {}), batch, variables.params)

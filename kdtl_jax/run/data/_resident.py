@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax import _checks, augment, train
+from kdtl_jax import _checks, _model_functions, augment, train
 from kdtl_jax._types import PyTree
 
 Batch = Mapping[str, Any]
@@ -68,10 +68,11 @@ def resident(
     Raises:
       ValueError: if the arrays have different lengths, the batch does not fit, or rows do not name
         examples.
-      TypeError: if the batch size is not an integer, or `key` not a PRNG key.
+      TypeError: if `arrays` are no mapping, the batch size is not an integer, or `key` not a PRNG
+        key.
     """
     key = typed_key(key)
-    total = length(arrays)
+    total = length(_model_functions.named("arrays", arrays))
     rows = _checked_rows(rows, total, key)
     size = total if rows is None else rows.shape[-1]
     _checks.count(1, batch_size=batch_size)

@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array
 
 from kdtl_jax import train, trees
+from kdtl_jax._model_functions import described
 from kdtl_jax.objective import Metrics
 from kdtl_jax.run import data
 from kdtl_jax.run.loop import _metrics
@@ -68,6 +69,11 @@ def opened(
     holds such, a short last batch keeps its own shape, and its own program. One row alone has no
     variance: it is filled up with other examples, which count, and a warning says so.
     """
+    if not isinstance(source, data.Resident) and not callable(source):
+        raise TypeError(
+            f"source must be data.resident(arrays, batch_size, key=key) or a function step -> "
+            f"batches, got {described(source)}. data.iterate(batches) makes one of any iterable."
+        )
     at = int(jax.device_get(state.step))
     measures = any(trees.is_inexact(leaf) for leaf in jax.tree.leaves(state.model_state))
     if isinstance(source, data.Resident):

@@ -1,0 +1,123 @@
+"""What a model function and named arrays are, told in one message for every usual slip."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from kdtl_jax._types import ModelFn, Outputs, PyTree
+
+PROTOCOL = "model(params, model_state, inputs, *, key=None, train=False) -> (outputs, model_state)"
+
+
+def model_function(**models: Any) -> None:
+    """Refuses what cannot be called as a model function: a module, a transformed pair, Variables.
+
+    Raises:
+      TypeError: naming what came, and the adapters that make a model function of it.
+    """
+    for name, model in models.items():
+        if callable(model) and not (hasattr(model, "init") and hasattr(model, "apply")):
+            try:
+                inspect.signature(model).bind(None, None, None, key=None, train=False)
+                continue
+            except TypeError:
+                pass
+            except ValueError:  # a signature that cannot be read
+                continue
+        raise TypeError(
+            f"{name} must be a model function {PROTOCOL}, got {described(model)}. Take the .apply "
+            "of interop.linen.model(module), nnx, equinox or haiku likewise, or "
+            "interop.function(f) of a plain f(params, inputs)."
+        )
+
+
+def called(
+    name: str, model: ModelFn, params: Any, model_state: PyTree, inputs: Any, **mode: Any
+) -> tuple[Outputs, PyTree]:
+    """`model(params, model_state, inputs, **mode)`, checked.
+
+    Raises:
+      TypeError: if it returns something else than `(outputs, model_state)`.
+      ValueError: if the model needs a state, such as batch statistics, and was given none.
+    """
+    try:
+        returned = model(params, model_state, inputs, **mode)
+    except Exception as error:
+        if params is None and name == "teacher":
+            raise ValueError(
+                "there is a teacher, and teacher_params got none. Write step(state, batch, "
+                "teacher_params)."
+            ) from error
+        if isinstance(params, Mapping) and "params" in params and not isinstance(error, ValueError):
+            raise TypeError(
+                f"the parameters of the {name} must be those alone, got the collections "
+                f"{sorted(params)}. Write v['params'], and model_state={{'batch_stats': "
+                "v['batch_stats']} where there are statistics."
+            ) from error
+        if jax.tree.leaves(model_state) or not _misses_state(error):
+            raise
+        if mode.get("train"):
+            where = "init_state"
+            how = "init_state(v.params, tx, key=key, model_state=v.model_state)"
+        else:
+            where = "teacher_params" if name == "teacher" else "the step"
+            how = "Variables(params, model_state)"
+        raise ValueError(
+            f"the {name} has a state besides its parameters (batch statistics), and {where} got "
+            f"none. Write {how}."
+        ) from error
+    return outputs_of(returned, name)
+
+
+def _misses_state(error: BaseException) -> bool:
+    """Whether a framework complains of a collection that is not there."""
+    said = f"{type(error).__name__} {error}"
+    return any(word in said for word in ("ScopeCollectionNotFound", "batch_stats", "BatchStat"))
+
+
+def outputs_of(returned: Any, name: str) -> tuple[Outputs, PyTree]:
+    """What a model function returned, if it is `(outputs, model_state)`.
+
+    Raises:
+      TypeError: if it is something else.
+    """
+    if isinstance(returned, (tuple, list)) and len(returned) == 2:
+        outputs, model_state = returned
+        if isinstance(outputs, Mapping):
+            return outputs, model_state
+    raise TypeError(
+        f"the {name} must return (outputs, model_state) with outputs a dict such as "
+        f"{{'logits': array}}, got {described(returned)}. interop.function(f) makes a model "
+        "function of f(params, inputs) -> logits."
+    )
+
+
+def named(what: str, given: Any) -> Mapping[str, Any]:
+    """Named arrays, such as a batch.
+
+    Raises:
+      TypeError: if it is no mapping.
+    """
+    if isinstance(given, Mapping):
+        return given
+    example = "{'inputs': x, 'labels': y}"
+    if hasattr(given, "inputs") and hasattr(given, "labels"):  # a Dataset
+        example = "{'inputs': data.inputs, 'labels': data.labels}"
+    raise TypeError(
+        f"{what} must be a dict with 'inputs', got {described(given)}. Write for example {example}."
+    )
+
+
+def described(value: Any) -> str:
+    """What came, in words."""
+    if isinstance(value, (jax.Array, np.ndarray)):
+        return f"an array of shape {list(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        inner = ", ".join(type(part).__name__ for part in value)
+        return f"{type(value).__name__} of {len(value)}: {inner}"
+    if inspect.isfunction(value):
+        return f"{value.__name__}{inspect.signature(value)}"
+    return f"{type(value).__name__}"
