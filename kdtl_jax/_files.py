@@ -26,7 +26,7 @@ except ImportError:  # not a POSIX system
 TEMPORARY = ".kdtl-tmp"  # how the name of an unfinished file ends
 MARK = ".kdtl"  # the file that makes a folder ours
 ANOTHER = "Choose another folder."
-RECORD_BYTES = 256 * 2**20  # no record of ours is larger
+RECORD_BYTES = 64 * 2**20  # no record of ours is larger
 JSON_BYTES = 16 * 2**20  # nor any config.json or its like
 
 

@@ -35,7 +35,7 @@ import optax
 from kdtl_jax import train
 from kdtl_jax.run import checkpoint, data, loop, processes, sharding
 
-STEPS, SAVE_EVERY, LOG_EVERY = 60, 3, 5
+SAVE_EVERY, LOG_EVERY = 3, 5
 SECONDS = 90  # a process whose partner died has ended after so long
 
 
@@ -53,7 +53,7 @@ def terms(x: Any) -> Any:
     return {"task": optax.softmax_cross_entropy_with_integer_labels(logits, labels)}
 
 
-def trained(folder: Path, seed: int, mesh: Any) -> bytes:
+def trained(folder: Path, seed: int, steps: int, mesh: Any) -> bytes:
     """One model, from its newest whole step to the end; its bytes."""
     rng = np.random.default_rng(seed)
     inputs = rng.normal(size=(64, 4)).astype(np.float32)
@@ -74,8 +74,8 @@ def trained(folder: Path, seed: int, mesh: Any) -> bytes:
         except FileNotFoundError:
             pass
         result = loop.run(
-            step, state, source, steps=STEPS, log=lambda line: None, log_every=LOG_EVERY,
-            evaluate=lambda state: {"sum": measure(state)}, evaluate_every=20, meta=meta,
+            step, state, source, steps=steps, log=lambda line: None, log_every=LOG_EVERY,
+            evaluate=lambda state: {"sum": measure(state)}, evaluate_every=4 * LOG_EVERY, meta=meta,
             save=partial(checkpoint.save, checkpoints), save_every=SAVE_EVERY,
             place=partial(sharding.place_batch, mesh=mesh),
         )  # fmt: skip
@@ -83,27 +83,27 @@ def trained(folder: Path, seed: int, mesh: Any) -> bytes:
     return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(result.state.params))
 
 
-def child(folder: Path, port: int, rank: int) -> None:
+def child(folder: Path, steps: int, port: int, rank: int) -> None:
     faulthandler.register(signal.SIGUSR1)  # tells where it hangs, should it
     jax.config.update("jax_platforms", "cpu")
     processes.initialize(coordinator=f"localhost:{port}", processes=2, process=rank)
     with processes.signals():
         (folder / f"started{rank}").touch()
         mesh = sharding.make_mesh(data=2)
-        found = [trained(folder / name, seed, mesh) for seed, name in enumerate(("a", "b"))]
+        found = [trained(folder / name, seed, steps, mesh) for seed, name in enumerate(("a", "b"))]
     (folder / f"digest{rank}").write_text(hashlib.sha256(b"".join(found)).hexdigest())
 
 
 class Process:
     """A forked process that runs `child`."""
 
-    def __init__(self, folder: Path, port: int, rank: int) -> None:
+    def __init__(self, folder: Path, steps: int, port: int, rank: int) -> None:
         self.code: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
             errors = os.open(folder / f"errors{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(errors, 2)
-            sys.exit(child(folder, port, rank))  # unwinds `main`
+            sys.exit(child(folder, steps, port, rank))  # unwinds `main`
 
     def poll(self) -> int | None:
         """The exit code (negative: the signal), None while it runs."""
@@ -124,7 +124,7 @@ class Process:
         os.kill(self.pid, number)
 
 
-def start(folder: Path) -> list[Process]:
+def start(folder: Path, steps: int) -> list[Process]:
     folder.mkdir(parents=True, exist_ok=True)
     for path in [*folder.glob("started*"), *folder.glob("digest*")]:
         path.unlink()
@@ -132,7 +132,7 @@ def start(folder: Path) -> list[Process]:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     sys.stdout.flush()
-    return [Process(folder, port, rank) for rank in range(2)]
+    return [Process(folder, steps, port, rank) for rank in range(2)]
 
 
 def end(folder: Path, pair: list[Process]) -> tuple[list[int], list[str], float]:
@@ -152,12 +152,14 @@ def end(folder: Path, pair: list[Process]) -> tuple[list[int], list[str], float]
     return codes, found, time.monotonic() - begun
 
 
-def disturbed(folder: Path, kind: str, dice: random.Random, wanted: str) -> dict[str, Any]:
-    begun, pair = time.monotonic(), start(folder)
+def disturbed(
+    folder: Path, kind: str, steps: int, within: float, dice: random.Random, wanted: str
+) -> dict[str, Any]:
+    begun, pair = time.monotonic(), start(folder, steps)
     while not all((folder / f"started{rank}").exists() for rank in range(2)):
         assert all(process.poll() is None for process in pair), "it ended too early"
         time.sleep(0.02)
-    delay, victims = dice.uniform(0, 6), [[0, 1], [0], [1]][dice.randrange(3)]
+    delay, victims = dice.uniform(0, within), [[0, 1], [0], [1]][dice.randrange(3)]
     time.sleep(delay)
     if kind == "killed":
         victims = [dice.randrange(2)]
@@ -165,7 +167,7 @@ def disturbed(folder: Path, kind: str, dice: random.Random, wanted: str) -> dict
         if pair[rank].poll() is None:
             pair[rank].send_signal(signal.SIGKILL if kind == "killed" else signal.SIGTERM)
     codes, _, seconds = end(folder, pair)
-    again, digests, _ = end(folder, start(folder))
+    again, digests, _ = end(folder, start(folder, steps))
     return {
         "kind": kind,
         "victims": victims,
@@ -185,12 +187,15 @@ def main() -> None:
     parser.add_argument("--stopped", type=int, default=2)
     parser.add_argument("--killed", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--within", type=float, default=6, help="seconds, the latest signal")
     args = parser.parse_args()
     dice, wanted = random.Random(args.seed), ""
     kinds = ["stopped"] * args.stopped + ["killed"] * args.killed
     found: list[dict[str, Any]] = []
+    straight: Path = args.folder / "straight"
     for _ in range(max(1, args.undisturbed)):
-        codes, digests, seconds = end(args.folder / "straight", start(args.folder / "straight"))
+        codes, digests, seconds = end(straight, start(straight, args.steps))
         wanted = wanted or digests[0]
         same = codes == [0, 0] and digests == [wanted, wanted]
         found.append({"kind": "undisturbed", "codes": codes, "ended": -99 not in codes,
@@ -198,13 +203,14 @@ def main() -> None:
         print(found[-1], file=sys.stderr, flush=True)
         if not same:
             for rank in range(2):
-                print((args.folder / f"straight/errors{rank}").read_text(), file=sys.stderr)
-        shutil.rmtree(args.folder / "straight")
+                print((straight / f"errors{rank}").read_text(), file=sys.stderr)
+        shutil.rmtree(straight)
     for i, kind in enumerate(kinds):
-        found.append(disturbed(args.folder / f"{kind}{i}", kind, dice, wanted))
+        folder = args.folder / f"{kind}{i}"
+        found.append(disturbed(folder, kind, args.steps, args.within, dice, wanted))
         print(found[-1], file=sys.stderr, flush=True)
         if found[-1]["ended"] and found[-1]["identical"]:
-            shutil.rmtree(args.folder / f"{kind}{i}")
+            shutil.rmtree(folder)
     print(json.dumps(found))
 
 

@@ -41,7 +41,7 @@ def test_two_processes_end_together_and_identical(tmp_path: Path) -> None:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [sys.executable, str(here / "pair_program.py"), str(tmp_path)]
-    counts = ["--undisturbed", "1", "--stopped", "2", "--killed", "1"]
+    counts = ["--undisturbed", "1", "--stopped", "2", "--killed", "1", "--steps", "30"]
     done = subprocess.run([*command, *counts], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])  # Gloo writes to stdout too

@@ -116,7 +116,7 @@ def test_the_file_is_written_whatever_the_scores_and_names(tmp_path: Path) -> No
 class Page(HTMLParser):
     """Tags that close as they should, text, and everything that could load something."""
 
-    VOID = {"meta", "br"}
+    VOID = {"meta", "br", "img"}
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -136,7 +136,7 @@ def _write(path: Path, finished: Finished, result: Any, seconds: float) -> None:
 
 
 def _read(path: Path, finished: Finished) -> tuple[Any, float]:
-    with np.load(path, allow_pickle=False) as stored:
+    with np.load(_files.regular(path), allow_pickle=False) as stored:
         about = json.loads(stored["about"].tobytes())
         if about["run"] != finished.run:
             raise ValueError("it is of another run")

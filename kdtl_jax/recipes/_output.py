@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from kdtl_jax import _files, _text
-from kdtl_jax.recipes import _students
+from kdtl_jax.recipes import _students, yaml_files
 from kdtl_jax.recipes.settings import UsageError, as_yaml
 from kdtl_jax.run import checkpoint, processes, record, report
 
@@ -152,21 +151,24 @@ def _check_same(folder: Path, config: str, command: str) -> str:
     """The identity of the run to be resumed, after comparing its settings."""
     file = folder / "config.yaml"
     try:
-        known = dict(yaml.safe_load(file.read_text()))
-        recorded = dict(json.loads((folder / "env.json").read_text()))
-        run = str(recorded["run"])
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} or env.json beside it cannot be read ({error}).") from None
-    now = yaml.safe_load(config)
+        known = yaml_files.read(file)
+        run = _files.read_json(folder / "env.json")["run"]
+        if not isinstance(run, str):
+            raise ValueError("its run has no name")
+    except (OSError, ValueError, KeyError) as error:
+        said = _text.shown(str(error), 200)
+        raise ValueError(f"{file} or env.json beside it cannot be read ({said}).") from None
+    now = yaml_files.parse(config.encode(errors="replace"))
     other = [
-        f"{name} ({known.get(name)!r}, now {now.get(name)!r})"
-        for name in sorted(known.keys() | now.keys())
+        f"{_text.shown(name)} ({_text.shown(known.get(name))}, now {_text.shown(now.get(name))})"
+        for name in [*now, *(name for name in known if name not in now)]
         if name not in FREE and known.get(name) != now.get(name)
     ]
     if other:
+        more = f" and {len(other) - 8} more" if len(other) > 8 else ""
         raise UsageError(
-            f"--resume: {folder} was run with other settings: {', '.join(other)}. Resume with: "
-            f"kdtl {command} --config {file} --resume --out {folder}"
+            f"--resume: {folder} was run with other settings: {', '.join(other[:8])}{more}. "
+            f"Resume with: kdtl {command} --config {file} --resume --out {folder}"
         )
     return run
 
@@ -224,9 +226,16 @@ def finish(folder: Path, results: report.Results, table: str | None = None) -> N
 
 
 def how_it_was_run(folder: Path) -> dict[str, Any]:
-    """The command line, when it began and ended, and every setting."""
-    begun = json.loads((folder / "env.json").read_text())
-    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    """The command line, when it began and ended, and every setting.
+
+    What has become of the records meanwhile does not cost a run its results.
+    """
+    try:
+        begun = _files.read_json(folder / "env.json")
+        settings = yaml_files.read(folder / "config.yaml")
+    except (OSError, ValueError) as error:
+        print(f"note: how it was run is left out ({_text.shown(str(error), 200)})", file=sys.stderr)
+        begun, settings = {}, {}
     known = {name: begun[name] for name in ("command", "begun") if name in begun}
     return {**known, "ended": _now(), **{k: v for k, v in settings.items() if k != "command"}}
 

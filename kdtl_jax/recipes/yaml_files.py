@@ -61,6 +61,11 @@ def read(path: Path) -> dict[Any, Any]:
     """
     with _files.regular(path).open("rb") as file:
         content = file.read(BYTES + 1)
+    return parse(content)
+
+
+def parse(content: bytes) -> dict[Any, Any]:
+    """The mapping that YAML stands for; errors are those of `read`."""
     if len(content) > BYTES:
         raise ValueError(f"larger than {BYTES:,} bytes")
     try:

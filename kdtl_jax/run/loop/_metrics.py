@@ -34,9 +34,9 @@ def metrics_file(
     """Opens a `.jsonl` file for `run(log=...)`; a missing one is created.
 
     Args:
-      path: appended to. Lines of steps after `resume_at` are dropped first: they will be written
-        again. Lines that cannot be read (a kill or a full disk cut one short) are dropped with a
-        warning.
+      path: appended to; a link is replaced by a file, what it points to stays as it is. Lines of
+        steps after `resume_at` are dropped first: they will be written again. Lines that cannot be
+        read (a kill or a full disk cut one short) are dropped with a warning.
       resume_at: the step that the run starts from.
       stays: which lines of an older run stay, where one file serves several runs; by default those
         up to `resume_at`.
@@ -46,11 +46,13 @@ def metrics_file(
       handed to the system at once, so that a killed process loses none.
     """
     path = Path(path)
+    if path.is_symlink() and not path.exists():
+        path.unlink()
     if path.exists():
         keep = stays or (lambda line: line["step"] <= resume_at)
         old = _files.regular(path).read_bytes()
         kept = b"".join(text + b"\n" for text, line in _lines(path, old) if _stays(line, keep))
-        if kept != old:
+        if kept != old or path.is_symlink():
             _files.write_atomic(path, kept)
     with path.open("a") as file:
         synced = [time.monotonic()]

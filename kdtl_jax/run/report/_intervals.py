@@ -29,6 +29,7 @@ from scipy.special import stdtr, stdtrit
 
 FEWEST_SEEDS = 3  # below, nothing is claimed
 LEVEL = 0.05
+_QUIET = np.errstate(over="ignore", invalid="ignore")  # of scores like -1e200: NaN says enough
 
 
 class Interval(NamedTuple):
@@ -47,6 +48,7 @@ class Spread(NamedTuple):
     df: np.ndarray
 
 
+@_QUIET
 def interval(values: Any, examples: Any = None, *, is_share: bool = False) -> Interval:
     """The mean over seeds and its 95 % interval.
 
@@ -80,6 +82,7 @@ def interval(values: Any, examples: Any = None, *, is_share: bool = False) -> In
     return Interval(mean, float(low), float(high), own)
 
 
+@_QUIET
 def difference(
     values: Any, baseline: Any, examples: Any = None, baseline_examples: Any = None,
     *, is_share: bool = False,

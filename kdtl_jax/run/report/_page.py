@@ -235,9 +235,9 @@ def _rates(results: Results) -> list[Section]:
     found = [
         curve["learning_rate"] for curve in results.learning.values() if "learning_rate" in curve
     ]
-    if not found or len(set(found[0])) == 1:
+    peak = max(found[0], default=0.0) if found else 0.0
+    if not (0 < peak < math.inf) or len(set(found[0])) == 1:
         return []
-    peak = max(found[0])
     shares = [rate / peak for rate in found[0]]
     line = plots.Line("all methods", range(1, len(shares) + 1), shares)
     chart = plots.lines([line], x_axis="epoch", y_axis="learning rate, % of its peak")

@@ -71,6 +71,8 @@ class Worked(NamedTuple):
 
 
 MARKED = 30  # most points of a line of which each is drawn in a ring
+POINTS = 200  # of a line that can be hovered over
+_LARGEST, _SMALLEST = 1e30, 1e-30  # that axes are divided at
 
 
 def dots(bars: Sequence[Bar], *, axis: str, percent: bool = True) -> Chart:
@@ -79,13 +81,14 @@ def dots(bars: Sequence[Bar], *, axis: str, percent: bool = True) -> Chart:
     number = _percent if percent else _plain
     factor, unit = (100, " %") if percent else (1, "")
     for i, bar in enumerate(bars):
-        if math.isfinite(bar.value):
-            words, ends = f"{bar.label}: {number(bar.value)}{unit}", [factor * bar.value] * 2
-            if bar.low is not None and bar.high is not None and math.isfinite(bar.low):
-                ends = [factor * bar.low, factor * bar.high]
+        if _drawable(factor * bar.value):
+            value = _shown(factor * bar.value)
+            words, ends = f"{bar.label}: {number(bar.value)}{unit}", [value] * 2
+            if bar.low is not None and bar.high is not None and _drawable(bar.low, bar.high):
+                ends = [_shown(factor * bar.low), _shown(factor * bar.high)]
                 words += f" ({number(bar.low)} to {number(bar.high)})"
             line(ax, ends, [i, i], series(bar.series), width=3)
-            dot(ax, factor * bar.value, i, series(bar.series), words)
+            dot(ax, value, i, series(bar.series), words)
         _row_labels(ax, i, bar.label, number(bar.value))
     return Chart(svg(ax, axis))
 
@@ -100,10 +103,13 @@ def spans(found: Sequence[Span], *, unit: str, axis: str) -> Chart:
         raise ValueError("there is nothing to draw.")
     ax = _rows([span.label for span in found], axis)
     _drawing.logarithmic(ax)
+    if not any(_positive(span.low, span.middle, span.high) for span in found):
+        ax.set_xlim(1, 10)
     for i, span in enumerate(found):
         words = f"{span.label}: {span.middle:.3g} {unit} ({span.low:.3g} to {span.high:.3g})"
-        line(ax, [span.low, span.high], [i, i], series(0), width=3)
-        dot(ax, span.middle, i, series(0), words)
+        if _positive(span.low, span.middle, span.high):
+            line(ax, [span.low, span.high], [i, i], series(0), width=3)
+            dot(ax, span.middle, i, series(0), words)
         _row_labels(ax, i, span.label, f"{span.middle:.3g}")
     return Chart(svg(ax, axis))
 
@@ -123,7 +129,7 @@ def _rows(labels: Sequence[str], axis: str) -> Axes:
 
 def _folded(label: str) -> list[str]:
     """A label as lines that leave room for the drawing."""
-    return textwrap.wrap(label, _LONGEST_LABEL, break_on_hyphens=False) or [label]
+    return textwrap.wrap(_short(label), _LONGEST_LABEL, break_on_hyphens=False) or [""]
 
 
 def _row_labels(ax: Axes, row: int, label: str, value: str) -> None:
@@ -139,13 +145,20 @@ def lines(curves: Sequence[Line], *, x_axis: str, y_axis: str, percent: bool = T
     label, factor = f"{y_axis} against {x_axis}", 100 if percent else 1
     ax = _drawing.axes(320, left=52, right=14, top=12, bottom=44, grid="y")
     for i, curve in enumerate(curves):
-        known = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(y)]
+        known = [
+            (_shown(x), _shown(factor * y))
+            for x, y in zip(curve.x, curve.y, strict=True)
+            if _drawable(x, factor * y)
+        ]
         if not known:
             continue
-        xs, ys = [x for x, _ in known], [factor * y for _, y in known]
+        xs, ys = [x for x, _ in known], [y for _, y in known]
         line(ax, xs, ys, series(i), title=curve.label)
-        for x, y in zip(xs, ys, strict=True):
+        every = -(-len(xs) // POINTS)
+        for place, (x, y) in enumerate(known):
             chosen = curve.marked is not None and math.isclose(x, curve.marked)
+            if place % every and not chosen:
+                continue
             said = f"{y:.1f} %" if percent else f"{y:.3g}"
             words = f"{curve.label}: {x:g} gives {said}"
             small = len(xs) > MARKED  # rings around so many would hide the line
@@ -178,6 +191,10 @@ def parallel(axes: Sequence[Axis], *, best: int) -> Chart:
     ax.set_axis_off()
     ax.set_xlim(0, len(axes) - 1)
     ax.set_ylim(-0.1, 1)
+    axes = [
+        axis._replace(values=[v if _drawable(v) else math.nan for v in axis.values])
+        for axis in axes
+    ]
     scores = [v if math.isfinite(v) else -math.inf for v in axes[-1].values]
     shares = _shares(scores)
     scales = [_Scale.of(axis) for axis in axes]
@@ -238,6 +255,7 @@ def heat_map(
             f"{[len(line) for line in cells]}."
         )
     label = f"{row_axis} against {column_axis}"
+    rows, columns = [[_short(name) for name in names] for names in (rows, columns)]
     left = 26 + 9 * max(len(label) for label in rows)
     ax = _drawing.axes(40 * len(cells) + 60, left=left, right=6, top=30, bottom=30)
     ax.set_axis_off()
@@ -277,6 +295,7 @@ def roofline(programs: Sequence[Worked], *, flops: float, bytes: float) -> Chart
     ax = _drawing.axes(340, left=70, right=14, top=16, bottom=46, grid="both")
     _drawing.logarithmic(ax, both=True)
     ridge = flops / bytes
+    programs = [p for p in programs if _positive(p.intensity, p.rate)]
     low = min([p.intensity for p in programs] + [ridge / 8]) / 1.15
     high = max([p.intensity for p in programs] + [ridge * 4]) * 1.15
     line(
@@ -346,6 +365,25 @@ def _value(axis: Axis, value: float) -> str:
     if axis.names:
         return axis.names[int(value)]
     return f"{value:.3g}" if math.isfinite(value) else "none"
+
+
+def _drawable(*values: float) -> bool:
+    return all(abs(value) < _LARGEST for value in values)  # neither is NaN
+
+
+def _positive(*values: float) -> bool:
+    return all(_SMALLEST < value < _LARGEST for value in values)
+
+
+def _shown(value: float) -> float:
+    """A value as it is drawn: matplotlib finds no ticks between numbers like 1e-320."""
+    return value if abs(value) > _SMALLEST else 0.0
+
+
+def _short(label: str) -> str:
+    """A label that leaves room for the drawing: at most its two lines beside a row."""
+    most = 2 * _LONGEST_LABEL
+    return label if len(label) <= most else f"{label[: most - 1]}…"
 
 
 def _percent(value: float) -> str:

@@ -1,0 +1,107 @@
+"""Run folders of strangers: records are read at a small cost, links are not followed."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bounds import bounded, is_plain, values
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdtl_jax.recipes import _output, sweep
+from kdtl_jax.recipes.settings import UsageError
+from kdtl_jax.run import loop
+
+BOMB = "a: &a [x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+CONFIGS = ["", "- a", BOMB, "!!set {a}", "seeds: 2\nseeds: 3", "a: " + "[" * 3000, "1: 2", "~: 1"]
+
+
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    with bounded():
+        try:
+            yield
+        except (ValueError, OSError, UsageError) as error:
+            assert is_plain(str(error)), str(error)[:2000]
+
+
+def resume(folder: Path) -> None:
+    asked = sweep.Settings(out=str(folder), resume=True)
+    with one_line(), _output.run_folder(asked, "sweep", resume=True):
+        pass
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("run") / "o"
+    with _output.run_folder(sweep.Settings(out=str(folder)), "sweep"):
+        pass
+    config = (folder / "config.yaml").read_text()
+    return folder, config, json.loads((folder / "env.json").read_text())
+
+
+scalars = st.recursive(
+    values,
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(
+    st.sampled_from(CONFIGS) | st.text(max_size=40),
+    st.integers(0, 400),
+    st.binary(max_size=30) | scalars.map(lambda x: json.dumps(x).encode()),
+)
+@settings(max_examples=12)
+def test_any_records(begun: Any, put: str, place: int, env: bytes) -> None:
+    folder, config, about = begun
+    text = config[:place] + put + config[place:] if place else put
+    (folder / "config.yaml").write_bytes(text.encode(errors="surrogatepass"))
+    (folder / "env.json").write_bytes(env)
+    resume(folder)
+    (folder / "env.json").write_text(json.dumps(about))
+    resume(folder)
+    with bounded():
+        _output.how_it_was_run(folder)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "env.json", "made_from.json"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "missing", "device"])
+def test_records_that_are_no_files(begun: Any, name: str, kind: str) -> None:
+    folder, config, about = begun
+    (folder / "config.yaml").write_text(config)
+    (folder / "env.json").write_text(json.dumps(about))
+    path, kept = folder / name, (folder / name).read_bytes()
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    resume(folder)
+    with bounded():
+        assert "ended" in _output.how_it_was_run(folder), "results are written all the same"
+    if kind == "folder":
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+    path.write_bytes(kept)
+
+
+@pytest.mark.parametrize("content", ["", '{"step": 1}\n', None])
+def test_metrics_are_never_written_through_a_link(tmp_path: Path, content: str | None) -> None:
+    mine, path = tmp_path / "mine", tmp_path / "metrics.jsonl"
+    if content is not None:
+        mine.write_text(content)
+    path.symlink_to(mine)
+    with loop.metrics_file(path, resume_at=1) as log:
+        log({"step": 2})
+    assert not path.is_symlink() and path.read_text() == (content or "") + '{"step": 2}\n'
+    assert (mine.read_text() if mine.exists() else None) == content
