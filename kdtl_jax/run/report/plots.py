@@ -340,7 +340,8 @@ class _Scale(NamedTuple):
         labels = tuple(known) if len(known) <= 6 else (low, high)
         is_choice = len(known) <= 6 and len(axis.values) > len(known)
         if low == high:
-            low, high, is_log = low - 0.5, high + 0.5, False
+            around = max(0.5, abs(low) / 2)
+            low, high, is_log = low - around, high + around, False
         return cls(low, high, is_log, is_choice, labels)
 
     def at(self, value: float) -> float:
