@@ -266,7 +266,7 @@ def heat_map(
         text(ax, 0, i + 0.5, rows[i], offset=(-10, 0), ha="right", va="center")
         for j, value in enumerate(cell_row):
             share = next(shares)
-            if not math.isfinite(value):
+            if not _drawable(value):
                 continue
             number = _percent(value) if percent else f"{value:.3g}"
             words = f"{row_axis} {rows[i]}, {column_axis} {columns[j]}: {number}"
@@ -354,12 +354,12 @@ class _Scale(NamedTuple):
 
 
 def _shares(values: Sequence[float]) -> list[float]:
-    """Each value's place between the smallest and the largest finite one, 0 where there is none."""
-    known = [v for v in values if math.isfinite(v)]
+    """Each value's place between the smallest and the largest drawn one, 0 where there is none."""
+    known = [v for v in values if _drawable(v)]
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
     if low == high:
-        return [float(math.isfinite(v)) for v in values]
-    return [(v - low) / (high - low) if math.isfinite(v) else 0.0 for v in values]
+        return [float(_drawable(v)) for v in values]
+    return [(v - low) / (high - low) if _drawable(v) else 0.0 for v in values]
 
 
 def _value(axis: Axis, value: float) -> str:
