@@ -1,6 +1,6 @@
 """Knowledge distillation and transfer learning for JAX: pure functions over parameter pytrees.
 
-`import kdtl_jax` needs jax, numpy and optax only. Flax, orbax and rich are imported by the modules
+`import kdtl_jax` needs only jax, numpy and optax. Flax, orbax and rich are imported by the modules
 at the edge (`interop`, `models`, `run`, `recipes`, `cli`) when those are imported or first used.
 """
 

@@ -43,8 +43,8 @@ class Mean(NamedTuple):
 class ModelFn(Protocol):
     """A model as a pure function.
 
-    `inputs` is the batch's `"inputs"` entry. `model_state` holds what is not trained by
-    gradient (batch statistics); it comes back unchanged unless `train` is true.
+    `inputs` is the batch's `"inputs"` entry. `model_state` holds what gradients do not train (batch
+    statistics); it is returned unchanged unless `train` is true.
     """
 
     def __call__(

@@ -1,8 +1,8 @@
 """Augmentation as pure keyed functions: crop, flip, mixup, CutMix.
 
-Each function takes a key and a batch's arrays, so a view is a function of its key: made once, it
-goes to both teacher and student. `example_keys(key, epoch, rows)` gives every example of
-every epoch its own key, whatever the batch it falls into; a teacher cache built from those keys
+Each function takes a key and a batch's arrays, so a view depends only on its key: it is made once
+and given to both teacher and student. `example_keys(key, epoch, rows)` gives every example of every
+epoch its own key, whichever batch it falls into; a teacher cache built from those keys
 therefore agrees with a live teacher. `mixup` and `cutmix` mix rows *within* a batch, so they are
 functions of the batch too and ask for a live teacher. They take the mask of real examples (`where`,
 bool `[B]`): a real row is mixed with a real row, and padded rows stay as they are.
@@ -46,7 +46,7 @@ def flip(keys: Array, images: Array, *, probability: float | Array = 0.5) -> Arr
 
 
 def crop(keys: Array, images: Array, *, padding: int = 4) -> Array:
-    """Pads by zeros and cuts a window of the original size at a random place.
+    """Pads with zeros and cuts out a window of the original size at a random place.
 
     Args:
       keys: `[B]`, one per image.
@@ -80,7 +80,7 @@ def mixup(
       key: one key for the batch.
       inputs: `[B, ...]`, floating point.
       targets: `[B, K]` class probabilities (`jax.nn.one_hot`, `optax.smooth_labels`).
-      alpha: of the Beta distribution, > 0.
+      alpha: parameter of the Beta distribution, > 0.
       where: bool `[B]`, real examples.
 
     Returns:
@@ -104,7 +104,7 @@ def cutmix(
     alpha: float | Array = 1.0,
     where: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Pastes a box of another image; targets mix by the area that is left.
+    """Pastes a box from another image; targets are mixed by the remaining area.
 
     The box has sides `sqrt(1 - l)` of the image's with `l ~ Beta(alpha, alpha)` and a uniformly
     drawn center; it is cut at the border, and targets use the area actually pasted.
@@ -113,7 +113,7 @@ def cutmix(
       key: one key for the batch.
       images: `[B, H, W, C]`.
       targets: `[B, K]` class probabilities.
-      alpha: of the Beta distribution, > 0.
+      alpha: parameter of the Beta distribution, > 0.
       where: bool `[B]`, real examples.
 
     Returns:

@@ -1,11 +1,11 @@
-"""Numbers of whole batches: distances between two, spectra and confusions of one.
+"""Quantities of whole batches: distances between two, and spectra and confusion of one.
 
-They return one scalar, which the objective counts once, as it counts a penalty. They are no losses:
-they are not means over examples, so that microbatches do not add up to the large batch.
+They return one scalar, which the objective counts once, like a penalty. They are not losses: they
+are not means over examples, so microbatches do not add up to the large batch.
 
 `where` (bool `[B]`) marks the real examples; padded rows change nothing, whatever they hold. For
-two batches it marks the rows of both, or of the first where `target_where` (`[B']`) is given for
-the second. Where fewer examples are left than a statistic needs, it is 0.
+two batches it marks the rows of both, or of the first if `target_where` (`[B']`) is given for the
+second. If fewer examples are left than a statistic needs, it is 0.
 
 TypeError: an array is not floating point. ValueError: shapes do not fit, a batch has fewer than two
 examples, or a hyper-parameter is out of its range.
@@ -72,7 +72,7 @@ def coral(
       student_features: `[Bs, D]` of one domain.
       target_features: `[Bt, D]` of the other; batches may differ in size.
       where: bool `[Bs]`, real examples.
-      target_where: bool `[Bt]`, if other than `where`.
+      target_where: bool `[Bt]`, if different from `where`.
 
     Returns:
       `[]`. TLL's number is 4 times this plus the mean squared difference of the means.
@@ -105,7 +105,7 @@ def mk_mmd(
       scale: the unit of bandwidth, usually `stop_gradient(mean_squared_distance(...))`.
       alphas: bandwidths in that unit.
       where: bool `[Bs]`, real examples.
-      target_where: bool `[Bt]`, if other than `where`.
+      target_where: bool `[Bt]`, if different from `where`.
 
     Returns:
       `[]`. TLL adds the constant `2 / (B - 1)`.
@@ -177,7 +177,7 @@ def mean_squared_distance(
       student_features: `[B, D]`.
       target_features: `[B', D]`.
       where: bool `[B]`, real examples.
-      target_where: bool `[B']`, if other than `where`.
+      target_where: bool `[B']`, if different from `where`.
 
     Returns:
       `[]`, squared feature units.

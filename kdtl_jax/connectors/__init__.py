@@ -8,13 +8,14 @@ input's dtype where they meet it.
 
 `where` (bool `[B]`, or other leading axes) marks the real examples of a batch: the others enter no
 statistic of `batch_norm`. `apply` always normalizes by the current batch, as the published
-distillers do in training; that is right for glue that is thrown away. Where a connector stays in
-the model (SimKD's projector), its output must not depend on who else is in the batch: `measure`
-returns the statistics beside the output, `running_update` averages them in the step's memory, and
+distillers do in training; that is right for glue that is discarded. If a connector stays in the
+model (SimKD's projector), its output must not depend on the rest of the batch: `measure`
+returns the statistics along with the output, `running_update` averages them in the step's memory,
+and
 `evaluate` normalizes by them; `fold_batch_norm` turns the result into plain convolutions.
 
 TypeError: x is not floating point, or a size not an integer. ValueError: a size is below 1, or x
-has not the rank or the width that the parameters were made for.
+does not have the rank or the width that the parameters were made for.
 """
 
 from kdtl_jax.connectors._architectures import abf as abf

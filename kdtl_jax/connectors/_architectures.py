@@ -17,7 +17,7 @@ from kdtl_jax.connectors._layers import Size
 def simkd_projector(features: int, *, factor: int = 2, eps: float = 1e-5) -> Connector:
     """SimKD's bottleneck 1x1, 3x3, 1x1 of width `features / factor`, each with norm and ReLU.
 
-    It stays in the student: carry `running_init`, predict by `evaluate` or fold.
+    It stays in the student: carry `running_init`, and predict with `evaluate` or after folding.
     """
     width = features // factor
     steps = (
@@ -98,7 +98,7 @@ def paraphraser(channels: int, *, rate: float = 0.5) -> Connector:
 def abf(width: int, features: int, *, size: Size | None = None, eps: float = 1e-5) -> Connector:
     """ReviewKD's attention-based fusion: `(x, residual) -> (features, next residual)`.
 
-    Run from the deepest level up, handing each level's residual to the next; the deepest takes
+    Run it from the deepest level up and pass each level's residual to the next; the deepest takes
     `residual=None`. The residual is brought to x's size by nearest neighbor and mixed in by two
     sigmoid maps; `size` is the next level's height and width, x's own by default.
 

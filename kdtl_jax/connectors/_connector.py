@@ -85,7 +85,7 @@ def running_init(connector: Connector, params: Params, x: Any) -> PyTree:
     Args:
       connector: any connector; one without statistics has an empty tree.
       params: its parameters; arrays or shapes.
-      x: an input of `apply`; shapes do.
+      x: an input of `apply`; shapes suffice.
 
     Returns:
       A pytree of `Statistics`: mean 0, variance 1, nothing counted.

@@ -168,7 +168,7 @@ def _biased(y: Array, params: Params) -> Array:
 
 
 def batch_norm(*, eps: float = 1e-5) -> Connector:
-    """Normalization per channel, then scale and offset.
+    """Normalizes each channel, then scales and shifts it.
 
     By the mean and the biased variance of this batch over all axes but the last (padding left out),
     in float32 or wider, or by running statistics (`Connector.evaluate`). `eps` is added to the

@@ -80,15 +80,15 @@ def checked(
 ) -> Dataset:
     """A `Dataset`, after looking at every value. All readers share this rule for labels.
 
-    Labels may be whole numbers `[N]` or `[N, 1]`, text, or one-hot rows `[N, K]`. Numbers that are
-    0..K-1 stay what they are; text and other codes (10, 20, 30) are numbered in sorted order, their
-    names kept in `names` and a notice added.
+    Labels may be whole numbers `[N]` or `[N, 1]`, text, or one-hot rows `[N, K]`. Numbers 0..K-1
+    are kept; text and other codes (10, 20, 30) are numbered in sorted order, with their names in
+    `names` and a notice.
 
     Args:
       name: of the data, for messages.
       inputs: numbers, `[N, ...]`.
-      labels: one per example.
-      classes: their number, for labels that are 0..classes-1 already although some may be missing.
+      labels: one label per example.
+      classes: how many, if labels already are 0..classes-1 and some may be missing.
       like: another part of the data, whose numbering of classes this part follows.
 
     Raises:

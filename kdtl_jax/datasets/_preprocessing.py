@@ -46,7 +46,8 @@ class Images(NamedTuple):
 
 
 class Preprocessing(NamedTuple):
-    """How a model's data are read: `scaled = (inputs - mean) / scale`, answers by `kind`."""
+    """How a model's data are read: `scaled = (inputs - mean) / scale`; `kind` says what it
+    predicts."""
 
     kind: Kind = "classes"  # of targets: one class, several labels at once, or numbers
     names: tuple[str, ...] = ()  # of classes, labels or numbers; () where they have none

@@ -39,27 +39,27 @@ def read_splits(
     seed: int = 0,
     preprocessing: Preprocessing | None = None,
 ) -> Splits:
-    """Train, validation and test parts of the data that a text names.
+    """Reads train, validation and test parts of the data.
 
     Args:
       text: `digits`, or a file or folder of any kind in `FORMATS`.
       label: the column of labels, or several between commas; or the array of labels.
       inputs: the array of inputs, or a column of images; None: the usual names.
-      target: what targets are; "auto" reads it off the values.
-      missing: what fills a missing value of a table, measured on the training part, or "drop" for
-        leaving such rows out; None: missing values are refused.
-      one_hot: make text columns one input per category; otherwise they are refused.
-      drop: columns of a table that are left out.
+      target: what the targets are; "auto" decides by the values.
+      missing: what replaces a table's missing values, measured on the training part, or "drop" to
+        leave such rows out; None: missing values are an error.
+      one_hot: turn text columns into one input per category; otherwise they are an error.
+      drop: columns of a table to leave out.
       image_size: resize images to (height, width), whatever their proportions.
       validation: share of the training rows (of all rows, if there is no test part either).
       test: share of all rows, if there is no test part.
       seed: of the rows drawn; parts keep their proportions of classes.
-      preprocessing: a model's, in whose way inputs and targets are read; the choices above that it
-        fixes are its own. Nothing is scaled.
+      preprocessing: of a model; inputs and targets are read as it expects, and its choices replace
+        those above. Nothing is scaled.
 
     Raises:
       OSError: if a file does not exist or cannot be read.
-      ValueError: if there is nothing of the kind, or its contents are not what they should be.
+      ValueError: if there is no such data, or its contents are not valid.
     """
     if text == "digits":
         whole = digits()
@@ -117,11 +117,11 @@ def read(
       drop: likewise.
       image_size: likewise.
       classes: number of classes, as in `checked`; None numbers the labels that occur.
-      preprocessing: a model's, in whose way inputs and targets are read. Nothing is scaled.
+      preprocessing: of a model; inputs and targets are read as it expects. Nothing is scaled.
 
     Raises:
       OSError: if a file does not exist or cannot be read.
-      ValueError: if its contents are not what they should be.
+      ValueError: if its contents are not valid.
     """
     path = Path(path)
     choices = _choices(label, inputs, missing, one_hot, drop, image_size, preprocessing)

@@ -106,8 +106,8 @@ def only_classes(data: Dataset, classes: range) -> Dataset:
 def standardizer(train: Dataset) -> Standardizer:
     """Mean 0 and standard deviation 1 per feature: per channel of images, per entry of vectors.
 
-    Measure it on training data alone and apply it to all parts. Pixels share one scale: by its
-    own, a pixel that is nearly always blank here would be huge where another task draws on it.
+    Measure it on training data alone and apply it to all parts. Pixels share one scale: with a
+    scale of its own, a pixel that is nearly always blank here would be huge in a task that uses it.
     A constant feature is only shifted.
     """
     axes = tuple(range(train.inputs.ndim - 1)) if train.inputs.ndim == 4 else (0,)
@@ -128,7 +128,8 @@ def standardized(splits: Splits) -> Splits:
 def prepared(splits: Splits) -> tuple[Splits, Preprocessing]:
     """All parts standardized by the training part, inputs and targets that are numbers, and how.
 
-    The value describes everything that is done to inputs and targets from the file on.
+    The returned `Preprocessing` describes everything that was done to inputs and targets as read
+    from the file.
     """
     train = splits.train
     form = train.form._replace(

@@ -16,7 +16,7 @@ def summary(splits: Splits) -> list[str]:
     """Inputs, targets and sizes of the parts, a line each; then notices, and warnings.
 
     Args:
-      splits: as they were read, before they are scaled.
+      splits: as read, before scaling.
     """
     train, sizes = splits.train, [len(part.labels) for part in splits]
     shape = " x ".join(map(str, train.inputs.shape[1:]))

@@ -35,7 +35,7 @@ def from_arrays(
       name: of the data, for messages.
       inputs: numbers, `[N, ...]`.
       targets: `[N]` or `[N, K]`: numbers, text, or lists of labels as an object array.
-      target: their kind; "auto" reads it off the values.
+      target: their kind; "auto" decides by the values.
       classes: as in `checked`.
       like: another part of the data, whose kind and names this part follows.
       names: of the classes 0..K-1, or of the K columns.

@@ -1,3 +1,3 @@
-"""Doors to other frameworks and file formats; each module imports its own framework."""
+"""Adapters to other frameworks and file formats; each module imports its own framework."""
 
 from kdtl_jax.interop._function import function as function

@@ -6,7 +6,7 @@
     decoders.save("small", small.params, small.rules, config=small.config)
 
 Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2 and 3 (text), Phi-3, SmolLM3, OLMo 2 and GPT-2, sharded
-or not, in any float dtype. The model is a `models.Decoder`, whose head is apart, and whose `tap`
+or not, in any float dtype. The model is a `models.Decoder`, whose head is separate and whose `tap`
 gives hidden states and attention. Encoders are in `interop.huggingface`.
 """
 
@@ -83,7 +83,7 @@ def load(folder: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
 def from_tensors(
     config: Mapping[str, Any], tensors: Mapping[str, Any], *, dtype: Any = None
 ) -> PretrainedDecoder:
-    """A decoder from what a folder holds: config.json's object and the tensors by name.
+    """Builds a decoder from a folder's contents: the object in config.json and the tensors by name.
 
     Raises:
       ValueError: as for `load`.
@@ -103,7 +103,7 @@ def from_tensors(
 
 
 def initialized(config: Mapping[str, Any], key: jax.Array) -> PretrainedDecoder:
-    """A decoder of a config.json's content with random weights, as `load` gives trained ones.
+    """Builds a decoder with random weights from the content of a config.json.
 
     Raises:
       ValueError: for an unknown family or a key that is not understood.
@@ -117,7 +117,7 @@ def initialized(config: Mapping[str, Any], key: jax.Array) -> PretrainedDecoder:
 
 
 def student(source: PretrainedDecoder, *, layers: Sequence[int]) -> PretrainedDecoder:
-    """Some of a decoder's layers as a decoder of its own; layer `j` is the source's `layers[j]`.
+    """Takes some layers of a decoder as a new one; layer `j` is the source's `layers[j]`.
 
     Raises:
       ValueError: if a position is out of range.
@@ -164,14 +164,14 @@ def save(
     The dtype, the vocabulary and whether the head is tied are written as the tensors have them.
 
     Args:
-      folder: made if need be; files are replaced atomically, the weights last.
+      folder: created if needed; files are replaced atomically, the weights last.
       params: the parameters, layers apart (`transforms.unstack_layers` takes stacked ones apart).
       rules: a `PretrainedDecoder`'s rules.
       config: its config.
       tokenizer: a folder whose tokenizer files are copied.
 
     Raises:
-      ValueError: if a parameter has no rule, or the parameters are not those that the config says.
+      ValueError: if a parameter has no rule, or the parameters do not match the config.
     """
     tensors = naming.to_torch(params, rules)
     table = params["tokens"]["embedding"]

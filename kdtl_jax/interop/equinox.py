@@ -4,8 +4,8 @@
     outputs, state = model(params, state, inputs, key=key, train=True)
 
 `params` is the module's inexact arrays, a module with None elsewhere; selectors see paths
-such as `layers/0/weight`. Equinox modules work on one example; the batch is mapped here. Features
-are returned by the module itself (there is nothing to intercept): return a dict with `"logits"`.
+such as `layers/0/weight`. Equinox modules take one example; this adapter maps them over the batch.
+To get features, let the module return a dict with `"logits"` (there is nothing to intercept).
 """
 
 import inspect
@@ -40,8 +40,8 @@ def model(
 ) -> Equinox:
     """`(apply, params, model_state)` of an Equinox module, following the library's contract.
 
-    The module is mapped over the batch; each example gets its own key, as `key=`, and the state
-    as second argument where there is one. `train=False` runs the module in inference mode
+    The module is mapped over the batch; each example gets its own key, as `key=`, and the state, if
+    there is one, as second argument. `train=False` runs the module in inference mode
     (`eqx.nn.inference_mode`), so that dropout is off and statistics are frozen; arguments and
     fields of a usual name (`train`, `inference`, `deterministic`, `enable_dropout`, …, also within
     `**kwargs`) are set besides. To put trained parameters back:
@@ -50,8 +50,8 @@ def model(
     Args:
       module: from its constructor, or the first half of `eqx.nn.make_with_state(...)`.
       state: the second half, if there is one.
-      call: how the module is called on one example, in another way.
-      axis_name: the name that the module's batch norms reduce over.
+      call: how to call the module on one example, if not in the usual way.
+      axis_name: the axis that the module's batch norms reduce over.
 
     Raises:
       ValueError: when `apply` is traced, if dropout or batch statistics are not in the mode asked

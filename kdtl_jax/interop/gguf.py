@@ -112,7 +112,7 @@ def write_folder(folder: str | Path, path: str | Path) -> None:
     """Writes a GGUF file as a Hugging Face folder: weights in float32, config, tokenizer.
 
     Args:
-      folder: made if need be; its files are replaced.
+      folder: created if needed; its files are replaced.
       path: of the GGUF file.
 
     Raises:

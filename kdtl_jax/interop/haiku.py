@@ -36,7 +36,7 @@ def model(net: Callable[..., Any], *, taps: Sequence[str] = ()) -> Haiku:
     Args:
       net: builds and calls its modules, as given to `hk.transform_with_state`. Its second argument
         is `train`, or one of the usual names (`is_training`, `training`, `deterministic`,
-        `inference`, …), whose sense is heeded; a net without modes may take the inputs alone.
+        `inference`, …), interpreted by its meaning; a net without modes may take only the inputs.
       taps: modules whose output joins the outputs under their name, `"net/~/linear_0"`; each is a
         regular expression that must match whole names. A module called several times, or one that
         returns a tuple, gives `name/0`, `name/1`, and so on.

@@ -179,7 +179,7 @@ def save(
     The config says what is written (see `described`), and is read back before anything is stored.
 
     Args:
-      folder: made if need be; the two files are replaced atomically, the weights last.
+      folder: created if needed; the two files are replaced atomically, the weights last.
       params: the model's parameters, in the names of `rules`.
       rules: a `Pretrained`'s rules; they also name the layers of a shallower student.
       config: a `Pretrained`'s config.

@@ -4,8 +4,8 @@
     variables = model.init(jax.random.key(0), images[:1])
     outputs, state = model.apply(variables.params, variables.model_state, images)
 
-A module returns either a dict of outputs, or an array, which is then the `"logits"`. (An encoder
-without head has no logits; its dict passes as it is.)
+A module returns either a dict of outputs, or an array, which becomes the `"logits"`. (An encoder
+without a head has no logits; its dict is passed on unchanged.)
 `taps` adds the outputs of submodules by path, without touching the module.
 """
 
@@ -54,7 +54,7 @@ def model(
       taps: submodules whose output joins the outputs under their path, `"block3/conv1"`; each is
         a regular expression that must match whole paths. A module called several times, or one
         that returns a tuple, gives `path/0`, `path/1`, and so on.
-      call: `call(module, inputs, train)`, for modules that are called in another way.
+      call: `call(module, inputs, train)`, for modules that are not called in the usual way.
       rngs: names of the random streams that the module reads when `key` is given; `"dropout"` in
         training only, so that dropout that does not follow the mode is an error.
 

@@ -1,11 +1,11 @@
-"""Files of trained models: weights, and everything needed to use them.
+"""Files of trained models: the weights and everything needed to use them.
 
     model = model_files.load("runs/distill/students/kd.safetensors")
     logits = model.predict(images)  # as they come: the file knows how they are scaled
 
-A file is safetensors. Its metadata say what it is a file of: the model's text (`mlp:16`), its
-classes, the shape of one input and how inputs are scaled. A student whose method predicts through
-connectors (SimKD) has them in its file, and runs as any other.
+A file is safetensors. Its metadata describe the model: its text (`mlp:16`), its classes, the shape
+of one input and how inputs are scaled. A student whose method predicts through
+connectors (SimKD) has them in its file and runs like any other.
 """
 
 import json
@@ -32,7 +32,7 @@ PLAIN, CONNECTED = "model", "model with connectors"  # the metadata's "kind"
 
 
 class About(NamedTuple):
-    """What a model's file says of itself; None where it says nothing."""
+    """What a model's file says about itself; None where it says nothing."""
 
     model: str | None = None
     classes: int | None = None
@@ -61,7 +61,7 @@ class Model(NamedTuple):
 
 
 def about(path: str | Path) -> About:
-    """What a model's file says of itself.
+    """Reads what a model's file says about itself.
 
     Raises:
       ValueError: if there is no such file, or its metadata are damaged.

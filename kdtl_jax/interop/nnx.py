@@ -59,7 +59,7 @@ def model(
         regular expression that must match whole paths. A module called several times, or one that
         returns a tuple, gives `path/0`, `path/1`, and so on. Values stored with
         `module.sow(nnx.Intermediate, ...)` are found under their own name.
-      call: `call(module, inputs, train)`, for modules that are called in another way.
+      call: `call(module, inputs, train)`, for modules that are not called in the usual way.
 
     Raises:
       ValueError: when `apply` is traced, if a tap matches no output (the existing ones are listed),
