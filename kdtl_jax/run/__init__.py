@@ -1,1 +1,1 @@
-"""The host side of a run: loop, data, checkpoints, teacher caches, sharding, reports."""
+"""The host side of a run: loop, data, checkpoints, teacher caches, sharding and reports."""

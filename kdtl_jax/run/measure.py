@@ -1,4 +1,4 @@
-"""What a compiled program costs, and how near it comes to the machine's own ceilings.
+"""What a compiled program costs, and how close it comes to the machine's measured limits.
 
 Three separate sources: timing (`step_times`, `throughput`), the compiler's account of the
 program (`cost`, `memory`), and the machine's measured ceilings (`ceilings`: a large matmul, a large
@@ -53,7 +53,7 @@ class Memory(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """The best rates that this machine showed."""
+    """The best rates measured on this machine."""
 
     flops: float  # per second, an `n x n` matmul
     bytes: float  # per second, read and written by a copy
@@ -63,7 +63,7 @@ class Ceilings(NamedTuple):
 
 
 class Roofline(NamedTuple):
-    """The least seconds that one run can take under the ceilings, and what binds it."""
+    """The shortest time that one run can take under the ceilings, and what limits it."""
 
     compute: float  # seconds at the matmul ceiling
     bandwidth: float  # seconds at the copy ceiling
@@ -72,9 +72,9 @@ class Roofline(NamedTuple):
 
 
 def compiled(run: Any, *args: Any) -> tuple[Any, float]:
-    """A jitted function compiled for these arguments, and the seconds it took to get there.
+    """Compiles a jitted function for these arguments; also returns the seconds that it took.
 
-    With a persistent compilation cache the seconds are those of a look-up.
+    With a persistent compilation cache, these are the seconds of a look-up.
     """
     start = time.perf_counter()
     program = run.lower(*args).compile()
@@ -105,7 +105,7 @@ def step_times(once: Callable[[], Any], steps: int, *, warmup: int = 3) -> Distr
 
 
 def distribution(seconds: list[float]) -> Distribution:
-    """Median, 10th and 90th percentile, maximum, and how many."""
+    """Median, 10th and 90th percentile, maximum, and count."""
     low, mid, high = np.percentile(seconds, [10, 50, 90])
     return Distribution(float(mid), float(low), float(high), max(seconds), len(seconds))
 
@@ -113,7 +113,7 @@ def distribution(seconds: list[float]) -> Distribution:
 def throughput(once: Callable[[], Any], steps: int, *, warmup: int = 3, rounds: int = 3) -> float:
     """Seconds per run when only the last of many is awaited: what a training loop sees.
 
-    The median of some rounds, of at least `steps` runs together.
+    The median over several rounds, with at least `steps` runs in total.
     """
     each = -(-steps // rounds)
     for _ in range(warmup):
@@ -141,7 +141,7 @@ def cost(program: Any) -> Cost:
 
 
 def memory(program: Any, device: Any = None) -> Memory:
-    """Bytes of a compiled program, and the device's peak where it keeps one."""
+    """Bytes of a compiled program, and the device's peak if the device reports one."""
     try:
         found = program.memory_analysis()
     except Exception:
@@ -161,7 +161,7 @@ def ceilings(dtype: Any = jnp.float32, *, quick: bool = False) -> Ceilings:
     """Measures the machine: square matmuls and copies, doubled until one takes long enough.
 
     Args:
-      dtype: of the matmul's factors, in the default precision that models get as well.
+      dtype: of the matmul's factors, at the same default precision as models.
       quick: small sizes, for a rough figure within a second.
     """
     enough = 0.004 if quick else 0.04
@@ -192,8 +192,8 @@ def ceilings(dtype: Any = jnp.float32, *, quick: bool = False) -> Ceilings:
 def roofline(work: Cost, seconds: float, limits: Ceilings) -> Roofline | None:
     """Where a run stands under the ceilings; None if its cost is not known.
 
-    The bandwidth bound takes XLA's bytes for memory traffic. A program whose arrays stay in the
-    caches beats it, and its fraction passes 1.
+    The bandwidth bound takes XLA's bytes as memory traffic. A program whose arrays stay in the
+    caches is faster, and its fraction exceeds 1.
 
     References:
       Williams, Waterman and Patterson, Roofline: an insightful visual performance model, 2009.

@@ -1,9 +1,10 @@
-"""Several processes as one run: joining, agreeing, one that decides, and signals.
+"""Several processes as one run: joining, agreeing, letting one decide, and signals.
 
-Whatever changes a folder that processes share happens in process 0, between two points at which all
-of them meet: `decide` runs a function there and gives every process its result, or its error.
-Signals are noted and acted on by all processes at once, at a step at which they ask each other.
-With one process all of this is the plain function call.
+Anything that changes a folder shared by the processes happens in process 0, between two points at
+which all of them meet: `decide` runs a function there and gives every process its result, or its
+error.
+Signals are recorded, and all processes act on them together, at a step at which they ask each
+other. With one process, all of this is a plain function call.
 """
 
 import contextlib
@@ -32,8 +33,8 @@ def initialize(
     """Joins a multi-process run; call before anything touches a device.
 
     Without arguments JAX detects the cluster (SLURM, Open MPI, TPU pods, Kubernetes); with
-    them, the three of `jax.distributed.initialize`. When a process dies without a word the others
-    end with an error within a minute.
+    them, the three of `jax.distributed.initialize`. If a process dies silently, the others end with
+    an error within a minute.
 
     Raises:
       ValueError: if only some of the three are given.
@@ -165,10 +166,10 @@ class Signals:
 def signals() -> Iterator[Signals]:
     """Handles SIGTERM and SIGINT; a second signal ends the process at once.
 
-    Around a whole command: a single process then exits with 128 + number, except within a loop,
-    which saves first; of several processes none leaves the others waiting, they all stop together
-    in the loop that runs or in the next one. A block within another shares its signals. Outside
-    the main thread Python cannot set handlers; then nothing is caught.
+    Use it around a whole command. A single process then exits with 128 + number, except within a
+    loop, which saves first. Several processes never leave each other waiting: all of them stop
+    together, in the current loop or the next one. Nested blocks share their signals. Outside the
+    main thread Python cannot set handlers, so nothing is caught.
     """
     outer = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     if isinstance(outer, Signals) or threading.current_thread() is not threading.main_thread():

@@ -1,11 +1,11 @@
-"""What a run was made from: the content of its files and the versions, compared when it resumes.
+"""What a run was made from: its files' contents and the package versions, compared when it resumes.
 
     made = record.made_from({"data": "digits.npz", "teacher_weights": path})
     record.keep(folder, made)                       # at the start
     notices = record.compare(folder, made)          # at --resume: raises if a file has changed
 
-Settings are compared by their own record; this one knows that a file of the same name holds
-something else now.
+Settings are compared elsewhere; this record detects that a file of the same name now holds
+something else.
 """
 
 import hashlib
@@ -33,11 +33,11 @@ class Record(NamedTuple):
 
 
 def made_from(files: Mapping[str, str | Path]) -> Record:
-    """The record of a run that reads these files; a folder counts with all files below it.
+    """Makes the record of a run that reads these files; a folder counts with all files below it.
 
     Args:
-      files: `{role: path}`, such as `{"data": "digits.npz"}`. What does not exist (the name of an
-        embedded data set) counts as its own text.
+      files: `{role: path}`, such as `{"data": "digits.npz"}`. What does not exist (the name of a
+        built-in data set) counts as its own text.
 
     Raises:
       OSError: if a file cannot be read.
@@ -87,7 +87,7 @@ def compare(folder: str | Path, now: Record) -> list[str]:
 
 
 def check_finite(name: str, tree: PyTree) -> None:
-    """Refuses weights with NaN or infinity, which would silently spoil what is trained from them.
+    """Raises an error for weights with NaN or infinity, which would silently spoil later training.
 
     Args:
       name: of the weights, for the message: their file.

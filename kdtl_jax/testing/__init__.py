@@ -1,4 +1,4 @@
-"""The battery that every loss of this library passes, for a loss of your own.
+"""The tests that every loss of this library passes, for a loss of your own.
 
     >>> import jax.numpy as jnp
     >>> from kdtl_jax import testing
@@ -15,11 +15,10 @@
     ...     return rng.normal(size=(batch, 5)), rng.normal(size=(batch, 5))
     >>> testing.check_loss(squared, example, oracle=lambda s, t: ((s - t) ** 2).mean(-1))
 
-What is checked is the contract of `kdtl_jax.losses`: one value per example, honest in float64 and
-in half precision, differentiable, finite where training goes wrong, and loud about bad input.
+The tests check the contract of `kdtl_jax.losses`: one value per example, accurate in float64 and in
+half precision, differentiable, finite where training goes wrong, and with errors for bad input.
 Each check is a function from the `Subject` to the failures it found, so that a test can run one
-alone. Run together they share their programs; a loss takes about two seconds, nearly all of it
-compilation.
+alone. Run together they share their compiled programs.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -96,8 +96,8 @@ def jit_epoch(step: Step) -> Epoch:
 def epoch_index(key: Array, epoch: int | Array, size: int, batch_size: int) -> Array:
     """int32 `[size // batch_size, batch_size]`: the shuffled rows of one epoch.
 
-    A function of `(key, epoch)` alone, so a resumed run sees the same order. The remainder of
-    the division is left out of this epoch (another one next time).
+    A function of `(key, epoch)` alone, so a resumed run sees the same order. The remainder of the
+    division is left out (other rows in each epoch).
     """
     if not 0 < batch_size <= size:
         raise ValueError(

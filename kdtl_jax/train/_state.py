@@ -98,8 +98,8 @@ def init_state(
       tx: the optimizer. Its state is made for what is trained: the bare parameters without
         connectors, `{"params": ..., "connectors": ...}` with them.
       key: typed PRNG key (`jax.random.key(seed)`).
-      connectors: what is trained beside the model, read by terms at `inputs.connectors`.
-      model_state: what the model carries besides parameters (batch statistics).
+      connectors: what is trained along with the model; terms read it at `inputs.connectors`.
+      model_state: what the model carries in addition to its parameters (batch statistics).
       memory: banks and queues that the terms carry.
       trainable: selector over `params`, of what the optimizer may change; the same as the step's.
 

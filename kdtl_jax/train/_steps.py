@@ -45,10 +45,10 @@ def make_step(
         cache), or empty. `teacher_params` reach the terms as given, as `inputs.teacher_params`:
         frozen parameters for penalties such as L2-SP.
       trainable: selector over `state.params`; everything else costs no gradient.
-        `state.connectors` are trained always.
-      microbatches: the batch is taken in that many parts, one after another, to save memory. Sums
-        and counts are accumulated apart, so the gradient is that of the whole batch, whatever
-        the masks, for terms of single examples; a relational term sees one part at a time.
+        `state.connectors` are always trained.
+      microbatches: process the batch in this many parts, one after another, to save memory. Sums
+        and counts are accumulated separately, so for terms of single examples the gradient is that
+        of the whole batch, whatever the masks; a relational term sees one part at a time.
 
     Returns:
       The step. Its metrics are a mapping with every unweighted term and `"loss"`.
@@ -157,7 +157,7 @@ def make_eval_step(
 
 
 def add_metrics(*metrics: Metrics) -> Metrics:
-    """Metrics of several batches as those of their union."""
+    """Combines the metrics of several batches into those of their union."""
     return jax.tree.map(lambda *x: sum(x[1:], x[0]), *metrics)
 
 

@@ -21,8 +21,8 @@ The best step by an evaluation instead of the newest (save where you evaluate):
         loop.run(..., evaluate_every=100, save_every=100, stop=loop.no_improvement("error", 5))
     best = checkpoint.restore(folder, state, step=checkpoint.best(folder, "error"))
 
-Deliberately not here: model exchange between programs (safetensors), and choosing when to save
-(the loop).
+Deliberately not here: exchanging models between programs (see safetensors), and choosing when to
+save (see the loop).
 """
 
 from kdtl_jax.run.checkpoint._restore import Restored as Restored

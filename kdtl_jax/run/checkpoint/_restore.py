@@ -24,8 +24,8 @@ FORMAT = 3
 class Restored(NamedTuple):
     """A state read back.
 
-    `skipped` lists newer steps that were not whole, with the reason. Where a part was asked for,
-    `left` names the checkpoint's leaves that were not read, `kept` the template's leaves that
+    `skipped` lists newer steps that were not whole, with the reason. If only a part was requested,
+    `left` names the checkpoint's leaves that were not read, and `kept` the template's leaves that
     stayed as they were.
     """
 
@@ -76,7 +76,7 @@ def best(folder: str | Path, name: str, *, minimize: bool = True) -> int:
     Args:
       folder: a folder that `open_folder` made.
       name: an entry of what `evaluate` returned at that step (`loop.run` saves evaluations). A step
-        without it, or where it is not finite, is never the best.
+        without it, or with a value that is not finite, is never the best.
       minimize: whether smaller is better.
 
     Raises:
@@ -123,7 +123,7 @@ def restore(
       step: take this step alone instead of the newest.
       only: which leaves of the template are read; the others stay as they are, and the checkpoint
         may hold more. None: all of them, and the checkpoint must hold exactly these.
-      owner: what `open_folder` was given; a step of anything else is refused. None does not ask.
+      owner: what `open_folder` was given; a step of another owner is refused. None skips the check.
 
     Raises:
       FileNotFoundError: if no step is whole, with every step's reason; or `step` does not exist.

@@ -49,20 +49,20 @@ class Checkpoints(NamedTuple):
 
 
 def newest(count: int) -> Keep:
-    """Retention: the last `count` steps stay."""
+    """Keeps the last `count` steps."""
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}.")
     return lambda saved: [one.step for one in saved[-count:]]
 
 
 def newest_and_every(count: int, interval: int) -> Keep:
-    """Retention: the last `count` steps and every multiple of `interval` stay."""
+    """Keeps the last `count` steps and every multiple of `interval`."""
     last = newest(count)
     return lambda saved: [*last(saved), *(s.step for s in saved if s.step % interval == 0)]
 
 
 def newest_and_best(count: int, name: str, *, minimize: bool = True) -> Keep:
-    """Retention: the last `count` steps and the best one by an evaluation stay; see `best`."""
+    """Keeps the last `count` steps and the best one by an evaluation; see `best`."""
     last = newest(count)
 
     def keep(saved: Sequence[Saved]) -> list[int]:
@@ -83,7 +83,7 @@ def open_folder(
     """Opens a folder for saving and locks it; leaving the block waits for the last save.
 
     Args:
-      folder: a new or an empty one, or one of ours. Processes of one `jax.distributed` run share
+      folder: a new or empty folder, or one made here. Processes of one `jax.distributed` run share
         it.
       keep: which whole steps stay after each save; a step goes only once a newer one is whole.
       owner: what the states belong to, such as `{"run": id, "method": "kd"}`; `restore` refuses
@@ -119,8 +119,8 @@ def save(
 ) -> None:
     """Saves in the background; the state may be donated as soon as this returns.
 
-    Waits for an earlier save first. Steps in the folder that are not older than `step` belong to
-    a history that was left (they were corrupt, or the run was rewound); they move to `.aside`.
+    Waits for an earlier save first. Steps in the folder that are not older than `step` belong to an
+    abandoned history (they were corrupt, or the run was rewound); they are moved to `.aside`.
 
     Args:
       checkpoints: from `open_folder`.

@@ -1,7 +1,7 @@
 """Batches: arrays on the device, arrays larger than memory, and any iterator.
 
-Training needs batches as a function of the step, so that a resumed run sees what the straight run
-saw. Two forms give that:
+Batches must be a function of the step, so that a resumed run sees what an uninterrupted run sees.
+Two forms do that:
 
 - `Resident`: whole arrays on the device; rows are gathered inside the compiled step, in an order
   that is a function of `(key, epoch)`. Nothing crosses from the host.
@@ -9,10 +9,10 @@ saw. Two forms give that:
   makes one from a function that reads rows (memory-mapped files, a teacher cache), `iterate` from
   anything that yields batches (Grain, Hugging Face datasets, torch loaders).
 
-All batches of a run have one shape: a ragged last batch is filled up, and `batch["weights"]` is 0
-for the filling, so that one compiled step serves all. A model with batch statistics cannot mask
-the filling: `loop.run` gives it the real rows alone, in a batch of its own shape; a single one it
-fills up with other examples, and warns.
+All batches of a run have one shape, so that one compiled step serves all: a short last batch is
+padded, and `batch["weights"]` is 0 for the padding. A model with batch statistics cannot mask the
+padding, so `loop.run` gives it only the real rows, in a batch of their own shape; a single row is
+padded with other examples, with a warning.
 """
 
 from kdtl_jax.run.data._host import Reader as Reader

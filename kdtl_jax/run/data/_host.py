@@ -27,10 +27,10 @@ def stream(
     key: Array | None,
     drop_remainder: bool = True,
 ) -> Source:
-    """Batches of rows that `read(epoch, rows)` fetches: for data larger than memory.
+    """Makes batches of rows that `read(epoch, rows)` fetches, for data larger than memory.
 
-    The order is that of `resident` with the same key. Rows of a batch are asked for in ascending
-    order where shuffled reading would cost, by sorting inside `read` (`take_rows` does).
+    The order is that of `resident` with the same key. If shuffled reading is slow, sort the rows of
+    a batch inside `read` (`take_rows` does).
 
     Args:
       read: `(epoch, rows) -> {"inputs": [B, ...], ...}`, host arrays.
@@ -70,16 +70,17 @@ def iterate(
     names: Sequence[str] = ("inputs", "labels"),
     rename: Mapping[str, str] | None = None,
 ) -> Source:
-    """Any iterable of batches as a `Source`: started again at its end, skipped when resuming.
+    """Turns any iterable of batches into a `Source`: restarted at its end, and skipped forward when
+    resuming.
 
-    Short batches are filled up with weight 0; for a model with batch statistics `loop.run` gives
-    them their own shape instead. A resumed run draws and drops the batches it has seen, so resuming
-    is exact if the iterable is: give loaders their own seed. An iterable that can start anywhere is
-    better wrapped by hand: a `Source` is only a function `step -> iterator`.
+    Short batches are padded with weight 0; for a model with batch statistics, `loop.run` gives them
+    their own shape instead. A resumed run draws and drops the batches that it has already seen, so
+    resuming is exact if the iterable is deterministic: give loaders their own seed. If an iterable
+    can start anywhere, wrap it by hand instead: a `Source` is only a function `step -> iterator`.
 
     Args:
       batches: yields dicts of arrays (NumPy, JAX, torch tensors, lists of numbers), or tuples.
-      batch_size: shorter batches are filled up to it; None takes the first batch's length.
+      batch_size: shorter batches are padded to it; None takes the first batch's length.
       names: names for the entries of tuples.
       rename: `{name in the batch: name here}` for dicts, for example
         `{"image": "inputs", "label": "labels"}`; entries that it does not list are dropped.
@@ -107,9 +108,9 @@ def iterate(
 
 
 def pad(batch: Batch, batch_size: int) -> dict[str, Any]:
-    """Fills a batch of host arrays up to `batch_size` rows; `"weights"` is 0 for the filling.
+    """Pads a batch of host arrays to `batch_size` rows; `"weights"` is 0 for the padding.
 
-    The filling repeats the batch's own rows, so that batch statistics stay near the data's.
+    The padding repeats the batch's own rows, so that batch statistics stay close to the data's.
 
     Raises:
       ValueError: if the batch is empty or longer than `batch_size`.
@@ -125,9 +126,9 @@ def pad(batch: Batch, batch_size: int) -> dict[str, Any]:
 
 
 def unpad(batch: Batch) -> dict[str, Any]:
-    """The real rows of a batch that `pad` filled up, without `"weights"`.
+    """The real rows of a batch that `pad` has padded, without `"weights"`.
 
-    A batch with other weights than 0 and 1, or none but 0, stays as it is.
+    A batch with weights other than 0 and 1, or with only zeros, stays as it is.
     """
     weights = np.asarray(batch["weights"]) if "weights" in batch else np.ones(0)
     is_padding = weights.ndim == 1 and np.isin(weights, (0, 1)).all()
@@ -141,7 +142,7 @@ def unpad(batch: Batch) -> dict[str, Any]:
 
 
 def in_order(arrays: Batch, batch_size: int) -> Iterator[dict[str, Any]]:
-    """One pass over host arrays for evaluation: every row once, the last batch filled up."""
+    """One pass over host arrays for evaluation: every row once, the last batch padded."""
     size = length(arrays)
     for start in range(0, size, batch_size):
         rows = np.arange(start, min(start + batch_size, size))

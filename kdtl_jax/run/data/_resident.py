@@ -55,9 +55,9 @@ def resident(
       batch_size: examples per step.
       key: PRNG key of the shuffling and the augmentation, legacy ones included; None keeps the
         order. Keys `[S]` give the batches of S runs at once, each as its key alone would.
-      drop_remainder: leave the ragged last batch out (other examples each epoch), or fill it up
-        and give the filling weight 0. For a model with batch statistics `loop.run` fills nothing
-        up: the last batch keeps its own shape.
+      drop_remainder: leave out the short last batch (other examples each epoch), or pad it with
+        weight 0. For a model with batch statistics, `loop.run` pads nothing: the last batch keeps
+        its own shape.
       augment: `(keys, batch) -> batch`, applied inside the step before teacher and student; the
         keys are `augment.example_keys` of the epoch's view.
       teacher: cached outputs, `[N, ...]`, or `[views, N, ...]` where `views` is given; they arrive
@@ -130,7 +130,7 @@ def steps_per_epoch(data: Resident) -> int:
 def epoch_rows(data: Resident, epoch: Array) -> Array:
     """int32 `[steps, B]` (`[steps, S, B]` for S runs): the rows of an epoch.
 
-    The filling repeats the epoch's first rows.
+    The padding repeats the epoch's first rows.
     """
 
     def of_one(order: Array | None, rows: Array | None) -> Array:

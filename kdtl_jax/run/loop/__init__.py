@@ -1,8 +1,7 @@
 """The host side of training: pace, logging, evaluation, saving, signals.
 
-One function, `run`, drives any step of `kdtl_jax.train` (`fit` makes the step as well); what it
-needs from outside (where lines go, how to save and evaluate, when to stop) are functions that it is
-given.
+One function, `run`, drives any step of `kdtl_jax.train` (`fit` makes the step as well); whatever it
+needs from outside (where lines go, how to save and evaluate, when to stop) is passed as functions.
 
     with checkpoint.open_folder(folder) as checkpoints, loop.metrics_file(path) as log:
         result = loop.run(step, state, data.resident(arrays, 64, key=key), teacher_params,

@@ -45,7 +45,7 @@ class Nonfinite(NamedTuple):
 
 
 def raise_nonfinite(found: Nonfinite) -> None:
-    """The default: an error. The state of the last good step is saved before."""
+    """The default: raises an error, after the state of the last good step was saved."""
     # A step that is too long spoils the parameters too; a label without a class has no gradient.
     repair = (
         "Its gradient is finite: look for labels outside 0..classes-1 in the batch and for "
@@ -64,11 +64,11 @@ def stop_nonfinite(found: Nonfinite) -> None:
 
 
 def skip_nonfinite(step: Step) -> Step:
-    """The step that leaves a non-finite update out and continues with the next batch.
+    """A step that skips a non-finite update and continues with the next batch.
 
     Parameters, optimizer, model state and memory stay as they were; the step number advances, so
-    that the batch order holds. The metric `"skipped"` is the share of steps left out, and the
-    other metrics do not count them.
+    the batch order is unchanged. The metric `"skipped"` is the share of skipped steps; the other
+    metrics do not count them.
     """
 
     def guarded(
@@ -107,16 +107,16 @@ def run(
 ) -> Result:
     """Trains up to step `steps`, never waiting for a single step's result.
 
-    Data on the device runs many steps per call where that is faster (`Result.path` is "scan"),
-    step by step where XLA's CPU back end would lose its threaded convolutions ("steps"), and the
-    result does not depend on where calls are cut. What happens at one step happens in this order:
-    a line of the log, an evaluation, a save. On SIGTERM or SIGINT the state is saved and
+    With data on the device, it runs many steps per call where that is faster (`Result.path` is
+    "scan") and single steps where XLA's CPU back end would lose its threaded convolutions
+    ("steps"); the result does not depend on how steps are grouped into calls. Within a step, the
+    order is: a line of the log, an evaluation, a save. On SIGTERM or SIGINT the state is saved and
     `SystemExit(143)` or `(130)` is raised; a second signal ends the process at once. Several
     processes stop together, at the next line of the log.
 
     Args:
       step: the un-jitted step.
-      state: where to start; it is donated. Its `step` is a restored run's.
+      state: where to start; it is donated. For a restored run, its `step` says how far the run got.
       source: `data.resident(...)`, or `source(step) -> iterator of batches` as `data.stream` and
         `data.iterate` make.
       teacher_params: the step's argument of that name.
@@ -125,17 +125,17 @@ def run(
         evaluations `{"step": n, "eval/name": value}`; `metrics_file` gives one.
       log_every: steps per line.
       evaluate: `evaluate(state) -> {name: number}`; `evaluation` makes one. It must not change
-        anything: a signal may break it off, and a resumed run starts it again.
+        anything: a signal may interrupt it, and a resumed run starts it again.
       evaluate_every: steps between evaluations; there is always one at the end.
-      stop: looks at all evaluations after each of them and ends the run early; see
+      stop: looks at all evaluations after each one and may end the run early; see
         `no_improvement`.
       save: `save(step, state, meta)`, for example `partial(checkpoint.save, checkpoints)`; it must
         have copied the state when it returns. There is always a save at the end.
       save_every: steps between saves.
       meta: what `save` was given for the state that this run starts from; None starts afresh.
       on_nonfinite: called when a parameter or the loss is no longer finite. That update is not
-        applied, the state before it is saved; then `raise_nonfinite` raises, `stop_nonfinite` ends
-        the run. None does not check, which saves a copy of the state.
+        applied, and the state before it is saved; then `raise_nonfinite` raises, and
+        `stop_nonfinite` ends the run. None disables the check, which saves a copy of the state.
       prefetch: batches of a `Source` waiting on the device.
       place: puts a batch of a `Source` on the device(s).
       reached: `reached(step)` after every call that was given to the device, which has at most half
@@ -254,7 +254,7 @@ def fit(
       source: batches, `data.resident(...)` or a `data.Source`.
       steps: how many updates.
       trainable: selector of what may change; the rest costs no gradient.
-      model_state: what the model carries besides parameters.
+      model_state: what the model carries in addition to its parameters.
       teacher_params: frozen parameters that penalties such as L2-SP read.
       key: of dropout and the like; None is `jax.random.key(0)`.
 

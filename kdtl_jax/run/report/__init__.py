@@ -1,4 +1,4 @@
-"""Results as data, as JSON and as one self-contained HTML page. Nothing here prints."""
+"""Results as data, as JSON and as a self-contained HTML page. Nothing here prints."""
 
 from kdtl_jax.run.report._intervals import Interval as Interval
 from kdtl_jax.run.report._intervals import difference as difference

@@ -52,7 +52,7 @@ class Spread(NamedTuple):
 def interval(values: Any, examples: Any = None, *, is_share: bool = False) -> Interval:
     """The mean over seeds and its 95 % interval.
 
-    NaN where a value is not finite: one failed seed is not averaged away.
+    NaN if a value is not finite: a failed seed is not averaged away.
 
     Args:
       values: one score per seed, `[S]`.
@@ -87,7 +87,7 @@ def difference(
     values: Any, baseline: Any, examples: Any = None, baseline_examples: Any = None,
     *, is_share: bool = False,
 ) -> tuple[Interval, float]:  # fmt: skip
-    """Seed by seed and example by example: the mean difference, and its p-value (two-sided).
+    """The mean difference, seed by seed and example by example, and its two-sided p-value.
 
     Args:
       values: one score per seed, `[S]`.

@@ -51,12 +51,12 @@ def write(
 ) -> Plan:
     """Runs the teacher over the data and stores its outputs; call it again to resume.
 
-    Finished shards are kept if their SHA-256 holds, damaged ones are computed again. Nothing
-    counts as a cache before every shard is there. Of several processes, the first one writes and
-    the others wait for it.
+    Finished shards are kept if their SHA-256 matches; damaged ones are computed again. The folder
+    does not count as a cache until every shard is there. With several processes, the first one
+    writes and the others wait for it.
 
     Args:
-      folder: made if it does not exist; holds one cache and nothing else.
+      folder: created if it does not exist; holds one cache and nothing else.
       teacher: model function, run in evaluation mode.
       variables: its parameters, or `Variables`.
       arrays: `{"inputs": [N, ...], ...}`, host arrays, memory-mapped or not. The teacher reads
