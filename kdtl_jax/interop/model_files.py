@@ -182,10 +182,18 @@ def load_variables(path: str, net: Network, example: Any) -> Variables:
       OSError: if the file cannot be read.
       ValueError: naming each leaf that is missing, extra, of another shape, or not finite.
     """
-    template = networks.abstract(net, example)
+    return filled(path, safetensors.load(path), networks.abstract(net, example))
+
+
+def filled(path: str, flat: Mapping[str, Any], template: Variables) -> Variables:
+    """The template's variables from leaves by path, laid out as by `tree`; `path` is for messages.
+
+    Raises:
+      ValueError: naming each leaf that is missing, extra, of another shape, or not finite.
+    """
     try:
-        found = safetensors.load_tree(path, like=tree(template))
-    except ValueError as error:
+        found = safetensors.fill(tree(template), flat)
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error} Does it hold this model, for these classes?") from None
     found = jax.tree.map(np.array, found)
     record.check_finite(path, found)

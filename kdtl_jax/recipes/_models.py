@@ -27,7 +27,6 @@ from kdtl_jax.interop.networks import output_shapes as output_shapes
 from kdtl_jax.recipes import _own, _weights
 from kdtl_jax.recipes._training import in_chunks
 from kdtl_jax.recipes.settings import MODEL, Data, UsageError
-from kdtl_jax.run import record
 
 UNITS = 20.0  # data whose scaled deviation is off by this factor are in other units
 
@@ -81,20 +80,10 @@ def load_variables(path: str, net: Network, example: Any) -> Variables:
       OSError: if the file cannot be read.
       ValueError: naming each leaf that is missing, extra, of another shape, or not finite.
     """
-    of_folder = trees.flatten(load_tree(path)) if _weights.is_hugging_face(path) else None
-    if of_folder is None and not _weights.is_orbax(path):
-        return model_files.load_variables(path, net, example)
     template = abstract(net, example)
-    try:
-        if of_folder is None:
-            stored = _weights.from_orbax(path, tree(template))
-        else:
-            stored = safetensors.fill(tree(template), of_folder)
-        stored = jax.tree.map(np.array, stored)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error} Does it hold this model, for these classes?") from None
-    record.check_finite(path, stored)
-    return model_files.as_variables(stored, template)
+    if _weights.is_hugging_face(path) or not _weights.is_orbax(path):
+        return model_files.filled(path, trees.flatten(load_tree(path)), template)
+    return model_files.filled(path, _weights.from_orbax(path, tree(template)), template)
 
 
 def load_tree(path: str) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 from kdtl_jax import _files, _text, trees
 from kdtl_jax._types import PyTree
 from kdtl_jax.datasets import Standardizer
-from kdtl_jax.interop import huggingface, safetensors
+from kdtl_jax.interop import huggingface
 from kdtl_jax.interop.huggingface import Pretrained
 
 HUGGING_FACE = "huggingface:"  # before the folder, as a model's text
@@ -70,20 +70,18 @@ def pretrained(text: str) -> Pretrained:
     return found
 
 
-def from_orbax(path: str, like: PyTree) -> PyTree:
-    """A tree from an Orbax folder, in the structure of `like`.
+def from_orbax(path: str, like: PyTree) -> dict[str, Any]:
+    """Leaves by path from an Orbax folder: of the tree in it that has the names of `like`.
 
-    What holds parameters beside other things (an optimizer's state) gives its `params`.
-
-    Raises:
-      ValueError: naming each leaf that is missing, extra, or of another shape.
+    What holds parameters beside other things (an optimizer's state) gives its `params`; where no
+    tree has all names, the one that has most of them is given.
     """
     found = _restored(path)
     wanted = trees.flatten(like)
     candidates = [trees.flatten(each) for each in _within(found)]
     fits = [flat for flat in candidates if flat.keys() == wanted.keys()]
     nearest = max(candidates, key=lambda flat: len(flat.keys() & wanted.keys()))
-    return safetensors.fill(like, (fits or [nearest])[0])
+    return (fits or [nearest])[0]
 
 
 def any_orbax(path: str) -> PyTree:

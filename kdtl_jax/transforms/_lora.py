@@ -251,8 +251,7 @@ def dora(
     References:
       Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, 2024 (2402.09353).
     """
-    _check_rank(rank)
-    _checks.scalar(alpha=alpha)
+    plain = lora(rank, alpha, scaling=scaling, start=start, in_axis=in_axis, out_axis=out_axis)
 
     def view(path: str, leaf: PyTree) -> MatrixView:
         return _adapters.matrix_view(path, leaf, in_axis, out_axis)
@@ -260,14 +259,12 @@ def dora(
     def init(
         key: Array, params: Params, *, where: trees.Selector, gradients: PyTree | None = None
     ) -> AdaptedParams:
-        leaves = _adapters.selected_matrices(params, where)
-        pairs = _starts(key, leaves, view, rank, scaling(alpha, rank), start, gradients)
-        base = _adapters.rewrite(params, pairs, _minus(view, scaling, alpha))
+        base, pairs = plain.init(key, params, where=where, gradients=gradients)
         weights = {}
-        for path, pair in pairs.items():
+        for path, leaf in _adapters.selected_matrices(params, where).items():
             # At the start V is the kernel itself, whatever part of it the adapter holds.
-            length = _numerics.safe_norm(view(path, leaves[path]).matrix, axis=-2)
-            weights[path] = _stored(DoraWeights(*pair, length), leaves[path])
+            length = _numerics.safe_norm(view(path, leaf).matrix, axis=-2)
+            weights[path] = _stored(DoraWeights(pairs[path].a, pairs[path].b, length), leaf)
         return AdaptedParams(base, weights)
 
     def apply(params: Params, weights: AdapterWeights) -> Params:
@@ -291,14 +288,12 @@ def dora(
         rank: int | None = None,
     ) -> AdapterWeights:
         shares = _adapters.members_of(members, weights)
+        whole = sum((jnp.asarray(s) for s in shares[1:]), jnp.asarray(shares[0]))
+        pairs = [{path: LoraWeights(w.a, w.b) for path, w in m.items()} for m in members]
         out = {}
-        for path in members[0]:
-            each = [member[path] for member in members]
-            pairs = [LoraWeights(w.a, w.b) for w in each]
-            pair = _concatenate(pairs, shares, scaling, alpha, rank)
-            lengths = _adapters.weighted(shares, [w.magnitude for w in each])
-            whole = sum((jnp.asarray(s) for s in shares[1:]), jnp.asarray(shares[0]))
-            out[path] = DoraWeights(*pair, lengths / _numerics.scalar(whole, lengths))
+        for path, pair in plain.combine(pairs, weights, rank=rank).items():
+            lengths = _adapters.weighted(shares, [member[path].magnitude for member in members])
+            out[path] = DoraWeights(pair.a, pair.b, lengths / _numerics.scalar(whole, lengths))
         return out
 
     return Adapter(init, apply, apply, combine)
