@@ -32,6 +32,9 @@ def same_shape(**arrays: Any) -> None:
 def floating(**arrays: Any) -> None:
     """Raises TypeError unless every array is real floating point."""
     for name, array in arrays.items():
+        if array is None or isinstance(array, (list, tuple, str)):
+            repair = "" if array is None else f" Use jnp.asarray({name}) of numbers."
+            raise TypeError(f"{name} must be an array, got {type(array).__name__}.{repair}")
         dtype = jnp.result_type(array)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
@@ -79,10 +82,18 @@ def concrete(value: Any) -> np.ndarray | None:
         return None
 
 
+def _number(name: str, value: Any) -> np.ndarray | None:
+    """`concrete` of numbers; raises TypeError for text and what else is none."""
+    known = concrete(value)
+    if known is not None and known.dtype.kind in "USO":
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    return known
+
+
 def positive(**scalars: Any) -> None:
     """Raises ValueError unless every (concrete) value is finite and > 0."""
     for name, value in scalars.items():
-        known = concrete(value)
+        known = _number(name, value)
         if known is not None and not bool(np.all((known > 0) & np.isfinite(known))):
             raise ValueError(f"{name} must be finite and > 0, got {_short(known)}.")
 
@@ -90,7 +101,7 @@ def positive(**scalars: Any) -> None:
 def non_negative(**arrays: Any) -> None:
     """Raises ValueError unless every (concrete) value is finite and >= 0."""
     for name, value in arrays.items():
-        known = concrete(value)
+        known = _number(name, value)
         if known is not None and not bool(np.all((known >= 0) & np.isfinite(known))):
             raise ValueError(f"{name} must be finite and >= 0, got {_short(known)}.")
 
@@ -98,7 +109,7 @@ def non_negative(**arrays: Any) -> None:
 def within(low: float, high: float, **scalars: Any) -> None:
     """Raises ValueError unless every (concrete) value lies in `[low, high]`."""
     for name, value in scalars.items():
-        known = concrete(value)
+        known = _number(name, value)
         if known is not None and not bool(np.all((known >= low) & (known <= high))):
             raise ValueError(f"{name} must lie in [{low}, {high}], got {_short(known)}.")
 
@@ -143,6 +154,8 @@ def no_text(**labels: Any) -> None:
     for name, array in labels.items():
         if isinstance(array, jax.Array):
             continue
+        if array is None:
+            raise TypeError(f"{name} must be integers, got None.")
         if (found := np.asarray(array)).dtype.kind in "USO":
             raise TypeError(
                 f"{name} must be integers, got text: {np.ravel(found)[:3].tolist()}. "

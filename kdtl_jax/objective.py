@@ -191,14 +191,27 @@ def reduce_all(
 
 
 def resolve(weights: Weights, step: Array) -> dict[str, Array]:
-    """Weights at a step, an integer `[]`: schedules called, each `[]`, float32 or wider."""
+    """Weights at a step, an integer `[]`: schedules called, each `[]`, float32 or wider.
+
+    Raises:
+      TypeError: if the weights are no mapping, or one is neither a number nor a schedule.
+      ValueError: if one is not a scalar.
+    """
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            "weights must be a dict {name of a term: number or schedule}, got "
+            f"{type(weights).__name__}."
+        )
     return {
-        name: _as_float(weight(step) if callable(weight) else weight)
+        name: _as_float(name, weight(step) if callable(weight) else weight)
         for name, weight in weights.items()
     }
 
 
-def _as_float(weight: Scalar) -> Array:
+def _as_float(name: str, weight: Scalar) -> Array:
+    if weight is None or isinstance(weight, str):
+        raise TypeError(f"the weight of {name!r} must be a number or a schedule, got {weight!r}.")
+    _checks.scalar(**{f"the weight of {name!r}": weight})
     array = jnp.asarray(weight)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         return array.astype(jnp.float32)

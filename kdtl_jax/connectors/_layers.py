@@ -233,6 +233,8 @@ def mlp(
 
     `mlp((width, width, teacher_width), bias=False)` is VID's regressor, three 1x1 convolutions.
     """
+    if isinstance(sizes, int):
+        raise TypeError(f"sizes must be a list of widths, got {sizes}: write [{sizes}].")
     layers = [linear(size, bias=bias) for size in sizes]
     steps = [step for layer in layers for step in (layer, activation(activate))]
     return chain(*steps[:-1])

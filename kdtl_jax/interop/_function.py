@@ -18,6 +18,9 @@ def function(f: Callable[[Params, Any], Any]) -> ModelFn:
       f: returns an array, which becomes `"logits"`, or a dict of outputs.
     """
 
+    if not callable(f):
+        raise TypeError(f"f must be a function f(params, inputs) -> logits, got {f!r}.")
+
     def apply(
         params: Params,
         model_state: PyTree,

@@ -121,3 +121,15 @@ def changes(function: Callable[[], Any], state: Any) -> bool:
 def draws(function: Callable[..., Any], *args: Any) -> bool:
     """Whether random bits are drawn anywhere in the traced function."""
     return not _jaxprs.primitives(function, *args).isdisjoint({"random_bits", "threefry2x32"})
+
+
+def check_made(module: Any, is_made: bool, framework: str) -> None:
+    """Refuses what is no module of a framework, such as its class or its parameters.
+
+    Raises:
+      TypeError: naming what came.
+    """
+    if not is_made:
+        repair = f": write {module.__name__}(...)" if isinstance(module, type) else ""
+        kind = module.__name__ if isinstance(module, type) else type(module).__name__
+        raise TypeError(f"module must be a module of {framework}, got {kind}{repair}.")

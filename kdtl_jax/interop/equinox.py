@@ -57,6 +57,7 @@ def model(
       ValueError: when `apply` is traced, if dropout or batch statistics are not in the mode asked
         for.
     """
+    _modes.check_made(module, callable(module) and not isinstance(module, type), "Equinox")
     params, static = eqx.partition(module, eqx.is_inexact_array)
 
     def apply(

@@ -66,6 +66,8 @@ def model(
         listed), or dropout or batch statistics are not in the mode asked for.
     """
 
+    _modes.check_made(module, isinstance(module, nn.Module), "Linen")
+
     def streams(key: Array | None, train: bool) -> dict[str, Array] | None:
         if key is None:
             return None

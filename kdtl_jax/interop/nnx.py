@@ -65,6 +65,7 @@ def model(
       ValueError: when `apply` is traced, if a tap matches no output (the existing ones are listed),
         or dropout or batch statistics are not in the mode asked for.
     """
+    _modes.check_made(module, isinstance(module, nnx.Module), "NNX")
     clean = nnx.clone(module)
     nnx.pop(clean, nnx.Intermediate)  # what an earlier call may have sown
     graph, params, rest = nnx.split(clean, nnx.Param, ...)

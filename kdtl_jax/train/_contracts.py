@@ -8,9 +8,46 @@ import numpy as np
 from jax.core import Tracer
 
 from kdtl_jax import _checks, trees
-from kdtl_jax._model_functions import named
+from kdtl_jax._model_functions import described, named
 from kdtl_jax._types import PyTree
 from kdtl_jax.objective import Inputs, TermsFn
+
+
+def optimizer(tx: Any) -> None:
+    """Refuses what is no optax optimizer: a learning rate, or `optax.adam` that was not called.
+
+    Raises:
+      TypeError: naming what came.
+    """
+    if not hasattr(tx, "init") or not hasattr(tx, "update"):
+        raise TypeError(
+            f"tx must be an optimizer, got {tx!r:.80}. Call it, as in optax.adam(1e-3)."
+        )
+
+
+def carried(**states: tuple[PyTree, PyTree]) -> None:
+    """Refuses a step whose model state or memory comes out in another form than it went in.
+
+    Raises:
+      ValueError: naming both, and the first leaf that differs.
+    """
+    for name, (new, old) in states.items():
+        after, before = trees.flatten({name: new}), trees.flatten({name: old})
+        if jax.tree.structure(new) == jax.tree.structure(old):
+            wrong = [path for path in after if np.shape(after[path]) != np.shape(before[path])]
+        else:
+            wrong = [name]
+        if wrong:
+            path = wrong[0]
+            came, held = (
+                described(each[path]) if path in each and len(each) else f"{len(each)} leaves"
+                for each in (after, before)
+            )
+            source = "the terms return" if name == "memory" else "the model returns"
+            raise ValueError(
+                f"{source} another {name} than the state holds: {path!r} is {came}, was {held}. "
+                f"Give init_state({name}=) what a step carries: the same structure and shapes."
+            )
 
 
 def told(terms: TermsFn, inputs: Inputs) -> Any:
@@ -22,6 +59,8 @@ def told(terms: TermsFn, inputs: Inputs) -> Any:
             error.add_note(
                 f"The batch has {sorted(inputs.batch)}, the model returns {sorted(inputs.student)}."
             )
+        if len(error.args) == 1:
+            error.args = (_missing(error.args[0], inputs),)
         lacking = [n for n in ("connectors", "memory") if not jax.tree.leaves(getattr(inputs, n))]
         if lacking:
             how = ", ".join(f"{name}=method.{name}(key)" for name in lacking)
@@ -30,6 +69,21 @@ def told(terms: TermsFn, inputs: Inputs) -> Any:
                 f"init_state(..., {how})."
             )
         raise
+
+
+def _missing(entry: Any, inputs: Inputs) -> str:
+    """What the terms looked for, and what there is."""
+    fields = {name: getattr(inputs, name) for name in ("student", "teacher", "batch")}
+    there = {name: sorted(map(str, x)) for name, x in fields.items() if isinstance(x, Mapping)}
+    there |= {n: [] for n in ("connectors", "memory") if not jax.tree.leaves(getattr(inputs, n))}
+    listed = ", ".join(f"inputs.{name} has {found or 'nothing'}" for name, found in there.items())
+    advice = ""
+    if entry in there.get("student", ()) and not there.get("teacher"):
+        advice = (
+            " There is no teacher: pass teacher= to make_step and teacher_params to the step, or "
+            'its outputs as batch["teacher"].'
+        )
+    return f"the terms read {entry}, which is not there: {listed}.{advice}"
 
 
 def donated(state: Any) -> bool:
@@ -54,8 +108,14 @@ def batch(given: Any) -> Mapping[str, Any]:
             "what the models read 'inputs'."
         )
     shape = np.shape(given.get("weights", np.ones(1)))
-    if len(shape) != 1:
-        raise ValueError(f"the batch's 'weights' must be [B], one per example, got {list(shape)}.")
+    sizes = {np.shape(leaf)[0] for leaf in jax.tree.leaves(given["inputs"]) if np.ndim(leaf)}
+    if len(shape) != 1 or ("weights" in given and sizes and shape[0] not in sizes):
+        size = f"[B] = {sorted(sizes)}" if sizes else "[B]"
+        raise ValueError(
+            f"the batch's 'weights' must be {size}, one per example, got {list(shape)}."
+        )
+    if "weights" in given:
+        _checks.non_negative(**{"the batch's 'weights'": given["weights"]})
     return given
 
 

@@ -12,6 +12,7 @@ from jax import Array
 from kdtl_jax import trees
 from kdtl_jax._types import Params, PyTree, Variables
 from kdtl_jax.objective import Metrics
+from kdtl_jax.train import _contracts
 
 Batch = Mapping[str, Any]
 
@@ -112,10 +113,7 @@ def init_state(
             "params must be the parameters alone, got Variables. Write init_state(v.params, tx, "
             "key=key, model_state=v.model_state)."
         )
-    if not hasattr(tx, "init"):
-        raise TypeError(
-            f"tx must be an optimizer, got {tx!r:.80}. Call it, as in optax.adam(1e-3)."
-        )
+    _contracts.optimizer(tx)
     if key is not None and not hasattr(key, "dtype"):
         raise TypeError(f"key must be a PRNG key such as jax.random.key(0), got {key!r:.80}.")
     params = jax.tree.map(own, params)

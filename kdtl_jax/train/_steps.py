@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import _model_functions, objective, trees
+from kdtl_jax import _checks, _model_functions, objective, trees
 from kdtl_jax._types import ModelFn, PyTree, Variables
 from kdtl_jax.objective import Inputs, Mean, Metrics, TermsFn, Weights
 from kdtl_jax.train import _contracts, _gradients, dot, precision
@@ -63,6 +63,8 @@ def make_step(
     _model_functions.model_function(
         model=model, **({} if teacher is None else {"teacher": teacher})
     )
+    _contracts.optimizer(tx)
+    _checks.count(1, microbatches=microbatches)
     optimizer = optax.with_extra_args_support(tx)
 
     def outputs_of_teacher(teacher_params: Any, batch: Batch) -> Any:
@@ -131,6 +133,9 @@ def make_step(
             state.step + 1, params, connectors, opt_state, model_state, memory, state.key
         )
         logged = found.means | {"loss": Mean(found.loss, jnp.ones_like(found.loss))}
+        _contracts.carried(
+            model_state=(model_state, state.model_state), memory=(memory, state.memory)
+        )
         return like(new, state), objective.stack(logged)
 
     return step
@@ -239,7 +244,7 @@ def _updates(
         updates, new = tx.update(found.gradients[0], opt_state, trained, **extra)
         if jax.tree.structure(new) == structure:
             return updates, new
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raised = error
         if jax.tree.structure(jax.eval_shape(tx.init, trained)) == structure:
             raise

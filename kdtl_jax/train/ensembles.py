@@ -28,7 +28,7 @@ which any loss takes as a teacher's. They differ in meaning:
 are normalized.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -54,6 +54,8 @@ def stack_teachers(teachers: Sequence[Params]) -> Params:
     Raises:
       ValueError: if there are none, or their leaves differ in path or shape.
     """
+    if isinstance(teachers, Mapping):
+        raise TypeError("teachers must be a list of parameter trees, got one tree (a dict).")
     if not teachers:
         raise ValueError("expected at least one teacher, got none.")
     first, *others = [trees.flatten(teacher) for teacher in teachers]

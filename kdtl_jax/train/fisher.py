@@ -40,7 +40,16 @@ def empirical_fisher(
     """
 
     def squares(trained: Params, frozen: Params, example: Any) -> PyTree:
-        grads = jax.grad(lambda t: loss(trees.combine(t, frozen), example))(trained)
+        def of_example(trained: Params) -> Array:
+            value = loss(trees.combine(trained, frozen), example)
+            if jnp.shape(value):
+                raise ValueError(
+                    "loss must be one number for one example (without a batch axis), got "
+                    f"{_checks.described(loss=value)}."
+                )
+            return value
+
+        grads = jax.grad(of_example)(trained)
         return jax.tree.map(_square, grads)
 
     return _mean_over(squares, params, examples, chunk)

@@ -37,7 +37,7 @@ def raise_on_mismatch(source_leaf: Any, target_shape: Shape, path: str) -> Array
     """Refuses every difference in shape (the default)."""
     raise ValueError(
         f"{path}: source{list(np.shape(source_leaf))} does not fit target{list(target_shape)}. "
-        "Pass on_mismatch=: transforms.keep_target, crop, pad, select_uniform, "
+        "Pass on_mismatch=: transforms.keep_on_mismatch, crop, pad, select_uniform, "
         "resize_linear or a function."
     )
 

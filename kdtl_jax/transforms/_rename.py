@@ -34,6 +34,13 @@ def destinations(names: Sequence[str], rename: Rename) -> dict[str, tuple[str, .
 def _by_rules(
     names: Sequence[str], rules: Sequence[tuple[str, str | None]]
 ) -> dict[str, tuple[str, ...]]:
+    listed = isinstance(rules, Sequence) and not isinstance(rules, str)
+    if not listed or not all(isinstance(rule, tuple) and len(rule) == 2 for rule in rules):
+        repair = " Write list(rules.items())." if isinstance(rules, dict) else ""
+        raise ValueError(
+            "rename must be rules [(regex, new path or None), ...] or a function path -> path, "
+            f"got {rules!r}.{repair}"
+        )
     patterns = [_compiled(pattern) for pattern, _ in rules]
     used = [False] * len(rules)
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params, PyTree, Scalar
@@ -141,7 +143,9 @@ def regmean_kernel(
     constant = added * (sum(means[1:], means[0]) / len(means))
     on = [(1 - soft) * diagonal + constant for diagonal in diagonals]
     shape = diagonals[0].shape
-    left = jnp.zeros((*shape, shape[-1]), diagonals[0].dtype)  # transposed
+    known = not isinstance(diagonals[0], Tracer) and jax.default_backend() == "cpu"
+    zeros = np.zeros if known else jnp.zeros
+    left: Any = zeros((*shape, shape[-1]), diagonals[0].dtype)  # transposed, as LAPACK reads it
     for gram, own in zip(grams, on, strict=True):
         for start, rows in _numbered(gram):
             left = _add(left, _shrunk(rows, own, soft, start).mT, start, -1)
@@ -186,8 +190,11 @@ def _shrunk(rows: Array, on: Array, shrink: Scalar, start: int) -> Array:
     return shrink * rows + jnp.where(jnp.broadcast_to(eye, rows.shape), on[..., None, :], 0)
 
 
-def _add(total: Array, piece: Array, start: int, axis: int) -> Array:
-    here = jax.lax.slice_in_dim(total, start, start + piece.shape[axis], axis=axis)
+def _add(total: Any, piece: Array, start: int, axis: int) -> Any:
+    if isinstance(total, np.ndarray):
+        total[..., start : start + piece.shape[axis]] += np.asarray(piece)
+        return total
+    here = _taken(total, start, piece.shape[axis], axis)
     # Without waiting, blocks whose turn has not come pile up.
     return jax.block_until_ready(_overwrite(total, here + piece, start, axis))
 
@@ -203,12 +210,13 @@ def _numbered(read: Rows) -> Iterator[tuple[int, Array]]:
 def _columns(read: Rows, into: Array, first: int) -> Array:
     """Columns of a matrix from `first` on, as many as `into` has, from its blocks of rows."""
     for start, rows in _numbered(read):
-        some = rows[..., first : first + into.shape[-1]]
+        some = _taken(rows, first, into.shape[-1], -1)
         into = jax.block_until_ready(_overwrite(into, some, start, -2))
     return into
 
 
-# Where the arrays are known, these work in place. LAPACK stores columns one after another: a matrix
+# Where the arrays are known, these work in place. Places are traced: a program for each would take
+# more memory than the blocks. LAPACK stores columns one after another: a matrix
 # that is kept transposed need not be copied for it.
 
 
@@ -217,10 +225,24 @@ def _overwrite(total: Array, piece: Array, start: int, axis: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(total, piece, start, axis)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _factored(transposed: Array) -> tuple[Array, Array]:
-    factors, swaps = jax.scipy.linalg.lu_factor(transposed.mT)
-    return factors.mT, swaps
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _taken(total: Array, start: int, count: int, axis: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(total, start, count, axis)
+
+
+def _factored(transposed: Any) -> tuple[Array, Array]:
+    """The factors of the matrix, transposed like it, and the rows' swaps."""
+    if not isinstance(transposed, np.ndarray):
+        factors, swaps = jax.scipy.linalg.lu_factor(transposed.mT)
+        return factors.mT, swaps
+    # The same routine of LAPACK, in place: XLA brings it two copies. SciPy comes with JAX.
+    from scipy.linalg import get_lapack_funcs
+
+    (getrf,) = get_lapack_funcs(("getrf",), (transposed,))
+    swaps = np.zeros(transposed.shape[:-1], np.int32)
+    for place in np.ndindex(transposed.shape[:-2]):
+        _, swaps[place], _ = getrf(transposed[place].T, overwrite_a=True)
+    return jnp.asarray(transposed), jnp.asarray(swaps)
 
 
 @jax.jit
@@ -230,10 +252,16 @@ def _solved(transposed: Array, swaps: Array, right: Array) -> Array:
 
 def _diagonal(gram: Rows) -> Array:
     """The diagonal `[..., in]` of a matrix in blocks of rows."""
-    pieces = (
-        jnp.diagonal(rows, offset=start, axis1=-2, axis2=-1) for start, rows in _numbered(gram)
-    )
+    pieces = (_diagonal_from(rows, start) for start, rows in _numbered(gram))
     return jnp.concatenate([jax.block_until_ready(piece) for piece in pieces], axis=-1)
+
+
+@jax.jit
+def _diagonal_from(rows: Array, start: int) -> Array:
+    """The diagonal's part in rows of a matrix from `start` on."""
+    place = start + jnp.arange(rows.shape[-2], dtype=jnp.int32)
+    index = jnp.broadcast_to(place[:, None], (*rows.shape[:-1], 1))
+    return jnp.take_along_axis(rows, index, axis=-1)[..., 0]
 
 
 def _check_gram(path: str, gram: Any, flat: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kdtl_jax import train, trees
+from kdtl_jax import _checks, train, trees
 from kdtl_jax._types import ModelFn, Params, PyTree
 from kdtl_jax.objective import Metrics, TermsFn, Weights
 from kdtl_jax.run import data, processes
@@ -150,6 +150,7 @@ def run(
       ValueError: if the step numbers make no sense.
     """
     _check(steps, log_every, evaluate_every, save_every)
+    _check_state(state)
     meta = dict(meta or {})
     at = start = int(jax.device_get(state.step))
     saved = at if meta else -1
@@ -183,7 +184,7 @@ def run(
                         break
                     try:
                         with signals.interruptible():
-                            found = dict(evaluate(carry.state))
+                            found = _found(evaluate(carry.state))
                     except processes.Interrupted:
                         break
                     evaluations.append(_metrics.evaluation_line(at, found))
@@ -299,9 +300,22 @@ def _has(evaluations: list[dict[str, Any]], at: int) -> bool:
     return bool(evaluations) and evaluations[-1]["step"] == at
 
 
+def _found(returned: Any) -> dict[str, Any]:
+    if not isinstance(returned, Mapping):
+        raise TypeError(f"evaluate must return {{name: value}}, got {returned!r}.")
+    return dict(returned)
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, TrainState):
+        raise TypeError(
+            f"state must be a TrainState, got {type(state).__name__}. Write "
+            "train.init_state(params, tx, key=key)."
+        )
+
+
 def _check(steps: int, log_every: int, evaluate_every: int | None, save_every: int | None) -> None:
-    if steps < 0:
-        raise ValueError(f"steps must be at least 0, got {steps}.")
+    _checks.count(0, steps=steps)
     given = {"log_every": log_every, "evaluate_every": evaluate_every, "save_every": save_every}
     for name, every in given.items():
         if every is not None and every < 1:

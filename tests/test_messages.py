@@ -1,0 +1,169 @@
+"""Plausible slips at the door of the Python API: the message names the argument and the cause."""
+
+# pyright: reportArgumentType=false
+# The slips are of the wrong types on purpose.
+
+import ast
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import kdtl_jax
+from kdtl_jax import connectors, interop, losses, objective, train, transforms
+from kdtl_jax.interop import linen
+from kdtl_jax.run import data, loop
+from kdtl_jax.train import ensembles, fisher
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+MODEL = interop.function(lambda params, x: x @ params["w"])
+PARAMS = {"w": jnp.eye(3)}
+BATCH = {"inputs": jnp.ones((4, 3)), "labels": jnp.asarray([0, 1, 2, 0], jnp.int32)}
+SGD, KEY = optax.sgd(0.1), jax.random.key(0)
+LOGITS = jnp.ones((4, 3))
+
+
+def one_step(
+    terms: Any = objective.classification,
+    *,
+    weights: Any = None,
+    batch: Any = BATCH,
+    tx: Any = SGD,
+    memory: Any = None,
+    teacher: Any = None,
+    microbatches: int = 1,
+) -> Any:
+    weights = {"task": 1.0} if weights is None else weights
+    step = train.make_step(MODEL, terms, weights, tx, teacher=teacher, microbatches=microbatches)
+    state = train.init_state(PARAMS, SGD, key=KEY, memory=memory)
+    return jax.eval_shape(step, state, batch)
+
+
+def taught(inputs: Any) -> dict[str, Any]:
+    return {"task": losses.kd_kl(inputs.student["logits"], inputs.teacher["logits"])}
+
+
+def remembering(inputs: Any) -> Any:
+    return {"task": jnp.ones(4)}, jnp.ones(3)
+
+
+def run(state: Any, source: Any, **options: Any) -> Any:
+    step = train.make_step(MODEL, objective.classification, {"task": 1.0}, SGD)
+    return loop.run(step, state, source, **{"steps": 1, **options})
+
+
+SLIPS = {
+    "weights in a list": (lambda: one_step(weights=[1.0]), "weights must be a dict .*got list"),
+    "a weight as text": (lambda: one_step(weights={"task": "1"}), "weight of 'task' .*got '1'"),
+    "a weight per example": (
+        lambda: one_step(weights={"task": jnp.ones(4)}),
+        r"weight of 'task' must be one number.*\[4\]",
+    ),
+    "a rate for an optimizer": (lambda: one_step(tx=0.1), "tx must be an optimizer, got 0.1"),
+    "an optimizer not called": (
+        lambda: one_step(tx=optax.adam),
+        r"function adam.*Call it, as in optax\.adam",
+    ),
+    "no labels": (
+        lambda: one_step(batch={"inputs": LOGITS}),
+        r"read labels, which is not there.*batch has \['inputs'\]((?!no teacher).)*$",
+    ),
+    "no teacher": (lambda: one_step(taught), "read logits.*teacher has nothing.*pass teacher="),
+    "no teacher's parameters": (
+        lambda: one_step(taught, teacher=MODEL),
+        r"teacher_params got none. Write step\(state, batch, teacher_params\)",
+    ),
+    "short example weights": (
+        lambda: one_step(batch={**BATCH, "weights": jnp.ones(3)}),
+        r"'weights' must be \[B\] = \[4\].*got \[3\]",
+    ),
+    "no microbatch": (lambda: one_step(microbatches=0), "microbatches must be at least 1, got 0"),
+    "no memory": (lambda: one_step(remembering), r"terms return another memory.*shape \[3\]"),
+    "another memory": (
+        lambda: one_step(remembering, memory=jnp.ones(4)),
+        r"shape \[3\], was an array of shape \[4\]",
+    ),
+    "a seed for a key": (lambda: train.init_state(PARAMS, SGD, key=0), "key must be a PRNG key"),
+    "the state of another optimizer": (
+        lambda: one_step(tx=optax.adam(1.0)),
+        "optimizer's state was made for other parameters",
+    ),
+    "lists for logits": (lambda: losses.kd_kl([[1.0]], [[1.0]]), "student_logits .*got list"),
+    "a temperature as text": (
+        lambda: losses.kd_kl(LOGITS, LOGITS, temperature="4"),
+        "temperature must be a number, got '4'",
+    ),
+    "no labels for a loss": (lambda: losses.tckd(LOGITS, LOGITS, None), "labels .*got None"),
+    "a class for a module": (lambda: linen.model(nn.Dense), r"got Dense: write Dense\(\.\.\.\)"),
+    "parameters for a module": (lambda: linen.model(PARAMS), "module of Linen, got dict"),
+    "no function": (lambda: interop.function(3), "f must be a function"),
+    "a dict of renames": (
+        lambda: transforms.transfer(PARAMS, PARAMS, rename={"w": "v"}),
+        r"rename must be rules.*list\(rules\.items\(\)\)",
+    ),
+    "one width": (lambda: connectors.mlp(3), r"list of widths, got 3: write \[3\]"),
+    "one teacher": (lambda: ensembles.stack_teachers(PARAMS), "list of parameter trees"),
+    "a loss per batch": (
+        lambda: fisher.empirical_fisher(lambda params, x: jnp.ones(4), PARAMS, LOGITS),
+        r"one number for one example.*loss\[4\]",
+    ),
+    "batches in a list": (
+        lambda: run(train.init_state(PARAMS, SGD, key=KEY), [BATCH]),
+        "source .*got list",
+    ),
+    "parameters for a state": (
+        lambda: run(PARAMS, data.resident(BATCH, 2, key=KEY)),
+        "state must be a TrainState, got dict",
+    ),
+    "steps as text": (
+        lambda: run(train.init_state(PARAMS, SGD, key=KEY), lambda at: iter([BATCH]), steps="3"),
+        "steps must be an integer, got '3'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SLIPS)
+def test_a_slip_is_named(name: str):
+    slip, says = SLIPS[name]
+    with pytest.raises((TypeError, ValueError, KeyError)) as caught:
+        slip()
+    assert re.search(says, str(caught.value)), str(caught.value)
+
+
+def test_negative_example_weights_are_named():
+    step = train.make_step(MODEL, objective.classification, {"task": 1.0}, SGD)
+    with pytest.raises(ValueError, match=r"batch's 'weights' must be finite and >= 0"):
+        step(train.init_state(PARAMS, SGD, key=KEY), {**BATCH, "weights": -jnp.ones(4)})
+
+
+ROOMS = (
+    "losses transforms train methods connectors memory penalties projection objective trees "
+    "augment temperatures normalization discrepancies transferability"
+).split()
+NAMED = re.compile(rf"(?<![\w.]){'(' + '|'.join(ROOMS) + ')'}\.(?!csv)([a-z]\w+)(?![\w/])")
+
+
+def test_messages_name_only_what_exists():
+    """Repairs such as `transforms.crop` in the texts of the package are names of the package."""
+    root, missing = Path(kdtl_jax.__path__[0]), []
+    modules = {room: importlib.import_module(f"kdtl_jax.{room}") for room in ROOMS}
+    below = {
+        room: {found.name for found in pkgutil.iter_modules(getattr(module, "__path__", []))}
+        for room, module in modules.items()
+    }
+    for file in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+                continue
+            for room, name in NAMED.findall(node.value):
+                if not hasattr(modules[room], name) and name not in below[room]:
+                    missing.append(f"{file.name}: {room}.{name}")
+    assert not missing
