@@ -119,7 +119,7 @@ def huber(
 def mae(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     """`mean |s - t|` over all but the batch: least absolute deviations, L1.
 
-    `.mean()` is torch's `L1Loss`. Its gradient at equality is 0.
+    `.mean()` is torch's L1Loss. Its gradient at equality is 0.
 
     Args:
       student: `[B, ...]`.

@@ -276,10 +276,7 @@ def masks(subject: Subject) -> Iterator[str]:
                 yield f"masked examples {fill}: value and gradient must be 0"
         plain = _subject.float64_values(subject, args)(*args)
         yield from _subject.unequal(
-            "where=True throughout is not a mask",
-            program(args, np.ones_like(where))[0],
-            plain,
-            1e-9,
+            "where=True throughout masks", program(args, np.ones_like(where))[0], plain, 1e-9
         )
         nothing = where.copy()
         nothing[0] = False
