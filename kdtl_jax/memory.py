@@ -4,8 +4,8 @@ A step carries them in `TrainState.memory` and returns what the functions here r
 mutated: a bank's normalizer is a field with a value from the start, changed only by
 `bank_set_normalizer`. Rows are constants: no gradient flows into a memory.
 
-`where` (bool `[B]`) marks the real examples of a batch. The others write nothing, whatever they
-hold and wherever their index points.
+`where` (bool `[B]`) marks the real examples of a batch. The others write nothing, whatever their
+values and index.
 
 TypeError: embeddings are not floating point, indices or sizes not integers. ValueError: shapes do
 not fit, a concrete index lies outside the bank, or a hyper-parameter is out of its range.
@@ -148,7 +148,7 @@ def bank_set_normalizer(
 ) -> Bank:
     """The bank with `Z = n mean(exp(x . row / T))`, estimated from this batch and then constant.
 
-    CRD does this with the first batch it meets; here it happens when you call it.
+    CRD does this with its first batch; here it happens when you call it.
 
     Args:
       bank: the bank.
@@ -158,7 +158,7 @@ def bank_set_normalizer(
       where: bool `[B]`, real examples.
 
     Returns:
-      The bank, `log_z` replaced; as it was where no example is real.
+      The bank with a new `log_z`; unchanged if no example is real.
     """
     bare = bank._replace(log_z=jnp.zeros_like(bank.log_z))
     raw = bank_scores(bare, x, index, temperature=temperature, where=where)
@@ -239,7 +239,7 @@ def queue_init(key: Array, size: int, width: int) -> Queue:
 def queue_push(queue: Queue, x: Array, *, where: Array | None = None) -> Queue:
     """The queue with the oldest rows replaced by `x`, first in first out, wrapping around.
 
-    Any batch size: of more than K embeddings the last K stay.
+    The batch may have any size: of more than K embeddings, the last K stay.
 
     Args:
       queue: the queue.

@@ -1,12 +1,12 @@
 """How good predictions are: classes, probabilities, several labels at once, and numbers.
 
 On the host, in float64: `labels` `[N]` are 0..K-1, `predicted` `[N]` are classes, where -1 stands
-for no answer (`run.scores.predicted` of logits that are not finite): it is of no class, and shares
-of right answers are NaN.
-`probabilities` `[N, K]` have rows that sum to 1. What is undefined, such as the precision of a
-class that was never named, is NaN.
+for no answer (`run.scores.predicted` of logits that are not finite): it belongs to no class, and
+shares of right answers are NaN.
+`probabilities` `[N, K]` have rows that sum to 1. Undefined values, such as the precision of a class
+that was never predicted, are NaN.
 
-Raises ValueError if there are no examples, the numbers of examples differ, or labels are none of
+Raises ValueError if there are no examples, the numbers of examples differ, or a label is not one of
 the classes.
 """
 
@@ -41,7 +41,7 @@ def accuracy(predicted: Any, labels: Any) -> float:
 
 
 def confusion(predicted: Any, labels: Any, classes: int) -> np.ndarray:
-    """Counts `[K, K]`: row i, column j holds the examples of class i that were named j.
+    """Counts `[K, K]`: row i, column j counts the examples of class i that were predicted as j.
 
     An example without an answer is in no column.
     """
@@ -84,7 +84,7 @@ def brier(probabilities: Any, labels: Any) -> float:
 
 
 def calibration(probabilities: Any, labels: Any, *, bins: int = 15) -> Calibration:
-    """Whether the largest probability is the share of right answers, bin by bin.
+    """Compares confidence (the largest probability) with the share of right answers, bin by bin.
 
     Expected calibration error: Naeini et al., AAAI 2015, and Guo et al., 2017 (1706.04599), with
     bins `((b - 1) / bins, b / bins]`.
@@ -112,7 +112,7 @@ def average_precision(ranking: Any, targets: Any) -> np.ndarray:
 
     Args:
       ranking: scores `[N, K]`, logits or probabilities; only their order matters.
-      targets: 0 or 1, `[N, K]`. A label without a positive example has NaN.
+      targets: 0 or 1, `[N, K]`. NaN for a label without a positive example.
     """
     ranking, targets = _pair(ranking, targets)
     return np.array([_average_precision(r, t) for r, t in zip(ranking.T, targets.T, strict=True)])

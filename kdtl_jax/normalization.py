@@ -1,4 +1,4 @@
-"""Normalization during fine-tuning: Stochastic Normalization, and statistics that do not move.
+"""Normalization during fine-tuning: Stochastic Normalization, and frozen statistics.
 
 For dropout toward the pretrained weights see `transforms.mixout`.
 """
@@ -99,9 +99,9 @@ def stoch_norm(
 
 
 def freeze_stats(before: PyTree, after: PyTree, *, where: trees.Selector) -> PyTree:
-    """`after` with the selected leaves of `before`: statistics that shall not move.
+    """`after` with the selected leaves of `before`: keeps statistics from changing.
 
-    No optimizer mask reaches batch statistics: they are another collection.
+    Optimizer masks do not reach batch statistics, which are a separate collection.
 
     Raises:
       ValueError: if the selector matches nothing, or names or shapes differ.
@@ -112,7 +112,7 @@ def freeze_stats(before: PyTree, after: PyTree, *, where: trees.Selector) -> PyT
 
 
 def with_frozen_stats(model: ModelFn, *, where: trees.Selector = trees.everything) -> ModelFn:
-    """The model with the selected statistics of its state held, whatever mode it runs in.
+    """The model with the selected statistics of its state held fixed, whatever mode it runs in.
 
     In training mode a batch-normalized model still *normalizes* by the batch; to normalize by
     the frozen statistics too, wrap it in `in_evaluation_mode`.
@@ -133,7 +133,7 @@ def with_frozen_stats(model: ModelFn, *, where: trees.Selector = trees.everythin
 
 
 def in_evaluation_mode(model: ModelFn) -> ModelFn:
-    """The model run with `train=False` always: running statistics normalize, nothing drops out."""
+    """The model always run with `train=False`: running statistics normalize, and dropout is off."""
 
     def run(
         params: Params,

@@ -8,8 +8,8 @@ a weight is a number, a traced array or a schedule of the step. Values are
 - `Mean(total, weight)`: summed already, as `losses.chunked_divergence` does;
 - `[]`: a penalty, a function of parameters, counted once whatever the batch.
 
-Sums and counts are kept apart (`Mean`), so that accumulating microbatches or devices gives exactly
-the large batch. What is logged is unweighted.
+Sums and counts are kept apart (`Mean`), so that accumulating over microbatches or devices gives
+exactly the value of the large batch. Logged values are unweighted.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ from kdtl_jax._types import Outputs, Params, PyTree, Scalar, Schedule
 
 
 class Inputs(NamedTuple):
-    """All that a term may look at. New fields break nothing: terms read them by name.
+    """Everything that a term may read. New fields break nothing, because terms read them by name.
 
     `teacher` holds a teacher's outputs, empty without one; `teacher_params` is the step's third
     argument as it was given, for penalties that read frozen parameters.
@@ -55,7 +55,7 @@ class Inputs(NamedTuple):
 
 
 class Masked(NamedTuple):
-    """Values of which only those where `where` (bool, the same shape) holds are averaged."""
+    """Values that are averaged only where `where` (bool, the same shape) is true."""
 
     values: Array
     where: Array
@@ -66,8 +66,8 @@ class Masked(NamedTuple):
 class Metrics(Mapping[str, Mean]):
     """`{name: Mean}` held in one array `[..., K, 2]` of totals and weights.
 
-    A step returns one buffer instead of two per term: on small models the buffers, not the
-    arithmetic, are what logging costs. Scan and vmap add leading axes; adding `sums` of several
+    A step returns one buffer instead of two per term: on small models, logging costs buffers, not
+    arithmetic. Scan and vmap add leading axes; adding `sums` of several
     batches gives the metrics of their union.
     """
 
@@ -112,7 +112,7 @@ def classification(inputs: Inputs) -> dict[str, Array]:
     `[..., classes]` logits and int `[...]` labels give `[...]`, nats.
 
     Raises:
-      TypeError, ValueError: if labels are no class numbers, or the head has a single logit.
+      TypeError, ValueError: if labels are not class numbers, or the head has a single logit.
     """
     logits, labels = inputs.student["logits"], inputs.batch["labels"]
     real = inputs.real
@@ -136,8 +136,8 @@ def reduce(
     Args:
       name: for messages.
       term: `[]`, `[B]`, `[B, L]`, `Masked`, or a `Mean`, which is passed on.
-      example_weights: `[B]`, 0 for padding; multiplies both sum and count. Whoever made a `Mean`
-        has left the padding out already.
+      example_weights: `[B]`, 0 for padding; multiplies both sum and count. A `Mean` has already
+        left the padding out.
       batch_size: the batch's, if it is known where there are no weights.
 
     Raises:
@@ -177,7 +177,7 @@ def reduce_all(
     """`reduce` of every term.
 
     Raises:
-      TypeError: if the terms are no mapping.
+      TypeError: if the terms are not a mapping.
     """
     if not isinstance(terms, Mapping):
         raise TypeError(

@@ -8,10 +8,10 @@ A *selector* (`where` everywhere in this library, always meaning "act here") is 
 - a tree of bools with the structure of the parameters;
 - a combination of these by `any_of`, `all_of`, `none_of`.
 
-A selector that matches nothing raises: a misspelt pattern is the commonest silent error in
-transfer learning. Canonical paths join keys with "/" and print ints plainly. The ".value" that
-NNX variables and Linen's boxes add is not part of a path; an entry or field that is called "value"
-is. A Haiku key that itself contains "/" is never split again.
+A selector that matches nothing raises: a misspelled pattern is the most common silent error in
+transfer learning. Canonical paths join keys with "/" and print ints plainly. The ".value" that NNX
+variables and Linen's boxes add is not part of a path; an entry or field called "value" is. A Haiku
+key that itself contains "/" is never split again.
 """
 
 import difflib
@@ -225,7 +225,7 @@ def partition(tree: PyTree, where: Selector) -> tuple[PyTree, PyTree]:
 
 
 def combine(*trees: PyTree) -> PyTree:
-    """Inverse of `partition`: the first tree that has a leaf at a place gives it."""
+    """Inverse of `partition`: each leaf comes from the first tree that has one in its place."""
 
     def first(*leaves: Any) -> Any:
         return next((leaf for leaf in leaves if leaf is not None), None)

@@ -20,7 +20,7 @@ from kdtl_jax import _checks, _numerics
 def align_tokens(
     student_ends: np.ndarray, teacher_ends: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Groups of consecutive tokens that end at the same byte on both sides. Host-side.
+    """Groups consecutive tokens that end at the same byte on both sides. Runs on the host.
 
     Args:
       student_ends: int `[L_S]`, non-decreasing byte offsets at which the student's tokens end.
@@ -54,11 +54,13 @@ def align_tokens(
 
 
 def merge_tokens(log_probs: Array, tokens: Array, groups: Array, *, num_groups: int) -> Array:
-    """One distribution per group: its last token's, times the probability of those before it.
+    """One distribution per group: that of its last token, times the probability of the tokens
+    before it.
 
-    `p_j(v) prod_{k < j} p_k(token_k)` is the probability of the group's text with v in the place of
-    its last token, by the chain rule: exact, and summing to the probability of that prefix. The
-    first token's distribution times the later ones observed would be no probability of anything.
+    By the chain rule, `p_j(v) prod_{k < j} p_k(token_k)` is the probability of the group's text
+    with v in place of its last token: exact, and summing to the probability of that prefix. The
+    first token's distribution times the probabilities of the later tokens would not be the
+    probability of anything.
     Two sides with one group end at different last tokens: only the observed entries are the same
     text, which is what `losses.alm` compares.
 
@@ -127,9 +129,9 @@ def chunk_lengths(groups: Array, *, num_chunks: int) -> Array:
 def merge_chunks(groups: Array, closes: Array) -> Array:
     """Joins chunks up to the next one that closes.
 
-    Where a chunk ends within a word, two tokenizers expect different things to follow. tokenkit
-    recommends to close chunks only where the teacher's probability of a token that begins a new
-    word (`losses.log_mass`) exceeds .1.
+    Where a chunk ends within a word, two tokenizers expect different continuations. tokenkit
+    recommends closing chunks only where the teacher's probability of a token that begins a new word
+    (`losses.log_mass`) exceeds 0.1.
 
     Args:
       groups: int `[..., L]`, the chunk of each token; -1 takes no part.
@@ -176,10 +178,10 @@ def shared_ids(
 def require_same_ids(
     student_vocabulary: Mapping[str, int], teacher_vocabulary: Mapping[str, int]
 ) -> None:
-    """Refuses vocabularies in which a token has another id, or exists on one side alone.
+    """Raises an error if a token has different ids in two vocabularies, or exists in only one.
 
-    Losses on logits compare class by class: with other ids they are finite and mean nothing. Sizes
-    say nothing, since tables are padded.
+    Losses on logits compare class by class: with different ids they are finite but meaningless.
+    Equal sizes prove nothing, since tables are padded.
 
     Raises:
       ValueError: naming some of the tokens that differ.

@@ -44,7 +44,7 @@ def stored_outputs(
     vocabulary: int | None = None,
     chunk_size: int = CHUNK,
 ) -> ModelFn:
-    """A model function of token batches whose outputs are what a cache keeps of each position.
+    """A model function of token batches whose outputs are what a cache keeps for each position.
 
     Args:
       teacher: the decoder.
@@ -115,8 +115,7 @@ def stored_divergence(divergence: Divergence | None = None, *, chunk_size: int =
 
     All logits: the divergence, forward KL by default. The k most likely tokens: the divergence
     between the k tokens and one bucket of all others. Counts c: the cross-entropy with the drawn
-    tokens, `-sum_i c_i / sum(c) log p_S(v_i)`, whose gradient is in expectation that of the forward
-    KL.
+    tokens, `-sum_i c_i / sum(c) log p_S(v_i)`, whose expected gradient is that of the forward KL.
 
     Raises:
       ValueError: if the batch has no stored teacher, or a divergence other than the default is
@@ -141,7 +140,8 @@ def stored_divergence(divergence: Divergence | None = None, *, chunk_size: int =
 
 
 def kd_stored(setup: _methods.Setup) -> _methods.Learner:
-    """`kd` from a cached teacher: batches hold its rows as `"teacher"`; it takes no parameters.
+    """`kd` from a cached teacher: batches hold its rows as `"teacher"`, and the step gets no
+    teacher.
 
     References:
       Anshumann et al., Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs, 2025

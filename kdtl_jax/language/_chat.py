@@ -41,12 +41,12 @@ def chat(
     messages: Sequence[Message],
     variables: Mapping[str, Any] = MappingProxyType({}),
 ) -> Chat:
-    """The tokens of a conversation and which of them the assistant says.
+    """The tokens of a conversation, and which of them the assistant says.
 
-    Where the template marks the assistant's words (`{% generation %}`), they are what is marked.
-    Otherwise each assistant's message is what its rendering adds to the prompt for it, so its end
-    of turn is learned and the header before it is not. Text on either side of a border is encoded
-    apart: no token is learned in part.
+    If the template marks the assistant's words (`{% generation %}`), those are learned. Otherwise
+    each assistant message is whatever its rendering adds to the prompt for it, so its end of turn
+    is learned and the header before it is not. Text on either side of a border is encoded
+    separately, so no token is learned in part.
 
     Args:
       tokenizer: with a `chat_template`.

@@ -18,8 +18,8 @@ class Document(NamedTuple):
     Attributes:
       tokens: int32 `[n]`.
       learned: bool `[n]`, the tokens that are targets: all of a text, what the assistant says.
-      privileged: int32 `[m]`, what a self-taught teacher reads before the prompt.
-      place: where it stands, for messages.
+      privileged: int32 `[m]`, what a self-distilling teacher reads before the prompt.
+      place: where it was read from, for messages.
     """
 
     tokens: np.ndarray
@@ -54,7 +54,7 @@ def document(
 
 
 def documents(records: Iterable[Record], tokenizer: Tokenizer) -> Iterator[Document]:
-    """The documents of records, as they are needed.
+    """Turns records into documents, lazily.
 
     - `{"text"}` closes with the tokenizer's end token, and all of it is learned.
     - Of `{"prompt", "completion"}` the completion with its end token is learned; as lists of

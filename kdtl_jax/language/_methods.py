@@ -43,7 +43,7 @@ class Setup(NamedTuple):
       student: the decoder that is trained.
       tx: the optimizer.
       teacher: the decoder of the step's `teacher_params`; None is the student's.
-      weights: from what is trained to the student's parameters (see `model`).
+      weights: function from the trained parameters to the student's (see `model`).
       trainable: selector over what is trained.
       prompt: columns of the prompt, for methods that sample.
       divergence: None is the method's own.
@@ -52,7 +52,7 @@ class Setup(NamedTuple):
       task: weight of the cross-entropy with the data beside a divergence on the data.
       share: of GKD's steps that learn from the student's samples, in [0, 1].
       beta: of GKD's divergence.
-      decay: of the following teacher.
+      decay: of the teacher that follows the student (EMA).
       temperature, top_k, top_p, stop_tokens: of sampling; losses are at temperature 1.
       microbatches: parts of a batch.
       chunk_size: tokens whose logits exist at a time.
@@ -83,7 +83,7 @@ def _unchanged(state: TrainState) -> TrainState:
 
 
 class Learner(NamedTuple):
-    """A method's step, and what makes its first state of `train.init_state`'s."""
+    """A method's step, and the function that makes its first state from `train.init_state`'s."""
 
     step: Step
     begin: Callable[[TrainState], TrainState] = _unchanged
@@ -150,14 +150,15 @@ def opd(setup: Setup) -> Learner:
 
 
 def opd_sampled(setup: Setup) -> Learner:
-    """`opd` from the log-probabilities of the sampled tokens alone: unbiased, of more variance."""
+    """`opd` from the log-probabilities of the sampled tokens alone: unbiased, with more
+    variance."""
     terms = _terms.sampled_reverse_kl(chunk_size=setup.chunk_size)
     step = _step(setup, terms, {"kd": 1.0}, teacher=_teacher(setup))
     return _on_own(setup, step)
 
 
 def minillm(setup: Setup) -> Learner:
-    """Reverse KL of whole sequences: what a token does to those after it counts as well.
+    """Reverse KL of whole sequences: a token's effect on later tokens counts, too.
 
     References:
       Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2023 (2306.08543).
@@ -171,7 +172,8 @@ def minillm(setup: Setup) -> Learner:
 
 
 def self_(setup: Setup) -> Learner:
-    """The weights it starts from are its teacher, with a privileged prompt, on its own samples.
+    """The student's initial weights are its teacher, with a privileged prompt, on the student's
+    samples.
 
     `inputs["privileged"]` holds `tokens` and `segments` `[B, P']` of the teacher's prompt, at least
     as wide as the student's, padded on the left.

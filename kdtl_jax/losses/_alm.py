@@ -28,7 +28,8 @@ def alm(
 ) -> Array:
     """`KL(Bernoulli(p_T^(1/T)) || Bernoulli(p_S^(1/T)))` of a chunk's probability on both sides.
 
-    `eps` is taken off `log p / T`, so that certain chunks stay inside the logarithm. tokenkit's
+    `eps` is subtracted from `log p / T`, so that chunks of probability 1 stay inside the logarithm.
+    tokenkit's
     `binary_ce` is this plus the teacher's binary entropy, a constant.
 
     Args:

@@ -94,9 +94,9 @@ def minilm_relation(
 ) -> Array:
     """`mean over heads of KL(softmax(x_T y_T^T / sqrt(d)) || softmax(x_S y_S^T / sqrt(d)))`.
 
-    The vectors of all heads are joined and cut again, into `relation_heads`, so that widths and
-    numbers of heads may differ and no projection is needed. Averaged over real tokens of an example
-    and then over examples it is the published number. (queries, keys) and (values, values) of
+    The vectors of all heads are joined and split again into `relation_heads`, so widths and numbers
+    of heads may differ and no projection is needed. Averaged over the real tokens of an example and
+    then over examples, it is the published number. (queries, keys) and (values, values) of
     the last layer make MiniLM; see `minilm_v2`.
 
     Args:

@@ -68,7 +68,7 @@ def jsd_gkd(setup: Setup, *, temperature: Scalar = 1.0, beta: Scalar = 0.1) -> M
 
 
 def jsd_continuous(setup: Setup, *, temperature: Scalar = 1.0, beta: Scalar = 0.1) -> Method:
-    """`jsd_gkd` with `M = (1 - beta) p_T + beta p_S`: its ends are reached continuously.
+    """`jsd_gkd` with `M = (1 - beta) p_T + beta p_S`: continuous at both ends.
 
     Agarwal et al., 2023 (2306.13649), in EasyDeL's convention.
     """
@@ -139,7 +139,7 @@ def label_smoothing(setup: Setup, *, smoothing: float = 0.1) -> Method:
 
 
 def tf_kd(setup: Setup, *, temperature: Scalar = 20.0, correct_probability: float = 0.99) -> Method:
-    """KD from a virtual teacher of the labels: teacher-free KD.
+    """KD from a virtual teacher made from the labels: teacher-free KD.
 
     Yuan et al., 2019 (1909.11723). Task 0.1, kd 0.9, T = 20: the authors' code, which averages over
     classes as well and makes up for it by a constant.
@@ -190,7 +190,8 @@ def uskd(setup: Setup) -> Method:
 
 
 def probability_shift(setup: Setup, *, temperature: Scalar = 4.0) -> Method:
-    """KD from the teacher with its largest logit and the label's exchanged: never wrong.
+    """KD from the teacher with its largest logit and the label's exchanged, so that it is never
+    wrong.
 
     Wen et al., 2019 (1911.07471). Task 0.1, kd 0.9, as for KD.
     """
@@ -203,7 +204,7 @@ def probability_shift(setup: Setup, *, temperature: Scalar = 4.0) -> Method:
 
 
 def mft(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
-    """KD from a teacher that the labels correct: minifinetuning.
+    """KD from a teacher corrected by the labels: minifinetuning.
 
     Belcak et al., 2025 (2506.15702). In place of the task (task 0, mft 1), threshold 0.2:
     Model-Optimizer.

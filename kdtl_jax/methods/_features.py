@@ -276,7 +276,7 @@ def ft(setup: Setup) -> Method:
 def ab(setup: Setup) -> Method:
     """Squared hinges that put every neuron on the teacher's side of 0: activation boundaries.
 
-    Heo et al., 2018 (1811.03233). Every layer before weighs half of the next; all times 3 / 1000.
+    Heo et al., 2018 (1811.03233). Every layer weighs half as much as the next; all times 3 / 1000.
     Trained before the task, for 30 of 270 epochs: RepDistiller.
     """
 

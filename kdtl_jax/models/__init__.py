@@ -1,7 +1,7 @@
 """Flax Linen models that return a dict with `"logits"` and their named features, and decoders.
 
-`kdtl_jax.interop.linen.model(module)` turns a module into the library's model functions; a decoder
-of text is functions already (`decoder`).
+`kdtl_jax.interop.linen.model(module)` turns a module into the library's model functions; a text
+decoder already consists of functions (`decoder`).
 """
 
 from kdtl_jax.models._blocks import Activation as Activation

@@ -218,7 +218,7 @@ def check_length(tokens: Array, positions: int) -> None:
 
 
 def mean_pool(hidden: Array, mask: Array | None = None) -> Array:
-    """The mean over the tokens that are there.
+    """The mean over the real tokens.
 
     Args:
       hidden: `[B, L, width]`.
@@ -238,7 +238,7 @@ def mean_pool(hidden: Array, mask: Array | None = None) -> Array:
 
 
 def sentence_embedding(hidden: Array, mask: Array | None = None) -> Array:
-    """`mean_pool` scaled to unit length, as sentence encoders of the MiniLM kind define it."""
+    """`mean_pool` scaled to unit length, as in MiniLM and similar sentence encoders."""
     pooled = mean_pool(hidden, mask)
     square = jnp.sum(pooled * pooled, axis=-1, keepdims=True)
     safe = jnp.where(square > 0, square, 1)

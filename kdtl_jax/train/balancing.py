@@ -1,4 +1,4 @@
-"""Terms one by one, not as their sum: the gradient of each, and weights that balance them."""
+"""Terms one by one: the gradient of each, and weights that balance them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,7 +38,7 @@ def balanced(terms: Terms, *, reference: str, example_weights: Array | None = No
     """Scales every term to the size of one of them: `x * stop_gradient(mean ref / mean x)`.
 
     The weights then say how much each term matters, whatever its units. Gradients keep their
-    directions; only their sizes change, from step to step.
+    directions, while their sizes change from step to step.
 
     Args:
       terms: `{name: values}`, as the objective takes them, none negative.
@@ -72,7 +72,7 @@ def balanced(terms: Terms, *, reference: str, example_weights: Array | None = No
 
 
 def remainder(weights: Mapping[str, float], *, to: str) -> dict[str, float]:
-    """Weights that sum to 1: what the given ones leave goes to the term `to`.
+    """Weights that sum to 1: the remainder of the given ones goes to the term `to`.
 
     Raises:
       ValueError: if a weight is negative, they exceed 1, or `to` has one already.

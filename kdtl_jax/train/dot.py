@@ -9,7 +9,7 @@
     ... )
 
 `train.make_step` with this optimizer is DOT; nothing else changes. The step finds the names of the
-distillation terms in the optimizer's state and passes their gradient apart.
+distillation terms in the optimizer's state and passes their gradient separately.
 """
 
 from collections.abc import Collection
@@ -113,7 +113,8 @@ def scale_by_dot(
 
 
 def distilled(opt_state: PyTree) -> frozenset[str]:
-    """The terms that a `scale_by_dot` in the optimizer wants apart; none without one.
+    """The terms whose gradient a `scale_by_dot` in the optimizer takes separately; none without
+    one.
 
     Raises:
       ValueError: if there are two: each would add the gradient of the other's terms.

@@ -147,10 +147,10 @@ def mean_probabilities(
 def log_sum_exp(
     logits: Array, *, temperature: Scalar = 1.0, weights: Weights | None = None
 ) -> Array:
-    """`T log sum_k w_k exp(z_k / T)`: each teacher counts by its normalizer.
+    """`T log sum_k w_k exp(z_k / T)`: each teacher is weighted by its normalizer.
 
     Adding a constant to one teacher's logits changes the result, which `mean_probabilities` does
-    not; on log-probabilities the two are one.
+    not; on log-probabilities the two are equal.
 
     Args:
       logits: `[K, ..., num_classes]`.

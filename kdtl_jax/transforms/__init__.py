@@ -1,7 +1,7 @@
 """Parameter transforms: pytree in, pytree out.
 
-Only inexact arrays are touched; counters, PRNG keys and functions pass through, and quantized
-integer codes are refused. A leaf's dtype is kept, and so is the target's structure. `where` always
+Only inexact arrays are changed; counters, PRNG keys and functions pass through, and quantized
+integer codes are an error. A leaf's dtype is kept, and so is the target's structure. `where` always
 means *act here*.
 
 - One tree: `scale`, `scale_homogeneous`, `fit_alpha`.
