@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_gguf import LLAMA, _source, _write
 
-from kdtl_jax.interop import gguf
+from kdtl_jax.interop import _gguf_header, gguf
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +47,18 @@ def test_counts_past_the_end_of_the_file(whole: Path, place: int | str) -> None:
     path.write_bytes(content[:place] + struct.pack("<Q", 2**60) + content[place + 8 :])
     with bounded(), pytest.raises(ValueError, match="cannot be read as GGUF"):
         gguf.load(path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "entries", "texts"), [(10**5 + 1, 0, 0), (0, 10**4 + 1, 0), (0, 1, 3)]
+)
+def test_counts_that_no_model_has(
+    tmp_path: Path, tensors: int, entries: int, texts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They fit into the file, and would take the package minutes."""
+    monkeypatch.setattr(_gguf_header, "_TEXTS", 2)
+    array = struct.pack("<QIIQ", 0, 9, 8, texts) + bytes(8 * texts)
+    content = b"GGUF" + struct.pack("<IQQ", 3, tensors, entries) + array
+    (tmp_path / "a.gguf").write_bytes(content)
+    with bounded(), pytest.raises(ValueError, match="announces|lists of 3 texts"):
+        gguf.load(tmp_path / "a.gguf")

@@ -12,7 +12,7 @@ from bounds import bounded, is_plain, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdtl_jax.recipes import _output, sweep
+from kdtl_jax.recipes import _inputs, _output, predict, sweep
 from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.run import loop
 
@@ -93,6 +93,51 @@ def test_records_that_are_no_files(begun: Any, name: str, kind: str) -> None:
     else:
         path.unlink(missing_ok=True)
     path.write_bytes(kept)
+
+
+FOREIGN = [
+    "config.yaml",
+    "env.json",
+    "metrics.jsonl",
+    "results.json",
+    "made_from.json",
+    "sweep.csv",
+]
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("name", [*FOREIGN, "report.html", "bench.json", "teacher.safetensors"])
+def test_a_folder_of_another_is_not_overwritten(tmp_path: Path, name: str, force: bool) -> None:
+    """Not even with --force, which is for runs: they leave a sealed record."""
+    (tmp_path / name).write_text("mine")
+    asked = sweep.Settings(out=str(tmp_path), force=force)
+    with pytest.raises(ValueError, match=f"{name}|not empty"), _output.run_folder(asked, "sweep"):
+        pass
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "mine"}
+
+
+def test_a_model_of_another_is_not_overwritten(tmp_path: Path) -> None:
+    """Beside a configuration that no run wrote."""
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher/model.safetensors").write_text("mine")
+    asked = sweep.Settings(out=str(tmp_path), force=True)
+    with pytest.raises(ValueError, match="model.safetensors"):
+        with _output.run_folder(asked, "sweep", models=["teacher"]):
+            pass
+
+
+@pytest.mark.parametrize("kind", ["student", "data", "model"])
+def test_what_is_read_is_not_what_is_written(tmp_path: Path, kind: str) -> None:
+    files = {name: tmp_path / name for name in ("student", "data", "model.py")}
+    for path in files.values():
+        path.write_text("mine")
+    (tmp_path / "link").symlink_to(files["model.py" if kind == "model" else kind])
+    asked = predict.Settings(
+        student=str(files["student"]), data=str(files["data"]), model=f"{files['model.py']}:net",
+        out=str(tmp_path / "link"), force=True,
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="is a file that is read"):
+        _inputs.check_out(asked)
 
 
 @pytest.mark.parametrize("content", ["", '{"step": 1}\n', None])

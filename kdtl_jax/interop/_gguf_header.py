@@ -12,6 +12,8 @@ from kdtl_jax import _files
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number
 _STRING, _ARRAY = 8, 9
 _DIMENSIONS = 4  # of a tensor at most
+_ENTRIES, _TENSORS = 10_000, 100_000  # of any file; the package takes long for each
+_TEXTS = 2**21  # of all lists of texts: the largest vocabularies and their merges are half of it
 
 
 def check(path: Path) -> None:
@@ -29,7 +31,7 @@ def check(path: Path) -> None:
 
 def _walk(content: mmap.mmap) -> None:
     order = "<" if int.from_bytes(content[4:8], "little") & 0xFFFF else ">"
-    at, size = 8, len(content)
+    at, size, texts = 8, len(content), 0
 
     def number(form: str) -> int:
         (found,) = struct.unpack_from(order + form, content, skip(struct.calcsize(form)))
@@ -53,6 +55,8 @@ def _walk(content: mmap.mmap) -> None:
 
     try:
         tensors, entries = number("Q"), number("Q")
+        if tensors > _TENSORS or entries > _ENTRIES:
+            raise ValueError(f"its header announces {tensors:,} tensors and {entries:,} entries")
         for _ in range(entries):
             skip(number("Q"))
             kind = number("I")
@@ -63,6 +67,9 @@ def _walk(content: mmap.mmap) -> None:
             if kind in _SIZES:
                 skip(count * _SIZES[kind])
                 continue
+            texts += count
+            if texts > _TEXTS:
+                raise ValueError(f"its header has lists of {texts:,} texts")
             for _ in range(count):
                 value(kind)
         for _ in range(tensors):

@@ -1,6 +1,7 @@
 """What a trained model is used on: examples with or without labels, in the model's own classes."""
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,7 @@ def check_out(settings: Any) -> None:
 
     Raises:
       FileExistsError: if a file is there, without `--force`, or something that is no file.
+      UsageError: if `out` is a file that is read.
       FileNotFoundError: if its folder does not exist.
     """
     if settings.out is None:
@@ -79,6 +81,10 @@ def check_out(settings: Any) -> None:
     _files.check_place(out)
     if out.exists() and not settings.force:
         raise FileExistsError(f"--out {out} exists. Name another file, or pass --force.")
+    source = (settings.model or "").rpartition(":")[0]  # of FILE.py:NAME
+    for read in (settings.student, getattr(settings, "data", None), source):
+        if read and out.exists() and os.path.exists(read) and out.samefile(read):
+            raise UsageError(f"--out {out} is a file that is read. Name another one.")
 
 
 def used(settings: Any, example: str, *, with_labels: bool) -> tuple[Model, Examples]:

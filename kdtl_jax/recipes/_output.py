@@ -23,6 +23,8 @@ from kdtl_jax.run import checkpoint, processes, record, report
 SETTINGS = {"config.yaml", "env.json", record.FILE}
 # Settings that may differ between a run and its continuation.
 FREE = {"resume", "force", "out", "log", "process", "coordinator", "quick"}
+# What one replaces beside them, and its folders, which carry marks of their own.
+WRITTEN = {"metrics.jsonl", "results.json", "report.html", "sweep.csv", "bench.json"} | SETTINGS
 LONGEST = 1000  # characters of a table's cell, or of its line
 
 
@@ -46,8 +48,8 @@ def run_folder(
     """The run folder, locked, with `config.yaml` and `env.json` in it.
 
     A new one, or one that holds nothing but the settings of a run that failed early; with
-    `settings.force` an earlier run's, of which only what a run writes is removed; with `resume` one
-    of the same settings and content.
+    `settings.force` an earlier run's, which its record tells from a folder of another's, and of
+    which only what a run writes is removed; with `resume` one of the same settings and content.
 
     Args:
       settings: of the recipe, with `out` and `force`.
@@ -60,7 +62,7 @@ def run_folder(
 
     Raises:
       ValueError: if the folder holds something, is a file, or is of a run on other content; or if
-        files that are not ours lie where checkpoints or models will be saved.
+        files that are not ours lie where records, checkpoints or models will be saved.
       UsageError: if the run to be resumed had other settings.
       RuntimeError: if another process has it.
     """
@@ -75,7 +77,8 @@ def run_folder(
             names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
             names = {name for name in names - {".lock"} if not name.endswith(_files.TEMPORARY)}
             taken_up = resume and "config.yaml" in names
-            failed_early = names == SETTINGS or names <= SETTINGS - {"config.yaml"}
+            is_ours = record.is_kept(folder)
+            failed_early = not names or (is_ours and names <= SETTINGS)
             if resume and not taken_up:
                 raise UsageError(f"--resume: there is no run in {folder}. Start without it.")
             if not taken_up and not settings.force and not failed_early:
@@ -83,10 +86,13 @@ def run_folder(
                     f"--out {folder} is not empty, and nothing in it is overwritten. Name another "
                     "folder, or pass --force."
                 )
+            if not taken_up and not failed_early and not is_ours:
+                foreign = {name for name in names if name.endswith(".safetensors")}
+                _files.refuse(folder, [folder / name for name in foreign | (names & WRITTEN)])
             for name in saves:
                 checkpoint.check_removable(folder / name)
             for name in models:
-                _check_model(folder / name, is_ours="config.yaml" in names)
+                _check_model(folder / name, is_ours=is_ours)
             _files.check_free(folder / _students.FOLDER, _students.FOLDER)
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_files.locked(folder))

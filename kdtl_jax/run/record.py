@@ -50,6 +50,14 @@ def keep(folder: str | Path, made: Record) -> None:
     _files.write_sealed(Path(folder) / FILE, made._asdict())
 
 
+def is_kept(folder: str | Path) -> bool:
+    """Whether a run of ours has left its record in the folder, whole: other files there are its."""
+    try:
+        return _files.read_sealed(Path(folder) / FILE).keys() == {*Record._fields}
+    except ValueError:
+        return False
+
+
 def compare(folder: str | Path, now: Record) -> list[str]:
     """Compares a run folder's record with what the run would read now.
 
