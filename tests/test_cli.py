@@ -24,6 +24,7 @@ from kdtl_jax import cli
 from kdtl_jax.cli import main, params
 from kdtl_jax.recipes import _output, env
 from kdtl_jax.recipes.settings import UsageError
+from kdtl_jax.run import record
 
 jax.devices()  # the back end is up, as in any test that ran before
 Captured = pytest.CaptureFixture[str]
@@ -272,6 +273,11 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path, capsys: Captur
     assert main(["demo", "--quick", "--out", str(tmp_path / "full/results.json")]) == 1
     assert "is a file. Name a folder" in capsys.readouterr().err
     settings = cli.parse(["demo", "--out", str(tmp_path / "full"), "--force"])
+    with pytest.raises(ValueError, match="other files: results.json"):
+        with _output.run_folder(settings, "demo"):
+            pass
+    assert (tmp_path / "full/results.json").read_text() == "precious"
+    record.keep(tmp_path / "full", record.made_from({}))  # as a run does
     with _output.run_folder(settings, "demo") as where:
         assert where.path == tmp_path / "full"
 

@@ -78,7 +78,8 @@ def run_folder(
             names = {name for name in names - {".lock"} if not name.endswith(_files.TEMPORARY)}
             taken_up = resume and "config.yaml" in names
             is_ours = record.is_kept(folder)
-            failed_early = not names or (is_ours and names <= SETTINGS)
+            few = names == SETTINGS or names <= SETTINGS - {"config.yaml"}
+            failed_early = not names or (is_ours and few)
             if resume and not taken_up:
                 raise UsageError(f"--resume: there is no run in {folder}. Start without it.")
             if not taken_up and not settings.force and not failed_early:
@@ -86,14 +87,14 @@ def run_folder(
                     f"--out {folder} is not empty, and nothing in it is overwritten. Name another "
                     "folder, or pass --force."
                 )
-            if not taken_up and not failed_early and not is_ours:
-                foreign = {name for name in names if name.endswith(".safetensors")}
-                _files.refuse(folder, [folder / name for name in foreign | (names & WRITTEN)])
             for name in saves:
                 checkpoint.check_removable(folder / name)
             for name in models:
-                _check_model(folder / name, is_ours=is_ours)
+                _check_model(folder / name, is_ours=is_ours or taken_up)
             _files.check_free(folder / _students.FOLDER, _students.FOLDER)
+            if not taken_up and not failed_early and not is_ours:
+                foreign = {name for name in names if name.endswith(".safetensors")}
+                _files.refuse(folder, [folder / name for name in foreign | (names & WRITTEN)])
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_files.locked(folder))
             for unfinished in folder.glob(f".*{_files.TEMPORARY}"):
