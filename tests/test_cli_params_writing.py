@@ -174,9 +174,10 @@ def test_a_folder_is_written_with_a_true_configuration_and_a_tokenizer() -> None
 
 
 def test_a_slice_of_layers_says_so() -> None:
-    model_folder("one", 0)
+    model_folder("one", 0, eos_token_id=[1, 2, 3])  # three ends, not one per layer
     layers = ("--layers", r"layer_(\d+)\..*", "--keep", "2,0")
     assert params("slice", "one", *layers, "--write", "out") == 0
+    assert config_of("out")["eos_token_id"] == [1, 2, 3]
     assert config_of("out")["num_hidden_layers"] == 2
     assert config_of("out")["layer_types"] == ["full", "full"]
 
@@ -198,6 +199,18 @@ def test_a_tie_that_comes_apart_is_said(where: list[str], capsys: Any) -> None:
     assert params("scale", "one", "--alpha", "2", *where, "--write", "out") == 0
     assert config_of("out")["tie_word_embeddings"] is not bool(where)
     assert ("no longer tied" in capsys.readouterr().err) == bool(where)
+
+
+def test_a_tie_that_a_familys_default_says_comes_apart_too() -> None:
+    """BERT's config without the key means tied, and its output layer has another name."""
+    model_folder("one", 0)
+    table = flat(0)["layer_0/kernel"]
+    names = ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight")
+    safetensors.save("one/model.safetensors", dict.fromkeys(names, table))
+    assert params("scale", "one", "--alpha", "2", "--where", names[0], "--write", "out") == 0
+    assert config_of("out")["tie_word_embeddings"] is False
+    assert params("scale", "one", "--alpha", "2", "--write", "both") == 0
+    assert "tie_word_embeddings" not in config_of("both")
 
 
 def test_a_hostile_configuration_is_one_line(capsys: Any) -> None:

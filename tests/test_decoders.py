@@ -241,6 +241,12 @@ def edited(tmp_path: Path, name: str, **changes: Any) -> Path:
         ("gemma2", {"layer_types": ["full_attention"]}, "layer_types must be 4 times"),
         ("gemma3", {"attn_logit_softcapping": 0.5}, "is not built here"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "is not built here"),
+        ("gemma3", {"sliding_window": None, "layer_types": None}, "sliding_window = null"),
+        (
+            "smollm3",
+            {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 4},
+            "where use_sliding_window is false",
+        ),
     ],
 )
 def test_what_is_not_understood_is_refused(
@@ -287,3 +293,18 @@ def test_configs_whose_numbers_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=says):
             models.decoder(config._replace(**changed))
+
+
+def test_windows_of_smollm3_without_layer_types_are_those_of_layers_that_do_not_rotate():
+    config = {k: v for k, v in loaded("smollm3").config.items() if k != "layer_types"}
+    config |= {"use_sliding_window": True, "sliding_window": 3, "no_rope_layers": [1, 0, 1, 0]}
+    assert _hf_decoders.decoder(config)[0].windows == (None, 3, None, 3)
+
+
+def test_an_odd_number_of_rotating_channels_is_rounded_up_to_pairs():
+    """transformers: `arange(0, int(partial * width), 2)`; phi3's table was one pair short."""
+    config = {"model_type": "phi3", "partial_rotary_factor": 0.5, "rope_theta": 1000.0}
+    found = _hf_rope.rope(config, 6).frequencies
+    np.testing.assert_allclose(found, [1, 1000 ** (-2 / 3)], rtol=1e-6)
+    with pytest.raises(ValueError, match="5 channels cannot rotate in pairs"):
+        _hf_rope.rope({"model_type": "llama"}, 5)

@@ -231,3 +231,29 @@ def test_scales_of_convolutions_and_of_one_number_are_refused(
     folder = write(tmp_path / "a", {"base_model.model.c.ia3_l": vector}, {"peft_type": "IA3"})
     with pytest.raises(ValueError, match="does not say which side it scales"):
         peft.merge({"c.weight": np.ones(shape, "f4")}, peft.load(folder))
+
+
+@pytest.mark.parametrize("kind", ["modules_to_save", "lora"])
+def test_an_embedding_that_is_the_output_layer_too_is_not_adapted_alone(
+    tmp_path: Path, kind: str
+) -> None:
+    """PEFT leaves the tied head as it was, in a tensor that a tied base does not store."""
+    table = np.ones((5, 4), np.float32)
+    start, says = "base_model.model.model.embed_tokens", {"peft_type": "LORA", "r": 2}
+    if kind == "lora":
+        ab = {"A": np.ones((2, 5), "f4"), "B": np.ones((4, 2), "f4")}
+        tensors = {f"{start}.lora_embedding_{p}": x for p, x in ab.items()}
+    else:
+        tensors, says = {f"{start}.weight": table + 1}, says | {"modules_to_save": ["embed_tokens"]}
+    found = peft.load(write(tmp_path / "a", tensors, says))
+    base = {"model.embed_tokens.weight": table}
+    of = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    with pytest.raises(ValueError, match="the base's output layer is the same tensor"):
+        peft.merge(base, found, of)
+    for config in (
+        of | {"tie_word_embeddings": False},
+        of | {"architectures": ["BertForSequenceClassification"]},
+    ):
+        assert (peft.merge(base, found, config)["model.embed_tokens.weight"] != table).all()
+    whole = peft.merge(base | {"lm_head.weight": table}, found, of)
+    assert whole["lm_head.weight"] is table

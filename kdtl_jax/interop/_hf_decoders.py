@@ -25,6 +25,7 @@ from kdtl_jax.interop._hf_decoder_names import (
     separate,
 )
 from kdtl_jax.interop._hf_rope import epsilon, number, optional, rope, scaling, size
+from kdtl_jax.interop._hf_windows import windows, windows_if_used
 from kdtl_jax.interop.naming import Rule
 from kdtl_jax.models import DecoderConfig, Norm
 
@@ -138,36 +139,12 @@ def _common(config: Config, **changes: Any) -> DecoderConfig:
     return built._replace(**changes)
 
 
-def _windows(
-    config: Config, sliding: Callable[[int], bool], default: int | None = 4096
-) -> tuple[int | None, ...]:
-    """The window of every layer: by `layer_types` where it is given, else by `sliding(layer)`.
-
-    A config without `sliding_window` has the default; one that says null has no windows.
-    """
-    layers = _layers(config)
-    if config.get("sliding_window", default) is None:
-        return ()
-    window = size(config, "sliding_window", default)
-    types = config.get("layer_types")
-    if types is None:
-        return tuple(window if sliding(i) else None for i in range(layers))
-    unknown = set(types) - {"sliding_attention", "full_attention"}
-    if unknown or len(types) != layers:
-        strange = f" with {_text.listed(sorted(map(str, unknown)))}" if unknown else ""
-        raise ValueError(
-            f"layer_types must be {layers} times 'sliding_attention' or 'full_attention', got "
-            f"{len(types)} entries{strange}."
-        )
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
-
-
 def _llama(config: Config) -> DecoderConfig:
     return _common(config)
 
 
 def _mistral(config: Config) -> DecoderConfig:
-    return _common(config, windows=_windows(config, lambda i: True))
+    return _common(config, windows=windows(config, _layers(config), lambda i: True))
 
 
 def _qwen2(config: Config) -> DecoderConfig:
@@ -186,16 +163,8 @@ def _qwen3(config: Config) -> DecoderConfig:
 
 
 def _qwen_windows(config: Config) -> tuple[int | None, ...]:
-    if not config.get("use_sliding_window", False):
-        whole, types = ["full_attention"] * _layers(config), config.get("layer_types")
-        if types is not None and types != whole:
-            raise ValueError(
-                f"layer_types must be {len(whole)} times 'full_attention' where use_sliding_window "
-                f"is false, got {_text.shown(types)}."
-            )
-        return ()
     first = config.get("max_window_layers", 28)
-    return _windows(config, lambda i: i >= first)
+    return windows_if_used(config, _layers(config), lambda i: i >= first)
 
 
 def _smollm3(config: Config) -> DecoderConfig:
@@ -209,8 +178,8 @@ def _smollm3(config: Config) -> DecoderConfig:
         every = config.get("no_rope_layer_interval", 4)
         rotates = [int((i + 1) % every != 0) for i in range(layers)]
     still = own._replace(frequencies=(0.0,) * len(own.frequencies), scale=1.0)
-    windows = _windows(config, lambda i: True, None) if config.get("use_sliding_window") else ()
-    return _common(config, ropes=tuple(own if r else still for r in rotates), windows=windows)
+    spans = windows_if_used(config, layers, lambda i: not rotates[i], None)
+    return _common(config, ropes=tuple(own if r else still for r in rotates), windows=spans)
 
 
 def _gemma(config: Config) -> DecoderConfig:
@@ -240,7 +209,7 @@ def _gemma1(config: Config) -> DecoderConfig:
 
 def _gemma2(config: Config) -> DecoderConfig:
     return _gemma(config)._replace(
-        windows=_windows(config, lambda i: i % 2 == 0),
+        windows=windows(config, _layers(config), lambda i: i % 2 == 0),
         has_post_norms=True,
         attention_scale=number(config, "query_pre_attn_scalar", 256) ** -0.5,
         attention_softcap=optional(config, "attn_logit_softcapping", 50.0),
@@ -250,7 +219,9 @@ def _gemma2(config: Config) -> DecoderConfig:
 
 def _gemma3(config: Config) -> DecoderConfig:
     every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
-    windows = _windows(config, lambda i: (i + 1) % every != 0)
+    spans = windows(config, _layers(config), lambda i: (i + 1) % every != 0)
+    if not spans:
+        raise ValueError("config.json: sliding_window = null of a 'gemma3_text' model.")
     head_width = size(config, "head_dim", 256)
     parameters = config.get("rope_parameters") or {}
     if "full_attention" in parameters:
@@ -262,8 +233,8 @@ def _gemma3(config: Config) -> DecoderConfig:
         near = rope(config, head_width, {}, number(config, "rope_local_base_freq", 10_000.0))
     plain = {k: v for k, v in config.items() if k not in ("rope_parameters", "rope_scaling")}
     return _gemma({**plain, "head_dim": head_width})._replace(
-        windows=windows,
-        ropes=tuple(whole if w is None else near for w in windows),
+        windows=spans,
+        ropes=tuple(whole if w is None else near for w in spans),
         has_post_norms=True,
         has_head_norms=True,
         attention_scale=number(config, "query_pre_attn_scalar", 256) ** -0.5,
@@ -274,7 +245,7 @@ def _gemma3(config: Config) -> DecoderConfig:
 def _phi3(config: Config) -> DecoderConfig:
     return _common(
         config,
-        windows=_windows(config, lambda i: True, None),
+        windows=windows(config, _layers(config), lambda i: True, None),
         norm=Norm(epsilon(config, "rms_norm_eps", 1e-5)),
         fuses_qkv=True,
         fuses_gate=True,

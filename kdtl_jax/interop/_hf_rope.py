@@ -81,10 +81,12 @@ def rope(
             f"config.json: partial_rotary_factor = {partial} is built here for phi3 alone; other "
             "families rotate whole heads."
         )
-    width = int(width * partial)
+    head_width, width = width, int(width * partial)
     if width > 1 << 16:
         raise ValueError(f"config.json: heads of {width} channels are wider than any model has.")
     plain = frequencies(theta, width)
+    if 2 * len(plain) > head_width:
+        raise ValueError(f"config.json: heads of {head_width} channels cannot rotate in pairs.")
     kind = given.get("rope_type", given.get("type")) or "default"
     if not isinstance(kind, str) or kind not in _READS:
         raise ValueError(
@@ -157,7 +159,7 @@ def frequencies(theta: float, width: int) -> list[float]:
     Exponent, power and reciprocal are float32 there. A frequency one step away turns a far
     position by an angle that logits show.
     """
-    exponents = np.arange(0, width - 1, 2, dtype=np.float32) / np.float32(width)
+    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     with np.errstate(over="ignore", divide="ignore"):
         powers = np.power(theta, exponents.astype(np.float64)).astype(np.float32)
         return [float(f) for f in np.float32(1) / powers]

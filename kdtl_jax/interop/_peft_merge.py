@@ -14,6 +14,9 @@ from kdtl_jax.interop._peft_files import Adapter, refused
 Edit = Callable[[Any], Array]
 # Modules that transformers builds as Conv1D, kernels [in, out], in the models that have it.
 _CONV1D = frozenset(("c_attn", "c_proj", "c_fc", "q_attn"))
+_TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|shared)\.weight$")
+_OUTPUT = re.compile(r"(^|\.)(\w*lm_head|decoder|vocab_projector|embed_out)\.weight$")
+_LANGUAGE = re.compile("CausalLM|LMHead|MaskedLM|ConditionalGeneration|PreTraining|DoubleHeads")
 _CONV1D_MODELS = frozenset(("gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer"))
 
 
@@ -30,6 +33,7 @@ def edits(
     Raises:
       ValueError: if the base lacks a tensor, a shape does not fit, or a square kernel may be both.
     """
+    _refuse_of_tied(adapter, base, base_config or {})
     out: dict[str, Edit] = {}
     for module, parts in adapter.weights.items():
         name = f"{module}.weight"
@@ -57,6 +61,25 @@ def edits(
             )
         out[name] = _composed(out.get(name), value)
     return out
+
+
+def _refuse_of_tied(
+    adapter: Adapter, base: Mapping[str, Any], base_config: Mapping[str, Any]
+) -> None:
+    """An embedding that is the output layer too cannot be adapted alone by one tensor."""
+    named = [f"{module}.weight" for module in adapter.weights] + list(adapter.replaced)
+    tables = [name for name in named if _TABLE.search(name)]
+    classes = base_config.get("architectures") or []
+    is_tied = base_config.get("tie_word_embeddings", False) is True
+    if classes:  # a class without an output layer ties nothing
+        is_tied = base_config.get("tie_word_embeddings", True) is True
+        is_tied &= any(_LANGUAGE.search(str(name)) is not None for name in classes)
+    if tables and is_tied and not any(_OUTPUT.search(name) for name in base):
+        raise refused(
+            f"an adapter of {_text.quoted(tables[0])}",
+            "the base's output layer is the same tensor and would change with it: store the base "
+            "with a head of its own and tie_word_embeddings false",
+        )
 
 
 def _edits_of(

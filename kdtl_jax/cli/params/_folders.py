@@ -29,6 +29,8 @@ COPIED = (
     "*_Pooling/config.json",
 )
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
+TABLE = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|tok_embeddings|shared)\.weight")
+OUTPUT = re.compile(r"(.*\.)?(\w*lm_head|decoder|vocab_projector|embed_out)\.weight")
 LARGEST = 500_000_000  # bytes of a file that is copied; more are no tokenizer
 
 
@@ -157,7 +159,10 @@ def _layers(
     lists = {
         key: [value[i] for i in kept]
         for key, value in config.items()
-        if isinstance(value, list) and len(value) == count and key not in ("architectures",)
+        if isinstance(value, list)
+        and len(value) == count
+        and key != "architectures"
+        and not key.endswith("_token_id")  # several ends of a text, not one per layer
     }
     counts = {key: len(kept) for key in DEPTHS if config.get(key) == count}
     if isinstance(config.get("max_window_layers"), int):
@@ -166,19 +171,21 @@ def _layers(
 
 
 def _ties(config: Mapping[str, Any], written: Path, specs: Mapping[str, Any]) -> dict[str, Any]:
-    """A head stored beside the embedding it is tied to must be equal to it."""
-    heads = [name for name in specs if name.endswith("lm_head.weight")]
-    tables = [
-        name
-        for name in specs
-        if re.search(r"(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$", name)
-    ]
-    if not config.get("tie_word_embeddings") or len(heads) != 1 or len(tables) != 1:
+    """A head stored beside the embedding it is tied to must be equal to it.
+
+    Without the key a family's default decides, which may be either.
+    """
+    said = config.get("tie_word_embeddings", None)
+    heads = [name for name in specs if OUTPUT.fullmatch(name)]
+    tables = [name for name in specs if TABLE.fullmatch(name)]
+    if said is False or len(heads) != 1 or not tables:
         return {}
     tensors = safetensors.index(written).tensors
-    if equal(tensors[heads[0]], tensors[tables[0]]):
+    apart = [name for name in tables if not equal(tensors[heads[0]], tensors[name])]
+    if not apart:
         return {}
-    print(f"warning: {heads[0]} is no longer tied to {tables[0]}", file=sys.stderr)
+    if said:
+        print(f"warning: {heads[0]} is no longer tied to {apart[0]}", file=sys.stderr)
     return {"tie_word_embeddings": False}
 
 
