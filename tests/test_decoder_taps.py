@@ -5,7 +5,6 @@ The folders in tests/data/decoder_taps hold tiny random weights written by trans
 """
 
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_folders import edited, retensored
 
 from kdtl_jax import language, losses, models, transforms, trees
 from kdtl_jax.interop import _hf_rope, decoders, huggingface, naming, safetensors
@@ -22,22 +22,6 @@ from kdtl_jax.models import DecoderConfig, Rope
 FOLDERS = Path(__file__).parent / "data" / "decoder_taps"
 FAMILIES = sorted(folder.name for folder in FOLDERS.iterdir())
 WHERE = {"hidden_1": "layers_0", "attention_0": "layers_0/attention/probs"}
-
-
-def edited(tmp_path: Path, family: str, **changes: Any) -> Path:
-    """A copy of a folder with other values in config.json (... removes a key)."""
-    folder = tmp_path / family
-    shutil.copytree(FOLDERS / family, folder)
-    config = json.loads((folder / "config.json").read_text()) | changes
-    kept = {k: v for k, v in config.items() if v is not ...}
-    (folder / "config.json").write_text(json.dumps(kept))
-    return folder
-
-
-def retensored(folder: Path, change: Any) -> Path:
-    tensors = {name: np.array(x) for name, x in safetensors.load(folder).items()}
-    safetensors.save(folder / "model.safetensors", change(tensors))
-    return folder
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -122,7 +106,7 @@ def test_every_tensor_is_imported_and_named_again(family: str, tmp_path: Path):
 
 
 def test_dtypes_are_kept_or_converted(tmp_path: Path):
-    folder = edited(tmp_path, "llama")
+    folder = edited(FOLDERS / "llama", tmp_path)
     retensored(folder, lambda t: {k: jnp.asarray(v, jnp.bfloat16) for k, v in t.items()})
     kept = decoders.load(folder)
     assert {str(x.dtype) for x in jax.tree.leaves(kept.params)} == {"bfloat16"}
@@ -138,7 +122,7 @@ def test_a_tied_head_stored_twice_is_tied_and_reported(tmp_path: Path):
     def with_other(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}
 
-    folder = edited(tmp_path, "llama_tied")
+    folder = edited(FOLDERS / "llama_tied", tmp_path)
     source = decoders.load(retensored(folder, with_copy))
     assert source.report.unused == ("lm_head.weight",)
     assert source.model.config == decoders.load(FOLDERS / "llama_tied").model.config
@@ -149,7 +133,7 @@ def test_a_tied_head_stored_twice_is_tied_and_reported(tmp_path: Path):
 
 
 def test_a_head_equal_to_the_embedding_is_not_tied_unless_the_config_says_so(tmp_path: Path):
-    folder = edited(tmp_path, "llama", tie_word_embeddings=False)
+    folder = edited(FOLDERS / "llama", tmp_path, tie_word_embeddings=False)
     retensored(folder, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"]})
     source = decoders.load(folder)
     assert not source.model.config.is_tied and not source.report.unused
@@ -162,8 +146,12 @@ def test_heads_for_other_tasks_are_left_out_and_reported(tmp_path: Path):
     def with_score(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return tensors | {"score.weight": np.zeros((3, 12), np.float32)}
 
-    source = decoders.load(retensored(edited(tmp_path, "gpt2"), with_score))
-    assert source.report.extra == ("score.weight",)
+    for name in ("GPT2ForSequenceClassification", "GPT2DoubleHeadsModel"):
+        folder = edited(FOLDERS / "gpt2", tmp_path / name, architectures=[name])
+        source = decoders.load(retensored(folder, with_score))
+        assert source.report.extra == ("score.weight",)
+        decoders.save(folder, source.params, source.rules, config=source.config)
+        assert decoders.load(folder).config["architectures"] == ["GPT2LMHeadModel"]
 
 
 def test_layers_may_repeat_and_what_is_said_by_layer_goes_with_them(tmp_path: Path):
@@ -204,7 +192,7 @@ HOSTILE = [0, -1, 10**9, 10**400, 1.5, True, "8", float("nan"), {}, [[1]], [10**
 
 @pytest.mark.parametrize(("family", "key"), [(f, k) for f, keys in SIZES.items() for k in keys])
 def test_hostile_sizes_are_one_clear_error(tmp_path: Path, family: str, key: str):
-    source = edited(tmp_path, family)
+    source = edited(FOLDERS / family, tmp_path)
     config = json.loads((source / "config.json").read_text())
     for value in HOSTILE:
         (source / "config.json").write_text(json.dumps(config | {key: value}))
@@ -217,7 +205,7 @@ def test_hostile_sizes_are_one_clear_error(tmp_path: Path, family: str, key: str
     ("family", "key"), [("gpt2", "layer_norm_epsilon"), ("llama", "rms_norm_eps")]
 )
 def test_hostile_numbers_are_one_clear_error(tmp_path: Path, family: str, key: str):
-    source = edited(tmp_path, family)
+    source = edited(FOLDERS / family, tmp_path)
     config = json.loads((source / "config.json").read_text())
     for value in [-1e-6, 2.0, float("nan"), float("inf"), 10**400, True, "x", [1], {"a": 1}]:
         (source / "config.json").write_text(json.dumps(config | {key: value}))
@@ -251,12 +239,12 @@ def test_what_changes_outputs_and_is_not_built_is_refused(
     tmp_path: Path, family: str, changes: dict[str, Any], says: str
 ):
     with pytest.raises(ValueError, match=f"(?s){says}"):
-        decoders.load(edited(tmp_path, family, **changes))
+        decoders.load(edited(FOLDERS / family, tmp_path, **changes))
 
 
 def test_missing_keys_mean_what_transformers_takes_them_for(tmp_path: Path):
     mistral = edited(
-        tmp_path, "llama", model_type="mistral", attention_bias=..., mlp_bias=...,
+        FOLDERS / "llama", tmp_path, model_type="mistral", attention_bias=..., mlp_bias=...,
         architectures=["MistralForCausalLM"],
     )  # fmt: skip
     assert set(decoders.load(mistral).model.config.windows) == {4096}

@@ -4,8 +4,6 @@ The folders in tests/data/huggingface hold tiny random weights written by transf
 5.24 (torch 2.13), each with the outputs of that model on fixed inputs in expected.npz.
 """
 
-import json
-import shutil
 import sys
 import types
 from pathlib import Path
@@ -15,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_folders import edited, retensored
 
 from kdtl_jax import models, trees
 from kdtl_jax.interop import huggingface, linen, naming, safetensors
@@ -41,22 +40,6 @@ def inputs_of(arrays: dict[str, np.ndarray]) -> Any:
         name: jnp.asarray(arrays[name]) for name in ("tokens", "mask", "types") if name in arrays
     }
     return given if len(given) > 1 else given["tokens"]
-
-
-def edited(tmp_path: Path, family: str, **changes: Any) -> Path:
-    """A copy of a folder with other values in config.json (None removes a key)."""
-    folder = tmp_path / family
-    shutil.copytree(FOLDERS / family, folder)
-    config = json.loads((folder / "config.json").read_text()) | changes
-    kept = {k: v for k, v in config.items() if v is not None}
-    (folder / "config.json").write_text(json.dumps(kept))
-    return folder
-
-
-def retensored(folder: Path, change: Any) -> Path:
-    tensors = {name: np.array(x) for name, x in safetensors.load(folder).items()}
-    safetensors.save(folder / "model.safetensors", change(tensors))
-    return folder
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -124,7 +107,7 @@ def test_old_checkpoints_in_other_spellings_are_read(tmp_path: Path):
             "cls.predictions.bias": np.zeros(40, np.float32),
         }
 
-    source = huggingface.load(retensored(edited(tmp_path, "bert"), old))
+    source = huggingface.load(retensored(edited(FOLDERS / "bert", tmp_path), old))
     assert source.report.unused == ("bert.embeddings.position_ids",)
     assert source.report.extra == ("cls.predictions.bias",)
     assert "extra" in str(source.report) and "cls.predictions.bias" in str(source.report)
@@ -137,7 +120,7 @@ def test_old_checkpoints_in_other_spellings_are_read(tmp_path: Path):
 
 
 def test_heads_for_other_tasks_are_left_out_and_reported(tmp_path: Path):
-    folder = edited(tmp_path, "bert", architectures=["BertForMultipleChoice"])
+    folder = edited(FOLDERS / "bert", tmp_path, architectures=["BertForMultipleChoice"])
     source = huggingface.load(folder)
     assert "head" not in source.params
     assert source.report.extra == ("classifier.bias", "classifier.weight")
@@ -148,7 +131,7 @@ def test_nan_in_a_checkpoint_is_reported_by_path(tmp_path: Path):
         tensors["vit.layernorm.bias"][3] = np.nan
         return tensors
 
-    source = huggingface.load(retensored(edited(tmp_path, "vit"), spoiled))
+    source = huggingface.load(retensored(edited(FOLDERS / "vit", tmp_path), spoiled))
     assert source.report.nonfinite == ("norm/bias",)
 
 
@@ -156,8 +139,8 @@ def test_nan_in_a_checkpoint_is_reported_by_path(tmp_path: Path):
     ("family", "changes", "says"),
     [
         ("bert", {"model_type": "bart"}, "model_type 'bart' is not built here"),
-        ("bert", {"model_type": None}, "no 'model_type'"),
-        ("bert", {"hidden_size": None}, "no 'hidden_size'"),
+        ("bert", {"model_type": ...}, "no 'model_type'"),
+        ("bert", {"hidden_size": ...}, "no 'hidden_size'"),
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ("bert", {"hidden_act": "mish"}, "activation 'mish'"),
         ("bert", {"hidden_size": 24}, r"\[12"),
@@ -169,7 +152,7 @@ def test_what_is_not_built_here_is_refused(
     tmp_path: Path, family: str, changes: dict[str, Any], says: str
 ):
     with pytest.raises(ValueError, match=says):
-        huggingface.load(edited(tmp_path, family, **changes))
+        huggingface.load(edited(FOLDERS / family, tmp_path, **changes))
 
 
 def test_unknown_tensors_are_refused_with_the_nearest_rules(tmp_path: Path):
@@ -177,7 +160,7 @@ def test_unknown_tensors_are_refused_with_the_nearest_rules(tmp_path: Path):
         return tensors | {"bert.encoder.layer.0.adapter.weight": np.zeros((2, 2), np.float32)}
 
     with pytest.raises(ValueError, match="no rule covers .*adapter.*nearest rules"):
-        huggingface.load(retensored(edited(tmp_path, "bert"), stranger))
+        huggingface.load(retensored(edited(FOLDERS / "bert", tmp_path), stranger))
 
 
 def test_bad_folders_are_refused(tmp_path: Path):

@@ -16,23 +16,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors_files import bits, entry, raw_file
 
 from kdtl_jax.interop import safetensors as weights
-
-
-def bits(array: Any) -> bytes:
-    return np.ascontiguousarray(np.asarray(array)).tobytes()
-
-
-def raw_file(path: Path, header: Any, payload: bytes = b"") -> Path:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + payload)
-    return path
-
-
-def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
-
 
 GOOD = {"a": entry(), "b": entry("I8", (3,), (8, 11))}
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {

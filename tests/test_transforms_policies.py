@@ -6,27 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from transfer_trees import dense_tree
 
 from kdtl_jax import transforms, trees
-from kdtl_jax._types import Array, Params
-
-
-def _tree(*, width: int = 4, classes: int = 3, layers: int = 2, seed: int = 0) -> Params:
-    rng = np.random.default_rng(seed)
-
-    def dense(n: int, m: int) -> dict[str, Array]:
-        return {
-            "kernel": jnp.asarray(rng.normal(size=(n, m)), jnp.float32),
-            "bias": jnp.asarray(rng.normal(size=m), jnp.float32),
-        }
-
-    body = {f"layer_{i}": dense(width, width) for i in range(layers)}
-    return {**body, "head": dense(width, classes)}
-
-
-def _assert_equal(got: Params, want: Params) -> None:
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+from kdtl_jax._types import Array
 
 
 def test_a_shape_never_changes_silently() -> None:
@@ -57,7 +40,7 @@ def test_policies() -> None:
 
 
 def test_policies_by_rule_with_alpha_and_report() -> None:
-    source, target = _tree(width=4, classes=5), _tree(width=2, classes=3, seed=1)
+    source, target = dense_tree(width=4, classes=5), dense_tree(width=2, classes=3, seed=1)
     rules = [
         ("head/bias", transforms.keep_on_mismatch),
         (trees.Glob("**/kernel"), transforms.select_uniform),
@@ -133,17 +116,17 @@ def test_selection_by_any_rule_is_a_policy() -> None:
 @pytest.mark.parametrize("bad", ["crop", [("head", "crop")], 3, [("hed/.*", transforms.crop)]])
 def test_bad_policies(bad: Any) -> None:
     with pytest.raises(ValueError, match="on_mismatch|labels no leaf"):
-        transforms.transfer(_tree(), _tree(), on_mismatch=bad)
+        transforms.transfer(dense_tree(), dense_tree(), on_mismatch=bad)
 
 
 def test_misspelt_options_raise() -> None:
     misspelt: Any = "skip"
     with pytest.raises(ValueError, match="on_missing must be one of"):
-        transforms.plan_transfer(_tree(), _tree(), on_missing=misspelt)
+        transforms.plan_transfer(dense_tree(), dense_tree(), on_missing=misspelt)
     with pytest.raises(ValueError, match="on_extra must be one of"):
-        transforms.plan_transfer(_tree(), _tree(), on_extra=misspelt)
+        transforms.plan_transfer(dense_tree(), dense_tree(), on_extra=misspelt)
     with pytest.raises(ValueError, match="Nearest paths"):
-        transforms.transfer(_tree(), _tree(), where="bakcbone/.*")
+        transforms.transfer(dense_tree(), dense_tree(), where="bakcbone/.*")
 
 
 def test_a_policy_of_ones_own_is_asked_also_where_shapes_agree() -> None:

@@ -8,33 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transfer_trees import assert_equal, dense_tree
 
 from kdtl_jax import transforms, trees
 from kdtl_jax._types import Array, Params
 
-
-def _tree(*, width: int = 4, classes: int = 3, layers: int = 2, seed: int = 0) -> Params:
-    rng = np.random.default_rng(seed)
-
-    def dense(n: int, m: int) -> dict[str, Array]:
-        return {
-            "kernel": jnp.asarray(rng.normal(size=(n, m)), jnp.float32),
-            "bias": jnp.asarray(rng.normal(size=m), jnp.float32),
-        }
-
-    body = {f"layer_{i}": dense(width, width) for i in range(layers)}
-    return {**body, "head": dense(width, classes)}
-
-
-def _assert_equal(got: Params, want: Params) -> None:
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
 # --- the identity --------------------------------------------------------------------------------
 
 
-def _odd_tree() -> Params:
+def _odddense_tree() -> Params:
     return {
         "list": [jnp.ones(2), (jnp.zeros((1, 2), jnp.bfloat16), None)],
         "3": {"w": jnp.ones((), jnp.float16)},
@@ -49,7 +31,7 @@ def _odd_tree() -> Params:
 
 
 def test_transfer_to_itself_is_the_identity_and_reports_everything() -> None:
-    tree = _odd_tree()
+    tree = _odddense_tree()
     params, report = transforms.transfer(tree, tree)
     assert report.fraction == 1.0 and not report.cast and not report.untied
     assert {k.path for k in report.kept} == {"count", "key", "activation", "name", "flag"}
@@ -63,31 +45,31 @@ def test_transfer_to_itself_is_the_identity_and_reports_everything() -> None:
 
 
 def test_the_target_is_the_source_bit_for_bit() -> None:
-    source, target = _tree(seed=0), _tree(seed=1)
+    source, target = dense_tree(seed=0), dense_tree(seed=1)
     params, report = transforms.transfer(source, target)
-    _assert_equal(params, source)
+    assert_equal(params, source)
     assert report.copied == tuple(trees.flatten(target)) and report.fraction == 1
 
 
 @given(alpha=st.floats(-2, 2, width=32).filter(lambda a: a != 1))
 def test_the_target_is_alpha_times_the_source(alpha: float) -> None:
-    source, target = _tree(seed=0), _tree(seed=1)
+    source, target = dense_tree(seed=0), dense_tree(seed=1)
     params, report = transforms.transfer(source, target, alpha=alpha)
-    _assert_equal(params, transforms.scale(source, alpha))
+    assert_equal(params, transforms.scale(source, alpha))
     assert len(report.scaled) == len(trees.flatten(target)) and report.fraction == 1
 
 
 def test_a_copy_is_a_copy() -> None:
-    source = _tree()
-    params, _ = transforms.transfer(source, _tree(seed=1))
+    source = dense_tree()
+    params, _ = transforms.transfer(source, dense_tree(seed=1))
     for leaf in jax.tree.leaves(params):
         leaf.delete()  # what donating the student does
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(source))
 
 
 def test_the_targets_dtype_is_kept_and_the_cast_reported() -> None:
-    target = jax.tree.map(lambda x: x.astype(jnp.bfloat16), _tree(seed=1))
-    params, report = transforms.transfer(_tree(), target)
+    target = jax.tree.map(lambda x: x.astype(jnp.bfloat16), dense_tree(seed=1))
+    params, report = transforms.transfer(dense_tree(), target)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
     assert {(c.source_dtype, c.target_dtype) for c in report.cast} == {("float32", "bfloat16")}
     with pytest.raises(ValueError, match="complex64 cannot become float32"):
@@ -142,7 +124,7 @@ def test_no_tree_is_changed_by_a_transfer_to_itself(tree: Any) -> None:
 
 
 def test_missing_and_extra_are_all_named_with_the_nearest_path() -> None:
-    source, target = _tree(layers=2), _tree(layers=3, seed=1)
+    source, target = dense_tree(layers=2), dense_tree(layers=3, seed=1)
     source["old"] = {"w": jnp.ones(2)}
     with pytest.raises(ValueError) as caught:
         transforms.transfer(source, target)
@@ -156,31 +138,31 @@ def test_missing_and_extra_are_all_named_with_the_nearest_path() -> None:
 
 
 def test_where_acts_here_and_asks_for_nothing_else() -> None:
-    source, target = _tree(classes=7), _tree(classes=3, seed=1)
+    source, target = dense_tree(classes=7), dense_tree(classes=3, seed=1)
     source["projector"] = jnp.ones(2)
     params, report = transforms.transfer(source, target, where="layer_.*")
-    _assert_equal(params["layer_0"], source["layer_0"])
+    assert_equal(params["layer_0"], source["layer_0"])
     assert params["head"]["kernel"] is target["head"]["kernel"]
     assert [k.path for k in report.kept] == ["head/bias", "head/kernel"]
     assert set(report.unused) == {"head/bias", "head/kernel", "projector"}
     bools = trees.mask(target, "layer_.*")
     with pytest.raises(ValueError, match="no place for 1 leaves"):
         transforms.transfer(source, target, where=bools)
-    _assert_equal(transforms.transfer(source, target, where=bools, on_extra="ignore")[0], params)
+    assert_equal(transforms.transfer(source, target, where=bools, on_extra="ignore")[0], params)
 
 
 def test_renames() -> None:
-    source = {"encoder": _tree(), "junk": jnp.ones(1)}
+    source = {"encoder": dense_tree(), "junk": jnp.ones(1)}
     rules = [("junk", None), (r"encoder/layer_(\d)/(.*)", r"layer_\1/\2"), (r"encoder/(.*)", r"\1")]
-    params, report = transforms.transfer(source, _tree(seed=1), rename=rules)
-    _assert_equal(params, source["encoder"])
+    params, report = transforms.transfer(source, dense_tree(seed=1), rename=rules)
+    assert_equal(params, source["encoder"])
     assert report.unused == ("junk",)
     swap = {"head": "layer_0", "layer_0": "head"}
-    square = _tree(classes=4)
+    square = dense_tree(classes=4)
     params, _ = transforms.transfer(
-        square, _tree(classes=4, seed=1), rename=lambda path: _swapped(path, swap)
+        square, dense_tree(classes=4, seed=1), rename=lambda path: _swapped(path, swap)
     )
-    _assert_equal(params["head"], square["layer_0"])
+    assert_equal(params["head"], square["layer_0"])
 
 
 def _swapped(path: str, names: dict[str, str]) -> str:
@@ -191,7 +173,7 @@ def _swapped(path: str, names: dict[str, str]) -> str:
 def test_one_leaf_to_several_places() -> None:
     source, target = {"w": jnp.ones(2)}, {"a": jnp.zeros(2), "b": jnp.zeros(2)}
     params, _ = transforms.transfer(source, target, rename=lambda _: ("a", "b"))
-    _assert_equal(params, {"a": jnp.ones(2), "b": jnp.ones(2)})
+    assert_equal(params, {"a": jnp.ones(2), "b": jnp.ones(2)})
     with pytest.raises(ValueError, match="no place for 1 leaves"):  # not even for one of its copies
         transforms.transfer(source, {"a": jnp.zeros(2)}, rename=lambda _: ("a", "b"))
 
@@ -211,15 +193,17 @@ def test_one_leaf_to_several_places() -> None:
 )
 def test_bad_renames(rename: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        transforms.transfer(_tree(), _tree(seed=1), rename=rename)
+        transforms.transfer(dense_tree(), dense_tree(seed=1), rename=rename)
 
 
 def test_an_unused_later_rule_raises() -> None:
     with pytest.raises(ValueError, match="earlier rules take all"):
-        transforms.plan_transfer(_tree(), _tree(), rename=[("(.*)", r"\1"), ("head/(.*)", r"\1")])
+        transforms.plan_transfer(
+            dense_tree(), dense_tree(), rename=[("(.*)", r"\1"), ("head/(.*)", r"\1")]
+        )
 
 
-def test_int_and_string_keys_meet_but_not_in_one_tree() -> None:
+def test_int_and_string_keys_meet_but_not_in_onedense_tree() -> None:
     params, _ = transforms.transfer({"0": jnp.ones(2)}, {0: jnp.zeros(2)})
     np.testing.assert_array_equal(params[0], [1, 1])
     params, _ = transforms.transfer({"w": [jnp.ones(2)]}, {"w": {"0": jnp.zeros(2)}})
@@ -234,10 +218,10 @@ def test_int_and_string_keys_meet_but_not_in_one_tree() -> None:
 
 
 def test_abstract_targets_must_be_filled() -> None:
-    source = _tree()
-    abstract = jax.eval_shape(lambda: _tree(seed=1))
+    source = dense_tree()
+    abstract = jax.eval_shape(lambda: dense_tree(seed=1))
     params, report = transforms.transfer(source, abstract)
-    _assert_equal(params, source)
+    assert_equal(params, source)
     assert report.fraction == 1
     with pytest.raises(ValueError, match="would stay abstract"):
         transforms.transfer(source, abstract, where="layer.*")
@@ -266,10 +250,10 @@ def test_a_quantized_source_leaf_counts_as_missing() -> None:
 
 
 def test_nan_is_reported_by_path() -> None:
-    source = _tree()
+    source = dense_tree()
     source["head"]["bias"] = source["head"]["bias"].at[1].set(jnp.nan)
     source["layer_0"]["bias"] = jnp.full(4, 1e30)
-    target = _tree(seed=1)
+    target = dense_tree(seed=1)
     target["layer_0"]["bias"] = jnp.zeros(4, jnp.float16)  # 1e30 overflows here
     _, report = transforms.transfer(source, target)
     assert report.nonfinite == ("head/bias", "layer_0/bias")
@@ -334,13 +318,13 @@ def test_apply_keeps_shardings_within_one_program() -> None:
 
 
 def test_apply_is_jit_vmap_and_grad_able() -> None:
-    source, target = _tree(width=4), _tree(width=2, seed=1)
+    source, target = dense_tree(width=4), dense_tree(width=2, seed=1)
     planned = transforms.plan_transfer(source, target, on_mismatch=transforms.select_uniform)
     eager = transforms.apply_plan(planned, source, target)
-    _assert_equal(jax.jit(lambda s, t: transforms.apply_plan(planned, s, t))(source, target), eager)
+    assert_equal(jax.jit(lambda s, t: transforms.apply_plan(planned, s, t))(source, target), eager)
     stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), source)
     many = jax.vmap(lambda s: transforms.apply_plan(planned, s, target))(stacked)
-    _assert_equal(jax.tree.map(lambda x: x[0], many), eager)
+    assert_equal(jax.tree.map(lambda x: x[0], many), eager)
 
     def loss(alpha: Array, source: Params) -> Array:
         params, _ = transforms.transfer(
@@ -358,11 +342,11 @@ def test_apply_is_jit_vmap_and_grad_able() -> None:
 
 
 def test_apply_refuses_trees_that_were_not_planned_for() -> None:
-    planned = transforms.plan_transfer(_tree(), _tree())
+    planned = transforms.plan_transfer(dense_tree(), dense_tree())
     with pytest.raises(ValueError, match="source is not the one"):
-        transforms.apply_plan(planned, _tree(width=5), _tree())
+        transforms.apply_plan(planned, dense_tree(width=5), dense_tree())
     with pytest.raises(ValueError, match="target is not the one.*layer_2"):
-        transforms.apply_plan(planned, _tree(layers=3), _tree(layers=3))
+        transforms.apply_plan(planned, dense_tree(layers=3), dense_tree(layers=3))
 
 
 def test_seventy_billion_parameters_are_planned_without_memory() -> None:

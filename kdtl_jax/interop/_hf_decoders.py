@@ -139,10 +139,6 @@ def _common(config: Config, **changes: Any) -> DecoderConfig:
     return built._replace(**changes)
 
 
-def _llama(config: Config) -> DecoderConfig:
-    return _common(config)
-
-
 def _mistral(config: Config) -> DecoderConfig:
     return _common(config, windows=windows(config, _layers(config), lambda i: True))
 
@@ -301,7 +297,7 @@ def _keys(more: str = "") -> frozenset[str]:
 _windowed = "sliding_window layer_types "
 _gemma_keys = "hidden_activation hidden_act "
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family(_llama, llama_rules, _keys("hidden_act mlp_bias")),
+    "llama": Family(_common, llama_rules, _keys("hidden_act mlp_bias")),
     "mistral": Family(_mistral, llama_rules, _keys("hidden_act " + _windowed)),
     "qwen2": Family(
         _qwen2, llama_rules, _keys("hidden_act use_sliding_window max_window_layers " + _windowed)
@@ -367,3 +363,6 @@ FAMILIES: Mapping[str, Family] = {
         prefix="transformer.",
     ),
 }
+_CAUSAL = "Llama Mistral Qwen2 Qwen3 SmolLM3 Gemma Gemma2 Phi3 Olmo2".split()
+ARCHITECTURES = {name.lower(): f"{name}ForCausalLM" for name in _CAUSAL}
+ARCHITECTURES |= {"gemma3_text": "Gemma3ForCausalLM", "gpt2": "GPT2LMHeadModel"}

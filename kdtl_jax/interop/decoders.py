@@ -161,7 +161,8 @@ def save(
 ) -> None:
     """Writes `model.safetensors` and `config.json` that transformers opens.
 
-    The dtype, the vocabulary and whether the head is tied are written as the tensors have them.
+    The dtype, the vocabulary and whether the head is tied are written as the tensors have them, and
+    the architecture's name is that of a language head: others are left out when a folder is read.
 
     Args:
       folder: created if needed; files are replaced atomically, the weights last.
@@ -179,6 +180,8 @@ def save(
     config["tie_word_embeddings"] = "kernel" not in params.get("head", {})
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(table.dtype)
     built, again, _ = _built(config, tensors)
+    if config.get("architectures"):
+        config["architectures"] = [_hf_decoders.ARCHITECTURES[config["model_type"]]]
     target = jax.eval_shape(models.decoder(built).init, jax.random.key(0))
     transforms.plan_transfer(naming.from_torch(tensors, again), target)
     folder = Path(folder)
