@@ -87,7 +87,7 @@ def taught(steps: int) -> Any:
     return lambda data, key: learn(init(key), data, None, key)
 
 
-def pruned(seeds: int, steps: int) -> None:
+def pruned(seeds: range, steps: int) -> None:
     """Half of the layers distilled, the same fine-tuned, the same from nothing."""
     (data, held_out), same = split(), language.as_they_are
     teacher, student = decoder(LAYERS), decoder(len(KEPT))
@@ -100,7 +100,7 @@ def pruned(seeds: int, steps: int) -> None:
     shapes = jax.eval_shape(init, jax.random.key(0))
     rename = transforms.layer_map(r"layers_(\d+)/.*", KEPT)
     found: dict[str, dict[str, list[float]]] = {}
-    for seed in range(seeds):
+    for seed in seeds:
         key, other = jax.random.split(jax.random.key(seed))
         teacher_params = teach(data, key)
         half, _ = transforms.transfer(teacher_params, shapes, rename=rename)
@@ -118,13 +118,15 @@ def pruned(seeds: int, steps: int) -> None:
     show_paired(found)
 
 
-def quantized(seeds: int, steps: int) -> None:
+def quantized(
+    seeds: range, steps: int, share: float = 1.0, depths: tuple[int, ...] = (4, 3)
+) -> None:
     """At 4 and 3 bits: distilled, fine-tuned, and only rounded."""
-    data, held_out = split()
+    data, held_out = split(share)
     model, teach = decoder(LAYERS), taught(steps)
     found: dict[str, dict[str, list[float]]] = {}
     ways = {}
-    for bits in (4, 3):
+    for bits in depths:
         quantizer = partial(transforms.int_by_group, bits=bits, group=32)
         rounded = partial(transforms.fake_quantize, quantizer=quantizer, where=KERNELS)
         measure = measuring(model, model, rounded)
@@ -133,21 +135,27 @@ def quantized(seeds: int, steps: int) -> None:
                 learns(method, steps, 3e-4, model, model, rounded), measure,
             )  # fmt: skip
         ways[f"{bits} bits, rounding"] = (lambda params, data, teacher_params, key: params), measure
-    for seed in range(seeds):
+    for seed in seeds:
         key = jax.random.key(seed)
         teacher_params = teach(data, key)
         for name, (learn, measure) in ways.items():
-            note(
-                found,
-                name,
-                measure(learn(teacher_params, data, teacher_params, key), teacher_params, held_out),
-            )
+            params = learn(teacher_params, data, teacher_params, key)
+            note(found, name, measure(params, teacher_params, held_out))
+            if share < 1:
+                on_learned = measure(params, teacher_params, data["inputs"])
+                note(found, f"{name}, on what was learned", on_learned)
     show_paired(found)
 
 
-def split() -> tuple[Any, Any]:
-    """What is learned from, and what is measured on."""
+def converged(seeds: range, steps: int) -> None:
+    """The same at 4 bits, of a teacher that has learned all that its text, a fiftieth, has."""
+    quantized(seeds, steps, share=0.02, depths=(4,))
+
+
+def split(share: float = 1.0) -> tuple[Any, Any]:
+    """What is learned from, the first share of it, and what is measured on."""
     learned, held_out = texts()
+    learned = learned[: int(share * len(learned))]
     return rows(learned), rows(held_out)["inputs"]
 
 
@@ -171,10 +179,11 @@ def show_paired(found: dict[str, dict[str, list[float]]]) -> None:
 
 
 if __name__ == "__main__":
-    proofs = {f.__name__: f for f in (pruned, quantized)}
+    proofs = {f.__name__: f for f in (pruned, quantized, converged)}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("proof", choices=proofs)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--steps", type=int, default=300)
     given = parser.parse_args()
-    proofs[given.proof](given.seeds, given.steps)
+    proofs[given.proof](range(given.first, given.first + given.seeds), given.steps)

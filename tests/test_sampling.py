@@ -10,7 +10,7 @@ import pytest
 from kdtl_jax import language, losses, models
 
 CONFIG = models.DecoderConfig(
-    vocabulary=20,
+    vocabulary=22,
     width=16,
     layers=2,
     heads=4,
@@ -28,7 +28,7 @@ KEYS = jax.random.split(jax.random.key(0), 3)
 HOW = {"temperature": 0.8, "top_k": 9, "top_p": 0.9}
 DRAW = jax.jit(
     lambda prompts, mask, keys: language.sample(
-        MODEL, PARAMS, prompts, keys=keys, length=10, prompt_mask=mask, stop_tokens=(2, 11), **HOW
+        MODEL, PARAMS, prompts, keys=keys, length=10, prompt_mask=mask, stop_tokens=(2, 18), **HOW
     )
 )
 
@@ -140,8 +140,8 @@ def test_rows_end_with_a_stop_token_that_counts():
     for tokens, mask, log_probs in zip(*map(np.asarray, samples), strict=True):
         count = mask.sum()
         assert mask[:count].all() and not tokens[count:].any() and not log_probs[count:].any()
-        assert not np.isin(tokens[: count - 1], (2, 11)).any()
-        assert count == 10 or tokens[count - 1] in (2, 11)
+        assert not np.isin(tokens[: count - 1], (2, 18)).any()
+        assert count == 10 or tokens[count - 1] in (2, 18)
     assert not samples.mask.all(), "some row stops early, or this test shows nothing"
 
 
@@ -154,7 +154,7 @@ def test_what_is_drawn_follows_the_distribution():
     hidden, _ = MODEL.apply(PARAMS, PROMPTS[:1])
     logits = losses.head_logits(hidden[:, -1], MODEL.head(PARAMS))
     p = np.exp(np.asarray(language.sampling_log_probs(logits, **HOW))[0])
-    shares = np.bincount(drawn, minlength=20) / many
+    shares = np.bincount(drawn, minlength=22) / many
     assert (shares[p == 0] == 0).all()
     np.testing.assert_allclose(shares, p, atol=5 * np.sqrt(0.25 / many))
 

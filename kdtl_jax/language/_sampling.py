@@ -8,6 +8,7 @@ from*, tempered and filtered: the number that importance ratios need. The model'
 log-probability is another number; take it from a forward pass.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -74,6 +75,18 @@ def sampling_log_probs(
     Raises:
       ValueError: for a temperature below 0, `top_k` below 1, or `top_p` and `min_p` outside [0, 1].
     """
+    z = _filtered(logits, temperature, top_k, top_p, min_p)
+    return jax.nn.log_softmax(z, axis=-1)
+
+
+def _filtered(
+    logits: Array,
+    temperature: Scalar,
+    top_k: int | Array | None,
+    top_p: Scalar | None,
+    min_p: Scalar | None,
+) -> Array:
+    """Logits of the tempered and filtered distribution, not normalized."""
     _checks.floating(logits=logits)
     _checks.rank(1, logits=logits)
     _checks.non_negative(temperature=temperature)
@@ -105,7 +118,40 @@ def sampling_log_probs(
         p = jax.nn.softmax(z, axis=-1)
         floor = rows(min_p) * jnp.max(p, axis=-1, keepdims=True)
         z = jnp.where(p >= floor, z, -jnp.inf)
-    return jax.nn.log_softmax(z, axis=-1)
+    return z
+
+
+def _drawn(keys: Array, z: Array) -> tuple[Array, Array]:
+    """One token from each row of logits `[B, V]`, and its log-probability: both `[B]`.
+
+    First one of about `sqrt(V)` blocks of tokens, then a token of it, each by a number that is
+    uniform: two random numbers a row, where a Gumbel for every token takes as long as a small model
+    does. In one step the number's 23 bits would be few for a large vocabulary.
+    """
+    vocabulary = z.shape[-1]
+    top = jnp.max(z, axis=-1, keepdims=True)
+    mass = jnp.exp(z - jnp.where(top != -jnp.inf, top, 0))
+    size = 2 ** round(math.log2(vocabulary) / 2)
+    blocks = jnp.pad(mass, ((0, 0), (0, -vocabulary % size))).reshape(len(z), -1, size)
+    of_blocks = jnp.sum(blocks, axis=-1)
+    at = jax.vmap(lambda key: jax.random.uniform(key, (2,), z.dtype))(keys)
+    block = _chosen(of_blocks, at[:, :1])
+    place = _chosen(jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0], at[:, 1:])
+    token = jnp.minimum(block[:, 0] * size + place[:, 0], vocabulary - 1)
+    log_total = jnp.log(jnp.sum(of_blocks, axis=-1)) + top[:, 0]
+    return token, jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0] - log_total
+
+
+def _chosen(mass: Array, at: Array) -> Array:
+    """Where a share `at` `[B, 1]` of the mass `[B, n]` is passed, never where there is none.
+
+    Sums up to neighbors may differ by rounding alone, hence the question whether there is mass.
+    """
+    cumulative = jnp.cumsum(mass, axis=-1)
+    passed = (mass > 0) & (cumulative > at * cumulative[:, -1:])
+    last = mass.shape[-1] - 1 - jnp.argmax(jnp.flip(mass > 0, axis=-1), axis=-1)
+    first = jnp.where(jnp.any(passed, axis=-1), jnp.argmax(passed, axis=-1), last)
+    return first[:, None].astype(jnp.int32)
 
 
 def sample(
@@ -172,17 +218,10 @@ def sample(
     ends = jnp.sum(segments, axis=1)  # the position of the first new token
 
     def drawn(hidden: Array, at: Array) -> tuple[Array, Array]:
-        log_probs = sampling_log_probs(
-            losses.head_logits(hidden, head),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-        )
+        logits = losses.head_logits(hidden, head)
         own = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, at)
-        token = jax.vmap(jax.random.categorical)(own, log_probs)
-        chosen = jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
-        return token.astype(jnp.int32), chosen.astype(jnp.float32)
+        token, log_prob = _drawn(own, _filtered(logits, temperature, top_k, top_p, min_p))
+        return token, log_prob.astype(jnp.float32)
 
     class Carry(NamedTuple):
         at: Array

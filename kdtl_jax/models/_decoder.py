@@ -195,7 +195,7 @@ def unit_names(config: DecoderConfig) -> tuple[str, ...]:
 
 def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
     """An empty cache of `length` slots for `batch` rows."""
-    shape = (config.layers, batch, length, config.key_heads, config.head_width)
+    shape = (config.layers, batch, config.key_heads, length, config.head_width)
     slots = jnp.zeros((batch, length), jnp.int32)
     return Cache(
         jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots, slots, jnp.zeros((), jnp.int32)

@@ -88,8 +88,9 @@ class DecoderConfig(NamedTuple):
 class Cache(NamedTuple):
     """Keys and values of the positions read so far; arrays only.
 
-    `keys`, `values` `[layers, B, S, key_heads, head_width]`; `positions` and `segments` int32
-    `[B, S]` of the `S` slots (segment 0: empty or padding); `length` int32 `[]`, slots in use.
+    `keys`, `values` `[layers, B, key_heads, S, head_width]`, as products over the slots of a head
+    read them; `positions` and `segments` int32 `[B, S]` of the `S` slots (segment 0: empty or
+    padding); `length` int32 `[]`, slots in use.
     """
 
     keys: Array

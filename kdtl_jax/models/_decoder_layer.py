@@ -46,7 +46,7 @@ class Places(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """The cached keys and values `[layers, B, S, ...]`; a layer's own, and the next to fill."""
+    """The cached keys and values, as in `Cache`; the layer, and the next slot to fill."""
 
     keys: Array
     values: Array
@@ -107,14 +107,17 @@ def _attention(
     query, key, value = _projected(config, x, weights, own, places)
     if slots is not None:
         # Written into the array of all layers, where a loop keeps it, and read from there.
-        at = (slots.layer, jnp.int32(0), slots.start, jnp.int32(0), jnp.int32(0))
+        at = (slots.layer, jnp.int32(0), jnp.int32(0), slots.start, jnp.int32(0))
         keys, values = (
-            jax.lax.dynamic_update_slice(all_layers, new[None].astype(all_layers.dtype), at)
+            jax.lax.dynamic_update_slice(
+                all_layers, jnp.swapaxes(new, 1, 2)[None].astype(all_layers.dtype), at
+            )
             for all_layers, new in ((slots.keys, key), (slots.values, value))
         )
         slots = slots._replace(keys=keys, values=values)
         key, value = (
-            jax.lax.dynamic_index_in_dim(a, slots.layer, keepdims=False) for a in (keys, values)
+            jnp.swapaxes(jax.lax.dynamic_index_in_dim(a, slots.layer, keepdims=False), 1, 2)
+            for a in (keys, values)
         )
     visible = places.visible & (places.distance < own.window)
     y = _attend(config, query, key.astype(query.dtype), value.astype(query.dtype), visible)
