@@ -1,5 +1,6 @@
 """Settings from the command line and from YAML files: who wins, what is refused, how fast."""
 
+import dataclasses
 import importlib
 import re
 import time
@@ -10,12 +11,12 @@ from typing import Any, Literal
 
 import pytest
 import yaml
-from bounds import bounded, is_plain
+from bounds import HOSTILE, bounded, is_plain
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kdtl_jax import cli
-from kdtl_jax.cli import _parser, main
+from kdtl_jax.cli import _parser, main, params
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes.settings import UsageError, as_yaml, setting
 
@@ -92,6 +93,24 @@ def test_bad_configuration_is_wrong_usage(
     error = capsys.readouterr().err
     assert re.search(words, error) and "--config a.yaml" in error and error.count("\n") == 1
     assert not Path("made").exists(), "data only: nothing in the file is called"
+
+
+COMMANDS = [[one.name] for one in cli.COMMANDS if one.name not in ("params", "env")]
+COMMANDS += [["params", one.name] for one in params.COMMANDS]
+TEXTS = ["x" * 5000, "a\0b", "\udce9", "", "/dev/null:x", "x" * 300 + ".py:f", "=,:|;", "1-2,3=4:5"]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_whatever_a_setting_is_given_its_parser_refuses_it_or_not(words: list[str]) -> None:
+    found = cli.find(words)
+    assert found is not None
+    for field in dataclasses.fields(found[2].Settings):
+        for value in (*TEXTS, *HOSTILE):
+            with bounded():
+                try:
+                    _parser._value(field, value, "a.yaml: ")
+                except UsageError as error:
+                    assert is_plain(str(error)), (field.name, str(error)[:500])
 
 
 def test_dates_and_words_of_yaml_are_text_where_text_is_meant(tmp_path: Path) -> None:

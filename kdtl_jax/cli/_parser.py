@@ -269,8 +269,10 @@ def _value(field: Any, value: Any, where: str) -> Any:
     if "parse" in about:
         try:
             value = about["parse"](value)
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"{at}: {error}") from None
+        except (ValueError, TypeError, OverflowError) as error:
+            raise UsageError(f"{at}: {shown(str(error), 1000)}") from None
+        except OSError as error:  # no path is that long
+            raise UsageError(f"{at}: {error.strerror}: {shown(value)}") from None
     if about.get("repeat") or about.get("positional") == "*":
         value = () if value is None else value
         if not isinstance(value, (list, tuple)) or not all(isinstance(part, str) for part in value):
