@@ -66,7 +66,8 @@ def read_splits(
         return stratified(whole, validation=validation, test=test, seed=seed)
     path = Path(text)
     if not path.exists():
-        raise ValueError(f"{text}: no such file or folder. Expected {FORMATS}.")
+        known = "" if path.suffix else f" Expected {FORMATS}."  # a name with an end means a file
+        raise ValueError(f"{text}: no such file or folder.{known}")
     choices = _choices(label, inputs, missing, one_hot, drop, image_size, preprocessing)
     found = sources(path, choices)
     first = found.get("train") or found["whole"]._replace(name=path.name)

@@ -188,17 +188,17 @@ def chosen(asked: tuple[str, ...], known: Mapping[str, Any], command: str) -> li
     """The entries that names ask for; `all` is every one.
 
     Raises:
-      UsageError: with the nearest names.
+      UsageError: naming all that are unknown, each with the nearest names.
     """
     if asked == ("all",):
         return list(known.values())
+    unknown = []
     for name in asked:
         if name not in known:
             nearest = difflib.get_close_matches(name, list(known), n=4, cutoff=0.0)
-            raise UsageError(
-                f"--methods: {name!r} is not a method. Nearest: {', '.join(nearest)}. "
-                f"{command} --list shows all."
-            )
+            unknown.append(f"{name!r} is not a method. Nearest: {', '.join(nearest)}.")
+    if unknown:
+        raise UsageError(f"--methods: {' '.join(unknown)} {command} --list shows all.")
     return [known[name] for name in asked]
 
 
