@@ -1,5 +1,7 @@
 """What `import kdtl_jax` shows, and what an installed package brings along."""
 
+import importlib
+import sys
 from importlib import resources
 from pathlib import Path
 
@@ -36,3 +38,13 @@ def test_the_package_holds_modules_and_four_other_files() -> None:
         "datasets/shakespeare.txt",
         "run/report/page.html.jinja",
     }
+
+
+@pytest.mark.parametrize(("module", "package"), [("equinox", "equinox"), ("haiku", "haiku")])
+def test_a_framework_that_is_not_installed_is_named_with_its_extra(
+    module: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"kdtl_jax.interop.{module}", raising=False)
+    with pytest.raises(ImportError, match=rf"pip install 'kdtl_jax\[{module}\]'"):
+        importlib.import_module(f"kdtl_jax.interop.{module}")

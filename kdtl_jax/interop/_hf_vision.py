@@ -29,16 +29,20 @@ def image(v: dict[str, Any]) -> Any:
     return jax.ShapeDtypeStruct((1, height, width, v["num_channels"]), jnp.float32)
 
 
-def grid_of(v: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Patches per column and per row, and the pixels at the end of each that none covers."""
-    pairs = list(zip(v["image_size"], v["patch_size"], strict=True))
-    if any(side < patch for side, patch in pairs):
+def grid_of(v: dict[str, Any]) -> tuple[int, int]:
+    """Patches per column and per row."""
+    (height, width), (high, wide) = v["image_size"], v["patch_size"]
+    if height < high or width < wide:
         raise ValueError(
-            f"config.json: image_size {list(v['image_size'])} is smaller than patch_size "
-            f"{list(v['patch_size'])}."
+            f"config.json: image_size {[height, width]} is smaller than patch_size {[high, wide]}."
         )
-    (high, down), (wide, right) = (divmod(side, patch) for side, patch in pairs)
-    return {"grid": (high, wide), "unseen": (down, right)}
+    return height // high, width // wide
+
+
+def unseen_of(v: dict[str, Any]) -> tuple[int, int]:
+    """Pixels at the bottom and at the right that no patch covers."""
+    (height, width), (high, wide) = v["image_size"], v["patch_size"]
+    return height % high, width % wide
 
 
 def one_or_two(sizes: tuple[int, int]) -> int | tuple[int, int]:
@@ -76,7 +80,8 @@ def _vit(v: dict[str, Any], found: Found) -> models.ViT:
         heads=check_heads(v["hidden_size"], v["num_attention_heads"]),
         hidden=v["intermediate_size"],
         patch=one_or_two(v["patch_size"]),
-        **grid_of(v),
+        grid=grid_of(v),
+        unseen=unseen_of(v),
         classes=found.classes("image"),
         has_pooler=found.has("pooler.dense.weight"),
         pooled_activation=v["pooler_act"],
@@ -172,7 +177,8 @@ def _dinov2(v: dict[str, Any], found: Found) -> models.Dinov2:
         heads=check_heads(v["hidden_size"], v["num_attention_heads"]),
         hidden=hidden,
         patch=one_or_two(v["patch_size"]),
-        **grid_of(v),
+        grid=grid_of(v),
+        unseen=unseen_of(v),
         classes=found.classes("image"),
         is_gated=v["use_swiglu_ffn"],
         activation=v["hidden_act"],
@@ -265,7 +271,8 @@ def _tower_of(v: dict[str, Any]) -> dict[str, Any]:
         "heads": check_heads(v["hidden_size"], v["num_attention_heads"]),
         "hidden": v["intermediate_size"],
         "patch": one_or_two(v["patch_size"]),
-        **grid_of(v),
+        "grid": grid_of(v),
+        "unseen": unseen_of(v),
         "activation": v["hidden_act"],
         "norm_epsilon": v["layer_norm_eps"],
         "attention_dropout": v["attention_dropout"],

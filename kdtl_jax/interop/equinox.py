@@ -12,12 +12,16 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 from jax import Array
 
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree
 from kdtl_jax.interop import _modes, _taps
+
+try:
+    import equinox as eqx
+except ImportError:
+    raise ImportError("interop.equinox needs equinox: pip install 'kdtl_jax[equinox]'.") from None
 
 # (module for one example, state or None, input, key or None, train) -> (outputs, state)
 Call = Callable[[Any, Any, Any, Any, bool], tuple[Any, Any]]

@@ -13,11 +13,15 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import haiku as hk
 from jax import Array
 
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Variables
 from kdtl_jax.interop import _modes, _taps
+
+try:
+    import haiku as hk
+except ImportError:
+    raise ImportError("interop.haiku needs dm-haiku: pip install 'kdtl_jax[haiku]'.") from None
 
 
 class Haiku(NamedTuple):

@@ -116,18 +116,17 @@ class Deberta(nn.Module):
             if self.norms_positions:
                 relative = layer_norm(self.norm_epsilon, "relative_norm")(relative)
         layout = Layout(*(getattr(self, name) for name in Layout._fields))
+        beside = None
         if self.window:
             groups = self.window_groups
             conv = nn.Conv(self.width, (self.window,), feature_group_count=groups, name="conv")
             y = self.window_activation(drop(self.dropout, masked(conv(first))))
             norm = layer_norm(self.norm_epsilon, "conv_norm")
-
-            def beside(x: Array) -> Array:
-                return masked(norm(x + y))
+            beside = lambda x: masked(norm(x + y))  # noqa: E731 (None without a window)
 
         for i in range(self.layers):
-            more = beside if i == 0 and self.window else None
-            x = DebertaLayer(layout, name=f"layers_{i}")(x, where, relative, train, more)
+            layer = DebertaLayer(layout, name=f"layers_{i}")
+            x = layer(x, where, relative, train, beside if i == 0 else None)
         outputs = {"last_hidden": x}
         rate = self.dropout if self.head_dropout is None else self.head_dropout
         if self.classes is not None:
