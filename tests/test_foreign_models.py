@@ -91,6 +91,8 @@ def test_any_metadata_of_a_model(model: Path, changes: dict[str, Any], inner: An
         ("input_mean", "[NaN, 1, 1, 1]", "not finite"),
         ("input_mean", "[1, 2]", r"a scale of shape \[2\]"),
         ("precision", "float13", "float13"),
+        ("precision", "x" * 9000, "a precision of .x+…"),
+        ("precision", "complex64", "a precision of .complex64"),
         ("model", "mlp:" + "9," * 9000 + "9", "9001 layers in 4 tensors"),
     ],
 )

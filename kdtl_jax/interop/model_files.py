@@ -291,6 +291,12 @@ def is_own(text: str) -> bool:
     return ".py:" in text
 
 
+def _precision(name: str) -> Any:
+    if name not in ("float16", "bfloat16", "float32", "float64"):
+        raise ValueError(f"its metadata says a precision of {_text.quoted(name)}")
+    return jnp.dtype(name)
+
+
 def _built(
     path: str, found: About, metadata: Mapping[str, str], shape: tuple[int, ...], model: Any
 ) -> Callable[[Array], Array]:
@@ -298,7 +304,7 @@ def _built(
     assert found.model is not None and found.classes is not None
     example = jnp.zeros((1, *shape), jnp.float32)
     try:
-        dtype = None if "precision" not in metadata else jnp.dtype(metadata["precision"])
+        dtype = None if "precision" not in metadata else _precision(metadata["precision"])
         if is_folder := hugging_face_of(found.model) is not None:
             model = model.clone(classes=found.classes)  # it may have been trained for others
         if is_folder or is_own(found.model):
@@ -306,7 +312,7 @@ def _built(
         else:
             net = networks.network(models.named(found.model, found.classes), example, dtype=dtype)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {_text.shown(str(error), 1000)}") from None
     if metadata.get("kind") == CONNECTED:
         return _through_connectors(path, net, found, metadata, example)
     stored = load_variables(path, net, example)
