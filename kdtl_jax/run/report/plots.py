@@ -171,10 +171,9 @@ def lines(curves: Sequence[Line], *, x_axis: str, y_axis: str, percent: bool = T
 def parallel(axes: Sequence[Axis], *, best: int) -> Chart:
     """Parallel coordinates: one line per row of a sweep, one axis per setting, the score last.
 
-    Lines grow stronger with the score; the best one is drawn last, in another color. An axis of
-    positive values that span a factor of eight or more is logarithmic; what has no value (NaN) on
-    an axis passes below it. Where many lines meet in one value of a choice or a grid, they are
-    drawn a little apart, in order of their scores.
+    Lines grow stronger with the score; the best is drawn last, in another color. Axes of positive
+    values that span a factor of eight or more are logarithmic; NaN passes below its axis. Lines
+    that share one value of a choice or a grid are drawn slightly apart, in order of score.
 
     Args:
       axes: equally long; the last one is the score, where more is better.
@@ -242,8 +241,7 @@ def heat_map(
       cells: `[rows][columns]`.
       rows: their labels, top to bottom.
       columns: their labels, left to right.
-      row_axis: what the rows are.
-      column_axis: what the columns are.
+      row_axis, column_axis: what the rows and the columns are.
       percent: numbers are shares, written in percent.
 
     Raises:
