@@ -9,7 +9,8 @@ RESULT:    growth of the peak, checkpoints of 1 GB each (a tensor of 0.25 GB in 
            Of checkpoints of 0.49 GB whose largest tensor has 123 MB: slerp 167 MB, karcher 198 MB,
            model_stock 212 MB, multi_slerp 227 MB, dare as mergekit 257 MB, breadcrumbs 322 MB, ram
            249 MB, arcee_fusion 194 MB, sce 294 MB (2.4 of that tensor), slerp of columns 184 MB.
-           regmean of a kernel of 250 MB, which factors a matrix: 1.2 GB. All others pass in pieces
+           regmean of a kernel of 250 MB, which factors a matrix: 922 MB (3.7 of it). All others
+           pass in pieces
 
 Checkpoints of one structure are written to a temporary folder: an embedding of a quarter of the
 size, the rest kernels of 16 MB, float32 (for regmean one square kernel as large as the embedding,
