@@ -3,9 +3,8 @@
     model = model_files.load("runs/distill/students/kd.safetensors")
     logits = model.predict(images)  # as they come: the file knows how they are scaled
 
-A file is safetensors. Its metadata describe the model: its text (`mlp:16`), its classes, the shape
-of one input and how inputs are scaled. A student whose method predicts through
-connectors (SimKD) has them in its file and runs like any other.
+A file is safetensors. Its metadata hold the model's text (`mlp:16`), classes, input shape and
+scaling. A student whose method predicts through connectors (SimKD) has them in its file, too.
 """
 
 import json
@@ -80,11 +79,8 @@ def about(path: str | Path) -> About:
         classes = int(known["classes"]) if "classes" in known else None
         names = tuple(map(str, json.loads(known.get("class_names", "[]"))))
         shape = tuple(map(int, json.loads(known["shape"]))) if "shape" in known else None
-        form = (
-            datasets.preprocessing_from_json(known["preprocessing"])
-            if "preprocessing" in known
-            else None
-        )
+        written = known.get("preprocessing")
+        form = None if written is None else datasets.preprocessing_from_json(written)
         scaling = None if mean is None or scale is None else Standardizer(mean, scale)
         if form is not None and form.scaling is not None:
             scaling = form.scaling  # in the precision in which it was measured
@@ -195,8 +191,7 @@ def filled(path: str, flat: Mapping[str, Any], template: Variables) -> Variables
         found = safetensors.fill(tree(template), flat)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error} Does it hold this model, for these classes?") from None
-    found = jax.tree.map(np.array, found)
-    record.check_finite(path, found)
+    record.check_finite(path, found := jax.tree.map(np.array, found))
     return as_variables(found, template)
 
 
@@ -205,9 +200,8 @@ def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = N
 
     Args:
       path: a file that `save` has written, as `kdtl distill` and `kdtl transfer` do.
-      model: for a file of a model of one's own, what `own.network` takes: the class or factory
-        itself; for that of a Hugging Face folder the folder's module. A file never has anything
-        imported or read beside it.
+      model: for a model of your own, its class or factory, as for `own.network`; for one from a
+        Hugging Face folder, the folder's module. A file never makes anything else be read.
       shape: of one input, for a file that does not say it (those of earlier versions); without it
         the first batch tells.
 
@@ -359,11 +353,8 @@ def _connected_tree(connected: Connected) -> dict[str, PyTree]:
     head = connected.setup.teacher_head
     assert head is not None, "a method that predicts through connectors reads the teacher's head"
     stored = {"kernel": head.kernel, **({} if head.bias is None else {"bias": head.bias})}
-    return {
-        "connectors": connected.connectors,
-        "memory": connected.memory,
-        "teacher_head": stored,
-    }
+    both = {"connectors": connected.connectors, "memory": connected.memory}
+    return {**both, "teacher_head": stored}
 
 
 def _setup_text(setup: methods.Setup) -> str:
