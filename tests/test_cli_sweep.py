@@ -241,7 +241,8 @@ def test_a_sweep_ends_in_table_csv_and_report(
     assert sum("validation %" not in mark for mark in marks) >= 2, "cells of the heat map"
     assert "http" not in page
     assert "<h2>Confusion</h2>" in page and "Where teacher and student differ" in page
-    assert "the best setting of kd" in page
+    assert "The best setting of kd" in page and "Recommended by validation: students/kd" in page
+    assert "How it was run" in page and record["run"]["grid"]["learning_rate"] == [1e-4, 3e-2]
     assert "validation %" in capsys.readouterr().out
     assert main(["sweep", "--config", str(out / "config.yaml"), "--print-config"]) == 0
     check_student(out, rows[0])

@@ -55,6 +55,7 @@ def _confusion(test: Dataset, student: Named) -> report.Section:
         rows = [(names[a], names[b], f"{wrong[a, b]}") for a, b in pairs if wrong[a, b]]
         table = report.table(("Class", "Taken for", "Times"), rows)
         return report.Section(title, [f"The most frequent confusions of {whose}."], [table])
+    whose = whose[:1].upper() + whose[1:]
     note = f"{whose}: of the examples of each class (rows), the percentage named as each (columns)."
     shares = found / np.maximum(found.sum(axis=1, keepdims=True), 1)
     chart = plots.heat_map(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdtl_jax import _files
+from kdtl_jax.recipes import _output
 from kdtl_jax.run import report
 from kdtl_jax.run.report import plots
 
@@ -114,7 +115,7 @@ def write(
         (row.title, "; ".join(f"{k}: {v}" for k, v in row.trained.items())) for row in rows
     ]
     sections.append(report.Section("Settings", (), [report.Definitions(described)]))
-    sections.append(report.environment_section())
+    sections += report.run_sections(_output.how_it_was_run(folder))
     html = report.page(title, sections, notes=list(notes))
     _files.write_atomic(folder / "report.html", html.encode(errors="replace"))
     print(table(rows))

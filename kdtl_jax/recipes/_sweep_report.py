@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +34,7 @@ class Sweep(NamedTuple):
     teacher_validation: float
     teacher_test: float
     teacher_named: np.ndarray  # [1, N], classes of the test examples
+    run: Mapping[str, Any]  # the command, its time and all settings
 
 
 class Line(NamedTuple):
@@ -119,6 +120,7 @@ def to_json(outcome: Sweep) -> dict[str, Any]:
         ],
         "rows": [_row(line, score) for line in found],
         "best": _row(found[0], score) if math.isfinite(found[0].validation.mean) else None,
+        "run": dict(outcome.run),
         "curves": {"learning": learning(outcome)},
         "notes": outcome.notes,
         "environment": report.environment(),
@@ -168,14 +170,19 @@ def html_page(outcome: Sweep) -> str:
     )
     sections = [
         report.Section(
-            "Best settings", ["The mean over seeds and its 95 % interval, for other seeds."], [best]
+            "Best settings",
+            [
+                "The mean over seeds and its 95 % interval, for other seeds.",
+                *([] if (advice := _students.note(found, None)) is None else [advice]),
+            ],
+            [best],
         ),
         report.Section("All settings", [lines_note], [parallel(found, axes, score)]),
         *_heat_maps(outcome),
         *_curves(outcome),
         *_best_student(outcome, found[0]),
         report.Section("How it ran", outcome.notes, [ran]),
-        report.environment_section(),
+        *report.run_sections(outcome.run),
     ]
     return report.page("kdtl sweep", sections, notes=[setting])
 
@@ -204,11 +211,12 @@ def _curves(outcome: Sweep) -> list[report.Section]:
         validation, x_axis="epoch", y_axis=f"validation {score.axis}", percent=score.is_share
     )
     lost = plots.lines(losses, x_axis="epoch", y_axis="training loss", percent=False)
-    notes = [
-        "Of each method's best setting, mean over seeds. A loss is the method's own: not "
-        "comparable between methods."
+    own = "Each method's own objective in training: not comparable between methods."
+    return [
+        report.Section("Learning curves", ["Of each method's best setting, mean over seeds."]),
+        report.Section(f"Validation {score.axis}", (), [reached], level=3),
+        report.Section("Training loss", [own], [lost], level=3),
     ]
-    return [report.Section("Learning curves", notes, [reached, lost])]
 
 
 def parallel(

@@ -216,6 +216,7 @@ def run(settings: Settings) -> None:
             float(teacher.validation[0]),
             float(teacher.test[0]),
             teacher.named,
+            _output.how_it_was_run(folder),
         )
         kept = [line.student for line in _sweep_report.lines(results) if line.student]
         _pair.write(folder, pair, settings, frozen, kept, setup)

@@ -11,6 +11,7 @@ from kdtl_jax.run.report._page import environment_section as environment_section
 from kdtl_jax.run.report._page import html_page as html_page
 from kdtl_jax.run.report._page import page as page
 from kdtl_jax.run.report._page import percent as percent
+from kdtl_jax.run.report._page import run_sections as run_sections
 from kdtl_jax.run.report._page import table as table
 from kdtl_jax.run.report._pictures import Picture as Picture
 from kdtl_jax.run.report._pictures import Pictures as Pictures

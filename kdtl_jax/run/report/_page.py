@@ -70,6 +70,14 @@ def page(title: str, sections: Sequence[Section], *, notes: Sequence[str] = ()) 
     return template.render(title=title, sections=sections, notes=notes)
 
 
+def run_sections(run: Mapping[str, object]) -> list[Section]:
+    """The command, its time and all settings; then versions, devices and processor."""
+    said = {name: run[name] for name in ("command", "begun", "ended") if name in run}
+    others = {name: value for name, value in run.items() if name not in said}
+    entries = [*((k, f"{v}") for k, v in said.items()), ("settings", _described(others))]
+    return [Section("How it was run", (), [Definitions(entries)]), environment_section()]
+
+
 def environment_section() -> Section:
     """Versions, devices and processor, as a section."""
     return Section("Environment", [", ".join(f"{k} {v}" for k, v in environment().items())])
@@ -87,14 +95,7 @@ def html_page(results: Results) -> str:
         sections.append(Section("Notes", results.notes[1:]))
     described = [(row.label, _described(row.settings)) for row in results.rows]
     sections.append(Section("Settings of each method", (), [Definitions(described)]))
-    if results.run:
-        said = {
-            name: results.run[name] for name in ("command", "begun", "ended") if name in results.run
-        }
-        others = {name: value for name, value in results.run.items() if name not in said}
-        entries = [*((k, f"{v}") for k, v in said.items()), ("settings", _described(others))]
-        sections.append(Section("How it was run", (), [Definitions(entries)]))
-    sections.append(environment_section())
+    sections += run_sections(results.run) if results.run else [environment_section()]
     return page(results.task, sections, notes=results.notes if few else results.notes[:1])
 
 
