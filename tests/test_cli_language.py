@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from kdtl_jax import cli
+from kdtl_jax import cli, language
 from kdtl_jax.interop import decoders
 from kdtl_jax.recipes import _language_models, _language_training
 
@@ -136,3 +136,38 @@ def test_settings_that_make_no_sense_are_told_in_one_line(
     assert cli.main(given) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert says in said and said.startswith("kdtl language: ")
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 257,
+    "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+    "max_position_embeddings": 64, "tie_word_embeddings": True, "torch_dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "factor", "says"),
+    [
+        (100, 1.0, "the teacher has 100 rows of tokens, its tokenizer 257 tokens"),
+        (257, np.nan, "gives the held-out text nan bits per byte"),
+    ],
+)
+def test_a_teacher_that_cannot_answer_is_refused_before_anything_is_trained(
+    rows: int,
+    factor: float,
+    says: str,
+    tmp_path: Path,
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    made = decoders.initialized({**LLAMA, "vocab_size": rows}, jax.random.key(0))
+    params = jax.tree.map(lambda x: factor * x, made.params)
+    decoders.save(tmp_path / "teacher", params, made.rules, config=made.config)
+    language.write_byte_tokenizer(tmp_path / "teacher")
+    words = ["--data", str(text), "--teacher", str(tmp_path / "teacher")]
+    out = tmp_path / "out"
+    assert cli.main(["language", *TINY, *words, "--out", str(out)]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert says in said and said.startswith("kdtl language: ")
+    assert not (out / "kd").exists()

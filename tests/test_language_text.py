@@ -252,3 +252,5 @@ def test_masks_of_completions_are_by_position():
     found = language.completion_mask(tokens, padding=2, ends=(2,))
     assert found.tolist() == [[True, True, False, False]]
     assert language.completion_mask(tokens, padding=None).all()
+    zero = language.completion_mask(jnp.asarray([[5, 6, 0, 0]]), padding=0, ends=(2,))
+    assert zero.tolist() == [[True, True, False, False]], "0 is a padding as any other"

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import losses
+from kdtl_jax import _numerics, losses
 from kdtl_jax._types import Mean, Outputs
 from kdtl_jax.language._terms import CHUNK
 
@@ -51,12 +51,13 @@ def fidelity(
     def compared(logits: Array, rows: Any) -> Array:
         told, target = rows
         ours, theirs = (x[..., :vocabulary] for x in (logits, losses.head_logits(told, heads[1])))
+        alike = jnp.argmax(ours, axis=-1) == jnp.argmax(theirs, axis=-1)
         found = (  # in the order of Fidelity
             -losses.token_log_probs(ours, target),
             -losses.token_log_probs(theirs, target),
             losses.forward_kl(ours, theirs),
             losses.reverse_kl(ours, theirs),
-            (jnp.argmax(ours, axis=-1) == jnp.argmax(theirs, axis=-1)).astype(ours.dtype),
+            _numerics.nan_of(alike.astype(ours.dtype), jnp.max(ours + theirs, axis=-1)),
             losses.acceptance(ours, theirs),
             losses.soft_cross_entropy(ours, ours),
             losses.soft_cross_entropy(theirs, theirs),

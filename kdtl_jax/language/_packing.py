@@ -9,6 +9,7 @@ import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -217,7 +218,8 @@ def completion_mask(tokens: Array, *, padding: int | None, ends: Sequence[int] =
     References:
       TRL's `DistillationTrainer._get_completion_lengths`.
     """
-    tokens, place = jnp.asarray(tokens), jnp.arange(jnp.shape(tokens)[-1])
+    tokens = jnp.asarray(tokens)
+    place = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, tokens.ndim - 1)
     if padding is None:
         return jnp.ones(tokens.shape, jnp.bool_)
     if padding in ends:

@@ -159,6 +159,19 @@ def pruned(
     return narrow
 
 
+def fits(config: models.DecoderConfig, tokens: int, length: int, who: str) -> None:
+    """Raises UsageError unless a decoder has a row for every token and a place for every column."""
+    if tokens > config.vocabulary:
+        raise UsageError(
+            f"{who} has {config.vocabulary} rows of tokens, its tokenizer {tokens} tokens. Resize "
+            "the table, or give the tokenizer that belongs to it."
+        )
+    if 0 < config.learned_positions < length:
+        raise UsageError(
+            f"--length {length}: {who} has learned {config.learned_positions} positions."
+        )
+
+
 def write_folder(folder: Path, params: Params, of: PretrainedDecoder, source: str | None) -> None:
     """A Hugging Face folder: weights, config, tokenizer."""
     decoders.save(folder, params, of.rules, config=of.config, tokenizer=source)

@@ -3,6 +3,7 @@
 Each takes the `Work` that all share and what the steps before it gave.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,8 +99,16 @@ def teacher(work: Work) -> Taught:
     """The teacher of a folder, or one that is trained here."""
     if work.source is not None:
         found = of_models.load(work.source)
+        of_models.fits(found.model.config, work.tokenizer.size, work.settings.length, "the teacher")
         measure = _measuring(work, language.model(found.model), language.as_they_are, found)
-        work.curves["teacher"] = [training.as_line(0, measure(found.params))]
+        measured = measure(found.params)
+        if not math.isfinite(measured["bits_per_byte"]):
+            raise UsageError(
+                f"--{'teacher' if work.teacher else 'student'} {work.source}: the model gives the "
+                f"held-out text {measured['bits_per_byte']} bits per byte. Its weights hold NaN or "
+                "infinity, or overflow."
+            )
+        work.curves["teacher"] = [training.as_line(0, measured)]
         return Taught(found, _placed(work, found), 0.0)
     settings, tokenizer = work.settings, work.tokenizer
     sizes = settings.teacher_shape or SHAPE
@@ -124,7 +133,7 @@ def teacher(work: Work) -> Taught:
 def start(work: Work, taught: Taught, fresh: PretrainedDecoder | None) -> PretrainedDecoder:
     """The student before any method; it is built before the teacher answers all rows."""
     settings = work.settings
-    return of_models.beginning(
+    found = of_models.beginning(
         taught.placed,
         folder=work.student if work.teacher else None,
         fresh=fresh,
@@ -133,6 +142,8 @@ def start(work: Work, taught: Taught, fresh: PretrainedDecoder | None) -> Pretra
         say=work.say,
         is_whole=settings.student is not None or settings.method == ("qad",),
     )
+    of_models.fits(found.model.config, work.tokenizer.size, settings.length, "the student")
+    return found
 
 
 def cache(work: Work, taught: Taught) -> teacher_cache.Cache | None:
