@@ -340,7 +340,9 @@ def test_a_setting_that_diverges_in_its_last_rung_is_shown_as_such(
 
     monkeypatch.setattr(_training, "advance", advance)
     learner: Any = SimpleNamespace(
-        start=lambda point, shared: TrainState(jnp.zeros(()), {}, {}, None, None, None, None),
+        start=lambda point, shared: TrainState(
+            jnp.zeros(()), {}, {}, None, None, None, jax.random.key(0)
+        ),
         logits=lambda state, inputs, shared: inputs,
         judged=lambda logits, labels: (labels, jnp.float32(0.5)),
     )

@@ -241,8 +241,8 @@ def _set_architecture(
     if head is not None and any(rule.torch in tensors for rule in head.rules):
         out["architectures"] = [head.architectures[0]]
     elif out.get("architectures"):
-        is_tied = head is not None and set(head.architectures) & set(out["architectures"])
-        out["architectures"] = [head.architectures[0] if is_tied else family.base]
+        is_tied = head is not None and not set(head.architectures).isdisjoint(out["architectures"])
+        out["architectures"] = [head.architectures[0] if head and is_tied else family.base]
 
 
 def _set_labels(out: dict[str, Any], classes: int) -> None:
