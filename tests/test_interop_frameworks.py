@@ -17,6 +17,7 @@ from kdtl_jax.interop import linen, naming, nnx, safetensors
 
 X = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
 LABELS = np.arange(8, dtype=np.int32) % 2
+TAPS_NNX = hasattr(flax_nnx, "capture")  # flax >= 0.12.6; before, sown values alone
 
 
 class Bound(NamedTuple):
@@ -126,6 +127,8 @@ def changed(before: Any, after: Any) -> bool:
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.usefixtures("standard_promotion")
 def test_one_compiled_step_trains_with_statistics_dropout_and_taps(framework: str):
+    if framework == "nnx" and not TAPS_NNX:
+        pytest.skip("this flax has no outputs of NNX submodules")
     bound = FRAMEWORKS[framework]()
     traces = []
 
@@ -197,7 +200,8 @@ def test_a_misspelt_tap_lists_what_exists(framework: str):
         return haiku.model(haiku_net, taps=[tap]).apply
 
     bound = FRAMEWORKS[framework]()
-    with pytest.raises(ValueError, match=f"tap 'frist' matches no .*{bound.tap}"):
+    near = bound.tap if framework != "nnx" or TAPS_NNX else "need flax >= 0.12.6"
+    with pytest.raises(ValueError, match=f"tap 'frist' matches no .*{near}"):
         jax.eval_shape(build("frist"), bound.params, bound.state, X)
 
 
@@ -215,14 +219,16 @@ class SharedNNX(flax_nnx.Module):
 def test_nnx_every_stream_is_rekeyed_whatever_it_is_called():
     module = SharedNNX(flax_nnx.Rngs(0))
     before = jax.tree.map(jax.random.key_data, [module.other.rngs.key.get_value()])
-    bound = nnx.model(module, taps=["dense/.*", "inside"])
+    taps = ["dense/.*", "inside"] if TAPS_NNX else ["inside"]
+    bound = nnx.model(module, taps=taps)
     ones = jnp.ones((2, 3))
     runs = [
         bound.apply(bound.params, bound.model_state, ones, key=jax.random.key(i), train=True)
         for i in (0, 1, 0)
     ]
     outputs = [run[0] for run in runs]
-    assert set(outputs[0]) == {"logits", "extra", "dense/0", "dense/1", "inside"}
+    dense = {"dense/0", "dense/1"} if TAPS_NNX else set()
+    assert set(outputs[0]) == {"logits", "extra", "inside", *dense}
     assert changed([outputs[0]["logits"]], [outputs[1]["logits"]])
     assert not changed([outputs[0]["logits"]], [outputs[2]["logits"]])
     keys = [trees.flatten(run[1]) for run in runs]

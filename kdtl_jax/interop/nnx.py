@@ -26,7 +26,11 @@ from kdtl_jax.interop import _modes, _taps
 Call = Callable[[nnx.Module, Any, bool], Any]  # (module, inputs, train) -> outputs
 
 
-INHERITED = " A class that inherits its __call__ is not seen by nnx.capture: let it define one."
+INHERITED = (
+    " A class that inherits its __call__ is not seen by nnx.capture: let it define one."
+    if hasattr(nnx, "capture")
+    else " Outputs of submodules need flax >= 0.12.6; values that are sown do not."
+)
 
 
 class NNX(NamedTuple):
@@ -58,7 +62,8 @@ def model(
       taps: submodules whose output joins the outputs under their path, `"layers/0"`; each is a
         regular expression that must match whole paths. A module called several times, or one that
         returns a tuple, gives `path/0`, `path/1`, and so on. Values stored with
-        `module.sow(nnx.Intermediate, ...)` are found under their own name.
+        `module.sow(nnx.Intermediate, ...)` are found under their own name; before flax 0.12.6 they
+        are all that taps find.
       call: `call(module, inputs, train)`, for modules that are not called in the usual way.
 
     Raises:
@@ -218,14 +223,18 @@ def _captured(
 ) -> tuple[Any, dict[str, Array]]:
     """Runs the module; also returns what it sows, and the outputs of its submodules, by path.
 
-    Capturing also keeps sown values out of the module's state, which would grow otherwise.
+    What is sown does not stay in the module's state, which would grow otherwise.
     """
-    run = nnx.capture(
-        lambda module: call(module, inputs),
-        nnx.Intermediate,
-        method_outputs=nnx.Intermediate if with_submodules else None,
-    )
-    outputs, caught = run(module)
+    if hasattr(nnx, "capture"):
+        run = nnx.capture(
+            lambda module: call(module, inputs),
+            nnx.Intermediate,
+            method_outputs=nnx.Intermediate if with_submodules else None,
+        )
+        outputs, caught = run(module)
+    else:  # flax < 0.12.6: what is sown is in the module, outputs of submodules are not to be had
+        outputs = call(module, inputs)
+        caught = nnx.pop(module, nnx.Intermediate)
     calls = []
     for key_path, variable in nnx.to_flat_state(caught):
         path = "/".join(str(key) for key in key_path if key != "__call__")
