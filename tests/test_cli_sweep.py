@@ -174,7 +174,7 @@ def test_axes_that_make_no_sense_say_why(flags: list[str], message: str) -> None
         (["--grid", "temperature"], "not axis=number"),
         (["--range", "temperature=1"], "low..high"),
         (["--memory", "much"], "500MB or 2GB"),
-        (["--methods", "kdd"], "no method"),
+        (["--methods", "kdd"], "is not a method"),
         (["--halving", "7"], "must divide the 30 epochs"),
         (["--halving", "2", "--early-stopping", "3"], "Give one of them"),
         (["--grid", "kd=" + ",".join("1" * 1100), "task=" + ",".join("1" * 1100)], "more than"),

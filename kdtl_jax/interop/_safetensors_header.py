@@ -41,7 +41,7 @@ _names = {dtype: name for name, dtype in _dtypes.items()}
 _fp8_bytes = {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}
 
 _foreign = (
-    (b"PK\x03\x04", "a zip archive, as torch.save writes (a pickle inside)"),
+    (b"PK\x03\x04", "a zip archive, as torch.save (a pickle inside) and numpy.savez write"),
     (b"\x80", "a pickle"),
     (b"\x89HDF", "an HDF5 file"),
     (b"GGUF", "a GGUF file"),

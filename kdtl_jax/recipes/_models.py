@@ -40,7 +40,10 @@ def module(text: str, classes: int) -> nn.Module:
     try:
         return models.named(text.strip(), classes)
     except ValueError as error:
-        raise UsageError(f"{text!r} is not a model: {error} Expected {MODEL}.") from None
+        hint = ""
+        if text.endswith((".safetensors", ".msgpack", ".npz", ".bin", ".pt")):
+            hint = " Weights go to --teacher-weights, beside the model that they are of."
+        raise UsageError(f"{text!r} is not a model: {error}{hint} Expected {MODEL}.") from None
 
 
 def text_of(value: Any) -> str | None:
