@@ -241,7 +241,7 @@ def checkpoint(name, rows):
     block = np.ones(1_000_000, np.float32)
     safetensors.stream(name, specs, lambda _: iter([block] * (rows // 1000)))
 
-for name, rows in (("small", 1000), ("large", 50_000)):
+for name, rows in (("small", 8000), ("large", 50_000)):
     checkpoint(f"{name}.safetensors", rows)
 for words in (["scale", "{}.safetensors"], ["average", "{}.safetensors", "{}.safetensors"]):
     before = None
