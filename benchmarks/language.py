@@ -5,19 +5,18 @@ Command:   python benchmarks/language.py [--parts step sampling vocabulary] [--r
 Peers:     PyTorch with transformers' Llama, eager and under torch.compile; Liger's chunked loss,
            compiled (each skipped with a line where it is missing; `pip install torch==2.13.0
            transformers==5.24.0` and `pip install --no-deps liger-kernel==0.8.5`).
-Machine:   2 cores of an AMD EPYC virtual machine (AVX-512), busy with other work (load 6 to 28), so
-           processor time of one core (taskset -c 0, --busy); jax 0.10.2, torch 2.13.0, transformers
-           5.24.0
-RESULT:    step: loss and gradient equal to PyTorch's, 1e-7
-           sampling, times as long in transformers: one row 2.4, eight rows 1.8; 512 of 512 greedy
-           tokens equal
+Machine:   2 cores of an AMD EPYC virtual machine (AVX-512), nothing else running, 5 rounds; jax
+           0.10.2, torch 2.13.0, transformers 5.24.0, liger-kernel 0.8.5; 333 s in all
+RESULT:    step: loss and gradient equal to PyTorch's, 1e-7; PyTorch takes 0.87 times as long eager
+           and 0.82 times compiled; 63 % of the matrix products' speed, PyTorch 73 and 77 %
+           sampling, times as long in transformers at its better thread count: one row 2.81, eight
+           rows 2.26 (one thread 2.82 and 2.79); 512 of 512 greedy tokens equal
            KL over 32,768 classes, 1,024 tokens in chunks of 256, times the matrix products: float32
-           and bfloat16 1.08 (512 tokens: 1.08 to 1.10, bfloat16 1.10 to 1.11), about 1.1; Liger
-           takes 1.17 times as long. Over 131,072 classes, ours in chunks of 64, Liger's of 256, one
-           round in float32: Liger takes 0.90 times as long; resident memory of ours 158 MB, of
-           Liger's 535 MB, dense 3,120 MB. Temporary memory by XLA's figure: 2,048 tokens over
-           32,768 classes in float32 88 MB (bfloat16 187 MB), dense 1,409 MB; 1,024 tokens over
-           131,072 classes in chunks of 64 93 MB
+           1.01, bfloat16 1.03; Liger takes 1.20 times as long. Over 131,072 classes, ours in chunks
+           of 64: 1.06 and 1.09; Liger in chunks of 256 takes 0.91 times as long; resident memory of
+           ours 158 MB, of Liger's 535 MB, dense 3,120 MB. Temporary memory by XLA's figure: 2,048
+           tokens over 32,768 classes in float32 88 MB (bfloat16 187 MB), dense 1,409 MB; 1,024
+           tokens over 131,072 classes in chunks of 64 93 MB
 
 step: one KD step (forward KL, AdamW) of a decoder of 12.6 million parameters taught by one of 26.7
 million, 8 x 128 tokens, vocabulary 8,192; both libraries start from the same folder of weights, and
