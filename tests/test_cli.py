@@ -104,7 +104,7 @@ def test_printed_settings_read_back(words: list[str], tmp_path: Path, capsys: Ca
         (["demo", "--out"], "--out: expected one argument"),
         (["demo", "extra"], "unrecognized arguments: extra"),
         (["params", "sclae"], "unknown command 'sclae'; did you mean scale"),
-        (["bench", "--preset", "lenet"], r"--preset: invalid choice: 'lenet' \(choose from 'mlp'"),
+        (["bench", "--preset", "lenet"], "--preset: expected one of mlp, resnet, .*, got 'lenet'"),
         (["bench", "--devices", "99"], "there are 8 devices"),
         (["distill", "--seeds", "100000000000"], "--seeds: expected .* at most 10000"),
         (["distill", "--epochs", "1" + 5000 * "0"], "--epochs"),

@@ -183,13 +183,14 @@ def test_what_a_cache_cannot_serve_is_said_before_training(tmp_path: Path, weigh
     def said(folder: Path, chosen: Any, **instead: Any) -> str:
         asked: Any = SimpleNamespace(**{**vars(pair), **instead})
         with pytest.raises(UsageError) as error:
-            _caching.check(folder, asked, chosen, resume=False)
+            _caching.check_folder(folder, has_teacher=asked.given is not None)
+            _caching.check(folder, asked, chosen)
         return str(error.value)
 
-    _caching.check(plain, pair, hint, resume=False)  # there is none: it will be written
+    _caching.check(plain, pair, hint)  # there is none: it will be written
     assert _cache(plain, weights) == 0 and _cache(cut, weights, "--top-k", "2") == 0
     # `kdtl cache` without --taps serves what reads logits alone, and nothing more is read.
-    _caching.check(plain, pair, kd, resume=False)
+    _caching.check(plain, pair, kd)
     assert _caching.taps(kd, pair) == ["logits"] and _caching.taps(hint, pair) == sorted(LIVE)
     found = _caching.outputs(plain, pair, VARIABLES, "float32", ["logits"])
     assert set(found) == {"logits"}
@@ -210,7 +211,7 @@ def test_what_a_cache_cannot_serve_is_said_before_training(tmp_path: Path, weigh
     assert "holds logits, and hint read" in said(plain, hint)
     assert "teacher weights differ" in said(plain, kd, given=other)
     assert "complete it with kdtl cache" in said(half, kd) and "float16" in said(half, kd)
-    _caching.check(more, pair, kd, resume=False)
+    _caching.check(more, pair, kd)
     found = _caching.outputs(more, pair, VARIABLES, "float32", ["logits"])
     np.testing.assert_allclose(found["logits"], LIVE["logits"], atol=1e-5)
     plan = teacher_cache.open_cache(more, expect=None).plan

@@ -191,6 +191,9 @@ def test_every_kind_of_field_on_the_command_line_and_in_a_file(tmp_path: Path) -
     assert "as: b" in file.read_text()
     assert every("--config", str(file)) == wanted
     assert every("--config", str(file), "--rule", "c=3").rule == ("c=3",), "a flag replaces"
+    assert every("--as", "B").as_ == "b"
+    file.write_text("as: B")
+    assert every("--config", str(file)).as_ == "b"
     file.write_text("rule: 3")
     with pytest.raises(UsageError, match="rule: expected text, got 3"):
         every("--config", str(file))
@@ -199,7 +202,7 @@ def test_every_kind_of_field_on_the_command_line_and_in_a_file(tmp_path: Path) -
         (["--share", "nan"], "--share/-s: expected a finite number, got 'nan'"),
         (["--share", "half"], "--share/-s: expected a number, got 'half'"),
         (["--count", "0"], "--count: expected above 0, got 0"),
-        (["--as", "c"], "--as: invalid choice"),
+        (["--as", "c"], "--as: expected one of a, b, got 'c'"),
         (["--names", ","], "--names: expected at least one name"),
     ):
         with pytest.raises(UsageError, match=re.escape(message)):

@@ -45,15 +45,15 @@ def teacher(run_of_kd: Path) -> Path:
         (["--layers", "hidden_0"], 2, "student_tap:teacher_tap"),
         (["--epoch", "3"], 2, "did you mean --epochs"),
         (["--process", "0"], 2, "give all of coordinator"),
-        (["--loss-weights", "kdd=1"], 1, "student_alone: task; kd: kd, task"),
-        (["--loss-weights", "dkd.kd=1"], 1, "method.term=weight"),
+        (["--loss-weights", "kdd=1"], 2, "student_alone: task; kd: kd, task"),
+        (["--loss-weights", "dkd.kd=1"], 2, "method.term=weight"),
         (["--layers", "hidden_0:hidden_9"], 1, "no tap 'hidden_9'. It has dense_0, hidden_0"),
         (["--batch-size", "64"], 1, "a batch of 64 is larger than the 45 training examples"),
         (["--per-class", "2"], 1, "a batch of 8 is larger than the 6 training examples"),
         (["--per-class", "99"], 1, "99 asked"),
-        (["--microbatches", "3"], 1, "does not divide into 3 microbatches"),
+        (["--microbatches", "3"], 2, "does not divide into 3 microbatches"),
         (["--mesh", "data=16"], 1, "there are 8"),
-        (["--mesh", "data=3"], 1, "Choose a multiple of 3"),
+        (["--mesh", "data=3"], 2, "Choose a multiple of 3"),
         (["--data", "none.npz"], 1, "no such file"),
         (["--student", "cnn:4"], 1, "images must be"),
         (["--teacher-weights", "none.safetensors"], 1, "no such file"),
@@ -75,6 +75,44 @@ def test_bad_input_is_told_before_anything_is_trained(
     settings = cli.parse(["distill", "--out", str(run)])
     with _output.run_folder(settings, "distill"):
         pass  # the next attempt may go to the same folder
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        ("distill", "--resume", "there is no run in"),
+        ("distill", "--loss-weights kdd=1", "'kdd' is not a term here"),
+        ("distill", "--methods at,minilm --loss-weights at.kd=1", "at: at, task; minilm: "),
+        ("distill", "--augment flip --teacher-cache c", "not for --augment's views"),
+        ("distill", "--batch-size 8 --microbatches 3", "does not divide into 3 microbatches"),
+        ("distill", "--target numbers --label-smoothing 0.1", "the targets are numbers"),
+        ("distill", "--student none.py:Net", "none.py: no such file"),
+        ("sweep", "--resume", "there is no run in"),
+        ("sweep", "--grid temprature=1,2 fast=1", "'temprature', 'fast' are no axes of kd, "),
+        ("sweep", "--teacher none.py:Net", "none.py: no such file"),
+        ("transfer", "--resume", "there is no run in"),
+        ("transfer", "--class-weights balanced --labels-per-class 3", "has 3 labels already"),
+        ("transfer", "--model none.py:Net", "none.py: no such file"),
+        ("cache", "--teacher none.py:Net --teacher-weights x", "none.py: no such file"),
+    ],
+)
+def test_usage_errors_are_told_before_the_data_are_read(
+    tmp_path: Path, command: str, words: str, message: str, capsys: Captured
+) -> None:
+    data = ["--data", tmp_path / "none.npz", "--out", tmp_path / "run"]
+    assert kdtl(command, *data, *words.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_that_is_there_is_told_before_the_data_are_read(
+    run_of_kd: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    data = ["--data", tmp_path / "none.npz", "--out", run_of_kd]
+    for command in ("distill", "sweep", "transfer"):
+        assert kdtl(command, *data) == 1
+        assert "is not empty" in capsys.readouterr().err
+    assert kdtl("distill", *data, *SHORT, "--resume") == 2
+    assert "was run with other settings: data (" in capsys.readouterr().err
 
 
 def test_a_teacher_of_other_shapes_is_named_leaf_by_leaf(

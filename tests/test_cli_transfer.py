@@ -163,7 +163,7 @@ def test_bad_usage_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (("--target-classes", "x"), "expected A-B"),
         (("--canvas", "3"), "needs images"),
         (("--rename", "nothing"), "expected 'REGEX=>NAME'"),
-        (("--on-mismatch", "stretch"), "invalid choice"),
+        (("--on-mismatch", "stretch"), "expected one of error, keep, "),
     ):
         assert cli.main(arguments(data, tmp_path / "run", *more)) == 2, more
         assert says in capsys.readouterr().err

@@ -301,8 +301,30 @@ def test_images_of_floats_are_as_stored(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="0.tif: not a readable image .its pixels are floats"):
         datasets.read_inputs(tmp_path / "a", gray)
     image_folder(tmp_path)
-    with pytest.raises(ValueError, match="0.tif has 16 bits per pixel or floats, .* has 8"):
+    with pytest.raises(ValueError, match="0.tif has floats as pixels, .* whole numbers"):
         datasets.read(tmp_path)
+
+
+def test_gray_images_of_8_and_16_bits_have_one_scale(tmp_path: Path) -> None:
+    deep, shallow = (tmp_path / "x" / name for name in ("a", "b"))
+    deep.mkdir(parents=True)
+    shallow.mkdir()
+    large = PIXELS[:2].astype(np.uint16) * 257
+    large[0, 0, 0] += 100  # what 8 bits cannot hold stays
+    for i in range(2):
+        Image.fromarray(large[i]).save(deep / f"{i}.png")
+        Image.fromarray(PIXELS[i]).save(shallow / f"{i}.png")
+    found = datasets.read(tmp_path / "x")
+    assert "(2 L, 2 I;16) are all read as I;16, those of 8 bits times 257" in found.notices[-1]
+    np.testing.assert_array_equal(found.inputs[:2, ..., 0], large)
+    np.testing.assert_array_equal(found.inputs[2:, ..., 0], PIXELS[:2] * 257.0)
+    np.testing.assert_array_equal(datasets.read_inputs(shallow, found.form), found.inputs[2:])
+    # Colors stay colors.
+    Image.fromarray(PIXELS[0]).convert("RGB").save(shallow / "2.png")
+    found = datasets.read(tmp_path / "x")
+    assert "are all read as RGB, those of 16 bits divided by 257" in found.notices[-1]
+    np.testing.assert_array_equal(found.inputs[1], np.repeat(PIXELS[1][..., None], 3, axis=-1))
+    np.testing.assert_array_equal(found.inputs[4], np.repeat(PIXELS[0][..., None], 3, axis=-1))
 
 
 def test_idx_folders(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def one_line() -> Iterator[None]:
 
 def resume(folder: Path) -> None:
     asked = sweep.Settings(out=str(folder), resume=True)
-    with one_line(), _output.run_folder(asked, "sweep", resume=True):
+    with one_line(), _output.run_folder(asked, "sweep"):
         pass
 
 

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -142,8 +143,9 @@ def _add(group: Any, name: str, hint: Any, field: Any, default: Any) -> None:
     if "metavar" in about:
         options["metavar"] = about["metavar"]
     if "parse" not in about and not about.get("repeat") and about.get("positional") != "*":
-        literal = get_origin(hint) is Literal
-        options |= {"choices": get_args(hint)} if literal else {"type": _type(hint)}
+        options["type"] = _type(hint)
+        if (chosen := _choices(hint)) and "metavar" not in options:
+            options["metavar"] = f"{{{','.join(chosen)}}}"
     if about.get("repeat"):
         options |= {"action": "append", "default": None}
     if about.get("many"):
@@ -159,7 +161,28 @@ def _add(group: Any, name: str, hint: Any, field: Any, default: Any) -> None:
 def _type(hint: Any) -> Any:
     """What checks a value: jsonargparse does for text, but calls `nan` no float."""
     known = {float: _number, int: _whole, float | None: _number_or_none, int | None: _whole_or_none}
+    if chosen := _choices(hint):
+        return partial(_choice, chosen, type(None) in get_args(hint))
     return known.get(hint, hint)
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The values of a `Literal`, or of one that may be None; () for other types."""
+    hints = [hint, *get_args(hint)]
+    return next((get_args(each) for each in hints if get_origin(each) is Literal), ())
+
+
+def _choice(known: Sequence[str], is_optional: bool, value: Any) -> str | None:
+    """One of the known values, in any case and with `_` or `-`."""
+    if is_optional and value in (None, "null"):
+        return None
+    plain = {name.lower().replace("_", "-"): name for name in known}
+    asked = str(value).lower().replace("_", "-")
+    if asked not in plain:
+        raise argparse.ArgumentTypeError(
+            f"expected one of {', '.join(known)}, got {quoted(str(value))}{near(asked, known)}"
+        )
+    return plain[asked]
 
 
 def _whole(value: Any) -> int:

@@ -1,8 +1,9 @@
 """Images: folders of classes (`train/cat/1.png`), and bytes of image files in other data.
 
 Gray images have one channel, colored ones three, with transparency four; those of 16 bits or of
-floats are gray. A mixture becomes what holds all of them. Pixels are as stored: 0 to 255, to 65535,
-or any numbers.
+floats are gray. Pixels are as stored: 0 to 255, to 65535, or any numbers. A mixture becomes what
+holds all of them: gray images of 8 bits among those of 16 are multiplied by 257, those of 16 among
+colored ones divided by it. Floats have no scale that others could be brought to.
 """
 
 import io
@@ -25,7 +26,8 @@ SUFFIXES = (
     *(".ppm", ".pgm", ".pbm"),
 )
 MOST_PIXELS = 2**26  # of one image
-CHANNELS = {"L": 1, "I;16": 1, "RGB": 3, "RGBA": 4}
+CHANNELS = {"L": 1, "I;16": 1, "F": 1, "RGB": 3, "RGBA": 4}
+DEEPER = 257  # 65535 / 255: from 8 bits to 16
 ORIENTATION, SIDEWAYS = 274, (5, 6, 7, 8)  # of EXIF
 # What Pillow raises on broken files.
 _BROKEN = (
@@ -103,7 +105,7 @@ def form_of(
     Raises:
       ValueError: naming two files of different sizes, if no size is given, or a broken file.
     """
-    kinds = {"L": 0, "I;16": 0, "RGB": 0, "RGBA": 0}
+    kinds = dict.fromkeys(CHANNELS, 0)
     first: dict[tuple[int, int], int] = {}
     of_kind: dict[str, int] = {}
     for row in rows:
@@ -118,17 +120,20 @@ def form_of(
                 f"{other[1]} is {other[0]}. Resize all of them with --image-size."
             )
     there = [kind for kind, count in kinds.items() if count]
-    if "I;16" in there and len(there) > 1:
-        other = next(kind for kind in there if kind != "I;16")
+    if "F" in there and len(there) > 1:
+        other = next(kind for kind in there if kind != "F")
         raise ValueError(
-            f"{pictures.name}: {pictures.at(of_kind['I;16'])} has 16 bits per pixel or floats, "
-            f"{pictures.at(of_kind[other])} has 8. Give all of them one depth."
+            f"{pictures.name}: {pictures.at(of_kind['F'])} has floats as pixels, "
+            f"{pictures.at(of_kind[other])} has whole numbers. Save all of them alike."
         )
-    mode = there[-1]
-    notices = [] if len(there) == 1 else [
-        f"images of different kinds ({', '.join(f'{kinds[k]} {k}' for k in there)}) are all read "
-        f"as {mode}"
-    ]  # fmt: skip
+    mode, notices = there[-1], []
+    if len(there) > 1:
+        listed = ", ".join(f"{kinds[kind]} {kind}" for kind in there)
+        scaled = ""
+        if "I;16" in there:
+            how = "8 bits times" if mode == "I;16" else "16 bits divided by"
+            scaled = f", those of {how} {DEEPER}"
+        notices.append(f"images of different kinds ({listed}) are all read as {mode}{scaled}")
     height, width = image_size or next(iter(first))
     return Images(mode, image_size is not None), (height, width, CHANNELS[mode]), notices
 
@@ -182,7 +187,7 @@ def _kind(image: Any) -> str:
     if image.mode in ("1", "L"):
         return "L"
     if image.mode.startswith(("I", "F")):
-        return "I;16"
+        return "F" if image.mode[0] == "F" else "I;16"
     alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
     return "RGBA" if alpha else "RGB"
 
@@ -193,15 +198,7 @@ def _decoded(pictures: Pictures, row: int, images: Images, shape: tuple[int, ...
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
             image = ImageOps.exif_transpose(image)
-            if images.mode == "I;16":
-                image = Image.fromarray(np.asarray(image).astype(np.float32))
-            elif image.mode == "F":
-                raise ValueError(f"its pixels are floats, {images.mode} is expected")
-            elif image.mode.startswith("I"):  # 16 bits, where 8 are expected
-                image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255)
-                                        .astype(np.uint8)).convert(images.mode)  # fmt: skip
-            elif image.mode != images.mode:
-                image = image.convert(images.mode)
+            image = _in_mode(image, images.mode)
             height, width = shape[:2]
             size = f"{image.height}x{image.width}"
             if images.resize and (image.width, image.height) != (width, height):
@@ -215,6 +212,28 @@ def _decoded(pictures: Pictures, row: int, images: Images, shape: tuple[int, ...
             f"{height}x{width}. Resize all of them with --image-size."
         )
     return found
+
+
+def _in_mode(image: Any, mode: str) -> Any:
+    """The image with pixels of another kind, on that kind's scale.
+
+    Raises:
+      ValueError: if the two have no common scale.
+    """
+    kind = _kind(image)
+    if kind != mode and "F" in (kind, mode):
+        found = "floats" if kind == "F" else "whole numbers"
+        raise ValueError(f"its pixels are {found}, {mode} is expected")
+    if mode in ("I;16", "F"):  # as floats, which Pillow resizes
+        shallow = kind != mode
+        values = np.asarray(image.convert("L") if shallow else image).astype(np.float32)
+        return Image.fromarray(values * DEEPER if shallow else values)
+    if kind == "I;16":
+        values = np.asarray(image) / DEEPER
+        if values.min() < 0 or values.max() > 255:
+            raise ValueError(f"its pixels are not of 16 bits, {mode} is expected")
+        image = Image.fromarray(values.round().astype(np.uint8))
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _broken(pictures: Pictures, row: int, error: Exception) -> ValueError:

@@ -41,7 +41,7 @@ class Column(NamedTuple):
 class Images(NamedTuple):
     """How image files become arrays; height and width are in `Preprocessing.shape`."""
 
-    mode: str  # Pillow's: "L", "I;16", "RGB", "RGBA"
+    mode: str  # Pillow's: "L", "I;16", "F", "RGB", "RGBA"
     resize: bool = False  # images of another size are resized; otherwise they are refused
 
 

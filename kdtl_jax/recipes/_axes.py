@@ -3,7 +3,7 @@
 An axis is one of `AXES` or the name of a method's term. A setting is one value on every axis.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,22 @@ def own_axes(entry: Entry, setup: Setup, columns: Mapping[str, Any]) -> dict[str
     rows = list(zip(*own.values(), strict=True))
     first = sorted({row: i for i, row in reversed([*enumerate(rows)])}.values())
     return {name: column[first] for name, column in own.items()}
+
+
+def check(columns: Collection[str], known: Mapping[str, Collection[str]]) -> None:
+    """Raises UsageError if an axis is none of `AXES` and no method's.
+
+    Args:
+      columns: the axes.
+      known: a method's own axes or terms, by its name.
+    """
+    every = {*AXES, *(name for own in known.values() for name in own)}
+    if unknown := [axis for axis in columns if axis not in every]:
+        are = "are no axes" if unknown[1:] else "is not an axis"
+        raise UsageError(
+            f"{', '.join(map(repr, unknown))} {are} of {', '.join(known)}. Axes are "
+            f"{', '.join(AXES)}, task, and the names of a method's terms."
+        )
 
 
 def _by_axis(value: Any, parse: Callable[[Any], Any], form: str) -> dict[str, Any]:

@@ -21,26 +21,38 @@ def taps(entries: Sequence[Entry], pair: Pair) -> list[str]:
     return sorted(_models.output_shapes(pair.teacher, pair.example))
 
 
+def check_folder(folder: Path, *, has_teacher: bool) -> None:
+    """Says before the data are read why a cache that is there cannot serve.
+
+    Raises:
+      UsageError: naming the flag that helps.
+    """
+    plan, _ = _plan(folder)
+    if plan is None:
+        return
+    if not has_teacher:
+        raise UsageError(
+            f"--teacher-cache {folder} holds the outputs of a teacher. Name its weights with "
+            "--teacher-weights, or another folder for those of a teacher that is trained here."
+        )
+    if (plan.fingerprint.logits or "dense") != "dense":
+        raise UsageError(
+            f"--teacher-cache {folder} holds {plan.fingerprint.logits}, and these methods read all "
+            "classes. Write another with kdtl cache without --top-k."
+        )
+
+
 def check(
-    folder: Path, pair: Pair, entries: Sequence[Entry], *, resume: bool, precision: str = "float32"
+    folder: Path, pair: Pair, entries: Sequence[Entry], *, precision: str = "float32"
 ) -> None:
     """Says before anything is trained why a cache that is there cannot serve.
 
     Raises:
       UsageError: naming what differs and the flag that helps.
     """
-    is_whole = True
-    try:
-        plan = teacher_cache.open_cache(folder, expect=None, contents=False).plan
-    except (FileNotFoundError, ValueError):  # there is none, or one that is completed or mended
-        is_whole, plan = False, _begun(folder)
+    plan, is_whole = _plan(folder)
     if plan is None:
         return
-    if pair.given is None and not resume:
-        raise UsageError(
-            f"--teacher-cache {folder} holds the outputs of a teacher. Name its weights with "
-            "--teacher-weights, or another folder for those of a teacher that is trained here."
-        )
     needed, held = taps(entries, pair), plan.fingerprint.taps or ()
     lacking = [tap for tap in needed if tap not in held]
     if lacking:
@@ -49,11 +61,6 @@ def check(
             f"--teacher-cache {folder} holds {', '.join(held)}, and {', '.join(readers)} read "
             f"{', '.join(lacking)} too. Write another with kdtl cache --taps all, or leave these "
             "methods out."
-        )
-    if (plan.fingerprint.logits or "dense") != "dense":
-        raise UsageError(
-            f"--teacher-cache {folder} holds {plan.fingerprint.logits}, and these methods read all "
-            "classes. Write another with kdtl cache without --top-k."
         )
     try:
         if is_whole:
@@ -89,6 +96,14 @@ def outputs(
             preprocessing=_preprocessing(precision),
         )  # fmt: skip
     return teacher_cache.load(teacher_cache.open_cache(folder, expect=expected, contents=False))
+
+
+def _plan(folder: Path) -> tuple[teacher_cache.Plan | None, bool]:
+    """The plan of a cache, if there is one, and whether the cache is whole."""
+    try:
+        return teacher_cache.open_cache(folder, expect=None, contents=False).plan, True
+    except (FileNotFoundError, ValueError):  # there is none, or one that is completed or mended
+        return _begun(folder), False
 
 
 def _begun(folder: Path) -> teacher_cache.Plan | None:

@@ -194,3 +194,4 @@ _NUMBERS = Measure(
     _by_seed(_r_squared),
     judged=_judged(_traced_r_squared),
 )
+EVERY = (CLASSES, _LABELS, _NUMBERS)

@@ -58,6 +58,12 @@ def text_of(value: Any) -> str | None:
     return value
 
 
+def check(text: str | None) -> None:
+    """Imports a model of one's own: what is wrong with its file is said before data are read."""
+    if text is not None and model_files.is_own(text):
+        _own.imported(text)
+
+
 def described(text: str, classes: int, example: Any, *, dtype: Any = None) -> Network:
     """The network that a text names: one of the library's, or of the user's file.
 
@@ -126,6 +132,7 @@ def read_about(path: str | None, text: str | None, default: str) -> tuple[str, A
       UsageError: if the file holds another model than the user says.
       ValueError: if the file does not exist or its metadata are damaged.
     """
+    check(text)
     if path is None:
         return text or default, About()
     if _weights.is_hugging_face(path):

@@ -41,7 +41,6 @@ def run_folder(
     command: str,
     files: Mapping[str, str] | None = None,
     *,
-    resume: bool = False,
     saves: Sequence[str] = (),
     models: Sequence[str] = (),
 ) -> Iterator[Folder]:
@@ -55,7 +54,6 @@ def run_folder(
       settings: of the recipe, with `out` and `force`.
       command: its name, for `config.yaml`.
       files: the data and the weights that are read, by role.
-      resume: continue the run in the folder, if there is one.
       saves: the folders of checkpoints that will be written, as paths within the run folder; what
         is in their way is refused now, not when the training is done.
       models: the folders of models that will be written within the run folder; likewise.
@@ -66,35 +64,22 @@ def run_folder(
       UsageError: if the run to be resumed had other settings.
       RuntimeError: if another process has it.
     """
-    folder, config = Path(settings.out), as_yaml(settings, command, force=False, resume=False)
-    if resume and settings.force:
-        raise UsageError("--resume continues a run, --force overwrites it: give one of them.")
+    folder, config = Path(settings.out), _config(settings, command)
     with contextlib.ExitStack() as stack:
 
         def begin() -> str:
-            if folder.exists() and not folder.is_dir():
-                raise ValueError(f"--out {folder} is a file. Name a folder.")
-            names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-            names = {name for name in names - {".lock"} if not name.endswith(_files.TEMPORARY)}
-            taken_up = resume and "config.yaml" in names
+            taken_up = _is_taken_up(settings)
             is_ours = record.is_kept(folder)
-            few = names == SETTINGS or names <= SETTINGS - {"config.yaml"}
-            failed_early = not names or (is_ours and few)
-            if resume and not taken_up:
-                raise UsageError(f"--resume: there is no run in {folder}. Start without it.")
-            if not taken_up and not settings.force and not failed_early:
-                raise ValueError(
-                    f"--out {folder} is not empty, and nothing in it is overwritten. Name another "
-                    "folder, or pass --force."
-                )
             for name in saves:
                 checkpoint.check_removable(folder / name)
             for name in models:
                 _check_model(folder / name, is_ours=is_ours or taken_up)
             _files.check_free(folder / _students.FOLDER, _students.FOLDER)
-            if not taken_up and not failed_early and not is_ours:
-                foreign = {name for name in names if name.endswith(".safetensors")}
-                _files.refuse(folder, [folder / name for name in foreign | (names & WRITTEN)])
+            if folder.is_dir() and not is_ours and not taken_up:
+                there = list(folder.iterdir())
+                _files.refuse(
+                    folder, [x for x in there if x.name in WRITTEN or x.suffix == ".safetensors"]
+                )
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_files.locked(folder))
             for unfinished in folder.glob(f".*{_files.TEMPORARY}"):
@@ -119,6 +104,51 @@ def run_folder(
             return run
 
         yield Folder(folder, processes.decide(begin))
+
+
+def check_out(settings: Any, command: str) -> None:
+    """Refuses, before anything is read, what `run_folder` would refuse by the settings alone.
+
+    Settings that are None may follow from the data: `run_folder` compares them.
+
+    Raises:
+      ValueError: if the folder holds something, or is a file.
+      UsageError: if there is no run to be resumed, or it had other settings.
+    """
+
+    def check() -> None:
+        if _is_taken_up(settings):
+            open_ = [name for name, value in vars(settings).items() if value is None]
+            _check_same(Path(settings.out), _config(settings, command), command, but=open_)
+
+    processes.decide(check)
+
+
+def _config(settings: Any, command: str) -> str:
+    return as_yaml(settings, command, force=False, resume=False)
+
+
+def _is_taken_up(settings: Any) -> bool:
+    """Whether the settings resume the run in their folder, which otherwise must be free."""
+    folder, resume = Path(settings.out), getattr(settings, "resume", False)
+    if resume and settings.force:
+        raise UsageError("--resume continues a run, --force overwrites it: give one of them.")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file. Name a folder.")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = {name for name in names - {".lock"} if not name.endswith(_files.TEMPORARY)}
+    if resume:
+        if "config.yaml" not in names:
+            raise UsageError(f"--resume: there is no run in {folder}. Start without it.")
+        return True
+    few = names == SETTINGS or names <= SETTINGS - {"config.yaml"}
+    failed_early = few and record.is_kept(folder)
+    if names and not failed_early and not settings.force:
+        raise ValueError(
+            f"--out {folder} is not empty, and nothing in it is overwritten. Name another "
+            "folder, or pass --force."
+        )
+    return False
 
 
 def _check_model(folder: Path, *, is_ours: bool) -> None:
@@ -153,8 +183,8 @@ def _now() -> str:
     return datetime.datetime.now().astimezone().isoformat(" ", "seconds")
 
 
-def _check_same(folder: Path, config: str, command: str) -> str:
-    """The identity of the run to be resumed, after comparing its settings."""
+def _check_same(folder: Path, config: str, command: str, but: Sequence[str] = ()) -> str:
+    """The identity of the run to be resumed, after comparing its settings, but for some."""
     file = folder / "config.yaml"
     try:
         known = yaml_files.read(file)
@@ -168,7 +198,7 @@ def _check_same(folder: Path, config: str, command: str) -> str:
     other = [
         f"{_text.shown(name)} ({_text.shown(known.get(name))}, now {_text.shown(now.get(name))})"
         for name in [*now, *(name for name in known if name not in now)]
-        if name not in FREE and known.get(name) != now.get(name)
+        if name not in {*FREE, *but} and known.get(name) != now.get(name)
     ]
     if other:
         more = f" and {len(other) - 8} more" if len(other) > 8 else ""
@@ -202,21 +232,6 @@ def counted_programs() -> Iterator[Callable[[], str]]:
     finally:
         jax.monitoring.unregister_event_listener(hit)
         jax.monitoring.unregister_event_duration_listener(compiled)
-
-
-def devices(asked: int | None) -> list[Any]:
-    """The first `asked` devices (None: all), virtual ones on a CPU; call it before any is used.
-
-    Raises:
-      UsageError: if there are fewer.
-    """
-    if asked is not None and asked > 1:
-        with contextlib.suppress(RuntimeError):  # the back end is up, with as many as it has
-            jax.config.update("jax_num_cpu_devices", asked)
-    have = jax.devices()
-    if asked is not None and asked > len(have):
-        raise UsageError(f"--devices {asked}: there are {len(have)} devices here.")
-    return have[:asked]
 
 
 def finish(folder: Path, results: report.Results, table: str | None = None) -> None:

@@ -1,7 +1,8 @@
 """A teacher and a student on one data set: what `kdtl distill` and `kdtl sweep` begin with."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +78,7 @@ def read(settings: Any, *, dtype: Any = None, kinds: Sequence[Kind] = ("classes"
     """
     path = settings.teacher_weights
     text, about = _models.read_about(path, settings.teacher, DEFAULT_TEACHER)
+    _models.check(settings.student)
     splits, form = _models.read_data(settings, about, path, kinds=kinds)
     _models.check_parts(splits)
     part = splits.train
@@ -96,10 +98,9 @@ def read(settings: Any, *, dtype: Any = None, kinds: Sequence[Kind] = ("classes"
     about = About(None, part.classes, form.scaling, part.names, part.inputs.shape[1:], form)
     measure = _measures.of(form)
     task = measure.task
+    _tasks.check(settings, form.kind)
     if form.kind == "classes":
         task = _tasks.task(settings, part.labels, part.classes)
-    elif settings.label_smoothing or settings.class_weights != "none":
-        raise UsageError(_tasks.for_classes(form.kind))
     return Pair(splits, about, arrays, text, large, small, given, files, example, task, measure)
 
 
@@ -112,8 +113,7 @@ def setup(
     layers: Sequence[tuple[str, str]] = (),
 ) -> Setup:
     """The pair as methods see it; without `frozen` with a blank teacher, for checks beforehand."""
-    shapes = _models.abstract(pair.teacher, pair.example)
-    blank: Variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    blank = _blank(pair.teacher, pair.example)
     inputs = pair.arrays["inputs"]
     return methods.setup(
         pair.student.apply,
@@ -130,6 +130,11 @@ def setup(
         task=pair.task,
         exclusive=pair.measure.kind == "classes",
     )
+
+
+def _blank(net: Network, example: Array) -> Variables:
+    """Zeros in the shapes of a network's variables."""
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _models.abstract(net, example))
 
 
 def entries() -> dict[str, Entry]:
@@ -160,19 +165,14 @@ def check_any(
         )
 
 
-def check_augmentation(settings: Any, pair: Pair) -> None:
-    """Raises UsageError if the data, their targets or a cache do not go with `--augment`."""
-    if settings.augment and settings.teacher_cache is not None:
-        raise UsageError(
-            "--teacher-cache holds outputs for the images as they are, not for --augment's views. "
-            "Give one or the other."
-        )
-    mixed = [name for name in settings.augment if name.startswith(("mixup", "cutmix"))]
+def check_augmentation(chosen: Sequence[str], pair: Pair) -> None:
+    """Raises UsageError if the data or their targets do not go with `--augment`."""
+    mixed = [name for name in chosen if name.startswith(("mixup", "cutmix"))]
     if mixed and pair.measure.kind != "classes":
         raise UsageError(
             f"--augment {mixed[0]} mixes classes, the targets are {pair.measure.kind}."
         )
-    if settings.augment and pair.arrays["inputs"].ndim != 4:
+    if chosen and pair.arrays["inputs"].ndim != 4:
         raise UsageError(
             f"--augment needs images [N, H, W, C], the data is {list(pair.arrays['inputs'].shape)}."
         )
@@ -290,19 +290,65 @@ def build_all(
             built[entry.name] = build(entry, setup, settings.temperature)
         else:
             notes.append(f"{entry.name} does not apply: {why}.")
-    terms = {name: sorted(method.weights) for name, method in built.items()}
+    check_weights(settings.loss_weights, {name: method.weights for name, method in built.items()})
     for key, weight in settings.loss_weights.items():
+        asked, dot, term = key.rpartition(".")
+        for name in [asked] if dot else [name for name in built if name != BASELINE]:
+            method = built[name]
+            # method.term wins over term
+            if term in method.weights and (dot or f"{name}.{term}" not in settings.loss_weights):
+                built[name] = method._replace(weights={**method.weights, term: weight})
+    return built, notes
+
+
+def check_weights(asked: Mapping[str, float], terms: Mapping[str, Collection[str]]) -> None:
+    """Raises UsageError if a key of `--loss-weights` is not a term of a method.
+
+    Args:
+      asked: weights by `term` or `method.term`.
+      terms: by method.
+    """
+    for key in asked:
         name, dot, term = key.rpartition(".")
-        asked = [name] if dot else [name for name in terms if name != BASELINE]
-        having = [name for name in asked if term in terms.get(name, ())]
-        if not having:
-            listed = "; ".join(f"{name}: {', '.join(found)}" for name, found in terms.items())
-            raise ValueError(
+        having = [name] if dot else [method for method in terms if method != BASELINE]
+        if not any(term in terms.get(name, ()) for name in having):
+            listed = "; ".join(f"{name}: {', '.join(sorted(own))}" for name, own in terms.items())
+            raise UsageError(
                 f"--loss-weights: {key!r} is not a term here. The terms are {listed}. Write "
                 "term=weight, or method.term=weight for one method."
             )
-        for name in having:  # method.term wins over term
-            if dot or f"{name}.{term}" not in settings.loss_weights:
-                method = built[name]
-                built[name] = method._replace(weights={**method.weights, term: weight})
-    return built, notes
+
+
+def terms(entries: Sequence[Entry], settings: Any) -> dict[str, Collection[str]] | None:
+    """The terms of the methods that could be compared, before data and models are known.
+
+    A method has the same terms wherever it applies. None if one is the user's own.
+    """
+    found: dict[str, Collection[str]] = {}
+    target = "classes" if settings.data == "digits" else settings.target
+    measures = [each for each in _measures.EVERY if target in ("auto", each.kind)]
+    for entry in (entry for each in measures for entry in suited(entries, settings, each)):
+        if entry not in methods.table():
+            return None
+        setup = next(setup for setup in _small() if entry.applies(setup) is None)
+        found[entry.name] = entry.build(setup).weights
+    return found
+
+
+@functools.cache
+def _small() -> tuple[Setup, ...]:
+    """A pair of networks for every method of the table."""
+    example, found = jnp.zeros((2, 8, 8, 3)), []
+    vit = "vit:patch=4,width=8,layers=2,heads=2"
+    pairs = [("cnn:4,4", _measures.CLASSES), (vit, _measures.CLASSES)]
+    for text, measure in [*pairs, *(("mlp:4", measure) for measure in _measures.EVERY)]:
+        net = _models.described(text, 3, example)
+        variables = _blank(net, example)
+        found.append(
+            methods.setup(
+                net.apply, net.apply, student_variables=variables, teacher_variables=variables,
+                inputs=example, examples=4, steps=2, student_layout=net.layout,
+                teacher_layout=net.layout, task=measure.task, exclusive=measure.kind == "classes",
+            )
+        )  # fmt: skip
+    return tuple(found)

@@ -10,6 +10,7 @@ from jax import Array
 
 from kdtl_jax import objective
 from kdtl_jax.objective import TermsFn
+from kdtl_jax.recipes.settings import UsageError
 
 
 def cross_entropy(inputs: objective.Inputs) -> dict[str, Array]:
@@ -51,9 +52,20 @@ def task(settings: Any, labels: np.ndarray, classes: int) -> TermsFn:
     return terms
 
 
-def for_classes(kind: str) -> str:
-    """The message where targets are no classes."""
-    return f"--label-smoothing and --class-weights are for classes, the targets are {kind}."
+def check(settings: Any, kind: str | None = None) -> None:
+    """Raises UsageError if what is for classes is asked of other targets.
+
+    Args:
+      settings: `label_smoothing`, `class_weights` and `target`.
+      kind: of the targets; None: as the settings say, which may leave it to the data.
+    """
+    kind = kind or settings.target
+    if kind in ("labels", "numbers") and (
+        settings.label_smoothing or settings.class_weights != "none"
+    ):
+        raise UsageError(
+            f"--label-smoothing and --class-weights are for classes, the targets are {kind}."
+        )
 
 
 def balanced(labels: np.ndarray, classes: int) -> np.ndarray:

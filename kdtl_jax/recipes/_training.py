@@ -20,6 +20,7 @@ from jax import Array
 from kdtl_jax import augment, objective, train
 from kdtl_jax._types import PyTree, Variables
 from kdtl_jax.recipes._optimizers import used
+from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.run import checkpoint, scores
 from kdtl_jax.train import Batch, TrainState
 
@@ -307,14 +308,14 @@ def even_checks(epochs: int, most: int = CHECKS) -> int:
 
 
 def check_batch(batch_size: int, size: int, microbatches: int = 1, devices: int = 1) -> None:
-    """Raises ValueError if no batch of that size can be made, or not divided."""
+    """Raises ValueError if no batch of that size can be made, UsageError if it is not divided."""
     if batch_size > size:
         raise ValueError(
             f"a batch of {batch_size} is larger than the {size} training examples. Choose a "
             "smaller --batch-size."
         )
     if batch_size % (microbatches * devices):
-        raise ValueError(
+        raise UsageError(
             f"a batch of {batch_size} does not divide into {microbatches} microbatches on "
             f"{devices} devices. Choose a multiple of {microbatches * devices}."
         )

@@ -92,9 +92,7 @@ def run(settings: Settings) -> None:
     scaling = standardizer(raw.train)
     splits = Splits(*(scaling.apply(part) for part in raw))
     with (
-        _output.run_folder(
-            settings, "demo", {"data": data.data}, resume=settings.resume, saves=["checkpoints"]
-        ) as where,
+        _output.run_folder(settings, "demo", {"data": data.data}, saves=["checkpoints"]) as where,
         _output.counted_programs() as programs,
         _output.hint_of_resuming("demo", where.path),
         shown() as bar,

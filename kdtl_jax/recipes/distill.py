@@ -8,7 +8,7 @@ seed by seed with the student that learns from the labels alone.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from kdtl_jax import methods
 from kdtl_jax.datasets import KINDS, per_class
@@ -24,6 +23,7 @@ from kdtl_jax.recipes import (
     _caching,
     _choice,
     _defaults,
+    _devices,
     _evidence,
     _logs,
     _measures,
@@ -35,12 +35,13 @@ from kdtl_jax.recipes import (
     _progress,
     _seeds,
     _students,
+    _tasks,
     _training,
 )
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._pair import BASELINE, TEACHER
 from kdtl_jax.recipes.settings import UsageError, setting
-from kdtl_jax.run import processes, report, sharding
+from kdtl_jax.run import report
 from kdtl_jax.train import precision
 
 STUDENTS = "distillation"  # their family in the table
@@ -56,8 +57,8 @@ EXAMPLES = """
 
 @dataclass(frozen=True)
 class Settings(
-    _pair.Models, _own.Terms, _optimizers.Training, _optimizers.Kept, _logs.Logged, types.Data,
-    types.Output,
+    _pair.Models, _own.Terms, _optimizers.Training, _optimizers.Kept, _devices.Meshed, _logs.Logged,
+    types.Data, types.Output,
 ):  # fmt: skip
     """What fixes a run of `kdtl distill`."""
 
@@ -110,22 +111,6 @@ class Settings(
         False, "train seeds one after another; default: all at once, except convolutions on a CPU",
         group="devices",
     )  # fmt: skip
-    mesh: Mapping[str, int] = setting(
-        {}, "data=4,fsdp=2: split batches over 8 devices, weights over 2 of them",
-        metavar="AXIS=N,...", parse=types.mesh_sizes, group="devices",
-    )  # fmt: skip
-    coordinator: str | None = setting(
-        None,
-        "address of process 0 in a multi-process run (see --process)",
-        metavar="HOST:PORT",
-        group="devices",
-    )
-    processes: int | None = setting(
-        None, "number of processes", metavar="N", least=1, group="devices"
-    )
-    process: int | None = setting(
-        None, "index of this process, from 0", metavar="I", least=0, group="devices"
-    )
     save_every: int | None = setting(
         None, "epochs between saves; default: only at the end", metavar="N", least=1
     )
@@ -152,14 +137,16 @@ def run(settings: Settings) -> int:
     own = _own.entries(settings)
     entries = types.chosen(settings.methods, {**_pair.entries(), **own}, "kdtl distill")
     entries += [entry for entry in own.values() if entry not in entries]
-    mesh = join_mesh(settings)  # before anything touches a device
+    mesh = _devices.joined(settings)  # before anything touches a device
+    _output.check_out(settings, "distill")
+    check(settings, entries, 1 if mesh is None else mesh.size)
     pair = _pair.read(settings, dtype=DTYPES[settings.precision], kinds=KINDS)
     entries = _pair.suited(entries, settings, pair.measure)
     inputs, classes = pair.arrays["inputs"], pair.splits.train.classes
-    _pair.check_augmentation(settings, pair)
+    _pair.check_augmentation(settings.augment, pair)
     if settings.teacher_cache is not None:
         cache = Path(settings.teacher_cache)
-        _caching.check(cache, pair, entries, resume=settings.resume, precision=settings.precision)
+        _caching.check(cache, pair, entries, precision=settings.precision)
     rows, size = None, len(inputs)
     divisor = settings.microbatches * (1 if mesh is None else mesh.size)
     fixed = _defaults.resolved(settings, size, classes, divisor)
@@ -189,7 +176,7 @@ def run(settings: Settings) -> int:
 
     learners = [*([TEACHER] if pair.given is None else []), *built]
     folder_of_run = _output.run_folder(
-        fixed, "distill", {**pair.files, **_own.files(settings)}, resume=settings.resume,
+        fixed, "distill", {**pair.files, **_own.files(settings)},
         saves=[f"checkpoints/{name}" for name in learners],
     )  # fmt: skip
     with (
@@ -371,18 +358,19 @@ def run(settings: Settings) -> int:
     return 1 if failed else 0
 
 
-def join_mesh(settings: Settings) -> Mesh | None:
-    """The mesh of the settings, after joining the other processes, if there are any."""
-    several = (settings.coordinator, settings.processes, settings.process)
-    if any(value is not None for value in several):
-        try:
-            processes.initialize(
-                coordinator=settings.coordinator,
-                processes=settings.processes,
-                process=settings.process,
-            )
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-    elif not settings.mesh:
-        return None
-    return sharding.make_mesh(**settings.mesh)
+def check(settings: Settings, entries: Sequence[methods.Entry], devices: int) -> None:
+    """Raises UsageError if settings contradict each other, whatever the data are."""
+    _tasks.check(settings)
+    if settings.augment and settings.teacher_cache is not None:
+        raise UsageError(
+            "--teacher-cache holds outputs for the images as they are, not for --augment's views. "
+            "Give one or the other."
+        )
+    if settings.batch_size is not None:
+        size = settings.batch_size
+        _training.check_batch(size, size, settings.microbatches, devices)
+    if settings.teacher_cache is not None:
+        has_teacher = settings.teacher_weights is not None or settings.resume
+        _caching.check_folder(Path(settings.teacher_cache), has_teacher=has_teacher)
+    if settings.loss_weights and (terms := _pair.terms(entries, settings)):
+        _pair.check_weights(settings.loss_weights, {BASELINE: ("task",), **terms})

@@ -178,7 +178,7 @@ def run(settings: Settings) -> int:
                *(method.name for method in chosen)]  # fmt: skip
     files |= {f"data {path}": path for path in settings.data}
     folder_of_run = _output.run_folder(
-        settings, "language", files, resume=settings.resume, models=[*learners, *converted],
+        settings, "language", files, models=[*learners, *converted],
         saves=[f"checkpoints/{name}" for name in learners],
     )  # fmt: skip
     with folder_of_run as (folder, who), _progress.shown() as say:

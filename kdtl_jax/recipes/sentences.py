@@ -113,7 +113,7 @@ def run(settings: Settings) -> int:
     files = {"encoder": str(encoder), "text": str(text)}
     learners = [(name, seed) for name in (DISTILLED, BASELINE) for seed in range(settings.seeds)]
     folder_of_run = _output.run_folder(
-        settings, "sentences", files, resume=settings.resume, models=["student"],
+        settings, "sentences", files, models=["student"],
         saves=[f"checkpoints/{name}_{seed}" for name, seed in learners],
     )  # fmt: skip
     with (

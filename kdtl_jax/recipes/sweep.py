@@ -26,6 +26,7 @@ from kdtl_jax.recipes import (
     _axes,
     _choice,
     _defaults,
+    _devices,
     _finished,
     _halving,
     _logs,
@@ -36,6 +37,7 @@ from kdtl_jax.recipes import (
     _progress,
     _seeds,
     _sweep_report,
+    _tasks,
     _training,
 )
 from kdtl_jax.recipes import settings as types
@@ -139,6 +141,10 @@ def run(settings: Settings) -> None:
         raise UsageError(
             "--halving stops settings as a whole, --early-stopping one student. Give one of them."
         )
+    _output.check_out(settings, "sweep")
+    _tasks.check(settings)
+    if columns.keys() - {*_axes.AXES} and (terms := _pair.terms(chosen, settings)):
+        _axes.check(columns, terms)
     pair = _pair.read(settings, kinds=KINDS)
     chosen = _pair.suited(chosen, settings, pair.measure)
     size = len(pair.arrays["labels"])
@@ -150,12 +156,7 @@ def run(settings: Settings) -> None:
     blank = _pair.setup(pair, None, **of_setup)
     entries, notes = suitable(chosen, blank)
     axes = {entry.name: _axes.own_axes(entry, blank, columns) for entry in entries}
-    unknown = [axis for axis in columns if not any(axis in own for own in axes.values())]
-    if unknown:
-        raise UsageError(
-            f"{unknown[0]!r} is not an axis of {', '.join(axes)}. Axes are "
-            f"{', '.join(_axes.AXES)}, task, and the names of a method's terms."
-        )
+    _axes.check(columns, axes)
     if "alpha" in columns:
         large, small = (_models.abstract(n, pair.example) for n in (pair.teacher, pair.student))
         jax.eval_shape(scaled_start, large.params, small.params, jnp.float32(1))
@@ -168,9 +169,7 @@ def run(settings: Settings) -> None:
 
     saves = [f"checkpoints/{_pair.TEACHER}"] if pair.given is None else []
     with (
-        _output.run_folder(
-            settings, "sweep", pair.files, resume=settings.resume, saves=saves
-        ) as where,
+        _output.run_folder(settings, "sweep", pair.files, saves=saves) as where,
         _output.counted_programs() as programs,
         _output.hint_of_resuming("sweep", where.path),
         _progress.shown() as bar,
@@ -378,4 +377,4 @@ def spread(settings: Settings) -> list[Any] | None:
         raise UsageError(
             f"--devices spreads students that run together, not --path {settings.path}."
         )
-    return _output.devices(settings.devices)
+    return _devices.first(settings.devices)

@@ -142,7 +142,10 @@ def run(settings: Settings) -> int | None:
     surgery = Surgery(rename=types.renames(settings.rename), on_mismatch=policy)
     if settings.where is not None:
         surgery = surgery._replace(where=types.selector(settings.where))
+    _output.check_out(settings, "transfer")
+    check(settings)
     text, about = _models.read_about(path, settings.model, "mlp:128,64")
+    given = None if path is None else _models.load_tree(path)
     form, source_part, target = read(settings, about)
     measure = _measures.of(form)
     settings = resolved(settings, measure)
@@ -151,7 +154,6 @@ def run(settings: Settings) -> int | None:
     chosen = suited(chosen, settings, measure, source_kind)
     example = jnp.asarray(target.train.inputs[:1])
     net = _models.described(text, target.train.classes, example)
-    given = None if path is None else _models.load_tree(path)
     if path is not None:
         record.check_finite(path, given)
         if _targets.source_head(given) is None and settings.methods == ways.DEFAULT:
@@ -159,9 +161,7 @@ def run(settings: Settings) -> int | None:
     files = {"data": settings.data, **({} if path is None else {"source_weights": path})}
     files |= {"student": _own.file_of(text)} if model_files.is_own(text) else {}
     with (
-        _output.run_folder(
-            settings, "transfer", files, resume=settings.resume, saves=["checkpoints"]
-        ) as where,
+        _output.run_folder(settings, "transfer", files, saves=["checkpoints"]) as where,
         _output.counted_programs() as programs,
         _output.hint_of_resuming("transfer", where.path),
         _progress.shown() as bar,
@@ -282,14 +282,21 @@ def resolved(settings: Settings, measure: Measure) -> Settings:
         few = _defaults.LABELS if settings.data == "digits" else 0
     if few and not is_classes:
         raise UsageError(f"--labels-per-class {few}: the targets are {measure.kind}, not classes.")
+    _tasks.check(settings, measure.kind)
+    rates = settings.learning_rates or _optimizers.to_try(settings)
+    return dataclasses.replace(settings, labels_per_class=few, learning_rates=rates)
+
+
+def check(settings: Settings) -> None:
+    """Raises UsageError if settings contradict each other, whatever the data are."""
+    _tasks.check(settings)
+    few = settings.labels_per_class
+    if few is None and settings.data == "digits":
+        few = _defaults.LABELS
     if settings.class_weights != "none" and few:
         raise UsageError(
             f"--class-weights: every class has {few} labels already. Give --labels-per-class 0."
         )
-    if not is_classes and (settings.label_smoothing or settings.class_weights != "none"):
-        raise UsageError(_tasks.for_classes(measure.kind))
-    rates = settings.learning_rates or _optimizers.to_try(settings)
-    return dataclasses.replace(settings, labels_per_class=few, learning_rates=rates)
 
 
 def suited(
