@@ -1,14 +1,17 @@
 """Forms of one computation timed in alternating rounds, and compared with a peer's results."""
 
 import os
+import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any
 
 import jax
 import numpy as np
+
+import kdtl_jax
 
 ON_CPU = jax.default_backend() == "cpu"
 CORES = len(os.sched_getaffinity(0))
@@ -17,16 +20,32 @@ Clock = Callable[[], float]  # seconds
 Seconds = dict[str, list[float]]  # of every round, by form
 
 
-def measure(forms: dict[str, Form], rounds: int, clock: Clock = time.perf_counter) -> Seconds:
-    """Seconds of every form in every round, interleaved, after one warm-up."""
+def machine() -> str:
+    """The machine and the versions, in a line."""
+    versions = f"jax {jax.__version__}, numpy {np.__version__}, kdtl_jax {kdtl_jax.__version__}"
+    return (
+        f"{platform.machine()}, {CORES} cores, {jax.devices()[0].device_kind}; {versions}, "
+        f"Python {platform.python_version()}"
+    )
+
+
+def measure(
+    forms: Mapping[str, Form], rounds: int, clock: Clock = time.perf_counter, *, steps: int = 1
+) -> Seconds:
+    """Seconds per step of every form in every round, interleaved, after one warm-up.
+
+    A form makes so many `steps`. Each round begins with another form: what runs after a large one
+    finds colder caches.
+    """
     for form in forms.values():
         form()
     seconds: Seconds = {name: [] for name in forms}
-    for _ in range(rounds):
-        for name, form in forms.items():
+    names = list(forms)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
             start = clock()
-            form()
-            seconds[name].append(clock() - start)
+            forms[name]()
+            seconds[name].append((clock() - start) / steps)
     return seconds
 
 

@@ -37,10 +37,7 @@ of paired rounds.
 import argparse
 import json
 import os
-import platform
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -48,14 +45,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _rounds import Form, machine, measure
 
-import kdtl_jax
 from kdtl_jax import losses, train
 from kdtl_jax.models import Conv3x3
 
 BATCH, TEMPERATURE, RATE, MOMENTUM = 64, 4.0, 0.05, 0.9
 FLOOR = "hand-written jax step"
-Form = Callable[[], None]  # runs one epoch to completion
 
 
 def mlp_init(key: jax.Array, widths: list[int]) -> Any:
@@ -276,19 +272,6 @@ def torch_forms(kind: str, data: Any, steps: int) -> dict[str, Form]:
     return found
 
 
-def measure(forms: dict[str, Form], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds per step of every form in every round, interleaved, after one warm-up epoch."""
-    for form in forms.values():
-        form()
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(rounds):
-        for name, form in forms.items():
-            start = time.perf_counter()
-            form()
-            seconds[name].append((time.perf_counter() - start) / steps)
-    return seconds
-
-
 def table(kind: str, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
     base = "torch eager" if "torch eager" in seconds else FLOOR
     rows = []
@@ -314,12 +297,8 @@ def main() -> None:
     parser.add_argument("--model", choices=("mlp", "cnn"), help="one of the two; default: both")
     parser.add_argument("--json", help="write the rows here")
     args = parser.parse_args()
-    versions = (
-        f"jax {jax.__version__}, kdtl_jax {kdtl_jax.__version__}, python {sys.version.split()[0]}"
-    )
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}; {versions}"
-    )
+    versions = machine()
+    print(versions)
     rng, rows = np.random.default_rng(0), []
     for kind, shape, steps in [("mlp", (64,), 100), ("cnn", (28, 28, 1), 20)]:
         if args.model not in (None, kind):
@@ -338,7 +317,7 @@ def main() -> None:
             forms |= torch_forms(kind, data, steps)
         except ImportError:
             print("torch is not installed: the peers are left out (pip install torch==2.13.0)")
-        rows += table(kind, measure(forms, args.rounds, steps))
+        rows += table(kind, measure(forms, args.rounds, steps=steps))
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"versions": versions, "rows": rows}, file, indent=1)

@@ -34,19 +34,16 @@ most of what it gains; with cached outputs there is nothing of that kind left to
 import argparse
 import json
 import os
-import platform
 import statistics
-import sys
-import time
 from typing import Any
 
+import _rounds
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from step_time import BATCH, MOMENTUM, RATE, as_model, cnn_apply, cnn_init, mlp_apply, mlp_init
 
-import kdtl_jax
 from kdtl_jax import losses, train
 from kdtl_jax.interop import linen
 from kdtl_jax.models import cnn
@@ -233,7 +230,7 @@ def measure(kind: str, rounds: int) -> list[dict[str, Any]]:
     taught = {"logits": jax.jit(apply)(teacher_params, inputs)}
     index = train.epoch_index(k2, 0, steps * BATCH, BATCH)
     data = {"inputs": inputs, "labels": labels}
-    forms: dict[str, Any] = {}
+    forms: dict[str, _rounds.Form] = {}
     for name in ("live", "cached") if kind == "mlp" else ("cached",):
         teacher = as_model(apply) if name == "live" else None
         given = teacher_params if name == "live" else None
@@ -264,14 +261,7 @@ def measure(kind: str, rounds: int) -> list[dict[str, Any]]:
                 )
         except ImportError:
             print("torch is not installed: the peer is left out (pip install torch==2.13.0)")
-    for form in forms.values():
-        form()
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(rounds):
-        for name, form in forms.items():
-            start = time.perf_counter()
-            form()
-            seconds[name].append(time.perf_counter() - start)
+    seconds = _rounds.measure(forms, rounds)
     students = sweep.size(points)
     print(f"{kind}: {students} students x {steps} steps; ratios are medians of paired rounds")
     rows = []
@@ -290,11 +280,8 @@ def main() -> None:
     parser.add_argument("--model", choices=("mlp", "cnn"), help="one of the two; default: both")
     parser.add_argument("--json", help="write the rows here")
     args = parser.parse_args()
-    python = sys.version.split()[0]
-    versions = f"jax {jax.__version__}, kdtl_jax {kdtl_jax.__version__}, python {python}"
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}; {versions}"
-    )
+    versions = _rounds.machine()
+    print(versions)
     kinds = ("mlp", "cnn") if args.model is None else (args.model,)
     rows = [row for kind in kinds for row in measure(kind, args.rounds)]
     if args.json:

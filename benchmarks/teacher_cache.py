@@ -27,13 +27,10 @@ RESULT:    21 rounds; paired median (of the fastest rounds) against the student 
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +38,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _rounds import Form, machine, measure
 
-import kdtl_jax
 from kdtl_jax import losses, models, train
 from kdtl_jax._types import ModelFn, Variables
 from kdtl_jax.interop import linen
@@ -53,7 +50,6 @@ BATCH, TEMPERATURE = 64, 4.0
 ALONE, CACHED, LIVE = "student alone", "KD, cached teacher", "KD, live teacher"
 PLAIN = "the same, plain KL"
 TX = optax.sgd(0.05, momentum=0.9)
-Form = Callable[[], None]  # runs one epoch to completion
 
 
 def task(x: Inputs) -> dict[str, jax.Array]:
@@ -138,23 +134,6 @@ def from_disk(
     return {ALONE: form(steps[ALONE], read), CACHED: form(steps[CACHED], read_cached)}
 
 
-def measure(forms: Mapping[str, Form], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds per step of every form in every round, interleaved, after one warm-up.
-
-    Each round begins with another form: what runs after the live teacher finds colder caches.
-    """
-    for form in forms.values():
-        form()
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
-    names = list(forms)
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.perf_counter()
-            forms[name]()
-            seconds[name].append((time.perf_counter() - start) / steps)
-    return seconds
-
-
 def table(kind: str, seconds: Mapping[str, list[float]]) -> list[dict[str, Any]]:
     print(f"\n{kind}: microseconds per step; ratios are medians of paired rounds")
     rows, fastest = [], 1e6 * min(seconds[ALONE])
@@ -219,7 +198,7 @@ def mlp_pair(
     cache, _ = written(scratch / f"mlp{inputs}", teacher.apply, frozen, arrays)
     steps = steps_of(student.apply, teacher.apply)
     forms = on_device(steps, params, frozen, arrays, teacher_cache.load(cache))
-    return table(f"MLP of {inputs} inputs, on the device", measure(forms, rounds, count))
+    return table(f"MLP of {inputs} inputs, on the device", measure(forms, rounds, steps=count))
 
 
 def cnn_pair(rounds: int, rng: np.random.Generator, scratch: Path) -> list[dict[str, Any]]:
@@ -235,8 +214,8 @@ def cnn_pair(rounds: int, rng: np.random.Generator, scratch: Path) -> list[dict[
     few = {name: x[: count * BATCH] for name, x in arrays.items()}
     outputs = jax.tree.map(lambda x: x[: count * BATCH], teacher_cache.load(cache))
     forms = on_device(steps, params, big, few, outputs)
-    rows = table("CNN, on the device", measure(forms, rounds, count))
-    disk = measure(from_disk(steps, params, arrays, cache, count), rounds, count)
+    rows = table("CNN, on the device", measure(forms, rounds, steps=count))
+    disk = measure(from_disk(steps, params, arrays, cache, count), rounds, steps=count)
     rows += table("CNN, fed from disk", disk)
     step_us = next(r["us"][0] for r in rows if r["form"] == CACHED)
     topk, _ = written(scratch / "topk", teacher.apply, big, arrays, top_k=5, dtype=jnp.float16)
@@ -281,12 +260,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--json", help="write the rows here")
     args = parser.parse_args()
-    versions = (
-        f"jax {jax.__version__}, kdtl_jax {kdtl_jax.__version__}, python {sys.version.split()[0]}"
-    )
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}; {versions}"
-    )
+    versions = machine()
+    print(versions)
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)

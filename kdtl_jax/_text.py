@@ -14,8 +14,13 @@ def shown(value: Any, most: int = LONGEST) -> str:
     """
     if not isinstance(value, str):
         value = _bounded(value, most)
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in value[: most + 1])
+    line = escaped(value[: most + 1])
     return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+def escaped(text: str) -> str:
+    """All of a text on one line, what does not print escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def quoted(text: Any, most: int = LONGEST) -> str:

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +23,6 @@ from kdtl_jax import cli
 from kdtl_jax.cli import main, params
 from kdtl_jax.recipes import _output, env
 from kdtl_jax.recipes.settings import UsageError
-from kdtl_jax.run import record
 
 jax.devices()  # the back end is up, as in any test that ran before
 Captured = pytest.CaptureFixture[str]
@@ -262,110 +260,6 @@ def test_programs_are_kept_in_the_users_cache_folder_unless_told_otherwise(tmp_p
     assert programs() == (compiled, 0)
     assert list((tmp_path / "kdtl_jax").glob("programs-*/*"))
     assert programs() == (0, compiled)
-
-
-def test_a_folder_that_holds_something_is_refused(tmp_path: Path, capsys: Captured) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/results.json").write_text("precious")
-    assert main(["demo", "--quick", "--out", str(tmp_path / "full")]) == 1
-    assert "is not empty, and nothing in it is overwritten" in capsys.readouterr().err
-    assert (tmp_path / "full/results.json").read_text() == "precious"
-    assert main(["demo", "--quick", "--out", str(tmp_path / "full/results.json")]) == 1
-    assert "is a file. Name a folder" in capsys.readouterr().err
-    settings = cli.parse(["demo", "--out", str(tmp_path / "full"), "--force"])
-    with pytest.raises(ValueError, match="other files: results.json"):
-        with _output.run_folder(settings, "demo"):
-            pass
-    assert (tmp_path / "full/results.json").read_text() == "precious"
-    record.keep(tmp_path / "full", record.made_from({}))  # as a run does
-    with _output.run_folder(settings, "demo") as where:
-        assert where.path == tmp_path / "full"
-
-
-def test_settings_alone_are_no_run_and_a_config_of_ones_own_is_kept(tmp_path: Path) -> None:
-    settings = cli.parse(["demo", "--out", str(tmp_path)])
-    for _ in range(2):
-        with _output.run_folder(settings, "demo"):
-            names = {path.name for path in tmp_path.iterdir()}
-        assert names == {".lock", *_output.SETTINGS}
-    (tmp_path / "env.json").unlink()
-    with pytest.raises(ValueError, match="is not empty"), _output.run_folder(settings, "demo"):
-        pass
-
-
-def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
-    settings = cli.parse(["bench", "--out", str(tmp_path)])
-    with (
-        _output.run_folder(settings, "bench"),
-        pytest.raises(RuntimeError, match="is in use by process"),
-        _output.run_folder(settings, "bench"),
-    ):
-        pass
-
-
-def test_force_removes_only_what_a_run_wrote(tmp_path: Path, capsys: Captured) -> None:
-    mine = tmp_path / "checkpoints/other/weights.bin"
-    mine.parent.mkdir(parents=True)
-    mine.write_text("my model")
-    (tmp_path / "notes.txt").write_text("mine")
-    settings = cli.parse(["demo", "--out", str(tmp_path), "--force"])
-    with _output.run_folder(settings, "demo"):
-        pass
-    assert mine.read_text() == "my model" and (tmp_path / "notes.txt").exists()
-    assert "left alone" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("command", "name"), [("sentences", "student"), ("language", "sft")])
-def test_models_of_others_are_not_written_over(
-    command: str, name: str, tmp_path: Path, capsys: Captured
-) -> None:
-    """Neither in the run folder nor through a link there."""
-    mine, out = tmp_path / "mine" / "model.safetensors", tmp_path / "out"
-    mine.parent.mkdir()
-    mine.write_text("my model")
-    (tmp_path / "text.txt").write_text("words\n" * 99)
-    words = ["--encoder", str(tmp_path), "--text"] if command == "sentences" else ["--data"]
-    words = [command, *words, str(tmp_path / "text.txt"), "--force", "--out", str(out)]
-    for is_link in (False, True):
-        out.mkdir()
-        if is_link:
-            (out / name).symlink_to(mine.parent)
-        else:
-            shutil.copytree(mine.parent, out / name)
-        assert main(words) == 1
-        error = capsys.readouterr().err
-        assert ("is a link" if is_link else "other files: model.safetensors") in error
-        assert (out / name / mine.name).read_text() == "my model"
-        shutil.rmtree(out)
-
-
-@pytest.mark.parametrize("command", ["demo", "transfer", "distill", "sweep"])
-def test_what_is_in_the_way_of_checkpoints_is_refused_before_any_training(
-    command: str, tmp_path: Path, capsys: Captured
-) -> None:
-    place = {"distill": "kd/mine", "sweep": "teacher/mine"}.get(command, "mine")
-    mine = tmp_path / "checkpoints" / place / "weights"
-    mine.parent.mkdir(parents=True)
-    mine.write_text("my model")
-    (tmp_path / "metrics.jsonl").write_text("an earlier run's")
-    words = ["--methods", "kd"] if command == "distill" else []
-    assert main([command, "--quick", "--out", str(tmp_path), "--force", *words]) == 1
-    said = capsys.readouterr()
-    assert "holds other files: mine. Choose another folder." in said.err
-    assert "source" not in said.err and "epoch" not in said.err, "nothing was trained"
-    assert mine.read_text() == "my model"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl"]
-
-
-def test_a_lock_that_is_a_link_is_left_alone(tmp_path: Path) -> None:
-    precious = tmp_path / "precious.txt"
-    precious.write_text("precious")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/.lock").symlink_to(precious)
-    settings = cli.parse(["demo", "--out", str(tmp_path / "run")])
-    with pytest.raises(RuntimeError, match="link"), _output.run_folder(settings, "demo"):
-        pass
-    assert precious.read_text() == "precious"
 
 
 def numbers(folder: Path) -> dict[str, Any]:

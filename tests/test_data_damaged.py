@@ -111,14 +111,21 @@ def test_columns_of_arrow_files_are_chosen_too(tmp_path: Path, kind: str) -> Non
     )
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "feather"])
 def test_a_table_that_unpacks_to_thousands_of_times_its_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(_arrow, "LARGE", 2**18)
-    rows = 1_000_000
+    monkeypatch.setattr(_arrow, "MOST_PACKED", 100)
+    rows, path = 1_000_000, tmp_path / f"a.{kind}"
     zeros = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int8)), pa.array([0.0]))
-    pq.write_table(
-        pa.table({"label": zeros, "a": zeros}), tmp_path / "a.parquet", row_group_size=rows
-    )
-    with pytest.raises(ValueError, match="1,000,000 rows of 2 columns in"):
-        datasets.read(tmp_path / "a.parquet")
+    table = pa.table({"label": zeros, "a": zeros})
+    if kind == "parquet":
+        pq.write_table(table, path, row_group_size=rows)
+    else:
+        make = pa.ipc.new_stream if kind == "arrow" else pa.ipc.new_file
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with make(path, table.schema, options=options) as writer:
+            writer.write_table(table, max_chunksize=rows // 2)
+    with pytest.raises(ValueError, match="00,000 rows of 2 columns in"):
+        datasets.read(path)

@@ -122,7 +122,8 @@ def _read(pa: Any, path: Path, columns: Sequence[str]) -> Any:
                 names = _stream(pa, path, source).schema.names
             places = [i for i, name in enumerate(names) if name in columns]
             with pa.memory_map(str(path)) as source:
-                found = _stream(pa, path, source, places).read_all()
+                reader = _stream(pa, path, source, places)
+                found = pa.Table.from_batches([*_batches(path, reader, len(places))], reader.schema)
         # A column's name may begin as another's: "a" asks for "a.b" as well.
         found = found.select([i for i, name in enumerate(found.column_names) if name in columns])
         found.validate(full=True)  # offsets of a damaged file point anywhere
@@ -136,6 +137,15 @@ def _stream(pa: Any, path: Path, source: Any, places: Sequence[int] | None = Non
         is_file = file.read(6) == b"ARROW1"
     make = pa.ipc.open_file if is_file else pa.ipc.open_stream
     return make(source, options=options)
+
+
+def _batches(path: Path, reader: Any, columns: int) -> Iterator[Any]:
+    """Its batches, until they are too large for their file: nothing says so before."""
+    count, rows = getattr(reader, "num_record_batches", None), 0
+    for batch in reader if count is None else map(reader.get_batch, range(count)):
+        rows += batch.num_rows
+        _check_announced(path, rows, columns)
+        yield batch
 
 
 def _check_announced(path: Path, rows: int, columns: int) -> None:

@@ -25,7 +25,7 @@ SETTINGS = {"config.yaml", "env.json", record.FILE}
 FREE = {"resume", "force", "out", "log", "process", "coordinator", "quick"}
 # What one replaces beside them, and its folders, which carry marks of their own.
 WRITTEN = {"metrics.jsonl", "results.json", "report.html", "sweep.csv", "bench.json"} | SETTINGS
-LONGEST = 1000  # characters of a table's cell, or of its line
+LONGEST = 1000  # characters of a table's cell
 
 
 class Folder(NamedTuple):
@@ -320,7 +320,7 @@ def show(
     if lines is None:
         lines = ["  ".join(f"{n} {c}" for n, c in zip(header, row, strict=True)) for row in rows]
     for line in lines:
-        print("\t".join(_text.shown(part, LONGEST) for part in line.split("\t")))
+        print("\t".join(map(_text.escaped, line.split("\t"))))
 
 
 def table(

@@ -57,7 +57,7 @@ def run(settings: Settings) -> int:
     if settings.out is None:
         said = text.getvalue()
         if sys.stdout.isatty():  # where names of others could be commands
-            said = "".join(f"{_text.shown(x, 10_000)}\n" for x in said[:-1].split("\n"))
+            said = "".join(f"{_text.escaped(x)}\n" for x in said[:-1].split("\n"))
         print(said, end="")
         return 0
     _files.write_atomic(Path(settings.out), text.getvalue().encode())
