@@ -73,6 +73,17 @@ def test_differing_examples_are_shown_as_rows_or_pictures() -> None:
     assert len(_evidence.sections(split(), _evidence.Named("KD", TEACHER), TEACHER)) == 1
 
 
+def test_examples_that_differ_alike_are_of_all_classes() -> None:
+    count = 40
+    data = Dataset("t", np.zeros((count, 2), np.float32), np.arange(count) // 20, 2, ("a", "b"))
+    wrong = _evidence.Named("KD", np.ones((1, count), np.int64) - data.labels)
+    _, differences = _evidence.sections(data, wrong, data.labels[None])
+    [table] = differences.parts
+    assert isinstance(table, report.Table)
+    [(_, rows)] = table.groups
+    assert [row[0] for row in rows[:4]] == ["0", "20", "1", "21"]
+
+
 def test_of_many_classes_the_most_frequent_confusions_are_listed() -> None:
     data = split()._replace(classes=30, names=())
     [section] = _evidence.sections(data, _evidence.Named("KD", NAMED), NAMED)

@@ -166,6 +166,18 @@ def test_a_heat_map_holds_every_known_cell_stronger_where_larger() -> None:
         plots.heat_map(CELLS, rows=["1"], columns=["a"], row_axis="T", column_axis="rate")
 
 
+def test_labels_of_a_heat_map_that_are_wider_than_its_columns_lean() -> None:
+    names = [f"category {i}" for i in range(10)]
+    leaning = plots.heat_map(
+        np.eye(10).tolist(), rows=names, columns=names, row_axis="", column_axis=""
+    ).svg
+    short = [str(i) for i in range(10)]
+    upright = plots.heat_map(
+        np.eye(10).tolist(), rows=short, columns=short, row_axis="", column_axis=""
+    ).svg
+    assert leaning.count("rotate(-35 ") == 10 and "rotate(" not in upright
+
+
 def test_spans_and_roofline_show_every_program() -> None:
     spans = [plots.Span("mlp", 1.0, 2.0, 3.0), plots.Span("vit", 20.0, 25.0, 90.0)]
     assert list(marks(plots.spans(spans, unit="ms", axis="ms"))) == [

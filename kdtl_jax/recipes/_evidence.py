@@ -1,5 +1,6 @@
 """What a student gets wrong: its confusion matrix, and the examples it sees unlike its teacher."""
 
+import collections
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -69,7 +70,14 @@ def _differences(
     test: Dataset, student: Named, teacher: np.ndarray, called: str
 ) -> list[report.Section]:
     apart = (student.classes != teacher).mean(axis=0)
-    order = [int(i) for i in np.argsort(-apart, kind="stable")[:EXAMPLES] if apart[i] > 0]
+    # Of examples on which equally many differ, one of every class before the second of any.
+    seen: collections.Counter[tuple[float, int]] = collections.Counter()
+    ranked = []
+    for i in np.flatnonzero(apart).tolist():
+        tie = float(apart[i]), int(test.labels[i])
+        ranked.append((-apart[i], seen[tie], i))
+        seen[tie] += 1
+    order = [i for *_, i in sorted(ranked)[:EXAMPLES]]
     if not order:
         return []
     names = _names(test)

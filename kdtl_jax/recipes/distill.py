@@ -331,12 +331,13 @@ def run(settings: Settings) -> int:
             "recommended": _students.recommended(table),
         }
         advice = _students.note(table, BASELINE)
+        few = f"sees all training examples, students ({settings.student}) {seen}"
+        every = f"and the students ({settings.student}) see all training examples"
         about_data = (
             f"Data: {data['name']}, {data['train']} training, {data['validation']} validation and "
-            f"{data['test']} test examples. The teacher ({pair.teacher_text}) sees all training "
-            f"examples, students ({settings.student}) {data['student_examples']}. A seed has the "
-            "same start and the same batches under every method. Nothing was chosen on the test "
-            "split."
+            f"{data['test']} test examples. The teacher ({pair.teacher_text}) "
+            f"{few if fixed.per_class else every}. A seed has the same start and the same batches "
+            "under every method. Nothing was chosen on the test split."
         )
         best, evidence = _students.first(table), []
         if best is not None and pair.measure.kind == "classes":

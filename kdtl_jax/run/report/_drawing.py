@@ -40,7 +40,7 @@ def shown(text: str) -> str:
 
 
 def axes(
-    height: int, *, left: float, right: float, top: float, bottom: float, grid: str = ""
+    height: float, *, left: float, right: float, top: float, bottom: float, grid: str = ""
 ) -> Axes:
     """Axes of a new figure within margins in pixels, without a frame; `grid` is x, y or both."""
     figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72, facecolor="none")
@@ -194,4 +194,5 @@ def _finish(element: ElementTree.Element) -> None:
     if element.tag == "text":
         style = re.sub(r"font(-\w+)?:[^;]*(; *)?", "", element.attrib.get("style", ""))
         element.attrib["style"] = style
-        element.attrib.pop("transform", None)  # a rotation by 0
+        if element.attrib.get("transform", "").startswith("rotate(-0 "):
+            del element.attrib["transform"]

@@ -236,8 +236,10 @@ def _rates(results: Results) -> list[Section]:
     found = [
         curve["learning_rate"] for curve in results.learning.values() if "learning_rate" in curve
     ]
-    peak = max(found[0], default=0.0) if found else 0.0
-    if not (0 < peak < math.inf) or len(set(found[0])) == 1:
+    asked = [row.settings.get("learning_rate") for row in results.rows]
+    rates = [*(found[0] if found else ()), *(x for x in asked if isinstance(x, float))]
+    peak = max(rates, default=0.0)  # epochs end below it
+    if not found or not (0 < peak < math.inf) or len(set(found[0])) == 1:
         return []
     shares = [rate / peak for rate in found[0]]
     line = plots.Line("all methods", range(1, len(shares) + 1), shares)

@@ -16,6 +16,10 @@ from kdtl_jax.run.report import _drawing
 from kdtl_jax.run.report._drawing import INK, SURFACE, dot, line, series, svg, text
 
 _LETTER, _LONGEST_LABEL = 7.4, 30  # pixels of a letter, letters of a line beside a row
+_LEANING = (
+    {"ha": "center"},
+    {"ha": "right", "va": "top", "rotation": 35, "rotation_mode": "anchor"},
+)
 _LOW_SHARE, _HIGH_SHARE = 0.06, 0.62  # of a heat map's color: text stays readable on the strongest
 
 
@@ -154,6 +158,8 @@ def lines(curves: Sequence[Line], *, x_axis: str, y_axis: str, percent: bool = T
             continue
         xs, ys = [x for x, _ in known], [y for _, y in known]
         line(ax, xs, ys, series(i), title=curve.label)
+        if all(map(float.is_integer, map(float, xs))):
+            ax.xaxis.get_major_locator().set_params(integer=True)
         every = -(-len(xs) // POINTS)
         for place, (x, y) in enumerate(known):
             chosen = curve.marked is not None and math.isclose(x, curve.marked)
@@ -205,12 +211,9 @@ def parallel(axes: Sequence[Axis], *, best: int) -> Chart:
             for axis, scale in zip(axes, scales, strict=True)
         ]
         words = ", ".join(f"{axis.label} {_value(axis, axis.values[row])}" for axis in axes)
-        style = (
-            (series(7), 3.5, 1.0)
-            if row == best
-            else (series(0), 1.5, 0.12 + 0.7 * shares[row] ** 2)
-        )
-        color, width, opacity = style
+        color, width, opacity = series(0), 1.5, 0.12 + 0.7 * shares[row] ** 2
+        if row == best:
+            color, width, opacity = series(7), 3.5, 1.0
         line(ax, list(range(len(axes))), ys, color, words, width=width, opacity=opacity)
     for i, (axis, scale) in enumerate(zip(axes, scales, strict=True)):
         line(ax, [i, i], [-0.02, 1.02], INK, width=1.5)
@@ -252,10 +255,12 @@ def heat_map(
             f"{len(rows)} row and {len(columns)} column labels do not fit cells of "
             f"{[len(line) for line in cells]}."
         )
-    label = f"{row_axis} against {column_axis}"
     rows, columns = [[_short(name) for name in names] for names in (rows, columns)]
     left = 26 + 9 * max(len(label) for label in rows)
-    ax = _drawing.axes(40 * len(cells) + 60, left=left, right=6, top=30, bottom=30)
+    longest = _LETTER * max(len(label) for label in columns)
+    leaning = longest > (_drawing.WIDTH - left - 6) / len(columns)  # wider than a column
+    below = 30 + 0.6 * longest * leaning
+    ax = _drawing.axes(40 * len(cells) + 30 + below, left=left, right=6, top=30, bottom=below)
     ax.set_axis_off()
     ax.set_xlim(0, len(columns))
     ax.set_ylim(len(cells), 0)
@@ -275,10 +280,11 @@ def heat_map(
             _drawing.titled(ax.add_patch(box), words)
             text(ax, j + 0.5, i + 0.5, number, color=INK, ha="center", va="center")
     for j, label in enumerate(columns):
-        text(ax, j + 0.5, len(cells), label, offset=(0, -18), ha="center")
+        place, lower = (0.6, -6) if leaning else (0.5, -18)
+        text(ax, j + place, len(cells), label, offset=(0, lower), **_LEANING[leaning])
     text(ax, 0, 0, row_axis, offset=(4 - left, 12))
     text(ax, len(columns), 0, column_axis, offset=(0, 12), ha="right")
-    return Chart(svg(ax, label))
+    return Chart(svg(ax, f"{row_axis} against {column_axis}"))
 
 
 def roofline(programs: Sequence[Worked], *, flops: float, bytes: float) -> Chart:
@@ -296,14 +302,8 @@ def roofline(programs: Sequence[Worked], *, flops: float, bytes: float) -> Chart
     programs = [p for p in programs if _positive(p.intensity, p.rate)]
     low = min([p.intensity for p in programs] + [ridge / 8]) / 1.15
     high = max([p.intensity for p in programs] + [ridge * 4]) * 1.15
-    line(
-        ax,
-        [low, ridge, high],
-        [bytes * low, flops, flops],
-        INK,
-        f"{_si(flops)}FLOP/s, {_si(bytes)}B/s",
-        width=2,
-    )
+    ceilings = f"{_si(flops)}FLOP/s, {_si(bytes)}B/s"
+    line(ax, [low, ridge, high], [bytes * low, flops, flops], INK, ceilings, width=2)
     for i, program in enumerate(programs):
         words = f"{program.label}: {_si(program.rate)}FLOP/s at {program.intensity:.3g} FLOP/B"
         dot(ax, program.intensity, program.rate, series(i), words, radius=6)
