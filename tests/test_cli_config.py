@@ -57,7 +57,7 @@ BOMB = "a: &a [x]\n" + "".join(
         ("config: b.yaml", "unknown key 'config'"),
         (
             "quik: 1\nseeds: 2\nepochz: 3\nzz: 1",
-            "unknown keys 'quik'; .*, 'epochz'; .* epochs.*'zz'$",
+            r"unknown keys 'quik' \(did .*\), 'epochz' \(.* epochs\?\), 'zz'$",
         ),
         ("quick: 3", "quick: expected true or false, got 3"),
         ("out: {a: 1}", "out: expected text, got"),

@@ -93,6 +93,9 @@ def test_bad_input_is_told_before_anything_is_trained(
         ("transfer", "--resume", "there is no run in"),
         ("transfer", "--class-weights balanced --labels-per-class 3", "has 3 labels already"),
         ("transfer", "--model none.py:Net", "none.py: no such file"),
+        ("transfer", "--source-classes 0-1 --source-weights x", "Give one of them"),
+        ("transfer", "--where [", "'[' is not a regular expression (unterminated"),
+        ("transfer", "--rename (=>x", "'(' is not a regular expression (missing )"),
         ("cache", "--teacher none.py:Net --teacher-weights x", "none.py: no such file"),
     ],
 )

@@ -221,7 +221,7 @@ def test_what_is_missing_is_named(
 ):
     command = ["sentences", "--out", str(tmp_path / "run")]
     assert cli.main(command) == 2
-    assert "needs --encoder" in capsys.readouterr().err
+    assert "name --encoder and --text" in capsys.readouterr().err
     named = ["--encoder", str(tmp_path), "--text", str(tmp_path)]
     assert cli.main([*command, *named, "--resume"]) == 2
     assert "--resume: there is no run in" in capsys.readouterr().err

@@ -153,11 +153,10 @@ def find(argv: Sequence[str]) -> tuple[str, str, Any, list[str]] | None:
         known = {command.name: command for command in table}
         if first not in known:
             listed = ", ".join(known)
-            raise UsageError(
-                f"unknown command {first!r}{near(first, known) or f': {listed}'}"
-                if first
-                else f"name a command: {listed}"
-            )
+            if not first:
+                raise UsageError(f"name a command: {listed}")
+            hint = near(first, known) or f"the commands are {listed}"
+            raise UsageError(f"unknown command {first!r}; {hint}")
         command, rest = known[first], rest[1:]
         words = f"{words} {first}".strip()
         module = importlib.import_module(command.module)

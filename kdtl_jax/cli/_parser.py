@@ -96,7 +96,7 @@ def load(path: Path, fields: Mapping[str, Any], words: str) -> dict[str, Any]:
                 raise UsageError(f"--config {path}: written by kdtl {value}, not kdtl {words}")
             continue
         if name not in fields:
-            unknown.append(f"{quoted(str(key))}{_alike(name, fields)}")
+            unknown.append((quoted(str(key)), _alike(name, fields)))
         if name in out:
             raise UsageError(f"--config {path}: the key {name!r} is given twice")
         out[name] = value
@@ -179,9 +179,8 @@ def _choice(known: Sequence[str], is_optional: bool, value: Any) -> str | None:
     plain = {name.lower().replace("_", "-"): name for name in known}
     asked = str(value).lower().replace("_", "-")
     if asked not in plain:
-        raise argparse.ArgumentTypeError(
-            f"expected one of {', '.join(known)}, got {quoted(str(value))}{near(asked, known)}"
-        )
+        said = f"expected one of {', '.join(known)}, got {quoted(str(value))}"
+        raise argparse.ArgumentTypeError("; ".join(filter(None, (said, near(asked, known)))))
     return plain[asked]
 
 
@@ -228,7 +227,7 @@ def _refuse_unknown(parser: Any, words: Sequence[str]) -> None:
     known = [flag for action in parser._actions for flag in action.option_strings]
     flags = [word.partition("=")[0] for word in words]
     unknown = [
-        f"{shown(word)}{_alike(flag, known)}"
+        (shown(word), _alike(flag, known))
         for word, flag in zip(words, flags, strict=True)
         if flag.startswith("--") and flag != "--" and flag not in known
     ]
@@ -236,14 +235,17 @@ def _refuse_unknown(parser: Any, words: Sequence[str]) -> None:
         raise UsageError(_all("unknown argument", unknown))
 
 
-def _all(kind: str, unknown: Sequence[str]) -> str:
+def _all(kind: str, unknown: Sequence[tuple[str, str]]) -> str:
     """What was not known, each with its suggestion, the first few by name."""
+    if len(unknown) == 1:
+        return f"{kind} {'; '.join(filter(None, unknown[0]))}"
+    named = [f"{name} ({alike})" if alike else name for name, alike in unknown[:MOST_UNKNOWN]]
     more = f" and {len(unknown) - MOST_UNKNOWN} more" if len(unknown) > MOST_UNKNOWN else ""
-    return f"{kind}{'s' * (len(unknown) > 1)} {', '.join(unknown[:MOST_UNKNOWN])}{more}"
+    return f"{kind}s {', '.join(named)}{more}"
 
 
 def _alike(name: str, known: Iterable[str]) -> str:
-    """`; did you mean a, b?`: names that share a whole word with this one before others."""
+    """`did you mean a, b?`: names that share a whole word with this one before others."""
     known = list(known)
     dashed = name.removeprefix("--").replace("_", "-")
     dashed = "learning-rate" if dashed in ("lr", "rate", "step-size") else dashed
@@ -256,8 +258,10 @@ def _alike(name: str, known: Iterable[str]) -> str:
     if found:
         # The very words first: "weights" is nearer to "loss-weights" than to "weight-decay".
         found.sort(key=lambda other: not set(dashed.split("-")) <= set(re.split("[-_]", other)))
-        return f"; did you mean {', '.join(found[:3])}?"
-    return near(f"--{dashed}" if name.startswith("--") else name, known)
+        return f"did you mean {', '.join(found[:3])}?"
+    if not name.startswith("--"):
+        return near(name, known)
+    return near(dashed, [flag.strip("-") for flag in known], "--")
 
 
 def _checked(

@@ -78,7 +78,8 @@ def per_class(data: Dataset, count: int, *, seed: int = 0) -> Dataset:
     for label in np.unique(data.labels):
         rows = np.flatnonzero(data.labels == label)
         if len(rows) < count:
-            raise ValueError(f"{data.name}: class {label} has {len(rows)} examples, {count} asked.")
+            name = data.class_names()[label]
+            raise ValueError(f"{data.name}: class {name} has {len(rows)} examples, {count} asked.")
         chosen.append(rng.permutation(rows)[:count])
     return data.subset(np.sort(np.concatenate(chosen)))
 

@@ -54,8 +54,8 @@ def text_of(value: Any) -> str | None:
         raise ValueError(f"expected a model as in mlp:128,64, got {value!r:.80}")
     if model_files.is_own(value):
         return _own.checked(value)
-    module(value, 2)
-    return value
+    module(value.lower(), 2)
+    return value.lower()
 
 
 def check(text: str | None) -> None:

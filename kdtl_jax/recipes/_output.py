@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdtl_jax import _files, _text
-from kdtl_jax.recipes import _students, yaml_files
+from kdtl_jax.recipes import _finished, _students, yaml_files
 from kdtl_jax.recipes.settings import UsageError, as_yaml
 from kdtl_jax.run import checkpoint, processes, record, report
 
@@ -141,6 +141,8 @@ def _is_taken_up(settings: Any) -> bool:
         if "config.yaml" not in names:
             raise UsageError(f"--resume: there is no run in {folder}. Start without it.")
         return True
+    if not any((folder / _finished.FOLDER).glob("*.npz")):
+        names -= {_finished.FOLDER}
     few = names == SETTINGS or names <= SETTINGS - {"config.yaml"}
     failed_early = few and record.is_kept(folder)
     if names and not failed_early and not settings.force:

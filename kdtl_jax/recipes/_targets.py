@@ -88,12 +88,7 @@ def compare(
     first = _training.pick(source.tree, 0) if source.is_per_seed else source.tree
     _, done = copy(first, _training.pick(fresh, 0), surgery)
     head = source_head(first) if source.is_classifier else None
-    lacking = [method.name for method in chosen if method.needs_source_head and head is None]
-    if lacking:
-        raise ValueError(
-            f"{', '.join(lacking)} train the source's head too, and the source has no "
-            "head/kernel and head/bias. Leave these methods out (--methods)."
-        )
+    check_head(head, chosen)
 
     def copied_of(tree: Any, target: Variables) -> Variables:
         return copy(tree, target, surgery, check_finite=False)[0]
@@ -179,6 +174,25 @@ def compare(
         named = np.asarray(choice.fitted.named)
         found.named[method.name] = _evidence.Named(method.label, named)
     return found
+
+
+def check(
+    net: Network, example: Any, source: Any, chosen: Sequence[Method], surgery: Surgery
+) -> None:
+    """Raises ValueError if `compare` cannot copy a plain source into `net`; trains nothing."""
+    target = _models.tree(_models.abstract(net, example))
+    transforms.plan_transfer(source, target, **surgery._asdict())
+    check_head(source_head(source), chosen)
+
+
+def check_head(head: Any, chosen: Sequence[Method]) -> None:
+    """Raises ValueError if a method needs the source's head, and there is none."""
+    lacking = [method.name for method in chosen if method.needs_source_head and head is None]
+    if lacking:
+        raise ValueError(
+            f"{', '.join(lacking)} train the source's head too, and the source has no "
+            "head/kernel and head/bias. Leave these methods out (--methods)."
+        )
 
 
 def experiment(

@@ -106,9 +106,8 @@ def run(settings: Settings) -> int:
     Raises:
       ValueError: if the encoder has no such layers, or lines are longer than its positions.
     """
-    for name in ("encoder", "text"):
-        if getattr(settings, name) is None:
-            raise UsageError(f"kdtl sentences needs --{name}")
+    if settings.encoder is None or settings.text is None:
+        raise UsageError(f"name --encoder and --text, for example:{EXAMPLES.splitlines()[1][1:]}")
     encoder, text = Path(str(settings.encoder)), Path(str(settings.text))
     files = {"encoder": str(encoder), "text": str(text)}
     learners = [(name, seed) for name in (DISTILLED, BASELINE) for seed in range(settings.seeds)]

@@ -12,7 +12,8 @@ are `parse=` of fields that are written as text: they take the text or the value
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -162,10 +163,15 @@ def as_yaml(settings: Any, command: str, **instead: Any) -> str:
     return yaml.safe_dump({"command": command, **named}, sort_keys=False, allow_unicode=True)
 
 
-def near(name: str, known: Any, says: str = "did you mean") -> str:
-    """`; did you mean a, b?`, or nothing if no known name is near."""
-    found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"; {says} {', '.join(found)}?" if found else ""
+def near(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """`did you mean a, b?` of the nearest names, up to three, or nothing if none is near.
+
+    `prefix` is written before each name, and is not compared.
+    """
+    alike = {each: difflib.SequenceMatcher(None, name, each).ratio() for each in known}
+    least = max(0.6, max(alike.values(), default=0.0) - 0.1)
+    found = sorted((each for each in alike if alike[each] >= least), key=lambda x: -alike[x])
+    return f"did you mean {', '.join(prefix + name for name in found[:3])}?" if found else ""
 
 
 def names(value: Any) -> tuple[str, ...]:
@@ -317,23 +323,37 @@ def augmentations(value: Any) -> tuple[str, ...]:
 
 
 def selector(text: str) -> trees.Selector:
-    """`glob:PATTERN`, or a regular expression for the whole path."""
-    return trees.Glob(text.removeprefix("glob:")) if text.startswith("glob:") else text
+    """`glob:PATTERN`, or a regular expression for the whole path.
+
+    Raises:
+      UsageError: if it is no regular expression.
+    """
+    if text.startswith("glob:"):
+        return trees.Glob(text.removeprefix("glob:"))
+    return _regular_expression(text, " For shell patterns write glob:PATTERN.")
 
 
 def renames(texts: Sequence[str]) -> list[tuple[str, str | None]]:
     """Rules of `transforms.transfer` from `'REGEX=>NAME'`; without a name what matches is dropped.
 
     Raises:
-      UsageError: if a rule has no `=>`.
+      UsageError: if a rule has no `=>`, or its left side is no regular expression.
     """
     rules: list[tuple[str, str | None]] = []
     for text in texts:
         pattern, arrow, name = text.partition("=>")
         if not arrow:
             raise UsageError(f"--rename {text!r}: expected 'REGEX=>NAME'")
-        rules.append((pattern.strip(), name.strip() or None))
+        rules.append((_regular_expression(pattern.strip()), name.strip() or None))
     return rules
+
+
+def _regular_expression(text: str, hint: str = "") -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise UsageError(f"{text!r} is not a regular expression ({error}).{hint}") from None
+    return text
 
 
 def byte_size(value: Any) -> int | None:
@@ -356,7 +376,8 @@ def class_range(value: Any) -> str | None:
     first, _, last = str(value).partition("-")
     if value is None:
         return None
-    if not first.isdecimal() or (last and not last.isdecimal()) or len(str(value)) > 12:
+    is_range = first.isdecimal() and (not last or last.isdecimal()) and len(str(value)) <= 12
+    if not is_range or int(last or first) < int(first):
         raise ValueError(f"expected A-B as in 0-4, got {value!r}")
     return str(value)
 

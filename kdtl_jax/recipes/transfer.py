@@ -158,6 +158,7 @@ def run(settings: Settings) -> int | None:
         record.check_finite(path, given)
         if _targets.source_head(given) is None and settings.methods == ways.DEFAULT:
             chosen = [method for method in chosen if not method.needs_source_head]
+        _targets.check(net, example, given, chosen, surgery)
     files = {"data": settings.data, **({} if path is None else {"source_weights": path})}
     files |= {"student": _own.file_of(text)} if model_files.is_own(text) else {}
     with (
@@ -290,6 +291,11 @@ def resolved(settings: Settings, measure: Measure) -> Settings:
 def check(settings: Settings) -> None:
     """Raises UsageError if settings contradict each other, whatever the data are."""
     _tasks.check(settings)
+    if settings.source_weights is not None and settings.source_classes is not None:
+        raise UsageError(
+            "--source-classes are of a source that is trained here, and --source-weights names "
+            "one. Give one of them."
+        )
     few = settings.labels_per_class
     if few is None and settings.data == "digits":
         few = _defaults.LABELS

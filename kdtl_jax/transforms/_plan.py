@@ -261,7 +261,7 @@ def _raise_problems(
         lines.append(f"{len(misfits)} leaves do not fit:")
         lines += _listed([d.reason for d in misfits[:10]], len(misfits))
     if lines:
-        raise ValueError("\n".join(["transfer: source and target do not match.", *lines]))
+        raise ValueError("\n".join(["source and target do not match.", *lines]))
 
 
 def _listed(shown: Sequence[str], total: int) -> list[str]:
