@@ -4,9 +4,9 @@
 at the edge (`interop`, `models`, `run`, `recipes`, `cli`) when those are imported or first used.
 """
 
+import typing as _typing
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
-from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from kdtl_jax import augment as augment
 from kdtl_jax import connectors as connectors
@@ -37,7 +37,15 @@ def __dir__() -> list[str]:
     return sorted({name for name in globals() if not name.startswith("_")}.union(_EDGE))
 
 
-if not _TYPE_CHECKING:  # a type checker is to report names that do not exist
+if _typing.TYPE_CHECKING:  # a type checker then reports names that do not exist
+    from kdtl_jax import cli as cli
+    from kdtl_jax import datasets as datasets
+    from kdtl_jax import interop as interop
+    from kdtl_jax import language as language
+    from kdtl_jax import models as models
+    from kdtl_jax import recipes as recipes
+    from kdtl_jax import run as run
+else:
 
     def __getattr__(name: str) -> object:
         if name in _EDGE:

@@ -120,7 +120,7 @@ def fit_logit_scale(
       labels: int `[N]`.
       low: smallest scale considered; the result when confidence is worthless.
       high: largest scale considered; the result when every sample is right.
-      where: bool `[N]`, samples that take part.
+      where: bool `[N]`, samples to include.
 
     Returns:
       `[]`; NaN where a logit is NaN, a traced label out of range, or no sample takes part.

@@ -29,7 +29,7 @@ def leep(
       source_probabilities: `[N, Z]`, the source head's on target samples, rows summing to 1.
       labels: int `[N]`, target classes.
       num_classes: number of target classes.
-      where: bool `[N]`, samples that take part.
+      where: bool `[N]`, samples to include.
 
     Returns:
       `[]`, nats, <= 0. Source classes without any mass contribute nothing.
@@ -62,7 +62,7 @@ def nce(
       labels: int `[N]`, target classes.
       num_source_classes: number of source classes.
       num_classes: number of target classes.
-      where: bool `[N]`, samples that take part.
+      where: bool `[N]`, samples to include.
 
     Returns:
       `[]`, nats, <= 0.
@@ -93,7 +93,7 @@ def logme(
       features: `[N, D]`.
       targets: `[N]` or `[N, K]` real, averaged over K; for classes `jax.nn.one_hot(labels, C)`.
       iterations: at most this many.
-      where: bool `[N]`, samples that take part.
+      where: bool `[N]`, samples to include.
 
     Returns:
       `[]`.
@@ -165,7 +165,7 @@ def h_score(
       features: `[N, D]`.
       labels: int `[N]`.
       num_classes: number of classes; empty ones contribute nothing.
-      where: bool `[N]`, samples that take part.
+      where: bool `[N]`, samples to include.
 
     Returns:
       `[]`, in `[0, min(D, C - 1)]`.
@@ -221,7 +221,7 @@ def transrate(
       labels: int `[N]`.
       num_classes: number of classes; empty ones contribute nothing.
       eps: distortion, in squared feature units: scale the features first, as the authors do.
-      where: bool `[N]`, samples that take part.
+      where: bool `[N]`, samples to include.
 
     Returns:
       `[]`, nats. The published code averages over classes without the weights `n_c / n`.
@@ -257,7 +257,7 @@ def category_relation(
       probabilities: `[N, Cs]`, the source head's on target samples, each row summing to 1.
       labels: int `[N]`, target classes.
       num_classes: Ct.
-      where: bool `[N]`, samples that take part.
+      where: bool `[N]`, samples to include.
 
     Returns:
       `[Ct, Cs]`. A class without samples gets the mean over all samples.

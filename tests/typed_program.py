@@ -4,15 +4,21 @@ cp tests/typed_program.py FOLDER && cd FOLDER && basedpyright typed_program.py
 """
 
 from collections.abc import Mapping
-from typing import assert_type
+from typing import TYPE_CHECKING, assert_type
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
+import kdtl_jax
 from kdtl_jax import Variables, interop, losses, methods, train, transforms
 from kdtl_jax.objective import Inputs, Mean
+
+if TYPE_CHECKING:  # names and arguments that do not exist are errors; modules at the edge do exist
+    kdtl_jax.lossses.kd_kl()  # pyright: ignore[reportAttributeAccessIssue]  # on purpose
+    losses.kd_kl(jnp.zeros((2, 3)), jnp.zeros((2, 3)), temp=2.0)  # pyright: ignore[reportCallIssue]  # on purpose
+    assert_type(kdtl_jax.datasets.digits(), kdtl_jax.datasets.Dataset)
 
 student = interop.function(lambda params, x: x @ params["w"])
 assert_type(losses.kd_kl(jnp.zeros((2, 3)), jnp.zeros((2, 3)), temperature=2.0), Array)

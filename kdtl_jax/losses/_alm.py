@@ -28,14 +28,13 @@ def alm(
 ) -> Array:
     """`KL(Bernoulli(p_T^(1/T)) || Bernoulli(p_S^(1/T)))` of a chunk's probability on both sides.
 
-    `eps` is subtracted from `log p / T`, so that chunks of probability 1 stay inside the logarithm.
-    tokenkit's
-    `binary_ce` is this plus the teacher's binary entropy, a constant.
+    `eps` is subtracted from `log p / T`, so that the logarithm stays finite at probability 1.
+    tokenkit's `binary_ce` is this plus the teacher's binary entropy, a constant.
 
     Args:
       student_log_probs: `[...]`, <= 0.
       teacher_log_probs: the same shape.
-      temperature: > 0; high ones compare log-probabilities, 1 compares probabilities.
+      temperature: > 0; a high one compares log-probabilities, 1 compares probabilities.
       eps: > 0.
     """
     student, teacher = _checked(student_log_probs, teacher_log_probs)
@@ -56,7 +55,7 @@ def alm_limit(student_log_probs: Array, teacher_log_probs: Array, *, eps: Scalar
     Args:
       student_log_probs: `[...]`, <= 0.
       teacher_log_probs: the same shape.
-      eps: > 0, taken off both.
+      eps: > 0, subtracted from both.
     """
     student, teacher = _checked(student_log_probs, teacher_log_probs)
     _checks.positive(eps=eps)

@@ -2,7 +2,7 @@
 
 Float arrays, student first; values are per token (per query), `[B, L]`, averaged over heads, in
 float32 or wider. `where` (bool `[B, L]`) marks real tokens: others are never keys, and as
-queries give 0. What compares states token by token is `last_axis_mse` and `cosine_distance`; the
+queries give 0. To compare states token by token, use `last_axis_mse` or `cosine_distance`; the
 objective averages over real tokens (`Masked(values, where)`).
 
 TypeError: an array is not floating point. ValueError: shapes do not fit, or an array is empty.
@@ -100,8 +100,8 @@ def minilm_relation(
     the last layer make MiniLM; see `minilm_v2`.
 
     Args:
-      student: two of `[B, L, Ds]`: queries and keys, or any one of them twice.
-      teacher: two of `[B, L, Dt]`.
+      student: two arrays `[B, L, Ds]`: queries and keys, or either of them twice.
+      teacher: two arrays `[B, L, Dt]`.
       relation_heads: A, a divisor of both widths.
       where: bool `[B, L]`, real tokens.
 
@@ -215,16 +215,16 @@ def token_gram(
     """`mean_j (G_S - G_T)_ij^2` of token Gram matrices `G = h_1 h_2^T / D` between two layers.
 
     The mean over pairs of real tokens is TextBrewer's `mmd_loss`: weight token i of example b by
-    its number of real tokens, since j runs over real tokens only. Widths may differ, each model
+    its number of real tokens, since j runs over real tokens only. Widths may differ: each model
     divides by its own.
 
     Args:
       student: hidden states of two layers (or one layer twice), `[B, L, Ds]` each.
-      teacher: two of `[B, L, Dt]`.
+      teacher: two arrays `[B, L, Dt]`.
       where: bool `[B, L]`, real tokens.
 
     Returns:
-      `[B, L]`; 0 at tokens that do not take part.
+      `[B, L]`; 0 at masked tokens.
 
     References:
       TextBrewer, 2020 (2002.12620).

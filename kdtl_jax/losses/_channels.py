@@ -108,10 +108,10 @@ def flow_matrix(first: Array, second: Array, *, where: Array | None = None) -> A
     Args:
       first: `[B, ..., C1]`, a map or tokens.
       second: `[B, ..., C2]`, the same positions; pool the larger map first (`connectors.pool`).
-      where: bool, `first.shape[:-1]`; positions (tokens) that take part.
+      where: bool, `first.shape[:-1]`; positions (tokens) to include.
 
     Returns:
-      `[B, C1, C2]`; 0 where no position takes part.
+      `[B, C1, C2]`; 0 where no position is included.
 
     References:
       Yim et al., A Gift from Knowledge Distillation, 2017.
@@ -137,7 +137,7 @@ def fsp(
     Args:
       student: two maps `[B, ..., C1]`, `[B, ..., C2]` with the same positions.
       teacher: two maps with the same channels; positions may differ from the student's.
-      where: bool `[B, ...]`, positions that take part on both sides (then positions must agree).
+      where: bool `[B, ...]`, positions to include on both sides (then positions must agree).
 
     Returns:
       `[B]`, fourth power of feature units.

@@ -1,6 +1,6 @@
 """Losses at vocabulary scale: from hidden states and output heads, a chunk of tokens at a time.
 
-Dense, a divergence over a vocabulary V holds several `[tokens, V]` arrays in float32: gigabytes
+A dense divergence over a vocabulary V holds several `[tokens, V]` arrays in float32: gigabytes
 where the hidden states take megabytes. Here a scan makes the logits of one chunk of tokens, the
 loss on them, *and its gradient*, and drops them: memory is that of a chunk, beside the head's own
 gradient. Because the loss is a sum, its gradient can be taken in the forward pass and only scaled
@@ -167,7 +167,7 @@ def chunked_map(
 ) -> PyTree:
     """`fn(logits, targets)` of every token, logits made chunk by chunk (and again for gradients).
 
-    For numbers per token that are no sum yet: a teacher's log-probabilities at given classes
+    For values per token that are not to be summed: a teacher's log-probabilities at given classes
     (`top_k_at`), the student's own (`token_log_probs`), its k likeliest (`top_k_targets`).
 
     Args:

@@ -3,8 +3,8 @@
 The others are the rest of the batch, a memory bank or a queue; the last two are values of
 `kdtl_jax.memory` that the step carries. All take float arrays and return `[B]` in float32 or wider.
 
-`where` (bool `[B]`) marks the real examples: the values of the others are 0, and they are no one's
-positives or negatives, so that a padded batch gives the numbers of its real rows alone.
+`where` (bool `[B]`) marks the real examples: the values of the others are 0, and they serve as
+neither positives nor negatives, so a padded batch gives the numbers of its real rows alone.
 
 TypeError: an array is not floating point, or labels are not integers. ValueError: shapes do not
 fit, an array is empty, labels are out of range, or a hyper-parameter is.
@@ -32,7 +32,7 @@ def crd(log_scores: Array, *, num_data: int, eps: float = 1e-7) -> Array:
     Args:
       log_scores: `[B, 1 + K]`, `log x` from `memory.bank_scores`.
       num_data: n, rows of the bank.
-      eps: the published guard, beside the ratio P.
+      eps: the published guard, added to the ratio P.
 
     Returns:
       `[B]`, nats, at least 0; never exactly 0.
@@ -256,7 +256,7 @@ def uniform_contrast(
       scores: `[B, M]`, of every anchor against M candidates.
       positives: bool `[B, M]`.
       temperature: divides the scores.
-      where: bool `[B, M]`, candidates that take part.
+      where: bool `[B, M]`, candidates to include.
 
     Returns:
       `[B]`, nats.

@@ -165,12 +165,12 @@ def _standardized(x: Array, ddof: int, eps: Scalar, where: Array | None) -> Arra
 def ridge_hint(
     student: Array, teacher: Array, *, ridge: Scalar = 1e-3, where: Array | None = None
 ) -> Array:
-    """`mean (f_S W* + b* - f_T)^2` with `W*, b*` the ridge regression of this very batch.
+    """`mean (f_S W* + b* - f_T)^2` with `W*, b*` the ridge regression of this batch.
 
     A hint without a regressor to train: the best linear map is solved for inside the loss
     (variable projection) and the gradient runs through the solve, so the loss is invariant to
     invertible linear maps of the student's features up to the ridge. All positions of the batch
-    are rows of one regression; have more of them than student channels. The penalty is `ridge`
+    are rows of one regression; use more of them than student channels. The penalty is `ridge`
     times the mean square of the centered student features, so the loss does not depend on their
     scale.
 

@@ -3,12 +3,12 @@
 What all functions here share:
 
 - `student_logits` and `teacher_logits` are `[..., num_classes]`, of one shape, at least two
-  classes; anything but real floating point raises TypeError, all else that does not fit ValueError.
+  classes; anything but real floating point raises TypeError, any other misfit ValueError.
 - `temperature > 0` softens both sides (`p = softmax(z / T)`); it and every other hyper-parameter is
   a scalar or one value per example.
-- `where`, bool of the logits' shape, says which classes take part; classes whose logit is -inf do
-  not either.
-- The result is `[...]`, in nats, float32 or wider. No `T^2` but where the equation shows it.
+- `where`, bool of the logits' shape, says which classes count; classes whose logit is -inf never
+  do.
+- The result is `[...]`, in nats, float32 or wider, without `T^2` unless the equation shows it.
 
 KLs are summed from non-negative terms: never negative, and relatively accurate when the two sides
 are close. Log-probabilities are logits too, so stored log-probabilities or the buckets of
@@ -363,7 +363,7 @@ def adaptive_kl_weight(
     temperature: Scalar = 1.0,
     where: Array | None = None,
 ) -> Array:
-    """The share of the reverse KL in adaptive KL: the gap on the teacher's tail, over all of it.
+    """The share of the reverse KL in adaptive KL: the gap on the teacher's tail over the whole gap.
 
     Forward KL learns the teacher's head first, reverse KL its tail; each is weighted by how much is
     left to learn there. The head is the most likely class and those within the teacher's first `mu`

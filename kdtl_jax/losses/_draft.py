@@ -34,7 +34,7 @@ def acceptance(
 def lk_alpha(draft_logits: Array, target_logits: Array, *, draft_ids: Array | None = None) -> Array:
     """`-log alpha`, minus the log-probability of acceptance: 0 at equality.
 
-    Unlike the KL it is the number that speculative decoding lives from; unlike `1 - alpha` it has a
+    Unlike the KL, it is the quantity that speeds up decoding; unlike `1 - alpha`, it has a
     gradient where draft and target are far apart. `[..., draft_vocabulary]` and `[..., vocabulary]`
     logits, `[...]`.
 
@@ -60,8 +60,9 @@ def lk_lambda(
     Args:
       draft_logits: `[..., draft_vocabulary]`.
       target_logits: `[..., vocabulary]`.
-      weight: in [0, 1]: `scale exp(-decay mean(acceptance))` with scale and decay 1, a constant,
-        so that the KL leads while little is accepted. A scalar or one value per example.
+      weight: in [0, 1], a scalar or one value per example. In the paper
+        `scale exp(-decay mean(acceptance))` with scale and decay 1, held constant, so that the KL
+        dominates while little is accepted.
       draft_ids: int `[draft_vocabulary]`.
 
     References:
@@ -102,7 +103,7 @@ def draft_targets(
       draft_ids: int `[draft_vocabulary]`.
 
     Returns:
-      The teacher's logits `[B, T, draft_vocabulary]` and bool `[B, T]`; past the end False.
+      The target's logits `[B, T, draft_vocabulary]` and bool `[B, T]`, False past the end.
 
     References:
       Li et al., EAGLE-3, 2025 (2503.01840). SpecForge averages over masked positions too.

@@ -1,6 +1,6 @@
 """Random-sampling distillation: a teacher stored as a few classes drawn from it.
 
-The k most likely classes are a biased teacher whatever is done about their tail; N draws are an
+The k most likely classes are a biased teacher, however their tail is treated; N draws are an
 unbiased one. Draws come from `q ~ p_T^exponent`; a class drawn counts `p_T / q`.
 
     draws = losses.random_sampling_draws(key, teacher_logits, num_draws=50)
@@ -43,7 +43,7 @@ def random_sampling_draws(
     Args:
       key: a PRNG key.
       teacher_logits: `[..., num_classes]`.
-      num_draws: N; about 12 different classes are among 50 draws from a language model.
+      num_draws: N; 50 draws from a language model hold about 12 distinct classes.
       exponent: >= 0; below 1 it draws rare classes more often.
     """
     _checks.count(1, num_draws=num_draws)
@@ -58,7 +58,7 @@ def random_sampling_targets(
     """The draws with weights `p_T / (N q)`: in expectation the teacher itself.
 
     At exponent 1 each counts `1 / N`. Otherwise the weights do not sum to 1; divided by their sum
-    they are the paper's, of less variance and a bias that vanishes with N.
+    they are the paper's, with less variance and a bias that vanishes as N grows.
 
     Args:
       teacher_logits: `[..., num_classes]`.

@@ -5,8 +5,8 @@ a paper trains beside such a loss is a connector (`kdtl_jax.connectors`). Maps a
 They return one value per example, `[B]`, in float32 or wider; `last_axis_mse` and `cosine_distance`
 one per vector of the last axis, `[...]`.
 
-`where` is bool, of the arrays' shape or of its leading axes, and marks the entries that take part;
-an example without any has the value 0.
+`where` is bool, of the arrays' shape or of its leading axes, and marks the entries to include; an
+example without any has the value 0.
 
 TypeError: an array is not floating point. ValueError: shapes differ, an array is empty, or a
 hyper-parameter is out of its range.
@@ -34,7 +34,7 @@ def mse(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     Args:
       student: `[B, ...]`.
       teacher: the same shape; targets, predictions or features.
-      where: bool, entries that take part.
+      where: bool, entries to include.
 
     Returns:
       `[B]`, squared feature units.
@@ -83,7 +83,7 @@ def squared_distance(student: Array, teacher: Array, *, where: Array | None = No
     Args:
       student: `[B, ..., C]`.
       teacher: the same shape.
-      where: bool, entries that take part.
+      where: bool, entries to include.
 
     Returns:
       `[B]`, squared feature units, summed.
@@ -105,7 +105,7 @@ def huber(
       student: `[B, ...]`.
       teacher: the same shape.
       delta: where the square turns into a line, > 0. Torch's smooth L1 is this over delta.
-      where: bool, entries that take part.
+      where: bool, entries to include.
 
     References:
       Huber, Robust Estimation of a Location Parameter, 1964.
@@ -124,11 +124,11 @@ def mae(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     Args:
       student: `[B, ...]`.
       teacher: the same shape; targets, predictions or features.
-      where: bool, entries that take part.
+      where: bool, entries to include.
 
     References:
       He et al., FAKD: Feature-Affinity Based Knowledge Distillation for Efficient Image
-      Super-Resolution, ICIP 2020, whose output distillation it is.
+      Super-Resolution, ICIP 2020, its distillation of outputs.
     """
     difference, where = _difference(student, teacher, where)
     return _mean(jnp.abs(difference), where)
@@ -144,16 +144,16 @@ def teacher_bounded(
 ) -> Array:
     """`mean (s - y)^2` where that and `margin` exceed `mean (t - y)^2`, else 0.
 
-    A student that is nearer to the targets than its teacher by the margin is left alone: numbers
-    have no bound, so a teacher may point away from the truth. The paper sums over the four
-    coordinates of a box and adds half of it to the smooth L1 loss of the targets.
+    A student that is nearer to the targets than its teacher by the margin is left alone: outputs of
+    a regression are unbounded, and a teacher may point away from the truth. The paper sums over the
+    four coordinates of a box and adds half of it to the smooth L1 loss of the targets.
 
     Args:
       student: `[B, ...]`.
       teacher: the same shape.
       targets: the same shape; y.
       margin: >= 0, in squared units.
-      where: bool, entries that take part.
+      where: bool, entries to include.
 
     References:
       Chen et al., Learning Efficient Object Detection Models with Knowledge Distillation, NeurIPS
@@ -171,7 +171,7 @@ def cosine_distance(student: Array, teacher: Array) -> Array:
     """`1 - cos(s, t)` over the last axis, exactly 0 at equality.
 
     Of hidden states, its mean over real tokens is DistilBERT's, TextBrewer's and DistillKit's
-    number; twice of it, of the first token's state, is patient distillation,
+    number; twice its value at the first token is patient distillation,
     `|| s / |s| - t / |t| ||^2`. A zero vector has no direction: its distance is 1. The
     scale of either side does not matter as long as its squares are in float32's range: entries of
     1e-18 to 1e18.
@@ -267,7 +267,7 @@ def vid(student: Array, teacher: Array, variance: Array) -> Array:
 
 
 def partial_l2(student: Array, teacher: Array, *, margin: Array | None = None) -> Array:
-    """`sum (s - t')^2 [s > t' or t > 0]`, `t' = max(t, margin)`: none below a negative response.
+    """`sum (s - t')^2 [s > t' or t > 0]`, `t' = max(t, margin)`: 0 below a negative response.
 
     Without margins `t' = t`: `.mean()` over 1000 is mmrazor's `OFDLoss` at its default, the sum
     over layers "be your own teacher"'s feature term. With them it is OFD: `.mean()` is mdistiller's

@@ -13,8 +13,8 @@ class Head(NamedTuple):
     """An output layer `z = scale (h W + h a b + bias)`, and `softcap tanh(z / softcap)` if capped.
 
     `kernel` `[width, vocabulary]` (tied embeddings: their transpose), `bias` `[vocabulary]`;
-    `delta` is an adapter's `a [width, r]`, its scale within, and `b [r, vocabulary]`: `W + a b` is
-    never made, and a frozen W needs no gradient of its size.
+    `delta` is an adapter's `a [width, r]`, its scale included, and `b [r, vocabulary]`: `W + a b`
+    is never formed, and a frozen W needs no gradient of its size.
     """
 
     kernel: Array

@@ -1,8 +1,8 @@
 """The Jensen-Shannon family: three published conventions, as three functions.
 
-Arguments and results are those of `forward_kl`. All mix `M` of student and teacher and add the
-KLs to it; beta lies in [0, 1], and they differ in what it weighs, and so in what happens as beta
-goes to 0 and 1:
+Arguments and results are those of `forward_kl`. Each mixes student and teacher into `M` and adds
+the KLs to it. They differ in what beta, in [0, 1], weighs, and so in what happens as it goes to 0
+and 1:
 
 | function | beta -> 0 | beta -> 1 |
 |---|---|---|
@@ -53,9 +53,9 @@ def jsd_gkd(
     """`beta KL(p_T || M) + (1 - beta) KL(p_S || M)`, `M = beta p_T + (1 - beta) p_S`; ends special.
 
     At beta 0 it is `KL(p_T || p_S)` and at 1 `KL(p_S || p_T)`, while the interior tends to 0 there:
-    `beta = 1e-4` gives a loss (and a gradient) thousands of times smaller than `beta = 0`. For a
-    beta between, prefer `jsd_normalized`. `[..., num_classes]` logits, `[...]` nats; ValueError for
-    a beta outside [0, 1].
+    `beta = 1e-4` gives a loss (and a gradient) thousands of times smaller than `beta = 0`. For
+    values in between, prefer `jsd_normalized`. `[..., num_classes]` logits, `[...]` nats;
+    ValueError for a beta outside [0, 1].
 
     References:
       Agarwal et al., On-Policy Distillation of Language Models, 2023 (2306.13649). This is TRL's
@@ -88,7 +88,7 @@ def jsd_continuous(
 ) -> Array:
     """`beta KL(p_T || M) + (1 - beta) KL(p_S || M)`, `M = (1 - beta) p_T + beta p_S`.
 
-    The mixture leans the other way than in `jsd_gkd`: each side is compared with what is mostly
+    The mixture leans the opposite way from `jsd_gkd`: each side is compared with what is mostly
     the *other* one, and the ends are reached continuously. `[..., num_classes]` logits,
     `[...]` nats; ValueError for a beta outside [0, 1].
 

@@ -3,15 +3,15 @@
 What all functions here share:
 
 - `student_logits` and `teacher_logits` are `[..., num_classes]`, of one shape, at least two
-  classes; anything but real floating point raises TypeError, all else that does not fit ValueError.
-- `labels` are class numbers `[...]` in `0..num_classes-1`; of a soft label take the argmax. Labels
+  classes; anything but real floating point raises TypeError, any other misfit ValueError.
+- `labels` are class numbers `[...]` in `0..num_classes-1`; for soft labels, pass the argmax. Labels
   that are not integers raise TypeError, concrete ones out of range ValueError.
 - `where`, bool `[...]`, says which examples count. The labels of the others may be anything (-100,
   255), as may their logits; their value is 0 with gradient 0. Under `jit`, a label out of range
   that is not masked gives the value NaN, with gradient 0: a mask applied later (`Masked`) leaves
   no NaN.
-- Where a label is masked or, under `jit`, out of range, what makes logits for other losses
-  (log-probabilities are logits, too) leaves the row as it stands, and a weight is 0.
+- Where a label is masked or, under `jit`, out of range, functions that make logits for other losses
+  (log-probabilities are logits, too) leave the row unchanged, and weights are 0.
 - `temperature > 0` is a scalar or one value per example.
 - Losses return `[...]`, float32 or wider.
 """
@@ -216,10 +216,9 @@ def virtual_teacher(
 
 
 def probability_shift(teacher_logits: Array, labels: Array, *, where: Array | None = None) -> Array:
-    """The teacher with its largest logit and the label's exchanged: never wrong, equally sure.
+    """The teacher with its largest logit and the label's swapped: never wrong, equally sure.
 
-    `[..., num_classes]` logits and `[...]` labels. Rows that are right come back unchanged; the
-    argument is never modified.
+    `[..., num_classes]` logits and `[...]` labels. Rows that are right come back unchanged.
 
     Returns:
       `[..., num_classes]`, the teacher's dtype.
@@ -259,7 +258,7 @@ def mft_teacher(
     Args:
       teacher_logits: `[..., num_classes]`; the model before fine-tuning.
       labels: `[...]`.
-      threshold: by how much the label shall lead, in [0, 1]; a scalar or one value per example.
+      threshold: by how much the label should lead, in [0, 1]; a scalar or one value per example.
       temperature: softens the teacher before it is corrected.
       eps: added to the denominators, the authors' constant; a teacher surer than `1 - eps` is
         left alone.

@@ -99,7 +99,7 @@ def logsumexp(x: Array, *, where: Array | None = None, axis: int = -1) -> Array:
 
     Args:
       x: `[..., n, ...]`, floating point; -inf is absent.
-      where: bool, broadcast to `x`, entries that take part.
+      where: bool, broadcast to `x`, entries to include.
       axis: of the sum, the last by default.
 
     Returns:

@@ -20,12 +20,12 @@ def student_top_k_reverse_kl(
     """`KL(p_S || p_T)` over the *student's* k most likely classes and one tail bucket.
 
     The student's classes are where the reverse KL has its mass; a teacher's own k may miss them.
-    Zero at equality, never negative, at most the reverse KL, whose gradient it does not have: over
-    the tail's classes it moves their sum alone. A teacher elsewhere is asked for its
-    log-probabilities at `top_k_targets(student_logits, k=k).indices`; with its answer it is
+    Zero at equality, never negative, at most the reverse KL, whose gradient it does not have: it
+    moves only the sum over the tail's classes. Ask a remote teacher for its log-probabilities at
+    `top_k_targets(student_logits, k=k).indices`; the loss is then
     `reverse_kl(*top_k_buckets(student_logits, stored_top_k(indices, log_probs)))`. k is static, at
-    least 1 and at most the number of classes. `[..., num_classes]` logits, `[...]` nats. Without
-    its bias: `top_k_reverse_kl_sampled_tail`.
+    least 1 and at most the number of classes. `[..., num_classes]` logits, `[...]` nats.
+    `top_k_reverse_kl_sampled_tail` has no such bias.
 
     References:
       SDPO (2601.20802) and SDFT (2601.19897) with `alpha=1`, their tails included.
@@ -46,13 +46,13 @@ def top_k_reverse_kl_sampled_tail(
     *,
     where: Array | None = None,
 ) -> Array:
-    """`sum_{v in K} p_S(v) sg[g_v]`, and `rho sg[g_y]` of a drawn token y outside K.
+    """`sum_{v in K} p_S(v) sg[g_v]`, plus `rho sg[g_y]` for a drawn token y outside K.
 
     With `g = log p_S - log p_T` and `rho = p_S / p_sampler`, bounded at `exp(20)`. On average over
-    tokens from the sampler, value and gradient are those of the reverse KL, whichever classes K
-    has: what the sum does not cover, the sample does. With the student's most likely classes the
-    variance is less than that of `sampled_reverse_kl`; `student_top_k_reverse_kl` has none, but a
-    bias. For a teacher elsewhere, asked for its log-probabilities at K and at the token.
+    tokens from the sampler, value and gradient are those of the reverse KL, whichever classes are
+    in K: the sample covers what the sum does not. With the student's most likely classes the
+    variance is lower than that of `sampled_reverse_kl`; `student_top_k_reverse_kl` has none, but a
+    bias. A remote teacher need only give its log-probabilities at K and at the token.
 
     Args:
       student_logits: `[..., num_classes]`.
@@ -64,8 +64,8 @@ def top_k_reverse_kl_sampled_tail(
       where: bool `[...]`, positions that count; the others may hold anything, and give 0.
 
     Returns:
-      `[...]`, nats, of either sign; +inf where a class that the student gives has no probability
-      under the teacher, with the gradient of the finite terms.
+      `[...]`, nats, of either sign; +inf, with the gradient of the finite terms, where the student
+      gives probability to a class that the teacher excludes.
     """
     _checks.floating(teacher_log_probs=teacher_log_probs, sampler_log_probs=sampler_log_probs)
     _checks.labels(tokens, student_logits, where)
@@ -104,7 +104,7 @@ def entropy_aware_kl(
 ) -> Array:
     """`KL(p_S || p_T)`, plus `weight KL(p_T || p_S)` where the teacher is unsure.
 
-    Unsure is an entropy above `threshold`. Reverse KL alone picks one of the teacher's
+    Unsure means an entropy above `threshold`. Reverse KL alone picks one of the teacher's
     continuations; where the teacher sees several, the forward KL keeps them.
 
     Args:
@@ -113,7 +113,7 @@ def entropy_aware_kl(
       threshold: of the teacher's entropy, nats; a scalar or one value per example.
       weight: >= 0, of the forward part.
       k: takes the forward part over the teacher's k most likely classes, renormalized
-        (`top_k_kl_teacher_renormalized`; then not 0 at equality); None takes them all.
+        (`top_k_kl_teacher_renormalized`; then not 0 at equality); None takes all classes.
       temperature: softens both.
 
     References:
@@ -140,7 +140,7 @@ def entropy_aware_kl(
 def top_k_overlap(student_logits: Array, targets: _topk.TopK) -> Array:
     """How many of the teacher's k classes are among the student's own k: int `[...]`, 0 to k.
 
-    With the masses of both on the teacher's classes (`top_k_buckets`), what on-policy runs watch.
+    Along with both masses on these classes (`top_k_buckets`), a diagnostic of on-policy runs.
 
     References:
       verl's diagnostics (2604.13016).

@@ -4,8 +4,8 @@ What all functions here share:
 
 - `student_logits` and `teacher_logits` are of one shape: `[..., num_classes]` where an example is
   compared by itself, `[B, num_classes]` where examples are compared with each other (flatten a
-  map's positions into the batch). Anything but real floating point raises TypeError, all else that
-  does not fit ValueError.
+  map's positions into the batch). Anything but real floating point raises TypeError, any other
+  misfit ValueError.
 - `temperature > 0` softens both sides and is a scalar or one value per example. No `T^2`.
 - A class whose logit is -inf on both sides, the padding of a vocabulary, does not count. Where only
   one side has it, that side gives it no probability.
@@ -96,9 +96,8 @@ def class_correlation(
     """`|P_T' P_T - P_S' P_S|^2 / C`: the classes' correlations over the batch.
 
     `[B, num_classes]` logits. One number for the batch, given to every example, `[B]`, so that the
-    mean is the published value.
-    Multi-level logit distillation sums `kd_kl`, `batch_correlation` and this over the temperatures
-    2, 3, 4, 5 and 6, of a weakly and of a strongly augmented view.
+    mean is the published value. Multi-level logit distillation sums `kd_kl`, `batch_correlation`
+    and this over the temperatures 2, 3, 4, 5 and 6, on a weakly and a strongly augmented view.
 
     References:
       Jin, Wang and Lin, Multi-Level Logit Distillation, CVPR 2023. `.mean()` is the number of the
@@ -183,7 +182,7 @@ def standardize_logits(
         1 by `num_classes - 1`, what the authors' code does (with two classes the results differ by
         sqrt(2)).
       eps: added to the deviation, as in the authors' code.
-      where: bool, the logits' shape; classes that take part.
+      where: bool, the logits' shape; classes to include.
 
     Returns:
       `[..., num_classes]`, float32 or wider.

@@ -16,8 +16,8 @@ from kdtl_jax import _checks, _numerics
 def margin_mse(student_scores: Array, teacher_scores: Array) -> Array:
     """Mean over the others of `((s_0 - s_i) - (t_0 - t_i))^2`: how far the positive leads.
 
-    The scale of the scores is free, not their unit: take the teacher's logits. Its sigmoids squash
-    margins, .99 and .95 to .04 where the logits are 1.65 apart.
+    Pass the teacher's logits: sigmoids squash margins (.99 and .95 are .04 apart, their logits
+    1.65).
 
     Args:
       student_scores: `[..., n]`, n > 1, the positive first.

@@ -90,8 +90,8 @@ def gaussian_taylor_kernel(x: Array, *, gamma: Scalar = 0.4, order: int = 2) -> 
 
     Args:
       x: `[B, D]`, rows as they are.
-      gamma: of the Gaussian, > 0.
-      order: of the polynomial.
+      gamma: the Gaussian's exponent, > 0.
+      order: degree of the polynomial.
 
     Returns:
       `[B, B]`.
@@ -126,8 +126,8 @@ def cc(
     Args:
       student: `[B, ...]`, normalized here.
       teacher: `[B, ...]`, any width.
-      gamma: of the Gaussian, > 0.
-      order: of its Taylor polynomial.
+      gamma: the Gaussian's exponent, > 0.
+      order: degree of its Taylor polynomial.
       where: bool `[B]`, real examples.
 
     References:

@@ -39,8 +39,8 @@ def sampled_reverse_kl(
     """`-rho sg(log p_T - log p_S)` with `rho = p_S / p_sampler`: the score-function reverse KL.
 
     The sum over a text has, over texts from the sampler, the gradient of the reverse KL at each
-    position, given the text before it. Several groups multiply it by a gate (`drop_gate`,
-    `ratio_gate`) or, in place of rho, bound it (`clipped_policy_gradient`). `[B, L]`, nats.
+    position, given the text before it. Some codes multiply it by a gate (`drop_gate`,
+    `ratio_gate`) or bound the ratio (`clipped_policy_gradient`). `[B, L]`, nats.
 
     References:
       Thinking Machines, On-Policy Distillation, 2025. Tinker's and slime's advantages are
@@ -112,7 +112,7 @@ def kl_k2(
 ) -> Array:
     """`(log p_S - log p_T)^2 / 2`: the value is biased, the gradient is the reverse KL's.
 
-    For tokens from the student as it is; from an older one multiply by `truncated_ratio`. `[B, L]`,
+    For tokens of the current student; for an older one's, multiply by `truncated_ratio`. `[B, L]`,
     nats.
 
     References:
@@ -150,7 +150,7 @@ def truncated_ratio(
     All `[B, L]`.
 
     References:
-      Truncated importance sampling, as of SDPO (2601.20802) and TRL's self-distillation.
+      Truncated importance sampling, as in SDPO (2601.20802) and TRL's self-distillation.
     """
     _checks.positive(max_ratio=max_ratio)
     student, sampler = _prepared(where, log_probs=log_probs, sampler_log_probs=sampler_log_probs)
@@ -191,7 +191,7 @@ def ratio_gate(
     """False where `p / p_sampler` has left `[low, high]`.
 
     References:
-      IcePop (Ling Team, 2025), as of NeMo-RL's multi-teacher on-policy distillation.
+      IcePop (Ling Team, 2025), as in NeMo-RL's multi-teacher on-policy distillation.
     """
     _checks.positive(low=low, high=high)
     student, sampler = _prepared(where, log_probs=log_probs, sampler_log_probs=sampler_log_probs)
@@ -216,7 +216,7 @@ def reward_to_go(rewards: Array, *, gamma: Scalar = 1.0, where: Array | None = N
       `[..., L]`.
 
     References:
-      Gu et al., MiniLLM, 2023 (2306.08543). TRL's version carries a stray factor `gamma^l`.
+      Gu et al., MiniLLM, 2023 (2306.08543). TRL's version has an additional factor `gamma^l`.
     """
     _checks.within(0, 1, gamma=gamma)
     (rewards,) = _prepared(where, rewards=rewards)
@@ -234,14 +234,14 @@ def reward_to_go(rewards: Array, *, gamma: Scalar = 1.0, where: Array | None = N
 def whitened(values: Array, *, where: Array | None = None) -> Array:
     """`(a - mean) / sqrt(var + 1e-8)` over all counted entries, with the unbiased variance.
 
-    The batch's own scale, hence no loss: whoever accumulates microbatches whitens before cutting.
+    The statistics are those of the whole batch: whiten before splitting it into microbatches.
 
     Args:
       values: any shape.
-      where: bool, the same shape; the others neither count nor come out other than 0.
+      where: bool, the same shape; the others do not count and come out as 0.
 
     References:
-      MiniLLM's PPO, which lets padding into mean and variance.
+      MiniLLM's PPO, which includes padding in mean and variance.
     """
     (values,) = _prepared(where, values=values)
     count = values.size if where is None else jnp.sum(where, dtype=values.dtype)

@@ -1,6 +1,6 @@
 """Sequences of tokens: shifts and interpolated teachers.
 
-Every divergence of the package takes `[B, L, V]` and gives `[B, L]`; mask it in the objective with
+Every divergence in the package maps `[B, L, V]` to `[B, L]`; mask it in the objective with
 `Masked(values, where)`, so that sum and count stay exact over microbatches. Nothing here is a loss.
 
 All functions raise ValueError where shapes or ranges do not fit, and TypeError where logits are not
@@ -164,14 +164,14 @@ def taid_advance(
     Args:
       state: from `taid_start` or the last call.
       loss: scalar, this step's distillation loss.
-      num_steps: of the whole run.
+      num_steps: length of the whole run.
       start: t at step 0.
       end: t at the last step.
       alpha: largest step ahead.
-      beta: of the running mean.
+      beta: decay of the running mean.
 
     Returns:
-      The new state, of the same dtypes.
+      The new state, with the same dtypes.
 
     References:
       Shing et al., 2025 (2501.16937), algorithm 1.

@@ -11,8 +11,8 @@
 What all losses here share: `student_logits` are `[..., num_classes]`; `targets`, from
 `top_k_targets` or `stored_top_k`, are the teacher's k classes, made at the same temperature, which
 is a scalar or one value per example. The result is `[...]`, in nats unless said otherwise, float32
-or wider. Shapes that do not fit and concrete indices out of range raise ValueError, wrong kinds of
-dtype TypeError; under `jit` an index out of range (such as a stored -1) gives NaN, with gradient 0.
+or wider. Shapes that do not fit and concrete indices out of range raise ValueError, wrong dtypes
+TypeError; under `jit` an index out of range (such as a stored -1) gives NaN, with gradient 0.
 """
 
 from typing import NamedTuple
@@ -59,7 +59,7 @@ def top_k_targets(teacher_logits: Array, *, k: int, temperature: Scalar = 1.0) -
 
 
 def top_k_at(teacher_logits: Array, indices: Array, *, temperature: Scalar = 1.0) -> TopK:
-    """A dense teacher on k given classes, the student's most likely ones say, and its tail.
+    """A dense teacher on k given classes, such as the student's most likely ones, and its tail.
 
     In chunks: `chunked_map(top_k_at, teacher_hidden, teacher_head, indices)`.
 
@@ -99,8 +99,9 @@ def stored_top_k(indices: Array, log_probs: Array) -> TopK:
 def soften_top_k(targets: TopK, *, temperature: Scalar, tail_classes: int | None = None) -> TopK:
     """The targets at another temperature: `p^(1/T)` renormalized.
 
-    How the tail's mass is spread decides what becomes of it and is not known: over `tail_classes`
-    equal classes (give `num_classes - k`), or, by default, as one class. Exact without a tail.
+    What becomes of the tail depends on how its mass is spread, which is not known: evenly over
+    `tail_classes` classes (pass `num_classes - k`), or, by default, as one class. Exact without a
+    tail.
 
     Args:
       targets: `[..., k]`, usually at temperature 1; temperatures multiply.
@@ -168,7 +169,7 @@ def top_k_kl_renormalized(
 ) -> Array:
     """`KL` of both sides renormalized on the teacher's k classes.
 
-    Cannot see mass leave the set: shifting all k logits of the student together changes nothing.
+    Does not see mass leave the set: shifting all k logits of the student together changes nothing.
     One class (k = 1) is therefore refused. `[..., num_classes]` logits, `[..., k]` targets, `[...]`
     nats.
 

@@ -19,7 +19,7 @@ from kdtl_jax.losses import _sides
 
 
 def delta(student: Array, source: Array, *, channel_weights: Array | None = None) -> Array:
-    """`1/2 sum_c C a_c mean_positions (F_c - F0_c)^2`: channels weigh what they matter.
+    """`1/2 sum_c C a_c mean_positions (F_c - F0_c)^2`: channels weighted by their importance.
 
     Args:
       student: features `[B, ..., C]` of the model being trained.
@@ -73,7 +73,7 @@ def co_tuning(student_logits: Array, target: Array) -> Array:
       target: `[B, Cs]`, `relation[labels]` of `transferability.category_relation`.
 
     Returns:
-      `[B]`, nats. `.mean()` is TLL's number (weight 2.3 there, source head at 0.1 of the rate).
+      `[B]`, nats. `.mean()` is TLL's number (weight 2.3; the source head learns at 0.1 of the rate).
 
     References:
       You et al., Co-Tuning for Transfer Learning, NeurIPS 2020.
@@ -92,7 +92,7 @@ def afn(features: Array, norms: Array, *, step: Scalar = 1.0) -> Array:
       features: `[B, D]`.
       norms: `[B]`, the norms to grow from: `stop_gradient(feature_norms(features))` is the
         paper's stepwise form, a constant radius its hard form.
-      step: the increase; 1.0.
+      step: the increase.
 
     Returns:
       `[B]`. In the stepwise form the value is always `step^2`; only the gradient matters.

@@ -41,8 +41,8 @@ def sinkhorn_cost(
       cost: `[num_classes, num_classes]`, >= 0; `cost[i, j]` moves student class i to
         teacher class j.
       temperature: softens both; a scalar or one value per example.
-      regularization: of the entropy, > 0.
-      iterations: of the pair of scalings.
+      regularization: weight of the entropy, > 0.
+      iterations: pairs of scalings.
       eps: added to the denominators of the scalings; 1e-8 in the authors' code, unnecessary here.
 
     Returns:

@@ -1,8 +1,8 @@
 """Vocabularies that are not the same: padded ones, shared tokens, tokens by id map.
 
-Two vocabularies of one size may number other tokens, and two of different sizes may differ by
-padding alone: compare ids, never sizes. All functions take and give logits (log-probabilities are
-logits), so that any divergence follows, within `chunked_divergence` too:
+Two vocabularies of one size may number their tokens differently, and two of different sizes may
+differ by padding alone: compare ids, never sizes. All functions take and give logits
+(log-probabilities are logits), so that any divergence follows, within `chunked_divergence` too:
 
     def kl(student, teacher):
         return losses.forward_kl(*losses.shared_vocabulary(student, teacher, ours, theirs))
@@ -21,8 +21,8 @@ from kdtl_jax.losses import _logspace
 def without_padding(logits: Array, *, size: int, width: int | None = None) -> Array:
     """Logits with -inf from class `size` on, and cut or filled up to `width` classes.
 
-    Embedding tables are padded to round sizes; what a model says about tokens that do not exist is
-    no part of its distribution.
+    Embedding tables are padded to round sizes; logits of tokens that do not exist are not part of a
+    model's distribution.
 
     Args:
       logits: `[..., num_classes]`.
@@ -72,7 +72,7 @@ def shared_vocabulary(
     """Both sides on the tokens they share, and one bucket for everything else.
 
     A divergence of them sees how much mass each side keeps for itself, though not on what.
-    Renormalizing on the shared tokens would not: a student that fled from them would look perfect.
+    Renormalizing on the shared tokens would not: a student that abandons them could look perfect.
 
     Args:
       student_logits: `[..., student_vocabulary]`.
