@@ -46,7 +46,7 @@ def texts() -> tuple[bytes, bytes]:
 
 
 def show(found: Mapping[str, Sequence[float]], digits: int) -> None:
-    """A line per number: its mean over seeds, and half of the 95 % interval."""
+    """A line per number: its mean over seeds, and half of the 95% interval."""
     for name, values in found.items():
         interval = report.interval(np.asarray(values))
         half = "" if interval.high is None else f" ± {interval.high - interval.mean:.{digits}f}"

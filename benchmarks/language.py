@@ -8,7 +8,7 @@ Peers:     PyTorch with transformers' Llama, eager and under torch.compile; Lige
 Machine:   2 cores of an AMD EPYC virtual machine (AVX-512), nothing else running, 5 rounds; jax
            0.10.2, torch 2.13.0, transformers 5.24.0, liger-kernel 0.8.5; 333 s in all
 RESULT:    step: loss and gradient equal to PyTorch's, 1e-7; PyTorch takes 0.87 times as long eager
-           and 0.82 times compiled; 63 % of the matrix products' speed, PyTorch 73 and 77 %
+           and 0.82 times compiled; 63% of the matrix products' speed, PyTorch 73 and 77%
            sampling, times as long in transformers at its better thread count: one row 2.81, eight
            rows 2.26 (one thread 2.82 and 2.79); 512 of 512 greedy tokens equal
            KL over 32,768 classes, 1,024 tokens in chunks of 256, times the matrix products: float32

@@ -10,7 +10,7 @@ A teacher of four layers learns the text that the package carries, in bytes, for
 - quantized: its kernels in 4 and 3 bits, a scale for 32 inputs each: learning from the teacher with
   the rounding in place (QAD), learning from the text so (QAT), and only rounded. KL to the teacher.
 
-Intervals are 95 % over seeds; differences are paired. Obtained on two CPU cores, jax 0.10.2:
+Intervals are 95% over seeds; differences are paired. Obtained on two CPU cores, jax 0.10.2:
 
     pruned                       KL(T||S), nats      bits per byte
     teacher                      0                   3.11 ± 0.59

@@ -73,7 +73,7 @@ def main(results: str, out: str, theme: str = "light") -> None:
         axes.grid(axis="x", color=quiet, alpha=0.25)
         axes.spines[:].set_visible(False)
     drawing.supxlabel(
-        "test accuracy in % with its 95 % interval (seeds and test images); "
+        "test accuracy in % with its 95% interval (seeds and test images); "
         "blue: better than training alone",
         color=quiet,
         fontsize=11,

@@ -52,7 +52,7 @@ def test_the_cache_holds_what_the_teacher_gives(
     assert _cache(folder, weights, "--taps", "all") == 0
     said = capsys.readouterr()
     right = 100 * np.mean(np.argmax(LIVE["logits"], axis=-1) == TRAIN.labels)
-    assert f"teacher: {right:.1f} % of these examples right" in said.out
+    assert f"teacher: {right:.1f}% of these examples right" in said.out
     assert f"{len(INPUTS):,} of {len(INPUTS):,} examples" in said.err
     taps = sorted(_models.output_shapes(NET, INPUTS[:1]))
     expect = teacher_cache.fingerprint(VARIABLES, {"inputs": INPUTS}, taps=taps, **MADE_OF)

@@ -52,7 +52,7 @@ def test_the_scores_are_those_of_the_run(
     wanted = row["test_accuracy"]["values"][row["settings"]["file_seed"]]
     found = json.loads(out.read_text())
     assert found["accuracy"] == pytest.approx(wanted) and found["examples"] == 27
-    assert f"accuracy                   {100 * wanted:.2f} %" in said.out
+    assert f"accuracy                   {100 * wanted:.2f}%" in said.out
     # The same in Python.
     test = datasets.read_splits(str(file)).test
     named = model_files.load(student).predict(test.inputs).argmax(-1)

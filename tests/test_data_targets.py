@@ -198,7 +198,7 @@ def test_what_looks_wrong_is_said() -> None:
     rare[:3] = 1
     many = np.random.default_rng(0).normal(size=(400, 2)) + 5
     said = datasets.warnings(split_of(many, rare, test=0.3))
-    assert said == ["99.5 % of the training examples are '0': accuracy says little"]
+    assert said == ["99.5% of the training examples are '0': accuracy says little"]
     parts = split_of(X, Y)
     twice = parts._replace(test=parts.train)
     assert "36 of 36 test examples are in the training part too" in datasets.warnings(twice)[0]

@@ -64,7 +64,7 @@ def numbers(chart: plots.Chart, anchor: str, axis: str) -> dict[float, float]:
 def test_dots_and_whiskers_stand_where_their_values_are() -> None:
     chart = plots.dots([plots.Bar("a", 0.5, 0.3, 0.6), plots.Bar("b", 0.9)], axis="accuracy")
     found = marks(chart)
-    assert list(found) == ["a: 50.0 % (30.0 to 60.0)", "b: 90.0 %"]
+    assert list(found) == ["a: 50.0% (30.0 to 60.0)", "b: 90.0%"]
     ticks = numbers(chart, "middle", "x")
     (low, x_low), (high, x_high) = min(ticks.items()), max(ticks.items())
     per_point = (x_high - x_low) / (high - low)
@@ -96,7 +96,7 @@ def test_labels_stand_beside_their_rows_and_never_over_the_drawing() -> None:
 def test_a_value_that_is_not_finite_has_its_row_and_no_dot() -> None:
     bars = [plots.Bar("a", 0.5, 0.4, 0.6), plots.Bar("lost", math.nan, math.nan, math.nan)]
     chart = plots.dots(bars, axis="accuracy")
-    assert list(marks(chart)) == ["a: 50.0 % (40.0 to 60.0)"]
+    assert list(marks(chart)) == ["a: 50.0% (40.0 to 60.0)"]
     texts = [t.text for t in ET.fromstring(chart.svg).iter("text")]
     assert "lost" in texts and "nan" in texts
     nothing = plots.lines([plots.Line("x", [1, 2], [math.nan, math.nan])], x_axis="x", y_axis="y")
@@ -109,9 +109,9 @@ def test_lines_ring_the_chosen_place_and_bear_flat_curves() -> None:
     line, *dots = marks(chart).items()
     assert line[0] == "a" and chart.key == ("a",)
     assert [title for title, _ in dots] == [
-        "a: 0.1 gives 20.0 %",
-        "a: 0.5 gives 60.0 %",
-        "a: 1 gives 40.0 %",
+        "a: 0.1 gives 20.0%",
+        "a: 0.5 gives 60.0%",
+        "a: 1 gives 40.0%",
     ]
     np.testing.assert_allclose([mark.radius for _, mark in dots], [4, 6, 4], atol=1e-3)
     assert ["var(--ink)" in mark.style for _, mark in dots] == [False, True, False]

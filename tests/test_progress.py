@@ -113,7 +113,7 @@ def test_a_command_on_a_terminal(
     with Terminal(monkeypatch) as terminal:
         assert kdtl(*command, "--out", tmp_path / "a") == 0
     shown, printed = terminal.text(), capsys.readouterr().out
-    assert "teacher" in shown and "kd (2 of 2)" in shown and "100 %" in shown
+    assert "teacher" in shown and "kd (2 of 2)" in shown and "100%" in shown
     assert " left" in shown
     assert "\x1b" not in printed and "report:" in printed
     rows = results(tmp_path / "a")["rows"]

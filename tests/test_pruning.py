@@ -56,7 +56,7 @@ def test_heads_and_units_that_say_nothing_are_dropped_and_nothing_changes(tmp_pa
     narrow, kept = pruning.narrow(source, heads=2, key_heads=2, hidden=8)
     assert kept.heads.tolist() == [[1, 2]] * 2
     assert kept.hidden.tolist() == [[0, 3, 4, 6, 7, 8, 9, 10]] * 2
-    assert kept.shares["heads"] == pytest.approx(1) and "hidden 8 (100 %)" in str(kept)
+    assert kept.shares["heads"] == pytest.approx(1) and "hidden 8 (100%)" in str(kept)
     np.testing.assert_allclose(logits(narrow), logits(source), atol=1e-5)
     # A head of its own width is written to config.json, and read again.
     decoders.save(tmp_path / "n", narrow.params, narrow.rules, config=narrow.config)

@@ -201,7 +201,7 @@ def test_the_learning_rate_is_drawn_where_it_changes() -> None:
     rates = [0.002, 0.004] + [0.001] * 29
     curve = {"epoch": [1, 31], "validation_accuracy": [0.5, 0.7], "learning_rate": rates}
     text = report.html_page(results(learning={"kd": curve}))
-    assert "In percent of its peak, 0.004." in text and "all methods: 1 gives 50.0 %" in text
+    assert "As a percentage of its peak, 0.004." in text and "all methods: 1 gives 50.0%" in text
     text = report.html_page(results(learning={"kd": {**curve, "learning_rate": [0.1] * 31}}))
     assert "Learning rate" not in text
 

@@ -115,7 +115,7 @@ def test_a_damaged_record_is_one_clear_error(tmp_path: Path, content: str) -> No
 
 def test_scores_are_written_in_their_units() -> None:
     r2 = report.Score("r2", "R²", is_share=False)
-    assert (report.ACCURACY.shown(0.9061), r2.shown(0.8731)) == ("accuracy 90.6 %", "R² 0.873")
+    assert (report.ACCURACY.shown(0.9061), r2.shown(0.8731)) == ("accuracy 90.6%", "R² 0.873")
     assert (report.ACCURACY.number(0.05, sign=True), r2.number(-0.5, sign=True)) == (
         "+5.0",
         "-0.500",

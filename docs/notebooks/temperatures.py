@@ -75,7 +75,7 @@ points = sweep.grid(temperature=TEMPERATURES, seed=range(SEEDS))
 accuracy = sweep.vmap(experiment)(points, teacher.params, data, test)
 accuracy = accuracy.reshape(len(TEMPERATURES), SEEDS)
 for temperature, seeds in zip(TEMPERATURES, accuracy, strict=True):
-    print(f"temperature {temperature:4g}: {seeds.mean():.1f} %")
+    print(f"temperature {temperature:4g}: {seeds.mean():.1f}%")
 
 # %%
 # Result

@@ -80,7 +80,7 @@ def _of_targets(splits: Splits) -> list[str]:
     if share[often] >= DOMINATES:
         name = _text.quoted(train.class_names()[often])
         said.append(
-            f"{100 * share[often]:.1f} % of the training examples are {name}: accuracy says little"
+            f"{100 * share[often]:.1f}% of the training examples are {name}: accuracy says little"
         )
     return said
 

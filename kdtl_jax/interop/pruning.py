@@ -47,7 +47,7 @@ class Kept(NamedTuple):
         sizes = {"width": len(self.channels)} | {
             name: getattr(self, name).shape[1] for name in ("heads", "key_heads", "hidden")
         }
-        return ", ".join(f"{n} {sizes[n]} ({100 * x:.0f} %)" for n, x in self.shares.items())
+        return ", ".join(f"{n} {sizes[n]} ({100 * x:.0f}%)" for n, x in self.shares.items())
 
 
 def narrow(

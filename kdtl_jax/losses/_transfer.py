@@ -73,7 +73,7 @@ def co_tuning(student_logits: Array, target: Array) -> Array:
       target: `[B, Cs]`, `relation[labels]` of `transferability.category_relation`.
 
     Returns:
-      `[B]`, nats. `.mean()` is TLL's number (weight 2.3; its source head learns at 0.1 of the rate).
+      `[B]`, nats. `.mean()` is TLL's number (weight 2.3; the source head at 0.1 of the rate).
 
     References:
       You et al., Co-Tuning for Transfer Learning, NeurIPS 2020.

@@ -1,7 +1,7 @@
 """Divergences between class distributions, and teachers made of or corrected by labels.
 
-The papers of divergences distill language models from the divergence alone, at temperature 1.
-Beside labels each shares the loss with the task half and half (task 0.5), as fused kernels do.
+The papers on divergences distill language models from the divergence alone, at temperature 1. Here,
+with labels, each shares the loss equally with the task (task 0.5), as fused kernels do.
 """
 
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def js(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
 def jsd_gkd(setup: Setup, *, temperature: Scalar = 1.0, beta: Scalar = 0.1) -> Method:
     """`beta KL(p_T || M) + (1 - beta) KL(p_S || M)`, `M = beta p_T + (1 - beta) p_S`: GKD's.
 
-    Agarwal et al., 2023 (2306.13649). Beta 0.1, the paper's smallest between the ends.
+    Agarwal et al., 2023 (2306.13649). Beta 0.1, the paper's smallest interior value.
     """
     return _half(setup, "jsd_gkd", partial(losses.jsd_gkd, beta=beta), temperature)
 
@@ -190,8 +190,7 @@ def uskd(setup: Setup) -> Method:
 
 
 def probability_shift(setup: Setup, *, temperature: Scalar = 4.0) -> Method:
-    """KD from the teacher with its largest logit and the label's exchanged, so that it is never
-    wrong.
+    """KD from the teacher with its largest logit and the label's swapped, so it is never wrong.
 
     Wen et al., 2019 (1911.07471). Task 0.1, kd 0.9, as for KD.
     """

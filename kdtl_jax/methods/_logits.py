@@ -179,7 +179,7 @@ def wttm(setup: Setup, *, temperature: Scalar = 5.0) -> Method:
 def logit_mse(setup: Setup) -> Method:
     """`mean_c (z_S - z_T)^2`: regression on logits, without labels (task 0, mse 1).
 
-    Ba and Caruana, 2014 (1312.6184). Sigmoid heads and regression are taught as well.
+    Ba and Caruana, 2014 (1312.6184). Also for sigmoid heads and regression.
     """
 
     def terms(inputs: Inputs) -> dict[str, Array]:
@@ -216,7 +216,7 @@ def logit_huber(setup: Setup, *, delta: Scalar = 1.0) -> Method:
 
 
 def bounded_regression(setup: Setup, *, margin: Scalar = 0.0) -> Method:
-    """The squared error again, until the student is nearer to the targets than its teacher.
+    """The squared error once more, until the student is nearer to the targets than its teacher.
 
     Chen et al., NeurIPS 2017, whose task is the smooth L1 loss. Task 1, bounded 0.5: the paper.
     `margin` is in squared units of the outputs.
@@ -279,8 +279,8 @@ def wkd_l(setup: Setup, *, temperature: Scalar = 8.0) -> Method:
 
     q is the distribution over the classes other than the label; moving mass costs
     `1 - exp(-(1 - cos))` of the teacher's class weights. Lv, Yang and Li, 2024 (2412.08139). Task
-    1, target 1, transport 600, down to 0 over the last 90 of 240 epochs along a half cosine: the
-    authors' code.
+    1, target 1, transport 600, decaying to 0 over the last 90 of 240 epochs along a half cosine:
+    the authors' code.
     """
     directions = connectors.unit_norm().apply({}, needs_teacher_head(setup).kernel.T)
     cost = -jnp.expm1(jnp.minimum(directions @ directions.T - 1, 0))

@@ -82,7 +82,7 @@ def key_and_step(inputs: Inputs) -> tuple[Array, Array]:
 
 
 def exclusive_classes(setup: Setup) -> None:
-    """Refuses sigmoid heads, whose logits are no distribution over classes.
+    """Refuses sigmoid heads, whose logits are not a distribution over classes.
 
     Raises:
       ValueError: if the classes do not exclude each other.

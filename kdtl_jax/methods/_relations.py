@@ -84,8 +84,8 @@ def itrd(setup: Setup) -> Method:
     """`log2 sum_d |rho_d - 1|^3` of feature correlations rho, and mutual information.
 
     Miles, Rodriguez and Mikolajczyk, 2021 (2112.00459). The student is embedded linearly in the
-    teacher's width. Task 1, correlation 2, mutual 0.05: the distillers zoo. Published without the
-    floor of 1e-12 under the logarithm, -inf at perfect correlation.
+    teacher's width. Task 1, correlation 2, mutual 0.05: the distillers zoo. The published logarithm
+    has no floor and is -inf at perfect correlation; here the floor is 1e-12.
     """
     of_student, of_teacher = setup.last
     embed = connectors.linear(setup.teacher[of_teacher].shape[-1])
@@ -134,7 +134,7 @@ def crd(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
     """Noise-contrastive estimation against banks of both models' embeddings.
 
     Tian, Krishnan and Isola, 2020 (1910.10699). 16384 negatives; the normalizer is fixed by the
-    first batch, as published. Batches bring their examples' places as `"index"`. Task 1, crd 0.8:
+    first batch, as published. Batches hold their examples' positions as `"index"`. Task 1, crd 0.8:
     RepDistiller.
     """
     n = setup.examples

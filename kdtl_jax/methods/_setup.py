@@ -49,7 +49,7 @@ class Models(NamedTuple):
 class Setup(NamedTuple):
     """What a method may look at when it is built; made by `setup`.
 
-    Batches hold `"inputs"`, `"labels"` and, for methods with a bank, `"index"` `[B]`, the places
+    Batches hold `"inputs"`, `"labels"` and, for methods with a bank, `"index"` `[B]`, the positions
     of the examples in the training set.
     """
 
@@ -97,7 +97,7 @@ def multi_label(inputs: Inputs) -> dict[str, Array]:
 
 
 def regression(inputs: Inputs) -> dict[str, Array]:
-    """The task of numbers: `{"task": mean over outputs of (y - t)^2}`.
+    """The task of regression: `{"task": mean over outputs of (y - t)^2}`.
 
     `batch["labels"]` are the targets, `[B, outputs]` as the logits, in the units in which the
     model answers.
@@ -148,7 +148,7 @@ def setup(
         (`objective.classification`), or sigmoid if classes do not exclude each other.
 
     Raises:
-      TypeError: if a model is no model function, or its variables are parameters alone.
+      TypeError: if a model is not a model function, or its variables are parameters alone.
       ValueError: if a network has no logits or not one per class, one class is to be learned by
         softmax, or a tap does not exist (the existing ones are listed).
     """

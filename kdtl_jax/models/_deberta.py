@@ -46,13 +46,13 @@ class Deberta(nn.Module):
     """DeBERTa-v2: attention by content and by relative position, disentangled; post-norm.
 
     Attributes:
-      positions: None: the input knows no absolute positions.
+      positions: rows of the table of absolute positions; None has no such table.
       span: relative positions on each side that have an embedding; None: attention by content only.
       buckets: if positive, distances are log-spaced buckets up to `most`.
       by_key, by_query: whether positions meet the queries ("c2p"), and the keys ("p2c").
       shares_projections: whether positions are projected by the layer's own key and query.
-      window: of a convolution beside the first layer; 0: none. `window_groups` of its channels are
-        convolved apart.
+      window: width of a convolution beside the first layer, in `window_groups` groups of channels;
+        0: none.
     """
 
     vocabulary: int

@@ -9,8 +9,8 @@ norms and where they stand, rotary tables and windows by layer, grouped keys, bi
     hidden, _ = model.apply(params, tokens)              # [B, L] -> [B, L, width]
     logits = losses.head_logits(hidden, model.head(params))
 
-The head is apart, as `losses.Head`, so that only those who want logits make them: the chunked
-losses never hold `[B, L, vocabulary]`. Parameters are a plain dict. Its layers are
+The head is separate, as `losses.Head`, so that logits are made only where they are wanted: the
+chunked losses never hold `[B, L, vocabulary]`. Parameters are a plain dict. Its layers are
 `layers_0`, `layers_1`, …, run one after another, or, after `transforms.stack_layers`, `layers` with
 a leading axis, run by `jax.lax.scan` at the compile time of one layer; the outputs are the same.
 
@@ -51,7 +51,7 @@ class Apply(Protocol):
     Args of the call:
       params: as `Decoder.init` makes them, or with stacked layers.
       tokens: int `[B, L]`.
-      positions: int `[B, L]`; None counts within each segment, going on from the cache.
+      positions: int `[B, L]`; None counts within each segment, continuing from the cache.
       segments: int `[B, L]`, 0 for padding; None is one text a row without padding.
       cache: a `Cache` with room for `L` more slots, or None.
 
@@ -178,17 +178,17 @@ def decoder(
 
 
 def tap_names(config: DecoderConfig) -> tuple[str, ...]:
-    """What runs along the layers: `"tokens"`, `"layers_0"`, … in the order of the computation."""
+    """The residual stream's names: `"tokens"`, `"layers_0"`, … in order of computation."""
     return ("tokens", *(f"layers_{i}" for i in range(config.layers)))
 
 
 def attention_names(config: DecoderConfig) -> tuple[str, ...]:
-    """What `Decoder.tap` gives beside `tap_names`: `"layers_0/attention/probs"`, …"""
+    """The attention probabilities of `Decoder.tap`: `"layers_0/attention/probs"`, …"""
     return tuple(f"layers_{i}/attention/probs" for i in range(config.layers))
 
 
 def unit_names(config: DecoderConfig) -> tuple[str, ...]:
-    """The last of `Decoder.tap`: `"layers_0/attention/heads"`, `"layers_0/mlp/units"`, …"""
+    """The units of `Decoder.tap`: `"layers_0/attention/heads"`, `"layers_0/mlp/units"`, …"""
     parts = ("attention/heads", "mlp/units")
     return tuple(f"layers_{i}/{part}" for i in range(config.layers) for part in parts)
 
@@ -203,10 +203,10 @@ def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = jnp.
 
 
 def segment_positions(segments: Array) -> Array:
-    """int32 `[B, L]`: the place of each position within its segment, `[B, L] -> [B, L]`.
+    """int32 `[B, L]`: the index of each position within its segment, `[B, L] -> [B, L]`.
 
-    Padding (segment 0) takes no place, also inside a segment: between a short prompt and its
-    continuation, say.
+    Padding (segment 0) is not counted, even inside a segment: between a short prompt and its
+    continuation, for example.
     """
     is_real = segments > 0
     count = jnp.cumsum(is_real, axis=1, dtype=jnp.int32) - 1

@@ -12,9 +12,9 @@ NO_WINDOW = 2**30
 class Rope(NamedTuple):
     """Rotary positions of one kind of layer: radians per position of each pair of channels.
 
-    Channel `i` turns with channel `i + n` where `n = len(frequencies)`; channels from `2 n` on
-    stay (partial rotation); a frequency of 0 turns nothing. Cosine and sine are multiplied by
-    `scale`. Sequences longer than `original_length` use `long_frequencies`, where there are any.
+    Channel `i` is rotated with channel `i + n` where `n = len(frequencies)`; channels from `2 n` on
+    are left alone (partial rotation); a frequency of 0 rotates nothing. Cosine and sine are
+    multiplied by `scale`. Sequences longer than `original_length` use `long_frequencies`, where there are any.
     """
 
     frequencies: tuple[float, ...] = ()

@@ -111,9 +111,9 @@ class Bert(nn.Module):
     Attributes:
       first_position: None counts positions from 0; RoBERTa counts from padding + 1.
       pooled_activation: tanh for BERT; ReLU makes the pooler DistilBERT's `pre_classifier`.
-      pooled_dropout: of what the pooler reads, which RoBERTa's classifier drops.
-      head_dropout: of what a classifier reads; None is `dropout`.
-      embedding_width: of the tables, if it is not `width` (ELECTRA projects).
+      pooled_dropout: dropout of the pooler's input (RoBERTa's classifier).
+      head_dropout: dropout of a classifier's input; None is `dropout`.
+      embedding_width: width of the tables, if it is not `width` (ELECTRA projects).
       relative_buckets: number of relative positions with a bias of their own (MPNet).
       is_tied: whether the language head multiplies by the token embeddings.
     """

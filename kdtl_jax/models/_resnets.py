@@ -240,8 +240,7 @@ class ImageResNet(nn.Module):
       downsample_first: whether the first stage halves the resolution too.
       downsample_in_first_conv: a bottleneck's stride sits in its first 1x1 convolution (v1)
         instead of its 3x3 (v1.5).
-      activation: of the stem and behind every block; within blocks it is ReLU (as transformers has
-        it).
+      activation: of the stem and after every block; within blocks it is ReLU, as in transformers.
     """
 
     stem: int

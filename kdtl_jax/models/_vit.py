@@ -85,8 +85,7 @@ class ViT(nn.Module):
     Attributes:
       patch: side of a patch, or its height and width.
       grid: patches per column and per row that the positions were learned for; an image with
-        another grid is refused, also where it has as many patches. None: the first image decides
-        how many there are.
+        another grid is refused, even if it has as many patches. None: the first image decides.
       unseen: rows at the bottom and columns at the right that no patch covers (SigLIP cuts 27
         patches of 14 out of 384 pixels).
       pooler_width: None is `width`.

@@ -14,8 +14,8 @@ HEADER = (
     *("GFLOP", "MB", "roofline", "bound by"),
 )
 TIMES = (
-    "Pipelined is the loop's rate, only the last step awaited; awaited are single steps, each "
-    "until the device is done (10th to 90th percentile)."
+    "Pipelined: the rate of a loop in which only the last step is awaited. Awaited: single steps, "
+    "each timed until the device is done (10th to 90th percentile)."
 )
 SCHEMA_VERSION = 1
 
@@ -41,7 +41,7 @@ def rows(found: Sequence[Any]) -> list[list[str]]:
             f"{one.compile_seconds:.1f}",
             _scaled(one.cost.flops, 1e9),
             _scaled(one.memory.compiled(), 1e6),
-            "–" if one.roofline is None else f"{100 * one.roofline.fraction:.0f} %",
+            "–" if one.roofline is None else f"{100 * one.roofline.fraction:.0f}%",
             "–" if one.roofline is None else one.roofline.bound,
         ]
         for one in found
@@ -56,8 +56,8 @@ def html_page(limits: measure.Ceilings, found: Sequence[Any]) -> str:
         f"{'; '.join(f'{one.preset}: {one.about}, batch {one.batch_size}' for one in found)}."
     )
     note = (
-        f"{TIMES} MB is what the compiled step needs. Roofline: the least time that the ceilings "
-        "allow, over the measured time."
+        f"{TIMES} MB is the memory that the compiled step needs. Roofline: the shortest time that "
+        "the ceilings allow, divided by the measured time."
     )
     times = [
         plots.Span(one.preset, *(1e3 * t for t in (o.p10, o.median, o.p90)))
@@ -76,9 +76,9 @@ def html_page(limits: measure.Ceilings, found: Sequence[Any]) -> str:
     ]
     if worked:
         counted = (
-            "FLOPs and bytes by XLA's cost analysis, which counts every operand of every "
-            "operation: what stays in a cache makes a program look more bound by bandwidth than "
-            "it is."
+            "FLOPs and bytes are from XLA's cost analysis, which counts every operand of every "
+            "operation: where data stay in a cache, a program looks more bandwidth-bound than it "
+            "is."
         )
         chart = plots.roofline(worked, flops=limits.flops, bytes=limits.bytes)
         sections.append(report.Section("Roofline", [counted], [chart]))
@@ -97,7 +97,7 @@ def _scaling(found: Sequence[Any]) -> report.Section:
     ]
     cells = [
         [one.preset, str(s.devices), f"{1e3 * s.seconds:.3g}", f"{s.examples_per_second:,.0f}"]
-        + [f"{100 * s.efficiency:.0f} %"]
+        + [f"{100 * s.efficiency:.0f}%"]
         for one in found
         for s in one.scaling
     ]
@@ -105,8 +105,8 @@ def _scaling(found: Sequence[Any]) -> report.Section:
     is_virtual = jax.default_backend() == "cpu" and jax.device_count() > 1
     note = (
         "Every device gets the same number of examples. "
-        + ("Virtual devices share one processor: there, 1/N is the ideal. " if is_virtual else "")
-        + "Efficiency is the rate per device against one device."
+        + ("Virtual devices share one processor, so 1/N is the ideal. " if is_virtual else "")
+        + "Efficiency is the rate per device relative to one device."
     )
     chart = plots.lines(lines, x_axis="devices", y_axis="efficiency, %")
     return report.Section("Scaling", [note], [report.table(header, cells), chart])
@@ -132,7 +132,7 @@ def show(limits: measure.Ceilings, found: Sequence[Any]) -> None:
         for s in one.scaling:
             print(
                 f"{one.preset}: {s.devices} devices, {s.examples_per_second:,.0f} examples/s, "
-                f"efficiency {100 * s.efficiency:.0f} %"
+                f"efficiency {100 * s.efficiency:.0f}%"
             )
 
 

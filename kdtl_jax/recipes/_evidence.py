@@ -93,7 +93,7 @@ def _differences(
 
     note = (
         f"The test examples on which most seeds of {student.label} and the {called} name different "
-        "classes; the class named most often stands there, with how many seeds name it."
+        "classes. Shown is the class named most often, and by how many seeds."
     )
     examples = _shown(test, order, words, called)
     return [report.Section(f"Where {called} and student differ", [note], [examples])]

@@ -36,8 +36,9 @@ HEADER = (
 )  # fmt: skip
 NOTE = (
     "On held-out text, per token and in nats at temperature 1: KL(T‖S) is the forward KL from the "
-    "teacher to the student, KL(S‖T) the reverse; top-1 is how often both name one most likely "
-    "token; overlap is Σ min(p, q). tokens/s is a forward pass on this machine during this run."
+    "teacher to the student, KL(S‖T) the reverse; top-1 is how often both have the same most "
+    "likely token; overlap is Σ min(p, q). tokens/s is for a forward pass, on this machine during "
+    "this run."
 )
 
 
@@ -103,7 +104,7 @@ def write(
     ]
     if lines:
         chart = plots.lines(lines, x_axis="step", y_axis="top-1 agreement with the teacher, %")
-        sections.append(report.Section("Along the way", (), [chart]))
+        sections.append(report.Section("During training", (), [chart]))
     if samples:
         sections.append(
             report.Section("Side by side", ["Each continues the same held-out prompt."])

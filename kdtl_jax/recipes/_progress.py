@@ -155,7 +155,7 @@ class _Terminal(Console):
 
 
 def _drawn(console: Console) -> Drawn:
-    percent = TextColumn("{task.percentage:.0f} %")
+    percent = TextColumn("{task.percentage:.0f}%")
     return Drawn(
         TextColumn("{task.description}", markup=False), BarColumn(), percent, _Left(),
         console=console, transient=True, refresh_per_second=4,

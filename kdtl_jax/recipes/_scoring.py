@@ -88,6 +88,6 @@ def lines(found: dict[str, Any]) -> list[str]:
     out = []
     for name, value in found.items():
         if isinstance(value, (int, float)):
-            text = f"{100 * value:.2f} %" if name in shares else f"{value:,.4g}"
+            text = f"{100 * value:.2f}%" if name in shares else f"{value:,.4g}"
             out.append(f"{name.replace('_', ' '):26s} {text}")
     return out

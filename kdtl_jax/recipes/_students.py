@@ -131,8 +131,8 @@ def note(rows: Sequence[Line], baseline: str | None) -> str | None:
     if best.method == baseline and len(with_file) > 1:
         said += ", the student trained alone: no method does better on the validation split"
     return (
-        f"{said}. One file per method, of its seed that is best on validation: {files}. Give one, "
-        "with the run's folder before it, to kdtl predict, evaluate or export."
+        f"{said}. Each method's file holds its best seed by validation: {files}. Pass one, below "
+        "the run's folder, to kdtl predict, evaluate or export."
     )
 
 

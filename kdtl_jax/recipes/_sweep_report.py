@@ -161,8 +161,8 @@ def html_page(outcome: Sweep) -> str:
         [_cells(line, axes, score) for line in found[:SHOWN]],
     )
     lines_note = (
-        "One line per setting, from what was set to the mean validation score it reached; "
-        "stronger lines reached more, the best one is orange."
+        "One line per setting, ending at the mean validation score it reached; stronger lines "
+        "reached more, and the best one is orange."
     )
     ran = report.table(
         ("method", "path", "students per call", "seconds"),
@@ -172,7 +172,7 @@ def html_page(outcome: Sweep) -> str:
         report.Section(
             "Best settings",
             [
-                "The mean over seeds and its 95 % interval, for other seeds.",
+                "The mean over seeds with its 95% interval, which covers the variation over seeds.",
                 *([] if (advice := _students.note(found, None)) is None else [advice]),
             ],
             [best],
@@ -211,9 +211,9 @@ def _curves(outcome: Sweep) -> list[report.Section]:
         validation, x_axis="epoch", y_axis=f"validation {score.axis}", percent=score.is_share
     )
     lost = plots.lines(losses, x_axis="epoch", y_axis="training loss", percent=False)
-    own = "Each method's own objective in training: not comparable between methods."
+    own = "Each method's own training objective; not comparable across methods."
     return [
-        report.Section("Learning curves", ["Of each method's best setting, mean over seeds."]),
+        report.Section("Learning curves", ["Each method's best setting, mean over seeds."]),
         report.Section(f"Validation {score.axis}", (), [reached], level=3),
         report.Section("Training loss", [own], [lost], level=3),
     ]

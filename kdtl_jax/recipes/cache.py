@@ -114,7 +114,7 @@ def run(settings: Settings) -> int:
     print_plan(folder, plan)
     if "logits" in taps and train.kind == "classes":
         right = scores.accuracy(most_likely(cache), train.labels)
-        print(f"teacher: {100 * right:.1f} % of these examples right")
+        print(f"teacher: {100 * right:.1f}% of these examples right")
     return 0
 
 
@@ -185,7 +185,7 @@ def print_fidelity(
     measured = precision.fidelity(found, reference)
     print(
         f"{name} against float32 on {len(few):,} examples: same class in "
-        f"{100 * float(measured.agreement):.2f} %, KL {float(measured.kl):.2g} nats, largest logit "
+        f"{100 * float(measured.agreement):.2f}%, KL {float(measured.kl):.2g} nats, largest logit "
         f"error {float(measured.largest_error):.2g}"
     )
 

@@ -336,7 +336,7 @@ def run(settings: Settings) -> int:
         about_data = (
             f"Data: {data['name']}, {data['train']} training, {data['validation']} validation and "
             f"{data['test']} test examples. The teacher ({pair.teacher_text}) "
-            f"{few if fixed.per_class else every}. A seed has the same start and the same batches "
+            f"{few if fixed.per_class else every}. A seed has the same initial weights and batches "
             "under every method. Nothing was chosen on the test split."
         )
         best, evidence = _students.first(table), []

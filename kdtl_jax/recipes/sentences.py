@@ -94,7 +94,7 @@ class Settings(_logs.Logged, types.Output):
 
 
 class Fidelity(NamedTuple):
-    """How like its teacher an encoder is, by line."""
+    """How closely an encoder resembles its teacher, by line."""
 
     cosine: np.ndarray  # [N]
     agreement: np.ndarray  # [N], of the ten nearest lines
@@ -346,10 +346,10 @@ def table(rows: Sequence[report.Row]) -> str:
 def _notes(settings: Settings) -> list[str]:
     return [
         f"“Accuracy” here is agreement@{NEIGHBORS}: the share of a held-out line's nearest "
-        "held-out lines that student and teacher both name. The mean cosine of their embeddings "
-        "and the speed stand with each method's settings; the speed is that of this machine during "
-        "this run, tokens ready, encoders taking turns.",
+        "held-out lines that student and teacher agree on. The mean cosine of their embeddings and "
+        "the speed are listed with each method's settings. The speed was measured on this machine "
+        "during this run, without tokenization, encoders taking turns.",
         f"The student takes layers {', '.join(map(str, settings.layers))}, the embeddings and the "
-        "pooler of its teacher; its twin starts at random. Both are trained alike, on the "
-        "teacher's hidden states, embeddings and their distances, without labels.",
+        "pooler of its teacher; its twin starts at random. Both are trained in the same way, on "
+        "the teacher's hidden states, its embeddings and their similarities, without labels.",
     ]

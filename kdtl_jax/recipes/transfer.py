@@ -230,9 +230,9 @@ def run(settings: Settings) -> int | None:
                 f"Source: {where}; {copied(found.surgery, source, classes)}",
                 f"Target: {outputs}; {len(target.validation.labels)} validation and "
                 f"{len(target.test.labels)} test examples. Learning rate and strength are chosen "
-                "on validation; the test split is not used to choose.",
+                "on the validation split, never on the test split.",
                 f"Transferability before any training: {scores or 'no features to score'}. Higher "
-                "is better, between sources for this target.",
+                "is better when sources for this target are compared.",
                 *(
                     f"{row.method} diverged: logits are not finite, and it is ranked last."
                     for row in rows
@@ -256,7 +256,7 @@ def copied(surgery: transforms.Report, source: Source, outputs: int) -> str:
     first = _training.pick(source.tree, 0) if source.is_per_seed else source.tree
     head = _targets.source_head(first)
     had = "" if head is None else f" ({head['kernel'].shape[-1]} outputs there, {outputs} here)"
-    share = f"{100 * surgery.fraction:.1f} % of the target's parameters are copied from it"
+    share = f"{100 * surgery.fraction:.1f}% of the target's parameters are copied from it"
     return f"{share}; new in the target: {new}{had}." if new else f"{share}."
 
 

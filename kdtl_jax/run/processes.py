@@ -3,7 +3,7 @@
 Anything that changes a folder shared by the processes happens in process 0, between two points at
 which all of them meet: `decide` runs a function there and gives every process its result, or its
 error.
-Signals are recorded, and all processes act on them together, at a step at which they ask each
+Signals are recorded, and all processes act on them together, at a step at which they consult each
 other. With one process, all of this is a plain function call.
 """
 

@@ -36,8 +36,8 @@ def made_from(files: Mapping[str, str | Path]) -> Record:
     """Makes the record of a run that reads these files; a folder counts with all files below it.
 
     Args:
-      files: `{role: path}`, such as `{"data": "digits.npz"}`. What does not exist (the name of a
-        built-in data set) counts as its own text.
+      files: `{role: path}`, such as `{"data": "digits.npz"}`. A path that does not exist (the name
+        of a built-in data set) counts as its own text.
 
     Raises:
       OSError: if a file cannot be read.
@@ -51,7 +51,7 @@ def keep(folder: str | Path, made: Record) -> None:
 
 
 def is_kept(folder: str | Path) -> bool:
-    """Whether a run of ours has left its record in the folder, whole: other files there are its."""
+    """Whether the folder holds a run's whole record; its other files are then that run's."""
     try:
         return _files.read_sealed(Path(folder) / FILE).keys() == {*Record._fields}
     except ValueError:

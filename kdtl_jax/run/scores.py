@@ -1,6 +1,6 @@
 """Scores that may not be finite: they are NaN, rank last and never win.
 
-The argmax of NaN is class 0, and comparisons with NaN are false. Whatever turns logits into
+The argmax of NaN is class 0, and comparisons with NaN are false. Code that turns logits into
 classes, counts right answers or picks the best of several goes through here.
 """
 

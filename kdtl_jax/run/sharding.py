@@ -36,7 +36,7 @@ def make_mesh(
     """A `data x fsdp x tensor` mesh over the given devices (default: all, of all processes).
 
     Args:
-      data: size of the data axis; None takes what the others leave.
+      data: size of the data axis; None takes the devices that the others leave.
       fsdp: size of the axis over which weights are split.
       tensor: size of the axis over which the work within a layer is split; neighboring devices.
       devices: a sequence of devices; fewer than all is fine.
@@ -125,8 +125,8 @@ def place(tree: PyTree, mesh: Mesh, *, smallest: int = 256, tensor: TensorAxes =
 def keep_placement(step: train.Step, state: train.TrainState) -> train.Step:
     """The step, whose new state lies where `state` does: compiled once, split for good.
 
-    Without it XLA may choose to split or replicate small leaves of the result otherwise, and the
-    second call, on a state placed in another way, compiles a second time.
+    Without it XLA may split or replicate small leaves of the result differently, and the second
+    call, on a state placed in another way, compiles a second time.
 
     Args:
       step: the un-jitted step.

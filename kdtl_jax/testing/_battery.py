@@ -196,7 +196,7 @@ def _nan(x: np.ndarray) -> np.ndarray:
 
 
 def precision(subject: Subject) -> Iterator[str]:
-    """bfloat16 and float16 inputs give float32, within 1 % of float64 on the same numbers."""
+    """bfloat16 and float16 inputs give float32, within 1% of float64 on the same numbers."""
     names = (jnp.bfloat16, jnp.float16)
     rounded = [_subject.arguments(subject, dtype) for dtype in names]
     hyper = [_subject.hyper_of(subject, dtype) for dtype in names]

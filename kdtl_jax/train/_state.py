@@ -105,7 +105,7 @@ def init_state(
       trainable: selector over `params`, of what the optimizer may change; the same as the step's.
 
     Raises:
-      TypeError: if `params` are `Variables`, `tx` is no optimizer or `key` no key.
+      TypeError: if `params` are `Variables`, `tx` is not an optimizer or `key` not a key.
       ValueError: if the selector matches nothing.
     """
     if isinstance(params, Variables):

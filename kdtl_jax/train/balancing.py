@@ -1,4 +1,4 @@
-"""Terms one by one: the gradient of each, and weights that balance them."""
+"""Terms one by one: the gradient of each, and scales that balance them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -16,8 +16,8 @@
 A mixture takes teachers' logits `[K, ..., num_classes]` and returns logits `[..., num_classes]`,
 which any loss takes as a teacher's. They differ in meaning:
 
-- `mean_logits`: the geometric mixture; one confident "no" of a teacher is a veto;
-- `mean_probabilities`: the arithmetic mixture; one confident "yes" suffices;
+- `mean_logits`: the geometric mixture; one teacher's confident "no" is a veto;
+- `mean_probabilities`: the arithmetic mixture; one teacher's confident "yes" suffices;
 - `log_sum_exp`: the arithmetic mixture weighted by each teacher's normalizer, so that teachers
   with large logits dominate;
 - `gated_logits`: a geometric mixture whose weights are learned per example (ONE);
@@ -214,7 +214,7 @@ def over_teachers(
     """`sum_k w_k loss(student, teacher_k)` as a loss of a student and stacked teachers.
 
     One teacher per example (multi-teacher on-policy distillation, 2601.02780) is a one-hot
-    `weights` `[K, B]`, or, in chunks, the sum of each teacher's `Mean` where the example is its.
+    `weights` `[K, B]`, or, in chunks, the sum of each teacher's `Mean` over its own examples.
 
     Args:
       loss: of one student and one teacher; bind its hyper-parameters with `functools.partial`.

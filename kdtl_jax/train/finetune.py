@@ -39,10 +39,10 @@ def layer_ids(
 
     Args:
       params: all the parameters, concrete or abstract.
-      stem: embeddings and what else lies below the first block.
+      stem: embeddings and whatever else lies below the first block.
       block: regular expression of the blocks' paths with the block's number as its one group:
         `r"(?:.*/)?blocks_(\\d+)/.*"`. Numbers are read as numbers: 10 follows 9.
-      head: what is new, usually the classifier (BEiT counts the final norm in too).
+      head: what is new, usually the classifier (BEiT also counts the final norm).
       last: what shares the last block's layer (timm's final norm).
       stacked: leaves `[depth, ...]` of scanned blocks; layer i + 1 along their leading axis.
 
@@ -50,8 +50,8 @@ def layer_ids(
       A tree of ints, and for stacked leaves int arrays `[depth, 1, ...]`.
 
     Raises:
-      ValueError: if a leaf is covered by none of the above, a selector by no leaf, or `block` is
-        no regular expression with a number as its one group.
+      ValueError: if a leaf is covered by none of the above, a selector matches no leaf, or `block`
+        is not a regular expression whose one group is a number.
 
     References:
       timm's `param_groups_layer_decay` and BEiT's `LayerDecayValueAssigner` (2106.08254).
@@ -113,7 +113,7 @@ def layer_decay(
     """`max(min_scale, decay^(top - id))`: the head's multiplier is 1, the stem's `decay^top`.
 
     Args:
-      ids: of `layer_ids`, or any tree of ints (and int arrays).
+      ids: from `layer_ids`, or any tree of ints (and int arrays).
       decay: in (0, 1].
       min_scale: floor.
       top: the id of multiplier 1; the largest id when None.

@@ -56,7 +56,7 @@ def rematerialized(model: ModelFn, *, policy: Callable[..., Any] | None = None) 
     """`model` that recomputes its activations in the backward pass instead of storing them.
 
     Args:
-      policy: what to keep all the same, one of `jax.checkpoint_policies`; None keeps nothing.
+      policy: what to keep anyway, one of `jax.checkpoint_policies`; None keeps nothing.
     """
 
     def apply(
@@ -143,7 +143,7 @@ def loss_scale(opt_state: PyTree) -> Array | None:
     """The scale that `loss_scaling` keeps in its state, None for any other optimizer's state.
 
     Raises:
-      ValueError: if `loss_scaling` stands inside another transformation, which would see scaled
+      ValueError: if `loss_scaling` is inside another transformation, which would see scaled
         gradients.
     """
     inner = opt_state.inner if isinstance(opt_state, LossScaleState) else opt_state
@@ -182,7 +182,7 @@ def quantize(params: Params, where: trees.Selector = r"(.*/)?kernel") -> Params:
 
     Symmetric, one scale per output channel, which is the last axis of matrix and convolution
     kernels here. No weight moves by more than `s / 2`; a leaf is four times smaller than float32.
-    Meant for frozen teachers: integers have no gradient. State what it costs with `fidelity`.
+    Meant for frozen teachers: integers have no gradient. `fidelity` tells what it costs.
 
     Args:
       params: a pytree.
@@ -218,7 +218,7 @@ def dequantize(params: Params) -> Params:
 
 
 def with_int8(model: ModelFn) -> ModelFn:
-    """`model` on quantized parameters: they are widened where they are used."""
+    """`model` on quantized parameters, which are widened where they are used."""
 
     def apply(
         params: Params,

@@ -85,12 +85,12 @@ def deepen(
     after: Sequence[int],
     make: Callable[[str, Any], Any],
 ) -> Params:
-    """Net2DeeperNet: inserts a layer behind each of the given ones.
+    """Net2DeeperNet: inserts a layer after each of the given ones.
 
     Args:
       params: nested dicts, lists and tuples (see `select_layers`).
       layers: a regular expression for the layers' leaves with one group, the layer's number.
-      after: positions of the layers behind which one is inserted.
+      after: positions of the layers after which one is inserted.
       make: `(path, leaf) -> leaf` makes the new layer's leaves from those of the layer before
         it: `identity_layer` for chains, `copy_with_zeros(selector)` for residual blocks.
 
@@ -124,7 +124,7 @@ def deepen(
 def identity_layer(path: str, leaf: Any) -> Array:
     """A layer that returns its input: unit kernels (centered for convolutions), zero biases.
 
-    Function-preserving behind an activation that leaves its own values alone, such as ReLU.
+    Function-preserving after an activation that leaves its own values alone, such as ReLU.
     Kernels are `[..., in, out]`.
 
     Raises:

@@ -69,7 +69,7 @@ def replace_head(
 
 
 def index_map(old: Sequence[Hashable], new: Sequence[Hashable]) -> np.ndarray:
-    """Where each new class or token was: `[len(new)]` int64, -1 for those the old lack.
+    """Where each new class or token was: `[len(new)]` int64, -1 for those that `old` lacks.
 
     Args:
       old: names in the order of the source's axis.

@@ -2,8 +2,8 @@
 
 A *policy* is a function `(source_leaf, target_shape, path) -> array of target_shape`, or None to
 keep the target's own value. The ones here decide on shapes alone, change every axis that differs
-and leave a leaf that fits alone. A policy of your own is asked about every leaf it is given for,
-also where the shapes happen to agree: a square kernel may still need its transpose, a grid of
+and leave a leaf that fits alone. A policy of your own is called for every leaf that it is given
+for, even where the shapes happen to agree: a square kernel may still need its transpose, a grid of
 another form may have as many cells. None then means that the leaf is right as it is.
 
 The resizing functions take one array and keep its dtype (TypeError unless it is floating point);
@@ -245,7 +245,7 @@ def resize_positions_bicubic(
     """Position embeddings of a grid at another resolution, bicubic between pixel centers.
 
     timm's resampling: cubic convolution, with antialiasing A = -0.5 and a kernel that widens
-    when shrinking, without A = -0.75 and four taps.
+    when shrinking, without it A = -0.75 and four taps.
 
     Args:
       embeddings: `[..., prefix + h * w, dim]`, the grid row by row.

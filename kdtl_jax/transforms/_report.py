@@ -75,7 +75,7 @@ class Report(NamedTuple):
         total, done = sum(self.sizes.values()), sum(self.sizes[p] for p in self.transferred)
         lines = [
             f"{len(self.transferred)} of {len(self.sizes)} leaves, {done:,} of {total:,} "
-            f"parameters ({100 * self.fraction:.1f} %) from the source"
+            f"parameters ({100 * self.fraction:.1f}%) from the source"
         ]
         rows = _rows(self)
         status_width = max((len(status) for status, *_ in rows), default=0)

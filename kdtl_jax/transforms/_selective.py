@@ -1,6 +1,6 @@
 """Merging by choosing entries: from which model each entry comes, and how much of it.
 
-What an entry needs to know of its whole leaf (`arcee_threshold`, `ram_boosts`) is found by passes
+What an entry depends on in its whole leaf (`arcee_threshold`, `ram_boosts`) is found by passes
 over the leaf's pieces, and each piece is merged by itself (`arcee_piece`, `ram_piece`): a leaf may
 be larger than memory. A piece is a list of equal blocks of rows `[rows, ...]` in one dtype: the
 base's, then one per model.
@@ -18,7 +18,7 @@ from kdtl_jax.transforms._blocks import Read
 
 
 def near_swap(base: Params, model: Params, *, t: Scalar) -> Params:
-    """Takes the model's entries where the two are within `t`, less of them the further apart.
+    """Takes the model's entries where the two are within `t`, and less of them the further apart.
 
     `q model + (1 - q) base` with `q = min(t / |base - model|, 1)`.
 

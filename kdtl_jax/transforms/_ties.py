@@ -25,7 +25,7 @@ Divisor = Callable[[Array], Array]  # which members agree, bool [N, ...] -> [...
 def ties(
     task_vectors: Sequence[PyTree], weights: Weights | None = None, *, density: Scalar = 0.2
 ) -> PyTree:
-    """TIES as its paper: trim globally, elect a sign per entry, average what agrees.
+    """TIES as in its paper: trim globally, elect a sign per entry, average what agrees.
 
     Args:
       task_vectors: a list of trees of one structure.
@@ -121,7 +121,7 @@ def disjoint_merge(
       task_vectors: a list of trees of one structure.
       signs: the elected signs, +1 and -1.
       weights: 1 each when None, else one per task vector.
-      divisor: `m -> [...]` of bools `[N, ...]`; `agreeing_count` when None (a mean, as the paper),
+      divisor: `m -> [...]` of bools `[N, ...]`; `agreeing_count` when None (the paper's mean),
         `agreeing_weight(w)`, or `undivided`. Where it is 0 nothing is divided.
 
     Returns:

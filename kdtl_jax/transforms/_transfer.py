@@ -59,7 +59,7 @@ def transfer(
       target: what is filled. Leaves may be `jax.ShapeDtypeStruct` if they are all filled. A
         sharding they carry, or that arrays are committed to, is given to the result.
       where: which target leaves are filled. Source leaves whose (new) path it does not select are
-        not asked for.
+        ignored.
       rename: ordered `[(regex, replacement), ...]` from source to target paths: the regex
         matches a whole path, the first match wins, each is applied once, None drops the leaf.
         Or a function `path -> path`, several paths, or None.
@@ -68,9 +68,9 @@ def transfer(
       on_extra: `"ignore"` leaves out source leaves that have no place in the target.
       on_mismatch: a policy for leaves of another shape: `raise_on_mismatch`, `keep_on_mismatch`,
         `crop`, `pad`, `crop_or_pad`, `select_uniform`, `select_with(...)`, `resize_linear`, or a
-        function `(source_leaf, target_shape, path) -> array or None`, which is asked about leaves
-        of equal shapes too; or ordered rules `[(selector, policy), ...]`, `raise_on_mismatch` for
-        the rest.
+        function `(source_leaf, target_shape, path) -> array or None`, which is called for leaves
+        of equal shapes too; or ordered rules `[(selector, policy), ...]`, with `raise_on_mismatch`
+        for the rest.
       check_finite: look for NaN and infinity in concrete results (one pass over the values).
 
     Returns:

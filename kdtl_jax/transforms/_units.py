@@ -72,8 +72,8 @@ def top_indices(scores: Array, n: int, *, groups: int = 1) -> Array:
     Args:
       scores: `[size]`, one importance per entry of the axis.
       n: how many to keep.
-      groups: equal consecutive groups, of each of which `n / groups` are kept. Grouped-query
-        attention needs it: query heads are ranked inside their key-value group.
+      groups: equal consecutive groups, each of which keeps `n / groups`. Grouped-query attention
+        needs it: query heads are ranked within their key-value group.
 
     Returns:
       `[n]` int32.
@@ -123,7 +123,7 @@ def importance_by_magnitude(params: Params, spec: AxisSpec, name: str) -> Array:
 
 
 def importance_by_taylor(params: Params, gradients: Params, spec: AxisSpec, name: str) -> Array:
-    """`sum |theta * gradient|`: first-order estimate of what the loss changes without the unit.
+    """`sum |theta * gradient|`: first-order estimate of how the loss changes without the unit.
 
     Args:
       params: any pytree.
@@ -144,7 +144,7 @@ def importance_by_taylor(params: Params, gradients: Params, spec: AxisSpec, name
 
 
 def importance_by_fisher(params: Params, fisher: Params, spec: AxisSpec, name: str) -> Array:
-    """`1/2 sum F theta^2`: second-order estimate of what the loss gains, F the Fisher diagonal.
+    """`1/2 sum F theta^2`: second-order estimate of the rise in loss, F the Fisher diagonal.
 
     Args:
       params: any pytree.

@@ -34,7 +34,7 @@ class Axis(NamedTuple):
     `Axis("heads", inner=d, outer=3)`; channels flattened after height and width are
     `Axis("channels", outer=height * width)`.
 
-    `summed` marks the input side of a layer: an axis the layer sums over. Growing needs it.
+    `summed` marks the input side of a layer: an axis that the layer sums over. `widen` needs it.
     """
 
     name: str | None

@@ -225,7 +225,7 @@ def progress(total: int, what: str = "") -> Callable[[int], None]:
         now = time.monotonic()
         if now - last > 3:
             last = now
-            share = f"{100 * done / max(total, 1):3.0f} % of {size(total)}"
+            share = f"{100 * done / max(total, 1):3.0f}% of {size(total)}"
             print(f"{now - start:6.1f} s  {what}{share}", file=sys.stderr, flush=True)
 
     return add

@@ -33,7 +33,7 @@ _QUIET = np.errstate(over="ignore", invalid="ignore")  # of scores like -1e200: 
 
 
 class Interval(NamedTuple):
-    """A mean over seeds and its 95 % interval (None for one seed)."""
+    """A mean over seeds and its 95% interval (None for one seed)."""
 
     mean: float
     low: float | None
@@ -50,7 +50,7 @@ class Spread(NamedTuple):
 
 @_QUIET
 def interval(values: Any, examples: Any = None, *, is_share: bool = False) -> Interval:
-    """The mean over seeds and its 95 % interval.
+    """The mean over seeds and its 95% interval.
 
     NaN if a value is not finite: a failed seed is not averaged away.
 

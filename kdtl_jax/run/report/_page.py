@@ -102,7 +102,7 @@ def html_page(results: Results) -> str:
 def percent(found: Interval, score: Score = ACCURACY) -> str:
     """`90.6 (89.7–91.5)`, the mean and its interval; `nan` where a value was not finite.
 
-    Of a score that is no share, the numbers themselves: `0.873 (0.850–0.896)`.
+    For a score that is not a share, the numbers themselves: `0.873 (0.850–0.896)`.
     """
     return f"{score.number(found.mean)}{_range(found, '–', score)}"
 
@@ -128,18 +128,20 @@ def _table(results: Results) -> Section:
     tested = sum(row.versus is not None and not math.isnan(row.versus.p_value) for row in rows)
     in_percent = " in percent" if score.is_share else ""
     is_paired = any(row.examples is not None for row in rows)  # example by example
-    and_examples = " and other test examples" if is_paired else ""
+    and_examples = " and test examples" if is_paired else ""
     by_example = " and example by example" if is_paired else ""
     note = (
         f"{score.name[0].upper()}{score.name[1:]} on the test split{in_percent}: the mean over "
-        "seeds and its 95 % interval, which "
-        f"counts that other seeds{and_examples} would give other numbers. Comparisons are "
-        f"made seed by seed{by_example}."
+        f"seeds with its 95% interval, which covers the variation over seeds{and_examples}. "
+        f"Comparisons are made seed by seed{by_example}."
     )
-    verdicts = (
-        f"p is corrected for all {tested} comparisons of this table (Holm); a method is called "
-        "better or worse if it is at most 0.05. Fewer than 3 seeds are not tested."
-    )
+    verdicts = "With fewer than 3 seeds, nothing is tested."
+    if tested:
+        comparisons = "comparison" if tested == 1 else f"{tested} comparisons"
+        verdicts = (
+            f"p-values are corrected for the {comparisons} in this table (Holm); a method is "
+            "called better or worse if p is at most 0.05."
+        )
     header = (
         "Method",
         f"Test {score.unit or score.name}",
@@ -175,7 +177,7 @@ def _scores(results: Results) -> list[Section]:
             for r in drawn
         ]
         if len(own) > 1:
-            axis = f"test {score.axis} (with 95 % interval)"
+            axis = f"test {score.axis} (with 95% interval)"
             chart = plots.dots(bars, axis=axis, percent=score.is_share)
             sections.append(Section(family, (), [chart], level=3))
     return sections
@@ -200,8 +202,8 @@ def _alpha(results: Results) -> list[Section]:
 def _learning(results: Results) -> list[Section]:
     score = results.score
     note = (
-        f"Validation {score.name}{' in %' if score.is_share else ''}, mean over seeds; of many "
-        "methods, the baseline and the best."
+        f"Validation {score.name}{' in percent' if score.is_share else ''}, mean over seeds; of "
+        "many methods, the baseline and the best are shown."
     )
     sections = [Section("Learning curves", [note])]
     for family, rows in _families(results.rows):
@@ -226,7 +228,7 @@ def _learning(results: Results) -> list[Section]:
         if losses:
             chart = plots.lines(losses, x_axis="epoch", y_axis="training loss", percent=False)
             title = f"{family}: loss"
-            note = "Each method's own objective in training: not comparable between methods."
+            note = "Each method's own training objective; not comparable across methods."
             sections.append(Section(title, [note], [chart], level=3))
     return [*sections, *_rates(results)]
 
@@ -244,7 +246,7 @@ def _rates(results: Results) -> list[Section]:
     shares = [rate / peak for rate in found[0]]
     line = plots.Line("all methods", range(1, len(shares) + 1), shares)
     chart = plots.lines([line], x_axis="epoch", y_axis="learning rate, % of its peak")
-    note = f"In percent of its peak, {peak:.3g}."
+    note = f"As a percentage of its peak, {peak:.3g}."
     return [Section("Learning rate", [note], [chart], level=3)]
 
 
@@ -268,8 +270,8 @@ def _agreement(rows: Sequence[Row]) -> list[Section]:
     ]
     if not bars:
         return []
-    note = "The share of test examples on which student and teacher say the same, right or wrong."
-    chart = plots.dots(bars, axis="agreement with the teacher, % (with 95 % interval)")
+    note = "The share of test examples on which student and teacher agree, right or wrong."
+    chart = plots.dots(bars, axis="agreement with the teacher, % (with 95% interval)")
     return [Section("Teacher–student agreement", [note], [chart])]
 
 

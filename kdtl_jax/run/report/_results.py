@@ -17,7 +17,7 @@
 Where something else is scored than accuracy, its name stands in the place of "accuracy" in these
 keys, such as "test_r2".
 
-`ci95` is the 95 % interval of the mean, [low, high] or null for one seed: for other seeds and,
+`ci95` is the 95% interval of the mean, [low, high] or null for one seed: for other seeds and,
 where examples are scored one by one, for other test examples (`_intervals`). `agreement` is the
 share of test examples on which student and teacher name the same class. `versus` compares seed by
 seed and example by example; `p_adjusted` is corrected for all comparisons of the file (Holm).

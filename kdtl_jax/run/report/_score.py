@@ -27,8 +27,8 @@ class Score(NamedTuple):
         return f"{self.name}, %" if self.is_share else self.name
 
     def shown(self, value: float) -> str:
-        """`accuracy 90.6 %`, `R² 0.873`."""
-        return f"{self.name} {self.number(value)}{' %' if self.is_share else ''}"
+        """`accuracy 90.6%`, `R² 0.873`."""
+        return f"{self.name} {self.number(value)}{'%' if self.is_share else ''}"
 
     def number(self, value: float, *, sign: bool = False) -> str:
         """`90.6`, `0.873`; with `sign` also the plus of a difference."""

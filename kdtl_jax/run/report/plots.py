@@ -83,7 +83,7 @@ def dots(bars: Sequence[Bar], *, axis: str, percent: bool = True) -> Chart:
     """One row per method: a dot with its interval; the label stands beside it, in full."""
     ax = _rows([bar.label for bar in bars], axis)
     number = _percent if percent else _plain
-    factor, unit = (100, " %") if percent else (1, "")
+    factor, unit = (100, "%") if percent else (1, "")
     for i, bar in enumerate(bars):
         if _drawable(factor * bar.value):
             value = _shown(factor * bar.value)
@@ -165,7 +165,7 @@ def lines(curves: Sequence[Line], *, x_axis: str, y_axis: str, percent: bool = T
             chosen = curve.marked is not None and math.isclose(x, curve.marked)
             if place % every and not chosen:
                 continue
-            said = f"{y:.1f} %" if percent else f"{y:.3g}"
+            said = f"{y:.1f}%" if percent else f"{y:.3g}"
             words = f"{curve.label}: {x:g} gives {said}"
             small = len(xs) > MARKED  # rings around so many would hide the line
             edge = INK if chosen else series(i) if small else SURFACE

@@ -20,9 +20,8 @@ HASHED_BYTES = 32 * 2**20  # of a memory-mapped array at a time
 class Fingerprint(NamedTuple):
     """Everything that a teacher's outputs depend on; build it with `fingerprint`.
 
-    In what a reader expects, a field that is None is not compared: `_replace(teacher=None)` where
-    the teacher's weights are not available. `taps` are compared as "the cache holds at least
-    these".
+    A field that is None in what a reader expects is not compared: `_replace(teacher=None)` where
+    the teacher's weights are not available. Of `taps`, the cache must hold at least these.
     """
 
     model: str | None  # the teacher as text: what decides its outputs beside the weights
@@ -55,17 +54,18 @@ def fingerprint(
 
     Args:
       variables: the teacher's parameters, or `Variables`; a SHA-256 from `digest` where the
-        weights that run are derived from those that are known (int8), or None.
+        weights that run are derived from known ones (int8); or None.
       arrays: the data, `{"inputs": [N, ...], ...}`; only `"inputs"` is hashed, in its order.
       model: the teacher's architecture as text, such as "vit:heads=8" or `repr(module)`: networks
-        of other heads or strides may have weights of the same shapes.
+        with other heads or strides may have weights of the same shapes.
       classes: names of the classes, in the logits' order.
       preprocessing: everything else that decides the outputs, as JSON: normalization, tokenizer,
         augmentation settings, the teacher's precision.
       taps: names of the outputs to be stored.
-      top_k: logits as log-probabilities of this many classes and the mass of the tail; None: dense.
+      top_k: stores logits as log-probabilities of this many classes and the mass of the tail; None:
+        dense.
       temperature: of the softmax before it is cut to `top_k`.
-      dtype: float32, bfloat16 or float16; of log-probabilities for `top_k`.
+      dtype: float32, bfloat16 or float16, in which outputs are stored.
       views: how many epochs of augmented views; None for data as it is.
       view_key: their key, `data.view_key(key)`.
 
@@ -142,7 +142,7 @@ def count(arrays: Mapping[str, Any]) -> int:
 
 
 def differences(made: Fingerprint, expect: Fingerprint) -> list[str]:
-    """What a cache was made from against what is expected of it; nothing if it serves."""
+    """Differences between what a cache was made from and what is expected; none if it serves."""
     found = []
     if _differ(made.model, expect.model):
         was = "does not say which model made it" if made.model is None else f"is of {made.model!r}"

@@ -88,7 +88,7 @@ def begun(folder: str | Path, *, expect: Fingerprint | None = None) -> Plan | No
     """The plan of a cache that may not be finished; None where none was begun.
 
     Args:
-      folder: of `write`.
+      folder: as for `write`.
       expect: what `write` would be asked for.
 
     Raises:

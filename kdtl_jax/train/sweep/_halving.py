@@ -12,7 +12,7 @@ from kdtl_jax.train.sweep._programs import taken, vmap
 
 
 class Halving(NamedTuple):
-    """What is left, and the way there."""
+    """What is left, and how it got there."""
 
     survivors: np.ndarray  # indices of the points that reached the last rung, best first
     state: PyTree  # their states, [survivors, ...]
@@ -43,16 +43,16 @@ def successive_halving(
     Args:
       start: `start(point, *shared) -> state`.
       advance: `advance(state, point, *shared) -> state`, one rung's worth of training.
-      score: `score(state, point, *shared) -> [...]`, of which the mean counts; higher is better,
-        what is not finite loses.
+      score: `score(state, point, *shared) -> [...]`, whose mean counts; higher is better, and a
+        score that is not finite loses.
       points: `{name: [N]}`.
-      *shared: what all points read.
+      *shared: arrays that all points read.
       rungs: how many times survivors advance.
       keep: share kept after every rung but the last; at least one point always is.
-      chunk: as `sweep.vmap`.
-      devices: as `sweep.vmap`.
-      kept: `kept(rung, make) -> make()`, what is left after a rung; one that stores it, and gives
-        back what an earlier call stored, makes the sweep resumable.
+      chunk: as in `sweep.vmap`.
+      devices: as in `sweep.vmap`.
+      kept: `kept(rung, make)` returns `make()`, what is left after a rung. One that stores it, and
+        returns what an earlier call stored, makes the sweep resumable.
 
     Raises:
       ValueError: if `rungs < 1` or `keep` is not in (0, 1].

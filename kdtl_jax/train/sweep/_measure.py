@@ -17,10 +17,10 @@ def timings(
 ) -> list[float]:
     """Seconds per point of every program on the first `probe` points, compilation excluded.
 
-    Programs take turns, and the shortest of `repeats` runs counts: what else the machine does
-    then touches all alike. Give it programs of a short form of the experiment (fewer steps): their
-    order is the same. Batched convolutions become grouped ones, which some back ends run more
-    slowly than one model after another: there, only a measurement tells.
+    Programs take turns, and the shortest of `repeats` runs counts, so other load on the machine
+    affects all alike. Pass programs of a shorter experiment (fewer steps): their order is the same.
+    Batched convolutions become grouped ones, which some back ends run more slowly than one model
+    after another: only a measurement tells.
     """
     some = taken(points, np.arange(min(probe, size(points))))
     best = [float("inf")] * len(programs)
@@ -43,7 +43,7 @@ def fastest(
 def chunk_for_memory(experiment: Experiment, points: Points, *shared: Any, bytes: int) -> int:
     """The largest chunk of `sweep.vmap` that fits in `bytes` of temporaries and results.
 
-    By the compiler's own account of two small chunks; nothing is run.
+    Extrapolates from the compiler's memory analysis of two small chunks; nothing is run.
 
     Raises:
       ValueError: if not even one point fits, or the back end reports no memory.

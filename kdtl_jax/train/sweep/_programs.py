@@ -26,8 +26,8 @@ def vmap(
 ) -> Program:
     """All points at once: small matrix products become one batched product.
 
-    Make it once and call it often: calls with equally many points share one compilation, and with
-    `chunk` all calls do that have at least so many.
+    Make it once and call it often: calls with the same number of points share one compilation, and
+    with `chunk` so do all calls with at least that many.
 
     Args:
       experiment: `experiment(point, *shared) -> pytree of arrays`.
@@ -60,7 +60,7 @@ def map(
 
 
 def sequential(experiment: Experiment) -> Program:
-    """One call of the compiled experiment per point: the program no other may be slower than."""
+    """One call of the compiled experiment per point: the baseline that the others should beat."""
     compiled = jax.jit(experiment)
 
     def every(points: Points, /, *shared: Any) -> PyTree:
