@@ -16,9 +16,10 @@ from kdtl_jax import losses, methods
 sys.path.insert(0, str(DOCS / "_ext"))
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|\{doc\}`(?:[^`<]*<)?([^`>]+)>?`")
 TARGET = re.compile(r"\{py:\w+\}`[^`<]*<([\w.]+)>`")
-# What stands before a dot in code spans beside modules: the reader's values, and a file's name.
+# What stands before a dot in code spans beside modules: the reader's values, a file's name, and
+# PyTorch, which need not be installed.
 FILES = {"csv", "json", "npy", "npz"}
-VALUES = {"adapter", "config", "setup", "tc", "x"}
+VALUES = {"adapter", "config", "setup", "tc", "torch", "x"}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ class Rope(NamedTuple):
 
     Channel `i` is rotated with channel `i + n` where `n = len(frequencies)`; channels from `2 n` on
     are left alone (partial rotation); a frequency of 0 rotates nothing. Cosine and sine are
-    multiplied by `scale`. Sequences longer than `original_length` use `long_frequencies`, where there are any.
+    multiplied by `scale`. Sequences longer than `original_length` use `long_frequencies`, if given.
     """
 
     frequencies: tuple[float, ...] = ()
