@@ -25,7 +25,7 @@ def _memory(name: str) -> int:
 
 
 @contextlib.contextmanager
-def bounded(seconds: float = SECONDS) -> Iterator[None]:
+def bounded(seconds: float = SECONDS, megabytes: int = MEGABYTES) -> Iterator[None]:
     """Fails where the block takes longer (processor time) or more memory at any moment."""
     watched = _RESET.exists()
     if watched:
@@ -36,7 +36,7 @@ def bounded(seconds: float = SECONDS) -> Iterator[None]:
     assert took < seconds, f"{took:.1f} s of processor time"
     if watched:
         grown = _memory("VmHWM") - before
-        assert grown < MEGABYTES, f"{grown} MB of memory"
+        assert grown < megabytes, f"{grown} MB of memory"
 
 
 def is_plain(message: str, lines: int = 1) -> bool:

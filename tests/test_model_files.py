@@ -44,7 +44,7 @@ def test_a_loaded_model_scales_its_inputs(file: Path) -> None:
     # Neither the number of rows nor their neighbors change a row.
     for rows in (X[:1], X[:7], X[:0]):
         np.testing.assert_allclose(model.predict(rows), found[: len(rows)], rtol=1e-6, atol=1e-6)
-    whole = model_files.in_batches(lambda x: jnp.asarray(x[:, :3]), X, 3, batch=8)
+    whole = networks.in_batches(lambda x: jnp.asarray(x[:, :3]), X, 3, batch=8)
     np.testing.assert_array_equal(whole, X[:, :3])
 
 

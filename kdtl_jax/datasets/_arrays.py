@@ -4,11 +4,13 @@ Nothing is ever unpickled, and nothing is unpacked that was not asked for or tha
 does not announce.
 """
 
+import contextlib
 import math
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +43,7 @@ class Arrays(NamedTuple):
 
     path: Path
     names: tuple[str, ...]
+    shape: Callable[[str], tuple[int, ...]]  # as its header says; nothing else is read
     load: Callable[[str], np.ndarray]
 
 
@@ -57,19 +60,27 @@ def npz(path: Path) -> Arrays:
         raise ValueError(f"{path}: the file is empty.")
     if start == b"\x93NUMPY":
         raise ValueError(f"{path}: a single array, not an npz. Use np.savez(path, x=, y=).")
-    try:
-        with zipfile.ZipFile(path) as stored:
-            names = [name for name in stored.namelist() if name.endswith(".npy")]
-    except _BROKEN as error:  # an OSError here is a seek to where a broken file points
-        raise ValueError(f"{path}: not a readable npz ({error}).") from None
+    with _readable(path, "npz"), zipfile.ZipFile(path) as stored:
+        names = [name for name in stored.namelist() if name.endswith(".npy")]
     names = sorted(name.removesuffix(".npy") for name in names)
-    return Arrays(path, tuple(names), lambda name: _npz_array(path, name))
+    return Arrays(path, tuple(names), partial(_npz_shape, path), partial(_npz_array, path))
 
 
 def npy_folder(folder: Path) -> Arrays:
     """The npy files of a folder, called without their suffix."""
     names = sorted(path.stem for path in folder.glob("*.npy") if path.is_file())
-    return Arrays(folder, tuple(names), lambda name: read_npy(folder / f"{name}.npy"))
+    return Arrays(
+        folder,
+        tuple(names),
+        lambda name: npy_shape(folder / f"{name}.npy"),
+        lambda name: read_npy(folder / f"{name}.npy"),
+    )
+
+
+def npy_shape(path: Path) -> tuple[int, ...]:
+    """The shape of an npy file's array; raises as `read_npy`."""
+    with path.open("rb") as file, _readable(path, "npy file"):
+        return _announced(file, path.name, path.stat().st_size)
 
 
 def read_npy(path: Path) -> np.ndarray:
@@ -79,14 +90,9 @@ def read_npy(path: Path) -> np.ndarray:
       OSError: if the file does not exist or cannot be read.
       ValueError: if it is not an npy file, or holds pickled objects.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        try:
-            _check_announced(file, path.name, size)
-            file.seek(0)
-            return np.lib.format.read_array(file, allow_pickle=False)
-        except _BROKEN as error:
-            raise ValueError(f"{path}: not a readable npy file ({error!s:.200}).") from None
+    npy_shape(path)
+    with path.open("rb") as file, _readable(path, "npy file"):
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def pairs(
@@ -153,21 +159,35 @@ def _like(given: str, lower: Mapping[str, str]) -> dict[str, str]:
     return {"whole": given}
 
 
+def _npz_shape(path: Path, name: str) -> tuple[int, ...]:
+    with _readable(path, "npz"), zipfile.ZipFile(path) as stored:
+        member = stored.getinfo(f"{name}.npy")
+        most = min(member.file_size, DEFLATE * (member.compress_size + 1))
+        with stored.open(member) as file:
+            return _announced(file, member.filename, most)
+
+
 def _npz_array(path: Path, name: str) -> np.ndarray:
+    _npz_shape(path, name)
+    with (
+        _readable(path, "npz"),
+        zipfile.ZipFile(path) as stored,
+        stored.open(f"{name}.npy") as file,
+    ):
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+@contextlib.contextmanager
+def _readable(path: Path, kind: str) -> Iterator[None]:
+    """What broken files raise becomes one error that names the file."""
     try:
-        with zipfile.ZipFile(path) as stored:
-            member = stored.getinfo(f"{name}.npy")
-            most = min(member.file_size, DEFLATE * (member.compress_size + 1))
-            with stored.open(member) as file:
-                _check_announced(file, member.filename, most)
-            with stored.open(member) as file:
-                return np.lib.format.read_array(file, allow_pickle=False)
+        yield
     except _BROKEN as error:  # an OSError here is a seek to where a broken file points
-        raise ValueError(f"{path}: not a readable npz ({error!s:.200}).") from None
+        raise ValueError(f"{path}: not a readable {kind} ({error!s:.200}).") from None
 
 
-def _check_announced(file: Any, name: str, most: int) -> None:
-    """Refuses an array that is announced larger than its bytes can hold, before memory is taken."""
+def _announced(file: Any, name: str, most: int) -> tuple[int, ...]:
+    """An array's shape; one announced larger than its bytes can hold is refused."""
     version = np.lib.format.read_magic(file)
     read_header = _NPY_HEADERS.get(version)
     if read_header is None:
@@ -180,6 +200,7 @@ def _check_announced(file: Any, name: str, most: int) -> None:
     asked = math.prod(shape) * dtype.itemsize
     if asked > most and not dtype.hasobject:
         raise ValueError(f"{name} asks for {asked} bytes, at most {most} are there")
+    return shape
 
 
 def _listed(names: Sequence[str]) -> str:

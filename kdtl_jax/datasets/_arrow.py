@@ -20,6 +20,7 @@ from kdtl_jax._text import shown
 SUFFIXES = (".parquet", ".arrow", ".feather")
 # A column that is nearly constant takes hardly any bytes; a whole table that is so is a trap.
 LARGE, MOST_PACKED = 2**28, 1000  # bytes; per byte of a file
+BUFFER = 2**16  # bytes of a file that are read at once
 STARTS = (
     b"\x89PNG",
     b"\xff\xd8\xff",
@@ -52,13 +53,23 @@ def header_of(path: Path) -> list[str]:
       OSError: if the file does not exist or cannot be read.
       ValueError: if it is damaged.
     """
+    return list(_schema(_pyarrow(path), path).names)
+
+
+def wide_columns(path: Path) -> list[str]:
+    """The columns that may hold images or arrays, by their types; raises as `header_of`."""
     pa = _pyarrow(path)
+    plain = (pa.types.is_primitive, pa.types.is_string, pa.types.is_large_string)
+    return [x.name for x in _schema(pa, path) if not any(is_so(x.type) for is_so in plain)]
+
+
+def _schema(pa: Any, path: Path) -> Any:
     with _readable(pa, path):
         if path.suffix == ".parquet":
             with pa.parquet.ParquetFile(path) as opened:
-                return list(opened.schema_arrow.names)
+                return opened.schema_arrow
         with pa.memory_map(str(path)) as source:
-            return list(_stream(pa, path, source).schema.names)
+            return _stream(pa, path, source).schema
 
 
 def read_arrow(paths: Sequence[Path], columns: Sequence[str]) -> ArrowTable:
@@ -72,19 +83,41 @@ def read_arrow(paths: Sequence[Path], columns: Sequence[str]) -> ArrowTable:
     pa = _pyarrow(paths[0])
     tables = [_read(pa, path, columns) for path in paths]
     try:
-        table = pa.concat_tables(tables).combine_chunks()
+        table = pa.concat_tables(tables)
     except pa.ArrowException as error:
         raise ValueError(f"{paths[0]}: files of one part differ ({_said(error)}).") from None
+    del tables
+    return _columns(pa, paths[0], table)
+
+
+def first_row(path: Path, columns: Sequence[str]) -> ArrowTable:
+    """The first row of these columns, if there is one; little more of the file is read.
+
+    Raises:
+      ImportError, OSError, ValueError: as `read_arrow`.
+    """
+    if not columns:
+        return ArrowTable(str(path), {}, {}, {}, {}, {})
+    pa = _pyarrow(path)
+    return _columns(pa, path, _read(pa, path, columns, only_first=True))
+
+
+def _columns(pa: Any, path: Path, table: Any) -> ArrowTable:
+    """What is in a table; each of its columns goes as soon as it is taken over."""
     features = _features(table.schema.metadata or {})
-    found = ArrowTable(str(paths[0]), {}, {}, {}, {}, _class_names(features))
-    for place, name in enumerate(table.column_names):
-        chunks = table.column(place).chunks
+    found = ArrowTable(str(path), {}, {}, {}, {}, _class_names(features))
+    for name in table.column_names:
+        chunks, kind = table.column(0).chunks, table.field(0).type
+        table = table.remove_column(0)
         try:
-            whole = pa.concat_arrays(chunks) if chunks else pa.array([], table.field(place).type)
+            whole = (
+                chunks[0] if len(chunks) == 1 else pa.chunked_array(chunks, kind).combine_chunks()
+            )
+            del chunks
             _put(pa, found, name, whole)
         except _broken(pa) as error:
             raise ValueError(
-                f"{paths[0]}: column {shown(name, 80)!r} cannot be read ({_said(error)})."
+                f"{path}: column {shown(name, 80)!r} cannot be read ({_said(error)})."
             ) from None
     return found
 
@@ -111,23 +144,38 @@ def _pyarrow(path: Path) -> Any:
     return pa
 
 
-def _read(pa: Any, path: Path, columns: Sequence[str]) -> Any:
+def _read(pa: Any, path: Path, columns: Sequence[str], *, only_first: bool = False) -> Any:
     with _readable(pa, path):
         if path.suffix == ".parquet":
-            with pa.parquet.ParquetFile(path) as opened:
+            # Buffered: what is not decoded is not held.
+            with pa.parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as opened:
                 _check_announced(path, opened.metadata.num_rows, len(columns))
-                found = opened.read(columns=list(columns))
+                if only_first:
+                    parts = opened.iter_batches(1, columns=list(columns))
+                    found = _first(pa, parts, opened.schema_arrow)
+                else:
+                    found = opened.read(columns=list(columns))
         else:
-            with pa.memory_map(str(path)) as source:
-                names = _stream(pa, path, source).schema.names
+            names = _schema(pa, path).names
             places = [i for i, name in enumerate(names) if name in columns]
+            places = None if len(places) == len(names) else places  # which maps them, uncopied
             with pa.memory_map(str(path)) as source:
                 reader = _stream(pa, path, source, places)
-                found = pa.Table.from_batches([*_batches(path, reader, len(places))], reader.schema)
+                batches = _batches(path, reader, len(columns))
+                if only_first:
+                    found = _first(pa, batches, reader.schema)
+                else:
+                    found = pa.Table.from_batches([*batches], reader.schema)
         # A column's name may begin as another's: "a" asks for "a.b" as well.
         found = found.select([i for i, name in enumerate(found.column_names) if name in columns])
         found.validate(full=True)  # offsets of a damaged file point anywhere
         return found
+
+
+def _first(pa: Any, parts: Iterator[Any], schema: Any) -> Any:
+    """A table of the first row, or of none."""
+    part = next((part for part in parts if len(part)), None)
+    return schema.empty_table() if part is None else pa.Table.from_batches([part.slice(0, 1)])
 
 
 def _stream(pa: Any, path: Path, source: Any, places: Sequence[int] | None = None) -> Any:

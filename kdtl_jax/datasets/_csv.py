@@ -58,7 +58,7 @@ def read_csv(path: Path, targets: Sequence[str] = ()) -> Table:
       ValueError: if it is empty, or a row has another number of cells (its line is named).
     """
     header, delimiter = header_of(path)
-    names = _distinct(header)
+    names = distinct(header)
     as_text = {i for i, name in enumerate(names) if name in targets}
     try:
         numbers, lines, commas = _numbers(path, names, delimiter, as_text)
@@ -158,7 +158,8 @@ def _has_decimal_comma(cell: str) -> bool:
     return cell.count(",") == 1 and cell.lstrip("+-").replace(",", "").isdecimal()
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
+def distinct(names: Sequence[str]) -> list[str]:
+    """The names of columns, of which the second `x` is called `x.1`."""
     seen: dict[str, int] = {}
     found = []
     for name in names:

@@ -15,6 +15,7 @@ import numpy as np
 from kdtl_jax import _text
 from kdtl_jax.datasets._preprocessing import Kind, Preprocessing
 
+PIECE = 4096  # rows that are looked at together
 FEWEST_ROWS = 20  # from so many rows on, labels that hardly repeat are taken for an id
 
 
@@ -245,7 +246,10 @@ def finite_numbers(name: str, inputs: np.ndarray) -> np.ndarray:
     # What float32 cannot hold is infinite, and refused below.
     with np.errstate(over="ignore", invalid="ignore"):
         single = np.ascontiguousarray(inputs, np.float32)
-    finite = np.isfinite(single).all(axis=tuple(range(1, single.ndim)))
+    rest = tuple(range(1, single.ndim))
+    pieces = range(0, len(single), PIECE)
+    finite = [np.isfinite(single[at : at + PIECE]).all(axis=rest) for at in pieces]
+    finite = np.concatenate([np.zeros(0, bool), *finite])
     if not finite.all():
         rows = np.flatnonzero(~finite)
         raise ValueError(
@@ -259,7 +263,7 @@ def finite_numbers(name: str, inputs: np.ndarray) -> np.ndarray:
         or inputs.dtype == np.float32
     ):
         return single
-    double = inputs.astype(np.float64)
-    rounding = np.finfo(np.float32).eps * np.abs(double).max(axis=0)
-    spread = double.max(axis=0) - double.min(axis=0)
-    return double if np.any((spread > 0) & (rounding > 1e-3 * spread)) else single
+    low, high = (x.astype(np.float64) for x in (inputs.min(axis=0), inputs.max(axis=0)))
+    rounding = np.finfo(np.float32).eps * np.maximum(np.abs(low), np.abs(high))
+    is_rounded = np.any((high > low) & (rounding > 1e-3 * (high - low)))
+    return inputs.astype(np.float64) if is_rounded else single

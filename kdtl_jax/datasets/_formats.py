@@ -11,9 +11,9 @@ import numpy as np
 from kdtl_jax import _files
 from kdtl_jax.datasets import _arrays, _images
 from kdtl_jax.datasets._arrays import Arrays
-from kdtl_jax.datasets._idx import idx_file, is_idx_folder, read_idx_array
+from kdtl_jax.datasets._idx import idx_file, idx_shape, is_idx_folder, read_idx_array
 from kdtl_jax.datasets._images import Pictures
-from kdtl_jax.datasets._source import Choices, Source, with_channels
+from kdtl_jax.datasets._source import Choices, Source, check_shape, with_channels
 from kdtl_jax.datasets._table_files import TABLES, labeled, table_files
 
 FORMATS = (
@@ -44,7 +44,7 @@ def sources(path: Path, choices: Choices) -> dict[str, Source]:
     if _images.is_image(path) and not choices.with_targets:
         return {"whole": Source(str(path), Pictures(str(path), [path]))}
     if not choices.with_targets and _starts_as_idx(path):
-        return {"whole": Source(str(path), with_channels(read_idx_array(path)))}
+        return {"whole": Source(str(path), _idx_inputs(path, choices))}
     if "idx" in path.name or _starts_as_idx(path):
         raise ValueError(
             f"{path}: an idx file of images needs a second one with labels, as in "
@@ -93,8 +93,13 @@ def _of_idx(folder: Path, choices: Choices) -> dict[str, Source]:
         targets = None
         if choices.with_targets:
             targets = read_idx_array(idx_file(folder, name, "labels"))
-        found[part] = Source(str(images), with_channels(read_idx_array(images)), targets)
+        found[part] = Source(str(images), _idx_inputs(images, choices), targets)
     return found
+
+
+def _idx_inputs(path: Path, choices: Choices) -> np.ndarray:
+    check_shape(str(path), idx_shape(path), choices.takes)
+    return with_channels(read_idx_array(path))
 
 
 def _starts_as_idx(path: Path) -> bool:
@@ -108,6 +113,7 @@ def _starts_as_idx(path: Path) -> bool:
 
 def _of_npy(path: Path, choices: Choices) -> dict[str, Source]:
     if not choices.with_targets:
+        check_shape(str(path), _arrays.npy_shape(path), choices.takes)
         return {"whole": Source(str(path), with_channels(_arrays.read_npy(path)))}
     folder = _arrays.npy_folder(path.parent)
     if path.stem not in folder.names:
@@ -128,7 +134,7 @@ def _of_arrays(arrays: Arrays, choices: Choices) -> dict[str, Source]:
         if not x:
             raise ValueError(f"{arrays.path}: has no inputs; {_arrays.described(arrays)}.")
         return {
-            part: Source(str(arrays.path), with_channels(arrays.load(name)))
+            part: Source(str(arrays.path), _array_inputs(arrays, name, choices))
             for part, name in x.items()
         }
     if "train" not in x and "whole" not in x:
@@ -144,6 +150,11 @@ def _of_arrays(arrays: Arrays, choices: Choices) -> dict[str, Source]:
                 f"{arrays.path}: has {name!r} but not {wanted!r}: no array {wanted!r}; "
                 f"{_arrays.described(arrays)}. Name the array of labels with --label."
             )
-        inputs, targets = with_channels(arrays.load(name)), arrays.load(y[part])
+        inputs, targets = _array_inputs(arrays, name, choices), arrays.load(y[part])
         found[part] = Source(str(arrays.path), inputs, targets, columns=(y[part],))
     return found
+
+
+def _array_inputs(arrays: Arrays, name: str, choices: Choices) -> np.ndarray:
+    check_shape(str(arrays.path), arrays.shape(name), choices.takes)
+    return with_channels(arrays.load(name))

@@ -1,8 +1,10 @@
 """Idx files, the format of the MNIST family, gzipped or not."""
 
+import contextlib
 import gzip
 import math
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,41 +39,67 @@ def idx_file(folder: Path, part: str, kind: str) -> Path:
     return found[0]
 
 
+def idx_shape(path: Path) -> tuple[int, ...]:
+    """The shape that an idx file's header says; nothing else is read."""
+    with _opened(path) as (file, _):
+        _, shape = _header(path, file)
+    return tuple(shape)
+
+
 def read_idx_array(path: str | Path) -> np.ndarray:
     """One idx file as an array in native byte order; no more is unpacked than its header says."""
     path = Path(path)
+    with _opened(path) as (file, packed):
+        most = path.stat().st_size * (DEFLATE if packed else 1)
+        return _idx_array(path, file, most, packed=packed)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, bool]]:
+    """The file, unpacked if it is gzipped, and whether it is."""
     with path.open("rb") as file:
         start = file.read(2)
         if not start:
             raise ValueError(f"{path}: the file is empty.")
         file.seek(0)
         if start != b"\x1f\x8b":
-            return _idx_array(path, file, path.stat().st_size, packed=False)
+            yield file, False
+            return
         try:
             with gzip.open(file) as unpacked:
-                return _idx_array(path, unpacked, DEFLATE * path.stat().st_size, packed=True)
+                yield unpacked, True
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path}: a damaged gzip file ({error}).") from None
 
 
-def _idx_array(path: Path, file: Any, most: int, *, packed: bool) -> np.ndarray:
-    """The array in an opened file that holds at most `most` bytes."""
+def _header(path: Path, file: Any) -> tuple[np.dtype, list[int]]:
     raw = file.read(4)
     if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _TYPES or not 0 < raw[3] <= 32:
         raise ValueError(
             f"{path}: not an idx file: the first bytes are {raw[:4].hex(' ')}, expected 00 00 "
             "then a type (08 for bytes) and the number of dimensions."
         )
-    dtype, head = np.dtype(_TYPES[raw[2]]), file.read(4 * raw[3])
+    head = file.read(4 * raw[3])
+    if len(head) < 4 * raw[3]:
+        raise ValueError(
+            f"{path}: holds {4 + len(head)} bytes, which end within its header. Is the download "
+            "complete?"
+        )
     shape = [int.from_bytes(head[i : i + 4], "big") for i in range(0, len(head), 4)]
-    start = 4 + 4 * raw[3]
+    return np.dtype(_TYPES[raw[2]]), shape
+
+
+def _idx_array(path: Path, file: Any, most: int, *, packed: bool) -> np.ndarray:
+    """The array in an opened file that holds at most `most` bytes."""
+    dtype, shape = _header(path, file)
+    start = 4 + 4 * len(shape)
     expected = start + math.prod(shape) * dtype.itemsize
     content, more = bytearray(), b"-"
     while more and len(content) + start <= expected <= most:
         more = file.read(min(PIECE, expected - start - len(content) + 1))
         content += more
-    size = 4 + len(head) + len(content)
-    if len(head) < 4 * raw[3] or size != expected:
+    size = start + len(content)
+    if size != expected:
         there = str(size if packed else most)
         if packed and expected > most:
             there = f"at most {most}"

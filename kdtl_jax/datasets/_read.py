@@ -16,7 +16,14 @@ from kdtl_jax.datasets._formats import FORMATS, sources
 from kdtl_jax.datasets._idx import read_idx_array
 from kdtl_jax.datasets._images import Pictures
 from kdtl_jax.datasets._preprocessing import Preprocessing
-from kdtl_jax.datasets._source import Choices, Source, with_channels
+from kdtl_jax.datasets._source import (
+    Choices,
+    Source,
+    check_columns,
+    check_pictures,
+    check_shape,
+    with_channels,
+)
 from kdtl_jax.datasets._splits import Splits, drawn, stratified
 from kdtl_jax.datasets._tables import Missing, Table
 from kdtl_jax.datasets._targets import Target, from_arrays
@@ -135,12 +142,14 @@ def read(
     if form is None:
         form, notices = _form(named[0], first, choices)
     made = [_encoded(source, part, form) for source, part in zip(named, parts, strict=True)]
-    whole, together = made[0], [np.concatenate(x) for x in zip(*(part[1:3] for part in made),
-                                                              strict=True)]  # fmt: skip
+    whole = together = made[0]
+    if len(made) > 1:
+        all_inputs, all_labels = (
+            np.concatenate(x) for x in zip(*(part[1:3] for part in made), strict=True)
+        )
+        together = whole._replace(inputs=all_inputs, labels=all_labels)
     told = (*(note for source in named for note in source.notices), *whole.notices, *notices)
-    return whole._replace(
-        inputs=together[0], labels=together[1], notices=tuple(dict.fromkeys(told))
-    )
+    return together._replace(notices=tuple(dict.fromkeys(told)))
 
 
 def read_inputs(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
@@ -161,20 +170,14 @@ def read_inputs(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
         inputs=preprocessing.inputs,
         with_targets=False,
         targets=preprocessing.targets,
-        kept=tuple(column.name for column in preprocessing.columns),
+        takes=preprocessing,
     )
     found = sources(Path(path), choices)
-    made = [
-        _inputs(source, np.arange(_count(source)), preprocessing) for source in _in_order(found)
-    ]
-    inputs = np.concatenate(made)
+    made = [_inputs(source, None, preprocessing) for source in _in_order(found)]
+    inputs = made[0] if len(made) == 1 else np.concatenate(made)
     if not len(inputs):
         raise ValueError(f"{path}: holds no examples.")
-    if preprocessing.shape and inputs.shape[1:] != preprocessing.shape:
-        raise ValueError(
-            f"{path}: its examples are {list(inputs.shape[1:])}, the model takes "
-            f"{list(preprocessing.shape)}."
-        )
+    check_shape(str(path), inputs.shape, preprocessing)
     return inputs
 
 
@@ -200,9 +203,8 @@ def _choices(
         return Choices(label, inputs, missing, tuple(drop), image_size, one_hot)
     if label == "label" and preprocessing.targets:
         label = ",".join(preprocessing.targets)
-    kept = tuple(column.name for column in preprocessing.columns)
     missing = "drop" if preprocessing.leaves_out else missing
-    return Choices(label, inputs or preprocessing.inputs, missing, kept=kept)
+    return Choices(label, inputs or preprocessing.inputs, missing, takes=preprocessing)
 
 
 def _model(preprocessing: Preprocessing | None) -> Dataset | None:
@@ -266,27 +268,19 @@ def _encoded(source: Source, part: Dataset, form: Preprocessing) -> Dataset:
     return part._replace(inputs=inputs, form=read)
 
 
-def _inputs(source: Source, rows: np.ndarray, form: Preprocessing) -> np.ndarray:
+def _inputs(source: Source, rows: np.ndarray | None, form: Preprocessing) -> np.ndarray:
+    """The inputs of some rows, or of all."""
     found = source.inputs
     if isinstance(found, Table):
-        if not form.columns:
-            raise ValueError(
-                f"{source.name}: a table, but the model takes {list(form.shape)}, not columns."
-            )
-        table = found.take(rows)
+        check_columns(source.name, tuple(found.columns), form)
+        table = found if rows is None else found.take(rows)
         return finite_numbers(source.name, _tables.encoded(table, form.columns))
     if isinstance(found, Pictures):
-        if form.images is None:
-            raise ValueError(
-                f"{source.name}: image files, but the model was not trained on such files."
-            )
+        check_pictures(source.name, form)
+        assert form.images is not None
+        rows = np.arange(found.size) if rows is None else rows
         return _images.decoded(found, rows, form.images, form.shape)
-    return finite_numbers(source.name, found[rows])
-
-
-def _count(source: Source) -> int:
-    inputs = source.inputs
-    return len(inputs) if isinstance(inputs, np.ndarray) else inputs.size
+    return finite_numbers(source.name, found if rows is None else found[rows])
 
 
 def _unknown(found: dict[str, Source], form: Preprocessing) -> list[str]:

@@ -1,10 +1,13 @@
 """One part of a data set as it is stored, before targets are numbered and inputs encoded."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdtl_jax.datasets import _tables
 from kdtl_jax.datasets._images import Pictures
+from kdtl_jax.datasets._preprocessing import Preprocessing
 from kdtl_jax.datasets._tables import Missing, Table
 
 
@@ -19,7 +22,12 @@ class Choices(NamedTuple):
     one_hot: bool = False
     with_targets: bool = True  # False: sources need none, and `targets` are columns to leave out
     targets: tuple[str, ...] = ()
-    kept: tuple[str, ...] = ()  # the columns of inputs that a model reads; (): all
+    takes: Preprocessing | None = None  # of the model whose inputs are read; None: of none
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The columns of inputs that a model reads; (): all."""
+        return () if self.takes is None else tuple(column.name for column in self.takes.columns)
 
 
 class Source(NamedTuple):
@@ -35,4 +43,46 @@ class Source(NamedTuple):
 
 def with_channels(inputs: np.ndarray) -> np.ndarray:
     """Images `[N, H, W]` with a channel axis, numbers `[N]` as `[N, 1]`."""
-    return inputs[..., None] if inputs.ndim in (1, 3) else inputs
+    return inputs.reshape(_with_channels(inputs.shape))
+
+
+def _with_channels(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape, 1) if len(shape) in (1, 3) else shape
+
+
+def check_shape(name: str, shape: tuple[int, ...], form: Preprocessing | None) -> None:
+    """Refuses an array `[N, ...]`, perhaps not read yet, of another shape than a model takes.
+
+    Raises:
+      ValueError: naming both shapes.
+    """
+    each = _with_channels(shape)[1:]
+    if form is not None and form.shape and each != form.shape:
+        raise ValueError(
+            f"{name}: its examples are {list(each)}, the model takes {list(form.shape)}."
+        )
+
+
+def check_columns(name: str, header: Sequence[str], form: Preprocessing | None) -> None:
+    """Refuses a table, perhaps not read yet, in which a model does not find its inputs.
+
+    Raises:
+      ValueError: naming the first column that lacks, or the shape that the model takes.
+    """
+    if form is None:
+        return
+    if not form.columns:
+        raise ValueError(f"{name}: a table, but the model takes {list(form.shape)}, not columns.")
+    for column in form.columns:
+        if column.name not in header:
+            raise _tables.no_column(name, column.name, header, ", which the model reads")
+
+
+def check_pictures(name: str, form: Preprocessing | None) -> None:
+    """Refuses image files where a model was not trained on such.
+
+    Raises:
+      ValueError: naming the data.
+    """
+    if form is not None and form.images is None:
+        raise ValueError(f"{name}: image files, but the model was not trained on such files.")

@@ -11,7 +11,14 @@ from kdtl_jax.datasets import _arrow, _csv, _tables
 from kdtl_jax.datasets._arrays import PARTS
 from kdtl_jax.datasets._arrow import ArrowTable
 from kdtl_jax.datasets._images import Pictures
-from kdtl_jax.datasets._source import Choices, Source, with_channels
+from kdtl_jax.datasets._source import (
+    Choices,
+    Source,
+    check_columns,
+    check_pictures,
+    check_shape,
+    with_channels,
+)
 from kdtl_jax.datasets._tables import Table
 
 TABLES = (*_csv.SUFFIXES, *_arrow.SUFFIXES)
@@ -65,6 +72,8 @@ def labeled(files: Mapping[str, Sequence[Path]], choices: Choices) -> dict[str, 
 def _of_csv(path: Path, choices: Choices, first: Source | None) -> Source | None:
     header, _ = _csv.header_of(path)
     if not choices.with_targets:
+        if header:
+            check_columns(str(path), _csv.distinct(header), choices.takes)
         table = _csv.read_csv(path, choices.targets)
         return Source(str(path), _inputs_alone(table, choices))
     if not header:
@@ -72,6 +81,7 @@ def _of_csv(path: Path, choices: Choices, first: Source | None) -> Source | None
     if first is not None and not set(first.columns) & set(header):
         return None
     names = _label_columns(str(path), header, choices)
+    check_columns(str(path), _csv.distinct(header), choices.takes)
     return _of_table(_csv.read_csv(path, names), names, choices)
 
 
@@ -108,6 +118,7 @@ def _of_arrow(paths: Sequence[Path], choices: Choices, first: Source | None) -> 
     if choices.kept and set(choices.kept) <= {*header}:
         kept = [name for name in kept if name in (*choices.kept, choices.inputs)]
     asked = [choices.inputs] if choices.inputs in kept else kept
+    _check_row(paths[0], asked, kept, choices)
     found = _arrow.read_arrow(paths, [*asked, *(names if choices.with_targets else ())])
     choices = choices._replace(drop=())  # they were not read
     wide = _wide(found, kept, choices)
@@ -141,6 +152,22 @@ def _of_arrow(paths: Sequence[Path], choices: Choices, first: Source | None) -> 
         return None if first is not None else Source(found.name, inputs, targets)
     several = tuple(names) if len(names) > 1 else known
     return Source(found.name, inputs, targets, several, tuple(names), notices)
+
+
+def _check_row(path: Path, asked: Sequence[str], kept: Sequence[str], choices: Choices) -> None:
+    """Refuses, before the rest is read, what a model does not take, by the first row."""
+    if choices.takes is None:
+        return
+    row = _arrow.first_row(path, [name for name in _arrow.wide_columns(path) if name in asked])
+    if row.lists:  # there is no row, or something is missing in it
+        return
+    wide = _wide(row, kept, choices)
+    if wide is None:
+        check_columns(row.name, kept, choices.takes)
+    elif wide in row.pictures:
+        check_pictures(row.name, choices.takes)
+    else:
+        check_shape(row.name, row.vectors[wide].shape, choices.takes)
 
 
 def _wide(found: ArrowTable, kept: Sequence[str], choices: Choices) -> str | None:

@@ -56,8 +56,9 @@ def label_columns(table_name: str, header: Sequence[str], label: str) -> tuple[s
         asked = tuple(usual) if len(usual) == 1 else asked
     for name in asked:
         if name not in header:
-            said = _no_column(table_name, name, header)
-            raise ValueError(f"{said} Name the column of labels (--label).")
+            raise no_column(
+                table_name, name, header, repair=" Name the column of labels (--label)."
+            )
         if header.count(name) > 1:
             raise ValueError(
                 f"{table_name}: has {header.count(name)} columns called {name!r:.80}: as inputs "
@@ -99,12 +100,15 @@ def check_there(table_name: str, names: Sequence[str], header: Sequence[str]) ->
     """Refuses columns to drop that are not there, naming the nearest."""
     for name in names:
         if name not in header:
-            raise ValueError(_no_column(table_name, name, header))
+            raise no_column(table_name, name, header)
 
 
-def _no_column(table: str, name: str, columns: Sequence[str], more: str = "") -> str:
+def no_column(
+    table: str, name: str, columns: Sequence[str], more: str = "", repair: str = ""
+) -> ValueError:
+    """The error that names a column which is not there, and the nearest."""
     near = ", ".join(repr(found) for found in trees.nearest(name, columns))
-    return f"{table}: has no column {name!r:.80}{more}. Nearest: {near:.300}."
+    return ValueError(f"{table}: has no column {name!r:.80}{more}. Nearest: {near:.300}.{repair}")
 
 
 def complete(table: Table) -> Table:
@@ -185,11 +189,12 @@ def encoded(table: Table, columns: Sequence[Column]) -> np.ndarray:
       ValueError: if a column is missing, text where numbers are expected, or has a missing value
         that nothing fills; row and column are named.
     """
-    parts: list[np.ndarray] = []
+    out = np.empty((table.size, sum(len(column.categories) or 1 for column in columns)))
+    at = 0
     for column in columns:
         if column.name not in table.columns:
             reads = ", which the model reads"
-            raise ValueError(_no_column(table.name, column.name, list(table.columns), reads))
+            raise no_column(table.name, column.name, list(table.columns), reads)
         values, lacking = table.columns[column.name], empty(table.columns[column.name])
         if lacking.any() and column.fill is None:
             row = int(np.flatnonzero(lacking)[0])
@@ -201,14 +206,17 @@ def encoded(table: Table, columns: Sequence[Column]) -> np.ndarray:
         if column.categories:
             texts = _as_text(values)
             texts[lacking] = column.fill
-            parts.append(texts[:, None] == np.array(column.categories, object)[None])
+            end = at + len(column.categories)
+            out[:, at:end] = texts[:, None] == np.array(column.categories, object)[None]
+            at = end
             continue
         if values.dtype != np.float64 and not lacking.all():
             raise _not_a_number(table, column.name, values)
         if column.fill is not None:
             values = np.where(lacking, column.fill, values)
-        parts.append(values[:, None])
-    return np.concatenate([part.astype(np.float64) for part in parts], axis=1)
+        out[:, at] = values
+        at += 1
+    return out
 
 
 def unknown_categories(table: Table, columns: Sequence[Column]) -> list[str]:

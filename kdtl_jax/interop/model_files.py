@@ -26,7 +26,6 @@ from kdtl_jax.interop.networks import Network
 from kdtl_jax.run import record
 
 MOST_INPUTS = 2**26  # numbers in one input
-BATCH = 256  # rows that `predict` computes at once, at most
 PLAIN, CONNECTED = "model", "model with connectors"  # the metadata's "kind"
 
 
@@ -242,9 +241,9 @@ def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = N
     def logits(inputs: Array) -> Array:
         scaled = jnp.asarray(inputs, jnp.float32)
         if found.scaling is not None:
-            mean, scale = (jnp.asarray(x, jnp.float32) for x in found.scaling)
-            shape = inputs.shape
-            scaled = (scaled - jnp.broadcast_to(mean, shape)) / jnp.broadcast_to(scale, shape)
+            parts = (jnp.asarray(x, jnp.float32) for x in found.scaling)
+            mean, scale = (jnp.broadcast_to(x, inputs.shape) for x in parts)
+            scaled = (scaled - mean) / scale
         return of_shape(tuple(inputs.shape[1:]))(scaled)
 
     jitted: dict[tuple[int, ...], Callable[[Array], Array]] = {}
@@ -255,24 +254,15 @@ def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = N
             raise ValueError(f"inputs must be numbers [N, ...], got {inputs.dtype} {inputs.shape}.")
         each = tuple(inputs.shape[1:])
         run = jitted.setdefault(each, jax.jit(of_shape(each)))
-        if found.scaling is not None:
-            inputs = (inputs - found.scaling.mean) / found.scaling.scale
-        return in_batches(run, inputs.astype(np.float32), found.classes or 0)
+
+        def scaled(part: np.ndarray) -> Array:
+            scaling = found.scaling
+            part = part if scaling is None else (part - scaling.mean) / scaling.scale
+            return run(jnp.asarray(part.astype(np.float32)))
+
+        return networks.in_batches(scaled, inputs, found.classes or 0)
 
     return Model(predict, logits, found, metadata)
-
-
-def in_batches(
-    run: Callable[[Any], Array], inputs: np.ndarray, classes: int, batch: int = BATCH
-) -> np.ndarray:
-    """`run` over `[N, ...]` in batches of a power of two, filled up: few shapes are compiled."""
-    parts = [np.zeros((0, classes), np.float32)]
-    for start in range(0, len(inputs), batch):
-        part = inputs[start : start + batch]
-        size = min(batch, 1 << (len(part) - 1).bit_length())
-        rows = np.minimum(np.arange(size), len(part) - 1)
-        parts.append(np.asarray(run(part[rows]), np.float32)[: len(part)])
-    return np.concatenate(parts)
 
 
 def hugging_face_of(text: str) -> str | None:
@@ -317,8 +307,7 @@ def _through_connectors(
     path: str, net: Network, found: About, metadata: Mapping[str, str], example: Array
 ) -> Callable[[Array], Array]:
     assert found.classes is not None
-    entries = {entry.name: entry for entry in methods.table()}
-    flat = safetensors.load(path)
+    entries, flat = {entry.name: entry for entry in methods.table()}, safetensors.load(path)
     head = {name: jnp.asarray(x) for name, x in flat.items() if name.startswith("teacher_head/")}
     try:
         entry = entries[metadata["method"]]
@@ -330,7 +319,6 @@ def _through_connectors(
         raise ValueError(f"{path}: its metadata are damaged ({error}).") from None
     of_student = networks.abstract(net, example)
     method = entry.build(setup)
-    assert method.predict is not None
     key = jax.random.key(0)
     like: dict[str, Any] = {
         "student": tree(of_student),
@@ -338,9 +326,9 @@ def _through_connectors(
         "memory": jax.eval_shape(method.memory, key),
     }
     stored = safetensors.fill(like, {name: x for name, x in flat.items() if name not in head})
-    stored = jax.tree.map(np.array, stored)
-    record.check_finite(path, stored)
+    record.check_finite(path, stored := jax.tree.map(np.array, stored))
     student, predict = as_variables(stored["student"], of_student), method.predict
+    assert predict is not None
 
     def logits(x: Array) -> Array:
         outputs, _ = net.apply(student.params, student.model_state, x)
@@ -392,8 +380,9 @@ def _kind_of_folder(folder: Path) -> str:
         return f"a run folder, with students/{', students/'.join(students)}"
     if "plan.json" in names:
         return "a teacher cache: outputs, not a model"
-    marks = {"_CHECKPOINT_METADATA", "_METADATA", "manifest.json"}
-    if names & marks or any(name.isdecimal() for name in names):
+    if names & {"_CHECKPOINT_METADATA", "_METADATA", "manifest.json"} or any(
+        name.isdecimal() for name in names
+    ):
         return "a folder of checkpoints"
     if "config.json" in names:
         return "a Hugging Face folder"

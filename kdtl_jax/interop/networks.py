@@ -12,12 +12,15 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from kdtl_jax import methods, models
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Variables
 from kdtl_jax.interop import linen
 from kdtl_jax.train import precision
+
+BATCH = 256  # rows that `in_batches` computes at once, at most
 
 
 class Network(NamedTuple):
@@ -103,3 +106,16 @@ def _described(made: nn.Module) -> tuple[tuple[str, ...], methods.Layout] | None
         taps = (r"layers_\d+", r"layers_\d+/attention/(query|key|value|probs)")
         return taps, methods.Layout(layers, "pooled", {}, attention)
     return None
+
+
+def in_batches(
+    run: Callable[[Any], Array], inputs: np.ndarray, classes: int, batch: int = BATCH
+) -> np.ndarray:
+    """`run` over `[N, ...]` in batches of a power of two, filled up: few shapes are compiled."""
+    parts = [np.zeros((0, classes), np.float32)]
+    for start in range(0, len(inputs), batch):
+        part = inputs[start : start + batch]
+        size = min(batch, 1 << (len(part) - 1).bit_length())
+        rows = np.minimum(np.arange(size), len(part) - 1)
+        parts.append(np.asarray(run(part[rows]), np.float32)[: len(part)])
+    return np.concatenate(parts)
