@@ -6,8 +6,8 @@ shares of right answers are NaN.
 `probabilities` `[N, K]` have rows that sum to 1. Undefined values, such as the precision of a class
 that was never predicted, are NaN.
 
-Raises ValueError if there are no examples, the numbers of examples differ, or a label is not one of
-the classes.
+Raises ValueError if there are no examples, shapes differ, a label or a prediction is not one of the
+classes, a target of several labels is not 0 or 1, or a probability lies outside 0..1.
 """
 
 from typing import Any, NamedTuple
@@ -35,8 +35,7 @@ class Calibration(NamedTuple):
 
 def accuracy(predicted: Any, labels: Any) -> float:
     """The share of right classes; NaN if an example has no answer, as in `run.scores.accuracy`."""
-    predicted, labels = _pair(predicted, labels)
-    _check_labels(labels, int(labels.max()) + 1)
+    predicted, labels = _classes(predicted, labels)
     return float(np.mean(predicted == labels)) if _are_answers(predicted) else float("nan")
 
 
@@ -45,8 +44,7 @@ def confusion(predicted: Any, labels: Any, classes: int) -> np.ndarray:
 
     An example without an answer is in no column.
     """
-    predicted, labels = _pair(predicted, labels)
-    _check_labels(labels, classes)
+    predicted, labels = _classes(predicted, labels, classes)
     told = predicted >= 0
     counts = np.zeros((classes, classes), np.int64)
     np.add.at(counts, (labels[told], predicted[told]), 1)
@@ -68,17 +66,14 @@ def balanced_accuracy(predicted: Any, labels: Any, classes: int) -> float:
 
 def negative_log_likelihood(probabilities: Any, labels: Any) -> float:
     """`-mean log p(label)`; infinite where a label was given probability 0."""
-    p, labels = _pair(probabilities, labels)
-    _check_labels(labels, p.shape[-1])
+    p, labels = _probabilities(probabilities, labels)
     with np.errstate(divide="ignore"):
-        return float(-np.mean(np.log(p[np.arange(len(labels)), labels].astype(np.float64))))
+        return float(-np.mean(np.log(p[np.arange(len(labels)), labels])))
 
 
 def brier(probabilities: Any, labels: Any) -> float:
     """`mean sum_k (p_k - y_k)^2`, y one-hot: 0 to 2. Brier, 1950."""
-    p, labels = _pair(probabilities, labels)
-    _check_labels(labels, p.shape[-1])
-    p = p.astype(np.float64)
+    p, labels = _probabilities(probabilities, labels)
     own = p[np.arange(len(labels)), labels]
     return float(np.mean(np.sum(p**2, axis=-1) - own**2 + (1 - own) ** 2))
 
@@ -89,9 +84,8 @@ def calibration(probabilities: Any, labels: Any, *, bins: int = 15) -> Calibrati
     Expected calibration error: Naeini et al., AAAI 2015, and Guo et al., 2017 (1706.04599), with
     bins `((b - 1) / bins, b / bins]`.
     """
-    p, labels = _pair(probabilities, labels)
-    _check_labels(labels, p.shape[-1])
-    confidence, right = p.max(axis=-1).astype(np.float64), p.argmax(axis=-1) == labels
+    p, labels = _probabilities(probabilities, labels)
+    confidence, right = p.max(axis=-1), p.argmax(axis=-1) == labels
     if not np.isfinite(confidence).all():
         nothing = np.full(bins, np.nan)
         return Calibration(float("nan"), nothing, nothing, np.zeros(bins, np.int64))
@@ -114,19 +108,19 @@ def average_precision(ranking: Any, targets: Any) -> np.ndarray:
       ranking: scores `[N, K]`, logits or probabilities; only their order matters.
       targets: 0 or 1, `[N, K]`. NaN for a label without a positive example.
     """
-    ranking, targets = _pair(ranking, targets)
+    ranking, targets = _several(ranking, targets)
     return np.array([_average_precision(r, t) for r, t in zip(ranking.T, targets.T, strict=True)])
 
 
 def per_label(predicted: Any, targets: Any) -> PerClass:
     """Precision, recall and F1 of every label; `predicted` `[N, K]` is 0 or 1."""
-    predicted, targets = (x.astype(bool) for x in _pair(predicted, targets))
+    predicted, targets = _named(predicted, targets)
     return _per_class((predicted & targets).sum(0), predicted.sum(0), targets.sum(0))
 
 
 def micro_f1(predicted: Any, targets: Any) -> float:
     """`2 TP / (2 TP + FP + FN)` with the counts of all labels added up."""
-    predicted, targets = (x.astype(bool) for x in _pair(predicted, targets))
+    predicted, targets = _named(predicted, targets)
     found = _per_class((predicted & targets).sum(), predicted.sum(), targets.sum())
     return float(found.f1)
 
@@ -198,14 +192,71 @@ def _pair(found: Any, wanted: Any) -> tuple[np.ndarray, np.ndarray]:
     return found, wanted
 
 
-def _are_answers(predicted: np.ndarray) -> bool:
-    return bool((predicted >= 0).all())
-
-
-def _check_labels(labels: np.ndarray, classes: int) -> None:
+def _labels(found: np.ndarray, labels: np.ndarray, classes: int) -> None:
     """Refuses what indexing would take: a label of -1 is not the last class."""
+    if labels.ndim != 1:
+        raise ValueError(
+            f"labels must be [{len(found)}], one class per example, got {list(labels.shape)}"
+        )
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
             f"labels must be whole numbers in 0..{max(classes, 1) - 1}, got {labels.dtype} from "
             f"{labels.min()} to {labels.max()}"
         )
+
+
+def _classes(
+    predicted: Any, labels: Any, classes: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    predicted, labels = _pair(predicted, labels)
+    _labels(predicted, labels, int(labels.max()) + 1 if classes is None else classes)
+    if predicted.shape != labels.shape or predicted.dtype.kind not in "iu":
+        raise ValueError(
+            f"predictions must be classes [{len(labels)}], whole numbers, got {predicted.dtype}"
+            f"{list(predicted.shape)}: of scores take the argmax over the last axis"
+        )
+    if classes is not None and predicted.max() >= classes:
+        raise ValueError(f"predictions must lie in 0..{classes - 1}, got {predicted.max()}")
+    return predicted, labels
+
+
+def _probabilities(probabilities: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    p, labels = _pair(probabilities, labels)
+    if p.ndim != 2:
+        raise ValueError(f"probabilities must be [{len(labels)}, classes], got {list(p.shape)}")
+    _labels(p, labels, p.shape[-1])
+    if np.any((p < 0) | (p > 1 + 1e-3)):  # as far as half precision rounds
+        raise ValueError(
+            f"probabilities must lie in 0..1, got {p.min():.3g}..{p.max():.3g}: of logits take the "
+            "softmax"
+        )
+    return p.astype(np.float64), labels
+
+
+def _several(scores: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
+    scores, targets = _pair(scores, targets)
+    if scores.ndim != 2 or scores.shape != targets.shape:
+        raise ValueError(
+            "predictions and targets must be of one shape [examples, labels], got "
+            f"{list(scores.shape)} and {list(targets.shape)}"
+        )
+    _check_zero_or_one(targets=targets)
+    return scores, targets
+
+
+def _named(predicted: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
+    predicted, targets = _several(predicted, targets)
+    _check_zero_or_one(predicted=predicted)
+    return predicted.astype(bool), targets.astype(bool)
+
+
+def _check_zero_or_one(**arrays: np.ndarray) -> None:
+    for name, array in arrays.items():
+        odd = (array != 0) & (array != 1)
+        if odd.any():
+            repair = ": compare scores with a threshold" if name == "predicted" else ""
+            raise ValueError(f"{name} must be 0 or 1, got {array[odd][0]}{repair}")
+
+
+def _are_answers(predicted: np.ndarray) -> bool:
+    return bool((predicted >= 0).all())

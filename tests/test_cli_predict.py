@@ -121,6 +121,11 @@ def test_data_of_something_else_are_refused(run: Path, tmp_path: Path, capsys: C
         assert "no such file" in refused(command, tmp_path / "nothing", wide)
     assert "labels must lie in 0..2, got 3 at row 3" in refused("evaluate", student, more)
     assert "has no such part" in refused("evaluate", student, same, "--part", "test")
+    for factor in (1000, 1e-3):
+        np.savez(more, x=factor * rng.normal(size=(40, 5)), y=np.arange(40) % 3)
+        assert "Are the data in other units" in refused("evaluate", student, more)
+        assert kdtl("predict", student, more) == 0  # a table's rows may be meant so
+        assert "note: the model scales inputs" in capsys.readouterr().err
     safetensors.save(tmp_path / "weights.safetensors", {"w": np.ones(2)})
     said = refused("predict", tmp_path / "weights.safetensors", more)
     assert "does not say of which model" in said
@@ -151,6 +156,20 @@ def stored(path: Path, form: Preprocessing) -> model_files.Model:
     about = About("mlp:", form.outputs, form.scaling, form.names, form.shape, form)
     model_files.save(path, variables, about, {})
     return model_files.load(path)
+
+
+def test_images_in_other_units_get_no_answer(tmp_path: Path, capsys: Captured) -> None:
+    scaling = Standardizer(np.array([128.0]), np.array([64.0]))
+    form = Preprocessing("classes", (), 2, (4, 4, 1), scaling=scaling)
+    about = About("mlp:", 2, scaling, (), (4, 4, 1), form)
+    images = np.random.default_rng(0).random((3, 4, 4, 1), np.float32)
+    net = networks.network(models.mlp((), 2), images[:1])
+    variables = jax.jit(net.init)(jax.random.key(0), images[:1])
+    model_files.save(tmp_path / "m.safetensors", variables, about, {})
+    for factor, code in ((255, 0), (1, 1)):
+        np.save(tmp_path / "x.npy", factor * images)
+        assert kdtl("predict", tmp_path / "m.safetensors", tmp_path / "x.npy") == code
+    assert "pixels from 0 to 255 and from 0 to 1" in capsys.readouterr().err
 
 
 X = np.random.default_rng(1).normal(size=(30, 2)).astype(np.float32)

@@ -54,6 +54,35 @@ def test_a_hugging_face_folder_teaches(tmp_path: Path, capsys: pytest.CaptureFix
     assert "says itself what model it is" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("known", "wanted"),
+    [
+        ({"image_mean": [0.4], "image_std": [0.2]}, lambda x: (x / 255 - 0.4) / 0.2),
+        ({"image_mean": [0.4], "image_std": [0.2], "do_normalize": False}, lambda x: x / 255),
+        ({"image_mean": None, "image_std": None, "do_normalize": False}, lambda x: x / 255),
+        ({"do_normalize": False, "rescale_factor": 0.5}, lambda x: x / 2),
+        ({"image_mean": [9], "image_std": [7], "do_rescale": False}, lambda x: (x - 9) / 7),
+        ({"do_normalize": False, "do_rescale": False}, lambda x: x),
+    ],
+)
+def test_images_are_scaled_by_the_steps_that_the_processor_takes(
+    known: dict[str, Any], wanted: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(known))
+    made, x = _weights.scaling(str(tmp_path)), np.array([[0.0], [100.0], [255.0]])
+    assert made is not None
+    np.testing.assert_allclose((x - made.mean) / made.scale, wanted(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_processor_that_shifts_or_only_resizes(tmp_path: Path) -> None:
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({"do_normalize": False, "rescale_offset": True}))
+    with pytest.raises(ValueError, match="rescale_offset is not known here"):
+        _weights.scaling(str(tmp_path))
+    file.write_text(json.dumps({"do_resize": True, "size": 16, "do_rescale": True}))
+    assert _weights.scaling(str(tmp_path)) is None
+
+
 def test_a_hugging_face_folder_becomes_a_model_of_other_classes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -170,6 +170,9 @@ def test_what_fills_and_categories_are_the_training_parts(tmp_path: Path) -> Non
     table(tmp_path / "new.csv", {"color": ["g"], "aa": [1]})
     with pytest.raises(ValueError, match="has no column 'a', which the model reads. Nearest: 'aa'"):
         datasets.read_inputs(tmp_path / "new.csv", form)
+    table(tmp_path / "new.csv", {"A": [1, 2], "B": [1, 2], "label": [0, 1]})  # not one of them
+    with pytest.raises(ValueError, match="has no column 'a', which the model reads"):
+        datasets.read_splits(str(tmp_path / "new.csv"), preprocessing=form)
 
 
 def test_a_column_without_a_value_is_filled_whatever_its_type(tmp_path: Path) -> None:

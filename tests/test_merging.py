@@ -394,3 +394,6 @@ def test_sce_by_hand() -> None:
     np.testing.assert_allclose(transforms.sce(base, models), want, rtol=1e-6)
     # two entries vary; the more varying half of them is one
     np.testing.assert_allclose(transforms.sce(base, models, top=0.5), [0, 2.0, 0], rtol=1e-6)
+    # a model of a share of 1e-8 has an entry for itself: all of its change
+    models = [jnp.asarray([1.0, 0.0, 1.0]), jnp.asarray([0.0, 1e-4, 0.0])]
+    np.testing.assert_allclose(transforms.sce(base, models), [1, 1e-4, 1], rtol=1e-5)

@@ -1,9 +1,12 @@
 """Scores of predictions, against sums written out by hand."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from kdtl_jax import metrics
+from kdtl_jax.recipes import _scoring
 from kdtl_jax.run import scores
 
 LABELS = np.array([0, 0, 0, 1, 1, 2])
@@ -88,3 +91,35 @@ def test_numbers() -> None:
     for found, wanted in (([], []), ([1], [1, 2]), (1, [1])):
         with pytest.raises(ValueError, match="same examples"):
             metrics.accuracy(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("call", "found", "wanted", "says"),
+    [
+        (metrics.accuracy, [[0], [1]], [0, 1], r"classes \[2\], whole numbers, got int64\[2, 1\]"),
+        (metrics.accuracy, [0, 1], [[0], [1]], r"labels must be \[2\], one class per example"),
+        (metrics.accuracy, [0.2, 0.9], [0, 1], "take the argmax"),
+        (metrics.brier, [[0.5, 0.5]] * 2, [[0], [1]], "one class per example"),
+        (metrics.brier, [0.5, 0.5], [0, 1], r"must be \[2, classes\]"),
+        (metrics.calibration, [[2.0, -3.0]], [0], "take the softmax"),
+        (metrics.per_label, [[1, 0]], [[1, -1]], "targets must be 0 or 1, got -1"),
+        (metrics.per_label, [[1, 0]], [[1]], "one shape"),
+        (metrics.micro_f1, [[0.7, 0.2]], [[1, 0]], "predicted must be 0 or 1, got 0.7: compare"),
+        (metrics.average_precision, [[0.7, 0.2]], [[1, 2]], "targets must be 0 or 1, got 2"),
+    ],
+)
+def test_what_would_broadcast_or_count_as_something_else_is_refused(
+    call: Any, found: Any, wanted: Any, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        call(found, wanted)
+    with pytest.raises(ValueError, match=r"predictions must lie in 0\.\.1, got 2"):
+        metrics.confusion([0, 2], [0, 1], 2)
+
+
+def test_labels_of_an_example_without_an_answer_leave_no_score_of_all() -> None:
+    logits = np.array([[1.0, -1.0], [np.nan, -1.0]])
+    found = _scoring.of_labels(logits, np.array([[1, 0], [0, 0]]), ["a", "b"])
+    assert found["not_finite"] == 1
+    for name in ("exact", "mean_average_precision", "micro_f1", "macro_f1"):
+        assert np.isnan(found[name])

@@ -224,6 +224,12 @@ def test_a_file_of_something_else_is_refused(
     for factor in (255, 1 / 255):
         with pytest.raises(ValueError, match="Are the data in other units"):
             read(teacher, changed(lambda x, f=factor: x * f), monkeypatch)
+    inputs = np.random.default_rng(0).normal(size=(_models.FEW, 4)) * [1, 1, 1e-3, 1]
+    assert _models.other_units(inputs) is None  # without names, as pixels: some may be dark
+    assert "the column 'c' has a dev" in str(_models.other_units(inputs, ["a", "b", "c", "d"]))
+    inputs[:, 2] = np.arange(_models.FEW) == 3  # rare
+    inputs[:, 2] *= 1e-3
+    assert _models.other_units(inputs, ["a", "b", "c", "d"]) is None
     with pytest.raises(ValueError, match="no such file"):
         _models.read_about(str(tmp_path / "nowhere"), None, "mlp:1")
     broken = tmp_path / "broken.safetensors"

@@ -92,6 +92,7 @@ def _label_columns(name: str, header: Sequence[str], choices: Choices) -> tuple[
 
 def _of_table(table: Table, names: Sequence[str], choices: Choices) -> Source:
     if choices.kept:
+        _tables.check_read(table, choices.kept)
         others = [name for name in table.columns if name not in (*choices.kept, *names)]
         table = _tables.dropped(table, others)
     table = _tables.without_index(_tables.dropped(table, choices.drop), names)

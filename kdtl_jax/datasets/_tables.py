@@ -103,6 +103,14 @@ def check_there(table_name: str, names: Sequence[str], header: Sequence[str]) ->
             raise no_column(table_name, name, header)
 
 
+def check_read(table: Table, names: Sequence[str]) -> None:
+    """Refuses a table without a column that a model reads, naming the nearest."""
+    for name in names:
+        if name not in table.columns:
+            reads = ", which the model reads"
+            raise no_column(table.name, name, list(table.columns), reads)
+
+
 def no_column(
     table: str, name: str, columns: Sequence[str], more: str = "", repair: str = ""
 ) -> ValueError:
@@ -192,9 +200,7 @@ def encoded(table: Table, columns: Sequence[Column]) -> np.ndarray:
     out = np.empty((table.size, sum(len(column.categories) or 1 for column in columns)))
     at = 0
     for column in columns:
-        if column.name not in table.columns:
-            reads = ", which the model reads"
-            raise no_column(table.name, column.name, list(table.columns), reads)
+        check_read(table, [column.name])
         values, lacking = table.columns[column.name], empty(table.columns[column.name])
         if lacking.any() and column.fill is None:
             row = int(np.flatnonzero(lacking)[0])

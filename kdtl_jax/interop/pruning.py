@@ -157,8 +157,8 @@ def _chosen(source: PretrainedDecoder, asked: dict[str, int], tokens: Array | No
             kept_sum[name] += float(scores[own].sum())
     channels = _channels(source, tokens)
     own = _top(channels, asked["width"])
-    shares = {"width": float(channels[own].sum() / max(channels.sum(), 1e-30))}
-    shares |= {name: kept_sum[name] / max(whole_sum[name], 1e-30) for name in rows}
+    shares = {"width": float(channels[own].sum() / (channels.sum() or 1))}
+    shares |= {name: kept_sum[name] / (whole_sum[name] or 1) for name in rows}
     stacked = {name: np.stack(found) for name, found in rows.items()}
     return Kept(channels=own, shares=shares, **stacked)
 
@@ -199,8 +199,8 @@ def _channels(source: PretrainedDecoder, tokens: Array | None) -> np.ndarray:
         names = models.tap_names(source.model.config)
         hidden, found = jax.jit(source.model.tap, static_argnums=0)(names, source.params, tokens)
         stream = jnp.stack([*found.values(), hidden])
-        scale = jnp.sqrt(jnp.mean(jnp.square(stream), axis=-1, keepdims=True)) + 1e-6
-        return np.asarray(jnp.mean(jnp.abs(stream / scale), axis=(0, 1, 2)))
+        scale = jnp.sqrt(jnp.mean(jnp.square(stream), axis=-1, keepdims=True))
+        return np.asarray(jnp.mean(jnp.abs(stream / jnp.where(scale > 0, scale, 1)), (0, 1, 2)))
     squares = _norm(source.params["tokens"]["embedding"], 1) ** 2
     for i in range(source.model.config.layers):
         layer = source.params[f"layers_{i}"]

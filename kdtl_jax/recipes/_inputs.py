@@ -13,11 +13,12 @@ from kdtl_jax import _files, _text, datasets
 from kdtl_jax.datasets import Dataset
 from kdtl_jax.interop import model_files
 from kdtl_jax.interop.model_files import Model
-from kdtl_jax.recipes import _own, _weights
+from kdtl_jax.recipes import _models, _own, _weights
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import record
 
 PARTS = ("train", "validation", "test")
+LOOKED_AT = 4096  # examples from which units are told
 
 
 def source(value: Any) -> str | None:
@@ -136,12 +137,18 @@ def read(
 
     Raises:
       UsageError: if the data has no such part.
-      ValueError: if they are data of other classes or of inputs of another shape.
+      ValueError: if they are data of other classes, or of inputs of another shape or in other units
+        (a note where rows of a table are only to be answered).
     """
     form = model.about.preprocessing
     if not with_labels and part in (None, "all"):
         inputs = datasets.read_inputs(data, form or _form_of_old(model))
         checked_shape(data, inputs, model)
+        why = _in_other_units(inputs, model)
+        if why and inputs.ndim == 2:  # rows that are alike, or far out, may be meant
+            print(f"note: the model {why}", file=sys.stderr)
+        elif why:
+            raise ValueError(f"{data}: the model {why}")
         return Examples(inputs, None, f"{len(inputs)} examples")
     split = _split_of(model)
     seen = record.made_from({"data": data}).files["data"] == model.metadata.get("data")
@@ -163,6 +170,8 @@ def read(
         raise UsageError(f"--part {chosen}: {data} has no such part. Take --part all.")
     inputs = np.concatenate([each.inputs for each in found])
     checked_shape(data, inputs, model)
+    if why := _in_other_units(inputs, model):
+        raise ValueError(f"{data}: the model {why}")
     labels = np.concatenate([each.labels if form else in_classes_of(model, each) for each in found])
     said = f"{len(inputs)} examples" if chosen == "all" else f"{len(inputs)} {chosen} examples"
     if seen:
@@ -206,6 +215,15 @@ def checked_shape(data: str, inputs: np.ndarray, model: Model) -> None:
         raise ValueError(
             f"{data}: its examples are {list(inputs.shape[1:])}, the model takes {list(wanted)}."
         )
+
+
+def _in_other_units(inputs: np.ndarray, model: Model) -> str | None:
+    """`_models.other_units` of the first examples; of few rows of a table nothing is known."""
+    scaling, form = model.about.scaling, model.about.preprocessing
+    if scaling is None or (inputs.ndim == 2 and len(inputs) < _models.FEW):
+        return None
+    columns = [] if form is None else [column.name for column in form.columns]
+    return _models.other_units((inputs[:LOOKED_AT] - scaling.mean) / scaling.scale, columns)
 
 
 def in_classes_of(model: Model, data: Dataset) -> np.ndarray:

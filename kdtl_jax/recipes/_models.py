@@ -29,6 +29,7 @@ from kdtl_jax.recipes._training import in_chunks
 from kdtl_jax.recipes.settings import MODEL, Data, UsageError
 
 UNITS = 20.0  # data whose scaled deviation is off by this factor are in other units
+FEW = 20  # rows of which one column says nothing
 
 
 def module(text: str, classes: int) -> nn.Module:
@@ -253,23 +254,36 @@ def read_data(
             f"{list(shape[1:])}."
         )
     splits = scaled(raw, form)
-    if about.scaling is not None:
-        _check_units(splits.train.inputs, path)
+    columns = [column.name for column in form.columns]
+    if about.scaling is not None and (why := other_units(splits.train.inputs, columns)):
+        raise ValueError(f"{path} {why}")
     return splits, form
 
 
-def _check_units(inputs: np.ndarray, path: str | None) -> None:
-    """Refuses data that a file's scaling does not bring near a deviation of 1."""
+def other_units(inputs: np.ndarray, columns: Sequence[str] = ()) -> str | None:
+    """What is wrong with inputs that a file's scaling does not bring near a deviation of 1.
+
+    Args:
+      inputs: scaled, `[N, ...]`.
+      columns: names of a table's columns, which have a unit each. One that mostly has one value, as
+        categories and rare events do, may vary by any amount.
+    """
     axes = tuple(range(inputs.ndim - 1)) if inputs.ndim == 4 else (0,)
     deviations = inputs.std(axis=axes, dtype=np.float64).ravel()
-    deviations = deviations[deviations > 0]
-    found = float(np.sqrt(np.mean(np.square(deviations)))) if deviations.size else 1.0
-    if not 1 / UNITS < found < UNITS:
-        raise ValueError(
-            f"{path} scales inputs by its own mean and deviation, and so scaled the data has a "
-            f"deviation of {found:.3g} where about 1 is expected. Are the data in other units, "
-            "such as pixels from 0 to 255 and from 0 to 1?"
-        )
+    varying = deviations[deviations > 0]
+    found, of = float(np.sqrt(np.mean(np.square(varying)))) if varying.size else 1.0, "the data has"
+    if 1 / UNITS < found < UNITS and len(columns) == len(deviations) and len(inputs) >= FEW:
+        low, high = np.quantile(inputs, (0.25, 0.75), axis=0)
+        narrow = np.flatnonzero((high > low) & (deviations <= 1 / UNITS))
+        if narrow.size:
+            found, of = deviations[narrow[0]], f"the column {columns[narrow[0]]!r:.80} has"
+    if 1 / UNITS < found < UNITS:
+        return None
+    return (
+        f"scales inputs by its own mean and deviation, and so scaled {of} a deviation of "
+        f"{found:.3g} where about 1 is expected. Are the data in other units, such as pixels from "
+        "0 to 255 and from 0 to 1?"
+    )
 
 
 def check_parts(splits: Splits) -> None:

@@ -43,21 +43,28 @@ def of_classes(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> 
 def of_labels(logits: np.ndarray, targets: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
     """Scores of labels that may come together: logits `[N, K]`, targets `[N, K]` of 0 and 1.
 
-    A label is named where its logit is above 0.
+    A label is named where its logit is above 0. Where logits are not finite, no score of all
+    examples is known.
     """
-    named = (logits > 0).astype(np.int64)
+    named, broken = (logits > 0).astype(np.int64), ~np.isfinite(logits).all(axis=1)
     each = metrics.per_label(named, targets)
     precision = metrics.average_precision(logits, targets)
+    known = precision[~np.isnan(precision)]
     rows = per_class(each, names)
     for row, value in zip(rows, precision.tolist(), strict=True):
         row["average_precision"] = value
-    return {
-        "examples": len(targets),
-        "not_finite": int(np.sum(~np.isfinite(logits).all(axis=1))),
+    whole = {
         "exact": float(np.mean((named == targets).all(axis=1))),
-        "mean_average_precision": float(np.nanmean(precision)),
+        "mean_average_precision": float(known.mean()) if known.size else float("nan"),
         "micro_f1": metrics.micro_f1(named, targets),
         "macro_f1": metrics.macro_f1(named, targets),
+    }
+    if broken.any():
+        whole = dict.fromkeys(whole, float("nan"))
+    return {
+        "examples": len(targets),
+        "not_finite": int(broken.sum()),
+        **whole,
         "per_class": rows,
     }
 

@@ -17,6 +17,7 @@ from kdtl_jax.interop.huggingface import Pretrained
 
 HUGGING_FACE = "huggingface:"  # before the folder, as a model's text
 LARGE, MOST_PACKED = 2**26, 1000  # numbers; per byte of the files
+_HOW = ("image_mean", "image_std")
 ITEMS = ("params", "default", "state", "model")  # of a step, in the order they are looked for
 
 
@@ -38,11 +39,14 @@ def scaling(folder: str) -> Standardizer | None:
     """
     file = Path(folder) / "preprocessor_config.json"
     known = _files.read_json(file) if file.is_file() else {}
-    if not {"image_mean", "image_std"} <= known.keys():
+    if known.get("do_normalize", True) and not known.keys() >= {*_HOW}:
         return None
     try:
-        parts = (known["image_mean"], known["image_std"], known.get("rescale_factor", 1 / 255))
-        mean, deviation, factor = (np.asarray(part, np.float32) for part in parts)
+        if known.get("rescale_offset", False):
+            raise ValueError("rescale_offset is not known here")
+        factor = known.get("rescale_factor", 1 / 255) if known.get("do_rescale", True) else 1
+        stated = [known[name] for name in _HOW] if known.get("do_normalize", True) else (0, 1)
+        mean, deviation, factor = (np.asarray(part, np.float32) for part in (*stated, factor))
         with np.errstate(all="ignore"):
             made = Standardizer(mean / factor, deviation / factor)
         if not (np.isfinite(made.mean).all() and np.isfinite(made.scale).all()):

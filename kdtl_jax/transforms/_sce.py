@@ -93,7 +93,7 @@ def sce_piece(pieces: Sequence[Array], found: Selection, number: int) -> Array:
     shares = [agree * share for agree, share in zip(agrees, found.shares, strict=True)]
     weight = sum(shares[1:], shares[0])
     terms = [share * delta for share, delta in zip(shares, deltas, strict=True)]
-    return start + sum(terms[1:], terms[0]) / jnp.maximum(weight, 1e-6)
+    return start + sum(terms[1:], terms[0]) / jnp.where(weight != 0, weight, 1)
 
 
 def _most_varying(read: Read, top: Scalar) -> _ranking.Cut:

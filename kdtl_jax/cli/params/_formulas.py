@@ -192,7 +192,7 @@ def added(sparsify: Sparsify) -> Merge:
     def combine(x: Members, o: Options) -> Tree:
         weights = _weights(x, o)
         total = sum(weights)
-        if o.normalize and abs(total) >= 1e-8:
+        if o.normalize and abs(total) > 1e-8 * sum(map(abs, weights)):
             weights = [w / total for w in weights]
         return transforms.apply_task_vectors(x.base, sparsify.drop(x, o), weights, scale=o.scale)
 
@@ -330,13 +330,13 @@ def spherical(shares: Callable[[transforms.Angles, Options], Any]) -> Merge:
 
 
 def nuslerp(found: transforms.Angles, o: Options) -> Any:
-    """The shares of SLERP at `t = w_2 / (w_1 + w_2)`, 1/2 where the weights' sum is below 1e-6.
+    """The shares of SLERP at `t = w_2 / (w_1 + w_2)`, 1/2 where the weights cancel.
 
     mergekit's `nuslerp`: with a base it turns task vectors; only parallel ones mix linearly.
     """
     first, second = (1.0, 1.0) if o.weights is None else o.weights
     total = first + second
-    t = second / total if abs(total) >= 1e-6 else 0.5
+    t = second / total if abs(total) > 1e-6 * (abs(first) + abs(second)) else 0.5
     return transforms.slerp_shares(found, t, threshold=1.0)
 
 
