@@ -17,9 +17,9 @@ cores, jax 0.10.2, about 12 minutes, 3 seeds (teacher 2.590):
     ALM below fine-tuning, paired: -0.0086 ± 0.0755
     ULD below fine-tuning, paired: -0.2772 ± 0.1136
 
-ALM beats ULD by a quarter of a bit. Beside fine-tuning alone it is no gain that three seeds show,
-and ULD is a loss: it asks a distribution over bytes to have the sorted probabilities of one over
-longer tokens, which is no distribution of bytes.
+ALM needs a quarter of a bit less than ULD. Over fine-tuning alone three seeds show no gain, and ULD
+does worse than that: it asks a distribution over bytes to have the sorted probabilities of one over
+longer tokens.
 """
 
 import argparse

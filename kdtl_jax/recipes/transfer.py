@@ -51,6 +51,7 @@ EXAMPLES = """
   kdtl transfer --out runs/transfer
   kdtl transfer --methods scratch,copied_finetuned,lora --labels-per-class 5 --seeds 16
   kdtl transfer --source-weights runs/demo/students/kd.safetensors --model mlp:16,16 --canvas 0
+  kdtl transfer --source-weights vit/ --data flowers/ --image-size 224 --methods lora,lp_ft
   kdtl transfer --data images.npz --model cnn:16,32 --source-weights old.safetensors \\
       --rename 'backbone/(.*)=>\\1' --on-mismatch crop
 
@@ -69,7 +70,8 @@ class Settings(_optimizers.Optimizing, _optimizers.Kept, _logs.Logged, types.Dat
         metavar="MODEL", parse=_models.text_of,
     )  # fmt: skip
     source_weights: str | None = setting(
-        None, "safetensors to start from; without it a source is trained on --source-classes",
+        None, "weights to start from: a safetensors file, an Orbax folder or an image classifier's "
+        "Hugging Face folder; without it a source is trained on --source-classes",
         metavar="FILE", group="source",
     )  # fmt: skip
     source_classes: str | None = setting(
