@@ -18,7 +18,7 @@ LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|\{doc\}`(?:[^`<]*<)?([^`>]+)>?
 TARGET = re.compile(r"\{py:\w+\}`[^`<]*<([\w.]+)>`")
 # What stands before a dot in code spans beside modules: the reader's values, a file's name, and
 # PyTorch, which need not be installed.
-FILES = {"csv", "json", "npy", "npz"}
+FILES = {"csv", "json", "jsonl", "npy", "npz"}
 VALUES = {"adapter", "config", "setup", "tc", "torch", "x"}
 
 
