@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from kdtl_jax import cli, language
+from kdtl_jax import cli, language, trees
 from kdtl_jax.interop import decoders
 from kdtl_jax.recipes import _language_models, _language_training
 
@@ -53,6 +53,22 @@ def test_a_run_writes_students_that_open_and_what_was_measured(tmp_path: Path, t
     steps = 7 * kernel / np.abs(kernel).max(axis=0)
     np.testing.assert_allclose(steps, np.round(steps), atol=1e-4)
     assert cli.main(words) == 1  # the folder is taken
+
+
+def test_a_lora_is_trained_beside_the_weights_it_starts_from() -> None:
+    source = _language_models.anew(
+        {"layers": 1, "width": 8, "heads": 2}, 260, 256, jax.random.key(0)
+    )
+    found = _language_models.student(
+        source, dtype=None, lora=2, quantize=None, key=jax.random.key(1)
+    )
+    trained = trees.mask(found.start, found.trainable)
+    assert jax.tree.leaves(trained.adapter) and all(jax.tree.leaves(trained.adapter))
+    assert not any(jax.tree.leaves(trained.base))
+    for ours, theirs in zip(
+        jax.tree.leaves(found.weights(found.start)), jax.tree.leaves(source.params), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_cache_serves_students_whose_tables_have_padding(

@@ -195,10 +195,10 @@ def student(
     start = adapter.init(key, source.params, where=KERNELS)
 
     def merged(params: Any) -> Params:
-        whole = adapter.apply(params.base, params.weights)
+        whole = adapter.apply(*params)
         return whole if quantize is None else quantize(whole)
 
-    return Student(decoder, start, merged, r"weights/.*")
+    return Student(decoder, start, merged, r"adapter/.*")
 
 
 def rounding(bits: int, group: int = 32) -> Callable[[Params], Params]:
