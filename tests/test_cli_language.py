@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kdtl_jax import cli, language, trees
-from kdtl_jax.interop import decoders
+from kdtl_jax.interop import decoders, pruning
 from kdtl_jax.recipes import _language_models, _language_training
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -28,10 +28,20 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_writes_students_that_open_and_what_was_measured(tmp_path: Path, text: Path):
+def test_a_run_writes_students_that_open_and_what_was_measured(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+):
     out = tmp_path / "run"
+    narrow, pieces = pruning.narrow, []
+
+    def spied(source: Any, *, tokens: Any, **sizes: Any) -> Any:
+        pieces.append(tokens)
+        return narrow(source, tokens=tokens, **sizes)
+
+    monkeypatch.setattr(pruning, "narrow", spied)
     words = ["language", *TINY, "--data", str(text), "--method", "opd,qad", "--out", str(out)]
     words += ["--teacher-cache", str(tmp_path / "cache"), "--cached", "top_k=8"]  # for qad
+    words += ["--pruned", "--shape", "layers=1,width=8,heads=1"]
     assert cli.main([*words, "--log", "csv"]) == 0
     table = (out / "metrics.csv").read_text()
     assert "eval/forward_kl" in table and {"teacher", "opd", "qad"} <= {
@@ -45,8 +55,10 @@ def test_a_run_writes_students_that_open_and_what_was_measured(tmp_path: Path, t
     assert bits["opd"] < bits["start"] + 0.5 and bits["qad"] < bits["start"] + 0.5, bits
     assert list(found["samples"][0]["continuations"])[0] == "Teacher"
     assert "Side by side" in (out / "report.html").read_text()
-    opened = decoders.load(out / "opd")
-    assert opened.model.config.layers == 1
+    opened = decoders.load(out / "opd").model.config
+    assert (opened.layers, opened.heads, opened.head_width) == (1, 1, 4)
+    # First whether it can be done, by weights; then by what matters on the text.
+    assert pieces[0] is None and bytes(pieces[1][0]) == b"the quick br"
     assert (out / "opd" / "tokenizer.json").is_file()
     # The quantized student is written as it computes: whole multiples of a scale per column.
     kernel = np.asarray(decoders.load(out / "qad").params["layers_0"]["mlp"]["up"]["kernel"])
@@ -177,13 +189,25 @@ def test_a_teacher_that_cannot_answer_is_refused_before_anything_is_trained(
     text: Path,
     capsys: pytest.CaptureFixture[str],
 ):
-    made = decoders.initialized({**LLAMA, "vocab_size": rows}, jax.random.key(0))
+    sizes = {"vocab_size": rows, "max_position_embeddings": 8}
+    made = decoders.initialized({**LLAMA, **sizes}, jax.random.key(0))
     params = jax.tree.map(lambda x: factor * x, made.params)
     decoders.save(tmp_path / "teacher", params, made.rules, config=made.config)
     language.write_byte_tokenizer(tmp_path / "teacher")
     words = ["--data", str(text), "--teacher", str(tmp_path / "teacher")]
     out = tmp_path / "out"
     assert cli.main(["language", *TINY, *words, "--out", str(out)]) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
+    *lines, said = capsys.readouterr().err.strip().splitlines()
     assert says in said and said.startswith("kdtl language: ")
+    if rows == 257:
+        assert "the teacher was made for 8 positions (its config.json), rows have 12" in lines[-1]
     assert not (out / "kd").exists()
+
+
+def test_positions_that_a_model_was_made_for() -> None:
+    known = _language_models.known_positions
+    assert known({}) == known({"max_position_embeddings": None, "rope_scaling": None}) == np.inf
+    assert known({"max_position_embeddings": 64}) == 64
+    for scaling, whole in (({"type": "linear"}, 128), ({"rope_type": "llama3"}, 64)):
+        scaling = {**scaling, "factor": 2.0}
+        assert known({"max_position_embeddings": 64, "rope_scaling": scaling}) == whole

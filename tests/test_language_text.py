@@ -22,6 +22,7 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+HINT = {"privileged": "123456 "}
 CHATTY = BYTES._replace(chat_template=TEMPLATE)
 
 
@@ -101,6 +102,10 @@ def test_answers_stand_after_their_prompts_and_end(tmp_path: Path):
     assert _language_text.learned_bytes(rows.inputs, BYTES) == text.held_out_bytes == 3
     assert rows.inputs["privileged"]["tokens"].tolist() == [[0, 0, 0, *b"cdeab"]]
     assert rows.cut == 0 and rows_of(file, 5, 2, 0.5).train.cut == 1
+    # The text alone, for measuring on it; and what a self-taught teacher is told.
+    assert _language_text.pieces(rows).tolist() == [[*b"abcde", 256]] and text.told == "its answer"
+    [told] = language.after_prompts(documents({"prompt": "a", "completion": "b"} | HINT), 6, 2)
+    assert BYTES.decode(told.privileged[0]) == "3456 a" and told.is_cut
 
 
 def test_documents_in_a_row_are_segments_of_their_own(tmp_path: Path):

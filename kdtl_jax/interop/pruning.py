@@ -140,9 +140,12 @@ def _chosen(source: PretrainedDecoder, asked: dict[str, int], tokens: Array | No
     rows: dict[str, list[np.ndarray]] = {"heads": [], "key_heads": [], "hidden": []}
     whole_sum, kept_sum = dict.fromkeys(rows, 0.0), dict.fromkeys(rows, 0.0)
     per = whole.heads // whole.key_heads
-    text = None if tokens is None else _of_text(source, tokens)
-    for i in range(whole.layers):
-        each, units = _of_weights(whole, params[f"layers_{i}"]) if text is None else text[i]
+    if tokens is None:
+        layers = [_of_weights(whole, params[f"layers_{i}"]) for i in range(whole.layers)]
+        channels = _channels(source)
+    else:
+        layers, channels = _of_text(source, tokens)
+    for each, units in layers:
         each = each.reshape(whole.key_heads, per)
         groups = _top(each.sum(axis=1), asked["key_heads"])
         inside = [_top(each[g], asked["heads"] // asked["key_heads"]) + g * per for g in groups]
@@ -155,7 +158,6 @@ def _chosen(source: PretrainedDecoder, asked: dict[str, int], tokens: Array | No
             rows[name].append(own)
             whole_sum[name] += float(scores.sum())
             kept_sum[name] += float(scores[own].sum())
-    channels = _channels(source, tokens)
     own = _top(channels, asked["width"])
     shares = {"width": float(channels[own].sum() / (channels.sum() or 1))}
     shares |= {name: kept_sum[name] / (whole_sum[name] or 1) for name in rows}
@@ -175,32 +177,35 @@ def _of_weights(whole: DecoderConfig, layer: Params) -> tuple[np.ndarray, np.nda
     return np.sqrt((out**2).sum(-1)) * of_value, units
 
 
-def _of_text(source: PretrainedDecoder, tokens: Array) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The same of every layer by what heads and units give on a text."""
+def _of_text(
+    source: PretrainedDecoder, tokens: Array
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+    """The same of every layer by what heads and units give on a text, and of the channels."""
     config = source.model.config
-    names = models.unit_names(config)
+    units, stream = models.unit_names(config), models.tap_names(config)
+    inner = (config.head_width, 1) * config.layers
+
+    def of_row(params: Params, row: Array) -> tuple[list[Array], Array]:
+        hidden, found = source.model.tap((*units, *stream), params, row[None])
+        whole = jnp.stack([*(found[name] for name in stream), hidden])
+        scale = jnp.sqrt(jnp.mean(jnp.square(whole), axis=-1, keepdims=True))
+        whole = whole / jnp.where(scale > 0, scale, 1)
+        pairs = zip(units, inner, strict=True)
+        each = [transforms.importance_by_activation(found[n], inner=size) for n, size in pairs]
+        return each, jnp.mean(jnp.abs(whole), axis=(0, 1, 2))
 
     @jax.jit
-    def scores(params: Params, tokens: Array) -> list[Array]:
-        _, found = source.model.tap(names, params, tokens)
-        widths = {"attention/heads": config.head_width, "mlp/units": 1}
-        return [
-            transforms.importance_by_activation(found[name], inner=widths[name.split("/", 1)[1]])
-            for name in names
-        ]
+    def scores(params: Params, tokens: Array) -> tuple[list[Array], Array]:
+        # A row at a time: all that runs along the layers is held for one.
+        each, channels = jax.lax.map(lambda row: of_row(params, row), tokens)
+        return [jnp.sqrt(jnp.sum(jnp.square(x), axis=0)) for x in each], jnp.mean(channels, axis=0)
 
-    each = [np.asarray(x) for x in scores(source.params, tokens)]
-    return list(zip(each[::2], each[1::2], strict=True))
+    each, channels = jax.device_get(scores(source.params, tokens))
+    return list(zip(each[::2], each[1::2], strict=True)), channels
 
 
-def _channels(source: PretrainedDecoder, tokens: Array | None) -> np.ndarray:
-    """Importance of every channel, `[width]`."""
-    if tokens is not None:
-        names = models.tap_names(source.model.config)
-        hidden, found = jax.jit(source.model.tap, static_argnums=0)(names, source.params, tokens)
-        stream = jnp.stack([*found.values(), hidden])
-        scale = jnp.sqrt(jnp.mean(jnp.square(stream), axis=-1, keepdims=True))
-        return np.asarray(jnp.mean(jnp.abs(stream / jnp.where(scale > 0, scale, 1)), (0, 1, 2)))
+def _channels(source: PretrainedDecoder) -> np.ndarray:
+    """Importance of every channel by its weights, `[width]`."""
     squares = _norm(source.params["tokens"]["embedding"], 1) ** 2
     for i in range(source.model.config.layers):
         layer = source.params[f"layers_{i}"]

@@ -121,11 +121,13 @@ def after_prompts(documents: Iterable[Document], length: int, prompt: int) -> It
         begin, stop = runs[-1]
         start, end = max(0, begin - prompt), min(stop, begin + length - prompt)
         kept = Document(found.tokens[start:end], np.arange(start, end) >= begin)
-        whole = np.concatenate([found.privileged, found.tokens[start:begin]])[-length:]
+        told = np.concatenate([found.privileged, found.tokens[start:begin]])
+        whole = told[-length:]
         tokens, segments = np.zeros(length, np.int32), np.zeros(length, np.int32)
         tokens[length - len(whole) :], segments[length - len(whole) :] = whole, 1
         row = joined_row([kept], length, start=prompt - (begin - start))
-        yield row._replace(privileged=(tokens, segments), is_cut=start > 0 or end < stop)
+        is_cut = start > 0 or end < stop or len(told) > length
+        yield row._replace(privileged=(tokens, segments), is_cut=is_cut)
 
 
 def joined_row(

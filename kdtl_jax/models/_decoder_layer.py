@@ -226,7 +226,10 @@ def _units(config: DecoderConfig, x: Array, weights: Params) -> Array:
 
 
 def _dense(x: Array, weights: Mapping[str, Array]) -> Array:
-    y = jnp.matmul(x, weights["kernel"].astype(x.dtype), preferred_element_type=jnp.float32)
+    # As matrices: of a product with two axes of rows, the gradient by the kernel copies its factors.
+    rows = x.reshape(-1, x.shape[-1])
+    y = jnp.matmul(rows, weights["kernel"].astype(x.dtype), preferred_element_type=jnp.float32)
+    y = y.reshape(*x.shape[:-1], -1)
     if "bias" in weights:
         y = y + _along(weights["bias"], y)
     return y.astype(x.dtype)

@@ -1,11 +1,13 @@
 """The models of `kdtl language`: folders, some of a model's layers, or a shape to start anew."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from kdtl_jax import language, models, transforms
@@ -108,6 +110,7 @@ def beginning(
     fresh: PretrainedDecoder | None,
     layers: Sequence[int],
     shape: Mapping[str, int] | None,
+    text: np.ndarray,
     is_whole: bool,
     say: _progress.Say,
 ) -> PretrainedDecoder:
@@ -119,6 +122,7 @@ def beginning(
       fresh: a student of a shape.
       layers: the teacher's that it takes; none means every second one.
       shape: prune the teacher to this one.
+      text: `[B, L]`, token ids on which pruning measures what matters.
       is_whole: take all of the teacher's layers where none are named.
       say: told what pruning keeps.
 
@@ -130,18 +134,22 @@ def beginning(
     if fresh is not None:
         return fresh
     if shape is not None:
-        return pruned(teacher, shape, say)
+        return pruned(teacher, shape, say, text)
     if is_whole and not layers:
         return teacher
     return decoders.student(teacher, layers=layers or range(0, teacher.model.config.layers, 2))
 
 
 def pruned(
-    teacher: PretrainedDecoder, shape: Mapping[str, int], say: _progress.Say
+    teacher: PretrainedDecoder,
+    shape: Mapping[str, int],
+    say: _progress.Say,
+    text: np.ndarray | None = None,
 ) -> PretrainedDecoder:
     """The teacher pruned to a shape: some of its layers, evenly, and what matters in them.
 
-    Without `hidden` the teacher's ratio to the width is kept.
+    What matters is measured on a text `[B, L]`; without one, by weights. Without `hidden` the
+    teacher's ratio to the width is kept.
     """
     config = teacher.model.config
     if not 0 < shape["layers"] <= config.layers:
@@ -151,7 +159,7 @@ def pruned(
     try:
         narrow, kept = pruning.narrow(
             decoders.student(teacher, layers=[int(i) for i in chosen]), width=shape["width"],
-            heads=shape["heads"], key_heads=shape.get("key_heads"), hidden=hidden,
+            heads=shape["heads"], key_heads=shape.get("key_heads"), hidden=hidden, tokens=text,
         )  # fmt: skip
     except ValueError as error:
         raise UsageError(f"--shape with --pruned: {error}") from None
@@ -170,6 +178,18 @@ def fits(config: models.DecoderConfig, tokens: int, length: int, who: str) -> No
         raise UsageError(
             f"--length {length}: {who} has learned {config.learned_positions} positions."
         )
+
+
+def known_positions(config: Mapping[str, Any]) -> float:
+    """How long a text the model was made for; infinite where its config.json does not say.
+
+    Rotary positions go on beyond, to angles that were never trained.
+    """
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    # Other kinds count what they stretch to.
+    factor = scaling.get("factor") if kind in ("linear", "dynamic", "yarn") else None
+    return (factor or 1) * (config.get("max_position_embeddings") or math.inf)
 
 
 def write_folder(folder: Path, params: Params, of: PretrainedDecoder, source: str | None) -> None:

@@ -60,6 +60,7 @@ class Work(NamedTuple):
     say: _progress.Progress
     keys: Keys
     curves: dict[str, list[dict[str, float]]]  # what was measured of each model, as it is found
+    notes: list[str]  # what the report says besides, as it is found
 
     @property
     def source(self) -> str | None:
@@ -99,7 +100,7 @@ def teacher(work: Work) -> Taught:
     """The teacher of a folder, or one that is trained here."""
     if work.source is not None:
         found = of_models.load(work.source)
-        of_models.fits(found.model.config, work.tokenizer.size, work.settings.length, "the teacher")
+        _fits(work, found, "the teacher")
         measure = _measuring(work, language.model(found.model), language.as_they_are, found)
         measured = measure(found.params)
         if not math.isfinite(measured["bits_per_byte"]):
@@ -139,10 +140,11 @@ def start(work: Work, taught: Taught, fresh: PretrainedDecoder | None) -> Pretra
         fresh=fresh,
         layers=settings.layers,
         shape=settings.shape if settings.pruned else None,
+        text=text_rows.pieces(work.text.train),
         say=work.say,
         is_whole=settings.student is not None or settings.method == ("qad",),
     )
-    of_models.fits(found.model.config, work.tokenizer.size, settings.length, "the student")
+    _fits(work, found, "the student")
     return found
 
 
@@ -311,6 +313,20 @@ def _optimizer(work: Work, steps: int) -> optax.GradientTransformation:
 
 def _stops(work: Work) -> tuple[int, ...]:
     return () if work.tokenizer.eos is None else (work.tokenizer.eos,)
+
+
+def note(work: Work, text: str) -> None:
+    """Says something at once and in the report."""
+    if text not in work.notes:
+        work.notes.append(text)
+        work.say(f"note: {text}")
+
+
+def _fits(work: Work, found: PretrainedDecoder, who: str) -> None:
+    length = work.settings.length
+    of_models.fits(found.model.config, work.tokenizer.size, length, who)
+    if length > (known := of_models.known_positions(found.config)):
+        note(work, f"{who} was made for {known:,} positions (its config.json), rows have {length:,}.")
 
 
 def _placed(work: Work, found: PretrainedDecoder) -> PretrainedDecoder:

@@ -33,12 +33,16 @@ class Rows(NamedTuple):
 
 
 class Text(NamedTuple):
-    """What is learned from, what is measured on, and the bytes of its learned text."""
+    """What is learned from, what is measured on, and the bytes of its learned text.
+
+    `told` says what a self-taught teacher reads before the prompt.
+    """
 
     name: str
     train: Rows
     held_out: Rows
     held_out_bytes: int
+    told: str
 
 
 class Shape(NamedTuple):
@@ -101,7 +105,19 @@ def read(
             _kept(itertools.chain([row], rows), folder / part if is_large else None, made_from)
         )
     held_out = parts[1].inputs
-    return Text(name, parts[0], parts[1], learned_bytes(held_out, tokenizer))
+    told = "each record's 'privileged' text, or its answer where there is none"
+    if first is not None and "privileged" not in first.value:
+        is_text = "text" in first.value
+        told = "what stands before it in its text" if is_text else "its answer"
+    return Text(name, parts[0], parts[1], learned_bytes(held_out, tokenizer), told)
+
+
+def pieces(rows: Rows, count: int = 64) -> np.ndarray:
+    """The text of the first rows without its padding, at most `count` pieces: `[B, L]`."""
+    tokens, segments = (rows.inputs[name][:count] for name in ("tokens", "segments"))
+    text = tokens[segments > 0]
+    length = min(tokens.shape[1], len(text))
+    return text[: len(text) // length * length].reshape(-1, length)
 
 
 def learned_bytes(inputs: dict[str, Any], tokenizer: language.Tokenizer) -> int:

@@ -82,8 +82,8 @@ class Settings(_logs.Logged, types.Output):
         metavar="NAME=N,...", parse=of_models.shaped, group="models",
     )  # fmt: skip
     pruned: bool = setting(
-        False, "start --shape as the teacher pruned to it: the layers, channels, heads and hidden "
-        "units that matter most", group="models",
+        False, "start --shape as the teacher pruned to it: some of its layers, and the channels, "
+        "heads and hidden units that matter most on the text", group="models",
     )  # fmt: skip
     teacher_cache: str | None = setting(
         None, "keep the teacher's distributions on the rows in this folder, or read them from it; "
@@ -202,8 +202,10 @@ def run(settings: Settings) -> int:
         keys = steps.Keys(*jax.random.split(jax.random.key(settings.seed), 4))
         work = steps.Work(
             settings, folder, given["teacher"], given["student"], tokenizer, text, common,
-            learners, say, keys, {},
+            learners, say, keys, {}, [],
         )  # fmt: skip
+        if own := [method.name for method in chosen if method.teaches_itself]:
+            steps.note(work, f"{', '.join(own)}: before a prompt the teacher reads {text.told}.")
         fresh = steps.fresh(work)
         taught = steps.teacher(work)
         start = steps.start(work, taught, fresh)
@@ -252,7 +254,7 @@ def write(
 ) -> None:
     """The report and its files."""
     text = work.text
-    cut, notes = text.train.cut + text.held_out.cut, []
+    cut, notes = text.train.cut + text.held_out.cut, [*work.notes]
     if cut:
         notes.append(f"{cut} records were longer than their columns and were cut short.")
     for row in rows:

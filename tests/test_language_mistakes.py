@@ -1,0 +1,118 @@
+"""More of what users of language-model trainers ran into: precision, schedules, modes, padding."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from kdtl_jax import language, losses, train, transforms
+from kdtl_jax.losses import Head
+from kdtl_jax.recipes import _language_steps
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def test_half_precision_heads_do_not_round_the_logits() -> None:
+    """Products that come out in bfloat16 put gradients off by 4 to 23 %."""
+    rng = np.random.default_rng(0)
+    shapes = {"s": (32, 64), "t": (32, 64), "w_s": (64, 500), "w_t": (64, 500)}
+    x = {name: jnp.asarray(rng.normal(size=size), jnp.bfloat16) for name, size in shapes.items()}
+
+    def ours(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+        return losses.chunked_divergence(
+            losses.forward_kl, hidden, Head(kernel), x["t"], Head(x["w_t"]), chunk_size=16
+        ).total
+
+    def rounded(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.sum(losses.forward_kl(hidden @ kernel, x["t"] @ x["w_t"]))
+
+    by = jax.jit(lambda f, *at: jax.grad(f, (0, 1))(*at), static_argnums=0)
+    s, t, w_s, w_t = (np.asarray(x[name], np.float64) for name in shapes)
+    p, q = (np.exp(z - z.max(-1, keepdims=True)) for z in (t @ w_t, s @ w_s))
+    apart = q / q.sum(-1, keepdims=True) - p / p.sum(-1, keepdims=True)
+    for found, exact in zip(by(ours, x["s"], x["w_s"]), (apart @ w_s.T, s.T @ apart), strict=True):
+        assert np.linalg.norm(np.asarray(found, np.float64) - exact) < 0.004 * np.linalg.norm(exact)
+    wrong = np.asarray(by(rounded, x["s"], x["w_s"])[0], np.float64)
+    assert np.linalg.norm(wrong - apart @ w_s.T) > 0.02 * np.linalg.norm(apart @ w_s.T)
+    # A logit of 80.25 is 80 in bfloat16: the most likely token loses 1 - exp(-1/4) of its odds.
+    one, two = jnp.asarray([[1.0, 0.25]], jnp.bfloat16), jnp.asarray([[80, 80], [1, 0]], jnp.bfloat16)
+    np.testing.assert_array_equal(losses.head_logits(one, Head(two)), [[80.25, 80]])
+    np.testing.assert_array_equal(one @ two, [[80, 80]])
+
+
+def test_the_rate_follows_the_runs_own_length() -> None:
+    """A schedule of 150,001 steps leaves a run of 40 at 1/300 of its rate."""
+    work: Any = SimpleNamespace(settings=SimpleNamespace(learning_rate=0.1))
+    tx = _language_steps._optimizer(work, 40)
+
+    def step(state: Any, _: Any) -> Any:  # at weights of 0, Adam's step is the rate itself
+        updates, state = tx.update({"w": jnp.ones(1)}, state, {"w": jnp.zeros(1)})
+        return state, -updates["w"][0]
+
+    rates = np.asarray(jax.lax.scan(step, tx.init({"w": jnp.zeros(1)}), None, 40)[1])
+    assert rates[0] == 0 and rates[2] == pytest.approx(0.1, rel=1e-4) == rates.max()
+    assert (np.diff(rates[2:]) < 0).all() and rates[-1] < 1e-3
+
+
+def test_a_teacher_on_a_shared_base_does_not_turn_off_the_students_dropout() -> None:
+    base = {"w": {"kernel": jnp.ones((64, 1))}}
+    adapter = transforms.lora(rank=2, alpha=2.0)
+    seen: list[bool] = []
+
+    def network(params: Any, inputs: jax.Array, key: Any, train: bool) -> jax.Array:
+        seen.append(train)
+        if train:
+            inputs = 2 * inputs * jax.random.bernoulli(key, 0.5, inputs.shape)
+        return inputs @ params["w"]["kernel"]
+
+    def student(params: Any, state: Any, inputs: Any, *, key: Any = None, train: bool = False):
+        whole = adapter.apply(params.base, params.weights)
+        return {"y": network(whole, inputs, key, train)}, state
+
+    def teacher(params: Any, state: Any, inputs: Any, *, key: Any = None, train: bool = False):
+        return {"y": network(params, inputs, key, train)}, state
+
+    def terms(inputs: Any) -> dict[str, Any]:
+        return {"student": inputs.student["y"][:, 0], "teacher": inputs.teacher["y"][:, 0]}
+
+    params, tx = adapter.init(jax.random.key(0), base, where=".*"), optax.sgd(0.0)
+    weights = {"student": 1.0, "teacher": 1.0}
+    own = r"weights/.*"
+    step = jax.jit(
+        train.make_step(student, terms, weights, tx, teacher=teacher, trainable=own)
+    )
+    found = []
+    for seed in range(2):
+        state = train.init_state(params, tx, key=jax.random.key(seed), trainable=own)
+        metrics = step(state, {"inputs": jnp.ones((1, 64))}, base)[1]
+        found.append({name: float(metrics[name].value()) for name in weights})
+    assert found[0]["teacher"] == found[1]["teacher"] == 64
+    assert found[0]["student"] != found[1]["student"] and 64 not in (x["student"] for x in found)
+    assert set(seen) == {True, False}
+
+
+def test_padding_invents_no_gap_between_methods() -> None:
+    """Two students that differ on padding alone: perplexities of 21.3 and 24.0 once, of one text."""
+    key = jax.random.key(0)
+    head = Head(3 * jax.random.normal(key, (8, 11)))
+    hidden, other = jax.random.normal(jax.random.fold_in(key, 1), (2, 2, 6, 8))
+    tokens = jax.random.randint(jax.random.fold_in(key, 2), (2, 6), 0, 11)
+    segments = jnp.asarray([[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]])
+    real = (segments > 0)[..., None]
+    first, second = (
+        {"hidden": jnp.where(real, hidden, x), "head": head} for x in (hidden, other)
+    )
+
+    def measured(batch: dict[str, jax.Array]) -> np.ndarray:
+        rows = language.next_tokens(batch)
+        nats = [language.fidelity(x, first, *rows).nats.value() for x in (first, second)]
+        return np.exp(np.asarray(nats))
+
+    one, two = measured({"tokens": tokens, "segments": segments})
+    assert one == two
+    one, two = measured({"tokens": tokens})  # whoever forgets the mask
+    assert abs(one / two - 1) > 0.1
