@@ -17,10 +17,11 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def test_half_precision_heads_do_not_round_the_logits() -> None:
-    """Products that come out in bfloat16 put gradients off by 4 to 23 %."""
+    """Products that come out in bfloat16 put gradients off by 2 %, of large models by 4 to 23."""
     rng = np.random.default_rng(0)
     shapes = {"s": (32, 64), "t": (32, 64), "w_s": (64, 500), "w_t": (64, 500)}
     x = {name: jnp.asarray(rng.normal(size=size), jnp.bfloat16) for name, size in shapes.items()}
+    x |= {"t": x["s"] + 0.25 * x["t"], "w_t": x["w_s"]}  # students are near their teachers
 
     def ours(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
         return losses.chunked_divergence(
@@ -28,18 +29,24 @@ def test_half_precision_heads_do_not_round_the_logits() -> None:
         ).total
 
     def rounded(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jnp.sum(losses.forward_kl(hidden @ kernel, x["t"] @ x["w_t"]))
+        pairs = (hidden, kernel), (x["t"], x["w_t"])
+        logits = (losses.head_logits(h, Head(w)) for h, w in pairs)
+        return jnp.sum(losses.forward_kl(*(jax.lax.reduce_precision(z, 8, 7) for z in logits)))
 
     by = jax.jit(lambda f, *at: jax.grad(f, (0, 1))(*at), static_argnums=0)
     s, t, w_s, w_t = (np.asarray(x[name], np.float64) for name in shapes)
-    p, q = (np.exp(z - z.max(-1, keepdims=True)) for z in (t @ w_t, s @ w_s))
-    apart = q / q.sum(-1, keepdims=True) - p / p.sum(-1, keepdims=True)
+    odds = (np.exp(z - z.max(-1, keepdims=True)) for z in (s @ w_s, t @ w_t))
+    q, p = (x / x.sum(-1, keepdims=True) for x in odds)
+    apart = q - p
     for found, exact in zip(by(ours, x["s"], x["w_s"]), (apart @ w_s.T, s.T @ apart), strict=True):
         assert np.linalg.norm(np.asarray(found, np.float64) - exact) < 0.004 * np.linalg.norm(exact)
     wrong = np.asarray(by(rounded, x["s"], x["w_s"])[0], np.float64)
     assert np.linalg.norm(wrong - apart @ w_s.T) > 0.02 * np.linalg.norm(apart @ w_s.T)
     # A logit of 80.25 is 80 in bfloat16: the most likely token loses 1 - exp(-1/4) of its odds.
-    one, two = jnp.asarray([[1.0, 0.25]], jnp.bfloat16), jnp.asarray([[80, 80], [1, 0]], jnp.bfloat16)
+    one, two = (
+        jnp.asarray([[1.0, 0.25]], jnp.bfloat16),
+        jnp.asarray([[80, 80], [1, 0]], jnp.bfloat16),
+    )
     np.testing.assert_array_equal(losses.head_logits(one, Head(two)), [[80.25, 80]])
     np.testing.assert_array_equal(one @ two, [[80, 80]])
 
@@ -50,6 +57,7 @@ def test_the_rate_follows_the_runs_own_length() -> None:
     tx = _language_steps._optimizer(work, 40)
 
     def step(state: Any, _: Any) -> Any:  # at weights of 0, Adam's step is the rate itself
+        updates: Any
         updates, state = tx.update({"w": jnp.ones(1)}, state, {"w": jnp.zeros(1)})
         return state, -updates["w"][0]
 
@@ -69,22 +77,24 @@ def test_a_teacher_on_a_shared_base_does_not_turn_off_the_students_dropout() -> 
             inputs = 2 * inputs * jax.random.bernoulli(key, 0.5, inputs.shape)
         return inputs @ params["w"]["kernel"]
 
-    def student(params: Any, state: Any, inputs: Any, *, key: Any = None, train: bool = False):
-        whole = adapter.apply(params.base, params.weights)
-        return {"y": network(whole, inputs, key, train)}, state
+    def student(
+        params: Any, model_state: Any, inputs: Any, *, key: Any = None, train: bool = False
+    ):
+        whole = adapter.apply(params.base, params.adapter)
+        return {"y": network(whole, inputs, key, train)}, model_state
 
-    def teacher(params: Any, state: Any, inputs: Any, *, key: Any = None, train: bool = False):
-        return {"y": network(params, inputs, key, train)}, state
+    def teacher(
+        params: Any, model_state: Any, inputs: Any, *, key: Any = None, train: bool = False
+    ):
+        return {"y": network(params, inputs, key, train)}, model_state
 
     def terms(inputs: Any) -> dict[str, Any]:
         return {"student": inputs.student["y"][:, 0], "teacher": inputs.teacher["y"][:, 0]}
 
     params, tx = adapter.init(jax.random.key(0), base, where=".*"), optax.sgd(0.0)
     weights = {"student": 1.0, "teacher": 1.0}
-    own = r"weights/.*"
-    step = jax.jit(
-        train.make_step(student, terms, weights, tx, teacher=teacher, trainable=own)
-    )
+    own = r"adapter/.*"
+    step = jax.jit(train.make_step(student, terms, weights, tx, teacher=teacher, trainable=own))
     found = []
     for seed in range(2):
         state = train.init_state(params, tx, key=jax.random.key(seed), trainable=own)
@@ -96,16 +106,14 @@ def test_a_teacher_on_a_shared_base_does_not_turn_off_the_students_dropout() -> 
 
 
 def test_padding_invents_no_gap_between_methods() -> None:
-    """Two students that differ on padding alone: perplexities of 21.3 and 24.0 once, of one text."""
+    """Two students that differ on padding alone: once 21.3 and 24.0 of one text."""
     key = jax.random.key(0)
     head = Head(3 * jax.random.normal(key, (8, 11)))
     hidden, other = jax.random.normal(jax.random.fold_in(key, 1), (2, 2, 6, 8))
     tokens = jax.random.randint(jax.random.fold_in(key, 2), (2, 6), 0, 11)
     segments = jnp.asarray([[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]])
     real = (segments > 0)[..., None]
-    first, second = (
-        {"hidden": jnp.where(real, hidden, x), "head": head} for x in (hidden, other)
-    )
+    first, second = ({"hidden": jnp.where(real, hidden, x), "head": head} for x in (hidden, other))
 
     def measured(batch: dict[str, jax.Array]) -> np.ndarray:
         rows = language.next_tokens(batch)

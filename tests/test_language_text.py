@@ -105,7 +105,8 @@ def test_answers_stand_after_their_prompts_and_end(tmp_path: Path):
     # The text alone, for measuring on it; and what a self-taught teacher is told.
     assert _language_text.pieces(rows).tolist() == [[*b"abcde", 256]] and text.told == "its answer"
     [told] = language.after_prompts(documents({"prompt": "a", "completion": "b"} | HINT), 6, 2)
-    assert BYTES.decode(told.privileged[0]) == "3456 a" and told.is_cut
+    assert told.privileged is not None and told.is_cut
+    assert BYTES.decode(told.privileged[0]) == "3456 a"
 
 
 def test_documents_in_a_row_are_segments_of_their_own(tmp_path: Path):

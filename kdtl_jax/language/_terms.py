@@ -44,7 +44,7 @@ def model(
     Args:
       decoder: `models.decoder(config)`, or a pretrained one's `.model`.
       weights: from what is trained to the decoder's parameters, run inside the step: an adapter's
-        `lambda p: lora.apply(p.base, p.weights)`, or a fake quantization.
+        `lambda p: lora.apply(p.base, p.adapter)`, or a fake quantization.
       taps: what else joins the outputs under its name: `r"layers_(2|5)"` are the outputs
         `[B, L, width]` of two layers, `"tokens"` what enters the first,
         `"layers_2/attention/probs"` a layer's attention `[B, heads, L, L]`; all of

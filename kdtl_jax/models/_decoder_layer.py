@@ -226,7 +226,7 @@ def _units(config: DecoderConfig, x: Array, weights: Params) -> Array:
 
 
 def _dense(x: Array, weights: Mapping[str, Array]) -> Array:
-    # As matrices: of a product with two axes of rows, the gradient by the kernel copies its factors.
+    # As a matrix: with two axes of rows the kernel's gradient copies both of its factors.
     rows = x.reshape(-1, x.shape[-1])
     y = jnp.matmul(rows, weights["kernel"].astype(x.dtype), preferred_element_type=jnp.float32)
     y = y.reshape(*x.shape[:-1], -1)

@@ -159,7 +159,8 @@ def pruned(
     try:
         narrow, kept = pruning.narrow(
             decoders.student(teacher, layers=[int(i) for i in chosen]), width=shape["width"],
-            heads=shape["heads"], key_heads=shape.get("key_heads"), hidden=hidden, tokens=text,
+            heads=shape["heads"], key_heads=shape.get("key_heads"), hidden=hidden,
+            tokens=None if text is None else jnp.asarray(text),
         )  # fmt: skip
     except ValueError as error:
         raise UsageError(f"--shape with --pruned: {error}") from None

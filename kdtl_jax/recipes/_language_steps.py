@@ -326,7 +326,9 @@ def _fits(work: Work, found: PretrainedDecoder, who: str) -> None:
     length = work.settings.length
     of_models.fits(found.model.config, work.tokenizer.size, length, who)
     if length > (known := of_models.known_positions(found.config)):
-        note(work, f"{who} was made for {known:,} positions (its config.json), rows have {length:,}.")
+        note(
+            work, f"{who} was made for {known:,} positions (its config.json), rows have {length:,}."
+        )
 
 
 def _placed(work: Work, found: PretrainedDecoder) -> PretrainedDecoder:
