@@ -120,6 +120,8 @@ def test_the_guide_leads_from_files_to_predictions(
         rows = list(csv.reader(file))
     whole = datasets.read_inputs(data, known)
     assert len(rows) == len(whole) + 1
+    if name == "cifar10":
+        assert rows[0][-1] == "file" and rows[1][-1] == "cifar10/test/airplane/0001.png"
     logits = model.predict(whole)
     if score == "accuracy":
         assert [row[1] for row in rows[1:]] == [known.names[i] if known.names else str(i)

@@ -214,6 +214,16 @@ def test_numbers_are_in_the_units_of_the_targets(tmp_path: Path, capsys: Capture
     np.testing.assert_allclose([float(row["price"]) for row in rows], wanted[:, 0], rtol=1e-6)
 
 
+def test_categories_that_the_model_does_not_know_are_told(tmp_path: Path, capsys: Captured) -> None:
+    columns = (datasets.Column("a"), datasets.Column("color", ("red",)))
+    form = Preprocessing("classes", ("x", "y"), 2, (2,), ("kind",), columns)
+    stored(tmp_path / "m.safetensors", form)
+    (tmp_path / "d.csv").write_text("color,a,kind\nred,1,x\nviolet,2,y\n")
+    for command in ("predict", "evaluate"):
+        assert kdtl(command, tmp_path / "m.safetensors", tmp_path / "d.csv") == 0
+        assert "note: column 'color': 'violet' does not occur" in capsys.readouterr().err
+
+
 def test_an_exported_student_gives_the_same_logits_for_any_batch(
     tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

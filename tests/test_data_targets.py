@@ -50,6 +50,31 @@ def test_several_labels_at_once(tmp_path: Path, form: str) -> None:
         datasets.per_class(found, 2)
 
 
+@pytest.mark.parametrize("mark", ["|", ";", ", "])
+def test_an_empty_cell_of_labels_is_an_example_without_any(tmp_path: Path, mark: str) -> None:
+    cells = columns(tags=[tags.replace("|", mark) for tags in TAGS])
+    path = table(tmp_path / "a.tsv", cells, "\t")
+    with pytest.raises(ValueError, match="empty one means none, say --target labels"):
+        datasets.read(path, label="tags")
+    found = datasets.read(path, label="tags", target="labels")
+    np.testing.assert_array_equal(found.labels, HOT)
+    assert found.names == NAMES
+    # Another part, read as the model of the first one reads it; its labels hold no mark.
+    few = table(tmp_path / "b.csv", columns(tags=[NAMES[i % 3] for i in range(N)]))
+    again = datasets.read(few, label="tags", preprocessing=found.form)
+    np.testing.assert_array_equal(again.labels, np.eye(3)[np.arange(N) % 3])
+    whole = datasets.read(path, label="tags", preprocessing=found.form)
+    np.testing.assert_array_equal(whole.labels, HOT)
+
+
+def test_a_known_label_is_not_divided() -> None:
+    cells = np.array(["Bonn;Rhine|Ulm", "Ulm", "Bonn;Rhine", "Ulm|Bonn;Rhine"])
+    train = datasets.from_arrays("train", X[:4], cells, target="labels")
+    assert train.names == ("Bonn;Rhine", "Ulm")
+    part = datasets.from_arrays("test", X[:2], np.array(["Bonn;Rhine", "Ulm"]), like=train)
+    assert part.labels.tolist() == [[1, 0], [0, 1]]
+
+
 def test_rows_are_left_out_with_their_lists_of_labels(tmp_path: Path) -> None:
     lists = [tags.split("|") if tags else [] for tags in TAGS]
     cells = columns(tags=lists) | {"b": [None if i == 4 else x for i, x in enumerate(X[:, 1])]}

@@ -13,9 +13,11 @@ from kdtl_jax.datasets._preprocessing import Preprocessing as Preprocessing
 from kdtl_jax.datasets._preprocessing import Standardizer as Standardizer
 from kdtl_jax.datasets._preprocessing import preprocessing_from_json as preprocessing_from_json
 from kdtl_jax.datasets._preprocessing import preprocessing_to_json as preprocessing_to_json
+from kdtl_jax.datasets._read import Unlabeled as Unlabeled
 from kdtl_jax.datasets._read import read as read
 from kdtl_jax.datasets._read import read_inputs as read_inputs
 from kdtl_jax.datasets._read import read_splits as read_splits
+from kdtl_jax.datasets._read import read_unlabeled as read_unlabeled
 from kdtl_jax.datasets._splits import Splits as Splits
 from kdtl_jax.datasets._splits import only_classes as only_classes
 from kdtl_jax.datasets._splits import per_class as per_class

@@ -208,8 +208,8 @@ def _decoded(pictures: Pictures, row: int, images: Images, shape: tuple[int, ...
         raise _broken(pictures, row, error) from None
     if found.shape != tuple(shape):
         raise ValueError(
-            f"{pictures.at(row)}: an image of {size} (height x width), the others are "
-            f"{height}x{width}. Resize all of them with --image-size."
+            f"{pictures.at(row)}: an image of {size} (height x width), {height}x{width} is "
+            "expected. Resize it, or train with --image-size, which resizes all images."
         )
     return found
 

@@ -7,6 +7,7 @@ inputs = datasets.read_inputs("new/", preprocessing)  # later, without labels
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -75,7 +76,7 @@ def read_splits(
     if not path.exists():
         known = "" if path.suffix else f" Expected {FORMATS}."  # a name with an end means a file
         raise ValueError(f"{text}: no such file or folder.{known}")
-    choices = _choices(label, inputs, missing, one_hot, drop, image_size, preprocessing)
+    choices = _choices(label, inputs, target, missing, one_hot, drop, image_size, preprocessing)
     found = sources(path, choices)
     first = found.get("train") or found["whole"]._replace(name=path.name)
     like = _model(preprocessing)
@@ -90,7 +91,7 @@ def read_splits(
         _encoded(origin, part, form)._replace(name=path.name)
         for origin, part in zip(origins, parts, strict=True)
     ]
-    notices += _unknown(found, form) if isinstance(first.inputs, Table) else []
+    notices += _unknown(found, form)
     told = (*first.notices, *made[0].notices, *notices)
     shapes = [part.inputs.shape[1:] for part in made]
     if len(set(shapes)) > 1:
@@ -132,7 +133,7 @@ def read(
       ValueError: if its contents are not valid.
     """
     path = Path(path)
-    choices = _choices(label, inputs, missing, one_hot, drop, image_size, preprocessing)
+    choices = _choices(label, inputs, target, missing, one_hot, drop, image_size, preprocessing)
     found = _idx_pair(path, labels) or sources(path, choices)
     like = _model(preprocessing)
     named = _in_order(found)
@@ -164,8 +165,21 @@ def read_inputs(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
       OSError: if a file does not exist or cannot be read.
       ValueError: if its contents are not what the model reads.
     """
+    return read_unlabeled(path, preprocessing).inputs
+
+
+class Unlabeled(NamedTuple):
+    """Inputs without targets."""
+
+    inputs: np.ndarray  # [N, ...]
+    files: tuple[str, ...] = ()  # of every input, where each is a file of its own
+    notices: tuple[str, ...] = ()  # such as of categories that the model does not know
+
+
+def read_unlabeled(path: str | Path, preprocessing: Preprocessing) -> Unlabeled:
+    """`read_inputs`, with the files that they are from, and what to tell of them."""
     if str(path) == "digits":
-        return digits().inputs
+        return Unlabeled(digits().inputs)
     choices = Choices(
         inputs=preprocessing.inputs,
         with_targets=False,
@@ -178,7 +192,10 @@ def read_inputs(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
     if not len(inputs):
         raise ValueError(f"{path}: holds no examples.")
     check_shape(str(path), inputs.shape, preprocessing)
-    return inputs
+    pictures = [s.inputs for s in _in_order(found) if isinstance(s.inputs, Pictures)]
+    files = [file for each in pictures for file in each.files if isinstance(file, Path)]
+    named = tuple(map(str, files)) if len(files) == len(inputs) else ()
+    return Unlabeled(inputs, named, tuple(_unknown(found, preprocessing)))
 
 
 def _in_order(found: dict[str, Source]) -> list[Source]:
@@ -189,6 +206,7 @@ def _in_order(found: dict[str, Source]) -> list[Source]:
 def _choices(
     label: str,
     inputs: str | None,
+    target: Target,
     missing: Missing | None,
     one_hot: bool,
     drop: Sequence[str],
@@ -200,11 +218,21 @@ def _choices(
             f"missing must be one of {', '.join(_tables.MISSING)}, got {missing!r:.40}."
         )
     if preprocessing is None:
-        return Choices(label, inputs, missing, tuple(drop), image_size, one_hot)
+        is_labels = target == "labels"
+        return Choices(
+            label, inputs, missing, tuple(drop), image_size, one_hot, may_be_none=is_labels
+        )
     if label == "label" and preprocessing.targets:
         label = ",".join(preprocessing.targets)
     missing = "drop" if preprocessing.leaves_out else missing
-    return Choices(label, inputs or preprocessing.inputs, missing, takes=preprocessing)
+    is_labels = "labels" in (target, preprocessing.kind)
+    return Choices(
+        label,
+        inputs or preprocessing.inputs,
+        missing,
+        may_be_none=is_labels,
+        takes=preprocessing,
+    )
 
 
 def _model(preprocessing: Preprocessing | None) -> Dataset | None:

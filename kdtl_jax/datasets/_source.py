@@ -22,6 +22,7 @@ class Choices(NamedTuple):
     one_hot: bool = False
     with_targets: bool = True  # False: sources need none, and `targets` are columns to leave out
     targets: tuple[str, ...] = ()
+    may_be_none: bool = False  # an empty cell of targets is an example without any label
     takes: Preprocessing | None = None  # of the model whose inputs are read; None: of none
 
     @property

@@ -98,7 +98,7 @@ def _of_table(table: Table, names: Sequence[str], choices: Choices) -> Source:
     table = _tables.without_index(_tables.dropped(table, choices.drop), names)
     if choices.missing == "drop":
         table = _tables.complete(table)
-    table, targets = _tables.targets_of(table, names)
+    table, targets = _tables.targets_of(table, names, may_be_none=choices.may_be_none)
     several = tuple(names) if len(names) > 1 else ()
     return Source(table.name, table, targets, several, tuple(names), table.notices)
 

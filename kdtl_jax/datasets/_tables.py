@@ -128,19 +128,29 @@ def complete(table: Table) -> Table:
     return table.take(~lacking)._replace(notices=(*table.notices, note))
 
 
-def targets_of(table: Table, names: Sequence[str]) -> tuple[Table, np.ndarray]:
+def targets_of(
+    table: Table, names: Sequence[str], *, may_be_none: bool = False
+) -> tuple[Table, np.ndarray]:
     """The table of inputs, and targets `[N]` or `[N, K]`.
+
+    Args:
+      table: with the columns of targets.
+      names: those columns.
+      may_be_none: whether an empty cell of one column of text is an example without any label.
 
     Raises:
       ValueError: naming the first row without a target.
     """
     found = [table.columns[name] for name in names]
+    if may_be_none and len(found) == 1 and found[0].dtype == object:
+        found = [np.array(["" if cell is None else cell for cell in found[0]], object)]
     lacking = np.any([empty(column) for column in found], axis=0)
     if lacking.any():
         row = int(np.flatnonzero(lacking)[0])
         raise ValueError(
             f"{table.name}: {table.at(row)} has no label ({int(lacking.sum())} such rows). Fill "
-            "it in, or leave such rows out (--missing drop)."
+            "it in, leave such rows out (--missing drop), or, if a cell lists several labels and "
+            "an empty one means none, say --target labels."
         )
     columns = [_numbers_or_text(column) for column in found] if len(found) > 1 else found
     if any(column.dtype.kind == "U" for column in columns):

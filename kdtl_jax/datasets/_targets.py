@@ -1,7 +1,8 @@
 """Targets of every kind: one class per example, several labels at once, or numbers.
 
 What files hold says which it is, unless the reader is told: text and whole numbers are classes;
-lists, "cat|dog" and rows of 0 and 1 that are not one-hot are labels; other numbers are numbers.
+lists, "cat|dog", "cat;dog" and rows of 0 and 1 that are not one-hot are labels; other numbers are
+numbers.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from kdtl_jax.datasets._tables import is_number
 
 Target = Literal["auto", "classes", "labels", "numbers"]
 TARGETS: tuple[Target, ...] = get_args(Target)
-SEPARATOR = "|"  # of several labels in one cell
+SEPARATORS = "|;"  # of several labels in one cell; "," where targets are said to be labels
 MOST_LABELS = 10_000
 
 
@@ -122,7 +123,7 @@ def _kind(name: str, found: np.ndarray, target: Target) -> Kind:
             "or --target numbers."
         )
     if found.dtype.kind == "U" and found.ndim == 1:
-        if any(SEPARATOR in cell for cell in found):
+        if any(mark in cell for mark in SEPARATORS for cell in found):
             return "labels"
         found = from_text(name, np.char.strip(found)) if not (found == "").any() else found
     if found.dtype.kind == "f":
@@ -137,7 +138,8 @@ def _labels(
     """`[N, K]` of 0 and 1, float32, and what the labels are called."""
     if found.ndim == 2:
         return _multi_hot(name, found, like, names)
-    rows = [_split(name, i, cell) for i, cell in enumerate(found)]
+    mark = _separator(found, like.names if like is not None else names)
+    rows = [_split(name, i, cell, mark) for i, cell in enumerate(found)]
     known = like.names if like is not None else names
     known = known or tuple(sorted({label for row in rows for label in row}, key=_in_order))
     place = {label: i for i, label in enumerate(known)}
@@ -222,8 +224,17 @@ def _numbers(
     return targets, names, [f"targets are {one} per example (regression)"]
 
 
-def _split(name: str, row: int, cell: Any) -> list[str]:
-    parts = cell.split(SEPARATOR) if isinstance(cell, str) else cell
+def _separator(found: np.ndarray, known: Sequence[str]) -> str | None:
+    """What stands between labels in a cell, and in none of those that are known."""
+    cells = [cell for cell in found if isinstance(cell, str)]
+    for mark in f"{SEPARATORS},":
+        if any(mark in cell for cell in cells) and not any(mark in label for label in known):
+            return mark
+    return None
+
+
+def _split(name: str, row: int, cell: Any, mark: str | None) -> list[str]:
+    parts = cell.split(mark) if isinstance(cell, str) and mark else cell
     if not isinstance(parts, (list, tuple, np.ndarray)):
         parts = [parts]
     if any(_lacks(part) for part in parts):

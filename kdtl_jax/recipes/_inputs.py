@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -66,6 +67,7 @@ class Examples(NamedTuple):
     inputs: np.ndarray
     labels: np.ndarray | None
     said: str  # what was read, in words
+    files: tuple[str, ...] = ()  # of every example, where each is a file of its own
 
 
 def check_out(settings: Any) -> None:
@@ -142,14 +144,15 @@ def read(
     """
     form = model.about.preprocessing
     if not with_labels and part in (None, "all"):
-        inputs = datasets.read_inputs(data, form or _form_of_old(model))
+        inputs, files, notices = datasets.read_unlabeled(data, form or _form_of_old(model))
+        _tell(notices)
         checked_shape(data, inputs, model)
         why = _in_other_units(inputs, model)
         if why and inputs.ndim == 2:  # rows that are alike, or far out, may be meant
             print(f"note: the model {why}", file=sys.stderr)
         elif why:
             raise ValueError(f"{data}: the model {why}")
-        return Examples(inputs, None, f"{len(inputs)} examples")
+        return Examples(inputs, None, f"{len(inputs)} examples", files)
     split = _split_of(model)
     seen = record.made_from({"data": data}).files["data"] == model.metadata.get("data")
     held_out = seen and part != "all"  # else all rows stay together, in their order
@@ -163,6 +166,7 @@ def read(
         test=shares[1],
         seed=split.seed,
     )
+    _tell(parts.train.notices)
     chosen = part or ("test" if len(parts.test.labels) else "all")
     found = list(parts) if chosen == "all" else [getattr(parts, chosen)]
     found = [each for each in found if len(each.labels)]
@@ -206,6 +210,11 @@ def _split_of(model: Model) -> Split:
             f"the model's file does not say how its data were split ({_text.shown(str(error))})."
         ) from None
     return found
+
+
+def _tell(notices: Sequence[str]) -> None:
+    for notice in notices:
+        print(f"note: {notice}", file=sys.stderr)
 
 
 def checked_shape(data: str, inputs: np.ndarray, model: Model) -> None:

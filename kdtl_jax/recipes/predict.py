@@ -40,7 +40,7 @@ class Settings(_inputs.Used, _inputs.Written):
 
 
 def run(settings: Settings) -> int:
-    """Writes or prints a row per example."""
+    """Writes or prints a row per example; images that are files are named in a last column."""
     example = EXAMPLES.strip().splitlines()[0]
     _inputs.check_out(settings)
     model, found = _inputs.used(settings, example, with_labels=False)
@@ -52,6 +52,8 @@ def run(settings: Settings) -> int:
         table = rows_of_labels(logits, names, settings.probabilities)
     else:
         table = rows(logits, names, settings.probabilities)
+    if found.files:
+        table = ([*row, file] for row, file in zip(table, ("file", *found.files), strict=True))
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(table)
     if settings.out is None:
