@@ -126,6 +126,24 @@ def test_running_statistics_by_hand() -> None:
     assert connectors.running_init(plain, plain.init(KEY, spec(2, 1)), spec(2, 1)) == {}
 
 
+def test_folding_takes_eps_from_the_statistics() -> None:
+    connector = connectors.chain(
+        connectors.linear(2), connectors.batch_norm(eps=0.5), connectors.batch_norm(eps=0.0)
+    )
+    first = connectors.chain(connectors.linear(2), connectors.batch_norm(eps=3.0))
+    x = jnp.asarray([[1.0, -2.0], [0.5, 4.0], [3.0, 1.0]])
+    params = first.init(KEY, x)
+    running = connectors.running_init(first, params, x)
+    assert float(running[1].eps) == 3.0  # before the first batch too
+    running = connectors.running_update(running, first.measure(params, x)[1])
+    folded = connectors.fold_batch_norm(params, running)
+    np.testing.assert_allclose(
+        first.apply(folded, x), first.evaluate(params, running, x), rtol=1e-5, atol=1e-6
+    )
+    eps = connectors.running_init(connector, connector.init(KEY, x), x)
+    assert [float(found.eps) for found in eps[1:]] == [0.5, 0.0]
+
+
 def test_folding_needs_a_linear_map_before() -> None:
     alone = connectors.batch_norm()
     params = alone.init(KEY, spec(2, 3))

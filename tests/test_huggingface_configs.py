@@ -187,9 +187,12 @@ def test_described_knows_which_side_is_which():
     config = json.loads((FOLDERS / "distilbert" / "config.json").read_text())
     tensors = {k: np.array(x) for k, x in safetensors.load(FOLDERS / "distilbert").items()}
     tensors = {k: x for k, x in tensors.items() if "layer.1." not in k}
-    words, lin1 = "distilbert.embeddings.word_embeddings.weight", "ffn.lin1.weight"
+    words, lin1 = "distilbert.embeddings.word_embeddings.weight", "ffn.lin1."
     tensors[words] = tensors[words][:20]
-    tensors |= {k: x[:10].astype(np.float16) for k, x in tensors.items() if k.endswith(lin1)}
+    tensors |= {k: x[:10].astype(np.float16) for k, x in tensors.items() if lin1 in k}
+    with pytest.raises(ValueError, match=r"layers_0/mlp/down/kernel: source\[20, 12\]"):
+        huggingface.described(config, tensors)
+    tensors |= {k: x[:, :10] for k, x in tensors.items() if k.endswith("ffn.lin2.weight")}
     new = huggingface.described(config, tensors)
     assert {k: new[k] for k in ("vocab_size", "n_layers", "hidden_dim", "dtype")} == {
         "vocab_size": 20,

@@ -83,8 +83,9 @@ def test_what_layers_differ_in_goes_with_them(tmp_path: Path):
     config = {**source.config, "layer_types": None, "global_attn_every_n_layers": 2}
     again = huggingface.student(source._replace(config=config), layers=(0, 1, 1))
     assert again.module == student.module
-    with pytest.raises(ValueError, match="no place for 1 leaves(.|\n)*layers_1/attention_norm"):
-        huggingface.student(source, layers=(1, 1))  # the first layer has no norm of its own
+    for headed in ({}, {"classes": 2}):  # the first layer has no norm of its own
+        with pytest.raises(ValueError, match="layer 1 .* has 'attention_norm/.*keep it first"):
+            huggingface.student(source, layers=(1, 1), **headed)
 
 
 def test_students_keep_the_dtypes_of_their_source():

@@ -12,7 +12,7 @@ from kdtl_jax._types import Params, PyTree, Scalar
 
 
 class Statistics(NamedTuple):
-    """Of one normalization: `mean` and `var` `[C]`, and `size`, of how many values.
+    """Of one normalization: `mean` and `var` `[C]`, `size`, of how many values, and its `eps`.
 
     The variance has the divisor n - 1, as running variances have in torch.
     """
@@ -20,6 +20,7 @@ class Statistics(NamedTuple):
     mean: Array
     var: Array
     size: Array
+    eps: Array
 
 
 class Run(Protocol):
@@ -90,17 +91,17 @@ def running_init(connector: Connector, params: Params, x: Any) -> PyTree:
     Returns:
       A pytree of `Statistics`: mean 0, variance 1, nothing counted.
     """
-    shapes = jax.eval_shape(connector.measure, params, x)[1]
+    shapes = jax.eval_shape(lambda *given: given, params, x)
 
     def fresh(found: Statistics) -> Statistics:
-        mean, var, size = found
-        return Statistics(
-            jnp.zeros(mean.shape, mean.dtype),
-            jnp.ones(var.shape, var.dtype),
-            jnp.zeros(size.shape, size.dtype),
-        )
+        mean, var, size, eps = found
+        return Statistics(jnp.zeros_like(mean), jnp.ones_like(var), jnp.zeros_like(size), eps)
 
-    return jax.tree.map(fresh, shapes, is_leaf=_is_statistics)
+    def start() -> PyTree:
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.tree.map(fresh, connector.measure(*zeros)[1], is_leaf=_is_statistics)
+
+    return jax.jit(start)()  # compiled, nothing is left but constants
 
 
 def running_update(running: PyTree, measured: PyTree, *, momentum: Scalar = 0.1) -> PyTree:
@@ -119,12 +120,12 @@ def running_update(running: PyTree, measured: PyTree, *, momentum: Scalar = 0.1)
         share = jnp.where(old.size == 0, 1, _numerics.scalar(momentum, old.mean))
         share = jnp.where(new.size >= 2, share, 0)
         mean, var = (a + share * (b - a) for a, b in zip(old[:2], new[:2], strict=True))
-        return Statistics(mean, var, old.size + new.size)
+        return Statistics(mean, var, old.size + new.size, new.eps)
 
     return jax.tree.map(moved, running, measured, is_leaf=_is_statistics)
 
 
-def fold_batch_norm(params: Params, statistics: PyTree, *, eps: float = 1e-5) -> Params:
+def fold_batch_norm(params: Params, statistics: PyTree) -> Params:
     """The parameters with every normalization merged into the linear map before it.
 
     The folded parameters belong to the same connector: `apply(folded, x)` equals
@@ -133,20 +134,19 @@ def fold_batch_norm(params: Params, statistics: PyTree, *, eps: float = 1e-5) ->
     Args:
       params: of a `chain`, in which every `batch_norm` follows a `linear` or `conv`, or of
         connectors made of such chains.
-      statistics: running statistics of the same connector.
-      eps: of its normalizations.
+      statistics: running statistics of the same connector, which know each normalization's eps.
 
     Raises:
       ValueError: if a normalization does not follow a linear map.
     """
     if isinstance(params, Mapping) and not isinstance(statistics, Statistics):
         return {
-            name: fold_batch_norm(own, statistics[name], eps=eps) if name in statistics else own
+            name: fold_batch_norm(own, statistics[name]) if name in statistics else own
             for name, own in params.items()
         }
     if isinstance(params, Sequence) and isinstance(statistics, Sequence) and params:
         if not isinstance(statistics, Statistics):
-            return _folded_chain(params, statistics, eps)
+            return _folded_chain(params, statistics)
     if isinstance(statistics, Statistics):
         raise ValueError(
             "a batch_norm can be folded only into a linear or conv just before it in the same "
@@ -155,22 +155,22 @@ def fold_batch_norm(params: Params, statistics: PyTree, *, eps: float = 1e-5) ->
     return params
 
 
-def _folded_chain(params: Sequence[Params], statistics: Sequence[PyTree], eps: float) -> Params:
+def _folded_chain(params: Sequence[Params], statistics: Sequence[PyTree]) -> Params:
     folded: list[Params] = []
     for own, found in zip(params, statistics, strict=True):
         linear_before = bool(folded) and isinstance(folded[-1], Mapping) and "kernel" in folded[-1]
         if isinstance(found, Statistics) and linear_before:
-            folded[-1] = _scaled(folded[-1], own, found, eps)
+            folded[-1] = _scaled(folded[-1], own, found)
             folded.append({})
         else:
-            folded.append(fold_batch_norm(own, found, eps=eps))
+            folded.append(fold_batch_norm(own, found))
     return folded
 
 
-def _scaled(before: Params, norm: Params, found: Statistics, eps: float) -> Params:
+def _scaled(before: Params, norm: Params, found: Statistics) -> Params:
     """`(x W + b - mean) factor + offset` as one linear map."""
     kernel = before["kernel"]
-    factor = norm["scale"] * jax.lax.rsqrt(found.var + eps).astype(kernel.dtype)
+    factor = norm["scale"] * jax.lax.rsqrt(found.var + found.eps).astype(kernel.dtype)
     bias = before.get("bias", jnp.zeros_like(factor)) - found.mean.astype(kernel.dtype)
     rows = factor.reshape((1,) * (kernel.ndim - 1) + factor.shape)
     return {"kernel": kernel * rows, "bias": bias * factor + norm["offset"]}

@@ -189,14 +189,15 @@ def batch_norm(*, eps: float = 1e-5) -> Connector:
             return x, {}  # folded into the map before
         floating(x, params["scale"].shape[0])
         if statistics is None:
-            centered, variance, statistics = _of_batch(_numerics.upcast(x), where)
+            centered, variance, statistics = _of_batch(_numerics.upcast(x), where, eps)
+            unit = centered * jax.lax.rsqrt(variance + eps)
         else:
             wide = _numerics.upcast(x)
             mean, variance = (
                 jnp.broadcast_to(v.astype(wide.dtype), wide.shape) for v in statistics[:2]
             )
-            centered = wide - mean
-        unit = centered * jax.lax.rsqrt(variance + eps)
+            added = statistics.eps.astype(wide.dtype)
+            unit = (wide - mean) * jax.lax.rsqrt(variance + added)
         scale, offset = (
             jnp.broadcast_to(params[name].astype(unit.dtype), unit.shape)
             for name in ("scale", "offset")
@@ -206,7 +207,7 @@ def batch_norm(*, eps: float = 1e-5) -> Connector:
     return with_statistics(init, run)
 
 
-def _of_batch(x: Array, where: Array | None) -> tuple[Array, Array, Statistics]:
+def _of_batch(x: Array, where: Array | None, eps: float) -> tuple[Array, Array, Statistics]:
     """Centered values, biased variance, and the statistics of the values that take part."""
     axes = tuple(range(x.ndim - 1))
     count = jnp.asarray(math.prod(x.shape[:-1]), x.dtype)
@@ -219,7 +220,7 @@ def _of_batch(x: Array, where: Array | None) -> tuple[Array, Array, Statistics]:
     centered = _numerics.kept(x - mean, where)
     variance = jnp.sum(jnp.square(centered), axis=axes, keepdims=True) / some
     unbiased = variance * (count / jnp.maximum(count - 1, 1))
-    found = Statistics(mean.reshape(-1), unbiased.reshape(-1), count)
+    found = Statistics(mean.reshape(-1), unbiased.reshape(-1), count, jnp.asarray(eps, x.dtype))
     return centered, variance, jax.lax.stop_gradient(found)
 
 

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import numpy as np
 
 from kdtl_jax import _text
 from kdtl_jax.interop import (
@@ -21,7 +20,7 @@ from kdtl_jax.interop import (
     naming,
 )
 from kdtl_jax.interop._hf_config import Limits, read
-from kdtl_jax.interop._hf_family import Family, Found
+from kdtl_jax.interop._hf_family import Equal, Family, Found
 from kdtl_jax.interop.naming import Rule
 
 FAMILIES: tuple[Family, ...] = (
@@ -77,8 +76,13 @@ def family_of(config: Mapping[str, Any]) -> Family:
     )
 
 
-def built(family: Family, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Built:
-    """The model that a config and its tensors make."""
+def built(
+    family: Family,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    equal: Equal | None = None,
+) -> Built:
+    """The model that a config and its tensors make; `equal` compares two of the tensors."""
     sides = [int(side) for array in tensors.values() for side in array.shape]
     limits = Limits(max(sides, default=1), len(tensors))
     values = read(config, family.fields, family.harmless, limits)
@@ -88,11 +92,10 @@ def built(family: Family, config: Mapping[str, Any], tensors: Mapping[str, Any])
     def rules_of(is_tied: bool) -> tuple[Rule, ...]:
         return _hf_family.rules_of(family, head, tensors, is_tied=is_tied, prefix=prefix)
 
-    named = {rule.jax: rule.torch for rule in rules_of(False)}
-    copies = [
-        name for name, path in family.copies.items() if _is_copy(tensors, name, named.get(path))
-    ]
-    own = [name for name in family.copies if name in tensors and name not in copies]
+    untied = rules_of(False)
+    named = {rule.jax: rule.torch for rule in untied}
+    equal = _hf_family.equal_in(tensors) if equal is None else equal
+    copies, own = _hf_family.own_copies(family, untied, tensors, equal)
     is_tied = _hf_family.says_tied(family, config) and not (set(own) & set(named.values()))
     rules = rules_of(is_tied)
     # A copy without a rule of its own is the bias of an output layer.
@@ -117,14 +120,6 @@ def built(family: Family, config: Mapping[str, Any], tensors: Mapping[str, Any])
     init = jax.eval_shape(linen.model(module).init, jax.random.key(0), family.example(values))
     variables = {**init.params, **(init.model_state or {})}
     return Built(module, rules, variables, tuple(unused), tuple(extra))
-
-
-def _is_copy(tensors: Mapping[str, Any], name: str, source: str | None) -> bool:
-    """Whether a tensor is another one, stored twice."""
-    if source is None or name not in tensors or source not in tensors:
-        return False
-    a, b = tensors[name], tensors[source]
-    return (a.shape, a.dtype) == (b.shape, b.dtype) and bool(np.array_equal(a, b))
 
 
 def _matches(patterns: Sequence[str], name: str) -> bool:

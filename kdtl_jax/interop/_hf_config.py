@@ -89,6 +89,22 @@ def read(config: Config, fields: Sequence[Field], harmless: str, limits: Limits)
     return out
 
 
+def check_tokens(config: Config, rows: int | None) -> None:
+    """Raises ValueError if a vocabulary that became smaller has lost a special token's row."""
+    before = config.get("vocab_size")
+    if not isinstance(before, int) or rows is None:
+        return
+    for key, value in config.items():
+        ids = value if isinstance(value, list) else [value]
+        if key.endswith("_token_id") and any(
+            isinstance(i, int) and rows <= i < before for i in ids
+        ):
+            raise ValueError(
+                f"config.json: {key} = {_text.quoted(value)} has no row among the {rows} tokens "
+                "that are left. Keep its row, and give the config with its new number."
+            )
+
+
 def count(key: str, default: Any = REQUIRED, *, least: int = 1, most: int | None = None) -> Field:
     """An integer that some tensor of the file has as a side, or at most `most`."""
 

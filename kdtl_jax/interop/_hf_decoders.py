@@ -88,6 +88,18 @@ def decoder(config: Config) -> tuple[DecoderConfig, tuple[Rule, ...]]:
         ) from None
 
 
+def check_heads(config: Config) -> None:
+    """Raises ValueError for a width that transformers refuses to open with this many heads."""
+    if config["model_type"] not in ("llama", "gemma2", "gemma3_text"):
+        return
+    width, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
+    if width % heads:
+        raise ValueError(
+            f"transformers opens no {config['model_type']!r} model of hidden_size = {width} with "
+            f"num_attention_heads = {heads}: the width must be a multiple of the heads."
+        )
+
+
 def _layers(config: Config, key: str = "num_hidden_layers") -> int:
     layers = size(config, key)
     if layers > 10_000:
@@ -164,11 +176,9 @@ def _qwen_windows(config: Config) -> tuple[int | None, ...]:
 
 
 def _smollm3(config: Config) -> DecoderConfig:
-    layers, head_width = (
-        _layers(config),
-        size(config, "hidden_size") // size(config, "num_attention_heads"),
-    )
-    own = rope(config, head_width)
+    layers = _layers(config)
+    width, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
+    own = rope(config, size(config, "head_dim", width // heads))
     rotates = config.get("no_rope_layers")  # 1 where a layer rotates, despite the name
     if rotates is None:
         every = config.get("no_rope_layer_interval", 4)
@@ -341,7 +351,8 @@ FAMILIES: Mapping[str, Family] = {
     "phi3": Family(
         _phi3,
         (*outside, *fused, *down, *pre_norms),
-        _keys("hidden_act partial_rotary_factor original_max_position_embeddings " + _windowed),
+        _keys("hidden_act partial_rotary_factor original_max_position_embeddings sliding_window"),
+        {"layer_types": (None,)},  # all layers have the window
     ),
     "olmo2": Family(
         _olmo2,

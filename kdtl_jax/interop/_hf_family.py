@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import numpy as np
 
 from kdtl_jax import _text, trees
 from kdtl_jax.interop import naming
-from kdtl_jax.interop._hf_config import Config, Field
+from kdtl_jax.interop._hf_config import Config, Field, check_tokens
 from kdtl_jax.interop.naming import Axes, Rule, linear
 
 Shapes = Mapping[str, tuple[int, ...]]  # of the checkpoint's tensors, by torch name
+Equal = Callable[[str, str], bool]  # whether two tensors of a checkpoint hold the same numbers
 
 
 class Head(NamedTuple):
@@ -164,33 +166,63 @@ def head_of(family: Family, config: Config, stored: Iterable[str], prefix: str) 
     return max(fitting, key=lambda head: len(head.rules), default=None)
 
 
-def described(family: Family | None, config: Config, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def equal_in(tensors: Mapping[str, Any]) -> Equal:
+    """Compares arrays by name."""
+
+    def equal(first: str, second: str) -> bool:
+        a, b = tensors[first], tensors[second]
+        return (a.shape, a.dtype) == (b.shape, b.dtype) and bool(np.array_equal(a, b))
+
+    return equal
+
+
+def own_copies(
+    family: Family, rules: Iterable[Rule], tensors: Mapping[str, Any], equal: Equal
+) -> tuple[list[str], list[str]]:
+    """Of the family's `copies`, those stored that are one, and those that are no copy any more.
+
+    `rules` are those of an output layer that is not tied.
+    """
+    named = {rule.jax: rule.torch for rule in rules}
+    sources = {name: named.get(path) for name, path in family.copies.items() if name in tensors}
+    copies = [name for name, of in sources.items() if of in tensors and equal(name, str(of))]
+    return copies, [name for name in sources if name not in copies]
+
+
+def described(
+    family: Family | None, config: Config, tensors: Mapping[str, Any], equal: Equal
+) -> dict[str, Any]:
     """The config that says what is written: sizes, layers, labels, heads, ties, dtype.
 
     Args:
       family: None for a family that is not known here: only the dtype is derived.
       config: what the tensors were made from.
       tensors: `{torch name: array}`, concrete or abstract.
+      equal: compares two of them.
 
     Raises:
       ValueError: if a list in the config has one entry per layer, the entries differ, and their
         number is not that of the layers.
     """
     out = {key: value for key, value in config.items()}
-    _set_dtype(out, tensors)
+    set_dtype(out, tensors)
     if family is None:
         return out
     prefix = prefix_of(family, tensors)
     head = head_of(family, config, tensors, prefix)
-    is_tied = not any(name in tensors for name in family.copies)
+    rules = rules_of(family, head, tensors, is_tied=False, prefix=prefix)
+    copies, own = own_copies(family, rules, tensors, equal)
+    is_tied = not own
     rules = rules_of(family, head, tensors, is_tied=is_tied, prefix=prefix)
-    flat = naming.from_torch(tensors, rules)
+    known = {k: x for k, x in tensors.items() if k not in copies and naming.covers(rules, k)}
+    flat = naming.from_torch(known, rules)
     _set_architecture(out, family, head, tensors)
     if not is_tied and says_tied(family, config):
         out["tie_word_embeddings"] = False
     for key, (path, axis) in family.sides.items():
         if path in flat:
             out[key] = int(flat[path].shape[axis])
+    check_tokens(config, out.get("vocab_size"))
     for key, name in family.presence.items():
         if prefix + name not in tensors:
             out[key] = False
@@ -211,7 +243,7 @@ def _replaced(rule: Rule, head: Head) -> bool:
     return bool(head.replaces) and re.fullmatch(head.replaces, rule.jax) is not None
 
 
-def _set_dtype(out: dict[str, Any], tensors: Mapping[str, Any]) -> None:
+def set_dtype(out: dict[str, Any], tensors: Mapping[str, Any]) -> None:
     """The dtype of most numbers, under the key that the config uses."""
     sizes: dict[str, int] = {}
     for array in tensors.values():

@@ -97,7 +97,11 @@ t5 = Family(
     "n_positions",
     other_heads=(r"(decoder|lm_head|classification_head|classifier)\..*",),
     depth="num_layers",
-    sides={"vocab_size": ("tokens/embedding", 0)},
+    sides={
+        "vocab_size": ("tokens/embedding", 0),
+        "num_heads": ("relative/embedding", 1),
+        "d_ff": ("layers_0/mlp/down/kernel", 0),
+    },
 )
 
 
@@ -239,7 +243,10 @@ modernbert = Family(
     "repad_logits_with_grad deterministic_flash_attn sparse_prediction sparse_pred_ignore_index",
     other_heads=(r"(head|decoder|classifier|qa_outputs)\..*",),
     depth="num_hidden_layers",
-    sides={"vocab_size": ("tokens/embedding", 0)},
+    sides={
+        "vocab_size": ("tokens/embedding", 0),
+        "intermediate_size": ("layers_0/mlp/down/kernel", 0),
+    },
     per_layer=("layer_types",),
     layer_kinds=_modern_kinds,
 )

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from kdtl_jax import _text, models, transforms
 from kdtl_jax._files import atomic_file, read_json, write_atomic
 from kdtl_jax._types import Params
-from kdtl_jax.interop import _hf_decoders, naming, safetensors
+from kdtl_jax.interop import _hf_decoders, _hf_family, naming, safetensors
+from kdtl_jax.interop._hf_config import check_tokens
+from kdtl_jax.interop._hf_family import Equal, equal_in
 from kdtl_jax.interop.naming import Rule
-from kdtl_jax.models import Decoder
+from kdtl_jax.models import Decoder, DecoderConfig
 from kdtl_jax.transforms import Report
 
 
@@ -39,6 +40,7 @@ class PretrainedDecoder(NamedTuple):
 
 
 _HEAD = "lm_head.weight"
+_KINDS = ("full_attention", "sliding_attention")
 _SIZES = (
     *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "n_embd", "n_inner", "n_head", "n_positions"),
@@ -120,17 +122,14 @@ def student(source: PretrainedDecoder, *, layers: Sequence[int]) -> PretrainedDe
     """Takes some layers of a decoder as a new one; layer `j` is the source's `layers[j]`.
 
     Raises:
-      ValueError: if a position is out of range.
+      ValueError: if a position is out of range, or a config.json of this family cannot say the
+        windows or rotary tables of these layers.
     """
     whole = source.model.config
     layers = tuple(layers)
     if not layers or not all(0 <= i < whole.layers for i in layers):
         raise ValueError(f"layers must lie in 0..{whole.layers - 1}, got {list(layers)}.")
-    built = whole._replace(
-        layers=len(layers),
-        ropes=tuple(whole.ropes[i] for i in layers) if whole.ropes else (),
-        windows=tuple(whole.windows[i] for i in layers) if whole.windows else (),
-    )
+    config, built = _of_layers(source.config, whole, layers)
     model = models.decoder(built)
     target = jax.eval_shape(model.init, jax.random.key(0))
     target = jax.tree.map(
@@ -138,16 +137,6 @@ def student(source: PretrainedDecoder, *, layers: Sequence[int]) -> PretrainedDe
     )
     rename = transforms.layer_map(r"layers_(\d+)/.*", layers)
     params, report = transforms.transfer(source.params, target, rename=rename)
-    config = dict(source.config)
-    config["n_layer" if "n_layer" in config else "num_hidden_layers"] = len(layers)
-    for key in ("layer_types", "no_rope_layers"):
-        if isinstance(config.get(key), list):
-            config[key] = [config[key][i] for i in layers]
-    if _hf_decoders.decoder(config)[0]._replace(is_tied=built.is_tied) != built:
-        raise ValueError(
-            f"the layers {list(layers)} of a {config['model_type']!r} model have windows or "
-            "rotary tables that its config.json cannot say; keep the pattern of its layers."
-        )
     return PretrainedDecoder(model, params, source.rules, config, report)
 
 
@@ -161,8 +150,7 @@ def save(
 ) -> None:
     """Writes `model.safetensors` and `config.json` that transformers opens.
 
-    The dtype, the vocabulary and whether the head is tied are written as the tensors have them, and
-    the architecture's name is that of a language head: others are left out when a folder is read.
+    The config says what is written (see `described`), and is read back before anything is stored.
 
     Args:
       folder: created if needed; files are replaced atomically, the weights last.
@@ -174,16 +162,9 @@ def save(
     Raises:
       ValueError: if a parameter has no rule, or the parameters do not match the config.
     """
+    is_tied = "kernel" not in params.get("head", {})
     tensors = naming.to_torch(params, rules)
-    table = params["tokens"]["embedding"]
-    config = {**config, "vocab_size": int(table.shape[0])}
-    config["tie_word_embeddings"] = "kernel" not in params.get("head", {})
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(table.dtype)
-    built, again, _ = _built(config, tensors)
-    if config.get("architectures"):
-        config["architectures"] = [_hf_decoders.ARCHITECTURES[config["model_type"]]]
-    target = jax.eval_shape(models.decoder(built).init, jax.random.key(0))
-    transforms.plan_transfer(naming.from_torch(tensors, again), target)
+    config = described({**config, "tie_word_embeddings": is_tied}, tensors)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES if tokenizer is not None else ():
@@ -195,25 +176,112 @@ def save(
     safetensors.save(folder / "model.safetensors", tensors, metadata={"format": "pt"})
 
 
+def described(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    *,
+    layers: Sequence[int] | None = None,
+    equal: Equal | None = None,
+) -> dict[str, Any]:
+    """The config.json of a folder that holds these tensors, derived from one for others.
+
+    Numbers of layers and tokens, the width of the feed-forward, whether the head is tied and the
+    dtype are those of the tensors. The architecture's name is that of a language head: others are
+    left out when a folder is read.
+
+    Args:
+      config: of the model that the tensors were made from.
+      tensors: `{torch name: array}`, concrete or abstract (`shape` and `dtype` are read).
+      layers: which of that model's layers they are; needed where layers differ in their windows or
+        rotary tables and the number changed.
+      equal: whether two tensors are equal, by name; None compares the arrays, which must be
+        concrete then if a head is stored beside the embedding it may be tied to.
+
+    Raises:
+      ValueError: if no config of this family says what is written, or a special token has no row.
+    """
+    whole = _hf_decoders.decoder(config)[0]
+    _hf_decoders.check_heads(config)
+    flat = naming.from_torch(tensors, _rules(config, tensors), ignore=(*_BUFFERS, _OTHER_HEADS))
+    table, down = (flat.get(n) for n in ("tokens/embedding", "layers_0/mlp/down/kernel"))
+    if table is None or down is None:
+        raise ValueError("there is no embedding, or no first layer, among the tensors.")
+    out = dict(config)
+    count = _hf_family.depth_of(flat)
+    if layers is not None or count != whole.layers:
+        if layers is None and max(len(set(whole.windows)), len(set(whole.ropes))) > 1:
+            raise ValueError(
+                f"{count} layers are written, and the {whole.layers} of config.json differ in "
+                "their windows or rotary tables. Give the config of the layers that were kept, "
+                "as `student` makes it."
+            )
+        out, _ = _of_layers(config, whole, [0] * count if layers is None else layers)
+    rows = int(table.shape[0])
+    check_tokens(config, rows)
+    out["vocab_size"] = rows
+    if down.shape[0] != whole.hidden:
+        out["n_inner" if "n_embd" in out else "intermediate_size"] = int(down.shape[0])
+    out["tie_word_embeddings"] = whole.is_tied and (
+        _HEAD not in tensors or (equal or equal_in(tensors))(_HEAD, _embedding(config, tensors))
+    )
+    _hf_family.set_dtype(out, tensors)
+    if out.get("architectures"):
+        out["architectures"] = [_hf_decoders.ARCHITECTURES[out["model_type"]]]
+    built, _, unused = _built(out, tensors, equal)
+    target = jax.eval_shape(models.decoder(built).init, jax.random.key(0))
+    if unused:
+        flat.pop("head/kernel")
+    transforms.plan_transfer(flat, target)
+    return out
+
+
+def _of_layers(
+    config: Mapping[str, Any], whole: DecoderConfig, layers: Sequence[int]
+) -> tuple[dict[str, Any], DecoderConfig]:
+    """The config of some layers, with what it says per layer, and what it must mean."""
+    built = whole._replace(
+        layers=len(layers),
+        ropes=tuple(whole.ropes[i] for i in layers) if whole.ropes else (),
+        windows=tuple(whole.windows[i] for i in layers) if whole.windows else (),
+    )
+    out = {**config, "n_layer" if "n_layer" in config else "num_hidden_layers": len(layers)}
+    for key in ("layer_types", "no_rope_layers"):
+        if isinstance(out.get(key), list):
+            out[key] = [out[key][i] for i in layers]
+    wanted = (built.windows, built.ropes)
+    named = _hf_decoders.FAMILIES[config["model_type"]].reads
+    if _patterns(out) != wanted and "layer_types" in named and built.windows:
+        out["layer_types"] = [_KINDS[window is not None] for window in built.windows]
+    if _patterns(out) != wanted and "no_rope_layers" in named:
+        out["no_rope_layers"] = [int(any(rope.frequencies)) for rope in built.ropes]
+    if _patterns(out) != wanted:
+        raise ValueError(
+            f"the layers {list(layers)} of a {config['model_type']!r} model have windows or "
+            "rotary tables that its config.json cannot say; keep the pattern of its layers."
+        )
+    return out, built
+
+
+def _patterns(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What a config says of each layer."""
+    built = _hf_decoders.decoder(config)[0]
+    return built.windows, built.ropes
+
+
 def _built(
-    config: Mapping[str, Any], tensors: Mapping[str, Any]
-) -> tuple[models.DecoderConfig, tuple[Rule, ...], set[str]]:
+    config: Mapping[str, Any], tensors: Mapping[str, Any], equal: Equal | None = None
+) -> tuple[DecoderConfig, tuple[Rule, ...], set[str]]:
     """The decoder of a config and its tensors, its rules, and the copies of tied tensors."""
     _check_sizes(config, tensors)
-    built, rules = _hf_decoders.decoder(config)
+    built, _ = _hf_decoders.decoder(config)
     if built.layers > len(tensors):
         raise ValueError(
             f"config.json: {built.layers} layers; the file has {len(tensors)} tensors."
         )
-    prefix = _hf_decoders.FAMILIES[config["model_type"]].prefix
-    if not any(name.startswith(prefix) for name in tensors):
-        prefix = ""
-    rules = _prefixed(rules, prefix)
-    embedding = next(rule.torch for rule in rules if rule.jax == "tokens/embedding")
-    unused = set()
+    rules = _rules(config, tensors)
+    embedding, unused = _embedding(config, tensors), set()
     if _HEAD in tensors and embedding in tensors:
-        head, table = tensors[_HEAD], tensors[embedding]
-        is_copy = head.shape == table.shape and bool(np.array_equal(head, table))
+        is_copy = (equal or equal_in(tensors))(_HEAD, embedding)
         built = built._replace(is_tied=is_copy and built.is_tied)
         unused = {_HEAD} if built.is_tied else set()
     elif not built.is_tied:
@@ -232,6 +300,18 @@ def _check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
                 f"config.json: {key} = {_text.shown(config[key])}; no tensor of the file has a "
                 f"side longer than {longest}."
             )
+
+
+def _embedding(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> str:
+    """The embedding's torch name."""
+    return next(r.torch for r in _rules(config, tensors) if r.jax == "tokens/embedding")
+
+
+def _rules(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[Rule, ...]:
+    """The rules of a family with the prefix that the tensors have."""
+    family = _hf_decoders.FAMILIES[config["model_type"]]
+    has_prefix = any(name.startswith(family.prefix) for name in tensors)
+    return _prefixed(family.rules, family.prefix if has_prefix else "")
 
 
 def _prefixed(rules: Sequence[Rule], prefix: str) -> tuple[Rule, ...]:

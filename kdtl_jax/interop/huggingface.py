@@ -32,7 +32,7 @@ from kdtl_jax._types import ModelFn, Params, PyTree
 from kdtl_jax.interop import _hf_build, _hf_family, _hf_towers, linen, naming, safetensors
 from kdtl_jax.interop._hf_build import FAMILIES, family_of
 from kdtl_jax.interop._hf_config import Limits, read
-from kdtl_jax.interop._hf_family import Family, Found, Head
+from kdtl_jax.interop._hf_family import Equal, Family, Found, Head
 from kdtl_jax.interop.naming import Rule
 from kdtl_jax.transforms import Report, transfer
 
@@ -140,6 +140,7 @@ def student(
         # Built anew: what a config says per layer is that of the chosen layers.
         built = _hf_build.built(family, config, naming.to_torch(chosen, rules))
         target, module = _with_dtypes(built.variables, chosen, None), built.module
+        _check_layers(source.config["model_type"], layers, chosen, target)
         params, report = transforms.transfer(source.params, target, rename=rename)
     else:
         head = _classifier(family)
@@ -148,7 +149,8 @@ def student(
             "id2label": {str(i): f"LABEL_{i}" for i in range(classes)},
             "label2id": {f"LABEL_{i}": i for i in range(classes)},
         }
-        config.pop("num_labels", None)
+        for old in ("num_labels", "problem_type", "finetuning_task"):  # of the source's head
+            config.pop(old, None)
         module = family.build(_values(family, config), _classified(head, classes))
         rules = _hf_family.rules_of(family, head, (), is_tied=True, prefix=family.prefix)
         old = ("head", "language")
@@ -156,6 +158,7 @@ def student(
         fresh = {rule.jax.split("/")[0] for rule in (*head.rules, *head.optional)} | {"pooler"}
         fresh -= body.keys()
         target = _with_fresh(module, _example(family, config), chosen, fresh, key)
+        _check_layers(source.config["model_type"], layers, chosen, target)
         new = [name for name in target if name in fresh]
         # A pooler that the new model does not have stays behind.
         body = {name: x for name, x in body.items() if name != "pooler" or name in target}
@@ -190,10 +193,8 @@ def save(
         config describes.
     """
     tensors = naming.to_torch({**params, **(model_state or {})}, rules)
+    family_of(config)
     config = described(config, tensors)
-    family = family_of(config)
-    built = _hf_build.built(family, config, tensors)
-    transforms.plan_transfer(naming.from_torch(tensors, built.rules), built.variables)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / "config.json") as file:
@@ -201,7 +202,13 @@ def save(
     safetensors.save(folder / "model.safetensors", tensors, metadata={"format": "pt"})
 
 
-def described(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+def described(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    *,
+    layers: Sequence[int] | None = None,
+    equal: Equal | None = None,
+) -> dict[str, Any]:
     """The config.json of a folder that holds these tensors, derived from one for others.
 
     Numbers of layers, tokens, positions and classes, the width of the feed-forward layers, the
@@ -211,12 +218,24 @@ def described(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str
     Args:
       config: of the model that the tensors were made from.
       tensors: `{torch name: array}`, concrete or abstract (`shape` and `dtype` are read).
+      layers: which of that model's layers they are, if not all of them.
+      equal: whether two tensors are equal, by name; None compares the arrays, which must be
+        concrete then if an output layer is stored beside the embedding it may be tied to.
 
     Raises:
-      ValueError: if the config lists something per layer that cannot be derived.
+      ValueError: if the tensors are those of no model that a config of this family describes, or
+        the config lists something per layer that cannot be derived.
     """
+    equal = _hf_family.equal_in(tensors) if equal is None else equal
     family = next((f for f in FAMILIES if config.get("model_type") in f.model_types), None)
-    return _hf_family.described(family, config, tensors)
+    if layers is not None and family is not None and family.depth is not None:
+        config = _shallower(family, config, layers)
+    out = _hf_family.described(family, config, tensors, equal)
+    if family is not None:
+        built = _hf_build.built(family, out, tensors, equal)
+        left = {k: x for k, x in tensors.items() if k not in {*built.unused, *built.extra}}
+        transforms.plan_transfer(naming.from_torch(left, built.rules), built.variables)
+    return out
 
 
 def _shallower(family: Family, config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
@@ -230,6 +249,22 @@ def _shallower(family: Family, config: Mapping[str, Any], layers: Sequence[int])
     if depth != len(layers):
         out = {key: value for key, value in out.items() if key not in family.by_layers}
     return out
+
+
+def _check_layers(
+    kind: str, layers: Sequence[int], chosen: Mapping[str, Any], target: PyTree
+) -> None:
+    """Raises ValueError if a layer holds other parameters than a model has at its new place."""
+    for path in sorted(chosen.keys() ^ trees.flatten(target).keys(), key=trees.natural_key):
+        match = re.match(r"layers_(\d+)/(.*)", path)
+        if match is None:
+            continue
+        old, new = layers[int(match[1])], match[1]
+        here, there = ("has", "has none") if path in chosen else ("has no", "has it")
+        raise ValueError(
+            f"layer {old} of this {kind!r} model {here} {match[2]!r}; layer {new} of such a model "
+            f"{there}. Layer 0 is unlike the others: keep it first, and once."
+        )
 
 
 def _classifier(family: Family) -> Head:

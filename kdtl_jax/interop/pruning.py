@@ -83,7 +83,8 @@ def narrow(
 
     Raises:
       ValueError: if a size is larger than the source's or does not divide, if the source has fused
-        matrices, or its config.json cannot say the shape (GPT-2's heads share the width).
+        matrices, or its config.json cannot say the shape (GPT-2's heads share the width; Llama's
+        width is a multiple of its heads).
 
     References:
       Muralidharan et al., Compact Language Models via Pruning and Knowledge Distillation, 2024
@@ -113,6 +114,7 @@ def narrow(
             f"the config.json of a {config['model_type']!r} model cannot say {asked} with heads of "
             f"{whole.head_width}."
         )
+    _hf_decoders.check_heads(config)
     kept = _chosen(source, asked, tokens)
     params = _narrowed(source.params, whole, kept)
     model = models.decoder(built._replace(is_tied=whole.is_tied))

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax.interop import safetensors
+from kdtl_jax.interop import decoders, huggingface, safetensors
 
 CONFIG = "config.json"
 COPIED = (
@@ -66,7 +67,8 @@ def companions(
     """The files that belong beside weights of these specs, given the folder these were written to.
 
     The configuration is the checkpoint's with what changed: dtype, number of layers and what is
-    listed by layer, ties that came apart. Where shapes changed it is left out, and that is said.
+    said by layer, ties that came apart; of a model that is built here also its sizes. Where none
+    would be true it is left out, and that is said.
 
     Raises:
       ValueError: if config.json is no JSON object.
@@ -75,8 +77,6 @@ def companions(
     if folder is None:
         return lambda written: {}
     config = safetensors.json_file(folder / CONFIG)
-    before = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    pattern = layer_pattern(list(before), depth(config))
 
     def made(written: Path) -> Mapping[str, bytes]:
         files = {
@@ -85,19 +85,68 @@ def companions(
             for path in sorted(folder.glob(shape))
             if path.is_file() and path.stat().st_size < LARGEST
         }
-        reshaped = _reshaped(before, specs, pattern, layers)
-        if reshaped:
-            print(
-                f"warning: no {CONFIG} was written, because {reshaped[0]!r} has another shape than "
-                f"in {folder}: write one that says so",
-                file=sys.stderr,
-            )
+        try:
+            with jax.enable_x64(False):  # models of the usual dtypes are built, for their shapes
+                changed = _described(config, checkpoint, specs, layers, written)
+        except ValueError as error:
+            print(f"warning: no {CONFIG} was written: {error}", file=sys.stderr)
             return files
-        changed = config | _dtype(config, specs) | _layers(config, specs, pattern, layers)
-        changed |= _ties(changed, written, specs)
         return files | {CONFIG: json.dumps(changed, indent=2).encode()}
 
     return made
+
+
+def _described(
+    config: dict[str, Any],
+    checkpoint: safetensors.Checkpoint,
+    specs: Mapping[str, Any],
+    layers: Sequence[int] | None,
+    written: Path,
+) -> dict[str, Any]:
+    """The configuration of what was written.
+
+    Raises:
+      ValueError: if none can be derived.
+    """
+    if (derive := _family(config, checkpoint)) is not None:
+        changed = derive(config, specs, layers=layers, equal=_equal_in(safetensors.index(written)))
+        if {_plain(name) for name in checkpoint.tensors} == {_plain(name) for name in specs}:
+            # The class has the tensors it had; they may be of a task that is not built here.
+            changed |= {key: config[key] for key in ("architectures",) if key in config}
+        return changed
+    before = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    pattern = layer_pattern(list(before), depth(config))
+    if reshaped := _reshaped(before, specs, pattern, layers):
+        raise ValueError(
+            f"{reshaped[0]!r} has another shape than in {checkpoint.files[0].parent}; write one "
+            "that says so."
+        )
+    changed = config | _dtype(config, specs) | _layers(config, specs, pattern, layers)
+    return changed | _ties(changed, written, specs)
+
+
+def _family(
+    config: Mapping[str, Any], checkpoint: safetensors.Checkpoint
+) -> Callable[..., dict[str, Any]] | None:
+    """What derives the configurations of a model that is built here; None for another."""
+    try:
+        huggingface.family_of(config)
+        derive = huggingface.described
+    except ValueError:
+        derive = decoders.described
+    try:
+        derive(config, safetensors.abstract(checkpoint), equal=_equal_in(checkpoint))
+    except ValueError:
+        return None
+    return derive
+
+
+def _equal_in(checkpoint: safetensors.Checkpoint) -> Callable[[str, str], bool]:
+    return lambda a, b: equal(checkpoint.tensors[a], checkpoint.tensors[b])
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"\d+", "0", name)
 
 
 def depth(config: Mapping[str, Any]) -> int:
