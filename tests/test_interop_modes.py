@@ -230,6 +230,7 @@ CASES = {
     "equinox kwargs": lambda: of_equinox(EquinoxKeywords()),
     "haiku deterministic": lambda: of_haiku(haiku_deterministic),
     "haiku keyword": lambda: of_haiku(haiku_keyword),
+    "haiku by position": lambda: of_haiku(haiku_by_position),
 }
 
 
@@ -314,6 +315,14 @@ class EquinoxOwnStatistics(eqx.Module):
         return x - state.get(self.index), state
 
 
+def haiku_local(x: Any, train: Any) -> Any:
+    return hk.BatchNorm(True, True, 0.5)(x, train, test_local_stats=True)
+
+
+def haiku_by_position(x: Any, train: Any, /) -> Any:
+    return hk.BatchNorm(True, True, 0.5)(x, train)
+
+
 class EquinoxAlwaysFrozen(eqx.Module):
     drop: Any = eqx.nn.Dropout(0.5)
 
@@ -334,11 +343,13 @@ class EquinoxAlwaysFrozen(eqx.Module):
         (lambda: of_equinox(EquinoxOwnDropout()), False),
         (lambda: of_equinox(*eqx.nn.make_with_state(EquinoxOwnStatistics)()), True),
         (lambda: of_haiku(lambda x, train: hk.BatchNorm(True, True, 0.5)(x, True)), False),
+        (lambda: of_haiku(haiku_local), False),
+        (lambda: of_haiku(lambda x: hk.dropout(hk.next_rng_key(), 0.5, x)), False),
     ],
     ids=[
         *("linen frozen", "linen kwargs", "nnx", "equinox", "linen own statistics"),
         *("nnx attention", "nnx own dropout", "equinox own dropout", "equinox own statistics"),
-        "haiku",
+        *("haiku", "haiku local statistics", "haiku dropout"),
     ],
 )
 def test_a_mode_that_cannot_be_set_is_refused_and_the_call_is_shown(make: Any, train: bool) -> None:

@@ -8,6 +8,7 @@ such as `layers/0/weight`. Equinox modules take one example; this adapter maps t
 To get features, let the module return a dict with `"logits"` (there is nothing to intercept).
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -61,6 +62,11 @@ def model(
       ValueError: when `apply` is traced, if dropout or batch statistics are not in the mode asked
         for.
     """
+    if isinstance(module, functools.partial):
+        raise TypeError(
+            "module must be a module of Equinox, got functools.partial, in which JAX sees no arrays. "
+            "Give the module itself, and with call= how it is called."
+        )
     _modes.check_made(module, callable(module) and not isinstance(module, type), "Equinox")
     params, static = eqx.partition(module, eqx.is_inexact_array)
 

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax import Array
 
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Variables
@@ -48,7 +49,7 @@ def model(net: Callable[..., Any], *, taps: Sequence[str] = ()) -> Haiku:
     Raises:
       TypeError: if `net` has no argument for its mode, and others than the inputs.
       ValueError: when `apply` is traced, if a tap matches no module (the existing ones are listed),
-        or the state changes in evaluation mode.
+        or batch statistics are not in the mode asked for, or numbers are drawn in evaluation mode.
     """
     transformed = hk.transform_with_state(_with_mode(net))
 
@@ -66,9 +67,17 @@ def model(net: Callable[..., Any], *, taps: Sequence[str] = ()) -> Haiku:
         train: bool = False,
     ) -> tuple[Outputs, PyTree]:
         calls: dict[str, list[Any]] = {}
+        modes: dict[str, bool] = {}
 
         def record(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
             out = next_call(*args, **kwargs)
+            if isinstance(context.module, hk.BatchNorm) and context.method_name == "__call__":
+                given = (
+                    inspect.signature(hk.BatchNorm.__call__).bind(None, *args, **kwargs).arguments
+                )
+                uses_batch = given["is_training"] or given.get("test_local_stats", False)
+                if isinstance(uses_batch, (bool, np.bool_)):
+                    modes[context.module.module_name] = bool(uses_batch)
             if context.method_name == "__call__":
                 calls.setdefault(context.module.module_name, []).append(out)
             return out
@@ -76,6 +85,12 @@ def model(net: Callable[..., Any], *, taps: Sequence[str] = ()) -> Haiku:
         state = {} if model_state is None else model_state
         with hk.intercept_methods(record):
             outputs, new_state = transformed.apply(params, state, key, inputs, train)
+            if key is not None and not train:
+                modes["dropout"] = _modes.draws(
+                    lambda: transformed.apply(params, state, key, inputs, train)
+                )
+        example = "haiku.model(lambda x, train: Net()(x, is_training=train))"
+        _modes.check(modes, train, "the net", example)
         if not train and _modes.changed(_flat(state), _flat(new_state)):
             raise ValueError(
                 "the net changed its state in evaluation mode: its batch statistics do not follow "
@@ -93,6 +108,8 @@ def _with_mode(net: Callable[..., Any]) -> Callable[[Any, bool], Any]:
     accepted = _modes.accepted(net)
     if _modes.flags(accepted, True):
         return lambda inputs, train: net(inputs, **_modes.flags(accepted, train))
+    if len(names) == 2 and not accepted and _modes.flags(names[1:], True):  # by position alone
+        return lambda inputs, train: net(inputs, *_modes.flags(names[1:], train).values())
     if len(names) == 1 and not _modes.is_open(net):
         return lambda inputs, train: net(inputs)
     raise TypeError(

@@ -23,6 +23,7 @@ from jax import Array
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Variables
 from kdtl_jax.interop import _modes, _taps
 
+STATISTICS = ("use_running_average", "update_stats", "update_batch_stats")  # modes of these alone
 Call = Callable[[nn.Module, Any, bool], Any]  # (bound module, inputs, train) -> outputs
 
 
@@ -143,9 +144,12 @@ def _ways(module: nn.Module, call: Call | None, train: bool) -> list[_Way]:
     if call is not None:
         return [_Way(module, call)]
     options = _modes.candidates(type(module).__call__, train)
-    if options == [{}]:
-        changes: dict[str, Any] = _modes.flags(_mode_fields(module), train)
-        module = module.clone(**changes)
+    fields = _mode_fields(module)
+    if options != [{}]:  # what an argument says may not be said twice; statistics may be frozen
+        fields = [name for name in fields if getattr(module, name) is not None]
+        fields = [name for name in fields if name not in STATISTICS and name not in options[0]]
+    changes: dict[str, Any] = _modes.flags(fields, train)
+    module = module.clone(**changes)
     return [
         _Way(module, lambda bound, inputs, train, given=given: bound(inputs, **given))
         for given in options
