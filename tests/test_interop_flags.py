@@ -39,5 +39,5 @@ def test_a_field_beside_an_argument_follows_too() -> None:
 
 def test_an_equinox_module_in_a_partial_would_have_no_parameters() -> None:
     module: Any = functools.partial(eqx.nn.Linear(4, 2, key=jax.random.key(0)))
-    with pytest.raises(TypeError, match="in which JAX sees no arrays"):
+    with pytest.raises(TypeError, match="JAX sees no arrays in it"):
         equinox.model(module)
