@@ -18,11 +18,12 @@ RESULT:    us per student-step (and times faster than this library one after ano
            slower than one after another. Against PyTorch one after another (its better thread
            count): MLP 27x with a live teacher, 22x with a cached one; CNN 1.1x.
            On an AMD EPYC (AVX-512, 2 cores) the MLP sweep with a live teacher ran 7.5 to 9.6
-           times faster than one after another (29 us), with a cached one 2.0 times.
+           times faster than one after another (29 us; 8 times on a quiet machine), with a cached
+           one 2.0 times.
            Against `torch.func.vmap` under `torch.compile` at its better thread count (one), MLP, on
            two cores of a quiet AMD EPYC, 5 and 9 rounds: live teacher 19.8 and 22.5 us against 27.6
            and 28.5, cached 21.1 and 20.8 against 24.6 and 25.7; ratio of the medians 1.40 and 1.27
-           live, 1.17 and 1.24 cached; of the least 1.47 and 1.49 live, 1.26 and 1.34 cached.
+           live (1.3), 1.17 and 1.24 cached; of the least 1.47 and 1.49 live, 1.26 and 1.34 cached.
 
 64 MLP students (8 seeds x 8 temperatures; 64-32-10 taught by 64-256-256-10, batch 64, 50 steps),
 and 16 CNN students (8 seeds x 2 temperatures, 28x28, about 20k parameters taught by 200k, 5 steps).
