@@ -50,6 +50,19 @@ class Equinox(eqx.Module):
         return self.layers(x)
 
 
+@pytest.mark.parametrize(
+    "init",
+    [
+        lambda key, x, classes: jnp.ones((x.shape[-1], classes)),
+        lambda key, num_classes, x: jnp.ones((x.shape[-1], num_classes)),
+        lambda key, *, din, classes=10: jnp.ones((din, classes)),
+    ],
+)
+def test_arguments_of_init_are_filled_in_by_their_names(init: Any) -> None:
+    net = own.network((init, lambda params, x: x @ params), classes=3, example=X[:1])
+    assert net.init(jax.random.key(0), X[:1]).params.shape == (5, 3)
+
+
 class Pair:
     @staticmethod
     def init(key: Any, inputs: Any) -> Any:

@@ -7,7 +7,7 @@ modules; `hk.transform`'s or any other pair of functions `init(key, inputs) -> p
 `apply(params, inputs) -> logits`, where `apply` may also take a key and its mode under a usual
 name (`key`, `rng`; `train`, `is_training`, `deterministic`, ...); and factories of all of these.
 Arguments of a class or a factory are filled in by their names (`CLASSES`, `INPUTS`, `key`, `rngs`,
-...); a single argument of another name is the number of classes.
+...), and so are those of `init`; a single argument of another name is the number of classes.
 """
 
 import functools
@@ -58,7 +58,7 @@ def network(found: Any, *, classes: int, example: Any, dtype: Any = None) -> Net
     if isinstance(made, nn.Module):
         net = networks.network(made, example)
     elif pair := _pair(made):
-        net = _of_pair(*pair, example)
+        net = _of_pair(*pair, _values(classes, example.shape[1:]))
     elif (kind := _framework(made)) is None:
         raise TypeError(f"{name} is {_kind(made)}, no model. Expected {FORMS}.")
     elif made is found or not (_takes(found, "key") or _takes(found, "rngs")):
@@ -96,9 +96,7 @@ def _made(found: Any, classes: int, shape: tuple[int, ...], key: Array) -> Any:
 def _arguments(found: Any, classes: int, shape: tuple[int, ...], key: Array) -> dict[str, Any]:
     """What a class or a factory is called with."""
     name = getattr(found, "__name__", "it")
-    values = dict.fromkeys(CLASSES, classes) | dict.fromkeys(INPUTS, math.prod(shape))
-    values |= dict.fromkeys(SHAPES, shape) | {"key": key}
-    values |= dict.fromkeys(CHANNELS, shape[-1] if shape else 1)
+    values = _values(classes, shape) | {"key": key}
     given: dict[str, Any] = {}
     unknown = []
     for parameter in _parameters(found):
@@ -122,6 +120,13 @@ def _arguments(found: Any, classes: int, shape: tuple[int, ...], key: Array) -> 
             "in_features, shape, channels, key and rngs."
         )
     return given
+
+
+def _values(classes: int, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What is filled in, by the names of arguments."""
+    values = dict.fromkeys(CLASSES, classes) | dict.fromkeys(INPUTS, math.prod(shape))
+    channels = dict.fromkeys(CHANNELS, shape[-1] if shape else 1)
+    return {**values, **dict.fromkeys(SHAPES, shape), **channels}
 
 
 def _pair(found: Any) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
@@ -156,8 +161,13 @@ def _parameters(found: Any) -> list[inspect.Parameter]:
     return list(inspect.signature(found).parameters.values())
 
 
-def _of_pair(init: Callable[..., Any], apply: Callable[..., Any], example: Array) -> Network:
-    """A network of two functions; a model function and its variables are taken as they are."""
+def _of_pair(
+    init: Callable[..., Any], apply: Callable[..., Any], values: dict[str, Any]
+) -> Network:
+    """A network of two functions; a model function and its variables are taken as they are.
+
+    `values` are arguments of `init` by their names, besides the key and the inputs.
+    """
     places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(apply).parameters
     names = [p.name for p in parameters.values() if p.kind in places]
@@ -174,10 +184,16 @@ def _of_pair(init: Callable[..., Any], apply: Callable[..., Any], example: Array
         )
 
     def start(key: Array, inputs: Any) -> Variables:
-        given = inspect.signature(init).parameters.values()
+        _, *others = inspect.signature(init).parameters.values()
         flags = _modes.flags(_modes.accepted(init), True)
-        needed = [p for p in given if p.default is p.empty and p.name not in flags]
-        made = init(key, *(() if len(needed) == 1 else (inputs,)), **flags)
+        needed = [p.name for p in others if p.default is p.empty and p.name not in flags]
+        asked = [p.name for p in others if p.name in needed or p.name in CLASSES]
+        known = {name: values[name] for name in asked if name in values}
+        unknown = [name for name in needed if name not in known][:1]
+        if unknown and unknown[0] == others[0].name:
+            made = init(key, inputs, **known, **flags)
+        else:
+            made = init(key, **dict.fromkeys(unknown, inputs), **known, **flags)
         return made if isinstance(made, Variables) else Variables(made)
 
     def run(

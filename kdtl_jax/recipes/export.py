@@ -98,9 +98,12 @@ def stablehlo(
         return bytes(found.serialize())
     # NotImplementedError: JAX's own, of primitives that it cannot serialize.
     except (ValueError, TypeError, NotImplementedError, jax.errors.JAXTypeError) as error:
-        said = " ".join(str(error).split())[:300]
-        hint = "" if batch else " A model that needs to know its batch is exported with --batch."
-        raise ValueError(f"it cannot be exported: {said}{hint}") from error
+        said = " ".join(str(error).split())[:300].rstrip(".")
+        hint = "" if batch else (
+            " A model that needs to know its batch is exported with --batch; len(x) does, "
+            "x.shape[0] does not."
+        )  # fmt: skip
+        raise ValueError(f"it cannot be exported: {said}.{hint}") from error
 
 
 def write_onnx(
