@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax._types import Scalar
 
 ALPHAS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -229,7 +229,7 @@ def mcc(
     logits = _batch(logits=logits, where=where).rows
     _checks.several_classes(logits=logits)
     _checks.positive(temperature=temperature)
-    p = jnp.exp(_numerics.log_softmax(logits / _numerics.scalar(temperature, logits)))
+    p = jnp.exp(_softmax.log_softmax(logits / _numerics.scalar(temperature, logits)))
     if example_weights is None:
         example_weights = jnp.ones(logits.shape[:1], logits.dtype)
     if jnp.shape(example_weights) != logits.shape[:1]:
@@ -256,7 +256,7 @@ def entropy_weights(
     logits = _batch(logits=logits, where=where).rows
     _checks.several_classes(logits=logits)
     _checks.positive(temperature=temperature)
-    log_p = _numerics.log_softmax(logits / _numerics.scalar(temperature, logits))
+    log_p = _softmax.log_softmax(logits / _numerics.scalar(temperature, logits))
     finite = jnp.where(log_p != -jnp.inf, log_p, 0)
     entropy = -jnp.sum(jnp.exp(log_p) * finite, axis=-1)
     weights = 1 + jnp.exp(-entropy)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax._types import Scalar, Schedule
 
 
@@ -143,7 +143,7 @@ def fit_logit_scale(
     right = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
 
     def slope(scale: Array) -> Array:
-        p = jnp.exp(_numerics.log_softmax(scale * logits))
+        p = jnp.exp(_softmax.log_softmax(scale * logits))
         expected = jnp.sum(p * jnp.where(logits == -jnp.inf, 0, logits), axis=-1)
         return _numerics.masked_mean(expected - right, where)
 

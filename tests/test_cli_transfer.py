@@ -13,7 +13,7 @@ import yaml
 from kdtl_jax import cli, transforms, trees
 from kdtl_jax._types import Variables
 from kdtl_jax.datasets import Dataset, Splits
-from kdtl_jax.interop import safetensors
+from kdtl_jax.interop import safetensors, sources
 from kdtl_jax.models import mlp, resnet
 from kdtl_jax.recipes import _choice, _models, _targets, _training, transfer
 from kdtl_jax.recipes import _transfer_methods as ways
@@ -103,8 +103,9 @@ def test_a_run_writes_its_folder(
         "scratch",
         "copied_finetuned",
     ]
-    student = _models.load_variables(
-        str(out / "students" / "copied_finetuned.safetensors"), network(), jnp.zeros((1, 6))
+    student = sources.variables(
+        sources.opened(str(out / "students" / "copied_finetuned.safetensors")),
+        _models.abstract(network(), jnp.zeros((1, 6))),
     )
     assert student.params["head"]["kernel"].shape == (10, 3)
     capsys.readouterr()

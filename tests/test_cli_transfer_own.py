@@ -14,8 +14,8 @@ from test_cli_own_data import HOT, PRICE, scored
 from tiny import kdtl, results
 
 from kdtl_jax import datasets, models, train, trees
-from kdtl_jax.interop import model_files, networks, safetensors
-from kdtl_jax.recipes import _measures, _models, _training, transfer
+from kdtl_jax.interop import model_files, networks, safetensors, sources
+from kdtl_jax.recipes import _measures, _training, transfer
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.train import sweep
 
@@ -226,9 +226,9 @@ def test_sources_from_orbax_folders(tmp_path: Path) -> None:
         params.setdefault(path.split("/")[0], {})[path.split("/")[1]] = leaf
     writer = ocp.PyTreeCheckpointer()
     writer.save(tmp_path / "a", {"params": params, "opt": {"count": np.zeros(())}})
-    found = trees.flatten(_models.load_tree(str(tmp_path / "a")))
+    found = trees.flatten(sources.opened(str(tmp_path / "a")).tree(None))
     assert found.keys() == stored.keys()
     np.testing.assert_array_equal(found["head/kernel"], stored["head/kernel"])
     writer.save(tmp_path / "b", {"params": params, "batch_stats": {"norm": {"mean": np.ones(2)}}})
-    whole = trees.flatten(_models.load_tree(str(tmp_path / "b")))
+    whole = trees.flatten(sources.opened(str(tmp_path / "b")).tree(None))
     assert whole.keys() == {"batch_stats/norm/mean", *(f"params/{path}" for path in stored)}

@@ -13,8 +13,8 @@ import pytest
 from tiny import kdtl, results, write_data
 
 from kdtl_jax import datasets, models, trees
-from kdtl_jax.interop import huggingface, model_files, networks, safetensors
-from kdtl_jax.recipes import _models, _weights
+from kdtl_jax.interop import huggingface, model_files, networks, safetensors, sources
+from kdtl_jax.recipes import _models
 from kdtl_jax.recipes.settings import UsageError
 
 SHORT = ["--seeds", 1, "--epochs", 1, "--student", "mlp:3", "--methods", "kd", "--batch-size", 8]
@@ -69,7 +69,7 @@ def test_images_are_scaled_by_the_steps_that_the_processor_takes(
     known: dict[str, Any], wanted: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(known))
-    made, x = _weights.scaling(str(tmp_path)), np.array([[0.0], [100.0], [255.0]])
+    made, x = sources.scaling(str(tmp_path)), np.array([[0.0], [100.0], [255.0]])
     assert made is not None
     np.testing.assert_allclose((x - made.mean) / made.scale, wanted(x), rtol=1e-5, atol=1e-5)
 
@@ -78,9 +78,9 @@ def test_a_processor_that_shifts_or_only_resizes(tmp_path: Path) -> None:
     file = tmp_path / "preprocessor_config.json"
     file.write_text(json.dumps({"do_normalize": False, "rescale_offset": True}))
     with pytest.raises(ValueError, match="rescale_offset is not known here"):
-        _weights.scaling(str(tmp_path))
+        sources.scaling(str(tmp_path))
     file.write_text(json.dumps({"do_resize": True, "size": 16, "do_rescale": True}))
-    assert _weights.scaling(str(tmp_path)) is None
+    assert sources.scaling(str(tmp_path)) is None
 
 
 def test_a_hugging_face_folder_becomes_a_model_of_other_classes(
@@ -117,7 +117,7 @@ def test_a_hugging_face_folder_becomes_a_model_of_other_classes(
     # As a teacher it keeps its own classes.
     with pytest.raises(ValueError, match="head/kernel.*for these classes"):
         net = _models.described(f"huggingface:{VIT}", 3, test.inputs[:1])
-        _models.load_variables(str(VIT), net, test.inputs[:1])
+        sources.variables(sources.opened(str(VIT)), _models.abstract(net, test.inputs[:1]))
 
 
 def test_a_body_without_a_head_gets_one() -> None:
@@ -147,15 +147,16 @@ def test_an_orbax_folder_teaches(tmp_path: Path, capsys: pytest.CaptureFixture[s
             whole: Any = {"params": params, "opt": {"count": jnp.zeros(())}}
             manager.save(step, args=ocp.args.PyTreeSave(whole))
     for folder in (alone, steps):
-        assert _models.read_about(str(folder), "mlp:6", "mlp:1")[0] == "mlp:6"
-        found = _models.load_variables(str(folder), net, example)
+        source = _models.opened(str(folder), "mlp:6", "mlp:1")
+        assert source.about.model == "mlp:6"
+        found = sources.variables(source, networks.abstract(net, example))
         jax.tree.map(np.testing.assert_array_equal, found.params, variables.params)
     with pytest.raises(ValueError, match="alone: the file does not fit.*dense_0/kernel"):
         other = networks.network(models.mlp((7,), 3), np.zeros((1, 5), np.float32))
-        _models.load_variables(str(alone), other, example)
+        sources.variables(sources.opened(str(alone)), networks.abstract(other, example))
     with pytest.raises(UsageError, match="an Orbax folder, which does not say its model"):
-        _models.read_about(str(alone), None, "mlp:1")
-    assert not _weights.is_orbax(str(tmp_path))
+        _models.opened(str(alone), None, "mlp:1")
+    assert not sources.is_orbax(str(tmp_path))
     data, out = write_data(tmp_path / "d.npz"), tmp_path / "run"
     words = ["distill", "--data", data, "--teacher-weights", alone, "--teacher", "mlp:6", *SHORT]
     assert kdtl(*words, "--out", out) == 0

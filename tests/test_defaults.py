@@ -3,7 +3,7 @@
 import pytest
 
 from kdtl_jax import cli
-from kdtl_jax.recipes import _defaults
+from kdtl_jax.recipes import _training, distill
 
 
 @pytest.mark.parametrize(
@@ -20,9 +20,9 @@ from kdtl_jax.recipes import _defaults
 def test_few_examples_still_make_steps(
     words: list[str], examples: int, found: tuple[int, int, int]
 ) -> None:
-    fixed = _defaults.resolved(cli.parse(["distill", *words]), examples, classes=10)
+    fixed = distill.resolved(cli.parse(["distill", *words]), examples, classes=10)
     assert (fixed.per_class, fixed.batch_size, fixed.epochs) == found
 
 
 def test_batches_divide_among_devices_and_microbatches() -> None:
-    assert _defaults.batch_size(100, 8) == 16 and _defaults.batch_size(10, 8) == 8
+    assert _training.usual_batch(100, 8) == 16 and _training.usual_batch(10, 8) == 8

@@ -20,8 +20,8 @@ from test_model_files import ABOUT, made
 from kdtl_jax.cli.params import _recipes
 from kdtl_jax.cli.params.merge import Settings
 from kdtl_jax.datasets import Column, Preprocessing, Standardizer
-from kdtl_jax.interop import model_files, safetensors
-from kdtl_jax.recipes import _finished, _inputs, _weights
+from kdtl_jax.interop import model_files, safetensors, sources
+from kdtl_jax.recipes import _finished, _inputs
 
 # --- files of models -----------------------------------------------------------------------------
 
@@ -127,7 +127,7 @@ def test_any_bytes_of_an_orbax_folder(
     path.write_bytes(edited(whole, edit))
     try:
         with read_or_refused():
-            found = safetensors.fill(TREE, _weights.from_orbax(str(orbax), TREE))
+            found = safetensors.fill(TREE, sources.from_orbax(str(orbax), TREE))
             assert found["dense"]["kernel"].shape == (3, 2)
     finally:
         path.write_bytes(whole)
@@ -136,10 +136,10 @@ def test_any_bytes_of_an_orbax_folder(
 def test_arrays_of_an_orbax_folder_that_no_file_holds(
     orbax: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_weights, "LARGE", 0)
-    monkeypatch.setattr(_weights, "MOST_PACKED", 0)
+    monkeypatch.setattr(sources, "LARGE", 0)
+    monkeypatch.setattr(sources, "MOST_PACKED", 0)
     with pytest.raises(ValueError, match="its arrays have 11 numbers, its files"):
-        _weights.from_orbax(str(orbax), TREE)
+        sources.from_orbax(str(orbax), TREE)
 
 
 # --- recipes of merges ---------------------------------------------------------------------------

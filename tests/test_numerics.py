@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdtl_jax import _numerics, _pooling, losses
+from kdtl_jax import _numerics, _pooling, _softmax, losses
 
-KL = jax.jit(_numerics.kl_from_logits)
+KL = jax.jit(_softmax.kl_from_logits)
 KL_GRADS = jax.jit(jax.vjp, static_argnums=0)
-LOG_SOFTMAX = jax.jit(_numerics.log_softmax)
+LOG_SOFTMAX = jax.jit(_softmax.log_softmax)
 
 
 def exact_kl(p_logits: np.ndarray, q_logits: np.ndarray) -> np.ndarray:
@@ -112,7 +112,7 @@ def test_kl_is_finite_nonnegative_and_zero_at_equality(
     kl = np.asarray(KL(p, q))
     assert np.isfinite(kl).all() and (kl >= 0).all()
     assert not np.asarray(KL(p, p)).any()
-    value, pull = KL_GRADS(_numerics.kl_from_logits, p, q)
+    value, pull = KL_GRADS(_softmax.kl_from_logits, p, q)
     for grad in pull(jnp.ones_like(value)):
         assert np.isfinite(grad).all() and not np.asarray(grad[:, :masked]).any()
         np.testing.assert_allclose(np.sum(grad, axis=-1), 0, atol=1e-4 * max(1, scale))
@@ -121,7 +121,7 @@ def test_kl_is_finite_nonnegative_and_zero_at_equality(
 def test_the_gradient_of_kl_by_the_student_is_the_difference_of_probabilities() -> None:
     rng = np.random.default_rng(0)
     p, q = (rng.normal(size=(4, 6)).astype(np.float32) for _ in range(2))
-    value, pull = KL_GRADS(_numerics.kl_from_logits, p, q)
+    value, pull = KL_GRADS(_softmax.kl_from_logits, p, q)
     expected = jax.nn.softmax(q) - jax.nn.softmax(p)
     np.testing.assert_allclose(pull(jnp.ones_like(value))[1], expected, atol=1e-6)
 
@@ -141,7 +141,7 @@ def test_kl_with_where_equals_slicing() -> None:
     p, q = (rng.normal(size=(4, 6)).astype(np.float32) for _ in range(2))
     where = np.zeros((4, 6), bool)
     where[:, 1:4] = True
-    masked = jax.jit(lambda p, q, w: _numerics.kl_from_logits(p, q, where=w))(p, q, where)
+    masked = jax.jit(lambda p, q, w: _softmax.kl_from_logits(p, q, where=w))(p, q, where)
     np.testing.assert_allclose(masked, KL(p[:, 1:4], q[:, 1:4]), rtol=1e-5)
 
 
@@ -154,7 +154,7 @@ def test_log_softmax_of_absent_classes() -> None:
     np.testing.assert_allclose(got[2], [-np.log(2), -2e4 - np.log(2), -np.log(2)], rtol=1e-6)
 
     def total(z: jax.Array) -> jax.Array:
-        log_p = _numerics.log_softmax(z)
+        log_p = _softmax.log_softmax(z)
         return jnp.sum(jnp.where(log_p > -jnp.inf, log_p, 0))
 
     assert np.isfinite(jax.jit(jax.grad(total))(z)).all()
@@ -268,7 +268,7 @@ def test_gram_is_the_matrix_of_inner_products() -> None:
     np.testing.assert_allclose(_numerics.gram(jnp.asarray(x), jnp.asarray(y)), want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("classes", [2, _numerics.FEW, _numerics.FEW + 1])
+@pytest.mark.parametrize("classes", [2, _softmax.FEW, _softmax.FEW + 1])
 def test_kl_is_the_same_on_either_side_of_few_classes(classes: int) -> None:
     """Which axis is summed is a matter of speed alone, in any rank and under vmap."""
     rng = np.random.default_rng(classes)
@@ -278,7 +278,7 @@ def test_kl_is_the_same_on_either_side_of_few_classes(classes: int) -> None:
         log_p, log_q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
         return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
-    for kl in (_numerics.kl_from_logits, jax.vmap(_numerics.kl_from_logits)):
+    for kl in (_softmax.kl_from_logits, jax.vmap(_softmax.kl_from_logits)):
         np.testing.assert_allclose(kl(p, q), plain(p, q), rtol=1e-4, atol=1e-6)
         got = jax.grad(lambda p, q, kl=kl: jnp.sum(kl(p, q)), argnums=(0, 1))(p, q)
         want = jax.grad(lambda p, q: jnp.sum(plain(p, q)), argnums=(0, 1))(p, q)

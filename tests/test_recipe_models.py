@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from kdtl_jax import models
+from kdtl_jax._types import Variables
 from kdtl_jax.datasets import Dataset, Splits, Standardizer
-from kdtl_jax.interop import safetensors
+from kdtl_jax.interop import safetensors, sources
+from kdtl_jax.interop.sources import Source
 from kdtl_jax.recipes import _models
 from kdtl_jax.recipes._models import About, Network
 from kdtl_jax.recipes.settings import Data, UsageError
@@ -130,17 +132,19 @@ def test_half_precision_gives_float32_outputs() -> None:
     assert {x.dtype for x in found.values()} == {jnp.dtype(jnp.float32)}
 
 
+def loaded(path: str, net: Network) -> Variables:
+    return sources.variables(sources.opened(path), _models.abstract(net, EXAMPLE))
+
+
 def test_variables_go_through_a_file(tmp_path: object) -> None:
     path = f"{tmp_path}/weights.safetensors"
     for text in ("mlp:6", "resnet8"):
         net = described(text)
         variables = jax.jit(lambda net=net: net.init(jax.random.key(0), EXAMPLE))()
         safetensors.save(path, _models.tree(variables))
-        jax.tree.map(
-            np.testing.assert_array_equal, _models.load_variables(path, net, EXAMPLE), variables
-        )
+        jax.tree.map(np.testing.assert_array_equal, loaded(path, net), variables)
     with pytest.raises(ValueError, match=r"weights.safetensors: .*missing 'head/bias'"):
-        _models.load_variables(path, described("mlp:6"), EXAMPLE)
+        loaded(path, described("mlp:6"))
 
 
 @pytest.mark.parametrize(
@@ -189,9 +193,9 @@ def teacher(tmp_path: Path) -> str:
 
 def read(path: str, splits: Splits, monkeypatch: pytest.MonkeyPatch, **given: Any) -> Any:
     monkeypatch.setattr(_models, "read_splits", lambda *args, **kwargs: splits)
-    text, about = _models.read_about(path, given.get("text"), "mlp:1")
-    found, form = _models.read_data(Data(), about, path)
-    return text, found, form.scaling
+    source = _models.opened(path, given.get("text"), "mlp:1")
+    found, form = _models.read_data(Data(), source)
+    return source.about.model, found, form.scaling
 
 
 def test_a_file_says_what_its_model_is(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +203,7 @@ def test_a_file_says_what_its_model_is(teacher: str, monkeypatch: pytest.MonkeyP
     assert text == "mlp:6" and safetensors.index(teacher).metadata["seed"] == "0"
     np.testing.assert_array_equal(scaling.mean, np.full(4, 5))
     np.testing.assert_allclose(splits.test.inputs, (data().test.inputs - 5) / 2, rtol=1e-6)
-    assert _models.read_about(None, None, "mlp:1") == ("mlp:1", About())
+    assert _models.opened(None, None, "mlp:1")[:2] == (None, About("mlp:1"))
 
 
 def test_a_file_of_something_else_is_refused(
@@ -231,11 +235,11 @@ def test_a_file_of_something_else_is_refused(
     inputs[:, 2] *= 1e-3
     assert _models.other_units(inputs, ["a", "b", "c", "d"]) is None
     with pytest.raises(ValueError, match="no such file"):
-        _models.read_about(str(tmp_path / "nowhere"), None, "mlp:1")
+        _models.opened(str(tmp_path / "nowhere"), None, "mlp:1")
     broken = tmp_path / "broken.safetensors"
     safetensors.save(broken, {"a": np.ones(1)}, metadata={"classes": "many"})
     with pytest.raises(ValueError, match="metadata are damaged"):
-        _models.read_about(str(broken), None, "mlp:1")
+        _models.opened(str(broken), None, "mlp:1")
 
 
 def test_images_of_another_size_are_refused_and_unknown_scaling_is_said(
@@ -246,8 +250,8 @@ def test_images_of_another_size_are_refused_and_unknown_scaling_is_said(
                    np.arange(6, dtype=np.int32) % 2, 2)  # fmt: skip
     monkeypatch.setattr(_models, "read_splits", lambda *args, **kwargs: Splits(part, part, part))
     with pytest.raises(ValueError, match=r"is of inputs \[8, 8, 1\], .* are \[4, 4, 1\]"):
-        _models.read_data(Data(), About("cnn:2", 2, None, (), (8, 8, 1)), "teacher")
-    _models.read_data(Data(), About("cnn:2", 2), "teacher")
+        _models.read_data(Data(), Source("teacher", About("cnn:2", 2, None, (), (8, 8, 1))))
+    _models.read_data(Data(), Source("teacher", About("cnn:2", 2)))
     assert "teacher does not say how its inputs were scaled" in capsys.readouterr().err
 
 
@@ -258,7 +262,7 @@ def test_a_table_s_classes_are_numbered_as_its_teacher_s(tmp_path: Path) -> None
         (tmp_path / f"{name}.csv").write_text("x,y,label\n" + "\n".join(lines))
 
     def read_csv(name: str, about: About, path: str | None) -> Any:
-        return _models.read_data(Data(data=str(tmp_path / f"{name}.csv")), about, path)
+        return _models.read_data(Data(data=str(tmp_path / f"{name}.csv")), Source(path, about))
 
     for taught, given in (("numbers", "numbers"), ("words", "order")):
         splits, form = read_csv(taught, About(), None)
@@ -275,4 +279,4 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     bad = jax.tree.map(lambda x: x * jnp.float32(jnp.nan), variables)
     _models.save(tmp_path / "bad.safetensors", bad, About("mlp:6"), {})
     with pytest.raises(ValueError, match="not finite"):
-        _models.load_variables(str(tmp_path / "bad.safetensors"), net, EXAMPLE)
+        loaded(str(tmp_path / "bad.safetensors"), net)

@@ -15,7 +15,7 @@ from tiny import SHORT, kdtl, results, write_data
 
 from kdtl_jax import train
 from kdtl_jax.objective import Inputs
-from kdtl_jax.recipes import _choice, _optimizers, _tasks, _training
+from kdtl_jax.recipes import _choice, _measures, _optimizers, _training
 from kdtl_jax.recipes._optimizers import Training
 from kdtl_jax.run import checkpoint, loop
 
@@ -86,18 +86,18 @@ def test_labels_are_smoothed_and_classes_weighted() -> None:
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
     inputs = Inputs({"logits": logits}, {}, {"labels": jnp.asarray(labels)})
     log_p = np.asarray(jax.nn.log_softmax(logits))
-    assert _tasks.task(Training(), labels, 3) is _tasks.cross_entropy
+    assert _measures.cross_entropy_of(Training(), labels, 3) is _measures.cross_entropy
     smooth: Any = replace(Training(), label_smoothing=0.3)
     targets = 0.7 * np.eye(3)[labels] + 0.1
-    found = _tasks.task(smooth, labels, 3)(inputs)
+    found = _measures.cross_entropy_of(smooth, labels, 3)(inputs)
     assert isinstance(found, dict)
     np.testing.assert_allclose(found["task"], -(targets * log_p).sum(-1), rtol=1e-5)
     even: Any = replace(Training(), class_weights="balanced")
-    found = _tasks.task(even, labels, 3)(inputs)
+    found = _measures.cross_entropy_of(even, labels, 3)(inputs)
     assert isinstance(found, dict)
     weights = np.array([4 / (2 * 3), 4 / 2])[labels]
     np.testing.assert_allclose(found["task"], -weights * log_p[np.arange(4), labels], rtol=1e-5)
-    np.testing.assert_allclose(_tasks.balanced(labels, 3), [2 / 3, 2, 0])
+    np.testing.assert_allclose(_measures.balanced(labels, 3), [2 / 3, 2, 0])
 
 
 def test_an_average_of_the_weights_is_kept_beside_the_optimizer() -> None:

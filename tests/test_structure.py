@@ -21,7 +21,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"_text"}),
     frozenset({"_types", "_checks", "_numerics", "_pooling", "_jaxprs", "_files"}),
-    frozenset({"trees", "_model_functions"}),
+    frozenset({"trees", "_softmax", "_model_functions"}),
     # Functions of arrays and of parameters.
     frozenset(
         {"losses", "discrepancies", "penalties", "connectors", "memory", "objective"}

@@ -8,10 +8,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
-
 from kdtl_jax import _text, models
-from kdtl_jax.interop._hf_config import HARMLESS, Config
+from kdtl_jax.interop._hf_config import HARMLESS, Config, activation_named
 from kdtl_jax.interop._hf_decoder_names import (
     both_norms,
     down,
@@ -107,22 +105,12 @@ def _layers(config: Config, key: str = "num_hidden_layers") -> int:
     return layers
 
 
-def _activation(config: Config, key: str, default: str) -> Callable[..., Any]:
-    known = {
-        "silu": jax.nn.silu,
-        "swish": jax.nn.silu,
-        "gelu": models.gelu,
-        "gelu_new": models.gelu_tanh,
-        "gelu_pytorch_tanh": models.gelu_tanh,
-        "gelu_fast": models.gelu_tanh,
-        "relu": jax.nn.relu,
-    }
+def _activation(config: Config, key: str, default: str) -> models.Activation:
     name = config.get(key) or default
-    if name not in known:
-        raise ValueError(
-            f"{key} = {_text.quoted(name)} is not built here (only {', '.join(known)})."
-        )
-    return known[name]
+    try:
+        return activation_named(name)
+    except ValueError as expected:
+        raise ValueError(f"config.json: {key} = {_text.quoted(name)}; {expected}.") from None
 
 
 def _common(config: Config, **changes: Any) -> DecoderConfig:

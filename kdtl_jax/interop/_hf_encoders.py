@@ -142,9 +142,7 @@ def _bert(v: dict[str, Any], found: Found) -> models.Bert:
         hidden=v["intermediate_size"],
         positions=v["max_position_embeddings"],
         types=v.get("type_vocab_size", 0),
-        classes=found.classes("sequence"),
-        token_classes=found.classes("token"),
-        has_language_head=found.head is not None and found.head.task == "language",
+        **found.text_heads(),
         has_pooler=found.has("pooler.dense.weight") and not own_pooler,
         activation=v["hidden_act"],
         language_activation=v["hidden_act"],
@@ -152,7 +150,6 @@ def _bert(v: dict[str, Any], found: Found) -> models.Bert:
         dropout=v["hidden_dropout_prob"],
         attention_dropout=v["attention_probs_dropout_prob"],
         head_dropout=v.get("classifier_dropout"),
-        is_tied=found.is_tied,
     )
 
 
@@ -195,9 +192,7 @@ def _distilbert(v: dict[str, Any], found: Found) -> models.Bert:
         hidden=v["hidden_dim"],
         positions=v["max_position_embeddings"],
         types=0,
-        classes=classes,
-        token_classes=found.classes("token"),
-        has_language_head=found.head is not None and found.head.task == "language",
+        **found.text_heads(),
         has_pooler=classes is not None,
         activation=v["activation"],
         language_activation=v["activation"],
@@ -205,7 +200,6 @@ def _distilbert(v: dict[str, Any], found: Found) -> models.Bert:
         dropout=v["dropout"],
         attention_dropout=v["attention_dropout"],
         head_dropout=v["dropout"] if classes is None else v["seq_classif_dropout"],
-        is_tied=found.is_tied,
     )
 
 
@@ -383,8 +377,9 @@ distilbert = Family(
         r"(qa_outputs|pre_classifier|classifier)\..*",
     ),
     depth="n_layers",
-    sides={**_SIDES, "hidden_dim": ("layers_0/mlp/up/kernel", 1)},
-)
-distilbert = distilbert._replace(
-    sides={key: side for key, side in distilbert.sides.items() if key != "intermediate_size"}
+    sides={
+        "vocab_size": _SIDES["vocab_size"],
+        "max_position_embeddings": _SIDES["max_position_embeddings"],
+        "hidden_dim": _SIDES["intermediate_size"],
+    },
 )

@@ -56,6 +56,15 @@ class Found(NamedTuple):
             return None
         return self.shapes[self.head.classes][0]
 
+    def text_heads(self) -> dict[str, Any]:
+        """The heads of an encoder of text, as its module's fields."""
+        return {
+            "classes": self.classes("sequence"),
+            "token_classes": self.classes("token"),
+            "has_language_head": self.head is not None and self.head.task == "language",
+            "is_tied": self.is_tied,
+        }
+
 
 class Family(NamedTuple):
     """A family of checkpoints.

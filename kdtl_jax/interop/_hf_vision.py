@@ -73,21 +73,28 @@ vit_embeddings = (
 )
 
 
+def _patched(v: dict[str, Any]) -> dict[str, Any]:
+    """What all transformers of patches have."""
+    return {
+        "width": v["hidden_size"],
+        "layers": v["num_hidden_layers"],
+        "heads": check_heads(v["hidden_size"], v["num_attention_heads"]),
+        "patch": one_or_two(v["patch_size"]),
+        "grid": grid_of(v),
+        "unseen": unseen_of(v),
+        "activation": v["hidden_act"],
+        "norm_epsilon": v["layer_norm_eps"],
+    }
+
+
 def _vit(v: dict[str, Any], found: Found) -> models.ViT:
     return models.ViT(
-        width=v["hidden_size"],
-        layers=v["num_hidden_layers"],
-        heads=check_heads(v["hidden_size"], v["num_attention_heads"]),
+        **_patched(v),
         hidden=v["intermediate_size"],
-        patch=one_or_two(v["patch_size"]),
-        grid=grid_of(v),
-        unseen=unseen_of(v),
         classes=found.classes("image"),
         has_pooler=found.has("pooler.dense.weight"),
         pooled_activation=v["pooler_act"],
         pooler_width=v["pooler_output_size"],
-        activation=v["hidden_act"],
-        norm_epsilon=v["layer_norm_eps"],
         qkv_bias=v["qkv_bias"],
         dropout=v["hidden_dropout_prob"],
         attention_dropout=v["attention_probs_dropout_prob"],
@@ -172,17 +179,10 @@ def _dinov2(v: dict[str, Any], found: Found) -> models.Dinov2:
     if v["use_swiglu_ffn"]:
         hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
     return models.Dinov2(
-        width=v["hidden_size"],
-        layers=v["num_hidden_layers"],
-        heads=check_heads(v["hidden_size"], v["num_attention_heads"]),
+        **_patched(v),
         hidden=hidden,
-        patch=one_or_two(v["patch_size"]),
-        grid=grid_of(v),
-        unseen=unseen_of(v),
         classes=found.classes("image"),
         is_gated=v["use_swiglu_ffn"],
-        activation=v["hidden_act"],
-        norm_epsilon=v["layer_norm_eps"],
         qkv_bias=v["qkv_bias"],
         dropout=v["hidden_dropout_prob"],
         attention_dropout=v["attention_probs_dropout_prob"],
@@ -265,18 +265,8 @@ _TOWER_FIELDS = (
 
 
 def _tower_of(v: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "width": v["hidden_size"],
-        "layers": v["num_hidden_layers"],
-        "heads": check_heads(v["hidden_size"], v["num_attention_heads"]),
-        "hidden": v["intermediate_size"],
-        "patch": one_or_two(v["patch_size"]),
-        "grid": grid_of(v),
-        "unseen": unseen_of(v),
-        "activation": v["hidden_act"],
-        "norm_epsilon": v["layer_norm_eps"],
-        "attention_dropout": v["attention_dropout"],
-    }
+    own = {"hidden": v["intermediate_size"], "attention_dropout": v["attention_dropout"]}
+    return {**_patched(v), **own}
 
 
 def _clip_vision(v: dict[str, Any], found: Found) -> models.ClipVision:

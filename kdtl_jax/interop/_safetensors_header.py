@@ -1,4 +1,4 @@
-"""The safetensors header: eight bytes of length, JSON, then one tiled payload.
+"""What a checkpoint is: its files, and their headers, eight bytes of length and JSON each.
 
 Nothing is trusted: sizes are exact integers, the tensors must tile the payload without holes or
 overlaps, no key may appear twice, and a foreign file is recognized by its first bytes. Nothing is
@@ -10,7 +10,7 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -60,6 +60,93 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     start: int
     stop: int
+
+
+class Checkpoint(NamedTuple):
+    """What lies on disk: `tensors` by name, the files' merged `metadata`, and the files."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    files: tuple[Path, ...]
+
+
+def index(path: str | Path) -> Checkpoint:
+    """Reads the headers of a file, a sharded checkpoint's index, or a folder with either.
+
+    Args:
+      path: `*.safetensors`, `*.index.json`, or a folder that holds `model.safetensors`, an index,
+        or exactly one safetensors file.
+
+    Raises:
+      FileNotFoundError: if nothing of the kind is there.
+      ValueError: if a file is truncated, foreign (pickles included) or contradicts itself, or an
+        index names files outside its folder or tensors that its files lack.
+    """
+    found = _locate(Path(path))
+    if found.suffix == ".json":
+        return _index_shards(found)
+    tensors, metadata = parse(found)
+    return Checkpoint(tensors, metadata, (found,))
+
+
+def _locate(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist.")
+    for name in ("model.safetensors", index_name):
+        if (path / name).is_file():
+            return path / name
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise FileNotFoundError(
+            f"{path} holds {len(found)} safetensors files and no {index_name}; "
+            f"name one of them, such as {found[0].name}."
+        )
+    pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    hint = f" It has {pickles[0]}, a pickle, which is never loaded: convert it." if pickles else ""
+    raise FileNotFoundError(f"{path} holds no safetensors file.{hint}")
+
+
+def _index_shards(path: Path) -> Checkpoint:
+    contents = json_file(path)
+    weight_map = contents.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ValueError(f"{path} has no weight_map from tensor names to file names.")
+    shards: dict[str, dict[str, Tensor]] = {}
+    metadata: dict[str, str] = {}
+    for name in sorted(set(weight_map.values())):
+        file = path.parent / _plain_name(path, name)
+        if not file.is_file():
+            raise FileNotFoundError(f"{path} names {name}, which does not exist.")
+        shards[name], more = parse(file)
+        metadata |= more
+    tensors: dict[str, Tensor] = {}
+    for tensor, shard in weight_map.items():
+        if tensor not in shards[shard]:
+            raise ValueError(f"{path} puts {_text.quoted(tensor)} in {shard}, which lacks it.")
+        tensors[tensor] = shards[shard][tensor]
+    unlisted = sorted(t for shard in shards.values() for t in shard if t not in weight_map)
+    if unlisted:
+        raise ValueError(
+            f"{path} does not list {len(unlisted)} of its files' tensors, such as "
+            f"{_text.quoted(unlisted[0])}. Index and files belong to different checkpoints; name a "
+            "single file."
+        )
+    return Checkpoint(tensors, metadata, tuple(path.parent / name for name in sorted(shards)))
+
+
+def _plain_name(path: Path, name: str) -> str:
+    """A file name without any folder: an index must not reach outside its own."""
+    windows = PureWindowsPath(name)
+    plain = PurePosixPath(name).name == name == windows.name and name not in ("", ".", "..")
+    if not plain or windows.drive or "\0" in name:
+        raise ValueError(
+            f"{path} names the file {_text.quoted(name)}; an index may only name files beside it."
+        )
+    return name
 
 
 def numpy_dtype(name: str, dtype: str) -> np.dtype[Any]:

@@ -26,6 +26,7 @@ from kdtl_jax.interop.networks import Network
 from kdtl_jax.run import record
 
 MOST_INPUTS = 2**26  # numbers in one input
+HUGGING_FACE = "huggingface:"  # before the folder whose model it is, as a model's text
 PLAIN, CONNECTED = "model", "model with connectors"  # the metadata's "kind"
 
 
@@ -170,16 +171,6 @@ def as_variables(found: PyTree, template: Variables) -> Variables:
     return Variables(found["params"], {name: found[name] for name in template.model_state})
 
 
-def load_variables(path: str, net: Network, example: Any) -> Variables:
-    """A network's variables from safetensors, as `tree` stores them.
-
-    Raises:
-      OSError: if the file cannot be read.
-      ValueError: naming each leaf that is missing, extra, of another shape, or not finite.
-    """
-    return filled(path, safetensors.load(path), networks.abstract(net, example))
-
-
 def filled(path: str, flat: Mapping[str, Any], template: Variables) -> Variables:
     """The template's variables from leaves by path, laid out as by `tree`; `path` is for messages.
 
@@ -267,7 +258,7 @@ def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = N
 
 def hugging_face_of(text: str) -> str | None:
     """The folder in `huggingface:FOLDER`, a model's text; None for others."""
-    return text.removeprefix("huggingface:") if text.startswith("huggingface:") else None
+    return text.removeprefix(HUGGING_FACE) if text.startswith(HUGGING_FACE) else None
 
 
 def is_own(text: str) -> bool:
@@ -299,7 +290,7 @@ def _built(
         raise ValueError(f"{path}: {_text.shown(str(error), 1000)}") from None
     if metadata.get("kind") == CONNECTED:
         return _through_connectors(path, net, found, metadata, example)
-    stored = load_variables(path, net, example)
+    stored = filled(path, safetensors.load(path), networks.abstract(net, example))
     return lambda x: net.apply(stored.params, stored.model_state, x)[0]["logits"]
 
 

@@ -14,8 +14,8 @@ checksums, which the format lacks (training checkpoints have them: `kdtl_jax.run
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,40 +24,15 @@ import numpy as np
 from kdtl_jax import _checks, _text, trees
 from kdtl_jax._types import PyTree
 from kdtl_jax.interop import _safetensors_header as _header
+from kdtl_jax.interop._safetensors_header import Checkpoint as Checkpoint
 from kdtl_jax.interop._safetensors_header import Tensor as Tensor
+from kdtl_jax.interop._safetensors_header import index as index
 from kdtl_jax.interop._safetensors_header import index_name as index_name
 from kdtl_jax.interop._safetensors_header import json_file as json_file
 from kdtl_jax.interop._safetensors_write import save as save
 from kdtl_jax.interop._safetensors_write import save_sharded as save_sharded
 from kdtl_jax.interop._safetensors_write import stream as stream
 from kdtl_jax.interop._safetensors_write import stream_sharded as stream_sharded
-
-
-class Checkpoint(NamedTuple):
-    """What lies on disk: `tensors` by name, the files' merged `metadata`, and the files."""
-
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-    files: tuple[Path, ...]
-
-
-def index(path: str | Path) -> Checkpoint:
-    """Reads the headers of a file, a sharded checkpoint's index, or a folder with either.
-
-    Args:
-      path: `*.safetensors`, `*.index.json`, or a folder that holds `model.safetensors`, an index,
-        or exactly one safetensors file.
-
-    Raises:
-      FileNotFoundError: if nothing of the kind is there.
-      ValueError: if a file is truncated, foreign (pickles included) or contradicts itself, or an
-        index names files outside its folder or tensors that its files lack.
-    """
-    found = _locate(Path(path))
-    if found.suffix == ".json":
-        return _index_shards(found)
-    tensors, metadata = _header.parse(found)
-    return Checkpoint(tensors, metadata, (found,))
 
 
 def views(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -144,11 +119,11 @@ def take(
 def _runs(indices: np.ndarray, rows: int) -> Iterator[np.ndarray]:
     """Consecutive parts of `indices`, each within `rows` neighboring rows."""
     start, least, most = 0, int(indices[0]), int(indices[0])
-    for i, index in enumerate(indices.tolist()):
-        least, most = min(least, index), max(most, index)
+    for i, at in enumerate(indices.tolist()):
+        least, most = min(least, at), max(most, at)
         if most - least >= rows:
             yield indices[start:i]
-            start, least, most = i, index, index
+            start, least, most = i, at, at
     yield indices[start:]
 
 
@@ -249,63 +224,3 @@ def fill(like: PyTree, flat: Mapping[str, Any]) -> PyTree:
                 f"{jnp.result_type(wanted[path])}. transforms.transfer converts and reports it."
             )
     return jax.tree.unflatten(jax.tree.structure(like), [flat[path] for path in wanted])
-
-
-def _locate(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} does not exist.")
-    for name in ("model.safetensors", index_name):
-        if (path / name).is_file():
-            return path / name
-    found = sorted(path.glob("*.safetensors"))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise FileNotFoundError(
-            f"{path} holds {len(found)} safetensors files and no {index_name}; "
-            f"name one of them, such as {found[0].name}."
-        )
-    pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    hint = f" It has {pickles[0]}, a pickle, which is never loaded: convert it." if pickles else ""
-    raise FileNotFoundError(f"{path} holds no safetensors file.{hint}")
-
-
-def _index_shards(path: Path) -> Checkpoint:
-    contents = _header.json_file(path)
-    weight_map = contents.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise ValueError(f"{path} has no weight_map from tensor names to file names.")
-    shards: dict[str, dict[str, Tensor]] = {}
-    metadata: dict[str, str] = {}
-    for name in sorted(set(weight_map.values())):
-        file = path.parent / _plain_name(path, name)
-        if not file.is_file():
-            raise FileNotFoundError(f"{path} names {name}, which does not exist.")
-        shards[name], more = _header.parse(file)
-        metadata |= more
-    tensors: dict[str, Tensor] = {}
-    for tensor, shard in weight_map.items():
-        if tensor not in shards[shard]:
-            raise ValueError(f"{path} puts {_text.quoted(tensor)} in {shard}, which lacks it.")
-        tensors[tensor] = shards[shard][tensor]
-    unlisted = sorted(t for shard in shards.values() for t in shard if t not in weight_map)
-    if unlisted:
-        raise ValueError(
-            f"{path} does not list {len(unlisted)} of its files' tensors, such as "
-            f"{_text.quoted(unlisted[0])}. Index and files belong to different checkpoints; name a "
-            "single file."
-        )
-    return Checkpoint(tensors, metadata, tuple(path.parent / name for name in sorted(shards)))
-
-
-def _plain_name(path: Path, name: str) -> str:
-    """A file name without any folder: an index must not reach outside its own."""
-    windows = PureWindowsPath(name)
-    plain = PurePosixPath(name).name == name == windows.name and name not in ("", ".", "..")
-    if not plain or windows.drive or "\0" in name:
-        raise ValueError(
-            f"{path} names the file {_text.quoted(name)}; an index may only name files beside it."
-        )
-    return name

@@ -15,7 +15,7 @@ References:
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax._types import Scalar
 
 
@@ -44,7 +44,7 @@ def alm(
     log_s, log_t = student / t - small, teacher / t - small
     log_q = jnp.stack([log_s, _numerics.log1mexp(log_s)], axis=-1)
     log_p = jnp.stack([log_t, _numerics.log1mexp(log_t)], axis=-1)
-    return jnp.sum(_numerics.kl_terms(log_p, log_q), axis=-1)
+    return jnp.sum(_softmax.kl_terms(log_p, log_q), axis=-1)
 
 
 def alm_limit(student_log_probs: Array, teacher_log_probs: Array, *, eps: Scalar = 1e-6) -> Array:
@@ -64,7 +64,7 @@ def alm_limit(student_log_probs: Array, teacher_log_probs: Array, *, eps: Scalar
     r = (teacher - student) / x
     near = jnp.abs(r) < 0.5
     ratio = jnp.where(near, jnp.log1p(jnp.where(near, r, 0)), jnp.log(y / x))
-    return _numerics.kl_terms(jnp.log(-y), jnp.log(-x), ratio)
+    return _softmax.kl_terms(jnp.log(-y), jnp.log(-x), ratio)
 
 
 def _checked(student: Array, teacher: Array) -> tuple[Array, Array]:

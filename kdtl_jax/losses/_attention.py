@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax.losses import _sides
 
 
@@ -65,7 +65,7 @@ def attention_kl(student: Array, teacher: Array, *, where: Array | None = None) 
       Wang et al., MiniLM, 2020 (2002.10957), whose first term this is.
     """
     student, teacher, real = _scores(student, teacher, where)
-    return jnp.mean(_numerics.kl_from_logits(teacher, student, where=real), axis=1)
+    return jnp.mean(_softmax.kl_from_logits(teacher, student, where=real), axis=1)
 
 
 def _scores(

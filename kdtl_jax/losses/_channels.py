@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax._types import Scalar
 from kdtl_jax.losses import _sides
 
@@ -37,7 +37,7 @@ def cwd(student: Array, teacher: Array, *, temperature: Scalar = 1.0) -> Array:
     student, teacher = _sides.same_shape(student, teacher, at_least=3)
     _checks.positive(temperature=temperature)
     t = _numerics.per_example(temperature, _by_channel(student))
-    kl = _numerics.kl_from_logits(_by_channel(teacher) / t, _by_channel(student) / t)
+    kl = _softmax.kl_from_logits(_by_channel(teacher) / t, _by_channel(student) / t)
     return jnp.mean(jnp.square(_numerics.per_example(temperature, kl)) * kl, axis=-1)
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax._types import Scalar
 from kdtl_jax.losses import _sides
 
@@ -78,7 +78,7 @@ def info_nce(
       Giakoumoglou and Stathaki, 2024 (2407.11802).
     """
     logits, others = _similarities(student, teacher, temperature, where)
-    return _numerics.kept(-jnp.diagonal(_numerics.log_softmax(logits, where=others)), where)
+    return _numerics.kept(-jnp.diagonal(_softmax.log_softmax(logits, where=others)), where)
 
 
 def dcd_invariance(
@@ -103,7 +103,7 @@ def dcd_invariance(
       (2407.11802).
     """
     logits, others = _similarities(student, teacher, temperature, where)
-    return _numerics.kept(_numerics.kl_from_logits(logits.T, logits, where=others), where)
+    return _numerics.kept(_softmax.kl_from_logits(logits.T, logits, where=others), where)
 
 
 def _similarities(
@@ -159,7 +159,7 @@ def rrd(
     toward_t = _numerics.gram(_numerics.normalize(teacher), rows)
     toward_s = toward_s / _numerics.scalar(student_temperature, student)
     toward_t = toward_t / _numerics.scalar(teacher_temperature, student)
-    return _numerics.kept(_numerics.kl_from_logits(toward_t, toward_s), where)
+    return _numerics.kept(_softmax.kl_from_logits(toward_t, toward_s), where)
 
 
 def bi_tuning_classifier(
@@ -267,7 +267,7 @@ def uniform_contrast(
     _checks.mask(where, scores.shape)
     if where is not None:
         scores, positives = _numerics.kept(scores, where), positives & where
-    log_p = _numerics.log_softmax(scores / _numerics.scalar(temperature, scores), where=where)
+    log_p = _softmax.log_softmax(scores / _numerics.scalar(temperature, scores), where=where)
     count = jnp.sum(positives, axis=-1, dtype=scores.dtype)
     mean = _numerics.masked_mean(log_p, positives, axis=-1)
     return jnp.where(count != 0, -jnp.log(jnp.maximum(count, 1)) - mean, 0)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax._types import Scalar
 from kdtl_jax.losses import _logspace
 
@@ -43,7 +43,7 @@ def forward_kl(
     """
     student, teacher = _logspace.softened(student_logits, teacher_logits, temperature, where)
     apart = _logspace.softened_difference(teacher_logits, student_logits, temperature)
-    return _numerics.kl_from_logits(teacher, student, where=where, difference=apart)
+    return _softmax.kl_from_logits(teacher, student, where=where, difference=apart)
 
 
 def kd_kl(
@@ -109,9 +109,9 @@ def binary_kl(
     t = _numerics.per_example(temperature, student)
     student, teacher, apart = (
         jnp.stack([z / t, jnp.zeros_like(z)], axis=-1)
-        for z in (student, teacher, _numerics.finite_difference(teacher, student))
+        for z in (student, teacher, _softmax.finite_difference(teacher, student))
     )
-    kl = _numerics.kl_from_logits(teacher, student, difference=apart)
+    kl = _softmax.kl_from_logits(teacher, student, difference=apart)
     if class_weights is not None:
         _checks.floating(class_weights=class_weights)
         _checks.non_negative(class_weights=class_weights)
@@ -149,8 +149,8 @@ def soft_cross_entropy(
     student, teacher = _logspace.softened(student_logits, teacher_logits, temperature, where)
     if where is not None:
         teacher = jnp.where(where, teacher, -jnp.inf)
-    log_q = _numerics.log_softmax(student, where=where)
-    return _logspace.minus_mean_log(_numerics.softmax(teacher), teacher != -jnp.inf, log_q)
+    log_q = _softmax.log_softmax(student, where=where)
+    return _logspace.minus_mean_log(_softmax.softmax(teacher), teacher != -jnp.inf, log_q)
 
 
 def hard_kd(
@@ -174,7 +174,7 @@ def hard_kd(
     student, teacher = _logspace.softened(
         student_logits, teacher_logits, label_smoothing=label_smoothing
     )
-    log_p = _numerics.log_softmax(student)
+    log_p = _softmax.log_softmax(student)
     hard = -_logspace.at(log_p, jnp.argmax(teacher, axis=-1))
     hard = _numerics.nan_of(hard, jnp.max(teacher, axis=-1))
     known = _checks.concrete(label_smoothing)
@@ -205,7 +205,7 @@ def ttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.1) ->
     """
     _checks.positive(gamma=gamma)
     student, teacher = _logspace.softened(student_logits, teacher_logits, gamma=gamma)
-    return _numerics.kl_from_logits(_numerics.per_example(gamma, teacher) * teacher, student)
+    return _softmax.kl_from_logits(_numerics.per_example(gamma, teacher) * teacher, student)
 
 
 def wttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.2) -> Array:
@@ -225,7 +225,7 @@ def wttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.2) -
       Zheng and Yang, 2024 (2402.11148). `.mean()` is the authors' number.
     """
     kl = ttm(student_logits, teacher_logits, gamma=gamma)
-    log_p = _numerics.log_softmax(teacher_logits)
+    log_p = _softmax.log_softmax(teacher_logits)
     in_p = log_p != -jnp.inf
     power = jnp.where(in_p, log_p, 0) * _numerics.per_example(gamma, log_p)
     return jnp.exp(_logspace.logsumexp(power, where=in_p)) * kl
@@ -249,7 +249,7 @@ def reverse_kl(
     """
     student, teacher = _logspace.softened(student_logits, teacher_logits, temperature, where)
     apart = _logspace.softened_difference(student_logits, teacher_logits, temperature)
-    return _numerics.kl_from_logits(student, teacher, where=where, difference=apart)
+    return _softmax.kl_from_logits(student, teacher, where=where, difference=apart)
 
 
 def symmetric_kl(
@@ -273,8 +273,8 @@ def symmetric_kl(
     log_s, log_t, ratio = _logspace.compared(
         student_logits, teacher_logits, temperature, where, weight=weight
     )
-    forward = jnp.sum(_numerics.kl_terms(log_t, log_s, ratio), axis=-1)
-    reverse = jnp.sum(_numerics.kl_terms(log_s, log_t, -ratio), axis=-1)
+    forward = jnp.sum(_softmax.kl_terms(log_t, log_s, ratio), axis=-1)
+    reverse = jnp.sum(_softmax.kl_terms(log_s, log_t, -ratio), axis=-1)
     share = _numerics.per_example(weight, forward)
     return (1 - share) * forward + share * reverse
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax._types import Scalar
 from kdtl_jax.losses import _logspace
 from kdtl_jax.losses._divergences import forward_kl
@@ -131,18 +131,17 @@ def _both(draft: Array, target: Array, draft_ids: Array | None) -> tuple[Array, 
     _checks.floating(draft_logits=draft, target_logits=target)
     _checks.rank(1, draft_logits=draft, target_logits=target)
     _checks.nonempty(draft_logits=draft)
-    log_p = known_to_draft(_numerics.log_softmax(target), draft_ids=draft_ids)
+    log_p = known_to_draft(_softmax.log_softmax(target), draft_ids=draft_ids)
     if jnp.shape(draft) != log_p.shape:
         raise ValueError(
             "draft_logits must be the target's, or have one class per draft id, got "
             f"{_checks.described(draft_logits=draft, target_logits=target)}."
         )
     _checks.several_classes(draft_logits=draft, target_logits=target)
-    log_q = _numerics.log_softmax(draft)
+    log_q = _softmax.log_softmax(draft)
     if draft_ids is not None:
-        return log_q, log_p, _numerics.finite_difference(log_q, log_p)
-    wide = _numerics.upcast(draft), _numerics.upcast(target)
-    return log_q, log_p, _numerics.log_ratio(*wide, log_q, log_p)
+        return log_q, log_p, _softmax.finite_difference(log_q, log_p)
+    return log_q, log_p, _softmax.log_ratio(_numerics.upcast(draft), _numerics.upcast(target))
 
 
 def _refused(log_q: Array, log_p: Array, ratio: Array) -> Array:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax._types import Scalar
 from kdtl_jax.losses import _logspace
 
@@ -72,7 +72,7 @@ def random_sampling_targets(
             "draws must be [..., N] with the teacher's leading dimensions, got "
             f"{_checks.described(teacher_logits=teacher_logits, draws=draws)}."
         )
-    ratio = jnp.take_along_axis(_numerics.finite_difference(log_p, log_q), draws, axis=-1)
+    ratio = jnp.take_along_axis(_softmax.finite_difference(log_p, log_q), draws, axis=-1)
     return WeightedClasses(draws, jnp.exp(ratio) / jnp.shape(draws)[-1])
 
 
@@ -99,7 +99,7 @@ def random_sampling_cross_entropy(
             f"{_checks.described(student_logits=student_logits, **targets._asdict())}."
         )
     indices, usable = _numerics.usable_labels(targets.indices, student.shape[-1])
-    log_p = jnp.take_along_axis(_numerics.log_softmax(student), indices, axis=-1)
+    log_p = jnp.take_along_axis(_softmax.log_softmax(student), indices, axis=-1)
     weights = _numerics.upcast(targets.weights).astype(log_p.dtype)
     loss = _logspace.minus_mean_log(weights, weights != 0, log_p)
     return _numerics.at_usable(loss, jnp.all(usable, axis=-1))
@@ -109,7 +109,7 @@ def _proposal(teacher_logits: Array, exponent: Scalar) -> tuple[Array, Array]:
     """`log p` and `log q`; a class that the teacher excludes is never drawn."""
     _checks.non_negative(exponent=exponent)
     teacher, _ = _logspace.softened(teacher_logits, teacher_logits)
-    log_p = _numerics.log_softmax(teacher)
+    log_p = _softmax.log_softmax(teacher)
     present = log_p != -jnp.inf
     power = _numerics.scalar(exponent, log_p) * jnp.where(present, log_p, 0)
-    return log_p, _numerics.log_softmax(power, where=present)
+    return log_p, _softmax.log_softmax(power, where=present)

@@ -18,7 +18,7 @@ import math
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax._types import Scalar
 from kdtl_jax.losses import _logspace
 from kdtl_jax.losses._divergences import forward_kl, reverse_kl
@@ -73,8 +73,8 @@ def jsd_gkd(
     if known is not None and not ((known == 0) | (known == 1)).any():
         return interior
     beta = _numerics.per_example(beta, interior)
-    forward = jnp.sum(_numerics.kl_terms(pair.log_teacher, pair.log_student, pair.ratio), axis=-1)
-    reverse = jnp.sum(_numerics.kl_terms(pair.log_student, pair.log_teacher, -pair.ratio), axis=-1)
+    forward = jnp.sum(_softmax.kl_terms(pair.log_teacher, pair.log_student, pair.ratio), axis=-1)
+    reverse = jnp.sum(_softmax.kl_terms(pair.log_student, pair.log_teacher, -pair.ratio), axis=-1)
     return jnp.where(beta <= 0, forward, jnp.where(beta >= 1, reverse, interior))
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax._types import Scalar
 from kdtl_jax.losses import _logspace
 
@@ -47,7 +47,7 @@ def tckd(
     student, teacher, labels, usable = _labeled(
         student_logits, teacher_logits, labels, temperature, where
     )
-    kl = _numerics.kl_from_logits(_two(teacher, labels), _two(student, labels))
+    kl = _softmax.kl_from_logits(_two(teacher, labels), _two(student, labels))
     kl = jnp.square(_numerics.per_example(temperature, kl)) * kl
     return _numerics.at_usable(kl, usable, where)
 
@@ -72,7 +72,7 @@ def nckd(
         student_logits, teacher_logits, labels, temperature, where
     )
     others = ~_logspace.is_label(labels, student.shape[-1])
-    kl = _numerics.kl_from_logits(teacher, student, where=others)
+    kl = _softmax.kl_from_logits(teacher, student, where=others)
     kl = jnp.square(_numerics.per_example(temperature, kl)) * kl
     return _numerics.at_usable(kl, usable, where)
 
@@ -90,8 +90,8 @@ def target_cross_entropy(
       Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, 2023 (2303.13005).
     """
     student, teacher, labels, usable = _labeled(student_logits, teacher_logits, labels, 1.0, where)
-    belief = _logspace.probabilities(_logspace.at(_numerics.log_softmax(teacher), labels))
-    values = -belief * _logspace.at(_numerics.log_softmax(student), labels)
+    belief = _logspace.probabilities(_logspace.at(_softmax.log_softmax(teacher), labels))
+    values = -belief * _logspace.at(_softmax.log_softmax(student), labels)
     return _numerics.at_usable(values, usable, where)
 
 
@@ -125,8 +125,8 @@ def wsld_weight(
     """
     _checks.positive(eps=eps)
     student, teacher, labels, usable = _labeled(student_logits, teacher_logits, labels, 1.0, where)
-    of_student = -_logspace.at(_numerics.log_softmax(student), labels)
-    of_teacher = -_logspace.at(_numerics.log_softmax(teacher), labels)
+    of_student = -_logspace.at(_softmax.log_softmax(student), labels)
+    of_teacher = -_logspace.at(_softmax.log_softmax(teacher), labels)
     weight = -jnp.expm1(-of_student / (of_teacher + _numerics.scalar(eps, of_teacher)))
     return jnp.where(usable, weight, 0)
 
@@ -152,7 +152,7 @@ def uskd_weight(student_logits: Array, labels: Array, *, where: Array | None = N
     _checks.rank(2, 2, student_logits=student_logits)
     student, _, labels, usable = _labeled(student_logits, student_logits, labels, 1.0, where)
     squared = jnp.square(
-        _logspace.probabilities(_logspace.at(_numerics.log_softmax(student), labels))
+        _logspace.probabilities(_logspace.at(_softmax.log_softmax(student), labels))
     )
     weight = squared + 1 - _numerics.masked_mean(squared, usable)
     return jnp.where(usable, weight, 0)
@@ -276,7 +276,7 @@ def mft_teacher(
     _, teacher = _logspace.softened(
         teacher_logits, teacher_logits, temperature, threshold=threshold
     )
-    log_p = _numerics.log_softmax(teacher)
+    log_p = _softmax.log_softmax(teacher)
     is_label = _logspace.is_label(labels, log_p.shape[-1])
     right = _logspace.probabilities(_logspace.at(log_p, labels))
     top = _logspace.probabilities(jnp.max(log_p, axis=-1))
@@ -327,7 +327,7 @@ def zipf_targets(scores: Array, labels: Array) -> Array:
     at_label = _logspace.is_label(several, scores.shape[-1]) & usable[..., None]
     order = jnp.argsort(scores, axis=-1, descending=True, stable=True)
     ranks = jnp.argsort(order, axis=-1).astype(scores.dtype) + 1
-    return _numerics.log_softmax(-jnp.log(ranks), where=~jnp.any(at_label, axis=-2))
+    return _softmax.log_softmax(-jnp.log(ranks), where=~jnp.any(at_label, axis=-2))
 
 
 def _labeled(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax._types import Scalar
 
 
@@ -64,7 +64,7 @@ def softened_difference(p_logits: Array, q_logits: Array, temperature: Scalar) -
 
     Unlike `z_p / T - z_q / T`, in which each side is rounded first.
     """
-    apart = _numerics.finite_difference(_numerics.upcast(p_logits), _numerics.upcast(q_logits))
+    apart = _softmax.finite_difference(_numerics.upcast(p_logits), _numerics.upcast(q_logits))
     return apart / _numerics.per_example(temperature, apart)
 
 
@@ -83,9 +83,9 @@ def compared(
     student, teacher = softened(student_logits, teacher_logits, temperature, where, **per_example)
     if where is not None:
         student, teacher = (jnp.where(where, z, -jnp.inf) for z in (student, teacher))
-    log_student, log_teacher = _numerics.log_softmax(student), _numerics.log_softmax(teacher)
+    log_student, log_teacher = _softmax.log_softmax(student), _softmax.log_softmax(teacher)
     difference = softened_difference(teacher_logits, student_logits, temperature)
-    ratio = _numerics.log_ratio(teacher, student, log_teacher, log_student, difference)
+    ratio = _softmax.log_ratio(teacher, student, difference)
     return Pair(log_student, log_teacher, ratio)
 
 
@@ -185,7 +185,7 @@ def kl_to_mixture(log_p: Array, log_q: Array, ratio: Array, weight: Array) -> Ar
     """`KL(p || (1 - weight) p + weight q)` over the last axis, as a sum of terms >= 0."""
     log_m = log_mixture(log_p, log_q, weight)
     to_mixture = ratio_to_mixture(log_p, log_q, ratio, weight)
-    return jnp.sum(_numerics.kl_terms(log_p, log_m, to_mixture), axis=-1)
+    return jnp.sum(_softmax.kl_terms(log_p, log_m, to_mixture), axis=-1)
 
 
 def at(values: Array, labels: Array) -> Array:

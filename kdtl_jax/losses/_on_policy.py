@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax._types import Scalar
 from kdtl_jax.losses import _divergences, _logspace, _sampled, _topk
 
@@ -156,5 +156,5 @@ def in_student_top_k(student_logits: Array, targets: _topk.TopK) -> Array:
 
 def _gap(student: Array, teacher: Array) -> tuple[Array, Array]:
     """`log p_S - log p_T`, a constant, 0 outside either support; and where it is infinite."""
-    gap = jax.lax.stop_gradient(_numerics.finite_difference(student, teacher))
+    gap = jax.lax.stop_gradient(_softmax.finite_difference(student, teacher))
     return gap, (student != -jnp.inf) & (teacher == -jnp.inf)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax._types import Scalar
 from kdtl_jax.losses import _logspace
 
@@ -51,7 +51,7 @@ def dist_inter(
     """
     _checks.non_negative(eps=eps)
     logits = _logspace.softened(student_logits, teacher_logits, temperature)
-    student, teacher = (_numerics.softmax(z) for z in logits)
+    student, teacher = (_softmax.softmax(z) for z in logits)
     terms, rest = _pearson_terms(student, teacher, -1, eps, _present(*logits))
     return jnp.sum(terms, axis=-1) + jnp.squeeze(rest, -1)
 
@@ -232,8 +232,8 @@ def _rows(
 def _probabilities(student: Array, teacher: Array, where: Array | None) -> tuple[Array, Array]:
     """Softmaxes of the rows, 0 where a row does not count."""
     return (
-        _numerics.kept(_numerics.softmax(student), where),
-        _numerics.kept(_numerics.softmax(teacher), where),
+        _numerics.kept(_softmax.softmax(student), where),
+        _numerics.kept(_softmax.softmax(teacher), where),
     )
 
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax._types import Scalar
 
 MAX_LOG_RATIO = 20.0
@@ -135,7 +135,7 @@ def kl_k3(
     student, teacher = _pair(student_log_probs, teacher_log_probs, where)
     apart = jnp.clip(teacher - student, -_top(student), _top(student))
     # `expm1(a) - a`, in which nothing cancels.
-    return _numerics.kl_terms(jnp.zeros_like(apart), apart)
+    return _softmax.kl_terms(jnp.zeros_like(apart), apart)
 
 
 def truncated_ratio(

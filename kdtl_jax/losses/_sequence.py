@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax._types import Scalar
 from kdtl_jax.losses import _logspace
 
@@ -68,7 +68,7 @@ def token_log_probs(logits: Array, tokens: Array, *, where: Array | None = None)
     _checks.several_classes(logits=logits)
     _checks.labels(tokens, logits, where)
     tokens, usable = _numerics.usable_labels(tokens, logits.shape[-1], where)
-    log_p = _numerics.log_softmax(_numerics.kept(logits, where))
+    log_p = _softmax.log_softmax(_numerics.kept(logits, where))
     return _numerics.at_usable(_logspace.at(log_p, tokens), usable, where)
 
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax._types import Scalar
 from kdtl_jax.losses import _logspace
 
@@ -53,7 +53,7 @@ def top_k_targets(teacher_logits: Array, *, k: int, temperature: Scalar = 1.0) -
     classes = teacher.shape[-1]
     if not 1 <= k <= classes:
         raise ValueError(f"k must lie in 1..{classes}, got {k}.")
-    log_p = _numerics.log_softmax(teacher)
+    log_p = _softmax.log_softmax(teacher)
     values, indices = jax.lax.top_k(log_p, k)
     return TopK(indices, values, _log_rest(log_p, indices))
 
@@ -75,7 +75,7 @@ def top_k_at(teacher_logits: Array, indices: Array, *, temperature: Scalar = 1.0
             "indices must be [..., k] with the teacher's leading dimensions, got "
             f"{_checks.described(teacher_logits=teacher_logits, indices=indices)}."
         )
-    log_p = _numerics.log_softmax(teacher)
+    log_p = _softmax.log_softmax(teacher)
     chosen = jnp.take_along_axis(log_p, indices, axis=-1)
     return TopK(indices, chosen, _log_rest(log_p, indices))
 
@@ -125,7 +125,7 @@ def soften_top_k(targets: TopK, *, temperature: Scalar, tail_classes: int | None
         _checks.positive(tail_classes=tail_classes)
         tail += (1 - 1 / t) * jnp.log(jnp.asarray(tail_classes, log_probs.dtype))
     tail = jnp.where(in_tail, tail, -jnp.inf)
-    full = _numerics.log_softmax(jnp.concatenate([log_probs / t, tail], axis=-1))
+    full = _softmax.log_softmax(jnp.concatenate([log_probs / t, tail], axis=-1))
     return TopK(targets.indices, full[..., :-1], full[..., -1])
 
 
@@ -160,7 +160,7 @@ def top_k_kl_tail(student_logits: Array, targets: TopK, *, temperature: Scalar =
       multiplies by `T^2`).
     """
     log_q, targets, usable = checked(student_logits, targets, temperature)
-    kl = _numerics.kl_from_logits(_teacher_with_tail(targets), _with_tail(log_q, targets))
+    kl = _softmax.kl_from_logits(_teacher_with_tail(targets), _with_tail(log_q, targets))
     return _numerics.at_usable(kl, usable)
 
 
@@ -179,7 +179,7 @@ def top_k_kl_renormalized(
     log_q, targets, usable = checked(student_logits, targets, temperature)
     _checks.several_classes(log_probs=targets.log_probs)
     chosen = jnp.take_along_axis(log_q, targets.indices, axis=-1)
-    return _numerics.at_usable(_numerics.kl_from_logits(targets.log_probs, chosen), usable)
+    return _numerics.at_usable(_softmax.kl_from_logits(targets.log_probs, chosen), usable)
 
 
 def top_k_kl_teacher_renormalized(
@@ -195,9 +195,9 @@ def top_k_kl_teacher_renormalized(
       cross-entropy).
     """
     log_q, targets, usable = checked(student_logits, targets, temperature)
-    log_p = _numerics.log_softmax(targets.log_probs)
+    log_p = _softmax.log_softmax(targets.log_probs)
     log_p = jnp.concatenate([log_p, jnp.full_like(log_p[..., :1], -jnp.inf)], axis=-1)
-    kl = jnp.sum(_numerics.kl_terms(log_p, _with_tail(log_q, targets)), axis=-1)
+    kl = jnp.sum(_softmax.kl_terms(log_p, _with_tail(log_q, targets)), axis=-1)
     return _numerics.at_usable(kl, usable)
 
 
@@ -312,7 +312,7 @@ def checked(student_logits: Array, targets: TopK, temperature: Scalar) -> tuple[
             f"{_checks.described(student_logits=student_logits, **targets._asdict())}."
         )
     indices, usable = _numerics.usable_labels(targets.indices, classes)
-    log_q = _numerics.log_softmax(student)
+    log_q = _softmax.log_softmax(student)
     return log_q, targets._replace(indices=indices), jnp.all(usable, axis=-1)
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax._types import Scalar
 from kdtl_jax.losses import _sides
 
@@ -80,7 +80,7 @@ def co_tuning(student_logits: Array, target: Array) -> Array:
     """
     student_logits, target = _sides.same_shape(student_logits, target)
     _checks.several_classes(student_logits=student_logits)
-    log_p = _numerics.log_softmax(student_logits)
+    log_p = _softmax.log_softmax(student_logits)
     # An impossible class that is never asked for contributes 0, not 0 * inf.
     return -jnp.sum(target * jnp.where(target == 0, 0, log_p), axis=-1)
 

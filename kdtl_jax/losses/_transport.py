@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax._types import Scalar
 from kdtl_jax.losses import _logspace
 
@@ -59,7 +59,7 @@ def sinkhorn_cost(
     _checks.non_negative(eps=eps)
     _checks.count(1, iterations=iterations)
     logits = _logspace.softened(student_logits, teacher_logits, temperature)
-    log_a, log_b = (_numerics.log_softmax(z) for z in logits)
+    log_a, log_b = (_softmax.log_softmax(z) for z in logits)
     classes = log_a.shape[-1]
     if jnp.shape(cost) != (classes, classes):
         raise ValueError(
@@ -208,8 +208,8 @@ def _probabilities(
     student = student / _numerics.per_example(student_temperature, student)
     teacher = teacher / _numerics.per_example(teacher_temperature, teacher)
     return (
-        _numerics.softmax(student),
-        _numerics.softmax(teacher),
+        _softmax.softmax(student),
+        _softmax.softmax(teacher),
     )
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _checks, _numerics
+from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax.losses import _logspace
 
 
@@ -108,13 +108,13 @@ def log_mass(logits: Array, classes: Array) -> Array:
     _checks.floating(logits=logits)
     _checks.rank(1, logits=logits)
     _checks.mask(classes, jnp.shape(logits)[-1:])
-    log_p = _numerics.log_softmax(logits)
+    log_p = _softmax.log_softmax(logits)
     return _logspace.logsumexp(log_p, where=jnp.broadcast_to(classes, log_p.shape))
 
 
 def _with_rest(logits: Array, ids: Array) -> Array:
     _checks.indices(jnp.shape(logits)[-1], ids=ids)
-    log_p = _numerics.log_softmax(logits)
+    log_p = _softmax.log_softmax(logits)
     is_shared = jnp.zeros(log_p.shape[-1], jnp.bool_).at[ids].set(True)
     rest = _logspace.logsumexp(log_p, where=jnp.broadcast_to(~is_shared, log_p.shape))
     return jnp.concatenate([jnp.take(log_p, ids, axis=-1), rest[..., None]], axis=-1)

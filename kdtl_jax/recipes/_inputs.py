@@ -12,9 +12,9 @@ import numpy as np
 
 from kdtl_jax import _files, _text, datasets
 from kdtl_jax.datasets import Dataset
-from kdtl_jax.interop import model_files
+from kdtl_jax.interop import model_files, sources
 from kdtl_jax.interop.model_files import Model
-from kdtl_jax.recipes import _models, _own, _weights
+from kdtl_jax.recipes import _models, _own
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import record
 
@@ -24,7 +24,7 @@ LOOKED_AT = 4096  # examples from which units are told
 
 def source(value: Any) -> str | None:
     """`parse=` of a setting: a file of one's own with a name in it, or a Hugging Face folder."""
-    is_folder = isinstance(value, str) and _weights.is_hugging_face(value)
+    is_folder = isinstance(value, str) and sources.is_hugging_face(value)
     return value if is_folder else _own.checked(value)
 
 
@@ -118,8 +118,8 @@ def model_of(settings: Any) -> Model:
     held = known and (model_files.hugging_face_of(known) or known)
     if not held or Path(held).name != Path(settings.model).name:
         raise UsageError(f"--model: {settings.student} holds {known}, not {settings.model}.")
-    if _weights.is_hugging_face(settings.model):
-        module = _weights.pretrained(settings.model).module
+    if sources.is_hugging_face(settings.model):
+        module = sources.pretrained(settings.model).module
         return model_files.load(settings.student, model=module)
     found = model_files.load(settings.student, model=_own.imported(settings.model))
     now = record.made_from({"source": _own.file_of(settings.model)}).files["source"]

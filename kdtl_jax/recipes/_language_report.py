@@ -60,19 +60,6 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The table, a line per model."""
-    lines = [HEADER, *map(cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
-
-
 def write(
     folder: Path,
     title: str,
@@ -119,7 +106,7 @@ def write(
     sections += report.run_sections(_output.how_it_was_run(folder))
     html = report.page(title, sections, notes=list(notes))
     _files.write_atomic(folder / "report.html", html.encode(errors="replace"))
-    print(table(rows))
+    print(_output.aligned([HEADER, *map(cells, rows)]))
     for note in notes:
         print(f"note: {note}")
     print(f"report: {folder / 'report.html'}")

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
-from kdtl_jax import methods, metrics, trees
+from kdtl_jax import methods, metrics, objective, trees
 from kdtl_jax._types import Params
-from kdtl_jax.datasets import Kind, Preprocessing
+from kdtl_jax.datasets import Dataset, Kind, Preprocessing
 from kdtl_jax.objective import TermsFn
-from kdtl_jax.recipes import _choice, _tasks, _training
+from kdtl_jax.recipes import _choice, _training
+from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.run import report, scores
 
 
@@ -47,6 +49,24 @@ def of(form: Preprocessing) -> Measure:
         scale = np.ones(1) if form.target_scaling is None else form.target_scaling.scale
         return _NUMBERS._replace(more=lambda y, t: _more_of_numbers(y, t, scale))
     return CLASSES
+
+
+def of_data(form: Preprocessing, settings: Any, part: Dataset) -> Measure:
+    """`of`, with the loss that the settings ask for.
+
+    Args:
+      form: how the data are read.
+      settings: `label_smoothing` and `class_weights`.
+      part: the training examples.
+
+    Raises:
+      UsageError: if what is for classes is asked of other targets.
+    """
+    check(settings, form.kind)
+    measure = of(form)
+    if form.kind != "classes":
+        return measure
+    return measure._replace(task=cross_entropy_of(settings, part.labels, part.classes))
 
 
 def row(
@@ -165,10 +185,71 @@ def _more_of_numbers(answers: Any, targets: Any, scale: np.ndarray) -> dict[str,
     return {"mean_absolute_error": float(error.mean())}
 
 
+def cross_entropy(inputs: objective.Inputs) -> dict[str, Array]:
+    """Cross-entropy with the labels, or with the mixed labels `batch["targets"]` `[B, K]`."""
+    if "targets" not in inputs.batch:
+        return objective.classification(inputs)
+    logits = inputs.student["logits"]
+    return {"task": optax.softmax_cross_entropy(logits, inputs.batch["targets"])}
+
+
+def cross_entropy_of(settings: Any, labels: np.ndarray, classes: int) -> TermsFn:
+    """`inputs -> {"task": [B]}`, as the settings say.
+
+    `--label-smoothing e` mixes the labels with the uniform distribution, `(1 - e) y + e / K`.
+    `--class-weights balanced` weighs an example of class k by `N / (K n_k)`, so that all classes
+    together count alike and the mean weight of the training examples is 1. Both concern this term
+    alone; without either it is `cross_entropy`.
+
+    Args:
+      settings: `label_smoothing` and `class_weights`.
+      labels: of the training examples.
+      classes: K.
+    """
+    smoothing = settings.label_smoothing
+    weights = balanced(labels, classes) if settings.class_weights == "balanced" else None
+    if not smoothing and weights is None:
+        return cross_entropy
+
+    def terms(inputs: objective.Inputs) -> dict[str, Array]:
+        logits, batch = inputs.student["logits"], inputs.batch
+        targets = batch.get("targets")  # mixed labels
+        if targets is None:
+            targets = jax.nn.one_hot(batch["labels"], classes, dtype=logits.dtype)
+        values = optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, smoothing))
+        if weights is not None:
+            values = values * (targets @ jnp.asarray(weights, logits.dtype))
+        return {"task": values}
+
+    return terms
+
+
+def check(settings: Any, kind: str | None = None) -> None:
+    """Raises UsageError if what is for classes is asked of other targets.
+
+    Args:
+      settings: `label_smoothing`, `class_weights` and `target`.
+      kind: of the targets; None: as the settings say, which may leave it to the data.
+    """
+    kind = kind or settings.target
+    if kind in ("labels", "numbers") and (
+        settings.label_smoothing or settings.class_weights != "none"
+    ):
+        raise UsageError(
+            f"--label-smoothing and --class-weights are for classes, the targets are {kind}."
+        )
+
+
+def balanced(labels: np.ndarray, classes: int) -> np.ndarray:
+    """`N / (K n_k)` by class, K counting the classes that occur; 0 for one that does not."""
+    counts = np.bincount(labels, minlength=classes)
+    return np.where(counts > 0, len(labels) / (np.sum(counts > 0) * np.maximum(counts, 1)), 0.0)
+
+
 CLASSES = Measure(
     "classes",
     report.ACCURACY,
-    _tasks.cross_entropy,
+    cross_entropy,
     ("kd", "dkd"),
     scores.predicted,
     scores.accuracy,

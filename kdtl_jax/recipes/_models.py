@@ -1,7 +1,6 @@
 """Models by their text (`mlp:128,64`, `wrn-16-2`), as networks that methods know, and their files.
 
-Networks are those of `interop.networks`, files those of `interop.model_files`. `read_about` and
-`load_variables` are the one reader that all recipes use.
+Networks are those of `interop.networks`, weights those of `interop.sources`.
 """
 
 import sys
@@ -13,10 +12,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from kdtl_jax import _files, models, transforms, trees
+from kdtl_jax import _files, models, transforms
 from kdtl_jax._types import Params, Variables
 from kdtl_jax.datasets import Kind, Preprocessing, Splits, prepared, read_splits, scaled, summary
-from kdtl_jax.interop import model_files, own, safetensors
+from kdtl_jax.interop import model_files, own, sources
 from kdtl_jax.interop.model_files import About as About
 from kdtl_jax.interop.model_files import save as save
 from kdtl_jax.interop.model_files import tree as tree
@@ -24,7 +23,8 @@ from kdtl_jax.interop.networks import Network as Network
 from kdtl_jax.interop.networks import abstract as abstract
 from kdtl_jax.interop.networks import network as network
 from kdtl_jax.interop.networks import output_shapes as output_shapes
-from kdtl_jax.recipes import _own, _weights
+from kdtl_jax.interop.sources import Source as Source
+from kdtl_jax.recipes import _own
 from kdtl_jax.recipes._training import in_chunks
 from kdtl_jax.recipes.settings import MODEL, Data, UsageError
 
@@ -66,13 +66,13 @@ def check(text: str | None) -> None:
 
 
 def described(text: str, classes: int, example: Any, *, dtype: Any = None) -> Network:
-    """The network that a text names: one of the library's, or of the user's file.
+    """The network that a text names: of the library, a Hugging Face folder or the user's file.
 
     Raises:
       ValueError: if it is not a model or does not take such inputs; the user's files by name.
     """
-    if text.startswith(_weights.HUGGING_FACE):
-        made = _weights.pretrained(text).module.clone(classes=classes)
+    if folder := model_files.hugging_face_of(text):
+        made = sources.pretrained(folder).module.clone(classes=classes)
         return network(made, example, dtype=dtype)
     if not model_files.is_own(text):
         return network(module(text, classes), example, dtype=dtype)
@@ -81,27 +81,6 @@ def described(text: str, classes: int, example: Any, *, dtype: Any = None) -> Ne
         return own.network(found, classes=classes, example=example, dtype=dtype)
     except Exception as error:  # whatever the user's code raises
         raise ValueError(f"{text}: {' '.join(str(error).split())[:500]}") from error
-
-
-def load_variables(path: str, net: Network, example: Any) -> Variables:
-    """A network's variables: of the library's files, Orbax folders, and Hugging Face's.
-
-    Raises:
-      OSError: if the file cannot be read.
-      ValueError: naming each leaf that is missing, extra, of another shape, or not finite.
-    """
-    template = abstract(net, example)
-    if _weights.is_hugging_face(path) or not _weights.is_orbax(path):
-        return model_files.filled(path, trees.flatten(load_tree(path)), template)
-    return model_files.filled(path, _weights.from_orbax(path, tree(template)), template)
-
-
-def load_tree(path: str) -> Any:
-    """All leaves of a source's file or folder, whatever model it is of, as `tree` lays them out."""
-    if _weights.is_hugging_face(path):
-        found = _weights.pretrained(path)
-        return tree(Variables(*jax.tree.map(np.asarray, (found.params, found.model_state))))
-    return _weights.any_orbax(path) if _weights.is_orbax(path) else safetensors.load(path)
 
 
 def same(text: str, other: str) -> bool:
@@ -113,19 +92,18 @@ def same(text: str, other: str) -> bool:
 
 def identity(text: str) -> str:
     """What a cache knows a model by: a file's code and a folder's configuration are part of it."""
-    if text.startswith(_weights.HUGGING_FACE):
-        config = Path(text.removeprefix(_weights.HUGGING_FACE)) / "config.json"
-        return f"{_weights.HUGGING_FACE}{_files.sha256(config)}"
+    if folder := model_files.hugging_face_of(text):
+        return f"{model_files.HUGGING_FACE}{_files.sha256(Path(folder) / 'config.json')}"
     if model_files.is_own(text):
         return f"{Path(text).name}, {_files.sha256(Path(_own.file_of(text)))}"
     return models.canonical_name(text)
 
 
-def read_about(path: str | None, text: str | None, default: str) -> tuple[str, About]:
-    """The model's text, and what its file says: the two may not contradict each other.
+def opened(path: str | None, text: str | None, default: str) -> Source:
+    """A source that says its model: the file and the user may not contradict each other.
 
     Args:
-      path: a model's file, or None if there is none.
+      path: a model's file or folder, or None if there is none.
       text: what the user says the model is, or None.
       default: the text where nobody says anything.
 
@@ -134,52 +112,46 @@ def read_about(path: str | None, text: str | None, default: str) -> tuple[str, A
       ValueError: if the file does not exist or its metadata are damaged.
     """
     check(text)
-    if path is None:
-        return text or default, About()
-    if _weights.is_hugging_face(path):
-        if text is not None:
-            raise UsageError(f"{path} says itself what model it is. Leave out {text}.")
-        return f"{_weights.HUGGING_FACE}{path}", About(scaling=_weights.scaling(path))
-    if _weights.is_orbax(path):
-        if text is None:
+    source = Source(None, About()) if path is None else sources.opened(path)
+    said = source.about.model
+    if said is None:
+        if path is not None and sources.is_orbax(path) and text is None:
             raise UsageError(f"{path} is an Orbax folder, which does not say its model. Name it.")
-        return text, About()
-    about = model_files.about(path)
-    if about.model is None:
-        return text or default, about
-    if text is not None and not same(text, about.model):
-        raise UsageError(f"{path} holds the model {about.model}, not {text}.")
-    if text is None and model_files.is_own(about.model):
+        return source._replace(about=source.about._replace(model=text or default))
+    if text is not None and model_files.hugging_face_of(said):
+        raise UsageError(f"{path} says itself what model it is. Leave out {text}.")
+    if text is not None and not same(text, said):
+        raise UsageError(f"{path} holds the model {said}, not {text}.")
+    if text is None and model_files.is_own(said):
         raise UsageError(
-            f"{path} is of {about.model}. Name that file where it lies now: only what is named is "
+            f"{path} is of {said}. Name that file where it lies now: only what is named is "
             "imported."
         )
-    return about.model if text is None else text, about
+    return source._replace(about=source.about._replace(model=text or said))
 
 
 def read_data(
     settings: Data,
-    about: About,
-    path: str | None,
+    source: Source,
     *,
     kinds: Sequence[Kind] = ("classes",),
     other_targets: bool = False,
 ) -> tuple[Splits, Preprocessing]:
-    """The data, read and scaled as the model's file says, or by their training part; and how.
+    """The data, read and scaled as the source says, or by their training part; and how.
 
     What they are, and what looks wrong, is printed.
 
     Args:
       settings: what names the data.
-      about: what the model's file says.
-      path: that file, for messages.
+      source: of the model.
       kinds: of targets that the caller can learn.
-      other_targets: the data's targets need not be those of the file; inputs are read as it says.
+      other_targets: the data's targets need not be the source's; inputs are read as it says.
 
     Raises:
       UsageError: if targets are of another kind.
-      ValueError: if the file is of a model with other classes or inputs.
+      ValueError: if the source is a model of other classes or inputs.
     """
+    path, about = source.path, source.about
     known = read_so = about.preprocessing
     if known is not None and (other_targets or known.kind == "classes"):
         read_so = known._replace(outputs=0, names=())  # its classes are compared below

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdtl_jax import _files, _text
-from kdtl_jax.recipes import _finished, _students, yaml_files
+from kdtl_jax.recipes import _finished, _progress, _students, yaml_files
 from kdtl_jax.recipes.settings import UsageError, as_yaml
 from kdtl_jax.run import checkpoint, processes, record, report
 
@@ -161,9 +161,36 @@ def _check_model(folder: Path, *, is_ours: bool) -> None:
         _files.refuse(folder, folder.iterdir())
 
 
+class Running(NamedTuple):
+    """A command at work."""
+
+    folder: Path
+    run: str  # its identity
+    say: _progress.Progress
+    programs: Callable[[], str]  # what was compiled so far, in words
+
+
 @contextlib.contextmanager
-def hint_of_resuming(command: str, folder: Path) -> Iterator[None]:
-    """After a signal, prints how to resume."""
+def running(
+    settings: Any,
+    command: str,
+    files: Mapping[str, str],
+    *,
+    saves: Sequence[str] = (),
+    models: Sequence[str] = (),
+) -> Iterator[Running]:
+    """`run_folder`, of which a signal leaves a hint how to resume, and the terminal beside it."""
+    with (
+        run_folder(settings, command, files, saves=saves, models=models) as where,
+        counted_programs() as programs,
+        _hint_of_resuming(command, where.path),
+        _progress.shown() as say,
+    ):
+        yield Running(*where, say, programs)
+
+
+@contextlib.contextmanager
+def _hint_of_resuming(command: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except SystemExit:
@@ -343,6 +370,18 @@ def table(
     for i, row in enumerate(rows):
         out.add_row(*row, style="bold" if i in bold else "")
     return out
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Cells as text, the first column left-aligned."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
 
 
 def list_methods(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,9 @@ from jax import Array
 from kdtl_jax import methods, train
 from kdtl_jax._types import ModelFn, Variables
 from kdtl_jax.datasets import Kind, Splits
-from kdtl_jax.interop import model_files
+from kdtl_jax.interop import model_files, sources
 from kdtl_jax.methods import Entry, Method, Setup
-from kdtl_jax.objective import TermsFn
-from kdtl_jax.recipes import _measures, _models, _own, _seeds, _students, _tasks, _training
+from kdtl_jax.recipes import _measures, _models, _optimizers, _own, _seeds, _students, _training
 from kdtl_jax.recipes._measures import Measure
 from kdtl_jax.recipes._models import About, Network
 from kdtl_jax.recipes._training import Experiment, Point
@@ -61,7 +61,6 @@ class Pair(NamedTuple):
     given: Variables | None  # the teacher's, from its file
     files: dict[str, str]  # that were read: {"data": ..., "teacher_weights": ...}
     example: jax.Array  # inputs [1, ...]
-    task: TermsFn = _tasks.cross_entropy  # what is learned from the labels
     measure: Measure = _measures.CLASSES  # what is learned, and how it is scored
 
 
@@ -76,32 +75,28 @@ def read(settings: Any, *, dtype: Any = None, kinds: Sequence[Kind] = ("classes"
     Raises:
       ValueError: if the file is of another model, other classes or inputs, or is not finite.
     """
-    path = settings.teacher_weights
-    text, about = _models.read_about(path, settings.teacher, DEFAULT_TEACHER)
+    source = _models.opened(settings.teacher_weights, settings.teacher, DEFAULT_TEACHER)
     _models.check(settings.student)
-    splits, form = _models.read_data(settings, about, path, kinds=kinds)
+    splits, form = _models.read_data(settings, source, kinds=kinds)
     _models.check_parts(splits)
     part = splits.train
     index = np.arange(len(part.labels), dtype=np.int32)
     arrays = {"inputs": part.inputs, "labels": part.labels, "index": index}
     example = jnp.asarray(part.inputs[:1])
+    named = {"teacher": str(source.about.model), "student": settings.student}
     large, small = (
-        _models.described(model, part.classes, example, dtype=dtype)
-        for model in (text, settings.student)
+        _models.described(text, part.classes, example, dtype=dtype) for text in named.values()
     )
-    given = None if path is None else _models.load_variables(path, large, example)
-    files = {"data": settings.data, **({} if path is None else {"teacher_weights": path})}
-    named = {"teacher": text, "student": settings.student}
-    files |= {
-        role: _own.file_of(model) for role, model in named.items() if model_files.is_own(model)
-    }
+    given, files = None, {"data": settings.data}
+    if source.path is not None:
+        given = sources.variables(source, _models.abstract(large, example))
+        files["teacher_weights"] = source.path
+    files |= {role: _own.file_of(text) for role, text in named.items() if model_files.is_own(text)}
     about = About(None, part.classes, form.scaling, part.names, part.inputs.shape[1:], form)
-    measure = _measures.of(form)
-    task = measure.task
-    _tasks.check(settings, form.kind)
-    if form.kind == "classes":
-        task = _tasks.task(settings, part.labels, part.classes)
-    return Pair(splits, about, arrays, text, large, small, given, files, example, task, measure)
+    measure = _measures.of_data(form, settings, part)
+    return Pair(
+        splits, about, arrays, named["teacher"], large, small, given, files, example, measure
+    )
 
 
 def setup(
@@ -127,7 +122,7 @@ def setup(
         layers=tuple(layers) or None,
         student_layout=pair.student.layout,
         teacher_layout=pair.teacher.layout,
-        task=pair.task,
+        task=pair.measure.task,
         exclusive=pair.measure.kind == "classes",
     )
 
@@ -183,6 +178,18 @@ def build(entry: Entry, setup: Setup, temperature: Any) -> Method:
     if temperature is None or not methods.takes_temperature(entry):
         return entry.build(setup)
     return entry.build(setup, temperature=temperature)
+
+
+def filled_in(entry: Entry | None, settings: Any) -> dict[str, Any]:
+    """Optimizer, rate and temperature of a method, defaults filled in, for its line of settings."""
+    rate = settings.learning_rate or _optimizers.RATES[settings.optimizer]
+    found = {"optimizer": settings.optimizer, "learning_rate": rate}
+    if settings.weight_decay:
+        found["weight_decay"] = settings.weight_decay
+    if entry is not None and methods.takes_temperature(entry):
+        own = inspect.signature(entry.build).parameters["temperature"].default
+        found["temperature"] = settings.temperature or own
+    return found
 
 
 def student(

@@ -45,7 +45,7 @@ def optimizer(settings: Any) -> optax.GradientTransformation:
 class Run(NamedTuple):
     """Where one student's training is saved and told."""
 
-    where: _output.Folder
+    where: _output.Running
     name: str  # of the student, under `checkpoints/`
     settings: Any  # `sentences.Settings`
     say: _progress.Say
@@ -76,7 +76,7 @@ def distilled(
     key_order, key_steps = jax.random.split(key)
     batches = data.resident({"inputs": lines.train}, settings.batch_size, key=key_order)
     state = train.init_state(start, optimizer(settings), key=key_steps)
-    home = run.where.path / "checkpoints" / run.name
+    home = run.where.folder / "checkpoints" / run.name
     owner = {"run": run.where.run, "method": run.name}
     state, _, meta = newest(home, state, owner) if settings.resume else (state, 0, {})
     before = float(meta.get("seconds", 0.0))

@@ -17,7 +17,7 @@ import optax
 from kdtl_jax import objective, train, transferability, transforms, trees
 from kdtl_jax._types import Params, Variables
 from kdtl_jax.datasets import Dataset, Splits, per_class
-from kdtl_jax.recipes import _choice, _evidence, _models, _optimizers, _tasks, _training
+from kdtl_jax.recipes import _choice, _evidence, _models, _optimizers, _training
 from kdtl_jax.recipes import _measures as measures
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes._finished import NOWHERE, Finished, begun, once
@@ -111,13 +111,12 @@ def compare(
     size = data["labels"].shape[1]
     batch_size = min(settings.batch_size, size)
     steps = settings.epochs * (size // batch_size)
-    task = measure.task if kind != "classes" else _tasks.task(settings, part.labels, classes)
     patience = settings.early_stopping
     checks = settings.epochs if patience else _training.even_checks(settings.epochs)
     found = Compared([], {}, done, measured, {}, {})
     for method in chosen:
         say(method.name)
-        learner = experiment(method, net, classes, steps, settings, measure, task)
+        learner = experiment(method, net, classes, steps, settings, measure)
         # From scratch and copied are one program: where it begins is an argument.
         read = {**shared, "begin": copied if method.is_copied else fresh}
         axes = {"learning_rate": settings.learning_rates}
@@ -202,7 +201,6 @@ def experiment(
     steps: int,
     settings: Any,  # `_optimizers.Optimizing`, with `llrd`
     measure: Measure = measures.CLASSES,
-    task: objective.TermsFn = _tasks.cross_entropy,
 ) -> Experiment:
     """A target trained by one method; what belongs to its seed is in `shared`."""
 
@@ -237,7 +235,7 @@ def experiment(
 
         def terms(inputs: objective.Inputs) -> dict[str, Any]:
             own = {} if penalty is None else {method.term: penalty(inputs)}
-            learned: Any = task(inputs)
+            learned: Any = measure.task(inputs)
             return {**learned, **own}
 
         weights = {"task": 1.0} | ({method.term: point[method.term]} if method.term else {})

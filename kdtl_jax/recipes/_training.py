@@ -26,6 +26,7 @@ from kdtl_jax.train import Batch, TrainState
 
 Point = Mapping[str, Any]  # "seed", and whatever else distinguishes a student
 CHECKS = 10  # validations along the way
+BATCH, FEWEST_BATCHES = 64, 5  # examples per step, steps per epoch, by default
 
 
 class Keys(NamedTuple):
@@ -305,6 +306,17 @@ def one_by_one(
 def even_checks(epochs: int, most: int = CHECKS) -> int:
     """The largest number of evenly spaced validations."""
     return next(n for n in range(min(most, epochs), 0, -1) if not epochs % n)
+
+
+def usual_batch(examples: int, divisor: int = 1) -> int:
+    """64, or less where so few examples would make fewer than five steps of an epoch.
+
+    Args:
+      examples: that a student sees.
+      divisor: what it is a multiple of: devices times microbatches.
+    """
+    most = min(BATCH, examples // FEWEST_BATCHES)
+    return max(divisor, most // divisor * divisor)
 
 
 def check_batch(batch_size: int, size: int, microbatches: int = 1, devices: int = 1) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from kdtl_jax._types import ModelFn, Variables
 from kdtl_jax.datasets import KINDS, Dataset
+from kdtl_jax.interop import sources
 from kdtl_jax.losses import TopK
 from kdtl_jax.recipes import _models, _progress
 from kdtl_jax.recipes import settings as types
@@ -148,12 +149,12 @@ def teacher(settings: Settings) -> tuple[Dataset, Network, Variables, dict[str, 
             "--teacher-weights: name the teacher's safetensors file, for example "
             "runs/distill/teacher.safetensors."
         )
-    text, about = _models.read_about(path, settings.teacher, "mlp:128,64")
-    train = _models.read_data(settings, about, path, kinds=KINDS)[0].train
+    source = _models.opened(path, settings.teacher, "mlp:128,64")
+    train, text = _models.read_data(settings, source, kinds=KINDS)[0].train, str(source.about.model)
     example = jnp.asarray(train.inputs[:1])
     net = _models.described(text, train.classes, example)
     made_of = {"model": _models.identity(text), "classes": train.class_names()}
-    return train, net, _models.load_variables(path, net, example), made_of
+    return train, net, sources.variables(source, _models.abstract(net, example)), made_of
 
 
 def in_precision(model: ModelFn, variables: Variables, name: str) -> tuple[ModelFn, Variables]:

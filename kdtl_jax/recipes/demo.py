@@ -35,7 +35,7 @@ from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._finished import NOWHERE, Finished, once, opened
 from kdtl_jax.recipes._logs import Logged, write_curves
-from kdtl_jax.recipes._progress import by_part, shown
+from kdtl_jax.recipes._progress import by_part
 from kdtl_jax.recipes._training import Experiment, Fitted, Point
 from kdtl_jax.recipes.settings import setting
 from kdtl_jax.run import checkpoint, report, scores
@@ -94,15 +94,10 @@ def run(settings: Settings) -> None:
     raw = stratified(digits(), validation=data.validation, test=data.test)
     scaling = standardizer(raw.train)
     splits = Splits(*(scaling.apply(part) for part in raw))
-    with (
-        _output.run_folder(settings, "demo", {"data": data.data}, saves=["checkpoints"]) as where,
-        _output.counted_programs() as programs,
-        _output.hint_of_resuming("demo", where.path),
-        shown() as bar,
-    ):
-        folder = where.path
+    with _output.running(settings, "demo", {"data": data.data}, saves=["checkpoints"]) as running:
+        folder, run, bar, programs = running
         say = by_part(bar, len(ORDER) + 1 + len(TARGETS))
-        finished = opened(folder, where.run, resume=settings.resume, kinds=(Fitted, Variables))
+        finished = opened(folder, run, resume=settings.resume, kinds=(Fitted, Variables))
         targets = transfer_digits(splits, settings, say, finished)
         rows, learning, alpha, models = distill(splits, settings, say, finished)
         students = {

@@ -7,6 +7,8 @@ seed by seed with the student that learns from the labels alone.
     kdtl distill --methods kd,dkd,hint --seeds 5
 """
 
+import dataclasses
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +24,6 @@ from kdtl_jax.datasets import KINDS, per_class
 from kdtl_jax.recipes import (
     _caching,
     _choice,
-    _defaults,
     _devices,
     _evidence,
     _logs,
@@ -35,7 +36,6 @@ from kdtl_jax.recipes import (
     _progress,
     _seeds,
     _students,
-    _tasks,
     _training,
 )
 from kdtl_jax.recipes import settings as types
@@ -44,6 +44,7 @@ from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import report
 from kdtl_jax.train import precision
 
+EPOCHS, STEPS = 60, 1000  # at least, per student
 STUDENTS = "distillation"  # their family in the table
 CACHE_BYTES = 512 * 2**20  # teacher outputs up to this size are computed once and held
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -149,7 +150,7 @@ def run(settings: Settings) -> int:
         _caching.check(cache, pair, entries, precision=settings.precision)
     rows, size = None, len(inputs)
     divisor = settings.microbatches * (1 if mesh is None else mesh.size)
-    fixed = _defaults.resolved(settings, size, classes, divisor)
+    fixed = resolved(settings, size, classes, divisor)
     if fixed.per_class:
         numbered, few = pair.splits.train._replace(inputs=pair.arrays["index"]), fixed.per_class
         parts = [per_class(numbered, few, seed=seed) for seed in range(settings.seeds)]
@@ -175,16 +176,9 @@ def run(settings: Settings) -> int:
         return precision.loss_scaling(made) if settings.precision == "float16" else made
 
     learners = [*([TEACHER] if pair.given is None else []), *built]
-    folder_of_run = _output.run_folder(
-        fixed, "distill", {**pair.files, **_own.files(settings)},
-        saves=[f"checkpoints/{name}" for name in learners],
-    )  # fmt: skip
-    with (
-        folder_of_run as (folder, identity),
-        _output.counted_programs() as programs,
-        _output.hint_of_resuming("distill", folder),
-        _progress.shown() as say,
-    ):
+    files, saves = {**pair.files, **_own.files(settings)}, [f"checkpoints/{x}" for x in learners]
+    with _output.running(fixed, "distill", files, saves=saves) as running:
+        folder, identity, say, programs = running
         common = _seeds.Run(
             folder=folder,
             identity=identity,
@@ -284,7 +278,7 @@ def run(settings: Settings) -> int:
             described = {
                 "epochs": fixed.epochs,
                 "batch_size": fixed.batch_size,
-                **_defaults.described(entry, settings),
+                **_pair.filled_in(entry, settings),
                 "weights": {
                     term: "schedule" if callable(weight) else _choice.meant(weight)
                     for term, weight in method.weights.items()
@@ -361,7 +355,7 @@ def run(settings: Settings) -> int:
 
 def check(settings: Settings, entries: Sequence[methods.Entry], devices: int) -> None:
     """Raises UsageError if settings contradict each other, whatever the data are."""
-    _tasks.check(settings)
+    _measures.check(settings)
     if settings.augment and settings.teacher_cache is not None:
         raise UsageError(
             "--teacher-cache holds outputs for the images as they are, not for --augment's views. "
@@ -375,3 +369,14 @@ def check(settings: Settings, entries: Sequence[methods.Entry], devices: int) ->
         _caching.check_folder(Path(settings.teacher_cache), has_teacher=has_teacher)
     if settings.loss_weights and (terms := _pair.terms(entries, settings)):
         _pair.check_weights(settings.loss_weights, {BASELINE: ("task",), **terms})
+
+
+def resolved(settings: Settings, examples: int, classes: int, divisor: int = 1) -> Any:
+    """The settings with numbers in place of what follows from the data."""
+    few = settings.per_class
+    if few is None:
+        few = types.FEW_DIGITS if settings.data == "digits" else 0
+    size = few * classes or examples
+    batch = settings.batch_size or _training.usual_batch(size, divisor)
+    epochs = settings.epochs or max(EPOCHS, math.ceil(STEPS / max(1, size // batch)))
+    return dataclasses.replace(settings, per_class=few, batch_size=batch, epochs=epochs)

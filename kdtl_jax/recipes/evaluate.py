@@ -4,14 +4,21 @@ kdtl evaluate runs/distill/students/kd.safetensors test.npz --out scores.json
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdtl_jax import _files
-from kdtl_jax.recipes import _inputs, _output, _scoring
-from kdtl_jax.recipes.settings import setting
+import jax.numpy as jnp
+import numpy as np
+from scipy.special import softmax
 
+from kdtl_jax import _files, metrics
+from kdtl_jax.recipes import _inputs, _output
+from kdtl_jax.recipes.settings import setting
+from kdtl_jax.run import scores
+
+BINS = 15  # of the calibration
 MOST = 20  # classes whose confusion is printed
 EXAMPLES = """
   kdtl evaluate runs/distill/students/kd.safetensors digits
@@ -40,13 +47,13 @@ def run(settings: Settings) -> int:
     names = _inputs.class_names(model)
     logits, kind = model.predict(found.inputs), _inputs.kind(model)
     if kind == "numbers":
-        result = _scoring.of_numbers(_inputs.numbers(model, logits), found.labels)
+        result = of_numbers(_inputs.numbers(model, logits), found.labels)
     elif kind == "labels":
-        result = _scoring.of_labels(logits, found.labels, names)
+        result = of_labels(logits, found.labels, names)
     else:
-        result = _scoring.of_classes(logits, found.labels, names)
+        result = of_classes(logits, found.labels, names)
     print(f"{settings.student}: {found.said}", file=sys.stderr)
-    print("\n".join(_scoring.lines(result)))
+    print("\n".join(lines(result)))
     show(result, names)
     if settings.out is not None:
         known = {"student": settings.student, "data": settings.data, "classes": list(names)}
@@ -65,13 +72,100 @@ def show(result: dict[str, Any], names: tuple[str, ...]) -> None:
         counts = [
             [name, *map(str, row)] for name, row in zip(names, result["confusion"], strict=True)
         ]
-        lines = [
+        said = [
             f"of class {name}: " + ", ".join(f"{n} named {other}" for n, other in zip(
                 row, names, strict=True) if n)
             for name, row in zip(names, result["confusion"], strict=True)
         ]  # fmt: skip
-        _output.show(["is \\ named", *names], counts, lines)
+        _output.show(["is \\ named", *names], counts, said)
 
 
 def _cell(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def of_classes(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """Scores of classes that exclude each other: logits `[N, K]`, labels `[N]`."""
+    named, count = np.asarray(scores.predicted(jnp.asarray(logits))), len(names)
+    with np.errstate(invalid="ignore", over="ignore"):
+        p = softmax(logits.astype(np.float64), axis=-1)
+    each = metrics.per_class(named, labels, count)
+    calibration = metrics.calibration(p, labels, bins=BINS)
+    return {
+        "examples": len(labels),
+        "not_finite": int(np.sum(named == scores.WRONG)),
+        "accuracy": metrics.accuracy(named, labels),
+        "balanced_accuracy": metrics.balanced_accuracy(named, labels, count),
+        "macro_f1": float(np.nanmean(each.f1)),
+        "negative_log_likelihood": metrics.negative_log_likelihood(p, labels),
+        "brier": metrics.brier(p, labels),
+        "calibration_error": calibration.error,
+        "calibration": {
+            "bins": BINS,
+            "confidence": calibration.confidence.tolist(),
+            "accuracy": calibration.accuracy.tolist(),
+            "counts": calibration.counts.tolist(),
+        },
+        "per_class": per_class(each, names),
+        "confusion": metrics.confusion(named, labels, count).tolist(),
+    }
+
+
+def of_labels(logits: np.ndarray, targets: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """Scores of labels that may come together: logits `[N, K]`, targets `[N, K]` of 0 and 1.
+
+    A label is named where its logit is above 0. Where logits are not finite, no score of all
+    examples is known.
+    """
+    named, broken = (logits > 0).astype(np.int64), ~np.isfinite(logits).all(axis=1)
+    each = metrics.per_label(named, targets)
+    precision = metrics.average_precision(logits, targets)
+    known = precision[~np.isnan(precision)]
+    rows = per_class(each, names)
+    for row, value in zip(rows, precision.tolist(), strict=True):
+        row["average_precision"] = value
+    whole = {
+        "exact": float(np.mean((named == targets).all(axis=1))),
+        "mean_average_precision": float(known.mean()) if known.size else float("nan"),
+        "micro_f1": metrics.micro_f1(named, targets),
+        "macro_f1": metrics.macro_f1(named, targets),
+    }
+    if broken.any():
+        whole = dict.fromkeys(whole, float("nan"))
+    return {
+        "examples": len(targets),
+        "not_finite": int(broken.sum()),
+        **whole,
+        "per_class": rows,
+    }
+
+
+def of_numbers(predicted: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+    """Scores of numbers, `[N]` or `[N, K]`."""
+    return {
+        "examples": len(targets),
+        "not_finite": int(np.sum(~np.isfinite(predicted.reshape(len(predicted), -1)).all(axis=1))),
+        "r2": metrics.r_squared(predicted, targets),
+        "mean_absolute_error": metrics.mean_absolute_error(predicted, targets),
+        "root_mean_squared_error": metrics.root_mean_squared_error(predicted, targets),
+    }
+
+
+def per_class(each: metrics.PerClass, names: Sequence[str]) -> list[dict[str, Any]]:
+    """A row per class."""
+    columns = {field: np.asarray(x).tolist() for field, x in each._asdict().items()}
+    return [
+        {"class": name, **{field: column[i] for field, column in columns.items()}}
+        for i, name in enumerate(names)
+    ]
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The numbers that stand alone, a line each."""
+    shares = ("accuracy", "balanced_accuracy", "exact")
+    out = []
+    for name, value in found.items():
+        if isinstance(value, (int, float)):
+            text = f"{100 * value:.2f}%" if name in shares else f"{value:,.4g}"
+            out.append(f"{name.replace('_', ' '):26s} {text}")
+    return out

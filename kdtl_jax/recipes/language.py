@@ -23,7 +23,7 @@ from kdtl_jax.recipes import _language_report as of_report
 from kdtl_jax.recipes import _language_steps as steps
 from kdtl_jax.recipes import _language_text as text_rows
 from kdtl_jax.recipes import _language_training as training
-from kdtl_jax.recipes import _logs, _output, _progress
+from kdtl_jax.recipes import _logs, _output
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import sharding
@@ -177,11 +177,9 @@ def run(settings: Settings) -> int:
     learners = [*([] if files else ["teacher"]), *(["warm"] if warms_up else []),
                *(method.name for method in chosen)]  # fmt: skip
     files |= {f"data {path}": path for path in settings.data}
-    folder_of_run = _output.run_folder(
-        settings, "language", files, models=[*learners, *converted],
-        saves=[f"checkpoints/{name}" for name in learners],
-    )  # fmt: skip
-    with folder_of_run as (folder, who), _progress.shown() as say:
+    saves, folders = [f"checkpoints/{name}" for name in learners], [*learners, *converted]
+    with _output.running(settings, "language", files, saves=saves, models=folders) as running:
+        folder, who, say, _ = running
         say("reading")
         given = {
             name: of_models.as_folder(path, folder / name, resume=settings.resume)

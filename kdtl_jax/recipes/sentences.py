@@ -111,15 +111,9 @@ def run(settings: Settings) -> int:
     encoder, text = Path(str(settings.encoder)), Path(str(settings.text))
     files = {"encoder": str(encoder), "text": str(text)}
     learners = [(name, seed) for name in (DISTILLED, BASELINE) for seed in range(settings.seeds)]
-    folder_of_run = _output.run_folder(
-        settings, "sentences", files, models=["student"],
-        saves=[f"checkpoints/{name}_{seed}" for name, seed in learners],
-    )  # fmt: skip
-    with (
-        folder_of_run as where,
-        _output.hint_of_resuming("sentences", where.path),
-        _progress.shown() as say,
-    ):
+    saves = [f"checkpoints/{name}_{seed}" for name, seed in learners]
+    with _output.running(settings, "sentences", files, saves=saves, models=["student"]) as where:
+        say = where.say
         say("reading")
         read = read_lines(text)
         try:
@@ -204,7 +198,7 @@ def run(settings: Settings) -> int:
             )
             for name, found_of in scores.items()
         ]
-        home = where.path / "student"
+        home = where.folder / "student"
         if first is not None:
             huggingface.save(home, first, copied.rules, config=copied.config)
             _files.write_atomic(home / "tokenizer.json", (encoder / "tokenizer.json").read_bytes())
@@ -222,8 +216,8 @@ def run(settings: Settings) -> int:
             {},
             notes,
         )
-        _logs.write_curves(where.path, learning, settings.log)
-        _output.finish(where.path, results, table(rows))
+        _logs.write_curves(where.folder, learning, settings.log)
+        _output.finish(where.folder, results, table(rows))
         print(f"student: {home}" if first is not None else "student: none, every seed diverged")
     return 1 if first is None else 0
 
@@ -333,14 +327,7 @@ def table(rows: Sequence[report.Row]) -> str:
         )
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in (head, *body)
-    )
+    return _output.aligned([head, *body])
 
 
 def _notes(settings: Settings) -> list[str]:

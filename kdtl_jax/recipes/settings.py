@@ -27,6 +27,9 @@ MODEL = f"one of: {'; '.join(NAMED_FORMS)}; or FILE.py:NAME, a model of your own
 AUGMENTATIONS = ("crop", "flip", "mixup", "cutmix")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 INT32 = 2**31 - 1
+# The built-in digits are so easy that a small student learns all there is from their labels; from
+# ten per class it does not, and what a teacher adds can be seen.
+FEW_DIGITS = 10
 POLICIES = {  # of leaves of another shape
     "error": transforms.raise_on_mismatch,
     "keep": transforms.keep_on_mismatch,

@@ -25,11 +25,11 @@ from kdtl_jax.methods import Entry, Setup
 from kdtl_jax.recipes import (
     _axes,
     _choice,
-    _defaults,
     _devices,
     _finished,
     _halving,
     _logs,
+    _measures,
     _models,
     _optimizers,
     _output,
@@ -37,7 +37,6 @@ from kdtl_jax.recipes import (
     _progress,
     _seeds,
     _sweep_report,
-    _tasks,
     _training,
 )
 from kdtl_jax.recipes import settings as types
@@ -142,13 +141,13 @@ def run(settings: Settings) -> None:
             "--halving stops settings as a whole, --early-stopping one student. Give one of them."
         )
     _output.check_out(settings, "sweep")
-    _tasks.check(settings)
+    _measures.check(settings)
     if columns.keys() - {*_axes.AXES} and (terms := _pair.terms(chosen, settings)):
         _axes.check(columns, terms)
     pair = _pair.read(settings, kinds=KINDS)
     chosen = _pair.suited(chosen, settings, pair.measure)
     size = len(pair.arrays["labels"])
-    batch_size = settings.batch_size or _defaults.batch_size(size)
+    batch_size = settings.batch_size or _training.usual_batch(size)
     settings = dataclasses.replace(settings, batch_size=batch_size)
     _training.check_batch(batch_size, size)
     steps = settings.epochs * (size // batch_size)
@@ -168,20 +167,15 @@ def run(settings: Settings) -> None:
         return _optimizers.optimizer(settings, rates, decay, steps)
 
     saves = [f"checkpoints/{_pair.TEACHER}"] if pair.given is None else []
-    with (
-        _output.run_folder(settings, "sweep", pair.files, saves=saves) as where,
-        _output.counted_programs() as programs,
-        _output.hint_of_resuming("sweep", where.path),
-        _progress.shown() as bar,
-    ):
-        folder = where.path
+    with _output.running(settings, "sweep", pair.files, saves=saves) as running:
+        folder, run, bar, programs = running
         say = _progress.by_part(bar, len(entries) + 1)
         finished = _finished.opened(
-            folder, where.run, resume=settings.resume, kinds=(Swept, Fitted, Variables)
+            folder, run, resume=settings.resume, kinds=(Swept, Fitted, Variables)
         )
         say(f"teacher{'' if pair.given is None else f', from {settings.teacher_weights}'}")
         common = _seeds.Run(
-            folder=folder, identity=where.run, resume=settings.resume,
+            folder=folder, identity=run, resume=settings.resume,
             batch_size=batch_size, arrays=pair.arrays, splits=pair.splits,
             measure=pair.measure, patience=settings.early_stopping,
         )  # fmt: skip

@@ -22,7 +22,6 @@ from kdtl_jax._types import Variables
 from kdtl_jax.datasets import KINDS, Dataset, Kind, Preprocessing, Splits, only_classes
 from kdtl_jax.interop import model_files
 from kdtl_jax.recipes import (
-    _defaults,
     _evidence,
     _finished,
     _logs,
@@ -34,7 +33,6 @@ from kdtl_jax.recipes import (
     _progress,
     _students,
     _targets,
-    _tasks,
     _training,
 )
 from kdtl_jax.recipes import _transfer_methods as ways
@@ -146,12 +144,12 @@ def run(settings: Settings) -> int | None:
         surgery = surgery._replace(where=types.selector(settings.where))
     _output.check_out(settings, "transfer")
     check(settings)
-    text, about = _models.read_about(path, settings.model, "mlp:128,64")
-    given = None if path is None else _models.load_tree(path)
-    form, source_part, target = read(settings, about)
-    measure = _measures.of(form)
+    start = _models.opened(path, settings.model, "mlp:128,64")
+    given = None if path is None else start.tree(None)
+    form, source_part, target = read(settings, start)
+    measure = _measures.of_data(form, settings, target.train)
     settings = resolved(settings, measure)
-    known = about.preprocessing
+    text, known = str(start.about.model), start.about.preprocessing
     source_kind = "classes" if known is None else known.kind
     chosen = suited(chosen, settings, measure, source_kind)
     example = jnp.asarray(target.train.inputs[:1])
@@ -163,17 +161,10 @@ def run(settings: Settings) -> int | None:
         _targets.check(net, example, given, chosen, surgery)
     files = {"data": settings.data, **({} if path is None else {"source_weights": path})}
     files |= {"student": _own.file_of(text)} if model_files.is_own(text) else {}
-    with (
-        _output.run_folder(settings, "transfer", files, saves=["checkpoints"]) as where,
-        _output.counted_programs() as programs,
-        _output.hint_of_resuming("transfer", where.path),
-        _progress.shown() as bar,
-    ):
-        folder = where.path
+    with _output.running(settings, "transfer", files, saves=["checkpoints"]) as running:
+        folder, run, bar, programs = running
         say = _progress.by_part(bar, len(chosen) + (given is None))
-        finished = _finished.opened(
-            folder, where.run, resume=settings.resume, kinds=(Fitted, Variables)
-        )
+        finished = _finished.opened(folder, run, resume=settings.resume, kinds=(Fitted, Variables))
         if given is None:
             say("source")
             before = _models.described(text, source_part.classes, example)
@@ -282,17 +273,16 @@ def resolved(settings: Settings, measure: Measure) -> Settings:
     """
     few, is_classes = settings.labels_per_class, measure.kind == "classes"
     if few is None:
-        few = _defaults.LABELS if settings.data == "digits" else 0
+        few = types.FEW_DIGITS if settings.data == "digits" else 0
     if few and not is_classes:
         raise UsageError(f"--labels-per-class {few}: the targets are {measure.kind}, not classes.")
-    _tasks.check(settings, measure.kind)
     rates = settings.learning_rates or _optimizers.to_try(settings)
     return dataclasses.replace(settings, labels_per_class=few, learning_rates=rates)
 
 
 def check(settings: Settings) -> None:
     """Raises UsageError if settings contradict each other, whatever the data are."""
-    _tasks.check(settings)
+    _measures.check(settings)
     if settings.source_weights is not None and settings.source_classes is not None:
         raise UsageError(
             "--source-classes are of a source that is trained here, and --source-weights names "
@@ -300,7 +290,7 @@ def check(settings: Settings) -> None:
         )
     few = settings.labels_per_class
     if few is None and settings.data == "digits":
-        few = _defaults.LABELS
+        few = types.FEW_DIGITS
     if settings.class_weights != "none" and few:
         raise UsageError(
             f"--class-weights: every class has {few} labels already. Give --labels-per-class 0."
@@ -327,17 +317,15 @@ def suited(
     return [method for method in chosen if method.name not in (*no_classes, *no_source)]
 
 
-def read(settings: Settings, about: About) -> tuple[Preprocessing, Dataset, Splits]:
+def read(settings: Settings, source: _models.Source) -> tuple[Preprocessing, Dataset, Splits]:
     """How the data are read, the source's training set and the target's splits.
 
     Raises:
       UsageError: if classes or canvas do not fit the data.
     """
     # A file's classes and sizes of images are the source's own: the target's may be others.
-    own = about._replace(classes=None, names=(), shape=None)
-    ready, form = _models.read_data(
-        settings, own, settings.source_weights, kinds=KINDS, other_targets=True
-    )
+    own = source._replace(about=source.about._replace(classes=None, names=(), shape=None))
+    ready, form = _models.read_data(settings, own, kinds=KINDS, other_targets=True)
     _models.check_parts(ready)
     if ready.train.kind != "classes":
         given = settings.source_classes or settings.target_classes or settings.canvas

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax import _checks, _numerics, trees
+from kdtl_jax import _checks, _numerics, _softmax, trees
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Scalar
 
 Weights = Array | Sequence[float]
@@ -141,7 +141,7 @@ def mean_probabilities(
     _checks.positive(temperature=temperature)
     share = _shares(weights, logits)
     temperature = _numerics.scalar(temperature, logits)
-    return temperature * _log_mixture(_numerics.log_softmax(logits / temperature), share)
+    return temperature * _log_mixture(_softmax.log_softmax(logits / temperature), share)
 
 
 def log_sum_exp(

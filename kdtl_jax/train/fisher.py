@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kdtl_jax import _checks, _numerics, trees
+from kdtl_jax import _checks, _numerics, _softmax, trees
 from kdtl_jax._types import Array, Params, PyTree
 
 ExampleLoss = Callable[[Params, Any], Array]  # (params, one example) -> []
@@ -78,7 +78,7 @@ def true_fisher(
 
     def squares(trained: Params, frozen: Params, example: Any) -> PyTree:
         def log_p(t: Params) -> Array:
-            return _numerics.log_softmax(logits(trees.combine(t, frozen), example))
+            return _softmax.log_softmax(logits(trees.combine(t, frozen), example))
 
         p = jnp.exp(log_p(trained))
         rows = jax.jacrev(log_p)(trained)

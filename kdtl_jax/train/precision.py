@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import _checks, _numerics, trees
+from kdtl_jax import _checks, _softmax, trees
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree
 from kdtl_jax.train._state import like
 
@@ -255,7 +255,7 @@ def fidelity(logits: Array, reference: Array) -> Fidelity:
     error = z - ref
     return Fidelity(
         jnp.mean(same.astype(jnp.float32)),
-        jnp.mean(_numerics.kl_from_logits(ref, z)),
+        jnp.mean(_softmax.kl_from_logits(ref, z)),
         jnp.max(jnp.abs(error)),
         jnp.linalg.norm(error.ravel()) / jnp.maximum(jnp.linalg.norm(ref.ravel()), 1e-30),
     )

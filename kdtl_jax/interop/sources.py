@@ -1,24 +1,65 @@
-"""Weights from elsewhere, beside the library's own files: Orbax and Hugging Face folders."""
+"""Trained weights wherever they lie: safetensors, a folder of Orbax's, one of Hugging Face's.
+
+    source = sources.opened("teacher.safetensors")
+    variables = sources.variables(source, networks.abstract(net, example))
+
+What a source says of its model is read at once, its weights when they are asked for.
+"""
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from kdtl_jax import _files, _text, trees
-from kdtl_jax._types import PyTree
+from kdtl_jax._types import PyTree, Variables
 from kdtl_jax.datasets import Standardizer
-from kdtl_jax.interop import huggingface
+from kdtl_jax.interop import huggingface, model_files, safetensors
 from kdtl_jax.interop.huggingface import Pretrained
+from kdtl_jax.interop.model_files import HUGGING_FACE, About
 
-HUGGING_FACE = "huggingface:"  # before the folder, as a model's text
 LARGE, MOST_PACKED = 2**26, 1000  # numbers; per byte of the files
 _HOW = ("image_mean", "image_std")
 ITEMS = ("params", "default", "state", "model")  # of a step, in the order they are looked for
+
+
+class Source(NamedTuple):
+    """Weights on disk, or a model without any."""
+
+    path: str | None
+    about: About  # what it says of itself
+    # All leaves, as `model_files.tree` lays them out; where a folder holds several trees, of the
+    # one that has the names of `like`, or else of the innermost one.
+    tree: Callable[[PyTree], PyTree] = lambda like: None
+
+
+def opened(path: str) -> Source:
+    """The source in a file or folder.
+
+    Raises:
+      ValueError: if there is no such file, or what it says of itself is damaged.
+    """
+    if is_hugging_face(path):
+        return Source(path, About(f"{HUGGING_FACE}{path}", scaling=scaling(path)),
+                      lambda like: _of_hugging_face(path))  # fmt: skip
+    if is_orbax(path):
+        return Source(path, About(), lambda like: from_orbax(path, like))
+    return Source(path, model_files.about(path), lambda like: safetensors.load(path))
+
+
+def variables(source: Source, template: Variables) -> Variables:
+    """The template's variables.
+
+    Raises:
+      OSError: if the file cannot be read.
+      ValueError: naming each leaf that is missing, extra, of another shape, or not finite.
+    """
+    found = source.tree(model_files.tree(template))
+    return model_files.filled(str(source.path), trees.flatten(found), template)
 
 
 def is_hugging_face(path: str) -> bool:
@@ -26,9 +67,22 @@ def is_hugging_face(path: str) -> bool:
     return (Path(path) / "config.json").is_file()
 
 
-def is_orbax(path: str) -> bool:
-    """Whether a path is a folder that Orbax wrote: a tree, a step, or a manager's steps."""
-    return Path(path).is_dir() and _tree_in(Path(path)) is not None
+def pretrained(folder: str) -> Pretrained:
+    """The model of a Hugging Face folder.
+
+    Raises:
+      ValueError: if it takes no head for classes of its own.
+    """
+    found = huggingface.load(folder)
+    if not hasattr(found.module, "classes"):
+        kind = _text.quoted(found.config["model_type"])
+        raise ValueError(f"{folder}: a model of the type {kind} takes no head for classes here.")
+    return found
+
+
+def _of_hugging_face(folder: str) -> PyTree:
+    found = pretrained(folder)
+    return model_files.tree(Variables(*jax.tree.map(np.asarray, (found.params, found.model_state))))
 
 
 def scaling(folder: str) -> Standardizer | None:
@@ -60,37 +114,24 @@ def scaling(folder: str) -> Standardizer | None:
     return made
 
 
-def pretrained(text: str) -> Pretrained:
-    """The model that `huggingface:FOLDER` names.
+def is_orbax(path: str) -> bool:
+    """Whether a path is a folder that Orbax wrote: a tree, a step, or a manager's steps."""
+    return Path(path).is_dir() and _tree_in(Path(path)) is not None
 
-    Raises:
-      ValueError: if its model takes no head for classes of its own.
+
+def from_orbax(path: str, like: PyTree = None) -> PyTree:
+    """A tree in an Orbax folder: the one that has the names of `like`, or else most of them.
+
+    What holds parameters beside other things (an optimizer's state) gives its `params`. Without
+    `like` it is the innermost tree of parameters, with batch statistics beside it.
     """
-    folder = text.removeprefix(HUGGING_FACE)
-    found = huggingface.load(folder)
-    if not hasattr(found.module, "classes"):
-        kind = _text.quoted(found.config["model_type"])
-        raise ValueError(f"{folder}: a model of the type {kind} takes no head for classes here.")
-    return found
-
-
-def from_orbax(path: str, like: PyTree) -> dict[str, Any]:
-    """Leaves by path from an Orbax folder: of the tree in it that has the names of `like`.
-
-    What holds parameters beside other things (an optimizer's state) gives its `params`; where no
-    tree has all names, the one that has most of them is given.
-    """
-    found = _restored(path)
-    wanted = trees.flatten(like)
-    candidates = [trees.flatten(each) for each in _within(found)]
-    fits = [flat for flat in candidates if flat.keys() == wanted.keys()]
-    nearest = max(candidates, key=lambda flat: len(flat.keys() & wanted.keys()))
-    return (fits or [nearest])[0]
-
-
-def any_orbax(path: str) -> PyTree:
-    """The innermost tree of parameters in an Orbax folder, with batch statistics beside it."""
-    *outer, params = _within(_restored(path))
+    candidates = [*_within(_restored(path))]
+    if like is not None:
+        names = trees.flatten(like).keys()
+        flat = [trees.flatten(each) for each in candidates]
+        fits = [each for each in flat if each.keys() == names]
+        return (fits or [max(flat, key=lambda each: len(each.keys() & names))])[0]
+    *outer, params = candidates
     if outer and "batch_stats" in outer[-1]:
         return {"params": params, "batch_stats": outer[-1]["batch_stats"]}
     return params
