@@ -4,8 +4,9 @@ Tables are data. Names are written for the bare model; `rules_of` puts the prefi
 hand (`bert.`, `model.`, …) before every name except those of heads.
 """
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -258,17 +259,10 @@ def set_dtype(out: dict[str, Any], tensors: Mapping[str, Any]) -> None:
     for array in tensors.values():
         if trees.is_inexact(array):
             name = str(array.dtype)
-            sizes[name] = sizes.get(name, 0) + int(_product(array.shape))
+            sizes[name] = sizes.get(name, 0) + math.prod(array.shape)
     if sizes:
         keys = [key for key in ("dtype", "torch_dtype") if key in out] or ["dtype"]
         out |= dict.fromkeys(keys, max(sizes, key=lambda name: sizes[name]))
-
-
-def _product(shape: Sequence[int]) -> int:
-    out = 1
-    for side in shape:
-        out *= int(side)
-    return out
 
 
 def _set_architecture(
