@@ -15,7 +15,7 @@ import pytest
 from kdtl_jax import cli, language, models, train
 from kdtl_jax.interop import _hf_encoders, huggingface, linen, naming, safetensors
 from kdtl_jax.objective import Inputs
-from kdtl_jax.recipes import _lines, _output, sentences
+from kdtl_jax.recipes import _lines, sentences
 from kdtl_jax.recipes import _sentence_training as training
 from kdtl_jax.run import checkpoint
 
@@ -184,12 +184,12 @@ def test_a_stopped_student_is_resumed_to_the_same_bits(
 
     def distilled(folder: str, *, resume: bool = False, start: float = 0.0) -> Any:
         told: list[str] = []
-        where = _output.Folder(tmp_path / folder, "run")
+        where = tmp_path / folder
         own = dataclasses.replace(settings, resume=resume)
         return training.distilled(
             step, {"w": jnp.full(9, start)}, {"w": jnp.arange(9.0)}, lines, jax.random.key(0),
             lambda params: float(params["w"].sum()),
-            training.Run(where, "kind_0", own, told.append, lambda done, total: None),
+            training.Run(where, "run", "kind_0", own, told.append, lambda done, total: None),
         )  # fmt: skip
 
     params, curve, _, how = distilled("whole")

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from kdtl_jax import losses, train
 from kdtl_jax._types import Params, Variables
 from kdtl_jax.models import sentence_embedding
 from kdtl_jax.objective import Inputs, Masked
-from kdtl_jax.recipes import _output, _progress
+from kdtl_jax.recipes import _progress
 from kdtl_jax.recipes._lines import Lines
 from kdtl_jax.recipes._training import newest, warmed_up
 from kdtl_jax.run import checkpoint, data, loop
@@ -45,7 +46,8 @@ def optimizer(settings: Any) -> optax.GradientTransformation:
 class Run(NamedTuple):
     """Where one student's training is saved and told."""
 
-    where: _output.Running
+    folder: Path
+    identity: str  # of the run, in its checkpoints
     name: str  # of the student, under `checkpoints/`
     settings: Any  # `sentences.Settings`
     say: _progress.Say
@@ -76,8 +78,8 @@ def distilled(
     key_order, key_steps = jax.random.split(key)
     batches = data.resident({"inputs": lines.train}, settings.batch_size, key=key_order)
     state = train.init_state(start, optimizer(settings), key=key_steps)
-    home = run.where.folder / "checkpoints" / run.name
-    owner = {"run": run.where.run, "method": run.name}
+    home = run.folder / "checkpoints" / run.name
+    owner = {"run": run.identity, "method": run.name}
     state, _, meta = newest(home, state, owner) if settings.resume else (state, 0, {})
     before = float(meta.get("seconds", 0.0))
 

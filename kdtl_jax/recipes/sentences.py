@@ -112,8 +112,8 @@ def run(settings: Settings) -> int:
     files = {"encoder": str(encoder), "text": str(text)}
     learners = [(name, seed) for name in (DISTILLED, BASELINE) for seed in range(settings.seeds)]
     saves = [f"checkpoints/{name}_{seed}" for name, seed in learners]
-    with _output.running(settings, "sentences", files, saves=saves, models=["student"]) as where:
-        say = where.say
+    with _output.running(settings, "sentences", files, saves=saves, models=["student"]) as running:
+        folder, identity, say, _ = running
         say("reading")
         read = read_lines(text)
         try:
@@ -162,7 +162,7 @@ def run(settings: Settings) -> int:
             say(said)
             key_start, key = jax.random.split(jax.random.key(seed))
             moved = _progress.part(say, said, i, len(learners))
-            place = training.Run(where, f"{name}_{seed}", settings, say, moved)
+            place = training.Run(folder, identity, f"{name}_{seed}", settings, say, moved)
             found = training.distilled(
                 step, starts[name](key_start), teacher.params, lines, key, agreement, place
             )
@@ -198,7 +198,7 @@ def run(settings: Settings) -> int:
             )
             for name, found_of in scores.items()
         ]
-        home = where.folder / "student"
+        home = folder / "student"
         if first is not None:
             huggingface.save(home, first, copied.rules, config=copied.config)
             _files.write_atomic(home / "tokenizer.json", (encoder / "tokenizer.json").read_bytes())
@@ -216,8 +216,8 @@ def run(settings: Settings) -> int:
             {},
             notes,
         )
-        _logs.write_curves(where.folder, learning, settings.log)
-        _output.finish(where.folder, results, table(rows))
+        _logs.write_curves(folder, learning, settings.log)
+        _output.finish(folder, results, table(rows))
         print(f"student: {home}" if first is not None else "student: none, every seed diverged")
     return 1 if first is None else 0
 
