@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kdtl_jax import metrics
-from kdtl_jax.recipes import _scoring
+from kdtl_jax.recipes import evaluate
 from kdtl_jax.run import scores
 
 LABELS = np.array([0, 0, 0, 1, 1, 2])
@@ -119,7 +119,7 @@ def test_what_would_broadcast_or_count_as_something_else_is_refused(
 
 def test_labels_of_an_example_without_an_answer_leave_no_score_of_all() -> None:
     logits = np.array([[1.0, -1.0], [np.nan, -1.0]])
-    found = _scoring.of_labels(logits, np.array([[1, 0], [0, 0]]), ["a", "b"])
+    found = evaluate.of_labels(logits, np.array([[1, 0], [0, 0]]), ["a", "b"])
     assert found["not_finite"] == 1
     for name in ("exact", "mean_average_precision", "micro_f1", "macro_f1"):
         assert np.isnan(found[name])

@@ -7,7 +7,7 @@ the reader's light or dark setting. Every mark has a `<title>`, which browsers s
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
@@ -16,7 +16,7 @@ from kdtl_jax.run.report import _drawing
 from kdtl_jax.run.report._drawing import INK, SURFACE, dot, line, series, svg, text
 
 _LETTER, _LONGEST_LABEL = 7.4, 30  # pixels of a letter, letters of a line beside a row
-_LEANING = (
+_LEANING: tuple[dict[str, Any], ...] = (
     {"ha": "center"},
     {"ha": "right", "va": "top", "rotation": 35, "rotation_mode": "anchor"},
 )
@@ -159,7 +159,7 @@ def lines(curves: Sequence[Line], *, x_axis: str, y_axis: str, percent: bool = T
         xs, ys = [x for x, _ in known], [y for _, y in known]
         line(ax, xs, ys, series(i), title=curve.label)
         if all(map(float.is_integer, map(float, xs))):
-            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.locator_params("x", integer=True)
         every = -(-len(xs) // POINTS)
         for place, (x, y) in enumerate(known):
             chosen = curve.marked is not None and math.isclose(x, curve.marked)
