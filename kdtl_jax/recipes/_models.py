@@ -116,7 +116,10 @@ def opened(path: str | None, text: str | None, default: str) -> Source:
     said = source.about.model
     if said is None:
         if path is not None and sources.is_orbax(path) and text is None:
-            raise UsageError(f"{path} is an Orbax folder, which does not say its model. Name it.")
+            raise UsageError(
+                f"{path} is an Orbax folder, which does not say its model. Name it (--teacher, or "
+                "--model of kdtl transfer)."
+            )
         return source._replace(about=source.about._replace(model=text or default))
     if text is not None and model_files.hugging_face_of(said):
         raise UsageError(f"{path} says itself what model it is. Leave out {text}.")
