@@ -33,6 +33,7 @@ from kdtl_jax.interop import _hf_build, _hf_family, _hf_towers, linen, naming, s
 from kdtl_jax.interop._hf_build import FAMILIES, family_of
 from kdtl_jax.interop._hf_config import Limits, read
 from kdtl_jax.interop._hf_family import Equal, Family, Found, Head
+from kdtl_jax.interop._hf_family import set_dtype as set_dtype
 from kdtl_jax.interop.naming import Rule
 from kdtl_jax.transforms import Report, transfer
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kdtl_jax.interop import decoders, huggingface, safetensors
@@ -121,7 +120,8 @@ def _described(
             f"{reshaped[0]!r} has another shape than in {checkpoint.files[0].parent}; write one "
             "that says so."
         )
-    changed = config | _dtype(config, specs) | _layers(config, specs, pattern, layers)
+    changed = config | _layers(config, specs, pattern, layers)
+    huggingface.set_dtype(changed, specs)
     return changed | _ties(changed, written, specs)
 
 
@@ -174,19 +174,6 @@ def _reshaped(
         for name, spec in specs.items()
         if origin(name) in before and tuple(spec.shape) != before[origin(name)]
     ]
-
-
-def _dtype(config: Mapping[str, Any], specs: Mapping[str, Any]) -> dict[str, str]:
-    """The dtype that most numbers are stored in, under the keys that name it."""
-    counts: dict[str, int] = {}
-    for spec in specs.values():
-        if jnp.issubdtype(spec.dtype, jnp.floating):
-            name = str(jnp.dtype(spec.dtype))
-            counts[name] = counts.get(name, 0) + int(np.prod(spec.shape, dtype=np.int64))
-    if not counts:
-        return {}
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-    return dict.fromkeys(keys, max(counts, key=lambda name: counts[name]))
 
 
 def _layers(
