@@ -11,6 +11,7 @@ import pytest
 from kdtl_jax import cli, language, trees
 from kdtl_jax.interop import decoders, pruning
 from kdtl_jax.recipes import _language_models, _language_training
+from kdtl_jax.run import loop
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 TINY = [
@@ -139,6 +140,12 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     assert cli.main([*words, out, "--resume"]) == 0
     one, two = (decoders.load(tmp_path / name / "gkd").params for name in ("straight", "stopped"))
     jax.tree.map(np.testing.assert_array_equal, one, two)
+    # What the teacher's part of the run leaves alone: the student's lines before it was stopped.
+    one, two = (
+        [x for x in loop.read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in x]
+        for name in ("straight", "stopped")
+    )
+    assert one == two and len(one) == 3 + 4
 
 
 @pytest.mark.parametrize(

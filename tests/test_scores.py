@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdtl_jax import Variables
+from kdtl_jax import Variables, datasets
 from kdtl_jax.run import record, report, scores
 
 INF, NAN = math.inf, math.nan
@@ -93,6 +93,41 @@ def test_a_run_is_resumed_on_the_same_content_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="other content of set, weights"):
         data.write_bytes(b"labels")
         record.compare(run, record.made_from({"data": data, "weights": weights, "set": "others"}))
+
+
+def test_what_a_folder_links_to_is_its_content(tmp_path: Path) -> None:
+    """Images in `photos/cat`, a link: reading follows it, so its files count."""
+    folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for path in (folder, elsewhere):
+        path.mkdir()
+    (elsewhere / "1.png").write_bytes(b"a cat")
+    (folder / "cat").symlink_to(elsewhere)
+    (elsewhere / "round").symlink_to(folder)  # and no end of it
+
+    def now() -> dict[str, str]:
+        return record.made_from({"data": folder}).files
+
+    before = now()
+    assert before == now()
+    (elsewhere / "1.png").write_bytes(b"a dog")
+    assert now() != before
+
+
+def test_arrays_beside_the_one_that_is_named_are_its_content(tmp_path: Path) -> None:
+    """`--data x_train.npy`: its labels lie in `y_train.npy`, and other arrays are not read."""
+    for name in ("x_train", "y_train", "x_test", "y_test", "notes"):
+        np.save(tmp_path / f"{name}.npy", np.arange(4))
+    named = str(tmp_path / "x_train.npy")
+    found = datasets.files_of(named)
+    assert [path.stem for path in found] == ["x_test", "x_train", "y_test", "y_train"]
+    before = record.made_from({"data": found}).files
+    np.save(tmp_path / "y_train.npy", np.arange(4)[::-1])
+    assert record.made_from({"data": found}).files != before
+    # Any other data are what they are called.
+    for other in ("digits", str(tmp_path), str(tmp_path / "data.csv"), str(tmp_path / "no.npy")):
+        assert datasets.files_of(other) == (Path(other),)
+        paths = (Path(other),)
+        assert record.made_from({"data": paths}).files == record.made_from({"data": other}).files
 
 
 def test_other_versions_are_told(tmp_path: Path) -> None:

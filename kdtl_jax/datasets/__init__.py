@@ -4,6 +4,7 @@ from kdtl_jax.datasets._dataset import Dataset as Dataset
 from kdtl_jax.datasets._dataset import checked as checked
 from kdtl_jax.datasets._dataset import digits as digits
 from kdtl_jax.datasets._formats import FORMATS as FORMATS
+from kdtl_jax.datasets._formats import files_of as files_of
 from kdtl_jax.datasets._idx import read_idx_array as read_idx_array
 from kdtl_jax.datasets._preprocessing import KINDS as KINDS
 from kdtl_jax.datasets._preprocessing import Column as Column

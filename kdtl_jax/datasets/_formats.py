@@ -53,6 +53,22 @@ def sources(path: Path, choices: Choices) -> dict[str, Source]:
     raise ValueError(f"{path}: not recognized by its name. Expected {FORMATS}.")
 
 
+def files_of(text: str, *, label: str = "label", inputs: str | None = None) -> tuple[Path, ...]:
+    """What reading some data opens: one file or folder, or an .npy file and those beside it.
+
+    Args:
+      text: as for `read_splits`, and so are the others.
+      label: likewise.
+      inputs: likewise.
+    """
+    path = Path(text)
+    if path.suffix != ".npy" or not path.is_file():
+        return (path,)
+    found = _arrays.pairs(_arrays.npy_folder(path.parent), inputs=inputs or path.stem, label=label)
+    names = {path.stem, *(name for part in found for name in part.values())}
+    return tuple(path.parent / f"{name}.npy" for name in sorted(names))
+
+
 def _of_folder(folder: Path, choices: Choices) -> dict[str, Source]:
     if is_idx_folder(folder):
         return _of_idx(folder, choices)

@@ -154,12 +154,14 @@ def read(
             raise ValueError(f"{data}: the model {why}")
         return Examples(inputs, None, f"{len(inputs)} examples", files)
     split = _split_of(model)
-    seen = record.made_from({"data": data}).files["data"] == model.metadata.get("data")
+    label = label or split.label
+    read_now = datasets.files_of(data, label=label, inputs=form and form.inputs)
+    seen = record.made_from({"data": read_now}).files["data"] == model.metadata.get("data")
     held_out = seen and part != "all"  # else all rows stay together, in their order
     shares = split.shares if held_out else (0.0, 0.0)
     parts = datasets.read_splits(
         data,
-        label=label or split.label,
+        label=label,
         target="auto" if form is None else form.kind,
         preprocessing=form,
         validation=shares[0],
@@ -172,7 +174,9 @@ def read(
     found = [each for each in found if len(each.labels)]
     if not found:
         raise UsageError(f"--part {chosen}: {data} has no such part. Take --part all.")
-    inputs = np.concatenate([each.inputs for each in found])
+    inputs = found[0].inputs
+    if len(found) > 1:
+        inputs = np.concatenate([each.inputs for each in found])
     checked_shape(data, inputs, model)
     if why := _in_other_units(inputs, model):
         raise ValueError(f"{data}: the model {why}")

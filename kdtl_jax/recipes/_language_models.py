@@ -88,18 +88,15 @@ def is_gguf(path: str) -> bool:
     return path.endswith(".gguf") and Path(path).is_file()
 
 
-def as_folder(path: str | None, folder: Path, *, resume: bool) -> str | None:
+def as_folder(path: str | None, folder: Path) -> str | None:
     """A model's folder: the path itself, or what a GGUF file becomes in the given one.
-
-    A resumed run takes what is there: the weights are written last.
 
     Raises:
       OSError, ImportError, ValueError: as `interop.gguf.write_folder`.
     """
     if path is None or not is_gguf(path):
         return path
-    if not (resume and (folder / "model.safetensors").is_file()):
-        processes.decide(lambda: gguf.write_folder(folder, path))
+    processes.decide(lambda: gguf.write_folder(folder, path))
     return str(folder)
 
 

@@ -357,9 +357,8 @@ def _teach(
     on_nonfinite: Callable[[loop.Nonfinite], None] = loop.raise_nonfinite,
 ) -> training.Trained:
     """One model's training; its curve joins the others."""
-    finished = tuple(each for each in work.learners if each in work.curves)
-    moved = _progress.part(work.say, name, len(finished), len(work.learners))
-    run = work.run._replace(finished=finished, moved=moved)
+    moved = _progress.part(work.say, name, len(work.curves), len(work.learners))
+    run = work.run._replace(moved=moved)
     state = train.init_state(params, tx, key=work.keys.student, trainable=trainable)
     found = training.trained(
         name, learner, state, work.text.train, shared, steps, measure, run, work.keys.order,

@@ -35,7 +35,6 @@ class Run(NamedTuple):
     checks: int
     say: _progress.Say
     moved: _progress.Moved = lambda done, total: None
-    finished: tuple[str, ...] = ()  # whose lines stay in the metrics file
 
 
 class Trained(NamedTuple):
@@ -126,8 +125,7 @@ def trained(
         checkpoint.save(checkpoints, step, state, {**meta, "seconds": spent})
 
     def stays(line: dict[str, Any]) -> bool:
-        mine = line["method"] == name and line["step"] <= at
-        return line["method"] in run.finished or mine
+        return line["method"] != name or line["step"] <= at
 
     with (
         checkpoint.open_folder(home, keep=checkpoint.newest(1), owner=owner) as checkpoints,

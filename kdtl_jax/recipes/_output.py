@@ -39,7 +39,7 @@ class Folder(NamedTuple):
 def run_folder(
     settings: Any,
     command: str,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, record.Paths] | None = None,
     *,
     saves: Sequence[str] = (),
     models: Sequence[str] = (),
@@ -174,7 +174,7 @@ class Running(NamedTuple):
 def running(
     settings: Any,
     command: str,
-    files: Mapping[str, str],
+    files: Mapping[str, record.Paths],
     *,
     saves: Sequence[str] = (),
     models: Sequence[str] = (),

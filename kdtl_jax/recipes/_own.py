@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kdtl_jax import methods
+from kdtl_jax import _files, methods
 from kdtl_jax.methods import Entry, Method, Setup
 from kdtl_jax.objective import Inputs
 from kdtl_jax.recipes.settings import UsageError, setting
@@ -46,7 +46,7 @@ def several(value: Any) -> tuple[str, ...]:
 
 
 def imported(text: str) -> Any:
-    """The object that `file.py:name` names; the file is run once per process.
+    """The object that `file.py:name` names; the file is run once per process and content.
 
     Raises:
       UsageError: if there is no such file, or no such name in it (its names are listed).
@@ -55,7 +55,7 @@ def imported(text: str) -> Any:
     path, name = Path(file_of(text)), text.rpartition(":")[2]
     if not path.is_file():
         raise UsageError(f"{path}: no such file.")
-    key = f"_kdtl_own_{path.resolve()}"
+    key = f"_kdtl_own_{path.resolve()}_{_files.sha256(path)[:16]}"  # edited, it is another one
     module = sys.modules.get(key)
     if module is None:
         spec = importlib.util.spec_from_file_location(key, path)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import methods, train
+from kdtl_jax import datasets, methods, train
 from kdtl_jax._types import ModelFn, Variables
 from kdtl_jax.datasets import Kind, Splits
 from kdtl_jax.interop import model_files, sources
@@ -24,6 +24,7 @@ from kdtl_jax.recipes._measures import Measure
 from kdtl_jax.recipes._models import About, Network
 from kdtl_jax.recipes._training import Experiment, Point
 from kdtl_jax.recipes.settings import MODEL, UsageError, setting
+from kdtl_jax.run import record
 
 TEACHER, BASELINE = "teacher", "student_alone"
 DEFAULT_TEACHER = "mlp:128,64"
@@ -59,7 +60,7 @@ class Pair(NamedTuple):
     teacher: Network
     student: Network
     given: Variables | None  # the teacher's, from its file
-    files: dict[str, str]  # that were read: {"data": ..., "teacher_weights": ...}
+    files: dict[str, record.Paths]  # that were read: {"data": ..., "teacher_weights": ...}
     example: jax.Array  # inputs [1, ...]
     measure: Measure = _measures.CLASSES  # what is learned, and how it is scored
 
@@ -87,7 +88,9 @@ def read(settings: Any, *, dtype: Any = None, kinds: Sequence[Kind] = ("classes"
     large, small = (
         _models.described(text, part.classes, example, dtype=dtype) for text in named.values()
     )
-    given, files = None, {"data": settings.data}
+    given = None
+    read_now = datasets.files_of(settings.data, label=settings.label, inputs=settings.inputs)
+    files: dict[str, record.Paths] = {"data": read_now}
     if source.path is not None:
         given = sources.variables(source, _models.abstract(large, example))
         files["teacher_weights"] = source.path

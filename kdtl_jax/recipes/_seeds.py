@@ -51,7 +51,6 @@ class Run(NamedTuple):
     save_every: int | None = None  # epochs; None: at the end
     say: Callable[[str, bool], None] = lambda text, last: None
     moved: Callable[[int, int], None] = lambda done, total: None  # of a method's steps
-    finished: tuple[str, ...] = ()  # methods before this one
     rate: Callable[[int], float] | None = None  # the learning rate by step, for the log
     patience: int | None = None  # epochs without a better validation; None: all epochs
     measure: Measure = _measures.CLASSES  # of the targets
@@ -345,7 +344,7 @@ def _log(
         step = line["step"] * calls
         checked = any(name.startswith(EVALUATION) for name in line)
         behind = step in evaluated if checked else step <= at
-        return line["method"] in run.finished or (line["method"] == name and behind)
+        return line["method"] != name or behind
 
     with loop.metrics_file(run.folder / "metrics.jsonl", stays=stays) as log:
 

@@ -236,7 +236,7 @@ def run(settings: Settings) -> int:
         built, notes = _pair.build_all(entries, setup, settings)
         known = {entry.name: entry for entry in entries}
         rates = _optimizers.rates(settings, of_setup["steps"])
-        common = common._replace(arrays=arrays, rows=rows, finished=(TEACHER,), rate=rates)
+        common = common._replace(arrays=arrays, rows=rows, rate=rates)
         points, table, learning, failed = _training.points(settings.seeds), [row], {}, []
         named: dict[str, _evidence.Named] = {}  # by method
         students: list[_students.Student] = []
@@ -266,7 +266,6 @@ def run(settings: Settings) -> int:
                 notes.append(f"{name} failed: {error}")
                 failed.append(name)
                 continue
-            common = common._replace(finished=(*common.finished, name))
             state, label = trained.state, "Student alone" if entry is None else entry.title
             params = _training.pick((state.params, state.connectors), 0)
             connected, kept = method.predict is not None, None

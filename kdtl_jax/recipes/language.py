@@ -182,7 +182,7 @@ def run(settings: Settings) -> int:
         folder, who, say, _ = running
         say("reading")
         given = {
-            name: of_models.as_folder(path, folder / name, resume=settings.resume)
+            name: of_models.as_folder(path, folder / name)
             for name, path in (("teacher", settings.teacher), ("student", settings.student))
         }
         tokenizer = tokenizer_of(given["teacher"], given["student"])

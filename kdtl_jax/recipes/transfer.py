@@ -17,7 +17,7 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import transforms
+from kdtl_jax import datasets, transforms
 from kdtl_jax._types import Variables
 from kdtl_jax.datasets import KINDS, Dataset, Kind, Preprocessing, Splits, only_classes
 from kdtl_jax.interop import model_files
@@ -159,7 +159,9 @@ def run(settings: Settings) -> int | None:
         if _targets.source_head(given) is None and settings.methods == ways.DEFAULT:
             chosen = [method for method in chosen if not method.needs_source_head]
         _targets.check(net, example, given, chosen, surgery)
-    files = {"data": settings.data, **({} if path is None else {"source_weights": path})}
+    read_now = datasets.files_of(settings.data, label=settings.label, inputs=settings.inputs)
+    files: dict[str, record.Paths] = {"data": read_now}
+    files |= {} if path is None else {"source_weights": path}
     files |= {"student": _own.file_of(text)} if model_files.is_own(text) else {}
     with _output.running(settings, "transfer", files, saves=["checkpoints"]) as running:
         folder, run, bar, programs = running

@@ -10,8 +10,9 @@ something else.
 
 import hashlib
 import importlib.metadata
+import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ import numpy as np
 from kdtl_jax import _files, trees
 from kdtl_jax._types import PyTree
 
+Paths = str | Path | Sequence[Path]
 FILE = "made_from.json"
 PACKAGES = ("kdtl_jax", "jax", "jaxlib", "numpy", "optax", "flax", "orbax-checkpoint")
 
@@ -32,17 +34,17 @@ class Record(NamedTuple):
     versions: dict[str, str]
 
 
-def made_from(files: Mapping[str, str | Path]) -> Record:
+def made_from(files: Mapping[str, Paths]) -> Record:
     """Makes the record of a run that reads these files; a folder counts with all files below it.
 
     Args:
-      files: `{role: path}`, such as `{"data": "digits.npz"}`. A path that does not exist (the name
-        of a built-in data set) counts as its own text.
+      files: `{role: path}`, such as `{"data": "digits.npz"}`, or several paths of one role. A
+        path that does not exist (the name of a built-in data set) counts as its own text.
 
     Raises:
       OSError: if a file cannot be read.
     """
-    return Record({role: _digest(Path(path)) for role, path in files.items()}, _versions())
+    return Record({role: _digest(paths) for role, paths in files.items()}, _versions())
 
 
 def keep(folder: str | Path, made: Record) -> None:
@@ -120,14 +122,34 @@ def check_finite(name: str, tree: PyTree) -> None:
         )
 
 
-def _digest(path: Path) -> str:
-    if path.is_dir():
-        found = hashlib.sha256()
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            name = str(file.relative_to(path)).encode(errors="surrogateescape")
-            found.update(name + b"\0" + _files.sha256(file).encode())
-        return found.hexdigest()
-    return _files.sha256(path) if path.exists() else f"named {path}"
+def _digest(paths: Paths) -> str:
+    if isinstance(paths, (str, Path)):
+        path = Path(paths)
+        if not path.is_dir():
+            return _files.sha256(path) if path.exists() else f"named {path}"
+        return _digest_of({str(file.relative_to(path)): file for file in _below(path)})
+    first, *others = paths
+    return _digest_of({path.name: path for path in paths}) if others else _digest(first)
+
+
+def _digest_of(files: Mapping[str, Path]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(files):
+        found.update(name.encode(errors="surrogateescape") + b"\0")
+        found.update(_files.sha256(files[name]).encode())
+    return found.hexdigest()
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """All files in a folder, in those that it links to as well, each folder once."""
+    seen: set[Path] = set()
+    for at, folders, names in os.walk(folder, followlinks=True):
+        here = Path(at)
+        if here.resolve() in seen:
+            folders.clear()
+            continue
+        seen.add(here.resolve())
+        yield from (here / name for name in names if (here / name).is_file())
 
 
 def _versions() -> dict[str, str]:
