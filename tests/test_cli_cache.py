@@ -13,7 +13,7 @@ from kdtl_jax import losses
 from kdtl_jax._types import Variables
 from kdtl_jax.cli import main
 from kdtl_jax.datasets import Splits, digits, standardizer, stratified
-from kdtl_jax.interop import safetensors
+from kdtl_jax.interop import model_files, networks, safetensors
 from kdtl_jax.recipes import _caching, _models, _pair
 from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.run import teacher_cache
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 TEACHER = "mlp:6"
 TRAIN = stratified(digits(), validation=0.2, test=0.3).train
 INPUTS = standardizer(TRAIN).apply(TRAIN).inputs
-NET = _models.network(_models.module(TEACHER, 10), jnp.asarray(INPUTS[:1]))
+NET = networks.network(_models.module(TEACHER, 10), jnp.asarray(INPUTS[:1]))
 MADE_OF: Any = {"model": TEACHER, "classes": tuple(map(str, range(10)))}
 VARIABLES: Variables = NET.init(jax.random.key(0), INPUTS[:1])
 LIVE = jax.tree.map(np.asarray, NET.apply(VARIABLES.params, None, INPUTS)[0])
@@ -35,7 +35,7 @@ def weights(tmp_path: Path) -> Path:
 
 
 def _saved(path: Path, variables: Variables) -> Path:
-    safetensors.save(path, jax.tree.map(np.asarray, _models.tree(variables)))
+    safetensors.save(path, jax.tree.map(np.asarray, model_files.tree(variables)))
     return path
 
 
@@ -54,7 +54,7 @@ def test_the_cache_holds_what_the_teacher_gives(
     right = 100 * np.mean(np.argmax(LIVE["logits"], axis=-1) == TRAIN.labels)
     assert f"teacher: {right:.1f}% of these examples right" in said.out
     assert f"{len(INPUTS):,} of {len(INPUTS):,} examples" in said.err
-    taps = sorted(_models.output_shapes(NET, INPUTS[:1]))
+    taps = sorted(networks.output_shapes(NET, INPUTS[:1]))
     expect = teacher_cache.fingerprint(VARIABLES, {"inputs": INPUTS}, taps=taps, **MADE_OF)
     found = teacher_cache.load(teacher_cache.open_cache(folder, expect=expect))
     assert set(found) == set(LIVE) == {"logits", "hidden_0", "dense_0"}

@@ -17,7 +17,7 @@ from kdtl_jax import datasets
 from kdtl_jax._types import Variables
 from kdtl_jax.cli import main, parse
 from kdtl_jax.datasets import Splits, digits
-from kdtl_jax.interop import model_files
+from kdtl_jax.interop import model_files, networks
 from kdtl_jax.models import mlp
 from kdtl_jax.recipes import (
     _axes,
@@ -46,13 +46,13 @@ def pair() -> tuple[Any, Any, Any]:
         data = digits()
         few = data.subset(np.arange(32))._replace(inputs=data.inputs[:32] / 16)
         example = jnp.zeros((1, 8, 8, 1), jnp.float32)
-        student, teacher = (_models.network(mlp(w, 10), example) for w in ((4,), (8,)))
+        student, teacher = (networks.network(mlp(w, 10), example) for w in ((4,), (8,)))
         frozen = teacher.init(jax.random.key(7), example)
         index = np.arange(32, dtype=np.int32)
         arrays = {"inputs": few.inputs, "labels": few.labels, "index": index}
         made = _pair.Pair(
             Splits(few, few, few),
-            _models.About(),
+            model_files.About(),
             arrays,
             "mlp:8",
             teacher,

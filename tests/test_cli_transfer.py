@@ -13,9 +13,9 @@ import yaml
 from kdtl_jax import cli, transforms, trees
 from kdtl_jax._types import Variables
 from kdtl_jax.datasets import Dataset, Splits
-from kdtl_jax.interop import safetensors, sources
+from kdtl_jax.interop import networks, safetensors, sources
 from kdtl_jax.models import mlp, resnet
-from kdtl_jax.recipes import _choice, _models, _targets, _training, transfer
+from kdtl_jax.recipes import _choice, _targets, _training, transfer
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.train import sweep
 
@@ -36,8 +36,8 @@ def splits(classes: int = CLASSES) -> Splits:
     return Splits(*(blobs(classes, 20, seed) for seed in range(3)))
 
 
-def network() -> _models.Network:
-    return _models.network(mlp((WIDTH, 10), CLASSES), np.zeros((1, 6), np.float32))
+def network() -> networks.Network:
+    return networks.network(mlp((WIDTH, 10), CLASSES), np.zeros((1, 6), np.float32))
 
 
 def write_data(path: Path) -> Path:
@@ -55,7 +55,7 @@ def write_data(path: Path) -> Path:
 
 
 def write_source(path: Path, *, hidden: int = WIDTH, prefix: str = "", head: bool = True) -> Path:
-    net = _models.network(mlp((hidden, 10), 4), np.zeros((1, 6), np.float32))
+    net = networks.network(mlp((hidden, 10), 4), np.zeros((1, 6), np.float32))
     params = net.init(jax.random.key(5), jnp.zeros((1, 6))).params
     flat = {f"{prefix}{k}": np.asarray(x) for k, x in trees.flatten(params).items()}
     kept = {name: x for name, x in flat.items() if head or "head" not in name}
@@ -105,7 +105,7 @@ def test_a_run_writes_its_folder(
     ]
     student = sources.variables(
         sources.opened(str(out / "students" / "copied_finetuned.safetensors")),
-        _models.abstract(network(), jnp.zeros((1, 6))),
+        networks.abstract(network(), jnp.zeros((1, 6))),
     )
     assert student.params["head"]["kernel"].shape == (10, 3)
     capsys.readouterr()
@@ -176,7 +176,7 @@ def test_bad_usage_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(ways.METHODS)
 
 
-def shared(net: _models.Network, seeds: int = 2) -> tuple[Any, Any, Any]:
+def shared(net: networks.Network, seeds: int = 2) -> tuple[Any, Any, Any]:
     """What points read, and the held-out splits."""
     parts = splits()
     keys = jax.random.split(jax.random.key(1), seeds)
@@ -190,7 +190,7 @@ def shared(net: _models.Network, seeds: int = 2) -> tuple[Any, Any, Any]:
 
 def fit_of(
     method: ways.Method,
-    net: _models.Network,
+    net: networks.Network,
     *,
     epochs: int,
     batch_size: int = 25,
@@ -238,7 +238,7 @@ def test_every_method_is_a_program_with_a_plain_model_at_its_end(method: ways.Me
 
 @pytest.mark.parametrize("name", ["copied_finetuned", "lora", "delta", "mixout"])
 def test_a_network_with_batch_statistics_carries_them(name: str):
-    net = _models.network(resnet(8, CLASSES), jnp.zeros((1, 8, 8, 1)))
+    net = networks.network(resnet(8, CLASSES), jnp.zeros((1, 8, 8, 1)))
     fresh = jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))
     stack = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), fresh)
     images = jax.ShapeDtypeStruct((2, 20, 8, 8, 1), jnp.float32)

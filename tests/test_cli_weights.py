@@ -117,14 +117,14 @@ def test_a_hugging_face_folder_becomes_a_model_of_other_classes(
     # As a teacher it keeps its own classes.
     with pytest.raises(ValueError, match="head/kernel.*for these classes"):
         net = _models.described(f"huggingface:{VIT}", 3, test.inputs[:1])
-        sources.variables(sources.opened(str(VIT)), _models.abstract(net, test.inputs[:1]))
+        sources.variables(sources.opened(str(VIT)), networks.abstract(net, test.inputs[:1]))
 
 
 def test_a_body_without_a_head_gets_one() -> None:
     folder = VIT.parent / "vit_rectangles"
     sides = huggingface.load(folder).config["image_size"]
     net = _models.described(f"huggingface:{folder}", 3, jnp.zeros((1, *sides, 3)))
-    head = _models.abstract(net, jnp.zeros((1, *sides, 3))).params["head"]
+    head = networks.abstract(net, jnp.zeros((1, *sides, 3))).params["head"]
     assert head["kernel"].shape[-1] == 3
 
 

@@ -12,10 +12,11 @@ import pytest
 from kdtl_jax import models
 from kdtl_jax._types import Variables
 from kdtl_jax.datasets import Dataset, Splits, Standardizer
-from kdtl_jax.interop import safetensors, sources
+from kdtl_jax.interop import model_files, networks, safetensors, sources
+from kdtl_jax.interop.model_files import About
+from kdtl_jax.interop.networks import Network
 from kdtl_jax.interop.sources import Source
 from kdtl_jax.recipes import _models
-from kdtl_jax.recipes._models import About, Network
 from kdtl_jax.recipes.settings import Data, UsageError
 
 EXAMPLE = jnp.zeros((1, 8, 8, 1), jnp.float32)
@@ -27,7 +28,7 @@ def relaxed(standard_promotion: None) -> None:
 
 
 def described(text: str) -> Network:
-    return _models.network(_models.module(text, 3), EXAMPLE)
+    return networks.network(_models.module(text, 3), EXAMPLE)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_anything_else_lists_the_forms(text: str, reason: str) -> None:
 )
 def test_every_named_tap_exists(text: str, features: list[str], last: str) -> None:
     net = described(text)
-    found = _models.output_shapes(net, jnp.zeros((2, 8, 8, 1)))
+    found = networks.output_shapes(net, jnp.zeros((2, 8, 8, 1)))
     assert list(net.layout.features) == features and net.layout.last == last
     named = [*features, last, *net.layout.before_activation, *net.layout.before_activation.values()]
     named += [f"{path}/probs" for path in net.layout.attention]
@@ -122,18 +123,18 @@ class Foreign(nn.Module):
 
 
 def test_foreign_modules_are_read_by_their_outputs() -> None:
-    net = _models.network(Foreign(), EXAMPLE)
+    net = networks.network(Foreign(), EXAMPLE)
     assert net.layout.features == ("f9", "f10") and net.layout.last == "f10"
 
 
 def test_half_precision_gives_float32_outputs() -> None:
-    net = _models.network(_models.module("mlp:6", 3), EXAMPLE, dtype=jnp.bfloat16)
-    found = _models.output_shapes(net, jnp.zeros((2, 8, 8, 1)))
+    net = networks.network(_models.module("mlp:6", 3), EXAMPLE, dtype=jnp.bfloat16)
+    found = networks.output_shapes(net, jnp.zeros((2, 8, 8, 1)))
     assert {x.dtype for x in found.values()} == {jnp.dtype(jnp.float32)}
 
 
 def loaded(path: str, net: Network) -> Variables:
-    return sources.variables(sources.opened(path), _models.abstract(net, EXAMPLE))
+    return sources.variables(sources.opened(path), networks.abstract(net, EXAMPLE))
 
 
 def test_variables_go_through_a_file(tmp_path: object) -> None:
@@ -141,7 +142,7 @@ def test_variables_go_through_a_file(tmp_path: object) -> None:
     for text in ("mlp:6", "resnet8"):
         net = described(text)
         variables = jax.jit(lambda net=net: net.init(jax.random.key(0), EXAMPLE))()
-        safetensors.save(path, _models.tree(variables))
+        safetensors.save(path, model_files.tree(variables))
         jax.tree.map(np.testing.assert_array_equal, loaded(path, net), variables)
     with pytest.raises(ValueError, match=r"weights.safetensors: .*missing 'head/bias'"):
         loaded(path, described("mlp:6"))
@@ -183,11 +184,11 @@ def data(classes: int = 3, names: tuple[str, ...] = ()) -> Splits:
 @pytest.fixture
 def teacher(tmp_path: Path) -> str:
     """A file of a ViT that says what it is of."""
-    net = _models.network(_models.module("mlp:6", 3), jnp.zeros((1, 4)))
+    net = networks.network(_models.module("mlp:6", 3), jnp.zeros((1, 4)))
     scaling = Standardizer(np.full(4, 5, np.float32), np.full(4, 2, np.float32))
     path = tmp_path / "teacher.safetensors"
     variables = net.init(jax.random.key(0), jnp.zeros((1, 4)))
-    _models.save(path, variables, About("mlp:6", 3, scaling, ("a", "b", "c")), {"seed": "0"})
+    model_files.save(path, variables, About("mlp:6", 3, scaling, ("a", "b", "c")), {"seed": "0"})
     return str(path)
 
 
@@ -277,6 +278,6 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     net = described("mlp:6")
     variables = jax.jit(lambda: net.init(jax.random.key(0), EXAMPLE))()
     bad = jax.tree.map(lambda x: x * jnp.float32(jnp.nan), variables)
-    _models.save(tmp_path / "bad.safetensors", bad, About("mlp:6"), {})
+    model_files.save(tmp_path / "bad.safetensors", bad, About("mlp:6"), {})
     with pytest.raises(ValueError, match="not finite"):
         loaded(str(tmp_path / "bad.safetensors"), net)

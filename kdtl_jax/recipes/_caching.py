@@ -6,6 +6,7 @@ from typing import Any
 
 from kdtl_jax import methods
 from kdtl_jax._types import Variables
+from kdtl_jax.interop import networks
 from kdtl_jax.methods import Entry
 from kdtl_jax.recipes import _models
 from kdtl_jax.recipes._pair import Pair
@@ -18,7 +19,7 @@ def taps(entries: Sequence[Entry], pair: Pair) -> list[str]:
     published = methods.table()  # what a method of one's own reads is not known
     if all(entry in published and entry.needs in ("labels", "logits") for entry in entries):
         return ["logits"]
-    return sorted(_models.output_shapes(pair.teacher, pair.example))
+    return sorted(networks.output_shapes(pair.teacher, pair.example))
 
 
 def check_folder(folder: Path, *, has_teacher: bool) -> None:

@@ -15,15 +15,10 @@ import numpy as np
 from kdtl_jax import _files, models, transforms
 from kdtl_jax._types import Params, Variables
 from kdtl_jax.datasets import Kind, Preprocessing, Splits, prepared, read_splits, scaled, summary
-from kdtl_jax.interop import model_files, own, sources
-from kdtl_jax.interop.model_files import About as About
-from kdtl_jax.interop.model_files import save as save
-from kdtl_jax.interop.model_files import tree as tree
-from kdtl_jax.interop.networks import Network as Network
-from kdtl_jax.interop.networks import abstract as abstract
-from kdtl_jax.interop.networks import network as network
-from kdtl_jax.interop.networks import output_shapes as output_shapes
-from kdtl_jax.interop.sources import Source as Source
+from kdtl_jax.interop import model_files, networks, own, sources
+from kdtl_jax.interop.model_files import About
+from kdtl_jax.interop.networks import Network
+from kdtl_jax.interop.sources import Source
 from kdtl_jax.recipes import _own
 from kdtl_jax.recipes._training import in_chunks
 from kdtl_jax.recipes.settings import MODEL, Data, UsageError
@@ -73,9 +68,9 @@ def described(text: str, classes: int, example: Any, *, dtype: Any = None) -> Ne
     """
     if folder := model_files.hugging_face_of(text):
         made = sources.pretrained(folder).module.clone(classes=classes)
-        return network(made, example, dtype=dtype)
+        return networks.network(made, example, dtype=dtype)
     if not model_files.is_own(text):
-        return network(module(text, classes), example, dtype=dtype)
+        return networks.network(module(text, classes), example, dtype=dtype)
     found = _own.imported(text)
     try:
         return own.network(found, classes=classes, example=example, dtype=dtype)

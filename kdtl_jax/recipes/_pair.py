@@ -17,11 +17,12 @@ from jax import Array
 from kdtl_jax import datasets, methods, train
 from kdtl_jax._types import ModelFn, Variables
 from kdtl_jax.datasets import Kind, Splits
-from kdtl_jax.interop import model_files, sources
+from kdtl_jax.interop import model_files, networks, sources
+from kdtl_jax.interop.model_files import About
+from kdtl_jax.interop.networks import Network
 from kdtl_jax.methods import Entry, Method, Setup
 from kdtl_jax.recipes import _measures, _models, _optimizers, _own, _seeds, _students, _training
 from kdtl_jax.recipes._measures import Measure
-from kdtl_jax.recipes._models import About, Network
 from kdtl_jax.recipes._training import Experiment, Point
 from kdtl_jax.recipes.settings import MODEL, UsageError, setting
 from kdtl_jax.run import record
@@ -92,7 +93,7 @@ def read(settings: Any, *, dtype: Any = None, kinds: Sequence[Kind] = ("classes"
     read_now = datasets.files_of(settings.data, label=settings.label, inputs=settings.inputs)
     files: dict[str, record.Paths] = {"data": read_now}
     if source.path is not None:
-        given = sources.variables(source, _models.abstract(large, example))
+        given = sources.variables(source, networks.abstract(large, example))
         files["teacher_weights"] = source.path
     files |= {role: _own.file_of(text) for role, text in named.items() if model_files.is_own(text)}
     about = About(None, part.classes, form.scaling, part.names, part.inputs.shape[1:], form)
@@ -116,7 +117,7 @@ def setup(
     return methods.setup(
         pair.student.apply,
         pair.teacher.apply,
-        student_variables=_models.abstract(pair.student, pair.example),
+        student_variables=networks.abstract(pair.student, pair.example),
         teacher_variables=blank if frozen is None else frozen,
         inputs=jax.ShapeDtypeStruct((batch_size, *inputs.shape[1:]), inputs.dtype),
         examples=len(inputs),
@@ -132,7 +133,7 @@ def setup(
 
 def _blank(net: Network, example: Array) -> Variables:
     """Zeros in the shapes of a network's variables."""
-    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _models.abstract(net, example))
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), networks.abstract(net, example))
 
 
 def entries() -> dict[str, Entry]:
@@ -285,7 +286,7 @@ def write(
     """
     large, small = (pair.about._replace(model=m) for m in (pair.teacher_text, settings.student))
     made_of = _students.made_of(folder, settings, "teacher")
-    _models.save(folder / "teacher.safetensors", frozen, large, made_of)
+    model_files.save(folder / "teacher.safetensors", frozen, large, made_of)
     made_of = _students.made_of(folder, settings, "student")
     _students.write(folder, students, small, setup=setup, more=made_of)
 

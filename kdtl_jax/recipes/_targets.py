@@ -17,12 +17,13 @@ import optax
 from kdtl_jax import objective, train, transferability, transforms, trees
 from kdtl_jax._types import Params, Variables
 from kdtl_jax.datasets import Dataset, Splits, per_class
-from kdtl_jax.recipes import _choice, _evidence, _models, _optimizers, _training
+from kdtl_jax.interop import model_files, networks
+from kdtl_jax.interop.networks import Network
+from kdtl_jax.recipes import _choice, _evidence, _optimizers, _training
 from kdtl_jax.recipes import _measures as measures
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes._finished import NOWHERE, Finished, begun, once
 from kdtl_jax.recipes._measures import Measure
-from kdtl_jax.recipes._models import Network
 from kdtl_jax.recipes._training import Experiment, Fitted, Point
 from kdtl_jax.recipes._transfer_methods import Case, Method
 from kdtl_jax.run import report
@@ -36,7 +37,7 @@ SOURCE_RATE, SOURCE_BATCH = 3e-3, 64
 class Source(NamedTuple):
     """Weights to start from: `tree` with or without a leading axis of seeds."""
 
-    tree: Any  # as `_models.tree` lays variables out; extra leaves are asked about
+    tree: Any  # as `model_files.tree` lays variables out; extra leaves are asked about
     is_per_seed: bool
     is_classifier: bool = True  # its head can be read as probabilities of classes
 
@@ -179,7 +180,7 @@ def check(
     net: Network, example: Any, source: Any, chosen: Sequence[Method], surgery: Surgery
 ) -> None:
     """Raises ValueError if `compare` cannot copy a plain source into `net`; trains nothing."""
-    target = _models.tree(_models.abstract(net, example))
+    target = model_files.tree(networks.abstract(net, example))
     transforms.plan_transfer(source, target, **surgery._asdict())
     check_head(source_head(source), chosen)
 
@@ -288,7 +289,7 @@ def sources_of(
         "source",
         lambda: train_sources(net, data, [few, few], seeds=seeds, epochs=epochs),
     )
-    return lambda: Source(_models.tree(ended()[0].kept), True)
+    return lambda: Source(model_files.tree(ended()[0].kept), True)
 
 
 def copy(
@@ -296,7 +297,7 @@ def copy(
 ) -> tuple[Variables, transforms.Report]:
     """The target's variables, filled from the source."""
     filled, done = transforms.transfer(
-        source, _models.tree(target), **surgery._asdict(), check_finite=check_finite
+        source, model_files.tree(target), **surgery._asdict(), check_finite=check_finite
     )
     if target.model_state is None:
         return Variables(filled), done

@@ -15,8 +15,8 @@ from jax import Array
 
 from kdtl_jax import discrepancies, losses, penalties, transferability, transforms, trees
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Variables
+from kdtl_jax.interop.networks import Network
 from kdtl_jax.objective import Inputs
-from kdtl_jax.recipes._models import Network
 from kdtl_jax.train import finetune
 
 HEADS = ("head", "distillation_head")  # DeiT has both

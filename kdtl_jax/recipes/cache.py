@@ -17,11 +17,11 @@ import numpy as np
 
 from kdtl_jax._types import ModelFn, Variables
 from kdtl_jax.datasets import KINDS, Dataset
-from kdtl_jax.interop import sources
+from kdtl_jax.interop import networks, sources
+from kdtl_jax.interop.networks import Network
 from kdtl_jax.losses import TopK
 from kdtl_jax.recipes import _models, _progress
 from kdtl_jax.recipes import settings as types
-from kdtl_jax.recipes._models import Network
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import scores, teacher_cache
 from kdtl_jax.train import precision
@@ -84,7 +84,7 @@ def run(settings: Settings) -> int:
     inputs, lower = train.inputs, settings.precision
     taps = settings.taps
     if taps == ("all",):
-        taps = tuple(sorted(_models.output_shapes(net, jnp.asarray(inputs[:1]))))
+        taps = tuple(sorted(networks.output_shapes(net, jnp.asarray(inputs[:1]))))
     apply, lowered = in_precision(net.apply, variables, lower)
     if lower != "float32":
         print_fidelity(net.apply, variables, apply, lowered, inputs, lower)
@@ -154,7 +154,7 @@ def teacher(settings: Settings) -> tuple[Dataset, Network, Variables, dict[str, 
     example = jnp.asarray(train.inputs[:1])
     net = _models.described(text, train.classes, example)
     made_of = {"model": _models.identity(text), "classes": train.class_names()}
-    return train, net, sources.variables(source, _models.abstract(net, example)), made_of
+    return train, net, sources.variables(source, networks.abstract(net, example)), made_of
 
 
 def in_precision(model: ModelFn, variables: Variables, name: str) -> tuple[ModelFn, Variables]:

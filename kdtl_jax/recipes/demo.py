@@ -27,6 +27,7 @@ import optax
 from kdtl_jax import losses, objective, projection, train, transforms, trees
 from kdtl_jax._types import ModelFn, Params, Variables
 from kdtl_jax.datasets import Splits, digits, only_classes, per_class, standardizer, stratified
+from kdtl_jax.interop import model_files, networks
 from kdtl_jax.models import mlp
 from kdtl_jax.objective import Inputs
 from kdtl_jax.recipes import _choice, _models, _output, _students, _targets, _training, transfer
@@ -146,7 +147,7 @@ def run(settings: Settings) -> None:
         with checkpoint.open_folder(folder / "checkpoints") as checkpoints:
             checkpoint.save(checkpoints, settings.epochs, models, {"method": "all"})
         text, shape = f"mlp:{','.join(map(str, STUDENT))}", splits.train.inputs.shape[1:]
-        about = _models.About(text, CLASSES, scaling, (), shape)
+        about = model_files.About(text, CLASSES, scaling, (), shape)
         kept = [student for student in students.values() if student]
         _students.write(folder, kept, about, more=_students.made_of(folder, data, "student"))
         write_curves(folder, results.learning, settings.log)
@@ -167,7 +168,7 @@ def distill(
     everything, seeds = _choice.held(splits.train), settings.seeds
     example = everything["inputs"][:1]
     teacher, student = (
-        _models.network(mlp(widths, CLASSES), example) for widths in (TEACHER, STUDENT)
+        networks.network(mlp(widths, CLASSES), example) for widths in (TEACHER, STUDENT)
     )
     say("teacher")
     teachers, seconds = once(
@@ -374,7 +375,7 @@ def transfer_digits(
     target = Splits(
         *(transfer.on_canvas(part, transfer.CANVAS, seed=1 + i) for i, part in enumerate(second))
     )
-    net = _models.network(mlp(TEACHER, 5), jnp.asarray(target.train.inputs[:1]))
+    net = networks.network(mlp(TEACHER, 5), jnp.asarray(target.train.inputs[:1]))
     sources = _targets.sources_of(
         net, source_part, seeds=settings.target_seeds, epochs=settings.teacher_epochs,
         finished=finished,

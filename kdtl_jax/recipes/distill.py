@@ -21,6 +21,7 @@ import numpy as np
 
 from kdtl_jax import methods
 from kdtl_jax.datasets import KINDS, per_class
+from kdtl_jax.interop import networks
 from kdtl_jax.recipes import (
     _caching,
     _choice,
@@ -220,7 +221,7 @@ def run(settings: Settings) -> int:
         view, arrays, live = None, pair.arrays, None
         if settings.augment:
             view = _training.views(settings.augment, classes, inputs.shape[1])
-        shapes = _models.output_shapes(pair.teacher, pair.example).values()
+        shapes = networks.output_shapes(pair.teacher, pair.example).values()
         total = len(inputs) * sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in shapes)
         if settings.teacher_cache is not None:
             cache, needed = Path(settings.teacher_cache), _caching.taps(entries, pair)

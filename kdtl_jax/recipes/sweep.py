@@ -21,6 +21,7 @@ import numpy as np
 from kdtl_jax import _files, methods, train, transforms
 from kdtl_jax._types import Params, Variables
 from kdtl_jax.datasets import KINDS
+from kdtl_jax.interop import networks
 from kdtl_jax.methods import Entry, Setup
 from kdtl_jax.recipes import (
     _axes,
@@ -157,7 +158,7 @@ def run(settings: Settings) -> None:
     axes = {entry.name: _axes.own_axes(entry, blank, columns) for entry in entries}
     _axes.check(columns, axes)
     if "alpha" in columns:
-        large, small = (_models.abstract(n, pair.example) for n in (pair.teacher, pair.student))
+        large, small = (networks.abstract(n, pair.example) for n in (pair.teacher, pair.student))
         jax.eval_shape(scaled_start, large.params, small.params, jnp.float32(1))
     rate = settings.learning_rate or _optimizers.RATES[settings.optimizer]
 

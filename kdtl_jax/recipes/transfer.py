@@ -20,7 +20,8 @@ import numpy as np
 from kdtl_jax import datasets, transforms
 from kdtl_jax._types import Variables
 from kdtl_jax.datasets import KINDS, Dataset, Kind, Preprocessing, Splits, only_classes
-from kdtl_jax.interop import model_files
+from kdtl_jax.interop import model_files, sources
+from kdtl_jax.interop.model_files import About
 from kdtl_jax.recipes import (
     _evidence,
     _finished,
@@ -38,7 +39,6 @@ from kdtl_jax.recipes import (
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._measures import Measure
-from kdtl_jax.recipes._models import About
 from kdtl_jax.recipes._targets import BASELINE, FAMILY, Source, Surgery
 from kdtl_jax.recipes._training import Fitted
 from kdtl_jax.recipes.settings import UsageError, setting
@@ -319,7 +319,7 @@ def suited(
     return [method for method in chosen if method.name not in (*no_classes, *no_source)]
 
 
-def read(settings: Settings, source: _models.Source) -> tuple[Preprocessing, Dataset, Splits]:
+def read(settings: Settings, source: sources.Source) -> tuple[Preprocessing, Dataset, Splits]:
     """How the data are read, the source's training set and the target's splits.
 
     Raises:
