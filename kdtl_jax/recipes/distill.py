@@ -60,7 +60,7 @@ EXAMPLES = """
 @dataclass(frozen=True)
 class Settings(
     _pair.Models, _own.Terms, _optimizers.Training, _optimizers.Kept, _devices.Meshed, _logs.Logged,
-    types.Data, types.Output,
+    types.Data, types.Resumable,
 ):  # fmt: skip
     """What fixes a run of `kdtl distill`."""
 
@@ -116,7 +116,6 @@ class Settings(
     save_every: int | None = setting(
         None, "epochs between saves; default: only at the end", metavar="N", least=1
     )
-    resume: bool = setting(False, "continue the run in --out from its last save")
 
 
 def run(settings: Settings) -> int:

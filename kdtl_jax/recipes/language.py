@@ -40,7 +40,7 @@ EXAMPLES = """
 
 
 @dataclass(frozen=True)
-class Settings(_logs.Logged, types.Output):
+class Settings(_logs.Logged, types.Resumable):
     """What fixes a run of `kdtl language`."""
 
     out: str = setting("runs/language", "the run folder", metavar="FOLDER")
@@ -154,7 +154,6 @@ class Settings(_logs.Logged, types.Output):
     save_every: int | None = setting(
         None, "steps between saves; default: only at the end", metavar="N", least=1
     )
-    resume: bool = setting(False, "continue the run in --out from its last save")
 
 
 def run(settings: Settings) -> int:

@@ -58,7 +58,7 @@ EXAMPLES = """
 
 
 @dataclass(frozen=True)
-class Settings(_logs.Logged, types.Output):
+class Settings(_logs.Logged, types.Resumable):
     """What fixes a run of `kdtl sentences`."""
 
     out: str = setting("runs/sentences", "the run folder", metavar="FOLDER")
@@ -90,7 +90,6 @@ class Settings(_logs.Logged, types.Output):
     save_every: int | None = setting(
         None, "steps between saves; default: at the end of each student", metavar="N", least=1
     )
-    resume: bool = setting(False, "continue the run in --out from its last save")
 
 
 class Fidelity(NamedTuple):

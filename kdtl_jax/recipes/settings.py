@@ -150,7 +150,7 @@ class Output:
 class Resumable(Output):
     """Where a run writes that an interruption does not lose."""
 
-    resume: bool = setting(False, "continue the run in --out after its last finished method")
+    resume: bool = setting(False, "continue the run in --out after what it saved or finished")
 
 
 def plain(settings: Any) -> dict[str, Any]:
