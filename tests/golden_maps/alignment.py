@@ -64,7 +64,10 @@ def alm(x: Inputs, h: Hyper) -> Array:
     denominators = language.chunk_lengths(groups["teacher"], num_chunks=count)
     if "merge_by_space_prob" in h["alm_mode"]:
         closes = spaces["teacher"] > jnp.log(h["bias_threshold"])
-        groups = {side: language.merge_chunks(g, closes) for side, g in groups.items()}
+        exists = denominators > 0  # chunks without a teacher's token are left out
+        for side, own in groups.items():
+            kept = jnp.take_along_axis(exists, jnp.maximum(own, 0), axis=1)
+            groups[side] = language.merge_chunks(jnp.where(kept, own, -1), closes)
         for side, merged_groups in groups.items():
             of_chunks = merged_groups[..., None] == jnp.arange(count)
             space = losses.log_mass(x[f"{side}_logits"], x[f"{side}_space"])
@@ -72,7 +75,7 @@ def alm(x: Inputs, h: Hyper) -> Array:
         lengths = language.chunk_lengths(groups["teacher"], num_chunks=count)
         # The merged counts go through the merging once more.
         shape = jnp.broadcast_to(jnp.arange(count), lengths.shape)
-        again = language.merge_chunks(shape, closes)
+        again = language.merge_chunks(jnp.where(exists, shape, -1), closes)
         ones = lengths.astype(jnp.float64)
         denominators = language.chunk_log_probs(ones, again, num_chunks=count)
     lengths = language.chunk_lengths(groups["teacher"], num_chunks=count)

@@ -44,6 +44,13 @@ def tail_buckets(
     return sides[0], sides[1]
 
 
+def compared(loss: Any, student: Array, teacher: Array, **more: Any) -> Array:
+    """The loss, or 0 of one class alone, which is always certain."""
+    if student.shape[-1] == 1:
+        return jnp.zeros(student.shape[:-1], student.dtype)
+    return loss(student, teacher, **more)
+
+
 def head(x: Inputs, h: Hyper, side: str) -> losses.Head:
     """`(h W + b) scale`, soft-capped."""
     return losses.Head(
@@ -88,7 +95,7 @@ def server_forward_topk(x: Inputs, h: Hyper) -> Array:
         h["temperature"],
         h["add_tail"],
     )
-    return masked_mean(losses.forward_kl(*sides), where)
+    return masked_mean(compared(losses.forward_kl, *sides), where)
 
 
 def server_sparse_top1(x: Inputs, h: Hyper) -> Array:
@@ -102,10 +109,8 @@ def server_sparse_top1(x: Inputs, h: Hyper) -> Array:
         again = jnp.where(favorite == ids, -jnp.inf, again)
         ids = jnp.concatenate([favorite, ids], axis=-1)
         log_probs = jnp.concatenate([again, log_probs], axis=-1)
-    elif not h["add_tail"]:
-        return 0 * jnp.sum(x["student_logits"])  # one class alone is always certain
     sides = tail_buckets(x["student_logits"], ids, log_probs, h["temperature"], h["add_tail"])
-    return masked_mean(losses.jsd_gkd(*sides, beta=h["beta"]), where)
+    return masked_mean(compared(losses.jsd_gkd, *sides, beta=h["beta"]), where)
 
 
 def shifted_mean(x: Inputs, h: Hyper, values: Array) -> Array:
@@ -121,7 +126,9 @@ def nemo_topk_kl(x: Inputs, h: Hyper) -> Array:
     teacher = x["teacher_topk_logits"][:, :-1]
     chosen = renormalized(student, ids)
     if not h["zero_outside_topk"]:
-        forward, reverse = losses.forward_kl(chosen, teacher), losses.reverse_kl(chosen, teacher)
+        forward, reverse = (
+            compared(loss, chosen, teacher) for loss in (losses.forward_kl, losses.reverse_kl)
+        )
     else:
         targets = losses.TopK(
             ids, jax.nn.log_softmax(teacher), jnp.full(ids.shape[:-1], -jnp.inf, teacher.dtype)
@@ -166,8 +173,8 @@ def swift_gkd(x: Inputs, h: Hyper) -> Array:
             student = jnp.concatenate([student, missing_s], axis=-1)
         elif missing_t.shape[-1]:
             teacher = jnp.concatenate([teacher, missing_t], axis=-1)
-    values = losses.jsd_gkd(student, teacher, beta=h["beta"], temperature=h["temperature"])
-    return masked_mean(values, where)
+    how = {"beta": h["beta"], "temperature": h["temperature"]}
+    return masked_mean(compared(losses.jsd_gkd, student, teacher, **how), where)
 
 
 def minillm_single_step(x: Inputs, h: Hyper) -> Array:
@@ -230,7 +237,7 @@ def self_distillation(x: Inputs, h: Hyper) -> Array:
             sides = losses.top_k_buckets(student, targets)
         else:
             sides = renormalized(student, ids), targets.log_probs
-        values = losses.jsd_gkd(*sides, beta=h["alpha"])
+        values = compared(losses.jsd_gkd, *sides, beta=h["alpha"])
     if h["is_clip"] is not None:
         weight = losses.truncated_ratio(own, x["old_logprobs"], max_ratio=h["is_clip"])
         values = values * weight
@@ -259,7 +266,7 @@ def sdpo(x: Inputs, h: Hyper) -> Array:
         else:
             if h["distillation_add_tail"]:
                 sides = with_tails(sides)
-            values = losses.jsd_gkd(*sides, beta=h["alpha"])
+            values = compared(losses.jsd_gkd, *sides, beta=h["alpha"])
     else:
         values = score_function(own, x["teacher_logprobs"])
     if h["is_clip"] is not None:
@@ -285,7 +292,8 @@ def opsd(x: Inputs, h: Hyper) -> Array:
         if h["top_k"] is not None:
             teacher, ids = jax.lax.top_k(teacher, h["top_k"])
             student = renormalized(student, ids)
-        values = losses.jsd_gkd(student, teacher, beta=h["beta"], temperature=h["temperature"])
+        how = {"beta": h["beta"], "temperature": h["temperature"]}
+        values = compared(losses.jsd_gkd, student, teacher, **how)
     where = labels != -100
     return jnp.sum(jnp.where(where, values, 0)) / jnp.sum(where)
 
