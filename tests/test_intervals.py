@@ -73,6 +73,8 @@ def test_one_value_has_no_interval_and_none_is_an_error() -> None:
     assert report.interval(0.5) == report.Interval(0.5, None, None, (0.5,))
     assert report.percent(report.interval(0.5)) == "50.0"
     assert report.percent(report.Interval(0.906, 0.897, 0.915, ())) == "90.6 (89.7–91.5)"
+    r2 = report.Score("r2", "R²", is_share=False)
+    assert report.percent(report.Interval(-0.4, -0.9, 0.1, ()), r2) == "-0.400 (-0.900 to 0.100)"
     with pytest.raises(ValueError, match="at least one value"):
         report.interval([])
     with pytest.raises(

@@ -20,7 +20,10 @@ def summary(splits: Splits) -> list[str]:
     """
     train, sizes = splits.train, [len(part.labels) for part in splits]
     shape = " x ".join(map(str, train.inputs.shape[1:]))
-    what = {2: "numbers", 4: "images (height x width x channels)"}.get(train.inputs.ndim, "arrays")
+    what = {
+        2: "number" if shape == "1" else "numbers",
+        4: "images (height x width x channels)",
+    }.get(train.inputs.ndim, "arrays")
     lines = [
         f"data: {_text.shown(train.name)}: {sizes[0]} training, {sizes[1]} validation and "
         f"{sizes[2]} test examples",

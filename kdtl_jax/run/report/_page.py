@@ -115,6 +115,7 @@ def points(found: Interval, score: Score = ACCURACY) -> str:
 def _range(found: Interval, between: str, score: Score) -> str:
     if found.low is None or found.high is None or math.isnan(found.low):
         return ""
+    between = " to " if found.low < 0 else between  # a dash would look like a sign
     return f" ({score.number(found.low)}{between}{score.number(found.high)})"
 
 
