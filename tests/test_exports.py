@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kdtl_jax.cli import main
-from kdtl_jax.interop import _hf_decoders, decoders, huggingface, naming, pruning
+from kdtl_jax.interop import _hf_decoders, decoders, huggingface, naming, pruning, safetensors
 
 DATA = Path(__file__).parent / "data"
 SMALL = {
@@ -170,3 +170,36 @@ def test_a_stored_copy_of_a_tied_head_stays_tied():
     assert huggingface.described(source.config, {**tensors, head: table}) == alone
     apart = huggingface.described(source.config, {**tensors, head: table + 1})
     assert apart == alone | {"tie_word_embeddings": False}
+
+
+def test_a_new_head_takes_the_place_of_both_of_a_distilled_deit():
+    source = huggingface.load(DATA / "huggingface" / "deit_teacher")
+    assert "distillation_head" in source.params
+    small = huggingface.student(source, layers=(0,), classes=2)
+    assert "distillation_head" not in small.params and small.module.classes == 2
+    assert small.config["architectures"] == ["DeiTForImageClassification"]
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_first_layer_of_deberta_ends_behind_its_convolution():
+    """As transformers' hidden states: of one layer they are the last hidden state."""
+    source = huggingface.load(DATA / "huggingface" / "deberta_tokens", taps=["layers_0"])
+    assert source.config["conv_kernel_size"] == 3 and source.module.layers == 1
+    tokens = jnp.asarray([[3, 5, 7, 9]])
+    out, _ = jax.jit(source.model)(source.params, None, {"tokens": tokens})
+    np.testing.assert_array_equal(out["layers_0"], out["last_hidden"])
+
+
+def test_a_slice_keeps_the_class_of_a_head_that_is_not_built_here(tmp_path: Path):
+    source = huggingface.load(DATA / "huggingface" / "modernbert_language")
+    tensors = naming.to_torch(source.params, source.rules)
+    tensors = {name: np.asarray(x) for name, x in tensors.items() if name.startswith("model.")}
+    tensors |= {"qa_outputs.weight": np.zeros((2, 4), np.float32)}
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    safetensors.save(folder / "model.safetensors", tensors)
+    config = {**source.config, "architectures": ["ModernBertForQuestionAnswering"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    keep = ("--layers", r"model\.layers\.(\d+)\..*", "--keep", "0")
+    found = sliced(tmp_path / "first", str(folder), *keep)  # alone without a norm of attention
+    assert found["architectures"] == config["architectures"] and found["num_hidden_layers"] == 1

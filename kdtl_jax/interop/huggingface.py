@@ -154,7 +154,7 @@ def student(
             config.pop(old, None)
         module = family.build(_values(family, config), _classified(head, classes))
         rules = _hf_family.rules_of(family, head, (), is_tied=True, prefix=family.prefix)
-        old = ("head", "language")
+        old = ("head", "distillation_head", "language")
         body = {name: leaf for name, leaf in source.params.items() if name not in old}
         fresh = {rule.jax.split("/")[0] for rule in (*head.rules, *head.optional)} | {"pooler"}
         fresh -= body.keys()

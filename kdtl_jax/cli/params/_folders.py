@@ -107,14 +107,15 @@ def _described(
     Raises:
       ValueError: if none can be derived.
     """
-    if (derive := _family(config, checkpoint)) is not None:
-        changed = derive(config, specs, layers=layers, equal=_equal_in(safetensors.index(written)))
-        if {_plain(name) for name in checkpoint.tensors} == {_plain(name) for name in specs}:
-            # The class has the tensors it had; they may be of a task that is not built here.
-            changed |= {key: config[key] for key in ("architectures",) if key in config}
-        return changed
     before = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     pattern = layer_pattern(list(before), depth(config))
+    if (derive := _family(config, checkpoint)) is not None:
+        changed = derive(config, specs, layers=layers, equal=_equal_in(safetensors.index(written)))
+        outside = {name for name in before if pattern is None or not pattern.fullmatch(name)}
+        if outside <= specs.keys() and "architectures" in config:
+            # The class has the heads it had; they may be of a task that is not built here.
+            changed["architectures"] = config["architectures"]
+        return changed
     if reshaped := _reshaped(before, specs, pattern, layers):
         raise ValueError(
             f"{reshaped[0]!r} has another shape than in {checkpoint.files[0].parent}; write one "
@@ -143,10 +144,6 @@ def _family(
 
 def _equal_in(checkpoint: safetensors.Checkpoint) -> Callable[[str, str], bool]:
     return lambda a, b: equal(checkpoint.tensors[a], checkpoint.tensors[b])
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"\d+", "0", name)
 
 
 def depth(config: Mapping[str, Any]) -> int:
