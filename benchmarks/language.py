@@ -9,6 +9,8 @@ Machine:   2 cores of an AMD EPYC virtual machine (AVX-512), nothing else runnin
            0.10.2, torch 2.13.0, transformers 5.24.0, liger-kernel 0.8.5; 333 s in all
 RESULT:    step: loss and gradient equal to PyTorch's, 1e-7; PyTorch takes 0.87 times as long eager
            and 0.82 times compiled; 63% of the matrix products' speed, PyTorch 73 and 77%
+           (before rows were multiplied as one matrix; by processor time of one busy core, --busy,
+           that took eager from 0.85 to 1.07 and compiled from 0.76 to 0.96)
            sampling, times as long in transformers at its better thread count: one row 2.81 (2.8),
            eight rows 2.26 (2.3; one thread 2.82 and 2.79); 512 of 512 greedy tokens equal
            KL over 32,768 classes, 1,024 tokens in chunks of 256, times the matrix products: float32
