@@ -129,3 +129,14 @@ def test_a_table_that_unpacks_to_thousands_of_times_its_size(
             writer.write_table(table, max_chunksize=rows // 2)
     with pytest.raises(ValueError, match="00,000 rows of 2 columns in"):
         datasets.read(path)
+
+
+def test_lists_that_unpack_to_thousands_of_times_their_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_arrow, "LARGE", 2**18)
+    zeros = pa.array(np.zeros(1_000_000, np.int8))
+    x = pa.FixedSizeListArray.from_arrays(zeros, 25_000)
+    pq.write_table(pa.table({"x": x, "label": [0, 1] * 20}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="40 rows of 2 columns in .* bytes, 1,000,040 values"):
+        datasets.read(tmp_path / "a.parquet")

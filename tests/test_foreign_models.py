@@ -104,6 +104,13 @@ def test_sizes_that_no_model_has(tmp_path: Path, name: str, text: str, says: str
     assert str(file) in str(refusal.value) and is_plain(str(refusal.value))
 
 
+def test_names_of_other_outputs(tmp_path: Path) -> None:
+    file, form = tmp_path / "m.safetensors", FORM._replace(names=("a",))
+    model_files.save(file, made()[1], ABOUT._replace(preprocessing=form), {})
+    with pytest.raises(ValueError, match="1 names of 3 outputs"):
+        model_files.load(file)
+
+
 # --- folders of Orbax ----------------------------------------------------------------------------
 
 TREE = {"dense": {"kernel": np.ones((3, 2), np.float32), "bias": np.zeros(2, np.float32)}}

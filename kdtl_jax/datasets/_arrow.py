@@ -149,7 +149,8 @@ def _read(pa: Any, path: Path, columns: Sequence[str], *, only_first: bool = Fal
         if path.suffix == ".parquet":
             # Buffered: what is not decoded is not held.
             with pa.parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as opened:
-                _check_announced(path, opened.metadata.num_rows, len(columns))
+                values = _values(opened.metadata, columns)
+                _check_announced(path, opened.metadata.num_rows, len(columns), values)
                 if only_first:
                     parts = opened.iter_batches(1, columns=list(columns))
                     found = _first(pa, parts, opened.schema_arrow)
@@ -189,18 +190,28 @@ def _stream(pa: Any, path: Path, source: Any, places: Sequence[int] | None = Non
 
 def _batches(path: Path, reader: Any, columns: int) -> Iterator[Any]:
     """Its batches, until they are too large for their file: nothing says so before."""
-    count, rows = getattr(reader, "num_record_batches", None), 0
+    count, rows, values = getattr(reader, "num_record_batches", None), 0, 0
     for batch in reader if count is None else map(reader.get_batch, range(count)):
         rows += batch.num_rows
-        _check_announced(path, rows, columns)
+        values += batch.nbytes // 8
+        _check_announced(path, rows, columns, values)
         yield batch
 
 
-def _check_announced(path: Path, rows: int, columns: int) -> None:
+def _values(metadata: Any, columns: Sequence[str]) -> int:
+    """How many values these columns of a parquet file announce; a row of a list has many."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    found = (group.column(i) for group in groups for i in range(group.num_columns))
+    roots = tuple(f"{name}." for name in columns)
+    return sum(each.num_values for each in found if f"{each.path_in_schema}.".startswith(roots))
+
+
+def _check_announced(path: Path, rows: int, columns: int, values: int) -> None:
     """Refuses a table that is unpacked to thousands of times what is stored."""
-    asked, size = 8 * rows * columns, path.stat().st_size
+    asked, size = 8 * max(rows * columns, values), path.stat().st_size
     if asked > max(LARGE, MOST_PACKED * size):
-        raise ValueError(f"{rows:,} rows of {columns} columns in {size:,} bytes")
+        said = f"{rows:,} rows of {columns} columns in {size:,} bytes"
+        raise ValueError(f"{said}, {asked // 8:,} values")
 
 
 @contextlib.contextmanager

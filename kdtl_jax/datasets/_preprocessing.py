@@ -85,10 +85,13 @@ def preprocessing_from_json(text: str) -> Preprocessing:
         kind, images = known["kind"], known["images"]
         if kind not in KINDS:
             raise ValueError(f"targets of kind {kind!r:.40}")
+        names, outputs = _strings(known["names"]), int(known["outputs"])
+        if names and len(names) != outputs:
+            raise ValueError(f"{len(names)} names of {outputs} outputs")
         return Preprocessing(
             kind,
-            _strings(known["names"]),
-            int(known["outputs"]),
+            names,
+            outputs,
             tuple(map(int, known["shape"])),
             _strings(known["targets"]),
             tuple(_column(column) for column in known["columns"]),
