@@ -1,5 +1,6 @@
 """`kdtl params merge` and `average`: the numbers of `transforms` on whole models, bit for bit."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,22 @@ def test_integer_codes_are_never_merged(words: list[str], dtype: Any, capsys: An
         for action in ("scale", "average"):
             assert params(action, "codes.safetensors", *OUT) == 1
             assert "Dequantize" in capsys.readouterr().err
+    assert not Path("out.safetensors").exists()
+
+
+def test_packed_codes_that_differ_are_not_the_firsts(capsys: Any) -> None:
+    """As GPTQ's qweight, beside scales that would be averaged; counters may differ."""
+    for seed in (0, 1):
+        packed = {"q": np.full((2, 3), seed, np.int32), "step": np.asarray([seed], np.int64)}
+        same = {"index": np.ones((2, 2), np.int64), "scales": np.full(3, 1.0 + seed, np.float32)}
+        safetensors.save(f"{seed}.safetensors", packed | same)
+    both = ("0.safetensors", "1.safetensors")
+    recipe = {"models": [{"model": name} for name in both], "merge_method": "linear"}
+    recipe["parameters"] = {"weight": 1.0}
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+    for words in (("average", *both), ("merge", *both), ("merge", "--recipe", "recipe.yaml")):
+        assert params(*words, *OUT) == 1
+        assert "'q' holds integers that differ" in capsys.readouterr().err
     assert not Path("out.safetensors").exists()
 
 

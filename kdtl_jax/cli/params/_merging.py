@@ -6,7 +6,7 @@ the models. Only `regmean`, which solves equations, holds three matrices, and a 
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -231,3 +231,23 @@ def _ties(parts: Mapping[str, Part]) -> dict[str, str]:
     count = max(map(len, rows.values()), default=0)
     columns = [{path: row[i] for path, row in rows.items()} for i in range(count)]
     return _folders.tied(columns) if columns else {}
+
+
+def one_of(path: str, tensors: Sequence[Tensor]) -> Tensor:
+    """The first of several models' tensors that are no numbers to combine.
+
+    Counters differ between runs; a matrix of integers is a table of indices, equal everywhere, or
+    packed codes.
+
+    Raises:
+      ValueError: if some are floating point, or matrices of integers differ.
+    """
+    first, *others = tensors
+    kinds = {tensor.dtype[:1] in "IU" for tensor in tensors}
+    is_matrix = len(first.shape) > 1 and kinds == {True}
+    if len(kinds) > 1 or (is_matrix and not all(_folders.equal(first, x) for x in others)):
+        raise ValueError(
+            f"{path!r} holds integers that differ between the models: packed codes cannot be "
+            "combined. Dequantize them to floating point first."
+        )
+    return first

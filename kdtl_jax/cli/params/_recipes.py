@@ -142,7 +142,7 @@ def merged(settings: Settings) -> tuple[Rewrite, Settings]:
             raise ValueError(f"{_text.quoted(out)} has the shapes {shapes} in the models to merge.")
         specs[out] = places[0].spec
         if not all(trees.is_inexact(place.spec) for place in places):
-            copies[out] = places[0].tensor
+            copies[out] = _merging.one_of(out, [place.tensor for place in places])
             continue
         of_models = places[has_base:]
         if not method.fewest <= len(of_models) <= (method.most or len(of_models)):

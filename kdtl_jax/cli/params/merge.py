@@ -293,3 +293,5 @@ def _refuse_codes(inputs: Sequence[Opened], chosen: set[str], wanted: Mapping[st
                     f"{wanted[path].dtype} in {inputs[0].name}: integer codes mean nothing without "
                     "their scales. Dequantize them first."
                 )
+    for path in chosen - wanted.keys():
+        _merging.one_of(path, [one.tensors[path] for one in inputs if path in one.tensors])
