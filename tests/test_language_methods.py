@@ -98,6 +98,9 @@ def test_rows_of_weight_zero_and_padding_change_nothing():
     given = batch()
     padded = jax.tree.map(lambda x: np.concatenate([x, x[:2]]), given)
     padded["weights"] = np.asarray([1, 1, 1, 1, 0, 0], np.float32)
+    inputs = padded["inputs"]
+    inputs["tokens"] = np.where(inputs["segments"] > 0, inputs["tokens"], -100)  # no token's id
+    inputs["tokens"][4:], inputs["segments"][5] = 10**6, -1
     state = train.init_state(STUDENT, TX, key=jax.random.key(0))
     one, two = step(state, given)[0], step(state, padded)[0]
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):

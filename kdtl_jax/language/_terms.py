@@ -7,6 +7,9 @@ A batch of the step is `{"inputs": tokens}` where `tokens` is a token batch:
 - `learned` bool `[B, L]`: the tokens that are targets. Each is predicted one position earlier, in
   the same segment. This is the loss mask; `segments` is the attention mask.
 
+Padding may hold anything, also ids that are no tokens. Of the batch's `"weights"` `[B]` only zeros
+count here: such rows are left out, and every learned token of the others weighs the same.
+
 Outputs are `{"hidden": [B, L, width], "head": losses.Head}` and what is tapped. Every term is a
 `Mean`, so that sums and counts of microbatches, devices and padded rows add up to the whole batch
 exactly.

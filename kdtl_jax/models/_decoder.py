@@ -245,6 +245,8 @@ def _apply(
     places = places_of(at, own, cache)
 
     table = params["tokens"]["embedding"]
+    if segments is not None:  # padding may hold anything, and an id out of range would be NaN
+        tokens, at = (jnp.where(own > 0, x, 0) for x in (tokens, at))
     x = jnp.take(table, tokens, axis=0).astype(dtype or table.dtype)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)

@@ -261,18 +261,29 @@ def _unscaled(gradient: PyTree, scale: Array | None) -> PyTree:
 
 
 def _blank_padding(batch: Batch) -> Batch:
-    """Zeros in rows of weight 0: whatever they hold would reach the gradient, as 0 * NaN is NaN."""
+    """Zeros in rows of weight 0: whatever they hold would reach the gradient, as 0 * NaN is NaN.
+
+    Integers too where models read them: a token that is no token is embedded as NaN.
+    """
     weights = batch.get("weights")
     if weights is None:
         return batch
 
     def blank(x: Any) -> Any:
-        if not trees.is_inexact(x) or jnp.shape(x)[:1] != jnp.shape(weights):
+        if jnp.shape(x)[:1] != jnp.shape(weights):
             return x
         real = jnp.reshape(weights != 0, (-1,) + (1,) * (x.ndim - 1))
         return jnp.where(real, x, jnp.zeros((), x.dtype))
 
-    return jax.tree.map(blank, dict(batch))
+    def of_numbers(x: Any) -> Any:
+        return blank(x) if trees.is_inexact(x) else x
+
+    def of_inputs(x: Any) -> Any:
+        is_integer = jnp.issubdtype(jnp.result_type(x), jnp.integer)
+        return blank(x) if is_integer else of_numbers(x)
+
+    named = {name: of_inputs if name == "inputs" else of_numbers for name in batch}
+    return {name: jax.tree.map(named[name], entry) for name, entry in batch.items()}
 
 
 def _variables(given: Any) -> Variables:
