@@ -269,21 +269,17 @@ def _blank_padding(batch: Batch) -> Batch:
     if weights is None:
         return batch
 
-    def blank(x: Any) -> Any:
-        if jnp.shape(x)[:1] != jnp.shape(weights):
+    def blank(name: str, x: Any) -> Any:
+        is_token = name == "inputs" and jnp.issubdtype(jnp.result_type(x), jnp.integer)
+        is_read = is_token or trees.is_inexact(x)
+        if not is_read or jnp.shape(x)[:1] != jnp.shape(weights):
             return x
         real = jnp.reshape(weights != 0, (-1,) + (1,) * (x.ndim - 1))
         return jnp.where(real, x, jnp.zeros((), x.dtype))
 
-    def of_numbers(x: Any) -> Any:
-        return blank(x) if trees.is_inexact(x) else x
-
-    def of_inputs(x: Any) -> Any:
-        is_integer = jnp.issubdtype(jnp.result_type(x), jnp.integer)
-        return blank(x) if is_integer else of_numbers(x)
-
-    named = {name: of_inputs if name == "inputs" else of_numbers for name in batch}
-    return {name: jax.tree.map(named[name], entry) for name, entry in batch.items()}
+    return {
+        name: jax.tree.map(functools.partial(blank, name), entry) for name, entry in batch.items()
+    }
 
 
 def _variables(given: Any) -> Variables:
