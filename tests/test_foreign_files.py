@@ -42,7 +42,9 @@ def read_or_refused() -> Iterator[None]:
         try:
             yield
         except REFUSALS as error:
-            lines = 40 if str(error).startswith("transfer: ") else 1  # leaf by leaf
+            lines = (
+                40 if str(error).startswith("source and target do not match") else 1
+            )  # leaf by leaf
             assert is_plain(str(error), lines), str(error)[:2000]
 
 
