@@ -174,6 +174,14 @@ def test_any_configuration_of_an_encoder(encoders: Any, name: str, picks: list[A
     attacked(huggingface.load, encoders[name], picks)
 
 
+@pytest.mark.parametrize("kind", [[], {}, None, 7])
+def test_a_model_type_that_is_no_text(encoders: Any, kind: Any) -> None:
+    folder, config = encoders["bert"]
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    with pytest.raises(ValueError, match="model_type .* is not built here"):
+        huggingface.load(folder)
+
+
 @settings(max_examples=30)
 @given(name=st.sampled_from(DECODERS), picks=picked)
 def test_any_configuration_of_a_decoder(languages: Any, name: str, picks: list[Any]) -> None:

@@ -61,7 +61,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config; raises ValueError for a `model_type` that is not known here."""
     if "model_type" not in config:
         raise ValueError("config.json has no 'model_type'; it is of no known model.")
-    name = config["model_type"]
+    name = str(config["model_type"])
     for family in FAMILIES:
         if name in family.model_types:
             return family

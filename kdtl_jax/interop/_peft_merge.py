@@ -254,7 +254,7 @@ def _is_flipped(
         return flipped
     may_be = module.rpartition(".")[2] in _CONV1D
     if base_config is not None and "model_type" in base_config:
-        return may_be and base_config["model_type"] in _CONV1D_MODELS
+        return may_be and str(base_config["model_type"]) in _CONV1D_MODELS
     if may_be or config.get("fan_in_fan_out"):
         raise refused(
             f"fan_in_fan_out of {_text.quoted(module)} {list(shape)}",
