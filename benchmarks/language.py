@@ -7,12 +7,12 @@ Peers:     PyTorch with transformers' Llama, eager and under torch.compile; Lige
            transformers==5.24.0` and `pip install --no-deps liger-kernel==0.8.5`).
 Machine:   2 cores of an AMD EPYC virtual machine (AVX-512), nothing else running, 5 rounds; jax
            0.10.2, torch 2.13.0, transformers 5.24.0, liger-kernel 0.8.5; 333 s in all
-RESULT:    step: loss and gradient equal to PyTorch's, 1e-7; PyTorch takes 0.87 times as long eager
-           and 0.82 times compiled; 63% of the matrix products' speed, PyTorch 73 and 77%
-           (before rows were multiplied as one matrix; by processor time of one busy core, --busy,
-           that took eager from 0.85 to 1.07 and compiled from 0.76 to 0.96)
-           sampling, times as long in transformers at its better thread count: one row 2.81 (2.8),
-           eight rows 2.26 (2.3; one thread 2.82 and 2.79); 512 of 512 greedy tokens equal
+RESULT:    step: loss and gradient equal to PyTorch's, 1e-7; PyTorch takes 0.91 times as long eager
+           and 0.82 times compiled; 69% of the matrix products' speed, PyTorch 77 and 84% (before
+           rows were multiplied as one matrix 0.87 and 0.82, 63%); by processor time of one busy
+           core (--busy) 1.07 and 0.96
+           sampling, times as long in transformers at its better thread count, two sittings: one row
+           2.81 (2.8) and 2.44, eight rows 2.26 (2.3) and 2.28; 512 of 512 greedy tokens equal
            KL over 32,768 classes, 1,024 tokens in chunks of 256, times the matrix products: float32
            1.01, bfloat16 1.03; Liger takes 1.20 times as long. Over 131,072 classes, ours in chunks
            of 64: 1.06 and 1.09; Liger in chunks of 256 takes 0.91 times as long; resident memory of
