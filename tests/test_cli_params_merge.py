@@ -178,6 +178,18 @@ def test_nuslerp_and_multi_slerp_need_no_base() -> None:
         assert_same(drop_step(written()), drop_step(native(want)))
 
 
+@pytest.mark.parametrize(("name", "normalize"), [("nuslerp", None), ("task_arithmetic", True)])
+def test_weights_that_are_small_together_are_ratios_still(name: str, normalize: Any) -> None:
+    base = {} if name == "nuslerp" else {"w": np.asarray([1.0, 0.0], np.float32)}
+    models = [{"w": np.asarray(x, np.float32)} for x in ([2.0, 1.0], [0.0, 3.0])]
+
+    def merged(size: float) -> Any:
+        options = Options([3 * size, size], normalize, axis=-1)
+        return by_tensor(METHODS[name].merge, base, models, options)["w"]
+
+    np.testing.assert_allclose(merged(1e-9), merged(1.0), rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["dare", "dare_ties", "della"])
 def test_tensors_stored_twice_stay_tied(name: str) -> None:
     """As in whole trees whose leaves are one array."""

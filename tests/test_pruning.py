@@ -85,6 +85,19 @@ def test_silent_channels_are_dropped(tokens: Any):
     np.testing.assert_allclose(logits(narrow, scaled), logits(source), atol=1e-4)
 
 
+def test_channels_of_small_tokens_count_as_much():
+    """Every token's stream is divided by its own size, however small it is."""
+    source = wide()
+    for layer in (source.params["layers_0"], source.params["layers_1"]):  # the embedding alone
+        for part, name in (("attention", "out"), ("mlp", "down")):
+            layer[part][name]["kernel"][:] = 0
+    table = source.params["tokens"]["embedding"]
+    table[:9, :8], table[:9, 8:] = 1e-9, 0
+    table[9:16, :8], table[9:16, 8:] = 0, 1
+    _, kept = pruning.narrow(source, width=8, heads=2, key_heads=2, tokens=TOKENS)
+    assert kept.channels.tolist() == list(range(8))
+
+
 def test_heads_and_units_are_kept_by_what_they_give_on_a_text():
     """Recomputed by hand from the residual stream, the attention and the kernels."""
     source = wide()

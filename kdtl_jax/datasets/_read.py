@@ -11,20 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kdtl_jax.datasets import _images, _tables
+from kdtl_jax.datasets import _images, _source, _tables
 from kdtl_jax.datasets._dataset import Dataset, digits, finite_numbers
 from kdtl_jax.datasets._formats import FORMATS, sources
 from kdtl_jax.datasets._idx import read_idx_array
 from kdtl_jax.datasets._images import Pictures
 from kdtl_jax.datasets._preprocessing import Preprocessing
-from kdtl_jax.datasets._source import (
-    Choices,
-    Source,
-    check_columns,
-    check_pictures,
-    check_shape,
-    with_channels,
-)
+from kdtl_jax.datasets._source import Choices, Source
 from kdtl_jax.datasets._splits import Splits, drawn, stratified
 from kdtl_jax.datasets._tables import Missing, Table
 from kdtl_jax.datasets._targets import Target, from_arrays
@@ -191,7 +184,7 @@ def read_unlabeled(path: str | Path, preprocessing: Preprocessing) -> Unlabeled:
     inputs = made[0] if len(made) == 1 else np.concatenate(made)
     if not len(inputs):
         raise ValueError(f"{path}: holds no examples.")
-    check_shape(str(path), inputs.shape, preprocessing)
+    _source.check_shape(str(path), inputs.shape, preprocessing)
     pictures = [s.inputs for s in _in_order(found) if isinstance(s.inputs, Pictures)]
     files = [file for each in pictures for file in each.files if isinstance(file, Path)]
     named = tuple(map(str, files)) if len(files) == len(inputs) else ()
@@ -246,7 +239,7 @@ def _model(preprocessing: Preprocessing | None) -> Dataset | None:
 
 def _idx_pair(path: Path, labels: str | Path | None) -> dict[str, Source]:
     if labels is not None and not (path.is_dir() or path.suffix):
-        inputs = with_channels(read_idx_array(path))
+        inputs = _source.with_channels(read_idx_array(path))
         return {"whole": Source(str(path), inputs, read_idx_array(labels))}
     return {}
 
@@ -300,11 +293,11 @@ def _inputs(source: Source, rows: np.ndarray | None, form: Preprocessing) -> np.
     """The inputs of some rows, or of all."""
     found = source.inputs
     if isinstance(found, Table):
-        check_columns(source.name, tuple(found.columns), form)
+        _source.check_columns(source.name, tuple(found.columns), form)
         table = found if rows is None else found.take(rows)
         return finite_numbers(source.name, _tables.encoded(table, form.columns))
     if isinstance(found, Pictures):
-        check_pictures(source.name, form)
+        _source.check_pictures(source.name, form)
         assert form.images is not None
         rows = np.arange(found.size) if rows is None else rows
         return _images.decoded(found, rows, form.images, form.shape)

@@ -74,9 +74,7 @@ def check_columns(name: str, header: Sequence[str], form: Preprocessing | None) 
         return
     if not form.columns:
         raise ValueError(f"{name}: a table, but the model takes {list(form.shape)}, not columns.")
-    for column in form.columns:
-        if column.name not in header:
-            raise _tables.no_column(name, column.name, header, ", which the model reads")
+    _tables.check_read(name, [column.name for column in form.columns], header)
 
 
 def check_pictures(name: str, form: Preprocessing | None) -> None:

@@ -7,18 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from kdtl_jax.datasets import _arrow, _csv, _tables
+from kdtl_jax.datasets import _arrow, _csv, _source, _tables
 from kdtl_jax.datasets._arrays import PARTS
 from kdtl_jax.datasets._arrow import ArrowTable
 from kdtl_jax.datasets._images import Pictures
-from kdtl_jax.datasets._source import (
-    Choices,
-    Source,
-    check_columns,
-    check_pictures,
-    check_shape,
-    with_channels,
-)
+from kdtl_jax.datasets._source import Choices, Source
 from kdtl_jax.datasets._tables import Table
 
 TABLES = (*_csv.SUFFIXES, *_arrow.SUFFIXES)
@@ -73,7 +66,7 @@ def _of_csv(path: Path, choices: Choices, first: Source | None) -> Source | None
     header, _ = _csv.header_of(path)
     if not choices.with_targets:
         if header:
-            check_columns(str(path), _csv.distinct(header), choices.takes)
+            _source.check_columns(str(path), _csv.distinct(header), choices.takes)
         table = _csv.read_csv(path, choices.targets)
         return Source(str(path), _inputs_alone(table, choices))
     if not header:
@@ -81,7 +74,7 @@ def _of_csv(path: Path, choices: Choices, first: Source | None) -> Source | None
     if first is not None and not set(first.columns) & set(header):
         return None
     names = _label_columns(str(path), header, choices)
-    check_columns(str(path), _csv.distinct(header), choices.takes)
+    _source.check_columns(str(path), _csv.distinct(header), choices.takes)
     return _of_table(_csv.read_csv(path, names), names, choices)
 
 
@@ -92,7 +85,7 @@ def _label_columns(name: str, header: Sequence[str], choices: Choices) -> tuple[
 
 def _of_table(table: Table, names: Sequence[str], choices: Choices) -> Source:
     if choices.kept:
-        _tables.check_read(table, choices.kept)
+        _tables.check_read(table.name, choices.kept, list(table.columns))
         others = [name for name in table.columns if name not in (*choices.kept, *names)]
         table = _tables.dropped(table, others)
     table = _tables.without_index(_tables.dropped(table, choices.drop), names)
@@ -164,11 +157,11 @@ def _check_row(path: Path, asked: Sequence[str], kept: Sequence[str], choices: C
         return
     wide = _wide(row, kept, choices)
     if wide is None:
-        check_columns(row.name, kept, choices.takes)
+        _source.check_columns(row.name, kept, choices.takes)
     elif wide in row.pictures:
-        check_pictures(row.name, choices.takes)
+        _source.check_pictures(row.name, choices.takes)
     else:
-        check_shape(row.name, row.vectors[wide].shape, choices.takes)
+        _source.check_shape(row.name, row.vectors[wide].shape, choices.takes)
 
 
 def _wide(found: ArrowTable, kept: Sequence[str], choices: Choices) -> str | None:
@@ -192,7 +185,7 @@ def _wide(found: ArrowTable, kept: Sequence[str], choices: Choices) -> str | Non
 def _columns_inputs(found: ArrowTable, name: str) -> Pictures | np.ndarray:
     if name in found.pictures:
         return Pictures(f"{found.name}: column {name!r}", found.pictures[name])
-    return with_channels(found.vectors[name])
+    return _source.with_channels(found.vectors[name])
 
 
 def _targets(found: ArrowTable, names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:

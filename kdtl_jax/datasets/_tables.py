@@ -56,7 +56,7 @@ def label_columns(table_name: str, header: Sequence[str], label: str) -> tuple[s
         asked = tuple(usual) if len(usual) == 1 else asked
     for name in asked:
         if name not in header:
-            raise no_column(
+            raise _no_column(
                 table_name, name, header, repair=" Name the column of labels (--label)."
             )
         if header.count(name) > 1:
@@ -100,18 +100,17 @@ def check_there(table_name: str, names: Sequence[str], header: Sequence[str]) ->
     """Refuses columns to drop that are not there, naming the nearest."""
     for name in names:
         if name not in header:
-            raise no_column(table_name, name, header)
+            raise _no_column(table_name, name, header)
 
 
-def check_read(table: Table, names: Sequence[str]) -> None:
-    """Refuses a table without a column that a model reads, naming the nearest."""
+def check_read(table_name: str, names: Sequence[str], header: Sequence[str]) -> None:
+    """Raises ValueError naming the first of the columns that a model reads and a table lacks."""
     for name in names:
-        if name not in table.columns:
-            reads = ", which the model reads"
-            raise no_column(table.name, name, list(table.columns), reads)
+        if name not in header:
+            raise _no_column(table_name, name, header, ", which the model reads")
 
 
-def no_column(
+def _no_column(
     table: str, name: str, columns: Sequence[str], more: str = "", repair: str = ""
 ) -> ValueError:
     """The error that names a column which is not there, and the nearest."""
@@ -208,9 +207,9 @@ def encoded(table: Table, columns: Sequence[Column]) -> np.ndarray:
         that nothing fills; row and column are named.
     """
     out = np.empty((table.size, sum(len(column.categories) or 1 for column in columns)))
+    check_read(table.name, [column.name for column in columns], list(table.columns))
     at = 0
     for column in columns:
-        check_read(table, [column.name])
         values, lacking = table.columns[column.name], empty(table.columns[column.name])
         if lacking.any() and column.fill is None:
             row = int(np.flatnonzero(lacking)[0])

@@ -130,14 +130,20 @@ def cross_entropy(log_p: Array, log_q: Array) -> Array:
 
 
 def minus_mean_log(p: Array, present: Array, log_q: Array) -> Array:
-    """`cross_entropy` of probabilities, and of which classes they have."""
+    """`cross_entropy` of probabilities `p`; `present`, bool, says which classes they have.
+
+    All `[..., num_classes]`; `[...]`, nats.
+    """
     in_q = log_q != -jnp.inf
     terms = p * jnp.where(in_q, log_q, 0)
     return -jnp.sum(jnp.where(present & ~in_q, -jnp.inf, terms), axis=-1)
 
 
 def mean_log(log_p: Array) -> Array:
-    """The mean of `log p` over the classes that are present: minus the uniform cross-entropy."""
+    """The mean of `log p` over the classes that are present: minus the uniform cross-entropy.
+
+    `[..., num_classes]` log-probabilities, -inf of an absent class; `[...]`, nats.
+    """
     present = log_p != -jnp.inf
     return _numerics.masked_mean(jnp.where(present, log_p, 0), present, axis=-1)
 
@@ -145,8 +151,9 @@ def mean_log(log_p: Array) -> Array:
 def log_mixture(log_p: Array, log_q: Array, weight: Array) -> Array:
     """`log((1 - weight) p + weight q)`, also at weights 0 and 1.
 
-    The weight enters linearly, not through its logarithm, so that the derivative by it is right
-    at the ends as well.
+    `[..., num_classes]` log-probabilities of both sides and of the result; the weight broadcasts
+    to them. It enters linearly, not through its logarithm, so that the derivative by it is right at
+    the ends as well.
     """
     some_p, some_q = ~(weight >= 1), ~(weight <= 0)
     in_p, in_q = log_p != -jnp.inf, log_q != -jnp.inf
@@ -170,7 +177,8 @@ def log_mixture(log_p: Array, log_q: Array, weight: Array) -> Array:
 def ratio_to_mixture(log_p: Array, log_q: Array, ratio: Array, weight: Array) -> Array:
     """`log p - log((1 - weight) p + weight q)`, relatively accurate where p and q nearly agree.
 
-    With `d = log p - log q` (`ratio`) it is `-log1p(weight expm1(-d))`.
+    With `d = log p - log q` (`ratio`) it is `-log1p(weight expm1(-d))`. All `[..., num_classes]`;
+    the weight broadcasts to them.
     """
     log_m = log_mixture(log_p, log_q, weight)
     in_p, in_q, in_m = log_p != -jnp.inf, log_q != -jnp.inf, log_m != -jnp.inf
@@ -182,7 +190,10 @@ def ratio_to_mixture(log_p: Array, log_q: Array, ratio: Array, weight: Array) ->
 
 
 def kl_to_mixture(log_p: Array, log_q: Array, ratio: Array, weight: Array) -> Array:
-    """`KL(p || (1 - weight) p + weight q)` over the last axis, as a sum of terms >= 0."""
+    """`KL(p || (1 - weight) p + weight q)` over the last axis, as a sum of terms >= 0.
+
+    Arguments are those of `ratio_to_mixture`; `[...]`, nats.
+    """
     log_m = log_mixture(log_p, log_q, weight)
     to_mixture = ratio_to_mixture(log_p, log_q, ratio, weight)
     return jnp.sum(_softmax.kl_terms(log_p, log_m, to_mixture), axis=-1)

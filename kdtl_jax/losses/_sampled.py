@@ -234,11 +234,15 @@ def reward_to_go(rewards: Array, *, gamma: Scalar = 1.0, where: Array | None = N
 def whitened(values: Array, *, where: Array | None = None) -> Array:
     """`(a - mean) / sqrt(var + 1e-8)` over all counted entries, with the unbiased variance.
 
-    The statistics are those of the whole batch: whiten before splitting it into microbatches.
+    The statistics are those of the whole batch: whiten before splitting it into microbatches. The
+    1e-8 is in squared units of the values.
 
     Args:
-      values: any shape.
+      values: advantages or rewards, any shape such as `[B, L]`.
       where: bool, the same shape; the others do not count and come out as 0.
+
+    Returns:
+      The same shape, in float32 or wider.
 
     References:
       MiniLLM's PPO, which includes padding in mean and variance.

@@ -162,8 +162,8 @@ def taid_advance(
     `t <- min(end, max(linear, t + alpha sigmoid(m) (1 - t)))`. The first call records the loss.
 
     Args:
-      state: from `taid_start` or the last call.
-      loss: scalar, this step's distillation loss.
+      state: from `taid_start` or the last call; all its fields are scalars `[]`.
+      loss: `[]`, this step's distillation loss.
       num_steps: length of the whole run.
       start: t at step 0.
       end: t at the last step.

@@ -22,7 +22,7 @@ def _arrays(at_least: int, at_most: int | None, **arrays: Array) -> tuple[Array,
 def same_shape(
     student: Array, teacher: Array, *, at_least: int = 2, at_most: int | None = None
 ) -> tuple[Array, Array]:
-    """One shape on both sides."""
+    """One shape on both sides: `[B, ..., C]`, of `at_least` to `at_most` axes."""
     _checks.same_shape(student=student, teacher=teacher)
     student, teacher = _arrays(at_least, at_most, student=student, teacher=teacher)
     return student, teacher
@@ -60,14 +60,14 @@ def same_channels(
 def same_batch(
     student: Array, teacher: Array, *, at_least: int = 2, at_most: int | None = None
 ) -> tuple[Array, Array]:
-    """Equal batch; everything else may differ."""
+    """Equal batch; everything else may differ: `[B, ...]` and `[B, ...]`."""
     sides = _arrays(at_least, at_most, student=student, teacher=teacher)
     _checks.same_batch(student=student, teacher=teacher)
     return sides[0], sides[1]
 
 
 def one(x: Array, *, at_least: int, at_most: int | None = None) -> Array:
-    """A single array."""
+    """A single array `[B, ...]`, of `at_least` to `at_most` axes."""
     return _arrays(at_least, at_most, x=x)[0]
 
 

@@ -299,7 +299,14 @@ def logistic_ranking(student_logits: Array, targets: TopK, *, eps: Scalar = 1e-9
 
 
 def checked(student_logits: Array, targets: TopK, temperature: Scalar) -> tuple[Array, TopK, Array]:
-    """The student's log-probabilities, targets with safe indices, and which rows have them all."""
+    """The student's log-probabilities, targets with safe indices, and which rows have them all.
+
+    `[..., num_classes]` logits and targets `[..., k]` give `[..., num_classes]`, targets of the
+    same shapes, and bool `[...]`.
+
+    Raises:
+      ValueError: if the targets do not have the student's leading dimensions.
+    """
     student, _ = _logspace.softened(student_logits, student_logits, temperature)
     classes = student.shape[-1]
     _checks.indices(classes, indices=targets.indices)
