@@ -27,15 +27,17 @@ class Net(nnx.Module):
         hidden = jax.nn.relu(self.hidden(x))
         return {"hidden": hidden, "logits": self.out(self.dropout(hidden))}
 """
+SHARE = "SHARE = 0.5\n"
 LOSS = """
 import jax.numpy as jnp
+from my_share import SHARE
 from kdtl_jax import losses, methods
 
 def squares(student_logits, teacher_logits):
     return jnp.mean((student_logits - teacher_logits) ** 2, axis=-1)
 
 def halves(inputs):
-    return {"half": 0.5 * squares(inputs.student["logits"], inputs.teacher["logits"])}
+    return {"half": SHARE * squares(inputs.student["logits"], inputs.teacher["logits"])}
 
 def averaged(student_logits, teacher_logits):
     return squares(student_logits, teacher_logits).mean()
@@ -59,6 +61,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(folder / "small.npz")
     (folder / "my_model.py").write_text(MODEL)
     (folder / "my_loss.py").write_text(LOSS)
+    (folder / "my_share.py").write_text(SHARE)
     return folder
 
 
@@ -102,11 +105,15 @@ def test_a_model_a_loss_and_a_method_of_ones_own(room: Path, capsys: Captured) -
     assert "a model of your own. Give it: model= here, --model" in capsys.readouterr().err
     assert kdtl("predict", student, room / "small.npz", "--model", f"{room}/my_loss.py:kd") == 2
     # What the files hold is part of the run.
-    (room / "my_loss.py").write_text(LOSS.replace("0.5 *", "0.6 *"))
+    (room / "my_loss.py").write_text(LOSS.replace("SHARE *", "0.6 *"))
     assert kdtl(*words(room, out, "--resume")) == 1
     said = capsys.readouterr().err
     assert "other content of loss halves, loss squares, method twice" in said
     (room / "my_loss.py").write_text(LOSS)
+    (room / "my_share.py").write_text("SHARE = 0.6\n")
+    assert kdtl(*words(room, out, "--resume")) == 1
+    assert "other content of loss halves, loss squares" in capsys.readouterr().err
+    (room / "my_share.py").write_text(SHARE)
     assert kdtl(*words(room, out, "--resume")) == 0
 
 
@@ -114,7 +121,7 @@ def test_a_model_a_loss_and_a_method_of_ones_own(room: Path, capsys: Captured) -
     ("flag", "text", "message"),
     [
         ("--loss", "my_loss.py:averaged", "must be one value per example, [8], got []"),
-        ("--loss", "my_loss.py:wrong", "my_loss.py, line 15: AttributeError: "),
+        ("--loss", "my_loss.py:wrong", "my_loss.py, line 16: AttributeError: "),
         ("--loss", "my_loss.py:nothing", "has no 'nothing'. It has squares, halves"),
         ("--loss", "my_loss.py:kd", "there is a method called 'kd'. Rename yours"),
         ("--loss", "other.py:kd", "other.py: no such file"),

@@ -36,8 +36,9 @@ class Trained:
         None, "a model's file, such as students/kd.safetensors of a run", positional=True
     )
     model: str | None = setting(
-        None, "the source of a model of your own, as FILE.py:NAME; only this file is imported. Or "
-        "the Hugging Face folder whose model it is", metavar="FILE.py:NAME", parse=source,
+        None, "the source of a model of your own, as FILE.py:NAME; only this file and its "
+        "imports run. Or the Hugging Face folder whose model it is", metavar="FILE.py:NAME",
+        parse=source,
     )  # fmt: skip
 
 
@@ -122,7 +123,7 @@ def model_of(settings: Any) -> Model:
         module = sources.pretrained(settings.model).module
         return model_files.load(settings.student, model=module)
     found = model_files.load(settings.student, model=_own.imported(settings.model))
-    now = record.made_from({"source": _own.file_of(settings.model)}).files["source"]
+    now = record.made_from({"source": _own.files_of(settings.model)}).files["source"]
     if found.metadata.get("source_sha256") not in (None, now):
         print(f"note: {settings.model} has changed since the model was trained", file=sys.stderr)
     return found

@@ -22,6 +22,7 @@ from kdtl_jax.interop.sources import Source
 from kdtl_jax.recipes import _own
 from kdtl_jax.recipes._training import in_chunks
 from kdtl_jax.recipes.settings import MODEL, Data, UsageError
+from kdtl_jax.run import record
 
 UNITS = 20.0  # data whose scaled deviation is off by this factor are in other units
 FEW = 20  # rows of which one column says nothing
@@ -90,7 +91,8 @@ def identity(text: str) -> str:
     if folder := model_files.hugging_face_of(text):
         return f"{model_files.HUGGING_FACE}{_files.sha256(Path(folder) / 'config.json')}"
     if model_files.is_own(text):
-        return f"{Path(text).name}, {_files.sha256(Path(_own.file_of(text)))}"
+        made = record.made_from({"source": _own.files_of(text)})
+        return f"{Path(text).name}, {made.files['source']}"
     return models.canonical_name(text)
 
 

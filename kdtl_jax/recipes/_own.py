@@ -1,25 +1,25 @@
 """Models, losses and methods of one's own, from a Python file that the user names: `file.py:name`.
 
-Only that file is imported, when its name stands on the command line or in the settings, and
-nothing else ever is. Its digest is part of the run's identity.
+Only that file is imported, when its name stands on the command line or in the settings, with what
+it imports, and nothing else ever is. The digests of all these are part of the run's identity.
 """
 
-import importlib.util
 import inspect
 import re
-import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kdtl_jax import _files, methods
+from kdtl_jax import methods
 from kdtl_jax.methods import Entry, Method, Setup
 from kdtl_jax.objective import Inputs
+from kdtl_jax.recipes import _imports
 from kdtl_jax.recipes.settings import UsageError, setting
 
 FORM = "FILE.py:NAME, as in my_model.py:Net"
@@ -55,22 +55,25 @@ def imported(text: str) -> Any:
     path, name = Path(file_of(text)), text.rpartition(":")[2]
     if not path.is_file():
         raise UsageError(f"{path}: no such file.")
-    key = f"_kdtl_own_{path.resolve()}_{_files.sha256(path)[:16]}"  # edited, it is another one
-    module = sys.modules.get(key)
-    if module is None:
-        spec = importlib.util.spec_from_file_location(key, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[key] = module  # dataclasses look their module up
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[key]
-            raise ValueError(_at_fault(path, error)) from error
+    module = _module(path)
     if not hasattr(module, name):
         names = [n for n, x in vars(module).items() if callable(x) and n[0] != "_"]
         raise UsageError(f"{path} has no {name!r}. It has {', '.join(names) or 'nothing'}.")
     return getattr(module, name)
+
+
+def files_of(text: str) -> list[Path]:
+    """The file of `file.py:name` and those of the user's that it imports; raises as `imported`."""
+    path = Path(file_of(text))
+    _module(path)
+    return _imports.files(path)
+
+
+def _module(path: Path) -> ModuleType:
+    try:
+        return _imports.module(path)
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        raise ValueError(_at_fault(path, error)) from error
 
 
 @dataclass(frozen=True)
@@ -79,20 +82,22 @@ class Terms:
 
     loss: tuple[str, ...] = setting(
         (), "a loss of your own to compare with the methods: fn(student_logits, teacher_logits) "
-        "-> one value per example, or fn(inputs) -> a dict of these; only this file is imported; "
-        "repeat for more", metavar="FILE.py:NAME", parse=several, repeat=True, group="losses",
+        "-> one value per example, or fn(inputs) -> a dict of these; only this file and its "
+        "imports run; repeat for more", metavar="FILE.py:NAME",
+        parse=several, repeat=True, group="losses",
     )  # fmt: skip
     method: tuple[str, ...] = setting(
-        (), "a method of your own: build(setup) -> methods.Method; only this file is imported; "
-        "repeat for more", metavar="FILE.py:NAME", parse=several, repeat=True, group="losses",
+        (), "a method of your own: build(setup) -> methods.Method; only this file and its "
+        "imports run; repeat for more", metavar="FILE.py:NAME",
+        parse=several, repeat=True, group="losses",
     )  # fmt: skip
 
 
-def files(settings: Terms) -> dict[str, str]:
-    """The files of losses and methods, by role."""
+def files(settings: Terms) -> dict[str, list[Path]]:
+    """The files of losses and methods, with those that they import, by role."""
     both = {"loss": settings.loss, "method": settings.method}
     return {
-        f"{role} {text.rpartition(':')[2]}": file_of(text)
+        f"{role} {text.rpartition(':')[2]}": files_of(text)
         for role, texts in both.items()
         for text in texts
     }
@@ -205,13 +210,15 @@ def _applies(build: Callable[[Setup], Method]) -> Callable[[Setup], str | None]:
 
 
 def _at_fault(path: Path, error: BaseException) -> str:
-    """`my_loss.py, line 3: NameError: ...`, the innermost line of the user's file."""
-    lines = [
-        frame.lineno
+    """`my_loss.py, line 3: NameError: ...`, the innermost line of the user's files."""
+    inner = [
+        (frame.filename, frame.lineno)
         for frame in traceback.extract_tb(error.__traceback__)
-        if Path(frame.filename).resolve() == path.resolve()
+        if _imports.is_own(Path(frame.filename))
     ]
-    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-    where = str(path) if line is None else f"{path}, line {line}"
+    inner += [(error.filename, error.lineno)] if isinstance(error, SyntaxError) else []
+    file, line = inner[-1] if inner else (None, None)
+    at = path if file is None or Path(file).resolve() == path.resolve() else file
+    where = str(at) if line is None else f"{at}, line {line}"
     said = " ".join(str(error).split())
     return f"{where}: {type(error).__name__}: {said:.300}"

@@ -162,7 +162,7 @@ def run(settings: Settings) -> int | None:
     read_now = datasets.files_of(settings.data, label=settings.label, inputs=settings.inputs)
     files: dict[str, record.Paths] = {"data": read_now}
     files |= {} if path is None else {"source_weights": path}
-    files |= {"student": _own.file_of(text)} if model_files.is_own(text) else {}
+    files |= {"student": _own.files_of(text)} if model_files.is_own(text) else {}
     with _output.running(settings, "transfer", files, saves=["checkpoints"]) as running:
         folder, run, bar, programs = running
         say = _progress.by_part(bar, len(chosen) + (given is None))

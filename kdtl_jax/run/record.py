@@ -129,7 +129,10 @@ def _digest(paths: Paths) -> str:
             return _files.sha256(path) if path.exists() else f"named {path}"
         return _digest_of({str(file.relative_to(path)): file for file in _below(path)})
     first, *others = paths
-    return _digest_of({path.name: path for path in paths}) if others else _digest(first)
+    if not others:
+        return _digest(first)
+    common = os.path.commonpath([path.absolute().parent for path in paths])
+    return _digest_of({os.path.relpath(path, common): path for path in paths})
 
 
 def _digest_of(files: Mapping[str, Path]) -> str:

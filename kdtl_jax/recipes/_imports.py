@@ -1,0 +1,174 @@
+"""A Python file that the user names, run as a module, and the modules that it imports.
+
+Those beside the file are found first, as `python FILE.py` finds them, and each file has its own: a
+module of the same name beside another file is another module. All are compiled from their text,
+never from a cached program, and run anew once any of them has changed.
+"""
+
+import ast
+import contextlib
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+import kdtl_jax
+from kdtl_jax import _files
+
+READ = "__kdtl_files__"  # of a module: the digest of every file that it consists of
+# Packages that are installed are known by their versions.
+LIBRARIES = ("stdlib", "platstdlib", "purelib", "platlib")
+INSTALLED = tuple(
+    os.path.join(os.path.realpath(path), "")
+    for path in (*map(sysconfig.get_path, LIBRARIES), Path(kdtl_jax.__file__).parent)
+)
+SITES = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
+
+
+class FromText(importlib.machinery.SourceFileLoader):
+    """Compiles a file's text, where Python believes a cached program of its size and date."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+def module(path: Path) -> ModuleType:
+    """The module of a file, run once per process and content.
+
+    Raises:
+      Exception: whatever the file raises.
+    """
+    path = path.resolve()
+    name = f"_kdtl_own_{path}"
+    found = sys.modules.get(name)
+    if found is not None:
+        if all(_digest(file) == digest for file, digest in getattr(found, READ).items()):
+            return found
+    _forget(path.parent, {*getattr(found, READ, ())})
+    spec = importlib.util.spec_from_loader(name, FromText(name, str(path)))
+    assert spec is not None and spec.loader is not None
+    read = {file: _digest(file) for file in _imported(path, path.parent, {path})}
+    made, before = importlib.util.module_from_spec(spec), {*sys.modules}
+    sys.modules[name] = made  # dataclasses look their module up
+    try:
+        with _beside(path.parent):
+            spec.loader.exec_module(made)
+    except BaseException:
+        for new in _new(before):
+            del sys.modules[new]
+        raise
+    read |= {file: _digest(file) for file in _new(before).values() if file.is_file()}
+    setattr(made, READ, read)
+    return made
+
+
+def files(path: Path) -> list[Path]:
+    """The file and those that it imports and that belong to no installed package.
+
+    Raises:
+      Exception: as `module`.
+    """
+    path = path.resolve()
+    return [path, *sorted(getattr(module(path), READ).keys() - {path})]
+
+
+def _digest(path: Path) -> str | None:
+    return _files.sha256(path) if path.is_file() else None
+
+
+def _new(before: set[str]) -> dict[str, Path]:
+    """The user's modules that were not there before, with their files."""
+    names = sys.modules.keys() - before
+    return {name: file for name in names if (file := _own_file(sys.modules[name])) is not None}
+
+
+def _own_file(each: ModuleType) -> Path | None:
+    """The file of a module that is the user's."""
+    file = getattr(each, "__dict__", {}).get("__file__")
+    return Path(file).resolve() if isinstance(file, str) and not _installed(file) else None
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file is the user's: there, and of no installed package."""
+    return path.is_file() and not _installed(path)
+
+
+def _installed(path: str | Path) -> bool:
+    def is_so(at: str) -> bool:
+        return f"{at}{os.sep}".startswith(INSTALLED) or any(site in at for site in SITES)
+
+    return is_so(str(path)) or is_so(os.path.realpath(path))  # the disk is rarely asked
+
+
+def _forget(folder: Path, stale: set[Path]) -> None:
+    """Lets go of modules, so that their next import runs them: stale ones, and others' neighbors.
+
+    The name that a neighbor of another file has taken would be taken for that of this folder's.
+    """
+    for name, each in list(sys.modules.items()):
+        file = None if READ in getattr(each, "__dict__", ()) else _own_file(each)
+        if file is None or (folder in file.parents and file not in stale):
+            continue
+        loaded_here = isinstance(getattr(each, "__loader__", None), FromText)
+        if file in stale or loaded_here or any(_found(folder, name.partition(".")[0])):
+            del sys.modules[name]
+
+
+@contextlib.contextmanager
+def _beside(folder: Path) -> Iterator[None]:
+    """Modules in the folder are found first, and all of the user's are compiled from their text."""
+
+    def finder(entry: str) -> Any:
+        if _installed(entry) or not Path(entry).is_dir():
+            raise ImportError(entry)
+        compiled = importlib.machinery.ExtensionFileLoader, importlib.machinery.EXTENSION_SUFFIXES
+        return importlib.machinery.FileFinder(entry, compiled, (FromText, [".py"]))
+
+    entry, known = str(folder), dict(sys.path_importer_cache)
+    for place in list(sys.path_importer_cache):
+        if not _installed(place):
+            del sys.path_importer_cache[place]
+    sys.path.insert(0, entry)
+    sys.path_hooks.insert(0, finder)
+    try:
+        yield
+    finally:
+        if entry in sys.path:
+            sys.path.remove(entry)
+        sys.path_hooks.remove(finder)
+        sys.path_importer_cache.clear()
+        sys.path_importer_cache.update(known)
+
+
+def _imported(path: Path, root: Path, seen: set[Path]) -> set[Path]:
+    """The files in the folder that a file's import statements name, also within functions."""
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError, IndexError):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Import):
+                start, names = root, [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                start = path.parents[node.level - 1] if node.level else root
+                module = node.module or ""
+                names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+            else:
+                continue
+            for file in {file for name in names for file in _found(start, name)} - seen:
+                seen.add(file)
+                _imported(file, root, seen)
+    return seen
+
+
+def _found(start: Path, name: str) -> Iterator[Path]:
+    """The files that importing a dotted name runs: of its packages and its own."""
+    at = start
+    for part in filter(None, name.split(".")):
+        at = at / part
+        for file in (at / "__init__.py", at.with_name(f"{part}.py")):
+            if file.is_file() and not _installed(file):
+                yield file.resolve()
