@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from kdtl_jax import language, losses, train, transforms
+from kdtl_jax import language, losses, models, train, transforms
 from kdtl_jax.losses import Head
+from kdtl_jax.objective import Inputs
 from kdtl_jax.recipes import _language_steps
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -124,3 +125,82 @@ def test_padding_invents_no_gap_between_methods() -> None:
     assert one == two
     one, two = measured({"tokens": tokens})  # whoever forgets the mask
     assert abs(one / two - 1) > 0.1
+
+
+def probabilities(z: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Softmax of logits in float64."""
+    odds = (np.exp(np.asarray(x, np.float64)) for x in (z, y))
+    first, second = (x / x.sum(-1, keepdims=True) for x in odds)
+    return first, second
+
+
+def test_no_cross_entropy_and_no_sampling_temperature_enters_a_divergence() -> None:
+    """A fused path once added half a cross-entropy and the temperature that samples: .342, not
+    .297; a student equal to its teacher had a loss."""
+    config = models.DecoderConfig(
+        vocabulary=7, width=8, layers=1, heads=2, key_heads=1, head_width=4, hidden=8, is_tied=True
+    )
+    decoder = models.decoder(config)
+    student, teacher = (
+        jax.tree.map(lambda x: 8 * x, decoder.init(jax.random.key(seed))) for seed in (0, 1)
+    )
+    tokens = jnp.asarray([[1, 4, 2, 6, 3, 5]])
+    setup = language.Setup(decoder, optax.sgd(1.0), prompt=2, share=0.0, temperature=0.9)
+    step = jax.jit(language.gkd(setup).step)
+    inputs = {"tokens": tokens, "segments": jnp.ones_like(tokens), "learned": tokens > 0}
+
+    def run(against: Any) -> tuple[float, Any]:
+        state = train.init_state(student, setup.tx, key=jax.random.key(2))
+        state, metrics = step(state, {"inputs": inputs}, against)
+        return float(metrics["loss"].value()), state.params
+
+    logits = (
+        losses.head_logits(decoder.apply(x, tokens)[0], decoder.head(x))[:, :-1]
+        for x in (student, teacher)
+    )
+    p, q = probabilities(*logits)
+    middle = (p + q) / 2
+    exact = np.mean(np.sum(p * np.log(p / middle) + q * np.log(q / middle), -1) / 2)
+    found, _ = run(teacher)
+    assert found == pytest.approx(exact, rel=1e-5) and exact > 0.1
+    nothing, unchanged = run(student)
+    assert nothing == pytest.approx(0, abs=1e-7)
+    jax.tree.map(
+        lambda one, two: np.testing.assert_allclose(one, two, atol=1e-6), unchanged, student
+    )
+
+
+@pytest.mark.parametrize("answer", [3, 5])
+def test_an_answer_of_one_token_is_learned_where_it_is_predicted(answer: int) -> None:
+    """A mask one position off has nothing to learn, or the token after: a gradient of 0, not .114,
+    at the last position of the prompt."""
+    tokens = jnp.asarray([[1, 4, 2, 6, 3, 5]])
+    learned = jnp.arange(6)[None] == answer
+    rng = np.random.default_rng(0)
+    hidden, other = jnp.asarray(rng.normal(size=(2, 1, 6, 7)), jnp.float32)
+    outputs = [{"hidden": x, "head": Head(jnp.eye(7))} for x in (hidden, other)]  # are the logits
+
+    def total(term: Any, hidden: jax.Array, log_probs: jax.Array) -> jax.Array:
+        batch = {"inputs": {"tokens": tokens, "learned": learned, "log_probs": log_probs}}
+        given = Inputs(student=outputs[0] | {"hidden": hidden}, teacher=outputs[1], batch=batch)
+        (mean,) = term(given).values()
+        assert mean.weight == 1
+        return mean.value()
+
+    p, q = probabilities(hidden[0, answer - 1], other[0, answer - 1])
+    token = int(tokens[0, answer])
+    onehot = np.eye(7)[token]
+    apart = np.log(p) - np.log(q)
+    sampler = jnp.zeros((1, 6)).at[0, answer].set(float(np.log(p[token])))
+    wanted = {
+        language.cross_entropy(): p - onehot,
+        language.divergence(losses.forward_kl): p - q,
+        language.divergence(losses.reverse_kl): p * (apart - np.sum(p * apart)),
+        language.sampled_reverse_kl(): apart[token] * (onehot - p),
+    }
+    for term, exact in wanted.items():
+        gradient = np.array(jax.grad(total, 1)(term, hidden, sampler))
+        np.testing.assert_allclose(gradient[0, answer - 1], exact, rtol=1e-4, atol=1e-6)
+        assert np.abs(exact).max() > 0.1
+        gradient[0, answer - 1] = 0
+        assert not gradient.any()
