@@ -8,6 +8,10 @@ functions of the batch too and ask for a live teacher. They take the mask of rea
 bool `[B]`): a real row is mixed with a real row, and padded rows stay as they are.
 
 Everything runs inside `jit`, on the device.
+
+TypeError: rows are not integers, mixed arrays not floating point, or the mask not bool.
+ValueError: shapes do not fit (images are `[B, H, W, C]`, with one key each), or a probability, a
+padding or an alpha is out of its range.
 """
 
 import jax

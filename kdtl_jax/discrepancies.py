@@ -21,6 +21,7 @@ from jax import Array
 from kdtl_jax import _checks, _numerics, _softmax
 from kdtl_jax._types import Scalar
 
+# Bandwidths of the mixture of Gaussian kernels.
 ALPHAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 

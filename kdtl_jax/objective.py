@@ -95,8 +95,11 @@ def stack(means: Mapping[str, Mean]) -> Metrics:
     return Metrics(tuple(means), sums.reshape(len(means), 2))
 
 
+# Values by example, values with a mask, or a mean that is taken already.
 Term = Array | Masked | Mean
+# Loss terms by name.
 Terms = Mapping[str, Term]
+# A number, or a schedule of the step, for every term.
 Weights = Mapping[str, Scalar | Schedule]
 
 

@@ -21,6 +21,7 @@ from jax import Array
 from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Scalar
 
+# One per example, `[B]`.
 Weights = Array | Sequence[float]
 
 

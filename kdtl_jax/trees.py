@@ -33,11 +33,13 @@ class Glob(NamedTuple):
     pattern: str
 
 
-Predicate = Callable[[str, Any], bool]
+Predicate = Callable[[str, Any], bool]  # (path, leaf) -> whether it is meant
+# Where something happens: a regular expression of whole paths, or one of these.
 Selector = str | Glob | Predicate | PyTree
+# Selectors with a value each; the first that matches counts.
 Rules = Sequence[tuple[Selector, Any]]
 
-everything = ".*"
+everything = ".*"  # the selector that matches every path
 
 
 def path_string(key_path: Sequence[Any]) -> str:

@@ -212,9 +212,12 @@ def _has(member: ast.FunctionDef, decorator: str) -> bool:
     return any(ast.unparse(d).split(".")[-1] == decorator for d in member.decorator_list)
 
 
+_text = functools.cache(inspect.getsource)
+
+
 @functools.cache
 def _tree(module: ModuleType) -> ast.Module:
-    return ast.parse(inspect.getsource(module))
+    return ast.parse(_text(module))
 
 
 def _definition(module: ModuleType, name: str) -> tuple[Any, ModuleType, str] | None:
@@ -243,7 +246,7 @@ def _comment(module: ModuleType, node: ast.AST) -> str:
     """The comment above an assignment, and at the end of its line."""
     if not isinstance(node, (ast.Assign, ast.AnnAssign)):
         return ""
-    lines = inspect.getsource(module).splitlines()
+    lines = _text(module).splitlines()
     above = node.lineno - 2
     said: list[str] = []
     while above >= 0 and lines[above].startswith("# "):
@@ -255,7 +258,7 @@ def _comment(module: ModuleType, node: ast.AST) -> str:
 
 def _source(module: ModuleType, nodes: list[ast.AnnAssign]) -> str:
     """The fields of a class with their comments, as written."""
-    lines = inspect.getsource(module).splitlines()
+    lines = _text(module).splitlines()
     found = lines[nodes[0].lineno - 1 : nodes[-1].end_lineno]
     kept: list[str] = []
     inside = {n for node in nodes for n in range(node.lineno, (node.end_lineno or 0) + 1)}

@@ -43,7 +43,7 @@ def _plain(apply: Callable[[Any], Any]) -> Connector:
 
 
 def activation(fn: Callable[[Array], Array]) -> Connector:
-    """`fn(x)`, e.g. `activation(jax.nn.relu)`."""
+    """`fn(x)`, e.g. `activation(jax.nn.relu)`; any shape."""
     return _plain(fn)
 
 
@@ -231,6 +231,8 @@ def mlp(
     bias: bool = True,
 ) -> Connector:
     """Linear maps over the last axis with an activation between: an embedding head.
+
+    `[..., width]` to `[..., sizes[-1]]`.
 
     `mlp((width, width, teacher_width), bias=False)` is VID's regressor, three 1x1 convolutions.
     """

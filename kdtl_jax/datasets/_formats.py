@@ -16,6 +16,7 @@ from kdtl_jax.datasets._images import Pictures
 from kdtl_jax.datasets._source import Choices, Source, check_shape, with_channels
 from kdtl_jax.datasets._table_files import TABLES, labeled, table_files
 
+# What `read_splits` reads, in words, for messages.
 FORMATS = (
     "digits (built in), an .npz or .npy files (x_train, y_train, x_test, y_test, or x, y), a .csv, "
     ".tsv, .parquet or .arrow file with a label column, or a folder: of images (cat/1.png, or "

@@ -12,7 +12,9 @@ import numpy as np
 
 from kdtl_jax import _text
 
+# What a model predicts: one class, several labels, or numbers; KINDS lists them.
 Kind = Literal["classes", "labels", "numbers"]
+# The values of `Kind`.
 KINDS: tuple[Kind, ...] = get_args(Kind)
 # What JSON of another shape raises where it is read.
 _MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)

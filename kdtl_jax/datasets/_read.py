@@ -170,7 +170,12 @@ class Unlabeled(NamedTuple):
 
 
 def read_unlabeled(path: str | Path, preprocessing: Preprocessing) -> Unlabeled:
-    """`read_inputs`, with the files that they are from, and what to tell of them."""
+    """`read_inputs`, with the files that they are from, and what to tell of them.
+
+    Raises:
+      ValueError: if the files cannot be read, hold no examples, or do not fit what the model was
+        trained on.
+    """
     if str(path) == "digits":
         return Unlabeled(digits().inputs)
     choices = Choices(

@@ -12,6 +12,7 @@ import numpy as np
 from kdtl_jax import trees
 from kdtl_jax.datasets._preprocessing import Column
 
+# How an empty cell of a column of numbers is filled, or that its row is dropped.
 Missing = Literal["mean", "median", "most_frequent", "drop"]
 MISSING: tuple[Missing, ...] = get_args(Missing)
 MOST_CATEGORIES = 1000

@@ -14,6 +14,7 @@ from kdtl_jax.datasets._dataset import Dataset, checked, finite_numbers, from_te
 from kdtl_jax.datasets._preprocessing import Kind, Preprocessing
 from kdtl_jax.datasets._tables import is_number
 
+# What the column of labels holds; auto decides by its values.
 Target = Literal["auto", "classes", "labels", "numbers"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 SEPARATORS = "|;"  # of several labels in one cell; "," where targets are said to be labels

@@ -16,6 +16,9 @@ def function(f: Callable[[Params, Any], Any]) -> ModelFn:
 
     Args:
       f: returns an array, which becomes `"logits"`, or a dict of outputs.
+
+    Raises:
+      TypeError: if f is not a function.
     """
 
     if not callable(f):

@@ -19,7 +19,7 @@ import numpy as np
 from kdtl_jax import _files, _text
 
 max_header_bytes = 100_000_000  # the format's own limit
-index_name = "model.safetensors.index.json"
+index_name = "model.safetensors.index.json"  # lists the shards of a large checkpoint
 
 _dtypes: dict[str, Any] = {
     "F64": np.dtype("<f8"),

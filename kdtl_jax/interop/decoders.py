@@ -47,6 +47,7 @@ _SIZES = (
 )
 _BUFFERS = (r"(.*\.)?rotary_emb\.inv_freq", r"(.*\.)?h\.\d+\.attn\.(masked_)?bias")
 _OTHER_HEADS = r"(score|classifier|(transformer\.)?qa_outputs|multiple_choice_head)\..*"
+# Files of a folder that belong to its tokenizer, which `save` copies.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

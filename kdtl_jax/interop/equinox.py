@@ -162,7 +162,11 @@ def _modes_of(module: Any, run: Callable[[], tuple[Any, Any]], state: Any) -> di
 
 
 def with_params(module: Any, params: Params) -> Any:
-    """The module with its inexact arrays replaced by `params` (same structure)."""
+    """The module with its inexact arrays replaced by `params` (same structure).
+
+    Raises:
+      ValueError: if the structure differs from that of the module's own arrays.
+    """
     _, static = eqx.partition(module, eqx.is_inexact_array)
     if jax.tree.structure(eqx.filter(module, eqx.is_inexact_array)) != jax.tree.structure(params):
         raise ValueError(

@@ -322,7 +322,7 @@ _GPT2_IN_LAYER = {
     "ffn_up": "mlp.c_fc",
     "ffn_down": "mlp.c_proj",
 }
-Undo = Callable[[np.ndarray], np.ndarray]
+Undo = Callable[[np.ndarray], np.ndarray]  # what llama.cpp's converter did to a tensor, undone
 
 
 def _place(architecture: str, name: str, config: Mapping[str, Any]) -> tuple[str, Undo]:

@@ -39,16 +39,16 @@ class Axes(NamedTuple):
     join: tuple[int, ...] | None = None
 
 
-same = Axes()
-linear = Axes((1, 0))
-conv1d = Axes((2, 1, 0))
-conv2d = Axes((2, 3, 1, 0))
-conv3d = Axes((2, 3, 4, 1, 0))
+same = Axes()  # the tensor as it is
+linear = Axes((1, 0))  # [out, in] to [in, out]
+conv1d = Axes((2, 1, 0))  # [out, in, length] to [length, in, out]
+conv2d = Axes((2, 3, 1, 0))  # [out, in, h, w] to [h, w, in, out]
+conv3d = Axes((2, 3, 4, 1, 0))  # [out, in, d, h, w] to [d, h, w, in, out]
 # torch stores a transposed convolution as the convolution whose gradient it is, [in, out, *window];
 # Flax's ConvTranspose (transpose_kernel=False) wants it in and out swapped back, and mirrored.
 conv_transpose1d = Axes((2, 0, 1), flip=(0,))
-conv_transpose2d = Axes((2, 3, 0, 1), flip=(0, 1))
-conv_transpose3d = Axes((2, 3, 4, 0, 1), flip=(0, 1, 2))
+conv_transpose2d = Axes((2, 3, 0, 1), flip=(0, 1))  # as `conv_transpose1d`
+conv_transpose3d = Axes((2, 3, 4, 0, 1), flip=(0, 1, 2))  # as `conv_transpose1d`
 
 
 def flattened(channels: int, *window: int) -> Axes:

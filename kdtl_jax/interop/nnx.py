@@ -26,6 +26,7 @@ from kdtl_jax.interop import _modes, _taps
 Call = Callable[[nnx.Module, Any, bool], Any]  # (module, inputs, train) -> outputs
 
 
+# What the message about a tap that matches nothing adds for NNX.
 INHERITED = (
     " A class that inherits its __call__ is not seen by nnx.capture: let it define one."
     if hasattr(nnx, "capture")

@@ -27,14 +27,20 @@ from kdtl_jax.interop import _modes, _taps, networks
 from kdtl_jax.interop.networks import Network
 from kdtl_jax.train import precision
 
+# Names of arguments that take the number of classes.
 CLASSES = (
     "classes", "num_classes", "n_classes", "num_labels", "n_labels", "num_outputs", "n_outputs",
     "out_features", "out_size", "features_out", "dout", "n_out",
 )  # fmt: skip
+# Names of arguments that take the width of flat inputs.
 INPUTS = ("in_features", "in_size", "input_size", "features_in", "num_inputs", "din", "n_in")
+# Names of arguments that take the channels of images.
 CHANNELS = ("channels", "in_channels", "input_channels")
+# Names of arguments that take a random key, or nnx.Rngs.
 KEYS = ("key", "rng", "rng_key", "rngs")
+# Names of arguments that take the shape of one input.
 SHAPES = ("shape", "input_shape", "inputs_shape")
+# What a model of one's own may be, in words, for messages.
 FORMS = "a Linen module, an NNX or Equinox class, a factory of one, or functions (init, apply)"
 
 

@@ -28,6 +28,7 @@ from kdtl_jax.interop._peft_files import sort_tensors
 from kdtl_jax.interop._peft_merge import edits as edits
 from kdtl_jax.interop._peft_merge import scale_of
 
+# The two files of an adapter's folder, and what the names of its tensors begin with.
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
 

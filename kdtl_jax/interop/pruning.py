@@ -21,6 +21,7 @@ from kdtl_jax.interop import _hf_decoders
 from kdtl_jax.interop.decoders import PretrainedDecoder
 from kdtl_jax.models import DecoderConfig
 
+# Normalizations of a decoder's layer.
 NORMS = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm")
 KEYS = {  # names of a size in config.json, the first that is there
     "width": ("hidden_size", "n_embd"),

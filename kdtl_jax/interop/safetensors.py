@@ -200,7 +200,12 @@ def nested(flat: Mapping[str, Any], *, separator: str = "/") -> dict[str, Any]:
 
 
 def fill(like: PyTree, flat: Mapping[str, Any]) -> PyTree:
-    """The template's structure with the leaves `flat` names; everything must match exactly."""
+    """The template's structure with the leaves `flat` names; everything must match exactly.
+
+    Raises:
+      TypeError: if a dtype differs; the message names the leaf.
+      ValueError: if a leaf is missing, extra or of another shape; the message lists them.
+    """
     wanted = trees.flatten(like)
     wrong = [f"missing {_text.quoted(path)}" for path in wanted if path not in flat]
     wrong += [f"extra {_text.quoted(path)}" for path in flat if path not in wanted]

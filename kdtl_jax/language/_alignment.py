@@ -29,6 +29,9 @@ def align_tokens(
     Returns:
       The group of each student token `[L_S]` and of each teacher token `[L_T]`, and the number of
       groups; -1 for tokens after the last common end if only one side has any.
+
+    Raises:
+      ValueError: if the ends are not `[L]` or decrease.
     """
     sides = {"student_ends": np.asarray(student_ends), "teacher_ends": np.asarray(teacher_ends)}
     _checks.rank(1, 1, **sides)
@@ -74,6 +77,10 @@ def merge_tokens(log_probs: Array, tokens: Array, groups: Array, *, num_groups: 
       `[num_groups, vocabulary]` log-probabilities; 0 throughout for a group without tokens, NaN
       for one with a token before its last that is outside of the vocabulary.
 
+    Raises:
+      TypeError: if log_probs is not floating point, or tokens not integers.
+      ValueError: if the shapes do not fit, or a token that takes part lies outside the vocabulary.
+
     References:
       TRL's GOLD trainer with "bayesian" merging.
     """
@@ -103,6 +110,10 @@ def chunk_log_probs(log_probs: Array, groups: Array, *, num_chunks: int) -> Arra
 
     Returns:
       `[..., num_chunks]`, <= 0; 0 for a chunk without tokens (mask it: `chunk_lengths`).
+
+    Raises:
+      TypeError: if log_probs is not floating point, or groups or num_chunks not integers.
+      ValueError: if the shapes differ or num_chunks is below 1.
     """
     _checks.floating(log_probs=log_probs)
     _checks.rank(1, log_probs=log_probs)
@@ -139,6 +150,9 @@ def merge_chunks(groups: Array, closes: Array) -> Array:
 
     Returns:
       int `[..., L]`, the merged chunk of each token, fewer of them.
+
+    Raises:
+      TypeError: if groups are not integers.
     """
     _checks.integers(groups=groups)
     groups = jnp.asarray(groups)

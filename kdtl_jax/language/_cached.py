@@ -27,7 +27,11 @@ from kdtl_jax.objective import Inputs, TermsFn
 
 
 def stored_names(*, top_k: int | None = None, draws: int | None = None) -> tuple[str, ...]:
-    """Names of the outputs of `stored_outputs` with the same arguments."""
+    """Names of the outputs of `stored_outputs` with the same arguments.
+
+    Raises:
+      ValueError: if both top_k and draws are given.
+    """
     if top_k is not None and draws is not None:
         raise ValueError(f"give one of top_k and draws, got {top_k} and {draws}.")
     if draws is not None:

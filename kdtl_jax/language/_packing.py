@@ -51,6 +51,10 @@ def concatenated(documents: Iterable[Document], length: int, *, prompt: int = 0)
       length: tokens per row.
       prompt: with `privileged`: a row's first `prompt` tokens after what stands before them in the
         same document, at most as many tokens; 0 leaves it out.
+
+    Raises:
+      TypeError: if length is not an integer.
+      ValueError: if it is below 2.
     """
     _checks.count(2, length=length)
     tokens, learned, owner = np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(0, np.int64)
@@ -133,7 +137,11 @@ def after_prompts(documents: Iterable[Document], length: int, prompt: int) -> It
 def joined_row(
     documents: Sequence[Document], length: int, *, start: int = 0, padding: int = 0
 ) -> Row:
-    """One row of documents side by side, from column `start` on."""
+    """One row of documents side by side, from column `start` on.
+
+    Raises:
+      ValueError: if the documents do not fit into the row.
+    """
     needed = start + sum(len(found.tokens) for found in documents)
     if needed > length:
         raise ValueError(f"length must be at least {needed}, the tokens of the row, got {length}.")

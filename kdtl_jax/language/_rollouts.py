@@ -49,6 +49,9 @@ def rollout(
       The function. What it returns has the shape of the row, `learned` on sampled tokens,
       `log_probs` `[B, L]`, the sampler's, 0 elsewhere, and `is_drawn` bool `[B]`. A row whose
       prompt is padding alone is padding to its end.
+
+    Raises:
+      ValueError: by the function, if the prompt leaves no column to sample.
     """
 
     def draw(params: Params, tokens: Any, key: Array) -> Tokens:
@@ -127,6 +130,9 @@ def on_samples(
       choice: `of_student`, `of_teacher`, or a function of state and teacher.
       share: of the steps that learn from samples; the others learn from the data as it is (GKD's
         lambda), in [0, 1].
+
+    Raises:
+      ValueError: if share lies outside [0, 1].
     """
     _checks.within(0, 1, share=share)
 

@@ -33,6 +33,10 @@ def head_logits(hidden: Array, head: Head) -> Array:
 
     Returns:
       `[..., vocabulary]`, float32 or wider.
+
+    Raises:
+      TypeError: if hidden states, kernel, bias or delta are not floating point.
+      ValueError: if shapes do not fit (`Head`), or the softcap is not finite and > 0.
     """
     check_head(hidden, head)
     return transformed(adapted(product(hidden, head.kernel), hidden, head.delta), head)

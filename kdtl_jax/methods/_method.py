@@ -12,7 +12,7 @@ from kdtl_jax.methods._setup import Head, Setup
 from kdtl_jax.objective import Inputs, TermsFn
 
 Weight = Scalar | Schedule
-Predict = Callable[[Params, PyTree, Outputs], Array]
+Predict = Callable[[Params, PyTree, Outputs], Array]  # (params, model_state, outputs) -> logits
 
 
 class Method(NamedTuple):

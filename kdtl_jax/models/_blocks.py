@@ -17,21 +17,21 @@ from jax import Array
 
 from kdtl_jax import _checks, _numerics
 
-Activation = Callable[[Array], Array]
+Activation = Callable[[Array], Array]  # entry by entry, any shape
 
 
 def gelu(x: Array) -> Array:
-    """`x Phi(x)` with the exact error function, as BERT and ViT were trained."""
+    """`x Phi(x)` with the exact error function, as BERT and ViT were trained. Any shape."""
     return jax.nn.gelu(x, approximate=False)
 
 
 def gelu_tanh(x: Array) -> Array:
-    """The tanh approximation of GELU, as GPT-2 was trained."""
+    """The tanh approximation of GELU, as GPT-2 was trained. Any shape."""
     return jax.nn.gelu(x, approximate=True)
 
 
 def quick_gelu(x: Array) -> Array:
-    """`x sigmoid(1.702 x)`."""
+    """`x sigmoid(1.702 x)`, as CLIP was trained. Any shape."""
     return x * jax.nn.sigmoid(jnp.asarray(1.702, x.dtype) * x)
 
 
@@ -226,6 +226,10 @@ def mean_pool(hidden: Array, mask: Array | None = None) -> Array:
 
     Returns:
       `[B, width]`, float32 or wider; zero for a row without tokens.
+
+    Raises:
+      TypeError: if the mask is not bool.
+      ValueError: if the shapes do not fit.
     """
     _checks.rank(3, 3, hidden=hidden)
     hidden = _numerics.upcast(hidden)
@@ -238,7 +242,10 @@ def mean_pool(hidden: Array, mask: Array | None = None) -> Array:
 
 
 def sentence_embedding(hidden: Array, mask: Array | None = None) -> Array:
-    """`mean_pool` scaled to unit length, as in MiniLM and similar sentence encoders."""
+    """`mean_pool` scaled to unit length, as in MiniLM and similar sentence encoders.
+
+    Arguments, result and errors are those of `mean_pool`: `[B, L, width]` to `[B, width]`.
+    """
     pooled = mean_pool(hidden, mask)
     square = jnp.sum(pooled * pooled, axis=-1, keepdims=True)
     safe = jnp.where(square > 0, square, 1)

@@ -8,6 +8,7 @@ from kdtl_jax.models._resnets import resnet, resnet_x4, wide_resnet
 from kdtl_jax.models._small_networks import cnn, mlp
 from kdtl_jax.models._vit import ViT
 
+# What `named` understands, in words, for messages and help.
 NAMED_FORMS = (
     "mlp:128,64 (hidden widths)",
     "cnn:16,32 (channels)",

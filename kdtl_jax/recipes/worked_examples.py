@@ -23,6 +23,7 @@ from kdtl_jax.interop import linen
 from kdtl_jax.models import mlp
 from kdtl_jax.objective import Inputs
 
+# The settings of the tutorial's examples.
 ALPHA, RATE, EPOCHS, INPUTS, LARGE, SMALL = 0.1, 0.01, 100, 10, 20, 10
 
 
@@ -76,7 +77,7 @@ def parameter_transfer(*, epochs: int = EPOCHS) -> Example:
 def fit(
     model: linen.Linen, params: Params, data: dict[str, Array], epochs: int
 ) -> tuple[Params, Array]:
-    """SGD on the mean squared error, the whole set as one batch; the losses by epoch."""
+    """SGD on the mean squared error, the set as one batch; the losses by epoch, `[epochs]`."""
     tx = optax.sgd(RATE)
     step = train.make_step(model.apply, squared_error, {"mse": 1.0}, tx)
     state = train.init_state(params, tx, key=jax.random.key(2))

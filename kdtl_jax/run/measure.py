@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Where the search for a machine's limits ends: rows of a matrix, bytes of a copy.
 LARGEST_MATMUL, LARGEST_COPY = 8192, 2**30
 
 

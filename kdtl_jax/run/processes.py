@@ -121,6 +121,12 @@ class Signals:
         self.polls = 0  # how many loops will ask
 
     def handle(self, number: int, frame: FrameType | None) -> None:
+        """What a signal does; `signals` installs it. A second one ends the process at once.
+
+        Raises:
+          Interrupted: within `interruptible`.
+          SystemExit: with 128 + number, if no loop will ask.
+        """
         if self.number is not None:  # asked twice: leave at once
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -144,6 +150,9 @@ class Signals:
         """Lets a signal break off the block, which must not change anything.
 
         Only within one process: of several, the others would wait for the one that broke off.
+
+        Raises:
+          Interrupted: if a signal arrived before, or arrives inside the block.
         """
         if jax.process_count() > 1:
             yield

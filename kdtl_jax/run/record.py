@@ -22,8 +22,10 @@ import numpy as np
 from kdtl_jax import _files, trees
 from kdtl_jax._types import PyTree
 
+# A file or folder, or several.
 Paths = str | Path | Sequence[Path]
-FILE = "made_from.json"
+FILE = "made_from.json"  # beside what is recorded
+# Packages whose versions are recorded.
 PACKAGES = ("kdtl_jax", "jax", "jaxlib", "numpy", "optax", "flax", "orbax-checkpoint")
 
 

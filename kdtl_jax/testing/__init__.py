@@ -38,6 +38,7 @@ from kdtl_jax.testing._subject import Example as Example
 from kdtl_jax.testing._subject import Subject as Subject
 from kdtl_jax.testing._subject import compiled as compiled
 
+# Every check of `check_loss`, in its order.
 ALL: tuple[Check, ...] = (
     values,
     gradients,

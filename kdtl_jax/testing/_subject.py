@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# `(rng, batch size)` -> the arguments of a loss.
 Example = Callable[[np.random.Generator, int], tuple[Any, ...]]
 
 
@@ -29,7 +30,7 @@ class Subject(NamedTuple):
     programs: dict[str, Callable[..., Any]]  # compiled once, by what they compute
 
 
-Check = Callable[[Subject], Iterator[str]]
+Check = Callable[[Subject], Iterator[str]]  # yields a line for every failure
 
 
 def compiled(fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:

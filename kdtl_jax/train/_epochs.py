@@ -98,6 +98,9 @@ def epoch_index(key: Array, epoch: int | Array, size: int, batch_size: int) -> A
 
     A function of `(key, epoch)` alone, so a resumed run sees the same order. The remainder of the
     division is left out (other rows in each epoch).
+
+    Raises:
+      ValueError: if batch_size is not in 1..size.
     """
     if not 0 < batch_size <= size:
         raise ValueError(

@@ -14,6 +14,7 @@ from kdtl_jax._types import Params, PyTree, Variables
 from kdtl_jax.objective import Metrics
 from kdtl_jax.train import _contracts
 
+# Arrays by name, `[B, ...]` each; models read "inputs".
 Batch = Mapping[str, Any]
 
 

@@ -39,6 +39,7 @@ from jax import Array
 from kdtl_jax import _checks, _numerics, _softmax, trees
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Scalar
 
+# One per member, `[K]` or `[K, B]`.
 Weights = Array | Sequence[float]
 
 

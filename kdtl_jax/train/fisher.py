@@ -93,6 +93,9 @@ def batch_fisher(loss: ExampleLoss, params: Params, examples: PyTree, *, batch_s
     """`mean_batches (d mean_i loss_i / d theta)^2` over consecutive batches: Avalanche's EWC.
 
     Arguments as `empirical_fisher`'s; `N` must be a multiple of `batch_size`.
+
+    Raises:
+      ValueError: if `N` is not a multiple of `batch_size`, or 0.
     """
     count = _count(examples)
     if count % batch_size:

@@ -46,7 +46,9 @@ from jax import Array
 from kdtl_jax import _checks, trees
 from kdtl_jax._types import PyTree
 
+# A state of any kind.
 State = TypeVar("State")
+# `(state, batch, teacher_params) -> (state, metrics)`, as from `train.make_step`.
 Step = Callable[[State, Any, Any], tuple[State, Any]]
 
 

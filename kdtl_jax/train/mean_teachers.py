@@ -96,6 +96,9 @@ def ema_decay(decay: float = 0.999) -> Schedule:
 
     Without the ramp the random initial weights stay in the average for `1 / (1 - decay)` steps.
 
+    Raises:
+      ValueError: if decay is not one number in [0, 1].
+
     References:
       Tarvainen and Valpola, 2017 (1703.01780). KD-Lib takes min(1e-3, ...) once an epoch.
     """

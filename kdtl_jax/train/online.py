@@ -31,7 +31,7 @@ from kdtl_jax import _checks, _numerics, losses
 from kdtl_jax._types import Params, Scalar
 from kdtl_jax.train import ensembles
 
-Trainer = Callable[[Params | None, Array], Params]
+Trainer = Callable[[Params | None, Array], Params]  # (teacher parameters, key) -> parameters
 
 
 def mutual_terms(logits: Array, labels: Array, *, temperature: Scalar = 1.0) -> dict[str, Array]:

@@ -99,6 +99,9 @@ def loss_scaling(
     not finite changes nothing but the scale, divided by `factor`: neither parameters nor batch
     statistics nor memory. After `period` good steps the scale is multiplied by it.
 
+    Raises:
+      ValueError: if a number is out of its range: initial, smallest > 0, factor > 1, period >= 1.
+
     References:
       Micikevicius et al., Mixed Precision Training, 2018 (1710.03740).
     """

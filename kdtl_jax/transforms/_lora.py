@@ -52,6 +52,9 @@ def orthogonal_start(
     """`a b = 0` with both factors non-zero, so that both learn from the first step. Even ranks.
 
     The rows of one orthogonal `[r, r]` matrix are dealt out to the two factors.
+
+    Raises:
+      ValueError: if the rank is odd.
     """
     *lead, fan_in, fan_out = kernel.shape
     if rank % 2:
@@ -97,7 +100,7 @@ def lora_ga_start(gamma: float = 16.0) -> Start:
     """LoRA-GA: singular vectors of the loss's gradient, so that step one follows full fine-tuning.
 
     `a` takes the input side's vectors `0:r`, `b` the output side's `r:2r`, both times
-    `out^(1/4) / sqrt(gamma)`. Pass `gradients=` to `init`.
+    `out^(1/4) / sqrt(gamma)`. Pass `gradients=` to `init`; without them it raises ValueError.
 
     References:
       Wang, Yu and Li, LoRA-GA, 2024 (2407.05000), algorithm 1.

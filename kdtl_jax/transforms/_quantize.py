@@ -82,6 +82,10 @@ def int_per_channel(
     Returns:
       The rounded weight.
 
+    Raises:
+      TypeError: if the weight is not floating point, or bits not an integer.
+      ValueError: if bits lies outside 2..16.
+
     References:
       Wu et al., Integer Quantization for Deep Learning Inference, 2020 (2004.09602);
       Model-Optimizer's `FakeTensorQuantFunction`.

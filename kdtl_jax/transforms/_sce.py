@@ -63,7 +63,11 @@ def sce(
 
 
 def sce_selection(read: Read, *, top: Scalar = 1.0, floor: Scalar = 0.0) -> Selection:
-    """What `sce` takes of a leaf whose pieces `read()` yields, the same every time."""
+    """What `sce` takes of a leaf whose pieces `read()` yields, the same every time.
+
+    Raises:
+      ValueError: if top lies outside [0, 1].
+    """
     _checks.within(0, 1, top=top)
     known = _checks.concrete(top)
     cut = None if known is not None and known >= 1 else _most_varying(read, top)

@@ -94,6 +94,8 @@ def magnitude_cut(
 ) -> _ranking.Cut:
     """The cut that keeps the `count` entries of largest magnitude among all leaves `read()` yields.
 
+    Leaves may have any shape.
+
     Args:
       read: called once per 16 bits of `dtype`; must yield the same leaves every time, which may be
         read from a file one after another.
@@ -110,7 +112,7 @@ def trim_to_cut(leaf: Array, cut: _ranking.Cut, before: Any = 0) -> tuple[Array,
     """Zeroes the entries of a leaf that a cut does not keep.
 
     Args:
-      leaf: one of the leaves the cut was made for.
+      leaf: one of the leaves the cut was made for, of any shape.
       cut: from `magnitude_cut`.
       before: how many entries equal to the threshold came in earlier leaves.
 

@@ -271,7 +271,7 @@ def karcher_shares(
     """The shares of N vectors in `karcher_mean`; its weights.
 
     `read()` as in `angles`, called twice an iteration. Known tangents end the iteration; traced
-    ones do not, so that the number of steps is fixed for the gradient.
+    ones do not, so that the gradient has a fixed number of steps. ValueError: for other weights.
     """
     found = angles(read)
     sizes = [jnp.where(size > 0, size, 1) for size in found.lengths]

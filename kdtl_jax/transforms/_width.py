@@ -43,6 +43,7 @@ class Axis(NamedTuple):
     summed: bool = False
 
 
+# By selector, the names of a leaf's axes; None for an axis, or a leaf, without one.
 AxisSpec = Sequence[tuple[trees.Selector, Sequence[str | Axis | None] | None]]
 _NONAMES: Any = object()
 

@@ -49,7 +49,11 @@ class Checkpoints(NamedTuple):
 
 
 def newest(count: int) -> Keep:
-    """Keeps the last `count` steps."""
+    """Keeps the last `count` steps.
+
+    Raises:
+      ValueError: if count is below 1.
+    """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}.")
     return lambda saved: [one.step for one in saved[-count:]]

@@ -84,6 +84,9 @@ def iterate(
       names: names for the entries of tuples.
       rename: `{name in the batch: name here}` for dicts, for example
         `{"image": "inputs", "label": "labels"}`; entries that it does not list are dropped.
+
+    Raises:
+      ValueError: while batches are drawn, if the iterable yields none.
     """
 
     def endless() -> Iterator[Batch]:
@@ -189,6 +192,9 @@ def prefetch(
       batches: any iterator; an error in it is raised here, at its place in the order.
       depth: how many batches wait on the device.
       place: puts one batch on the device(s), `jax.device_put` or a sharded placement.
+
+    Raises:
+      Exception: what the iterator or `place` raised.
     """
     ready: queue.Queue[Any] = queue.Queue(max(depth, 1))
     ended = threading.Event()

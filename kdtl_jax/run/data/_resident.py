@@ -11,7 +11,7 @@ from jax import Array
 from kdtl_jax import _checks, _model_functions, augment, train
 from kdtl_jax._types import PyTree
 
-Batch = Mapping[str, Any]
+Batch = Mapping[str, Any]  # arrays by name, or trees of them, [B, ...] each
 Augment = Callable[[Array, Batch], Batch]  # keys [B], batch -> batch
 
 
@@ -221,7 +221,11 @@ def order_rows(
 
 
 def length(arrays: Batch) -> int:
-    """The number of examples, on which all arrays must agree."""
+    """The number of examples, on which all arrays must agree.
+
+    Raises:
+      ValueError: if there is no array, one has no axis, or the leading axes differ.
+    """
     flat = {"/".join(map(str, p)): x for p, x in jax.tree_util.tree_leaves_with_path(dict(arrays))}
     _checks.rank(1, **flat)
     _checks.same_batch(**flat)

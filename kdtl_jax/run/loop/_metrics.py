@@ -19,9 +19,9 @@ from kdtl_jax.objective import Metrics
 from kdtl_jax.run import data, scores
 from kdtl_jax.train import Batch, TrainState
 
-Log = Callable[[dict[str, Any]], None]
-Evaluate = Callable[[TrainState], Mapping[str, Any]]
-Stop = Callable[[list[dict[str, Any]]], bool]
+Log = Callable[[dict[str, Any]], None]  # takes one line of metrics
+Evaluate = Callable[[TrainState], Mapping[str, Any]]  # metrics by name, of a state
+Stop = Callable[[list[dict[str, Any]]], bool]  # all evaluations so far -> whether to end
 
 
 @contextlib.contextmanager
@@ -146,6 +146,9 @@ def evaluation(
         `lambda: data.in_order(arrays, 256)`.
       variables: what the model needs, from the state:
         `lambda s: Variables(s.params, s.model_state)`.
+
+    Raises:
+      ValueError: by the function that it returns, if `batches()` yields nothing.
     """
     jitted = jax.jit(eval_step)
     add = jax.jit(train.add_metrics)

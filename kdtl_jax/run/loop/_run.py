@@ -18,7 +18,7 @@ from kdtl_jax.run.loop import _metrics, _programs
 from kdtl_jax.run.loop._metrics import Evaluate, Log, Stop
 from kdtl_jax.train import Batch, Step, TrainState
 
-Save = Callable[[int, TrainState, dict[str, Any]], None]
+Save = Callable[[int, TrainState, dict[str, Any]], None]  # (step, state, meta)
 Reached = Callable[[int], None]
 
 
@@ -45,7 +45,11 @@ class Nonfinite(NamedTuple):
 
 
 def raise_nonfinite(found: Nonfinite) -> None:
-    """The default: raises an error, after the state of the last good step was saved."""
+    """The default: raises an error, after the state of the last good step was saved.
+
+    Raises:
+      FloatingPointError: always; the message says what is not finite and what to try.
+    """
     # A step that is too long spoils the parameters too; a label without a class has no gradient.
     repair = (
         "Its gradient is finite: look for labels outside 0..classes-1 in the batch and for "

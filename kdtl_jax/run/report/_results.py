@@ -40,7 +40,7 @@ from kdtl_jax import _files
 from kdtl_jax.run.report._intervals import FEWEST_SEEDS, LEVEL, Interval, difference, holm
 from kdtl_jax.run.report._score import ACCURACY, Score
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 2  # of results.json; raised when its keys change
 
 
 class Versus(NamedTuple):

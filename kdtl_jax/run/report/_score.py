@@ -38,4 +38,4 @@ class Score(NamedTuple):
         return f"{self.factor * value:{'+' if sign else ''}.{digits}f}"
 
 
-ACCURACY = Score("accuracy", "accuracy")
+ACCURACY = Score("accuracy", "accuracy")  # of tasks with one class per example
