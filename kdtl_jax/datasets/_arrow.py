@@ -9,18 +9,18 @@ bytes in the file; what a file merely points to is never opened.
 import contextlib
 import importlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdtl_jax import _columnar
 from kdtl_jax._text import shown
 
 SUFFIXES = (".parquet", ".arrow", ".feather")
-# A column that is nearly constant takes hardly any bytes; a whole table that is so is a trap.
-LARGE, MOST_PACKED = 2**28, 1000  # bytes; per byte of a file
 BUFFER = 2**16  # bytes of a file that are read at once
+ROWS = 2**16  # of a parquet file, where its texts are to be counted
 STARTS = (
     b"\x89PNG",
     b"\xff\xd8\xff",
@@ -114,6 +114,7 @@ def _columns(pa: Any, path: Path, table: Any) -> ArrowTable:
                 chunks[0] if len(chunks) == 1 else pa.chunked_array(chunks, kind).combine_chunks()
             )
             del chunks
+            _columnar.check_unpacked(path, _columnar.written_out(pa, whole))
             _put(pa, found, name, whole)
         except _broken(pa) as error:
             raise ValueError(
@@ -147,22 +148,17 @@ def _pyarrow(path: Path) -> Any:
 def _read(pa: Any, path: Path, columns: Sequence[str], *, only_first: bool = False) -> Any:
     with _readable(pa, path):
         if path.suffix == ".parquet":
-            # Buffered: what is not decoded is not held.
-            with pa.parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as opened:
-                values = _values(opened.metadata, columns)
-                _check_announced(path, opened.metadata.num_rows, len(columns), values)
-                if only_first:
-                    parts = opened.iter_batches(1, columns=list(columns))
-                    found = _first(pa, parts, opened.schema_arrow)
-                else:
-                    found = opened.read(columns=list(columns))
+            found = _read_parquet(pa, path, columns, only_first=only_first)
         else:
+            _columnar.check_unpacked(path, _columnar.arrow_bytes(path, pa))
             names = _schema(pa, path).names
             places = [i for i, name in enumerate(names) if name in columns]
             places = None if len(places) == len(names) else places  # which maps them, uncopied
             with pa.memory_map(str(path)) as source:
                 reader = _stream(pa, path, source, places)
-                batches = _batches(path, reader, len(columns))
+                count = getattr(reader, "num_record_batches", None)
+                parts = reader if count is None else map(reader.get_batch, range(count))
+                batches = _batches(path, parts, len(columns))
                 if only_first:
                     found = _first(pa, batches, reader.schema)
                 else:
@@ -171,6 +167,27 @@ def _read(pa: Any, path: Path, columns: Sequence[str], *, only_first: bool = Fal
         found = found.select([i for i, name in enumerate(found.column_names) if name in columns])
         found.validate(full=True)  # offsets of a damaged file point anywhere
         return found
+
+
+def _read_parquet(pa: Any, path: Path, columns: Sequence[str], *, only_first: bool) -> Any:
+    with pa.parquet.ParquetFile(path) as opened:
+        about = opened.metadata
+    stored = list(_columnar.chunks(about, columns))
+    values = sum(column.num_values for column in stored)  # a row of a list has many
+    _check_announced(path, about.num_rows, len(columns), values)
+    _columnar.check_unpacked(path, _columnar.parquet_bytes(path, stored))
+    rows, texts = _columnar.rows_at_once(path, stored, ROWS), _columnar.texts_of(stored)
+    # Buffered: what is not decoded is not held.
+    with pa.parquet.ParquetFile(
+        path, buffer_size=BUFFER, pre_buffer=False, read_dictionary=texts
+    ) as opened:
+        if rows == ROWS and not only_first:
+            return opened.read(columns=list(columns))
+        parts = opened.iter_batches(1 if only_first else rows, columns=list(columns))
+        batches = _batches(path, parts, len(columns))
+        if only_first:
+            return _first(pa, batches, opened.schema_arrow)
+        return pa.Table.from_batches([*batches], opened.schema_arrow)
 
 
 def _first(pa: Any, parts: Iterator[Any], schema: Any) -> Any:
@@ -188,30 +205,21 @@ def _stream(pa: Any, path: Path, source: Any, places: Sequence[int] | None = Non
     return make(source, options=options)
 
 
-def _batches(path: Path, reader: Any, columns: int) -> Iterator[Any]:
-    """Its batches, until they are too large for their file: nothing says so before."""
-    count, rows, values = getattr(reader, "num_record_batches", None), 0, 0
-    for batch in reader if count is None else map(reader.get_batch, range(count)):
+def _batches(path: Path, parts: Iterable[Any], columns: int) -> Iterator[Any]:
+    """These batches, until they are too large for their file."""
+    rows = values = 0
+    for batch in parts:
         rows += batch.num_rows
         values += batch.nbytes // 8
         _check_announced(path, rows, columns, values)
         yield batch
 
 
-def _values(metadata: Any, columns: Sequence[str]) -> int:
-    """How many values these columns of a parquet file announce; a row of a list has many."""
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    found = (group.column(i) for group in groups for i in range(group.num_columns))
-    roots = tuple(f"{name}." for name in columns)
-    return sum(each.num_values for each in found if f"{each.path_in_schema}.".startswith(roots))
-
-
 def _check_announced(path: Path, rows: int, columns: int, values: int) -> None:
     """Refuses a table that is unpacked to thousands of times what is stored."""
-    asked, size = 8 * max(rows * columns, values), path.stat().st_size
-    if asked > max(LARGE, MOST_PACKED * size):
-        said = f"{rows:,} rows of {columns} columns in {size:,} bytes"
-        raise ValueError(f"{said}, {asked // 8:,} values")
+    asked = max(rows * columns, values)
+    what = f"{rows:,} rows of {columns} columns, {asked:,} values,"
+    _columnar.check_unpacked(path, 8 * asked, what)
 
 
 @contextlib.contextmanager
@@ -230,12 +238,14 @@ def _put(pa: Any, found: ArrowTable, name: str, column: Any) -> None:
     kind, types = column.type, pa.types
     if isinstance(kind, pa.BaseExtensionType):
         column, kind = column.storage, kind.storage_type
-    if types.is_dictionary(kind):
-        column, kind = column.dictionary_decode(), kind.value_type
     if types.is_struct(kind) and "bytes" in [field.name for field in kind]:
-        column, kind = column.field("bytes"), pa.binary()
+        column = column.field("bytes")
+        kind = column.type if types.is_dictionary(column.type) else pa.binary()
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+        column = column if _is_text(types, kind) else column.dictionary_decode()
     if types.is_binary(kind) or types.is_large_binary(kind):
-        cells = column.to_pylist()
+        cells = _cells(pa, column)
         if cells and all(cell is not None and cell.startswith(STARTS) for cell in cells):
             found.pictures[name] = cells
         else:
@@ -253,8 +263,21 @@ def _put(pa: Any, found: ArrowTable, name: str, column: Any) -> None:
         values = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         found.scalars[name] = np.array(values, np.float64)
     else:
-        cells = column.to_pylist()
+        cells = _cells(pa, column)
         found.scalars[name] = objects([None if c is None else str(c) for c in cells])
+
+
+def _cells(pa: Any, column: Any) -> list[Any]:
+    """The cells as Python has them; those that a dictionary holds once are one object."""
+    if not pa.types.is_dictionary(column.type):
+        return column.to_pylist()
+    known = [*column.dictionary.to_pylist(), None]  # the last for -1, a missing one
+    return [known[i] for i in column.indices.fill_null(-1).to_pylist()]
+
+
+def _is_text(types: Any, kind: Any) -> bool:
+    plain = types.is_string(kind) or types.is_binary(kind)
+    return plain or types.is_large_string(kind) or types.is_large_binary(kind)
 
 
 def _is_list(types: Any, kind: Any) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from kdtl_jax import _files
+from kdtl_jax import _columnar, _files
 from kdtl_jax._text import listed, shown
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -196,26 +196,32 @@ def _line_start(content: BinaryIO, at: int, size: int) -> int:
 
 def _parquet(file: Path, between: tuple[float, float]) -> Iterator[Record]:
     try:
-        parquet = importlib.import_module("pyarrow.parquet")
+        pa = importlib.import_module("pyarrow")
+        for part in ("compute", "parquet"):  # attributes of `pa` once they are imported
+            importlib.import_module(f"pyarrow.{part}")
     except ImportError:
         raise ImportError(
             f"reading {file.name} needs the package pyarrow: pip install 'kdtl_jax[data]'."
         ) from None
     row = 0
     try:
-        with parquet.ParquetFile(file) as opened:
-            names = opened.schema_arrow.names
-            if not has_known_form(dict.fromkeys(names, "")):
-                raise ValueError(f"its columns are {listed(names)}, but neither {FORMS}")
-            start, stop = _cuts(opened.metadata.num_rows, between)
-            columns = [name for name in COLUMNS if name in names]
+        with pa.parquet.ParquetFile(file) as opened:
+            names, about = opened.schema_arrow.names, opened.metadata
+        if not has_known_form(dict.fromkeys(names, "")):
+            raise ValueError(f"its columns are {listed(names)}, but neither {FORMS}")
+        start, stop = _cuts(about.num_rows, between)
+        columns = [name for name in COLUMNS if name in names]
+        stored = list(_columnar.chunks(about, columns))
+        _columnar.check_unpacked(file, _columnar.parquet_bytes(file, stored))
+        rows, texts = _columnar.rows_at_once(file, stored, ROWS), _columnar.texts_of(stored)
+        with pa.parquet.ParquetFile(file, read_dictionary=texts) as opened:
             for group in range(opened.num_row_groups):
-                size = opened.metadata.row_group(group).num_rows
+                size = about.row_group(group).num_rows
                 if row + size <= start or row >= stop:
                     row += size
                     continue
-                some = opened.iter_batches(batch_size=ROWS, row_groups=[group], columns=columns)
-                for value in (value for batch in some for value in batch.to_pylist()):
+                some = opened.iter_batches(batch_size=rows, row_groups=[group], columns=columns)
+                for value in (value for batch in some for value in _values(pa, batch)):
                     if start <= row < stop:
                         place = f"{file}: row {row + 1}"
                         if not has_known_form(value):
@@ -224,3 +230,13 @@ def _parquet(file: Path, between: tuple[float, float]) -> Iterator[Record]:
                     row += 1
     except (ValueError, OSError) as error:
         raise ValueError(f"{file}, row {row + 1}: {shown(str(error), 200)}.") from None
+
+
+def _values(pa: Any, batch: Any) -> Iterator[dict[str, Any]]:
+    """Its rows, one by one where they share texts that would take much room all at once."""
+    once = _columnar.written_out(pa, batch.to_struct_array()) <= LONGEST
+    for i in range(0, len(batch), len(batch) if once else 1):
+        part = batch if once else batch.slice(i, 1)
+        if not once and (size := _columnar.written_out(pa, part.to_struct_array())) > LONGEST:
+            raise ValueError(f"it has {size:,} bytes, at most {LONGEST:,} are read")
+        yield from part.to_pylist()

@@ -1,0 +1,342 @@
+"""What parquet and Arrow files unpack to, told by their headers before anything is unpacked.
+
+Both formats hold compressed buffers, and parquet may store a text once for a million cells. Every
+buffer and page says how long it becomes; only these numbers are read here.
+
+Sources: Arrow Columnar Format 1.5, "Serialization and Interprocess Communication";
+parquet-format 2.11, `parquet.thrift`.
+"""
+
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+# A column that is nearly constant takes hardly any bytes; a whole table that is so is a trap.
+LARGE, MOST_PACKED = 2**28, 1000  # bytes; per byte of a file
+MAGIC = b"ARROW1"  # of the file format; a stream begins with its first message
+DICTIONARY, RECORDS = 2, 3  # kinds of messages that have buffers
+HEADER = 4096  # bytes in which the header of a page usually ends
+LONGEST_HEADER = 2**24  # statistics may hold whole cells
+# Encodings that pyarrow decodes into dictionaries.
+PLAIN = {"PLAIN", "PLAIN_DICTIONARY", "RLE_DICTIONARY", "RLE", "BIT_PACKED"}
+NESTED = 32  # structs within a header
+SHARED = 2**28  # bytes of texts that are decoded before they are counted
+MOST_TEXT = 2**30  # bytes of distinct texts that pyarrow can hold in one dictionary
+
+
+def check_unpacked(path: Path, asked: int, what: str = "") -> None:
+    """Refuses what becomes thousands of times what is stored.
+
+    Raises:
+      ValueError: with both sizes, and what it is.
+    """
+    size = path.stat().st_size
+    if asked > max(LARGE, MOST_PACKED * size):
+        raise ValueError(f"{what or f'{asked:,} bytes, unpacked,'} in {size:,} bytes")
+
+
+def arrow_bytes(path: Path, pa: Any) -> int:
+    """The bytes that the buffers of an Arrow file or stream announce, unpacked.
+
+    Raises:
+      ValueError: if a message is damaged.
+      ArrowException: of pyarrow, likewise.
+    """
+    try:
+        with pa.memory_map(str(path)) as source:
+            return sum(map(_announced, _messages(pa, source)))
+    except (struct.error, IndexError, OverflowError) as error:
+        raise ValueError(f"a message of the file is damaged ({error})") from None
+
+
+class _Message(NamedTuple):
+    """A message's description, a flat buffer, and the bytes that it describes."""
+
+    about: memoryview
+    body: memoryview
+
+
+def _messages(pa: Any, source: Any) -> Iterator[_Message]:
+    whole = memoryview(source.read_buffer())
+    if bytes(whole[:6]) != MAGIC:
+        reader = pa.ipc.MessageReader.open_stream(pa.BufferReader(pa.py_buffer(whole)))
+        for message in iter(lambda: _next(reader), None):
+            body = message.body
+            empty = memoryview(b"")
+            yield _Message(
+                memoryview(message.metadata), empty if body is None else memoryview(body)
+            )
+        return
+    (length,) = struct.unpack_from("<i", whole, len(whole) - 10)
+    footer = whole[max(0, len(whole) - 10 - length) : len(whole) - 10]
+    root = _Table(footer, _follow(footer, 0))
+    for slot in (2, 3):  # dictionaries, then record batches
+        for at in root.structs(slot, 24):
+            place, size, _, stored = struct.unpack_from("<qiiq", footer, at)
+            if min(place, size, stored) < 0:
+                raise ValueError("a block of the file lies nowhere")
+            start = 8 if bytes(whole[place : place + 4]) == b"\xff\xff\xff\xff" else 4
+            body = place + size
+            yield _Message(whole[place + start : body], whole[body : body + stored])
+
+
+def _next(reader: Any) -> Any:
+    try:
+        return reader.read_next_message()
+    except StopIteration:
+        return None
+
+
+class _Table(NamedTuple):
+    """A table of a flat buffer: its fields are found by their number."""
+
+    data: memoryview
+    at: int
+
+    def field(self, slot: int) -> int | None:
+        """Where a field lies; None if it is left out."""
+        (back,) = struct.unpack_from("<i", self.data, self.at)
+        names = self.at - back
+        if names < 0:
+            raise ValueError("a table of the file lies nowhere")
+        (size,) = struct.unpack_from("<H", self.data, names)
+        if 4 + 2 * slot + 2 > size:
+            return None
+        (offset,) = struct.unpack_from("<H", self.data, names + 4 + 2 * slot)
+        return self.at + offset if offset else None
+
+    def table(self, slot: int) -> "_Table | None":
+        """A field that is a table."""
+        at = self.field(slot)
+        return None if at is None else _Table(self.data, _follow(self.data, at))
+
+    def structs(self, slot: int, size: int) -> range:
+        """Where the structs of a vector lie."""
+        at = self.field(slot)
+        if at is None:
+            return range(0)
+        start = _follow(self.data, at)
+        (count,) = struct.unpack_from("<I", self.data, start)
+        if start + 4 + count * size > len(self.data):
+            raise ValueError("a list of the file is longer than the file")
+        return range(start + 4, start + 4 + count * size, size)
+
+
+def _follow(data: memoryview, at: int) -> int:
+    return at + struct.unpack_from("<I", data, at)[0]
+
+
+def _announced(message: _Message) -> int:
+    """The bytes of a message's buffers, unpacked."""
+    root = _Table(message.about, _follow(message.about, 0))
+    kind, header = root.field(1), root.table(2)
+    if kind is None or header is None or message.about[kind] not in (DICTIONARY, RECORDS):
+        return 0
+    records = header.table(1) if message.about[kind] == DICTIONARY else header
+    if records is None:
+        return 0
+    total, packed = 0, records.field(3) is not None
+    for at in records.structs(2, 16):
+        place, stored = struct.unpack_from("<qq", message.about, at)
+        length = stored
+        if packed and stored > 0:
+            (length,) = struct.unpack_from("<q", message.body, place)
+        total += stored if length == -1 else length  # -1: this one is not packed
+    return total
+
+
+def chunks(metadata: Any, columns: Iterable[str]) -> Iterator[Any]:
+    """What a parquet file's `FileMetaData` says of these columns, and of what they consist of."""
+    roots = tuple(f"{name}." for name in columns)
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if f"{column.path_in_schema}.".startswith(roots):
+                yield column
+
+
+def parquet_bytes(path: Path, stored: Iterable[Any]) -> int:
+    """The bytes that the pages of a parquet file's `chunks` announce, unpacked.
+
+    Raises:
+      ValueError: if the header of a page is damaged.
+      OSError: if the file cannot be read.
+    """
+    total = 0
+    with path.open("rb") as file:
+        for column in stored:
+            at = first = column.data_page_offset
+            if column.has_dictionary_page and 0 < (column.dictionary_page_offset or 0) < first:
+                at = column.dictionary_page_offset
+            end = at + column.total_compressed_size
+            while 0 <= at < end:
+                used, unpacked, packed = _page(file, at)
+                total += unpacked
+                at += used + packed
+    return total
+
+
+def _page(file: BinaryIO, at: int) -> tuple[int, int, int]:
+    """The bytes of a page's header, and of the page unpacked and packed."""
+    size = HEADER
+    while True:
+        file.seek(at)
+        data = file.read(size)
+        try:
+            used, found = _compact(data)
+        except IndexError:
+            if len(data) < size or size >= LONGEST_HEADER:
+                raise ValueError("the header of a page is damaged") from None
+            size *= 16
+            continue
+        unpacked, packed = found.get(2, -1), found.get(3, -1)
+        if min(unpacked, packed) < 0:
+            raise ValueError("the header of a page has no size")
+        return used, unpacked, packed
+
+
+def _compact(data: bytes) -> tuple[int, dict[int, int]]:
+    """The length of a struct in Thrift's compact protocol, and its integers by number."""
+    found: dict[int, int] = {}
+    return _struct(data, 0, found, 0), found
+
+
+def _struct(data: bytes, at: int, found: dict[int, int] | None, depth: int) -> int:
+    """The end of a struct."""
+    if depth > NESTED:
+        raise ValueError("the header of a page is damaged")
+    number = 0
+    while True:
+        head = data[at]
+        at += 1
+        kind = head & 15
+        if not kind:
+            return at
+        if head >> 4:
+            number += head >> 4
+        else:
+            value, at = _varint(data, at)
+            number = _signed(value)
+        if 4 <= kind <= 6 and found is not None:  # i16, i32, i64
+            value, at = _varint(data, at)
+            found[number] = _signed(value)
+        elif kind > 2:  # true and false are in the kind
+            at = _skipped(data, at, kind, depth)
+
+
+def _skipped(data: bytes, at: int, kind: int, depth: int) -> int:
+    """The end of a value."""
+    if kind in (1, 2, 3):  # a byte; a boolean within a list has one
+        return at + 1
+    if 4 <= kind <= 6:
+        return _varint(data, at)[1]
+    if kind == 7:  # a double
+        return at + 8
+    if kind == 8:  # bytes
+        length, at = _varint(data, at)
+        if at + length > len(data):
+            raise IndexError
+        return at + length
+    if kind in (9, 10):  # a list or a set
+        count, inner = data[at] >> 4, data[at] & 15
+        at += 1
+        if count == 15:
+            count, at = _varint(data, at)
+        for _ in range(min(count, len(data))):
+            at = _skipped(data, at, inner, depth + 1)
+        return at
+    if kind == 12:
+        return _struct(data, at, None, depth + 1)
+    raise ValueError("the header of a page is damaged")
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return value, at
+        if shift > 63:
+            raise ValueError("the header of a page is damaged")
+
+
+def _signed(value: int) -> int:
+    return (value >> 1) ^ -(value & 1)
+
+
+def texts_of(stored: Sequence[Any]) -> list[str]:
+    """The columns of `chunks` for `read_dictionary`: a text of many cells is then held once."""
+    found: dict[str, int] = {}
+    for column in stored:
+        if column.physical_type == "BYTE_ARRAY":
+            name = column.path_in_schema
+            found[name] = found.get(name, 0) + column.total_uncompressed_size
+    others = {column.path_in_schema for column in stored if not PLAIN.issuperset(column.encodings)}
+    return [name for name, size in found.items() if size <= MOST_TEXT and name not in others]
+
+
+def rows_at_once(path: Path, stored: Sequence[Any], most: int) -> int:
+    """How many rows of `chunks` may be decoded at once: texts may cost hardly anything.
+
+    One may stand for many, or begin as the one before it.
+
+    Raises:
+      ValueError, OSError: as `parquet_bytes`.
+    """
+    once = {*texts_of(stored)}
+    with path.open("rb") as file:
+        for column in stored:
+            if column.physical_type != "BYTE_ARRAY" or column.path_in_schema in once:
+                continue
+            longest = 1
+            if "DELTA_BYTE_ARRAY" in column.encodings:
+                longest = column.total_uncompressed_size
+            if column.has_dictionary_page:
+                longest = max(longest, _page(file, column.dictionary_page_offset)[1])
+            most = min(most, max(1, SHARED // longest))
+    return most
+
+
+def written_out(pa: Any, column: Any) -> int:
+    """The bytes of an array or its chunks with every cell written out; an upper bound for views."""
+    chunks: Iterable[Any] = getattr(column, "chunks", [column])
+    return sum(_written_out(pa, chunk) for chunk in chunks)
+
+
+def _written_out(pa: Any, array: Any) -> int:
+    types, kind, count = pa.types, array.type, len(array)
+    if isinstance(kind, pa.BaseExtensionType):
+        return _written_out(pa, array.storage)
+    if types.is_dictionary(kind):
+        each = _lengths(pa, array.dictionary)
+        if each is None:
+            return count * _written_out(pa, array.dictionary)
+        return pa.compute.sum(each.take(array.indices)).as_py() or 0
+    if types.is_run_end_encoded(kind):
+        return count * _written_out(pa, array.values)
+    if types.is_struct(kind):
+        return sum(_written_out(pa, array.field(i)) for i in range(kind.num_fields))
+    if types.is_map(kind):
+        return _written_out(pa, array.keys) + _written_out(pa, array.items)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _written_out(pa, array.flatten())
+    if types.is_string_view(kind) or types.is_binary_view(kind):
+        return pa.compute.sum(_lengths(pa, array)).as_py() or 0
+    is_view = types.is_list_view(kind) or types.is_large_list_view(kind)
+    return count * _written_out(pa, array.values) if is_view else array.nbytes
+
+
+def _lengths(pa: Any, array: Any) -> Any:
+    """The bytes of every cell of texts or numbers; None of anything else."""
+    types, kind = pa.types, array.type
+    if types.is_string_view(kind) or types.is_binary_view(kind):
+        return pa.compute.binary_length(array.cast(pa.large_binary()))
+    if types.is_primitive(kind):
+        return pa.array([8] * len(array), pa.int64())
+    is_text = (types.is_string, types.is_binary, types.is_large_string, types.is_large_binary)
+    if any(is_so(kind) for is_so in is_text):
+        return pa.compute.cast(pa.compute.binary_length(array), pa.int64())
+    return None
