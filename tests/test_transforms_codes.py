@@ -1,5 +1,6 @@
 """Quantized integer codes are refused by every transform that computes, and named."""
 
+import re
 from typing import Any
 
 import jax
@@ -46,11 +47,13 @@ CALLS = {
     "breadcrumbs": lambda p: transforms.breadcrumbs(p, density=0.5, outliers=0.1),
     "apply_task_vectors": lambda p: transforms.apply_task_vectors(p, [p]),
     "ram": lambda p: transforms.ram(p, [p, p]),
+    "transfer": lambda p: transforms.transfer(p, p),
+    "fake_quantize": lambda p: transforms.fake_quantize(p, abs, where="fc/kernel|head"),
 }
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8, jnp.int4, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, jnp.int4, jnp.float8_e4m3fn])
 def test_codes_are_refused_by_name(name: str, dtype: Any) -> None:
     with pytest.raises(ValueError, match="'fc/kernel' .*integer codes.*Dequantize"):
         CALLS[name](_quantized(dtype))
@@ -78,13 +81,59 @@ def test_codes_beside_floating_point_numbers_are_refused() -> None:
                 transforms.average(pair)
 
 
-def test_packed_codes_that_differ_are_refused_and_counters_pass() -> None:
-    packed, other = _quantized(np.int32), _quantized(np.int32)
-    other["step"] = np.int32(9)
-    assert transforms.average([packed, other])["step"] == 3
-    other["fc"]["kernel"] = CODES.astype(np.int32) + 1
-    with pytest.raises(ValueError, match="'fc/kernel' holds integers .* that differ"):
-        transforms.average([packed, other])
+def test_integers_that_differ_are_refused_and_counters_pass() -> None:
+    tree = {"table": CODES.astype(np.int32), "head": np.ones(2, np.float32), "step": np.int32(3)}
+    other = tree | {"step": np.int32(9)}
+    assert transforms.average([tree, other])["step"] == 3
+    with pytest.raises(ValueError, match="'table' holds integers .* that differ"):
+        transforms.average([tree, other | {"table": CODES.astype(np.int32) + 1}])
+
+
+ROWS, VECTOR = np.ones((4, 4), np.float32), np.ones(4, np.float32)
+INTS = np.ones((4, 4), np.int32)
+FORMATS = {  # what published formats store for one linear layer, and what of it is no code
+    "gptq": ({"qweight": INTS, "qzeros": INTS, "scales": ROWS}, {"g_idx": INTS[0]}),
+    "mlx": ({"weight": INTS.astype(np.uint32), "scales": ROWS}, {"biases": ROWS}),
+    "bitsandbytes": ({"weight": np.ones((8, 1), np.uint8), "weight.absmax": VECTOR}, {}),
+    "bitsandbytes8": ({"weight": INTS.astype(np.int8), "SCB": VECTOR}, {"bias": VECTOR}),
+    "compressed-tensors": (
+        {"weight_packed": INTS, "weight_scale": ROWS, "weight_zero_point": INTS},
+        {"weight_shape": np.array([4, 32])},
+    ),
+    "aqlm": ({"codes": INTS.astype(np.int16), "codebooks": ROWS, "scales": VECTOR}, {}),
+    "exl2": ({"q_weight": INTS, "q_scale": INTS, "q_scale_max": VECTOR}, {}),
+    "hqq": ({"W_q": INTS, "scale": ROWS, "zero": ROWS}, {}),
+    "fp8": ({"weight": jnp.ones((4, 4), jnp.float8_e4m3fn), "weight_scale_inv": VECTOR}, {}),
+    "nested": ({"kernel/values": INTS, "kernel/scale": VECTOR}, {"bias": VECTOR}),
+}
+AROUND = {
+    "norm.weight": VECTOR,
+    "norm/scale": VECTOR,
+    "embeddings.position_ids": np.arange(4)[None],
+    "attention.relative_position_index": INTS,
+    "attention.relative_position_bias_table": ROWS,
+    "bn.num_batches_tracked": np.array(3),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_packed_formats_are_known_by_their_names(name: str) -> None:
+    codes, others = FORMATS[name]
+    separator = "/" if name == "nested" else "."
+    found = {f"fc{separator}{k}": v for k, v in codes.items()}
+    flat = AROUND | found | {f"fc{separator}{k}": v for k, v in others.items()}
+    assert transforms.quantized(flat) == found.keys()
+    with pytest.raises(ValueError, match="Dequantize"):
+        transforms.scale(flat, 2.0)
+    for path in found:  # the scales alone, too
+        with pytest.raises(ValueError, match="Dequantize"):
+            transforms.scale(flat, 2.0, where=re.escape(path))
+    np.testing.assert_array_equal(transforms.scale(flat, 2.0, where="norm/scale")["norm/scale"], 2)
+
+
+def test_tables_of_indices_are_no_codes() -> None:
+    assert not transforms.quantized(AROUND)
+    assert transforms.scale(AROUND, 2.0)["norm.weight"][0] == 2
 
 
 def test_integer_masks_are_masks() -> None:

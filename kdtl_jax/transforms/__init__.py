@@ -28,6 +28,8 @@ from kdtl_jax.transforms._average import greedy_soup as greedy_soup
 from kdtl_jax.transforms._average import interpolate as interpolate
 from kdtl_jax.transforms._average import weighted_sum as weighted_sum
 from kdtl_jax.transforms._blocks import block_rows as block_rows
+from kdtl_jax.transforms._codes import quantized as quantized
+from kdtl_jax.transforms._codes import refuse_codes as refuse_codes
 from kdtl_jax.transforms._depth import DISTILBERT_LAYERS as DISTILBERT_LAYERS
 from kdtl_jax.transforms._depth import layer_map as layer_map
 from kdtl_jax.transforms._depth import layer_numbers as layer_numbers
@@ -49,7 +51,6 @@ from kdtl_jax.transforms._ia3_vera_oft import ia3_output as ia3_output
 from kdtl_jax.transforms._ia3_vera_oft import oft as oft
 from kdtl_jax.transforms._ia3_vera_oft import vera as vera
 from kdtl_jax.transforms._leaves import one_dtype as one_dtype
-from kdtl_jax.transforms._leaves import refuse_codes as refuse_codes
 from kdtl_jax.transforms._lora import DoraWeights as DoraWeights
 from kdtl_jax.transforms._lora import LoraWeights as LoraWeights
 from kdtl_jax.transforms._lora import dora as dora

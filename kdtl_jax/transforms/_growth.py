@@ -10,7 +10,7 @@ import numpy as np
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params
-from kdtl_jax.transforms import _leaves, _width
+from kdtl_jax.transforms import _codes, _width
 from kdtl_jax.transforms._depth import layer_numbers, layer_of, select_layers
 from kdtl_jax.transforms._width import Axis, AxisSpec
 
@@ -111,11 +111,11 @@ def deepen(
     deeper = select_layers(params, layers, order)
     numbers = layer_numbers(deeper, layers)
     new = {numbers[i] for i in inserted}
+    flat = trees.flatten(deeper)
+    _codes.refuse_codes(flat, [path for path in flat if layer_of(layers, path) in new])
 
     def fill(path: str, leaf: Any) -> Any:
         number = layer_of(layers, path)
-        if number in new:
-            _leaves.refuse_codes({path: leaf})
         return make(path, leaf) if number in new and trees.is_inexact(leaf) else leaf
 
     return trees.map_with_path(fill, deeper)

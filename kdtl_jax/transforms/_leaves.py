@@ -18,6 +18,8 @@ from jax.core import Tracer
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, PyTree, Scalar
+from kdtl_jax.transforms import _codes
+from kdtl_jax.transforms._codes import refuse_codes
 
 Coefficient = Scalar | Callable[[str], Scalar] | Sequence[tuple[trees.Selector, Scalar]] | PyTree
 # A number or traced array per tree, or anything that gives one number per leaf.
@@ -74,28 +76,6 @@ def coefficients(
     return out
 
 
-def is_code(leaf: Any) -> bool:
-    """Whether a leaf looks quantized: an array of integers or floats of at most eight bits."""
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None or np.ndim(leaf) == 0:
-        return False
-    if jnp.issubdtype(dtype, jnp.floating):
-        return jnp.finfo(dtype).bits <= 8
-    return jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits <= 8
-
-
-def refuse_codes(flat: Mapping[str, Any]) -> None:
-    """Raises ValueError if a leaf of `{path: leaf}` holds quantized integer codes."""
-    found = [f"{path!r} ({leaf.dtype})" for path, leaf in flat.items() if is_code(leaf)]
-    if found:
-        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-        raise ValueError(
-            f"{', '.join(found[:8])}{more} hold integer codes or 8-bit floats, whose values mean "
-            "nothing without their scales. Dequantize them to 16 bits or more first, or leave them "
-            "out."
-        )
-
-
 def selected(params: PyTree, where: trees.Selector) -> PyTree:
     """The mask of the inexact leaves that `where` selects.
 
@@ -103,8 +83,9 @@ def selected(params: PyTree, where: trees.Selector) -> PyTree:
       ValueError: if `where` matches nothing, or a leaf that it selects holds quantized codes.
     """
     mask = trees.mask(params, where)
-    pairs = zip(trees.flatten(params).items(), jax.tree.leaves(mask), strict=True)
-    refuse_codes({path: leaf for (path, leaf), is_chosen in pairs if is_chosen})
+    flat = trees.flatten(params)
+    pairs = zip(flat, jax.tree.leaves(mask), strict=True)
+    refuse_codes(flat, [path for path, is_chosen in pairs if is_chosen])
     return jax.tree.map(lambda chosen, leaf: chosen and trees.is_inexact(leaf), mask, params)
 
 
@@ -164,12 +145,12 @@ def combine_leaves(
     for i, (path, leaf) in enumerate(first.items()):
         beside = [flat[path] for flat in others]
         if not trees.is_inexact(leaf):
-            _same_integers(path, leaf, beside)
+            _codes.check_integers(path, leaf, beside)
             out.append(leaf)
             continue
         for other in beside:
-            if _is_integers(other):
-                raise ValueError(_codes_beside_numbers(path))
+            if _codes.is_integers(other):
+                raise ValueError(_codes.beside_numbers(path))
         j, first_path = tied.setdefault(tuple(map(id, [leaf, *beside])), (i, path))
         if j < i and all(_same(column[i], column[j]) for column in by):
             out.append(out[j])
@@ -265,40 +246,6 @@ def _same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_same, a, b))
     known = (int, float, np.integer, np.floating)
     return a is b or (isinstance(a, known) and isinstance(b, known) and a == b)
-
-
-def _is_integers(leaf: Any) -> bool:
-    dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and np.ndim(leaf) > 0 and jnp.issubdtype(dtype, jnp.integer)
-
-
-def _same_integers(path: str, leaf: Any, beside: Sequence[Any]) -> None:
-    """Refuses integers that another tree has as numbers, and matrices of them that differ.
-
-    Counters differ between runs and are the first tree's; a matrix of integers is a table of
-    indices, equal everywhere, or packed codes.
-    """
-    if not _is_integers(leaf):
-        return
-    for other in beside:
-        if trees.is_inexact(other):
-            raise ValueError(_codes_beside_numbers(path))
-        if np.ndim(leaf) > 1 and _differ(_checks.concrete(leaf), _checks.concrete(other)):
-            raise ValueError(
-                f"{path!r} holds integers {list(np.shape(leaf))} that differ between the trees: "
-                "packed codes cannot be combined. Dequantize them to floating point first."
-            )
-
-
-def _differ(a: np.ndarray | None, b: np.ndarray | None) -> bool:
-    return a is not None and b is not None and not np.array_equal(a, b)
-
-
-def _codes_beside_numbers(path: str) -> str:
-    return (
-        f"{path!r} holds integers in one tree and floating-point numbers in another: integer "
-        "codes mean nothing without their scales. Dequantize them to floating point first."
-    )
 
 
 def _is_number(value: Any) -> bool:

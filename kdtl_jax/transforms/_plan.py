@@ -10,7 +10,7 @@ import numpy as np
 
 from kdtl_jax import trees
 from kdtl_jax._types import PyTree, Scalar
-from kdtl_jax.transforms import _leaves, _mismatch
+from kdtl_jax.transforms import _codes, _leaves, _mismatch
 from kdtl_jax.transforms._leaves import Coefficient
 from kdtl_jax.transforms._mismatch import Policy, Shape
 from kdtl_jax.transforms._rename import Rename, destinations
@@ -74,6 +74,11 @@ def plan_transfer(
     have, want = trees.flatten(source), trees.flatten(target)
     sources = {new: old for old, news in destinations(list(have), rename).items() for new in news}
     chosen = jax.tree.leaves(trees.mask(target, where))
+    aims = [path for path, is_chosen in zip(want, chosen, strict=True) if is_chosen]
+    _codes.refuse_codes(want, aims)
+    found = [sources[path] for path in aims if path in sources]
+    # Integers of the source are reported as missing, with what else is.
+    _codes.refuse_codes(have, [path for path in found if trees.is_inexact(have[path])])
     policies = _policy_per_leaf(target, on_mismatch)
     tried: set[Any] = set()
     decisions = [

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params, Scalar
-from kdtl_jax.transforms import _leaves
+from kdtl_jax.transforms import _codes, _leaves
 from kdtl_jax.transforms._leaves import Coefficient
 
 
@@ -86,7 +86,7 @@ def scale_homogeneous(
         )
     _checks.within(0, float("inf"), alpha=alpha)
     flat = trees.flatten(params)
-    _leaves.refuse_codes(flat)
+    _codes.refuse_codes(flat)
     is_bias = jax.tree.leaves(trees.mask(params, bias, expect=None))
     rules = [(layer, depth) for depth, layer in enumerate(layers, 1)]
     depths = _leaves.by_rules(params, rules, default=None)

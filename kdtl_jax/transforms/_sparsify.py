@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params, PyTree, Scalar
-from kdtl_jax.transforms import _blocks, _leaves, _ranking
+from kdtl_jax.transforms import _blocks, _codes, _leaves, _ranking
 from kdtl_jax.transforms._leaves import Coefficient
 
 
@@ -71,7 +71,7 @@ def trim_global(task_vector: PyTree, *, density: Scalar = 0.2) -> PyTree:
     References:
       Yadav et al., TIES-Merging, 2023 (2306.01708), step 1.
     """
-    _leaves.refuse_codes(trees.flatten(task_vector))
+    _codes.refuse_codes(trees.flatten(task_vector))
     chosen, rest = trees.partition(task_vector, trees.everything)
     leaves, treedef = jax.tree.flatten(chosen)
     if not leaves:

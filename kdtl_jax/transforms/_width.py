@@ -23,7 +23,7 @@ import numpy as np
 
 from kdtl_jax import _checks, trees
 from kdtl_jax._types import Array, Params
-from kdtl_jax.transforms import _leaves
+from kdtl_jax.transforms import _codes, _leaves
 
 
 class Axis(NamedTuple):
@@ -196,17 +196,15 @@ def axes_of(params: Params, spec: AxisSpec) -> list[tuple[Axis, ...]]:
     lost = [
         path
         for (path, leaf), names in zip(flat.items(), labels, strict=True)
-        if names is _NONAMES and (trees.is_inexact(leaf) or _leaves.is_code(leaf))
+        if names is _NONAMES and (trees.is_inexact(leaf) or _codes.is_code(leaf))
     ]
     if lost:
         raise ValueError(
             f"the axis spec does not cover {lost[:8]}. Name their axes, or add "
             "('.*', None) last if they have none that change."
         )
-    named = zip(flat.items(), labels, strict=True)
-    _leaves.refuse_codes(
-        {path: leaf for (path, leaf), names in named if names not in (None, _NONAMES)}
-    )
+    named = zip(flat, labels, strict=True)
+    _codes.refuse_codes(flat, [path for path, names in named if names not in (None, _NONAMES)])
     out: list[tuple[Axis, ...]] = []
     for (path, leaf), names in zip(flat.items(), labels, strict=True):
         if names is _NONAMES or names is None or not trees.is_inexact(leaf):

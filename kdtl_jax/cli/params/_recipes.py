@@ -116,7 +116,8 @@ def merged(settings: Settings) -> tuple[Rewrite, Settings]:
     named = [source.model for each in slices for source in each.sources]
     models: list[str] = [*([base] if base else []), *named]
     inputs = {m: _checkpoints.opened(m, "a model", "") for m in dict.fromkeys(models)}
-    transforms.refuse_codes({k: v for one in inputs.values() for k, v in one.specs.items()})
+    for one in inputs.values():
+        transforms.refuse_codes(one.specs)
     if method.base == "needs" and base is None:
         raise ValueError(f"merge_method {name} needs base_model.")
     has_base = base is not None and method.base != "has no"

@@ -52,7 +52,8 @@ def run(settings: Settings) -> int:
     """Reports, and writes if asked to."""
     base = _checkpoints.opened(settings.base, "BASE", EXAMPLES)
     adapter = _checkpoints.opened(settings.adapter, "ADAPTER", EXAMPLES)
-    transforms.refuse_codes({**base.specs, **adapter.specs})
+    for one in (base, adapter):
+        transforms.refuse_codes(one.specs)
     home = adapter.checkpoint.files[0].parent if adapter.checkpoint.files else Path()
     if (home / peft.CONFIG).is_file():
         edits = _of_peft(settings, base)

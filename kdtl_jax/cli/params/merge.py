@@ -285,7 +285,7 @@ def _check_leaves(named: Mapping[str, Any]) -> None:
 def _refuse_codes(inputs: Sequence[Opened], chosen: set[str], wanted: Mapping[str, Any]) -> None:
     """Raises ValueError if a chosen tensor is stored as integer codes in any model."""
     for one in inputs:
-        transforms.refuse_codes({path: one.specs[path] for path in chosen if path in one.specs})
+        transforms.refuse_codes(one.specs, chosen)
         for path in wanted:
             if path in one.specs and not trees.is_inexact(one.specs[path]):
                 raise ValueError(

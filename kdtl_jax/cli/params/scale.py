@@ -42,7 +42,7 @@ def run(settings: Settings) -> int:
     source = _checkpoints.opened(settings.source, "SOURCE", EXAMPLES)
     where = _checkpoints.selected(settings, source.specs)
     chosen = trees.mask(source.specs, where)
-    transforms.refuse_codes({p: spec for p, spec in source.specs.items() if chosen[p]})
+    transforms.refuse_codes(source.specs, [path for path, c in chosen.items() if c])
     plan = transforms.plan_transfer(
         source.specs, source.specs, where=where, alpha=alphas(settings, source.specs)
     )

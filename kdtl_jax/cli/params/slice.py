@@ -60,6 +60,7 @@ def run(settings: Settings) -> int:
     rename = _renaming(settings, kept)
     origin = {new: path for path in kept for new in rename(path)}
     indices = _indices(settings.take, kept)
+    transforms.refuse_codes(source.specs, indices.keys())
     shapes = {new: _shape(kept[path], indices.get(path, {})) for new, path in origin.items()}
     specs = {n: jax.ShapeDtypeStruct(shapes[n], kept[path].dtype) for n, path in origin.items()}
 

@@ -1,0 +1,114 @@
+"""Quantized weights: which leaves are codes, or the scales of codes, and may not be computed with.
+
+Codes of eight bits or fewer are told by their dtype. Wider integers may be packed codes (GPTQ, AWQ,
+MLX, compressed-tensors: several small numbers in each), counters, or tables of indices; the names
+of these formats and the scales beside them tell. The scales are part of the weight: multiplied or
+cut without the codes they give another matrix.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from kdtl_jax import _checks, trees
+
+# Integer arrays of these names are codes wherever they are stored.
+_PACKED = re.compile(r"(?i)(q_?weight|w_?q|q_?zeros|q_?idxs|q_?scale|\w*_?packed|trellis|codes)")
+_WEIGHTS = re.compile(r"(?i)(weight|kernel|embedding|w)")
+_INDICES = re.compile(r"(?i)(.*_)?(ids?|idx|index|mask|map|positions?|counts?|keys?|shape)")
+_SCALES = re.compile(
+    r"(?i)(\w*_)?(q?scales?|wscale|scb|absmax|q?zeros?|zero_points?|codebooks?|centroids|"
+    r"lookup_table|quant_map)(_inv|_max|_2)?"
+)
+
+
+def is_code(leaf: Any) -> bool:
+    """Whether a leaf's dtype says codes: an array of integers or floats of at most eight bits."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or np.ndim(leaf) == 0:
+        return False
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.finfo(dtype).bits <= 8
+    return jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits <= 8
+
+
+def quantized(flat: Mapping[str, Any]) -> set[str]:
+    """The paths of all codes of `{path: leaf}`, and of the scales and zeros that belong to them."""
+    places = {path: re.split(r"[./]", path) for path in flat}
+    scales = {path for path, names in places.items() if _SCALES.fullmatch(names[-1])}
+    scaled = {tuple(places[p][:-1]) for p in scales if trees.is_inexact(flat[p])}
+    codes = {
+        path
+        for path, names in places.items()
+        if is_code(flat[path])
+        or (is_integers(flat[path]) and _is_packed(names, np.ndim(flat[path]), scaled))
+    }
+    owners = {tuple(places[path][cut]) for path in codes for cut in (slice(-1), slice(None))}
+    return codes | {path for path in scales if tuple(places[path][:-1]) in owners}
+
+
+def refuse_codes(flat: Mapping[str, Any], chosen: Collection[str] | None = None) -> None:
+    """Raises ValueError if a leaf of `{path: leaf}` holds quantized codes, or scales of them.
+
+    Args:
+      flat: all leaves; what stands beside a leaf tells what it is.
+      chosen: the paths that would be computed with; None: all.
+    """
+    found = quantized(flat)
+    found = sorted(found if chosen is None else found & set(chosen), key=trees.natural_key)
+    if found:
+        shown = ", ".join(f"{path!r} ({flat[path].dtype})" for path in found[:8])
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        raise ValueError(
+            f"{shown}{more} hold integer codes or 8-bit floats, or their scales, whose values mean "
+            "nothing without each other. Dequantize them to 16 bits or more first, or leave them "
+            "out."
+        )
+
+
+def is_integers(leaf: Any) -> bool:
+    """Whether a leaf is an array of integers of some axes."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and np.ndim(leaf) > 0 and jnp.issubdtype(dtype, jnp.integer)
+
+
+def check_integers(path: str, leaf: Any, beside: Sequence[Any]) -> None:
+    """Refuses integers that another tree has as numbers, and matrices of them that differ.
+
+    Counters differ between runs and are the first tree's; a matrix of integers is a table of
+    indices, equal everywhere, or packed codes.
+    """
+    if not is_integers(leaf):
+        return
+    for other in beside:
+        if trees.is_inexact(other):
+            raise ValueError(beside_numbers(path))
+        if np.ndim(leaf) > 1 and _differ(_checks.concrete(leaf), _checks.concrete(other)):
+            raise ValueError(
+                f"{path!r} holds integers {list(np.shape(leaf))} that differ between the trees: "
+                "packed codes cannot be combined. Dequantize them to floating point first."
+            )
+
+
+def beside_numbers(path: str) -> str:
+    """What is said of codes that another tree has as numbers."""
+    return (
+        f"{path!r} holds integers in one tree and floating-point numbers in another: integer "
+        "codes mean nothing without their scales. Dequantize them to floating point first."
+    )
+
+
+def _is_packed(names: Sequence[str], rank: int, scaled: set[tuple[str, ...]]) -> bool:
+    """Whether integers of more than eight bits are packed codes."""
+    if _PACKED.fullmatch(names[-1]):
+        return True
+    if rank < 2 or _INDICES.fullmatch(names[-1]):
+        return False
+    return bool(_WEIGHTS.fullmatch(names[-1])) or bool({tuple(names[:-1]), tuple(names)} & scaled)
+
+
+def _differ(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is not None and b is not None and not np.array_equal(a, b)
