@@ -69,6 +69,40 @@ def test_heads_and_units_that_say_nothing_are_dropped_and_nothing_changes(tmp_pa
     np.testing.assert_allclose(logits(one), logits(wide(heads=[0, 1])), atol=1e-5)
 
 
+PHI3 = {k: v for k, v in CONFIG.items() if k != "architectures"} | {
+    "model_type": "phi3", "tie_word_embeddings": False, "original_max_position_embeddings": 64,
+}  # fmt: skip
+GPT2 = {
+    "model_type": "gpt2", "vocab_size": 20, "n_embd": 16, "n_head": 4, "n_layer": 2,
+    "n_positions": 16, "activation_function": "gelu_new",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [PHI3, GPT2], ids=["phi3", "gpt2"])
+def test_fused_matrices_are_narrowed_part_by_part(config: dict[str, Any], tmp_path: Path):
+    source = decoders.initialized(config, jax.random.key(1))
+    params: Any = jax.tree.map(lambda x: 5 * np.asarray(x), source.params)
+    for i in range(2):
+        params[f"layers_{i}"]["mlp"]["down"]["kernel"][[0, 2, 3, 7]] = 0
+        params[f"layers_{i}"]["attention"]["out"]["kernel"][:8] = 0  # the first two heads
+    source = source._replace(params=params)
+    units = source.model.config.hidden - 4
+    heads = {"heads": 2, "key_heads": 1} if config is PHI3 else {}  # GPT-2's fill the width
+    narrow, kept = pruning.narrow(source, hidden=units, **heads)
+    assert narrow.params.keys() == params.keys() and kept.hidden.shape == (2, units)
+    attention = narrow.params["layers_0"]["attention"]
+    assert attention["qkv"]["kernel"].shape == (16, 16 if heads else 48)
+    np.testing.assert_allclose(logits(narrow), logits(source), atol=1e-5)
+    decoders.save(tmp_path / "n", narrow.params, narrow.rules, config=narrow.config)
+    np.testing.assert_array_equal(logits(decoders.load(tmp_path / "n")), logits(narrow))
+    if config is GPT2:
+        with pytest.raises(ValueError, match="of a 'gpt2' model cannot say"):
+            pruning.narrow(source, heads=2)
+        both, _ = pruning.narrow(source, heads=2, width=8)
+        assert both.params["layers_0"]["attention"]["qkv"]["bias"].shape == (24,)
+        assert both.config["n_head"] == 2 and both.config["n_embd"] == 8
+
+
 @pytest.mark.parametrize("tokens", [None, TOKENS], ids=["by weights", "by activations"])
 def test_silent_channels_are_dropped(tokens: Any):
     source = wide(channels=[0, 7, 8, 15])

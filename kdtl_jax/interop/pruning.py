@@ -7,7 +7,7 @@ Layers are dropped by `decoders.student`; both together give a student of any sm
 starts from its teacher.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,12 +23,13 @@ from kdtl_jax.models import DecoderConfig
 
 # Normalizations of a decoder's layer.
 NORMS = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm")
-KEYS = {  # names of a size in config.json, the first that is there
+KEYS = {  # names of a size in config.json, the first that the family reads
     "width": ("hidden_size", "n_embd"),
     "heads": ("num_attention_heads", "n_head"),
     "key_heads": ("num_key_value_heads",),
     "hidden": ("intermediate_size", "n_inner"),
 }
+FUSED = {"qkv": ("query", "key", "value"), "gate_up": ("gate", "up")}
 
 
 class Kept(NamedTuple):
@@ -83,17 +84,15 @@ def narrow(
       The decoder and what was kept of the wide one.
 
     Raises:
-      ValueError: if a size is larger than the source's or does not divide, if the source has fused
-        matrices, or its config.json cannot say the shape (GPT-2's heads share the width; Llama's
-        width is a multiple of its heads).
+      ValueError: if a size is larger than the source's or does not divide, or its config.json
+        cannot say the shape (GPT-2's heads share the width; Llama's width is a multiple of its
+        heads).
 
     References:
       Muralidharan et al., Compact Language Models via Pruning and Knowledge Distillation, 2024
       (2407.14679), Minitron, whose importances are all of activations.
     """
     whole = source.model.config
-    if whole.fuses_qkv or whole.fuses_gate:
-        raise ValueError("a decoder with fused matrices cannot be narrowed; take its layers apart.")
     if key_heads is None:
         key_heads = whole.key_heads if heads is None else min(whole.key_heads, heads)
     given = {"width": width, "heads": heads, "key_heads": key_heads, "hidden": hidden}
@@ -116,8 +115,9 @@ def narrow(
             f"{whole.head_width}."
         )
     _hf_decoders.check_heads(config)
-    kept = _chosen(source, asked, tokens)
-    params = _narrowed(source.params, whole, kept)
+    apart = _apart(source.params, whole)
+    kept = _chosen(source, apart, asked, tokens)
+    params = _fused(_narrowed(apart, whole, kept), whole)
     model = models.decoder(built._replace(is_tied=whole.is_tied))
     target = jax.eval_shape(model.init, jax.random.key(0))
     _, report = transforms.transfer(params, target)
@@ -125,27 +125,77 @@ def narrow(
 
 
 def _config(config: dict[str, Any], asked: dict[str, int], whole: DecoderConfig) -> dict[str, Any]:
-    new = dict(config)
-    for name, keys in KEYS.items():
-        key = next((key for key in keys if key in new), None)
-        if key is not None and (new[key] is not None or asked[name] != getattr(whole, name)):
+    new, read = dict(config), _hf_decoders.FAMILIES[config["model_type"]].reads
+    keys = {name: next((k for k in of if k in read), None) for name, of in KEYS.items()}
+    for name, key in keys.items():
+        if key and (new.get(key) is not None or asked[name] != getattr(whole, name)):
             new[key] = asked[name]
-        elif key is None and asked[name] != getattr(whole, name):
-            new[keys[0]] = asked[name]
     if asked["width"] != asked["heads"] * whole.head_width or "head_dim" in new:
-        new["head_dim"] = whole.head_width
+        new |= {"head_dim": whole.head_width} if "head_dim" in read else {}
+    built = _hf_decoders.decoder(new)[0]
+    for name, key in keys.items():  # a default that follows from another size
+        if key and getattr(built, name) != asked[name]:
+            new[key] = asked[name]
     return new
 
 
-def _chosen(source: PretrainedDecoder, asked: dict[str, int], tokens: Array | None) -> Kept:
-    """The most important, ascending; groups of heads first, then heads within their group."""
-    whole, params = source.model.config, source.params
+def _apart(params: Params, whole: DecoderConfig) -> Params:
+    """The parameters with query, key and value, gate and up as matrices of their own."""
+    q, kv = whole.heads * whole.head_width, whole.key_heads * whole.head_width
+    cuts = {"qkv": (q, q + kv), "gate_up": (whole.hidden,)}
+
+    def split(part: Params) -> Params:
+        out = {name: weights for name, weights in part.items() if name not in FUSED}
+        for name in FUSED.keys() & part.keys():
+            pieces = {k: jnp.split(x, cuts[name], axis=-1) for k, x in part[name].items()}
+            for i, own in enumerate(FUSED[name]):
+                out[own] = {k: each[i] for k, each in pieces.items()}
+        return out
+
+    return _over_parts(params, split)
+
+
+def _fused(params: Params, whole: DecoderConfig) -> Params:
+    """The inverse of `_apart`."""
+    names = {"qkv": whole.fuses_qkv, "gate_up": whole.fuses_gate}
+
+    def joined(part: Params) -> Params:
+        out = dict(part)
+        for name in [name for name, is_fused in names.items() if is_fused]:
+            if not out.keys() >= set(FUSED[name]):
+                continue
+            pieces = [out.pop(own) for own in FUSED[name]]
+            out[name] = {
+                k: jnp.concatenate([each[k] for each in pieces], axis=-1) for k in pieces[0]
+            }
+        return out
+
+    return _over_parts(params, joined)
+
+
+def _over_parts(params: Params, change: Callable[[Params], Params]) -> Params:
+    return {
+        name: {n: change(x) if n in ("attention", "mlp") else x for n, x in part.items()}
+        if name.startswith("layers_")
+        else part
+        for name, part in params.items()
+    }
+
+
+def _chosen(
+    source: PretrainedDecoder, params: Params, asked: dict[str, int], tokens: Array | None
+) -> Kept:
+    """The most important, ascending; groups of heads first, then heads within their group.
+
+    `params` are the source's with fused matrices apart.
+    """
+    whole = source.model.config
     rows: dict[str, list[np.ndarray]] = {"heads": [], "key_heads": [], "hidden": []}
     whole_sum, kept_sum = dict.fromkeys(rows, 0.0), dict.fromkeys(rows, 0.0)
     per = whole.heads // whole.key_heads
     if tokens is None:
         layers = [_of_weights(whole, params[f"layers_{i}"]) for i in range(whole.layers)]
-        channels = _channels(source)
+        channels = _channels(params, whole.layers)
     else:
         layers, channels = _of_text(source, tokens)
     for each, units in layers:
@@ -207,11 +257,11 @@ def _of_text(
     return list(zip(each[::2], each[1::2], strict=True)), channels
 
 
-def _channels(source: PretrainedDecoder) -> np.ndarray:
+def _channels(params: Params, layers: int) -> np.ndarray:
     """Importance of every channel by its weights, `[width]`."""
-    squares = _norm(source.params["tokens"]["embedding"], 1) ** 2
-    for i in range(source.model.config.layers):
-        layer = source.params[f"layers_{i}"]
+    squares = _norm(params["tokens"]["embedding"], 1) ** 2
+    for i in range(layers):
+        layer = params[f"layers_{i}"]
         for part in ("attention", "mlp"):
             for name, weights in layer[part].items():
                 if "kernel" in weights:
