@@ -87,6 +87,8 @@ def test_what_changes_outputs_and_is_not_built_is_refused(
 
 def test_harmless_keys_and_empty_values_pass(tmp_path: Path):
     more = {"temperature": 0.7, "finetuning_task": "sst2", "pruned_heads": {}, "future": None}
+    more |= {"tie_weights_": True, "sbert_ce_default_activation_function": "x.Identity"}
+    more |= {"sentence_transformers": {"activation_fn": "x.Identity"}, "unsloth_fixed": True}
     source = huggingface.load(
         edited(FOLDERS / "bert", tmp_path, gradient_checkpointing=True, **more)
     )
@@ -111,6 +113,8 @@ def test_missing_keys_mean_what_transformers_takes_them_for(tmp_path: Path):
         ("distilbert_tokens", "dropout", "logits"),
         ("vit", "attention_probs_dropout_prob", "last_hidden"),
         ("vit", "hidden_dropout_prob", "last_hidden"),
+        ("dinov2_classifier", "drop_path_rate", "last_hidden"),
+        ("convnext", "drop_path_rate", "last_hidden"),
     ],
 )
 def test_every_dropout_of_the_config_drops_in_training(
@@ -121,7 +125,9 @@ def test_every_dropout_of_the_config_drops_in_training(
     )
     rates = {k: v for k, v in rates.items() if "summary" not in k}
     source = huggingface.load(edited(FOLDERS / family, tmp_path, **rates | {key: 0.9}))
-    inputs = jnp.ones((1, 16, 16, 3)) if family == "vit" else TOKENS
+    sides = {"vit": 16, "convnext": 16, "dinov2_classifier": 8}
+    side = sides.get(family)
+    inputs = TOKENS if side is None else jnp.ones((1, side, side, 3))
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         plain = source.model(source.params, None, inputs)[0][output]
         key_ = jax.random.key(0)

@@ -45,7 +45,7 @@ HARMLESS = frozenset(
     initializer_range initializer_factor initializer_cutoff_factor init_std
     id2label label2id num_labels _num_labels problem_type finetuning_task task_specific_params
     bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
-    decoder_start_token_id tokenizer_class prefix
+    decoder_start_token_id tokenizer_class prefix tie_word_embeddings
     output_attentions output_hidden_states output_scores return_dict return_dict_in_generate
     chunk_size_feed_forward is_encoder_decoder tie_encoder_decoder cross_attention_hidden_size
     max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups
@@ -55,8 +55,13 @@ HARMLESS = frozenset(
     begin_suppress_tokens exponential_decay_length_penalty
     directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
     pooler_size_per_head pooler_type
+    tie_weights_ sentence_transformers sbert_ce_default_activation_function
+    transformers.js_config unsloth_fixed unsloth_version
+    is_llama_config max_sequence_length
     """.split()
 )
+# Parts of other models, which some configs list as absent.
+_OFF = ("is_decoder", "add_cross_attention")
 
 
 def read(config: Config, fields: Sequence[Field], harmless: str, limits: Limits) -> dict[str, Any]:
@@ -76,6 +81,7 @@ def read(config: Config, fields: Sequence[Field], harmless: str, limits: Limits)
         except ValueError as expected:
             raise ValueError(f"config.json: {key} = {_text.quoted(value)}; {expected}.") from None
     known = HARMLESS | out.keys() | set(harmless.split())
+    known |= {key for key in _OFF if config.get(key) is False}
     empty = (None, {}, [])  # as `pruned_heads` and `quantization_config` say nothing
     strange = [k for k in config if k not in known and not any(config[k] == e for e in empty)]
     if strange:
@@ -114,9 +120,9 @@ def count(key: str, default: Any = REQUIRED, *, least: int = 1, most: int | None
     return Field(key, check, default)
 
 
-def layers(key: str) -> Field:
+def layers(key: str, default: Any = REQUIRED) -> Field:
     """A number of layers: each has at least one tensor."""
-    return Field(key, lambda value, limits: _integer(value, 1, limits.tensors))
+    return Field(key, lambda value, limits: _integer(value, 1, limits.tensors), default)
 
 
 def counts(key: str, *, of_layers: bool = False) -> Field:

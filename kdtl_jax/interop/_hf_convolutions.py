@@ -11,6 +11,7 @@ from kdtl_jax.interop._hf_config import (
     epsilon,
     flag,
     number,
+    share,
     sides,
 )
 from kdtl_jax.interop._hf_family import Family, Found, dense, norm
@@ -89,6 +90,7 @@ def _convnext(v: dict[str, Any], found: Found) -> models.ConvNext:
         activation=v["hidden_act"],
         norm_epsilon=v["layer_norm_eps"],
         has_scale=v["layer_scale_init_value"] > 0,
+        drop_path=v["drop_path_rate"],
     )
 
 
@@ -106,7 +108,7 @@ convnext = Family(
         activation("hidden_act", "gelu"),
         epsilon("layer_norm_eps", 1e-12),
         number("layer_scale_init_value", 1e-6, zero=True),
-        choice("drop_path_rate", 0.0, 0),
+        share("drop_path_rate", 0.0),
     ),
     (
         *dense("embeddings.patch_embeddings", "stem", conv2d),

@@ -5,6 +5,7 @@ a certain value. A key that is neither read nor known to change no output is ref
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -64,7 +65,9 @@ def decoder(config: Config) -> tuple[DecoderConfig, tuple[Rule, ...]]:
             f"{', '.join(sorted(FAMILIES))}."
         )
     family = FAMILIES[name]
-    unknown = sorted(map(str, config.keys() - family.reads - family.requires.keys() - _HARMLESS))
+    known = family.reads | family.requires.keys() | _HARMLESS
+    said = {key for key, value in config.items() if not any(value == e for e in (None, {}, []))}
+    unknown = sorted(map(str, said - known))
     if unknown:
         raise ValueError(
             f"config.json of a {name!r} model has keys that are not understood here: "
@@ -236,7 +239,14 @@ def _gemma3(config: Config) -> DecoderConfig:
     )
 
 
+# Code that lay beside the first weights and that transformers took over.
+_PHI3_CODE = re.compile(r"(.+--)?(configuration_phi3\.Phi3Config|modeling_phi3\.Phi3ForCausalLM)")
+
+
 def _phi3(config: Config) -> DecoderConfig:
+    code = config.get("auto_map") or {}
+    if not all(_PHI3_CODE.fullmatch(str(name)) for name in code.values()):
+        raise ValueError(f"config.json: auto_map = {_text.shown(code)} names code of its own.")
     return _common(
         config,
         windows=windows(config, _layers(config), lambda i: True, None),
@@ -298,7 +308,10 @@ FAMILIES: Mapping[str, Family] = {
     "llama": Family(_common, llama_rules, _keys("hidden_act mlp_bias")),
     "mistral": Family(_mistral, llama_rules, _keys("hidden_act " + _windowed)),
     "qwen2": Family(
-        _qwen2, llama_rules, _keys("hidden_act use_sliding_window max_window_layers " + _windowed)
+        _qwen2,
+        llama_rules,
+        _keys("hidden_act use_sliding_window max_window_layers " + _windowed),
+        {"use_mrope": (False,)},
     ),
     "qwen3": Family(
         _qwen3,
@@ -339,8 +352,18 @@ FAMILIES: Mapping[str, Family] = {
     "phi3": Family(
         _phi3,
         (*outside, *fused, *down, *pre_norms),
-        _keys("hidden_act partial_rotary_factor original_max_position_embeddings sliding_window"),
-        {"layer_types": (None,)},  # all layers have the window
+        _keys(
+            "hidden_act partial_rotary_factor original_max_position_embeddings sliding_window "
+            "auto_map"
+        ),
+        # All layers have the window; the rest is of code that lay beside the first weights.
+        {
+            "layer_types": (None,),
+            "mlp_bias": (False,),
+            "lm_head_bias": (False,),
+            "full_attn_mod": (1,),
+            "interpolate_factor": (1,),
+        },
     ),
     "olmo2": Family(
         _olmo2,

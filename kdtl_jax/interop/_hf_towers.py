@@ -4,21 +4,34 @@ from collections.abc import Mapping
 from typing import Any
 
 from kdtl_jax import _text, models
-from kdtl_jax.interop._hf_config import activation, count, epsilon, layers, share
+from kdtl_jax.interop._hf_config import (
+    Field,
+    activation,
+    count,
+    epsilon,
+    layers,
+    optional,
+    share,
+)
 from kdtl_jax.interop._hf_encoders import check_heads, tokens
 from kdtl_jax.interop._hf_family import Family, Found, Head, dense, embedding, norm
 from kdtl_jax.interop._hf_vision import tower_layers
 from kdtl_jax.interop.naming import Rule, linear
 
-_FIELDS = (
-    count("vocab_size"),
-    count("hidden_size"),
-    layers("num_hidden_layers"),
-    count("num_attention_heads"),
-    count("intermediate_size"),
-    count("max_position_embeddings"),
-    share("attention_dropout", 0.0),
-)
+
+def _fields(vocabulary: int, width: int, positions: int) -> tuple[Field, ...]:
+    """Sizes of a text tower; a config within another leaves out those of the base model."""
+    return (
+        count("vocab_size", vocabulary),
+        count("hidden_size", width),
+        layers("num_hidden_layers", 12),
+        count("num_attention_heads", width // 64),
+        count("intermediate_size", 4 * width),
+        count("max_position_embeddings", positions),
+        share("attention_dropout", 0.0),
+    )
+
+
 _BODY = (
     *embedding("embeddings.token_embedding", "tokens"),
     *embedding("embeddings.position_embedding", "positions"),
@@ -59,7 +72,7 @@ clip_text = Family(
     "CLIPTextModel",
     "text_model.",
     (
-        *_FIELDS,
+        *_fields(49408, 512, 77),
         activation("hidden_act", "quick_gelu"),
         epsilon("layer_norm_eps", 1e-5),
         count("eos_token_id", 49407, least=0, most=2**31 - 1),
@@ -74,7 +87,7 @@ clip_text = Family(
             (Rule("text_projection.weight", "projection/kernel", linear),),
         ),
     ),
-    harmless="projection_dim",
+    harmless="projection_dim dropout",
     buffers=_BUFFERS,
     depth="num_hidden_layers",
     sides=_SIDES,
@@ -82,7 +95,8 @@ clip_text = Family(
 
 
 def _siglip(v: dict[str, Any], found: Found) -> models.SiglipText:
-    return models.SiglipText(**_shared(v), projection=v["projection_size"])
+    projection = v["hidden_size"] if v["projection_size"] is None else v["projection_size"]
+    return models.SiglipText(**_shared(v), projection=projection)
 
 
 siglip_text = Family(
@@ -90,10 +104,10 @@ siglip_text = Family(
     "SiglipTextModel",
     "text_model.",
     (
-        *_FIELDS,
+        *_fields(32000, 768, 64),
         activation("hidden_act", "gelu_pytorch_tanh"),
         epsilon("layer_norm_eps", 1e-6),
-        count("projection_size"),
+        optional(count("projection_size")),
     ),
     (*_BODY, *dense("head", "pooler")),
     _siglip,

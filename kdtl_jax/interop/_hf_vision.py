@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from kdtl_jax import models
 from kdtl_jax.interop._hf_config import (
+    Field,
     activation,
-    choice,
     count,
     epsilon,
     flag,
@@ -187,6 +187,7 @@ def _dinov2(v: dict[str, Any], found: Found) -> models.Dinov2:
         dropout=v["hidden_dropout_prob"],
         attention_dropout=v["attention_probs_dropout_prob"],
         registers=v.get("num_register_tokens", 0),
+        drop_path=v["drop_path_rate"],
     )
 
 
@@ -202,7 +203,7 @@ dinov2 = Family(
         flag("qkv_bias", True),
         flag("use_swiglu_ffn", False),
         share("hidden_dropout_prob", 0.0),
-        choice("drop_path_rate", 0.0, 0),
+        share("drop_path_rate", 0.0),
     ),
     (
         *vit_embeddings,
@@ -220,9 +221,10 @@ dinov2 = Family(
     _dinov2,
     image,
     heads=(image_head("Dinov2ForImageClassification"),),
-    # These initialize, mask in pretraining, or say which feature maps a backbone returns.
+    # These initialize, mask in pretraining, resize positions for other images (refused here), or
+    # say which feature maps a backbone returns.
     harmless="layerscale_value use_mask_token apply_layernorm reshape_hidden_states "
-    "out_features out_indices stage_names",
+    "interpolate_antialias interpolate_offset out_features out_indices stage_names",
     other_heads=(r"(.*\.)?embeddings\.mask_token", r"classifier\..*"),
     depth="num_hidden_layers",
     by_layers=("out_features", "out_indices", "stage_names"),
@@ -257,11 +259,20 @@ _tower_body = (
     *tower_layers,
     *norm("post_layernorm", "norm"),
 )
-_TOWER_FIELDS = (
-    *(field for field in PATCH_FIELDS if field.key != "attention_probs_dropout_prob"),
-    count("intermediate_size"),
-    share("attention_dropout", 0.0),
-)
+
+
+def _tower_fields(patch: int) -> tuple[Field, ...]:
+    """Sizes of an image tower; a config within another leaves out those of the base model."""
+    return (
+        count("hidden_size", 768),
+        layers("num_hidden_layers", 12),
+        count("num_attention_heads", 12),
+        sides("image_size", 224),
+        sides("patch_size", patch),
+        count("num_channels", 3),
+        count("intermediate_size", 3072),
+        share("attention_dropout", 0.0),
+    )
 
 
 def _tower_of(v: dict[str, Any]) -> dict[str, Any]:
@@ -278,7 +289,7 @@ clip_vision = Family(
     ("clip_vision_model",),
     "CLIPVisionModel",
     "vision_model.",
-    (*_TOWER_FIELDS, activation("hidden_act", "quick_gelu"), epsilon("layer_norm_eps", 1e-5)),
+    (*_tower_fields(32), activation("hidden_act", "quick_gelu"), epsilon("layer_norm_eps", 1e-5)),
     (
         Rule("embeddings.class_embedding", "embeddings/cls"),
         *_tower_body,
@@ -293,7 +304,7 @@ clip_vision = Family(
             (Rule("visual_projection.weight", "projection/kernel", linear),),
         ),
     ),
-    harmless="projection_dim",
+    harmless="projection_dim dropout",  # which nothing reads
     buffers=(r"(.*\.)?embeddings\.position_ids",),
     depth="num_hidden_layers",
     sides={"intermediate_size": ("layers_0/mlp/up/kernel", 1)},
@@ -309,7 +320,7 @@ siglip_vision = Family(
     "SiglipVisionModel",
     "vision_model.",
     (
-        *_TOWER_FIELDS,
+        *_tower_fields(16),
         activation("hidden_act", "gelu_pytorch_tanh"),
         epsilon("layer_norm_eps", 1e-6),
         flag("vision_use_head", True),

@@ -157,12 +157,14 @@ class Dinov2Layer(nn.Module):
     qkv_bias: bool
     dropout: float
     attention_dropout: float
+    drop_path: float
 
     @nn.compact
     def __call__(self, x: Array, train: bool, where: Array | None = None) -> Array:
         def scaled(name: str, y: Array) -> Array:
             shape = (x.shape[-1],)
-            return y * self.param(name, nn.initializers.ones_init(), shape)[None, None]
+            y = y * self.param(name, nn.initializers.ones_init(), shape)[None, None]
+            return nn.Dropout(self.drop_path, (1, 2), deterministic=not train)(y)
 
         attention = SelfAttention(
             self.heads, use_bias=self.qkv_bias, dropout=self.attention_dropout, name="attention"
@@ -182,7 +184,8 @@ class Dinov2(nn.Module):
     """DINOv2: a ViT with scaled branches; its classifier reads the class token and the mean patch.
 
     Inputs and outputs as `ViT`; `pooled` is the class token after the last norm. `registers` tokens
-    without positions stand between the class token and the patches.
+    without positions stand between the class token and the patches. In training each branch is left
+    out for a share `drop_path` of the images.
     """
 
     width: int
@@ -200,6 +203,7 @@ class Dinov2(nn.Module):
     grid: tuple[int, int] | None = None
     unseen: tuple[int, int] = (0, 0)
     registers: int = 0
+    drop_path: float = 0.0
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool = False) -> dict[str, Array]:
@@ -221,6 +225,7 @@ class Dinov2(nn.Module):
             self.qkv_bias,
             self.dropout,
             self.attention_dropout,
+            self.drop_path,
         )
         x = layer_norm(self.norm_epsilon, "norm")(in_turn(layer, self.layers, x, train))
         outputs = {"last_hidden": x, "pooled": x[:, 0]}
