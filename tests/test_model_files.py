@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax import Array
 
 from kdtl_jax import methods, models
 from kdtl_jax._types import Variables
 from kdtl_jax.datasets import Preprocessing, Standardizer
 from kdtl_jax.interop import model_files, networks, safetensors
+from kdtl_jax.interop import nnx as from_nnx
 from kdtl_jax.interop.model_files import About, Connected
 
 RNG = np.random.default_rng(0)
@@ -138,3 +141,31 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     model_files.save(tmp_path / "x.safetensors", made("mlp:7")[1], ABOUT, {})
     with pytest.raises(ValueError, match=r"x\.safetensors: .*dense_0/kernel.* this model"):
         model_files.load(tmp_path / "x.safetensors")
+
+
+class Module(nnx.Module):
+    """With parameters, batch statistics and a random stream."""
+
+    def __init__(self, classes: int, *, rngs: nnx.Rngs, drops: bool = True) -> None:
+        self.norm = nnx.BatchNorm(3, rngs=rngs) if drops else None
+        self.drop = nnx.Dropout(0.5, rngs=rngs) if drops else None
+        self.head = nnx.Linear(3, classes, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        if self.norm is not None and self.drop is not None:
+            x = self.drop(self.norm(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("drops", [True, False], ids=["with state", "without"])
+def test_what_the_adapter_of_nnx_returns_is_written_and_read(drops: bool, tmp_path: Path) -> None:
+    def build(classes: int, *, rngs: nnx.Rngs) -> Module:
+        return Module(classes, rngs=rngs, drops=drops)
+
+    model, params, state = from_nnx.model(build(2, rngs=nnx.Rngs(0)))
+    inputs = np.arange(12, dtype=np.float32).reshape(4, 3)
+    about = About(model="mine.py:build", classes=2, shape=(3,))
+    model_files.save(tmp_path / "a.safetensors", Variables(params, state), about, {})
+    predicted = model_files.load(tmp_path / "a.safetensors", model=build).predict(inputs)
+    expected = model(params, state, jnp.asarray(inputs))[0]["logits"]
+    np.testing.assert_allclose(predicted, expected, rtol=1e-5)

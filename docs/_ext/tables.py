@@ -183,9 +183,13 @@ the run of such a folder; `--list` shows the methods of a command that has sever
 
 def command_page(name: str, summary: str, module: Any) -> str:
     """One command: examples, then its flags by group."""
-    about = re.sub(
-        r"```text\nkdtl .*?```\n*", "", reference.markdown(module.__doc__ or ""), flags=re.DOTALL
-    )
+    examples = _one_line(module.EXAMPLES)
+
+    def kept(block: re.Match[str]) -> str:  # commands that are not among the examples
+        return "" if _one_line(block[1]) in examples else block[0]
+
+    said = reference.markdown(module.__doc__ or "")
+    about = re.sub(r"```text\n(kdtl .*?)```\n*", kept, said, flags=re.DOTALL)
     parts = [f"# kdtl {name}", f"{summary[0].upper()}{summary[1:]}.", about]
     parts.append(f"```text\n{inspect.cleandoc(module.EXAMPLES)}\n```")
     groups: dict[str, list[Any]] = {}
@@ -196,6 +200,10 @@ def command_page(name: str, summary: str, module: Any) -> str:
         lines = ["| Flag | What it is | Default |", "|---|---|---|", *map(_flag, fields)]
         parts.append("\n".join(lines))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _one_line(commands: str) -> str:
+    return " ".join(commands.replace("\\\n", " ").split())
 
 
 def _flag(field: Any) -> str:

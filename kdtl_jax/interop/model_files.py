@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 
 from kdtl_jax import _text, datasets, methods, models
@@ -132,7 +133,7 @@ def save(
 
     Args:
       path: the file; replaced atomically.
-      variables: of the model.
+      variables: of the model, as its adapter or a train state has them.
       about: what it is.
       more: other metadata, such as `{"method": "kd", "seed": "0"}`.
       connected: for methods with `Method.predict`.
@@ -159,9 +160,10 @@ def save(
 
 def tree(variables: Variables) -> PyTree:
     """What a safetensors file of a model holds: parameters, or all collections by name."""
-    if variables.model_state is None:
-        return variables.params
-    return {"params": variables.params, **variables.model_state}
+    state = variables.model_state
+    if isinstance(state, nnx.State) or not isinstance(state, Mapping):  # of NNX and Equinox
+        state = own.stored(state)
+    return variables.params if state is None else {"params": variables.params, **state}
 
 
 def as_variables(found: PyTree, template: Variables) -> Variables:

@@ -236,7 +236,7 @@ def _of_nnx(made: Any, build: Callable[[Array], Any]) -> Network:
 
     def start(key: Array, inputs: Any) -> Variables:
         _, params, rest = nnx.split(build(key), nnx.Param, ...)
-        return Variables(params, _stored(rest))
+        return Variables(params, stored(rest))
 
     return Network(start, _with_state(inner.apply, inner.model_state), methods.Layout(()))
 
@@ -253,12 +253,12 @@ def _of_equinox(made: Any, build: Callable[[Array], Any]) -> Network:
         new = build(key)
         own, first = new if isinstance(new, tuple) else (new, None)
         params, _ = eqx.partition(own, eqx.is_inexact_array)
-        return Variables(params, _stored(first))
+        return Variables(params, stored(first))
 
     return Network(start, _with_state(inner.apply, inner.model_state), methods.Layout(()))
 
 
-def _stored(state: Any) -> PyTree:
+def stored(state: Any) -> PyTree:
     """A framework's state as a collection that files hold: random keys as their numbers."""
     if not jax.tree.leaves(state):
         return None
@@ -266,7 +266,7 @@ def _stored(state: Any) -> PyTree:
 
 
 def _with_state(apply: ModelFn, like: Any) -> ModelFn:
-    """The model function with its state as `_stored` keeps it."""
+    """The model function with its state as `stored` keeps it."""
     empty = not jax.tree.leaves(like)
 
     def run(
@@ -289,7 +289,7 @@ def _with_state(apply: ModelFn, like: Any) -> ModelFn:
                 model_state["state"],
             )
         outputs, new = apply(params, state, inputs, key=key, train=train)
-        return outputs, None if empty else _stored(new)
+        return outputs, None if empty else stored(new)
 
     return run
 

@@ -45,8 +45,8 @@ class Conv3x3(nn.Module):
 
     While training on a CPU it runs as patches times kernel. XLA compiles convolution gradients
     slowly there, and without their threads inside a loop: at few channels the matrix product takes
-    0.7 to 0.9 times the time per step, and a quarter of it in a scan or a vmapped sweep. Forward
-    alone, and on every other back end, the convolution itself is faster.
+    less time per step (`python benchmarks/step_time.py`), in a scan or a vmapped sweep far less.
+    Forward alone, and on every other back end, the convolution itself is faster.
     """
 
     channels: int

@@ -1,7 +1,8 @@
 """The four foundation methods and KD on the built-in UCI digits.
 
 On two cores of a virtual AMD EPYC (jax 0.10.2): 42.1 s the first time, 19.9 s with its programs in
-the compilation cache.
+the compilation cache. Students have 1,482 parameters, their teacher 17,226; distillation takes 10
+seeds, transfer 16.
 
 Distillation: one teacher per seed is trained on all 899 images. Its small student gets ten per
 class, drawn anew for every seed, and the teacher's outputs on those images; no unlabeled data is

@@ -34,7 +34,7 @@ Check = Callable[[Subject], Iterator[str]]  # yields a line for every failure
 
 
 def compiled(fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-    """Compiled for the arguments' shapes; on CPU without optimization, which is 3x as quick."""
+    """Compiled for the arguments' shapes; on CPU without optimization, which is quicker."""
     lowered = jax.jit(fn).lower(*args)
     if jax.default_backend() != "cpu":
         return lowered.compile()

@@ -50,8 +50,8 @@ def step_path(step: Step, state: TrainState, batch: Batch, teacher_params: Any =
     """`"scan"` or `"steps"`: how to run many of these steps on this back end.
 
     Inside a while-loop XLA's CPU back end compiles convolutions without their threaded kernels,
-    and an epoch runs more than twice as slow as its single steps. There, and only there, a step
-    with convolutions is called batch by batch. Decided by tracing (`batch` may be abstract),
+    and an epoch takes longer than its single steps. There, and only there, a step with
+    convolutions is called batch by batch. Decided by tracing (`batch` may be abstract),
     without running anything, so that a resumed run takes the same path.
     """
     if jax.default_backend() != "cpu":
