@@ -118,6 +118,7 @@ def is_bool_tree(where: Selector) -> bool:
     """
     if isinstance(where, (str, Glob)):
         return False
+    _check_is_no_filter(where)
     leaves, treedef = jax.tree.flatten(where)
     is_node = not jax.tree_util.treedef_is_leaf(treedef)
     bools = bool(leaves) and all(isinstance(leaf, (bool, np.bool_)) for leaf in leaves)
@@ -128,6 +129,20 @@ def is_bool_tree(where: Selector) -> bool:
     raise ValueError(
         "expected a regex string, Glob, (path, leaf) -> bool or a tree of Python "
         f"bools, got {type(where).__name__}. Combine several with any_of(...)."
+    )
+
+
+def _check_is_no_filter(where: Any) -> None:
+    """Flax NNX's filters are also functions of two arguments, but of a tuple and a Variable."""
+    if isinstance(where, type):
+        what = f"the class {where.__name__}"
+    elif type(where).__module__ == "flax.nnx.filterlib":
+        what = f"Flax NNX's filter {where}"
+    else:
+        return
+    raise ValueError(
+        f"{what} is no selector: paths are text here. Write a regular expression of whole paths, "
+        "such as 'conv/.*' for nnx.PathContains('conv') at the top, or (path, leaf) -> bool."
     )
 
 

@@ -54,6 +54,12 @@ def test_taps_take_tuples_apart_and_leave_sown_arrays_whole() -> None:
         np.testing.assert_array_equal(outputs["pair/last"], X)
 
 
+def test_one_tap_needs_no_list() -> None:
+    one: Any = "pair/0"
+    outputs = linen.model(Outer(), taps=one).apply({}, None, X)[0]
+    assert set(outputs) == {"logits", "pair/0"}
+
+
 def test_a_plain_function_is_a_model_function() -> None:
     model = interop.function(lambda params, x: x @ params["w"])
     outputs, state = model({"w": jnp.ones((4, 2))}, None, X, key=None, train=True)

@@ -70,6 +70,18 @@ def refusal(build: Any, setup: Setup) -> str | None:
     return next(entry for entry in methods.table() if entry.build is build).applies(setup)
 
 
+def test_layers_may_be_a_mapping() -> None:
+    given: Any = {"f1": "f2"}
+    assert made(params(2, 6, 3), params(2, 7, 5, 3), layers=given).pairs == (("f1", "f2"),)
+
+
+def test_weights_that_change_say_how() -> None:
+    setup = made(params(2, 6, 3), params(2, 6, 3), steps=240)
+    assert "0 to 1 over 20 steps" in repr(methods.dkd(setup).weights["tckd"])
+    assert "600, after 150 steps down to 0 at 240" in repr(methods.wkd_l(setup).weights)
+    assert "1, after 27 steps 0" in repr(methods.ab(setup).weights)
+
+
 def test_what_does_not_fit_is_told() -> None:
     with pytest.raises(ValueError, match="student has 3 outputs, the data has 4 classes"):
         made(params(2, 6, 3), params(2, 6, 4))
@@ -77,6 +89,12 @@ def test_what_does_not_fit_is_told() -> None:
         made(params(2, 6, 4), params(2, 6, 3), classes=4)
     with pytest.raises(ValueError, match="teacher has no tap 'f4'. It has f1, f2, logits"):
         made(params(2, 6, 3), params(2, 7, 5, 3), layers=[("f1", "f4")])
+    for flat in ("f1", ["f1", "f2"], [("f1", "f2", "f3")]):
+        given: Any = flat
+        with pytest.raises(ValueError, match=r"pairs \(student tap, teacher tap\), got '?\(?'?f1"):
+            made(params(2, 6, 3), params(2, 6, 3), layers=given)
+    with pytest.raises(ValueError, match=r"before_activation=\{'f1': TAP\}"):
+        methods.ofd(made(params(2, 6, 3), params(2, 6, 3)))
     with pytest.raises(ValueError, match="student has no tap 'pooled'"):
         made(params(2, 6, 3), params(2, 6, 3), student_layout=Layout(("f1",), "pooled"))
     with pytest.raises(TypeError, match=r"teacher_variables must be Variables.*got dict"):

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from kdtl_jax._types import Variables
+from kdtl_jax.interop import equinox as from_equinox
 from kdtl_jax.interop import model_files, own
 from kdtl_jax.interop.model_files import About
 
@@ -61,6 +62,18 @@ class Equinox(eqx.Module):
 def test_arguments_of_init_are_filled_in_by_their_names(init: Any) -> None:
     net = own.network((init, lambda params, x: x @ params), classes=3, example=X[:1])
     assert net.init(jax.random.key(0), X[:1]).params.shape == (5, 3)
+
+
+def test_the_state_that_equinox_keeps_apart_goes_through_a_file(tmp_path: Path) -> None:
+    model = from_equinox.model(*with_statistics(3, jax.random.key(0)))
+    _, state = model.apply(model.params, model.model_state, X, train=True)
+    outputs, _ = model.apply(model.params, state, X)
+    about, path = About("my.py:Net", 3, shape=(5,)), tmp_path / "own.safetensors"
+    model_files.save(path, Variables(model.params, state), about, {"method": "kd"})
+    found = model_files.load(path, model=with_statistics).predict(X)
+    np.testing.assert_allclose(found, outputs["logits"], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="must say the model and its classes, got model=None"):
+        model_files.save(path, Variables(model.params, state), About(), {})
 
 
 class Pair:

@@ -278,6 +278,6 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     net = described("mlp:6")
     variables = jax.jit(lambda: net.init(jax.random.key(0), EXAMPLE))()
     bad = jax.tree.map(lambda x: x * jnp.float32(jnp.nan), variables)
-    model_files.save(tmp_path / "bad.safetensors", bad, About("mlp:6"), {})
+    model_files.save(tmp_path / "bad.safetensors", bad, About("mlp:6", 3), {})
     with pytest.raises(ValueError, match="not finite"):
         loaded(str(tmp_path / "bad.safetensors"), net)

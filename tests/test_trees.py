@@ -308,6 +308,16 @@ def test_nnx_variables_and_linen_boxes_add_nothing_to_a_path() -> None:
     assert list(trees.flatten(boxed)) == ["kernel", "value"]
 
 
+@pytest.mark.parametrize(
+    "where", [nnx.PathContains("q"), nnx.Not(nnx.PathContains("q")), nnx.Any("q"), nnx.Param]
+)
+def test_filters_of_nnx_are_no_selectors(where: Any) -> None:
+    """`PathContains` tests a tuple; of a path as text it finds parts of names, too."""
+    for selector in (lambda: where, lambda: any_of(where), lambda: none_of("k", where)):
+        with pytest.raises(ValueError, match="is no selector: paths are text here"):
+            trees.mask({"q": leaf(), "queue": leaf()}, selector())
+
+
 def test_equinox_fields_and_bool_modules() -> None:
     linear = equinox.nn.Linear(2, 3, key=jax.random.key(0))
     assert list(trees.flatten(linear)) == ["weight", "bias"]

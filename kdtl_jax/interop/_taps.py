@@ -29,13 +29,13 @@ def named(calls: Iterable[tuple[str, Sequence[Any]]]) -> dict[str, Array]:
 
 
 def select(taps: Sequence[str], found: dict[str, Array], hint: str = "") -> dict[str, Array]:
-    """What the taps match, each of them something.
+    """What the taps, or the one, match: each of them something.
 
     Raises:
       ValueError: for a tap that matches nothing, with the nearest paths.
     """
     chosen: dict[str, Array] = {}
-    for tap in taps:
+    for tap in [taps] if isinstance(taps, str) else taps:
         hits = {path: x for path, x in found.items() if re.fullmatch(tap, path)}
         if not hits:
             near = ", ".join(repr(path) for path in trees.nearest(tap, list(found), n=8))

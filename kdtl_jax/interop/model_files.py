@@ -134,10 +134,18 @@ def save(
     Args:
       path: the file; replaced atomically.
       variables: of the model, as its adapter or a train state has them.
-      about: what it is.
+      about: what it is; `load` needs its `model` and `classes`.
       more: other metadata, such as `{"method": "kd", "seed": "0"}`.
       connected: for methods with `Method.predict`.
+
+    Raises:
+      ValueError: if `about` does not say the model or its classes.
     """
+    if about.model is None or about.classes is None:
+        raise ValueError(
+            f"about must say the model and its classes, got model={about.model!r} and "
+            f"classes={about.classes!r}. Write About('my_model.py:Net', 10), say."
+        )
     known = {"model": about.model, "classes": about.classes}
     metadata = {name: str(value) for name, value in known.items() if value is not None}
     metadata["kind"] = PLAIN if connected is None else CONNECTED

@@ -190,12 +190,14 @@ def features_first(term: str, weight: float, setup: Setup) -> dict[str, Weight]:
 
     RepDistiller's two-stage methods train 30 epochs on features, then 240 on the labels.
     """
-    end = [max(round(30 / 270 * setup.steps), 1)]
-    off = optax.constant_schedule(0.0)
-    return {
-        "task": schedule(optax.join_schedules([off, optax.constant_schedule(1.0)], end)),
-        term: schedule(optax.join_schedules([optax.constant_schedule(weight), off], end)),
-    }
+    end = max(round(30 / 270 * setup.steps), 1)
+
+    def switched(before: float, after: float) -> Weight:
+        values = map(optax.constant_schedule, (before, after))
+        said = f"{before:g}, after {end} steps {after:g}"
+        return schedule(optax.join_schedules([*values], [end]), said)
+
+    return {"task": switched(0.0, 1.0), term: switched(weight, 0.0)}
 
 
 def halving(count: int) -> list[float]:
@@ -305,7 +307,9 @@ def ofd(setup: Setup) -> Method:
     missing = [t for s, t in _layers.every(setup) if (s, t) not in setup.before_activation]
     if missing:
         raise ValueError(
-            f"needs the teacher's features before the activation, not tapped for {missing}"
+            f"needs the teacher's features before the activation, not known for {missing}: give "
+            f"setup a teacher_layout with before_activation={{{missing[0]!r}: TAP}}, where TAP is "
+            "the tap of the same layer before its ReLU"
         )
 
     def loss(student: Array, teacher: Array, where: Array | None) -> Array:

@@ -107,18 +107,26 @@ def needs_teacher_head(setup: Setup) -> Head:
     return setup.teacher_head
 
 
-def schedule(made: optax.Schedule) -> Schedule:
-    """An optax schedule of a float step: its divisions pass strict promotion."""
-    return lambda step: jnp.asarray(made(jnp.asarray(step, jnp.float32)))
+def schedule(made: optax.Schedule, said: str) -> Schedule:
+    """An optax schedule of a float step (its divisions pass strict promotion), shown as `said`."""
+
+    def run(step: Array) -> Array:
+        return jnp.asarray(made(jnp.asarray(step, jnp.float32)))
+
+    run.__qualname__ = said  # what one sees who prints a method's weights
+    return run
 
 
 def warmed_up(weight: float, setup: Setup) -> Schedule:
     """0 to `weight` over the first 20 of 240 parts of the run, mdistiller's epochs."""
-    return schedule(optax.linear_schedule(0.0, weight, max(round(20 / 240 * setup.steps), 1)))
+    steps = max(round(20 / 240 * setup.steps), 1)
+    said = f"0 to {weight:g} over {steps} steps"
+    return schedule(optax.linear_schedule(0.0, weight, steps), said)
 
 
 def cooled_down(weight: float, setup: Setup) -> Schedule:
     """`weight`, and over the last 90 of 240 parts of the run down to 0 along a half cosine."""
     start = round(150 / 240 * setup.steps)
     decay = optax.cosine_decay_schedule(weight, max(setup.steps - start, 1))
-    return schedule(optax.join_schedules([optax.constant_schedule(weight), decay], [start]))
+    made = optax.join_schedules([optax.constant_schedule(weight), decay], [start])
+    return schedule(made, f"{weight:g}, after {start} steps down to 0 at {setup.steps}")

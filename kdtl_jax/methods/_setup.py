@@ -174,7 +174,7 @@ def setup(
             "give the heads two outputs."
         )
     matched = _from_the_end(student_layout.features, teacher_layout.features)
-    pairs = matched if layers is None else tuple((s, t) for s, t in layers)
+    pairs = matched if layers is None else _tap_pairs(layers)
     for name, taps, shapes in (
         ("student", [s for s, _ in pairs] + [student_layout.last], of_student),
         ("teacher", [t for _, t in pairs] + [teacher_layout.last], of_teacher),
@@ -289,6 +289,17 @@ def _check_taps(name: str, taps: Sequence[str], outputs: Shapes) -> None:
         if tap not in outputs:
             listed = ", ".join(sorted(outputs, key=trees.natural_key))
             raise ValueError(f"the {name} has no tap {tap!r}. It has {listed}.")
+
+
+def _tap_pairs(layers: Any) -> tuple[Pair, ...]:
+    pairs = layers.items() if isinstance(layers, Mapping) else layers
+    for pair in [pairs] if isinstance(pairs, str) else pairs:
+        if isinstance(pair, str) or len(pair) != 2:
+            raise ValueError(
+                f"layers must be pairs (student tap, teacher tap), got {pair!r}. Write "
+                "layers=[('stage2', 'stage2')], say."
+            )
+    return tuple((s, t) for s, t in pairs)
 
 
 def _from_the_end(student: Sequence[str], teacher: Sequence[str]) -> tuple[Pair, ...]:
