@@ -42,7 +42,7 @@ def methods_index() -> str:
     rows = "\n".join(
         f"| [{title}]({needs}.md) | {counts[needs]} |" for needs, title in NEEDS.items()
     )
-    tree = "\n".join([*NEEDS, "language", "../losses"])
+    tree = "\n".join([*NEEDS, "language"])
     return f"""# Methods
 
 A loss is an equation; a method is a paper: the terms it adds, the weights its authors used, the
