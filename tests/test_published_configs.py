@@ -18,6 +18,9 @@ def check(config: Config) -> None:
     if config["model_type"] in _hf_decoders.FAMILIES:
         built, _ = _hf_decoders.decoder(config)
         assert built.layers == config.get("num_hidden_layers", config.get("n_layer"))
+        ties = ("gpt2", "gemma", "gemma2", "gemma3_text", "smollm3")  # where nothing is said
+        default = config["model_type"] in ties
+        assert built.is_tied == config.get("tie_word_embeddings", default)
         return
     family = _hf_build.family_of(config)
     values = read(config, family.fields, family.harmless, Limits(1 << 20, 1 << 10))
@@ -62,3 +65,36 @@ def test_what_changes_outputs_is_refused(name: str, changes: Config, says: str) 
     config = {**CONFIGS[name], **changes}
     with pytest.raises(ValueError, match=says):
         check(_hf_towers.one_tower(config, "text")[0] if "clip" in name else config)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "means"),
+    [
+        ("Mistral-7B-v0.3", "num_key_value_heads", 8),
+        ("Qwen2.5-0.5B", "num_key_value_heads", 32),
+        ("Qwen3-0.6B", "num_key_value_heads", 32),
+        ("SmolLM3-3B", "num_key_value_heads", 4),
+        ("gemma-2b", "num_key_value_heads", 16),
+        ("gemma-2-2b", "num_key_value_heads", 4),
+        ("gemma-3-1b", "num_key_value_heads", 4),
+        ("gemma-2b", "head_dim", 256),
+        ("gemma-2-2b", "head_dim", 256),
+        ("gemma-3-1b", "head_dim", 256),
+        ("Qwen3-0.6B", "head_dim", 128),
+        ("Llama-3.2-1B", "num_key_value_heads", 32),
+        ("OLMo-2-1B", "num_key_value_heads", 16),
+    ],
+)
+def test_a_missing_size_is_transformers_default(name: str, key: str, means: int) -> None:
+    """transformers 5.24, read by `AutoConfig`; null means what the other sizes say."""
+    config = CONFIGS[name] | {"hidden_size": 2304, "num_attention_heads": 32 if means > 4 else 8}
+    config |= {"num_attention_heads": 16} if name == "OLMo-2-1B" else {}
+    config["head_dim"] = config.get("head_dim", 128)
+    missing = {k: v for k, v in config.items() if k != key}
+    built, _ = _hf_decoders.decoder(missing)
+    field = {"num_key_value_heads": "key_heads", "head_dim": "head_width"}[key]
+    assert getattr(built, field) == means
+    assert built == _hf_decoders.decoder(config | {key: means})[0]
+    if key == "num_key_value_heads":
+        built, _ = _hf_decoders.decoder(config | {key: None})
+        assert built.key_heads == config["num_attention_heads"]

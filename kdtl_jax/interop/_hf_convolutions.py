@@ -3,6 +3,7 @@
 from typing import Any
 
 from kdtl_jax import models
+from kdtl_jax.interop import _hf_sizes
 from kdtl_jax.interop._hf_config import (
     activation,
     choice,
@@ -77,6 +78,8 @@ resnet = Family(
     harmless="out_features out_indices stage_names",
     buffers=(r".*\.num_batches_tracked",),
     other_heads=(r"classifier\..*",),
+    by_layers=("out_features", "out_indices", "stage_names"),
+    sizes=_hf_sizes.stages,
 )
 
 
@@ -127,4 +130,6 @@ convnext = Family(
     heads=(image_head("ConvNextForImageClassification"),),
     harmless="num_stages out_features out_indices stage_names",
     other_heads=(r"classifier\..*",),
+    by_layers=("out_features", "out_indices", "stage_names"),
+    sizes=_hf_sizes.stages,
 )

@@ -81,7 +81,7 @@ def decoder(config: Config) -> tuple[DecoderConfig, tuple[Rule, ...]]:
                 f"{' or '.join(map(repr, allowed))})."
             )
     try:
-        return family.build(config), family.rules
+        return family.build({**_DEFAULTS.get(name, {}), **config}), family.rules
     except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(
             f"config.json of a {name!r} model cannot be read: {type(error).__name__}: "
@@ -176,7 +176,12 @@ def _smollm3(config: Config) -> DecoderConfig:
         rotates = [int((i + 1) % every != 0) for i in range(layers)]
     still = own._replace(frequencies=(0.0,) * len(own.frequencies), scale=1.0)
     spans = windows_if_used(config, layers, lambda i: not rotates[i], None)
-    return _common(config, ropes=tuple(own if r else still for r in rotates), windows=spans)
+    return _common(
+        config,
+        ropes=tuple(own if r else still for r in rotates),
+        windows=spans,
+        is_tied=bool(config.get("tie_word_embeddings", True)),
+    )
 
 
 def _gemma(config: Config) -> DecoderConfig:
@@ -304,20 +309,22 @@ def _keys(more: str = "") -> frozenset[str]:
 
 _windowed = "sliding_window layer_types "
 _gemma_keys = "hidden_activation hidden_act "
+_qwen_keys = _keys("hidden_act use_sliding_window max_window_layers " + _windowed)
+# Sizes that a config may lack and that do not follow from the others.
+_DEFAULTS: Mapping[str, Mapping[str, int]] = {
+    "mistral": {"num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "smollm3": {"num_key_value_heads": 4},
+    "gemma": {"num_key_value_heads": 16, "head_dim": 256},
+    "gemma2": {"num_key_value_heads": 4, "head_dim": 256},
+    "gemma3_text": {"num_key_value_heads": 4},
+}
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(_common, llama_rules, _keys("hidden_act mlp_bias")),
     "mistral": Family(_mistral, llama_rules, _keys("hidden_act " + _windowed)),
-    "qwen2": Family(
-        _qwen2,
-        llama_rules,
-        _keys("hidden_act use_sliding_window max_window_layers " + _windowed),
-        {"use_mrope": (False,)},
-    ),
-    "qwen3": Family(
-        _qwen3,
-        (*llama_rules, *query_key_norms),
-        _keys("hidden_act use_sliding_window max_window_layers " + _windowed),
-    ),
+    "qwen2": Family(_qwen2, llama_rules, _qwen_keys, {"use_mrope": (False,)}),
+    "qwen3": Family(_qwen3, (*llama_rules, *query_key_norms), _qwen_keys),
     "smollm3": Family(
         _smollm3,
         llama_rules,

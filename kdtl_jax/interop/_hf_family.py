@@ -18,6 +18,7 @@ from kdtl_jax.interop._hf_config import Config, Field, check_tokens
 from kdtl_jax.interop.naming import Axes, Rule, linear
 
 Shapes = Mapping[str, tuple[int, ...]]  # of the checkpoint's tensors, by torch name
+Shaped = Mapping[str, Any]  # arrays by canonical path
 Equal = Callable[[str, str], bool]  # whether two tensors of a checkpoint hold the same numbers
 
 
@@ -76,7 +77,8 @@ class Family(NamedTuple):
     `sides` says which config key is which side of which parameter, `depth` which key counts the
     layers, `per_layer` which keys hold a list with an entry per layer (`layer_kinds`
     gives `layer_types` where a config leaves it to a pattern), `by_layers` which only
-    describe the layers there are, `presence` which key says that a tensor is there.
+    describe the layers there are, `presence` which key says that a tensor is there; `sizes` derives
+    what no single side says.
     """
 
     model_types: tuple[str, ...]
@@ -97,6 +99,7 @@ class Family(NamedTuple):
     layer_kinds: Callable[[dict[str, Any]], list[str]] | None = None
     by_layers: tuple[str, ...] = ()
     presence: Mapping[str, str] = {}
+    sizes: Callable[[Shaped, Config], dict[str, Any]] | None = None
 
 
 def dense(torch: str, jax: str, axes: Axes = linear) -> tuple[Rule, Rule]:
@@ -232,6 +235,10 @@ def described(
     for key, (path, axis) in family.sides.items():
         if path in flat:
             out[key] = int(flat[path].shape[axis])
+    if family.sizes is not None:
+        out |= family.sizes(flat, config)
+        if len(out.get("depths", ())) != len(config.get("depths", ())):
+            out = {key: value for key, value in out.items() if key not in family.by_layers}
     check_tokens(config, out.get("vocab_size"))
     for key, name in family.presence.items():
         if prefix + name not in tensors:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kdtl_jax import models
+from kdtl_jax.interop import _hf_sizes
 from kdtl_jax.interop._hf_config import (
     Field,
     activation,
@@ -137,6 +138,7 @@ vit = Family(
     other_heads=(r"decoder\..*", r"(.*\.)?embeddings\.mask_token", r"classifier\..*"),
     depth="num_hidden_layers",
     sides={"intermediate_size": ("layers_0/mlp/up/kernel", 1)},
+    sizes=_hf_sizes.patches,
 )
 
 
@@ -169,6 +171,7 @@ deit = vit._replace(
         image_head("DeiTForImageClassification"),
     ),
     other_heads=(*vit.other_heads, r"(cls|distillation)_classifier\..*"),
+    sizes=_hf_sizes.two_class_tokens,
 )
 
 
@@ -229,6 +232,7 @@ dinov2 = Family(
     depth="num_hidden_layers",
     by_layers=("out_features", "out_indices", "stage_names"),
     presence={"use_mask_token": "embeddings.mask_token"},
+    sizes=_hf_sizes.dinov2,
 )
 
 dinov2_registers = dinov2._replace(
@@ -308,6 +312,7 @@ clip_vision = Family(
     buffers=(r"(.*\.)?embeddings\.position_ids",),
     depth="num_hidden_layers",
     sides={"intermediate_size": ("layers_0/mlp/up/kernel", 1)},
+    sizes=_hf_sizes.patches,
 )
 
 
@@ -340,4 +345,5 @@ siglip_vision = Family(
     buffers=(r"(.*\.)?embeddings\.position_ids",),
     depth="num_hidden_layers",
     sides={"intermediate_size": ("layers_0/mlp/up/kernel", 1)},
+    sizes=_hf_sizes.no_class_token,
 )

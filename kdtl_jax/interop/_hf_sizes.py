@@ -1,0 +1,114 @@
+"""Sizes of an image model's config that no single side of a tensor is: patches, grids, stages.
+
+`flat` are the tensors written, `{canonical path: array}`; `config` is what they were made from. The
+keys that say what is written come back.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+Flat = Mapping[str, Any]
+Config = Mapping[str, Any]
+
+
+def patches(flat: Flat, config: Config, tokens: int = 1) -> dict[str, Any]:
+    """Channels, patch and image of a transformer of patches.
+
+    Args:
+      flat: the tensors.
+      config: of the model they were made from.
+      tokens: positions that are no patches: class tokens.
+
+    Raises:
+      ValueError: if the number of positions is that of no square of patches, nor of config.json's.
+    """
+    kernel, table = flat.get("embeddings/patches/kernel"), _positions(flat)
+    if kernel is None or table is None:
+        return {}
+    high, wide, channels, _ = kernel.shape
+    out = {"num_channels": int(channels)} if channels != config.get("num_channels", 3) else {}
+    if _pair(config["patch_size"]) != (high, wide):
+        out["patch_size"] = int(high) if high == wide else [int(high), int(wide)]
+    count, (height, width) = table - tokens, _pair(config["image_size"])
+    if count == (height // high) * (width // wide):
+        return out
+    side = math.isqrt(max(count, 0))
+    if side * side != count or not side:
+        raise ValueError(
+            f"config.json: image_size = {config['image_size']} has another number of patches of "
+            f"{[int(high), int(wide)]} than the {count} positions written. Give the config with "
+            "their image_size."
+        )
+    image = [int(side * high), int(side * wide)]
+    return out | {"image_size": image[0] if image[0] == image[1] else image}
+
+
+def two_class_tokens(flat: Flat, config: Config) -> dict[str, Any]:
+    """`patches` of DeiT, whose distillation token has a position too."""
+    return patches(flat, config, 2)
+
+
+def no_class_token(flat: Flat, config: Config) -> dict[str, Any]:
+    """`patches` of SigLIP."""
+    return patches(flat, config, 0)
+
+
+def dinov2(flat: Flat, config: Config) -> dict[str, Any]:
+    """`patches`, and the ratio that says the width of DINOv2's feed-forward layers."""
+    out, gated = patches(flat, config), flat.get("layers_0/gated_mlp/down/kernel")
+    down = flat.get("layers_0/mlp/down/kernel", gated)
+    if down is None:
+        return out
+    hidden, width = down.shape
+    # The gated layer has two thirds of the units, rounded up to a multiple of 8.
+    units = hidden if gated is None else math.ceil(hidden * 3 / 2)
+    before = int(config["hidden_size"] * config.get("mlp_ratio", 4))
+    if before == units or (gated is not None and _gated(before) == hidden):
+        return out
+    ratio = units / width
+    while int(width * ratio) < units:  # rounded down
+        ratio = math.nextafter(ratio, math.inf)
+    return out | {"mlp_ratio": int(ratio) if ratio == int(ratio) else ratio}
+
+
+def stages(flat: Flat, config: Config) -> dict[str, Any]:
+    """Widths and depths of the stages of a convolutional network, and its channels."""
+    widths: dict[int, int] = {}
+    depths: dict[int, int] = {}
+    for path, leaf in flat.items():
+        if match := re.fullmatch(r"stage(\d{1,4})_block(\d{1,4})/.*", path):
+            stage, block = int(match[1]), int(match[2])
+            depths[stage] = max(depths.get(stage, 0), block + 1)
+            if re.search(r"/(conv\d*/conv|mlp/down)/kernel$", path):  # the last of a block
+                widths[stage] = int(leaf.shape[-1])
+    stem = flat.get("stem/conv/kernel", flat.get("stem/kernel"))
+    count = len(depths)
+    if stem is None or widths.keys() != depths.keys() or sorted(depths) != list(range(count)):
+        return {}
+    out: dict[str, Any] = {
+        "hidden_sizes": [widths[i] for i in range(count)],
+        "depths": [depths[i] for i in range(count)],
+        "num_channels": int(stem.shape[-2]),
+    }
+    out |= {"embedding_size": int(stem.shape[-1])} if "embedding_size" in config else {}
+    if "num_stages" in config:
+        out["num_stages"] = count
+    return out
+
+
+def _positions(flat: Flat) -> int | None:
+    """The number of learned positions."""
+    rows, table = flat.get("embeddings/positions"), flat.get("embeddings/positions/embedding")
+    if rows is not None:
+        return int(rows.shape[1])
+    return None if table is None else int(table.shape[0])
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size[0], size[1]) if isinstance(size, list) else (size, size)
+
+
+def _gated(units: int) -> int:
+    return (int(units * 2 / 3) + 7) // 8 * 8
