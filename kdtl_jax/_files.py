@@ -12,7 +12,7 @@ import socket
 import stat
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -314,6 +314,31 @@ def locked(folder: Path) -> Iterator[None]:
             file.truncate()
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def taken(folder: Path, check: Callable[[], object]) -> Iterator[None]:
+    """Makes and locks a folder that a check allows, before the lock and once more under it.
+
+    Before, so that nothing is left in a folder that is refused; under it, because another process
+    may have written there meanwhile. What the check says of a folder at which another is at work
+    is that process's business: then the lock's holder is named.
+
+    Raises:
+      RuntimeError: as `locked`.
+      Exception: whatever `check` raises.
+    """
+    try:
+        check()
+    except Exception:
+        if (folder / ".lock").is_file():
+            with os.fdopen(_opened(folder / ".lock"), "r+b") as file:
+                _flock(folder, file)  # and nothing is written there
+        raise
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        check()
         yield
 
 

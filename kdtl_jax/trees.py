@@ -26,6 +26,8 @@ import numpy as np
 
 from kdtl_jax._types import PyTree
 
+COMPARED, LONGEST_NAME = 2000, 200  # names that messages compare, and their characters
+
 
 class Glob(NamedTuple):
     """A shell-style pattern over canonical paths: `*` within a segment, `**` across segments."""
@@ -105,9 +107,13 @@ def is_inexact(leaf: Any) -> bool:
 
 
 def nearest(path: str, candidates: Sequence[str], n: int = 3) -> list[str]:
-    """The `n` candidates that look most like `path`, for "did you mean" messages."""
-    close = difflib.get_close_matches(path, candidates, n=n, cutoff=0.0)
-    return close or sorted(candidates, key=natural_key)[:n]
+    """The `n` candidates that look most like `path`, for "did you mean" messages.
+
+    Of a great many only the first `COMPARED` are compared, and none that is a text, not a name.
+    """
+    some = [name for name in candidates[:COMPARED] if len(name) <= LONGEST_NAME]
+    close = difflib.get_close_matches(path[:LONGEST_NAME], some, n=n, cutoff=0.0)
+    return close or sorted(some, key=natural_key)[:n]
 
 
 def is_bool_tree(where: Selector) -> bool:

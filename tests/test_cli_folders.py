@@ -1,7 +1,11 @@
 """Folders that runs write to: what others hold is refused, and what is not ours is left alone."""
 
+import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -44,14 +48,50 @@ def test_settings_alone_are_no_run_and_a_config_of_ones_own_is_kept(tmp_path: Pa
         pass
 
 
-def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_seen", [True, False])
+def test_two_runs_cannot_share_a_folder(
+    tmp_path: Path, is_seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = cli.parse(["bench", "--out", str(tmp_path)])
+    if not is_seen:  # as where the first is about to write its record
+        monkeypatch.setattr(record, "is_kept", lambda folder: False)
     with (
         _output.run_folder(settings, "bench"),
         pytest.raises(RuntimeError, match="is in use by process"),
         _output.run_folder(settings, "bench"),
     ):
         pass
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_of_two_runs_that_begin_at_one_instant_one_has_the_folder(
+    tmp_path: Path, force: bool
+) -> None:
+    """The other is told so, whatever the first has written by then."""
+    first = cli.parse(["bench", "--out", str(tmp_path / "0")])
+    if force:
+        with _output.run_folder(first, "bench"):
+            pass
+    for i in range(6):
+        folder = tmp_path / ("0" if force else str(i))
+        settings = cli.parse(["bench", "--out", str(folder), *["--force"] * force])
+        together = threading.Barrier(2)
+
+        def begin(settings: Any = settings, together: threading.Barrier = together) -> str:
+            together.wait()
+            try:
+                with _output.run_folder(settings, "bench") as where:
+                    together.wait()
+                    return where.run
+            except RuntimeError as error:
+                together.wait()
+                return str(error)
+
+        with ThreadPoolExecutor(2) as pool:
+            said = sorted((task.result() for task in [pool.submit(begin) for _ in "ab"]), key=len)
+        assert "in use by" in said[1]
+        assert json.loads((folder / "env.json").read_text())["run"] == said[0]
+        assert {path.name for path in folder.iterdir()} == {".lock", *_output.SETTINGS}
 
 
 def test_force_removes_only_what_a_run_wrote(tmp_path: Path, capsys: Captured) -> None:

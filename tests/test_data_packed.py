@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdtl_jax import _columnar, datasets, language
+from kdtl_jax.language import _records
 
 SIZE = 32_000_000  # bytes of which hardly any are in the file
 LONG = "x" * 100_000
@@ -25,7 +26,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_columnar, "LARGE", 2**22)
     monkeypatch.setattr(_columnar, "MOST_PACKED", 10)
     monkeypatch.setattr(_columnar, "SHARED", 2**22)
-    monkeypatch.setattr(language._records, "LONGEST", 2**22)
+    monkeypatch.setattr(_records, "LONGEST", 2**22)
 
 
 @contextlib.contextmanager
@@ -176,9 +177,9 @@ def test_damaged_messages_and_pages_are_counted_or_refused(
     kind = data.draw(st.sampled_from(("stream", "file", "parquet")))
     if kind == "parquet":
         pq.write_table(table, path)
-        about = pq.ParquetFile(path).metadata
     else:
         ipc(path, table, kind, "zstd")
+    about = pq.ParquetFile(path).metadata if kind == "parquet" else None
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(content) - 1))

@@ -24,6 +24,29 @@ def test_a_lock_is_held_once_and_named(tmp_path: Path) -> None:
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()}")
 
 
+def test_a_folder_is_checked_again_once_it_is_locked(tmp_path: Path) -> None:
+    """Another process may have written there between the check and the lock."""
+    folder, calls = tmp_path / "run", []
+
+    def check() -> None:
+        calls.append(folder.exists())
+        if len(calls) == 2:
+            raise ValueError("meanwhile it is full")
+
+    with pytest.raises(ValueError, match="meanwhile it is full"), _files.taken(folder, check):
+        raise AssertionError
+    assert calls == [False, True]
+    with _files.locked(folder):  # what was refused holds no lock
+        with pytest.raises(RuntimeError, match="in use by"), _files.taken(folder, lambda: 1 / 0):
+            raise AssertionError
+    with pytest.raises(ZeroDivisionError), _files.taken(folder, lambda: 1 / 0):
+        raise AssertionError
+    (folder / ".lock").write_bytes(b"")
+    with pytest.raises(ZeroDivisionError), _files.taken(folder, lambda: 1 / 0):
+        raise AssertionError
+    assert not (folder / ".lock").read_bytes(), "a refused folder is left as it was"
+
+
 @pytest.mark.parametrize("kind", ["symlink", "dangling", "hard link", "folder", "pipe"])
 def test_a_lock_never_writes_to_what_is_not_its_own(tmp_path: Path, kind: str) -> None:
     precious, folder = tmp_path / "precious.txt", tmp_path / "run"

@@ -10,7 +10,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -20,6 +20,7 @@ DELIMITERS = (",", ";", "\t", "|")
 ABSENT = frozenset(("", "na", "n/a", "nan", "null", "?"))
 NAN = float("nan")
 PART = 4096  # rows that are read at once
+LONGEST = 2**22  # characters of a row, line ends within quotes included
 SUFFIXES = (".csv", ".tsv", ".tab")
 
 
@@ -28,16 +29,15 @@ def header_of(path: Path) -> tuple[list[str], str]:
 
     Raises:
       OSError: if the file does not exist or cannot be read.
-      ValueError: if it is not text.
+      ValueError: if it is not text, or a row is longer than any in a table.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
-            first = next((line for line in stream if line.strip()), "")
-        counts = {mark: len(next(csv.reader([first], delimiter=mark), ())) for mark in DELIMITERS}
-        delimiter = max(DELIMITERS, key=lambda mark: counts[mark])
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            filled = filter(_is_filled, csv.reader(stream, delimiter=delimiter))
-            header, cells = next(filled, []), next(filled, [])
+            lines = iter(lambda: _line(path, stream), "")
+            first = next((line for line in lines if line.strip()), "")
+        delimiter = max(DELIMITERS, key=lambda mark: _count(first, mark))
+        rows = (row for _, row in _filled(path, delimiter))
+        header, cells = next(rows, []), next(rows, [])
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV text file ({error}).") from None
     names = [name.strip() for name in header]
@@ -55,7 +55,8 @@ def read_csv(path: Path, targets: Sequence[str] = ()) -> Table:
 
     Raises:
       OSError: if the file does not exist or cannot be read.
-      ValueError: if it is empty, or a row has another number of cells (its line is named).
+      ValueError: if it is empty, a row is longer than any in a table, or has another number of
+        cells (its line is named).
     """
     header, delimiter = header_of(path)
     names = distinct(header)
@@ -78,21 +79,56 @@ def read_csv(path: Path, targets: Sequence[str] = ()) -> Table:
 
 def _rows(path: Path, names: Sequence[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Line numbers and cells of every row after the header."""
+    rows = _filled(path, delimiter)
+    next(rows, None)
+    for number, row in rows:
+        if len(row) != len(names):
+            raise ValueError(
+                f"{path}: row {number} has {len(row)} cells, the header has {len(names)}."
+            )
+        yield number, row
+
+
+def _filled(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Line numbers and cells of every row that is not blank, none of them longer than `LONGEST`."""
+    used = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal used
+        while line := _line(path, stream):
+            used += len(line)
+            if used > LONGEST:
+                raise _too_long(path)
+            yield line
+
     with path.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.reader(stream, delimiter=delimiter)
-        filled = filter(_is_filled, reader)
-        next(filled, None)
-        for row in filled:
-            if len(row) != len(names):
-                raise ValueError(
-                    f"{path}: row {reader.line_num} has {len(row)} cells, the header has "
-                    f"{len(names)}."
-                )
-            yield reader.line_num, row
+        reader = csv.reader(lines(), delimiter=delimiter)
+        for row in reader:
+            used = 0
+            if len(row) > 1 or (row and row[0].strip()):
+                yield reader.line_num, row
 
 
-def _is_filled(row: Sequence[str]) -> bool:
-    return len(row) > 1 or bool(row and row[0].strip())
+def _count(line: str, delimiter: str) -> int:
+    """The cells of a line; none where one would be longer than any."""
+    try:
+        return len(next(csv.reader([line], delimiter=delimiter), ()))
+    except csv.Error:
+        return 0
+
+
+def _line(path: Path, stream: TextIO) -> str:
+    line = stream.readline(LONGEST + 1)
+    if len(line) > LONGEST:
+        raise _too_long(path)
+    return line
+
+
+def _too_long(path: Path) -> ValueError:
+    return ValueError(
+        f"{path}: a row has more than {LONGEST:,} characters, which no table has. If a quotation "
+        "mark is missing, close it; wide data belong into an npz or parquet file."
+    )
 
 
 def _numbers(

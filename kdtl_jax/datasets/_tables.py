@@ -106,8 +106,9 @@ def check_there(table_name: str, names: Sequence[str], header: Sequence[str]) ->
 
 def check_read(table_name: str, names: Sequence[str], header: Sequence[str]) -> None:
     """Raises ValueError naming the first of the columns that a model reads and a table lacks."""
+    there = {*header}
     for name in names:
-        if name not in header:
+        if name not in there:
             raise _no_column(table_name, name, header, ", which the model reads")
 
 

@@ -21,7 +21,7 @@ PLAIN = (".txt", ".md", ".text")
 COLUMNS = ("text", "messages", "prompt", "completion", "privileged", "tools")
 FORMS = "'text' nor 'messages' nor 'prompt' and 'completion'"
 MARK = b"\xef\xbb\xbf"  # which some editors write at the beginning of a file
-LONGEST = 64 * 2**20  # bytes of one line of JSON
+LONGEST = 16 * 2**20  # bytes of one line of JSON, whose objects may take twenty times as many
 PIECE = 2**20  # bytes of plain text that are one record
 ROWS = 1024  # of a parquet file at a time
 

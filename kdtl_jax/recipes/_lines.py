@@ -8,6 +8,8 @@ import numpy as np
 
 from kdtl_jax import _files
 
+LONGEST = 2**20  # characters of a line
+
 
 class Lines(NamedTuple):
     """Token ids `[N, L]` and where there are tokens, of three disjoint sets of lines."""
@@ -22,14 +24,19 @@ def read_lines(path: str | Path, *, at_least: int = 15) -> list[str]:
 
     Raises:
       OSError: if the file cannot be read.
-      ValueError: if it is not UTF-8 text.
+      ValueError: if it is not UTF-8 text, or a line is longer than any sentence.
     """
+    found: dict[str, None] = {}
     try:
-        text = _files.regular(Path(path)).read_text(encoding="utf-8")
+        with _files.regular(Path(path)).open(encoding="utf-8") as file:
+            while text := file.readline(LONGEST + 1):
+                if len(text) > LONGEST:
+                    raise ValueError(f"{path}: a line has more than {LONGEST:,} characters.")
+                lines = map(str.strip, text.splitlines())
+                found |= dict.fromkeys(line for line in lines if len(line) >= at_least)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error}).") from None
-    stripped = (line.strip() for line in text.splitlines())
-    return list(dict.fromkeys(line for line in stripped if len(line) >= at_least))
+    return list(found)
 
 
 def split(

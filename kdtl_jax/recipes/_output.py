@@ -67,9 +67,8 @@ def run_folder(
     folder, config = Path(settings.out), _config(settings, command)
     with contextlib.ExitStack() as stack:
 
-        def begin() -> str:
-            taken_up = _is_taken_up(settings)
-            is_ours = record.is_kept(folder)
+        def check() -> bool:
+            taken_up, is_ours = _is_taken_up(settings), record.is_kept(folder)
             for name in saves:
                 checkpoint.check_removable(folder / name)
             for name in models:
@@ -80,8 +79,11 @@ def run_folder(
                 _files.refuse(
                     folder, [x for x in there if x.name in WRITTEN or x.suffix == ".safetensors"]
                 )
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_files.locked(folder))
+            return taken_up
+
+        def begin() -> str:
+            stack.enter_context(_files.taken(folder, check))
+            taken_up = _is_taken_up(settings)
             for unfinished in folder.glob(f".*{_files.TEMPORARY}"):
                 if unfinished.is_file():
                     unfinished.unlink()

@@ -223,9 +223,7 @@ def check_removable(folder: str | Path) -> None:
 def _begin(folder: Path, stack: contextlib.ExitStack) -> str:
     """Locks and marks the folder, clears what a kill left there; returns its identity."""
     try:
-        _files.check_free(folder, KIND)  # before a lock is left in a folder that is not ours
-        folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(_files.locked(folder))
+        stack.enter_context(_files.taken(folder, lambda: _files.check_free(folder, KIND)))
         identity = _files.claim(folder, KIND)
     except OSError as error:
         reason = f"{folder} cannot be written ({error.strerror}). Choose another folder"

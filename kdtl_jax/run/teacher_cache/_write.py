@@ -165,9 +165,7 @@ def write(
         return records
 
     def write_here() -> dict[str, Any]:
-        _check_folder(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with _files.locked(folder):
+        with _files.taken(folder, lambda: _check_folder(folder)):
             agreed = _begin(folder, plan, keep_layout=shard_rows is None)
             _compute_missing(folder, agreed, compute, progress)
             _finish(folder, agreed)
