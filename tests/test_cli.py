@@ -225,11 +225,11 @@ def test_env_names_versions_and_devices(capsys: Captured) -> None:
 PROGRAM = """
 import sys
 from kdtl_jax import cli
-from kdtl_jax.recipes import _output, env
+from kdtl_jax.recipes import _programs, env
 
 def run(settings):
     import jax, jax.numpy as jnp
-    with _output.counted_programs() as said:
+    with _programs.counted() as said:
         jax.jit(lambda x: jnp.sin(x) + 1)(jnp.ones(3)).block_until_ready()
         print(said())
 

@@ -1,12 +1,15 @@
-"""Metrics for other tools: what is in `metrics.jsonl`, averaged over seeds."""
+"""What is logged beside results: `metrics.jsonl` for other tools, and the programs compiled."""
 
 import csv
 import json
+import re
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
-from kdtl_jax.recipes import _logs
+from kdtl_jax.recipes import _logs, _programs
 
 LINES = [
     {"method": "kd", "step": 5, "loss": [1.0, 3.0], "learning_rate": 0.1},
@@ -46,3 +49,26 @@ def test_names_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_logs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'kdtl_jax\[tensorboard\]'"):
         _logs.kinds("tensorboard")
+
+
+def test_programs_are_listed_by_name_with_their_number_and_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with _programs.counted() as said:
+
+        @jax.jit
+        def doubled(x: jax.Array) -> jax.Array:
+            return 2 * x
+
+        for size in (1, 2, 2):
+            doubled(np.ones(size, np.float32))
+        once = said()
+        jax.jit(lambda x: x - 1)(np.ones(3, np.float32))
+        monkeypatch.setattr(_programs, "NAMED", 1)
+        summed = said()
+    seconds = r"\d+\.\d s"
+    total = rf"\d compiled, \d from the compilation cache, {seconds} in all"
+    assert re.fullmatch(rf"Programs: {total}: doubled \(2\) {seconds}\.", once), once
+    assert re.search(rf"in all: .+ {seconds}, 1 other names {seconds}\.$", summed), summed
+    jax.jit(lambda x: x - 2)(np.ones(3, np.float32))
+    assert said() == summed, "it has stopped listening"

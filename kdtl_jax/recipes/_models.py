@@ -282,5 +282,9 @@ def selected(teacher: Params, student: Params) -> Params:
 
 def outputs(net: Network, variables: Variables, inputs: np.ndarray) -> dict[str, np.ndarray]:
     """All outputs of a frozen network, `[N, ...]` on the host."""
-    apply = jax.jit(lambda v, x: dict(net.apply(v.params, v.model_state, x)[0]))
-    return in_chunks(lambda x: apply(variables, x), inputs, 512)
+
+    @jax.jit
+    def teacher_outputs(variables: Variables, inputs: Any) -> dict[str, Any]:
+        return dict(net.apply(variables.params, variables.model_state, inputs)[0])
+
+    return in_chunks(lambda x: teacher_outputs(variables, x), inputs, 512)

@@ -1,4 +1,4 @@
-"""Run folders, the terminal, and what was compiled: rich on a terminal, plain lines otherwise."""
+"""Run folders and the terminal: rich on a terminal, plain lines otherwise."""
 
 import contextlib
 import datetime
@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from kdtl_jax import _files, _text
-from kdtl_jax.recipes import _finished, _progress, _students, yaml_files
+from kdtl_jax.recipes import _finished, _programs, _progress, _students, yaml_files
 from kdtl_jax.recipes.settings import UsageError, as_yaml
 from kdtl_jax.run import checkpoint, processes, record, report
 
@@ -184,7 +183,7 @@ def running(
     """`run_folder`, of which a signal leaves a hint how to resume, and the terminal beside it."""
     with (
         run_folder(settings, command, files, saves=saves, models=models) as where,
-        counted_programs() as programs,
+        _programs.counted() as programs,
         _hint_of_resuming(command, where.path),
         _progress.shown() as say,
     ):
@@ -238,31 +237,6 @@ def _check_same(folder: Path, config: str, command: str, but: Sequence[str] = ()
             f"Resume with: kdtl {command} --config {file} --resume --out {folder}"
         )
     return run
-
-
-@contextlib.contextmanager
-def counted_programs() -> Iterator[Callable[[], str]]:
-    """`said()`: how many programs were compiled and how many came from the cache, in words."""
-    found = {"requests": 0, "cached": 0, "seconds": 0.0}
-
-    def hit(event: str, **_: Any) -> None:
-        found["cached"] += event == "/jax/compilation_cache/cache_hits"
-
-    def compiled(event: str, duration_secs: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            found["requests"] += 1
-            found["seconds"] += duration_secs
-
-    jax.monitoring.register_event_listener(hit)
-    jax.monitoring.register_event_duration_secs_listener(compiled)
-    try:
-        yield lambda: (
-            f"Programs: {found['requests'] - found['cached']:.0f} compiled, {found['cached']:.0f} "
-            f"from the compilation cache, {found['seconds']:.1f} s in all."
-        )  # fmt: skip
-    finally:
-        jax.monitoring.unregister_event_listener(hit)
-        jax.monitoring.unregister_event_duration_listener(compiled)
 
 
 def finish(folder: Path, results: report.Results, table: str | None = None) -> None:

@@ -211,13 +211,16 @@ def evaluation(
 ) -> Callable[[TrainState, np.ndarray], np.ndarray]:
     """`evaluate(state, inputs) -> answers [S, N, ...]` of a stacked state."""
 
-    def one(state: TrainState, inputs: Array, shared: Any) -> Array:
+    def answers(state: TrainState, inputs: Array, shared: Any) -> Array:
         return measure.answers(experiment.logits(state, inputs, shared))
 
     whole = None if mesh is None else sharding.replicated(mesh)
-    single = jax.jit(lambda state, at, x, shared: one(_own(state, at), x, shared),
-                     out_shardings=whole)  # fmt: skip
-    every = jax.jit(jax.vmap(one, in_axes=(AXES, None, None)), out_shardings=whole)
+
+    def answers_of_one(state: TrainState, at: Any, inputs: Array, shared: Any) -> Array:
+        return answers(_own(state, at), inputs, shared)
+
+    single = jax.jit(answers_of_one, out_shardings=whole)
+    every = jax.jit(jax.vmap(answers, in_axes=(AXES, None, None)), out_shardings=whole)
 
     def evaluate(state: TrainState, inputs: np.ndarray) -> np.ndarray:
         # Without the optimizer's state, which nothing reads from here on, one program serves all
@@ -302,9 +305,11 @@ def _source_in_turn(run: Run, order: Array) -> data.Source:
     """Batches `[B, ...]` of seed 0, 1, …, 0, 1, …, each in its own order, read on the host."""
     host = jax.tree.map(np.asarray, dict(run.arrays))
     seeds, size = len(order), examples(run)
-    shuffled = jax.jit(
-        jax.vmap(lambda key, epoch: train.epoch_index(key, epoch, size, run.batch_size), (0, None))
-    )
+
+    def order_of(key: Array, epoch: Any) -> Array:
+        return train.epoch_index(key, epoch, size, run.batch_size)
+
+    shuffled = jax.jit(jax.vmap(order_of, (0, None)))
 
     def source(step: int) -> Iterator[Batch]:
         rows, known = np.empty(0), -1

@@ -104,9 +104,11 @@ def compare(
     shared = {"data": data, "copied": copied, "heads": heads}
     classes = part.classes
     kind = measure.kind
-    scores = jax.jit(jax.vmap(lambda *one: transfer_scores(net, classes, kind, *one)))(
-        copied, heads, data["inputs"], data["labels"]
-    )
+
+    def scored(*one: Any) -> dict[str, Any]:
+        return transfer_scores(net, classes, kind, *one)
+
+    scores = jax.jit(jax.vmap(scored))(copied, heads, data["inputs"], data["labels"])
     measured = {name: report.interval(np.asarray(values)) for name, values in scores.items()}
     held = [_choice.held(part) for part in (target.validation, target.test)]
     size = data["labels"].shape[1]

@@ -261,11 +261,10 @@ def one_by_one(
         return experiment.step(state, batch, *teacher_params)
 
     epoch, start = train.jit_epoch(step), jax.jit(experiment.start)
-    judge = jax.jit(
-        lambda state, part, shared: experiment.judged(
-            experiment.logits(state, part["inputs"], shared), part["labels"]
-        )
-    )
+
+    @jax.jit
+    def judge(state: TrainState, part: Any, shared: Any) -> tuple[Any, Any]:
+        return experiment.judged(experiment.logits(state, part["inputs"], shared), part["labels"])
 
     def of_one(point: Point, shared: Any, validation: Any, test: Any) -> Fitted:
         arrays, state = experiment.data(point, shared), start(point, shared)

@@ -18,6 +18,7 @@ validation accuracy over seeds. The test split is used for the final numbers alo
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -199,8 +200,11 @@ def distill(
     # What students read: ten images per class, and the teacher's outputs on them.
     few = [per_class(splits.train, IMAGES_PER_CLASS, seed=seed) for seed in range(seeds)]
     data = _choice.stacked(few)
-    apply_all = jax.jit(jax.vmap(lambda p, x: teacher.apply(p, None, x)[0]["logits"]))
-    data["teacher"] = {"logits": apply_all(frozen, data["inputs"])}
+
+    def teacher_outputs(params: Any, inputs: Any) -> dict[str, Any]:
+        return {"logits": teacher.apply(params, None, inputs)[0]["logits"]}
+
+    data["teacher"] = jax.jit(jax.vmap(teacher_outputs))(frozen, data["inputs"])
     # Where they start: anew, or as evenly spaced units of their teacher, layer by layer.
     fresh = _choice.per_seed(lambda s: student.init(_training.keys(s).model, example).params, seeds)
     selected = jax.jit(jax.vmap(_models.selected))(frozen, fresh)
@@ -258,8 +262,8 @@ def distill(
     # One program serves every student but one: they differ in starts and weights alone.
     full, alone, both = program(terms_of_both, trees.everything), (1.0, 0.0), (TASK, KD)
     distilled = {"temperature": TEMPERATURE, "weight_task": TASK, "weight_kd": KD}
-    scaled = jax.jit(lambda a: transforms.scale(selected, a))
-    homogeneous = jax.jit(lambda a: transforms.scale_homogeneous(selected, a, layers=LAYERS))
+    scaled = jax.jit(partial(transforms.scale, selected))
+    homogeneous = jax.jit(partial(transforms.scale_homogeneous, selected, layers=LAYERS))
     for method, label, start, (task, kd), described, alphas in (
         ("student_alone", "Student alone", lambda a: fresh, alone, {}, (1.0,)),
         ("scaled_parameters", "α × teacher's weights, fine-tuned", scaled, alone, {}, None),

@@ -188,7 +188,7 @@ def run(settings: Settings) -> int:
     files |= {f"data {path}": path for path in settings.data}
     saves, folders = [f"checkpoints/{name}" for name in learners], [*learners, *converted]
     with _output.running(settings, "language", files, saves=saves, models=folders) as running:
-        folder, who, say, _ = running
+        folder, who, say, programs = running
         say("reading")
         given = {
             name: of_models.as_folder(path, folder / name)
@@ -222,6 +222,7 @@ def run(settings: Settings) -> int:
         say.hide()
         say("measuring")
         rows, samples = steps.compared(work, taught, start, built)
+        work.notes.append(programs())
         write(work, rows, samples)
         print(f"students: {', '.join(str(folder / each.method.name) for each in built)}")
     return 1 if all(each.diverged for each in built) else 0

@@ -112,7 +112,7 @@ def run(settings: Settings) -> int:
     learners = [(name, seed) for name in (DISTILLED, BASELINE) for seed in range(settings.seeds)]
     saves = [f"checkpoints/{name}_{seed}" for name, seed in learners]
     with _output.running(settings, "sentences", files, saves=saves, models=["student"]) as running:
-        folder, identity, say, _ = running
+        folder, identity, say, programs = running
         say("reading")
         read = read_lines(text)
         try:
@@ -213,7 +213,7 @@ def run(settings: Settings) -> int:
             report.compared(rows, {FAMILY: BASELINE}),
             learning,
             {},
-            notes,
+            [*notes, programs()],
         )
         _logs.write_curves(folder, learning, settings.log)
         _output.finish(folder, results, table(rows))

@@ -39,10 +39,10 @@ def vmap(
       ValueError: if the chunk is not positive; when called, if columns differ in length.
     """
 
-    def every(points: Points, *shared: Any) -> PyTree:
+    def all_points(points: Points, *shared: Any) -> PyTree:
         return jax.vmap(lambda point: experiment(point, *shared))(points)
 
-    return _in_chunks(jax.jit(every), chunk, devices)
+    return _in_chunks(jax.jit(all_points), chunk, devices)
 
 
 def map(
@@ -53,10 +53,10 @@ def map(
     Arguments are those of `vmap`; each device maps over its own points.
     """
 
-    def every(points: Points, *shared: Any) -> PyTree:
+    def points_in_turn(points: Points, *shared: Any) -> PyTree:
         return jax.lax.map(lambda point: experiment(point, *shared), points)
 
-    return _in_chunks(jax.jit(every), chunk, devices)
+    return _in_chunks(jax.jit(points_in_turn), chunk, devices)
 
 
 def sequential(experiment: Experiment) -> Program:
