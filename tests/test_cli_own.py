@@ -128,7 +128,7 @@ def test_a_model_a_loss_and_a_method_of_ones_own(room: Path, capsys: Captured) -
         ("--loss", "broken.py:kd", "broken.py, line 2: NameError: name 'x' is not defined"),
         ("--loss", "syntax.py:kd", "syntax.py, line 1: SyntaxError"),
         ("--loss", "my_loss.py", "expected FILE.py:NAME"),
-        ("--method", "my_loss.py:squares", "missing 1 required positional argument"),
+        ("--method", "my_loss.py:squares", "build(setup) -> methods.Method; it takes ['student_l"),
         ("--student", "my_loss.py:kd", "kd needs student_logits, teacher_logits"),
         ("--student", "my_model:Net", "is not a model"),
     ],
@@ -143,3 +143,73 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(
     said = capsys.readouterr().err.strip()
     assert message in said.splitlines()[-1] and said.count("kdtl distill:") == 1
     assert not (room / "refused").exists()
+
+
+MISTAKES = """
+import jax, jax.numpy as jnp
+from flax import nnx
+from kdtl_jax import methods
+
+def misspelled(student_logits, teacher_logits):
+    return jnp.squared(student_logits - teacher_logits).mean(axis=-1)
+
+def of_ten(student_logits, teacher_logits):
+    return ((student_logits - teacher_logits) ** 2) @ jnp.ones(10)
+
+def concrete(student_logits, teacher_logits):
+    return student_logits[:, 0] if student_logits.max() > 0 else student_logits[:, 1]
+
+def no_gradient(student_logits, teacher_logits):
+    shape = jax.ShapeDtypeStruct(student_logits.shape[:1], jnp.float32)
+    return jax.pure_callback(lambda x: x[:, 0], shape, student_logits)
+
+def other_term(setup):
+    def terms(inputs):
+        return {"close": inputs.student["logits"][:, 0]}
+    return methods.method(setup, terms, {"task": 1.0, "near": 1.0})
+
+def no_feature(setup):
+    def terms(inputs):
+        return {"far": inputs.teacher["hidden_7"][:, 0]}
+    return methods.method(setup, terms, {"task": 1.0, "far": 1.0})
+
+class Training(nnx.Module):
+    def __init__(self, din, classes, *, rngs):
+        self.norm = nnx.BatchNorm(din, rngs=rngs)
+        self.out = nnx.Linear(din, classes, rngs=rngs)
+
+    def __call__(self, x):
+        hidden = self.norm(x)
+        return self.out(hidden if self.norm.use_running_average else self.nothing(hidden))
+"""
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "message", "is_read"),
+    [
+        ("--loss", "misspelled", "line 7: AttributeError: module 'jax.numpy' has", False),
+        ("--loss", "of_ten", "line 10: TypeError: ", True),
+        ("--loss", "concrete", "line 13: TracerBoolConversionError", True),
+        ("--loss", "no_gradient", "Pure callbacks do not support JVP", True),
+        ("--method", "other_term", "'near'", True),
+        ("--method", "no_feature", 'line 26: KeyError: "the terms read hidden_7', True),
+        ("--method", "misspelled", "it takes ['student_logits', 'teacher_logits']", False),
+        ("--student", "Training", "line 36: AttributeError", True),
+        ("--teacher", "Training", "line 36: AttributeError", True),
+        ("--layers", "hidden_0:dense_0,hidden_9:dense_0", "student has no tap 'hidden_9'", False),
+        ("--layers", "hidden_0:dense_7", "teacher has no tap 'dense_7'. It has dense_0,", False),
+    ],
+)
+def test_what_shapes_tell_is_known_before_training(
+    tmp_path: Path, flag: str, name: str, message: str, is_read: bool, capsys: Captured
+) -> None:
+    """Without a teacher that was trained for nothing, and if possible before the data are read."""
+    file, data = tmp_path / "mine.py", write_data(tmp_path / "small.npz")
+    file.write_text(MISTAKES)
+    named = name if flag == "--layers" else f"{file}:{name}"
+    given = ["--data", data, *SHORT, flag, named, "--out", tmp_path / "run"]
+    assert kdtl("distill", *given) in (1, 2)
+    said = capsys.readouterr().err
+    assert message in said.strip().splitlines()[-1], said
+    assert ("targets: " in said) == is_read and "teacher: epoch" not in said
+    assert not (tmp_path / "run").exists()

@@ -176,6 +176,19 @@ def test_bad_usage_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(ways.METHODS)
 
 
+def test_what_no_source_fits_is_told_before_one_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(tmp_path / "data.npz")
+    for more, says in (
+        (("--where", "nothing.*"), "'nothing.*' matches no leaf"),
+        (("--rename", "nothing=>x"), "'nothing'"),
+    ):
+        assert cli.main(arguments(data, tmp_path / "run", *more)) == 1, more
+        said = capsys.readouterr().err
+        assert says in said.splitlines()[-1] and not (tmp_path / "run").exists(), said
+
+
 def shared(net: networks.Network, seeds: int = 2) -> tuple[Any, Any, Any]:
     """What points read, and the held-out splits."""
     parts = splits()

@@ -174,6 +174,16 @@ class Needy(nn.Module):
         return nn.Dense(self.classes)(x)
 
 
+class Nested(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return {"logits": nn.Dense(3)(x), "features": {"first": x}}
+
+
+def alone(params: Any, x: Any) -> Any:
+    return x @ params
+
+
 def averaged(params: Any, x: Any) -> Any:
     return jnp.mean(x @ params)
 
@@ -186,6 +196,8 @@ def averaged(params: Any, x: Any) -> Any:
         (Linen(4), r"Linen gives logits \[1, 4\] for one example, expected \[1, 3\]"),
         (lambda: nnx.Linear(5, 3, rngs=nnx.Rngs(0)), "holds one set of weights.*argument rngs"),
         (nnx.Linear(5, 3, rngs=nnx.Rngs(0)), "holds one set of weights.*argument rngs"),
+        (Nested(), "returns 'features' as a dict. Every output must be an array under a name"),
+        (alone, r"alone\(params, ...\) is a function of parameters.*net = \(init, alone\)"),
         (lambda: {"w": X}, "is dict, no model. Expected a Linen module"),
         (np.ones(3), "is an array, no model"),
         (

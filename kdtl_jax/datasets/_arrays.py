@@ -183,7 +183,8 @@ def _readable(path: Path, kind: str) -> Iterator[None]:
     try:
         yield
     except _BROKEN as error:  # an OSError here is a seek to where a broken file points
-        raise ValueError(f"{path}: not a readable {kind} ({error!s:.200}).") from None
+        repair = " Save text as text, x.astype(str)." if "pickle" in str(error) else ""
+        raise ValueError(f"{path}: not a readable {kind} ({error!s:.200}).{repair}") from None
 
 
 def _announced(file: Any, name: str, most: int) -> tuple[int, ...]:

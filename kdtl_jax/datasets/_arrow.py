@@ -32,6 +32,7 @@ STARTS = (
     b"P5",
     b"P6",
 )
+BOOLEANS = ("False", "True")  # the names of their classes
 
 
 class ArrowTable(NamedTuple):
@@ -65,7 +66,7 @@ def wide_columns(path: Path) -> list[str]:
 
 def _schema(pa: Any, path: Path) -> Any:
     with _readable(pa, path):
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             with pa.parquet.ParquetFile(path) as opened:
                 return opened.schema_arrow
         with pa.memory_map(str(path)) as source:
@@ -147,7 +148,7 @@ def _pyarrow(path: Path) -> Any:
 
 def _read(pa: Any, path: Path, columns: Sequence[str], *, only_first: bool = False) -> Any:
     with _readable(pa, path):
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             found = _read_parquet(pa, path, columns, only_first=only_first)
         else:
             _columnar.check_unpacked(path, _columnar.arrow_bytes(path, pa))
@@ -259,6 +260,8 @@ def _put(pa: Any, found: ArrowTable, name: str, column: Any) -> None:
     elif types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind) or (
         types.is_decimal(kind) or types.is_null(kind)
     ):  # fmt: skip
+        if types.is_boolean(kind):
+            found.names[name] = BOOLEANS
         values = column.cast(pa.uint8()) if types.is_boolean(kind) else column
         values = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         found.scalars[name] = np.array(values, np.float64)

@@ -2,9 +2,11 @@
 
 A first pass makes numbers of every column; columns that are not numbers are read once more, as
 text. Booleans are 0 and 1; empty cells and the usual words for a missing value are missing.
+Files are UTF-8, or UTF-16 with its mark; what is neither is read as Windows-1252, with a notice.
 """
 
 import array
+import codecs
 import csv
 import itertools
 import sys
@@ -18,10 +20,13 @@ from kdtl_jax.datasets._tables import FLAGS, Table
 
 DELIMITERS = (",", ";", "\t", "|")
 ABSENT = frozenset(("", "na", "n/a", "nan", "null", "?"))
+# Among numbers; in a column of text they may be text.
+NO_NUMBER = ABSENT | {"none", "nil", "-", "--", ".", "#n/a", "#na", "<na>", "-nan"}
 NAN = float("nan")
 PART = 4096  # rows that are read at once
 LONGEST = 2**22  # characters of a row, line ends within quotes included
 SUFFIXES = (".csv", ".tsv", ".tab")
+OTHER = "cp1252"
 
 
 def header_of(path: Path) -> tuple[list[str], str]:
@@ -31,8 +36,25 @@ def header_of(path: Path) -> tuple[list[str], str]:
       OSError: if the file does not exist or cannot be read.
       ValueError: if it is not text, or a row is longer than any in a table.
     """
+    header, cells, delimiter = _beginning(path)
+    names = [name.strip() for name in header]
+    if names and len(cells) == len(names) + 1 and "" not in names:
+        names = ["", *names]  # as R writes the names of rows
+    return names, delimiter
+
+
+def first_row(path: Path) -> list[str]:
+    """The cells of the first row; none where the file is no table."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
+        return [cell.strip() for cell in _beginning(path)[1]]
+    except ValueError:
+        return []
+
+
+def _beginning(path: Path) -> tuple[list[str], list[str], str]:
+    """The cells of the header and of the first row, and the delimiter."""
+    try:
+        with path.open(newline="", encoding=encoding_of(path)) as stream:
             lines = iter(lambda: _line(path, stream), "")
             first = next((line for line in lines if line.strip()), "")
         delimiter = max(DELIMITERS, key=lambda mark: _count(first, mark))
@@ -40,17 +62,36 @@ def header_of(path: Path) -> tuple[list[str], str]:
         header, cells = next(rows, []), next(rows, [])
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV text file ({error}).") from None
-    names = [name.strip() for name in header]
-    if names and len(cells) == len(names) + 1 and "" not in names:
-        names = ["", *names]  # as R writes the names of rows
-    return names, delimiter
+    return header, cells, delimiter
+
+
+def encoding_of(path: Path) -> str:
+    """UTF-8 or UTF-16 where the file is that, else Windows-1252, a superset of Latin-1's text.
+
+    Raises:
+      OSError: if the file does not exist or cannot be read.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as stream:
+        if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return "utf-16"
+        stream.seek(0)
+        try:
+            while piece := stream.read(2**20):
+                if b"\0" in piece:
+                    break  # no text: what decodes it says so
+                decoder.decode(piece)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return OTHER
+    return "utf-8-sig"
 
 
 def read_csv(path: Path, targets: Sequence[str] = ()) -> Table:
     """A text table; of two columns of one name the second is called `name.1`.
 
     Args:
-      path: the file, UTF-8.
+      path: the file.
       targets: columns that are read as text, whatever they hold.
 
     Raises:
@@ -73,8 +114,10 @@ def read_csv(path: Path, targets: Sequence[str] = ()) -> Table:
     columns: dict[str, np.ndarray] = {}
     for i, name in enumerate(names):
         columns[name] = texts[i] if i in texts else np.frombuffer(numbers[i], np.float64)
-    notices = ("numbers with a decimal comma are read as such",) if commas else ()
-    return Table(str(path), columns, np.frombuffer(lines, np.int64), notices)
+    notices = ["numbers with a decimal comma are read as such"] if commas else []
+    if encoding_of(path) == OTHER:
+        notices.append("the file is not UTF-8: its text is read as Windows-1252 (Latin-1)")
+    return Table(str(path), columns, np.frombuffer(lines, np.int64), tuple(notices))
 
 
 def _rows(path: Path, names: Sequence[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -101,7 +144,7 @@ def _filled(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
                 raise _too_long(path)
             yield line
 
-    with path.open(newline="", encoding="utf-8-sig") as stream:
+    with path.open(newline="", encoding=encoding_of(path)) as stream:
         reader = csv.reader(lines(), delimiter=delimiter)
         for row in reader:
             used = 0
@@ -164,7 +207,7 @@ def _number(cell: str, delimiter: str) -> float | None:
     except ValueError:
         pass
     word = cell.lower()
-    if word in ABSENT or word == "none":
+    if word in NO_NUMBER:
         return NAN
     if delimiter == ";" and _has_decimal_comma(cell):
         return float(cell.replace(",", "."))

@@ -227,12 +227,13 @@ def _numbered(name: str, labels: np.ndarray) -> tuple[np.ndarray, tuple[str, ...
     if len(labels) >= FEWEST_ROWS and 2 * len(found) > len(labels):
         raise ValueError(
             f"{name}: {len(found)} different labels in {len(labels)} examples: an id or a "
-            "measurement? Is this the label column? Give classes= if these are classes."
+            "measurement? Name the column of labels (--label), or learn numbers (--target "
+            "numbers). In Python, classes= says that these are classes."
         )
     is_text = found.dtype.kind == "U"
-    if not is_text and found[0] < 0:
+    if not is_text and found[0] < 0 and found.tolist() != [-1, 1]:  # these are two classes
         _in_range(name, labels, int(found[-1]) + 1)  # raises
-    if not is_text and found[-1] == len(found) - 1:
+    if not is_text and found[0] == 0 and found[-1] == len(found) - 1:
         return labels, (), []
     names = tuple(map(str, found))
     listed = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")

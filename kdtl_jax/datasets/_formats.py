@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 
 from kdtl_jax import _files
-from kdtl_jax.datasets import _arrays, _images
+from kdtl_jax.datasets import _arrays, _csv, _images
 from kdtl_jax.datasets._arrays import Arrays
 from kdtl_jax.datasets._idx import idx_file, idx_shape, is_idx_folder, read_idx_array
 from kdtl_jax.datasets._images import Pictures
 from kdtl_jax.datasets._source import Choices, Source, check_shape, with_channels
-from kdtl_jax.datasets._table_files import TABLES, labeled, table_files
+from kdtl_jax.datasets._table_files import TABLES, image_folder, labeled, table_files
 
 # What `read_splits` reads, in words, for messages.
 FORMATS = (
     "digits (built in), an .npz or .npy files (x_train, y_train, x_test, y_test, or x, y), a .csv, "
-    ".tsv, .parquet or .arrow file with a label column, or a folder: of images (cat/1.png, or "
-    "train/cat/1.png), of idx files (train-images-idx3-ubyte, …, .gz too), of tables (train.csv, "
-    "test.csv), of Hugging Face datasets"
+    ".tsv, .parquet or .arrow file with a label column (which may name images beside it), or a "
+    "folder: of images (cat/1.png, or train/cat/1.png), of idx files (train-images-idx3-ubyte, …, "
+    ".gz too), of tables (train.csv, test.csv), of Hugging Face datasets"
 )
 
 
@@ -36,12 +36,15 @@ def sources(path: Path, choices: Choices) -> dict[str, Source]:
         _files.regular(path)
     if path.is_dir():
         return _of_folder(path, choices)
-    if path.suffix == ".npz":
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
         return _of_arrays(_arrays.npz(path), choices)
     if path.suffix == ".npy":
         return _of_npy(path, choices)
-    if path.suffix in TABLES:
+    if suffix in TABLES:
         return labeled({"whole": [path]}, choices)
+    if suffix == ".gz" and Path(path.stem).suffix.lower() in TABLES:
+        raise ValueError(f"{path}: a compressed table. Unpack it first: gunzip {path.name}")
     if _images.is_image(path) and not choices.with_targets:
         return {"whole": Source(str(path), Pictures(str(path), [path]))}
     if not choices.with_targets and _starts_as_idx(path):
@@ -63,11 +66,23 @@ def files_of(text: str, *, label: str = "label", inputs: str | None = None) -> t
       inputs: likewise.
     """
     path = Path(text)
+    if path.suffix.lower() in _csv.SUFFIXES and path.is_file():
+        return (path, *_images_of(path))
     if path.suffix != ".npy" or not path.is_file():
         return (path,)
     found = _arrays.pairs(_arrays.npy_folder(path.parent), inputs=inputs or path.stem, label=label)
     names = {path.stem, *(name for part in found for name in part.values())}
     return tuple(path.parent / f"{name}.npy" for name in sorted(names))
+
+
+def _images_of(path: Path) -> tuple[Path, ...]:
+    """The folders of the images that a table names, by its first row."""
+    for cell in _csv.first_row(path):
+        folder = image_folder(path, cell)
+        if folder is not None:
+            first, *below = Path(cell).parts
+            return (folder / first if below else folder,)
+    return ()
 
 
 def _of_folder(folder: Path, choices: Choices) -> dict[str, Source]:
@@ -85,6 +100,11 @@ def _of_folder(folder: Path, choices: Choices) -> dict[str, Source]:
     if found:
         return found
     there = sorted(entry.name for entry in folder.iterdir())[:8]
+    if _images.all_images(folder):
+        raise ValueError(
+            f"{folder}: its images are not in one folder per class, as in cat/1.png; it has "
+            f"{there}."
+        )
     raise ValueError(
         f"{folder}: has no train-images-idx file, no folders of images, no npy files and no "
         f"tables; it has {there or 'nothing'}. Expected {FORMATS}."
@@ -92,14 +112,28 @@ def _of_folder(folder: Path, choices: Choices) -> dict[str, Source]:
 
 
 def _of_images(folder: Path) -> dict[str, Source]:
-    parts = _images.parts_of(folder) or {"whole": folder}
+    parts = _images.parts_of(folder)
+    others = _images.others_of(folder, parts) if parts else []
+    parts = parts or {"whole": folder}
     found = {}
     for part, inside in parts.items():
         made = _images.in_classes(inside)
+        if not made.files and _images.all_images(inside):
+            others.append(inside.name)
         if made.files:
             pictures = Pictures(str(inside), made.files)
-            labels = np.array(made.classes)
+            labels, first = np.array(made.classes), made.classes[0]
+            if part in ("train", "whole") and not (labels != first).any():
+                raise ValueError(
+                    f"{inside}: all of its images are below one folder, {first!r:.80}, and every "
+                    f"class needs a folder. Or are the classes in {inside / first}? Name that."
+                )
             found[part] = Source(str(inside), pictures, labels, notices=made.notices)
+    if others and "train" in found:
+        listed = ", ".join(others)
+        note = f"folders that are no part, or have no folders of classes, left out: {listed:.200}"
+        notices = (*found["train"].notices, note)
+        found["train"] = found["train"]._replace(notices=notices)
     return found if "train" in found or "whole" in found else {}
 
 

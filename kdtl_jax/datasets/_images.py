@@ -7,10 +7,11 @@ colored ones divided by it. Floats have no scale that others could be brought to
 """
 
 import io
+import re
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +24,11 @@ from kdtl_jax.datasets._preprocessing import Images
 
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
-    *(".ppm", ".pgm", ".pbm"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jfif", ".jpe", ".jp2", ".avif"),
 )
+# What stands in the names of the folders of parts, beside what they are: train_images, seg_train.
+FILLING = {"images", "image", "imgs", "img", "pictures", "photos", "data", "set", "split", "seg"}
+HIDDEN = (".", "__", "@")  # begin the names of what programs keep: .ipynb_checkpoints, @eaDir
 MOST_PIXELS = 2**26  # of one image
 CHANNELS = {"L": 1, "I;16": 1, "F": 1, "RGB": 3, "RGBA": 4}
 DEEPER = 257  # 65535 / 255: from 8 bits to 16
@@ -68,33 +72,54 @@ def is_image(path: Path) -> bool:
 
 def parts_of(folder: Path) -> dict[str, Path]:
     """The folders of parts by what they are, if the folder is divided: `train`, `test`, …"""
-    found = {}
+    found: dict[str, Path] = {}
+    inside = _folders(folder)
     for part, names in PARTS.items():
-        inside = [path for path in _folders(folder) if path.name.lower() in names]
-        if inside:
-            found[part] = inside[0]
-    return found if "train" in found else {}
+        plain = [path for path in inside if path.name.lower() in names]
+        filled = [path for path in inside if _stands_for(path, names)]
+        if either := plain + filled:
+            found[part] = either[0]
+    # A class may be called train_set; one that is divided has two parts or more.
+    is_divided = len(found) > 1 or any(path.name.lower() in PARTS["train"] for path in inside)
+    return found if "train" in found and is_divided else {}
+
+
+def others_of(folder: Path, parts: Mapping[str, Path]) -> list[str]:
+    """The folders with images that stand beside those of the parts."""
+    beside = [path for path in _folders(folder) if path not in parts.values()]
+    return [path.name for path in beside if any(map(is_image, path.rglob("*")))]
 
 
 def in_classes(folder: Path) -> Folder:
     """The images of a folder with one folder per class, in the order of their names."""
     files, classes, notices, others = [], [], [], 0
+    deep = []
     for inside in _folders(folder):
         own = all_images(inside)
+        deep += [inside.name] if any(path.parent != inside for path in own) else []
         others += sum(p.is_file() and not p.name.startswith(".") for p in inside.iterdir())
         others -= sum(path.parent == inside for path in own)
         if not own:
             notices.append(f"folder {inside.name!r:.80} has no image: left out")
         files += own
         classes += [inside.name] * len(own)
+    if deep:
+        listed = f"{deep[0]!r:.80}{' and others' if deep[1:] else ''}"
+        notices.append(f"folders within {listed} are not told apart: the class is the outer one")
     if others > 0:
-        notices.append(f"{others} files that are no images are left out")
+        notices.append(f"files that are no images are left out: {others}")
     return Folder(files, classes, tuple(notices))
 
 
 def all_images(folder: Path) -> list[Path]:
     """All images below a folder, in the order of their names."""
-    return sorted(path for path in folder.rglob("*") if is_image(path) and path.is_file())
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if is_image(path)
+        and path.is_file()
+        and not any(name.startswith(HIDDEN) for name in path.relative_to(folder).parts[:-1])
+    )
 
 
 def form_of(
@@ -159,7 +184,13 @@ def decoded(
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(HIDDEN))
+
+
+def _stands_for(path: Path, names: Sequence[str]) -> bool:
+    """Whether a folder is called by one of the names of a part, and otherwise by `FILLING`."""
+    words = {*re.split(r"[^a-z0-9]+", path.name.lower())} - {"", *FILLING}
+    return len(words) == 1 and words <= {*names}
 
 
 def _opened(pictures: Pictures, row: int) -> Any:

@@ -113,6 +113,11 @@ def _of_columns(train: Dataset) -> list[str]:
         said.append(
             f"{_text.listed([names[i] for i in constant], 3)}: the same in every training example"
         )
+    if train.kind == "classes" and (told := [names[i] for i in _giving_away(x, train.labels)]):
+        said.append(
+            f"{_text.listed(told, 3)}: each of its values stands for one class: the label under "
+            "another name? Leave it out (--drop-columns)"
+        )
     steps = np.diff(x, axis=0)
     whole = (x == np.floor(x)).all(axis=0)
     # Rows keep their order: an index rises, by one where no row was drawn for another part.
@@ -129,6 +134,16 @@ def _of_columns(train: Dataset) -> list[str]:
             "file knows how"
         )
     return said
+
+
+def _giving_away(x: np.ndarray, labels: np.ndarray) -> list[int]:
+    """Columns with one value for every class."""
+    first = [np.flatnonzero(labels == each)[0] for each in np.unique(labels)]
+    values = x[first]  # [classes, D], what the classes would stand for
+    place = np.searchsorted(np.unique(labels), labels)
+    same = (x == values[place]).all(axis=0)
+    apart = np.array([len(np.unique(column)) == len(first) for column in values.T], bool)
+    return np.flatnonzero(same & apart).tolist()
 
 
 def _of_copies(splits: Splits) -> list[str]:

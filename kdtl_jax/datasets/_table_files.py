@@ -10,7 +10,7 @@ import numpy as np
 from kdtl_jax.datasets import _arrow, _csv, _source, _tables
 from kdtl_jax.datasets._arrays import PARTS
 from kdtl_jax.datasets._arrow import ArrowTable
-from kdtl_jax.datasets._images import Pictures
+from kdtl_jax.datasets._images import Pictures, is_image
 from kdtl_jax.datasets._source import Choices, Source
 from kdtl_jax.datasets._tables import Table
 
@@ -22,7 +22,7 @@ def table_files(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for path in sorted((*folder.glob("*"), *folder.glob("*/*"))):
         is_hidden = path.name.startswith((".", "cache-"))
-        if path.suffix not in TABLES or is_hidden or not path.is_file():
+        if path.suffix.lower() not in TABLES or is_hidden or not path.is_file():
             continue
         words = set(re.split(r"[^a-z0-9]+", "/".join(path.relative_to(folder).parts).lower()))
         parts = [part for part, names in PARTS.items() if words & set(names)]
@@ -45,7 +45,7 @@ def labeled(files: Mapping[str, Sequence[Path]], choices: Choices) -> dict[str, 
         if not paths:
             continue
         first = found.get("train")
-        if paths[0].suffix in _arrow.SUFFIXES:
+        if paths[0].suffix.lower() in _arrow.SUFFIXES:
             source = _of_arrow(paths, choices, first)
         elif len(paths) == 1:
             source = _of_csv(paths[0], choices, first)
@@ -64,18 +64,56 @@ def labeled(files: Mapping[str, Sequence[Path]], choices: Choices) -> dict[str, 
 
 def _of_csv(path: Path, choices: Choices, first: Source | None) -> Source | None:
     header, _ = _csv.header_of(path)
+    is_of_images = choices.takes is not None and choices.takes.images is not None
     if not choices.with_targets:
-        if header:
+        if header and not is_of_images:
             _source.check_columns(str(path), _csv.distinct(header), choices.takes)
-        table = _csv.read_csv(path, choices.targets)
-        return Source(str(path), _inputs_alone(table, choices))
+        table = _inputs_alone(_csv.read_csv(path, choices.targets), choices)
+        return _with_images(path, Source(str(path), table), choices)
     if not header:
         _csv.read_csv(path)  # raises: there is nothing
     if first is not None and not set(first.columns) & set(header):
         return None
     names = _label_columns(str(path), header, choices)
-    _source.check_columns(str(path), _csv.distinct(header), choices.takes)
-    return _of_table(_csv.read_csv(path, names), names, choices)
+    if not is_of_images:
+        _source.check_columns(str(path), _csv.distinct(header), choices.takes)
+    source = _of_table(_csv.read_csv(path, names), names, choices)
+    return _with_images(path, source, choices)
+
+
+def _with_images(path: Path, source: Source, choices: Choices) -> Source:
+    """The source with the images that a column of its table names, where one does.
+
+    Raises:
+      ValueError: naming the first row whose image is not there, or the table if it must name some.
+    """
+    table = source.inputs
+    assert isinstance(table, Table)
+    if choices.kept:  # the model reads columns
+        return source
+    for name, column in table.columns.items():
+        folder = image_folder(path, column[0]) if table.size else None
+        if folder is None or not all(isinstance(cell, str) for cell in column):
+            continue
+        files = [folder / cell for cell in column]
+        lacking = next((row for row, file in enumerate(files) if not file.is_file()), None)
+        if lacking is not None:
+            raise ValueError(f"{path}: {table.at(lacking)}: there is no file {files[lacking]}.")
+        others = [other for other in table.columns if other != name]
+        left = f", columns {', '.join(others)} are left out" if others else ""
+        note = f"inputs are the images that the column {name!r:.80} names{left:.200}"
+        return source._replace(inputs=Pictures(str(path), files), notices=(*source.notices, note))
+    if choices.takes is not None and choices.takes.images is not None:
+        raise ValueError(f"{path}: no column names image files beside it, which the model takes.")
+    return source
+
+
+def image_folder(path: Path, cell: Any) -> Path | None:
+    """Where the image that a cell of a table names lies: beside the table, or one folder below."""
+    if not isinstance(cell, str) or not is_image(Path(cell)):
+        return None
+    below = sorted(each for each in path.parent.iterdir() if each.is_dir())
+    return next((each for each in (path.parent, *below) if (each / cell).is_file()), None)
 
 
 def _label_columns(name: str, header: Sequence[str], choices: Choices) -> tuple[str, ...]:

@@ -4,6 +4,8 @@ What a column becomes is decided by the training part and kept as a `Column`: ot
 read later, are encoded in the same way.
 """
 
+import datetime
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -18,6 +20,8 @@ MISSING: tuple[Missing, ...] = get_args(Missing)
 MOST_CATEGORIES = 1000
 USUAL_LABELS = ("label", "labels", "target", "targets", "class", "y")
 FLAGS = {"true": 1.0, "false": 0.0}
+# In one of several columns of labels.
+ANSWERS = {**FLAGS, "yes": 1.0, "no": 0.0, "y": 1.0, "n": 0.0, "t": 1.0, "f": 0.0}
 
 
 class Table(NamedTuple):
@@ -57,9 +61,10 @@ def label_columns(table_name: str, header: Sequence[str], label: str) -> tuple[s
         asked = tuple(usual) if len(usual) == 1 else asked
     for name in asked:
         if name not in header:
-            raise _no_column(
-                table_name, name, header, repair=" Name the column of labels (--label)."
-            )
+            repair = " Name the column of labels (--label)."
+            if any(map(is_number, header)):
+                repair = " Its first line has numbers: is the line with the columns' names missing?"
+            raise _no_column(table_name, name, header, repair=repair)
         if header.count(name) > 1:
             raise ValueError(
                 f"{table_name}: has {header.count(name)} columns called {name!r:.80}: as inputs "
@@ -154,8 +159,12 @@ def targets_of(
             "an empty one means none, say --target labels."
         )
     columns = [_numbers_or_text(column) for column in found] if len(found) > 1 else found
-    if any(column.dtype.kind == "U" for column in columns):
-        columns = [column.astype(str) for column in columns]
+    if len(columns) > 1 and (text := [i for i, x in enumerate(columns) if x.dtype.kind == "U"]):
+        raise ValueError(
+            f"{table.name}: the column {names[text[0]]!r:.80} holds text such as "
+            f"{columns[text[0]][0]!s:.80}. Several columns of labels need numbers, or 0 and 1 (or "
+            "yes and no) in each. Name one column of text with --label."
+        )
     stacked = columns[0] if len(columns) == 1 else np.stack(columns, axis=1)
     return dropped(table, names), stacked
 
@@ -288,11 +297,24 @@ def _not_a_number(table: Table, name: str, column: np.ndarray) -> ValueError:
     row = next((i for i in there if not is_number(column[i])), there[0])
     what = "is text, not a number" if is_number(column[row]) else "is not a number"
     repair = "Make it one input per category (--text-columns one-hot), or drop it (--drop-columns)."
-    if not isinstance(column[row], str):
+    if is_number(re.sub(r"[\s,'%$€£¥]", "", str(column[row]))):
+        repair = "Write plain numbers, such as 1234.5, or drop it (--drop-columns)."
+    elif _is_date(column[row]):
+        what = "is a date, not a number"
+        repair = "Make numbers of it, such as days, or drop it (--drop-columns)."
+    elif not isinstance(column[row], str):
         repair = "Drop it (--drop-columns)."
     return ValueError(
         f"{table.name}: {table.at(row)}, column {name!r:.80}: {column[row]!r:.80} {what}. {repair}"
     )
+
+
+def _is_date(cell: Any) -> bool:
+    try:
+        datetime.datetime.fromisoformat(str(cell).strip())
+    except ValueError:
+        return False
+    return True
 
 
 def _fill(values: np.ndarray, missing: Missing | None) -> float:
@@ -323,7 +345,7 @@ def _numbers_or_text(column: np.ndarray) -> np.ndarray:
     try:
         return np.array([float(cell) for cell in column])
     except (ValueError, TypeError):
-        found = [FLAGS.get(str(cell).strip().lower()) for cell in column]
+        found = [ANSWERS.get(str(cell).strip().lower()) for cell in column]
         if None in found:
             return np.array([str(cell) for cell in column])
         return np.array(found)

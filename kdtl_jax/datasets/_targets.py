@@ -5,6 +5,7 @@ lists, "cat|dog", "cat;dog" and rows of 0 and 1 that are not one-hot are labels;
 numbers.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,8 @@ Target = Literal["auto", "classes", "labels", "numbers"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 SEPARATORS = "|;"  # of several labels in one cell; "," where targets are said to be labels
 MOST_LABELS = 10_000
+QUOTED = re.compile(r"""'([^']*)'|"([^"]*)\"""")
+LIST = re.compile(r"""\[((?:\s*(?:'[^']*'|"[^"]*")\s*,?)*)\s*\]""")
 
 
 def from_arrays(
@@ -45,7 +48,7 @@ def from_arrays(
     Raises:
       ValueError: if targets are not of their kind; rows are named.
     """
-    found = _plain(np.asarray(targets))
+    found = _listed(_plain(np.asarray(targets)))
     kind = like.kind if like is not None else _kind(name, found, target)
     if kind == "classes":
         return _classes(name, inputs, found, classes, like, names)
@@ -97,6 +100,18 @@ def _plain(found: np.ndarray) -> np.ndarray:
     if found.dtype.kind == "S":
         found = np.char.decode(found, "utf-8", "replace")
     return found[:, 0] if found.ndim == 2 and found.shape[1] == 1 else found
+
+
+def _listed(found: np.ndarray) -> np.ndarray:
+    """Lists of text that a table holds as Python writes them, "['cat', 'dog']", as lists."""
+    if found.dtype.kind != "U" or found.ndim != 1 or not len(found):
+        return found
+    cells = [LIST.fullmatch(cell.strip()) for cell in found.tolist()]
+    if not all(cells) or not any(cell and cell[1] for cell in cells):
+        return found
+    out = np.empty(len(found), object)
+    out[:] = [[a or b for a, b in QUOTED.findall(cell[1])] for cell in cells if cell]
+    return out
 
 
 def _kind(name: str, found: np.ndarray, target: Target) -> Kind:

@@ -48,5 +48,17 @@ def select(taps: Sequence[str], found: dict[str, Array], hint: str = "") -> dict
 
 
 def outputs_of(returned: Any) -> dict[str, Array]:
-    """A module's outputs as a dict: what it returns, or an array under `"logits"`."""
-    return dict(returned) if isinstance(returned, Mapping) else {"logits": returned}
+    """A module's outputs as a dict: what it returns, or an array under `"logits"`.
+
+    Raises:
+      ValueError: naming an output beside the logits that is no array.
+    """
+    if not isinstance(returned, Mapping):
+        return {"logits": returned}
+    for name, x in returned.items():
+        if name != "logits" and not hasattr(x, "shape"):
+            raise ValueError(
+                f"the model returns {name!r} as a {type(x).__name__}. Every output must be an "
+                "array under a name of its own."
+            )
+    return dict(returned)

@@ -117,6 +117,11 @@ def _arguments(found: Any, classes: int, shape: tuple[int, ...], key: Array) -> 
             given[parameter.name] = values[parameter.name]
         elif needed:
             unknown.append(parameter.name)
+    if unknown and unknown[0] == "params":
+        raise TypeError(
+            f"{name}(params, ...) is a function of parameters and needs their start beside it. "
+            f"Give a pair, net = (init, {name}), with init(key, inputs) -> params."
+        )
     if len(unknown) == 1 and not set(given) & set(CLASSES):
         return {**given, unknown[0]: classes}
     if unknown:

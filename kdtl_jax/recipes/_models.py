@@ -76,7 +76,8 @@ def described(text: str, classes: int, example: Any, *, dtype: Any = None) -> Ne
     try:
         return own.network(found, classes=classes, example=example, dtype=dtype)
     except Exception as error:  # whatever the user's code raises
-        raise ValueError(f"{text}: {' '.join(str(error).split())[:500]}") from error
+        said = _own.at_fault(Path(_own.file_of(text)), error)
+        raise ValueError(f"{text}: {said}") from error
 
 
 def same(text: str, other: str) -> bool:

@@ -7,6 +7,7 @@ it imports, and nothing else ever is. The digests of all these are part of the r
 import inspect
 import re
 import traceback
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from kdtl_jax.recipes import _imports
 from kdtl_jax.recipes.settings import UsageError, setting
 
 FORM = "FILE.py:NAME, as in my_model.py:Net"
+EXAMPLES, CLASSES = 8, 3  # of the shapes on which a loss is tried before the data are known
 
 
 def file_of(text: str) -> str:
@@ -73,7 +75,7 @@ def _module(path: Path) -> ModuleType:
     try:
         return _imports.module(path)
     except (Exception, SystemExit) as error:  # whatever the user's code raises
-        raise ValueError(_at_fault(path, error)) from error
+        raise ValueError(at_fault(path, error)) from error
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,26 @@ def files(settings: Terms) -> dict[str, list[Path]]:
     }
 
 
+def named(settings: Terms) -> dict[str, str]:
+    """`--loss FILE.py:NAME` or `--method FILE.py:NAME`, by the name."""
+    return {text.rpartition(":")[2]: f"{flag} {text}" for flag, text in _given(settings)}
+
+
+def _given(settings: Terms) -> list[tuple[str, str]]:
+    losses, others = settings.loss, settings.method
+    return [*(("--loss", text) for text in losses), *(("--method", text) for text in others)]
+
+
 def entries(settings: Terms) -> dict[str, Entry]:
-    """Methods of one's own by name, from `--loss` and `--method`."""
+    """Methods of one's own by name, from `--loss` and `--method`.
+
+    Raises:
+      UsageError: if one is no function of the right arguments, or its name is taken.
+      ValueError: if one is wrong whatever the data are, with the line at fault.
+    """
     known = {entry.name for entry in methods.table()}
     found: dict[str, Entry] = {}
-    for flag, text in [
-        *(("--loss", t) for t in settings.loss),
-        *(("--method", t) for t in settings.method),
-    ]:
+    for flag, text in _given(settings):
         function, name = imported(text), text.rpartition(":")[2]
         if not callable(function):
             raise UsageError(f"{flag} {text}: {name} is {type(function).__name__}, not a function.")
@@ -123,16 +137,19 @@ def entries(settings: Terms) -> dict[str, Entry]:
     return found
 
 
+def _needed(function: Callable[..., Any]) -> list[str]:
+    """The arguments that a function cannot be called without."""
+    plain = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in plain]
+
+
 def _of_loss(text: str, function: Callable[..., Any]) -> Callable[[Setup], Method]:
-    needed = [
-        p
-        for p in inspect.signature(function).parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    needed = _needed(function)
     if len(needed) not in (1, 2):
         raise UsageError(
             f"--loss {text}: expected fn(student_logits, teacher_logits) -> one value per example, "
-            f"or fn(inputs) -> a dict of these; it takes {[p.name for p in needed]}"
+            f"or fn(inputs) -> a dict of these; it takes {needed}"
         )
     name = text.rpartition(":")[2]
 
@@ -140,6 +157,8 @@ def _of_loss(text: str, function: Callable[..., Any]) -> Callable[[Setup], Metho
         if len(needed) == 1:
             return function(inputs)
         return {name: function(inputs.student["logits"], inputs.teacher["logits"])}
+
+    _try(text, terms)
 
     def build(setup: Setup) -> Method:
         names = _terms_of(text, terms, setup)
@@ -149,11 +168,16 @@ def _of_loss(text: str, function: Callable[..., Any]) -> Callable[[Setup], Metho
 
 
 def _of_method(text: str, function: Callable[..., Any]) -> Callable[[Setup], Method]:
+    if len(needed := _needed(function)) > 1:
+        raise UsageError(
+            f"--method {text}: expected build(setup) -> methods.Method; it takes {needed}"
+        )
+
     def build(setup: Setup) -> Method:
         try:
             made = function(setup)
         except Exception as error:  # whatever the user's code raises
-            raise ValueError(f"--method {text}: {_at_fault(Path(file_of(text)), error)}") from error
+            raise ValueError(f"--method {text}: {at_fault(Path(file_of(text)), error)}") from error
         if not isinstance(made, Method):
             raise TypeError(
                 f"--method {text}: expected a methods.Method, got {type(made).__name__}. Return "
@@ -184,7 +208,31 @@ def _terms_of(text: str, terms: Callable[[Inputs], Any], setup: Setup) -> list[s
             of, setup.params, dict(setup.student), dict(setup.teacher), batch, step, key
         )
     except Exception as error:  # whatever the user's code raises
-        raise ValueError(f"--loss {text}: {_at_fault(Path(file_of(text)), error)}") from error
+        raise ValueError(f"--loss {text}: {at_fault(Path(file_of(text)), error)}") from error
+    return _checked_terms(text, found, size)
+
+
+def _try(text: str, terms: Callable[[Inputs], Any]) -> None:
+    """Raises ValueError for what is wrong with a loss whatever the data and the networks are."""
+    logits = {"logits": jax.ShapeDtypeStruct((EXAMPLES, CLASSES), jnp.float32)}
+    try:
+        found = jax.eval_shape(lambda s, t: terms(Inputs(s, t, {})), logits, logits)
+    except (NameError, ImportError, AttributeError) as error:
+        # An attribute of something else may be there once the networks are known.
+        of_any = not isinstance(error, AttributeError) or isinstance(
+            error.obj, (types.ModuleType, Inputs)
+        )
+        if of_any:
+            said = at_fault(Path(file_of(text)), error)
+            raise ValueError(f"--loss {text}: {said}") from error
+    except Exception:  # it may be for these shapes: the data's own are tried before training
+        return
+    else:
+        _checked_terms(text, found, EXAMPLES)
+
+
+def _checked_terms(text: str, found: Any, size: int) -> list[str]:
+    """The names of the terms, each of which must be one value per example."""
     if not isinstance(found, Mapping):
         raise ValueError(f"--loss {text}: expected a dict of terms, got {type(found).__name__}.")
     for name, value in found.items():
@@ -209,8 +257,11 @@ def _applies(build: Callable[[Setup], Method]) -> Callable[[Setup], str | None]:
     return applies
 
 
-def _at_fault(path: Path, error: BaseException) -> str:
-    """`my_loss.py, line 3: NameError: ...`, the innermost line of the user's files."""
+def at_fault(path: Path, error: BaseException) -> str:
+    """`my_loss.py, line 3: NameError: ...`, the innermost line of the user's files.
+
+    The message alone where no line of theirs took part.
+    """
     inner = [
         (frame.filename, frame.lineno)
         for frame in traceback.extract_tb(error.__traceback__)
@@ -219,6 +270,7 @@ def _at_fault(path: Path, error: BaseException) -> str:
     inner += [(error.filename, error.lineno)] if isinstance(error, SyntaxError) else []
     file, line = inner[-1] if inner else (None, None)
     at = path if file is None or Path(file).resolve() == path.resolve() else file
-    where = str(at) if line is None else f"{at}, line {line}"
     said = " ".join(str(error).split())
-    return f"{where}: {type(error).__name__}: {said:.300}"
+    if line is None:
+        return f"{said or type(error).__name__:.500}"
+    return f"{at}, line {line}: {type(error).__name__}: {said:.300}"

@@ -1,7 +1,6 @@
 """A teacher and a student on one data set: what `kdtl distill` and `kdtl sweep` begin with."""
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,16 @@ from kdtl_jax.interop import model_files, networks, sources
 from kdtl_jax.interop.model_files import About
 from kdtl_jax.interop.networks import Network
 from kdtl_jax.methods import Entry, Method, Setup
-from kdtl_jax.recipes import _measures, _models, _optimizers, _own, _seeds, _students, _training
+from kdtl_jax.recipes import (
+    _measures,
+    _models,
+    _optimizers,
+    _own,
+    _seeds,
+    _students,
+    _training,
+    _tried,
+)
 from kdtl_jax.recipes._measures import Measure
 from kdtl_jax.recipes._training import Experiment, Point
 from kdtl_jax.recipes.settings import MODEL, UsageError, setting
@@ -98,6 +106,9 @@ def read(settings: Any, *, dtype: Any = None, kinds: Sequence[Kind] = ("classes"
     files |= {role: _own.files_of(text) for role, text in named.items() if model_files.is_own(text)}
     about = About(None, part.classes, form.scaling, part.names, part.inputs.shape[1:], form)
     measure = _measures.of_data(form, settings, part)
+    if given is None:
+        _tried.model("--teacher", named["teacher"], large, measure.task, arrays)
+    _tried.model("--student", named["student"], small, measure.task, arrays)
     return Pair(
         splits, about, arrays, named["teacher"], large, small, given, files, example, measure
     )
@@ -112,13 +123,13 @@ def setup(
     layers: Sequence[tuple[str, str]] = (),
 ) -> Setup:
     """The pair as methods see it; without `frozen` with a blank teacher, for checks beforehand."""
-    blank = _blank(pair.teacher, pair.example)
+    empty = blank(pair.teacher, pair.example)
     inputs = pair.arrays["inputs"]
     return methods.setup(
         pair.student.apply,
         pair.teacher.apply,
         student_variables=networks.abstract(pair.student, pair.example),
-        teacher_variables=blank if frozen is None else frozen,
+        teacher_variables=empty if frozen is None else frozen,
         inputs=jax.ShapeDtypeStruct((batch_size, *inputs.shape[1:]), inputs.dtype),
         examples=len(inputs),
         steps=steps,
@@ -131,7 +142,7 @@ def setup(
     )
 
 
-def _blank(net: Network, example: Array) -> Variables:
+def blank(net: Network, example: Array) -> Variables:
     """Zeros in the shapes of a network's variables."""
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), networks.abstract(net, example))
 
@@ -139,6 +150,30 @@ def _blank(net: Network, example: Array) -> Variables:
 def entries() -> dict[str, Entry]:
     """The table of methods by name."""
     return {entry.name: entry for entry in methods.table()}
+
+
+def check_own(
+    built: Mapping[str, Method], pair: Pair, settings: Any, batch_size: int, tx: Any, view: Any
+) -> None:
+    """Tries the losses and methods of one's own on shapes.
+
+    Raises:
+      ValueError: with the line at fault.
+    """
+    arrays = _tried.shapes(pair.arrays, batch_size)
+    teacher = networks.abstract(pair.teacher, pair.example)
+    for name, said in _own.named(settings).items():
+        if name in built:
+            learner = student(
+                pair.student,
+                built[name],
+                tx,
+                lambda key, _: pair.student.init(key, pair.example),
+                teacher=pair.teacher.apply,
+                microbatches=settings.microbatches,
+                view=view,
+            )
+            _tried.method(said, learner, arrays, teacher)
 
 
 def suited(entries: Sequence[Entry], settings: Any, measure: Measure) -> list[Entry]:
@@ -154,14 +189,17 @@ def suited(entries: Sequence[Entry], settings: Any, measure: Measure) -> list[En
 def check_any(
     built: Mapping[str, Method], why_not: Sequence[str], setup: Setup, kind: Kind
 ) -> None:
-    """Raises UsageError if targets are no classes and not one of the methods is for such."""
-    if len(built) == 1 and why_not and kind != "classes":
+    """Raises UsageError if not one of the methods applies."""
+    if len(built) > 1 or not why_not:
+        return
+    if kind != "classes":
         table = (entry for entry in methods.table() if entry.needs == "logits")
         fitting = [entry.name for entry in table if entry.applies(setup) is None]
         raise UsageError(
             f"the targets are {kind}: {why_not[0]} Methods for them are {', '.join(fitting)}, and "
             "those that match features, such as hint, rkd and sp."
         )
+    raise UsageError(f"no method is left. {' '.join(why_not)}")
 
 
 def check_augmentation(chosen: Sequence[str], pair: Pair) -> None:
@@ -328,38 +366,3 @@ def check_weights(asked: Mapping[str, float], terms: Mapping[str, Collection[str
                 f"--loss-weights: {key!r} is not a term here. The terms are {listed}. Write "
                 "term=weight, or method.term=weight for one method."
             )
-
-
-def terms(entries: Sequence[Entry], settings: Any) -> dict[str, Collection[str]] | None:
-    """The terms of the methods that could be compared, before data and models are known.
-
-    A method has the same terms wherever it applies. None if one is the user's own.
-    """
-    found: dict[str, Collection[str]] = {}
-    target = "classes" if settings.data == "digits" else settings.target
-    measures = [each for each in _measures.EVERY if target in ("auto", each.kind)]
-    for entry in (entry for each in measures for entry in suited(entries, settings, each)):
-        if entry not in methods.table():
-            return None
-        setup = next(setup for setup in _small() if entry.applies(setup) is None)
-        found[entry.name] = entry.build(setup).weights
-    return found
-
-
-@functools.cache
-def _small() -> tuple[Setup, ...]:
-    """A pair of networks for every method of the table."""
-    example, found = jnp.zeros((2, 8, 8, 3)), []
-    vit = "vit:patch=4,width=8,layers=2,heads=2"
-    pairs = [("cnn:4,4", _measures.CLASSES), (vit, _measures.CLASSES)]
-    for text, measure in [*pairs, *(("mlp:4", measure) for measure in _measures.EVERY)]:
-        net = _models.described(text, 3, example)
-        variables = _blank(net, example)
-        found.append(
-            methods.setup(
-                net.apply, net.apply, student_variables=variables, teacher_variables=variables,
-                inputs=example, examples=4, steps=2, student_layout=net.layout,
-                teacher_layout=net.layout, task=measure.task, exclusive=measure.kind == "classes",
-            )
-        )  # fmt: skip
-    return tuple(found)

@@ -181,10 +181,10 @@ def compare(
 def check(
     net: Network, example: Any, source: Any, chosen: Sequence[Method], surgery: Surgery
 ) -> None:
-    """Raises ValueError if `compare` cannot copy a plain source into `net`; trains nothing."""
+    """Raises ValueError if `compare` cannot copy a plain source, or its shapes, into `net`."""
     target = model_files.tree(networks.abstract(net, example))
     transforms.plan_transfer(source, target, **surgery._asdict())
-    check_head(source_head(source), chosen)
+    check_head(jax.eval_shape(source_head, source), chosen)
 
 
 def check_head(head: Any, chosen: Sequence[Method]) -> None:

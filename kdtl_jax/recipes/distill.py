@@ -23,6 +23,7 @@ from kdtl_jax import methods
 from kdtl_jax.datasets import KINDS, per_class
 from kdtl_jax.interop import networks
 from kdtl_jax.recipes import (
+    _beforehand,
     _caching,
     _choice,
     _devices,
@@ -175,6 +176,12 @@ def run(settings: Settings) -> int:
         made = _optimizers.optimizer(settings, rate, settings.weight_decay, steps)
         return precision.loss_scaling(made) if settings.precision == "float16" else made
 
+    view = None
+    if settings.augment:
+        view = _training.views(settings.augment, classes, inputs.shape[1])
+    _pair.check_own(built, pair, settings, fixed.batch_size, tx(of_setup["steps"]), view)
+    for why in why_not:
+        print(f"note: {why}", file=sys.stderr)
     learners = [*([TEACHER] if pair.given is None else []), *built]
     files, saves = {**pair.files, **_own.files(settings)}, [f"checkpoints/{x}" for x in learners]
     with _output.running(fixed, "distill", files, saves=saves) as running:
@@ -217,9 +224,7 @@ def run(settings: Settings) -> int:
         )
 
         # Its outputs are computed once where they stay the same and fit, else it runs along.
-        view, arrays, live = None, pair.arrays, None
-        if settings.augment:
-            view = _training.views(settings.augment, classes, inputs.shape[1])
+        arrays, live = pair.arrays, None
         shapes = networks.output_shapes(pair.teacher, pair.example).values()
         total = len(inputs) * sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in shapes)
         if settings.teacher_cache is not None:
@@ -363,10 +368,11 @@ def check(settings: Settings, entries: Sequence[methods.Entry], devices: int) ->
     if settings.batch_size is not None:
         size = settings.batch_size
         _training.check_batch(size, size, settings.microbatches, devices)
+    _beforehand.check_layers(settings)
     if settings.teacher_cache is not None:
         has_teacher = settings.teacher_weights is not None or settings.resume
         _caching.check_folder(Path(settings.teacher_cache), has_teacher=has_teacher)
-    if settings.loss_weights and (terms := _pair.terms(entries, settings)):
+    if settings.loss_weights and (terms := _beforehand.terms(entries, settings)):
         _pair.check_weights(settings.loss_weights, {BASELINE: ("task",), **terms})
 
 

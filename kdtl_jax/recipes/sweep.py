@@ -25,6 +25,7 @@ from kdtl_jax.interop import networks
 from kdtl_jax.methods import Entry, Setup
 from kdtl_jax.recipes import (
     _axes,
+    _beforehand,
     _choice,
     _devices,
     _finished,
@@ -143,7 +144,7 @@ def run(settings: Settings) -> None:
         )
     _output.check_out(settings, "sweep")
     _measures.check(settings)
-    if columns.keys() - {*_axes.AXES} and (terms := _pair.terms(chosen, settings)):
+    if columns.keys() - {*_axes.AXES} and (terms := _beforehand.terms(chosen, settings)):
         _axes.check(columns, terms)
     pair = _pair.read(settings, kinds=KINDS)
     chosen = _pair.suited(chosen, settings, pair.measure)

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kdtl_jax import datasets, transforms
 from kdtl_jax._types import Variables
 from kdtl_jax.datasets import KINDS, Dataset, Kind, Preprocessing, Splits, only_classes
-from kdtl_jax.interop import model_files, sources
+from kdtl_jax.interop import model_files, networks, sources
 from kdtl_jax.interop.model_files import About
 from kdtl_jax.recipes import (
     _evidence,
@@ -35,6 +36,7 @@ from kdtl_jax.recipes import (
     _students,
     _targets,
     _training,
+    _tried,
 )
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import settings as types
@@ -154,11 +156,18 @@ def run(settings: Settings) -> int | None:
     chosen = suited(chosen, settings, measure, source_kind)
     example = jnp.asarray(target.train.inputs[:1])
     net = _models.described(text, target.train.classes, example)
-    if path is not None:
+    before = net if path else _models.described(text, source_part.classes, example)
+    copied_from = given
+    if path is None:
+        copied_from = model_files.tree(networks.abstract(before, example))
+    else:
         record.check_finite(path, given)
-        if _targets.source_head(given) is None and settings.methods == ways.DEFAULT:
-            chosen = [method for method in chosen if not method.needs_source_head]
-        _targets.check(net, example, given, chosen, surgery)
+    has_head = jax.eval_shape(_targets.source_head, copied_from) is not None
+    if not has_head and settings.methods == ways.DEFAULT:
+        chosen = [method for method in chosen if not method.needs_source_head]
+    _targets.check(net, example, copied_from, chosen, surgery)
+    arrays = {"inputs": target.train.inputs, "labels": target.train.labels}
+    _tried.model("--model", text, net, measure.task, arrays)
     read_now = datasets.files_of(settings.data, label=settings.label, inputs=settings.inputs)
     files: dict[str, record.Paths] = {"data": read_now}
     files |= {} if path is None else {"source_weights": path}
@@ -169,7 +178,6 @@ def run(settings: Settings) -> int | None:
         finished = _finished.opened(folder, run, resume=settings.resume, kinds=(Fitted, Variables))
         if given is None:
             say("source")
-            before = _models.described(text, source_part.classes, example)
             source = _targets.sources_of(
                 before, source_part, seeds=settings.seeds, epochs=settings.source_epochs,
                 finished=finished,

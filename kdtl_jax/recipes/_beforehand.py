@@ -1,0 +1,68 @@
+"""What is known of methods before data are read: their terms, and the layers of models by name."""
+
+import functools
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from kdtl_jax import methods, trees
+from kdtl_jax.interop import model_files, networks
+from kdtl_jax.methods import Entry, Setup
+from kdtl_jax.recipes import _measures, _models, _pair
+from kdtl_jax.recipes.settings import UsageError
+
+
+def check_layers(settings: Any) -> None:
+    """Raises UsageError if one of `--layers` is none of a model of the library, by its text alone.
+
+    Other models and images of a size that a model does not take show their layers with the data.
+    """
+    teacher = settings.teacher or (None if settings.teacher_weights else _pair.DEFAULT_TEACHER)
+    example = jnp.zeros((1, 32, 32, 3))
+    for i, (role, text) in enumerate((("student", settings.student), ("teacher", teacher))):
+        if text is None or model_files.is_own(text) or not settings.layers:
+            continue
+        try:
+            found = networks.output_shapes(_models.described(text, 2, example), example)
+        except ValueError:
+            continue
+        unknown = [pair[i] for pair in settings.layers if pair[i] not in found]
+        if unknown:
+            listed = ", ".join(sorted(found, key=trees.natural_key))
+            raise UsageError(f"--layers: the {role} has no tap {unknown[0]!r}. It has {listed}.")
+
+
+def terms(entries: Sequence[Entry], settings: Any) -> dict[str, Collection[str]] | None:
+    """The terms of the methods that could be compared, before data and models are known.
+
+    A method has the same terms wherever it applies. None if one is the user's own.
+    """
+    found: dict[str, Collection[str]] = {}
+    target = "classes" if settings.data == "digits" else settings.target
+    measures = [each for each in _measures.EVERY if target in ("auto", each.kind)]
+    for entry in (entry for each in measures for entry in _pair.suited(entries, settings, each)):
+        if entry not in methods.table():
+            return None
+        setup = next(setup for setup in _small() if entry.applies(setup) is None)
+        found[entry.name] = entry.build(setup).weights
+    return found
+
+
+@functools.cache
+def _small() -> tuple[Setup, ...]:
+    """A pair of networks for every method of the table."""
+    example, found = jnp.zeros((2, 8, 8, 3)), []
+    vit = "vit:patch=4,width=8,layers=2,heads=2"
+    pairs = [("cnn:4,4", _measures.CLASSES), (vit, _measures.CLASSES)]
+    for text, measure in [*pairs, *(("mlp:4", measure) for measure in _measures.EVERY)]:
+        net = _models.described(text, 3, example)
+        variables = _pair.blank(net, example)
+        found.append(
+            methods.setup(
+                net.apply, net.apply, student_variables=variables, teacher_variables=variables,
+                inputs=example, examples=4, steps=2, student_layout=net.layout,
+                teacher_layout=net.layout, task=measure.task, exclusive=measure.kind == "classes",
+            )
+        )  # fmt: skip
+    return tuple(found)

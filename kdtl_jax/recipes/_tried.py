@@ -1,0 +1,77 @@
+"""Models, losses and methods of one's own, tried on shapes before anything is trained.
+
+A step of training is traced, not run: what is wrong shows at once, and in which line.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from kdtl_jax import train
+from kdtl_jax.interop import model_files
+from kdtl_jax.interop.networks import Network
+from kdtl_jax.objective import TermsFn
+from kdtl_jax.recipes import _own
+from kdtl_jax.recipes._training import Experiment
+
+
+def model(flag: str, text: str, net: Network, task: TermsFn, arrays: Mapping[str, Any]) -> None:
+    """A step of training of a model of one's own, on a few examples of `arrays`.
+
+    Raises:
+      ValueError: naming the model and, where it is in its file, the line at fault.
+    """
+    if not model_files.is_own(text):
+        return
+    tx = optax.sgd(0.1)  # any will do
+    step = train.make_step(net.apply, task, {"task": 1.0}, tx)
+
+    def trained(batch: Any) -> Any:
+        key = jax.random.key(0)
+        first = net.init(key, batch["inputs"][:1])
+        state = train.init_state(first.params, tx, key=key, model_state=first.model_state)
+        return step(state, batch)
+
+    _traced(f"{flag} {text}", text, trained, shapes(arrays, min(4, len(arrays["labels"]))))
+
+
+def method(said: str, learner: Experiment, batch: Mapping[str, Any], frozen: Any) -> None:
+    """A step of a student by a loss or method of one's own, and how it predicts.
+
+    Args:
+      said: `--loss FILE.py:NAME` or `--method FILE.py:NAME`.
+      learner: the student.
+      batch: shapes of what it reads; `"teacher"` with its outputs, unless it runs along.
+      frozen: shapes of the variables of a teacher that runs along.
+
+    Raises:
+      ValueError: naming the loss or method and, where it is in its file, the line at fault.
+    """
+
+    def trained(point: Any, batch: Any, frozen: Any) -> Array:
+        state, _ = learner.step(learner.start(point, frozen), batch, point, frozen)
+        return learner.logits(state, batch["inputs"], frozen)
+
+    point = {"seed": jax.ShapeDtypeStruct((), jnp.int32)}
+    found = _traced(said, said.partition(" ")[2], trained, point, dict(batch), frozen)
+    if getattr(found, "ndim", None) != 2 or found.shape[0] != batch["inputs"].shape[0]:
+        raise ValueError(f"{said}: what it predicts must be logits [B, classes], got {found}.")
+
+
+def shapes(arrays: Mapping[str, Any], examples: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of so many examples."""
+    return {
+        name: jax.ShapeDtypeStruct((examples, *x.shape[1:]), x.dtype) for name, x in arrays.items()
+    }
+
+
+def _traced(said: str, text: str, run: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return jax.eval_shape(run, *args)
+    except Exception as error:  # whatever the user's code raises
+        raise ValueError(f"{said}: {_own.at_fault(Path(_own.file_of(text)), error)}") from error
