@@ -295,9 +295,10 @@ def _text_column(
 def _not_a_number(table: Table, name: str, column: np.ndarray) -> ValueError:
     there = np.flatnonzero(~empty(column)).tolist()
     row = next((i for i in there if not is_number(column[i])), there[0])
-    what = "is text, not a number" if is_number(column[row]) else "is not a number"
+    plain = is_number(column[row])
+    what = "is text, not a number" if plain else "is not a number"
     repair = "Make it one input per category (--text-columns one-hot), or drop it (--drop-columns)."
-    if is_number(re.sub(r"[\s,'%$€£¥]", "", str(column[row]))):
+    if not plain and is_number(re.sub(r"[\s,'%$€£¥]", "", str(column[row]))):
         repair = "Write plain numbers, such as 1234.5, or drop it (--drop-columns)."
     elif _is_date(column[row]):
         what = "is a date, not a number"
