@@ -75,7 +75,10 @@ def _module(path: Path) -> ModuleType:
     try:
         return _imports.module(path)
     except (Exception, SystemExit) as error:  # whatever the user's code raises
-        raise ValueError(at_fault(path, error)) from error
+        said = at_fault(path, error)
+        if ", line " not in said:
+            said = f"{path}: {type(error).__name__}: {said}"
+        raise ValueError(said) from error
 
 
 @dataclass(frozen=True)
