@@ -23,6 +23,7 @@ from kdtl_jax.interop.huggingface import Pretrained
 from kdtl_jax.interop.model_files import HUGGING_FACE, About
 
 LARGE, MOST_PACKED = 2**26, 1000  # numbers; per byte of the files
+PARAMS = "params/"
 _HOW = ("image_mean", "image_std")
 ITEMS = ("params", "default", "state", "model")  # of a step, in the order they are looked for
 
@@ -48,7 +49,7 @@ def opened(path: str) -> Source:
                       lambda like: _of_hugging_face(path))  # fmt: skip
     if is_orbax(path):
         return Source(path, About(), lambda like: from_orbax(path, like))
-    return Source(path, model_files.about(path), lambda like: safetensors.load(path))
+    return Source(path, model_files.about(path), lambda like: from_safetensors(path, like))
 
 
 def variables(source: Source, template: Variables) -> Variables:
@@ -112,6 +113,19 @@ def scaling(folder: str) -> Standardizer | None:
             f"{file}: image_mean, image_std and rescale_factor cannot be used ({error})."
         ) from None
     return made
+
+
+def from_safetensors(path: str, like: PyTree = None) -> PyTree:
+    """The leaves of a file by name; without `params/` where all begin so, as Flax's `init` gives.
+
+    Not if those of `like` begin so too.
+    """
+    found = safetensors.load(path)
+    asked = () if like is None else trees.flatten(like)
+    if found and all(name.startswith(PARAMS) for name in found):
+        if not any(name.startswith(PARAMS) for name in asked):
+            return {name.removeprefix(PARAMS): leaf for name, leaf in found.items()}
+    return found
 
 
 def is_orbax(path: str) -> bool:
