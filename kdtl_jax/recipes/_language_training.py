@@ -15,9 +15,8 @@ from jax.sharding import Mesh
 from kdtl_jax import language, models, train
 from kdtl_jax._types import ModelFn, Params, Variables
 from kdtl_jax.objective import Inputs, Metrics
-from kdtl_jax.recipes import _progress
+from kdtl_jax.recipes import _progress, _saves
 from kdtl_jax.recipes._language_text import Rows
-from kdtl_jax.recipes._training import newest
 from kdtl_jax.run import checkpoint, data, loop, sharding, teacher_cache
 from kdtl_jax.run.measure import step_times
 from kdtl_jax.train import Batch, TrainState
@@ -106,9 +105,7 @@ def trained(
         state = place(state, run.mesh)
         step = sharding.keep_placement(step, state)
         put = partial(sharding.place_batch, mesh=run.mesh)
-    home, owner = run.folder / "checkpoints" / name, {"run": run.identity, "method": name}
-    state, at, meta = newest(home, state, owner) if run.resume else (state, 0, {})
-    before = float(meta.get("seconds", 0.0))
+    saves = _saves.taken_up(run.folder, run.identity, name, state, resume=run.resume, begun=begun)
     said = clock(run.batch_size * rows.inputs["tokens"].shape[1], steps)
 
     def log(line: dict[str, Any]) -> None:
@@ -120,20 +117,16 @@ def trained(
             found = {k.removeprefix("eval/"): v for k, v in line.items() if k != "step"}
             run.say(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
 
-    def save(step: int, state: TrainState, meta: dict[str, Any]) -> None:
-        spent = before + time.perf_counter() - begun
-        checkpoint.save(checkpoints, step, state, {**meta, "seconds": spent})
-
     def stays(line: dict[str, Any]) -> bool:
-        return line["method"] != name or line["step"] <= at
+        return line["method"] != name or line["step"] <= saves.step
 
     with (
-        checkpoint.open_folder(home, keep=checkpoint.newest(1), owner=owner) as checkpoints,
+        _saves.opened(saves, checkpoint.newest(1)) as save,
         loop.metrics_file(run.folder / "metrics.jsonl", stays=stays) as write,
     ):
         result = loop.run(
             step,
-            state,
+            saves.state,
             batches(rows, run.batch_size, order, cache),
             teacher_params,
             steps=steps,
@@ -143,12 +136,12 @@ def trained(
             evaluate_every=max(1, steps // run.checks),
             save=save,
             save_every=run.save_every,
-            meta=meta,
+            meta=saves.meta,
             on_nonfinite=on_nonfinite,
             place=put,
             reached=lambda step: run.moved(step, steps),
         )
-    spent = before + time.perf_counter() - begun
+    spent = _saves.seconds(saves)
     params, curve = result.state.params, result.evaluations
     if not curve or curve[-1]["step"] != result.step:  # it ended early
         curve = [*curve, as_line(result.step, measure(params))]

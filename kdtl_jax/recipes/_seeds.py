@@ -22,10 +22,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kdtl_jax import train
 from kdtl_jax.datasets import Splits
 from kdtl_jax.objective import Metrics
-from kdtl_jax.recipes import _measures
+from kdtl_jax.recipes import _measures, _saves
 from kdtl_jax.recipes._measures import Measure
 from kdtl_jax.recipes._optimizers import used
-from kdtl_jax.recipes._training import CHECKS, Experiment, Point, in_chunks, keys, newest, pick
+from kdtl_jax.recipes._training import CHECKS, Experiment, Point, in_chunks, keys, pick
 from kdtl_jax.run import checkpoint, data, loop, scores, sharding
 from kdtl_jax.train import Batch, TrainState
 
@@ -115,11 +115,9 @@ def train_seeds(
     measure = run.measure
     evaluate = evaluation(experiment, shared, in_turn, mesh, measure)
 
-    home = run.folder / "checkpoints" / name
-    owner = {"run": run.identity, "method": name}
-    state, at, meta = newest(home, state, owner) if run.resume else (state, 0, {})
+    saves = _saves.taken_up(run.folder, run.identity, name, state, resume=run.resume, begun=begun)
+    state, at, spent = saves.state, saves.step, saves.before
     calls = seeds if in_turn else 1  # per step of a seed
-    before = float(meta.get("seconds", 0.0))
 
     def on_validation(state: TrainState) -> np.ndarray:
         part = run.splits.validation
@@ -132,11 +130,7 @@ def train_seeds(
         run.say(f"{name}: epoch {epoch} of {epochs}, validation {score}", epoch == epochs)
         return {f"validation_{measure.score_name.key}": found}
 
-    def save(step: int, state: TrainState, meta: dict[str, Any]) -> None:
-        spent = before + time.perf_counter() - begun
-        checkpoint.save(checkpoints, step, state, {**meta, "seconds": spent})
-
-    evaluations = list(meta.get("evaluations", []))
+    evaluations = list(saves.meta.get("evaluations", []))
     evaluated = [line["step"] for line in evaluations]
     total = epochs * per_epoch * calls
     scored = f"validation_{measure.score_name.key}"
@@ -151,7 +145,7 @@ def train_seeds(
     if epochs and not ended and (at < total or at not in evaluated):
         epoch = per_epoch * calls
         with (
-            checkpoint.open_folder(home, keep=keep, owner=owner) as checkpoints,
+            _saves.opened(saves, keep) as save,
             _log(run, name, at, calls, evaluated) as log,
         ):
             result = loop.run(
@@ -168,19 +162,20 @@ def train_seeds(
                 save=save,
                 save_every=save_every and save_every * epoch,
                 # The path is known already: it need not be found by tracing once more.
-                meta=meta or (None if in_turn else {"path": "scan"}),
+                meta=saves.meta or (None if in_turn else {"path": "scan"}),
                 on_nonfinite=None,  # each seed leaves out its own
                 place=place,
                 reached=lambda step: run.moved(step, total),
             )
         state, evaluations = result.state, result.evaluations
-        before += time.perf_counter() - begun
+        spent = _saves.seconds(saves)
     curve = np.array(
         [line[f"{EVALUATION}{measure.score_name.key}"] for line in evaluations], np.float64
     )
     best = None if run.patience is None else scores.best(list(curve))
     if best is not None:
-        state = checkpoint.restore(home, state, step=evaluations[best]["step"], owner=owner).state
+        at = evaluations[best]["step"]
+        state = checkpoint.restore(saves.home, state, step=at, owner=saves.owner).state
     state = used(state)
     named = evaluate(state, run.splits.test.inputs)
     return Trained(
@@ -192,7 +187,7 @@ def train_seeds(
         measure.score(named, run.splits.test.labels),
         named,
         _skipped(run, name, per_epoch) if epochs else [],
-        before,
+        spent,
         None if best is None else evaluations[best]["step"] // calls // per_epoch,
     )
 

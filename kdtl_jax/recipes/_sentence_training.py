@@ -14,9 +14,9 @@ from kdtl_jax import losses, train
 from kdtl_jax._types import Params, Variables
 from kdtl_jax.models import sentence_embedding
 from kdtl_jax.objective import Inputs, Masked
-from kdtl_jax.recipes import _progress
+from kdtl_jax.recipes import _progress, _saves
 from kdtl_jax.recipes._lines import Lines
-from kdtl_jax.recipes._training import newest, warmed_up
+from kdtl_jax.recipes._training import warmed_up
 from kdtl_jax.run import checkpoint, data, loop
 
 WEIGHTS = {"hidden": 1.0, "embedding": 1.0, "relation": 1.0}
@@ -74,30 +74,22 @@ def distilled(
 ) -> Distilled:
     """Trains one student, from its newest save if resumed."""
     met: list[loop.Nonfinite] = []
-    began, settings = time.perf_counter(), run.settings
+    begun, settings = time.perf_counter(), run.settings
     key_order, key_steps = jax.random.split(key)
     batches = data.resident({"inputs": lines.train}, settings.batch_size, key=key_order)
     state = train.init_state(start, optimizer(settings), key=key_steps)
-    home = run.folder / "checkpoints" / run.name
-    owner = {"run": run.identity, "method": run.name}
-    state, _, meta = newest(home, state, owner) if settings.resume else (state, 0, {})
-    before = float(meta.get("seconds", 0.0))
-
-    def spent() -> float:
-        return before + time.perf_counter() - began
+    saves = _saves.taken_up(
+        run.folder, run.identity, run.name, state, resume=settings.resume, begun=begun
+    )
 
     def log(line: Mapping[str, Any]) -> None:
         if "loss" in line:
             run.say(f"  step {line['step']} of {settings.steps}, loss {line['loss']:.4f}")
 
-    with checkpoint.open_folder(home, keep=checkpoint.newest(1), owner=owner) as checkpoints:
-
-        def save(step: int, state: train.TrainState, meta: dict[str, Any]) -> None:
-            checkpoint.save(checkpoints, step, state, {**meta, "seconds": spent()})
-
+    with _saves.opened(saves, checkpoint.newest(1)) as save:
         result = loop.run(
             step,
-            state,
+            saves.state,
             batches,
             Variables(teacher),
             steps=settings.steps,
@@ -107,7 +99,7 @@ def distilled(
             evaluate_every=max(1, settings.steps // settings.checks),
             save=save,
             save_every=settings.save_every,
-            meta=meta,
+            meta=saves.meta,
             on_nonfinite=met.append,
             reached=lambda step: run.moved(step, settings.steps),
         )
@@ -115,4 +107,4 @@ def distilled(
         "epoch": [float(line["step"]) for line in result.evaluations],
         "validation_accuracy": [line["eval/agreement"] for line in result.evaluations],
     }
-    return Distilled(result.state.params, curve, spent(), str(met[0]) if met else "")
+    return Distilled(result.state.params, curve, _saves.seconds(saves), str(met[0]) if met else "")

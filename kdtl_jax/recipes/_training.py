@@ -8,7 +8,6 @@ shuffle alike: a seed's batches are those of its `Keys.order`.
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ from kdtl_jax import augment, objective, train
 from kdtl_jax._types import PyTree, Variables
 from kdtl_jax.recipes._optimizers import used
 from kdtl_jax.recipes.settings import UsageError
-from kdtl_jax.run import checkpoint, scores
+from kdtl_jax.run import scores
 from kdtl_jax.train import Batch, TrainState
 
 Point = Mapping[str, Any]  # "seed", and whatever else distinguishes a student
@@ -330,17 +329,6 @@ def check_batch(batch_size: int, size: int, microbatches: int = 1, devices: int 
             f"a batch of {batch_size} does not divide into {microbatches} microbatches on "
             f"{devices} devices. Choose a multiple of {microbatches * devices}."
         )
-
-
-def newest(
-    home: Path, state: TrainState, owner: Mapping[str, str]
-) -> tuple[TrainState, int, dict[str, Any]]:
-    """The state of the newest whole save, its step and meta; the state as it is where none is."""
-    try:
-        found = checkpoint.restore(home, state, owner=owner)
-    except FileNotFoundError:  # nothing there yet, or the first save was cut short
-        return state, 0, {}
-    return found.state, found.step, found.meta
 
 
 def warmed_up(rate: float, steps: int, warmup: int) -> optax.GradientTransformation:
