@@ -182,6 +182,20 @@ def test_draws_are_uniform_over_all_blocks(monkeypatch: pytest.MonkeyPatch) -> N
     np.testing.assert_allclose(jnp.mean(kept, axis=1), 0.3, atol=0.2)
 
 
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.5])
+def test_ties_that_are_stored_twice_are_ranked_once(density: float) -> None:
+    """An entry at the cut is kept in each of three copies, or in none; zeros are no ties."""
+    table, zero = leaf(0, 7, 5), jnp.zeros((7, 5))
+    copies = {"a": table, "c": table + 0, "e": np.asarray(table)}
+    tree = copies | {"b": leaf(1, 7, 5), "d": zero, "f": zero + 0}
+    got = transforms.trim_global(tree, density=density)
+    np.testing.assert_array_equal(got["a"], got["c"])
+    np.testing.assert_array_equal(got["a"], got["e"])
+    assert sum(int(jnp.count_nonzero(got[name])) for name in "ab") == int(density * 4 * 35)
+    merged = transforms.ties([tree, tree], density=density)
+    np.testing.assert_array_equal(merged["a"], merged["e"])
+
+
 def test_ties_that_are_stored_twice_share_their_draws() -> None:
     """As a file has them: equal arrays under two names."""
     rng = np.random.default_rng(0)

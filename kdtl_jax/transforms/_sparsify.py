@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params, PyTree, Scalar
@@ -59,7 +60,8 @@ def trim_global(task_vector: PyTree, *, density: Scalar = 0.2) -> PyTree:
     `trim_to_cut` does the same leaf by leaf, for vectors larger than memory.
 
     Args:
-      task_vector: any pytree; its inexact leaves are ranked as one vector, tied ones once.
+      task_vector: any pytree; its inexact leaves are ranked as one vector, tied ones once (one
+        array, or equal arrays that are not all zero).
       density: share to keep in `[0, 1]`, the paper's top-k percent.
 
     Returns:
@@ -76,6 +78,7 @@ def trim_global(task_vector: PyTree, *, density: Scalar = 0.2) -> PyTree:
     leaves, treedef = jax.tree.flatten(chosen)
     if not leaves:
         return task_vector
+    leaves = _tied(chosen, leaves)
     wide = {id(x): y for x, y in zip(leaves, _leaves.one_dtype(leaves), strict=True)}
     size = sum(leaf.size for leaf in wide.values())
     cut = magnitude_cut(
@@ -87,6 +90,13 @@ def trim_global(task_vector: PyTree, *, density: Scalar = 0.2) -> PyTree:
             done[id(leaf)], before = trim_to_cut(leaf, cut, before)
     out = [done[id(leaf)] for leaf in leaves]
     return trees.combine(jax.tree.unflatten(treedef, out), rest)
+
+
+def _tied(tree: PyTree, leaves: Sequence[Any]) -> list[Any]:
+    """The leaves, those that are stored twice as one array; zeros are what did not change."""
+    flat, first = trees.flatten(tree), _leaves.equal_paths(tree)
+    paths = zip(flat, leaves, strict=True)
+    return [flat[first[p]] if p in first and np.any(np.asarray(x)) else x for p, x in paths]
 
 
 def magnitude_cut(
