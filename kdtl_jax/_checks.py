@@ -83,11 +83,21 @@ def concrete(value: Any) -> np.ndarray | None:
 
 
 def _number(name: str, value: Any) -> np.ndarray | None:
-    """`concrete` of numbers; raises TypeError for text and what else is none."""
+    """`concrete` of numbers; raises TypeError for text, None, True and what else is none."""
     known = concrete(value)
-    if known is not None and known.dtype.kind in "USO":
-        raise TypeError(f"{name} must be a number, got {value!r}.")
+    if known is not None and known.dtype.kind in ("USO" if known.ndim else "USOb"):
+        raise TypeError(f"{name} must be a number, got {value!r:.80}.")
+    if known is not None and known.dtype.kind == "c":
+        raise TypeError(f"{name} must be real, got {value!r:.80}.")
     return known
+
+
+def finite(**scalars: Any) -> None:
+    """Raises ValueError unless every (concrete) value is finite."""
+    for name, value in scalars.items():
+        known = _number(name, value)
+        if known is not None and not bool(np.all(np.isfinite(known))):
+            raise ValueError(f"{name} must be finite, got {_short(known)}.")
 
 
 def positive(**scalars: Any) -> None:
@@ -117,6 +127,7 @@ def within(low: float, high: float, **scalars: Any) -> None:
 def scalar(**scalars: Any) -> None:
     """Raises ValueError unless every value has shape `[]`, TypeError unless it is real."""
     for name, value in scalars.items():
+        _number(name, value)
         if jnp.iscomplexobj(value):
             raise TypeError(f"{name} must be real, got {value!r}.")
         if np.shape(value):
@@ -179,16 +190,24 @@ def integers(**arrays: Any) -> None:
             )
 
 
-def count(at_least: int, **numbers: Any) -> None:
-    """Raises unless every number is an integer (never traced: a size) and not below `at_least`."""
+def whole(**numbers: Any) -> None:
+    """Raises TypeError unless every number is an integer: a size, never traced and no bool."""
     for name, number in numbers.items():
         try:
-            known = operator.index(number)
+            operator.index(number)
+            if isinstance(number, (bool, np.bool_)):
+                raise TypeError
         except TypeError:
             kind = type(number).__name__
-            raise TypeError(f"{name} must be an integer, got {number!r} ({kind}).") from None
-        if known < at_least:
-            raise ValueError(f"{name} must be at least {at_least}, got {known}.")
+            raise TypeError(f"{name} must be an integer, got {number!r:.80} ({kind}).") from None
+
+
+def count(at_least: int, **numbers: Any) -> None:
+    """Raises unless every number is an integer (never traced: a size) and not below `at_least`."""
+    whole(**numbers)
+    for name, number in numbers.items():
+        if operator.index(number) < at_least:
+            raise ValueError(f"{name} must be at least {at_least}, got {number}.")
 
 
 def indices(size: int, **arrays: Any) -> None:

@@ -21,36 +21,38 @@ def upcast(x: Array) -> Array:
     return jnp.asarray(x, jnp.float32) if half else jnp.asarray(x)
 
 
-def cast(x: float | Array, like: Array) -> Array:
+def cast(x: float | Array, like: Array, name: str = "this number") -> Array:
     """An array in the dtype of `like` (no weak types, no silent promotion, no part lost)."""
+    if x is None or isinstance(x, (bool, str)):
+        raise TypeError(f"{name} must be a number, got {x!r:.80}.")
     value = jnp.asarray(x)
     if jnp.iscomplexobj(value) and not jnp.iscomplexobj(like):
-        raise TypeError(f"this number must be real, got {value.dtype}: pass its real part.")
+        raise TypeError(f"{name} must be real, got {value.dtype}: pass its real part.")
     return value.astype(like.dtype)
 
 
-def scalar(x: float | Array, like: Array) -> Array:
+def scalar(x: float | Array, like: Array, name: str = "this hyper-parameter") -> Array:
     """A scalar hyper-parameter in the dtype of `like`; `[B]` would broadcast along another axis."""
-    value = cast(x, like)
+    value = cast(x, like, name)
     if value.ndim:
         raise ValueError(
-            f"this hyper-parameter must be one number, got shape {list(value.shape)}. Weigh "
-            "examples in the objective, or call the function once per value (jax.vmap)."
+            f"{name} must be one number, got shape {list(value.shape)}. Weigh examples in the "
+            "objective, or call the function once per value (jax.vmap)."
         )
     return value
 
 
-def per_example(x: float | Array, like: Array) -> Array:
+def per_example(x: float | Array, like: Array, name: str = "this hyper-parameter") -> Array:
     """A scalar or `[B]` hyper-parameter, shaped to broadcast over the rest of `like`.
 
     Raises:
       ValueError: if it is neither: `[B, 1]` against `[B]` would silently make `[B, B]`.
     """
-    value = cast(x, like)
+    value = cast(x, like, name)
     if value.shape != like.shape[: value.ndim]:
         raise ValueError(
-            f"a hyper-parameter must be one number or one per example {list(like.shape)}, got "
-            f"shape {list(value.shape)}. Reshape it, e.g. jnp.squeeze(value, axis=-1)."
+            f"{name} must be one number or one per example {list(like.shape)}, got shape "
+            f"{list(value.shape)}. Reshape it, e.g. jnp.squeeze({name.split()[-1]}, axis=-1)."
         )
     return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
 
@@ -120,8 +122,13 @@ def rescaled(x: Array, *, axis: int | tuple[int, ...] | None = None) -> Array:
 
     Their products then neither underflow nor overflow, whatever unit the features have.
     """
+    return x / largest(x, axis=axis)
+
+
+def largest(x: Array, *, axis: int | tuple[int, ...] | None = None) -> Array:
+    """The largest absolute entry, a constant; 1 where it is 0 or not finite."""
     top = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=axis is not None))
-    return x / jnp.where((top != 0) & jnp.isfinite(top), top, 1)
+    return jnp.where((top != 0) & jnp.isfinite(top), top, 1)
 
 
 def normalize(x: Array, *, axis: int | tuple[int, ...] = -1) -> Array:

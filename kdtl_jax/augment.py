@@ -29,7 +29,8 @@ def example_keys(key: Array, epoch: int | Array, rows: Array) -> Array:
       epoch: which view of the data.
       rows: int `[B]`, the examples' rows in the data set.
     """
-    _checks.integers(rows=rows)
+    _checks.scalar(epoch=epoch)
+    _checks.integers(rows=rows, epoch=epoch)
     in_epoch = jax.random.fold_in(key, epoch)
     return jax.vmap(lambda row: jax.random.fold_in(in_epoch, row))(rows)
 
@@ -58,8 +59,7 @@ def crop(keys: Array, images: Array, *, padding: int = 4) -> Array:
       padding: pixels added on each side; 4 is the usual value for 32 x 32 images.
     """
     _check_images(keys, images)
-    if padding < 0:
-        raise ValueError(f"padding must be at least 0, got {padding}.")
+    _checks.count(0, padding=padding)
     room = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     padded = jnp.pad(images, room)
 

@@ -7,6 +7,9 @@ are not means over examples, so microbatches do not add up to the large batch.
 two batches it marks the rows of both, or of the first if `target_where` (`[B']`) is given for the
 second. If fewer examples are left than a statistic needs, it is 0.
 
+Features are squared: in float32 differences below 1e-18 or above 1e18 leave its range. Bring such
+units to ordinary sizes first.
+
 TypeError: an array is not floating point. ValueError: shapes do not fit, a batch has fewer than two
 examples, or a hyper-parameter is out of its range.
 """
@@ -46,6 +49,7 @@ def bss(features: Array, *, k: int = 1, where: Array | None = None) -> Array:
       Chen et al., Catastrophic Forgetting Meets Negative Transfer, NeurIPS 2019.
     """
     batch = _batch(features=features, where=where)
+    _checks.whole(k=k)
     if not 1 <= k <= min(features.shape):
         raise ValueError(
             f"k must lie in 1..{min(features.shape)}, the number of singular values of "
@@ -230,7 +234,7 @@ def mcc(
     logits = _batch(logits=logits, where=where).rows
     _checks.several_classes(logits=logits)
     _checks.positive(temperature=temperature)
-    p = jnp.exp(_softmax.log_softmax(logits / _numerics.scalar(temperature, logits)))
+    p = jnp.exp(_softmax.log_softmax(logits / _numerics.scalar(temperature, logits, "temperature")))
     if example_weights is None:
         example_weights = jnp.ones(logits.shape[:1], logits.dtype)
     if jnp.shape(example_weights) != logits.shape[:1]:
@@ -257,7 +261,7 @@ def entropy_weights(
     logits = _batch(logits=logits, where=where).rows
     _checks.several_classes(logits=logits)
     _checks.positive(temperature=temperature)
-    log_p = _softmax.log_softmax(logits / _numerics.scalar(temperature, logits))
+    log_p = _softmax.log_softmax(logits / _numerics.scalar(temperature, logits, "temperature"))
     finite = jnp.where(log_p != -jnp.inf, log_p, 0)
     entropy = -jnp.sum(jnp.exp(log_p) * finite, axis=-1)
     weights = 1 + jnp.exp(-entropy)
@@ -317,11 +321,16 @@ def _covariance(batch: _Batch) -> Array:
 
 
 def _gaussians(square: Array, scale: Scalar, alphas: Sequence[Scalar]) -> Array:
+    _checks.scalar(scale=scale)
     _checks.non_negative(scale=scale)
+    if not np.iterable(alphas) or not len(alphas):
+        raise ValueError(f"alphas must be a list of at least one number, got {alphas!r:.80}.")
     for alpha in alphas:
+        _checks.scalar(alphas=alpha)
         _checks.positive(alphas=alpha)
     widths = [
-        2 * _numerics.scalar(alpha, square) * _numerics.scalar(scale, square) for alpha in alphas
+        2 * _numerics.scalar(alpha, square, "alphas") * _numerics.scalar(scale, square, "scale")
+        for alpha in alphas
     ]
 
     def kernel(width: Array) -> Array:

@@ -135,7 +135,7 @@ def bank_scores(
     x, index = _checked(bank, x, index, 2, where)
     _checks.positive(temperature=temperature)
     log_z = jax.lax.stop_gradient(bank.log_z).astype(x.dtype)
-    return _products(bank, x, index) / _numerics.scalar(temperature, x) - log_z
+    return _products(bank, x, index) / _numerics.scalar(temperature, x, "temperature") - log_z
 
 
 def bank_set_normalizer(
@@ -195,7 +195,7 @@ def bank_update(
     x, index = _checked(bank, x, index, 1, where)
     _checks.within(0, 1, momentum=momentum)
     x = jax.lax.stop_gradient(x).astype(bank.rows.dtype)
-    keep = _numerics.scalar(momentum, x)
+    keep = _numerics.scalar(momentum, x, "momentum")
     mixed = _numerics.normalize(keep * bank.rows[index] + (1 - keep) * x)
     if where is not None:
         index = jnp.where(where, index, len(bank.rows))  # outside: dropped

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdtl_jax import _checks
+
 
 class PerClass(NamedTuple):
     """One number per class, `[K]`."""
@@ -44,6 +46,7 @@ def confusion(predicted: Any, labels: Any, classes: int) -> np.ndarray:
 
     An example without an answer is in no column.
     """
+    _checks.count(1, classes=classes)
     predicted, labels = _classes(predicted, labels, classes)
     told = predicted >= 0
     counts = np.zeros((classes, classes), np.int64)
@@ -85,6 +88,7 @@ def calibration(probabilities: Any, labels: Any, *, bins: int = 15) -> Calibrati
     bins `((b - 1) / bins, b / bins]`.
     """
     p, labels = _probabilities(probabilities, labels)
+    _checks.count(1, bins=bins)
     confidence, right = p.max(axis=-1), p.argmax(axis=-1) == labels
     if not np.isfinite(confidence).all():
         nothing = np.full(bins, np.nan)
@@ -224,6 +228,11 @@ def _probabilities(probabilities: Any, labels: Any) -> tuple[np.ndarray, np.ndar
     p, labels = _pair(probabilities, labels)
     if p.ndim != 2:
         raise ValueError(f"probabilities must be [{len(labels)}, classes], got {list(p.shape)}")
+    if p.shape[1] == 1:
+        raise ValueError(
+            f"probabilities of one class are always 1, got {list(p.shape)}: of a sigmoid's p make "
+            "np.concatenate([1 - p, p], axis=1)"
+        )
     _labels(p, labels, p.shape[-1])
     if np.any((p < 0) | (p > 1 + 1e-3)):  # as far as half precision rounds
         raise ValueError(

@@ -89,7 +89,7 @@ def stoch_norm(
     spread = jnp.where(uses_batch, var, old_var)
     factor = gain * jax.lax.rsqrt(spread + eps)
     out = (wide - center[None, :]) * factor[None, :] + shift[None, :]
-    share = jnp.where(count >= 2, _numerics.scalar(momentum, wide), 0)
+    share = jnp.where(count >= 2, _numerics.scalar(momentum, wide, "momentum"), 0)
     unbiased = var * (count / jnp.maximum(count - 1, 1))
     new = Running(
         ((1 - share) * old_mean + share * mean).astype(running.mean.dtype),

@@ -162,7 +162,7 @@ def reduce(
     weights = jnp.ones((), values.dtype)
     if values.ndim and example_weights is not None:
         _checks.same_batch(**{name: values, "weights": example_weights})
-        weights = _numerics.per_example(example_weights, values)
+        weights = _numerics.per_example(example_weights, values, "weights")
     if where is not None:
         _checks.mask(where, values.shape)
         weights = weights * where.astype(values.dtype)

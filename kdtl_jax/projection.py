@@ -116,7 +116,7 @@ def solve(moments: Moments, *, ridge: Scalar = 1e-3) -> Projection:
 
     Returns:
       The projection; it does not depend on the scale of the weights. Without any example the
-      kernel and the bias are 0.
+      kernel and the bias are 0. NaN where the features' squares, or the ridge, overflow.
 
     Raises:
       ValueError: if a concrete `ridge` is not positive.
@@ -124,9 +124,11 @@ def solve(moments: Moments, *, ridge: Scalar = 1e-3) -> Projection:
     _checks.positive(ridge=ridge)
     n = jnp.where(moments.weight != 0, moments.weight, 1)
     dim = moments.gram.shape[0]
-    system = moments.gram / n + _numerics.scalar(ridge, n) * jnp.eye(dim, dtype=n.dtype)
+    system = moments.gram / n + _numerics.scalar(ridge, n, "ridge") * jnp.eye(dim, dtype=n.dtype)
     factor = jax.scipy.linalg.cho_factor(system)
     kernel = jax.scipy.linalg.cho_solve(factor, moments.cross / n)
+    # Squares that leave the float's range would make a kernel of zeros.
+    kernel = jnp.where(jnp.all(jnp.isfinite(system)), kernel, jnp.nan)
     bias = moments.target_mean - _matmul(moments.feature_mean[None], kernel)[0]
     return Projection(kernel, bias)
 

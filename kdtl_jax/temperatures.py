@@ -43,9 +43,10 @@ def reverse_gradient(x: Array, scale: Scalar = 1.0) -> Array:
       Ganin and Lempitsky, Unsupervised Domain Adaptation by Backpropagation, 2015 (1409.7495).
     """
     _checks.floating(x=x)
+    _checks.finite(scale=scale)
     fixed = jax.lax.stop_gradient(x)
     # x - fixed is exactly 0 and carries the gradient: works in forward mode too, and twice.
-    return fixed - _numerics.per_example(scale, x) * (x - fixed)
+    return fixed - _numerics.per_example(scale, x, "scale") * (x - fixed)
 
 
 def temperature_init() -> Array:
@@ -82,8 +83,11 @@ def learned_temperature(
     """
     _checks.floating(parameter=parameter)
     _checks.positive(start=start, span=span)
+    _checks.finite(reversal=reversal)
     g = reverse_gradient(_numerics.upcast(parameter), reversal)
-    return _numerics.scalar(start, g) + _numerics.scalar(span, g) * jax.nn.sigmoid(g)
+    return _numerics.scalar(start, g, "start") + _numerics.scalar(span, g, "span") * jax.nn.sigmoid(
+        g
+    )
 
 
 def adversarial_ramp(steps: int, *, strength: float = 1.0) -> Schedule:
@@ -96,8 +100,9 @@ def adversarial_ramp(steps: int, *, strength: float = 1.0) -> Schedule:
     Raises:
       ValueError: if steps is not positive.
     """
-    _checks.scalar(steps=steps, strength=strength)
-    _checks.positive(steps=steps)
+    _checks.scalar(strength=strength)
+    _checks.finite(strength=strength)
+    _checks.count(1, steps=steps)
 
     decay = optax.cosine_decay_schedule(strength, steps)
     return lambda step: jnp.asarray(strength - decay(jnp.asarray(step).astype(jnp.float32)))
@@ -153,7 +158,9 @@ def fit_logit_scale(
         below, above = bounds[0], bounds[1]
         return jnp.stack([jnp.where(too_sharp, below, middle), jnp.where(too_sharp, middle, above)])
 
-    start = jnp.log(jnp.stack([_numerics.scalar(low, logits), _numerics.scalar(high, logits)]))
+    start = jnp.log(
+        jnp.stack([_numerics.scalar(low, logits, "low"), _numerics.scalar(high, logits, "high")])
+    )
     scale = jnp.exp(jnp.mean(jax.lax.fori_loop(0, 60, body, start)))
     wanted = jnp.ones_like(usable) if where is None else where
     known = jnp.all(usable == wanted) & jnp.any(wanted) & ~jnp.isnan(slope(scale))

@@ -37,6 +37,7 @@ def leep(
     References:
       Nguyen et al., LEEP, 2020 (2002.12462).
     """
+    _several(source_probabilities=source_probabilities)
     theta, labels, member, known = _labeled(source_probabilities, labels, num_classes, where)
     joint = member.T @ theta
     mass = jnp.sum(joint, axis=0, keepdims=True)
@@ -107,13 +108,15 @@ def logme(
     _checks.same_batch(features=features, targets=targets)
     _checks.nonempty(features=features)
     _checks.mask(where, jnp.shape(features)[:1])
+    _checks.count(0, iterations=iterations)
     # Rows of zeros, targets included, add nothing to the spectrum, the fit or the residual.
-    features = _numerics.kept(_numerics.upcast(features), where)
+    features = _numerics.rescaled(_numerics.kept(_numerics.upcast(features), where))
     count, width = _numerics.row_count(features, where), features.shape[1]
     u, s, _ = jnp.linalg.svd(features, full_matrices=False)
     s2 = jnp.square(s)
     targets = _numerics.kept(_numerics.upcast(targets).astype(features.dtype), where)
     columns = targets.reshape(len(features), -1)
+    units = _numerics.largest(columns, axis=0)  # their squares stay in range
     rounding = jnp.finfo(features.dtype).eps
     largest = jnp.where(s2[0] != 0, s2[0], 1)
 
@@ -153,7 +156,7 @@ def logme(
         fit = width * jnp.log(alpha) + count * jnp.log(beta) - logdet
         return (fit - beta * residual - alpha * m2 - count * jnp.log(2 * jnp.pi)) / (2 * count)
 
-    return jnp.mean(jax.vmap(evidence, in_axes=1)(columns))
+    return jnp.mean(jax.vmap(evidence, in_axes=1)(columns / units) - jnp.log(units[0]))
 
 
 def h_score(
@@ -265,6 +268,7 @@ def category_relation(
     References:
       You et al., Co-Tuning for Transfer Learning, NeurIPS 2020, direct approach.
     """
+    _several(probabilities=probabilities)
     rows, _, member, known = _labeled(probabilities, labels, num_classes, where)
     count = jnp.sum(member, axis=0)[:, None]
     means = member.T @ rows / jnp.maximum(count, 1)
@@ -302,6 +306,15 @@ def reverse_relation(conditional: Array, prior: Array) -> Array:
     return jnp.where(total != 0, joint / jnp.where(total != 0, total, 1), fallback)
 
 
+def _several(**probabilities: Array) -> None:
+    for name, rows in probabilities.items():
+        if jnp.shape(rows)[-1:] == (1,):
+            raise ValueError(
+                f"{name} of one class are always 1, got {_checks.described(**{name: rows})}. Of a "
+                "sigmoid's p make jnp.concatenate([1 - p, p], axis=-1)."
+            )
+
+
 class _Labeled(NamedTuple):
     """Features with 0 in masked rows, one-hot labels likewise, and what makes a result NaN."""
 
@@ -315,6 +328,7 @@ def _labeled(features: Array, labels: Array, num_classes: int, where: Array | No
     _checks.floating(features=features)
     _checks.rank(2, 2, features=features)
     _checks.nonempty(features=features)
+    _checks.count(1, num_classes=num_classes)
     count = jnp.shape(features)[0]
     _checks.labels(labels, jax.ShapeDtypeStruct((count, num_classes), jnp.float32), where)
     features = _numerics.kept(_numerics.upcast(features), where)
@@ -340,7 +354,7 @@ class _Means(NamedTuple):
 
 def _class_means(features: Array, labels: Array, num_classes: int, where: Array | None) -> _Means:
     features, labels, member, known = _labeled(features, labels, num_classes, where)
-    centered = _numerics.centered(features, where)
+    centered = _numerics.centered(_numerics.rescaled(features), where)
     sizes = jnp.maximum(jnp.sum(member, axis=0), 1)
     means = member.T @ centered / sizes[:, None]
     between = _numerics.kept(means[labels], where)

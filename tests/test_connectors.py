@@ -210,6 +210,17 @@ def test_mask_token_replaces_where_it_should() -> None:
         connectors.mask_token().apply(params, (x, where[:, :1]))
 
 
+def test_mask_token_leaves_nothing_of_masked_rows() -> None:
+    x, replaced = jnp.full((2, 3, 6), jnp.nan).at[0].set(1.0), jnp.ones((2, 3), jnp.bool_)
+    apply, where = connectors.mask_token().apply, jnp.asarray([True, False])
+    slope = jax.grad(lambda token: jnp.sum(apply({"token": token}, (x, replaced), where=where)))
+    np.testing.assert_array_equal(slope(jnp.zeros(6)), 3)  # of the first row's three tokens alone
+    y = apply({"token": jnp.ones(6)}, (x, ~replaced), where=where)
+    np.testing.assert_array_equal(y[1], 0)
+    with pytest.raises(ValueError, match="rate must be finite and > 0"):
+        connectors.paraphraser(4, rate=-1.0)
+
+
 @pytest.mark.slow
 def test_abf_without_attention_weights_mixes_in_halves() -> None:
     """Zero attention is sigmoid(0) = 1/2 for both streams."""

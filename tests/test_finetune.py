@@ -215,6 +215,8 @@ def test_fisher_by_hand_per_example_per_model_and_per_batch() -> None:
     np.testing.assert_allclose(whole["w"], grads.mean(0) ** 2, rtol=1e-3, atol=1e-7)
     with pytest.raises(ValueError, match="not a multiple of 2"):
         fisher.batch_fisher(loss, params, data, batch_size=2)
+    with pytest.raises(ValueError, match="softmax over one class"):
+        fisher.true_fisher(lambda params, example: logits(params, example)[:1], params, data)
 
 
 def test_ewc_takes_the_fisher_as_it_comes() -> None:

@@ -1,5 +1,6 @@
 """Hyper-parameters outside the losses: one number where one is meant, whatever would broadcast."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +15,25 @@ from kdtl_jax import (
     connectors,
     discrepancies,
     language,
+    losses,
+    metrics,
     normalization,
     temperatures,
+    train,
     transferability,
     transforms,
 )
-from kdtl_jax.train import finetune, mean_teachers, precision
+from kdtl_jax.run import checkpoint, loop, sharding
+from kdtl_jax.train import (
+    balancing,
+    ensembles,
+    finetune,
+    fisher,
+    mean_teachers,
+    online,
+    precision,
+    sweep,
+)
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -79,6 +93,98 @@ def test_sampling_options_are_one_number_or_one_per_example(option: str) -> None
             language.sampling_log_probs(logits, **{option: jnp.full(shape, 0.5)})
 
 
+# What is a number, or a count, of functions that run nothing before they look at it.
+NUMBERS: dict[str, Callable[[Any], Any]] = {
+    "strength": lambda x: temperatures.adversarial_ramp(3, strength=x),
+    "scale": lambda x: temperatures.reverse_gradient(ROWS, x),
+    "reversal": lambda x: temperatures.learned_temperature(ROWS[0], reversal=x),
+    "eps": lambda x: connectors.variance(eps=x),
+    "rate": lambda x: connectors.paraphraser(4, rate=x),
+    "initial": lambda x: precision.loss_scaling(optax.sgd(0.1), initial=x),
+    "factor": lambda x: precision.loss_scaling(optax.sgd(0.1), factor=x),
+    "smallest": lambda x: precision.loss_scaling(optax.sgd(0.1), smallest=x),
+    "the weight of 'kd'": lambda x: balancing.remainder({"kd": x}, to="task"),
+    "the multiplier of 'a'": lambda x: finetune.multipliers(TREE, [("a", x)]),
+    "decay": lambda x: finetune.layer_decay({"a": 0, "b": 1}, decay=x),
+    "weights": lambda x: ensembles.over_teachers(losses.mse, weights=[x, 1.0])(ROWS, PAIR),
+    "keep": lambda x: sweep.successive_halving(*[print] * 3, {"a": LABELS}, rungs=1, keep=x),
+    "high": lambda x: sweep.sample(2, a=sweep.Range(0.0, x)),
+    "threshold": lambda x: losses.entropy_aware_kl(ROWS, ROWS, threshold=x),
+    "margin": lambda x: losses.hinge_ranking(ROWS, losses.top_k_targets(ROWS, k=2), margin=x),
+    "num_data": lambda x: losses.crd(ROWS, num_data=x),
+    "alpha": lambda x: transforms.lora(2, x),
+    "gamma": lambda x: transforms.lora_ga_start(x),
+    "gain": lambda x: transforms.ram(TREE, OTHERS, gain=x),
+    "threshold of slerp": lambda x: transforms.slerp(TREE, TREE, 0.5, threshold=x),
+    "epsilon": lambda x: transforms.della(KEY, TREE, density=0.5, epsilon=x),
+    "shrink": lambda x: transforms.regmean(OTHERS, OTHERS, shrink=x),
+    "ridge": lambda x: transforms.regmean(OTHERS, OTHERS, ridge=x),
+    "majority": lambda x: transforms.elect_sign_global(OTHERS, majority=x),
+    "energy": lambda x: transforms.rank_for_energy(ROWS, x),
+    "top_k": lambda x: language.sampling_log_probs(ROWS, top_k=x),
+    "share": lambda x: language.on_samples(print, print, share=x),
+}
+COUNTS: dict[str, Callable[[Any], Any]] = {
+    "padding": lambda x: augment.crop(jax.random.split(KEY, 4), IMAGES, padding=x),
+    "steps": lambda x: temperatures.adversarial_ramp(x),
+    "iterations": lambda x: transferability.logme(ROWS, ROWS, iterations=x),
+    "num_classes": lambda x: transferability.h_score(ROWS, LABELS, num_classes=x),
+    "k": lambda x: discrepancies.bss(ROWS, k=x),
+    "k of kdsvd": lambda x: losses.kdsvd([IMAGES] * 2, [IMAGES] * 2, k=x),
+    "period": lambda x: precision.loss_scaling(optax.sgd(0.1), period=x),
+    "chunk": lambda x: fisher.true_fisher(lambda p, e: p["a"] @ e, TREE, ROWS, chunk=x),
+    "batch_size": lambda x: fisher.batch_fisher(lambda p, e: p["a"], TREE, ROWS, batch_size=x),
+    "generations": lambda x: online.born_again(print, KEY, generations=x),
+    "top": lambda x: finetune.layer_decay({"a": 0}, top=x),
+    "probe_steps": lambda x: finetune.lp_ft(TREE, head="a", probe_steps=x),
+    "the first step of 'a'": lambda x: finetune.unfreeze_gate(TREE, [("a", x)]),
+    "rungs": lambda x: sweep.successive_halving(*[print] * 3, {"a": LABELS}, rungs=x),
+    "n": lambda x: sweep.sample(x, a=[1.0]),
+    "draw": lambda x: sweep.sample(1, x, a=[1.0]),
+    "size": lambda x: train.epoch_index(KEY, 0, x, 1),
+    "rank": lambda x: transforms.lora(x),
+    "block_size": lambda x: transforms.oft(x),
+    "iterations of karcher": lambda x: transforms.karcher_mean(OTHERS, iterations=x),
+    "max_sweeps": lambda x: transforms.match_permutations(TREE, TREE, SPEC, max_sweeps=x),
+    "seed": lambda x: transforms.match_permutations(TREE, TREE, SPEC, seed=x),
+    "bins": lambda x: metrics.calibration(np.eye(2), np.arange(2), bins=x),
+    "classes": lambda x: metrics.confusion(np.arange(2), np.arange(2), x),
+    "chunk_size": lambda x: language.policy_gradient(chunk_size=x),
+    "groups": lambda x: transforms.top_indices(CHANNELS, 2, groups=x),
+    "patience": lambda x: loop.no_improvement("loss", x),
+    "log_every": lambda x: loop.run(print, STATE, print, steps=1, log_every=x),
+    "interval": lambda x: checkpoint.newest_and_every(1, x),
+    "count": lambda x: checkpoint.newest(x),
+    "fsdp": lambda x: sharding.make_mesh(fsdp=x),
+}
+SPEC = [("a", (None, "hidden"))]
+PAIR, STATE = jnp.stack([ROWS, ROWS]), train.init_state(TREE, optax.sgd(0.1), key=KEY)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_what_is_no_number_is_refused_by_name(name: str) -> None:
+    bad: Any
+    for bad in (None, True, "1", float("nan"), float("inf"), complex(1, 1)):
+        if (name, bad) in {("margin", None), ("majority", None), ("top_k", None)}:
+            continue  # there None has a meaning
+        if (name, bad) == ("weights", True):
+            continue  # in a list of numbers it is 1
+        with pytest.raises((ValueError, TypeError), match=re.escape(name.split(" of s")[0])):
+            NUMBERS[name](bad)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_what_is_no_count_is_refused_by_name(name: str) -> None:
+    bad: Any
+    for bad in (None, True, "1", float("nan"), 2.5, -1, np.ones(1), np.ones((4, 1))):
+        if bad is None and name in {"top"}:
+            continue
+        with pytest.raises(
+            (ValueError, TypeError), match=rf"{re.escape(name.split(' of k')[0])} must"
+        ):
+            COUNTS[name](bad)
+
+
 def test_negative_and_unknown_numbers_are_refused() -> None:
     for call in (
         lambda x: normalized(eps=x),
@@ -99,3 +205,9 @@ def test_discrepancy_of_equal_features_in_their_own_unit_is_zero() -> None:
     run = jax.jit(jax.value_and_grad(lambda x: discrepancies.mk_mmd(x, equal, scale=scale)))
     value, slope = run(equal)
     assert value == 0 and not np.asarray(slope).any()
+
+
+def test_bandwidths_are_a_list_of_numbers() -> None:
+    for bad in ((), 0.5, None):
+        with pytest.raises(ValueError, match="alphas must be a list of at least one number"):
+            discrepancies.mk_mmd(ROWS, 2 * ROWS, scale=1.0, alphas=bad)

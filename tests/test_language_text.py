@@ -58,6 +58,9 @@ def test_a_broken_line_is_named_by_its_number(tmp_path: Path):
         file.write_text(f'{{"text": "a good one"}}\n{line}\n')
         with pytest.raises(ValueError, match=says):
             rows_of(file, 4, 2, 0.01)
+    file.write_text('{"text": "a good one"}\n{"text": "cut sh')
+    with pytest.raises(ValueError, match="line 2 is not JSON.*The file ends within it: complete"):
+        rows_of(file, 4, 2, 0.01)
     file.write_bytes(b'{"text": "a good one"}\n\n{"text": "\xff"}\n')
     with pytest.raises(ValueError, match="line 3 is not UTF-8"):
         rows_of(file, 4, 2, 0.5)

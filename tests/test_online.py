@@ -160,3 +160,21 @@ def test_malformed_input_raises() -> None:
     with pytest.raises(ValueError, match=r"feature\[4, 2\], deepest\[4, 3\]"):
         features = [normal(B, 2), normal(B, 3)]
         online.self_teaching_terms(list(normal(2, B, C)), LABELS, features=features)
+
+
+def test_padded_labels_may_be_anything_without_jit_too() -> None:
+    """Rows that do not count enter no term: with their labels out of range, values are theirs."""
+    where, odd = jnp.arange(B) < 2, jnp.asarray([0, 4, -100, 255], jnp.int32)
+    logits, scores = normal(K, B, C), normal(B, K, seed=1)
+    for terms in (
+        lambda y, where: online.mutual_terms(logits, y, where=where),
+        lambda y, where: online.one_terms(logits, scores, y, where=where),
+        lambda y, where: online.self_teaching_terms(list(logits), y, where=where),
+    ):
+        found, wanted = terms(odd, where), terms(LABELS, None)
+        for name, values in wanted.items():
+            np.testing.assert_array_equal(found[name][:2], values[:2])
+        with pytest.raises(ValueError, match="labels must lie in"):
+            terms(odd, None)
+    with pytest.raises(ValueError, match="softmax over one class"):
+        online.mutual_terms(logits[..., :1], 0 * LABELS)

@@ -104,8 +104,18 @@ def test_an_overflowing_gradient_only_lowers_the_scale() -> None:
     for _ in range(2):
         updates, after = tx.update({"w": jnp.ones(2)}, after, params)
     assert after.scale == 8 and jnp.all(updates["w"] != 0)
-    with pytest.raises(ValueError, match="factor > 1"):
+    with pytest.raises(ValueError, match="factor must be above 1"):
         precision.loss_scaling(TX, factor=1.0)
+
+
+def test_a_scale_beyond_float16_is_taken_out_of_its_gradients_exactly() -> None:
+    tx: Any = precision.loss_scaling(TX, initial=2.0**17)  # infinite in float16
+    params = {"w": jnp.ones(2, jnp.float16)}
+    scaled = {"w": jnp.asarray([2.0**15, 2.0], jnp.float16)}
+    updates, after = tx.update(scaled, tx.init(params), params)
+    want, _ = TX.update({"w": jnp.asarray([2.0**-2, 2.0**-16], jnp.float16)}, TX.init(params))
+    np.testing.assert_array_equal(updates["w"], want["w"])
+    assert after.good_steps == 1 and bool(jnp.all(updates["w"] != 0))
 
 
 def test_a_skipped_step_leaves_batch_statistics_and_memory_alone() -> None:
@@ -211,6 +221,17 @@ def test_only_selected_matrices_are_quantized_and_their_bytes_fall_to_a_quarter(
         precision.quantize({"head": {"kernel": jnp.full((2, 2), jnp.nan)}})
     with pytest.raises(ValueError, match="matches"):
         precision.quantize(params, where="haed/kernel")
+
+
+def test_fidelity_in_any_unit_of_what_is_no_model_and_of_one_class() -> None:
+    reference, changed = jnp.asarray([[3.0, 4.0]]), jnp.asarray([[3.0, 3.0]])
+    for scale in (1e-30, 1.0, 1e30):
+        found = precision.fidelity(scale * changed, scale * reference)
+        np.testing.assert_allclose(found.relative_error, 0.2, rtol=1e-5)
+    broken = precision.fidelity(jnp.full((1, 2), jnp.nan), jnp.asarray([[2.0, 1.0]]))
+    assert all(bool(jnp.isnan(number)) for number in broken)
+    with pytest.raises(ValueError, match="softmax over one class"):
+        precision.fidelity(reference[:, :1], changed[:, :1])
 
 
 def test_fidelity_against_hand_computed_values() -> None:

@@ -78,7 +78,7 @@ def test_unit_norm_has_length_one_at_any_scale(scale: float) -> None:
     np.testing.assert_allclose(jnp.linalg.norm(y, axis=-1), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scale", (2.0**-23, 2.0**23))
+@pytest.mark.parametrize("scale", (1e-25, 2.0**-23, 2.0**23, 1e25))
 def test_scores_of_features_in_any_unit(scale: float) -> None:
     features, labels = ROWS[0] + LABELS[:, None].astype(jnp.float32), LABELS
     for score in (tr.h_score, tr.regularized_h_score):
@@ -100,6 +100,8 @@ def test_projection_scales_with_the_ridge() -> None:
         got = projection.fit(scale * x, y, ridge=0.1 * scale**2)
         np.testing.assert_allclose(got.kernel * scale, want.kernel, rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(got.bias, want.bias, rtol=1e-3, atol=1e-5)
+    for scale, ridge in ((1e25, 0.1), (1.0, 1e39)):
+        assert bool(jnp.isnan(projection.fit(scale * x, y, ridge=ridge).kernel).all())
 
 
 @pytest.mark.parametrize("scale", (2.0**-60, 1.0, 2.0**40))
@@ -117,6 +119,18 @@ def test_small_task_vectors_are_rescaled_too(scale: float) -> None:
     got = transforms.rescale_l1(kept, whole)
     np.testing.assert_allclose(got, scale * np.asarray([0, -6, 0]), rtol=1e-6)
     np.testing.assert_array_equal(transforms.rescale_l1(0 * kept, whole), jnp.zeros(3))
+
+
+@pytest.mark.parametrize("scale", (1e-25, 1e25))
+def test_fits_of_outputs_and_ranks_in_any_unit(scale: float) -> None:
+    student, teacher = ROWS
+    want = transforms.fit_alpha(student, teacher)
+    for ours, theirs in ((scale, scale), (scale, 1.0), (1.0, scale)):
+        got = transforms.fit_alpha(ours * student, theirs * teacher)
+        np.testing.assert_allclose(got, want * (theirs / ours), rtol=1e-4)
+    assert transforms.rank_for_energy(scale * student, 0.9) == transforms.rank_for_energy(
+        student, 0.9
+    )
 
 
 def test_permutations_are_found_for_weights_in_any_unit() -> None:

@@ -32,6 +32,11 @@ def test_logits_that_are_not_finite_are_no_class(logits: list[float], wanted: in
     assert scores.predicted(jnp.asarray(logits, jnp.bfloat16)).tolist() == wanted
 
 
+def test_one_logit_has_no_largest() -> None:
+    with pytest.raises(ValueError, match=r"softmax over one class.*\[z, 0\]"):
+        scores.predicted(jnp.asarray([[3.0], [-3.0]]))
+
+
 def test_accuracy_of_a_diverged_run_is_nan() -> None:
     labels = np.array([0, 0, 0, 1])
     classes = np.array([[0, 0, 1, 1], [0, -1, 0, 1], [0, 0, 0, 1]])

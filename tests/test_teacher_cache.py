@@ -273,7 +273,7 @@ def test_bad_outputs_and_settings(tmp_path: Path) -> None:
         write(tmp_path / "d", top_k=301)
     with pytest.raises(ValueError, match=r"'mean' must have one row per example, got \[5\]"):
         write(tmp_path / "j", taps=("mean",))
-    with pytest.raises(ValueError, match='top_k must be at least 1 and needs "logits"'):
+    with pytest.raises(ValueError, match='top_k=3 needs "logits" among the taps'):
         write(tmp_path / "e", top_k=3, taps=("block/hidden",))
     with pytest.raises(TypeError, match="dtype must be one of"):
         write(tmp_path / "f", dtype=jnp.int8)

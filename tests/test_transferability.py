@@ -153,3 +153,13 @@ def test_reverse_relation_is_bayes_rule() -> None:
     np.testing.assert_allclose(got, (joint / joint.sum(0)).T, rtol=1e-5)
     empty = tr.reverse_relation(jnp.asarray([[1.0, 0.0]] * 3), jnp.asarray(prior))
     np.testing.assert_allclose(empty[1], prior, rtol=1e-6)
+
+
+def test_sigmoid_outputs_are_not_taken_for_the_only_class() -> None:
+    p, labels = jnp.asarray([[0.9], [0.2]]), jnp.asarray([1, 0])
+    for score in (tr.leep, tr.category_relation):
+        with pytest.raises(ValueError, match=r"of one class are always 1, got .*\[2, 1\]"):
+            score(p, labels, num_classes=2)
+        assert bool(
+            jnp.isfinite(score(jnp.concatenate([1 - p, p], -1), labels, num_classes=2)).all()
+        )

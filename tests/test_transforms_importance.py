@@ -116,6 +116,23 @@ def test_importance_by_activation_is_minitrons_in_batches() -> None:
     )
 
 
+def test_importance_by_activation_of_padded_rows_and_positions_in_any_unit() -> None:
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(3, 4, 6)), jnp.float32)
+    score = transforms.importance_by_activation
+    rows = jnp.arange(3) < 2
+    found = score(x.at[2].set(jnp.nan), where=rows, inner=2)
+    np.testing.assert_allclose(found, score(x[:2], inner=2), rtol=1e-6)
+    positions = jnp.asarray([[True, True, False, False], [True] * 4, [False] * 4])
+    found = score(jnp.where(positions[..., None], x, jnp.inf), where=positions)
+    alone = score(x[1:2], previous=score(x[:1, :2]))
+    np.testing.assert_allclose(found, alone, rtol=1e-5)
+    for scale in (1e-30, 1e30):
+        got = score(scale * x, previous=scale * score(x))
+        np.testing.assert_allclose(got / scale, score(x, previous=score(x)), rtol=1e-5)
+    with pytest.raises(TypeError, match="where must be bool"):
+        score(x, where=jnp.ones(3))
+
+
 def test_important_units_survive() -> None:
     params = _params()
     params["up"] = params["up"].at[:, 2].mul(1e-4)

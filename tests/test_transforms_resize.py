@@ -107,7 +107,7 @@ def test_bad_geometry_says_what_to_pass() -> None:
         transforms.resize_positions_bicubic(positions, (0, 4), old_grid=(1, 7))
     with pytest.raises(ValueError, match="kernel must have 4 dimension"):
         transforms.resize_patch_kernel(jnp.ones((4, 4, 3)), (2, 2))
-    with pytest.raises(ValueError, match="channels must be >= 1"):
+    with pytest.raises(ValueError, match="channels must be at least 1, got 0"):
         transforms.adapt_input_channels(kernel, 0)
     with pytest.raises(TypeError, match="floating"):
         transforms.adapt_input_channels(kernel.astype(jnp.int8), 1)

@@ -10,7 +10,7 @@ from jax import Array
 from kdtl_jax import _checks
 from kdtl_jax._types import Params, PyTree
 from kdtl_jax.connectors import _layers
-from kdtl_jax.connectors._connector import Connector, run_step, with_statistics
+from kdtl_jax.connectors._connector import Connector, real, run_step, with_statistics
 from kdtl_jax.connectors._layers import Size
 
 
@@ -19,6 +19,7 @@ def simkd_projector(features: int, *, factor: int = 2, eps: float = 1e-5) -> Con
 
     It stays in the student: carry `running_init`, and predict with `evaluate` or after folding.
     """
+    _checks.count(1, features=features, factor=factor)
     width = features // factor
     steps = (
         _layers.conv1x1(width, bias=False),
@@ -47,7 +48,7 @@ def mask_token() -> Connector:
         return {"token": jnp.zeros(x[0].shape[-1:], _layers.param_dtype(x[0]))}
 
     def apply(params: Params, x: tuple[Array, Array], *, where: Array | None = None) -> Array:
-        tokens, replaced = x
+        tokens, replaced = real(x, where)
         _layers.floating(tokens, params["token"].shape[0])
         _checks.mask(replaced, tokens.shape[:-1])
         token = jnp.broadcast_to(params["token"].astype(tokens.dtype), tokens.shape)
@@ -75,6 +76,9 @@ def paraphraser(channels: int, *, rate: float = 0.5) -> Connector:
     The factor has `rate * channels` channels. Train it first, by `losses.mse` of the
     reconstruction; distill with the factor alone.
     """
+    _checks.count(1, channels=channels)
+    _checks.scalar(rate=rate)
+    _checks.positive(rate=rate)
     width = max(int(rate * channels), 1)
     encode = _factor_convs((channels, width, width))
     decode = _factor_convs((width, channels, channels))

@@ -117,7 +117,7 @@ def running_update(running: PyTree, measured: PyTree, *, momentum: Scalar = 0.1)
     _checks.within(0, 1, momentum=momentum)
 
     def moved(old: Statistics, new: Statistics) -> Statistics:
-        share = jnp.where(old.size == 0, 1, _numerics.scalar(momentum, old.mean))
+        share = jnp.where(old.size == 0, 1, _numerics.scalar(momentum, old.mean, "momentum"))
         share = jnp.where(new.size >= 2, share, 0)
         mean, var = (a + share * (b - a) for a, b in zip(old[:2], new[:2], strict=True))
         return Statistics(mean, var, old.size + new.size, new.eps)

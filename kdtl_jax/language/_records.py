@@ -139,7 +139,8 @@ def _object(line: bytes, place: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{place} is not UTF-8 text ({error.reason}).") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is not JSON ({shown(str(error))}).") from None
+        cut = "" if line.endswith(b"\n") else " The file ends within it: complete or delete it."
+        raise ValueError(f"{place} is not JSON ({shown(str(error))}).{cut}") from None
     if not isinstance(found, dict) or not has_known_form(found):
         raise ValueError(f"{place} has neither {FORMS}.")
     return found

@@ -134,6 +134,7 @@ def on_samples(
     Raises:
       ValueError: if share lies outside [0, 1].
     """
+    _checks.scalar(share=share)
     _checks.within(0, 1, share=share)
 
     def sampled(

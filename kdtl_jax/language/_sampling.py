@@ -92,10 +92,10 @@ def _filtered(
     _checks.non_negative(temperature=temperature)
     wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
-    def rows(value: Any, dtype: Any = wide.dtype) -> Array:
-        return _numerics.per_example(value, jnp.zeros(wide.shape[:-1], dtype))[..., None]
+    def rows(name: str, value: Any, dtype: Any = wide.dtype) -> Array:
+        return _numerics.per_example(value, jnp.zeros(wide.shape[:-1], dtype), name)[..., None]
 
-    t = rows(temperature)
+    t = rows("temperature", temperature)
 
     def greedy() -> Array:
         first = jnp.argmax(wide, axis=-1, keepdims=True)
@@ -107,21 +107,22 @@ def _filtered(
     z = jax.lax.cond(jnp.all(t > 0), lambda: wide / t, greedy)
     if top_k is not None:
         _checks.within(1, float("inf"), top_k=top_k)
+        _checks.integers(top_k=top_k)
         ranked = jnp.flip(jnp.sort(z, axis=-1), axis=-1)
-        place = jnp.minimum(rows(top_k, jnp.int32), z.shape[-1]) - 1
+        place = jnp.minimum(rows("top_k", top_k, jnp.int32), z.shape[-1]) - 1
         place = jnp.broadcast_to(place, (*z.shape[:-1], 1))
         z = jnp.where(z >= jnp.take_along_axis(ranked, place, axis=-1), z, -jnp.inf)
     if top_p is not None:
         _checks.within(0, 1, top_p=top_p)
         order = jnp.argsort(z, axis=-1)
         mass = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(z, order, axis=-1), axis=-1), axis=-1)
-        out = (mass <= 1 - rows(top_p)).at[..., -1].set(False)
+        out = (mass <= 1 - rows("top_p", top_p)).at[..., -1].set(False)
         place = jnp.argsort(order, axis=-1)
         z = jnp.where(jnp.take_along_axis(out, place, axis=-1), -jnp.inf, z)
     if min_p is not None:
         _checks.within(0, 1, min_p=min_p)
         p = jax.nn.softmax(z, axis=-1)
-        floor = rows(min_p) * jnp.max(p, axis=-1, keepdims=True)
+        floor = rows("min_p", min_p) * jnp.max(p, axis=-1, keepdims=True)
         z = jnp.where(p >= floor, z, -jnp.inf)
     return z
 

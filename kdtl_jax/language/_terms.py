@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kdtl_jax import losses, models, trees
+from kdtl_jax import _checks, losses, models, trees
 from kdtl_jax._types import Mean, ModelFn, Outputs, Params, PyTree
 from kdtl_jax.models import Decoder
 from kdtl_jax.objective import Inputs, TermsFn
@@ -106,6 +106,7 @@ def counted(inputs: Inputs) -> tuple[Array, Array]:
 
 def cross_entropy(*, chunk_size: int = CHUNK) -> TermsFn:
     """The terms `{"task": mean of -log p_S(next token)}`, nats per learned token."""
+    _checks.count(1, chunk_size=chunk_size)
 
     def terms(inputs: Inputs) -> dict[str, Mean]:
         targets, where = counted(inputs)
@@ -132,6 +133,7 @@ def divergence(loss: Divergence, *, chunk_size: int = CHUNK) -> TermsFn:
         hyper-parameters bound by `functools.partial`.
       chunk_size: tokens whose logits exist at a time.
     """
+    _checks.count(1, chunk_size=chunk_size)
 
     def terms(inputs: Inputs) -> dict[str, Mean]:
         _, where = counted(inputs)
@@ -170,6 +172,7 @@ def sampled_reverse_kl(*, chunk_size: int = CHUNK) -> TermsFn:
     sampler, as a rollout gives them. Exact per-position KL has the same expectation and far less
     variance; this is for teachers that only score tokens.
     """
+    _checks.count(1, chunk_size=chunk_size)
 
     def loss(teacher_head: losses.Head, logits: Array, targets: Any) -> Array:
         tokens, teacher_hidden, sampler = targets
@@ -205,6 +208,7 @@ def policy_gradient(*, chunk_size: int = CHUNK) -> TermsFn:
     References:
       Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2023 (2306.08543), eq. 5.
     """
+    _checks.count(1, chunk_size=chunk_size)
 
     def loss(logits: Array, targets: Any) -> Array:
         tokens, returns, sampler = targets

@@ -40,7 +40,10 @@ def alm(
     student, teacher = _checked(student_log_probs, teacher_log_probs)
     _checks.positive(temperature=temperature, eps=eps)
     _checks.per_example(student.shape, temperature=temperature)
-    t, small = _numerics.per_example(temperature, student), _numerics.scalar(eps, student)
+    t, small = (
+        _numerics.per_example(temperature, student, "temperature"),
+        _numerics.scalar(eps, student, "eps"),
+    )
     log_s, log_t = student / t - small, teacher / t - small
     log_q = jnp.stack([log_s, _numerics.log1mexp(log_s)], axis=-1)
     log_p = jnp.stack([log_t, _numerics.log1mexp(log_t)], axis=-1)
@@ -59,7 +62,10 @@ def alm_limit(student_log_probs: Array, teacher_log_probs: Array, *, eps: Scalar
     """
     student, teacher = _checked(student_log_probs, teacher_log_probs)
     _checks.positive(eps=eps)
-    x, y = student - _numerics.scalar(eps, student), teacher - _numerics.scalar(eps, teacher)
+    x, y = (
+        student - _numerics.scalar(eps, student, "eps"),
+        teacher - _numerics.scalar(eps, teacher, "eps"),
+    )
     # The term of a KL between -y and -x. Near each other, r knows the ratio y / x = 1 + r better.
     r = (teacher - student) / x
     near = jnp.abs(r) < 0.5

@@ -36,9 +36,9 @@ def cwd(student: Array, teacher: Array, *, temperature: Scalar = 1.0) -> Array:
     """
     student, teacher = _sides.same_shape(student, teacher, at_least=3)
     _checks.positive(temperature=temperature)
-    t = _numerics.per_example(temperature, _by_channel(student))
+    t = _numerics.per_example(temperature, _by_channel(student), "temperature")
     kl = _softmax.kl_from_logits(_by_channel(teacher) / t, _by_channel(student) / t)
-    return jnp.mean(jnp.square(_numerics.per_example(temperature, kl)) * kl, axis=-1)
+    return jnp.mean(jnp.square(_numerics.per_example(temperature, kl, "temperature")) * kl, axis=-1)
 
 
 def ickd(student: Array, teacher: Array) -> Array:
@@ -211,7 +211,7 @@ def kdsvd(student: Sequence[Array], teacher: Sequence[Array], *, k: int = 1) -> 
             "student and teacher need the same number of maps, two or more, got "
             f"{len(student)} and {len(teacher)}."
         )
-    _checks.positive(k=k)
+    _checks.count(1, k=k)
     layers = []
     for maps in zip(student, teacher, strict=True):
         sides = _sides.same_channels(*maps)

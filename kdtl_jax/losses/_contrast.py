@@ -41,6 +41,7 @@ def crd(log_scores: Array, *, num_data: int, eps: float = 1e-7) -> Array:
       Tian, Krishnan and Isola, Contrastive Representation Distillation, 2020 (1910.10699).
     """
     log_scores = _sides.one(log_scores, at_least=2, at_most=2)
+    _checks.scalar(num_data=num_data)
     _checks.positive(num_data=num_data)
     negatives = log_scores.shape[1] - 1
     if negatives < 1:
@@ -114,7 +115,7 @@ def _similarities(
     sides = _sides.real(where, *_sides.same_shape(student, teacher))
     s, t = (_numerics.normalize(_numerics.batch_flat(side)) for side in sides)
     others = None if where is None else jnp.broadcast_to(where[None, :], (len(s), len(s)))
-    return _numerics.gram(s, t) / _numerics.scalar(temperature, s), others
+    return _numerics.gram(s, t) / _numerics.scalar(temperature, s, "temperature"), others
 
 
 def rrd(
@@ -157,8 +158,8 @@ def rrd(
     rows = _numerics.cast(queue, student)
     toward_s = _numerics.gram(_numerics.normalize(student), rows)
     toward_t = _numerics.gram(_numerics.normalize(teacher), rows)
-    toward_s = toward_s / _numerics.scalar(student_temperature, student)
-    toward_t = toward_t / _numerics.scalar(teacher_temperature, student)
+    toward_s = toward_s / _numerics.scalar(student_temperature, student, "student_temperature")
+    toward_t = toward_t / _numerics.scalar(teacher_temperature, student, "teacher_temperature")
     return _numerics.kept(_softmax.kl_from_logits(toward_t, toward_s), where)
 
 
@@ -267,7 +268,9 @@ def uniform_contrast(
     _checks.mask(where, scores.shape)
     if where is not None:
         scores, positives = _numerics.kept(scores, where), positives & where
-    log_p = _softmax.log_softmax(scores / _numerics.scalar(temperature, scores), where=where)
+    log_p = _softmax.log_softmax(
+        scores / _numerics.scalar(temperature, scores, "temperature"), where=where
+    )
     count = jnp.sum(positives, axis=-1, dtype=scores.dtype)
     mean = _numerics.masked_mean(log_p, positives, axis=-1)
     return jnp.where(count != 0, -jnp.log(jnp.maximum(count, 1)) - mean, 0)

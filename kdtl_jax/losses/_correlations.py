@@ -157,7 +157,7 @@ def _standardized(x: Array, ddof: int, eps: Scalar, where: Array | None) -> Arra
     centered = _numerics.centered(rows, of_rows)
     freedom = jnp.maximum(_numerics.row_count(rows, of_rows) - ddof, 1)
     squares = jnp.sum(jnp.square(centered), axis=0, keepdims=True)
-    spread = _numerics.safe_sqrt(squares / freedom) + _numerics.scalar(eps, x)
+    spread = _numerics.safe_sqrt(squares / freedom) + _numerics.scalar(eps, x, "eps")
     factor = jnp.where(spread != 0, 1 / jnp.where(spread != 0, spread, 1), 0)
     return (centered * factor).reshape(x.shape)
 
@@ -195,7 +195,7 @@ def ridge_hint(
     x = x / jnp.where(scale != 0, scale, 1)
     count = _numerics.row_count(x, of_rows)
     covariance, cross = _numerics.gram(x.T, x.T) / count, _numerics.gram(x.T, y.T) / count
-    penalty = _numerics.scalar(ridge, x) * jnp.trace(covariance) / x.shape[-1]
+    penalty = _numerics.scalar(ridge, x, "ridge") * jnp.trace(covariance) / x.shape[-1]
     penalty = penalty + jnp.finfo(x.dtype).tiny ** 0.5  # of features scaled to at most 1
     damped = covariance + penalty * jnp.eye(x.shape[-1], dtype=x.dtype)
     weights = jax.scipy.linalg.solve(damped, cross, assume_a="pos")

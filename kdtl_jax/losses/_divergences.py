@@ -67,7 +67,7 @@ def kd_kl(
       Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015 (1503.02531).
     """
     kl = forward_kl(student_logits, teacher_logits, temperature=temperature, where=where)
-    return jnp.square(_numerics.per_example(temperature, kl)) * kl
+    return jnp.square(_numerics.per_example(temperature, kl, "temperature")) * kl
 
 
 def binary_kl(
@@ -106,7 +106,7 @@ def binary_kl(
     _checks.per_example(jnp.shape(student_logits)[:-1], temperature=temperature)
     _checks.mask(where, jnp.shape(student_logits))
     student, teacher = (_numerics.kept(_numerics.upcast(z), where) for z in logits.values())
-    t = _numerics.per_example(temperature, student)
+    t = _numerics.per_example(temperature, student, "temperature")
     student, teacher, apart = (
         jnp.stack([z / t, jnp.zeros_like(z)], axis=-1)
         for z in (student, teacher, _softmax.finite_difference(teacher, student))
@@ -123,7 +123,7 @@ def binary_kl(
         kl *= _numerics.cast(class_weights, kl).reshape((1,) * (kl.ndim - 1) + (-1,))
     # A masked label has the logits 0 and 0.
     total = jnp.sum(kl, axis=-1)
-    return jnp.square(_numerics.per_example(temperature, total)) * total
+    return jnp.square(_numerics.per_example(temperature, total, "temperature")) * total
 
 
 def soft_cross_entropy(
@@ -180,7 +180,7 @@ def hard_kd(
     known = _checks.concrete(label_smoothing)
     if known is not None and not known.any():
         return hard
-    smoothing = _numerics.per_example(label_smoothing, hard)
+    smoothing = _numerics.per_example(label_smoothing, hard, "label_smoothing")
     return (1 - smoothing) * hard - smoothing * _logspace.mean_log(log_p)
 
 
@@ -205,7 +205,8 @@ def ttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.1) ->
     """
     _checks.positive(gamma=gamma)
     student, teacher = _logspace.softened(student_logits, teacher_logits, gamma=gamma)
-    return _softmax.kl_from_logits(_numerics.per_example(gamma, teacher) * teacher, student)
+    power = _numerics.per_example(gamma, teacher, "gamma")
+    return _softmax.kl_from_logits(power * teacher, student)
 
 
 def wttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.2) -> Array:
@@ -227,7 +228,7 @@ def wttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.2) -
     kl = ttm(student_logits, teacher_logits, gamma=gamma)
     log_p = _softmax.log_softmax(teacher_logits)
     in_p = log_p != -jnp.inf
-    power = jnp.where(in_p, log_p, 0) * _numerics.per_example(gamma, log_p)
+    power = jnp.where(in_p, log_p, 0) * _numerics.per_example(gamma, log_p, "gamma")
     return jnp.exp(_logspace.logsumexp(power, where=in_p)) * kl
 
 
@@ -275,7 +276,7 @@ def symmetric_kl(
     )
     forward = jnp.sum(_softmax.kl_terms(log_t, log_s, ratio), axis=-1)
     reverse = jnp.sum(_softmax.kl_terms(log_s, log_t, -ratio), axis=-1)
-    share = _numerics.per_example(weight, forward)
+    share = _numerics.per_example(weight, forward, "weight")
     return (1 - share) * forward + share * reverse
 
 
@@ -301,7 +302,7 @@ def skew_forward_kl(
     log_s, log_t, ratio = _logspace.compared(
         student_logits, teacher_logits, temperature, where, alpha=alpha
     )
-    student_share = 1 - _numerics.per_example(alpha, log_t)
+    student_share = 1 - _numerics.per_example(alpha, log_t, "alpha")
     return _logspace.kl_to_mixture(log_t, log_s, ratio, student_share)
 
 
@@ -324,7 +325,7 @@ def skew_reverse_kl(
     log_s, log_t, ratio = _logspace.compared(
         student_logits, teacher_logits, temperature, where, alpha=alpha
     )
-    teacher_share = 1 - _numerics.per_example(alpha, log_s)
+    teacher_share = 1 - _numerics.per_example(alpha, log_s, "alpha")
     return _logspace.kl_to_mixture(log_s, log_t, -ratio, teacher_share)
 
 
@@ -384,7 +385,7 @@ def adaptive_kl_weight(
     mass = jnp.take_along_axis(_logspace.probabilities(pair.log_teacher), order, axis=-1)
     gap = jnp.take_along_axis(_absolute_gaps(pair), order, axis=-1)
     first = jax.lax.broadcasted_iota(jnp.int32, mass.shape, mass.ndim - 1) == 0
-    head = first | (jnp.cumsum(mass, axis=-1) <= _numerics.per_example(mu, mass))
+    head = first | (jnp.cumsum(mass, axis=-1) <= _numerics.per_example(mu, mass, "mu"))
     total = jnp.sum(gap, axis=-1)
     some = total != 0
     tail = jnp.sum(jnp.where(head, 0, gap), axis=-1)

@@ -72,7 +72,7 @@ def lk_lambda(
     _checks.within(0, 1, weight=weight)
     refused = _refused(*_both(draft_logits, target_logits, draft_ids))
     _checks.per_example(refused.shape, weight=weight)
-    share = _numerics.per_example(weight, refused)
+    share = _numerics.per_example(weight, refused, "weight")
     kl = forward_kl(draft_logits, known_to_draft(target_logits, draft_ids=draft_ids))
     return share * kl + (1 - share) * refused
 

@@ -111,5 +111,5 @@ def _proposal(teacher_logits: Array, exponent: Scalar) -> tuple[Array, Array]:
     teacher, _ = _logspace.softened(teacher_logits, teacher_logits)
     log_p = _softmax.log_softmax(teacher)
     present = log_p != -jnp.inf
-    power = _numerics.scalar(exponent, log_p) * jnp.where(present, log_p, 0)
+    power = _numerics.scalar(exponent, log_p, "exponent") * jnp.where(present, log_p, 0)
     return log_p, _softmax.log_softmax(power, where=present)

@@ -112,7 +112,7 @@ def huber(
     """
     _checks.positive(delta=delta)
     difference, where = _difference(student, teacher, where)
-    delta = _numerics.scalar(delta, difference)
+    delta = _numerics.scalar(delta, difference, "delta")
     return _mean(optax.losses.huber_loss(difference, delta=delta), where)
 
 
@@ -163,7 +163,7 @@ def teacher_bounded(
     _checks.same_shape(student=student, targets=targets)
     _checks.floating(targets=targets)
     own, of_teacher = mse(student, targets, where=where), mse(teacher, targets, where=where)
-    is_near = own + _numerics.scalar(margin, own) <= of_teacher
+    is_near = own + _numerics.scalar(margin, own, "margin") <= of_teacher
     return jnp.where(is_near, 0, jnp.where(jnp.isnan(of_teacher), of_teacher, own))
 
 
@@ -230,8 +230,8 @@ def srd(student: Array, teacher: Array, *, exponent: Scalar = 4.0, floor: Scalar
     _checks.within(1, math.inf, exponent=exponent)
     _checks.positive(floor=floor)
     apart = jnp.abs(_numerics.batch_flat(student - teacher))
-    powers = apart ** _numerics.scalar(exponent, apart)
-    return jnp.log(jnp.maximum(jnp.sum(powers, axis=-1), _numerics.scalar(floor, apart)))
+    powers = apart ** _numerics.scalar(exponent, apart, "exponent")
+    return jnp.log(jnp.maximum(jnp.sum(powers, axis=-1), _numerics.scalar(floor, apart, "floor")))
 
 
 def vid(student: Array, teacher: Array, variance: Array) -> Array:
@@ -319,7 +319,7 @@ def activation_boundary(student: Array, teacher: Array, *, margin: Scalar = 1.0)
     """
     student, teacher = _sides.same_shape(student, teacher)
     _checks.positive(margin=margin)
-    m = _numerics.scalar(margin, student)
+    m = _numerics.scalar(margin, student, "margin")
     short = jnp.where(teacher > 0, m - student, m + student)
     return _sum(_numerics.nan_of(jnp.square(jnp.maximum(short, 0)), teacher))
 

@@ -68,11 +68,11 @@ def jsd_gkd(
         end = reverse_kl if known else forward_kl
         return end(student_logits, teacher_logits, temperature=temperature, where=where)
     pair = _logspace.compared(student_logits, teacher_logits, temperature, where, beta=beta)
-    share = _numerics.per_example(beta, pair.ratio)
+    share = _numerics.per_example(beta, pair.ratio, "beta")
     interior = _interior(pair, share)
     if known is not None and not ((known == 0) | (known == 1)).any():
         return interior
-    beta = _numerics.per_example(beta, interior)
+    beta = _numerics.per_example(beta, interior, "beta")
     forward = jnp.sum(_softmax.kl_terms(pair.log_teacher, pair.log_student, pair.ratio), axis=-1)
     reverse = jnp.sum(_softmax.kl_terms(pair.log_student, pair.log_teacher, -pair.ratio), axis=-1)
     return jnp.where(beta <= 0, forward, jnp.where(beta >= 1, reverse, interior))
@@ -99,10 +99,10 @@ def jsd_continuous(
     log_s, log_t, ratio = _logspace.compared(
         student_logits, teacher_logits, temperature, where, beta=beta
     )
-    share = _numerics.per_example(beta, ratio)
+    share = _numerics.per_example(beta, ratio, "beta")
     teacher_side = _logspace.kl_to_mixture(log_t, log_s, ratio, share)
     student_side = _logspace.kl_to_mixture(log_s, log_t, -ratio, 1 - share)
-    beta = _numerics.per_example(beta, teacher_side)
+    beta = _numerics.per_example(beta, teacher_side, "beta")
     return beta * teacher_side + (1 - beta) * student_side
 
 
@@ -131,7 +131,7 @@ def jsd_normalized(
     log_s, log_t, ratio = _logspace.compared(
         student_logits, teacher_logits, temperature, where, beta=beta
     )
-    share = _numerics.per_example(beta, ratio)
+    share = _numerics.per_example(beta, ratio, "beta")
     teacher_side = _scaled_terms(log_t, log_s, ratio, 1 - share)
     student_side = _scaled_terms(log_s, log_t, -ratio, share)
     return jnp.sum(teacher_side + student_side, axis=-1)

@@ -48,7 +48,7 @@ def tckd(
         student_logits, teacher_logits, labels, temperature, where
     )
     kl = _softmax.kl_from_logits(_two(teacher, labels), _two(student, labels))
-    kl = jnp.square(_numerics.per_example(temperature, kl)) * kl
+    kl = jnp.square(_numerics.per_example(temperature, kl, "temperature")) * kl
     return _numerics.at_usable(kl, usable, where)
 
 
@@ -73,7 +73,7 @@ def nckd(
     )
     others = ~_logspace.is_label(labels, student.shape[-1])
     kl = _softmax.kl_from_logits(teacher, student, where=others)
-    kl = jnp.square(_numerics.per_example(temperature, kl)) * kl
+    kl = jnp.square(_numerics.per_example(temperature, kl, "temperature")) * kl
     return _numerics.at_usable(kl, usable, where)
 
 
@@ -127,7 +127,7 @@ def wsld_weight(
     student, teacher, labels, usable = _labeled(student_logits, teacher_logits, labels, 1.0, where)
     of_student = -_logspace.at(_softmax.log_softmax(student), labels)
     of_teacher = -_logspace.at(_softmax.log_softmax(teacher), labels)
-    weight = -jnp.expm1(-of_student / (of_teacher + _numerics.scalar(eps, of_teacher)))
+    weight = -jnp.expm1(-of_student / (of_teacher + _numerics.scalar(eps, of_teacher, "eps")))
     return jnp.where(usable, weight, 0)
 
 
@@ -280,7 +280,10 @@ def mft_teacher(
     is_label = _logspace.is_label(labels, log_p.shape[-1])
     right = _logspace.probabilities(_logspace.at(log_p, labels))
     top = _logspace.probabilities(jnp.max(log_p, axis=-1))
-    lead, small = _numerics.per_example(threshold, right), _numerics.scalar(eps, right)
+    lead, small = (
+        _numerics.per_example(threshold, right, "threshold"),
+        _numerics.scalar(eps, right, "eps"),
+    )
     # 1 - p_y as the sum of the others: no digits lost where the teacher is sure.
     rest = jnp.sum(jnp.where(is_label, 0, _logspace.probabilities(log_p)), axis=-1)
     raised = jnp.minimum(lead, rest) / jnp.where(rest > 0, rest + small, 1)

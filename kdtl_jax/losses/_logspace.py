@@ -54,8 +54,8 @@ def softened(
     _checks.mask(where, jnp.shape(student_logits))
     student, teacher = _numerics.upcast(student_logits), _numerics.upcast(teacher_logits)
     return (
-        student / _numerics.per_example(temperature, student),
-        teacher / _numerics.per_example(temperature, teacher),
+        student / _numerics.per_example(temperature, student, "temperature"),
+        teacher / _numerics.per_example(temperature, teacher, "temperature"),
     )
 
 
@@ -65,7 +65,7 @@ def softened_difference(p_logits: Array, q_logits: Array, temperature: Scalar) -
     Unlike `z_p / T - z_q / T`, in which each side is rounded first.
     """
     apart = _softmax.finite_difference(_numerics.upcast(p_logits), _numerics.upcast(q_logits))
-    return apart / _numerics.per_example(temperature, apart)
+    return apart / _numerics.per_example(temperature, apart, "temperature")
 
 
 def compared(

@@ -241,7 +241,7 @@ def wkd_feature(
             "Use a coarser grid or ddof=0."
         )
     total = jnp.zeros((len(student),), student.dtype)
-    weight = _numerics.scalar(mean_weight, student)
+    weight = _numerics.scalar(mean_weight, student, "mean_weight")
     for cell in cells:
         mean_s, std_s = _moments(student[:, *cell], ddof, eps)
         mean_t, std_t = _moments(teacher[:, *cell], ddof, eps)
@@ -255,4 +255,4 @@ def _moments(x: Array, ddof: int, eps: Scalar) -> tuple[Array, Array]:
     mean = jnp.mean(x, axis=(1, 2), keepdims=True)
     count = x.shape[1] * x.shape[2]
     variance = jnp.sum(jnp.square(x - mean), axis=(1, 2)) / (count - ddof)
-    return mean[:, 0, 0], jnp.sqrt(variance + _numerics.scalar(eps, x))
+    return mean[:, 0, 0], jnp.sqrt(variance + _numerics.scalar(eps, x, "eps"))

@@ -110,7 +110,7 @@ def entropy_aware_kl(
     Args:
       student_logits: `[..., num_classes]`.
       teacher_logits: the same shape.
-      threshold: of the teacher's entropy, nats; a scalar or one value per example.
+      threshold: >= 0, of the teacher's entropy, nats; a scalar or one value per example.
       weight: >= 0, of the forward part.
       k: takes the forward part over the teacher's k most likely classes, renormalized
         (`top_k_kl_teacher_renormalized`; then not 0 at equality); None takes all classes.
@@ -120,7 +120,7 @@ def entropy_aware_kl(
       Entropy-aware on-policy distillation, 2026 (2603.07079), equations 9 and 10, the reverse part
       exact where the paper samples it.
     """
-    _checks.non_negative(weight=weight)
+    _checks.non_negative(weight=weight, threshold=threshold)
     reverse = _divergences.reverse_kl(student_logits, teacher_logits, temperature=temperature)
     if k is None:
         forward = _divergences.forward_kl(student_logits, teacher_logits, temperature=temperature)
@@ -133,8 +133,10 @@ def entropy_aware_kl(
         teacher_logits, teacher_logits, temperature=temperature
     )
     _checks.per_example(entropy.shape, threshold=threshold, weight=weight)
-    unsure = jax.lax.stop_gradient(entropy) > _numerics.per_example(threshold, entropy)
-    return reverse + _numerics.per_example(weight, forward) * jnp.where(unsure, forward, 0)
+    unsure = jax.lax.stop_gradient(entropy) > _numerics.per_example(threshold, entropy, "threshold")
+    return reverse + _numerics.per_example(weight, forward, "weight") * jnp.where(
+        unsure, forward, 0
+    )
 
 
 def top_k_overlap(student_logits: Array, targets: _topk.TopK) -> Array:

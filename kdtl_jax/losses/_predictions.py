@@ -162,7 +162,7 @@ def skd_direction(
     mean = jnp.sum(gap, axis=0, keepdims=True) / jnp.maximum(count, 1)
     centered = _numerics.kept(gap - mean, where)
     covariance = _numerics.gram(centered.T, centered.T) / jnp.maximum(count - 1, 1)
-    covariance += _numerics.scalar(tikhonov, gap) * jnp.eye(len(gap), dtype=gap.dtype)
+    covariance += _numerics.scalar(tikhonov, gap, "tikhonov") * jnp.eye(len(gap), dtype=gap.dtype)
     root = jnp.linalg.cholesky(covariance)
     whitened = jax.scipy.linalg.solve_triangular(root, gap.T, lower=True)
     return _numerics.safe_norm(whitened, axis=0)
@@ -215,7 +215,7 @@ def standardize_logits(
         jnp.maximum(count - ddof, 1)
     )
     varies = deviation != 0
-    scale = jnp.where(varies, deviation, 1) + _numerics.scalar(eps, z)
+    scale = jnp.where(varies, deviation, 1) + _numerics.scalar(eps, z, "eps")
     return jnp.where(present, jnp.where(varies, centered, 0) / scale, -jnp.inf)
 
 
@@ -281,7 +281,7 @@ def _pearson_terms(
     both = (square_x != 0) & (square_y != 0)
     norm_x = jnp.sqrt(jnp.where(both, square_x, 1))
     norm_y = jnp.sqrt(jnp.where(both, square_y, 1))
-    floor = _numerics.scalar(eps, norm_x)
+    floor = _numerics.scalar(eps, norm_x, "eps")
     whole = norm_x * norm_y + floor
     # `product / whole` of half the squared distance of the unit vectors, and `floor / whole`; all
     # that can be is done per row. Without variance the distance is 1, also for eps = 0.

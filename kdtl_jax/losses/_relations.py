@@ -63,7 +63,7 @@ def pkt(student: Array, teacher: Array, *, eps: Scalar = 1e-7, where: Array | No
     """
     _checks.positive(eps=eps)
     q, p = (_affinities(x, eps, where) for x in _flat(student, teacher, where))
-    low = _numerics.scalar(eps, q)
+    low = _numerics.scalar(eps, q, "eps")
     # log1p of the relative difference, and q - p which sums to 0: no cancellation between terms.
     apart = (q - p) / (p + low)
     near = jnp.abs(apart) < 0.5
@@ -73,7 +73,7 @@ def pkt(student: Array, teacher: Array, *, eps: Scalar = 1e-7, where: Array | No
 
 
 def _affinities(x: Array, eps: Scalar, where: Array | None) -> Array:
-    unit = x / (_numerics.safe_norm(x, keepdims=True) + _numerics.scalar(eps, x))
+    unit = x / (_numerics.safe_norm(x, keepdims=True) + _numerics.scalar(eps, x, "eps"))
     # Rounding may leave a cosine below -1, and a logarithm of less than nothing.
     cosines = jnp.maximum(0.5 * (_numerics.gram(unit, unit) + 1), 0)
     if where is not None:
@@ -102,11 +102,11 @@ def gaussian_taylor_kernel(x: Array, *, gamma: Scalar = 0.4, order: int = 2) -> 
     x = _sides.one(x, at_least=2, at_most=2)
     _checks.positive(gamma=gamma)
     _checks.count(0, order=order)
-    scaled = 2 * _numerics.scalar(gamma, x) * _numerics.gram(x, x)
+    scaled = 2 * _numerics.scalar(gamma, x, "gamma") * _numerics.gram(x, x)
     total = jnp.full_like(scaled, 1 / math.factorial(order))
     for power in range(order - 1, -1, -1):  # Horner
         total = total * scaled + 1 / math.factorial(power)
-    return jnp.exp(-2 * _numerics.scalar(gamma, x)) * total
+    return jnp.exp(-2 * _numerics.scalar(gamma, x, "gamma")) * total
 
 
 def cc(

@@ -97,13 +97,13 @@ def clipped_policy_gradient(
     )
     advantages = jax.lax.stop_gradient(advantages)
     ratio = _ratio(log_probs, sampler)
-    low = 1 - _numerics.per_example(clip_low, ratio)
-    high = 1 + _numerics.per_example(clip_high, ratio)
+    low = 1 - _numerics.per_example(clip_low, ratio, "clip_low")
+    high = 1 + _numerics.per_example(clip_high, ratio, "clip_high")
     loss = jnp.maximum(-ratio * advantages, -jnp.clip(ratio, low, high) * advantages)
     if dual_clip is None:
         return loss
     _checks.within(1, float("inf"), dual_clip=dual_clip)
-    bound = -_numerics.per_example(dual_clip, loss) * advantages
+    bound = -_numerics.per_example(dual_clip, loss, "dual_clip") * advantages
     return jnp.where(advantages < 0, jnp.minimum(bound, loss), loss)
 
 
@@ -155,7 +155,7 @@ def truncated_ratio(
     _checks.positive(max_ratio=max_ratio)
     student, sampler = _prepared(where, log_probs=log_probs, sampler_log_probs=sampler_log_probs)
     ratio = _ratio(student, sampler)
-    bounded = jnp.minimum(ratio, _numerics.per_example(max_ratio, ratio))
+    bounded = jnp.minimum(ratio, _numerics.per_example(max_ratio, ratio, "max_ratio"))
     return jax.lax.stop_gradient(_numerics.kept(bounded, where))
 
 
@@ -176,7 +176,7 @@ def drop_gate(
     _checks.within(0, 1, max_drop=max_drop)
     student, sampler = _prepared(where, log_probs=log_probs, sampler_log_probs=sampler_log_probs)
     fallen = jnp.exp(sampler) - jnp.exp(student)
-    kept = fallen <= _numerics.per_example(max_drop, fallen)
+    kept = fallen <= _numerics.per_example(max_drop, fallen, "max_drop")
     return kept if where is None else kept & where
 
 
@@ -196,8 +196,8 @@ def ratio_gate(
     _checks.positive(low=low, high=high)
     student, sampler = _prepared(where, log_probs=log_probs, sampler_log_probs=sampler_log_probs)
     ratio = _ratio(student, sampler)
-    inside = ratio >= _numerics.per_example(low, ratio)
-    inside &= ratio <= _numerics.per_example(high, ratio)
+    inside = ratio >= _numerics.per_example(low, ratio, "low")
+    inside &= ratio <= _numerics.per_example(high, ratio, "high")
     return inside if where is None else inside & where
 
 
@@ -220,7 +220,7 @@ def reward_to_go(rewards: Array, *, gamma: Scalar = 1.0, where: Array | None = N
     """
     _checks.within(0, 1, gamma=gamma)
     (rewards,) = _prepared(where, rewards=rewards)
-    discount = _numerics.scalar(gamma, rewards)
+    discount = _numerics.scalar(gamma, rewards, "gamma")
 
     def add(after: Array, reward: Array) -> tuple[Array, Array]:
         total = reward + discount * after
@@ -274,7 +274,7 @@ def iw_opd_weight(advantages: Array, *, gamma: Scalar = 0.5, where: Array | None
     before = jnp.cumsum(size, axis=-1) - size
     total = jnp.sum(size, axis=-1, keepdims=True)
     share = before / jnp.where(total == 0, 1, total)
-    return jax.lax.stop_gradient(1 + _numerics.scalar(gamma, share) * (1 - share))
+    return jax.lax.stop_gradient(1 + _numerics.scalar(gamma, share, "gamma") * (1 - share))
 
 
 def _prepared(where: Array | None, **arrays: Array) -> list[Array]:

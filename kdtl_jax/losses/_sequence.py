@@ -123,7 +123,7 @@ def taid_teacher(student_logits: Array, teacher_logits: Array, *, progress: Scal
     """
     _checks.within(0, 1, progress=progress)
     student, teacher = _logspace.softened(student_logits, teacher_logits, progress=progress)
-    t = _numerics.per_example(progress, student)
+    t = _numerics.per_example(progress, student, "progress")
     # 0 * inf at the ends, and -inf - -inf, are no numbers: a class absent from either is absent.
     present = (student != -jnp.inf) & (teacher != -jnp.inf)
     mixed = (1 - t) * jnp.where(present, student, 0) + t * jnp.where(present, teacher, 0)
@@ -182,7 +182,7 @@ def taid_advance(
     first = state.step == 0
     momentum = jnp.where(first, state.momentum, beta * state.momentum + (1 - beta) * fall)
     ahead = like + alpha * jax.nn.sigmoid(momentum) * (1 - like)
-    start, end = _numerics.scalar(start, like), _numerics.scalar(end, like)
+    start, end = _numerics.scalar(start, like, "start"), _numerics.scalar(end, like, "end")
     linear = start + (end - start) * state.step.astype(like.dtype) / num_steps
     progress = jnp.minimum(end, jnp.maximum(linear, ahead))
     return TaidProgress(jnp.where(first, like, progress), momentum, loss, state.step + 1)
@@ -209,7 +209,9 @@ def distillm2_alpha(
     """
     _checks.same_shape(log_prob=log_prob, reference_log_prob=reference_log_prob)
     log_prob, reference = _numerics.upcast(log_prob), _numerics.upcast(reference_log_prob)
-    low, base = _numerics.scalar(0.01, log_prob), _numerics.scalar(base, log_prob)
+    low, base = _numerics.scalar(0.01, log_prob), _numerics.scalar(base, log_prob, "base")
     gap = jnp.exp(log_prob) - jnp.exp(reference) + _numerics.scalar(1e-5, log_prob)
-    alpha = 1 - (1 - base) * _numerics.scalar(anchor, log_prob) / jnp.where(gap == 0, 1e-5, gap)
+    alpha = 1 - (1 - base) * _numerics.scalar(anchor, log_prob, "anchor") / jnp.where(
+        gap == 0, 1e-5, gap
+    )
     return jnp.clip(alpha, low, base)

@@ -51,6 +51,7 @@ def top_k_targets(teacher_logits: Array, *, k: int, temperature: Scalar = 1.0) -
     """
     teacher, _ = _logspace.softened(teacher_logits, teacher_logits, temperature)
     classes = teacher.shape[-1]
+    _checks.whole(k=k)
     if not 1 <= k <= classes:
         raise ValueError(f"k must lie in 1..{classes}, got {k}.")
     log_p = _softmax.log_softmax(teacher)
@@ -117,7 +118,7 @@ def soften_top_k(targets: TopK, *, temperature: Scalar, tail_classes: int | None
     _checks.positive(temperature=temperature)
     _checks.per_example(jnp.shape(targets.log_tail), temperature=temperature)
     log_probs = _numerics.upcast(targets.log_probs)
-    t = _numerics.per_example(temperature, log_probs)
+    t = _numerics.per_example(temperature, log_probs, "temperature")
     tail = targets.log_tail[..., None]
     in_tail = tail != -jnp.inf
     tail = jnp.where(in_tail, tail, 0) / t
@@ -263,9 +264,10 @@ def hinge_ranking(
       DistillKit's `sparse_hinge_loss`, which divides by the number of pairs of all positions.
     """
     log_q, targets, usable = checked(student_logits, targets, 1.0)
+    _checks.non_negative(**({} if margin is None else {"margin": margin}))
     chosen = _logspace.probabilities(jnp.take_along_axis(log_q, targets.indices, axis=-1))
     p_t = _logspace.probabilities(_numerics.upcast(targets.log_probs))
-    lead = _gaps(p_t) if margin is None else _numerics.scalar(margin, p_t)
+    lead = _gaps(p_t) if margin is None else _numerics.scalar(margin, p_t, "margin")
     mean = _numerics.masked_mean(
         jax.nn.relu(lead - _gaps(chosen)), _ordered(p_t, eps), axis=(-2, -1)
     )
@@ -350,6 +352,6 @@ def _gaps(x: Array) -> Array:
 
 def _ordered(p: Array, eps: Scalar) -> Array:
     _checks.non_negative(eps=eps)
-    small = _numerics.scalar(eps, p)
+    small = _numerics.scalar(eps, p, "eps")
     some = p > small
     return (_gaps(p) > small) & some[..., :, None] & some[..., None, :]

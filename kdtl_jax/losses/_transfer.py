@@ -62,7 +62,7 @@ def delta_attention(damage: Array, *, temperature: Scalar = 5.0) -> Array:
     centered = damage - jnp.mean(damage)
     deviation = _numerics.safe_sqrt(jnp.sum(jnp.square(centered)) / max(damage.shape[0] - 1, 1))
     standard = jnp.where(deviation != 0, centered / jnp.where(deviation != 0, deviation, 1), 0)
-    return jax.nn.softmax(standard / _numerics.scalar(temperature, damage))
+    return jax.nn.softmax(standard / _numerics.scalar(temperature, damage, "temperature"))
 
 
 def co_tuning(student_logits: Array, target: Array) -> Array:
@@ -106,7 +106,7 @@ def afn(features: Array, norms: Array, *, step: Scalar = 1.0) -> Array:
         raise ValueError(
             f"expected norms [{features.shape[0]}], got {_checks.described(norms=norms)}."
         )
-    target = _numerics.cast(norms, features) + _numerics.scalar(step, features)
+    target = _numerics.cast(norms, features) + _numerics.scalar(step, features, "step")
     return jnp.square(feature_norms(features) - target)
 
 

@@ -68,8 +68,8 @@ def sinkhorn_cost(
         )
     cost = cost.astype(log_a.dtype)
     cost = cost.reshape((1,) * (log_a.ndim - 1) + cost.shape)
-    log_kernel = -cost / _numerics.scalar(regularization, cost)
-    floor = _numerics.scalar(eps, cost)
+    log_kernel = -cost / _numerics.scalar(regularization, cost, "regularization")
+    floor = _numerics.scalar(eps, cost, "eps")
     floor = jnp.where(floor > 0, jnp.log(jnp.where(floor > 0, floor, 1)), -jnp.inf)
 
     def scaled(log_mass: Array, log_other: Array, axis: int) -> Array:
@@ -205,8 +205,8 @@ def _probabilities(
     }
     _checks.positive(**temperatures)
     _checks.per_example(student.shape[:-1], **temperatures)
-    student = student / _numerics.per_example(student_temperature, student)
-    teacher = teacher / _numerics.per_example(teacher_temperature, teacher)
+    student = student / _numerics.per_example(student_temperature, student, "student_temperature")
+    teacher = teacher / _numerics.per_example(teacher_temperature, teacher, "teacher_temperature")
     return (
         _softmax.softmax(student),
         _softmax.softmax(teacher),

@@ -33,7 +33,7 @@ def terms_of(layers: Sequence[int]) -> Callable[[Inputs], dict[str, Any]]:
         return {
             "hidden": Masked(jnp.mean(jnp.stack(each), axis=0), mask),
             "embedding": losses.cosine_distance(ours, theirs),
-            "relation": losses.rkd_distance(ours, theirs),
+            "relation": losses.rkd_distance(ours, theirs, where=x.real),
         }
 
     return terms

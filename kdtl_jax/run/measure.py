@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kdtl_jax import _checks
+
 # Where the search for a machine's limits ends: rows of a matrix, bytes of a copy.
 LARGEST_MATMUL, LARGEST_COPY = 8192, 2**30
 
@@ -93,8 +95,7 @@ def step_times(once: Callable[[], Any], steps: int, *, warmup: int = 3) -> Distr
     Raises:
       ValueError: if `steps` is not positive.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
+    _checks.count(1, steps=steps)
     for _ in range(warmup):
         jax.block_until_ready(once())
     seconds = []

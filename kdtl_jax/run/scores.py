@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from kdtl_jax import _checks
+
 WRONG = -1  # the class of an example whose logits are not finite
 
 
@@ -19,7 +21,11 @@ def predicted(logits: Array) -> Array:
 
     Args:
       logits: `[..., K]`. Classes masked with -inf are fine as long as one is finite.
+
+    Raises:
+      ValueError: if K is 1: the largest of one is always the first.
     """
+    _checks.several_classes(logits=logits)
     broken = jnp.any(jnp.isnan(logits) | (logits == jnp.inf), -1) | jnp.all(logits == -jnp.inf, -1)
     classes = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jnp.where(broken, jnp.full_like(classes, WRONG), classes)

@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from kdtl_jax import train, trees
+from kdtl_jax import _checks, train, trees
 from kdtl_jax._types import ModelFn, PyTree, Variables
 
 AXES = ("data", "fsdp")  # over which examples are split
@@ -45,10 +45,7 @@ def make_mesh(
       ValueError: if the sizes do not multiply to at most the number of devices.
     """
     found = list(jax.devices() if devices is None else devices)
-    if min(fsdp, tensor) < 1 or (data is not None and data < 1):
-        raise ValueError(
-            f"sizes must be at least 1, got data={data}, fsdp={fsdp}, tensor={tensor}."
-        )
+    _checks.count(1, **({} if data is None else {"data": data}), fsdp=fsdp, tensor=tensor)
     data = len(found) // (fsdp * tensor) if data is None else data
     sizes = (data, fsdp) if tensor == 1 else (data, fsdp, tensor)
     names = (*AXES, "tensor")[: len(sizes)]

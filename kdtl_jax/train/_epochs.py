@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax import _jaxprs
+from kdtl_jax import _checks, _jaxprs
 from kdtl_jax.objective import Metrics
 from kdtl_jax.train._state import Batch, Step, TrainState
 
@@ -102,6 +102,10 @@ def epoch_index(key: Array, epoch: int | Array, size: int, batch_size: int) -> A
     Raises:
       ValueError: if batch_size is not in 1..size.
     """
+    _checks.count(1, size=size)
+    _checks.whole(batch_size=batch_size)
+    _checks.scalar(epoch=epoch)
+    _checks.integers(epoch=epoch)
     if not 0 < batch_size <= size:
         raise ValueError(
             f"batch_size must lie in 1..{size} (the number of examples), got {batch_size}."

@@ -233,7 +233,7 @@ def _updates(
     scale: Array | None,
 ) -> tuple[PyTree, PyTree]:
     """The optimizer's answer to the gradient; the other arguments belong to the unscaled loss."""
-    gradient, *apart = [_unscaled(tree, scale) for tree in found.gradients]
+    gradient, *apart = [precision.unscaled(tree, scale) for tree in found.gradients]
     whole = jax.tree.map(jnp.add, gradient, *apart) if apart else gradient
     extra: dict[str, Any] = {"value": found.loss, "grad": whole, "value_fn": value_fn}
     if apart:
@@ -252,12 +252,6 @@ def _updates(
         "the optimizer's state was made for other parameters than the step trains. "
         "Give init_state and the step the same optimizer and the same trainable=."
     ) from raised
-
-
-def _unscaled(gradient: PyTree, scale: Array | None) -> PyTree:
-    if scale is None:
-        return gradient
-    return jax.tree.map(lambda g: g / scale.astype(g.dtype), gradient)
 
 
 def _blank_padding(batch: Batch) -> Batch:

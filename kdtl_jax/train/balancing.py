@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import _numerics, objective
+from kdtl_jax import _checks, _numerics, objective
 from kdtl_jax._types import PyTree
 from kdtl_jax.objective import Masked, Mean, Terms
 
@@ -75,11 +75,15 @@ def remainder(weights: Mapping[str, float], *, to: str) -> dict[str, float]:
     """Weights that sum to 1: the remainder of the given ones goes to the term `to`.
 
     Raises:
-      ValueError: if a weight is negative, they exceed 1, or `to` has one already.
+      ValueError: if a weight is negative or not finite, they exceed 1, or `to` has one already.
+      TypeError: if a weight is not a number.
 
     References:
       Model-Optimizer's `StaticLossBalancer`.
     """
+    named = {f"the weight of {name!r}": weight for name, weight in weights.items()}
+    _checks.scalar(**named)
+    _checks.finite(**named)
     left = 1 - sum(weights.values())
     if to in weights or left < -1e-6 or any(weight < 0 for weight in weights.values()):
         raise ValueError(

@@ -141,7 +141,7 @@ def mean_probabilities(
     _checks.several_classes(logits=logits)
     _checks.positive(temperature=temperature)
     share = _shares(weights, logits)
-    temperature = _numerics.scalar(temperature, logits)
+    temperature = _numerics.scalar(temperature, logits, "temperature")
     return temperature * _log_mixture(_softmax.log_softmax(logits / temperature), share)
 
 
@@ -168,7 +168,7 @@ def log_sum_exp(
     logits = _door(logits)
     _checks.positive(temperature=temperature)
     share = _shares(weights, logits)
-    temperature = _numerics.scalar(temperature, logits)
+    temperature = _numerics.scalar(temperature, logits, "temperature")
     return temperature * _log_mixture(logits / temperature, share)
 
 
@@ -256,7 +256,8 @@ def _fitted(weights: Weights, values: Array) -> Array:
             f"weights must be [K] or [K, B] = {list(values.shape[:2])}, "
             f"got {_checks.described(weights=weights)}."
         )
-    return _numerics.per_example(jnp.asarray(weights), values)
+    _checks.finite(weights=weights)
+    return _numerics.per_example(jnp.asarray(weights), values, "weights")
 
 
 def _shares(weights: Weights | None, logits: Array) -> Array:

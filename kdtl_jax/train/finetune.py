@@ -134,6 +134,8 @@ def layer_decay(
     if not jax.tree.leaves(ids):
         raise ValueError(f"ids must have leaves, got {ids!r}. Make it by layer_ids.")
     highest = max(int(np.max(leaf)) for leaf in jax.tree.leaves(ids))
+    if top is not None:
+        _checks.count(0, top=top)
     top = highest if top is None else top
     if highest > top:
         raise ValueError(f"a layer has id {highest}, above top={top}.")
@@ -177,6 +179,7 @@ def discriminative_rates(ids: PyTree, *, factor: float = 2.6) -> PyTree:
     References:
       Howard and Ruder, ULMFiT, 2018 (1801.06146), section 3.2.
     """
+    _checks.scalar(factor=factor)
     _checks.positive(factor=factor)
     _checks.within(1, float("inf"), factor=factor)
     return layer_decay(ids, decay=1 / factor)
@@ -191,7 +194,13 @@ def multipliers(params: Params, rules: trees.Rules) -> PyTree:
     Raises:
       ValueError: if a rule is never used or a leaf is not covered.
     """
+    _checks.non_negative(**_named("multiplier", rules))
     return trees.labels(params, rules)
+
+
+def _named(what: str, rules: trees.Rules) -> dict[str, Any]:
+    """`{"the … of 'selector'": value}`, for messages."""
+    return {f"the {what} of {selector!r:.80}": value for selector, value in rules}
 
 
 def scale_by_multipliers(by_leaf: PyTree) -> optax.GradientTransformation:
@@ -271,6 +280,7 @@ def unfreeze_gate(params: Params, rules: trees.Rules) -> optax.GradientTransform
     References:
       Howard and Ruder, ULMFiT, 2018 (1801.06146), section 3.3.
     """
+    _checks.count(0, **_named("first step", rules))
     opens = trees.flatten(trees.labels(params, rules))
 
     def init(params: Params) -> GateState:
@@ -297,6 +307,7 @@ def lp_ft(
     References:
       Kumar et al., Fine-Tuning can Distort Pretrained Features, 2022 (2202.10054).
     """
+    _checks.count(0, probe_steps=probe_steps)
     return unfreeze_gate(params, [(head, 0), (trees.everything, probe_steps)])
 
 

@@ -70,7 +70,8 @@ def true_fisher(
       A tree like `params`, float32 or wider.
 
     Raises:
-      ValueError: if the examples differ in number or are empty.
+      ValueError: if the examples differ in number or are empty, or there is one logit: its softmax
+        is 1, and so its information 0.
 
     References:
       Amari, Natural gradient works efficiently in learning, 1998.
@@ -78,7 +79,9 @@ def true_fisher(
 
     def squares(trained: Params, frozen: Params, example: Any) -> PyTree:
         def log_p(t: Params) -> Array:
-            return _softmax.log_softmax(logits(trees.combine(t, frozen), example))
+            z = logits(trees.combine(t, frozen), example)
+            _checks.several_classes(logits=z)
+            return _softmax.log_softmax(z)
 
         p = jnp.exp(log_p(trained))
         rows = jax.jacrev(log_p)(trained)
@@ -98,6 +101,7 @@ def batch_fisher(loss: ExampleLoss, params: Params, examples: PyTree, *, batch_s
       ValueError: if `N` is not a multiple of `batch_size`, or 0.
     """
     count = _count(examples)
+    _checks.count(1, batch_size=batch_size)
     if count % batch_size:
         raise ValueError(f"{count} examples are not a multiple of {batch_size}.")
     batches = jax.tree.map(lambda x: jnp.reshape(x, (-1, batch_size, *x.shape[1:])), examples)
@@ -115,6 +119,7 @@ def _mean_over(
     chunk: int,
 ) -> PyTree:
     count = _count(examples)
+    _checks.count(1, chunk=chunk)
     trained, frozen = trees.partition(params, trees.everything)
 
     def summed(part: PyTree) -> PyTree:

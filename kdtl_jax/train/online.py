@@ -34,7 +34,9 @@ from kdtl_jax.train import ensembles
 Trainer = Callable[[Params | None, Array], Params]  # (teacher parameters, key) -> parameters
 
 
-def mutual_terms(logits: Array, labels: Array, *, temperature: Scalar = 1.0) -> dict[str, Array]:
+def mutual_terms(
+    logits: Array, labels: Array, *, temperature: Scalar = 1.0, where: Array | None = None
+) -> dict[str, Array]:
     """Deep mutual learning: `CE_k + mean over l != k of T^2 KL(p_l || p_k)`, summed over peers.
 
     Peers of one architecture are stacked parameters run by `ensembles.vmap_teacher`. All are
@@ -44,6 +46,7 @@ def mutual_terms(logits: Array, labels: Array, *, temperature: Scalar = 1.0) -> 
       logits: `[K, B, num_classes]`, K >= 2 peers.
       labels: `[B]` int.
       temperature: 1 in the paper.
+      where: bool `[B]`, real examples (`inputs.real`); the labels of the others may be anything.
 
     Returns:
       `{"task": [B], "mutual": [B]}`.
@@ -65,13 +68,18 @@ def mutual_terms(logits: Array, labels: Array, *, temperature: Scalar = 1.0) -> 
         return jnp.sum(kl, axis=0) / (peers - 1)  # a peer's KL to itself is exactly 0
 
     return {
-        "task": _cross_entropies(logits, labels),
+        "task": _cross_entropies(logits, labels, where),
         "mutual": jnp.sum(jax.vmap(from_all)(logits), axis=0),
     }
 
 
 def one_terms(
-    branches: Array, scores: Array, labels: Array, *, temperature: Scalar = 3.0
+    branches: Array,
+    scores: Array,
+    labels: Array,
+    *,
+    temperature: Scalar = 3.0,
+    where: Array | None = None,
 ) -> dict[str, Array]:
     """ONE: branches, their gated ensemble, and `T^2 KL(ensemble || branch)` over branches.
 
@@ -80,6 +88,7 @@ def one_terms(
       scores: `[B, K]` of the gate (see `ensembles.gated_logits`).
       labels: `[B]` int.
       temperature: 3 in the paper.
+      where: bool `[B]`, real examples, as for `mutual_terms`.
 
     Returns:
       `{"task": [B], "ensemble": [B], "distill": [B]}`, all of weight 1 in the paper. The gate
@@ -98,8 +107,8 @@ def one_terms(
         return losses.kd_kl(branch.astype(teacher.dtype), teacher, temperature=temperature)
 
     return {
-        "task": _cross_entropies(branches, labels),
-        "ensemble": _cross_entropies(ensemble[None], labels),
+        "task": _cross_entropies(branches, labels, where),
+        "ensemble": _cross_entropies(ensemble[None], labels, where),
         "distill": jnp.sum(jax.vmap(taught)(branches), axis=0),
     }
 
@@ -110,6 +119,7 @@ def self_teaching_terms(
     *,
     features: Sequence[Array] = (),
     temperature: Scalar = 3.0,
+    where: Array | None = None,
 ) -> dict[str, Array]:
     """Be your own teacher: the deepest exit teaches the shallower ones.
 
@@ -119,6 +129,7 @@ def self_teaching_terms(
       features: one `[B, D]` per exit, made equal in size by connectors, the deepest last; empty
         leaves the hint out.
       temperature: 3 in the published code.
+      where: bool `[B]`, real examples, as for `mutual_terms`.
 
     Returns:
       `{"task": [B], "distill": [B]}`, sums over exits, and with features `"hint"`, the sum of
@@ -139,7 +150,7 @@ def self_teaching_terms(
     teacher = jax.lax.stop_gradient(exits[-1])
     kl = [losses.kd_kl(logits, teacher, temperature=temperature) for logits in exits[:-1]]
     terms = {
-        "task": _cross_entropies(jnp.stack(exits), labels),
+        "task": _cross_entropies(jnp.stack(exits), labels, where),
         "distill": jnp.sum(jnp.stack(kl), axis=0),
     }
     if features:
@@ -198,13 +209,16 @@ def born_again(trainer: Trainer, key: Array, *, generations: int = 3) -> list[Pa
     References:
       Furlanello et al., Born Again Neural Networks, 2018 (1805.04770).
     """
+    _checks.count(0, generations=generations)
     return teacher_chain([trainer] * (generations + 1), key)
 
 
-def _cross_entropies(logits: Array, labels: Array) -> Array:
+def _cross_entropies(logits: Array, labels: Array, where: Array | None) -> Array:
     """`[K, B, num_classes], [B] -> [B]`: cross-entropies summed over the first axis."""
     _checks.floating(logits=logits)
-    _checks.labels(labels, logits[0])
+    _checks.several_classes(logits=logits)
+    _checks.labels(labels, logits[0], where)
+    labels = _numerics.kept(labels, where)
     ce = optax.softmax_cross_entropy_with_integer_labels
     return jnp.sum(jax.vmap(ce, in_axes=(0, None))(_numerics.upcast(logits), labels), axis=0)
 

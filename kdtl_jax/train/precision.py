@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from kdtl_jax import _checks, _softmax, trees
+from kdtl_jax import _checks, _numerics, _softmax, trees
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree
 from kdtl_jax.train._state import like
 
@@ -105,12 +105,11 @@ def loss_scaling(
     References:
       Micikevicius et al., Mixed Precision Training, 2018 (1710.03740).
     """
-    _checks.scalar(initial=initial, period=period, factor=factor, smallest=smallest)
-    if initial <= 0 or factor <= 1 or period < 1 or smallest <= 0:
-        raise ValueError(
-            "initial and smallest must be > 0, factor > 1 and period >= 1, got "
-            f"{initial}, {smallest}, {factor}, {period}."
-        )
+    _checks.scalar(initial=initial, factor=factor, smallest=smallest)
+    _checks.positive(initial=initial, factor=factor, smallest=smallest)
+    _checks.count(1, period=period)
+    if factor <= 1:
+        raise ValueError(f"factor must be above 1, got {factor}.")
 
     inner_tx = optax.with_extra_args_support(tx)
 
@@ -122,7 +121,7 @@ def loss_scaling(
     def update(
         updates: PyTree, state: Any, params: Params = None, **extra: Any
     ) -> tuple[PyTree, LossScaleState]:
-        grads = jax.tree.map(lambda g: g / state.scale.astype(g.dtype), updates)
+        grads = unscaled(updates, state.scale)
         told = {name: tree for name, tree in extra.items() if not callable(tree)}
         finite = all_finite((grads, told))
         safe, told = jax.tree.map(lambda x: jnp.where(finite, x, 0), (grads, told))
@@ -157,6 +156,13 @@ def loss_scale(opt_state: PyTree) -> Array | None:
             "would see scaled gradients. Write loss_scaling(optax.chain(...))."
         )
     return opt_state.scale if isinstance(opt_state, LossScaleState) else None
+
+
+def unscaled(gradient: PyTree, scale: Array | None) -> PyTree:
+    """A scaled loss's gradient without its scale, which float16 may be too narrow for."""
+    if scale is None:
+        return gradient
+    return jax.tree.map(lambda g: (_numerics.upcast(g) / scale).astype(g.dtype), gradient)
 
 
 def unless_skipped(new: PyTree, old: PyTree, after: PyTree, before: PyTree) -> PyTree:
@@ -248,19 +254,23 @@ class Fidelity(NamedTuple):
 def fidelity(logits: Array, reference: Array) -> Fidelity:
     """Compares `[..., num_classes]` logits of changed weights with the reference's.
 
+    NaN logits make all four NaN; a reference of zeros alone makes the relative error infinite.
+
     Raises:
-      ValueError: if the shapes differ or there are none.
+      ValueError: if the shapes differ, there are none or a single class.
     """
     _checks.same_shape(logits=logits, reference=reference)
     _checks.nonempty(logits=logits)
+    _checks.several_classes(logits=logits)
     z, ref = jnp.asarray(logits, jnp.float32), jnp.asarray(reference, jnp.float32)
-    same = jnp.argmax(z, axis=-1) == jnp.argmax(ref, axis=-1)
+    same = (jnp.argmax(z, axis=-1) == jnp.argmax(ref, axis=-1)).astype(jnp.float32)
     error = z - ref
+    lengths = [_numerics.safe_norm(x.ravel()) for x in (error, ref)]
     return Fidelity(
-        jnp.mean(same.astype(jnp.float32)),
+        jnp.mean(_numerics.nan_of(same, jnp.max(error, axis=-1))),
         jnp.mean(_softmax.kl_from_logits(ref, z)),
         jnp.max(jnp.abs(error)),
-        jnp.linalg.norm(error.ravel()) / jnp.maximum(jnp.linalg.norm(ref.ravel()), 1e-30),
+        jnp.where(lengths[0] == 0, 0, lengths[0] / lengths[1]),
     )
 
 

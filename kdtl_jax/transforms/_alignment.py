@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from kdtl_jax import trees
+from kdtl_jax import _checks, trees
 from kdtl_jax._types import Params
 from kdtl_jax.transforms import _width
 from kdtl_jax.transforms._width import Axis, AxisSpec
@@ -44,6 +44,7 @@ def match_permutations(
     References:
       Ainsworth, Hayase and Srinivasa, Git Re-Basin, 2022 (2209.04836).
     """
+    _checks.count(0, seed=seed, max_sweeps=max_sweeps)
     if jax.tree.structure(reference) != jax.tree.structure(other):
         raise ValueError(
             "the two networks must have one structure, got "

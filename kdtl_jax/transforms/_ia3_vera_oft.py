@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import _numerics, trees
+from kdtl_jax import _checks, _numerics, trees
 from kdtl_jax._types import Array, Params, PyTree, Scalar
 from kdtl_jax.transforms import _adapters, _leaves
 from kdtl_jax.transforms._adapters import (
@@ -214,6 +214,7 @@ def oft(block_size: int = 32, *, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1
       (2306.07280). PEFT's default is a truncated Neumann series of this R; its exact branch is
       the inverse rotation, i.e. this one with the sign of Q flipped.
     """
+    _checks.count(1, block_size=block_size)
     size = block_size * (block_size - 1) // 2
     rows, columns = np.triu_indices(block_size, 1)
 

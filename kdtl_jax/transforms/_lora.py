@@ -105,6 +105,8 @@ def lora_ga_start(gamma: float = 16.0) -> Start:
     References:
       Wang, Yu and Li, LoRA-GA, 2024 (2407.05000), algorithm 1.
     """
+    _checks.scalar(gamma=gamma)
+    _checks.positive(gamma=gamma)
 
     def start(
         key: Array, kernel: Array, rank: int, scale: Array, gradient: Array | None = None
@@ -197,6 +199,7 @@ def lora(
     """
     _check_rank(rank)
     _checks.scalar(alpha=alpha)
+    _checks.finite(alpha=alpha)
 
     def view(path: str, leaf: PyTree) -> MatrixView:
         return _adapters.matrix_view(path, leaf, in_axis, out_axis)
@@ -303,8 +306,7 @@ def dora(
 
 
 def _check_rank(rank: int) -> None:
-    if rank < 1:
-        raise ValueError(f"the rank must be 1 or more, got {rank}.")
+    _checks.count(1, rank=rank)
 
 
 def _starts(
@@ -326,7 +328,7 @@ def _starts(
         slope = None if grads is None else view(path, grads[path]).matrix
         leaf_key = _blocks.fold_path(key, path)
         pairs[path] = LoraWeights(
-            *start(leaf_key, kernel, rank, _numerics.scalar(scale, kernel), slope)
+            *start(leaf_key, kernel, rank, _numerics.scalar(scale, kernel, "scale"), slope)
         )
     return pairs
 

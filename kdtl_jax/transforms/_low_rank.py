@@ -43,6 +43,7 @@ def factor_low_rank(matrix: Array, rank: int) -> LowRank:
     """
     _checks.rank(2, matrix=matrix)
     _checks.floating(matrix=matrix)
+    _checks.whole(rank=rank)
     if not 1 <= rank <= min(matrix.shape[-2:]):
         raise ValueError(
             f"rank must lie in 1..{min(matrix.shape[-2:])}, got {rank} for "
@@ -71,11 +72,13 @@ def rank_for_energy(matrix: Array, energy: float) -> int:
     """
     _checks.rank(2, matrix=matrix)
     _checks.floating(matrix=matrix)
+    _checks.scalar(energy=energy)
     if not 0 < energy <= 1:
         raise ValueError(f"energy must lie in (0, 1], got {energy}.")
     if _checks.concrete(matrix) is None:
         raise ValueError("the matrix is traced, but a rank decides shapes. Call it outside jit.")
-    squares = jnp.square(jnp.linalg.svd(_numerics.upcast(matrix), compute_uv=False))
+    wide = _numerics.rescaled(_numerics.upcast(matrix), axis=(-2, -1))
+    squares = jnp.square(jnp.linalg.svd(wide, compute_uv=False))
     # The energy left behind, from the tail: exact where it is small.
     left = jnp.cumsum(squares[..., ::-1], axis=-1)[..., ::-1]
     needed = left > (1 - energy) * jnp.sum(squares, axis=-1, keepdims=True)

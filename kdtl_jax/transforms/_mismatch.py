@@ -317,10 +317,10 @@ def adapt_input_channels(kernel: Array, channels: int, *, axis: int = -2) -> Arr
       TypeError: if the kernel is not floating point.
     """
     _checks.floating(kernel=kernel)
-    if channels < 1 or not -kernel.ndim <= axis < kernel.ndim:
+    _checks.count(1, channels=channels)
+    if not -kernel.ndim <= axis < kernel.ndim:
         raise ValueError(
-            f"channels must be >= 1 and axis within the kernel, got channels={channels}, "
-            f"axis={axis}, {_checks.described(kernel=kernel)}."
+            f"axis must be the kernel's, got axis={axis}, {_checks.described(kernel=kernel)}."
         )
     old = kernel.shape[axis]
     wide = _numerics.upcast(kernel)

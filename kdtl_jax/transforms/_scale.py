@@ -140,14 +140,17 @@ def fit_alpha(
     _checks.nonempty(student_outputs=student_outputs)
     student = _numerics.upcast(student_outputs)
     teacher = _numerics.upcast(teacher_outputs).astype(student.dtype)
-    weighted = student
     if weights is not None:
         _checks.rank(1, 1, weights=weights)
         _checks.same_batch(weights=weights, student_outputs=student_outputs)
-        weight = _numerics.per_example(weights, student)
+        weight = _numerics.per_example(weights, student, "weights")
         # A padded example may hold anything, NaN included: select before multiplying.
         student, teacher = (jnp.where(weight != 0, x, 0) for x in (student, teacher))
-        weighted = weight * student
+    else:
+        weight = jnp.ones((), student.dtype)
+    ratio = _numerics.largest(teacher) / _numerics.largest(student)
+    student, teacher = _numerics.rescaled(student), _numerics.rescaled(teacher)
+    weighted = weight * student
     power = jnp.sum(weighted * student)
     moment = jnp.sum(weighted * teacher)
-    return jnp.where(power > 0, moment / jnp.where(power > 0, power, 1), 1)
+    return jnp.where(power > 0, ratio * moment / jnp.where(power > 0, power, 1), 1)

@@ -32,7 +32,7 @@ def sce(
 
     Entries are the `floor(top n)` of largest variance across models, `n` the entries that vary at
     all; model i weighs the mean square of its delta; an entry keeps the deltas whose sign is that
-    of the sum, renormalized.
+    of the sum, renormalized. Deltas are squared: in float32, from 1e-18 to 1e18 of them count.
 
     Args:
       base: pretrained parameters.
@@ -81,7 +81,7 @@ def sce_selection(read: Read, *, top: Scalar = 1.0, floor: Scalar = 0.0) -> Sele
         sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
     energies = [total / size for total in sums]
     whole = sum(energies[1:], energies[0])
-    weighs = whole > _numerics.scalar(floor, whole)
+    weighs = whole > _numerics.scalar(floor, whole, "floor")
     divisor = jnp.where(weighs, whole, 1)
     shares = [jnp.where(weighs, energy / divisor, 1 / len(energies)) for energy in energies]
     return Selection(cut, before, shares)

@@ -39,7 +39,7 @@ def near_swap(base: Params, model: Params, *, t: Scalar) -> Params:
     _checks.non_negative(t=t)
 
     def formula(i: int, path: str, a: Array, b: Array) -> Array:
-        gap, within = jnp.abs(a - b), _numerics.scalar(t, a)
+        gap, within = jnp.abs(a - b), _numerics.scalar(t, a, "t")
         near = gap <= within
         share = jnp.where(near, 1, within / jnp.where(near, 1, gap))
         return share * b + (1 - share) * a
@@ -131,6 +131,7 @@ def ram(
     """
     _checks.scalar(epsilon=epsilon, gain=gain, limit=limit)
     _checks.non_negative(epsilon=epsilon, limit=limit)
+    _checks.finite(gain=gain)
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
         def read() -> Iterable[Sequence[Array]]:
@@ -159,8 +160,8 @@ def ram_boosts(
         totals = jax.tree.map(jnp.add, totals, found) if totals else found
 
     def boost(shared: Array, alone: Array) -> Array:
-        ratio = shared / jnp.maximum(alone, _numerics.scalar(epsilon, alone))
-        return 1 + _numerics.scalar(gain, alone) * jnp.clip(ratio, 0, limit)
+        ratio = shared / jnp.maximum(alone, _numerics.scalar(epsilon, alone, "epsilon"))
+        return 1 + _numerics.scalar(gain, alone, "gain") * jnp.clip(ratio, 0, limit)
 
     return [boost(*pair) for pair in totals]
 
@@ -180,7 +181,7 @@ def ram_piece(pieces: Sequence[Array], boosts: Sequence[Array], *, epsilon: Scal
 def _changed(pieces: Sequence[Array], epsilon: Scalar) -> list[tuple[Array, Array]]:
     """For each model, which entries it changed with others, and which alone."""
     start, *leaves = pieces
-    masks = [jnp.abs(leaf - start) > _numerics.scalar(epsilon, start) for leaf in leaves]
+    masks = [jnp.abs(leaf - start) > _numerics.scalar(epsilon, start, "epsilon") for leaf in leaves]
     count = sum(mask.astype(jnp.int32) for mask in masks)
     return [(mask & (count > 1), mask & (count == 1)) for mask in masks]
 

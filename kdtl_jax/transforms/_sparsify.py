@@ -198,6 +198,8 @@ def dare(
       by L1 norms: `rescale_l1(keep(task_vector, mask), task_vector)`.
     """
     values, first = _leaves.coefficients(density, task_vector), _leaves.equal_paths(task_vector)
+    _checks.scalar(block=block)
+    _checks.integers(block=block)
 
     def formula(i: int, path: str, leaf: Array) -> Array:
         if values[i] is None:
@@ -235,6 +237,8 @@ def della_probabilities(
       Deep et al., DELLA-Merging, 2024 (2406.11617), MagPrune.
     """
     values = _leaves.coefficients(density, task_vector)
+    _checks.scalar(epsilon=epsilon)
+    _checks.non_negative(epsilon=epsilon)
 
     def formula(i: int, path: str, leaf: Array) -> Array:
         if values[i] is None:
@@ -248,7 +252,9 @@ def della_probabilities(
         rank = jnp.put_along_axis(jnp.zeros_like(leaf), order, places, axis=-1, inplace=False)
         spread = 2 * rank / (leaf.shape[-1] - 1) - 1
         # Cut off at 0 or 1, the probabilities would no longer have the density as their mean.
-        room = jnp.minimum(jnp.minimum(middle, 1 - middle), _numerics.scalar(epsilon, leaf))
+        room = jnp.minimum(
+            jnp.minimum(middle, 1 - middle), _numerics.scalar(epsilon, leaf, "epsilon")
+        )
         return middle + room * spread
 
     named = {"task_vector": task_vector}
@@ -369,7 +375,7 @@ def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Param
     first = _leaves.equal_paths(params)
 
     def formula(i: int, path: str, leaf: Array, anchor: Array) -> Array:
-        p = _numerics.scalar(rate, leaf)
+        p = _numerics.scalar(rate, leaf, "rate")
         path = first.get(path, path)
         back = _blocks.uniform(key, path, leaf.shape, p.real.dtype) < p.real
         # The formula's two cases, written so that rate 0 gives `params` bit by bit.

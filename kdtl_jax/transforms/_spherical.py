@@ -63,6 +63,7 @@ def slerp(
       Shoemake, Animating rotation with quaternion curves, 1985; mergekit's `slerp`.
     """
     _checks.scalar(threshold=threshold)
+    _checks.finite(threshold=threshold)
     values = _leaves.coefficients(t, source)
 
     def formula(i: int, path: str, a: Array, b: Array) -> Array:
@@ -97,9 +98,7 @@ def multi_slerp(
     References:
       mergekit's `multislerp` (2403.13257).
     """
-    named = _leaves.numbered("models", models)
-    if base is not None:
-        named = {"base": base} | named
+    named = ({} if base is None else {"base": base}) | _leaves.numbered("models", models)
     by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
@@ -140,14 +139,15 @@ def karcher_mean(
     """
     _checks.scalar(tolerance=tolerance)
     _checks.non_negative(tolerance=tolerance)
+    _checks.count(0, iterations=iterations)
     named = _leaves.numbered("models", models)
     by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
         _leaves.nonzero_total(path, by_leaf[i])
         read = functools.partial(_blocks.row_blocks, leaves)
-        rest = {"iterations": iterations, "tolerance": tolerance}
-        return _mixed(leaves, karcher_shares(read, by_leaf[i], **rest))
+        shares = karcher_shares(read, by_leaf[i], iterations=iterations, tolerance=tolerance)
+        return _mixed(leaves, shares)
 
     return _leaves.combine_leaves(formula, named, [by_leaf])
 

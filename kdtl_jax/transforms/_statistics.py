@@ -59,7 +59,7 @@ def fisher_merge(
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
         _leaves.nonzero_total(path, by_leaf[i])
-        least = _numerics.scalar(floor, leaves[0])
+        least = _numerics.scalar(floor, leaves[0], "floor")
         informations = [
             _leaves.scaled(w, jnp.maximum(fisher, least))
             for w, fisher in zip(by_leaf[i], leaves[count:], strict=True)
@@ -105,6 +105,9 @@ def regmean(
     if len(grams) != len(models):
         raise ValueError(f"expected {len(models)} sets of Grams, got {len(grams)}.")
     check_grams(grams, trees.flatten(models[0]))
+    _checks.scalar(shrink=shrink, ridge=ridge)
+    _checks.within(0, 1, shrink=shrink)
+    _checks.non_negative(ridge=ridge)
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
         if path not in grams[0]:
@@ -138,7 +141,8 @@ def regmean_kernel(
       The merged kernel `[..., in, out]`.
     """
     diagonals = [_diagonal(gram) for gram in grams]
-    soft, added = (_numerics.scalar(value, diagonals[0]) for value in (shrink, ridge))
+    soft = _numerics.scalar(shrink, diagonals[0], "shrink")
+    added = _numerics.scalar(ridge, diagonals[0], "ridge")
     means = [jnp.mean(diagonal, axis=-1, keepdims=True) for diagonal in diagonals]
     constant = added * (sum(means[1:], means[0]) / len(means))
     on = [(1 - soft) * diagonal + constant for diagonal in diagonals]

@@ -82,6 +82,8 @@ def elect_sign_global(task_vectors: Sequence[PyTree], *, majority: Scalar | None
     """
     if majority is None:
         majority = jnp.where(jnp.asarray(sign_balance(task_vectors)) >= 0, 1, -1)
+    _checks.scalar(majority=majority)
+    _checks.finite(majority=majority)
     fallback = majority
 
     def formula(i: int, path: str, *leaves: Array) -> Array:

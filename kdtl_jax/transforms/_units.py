@@ -90,7 +90,8 @@ def top_indices(scores: Array, n: int, *, groups: int = 1) -> Array:
     _checks.floating(scores=scores)
     size = scores.shape[0]
     _check_count(size, n)
-    if groups < 1 or size % groups or n % groups:
+    _checks.count(1, groups=groups)
+    if size % groups or n % groups:
         raise ValueError(
             f"groups must divide the axis and n, got groups={groups}, n={n}, scores[{size}]."
         )
@@ -101,6 +102,7 @@ def top_indices(scores: Array, n: int, *, groups: int = 1) -> Array:
 
 
 def _check_count(size: int, n: int) -> None:
+    _checks.whole(n=n)
     if not 1 <= n <= size:
         raise ValueError(f"n must lie in 1..{size}, the length of the axis, got {n}.")
 
@@ -165,7 +167,11 @@ def importance_by_fisher(params: Params, fisher: Params, spec: AxisSpec, name: s
 
 
 def importance_by_activation(
-    activations: Array, *, previous: Array | None = None, inner: int = 1
+    activations: Array,
+    *,
+    previous: Array | None = None,
+    inner: int = 1,
+    where: Array | None = None,
 ) -> Array:
     """Minitron's score `sqrt(sum_b (mean over positions |x|)^2)`, batch by batch.
 
@@ -177,6 +183,7 @@ def importance_by_activation(
       activations: `[B, ..., units * inner]`; axes between batch and features are positions.
       previous: `[units]`, the score so far.
       inner: width of a unit (of a head); its features are joined by their Euclidean norm.
+      where: bool `[B]` or `[B, ...]` over positions too, real ones; the others change nothing.
 
     Returns:
       `[units]`, float32 or wider.
@@ -192,18 +199,25 @@ def importance_by_activation(
     _checks.rank(2, activations=activations)
     _checks.floating(activations=activations)
     _checks.nonempty(activations=activations)
-    if inner < 1 or activations.shape[-1] % inner:
+    _checks.count(1, inner=inner)
+    if activations.shape[-1] % inner:
         raise ValueError(
             f"the features must be units of width inner={inner}, got "
             f"{_checks.described(activations=activations)}."
         )
-    size = jnp.abs(_numerics.upcast(activations))
-    per_example = jnp.mean(size, axis=tuple(range(1, size.ndim - 1)))
+    rank = 1 if where is None else jnp.ndim(where)
+    _checks.mask(where, activations.shape[: min(rank, activations.ndim - 1)])
+    size = jnp.abs(_numerics.kept(_numerics.upcast(activations), where))
+    before = () if previous is None else (previous.ravel().astype(size.dtype),)
+    unit = _numerics.largest(jnp.concatenate([size.ravel(), *before]))  # squares stay in range
+    real = jnp.ones(size.shape[:1], jnp.bool_) if where is None else where
+    real = jnp.broadcast_to(real.reshape(real.shape + (1,) * (size.ndim - real.ndim)), size.shape)
+    per_example = _numerics.masked_mean(size / unit, real, axis=tuple(range(1, size.ndim - 1)))
     energy = jnp.sum(jnp.square(per_example), axis=0).reshape(-1, inner).sum(axis=1)
     if previous is not None:
         _checks.same_shape(previous=previous, scores=energy)
-        energy = energy + jnp.square(previous.astype(energy.dtype))
-    return _numerics.safe_sqrt(energy)
+        energy = energy + jnp.square(previous.astype(energy.dtype) / unit)
+    return unit * _numerics.safe_sqrt(energy)
 
 
 def _sum_per_unit(

@@ -54,14 +54,14 @@ def newest(count: int) -> Keep:
     Raises:
       ValueError: if count is below 1.
     """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}.")
+    _checks.count(1, count=count)
     return lambda saved: [one.step for one in saved[-count:]]
 
 
 def newest_and_every(count: int, interval: int) -> Keep:
     """Keeps the last `count` steps and every multiple of `interval`."""
     last = newest(count)
+    _checks.count(1, interval=interval)
     return lambda saved: [*last(saved), *(s.step for s in saved if s.step % interval == 0)]
 
 

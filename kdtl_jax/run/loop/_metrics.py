@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from kdtl_jax import _files, train
+from kdtl_jax import _checks, _files, train
 from kdtl_jax.objective import Metrics
 from kdtl_jax.run import data, scores
 from kdtl_jax.train import Batch, TrainState
@@ -117,6 +117,8 @@ def no_improvement(name: str, patience: int, *, minimize: bool = True) -> Stop:
     Raises:
       ValueError: (the returned function) if evaluations lack the entry.
     """
+
+    _checks.count(1, patience=patience)
 
     def stop(evaluations: list[dict[str, Any]]) -> bool:
         if evaluations and f"eval/{name}" not in evaluations[-1]:

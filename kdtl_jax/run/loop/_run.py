@@ -320,7 +320,8 @@ def _check_state(state: Any) -> None:
 
 def _check(steps: int, log_every: int, evaluate_every: int | None, save_every: int | None) -> None:
     _checks.count(0, steps=steps)
-    given = {"log_every": log_every, "evaluate_every": evaluate_every, "save_every": save_every}
+    _checks.count(1, log_every=log_every)
+    given = {"evaluate_every": evaluate_every, "save_every": save_every}
     for name, every in given.items():
-        if every is not None and every < 1:
-            raise ValueError(f"{name} must be at least 1, got {every}.")
+        if every is not None:
+            _checks.count(1, **{name: every})

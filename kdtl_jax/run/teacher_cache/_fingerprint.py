@@ -80,12 +80,13 @@ def fingerprint(
     name = jnp.dtype(dtype).name
     if name not in DTYPES:
         raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {name}.")
-    if top_k is not None and ("logits" not in taps or top_k < 1):
-        raise ValueError(
-            f'top_k must be at least 1 and needs "logits" among the taps, got {top_k} and '
-            f"{list(taps)}."
-        )
-    if (views is None) != (view_key is None) or (views is not None and views < 1):
+    if top_k is not None:
+        _checks.count(1, top_k=top_k)
+    if top_k is not None and "logits" not in taps:
+        raise ValueError(f'top_k={top_k} needs "logits" among the taps, got {list(taps)}.')
+    if views is not None:
+        _checks.count(1, views=views)
+    if (views is None) != (view_key is None):
         raise ValueError(
             f"augmented views need both views= (at least 1) and view_key=, got "
             f"views={views}, view_key={view_key}."

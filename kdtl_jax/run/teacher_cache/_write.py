@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax import _files, losses, trees
+from kdtl_jax import _checks, _files, losses, trees
 from kdtl_jax import augment as augmentation
 from kdtl_jax._types import ModelFn, Outputs, PyTree, Variables
 from kdtl_jax.run import processes
@@ -90,10 +90,9 @@ def write(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file. Name a new or an empty folder.")
-    if batch_size < 1 or (shard_rows is not None and shard_rows < 1):
-        raise ValueError(
-            f"batch_size and shard_rows must be at least 1, got {batch_size}, {shard_rows}."
-        )
+    _checks.count(1, batch_size=batch_size)
+    if shard_rows is not None:
+        _checks.count(1, shard_rows=shard_rows)
     if (augment is None) != (views is None):
         raise ValueError(
             f"augment= and views= (with view_key=) belong together, got "

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from kdtl_jax import _checks
 from kdtl_jax._types import PyTree
 from kdtl_jax.train.sweep._points import Points, size
 from kdtl_jax.train.sweep._programs import taken, vmap
@@ -61,8 +62,10 @@ def successive_halving(
       Jamieson and Talwalkar, Non-stochastic best arm identification, 2016; Li et al., A system
       for massively parallel hyperparameter tuning (ASHA), 2020.
     """
-    if rungs < 1 or not 0 < keep <= 1:
-        raise ValueError(f"rungs must be at least 1 and keep in (0, 1], got {rungs}, {keep}.")
+    _checks.count(1, rungs=rungs)
+    _checks.scalar(keep=keep)
+    if not 0 < keep <= 1:
+        raise ValueError(f"expected keep in (0, 1], got {keep}.")
     begin = vmap(start, chunk=chunk, devices=devices)
 
     def on(own: Any, *shared: Any) -> tuple[PyTree, Any]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from kdtl_jax import _checks
 from kdtl_jax._types import PyTree
 
 # `{name: [N]}`; a column may be a whole pytree of arrays [N, ...].
@@ -84,8 +85,8 @@ def sample(n: int, draw: int = 0, /, **axes: Range | Sequence[Any]) -> dict[str,
       Roberts, The unreasonable effectiveness of quasirandom sequences, 2018; Cranley and
       Patterson, Randomization of number theoretic methods for multiple integration, 1976.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}.")
+    _checks.count(1, n=n)
+    _checks.count(0, draw=draw)
     # The generalized golden ratio: the root of x^(d + 1) = x + 1.
     ratio = 2.0
     for _ in range(64):
@@ -119,6 +120,8 @@ def _spread(name: str, axis: Range | Sequence[Any], unit: np.ndarray) -> Array:
     if not isinstance(axis, Range):
         values = _column(name, _listed(name, axis))
         return values[np.minimum((unit * len(values)).astype(int), len(values) - 1)]
+    _checks.scalar(low=axis.low, high=axis.high)
+    _checks.finite(low=axis.low, high=axis.high)
     if not axis.low < axis.high or (axis.log and axis.low <= 0):
         need = "0 < low < high" if axis.log else "low < high"
         raise ValueError(f"{name} needs {need}, got {axis}.")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kdtl_jax import _checks
 from kdtl_jax._types import PyTree
 from kdtl_jax.train.sweep._points import Points, size
 
@@ -82,8 +83,8 @@ def _in_chunks(
     every: Callable[..., PyTree], chunk: int | None, devices: Sequence[Any] | None
 ) -> Program:
     """`every` on equally many points per call: one shape, one compilation."""
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}.")
+    if chunk is not None:
+        _checks.count(1, chunk=chunk)
     many = 1 if devices is None else len(devices)
     placed = jnp.asarray
     if devices is not None:
