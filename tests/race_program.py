@@ -3,8 +3,8 @@
     python race_program.py FOLDER --rounds 3 --seed 0 [--only distill,merge]
 
 prints one JSON object per pair. Both commands of a pair write to one place. At least one of them
-ends well; one that is refused says so in one line and ends with 1 or 2; what is written is, byte for
-byte, what one of them writes alone, and nothing unfinished is left.
+ends well; one that is refused says so in one line and ends with 1 or 2; what is written is, byte
+for byte, what one of them writes alone, and nothing unfinished is left.
 """
 
 import argparse
