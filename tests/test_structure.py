@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import functools
 import importlib
 import subprocess
 import sys
@@ -50,9 +51,18 @@ def unit(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
+def shown(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imported(path: Path) -> Iterator[str]:
     """Dotted names imported anywhere in a file, also within functions."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -68,37 +78,41 @@ def test_every_module_has_a_floor() -> None:
     assert sum(len(floor) for floor in FLOORS) == len(FLOOR), "a module stands on two floors"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_strictly_downward(path: Path) -> None:
-    here = unit(path)
-    if here == "__init__":
-        return
-    for name in imported(path):
-        parts = name.split(".")
-        if parts[0] != "kdtl_jax" or parts[1:] in ([], [here], ["__version__"]):
+# One test per rule, not per rule and file: a thousand tests take longer to name than to run.
+
+
+def test_imports_go_strictly_downward() -> None:
+    faults = []
+    for path in FILES:
+        here = unit(path)
+        if here == "__init__":
             continue
-        if parts[1] == here:
-            continue
-        assert parts[1] in FLOOR, f"{path.name} imports {name}, which has no floor"
-        assert FLOOR[parts[1]] < FLOOR[here], (
-            f"{here} (floor {FLOOR[here]}) imports {name} (floor {FLOOR[parts[1]]}): "
-            "imports go strictly downward"
-        )
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] != "kdtl_jax" or parts[1:] in ([], [here], ["__version__"]):
+                continue
+            if parts[1] == here:
+                continue
+            if parts[1] not in FLOOR:
+                faults.append(f"{shown(path)} imports {name}, which has no floor")
+            elif FLOOR[parts[1]] >= FLOOR[here]:
+                faults.append(
+                    f"{shown(path)} (floor {FLOOR[here]}) imports {name} "
+                    f"(floor {FLOOR[parts[1]]}): imports go strictly downward"
+                )
+    assert not faults, "\n".join(faults)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_the_lower_floors_need_little(path: Path) -> None:
-    here = unit(path)
-    if here != "__init__" and FLOOR[here] > LIGHT_FLOOR:
-        return
-    outside = {name.split(".")[0] for name in imported(path)} - {"kdtl_jax"}
-    assert outside - set(sys.stdlib_module_names) <= LIGHT
+def test_the_lower_floors_need_little() -> None:
+    low = [path for path in FILES if FLOOR.get(unit(path), 0) <= LIGHT_FLOOR]
+    allowed = LIGHT | {"kdtl_jax"} | set(sys.stdlib_module_names)
+    needed = {shown(path): {name.split(".")[0] for name in imported(path)} for path in low}
+    assert {name: found - allowed for name, found in needed.items() if found - allowed} == {}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_files_are_short(path: Path) -> None:
-    lines = len(path.read_text().splitlines())
-    assert lines <= 400, f"{path.relative_to(PACKAGE)} has {lines} lines: split it at a noun"
+def test_files_are_short() -> None:
+    lines = {shown(path): len(path.read_text().splitlines()) for path in FILES}
+    assert {name: n for name, n in lines.items() if n > 400} == {}, "split them at a noun"
 
 
 STEP = """
@@ -168,21 +182,20 @@ def reexported() -> set[str]:
     }
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_everything_public_is_documented(path: Path) -> None:
-    tree = ast.parse(path.read_text())
-    assert ast.get_docstring(tree), "a file begins by saying what it is"
-    module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
-    private = path.name[0] == "_" and path.name != "__init__.py"
-    undocumented = [
-        node.name
-        for node in tree.body
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
-        and node.name[0] != "_"
-        and (not private or f"{module}.{node.name}" in PUBLIC)
-        and not ast.get_docstring(node)
-    ]
-    assert not undocumented
-
-
-PUBLIC = reexported()
+def test_everything_public_is_documented() -> None:
+    public, undocumented = reexported(), []
+    for path in FILES:
+        tree = parsed(path)
+        if not ast.get_docstring(tree):
+            undocumented.append(f"{shown(path)}: a file begins by saying what it is")
+        module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        private = path.name[0] == "_" and path.name != "__init__.py"
+        undocumented += [
+            f"{shown(path)}: {node.name}"
+            for node in tree.body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            and node.name[0] != "_"
+            and (not private or f"{module}.{node.name}" in public)
+            and not ast.get_docstring(node)
+        ]
+    assert not undocumented, "\n".join(undocumented)

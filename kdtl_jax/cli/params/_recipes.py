@@ -1,9 +1,8 @@
 """mergekit's YAML recipes: which tensors of which models are merged how.
 
 Read: `models` or `slices` (layers of several models one after another), `base_model`, and
-parameters by model, slice and recipe, by filter and as gradients over a slice's layers. Whatever is
-not known here is refused by name. `dtype` and `out_dtype` say what is written; the arithmetic is in
-float32, mergekit's in `dtype`.
+parameters by model, slice and recipe, by filter and as gradients over a slice's layers. The rest is
+refused by name. We compute in float32, mergekit in `dtype`, and write `out_dtype` or `dtype`.
 """
 
 import dataclasses
