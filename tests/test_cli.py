@@ -21,7 +21,7 @@ import yaml
 import kdtl_jax
 from kdtl_jax import cli
 from kdtl_jax.cli import main, params
-from kdtl_jax.recipes import _output, env
+from kdtl_jax.recipes import _folders, env
 from kdtl_jax.recipes.settings import UsageError
 
 jax.devices()  # the back end is up, as in any test that ran before
@@ -295,6 +295,6 @@ def test_the_demo_gives_the_same_numbers_twice(tmp_path: Path) -> None:
     student = str(runs[0] / "students/kd.safetensors")
     assert main(["evaluate", student, "digits", "--part", "test"]) == 0  # knows what was held out
     assert {path.name for path in runs[0].iterdir()} == {
-        *_output.SETTINGS, ".lock", "metrics.jsonl", "results.json", "report.html",
+        *_folders.SETTINGS, ".lock", "metrics.jsonl", "results.json", "report.html",
         "students", "checkpoints", "finished",
     }  # fmt: skip

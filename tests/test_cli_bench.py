@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from kdtl_jax.cli import main
-from kdtl_jax.recipes import _bench_report, _output, bench
+from kdtl_jax.recipes import _bench_report, _tables, bench
 from kdtl_jax.run import measure
 
 LIMITS = measure.Ceilings(1e9, 1e8, "float32", 1024, 2**28)
@@ -99,7 +99,7 @@ def test_a_terminal_of_80_columns_shows_every_digit() -> None:
     found = [measured("mlp", 0.1), measured("resnet", 1e3), measured("vit", 2e3)]
     found.append(measured("decoder", 1.0))
     screen = io.StringIO()
-    Console(width=80, file=screen).print(_output.table(*_bench_report.table(found)))
+    Console(width=80, file=screen).print(_tables.table(*_bench_report.table(found)))
     text = screen.getvalue()
     assert "…" not in text and max(map(len, text.splitlines())) <= 80
     for row in _bench_report.rows(found):

@@ -10,7 +10,7 @@ from tiny import SHORT, kdtl, results, write_data
 
 from kdtl_jax import cli
 from kdtl_jax.interop import safetensors
-from kdtl_jax.recipes import _output, _seeds
+from kdtl_jax.recipes import _folders, _seeds
 
 Captured = pytest.CaptureFixture[str]
 
@@ -73,7 +73,7 @@ def test_bad_input_is_told_before_anything_is_trained(
     assert message in capsys.readouterr().err
     assert not (run / "checkpoints").exists()
     settings = cli.parse(["distill", "--out", str(run)])
-    with _output.run_folder(settings, "distill"):
+    with _folders.run_folder(settings, "distill"):
         pass  # the next attempt may go to the same folder
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from kdtl_jax import cli
 from kdtl_jax.cli import main
-from kdtl_jax.recipes import _output
+from kdtl_jax.recipes import _folders, _tables
 from kdtl_jax.run import record
 
 jax.devices()  # the back end is up, as in any test that ran before
@@ -29,22 +29,22 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path, capsys: Captur
     assert "is a file. Name a folder" in capsys.readouterr().err
     settings = cli.parse(["demo", "--out", str(tmp_path / "full"), "--force"])
     with pytest.raises(ValueError, match="other files: results.json"):
-        with _output.run_folder(settings, "demo"):
+        with _folders.run_folder(settings, "demo"):
             pass
     assert (tmp_path / "full/results.json").read_text() == "precious"
     record.keep(tmp_path / "full", record.made_from({}))  # as a run does
-    with _output.run_folder(settings, "demo") as where:
+    with _folders.run_folder(settings, "demo") as where:
         assert where.path == tmp_path / "full"
 
 
 def test_settings_alone_are_no_run_and_a_config_of_ones_own_is_kept(tmp_path: Path) -> None:
     settings = cli.parse(["demo", "--out", str(tmp_path)])
     for _ in range(2):
-        with _output.run_folder(settings, "demo"):
+        with _folders.run_folder(settings, "demo"):
             names = {path.name for path in tmp_path.iterdir()}
-        assert names == {".lock", *_output.SETTINGS}
+        assert names == {".lock", *_folders.SETTINGS}
     (tmp_path / "env.json").unlink()
-    with pytest.raises(ValueError, match="is not empty"), _output.run_folder(settings, "demo"):
+    with pytest.raises(ValueError, match="is not empty"), _folders.run_folder(settings, "demo"):
         pass
 
 
@@ -56,9 +56,9 @@ def test_two_runs_cannot_share_a_folder(
     if not is_seen:  # as where the first is about to write its record
         monkeypatch.setattr(record, "is_kept", lambda folder: False)
     with (
-        _output.run_folder(settings, "bench"),
+        _folders.run_folder(settings, "bench"),
         pytest.raises(RuntimeError, match="is in use by process"),
-        _output.run_folder(settings, "bench"),
+        _folders.run_folder(settings, "bench"),
     ):
         pass
 
@@ -70,7 +70,7 @@ def test_of_two_runs_that_begin_at_one_instant_one_has_the_folder(
     """The other is told so, whatever the first has written by then."""
     first = cli.parse(["bench", "--out", str(tmp_path / "0")])
     if force:
-        with _output.run_folder(first, "bench"):
+        with _folders.run_folder(first, "bench"):
             pass
     for i in range(6):
         folder = tmp_path / ("0" if force else str(i))
@@ -80,7 +80,7 @@ def test_of_two_runs_that_begin_at_one_instant_one_has_the_folder(
         def begin(settings: Any = settings, together: threading.Barrier = together) -> str:
             together.wait()
             try:
-                with _output.run_folder(settings, "bench") as where:
+                with _folders.run_folder(settings, "bench") as where:
                     together.wait()
                     return where.run
             except RuntimeError as error:
@@ -91,7 +91,7 @@ def test_of_two_runs_that_begin_at_one_instant_one_has_the_folder(
             said = sorted((task.result() for task in [pool.submit(begin) for _ in "ab"]), key=len)
         assert "in use by" in said[1]
         assert json.loads((folder / "env.json").read_text())["run"] == said[0]
-        assert {path.name for path in folder.iterdir()} == {".lock", *_output.SETTINGS}
+        assert {path.name for path in folder.iterdir()} == {".lock", *_folders.SETTINGS}
 
 
 def test_force_removes_only_what_a_run_wrote(tmp_path: Path, capsys: Captured) -> None:
@@ -100,7 +100,7 @@ def test_force_removes_only_what_a_run_wrote(tmp_path: Path, capsys: Captured) -
     mine.write_text("my model")
     (tmp_path / "notes.txt").write_text("mine")
     settings = cli.parse(["demo", "--out", str(tmp_path), "--force"])
-    with _output.run_folder(settings, "demo"):
+    with _folders.run_folder(settings, "demo"):
         pass
     assert mine.read_text() == "my model" and (tmp_path / "notes.txt").exists()
     assert "left alone" in capsys.readouterr().out
@@ -154,12 +154,12 @@ def test_a_lock_that_is_a_link_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.lock").symlink_to(precious)
     settings = cli.parse(["demo", "--out", str(tmp_path / "run")])
-    with pytest.raises(RuntimeError, match="link"), _output.run_folder(settings, "demo"):
+    with pytest.raises(RuntimeError, match="link"), _folders.run_folder(settings, "demo"):
         pass
     assert precious.read_text() == "precious"
 
 
 def test_long_lines_are_printed_whole_and_safely(capsys: Captured) -> None:
     said = ", ".join(f"{i} named class {i}" for i in range(200)) + "\x1b[2J"
-    _output.show(["is"], [["a"]], [f"a\t{said}"])
+    _tables.show(["is"], [["a"]], [f"a\t{said}"])
     assert capsys.readouterr().out == f"a\t{said[:-4]}\\x1b[2J\n"

@@ -12,7 +12,7 @@ from bounds import bounded, is_plain, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdtl_jax.recipes import _inputs, _output, predict, sweep
+from kdtl_jax.recipes import _folders, _inputs, predict, sweep
 from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.run import loop
 
@@ -33,14 +33,14 @@ def one_line() -> Iterator[None]:
 
 def resume(folder: Path) -> None:
     asked = sweep.Settings(out=str(folder), resume=True)
-    with one_line(), _output.run_folder(asked, "sweep"):
+    with one_line(), _folders.run_folder(asked, "sweep"):
         pass
 
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("run") / "o"
-    with _output.run_folder(sweep.Settings(out=str(folder)), "sweep"):
+    with _folders.run_folder(sweep.Settings(out=str(folder)), "sweep"):
         pass
     config = (folder / "config.yaml").read_text()
     return folder, config, json.loads((folder / "env.json").read_text())
@@ -68,7 +68,7 @@ def test_any_records(begun: Any, put: str, place: int, env: bytes) -> None:
     (folder / "env.json").write_text(json.dumps(about))
     resume(folder)
     with bounded():
-        _output.how_it_was_run(folder)
+        _folders.how_it_was_run(folder)
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "env.json", "made_from.json"])
@@ -87,7 +87,7 @@ def test_records_that_are_no_files(begun: Any, name: str, kind: str) -> None:
         path.symlink_to("/dev/zero")
     resume(folder)
     with bounded():
-        assert "ended" in _output.how_it_was_run(folder), "results are written all the same"
+        assert "ended" in _folders.how_it_was_run(folder), "results are written all the same"
     if kind == "folder":
         path.rmdir()
     else:
@@ -111,7 +111,7 @@ def test_a_folder_of_another_is_not_overwritten(tmp_path: Path, name: str, force
     """Not even with --force, which is for runs: they leave a sealed record."""
     (tmp_path / name).write_text("mine")
     asked = sweep.Settings(out=str(tmp_path), force=force)
-    with pytest.raises(ValueError, match=f"{name}|not empty"), _output.run_folder(asked, "sweep"):
+    with pytest.raises(ValueError, match=f"{name}|not empty"), _folders.run_folder(asked, "sweep"):
         pass
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "mine"}
 
@@ -122,7 +122,7 @@ def test_a_model_of_another_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "teacher/model.safetensors").write_text("mine")
     asked = sweep.Settings(out=str(tmp_path), force=True)
     with pytest.raises(ValueError, match="model.safetensors"):
-        with _output.run_folder(asked, "sweep", models=["teacher"]):
+        with _folders.run_folder(asked, "sweep", models=["teacher"]):
             pass
 
 

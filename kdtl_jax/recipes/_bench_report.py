@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from kdtl_jax.recipes import _output
+from kdtl_jax.recipes import _tables
 from kdtl_jax.run import measure, report
 from kdtl_jax.run.report import plots
 
@@ -123,7 +123,7 @@ def show(limits: measure.Ceilings, found: Sequence[Any]) -> None:
     print(_ceilings(limits))
     named = [zip(HEADER, row, strict=True) for row in rows(found)]
     lines = ["  ".join(f"{name} {cell}" for name, cell in row) for row in named]
-    _output.show(*table(found), lines)
+    _tables.show(*table(found), lines)
     print(TIMES)
     for one in found:
         share = one.epoch_seconds / one.seconds

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdtl_jax import _files
-from kdtl_jax.recipes import _output
+from kdtl_jax.recipes import _folders, _tables
 from kdtl_jax.run import report
 from kdtl_jax.run.report import plots
 
@@ -103,10 +103,10 @@ def write(
         (row.title, "; ".join(f"{k}: {v}" for k, v in row.trained.items())) for row in rows
     ]
     sections.append(report.Section("Settings", (), [report.Definitions(described)]))
-    sections += report.run_sections(_output.how_it_was_run(folder))
+    sections += report.run_sections(_folders.how_it_was_run(folder))
     html = report.page(title, sections, notes=list(notes))
     _files.write_atomic(folder / "report.html", html.encode(errors="replace"))
-    print(_output.aligned([HEADER, *map(cells, rows)]))
+    print(_tables.aligned([HEADER, *map(cells, rows)]))
     for note in notes:
         print(f"note: {note}")
     print(f"report: {folder / 'report.html'}")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdtl_jax.recipes import _choice, _evidence, _output, _students
+from kdtl_jax.recipes import _choice, _evidence, _students, _tables
 from kdtl_jax.recipes._choice import meant
 from kdtl_jax.recipes._pair import Pair
 from kdtl_jax.run import report, scores
@@ -295,7 +295,7 @@ def print_table(outcome: Sweep) -> None:
     header = ("method", *axes, *_headings(score))
     shown = [_cells(line, axes, score) for line in found[:SHOWN]]
     title = f"Best of {len(found)} settings, by validation"
-    _output.show(header, shown, title=title, bold=[0])
+    _tables.show(header, shown, title=title, bold=[0])
     for swept in outcome.swept:
         per = f", {swept.per_call} per call" if swept.path == "together" else ""
         print(f"{swept.method}: {PATHS.get(swept.path, swept.path)}{per}, {swept.seconds:.1f} s")

@@ -25,7 +25,7 @@ from kdtl_jax.interop import function, linen
 from kdtl_jax.interop.linen import Linen
 from kdtl_jax.models import DecoderConfig, Norm
 from kdtl_jax.objective import Inputs
-from kdtl_jax.recipes import _bench_report, _devices, _output, _progress
+from kdtl_jax.recipes import _bench_report, _devices, _folders, _progress
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes.settings import setting
 from kdtl_jax.run import measure, sharding
@@ -179,7 +179,7 @@ def workload(preset: Preset, dtype: Any) -> Workload:
 def run(settings: Settings) -> None:
     """Measures, prints the table, writes bench.json and report.html."""
     devices = len(_devices.first(settings.devices))
-    with _output.run_folder(settings, "bench") as where, _progress.shown() as say:
+    with _folders.run_folder(settings, "bench") as where, _progress.shown() as say:
         say("ceilings")
         dtype = jnp.dtype(settings.dtype)
         limits = measure.ceilings(dtype, quick=settings.quick)

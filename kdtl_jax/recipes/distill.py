@@ -28,6 +28,7 @@ from kdtl_jax.recipes import (
     _choice,
     _devices,
     _evidence,
+    _folders,
     _logs,
     _measures,
     _models,
@@ -38,6 +39,7 @@ from kdtl_jax.recipes import (
     _progress,
     _seeds,
     _students,
+    _tables,
     _training,
 )
 from kdtl_jax.recipes import settings as types
@@ -135,12 +137,12 @@ def run(settings: Settings) -> int:
             (e.name, e.title, e.paper, e.needs, "yes" if e.connector else "no")
             for e in methods.table()
         ]
-        return _output.list_methods(("method", "title", "paper", "needs", "connector"), rows)
+        return _tables.list_methods(("method", "title", "paper", "needs", "connector"), rows)
     own = _own.entries(settings)
     entries = types.chosen(settings.methods, {**_pair.entries(), **own}, "kdtl distill")
     entries += [entry for entry in own.values() if entry not in entries]
     mesh = _devices.joined(settings)  # before anything touches a device
-    _output.check_out(settings, "distill")
+    _folders.check_out(settings, "distill")
     check(settings, entries, 1 if mesh is None else mesh.size)
     pair = _pair.read(settings, dtype=DTYPES[settings.precision], kinds=KINDS)
     entries = _pair.suited(entries, settings, pair.measure)

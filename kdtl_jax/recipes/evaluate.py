@@ -14,7 +14,7 @@ import numpy as np
 from scipy.special import softmax
 
 from kdtl_jax import _files, metrics
-from kdtl_jax.recipes import _inputs, _output
+from kdtl_jax.recipes import _inputs, _tables
 from kdtl_jax.recipes.settings import setting
 from kdtl_jax.run import scores
 
@@ -67,7 +67,7 @@ def show(result: dict[str, Any], names: tuple[str, ...]) -> None:
     if not rows:
         return
     header = list(rows[0])
-    _output.show(header, [[_cell(value) for value in row.values()] for row in rows])
+    _tables.show(header, [[_cell(value) for value in row.values()] for row in rows])
     if "confusion" in result and len(names) <= MOST:
         counts = [
             [name, *map(str, row)] for name, row in zip(names, result["confusion"], strict=True)
@@ -77,7 +77,7 @@ def show(result: dict[str, Any], names: tuple[str, ...]) -> None:
                 row, names, strict=True) if n)
             for name, row in zip(names, result["confusion"], strict=True)
         ]  # fmt: skip
-        _output.show(["is \\ named", *names], counts, said)
+        _tables.show(["is \\ named", *names], counts, said)
 
 
 def _cell(value: Any) -> str:

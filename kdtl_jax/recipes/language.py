@@ -33,7 +33,7 @@ from kdtl_jax.recipes import _language_report as of_report
 from kdtl_jax.recipes import _language_steps as steps
 from kdtl_jax.recipes import _language_text as text_rows
 from kdtl_jax.recipes import _language_training as training
-from kdtl_jax.recipes import _logs, _output
+from kdtl_jax.recipes import _logs, _output, _tables
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import sharding
@@ -176,7 +176,7 @@ def run(settings: Settings) -> int:
     """
     if settings.list:
         rows = [(m.name, m.title, m.paper, "yes" if m.samples else "no") for m in METHODS.values()]
-        return _output.list_methods(("method", "title", "paper", "samples"), rows)
+        return _tables.list_methods(("method", "title", "paper", "samples"), rows)
     chosen = types.chosen(settings.method, METHODS, "kdtl language")
     check(settings, [method.name for method in chosen])
     mesh = sharding.make_mesh(**settings.mesh) if settings.mesh else None

@@ -34,7 +34,7 @@ from kdtl_jax import _files, language, train, trees
 from kdtl_jax._types import ModelFn, Params
 from kdtl_jax.interop import huggingface, linen
 from kdtl_jax.models import sentence_embedding
-from kdtl_jax.recipes import _logs, _output, _progress
+from kdtl_jax.recipes import _logs, _output, _progress, _tables
 from kdtl_jax.recipes import _sentence_training as training
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._lines import read_lines, split
@@ -326,7 +326,7 @@ def table(rows: Sequence[report.Row]) -> str:
         )
         for row in rows
     ]
-    return _output.aligned([head, *body])
+    return _tables.aligned([head, *body])
 
 
 def _notes(settings: Settings) -> list[str]:

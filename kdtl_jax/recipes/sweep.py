@@ -29,6 +29,7 @@ from kdtl_jax.recipes import (
     _choice,
     _devices,
     _finished,
+    _folders,
     _halving,
     _logs,
     _measures,
@@ -142,7 +143,7 @@ def run(settings: Settings) -> None:
         raise UsageError(
             "--halving stops settings as a whole, --early-stopping one student. Give one of them."
         )
-    _output.check_out(settings, "sweep")
+    _folders.check_out(settings, "sweep")
     _measures.check(settings)
     if columns.keys() - {*_axes.AXES} and (terms := _beforehand.terms(chosen, settings)):
         _axes.check(columns, terms)
@@ -211,7 +212,7 @@ def run(settings: Settings) -> None:
             float(teacher.validation[0]),
             float(teacher.test[0]),
             teacher.named,
-            _output.how_it_was_run(folder),
+            _folders.how_it_was_run(folder),
         )
         kept = [line.student for line in _sweep_report.lines(results) if line.student]
         _pair.write(folder, pair, settings, frozen, kept, setup)

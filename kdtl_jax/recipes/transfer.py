@@ -26,6 +26,7 @@ from kdtl_jax.interop.model_files import About
 from kdtl_jax.recipes import (
     _evidence,
     _finished,
+    _folders,
     _logs,
     _measures,
     _models,
@@ -34,6 +35,7 @@ from kdtl_jax.recipes import (
     _own,
     _progress,
     _students,
+    _tables,
     _targets,
     _training,
     _tried,
@@ -138,13 +140,13 @@ def run(settings: Settings) -> int | None:
     """Copies a source into targets, trains them by every method, writes the run folder."""
     if settings.list:
         header = ("method", "label", "paper")
-        return _output.list_methods(header, [(m.name, m.label, m.paper) for m in ways.METHODS])
+        return _tables.list_methods(header, [(m.name, m.label, m.paper) for m in ways.METHODS])
     chosen = types.chosen(settings.methods, ways.BY_NAME, "kdtl transfer")
     path, policy = settings.source_weights, types.POLICIES[settings.on_mismatch]
     surgery = Surgery(rename=types.renames(settings.rename), on_mismatch=policy)
     if settings.where is not None:
         surgery = surgery._replace(where=types.selector(settings.where))
-    _output.check_out(settings, "transfer")
+    _folders.check_out(settings, "transfer")
     check(settings)
     start = _models.opened(path, settings.model, "mlp:128,64")
     given = None if path is None else start.tree(None)

@@ -1,0 +1,208 @@
+"""Run folders: made, locked, taken up, and what they say of how the run was made."""
+
+import contextlib
+import datetime
+import secrets
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kdtl_jax import _files, _text
+from kdtl_jax.recipes import _finished, _students, yaml_files
+from kdtl_jax.recipes.settings import UsageError, as_yaml
+from kdtl_jax.run import checkpoint, processes, record, report
+
+# What a run writes before its work: all that is left of one that failed before it trained anything.
+SETTINGS = {"config.yaml", "env.json", record.FILE}
+# Settings that may differ between a run and its continuation.
+FREE = {"resume", "force", "out", "log", "process", "coordinator", "quick"}
+# What one replaces beside them, and its folders, which carry marks of their own.
+WRITTEN = {"metrics.jsonl", "results.json", "report.html", "sweep.csv", "bench.json"} | SETTINGS
+
+
+class Folder(NamedTuple):
+    """A run's folder, and the identity of the run, which its checkpoints carry."""
+
+    path: Path
+    run: str
+
+
+@contextlib.contextmanager
+def run_folder(
+    settings: Any,
+    command: str,
+    files: Mapping[str, record.Paths] | None = None,
+    *,
+    saves: Sequence[str] = (),
+    models: Sequence[str] = (),
+) -> Iterator[Folder]:
+    """The run folder, locked, with `config.yaml` and `env.json` in it.
+
+    A new one, or one that holds nothing but the settings of a run that failed early; with
+    `settings.force` an earlier run's, which its record tells from a folder of another's, and of
+    which only what a run writes is removed; with `resume` one of the same settings and content.
+
+    Args:
+      settings: of the recipe, with `out` and `force`.
+      command: its name, for `config.yaml`.
+      files: the data and the weights that are read, by role.
+      saves: the folders of checkpoints that will be written, as paths within the run folder; what
+        is in their way is refused now, not when the training is done.
+      models: the folders of models that will be written within the run folder; likewise.
+
+    Raises:
+      ValueError: if the folder holds something, is a file, or is of a run on other content; or if
+        files that are not ours lie where records, checkpoints or models will be saved.
+      UsageError: if the run to be resumed had other settings.
+      RuntimeError: if another process has it.
+    """
+    folder, config = Path(settings.out), _config(settings, command)
+    with contextlib.ExitStack() as stack:
+
+        def check() -> bool:
+            taken_up, is_ours = _is_taken_up(settings), record.is_kept(folder)
+            for name in saves:
+                checkpoint.check_removable(folder / name)
+            for name in models:
+                _check_model(folder / name, is_ours=is_ours or taken_up)
+            _files.check_free(folder / _students.FOLDER, _students.FOLDER)
+            if folder.is_dir() and not is_ours and not taken_up:
+                there = list(folder.iterdir())
+                _files.refuse(
+                    folder, [x for x in there if x.name in WRITTEN or x.suffix == ".safetensors"]
+                )
+            return taken_up
+
+        def begin() -> str:
+            stack.enter_context(_files.taken(folder, check))
+            taken_up = _is_taken_up(settings)
+            for unfinished in folder.glob(f".*{_files.TEMPORARY}"):
+                if unfinished.is_file():
+                    unfinished.unlink()
+            made = record.made_from(files or {})
+            if taken_up:
+                run = _check_same(folder, config, command)
+                for notice in record.compare(folder, made):
+                    print(f"note: {notice}", file=sys.stderr)
+                return run
+            (folder / "metrics.jsonl").unlink(missing_ok=True)
+            _files.remove(folder / _students.FOLDER, _students.FOLDER)
+            if kept := checkpoint.remove(folder / "checkpoints"):
+                print(f"note: not ours, and left alone in {folder}/checkpoints: {', '.join(kept)}")
+            record.keep(folder, made)
+            run = secrets.token_hex(8)
+            begun = {"run": run, "command": _command(command), "begun": _now()}
+            _files.write_json(folder / "env.json", {**report.environment(), **begun})
+            # Last, because this file makes it a run to be resumed, which wants the other two.
+            _files.write_atomic(folder / "config.yaml", config.encode(errors="replace"))
+            return run
+
+        yield Folder(folder, processes.decide(begin))
+
+
+def check_out(settings: Any, command: str) -> None:
+    """Refuses, before anything is read, what `run_folder` would refuse by the settings alone.
+
+    Settings that are None may follow from the data: `run_folder` compares them.
+
+    Raises:
+      ValueError: if the folder holds something, or is a file.
+      UsageError: if there is no run to be resumed, or it had other settings.
+    """
+
+    def check() -> None:
+        if _is_taken_up(settings):
+            open_ = [name for name, value in vars(settings).items() if value is None]
+            _check_same(Path(settings.out), _config(settings, command), command, but=open_)
+
+    processes.decide(check)
+
+
+def _config(settings: Any, command: str) -> str:
+    return as_yaml(settings, command, force=False, resume=False)
+
+
+def _is_taken_up(settings: Any) -> bool:
+    """Whether the settings resume the run in their folder, which otherwise must be free."""
+    folder, resume = Path(settings.out), getattr(settings, "resume", False)
+    if resume and settings.force:
+        raise UsageError("--resume continues a run, --force overwrites it: give one of them.")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file. Name a folder.")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = {name for name in names - {".lock"} if not name.endswith(_files.TEMPORARY)}
+    if resume:
+        if "config.yaml" not in names:
+            raise UsageError(f"--resume: there is no run in {folder}. Start without it.")
+        return True
+    if not any((folder / _finished.FOLDER).glob("*.npz")):
+        names -= {_finished.FOLDER}
+    few = names == SETTINGS or names <= SETTINGS - {"config.yaml"}
+    failed_early = few and record.is_kept(folder)
+    if names and not failed_early and not settings.force:
+        raise ValueError(
+            f"--out {folder} is not empty, and nothing in it is overwritten. Name another "
+            "folder, or pass --force."
+        )
+    return False
+
+
+def _check_model(folder: Path, *, is_ours: bool) -> None:
+    """Refuses a folder for a model that is a link, or whose files no run has written."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"{folder} is a link or a file. Remove it, or choose another --out.")
+    if folder.is_dir() and not is_ours:
+        _files.refuse(folder, folder.iterdir())
+
+
+def _check_same(folder: Path, config: str, command: str, but: Sequence[str] = ()) -> str:
+    """The identity of the run to be resumed, after comparing its settings, but for some."""
+    file = folder / "config.yaml"
+    try:
+        known = yaml_files.read(file)
+        run = _files.read_json(folder / "env.json")["run"]
+        if not isinstance(run, str):
+            raise ValueError("its run has no name")
+    except (OSError, ValueError, KeyError) as error:
+        said = _text.shown(str(error), 200)
+        raise ValueError(f"{file} or env.json beside it cannot be read ({said}).") from None
+    now = yaml_files.parse(config.encode(errors="replace"))
+    other = [
+        f"{_text.shown(name)} ({_text.shown(known.get(name))}, now {_text.shown(now.get(name))})"
+        for name in [*now, *(name for name in known if name not in now)]
+        if name not in {*FREE, *but} and known.get(name) != now.get(name)
+    ]
+    if other:
+        more = f" and {len(other) - 8} more" if len(other) > 8 else ""
+        raise UsageError(
+            f"--resume: {folder} was run with other settings: {', '.join(other[:8])}{more}. "
+            f"Resume with: kdtl {command} --config {file} --resume --out {folder}"
+        )
+    return run
+
+
+def how_it_was_run(folder: Path) -> dict[str, Any]:
+    """The command line, when it began and ended, and every setting.
+
+    What has become of the records meanwhile does not cost a run its results.
+    """
+    try:
+        begun = _files.read_json(folder / "env.json")
+        settings = yaml_files.read(folder / "config.yaml")
+    except (OSError, ValueError) as error:
+        print(f"note: how it was run is left out ({_text.shown(str(error), 200)})", file=sys.stderr)
+        begun, settings = {}, {}
+    known = {name: begun[name] for name in ("command", "begun") if name in begun}
+    return {**known, "ended": _now(), **{k: v for k, v in settings.items() if k != "command"}}
+
+
+def _command(name: str) -> str:
+    """The command line as it was typed; the command alone where Python called it."""
+    is_ours = Path(sys.argv[0]).name in ("kdtl", "__main__.py")
+    return shlex.join(["kdtl", *sys.argv[1:]]) if is_ours else f"kdtl {name}, called from Python"
+
+
+def _now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(" ", "seconds")
