@@ -58,10 +58,6 @@ SHAPES: dict[str, tuple[Connector, Any, Any]] = {
 }
 
 
-def is_shape(x: Any) -> bool:
-    return isinstance(x, tuple) and all(isinstance(n, int) for n in x)
-
-
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_init_needs_shapes_alone(name: str, dtype: Any) -> None:

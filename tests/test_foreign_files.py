@@ -243,7 +243,6 @@ def test_any_tokenizer(tokens: Path, name: str, edit: Any, picks: list[Any]) -> 
 
 
 LINE = {"text": "some words that are long enough"}
-CHAT = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "yz"}]}
 ANSWER = {"prompt": "a question", "completion": "an answer", "privileged": "a hint"}
 
 

@@ -21,7 +21,7 @@ CONFIG = models.DecoderConfig(
     is_tied=True,
 )
 MODEL = models.decoder(CONFIG)
-PARAMS = jax.tree.map(lambda x: 8 * x, MODEL.init(jax.random.key(0)))
+PARAMS = jax.jit(lambda key: jax.tree.map(lambda x: 8 * x, MODEL.init(key)))(jax.random.key(0))
 PROMPTS = jnp.asarray([[3, 4, 5, 6], [7, 8, 0, 0], [9, 0, 0, 0]])
 MASK = jnp.asarray([[True] * 4, [True, True, False, False], [True, False, False, False]])
 KEYS = jax.random.split(jax.random.key(0), 3)
