@@ -25,11 +25,12 @@ def counted() -> Iterator[Callable[[], str]]:
         nonlocal cached
         cached += event == HIT
 
-    def compiled(event: str, seconds: float, fun_name: str = "", **_: Any) -> None:
+    def compiled(event: str, duration_secs: float, **about: str | int) -> None:
         if event == COMPILED:
-            name = fun_name.removeprefix("jit(").removesuffix(")") or "unnamed"
+            called = str(about.get("fun_name", ""))
+            name = called.removeprefix("jit(").removesuffix(")") or "unnamed"
             count, before = found.get(name, (0, 0.0))
-            found[name] = count + 1, before + seconds
+            found[name] = count + 1, before + duration_secs
 
     jax.monitoring.register_event_listener(hit)
     jax.monitoring.register_event_duration_secs_listener(compiled)
