@@ -86,6 +86,8 @@ def test_a_model_a_loss_and_a_method_of_ones_own(room: Path, capsys: Captured) -
     assert kdtl(*words(room, out)) == 0
     rows = {row["method"]: row for row in results(out)["rows"]}
     assert set(rows) == {"teacher", "student_alone", "halves", "squares", "twice"}
+    [programs] = [note for note in results(out)["notes"] if note.startswith("Programs: ")]
+    assert "advance (5)" in programs and "<lambda>" not in programs
     assert rows["squares"]["settings"]["weights"] == {"task": 1.0, "squares": 1.0}
     assert rows["halves"]["settings"]["weights"] == {"task": 1.0, "half": 0.25}
     assert rows["twice"]["settings"]["weights"] == {"task": 0.5, "twice": 0.25}

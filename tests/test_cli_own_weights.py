@@ -88,8 +88,8 @@ def kept(name: str, variables: Any) -> Mapping[str, Any]:
 def test_weights_as_they_are_kept(name: str, form: str, tmp_path: Path, capsys: Captured) -> None:
     data, file = write_data(tmp_path / "small.npz", shift=1.0), tmp_path / "mine.py"
     file.write_text(MODELS)
-    splits, form_of = datasets.prepared(datasets.read_splits(str(data)))
-    inputs, labels = splits.train.inputs, splits.train.labels
+    train = datasets.prepared(datasets.read_splits(str(data)))[0].train
+    inputs, labels = train.inputs, train.labels
     net = own.network(_own.imported(f"{file}:{name}"), classes=3, example=inputs[:1])
     variables = net.init(jax.random.key(7), inputs[:1])
     logits = net.apply(*variables, jnp.asarray(inputs))[0]["logits"]

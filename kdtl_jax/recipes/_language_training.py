@@ -266,6 +266,10 @@ def continuing(
 def speed(model: ModelFn, params: Params, rows: Rows, batch_size: int) -> float:
     """Tokens per second of a forward pass without logits: the median of five."""
     batch = {n: rows.inputs[n][:batch_size] for n in ("tokens", "segments")}
-    forward = jax.jit(lambda params, batch: model(params, None, batch)[0]["hidden"])
+
+    @jax.jit
+    def forward(params: Params, batch: Any) -> Any:
+        return model(params, None, batch)[0]["hidden"]
+
     seconds = step_times(lambda: forward(params, batch), 5, warmup=1).median
     return batch["tokens"].size / seconds

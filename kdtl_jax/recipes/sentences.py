@@ -143,7 +143,11 @@ def run(settings: Settings) -> int:
             return float(measure(params, "validation").agreement.mean())
 
         example = jnp.asarray(lines.test["tokens"][:1])
-        init = jax.jit(lambda key: linen.model(copied.module).init(key, example).params)
+
+        @jax.jit
+        def init(key: Array) -> Params:
+            return linen.model(copied.module).init(key, example).params
+
         starts = {DISTILLED: lambda key: copied.params, BASELINE: init}
         step = train.make_step(
             apply,

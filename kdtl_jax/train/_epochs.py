@@ -77,7 +77,11 @@ def jit_epoch(step: Step) -> Epoch:
       either path; `epoch_path` tells which one it takes.
     """
     scanned = jax.jit(scan_epoch(step), donate_argnums=0)
-    one = jax.jit(lambda s, data, rows, t: step(s, take(data, rows), t), donate_argnums=0)
+
+    def single_step(state: TrainState, data: Batch, rows: Array, teacher_params: Any) -> Any:
+        return step(state, take(data, rows), teacher_params)
+
+    one = jax.jit(single_step, donate_argnums=0)
 
     def epoch(
         state: TrainState, data: Batch, index: Array, teacher_params: Any = None

@@ -292,7 +292,11 @@ def _batch_at(source: data.Resident, *, padded: bool) -> BatchAt:
 
 def _epochs(source: data.Resident) -> Callable[[int], Array]:
     """The rows of an epoch, computed once per epoch, on the device."""
-    rows = jax.jit(lambda epoch: data.epoch_rows(source, epoch))
+
+    def epoch_rows(epoch: Array) -> Array:
+        return data.epoch_rows(source, epoch)
+
+    rows = jax.jit(epoch_rows)
     known: dict[int, Array] = {}
 
     def of(epoch: int) -> Array:
