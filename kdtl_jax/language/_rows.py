@@ -98,13 +98,20 @@ def _known(folder: Path) -> dict[str, Any] | None:
     """The record of whole rows, or None."""
     try:
         known = _files.read_sealed(folder / RECORD)
-        if known["format"] != FORMAT:
+        rows, arrays = known["rows"], known["arrays"]
+        if known["format"] != FORMAT or not (isinstance(rows, int) and rows > 0):
             return None
-        for path, (dtype, shape) in known["arrays"].items():
-            size = known["rows"] * math.prod(shape) * np.dtype(dtype).itemsize
-            if (folder / _file(path)).stat().st_size != size:
+        names = [*arrays]
+        if any(other.startswith(f"{name}/") for name in names for other in names):
+            return None  # an array cannot hold others
+        for path, (dtype, shape) in arrays.items():
+            kind = np.dtype(dtype)
+            if kind.kind not in "biuf" or any(type(n) is not int or n < 0 for n in shape):
                 return None
-    except (ValueError, KeyError, TypeError, OSError):
+            size = rows * math.prod(shape) * kind.itemsize
+            if not size or (folder / _file(path)).stat().st_size != size:
+                return None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return None
     return known
 

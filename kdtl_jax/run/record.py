@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from kdtl_jax import _files, trees
+from kdtl_jax import _files, _text, trees
 from kdtl_jax._types import PyTree
 
 # A file or folder, or several.
@@ -86,16 +86,20 @@ def compare(folder: str | Path, now: Record) -> list[str]:
     changed = [role for role in roles if was.files.get(role) != now.files.get(role)]
     if changed:
         raise ValueError(
-            f"{folder} was begun with other content of {', '.join(changed)}: the SHA-256 differs. "
+            f"{folder} was begun with other content of {_listed(changed)}: the SHA-256 differs. "
             "Restore what it was begun with, or start anew in another folder."
         )
     names = sorted(was.versions.keys() | now.versions.keys())
     return [
-        f"{name} was {was.versions.get(name, 'absent')}, is {now.versions.get(name, 'absent')}: "
-        "the run may end with other bits"
+        f"{_text.shown(name, 80)} was {_text.shown(was.versions.get(name, 'absent'), 80)}, is "
+        f"{now.versions.get(name, 'absent')}: the run may end with other bits"
         for name in names
         if was.versions.get(name) != now.versions.get(name)
     ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(_text.shown(name, 200) for name in names[:20])
 
 
 def check_finite(name: str, tree: PyTree) -> None:

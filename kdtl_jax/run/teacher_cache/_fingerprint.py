@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax import _checks, trees
+from kdtl_jax import _checks, _text, trees
 from kdtl_jax._types import PyTree
 
 DTYPES = ("float32", "bfloat16", "float16")
+LONGEST = 600  # characters of a difference
 HASHED_BYTES = 32 * 2**20  # of a memory-mapped array at a time
 
 
@@ -172,7 +173,7 @@ def differences(made: Fingerprint, expect: Fingerprint) -> list[str]:
         was, wanted = getattr(made, name), getattr(expect, name)
         if _differ(was, wanted):
             found.append(f"{name} differ: {was} in the cache, {wanted} asked")
-    return found
+    return [_text.shown(line, LONGEST) for line in found]
 
 
 def from_json(value: Mapping[str, Any]) -> Fingerprint:
@@ -183,7 +184,10 @@ def from_json(value: Mapping[str, Any]) -> Fingerprint:
     """
     lists = [value.get("taps"), value.get("classes") or []]
     names = all(isinstance(x, (list, tuple)) and all(isinstance(n, str) for n in x) for x in lists)
-    if value.keys() != set(Fingerprint._fields) or not names:
+    texts = [value.get(name) for name in ("model", "teacher", "data", "logits", "dtype", "views")]
+    are_texts = all(x is None or isinstance(x, str) for x in texts)
+    others = isinstance(value.get("preprocessing") or {}, Mapping)
+    if value.keys() != set(Fingerprint._fields) or not (names and are_texts and others):
         raise ValueError("its fingerprint is missing or odd")
     classes = None if value["classes"] is None else tuple(value["classes"])
     return Fingerprint(**value)._replace(taps=tuple(value["taps"]), classes=classes)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import _files, losses
+from kdtl_jax import _files, _text, losses
 from kdtl_jax.run.teacher_cache._fingerprint import Fingerprint, differences, from_json
 
 FORMAT = 2
@@ -230,7 +230,7 @@ def read_plan(value: Mapping[str, Any]) -> Plan:
     """
     if not isinstance(value, Mapping) or value.get("format") != FORMAT:
         made_by = value.get("format") if isinstance(value, Mapping) else None
-        raise ValueError(f"format {made_by}, this version reads {FORMAT}")
+        raise ValueError(f"format {_text.shown(made_by, 40)}, this version reads {FORMAT}")
     try:
         stored = tuple(
             Column(**c)._replace(shape=tuple(map(int, c["shape"]))) for c in value["columns"]
@@ -239,10 +239,17 @@ def read_plan(value: Mapping[str, Any]) -> Plan:
         plan = Plan(**given | {"fingerprint": from_json(value["fingerprint"]), "columns": stored})
         sizes = (plan.size, plan.shard_rows, plan.views or 1, *(n for c in stored for n in c.shape))
         if not all(type(n) is int and 0 <= n < 2**48 for n in sizes) or not all(sizes[:3]):
-            raise ValueError(f"its sizes {sizes[:3]} make no sense")
+            raise ValueError(f"its sizes {_text.shown(sizes[:3], 100)} make no sense")
+        if {column.tap for column in stored} != {*(plan.fingerprint.taps or ())}:
+            raise ValueError("its columns are not those of its taps")
+        if any(column.field not in {None, *losses.TopK._fields} for column in stored):
+            raise ValueError("its columns are not those of logits")
+        top_k = plan.top_k is None or type(plan.top_k) is int
+        if not top_k or type(plan.temperature) not in (int, float):
+            raise ValueError("its top_k or its temperature is no number")
         record(plan)
     except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"it is not a cache's plan ({error})") from None
+        raise ValueError(f"it is not a cache's plan ({_text.shown(str(error), 200)})") from None
     return plan
 
 
