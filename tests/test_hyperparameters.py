@@ -93,6 +93,7 @@ def test_sampling_options_are_one_number_or_one_per_example(option: str) -> None
             language.sampling_log_probs(logits, **{option: jnp.full(shape, 0.5)})
 
 
+ANY: Any = print  # in place of a function that is never called
 # What is a number, or a count, of functions that run nothing before they look at it.
 NUMBERS: dict[str, Callable[[Any], Any]] = {
     "strength": lambda x: temperatures.adversarial_ramp(3, strength=x),
@@ -107,7 +108,7 @@ NUMBERS: dict[str, Callable[[Any], Any]] = {
     "the multiplier of 'a'": lambda x: finetune.multipliers(TREE, [("a", x)]),
     "decay": lambda x: finetune.layer_decay({"a": 0, "b": 1}, decay=x),
     "weights": lambda x: ensembles.over_teachers(losses.mse, weights=[x, 1.0])(ROWS, PAIR),
-    "keep": lambda x: sweep.successive_halving(*[print] * 3, {"a": LABELS}, rungs=1, keep=x),
+    "keep": lambda x: sweep.successive_halving(*[ANY] * 3, {"a": LABELS}, rungs=1, keep=x),
     "high": lambda x: sweep.sample(2, a=sweep.Range(0.0, x)),
     "threshold": lambda x: losses.entropy_aware_kl(ROWS, ROWS, threshold=x),
     "margin": lambda x: losses.hinge_ranking(ROWS, losses.top_k_targets(ROWS, k=2), margin=x),
@@ -122,7 +123,7 @@ NUMBERS: dict[str, Callable[[Any], Any]] = {
     "majority": lambda x: transforms.elect_sign_global(OTHERS, majority=x),
     "energy": lambda x: transforms.rank_for_energy(ROWS, x),
     "top_k": lambda x: language.sampling_log_probs(ROWS, top_k=x),
-    "share": lambda x: language.on_samples(print, print, share=x),
+    "share": lambda x: language.on_samples(ANY, ANY, share=x),
 }
 COUNTS: dict[str, Callable[[Any], Any]] = {
     "padding": lambda x: augment.crop(jax.random.split(KEY, 4), IMAGES, padding=x),
@@ -134,11 +135,11 @@ COUNTS: dict[str, Callable[[Any], Any]] = {
     "period": lambda x: precision.loss_scaling(optax.sgd(0.1), period=x),
     "chunk": lambda x: fisher.true_fisher(lambda p, e: p["a"] @ e, TREE, ROWS, chunk=x),
     "batch_size": lambda x: fisher.batch_fisher(lambda p, e: p["a"], TREE, ROWS, batch_size=x),
-    "generations": lambda x: online.born_again(print, KEY, generations=x),
+    "generations": lambda x: online.born_again(ANY, KEY, generations=x),
     "top": lambda x: finetune.layer_decay({"a": 0}, top=x),
     "probe_steps": lambda x: finetune.lp_ft(TREE, head="a", probe_steps=x),
     "the first step of 'a'": lambda x: finetune.unfreeze_gate(TREE, [("a", x)]),
-    "rungs": lambda x: sweep.successive_halving(*[print] * 3, {"a": LABELS}, rungs=x),
+    "rungs": lambda x: sweep.successive_halving(*[ANY] * 3, {"a": LABELS}, rungs=x),
     "n": lambda x: sweep.sample(x, a=[1.0]),
     "draw": lambda x: sweep.sample(1, x, a=[1.0]),
     "size": lambda x: train.epoch_index(KEY, 0, x, 1),
@@ -152,7 +153,7 @@ COUNTS: dict[str, Callable[[Any], Any]] = {
     "chunk_size": lambda x: language.policy_gradient(chunk_size=x),
     "groups": lambda x: transforms.top_indices(CHANNELS, 2, groups=x),
     "patience": lambda x: loop.no_improvement("loss", x),
-    "log_every": lambda x: loop.run(print, STATE, print, steps=1, log_every=x),
+    "log_every": lambda x: loop.run(ANY, STATE, ANY, steps=1, log_every=x),
     "interval": lambda x: checkpoint.newest_and_every(1, x),
     "count": lambda x: checkpoint.newest(x),
     "fsdp": lambda x: sharding.make_mesh(fsdp=x),
@@ -208,6 +209,7 @@ def test_discrepancy_of_equal_features_in_their_own_unit_is_zero() -> None:
 
 
 def test_bandwidths_are_a_list_of_numbers() -> None:
+    bad: Any
     for bad in ((), 0.5, None):
         with pytest.raises(ValueError, match="alphas must be a list of at least one number"):
             discrepancies.mk_mmd(ROWS, 2 * ROWS, scale=1.0, alphas=bad)

@@ -113,6 +113,7 @@ def test_a_scale_beyond_float16_is_taken_out_of_its_gradients_exactly() -> None:
     params = {"w": jnp.ones(2, jnp.float16)}
     scaled = {"w": jnp.asarray([2.0**15, 2.0], jnp.float16)}
     updates, after = tx.update(scaled, tx.init(params), params)
+    want: Any
     want, _ = TX.update({"w": jnp.asarray([2.0**-2, 2.0**-16], jnp.float16)}, TX.init(params))
     np.testing.assert_array_equal(updates["w"], want["w"])
     assert after.good_steps == 1 and bool(jnp.all(updates["w"] != 0))
