@@ -20,6 +20,7 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "show_signature": False,
     "write_computation_times": False,
+    "min_reported_time": 10**6,  # seconds, which belong to the machine: none is shown
     "remove_config_comments": True,
     "doc_module": ("kdtl_jax",),
     "reference_url": {"kdtl_jax": None},

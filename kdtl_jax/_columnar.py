@@ -75,7 +75,7 @@ def _messages(pa: Any, source: Any) -> Iterator[_Message]:
         for at in root.structs(slot, 24):
             place, size, _, stored = struct.unpack_from("<qiiq", footer, at)
             if min(place, size, stored) < 0:
-                raise ValueError("a block of the file lies nowhere")
+                raise ValueError("a block of the file lies outside it")
             start = 8 if bytes(whole[place : place + 4]) == b"\xff\xff\xff\xff" else 4
             body = place + size
             yield _Message(whole[place + start : body], whole[body : body + stored])
@@ -99,7 +99,7 @@ class _Table(NamedTuple):
         (back,) = struct.unpack_from("<i", self.data, self.at)
         names = self.at - back
         if names < 0:
-            raise ValueError("a table of the file lies nowhere")
+            raise ValueError("a table of the file lies outside it")
         (size,) = struct.unpack_from("<H", self.data, names)
         if 4 + 2 * slot + 2 > size:
             return None

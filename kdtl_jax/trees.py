@@ -147,8 +147,8 @@ def _check_is_no_filter(where: Any) -> None:
     else:
         return
     raise ValueError(
-        f"{what} is no selector: paths are text here. Write a regular expression of whole paths, "
-        "such as 'conv/.*' for nnx.PathContains('conv') at the top, or (path, leaf) -> bool."
+        f"{what} is not a selector: paths are text here. Write a regular expression of whole "
+        "paths, such as 'conv/.*' for nnx.PathContains('conv') at the top, or (path, leaf) -> bool."
     )
 
 

@@ -257,7 +257,7 @@ def test_folders_of_images_with_and_without_parts(tmp_path: Path) -> None:
     (tmp_path / "parts/Train/ant/Thumbs.txt").write_text("no image")
     split = datasets.read_splits(str(tmp_path / "parts"))
     assert [len(part.labels) for part in split] == [45, 3, 15]
-    assert "files that are no images are left out: 1" in split.train.notices
+    assert "files that are not images are left out: 1" in split.train.notices
     form = datasets.prepared(split)[1]
     later = datasets.read_inputs(tmp_path / "all" / "ant", form)
     np.testing.assert_array_equal(later[..., 0], PIXELS[Y == 0])

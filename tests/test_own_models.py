@@ -131,7 +131,7 @@ def test_every_form_starts_runs_and_goes_through_a_file(form: str, tmp_path: Pat
         assert net.layout.features == ("hidden",)
     path = tmp_path / "own.safetensors"
     model_files.save(path, Variables(*first), About("my.py:Net", 3, None, (), (5,)), {})
-    with pytest.raises(ValueError, match=r"is of my.py:Net, a model of your own"):
+    with pytest.raises(ValueError, match=r"belongs to my.py:Net, a model of your own"):
         model_files.load(path)
     found = model_files.load(path, model=FORMS[form]).predict(X)
     np.testing.assert_allclose(found, outputs["logits"], rtol=1e-5, atol=1e-6)

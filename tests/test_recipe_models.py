@@ -212,11 +212,13 @@ def test_a_file_of_something_else_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match="holds the model mlp:6, not mlp:7"):
         read(teacher, data(), monkeypatch, text="mlp:7")
-    with pytest.raises(ValueError, match="is of 3 classes, the data has 4"):
+    with pytest.raises(ValueError, match="has 3 classes, the data has 4"):
         read(teacher, data(4), monkeypatch)
-    with pytest.raises(ValueError, match="is of the classes a, b, c, the data has a, b, d"):
+    with pytest.raises(
+        ValueError, match="was trained on the classes a, b, c, the data has a, b, d"
+    ):
         read(teacher, data(3, ("a", "b", "d")), monkeypatch)
-    with pytest.raises(ValueError, match="is of the classes a, b, c, the data has 0..2"):
+    with pytest.raises(ValueError, match="was trained on the classes a, b, c, the data has 0..2"):
         read(teacher, data(), monkeypatch)
 
     def changed(change: Any) -> Splits:
@@ -250,7 +252,7 @@ def test_images_of_another_size_are_refused_and_unknown_scaling_is_said(
     part = Dataset("x", np.random.default_rng(0).random((6, 4, 4, 1), np.float32),
                    np.arange(6, dtype=np.int32) % 2, 2)  # fmt: skip
     monkeypatch.setattr(_models, "read_splits", lambda *args, **kwargs: Splits(part, part, part))
-    with pytest.raises(ValueError, match=r"is of inputs \[8, 8, 1\], .* are \[4, 4, 1\]"):
+    with pytest.raises(ValueError, match=r"takes inputs \[8, 8, 1\], .* are \[4, 4, 1\]"):
         _models.read_data(Data(), Source("teacher", About("cnn:2", 2, None, (), (8, 8, 1))))
     _models.read_data(Data(), Source("teacher", About("cnn:2", 2)))
     assert "teacher does not say how its inputs were scaled" in capsys.readouterr().err
@@ -270,7 +272,7 @@ def test_a_table_s_classes_are_numbered_as_its_teacher_s(tmp_path: Path) -> None
         about = About("mlp:2", 3, form.scaling, splits.train.names, (2,), form)
         again, _ = read_csv(given, about, "teacher")
         assert again.train.names == splits.train.names and len(again.train.labels) == 15
-    with pytest.raises(ValueError, match="of the classes a, b, c, the data has 0..2"):
+    with pytest.raises(ValueError, match="on the classes a, b, c, the data has 0..2"):
         read_csv("numbers", about, "teacher")
 
 

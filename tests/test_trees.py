@@ -314,7 +314,7 @@ def test_nnx_variables_and_linen_boxes_add_nothing_to_a_path() -> None:
 def test_filters_of_nnx_are_no_selectors(where: Any) -> None:
     """`PathContains` tests a tuple; of a path as text it finds parts of names, too."""
     for selector in (lambda: where, lambda: any_of(where), lambda: none_of("k", where)):
-        with pytest.raises(ValueError, match="is no selector: paths are text here"):
+        with pytest.raises(ValueError, match="is not a selector: paths are text here"):
             trees.mask({"q": leaf(), "queue": leaf()}, selector())
 
 

@@ -107,7 +107,7 @@ def in_classes(folder: Path) -> Folder:
         listed = f"{deep[0]!r:.80}{' and others' if deep[1:] else ''}"
         notices.append(f"folders within {listed} are not told apart: the class is the outer one")
     if others > 0:
-        notices.append(f"files that are no images are left out: {others}")
+        notices.append(f"files that are not images are left out: {others}")
     return Folder(files, classes, tuple(notices))
 
 
@@ -149,7 +149,7 @@ def form_of(
         other = next(kind for kind in there if kind != "F")
         raise ValueError(
             f"{pictures.name}: {pictures.at(of_kind['F'])} has floats as pixels, "
-            f"{pictures.at(of_kind[other])} has whole numbers. Save all of them alike."
+            f"{pictures.at(of_kind[other])} has whole numbers. Save them all in one form."
         )
     mode, notices = there[-1], []
     if len(there) > 1:

@@ -133,5 +133,5 @@ def _column(known: Mapping[str, Any]) -> Column:
 
 def _strings(known: Sequence[Any]) -> tuple[str, ...]:
     if not isinstance(known, list):
-        raise ValueError("names that are no list")
+        raise ValueError("names that are not a list")
     return tuple(map(str, known))

@@ -79,7 +79,9 @@ def per_class(data: Dataset, count: int, *, seed: int = 0) -> Dataset:
         rows = np.flatnonzero(data.labels == label)
         if len(rows) < count:
             name = data.class_names()[label]
-            raise ValueError(f"{data.name}: class {name} has {len(rows)} examples, {count} asked.")
+            raise ValueError(
+                f"{data.name}: class {name} has {len(rows)} examples, {count} are needed."
+            )
         chosen.append(rng.permutation(rows)[:count])
     return data.subset(np.sort(np.concatenate(chosen)))
 

@@ -159,5 +159,5 @@ def _of_copies(splits: Splits) -> list[str]:
         return []
     return [
         f"{copies} of {len(test.labels)} test examples are in the training part too: the test "
-        "accuracy flatters"
+        "accuracy is too optimistic"
     ]

@@ -24,7 +24,7 @@ def check(path: Path) -> None:
     """
     with _files.regular(path).open("rb") as file:
         if path.stat().st_size < 24 or file.read(4) != b"GGUF":
-            raise ValueError("it does not begin as a GGUF file")
+            raise ValueError("it does not begin like a GGUF file")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             _walk(content)
 
@@ -51,7 +51,7 @@ def _walk(content: mmap.mmap) -> None:
         elif kind == _STRING:
             skip(number("Q"))
         else:
-            raise ValueError(f"its header has a value of kind {kind}, which GGUF has not")
+            raise ValueError(f"its header has a value of kind {kind}, which GGUF does not have")
 
     try:
         tensors, entries = number("Q"), number("Q")

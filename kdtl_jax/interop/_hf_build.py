@@ -60,7 +60,7 @@ class Built(NamedTuple):
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config; raises ValueError for a `model_type` that is not known here."""
     if "model_type" not in config:
-        raise ValueError("config.json has no 'model_type'; it is of no known model.")
+        raise ValueError("config.json has no 'model_type', so its model is not known.")
     name = str(config["model_type"])
     for family in FAMILIES:
         if name in family.model_types:

@@ -74,7 +74,7 @@ def read(config: Config, fields: Sequence[Field], harmless: str, limits: Limits)
     out = {}
     for key, check, default in fields:
         if key not in config and default is REQUIRED:
-            raise ValueError(f"config.json has no {key!r}; it is of no known model.")
+            raise ValueError(f"config.json has no {key!r}, so its model is not known.")
         value = config.get(key, default)
         try:
             out[key] = check(value, limits)

@@ -96,8 +96,8 @@ def check_heads(config: Config) -> None:
     width, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     if width % heads:
         raise ValueError(
-            f"transformers opens no {config['model_type']!r} model of hidden_size = {width} with "
-            f"num_attention_heads = {heads}: the width must be a multiple of the heads."
+            f"transformers cannot open a {config['model_type']!r} model of hidden_size = {width} "
+            f"with num_attention_heads = {heads}: the width must be a multiple of the heads."
         )
 
 

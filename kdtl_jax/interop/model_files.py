@@ -217,12 +217,12 @@ def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = N
         )
     if is_own(found.model) and model is None:
         raise ValueError(
-            f"{path} is of {found.model}, a model of your own. Give it: model= here, --model on "
-            "the command line."
+            f"{path} belongs to {found.model}, a model of your own. Pass it: model= here, --model "
+            "on the command line."
         )
     if (folder := hugging_face_of(found.model)) and model is None:
         raise ValueError(
-            f"{path} is of the model of the Hugging Face folder {folder}. Give it: "
+            f"{path} belongs to the model of the Hugging Face folder {folder}. Pass it: "
             f"model=huggingface.load({folder!r}).module here, --model {folder} on the command line."
         )
     found = found._replace(shape=found.shape or (None if shape is None else tuple(shape)))

@@ -39,7 +39,7 @@ def module(text: str, classes: int) -> nn.Module:
     except ValueError as error:
         hint = ""
         if text.endswith((".safetensors", ".msgpack", ".npz", ".bin", ".pt")):
-            hint = " Weights go to --teacher-weights, beside the model that they are of."
+            hint = " Weights go to --teacher-weights, beside the model that they belong to."
         raise UsageError(f"{text!r} is not a model: {error}{hint} Expected {MODEL}.") from None
 
 
@@ -125,7 +125,7 @@ def opened(path: str | None, text: str | None, default: str) -> Source:
         raise UsageError(f"{path} holds the model {said}, not {text}.")
     if text is None and model_files.is_own(said):
         raise UsageError(
-            f"{path} is of {said}. Name that file where it lies now: only what is named is "
+            f"{path} belongs to {said}. Name that file where it is now: only what is named is "
             "imported."
         )
     return source._replace(about=source.about._replace(model=text or said))
@@ -187,7 +187,7 @@ def read_data(
         )
     if about.classes not in (None, raw.train.classes):
         raise ValueError(
-            f"{path} is of {about.classes} classes, the data has {raw.train.classes}. Give it data "
+            f"{path} has {about.classes} classes, the data has {raw.train.classes}. Give it data "
             "of its own classes."
         )
     if about.classes is not None and about.names != raw.train.names:
@@ -196,12 +196,12 @@ def read_data(
             for names in (about.names, raw.train.names)
         )
         raise ValueError(
-            f"{path} is of the classes {own}, the data has {found}. Give it data whose classes are "
-            "called the same."
+            f"{path} was trained on the classes {own}, the data has {found}. Give it data whose "
+            "classes have the same names."
         )
     if about.shape not in (None, raw.train.inputs.shape[1:]):
         raise ValueError(
-            f"{path} is of inputs {list(about.shape or ())}, the data's examples are "
+            f"{path} takes inputs {list(about.shape or ())}, the data's examples are "
             f"{list(raw.train.inputs.shape[1:])}."
         )
     if path is not None and about.scaling is None:
