@@ -49,6 +49,7 @@ from kdtl_jax.run import report
 from kdtl_jax.train import precision
 
 EPOCHS, STEPS = 60, 1000  # at least, per student
+FEW_NOTES = 3  # on methods that do not apply, said in full before the training
 STUDENTS = "distillation"  # their family in the table
 CACHE_BYTES = 512 * 2**20  # teacher outputs up to this size are computed once and held
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -182,7 +183,11 @@ def run(settings: Settings) -> int:
     if settings.augment:
         view = _training.views(settings.augment, classes, inputs.shape[1])
     _pair.check_own(built, pair, settings, fixed.batch_size, tx(of_setup["steps"]), view)
-    for why in why_not:
+    early = why_not
+    if len(why_not) > FEW_NOTES:
+        names = ", ".join(why.partition(" ")[0] for why in why_not)
+        early = [f"these methods do not apply, the report says why: {names}"]
+    for why in early:
         print(f"note: {why}", file=sys.stderr)
     learners = [*([TEACHER] if pair.given is None else []), *built]
     files, saves = {**pair.files, **_own.files(settings)}, [f"checkpoints/{x}" for x in learners]
