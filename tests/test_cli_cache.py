@@ -25,8 +25,9 @@ TRAIN = stratified(digits(), validation=0.2, test=0.3).train
 INPUTS = standardizer(TRAIN).apply(TRAIN).inputs
 NET = networks.network(_models.module(TEACHER, 10), jnp.asarray(INPUTS[:1]))
 MADE_OF: Any = {"model": TEACHER, "classes": tuple(map(str, range(10)))}
-VARIABLES: Variables = NET.init(jax.random.key(0), INPUTS[:1])
-LIVE = jax.tree.map(np.asarray, NET.apply(VARIABLES.params, None, INPUTS)[0])
+init = jax.jit(NET.init)
+VARIABLES: Variables = init(jax.random.key(0), INPUTS[:1])
+LIVE = jax.tree.map(np.asarray, jax.jit(NET.apply)(VARIABLES.params, None, INPUTS)[0])
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     folder = tmp_path / "cache"
     assert _cache(folder, weights) == 0
-    other = _saved(tmp_path / "other.safetensors", NET.init(jax.random.key(1), INPUTS[:1]))
+    other = _saved(tmp_path / "other.safetensors", init(jax.random.key(1), INPUTS[:1]))
     capsys.readouterr()
     refused = {
         "teacher weights differ": _cache(folder, other),
@@ -164,7 +165,7 @@ def test_distillation_reads_a_cache_of_any_precision_and_fills_an_empty_one(
     mended = outputs("full")
     np.testing.assert_array_equal(mended["logits"], full["logits"])
     with pytest.raises(ValueError, match="holds another cache: teacher weights differ"):
-        outputs("full", NET.init(jax.random.key(1), INPUTS[:1]))
+        outputs("full", init(jax.random.key(1), INPUTS[:1]))
     # Another network of the same shapes.
     pair.teacher_text = "mlp: 6,"
     with pytest.raises(ValueError, match="model differs|holds another cache"):
@@ -200,7 +201,7 @@ def test_what_a_cache_cannot_serve_is_said_before_training(tmp_path: Path, weigh
     assert "kdtl cache --taps all" in said(plain, hint)
     assert "without --top-k" in said(cut, kd)
     assert "--teacher-weights" in said(plain, kd, given=None)
-    other = NET.init(jax.random.key(1), INPUTS[:1])
+    other = init(jax.random.key(1), INPUTS[:1])
     assert "teacher weights differ" in said(plain, kd, given=other)
     # The same is known of one that is not finished, which is completed with its own outputs.
     more, half = tmp_path / "more", tmp_path / "half"

@@ -1,5 +1,6 @@
 """Microbatches, half precision, loss scaling, rematerialization, int8 teachers."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ KEY = jax.random.key(0)
 TX = optax.adam(1e-2)
 
 
+@partial(jax.jit, static_argnums=1)
 def _init(key: jax.Array, hidden: int) -> Any:
     a, b = jax.random.split(key)
     return {
@@ -36,9 +38,9 @@ def _model(
 TEACHER, STUDENT = _init(jax.random.key(1), 8), _init(jax.random.key(2), 5)
 BATCH = {
     "inputs": jax.random.normal(KEY, (8, 4)),
-    "labels": jnp.arange(8, dtype=jnp.int32) % 3,
+    "labels": jnp.asarray(np.arange(8, dtype=np.int32) % 3),
     "weights": jnp.asarray([1, 1, 0, 1, 1, 0, 0, 1], jnp.float32),
-    "where": jnp.arange(8 * 3).reshape(8, 3) % 5 < 3,
+    "where": jnp.asarray(np.arange(8 * 3).reshape(8, 3) % 5 < 3),
 }
 
 
