@@ -129,8 +129,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
       FileExistsError: if `folder` exists and is not empty; what is there is never touched.
     """
+    taken_already = f"{folder} exists and is not empty. Choose a new folder."
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty. Choose a new folder.")
+        raise FileExistsError(taken_already)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(
         tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", suffix=TEMPORARY, dir=folder.parent)
@@ -138,7 +139,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         yield part
         os.chmod(part, _usual_mode() | 0o111)
-        os.replace(part, folder)
+        try:
+            os.replace(part, folder)
+        except OSError as error:  # another process has made it meanwhile
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise FileExistsError(taken_already) from None
+            raise
         sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)

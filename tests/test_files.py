@@ -47,6 +47,20 @@ def test_a_folder_is_checked_again_once_it_is_locked(tmp_path: Path) -> None:
     assert not (folder / ".lock").read_bytes(), "a refused folder is left as it was"
 
 
+@pytest.mark.parametrize("other", ["folder", "file"])
+def test_a_new_folder_that_another_process_makes_meanwhile(tmp_path: Path, other: str) -> None:
+    folder = tmp_path / "model"
+    with pytest.raises(FileExistsError, match="model exists and is not empty. Choose a new"):
+        with _files.new_folder(folder) as part:
+            (part / "mine").write_text("mine")
+            if other == "folder":
+                folder.mkdir()
+            (folder / "theirs" if other == "folder" else folder).write_text("theirs")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    left = folder / "theirs" if other == "folder" else folder
+    assert left.read_text() == "theirs"
+
+
 @pytest.mark.parametrize("kind", ["symlink", "dangling", "hard link", "folder", "pipe"])
 def test_a_lock_never_writes_to_what_is_not_its_own(tmp_path: Path, kind: str) -> None:
     precious, folder = tmp_path / "precious.txt", tmp_path / "run"
