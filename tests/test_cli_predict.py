@@ -246,7 +246,7 @@ def test_an_exported_student_gives_the_same_logits_for_any_batch(
 
 
 def test_a_file_that_is_there_is_replaced_with_force_alone(
-    tmp_path: Path, capsys: Captured
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     form = Preprocessing("classes", ("a", "\x1b[2J\nb", "c"), 3, (2,))
     student, out = tmp_path / "m.safetensors", tmp_path / "out"
@@ -265,4 +265,16 @@ def test_a_file_that_is_there_is_replaced_with_force_alone(
         assert kdtl(*words, "--out", out, "--force") == 0 and out.read_bytes() != b"mine"
         said = capsys.readouterr()
         assert all(map(str.isprintable, (said.out + said.err).split("\n")))
+        # Nor one that another command has written since this one began.
+        out.unlink()
+        asked = model_files.load
+
+        def meanwhile(*args: Any, asked: Any = asked, **more: Any) -> Any:
+            out.write_text("theirs")
+            return asked(*args, **more)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(model_files, "load", meanwhile)
+            assert kdtl(*words, "--out", out) == 1 and out.read_text() == "theirs"
+        assert "exists. Name another file, or pass --force" in capsys.readouterr().err
     assert not Path("/dev/null").is_file()

@@ -57,6 +57,7 @@ def run(settings: Settings) -> int:
     show(result, names)
     if settings.out is not None:
         known = {"student": settings.student, "data": settings.data, "classes": list(names)}
+        _inputs.check_out(settings)  # another command may have written there meanwhile
         _files.write_json(Path(settings.out), {**known, **result})
     return 0
 

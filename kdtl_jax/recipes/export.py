@@ -67,9 +67,11 @@ def run(settings: Settings) -> int:
         )
     out = Path(settings.out)
     if settings.format == "onnx":
-        write_onnx(out, model.logits, shape, settings.batch)
+        made = onnx(model.logits, shape, settings.batch)
     else:
-        _files.write_atomic(out, stablehlo(model, shape, settings.batch, settings.platforms))
+        made = stablehlo(model, shape, settings.batch, settings.platforms)
+    _inputs.check_out(settings)  # another command may have written there meanwhile
+    _files.write_atomic(out, made)
     first = "N" if settings.batch is None else settings.batch
     inputs = ", ".join(map(str, (first, *shape)))
     print(
@@ -106,9 +108,7 @@ def stablehlo(
         raise ValueError(f"it cannot be exported: {said}.{hint}") from error
 
 
-def write_onnx(
-    out: Path, logits: Callable[[Any], Any], shape: tuple[int, ...], batch: int | None
-) -> None:
+def onnx(logits: Callable[[Any], Any], shape: tuple[int, ...], batch: int | None) -> bytes:
     """The model as ONNX, by jax2onnx.
 
     Raises:
@@ -126,4 +126,4 @@ def write_onnx(
     except Exception as error:  # whatever a converter raises
         said = " ".join(str(error).split())[:300]
         raise ValueError(f"jax2onnx cannot convert it: {type(error).__name__}: {said}") from error
-    _files.write_atomic(out, made.SerializeToString())
+    return made.SerializeToString()

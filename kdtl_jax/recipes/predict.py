@@ -62,6 +62,7 @@ def run(settings: Settings) -> int:
             said = "".join(f"{_text.escaped(x)}\n" for x in said[:-1].split("\n"))
         print(said, end="")
         return 0
+    _inputs.check_out(settings)  # another command may have written there meanwhile
     _files.write_atomic(Path(settings.out), text.getvalue().encode())
     print(f"{settings.out}: {found.said}", file=sys.stderr)
     return 0
