@@ -87,7 +87,8 @@ def test_fused_matrices_are_narrowed_part_by_part(config: dict[str, Any], tmp_pa
         params[f"layers_{i}"]["attention"]["out"]["kernel"][:8] = 0  # the first two heads
     source = source._replace(params=params)
     units = source.model.config.hidden - 4
-    heads = {"heads": 2, "key_heads": 1} if config is PHI3 else {}  # GPT-2's fill the width
+    # GPT-2's heads fill the width.
+    heads: dict[str, Any] = {"heads": 2, "key_heads": 1} if config is PHI3 else {}
     narrow, kept = pruning.narrow(source, hidden=units, **heads)
     assert narrow.params.keys() == params.keys() and kept.hidden.shape == (2, units)
     attention = narrow.params["layers_0"]["attention"]

@@ -28,7 +28,9 @@ def patches(flat: Flat, config: Config, tokens: int = 1) -> dict[str, Any]:
     if kernel is None or table is None:
         return {}
     high, wide, channels, _ = kernel.shape
-    out = {"num_channels": int(channels)} if channels != config.get("num_channels", 3) else {}
+    out: dict[str, Any] = {}
+    if channels != config.get("num_channels", 3):
+        out["num_channels"] = int(channels)
     if _pair(config["patch_size"]) != (high, wide):
         out["patch_size"] = int(high) if high == wide else [int(high), int(wide)]
     count, (height, width) = table - tokens, _pair(config["image_size"])
