@@ -13,6 +13,7 @@ from kdtl_jax import methods
 from kdtl_jax._types import Outputs, Params, Variables
 from kdtl_jax.methods import Head, Layout, Setup
 from kdtl_jax.objective import Inputs
+from kdtl_jax.train import precision
 
 
 def dense(params: Mapping[str, Array], x: Array) -> Array:
@@ -95,6 +96,9 @@ def test_what_does_not_fit_is_told() -> None:
             made(params(2, 6, 3), params(2, 6, 3), layers=given)
     with pytest.raises(ValueError, match=r"before_activation=\{'f1': TAP\}"):
         methods.ofd(made(params(2, 6, 3), params(2, 6, 3)))
+    before = Layout(("f1",), "f1", before_activation={"f1": "nope"})
+    with pytest.raises(ValueError, match="teacher has no tap 'nope'"):
+        made(params(2, 6, 3), params(2, 6, 3), teacher_layout=before)
     with pytest.raises(ValueError, match="student has no tap 'pooled'"):
         made(params(2, 6, 3), params(2, 6, 3), student_layout=Layout(("f1",), "pooled"))
     with pytest.raises(TypeError, match=r"teacher_variables must be Variables.*got dict"):
@@ -135,19 +139,56 @@ def test_the_teacher_may_be_traced() -> None:
 KEY = jax.random.key(0)
 
 
-def shapes(**sizes: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {name: jax.ShapeDtypeStruct(size, jnp.float32) for name, size in sizes.items()}
+def computing(**sizes: tuple[int, ...]) -> Any:
+    """A model function that computes its outputs in this order."""
+
+    def model(
+        params: Params, model_state: Any, inputs: Any, *, key: Any = None, train: bool = False
+    ) -> tuple[Outputs, Any]:
+        return {
+            name: inputs * jnp.ones(size, inputs.dtype) for name, size in sizes.items()
+        }, model_state
+
+    return model
 
 
-def test_features_are_found_by_name_and_shape() -> None:
-    found = methods.layout(shapes(f10=(2, 4), f9=(2, 8, 8, 3), logits=(2, 3)))
+def found_in(model: Any) -> Layout:
+    return methods.layout(model, Variables({}), jax.ShapeDtypeStruct((), jnp.float32))
+
+
+def test_features_are_found_by_depth_and_shape() -> None:
+    found = found_in(computing(f9=(2, 8, 8, 3), f10=(2, 4), logits=(2, 3)))
     assert found.features == ("f9", "f10") and found.last == "f10" and found.attention == ()
-    pooled = methods.layout(shapes(block_1=(2, 4, 4, 8), pooled=(2, 8), logits=(2, 3)))
+    pooled = found_in(computing(block_1=(2, 4, 4, 8), pooled=(2, 8), logits=(2, 3)))
     assert pooled.features == ("block_1",) and pooled.last == "pooled"
-    parts = {f"layer_{i}/attn/{part}": (2, 5, 4) for i in (10, 9) for part in ("query", "key")}
-    tokens = methods.layout(shapes(layer_9=(2, 5, 4), layer_10=(2, 5, 4), logits=(2, 3), **parts))
+    parts = {f"layer_{i}/attn/{part}": (2, 5, 4) for i in (9, 10) for part in ("query", "key")}
+    tokens = found_in(computing(layer_9=(2, 5, 4), layer_10=(2, 5, 4), logits=(2, 3), **parts))
     assert tokens.features == ("layer_9", "layer_10") and tokens.last == "logits"
     assert tokens.attention == ("layer_9/attn", "layer_10/attn")
+
+
+def test_depth_is_where_a_feature_is_computed_not_its_name() -> None:
+    """Names in another order than their layers once paired a middle layer with the first."""
+    model = computing(stem=(2, 8), middle=(2, 6), late=(2, 4), logits=(2, 3))
+    forms: list[Any] = [
+        model,
+        precision.compute_in(model, jnp.bfloat16),  # casts all outputs at the end
+        lambda *args, **mode: jax.jit(model)(*args, **mode),
+        lambda *args, **mode: jax.checkpoint(model)(*args, **mode),
+    ]
+    for form in forms:
+        assert found_in(form).features == ("stem", "middle", "late")
+
+    def scanned(params: Any, model_state: Any, inputs: Any, **mode: Any) -> Any:
+        _, layers = jax.lax.scan(lambda x, _: (2 * x, x), inputs, length=11)
+        return {f"layer_{i}": layers[i] for i in range(11)} | {"logits": inputs}, model_state
+
+    def at_once(params: Any, model_state: Any, inputs: Any, **mode: Any) -> Any:
+        layers = jax.lax.scan(lambda x, _: (2 * x, {"layer_2": x, "layer_10": x}), inputs, length=1)
+        return {**layers[1], "logits": inputs}, model_state
+
+    assert found_in(scanned).features == tuple(f"layer_{i}" for i in range(11))
+    assert found_in(at_once).features == ("layer_2", "layer_10")
 
 
 @pytest.mark.parametrize(

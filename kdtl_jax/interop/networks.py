@@ -47,7 +47,7 @@ def network(made: nn.Module, example: Any, *, dtype: Any = None) -> Network:
     apply = _with_pooled(plain.apply)
     if layout is None:
         variables = jax.eval_shape(lambda: plain.init(jax.random.key(0), jnp.asarray(example)))
-        layout = methods.layout(jax.eval_shape(apply, *variables, example)[0])
+        layout = methods.layout(apply, variables, example)
     lowered = apply if dtype is None else precision.compute_in(apply, dtype)
     return Network(plain.init, lowered, layout)
 

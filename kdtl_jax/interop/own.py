@@ -86,9 +86,12 @@ def network(found: Any, *, classes: int, example: Any, dtype: Any = None) -> Net
             f"{name} gives logits {list(shape)} for one example, expected [1, {classes}]: one "
             f"output per class. An argument called classes= is filled in."
         )
+    if not net.layout.features:
+        variables = networks.abstract(net, example)
+        net = net._replace(layout=methods.layout(net.apply, variables, example))
     if dtype is not None:
         net = net._replace(apply=precision.compute_in(net.apply, dtype))
-    return net._replace(layout=net.layout if net.layout.features else methods.layout(outputs))
+    return net
 
 
 def _made(found: Any, classes: int, shape: tuple[int, ...], key: Array) -> Any:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kdtl_jax import _checks, _model_functions, _numerics, objective, trees
+from kdtl_jax import _checks, _jaxprs, _model_functions, _numerics, objective, trees
 from kdtl_jax._types import ModelFn, Outputs, Params, Variables
 from kdtl_jax.objective import Inputs, TermsFn
 
@@ -141,8 +141,8 @@ def setup(
       exclusive: whether classes exclude each other (softmax). False for binary and multi-label
         heads and for regression: methods of class distributions then do not apply.
       layers: (student tap, teacher tap) to match. By default the last features of both, then those
-        before them, as many as the shallower network has.
-      student_layout: where the student's features are; by default `layout` of its outputs.
+        before them, as many as the shallower network has, in the order in which they are computed.
+      student_layout: where the student's features are; by default what `layout` finds.
       teacher_layout: of the teacher.
       task: `inputs -> {"task": values}`. By default cross-entropy with `batch["labels"]`: softmax
         (`objective.classification`), or sigmoid if classes do not exclude each other.
@@ -175,11 +175,12 @@ def setup(
         )
     matched = _from_the_end(student_layout.features, teacher_layout.features)
     pairs = matched if layers is None else _tap_pairs(layers)
-    for name, taps, shapes in (
-        ("student", [s for s, _ in pairs] + [student_layout.last], of_student),
-        ("teacher", [t for _, t in pairs] + [teacher_layout.last], of_teacher),
+    for name, taps, described, shapes in (
+        ("student", [s for s, _ in pairs], student_layout, of_student),
+        ("teacher", [t for _, t in pairs], teacher_layout, of_teacher),
     ):
-        _check_taps(name, taps, shapes)
+        around = [text for pair in described.before_activation.items() for text in pair]
+        _check_taps(name, [*taps, described.last, *around], shapes)
     before = {
         (s, t): (student_layout.before_activation.get(s, s), teacher_layout.before_activation[t])
         for s, t in pairs
@@ -219,20 +220,33 @@ def setup(
     )
 
 
-def layout(outputs: Shapes) -> Layout:
-    """Finds a network's features by the names and shapes of its outputs.
+def layout(model: ModelFn, variables: Variables, inputs: Any) -> Layout:
+    """Finds a network's features by the names and shapes of its outputs; nothing is computed.
 
-    Every output but the logits is a feature, in natural order of their names (`layer_2` before
-    `layer_10`), except `"pooled"` and the parts of attention modules (`path/query`, `path/key`,
-    `path/value`, `path/probs`). The head reads `"pooled"`, or else the last feature `[B, width]`.
+    Every output but the logits is a feature, in the order in which they are computed, except
+    `"pooled"` and the parts of attention modules (`path/query`, `path/key`, `path/value`,
+    `path/probs`). The head reads `"pooled"`, or else the last feature `[B, width]`.
+
+    Args:
+      model: a model function.
+      variables: of the model, arrays or their shapes.
+      inputs: a batch `[B, ...]`, or its shape.
     """
+    return _described("model", model, variables, inputs, None)[1]
+
+
+def _layout(outputs: Shapes, depths: Mapping[str, tuple[int, ...]]) -> Layout:
+    def order(name: str) -> Any:  # layers that a scan computes at once are told apart by name
+        return depths[name], trees.natural_key(name)
+
     inside = {name: re.fullmatch(r"(.+)/(query|key|value|probs)", name) for name in outputs}
-    attention = {found[1] for found in inside.values() if found}
+    attention = {found[1]: name for name, found in inside.items() if found}
     names = (name for name in outputs if not inside[name] and name not in ("logits", "pooled"))
-    features = tuple(sorted(names, key=trees.natural_key))
+    features = tuple(sorted(names, key=order))
     candidates = [name for name in ("pooled", *reversed(features)) if name in outputs]
     last = next((name for name in candidates if len(outputs[name].shape) == 2), "logits")
-    return Layout(features, last, {}, tuple(sorted(attention, key=trees.natural_key)))
+    in_order = sorted(attention, key=lambda path: order(attention[path]))
+    return Layout(features, last, {}, tuple(in_order))
 
 
 def linear_head(params: Params) -> Head | None:
@@ -252,11 +266,15 @@ def linear_head(params: Params) -> Head | None:
 def _described(
     name: str, model: ModelFn, variables: Variables, inputs: Any, given: Layout | None
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], Layout]:
-    def run(params: Any, model_state: Any, inputs: Any) -> Any:
-        return _model_functions.called(name, model, params, model_state, inputs)
+    def run(params: Any, model_state: Any, inputs: Any) -> dict[str, Any]:
+        return dict(_model_functions.called(name, model, params, model_state, inputs)[0])
 
-    outputs, _ = jax.eval_shape(run, *variables, inputs)
-    return dict(outputs), layout(outputs) if given is None else given
+    if given is not None:
+        return jax.eval_shape(run, *variables, inputs), given
+    places, outputs = _jaxprs.outputs_by_depth(run, *variables, inputs)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(outputs)]
+    depths = {path[0].key: place for path, place in zip(paths, places, strict=True)}
+    return outputs, _layout(outputs, depths)
 
 
 def _head(found: Layout, outputs: Shapes, params: Params) -> Callable[[Params], Head] | None:
