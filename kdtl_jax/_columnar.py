@@ -4,7 +4,7 @@ Both formats hold compressed buffers, and parquet may store a text once for a mi
 buffer and page says how long it becomes; only these numbers are read here.
 
 Sources: Arrow Columnar Format 1.5, "Serialization and Interprocess Communication";
-parquet-format 2.11, `parquet.thrift`.
+parquet-format 2.11, parquet.thrift.
 """
 
 import struct
@@ -147,7 +147,7 @@ def _announced(message: _Message) -> int:
 
 
 def chunks(metadata: Any, columns: Iterable[str]) -> Iterator[Any]:
-    """What a parquet file's `FileMetaData` says of these columns, and of what they consist of."""
+    """What a parquet file's FileMetaData says of these columns, and of what they consist of."""
     roots = tuple(f"{name}." for name in columns)
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):

@@ -104,7 +104,7 @@ def test_a_model_a_loss_and_a_method_of_ones_own(room: Path, capsys: Captured) -
     assert np.mean(model.predict(test.inputs).argmax(-1) == test.labels) == pytest.approx(wanted)
     capsys.readouterr()
     assert kdtl("predict", student, room / "small.npz") == 1
-    assert "a model of your own. Give it: model= here, --model" in capsys.readouterr().err
+    assert "a model of your own. Pass it: model= here, --model" in capsys.readouterr().err
     assert kdtl("predict", student, room / "small.npz", "--model", f"{room}/my_loss.py:kd") == 2
     # What the files hold is part of the run.
     (room / "my_loss.py").write_text(LOSS.replace("SHARE *", "0.6 *"))

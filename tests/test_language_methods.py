@@ -231,8 +231,9 @@ def test_a_rollout_keeps_the_prompt_and_learns_what_it_sampled():
     logits = dense(inputs, STUDENT)
     own = losses.token_log_probs(logits[:, :-1], found["tokens"][:, 1:])
     where = np.asarray(found["learned"])[:, 1:]
+    # Logits reach 12, with digits of 1e-6, and a cache multiplies in another order.
     np.testing.assert_allclose(
-        np.where(where, own, 0), np.where(where, found["log_probs"][:, 1:], 0), atol=1e-6
+        np.where(where, own, 0), np.where(where, found["log_probs"][:, 1:], 0), atol=1e-5
     )
 
 
@@ -329,4 +330,4 @@ def test_returns_are_means_of_later_rewards():
     state = train.init_state(STUDENT, TX, key=jax.random.key(0))
     new = jax.jit(step)(state, {"inputs": drawn}, TEACHER)[0]
     for a, b, g in zip(*map(jax.tree.leaves, (new.params, STUDENT, wanted)), strict=True):
-        np.testing.assert_allclose(a, b - 0.1 * g, atol=3e-6)
+        np.testing.assert_allclose(a, b - 0.1 * g, atol=1e-5)  # of logits up to 12
