@@ -42,7 +42,7 @@ def test_a_hugging_face_folder_teaches(tmp_path: Path, capsys: pytest.CaptureFix
     wanted = np.mean(np.argmax(logits, -1) == test.labels)
     assert teacher["test_accuracy"]["values"] == [pytest.approx(wanted)]
     file = out / "teacher.safetensors"
-    assert f"Give it: model=huggingface.load('{folder}').module" in _refusal(
+    assert f"Pass it: model=huggingface.load('{folder}').module" in _refusal(
         file, tmp_path / "d.npz", capsys
     )
     module = huggingface.load(folder).module
@@ -110,7 +110,7 @@ def test_a_hugging_face_folder_becomes_a_model_of_other_classes(
     score = np.mean(model.predict(test.inputs).argmax(-1) == test.labels)
     (row,) = found["rows"]
     assert row["test_accuracy"]["values"] == [pytest.approx(score)]
-    assert "Give it" in _refusal(student, data, capsys)
+    assert "Pass it" in _refusal(student, data, capsys)
     words = [student, data, "--model", f"{tmp_path / 'vit'}/", "--out", tmp_path / "scores.json"]
     assert kdtl("evaluate", *words) == 0
     assert json.loads((tmp_path / "scores.json").read_text())["accuracy"] == pytest.approx(score)
