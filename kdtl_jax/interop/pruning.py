@@ -29,6 +29,7 @@ KEYS = {  # names of a size in config.json, the first that the family reads
     "key_heads": ("num_key_value_heads",),
     "hidden": ("intermediate_size", "n_inner"),
 }
+# Matrices that hold several parts side by side, with the parts in their order.
 FUSED = {"qkv": ("query", "key", "value"), "gate_up": ("gate", "up")}
 
 

@@ -23,6 +23,7 @@ from kdtl_jax.interop.huggingface import Pretrained
 from kdtl_jax.interop.model_files import HUGGING_FACE, About
 
 LARGE, MOST_PACKED = 2**26, 1000  # numbers; per byte of the files
+# Before the paths of parameters, in a file that holds a model's collections.
 PARAMS = "params/"
 _HOW = ("image_mean", "image_std")
 ITEMS = ("params", "default", "state", "model")  # of a step, in the order they are looked for

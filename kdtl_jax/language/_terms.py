@@ -105,7 +105,12 @@ def counted(inputs: Inputs) -> tuple[Array, Array]:
 
 
 def cross_entropy(*, chunk_size: int = CHUNK) -> TermsFn:
-    """The terms `{"task": mean of -log p_S(next token)}`, nats per learned token."""
+    """The terms `{"task": mean of -log p_S(next token)}`, nats per learned token.
+
+    Raises:
+      ValueError: if `chunk_size` is below 1.
+      TypeError: if it is no whole number.
+    """
     _checks.count(1, chunk_size=chunk_size)
 
     def terms(inputs: Inputs) -> dict[str, Mean]:
@@ -132,6 +137,10 @@ def divergence(loss: Divergence, *, chunk_size: int = CHUNK) -> TermsFn:
       loss: `losses.forward_kl`, `reverse_kl`, `jsd_normalized`, `skew_forward_kl`, … with its
         hyper-parameters bound by `functools.partial`.
       chunk_size: tokens whose logits exist at a time.
+
+    Raises:
+      ValueError: if `chunk_size` is below 1.
+      TypeError: if it is no whole number.
     """
     _checks.count(1, chunk_size=chunk_size)
 
@@ -171,6 +180,10 @@ def sampled_reverse_kl(*, chunk_size: int = CHUNK) -> TermsFn:
     at every position, tokens before it constant. The batch's inputs hold `log_probs` of the
     sampler, as a rollout gives them. Exact per-position KL has the same expectation and far less
     variance; this is for teachers that only score tokens.
+
+    Raises:
+      ValueError: if `chunk_size` is below 1.
+      TypeError: if it is no whole number.
     """
     _checks.count(1, chunk_size=chunk_size)
 
@@ -207,6 +220,10 @@ def policy_gradient(*, chunk_size: int = CHUNK) -> TermsFn:
 
     References:
       Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2023 (2306.08543), eq. 5.
+
+    Raises:
+      ValueError: if `chunk_size` is below 1.
+      TypeError: if it is no whole number.
     """
     _checks.count(1, chunk_size=chunk_size)
 

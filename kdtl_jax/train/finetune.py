@@ -304,6 +304,10 @@ def lp_ft(
 ) -> optax.GradientTransformation:
     """Linear probing, then fine-tuning: the head alone for `probe_steps`, then everything.
 
+    Raises:
+      ValueError: if `probe_steps` is negative, or `head` matches no leaf.
+      TypeError: if `probe_steps` is no whole number.
+
     References:
       Kumar et al., Fine-Tuning can Distort Pretrained Features, 2022 (2202.10054).
     """

@@ -206,6 +206,10 @@ def born_again(trainer: Trainer, key: Array, *, generations: int = 3) -> list[Pa
     Returns:
       `generations + 1` parameter trees, the first network's first.
 
+    Raises:
+      ValueError: if `generations` is negative.
+      TypeError: if it is no whole number.
+
     References:
       Furlanello et al., Born Again Neural Networks, 2018 (1805.04770).
     """

@@ -59,7 +59,12 @@ def newest(count: int) -> Keep:
 
 
 def newest_and_every(count: int, interval: int) -> Keep:
-    """Keeps the last `count` steps and every multiple of `interval`."""
+    """Keeps the last `count` steps and every multiple of `interval`.
+
+    Raises:
+      ValueError: if `count` or `interval` is below 1.
+      TypeError: if one is no whole number.
+    """
     last = newest(count)
     _checks.count(1, interval=interval)
     return lambda saved: [*last(saved), *(s.step for s in saved if s.step % interval == 0)]
