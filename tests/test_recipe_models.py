@@ -119,12 +119,12 @@ class Foreign(nn.Module):
     def __call__(self, inputs: jax.Array) -> dict[str, jax.Array]:
         x = inputs.reshape(inputs.shape[0], -1)
         first = nn.Dense(4, name="one")(x)
-        return {"f10": first, "f9": first * 2, "logits": nn.Dense(3, name="head")(first)}
+        return {"deep": first * 2, "stem": first, "logits": nn.Dense(3, name="head")(first)}
 
 
 def test_foreign_modules_are_read_by_their_outputs() -> None:
     net = networks.network(Foreign(), EXAMPLE)
-    assert net.layout.features == ("f9", "f10") and net.layout.last == "f10"
+    assert net.layout.features == ("stem", "deep") and net.layout.last == "deep"
 
 
 def test_half_precision_gives_float32_outputs() -> None:
