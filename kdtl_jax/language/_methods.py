@@ -179,8 +179,9 @@ def self_(setup: Setup) -> Learner:
     as wide as the student's, padded on the left.
 
     References:
-      Self-Distilled Reasoner (OPSD), 2026 (2601.18734); Self-Distillation Fine-Tuning, 2026
-      (2601.19897). Both papers state the reverse KL.
+      Zhao et al., Self-Distilled Reasoner (OPSD), 2026 (2601.18734), whose code takes the JSD at
+      beta 0.5; Shenfeld et al., Self-Distillation Enables Continual Learning (SDFT), 2026
+      (2601.19897), which states the reverse KL.
     """
     terms = _divergence(setup, losses.reverse_kl)
     teacher = _itself(setup, as_they_are)
@@ -199,7 +200,8 @@ def qad(setup: Setup) -> Learner:
     """Forward KL to the teacher, the student computing with quantized weights (`setup.weights`).
 
     References:
-      Quantization-Aware Distillation for NVFP4 Inference Accuracy Recovery, 2026 (2601.20088).
+      Xin et al., Quantization-Aware Distillation for NVFP4 Inference Accuracy Recovery, 2026
+      (2601.20088).
     """
     return kd(setup)
 

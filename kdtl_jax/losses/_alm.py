@@ -51,7 +51,8 @@ def alm(
 
 
 def alm_limit(student_log_probs: Array, teacher_log_probs: Array, *, eps: Scalar = 1e-6) -> Array:
-    """`T` times `alm` as T grows: `y - x + y log(x / y)`, with x and y the two log-probabilities.
+    """`T` times `alm` as T grows: `y - x + y log(x / y)`, x the student's log-probability, y the
+    teacher's.
 
     tokenkit's `binary_kl_temp_limit`: a Bregman divergence of log-probabilities.
 

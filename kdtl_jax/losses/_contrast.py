@@ -190,7 +190,8 @@ def bi_tuning_classifier(
       `[B]`, nats.
 
     References:
-      Zhong et al., Bi-tuning of Pre-trained Representations, 2020 (2011.06182), eq. 3.
+      Zhong et al., Bi-tuning of Pre-trained Representations, 2020 (2011.06182), its contrastive
+      cross-entropy.
     """
     features = _sides.one(features, at_least=2, at_most=2)
     width, classes = features.shape[1], jnp.shape(class_bias)[0]
@@ -228,7 +229,8 @@ def bi_tuning_projection(
       `[B]`, nats.
 
     References:
-      Zhong et al., Bi-tuning of Pre-trained Representations, 2020 (2011.06182), eq. 4.
+      Zhong et al., Bi-tuning of Pre-trained Representations, 2020 (2011.06182), its categorical
+      contrastive learning.
     """
     queries, keys = _sides.real(where, *_sides.same_shape(queries, keys, at_most=2))
     any_class = jnp.iinfo(jnp.int32).max  # only a negative label is surely no class

@@ -29,7 +29,8 @@ def ega_edge(student: Array, teacher: Array, *, where: Array | None = None) -> A
       where: bool `[B]`, real examples.
 
     References:
-      Ma et al., Knowledge Distillation via the Embedding Graph Alignment, 2022.
+      Ma, Chen and Akata, Distilling Knowledge from Self-Supervised Teacher by Embedding Graph
+      Alignment, 2022 (2211.13264).
     """
     s, t = (_unit_features(x) for x in _flat(student, teacher, where))
     return jnp.sum(jnp.square(_numerics.gram(s, s) - _numerics.gram(t, t)), axis=-1)
@@ -49,7 +50,8 @@ def ega_node(student: Array, teacher: Array, *, where: Array | None = None) -> A
       `[B]`; not 0 at equality unless different examples are uncorrelated.
 
     References:
-      Ma et al., Knowledge Distillation via the Embedding Graph Alignment, 2022.
+      Ma, Chen and Akata, Distilling Knowledge from Self-Supervised Teacher by Embedding Graph
+      Alignment, 2022 (2211.13264).
     """
     s, t = (_unit_features(x) for x in _flat(student, teacher, where))
     apart = _numerics.gram(t, s) - jnp.eye(len(s), dtype=s.dtype)
@@ -60,7 +62,7 @@ def itrd_mutual(student: Array, teacher: Array, *, where: Array | None = None) -
     """`sum_j G_S^2 - G_ST^2` of trace-one Gram matrices, `G_ST = G_S * G_T` entrywise: ITRD.
 
     The matrix-based Renyi mutual information (order 2) up to constants. `.sum()` is the number of
-    the distillers zoo (weight 1).
+    the distillers zoo.
 
     Args:
       student: `[B, ...]`, flattened per example and normalized here.

@@ -212,7 +212,7 @@ def ttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.1) ->
 def wttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.2) -> Array:
     """Weighted TTM: `(sum_c p_T^gamma) KL(softmax(gamma z_T) || softmax(z_S))`, gamma > 0.
 
-    The weight, between 1 and `num_classes^(1 - gamma)`, grows with the teacher's smoothness.
+    For gamma < 1 the weight, up to `num_classes^(1 - gamma)`, grows with the teacher's smoothness.
 
     Args:
       student_logits: `[..., num_classes]`.

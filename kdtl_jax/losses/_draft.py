@@ -39,7 +39,8 @@ def lk_alpha(draft_logits: Array, target_logits: Array, *, draft_ids: Array | No
     logits, `[...]`.
 
     References:
-      LK losses, 2026 (2602.23881), the alpha form; SpecForge.
+      Samarin et al., LK Losses: Direct Acceptance Rate Optimization for Speculative Decoding, 2026
+      (2602.23881), the alpha form; SpecForge.
     """
     log_q, log_p, ratio = _both(draft_logits, target_logits, draft_ids)
     refused = _refused(log_q, log_p, ratio)
@@ -66,8 +67,8 @@ def lk_lambda(
       draft_ids: int `[draft_vocabulary]`.
 
     References:
-      LK losses, 2026 (2602.23881), the lambda form. SpecForge takes the cross-entropy for the KL,
-      and divides it by the number of all positions, padding included.
+      Samarin et al., 2026 (2602.23881), the lambda form. SpecForge takes the cross-entropy for the
+      KL, and divides it by the number of all positions, padding included.
     """
     _checks.within(0, 1, weight=weight)
     refused = _refused(*_both(draft_logits, target_logits, draft_ids))

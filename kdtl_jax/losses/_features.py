@@ -29,7 +29,7 @@ def mse(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     """`mean (s - t)^2` over all but the batch: FitNets' hint, SimKD's loss, plain regression.
 
     `.mean()` gives the number of RepDistiller, mdistiller, SimKD and torchdistill's MSE; multiply
-    by the elements per example for mmrazor's `L2Loss`.
+    by the elements per example for mmrazor's `L2Loss` with `normalize=False`.
 
     Args:
       student: `[B, ...]`.
@@ -338,7 +338,7 @@ def ofd_margin(bn_scale: Array, bn_offset: Array) -> Array:
       `[C]`, <= 0 wherever the scale is not 0.
 
     References:
-      Heo et al., A Comprehensive Overhaul of Feature Distillation, 2019 (1904.01866), eq. 4.
+      Heo et al., A Comprehensive Overhaul of Feature Distillation, 2019 (1904.01866).
     """
     scale, offset = _sides.same_shape(bn_scale, bn_offset, at_least=1, at_most=1)
     sigma = jnp.abs(scale)

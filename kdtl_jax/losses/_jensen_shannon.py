@@ -123,9 +123,9 @@ def jsd_normalized(
     beta outside [0, 1].
 
     References:
-      The skew-symmetric alpha-divergence scaling of Huszar, How (not) to Train your Generative
-      Model, 2015 (1511.05101), applied to Agarwal et al., 2023 (2306.13649). Times
-      `beta (1 - beta)` it is `jsd_gkd` between the ends.
+      Huszár, How (not) to Train your Generative Model, 2015 (1511.05101), for the limits of the
+      generalized Jensen-Shannon divergence. Times `beta (1 - beta)` it is `jsd_gkd` between the
+      ends.
     """
     _checks.within(0, 1, beta=beta)
     log_s, log_t, ratio = _logspace.compared(

@@ -35,8 +35,8 @@ def tckd(
 ) -> Array:
     """Target-class KD: `T^2 KL` between `(p_y, 1 - p_y)` of teacher and student.
 
-    Decoupled KD is `tckd + 8 nckd`: 8 for CIFAR-100 pairs of one family, 2 to 6 for some, 0.5 (at
-    T = 1) for ImageNet. KD itself is `tckd + (1 - p_T(y)) nckd`: it mutes the other classes where
+    Decoupled KD is `tckd + 8 nckd`: 8 for most CIFAR-100 pairs, 2 or 6 for some, 0.5 (at T = 1) for
+    ImageNet. KD itself is `tckd + (1 - p_T(y)) nckd`: it mutes the other classes where
     the teacher is sure. The mean is mdistiller's number, there times `min(epoch / 20, 1)`.
     `[..., num_classes]` logits, `[...]` labels and values.
 
@@ -180,9 +180,10 @@ def virtual_teacher(
 ) -> Array:
     """Log-probabilities of a hand-made teacher: `a` for the label, `(1 - a) / (C - 1)` elsewhere.
 
-    Teacher-free KD is `kd_kl` against it at temperature 20; the authors' code averages over classes
-    as well and makes up for it by a large constant. Label smoothing by e is `soft_cross_entropy`
-    against `a = 1 - e + e / C`.
+    Teacher-free KD is the `forward_kl` against it at temperature 20, say. The authors' code leaves
+    the student at temperature 1, takes `softmax(p / T)` of the teacher's probabilities p, and
+    averages over classes as well. Label smoothing by e is `soft_cross_entropy` against
+    `a = 1 - e + e / C`.
 
     Args:
       labels: `[...]`.

@@ -206,7 +206,7 @@ def wkd_feature(
 
     The squared Wasserstein-2 distance between diagonal Gaussians fitted to the pixels of each cell
     of a `grid x grid` partition (w = 1 is the exact distance; the authors weight the means by 2
-    or 4). `.mean()` is their number with `ddof=1`: their variance divides by n - 1.
+    to 4). `.mean()` is their number with `ddof=1`: their variance divides by n - 1.
 
     Args:
       student: `[B, H, W, C]`, projected to the teacher's width.

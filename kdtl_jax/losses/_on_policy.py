@@ -28,7 +28,9 @@ def student_top_k_reverse_kl(
     `top_k_reverse_kl_sampled_tail` has no such bias.
 
     References:
-      SDPO (2601.20802) and SDFT (2601.19897) with `alpha=1`, their tails included.
+      Hübotter et al., Reinforcement Learning via Self-Distillation (SDPO), 2026 (2601.20802), and
+      Shenfeld et al., Self-Distillation Enables Continual Learning (SDFT), 2026 (2601.19897), in
+      TRL with `distillation_alpha=1` and `distillation_add_tail=True`.
     """
     student, _ = _logspace.softened(student_logits, teacher_logits, temperature)
     indices = jax.lax.stop_gradient(_topk.top_k_targets(student, k=k).indices)
@@ -117,8 +119,8 @@ def entropy_aware_kl(
       temperature: softens both.
 
     References:
-      Entropy-aware on-policy distillation, 2026 (2603.07079), equations 9 and 10, the reverse part
-      exact where the paper samples it.
+      Jin et al., Entropy-Aware On-Policy Distillation of Language Models, 2026 (2603.07079), the
+      reverse part exact where the paper samples it.
     """
     _checks.non_negative(weight=weight, threshold=threshold)
     reverse = _divergences.reverse_kl(student_logits, teacher_logits, temperature=temperature)
@@ -145,7 +147,7 @@ def top_k_overlap(student_logits: Array, targets: _topk.TopK) -> Array:
     Along with both masses on these classes (`top_k_buckets`), a diagnostic of on-policy runs.
 
     References:
-      verl's diagnostics (2604.13016).
+      Li et al., Rethinking On-Policy Distillation of Large Language Models, 2026 (2604.13016).
     """
     return jnp.sum(in_student_top_k(student_logits, targets), axis=-1, dtype=jnp.int32)
 

@@ -149,7 +149,7 @@ def skd_direction(
     direction: the value is NaN.
 
     References:
-      The direction term of SKD (Jeong et al., CVPR 2026); its instance term is
+      Jeong, Lee and Choi, Streamlined Knowledge Distillation, CVPR 2026; the instance term is
       `forward_kl(..., temperature=4.0)`. `.mean()` is torchdistill's `SKDDirectionLoss`.
     """
     _checks.positive(tikhonov=tikhonov)

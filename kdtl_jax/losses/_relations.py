@@ -44,8 +44,9 @@ def sp(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
 
 
 def pkt(student: Array, teacher: Array, *, eps: Scalar = 1e-7, where: Array | None = None) -> Array:
-    """`sum_j p_ij log(p_ij / q_ij)`, p and q the rows of `(1 + cosine) / 2` over their sums: PKT.
+    """`sum_j p_ij log(p_ij / q_ij)`, rows of the teacher's and the student's affinities: PKT.
 
+    Affinities are `(1 + cosine) / 2` over the sum of their row, p the teacher's, q the student's.
     `.mean() / B` is RepDistiller's number (weight 30000; the code averages over B^2).
 
     Args:
@@ -97,7 +98,7 @@ def gaussian_taylor_kernel(x: Array, *, gamma: Scalar = 0.4, order: int = 2) -> 
       `[B, B]`.
 
     References:
-      Peng et al., Correlation Congruence for Knowledge Distillation, 2019 (1904.01802), eq. 9.
+      Peng et al., Correlation Congruence for Knowledge Distillation, 2019 (1904.01802).
     """
     x = _sides.one(x, at_least=2, at_most=2)
     _checks.positive(gamma=gamma)
@@ -143,7 +144,7 @@ def cc(
 def rkd_distance(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     """`mean_j huber(D_S - D_T)_ij`, D pairwise distances over their mean: RKD's distance term.
 
-    The mean runs over pairs of distinct examples and is differentiated. `.mean()` is
+    Their mean is over pairs of distinct examples, and is differentiated. `.mean()` is
     RepDistiller's, mdistiller's and mmrazor's number (weight 25). A batch of one gives 0.
 
     Args:

@@ -150,7 +150,7 @@ def truncated_ratio(
     All `[B, L]`.
 
     References:
-      Truncated importance sampling, as in SDPO (2601.20802) and TRL's self-distillation.
+      Truncated importance sampling, as in SDPO (2601.20802) and TRL's `SDPOTrainer`.
     """
     _checks.positive(max_ratio=max_ratio)
     student, sampler = _prepared(where, log_probs=log_probs, sampler_log_probs=sampler_log_probs)
@@ -266,7 +266,8 @@ def iw_opd_weight(advantages: Array, *, gamma: Scalar = 0.5, where: Array | None
       `[..., L]`, in [1, 1 + gamma], a constant: multiplies the advantages of `policy_gradient`.
 
     References:
-      IW-OPD, 2026 (2606.22600); TRL's trainer weighs `-log p_S` times the advantage.
+      Xie et al., On the Position Bias of On-Policy Distillation (IW-OPD), 2026 (2606.22600). TRL's
+      trainer weights `-log p_S` times the advantage.
     """
     _checks.non_negative(gamma=gamma)
     (advantages,) = _prepared(where, advantages=advantages)

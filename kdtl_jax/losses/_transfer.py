@@ -98,7 +98,7 @@ def afn(features: Array, norms: Array, *, step: Scalar = 1.0) -> Array:
       `[B]`. In the stepwise form the value is always `step^2`; only the gradient matters.
 
     References:
-      Xu et al., Larger Norm More Transferable, 2019 (1811.07456), eq. 7.
+      Xu et al., Larger Norm More Transferable, 2019 (1811.07456), its stepwise form.
     """
     features = _sides.one(features, at_least=2, at_most=2)
     _checks.floating(norms=norms)

@@ -78,7 +78,7 @@ def jsd_continuous(setup: Setup, *, temperature: Scalar = 1.0, beta: Scalar = 0.
 def jsd_normalized(setup: Setup, *, temperature: Scalar = 1.0, beta: Scalar = 0.1) -> Method:
     """`jsd_gkd / (beta (1 - beta))`: forward KL at beta 0, reverse KL at 1, smooth between.
 
-    Huszar, 2015 (1511.05101).
+    Huszár, 2015 (1511.05101).
     """
     return _half(setup, "jsd_normalized", partial(losses.jsd_normalized, beta=beta), temperature)
 
@@ -141,8 +141,8 @@ def label_smoothing(setup: Setup, *, smoothing: float = 0.1) -> Method:
 def tf_kd(setup: Setup, *, temperature: Scalar = 20.0, correct_probability: float = 0.99) -> Method:
     """KD from a virtual teacher made from the labels: teacher-free KD.
 
-    Yuan et al., 2019 (1909.11723). Task 0.1, kd 0.9, T = 20: the authors' code, which averages over
-    classes as well and makes up for it by a constant.
+    Yuan et al., 2019 (1909.11723). Task 0.1, kd 0.9, as for KD; T = 20 as for the authors'
+    ResNet-18 (10 or 40 for others). Their code differs: see `losses.virtual_teacher`.
     """
 
     def terms(x: Logits) -> dict[str, Array]:
@@ -220,7 +220,7 @@ def mft(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
 def hard_kd(setup: Setup) -> Method:
     """`-log p_S(argmax z_T)`: the teacher's decisions as labels (DeiT).
 
-    Touvron et al., 2020 (2012.12877). Task 0.5, hard 0.5, as in the paper.
+    Touvron et al., 2021 (2012.12877). Task 0.5, hard 0.5, as in the paper.
     """
 
     def terms(x: Logits) -> dict[str, Array]:

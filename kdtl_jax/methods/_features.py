@@ -156,8 +156,8 @@ def mgd(setup: Setup, *, masked: float = 0.15) -> Method:
 def srd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
     """`log sum_d |P f_S - f_T|^4` of what the heads read, batch-normalized, beside KD at T = 1.
 
-    Miles and Mikolajczyk, The Role of the Projector, 2023 (2303.11098). The student is projected
-    linearly. Task 1, srd 1, kd 1, as torchdistill adds them.
+    Miles and Mikolajczyk, 2023 (2303.11098). The student is projected linearly. Task 1, srd 1, kd
+    1; torchdistill's distance, one for the whole batch, has weight 2.
     """
     exclusive_classes(setup)
     of_student, of_teacher = setup.last
@@ -278,7 +278,7 @@ def ft(setup: Setup) -> Method:
 def ab(setup: Setup) -> Method:
     """Squared hinges that put every neuron on the teacher's side of 0: activation boundaries.
 
-    Heo et al., 2018 (1811.03233). Every layer weighs half as much as the next; all times 3 / 1000.
+    Heo et al., 2019 (1811.03233). Every layer weighs half as much as the next; all times 3 / 1000.
     Trained before the task, for 30 of 270 epochs: RepDistiller.
     """
 

@@ -48,7 +48,7 @@ def nst(setup: Setup) -> Method:
 def cwd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
     """`T^2 mean_c KL(softmax_hw(t_c / T) || softmax_hw(s_c / T))` of the deepest map: channel-wise.
 
-    Shu et al., 2020 (2011.13256). Task 1, cwd 50, of mmrazor's 3 to 50.
+    Shu et al., 2021 (2011.13256). Task 1, cwd 50: the paper for features (3 for score maps).
     """
 
     def loss(student: Array, teacher: Array) -> Array:

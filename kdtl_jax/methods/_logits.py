@@ -90,7 +90,7 @@ def dkd(setup: Setup, *, temperature: Scalar = 4.0) -> Method:
     """KD of the target class against the rest (tckd), and of the rest among themselves (nckd).
 
     Zhao et al., 2022 (2203.08679). Task 1, tckd 1, nckd 8, both after a linear warm-up over 20 of
-    240 epochs: mdistiller. There nckd is 8 for most CIFAR-100 pairs, 2 to 6 for some, 0.5 at T = 1
+    240 epochs: mdistiller. There nckd is 8 for most CIFAR-100 pairs, 2 or 6 for some, 0.5 at T = 1
     for ImageNet.
     """
 
@@ -141,7 +141,8 @@ def dist(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
 def wsld(setup: Setup, *, temperature: Scalar = 4.0) -> Method:
     """KD weighted by `1 - exp(-CE_S / CE_T)` per example, a constant: weighted soft labels.
 
-    Zhou et al., 2021 (2102.00650). Task 1, wsld 2.25 at T = 4: cls_KD (2.5 at T = 2 elsewhere).
+    Zhou et al., 2021 (2102.00650). Task 1, wsld 2.25 at T = 4: cls_KD on CIFAR-100 (2.5
+    at T = 2 on ImageNet).
     """
 
     def terms(x: Logits) -> dict[str, Array]:
@@ -167,7 +168,8 @@ def ttm(setup: Setup, *, temperature: Scalar = 10.0) -> Method:
 def wttm(setup: Setup, *, temperature: Scalar = 5.0) -> Method:
     """`ttm` weighted by `sum_c p_T(c)^(1 / T)` per example.
 
-    Zheng and Yang, 2024 (2402.11148). Task 1, wttm 4 at gamma = 1 / T = 0.2: the authors' README.
+    Zheng and Yang, 2024 (2402.11148). Task 1, wttm 4 at gamma = 1 / T = 0.2: the authors'
+    README, beside CRD.
     """
 
     def terms(x: Logits) -> dict[str, Array]:
@@ -280,7 +282,7 @@ def wkd_l(setup: Setup, *, temperature: Scalar = 8.0) -> Method:
     q is the distribution over the classes other than the label; moving mass costs
     `1 - exp(-(1 - cos))` of the teacher's class weights. Lv, Yang and Li, 2024 (2412.08139). Task
     1, target 1, transport 600, decaying to 0 over the last 90 of 240 epochs along a half cosine:
-    the authors' code.
+    the authors' code for ResNet-32x4 to 8x4, there with costs from the CKA of class features.
     """
     directions = connectors.unit_norm().apply({}, needs_teacher_head(setup).kernel.T)
     cost = -jnp.expm1(jnp.minimum(directions @ directions.T - 1, 0))

@@ -83,9 +83,10 @@ def cc(setup: Setup) -> Method:
 def itrd(setup: Setup) -> Method:
     """`log2 sum_d |rho_d - 1|^3` of feature correlations rho, and mutual information.
 
-    Miles, Rodriguez and Mikolajczyk, 2021 (2112.00459). The student is embedded linearly in the
-    teacher's width. Task 1, correlation 2, mutual 0.05: the distillers zoo. The published logarithm
-    has no floor and is -inf at perfect correlation; here the floor is 1e-12.
+    Miles, Rodriguez and Mikolajczyk, 2022 (2112.00459). The student is embedded linearly in the
+    teacher's width. Task 1, correlation 2, mutual 0.05: the settings in the distillers zoo, whose
+    `forward` adds both unweighted. The published logarithm has no floor and is -inf at perfect
+    correlation; here the floor is 1e-12.
     """
     of_student, of_teacher = setup.last
     embed = connectors.linear(setup.teacher[of_teacher].shape[-1])

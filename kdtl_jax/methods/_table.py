@@ -81,7 +81,7 @@ _TABLE = (
         (_classes.js, "Jensen-Shannon divergence", "Lin, 1991"),
         (_classes.jsd_gkd, "GKD's JSD, beta .1", "Agarwal et al., 2306.13649, 2023"),
         (_classes.jsd_continuous, "Continuous JSD, beta .1", "Agarwal et al., 2306.13649, 2023"),
-        (_classes.jsd_normalized, "Normalized JSD, beta .1", "Huszar, 1511.05101, 2015"),
+        (_classes.jsd_normalized, "Normalized JSD, beta .1", "Huszár, 1511.05101, 2015"),
         (_classes.skew_forward_kl, "Skew forward KL (DistiLLM)", "Ko et al., 2402.03898, 2024"),
         (_classes.skew_reverse_kl, "Skew reverse KL (DistiLLM)", "Ko et al., 2402.03898, 2024"),
         (_classes.total_variation, "Total variation distance", "Wen et al., 2307.15190, 2023"),

@@ -187,7 +187,7 @@ def minilm(setup: Setup) -> Method:
 def minilm_v2(setup: Setup) -> Method:
     """Query-query, key-key and value-value relations of the last layer.
 
-    Wang et al., MiniLMv2, 2020 (2012.15828). 12 relation heads, or the most that divide both
+    Wang et al., MiniLMv2, 2021 (2012.15828). 12 relation heads, or the most that divide both
     widths. Task 1, relations 1, as in the paper.
     """
     of_student, of_teacher = _last_attention(setup)

@@ -110,7 +110,7 @@ def mean_logits(logits: Array, *, weights: Weights | None = None) -> Array:
       TypeError: if the logits are not floating point.
 
     References:
-      TextBrewer averages logits. Hinton et al., 2015 (1503.02531), section 2.
+      TextBrewer averages logits. Hinton et al., 2015 (1503.02531), section 1.
     """
     logits = _door(logits)
     share = _shares(weights, logits)

@@ -89,7 +89,7 @@ def olora_start(
     `scale` is not divided out, as in the published code; the base absorbs it.
 
     References:
-      Buyukakyuz, OLoRA, 2024 (2406.01775).
+      Büyükakyüz, OLoRA, 2024 (2406.01775).
     """
     _needs(kernel, rank)
     q, r = jnp.linalg.qr(jnp.swapaxes(kernel, -1, -2))

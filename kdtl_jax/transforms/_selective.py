@@ -127,7 +127,8 @@ def ram(
       ValueError: if names or shapes differ, or `epsilon` or `limit` is negative.
 
     References:
-      Reinforced Agent Merging, 2026 (2601.13572); mergekit's `ram` and `ramplus_tl`.
+      Yuan et al., Behavior Knowledge Merge in Reinforced Agentic Models, 2026 (2601.13572);
+      mergekit's `ram` and `ramplus_tl`.
     """
     _checks.scalar(epsilon=epsilon, gain=gain, limit=limit)
     _checks.non_negative(epsilon=epsilon, limit=limit)

@@ -151,8 +151,8 @@ def breadcrumbs(task_vector: PyTree, *, density: Coefficient, outliers: Coeffici
       ValueError: if a share lies outside `[0, 1]`.
 
     References:
-      Davari and Belilovsky, Model Breadcrumbs, 2023 (2312.06795). mergekit drops *every* entry
-      of a leaf where `outliers n < 1`; here the count is 0 and nothing large is dropped.
+      Davari and Belilovsky, Model Breadcrumbs, 2023 (2312.06795). mergekit before 0.1.5
+      dropped *every* entry of a leaf where `outliers n < 1`.
     """
     densities = _leaves.coefficients(density, task_vector)
     tops = _leaves.coefficients(outliers, task_vector)
@@ -365,7 +365,7 @@ def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Param
       ValueError: if names or shapes differ, or the rate lies outside `[0, 1)`.
 
     References:
-      Lee, Cho and Kang, Mixout, 2019 (1909.11299), eq. 5.
+      Lee, Cho and Kang, Mixout, 2019 (1909.11299).
     """
     _checks.within(0, 1, rate=rate)
     known = _checks.concrete(rate)

@@ -178,7 +178,7 @@ def model_stock(
 
     References:
       Jang, Yun and Han, Model Stock: All we need is just a few fine-tuned models, 2024
-      (2403.19522), eq. 7 (two models) and its extension; t is not clamped there nor here.
+      (2403.19522), for two models and more; t is not clamped there nor here.
     """
     if len(models) < 2:
         raise ValueError(f"expected two or more models, got {len(models)}.")

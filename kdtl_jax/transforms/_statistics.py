@@ -100,7 +100,7 @@ def regmean(
       ValueError: if names, shapes or paths differ, or a Gram matrix does not fit its kernel.
 
     References:
-      Jin et al., Dataless Knowledge Fusion by Merging Weights, 2022 (2212.09849), eq. 2 and 3.
+      Jin et al., Dataless Knowledge Fusion by Merging Weights, 2022 (2212.09849).
     """
     if len(grams) != len(models):
         raise ValueError(f"expected {len(models)} sets of Grams, got {len(grams)}.")

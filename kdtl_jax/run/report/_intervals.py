@@ -15,7 +15,7 @@ variance is that of the seeds.
 
 References:
   Dorfman, Berbaum, Metz, Receiver operating characteristic rating analysis, 1992 (the model).
-  Hillis, A comparison of denominator degrees of freedom methods for multiple observer ROC studies,
+  Hillis, A comparison of denominator degrees of freedom methods for multiple observer ROC analysis,
   Statistics in Medicine 26, 2007 (the degrees of freedom).
   Franco, Little, Louis, Slud, Comparative study of confidence intervals for proportions in complex
   sample surveys, 2019 (Wilson's interval with an effective sample size).
