@@ -3,11 +3,15 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from flax.core import FrozenDict
 
+from kdtl_jax import trees
 from kdtl_jax.recipes import _finished
 
 
@@ -67,3 +71,36 @@ def test_only_a_resumed_run_takes_its_own_whole_results(
 def test_what_is_not_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="holds object, which is not stored"):
         _finished.once(opened(tmp_path), "kd", lambda: {"x": object()})
+
+
+class Weights(NamedTuple):
+    """As a model of plain functions may keep them, and no kind of results."""
+
+    w: Any
+    layers: Any
+
+
+class Linear(eqx.Module):
+    weight: Any
+    bias: Any = None
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        nnx.split(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.Param, ...)[1:],
+        Linear(np.ones((2, 3), np.float32)),
+        Weights(np.ones(2, np.float32), (Linear(np.zeros(1, np.float32)),)),
+        FrozenDict({"linear/~/b": {"w": np.ones(2, np.float32)}}),
+    ],
+    ids=["nnx", "equinox", "NamedTuple", "FrozenDict"],
+)
+def test_a_framework_s_own_tree_keeps_its_paths(kept: Any, tmp_path: Path) -> None:
+    """What is read by path, as files of students are written, is the same from a stored result."""
+    result = Found({"params": kept}, np.zeros(2))
+    first, _ = _finished.once(opened(tmp_path, resume=False), "kd", lambda: result)
+    again, _ = _finished.once(opened(tmp_path), "kd", lambda: pytest.fail("it ran again"))
+    wanted, found = trees.flatten(first.kept), trees.flatten(again.kept)
+    assert sorted(found) == sorted(wanted) and len(found) > 0
+    for path, leaf in wanted.items():
+        assert np.asarray(leaf).tobytes() == found[path].tobytes()

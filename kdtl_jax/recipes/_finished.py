@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import _files, _text
+from kdtl_jax import _files, _text, trees
 from kdtl_jax._types import PyTree
 from kdtl_jax.train import sweep
 
 FOLDER, KIND = "finished", "finished methods"
 _PLAIN = (str, int, float, bool)
+_ARRAYS = (np.ndarray, np.generic, jax.Array)
 
 
 class Finished(NamedTuple):
@@ -57,6 +58,8 @@ def once(finished: Finished, name: str, make: Callable[[], Any]) -> tuple[Any, f
     """`make()` and the seconds that it took; its stored result where a resumed run has one.
 
     Arrays are NumPy's, from a file or not: rows of them are picked without a program per shape.
+    Trees of other types than `kinds`, dicts, lists and tuples, such as an NNX state, come out of a
+    file as dicts by canonical path.
     """
     return begun(finished, name, make)()
 
@@ -148,16 +151,17 @@ def _outline(value: Any, kinds: Mapping[str, type], arrays: list[np.ndarray]) ->
     """The value as JSON, with numbers in place of its arrays, which are collected."""
     if value is None or isinstance(value, _PLAIN):
         return {"plain": value}
-    if isinstance(value, Mapping):
+    if type(value) is dict:
         return {"dict": [[name, _outline(x, kinds, arrays)] for name, x in value.items()]}
     if isinstance(value, tuple) and type(value) in kinds.values():
         fields = [_outline(x, kinds, arrays) for x in value]
         return {"named": type(value).__name__, "fields": fields}
-    if isinstance(value, (list, tuple)):
-        kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [_outline(x, kinds, arrays) for x in value]}
-    if not isinstance(value, (np.ndarray, np.generic, jax.Array)):
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [_outline(x, kinds, arrays) for x in value]}
+    if jax.tree_util.all_leaves([value]) and not isinstance(value, _ARRAYS):
         raise TypeError(f"a result holds {type(value).__name__}, which is not stored")
+    if not isinstance(value, _ARRAYS):  # a framework's own tree: who reads it goes by the paths
+        return _outline(trees.flatten(value), kinds, arrays)
     arrays.append(np.asarray(value))
     return {"array": len(arrays) - 1, "dtype": str(arrays[-1].dtype)}
 
