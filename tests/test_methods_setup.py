@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import Array
 
-from kdtl_jax import methods
+from kdtl_jax import interop, methods
 from kdtl_jax._types import Outputs, Params, Variables
 from kdtl_jax.methods import Head, Layout, Setup
 from kdtl_jax.objective import Inputs
@@ -228,6 +228,27 @@ def test_a_head_that_does_not_fit_is_none_or_refused() -> None:
     layout = Layout(("early",), "early", head=lambda params: Head(params["head"]["kernel"]))
     with pytest.raises(ValueError, match=r"head of 'early' must have the kernel \[2, 3\]"):
         methods.setup(deep, deep, **given, teacher_layout=layout)
+
+
+def test_a_head_of_another_name_is_given_by_the_layout() -> None:
+    @interop.function
+    def network(params: Any, inputs: Any) -> Outputs:
+        pooled = inputs @ params["w"]
+        return {"pooled": pooled, "logits": pooled @ params["fc"]}
+
+    variables, inputs = Variables({"w": jnp.ones((2, 6)), "fc": jnp.ones((6, 3))}), jnp.ones((4, 2))
+
+    def made(**layout: Any) -> Setup:
+        pair = dict(student_variables=variables, teacher_variables=variables, inputs=inputs)
+        return methods.setup(network, network, **pair, examples=9, steps=5, **layout)
+
+    with pytest.raises(
+        ValueError, match="'head' .* 'pooled': give setup a teacher_layout with head"
+    ):
+        methods.srrl(made())
+    layout = methods.layout(network, variables, inputs)
+    layout = layout._replace(head=lambda params: Head(params["fc"]))
+    assert methods.srrl(made(teacher_layout=layout)).weights["classifier"] == 5
 
 
 def test_one_logit_needs_a_sigmoid_task() -> None:

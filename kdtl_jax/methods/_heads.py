@@ -17,6 +17,7 @@ from kdtl_jax.methods._method import (
     key_and_step,
     method,
     needs_teacher_head,
+    no_head,
 )
 from kdtl_jax.methods._setup import Head, Setup
 from kdtl_jax.objective import Inputs
@@ -83,15 +84,14 @@ def catkd(setup: Setup) -> Method:
     """
     if setup.last_maps is None:
         raise ValueError(
-            "needs heads that read the average of a feature map, which has one map per class"
+            "needs heads that read the average of the last feature map, and this average as the "
+            "output 'pooled' of both models"
         )
     why = "a class activation map normalized over one position is only a sign"
     found = layers_of_maps(setup, [setup.last_maps], because=why)
     teacher_kernel, student_head = needs_teacher_head(setup).kernel, setup.student_head
     if student_head is None:
-        raise ValueError(
-            "needs the student's classifier (a linear head), which this student does not show"
-        )
+        raise ValueError(no_head("student"))
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         [(student, teacher)] = found.read(inputs.student, inputs.teacher)

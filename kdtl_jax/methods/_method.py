@@ -101,10 +101,16 @@ def needs_teacher_head(setup: Setup) -> Head:
       ValueError: if it is not known.
     """
     if setup.teacher_head is None:
-        raise ValueError(
-            "needs the teacher's classifier (a linear head), which this teacher does not show"
-        )
+        raise ValueError(no_head("teacher"))
     return setup.teacher_head
+
+
+def no_head(side: str) -> str:
+    """Why a method refuses a "teacher" or a "student" whose classifier is not known."""
+    return (
+        f"needs the {side}'s classifier and what it reads, weights called 'head' and the output "
+        f"'pooled': give setup a {side}_layout with head= and last= if they have other names"
+    )
 
 
 def schedule(made: optax.Schedule, said: str) -> Schedule:
