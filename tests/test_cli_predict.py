@@ -205,13 +205,19 @@ def test_numbers_are_in_the_units_of_the_targets(tmp_path: Path, capsys: Capture
     words = [tmp_path / "m.safetensors", tmp_path / "d.npz"]
     assert kdtl("evaluate", *words, "--out", tmp_path / "s.json") == 0
     found = json.loads((tmp_path / "s.json").read_text())
-    wanted = 100 + 20 * model.predict(X).astype(np.float64)
+    plain = stored(tmp_path / "plain.safetensors", form._replace(target_scaling=None))
+    wanted = 100 + 20 * plain.predict(X).astype(np.float64)
+    np.testing.assert_allclose(model.predict(X), wanted)
     assert found["r2"] == pytest.approx(metrics.r_squared(wanted, targets))
     assert found["mean_absolute_error"] == pytest.approx(np.mean(np.abs(wanted - targets)))
     capsys.readouterr()
     assert kdtl("predict", *words) == 0
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     np.testing.assert_allclose([float(row["price"]) for row in rows], wanted[:, 0], rtol=1e-6)
+    assert kdtl("export", words[0], "--out", tmp_path / "m.stablehlo") == 0
+    assert "float32 [N, 2] -> numbers [N, 1]" in capsys.readouterr().err
+    run = jax.export.deserialize(bytearray((tmp_path / "m.stablehlo").read_bytes())).call
+    np.testing.assert_allclose(run(X), wanted, rtol=1e-5)
 
 
 def test_categories_that_the_model_does_not_know_are_told(tmp_path: Path, capsys: Captured) -> None:

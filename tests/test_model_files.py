@@ -43,7 +43,7 @@ def test_a_loaded_model_scales_its_inputs(file: Path) -> None:
     found = model.predict(X)
     assert found.shape == (21, 3) and found.dtype == np.float32
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(jax.jit(model.logits)(X), wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(model.outputs)(X), wanted, rtol=1e-5, atol=1e-6)
     # Neither the number of rows nor their neighbors change a row.
     for rows in (X[:1], X[:7], X[:0]):
         np.testing.assert_allclose(model.predict(rows), found[: len(rows)], rtol=1e-6, atol=1e-6)

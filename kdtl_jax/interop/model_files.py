@@ -54,8 +54,9 @@ class Connected(NamedTuple):
 class Model(NamedTuple):
     """A model read from its file."""
 
-    predict: Callable[[Any], np.ndarray]  # inputs [N, ...] as they come -> logits [N, classes]
-    logits: Callable[[Array], Array]  # the same as a function of arrays, for `jit` and `jax.export`
+    # Inputs [N, ...] as they come -> logits [N, classes], or numbers [N, K] in the targets' units.
+    predict: Callable[[Any], np.ndarray]
+    outputs: Callable[[Array], Array]  # the same as a function of arrays, for `jit`, `jax.export`
     about: About
     metadata: Mapping[str, str]  # all that the file says, such as "method" and "seed"
 
@@ -196,7 +197,7 @@ def filled(path: str, flat: Mapping[str, Any], template: Variables) -> Variables
 
 
 def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = None) -> Model:
-    """A model that can be used: `predict` scales its inputs, whatever their number.
+    """A model that can be used: `predict` takes inputs, and gives numbers, as the data have them.
 
     Args:
       path: a file that `save` has written, as `kdtl distill` and `kdtl transfer` do.
@@ -239,13 +240,19 @@ def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = N
     if found.shape is not None:
         of_shape(found.shape)  # what is wrong with the file is said now
 
-    def logits(inputs: Array) -> Array:
+    of_targets = found.preprocessing and found.preprocessing.target_scaling
+
+    def outputs(inputs: Array) -> Array:
         scaled = jnp.asarray(inputs, jnp.float32)
         if found.scaling is not None:
             parts = (jnp.asarray(x, jnp.float32) for x in found.scaling)
             mean, scale = (jnp.broadcast_to(x, inputs.shape) for x in parts)
             scaled = (scaled - mean) / scale
-        return of_shape(tuple(inputs.shape[1:]))(scaled)
+        answers = of_shape(tuple(inputs.shape[1:]))(scaled)
+        if of_targets is None:
+            return answers
+        mean, scale = (jnp.asarray(x, jnp.float32)[None] for x in of_targets)
+        return answers * scale + mean
 
     jitted: dict[tuple[int, ...], Callable[[Array], Array]] = {}
 
@@ -261,9 +268,10 @@ def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = N
             part = part if scaling is None else (part - scaling.mean) / scaling.scale
             return run(jnp.asarray(part.astype(np.float32)))
 
-        return networks.in_batches(scaled, inputs, found.classes or 0)
+        answers = networks.in_batches(scaled, inputs, found.classes or 0)
+        return answers if of_targets is None else answers * of_targets.scale + of_targets.mean
 
-    return Model(predict, logits, found, metadata)
+    return Model(predict, outputs, found, metadata)
 
 
 def hugging_face_of(text: str) -> str | None:

@@ -270,14 +270,6 @@ def kind(model: Model) -> datasets.Kind:
     return "classes" if form is None else form.kind
 
 
-def numbers(model: Model, logits: np.ndarray) -> np.ndarray:
-    """A regression's outputs in the units of its targets, float64."""
-    form = model.about.preprocessing
-    scaling = None if form is None else form.target_scaling
-    found = logits.astype(np.float64)
-    return found if scaling is None else found * scaling.scale + scaling.mean
-
-
 def _form_of_old(model: Model) -> datasets.Preprocessing:
     """Of a file that does not say how data are read: arrays are."""
     about = model.about

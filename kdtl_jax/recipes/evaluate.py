@@ -47,7 +47,7 @@ def run(settings: Settings) -> int:
     names = _inputs.class_names(model)
     logits, kind = model.predict(found.inputs), _inputs.kind(model)
     if kind == "numbers":
-        result = of_numbers(_inputs.numbers(model, logits), found.labels)
+        result = of_numbers(logits.astype(np.float64), found.labels)
     elif kind == "labels":
         result = of_labels(logits, found.labels, names)
     else:

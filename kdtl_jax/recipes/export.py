@@ -2,7 +2,8 @@
 
     kdtl export runs/distill/students/kd.safetensors --out kd.stablehlo
 
-The file takes raw inputs (scaling is part of it) in batches of any size, and gives logits. In JAX:
+The file takes raw inputs (scaling is part of it) in batches of any size, and gives logits, or a
+regression's numbers in the units of its targets. In JAX:
 `jax.export.deserialize(Path("kd.stablehlo").read_bytes()).call(inputs)`.
 """
 
@@ -67,15 +68,16 @@ def run(settings: Settings) -> int:
         )
     out = Path(settings.out)
     if settings.format == "onnx":
-        made = onnx(model.logits, shape, settings.batch)
+        made = onnx(model.outputs, shape, settings.batch)
     else:
         made = stablehlo(model, shape, settings.batch, settings.platforms)
     _inputs.check_out(settings)  # another command may have written there meanwhile
     _files.write_atomic(out, made)
     first = "N" if settings.batch is None else settings.batch
     inputs = ", ".join(map(str, (first, *shape)))
+    what = "numbers" if _inputs.kind(model) == "numbers" else "logits"
     print(
-        f"{out}: float32 [{inputs}] -> logits [{first}, {model.about.classes}], "
+        f"{out}: float32 [{inputs}] -> {what} [{first}, {model.about.classes}], "
         f"{out.stat().st_size:,} bytes",
         file=sys.stderr,
     )
@@ -96,7 +98,7 @@ def stablehlo(
     rows = jax.export.symbolic_shape("n")[0] if batch is None else batch
     inputs = jax.ShapeDtypeStruct((rows, *shape), jnp.float32)
     try:
-        found = jax.export.export(jax.jit(model.logits), platforms=platforms)(inputs)
+        found = jax.export.export(jax.jit(model.outputs), platforms=platforms)(inputs)
         return bytes(found.serialize())
     # NotImplementedError: JAX's own, of primitives that it cannot serialize.
     except (ValueError, TypeError, NotImplementedError, jax.errors.JAXTypeError) as error:
@@ -108,7 +110,7 @@ def stablehlo(
         raise ValueError(f"it cannot be exported: {said}.{hint}") from error
 
 
-def onnx(logits: Callable[[Any], Any], shape: tuple[int, ...], batch: int | None) -> bytes:
+def onnx(outputs: Callable[[Any], Any], shape: tuple[int, ...], batch: int | None) -> bytes:
     """The model as ONNX, by jax2onnx.
 
     Raises:
@@ -122,7 +124,7 @@ def onnx(logits: Callable[[Any], Any], shape: tuple[int, ...], batch: int | None
             "ONNX needs jax2onnx: pip install 'kdtl_jax[onnx]'. The default is StableHLO."
         ) from None
     try:
-        made = jax2onnx.to_onnx(logits, [(batch or "B", *shape)])
+        made = jax2onnx.to_onnx(outputs, [(batch or "B", *shape)])
     except Exception as error:  # whatever a converter raises
         said = " ".join(str(error).split())[:300]
         raise ValueError(f"jax2onnx cannot convert it: {type(error).__name__}: {said}") from error

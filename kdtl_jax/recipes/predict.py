@@ -47,7 +47,7 @@ def run(settings: Settings) -> int:
     logits = model.predict(found.inputs)
     names, kind = _inputs.class_names(model), _inputs.kind(model)
     if kind == "numbers":
-        table = rows_of_numbers(_inputs.numbers(model, logits), model.about.names)
+        table = rows_of_numbers(logits, model.about.names)
     elif kind == "labels":
         table = rows_of_labels(logits, names, settings.probabilities)
     else:
