@@ -16,7 +16,7 @@ from kdtl_jax.interop import model_files, networks, safetensors, sources
 from kdtl_jax.interop.model_files import About
 from kdtl_jax.interop.networks import Network
 from kdtl_jax.interop.sources import Source
-from kdtl_jax.recipes import _models
+from kdtl_jax.recipes import _agreement, _models
 from kdtl_jax.recipes.settings import Data, UsageError
 
 EXAMPLE = jnp.zeros((1, 8, 8, 1), jnp.float32)
@@ -231,12 +231,12 @@ def test_a_file_of_something_else_is_refused(
     for factor in (255, 1 / 255):
         with pytest.raises(ValueError, match="Are the data in other units"):
             read(teacher, changed(lambda x, f=factor: x * f), monkeypatch)
-    inputs = np.random.default_rng(0).normal(size=(_models.FEW, 4)) * [1, 1, 1e-3, 1]
-    assert _models.other_units(inputs) is None  # without names, as pixels: some may be dark
-    assert "the column 'c' has a dev" in str(_models.other_units(inputs, ["a", "b", "c", "d"]))
-    inputs[:, 2] = np.arange(_models.FEW) == 3  # rare
+    inputs = np.random.default_rng(0).normal(size=(_agreement.FEW, 4)) * [1, 1, 1e-3, 1]
+    assert _agreement.other_units(inputs) is None  # without names, as pixels: some may be dark
+    assert "the column 'c' has a dev" in str(_agreement.other_units(inputs, ["a", "b", "c", "d"]))
+    inputs[:, 2] = np.arange(_agreement.FEW) == 3  # rare
     inputs[:, 2] *= 1e-3
-    assert _models.other_units(inputs, ["a", "b", "c", "d"]) is None
+    assert _agreement.other_units(inputs, ["a", "b", "c", "d"]) is None
     with pytest.raises(ValueError, match="no such file"):
         _models.opened(str(tmp_path / "nowhere"), None, "mlp:1")
     broken = tmp_path / "broken.safetensors"

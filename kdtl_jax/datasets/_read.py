@@ -56,14 +56,16 @@ def read_splits(
       test: share of all rows, if there is no test part.
       seed: of the rows drawn; parts keep their proportions of classes.
       preprocessing: of a model; inputs and targets are read as it expects, and its choices replace
-        those above. Nothing is scaled.
+        those above, but that rows may be dropped and images resized to its size. Nothing is scaled.
 
     Raises:
       OSError: if a file does not exist or cannot be read.
       ValueError: if there is no such data, or its contents are not valid.
     """
     if text == "digits":
-        whole = digits()
+        whole, like = digits(), _model(preprocessing)
+        if target != "auto" or like is not None:
+            whole = from_arrays(whole.name, *whole[1:3], target=target, like=like)
         return stratified(whole, validation=validation, test=test, seed=seed)
     path = Path(text)
     if not path.exists():
@@ -77,7 +79,7 @@ def read_splits(
     given = {part: _numbered(found[part], target, train) for part in PARTS[1:] if part in found}
     parts = drawn(train, given.get("validation"), given.get("test"), validation, test, seed)
     origins = [first, *(found[p] if p in given else first for p in PARTS[1:])]
-    form, notices = preprocessing, []
+    form, notices = _given_form(preprocessing, choices), []
     if form is None:
         form, notices = _form(first, parts.train, choices)
     made = [
@@ -132,7 +134,7 @@ def read(
     named = _in_order(found)
     first = _numbered(named[0], target, like, classes)
     parts = [first, *(_numbered(source, target, first) for source in named[1:])]
-    form, notices = preprocessing, []
+    form, notices = _given_form(preprocessing, choices), []
     if form is None:
         form, notices = _form(named[0], first, choices)
     made = [_encoded(source, part, form) for source, part in zip(named, parts, strict=True)]
@@ -228,6 +230,7 @@ def _choices(
         label,
         inputs or preprocessing.inputs,
         missing,
+        image_size=image_size,
         may_be_none=is_labels,
         takes=preprocessing,
     )
@@ -265,6 +268,16 @@ def _numbered(
     if not isinstance(source.inputs, np.ndarray):
         made = made._replace(inputs=np.arange(len(inputs)))
     return made
+
+
+def _given_form(preprocessing: Preprocessing | None, choices: Choices) -> Preprocessing | None:
+    """A model's form, with what was chosen beside it: rows left out, images resized to its size."""
+    if preprocessing is None:
+        return None
+    images = preprocessing.images
+    if images is not None and choices.image_size == preprocessing.shape[:2]:
+        images = images._replace(resize=True)
+    return preprocessing._replace(images=images, leaves_out=choices.missing == "drop")
 
 
 def _form(source: Source, train: Dataset, choices: Choices) -> tuple[Preprocessing, list[str]]:
@@ -310,5 +323,15 @@ def _inputs(source: Source, rows: np.ndarray | None, form: Preprocessing) -> np.
 
 
 def _unknown(found: dict[str, Source], form: Preprocessing) -> list[str]:
-    tables = [source.inputs for source in found.values() if isinstance(source.inputs, Table)]
-    return [note for table in tables for note in _tables.unknown_categories(table, form.columns)]
+    """What to tell of inputs that a model, or the training part, may not know."""
+    inputs = [source.inputs for source in found.values()]
+    notes = [
+        note
+        for table in inputs
+        if isinstance(table, Table)
+        for note in _tables.unknown_categories(table, form.columns)
+    ]
+    if form.columns and any(isinstance(each, np.ndarray) for each in inputs):
+        listed = ", ".join(column.name for column in form.columns)
+        notes.append(f"inputs have no column names: they are taken for {listed:.200} in this order")
+    return notes

@@ -126,12 +126,20 @@ def _of_table(table: Table, names: Sequence[str], choices: Choices) -> Source:
         _tables.check_read(table.name, choices.kept, list(table.columns))
         others = [name for name in table.columns if name not in (*choices.kept, *names)]
         table = _tables.dropped(table, others)
+        table = table._replace(notices=(*table.notices, *_left_out(others, choices)))
     table = _tables.without_index(_tables.dropped(table, choices.drop), names)
     if choices.missing == "drop":
         table = _tables.complete(table)
     table, targets = _tables.targets_of(table, names, may_be_none=choices.may_be_none)
     several = tuple(names) if len(names) > 1 else ()
     return Source(table.name, table, targets, several, tuple(names), table.notices)
+
+
+def _left_out(names: Sequence[str], choices: Choices) -> tuple[str, ...]:
+    """What to tell of columns that a model does not read."""
+    others = [name for name in names if name not in choices.drop]
+    note = f"columns that the model does not read are left out: {', '.join(others)}"
+    return (f"{note:.300}",) if others else ()
 
 
 def _inputs_alone(table: Table, choices: Choices) -> Table:
@@ -147,8 +155,11 @@ def _of_arrow(paths: Sequence[Path], choices: Choices, first: Source | None) -> 
         names = _label_columns(str(paths[0]), header, choices)
     _tables.check_there(str(paths[0]), choices.drop, header)
     kept = [name for name in header if name not in (*names, *choices.drop)]
+    left_out: tuple[str, ...] = ()
     if choices.kept and set(choices.kept) <= {*header}:
-        kept = [name for name in kept if name in (*choices.kept, choices.inputs)]
+        read = (*choices.kept, choices.inputs)
+        left_out = _left_out([name for name in kept if name not in read], choices)
+        kept = [name for name in kept if name in read]
     asked = [choices.inputs] if choices.inputs in kept else kept
     _check_row(paths[0], asked, kept, choices)
     found = _arrow.read_arrow(paths, [*asked, *(names if choices.with_targets else ())])
@@ -166,7 +177,8 @@ def _of_arrow(paths: Sequence[Path], choices: Choices, first: Source | None) -> 
         if all(name in found.scalars for name in names):
             source = _of_table(table, names, choices)
             known = found.names.get(names[0], ()) if len(names) == 1 else ()
-            return source._replace(names=known or source.names)
+            notices = (*left_out, *source.notices)
+            return source._replace(names=known or source.names, notices=notices)
     inputs: Any = table if wide is None else _columns_inputs(found, wide)
     notices = ()
     if others := [name for name in kept if wide is not None and name != wide]:

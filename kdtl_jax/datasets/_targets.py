@@ -42,11 +42,12 @@ def from_arrays(
       targets: `[N]` or `[N, K]`: numbers, text, or lists of labels as an object array.
       target: their kind; "auto" decides by the values.
       classes: as in `checked`.
-      like: another part of the data, whose kind and names this part follows.
+      like: another part of the data, or a model's, whose kind and names this part follows: where
+        both have names, classes and columns find their places by them, whatever their order.
       names: of the classes 0..K-1, or of the K columns.
 
     Raises:
-      ValueError: if targets are not of their kind; rows are named.
+      ValueError: if targets are not of their kind, or have other names than `like`; rows are named.
     """
     found = _listed(_plain(np.asarray(targets)))
     kind = like.kind if like is not None else _kind(name, found, target)
@@ -76,17 +77,32 @@ def _classes(
     like: Dataset | None,
     names: Sequence[str],
 ) -> Dataset:
-    if found.ndim == 2 and found.shape[1] > 1 and names:
-        made = checked(name, inputs, found, classes, like=like and like._replace(names=()))
-        notices = (f"columns {', '.join(names[:6])} are one-hot: read as one class each",)
-        return made._replace(names=tuple(names), notices=notices)
     if not names:
         return checked(name, inputs, found, classes, like=like)
-    if like is None:
-        made = checked(name, inputs, found, len(names))
-    else:
-        made = checked(name, inputs, found, like=like._replace(names=()))
-    return made._replace(names=tuple(names))
+    count, notices = len(names), ()
+    if found.ndim == 2 and found.shape[1] > 1:
+        count, notices = (
+            classes,
+            (f"columns {', '.join(names[:6])} are one-hot: read as one class each",),
+        )
+    unnamed = like is not None and not like.names
+    made = checked(name, inputs, found, count, like=like if unnamed else None)
+    made = made._replace(names=tuple(names), notices=notices)
+    if like is None or unnamed:
+        return made
+    return checked(name, inputs, np.array(names)[made.labels], like=like)._replace(notices=notices)
+
+
+def _in_order_of(
+    name: str, targets: np.ndarray, names: tuple[str, ...], like: Dataset | None
+) -> np.ndarray:
+    """Columns of targets in the order of another part's, or as they are if either has no names."""
+    if like is None or not names or not like.names or names == like.names:
+        return targets
+    if set(names) != set(like.names):
+        wanted, got = (", ".join(each)[:300] for each in (like.names, names))
+        raise ValueError(f"{name}: the columns of targets are {got}, expected {wanted}.")
+    return targets[:, [names.index(each) for each in like.names]]
 
 
 def _plain(found: np.ndarray) -> np.ndarray:
@@ -154,6 +170,11 @@ def _labels(
     """`[N, K]` of 0 and 1, float32, and what the labels are called."""
     if found.ndim == 2:
         return _multi_hot(name, found, like, names)
+    if like is not None and not like.names:
+        raise ValueError(
+            f"{name}: the {like.classes} labels of the training part have no names by which a cell "
+            f"such as {found[0]!s:.80} could find its places. Give [N, {like.classes}] of 0 and 1."
+        )
     mark = _separator(found, like.names if like is not None else names)
     rows = [_split(name, i, cell, mark) for i, cell in enumerate(found)]
     known = like.names if like is not None else names
@@ -195,7 +216,8 @@ def _multi_hot(
             f"{found[wrong[0]].tolist()!s:.80} at row {wrong[0]}."
         )
     notice = f"targets are 0 or 1 in {count} columns: several labels per example"
-    known = names or (like.names if like is not None else ())
+    found = _in_order_of(name, found, names, like)
+    known = (like.names if like is not None else ()) or names
     return found.astype(np.float32), known, [] if like is not None else [notice]
 
 
@@ -229,7 +251,7 @@ def _numbers(
             raise ValueError(
                 f"{name}: {like.classes} numbers per example are needed, got {targets.shape[1]}."
             )
-        return targets, like.names, []
+        return _in_order_of(name, targets, names, like), like.names, []
     constant = np.flatnonzero((targets == targets[:1]).all(axis=0))
     if len(constant):
         which = names[constant[0]] if names else constant[0]

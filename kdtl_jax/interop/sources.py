@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,7 @@ class Source(NamedTuple):
     # All leaves, as `model_files.tree` lays them out; where a folder holds several trees, of the
     # one that has the names of `like`, or else of the innermost one.
     tree: Callable[[PyTree], PyTree] = lambda like: None
+    metadata: Mapping[str, str] = MappingProxyType({})  # of a file
 
 
 def opened(path: str) -> Source:
@@ -46,11 +48,13 @@ def opened(path: str) -> Source:
       ValueError: if there is no such file, or what it says of itself is damaged.
     """
     if is_hugging_face(path):
-        return Source(path, About(f"{HUGGING_FACE}{path}", scaling=scaling(path)),
-                      lambda like: _of_hugging_face(path))  # fmt: skip
+        about = About(f"{HUGGING_FACE}{path}", scaling=scaling(path), names=class_names(path))
+        return Source(path, about, lambda like: _of_hugging_face(path))
     if is_orbax(path):
         return Source(path, About(), lambda like: from_orbax(path, like))
-    return Source(path, model_files.about(path), lambda like: from_safetensors(path, like))
+    about = model_files.about(path)
+    metadata = safetensors.index(path).metadata
+    return Source(path, about, lambda like: from_safetensors(path, like), metadata)
 
 
 def variables(source: Source, template: Variables) -> Variables:
@@ -58,8 +62,15 @@ def variables(source: Source, template: Variables) -> Variables:
 
     Raises:
       OSError: if the file cannot be read.
-      ValueError: naming each leaf that is missing, extra, of another shape, or not finite.
+      ValueError: naming each leaf that is missing, extra, of another shape, or not finite; or
+        that the file holds a student that is not a network alone.
     """
+    if source.metadata.get("kind") == model_files.CONNECTED:
+        method = _text.quoted(source.metadata.get("method", ""))
+        raise ValueError(
+            f"{source.path} holds a student of {method}, which answers through connectors and its "
+            "teacher's head: it cannot be taken for a network. Name another file of the run."
+        )
     found = source.tree(model_files.tree(template))
     return model_files.filled(str(source.path), trees.flatten(found), template)
 
@@ -85,6 +96,27 @@ def pretrained(folder: str) -> Pretrained:
 def _of_hugging_face(folder: str) -> PyTree:
     found = pretrained(folder)
     return model_files.tree(Variables(*jax.tree.map(np.asarray, (found.params, found.model_state))))
+
+
+def class_names(folder: str) -> tuple[str, ...]:
+    """What a Hugging Face folder calls its classes; () if it has no names but LABEL_0, LABEL_1.
+
+    Raises:
+      ValueError: if its config numbers them otherwise than 0..K-1.
+    """
+    file = Path(folder) / "config.json"
+    known = _files.read_json(file).get("id2label")
+    if not isinstance(known, dict) or not known:
+        return ()
+    try:
+        numbered = {int(number): str(name) for number, name in known.items()}
+        names = tuple(numbered[i] for i in range(len(known)))
+    except (ValueError, KeyError):
+        raise ValueError(
+            f"{file}: id2label must name the classes 0..{len(known) - 1}, got "
+            f"{_text.shown(str(list(known)), 200)}."
+        ) from None
+    return () if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
 
 
 def scaling(folder: str) -> Standardizer | None:

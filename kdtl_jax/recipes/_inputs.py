@@ -14,7 +14,7 @@ from kdtl_jax import _files, _text, datasets
 from kdtl_jax.datasets import Dataset
 from kdtl_jax.interop import model_files, sources
 from kdtl_jax.interop.model_files import Model
-from kdtl_jax.recipes import _models, _own
+from kdtl_jax.recipes import _agreement, _models, _own
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import record
 
@@ -119,13 +119,13 @@ def model_of(settings: Any) -> Model:
     held = known and (model_files.hugging_face_of(known) or known)
     if not held or Path(held).name != Path(settings.model).name:
         raise UsageError(f"--model: {settings.student} holds {known}, not {settings.model}.")
-    if sources.is_hugging_face(settings.model):
-        module = sources.pretrained(settings.model).module
-        return model_files.load(settings.student, model=module)
-    found = model_files.load(settings.student, model=_own.imported(settings.model))
-    now = record.made_from({"source": _own.files_of(settings.model)}).files["source"]
-    if found.metadata.get("source_sha256") not in (None, now):
-        print(f"note: {settings.model} has changed since the model was trained", file=sys.stderr)
+    text = settings.model
+    if sources.is_hugging_face(text):
+        model, text = sources.pretrained(text).module, f"{model_files.HUGGING_FACE}{text}"
+    else:
+        model = _own.imported(text)
+    found = model_files.load(settings.student, model=model)
+    _models.tell_changed(text, found.metadata)
     return found
 
 
@@ -140,7 +140,7 @@ def read(
 
     Raises:
       UsageError: if the data has no such part.
-      ValueError: if they are data of other classes, or of inputs of another shape or in other units
+      ValueError: if they are data of other classes, of inputs of another shape, or in other units
         (a note where rows of a table are only to be answered).
     """
     form = model.about.preprocessing
@@ -182,6 +182,11 @@ def read(
     if why := _in_other_units(inputs, model):
         raise ValueError(f"{data}: the model {why}")
     labels = np.concatenate([each.labels if form else in_classes_of(model, each) for each in found])
+    scaling = None if form is None else form.target_scaling
+    if scaling is not None and len(labels) >= _agreement.FEW:
+        scaled = (labels - scaling.mean) / scaling.scale
+        if why := _agreement.other_targets(scaled, model.about.names):
+            raise ValueError(f"{data}: the model {why}")
     said = f"{len(inputs)} examples" if chosen == "all" else f"{len(inputs)} {chosen} examples"
     if seen:
         said += ", of the data that the model was trained on"
@@ -232,12 +237,12 @@ def checked_shape(data: str, inputs: np.ndarray, model: Model) -> None:
 
 
 def _in_other_units(inputs: np.ndarray, model: Model) -> str | None:
-    """`_models.other_units` of the first examples; of few rows of a table nothing is known."""
+    """`_agreement.other_units` of the first examples; of few rows of a table nothing is known."""
     scaling, form = model.about.scaling, model.about.preprocessing
-    if scaling is None or (inputs.ndim == 2 and len(inputs) < _models.FEW):
+    if scaling is None or (inputs.ndim == 2 and len(inputs) < _agreement.FEW):
         return None
     columns = [] if form is None else [column.name for column in form.columns]
-    return _models.other_units((inputs[:LOOKED_AT] - scaling.mean) / scaling.scale, columns)
+    return _agreement.other_units((inputs[:LOOKED_AT] - scaling.mean) / scaling.scale, columns)
 
 
 def in_classes_of(model: Model, data: Dataset) -> np.ndarray:

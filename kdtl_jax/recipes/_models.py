@@ -4,7 +4,7 @@ Networks are those of `interop.networks`, weights those of `interop.sources`.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,10 @@ from kdtl_jax.interop import model_files, networks, own, sources
 from kdtl_jax.interop.model_files import About
 from kdtl_jax.interop.networks import Network
 from kdtl_jax.interop.sources import Source
-from kdtl_jax.recipes import _own
+from kdtl_jax.recipes import _agreement, _own
 from kdtl_jax.recipes._training import in_chunks
 from kdtl_jax.recipes.settings import MODEL, Data, UsageError
 from kdtl_jax.run import record
-
-UNITS = 20.0  # data whose scaled deviation is off by this factor are in other units
-FEW = 20  # rows of which one column says nothing
 
 
 def module(text: str, classes: int) -> nn.Module:
@@ -87,12 +84,30 @@ def same(text: str, other: str) -> bool:
     return module(text, 2) == module(other, 2)
 
 
+def files_of(text: str) -> list[Path]:
+    """What a model's text stands for: the user's files, or a folder's configuration, or nothing."""
+    if folder := model_files.hugging_face_of(text):
+        return [Path(folder) / "config.json"]
+    return _own.files_of(text) if model_files.is_own(text) else []
+
+
+def tell_changed(text: str, metadata: Mapping[str, str]) -> None:
+    """A note if what a text stands for is no longer what a model's file was trained with."""
+    was = metadata.get("source_sha256")
+    files = [] if was is None else files_of(text)
+    if not files or not all(file.is_file() for file in files):  # which is refused when it is opened
+        return
+    if record.made_from({"source": files}).files["source"] != was:
+        name = files[0] if model_files.hugging_face_of(text) else text
+        print(f"note: {name} has changed since the model was trained", file=sys.stderr)
+
+
 def identity(text: str) -> str:
     """What a cache knows a model by: a file's code and a folder's configuration are part of it."""
     if folder := model_files.hugging_face_of(text):
         return f"{model_files.HUGGING_FACE}{_files.sha256(Path(folder) / 'config.json')}"
     if model_files.is_own(text):
-        made = record.made_from({"source": _own.files_of(text)})
+        made = record.made_from({"source": files_of(text)})
         return f"{Path(text).name}, {made.files['source']}"
     return models.canonical_name(text)
 
@@ -128,6 +143,7 @@ def opened(path: str | None, text: str | None, default: str) -> Source:
             f"{path} belongs to {said}. Name that file where it is now: only what is named is "
             "imported."
         )
+    tell_changed(text or said, source.metadata)
     return source._replace(about=source.about._replace(model=text or said))
 
 
@@ -149,10 +165,11 @@ def read_data(
       other_targets: the data's targets need not be the source's; inputs are read as it says.
 
     Raises:
-      UsageError: if targets are of another kind.
-      ValueError: if the source is a model of other classes or inputs.
+      UsageError: if targets are of another kind, or settings contradict the source.
+      ValueError: if the source is a model of other classes, inputs or units.
     """
     path, about = source.path, source.about
+    _agreement.check_choices(settings, path, about)
     known = read_so = about.preprocessing
     if known is not None and (other_targets or known.kind == "classes"):
         read_so = known._replace(outputs=0, names=())  # its classes are compared below
@@ -185,20 +202,7 @@ def read_data(
         raise ValueError(
             f"{path} learned {known.kind}, the targets of the data are {raw.train.kind}."
         )
-    if about.classes not in (None, raw.train.classes):
-        raise ValueError(
-            f"{path} has {about.classes} classes, the data has {raw.train.classes}. Give it data "
-            "of its own classes."
-        )
-    if about.classes is not None and about.names != raw.train.names:
-        own, found = (
-            ", ".join(names) or f"0..{raw.train.classes - 1}"
-            for names in (about.names, raw.train.names)
-        )
-        raise ValueError(
-            f"{path} was trained on the classes {own}, the data has {found}. Give it data whose "
-            "classes have the same names."
-        )
+    raw = _agreement.in_classes_of(path, about, raw)
     if about.shape not in (None, raw.train.inputs.shape[1:]):
         raise ValueError(
             f"{path} takes inputs {list(about.shape or ())}, the data's examples are "
@@ -228,35 +232,18 @@ def read_data(
         )
     splits = scaled(raw, form)
     columns = [column.name for column in form.columns]
-    if about.scaling is not None and (why := other_units(splits.train.inputs, columns)):
+    if about.scaling is not None and (why := _agreement.other_units(splits.train.inputs, columns)):
         raise ValueError(f"{path} {why}")
+    if raw.train.kind == "numbers" and path is not None and not other_targets:
+        if known is None:
+            print(
+                f"note: {path} does not say the units of its numbers: targets are standardized by "
+                "the data's own mean and deviation.",
+                file=sys.stderr,
+            )
+        elif why := _agreement.other_targets(splits.train.labels, raw.train.names):
+            raise ValueError(f"{path} {why}")
     return splits, form
-
-
-def other_units(inputs: np.ndarray, columns: Sequence[str] = ()) -> str | None:
-    """What is wrong with inputs that a file's scaling does not bring near a deviation of 1.
-
-    Args:
-      inputs: scaled, `[N, ...]`.
-      columns: names of a table's columns, which have a unit each. One that mostly has one value, as
-        categories and rare events do, may vary by any amount.
-    """
-    axes = tuple(range(inputs.ndim - 1)) if inputs.ndim == 4 else (0,)
-    deviations = inputs.std(axis=axes, dtype=np.float64).ravel()
-    varying = deviations[deviations > 0]
-    found, of = float(np.sqrt(np.mean(np.square(varying)))) if varying.size else 1.0, "the data has"
-    if 1 / UNITS < found < UNITS and len(columns) == len(deviations) and len(inputs) >= FEW:
-        low, high = np.quantile(inputs, (0.25, 0.75), axis=0)
-        narrow = np.flatnonzero((high > low) & (deviations <= 1 / UNITS))
-        if narrow.size:
-            found, of = deviations[narrow[0]], f"the column {columns[narrow[0]]!r:.80} has"
-    if 1 / UNITS < found < UNITS:
-        return None
-    return (
-        f"scales inputs by its own mean and deviation, and so scaled {of} a deviation of "
-        f"{found:.3g} where about 1 is expected. Are the data in other units, such as pixels from "
-        "0 to 255 and from 0 to 1?"
-    )
 
 
 def check_parts(splits: Splits) -> None:

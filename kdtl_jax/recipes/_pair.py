@@ -103,7 +103,7 @@ def read(settings: Any, *, dtype: Any = None, kinds: Sequence[Kind] = ("classes"
     if source.path is not None:
         given = sources.variables(source, networks.abstract(large, example))
         files["teacher_weights"] = source.path
-    files |= {role: _own.files_of(text) for role, text in named.items() if model_files.is_own(text)}
+    files |= {role: made for role, text in named.items() if (made := _models.files_of(text))}
     about = About(None, part.classes, form.scaling, part.names, part.inputs.shape[1:], form)
     measure = _measures.of_data(form, settings, part)
     if given is None:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 
 from kdtl_jax import _files
 from kdtl_jax.interop.model_files import Model
@@ -25,6 +26,7 @@ from kdtl_jax.recipes import _inputs
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes.settings import UsageError, setting
 
+COARSEST = 0.01  # of a deviation: what inputs may be rounded by
 PLATFORMS = ("cpu", "cuda", "tpu")
 EXAMPLES = """
   kdtl export runs/distill/students/kd.safetensors --out kd.stablehlo
@@ -66,6 +68,12 @@ def run(settings: Settings) -> int:
         raise UsageError(
             f"{settings.student} does not say the shape of its inputs: give it, as in --shape 8,8,1"
         )
+    if settings.shape not in (None, shape):
+        raise UsageError(
+            f"--shape {','.join(map(str, settings.shape or ()))}: {settings.student} takes inputs "
+            f"{list(shape)}. Leave the flag out."
+        )
+    check_precision(settings.student, model)
     out = Path(settings.out)
     if settings.format == "onnx":
         made = onnx(model.outputs, shape, settings.batch)
@@ -82,6 +90,25 @@ def run(settings: Settings) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def check_precision(path: str, model: Model) -> None:
+    """Raises ValueError if float32, which an exported model takes, rounds its inputs away."""
+    scaling, form = model.about.scaling, model.about.preprocessing
+    if scaling is None:
+        return
+    mean, scale = np.broadcast_arrays(*(np.asarray(x, np.float64) for x in scaling))
+    rounding = np.finfo(np.float32).eps * np.abs(mean)
+    lost = np.flatnonzero((rounding > COARSEST * scale).ravel())
+    if lost.size:
+        at = int(lost[0])
+        columns = () if form is None else form.columns
+        which = f"the column {columns[at].name!r:.80}" if len(columns) == mean.size else "an input"
+        raise ValueError(
+            f"{path}: {which} lies at {mean.ravel()[at]:.6g} with a deviation of "
+            f"{scale.ravel()[at]:.3g}, which float32 rounds away, and an exported model takes "
+            "float32. Use kdtl predict, or train on differences from a number nearby."
+        )
 
 
 def stablehlo(

@@ -32,7 +32,6 @@ from kdtl_jax.recipes import (
     _models,
     _optimizers,
     _output,
-    _own,
     _progress,
     _students,
     _tables,
@@ -173,7 +172,7 @@ def run(settings: Settings) -> int | None:
     read_now = datasets.files_of(settings.data, label=settings.label, inputs=settings.inputs)
     files: dict[str, record.Paths] = {"data": read_now}
     files |= {} if path is None else {"source_weights": path}
-    files |= {"student": _own.files_of(text)} if model_files.is_own(text) else {}
+    files |= {"student": made} if (made := _models.files_of(text)) else {}
     with _output.running(settings, "transfer", files, saves=["checkpoints"]) as running:
         folder, run, bar, programs = running
         say = _progress.by_part(bar, len(chosen) + (given is None))

@@ -1,0 +1,161 @@
+"""Whether data are those that a model's file was made for: its classes, columns and units."""
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from kdtl_jax.datasets import Splits
+from kdtl_jax.interop.model_files import About
+from kdtl_jax.recipes.settings import Data, UsageError
+
+UNITS = 20.0  # data whose scaled deviation is off by this factor are in other units
+FEW = 20  # rows of which one column says nothing
+
+
+def check_choices(settings: Data, path: str | None, about: About) -> None:
+    """Refuses choices that a model's file has made otherwise, whose way of reading is taken.
+
+    Raises:
+      UsageError: naming the flag, and what the file says.
+    """
+    form = about.preprocessing
+    if form is None:
+        return
+    read = [column.name for column in form.columns]
+    if dropped := [name for name in settings.drop_columns if name in read]:
+        raise UsageError(
+            f"--drop-columns {dropped[0]}: {path} reads this column. Leave the flag out, or take a "
+            "model that was trained without it."
+        )
+    sides = form.shape[:2]
+    if settings.image_size is not None and form.images is not None and settings.image_size != sides:
+        raise UsageError(
+            f"--image-size {'x'.join(map(str, settings.image_size))}: {path} takes images of "
+            f"{'x'.join(map(str, sides))}. Leave the flag out."
+        )
+    fills = [column.fill for column in form.columns if column.fill is not None]
+    if settings.missing not in (None, "drop") and read and not fills:
+        raise UsageError(
+            f"--missing {settings.missing}: {path} was trained on columns in which nothing was "
+            "filled in, so no values to fill in with are known. Say --missing drop, or fill them "
+            "in beforehand."
+        )
+
+
+def in_classes_of(path: str | None, about: About, raw: Splits) -> Splits:
+    """The data with their classes in the order of the model's file.
+
+    Args:
+      path: of the file.
+      about: what it says; without classes and names nothing is compared.
+      raw: the data, in their own order.
+
+    Raises:
+      ValueError: if the file's classes are others.
+    """
+    own, found, classes = about.names, raw.train.names, raw.train.classes
+    if about.classes not in (None, classes):
+        raise ValueError(
+            f"{path} has {about.classes} classes, the data has {classes}. Give it data of its own "
+            "classes."
+        )
+    if own == found or (about.classes is None and not own):
+        return raw
+    places = {_plain(name): i for i, name in enumerate(own)}
+    if len(places) == len(own) and {_plain(name) for name in found} == places.keys():
+        if raw.train.kind != "classes":  # columns are in the model's order already
+            return raw
+        numbers = np.array([places[_plain(name)] for name in found], np.int32)
+        return Splits(*(x._replace(labels=numbers[x.labels], names=own) for x in raw))
+    listed, of_data = (_listed(names) or f"0..{classes - 1}" for names in (own, found))
+    if about.classes is None and len(own) == classes and not found:
+        print(f"note: classes 0..{classes - 1} are {path}'s {listed}", file=sys.stderr)
+        return raw
+    repair = (
+        ""
+        if about.classes is not None
+        else (" Or, if they are the same in this order, remove id2label from its config.json.")
+    )
+    raise ValueError(
+        f"{path} was trained on the classes {listed}, the data has {of_data}. Give it data whose "
+        f"classes have the same names.{repair}"
+    )
+
+
+def other_units(inputs: np.ndarray, columns: Sequence[str] = ()) -> str | None:
+    """What is wrong with inputs that a file's scaling does not bring near a deviation of 1.
+
+    Args:
+      inputs: scaled, `[N, ...]`.
+      columns: names of a table's columns, which have a unit each. One that mostly has one value, as
+        categories and rare events do, may vary by any amount.
+    """
+    axes = tuple(range(inputs.ndim - 1)) if inputs.ndim == 4 else (0,)
+    deviations = inputs.std(axis=axes, dtype=np.float64).ravel()
+    varying = deviations[deviations > 0]
+    found, of = float(np.sqrt(np.mean(np.square(varying)))) if varying.size else 1.0, "the data has"
+    if 1 / UNITS < found < UNITS and len(columns) == len(deviations) and len(inputs) >= FEW:
+        low, high = np.quantile(inputs, (0.25, 0.75), axis=0)
+        narrow = np.flatnonzero((high > low) & (deviations <= 1 / UNITS))
+        if narrow.size:
+            found, of = deviations[narrow[0]], f"the column {columns[narrow[0]]!r:.80} has"
+    if 1 / UNITS < found < UNITS:
+        return _far_away(inputs, columns)
+    return (
+        f"scales inputs by its own mean and deviation, and so scaled {of} a deviation of "
+        f"{found:.3g} where about 1 is expected. Are the data in other units, such as pixels from "
+        "0 to 255 and from 0 to 1?"
+    )
+
+
+def _far_away(inputs: np.ndarray, columns: Sequence[str]) -> str | None:
+    """What is wrong with columns that lie where no example lay from which a scaling was measured.
+
+    A column says so where it has many values. Of columns without names, which may be pixels, most
+    have to.
+    """
+    if inputs.ndim != 2 or len(inputs) < FEW:
+        return None
+    low, high = np.quantile(inputs, (0.25, 0.75), axis=0)
+    away = (high > low) & ((low >= UNITS) | (high <= -UNITS))
+    if not away.any() or (len(columns) != len(away) and 2 * away.sum() <= len(away)):
+        return None
+    first = int(np.flatnonzero(away)[0])
+    which = f"the column {columns[first]!r:.80}" if len(columns) == len(away) else "the data"
+    return (
+        f"scales inputs by its own mean and deviation, and so scaled half of {which} lies between "
+        f"{low[first]:.3g} and {high[first]:.3g} where about 0 is expected. Are the data in other "
+        "units, such as kelvins in place of degrees Celsius?"
+    )
+
+
+def other_targets(targets: np.ndarray, names: Sequence[str]) -> str | None:
+    """What is wrong with numbers that a file's scaling does not bring near a deviation of 1.
+
+    Args:
+      targets: scaled, `[N, K]`.
+      names: of the K numbers, or none.
+    """
+    with np.errstate(over="ignore"):
+        size = np.sqrt(np.mean(np.square(targets.astype(np.float64)), axis=0))
+        deviations = targets.std(axis=0, dtype=np.float64)
+    far = np.flatnonzero((size >= UNITS) | ((deviations > 0) & (deviations <= 1 / UNITS)))
+    if not far.size:
+        return None
+    which = f"the target {names[far[0]]!r:.80} has" if names else "the targets have"
+    return (
+        f"learned numbers of its own units, and so scaled {which} a deviation of "
+        f"{deviations[far[0]]:.3g} and a root mean square of {size[far[0]]:.3g} where about 1 is "
+        "expected. Are they in other units, such as cents in place of euros?"
+    )
+
+
+def _plain(name: str) -> str:
+    """A class's name without what files and folders write differently."""
+    return name.strip().casefold().replace("_", " ")
+
+
+def _listed(names: Sequence[str], most: int = 300) -> str:
+    said = ", ".join(names)
+    return said if len(said) <= most else f"{said[:most]}…"
