@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -104,7 +105,12 @@ def test_simkd_predicts_through_its_connectors(tmp_path: Path) -> None:
     path = tmp_path / "simkd.safetensors"
     about = About("cnn:4", 3, None, (), (6, 6, 1))
     model_files.save(path, own, about, {}, parts)
-    np.testing.assert_allclose(model_files.load(path).predict(x), wanted, rtol=1e-5, atol=1e-6)
+    loaded = model_files.load(path)
+    np.testing.assert_allclose(loaded.predict(x), wanted, rtol=1e-5, atol=1e-6)
+    # It can be exported for batches of any size.
+    (rows,) = jax.export.symbolic_shape("n")
+    found = jax.eval_shape(loaded.outputs, jax.ShapeDtypeStruct((rows, 6, 6, 1), jnp.float32))
+    assert found.shape == (rows, 3)
 
 
 @pytest.mark.parametrize(

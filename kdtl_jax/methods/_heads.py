@@ -134,7 +134,7 @@ def simkd(setup: Setup) -> Method:
     def predict(params: Params, memory: PyTree, student: Outputs) -> Array:
         # Of the teacher's map only the size matters here: the student's is pooled to it.
         features = student[pair[0]]
-        blank = jnp.zeros((len(features), *of_teacher.shape[1:]), features.dtype)
+        blank = jnp.zeros((features.shape[0], *of_teacher.shape[1:]), features.dtype)
         [(features, _)] = found.read(student, {pair[1]: blank})
         projected = projector.evaluate(params, memory, features)
         return classify(head, _layers.as_vector(projected))
