@@ -141,8 +141,8 @@ def label_smoothing(setup: Setup, *, smoothing: float = 0.1) -> Method:
 def tf_kd(setup: Setup, *, temperature: Scalar = 20.0, correct_probability: float = 0.99) -> Method:
     """KD from a virtual teacher made from the labels: teacher-free KD.
 
-    Yuan et al., 2019 (1909.11723). Task 0.1, kd 0.9, as for KD; T = 20 as for the authors'
-    ResNet-18 (10 or 40 for others). Their code differs: see `losses.virtual_teacher`.
+    Yuan et al., 2019 (1909.11723). Task 0.1, kd 0.9 and `T^2`, as for KD; T = 20 as for the
+    authors' ResNet-18 (10 or 40 for others). Their code differs: see `losses.virtual_teacher`.
     """
 
     def terms(x: Logits) -> dict[str, Array]:

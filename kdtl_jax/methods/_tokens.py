@@ -34,7 +34,10 @@ def _token_layers(setup: Setup) -> Sequence[Pair]:
 def _attention(setup: Setup, *parts: str) -> Sequence[Pair]:
     """Matched attention modules, whose named parts must be tapped."""
     if not setup.attention:
-        raise ValueError("needs matched attention modules, this pair of models has none")
+        raise ValueError(
+            "needs matched attention modules, this pair of models has none: let outputs be called "
+            "PATH/query, PATH/key, PATH/value and PATH/probs"
+        )
     for of_student, of_teacher in setup.attention:
         for part in parts:
             for taps, path in ((setup.student, of_student), (setup.teacher, of_teacher)):
