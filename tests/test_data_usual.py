@@ -1,5 +1,6 @@
 """Data in the forms that people have them in: folders, encodings, cells, lists of images."""
 
+import gzip
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from data_files import NAMES, PIXELS, N, Y, columns, image_folder, png, table
 
 from kdtl_jax import datasets
+from kdtl_jax.datasets import _csv
 
 TEXT = [NAMES[y] for y in Y]
 
@@ -161,7 +163,35 @@ def test_a_column_that_is_the_label_is_told(tmp_path: Path) -> None:
     assert re.search("'?code'?: each of its values stands for one class", told), told
 
 
-def test_a_compressed_table_says_how_it_is_unpacked(tmp_path: Path) -> None:
-    (tmp_path / "a.csv.gz").write_bytes(b"\x1f\x8b")
-    with pytest.raises(ValueError, match="Unpack it first: gunzip a.csv.gz"):
-        datasets.read_splits(str(tmp_path / "a.csv.gz"))
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "latin-1"])
+def test_a_gzipped_table_is_read(tmp_path: Path, encoding: str) -> None:
+    plain = table(tmp_path / "a.csv", columns(label=[f"é{y}" for y in Y]))
+    plain.write_bytes(plain.read_text().encode(encoding))
+    packed = tmp_path / "b" / "A.CSV.gz"
+    packed.parent.mkdir()
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    wanted = datasets.read(plain)
+    for path in (packed, packed.parent):
+        found = datasets.read(path)
+        np.testing.assert_array_equal(found.inputs, wanted.inputs)
+        assert found.names == wanted.names and found.notices == wanted.notices
+        assert found.labels.tolist() == wanted.labels.tolist()
+
+
+def test_a_gzipped_table_that_is_damaged_or_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = gzip.compress(table(tmp_path / "a.csv", columns(label=TEXT)).read_bytes())
+    path = tmp_path / "a.csv.gz"
+    for content in (whole[:2], whole[:-200], whole[:-8] + bytes(8), b"a,label", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.csv\.gz: (not a CSV text file|needs a header)"):
+            datasets.read_splits(str(path))
+    monkeypatch.setattr(_csv, "LARGE", 2**20)
+    for start in (b"a,label\n", "a,label\n".encode("utf-16")):
+        path.write_bytes(gzip.compress(start + bytes(2**22)))
+        with pytest.raises(ValueError, match="unpack it first: gunzip a.csv.gz"):
+            datasets.read_splits(str(path))
+    path.rename(tmp_path / "a.parquet.gz")
+    with pytest.raises(ValueError, match="Unpack it first: gunzip a.parquet.gz"):
+        datasets.read_splits(str(tmp_path / "a.parquet.gz"))

@@ -3,16 +3,20 @@
 A first pass makes numbers of every column; columns that are not numbers are read once more, as
 text. Booleans are 0 and 1; empty cells and the usual words for a missing value are missing.
 Files are UTF-8, or UTF-16 with its mark; what is neither is read as Windows-1252, with a notice.
+They may be gzipped, as `people.csv.gz`.
 """
 
 import array
 import codecs
 import csv
+import gzip
+import io
 import itertools
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 import numpy as np
 
@@ -27,6 +31,14 @@ PART = 4096  # rows that are read at once
 LONGEST = 2**22  # characters of a row, line ends within quotes included
 SUFFIXES = (".csv", ".tsv", ".tab")
 OTHER = "cp1252"
+# A gzipped table of more than `LARGE` bytes is a trap if it has this many bytes per byte.
+LARGE, MOST_PACKED = 2**28, 200
+DAMAGED = (UnicodeDecodeError, csv.Error, EOFError, zlib.error, gzip.BadGzipFile)
+
+
+def is_text_table(path: Path) -> bool:
+    """Whether a file is a text table by its name, gzipped or not."""
+    return Path(path.stem if _is_packed(path) else path).suffix.lower() in SUFFIXES
 
 
 def header_of(path: Path) -> tuple[list[str], str]:
@@ -54,13 +66,13 @@ def first_row(path: Path) -> list[str]:
 def _beginning(path: Path) -> tuple[list[str], list[str], str]:
     """The cells of the header and of the first row, and the delimiter."""
     try:
-        with path.open(newline="", encoding=encoding_of(path)) as stream:
+        with _text(path) as stream:
             lines = iter(lambda: _line(path, stream), "")
             first = next((line for line in lines if line.strip()), "")
         delimiter = max(DELIMITERS, key=lambda mark: _count(first, mark))
         rows = (row for _, row in _filled(path, delimiter))
         header, cells = next(rows, []), next(rows, [])
-    except (UnicodeDecodeError, csv.Error) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path}: not a CSV text file ({error}).") from None
     return header, cells, delimiter
 
@@ -70,9 +82,12 @@ def encoding_of(path: Path) -> str:
 
     Raises:
       OSError: if the file does not exist or cannot be read.
+      ValueError: if it is gzipped and becomes hundreds of times as large.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    with path.open("rb") as stream:
+    if _is_packed(path):
+        _check_unpacked(path)
+    with _binary(path) as stream:
         if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             return "utf-16"
         stream.seek(0)
@@ -85,6 +100,31 @@ def encoding_of(path: Path) -> str:
         except UnicodeDecodeError:
             return OTHER
     return "utf-8-sig"
+
+
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
+def _binary(path: Path) -> IO[bytes]:
+    return gzip.open(path) if _is_packed(path) else path.open("rb")
+
+
+def _text(path: Path) -> TextIO:
+    encoding = encoding_of(path)
+    return io.TextIOWrapper(_binary(path), encoding=encoding, newline="")
+
+
+def _check_unpacked(path: Path) -> None:
+    used, most = 0, max(LARGE, MOST_PACKED * path.stat().st_size)
+    with gzip.open(path) as stream:
+        while piece := stream.read(2**20):
+            used += len(piece)
+            if used > most:
+                raise ValueError(
+                    f"{path}: more than {MOST_PACKED} times as large unpacked, which is unusual "
+                    f"for a table. If it is one, unpack it first: gunzip {path.name}"
+                )
 
 
 def read_csv(path: Path, targets: Sequence[str] = ()) -> Table:
@@ -105,7 +145,7 @@ def read_csv(path: Path, targets: Sequence[str] = ()) -> Table:
     try:
         numbers, lines, commas = _numbers(path, names, delimiter, as_text)
         texts = _texts(path, names, delimiter, as_text)
-    except (UnicodeDecodeError, csv.Error) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path}: not a CSV text file ({error}).") from None
     if not len(lines):
         raise ValueError(
@@ -144,7 +184,7 @@ def _filled(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
                 raise _too_long(path)
             yield line
 
-    with path.open(newline="", encoding=encoding_of(path)) as stream:
+    with _text(path) as stream:
         reader = csv.reader(lines(), delimiter=delimiter)
         for row in reader:
             used = 0

@@ -14,14 +14,15 @@ from kdtl_jax.datasets._arrays import Arrays
 from kdtl_jax.datasets._idx import idx_file, idx_shape, is_idx_folder, read_idx_array
 from kdtl_jax.datasets._images import Pictures
 from kdtl_jax.datasets._source import Choices, Source, check_shape, with_channels
-from kdtl_jax.datasets._table_files import TABLES, image_folder, labeled, table_files
+from kdtl_jax.datasets._table_files import image_folder, is_table, labeled, table_files
 
 # What `read_splits` reads, in words, for messages.
 FORMATS = (
-    "digits (built in), an .npz or .npy files (x_train, y_train, x_test, y_test, or x, y), a .csv, "
-    ".tsv, .parquet or .arrow file with a label column (which may name images beside it), or a "
-    "folder: of images (cat/1.png, or train/cat/1.png), of idx files (train-images-idx3-ubyte, …, "
-    ".gz too), of tables (train.csv, test.csv), of Hugging Face datasets"
+    "digits (built in), an .npz or .npy files (x_train, y_train, x_test, y_test, or x, y), a .csv "
+    "or .tsv (.gz too), .parquet or .arrow file with a label column (which may name images beside "
+    "it), or a folder: of images (cat/1.png, or train/cat/1.png), of idx files "
+    "(train-images-idx3-ubyte, …, .gz too), of tables (train.csv, test.csv), of Hugging Face "
+    "datasets"
 )
 
 
@@ -41,9 +42,9 @@ def sources(path: Path, choices: Choices) -> dict[str, Source]:
         return _of_arrays(_arrays.npz(path), choices)
     if path.suffix == ".npy":
         return _of_npy(path, choices)
-    if suffix in TABLES:
+    if is_table(path):
         return labeled({"whole": [path]}, choices)
-    if suffix == ".gz" and Path(path.stem).suffix.lower() in TABLES:
+    if suffix == ".gz" and is_table(Path(path.stem)):
         raise ValueError(f"{path}: a compressed table. Unpack it first: gunzip {path.name}")
     if _images.is_image(path) and not choices.with_targets:
         return {"whole": Source(str(path), Pictures(str(path), [path]))}
@@ -66,7 +67,7 @@ def files_of(text: str, *, label: str = "label", inputs: str | None = None) -> t
       inputs: likewise.
     """
     path = Path(text)
-    if path.suffix.lower() in _csv.SUFFIXES and path.is_file():
+    if _csv.is_text_table(path) and path.is_file():
         return (path, *_images_of(path))
     if path.suffix != ".npy" or not path.is_file():
         return (path,)

@@ -14,7 +14,11 @@ from kdtl_jax.datasets._images import Pictures, is_image
 from kdtl_jax.datasets._source import Choices, Source
 from kdtl_jax.datasets._tables import Table
 
-TABLES = (*_csv.SUFFIXES, *_arrow.SUFFIXES)
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file is a table by its name."""
+    return _csv.is_text_table(path) or path.suffix.lower() in _arrow.SUFFIXES
 
 
 def table_files(folder: Path) -> dict[str, list[Path]]:
@@ -22,7 +26,7 @@ def table_files(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for path in sorted((*folder.glob("*"), *folder.glob("*/*"))):
         is_hidden = path.name.startswith((".", "cache-"))
-        if path.suffix.lower() not in TABLES or is_hidden or not path.is_file():
+        if not is_table(path) or is_hidden or not path.is_file():
             continue
         words = set(re.split(r"[^a-z0-9]+", "/".join(path.relative_to(folder).parts).lower()))
         parts = [part for part, names in PARTS.items() if words & set(names)]
