@@ -93,6 +93,28 @@ def test_a_table_that_names_its_images(tmp_path: Path) -> None:
         datasets.read_inputs(other, form)
 
 
+@pytest.mark.parametrize("inside", [".", "train"])
+def test_a_table_beside_folders_of_classes(tmp_path: Path, inside: str) -> None:
+    """The folders are the classes, unless the table names the images, or its labels are asked."""
+    image_folder(tmp_path / inside)
+    other = table(tmp_path / "stats.csv", columns(kind=Y, label=TEXT))
+    whole = datasets.read_splits(str(tmp_path), validation=0, test=0).train
+    assert whole.names == NAMES and whole.inputs.shape == (N, 4, 4, 1)
+    assert any("name none of them, left out: stats.csv" in note for note in whole.notices)
+    form = whole.form._replace(names=NAMES, outputs=3)
+    found = datasets.read_unlabeled(tmp_path, form)
+    np.testing.assert_array_equal(found.inputs, whole.inputs)
+    again = datasets.read_splits(str(tmp_path), preprocessing=form, validation=0, test=0).train
+    np.testing.assert_array_equal(again.labels, whole.labels)
+    asked = datasets.read_splits(str(tmp_path), label="kind", drop=["label"]).train
+    assert asked.inputs.shape[1:] == (3,)
+    other.unlink()
+    files = [f"{inside}/{NAMES[y]}/{i:02d}.png" for i, y in enumerate(Y)]
+    cells = {"file": files, "label": [f"{x}s" for x in TEXT]}
+    table(tmp_path / "labels.csv", cells)
+    assert datasets.read(tmp_path).names == ("ants", "bees", "cats")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
 def test_text_in_other_encodings(tmp_path: Path, encoding: str) -> None:
     cells = columns(größe=Y, label=[f"é{y}" for y in Y])

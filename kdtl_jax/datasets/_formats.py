@@ -4,6 +4,7 @@ Digits, npz, npy files, CSV and its relatives, parquet and Arrow, folders of `da
 folders of images all come out as `Source`s by part: "train", "validation", "test", or "whole".
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,8 @@ def _of_folder(folder: Path, choices: Choices) -> dict[str, Source]:
     if is_idx_folder(folder):
         return _of_idx(folder, choices)
     tables = table_files(folder)
-    if tables:
+    beside = _beside_images(folder, tables, choices)
+    if tables and not beside:
         return labeled(tables, choices)
     arrays = _arrays.npy_folder(folder)
     if arrays.names:
@@ -98,6 +100,11 @@ def _of_folder(folder: Path, choices: Choices) -> dict[str, Source]:
     if not choices.with_targets and (files := _images.all_images(folder)):
         return {"whole": Source(str(folder), Pictures(str(folder), files))}
     found = _of_images(folder)
+    if found and beside:
+        listed = ", ".join(beside)
+        note = f"tables beside the folders of images that name none of them, left out: {listed:.200}"
+        first = "train" if "train" in found else "whole"
+        found[first] = found[first]._replace(notices=(*found[first].notices, note))
     if found:
         return found
     there = sorted(entry.name for entry in folder.iterdir())[:8]
@@ -110,6 +117,28 @@ def _of_folder(folder: Path, choices: Choices) -> dict[str, Source]:
         f"{folder}: has no train-images-idx file, no folders of images, no npy files and no "
         f"tables; it has {there or 'nothing'}. Expected {FORMATS}."
     )
+
+
+def _beside_images(
+    folder: Path, tables: Mapping[str, Sequence[Path]], choices: Choices
+) -> list[str]:
+    """The tables of a folder whose images are the data; none where the tables are.
+
+    They are the data if they name images or hold the column of labels that was asked for, if the
+    model reads columns, or if there are no two folders of images to be classes.
+    """
+    paths = [path for each in tables.values() for path in each]
+    of_columns = choices.takes is not None and choices.takes.images is None
+    if not paths or of_columns or not all(map(_csv.is_text_table, paths)):
+        return []
+    for path in paths:
+        header, _ = _csv.header_of(path)
+        is_asked = choices.label != "label" and choices.label.split(",")[0].strip() in header
+        if is_asked or any(image_folder(path, cell) for cell in _csv.first_row(path)):
+            return []
+    parts = _images.parts_of(folder) or {"whole": folder}
+    classes = _images.in_classes(parts.get("train", folder)).classes
+    return [path.name for path in paths] if len({*classes}) > 1 else []
 
 
 def _of_images(folder: Path) -> dict[str, Source]:
