@@ -102,7 +102,9 @@ def _of_folder(folder: Path, choices: Choices) -> dict[str, Source]:
     found = _of_images(folder)
     if found and beside:
         listed = ", ".join(beside)
-        note = f"tables beside the folders of images that name none of them, left out: {listed:.200}"
+        note = (
+            f"tables beside the folders of images that name none of them, left out: {listed:.200}"
+        )
         first = "train" if "train" in found else "whole"
         found[first] = found[first]._replace(notices=(*found[first].notices, note))
     if found:

@@ -15,7 +15,6 @@ from kdtl_jax.datasets._source import Choices, Source
 from kdtl_jax.datasets._tables import Table
 
 
-
 def is_table(path: Path) -> bool:
     """Whether a file is a table by its name."""
     return _csv.is_text_table(path) or path.suffix.lower() in _arrow.SUFFIXES
