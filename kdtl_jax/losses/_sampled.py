@@ -150,7 +150,7 @@ def truncated_ratio(
     All `[B, L]`.
 
     References:
-      Truncated importance sampling, as in SDPO (2601.20802) and TRL's `SDPOTrainer`.
+      Truncated importance sampling, as in SDPO (2601.20802) and TRL's trainer of it.
     """
     _checks.positive(max_ratio=max_ratio)
     student, sampler = _prepared(where, log_probs=log_probs, sampler_log_probs=sampler_log_probs)
