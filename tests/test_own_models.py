@@ -175,9 +175,70 @@ class Needy(nn.Module):
 
 
 class Nested(nn.Module):
+    last: Any = None
+
     @nn.compact
     def __call__(self, x: Any) -> Any:
-        return {"logits": nn.Dense(3)(x), "features": {"first": x}}
+        return {"logits": nn.Dense(3)(x), "features": {"first": (x, 2 * x), "last": self.last}}
+
+
+class Pairs(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.out = nnx.Linear(5, 3, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.out(x), x
+
+
+class OfBatches(eqx.Module):
+    """It maps over the batch itself, with dropout in training."""
+
+    out: eqx.nn.Linear
+    dropout: eqx.nn.Dropout
+
+    def __init__(self, classes: int, key: Any) -> None:
+        self.out, self.dropout = eqx.nn.Linear(5, classes, key=key), eqx.nn.Dropout(0.5)
+
+    def __call__(self, x: Any, key: Any = None) -> Any:
+        hidden = self.dropout(x, key=key)
+        return jax.vmap(self.out)(hidden), {"hidden": hidden}
+
+
+@pytest.mark.parametrize(
+    ("found", "names"),
+    [
+        (Nested(), ["features/first/0", "features/first/1"]),
+        (Pairs, ["features"]),
+        (OfBatches, ["features/hidden"]),
+        (
+            (lambda key: jnp.ones((5, 3)), lambda p, x: [x @ p, x, 2 * x]),
+            ["features/0", "features/1"],
+        ),
+        ((lambda key: jnp.ones((5, 3)), lambda p, x: (x @ p, None)), []),
+    ],
+    ids=["nested", "nnx", "equinox", "functions", "none"],
+)
+def test_outputs_beside_the_logits_have_names(found: Any, names: list[str]) -> None:
+    """Tuples of logits and features, and outputs within outputs."""
+    net = own.network(found, classes=3, example=X[:1])
+    variables = net.init(jax.random.key(0), X[:1])
+    outputs, _ = net.apply(*variables, X)
+    assert list(outputs) == ["logits", *names] and outputs["logits"].shape == (6, 3)
+    for name, factor in zip(names, (1, 2), strict=False):
+        np.testing.assert_array_equal(outputs[name], factor * X)
+    assert [*net.layout.features] == names
+
+
+def test_an_equinox_module_that_maps_over_the_batch_itself() -> None:
+    module = OfBatches(3, jax.random.key(0))
+    model, params, _ = from_equinox.model(module)
+    for rows in (X, X[:5], X[:1]):  # five rows are as many as inputs
+        wanted = rows @ np.asarray(module.out.weight).T + np.asarray(module.out.bias)
+        np.testing.assert_allclose(model(params, None, rows)[0]["logits"], wanted, rtol=1e-5)
+    trained, _ = model(params, None, X, key=jax.random.key(1), train=True)
+    assert set(np.unique(trained["features/hidden"] / X).round(5)) == {0, 2}
+    with pytest.raises(ValueError, match="matmul"):  # neither examples nor batches
+        model(params, None, X[:, :4])
 
 
 def alone(params: Any, x: Any) -> Any:
@@ -196,12 +257,16 @@ def averaged(params: Any, x: Any) -> Any:
         (Linen(4), r"Linen gives logits \[1, 4\] for one example, expected \[1, 3\]"),
         (lambda: nnx.Linear(5, 3, rngs=nnx.Rngs(0)), "holds one set of weights.*argument rngs"),
         (nnx.Linear(5, 3, rngs=nnx.Rngs(0)), "holds one set of weights.*argument rngs"),
-        (Nested(), "returns 'features' as a dict. Every output must be an array under a name"),
+        (Nested("text"), "returns 'features/last' as a str. Every output must be an array"),
         (alone, r"alone\(params, ...\) is a function of parameters.*net = \(init, alone\)"),
         (lambda: {"w": X}, "is dict, no model. Expected a Linen module"),
         (np.ones(3), "is an array, no model"),
         (
-            (lambda key: jnp.ones((5, 3)), lambda p, x: (x @ p, x)),
+            (lambda key: jnp.ones((5, 3)), lambda p, x: (x, x @ p)),
+            r"gives logits \[1, 5\] for one example, expected \[1, 3\]",
+        ),
+        (
+            (lambda key: jnp.ones((5, 3)), lambda p, x: ({"logits": x @ p}, None)),
             'tuple returns a tuple: no "logits". Return an array, or a dict',
         ),
         ((lambda key: jnp.ones((5, 3)), averaged), r"gives logits \[\] for one example"),

@@ -50,15 +50,24 @@ def select(taps: Sequence[str], found: dict[str, Array], hint: str = "") -> dict
 def outputs_of(returned: Any) -> dict[str, Array]:
     """A module's outputs as a dict: what it returns, or an array under `"logits"`.
 
+    Of a tuple the first array is the logits and the others are `"features"`. Outputs within others
+    are called by their path, `"features/first"` or `"features/0"`.
+
     Raises:
       ValueError: naming an output beside the logits that is no array.
     """
+    if isinstance(returned, (tuple, list)) and hasattr(next(iter(returned), None), "shape"):
+        logits, *others = returned
+        returned = {"logits": logits, "features": others[0] if len(others) == 1 else others}
     if not isinstance(returned, Mapping):
         return {"logits": returned}
+    found: dict[str, Any] = {}
     for name, x in returned.items():
-        if name != "logits" and not hasattr(x, "shape"):
-            raise ValueError(
-                f"the model returns {name!r} as a {type(x).__name__}. Every output must be an "
-                "array under a name of its own."
-            )
-    return dict(returned)
+        for inner, leaf in ({"": x} if name == "logits" else trees.flatten(x)).items():
+            found[path := f"{name}/{inner}" if inner else name] = leaf
+            if name != "logits" and not hasattr(leaf, "shape"):
+                raise ValueError(
+                    f"the model returns {path!r} as a {type(leaf).__name__}. Every output must be "
+                    "an array."
+                )
+    return found

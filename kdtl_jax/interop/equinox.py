@@ -6,6 +6,7 @@
 `params` is the module's inexact arrays, a module with None elsewhere; selectors see paths
 such as `layers/0/weight`. Equinox modules take one example; this adapter maps them over the batch.
 To get features, let the module return a dict with `"logits"` (there is nothing to intercept).
+A module without state that takes no single example, but batches of any size, is given the batch.
 """
 
 import functools
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from kdtl_jax._types import ModelFn, Outputs, Params, PyTree
@@ -83,7 +85,10 @@ def model(
         size = jax.tree.leaves(inputs)[0].shape[0]
         keys = None if key is None else jax.random.split(key, size)
 
-        def run(way: Call) -> tuple[Any, Any]:
+        def whole(way: Call) -> tuple[Any, Any]:
+            return way(ready, None, inputs, key, train)
+
+        def mapped(way: Call) -> tuple[Any, Any]:
             # Equinox refuses a state that was used before; a copy may be used again.
             fresh = jax.tree.map(lambda leaf: leaf, model_state)
             return jax.vmap(
@@ -93,21 +98,30 @@ def model(
                 axis_name=axis_name,
             )(inputs, keys)
 
-        def modes(way: Call) -> dict[str, bool]:
-            found = _modes_of(module, lambda: run(way), model_state)
-            if keys is not None and not train and "dropout" not in found:
-                found["dropout"] = _modes.draws(lambda: run(way))  # of the module's own making
-            return found
+        def told(run: Callable[[Call], tuple[Any, Any]]) -> tuple[Any, Any]:
+            def modes(way: Call) -> dict[str, bool]:
+                found = _modes_of(module, lambda: run(way), model_state)
+                if keys is not None and not train and "dropout" not in found:
+                    found["dropout"] = _modes.draws(lambda: run(way))  # of the module's own making
+                return found
 
-        way = call
-        if way is None:
             way = _modes.first_that_follows(_ways(module, train), train, modes)
             example = (
                 "equinox.model(module, call=lambda module, state, x, key, train: "
                 "(module(x, key=key, flag=train), state))"
             )
             _modes.check(modes(way), train, type(module).__name__, example)
-        outputs, new_state = run(way)
+            return run(way)
+
+        if call is not None:
+            outputs, new_state = mapped(call)
+        else:
+            try:
+                outputs, new_state = told(mapped)
+            except Exception:  # whatever a module raises that is given another shape than it takes
+                if model_state is not None or not _maps_itself(ready, _ways(module, train), inputs):
+                    raise
+                outputs, new_state = told(whole)
         return _taps.outputs_of(outputs), new_state if train else model_state
 
     return Equinox(apply, params, state)
@@ -127,6 +141,20 @@ def _ways(module: Any, train: bool) -> list[Call]:
         return call
 
     return [way(flags) for flags in _modes.candidates(function, train)]
+
+
+def _maps_itself(module: Any, ways: list[Call], inputs: Any) -> bool:
+    """Whether a module takes batches of any size, and gives one row per example."""
+
+    def rows(size: int) -> set[tuple[int, ...]]:
+        some = jax.tree.map(lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype), inputs)
+        found = jax.eval_shape(lambda x: ways[-1](module, None, x, jax.random.key(0), False), some)
+        return {x.shape[:1] for x in jax.tree.leaves(found)}
+
+    try:
+        return all(rows(size) == {(size,)} for size in (5, 7))
+    except Exception:  # as above
+        return False
 
 
 def _with_fields(module: Any, train: bool) -> Any:
