@@ -106,6 +106,46 @@ def test_two_files_of_one_name_have_their_own_neighbors(tmp_path: Path) -> None:
     assert _own.imported(f"{tmp_path}/b/own_second.py:own_shared") is shared
 
 
+CALLED = """
+import importlib
+
+def named():
+    import own_late
+
+    return own_late.VALUE
+
+def loss(student, teacher):
+    return importlib.import_module("own_" + "computed").VALUE * (student - teacher).sum(-1)
+
+def method(setup):
+    importlib.import_module("own_parts")
+"""
+
+
+def test_a_called_function_finds_what_an_import_statement_names(tmp_path: Path) -> None:
+    for folder, value in (("a", 1), ("b", 2)):
+        written(tmp_path / folder, value)
+        (tmp_path / folder / "own_called.py").write_text(CALLED)
+        (tmp_path / folder / "own_computed.py").write_text(f"VALUE = {value}.0")
+    texts = [f"{tmp_path}/{folder}/own_called.py:named" for folder in "ab"]
+    calls = [_own.neighborly(text, _own.imported(text)) for text in texts]
+    # Each file's own, in turns: the other's is in sys.modules under the same name.
+    assert [call() for call in [*calls, *calls]] == [1, 2, 1, 2]
+    path = tmp_path / "a/own_called.py"
+    said = rf"{path}, line 10: ImportError: no import statement names own_computed\.py.*at the top"
+    with pytest.raises(ValueError, match=said):
+        _own.entries(_own.Terms(loss=(f"{path}:loss",)))
+    (method,) = _own.entries(_own.Terms(method=(f"{path}:method",))).values()
+    with pytest.raises(ValueError, match=r"line 13: ImportError.* names own_parts/__init__\.py"):
+        method.build(None)  # type: ignore[arg-type]
+    assert "own_computed" not in sys.modules
+    # Its content at the start is part of what the run is known by: no other may run later.
+    sys.modules.pop("own_late", None)
+    same_size_and_date(tmp_path / "a/own_late.py", "1", "3")
+    with pytest.raises(ImportError, match=r"own_late\.py has changed since the file was run"):
+        calls[0]()
+
+
 def test_nothing_is_left_on_the_path(tmp_path: Path) -> None:
     path, hooks = list(sys.path), list(sys.path_hooks)
     _own.imported(written(tmp_path, 1))

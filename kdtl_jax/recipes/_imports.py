@@ -2,7 +2,8 @@
 
 Those beside the file are found first, as `python FILE.py` finds them, and each file has its own: a
 module of the same name beside another file is another module. All are compiled from their text,
-never from a cached program, and run anew once any of them has changed.
+never from a cached program, and run anew once any of them has changed. What an import statement
+names may also be imported when a function of the file is called; what none names is not there then.
 """
 
 import ast
@@ -13,7 +14,7 @@ import importlib.util
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import kdtl_jax
 from kdtl_jax import _files
 
+OWN = "_kdtl_own_"  # how the name of a user's file as a module begins
 READ = "__kdtl_files__"  # of a module: the digest of every file that it consists of
 # Packages that are installed are known by their versions.
 LIBRARIES = ("stdlib", "platstdlib", "purelib", "platlib")
@@ -45,7 +47,7 @@ def module(path: Path) -> ModuleType:
       Exception: whatever the file raises.
     """
     path = path.resolve()
-    name = f"_kdtl_own_{path}"
+    name = f"{OWN}{path}"
     found = sys.modules.get(name)
     if found is not None:
         if all(_digest(file) == digest for file, digest in getattr(found, READ).items()):
@@ -76,6 +78,19 @@ def files(path: Path) -> list[Path]:
     """
     path = path.resolve()
     return [path, *sorted(getattr(module(path), READ).keys() - {path})]
+
+
+@contextlib.contextmanager
+def at_work(path: Path) -> Iterator[None]:
+    """While functions of a file run that `module` has run: they find what is beside it.
+
+    An import of a file below its folder raises ImportError there, with the repair, if the file is
+    none of `files`: a run is known by those, and this one could change without notice.
+    """
+    path = path.resolve()
+    _forget(path.parent, set())
+    with _beside(path.parent, getattr(sys.modules[f"{OWN}{path}"], READ)):
+        yield
 
 
 def _digest(path: Path) -> str | None:
@@ -121,16 +136,40 @@ def _forget(folder: Path, stale: set[Path]) -> None:
 
 
 @contextlib.contextmanager
-def _beside(folder: Path) -> Iterator[None]:
-    """Modules in the folder are found first, and all of the user's are compiled from their text."""
+def _beside(folder: Path, known: Mapping[Path, str | None] | None = None) -> Iterator[None]:
+    """Modules in the folder are found first, and all of the user's are compiled from their text.
+
+    Args:
+      folder: of the user's file.
+      known: digests of the files in the folder that may be imported; None: any may.
+    """
+
+    def check(file: Path) -> None:
+        if known is None or folder not in file.parents:
+            return
+        if file not in known:
+            raise ImportError(
+                f"no import statement names {file.relative_to(folder)}, so that no run can be "
+                "known by it. Import it at the top of the file."
+            )
+        if known[file] != _digest(file):
+            raise ImportError(f"{file.relative_to(folder)} has changed since the file was run.")
+
+    def text(name: str, path: str) -> FromText:
+        check(Path(path).resolve())
+        return FromText(name, path)
+
+    def compiled(name: str, path: str) -> importlib.machinery.ExtensionFileLoader:
+        check(Path(path).resolve())
+        return importlib.machinery.ExtensionFileLoader(name, path)
 
     def finder(entry: str) -> Any:
         if _installed(entry) or not Path(entry).is_dir():
             raise ImportError(entry)
-        compiled = importlib.machinery.ExtensionFileLoader, importlib.machinery.EXTENSION_SUFFIXES
-        return importlib.machinery.FileFinder(entry, compiled, (FromText, [".py"]))
+        both = (compiled, importlib.machinery.EXTENSION_SUFFIXES), (text, [".py"])
+        return importlib.machinery.FileFinder(entry, *both)
 
-    entry, known = str(folder), dict(sys.path_importer_cache)
+    entry, finders = str(folder), dict(sys.path_importer_cache)
     for place in list(sys.path_importer_cache):
         if not _installed(place):
             del sys.path_importer_cache[place]
@@ -143,7 +182,7 @@ def _beside(folder: Path) -> Iterator[None]:
             sys.path.remove(entry)
         sys.path_hooks.remove(finder)
         sys.path_importer_cache.clear()
-        sys.path_importer_cache.update(known)
+        sys.path_importer_cache.update(finders)
 
 
 def _imported(path: Path, root: Path, seen: set[Path]) -> set[Path]:

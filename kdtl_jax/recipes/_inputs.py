@@ -122,9 +122,13 @@ def model_of(settings: Any) -> Model:
     text = settings.model
     if sources.is_hugging_face(text):
         model, text = sources.pretrained(text).module, f"{model_files.HUGGING_FACE}{text}"
+        found = model_files.load(settings.student, model=model)
     else:
         model = _own.imported(text)
-    found = model_files.load(settings.student, model=model)
+        with _own.at_work(text):
+            found = model_files.load(settings.student, model=model)
+        predict, logits = (_own.neighborly(text, use) for use in (found.predict, found.logits))
+        found = found._replace(predict=predict, logits=logits)
     _models.tell_changed(text, found.metadata)
     return found
 

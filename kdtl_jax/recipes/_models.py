@@ -71,10 +71,13 @@ def described(text: str, classes: int, example: Any, *, dtype: Any = None) -> Ne
         return networks.network(module(text, classes), example, dtype=dtype)
     found = _own.imported(text)
     try:
-        return own.network(found, classes=classes, example=example, dtype=dtype)
+        with _own.at_work(text):
+            made = own.network(found, classes=classes, example=example, dtype=dtype)
     except Exception as error:  # whatever the user's code raises
         said = _own.at_fault(Path(_own.file_of(text)), error)
         raise ValueError(f"{text}: {said}") from error
+    init, apply = (_own.neighborly(text, function) for function in (made.init, made.apply))
+    return made._replace(init=init, apply=apply)
 
 
 def same(text: str, other: str) -> bool:

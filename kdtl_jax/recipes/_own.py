@@ -4,6 +4,8 @@ Only that file is imported, when its name stands on the command line or in the s
 it imports, and nothing else ever is. The digests of all these are part of the run's identity.
 """
 
+import contextlib
+import functools
 import inspect
 import re
 import traceback
@@ -69,6 +71,22 @@ def files_of(text: str) -> list[Path]:
     path = Path(file_of(text))
     _module(path)
     return _imports.files(path)
+
+
+def at_work(text: str) -> contextlib.AbstractContextManager[None]:
+    """While what `imported(text)` gave is at work: it finds the modules beside its file."""
+    return _imports.at_work(Path(file_of(text)))
+
+
+def neighborly(text: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the file `text`, or one that calls its functions, at work in its folder."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **named: Any) -> Any:
+        with at_work(text):
+            return function(*args, **named)
+
+    return run
 
 
 def _module(path: Path) -> ModuleType:
@@ -157,9 +175,10 @@ def _of_loss(text: str, function: Callable[..., Any]) -> Callable[[Setup], Metho
     name = text.rpartition(":")[2]
 
     def terms(inputs: Inputs) -> Mapping[str, Any]:
-        if len(needed) == 1:
-            return function(inputs)
-        return {name: function(inputs.student["logits"], inputs.teacher["logits"])}
+        with at_work(text):
+            if len(needed) == 1:
+                return function(inputs)
+            return {name: function(inputs.student["logits"], inputs.teacher["logits"])}
 
     _try(text, terms)
 
@@ -178,7 +197,8 @@ def _of_method(text: str, function: Callable[..., Any]) -> Callable[[Setup], Met
 
     def build(setup: Setup) -> Method:
         try:
-            made = function(setup)
+            with at_work(text):
+                made = function(setup)
         except Exception as error:  # whatever the user's code raises
             raise ValueError(f"--method {text}: {at_fault(Path(file_of(text)), error)}") from error
         if not isinstance(made, Method):
@@ -186,7 +206,11 @@ def _of_method(text: str, function: Callable[..., Any]) -> Callable[[Setup], Met
                 f"--method {text}: expected a methods.Method, got {type(made).__name__}. Return "
                 "methods.method(setup, terms, weights)."
             )
-        return made
+        weights = {name: part(weight) for name, weight in made.weights.items()}
+        return Method(*(part(x) for x in made._replace(weights=weights)))
+
+    def part(of: Any) -> Any:
+        return neighborly(text, of) if callable(of) else of
 
     return build
 
