@@ -84,6 +84,25 @@ def test_nothing_is_overwritten_unless_forced(capsys: pytest.CaptureFixture[str]
         assert out in capsys.readouterr().err
 
 
+def test_nor_is_what_another_command_has_written_meanwhile(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = safetensors.stream
+
+    def meanwhile(path: Path, *args: Any, **named: Any) -> None:
+        Path(path).write_text("theirs")
+        stream(path, *args, **named)
+
+    monkeypatch.setattr(safetensors, "stream", meanwhile)
+    for words in (["scale", A], ["average", A, B], ["slice", A, "--where", "head/.*"]):
+        before = sorted({*os.listdir(), "out.safetensors"})
+        assert params(*words, *OUT) == 1 and Path("out.safetensors").read_text() == "theirs"
+        assert "exists. Name another file, or pass --force" in capsys.readouterr().err
+        assert sorted(os.listdir()) == before, "nothing unfinished is left"
+        assert params(*words, *OUT, "--force") == 0 and written()
+        Path("out.safetensors").unlink()
+
+
 def test_a_write_error_keeps_the_old_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert params("scale", A, *OUT) == 0
     before, listing = Path("out.safetensors").read_bytes(), sorted(os.listdir())

@@ -1,5 +1,6 @@
 """What every action shares: checkpoints by canonical path, selectors, and writing a new one."""
 
+import functools
 import json
 import math
 import re
@@ -189,7 +190,9 @@ def finish(settings: Writing, command: str, rewrite: Rewrite) -> int:
     metadata = rewrite.inputs[0].checkpoint.metadata | recipe
     nonfinite: list[str] = []
     named = {rewrite.names.get(path, path): spec for path, spec in specs.items()}
-    produce = _watched(rewrite, specs, total, nonfinite)
+    # Another command may write there meanwhile: it is looked after every piece.
+    look = functools.partial(_check_absent, out, settings.force)
+    produce = _watched(rewrite, specs, total, nonfinite, look)
     # Double precision stays what it is; without x64, JAX would make float32 of it.
     with jax.enable_x64(True):
         if out.suffix == ".safetensors":
@@ -232,7 +235,11 @@ def progress(total: int, what: str = "") -> Callable[[int], None]:
 
 
 def _watched(
-    rewrite: Rewrite, specs: Mapping[str, Any], total: int, nonfinite: list[str]
+    rewrite: Rewrite,
+    specs: Mapping[str, Any],
+    total: int,
+    nonfinite: list[str],
+    look: Callable[[], None],
 ) -> Callable[[str], Any]:
     paths = {rewrite.names.get(path, path): path for path in specs}
     done = progress(total, "writing: ")
@@ -245,6 +252,7 @@ def _watched(
         done(array.nbytes)
         if path not in nonfinite[-1:] and trees.is_inexact(array) and not np.isfinite(array).all():
             nonfinite.append(path)
+        look()
         return array
 
     def produce(name: str) -> Any:
@@ -268,11 +276,15 @@ def _check_place(out: Path, force: bool, total: int) -> None:
         raise FileExistsError(f"--write {out} is a folder that exists. Name a new one.")
     if out.is_file() and out.suffix != ".safetensors":
         raise FileExistsError(f"--write {out} is a file; name OUT.safetensors or a new folder.")
-    if out.is_file() and not force:
-        raise FileExistsError(f"--write {out} exists. Name another file, or pass --force.")
+    _check_absent(out, force)
     free = shutil.disk_usage(out.parent).free
     if free < total:
         raise OSError(f"--write {out} needs {size(total)}, but its disk has {size(free)} free.")
+
+
+def _check_absent(out: Path, force: bool) -> None:
+    if out.is_file() and not force:
+        raise FileExistsError(f"--write {out} exists. Name another file, or pass --force.")
 
 
 def _recipe(settings: Writing, command: str, inputs: Sequence[Opened]) -> str:
