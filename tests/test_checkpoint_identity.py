@@ -63,6 +63,38 @@ ORDERS: dict[str, tuple[Any, Any, Any]] = {
 }
 
 
+@jax.tree_util.register_pytree_with_keys_class
+class Twins:
+    """A node that gives both of its children one name."""
+
+    def __init__(self, one: Any, other: Any) -> None:
+        self.one, self.other = one, other
+
+    def tree_flatten_with_keys(self) -> tuple[Any, None]:
+        key = jax.tree_util.GetAttrKey("twin")
+        return ((key, self.one), (key, self.other)), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Any) -> "Twins":
+        return cls(*children)
+
+
+@pytest.mark.parametrize(
+    ("tree", "path"),
+    [
+        (Twins(np.zeros(2), np.ones(2)), r"\.twin"),
+        # The second key is what the first two leaves are told apart by.
+        ({"a/b": np.zeros(2), "a": {"b": np.ones(2)}, "['a/b']": np.ones(2)}, r"\['a/b'\]"),
+    ],
+)
+def test_leaves_that_no_path_tells_apart_are_refused_not_lost(
+    tmp_path: Path, tree: Any, path: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"two leaves of the state have the path .{path}"):
+        saved(tmp_path, tree)
+    assert checkpoint.steps(tmp_path) == []
+
+
 @pytest.mark.parametrize("name", ORDERS)
 def test_values_land_by_name_in_any_order(tmp_path: Path, name: str) -> None:
     tree, template, wanted = ORDERS[name]

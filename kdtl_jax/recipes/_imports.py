@@ -155,18 +155,20 @@ def _beside(folder: Path, known: Mapping[Path, str | None] | None = None) -> Ite
         if known[file] != _digest(file):
             raise ImportError(f"{file.relative_to(folder)} has changed since the file was run.")
 
-    def text(name: str, path: str) -> FromText:
-        check(Path(path).resolve())
-        return FromText(name, path)
+    class Text(FromText):
+        def __init__(self, name: str, path: str) -> None:
+            check(Path(path).resolve())
+            super().__init__(name, path)
 
-    def compiled(name: str, path: str) -> importlib.machinery.ExtensionFileLoader:
-        check(Path(path).resolve())
-        return importlib.machinery.ExtensionFileLoader(name, path)
+    class Compiled(importlib.machinery.ExtensionFileLoader):
+        def __init__(self, name: str, path: str) -> None:
+            check(Path(path).resolve())
+            super().__init__(name, path)
 
     def finder(entry: str) -> Any:
         if _installed(entry) or not Path(entry).is_dir():
             raise ImportError(entry)
-        both = (compiled, importlib.machinery.EXTENSION_SUFFIXES), (text, [".py"])
+        both = (Compiled, importlib.machinery.EXTENSION_SUFFIXES), (Text, [".py"])
         return importlib.machinery.FileFinder(entry, *both)
 
     entry, finders = str(folder), dict(sys.path_importer_cache)

@@ -127,8 +127,8 @@ def model_of(settings: Any) -> Model:
         model = _own.imported(text)
         with _own.at_work(text):
             found = model_files.load(settings.student, model=model)
-        predict, logits = (_own.neighborly(text, use) for use in (found.predict, found.logits))
-        found = found._replace(predict=predict, logits=logits)
+        predict, outputs = (_own.neighborly(text, use) for use in (found.predict, found.outputs))
+        found = found._replace(predict=predict, outputs=outputs)
     _models.tell_changed(text, found.metadata)
     return found
 

@@ -165,16 +165,26 @@ def restore(
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
-    """`{path: leaf}`; the full key path where two leaves share a canonical one (0 and "0")."""
+    """`{path: leaf}`; the full key path where two leaves share a canonical one (0 and "0").
+
+    Raises:
+      ValueError: if two share that as well, as in a node that names two children alike.
+    """
     pairs = jax.tree_util.tree_leaves_with_path(tree)
     short = trees.leaf_paths(tree)
     counts: dict[str, int] = {}
     for name in short:
         counts[name] = counts.get(name, 0) + 1
-    return {
-        name if counts[name] == 1 else jax.tree_util.keystr(path): leaf
-        for name, (path, leaf) in zip(short, pairs, strict=True)
-    }
+    found: dict[str, Any] = {}
+    for name, (path, leaf) in zip(short, pairs, strict=True):
+        whole = name if counts[name] == 1 else jax.tree_util.keystr(path)
+        if whole in found:
+            raise ValueError(
+                f"two leaves of the state have the path {whole!r}, and a checkpoint tells leaves "
+                "apart by their paths. Rename one of them."
+            )
+        found[whole] = leaf
+    return found
 
 
 def describe(path: str, leaf: Any) -> dict[str, Any]:
