@@ -183,6 +183,17 @@ class Training(nnx.Module):
     def __call__(self, x):
         hidden = self.norm(x)
         return self.out(hidden if self.norm.use_running_average else self.nothing(hidden))
+
+class Probabilities(nnx.Module):
+    def __init__(self, din, classes, *, rngs):
+        self.out = nnx.Linear(din, classes, rngs=rngs)
+
+    def __call__(self, x):
+        return jax.nn.softmax(self.out(x))
+
+class Logarithms(Probabilities):
+    def __call__(self, x):
+        return jax.nn.log_softmax(self.out(x))
 """
 
 
@@ -215,3 +226,15 @@ def test_what_shapes_tell_is_known_before_training(
     assert message in said.strip().splitlines()[-1], said
     assert ("targets: " in said) == is_read and "teacher: epoch" not in said
     assert not (tmp_path / "run").exists()
+
+
+def test_logits_that_are_probabilities_are_told(tmp_path: Path, capsys: Captured) -> None:
+    """Before the training, which the loss prevents."""
+    file, data = tmp_path / "mine.py", write_data(tmp_path / "small.npz")
+    file.write_text(MISTAKES)
+    given = ["--data", data, *SHORT, "--loss", f"{file}:of_ten", "--out", tmp_path / "run"]
+    for flag, other in (("--teacher", "--student"), ("--student", "--teacher")):
+        words = [flag, f"{file}:Probabilities", other, f"{file}:Logarithms"]
+        assert kdtl("distill", *given, *words) == 1
+        told = [x for x in capsys.readouterr().err.splitlines() if "are probabilities" in x]
+        assert len(told) == 1 and told[0].startswith(f"note: {flag} {file}:Probabilities: ")

@@ -109,6 +109,10 @@ def read(settings: Any, *, dtype: Any = None, kinds: Sequence[Kind] = ("classes"
     if given is None:
         _tried.model("--teacher", named["teacher"], large, measure.task, arrays)
     _tried.model("--student", named["student"], small, measure.task, arrays)
+    for flag, text, net in zip(
+        ("--teacher", "--student"), named.values(), (large, small), strict=True
+    ):
+        _tried.logits(flag, text, net, part)
     return Pair(
         splits, about, arrays, named["teacher"], large, small, given, files, example, measure
     )

@@ -3,21 +3,26 @@
 A step of training is traced, not run: what is wrong shows at once, and in which line.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
 from kdtl_jax import train
+from kdtl_jax.datasets import Dataset
 from kdtl_jax.interop import model_files
 from kdtl_jax.interop.networks import Network
 from kdtl_jax.objective import TermsFn
 from kdtl_jax.recipes import _own
 from kdtl_jax.recipes._training import Experiment
+
+FEW = 8  # examples
 
 
 def model(flag: str, text: str, net: Network, task: TermsFn, arrays: Mapping[str, Any]) -> None:
@@ -38,6 +43,29 @@ def model(flag: str, text: str, net: Network, task: TermsFn, arrays: Mapping[str
         return step(state, batch)
 
     _traced(f"{flag} {text}", text, trained, shapes(arrays, min(4, len(arrays["labels"]))))
+
+
+def logits(flag: str, text: str, net: Network, data: Dataset) -> None:
+    """Tells of a model of one's own whose logits of classes are probabilities.
+
+    Its last layer says so, whatever the weights are: a few examples pass through fresh ones.
+    """
+    if not model_files.is_own(text) or data.kind != "classes":
+        return
+
+    @jax.jit
+    def of_fresh(inputs: Array) -> Array:
+        fresh = net.init(jax.random.key(0), inputs[:1])
+        return net.apply(fresh.params, fresh.model_state, inputs)[0]["logits"]
+
+    found = np.asarray(of_fresh(jnp.asarray(data.inputs[:FEW])), np.float32)
+    if (found >= 0).all() and np.allclose(found.sum(axis=1), 1, atol=0.01):
+        print(
+            f"note: {flag} {text}: its logits are probabilities: none is negative, and every row "
+            "sums to 1. Losses and temperatures apply a softmax themselves: return what is before "
+            "the model's own.",
+            file=sys.stderr,
+        )
 
 
 def method(said: str, learner: Experiment, batch: Mapping[str, Any], frozen: Any) -> None:

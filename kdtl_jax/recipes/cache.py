@@ -20,7 +20,7 @@ from kdtl_jax.datasets import KINDS, Dataset
 from kdtl_jax.interop import networks, sources
 from kdtl_jax.interop.networks import Network
 from kdtl_jax.losses import TopK
-from kdtl_jax.recipes import _models, _progress
+from kdtl_jax.recipes import _models, _progress, _tried
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import scores, teacher_cache
@@ -153,6 +153,7 @@ def teacher(settings: Settings) -> tuple[Dataset, Network, Variables, dict[str, 
     train, text = _models.read_data(settings, source, kinds=KINDS)[0].train, str(source.about.model)
     example = jnp.asarray(train.inputs[:1])
     net = _models.described(text, train.classes, example)
+    _tried.logits("--teacher", text, net, train)
     made_of = {"model": _models.identity(text), "classes": train.class_names()}
     return train, net, sources.variables(source, networks.abstract(net, example)), made_of
 

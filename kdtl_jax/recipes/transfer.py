@@ -169,6 +169,7 @@ def run(settings: Settings) -> int | None:
     _targets.check(net, example, copied_from, chosen, surgery)
     arrays = {"inputs": target.train.inputs, "labels": target.train.labels}
     _tried.model("--model", text, net, measure.task, arrays)
+    _tried.logits("--model", text, net, target.train)
     read_now = datasets.files_of(settings.data, label=settings.label, inputs=settings.inputs)
     files: dict[str, record.Paths] = {"data": read_now}
     files |= {} if path is None else {"source_weights": path}
