@@ -161,9 +161,13 @@ def test_booleans_keep_their_names_in_every_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
-        ({"d": ['"1,234.5"'] * N, "label": TEXT}, "Write plain numbers, such as 1234.5"),
-        ({"d": ["5%"] * N, "label": TEXT}, "Write plain numbers"),
-        ({"d": ["2024-01-31"] * N, "label": TEXT}, "is a date, not a number. Make numbers of it"),
+        ({"d": ['"1,234.5"'] * N, "label": TEXT}, "Write plain numbers, here 1234.5"),
+        ({"d": ["5%"] * N, "label": TEXT}, "Write plain numbers, here 5,"),
+        ({"d": ["2024-01-31"] * N, "label": TEXT}, "is a date.*to_datetime.table.'d'"),
+        ({"d": ["31/1/2024"] * N, "label": TEXT}, "is a date"),
+        ({"d": ["31-Jan-2024"] * N, "label": TEXT}, "is a date"),
+        ({"d": ['"Jan 31, 2024"'] * N, "label": TEXT}, "is a date"),
+        ({"d": ["192.168.0.1"] * N, "label": TEXT}, "is not a number. Make it one input"),
         ({"1.5": Y, "x": TEXT}, "is the line with the columns' names missing"),
         ({"label": range(100, 100 + N)}, "or learn numbers .--target numbers."),
     ],
@@ -171,6 +175,16 @@ def test_booleans_keep_their_names_in_every_file(tmp_path: Path) -> None:
 def test_repairs_that_help(tmp_path: Path, cells: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         datasets.read_splits(str(table(tmp_path / "a.csv", columns(**cells))))
+
+
+def test_names_of_rows_are_told(tmp_path: Path) -> None:
+    """A decimal comma in a table with commas looks just like them."""
+    file = table(tmp_path / "a.csv", {"a": Y, "label": TEXT})
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], *(f"{i},{row}" for i, row in enumerate(lines[1:]))]))
+    found = datasets.read(file)
+    assert found.inputs.shape == (N, 1)
+    assert any("taken for the names of rows, as R writes" in note for note in found.notices)
 
 
 def test_columns_of_labels_that_are_text_are_named(tmp_path: Path) -> None:

@@ -155,6 +155,11 @@ def read_csv(path: Path, targets: Sequence[str] = ()) -> Table:
     for i, name in enumerate(names):
         columns[name] = texts[i] if i in texts else np.frombuffer(numbers[i], np.float64)
     notices = ["numbers with a decimal comma are read as such"] if commas else []
+    if len(_beginning(path)[0]) < len(names):
+        notices.append(
+            "rows have one cell more than the first line: their first cells are taken for the "
+            "names of rows, as R writes them"
+        )
     if encoding_of(path) == OTHER:
         notices.append("the file is not UTF-8: its text is read as Windows-1252 (Latin-1)")
     return Table(str(path), columns, np.frombuffer(lines, np.int64), tuple(notices))

@@ -20,6 +20,11 @@ MISSING: tuple[Missing, ...] = get_args(Missing)
 MOST_CATEGORIES = 1000
 USUAL_LABELS = ("label", "labels", "target", "targets", "class", "y")
 FLAGS = {"true": 1.0, "false": 0.0}
+# 31/01/2024, 31-Jan-2024, Jan 31, 2024: what ISO 8601 does not write.
+DATE = re.compile(
+    r"\d{1,4}([./-])\d{1,2}\1\d{1,4}(\s.*)?|\d{1,2}[ .-]+[A-Za-z]{3,9}[ .,-]+\d{2,4}"
+    r"|[A-Za-z]{3,9}\.? \d{1,2},? \d{4}"
+)
 # In one of several columns of labels.
 ANSWERS = {**FLAGS, "yes": 1.0, "no": 0.0, "y": 1.0, "n": 0.0, "t": 1.0, "f": 0.0}
 
@@ -298,11 +303,15 @@ def _not_a_number(table: Table, name: str, column: np.ndarray) -> ValueError:
     plain = is_number(column[row])
     what = "is text, not a number" if plain else "is not a number"
     repair = "Make it one input per category (--text-columns one-hot), or drop it (--drop-columns)."
-    if not plain and is_number(re.sub(r"[\s,'%$€£¥]", "", str(column[row]))):
-        repair = "Write plain numbers, such as 1234.5, or drop it (--drop-columns)."
+    bare = re.sub(r"[\s,'%$€£¥]", "", str(column[row]))
+    if not plain and is_number(bare):
+        repair = f"Write plain numbers, here {bare:.40}, or drop it (--drop-columns)."
     elif _is_date(column[row]):
         what = "is a date, not a number"
-        repair = "Make numbers of it, such as days, or drop it (--drop-columns)."
+        repair = (
+            f"Make numbers of it, in pandas for example (pd.to_datetime(table[{name!r:.80}]) - "
+            "pd.Timestamp('2000-01-01')).dt.days, or drop it (--drop-columns)."
+        )
     elif not isinstance(column[row], str):
         repair = "Drop it (--drop-columns)."
     return ValueError(
@@ -311,10 +320,11 @@ def _not_a_number(table: Table, name: str, column: np.ndarray) -> ValueError:
 
 
 def _is_date(cell: Any) -> bool:
+    text = str(cell).strip()
     try:
-        datetime.datetime.fromisoformat(str(cell).strip())
+        datetime.datetime.fromisoformat(text)
     except ValueError:
-        return False
+        return DATE.fullmatch(text) is not None
     return True
 
 
