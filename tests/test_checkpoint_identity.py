@@ -300,6 +300,8 @@ def test_early_stopping_never_takes_nan_for_an_improvement() -> None:
     assert not stop(lines(None, 3.0, None)), "as a metrics file has it"
     with pytest.raises(ValueError, match=r"returned no 'error'.*\['loss'\]"):
         stop([{"step": 1, "eval/loss": 1.0}])
+    resumed = [{"step": 0, "eval/loss": 1.0}, *lines(3.0, 4.0)]  # with a new evaluation
+    assert not stop(resumed) and stop([*resumed, *lines(5.0)])
 
 
 def test_only_folders_of_ours_are_opened_and_removed(tmp_path: Path) -> None:

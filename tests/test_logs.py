@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from kdtl_jax.recipes import _logs, _programs
+from kdtl_jax.datasets import Dataset, Splits
+from kdtl_jax.recipes import _logs, _programs, _seeds
 
 LINES = [
     {"method": "kd", "step": 5, "loss": [1.0, 3.0], "learning_rate": 0.1},
@@ -32,6 +33,25 @@ def test_a_table_has_a_row_per_line(folder: Path) -> None:
     assert [row["loss"] for row in rows] == ["2.0", "", "nan"]
     assert rows[1]["eval/validation_accuracy"] == "0.75" and rows[0]["learning_rate"] == "0.1"
     assert _logs.curves(folder, "kd") == {"loss": [2.0], "learning_rate": [0.1]}
+
+
+def test_lines_of_other_programs_stand_there_for_others(folder: Path) -> None:
+    theirs = [{"epoch": 1, "loss": 2.0}, {"method": "kd", "loss": 9.0}, {"method": 3, "step": 1}]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(f"{json.dumps(line)}\n" for line in theirs)
+    assert _logs.of_methods(folder) == LINES
+    assert _logs.curves(folder, "kd") == {"loss": [2.0], "learning_rate": [0.1]}
+    _logs.write_curves(folder, {"dkd": {"epoch": [1], "loss": [0.5]}}, ["csv"])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [*LINES[:2], *theirs, {"step": 1, "method": "dkd", "loss": 0.5}]
+    none = Dataset("none", np.zeros((0, 1)), np.zeros(0), 2)
+    run = _seeds.Run(folder, "", False, 1, {}, Splits(none, none, none))
+    assert _seeds._skipped(run, "kd", 1) == []
+    with _seeds._log(run, "kd", 0, 1, []) as log:
+        assert log is not None
+        log({"step": 1})
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0] == theirs[0] and lines[1] == theirs[2], "theirs stay when a run is taken up"
 
 
 def test_tensorboard_has_a_run_per_method_written_once(folder: Path) -> None:

@@ -143,6 +143,45 @@ def test_labels_without_a_class_are_not_blamed_on_the_learning_rate() -> None:
 
 
 @pytest.mark.usefixtures("standard_promotion")
+def test_moments_that_overflow_are_told() -> None:
+    """The weight would stand still in silence: the update of an infinite second moment is 0."""
+
+    def terms(inputs: objective.Inputs) -> dict[str, Any]:
+        logits = inputs.student["logits"]
+        return {"task": 1e21 * jnp.sum(logits, axis=-1)}
+
+    def run(tx: Any, **options: Any) -> Any:
+        step = train.make_step(model, terms, {"task": 1.0}, tx)
+        state = train.init_state({"w": jnp.ones((3, 2))}, tx, key=jax.random.key(0))
+        return loop.run(step, state, data.resident(ARRAYS, 4, key=None), steps=2, **options)
+
+    with pytest.warns(UserWarning, match=r"step 2: 'opt_state/0/nu/w' of the optimizer is not fin"):
+        assert run(optax.adam(0.1)).stopped == "finished"
+    run(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)))
+    run(optax.adam(0.1), on_nonfinite=None)
+    best = optax.contrib.reduce_on_plateau()  # begins with an infinite loss, on purpose
+    run(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1), best))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_running_statistic_that_overflows_is_an_update_that_is_not_applied() -> None:
+    def step(state: Any, batch: Any, teacher_params: Any = None) -> Any:
+        at = state.step
+        state = state._replace(step=at + 1, model_state={"var": jnp.where(at == 2, jnp.inf, 1.0)})
+        return state, objective.Metrics(("loss",), jnp.ones((1, 2)))
+
+    def start() -> train.TrainState:
+        variance = {"var": jnp.ones(())}
+        return train.init_state({"w": jnp.ones(2)}, TX, key=jax.random.key(0), model_state=variance)
+
+    source = data.resident(ARRAYS, 4, key=None)
+    with pytest.raises(FloatingPointError, match="step 2 gave .* in 'model_state/var'"):
+        loop.run(step, start(), source, steps=4)
+    result = loop.run(loop.skip_nonfinite(step), start(), source, steps=4)
+    assert float(result.state.model_state["var"]) == 1.0
+
+
+@pytest.mark.usefixtures("standard_promotion")
 def test_stopping_is_judged_once_per_evaluation() -> None:
     """Looking at all evaluations at every step would grow with the square of their number."""
     asked: list[int] = []

@@ -118,7 +118,7 @@ def trained(
             run.say(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
 
     def stays(line: dict[str, Any]) -> bool:
-        return line["method"] != name or line["step"] <= saves.step
+        return line.get("method") != name or line["step"] <= saves.step
 
     with (
         _saves.opened(saves, checkpoint.newest(1)) as save,

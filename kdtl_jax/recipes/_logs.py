@@ -51,7 +51,7 @@ def write(folder: Path, chosen: Sequence[str]) -> None:
     """Writes `metrics.csv` and `tensorboard/` of a run folder from its `metrics.jsonl`."""
     if not chosen:
         return
-    lines = [_averaged(line) for line in loop.read_metrics(folder / "metrics.jsonl")]
+    lines = [_averaged(line) for line in of_methods(folder)]
     if "csv" in chosen:
         columns = dict.fromkeys([*KEYS, *(name for line in lines for name in line)])
         text = io.StringIO()
@@ -72,7 +72,7 @@ def write_curves(
     """
     file = folder / "metrics.jsonl"
     known = loop.read_metrics(file) if file.exists() else []
-    lines = [line for line in known if line["method"] not in learning]
+    lines = [line for line in known if line.get("method") not in learning]
     for method, curve in learning.items():
         for name, values in curve.items():
             if name == "epoch":
@@ -111,9 +111,21 @@ def _write_events(home: Path, lines: Sequence[Mapping[str, Any]]) -> None:
                         writer.add_scalar(name, value, int(line["step"]))
 
 
+def of_methods(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's file that have a method and a step: others' stand there for others."""
+    return [
+        line
+        for line in loop.read_metrics(folder / "metrics.jsonl")
+        if isinstance(line.get("method"), str) and isinstance(line.get("step"), int)
+    ]
+
+
 def curves(folder: Path, method: str) -> dict[str, list[float]]:
     """A method's mean loss over seeds and its learning rate, by epoch."""
-    lines = loop.read_metrics(folder / "metrics.jsonl")
-    own = [_averaged(line) for line in lines if line["method"] == method and "loss" in line]
+    own = [
+        _averaged(line)
+        for line in of_methods(folder)
+        if line["method"] == method and "loss" in line
+    ]
     found = {name: [float(x[name]) for x in own if name in x] for name in ("loss", "learning_rate")}
     return {name: values for name, values in found.items() if len(values) == len(own)}

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kdtl_jax import train
 from kdtl_jax.datasets import Splits
 from kdtl_jax.objective import Metrics
-from kdtl_jax.recipes import _measures, _saves
+from kdtl_jax.recipes import _logs, _measures, _saves
 from kdtl_jax.recipes._measures import Measure
 from kdtl_jax.recipes._optimizers import used
 from kdtl_jax.recipes._training import CHECKS, Experiment, Point, in_chunks, keys, pick
@@ -341,10 +341,11 @@ def _log(
         return
 
     def stays(line: dict[str, Any]) -> bool:
+        if line.get("method") != name:
+            return True
         step = line["step"] * calls
         checked = any(name.startswith(EVALUATION) for name in line)
-        behind = step in evaluated if checked else step <= at
-        return line["method"] != name or behind
+        return step in evaluated if checked else step <= at
 
     with loop.metrics_file(run.folder / "metrics.jsonl", stays=stays) as log:
 
@@ -360,6 +361,6 @@ def _skipped(run: Run, name: str, per_epoch: int) -> list[int]:
     """Updates left out per seed because they were not finite, from the metrics file."""
     if jax.process_index() != 0:
         return []
-    lines = loop.read_metrics(run.folder / "metrics.jsonl")
+    lines = _logs.of_methods(run.folder)
     shares = [x["skipped"] for x in lines if x["method"] == name and "skipped" in x]
     return np.round(np.sum(shares, axis=0) * per_epoch).astype(int).tolist() if shares else []

@@ -107,7 +107,7 @@ def _stays(line: dict[str, Any], keep: Callable[[dict[str, Any]], bool]) -> bool
 def no_improvement(name: str, patience: int, *, minimize: bool = True) -> Stop:
     """Early stopping: true once `patience` evaluations in a row have not improved on the best.
 
-    A value that is not finite never improves.
+    A value that is not finite never improves, nor does an evaluation without one.
 
     Args:
       name: an entry of what `evaluate` returns.
@@ -126,7 +126,9 @@ def no_improvement(name: str, patience: int, *, minimize: bool = True) -> Stop:
             raise ValueError(
                 f"evaluate() returned no {name!r}, which early stopping needs: {found}."
             )
-        best = scores.best([line[f"eval/{name}"] for line in evaluations], minimize=minimize)
+        # Of a run that was resumed, earlier evaluations may lack an entry that is new.
+        values = [line.get(f"eval/{name}", np.nan) for line in evaluations]
+        best = scores.best(values, minimize=minimize)
         return len(evaluations) - 1 - (-1 if best is None else best) >= patience
 
     return stop

@@ -100,18 +100,57 @@ def opened(
         yield _start(step, state, teacher, first, meta), _paced(move), "steps"
 
 
-def checked_paths(state: TrainState) -> list[str]:
-    """The names of the entries of `Carry.bad`."""
-    flat = trees.flatten(state.params) | trees.flatten({"connectors": state.connectors})
-    return [*(path for path, leaf in flat.items() if trees.is_inexact(leaf)), "loss"]
+def checked_paths(state: TrainState) -> tuple[list[str], list[str]]:
+    """The names of the entries of `Carry.bad`: what is trained and the loss; the model's state."""
+    trained, kept = (
+        [
+            path
+            for each in trees_of
+            for path, leaf in zip(trees.leaf_paths(each), jax.tree.leaves(each), strict=True)
+            if trees.is_inexact(leaf)
+        ]
+        for trees_of in (
+            (state.params, {"connectors": state.connectors}),
+            ({"model_state": state.model_state},),
+        )
+    )
+    return [*trained, "loss"], kept
 
 
-def nonfinite_leaves(state: TrainState, metrics: Metrics) -> Array:
-    """bool `[leaves + 1]`: which parameters, and last the loss, are not finite."""
-    trained = jax.tree.leaves((state.params, state.connectors))
-    leaves = [leaf for leaf in trained if trees.is_inexact(leaf)]
+def nonfinite_leaves(new: TrainState, metrics: Metrics, old: TrainState) -> Array:
+    """bool: which parameters are not finite, then the loss, then what of the model's state was.
+
+    A running variance may overflow where the loss does not. The optimizer's state is not looked at
+    here: it is larger than the parameters, and takes as long again to read. See `overflowed`.
+    """
+    leaves = _inexact((new.params, new.connectors))
     loss = metrics.sums[..., metrics.names.index("loss"), 0] if "loss" in metrics.names else 0.0
-    return jnp.stack([~jnp.all(jnp.isfinite(x)) for x in [*leaves, jnp.asarray(loss)]])
+    trained = [~jnp.all(jnp.isfinite(x)) for x in [*leaves, jnp.asarray(loss)]]
+    before, after = (_inexact(x.model_state) for x in (old, new))
+    kept = [jnp.any(jnp.isfinite(a) & ~jnp.isfinite(b)) for a, b in zip(before, after, strict=True)]
+    return jnp.stack([*trained, *kept])
+
+
+def overflowed(state: TrainState) -> list[str]:
+    """The arrays of an optimizer that are not finite, by path.
+
+    The square of a finite gradient above 1e19 overflows float32: Adam's second moment is infinite
+    from then on, and its weight never moves again. Single numbers may be infinite on purpose, as
+    the best loss so far is at first.
+    """
+    tree = {"opt_state": state.opt_state}
+    pairs = zip(trees.leaf_paths(tree), jax.tree.leaves(tree), strict=True)
+    arrays = {path: x for path, x in pairs if trees.is_inexact(x) and jnp.ndim(x)}
+    return [path for path, bad in jax.device_get(_not_finite(arrays)).items() if bad]
+
+
+@jax.jit
+def _not_finite(arrays: dict[str, Array]) -> dict[str, Array]:
+    return {path: ~jnp.all(jnp.isfinite(x)) for path, x in arrays.items()}
+
+
+def _inexact(tree: Any) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(tree) if trees.is_inexact(leaf)]
 
 
 def choose(good: Array, new: Any, old: Any) -> Any:
@@ -131,7 +170,7 @@ def _start(
     sums = _metrics.from_json(meta.get("window"), metrics.names)
     zeros = np.zeros(metrics.sums.shape, metrics.sums.dtype)
     window = zeros if sums is None else np.asarray(sums, metrics.sums.dtype)
-    bad = np.zeros(len(checked_paths(state)), np.bool_)
+    bad = np.zeros(sum(map(len, checked_paths(state))), np.bool_)
     on = state.step.sharding if getattr(state.step, "committed", False) else None
     return Carry(state, Metrics(metrics.names, jax.device_put(window, on)), jax.device_put(bad, on))
 
@@ -142,7 +181,7 @@ def _guarded(step: Step, check_finite: bool) -> One:
         window = Metrics(metrics.names, carry.window.sums + metrics.sums)
         if not check_finite:
             return Carry(state, window, carry.bad)
-        bad = nonfinite_leaves(state, metrics)
+        bad = nonfinite_leaves(state, metrics, carry.state)
         stopped = jnp.any(carry.bad)
         good = ~(stopped | jnp.any(bad))
         chosen = choose(good, Carry(state, window, carry.bad), carry)

@@ -1,7 +1,8 @@
 """The loop around the step: logging, evaluation, saving, signals, and updates gone wrong."""
 
 import collections
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -70,6 +71,9 @@ def stop_nonfinite(found: Nonfinite) -> None:
 def skip_nonfinite(step: Step) -> Step:
     """A step that skips a non-finite update and continues with the next batch.
 
+    Not finite is what a parameter, the loss or the model's state has become. An optimizer's moments
+    may overflow where none of these does; `run` warns of that.
+
     Parameters, optimizer, model state and memory stay as they were; the step number advances, so
     the batch order is unchanged. The metric `"skipped"` is the share of skipped steps; the other
     metrics do not count them.
@@ -79,7 +83,7 @@ def skip_nonfinite(step: Step) -> Step:
         state: TrainState, batch: Batch, teacher_params: Any = None
     ) -> tuple[TrainState, Metrics]:
         new, metrics = step(state, batch, teacher_params)
-        good = ~jnp.any(_programs.nonfinite_leaves(new, metrics))
+        good = ~jnp.any(_programs.nonfinite_leaves(new, metrics, state))
         chosen = _programs.choose(good, new, state)._replace(step=new.step)
         sums = jnp.where(good, metrics.sums, jnp.zeros((), metrics.sums.dtype))
         skipped = jnp.stack([~good, jnp.ones_like(good)]).astype(sums.dtype)
@@ -137,9 +141,10 @@ def run(
         have copied the state when it returns. There is always a save at the end.
       save_every: steps between saves.
       meta: what `save` was given for the state that this run starts from; None starts afresh.
-      on_nonfinite: called when a parameter or the loss is no longer finite. That update is not
-        applied, and the state before it is saved; then `raise_nonfinite` raises, and
-        `stop_nonfinite` ends the run. None disables the check, which saves a copy of the state.
+      on_nonfinite: called when a parameter, the loss, or a number of the model's state is no longer
+        finite. That update is not applied, and the state before it is saved; then `raise_nonfinite`
+        raises, and `stop_nonfinite` ends the run. None disables the check, which saves a copy of
+        the state.
       prefetch: batches of a `Source` waiting on the device.
       place: puts a batch of a `Source` on the device(s).
       reached: `reached(step)` after every call that was given to the device, which has at most half
@@ -147,6 +152,9 @@ def run(
 
     Returns:
       The final state and why the run ended.
+
+    Warns when it saves, and at the end, if an array of the optimizer's state is not finite: squares
+    of gradients above 1e19 overflow float32, and Adam never moves such a weight again.
 
     Raises:
       FloatingPointError: from `raise_nonfinite`.
@@ -174,11 +182,15 @@ def run(
 
         def store() -> None:
             nonlocal saved
+            if on_nonfinite is not None and not warned:
+                warned.extend(_programs.overflowed(carry.state))
+                _warn_of_overflow(at, warned)
             if save is not None and saved != at:
                 window = _metrics.to_json(carry.window)
                 save(at, carry.state, {"window": window, "evaluations": evaluations, "path": path})
                 saved = at
 
+        warned: list[str] = []  # arrays of the optimizer that were found to be infinite
         stopped, why, judged = "", "finished", 0
         while not stopped:
             # 1. What is due at this step: its line is out already, now evaluation, then a save.
@@ -232,6 +244,17 @@ def run(
     return Result(carry.state, at, stopped, path, evaluations)
 
 
+def _warn_of_overflow(at: int, spoiled: Sequence[str]) -> None:
+    if not spoiled:
+        return
+    more = f" and {len(spoiled) - 1} more" if spoiled[1:] else ""
+    warnings.warn(
+        f"step {at}: {spoiled[0]!r}{more} of the optimizer is not finite, and its weights no "
+        "longer move: the square of a gradient overflowed. Clip gradients or scale the loss down.",
+        stacklevel=3,
+    )
+
+
 def fit(
     model: ModelFn,
     params: Params,
@@ -281,8 +304,10 @@ def _nonfinite_in(carry: _programs.Carry) -> Nonfinite | None:
     flags = jax.device_get(carry.bad)
     if not flags.any():
         return None
-    paths = _programs.checked_paths(carry.state)
-    leaves = [path for path, bad in zip(paths, flags, strict=True) if bad]
+    trained, kept = _programs.checked_paths(carry.state)
+    named = [path for path, bad in zip([*trained, *kept], flags, strict=True) if bad]
+    # What is wrong with parameters is wrong with their moments too.
+    leaves = [path for path in named if path in {*trained}] or named
     return Nonfinite(int(jax.device_get(carry.state.step)), leaves)
 
 
