@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from params_checkpoints import OUT, assert_same, by_tensor, params, written
@@ -195,3 +196,123 @@ def test_a_recipe_stands_alone(capsys: Any) -> None:
     recipe = {"merge_method": "linear", "models": models(a={"weight": 1})}
     assert run(recipe, *OUT, "--density", "0.5") == 2
     assert "leave out --density" in capsys.readouterr().err
+
+
+def test_a_base_that_is_no_model_is_one_to_a_method_without_a_base(capsys: Any) -> None:
+    """Where mergekit's `linear` has a base it is one of the models, its weight the recipe's."""
+    recipe = {"merge_method": "linear", "base_model": "base", "models": models(a={"weight": 3})}
+    assert run(recipe) == 1
+    assert "has no weight in the recipe" in capsys.readouterr().err
+    assert run(recipe | {"parameters": {"weight": 1}}) == 0
+    got, base, a = written(), model(0), model(1)
+    for name, x in got.items():
+        np.testing.assert_allclose(x, (3 * a[name] + base[name]) / 4, rtol=1e-6, atol=1e-7)
+    recipe = {"merge_method": "passthrough", "base_model": "base", "models": models(a=None)}
+    assert run(recipe, *OUT, "--force") == 1
+    assert "cannot merge 2 models" in capsys.readouterr().err
+
+
+def test_common_parameters_are_the_results_and_not_a_models(capsys: Any) -> None:
+    """Filters of common parameters read the name in the result, those of a model's its own."""
+    source = {"model": "a", "layer_range": [2, 3]}
+    source["parameters"] = {"weight": [{"filter": "layers.2.", "value": 0.5}, {"value": 1}]}
+    recipe: dict[str, Any] = {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "slices": [{"sources": [source, {"model": "base", "layer_range": [2, 3]}]}],
+        "parameters": {"lambda": [{"filter": "layers.0.", "value": 3}, {"value": 1}]},
+    }
+    assert run(recipe) == 0
+    got, base, a = written(), model(0), model(1)
+    start, end = base["model.layers.2.mlp.weight"], a["model.layers.2.mlp.weight"]
+    want = start + 3 * 0.5 * (end - start)
+    np.testing.assert_allclose(got["model.layers.0.mlp.weight"], want, rtol=1e-5, atol=1e-6)
+    given = {"merge_method": "slerp", "base_model": "a", "models": models(a={"t": 1}, b=None)}
+    assert run(given | {"parameters": {"t": 0.3}}) == 1
+    assert "'t' is read for all models together" in capsys.readouterr().err
+
+
+def test_models_that_differ_in_their_tensors_are_told_apart(capsys: Any) -> None:
+    """Layers of one that others lack, and tensors that not every layer has."""
+    both = models(a={"weight": 1}, b={"weight": 1})
+    longer = model(2) | {f"model.layers.{DEPTH}.mlp.weight": np.ones((4, 4), np.float32)}
+    longer |= {f"model.layers.{DEPTH}.attn.bias": np.ones(4, np.float32)}
+    safetensors.save("b/model.safetensors", longer)
+    config = Path("b/config.json").read_text()
+    told = json.loads(config) | {"num_hidden_layers": DEPTH + 1}
+    Path("b/config.json").write_text(json.dumps(told))
+    assert run({"merge_method": "linear", "models": both}) == 1
+    assert "the models have {'a': 4, 'b': 5} layers" in capsys.readouterr().err
+    there = {"model": "a", "layer_range": [2, 5]}
+    assert run({"merge_method": "passthrough", "slices": [{"sources": [there]}]}) == 1
+    assert "a has 4 layers, not 5" in capsys.readouterr().err
+    Path("b/config.json").write_text(config)
+    for seed, name in ((1, "a"), (2, "b")):  # as ModernBERT's, whose first layer lacks a norm
+        norms = {f"model.layers.{i}.norm.weight": np.full(4, seed + i, "f4") for i in (1, 2, 3)}
+        safetensors.save(f"{name}/model.safetensors", model(seed) | norms)
+    assert run({"merge_method": "linear", "models": both}) == 0
+    got = written()
+    assert len(got) == 2 + 2 * DEPTH + 3
+    np.testing.assert_array_equal(got["model.layers.3.norm.weight"], np.full(4, 4.5))
+    safetensors.save("b/model.safetensors", model(2))
+    assert run({"merge_method": "linear", "models": both}, *OUT, "--force") == 1
+    assert "b has no tensor 'model.layers.1.norm.weight'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("apart", ["a", "b"])
+def test_a_tied_head_meets_one_that_is_not(apart: str) -> None:
+    """The head of a model whose words are tied is their table; the last slice has the head."""
+    head = {"lm_head.weight": np.full((5, 4), 7, np.float32)}
+    safetensors.save(f"{apart}/model.safetensors", model(1 + (apart == "b")) | head)
+    heads = {"a": model(1)["model.embed_tokens.weight"], "b": model(2)["model.embed_tokens.weight"]}
+    heads[apart] = head["lm_head.weight"]
+    recipe = {"merge_method": "linear", "models": models(a={"weight": 1}, b={"weight": 1})}
+    assert run(recipe, "--write", "mean") == 0
+    mean = written("mean")["lm_head.weight"]
+    np.testing.assert_allclose(mean, (heads["a"] + heads["b"]) / 2, rtol=1e-6)
+    assert json.loads(Path("mean/config.json").read_text())["tie_word_embeddings"] is False
+    ends = [{"sources": [{"model": name, "layer_range": [0, 1]}]} for name in ("a", "b")]
+    assert run({"merge_method": "passthrough", "slices": ends}, *OUT) == 0
+    np.testing.assert_array_equal(written()["lm_head.weight"], heads["b"])
+
+
+def test_an_output_embedding_is_the_last_slices() -> None:
+    """As GPT-NeoX's `embed_out`."""
+    for seed, name in ((1, "a"), (2, "b")):
+        head = {"embed_out.weight": np.full((5, 4), seed, np.float32)}
+        safetensors.save(f"{name}/model.safetensors", model(seed) | head)
+    ends = [{"sources": [{"model": name, "layer_range": [0, 1]}]} for name in ("a", "b")]
+    assert run({"merge_method": "passthrough", "slices": ends}) == 0
+    np.testing.assert_array_equal(written()["embed_out.weight"], np.full((5, 4), 2))
+
+
+def test_half_precision_is_not_rounded_before_it_is_widened() -> None:
+    """What is written as float32 was computed so, and mixed models take the wider dtype."""
+    wide = {"a": model(1), "b": model(2)}
+    for name, tree in wide.items():
+        half = {k: x.astype(jnp.bfloat16) for k, x in tree.items()}
+        safetensors.save(f"{name}/model.safetensors", half)
+        wide[name] = {k: x.astype(np.float32) for k, x in half.items()}
+    recipe = {"merge_method": "linear", "models": models(a={"weight": 1}, b={"weight": 2})}
+    assert run(recipe | {"dtype": "float32"}) == 0
+    for name, x in written().items():
+        want = (wide["a"][name] + 2 * wide["b"][name]) / 3
+        np.testing.assert_allclose(x, want, rtol=1e-6, atol=1e-7)
+    for words in (("scale", "a", "--alpha", "0.3"), ("average", "a", "a", "--weights", "1,2")):
+        assert params(*words, "--dtype", "float32", *OUT, "--force") == 0
+        factor = 0.3 if words[0] == "scale" else 1
+        for name, x in written().items():
+            np.testing.assert_allclose(x, factor * wide["a"][name], rtol=1e-6)
+    safetensors.save("b/model.safetensors", model(2))
+    assert run(recipe, *OUT, "--force") == 0
+    assert {x.dtype.name for x in written().values()} == {"float32"}
+
+
+def test_a_list_of_truths_is_no_gradient() -> None:
+    recipe = {"merge_method": "linear", "models": models(a={"weight": 1}, b={"weight": 0.5})}
+    assert run(recipe | {"parameters": {"normalize": [True, False]}}) == 0
+    got, a, b = written(), model(1), model(2)
+    for i in range(DEPTH):
+        name = f"model.layers.{i}.mlp.weight"
+        total = 1.5 if i < DEPTH - 1 else 1
+        np.testing.assert_allclose(got[name], (a[name] + 0.5 * b[name]) / total, rtol=1e-5)

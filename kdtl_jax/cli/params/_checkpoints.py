@@ -78,7 +78,10 @@ class Opened(NamedTuple):
 
 
 class Rewrite(NamedTuple):
-    """What will be written; `produce` makes a tensor, or an iterator of its pieces."""
+    """What will be written; `produce` makes a tensor, or an iterator of its pieces.
+
+    It computes in float32 or wider; what is written is rounded to its dtype once.
+    """
 
     specs: Mapping[str, Any]
     produce: Callable[[str], Any]
@@ -209,6 +212,12 @@ def finish(settings: Writing, command: str, rewrite: Rewrite) -> int:
     return 0
 
 
+def wide(array: np.ndarray) -> np.ndarray:
+    """Half precision as float32, so that results are rounded when they are written, not before."""
+    is_half = trees.is_inexact(array) and array.dtype.itemsize < 4
+    return array.astype(np.float32) if is_half else array
+
+
 def size(count: int) -> str:
     """A number of bytes for people: `1.5 GB`."""
     for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
@@ -246,7 +255,8 @@ def _watched(
 
     def watch(path: str, array: Any) -> np.ndarray:
         array = np.asarray(array)
-        if array.dtype != specs[path].dtype and specs[path].dtype != rewrite.specs[path].dtype:
+        both = trees.is_inexact(array) and trees.is_inexact(specs[path])
+        if both and array.dtype != specs[path].dtype:
             with np.errstate(over="ignore"):  # infinity is reported by tensor
                 array = array.astype(specs[path].dtype)
         done(array.nbytes)

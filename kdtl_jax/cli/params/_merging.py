@@ -96,7 +96,7 @@ def _least_squares(part: Part, name: str, merge: Merge) -> Iterator[np.ndarray]:
         flat = np.asarray(found).ravel()
         del found
         for start in range(0, flat.size, _checkpoints.BLOCK):
-            yield flat[start : start + _checkpoints.BLOCK].astype(stored[0].dtype)
+            yield flat[start : start + _checkpoints.BLOCK]
 
 
 def _slabs(part: Part, axis: int | None) -> Iterator[tuple[Part, int | None]]:
@@ -212,7 +212,7 @@ def _pieces(part: Part, name: str, size: int, shape: tuple[int, ...] = (-1,)) ->
     tensors = [t for t in (*models, *part.statistics) if t is not None]
     read = (safetensors.blocks(tensor, size) for tensor in tensors)
     for number, pieces in enumerate(zip(*read, strict=True)):
-        found = [{name: jnp.asarray(x).reshape(shape)} for x in pieces]
+        found = [{name: jnp.asarray(_checkpoints.wide(x)).reshape(shape)} for x in pieces]
         base = found.pop(0) if part.base else {}
         yield Members(base, found[: len(part.models)], found[len(part.models) :], number)
 

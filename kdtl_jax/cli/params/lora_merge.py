@@ -66,7 +66,7 @@ def run(settings: Settings) -> int:
         tensor = base.tensors[path]
         if path not in edits:
             return safetensors.blocks(tensor, _checkpoints.BLOCK)
-        return np.asarray(edits[path](safetensors.read(tensor))).astype(base.specs[path].dtype)
+        return np.asarray(edits[path](_checkpoints.wide(safetensors.read(tensor))))
 
     report = Report(
         merged=tuple(path for path in base.specs if path in edits),

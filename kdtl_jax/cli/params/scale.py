@@ -77,6 +77,8 @@ def planned(plan: Plan, source: Opened, target: Opened) -> Callable[[str], Any]:
 
 
 def _applied(step: Any, value: np.ndarray, spec: jax.ShapeDtypeStruct) -> np.ndarray:
-    like = np.broadcast_to(np.zeros((), spec.dtype), spec.shape)  # a NumPy target without memory
+    # A NumPy target without memory.
+    like = np.broadcast_to(_checkpoints.wide(np.zeros((), spec.dtype)), spec.shape)
     one = Plan((step,), {step.source: value.shape}, {step.path: like.shape}, Report())
-    return transforms.apply_plan(one, {step.source: value}, {step.path: like})[step.path]
+    given = {step.source: _checkpoints.wide(value)}
+    return transforms.apply_plan(one, given, {step.path: like})[step.path]

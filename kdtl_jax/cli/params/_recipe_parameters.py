@@ -1,0 +1,182 @@
+"""The parameters of mergekit's recipes: by model, slice and recipe, by filter and by layer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from kdtl_jax import _text
+from kdtl_jax.cli.params._formulas import Options
+from kdtl_jax.interop import safetensors
+
+_GTA = ("weight", "normalize", "lambda", "int8_mask")
+_DROPS = (*_GTA, "density", "rescale")
+# mergekit's name -> ours, and the parameters it reads.
+KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
+    "linear": ("linear", ("weight", "normalize")),
+    "slerp": ("slerp", ("t",)),
+    "nuslerp": ("nuslerp", ("weight", "nuslerp_flatten", "nuslerp_row_wise")),
+    "multislerp": ("multi_slerp", ("weight",)),
+    "karcher": ("karcher", ()),
+    "task_arithmetic": ("task_arithmetic", _GTA),
+    "ties": ("ties", _DROPS),
+    "dare_linear": ("dare", _DROPS),
+    "dare_ties": ("dare_ties", _DROPS),
+    "della": ("della", (*_DROPS, "epsilon")),
+    "della_linear": ("della_linear", (*_DROPS, "epsilon")),
+    "breadcrumbs": ("breadcrumbs", (*_DROPS, "gamma")),
+    "breadcrumbs_ties": ("breadcrumbs_ties", (*_DROPS, "gamma")),
+    "sce": ("sce", ("select_topk", "int8_mask")),
+    "model_stock": ("model_stock", ("filter_wise",)),
+    "nearswap": ("near_swap", ("t",)),
+    "arcee_fusion": ("arcee_fusion", ()),
+    "ram": ("ram", ()),
+    "ramplus_tl": ("ram", ("r",)),
+    "passthrough": ("passthrough", ("scale",)),
+}
+# A parameter that is a number -> our option, its default (None: it must be given).
+_BY_MODEL: dict[str, tuple[str, float | None]] = {
+    "weight": ("weights", None),
+    "density": ("density", 1.0),
+    "epsilon": ("epsilon", 0.15),
+    "gamma": ("outliers", 0.01),
+}
+_OF_ALL: dict[str, tuple[str, float | None]] = {
+    "select_topk": ("density", 1.0),
+    "lambda": ("scale", 1.0),
+    "t": ("t", None),
+    "r": ("gain", 0.1),
+}
+_OWN = (*_BY_MODEL, "scale")  # what a model may have; passthrough scales its one model
+
+
+class Place(NamedTuple):
+    """A tensor of one model, which meets those of others."""
+
+    path: str
+    tensor: safetensors.Tensor
+    spec: Any
+    parameters: Sequence[Mapping[str, Any]]  # the model's, the slice's, the recipe's
+
+
+def only(where: str, found: Any, known: Sequence[str]) -> Mapping[str, Any]:
+    """A mapping whose keys are all known; keys without a value are none.
+
+    Raises:
+      ValueError: naming the key that is not, or what is no mapping.
+    """
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{where}: expected 'key: value' lines, got {_text.quoted(found)}.")
+    for key, value in found.items():
+        if key not in known and value is not None:
+            read = f"known are {', '.join(known)}" if known else "nothing is read here"
+            raise ValueError(f"{where}: {_text.quoted(key)} is not understood; {read}.")
+    return found
+
+
+def parameters(
+    found: Mapping[str, Any], where: str, known: Sequence[str], *, of_model: bool = False
+) -> Mapping[str, Any]:
+    """The `parameters` of a recipe, a slice or a model.
+
+    Raises:
+      ValueError: naming one that the method does not read, or not of a model.
+    """
+    given = only(where, found.get("parameters") or {}, known)
+    for key, value in given.items():
+        if of_model and value is not None and key not in (*_OWN, "int8_mask"):
+            raise ValueError(
+                f"{where}: {_text.quoted(key)} is read for all models together: move it to the "
+                "parameters of the recipe or of a slice."
+            )
+    return given
+
+
+def options(
+    known: Sequence[str], out: str, models: Sequence[Place], common: Sequence[Any], t: float
+) -> Options:
+    """The options of one tensor of the result.
+
+    Args:
+      known: the parameters that the method reads.
+      out: the tensor's name in the result, to which filters of `common` parameters apply.
+      models: the models' tensors; filters of a model's parameters apply to the name there.
+      common: the parameters of the slice and of the recipe.
+      t: the place in the slice, 0 to 1.
+
+    Raises:
+      ValueError: naming a parameter that is missing or of the wrong kind.
+    """
+
+    def value(key: str, path: str, scopes: Sequence[Mapping[str, Any]], default: Any = None) -> Any:
+        for scope in scopes:
+            if key in scope and (found := _evaluated(scope[key], path, t)) is not None:
+                return found
+        return default
+
+    def number(
+        key: str, path: str, scopes: Sequence[Mapping[str, Any]], default: float | None
+    ) -> float:
+        found = value(key, path, scopes, default)
+        if found is None:
+            raise ValueError(f"{_text.quoted(path)} has no {key} in the recipe, and no default.")
+        try:
+            return float(found)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{key} of {_text.quoted(path)} must be a number, got {_text.quoted(found)}."
+            ) from None
+
+    given: dict[str, Any] = {
+        ours: [number(key, place.path, place.parameters, default) for place in models]
+        for key, (ours, default) in _BY_MODEL.items()
+        if key in known
+    }
+    given |= {
+        ours: number(key, out, common, default)
+        for key, (ours, default) in _OF_ALL.items()
+        if key in known
+    }
+    if "scale" in known:
+        given["scale"] = number("scale", models[0].path, models[0].parameters, 1.0)
+
+    def truth(key: str, default: bool | None = None) -> bool | None:
+        found = value(key, out, common, default)
+        if found not in (None, True, False):  # 0 and 1 are equal to these
+            raise ValueError(
+                f"{key} of {_text.quoted(out)} must be true or false, got {_text.quoted(found)}."
+            )
+        return None if found is None else bool(found)
+
+    axis = -1 if truth("filter_wise", False) else None
+    if not truth("nuslerp_flatten", True):
+        axis = 0 if truth("nuslerp_row_wise", False) else -1
+    given |= {key: truth(key) for key in ("normalize", "rescale")}
+    return Options(axis=axis, **given)
+
+
+def _evaluated(setting: Any, name: str, t: float) -> Any:
+    """A parameter of one tensor: a value, a gradient over layers, or the first fitting filter."""
+    if isinstance(setting, Mapping):
+        setting = [setting]
+    if not isinstance(setting, list):
+        return setting
+    if setting and all(isinstance(each, Mapping) for each in setting):
+        for each in setting:
+            only("a filter", each, ("filter", "value"))
+            wanted = each.get("filter")
+            if wanted is None or wanted == "*" or str(wanted) in name:
+                return _evaluated(each.get("value"), name, t)
+        return None
+    if setting and all(isinstance(each, bool) for each in setting):
+        return setting[int(t * (len(setting) - 1))]
+    try:
+        values = [float(each) for each in setting]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"a gradient must be a list of numbers, got {_text.shown(setting)}."
+        ) from None
+    if not values:
+        return None
+    place = t * (len(values) - 1)
+    low = int(place)
+    high = min(len(values) - 1, low + 1)
+    return (1 - (place - low)) * values[low] + (place - low) * values[high]
