@@ -73,7 +73,23 @@ def one_step(pair: Pair, entry: Entry, step: int = 0) -> Step:
     trained = pair.student, connectors
     grads, (named, after) = run(trained, memory, at, pair.teacher, pair.batch, key)
     assert named.keys() == method.weights.keys()
+    assert unstated_weights(entry, method) == []
     return Step(named, grads, connectors, (memory, after))
+
+
+def unstated_weights(entry: Entry, method: Method) -> list[str]:
+    """Terms whose weights, of schedules the larger end, are not those of the docstring."""
+    doc, missing = " ".join((entry.build.__doc__ or "").split()), []
+    for term, weight in method.weights.items():
+        ends = [weight(jnp.int32(step)) for step in (0, STEPS)] if callable(weight) else [weight]
+        said = re.findall(rf"\b{term} ([\d.e-]*\d)(?: / (\d+))?", doc, re.IGNORECASE)
+        # Divergences share the sentence of their module.
+        if "ask" not in doc and entry.build.__module__.endswith("_classes"):
+            said = [("0.5", "")]
+        top = pytest.approx(max(map(float, ends)))
+        if not any(float(value) / float(over or 1) == top for value, over in said):
+            missing.append(f"{entry.name}: {term} {top}, in the docstring {said}")
+    return missing
 
 
 def check(pair: Pair, entry: Entry) -> None:

@@ -35,9 +35,9 @@ def tckd(
 ) -> Array:
     """Target-class KD: `T^2 KL` between `(p_y, 1 - p_y)` of teacher and student.
 
-    Decoupled KD is `tckd + 8 nckd`: 8 for most CIFAR-100 pairs, 2 or 6 for some, 0.5 (at T = 1) for
-    ImageNet. KD itself is `tckd + (1 - p_T(y)) nckd`: it mutes the other classes where
-    the teacher is sure. The mean is mdistiller's number, there times `min(epoch / 20, 1)`.
+    Decoupled KD is `tckd + 8 nckd`: 8 by default in mdistiller, 2 or 6 for some CIFAR-100 pairs,
+    0.5 (at T = 1) for ImageNet. KD itself is `tckd + (1 - p_T(y)) nckd`: it mutes the other classes
+    where the teacher is sure. The mean is mdistiller's number, there times `min(epoch / 20, 1)`.
     `[..., num_classes]` logits, `[...]` labels and values.
 
     References:

@@ -34,7 +34,8 @@ def dist_inter(
 
     DIST is `dist_inter + dist_intra`, at temperature 1 for ImageNet and 4 for CIFAR-100: invariant
     to the scale and shift of probabilities, it teaches preferences only. The mean is the authors'
-    number; torchdistill and mmrazor multiply by `temperature^2`.
+    number at temperature 1; their code for images, torchdistill and mmrazor multiply by
+    `temperature^2`.
 
     Args:
       student_logits: `[..., num_classes]`.

@@ -279,7 +279,7 @@ def ab(setup: Setup) -> Method:
     """Squared hinges that put every neuron on the teacher's side of 0: activation boundaries.
 
     Heo et al., 2019 (1811.03233). Every layer weighs half as much as the next; all times 3 / 1000.
-    Trained before the task, for 30 of 270 epochs: RepDistiller.
+    Task 1, ab 1, trained before the task for 30 of 270 epochs: RepDistiller.
     """
 
     def loss(student: Array, teacher: Array) -> Array:
@@ -340,8 +340,8 @@ def fsp(setup: Setup) -> Method:
     """`mean (F_S - F_T)^2` of flow matrices between neighboring layers, summed.
 
     Yim et al., CVPR 2017. The paper's networks have equal widths; others are brought to the
-    teacher's by 1x1 convolutions. Trained before the task, for 30 of 270 epochs: RepDistiller. The
-    weight, 50, is that of its script; its first stage does not read it.
+    teacher's by 1x1 convolutions. Task 1, fsp 50, trained before the task for 30 of 270 epochs:
+    RepDistiller's script, whose first stage does not read the weight.
     """
     found = _layers.layers(setup, _layers.every(setup, at_least=2), _layers.maps)
     glue = [
