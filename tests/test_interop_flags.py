@@ -41,3 +41,20 @@ def test_an_equinox_module_in_a_partial_would_have_no_parameters() -> None:
     module: Any = functools.partial(eqx.nn.Linear(4, 2, key=jax.random.key(0)))
     with pytest.raises(TypeError, match="JAX sees no arrays in it"):
         equinox.model(module)
+
+
+class LinenNoise(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return x + jax.random.normal(self.make_rng("noise"), x.shape)
+
+
+def test_a_random_stream_that_is_not_there_is_asked_for() -> None:
+    key, x = jax.random.key(0), X
+    with pytest.raises(ValueError, match=r"LinenNoise reads a random .*rngs=\('dropout', 'noise'"):
+        linen.model(LinenNoise()).init(key, x)
+    noisy = linen.model(LinenNoise(), rngs=("noise",))
+    v = noisy.init(key, x)
+    noisy.apply(v.params, v.model_state, x, key=key)
+    with pytest.raises(ValueError, match="Pass key="):
+        noisy.apply(v.params, v.model_state, x)

@@ -24,6 +24,7 @@ from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Variables
 from kdtl_jax.interop import _modes, _taps
 
 STATISTICS = ("use_running_average", "update_stats", "update_batch_stats")  # modes of these alone
+CALL = "linen.model(module, call=lambda module, x, train: module(x, flag=train))"
 Call = Callable[[nn.Module, Any, bool], Any]  # (bound module, inputs, train) -> outputs
 
 
@@ -64,7 +65,8 @@ def model(
 
     Raises:
       ValueError: when `apply` is traced, if a tap matches no submodule (the existing ones are
-        listed), or dropout or batch statistics are not in the mode asked for.
+        listed), dropout or batch statistics are not in the mode asked for, or the module reads a
+        random stream that `rngs` and `key` do not give.
     """
 
     _modes.check_made(module, isinstance(module, nn.Module), "Linen")
@@ -82,7 +84,8 @@ def model(
         def run(way: _Way) -> Any:
             return way.module.init(keys, inputs, False, method=way.call)
 
-        variables = run(_chosen(_ways(module, call, train=False), False, run))
+        with _streams_told(module):
+            variables = run(_chosen(_ways(module, call, train=False), False, run))
         state = {k: v for k, v in variables.items() if k not in ("params", "intermediates")}
         return Variables(variables.get("params", {}), state or None)
 
@@ -109,11 +112,11 @@ def model(
 
         def check() -> None:
             if call is None:
-                example = "linen.model(module, call=lambda module, x, train: module(x, flag=train))"
-                _modes.check(modes, train, type(module).__name__, example)
+                _modes.check(modes, train, type(module).__name__, CALL)
 
-        way = _chosen(_ways(module, call, train), train, run)
-        with _recorded() as modes:
+        with _streams_told(module):
+            way = _chosen(_ways(module, call, train), train, run)
+        with _streams_told(module), _recorded() as modes:
             try:
                 outputs, updated = run(way, [*changing, "intermediates"] if taps else changing)
             except errors.ModifyScopeVariableError:  # statistics that are updated in evaluation
@@ -131,6 +134,20 @@ def model(
         return found, {name: updated[name] for name in model_state}
 
     return Linen(init, apply)
+
+
+@contextlib.contextmanager
+def _streams_told(module: nn.Module) -> Iterator[None]:
+    """Flax's error on a random stream that is not there says what to pass here."""
+    try:
+        yield
+    except errors.InvalidRngError as error:
+        said = str(error).partition(" (http")[0]
+        raise ValueError(
+            f"{type(module).__name__} reads a random stream that it was not given: {said}. Pass "
+            "key=, and name the streams besides dropout: linen.model(module, rngs=('dropout', "
+            f"'noise')). If it should draw nothing in this mode, say how it is called: {CALL}."
+        ) from error
 
 
 class _Way(NamedTuple):
