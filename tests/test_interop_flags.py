@@ -51,10 +51,10 @@ class LinenNoise(nn.Module):
 
 def test_a_random_stream_that_is_not_there_is_asked_for() -> None:
     key, x = jax.random.key(0), X
+    plain, noisy = linen.model(LinenNoise()), linen.model(LinenNoise(), rngs=("noise",))
+    v = plain.init(key, x)
     with pytest.raises(ValueError, match=r"LinenNoise reads a random .*rngs=\('dropout', 'noise'"):
-        linen.model(LinenNoise()).init(key, x)
-    noisy = linen.model(LinenNoise(), rngs=("noise",))
-    v = noisy.init(key, x)
+        plain.apply(v.params, v.model_state, x, key=key)
     noisy.apply(v.params, v.model_state, x, key=key)
     with pytest.raises(ValueError, match="Pass key="):
         noisy.apply(v.params, v.model_state, x)
