@@ -139,8 +139,8 @@ def catkd(student: Array, teacher: Array, *, resolution: int = 2) -> Array:
     """`mean (c_S - c_T)^2` of class activation maps, pooled and normalized per class.
 
     The last layer must be a 1x1 convolution before the global average pooling, so that it has one
-    map per class. `.mean()` is the authors' number with `IF_NORMALIZE`, which they set
-    for most pairs of different families (weights 15 to 600; 400 by default).
+    map per class. `.mean()` is the authors' number where they normalize, for pairs of different
+    families (weights 10 to 600; 400 by default).
 
     Args:
       student: `[B, Hs, Ws, classes]`.

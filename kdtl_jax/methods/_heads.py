@@ -81,7 +81,7 @@ def catkd(setup: Setup) -> Method:
 
     Guo et al., CVPR 2023. The maps are the last feature map times the kernel of the head that reads
     its average. Task 1, catkd 400: the default of the authors' code, whose
-    configurations have 15 to 600 by pair (and down to 0.5 without the normalization).
+    configurations have 10 to 600 by pair (and 0.5 to 15 without the normalization).
     """
     if setup.last_maps is None:
         raise ValueError(
