@@ -68,6 +68,14 @@ def test_images_that_are_not_in_folders_of_classes(
         datasets.read_splits(str(tmp_path))
 
 
+def test_one_class_of_a_model_is_enough_for_it(tmp_path: Path) -> None:
+    form = datasets.read(image_folder(tmp_path / "a")).form._replace(names=NAMES, outputs=3)
+    some = image_folder(tmp_path / "b", PIXELS[Y == 1], ["bee"] * 20)
+    assert datasets.read(some, preprocessing=form).labels.tolist() == [1] * 20
+    with pytest.raises(ValueError, match="below one folder, 'bee'"):
+        datasets.read(some)
+
+
 def test_a_table_that_names_its_images(tmp_path: Path) -> None:
     """Beside them or in a folder, as the table alone or with its folder; read again by a model."""
     folder = image_folder(tmp_path / "a" / "images", labels=["."] * N).parent

@@ -116,19 +116,24 @@ def test_an_average_of_the_weights_is_kept_beside_the_optimizer() -> None:
     assert _optimizers.used(plain) is plain
 
 
-def test_early_stopping_gives_back_the_best_epoch(tmp_path: Path) -> None:
+def test_early_stopping_gives_back_the_best_epoch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With an average, a clipped rate and hint's connector: resumed, it is the same run."""
     data, out = write_data(tmp_path / "data.npz"), tmp_path / "run"
     flags = [*SHORT, "--methods", "hint", "--epochs", 30, "--lr", 0.05, "--early-stopping", 2]
     flags += ["--ema", 0.5, "--warmup", 0.1, "--clip", 1, "--label-smoothing", 0.1]
     words = ["distill", "--data", data, *flags, "--class-weights", "balanced", "--out", out]
     assert kdtl(*words) == 0
+    said = capsys.readouterr().err
     rows = {row["method"]: row for row in results(out)["rows"]}
     for name in ("student_alone", "hint"):
         curve = results(out)["curves"]["learning"][name]
         values, kept = curve["validation_accuracy"], rows[name]["settings"]["epoch_kept"]
         assert curve["epoch"] == list(range(1, len(values) + 1)) and len(values) < 30
         assert kept == 1 + int(np.argmax(values)) == len(values) - 2
+        after = f"{name}: stopped after epoch {len(values)}, the weights of {kept} are kept"
+        assert after in said
         assert rows[name]["validation_accuracy"]["mean"] == pytest.approx(max(values))
         saved = checkpoint.steps(out / "checkpoints" / name)
         assert saved == [5 * kept, 5 * len(values)]

@@ -99,7 +99,7 @@ def _of_folder(folder: Path, choices: Choices) -> dict[str, Source]:
         return _of_arrays(arrays, choices)
     if not choices.with_targets and (files := _images.all_images(folder)):
         return {"whole": Source(str(folder), Pictures(str(folder), files))}
-    found = _of_images(folder)
+    found = _of_images(folder, () if choices.takes is None else choices.takes.names)
     if found and beside:
         listed = ", ".join(beside)
         note = (
@@ -143,7 +143,8 @@ def _beside_images(
     return [path.name for path in paths] if len({*classes}) > 1 else []
 
 
-def _of_images(folder: Path) -> dict[str, Source]:
+def _of_images(folder: Path, known: Sequence[str]) -> dict[str, Source]:
+    """The parts of a folder of classes; of a model that knows its name, one class will do."""
     parts = _images.parts_of(folder)
     others = _images.others_of(folder, parts) if parts else []
     parts = parts or {"whole": folder}
@@ -155,7 +156,8 @@ def _of_images(folder: Path) -> dict[str, Source]:
         if made.files:
             pictures = Pictures(str(inside), made.files)
             labels, first = np.array(made.classes), made.classes[0]
-            if part in ("train", "whole") and not (labels != first).any():
+            is_whole = part in ("train", "whole") and first not in known
+            if is_whole and not (labels != first).any():
                 raise ValueError(
                     f"{inside}: all of its images are below one folder, {first!r:.80}, and every "
                     f"class needs a folder. Or are the classes in {inside / first}? Name that."

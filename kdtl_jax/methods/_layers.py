@@ -81,9 +81,14 @@ def every(setup: Setup, *, at_least: int = 1) -> Sequence[Pair]:
       ValueError: if there are fewer than asked for.
     """
     if len(setup.pairs) < at_least:
-        raise ValueError(
-            f"needs {at_least} matched layers, this pair of models has {len(setup.pairs)}"
-        )
+        said = f"needs {at_least} matched layers, this pair of models has {len(setup.pairs)}"
+        both = {"student": setup.student, "teacher": setup.teacher}
+        if bare := [name for name, outputs in both.items() if {*outputs} <= {"logits"}]:
+            said += (
+                f" (the {' and the '.join(bare)} {'returns' if len(bare) == 1 else 'return'} "
+                "logits alone: let it return features beside them, in a dict or a tuple)"
+            )
+        raise ValueError(said)
     return setup.pairs
 
 

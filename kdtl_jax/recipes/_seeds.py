@@ -174,7 +174,10 @@ def train_seeds(
     )
     best = None if run.patience is None else scores.best(list(curve))
     if best is not None:
-        at = evaluations[best]["step"]
+        at, last = (evaluations[i]["step"] for i in (best, -1))
+        if last < total:
+            after, kept = (step // calls // per_epoch for step in (last, at))
+            run.say(f"{name}: stopped after epoch {after}, the weights of {kept} are kept", True)
         state = checkpoint.restore(saves.home, state, step=at, owner=saves.owner).state
     state = used(state)
     named = evaluate(state, run.splits.test.inputs)
