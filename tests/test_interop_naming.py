@@ -194,6 +194,8 @@ def _network(**shapes: tuple[int, ...]) -> dict[str, Any]:
         # Matrices of another name: nothing says which way round they are.
         ({"a": {"w": np.zeros((4, 4))}}, r"a/w \[4, 4\]: naming.same, naming.linear"),
         ({"a": {"weight": np.zeros((4, 2, 4))}}, r"a/weight \[4, 2, 4\]: naming.same or"),
+        # One channel to one, which a transposed convolution stores backward.
+        ({"a": {"weight": np.zeros((1, 1, 3))}}, r"a/weight \[1, 1, 3\]: naming.same or"),
     ],
 )
 def test_the_convention_refuses_to_guess_axes(tree: Any, named: str):
@@ -281,3 +283,32 @@ def test_transposed_convolutions_of_any_rank_are_undone():
         np.testing.assert_array_equal(
             naming.to_torch({"k": kernel}, [Rule("w", "k", each)])["w"], weight
         )
+
+
+def test_a_norm_of_a_flattened_map_is_asked_for_without_a_linear_layer():
+    """`nn.LayerNorm(8 * 3 * 5)` behind a flatten; not one of as many numbers as a layer makes."""
+    said = [("conv/kernel", naming.conv2d)]
+    tree = _network(conv=(3, 3, 1, 8)) | {"norm": {"scale": np.zeros(120), "bias": np.zeros(120)}}
+    with pytest.raises(
+        ValueError, match=r"(?s)norm/bias \[120\]: naming.unflattened_vector.*scale"
+    ):
+        naming.convention(tree, axes=said)
+    places = [*said, ("norm/.*", naming.unflattened_vector(8, 3, 5))]
+    assert len(naming.convention(tree, axes=places)) == 4
+    # Concatenated maps of a DenseNet, pooled before the head, which a rule says is linear.
+    dense = tree | _network(head=(120, 2))
+    head = [*said, ("head/kernel", naming.linear)]
+    assert {rule.axes for rule in naming.convention(dense, axes=head) if "norm" in rule.jax} == {
+        naming.same
+    }
+
+
+def test_a_square_kernel_beside_one_that_is_kept_is_asked_for():
+    """GPT-2 stores `[in, out]`; what a rule leaves out would be transposed, and fit."""
+    tree = _network(fc=(48, 192), proj=(192, 48), square=(48, 48)) | {
+        "words": {"embedding": np.zeros((50, 48))}
+    }
+    said = [("(fc|proj)/kernel", naming.same)]
+    with pytest.raises(ValueError, match=r"square/kernel \[48, 48\]: naming.same, as another"):
+        naming.convention(tree, axes=said)
+    assert len(naming.convention(tree, axes=[*said, ("square/kernel", naming.linear)])) == 7

@@ -18,10 +18,22 @@ class Others(NamedTuple):
     made: set[int]  # lengths that linear layers make, other than flattened maps
     entering: set[int]  # lengths that linear layers read and no layer makes
     flattened: set[int]  # lengths of the maps that rules flatten
+    plain: set[int]  # lengths of what is no map, as tables and rules say
+    as_stored: bool  # a matrix of a linear layer is stored as it is here
 
 
-def others(flat: Mapping[str, Any], makers: Collection[str], flattened: Collection[int]) -> Others:
-    """Describes a tree; `makers` are the linear layers that make maps, as rules say."""
+def others(
+    flat: Mapping[str, Any],
+    makers: Collection[str],
+    flattened: Collection[int],
+    same: Collection[str],
+    linear: Collection[str],
+) -> Others:
+    """Describes a tree.
+
+    As rules say, `makers` are the linear layers that make maps, the leaves `same` are stored with
+    these axes, and the kernels `linear` read no maps.
+    """
     kernels = {p: tuple(x.shape) for p, x in flat.items() if p.split("/")[-1] == "kernel"}
     maps = [shape for shape in kernels.values() if len(shape) > 2]
     matrices = {path: shape for path, shape in kernels.items() if len(shape) == 2}
@@ -39,6 +51,9 @@ def others(flat: Mapping[str, Any], makers: Collection[str], flattened: Collecti
         made=made,
         entering=entering,
         flattened=set(flattened),
+        plain={shape[-1] for shape in tables if shape}
+        | {shape[0] for path, shape in matrices.items() if path in linear},
+        as_stored=any(path in same for path in matrices),
     )
 
 
@@ -57,22 +72,31 @@ def unclear(path: str, shape: tuple[int, ...], others: Others) -> str | None:
             return start + "naming.flattened(channels, height, width), or naming.linear"
         if _may_make_a_map(shape, others):
             return start + "naming.unflattened(channels, height, width), or naming.linear"
+        if others.as_stored and shape[0] == shape[1] > 1:
+            return start + "naming.same, as another kernel here, or naming.linear"
         return None
     if name in ("scale", "bias", "mean", "var"):
         if len(shape) > 1:
             return start + "Axes(...)"
-        # A vector beside a flattened map, unless a layer has as many outputs of its own.
-        if shape and shape[0] not in others.made and shape[0] in others.flattened:
+        if shape and _is_of_a_map(shape[0], others):
             return start + "naming.unflattened_vector(channels, height, width), or naming.same"
         return None
     if name == "embedding" and len(shape) <= 2:
         return None
-    # Where another order of the axes has another shape, a transfer refuses the wrong one.
+    # Where another order of the axes has another shape, a transfer refuses the wrong one. A window
+    # from one channel to one runs backward in a transposed convolution.
     long = [length for length in shape if length > 1]
-    if len(set(long)) < len(long):
+    if len(set(long)) < len(long) or (name == "weight" and len(shape) > 2 and shape[0] == shape[1]):
         turned = ", naming.linear" if len(shape) == 2 else ""
         return start + f"naming.same{turned} or Axes(...)"
     return None
+
+
+def _is_of_a_map(length: int, others: Others) -> bool:
+    """Whether a vector may belong to a flattened map: no layer has as many outputs of its own."""
+    if length in others.made | others.channels | others.images | others.plain:
+        return False
+    return length in others.flattened or any(_is_multiple(length, n) for n in others.channels)
 
 
 def _reads_a_map(shape: tuple[int, ...], others: Others) -> bool:

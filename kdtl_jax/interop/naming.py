@@ -143,7 +143,8 @@ def convention(
     transposed. What a shape does not tell must be said: whether a kernel of more axes is of a
     convolution, a transposed convolution or a stack of layers, whether a linear layer reads a
     flattened map or makes one (beside convolutions, or of the size of a color image), what a scale
-    or bias of several axes is in torch, and which way round a square leaf of another name is.
+    or bias of several axes is in torch, and which way round a square leaf of another name is, or a
+    square kernel beside one that is `same` (GPT-2's are).
 
         naming.convention(variables, axes=[
             (".*/conv\\d/kernel", naming.conv2d),
@@ -164,7 +165,8 @@ def convention(
     flat = trees.flatten(tree)
     said = _said(tree, list(flat), axes)
     makers = [path for path, axes in said.items() if _makes_a_map(axes)]
-    others = _unclear_axes.others(flat, makers, _flattened_lengths(said))
+    kept, plain = ([p for p, axes in said.items() if axes == kind] for kind in (same, linear))
+    others = _unclear_axes.others(flat, makers, _flattened_lengths(said), kept, plain)
     unclear = [
         text
         for path, leaf in flat.items()
