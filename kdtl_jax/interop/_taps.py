@@ -56,13 +56,14 @@ def outputs_of(returned: Any) -> dict[str, Array]:
     Raises:
       ValueError: naming an output beside the logits that is no array.
     """
+    outputs = returned
     if isinstance(returned, (tuple, list)) and hasattr(next(iter(returned), None), "shape"):
         logits, *others = returned
-        returned = {"logits": logits, "features": others[0] if len(others) == 1 else others}
-    if not isinstance(returned, Mapping):
-        return {"logits": returned}
+        outputs = {"logits": logits, "features": others[0] if len(others) == 1 else others}
+    if not isinstance(outputs, Mapping):
+        return {"logits": outputs}
     found: dict[str, Any] = {}
-    for name, x in returned.items():
+    for name, x in outputs.items():
         for inner, leaf in ({"": x} if name == "logits" else trees.flatten(x)).items():
             found[path := f"{name}/{inner}" if inner else name] = leaf
             if name != "logits" and not hasattr(leaf, "shape"):
