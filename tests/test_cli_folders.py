@@ -2,16 +2,19 @@
 
 import json
 import shutil
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from kdtl_jax import cli
 from kdtl_jax.cli import main
+from kdtl_jax.interop import safetensors
 from kdtl_jax.recipes import _folders, _tables
 from kdtl_jax.run import record
 
@@ -157,6 +160,18 @@ def test_a_lock_that_is_a_link_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="link"), _folders.run_folder(settings, "demo"):
         pass
     assert precious.read_text() == "precious"
+
+
+def test_a_program_that_starts_without_output_ends_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = tmp_path / "w.safetensors"
+    safetensors.save(student, {"w": np.ones(3, np.float32)})
+    for name in ("stdout", "stderr"):  # as Python sets them where a file is closed
+        monkeypatch.setattr(sys, name, None)
+    out = tmp_path / "o.safetensors"
+    assert main(["params", "scale", str(student), "--alpha", "2", "--write", str(out)]) == 0
+    assert out.is_file() and main(["params", "scale", "none.safetensors"]) == 1
 
 
 def test_long_lines_are_printed_whole_and_safely(capsys: Captured) -> None:

@@ -370,3 +370,22 @@ def test_double_precision_stays_what_it_is() -> None:
     assert params("merge", A, B, "--method", "model_stock", "--base", BASE, *OUT) == 0
     with jax.enable_x64(True):
         assert_same(written(), native(transforms.model_stock(base, models)))
+
+
+@pytest.mark.parametrize("command", [["average"], ["merge", "--method", "linear"]])
+def test_models_that_say_different_things_of_themselves_are_named(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    says = {"model": "vit:heads=8", "class_names": '["ant", "bee"]', "seed": "0"}
+    other = {"model": "vit:heads=1", "class_names": '["bee", "ant"]', "seed": "1"}
+    for file, metadata in ((A, says), (B, other), (BASE, {})):
+        safetensors.save(file, flat(0), metadata=metadata)
+    assert params(*command, A, B, "--write", "one.safetensors") == 0
+    first, second = capsys.readouterr().err.strip().splitlines()
+    assert first.startswith(
+        "warning: b.safetensors says model vit:heads=1, a.safetensors vit:heads"
+    )
+    assert second.startswith("warning: b.safetensors says class_names")
+    for models in ((A, A), (A, BASE)):  # who says nothing contradicts nobody
+        assert params(*command, *models, *OUT, "--force") == 0
+        assert capsys.readouterr().err == ""

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,29 @@ def test_records_that_are_no_files(begun: Any, name: str, kind: str) -> None:
     else:
         path.unlink(missing_ok=True)
     path.write_bytes(kept)
+
+
+@pytest.mark.parametrize("name", ["results.json", "report.html", "metrics.jsonl", "sweep.csv"])
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+@pytest.mark.parametrize("force", [False, True])
+def test_what_no_record_could_replace_is_refused_before_any_work(
+    begun: Any, tmp_path: Path, name: str, kind: str, force: bool
+) -> None:
+    folder = tmp_path / "o"
+    shutil.copytree(begun[0], folder)
+    os.mkfifo(folder / name) if kind == "pipe" else (folder / name).mkdir()
+    asked = sweep.Settings(out=str(folder), resume=not force, force=force)
+    refused = pytest.raises(FileExistsError, match="a folder, a pipe or a device is there")
+    with bounded(), refused as said, _folders.run_folder(asked, "sweep"):
+        raise AssertionError("it would train now")
+    assert is_plain(str(said.value)) and (folder / name).exists()
+
+
+def test_a_name_in_which_nothing_can_be_saved_is_refused_before_any_work(tmp_path: Path) -> None:
+    asked = sweep.Settings(out=os.fsdecode(os.fsencode(tmp_path) + b"/r\xff"))
+    with pytest.raises(ValueError, match=r"r\\udcff: the name is not UTF-8") as said:
+        _folders.check_out(asked, "sweep")
+    assert is_plain(str(said.value)) and not list(tmp_path.iterdir())
 
 
 FOREIGN = [

@@ -51,6 +51,9 @@ FAILURES = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryErr
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `kdtl` and returns its exit code."""
+    for stream in ("stdout", "stderr"):  # a program may be started without them
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, "w"))
     argv = list(sys.argv[1:] if argv is None else argv)
     name = "kdtl"
     debug = "--debug" in argv

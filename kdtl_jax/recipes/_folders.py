@@ -73,6 +73,9 @@ def run_folder(
                 _files.refuse(
                     folder, [x for x in there if x.name in WRITTEN or x.suffix == ".safetensors"]
                 )
+            for name in WRITTEN:
+                if folder.is_dir():
+                    _files.check_place(folder / name)  # a pipe there would cost the results
             return taken_up
 
         def begin() -> str:
@@ -131,6 +134,13 @@ def _is_taken_up(settings: Any) -> bool:
         raise UsageError("--resume continues a run, --force overwrites it: give one of them.")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file. Name a folder.")
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"--out {_text.shown(str(folder.absolute()), 200)}: the name is not UTF-8, and no "
+            "checkpoint can be saved there. Name another folder."
+        ) from None
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     names = {name for name in names - {".lock"} if not name.endswith(_files.TEMPORARY)}
     if resume:

@@ -17,13 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import kdtl_jax
-from kdtl_jax import _files, trees
+from kdtl_jax import _files, _text, trees
 from kdtl_jax.cli.params import _folders
 from kdtl_jax.interop import safetensors
 from kdtl_jax.recipes.settings import UsageError, plain, selector, setting
 from kdtl_jax.transforms import Report
 
 RECIPE = "kdtl_recipe"  # the metadata key
+# What models say of themselves that gives their entries a meaning beyond names and shapes.
+MEANING = ("model", "class_names", "input_mean", "input_scale")
 BLOCK = 1 << 20  # entries of a piece: 4 MB of float32
 WIDEST = 200  # characters of a name in a printed column
 SELECTORS = """
@@ -181,6 +183,8 @@ def finish(settings: Writing, command: str, rewrite: Rewrite) -> int:
       OSError: if the disk is full; what was there stays as it was.
     """
     print(rewrite.report)
+    if command in ("average", "merge"):
+        _tell_others(rewrite.inputs)
     specs = {path: _stored(spec, settings.dtype) for path, spec in rewrite.specs.items()}
     total = sum(_bytes(spec) for spec in specs.values())
     what = f"{len(specs)} tensors, {size(total)}"
@@ -216,6 +220,24 @@ def wide(array: np.ndarray) -> np.ndarray:
     """Half precision as float32, so that results are rounded when they are written, not before."""
     is_half = trees.is_inexact(array) and array.dtype.itemsize < 4
     return array.astype(np.float32) if is_half else array
+
+
+def _tell_others(inputs: Sequence[Opened]) -> None:
+    """Warns of models whose entries are combined although they say different things of themselves.
+
+    Equal names and shapes do not make two networks one: heads and classes may be in another order.
+    """
+    first, *others = inputs
+    for one in others:
+        said, wanted = one.checkpoint.metadata, first.checkpoint.metadata
+        for key in MEANING:
+            if key in said and key in wanted and said[key] != wanted[key]:
+                says, other = (_text.shown(about[key], WIDEST) for about in (said, wanted))
+                print(
+                    f"warning: {one.name} says {key} {says}, {first.name} {other}: its entries may "
+                    "mean something else.",
+                    file=sys.stderr,
+                )
 
 
 def size(count: int) -> str:
