@@ -96,6 +96,27 @@ def test_one_hot_columns_are_one_class_each(tmp_path: Path) -> None:
     assert found.kind == "labels" and found.labels.shape == (N, 3)
 
 
+@pytest.mark.parametrize("form", [int, bool, "yes", "true"])
+def test_one_column_of_answers_is_one_label(form: Any, tmp_path: Path) -> None:
+    """As binary cross-entropy on one logit has it; not two labels, its 0 and its 1."""
+    flags = Y == 1
+    values = (
+        np.where(flags, form, {"yes": "no", "true": "False"}[form])
+        if isinstance(form, str)
+        else flags.astype(form)
+    )
+    path = table(tmp_path / "a.csv", columns(flag=values))
+    splits = datasets.read_splits(str(path), label="flag", target="labels")
+    whole = datasets.read(path, label="flag", target="labels")
+    assert (whole.kind, whole.classes, whole.names) == ("labels", 1, ("flag",))
+    np.testing.assert_array_equal(whole.labels[:, 0], flags)
+    assert splits.test.labels.shape[1] == 1 and splits.test.names == ("flag",)
+    assert "targets: 1 label: flag" in datasets.summary(splits)[2]
+    # Names of labels stay what they are.
+    named = table(tmp_path / "b.csv", columns(tag=np.where(flags, "cat", "dog")))
+    assert datasets.read(named, label="tag", target="labels").names == ("cat", "dog")
+
+
 def test_numbers(tmp_path: Path) -> None:
     path = table(tmp_path / "a.csv", columns(price=PRICE, size=2 * PRICE + 1))
     found = datasets.read(path, label="price", drop=("size",))

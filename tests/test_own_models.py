@@ -279,3 +279,10 @@ def averaged(params: Any, x: Any) -> Any:
 def test_what_is_no_model_says_what_to_write(found: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         own.network(found, classes=3, example=X[:1])
+
+
+def test_one_logit_for_two_classes_is_shown_its_place() -> None:
+    with pytest.raises(
+        ValueError, match=r"\[1, 1\] for one .* one label of 0 and 1: read .*labels"
+    ):
+        own.network(Linen(1), classes=2, example=X[:1])

@@ -263,7 +263,7 @@ def _numbered(
         source.name, inputs, source.targets, target=target, classes=classes, like=like,
         names=source.names,
     )  # fmt: skip
-    if made.kind == "numbers" and not made.names and len(source.columns) == made.classes:
+    if made.kind != "classes" and not made.names and len(source.columns) == made.classes:
         made = made._replace(names=source.columns)
     if not isinstance(source.inputs, np.ndarray):
         made = made._replace(inputs=np.arange(len(inputs)))

@@ -60,7 +60,9 @@ def _targets(train: Dataset) -> str:
     names = train.class_names()
     each = ", ".join(f"{_text.shown(names[i])} {counts[i]}" for i in range(min(SHOWN, len(names))))
     more = f", … (from {counts.min()} to {counts.max()})" if train.classes > SHOWN else ""
-    kind = "classes" if train.kind == "classes" else "labels, several at once"
+    kind = "classes"
+    if train.kind != "classes":
+        kind = "label" if train.classes == 1 else "labels, several at once"
     return f"{train.classes} {kind}: {each}{more}"
 
 

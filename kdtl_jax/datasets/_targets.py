@@ -2,7 +2,7 @@
 
 What files hold says which it is, unless the reader is told: text and whole numbers are classes;
 lists, "cat|dog", "cat;dog" and rows of 0 and 1 that are not one-hot are labels; other numbers are
-numbers.
+numbers. One column of 0 and 1 that is said to be labels is one label, for a model of one logit.
 """
 
 import re
@@ -168,6 +168,9 @@ def _labels(
     name: str, found: np.ndarray, like: Dataset | None, names: tuple[str, ...]
 ) -> tuple[np.ndarray, tuple[str, ...], list[str]]:
     """`[N, K]` of 0 and 1, float32, and what the labels are called."""
+    if found.ndim == 1 and (like is None or like.classes == 1):
+        answers = _answers(found)  # to one question: a label that an example has or lacks
+        found = found if answers is None else answers[:, None]
     if found.ndim == 2:
         return _multi_hot(name, found, like, names)
     if like is not None and not like.names:
@@ -200,6 +203,19 @@ def _labels(
     return hot, known, [] if like is not None else [notice]
 
 
+def _answers(found: np.ndarray) -> np.ndarray | None:
+    """0 and 1 of one column that holds nothing else, or that says yes and no; None of others."""
+    if found.dtype.kind in "iufb":
+        return found if np.isin(found, (0, 1)).all() else None
+    if found.dtype.kind != "U":
+        return None
+    said = np.char.lower(np.char.strip(found))
+    pairs = (("0", "1"), ("no", "yes"), ("false", "true"))
+    return next(
+        ((said == pair[1]).astype(np.int64) for pair in pairs if np.isin(said, pair).all()), None
+    )
+
+
 def _multi_hot(
     name: str, found: np.ndarray, like: Dataset | None, names: tuple[str, ...]
 ) -> tuple[np.ndarray, tuple[str, ...], list[str]]:
@@ -215,7 +231,8 @@ def _multi_hot(
             f"{name}: several labels per example must be 0 or 1, got "
             f"{found[wrong[0]].tolist()!s:.80} at row {wrong[0]}."
         )
-    notice = f"targets are 0 or 1 in {count} columns: several labels per example"
+    columns = "1 column: a label that" if count == 1 else f"{count} columns: several labels that"
+    notice = f"targets are 0 or 1 in {columns} an example has or lacks"
     found = _in_order_of(name, found, names, like)
     known = (like.names if like is not None else ()) or names
     return found.astype(np.float32), known, [] if like is not None else [notice]

@@ -82,9 +82,12 @@ def network(found: Any, *, classes: int, example: Any, dtype: Any = None) -> Net
         what = f"a {type(logits).__name__}" if "logits" in outputs else sorted(outputs)
         raise ValueError(f'{name} returns {what}: no "logits". Return an array, or a dict with it.')
     if shape != (1, classes):
+        hint = ""
+        if shape == (1, 1) and classes == 2:
+            hint = " One logit answers one label of 0 and 1: read the targets with --target labels."
         raise ValueError(
             f"{name} gives logits {list(shape)} for one example, expected [1, {classes}]: one "
-            f"output per class. An argument called classes= is filled in."
+            f"output per class. An argument called classes= is filled in.{hint}"
         )
     if not net.layout.features:
         variables = networks.abstract(net, example)
