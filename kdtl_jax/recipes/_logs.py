@@ -81,7 +81,7 @@ def write_curves(
             epochs = range(1, len(values) + 1) if is_loss else curve["epoch"]
             key = name if is_loss else f"eval/{name}"
             lines += [
-                _files.as_json({"step": epoch, "method": method, key: value})
+                _files.as_json({"step": int(epoch), "method": method, key: value})
                 for epoch, value in zip(epochs, values, strict=True)
             ]
     _files.write_atomic(file, "".join(f"{json.dumps(x)}\n" for x in lines).encode())
