@@ -24,7 +24,7 @@ from kdtl_jax._types import ModelFn, Outputs, Params, PyTree, Variables
 from kdtl_jax.interop import _modes, _taps
 
 STATISTICS = ("use_running_average", "update_stats", "update_batch_stats")  # modes of these alone
-CALL = "linen.model(module, call=lambda module, x, train: module(x, flag=train))"
+_CALL = "linen.model(module, call=lambda module, x, train: module(x, flag=train))"
 Call = Callable[[nn.Module, Any, bool], Any]  # (bound module, inputs, train) -> outputs
 
 
@@ -112,7 +112,7 @@ def model(
 
         def check() -> None:
             if call is None:
-                _modes.check(modes, train, type(module).__name__, CALL)
+                _modes.check(modes, train, type(module).__name__, _CALL)
 
         with _streams_told(module):
             way = _chosen(_ways(module, call, train), train, run)
@@ -146,7 +146,7 @@ def _streams_told(module: nn.Module) -> Iterator[None]:
         raise ValueError(
             f"{type(module).__name__} reads a random stream that it was not given: {said}. Pass "
             "key=, and name the streams besides dropout: linen.model(module, rngs=('dropout', "
-            f"'noise')). If it should draw nothing in this mode, say how it is called: {CALL}."
+            f"'noise')). If it should draw nothing in this mode, say how it is called: {_CALL}."
         ) from error
 
 
