@@ -28,14 +28,16 @@ class Scale(NamedTuple):
     dtype: str = "float32"
 
 
-SCALES = Scale(32_768, 1024, 256), Scale(131_072, 1024, 64)
+SCALES = Scale(32_768, 1024, 256), Scale(131_072, 1024, 256)
+FEW = 32  # tokens of a chunk where memory is what counts
 LIGER_CHUNKS = {32_768: 1024, 131_072: 256}  # the faster of 256 and 1,024
 # Of these XLA's own account of temporary memory is printed; nothing runs.
 ACCOUNTED = (
     ("dense", Scale(32_768, 2048, 2048)),
     ("chunked", Scale(32_768, 2048, 256)),
     ("chunked", Scale(32_768, 2048, 256, "bfloat16")),
-    ("chunked", Scale(131_072, 1024, 64)),
+    ("chunked", Scale(131_072, 1024, 256)),
+    ("chunked", Scale(131_072, 1024, FEW)),
 )
 
 
@@ -168,19 +170,18 @@ def resident_memory(scale: Scale, has_liger: bool) -> dict[str, float]:
     """Megabytes of the losses, each in a process of its own."""
     print(f"\nMemory, {scale.classes:,} classes, {scale.tokens:,} tokens, float32")
     found: dict[str, float] = {}
-    chunks = {"chunked": scale.chunk, "dense": scale.tokens}
+    forms = [("chunked", FEW), ("chunked", scale.chunk), ("dense", scale.tokens)]
     if has_liger:
-        chunks["Liger"] = LIGER_CHUNKS[scale.classes]
-    for kind, chunk in chunks.items():
+        forms.append(("Liger", LIGER_CHUNKS[scale.classes]))
+    for kind, chunk in forms:
         command = [sys.executable, __file__, kind, *map(str, (scale.classes, scale.tokens, chunk))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
+        name = f"{kind}, {chunk} tokens at a time"
         if done.returncode:
-            print(f"  {kind}: not measured, {done.stderr.strip().splitlines()[-1:]}")
+            print(f"  {name}: not measured, {done.stderr.strip().splitlines()[-1:]}")
             continue
-        found[kind] = float(done.stdout.split()[-1])
-        print(f"  {kind:10s} {found[kind]:7.0f} MB")
-    if {"dense", "chunked"} <= set(found):
-        print(f"  chunked is 1/{found['dense'] / found['chunked']:.1f} of dense")
+        found[name] = float(done.stdout.split()[-1])
+        print(f"  {name:30s} {found[name]:7.0f} MB")
     return found
 
 

@@ -14,11 +14,12 @@ RESULT:    step: loss and gradient equal to PyTorch's, 1e-7; PyTorch takes 0.91 
            sampling, times as long in transformers at its better thread count, two sittings: one row
            2.81 (2.8) and 2.44, eight rows 2.26 (2.3) and 2.28; 512 of 512 greedy tokens equal
            KL over 32,768 classes, 1,024 tokens in chunks of 256, times the matrix products: float32
-           1.01, bfloat16 1.03; Liger takes 1.20 times as long. Over 131,072 classes, ours in chunks
-           of 64: 1.06 and 1.09; Liger in chunks of 256 takes 0.91 times as long; resident memory of
-           ours 158 MB, of Liger's 535 MB, dense 3,120 MB. Temporary memory by XLA's figure: 2,048
-           tokens over 32,768 classes in float32 88 MB (bfloat16 187 MB), dense 1,409 MB; 1,024
-           tokens over 131,072 classes in chunks of 64 93 MB
+           1.01, bfloat16 1.03; Liger takes 1.20 times as long. Over 131,072 classes, in chunks of
+           256, on a processor without AVX-512, 3 rounds, 541 s for this part: 0.99 and 1.02; Liger
+           in chunks of 256 takes 1.33 times as long (over 32,768 1.19). Resident memory there: in
+           chunks of 256 293 MB, of 32 125 MB, Liger 535 MB, dense 3,086 MB. Temporary memory by
+           XLA's figure: 2,048 tokens over 32,768 classes in float32 88 MB (bfloat16 187 MB), dense
+           1,409 MB; 1,024 tokens over 131,072 classes in chunks of 256 295 MB, of 32 60 MB
 
 step: one KD step (forward KL, AdamW) of a decoder of 12.6 million parameters taught by one of 26.7
 million, 8 x 128 tokens, vocabulary 8,192; both libraries start from the same folder of weights, and
