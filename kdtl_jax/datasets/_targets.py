@@ -81,10 +81,8 @@ def _classes(
         return checked(name, inputs, found, classes, like=like)
     count, notices = len(names), ()
     if found.ndim == 2 and found.shape[1] > 1:
-        count, notices = (
-            classes,
-            (f"columns {', '.join(names[:6])} are one-hot: read as one class each",),
-        )
+        note = f"columns {', '.join(names[:6])} are one-hot: read as one class each"
+        count, notices = classes, (note,)
     unnamed = like is not None and not like.names
     made = checked(name, inputs, found, count, like=like if unnamed else None)
     made = made._replace(names=tuple(names), notices=notices)

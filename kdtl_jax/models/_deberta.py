@@ -122,7 +122,11 @@ class Deberta(nn.Module):
             conv = nn.Conv(self.width, (self.window,), feature_group_count=groups, name="conv")
             y = self.window_activation(drop(self.dropout, masked(conv(first))))
             norm = layer_norm(self.norm_epsilon, "conv_norm")
-            beside = lambda x: masked(norm(x + y))  # noqa: E731 (None without a window)
+
+            def added(x: Array) -> Array:
+                return masked(norm(x + y))
+
+            beside = added
 
         for i in range(self.layers):
             layer = DebertaLayer(layout, name=f"layers_{i}")

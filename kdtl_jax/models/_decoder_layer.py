@@ -236,6 +236,11 @@ def _dense(x: Array, weights: Mapping[str, Array]) -> Array:
 
 
 def normalized(norm: Norm, x: Array, weights: Mapping[str, Array]) -> Array:
+    """RMS norm, or layer norm if it is centered, of `[..., D]` over the last axis.
+
+    `scale x / sqrt(mean(x^2) + epsilon) + bias`, with `1 + scale` where the norm has a unit offset
+    and without bias where `weights`, `[D]` each, have none. Computed in float32, of `x`'s dtype.
+    """
     y = x.astype(jnp.float32)
     if norm.is_centered:
         y = y - jnp.mean(y, axis=-1, keepdims=True)

@@ -72,11 +72,9 @@ def in_classes_of(path: str | None, about: About, raw: Splits) -> Splits:
     if about.classes is None and len(own) == classes and not found:
         print(f"note: classes 0..{classes - 1} are {path}'s {listed}", file=sys.stderr)
         return raw
-    repair = (
-        ""
-        if about.classes is not None
-        else (" Or, if they are the same in this order, remove id2label from its config.json.")
-    )
+    repair = ""
+    if about.classes is None:  # a Hugging Face folder's, from its configuration
+        repair = " Or, if they are the same in this order, remove id2label from its config.json."
     raise ValueError(
         f"{path} was trained on the classes {listed}, the data has {of_data}. Give it data whose "
         f"classes have the same names.{repair}"

@@ -120,6 +120,7 @@ def table(found: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def show(limits: measure.Ceilings, found: Sequence[Any]) -> None:
+    """Prints the machine's limits, the table of steps, and times by epoch and by devices."""
     print(_ceilings(limits))
     named = [zip(HEADER, row, strict=True) for row in rows(found)]
     lines = ["  ".join(f"{name} {cell}" for name, cell in row) for row in named]

@@ -23,6 +23,12 @@ WEIGHTS = {"hidden": 1.0, "embedding": 1.0, "relation": 1.0}
 
 
 def terms_of(layers: Sequence[int]) -> Callable[[Inputs], dict[str, Any]]:
+    """The terms of a student whose layer j learns from the teacher's layer `layers[j]`.
+
+    `hidden`, `[B, L]`, masked: the mean over layers of `mean (h_S - h_T)^2`. `embedding`, `[B]`:
+    `1 - cos` of the sentences' embeddings. `relation`, `[B]`: RKD's distances between them.
+    """
+
     def terms(x: Inputs) -> dict[str, Any]:
         mask = x.batch["inputs"]["mask"]
         each = [
@@ -40,6 +46,7 @@ def terms_of(layers: Sequence[int]) -> Callable[[Inputs], dict[str, Any]]:
 
 
 def optimizer(settings: Any) -> optax.GradientTransformation:
+    """AdamW on clipped gradients, its rate warmed up over a tenth of the steps."""
     return warmed_up(settings.learning_rate, settings.steps, max(1, settings.steps // 10))
 
 

@@ -211,8 +211,8 @@ def run(settings: Settings) -> int | None:
         baselines = {FAMILY: BASELINE} if BASELINE in found.models else {}
         advice = _students.note(rows, BASELINE)
         few = settings.labels_per_class or 0
-        drawn = f"with all {len(target.train.labels)} training examples"
-        drawn = f"with {few} labels each, drawn anew for every seed" if few else drawn
+        everything = f"with all {len(target.train.labels)} training examples"
+        drawn = f"with {few} labels each, drawn anew for every seed" if few else everything
         outputs = f"{classes} {measure.kind if classes > 1 else 'number'} {drawn}"
         trained_on = f"{len(source_part.labels)} examples of {source_part.classes} classes"
         where = path or f"one source model per seed, trained on {trained_on}"
