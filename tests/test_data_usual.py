@@ -169,10 +169,8 @@ def test_booleans_keep_their_names_in_every_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
-        ({"d": ['"1,234.5"'] * N, "label": TEXT}, "Write plain numbers, here 1234.5"),
-        ({"d": ["5%"] * N, "label": TEXT}, "Write plain numbers, here 5,"),
-        ({"d": ["2024-01-31"] * N, "label": TEXT}, "is a date.*to_datetime.table.'d'"),
-        ({"d": ["31/1/2024"] * N, "label": TEXT}, "is a date"),
+        ({"d": ['"1.234,5"'] * N, "label": TEXT}, "Write plain numbers, such as 1234.5"),
+        ({"d": ["31/1/2024"] * N, "label": TEXT}, "is a date.*Write it as in 2024-01-31"),
         ({"d": ["31-Jan-2024"] * N, "label": TEXT}, "is a date"),
         ({"d": ['"Jan 31, 2024"'] * N, "label": TEXT}, "is a date"),
         ({"d": ["192.168.0.1"] * N, "label": TEXT}, "is not a number. Make it one input"),

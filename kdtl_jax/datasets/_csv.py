@@ -162,7 +162,8 @@ def read_csv(path: Path, targets: Sequence[str] = ()) -> Table:
         )
     if encoding_of(path) == OTHER:
         notices.append("the file is not UTF-8: its text is read as Windows-1252 (Latin-1)")
-    return Table(str(path), columns, np.frombuffer(lines, np.int64), tuple(notices))
+    places = np.frombuffer(lines, np.int64)
+    return Table(str(path), columns, places, tuple(notices), delimiter == ";")
 
 
 def _rows(path: Path, names: Sequence[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:

@@ -38,6 +38,7 @@ class Column(NamedTuple):
     name: str
     categories: tuple[str, ...] = ()  # of text; () for numbers
     fill: float | str | None = None  # in place of a missing value; None: there may be none
+    unit: str = ""  # of numbers whose cells say it, as "5%" and dates do
 
 
 class Images(NamedTuple):
@@ -128,7 +129,8 @@ def _column(known: Mapping[str, Any]) -> Column:
     fill = known["fill"]
     if not isinstance(fill, (int, float, str, type(None))):
         raise ValueError("a fill value that is not a number or text")
-    return Column(str(known["name"]), _strings(known["categories"]), fill)
+    unit = str(known.get("unit", ""))
+    return Column(str(known["name"]), _strings(known["categories"]), fill, unit)
 
 
 def _strings(known: Sequence[Any]) -> tuple[str, ...]:

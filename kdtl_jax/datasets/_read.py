@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kdtl_jax.datasets import _images, _source, _tables
+from kdtl_jax.datasets import _columns, _images, _source, _tables
 from kdtl_jax.datasets._dataset import Dataset, digits, finite_numbers
 from kdtl_jax.datasets._formats import FORMATS, sources
 from kdtl_jax.datasets._idx import read_idx_array
@@ -261,7 +261,7 @@ def _numbered(
         inputs = np.zeros((inputs.size, 1), np.float32)
     made = from_arrays(
         source.name, inputs, source.targets, target=target, classes=classes, like=like,
-        names=source.names,
+        names=source.names, decimal_comma=source.decimal_comma,
     )  # fmt: skip
     if made.kind != "classes" and not made.names and len(source.columns) == made.classes:
         made = made._replace(names=source.columns)
@@ -287,11 +287,12 @@ def _form(source: Source, train: Dataset, choices: Choices) -> tuple[Preprocessi
         inputs=choices.inputs, leaves_out=choices.missing == "drop",
     )  # fmt: skip
     if isinstance(source.inputs, Table):
-        columns = _tables.columns_of(
+        columns = _columns.columns_of(
             source.inputs, train.inputs, missing=choices.missing, one_hot=choices.one_hot
         )
         width = sum(len(column.categories) or 1 for column in columns)
-        return form._replace(columns=columns, shape=(width,)), []
+        notices = _columns.amounts_read(source.inputs, columns)
+        return form._replace(columns=columns, shape=(width,)), notices
     if isinstance(source.inputs, Pictures):
         images, shape, notices = _images.form_of(source.inputs, train.inputs, choices.image_size)
         return form._replace(images=images, shape=shape), notices
@@ -313,7 +314,7 @@ def _inputs(source: Source, rows: np.ndarray | None, form: Preprocessing) -> np.
     if isinstance(found, Table):
         _source.check_columns(source.name, tuple(found.columns), form)
         table = found if rows is None else found.take(rows)
-        return finite_numbers(source.name, _tables.encoded(table, form.columns))
+        return finite_numbers(source.name, _columns.encoded(table, form.columns))
     if isinstance(found, Pictures):
         _source.check_pictures(source.name, form)
         assert form.images is not None
@@ -329,7 +330,7 @@ def _unknown(found: dict[str, Source], form: Preprocessing) -> list[str]:
         note
         for table in inputs
         if isinstance(table, Table)
-        for note in _tables.unknown_categories(table, form.columns)
+        for note in _columns.unknown_categories(table, form.columns)
     ]
     if form.columns and any(isinstance(each, np.ndarray) for each in inputs):
         listed = ", ".join(column.name for column in form.columns)

@@ -40,6 +40,7 @@ class Source(NamedTuple):
     names: tuple[str, ...] = ()  # of the classes 0..K-1, or of K columns of targets
     columns: tuple[str, ...] = ()  # where the targets were found
     notices: tuple[str, ...] = ()
+    decimal_comma: bool = False  # in text
 
 
 def with_channels(inputs: np.ndarray) -> np.ndarray:

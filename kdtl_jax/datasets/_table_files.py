@@ -135,7 +135,9 @@ def _of_table(table: Table, names: Sequence[str], choices: Choices) -> Source:
         table = _tables.complete(table)
     table, targets = _tables.targets_of(table, names, may_be_none=choices.may_be_none)
     several = tuple(names) if len(names) > 1 else ()
-    return Source(table.name, table, targets, several, tuple(names), table.notices)
+    return Source(
+        table.name, table, targets, several, tuple(names), table.notices, table.decimal_comma
+    )
 
 
 def _left_out(names: Sequence[str], choices: Choices) -> tuple[str, ...]:

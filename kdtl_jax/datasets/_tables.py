@@ -1,30 +1,18 @@
-"""Tables: columns of numbers and of text, and how they become inputs and targets.
+"""Tables: columns of numbers and of text, which of them are targets, and rows that lack values."""
 
-What a column becomes is decided by the training part and kept as a `Column`: other parts, and data
-read later, are encoded in the same way.
-"""
-
-import datetime
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from kdtl_jax import trees
-from kdtl_jax.datasets._preprocessing import Column
+from kdtl_jax.datasets import _amounts
 
 # How an empty cell of a column of numbers is filled, or that its row is dropped.
 Missing = Literal["mean", "median", "most_frequent", "drop"]
 MISSING: tuple[Missing, ...] = get_args(Missing)
-MOST_CATEGORIES = 1000
 USUAL_LABELS = ("label", "labels", "target", "targets", "class", "y")
 FLAGS = {"true": 1.0, "false": 0.0}
-# 31/01/2024, 31-Jan-2024, Jan 31, 2024: what ISO 8601 does not write.
-DATE = re.compile(
-    r"\d{1,4}([./-])\d{1,2}\1\d{1,4}(\s.*)?|\d{1,2}[ .-]+[A-Za-z]{3,9}[ .,-]+\d{2,4}"
-    r"|[A-Za-z]{3,9}\.? \d{1,2},? \d{4}"
-)
 # In one of several columns of labels.
 ANSWERS = {**FLAGS, "yes": 1.0, "no": 0.0, "y": 1.0, "n": 0.0, "t": 1.0, "f": 0.0}
 
@@ -36,6 +24,7 @@ class Table(NamedTuple):
     columns: Mapping[str, np.ndarray]
     rows: np.ndarray | None = None  # the line of each row in its file, where it has lines
     notices: tuple[str, ...] = ()
+    decimal_comma: bool = False  # in text
 
     @property
     def size(self) -> int:
@@ -163,7 +152,10 @@ def targets_of(
             "it in, leave such rows out (--missing drop), or, if a cell lists several labels and "
             "an empty one means none, say --target labels."
         )
-    columns = [_numbers_or_text(column) for column in found] if len(found) > 1 else found
+    if len(found) > 1:
+        columns = [_numbers_or_text(column, table.decimal_comma) for column in found]
+    else:
+        columns = found
     if len(columns) > 1 and (text := [i for i, x in enumerate(columns) if x.dtype.kind == "U"]):
         raise ValueError(
             f"{table.name}: the column {names[text[0]]!r:.80} holds text such as "
@@ -174,167 +166,11 @@ def targets_of(
     return dropped(table, names), stacked
 
 
-def columns_of(
-    table: Table, rows: np.ndarray, *, missing: Missing | None, one_hot: bool
-) -> tuple[Column, ...]:
-    """What each column becomes, by the training rows.
-
-    Args:
-      table: of inputs.
-      rows: those of the training part.
-      missing: what fills a missing value; None or "drop": nothing does.
-      one_hot: whether text becomes one input per category.
-
-    Raises:
-      ValueError: naming row and column of text or of a missing value that nothing fills.
-    """
-    made = []
-    for name, column in table.columns.items():
-        part = column[rows]
-        there = part[~empty(part)]
-        lacking = empty(column)
-        if lacking.any() and missing in (None, "drop"):
-            row = int(np.flatnonzero(lacking)[0])
-            raise ValueError(
-                f"{table.name}: {table.at(row)}, column {name!r:.80}: no value "
-                f"({int(lacking.sum())} of {len(column)} are missing). Fill them in (--missing "
-                "mean, median, most_frequent) or leave such rows out (--missing drop)."
-            )
-        if not len(there):
-            raise ValueError(
-                f"{table.name}: column {name!r:.80} has no value in the training part. Drop it "
-                f"(--drop-columns)."
-            )
-        if column.dtype == np.float64:
-            fill = None if missing in (None, "drop") else _fill(there, missing)
-            made.append(Column(name, (), fill))
-        else:
-            made.append(_text_column(table, name, column, there, missing, one_hot))
-    return tuple(made)
-
-
-def encoded(table: Table, columns: Sequence[Column]) -> np.ndarray:
-    """Inputs `[N, D]`, float64: one number per column, or one per category.
-
-    A category that the training part does not have is 0 everywhere.
-
-    Raises:
-      ValueError: if a column is missing, text where numbers are expected, or has a missing value
-        that nothing fills; row and column are named.
-    """
-    out = np.empty((table.size, sum(len(column.categories) or 1 for column in columns)))
-    check_read(table.name, [column.name for column in columns], list(table.columns))
-    at = 0
-    for column in columns:
-        values, lacking = table.columns[column.name], empty(table.columns[column.name])
-        if lacking.any() and column.fill is None:
-            row = int(np.flatnonzero(lacking)[0])
-            raise ValueError(
-                f"{table.name}: {table.at(row)}, column {column.name!r:.80}: no value, and the "
-                "training data had none missing."
-            )
-        # Filled last: a column in which everything is missing may be of either type.
-        if column.categories:
-            texts = _as_text(values)
-            texts[lacking] = column.fill
-            end = at + len(column.categories)
-            out[:, at:end] = texts[:, None] == np.array(column.categories, object)[None]
-            at = end
-            continue
-        if values.dtype != np.float64 and not lacking.all():
-            raise _not_a_number(table, column.name, values)
-        if column.fill is not None:
-            values = np.where(lacking, column.fill, values)
-        out[:, at] = values
-        at += 1
-    return out
-
-
-def unknown_categories(table: Table, columns: Sequence[Column]) -> list[str]:
-    """What to tell of categories that the training part does not have."""
-    notices = []
-    for column in columns:
-        if column.categories:
-            values = table.columns[column.name]
-            texts = _as_text(values[~empty(values)])
-            new = sorted(set(texts) - set(column.categories))
-            if new:
-                notices.append(
-                    f"column {column.name!r:.80}: {new[0]!r:.80} does not occur in the training "
-                    f"part ({len(new)} such categories): all of its inputs are 0"
-                )
-    return notices
-
-
 def empty(column: np.ndarray) -> np.ndarray:
     """Where a value is missing, bool `[N]`."""
     if column.dtype == np.float64:
         return np.isnan(column)
     return np.fromiter((cell is None for cell in column), bool, len(column))
-
-
-def _text_column(
-    table: Table,
-    name: str,
-    column: np.ndarray,
-    there: np.ndarray,
-    missing: Missing | None,
-    one_hot: bool,
-) -> Column:
-    if not one_hot:
-        raise _not_a_number(table, name, column)
-    texts = _as_text(there)
-    categories, counts = np.unique(texts.astype(str), return_counts=True)
-    if len(categories) > MOST_CATEGORIES or (len(texts) >= 20 and 2 * len(categories) > len(texts)):
-        raise ValueError(
-            f"{table.name}: column {name!r:.80} has {len(categories)} different texts in "
-            f"{len(texts)} rows, too many for one input each: a name or an id? Drop it "
-            "(--drop-columns)."
-        )
-    fill = None
-    if missing not in (None, "drop"):  # text has no mean
-        fill = str(categories[counts.argmax()])
-    return Column(name, tuple(map(str, categories)), fill)
-
-
-def _not_a_number(table: Table, name: str, column: np.ndarray) -> ValueError:
-    there = np.flatnonzero(~empty(column)).tolist()
-    row = next((i for i in there if not is_number(column[i])), there[0])
-    plain = is_number(column[row])
-    what = "is text, not a number" if plain else "is not a number"
-    repair = "Make it one input per category (--text-columns one-hot), or drop it (--drop-columns)."
-    bare = re.sub(r"[\s,'%$€£¥]", "", str(column[row]))
-    if not plain and is_number(bare):
-        repair = f"Write plain numbers, here {bare:.40}, or drop it (--drop-columns)."
-    elif _is_date(column[row]):
-        what = "is a date, not a number"
-        repair = (
-            f"Make numbers of it, in pandas for example (pd.to_datetime(table[{name!r:.80}]) - "
-            "pd.Timestamp('2000-01-01')).dt.days, or drop it (--drop-columns)."
-        )
-    elif not isinstance(column[row], str):
-        repair = "Drop it (--drop-columns)."
-    return ValueError(
-        f"{table.name}: {table.at(row)}, column {name!r:.80}: {column[row]!r:.80} {what}. {repair}"
-    )
-
-
-def _is_date(cell: Any) -> bool:
-    text = str(cell).strip()
-    try:
-        datetime.datetime.fromisoformat(text)
-    except ValueError:
-        return DATE.fullmatch(text) is not None
-    return True
-
-
-def _fill(values: np.ndarray, missing: Missing | None) -> float:
-    if missing == "mean":
-        return float(values.mean())
-    if missing == "median":
-        return float(np.median(values))
-    found, counts = np.unique(values, return_counts=True)
-    return float(found[counts.argmax()])
 
 
 def _is_index(column: np.ndarray) -> bool:
@@ -343,16 +179,12 @@ def _is_index(column: np.ndarray) -> bool:
     return len(np.unique(column)) == len(column)
 
 
-def _as_text(column: np.ndarray) -> np.ndarray:
-    """A column as text; whole numbers without a fraction."""
-    if column.dtype == np.float64:
-        column = np.array([int(x) if x.is_integer() else x for x in column.tolist()], object)
-    return np.array([str(cell) for cell in column], object)
-
-
-def _numbers_or_text(column: np.ndarray) -> np.ndarray:
+def _numbers_or_text(column: np.ndarray, decimal_comma: bool) -> np.ndarray:
     if column.dtype == np.float64:
         return column
+    read = _amounts.amounts(map(str, column), decimal_comma=decimal_comma)
+    if read is not None and read[1] != _amounts.DAYS:
+        return read[0]
     try:
         return np.array([float(cell) for cell in column])
     except (ValueError, TypeError):

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from kdtl_jax.datasets import _amounts
 from kdtl_jax.datasets._dataset import Dataset, checked, finite_numbers, from_text
 from kdtl_jax.datasets._preprocessing import Kind, Preprocessing
 from kdtl_jax.datasets._tables import is_number
@@ -33,6 +34,7 @@ def from_arrays(
     classes: int | None = None,
     like: Dataset | None = None,
     names: Sequence[str] = (),
+    decimal_comma: bool = False,
 ) -> Dataset:
     """A `Dataset` from inputs and targets of any kind.
 
@@ -45,11 +47,14 @@ def from_arrays(
       like: another part of the data, or a model's, whose kind and names this part follows: where
         both have names, classes and columns find their places by them, whatever their order.
       names: of the classes 0..K-1, or of the K columns.
+      decimal_comma: whether text writes 1,5 for 1.5.
 
     Raises:
       ValueError: if targets are not of their kind, or have other names than `like`; rows are named.
     """
-    found = _listed(_plain(np.asarray(targets)))
+    found, told = _listed(_plain(np.asarray(targets))), ()
+    if (read := _read(found, target if like is None else like.kind, decimal_comma)) is not None:
+        found, told = read
     kind = like.kind if like is not None else _kind(name, found, target)
     if kind == "classes":
         return _classes(name, inputs, found, classes, like, names)
@@ -66,7 +71,7 @@ def from_arrays(
     make = _labels if kind == "labels" else _numbers
     labels, names, notices = make(name, found, like, tuple(names))
     form = Preprocessing(kind, names, labels.shape[1])
-    return Dataset(name, inputs, labels, labels.shape[1], names, (*notices,), form)
+    return Dataset(name, inputs, labels, labels.shape[1], names, (*told, *notices), form)
 
 
 def _classes(
@@ -126,6 +131,22 @@ def _listed(found: np.ndarray) -> np.ndarray:
     out = np.empty(len(found), object)
     out[:] = [[a or b for a, b in QUOTED.findall(cell[1])] for cell in cells if cell]
     return out
+
+
+def _read(
+    found: np.ndarray, kind: Target, decimal_comma: bool
+) -> tuple[np.ndarray, tuple[str, ...]] | None:
+    """Amounts such as "$1,234" as numbers, where numbers are meant, or where they have fractions;
+    and what to tell of them. None where there is nothing to read."""
+    if found.dtype.kind != "U" or found.ndim != 1 or kind not in ("auto", "numbers"):
+        return None
+    marked = next((cell for cell in found.tolist() if not is_number(cell)), None)
+    read = _amounts.amounts(found.tolist(), decimal_comma=decimal_comma)
+    if marked is None or read is None or read[1] == _amounts.DAYS:
+        return None
+    if kind == "auto" and (read[0] == np.floor(read[0])).all():
+        return None
+    return read[0], (f"targets: {_amounts.told(marked, decimal_comma)}",)
 
 
 def _kind(name: str, found: np.ndarray, target: Target) -> Kind:
