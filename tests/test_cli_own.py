@@ -1,16 +1,18 @@
 """`kdtl distill` with a model, a loss and a method of one's own, from files named by the user."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from tiny import SHORT, kdtl, results, write_data
 
 from kdtl_jax import datasets
 from kdtl_jax.interop import model_files
-from kdtl_jax.recipes import _own
+from kdtl_jax.recipes import _models, _own, _tried
 
 Captured = pytest.CaptureFixture[str]
 MODEL = """
@@ -238,3 +240,32 @@ def test_logits_that_are_probabilities_are_told(tmp_path: Path, capsys: Captured
         assert kdtl("distill", *given, *words) == 1
         told = [x for x in capsys.readouterr().err.splitlines() if "are probabilities" in x]
         assert len(told) == 1 and told[0].startswith(f"note: {flag} {file}:Probabilities: ")
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "says"),
+    [
+        ("jax.nn.softmax(self.out(x))", "classes", "every row sums to 1. .* a softmax"),
+        ("1 / (1 + jax.numpy.exp(-self.out(x)))", "classes", "none is above 1. .* a softmax"),
+        ("jax.nn.sigmoid(self.out(x))", "labels", "none is above 1. .* a sigmoid"),
+        ("jax.nn.sigmoid(self.out(x))", "numbers", "outputs lie between 0 and 1. .* standardized"),
+        ("self.out(x)", "labels", ""),
+        ("self.out(x)", "numbers", ""),
+        ("0 * self.out(x)", "labels", ""),
+    ],
+)
+def test_what_a_last_layer_says(
+    body: str, kind: Any, says: str, tmp_path: Path, capsys: Captured
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(MISTAKES.split("class Log")[0].replace("jax.nn.softmax(self.out(x))", body))
+    inputs, text = (
+        np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32),
+        f"{file}:Probabilities",
+    )
+    net = _models.described(text, 2, jax.numpy.asarray(inputs[:1]))
+    data = datasets.Dataset("x", inputs, inputs, 2, form=datasets.Preprocessing(kind))
+    _tried.logits("--teacher", text, net, data)
+    told = capsys.readouterr().err
+    assert re.search(says, told) and bool(told) == bool(says)
+    assert not says or told.startswith(f"note: --teacher {text}: ")

@@ -23,6 +23,7 @@ from kdtl_jax.recipes import _own
 from kdtl_jax.recipes._training import Experiment
 
 FEW = 8  # examples
+FRESH = 16  # weights: logits of one label are positive for all of them once in 65,536 times
 
 
 def model(flag: str, text: str, net: Network, task: TermsFn, arrays: Mapping[str, Any]) -> None:
@@ -46,26 +47,34 @@ def model(flag: str, text: str, net: Network, task: TermsFn, arrays: Mapping[str
 
 
 def logits(flag: str, text: str, net: Network, data: Dataset) -> None:
-    """Tells of a model of one's own whose logits of classes are probabilities.
+    """Tells of a model of one's own whose outputs end in a softmax or a sigmoid.
 
     Its last layer says so, whatever the weights are: a few examples pass through fresh ones.
     """
-    if not model_files.is_own(text) or data.kind != "classes":
+    if not model_files.is_own(text):
         return
 
     @jax.jit
-    def of_fresh(inputs: Array) -> Array:
-        fresh = net.init(jax.random.key(0), inputs[:1])
+    def of_fresh(seed: int, inputs: Array) -> Array:
+        fresh = net.init(jax.random.key(seed), inputs[:1])
         return net.apply(fresh.params, fresh.model_state, inputs)[0]["logits"]
 
-    found = np.asarray(of_fresh(jnp.asarray(data.inputs[:FEW])), np.float32)
-    if (found >= 0).all() and np.allclose(found.sum(axis=1), 1, atol=0.01):
-        print(
-            f"note: {flag} {text}: its logits are probabilities: none is negative, and every row "
-            "sums to 1. Losses and temperatures apply a softmax themselves: return what is before "
-            "the model's own.",
-            file=sys.stderr,
-        )
+    inputs, sums = jnp.asarray(data.inputs[:FEW]), True
+    for seed in range(FRESH):
+        found = np.asarray(of_fresh(seed, inputs), np.float32)
+        if not ((found >= 0) & (found <= 1)).all() or not found.any():
+            return
+        sums = sums and found.shape[-1] > 1 and np.allclose(found.sum(axis=-1), 1, atol=0.01)
+    said = "its logits are probabilities: none is negative, and "
+    said += "every row sums to 1." if sums else "none is above 1."
+    inner = "sigmoid" if data.kind == "labels" else "softmax"
+    repair = f"Losses and temperatures apply a {inner} themselves: return what is before the "
+    repair += "model's own."
+    if data.kind == "numbers":
+        said = "its outputs lie between 0 and 1."
+        repair = "Targets are standardized, to both sides of 0: return what is before the model's "
+        repair += "last activation."
+    print(f"note: {flag} {text}: {said} {repair}", file=sys.stderr)
 
 
 def method(said: str, learner: Experiment, batch: Mapping[str, Any], frozen: Any) -> None:
