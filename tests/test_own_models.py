@@ -241,6 +241,49 @@ def test_an_equinox_module_that_maps_over_the_batch_itself() -> None:
         model(params, None, X[:, :4])
 
 
+class OfBatchesWithState(eqx.Module):
+    """As networks outside of a training loop of Equinox's are written: all of it over the batch."""
+
+    out: eqx.nn.Linear
+    norm: eqx.nn.BatchNorm
+    dropout: eqx.nn.Dropout
+
+    def __init__(self, classes: int, key: Any) -> None:
+        self.out = eqx.nn.Linear(5, classes, key=key)
+        self.norm = eqx.nn.BatchNorm(5, "rows", mode="batch")
+        self.dropout = eqx.nn.Dropout(0.5)
+
+    def __call__(self, x: Any, state: Any, *, key: Any = None) -> Any:
+        over = {"axis_name": "rows", "in_axes": (0, None), "out_axes": (0, None)}
+        hidden, state = jax.vmap(self.norm, **over)(x, state)
+        return jax.vmap(self.out)(self.dropout(hidden, key=key)), state
+
+
+def batches_with_state(classes: int, key: Any) -> Any:
+    return eqx.nn.make_with_state(OfBatchesWithState)(classes, key)
+
+
+def test_an_equinox_module_with_state_that_maps_over_the_batch_itself(tmp_path: Path) -> None:
+    """Statistics are of the batch in training, and the running ones otherwise; also from a file."""
+    net = own.network(batches_with_state, classes=3, example=X[:1])
+    params, start = net.init(jax.random.key(0), X[:1])
+    _, state = net.apply(params, start, X, key=jax.random.key(1), train=True)
+    outputs, same = net.apply(params, state, X)
+    assert all(map(np.array_equal, jax.tree.leaves(same), jax.tree.leaves(state)))
+    module, fresh = batches_with_state(3, jax.random.key(0))  # the same by hand
+    module = from_equinox.with_params(module, params)
+    _, trained = module(X, fresh, key=jax.random.key(2))
+    wanted, _ = eqx.nn.inference_mode(module)(X, trained)
+    assert not np.allclose(wanted, module.out.bias), "it depends on the inputs"
+    for rows in (X, X[:5], X[:1]):
+        logits = net.apply(params, state, rows)[0]["logits"]
+        np.testing.assert_allclose(logits, wanted[: len(rows)], rtol=1e-4, atol=1e-5)
+    about, path = About("my.py:Net", 3, shape=(5,)), tmp_path / "own.safetensors"
+    model_files.save(path, Variables(params, state), about, {"method": "kd"})
+    found = model_files.load(path, model=batches_with_state).predict(X)
+    np.testing.assert_allclose(found, outputs["logits"], rtol=1e-5, atol=1e-6)
+
+
 def alone(params: Any, x: Any) -> Any:
     return x @ params
 

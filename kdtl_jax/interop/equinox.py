@@ -6,7 +6,7 @@
 `params` is the module's inexact arrays, a module with None elsewhere; selectors see paths
 such as `layers/0/weight`. Equinox modules take one example; this adapter maps them over the batch.
 To get features, let the module return a dict with `"logits"` (there is nothing to intercept).
-A module without state that takes no single example, but batches of any size, is given the batch.
+A module that takes no single example, but batches of any size, is given the batch.
 """
 
 import functools
@@ -86,11 +86,10 @@ def model(
         keys = None if key is None else jax.random.split(key, size)
 
         def whole(way: Call) -> tuple[Any, Any]:
-            return way(ready, None, inputs, key, train)
+            return way(ready, _unused(model_state), inputs, key, train)
 
         def mapped(way: Call) -> tuple[Any, Any]:
-            # Equinox refuses a state that was used before; a copy may be used again.
-            fresh = jax.tree.map(lambda leaf: leaf, model_state)
+            fresh = _unused(model_state)
             return jax.vmap(
                 lambda x, k: way(ready, fresh, x, k, train),
                 in_axes=(0, None if keys is None else 0),
@@ -119,7 +118,7 @@ def model(
             try:
                 outputs, new_state = told(mapped)
             except Exception:  # whatever a module raises that is given another shape than it takes
-                if model_state is not None or not _maps_itself(ready, _ways(module, train), inputs):
+                if not _maps_itself(ready, _ways(module, train), model_state, inputs):
                     raise
                 outputs, new_state = told(whole)
         return _taps.outputs_of(outputs), new_state if train else model_state
@@ -143,13 +142,20 @@ def _ways(module: Any, train: bool) -> list[Call]:
     return [way(flags) for flags in _modes.candidates(function, train)]
 
 
-def _maps_itself(module: Any, ways: list[Call], inputs: Any) -> bool:
+def _unused(state: Any) -> Any:
+    """A copy of a state: Equinox refuses one that was used before."""
+    return jax.tree.map(lambda leaf: leaf, state)
+
+
+def _maps_itself(module: Any, ways: list[Call], state: Any, inputs: Any) -> bool:
     """Whether a module takes batches of any size, and gives one row per example."""
 
     def rows(size: int) -> set[tuple[int, ...]]:
         some = jax.tree.map(lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype), inputs)
-        found = jax.eval_shape(lambda x: ways[-1](module, None, x, jax.random.key(0), False), some)
-        return {x.shape[:1] for x in jax.tree.leaves(found)}
+        outputs = jax.eval_shape(
+            lambda x: ways[-1](module, _unused(state), x, jax.random.key(0), False)[0], some
+        )
+        return {x.shape[:1] for x in jax.tree.leaves(outputs)}
 
     try:
         return all(rows(size) == {(size,)} for size in (5, 7))
