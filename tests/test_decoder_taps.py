@@ -142,16 +142,36 @@ def test_a_head_equal_to_the_embedding_is_not_tied_unless_the_config_says_so(tmp
     assert decoders.load(tmp_path / "out").config["tie_word_embeddings"] is False
 
 
-def test_heads_for_other_tasks_are_left_out_and_reported(tmp_path: Path):
-    def with_score(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return tensors | {"score.weight": np.zeros((3, 12), np.float32)}
+def test_a_head_beside_the_language_head_is_left_out_and_reported(tmp_path: Path):
+    name = "multiple_choice_head.summary.weight"
 
-    for name in ("GPT2ForSequenceClassification", "GPT2DoubleHeadsModel"):
-        folder = edited(FOLDERS / "gpt2", tmp_path / name, architectures=[name])
-        source = decoders.load(retensored(folder, with_score))
-        assert source.report.extra == ("score.weight",)
-        decoders.save(folder, source.params, source.rules, config=source.config)
-        assert decoders.load(folder).config["architectures"] == ["GPT2LMHeadModel"]
+    def with_choice(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return tensors | {name: np.zeros((1, 12), np.float32)}
+
+    folder = edited(FOLDERS / "gpt2", tmp_path, architectures=["GPT2DoubleHeadsModel"])
+    source = decoders.load(retensored(folder, with_choice))
+    assert source.report.extra == (name,)
+    decoders.save(folder, source.params, source.rules, config=source.config)
+    assert decoders.load(folder).config["architectures"] == ["GPT2LMHeadModel"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("head", ["score.weight", "classifier.weight", "qa_outputs.bias"])
+def test_a_classifier_is_no_language_model(family: str, head: str, tmp_path: Path):
+    """A tied head is the embedding, but nothing was trained to answer with it."""
+    folder = edited(FOLDERS / family, tmp_path, tie_word_embeddings=True)
+
+    def classifying(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        body = {name: x for name, x in tensors.items() if name != "lm_head.weight"}
+        return body | {head: np.zeros((3, 12), np.float32)}
+
+    with pytest.raises(ValueError, match=f"'{head}': it classifies texts .* no language head"):
+        decoders.load(retensored(folder, classifying))
+    # As it says, without the head it is a body.
+    tensors = safetensors.load(folder)
+    del tensors[head]
+    config = json.loads((folder / "config.json").read_text())
+    assert decoders.from_tensors(config, tensors).model.config.is_tied
 
 
 def test_layers_may_repeat_and_what_is_said_by_layer_goes_with_them(tmp_path: Path):

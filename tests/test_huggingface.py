@@ -77,7 +77,7 @@ def test_every_tensor_is_imported_or_reported_and_exported_bit_for_bit(family: s
         model_state=source.model_state,
     )
     written = safetensors.load(tmp_path / "out")
-    assert written.keys() == stored.keys() - set(report.unused)
+    assert written.keys() == stored.keys()  # with the counts of batches, which PyTorch asks for
     for name, array in written.items():
         assert array.dtype == stored[name].dtype
         np.testing.assert_array_equal(array, stored[name], err_msg=name)

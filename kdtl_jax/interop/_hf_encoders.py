@@ -16,12 +16,19 @@ from kdtl_jax.interop._hf_config import (
     optional,
     share,
 )
-from kdtl_jax.interop._hf_family import Family, Found, Head, dense, embedding, norm
+from kdtl_jax.interop._hf_family import (
+    POOLER_PATHS,
+    UNUSED_POOLER,
+    Family,
+    Found,
+    Head,
+    dense,
+    embedding,
+    norm,
+)
 from kdtl_jax.interop.naming import Rule, linear
 
 _TOKENS = jax.ShapeDtypeStruct((1, 1), jnp.int32)  # however few positions a model has
-_POOLER = "pooler/.*"
-_UNUSED_POOLER = r"(.*\.)?pooler\.dense\..*"  # below a head that does not read it
 
 
 def tokens(values: dict[str, Any]) -> Any:
@@ -40,14 +47,14 @@ def token_head(stem: str) -> Head:
     """A classifier of each token; there is no pooler below it."""
     rules = dense("classifier", "head")
     name = f"{stem}ForTokenClassification"
-    return Head("token", (name,), rules, False, _POOLER, "classifier.weight")
+    return Head("token", (name,), rules, False, POOLER_PATHS, "classifier.weight")
 
 
 def _two_layer_head(stem: str) -> Head:
     """RoBERTa's classifier, whose first layer takes the pooler's place."""
     rules = (*dense("classifier.dense", "pooler"), *dense("classifier.out_proj", "head"))
     name, classes = f"{stem}ForSequenceClassification", "classifier.out_proj.weight"
-    return Head("sequence", (name,), rules, None, _POOLER, classes)
+    return Head("sequence", (name,), rules, None, POOLER_PATHS, classes)
 
 
 def _language_rules(dense_name: str, norm_name: str, decoder: str, bias: str) -> tuple[Rule, ...]:
@@ -133,7 +140,6 @@ def check_heads(width: int, heads: int, key: str = "num_attention_heads") -> int
 
 
 def _bert(v: dict[str, Any], found: Found) -> models.Bert:
-    own_pooler = found.head is not None and bool(found.head.replaces)
     return models.Bert(
         vocabulary=v["vocab_size"],
         width=v["hidden_size"],
@@ -143,7 +149,7 @@ def _bert(v: dict[str, Any], found: Found) -> models.Bert:
         positions=v["max_position_embeddings"],
         types=v.get("type_vocab_size", 0),
         **found.text_heads(),
-        has_pooler=found.has("pooler.dense.weight") and not own_pooler,
+        has_pooler=found.has_pooler(),
         activation=v["hidden_act"],
         language_activation=v["hidden_act"],
         norm_epsilon=v["layer_norm_eps"],
@@ -230,7 +236,7 @@ bert = Family(
         "cls.predictions.decoder.bias": "language/bias",
     },
     buffers=_BUFFERS,
-    other_heads=(r"(cls|qa_outputs|classifier)\..*", _UNUSED_POOLER),
+    other_heads=(r"(cls|qa_outputs|classifier)\..*", UNUSED_POOLER),
     depth="num_hidden_layers",
     sides=_BERT_SIDES,
 )
@@ -248,7 +254,7 @@ def _roberta_family(model_type: str, stem: str) -> Family:
         heads=(_two_layer_head(stem), token_head(stem), _roberta_language(stem)),
         copies=_ROBERTA_COPIES,
         buffers=_BUFFERS,
-        other_heads=(r"(lm_head|qa_outputs|classifier)\..*", _UNUSED_POOLER),
+        other_heads=(r"(lm_head|qa_outputs|classifier)\..*", UNUSED_POOLER),
         depth="num_hidden_layers",
         sides=_BERT_SIDES,
     )
@@ -313,7 +319,7 @@ mpnet = Family(
     heads=(_two_layer_head("MPNet"), token_head("MPNet"), _roberta_language("MPNet")),
     copies=_ROBERTA_COPIES,
     buffers=_BUFFERS,
-    other_heads=(r"(lm_head|qa_outputs|classifier)\..*", _UNUSED_POOLER),
+    other_heads=(r"(lm_head|qa_outputs|classifier)\..*", UNUSED_POOLER),
     depth="num_hidden_layers",
     sides=_SIDES,
 )

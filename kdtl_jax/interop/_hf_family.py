@@ -20,6 +20,10 @@ from kdtl_jax.interop.naming import Axes, Rule, linear
 Shapes = Mapping[str, tuple[int, ...]]  # of the checkpoint's tensors, by torch name
 Shaped = Mapping[str, Any]  # arrays by canonical path
 Equal = Callable[[str, str], bool]  # whether two tensors of a checkpoint hold the same numbers
+POOLER, POOLER_PATHS = "pooler.dense.weight", "pooler/.*"
+UNUSED_POOLER = r"(.*\.)?pooler\.dense\..*"  # below a head that does not read it
+# Files converted from TensorFlow name a norm's tensors so.
+_OLD_NORMS = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
 
 class Head(NamedTuple):
@@ -51,6 +55,11 @@ class Found(NamedTuple):
     def has(self, name: str) -> bool:
         """Whether the body has a tensor."""
         return name in self.shapes
+
+    def has_pooler(self) -> bool:
+        """Whether the body has a pooler that its head, if there is one, does not leave out."""
+        replaced = self.head is not None and bool(self.head.replaces)
+        return self.has(POOLER) and not replaced
 
     def classes(self, task: str) -> int | None:
         """The number of classes of a head for this task; None if the file has another or none."""
@@ -144,9 +153,8 @@ def rules_of(
         for rule in rules
         if paths.count(rule.jax) == 1 or any(naming.covers([rule], name) for name in stored)
     ]
-    if any(name.endswith("LayerNorm.gamma") for name in stored):  # converted from TensorFlow
-        old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-        for new_name, old_name in old.items():
+    if any(name.endswith("LayerNorm.gamma") for name in stored):
+        for new_name, old_name in _OLD_NORMS.items():
             rules = [r._replace(torch=r.torch.replace(new_name, old_name)) for r in rules]
     return tuple(rules)
 
@@ -157,11 +165,16 @@ def head_of(family: Family, config: Config, stored: Iterable[str], prefix: str) 
     None if there is none, or it is of a task that is not built here.
     """
     names = set(stored)
+    for new_name, old_name in _OLD_NORMS.items():
+        names |= {name.replace(old_name, new_name) for name in names}
+    pooler = prefix + POOLER in names
     optional = set(family.copies) if says_tied(family, config) else set()
     present = [
         head
         for head in family.heads
-        if head.rules and all(r.torch in names or r.torch in optional for r in head.rules)
+        if all(r.torch in names or r.torch in optional for r in head.rules)
+        # Without its pooler a head would read something else.
+        and (pooler or head.has_pooler is not True)
     ]
     named = config.get("architectures")
     named = [] if named is None else named
@@ -174,7 +187,6 @@ def head_of(family: Family, config: Config, stored: Iterable[str], prefix: str) 
             return head
     if any("For" in name for name in named):
         return None
-    pooler = prefix + "pooler.dense.weight" in names
     fitting = [head for head in present if head.has_pooler in (None, pooler)]
     return max(fitting, key=lambda head: len(head.rules), default=None)
 

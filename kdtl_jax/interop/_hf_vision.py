@@ -20,7 +20,16 @@ from kdtl_jax.interop._hf_config import (
     sides,
 )
 from kdtl_jax.interop._hf_encoders import check_heads
-from kdtl_jax.interop._hf_family import Family, Found, Head, dense, embedding, norm
+from kdtl_jax.interop._hf_family import (
+    POOLER_PATHS,
+    UNUSED_POOLER,
+    Family,
+    Found,
+    Head,
+    dense,
+    embedding,
+    norm,
+)
 from kdtl_jax.interop.naming import Rule, conv2d, linear
 
 
@@ -93,7 +102,7 @@ def _vit(v: dict[str, Any], found: Found) -> models.ViT:
         **_patched(v),
         hidden=v["intermediate_size"],
         classes=found.classes("image"),
-        has_pooler=found.has("pooler.dense.weight"),
+        has_pooler=found.has_pooler(),
         pooled_activation=v["pooler_act"],
         pooler_width=v["pooler_output_size"],
         qkv_bias=v["qkv_bias"],
@@ -103,8 +112,9 @@ def _vit(v: dict[str, Any], found: Found) -> models.ViT:
 
 
 def image_head(name: str, torch: str = "classifier") -> Head:
-    """A classifier of images."""
-    return Head("image", (name,), dense(torch, "head"), classes=f"{torch}.weight")
+    """A classifier of images, which reads no pooler."""
+    rules, classes = dense(torch, "head"), f"{torch}.weight"
+    return Head("image", (name,), rules, replaces=POOLER_PATHS, classes=classes)
 
 
 vit = Family(
@@ -135,7 +145,12 @@ vit = Family(
     image,
     heads=(image_head("ViTForImageClassification"),),
     harmless="encoder_stride",
-    other_heads=(r"decoder\..*", r"(.*\.)?embeddings\.mask_token", r"classifier\..*"),
+    other_heads=(
+        r"decoder\..*",
+        r"(.*\.)?embeddings\.mask_token",
+        r"classifier\..*",
+        UNUSED_POOLER,
+    ),
     depth="num_hidden_layers",
     sides={"intermediate_size": ("layers_0/mlp/up/kernel", 1)},
     sizes=_hf_sizes.patches,
@@ -166,6 +181,7 @@ deit = vit._replace(
                 *dense("cls_classifier", "head"),
                 *dense("distillation_classifier", "distillation_head"),
             ),
+            replaces=POOLER_PATHS,
             classes="cls_classifier.weight",
         ),
         image_head("DeiTForImageClassification"),

@@ -46,7 +46,8 @@ _SIZES = (
     *("head_dim", "n_embd", "n_inner", "n_head", "n_positions"),
 )
 _BUFFERS = (r"(.*\.)?rotary_emb\.inv_freq", r"(.*\.)?h\.\d+\.attn\.(masked_)?bias")
-_OTHER_HEADS = r"(score|classifier|(transformer\.)?qa_outputs|multiple_choice_head)\..*"
+_CLASSIFIERS = r"(score|classifier|(transformer\.)?qa_outputs)\..*"
+_OTHER_HEADS = rf"({_CLASSIFIERS}|multiple_choice_head\..*)"
 # Files of a folder that belong to its tokenizer, which `save` copies.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -74,8 +75,9 @@ def load(folder: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
 
     Raises:
       FileNotFoundError: if there is no such folder, config.json or safetensors file.
-      ValueError: for an unknown family, a key of the configuration that is not understood, a tensor
-        without a place, a missing tensor, or a shape that disagrees with the configuration.
+      ValueError: for an unknown family, a key of the configuration that is not understood, a
+        classifier without a language head, a tensor without a place, a missing tensor, or a shape
+        that disagrees with the configuration.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
@@ -92,6 +94,7 @@ def from_tensors(
       ValueError: as for `load`.
     """
     config = dict(config)
+    _check_language_head(tensors)
     built, rules, unused = _built(config, tensors)
     model = models.decoder(built)
     extra = tuple(name for name in tensors if re.fullmatch(_OTHER_HEADS, name))
@@ -290,6 +293,18 @@ def _built(
             f"config.json says that the head is not the embedding, and there is no {_HEAD!r}."
         )
     return built, rules, unused
+
+
+def _check_language_head(tensors: Mapping[str, Any]) -> None:
+    """Refuses a classifier: its embedding was not trained as the head of a language model."""
+    heads = [name for name in tensors if re.fullmatch(_CLASSIFIERS, name)]
+    if heads and _HEAD not in tensors:
+        raise ValueError(
+            f"the head of this decoder is {_text.listed(sorted(heads))}: it classifies texts or "
+            "tokens and has no language head, so it is no language model. For its hidden states "
+            "pass from_tensors the tensors without these, and its config with tie_word_embeddings "
+            "= true; transformers classifies a text by the last token that is not pad_token_id."
+        )
 
 
 def _check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:

@@ -196,6 +196,10 @@ def save(
     tensors = naming.to_torch({**params, **(model_state or {})}, rules)
     family_of(config)
     config = described(config, tensors)
+    # What PyTorch's batch norms count, which nothing reads here; without it they miss a key.
+    norms = [name for name in tensors if name.endswith(".running_mean")]
+    counts = [name.replace("running_mean", "num_batches_tracked") for name in norms]
+    tensors |= {name: np.zeros((), np.int64) for name in counts}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / "config.json") as file:
@@ -282,7 +286,7 @@ def _classified(head: Head, classes: int) -> Found:
     """What a file with this head would hold beside its body."""
     shapes: dict[str, tuple[int, ...]] = {head.classes or "": (classes,)}
     if head.has_pooler:
-        shapes["pooler.dense.weight"] = ()
+        shapes[_hf_family.POOLER] = ()
     return Found(head, shapes, True)
 
 

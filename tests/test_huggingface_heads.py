@@ -1,0 +1,57 @@
+"""Which head a folder has, and what it reads, where a file holds more or less than its class.
+
+Expected outputs are those of transformers for the folder without the change.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from model_folders import edited, retensored
+
+from kdtl_jax.interop import huggingface, safetensors
+
+FOLDERS = Path(__file__).parent / "data" / "huggingface"
+
+
+@pytest.mark.parametrize(("family", "prefix"), [("vit", "vit."), ("deit_teacher", "deit.")])
+def test_a_classifier_of_images_reads_no_pooler(family: str, prefix: str, tmp_path: Path):
+    """A file may hold the pooler of the model it was made from; PyTorch's class has none."""
+    names = [f"{prefix}pooler.dense.{part}" for part in ("bias", "weight")]
+
+    def pooling(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        width = tensors[f"{prefix}embeddings.cls_token"].shape[-1]
+        return tensors | dict(zip(names, (np.ones(width), np.ones((width, width))), strict=True))
+
+    source = huggingface.load(retensored(edited(FOLDERS / family, tmp_path), pooling))
+    assert source.report.extra == tuple(names)
+    assert source.module == huggingface.load(FOLDERS / family).module
+    student = huggingface.student(source, layers=[0], classes=2)
+    assert student.params.keys() == source.params.keys() - {"layers_1", "distillation_head"}
+
+
+def test_a_classifier_without_the_pooler_that_it_reads_is_none(tmp_path: Path):
+    def poolerless(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: x for name, x in tensors.items() if "pooler" not in name}
+
+    source = huggingface.load(retensored(edited(FOLDERS / "bert", tmp_path), poolerless))
+    assert source.report.extra == ("classifier.bias", "classifier.weight")
+    assert source.module == huggingface.load(FOLDERS / "bert").module.clone(
+        classes=None, has_pooler=False
+    )
+
+
+@pytest.mark.parametrize("family", ["bert_language", "deberta_tokens"])
+def test_heads_whose_norms_are_spelled_as_in_tensorflow_are_read(family: str, tmp_path: Path):
+    def old(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        spelled = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        for new_name, old_name in spelled.items():
+            tensors = {name.replace(new_name, old_name): x for name, x in tensors.items()}
+        return tensors
+
+    folder, known = edited(FOLDERS / family, tmp_path), huggingface.load(FOLDERS / family)
+    source = huggingface.load(retensored(folder, old))
+    assert source.module == known.module and not source.report.extra
+    huggingface.save(tmp_path, source.params, source.rules, config=source.config)
+    assert huggingface.load(tmp_path).config["architectures"] == known.config["architectures"]
+    assert safetensors.load(tmp_path).keys() == safetensors.load(folder).keys()
