@@ -42,7 +42,7 @@ class Places(NamedTuple):
     queries: Array  # positions [B, L]
     distance: Array  # query position minus key position [B, L, S]
     visible: Array  # bool [B, L, S]: the key is real, of the same segment, and not later
-    ends: Array  # positions of the row [B, 1, 1]
+    ends: Array  # how long the query's own text is so far [B, L, 1]
 
 
 class Slots(NamedTuple):
@@ -59,7 +59,8 @@ def places_of(positions: Array, segments: Array, cache: Cache | None) -> Places:
     keys = (positions, segments) if cache is None else (cache.positions, cache.segments)
     distance = positions[:, :, None] - keys[0][:, None, :]
     same = (segments[:, :, None] == keys[1][:, None, :]) & (keys[1][:, None, :] > 0)
-    ends = jnp.max(jnp.where(segments > 0, positions, 0), axis=1)[:, None, None] + 1
+    own = segments[:, :, None] == segments[:, None, :]
+    ends = jnp.max(jnp.where(own, positions[:, None, :], 0), axis=2, keepdims=True) + 1
     return Places(positions, distance, same & (distance >= 0), ends)
 
 
