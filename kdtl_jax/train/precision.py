@@ -97,7 +97,8 @@ def loss_scaling(
     Steps of this library see the scale in the optimizer's state and multiply the loss by it; what
     else they pass (`value`, `grad`, `distill_gradient`) is not scaled. A gradient or loss that is
     not finite changes nothing but the scale, divided by `factor`: neither parameters nor batch
-    statistics nor memory. After `period` good steps the scale is multiplied by it.
+    statistics nor memory. After `period` good steps the scale is multiplied by it, while that is
+    finite.
 
     Raises:
       ValueError: if a number is out of its range: initial, smallest > 0, factor > 1, period >= 1.
@@ -129,8 +130,9 @@ def loss_scaling(
         updates = jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
         inner = jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner, state.inner)
         good = jnp.where(finite, state.good_steps + 1, 0)
-        grow = good >= period
         scale = jnp.where(finite, state.scale, jnp.maximum(state.scale / factor, smallest))
+        # An infinite scale would never come down again.
+        grow = (good >= period) & jnp.isfinite(scale * factor)
         return updates, LossScaleState(
             jnp.where(grow, scale * factor, scale),
             jnp.where(grow, 0, good).astype(jnp.int32),
@@ -166,11 +168,34 @@ def unscaled(gradient: PyTree, scale: Array | None) -> PyTree:
 
 
 def unless_skipped(new: PyTree, old: PyTree, after: PyTree, before: PyTree) -> PyTree:
-    """`new`, or `old` where `loss_scaling` skipped the step between two states of an optimizer."""
-    if not isinstance(after, LossScaleState):
+    """`new`, or `old` where the optimizer skipped the step between two of its states.
+
+    `loss_scaling` skips steps, and so do `optax.apply_if_finite` and `optax.MultiSteps` with
+    `skip_not_finite`. Batch statistics would keep a NaN from which the parameters are kept.
+    """
+    if isinstance(after, LossScaleState):
+        taken = [after.skipped == before.skipped]
+    else:
+        taken = _taken(after)
+    if not taken:
         return new
-    taken = after.skipped == before.skipped
-    return jax.tree.map(partial(jax.lax.select_n, taken), old, like(new, old))
+    is_taken = jnp.all(jnp.stack(taken))
+    return jax.tree.map(partial(jax.lax.select_n, is_taken), old, like(new, old))
+
+
+def _taken(opt_state: PyTree) -> list[Array]:
+    """What optax's own guards say of the last step, bool `[]` each; empty without any."""
+
+    def is_guard(state: Any) -> bool:
+        return isinstance(state, (optax.ApplyIfFiniteState, optax.MultiStepsState))
+
+    taken = []
+    for state in jax.tree.leaves(opt_state, is_leaf=is_guard):
+        if isinstance(state, optax.ApplyIfFiniteState):
+            taken.append(state.last_finite)
+        elif is_guard(state) and "should_skip" in state.skip_state:
+            taken.append(~state.skip_state["should_skip"])
+    return taken
 
 
 def all_finite(tree: PyTree) -> Array:
