@@ -53,12 +53,13 @@ def in_parts(of: Objective, trained: Params, carried: Carried, parts: Any) -> Fo
     Sums and counts are accumulated apart, gradients in float32 or wider.
     """
 
-    # Only the counts are used, and they rarely depend on the model: XLA drops its forward.
-    def counts(nothing: None, part: tuple[Any, Array]) -> tuple[None, dict[str, Array]]:
-        means, _ = of.forward(trained, carried, *part)
-        return nothing, {name: mean.weight for name, mean in means.items()}
+    # Only the counts are used, and they rarely depend on the model: XLA drops its forward. What is
+    # carried goes along: a mask may ask which rows of a memory are filled.
+    def counts(carried: Carried, part: tuple[Any, Array]) -> tuple[Carried, dict[str, Array]]:
+        means, after = of.forward(trained, carried, *part)
+        return like(after, carried), {name: mean.weight for name, mean in means.items()}
 
-    _, per_part = jax.lax.scan(counts, None, _numbered(parts))
+    _, per_part = jax.lax.scan(counts, carried, _numbered(parts))
     whole = jax.tree.map(lambda weight: jnp.sum(weight, axis=0), per_part)
 
     def body(carry: Any, part: tuple[Any, Array]) -> tuple[Any, Any]:
