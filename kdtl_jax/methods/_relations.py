@@ -135,8 +135,8 @@ def crd(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
     """Noise-contrastive estimation against banks of both models' embeddings.
 
     Tian, Krishnan and Isola, 2020 (1910.10699). 16384 negatives; the normalizer is fixed by the
-    first batch, as published. Batches hold their examples' positions as `"index"`. Task 1, crd 0.8:
-    RepDistiller.
+    first batch (of microbatches the first) with a real example, as published. Batches hold their
+    examples' positions as `"index"`. Task 1, crd 0.8: RepDistiller.
     """
     n = setup.examples
     if n < 2:
@@ -147,10 +147,11 @@ def crd(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
         bank: memory.Bank, queries: Array, drawn: Array, inputs: Inputs
     ) -> tuple[Array, Array]:
         """The values of one side, and its normalizer."""
-        fixed, where = jax.lax.stop_gradient(queries), inputs.real
+        constant, where = jax.lax.stop_gradient(queries), inputs.real
         given = {"temperature": temperature, "where": where}
-        first = memory.bank_set_normalizer(bank, fixed, drawn, **given)
-        log_z = jnp.where(inputs.step == 0, first.log_z, bank.log_z)
+        first = memory.bank_set_normalizer(bank, constant, drawn, **given)
+        # By memory, not by step: the first step may be skipped, or hold padding alone.
+        log_z = jnp.where(inputs.memory["is_normalized"], bank.log_z, first.log_z)
         scores = memory.bank_scores(bank._replace(log_z=log_z), queries, drawn, **given)
         return losses.crd(scores, num_data=n), log_z
 
@@ -172,13 +173,15 @@ def crd(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
         }
         updated["student"] = updated["student"]._replace(log_z=log_z_student)
         updated["teacher"] = updated["teacher"]._replace(log_z=log_z_teacher)
-        return {"crd": of_student + of_teacher}, updated
+        is_normalized = banks["is_normalized"] | (True if where is None else jnp.any(where))
+        return {"crd": of_student + of_teacher}, updated | {"is_normalized": is_normalized}
 
     def banks(key: Array) -> PyTree:
         key_student, key_teacher = jax.random.split(key)
         return {
             "student": memory.bank_init(key_student, n, WIDTH),
             "teacher": memory.bank_init(key_teacher, n, WIDTH),
+            "is_normalized": jnp.asarray(False),
         }
 
     weights = {"task": 1.0, "crd": 0.8}
