@@ -27,7 +27,7 @@ MODEL = language.model(DECODER)
 STUDENT, TEACHER = (
     jax.tree.map(lambda x: 8 * x, DECODER.init(jax.random.key(seed))) for seed in (0, 1)
 )
-TX = optax.sgd(0.1)
+TX, KEY = optax.sgd(0.1), jax.random.key(3)
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
@@ -248,6 +248,20 @@ def test_a_row_of_padding_alone_is_not_learned():
     assert not np.any(drawn["segments"][1]) and not np.any(drawn["log_probs"][1])
     # A first column of padding stays one.
     assert drawn["segments"][0].tolist() == [0] + [1] * 7
+
+
+def test_the_last_text_of_a_prompt_is_continued_as_if_it_stood_alone():
+    given, draw = prompts()["inputs"], jax.jit(language.rollout(DECODER, prompt=3))
+    told = given["privileged"]["tokens"]
+    several, one = (np.broadcast_to(row, (4, 8)) for row in ([1, 2, 2] + [2] * 5, [0] + [1] * 7))
+    found, alone = (
+        draw(
+            STUDENT, {**given, "segments": s, "privileged": {"tokens": told, "segments": own}}, KEY
+        )
+        for s, own in ((several, several[:, [0, 0, 1, 1, 1]]), (one, one[:, [0, 0, 1, 1, 1]]))
+    )
+    same(found, alone)
+    assert found["privileged"]["segments"].tolist() == [[0, 0, 1, 1, 1]] * 4
 
 
 def test_gkd_learns_from_the_data_in_the_other_steps():

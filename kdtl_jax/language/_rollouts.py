@@ -22,7 +22,7 @@ from kdtl_jax.models import Decoder, segment_positions
 from kdtl_jax.objective import Inputs, Metrics, TermsFn
 from kdtl_jax.train import Batch, Step, TrainState
 
-Tokens = dict[str, Array]
+Tokens = dict[str, Any]
 Rollout = Callable[[Params, Any, Array], Tokens]  # (parameters, token batch, key) -> token batch
 Choice = Callable[[TrainState, Any], Params]  # (state, teacher_params) -> parameters that sample
 _APART = 2**31 - 1  # the sampler's key is folded with a number that no microbatch has
@@ -48,7 +48,8 @@ def rollout(
     Returns:
       The function. What it returns has the shape of the row, `learned` on sampled tokens,
       `log_probs` `[B, L]`, the sampler's, 0 elsewhere, and `is_drawn` bool `[B]`. A row whose
-      prompt is padding alone is padding to its end.
+      prompt is padding alone is padding to its end. Of several texts in a prompt the last is
+      continued, and the others become padding; so do they in `privileged`, if there is one.
 
     Raises:
       ValueError: by the function, if the prompt leaves no column to sample.
@@ -61,7 +62,7 @@ def rollout(
         prompts = jnp.asarray(tokens["tokens"])[:, :prompt]
         mask = jnp.ones(prompts.shape, jnp.bool_)
         if "segments" in tokens:
-            mask = jnp.asarray(tokens["segments"])[:, :prompt] > 0
+            mask = _last_text(jnp.asarray(tokens["segments"])[:, :prompt])
         is_row = jnp.any(mask, axis=1, keepdims=True)
         # A row of padding alone still needs a token to be run.
         mask = mask.at[:, -1].set(mask[:, -1] | ~is_row[:, 0])
@@ -88,6 +89,12 @@ def rollout(
             "log_probs": jnp.where(is_row, log_probs, 0),
             "is_drawn": jnp.ones(rows, jnp.bool_),
         }
+        if "privileged" in tokens:
+            told = _told(tokens["privileged"])
+            drawn["privileged"] = {
+                **told,
+                "segments": _last_text(told["segments"]).astype(jnp.int32),
+            }
         return jax.lax.stop_gradient(drawn)
 
     return draw
@@ -158,12 +165,25 @@ def on_samples(
     return sampled
 
 
+def _told(privileged: Any) -> Tokens:
+    return {name: jnp.asarray(array, jnp.int32) for name, array in privileged.items()}
+
+
+def _last_text(segments: Array) -> Array:
+    """Where the last text of each row stands: bool `[B, P]`."""
+    place = jax.lax.broadcasted_iota(jnp.int32, segments.shape, 1)
+    last = jnp.max(jnp.where(segments > 0, place, 0), axis=1, keepdims=True)
+    return (segments > 0) & (segments == jnp.take_along_axis(segments, last, axis=1))
+
+
 def _as_drawn(given: Any) -> Tokens:
     """A batch of data with every entry that a drawn one has."""
     tokens = jnp.asarray(given["tokens"], jnp.int32)
     segments = jnp.asarray(given.get("segments", jnp.ones_like(tokens)), jnp.int32)
     positions = given.get("positions", segment_positions(segments))
+    told = {"privileged": _told(given["privileged"])} if "privileged" in given else {}
     return {
+        **told,
         "tokens": tokens,
         "segments": segments,
         "positions": jnp.asarray(positions, jnp.int32),
