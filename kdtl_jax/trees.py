@@ -155,19 +155,19 @@ def _check_is_no_filter(where: Any) -> None:
 def any_of(*selectors: Selector) -> Predicate:
     """Selects where at least one selector does."""
     tests = [_predicate(s) for s in selectors]
-    return lambda path, leaf: any(test(path, leaf) for test in tests)
+    return _named("any_of", selectors, lambda path, leaf: any(t(path, leaf) for t in tests))
 
 
 def all_of(*selectors: Selector) -> Predicate:
     """Selects where every selector does."""
     tests = [_predicate(s) for s in selectors]
-    return lambda path, leaf: all(test(path, leaf) for test in tests)
+    return _named("all_of", selectors, lambda path, leaf: all(t(path, leaf) for t in tests))
 
 
 def none_of(*selectors: Selector) -> Predicate:
     """Selects where no selector does."""
     tests = [_predicate(s) for s in selectors]
-    return lambda path, leaf: not any(test(path, leaf) for test in tests)
+    return _named("none_of", selectors, lambda path, leaf: not any(t(path, leaf) for t in tests))
 
 
 def mask(tree: PyTree, where: Selector, *, expect: int | str | None = "some") -> PyTree:
@@ -350,6 +350,12 @@ def _expect(where: Selector, expect: int | str | None, found: int, names: list[s
             f"selector {_shown(where)} matches {found} of {len(names)} leaves, "
             f"expected {'all of them' if expect == 'all' else wanted}."
         )
+
+
+def _named(name: str, selectors: Sequence[Selector], test: Predicate) -> Predicate:
+    """The test, which messages show as `name(its selectors)`."""
+    test.__name__ = f"{name}({', '.join(map(_shown, selectors))})"
+    return test
 
 
 def _shown(where: Selector) -> str:

@@ -175,6 +175,8 @@ def test_an_empty_match_names_the_nearest_paths() -> None:
         trees.mask(network(), "haed/kernel")
     with pytest.raises(ValueError, match=r"Glob\(pattern='\*\*/kernal'\).*kernel"):
         trees.mask(network(), Glob("**/kernal"))
+    with pytest.raises(ValueError, match=r"none_of\(any_of\('x', .* matches no leaf.*kernel"):
+        trees.mask(network(), none_of(any_of("x", Glob("**"))))
     with pytest.raises(ValueError, match="The tree has no leaves"):
         trees.mask({}, "head")
     with pytest.raises(ValueError, match=r"not a regular expression.*Glob\('\*/kernel'\)"):

@@ -211,7 +211,7 @@ def _numbered_like(name: str, labels: np.ndarray, like: Dataset) -> tuple[np.nda
         listed = ", ".join(like.names[:8]) + (", …" if like.classes > 8 else "")
         raise ValueError(
             f"{name}: label {str(text[wrong[0]])!r} at row {wrong[0]} does not occur in the "
-            f"training part, whose classes are {listed}."
+            f"training part or the model, whose classes are {listed}."
         )
     return numbers, like.classes
 

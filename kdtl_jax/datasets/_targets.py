@@ -194,8 +194,9 @@ def _labels(
         return _multi_hot(name, found, like, names)
     if like is not None and not like.names:
         raise ValueError(
-            f"{name}: the {like.classes} labels of the training part have no names by which a cell "
-            f"such as {found[0]!s:.80} could find its places. Give [N, {like.classes}] of 0 and 1."
+            f"{name}: the {like.classes} labels of the training part or of the model have no names "
+            f"by which a cell such as {found[0]!s:.80} could find its places. Give "
+            f"[N, {like.classes}] of 0 and 1."
         )
     mark = _separator(found, like.names if like is not None else names)
     rows = [_split(name, i, cell, mark) for i, cell in enumerate(found)]
@@ -213,8 +214,8 @@ def _labels(
             if label not in place:
                 listed = ", ".join(known[:8]) + (", …" if len(known) > 8 else "")
                 raise ValueError(
-                    f"{name}: label {label!r:.80} at row {i} does not occur in the training part, "
-                    f"whose labels are {listed}."
+                    f"{name}: label {label!r:.80} at row {i} does not occur in the training part "
+                    f"or the model, whose labels are {listed}."
                 )
             hot[i, place[label]] = 1
     shown = ", ".join(known[:6]) + (", …" if len(known) > 6 else "")
