@@ -1,5 +1,6 @@
 """Merging that ranks, draws or chooses entries: ties, densities, scales, and two of mergekit's."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -211,3 +212,32 @@ def test_ties_that_are_stored_twice_share_their_draws() -> None:
         np.testing.assert_array_equal(merged["a"], merged["c"])
         zeros = [np.asarray(merged[name]) == 0 for name in "ab"]
         assert not np.array_equal(*zeros), "another leaf has draws of its own"
+
+
+EMPTY: list[Any] = [{"w": jnp.zeros((0, 3), jnp.bfloat16)}] * 2
+KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize(
+    "merged",
+    [
+        lambda: transforms.average(EMPTY),
+        lambda: transforms.slerp(*EMPTY, 0.3, axis=-1),
+        lambda: transforms.karcher_mean(EMPTY),
+        lambda: transforms.multi_slerp(EMPTY[0], EMPTY),
+        lambda: transforms.model_stock(EMPTY[0], EMPTY, axis=0),
+        lambda: transforms.sce(EMPTY[0], EMPTY, top=0.5),
+        lambda: transforms.arcee_fusion(*EMPTY),
+        lambda: transforms.ram(EMPTY[0], EMPTY, gain=0.1),
+        lambda: transforms.fisher_merge(EMPTY, EMPTY),
+        lambda: transforms.ties(EMPTY),
+        lambda: transforms.ties_per_leaf(EMPTY, density=0.5),
+        lambda: transforms.breadcrumbs(EMPTY[0], density=0.5, outliers=0.1),
+        lambda: transforms.dare(KEY, EMPTY[0], density=0.5),
+        lambda: transforms.della(KEY, EMPTY[0], density=0.5),
+        lambda: transforms.rescale_l1(*EMPTY),
+        lambda: transforms.mixout(KEY, *EMPTY, rate=0.5),
+    ],
+)
+def test_leaves_without_entries_stay(merged: Callable[[], Any]) -> None:
+    assert merged()["w"].shape == (0, 3)

@@ -337,7 +337,7 @@ def _total(terms: Sequence[Array]) -> Array:
 @functools.partial(jax.jit, static_argnums=1)
 def _largest(pieces: Sequence[Array], axis: int | None) -> list[Array]:
     pieces = jax.lax.stop_gradient(list(pieces))
-    return [jnp.max(jnp.abs(x), axis=axis, keepdims=axis is not None) for x in pieces]
+    return [jnp.max(jnp.abs(x), axis=axis, keepdims=axis is not None, initial=0) for x in pieces]
 
 
 @functools.partial(jax.jit, static_argnums=2)
