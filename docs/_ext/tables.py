@@ -45,18 +45,18 @@ def methods_index() -> str:
     tree = "\n".join([*NEEDS, "language"])
     return f"""# Methods
 
-A loss is an equation; a method is a paper: the terms it adds, the weights its authors used, the
-connectors and the memory it trains beside the student. Every method is a function of a
-`methods.setup`, so it works for any two model functions. {{doc}}`../guides/features` shows one from
-start to end.
+A loss is an equation. A method is a paper: the terms it adds, the weights its authors used, the
+connectors it trains along with the student, and its memory. Every method is a function of a
+`methods.setup`, so it works for any two model functions. {{doc}}`../guides/features` is a complete
+program with one, and {{doc}}`../guides/methods` compares and combines several.
 
 | what the method reads | methods |
 |---|---|
 {rows}
 | [Token distributions of language models](language.md) | {len(language.methods())} |
 
-Each loss by itself, with the constants that relate its number to other systems', is in
-{{doc}}`../losses`.
+{{doc}}`../losses` lists the losses themselves, with the constants that convert their values to those
+of other systems.
 
 ```{{toctree}}
 :hidden:
