@@ -1,8 +1,8 @@
 """Cells of text that stand for numbers: amounts with their marks, and dates.
 
-"1,234.5" is 1234.5, "12.5%" is 12.5, "$3" is 3, and "2024-01-31", a date of ISO 8601, is the days
-since 1970-01-01, in UTC where it names no zone. "1.234,5" and "31/01/2024" are not read: others
-read them otherwise.
+`1,234.5` is 1234.5, `12.5%` is 12.5, and `$3` is 3. An ISO 8601 date such as `2024-01-31` is the
+number of days since 1970-01-01, in UTC unless it names a zone. `1.234,5` and `31/01/2024` are not
+read, because conventions differ.
 """
 
 import datetime
