@@ -55,8 +55,8 @@ program with one, and {{doc}}`../guides/methods` compares and combines several.
 {rows}
 | [Token distributions of language models](language.md) | {len(language.methods())} |
 
-{{doc}}`../losses` lists the losses themselves, with the constants that convert their values to those
-of other systems.
+{{doc}}`../losses` lists the losses themselves, with the constants that convert their values to
+those of other systems.
 
 ```{{toctree}}
 :hidden:
