@@ -54,6 +54,59 @@ def test_taps_take_tuples_apart_and_leave_sown_arrays_whole() -> None:
         np.testing.assert_array_equal(outputs["pair/last"], X)
 
 
+class Capped(nn.Module):
+    """Its layer before the soft cap is called as its output is; its block returns a part's name."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = Block(name="block")(x)["part"]
+        return {"logits": jnp.tanh(Part(name="logits")(x))}
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return {"part": -Part(name="part")(x)}
+
+
+class Part(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return 2 * x
+
+
+class NNXPart(fnnx.Module):
+    def __call__(self, x: Any) -> Any:
+        return 2 * x
+
+
+class NNXBlock(fnnx.Module):
+    def __init__(self):
+        self.part = NNXPart()
+
+    def __call__(self, x: Any) -> Any:
+        return {"part": -self.part(x)}
+
+
+class NNXCapped(fnnx.Module):
+    def __init__(self):
+        self.block, self.logits = NNXBlock(), NNXPart()
+
+    def __call__(self, x: Any) -> Any:
+        return {"logits": jnp.tanh(self.logits(self.block(x)["part"]))}
+
+
+def test_a_tap_never_replaces_the_models_own_output() -> None:
+    theirs = nnx.model(NNXCapped(), taps=".*")
+    for outputs in (
+        linen.model(Capped(), taps=".*").apply({}, None, X)[0],
+        theirs.apply(theirs.params, theirs.model_state, X)[0],
+    ):
+        assert set(outputs) == {"logits", "block/part"}
+        np.testing.assert_allclose(outputs["logits"], np.tanh(-4 * X), rtol=1e-6)
+        np.testing.assert_array_equal(outputs["block/part"], 2 * X)  # the submodule's
+
+
 def test_one_tap_needs_no_list() -> None:
     one: Any = "pair/0"
     outputs = linen.model(Outer(), taps=one).apply({}, None, X)[0]

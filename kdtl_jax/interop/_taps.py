@@ -15,17 +15,34 @@ def named(calls: Iterable[tuple[str, Sequence[Any]]]) -> dict[str, Array]:
     """`{path: array}` of what submodules returned.
 
     Several calls of one module are `path/0`, `path/1`, …; a tuple or dict of outputs is taken apart
-    in the same way, `path/0` or `path/weights`.
+    in the same way, `path/0` or `path/weights`. What a submodule of such a name returns goes before
+    an entry of what the module around it returns.
     """
     found: dict[str, Any] = {}
+    whole: set[str] = set()  # paths of what a submodule returned, not of an entry of it
     for path, outputs in calls:
         for i, output in enumerate(outputs):
             here = path if len(outputs) == 1 else f"{path}/{i}"
             for key_path, leaf in jax.tree_util.tree_leaves_with_path(output):
                 inner = jax.tree_util.keystr(key_path, simple=True, separator="/")
-                if isinstance(leaf, (jax.Array, np.ndarray)):
-                    found[f"{here}/{inner}" if inner else here] = leaf
+                name = f"{here}/{inner}" if inner else here
+                if isinstance(leaf, (jax.Array, np.ndarray)) and not (inner and name in whole):
+                    found[name] = leaf
+                    whole |= set() if inner else {name}
     return found
+
+
+def joined(
+    returned: Any, taps: Sequence[str], found: dict[str, Array], hint: str = ""
+) -> dict[str, Array]:
+    """A module's outputs, and those of submodules that the taps select.
+
+    An output of the module keeps its name where a submodule has the same: logits are those that
+    the module returns, even if the layer before a soft cap is called `logits`.
+    """
+    outputs = outputs_of(returned)
+    tapped = select(taps, found, hint)
+    return outputs | {path: x for path, x in tapped.items() if path not in outputs}
 
 
 def select(taps: Sequence[str], found: dict[str, Array], hint: str = "") -> dict[str, Array]:

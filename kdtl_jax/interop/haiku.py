@@ -96,7 +96,7 @@ def model(net: Callable[..., Any], *, taps: Sequence[str] = ()) -> Haiku:
                 "the net changed its state in evaluation mode: its batch statistics do not follow "
                 "the mode. Pass it on: lambda x, train: Net()(x, is_training=train)."
             )
-        named = _taps.outputs_of(outputs) | _taps.select(taps, _taps.named(calls.items()))
+        named = _taps.joined(outputs, taps, _taps.named(calls.items()))
         return named, new_state if train and model_state is not None else model_state
 
     return Haiku(init, apply)

@@ -55,7 +55,8 @@ def model(
       module: an unbound module.
       taps: submodules whose output joins the outputs under their path, `"block3/conv1"`; each is
         a regular expression that must match whole paths. A module called several times, or one
-        that returns a tuple, gives `path/0`, `path/1`, and so on.
+        that returns a tuple, gives `path/0`, `path/1`, and so on. What the module itself
+        returns keeps its name.
       call: `call(module, inputs, train)`, for modules that are not called in the usual way.
       rngs: names of the random streams that the module reads when `key` is given; `"dropout"` in
         training only, so that dropout that does not follow the mode is an error.
@@ -125,10 +126,8 @@ def model(
         if changing and not any(modes.values()) and _is_same(updated, model_state, "batch_stats"):
             modes["batch_stats"] = False  # of a layer of the module's own making
         check()
-        found = _taps.outputs_of(outputs)
-        if taps:
-            calls = _calls(updated.get("intermediates") or {}, "")
-            found |= _taps.select(taps, _taps.named(calls))
+        calls = _calls(updated.get("intermediates") or {}, "") if taps else []
+        found = _taps.joined(outputs, taps, _taps.named(calls))
         if not changing:
             return found, model_state
         return found, {name: updated[name] for name in model_state}

@@ -62,7 +62,8 @@ def model(
       module: the module; it is read once and left as it is.
       taps: submodules whose output joins the outputs under their path, `"layers/0"`; each is a
         regular expression that must match whole paths. A module called several times, or one that
-        returns a tuple, gives `path/0`, `path/1`, and so on. Values stored with
+        returns a tuple, gives `path/0`, `path/1`, and so on. What the module itself returns
+        keeps its name. Values stored with
         `module.sow(nnx.Intermediate, ...)` are found under their own name; before flax 0.12.6 they
         are all that taps find.
       call: `call(module, inputs, train)`, for modules that are not called in the usual way.
@@ -112,7 +113,7 @@ def model(
         if call is None:
             example = "nnx.model(module, call=lambda module, x, train: module(x, flag=train))"
             _modes.check(ran.modes, train, type(module).__name__, example)
-        named = _taps.outputs_of(ran.outputs) | _taps.select(taps, ran.found, INHERITED)
+        named = _taps.joined(ran.outputs, taps, ran.found, INHERITED)
         return named, nnx.split(ran.module, nnx.Param, ...)[2] if train else model_state
 
     return NNX(apply, params, rest)
