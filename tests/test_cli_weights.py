@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from model_folders import edited
 from tiny import kdtl, results, write_data
 
 from kdtl_jax import datasets, models, trees
@@ -118,6 +119,22 @@ def test_a_hugging_face_folder_becomes_a_model_of_other_classes(
     with pytest.raises(ValueError, match="head/kernel.*for these classes"):
         net = _models.described(f"huggingface:{VIT}", 3, test.inputs[:1])
         sources.variables(sources.opened(str(VIT)), networks.abstract(net, test.inputs[:1]))
+
+
+@pytest.mark.parametrize(
+    ("said", "answers"), [("multi_label_classification", "labels"), ("regression", "numbers")]
+)
+def test_a_folder_that_answers_something_else_is_no_teacher_of_classes(
+    said: str, answers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A softmax over the logits of separate labels would look right."""
+    folder = edited(VIT, tmp_path, problem_type=said)
+    data = tmp_path / "d.npz"
+    np.savez(data, x=np.zeros((40, 16, 16, 3), np.uint8), y=np.arange(40) % 5)
+    words = ["--data", data, "--teacher-weights", folder, "--out", tmp_path / "out"]
+    assert kdtl("cache", *words) == 1
+    assert f"answers {answers} (problem_type in its config.json)" in capsys.readouterr().err
+    assert sources.kind(str(VIT)) is None
 
 
 def test_a_body_without_a_head_gets_one() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from kdtl_jax import _files, _text, trees
 from kdtl_jax._types import PyTree, Variables
-from kdtl_jax.datasets import Standardizer
+from kdtl_jax.datasets import Kind, Standardizer
 from kdtl_jax.interop import huggingface, model_files, safetensors
 from kdtl_jax.interop.huggingface import Pretrained
 from kdtl_jax.interop.model_files import HUGGING_FACE, About
@@ -27,6 +27,11 @@ LARGE, MOST_PACKED = 2**26, 1000  # numbers; per byte of the files
 # Before the paths of parameters, in a file that holds a model's collections.
 PARAMS = "params/"
 _HOW = ("image_mean", "image_std")
+_KINDS: Mapping[Any, Kind] = {
+    "single_label_classification": "classes",
+    "multi_label_classification": "labels",
+    "regression": "numbers",
+}
 ITEMS = ("params", "default", "state", "model")  # of a step, in the order they are looked for
 
 
@@ -117,6 +122,12 @@ def class_names(folder: str) -> tuple[str, ...]:
             f"{_text.shown(str(list(known)), 200)}."
         ) from None
     return () if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
+
+
+def kind(folder: str) -> Kind | None:
+    """What a Hugging Face folder's head answers; None if its config does not say."""
+    said = _files.read_json(Path(folder) / "config.json").get("problem_type")
+    return _KINDS.get(said) if isinstance(said, str) else None
 
 
 def scaling(folder: str) -> Standardizer | None:
