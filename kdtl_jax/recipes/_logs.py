@@ -102,13 +102,13 @@ def _write_events(home: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
     for method in dict.fromkeys(line["method"] for line in lines):
         shutil.rmtree(home / method, ignore_errors=True)
+        own = [line for line in lines if line["method"] == method]
         with SummaryWriter(str(home / method), write_to_disk=True) as writer:
-            for line in lines:
-                if line["method"] != method:
-                    continue
-                for name, value in line.items():
-                    if name not in KEYS and isinstance(value, (int, float)):
-                        writer.add_scalar(name, value, int(line["step"]))
+            for line in own:
+                known = {name: x for name, x in line.items() if name not in KEYS}
+                numbers = {name: x for name, x in known.items() if isinstance(x, (int, float))}
+                for name, value in numbers.items():
+                    writer.add_scalar(name, value, int(line["step"]))
 
 
 def of_methods(folder: Path) -> list[dict[str, Any]]:

@@ -126,10 +126,15 @@ def to_try(settings: Optimizing) -> tuple[float, ...]:
     return tuple(round(usual * factor, 9) for factor in (1 / 3, 1, 10 / 3))
 
 
+def peak_rate(settings: Training) -> float:
+    """The largest learning rate: the one given, or the usual one of the optimizer."""
+    return settings.learning_rate or RATES[settings.optimizer]
+
+
 def rates(settings: Training, steps: int) -> Callable[[int], float]:
     """The learning rate by step, for the log."""
     of_step = shape(settings.schedule, settings.warmup, steps)
-    largest = settings.learning_rate or RATES[settings.optimizer]
+    largest = peak_rate(settings)
     return lambda step: round(largest * float(jnp.asarray(of_step(step))), 12)
 
 

@@ -228,7 +228,7 @@ def build(entry: Entry, setup: Setup, temperature: Any) -> Method:
 
 def filled_in(entry: Entry | None, settings: Any) -> dict[str, Any]:
     """Optimizer, rate and temperature of a method, defaults filled in, for its line of settings."""
-    rate = settings.learning_rate or _optimizers.RATES[settings.optimizer]
+    rate = _optimizers.peak_rate(settings)
     found = {"optimizer": settings.optimizer, "learning_rate": rate}
     if settings.weight_decay:
         found["weight_decay"] = settings.weight_decay

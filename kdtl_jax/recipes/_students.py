@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
+
 from kdtl_jax import _files, methods
 from kdtl_jax._types import Variables
 from kdtl_jax.interop import model_files
@@ -65,6 +67,26 @@ def best(
     return Student(method, seed, variables, *_training.pick((state.connectors, state.memory), seed))
 
 
+def chosen(
+    rows: Sequence[report.Row], models: Mapping[str, Any]
+) -> tuple[list[Student], list[report.Row]]:
+    """The best student of every method that has one, and the rows, which name its file.
+
+    Args:
+      rows: of the table.
+      models: `Variables` stacked over seeds, by method.
+    """
+    found = {
+        row.method: best(row.method, models[row.method], row.validation.values)
+        for row in rows
+        if row.method in models
+    }
+    named = [
+        row._replace(settings={**row.settings, **described(found.get(row.method))}) for row in rows
+    ]
+    return [student for student in found.values() if student is not None], named
+
+
 def described(student: Student | None) -> dict[str, Any]:
     """Its line in the table's settings."""
     return {} if student is None else {"file": file_of(student.method), "file_seed": student.seed}
@@ -118,6 +140,15 @@ def write(
         model_files.save(
             folder / file_of(student.method), student.variables, about, known, connected
         )
+
+
+def diverged(rows: Sequence[report.Row]) -> list[str]:
+    """Notes on the methods whose students diverged."""
+    return [
+        f"{row.method} diverged: logits are not finite, and it is ranked last."
+        for row in rows
+        if not np.isfinite(row.validation.mean)
+    ]
 
 
 def note(rows: Sequence[Line], baseline: str | None) -> str | None:

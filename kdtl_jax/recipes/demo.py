@@ -103,17 +103,8 @@ def run(settings: Settings) -> None:
         finished = opened(folder, run, resume=settings.resume, kinds=(Fitted, Variables))
         targets = transfer_digits(splits, settings, say, finished)
         rows, learning, alpha, models = distill(splits, settings, say, finished)
-        students = {
-            row.method: _students.best(
-                row.method, Variables(models[row.method]), row.validation.values
-            )
-            for row in rows
-            if row.method in models and row.method != "teacher"
-        }
-        rows = [
-            row._replace(settings={**row.settings, **_students.described(students.get(row.method))})
-            for row in rows
-        ]
+        own = {name: Variables(x) for name, x in models.items() if name != "teacher"}
+        students, rows = _students.chosen(rows, own)
         advice = _students.note(rows, "student_alone")
         found = targets()
         bar.hide()
@@ -150,8 +141,7 @@ def run(settings: Settings) -> None:
             checkpoint.save(checkpoints, settings.epochs, models, {"method": "all"})
         text, shape = f"mlp:{','.join(map(str, STUDENT))}", splits.train.inputs.shape[1:]
         about = model_files.About(text, CLASSES, scaling, (), shape)
-        kept = [student for student in students.values() if student]
-        _students.write(folder, kept, about, more=_students.made_of(folder, data, "student"))
+        _students.write(folder, students, about, more=_students.made_of(folder, data, "student"))
         write_curves(folder, results.learning, settings.log)
         _output.finish(folder, results)
 

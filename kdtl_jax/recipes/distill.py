@@ -18,15 +18,17 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from kdtl_jax import methods
+from kdtl_jax._types import Variables
 from kdtl_jax.datasets import KINDS, per_class
 from kdtl_jax.interop import networks
 from kdtl_jax.recipes import (
     _beforehand,
     _caching,
-    _choice,
     _devices,
+    _distill_report,
     _evidence,
     _folders,
     _logs,
@@ -43,14 +45,13 @@ from kdtl_jax.recipes import (
     _training,
 )
 from kdtl_jax.recipes import settings as types
+from kdtl_jax.recipes._distill_report import STUDENTS
 from kdtl_jax.recipes._pair import BASELINE, TEACHER
 from kdtl_jax.recipes.settings import UsageError, setting
-from kdtl_jax.run import report
 from kdtl_jax.train import precision
 
 EPOCHS, STEPS = 60, 1000  # at least, per student
 FEW_NOTES = 3  # on methods that do not apply, said in full before the training
-STUDENTS = "distillation"  # their family in the table
 CACHE_BYTES = 512 * 2**20  # teacher outputs up to this size are computed once and held
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 EXAMPLES = """
@@ -143,8 +144,9 @@ def run(settings: Settings) -> int:
     entries = types.chosen(settings.methods, {**_pair.entries(), **own}, "kdtl distill")
     entries += [entry for entry in own.values() if entry not in entries]
     mesh = _devices.joined(settings)  # before anything touches a device
+    devices = 1 if mesh is None else mesh.size
     _folders.check_out(settings, "distill")
-    check(settings, entries, 1 if mesh is None else mesh.size)
+    check(settings, entries, devices)
     pair = _pair.read(settings, dtype=DTYPES[settings.precision], kinds=KINDS)
     entries = _pair.suited(entries, settings, pair.measure)
     inputs, classes = pair.arrays["inputs"], pair.splits.train.classes
@@ -153,124 +155,90 @@ def run(settings: Settings) -> int:
         cache = Path(settings.teacher_cache)
         _caching.check(cache, pair, entries, precision=settings.precision)
     rows, size = None, len(inputs)
-    divisor = settings.microbatches * (1 if mesh is None else mesh.size)
-    fixed = resolved(settings, size, classes, divisor)
-    if fixed.per_class:
-        numbered, few = pair.splits.train._replace(inputs=pair.arrays["index"]), fixed.per_class
+    fixed = resolved(settings, size, classes, settings.microbatches * devices)
+    if few := fixed.per_class:
+        numbered = pair.splits.train._replace(inputs=pair.arrays["index"])
         parts = [per_class(numbered, few, seed=seed) for seed in range(settings.seeds)]
         rows = np.stack([part.inputs for part in parts])  # [S, n], the examples that a seed sees
         size = rows.shape[-1]
-    _training.check_batch(
-        fixed.batch_size, size, settings.microbatches, 1 if mesh is None else mesh.size
-    )
-    per_epoch = size // fixed.batch_size
+    batch_size = fixed.batch_size
+    _training.check_batch(batch_size, size, settings.microbatches, devices)
+    per_epoch = size // batch_size
+    steps = fixed.epochs * per_epoch
+    teacher_steps = settings.teacher_epochs * (len(inputs) // batch_size)
     of_setup = {
-        "steps": fixed.epochs * per_epoch,
-        "batch_size": fixed.batch_size // settings.microbatches,
+        "steps": steps,
+        "batch_size": batch_size // settings.microbatches,
         "layers": settings.layers,
     }
     # Once with a blank teacher, so that what cannot work is said before one is trained.
     blank = _pair.setup(pair, None, **of_setup)
     built, why_not = _pair.build_all(entries, blank, settings)
     _pair.check_any(built, why_not, blank, pair.measure.kind)
-
-    def tx(steps: int) -> Any:
-        rate = settings.learning_rate or _optimizers.RATES[settings.optimizer]
-        made = _optimizers.optimizer(settings, rate, settings.weight_decay, steps)
-        return precision.loss_scaling(made) if settings.precision == "float16" else made
-
     view = None
     if settings.augment:
         view = _training.views(settings.augment, classes, inputs.shape[1])
-    _pair.check_own(built, pair, settings, fixed.batch_size, tx(of_setup["steps"]), view)
-    early = why_not
-    if len(why_not) > FEW_NOTES:
-        names = ", ".join(why.partition(" ")[0] for why in why_not)
-        early = [f"these methods do not apply, the report says why: {names}"]
-    for why in early:
-        print(f"note: {why}", file=sys.stderr)
+    tx = optimizer(settings, steps)
+    _pair.check_own(built, pair, settings, batch_size, tx, view)
+    tell_beforehand(why_not)
+
     learners = [*([TEACHER] if pair.given is None else []), *built]
     files, saves = {**pair.files, **_own.files(settings)}, [f"checkpoints/{x}" for x in learners]
     with _output.running(fixed, "distill", files, saves=saves) as running:
         folder, identity, say, programs = running
         common = _seeds.Run(
-            folder=folder,
-            identity=identity,
-            resume=settings.resume,
-            batch_size=fixed.batch_size,
-            arrays=pair.arrays,
-            splits=pair.splits,
-            measure=pair.measure,
-            mesh=mesh,
-            one_by_one=settings.one_by_one,
-            patience=settings.early_stopping,
-            save_every=settings.save_every,
-            say=_progress.seldom(say),
+            folder=folder, identity=identity, resume=settings.resume, batch_size=batch_size,
+            arrays=pair.arrays, splits=pair.splits, measure=pair.measure, mesh=mesh,
+            one_by_one=settings.one_by_one, patience=settings.early_stopping,
+            save_every=settings.save_every, say=_progress.seldom(say),
+        )  # fmt: skip
+
+        # The teacher.
+        of_teacher = common._replace(
             moved=_progress.part(say, TEACHER, 0, len(learners)),
+            rate=_optimizers.rates(settings, teacher_steps),
         )
         say(f"teacher{'' if pair.given is None else f', from {settings.teacher_weights}'}")
-        steps = settings.teacher_epochs * (len(inputs) // fixed.batch_size)
-        common = common._replace(rate=_optimizers.rates(settings, steps))
         frozen, teacher = _pair.taught(
-            pair, common, built[BASELINE], tx(steps), settings.teacher_epochs
-        )
-        described = {"epochs": settings.teacher_epochs, "batch_size": fixed.batch_size}
+            pair, of_teacher, built[BASELINE], optimizer(settings, teacher_steps),
+            settings.teacher_epochs,
+        )  # fmt: skip
+        made: dict[str, Any] = {"epochs": settings.teacher_epochs, "batch_size": batch_size}
         if pair.given is not None:
-            described = {"weights": settings.teacher_weights}
-        truth = {"targets": pair.splits.test.labels}
-        row = _measures.row(
-            pair.measure,
-            TEACHER,
-            TEACHER,
-            "Teacher",
-            frozen.params,
-            teacher,
-            teacher.seconds,
-            described,
-            **truth,
-        )
-
-        # Its outputs are computed once where they stay the same and fit, else it runs along.
-        arrays, live = pair.arrays, None
-        shapes = networks.output_shapes(pair.teacher, pair.example).values()
-        total = len(inputs) * sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in shapes)
-        if settings.teacher_cache is not None:
-            cache, needed = Path(settings.teacher_cache), _caching.taps(entries, pair)
-            outputs = _caching.outputs(cache, pair, frozen, settings.precision, needed)
-            arrays = {**arrays, "teacher": outputs}
-        elif view is not None or total > CACHE_BYTES:
-            live = pair.teacher.apply
-        else:
-            arrays = {**arrays, "teacher": _models.outputs(pair.teacher, frozen, inputs)}
+            made = {"weights": settings.teacher_weights}
+        truth = pair.splits.test.labels
+        table = [
+            _measures.row(
+                pair.measure, TEACHER, TEACHER, "Teacher", frozen.params, teacher,
+                teacher.seconds, made, targets=truth,
+            )
+        ]  # fmt: skip
+        named = {TEACHER: _evidence.Named("Teacher", teacher.named)}
 
         # The students.
+        outputs = teacher_outputs(settings, pair, frozen, entries)
+        arrays = pair.arrays if outputs is None else {**pair.arrays, "teacher": outputs}
+        common = common._replace(arrays=arrays, rows=rows, rate=_optimizers.rates(settings, steps))
         setup = _pair.setup(pair, frozen, **of_setup)
         built, notes = _pair.build_all(entries, setup, settings)
         known = {entry.name: entry for entry in entries}
-        rates = _optimizers.rates(settings, of_setup["steps"])
-        common = common._replace(arrays=arrays, rows=rows, rate=rates)
-        points, table, learning, failed = _training.points(settings.seeds), [row], {}, []
-        named: dict[str, _evidence.Named] = {}  # by method
+        points, learning, failed = _training.points(settings.seeds), {}, []
         students: list[_students.Student] = []
         for i, (name, method) in enumerate(built.items()):
             said = f"{name} ({i + 1} of {len(built)})"
             say(said)
             at = len(learners) - len(built) + i
             common = common._replace(moved=_progress.part(say, said, at, len(learners)))
-            entry, reads = known.get(name), live is not None and name != BASELINE
+            entry = known.get(name)
+            is_live = outputs is None and name != BASELINE  # the teacher runs along
             learner = _pair.student(
-                pair.student,
-                method,
-                tx(of_setup["steps"]),
-                lambda key, _: pair.student.init(key, pair.example),
-                teacher=live if reads else None,
-                microbatches=settings.microbatches,
-                view=view,
-                per_epoch=per_epoch,
-            )
+                pair.student, method, tx, lambda key, _: pair.student.init(key, pair.example),
+                teacher=pair.teacher.apply if is_live else None,
+                microbatches=settings.microbatches, view=view, per_epoch=per_epoch,
+            )  # fmt: skip
             try:
                 trained = _seeds.train_seeds(
-                    name, learner, points, frozen if reads else None, common, fixed.epochs
+                    name, learner, points, frozen if is_live else None, common, fixed.epochs
                 )
             except (ValueError, TypeError) as error:
                 if entry is None:
@@ -279,31 +247,17 @@ def run(settings: Settings) -> int:
                 failed.append(name)
                 continue
             state, label = trained.state, "Student alone" if entry is None else entry.title
-            params = _training.pick((state.params, state.connectors), 0)
             connected, kept = method.predict is not None, None
             if connected and name in own:
                 notes.append(f"{name} has no file: it predicts through connectors of its own.")
             else:
                 kept = _students.best(name, state, trained.validation, through_connectors=connected)
             students += [] if kept is None else [kept]
-            described = {
-                "epochs": fixed.epochs,
-                "batch_size": fixed.batch_size,
-                **_pair.filled_in(entry, settings),
-                "weights": {
-                    term: "schedule" if callable(weight) else _choice.meant(weight)
-                    for term, weight in method.weights.items()
-                },
-                **({} if trained.kept is None else {"epoch_kept": trained.kept}),
-                "ran": "seed by seed" if trained.in_turn else "all seeds at once",
-                **({} if entry is None else {"paper": entry.paper}),
-                **_students.described(kept),
-                **({"skipped_updates": trained.skipped} if any(trained.skipped) else {}),
-            }
-            used = params[0] if method.predict is None else params  # at inference
+            at_inference = (state.params, state.connectors) if connected else state.params
             row = _measures.row(
-                pair.measure, name, STUDENTS, label, used, trained, trained.seconds, described,
-                teacher=teacher.named, **truth,
+                pair.measure, name, STUDENTS, label, _training.pick(at_inference, 0), trained,
+                trained.seconds, _distill_report.described(fixed, entry, method, trained, kept),
+                targets=truth, teacher=teacher.named,
             )  # fmt: skip
             table.append(row)
             named[name] = _evidence.Named(label, trained.named)
@@ -319,49 +273,50 @@ def run(settings: Settings) -> int:
                     f"{name}: updates that were not finite were left out, per seed "
                     f"{trained.skipped}."
                 )
-            if not np.isfinite(row.validation.mean):
-                notes.append(f"{name} diverged: logits are not finite, and it is ranked last.")
+            notes += _students.diverged([row])
         say.hide()
         if jax.process_index() != 0:
             return 1 if failed else 0
-
         _pair.write(folder, pair, settings, frozen, students, setup)
-        sizes = {name: len(part.labels) for name, part in pair.splits._asdict().items()}
-        seen = f"{fixed.per_class} per class, drawn anew for every seed"
-        data = {
-            "name": pair.splits.train.name,
-            "classes": classes,
-            **sizes,
-            "student_examples": seen if fixed.per_class else "all",
-            "recommended": _students.recommended(table),
-        }
-        advice = _students.note(table, BASELINE)
-        few = f"sees all training examples, students ({settings.student}) {seen}"
-        every = f"and the students ({settings.student}) see all training examples"
-        about_data = (
-            f"Data: {data['name']}, {data['train']} training, {data['validation']} validation and "
-            f"{data['test']} test examples. The teacher ({pair.teacher_text}) "
-            f"{few if fixed.per_class else every}. A seed has the same initial weights and batches "
-            "under every method. Nothing was chosen on the test split."
-        )
-        best, evidence = _students.first(table), []
-        if best is not None and pair.measure.kind == "classes":
-            student = named[best.method]
-            evidence = _evidence.sections(pair.splits.test, student, teacher.named)
-        results = report.Results(
-            "kdtl distill: one teacher, students by several methods",
-            data,
-            report.compared(table, {STUDENTS: BASELINE}),
-            learning,
-            {},
-            [about_data, *notes, programs(), *([] if advice is None else [advice])],
-            sections=evidence,
-            score=pair.measure.score_name,
-        )
-        _output.finish(folder, results)
+        notes = [*notes, programs()]
+        found = _distill_report.results(fixed, pair, table, learning, named, notes)
+        _output.finish(folder, found)
     if failed:
         print(f"kdtl distill: failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
+    """The optimizer of the settings, its loss scaled where half floats need it."""
+    rate = _optimizers.peak_rate(settings)
+    made = _optimizers.optimizer(settings, rate, settings.weight_decay, steps)
+    return precision.loss_scaling(made) if settings.precision == "float16" else made
+
+
+def tell_beforehand(why_not: Sequence[str]) -> None:
+    """Prints which methods do not apply, while the run can still be stopped."""
+    if len(why_not) > FEW_NOTES:
+        names = ", ".join(why.partition(" ")[0] for why in why_not)
+        why_not = [f"these methods do not apply, the report says why: {names}"]
+    for why in why_not:
+        print(f"note: {why}", file=sys.stderr)
+
+
+def teacher_outputs(
+    settings: Settings, pair: _pair.Pair, frozen: Variables, entries: Sequence[methods.Entry]
+) -> Any:
+    """The teacher's outputs, computed once; None if the teacher runs at every step.
+
+    It does where its outputs change with the views, or take too much memory.
+    """
+    if settings.teacher_cache is not None:
+        cache, needed = Path(settings.teacher_cache), _caching.taps(entries, pair)
+        return _caching.outputs(cache, pair, frozen, settings.precision, needed)
+    inputs, shapes = pair.arrays["inputs"], networks.output_shapes(pair.teacher, pair.example)
+    size = len(inputs) * sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes.values())
+    if settings.augment or size > CACHE_BYTES:
+        return None
+    return _models.outputs(pair.teacher, frozen, inputs)
 
 
 def check(settings: Settings, entries: Sequence[methods.Entry], devices: int) -> None:

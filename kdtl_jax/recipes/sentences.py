@@ -37,14 +37,13 @@ from kdtl_jax.models import sentence_embedding
 from kdtl_jax.recipes import _logs, _output, _progress, _tables
 from kdtl_jax.recipes import _sentence_training as training
 from kdtl_jax.recipes import settings as types
-from kdtl_jax.recipes._lines import read_lines, split
+from kdtl_jax.recipes._lines import Lines, read_lines, split
 from kdtl_jax.recipes._training import in_chunks
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import report
 
-FAMILY, DISTILLED, BASELINE, NEIGHBORS = "sentences", "copied_distilled", "random_distilled", 10
-
-
+FAMILY, DISTILLED, BASELINE = "sentences", "copied_distilled", "random_distilled"
+NEIGHBORS = 10
 LABELS = {
     "teacher": "Teacher",
     "copied_untrained": "Teacher's layers, untrained",
@@ -114,18 +113,7 @@ def run(settings: Settings) -> int:
     with _output.running(settings, "sentences", files, saves=saves, models=["student"]) as running:
         folder, identity, say, programs = running
         say("reading")
-        read = read_lines(text)
-        try:
-            words = language.tokenizer(encoder)
-        except ImportError as error:
-            raise RuntimeError(str(error)) from None
-        lines = split(
-            [words.framed(line, settings.max_length) for line in read],
-            validation=max(4, 2 * settings.held_out // 5),
-            test=settings.held_out,
-            batch_size=settings.batch_size,
-            padding=words.pad or 0,
-        )
+        lines = read(settings, encoder, text)
 
         # The teacher, and a student that takes some of its layers.
         teacher = huggingface.load(encoder, taps=[f"layers_{i}" for i in settings.layers])
@@ -187,20 +175,11 @@ def run(settings: Settings) -> int:
             scores[name] = {
                 n: [lost[n] if p is None else measure(p, n) for p in params] for n in parts
             }
-        counts = {name: trees.count(copied.params) for name in scores}
-        counts["teacher"] = trees.count(teacher.params)
-        rows = [
-            _row(
-                name,
-                settings,
-                speeds["teacher" if name == "teacher" else "student"],
-                counts[name],
-                found_of["validation"],
-                found_of["test"],
-                seconds[name],
-            )
-            for name, found_of in scores.items()
-        ]
+        rows = []
+        for name, found_of in scores.items():
+            role = "teacher" if name == "teacher" else "student"
+            count = trees.count(encoders[role][1])
+            rows.append(_row(name, settings, speeds[role], count, found_of, seconds[name]))
         home = folder / "student"
         if first is not None:
             huggingface.save(home, first, copied.rules, config=copied.config)
@@ -223,6 +202,22 @@ def run(settings: Settings) -> int:
         _output.finish(folder, results, table(rows))
         print(f"student: {home}" if first is not None else "student: none, every seed diverged")
     return 1 if first is None else 0
+
+
+def read(settings: Settings, encoder: Path, text: Path) -> Lines:
+    """The lines of the text as the encoder's token ids, in three parts."""
+    lines = read_lines(text)
+    try:
+        words = language.tokenizer(encoder)
+    except ImportError as error:
+        raise RuntimeError(str(error)) from None
+    return split(
+        [words.framed(line, settings.max_length) for line in lines],
+        validation=max(4, 2 * settings.held_out // 5),
+        test=settings.held_out,
+        batch_size=settings.batch_size,
+        padding=words.pad or 0,
+    )
 
 
 def embeddings(
@@ -283,10 +278,10 @@ def _row(
     settings: Settings,
     lines_per_second: float,
     parameters: int,
-    validation: Sequence[Fidelity],
-    test: Sequence[Fidelity],
+    found: Mapping[str, Sequence[Fidelity]],
     seconds: float,
 ) -> report.Row:
+    test = found["test"]
     trained = seconds > 0
     repeated = 1 if trained else settings.seeds  # untrained: the same for every seed
     cosine = report.interval([float(f.cosine.mean()) for f in test] * repeated)
@@ -301,7 +296,7 @@ def _row(
         described |= {name: getattr(settings, name) for name in fixed}
         described |= {f"weight_{term}": weight for term, weight in training.WEIGHTS.items()}
     on_validation, on_test = (
-        np.stack([f.agreement for f in part] * repeated) for part in (validation, test)
+        np.stack([f.agreement for f in found[part]] * repeated) for part in ("validation", "test")
     )
     return report.Row(
         name,

@@ -162,7 +162,7 @@ def run(settings: Settings) -> None:
     if "alpha" in columns:
         large, small = (networks.abstract(n, pair.example) for n in (pair.teacher, pair.student))
         jax.eval_shape(scaled_start, large.params, small.params, jnp.float32(1))
-    rate = settings.learning_rate or _optimizers.RATES[settings.optimizer]
+    rate = _optimizers.peak_rate(settings)
 
     def tx_of(point: Point, steps: int) -> Any:
         decay = point.get("weight_decay", settings.weight_decay)
@@ -263,7 +263,7 @@ def sweep_one(
     devices: Sequence[Any] | None,
     known: Swept | None,
     say: Callable[[str], None],
-    finished: _finished.Finished = _finished.NOWHERE,
+    finished: _finished.Finished,
 ) -> Swept:
     """All settings and seeds of one method."""
     seeds, count = settings.seeds, len(next(iter(columns.values()), [0]))
@@ -274,54 +274,34 @@ def sweep_one(
     each = {axis: np.repeat(column, seeds) for axis, column in columns.items()}
     points = {"seed": np.tile(np.arange(seeds, dtype=np.int32), count), **each}
     patience = settings.early_stopping
-    of_fit: dict[str, Any] = {"batch_size": settings.batch_size}
-    of_whole: dict[str, Any] = {
+    of_fit: dict[str, Any] = {
         "epochs": settings.epochs,
+        "batch_size": settings.batch_size,
         "checks": settings.epochs if patience else _training.even_checks(settings.epochs),
         "keep": _training.variables,
         "patience": patience,
-        **of_fit,
     }
-    whole = _training.fit(learner, **of_whole)
     chunk = None
     if settings.memory is not None:
+        whole = _training.fit(learner, **of_fit)
         chunk = sweeps.chunk_for_memory(whole, points, shared, *held, bytes=settings.memory)
-
-    def programs(fit: Any, steps: int | None = None) -> dict[str, Callable[..., Any]]:
-        if devices is not None:  # only students that run together can be spread
-            return {"together": sweeps.vmap(fit, chunk=chunk, devices=devices)}
-        short = {"epochs": 1, "steps": steps, **of_fit}
-        alone = _training.one_by_one(learner, **(of_whole if steps is None else short))
-        return {
-            "together": sweeps.vmap(fit, chunk=chunk), "mapped": sweeps.map(fit),
-            "one-by-one": alone,
-        }  # fmt: skip
-
     begun, path, probed = time.perf_counter(), settings.path, {}
     if path == "fastest" and known is not None:
         path, probed = known.path, known.probed
     elif path == "fastest":
-        short = _training.fit(learner, epochs=1, steps=PROBE_STEPS, **of_fit)
-        some = {axis: column[:PROBE_POINTS] for axis, column in points.items()}
-        few = [jax.tree.map(lambda x: x[:1], part) for part in held]  # it is steps that differ
-        candidates = programs(short, PROBE_STEPS)
-        if len(candidates) > 1:
-            seconds = sweeps.timings([*candidates.values()], some, shared, *few, repeats=2)
-            probed = dict(zip(candidates, seconds, strict=True))
-        path = min(candidates, key=lambda name: probed.get(name, 0.0))
+        few = {"epochs": 1, "steps": PROBE_STEPS, "batch_size": settings.batch_size}
+        probed = timed(programs(learner, few, chunk, devices), points, shared, held)
+        path = min(probed, key=lambda name: probed[name], default="together")
         listed = ", ".join(f"{way} {1e3 * s:.2f} ms" for way, s in probed.items())
-        say(
-            f"path: {path}"
-            + (f" (per student and {PROBE_STEPS} steps: {listed})" if probed else "")
-        )
-
+        said = f" (per student and {PROBE_STEPS} steps: {listed})" if probed else ""
+        say(f"path: {path}{said}")
     if settings.halving > 1:
         found = _halving.halved(
             name, learner, columns, shared, held, settings, chunk, devices, finished
         )
         path = "together"
     else:
-        fitted = programs(whole)[path](points, shared, *held)
+        fitted = programs(learner, of_fit, chunk, devices)[path](points, shared, *held)
         epochs = np.full(count * seeds, settings.epochs)
         if fitted.epoch is not None:
             epochs = np.asarray(fitted.epoch)
@@ -333,6 +313,33 @@ def sweep_one(
     per_call = (chunk or count * seeds) if path == "together" else 1
     spent = time.perf_counter() - begun
     return Swept(name, columns, *found, path, per_call, spent, probed)
+
+
+def programs(
+    learner: Experiment,
+    of_fit: Mapping[str, Any],
+    chunk: int | None,
+    devices: Sequence[Any] | None,
+) -> dict[str, Callable[..., Fitted]]:
+    """`program(points, shared, *held)` by path; `of_fit` are arguments of `_training.fit`."""
+    fit = _training.fit(learner, **of_fit)
+    together = sweeps.vmap(fit, chunk=chunk, devices=devices)
+    if devices is not None:  # only students that run together can be spread
+        return {"together": together}
+    alone = _training.one_by_one(learner, **of_fit)
+    return {"together": together, "mapped": sweeps.map(fit), "one-by-one": alone}
+
+
+def timed(
+    candidates: Mapping[str, Callable[..., Any]], points: Point, shared: Any, held: Sequence[Any]
+) -> dict[str, float]:
+    """Seconds per student of each program, of some points; none where there is no choice."""
+    if len(candidates) == 1:
+        return {}
+    some = {axis: column[:PROBE_POINTS] for axis, column in points.items()}
+    few = [jax.tree.map(lambda x: x[:1], part) for part in held]  # it is steps that differ
+    seconds = sweeps.timings([*candidates.values()], some, shared, *few, repeats=2)
+    return dict(zip(candidates, seconds, strict=True))
 
 
 def suitable(chosen: Sequence[Entry], setup: Setup) -> tuple[list[Entry], list[str]]:

@@ -18,13 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import datasets, transforms
+from kdtl_jax import datasets
 from kdtl_jax._types import Variables
 from kdtl_jax.datasets import KINDS, Dataset, Kind, Preprocessing, Splits, only_classes
 from kdtl_jax.interop import model_files, networks, sources
 from kdtl_jax.interop.model_files import About
 from kdtl_jax.recipes import (
-    _evidence,
     _finished,
     _folders,
     _logs,
@@ -36,16 +35,16 @@ from kdtl_jax.recipes import (
     _students,
     _tables,
     _targets,
-    _training,
+    _transfer_report,
     _tried,
 )
 from kdtl_jax.recipes import _transfer_methods as ways
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes._measures import Measure
-from kdtl_jax.recipes._targets import BASELINE, FAMILY, Source, Surgery
+from kdtl_jax.recipes._targets import Source, Surgery
 from kdtl_jax.recipes._training import Fitted
 from kdtl_jax.recipes.settings import UsageError, setting
-from kdtl_jax.run import checkpoint, record, report
+from kdtl_jax.run import checkpoint, record
 
 CANVAS = 12  # pixels, for the built-in digits, which otherwise are too easy to need a source
 EXAMPLES = """
@@ -191,91 +190,23 @@ def run(settings: Settings) -> int | None:
         )
         bar.hide()
         print(found.surgery)
-        students = {
-            row.method: _students.best(row.method, found.models[row.method], row.validation.values)
-            for row in found.rows
-        }
+        students, rows = _students.chosen(found.rows, found.models)
+        found = found._replace(rows=rows)
         shape = target.train.inputs.shape[1:]
         classes, names = target.train.classes, target.train.names
         form = form._replace(names=names, outputs=classes, shape=shape)
         known = About(text, classes, form.scaling, names, shape, form)
-        kept = [student for student in students.values() if student]
-        _students.write(folder, kept, known, more=_students.made_of(folder, settings, "student"))
-        rows = [
-            row._replace(settings={**row.settings, **_students.described(students[row.method])})
-            for row in found.rows
-        ]
+        made_of = _students.made_of(folder, settings, "student")
+        _students.write(folder, students, known, more=made_of)
         with checkpoint.open_folder(folder / "checkpoints") as checkpoints:
             models = {name: model._asdict() for name, model in found.models.items()}
             checkpoint.save(checkpoints, settings.epochs, models, {"methods": list(models)})
-        baselines = {FAMILY: BASELINE} if BASELINE in found.models else {}
-        advice = _students.note(rows, BASELINE)
-        few = settings.labels_per_class or 0
-        everything = f"with all {len(target.train.labels)} training examples"
-        drawn = f"with {few} labels each, drawn anew for every seed" if few else everything
-        outputs = f"{classes} {measure.kind if classes > 1 else 'number'} {drawn}"
-        trained_on = f"{len(source_part.labels)} examples of {source_part.classes} classes"
-        where = path or f"one source model per seed, trained on {trained_on}"
-        scores = ", ".join(f"{name} {score.mean:.2f}" for name, score in found.scores.items())
-        train_size = few * target.train.classes or len(target.train.labels)
-        results = report.Results(
-            "kdtl transfer: a trained model's weights on a new task",
-            {
-                "name": target.train.name,
-                "target_train": train_size,
-                "validation": len(target.validation.labels),
-                "test": len(target.test.labels),
-                "source": path or f"{len(source_part.labels)} source examples",
-                "transferability": {name: score.mean for name, score in found.scores.items()},
-                "recommended": _students.recommended(rows),
-            },
-            report.compared(rows, baselines),
-            found.learning,
-            {},
-            [
-                f"Source: {where}; {copied(found.surgery, source, classes)}",
-                f"Target: {outputs}; {len(target.validation.labels)} validation and "
-                f"{len(target.test.labels)} test examples. Learning rate and strength are chosen "
-                "on the validation split, never on the test split.",
-                f"Transferability before any training: {scores or 'no features to score'}. Higher "
-                "is better when sources for this target are compared.",
-                *(
-                    f"{row.method} diverged: logits are not finite, and it is ranked last."
-                    for row in rows
-                    if not np.isfinite(row.validation.mean)
-                ),
-                programs(),
-                *([] if advice is None else [advice]),
-            ],
-            sections=evidence(target.test, found.named, rows) if measure.kind == "classes" else [],
-            score=measure.score_name,
+        results = _transfer_report.results(
+            settings, measure, target, source, source_part, found, programs()
         )
         _logs.write_curves(folder, found.learning, settings.log)
         _output.finish(folder, results)
     return 0
-
-
-def copied(surgery: transforms.Report, source: Source, outputs: int) -> str:
-    """How much of a target is its source's, and which of its modules are new."""
-    paths = [path.removeprefix("params/") for path in surgery.sizes.keys() - surgery.transferred]
-    new = ", ".join(sorted({path.split("/")[0] for path in paths}))
-    first = _training.pick(source.tree, 0) if source.is_per_seed else source.tree
-    head = _targets.source_head(first)
-    had = "" if head is None else f" ({head['kernel'].shape[-1]} outputs there, {outputs} here)"
-    share = f"{100 * surgery.fraction:.1f}% of the target's parameters are copied from it"
-    return f"{share}; new in the target: {new}{had}." if new else f"{share}."
-
-
-def evidence(
-    test: Dataset, named: dict[str, _evidence.Named], rows: Sequence[report.Row]
-) -> list[report.Section]:
-    """What the recommended method confuses, and where it and the baseline differ."""
-    first = _students.first(rows)
-    if first is None:
-        return []
-    best = named[first.method]
-    other = named.get(BASELINE, best).classes
-    return _evidence.sections(test, best, other, called="baseline")
 
 
 def resolved(settings: Settings, measure: Measure) -> Settings:

@@ -1,0 +1,81 @@
+"""What `kdtl distill` says of its students: their settings, and the whole report."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kdtl_jax.methods import Entry, Method
+from kdtl_jax.recipes import _choice, _evidence, _pair, _students
+from kdtl_jax.recipes._pair import BASELINE, TEACHER
+from kdtl_jax.recipes._seeds import Trained
+from kdtl_jax.recipes._students import Student
+from kdtl_jax.run import report
+
+STUDENTS = "distillation"  # their family in the table
+
+
+def described(
+    settings: Any,  # `distill.Settings`
+    entry: Entry | None,
+    method: Method,
+    trained: Trained,
+    kept: Student | None,
+) -> dict[str, Any]:
+    """A method's settings in the table; `entry` is None for the student alone."""
+    weights = {
+        term: "schedule" if callable(weight) else _choice.meant(weight)
+        for term, weight in method.weights.items()
+    }
+    return {
+        "epochs": settings.epochs,
+        "batch_size": settings.batch_size,
+        **_pair.filled_in(entry, settings),
+        "weights": weights,
+        **({} if trained.kept is None else {"epoch_kept": trained.kept}),
+        "ran": "seed by seed" if trained.in_turn else "all seeds at once",
+        **({} if entry is None else {"paper": entry.paper}),
+        **_students.described(kept),
+        **({"skipped_updates": trained.skipped} if any(trained.skipped) else {}),
+    }
+
+
+def results(
+    settings: Any,  # `distill.Settings`
+    pair: _pair.Pair,
+    rows: Sequence[report.Row],
+    learning: Mapping[str, Any],
+    named: Mapping[str, _evidence.Named],  # by method, the teacher's too
+    notes: Sequence[str],
+) -> report.Results:
+    """The report: which student to take, and what it gets wrong."""
+    few, splits = settings.per_class, pair.splits
+    seen = f"{few} per class, drawn anew for every seed"
+    sizes = {name: len(part.labels) for name, part in splits._asdict().items()}
+    data = {
+        "name": splits.train.name,
+        "classes": splits.train.classes,
+        **sizes,
+        "student_examples": seen if few else "all",
+        "recommended": _students.recommended(rows),
+    }
+    of_few = f"sees all training examples, students ({settings.student}) {seen}"
+    of_all = f"and the students ({settings.student}) see all training examples"
+    about_data = (
+        f"Data: {data['name']}, {sizes['train']} training, {sizes['validation']} validation and "
+        f"{sizes['test']} test examples. The teacher ({pair.teacher_text}) "
+        f"{of_few if few else of_all}. A seed has the same initial weights and batches "
+        "under every method. Nothing was chosen on the test split."
+    )
+    advice = _students.note(rows, BASELINE)
+    best, evidence = _students.first(rows), []
+    if best is not None and pair.measure.kind == "classes":
+        evidence = _evidence.sections(splits.test, named[best.method], named[TEACHER].classes)
+    return report.Results(
+        "kdtl distill: one teacher, students by several methods",
+        data,
+        report.compared(rows, {STUDENTS: BASELINE}),
+        learning,
+        {},
+        [about_data, *notes, *([] if advice is None else [advice])],
+        sections=evidence,
+        score=pair.measure.score_name,
+    )
