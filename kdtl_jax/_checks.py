@@ -1,8 +1,8 @@
 """Checks at the door: the only place that words errors about arrays.
 
-Every message names the function, what was expected, what came (names and shapes) and the
-repair. Shapes and dtypes are always known; *values* are looked at only where they are concrete,
-so that every check is free under `jit`.
+Every message names the argument, what was expected, what came (with its shape) and the repair.
+Shapes and dtypes are always known; *values* are looked at only where they are concrete, so that
+every check is free under `jit`.
 """
 
 import difflib
@@ -80,6 +80,11 @@ def concrete(value: Any) -> np.ndarray | None:
         return np.asarray(value)
     except jax.errors.TracerArrayConversionError:
         return None
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is a typed PRNG key, concrete or abstract."""
+    return jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key)
 
 
 def _number(name: str, value: Any) -> np.ndarray | None:

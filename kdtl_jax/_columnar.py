@@ -7,6 +7,7 @@ Sources: Arrow Columnar Format 1.5, "Serialization and Interprocess Communicatio
 parquet-format 2.11, parquet.thrift.
 """
 
+import importlib
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,23 @@ PLAIN = {"PLAIN", "PLAIN_DICTIONARY", "RLE_DICTIONARY", "RLE", "BIT_PACKED"}
 NESTED = 32  # structs within a header
 SHARED = 2**28  # bytes of texts that are decoded before they are counted
 MOST_TEXT = 2**30  # bytes of distinct texts that pyarrow can hold in one dictionary
+
+
+def pyarrow(path: Path) -> Any:
+    """The package, which reads the file.
+
+    Raises:
+      ImportError: if it is not installed.
+    """
+    try:
+        pa = importlib.import_module("pyarrow")
+        for part in ("compute", "parquet"):  # attributes of `pa` once they are imported
+            importlib.import_module(f"pyarrow.{part}")
+    except ImportError:
+        raise ImportError(
+            f"{path}: parquet and Arrow files are read by pyarrow: pip install 'kdtl_jax[data]'."
+        ) from None
+    return pa
 
 
 def check_unpacked(path: Path, asked: int, what: str = "") -> None:

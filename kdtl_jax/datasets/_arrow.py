@@ -7,7 +7,6 @@ bytes in the file; what a file merely points to is never opened.
 """
 
 import contextlib
-import importlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,12 +53,12 @@ def header_of(path: Path) -> list[str]:
       OSError: if the file does not exist or cannot be read.
       ValueError: if it is damaged.
     """
-    return list(_schema(_pyarrow(path), path).names)
+    return list(_schema(_columnar.pyarrow(path), path).names)
 
 
 def wide_columns(path: Path) -> list[str]:
     """The columns that may hold images or arrays, by their types; raises as `header_of`."""
-    pa = _pyarrow(path)
+    pa = _columnar.pyarrow(path)
     plain = (pa.types.is_primitive, pa.types.is_string, pa.types.is_large_string)
     return [x.name for x in _schema(pa, path) if not any(is_so(x.type) for is_so in plain)]
 
@@ -81,7 +80,7 @@ def read_arrow(paths: Sequence[Path], columns: Sequence[str]) -> ArrowTable:
       OSError: if a file does not exist or cannot be read.
       ValueError: if a file is damaged, or files have different columns.
     """
-    pa = _pyarrow(paths[0])
+    pa = _columnar.pyarrow(paths[0])
     tables = [_read(pa, path, columns) for path in paths]
     try:
         table = pa.concat_tables(tables)
@@ -99,7 +98,7 @@ def first_row(path: Path, columns: Sequence[str]) -> ArrowTable:
     """
     if not columns:
         return ArrowTable(str(path), {}, {}, {}, {}, {})
-    pa = _pyarrow(path)
+    pa = _columnar.pyarrow(path)
     return _columns(pa, path, _read(pa, path, columns, only_first=True))
 
 
@@ -132,18 +131,6 @@ def _broken(pa: Any) -> tuple[type[Exception], ...]:
 
 def _said(error: Exception) -> str:
     return shown(" ".join(str(error).split()), 200)
-
-
-def _pyarrow(path: Path) -> Any:
-    try:
-        pa = importlib.import_module("pyarrow")
-        for part in ("compute", "parquet"):  # attributes of `pa` once they are imported
-            importlib.import_module(f"pyarrow.{part}")
-    except ImportError:
-        raise ImportError(
-            f"{path}: parquet and Arrow files are read by pyarrow: pip install 'kdtl_jax[data]'."
-        ) from None
-    return pa
 
 
 def _read(pa: Any, path: Path, columns: Sequence[str], *, only_first: bool = False) -> Any:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdtl_jax import methods
+from kdtl_jax import _checks, methods
 from kdtl_jax._types import ModelFn, Outputs, PyTree, Variables
 from kdtl_jax.interop import _modes, _taps, networks
 from kdtl_jax.interop.networks import Network
@@ -273,7 +273,9 @@ def stored(state: Any) -> PyTree:
     """A framework's state as a collection that files hold: random keys as their numbers."""
     if not jax.tree.leaves(state):
         return None
-    return {"state": jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state)}
+    return {
+        "state": jax.tree.map(lambda x: jax.random.key_data(x) if _checks.is_key(x) else x, state)
+    }
 
 
 def _with_state(apply: ModelFn, like: Any) -> ModelFn:
@@ -293,7 +295,7 @@ def _with_state(apply: ModelFn, like: Any) -> ModelFn:
             state = jax.tree.map(
                 lambda own, x: (
                     jax.random.wrap_key_data(x, impl=jax.random.key_impl(own))
-                    if _is_key(own)
+                    if _checks.is_key(own)
                     else x
                 ),
                 like,
@@ -303,10 +305,6 @@ def _with_state(apply: ModelFn, like: Any) -> ModelFn:
         return outputs, None if empty else stored(new)
 
     return run
-
-
-def _is_key(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _kind(made: Any) -> str:

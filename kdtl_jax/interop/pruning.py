@@ -287,23 +287,26 @@ def _narrowed(params: Params, whole: DecoderConfig, kept: Kept) -> Params:
         return found | ({"bias": take(weights["bias"], cols)} if "bias" in weights else {})
 
     w = kept.channels
+
+    def layer(i: int, part: Params) -> Params:
+        q, k = columns(kept.heads[i]), columns(kept.key_heads[i])
+        sides = {"query": (w, q), "key": (w, k), "value": (w, k), "out": (q, w)}
+        sides |= {"up": (w, kept.hidden[i]), "gate": (w, kept.hidden[i])}
+        sides |= {"down": (kept.hidden[i], w)}
+        new: dict[str, Any] = {}
+        for kind in ("attention", "mlp"):
+            new[kind] = {n: dense(x, *sides[n]) for n, x in part[kind].items() if n in sides}
+        for n, x in part["attention"].items():
+            if n in ("query_norm", "key_norm"):
+                own = None if whole.has_head_norms else {"query_norm": q, "key_norm": k}[n]
+                new["attention"][n] = {m: take(y, own) for m, y in x.items()}
+        norms = {n: {m: take(y, w) for m, y in part[n].items()} for n in NORMS if n in part}
+        return new | norms
+
     new: dict[str, Any] = {}
     for name, part in params.items():
         if name.startswith("layers_"):
-            i = int(name.removeprefix("layers_"))
-            q, k = columns(kept.heads[i]), columns(kept.key_heads[i])
-            sides = {"query": (w, q), "key": (w, k), "value": (w, k), "out": (q, w)}
-            sides |= {"up": (w, kept.hidden[i]), "gate": (w, kept.hidden[i])}
-            sides |= {"down": (kept.hidden[i], w)}
-            layer: dict[str, Any] = {}
-            for kind in ("attention", "mlp"):
-                layer[kind] = {n: dense(x, *sides[n]) for n, x in part[kind].items() if n in sides}
-            for n, x in part["attention"].items():
-                if n in ("query_norm", "key_norm"):
-                    own = None if whole.has_head_norms else {"query_norm": q, "key_norm": k}[n]
-                    layer["attention"][n] = {m: take(y, own) for m, y in x.items()}
-            layer |= {n: {m: take(y, w) for m, y in part[n].items()} for n in NORMS if n in part}
-            new[name] = layer
+            new[name] = layer(int(name.removeprefix("layers_")), part)
         elif name in ("tokens", "positions"):
             new[name] = {"embedding": take(part["embedding"], None, w)}
         elif name == "norm":

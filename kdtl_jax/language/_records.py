@@ -6,7 +6,6 @@ fixed: that of the paths, and of names within a folder.
 """
 
 import codecs
-import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -196,14 +195,7 @@ def _line_start(content: BinaryIO, at: int, size: int) -> int:
 
 
 def _parquet(file: Path, between: tuple[float, float]) -> Iterator[Record]:
-    try:
-        pa = importlib.import_module("pyarrow")
-        for part in ("compute", "parquet"):  # attributes of `pa` once they are imported
-            importlib.import_module(f"pyarrow.{part}")
-    except ImportError:
-        raise ImportError(
-            f"reading {file.name} needs the package pyarrow: pip install 'kdtl_jax[data]'."
-        ) from None
+    pa = _columnar.pyarrow(file)
     row = 0
     try:
         with pa.parquet.ParquetFile(file) as opened:
@@ -224,13 +216,16 @@ def _parquet(file: Path, between: tuple[float, float]) -> Iterator[Record]:
                 some = opened.iter_batches(batch_size=rows, row_groups=[group], columns=columns)
                 for value in (value for batch in some for value in _values(pa, batch)):
                     if start <= row < stop:
-                        place = f"{file}: row {row + 1}"
-                        if not has_known_form(value):
-                            raise ValueError(f"it has neither {FORMS}")
-                        yield Record(place, {n: x for n, x in value.items() if x is not None})
+                        yield _record(f"{file}: row {row + 1}", value)
                     row += 1
     except (ValueError, OSError) as error:
         raise ValueError(f"{file}, row {row + 1}: {shown(str(error), 200)}.") from None
+
+
+def _record(place: str, value: Mapping[str, Any]) -> Record:
+    if not has_known_form(value):
+        raise ValueError(f"it has neither {FORMS}")
+    return Record(place, {name: x for name, x in value.items() if x is not None})
 
 
 def _values(pa: Any, batch: Any) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdtl_jax import _files, _text, trees
+from kdtl_jax import _checks, _files, _text, trees
 from kdtl_jax._types import PyTree
 from kdtl_jax.train import sweep
 
@@ -106,7 +106,8 @@ def rungs(finished: Finished, name: str, state: PyTree, last: int) -> sweep.Kept
 
     def raw(make: Callable[[], sweep.Halving]) -> dict[str, Any]:
         found = make()
-        arrays = [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(found.state)]
+        leaves = jax.tree.leaves(found.state)
+        arrays = [jax.random.key_data(x) if _checks.is_key(x) else x for x in leaves]
         return {"survivors": found.survivors, "state": arrays, "scores": found.scores}
 
     def kept(rung: int, make: Callable[[], sweep.Halving]) -> sweep.Halving:
@@ -115,17 +116,13 @@ def rungs(finished: Finished, name: str, state: PyTree, last: int) -> sweep.Kept
         stored, _ = once(finished, f"{name}_rung_{rung}", lambda: raw(make))
         (home / f"{name}_rung_{rung - 1}.npz").unlink(missing_ok=True)
         arrays = [
-            jax.random.wrap_key_data(jnp.asarray(x)) if _is_key(of) else jnp.asarray(x)
+            jax.random.wrap_key_data(jnp.asarray(x)) if _checks.is_key(of) else jnp.asarray(x)
             for x, of in zip(stored["state"], leaves, strict=True)
         ]
         state = jax.tree.unflatten(structure, arrays)
         return sweep.Halving(stored["survivors"], state, stored["scores"])
 
     return kept
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _write(path: Path, finished: Finished, result: Any, seconds: float) -> None:

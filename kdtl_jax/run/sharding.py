@@ -212,15 +212,11 @@ def _put(leaf: Any, sharding: NamedSharding) -> Array:
     if sharding.is_fully_addressable:
         # `device_put` alone would share the buffer of the device that holds it (may_alias or not).
         return jax.device_put(jnp.copy(leaf) if isinstance(leaf, Array) else leaf, sharding)
-    if _is_key(leaf):
+    if _checks.is_key(leaf):
         data = _put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-
-def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def bytes_per_device(tree: PyTree) -> dict[int, int]:
@@ -229,7 +225,7 @@ def bytes_per_device(tree: PyTree) -> dict[int, int]:
     for leaf in jax.tree.leaves(tree):
         if not isinstance(leaf, jax.Array):
             continue
-        data = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        data = jax.random.key_data(leaf) if _checks.is_key(leaf) else leaf
         for shard in data.addressable_shards:
             total[shard.device.id] = total.get(shard.device.id, 0) + shard.data.nbytes
     return total

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kdtl_jax import trees
+from kdtl_jax import _checks, trees
 from kdtl_jax._types import Params, PyTree, Variables
 from kdtl_jax.objective import Metrics
 from kdtl_jax.train import _contracts
@@ -130,13 +130,9 @@ def init_state(
     )
 
 
-def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def own(leaf: Any) -> Any:
     """A copy without weak type, so that donating the state never deletes the caller's arrays."""
-    if _is_key(leaf):
+    if _checks.is_key(leaf):
         return jax.random.wrap_key_data(
             jnp.array(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf)
         )
@@ -150,6 +146,8 @@ def like(new: PyTree, old: PyTree) -> PyTree:
     """Casts every leaf to the old state's dtype, so that the step maps its state to itself."""
 
     def cast(after: Any, before: Any) -> Any:
-        return after if _is_key(before) else jax.lax.convert_element_type(after, before.dtype)
+        if _checks.is_key(before):
+            return after
+        return jax.lax.convert_element_type(after, before.dtype)
 
     return jax.tree.map(cast, new, old)

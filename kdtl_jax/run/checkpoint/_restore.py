@@ -197,11 +197,6 @@ def describe(path: str, leaf: Any) -> dict[str, Any]:
     }
 
 
-def is_key(leaf: Any) -> bool:
-    """Whether a leaf is a typed PRNG key, concrete or abstract."""
-    return jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key)
-
-
 def score(meta: Mapping[str, Any], step: int, name: str) -> Any:
     """The evaluation of a step, from the `meta` that `loop.run` saves; None if there is none."""
     evaluations = meta.get("evaluations")
@@ -356,7 +351,7 @@ def _read(home: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
 def _abstract(leaf: Any) -> Any:
     """A template's leaf as Orbax wants it: a sharded abstract array, or a NumPy array."""
-    if is_key(leaf):
+    if _checks.is_key(leaf):
         data = jax.eval_shape(jax.random.key_data, leaf)
         placed = jax.random.key_data(leaf).sharding if isinstance(leaf, jax.Array) else None
         return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=placed or _default())
@@ -372,7 +367,7 @@ def _default() -> jax.sharding.Sharding:
 
 def _as(leaf: Any, read: Any) -> Any:
     """What was read, in the template leaf's own type."""
-    if is_key(leaf):
+    if _checks.is_key(leaf):
         impl: list[Any] = []  # only a key or its tracer tells its kind, an abstract one does not
         jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), leaf)
         return jax.random.wrap_key_data(read, impl=impl[0])

@@ -351,7 +351,7 @@ def _copied(leaves: list[jax.Array]) -> list[jax.Array]:
 
 def _stored(leaves: list[Any]) -> dict[str, Any]:
     """What Orbax writes: arrays by entry, key data for keys, nothing for empty arrays."""
-    raw = [jax.random.key_data(leaf) if _restore.is_key(leaf) else leaf for leaf in leaves]
+    raw = [jax.random.key_data(leaf) if _checks.is_key(leaf) else leaf for leaf in leaves]
     device = [i for i, leaf in enumerate(raw) if isinstance(leaf, jax.Array) and leaf.size]
     if jax.default_backend() == "cpu":
         # There a host array may share the device's memory, which the next step reuses.

@@ -181,7 +181,7 @@ def typed_key(key: Any) -> Any:
       TypeError: if it is no PRNG key.
     """
     dtype = getattr(key, "dtype", None)
-    if key is None or (dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)):
+    if key is None or _checks.is_key(key):
         return key
     try:
         return jax.random.wrap_key_data(key)

@@ -45,7 +45,6 @@ class Carry(NamedTuple):
     bad: Array
 
 
-Advance = Callable[..., tuple[Carry, Array]]  # (carry, teacher, ...) -> (carry, step reached)
 # (carry, its step, most steps to make) -> (carry, the step it reaches, steps made)
 Move = Callable[[Carry, int, int], tuple[Carry, Array, int]]
 One = Callable[[Carry, Any, Batch], Carry]

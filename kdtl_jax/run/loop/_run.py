@@ -194,17 +194,17 @@ def run(
         stopped, why, judged = "", "finished", 0
         while not stopped:
             # 1. What is due at this step: its line is out already, now evaluation, then a save.
-            if _is_due(at, evaluate_every, steps) and not _has(evaluations, at):
-                if evaluate is not None and at > 0:
-                    if _metrics.drain(pending):
-                        break
-                    try:
-                        with signals.interruptible():
-                            found = _found(evaluate(carry.state))
-                    except processes.Interrupted:
-                        break
-                    evaluations.append(_metrics.evaluation_line(at, found))
-                    _metrics.write(pending, evaluations[-1])
+            due = at > 0 and _is_due(at, evaluate_every, steps) and not _has(evaluations, at)
+            if evaluate is not None and due:
+                if _metrics.drain(pending):
+                    break
+                try:
+                    with signals.interruptible():
+                        found = _found(evaluate(carry.state))
+                except processes.Interrupted:
+                    break
+                evaluations.append(_metrics.evaluation_line(at, found))
+                _metrics.write(pending, evaluations[-1])
             if at >= steps:
                 stopped = why
             elif stop is not None and judged < len(evaluations):

@@ -115,8 +115,7 @@ def digest(tree: PyTree) -> str:
     """
     found = hashlib.sha256()
     for path, leaf in trees.flatten(tree).items():
-        key = jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key)
-        array = np.asarray(jax.random.key_data(leaf)) if key else as_numpy(leaf)
+        array = np.asarray(jax.random.key_data(leaf)) if _checks.is_key(leaf) else as_numpy(leaf)
         dtype = jax.dtypes.canonicalize_dtype(array.dtype)
         found.update(json.dumps([path, list(array.shape), dtype.name]).encode())
         step = max(1, HASHED_BYTES // max(1, array[:1].nbytes)) if array.ndim else 1

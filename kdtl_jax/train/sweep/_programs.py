@@ -110,5 +110,4 @@ def _in_chunks(
 
 def _on_host(column: Any) -> Any:
     """Where any chunk can be cut out of it; PRNG keys stay what they are."""
-    is_key = hasattr(column, "dtype") and jnp.issubdtype(column.dtype, jax.dtypes.prng_key)
-    return column if is_key else np.asarray(column)
+    return column if _checks.is_key(column) else np.asarray(column)
