@@ -309,7 +309,7 @@ def locked(folder: Path) -> Iterator[None]:
     Where the file system has no locks, a warning says that nothing protects the folder.
 
     Raises:
-      RuntimeError: if another process holds it, naming that process; or if `.lock` is no file.
+      RuntimeError: if another process holds it, naming that process; or if `.lock` is not a file.
     """
     with os.fdopen(_opened(folder / ".lock"), "r+b") as file:
         _flock(folder, file)

@@ -99,7 +99,7 @@ def named(what: str, given: Any) -> Mapping[str, Any]:
     """Named arrays, such as a batch.
 
     Raises:
-      TypeError: if it is no mapping.
+      TypeError: if it is not a mapping.
     """
     if isinstance(given, Mapping):
         return given

@@ -46,7 +46,7 @@ class Inputs(NamedTuple):
 
     @property
     def real(self) -> Array | None:
-        """Which examples are no padding, bool `[B]`; None where the batch has no weights.
+        """Which examples are not padding, bool `[B]`; None where the batch has no weights.
 
         The `where` of whatever mixes the rows of a batch: `losses.sp(s, t, where=inputs.real)`.
         """
@@ -197,7 +197,7 @@ def resolve(weights: Weights, step: Array) -> dict[str, Array]:
     """Weights at a step, an integer `[]`: schedules called, each `[]`, float32 or wider.
 
     Raises:
-      TypeError: if the weights are no mapping, or one is neither a number nor a schedule.
+      TypeError: if the weights are not a mapping, or one is neither a number nor a schedule.
       ValueError: if one is not a scalar.
     """
     if not isinstance(weights, Mapping):

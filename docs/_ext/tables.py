@@ -158,13 +158,13 @@ def commands() -> Iterator[tuple[str, str]]:
         "commands/index.md",
         f"""# Command line
 
-`kdtl COMMAND --help` prints what these pages say. Every flag is also a key of
-`--config file.yaml`; `--print-config` writes that file. Exit codes: 0 done, 1 failed, 2 wrong
-usage, 130 and 143 interrupted with the state saved.
+`kdtl COMMAND --help` prints what these pages say. Every flag is also a key of a `--config`
+file; `--print-config` prints such a file. Exit codes: 0 success, 1 failure, 2 wrong usage, 130 and
+143 interrupted, with the state saved.
 
 A run folder holds `config.yaml`, `metrics.jsonl`, `results.json`, `report.html`, `env.json`, and
-weights and checkpoints where the command makes them. Where a command has `--resume`, it continues
-the run of such a folder; `--list` shows the methods of a command that has several.
+any weights and checkpoints. `--resume` continues the run in such a folder, and `--list` shows the
+methods of a command, for commands that have these flags.
 
 | command | what it does |
 |---|---|

@@ -32,7 +32,7 @@ class Amount(NamedTuple):
 
 
 def amount(cell: str, *, decimal_comma: bool = False) -> Amount | None:
-    """What a cell stands for; None if it is no amount and no date."""
+    """What a cell stands for; None if it is neither an amount nor a date."""
     cell = cell.strip()
     if ISO.fullmatch(cell):
         return _days(cell)

@@ -170,7 +170,7 @@ def _numbers_in(table: Table, column: np.ndarray) -> tuple[np.ndarray, str] | No
 def _not_a_number(
     table: Table, name: str, column: np.ndarray, unit: str | None = None
 ) -> ValueError:
-    """The error that names the first cell that is no number in this unit, or in the first's."""
+    """The error that names the first cell that is not a number in this unit, or in the first's."""
     there = np.flatnonzero(~empty(column)).tolist()
     read = [_amounts.amount(str(column[i]), decimal_comma=table.decimal_comma) for i in there]
     if unit is None:

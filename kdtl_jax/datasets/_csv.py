@@ -56,7 +56,7 @@ def header_of(path: Path) -> tuple[list[str], str]:
 
 
 def first_row(path: Path) -> list[str]:
-    """The cells of the first row; none where the file is no table."""
+    """The cells of the first row; none where the file is not a table."""
     try:
         return [cell.strip() for cell in _beginning(path)[1]]
     except ValueError:

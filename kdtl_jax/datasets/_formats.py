@@ -19,9 +19,9 @@ from kdtl_jax.datasets._table_files import image_folder, is_table, labeled, tabl
 
 # What `read_splits` reads, in words, for messages.
 FORMATS = (
-    "digits (built in), an .npz or .npy files (x_train, y_train, x_test, y_test, or x, y), a .csv "
-    "or .tsv (.gz too), .parquet or .arrow file with a label column (which may name images beside "
-    "it), or a folder: of images (cat/1.png, or train/cat/1.png), of idx files "
+    "digits (built in), .npz or .npy files (x_train, y_train, x_test, y_test, or x, y), a .csv or "
+    ".tsv (also .gz), .parquet or .arrow file with a label column (and possibly one that names "
+    "image files), or a folder: of images (cat/1.png, or train/cat/1.png), of idx files "
     "(train-images-idx3-ubyte, …, .gz too), of tables (train.csv, test.csv), of Hugging Face "
     "datasets"
 )

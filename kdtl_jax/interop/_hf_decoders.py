@@ -56,7 +56,7 @@ def decoder(config: Config) -> tuple[DecoderConfig, tuple[Rule, ...]]:
 
     Raises:
       ValueError: for an unknown family, a key that is not understood, a value whose computation is
-        not built here, or numbers that are no sizes.
+        not built here, or numbers that are not sizes.
     """
     name = str(config.get("model_type"))
     if name not in FAMILIES:

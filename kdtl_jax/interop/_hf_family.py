@@ -82,7 +82,7 @@ class Family(NamedTuple):
 
     `copies` are output layers that may be stored although they equal the embedding:
     `{torch name: the JAX path they are tied to}`. `buffers` are regular expressions of tensors that
-    are no weights, `other_heads` of heads that are not built here: both are reported, not imported.
+    are not weights, `other_heads` of heads that are not built: both are reported, not imported.
     `sides` says which config key is which side of which parameter, `depth` which key counts the
     layers, `per_layer` which keys hold a list with an entry per layer (`layer_kinds`
     gives `layer_types` where a config leaves it to a pattern), `by_layers` which only
@@ -204,7 +204,7 @@ def equal_in(tensors: Mapping[str, Any]) -> Equal:
 def own_copies(
     family: Family, rules: Iterable[Rule], tensors: Mapping[str, Any], equal: Equal
 ) -> tuple[list[str], list[str]]:
-    """Of the family's `copies`, those stored that are one, and those that are no copy any more.
+    """Of the family's `copies`, those stored that are one, and those that no longer are.
 
     `rules` are those of an output layer that is not tied.
     """

@@ -19,7 +19,7 @@ def patches(flat: Flat, config: Config, tokens: int = 1) -> dict[str, Any]:
     Args:
       flat: the tensors.
       config: of the model they were made from.
-      tokens: positions that are no patches: class tokens.
+      tokens: positions that are not patches: class tokens.
 
     Raises:
       ValueError: if the number of positions is that of no square of patches, nor of config.json's.

@@ -124,7 +124,7 @@ def draws(function: Callable[..., Any], *args: Any) -> bool:
 
 
 def check_made(module: Any, is_made: bool, framework: str) -> None:
-    """Refuses what is no module of a framework, such as its class or its parameters.
+    """Refuses what is not a module of a framework, such as its class or its parameters.
 
     Raises:
       TypeError: naming what came.

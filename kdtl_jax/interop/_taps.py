@@ -71,7 +71,7 @@ def outputs_of(returned: Any) -> dict[str, Array]:
     are called by their path, `"features/first"` or `"features/0"`.
 
     Raises:
-      ValueError: naming an output beside the logits that is no array.
+      ValueError: naming an output beside the logits that is not an array.
     """
     outputs = returned
     if isinstance(returned, (tuple, list)) and hasattr(next(iter(returned), None), "shape"):

@@ -1,10 +1,10 @@
 """Files of trained models: the weights and everything needed to use them.
 
     model = model_files.load("runs/distill/students/kd.safetensors")
-    logits = model.predict(images)  # as they come: the file knows how they are scaled
+    logits = model.predict(images)  # raw images: the file knows how to scale them
 
-A file is safetensors. Its metadata hold the model's text (`mlp:16`), classes, input shape and
-scaling. A student whose method predicts through connectors (SimKD) has them in its file, too.
+Files are in the safetensors format. The metadata hold the model's text (`mlp:16`), classes, input
+shape, and scaling. The file of a student that predicts through connectors (SimKD) also has these.
 """
 
 import json
@@ -32,7 +32,7 @@ PLAIN, CONNECTED = "model", "model with connectors"  # the metadata's "kind"
 
 
 class About(NamedTuple):
-    """What a model's file says about itself; None where it says nothing."""
+    """What a model's file records about it; None for anything that it does not record."""
 
     model: str | None = None
     classes: int | None = None
@@ -62,7 +62,7 @@ class Model(NamedTuple):
 
 
 def about(path: str | Path) -> About:
-    """Reads what a model's file says about itself.
+    """Reads what a model's file records about it.
 
     Raises:
       ValueError: if there is no such file, or its metadata are damaged.
@@ -140,7 +140,7 @@ def save(
       connected: for methods with `Method.predict`.
 
     Raises:
-      ValueError: if `about` does not say the model or its classes.
+      ValueError: if `about` lacks the model or its classes.
     """
     if about.model is None or about.classes is None:
         raise ValueError(
@@ -197,7 +197,7 @@ def filled(path: str, flat: Mapping[str, Any], template: Variables) -> Variables
 
 
 def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = None) -> Model:
-    """A model that can be used: `predict` takes inputs, and gives numbers, as the data have them.
+    """A model to use: `predict` takes raw inputs and returns numbers in the units of the data.
 
     Args:
       path: a file that `save` has written, as `kdtl distill` and `kdtl transfer` do.
@@ -207,7 +207,7 @@ def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = N
         the first batch tells.
 
     Raises:
-      ValueError: if it is no such file, in one line that says what it is, or is damaged.
+      ValueError: if it is not such a file, in one line that says what it is, or if it is damaged.
     """
     found = about(path)
     metadata = safetensors.index(path).metadata

@@ -6,7 +6,7 @@ permuted between the two. Read left to right it imports, right to left it export
 tensor needs a rule (or an entry in `ignore`); nothing is dropped silently.
 
 PyTorch keeps output features first, `[out, in]` and `[out, in, *window]`; Flax keeps them last.
-Equinox keeps PyTorch's axes. Position ids, masks and step counters are no weights: list them in
+Equinox keeps PyTorch's axes. Position ids, masks and step counters are not weights: list them in
 `ignore`.
 """
 
@@ -100,7 +100,7 @@ def from_torch(
       tensors: `{torch name: array}`; arrays may be memory maps or `jax.ShapeDtypeStruct`s. NumPy
         arrays come back as views: nothing is read or copied.
       rules: the table; the first rule that matches a name is used.
-      ignore: regular expressions (for the whole name) of tensors that are no weights.
+      ignore: regular expressions (for the whole name) of tensors that are not weights.
 
     Raises:
       ValueError: if a name has no rule, two names become one path, or an array has another

@@ -3,12 +3,12 @@
     model, params, state = nnx.model(MyModule(rngs=nnx.Rngs(0)))
     outputs, state = model(params, state, images, key=key, train=True)
 
-`params` and `state` are the module's own split states: any selector, transform or optimizer of this
-library takes them as they are, with paths such as `layers/0/kernel`. As a step's teacher give
-`Variables(params, state)`, as its student `init_state(..., model_state=state)`. To put trained
-parameters back: `nnx.update(module, params)` (exact here, because nothing was renamed).
+`params` and `state` are the module's own split states. Any selector, transform, or optimizer
+accepts them as they are, with paths such as `layers/0/kernel`. Pass a teacher to a step as
+`Variables(params, state)`, and a student as `init_state(params, ..., model_state=state)`. To put
+trained parameters back into the module, call `nnx.update(module, params)`; nothing was renamed.
 
-This file alone imports `flax.nnx`, which does not import on every pair of flax and jax versions.
+Only this file imports `flax.nnx`, which fails to import with some pairs of flax and jax versions.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,17 +51,16 @@ def model(
     """`(apply, params, model_state)` of an NNX module, following the library's model contract.
 
     `model_state` holds what is not an `nnx.Param`: batch statistics, random streams, counters.
-    Within `apply` a fresh module is merged, so nothing outside is ever mutated. With `key`,
-    every random stream is re-keyed from it, whatever it is called (`nnx.reseed(m, dropout=key)`
-    silently does nothing to a module built with `nnx.Rngs(0)`). `train` switches between
-    the module's `train()` and `eval()` modes, and sets what arguments and fields of a usual name
-    there are: `train`, `training`, `deterministic`, `use_running_average`, …, also within
-    `**kwargs`.
+    `apply` merges a fresh module, so nothing outside is ever mutated. With `key`, every random
+    stream is re-keyed from it, whatever its name (`nnx.reseed(m, dropout=key)` silently does
+    nothing to a module built with `nnx.Rngs(0)`). `train` switches between the module's `train()`
+    and `eval()` modes, and sets arguments and fields with a common name, if there are any:
+    `train`, `training`, `deterministic`, `use_running_average`, …, also within `**kwargs`.
 
     Args:
-      module: the module; it is read once and left as it is.
-      taps: submodules whose output joins the outputs under their path, `"layers/0"`; each is a
-        regular expression that must match whole paths. A module called several times, or one that
+      module: the module; it is read once and never changed.
+      taps: submodules whose output is added to the outputs under their path, `"layers/0"`; each is
+        a regular expression that must match whole paths. A module called several times, or one that
         returns a tuple, gives `path/0`, `path/1`, and so on. What the module itself returns
         keeps its name. Values stored with
         `module.sow(nnx.Intermediate, ...)` are found under their own name; before flax 0.12.6 they
@@ -70,7 +69,7 @@ def model(
 
     Raises:
       ValueError: when `apply` is traced, if a tap matches no output (the existing ones are listed),
-        or dropout or batch statistics are not in the mode asked for.
+        or dropout or batch statistics are not in the requested mode.
     """
     _modes.check_made(module, isinstance(module, nnx.Module), "NNX")
     clean = nnx.clone(module)

@@ -1,13 +1,13 @@
-"""A model of one's own as a network, in whatever framework it is written.
+"""The user's own model as a network, whatever framework it is written in.
 
     net = own.network(Net, classes=10, example=images[:1])   # a class, a factory or (init, apply)
 
-Understood are: a Linen module, as a class or an instance; a class or a factory of NNX or Equinox
-modules; `hk.transform`'s or any other pair of functions `init(key, inputs) -> params` and
-`apply(params, inputs) -> logits`, where `apply` may also take a key and its mode under a usual
-name (`key`, `rng`; `train`, `is_training`, `deterministic`, ...); and factories of all of these.
-Arguments of a class or a factory are filled in by their names (`CLASSES`, `INPUTS`, `key`, `rngs`,
-...), and so are those of `init`; a single argument of another name is the number of classes.
+A model can be a Linen module, as a class or an instance; a class or a factory of NNX or Equinox
+modules; a pair of functions `init(key, inputs) -> params` and `apply(params, inputs) -> logits`,
+such as `hk.transform` returns; or a factory of any of these. `apply` may also take a key and its
+mode under a common name (`key`, `rng`; `train`, `is_training`, `deterministic`, ...). Arguments of
+a class, a factory, or `init` are filled in by name (`CLASSES`, `INPUTS`, `key`, `rngs`, ...); a
+single argument of any other name is the number of classes.
 """
 
 import functools
@@ -40,18 +40,18 @@ CHANNELS = ("channels", "in_channels", "input_channels")
 KEYS = ("key", "rng", "rng_key", "rngs")
 # Names of arguments that take the shape of one input.
 SHAPES = ("shape", "input_shape", "inputs_shape")
-# What a model of one's own may be, in words, for messages.
+# What a model may be, in words, for messages.
 FORMS = "a Linen module, an NNX or Equinox class, a factory of one, or functions (init, apply)"
 
 
 def network(found: Any, *, classes: int, example: Any, dtype: Any = None) -> Network:
-    """A model of one's own as a network.
+    """The user's own model as a network.
 
     Args:
       found: see the module.
-      classes: how many outputs it is to have.
+      classes: the number of outputs.
       example: inputs `[1, ...]`.
-      dtype: compute in this precision; None: as it is.
+      dtype: the precision to compute in; None leaves it unchanged.
 
     Raises:
       TypeError: if it is none of these, with what it is and what to write instead.

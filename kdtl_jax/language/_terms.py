@@ -7,7 +7,7 @@ A batch of the step is `{"inputs": tokens}` where `tokens` is a token batch:
 - `learned` bool `[B, L]`: the tokens that are targets. Each is predicted one position earlier, in
   the same segment. This is the loss mask; `segments` is the attention mask.
 
-Padding may hold anything, also ids that are no tokens. Of the batch's `"weights"` `[B]` only zeros
+Padding may hold anything, even ids that are not tokens. Of the batch's `"weights"` `[B]` only zeros
 count here: such rows are left out, and every learned token of the others weighs the same.
 
 Outputs are `{"hidden": [B, L, width], "head": losses.Head}` and what is tapped. Every term is a
@@ -109,7 +109,7 @@ def cross_entropy(*, chunk_size: int = CHUNK) -> TermsFn:
 
     Raises:
       ValueError: if `chunk_size` is below 1.
-      TypeError: if it is no whole number.
+      TypeError: if it is not a whole number.
     """
     _checks.count(1, chunk_size=chunk_size)
 
@@ -140,7 +140,7 @@ def divergence(loss: Divergence, *, chunk_size: int = CHUNK) -> TermsFn:
 
     Raises:
       ValueError: if `chunk_size` is below 1.
-      TypeError: if it is no whole number.
+      TypeError: if it is not a whole number.
     """
     _checks.count(1, chunk_size=chunk_size)
 
@@ -183,7 +183,7 @@ def sampled_reverse_kl(*, chunk_size: int = CHUNK) -> TermsFn:
 
     Raises:
       ValueError: if `chunk_size` is below 1.
-      TypeError: if it is no whole number.
+      TypeError: if it is not a whole number.
     """
     _checks.count(1, chunk_size=chunk_size)
 
@@ -223,7 +223,7 @@ def policy_gradient(*, chunk_size: int = CHUNK) -> TermsFn:
 
     Raises:
       ValueError: if `chunk_size` is below 1.
-      TypeError: if it is no whole number.
+      TypeError: if it is not a whole number.
     """
     _checks.count(1, chunk_size=chunk_size)
 

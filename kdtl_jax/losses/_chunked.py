@@ -201,7 +201,7 @@ def chunked_map(
 def _counted(
     hidden: Array, head: Head, targets: PyTree, where: Array | None, chunk_size: int
 ) -> tuple[Array, PyTree, Array]:
-    """Checked; what does not count may be NaN, and 0 times NaN is no gradient: gone at once."""
+    """Checked, with 0 for what does not count: it may be NaN, and 0 times NaN is NaN."""
     _head.check_head(hidden, head)
     _checks.nonempty(hidden=hidden)
     _checks.positive(chunk_size=chunk_size)

@@ -25,7 +25,7 @@ def named(text: str, classes: int) -> nn.Module:
     """The module that a text names (`NAMED_FORMS`), with `classes` outputs.
 
     Raises:
-      ValueError: if the text is no such name, or its numbers make no sense.
+      ValueError: if the text is not such a name, or its numbers make no sense.
     """
     if any(len(digits) > 7 or int(digits) > LARGEST for digits in re.findall(r"\d+", text)):
         raise ValueError(f"a number in it is above {LARGEST:,}.")

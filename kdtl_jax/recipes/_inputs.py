@@ -19,11 +19,11 @@ from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.run import record
 
 PARTS = ("train", "validation", "test")
-LOOKED_AT = 4096  # examples from which units are told
+LOOKED_AT = 4096  # examples from which units are inferred
 
 
 def source(value: Any) -> str | None:
-    """`parse=` of a setting: a file of one's own with a name in it, or a Hugging Face folder."""
+    """`parse=` of a setting: a Python file with a name in it, or a Hugging Face folder."""
     is_folder = isinstance(value, str) and sources.is_hugging_face(value)
     return value if is_folder else _own.checked(value)
 
@@ -36,8 +36,8 @@ class Trained:
         None, "a model's file, such as students/kd.safetensors of a run", positional=True
     )
     model: str | None = setting(
-        None, "the source of a model of your own, as FILE.py:NAME; only this file and its "
-        "imports run. Or the Hugging Face folder whose model it is", metavar="FILE.py:NAME",
+        None, "the source of your own model, as FILE.py:NAME (only this file and its imports run), "
+        "or the Hugging Face folder that the model comes from", metavar="FILE.py:NAME",
         parse=source,
     )  # fmt: skip
 
@@ -47,7 +47,7 @@ class Used(Trained):
     """The settings of a command that uses a trained model on data."""
 
     part: Literal["all", "train", "validation", "test"] | None = setting(
-        None, "part of the data; default: test where the data has one, else all"
+        None, "part of the data; default: test if the data has one, else all"
     )
     label: str | None = setting(
         None, "a CSV's label column; default: the one that the model was trained with",
@@ -75,7 +75,7 @@ def check_out(settings: Any) -> None:
     """Refuses, before any work, an `out` where nothing can be written, or where something is.
 
     Raises:
-      FileExistsError: if a file is there, without `--force`, or something that is no file.
+      FileExistsError: if a file is there, without `--force`, or something that is not a file.
       UsageError: if `out` is a file that is read.
       FileNotFoundError: if its folder does not exist.
     """

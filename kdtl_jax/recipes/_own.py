@@ -140,7 +140,7 @@ def entries(settings: Terms) -> dict[str, Entry]:
     """Methods of one's own by name, from `--loss` and `--method`.
 
     Raises:
-      UsageError: if one is no function of the right arguments, or its name is taken.
+      UsageError: if one is not a function of the right arguments, or its name is taken.
       ValueError: if one is wrong whatever the data are, with the line at fault.
     """
     known = {entry.name for entry in methods.table()}

@@ -3,9 +3,9 @@
 What is measured is this library's own `jit_step` and `jit_epoch` on random data that stays on the
 device. Random weights and inputs cost what trained ones cost.
 
-Found by `kdtl bench --steps 8` on two shared cores of an AMD EPYC (float32; ceilings 104 GFLOP/s,
-51.5 GB/s; jax 0.10.2), per step: mlp 25 ms, 54% of the roofline; resnet 978 ms, 47%; vit 922 ms,
-36%; decoder 1000 ms, 50%; all bound by compute. No accelerator was available.
+Measured with `kdtl bench --steps 8` on two shared cores of an AMD EPYC (float32; ceilings 104
+GFLOP/s, 51.5 GB/s; jax 0.10.2), per step: mlp 25 ms, 54% of the roofline; resnet 978 ms, 47%; vit
+922 ms, 36%; decoder 1000 ms, 50%; all bound by compute. No accelerator was available.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""How good a student is on labeled data: accuracy, per class, confusion and calibration.
+"""Scores a student on labeled data: accuracy, scores per class, confusion, and calibration.
 
 kdtl evaluate runs/distill/students/kd.safetensors test.npz --out scores.json
 """
@@ -24,7 +24,7 @@ EXAMPLES = """
   kdtl evaluate runs/distill/students/kd.safetensors digits
   kdtl evaluate runs/distill/students/kd.safetensors test.npz --out scores.json
 
-On the data that the student was trained on, the examples held out for the test are scored.
+If DATA is what the student was trained on, only the held-out test examples are scored.
 """
 
 

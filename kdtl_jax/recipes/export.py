@@ -1,9 +1,9 @@
-"""A student as one file for other runtimes: StableHLO, or ONNX where jax2onnx is installed.
+"""Writes a student as one file for other runtimes: StableHLO, or ONNX if jax2onnx is installed.
 
     kdtl export runs/distill/students/kd.safetensors --out kd.stablehlo
 
-The file takes raw inputs (scaling is part of it) in batches of any size, and gives logits, or a
-regression's numbers in the units of its targets. In JAX:
+The exported model takes raw inputs (it includes the scaling) in batches of any size and returns
+logits or, for regression, numbers in the units of the targets. In JAX:
 `jax.export.deserialize(Path("kd.stablehlo").read_bytes()).call(inputs)`.
 """
 
@@ -41,15 +41,15 @@ class Settings(_inputs.Trained, _inputs.Written):
     """What `kdtl export` reads and writes."""
 
     out: str | None = setting(None, "the file to write", metavar="FILE")
-    format: Literal["stablehlo", "onnx"] = setting("stablehlo", "what is written")
+    format: Literal["stablehlo", "onnx"] = setting("stablehlo", "format of the file")
     batch: int | None = setting(
         None, "examples per call; default: any number", metavar="N", least=1
     )
     platforms: tuple[str, ...] = setting(
-        PLATFORMS, "where StableHLO is to run", metavar="NAME,...", parse=types.names
+        PLATFORMS, "platforms that StableHLO is exported for", metavar="NAME,...", parse=types.names
     )
     shape: tuple[int, ...] | None = setting(
-        None, "of one input, as in 8,8,1; for files of earlier versions, which do not say it",
+        None, "shape of one input, as in 8,8,1; only for files of earlier versions, which lack it",
         metavar="N,...", parse=lambda value: None if value is None else types.layer_numbers(value),
     )  # fmt: skip
 

@@ -6,13 +6,13 @@
 The teacher is a Hugging Face folder or a GGUF file, or is trained here from a shape. Students start
 from a folder, from some of the teacher's layers, or from a random initialization. Every method
 trains the same student on the same rows in the same order; all are compared on held-out text.
-Without arguments this is a small example on bytes, on 390 kB of Shakespeare that the package holds.
+Without arguments, this is a small example on bytes, with 390 kB of Shakespeare from the package.
 
     kdtl language --teacher SmolLM2-135M-Instruct.Q4_1.gguf --layers 0,3,6,9,12,15,18,21,24,29 \\
         --lr 3e-4 --method kd,sft --length 128 --batch-size 1 --steps 200 --held-out 0.02
 
-On that text, the same 10 of 30 layers in both students, 16 minutes on two busy CPU cores (jax
-0.10.2); held out, where the teacher needs 1.773 bits per byte:
+On that text, with the same 10 of 30 layers in both students, this took 16 minutes on two busy CPU
+cores (jax 0.10.2). On held-out text, where the teacher needs 1.773 bits per byte:
 
                  KL(T||S)  KL(S||T)  same most likely token  bits per byte
     kd           1.652     2.012     30.3%                   2.181

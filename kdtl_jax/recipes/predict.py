@@ -1,4 +1,4 @@
-"""What a student says about each example: its class and probability, in the data's order.
+"""Predicts a class and its probability for every example, in the order of the data.
 
 kdtl predict runs/distill/students/kd.safetensors new.npz --out predictions.csv
 """

@@ -8,9 +8,9 @@ share of its ten nearest lines on which both encoders agree.
 
     kdtl sentences --encoder all-MiniLM-L6-v2/ --text tinyshakespeare.txt
 
-24,762 distinct lines of Shakespeare, 500 of them held out, 200 steps of 32 lines (6,400 lines), one
-seed; jax 0.10.2, two CPU cores shared with other work, 311 s of CPU time in all (of the speeds,
-only the ratio, 1.9, means something):
+24,762 distinct lines of Shakespeare, 500 of them held out; 200 steps of 32 lines (6,400 lines); one
+seed; jax 0.10.2; two CPU cores shared with other work; 311 s of CPU time in all. Of the speeds,
+only the ratio, 1.9, is meaningful:
 
                                       mean cosine  agreement@10  parameters  sentences/s
     Teacher                                1.0000        1.0000  22,713,216           68

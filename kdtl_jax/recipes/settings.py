@@ -329,7 +329,7 @@ def selector(text: str) -> trees.Selector:
     """`glob:PATTERN`, or a regular expression for the whole path.
 
     Raises:
-      UsageError: if it is no regular expression.
+      UsageError: if it is not a regular expression.
     """
     if text.startswith("glob:"):
         return trees.Glob(text.removeprefix("glob:"))
@@ -340,7 +340,7 @@ def renames(texts: Sequence[str]) -> list[tuple[str, str | None]]:
     """Rules of `transforms.transfer` from `'REGEX=>NAME'`; without a name what matches is dropped.
 
     Raises:
-      UsageError: if a rule has no `=>`, or its left side is no regular expression.
+      UsageError: if a rule has no `=>`, or its left side is not a regular expression.
     """
     rules: list[tuple[str, str | None]] = []
     for text in texts:

@@ -14,7 +14,7 @@ from kdtl_jax.objective import Inputs, TermsFn
 
 
 def optimizer(tx: Any) -> None:
-    """Refuses what is no optax optimizer: a learning rate, or `optax.adam` that was not called.
+    """Refuses what is not an optax optimizer: a learning rate, or `optax.adam` that was not called.
 
     Raises:
       TypeError: naming what came.

@@ -257,7 +257,7 @@ def _updates(
 def _blank_padding(batch: Batch) -> Batch:
     """Zeros in rows of weight 0: whatever they hold would reach the gradient, as 0 * NaN is NaN.
 
-    Integers too where models read them: a token that is no token is embedded as NaN.
+    Integers too where models read them: a token that is not a token is embedded as NaN.
     """
     weights = batch.get("weights")
     if weights is None:

@@ -306,7 +306,7 @@ def lp_ft(
 
     Raises:
       ValueError: if `probe_steps` is negative, or `head` matches no leaf.
-      TypeError: if `probe_steps` is no whole number.
+      TypeError: if `probe_steps` is not a whole number.
 
     References:
       Kumar et al., Fine-Tuning can Distort Pretrained Features, 2022 (2202.10054).

@@ -208,7 +208,7 @@ def born_again(trainer: Trainer, key: Array, *, generations: int = 3) -> list[Pa
 
     Raises:
       ValueError: if `generations` is negative.
-      TypeError: if it is no whole number.
+      TypeError: if it is not a whole number.
 
     References:
       Furlanello et al., Born Again Neural Networks, 2018 (1805.04770).

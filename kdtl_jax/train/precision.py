@@ -171,7 +171,7 @@ def unless_skipped(new: PyTree, old: PyTree, after: PyTree, before: PyTree) -> P
     """`new`, or `old` where the optimizer skipped the step between two of its states.
 
     `loss_scaling` skips steps, and so do `optax.apply_if_finite` and `optax.MultiSteps` with
-    `skip_not_finite`. Batch statistics would keep a NaN from which the parameters are kept.
+    `optax.skip_not_finite`. Batch statistics would keep a NaN from which the parameters are kept.
     """
     if isinstance(after, LossScaleState):
         taken = [after.skipped == before.skipped]

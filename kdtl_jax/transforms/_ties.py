@@ -81,7 +81,7 @@ def elect_sign_global(task_vectors: Sequence[PyTree], *, majority: Scalar | None
       A tree of +1 and -1, float32 or wider.
 
     Raises:
-      ValueError: if the trees differ in structure or shapes, or `majority` is no finite scalar.
+      ValueError: if the trees differ in structure or shapes, or `majority` is not a finite scalar.
     """
     if majority is None:
         majority = jnp.where(jnp.asarray(sign_balance(task_vectors)) >= 0, 1, -1)

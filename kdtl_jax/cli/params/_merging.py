@@ -234,7 +234,7 @@ def _ties(parts: Mapping[str, Part]) -> dict[str, str]:
 
 
 def one_of(path: str, tensors: Sequence[Tensor]) -> Tensor:
-    """The first of several models' tensors that are no numbers to combine.
+    """The first of several models' tensors that are not numbers to combine.
 
     Counters differ between runs; a matrix of integers is a table of indices, equal everywhere, or
     packed codes.

@@ -61,7 +61,7 @@ def only(where: str, found: Any, known: Sequence[str]) -> Mapping[str, Any]:
     """A mapping whose keys are all known; keys without a value are none.
 
     Raises:
-      ValueError: naming the key that is not, or what is no mapping.
+      ValueError: naming the key that is not, or what is not a mapping.
     """
     if not isinstance(found, Mapping):
         raise ValueError(f"{where}: expected 'key: value' lines, got {_text.quoted(found)}.")

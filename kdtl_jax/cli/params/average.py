@@ -1,4 +1,4 @@
-"""`kdtl params average`: `sum w theta / sum w`, the uniform soup without weights."""
+"""`kdtl params average`: `sum w theta / sum w`; without weights, the uniform soup."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""`kdtl params diff`: names, shapes, dtypes, then how far the values are apart."""
+"""`kdtl params diff`: names, shapes, and dtypes, then how far apart the values are."""
 
 import math
 from dataclasses import dataclass

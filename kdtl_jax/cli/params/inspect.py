@@ -1,4 +1,4 @@
-"""`kdtl params inspect`: names, shapes, dtypes, sizes, and with `--values` what the values are."""
+"""`kdtl params inspect`: names, shapes, dtypes, sizes, and, with `--values`, statistics."""
 
 import hashlib
 import math

@@ -1,4 +1,4 @@
-"""`kdtl params lora-merge`: adapters as plain weights, LoRA's `W' = W + s a b` first."""
+"""`kdtl params lora-merge`: adapters merged into their base; for LoRA, `W' = W + s a b`."""
 
 import math
 import re

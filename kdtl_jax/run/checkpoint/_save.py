@@ -63,7 +63,7 @@ def newest_and_every(count: int, interval: int) -> Keep:
 
     Raises:
       ValueError: if `count` or `interval` is below 1.
-      TypeError: if one is no whole number.
+      TypeError: if one is not a whole number.
     """
     last = newest(count)
     _checks.count(1, interval=interval)

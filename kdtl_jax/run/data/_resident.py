@@ -68,7 +68,7 @@ def resident(
     Raises:
       ValueError: if the arrays have different lengths, the batch does not fit, or rows do not name
         examples.
-      TypeError: if `arrays` are no mapping, the batch size is not an integer, or `key` not a PRNG
+      TypeError: if `arrays` is not a mapping, the batch size is not an integer, or `key` not a PRNG
         key.
     """
     key = typed_key(key)

@@ -123,11 +123,11 @@ def run(
     processes stop together, at the next line of the log.
 
     Args:
-      step: the un-jitted step.
-      state: where to start; it is donated. For a restored run, its `step` says how far the run got.
+      step: the step, not jitted.
+      state: where to start; it is donated. For a restored run, its `step` says how far it got.
       source: `data.resident(...)`, or `source(step) -> iterator of batches` as `data.stream` and
         `data.iterate` make.
-      teacher_params: the step's argument of that name.
+      teacher_params: passed to the step.
       steps: the step number at which the run is complete.
       log: `log(line)` with `{"step": n, name: mean over the last log_every steps}`, and for
         evaluations `{"step": n, "eval/name": value}`; `metrics_file` gives one.
@@ -271,7 +271,7 @@ def fit(
 ) -> train.TrainState:
     """`theta = argmin L` from `params`: `train.make_step`, `train.init_state` and `run`.
 
-    Logging, evaluation, saving and resuming need those three by themselves.
+    For logging, evaluation, saving, and resuming, call these three yourself.
 
     Args:
       model: the model function.
@@ -279,12 +279,12 @@ def fit(
       tx: an optax optimizer.
       terms: the objective, as for `train.make_step`; such as `objective.classification`.
       weights: one weight per term.
-      source: batches, `data.resident(...)` or a `data.Source`.
-      steps: how many updates.
+      source: the batches, `data.resident(...)` or a `data.Source`.
+      steps: the number of updates.
       trainable: selector of what may change; the rest costs no gradient.
       model_state: what the model carries in addition to its parameters.
       teacher_params: frozen parameters that penalties such as L2-SP read.
-      key: of dropout and the like; None is `jax.random.key(0)`.
+      key: for dropout and other randomness; None means `jax.random.key(0)`.
 
     Returns:
       The last state: `.params`, `.model_state`.
