@@ -103,7 +103,8 @@ def mean_logits(logits: Array, *, weights: Weights | None = None) -> Array:
       weights: `[K]` or `[K, B]`, normalized over teachers; equal by default.
 
     Returns:
-      `[..., num_classes]` logits, float32 or wider; -inf where any teacher excludes a class.
+      `[..., num_classes]` logits, float32 or wider; -inf where any teacher of a weight above 0
+      excludes a class.
 
     Raises:
       ValueError: if there is no teacher axis, or weights do not fit it, are negative or sum to 0.
@@ -113,8 +114,7 @@ def mean_logits(logits: Array, *, weights: Weights | None = None) -> Array:
       TextBrewer averages logits. Hinton et al., 2015 (1503.02531), section 1.
     """
     logits = _door(logits)
-    share = _shares(weights, logits)
-    return _with_absent(jnp.sum(share * _finite(logits), axis=0), jnp.any(_absent(logits), axis=0))
+    return _mean(logits, _shares(weights, logits))
 
 
 def mean_probabilities(
@@ -206,7 +206,7 @@ def gated_logits(logits: Array, scores: Array) -> Array:
             f"example and branch, got {_checks.described(logits=logits, scores=scores)}."
         )
     gates = jax.nn.softmax(_numerics.upcast(scores), axis=-1).astype(logits.dtype)
-    return jnp.sum(jnp.swapaxes(gates, 0, 1)[:, :, None] * logits, axis=0)
+    return _mean(logits, jnp.swapaxes(gates, 0, 1)[:, :, None])
 
 
 def over_teachers(
@@ -237,7 +237,8 @@ def over_teachers(
         if weights is None:
             return jnp.sum(values, axis=0)
         share = _fitted(weights, values)
-        return jnp.sum(share * values, axis=0)
+        # Whoever does not teach an example may be infinitely far from the student there.
+        return jnp.sum(share * jnp.where(share != 0, values, 0), axis=0)
 
     return summed
 
@@ -270,6 +271,12 @@ def _shares(weights: Weights | None, logits: Array) -> Array:
     if known is not None:
         _checks.positive(**{"the teachers' weights together": known.sum(axis=0)})
     return share / jnp.sum(share, axis=0, keepdims=True)
+
+
+def _mean(logits: Array, share: Array) -> Array:
+    """`sum_k share_k z_k`; `0 * -inf = 0`: who has no share excludes no class."""
+    total = jnp.sum(share * _finite(logits), axis=0)
+    return _with_absent(total, jnp.any(_absent(logits) & (share > 0), axis=0))
 
 
 def _absent(logits: Array) -> Array:
