@@ -96,6 +96,17 @@ def test_printed_settings_read_back(words: list[str], tmp_path: Path, capsys: Ca
         (["sentences", "--rate", "3"], "unknown argument --rate; did you mean --learning-rate"),
         (["transfer", "--learning-rate", "3"], "did you mean --learning-rates"),
         (["distill", "--weights", "kd=1"], "did you mean .*--loss-weights"),
+        (
+            ["distill", "--model", "mlp:4"],
+            "did you mean --(student|teacher), --(student|teacher)[?]$",
+        ),
+        (["distill", "--gpu"], "--gpu; JAX chooses the device: set JAX_PLATFORMS to cpu, cuda"),
+        (["params", "merge", "a", "--out", "b"], "--out; did you mean --write[?]"),
+        (["export", "a", "--to", "onnx"], "--to; did you mean --format[?]"),
+        (["language", "--seq-len", "64"], "--seq-len; did you mean --length[?]"),
+        (["predict", "--student", "a"], "--student; STUDENT is given without a flag"),
+        (["evaluate", "a", "--data", "b"], "--data; DATA is given without a flag"),
+        (["predict", "--weights=a", "b"], "--weights=a; STUDENT is given without a flag"),
         (["distill", "--seeds", "3.5"], "--seeds: expected a whole number, got '3.5'$"),
         (["distill", "--per-class", "few"], "--per-class: expected a whole number, got 'few'$"),
         (["demo", "--qui"], "unknown argument --qui"),  # no abbreviations: they break later

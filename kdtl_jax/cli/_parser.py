@@ -20,6 +20,18 @@ from kdtl_jax.recipes.settings import INT32, UsageError, near, number
 
 LONGEST = 300  # characters of a message's line
 MOST_UNKNOWN = 8  # flags or keys that are named in one message
+# What other programs call a setting.
+OTHER_WORDS = {
+    "model": ("student", "teacher", "encoder"),
+    "net": ("student", "teacher", "model"),
+    "output": ("out", "write"),
+    "out": ("write",),
+    "save": ("out", "write"),
+    "to": ("format",),
+    "seq-len": ("length",),
+    "max-length": ("length",),
+}
+DEVICES = ("device", "gpu", "cuda", "tpu", "cpu", "accelerator")
 
 
 def parse(
@@ -226,8 +238,9 @@ def _add_own(parser: Any) -> None:
 def _refuse_unknown(parser: Any, words: Sequence[str]) -> None:
     known = [flag for action in parser._actions for flag in action.option_strings]
     flags = [word.partition("=")[0] for word in words]
+    places = [action.dest for action in parser._actions if not action.option_strings]
     unknown = [
-        (shown(word), _alike(flag, known))
+        (shown(word), _place(flag, places) or _alike(flag, known))
         for word, flag in zip(words, flags, strict=True)
         if flag.startswith("--") and flag != "--" and flag not in known
     ]
@@ -242,6 +255,13 @@ def _all(kind: str, unknown: Sequence[tuple[str, str]]) -> str:
     named = [f"{name} ({alike})" if alike else name for name, alike in unknown[:MOST_UNKNOWN]]
     more = f" and {len(unknown) - MOST_UNKNOWN} more" if len(unknown) > MOST_UNKNOWN else ""
     return f"{kind}s {', '.join(named)}{more}"
+
+
+def _place(flag: str, places: Sequence[str]) -> str:
+    """What is said of a flag in the place of an argument that has none."""
+    name = flag.removeprefix("--").replace("-", "_")
+    name = "student" if name in ("weights", "checkpoint") else name
+    return f"{name.upper()} is given without a flag" if name in places else ""
 
 
 def _alike(name: str, known: Iterable[str]) -> str:
@@ -259,6 +279,11 @@ def _alike(name: str, known: Iterable[str]) -> str:
         # The very words first: "weights" is nearer to "loss-weights" than to "weight-decay".
         found.sort(key=lambda other: not set(dashed.split("-")) <= set(re.split("[-_]", other)))
         return f"did you mean {', '.join(found[:3])}?"
+    meant = [x for x in known if x.strip("-").replace("_", "-") in OTHER_WORDS.get(dashed, ())]
+    if meant:
+        return f"did you mean {', '.join(meant)}?"
+    if dashed in DEVICES:
+        return "JAX chooses the device: set JAX_PLATFORMS to cpu, cuda or tpu"
     if not name.startswith("--"):
         return near(name, known)
     return near(dashed, [flag.strip("-") for flag in known], "--")
