@@ -197,3 +197,18 @@ def test_every_loss_has_a_line_in_the_table() -> None:
     public = {n for n, f in vars(losses).items() if inspect.isfunction(f) and n[0] != "_"}
     assert public - named - PIECES == set()
     assert not PIECES - public, "no longer public"
+
+
+def unknown_losses(text: str) -> list[str]:
+    """Names in the first column of a table of losses that are neither losses nor dotted names."""
+    first = re.findall(r"^\| (`.*?)(?:<br>| \|)", text, re.MULTILINE)
+    names = [name for cell in first for name in re.findall(r"`([a-z]\w*(?:\.\w+)*)`", cell)]
+    assert names, "the table has no names"
+    places = {name: "kdtl_jax" if "." in name else "kdtl_jax.losses" for name in names}
+    return [name for name, place in places.items() if not leads_somewhere(f"{place}.{name}")]
+
+
+def test_every_line_of_the_table_of_losses_is_a_loss() -> None:
+    text = (DOCS / "losses.md").read_text()
+    assert unknown_losses(text) == []
+    assert unknown_losses(text.replace("`reverse_kl`<br>", "`reverse_kls`<br>")) == ["reverse_kls"]
