@@ -209,8 +209,9 @@ def _tangent(
     """The shares of `sum w_i (a_i / sin a_i) (u_i - cos(a_i) point)`; near vectors left out."""
     factors = []
     for weight, cosine in zip(weights, cosines, strict=True):
-        near = jnp.abs(cosine) >= 1
-        angle = jnp.where(near, 0, jnp.arccos(jnp.where(near, 0, cosine)))
+        # No direction leads to an opposite vector: what rounding leaves of one is noise.
+        out = (cosine >= 1) | (cosine <= 16 * float(jnp.finfo(cosine.dtype).eps) - 1)
+        angle = jnp.where(out, 0, jnp.arccos(jnp.where(out, 0, cosine)))
         moves = angle >= tolerance
         factors.append(weight * jnp.where(moves, angle / jnp.where(moves, jnp.sin(angle), 1), 0))
     back = mixed(cosines, factors)

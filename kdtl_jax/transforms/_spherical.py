@@ -114,7 +114,7 @@ def karcher_mean(
     """The point of the sphere nearest to all models' directions, times their mean length.
 
     Fixed-point iteration with the tangent `T = sum w_i (a_i / sin a_i) (u_i - cos(a_i) u)`, stopped
-    where `|T| < tolerance`; models nearer than `tolerance` are left out of it.
+    where `|T| < tolerance`; models nearer than `tolerance`, and opposite ones, are left out of it.
 
     Args:
       models: a list of trees of one structure.
