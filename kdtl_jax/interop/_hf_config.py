@@ -215,9 +215,9 @@ def optional(field: Field) -> Field:
     )
 
 
-def as_given(key: str, default: Any = None) -> Field:
-    """A value that the family's own function checks."""
-    return Field(key, lambda value, limits: value, default)
+def as_given(key: str) -> Field:
+    """A value, or None, that the family's own function checks."""
+    return Field(key, lambda value, limits: value, None)
 
 
 def activation(key: str, default: Any = REQUIRED) -> Field:

@@ -36,7 +36,7 @@ def tokens(values: dict[str, Any]) -> Any:
     return _TOKENS
 
 
-def sequence_head(stem: str) -> Head:
+def _sequence_head(stem: str) -> Head:
     """A classifier of the pooled first token."""
     rules = dense("classifier", "head")
     name = f"{stem}ForSequenceClassification"
@@ -218,7 +218,7 @@ bert = Family(
     _bert,
     tokens,
     heads=(
-        sequence_head("Bert"),
+        _sequence_head("Bert"),
         token_head("Bert"),
         Head(
             "language",

@@ -103,19 +103,7 @@ def rope(
     original = size(config, "original_max_position_embeddings", longest)
     original = size(given, "original_max_position_embeddings", original)
     if kind in ("longrope", "su"):
-        stretch = longest / original
-        if given.get("factor") is not None:
-            stretch = _positive(given, "factor", 1.0)
-        scale = 1.0
-        if given.get("attention_factor") is not None:
-            scale = number(given, "attention_factor", 1.0)
-        elif stretch > 1:
-            scale = math.sqrt(1 + math.log(stretch) / math.log(original))
-        short, long = (
-            tuple(f / s for f, s in zip(plain, _divisors(given, key, len(plain)), strict=True))
-            for key in ("short_factor", "long_factor")
-        )
-        return Rope(short, scale, long, original)
+        return _longrope(given, plain, longest, original)
     factor = _positive(given, "factor", None)
     if kind == "linear":
         return Rope(tuple(f / factor for f in plain))
@@ -187,6 +175,23 @@ def _divisors(given: Config, key: str, count: int) -> list[float]:
 def _is_positive(x: Any) -> bool:
     is_number = isinstance(x, int | float) and not isinstance(x, bool)
     return is_number and math.isfinite(x) and x > 0
+
+
+def _longrope(given: Config, plain: Sequence[float], longest: int, original: int) -> Rope:
+    """Phi-3's: divisors of each frequency, for texts up to the original length and beyond."""
+    stretch = longest / original
+    if given.get("factor") is not None:
+        stretch = _positive(given, "factor", 1.0)
+    scale = 1.0
+    if given.get("attention_factor") is not None:
+        scale = number(given, "attention_factor", 1.0)
+    elif stretch > 1:
+        scale = math.sqrt(1 + math.log(stretch) / math.log(original))
+    short, long = (
+        tuple(f / s for f, s in zip(plain, _divisors(given, key, len(plain)), strict=True))
+        for key in ("short_factor", "long_factor")
+    )
+    return Rope(short, scale, long, original)
 
 
 def _yarn(

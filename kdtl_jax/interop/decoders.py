@@ -171,10 +171,10 @@ def save(
     config = described({**config, "tie_word_embeddings": is_tied}, tensors)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES if tokenizer is not None else ():
-        file = Path(tokenizer or folder) / name
-        if file.is_file() and file.parent.resolve() != folder.resolve():
-            write_atomic(folder / name, file.read_bytes())
+    if tokenizer and Path(tokenizer).resolve() != folder.resolve():
+        for file in (Path(tokenizer) / name for name in TOKENIZER_FILES):
+            if file.is_file():
+                write_atomic(folder / file.name, file.read_bytes())
     with atomic_file(folder / "config.json") as out:
         out.write(json.dumps(config, indent=2, sort_keys=True).encode())
     safetensors.save(folder / "model.safetensors", tensors, metadata={"format": "pt"})

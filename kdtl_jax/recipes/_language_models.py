@@ -1,7 +1,7 @@
 """The models of `kdtl language`: folders, some of a model's layers, or a shape to start anew."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,43 +98,6 @@ def as_folder(path: str | None, folder: Path) -> str | None:
         return path
     processes.decide(lambda: gguf.write_folder(folder, path))
     return str(folder)
-
-
-def beginning(
-    teacher: PretrainedDecoder,
-    *,
-    folder: str | None,
-    fresh: PretrainedDecoder | None,
-    layers: Sequence[int],
-    shape: Mapping[str, int] | None,
-    text: np.ndarray,
-    is_whole: bool,
-    say: _progress.Say,
-) -> PretrainedDecoder:
-    """The student that every method starts from.
-
-    Args:
-      teacher: what it is taken from unless there is a folder or a fresh one.
-      folder: of a student.
-      fresh: a student of a shape.
-      layers: the teacher's that it takes; none means every second one.
-      shape: prune the teacher to this one.
-      text: `[B, L]`, token ids on which pruning measures what matters.
-      is_whole: take all of the teacher's layers where none are named.
-      say: told what pruning keeps.
-
-    Raises:
-      UsageError: if the teacher cannot be pruned to the shape.
-    """
-    if folder is not None:
-        return load(folder)
-    if fresh is not None:
-        return fresh
-    if shape is not None:
-        return pruned(teacher, shape, say, text)
-    if is_whole and not layers:
-        return teacher
-    return decoders.student(teacher, layers=layers or range(0, teacher.model.config.layers, 2))
 
 
 def pruned(

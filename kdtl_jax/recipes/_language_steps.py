@@ -15,6 +15,7 @@ from jax import Array
 
 from kdtl_jax import language, losses, train, trees
 from kdtl_jax._types import ModelFn, Params
+from kdtl_jax.interop import decoders
 from kdtl_jax.interop.decoders import PretrainedDecoder
 from kdtl_jax.recipes import _language_cache as of_cache
 from kdtl_jax.recipes import _language_models as of_models
@@ -132,18 +133,24 @@ def teacher(work: Work) -> Taught:
 
 
 def start(work: Work, taught: Taught, fresh: PretrainedDecoder | None) -> PretrainedDecoder:
-    """The student before any method; it is built before the teacher answers all rows."""
-    settings = work.settings
-    found = of_models.beginning(
-        taught.placed,
-        folder=work.student if work.teacher else None,
-        fresh=fresh,
-        layers=settings.layers,
-        shape=settings.shape if settings.pruned else None,
-        text=text_rows.pieces(work.text.train),
-        say=work.say,
-        is_whole=settings.student is not None or settings.method == ("qad",),
-    )
+    """The student before any method: a folder's, a fresh one, or some of the teacher.
+
+    It is made before the teacher answers all rows.
+    """
+    settings, source = work.settings, taught.placed
+    if work.teacher and work.student:
+        found = of_models.load(work.student)
+    elif fresh is not None:
+        found = fresh
+    elif settings.pruned:
+        text = text_rows.pieces(work.text.train)
+        found = of_models.pruned(source, settings.shape, work.say, text)
+    elif settings.layers:
+        found = decoders.student(source, layers=settings.layers)
+    elif settings.student is not None or settings.method == ("qad",):
+        found = source
+    else:
+        found = decoders.student(source, layers=range(0, source.model.config.layers, 2))
     _fits(work, found, "the student")
     return found
 
@@ -276,7 +283,7 @@ def compared(
             draw = training.continuing(
                 decoder, held_out, settings.samples, prompt=settings.prompt,
                 length=min(settings.length - settings.prompt, 64), key=work.keys.sample,
-                temperature=0.8, stop_tokens=_stops(work),
+                stop_tokens=_stops(work),
             )  # fmt: skip
             rate = training.speed(language.model(decoder), params, held_out, settings.batch_size)
             programs[decoder.config] = draw, rate

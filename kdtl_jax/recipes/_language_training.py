@@ -21,6 +21,8 @@ from kdtl_jax.run import checkpoint, data, loop, sharding, teacher_cache
 from kdtl_jax.run.measure import step_times
 from kdtl_jax.train import Batch, TrainState
 
+TEMPERATURE = 0.8  # of the continuations in the report
+
 
 class Run(NamedTuple):
     """What the trainings of a run share."""
@@ -240,7 +242,6 @@ def continuing(
     prompt: int,
     length: int,
     key: Array,
-    temperature: float,
     stop_tokens: tuple[int, ...],
 ) -> Callable[[Params], list[list[int]]]:
     """`draw(params)`: continuations of the first held-out prompts, each by its own key."""
@@ -252,7 +253,7 @@ def continuing(
     def samples(params: Params, keys: Array) -> language.Samples:
         return language.sample(
             decoder, params, tokens, keys=keys, length=length, prompt_mask=mask,
-            temperature=temperature, stop_tokens=stop_tokens,
+            temperature=TEMPERATURE, stop_tokens=stop_tokens,
         )  # fmt: skip
 
     def draw(params: Params) -> list[list[int]]:

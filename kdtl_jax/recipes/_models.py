@@ -14,7 +14,16 @@ import numpy as np
 
 from kdtl_jax import _files, models, transforms
 from kdtl_jax._types import Params, Variables
-from kdtl_jax.datasets import Kind, Preprocessing, Splits, prepared, read_splits, scaled, summary
+from kdtl_jax.datasets import (
+    Kind,
+    Preprocessing,
+    Splits,
+    Standardizer,
+    prepared,
+    read_splits,
+    scaled,
+    summary,
+)
 from kdtl_jax.interop import model_files, networks, own, sources
 from kdtl_jax.interop.model_files import About
 from kdtl_jax.interop.networks import Network
@@ -194,13 +203,7 @@ def read_data(
     )
     for line in summary(raw):
         print(line, file=sys.stderr)
-    if raw.train.kind not in kinds:
-        meant = {"labels": "several labels per example", "numbers": "numbers (regression)"}
-        raise UsageError(
-            f"--data {settings.data}: targets are {meant.get(raw.train.kind, 'classes')}, and this "
-            f"command learns {' or '.join(meant.get(kind, 'one class each') for kind in kinds)}. "
-            "Choose what they are with --target."
-        )
+    _check_kind(settings.data, raw.train.kind, kinds)
     if known is not None and known.kind != raw.train.kind and not other_targets:
         raise ValueError(
             f"{path} learned {known.kind}, the targets of the data are {raw.train.kind}."
@@ -228,18 +231,7 @@ def read_data(
     form = form._replace(scaling=about.scaling or form.scaling)
     if known is not None and not other_targets:
         form = form._replace(target_scaling=known.target_scaling)
-    measured = form.scaling
-    assert measured is not None
-    shape = raw.train.inputs.shape
-    try:
-        fits = np.broadcast_shapes(shape, measured.mean.shape, measured.scale.shape) == shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"{path} scales inputs of shape {list(measured.mean.shape)}, the data's examples are "
-            f"{list(shape[1:])}."
-        )
+    _check_scaling(path, form.scaling, raw.train.inputs.shape)
     splits = scaled(raw, form)
     columns = [column.name for column in form.columns]
     if about.scaling is not None and (why := _agreement.other_units(splits.train.inputs, columns)):
@@ -254,6 +246,32 @@ def read_data(
         elif why := _agreement.other_targets(splits.train.labels, raw.train.names):
             raise ValueError(f"{path} {why}")
     return splits, form
+
+
+def _check_kind(data: str, kind: Kind, kinds: Sequence[Kind]) -> None:
+    """Raises UsageError if a command cannot learn targets of that kind."""
+    if kind in kinds:
+        return
+    meant = {"labels": "several labels per example", "numbers": "numbers (regression)"}
+    raise UsageError(
+        f"--data {data}: targets are {meant.get(kind, 'classes')}, and this "
+        f"command learns {' or '.join(meant.get(each, 'one class each') for each in kinds)}. "
+        "Choose what they are with --target."
+    )
+
+
+def _check_scaling(path: str | None, scaling: Standardizer | None, shape: tuple[int, ...]) -> None:
+    """Raises ValueError if inputs `[N, ...]` cannot be scaled as a model's file says."""
+    assert scaling is not None
+    try:
+        fits = np.broadcast_shapes(shape, scaling.mean.shape, scaling.scale.shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{path} scales inputs of shape {list(scaling.mean.shape)}, the data's examples are "
+            f"{list(shape[1:])}."
+        )
 
 
 def check_parts(splits: Splits) -> None:

@@ -301,9 +301,9 @@ def one_by_one(
     return run
 
 
-def even_checks(epochs: int, most: int = CHECKS) -> int:
-    """The largest number of evenly spaced validations."""
-    return next(n for n in range(min(most, epochs), 0, -1) if not epochs % n)
+def even_checks(epochs: int) -> int:
+    """The largest number of evenly spaced validations, at most `CHECKS`."""
+    return next(n for n in range(min(CHECKS, epochs), 0, -1) if not epochs % n)
 
 
 def usual_batch(examples: int, divisor: int = 1) -> int:

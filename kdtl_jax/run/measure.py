@@ -207,11 +207,11 @@ def roofline(work: Cost, seconds: float, limits: Ceilings) -> Roofline | None:
     return Roofline(compute, bandwidth, bound, max(compute, bandwidth) / seconds)
 
 
-def _best(once: Callable[[], Any], repeats: int = 5) -> float:
-    """The shortest of some runs after one that compiles."""
+def _best(once: Callable[[], Any]) -> float:
+    """The shortest of five runs after one that compiles."""
     jax.block_until_ready(once())
     seconds = []
-    for _ in range(repeats):
+    for _ in range(5):
         start = time.perf_counter()
         jax.block_until_ready(once())
         seconds.append(time.perf_counter() - start)

@@ -85,9 +85,11 @@ def true_fisher(
 
         p = jnp.exp(log_p(trained))
         rows = jax.jacrev(log_p)(trained)
-        return jax.tree.map(
-            lambda row: jnp.tensordot(p.astype(_wide(row).dtype), _square(row), axes=1), rows
-        )
+
+        def weighed(row: Array) -> Array:
+            return jnp.tensordot(p.astype(_numerics.upcast(row).dtype), _square(row), axes=1)
+
+        return jax.tree.map(weighed, rows)
 
     return _mean_over(squares, params, examples, chunk)
 
@@ -133,7 +135,7 @@ def _mean_over(
     def add(total: PyTree, part: PyTree) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, summed(part)), None
 
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(_wide(x)), trained)
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(_numerics.upcast(x)), trained)
     total, _ = jax.lax.scan(add, zeros, chunks)
     if whole < count:
         rest = summed(jax.tree.map(lambda x: x[whole:], examples))
@@ -148,9 +150,5 @@ def _count(examples: PyTree) -> int:
     return next(iter(flat.values())).shape[0]
 
 
-def _wide(x: Array) -> Array:
-    return _numerics.upcast(x)
-
-
 def _square(x: Array) -> Array:
-    return jnp.square(_wide(x))
+    return jnp.square(_numerics.upcast(x))
