@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, their digests, marks of ownership, locks."""
+"""Files and folders that appear whole or not at all, their digests, marks of ownership."""
 
 import contextlib
 import errno
@@ -8,20 +8,13 @@ import math
 import os
 import secrets
 import shutil
-import socket
 import stat
 import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from kdtl_jax import _text
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system
-    fcntl = None
 
 TEMPORARY = ".kdtl-tmp"  # how the name of an unfinished file ends
 MARK = ".kdtl"  # the file that makes a folder ours
@@ -299,95 +292,6 @@ def remove(folder: Path, kind: str) -> bool:
         return False
     shutil.rmtree(folder)
     return True
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds a lock on a folder; the system releases it when the process ends, however it ends.
-
-    The lock is a file `.lock`, opened without following links; only one of ours is written to.
-    Where the file system has no locks, a warning says that nothing protects the folder.
-
-    Raises:
-      RuntimeError: if another process holds it, naming that process; or if `.lock` is not a file.
-    """
-    with os.fdopen(_opened(folder / ".lock"), "r+b") as file:
-        _flock(folder, file)
-        file.seek(0)
-        before = file.read(64)
-        if not before or before.startswith(b"process "):
-            file.seek(0)
-            file.truncate()
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-            file.flush()
-        yield
-
-
-@contextlib.contextmanager
-def taken(folder: Path, check: Callable[[], object]) -> Iterator[None]:
-    """Makes and locks a folder that a check allows, before the lock and once more under it.
-
-    Before, so that nothing is left in a folder that is refused; under it, because another process
-    may have written there meanwhile. What the check says of a folder at which another is at work
-    is that process's business: then the lock's holder is named.
-
-    Raises:
-      RuntimeError: as `locked`.
-      Exception: whatever `check` raises.
-    """
-    try:
-        check()
-    except Exception:
-        if (folder / ".lock").is_file():
-            with os.fdopen(_opened(folder / ".lock"), "r+b") as file:
-                _flock(folder, file)  # and nothing is written there
-        raise
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        check()
-        yield
-
-
-def _opened(path: Path) -> int:
-    """A lock file's handle; what a link points to is never opened."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-    for name in ("O_NOFOLLOW", "O_NONBLOCK"):
-        flags |= getattr(os, name, 0)
-    try:
-        handle = os.open(path, flags, 0o666)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise
-    else:
-        if stat.S_ISREG(os.fstat(handle).st_mode):
-            return handle
-        os.close(handle)
-    raise RuntimeError(
-        f"{path} is not a file but a link, a folder or the like, and is left alone. Remove it, "
-        "or choose another folder."
-    )
-
-
-def _flock(folder: Path, file: BinaryIO) -> None:
-    try:
-        if fcntl is None:
-            raise OSError(errno.ENOSYS, "this system has no flock")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-            warnings.warn(
-                f"{folder} cannot be locked ({error.strerror}): make sure that no other run "
-                "writes there.",
-                RuntimeWarning,
-                stacklevel=5,
-            )
-            return
-        file.seek(0)
-        holder = file.read(200).decode(errors="replace")
-        raise RuntimeError(
-            f"{folder} is in use by {holder if holder.startswith('process ') else 'another one'}. "
-            "Two runs cannot share a folder: wait for it, or choose another one."
-        ) from None
 
 
 def _usual_mode() -> int:

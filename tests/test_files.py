@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdtl_jax import _files
+from kdtl_jax import _files, _locks
 
 
 def test_a_lock_is_held_once_and_named(tmp_path: Path) -> None:
-    with _files.locked(tmp_path):
+    with _locks.locked(tmp_path):
         with pytest.raises(RuntimeError, match=f"in use by process {os.getpid()} on"):
-            with _files.locked(tmp_path):
+            with _locks.locked(tmp_path):
                 pass
-    with _files.locked(tmp_path):
+    with _locks.locked(tmp_path):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()}")
 
 
@@ -33,16 +33,16 @@ def test_a_folder_is_checked_again_once_it_is_locked(tmp_path: Path) -> None:
         if len(calls) == 2:
             raise ValueError("meanwhile it is full")
 
-    with pytest.raises(ValueError, match="meanwhile it is full"), _files.taken(folder, check):
+    with pytest.raises(ValueError, match="meanwhile it is full"), _locks.taken(folder, check):
         raise AssertionError
     assert calls == [False, True]
-    with _files.locked(folder):  # what was refused holds no lock
-        with pytest.raises(RuntimeError, match="in use by"), _files.taken(folder, lambda: 1 / 0):
+    with _locks.locked(folder):  # what was refused holds no lock
+        with pytest.raises(RuntimeError, match="in use by"), _locks.taken(folder, lambda: 1 / 0):
             raise AssertionError
-    with pytest.raises(ZeroDivisionError), _files.taken(folder, lambda: 1 / 0):
+    with pytest.raises(ZeroDivisionError), _locks.taken(folder, lambda: 1 / 0):
         raise AssertionError
     (folder / ".lock").write_bytes(b"")
-    with pytest.raises(ZeroDivisionError), _files.taken(folder, lambda: 1 / 0):
+    with pytest.raises(ZeroDivisionError), _locks.taken(folder, lambda: 1 / 0):
         raise AssertionError
     assert not (folder / ".lock").read_bytes(), "a refused folder is left as it was"
 
@@ -78,11 +78,11 @@ def test_a_lock_never_writes_to_what_is_not_its_own(tmp_path: Path, kind: str) -
     else:
         os.mkfifo(lock)
     if kind == "hard link":  # cannot be told from a file: locked, not written to
-        with _files.locked(folder):
+        with _locks.locked(folder):
             pass
     else:
         with pytest.raises(RuntimeError, match=r"\.lock is not a file"):
-            with _files.locked(folder):
+            with _locks.locked(folder):
                 pass
     assert precious.read_text() == "precious" and not (tmp_path / "nowhere").exists()
 
@@ -93,13 +93,13 @@ def test_a_file_system_without_locks_is_named(
     def refused(file: Any, flags: int) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(_files.fcntl, "flock", refused)
+    monkeypatch.setattr(_locks.fcntl, "flock", refused)
     with pytest.warns(RuntimeWarning, match="cannot be locked .No locks available.: make sure"):
-        with _files.locked(tmp_path):
+        with _locks.locked(tmp_path):
             pass
-    monkeypatch.setattr(_files, "fcntl", None)
+    monkeypatch.setattr(_locks, "fcntl", None)
     with pytest.warns(RuntimeWarning, match="this system has no flock"):
-        with _files.locked(tmp_path):
+        with _locks.locked(tmp_path):
             pass
 
 

@@ -21,7 +21,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # modules on one floor do not know each other. A package (losses/, transforms/) is one module.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"_text"}),
-    frozenset({"_types", "_checks", "_numerics", "_pooling", "_jaxprs", "_files", "_columnar"}),
+    frozenset(
+        {"_types", "_checks", "_numerics", "_pooling", "_jaxprs"}
+        | {"_files", "_locks", "_columnar"}
+    ),
     frozenset({"trees", "_softmax", "_model_functions"}),
     # Functions of arrays and of parameters.
     frozenset(

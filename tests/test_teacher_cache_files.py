@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from teacher_caches import CLASSES, LIVE, PARAMS, ROWS, N, contents, expected, write
 
-from kdtl_jax import _files
+from kdtl_jax import _files, _locks
 from kdtl_jax.run import teacher_cache as tc
 
 
@@ -144,7 +144,7 @@ def test_folders_of_something_else_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_two_writers_do_not_meet(tmp_path: Path) -> None:
-    with _files.locked(tmp_path), pytest.raises(RuntimeError, match="in use by process"):
+    with _locks.locked(tmp_path), pytest.raises(RuntimeError, match="in use by process"):
         write(tmp_path)
 
 

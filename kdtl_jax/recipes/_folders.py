@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kdtl_jax import _files, _text
+from kdtl_jax import _files, _locks, _text
 from kdtl_jax.recipes import _finished, _students, yaml_files
 from kdtl_jax.recipes.settings import UsageError, as_yaml
 from kdtl_jax.run import checkpoint, processes, record, report
@@ -79,7 +79,7 @@ def run_folder(
             return taken_up
 
         def begin() -> str:
-            stack.enter_context(_files.taken(folder, check))
+            stack.enter_context(_locks.taken(folder, check))
             taken_up = _is_taken_up(settings)
             for unfinished in folder.glob(f".*{_files.TEMPORARY}"):
                 if unfinished.is_file():

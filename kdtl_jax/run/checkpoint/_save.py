@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from kdtl_jax import _checks, _files
+from kdtl_jax import _checks, _files, _locks
 from kdtl_jax._types import PyTree
 from kdtl_jax.run import processes, scores
 from kdtl_jax.run.checkpoint import _history, _quiet, _restore
@@ -228,7 +228,7 @@ def check_removable(folder: str | Path) -> None:
 def _begin(folder: Path, stack: contextlib.ExitStack) -> str:
     """Locks and marks the folder, clears what a kill left there; returns its identity."""
     try:
-        stack.enter_context(_files.taken(folder, lambda: _files.check_free(folder, KIND)))
+        stack.enter_context(_locks.taken(folder, lambda: _files.check_free(folder, KIND)))
         identity = _files.claim(folder, KIND)
     except OSError as error:
         reason = f"{folder} cannot be written ({error.strerror}). Choose another folder"

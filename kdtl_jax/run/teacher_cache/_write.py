@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdtl_jax import _checks, _files, losses, trees
+from kdtl_jax import _checks, _files, _locks, losses, trees
 from kdtl_jax import augment as augmentation
 from kdtl_jax._types import ModelFn, Outputs, PyTree, Variables
 from kdtl_jax.run import processes
@@ -164,7 +164,7 @@ def write(
         return records
 
     def write_here() -> dict[str, Any]:
-        with _files.taken(folder, lambda: _check_folder(folder)):
+        with _locks.taken(folder, lambda: _check_folder(folder)):
             agreed = _begin(folder, plan, keep_layout=shard_rows is None)
             _compute_missing(folder, agreed, compute, progress)
             _finish(folder, agreed)
