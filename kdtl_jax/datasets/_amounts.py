@@ -64,7 +64,8 @@ def amounts(
     if len(units) != 1 or None in units:
         return None
     values = {cell: found.value for cell, found in known.items() if found is not None}
-    return np.array([values.get(cell, np.nan) for cell in cells]), units.pop() or ""
+    numbers = [np.nan if cell is None else values[cell] for cell in cells]
+    return np.array(numbers), units.pop() or ""
 
 
 def kind(unit: str) -> str:
