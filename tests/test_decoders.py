@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_folders import retensored
 
 from kdtl_jax import language, losses, models, transforms
 from kdtl_jax.interop import _hf_decoders, _hf_rope, decoders, safetensors
@@ -87,6 +88,29 @@ def test_folders_come_back_bit_for_bit(name: str, tmp_path: Path):
         np.testing.assert_array_equal(array, stored[tensor], err_msg=tensor)
     again = json.loads((tmp_path / "config.json").read_text())
     assert again | {"tie_word_embeddings": None} == source.config | {"tie_word_embeddings": None}
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_tensors_keep_their_dtypes_where_they_differ(tmp_path: Path):
+    """As after training in half precision with norms in float32."""
+
+    def halved(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        half = jnp.bfloat16
+        return {name: x if "norm" in name else x.astype(half) for name, x in tensors.items()}
+
+    folder = retensored(edited(tmp_path, "phi3"), halved)
+    source, stored = decoders.load(folder), safetensors.load(folder)
+    small = decoders.student(source, layers=[0])
+    for each, name in ((source, "whole"), (small, "small")):
+        decoders.save(tmp_path / name, each.params, each.rules, config=each.config)
+        for tensor, array in safetensors.load(tmp_path / name).items():
+            assert array.dtype == stored[tensor].dtype
+            np.testing.assert_array_equal(array, stored[tensor], err_msg=tensor)
+    hidden, _ = small.model.apply(small.params, jnp.asarray([[1, 2, 3]]))
+    assert hidden.dtype == jnp.bfloat16
+    assert {x.dtype for x in jax.tree.leaves(decoders.load(folder, dtype=jnp.float32).params)} == {
+        jnp.dtype(jnp.float32)
+    }
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -55,3 +55,24 @@ def test_heads_whose_norms_are_spelled_as_in_tensorflow_are_read(family: str, tm
     huggingface.save(tmp_path, source.params, source.rules, config=source.config)
     assert huggingface.load(tmp_path).config["architectures"] == known.config["architectures"]
     assert safetensors.load(tmp_path).keys() == safetensors.load(folder).keys()
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_the_encoder_below_a_t5_classifier_is_read_as_the_encoder(copy: bool, tmp_path: Path):
+    """T5ForTokenClassification and its like keep the whole model under `transformer.`."""
+
+    def classifying(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        out = {f"transformer.{name}": x for name, x in tensors.items()}
+        if copy:
+            out["transformer.encoder.embed_tokens.weight"] = tensors["shared.weight"]
+            out["transformer.decoder.final_layer_norm.weight"] = np.ones(12, np.float32)
+        return out | {"classifier.bias": np.ones(3, np.float32)}
+
+    folder = edited(FOLDERS / "t5", tmp_path, architectures=["T5ForTokenClassification"])
+    source, known = huggingface.load(retensored(folder, classifying)), FOLDERS / "t5"
+    assert source.module == huggingface.load(known).module
+    assert source.report.unused == (("transformer.encoder.embed_tokens.weight",) if copy else ())
+    assert "classifier.bias" in source.report.extra and len(source.report.extra) == 1 + copy
+    huggingface.save(tmp_path, source.params, source.rules, config=source.config)
+    again = huggingface.load(tmp_path)
+    assert again.config["architectures"] == ["T5EncoderModel"] and again.module == source.module

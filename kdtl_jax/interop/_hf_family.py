@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import numpy as np
 
 from kdtl_jax import _text, trees
+from kdtl_jax._types import PyTree
 from kdtl_jax.interop import naming
 from kdtl_jax.interop._hf_config import Config, Field, check_tokens
 from kdtl_jax.interop.naming import Axes, Rule, linear
@@ -266,6 +268,16 @@ def depth_of(flat: Iterable[str]) -> int:
     """The number of layers among canonical paths."""
     numbers = {int(m[1]) for path in flat if (m := re.match(r"layers_(\d{1,9})/", path))}
     return max(numbers, default=-1) + 1
+
+
+def with_dtypes(target: PyTree, arrays: Shaped, dtype: Any) -> PyTree:
+    """The target with the arrays' dtypes, which may differ, or with one that was asked for."""
+
+    def typed(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        stored = arrays[path].dtype if path in arrays else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, stored if dtype is None else dtype)
+
+    return trees.map_with_path(typed, target)
 
 
 def _replaced(rule: Rule, head: Head) -> bool:

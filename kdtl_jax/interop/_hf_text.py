@@ -47,6 +47,7 @@ def _t5(v: dict[str, Any], found: Found) -> models.T5Encoder:
 
 
 _T5_KINDS = ("relu", "gelu", "silu", "gated-relu", "gated-gelu", "gated-silu")
+_T5_PREFIXES = ("", "transformer.")  # the latter below a classifier
 _block = "encoder.block.{i}.layer"
 _attention = f"{_block}.0.SelfAttention"
 
@@ -58,7 +59,7 @@ def _kernel(torch: str, jax: str) -> Rule:
 t5 = Family(
     ("t5",),
     "T5EncoderModel",
-    "",
+    "transformer.",
     (
         count("vocab_size"),
         count("d_model"),
@@ -92,10 +93,10 @@ t5 = Family(
     ),
     _t5,
     tokens,
-    copies={"encoder.embed_tokens.weight": "tokens/embedding"},
+    copies={f"{each}encoder.embed_tokens.weight": "tokens/embedding" for each in _T5_PREFIXES},
     harmless="num_decoder_layers scale_decoder_outputs tie_word_embeddings classifier_dropout "
     "n_positions",
-    other_heads=(r"(decoder|lm_head|classification_head|classifier)\..*",),
+    other_heads=(r"((transformer\.)?decoder|lm_head|classification_head|classifier)\..*",),
     depth="num_layers",
     sides={
         "vocab_size": ("tokens/embedding", 0),

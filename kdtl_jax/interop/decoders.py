@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kdtl_jax import _text, models, transforms
+from kdtl_jax import _text, models, transforms, trees
 from kdtl_jax._files import atomic_file, read_json, write_atomic
 from kdtl_jax._types import Params
 from kdtl_jax.interop import _hf_decoders, _hf_family, naming, safetensors
@@ -67,7 +67,8 @@ def load(folder: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
 
     Args:
       folder: the folder.
-      dtype: floating dtype of the parameters; None keeps the file's.
+      dtype: floating dtype of the parameters; None keeps each tensor's. The computation takes that
+        of the embedding.
 
     Returns:
       The decoder. Its report lists heads for other tasks under `extra`, and a stored copy of the
@@ -100,9 +101,7 @@ def from_tensors(
     extra = tuple(name for name in tensors if re.fullmatch(_OTHER_HEADS, name))
     kept = {name: array for name, array in tensors.items() if name not in {*unused, *extra}}
     arrays = naming.from_torch(kept, rules, ignore=_BUFFERS)
-    target = jax.eval_shape(model.init, jax.random.key(0))
-    stored = next(iter(arrays.values())).dtype
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or stored), target)
+    target = _hf_family.with_dtypes(jax.eval_shape(model.init, jax.random.key(0)), arrays, dtype)
     params, report = transforms.transfer(arrays, target)
     report = report._replace(unused=tuple(sorted(unused)), extra=extra)
     return PretrainedDecoder(model, params, rules, config, report)
@@ -135,11 +134,10 @@ def student(source: PretrainedDecoder, *, layers: Sequence[int]) -> PretrainedDe
         raise ValueError(f"layers must lie in 0..{whole.layers - 1}, got {list(layers)}.")
     config, built = _of_layers(source.config, whole, layers)
     model = models.decoder(built)
-    target = jax.eval_shape(model.init, jax.random.key(0))
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, source.params["tokens"]["embedding"].dtype), target
-    )
     rename = transforms.layer_map(r"layers_(\d+)/.*", layers)
+    flat = trees.flatten(source.params)
+    chosen = {new: leaf for path, leaf in flat.items() for new in rename(path)}
+    target = _hf_family.with_dtypes(jax.eval_shape(model.init, jax.random.key(0)), chosen, None)
     params, report = transforms.transfer(source.params, target, rename=rename)
     return PretrainedDecoder(model, params, source.rules, config, report)
 

@@ -89,7 +89,7 @@ def load(
     built = _hf_build.built(family, config, views)
     tensors = {k: x for k, x in views.items() if k not in {*built.unused, *built.extra}}
     arrays = naming.from_torch(tensors, built.rules)
-    variables, report = transfer(arrays, _with_dtypes(built.variables, arrays, dtype))
+    variables, report = transfer(arrays, _hf_family.with_dtypes(built.variables, arrays, dtype))
     params = {k: v for k, v in variables.items() if k != "batch_stats"}
     state = {"batch_stats": variables["batch_stats"]} if "batch_stats" in variables else None
     others = tuple(name for name in stored if name not in views)
@@ -140,7 +140,7 @@ def student(
     if classes is None:
         # Built anew: what a config says per layer is that of the chosen layers.
         built = _hf_build.built(family, config, naming.to_torch(chosen, rules))
-        target, module = _with_dtypes(built.variables, chosen, None), built.module
+        target, module = _hf_family.with_dtypes(built.variables, chosen, None), built.module
         _check_layers(source.config["model_type"], layers, chosen, target)
         params, report = transforms.transfer(source.params, target, rename=rename)
     else:
@@ -325,15 +325,5 @@ def _with_fresh(
     new = [name for name in shapes if name in names]
     fresh = jax.jit(lambda key: {name: init(key, zeros).params[name] for name in new})
     old = {name: leaf for name, leaf in shapes.items() if name not in names}
-    typed = _with_dtypes(old, arrays, None)
+    typed = _hf_family.with_dtypes(old, arrays, None)
     return {**typed, **fresh(jax.random.key(0) if key is None else key)}
-
-
-def _with_dtypes(target: PyTree, arrays: Mapping[str, Any], dtype: Any) -> PyTree:
-    """The target with the file's dtypes, or the one that was asked for."""
-
-    def typed(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        stored = arrays[path].dtype if path in arrays else leaf.dtype
-        return jax.ShapeDtypeStruct(leaf.shape, stored if dtype is None else dtype)
-
-    return trees.map_with_path(typed, target)
