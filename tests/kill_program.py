@@ -46,6 +46,26 @@ LANGUAGE = [
     "--steps", "6", "--batch-size", "4", "--length", "12", "--prompt", "4", "--samples", "1",
     "--checks", "2", "--held-out", "0.2", "--method", "sft,opd", "--save-every", "2",
 ]  # fmt: skip
+# Models with a state and random keys, a loss and a method, from a file.
+OWN = """
+from flax import nnx
+from kdtl_jax import methods
+class Net(nnx.Module):
+    def __init__(self, din, classes, *, rngs):
+        self.hidden = nnx.Linear(din, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.2, rngs=rngs)
+        self.out = nnx.Linear(4, classes, rngs=rngs)
+    def __call__(self, x):
+        return self.out(self.dropout(nnx.relu(self.norm(self.hidden(x)))))
+def squares(student_logits, teacher_logits):
+    return ((student_logits - teacher_logits) ** 2).mean(axis=-1)
+def twice(setup):
+    def terms(inputs):
+        return {"twice": 2 * squares(inputs.student["logits"], inputs.teacher["logits"])}
+    return methods.method(setup, terms, {"task": 0.5, "twice": 0.25})
+"""
+PAIR = ["--data", "data.npz", "--teacher", "own.py:Net", "--student", "own.py:Net"]
 
 
 class Case(NamedTuple):
@@ -109,6 +129,16 @@ def cases() -> dict[str, Case]:
             "--labels-per-class", "3", "--batch-size", "3", "--seeds", "2", "--epochs", "4",
             "--source-epochs", "4", "--source-classes", "0-2", "--target-classes", "0-2",
         ),
+        "distill own": run(
+            "distill", *PAIR, "--batch-size", "8", *TRAINED, "--loss", "own.py:squares",
+            "--method", "own.py:twice", "--methods", "kd",
+        ),
+        "sweep own": run("sweep", *PAIR, *TRAINED, "--grid", "temperature=1,4"),
+        "transfer own": run(
+            "transfer", "--data", "data.npz", "--model", "own.py:Net", "--methods",
+            "scratch,copied_finetuned", "--seeds", "2", "--epochs", "4", "--source-epochs", "4",
+            "--source-classes", "0-2", "--target-classes", "0-2", "--labels-per-class", "3",
+        ),
         "sentences": run(
             "sentences", "--encoder", "encoder", "--text", "text.txt", "--layers", "0,2",
             "--quick", "--batch-size", "16", "--save-every", "2",
@@ -122,6 +152,7 @@ def cases() -> dict[str, Case]:
 def prepare(folder: Path, *, has_sentences: bool) -> None:
     """Data, weights, an adapter, an encoder and a text in the working folder."""
     write_data(folder / "data.npz")
+    (folder / "own.py").write_text(OWN)
     for seed, name in enumerate(("base", "a", "b")):
         tensors = flat(seed, width=64, layers=12)
         safetensors.save(folder / f"{name}.safetensors", tensors, metadata={"format": "np"})

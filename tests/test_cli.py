@@ -103,6 +103,7 @@ def test_printed_settings_read_back(words: list[str], tmp_path: Path, capsys: Ca
         (["distill", "--gpu"], "--gpu; JAX chooses the device: set JAX_PLATFORMS to cpu, cuda"),
         (["params", "merge", "a", "--out", "b"], "--out; did you mean --write[?]"),
         (["export", "a", "--to", "onnx"], "--to; did you mean --format[?]"),
+        (["sweep", "--temperature", "1,4"], "--temperature; did you mean --grid[?]"),
         (["language", "--seq-len", "64"], "--seq-len; did you mean --length[?]"),
         (["predict", "--student", "a"], "--student; STUDENT is given without a flag"),
         (["evaluate", "a", "--data", "b"], "--data; DATA is given without a flag"),

@@ -3,10 +3,12 @@
 import base64
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kdtl_jax import datasets
 from kdtl_jax.datasets import Dataset
 from kdtl_jax.recipes import _evidence
 from kdtl_jax.run import report
@@ -71,6 +73,27 @@ def test_differing_examples_are_shown_as_rows_or_pictures() -> None:
     page = report.page("t", [confusion, differences, shown])
     assert "<cat>" not in page and page.count('src="data:image/png;base64,') == 3
     assert len(_evidence.sections(split(), _evidence.Named("KD", TEACHER), TEACHER)) == 1
+
+
+def test_rows_of_a_table_are_shown_as_its_file_has_them(tmp_path: Path) -> None:
+    """In their own units and by their names, though the student reads them scaled."""
+    colors = ["red" if i % 2 else "blue" for i in range(60)]
+    lines = [
+        f"{1000 + i},{i}%,{color},2024-03-{1 + i % 28:02d},{i % 5},1,2,{'ab'[i % 2]}"
+        for i, color in enumerate(colors)
+    ]
+    header = "size,share,color,day,e,f,g,label"
+    (tmp_path / "a.csv").write_text("\n".join([header, *lines]))
+    read = datasets.read_splits(str(tmp_path / "a.csv"), one_hot=True)
+    test = datasets.prepared(read)[0].test
+    student = _evidence.Named("KD", 1 - test.labels[None])
+    [table] = _evidence.sections(test, student, test.labels[None])[1].parts
+    assert isinstance(table, report.Table)
+    [(_, rows)] = table.groups
+    for row in rows:
+        i = round(read.test.inputs[int(row[0]), 1])
+        wanted = f"size {1000 + i}, share {i}%, color {colors[i]}, day 2024-03-{1 + i % 28:02d}"
+        assert row[-1] == f"{wanted}, e {i % 5}, f 1, …"
 
 
 def test_examples_that_differ_alike_are_of_all_classes() -> None:

@@ -30,6 +30,7 @@ OTHER_WORDS = {
     "to": ("format",),
     "seq-len": ("length",),
     "max-length": ("length",),
+    "temperature": ("grid",),
 }
 DEVICES = ("device", "gpu", "cuda", "tpu", "cpu", "accelerator")
 

@@ -1,5 +1,6 @@
 """Labeled data on the host: the built-in digits, readers for files, fixed splits."""
 
+from kdtl_jax.datasets._columns import cell_of as cell_of
 from kdtl_jax.datasets._dataset import Dataset as Dataset
 from kdtl_jax.datasets._dataset import checked as checked
 from kdtl_jax.datasets._dataset import digits as digits

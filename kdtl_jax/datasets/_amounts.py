@@ -75,6 +75,14 @@ def kind(unit: str) -> str:
     return f"a number with {unit!r}" if unit else "a plain number"
 
 
+def written(value: float, unit: str) -> str:
+    """The amount in a short form: "12.5%", "$3", the day of a date."""
+    if unit == DAYS:
+        return str(np.datetime64(int(np.floor(value + 0.01)), "D"))
+    number = f"{value:.5g}"
+    return number + unit if unit == "%" else unit + number
+
+
 def told(cell: str, decimal_comma: bool) -> str:
     """How this cell and others like it are read."""
     found = amount(cell, decimal_comma=decimal_comma)

@@ -105,6 +105,13 @@ def encoded(table: Table, columns: Sequence[Column]) -> np.ndarray:
     return out
 
 
+def cell_of(column: Column, inputs: np.ndarray) -> str:
+    """What a cell of this column says, by its inputs `[1]`, or `[categories]`, up to rounding."""
+    if column.categories:
+        return column.categories[int(inputs.argmax())] if inputs.max() > 0.5 else "another"
+    return _amounts.written(float(inputs[0]), column.unit)
+
+
 def unknown_categories(table: Table, columns: Sequence[Column]) -> list[str]:
     """What to tell of categories that the training part does not have."""
     notices = []

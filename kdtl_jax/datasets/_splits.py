@@ -147,7 +147,10 @@ def prepared(splits: Splits) -> tuple[Splits, Preprocessing]:
 
 
 def scaled(splits: Splits, preprocessing: Preprocessing) -> Splits:
-    """All parts scaled as a `Preprocessing` says: inputs, and targets that are numbers."""
+    """All parts scaled as a `Preprocessing` says: inputs, and targets that are numbers.
+
+    The parts' own forms say so, too.
+    """
     scaling, of_targets = preprocessing.scaling, preprocessing.target_scaling
     parts = [part if scaling is None else scaling.apply(part) for part in splits]
     if of_targets is not None:
@@ -157,7 +160,7 @@ def scaled(splits: Splits, preprocessing: Preprocessing) -> Splits:
             )
             for part in parts
         ]
-    return Splits(*parts)
+    return Splits(*(part._replace(form=part.form._replace(scaling=scaling)) for part in parts))
 
 
 def drawn(

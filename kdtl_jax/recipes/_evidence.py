@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdtl_jax import datasets
 from kdtl_jax._text import shown
 from kdtl_jax.datasets import Dataset
 from kdtl_jax.run import report
@@ -108,14 +109,30 @@ def _shown(
         texts = [", ".join(f"{k} {v}" for k, v in caption.items()) for caption in captions]
         images = [report.png(test.inputs[i]) for i in order]
         return report.Pictures([*map(report.Picture, images, texts)])
-    header = ("Example", "Is", called.capitalize(), "Student", "Inputs (scaled)")
-    rows = []
-    for i in order:
-        values = np.asarray(test.inputs[i]).ravel()
-        more = " …" if len(values) > FEATURES else ""
-        numbers = " ".join(f"{value:.3g}" for value in values[:FEATURES])
-        rows.append((f"{i}", *words(i), numbers + more))
+    header = ("Example", "Is", called.capitalize(), "Student", "Inputs")
+    rows = [(f"{i}", *words(i), _inputs(test, i)) for i in order]
     return report.table(header, rows)
+
+
+def _inputs(test: Dataset, row: int) -> str:
+    """The first inputs of an example as its file has them, by their columns' names."""
+    values, form = np.asarray(test.inputs[row], np.float64), test.form
+    if form.scaling is not None:
+        scale = form.scaling.scale
+        values = values * scale + form.scaling.mean
+        values = np.where(np.abs(values) < 1e-6 * scale, 0.0, values)  # but for rounding
+    flat = values.ravel()
+    if not form.columns or values.ndim != 1:
+        more = " …" if flat.size > FEATURES else ""
+        return " ".join(f"{value:.3g}" for value in flat[:FEATURES]) + more
+    cells, at = [], 0
+    for column in form.columns[:FEATURES]:
+        part = flat[at : at + (len(column.categories) or 1)]
+        cell = datasets.cell_of(column, part)
+        cells.append(f"{shown(column.name, 16)} {shown(cell, 16)}")
+        at += len(part)
+    more = ["…"] if len(form.columns) > FEATURES else []
+    return ", ".join([*cells, *more])
 
 
 def _names(test: Dataset) -> list[str]:
