@@ -10,7 +10,6 @@ or not, in any float dtype. The model is a `models.Decoder`, whose head is separ
 gives hidden states and attention. Encoders are in `interop.huggingface`.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,9 +18,9 @@ from typing import Any, NamedTuple
 import jax
 
 from kdtl_jax import _text, models, transforms, trees
-from kdtl_jax._files import atomic_file, read_json, write_atomic
+from kdtl_jax._files import read_json, write_atomic
 from kdtl_jax._types import Params
-from kdtl_jax.interop import _hf_decoders, _hf_family, naming, safetensors
+from kdtl_jax.interop import _hf_decoders, _hf_family, _hf_folder, naming, safetensors
 from kdtl_jax.interop._hf_config import check_tokens
 from kdtl_jax.interop._hf_family import Equal, equal_in
 from kdtl_jax.interop.naming import Rule
@@ -173,9 +172,7 @@ def save(
         for file in (Path(tokenizer) / name for name in TOKENIZER_FILES):
             if file.is_file():
                 write_atomic(folder / file.name, file.read_bytes())
-    with atomic_file(folder / "config.json") as out:
-        out.write(json.dumps(config, indent=2, sort_keys=True).encode())
-    safetensors.save(folder / "model.safetensors", tensors, metadata={"format": "pt"})
+    _hf_folder.write(folder, config, tensors)
 
 
 def described(

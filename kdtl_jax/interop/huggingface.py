@@ -15,7 +15,6 @@ pickles.
 """
 
 import importlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,9 +26,17 @@ import numpy as np
 from jax import Array
 
 from kdtl_jax import transforms, trees
-from kdtl_jax._files import atomic_file, read_json
+from kdtl_jax._files import read_json
 from kdtl_jax._types import ModelFn, Params, PyTree
-from kdtl_jax.interop import _hf_build, _hf_family, _hf_towers, linen, naming, safetensors
+from kdtl_jax.interop import (
+    _hf_build,
+    _hf_family,
+    _hf_folder,
+    _hf_towers,
+    linen,
+    naming,
+    safetensors,
+)
 from kdtl_jax.interop._hf_build import FAMILIES, family_of
 from kdtl_jax.interop._hf_config import Limits, read
 from kdtl_jax.interop._hf_family import Equal, Family, Found, Head
@@ -200,11 +207,7 @@ def save(
     norms = [name for name in tensors if name.endswith(".running_mean")]
     counts = [name.replace("running_mean", "num_batches_tracked") for name in norms]
     tensors |= {name: np.zeros((), np.int64) for name in counts}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(folder / "config.json") as file:
-        file.write(json.dumps(config, indent=2, sort_keys=True).encode())
-    safetensors.save(folder / "model.safetensors", tensors, metadata={"format": "pt"})
+    _hf_folder.write(Path(folder), config, tensors)
 
 
 def described(

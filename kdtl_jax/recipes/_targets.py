@@ -81,26 +81,8 @@ def compare(
     seeds, few, part = settings.seeds, settings.labels_per_class, target.train
     parts = [per_class(part, few, seed=s) if few else part for s in range(seeds)]
     data = _choice.stacked(parts)
-    example = data["inputs"][0, :1]
-    # Apart from the sources' seeds, so that no target starts as its source started.
-    fresh = _choice.per_seed(
-        lambda seed: net.init(_training.keys(seed).model, example), seeds, offset=1000
-    )
-    first = _training.pick(source.tree, 0) if source.is_per_seed else source.tree
-    _, done = copy(first, _training.pick(fresh, 0), surgery)
-    head = source_head(first) if source.is_classifier else None
-    check_head(head, chosen)
-
-    def copied_of(tree: Any, target: Variables) -> Variables:
-        return copy(tree, target, surgery, check_finite=False)[0]
-
-    over = 0 if source.is_per_seed else None
-    copied = jax.jit(jax.vmap(copied_of, in_axes=(over, 0)))(
-        jax.tree.map(jnp.asarray, source.tree), fresh
-    )
-    heads = None if head is None else source_head(source.tree)
-    if heads is not None and not source.is_per_seed:
-        heads = jax.tree.map(lambda x: jnp.stack([x] * seeds), heads)
+    fresh, copied, heads, done = starts(net, source, surgery, data["inputs"][0, :1], seeds)
+    check_head(heads, chosen)
     shared = {"data": data, "copied": copied, "heads": heads}
     classes = part.classes
     kind = measure.kind
@@ -156,19 +138,11 @@ def compare(
         if choice.fitted.epoch is not None:
             described["epochs_kept"] = np.asarray(choice.fitted.epoch).tolist()  # by seed
         params = _training.pick(choice.fitted.kept.params, 0)
-        found.rows.append(
-            measures.row(
-                measure,
-                method.name,
-                FAMILY,
-                method.label,
-                params,
-                choice.fitted,
-                seconds,
-                described,
-                targets=target.test.labels,
-            )
-        )
+        row = measures.row(
+            measure, method.name, FAMILY, method.label, params, choice.fitted, seconds, described,
+            targets=target.test.labels,
+        )  # fmt: skip
+        found.rows.append(row)
         found.learning[method.name] = _choice.learning_curve(
             choice.fitted, settings.epochs, measure.score_name
         )
@@ -176,6 +150,33 @@ def compare(
         named = np.asarray(choice.fitted.named)
         found.named[method.name] = _evidence.Named(method.label, named)
     return found
+
+
+def starts(
+    net: Network, source: Source, surgery: Surgery, example: Any, seeds: int
+) -> tuple[Variables, Variables, Any, transforms.Report]:
+    """What targets start from, stacked over seeds: fresh, copied, and the source's heads.
+
+    The heads are None where the source has none, or none of classes. The report is of one copy.
+    """
+    # Apart from the sources' seeds, so that no target starts as its source started.
+    fresh = _choice.per_seed(
+        lambda seed: net.init(_training.keys(seed).model, example), seeds, offset=1000
+    )
+    first = _training.pick(source.tree, 0) if source.is_per_seed else source.tree
+    _, done = copy(first, _training.pick(fresh, 0), surgery)
+
+    def copied_of(tree: Any, target: Variables) -> Variables:
+        return copy(tree, target, surgery, check_finite=False)[0]
+
+    over = 0 if source.is_per_seed else None
+    copied = jax.jit(jax.vmap(copied_of, in_axes=(over, 0)))(
+        jax.tree.map(jnp.asarray, source.tree), fresh
+    )
+    heads = source_head(source.tree) if source.is_classifier else None
+    if heads is not None and not source.is_per_seed:
+        heads = jax.tree.map(lambda x: jnp.stack([x] * seeds), heads)
+    return fresh, copied, heads, done
 
 
 def check(
