@@ -94,6 +94,29 @@ def test_examples_without_an_answer_have_no_class() -> None:
 
     found = list(predict.rows(np.array([[np.nan, 0.0], [1.0, 1.0]]), ("a", "b"), False))
     assert found == [["row", "class", "probability"], ["0", "", ""], ["1", "a", "0.5"]]
+    labels = np.array([[np.nan, 1.0], [-1.0, -1.0], [1.0, 1.0]])
+    told = [row[1] for row in predict.rows_of_labels(labels, ("a", "b"), False)]
+    assert told == ["labels", "nan", "", "a;b"]
+
+
+def test_examples_without_an_answer_are_counted_aloud(
+    run: Path, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    from kdtl_jax.recipes import _inputs
+
+    used = _inputs.used
+
+    def with_gaps(*args: Any, **options: Any) -> Any:
+        model, found = used(*args, **options)
+        gap = np.zeros((len(found.inputs), 1), np.float32)
+        gap[[4, 7]] = np.nan
+        return model._replace(predict=lambda x: model.predict(x) + gap), found
+
+    monkeypatch.setattr(_inputs, "used", with_gaps)
+    assert kdtl("predict", run / "students" / "kd.safetensors", file, "--part", "all") == 0
+    said = capsys.readouterr()
+    assert "answers 2 of 90 examples with numbers that are not finite, row 4 first" in said.err
+    assert said.out.splitlines()[5] == "4,,"
 
 
 def test_data_of_something_else_are_refused(run: Path, tmp_path: Path, capsys: Captured) -> None:

@@ -194,6 +194,26 @@ def test_stopping_is_judged_once_per_evaluation() -> None:
     assert asked == [1, 2, 3]
 
 
+def test_early_stopping_looks_at_every_evaluation_once() -> None:
+    """Asked after each of n, it must not take time that grows with n squared."""
+    looked: list[float] = []
+
+    class Line(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            looked.append(self[key])
+            return super().get(key, default)
+
+    values = [3.0, np.nan, 2.0, 2.0, 2.5, 1.0, 1.5, np.nan, 1.2]
+    lines = [Line({"eval/loss": value}) for value in values]
+    stop = loop.no_improvement("loss", 3)
+    asked = [stop([*lines[: i + 1]]) for i in range(len(lines))]
+    assert asked == [False] * 8 + [True]
+    np.testing.assert_array_equal(looked, values)
+    # Those of another run are judged by themselves.
+    assert [stop([*lines[3 : i + 1]]) for i in range(3, 9)] == [False] * 5 + [True]
+    assert stop([*lines[:2], *lines[1:2] * 2]) and not stop([])
+
+
 def test_signals_outside_a_loop_end_one_process_and_are_shared_within() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as caught, processes.signals() as outer:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from kdtl_jax import metrics
-from kdtl_jax.recipes import evaluate
+from kdtl_jax.datasets import Preprocessing
+from kdtl_jax.recipes import _measures, evaluate
 from kdtl_jax.run import scores
 
 LABELS = np.array([0, 0, 0, 1, 1, 2])
@@ -124,3 +125,25 @@ def test_labels_of_an_example_without_an_answer_leave_no_score_of_all() -> None:
     assert found["not_finite"] == 1
     for name in ("exact", "mean_average_precision", "micro_f1", "macro_f1"):
         assert np.isnan(found[name])
+
+
+def test_a_class_without_an_answer_leaves_no_score_of_all() -> None:
+    logits = np.array([[1.0, -1.0], [np.nan, -1.0], [-np.inf, 2.0]])
+    found = evaluate.of_classes(logits, np.array([0, 1, 1]), ["a", "b"])
+    assert found["not_finite"] == 1
+    for name in ("accuracy", "balanced_accuracy", "macro_f1", "negative_log_likelihood", "brier"):
+        assert np.isnan(found[name]), name
+    known = evaluate.of_classes(logits[[0, 2]], np.array([0, 1]), ["a", "b"])
+    assert known["macro_f1"] == known["accuracy"] == 1
+
+
+def test_a_diverged_student_agrees_with_nobody_and_names_nothing() -> None:
+    """NaN > 0 is false: as an answer that would be "none of the labels"."""
+    answers = np.array([[[1.0, -1.0], [-2.0, -1.0]], [[np.nan] * 2, [1.0, 1.0]]])  # [S, N, K]
+    labels = _measures.of(Preprocessing(kind="labels"))
+    assert all(np.isnan(x) for x in labels.more(answers, [[1, 0], [0, 0]]).values())
+    assert labels.more(answers[:1], [[1, 0], [0, 0]])["subset_accuracy"] == 1
+    assert labels.alike is not None and _measures.CLASSES.alike is not None
+    np.testing.assert_array_equal(labels.alike(answers, answers[:1]), [[1, 1], [np.nan, 0]])
+    alike = _measures.CLASSES.alike([[0, 1, 2], [-1, 1, 0]], [[0, 1, -1]])
+    np.testing.assert_array_equal(alike, [[1, 1, np.nan], [np.nan, 1, np.nan]])

@@ -33,7 +33,7 @@ class Measure(NamedTuple):
     answers: Callable[[Array], Array]
     # (answers [..., N] or [..., N, K], targets) -> scores [...]; NaN where an answer is not finite.
     score: Callable[[Any, Any], np.ndarray]
-    # Whether two answers are one decision, [..., N].
+    # 1 where two answers are one decision, else 0, [..., N]; NaN where one is not finite.
     alike: Callable[[Any, Any], np.ndarray] | None = None
     # `answers` and `score` of one student `[N, K]` within a program; its score is float32.
     judged: Callable[[Array, Array], tuple[Array, Array]] = _training.judged
@@ -170,9 +170,24 @@ def _r_squared(answers: np.ndarray, targets: np.ndarray) -> float:
     return found if np.isfinite(found) else float("nan")
 
 
+def _same_class(named: Any, other: Any) -> np.ndarray:
+    named, other = np.asarray(named), np.asarray(other)
+    broken = (named == scores.WRONG) | (other == scores.WRONG)
+    return np.where(broken, np.nan, named == other)
+
+
+def _same_labels(answers: Any, other: Any) -> np.ndarray:
+    answers, other = np.asarray(answers), np.asarray(other)
+    broken = ~np.isfinite(answers).all(axis=-1) | ~np.isfinite(other).all(axis=-1)
+    return np.where(broken, np.nan, ((answers > 0) == (other > 0)).all(axis=-1))
+
+
 def _more_of_labels(answers: Any, targets: Any) -> dict[str, float]:
-    targets = np.asarray(targets)
-    named = [np.asarray(y) > 0 for y in np.asarray(answers)]
+    """A label is named where its logit is above 0; where one is not finite, nothing is known."""
+    answers, targets = np.asarray(answers), np.asarray(targets)
+    if not np.isfinite(answers).all():
+        return {"macro_f1": float("nan"), "subset_accuracy": float("nan")}
+    named = [y > 0 for y in answers]
     return {
         "macro_f1": float(np.mean([metrics.macro_f1(y, targets) for y in named])),
         "subset_accuracy": float(np.mean([(y == targets).all(axis=1).mean() for y in named])),
@@ -253,7 +268,7 @@ CLASSES = Measure(
     ("kd", "dkd"),
     scores.predicted,
     scores.accuracy,
-    lambda named, other: np.asarray(named) == np.asarray(other),
+    _same_class,
 )
 _LABELS = Measure(
     "labels",
@@ -262,7 +277,7 @@ _LABELS = Measure(
     ("binary_kd", "logit_mse"),
     jnp.asarray,
     _by_seed(_mean_average_precision),
-    lambda y, other: ((np.asarray(y) > 0) == (np.asarray(other) > 0)).all(axis=-1),
+    _same_labels,
     judged=_judged(_traced_precision),
     more=_more_of_labels,
 )

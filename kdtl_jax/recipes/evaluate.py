@@ -91,13 +91,14 @@ def of_classes(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> 
     with np.errstate(invalid="ignore", over="ignore"):
         p = softmax(logits.astype(np.float64), axis=-1)
     each = metrics.per_class(named, labels, count)
+    has_answers = not (named == scores.WRONG).any()  # else no score of all examples is known
     calibration = metrics.calibration(p, labels, bins=BINS)
     return {
         "examples": len(labels),
         "not_finite": int(np.sum(named == scores.WRONG)),
         "accuracy": metrics.accuracy(named, labels),
         "balanced_accuracy": metrics.balanced_accuracy(named, labels, count),
-        "macro_f1": float(np.nanmean(each.f1)),
+        "macro_f1": float(np.nanmean(each.f1)) if has_answers else float("nan"),
         "negative_log_likelihood": metrics.negative_log_likelihood(p, labels),
         "brier": metrics.brier(p, labels),
         "calibration_error": calibration.error,

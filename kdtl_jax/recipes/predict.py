@@ -46,6 +46,14 @@ def run(settings: Settings) -> int:
     model, found = _inputs.used(settings, example, with_labels=False)
     logits = model.predict(found.inputs)
     names, kind = _inputs.class_names(model), _inputs.kind(model)
+    # A class may be masked with -inf.
+    answers = _named(logits) != scores.WRONG if kind == "classes" else _are_answers(logits)
+    if (broken := np.flatnonzero(~answers)).size:
+        print(
+            f"warning: {settings.student} answers {broken.size} of {len(logits)} examples with "
+            f"numbers that are not finite, row {broken[0]} first",
+            file=sys.stderr,
+        )
     if kind == "numbers":
         table = rows_of_numbers(logits, model.about.names)
     elif kind == "labels":
@@ -74,10 +82,9 @@ def rows(
     """The table: a header, then a line per example; no class where logits are not finite."""
     extra = [f"p({name})" for name in names] if with_probabilities else []
     yield ["row", "class", "probability", *extra]
-    named = np.asarray(scores.predicted(jnp.asarray(logits)))
     with np.errstate(invalid="ignore", over="ignore"):
         p = softmax(logits.astype(np.float64), axis=-1)
-    for i, (at, each) in enumerate(zip(named.tolist(), p.tolist(), strict=True)):
+    for i, (at, each) in enumerate(zip(_named(logits).tolist(), p.tolist(), strict=True)):
         chosen = ["", ""] if at == scores.WRONG else [names[at], f"{each[at]:.6g}"]
         yield [str(i), *chosen, *(f"{value:.6g}" for value in each if extra)]
 
@@ -85,12 +92,19 @@ def rows(
 def rows_of_labels(
     logits: np.ndarray, names: tuple[str, ...], with_probabilities: bool
 ) -> Iterator[list[str]]:
-    """Several labels at once: those of probability above one half, between semicolons."""
+    """Several labels at once: those of probability above one half, between semicolons.
+
+    `nan` where logits are not finite: nothing would mean that no label is likely.
+    """
     yield ["row", "labels", *([f"p({name})" for name in names] if with_probabilities else [])]
     p = expit(logits.astype(np.float64))
-    for i, each in enumerate(p.tolist()):
+    for i, (each, told) in enumerate(zip(p.tolist(), _are_answers(logits), strict=True)):
         named = ";".join(name for name, value in zip(names, each, strict=True) if value > 0.5)
-        yield [str(i), named, *(f"{value:.6g}" for value in each if with_probabilities)]
+        yield [
+            str(i),
+            named if told else "nan",
+            *(f"{value:.6g}" for value in each if with_probabilities),
+        ]
 
 
 def rows_of_numbers(values: np.ndarray, names: tuple[str, ...]) -> Iterator[list[str]]:
@@ -99,3 +113,12 @@ def rows_of_numbers(values: np.ndarray, names: tuple[str, ...]) -> Iterator[list
     yield ["row", *(names or plain)]
     for i, each in enumerate(values.tolist()):
         yield [str(i), *(f"{value:.7g}" for value in each)]
+
+
+def _named(logits: np.ndarray) -> np.ndarray:
+    return np.asarray(scores.predicted(jnp.asarray(logits)))
+
+
+def _are_answers(logits: np.ndarray) -> np.ndarray:
+    """bool `[N]`: whether all numbers of an example are finite."""
+    return np.isfinite(logits).all(axis=-1)

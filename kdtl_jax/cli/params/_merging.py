@@ -2,10 +2,14 @@
 
 Tensors are merged one after another by `transforms`, in pieces of 4 MB: memory holds little, never
 the models. Only `regmean`, which solves equations, holds three matrices, and a vector is one piece.
+
+What an input holds of NaN or infinity is told while it is read: methods that drop entries may drop
+these as well, and their result is finite.
 """
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +32,7 @@ class Part(NamedTuple):
     options: Options
     base: Tensor | None = None
     statistics: tuple[Tensor | None, ...] = ()
+    told: set[Tensor] | None = None  # the inputs that were said to hold NaN or infinity
 
 
 def by_tensor(
@@ -37,6 +42,7 @@ def by_tensor(
 
     `merge` is the method's or, where that differs, mergekit's.
     """
+    parts = _watched(parts)
     # Tied tensors share the draws of the first one's path, and so stay equal.
     first = _ties(parts) if "seed" in method.options else {}
 
@@ -84,7 +90,7 @@ def _least_squares(part: Part, name: str, merge: Merge) -> Iterator[np.ndarray]:
 
     def rows(tensor: Tensor) -> Iterator[Array]:
         size = transforms.block_rows(tensor.shape) * tensor.shape[-1]
-        for x in safetensors.blocks(tensor, size):
+        for x in _blocks(part, tensor, size):
             yield jnp.asarray(x.reshape(-1, tensor.shape[-1]), wide)
 
     for slab, _ in _slabs(part, -2):
@@ -138,6 +144,7 @@ def ties_of_models(parts: Mapping[str, Part], copies: Mapping[str, Tensor]) -> C
     Two passes find every model's cut, a third counts signs and how many of the cut's equals come
     before each tensor. Writing is the fourth.
     """
+    parts = _watched(parts)
     first = _ties(parts)
     paths = sorted(path for path in parts if path not in first)
     some = next(iter(parts.values()), Part((), Options()))
@@ -210,11 +217,27 @@ def _pieces(part: Part, name: str, size: int, shape: tuple[int, ...] = (-1,)) ->
     """All tensors side by side, `size` entries at a time, under the path `name`."""
     models = [part.base, *part.models] if part.base else [*part.models]
     tensors = [t for t in (*models, *part.statistics) if t is not None]
-    read = (safetensors.blocks(tensor, size) for tensor in tensors)
+    read = (_blocks(part, tensor, size) for tensor in tensors)
     for number, pieces in enumerate(zip(*read, strict=True)):
         found = [{name: jnp.asarray(_checkpoints.wide(x)).reshape(shape)} for x in pieces]
         base = found.pop(0) if part.base else {}
         yield Members(base, found[: len(part.models)], found[len(part.models) :], number)
+
+
+def _watched(parts: Mapping[str, Part]) -> dict[str, Part]:
+    """The parts of one merge, which tell of an input once, however often it is read."""
+    told: set[Tensor] = set()
+    return {path: part._replace(told=told) for path, part in parts.items()}
+
+
+def _blocks(part: Part, tensor: Tensor, size: int) -> Iterator[np.ndarray]:
+    """The tensor's entries, `size` at a time."""
+    whole = tensor._replace(shape=(), start=0, stop=0)  # it may be a slab of that
+    for x in safetensors.blocks(tensor, size):
+        if part.told is not None and whole not in part.told and not np.isfinite(x).all():
+            part.told.add(whole)
+            print(f"warning: {tensor.name} of {tensor.file} holds NaN or infinity", file=sys.stderr)
+        yield x
 
 
 def _rows(part: Part, name: str) -> Iterator[Members]:

@@ -119,19 +119,33 @@ def no_improvement(name: str, patience: int, *, minimize: bool = True) -> Stop:
     """
 
     _checks.count(1, patience=patience)
+    # Judged so far, their best and its value: asked after every evaluation, each is looked at once.
+    judged, best, record = [], -1, np.nan
 
     def stop(evaluations: list[dict[str, Any]]) -> bool:
+        nonlocal judged, best, record
         if evaluations and f"eval/{name}" not in evaluations[-1]:
             found = [entry.removeprefix("eval/") for entry in evaluations[-1] if entry != "step"]
             raise ValueError(
                 f"evaluate() returned no {name!r}, which early stopping needs: {found}."
             )
-        # Of a run that was resumed, earlier evaluations may lack an entry that is new.
-        values = [line.get(f"eval/{name}", np.nan) for line in evaluations]
-        best = scores.best(values, minimize=minimize)
-        return len(evaluations) - 1 - (-1 if best is None else best) >= patience
+        if not _goes_on(judged, evaluations):
+            judged, best, record = [], -1, np.nan
+        for line in evaluations[len(judged) :]:
+            # Of a run that was resumed, earlier evaluations may lack an entry that is new.
+            value = line.get(f"eval/{name}", np.nan)
+            if scores.best([record, value], minimize=minimize) == 1:
+                best, record = len(judged), value
+            judged.append(line)
+        return len(evaluations) - 1 - best >= patience
 
     return stop
+
+
+def _goes_on(judged: list[Any], evaluations: list[Any]) -> bool:
+    """Whether evaluations are those judged so far and others after them."""
+    count = len(judged)
+    return count <= len(evaluations) and (not count or judged[-1] is evaluations[count - 1])
 
 
 def evaluation(
