@@ -99,6 +99,12 @@ def test_a_cache_of_something_else_is_refused_by_name(tmp_path: Path):
     broken = jax.tree.map(lambda x: x * jnp.nan, TEACHER)
     with pytest.raises(ValueError, match="row 0 is NaN"):
         written(tmp_path / "nan", params=broken)
+    drawn = teacher_cache.load(written(tmp_path / "drawn", params=broken, form="draws=5"))
+    assert not drawn["counts"].any(), "draws from NaN are no tokens"
+    student = {"hidden": jnp.ones((4, 8, 12)), "head": losses.Head(jnp.eye(12))}
+    inputs = {"inputs": {"tokens": jnp.ones((4, 8), int)}}
+    found: Any = language.stored_divergence()(Inputs(student, drawn, inputs, {}))
+    assert jnp.isnan(found["kd"].value())
 
 
 def test_divergences_compare_the_top_and_the_rest_and_counts_have_none():

@@ -1,6 +1,7 @@
 """Text for language models: files to records, documents and rows; what is refused, by name."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,25 @@ def test_rows_on_disk_are_those_in_memory_in_an_order_of_key_and_step(
         language.open_rows(folder)
     with pytest.raises(ValueError, match="there are no rows"):
         language.write_rows(folder, iter(()), made_from={"text": "another"})
+
+
+def test_rows_in_memory_take_little_more_than_their_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kdtl_jax.language._packing.TOGETHER", 100)
+    text = language.document(np.arange(16_000) % 50)
+    want = [*language.concatenated([text], 8, prompt=2)]
+    tracemalloc.start()
+    found = language.batch(language.concatenated([text], 8, prompt=2))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * sum(x.nbytes for x in jax.tree.leaves(found))
+    assert found["tokens"].shape == (2000, 8) and found["learned"].dtype == np.bool_
+    for i in (0, 99, 100, 1999):
+        for name in ("tokens", "segments", "learned"):
+            np.testing.assert_array_equal(found[name][i], getattr(want[i], name))
+        told = found["privileged"]["tokens"][i], found["privileged"]["segments"][i]
+        np.testing.assert_array_equal(told, want[i].privileged)
 
 
 def test_masks_of_completions_are_by_position():

@@ -289,3 +289,19 @@ def test_any_bytes_are_the_cache_or_one_error(
     finally:
         path.write_bytes(whole)
     assert time.process_time() - start < 2
+
+
+def test_infinite_outputs_are_no_teacher(tmp_path: Path) -> None:
+    """But a class may be masked with -inf."""
+
+    def model(
+        params: Any, model_state: Any, inputs: Any, *, key: Any = None, train: bool = False
+    ) -> Any:
+        return {"logits": inputs}, model_state
+
+    logits = np.ones((6, 3), np.float32)
+    logits[4, 1] = np.inf
+    with pytest.raises(ValueError, match="'logits' of row 4 is NaN or infinite"):
+        tc.write(tmp_path / "a", model, PARAMS, {"inputs": logits}, batch_size=3)
+    tc.write(tmp_path / "b", model, PARAMS, {"inputs": -logits}, batch_size=3)
+    assert tc.verify(tmp_path / "b") == []

@@ -86,6 +86,9 @@ def stored_outputs(
             return losses.random_sampling_draws(key, row, num_draws=count)
 
         indices, counts = _counted(jax.vmap(drawn)(keys, logits))
+        # A draw from NaN is some token. Counts of nothing make the loss of such a position NaN.
+        broken = jnp.any(jnp.isnan(logits) | (logits == jnp.inf), axis=-1, keepdims=True)
+        counts = jnp.where(broken, jnp.zeros_like(counts), counts)
         return {"indices": indices.astype(small), "counts": counts.astype(_smallest(draws + 1))}
 
     def apply(

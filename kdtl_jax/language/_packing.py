@@ -6,7 +6,7 @@ the padding token may well be the end token, and the end token that closes a doc
 """
 
 import bisect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from kdtl_jax.language._terms import next_tokens
 from kdtl_jax.models import segment_positions
 
 WINDOW = 4096  # documents that are packed with one another
+TOGETHER = 1024  # rows that are stacked at a time
 
 
 class Row(NamedTuple):
@@ -174,17 +175,29 @@ def batch(rows: Iterable[Row]) -> dict[str, Any]:
     Raises:
       ValueError: if there are no rows.
     """
-    found = [as_batch(row) for row in rows]
-    if not found:
+    # A row by itself takes several times the room of its numbers: few of them are held at once.
+    parts: list[dict[str, Any]] = []
+    few: list[dict[str, Any]] = []
+    for row in rows:
+        few.append(as_batch(row))
+        if len(few) == TOGETHER:
+            parts.append(_joined(np.stack, few))
+            few = []
+    if few:
+        parts.append(_joined(np.stack, few))
+    if not parts:
         raise ValueError("there are no rows: no document has a token to learn.")
-    first = found[0]
-    stacked: dict[str, Any] = {
-        n: np.stack([x[n] for x in found]) for n in first if n != "privileged"
-    }
-    if "privileged" in first:
-        own = [x["privileged"] for x in found]
-        stacked["privileged"] = {n: np.stack([x[n] for x in own]) for n in own[0]}
-    return stacked
+    return parts[0] if len(parts) == 1 else _joined(np.concatenate, parts)
+
+
+def _joined(join: Callable[[list[np.ndarray]], np.ndarray], of: list[dict[str, Any]]) -> Any:
+    """One batch of several: entry by entry, each let go as soon as it is joined."""
+    joined: dict[str, Any] = {}
+    for name in [*of[0]]:
+        entries = [one.pop(name) for one in of]
+        inner = isinstance(entries[0], dict)
+        joined[name] = _joined(join, entries) if inner else join(entries)
+    return joined
 
 
 def as_batch(row: Row) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.run import processes
 
 EMBEDDED = "shakespeare.txt"
-IN_MEMORY = 256 * 2**20  # bytes of text whose rows are held in memory
+# Bytes of text whose rows are held in memory: a byte may be a token, which takes 9 bytes.
+IN_MEMORY = 64 * 2**20
 
 
 class Rows(NamedTuple):

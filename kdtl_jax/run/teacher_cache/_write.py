@@ -82,7 +82,7 @@ def write(
 
     Raises:
       ValueError: if the folder holds a cache of something else (named), or other files; if an
-        output does not exist, holds NaN, or overflows float16.
+        output does not exist, holds NaN or infinity, or overflows float16.
       NotADirectoryError: if the folder's path is that of a file.
       OSError: if the disk is full or read-only; finished shards are intact.
       RuntimeError: if another process is writing there.
@@ -322,11 +322,14 @@ def _batch(arrays: Batch, rows: np.ndarray) -> Any:
 
 
 def _faults(output: Array, stored: Array, column: Column) -> Array:
-    """uint8 `[B]`: 1 where a row holds NaN, 2 where the stored precision overflows."""
+    """uint8 `[B]`: 1 where a row holds NaN or infinity, 2 where the stored precision overflows.
+
+    -inf is a class that is masked.
+    """
     axes = tuple(range(1, stored.ndim))
     if not jnp.issubdtype(stored.dtype, jnp.floating):
         return jnp.zeros(stored.shape[:1], jnp.uint8)
-    code = jnp.any(jnp.isnan(stored), axis=axes).astype(jnp.uint8)
+    code = jnp.any(jnp.isnan(stored) | (stored == jnp.inf), axis=axes).astype(jnp.uint8)
     if column.field is not None:
         return code
     over = jnp.any(jnp.isinf(stored) & jnp.isfinite(output), axis=axes)
@@ -341,7 +344,7 @@ def _check(plan: Plan, faults: list[Array], view: int, start: int, stop: int) ->
         row = int(np.flatnonzero(codes)[0])
         where = f"output {column.tap!r} of row {start + row}" + (f", view {view}," * bool(view))
         if codes[row] == 1:
-            raise ValueError(f"{where} is NaN. Check the teacher's weights and inputs.")
+            raise ValueError(f"{where} is NaN or infinite. Check the teacher's weights and inputs.")
         raise ValueError(
             f"{where} is finite but too large for {column.dtype}. Use bfloat16 or float32."
         )
