@@ -77,9 +77,13 @@ def test_images_are_scaled_by_the_steps_that_the_processor_takes(
 
 def test_a_processor_that_shifts_or_only_resizes(tmp_path: Path) -> None:
     file = tmp_path / "preprocessor_config.json"
-    file.write_text(json.dumps({"do_normalize": False, "rescale_offset": True}))
-    with pytest.raises(ValueError, match="rescale_offset is not known here"):
-        sources.scaling(str(tmp_path))
+    # EfficientNet's, and MobileViT's, which turn colors about.
+    for strange in ("rescale_offset", "include_top", "do_flip_channel_order"):
+        file.write_text(json.dumps({"do_normalize": False, strange: True}))
+        with pytest.raises(ValueError, match=f"'{strange}' is not known here"):
+            sources.scaling(str(tmp_path))
+    file.write_text(json.dumps({"do_normalize": False, "do_flip_channel_order": False}))
+    assert sources.scaling(str(tmp_path)) is not None
     file.write_text(json.dumps({"do_resize": True, "size": 16, "do_rescale": True}))
     assert sources.scaling(str(tmp_path)) is None
 

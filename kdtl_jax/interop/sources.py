@@ -27,6 +27,17 @@ LARGE, MOST_PACKED = 2**26, 1000  # numbers; per byte of the files
 # Before the paths of parameters, in a file that holds a model's collections.
 PARAMS = "params/"
 _HOW = ("image_mean", "image_std")
+# What else a preprocessor_config.json says that changes no number of an image that already has
+# the model's size and channels.
+_NO_NUMBERS = frozenset(
+    """
+    image_processor_type feature_extractor_type processor_class _processor_class
+    _valid_processor_keys transformers_version model_input_names return_tensors
+    data_format input_data_format device disable_grouping image_seq_length
+    do_resize size size_divisor resample interpolation antialias default_to_square
+    do_center_crop crop_size crop_pct do_pad pad_size do_convert_rgb num_channels do_reduce_labels
+    """.split()
+)
 _KINDS: Mapping[Any, Kind] = {
     "single_label_classification": "classes",
     "multi_label_classification": "labels",
@@ -134,15 +145,21 @@ def scaling(folder: str) -> Standardizer | None:
     """How a Hugging Face folder's images are scaled, from 0..255; None if it does not say.
 
     Raises:
-      ValueError: naming the file, if no images can be scaled by what it says.
+      ValueError: naming the file, if no images can be scaled by what it says, or a step that it
+        names is not known here.
     """
     file = Path(folder) / "preprocessor_config.json"
     known = _files.read_json(file) if file.is_file() else {}
+    read = {*_HOW, "do_normalize", "do_rescale", "rescale_factor"}
+    said = {key for key, value in known.items() if value not in (None, False, "", [], {})}
+    if strange := sorted(said - _NO_NUMBERS - read):
+        raise ValueError(
+            f"{file}: {_text.listed(strange)} is not known here, and may change the numbers of an "
+            "image. Remove it if it does not."
+        )
     if known.get("do_normalize", True) and not known.keys() >= {*_HOW}:
         return None
     try:
-        if known.get("rescale_offset", False):
-            raise ValueError("rescale_offset is not known here")
         factor = known.get("rescale_factor", 1 / 255) if known.get("do_rescale", True) else 1
         stated = [known[name] for name in _HOW] if known.get("do_normalize", True) else (0, 1)
         mean, deviation, factor = (np.asarray(part, np.float32) for part in (*stated, factor))
