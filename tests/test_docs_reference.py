@@ -50,7 +50,7 @@ def refuses(node: ast.AST) -> bool:
         if isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute):
             whose = part.func.value
             is_check = isinstance(whose, ast.Name) and whose.id == "_checks"
-            if is_check and part.func.attr not in ("concrete", "described"):
+            if is_check and part.func.attr not in ("concrete", "described", "is_key"):
                 return True
     return False
 
