@@ -109,13 +109,16 @@ def _shown(
         texts = [", ".join(f"{k} {v}" for k, v in caption.items()) for caption in captions]
         images = [report.png(test.inputs[i]) for i in order]
         return report.Pictures([*map(report.Picture, images, texts)])
-    header = ("Example", "Is", called.capitalize(), "Student", "Inputs")
-    rows = [(f"{i}", *words(i), _inputs(test, i)) for i in order]
+    columns = test.form.columns if first.ndim == 1 else ()
+    names = [shown(column.name, 16) for column in columns[:FEATURES]] or ["Inputs"]
+    more = ["…"] if len(columns) > FEATURES else []
+    header = ("Example", "Is", called.capitalize(), "Student", *names, *more)
+    rows = [(f"{i}", *words(i), *_inputs(test, i), *more) for i in order]
     return report.table(header, rows)
 
 
-def _inputs(test: Dataset, row: int) -> str:
-    """The first inputs of an example as its file has them, by their columns' names."""
+def _inputs(test: Dataset, row: int) -> list[str]:
+    """The first inputs of an example as its file has them: a cell per column, or one of all."""
     values, form = np.asarray(test.inputs[row], np.float64), test.form
     if form.scaling is not None:
         scale = form.scaling.scale
@@ -124,15 +127,13 @@ def _inputs(test: Dataset, row: int) -> str:
     flat = values.ravel()
     if not form.columns or values.ndim != 1:
         more = " …" if flat.size > FEATURES else ""
-        return " ".join(f"{value:.3g}" for value in flat[:FEATURES]) + more
+        return [" ".join(f"{value:.3g}" for value in flat[:FEATURES]) + more]
     cells, at = [], 0
     for column in form.columns[:FEATURES]:
         part = flat[at : at + (len(column.categories) or 1)]
-        cell = datasets.cell_of(column, part)
-        cells.append(f"{shown(column.name, 16)} {shown(cell, 16)}")
+        cells.append(shown(datasets.cell_of(column, part), 16))
         at += len(part)
-    more = ["…"] if len(form.columns) > FEATURES else []
-    return ", ".join([*cells, *more])
+    return cells
 
 
 def _names(test: Dataset) -> list[str]:
