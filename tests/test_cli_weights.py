@@ -141,6 +141,37 @@ def test_a_folder_that_answers_something_else_is_no_teacher_of_classes(
     assert sources.kind(str(VIT)) is None
 
 
+@pytest.mark.parametrize(
+    ("known", "wanted"),
+    [
+        ({"size": {"shortest_edge": 256}, "crop_size": 224, "do_center_crop": True}, (224, 224)),
+        ({"size": {"height": 8, "width": 6}, "crop_size": 4, "do_center_crop": False}, (8, 6)),
+        ({"size": [8, 6]}, (8, 6)),
+        ({"size": 8, "do_resize": False}, None),
+        ({"size": {"longest_edge": 8}}, None),
+        ({}, None),
+    ],
+)
+def test_images_of_another_size_than_the_folder_makes_are_told(
+    known: dict[str, Any],
+    wanted: tuple[int, int] | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A convolutional network takes them; this one is refused later, for its four channels."""
+    folder = edited(VIT.parent / "resnet_basic", tmp_path)
+    known = {"image_mean": [0.5] * 4, "image_std": [1] * 4, **known}
+    (folder / "preprocessor_config.json").write_text(json.dumps(known))
+    assert sources.sides(str(folder)) == wanted
+    np.savez(tmp_path / "d.npz", x=np.zeros((40, 9, 7, 3), np.uint8), y=np.arange(40) % 5)
+    words = ["--data", tmp_path / "d.npz", "--teacher-weights", folder]
+    assert kdtl("cache", *words, "--out", tmp_path / "out") == 1
+    told = capsys.readouterr().err
+    assert "scales inputs of shape [4]" in told
+    note = "was made for images of {}x{}, these are 9x7".format(*wanted or (0, 0))
+    assert (note in told) == (wanted is not None)
+
+
 def test_a_body_without_a_head_gets_one() -> None:
     folder = VIT.parent / "vit_rectangles"
     sides = huggingface.load(folder).config["image_size"]

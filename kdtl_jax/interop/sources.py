@@ -176,6 +176,23 @@ def scaling(folder: str) -> Standardizer | None:
     return made
 
 
+def sides(folder: str) -> tuple[int, int] | None:
+    """Height and width of the images that a Hugging Face folder resizes or crops others to.
+
+    None if it does not say. Convolutional networks take others, and answer worse.
+    """
+    file = Path(folder) / "preprocessor_config.json"
+    known = _files.read_json(file) if file.is_file() else {}
+    size = known.get("crop_size") if known.get("do_center_crop") else known.get("size")
+    if isinstance(size, Mapping):
+        shortest = size.get("shortest_edge")
+        size = [size.get("height", shortest), size.get("width", shortest)]
+    both = size if isinstance(size, list) else [size, size]
+    if not known.get("do_resize", True) or len(both) != 2:
+        return None
+    return (both[0], both[1]) if all(isinstance(side, int) for side in both) else None
+
+
 def from_safetensors(path: str, like: PyTree = None) -> PyTree:
     """The leaves of a file by name; without `params/` where all begin so, as Flax's `init` gives.
 

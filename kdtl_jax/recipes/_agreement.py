@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kdtl_jax.datasets import Splits
+from kdtl_jax.datasets import Dataset, Splits
+from kdtl_jax.interop import sources
 from kdtl_jax.interop.model_files import About
 from kdtl_jax.recipes.settings import Data, UsageError
 
@@ -40,6 +41,33 @@ def check_choices(settings: Data, path: str | None, about: About) -> None:
             f"--missing {settings.missing}: {path} was trained on columns in which nothing was "
             "filled in, so no values to fill in with are known. Say --missing drop, or fill them "
             "in beforehand."
+        )
+
+
+def check_folder(path: str, data: Dataset, *, other_targets: bool) -> None:
+    """Compares data with what a Hugging Face folder says; a note if its images had another size.
+
+    Args:
+      path: of the folder.
+      data: one part of them.
+      other_targets: their targets need not be the folder's.
+
+    Raises:
+      ValueError: if its head answers something else than the targets.
+    """
+    kind, sides = sources.kind(path), sources.sides(path)
+    if not other_targets and kind not in (None, data.kind):
+        raise ValueError(
+            f"the head of {path} answers {kind} (problem_type in its config.json), the targets of "
+            f"the data are {data.kind}. Say --target {kind} if they are that; remove problem_type "
+            "if it is wrong."
+        )
+    if data.inputs.ndim == 4 and sides not in (None, data.inputs.shape[1:3]):
+        wanted, given = ("x".join(map(str, each)) for each in (sides, data.inputs.shape[1:3]))
+        print(
+            f"note: {path} was made for images of {wanted}, these are {given}; --image-size "
+            f"{wanted} resizes files of images.",
+            file=sys.stderr,
         )
 
 

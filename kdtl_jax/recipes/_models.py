@@ -208,13 +208,8 @@ def read_data(
         raise ValueError(
             f"{path} learned {known.kind}, the targets of the data are {raw.train.kind}."
         )
-    if path is not None and sources.is_hugging_face(path) and not other_targets:
-        if (kind := sources.kind(path)) not in (None, raw.train.kind):
-            raise ValueError(
-                f"the head of {path} answers {kind} (problem_type in its config.json), the targets "
-                f"of the data are {raw.train.kind}. Say --target {kind} if they are that; remove "
-                "problem_type if it is wrong."
-            )
+    if path is not None and sources.is_hugging_face(path):
+        _agreement.check_folder(path, raw.train, other_targets=other_targets)
     raw = _agreement.in_classes_of(path, about, raw)
     if about.shape not in (None, raw.train.inputs.shape[1:]):
         raise ValueError(
