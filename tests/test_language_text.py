@@ -12,7 +12,7 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
 
-from kdtl_jax import language
+from kdtl_jax import _files, language
 from kdtl_jax.recipes import _language_text
 from kdtl_jax.recipes._language_text import Shape, Text
 from kdtl_jax.recipes.settings import UsageError
@@ -249,7 +249,10 @@ def test_rows_on_disk_are_those_in_memory_in_an_order_of_key_and_step(
     folder = tmp_path / "rows" / "train"
     assert language.write_rows(folder, iter(()), made_from={"text": ""}) == 16
     [row] = language.after_prompts(documents({"prompt": "a", "completion": "b"}), 4, 2)
+    (folder / f".tokens.bin.a{_files.TEMPORARY}").write_bytes(b"left by a kill")
+    (folder / ".draft.tmp").touch()
     assert language.write_rows(folder, [row], made_from={"text": "another"}) == 1
+    assert [path.name for path in folder.glob(".*")] == [".draft.tmp"]
     (folder / "tokens.bin").write_bytes(b"short")
     with pytest.raises(ValueError, match="no whole rows"):
         language.open_rows(folder)

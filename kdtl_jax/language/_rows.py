@@ -48,6 +48,8 @@ def write_rows(folder: str | Path, rows: Iterable[Row], *, made_from: Mapping[st
         return int(known["rows"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
+    for leftover in folder.glob(f".*.bin.*{_files.TEMPORARY}"):  # of a run that was killed
+        leftover.unlink()
     shapes: dict[str, tuple[str, list[int]]] = {}
     count = 0
     with ExitStack() as stack:

@@ -121,4 +121,4 @@ def _named(logits: np.ndarray) -> np.ndarray:
 
 def _are_answers(logits: np.ndarray) -> np.ndarray:
     """bool `[N]`: whether all numbers of an example are finite."""
-    return np.isfinite(logits).all(axis=-1)
+    return np.asarray(np.isfinite(logits).all(axis=-1))
