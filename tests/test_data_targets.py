@@ -233,6 +233,10 @@ def test_the_summary_says_what_the_data_are() -> None:
 def test_what_looks_wrong_is_said() -> None:
     first = np.zeros((N, 3, 6, 7), np.uint8) + np.arange(N, dtype=np.uint8)[:, None, None, None]
     assert "look like channels first" in datasets.warnings(split_of(first, Y))[0]
+    steps = np.random.default_rng(0).normal(size=(N, 9, 4))  # [N, T, C]
+    [said] = datasets.warnings(split_of(steps[..., None], Y))
+    assert "inputs 9 x 4 are taken for gray images. If each is a sequence" in said
+    assert not datasets.warnings(split_of(steps[:, :8, :, None], Y))
     index = np.column_stack([np.arange(N), X, np.ones(N)])
     said = "\n".join(datasets.warnings(split_of(index, Y)))
     assert "'number 0' rises from row to row: an index?" in said

@@ -97,6 +97,11 @@ def _of_images(train: Dataset) -> list[str]:
             f"inputs {list(train.inputs.shape[1:])} look like channels first: images are [height, "
             "width, channels] here. Transpose them (np.moveaxis(x, 1, -1))"
         ]
+    if last == 1 and max(first, height) > 2 * min(first, height):
+        return [
+            f"inputs {first} x {height} are taken for gray images. If each is a sequence, of "
+            f"{height} numbers a step, a model of your own finds it in x[..., 0]"
+        ]
     return []
 
 
