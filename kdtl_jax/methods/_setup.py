@@ -33,9 +33,8 @@ class Layout(NamedTuple):
     features: tuple[str, ...]  # from the input to the head
     last: str = "logits"  # what the head reads, `[B, width]`; "logits" where that is not tapped
     before_activation: Mapping[str, str] = {}  # a feature -> the same layer before its activation
-    attention: tuple[
-        str, ...
-    ] = ()  # modules tapped as path/query, path/key, path/value, path/probs
+    # Modules tapped as path/query, path/key, path/value, path/probs.
+    attention: tuple[str, ...] = ()
     head: Callable[[Params], Head] | None = None  # None: the parameters' own "head"
 
 
