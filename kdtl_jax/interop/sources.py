@@ -188,9 +188,10 @@ def sides(folder: str) -> tuple[int, int] | None:
         shortest = size.get("shortest_edge")
         size = [size.get("height", shortest), size.get("width", shortest)]
     both = size if isinstance(size, list) else [size, size]
-    if not known.get("do_resize", True) or len(both) != 2:
+    found = [side for side in both if isinstance(side, int)]
+    if not known.get("do_resize", True) or not len(found) == len(both) == 2:
         return None
-    return (both[0], both[1]) if all(isinstance(side, int) for side in both) else None
+    return found[0], found[1]
 
 
 def from_safetensors(path: str, like: PyTree = None) -> PyTree:
