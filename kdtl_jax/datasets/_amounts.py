@@ -76,7 +76,7 @@ def kind(unit: str) -> str:
 
 
 def written(value: float, unit: str) -> str:
-    """The amount in a short form: "12.5%", "$3", the day of a date."""
+    """The amount in a short form: `12.5%`, `$3`, the day of a date."""
     if unit == DAYS:
         return str(np.datetime64(int(np.floor(value + 0.01)), "D"))
     number = f"{value:.5g}"
