@@ -142,8 +142,12 @@ def _compared(p_logits: Array, q_logits: Array, difference: Array, axis: int) ->
     both = in_p & in_q
     top_p, total_p, p = _softmax_parts(p_logits, axis)
     top_q, total_q, q = _softmax_parts(q_logits, axis)
-    shift = (top_p - top_q) + (jnp.log(total_p) - jnp.log(total_q))
-    d = jnp.where(both, difference - shift, 0)
+    # Where the tops are apart, as of a one-hot teacher at 1e9, the difference has lost the smaller
+    # side; below its own top each keeps its digits.
+    below_q = jnp.where(both, q_logits - top_q, 0)
+    is_exact = jnp.abs(top_p - top_q) <= NEAR
+    apart = jnp.where(is_exact, difference - (top_p - top_q), (p_logits - top_p) - below_q)
+    d = jnp.where(both, apart - (jnp.log(total_p) - jnp.log(total_q)), 0)
     near = both & (jnp.abs(d) < NEAR)
     excess = jnp.where(near, q * _near_expm1(jnp.where(near, d, 0)), p - q)
     # Far above any use, at logits of 1e15, rounding leaves no correction but nonsense.

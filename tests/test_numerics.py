@@ -118,6 +118,18 @@ def test_kl_is_finite_nonnegative_and_zero_at_equality(
         np.testing.assert_allclose(np.sum(grad, axis=-1), 0, atol=1e-4 * max(1, scale))
 
 
+@pytest.mark.parametrize("size", [1e4, 1e9])
+def test_kl_of_one_hot_logits_however_large(size: float) -> None:
+    """As of hard labels written as logits: the KL of a one-hot teacher is the cross-entropy."""
+    labels, hot = np.arange(6) % 4, np.eye(4, dtype=np.float32)[np.arange(6) % 4]
+    student = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    value, pull = KL_GRADS(_softmax.kl_from_logits, np.float32(size) * hot, student)
+    ours = np.asarray(student, np.float64)
+    p = np.exp(ours) / np.exp(ours).sum(-1, keepdims=True)
+    np.testing.assert_allclose(value, -np.log(p[np.arange(6), labels]), rtol=1e-6)
+    np.testing.assert_allclose(pull(jnp.ones_like(value))[1], p - hot, atol=1e-6)
+
+
 def test_the_gradient_of_kl_by_the_student_is_the_difference_of_probabilities() -> None:
     rng = np.random.default_rng(0)
     p, q = (rng.normal(size=(4, 6)).astype(np.float32) for _ in range(2))
