@@ -81,7 +81,7 @@ def rollout(
         whole = joined(prompts, samples, prompt_mask=mask)
         segments = jnp.where(is_row, whole.segments, 0)
         log_probs = jnp.pad(samples.log_probs, ((0, 0), (prompt, 0)))
-        drawn = {
+        drawn: Tokens = {
             "tokens": whole.tokens,
             "segments": segments,
             "positions": segment_positions(segments),
