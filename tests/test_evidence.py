@@ -91,7 +91,7 @@ def test_rows_of_a_table_are_shown_as_its_file_has_them(tmp_path: Path) -> None:
     assert isinstance(table, report.Table)
     [(_, rows)] = table.groups
     for row in rows:
-        i = round(read.test.inputs[int(row[0]), 1])
+        i = round(read.test.inputs[int(str(row[0])), 1])
         day = f"2024-03-{1 + i % 28:02d}"
         assert row[4:] == (f"{1000 + i}", f"{i}%", colors[i], day, f"{i % 5}", "1", "…")
     assert table.header[4:] == ("size", "share", "color", "day", "e", "f", "…")
