@@ -235,7 +235,7 @@ KEY = jax.random.key(0)
     "merged",
     [
         lambda: transforms.average(EMPTY),
-        lambda: transforms.slerp(*EMPTY, 0.3, axis=-1),
+        lambda: transforms.slerp(EMPTY[0], EMPTY[1], 0.3, axis=-1),
         lambda: transforms.karcher_mean(EMPTY),
         lambda: transforms.multi_slerp(EMPTY[0], EMPTY),
         lambda: transforms.model_stock(EMPTY[0], EMPTY, axis=0),
