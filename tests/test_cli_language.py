@@ -10,7 +10,7 @@ import pytest
 
 from kdtl_jax import cli, language, trees
 from kdtl_jax.interop import decoders, pruning
-from kdtl_jax.recipes import _language_models, _language_training
+from kdtl_jax.recipes import _language_models, _language_text, _language_training
 from kdtl_jax.run import loop
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -114,6 +114,13 @@ def test_a_cache_serves_students_whose_tables_have_padding(
     assert "step 0 gave values that are not finite" in sft["trained"]["diverged"]
     assert sft["measures"]["bits_per_byte"] is None and "sft diverged" in found["notes"][-1]
     assert decoders.load(tmp_path / "out" / "kd").model.config.vocabulary == 260
+
+
+def test_a_prompt_of_the_report_is_of_one_text() -> None:
+    inputs = {"tokens": [[5, 6, 7, 8, 9], [5, 6, 7, 8, 9]], "segments": [[1, 1, 2, 2, 3], [0] * 5]}
+    rows = _language_text.Rows({name: np.asarray(x) for name, x in inputs.items()})
+    tokens, is_read = _language_training.prompts(rows, 2, 4)
+    assert tokens[0][is_read[0]].tolist() == [7, 8] and not is_read[1].any()
 
 
 @pytest.mark.slow

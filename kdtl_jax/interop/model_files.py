@@ -203,8 +203,7 @@ def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = N
       path: a file that `save` has written, as `kdtl distill` and `kdtl transfer` do.
       model: for a model of your own, its class or factory, as for `own.network`; for one from a
         Hugging Face folder, the folder's module. A file never makes anything else be read.
-      shape: of one input, for a file that does not say it (those of earlier versions); without it
-        the first batch tells.
+      shape: of one input, for a file that does not say it; without it the first batch tells.
 
     Raises:
       ValueError: if it is not such a file, in one line that says what it is, or if it is damaged.

@@ -302,10 +302,9 @@ def compared(
 
 def _samples(work: Work, said: dict[str, list[list[int]]]) -> list[of_report.Sample]:
     """Held-out prompts, with each model's continuation."""
-    inputs, found = work.text.held_out.inputs, []
-    for i in range(min(work.settings.samples, len(inputs["tokens"]))):
-        prompt = inputs["tokens"][i, : work.settings.prompt]
-        real = inputs["segments"][i, : work.settings.prompt] > 0
+    settings, found = work.settings, []
+    shown = training.prompts(work.text.held_out, settings.samples, settings.prompt)
+    for i, (prompt, real) in enumerate(zip(*shown, strict=True)):
         each = {title: work.tokenizer.decode(rows[i]) for title, rows in said.items()}
         found.append(of_report.Sample(work.tokenizer.decode(prompt[real].tolist()), each))
     return found

@@ -234,6 +234,13 @@ def _in_order(rows: Rows, batch_size: int, mesh: Mesh | None) -> Iterator[Batch]
         yield jax.device_put(batch) if mesh is None else sharding.place_batch(batch, mesh)
 
 
+def prompts(rows: Rows, count: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of the first rows' prompts, and which are of the last text that begins there."""
+    segments = np.asarray(rows.inputs["segments"][:count, :length])
+    of_last = (segments > 0) & (segments == segments.max(axis=1, keepdims=True))
+    return np.asarray(rows.inputs["tokens"][:count, :length]), of_last
+
+
 def continuing(
     decoder: Any,
     rows: Rows,
@@ -245,8 +252,7 @@ def continuing(
     stop_tokens: tuple[int, ...],
 ) -> Callable[[Params], list[list[int]]]:
     """`draw(params)`: continuations of the first held-out prompts, each by its own key."""
-    tokens = jnp.asarray(rows.inputs["tokens"][:count, :prompt])
-    mask = jnp.asarray(rows.inputs["segments"][:count, :prompt] > 0)
+    tokens, mask = (jnp.asarray(x) for x in prompts(rows, count, prompt))
     keys = jax.random.split(key, len(tokens))
 
     @jax.jit

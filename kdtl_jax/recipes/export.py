@@ -49,7 +49,7 @@ class Settings(_inputs.Trained, _inputs.Written):
         PLATFORMS, "platforms that StableHLO is exported for", metavar="NAME,...", parse=types.names
     )
     shape: tuple[int, ...] | None = setting(
-        None, "shape of one input, as in 8,8,1; only for files of earlier versions, which lack it",
+        None, "shape of one input, as in 8,8,1, for a file that does not say it",
         metavar="N,...", parse=lambda value: None if value is None else types.layer_numbers(value),
     )  # fmt: skip
 
