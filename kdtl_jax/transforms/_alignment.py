@@ -21,25 +21,25 @@ def match_permutations(
 ) -> dict[str, np.ndarray]:
     """Git Re-Basin's weight matching: permutations that bring `other` closest to `reference`.
 
-    Maximizes `sum_leaves <reference, permuted other>` by coordinate descent: one name at a time,
-    in random order, the best permutation given the others is a linear assignment; until a sweep
-    gains nothing. Every named axis of the spec is permuted, so axes that mean something (inputs,
-    classes, tokens) must be None. Runs on the host in float64; apply the result, inside `jit` if
-    need be, with `permute_units(other, spec, permutations)`, then average or interpolate.
+    Maximizes `sum_leaves <reference, permuted other>` by coordinate descent: names are visited in
+    random order, each solved as a linear assignment given the others, until a sweep gains nothing.
+    Every named axis of the spec is permuted, so axes whose order has a meaning (inputs, classes,
+    tokens) must be None. Runs on the host in float64. Apply the result with
+    `permute_units(other, spec, permutations)`, inside `jit` if needed, then average or interpolate.
 
     Args:
       reference: the network that stays as it is.
       other: a network of the same structure and shapes.
-      spec: the axes' names.
-      seed: order in which names are visited; a local optimum may depend on it.
-      max_sweeps: bound on the sweeps.
+      spec: the names of the axes.
+      seed: sets the order in which names are visited; the local optimum may depend on it.
+      max_sweeps: the largest number of sweeps.
 
     Returns:
       `{name: [size] int64}` for `permute_units`.
 
     Raises:
-      ValueError: as `axis_sizes`; if the two trees differ in structure or shapes, or hold NaN or
-        infinity.
+      ValueError: as in `axis_sizes`; also if the two trees differ in structure or shapes, or hold
+        NaN or infinity.
 
     References:
       Ainsworth, Hayase and Srinivasa, Git Re-Basin, 2022 (2209.04836).

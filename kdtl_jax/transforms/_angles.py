@@ -1,6 +1,6 @@
-"""Angles between vectors, and the shares that methods on spheres make of them.
+"""Angles between vectors, and the mixing shares that spherical methods compute from them.
 
-Vectors larger than memory come in pieces, which every pass reads anew: lengths and cosines add up.
+Vectors larger than memory come in pieces, read again by every pass; sums over pieces add up.
 """
 
 import functools
@@ -20,7 +20,7 @@ _CANCELED = 1e-3
 
 
 class Angles(NamedTuple):
-    """How long vectors are and how they lie; with `axis`, arrays of one number per row."""
+    """Lengths of vectors and cosines between them; with `axis`, arrays of one number per row."""
 
     lengths: Sequence[Array]
     cosines: Sequence[Sequence[Array]]  # 0 for zero vectors, 1 of a vector with itself
@@ -31,8 +31,8 @@ def angles(read: Read, axis: int | None = None) -> Angles:
 
     Args:
       read: called twice; must yield the same pieces each time, which may be read from files.
-      axis: None takes each vector as one; else the axis of the rows: they lie whole in a piece, or
-        the pieces are parts of each (blocks `[n, ...]` for axis 0).
+      axis: None treats each leaf as one vector; otherwise the axis along which each row is a
+        vector: a piece holds whole rows, or a part of every row (blocks `[n, ...]` for axis 0).
     """
     tops = _tops(read, axis)
     products: Any = None
@@ -51,13 +51,13 @@ def angles(read: Read, axis: int | None = None) -> Angles:
 
 
 def slerp_shares(found: Angles, t: Scalar, *, threshold: float = 0.9995) -> list[Array]:
-    """The shares of two vectors, `t` of the way from the first to the second: see `slerp`."""
+    """The shares of two vectors at `t` of the way from the first to the second; see `slerp`."""
     cosine = found.cosines[0][1]
     t = _numerics.cast(t, cosine)
-    # Nearer to 1 than rounding tells, the angle is noise.
+    # Closer to 1 than rounding can resolve, the angle is noise.
     limit = min(threshold, 1 - 4 * float(jnp.finfo(cosine.dtype).eps))
     linear = jnp.abs(cosine) > limit
-    # The angle of the unused branch is harmless, so that its gradient is finite.
+    # The unused branch gets a harmless angle, which keeps its gradient finite.
     angle = jnp.arccos(jnp.where(linear, 0, cosine))
     sine = jnp.sin(angle)
     first = jnp.where(linear, 1 - t, jnp.sin((1 - t) * angle) / sine)
@@ -65,7 +65,7 @@ def slerp_shares(found: Angles, t: Scalar, *, threshold: float = 0.9995) -> list
 
 
 def multi_slerp_shares(found: Angles, weights: Sequence[Scalar] | None = None) -> list[Array]:
-    """The shares of N vectors in `multi_slerp`; its weights."""
+    """The shares of N vectors in `multi_slerp`, with its weights."""
     weights = _of_sum_one(weights, found.lengths)
     pairs = [
         a * b * cosine
@@ -98,10 +98,11 @@ def karcher_shares(
     iterations: int = 10,
     tolerance: float = 1e-5,
 ) -> list[Array]:
-    """The shares of N vectors in `karcher_mean`; its weights.
+    """The shares of N vectors in `karcher_mean`, with its weights.
 
-    `read()` as in `angles`, called twice an iteration. Known tangents end the iteration; traced
-    ones do not, so that the gradient has a fixed number of steps. ValueError: for other weights.
+    `read()` is as in `angles` and is called twice per iteration. Concrete tangents can end the
+    iteration early; traced ones cannot, so the gradient has a fixed number of steps. Invalid
+    weights raise ValueError.
     """
     found = angles(read)
     sizes = [jnp.where(size > 0, size, 1) for size in found.lengths]
@@ -139,7 +140,7 @@ def of_leaves(vectors: Sequence[Array], axis: int | None = None) -> Angles:
 
 
 def _tops(read: Read, axis: int | None) -> list[Array]:
-    """Each vector's largest entry, by which it is divided: squares must not underflow."""
+    """Each vector's largest entry; dividing by it keeps squares from underflowing."""
     tops: Any = None
     for pieces in read():
         found = _largest(pieces, axis)
@@ -161,7 +162,7 @@ def _total(terms: Sequence[Array]) -> Array:
     return sum(terms[1:], terms[0])
 
 
-# One program per kind of piece, whoever asks: what is summed over pieces is equal bit for bit.
+# One program per kind of piece, for every caller: sums over pieces are then equal bit for bit.
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -209,7 +210,7 @@ def _tangent(
     """The shares of `sum w_i (a_i / sin a_i) (u_i - cos(a_i) point)`; near vectors left out."""
     factors = []
     for weight, cosine in zip(weights, cosines, strict=True):
-        # No direction leads to an opposite vector: what rounding leaves of one is noise.
+        # The direction to an opposite vector is undefined: what rounding leaves of it is noise.
         out = (cosine >= 1) | (cosine <= 16 * float(jnp.finfo(cosine.dtype).eps) - 1)
         angle = jnp.where(out, 0, jnp.arccos(jnp.where(out, 0, cosine)))
         moves = angle >= tolerance
@@ -223,7 +224,7 @@ def _tangent(
 def _moved(
     point: Sequence[Array], tangent: Sequence[Array], square: Array, tolerance: float
 ) -> tuple[list[Array], Array]:
-    """A step along the tangent, and whether it was worth one."""
+    """A step along the tangent, and whether the tangent was large enough to take it."""
     norm = _numerics.safe_sqrt(square)
     goes = norm >= tolerance
     along = jnp.sin(norm) / jnp.where(goes, norm, 1)

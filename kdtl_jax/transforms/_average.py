@@ -1,8 +1,8 @@
 """Averages and interpolations of parameters: WiSE-FT, model soups, EMA.
 
 Everything is differentiable in its coefficients and vmappable over them, so a learned soup is
-`jax.grad` of a loss of `average(models, jax.nn.softmax(logits))`, and a sweep over `alpha` one
-`jax.vmap`.
+`jax.grad` of a loss of `average(models, jax.nn.softmax(logits))`, and a sweep over `alpha` is
+one `jax.vmap`.
 """
 
 import math
@@ -20,13 +20,14 @@ def interpolate(source: Params, target: Params, alpha: Coefficient) -> Params:
     """`(1 - alpha) source + alpha target`, leaf by leaf; exact at 0 and 1.
 
     Args:
-      source: any pytree, for WiSE-FT the zero-shot model.
-      target: the same structure and shapes, for WiSE-FT the fine-tuned model.
-      alpha: a number or traced scalar; `(path) -> number`; rules `[(selector, number), ...]`,
-        where leaves that no rule names stay the source's; or a pytree prefix of numbers.
+      source: any pytree; for WiSE-FT, the zero-shot model.
+      target: the same structure and shapes; for WiSE-FT, the fine-tuned model.
+      alpha: a number or traced scalar; a function `(path) -> number`; rules
+        `[(selector, number), ...]`, where leaves that match no rule stay the source's; or a
+        pytree prefix of numbers.
 
     Returns:
-      A tree with the source's structure and dtypes, and its leaves where they are not inexact.
+      A tree with the source's structure and dtypes; leaves that are not inexact are the source's.
 
     Raises:
       ValueError: if names or shapes differ (all are listed), or a coefficient does not fit.
@@ -46,7 +47,7 @@ def interpolate(source: Params, target: Params, alpha: Coefficient) -> Params:
 
 
 def weighted_sum(models: Sequence[Params], weights: Weights) -> Params:
-    """`sum_i w_i theta_i`, leaf by leaf; nothing is normalized.
+    """`sum_i w_i theta_i`, leaf by leaf; the weights are not normalized.
 
     Args:
       models: a list of trees of one structure.
@@ -54,10 +55,11 @@ def weighted_sum(models: Sequence[Params], weights: Weights) -> Params:
         that gives a number per leaf (see `interpolate`).
 
     Returns:
-      A tree with the first model's structure, dtypes and leaves that are not inexact.
+      A tree with the first model's structure, dtypes and non-inexact leaves.
 
     Raises:
-      ValueError: if names, shapes or the number of weights differ, or rules leave a leaf out.
+      ValueError: if names or shapes differ, the number of weights is wrong, or rules leave a leaf
+        out.
     """
     named = _leaves.numbered("models", models)
     by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
@@ -70,22 +72,22 @@ def weighted_sum(models: Sequence[Params], weights: Weights) -> Params:
 
 
 def average(models: Sequence[Params], weights: Weights | None = None) -> Params:
-    """`sum_i w_i theta_i / sum_i w_i`, leaf by leaf: without weights the uniform soup.
+    """`sum_i w_i theta_i / sum_i w_i`, leaf by leaf; without weights, the uniform soup.
 
     Args:
       models: a list of trees of one structure.
-      weights: None for 1 each, or as `weighted_sum`'s; traced weights make a learned soup.
+      weights: None for 1 each, or as in `weighted_sum`; traced weights make a learned soup.
 
     Returns:
-      A tree with the first model's structure, dtypes and leaves that are not inexact.
+      A tree with the first model's structure, dtypes and non-inexact leaves.
 
     Raises:
-      ValueError: if names, shapes or the number of weights differ, rules leave a leaf out, or the
-        weights of a leaf sum to 0.
+      ValueError: if names or shapes differ, the number of weights is wrong, rules leave a leaf
+        out, or the weights of a leaf sum to 0.
 
     References:
-      Wortsman et al., Model soups, 2022 (2203.05482). mergekit's `linear` is this with
-      `normalize`, and `weighted_sum` without.
+      Wortsman et al., Model soups, 2022 (2203.05482). mergekit's `linear` is this function with
+      `normalize`, and `weighted_sum` without it.
     """
     named = _leaves.numbered("models", models)
     by_leaf = _leaves.weights_by_leaf(weights, len(models), models[0])
@@ -104,14 +106,14 @@ def greedy_soup(
 ) -> tuple[Params, list[int]]:
     """Averages models one after another, best first, keeping each that does not lower the score.
 
-    Runs on the host: `score` is called `2 N - 1` times, on every model and on every trial soup.
+    Runs on the host: `score` is called `2 N - 1` times, once for every model and trial soup.
 
     Args:
       models: a list of trees of one structure.
-      score: higher is better, usually accuracy on held-out data; what is not finite loses.
+      score: higher is better, usually accuracy on held-out data; a non-finite score never wins.
 
     Returns:
-      `(soup, indices)`: the averaged parameters and which models are in it, in order of entry.
+      `(soup, indices)`: the averaged parameters, and the models in it in the order they were added.
 
     Raises:
       ValueError: if names or shapes differ, or no model's score is finite.
@@ -140,8 +142,8 @@ def greedy_soup(
 def ema(shadow: Params, params: Params, *, decay: Scalar = 0.999) -> Params:
     """`decay shadow + (1 - decay) params`: one step of an exponential moving average.
 
-    Keep the shadow in float32 when the parameters are half precision: it keeps its own dtype,
-    and `1 - decay` is below bfloat16's resolution.
+    The shadow keeps its own dtype. Make it float32 when the parameters are in half precision,
+    because `1 - decay` is below bfloat16's resolution.
 
     Args:
       shadow: the average so far; start it as a copy of the parameters.
@@ -149,10 +151,10 @@ def ema(shadow: Params, params: Params, *, decay: Scalar = 0.999) -> Params:
       decay: a number or traced scalar in `[0, 1]`.
 
     Returns:
-      The new shadow, with the shadow's dtypes and its leaves where they are not inexact.
+      The new shadow, with the old one's dtypes and non-inexact leaves.
 
     Raises:
-      ValueError: if names or shapes differ, or decay lies outside `[0, 1]`.
+      ValueError: if names or shapes differ, or decay is outside `[0, 1]`.
 
     References:
       Tarvainen and Valpola, Mean teachers are better role models, 2017 (1703.01780).

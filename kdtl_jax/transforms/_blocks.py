@@ -1,6 +1,6 @@
-"""Leaves in blocks of rows: what is summed or drawn for a block depends on its number alone.
+"""Leaves in blocks of rows: what is summed or drawn for a block depends only on its number.
 
-So a leaf gives the same numbers whether it lies in memory or is read from a file block by block.
+A leaf thus gives the same numbers whether it is in memory or read from a file block by block.
 """
 
 import functools
@@ -19,21 +19,21 @@ BLOCK = 1 << 20  # entries that one key draws for
 
 
 def fold_path(key: Array, path: str) -> Array:
-    """A key of the path's own: merging a subset draws what merging everything draws."""
+    """A key specific to the path: merging a subset draws what merging everything draws."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def block_rows(shape: Sequence[int]) -> int:
-    """How many rows (along the last axis) make a block, for which one key draws.
+    """The number of rows (along the last axis) in a block; one key draws for one block.
 
-    As many as have 2**20 entries, at least one. A leaf larger than memory can be read in such
-    blocks: what `dare` and `della` draw for a block depends on its number alone.
+    As many rows as make 2**20 entries, and at least one. A leaf larger than memory can be read in
+    such blocks: what `dare` and `della` draw for a block depends only on its number.
     """
     return max(1, BLOCK // max(1, math.prod(shape[-1:])))
 
 
 def row_blocks(leaves: Sequence[Array]) -> Iterator[list[Array]]:
-    """Leaves of one shape in `block_rows` of rows, side by side; vectors whole.
+    """Leaves of one shape in blocks of `block_rows` rows, side by side; vectors stay whole.
 
     Sums over a leaf are sums of its blocks' sums, whether the blocks come from memory or a file.
     """
@@ -50,7 +50,7 @@ def row_blocks(leaves: Sequence[Array]) -> Iterator[list[Array]]:
 
 
 def in_blocks(leaves: Sequence[Array], formula: Callable[[int, Sequence[Array]], Array]) -> Array:
-    """`formula(number, pieces)` of every block of rows, put together again."""
+    """`formula(number, pieces)` of every block of rows, joined back into one array."""
     pieces = [formula(number, block) for number, block in enumerate(row_blocks(leaves))]
     return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces).reshape(leaves[0].shape)
 
@@ -67,7 +67,7 @@ def _uniform(key: Array, first: Array, shape: tuple[int, ...], dtype: Any, per: 
         return jax.random.uniform(jax.random.fold_in(key, number), block, dtype)
 
     full, rest = divmod(math.prod(shape[:-1]), per)
-    # One block after another: a generator's temporaries are several times what it draws.
+    # One block after another: a generator's temporaries take several times what it draws.
     blocks = jax.lax.map(lambda i: draw(i, per), first + jnp.arange(full))
     rows = [blocks.reshape(full * per, *shape[-1:])]
     if rest:

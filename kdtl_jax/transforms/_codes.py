@@ -1,9 +1,9 @@
-"""Quantized weights: which leaves are codes, or the scales of codes, and may not be computed with.
+"""Quantized weights: which leaves are codes, or scales of codes, and cannot be computed with.
 
-Codes of eight bits or fewer are told by their dtype. Wider integers may be packed codes (GPTQ, AWQ,
-MLX, compressed-tensors: several small numbers in each), counters, or tables of indices; the names
-of these formats and the scales beside them tell. The scales are part of the weight: multiplied or
-cut without the codes they give another matrix.
+Codes of eight bits or fewer are recognized by their dtype. Wider integers may be packed codes
+(GPTQ, AWQ, MLX, compressed-tensors: several small numbers in each), counters, or tables of
+indices; the leaves' names in these formats, and the scales beside them, tell which. The scales are
+part of the weight: multiplied or cut without the codes, they give another matrix.
 """
 
 import re
@@ -26,7 +26,7 @@ _SCALES = re.compile(
 
 
 def is_code(leaf: Any) -> bool:
-    """Whether a leaf's dtype says codes: an array of integers or floats of at most eight bits."""
+    """Whether a leaf has the dtype of codes: integers or floats of at most eight bits."""
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or np.ndim(leaf) == 0:
         return False
@@ -54,8 +54,8 @@ def refuse_codes(flat: Mapping[str, Any], chosen: Collection[str] | None = None)
     """Raises ValueError if a leaf of `{path: leaf}` holds quantized codes, or scales of them.
 
     Args:
-      flat: all leaves; what stands beside a leaf tells what it is.
-      chosen: the paths that would be computed with; None: all.
+      flat: all leaves, since a leaf's neighbors decide what it is.
+      chosen: the paths that would be computed with; None means all.
     """
     found = quantized(flat)
     found = sorted(found if chosen is None else found & set(chosen), key=trees.natural_key)
@@ -70,16 +70,16 @@ def refuse_codes(flat: Mapping[str, Any], chosen: Collection[str] | None = None)
 
 
 def is_integers(leaf: Any) -> bool:
-    """Whether a leaf is an array of integers of some axes."""
+    """Whether a leaf is an array of integers with at least one axis."""
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and np.ndim(leaf) > 0 and jnp.issubdtype(dtype, jnp.integer)
 
 
 def check_integers(path: str, leaf: Any, beside: Sequence[Any]) -> None:
-    """Refuses integers that another tree has as numbers, and matrices of them that differ.
+    """Refuses integers that are floats in another tree, and integer matrices that differ.
 
-    Counters differ between runs and are the first tree's; a matrix of integers is a table of
-    indices, equal everywhere, or packed codes.
+    Counters differ between runs, and the first tree's are used. A matrix of integers is either a
+    table of indices, equal in all trees, or packed codes.
     """
     if not is_integers(leaf):
         return
@@ -94,7 +94,7 @@ def check_integers(path: str, leaf: Any, beside: Sequence[Any]) -> None:
 
 
 def beside_numbers(path: str) -> str:
-    """What is said of codes that another tree has as numbers."""
+    """The message for codes that are floating-point numbers in another tree."""
     return (
         f"{path!r} holds integers in one tree and floating-point numbers in another: integer "
         "codes mean nothing without their scales. Dequantize them to floating point first."

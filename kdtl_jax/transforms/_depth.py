@@ -1,14 +1,14 @@
 r"""Depth: select, map, stack and unstack layers.
 
-Layers are named by a regular expression that matches their leaves' whole paths and has one group,
-the number: `r"encoder/layer_(\d+)/.*"`. Trees are dicts, lists and tuples, nested or flat: a layer
-may be one entry, or many whose names carry its number (`"model.layers.3.mlp.weight"` of a state
-dict, Haiku's `"net/layer_3/mlp"`). For other containers use
-`transfer(source, target, rename=layer_map(...))`, which works on paths alone. For scanned layers,
-whose first axis is the layer, name that axis and use `select_width`.
+Layers are named by a regular expression that matches the whole paths of their leaves and has one
+group, the layer's number: `r"encoder/layer_(\d+)/.*"`. Trees are dicts, lists and tuples, nested or
+flat. A layer may be one entry, or many entries with its number in their names
+(`"model.layers.3.mlp.weight"` of a state dict, Haiku's `"net/layer_3/mlp"`). For other containers
+use `transfer(source, target, rename=layer_map(...))`, which only needs paths. For scanned layers,
+stacked along their first axis, name that axis and use `select_width`.
 
-Errors are ValueErrors: a pattern that matches nothing, has not exactly one group or names only a
-part of a layer; a position out of range; containers of another kind.
+Errors are ValueErrors: a pattern that matches nothing, does not have exactly one group or names
+only part of a layer; a position out of range; a container of another kind.
 """
 
 import re
@@ -61,7 +61,7 @@ def number_of(match: re.Match[str]) -> int:
 
 
 def over_layers(params: PyTree, layers: str, rebuild: Callable[[Any, Layers], Any]) -> PyTree:
-    """Replaces every container that holds layers by `rebuild(container, its layer keys)`."""
+    """Replaces every container that holds layers with `rebuild(container, its layer keys)`."""
     parents = _parents(params, layers)
 
     def walk(node: Any, keys: Keys) -> Any:
@@ -115,7 +115,7 @@ def _parents(params: PyTree, layers: str) -> dict[Keys, dict[Any, LayerKey]]:
 
 
 def _within(key: Any, layers: Layers) -> bool:
-    """Whether an entry belongs to a layer: it is one, or is named like a part of one."""
+    """Whether an entry belongs to a layer: it is one, or its name is that of a part of one."""
     parts = {(layer.before, layer.after[0]) for layer in layers.values() if layer.after}
     return key in layers or any(
         re.match(rf"{re.escape(before)}\d+{re.escape(separator)}", str(key))
@@ -141,7 +141,7 @@ def _unreachable(kind: str) -> ValueError:
     )
 
 
-# The layers of 12 that DistilBERT starts from: not every second one, as the paper says.
+# The layers, out of 12, that DistilBERT starts from; the paper says every second one.
 # Sanh et al., DistilBERT, 2019 (1910.01108).
 DISTILBERT_LAYERS = (0, 2, 4, 7, 9, 11)
 
@@ -163,7 +163,7 @@ def layer_map(layers: str, indices: Sequence[int]) -> Callable[[str], tuple[str,
     """A `rename` for `transfer`: layer `j` of the target is layer `indices[j]` of the source.
 
     Numbers count from 0 on both sides. Layers that are not chosen are dropped, a layer may be
-    chosen several times, and other leaves keep their paths.
+    chosen more than once, and all other leaves keep their paths.
     """
     pattern = compiled(layers)
 
@@ -181,15 +181,15 @@ def layer_map(layers: str, indices: Sequence[int]) -> Callable[[str], tuple[str,
 
 
 def select_layers(params: Params, layers: str, indices: Sequence[int]) -> Params:
-    """Keeps the layers at these positions, renumbered: layer `j` is what layer `indices[j]` was.
+    """Keeps the layers at these positions and renumbers them: layer `j` is old `indices[j]`.
 
     Args:
       params: dicts, lists and tuples.
       layers: a regular expression for the layers' leaves with one group, the number.
-      indices: positions among the layers in natural order; repetitions copy a layer.
+      indices: positions among the layers in natural order; a repeated one copies its layer.
 
     Returns:
-      The tree with `len(indices)` layers, numbered from the first number that was used.
+      The tree with `len(indices)` layers, numbered from the lowest number in `params`.
     """
     numbers = layer_numbers(params, layers)
     if not len(indices) or any(not 0 <= i < len(numbers) for i in indices):
@@ -202,7 +202,7 @@ def select_layers(params: Params, layers: str, indices: Sequence[int]) -> Params
         by_number: dict[int, list[Any]] = {}
         for key, layer in at.items():
             by_number.setdefault(layer.number, []).append(key)
-        # A layer that only some collections hold (no batch statistics, say) is left out there.
+        # A layer may be missing from some collections (batch statistics, say) and stays missing.
         here = [(new, key) for new, old in chosen for key in by_number.get(old, ())]
         values = _distinct([node[key] for _, key in here])
         if isinstance(node, (list, tuple)):
@@ -214,14 +214,14 @@ def select_layers(params: Params, layers: str, indices: Sequence[int]) -> Params
 
 
 def stack_layers(params: Params, layers: str) -> Params:
-    """Layers as one subtree with a leading layer axis, as `scan` over layers wants them.
+    """Stacks layers into one subtree with a leading layer axis, as `scan` over layers expects.
 
     `{"layer_0": …, "layer_1": …}` becomes `{"layer": …}`, and flat names lose their number:
     `"layers.0.mlp.weight"` … becomes `"layers.mlp.weight"`. A list, or a dict of bare numbers,
-    becomes the subtree itself. Order is by number, so that 10 follows 9.
+    becomes the subtree itself. Layers are ordered by number, so 10 follows 9.
 
     Raises:
-      ValueError: also if layers differ in structure, shapes, dtypes, or in what cannot be stacked.
+      ValueError: also if layers differ in structure, shapes, dtypes, or non-array leaves.
     """
 
     def rebuild(node: Any, at: Layers) -> Any:
@@ -261,13 +261,13 @@ def unstack_layers(params: Params, at: str, *, keys: str | None = None) -> Param
 
     Args:
       params: nested dicts.
-      at: path of the stacked subtree, `"encoder/layer"`.
-      keys: names of the layers in its place, `"layer_{}"`; None makes the subtree a list of
-        layers.
+      at: path of the stacked subtree, such as `"encoder/layer"`.
+      keys: names of the layers that replace it, such as `"layer_{}"`; None makes the subtree a
+        list of layers.
 
     Raises:
-      ValueError: if there is no subtree at the path, its leaves disagree in length, or `keys` has
-        no `{}`.
+      ValueError: if there is no subtree at the path, its leaves have different lengths, or `keys`
+        has no `{}`.
     """
     if keys is not None and "{}" not in keys:
         raise ValueError(f"keys must contain {{}} for the number, got {keys!r}.")
@@ -294,7 +294,7 @@ def _numbered(keys: str, parts: Sequence[Any]) -> list[tuple[str, Any]]:
 def _replaced(
     node: Mapping[Any, Any], old: Container[Any], new: Sequence[tuple[Any, Any]]
 ) -> dict[Any, Any]:
-    """The dict with the keys `old` replaced, at the first one's place, by the entries `new`."""
+    """The dict with the entries `new` in place of the keys `old`, where the first of them was."""
     taken = {key for key in node if key not in old}
     for key, _ in new:
         if key in taken:
@@ -312,7 +312,7 @@ def _renumbered(key: Any, at: Layers, number: int) -> Any:
 
 
 def _distinct(values: Sequence[Any]) -> list[Any]:
-    """Copies what occurs again: one array in two places cannot be donated."""
+    """Copies repeated values: one array in two places cannot be donated."""
     seen: set[int] = set()
     out: list[Any] = []
     for value in values:

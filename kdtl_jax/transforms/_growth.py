@@ -22,17 +22,17 @@ def widen(
     *,
     key: Array | None = None,
 ) -> Params:
-    """Net2WiderNet: units are copied, and layers that sum over them divide by the copies.
+    """Net2WiderNet: copies units, and divides the weights that sum over them by the copies.
 
-    The function is preserved exactly (to rounding), in any network in which a unit's copies stay
+    The function is preserved exactly (to rounding) in any network in which a unit's copies stay
     equal: dense and convolutional layers with elementwise activations, the hidden units and whole
-    heads of attention blocks, gated units. Not the residual stream under normalization, unless
-    every unit is copied equally often; nor a query-key width, whose softmax scale must be restored
-    by `scale(params, sqrt(new / old), where="query")`.
+    heads of attention blocks, gated units. It is not preserved for the residual stream under
+    normalization, unless every unit is copied equally often, nor for a query-key width, unless the
+    softmax scale is restored by `scale(params, sqrt(new / old), where="query")`.
 
     Args:
       params: any pytree.
-      spec: the axes' names; the layers that sum over a widened axis say so,
+      spec: the names of the axes; mark the layers that sum over a widened axis with
         `Axis("mlp", summed=True)`.
       widths: `{name: new number of units}`, or the old unit that each new one copies.
       key: draws which units are copied. None copies them in turn from the first.
@@ -41,8 +41,8 @@ def widen(
       The wider tree, dtypes kept; the old units come first unless indices were given.
 
     Raises:
-      ValueError: as `axis_sizes`; if a name is unknown, a width shrinks, an old unit is left out,
-        or no leaf is marked as summing over the axis.
+      ValueError: as in `axis_sizes`; also if a name is unknown, a width shrinks, an old unit is
+        left out, or no leaf is marked as summing over the axis.
 
     References:
       Chen, Goodfellow and Shlens, Net2Net, 2015 (1511.05641).
@@ -58,7 +58,7 @@ def widen(
                 f"no leaf is marked as summing over {name!r}, so its inputs would be "
                 f"counted twice. Write Axis({name!r}, summed=True) where a layer consumes it."
             )
-        # Folded from the name, so that widening one axis draws what widening several draws.
+        # Folded from the name, so widening one axis draws the same as widening several.
         own_key = None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
         sources[name] = _copied_units(name, size, width, own_key)
 
@@ -91,14 +91,14 @@ def deepen(
       params: nested dicts, lists and tuples (see `select_layers`).
       layers: a regular expression for the layers' leaves with one group, the layer's number.
       after: positions of the layers after which one is inserted.
-      make: `(path, leaf) -> leaf` makes the new layer's leaves from those of the layer before
-        it: `identity_layer` for chains, `copy_with_zeros(selector)` for residual blocks.
+      make: `(path, leaf) -> leaf`, makes each of the new layer's leaves from that of the layer
+        before it: `identity_layer` for chains, `copy_with_zeros(selector)` for residual blocks.
 
     Returns:
-      The deeper tree, layers renumbered.
+      The deeper tree, with its layers renumbered.
 
     Raises:
-      ValueError: as `select_layers`; if `after` holds a position twice.
+      ValueError: as in `select_layers`; also if `after` holds a position twice.
 
     References:
       Chen, Goodfellow and Shlens, Net2Net, 2015 (1511.05641).
@@ -122,10 +122,10 @@ def deepen(
 
 
 def identity_layer(path: str, leaf: Any) -> Array:
-    """A layer that returns its input: unit kernels (centered for convolutions), zero biases.
+    """A layer that returns its input: identity kernels (centered for convolutions), zero biases.
 
-    Function-preserving after an activation that leaves its own values alone, such as ReLU.
-    Kernels are `[..., in, out]`.
+    Preserves the function after an idempotent activation, such as ReLU. Kernels are
+    `[..., in, out]`.
 
     Raises:
       ValueError: if a kernel's last two axes differ, or a convolution's window is even.
@@ -157,7 +157,7 @@ def copy_with_zeros(where: trees.Selector) -> Callable[[str, Any], Any]:
 def _copied_units(
     name: str, size: int, width: int | Sequence[int] | np.ndarray, key: Array | None
 ) -> np.ndarray | Array:
-    """The old unit each new one copies."""
+    """The old unit that each new one copies."""
     if not isinstance(width, (int, np.integer)):
         index = np.asarray(width)
         _checks.integers(**{name: index})

@@ -1,4 +1,4 @@
-"""Heads and vocabularies: replace a head, carry classes and tokens over by name."""
+"""Heads and vocabularies: replaces a head, and carries classes and tokens over by name."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -24,17 +24,17 @@ def replace_head(
     expect: int | str | None = "some",
     rename: Rename = (),
 ) -> tuple[Params, Report]:
-    """Everything from the source but the head, which keeps the target's fresh initialization.
+    """Takes everything from the source except the head, which keeps the target's initialization.
 
-    The set of re-initialized leaves is verified to be exactly what `head` selects: a leaf of the
-    body that does not match raises instead of silently staying random.
+    The leaves that keep their initialization are verified to be exactly those that `head` selects:
+    a leaf of the body that does not match raises an error instead of silently staying random.
 
     Args:
       source: the pretrained parameters, with their own head.
       target: freshly initialized parameters of the new model.
-      head: which leaves of the target are the new head. The source's own head is left behind
-        if it has the same paths; otherwise drop it with a rename to None.
-      expect: how many leaves that is, as in `trees.mask`.
+      head: selects the leaves of the target that are the new head. The source's own head is
+        dropped if it has the same paths; otherwise drop it by renaming it to None.
+      expect: the number of leaves selected, as in `trees.mask`.
       rename: as in `transfer`.
 
     Returns:
@@ -69,7 +69,7 @@ def replace_head(
 
 
 def index_map(old: Sequence[Hashable], new: Sequence[Hashable]) -> np.ndarray:
-    """Where each new class or token was: `[len(new)]` int64, -1 for those that `old` lacks.
+    """The old position of each new class or token: `[len(new)]` int64, -1 if `old` lacks it.
 
     Args:
       old: names in the order of the source's axis.
@@ -97,17 +97,17 @@ def remap_units(
 
     Args:
       params: any pytree.
-      spec: the axes' names, e.g. `("head/kernel", (None, "class"))`.
+      spec: the names of the axes, e.g. `("head/kernel", (None, "class"))`.
       indices: `{name: [n] integers}` from `index_map`; -1 marks a new unit.
-      fresh: where new units take their values: a tree of the resulting shapes, e.g. the new
-        model's initialization. None gives them the mean over the old units.
+      fresh: the values of new units: a tree of the resulting shapes, e.g. the new model's
+        initialization. None gives them the mean over the old units.
 
     Returns:
       The remapped tree, dtypes kept.
 
     Raises:
-      ValueError: as `axis_sizes`; if a name is unknown, an index out of range, or `fresh` has
-        another structure or shapes.
+      ValueError: as in `axis_sizes`; also if a name is unknown, an index is out of range, or
+        `fresh` has another structure or other shapes.
       TypeError: if indices are not integers.
     """
     axes = _width.axes_of(params, spec)

@@ -52,7 +52,7 @@ def ia3_output(
       in_axis: the kernel's input axis, or axes.
       out_axis: the kernel's output axis, or axes.
       bias: last path segments (after "/" or, in flat names, ".") of the bias beside a kernel,
-        which is scaled with it where there is one; `()` scales no bias.
+        which is scaled with it if there is one; `()` scales no bias.
 
     Returns:
       The adapter; weights are `{kernel's path: ScaleWeights}`. `combine` is
@@ -93,7 +93,7 @@ def ia3_output(
 def ia3_input(*, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1) -> Adapter:
     """`y' = (x * l) W + b`: one learned factor per input, for feed-forward layers.
 
-    As `ia3_output`; biases are untouched.
+    Otherwise as `ia3_output`; biases are not changed.
     """
 
     def apply(params: Params, weights: AdapterWeights) -> Params:
@@ -119,13 +119,13 @@ def vera(
 ) -> Adapter:
     """`W' = W + (A * d) (B * b)` with A and B random, frozen, and the same for every layer.
 
-    A and B are drawn from a key instead of stored: a layer reads their first `in` rows and `out`
+    A and B are drawn from a key instead of stored: a layer uses their first `in` rows and `out`
     columns, which do not depend on any other layer's size.
 
     Args:
-      projections: the PRNG key of A and B; part of the method, keep it with the weights.
-      rank: r; high, since a rank costs one number per layer.
-      start: of d; b starts at 0.
+      projections: the PRNG key of A and B; part of the model, so keep it with the weights.
+      rank: r; can be high, since a rank costs one number per layer.
+      start: the initial value of d; b starts at 0.
       in_axis: the kernel's input axis, or axes.
       out_axis: the kernel's output axis, or axes.
 
@@ -193,18 +193,18 @@ def vera(
 
 
 def oft(block_size: int = 32, *, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1) -> Adapter:
-    """`W' = R W`, R block-diagonal and orthogonal: inputs are rotated, angles and norms are kept.
+    """`W' = R W`, R block-diagonal and orthogonal: rotates inputs, keeping angles and norms.
 
     `R = (I + Q)(I - Q)^-1` with Q skew (Cayley), solved exactly.
 
     Args:
-      block_size: n; the inputs must be a multiple of it.
+      block_size: n; the number of inputs must be a multiple of it.
       in_axis: the kernel's input axis, or axes.
       out_axis: the kernel's output axis, or axes.
 
     Returns:
-      The adapter; weights are `{path: RotationWeights}`. `combine` adds the skew matrices,
-      which is exact for one member, and for several that rotate the same planes only nearly.
+      The adapter; weights are `{path: RotationWeights}`. `combine` adds the skew matrices, which
+      is exact for one member and approximate for several, even if they rotate the same planes.
 
     Raises:
       ValueError: if a selected leaf lacks the axes, or its inputs do not divide into blocks.
@@ -248,7 +248,7 @@ def oft(block_size: int = 32, *, in_axis: AxisSpec = -2, out_axis: AxisSpec = -1
             upper = upper.at[..., rows, columns].set(each.skew.astype(dtype))
             skew = upper - jnp.swapaxes(upper, -1, -2)
             eye = jnp.broadcast_to(jnp.eye(block_size, dtype=dtype), skew.shape)
-            # The two factors commute, so their order is free.
+            # The two factors commute, so their order does not matter.
             rotation = jnp.linalg.solve(eye - skew, eye + skew)
             inputs = kernel.matrix.reshape(*lead, blocks, block_size, fan_out)
             turned = jnp.matmul(rotation, inputs, precision=_HIGHEST)
@@ -296,6 +296,6 @@ def _scaling_adapter(apply: Apply, in_axis: AxisSpec, out_axis: AxisSpec, side: 
 
 
 def _rows(key: Array, count: int, width: int, bound: float, dtype: jnp.dtype) -> Array:
-    """Uniform rows `[count, width]`, each from its own key: more rows never change the first."""
+    """Uniform rows `[count, width]`, each from its own key: adding rows changes no earlier one."""
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
     return jax.vmap(lambda k: jax.random.uniform(k, (width,), dtype, -bound, bound))(keys)

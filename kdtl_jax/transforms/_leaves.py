@@ -1,4 +1,4 @@
-"""The ground of every transform: coefficients by leaf, dtypes, and trees side by side.
+"""The basis of every transform: coefficients by leaf, dtypes, and trees side by side.
 
 Arithmetic is done in float32 (complex64) or wider, and a leaf keeps its own dtype. Leaves that are
 not inexact (counters, PRNG keys, functions) pass through, except quantized integer codes, which
@@ -51,8 +51,8 @@ def coefficients(
     `chosen` defaults to the inexact leaves.
 
     Raises:
-      ValueError: if a rule is unused, a prefix does not fit the tree, or a coefficient is
-        neither a scalar nor broadcastable within its leaf.
+      ValueError: if a rule is unused, a prefix does not fit the tree, or a coefficient is neither
+        a scalar nor broadcastable to its leaf.
       TypeError: if a coefficient is not a real number.
     """
     flat = trees.flatten(tree)
@@ -106,7 +106,7 @@ def canonical_dtype(leaf: Any) -> Any:
 
 
 def numbered(name: str, members: Sequence[PyTree]) -> dict[str, PyTree]:
-    """`{"models[0]": ..., "models[1]": ...}`: how messages call the members of a list."""
+    """`{"models[0]": ..., "models[1]": ...}`: the members of a list by their names in messages."""
     if not isinstance(members, (list, tuple)) or not members:
         came = "an empty one" if isinstance(members, (list, tuple)) else type(members).__name__
         raise ValueError(f"{name} must be a non-empty list of parameter trees, got {came}.")
@@ -122,14 +122,13 @@ def combine_leaves(
 ) -> PyTree:
     """`formula(leaf number, path, *leaves)` on the inexact leaves of all trees side by side.
 
-    The first tree is authoritative: its structure, its dtypes, and its leaves wherever they are
-    not inexact. Leaves come in one dtype, float32 or wider; results are cast to the first tree's
-    dtype unless `keep_dtype` is false.
+    The first tree gives the structure, the dtypes, and all leaves that are not inexact. The formula
+    gets leaves of one dtype, float32 or wider; its results are cast to the first tree's dtypes
+    unless `keep_dtype` is false.
 
-    Tied leaves (one array under several paths, in every tree) stay tied: the first path's result
-    is the others' too, drawn with that path's key. `by` lists the columns of coefficients, one
-    entry per leaf, that the formula reads: where they differ between tied leaves, only the key is
-    shared.
+    Tied leaves (one array under several paths, in every tree) stay tied: the first path's result,
+    drawn with that path's key, is used for all. `by` lists the columns of coefficients, one entry
+    per leaf, that the formula reads; if they differ between tied leaves, only the key is shared.
 
     Raises:
       ValueError: if the trees differ in names or shapes (all differences are listed), or a leaf
@@ -170,7 +169,7 @@ def one_dtype(leaves: Sequence[Any]) -> list[Array]:
 
 
 def weights_by_leaf(weights: Weights | None, count: int, tree: PyTree) -> list[list[Any]]:
-    """`[leaf][member]` weights; 1 each when `weights` is None.
+    """`[leaf][member]` weights; all 1 when `weights` is None.
 
     Raises:
       ValueError: if there is not one weight per member, or rules leave a leaf uncovered.
@@ -190,7 +189,7 @@ def weights_by_leaf(weights: Weights | None, count: int, tree: PyTree) -> list[l
 
 
 def nonzero_total(path: str, weights: Sequence[Any]) -> None:
-    """Raises ValueError where the (concrete) weights of a leaf, which divide it, sum to 0."""
+    """Raises ValueError if the (concrete) weights of a leaf, whose sum divides it, sum to 0."""
     known = [w for weight in weights if (w := _checks.concrete(weight)) is not None]
     if len(known) < len(weights):
         return
@@ -208,12 +207,12 @@ def scaled(weight: Any, leaf: Array) -> Array:
 
 
 def equal_paths(tree: PyTree) -> dict[str, str]:
-    """Paths whose leaf equals an earlier one, to the first such: ties that are stored twice.
+    """`{path: first path with an equal leaf}`, for ties that are stored twice.
 
-    What is drawn for a tied leaf is drawn with the first one's path. Costs one row per leaf that
-    shares its shape: only leaves with the same first row are compared whole. Scalars equal none,
-    nor do leaves whose values are unknown here: tracers, and arrays that lie partly in other
-    processes.
+    Random draws for a tied leaf use the first one's path. Costs reading one row per leaf that
+    shares its shape: only leaves with the same first row are compared whole. Scalars are never
+    tied, nor are leaves whose values are unknown here: tracers, and arrays that are partly in
+    other processes.
     """
     groups: dict[Any, list[tuple[str, Any]]] = {}
     for path, leaf in trees.flatten(tree).items():

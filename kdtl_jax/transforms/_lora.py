@@ -63,8 +63,8 @@ def lora(
     Args:
       rank: r >= 1.
       alpha: the scale's numerator; with `scale_by_rank` and `alpha = rank` the scale is 1.
-      scaling: `scale_by_rank` or `scale_by_root_rank` (rsLoRA), evaluated at the rank that the
-        weights have, which `combine` changes.
+      scaling: `scale_by_rank` or `scale_by_root_rank` (rsLoRA), evaluated at the rank of the
+        weights, which `combine` changes.
       start: `kaiming_start`, `gaussian_start`, `orthogonal_start`, `pissa_start`,
         `olora_start` or `lora_ga_start()`.
       in_axis: the kernel's input axis, or axes: -2 in flax and haiku, -1 in equinox.
@@ -72,9 +72,9 @@ def lora(
         attention projections `[embed, heads, head_dim]` have `in_axis=-3, out_axis=(-2, -1)`.
 
     Returns:
-      The adapter. Its `combine(members, weights=None, *, rank=None)` concatenates ranks, which is
-      exact: applied, it adds `sum_i w_i s_i a_i b_i`; with `rank` the sum is then cut to its best
-      approximation of that rank. Weights are `{path: LoraWeights}`.
+      The adapter; weights are `{path: LoraWeights}`. `combine(members, weights=None, *, rank=None)`
+      concatenates ranks, which is exact: the result adds `sum_i w_i s_i a_i b_i`. With `rank`, the
+      sum is then cut to its best approximation of that rank.
 
     Raises:
       ValueError: if the rank is below 1, or a selected leaf lacks the axes.
@@ -131,11 +131,11 @@ def dora(
 ) -> Adapter:
     """`W' = m V / ||V||`, `V = W + s a b`, one length per output; the norm is held constant.
 
-    The gradient does not pass through `||V||` (section 4.3 of the paper), so that it costs
-    what LoRA's does; the value is unaffected. Arguments as `lora`'s.
+    The gradient does not pass through `||V||` (section 4.3 of the paper), so it costs the same as
+    LoRA's; the value is not affected. The arguments are those of `lora`.
 
     Returns:
-      The adapter; weights are `{path: DoraWeights}`. `combine` concatenates ranks as `lora`'s
+      The adapter; weights are `{path: DoraWeights}`. `combine` concatenates ranks as `lora` does
       and averages the lengths with the given weights: exact for one member of weight 1, a
       convention for more, since DoRA is not additive.
 
@@ -153,7 +153,7 @@ def dora(
         base, pairs = plain.init(key, params, where=where, gradients=gradients)
         weights = {}
         for path, leaf in _adapters.selected_matrices(params, where).items():
-            # At the start V is the kernel itself, whatever part of it the adapter holds.
+            # At the start V is the kernel itself, no matter which part of it the adapter holds.
             length = _numerics.safe_norm(view(path, leaf).matrix, axis=-2)
             weights[path] = _stored(DoraWeights(pairs[path].a, pairs[path].b, length), leaf)
         return AdaptedParams(base, weights)
@@ -237,7 +237,7 @@ def _minus(
 def _product(
     path: str, kernel: MatrixView, pair: LoraWeights, scaling: Scaling, alpha: Scalar
 ) -> Array:
-    """`s a b`, at the rank the weights have."""
+    """`s a b`, scaled for the rank of the weights."""
     *lead, fan_in, fan_out = kernel.matrix.shape
     rank = pair.a.shape[-1]
     expected = {"a": (*lead, fan_in, rank), "b": (*lead, rank, fan_out)}

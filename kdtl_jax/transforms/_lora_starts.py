@@ -1,9 +1,9 @@
-"""Where LoRA starts.
+"""Initializations for LoRA.
 
 A *start* is a function `(key, kernel, rank, scale, gradient) -> (a, b)` with `a [..., in, r]` and
 `b [..., r, out]` for a kernel `[..., in, out]`. Whatever a start returns, `init` subtracts
-`scale a b` from the base, so that every start preserves the function exactly; with `b = 0` the base
-is untouched, bit by bit.
+`scale a b` from the base, so every start preserves the function exactly; with `b = 0` the base is
+unchanged, bit for bit.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Start = Callable[[Array, Array, int, Array, Array | None], tuple[Array, Array]]
 def kaiming_start(
     key: Array, kernel: Array, rank: int, scale: Array, gradient: Array | None = None
 ) -> tuple[Array, Array]:
-    """`a ~ U(+-1/sqrt(in))`, `b = 0`: LoRA as PEFT starts it."""
+    """`a ~ U(+-1/sqrt(in))`, `b = 0`: PEFT's initialization of LoRA."""
     *lead, fan_in, fan_out = kernel.shape
     bound = 1 / fan_in**0.5
     a = jax.random.uniform(key, (*lead, fan_in, rank), kernel.dtype, -bound, bound)
@@ -39,9 +39,9 @@ def gaussian_start(
 def orthogonal_start(
     key: Array, kernel: Array, rank: int, scale: Array, gradient: Array | None = None
 ) -> tuple[Array, Array]:
-    """`a b = 0` with both factors non-zero, so that both learn from the first step. Even ranks.
+    """`a b = 0` with both factors non-zero, so both learn from the first step. Even ranks only.
 
-    The rows of one orthogonal `[r, r]` matrix are dealt out to the two factors.
+    The rows of one orthogonal `[r, r]` matrix are divided between the two factors.
 
     Raises:
       ValueError: if the rank is odd.
@@ -76,7 +76,7 @@ def olora_start(
 ) -> tuple[Array, Array]:
     """The first r columns of Q and rows of R of `kernel^T = Q R`: `b = Q_r^T` is orthonormal.
 
-    `scale` is not divided out, as in the published code; the base absorbs it.
+    As in the published code, `scale` is not divided out; the base absorbs it.
 
     References:
       Büyükakyüz, OLoRA, 2024 (2406.01775).
@@ -87,10 +87,10 @@ def olora_start(
 
 
 def lora_ga_start(gamma: float = 16.0) -> Start:
-    """LoRA-GA: singular vectors of the loss's gradient, so that step one follows full fine-tuning.
+    """LoRA-GA: singular vectors of the loss's gradient; the first step follows full fine-tuning.
 
-    `a` takes the input side's vectors `0:r`, `b` the output side's `r:2r`, both times
-    `out^(1/4) / sqrt(gamma)`. Pass `gradients=` to `init`; without them it raises ValueError.
+    `a` takes the input side's vectors `0:r` and `b` the output side's `r:2r`, both multiplied by
+    `out^(1/4) / sqrt(gamma)`. Pass `gradients=` to `init`, which otherwise raises ValueError.
 
     References:
       Wang, Yu and Li, LoRA-GA, 2024 (2407.05000), algorithm 1.

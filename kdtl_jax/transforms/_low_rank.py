@@ -35,8 +35,8 @@ def factor_low_rank(matrix: Array, rank: int) -> LowRank:
       The factors, in the dtype of `matrix`.
 
     Raises:
-      ValueError: if it is not a matrix or the rank is out of range.
-      TypeError: if it is not floating point.
+      ValueError: if `matrix` has fewer than two axes or the rank is out of range.
+      TypeError: if `matrix` is not floating point.
 
     References:
       Eckart and Young, The approximation of one matrix by another of lower rank, 1936.
@@ -57,18 +57,18 @@ def factor_low_rank(matrix: Array, rank: int) -> LowRank:
 
 
 def rank_for_energy(matrix: Array, energy: float) -> int:
-    """The smallest rank that keeps the part `energy` of `sum of squared singular values`.
+    """The smallest rank that keeps the fraction `energy` of `sum of squared singular values`.
 
-    For a stack of matrices, the smallest rank that does so in each. Looks at values, so it is not
-    for use inside `jit`: ranks decide shapes.
+    For a stack of matrices, the smallest rank that does so for each. It reads values and ranks
+    decide shapes, so it cannot be used inside `jit`.
 
     Args:
       matrix: `[..., in, out]`, concrete.
       energy: in `(0, 1]`.
 
     Raises:
-      ValueError: if it is not a matrix, traced, or `energy` is out of range.
-      TypeError: if it is not floating point.
+      ValueError: if `matrix` has fewer than two axes or is traced, or `energy` is out of range.
+      TypeError: if `matrix` is not floating point.
     """
     _checks.rank(2, matrix=matrix)
     _checks.floating(matrix=matrix)
@@ -86,9 +86,9 @@ def rank_for_energy(matrix: Array, energy: float) -> int:
 
 
 def truncate_rank(params: Params, rank: int, *, where: trees.Selector) -> Params:
-    """The selected matrices replaced by their best approximation of rank `r`; shapes are kept.
+    """Replaces the selected matrices by their best approximation of rank `r`; shapes are kept.
 
-    Matrices whose smaller side is at most `r` stay as they are.
+    Matrices whose smaller side is at most `r` are not changed.
 
     Raises:
       ValueError: if `where` matches nothing, a selected leaf is not a matrix, or `rank < 1`.
