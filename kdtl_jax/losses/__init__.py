@@ -1,9 +1,9 @@
 """Distillation losses: `(student, teacher, *, hyperparameters) -> one value per example`.
 
-Student first. No loss reduces, weights, mixes, holds parameters or stops a gradient; the objective
-and the step do. Task losses are optax's; published methods, which combine losses, are in
-`kdtl_jax.methods`. The losses come first, then the pieces: targets, weights, schedules and
-alignments that go into them.
+The student comes first. No loss reduces, weights, mixes, holds parameters or stops a gradient; the
+objective and the step do. For task losses, use optax; published methods, which combine losses, are
+in `kdtl_jax.methods`. The losses are listed first, followed by the pieces that go into them:
+targets, weights, schedules and alignments.
 """
 
 from kdtl_jax.losses._alm import alm as alm

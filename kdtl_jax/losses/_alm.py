@@ -1,11 +1,11 @@
-"""Approximate likelihood matching: two tokenizers agree on the probability of a stretch of text.
+"""Approximate likelihood matching: compare a stretch of text's probability across two tokenizers.
 
 A chunk is a stretch that both tokenizations cut at its ends (`language.align_tokens`); its
-log-probability is the sum of its tokens' (`language.chunk_log_probs`). Nothing else is the same
+log-probability is the sum of its tokens' (`language.chunk_log_probs`). Only chunks are the same
 text on both sides, which is why only this binary comparison, the observed chunk against all others,
-is exact. Both arguments are log-probabilities <= 0 of one shape, `[B, C]` say; the result has that
-shape, in nats, float32 or wider. Arrays that are not floating point raise TypeError, shapes and
-ranges that do not fit ValueError.
+is exact. Both arguments are log-probabilities <= 0 of the same shape, e.g. `[B, C]`; the result has
+that shape, in nats, float32 or wider. Arrays that are not floating point raise TypeError; shapes
+and ranges that do not fit raise ValueError.
 
 References:
   Minixhofer, Vulić and Ponti, Cross-Tokenizer Distillation via Approximate Likelihood Matching,
@@ -28,13 +28,13 @@ def alm(
 ) -> Array:
     """`KL(Bernoulli(p_T^(1/T)) || Bernoulli(p_S^(1/T)))` of a chunk's probability on both sides.
 
-    `eps` is subtracted from `log p / T`, so that the logarithm stays finite at probability 1.
-    tokenkit's `binary_ce` is this plus the teacher's binary entropy, a constant.
+    `eps` is subtracted from `log p / T` to keep the logarithm finite at probability 1. tokenkit's
+    `binary_ce` is this plus the teacher's binary entropy, a constant.
 
     Args:
       student_log_probs: `[...]`, <= 0.
       teacher_log_probs: the same shape.
-      temperature: > 0; a high one compares log-probabilities, 1 compares probabilities.
+      temperature: > 0; a high value compares log-probabilities, 1 compares probabilities.
       eps: > 0.
     """
     student, teacher = _checked(student_log_probs, teacher_log_probs)
@@ -67,7 +67,8 @@ def alm_limit(student_log_probs: Array, teacher_log_probs: Array, *, eps: Scalar
         student - _numerics.scalar(eps, student, "eps"),
         teacher - _numerics.scalar(eps, teacher, "eps"),
     )
-    # The term of a KL between -y and -x. Near each other, r knows the ratio y / x = 1 + r better.
+    # The term of a KL between -y and -x. When they are close, r gives the ratio y / x = 1 + r more
+    # accurately.
     r = (teacher - student) / x
     near = jnp.abs(r) < 0.5
     ratio = jnp.where(near, jnp.log1p(jnp.where(near, r, 0)), jnp.log(y / x))
@@ -79,5 +80,5 @@ def _checked(student: Array, teacher: Array) -> tuple[Array, Array]:
     _checks.rank(1, student_log_probs=student)
     _checks.same_shape(student_log_probs=student, teacher_log_probs=teacher)
     _checks.nonempty(student_log_probs=student)
-    # Sums of rounded logarithms may end just above 0.
+    # Sums of rounded logarithms may come out just above 0.
     return jnp.minimum(_numerics.upcast(student), 0), jnp.minimum(_numerics.upcast(teacher), 0)

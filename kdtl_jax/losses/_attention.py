@@ -1,9 +1,9 @@
 """Transformers: attention scores by KL or MSE, relations between tokens, Gram matrices of states.
 
-Float arrays, student first; values are per token (per query), `[B, L]`, averaged over heads, in
-float32 or wider. `where` (bool `[B, L]`) marks real tokens: others are never keys, and as
-queries give 0. To compare states token by token, use `last_axis_mse` or `cosine_distance`; the
-objective averages over real tokens (`Masked(values, where)`).
+All take float arrays, student first. Values are per token (per query), `[B, L]`, averaged over
+heads, in float32 or wider. `where` (bool `[B, L]`) marks real tokens: other tokens are never keys,
+and their values as queries are 0. To compare states token by token, use `last_axis_mse` or
+`cosine_distance`; the objective averages over real tokens (`Masked(values, where)`).
 
 TypeError: an array is not floating point. ValueError: shapes do not fit, or an array is empty.
 """
@@ -18,11 +18,11 @@ from kdtl_jax.losses import _sides
 
 
 def attention_mse(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
-    """`mean over heads and keys of (A_S - A_T)^2`, A attention scores before the softmax.
+    """`mean over heads and keys of (A_S - A_T)^2`, where A are attention scores before the softmax.
 
-    Keys that either model masks with -inf differ by 0 and stay in the mean, as in TinyBERT's code.
-    The mean over everything is TinyBERT's term; TextBrewer's masked form weights a query of
-    example b by its number of real keys.
+    Keys that either model masks with -inf contribute a difference of 0 and stay in the mean, as in
+    TinyBERT's code. The mean over everything is TinyBERT's term; TextBrewer's masked form weights a
+    query of example b by its number of real keys.
 
     Args:
       student: `[B, heads, L, L]`.
@@ -36,7 +36,7 @@ def attention_mse(student: Array, teacher: Array, *, where: Array | None = None)
       Jiao et al., TinyBERT: Distilling BERT for Natural Language Understanding, 2019 (1909.10351).
     """
     student, teacher, real = _scores(student, teacher, where)
-    # Subtraction is linear: what it makes of two infinities is harmless once it is dropped here.
+    # Subtraction is linear, so its result for two infinities is harmless once it is dropped here.
     hidden = (student == -jnp.inf) | (teacher == -jnp.inf)
     if real is not None:
         hidden = hidden | ~real
@@ -96,8 +96,8 @@ def minilm_relation(
 
     The vectors of all heads are joined and split again into `relation_heads`, so widths and numbers
     of heads may differ and no projection is needed. Averaged over the real tokens of an example and
-    then over examples, it is the published number. (queries, keys) and (values, values) of
-    the last layer make MiniLM; see `minilm_v2`.
+    then over examples, it is the published number. MiniLM uses (queries, keys) and (values, values)
+    of the last layer; see also `minilm_v2`.
 
     Args:
       student: two arrays `[B, L, Ds]`: queries and keys, or either of them twice.
@@ -167,7 +167,7 @@ def _relation(x: Array, y: Array, heads: int, where: Array | None) -> Array:
         raise ValueError(
             f"relation_heads={heads} must divide the width, got {_checks.described(vectors=x)}."
         )
-    # The width splits the scale between both factors, which keeps half precisions in range.
+    # The scale is split between both factors, which keeps half precisions in range.
     x, y = (_heads(z, heads) / width**0.25 for z in (x, y))
     return _numerics.gram(x, y)
 

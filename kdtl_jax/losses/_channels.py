@@ -1,6 +1,6 @@
 """Losses on relations between the channels of one example: Gram matrices, flows, singular vectors.
 
-Maps are float `[B, ..., C]`, channel-last, student first; all return `[B]` in float32 or wider.
+Maps are float `[B, ..., C]`, channels last, student first. All return `[B]` in float32 or wider.
 
 TypeError: an array is not floating point. ValueError: shapes do not fit (each docstring says which
 axes must agree), or an array is empty.
@@ -21,7 +21,7 @@ def cwd(student: Array, teacher: Array, *, temperature: Scalar = 1.0) -> Array:
     """`T^2 mean_c KL(softmax_hw(t_c / T) || softmax_hw(s_c / T))`: channel-wise distillation.
 
     `.mean()` is mmrazor's number at weight 1 (its configurations: 5 for score maps, 10 for each
-    level of a pyramid, at T = 1). The authors' script for score maps has weight 3 and T = 4.
+    level of a pyramid, at T = 1). The authors' script for score maps uses weight 3 and T = 4.
 
     Args:
       student: `[B, ..., C]`.
@@ -49,7 +49,7 @@ def ickd(student: Array, teacher: Array) -> Array:
 
     Args:
       student: `[B, ..., C]`.
-      teacher: `[B, ..., C]`; positions may differ in number.
+      teacher: `[B, ..., C]`; the number of positions may differ.
 
     Returns:
       `[B]`.
@@ -71,9 +71,9 @@ def _row_unit_gram(x: Array) -> Array:
 def nst(student: Array, teacher: Array) -> Array:
     """Squared MMD of unit channel maps under the kernel `(x . y)^2`: neuron selectivity transfer.
 
-    `mean k(s, s') + mean k(t, t') - 2 mean k(s, t)`, means over pairs of channels of one example.
-    `.mean()` is RepDistiller's number (weight 50). The kernel sums are also the squared distance of
-    two position-by-position moments; the cheaper of the two forms is computed.
+    `mean k(s, s') + mean k(t, t') - 2 mean k(s, t)`, with means over pairs of channels of one
+    example. `.mean()` is RepDistiller's number (weight 50). The kernel sums are also the squared
+    distance of two position-by-position moments; the cheaper of the two forms is computed.
 
     Args:
       student: `[B, ..., Cs]`.
@@ -154,9 +154,9 @@ def fsp(
 def affinity(student: Array, teacher: Array) -> Array:
     """`sum_c || x x^T - y y^T ||_F / positions` of unit channel maps x, y: affinity distillation.
 
-    With `x x^T` never formed: the squared norm is
-    `1/2 |x - y|^2 |x + y|^2 + 1/2 (|x|^2 - |y|^2)^2`, linear in the positions and exact near
-    equality. `.mean()` is torchdistill's `AffinityLoss`. The gradient at equality is set to 0.
+    `x x^T` is never formed: the squared norm is `1/2 |x - y|^2 |x + y|^2 + 1/2 (|x|^2 - |y|^2)^2`,
+    which is linear in the positions and exact near equality. `.mean()` is torchdistill's
+    `AffinityLoss`. The gradient at equality is set to 0.
 
     Args:
       student: `[B, ..., C]`, adapted to the teacher's factors.
@@ -182,18 +182,18 @@ def _by_channel(x: Array) -> Array:
 
 
 def kdsvd(student: Sequence[Array], teacher: Sequence[Array], *, k: int = 1) -> Array:
-    """`sum_l sum (R_S - R_T)^2`, R the RBF between singular vectors of neighboring layers.
+    """`sum_l sum (R_S - R_T)^2`, where R is the RBF between singular vectors of neighboring layers.
 
-    Each map is a matrix `[positions, C]`; its first k right singular vectors (teacher) and the
+    Each map is a matrix `[positions, C]`. The teacher's first k right singular vectors and the
     student's best matches among its first k + 3 (by |cosine|, sign aligned), scaled by the
-    teacher's normalized singular values, enter `R = exp(-(v_l[c] - v_{l-1}[c'])^2 / 8)`. A
-    singular vector has no sign: here the teacher's largest entry is positive. Gradients at
-    repeated singular values are those of the well-defined part. `.mean()` is RepDistiller's
-    number with that sign rule; mdistiller decomposes the transposed matrices.
+    teacher's normalized singular values, enter `R = exp(-(v_l[c] - v_{l-1}[c'])^2 / 8)`. The sign
+    of a singular vector is arbitrary: here the teacher's largest entry is positive. Gradients at
+    repeated singular values are those of the well-defined part. `.mean()` is RepDistiller's number
+    with that sign rule; mdistiller decomposes the transposed matrices.
 
     Args:
-      student: two or more maps `[B, ..., C_l]`.
-      teacher: as many maps with the same `C_l`; positions may differ.
+      student: at least two maps `[B, ..., C_l]`.
+      teacher: the same number of maps with the same `C_l`; positions may differ.
       k: singular vectors per layer.
 
     Returns:
@@ -271,8 +271,8 @@ def _eigh_jvp(
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     """First-order perturbation; directions within one (numerically) repeated value do not move.
 
-    The derivative of an eigenvector divides by gaps between eigenvalues. Where a gap is
-    rounding, the vectors of that space are an arbitrary basis and have no derivative.
+    The derivative of an eigenvector divides by gaps between eigenvalues. If a gap is only rounding
+    error, the vectors of that space are an arbitrary basis and have no derivative.
     """
     values, vectors = _eigh(*primals)
     rotated = jnp.swapaxes(vectors, -1, -2) @ tangents[0] @ vectors

@@ -1,8 +1,8 @@
-"""The work on a chunk of logits, in blocks that a CPU's caches hold.
+"""The work on a chunk of logits, in blocks that fit a CPU's caches.
 
-Matrix products want many rows at a time, everything else wants few. XLA's programs for a CPU pass
-over whole arrays, and a chunk of logits is larger than the caches: so there the loss takes its
-chunk block by block. On other devices a chunk is one block.
+Matrix products are fastest on many rows at a time, everything else on few. XLA's CPU programs pass
+over whole arrays, and a chunk of logits is larger than the caches, so on a CPU the loss processes
+its chunk block by block. On other devices a chunk is one block.
 """
 
 from collections.abc import Callable
@@ -14,27 +14,28 @@ from jax import Array
 
 from kdtl_jax._types import PyTree
 
-BLOCK_OF_LOGITS = 2**18  # logits of one model that a CPU core's cache holds
-BLOCK_OF_HEAD = 2**21  # weights of a head in a CPU's last cache, with as much again
+BLOCK_OF_LOGITS = 2**18  # logits of one model that fit a CPU core's cache
+BLOCK_OF_HEAD = 2**21  # weights of a head that fit a CPU's last-level cache twice
 
 
 def gradient(
     of_product: Callable[..., Array], product: Array, small: Any, aims: PyTree, counts: Array
 ) -> tuple[Array, Array, Any]:
-    """A chunk's total `sum_i l(z_i, y_i)` and its gradient by `product` and `small`.
+    """A chunk's total `sum_i l(z_i, y_i)` and its gradient with respect to `product` and `small`.
 
-    On a CPU a block of rows at a time, each written over the logits it comes from: the loss passes
-    a dozen times over its logits, and a block stays in the processor's cache.
+    On a CPU it works on one block of rows at a time and writes each gradient over the logits it
+    comes from: the loss passes a dozen times over its logits, and a block stays in the processor's
+    cache.
 
     Args:
       of_product: `(product, small, aims, counts) -> []`, a sum over rows, of any number of rows.
-      product: `[n, vocabulary]`, n a multiple of `block_rows(vocabulary)` or below it.
+      product: `[n, vocabulary]`, where n is a multiple of `block_rows(vocabulary)` or below it.
       small: pytree of floating-point arrays that all rows share.
       aims: pytree of arrays `[n, *]`, constants.
       counts: bool `[n]`, rows that count.
 
     Returns:
-      The total `[]`, its gradient by `product`, `[n, vocabulary]`, and by `small`.
+      The total `[]` and its gradients with respect to `product`, `[n, vocabulary]`, and to `small`.
     """
 
     def at_once(product: Array, small: Any, *rest: Any) -> tuple[Array, Array, Any]:
@@ -48,7 +49,7 @@ def gradient(
     blocks = size // rows
 
     def in_blocks(product: Array, small: Any, *rest: Any) -> tuple[Array, Array, Any]:
-        # Block i holds rows i, i + blocks, …: shared by devices like the chunk (see `_chunks`).
+        # Block i holds rows i, i + blocks, …: split over devices like the chunk (see `_chunks`).
         def split(a: Array) -> Array:
             return a.reshape(rows, blocks, *a.shape[1:])
 
@@ -74,8 +75,8 @@ def gradient(
 def with_product(total: Array, rows: Array, by_product: Array) -> Array:
     """`total + rows^T by_product`.
 
-    On a CPU, where no matrix product adds to what is there, a block of columns at a time: what is
-    to be added is never as large as the head.
+    On a CPU, where no matrix product accumulates into an existing array, it works on one block of
+    columns at a time: the product to be added is never as large as the head.
 
     Args:
       total: `[width, vocabulary]`.
@@ -87,7 +88,7 @@ def with_product(total: Array, rows: Array, by_product: Array) -> Array:
     """
 
     def added(total: Array, rows: Array, by_product: Array) -> Array:
-        # Written as it is kept, so that the product is added where it lies.
+        # Written in the layout of `total`, so that the product is added in place.
         return total + jax.lax.dot_general(
             rows, by_product, (((0,), (0,)), ((), ())), preferred_element_type=total.dtype
         )

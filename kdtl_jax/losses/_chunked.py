@@ -1,22 +1,22 @@
 """Losses at vocabulary scale: from hidden states and output heads, a chunk of tokens at a time.
 
-A dense divergence over a vocabulary V holds several `[tokens, V]` arrays in float32: gigabytes
-where the hidden states take megabytes. Here a scan makes the logits of one chunk of tokens, the
-loss on them, *and its gradient*, and drops them: memory is that of a chunk, beside the head's own
-gradient. Because the loss is a sum, its gradient can be taken in the forward pass and only scaled
-in the backward pass; nothing is computed twice, unlike with rematerialization.
+A dense divergence over a vocabulary V holds several `[tokens, V]` arrays in float32: gigabytes,
+while the hidden states take megabytes. Here a scan computes the logits of one chunk of tokens, the
+loss on them, *and its gradient*, then drops the logits. Memory is that of one chunk plus the head's
+own gradient. Because the loss is a sum, its gradient can be computed in the forward pass and only
+scaled in the backward pass; unlike with rematerialization, nothing is computed twice.
 
     kl = partial(losses.forward_kl, temperature=2.0)
     mean = losses.chunked_divergence(
         kl, hidden, Head(params["lm_head"]), teacher_hidden, Head(teacher["lm_head"]), where=mask)
     loss = mean.value()
 
-The result is an `objective.Mean`, a term as it stands: sum and count stay apart, so that
-microbatches give exactly the large batch.
+The result is an `objective.Mean`, which can be used as a term directly: sum and count are kept
+separate, so microbatches give exactly the result of the large batch.
 
-All functions raise ValueError where shapes do not fit or a loss does not return one value per
-token, and TypeError where an array is not floating point, `where` is not bool, or under
-forward-mode differentiation (`jax.jvp`), which a loss with its own gradient does not have.
+All functions raise ValueError if shapes do not fit or a loss does not return one value per token.
+They raise TypeError if an array is not floating point, if `where` is not bool, or under
+forward-mode differentiation (`jax.jvp`), which a custom VJP does not support.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def chunked_divergence(
     where: Array | None = None,
     chunk_size: int = 256,
 ) -> Mean:
-    """Sum over tokens of `divergence(student_logits, teacher_logits)`, logits made chunk by chunk.
+    """Sum over tokens of `divergence(student_logits, teacher_logits)`, with logits made in chunks.
 
     The teacher is a constant: nothing is differentiated through it.
 
@@ -56,15 +56,15 @@ def chunked_divergence(
       teacher_hidden: `[..., teacher_width]`, the same leading dimensions.
       teacher_head: the teacher's output layer.
       where: bool `[...]`, tokens that count; others may hold anything.
-      chunk_size: tokens per chunk, static. Larger fills the processor better; memory is about
+      chunk_size: tokens per chunk, static. Larger values use the processor better; memory is about
         `4 chunk_size vocabulary` floats.
 
     Returns:
       `objective.Mean`: the sum over the tokens that count, and their number; float32 or wider.
 
     References:
-      Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training, 2024 (2410.10989), whose
-      fused linear losses take the gradient in the forward pass in the same way.
+      Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training, 2024 (2410.10989); its
+      fused linear losses also compute the gradient in the forward pass.
     """
     _head.check_head(teacher_hidden, teacher_head)
     frozen = jax.lax.stop_gradient(teacher_head)
@@ -85,18 +85,18 @@ def chunked_loss(
     where: Array | None = None,
     chunk_size: int = 256,
 ) -> Mean:
-    """Sum over tokens of `loss(logits, targets)`, logits made chunk by chunk.
+    """Sum over tokens of `loss(logits, targets)`, with logits made chunk by chunk.
 
-    For labels, stored logits or top-k teachers: whatever has one row per token. Derivatives are
-    those of the dense composition, by the hidden states, by the head and by arrays that `loss`
-    closes over (a learned temperature); targets are constants. Derivatives of derivatives
-    (`grad` of `grad`, `hessian`) are right too, but differentiate the scan as it stands, at the
-    memory of all logits.
+    For labels, stored logits, top-k teachers or any other target with one row per token.
+    Derivatives with respect to the hidden states, the head and arrays that `loss` closes over (a
+    learned temperature) are those of the dense composition; targets are constants. Higher
+    derivatives (`grad` of `grad`, `hessian`) are correct too, but differentiate through the scan
+    and need memory for all logits.
 
     Args:
       loss: `([n, V] logits, targets of n tokens) -> [n]`, e.g. `losses.top_k_kl_tail`, or
         `optax.softmax_cross_entropy_with_integer_labels`. On a CPU it sees a few rows at a time,
-        so that its passes stay in the cache.
+        which keeps its passes in the cache.
       hidden: `[..., width]`; leading dimensions are tokens.
       head: the output layer.
       targets: pytree of arrays `[..., *]` with the same leading dimensions.
@@ -126,7 +126,7 @@ def _chunked(
     def shapes(like: PyTree, size: int) -> Any:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[2:]), a.dtype), like)
 
-    # Arrays that the loss closes over become arguments, so that they too have a gradient.
+    # Arrays that the loss closes over become arguments, so they get a gradient too.
     size, converted, constants = rows[2].shape[1], {}, []
     for n in (min(size, block), size):
         logits = jax.eval_shape(head_logits, shapes(rows[0], n), head)
@@ -165,7 +165,7 @@ def chunked_map(
     where: Array | None = None,
     chunk_size: int = 256,
 ) -> PyTree:
-    """`fn(logits, targets)` of every token, logits made chunk by chunk (and again for gradients).
+    """`fn(logits, targets)` of every token, with logits made in chunks (and again for gradients).
 
     For values per token that are not to be summed: a teacher's log-probabilities at given classes
     (`top_k_at`), the student's own (`token_log_probs`), its k likeliest (`top_k_targets`).
@@ -201,7 +201,7 @@ def chunked_map(
 def _counted(
     hidden: Array, head: Head, targets: PyTree, where: Array | None, chunk_size: int
 ) -> tuple[Array, PyTree, Array]:
-    """Checked, with 0 for what does not count: it may be NaN, and 0 times NaN is NaN."""
+    """Checked, with 0 where a token does not count: it may be NaN, and 0 times NaN is NaN."""
     _head.check_head(hidden, head)
     _checks.nonempty(hidden=hidden)
     _checks.positive(chunk_size=chunk_size)
@@ -223,8 +223,8 @@ def _counted(
 def _chunks(tree: PyTree, leading: int, chunk_size: int, rows: int = 1) -> PyTree:
     """Leaves `[chunks, n, ...]`, padded by zeros to equal chunks of whole blocks of `rows`.
 
-    Chunk c holds tokens c, c + chunks, …: a batch sharded along its first dimension stays where it
-    lies, every device working on its share of every chunk.
+    Chunk c holds tokens c, c + chunks, …: a batch sharded along its first dimension stays in place,
+    and every device works on its share of every chunk.
     """
 
     def split(a: Array) -> Array:
@@ -248,7 +248,7 @@ def _summed(
     targets: PyTree,
     where: Array,
 ) -> Array:
-    """The sum over chunks `[chunks, n, ...]`, with its gradient taken on the way."""
+    """The sum over chunks `[chunks, n, ...]`, with its gradient computed along the way."""
 
     def of_product(product: Array, small: Any, aims: PyTree, counts: Array) -> Array:
         return _chunk_total(loss, _head.transformed(product, small[0]), small[1], aims, counts)

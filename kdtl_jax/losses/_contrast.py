@@ -1,10 +1,10 @@
 """Contrastive losses: an example must recognize its teacher, or its class, among others.
 
-The others are the rest of the batch, a memory bank or a queue; the last two are values of
+The others come from the rest of the batch, a memory bank or a queue; the last two are values of
 `kdtl_jax.memory` that the step carries. All take float arrays and return `[B]` in float32 or wider.
 
-`where` (bool `[B]`) marks the real examples: the values of the others are 0, and they serve as
-neither positives nor negatives, so a padded batch gives the numbers of its real rows alone.
+`where` (bool `[B]`) marks the real examples. The others have the value 0 and serve as neither
+positives nor negatives, so a padded batch gives the same numbers as its real rows alone.
 
 TypeError: an array is not floating point, or labels are not integers. ValueError: shapes do not
 fit, an array is empty, labels are out of range, or a hyper-parameter is.
@@ -25,9 +25,9 @@ def crd(log_scores: Array, *, num_data: int, eps: float = 1e-7) -> Array:
     """`-log x_0 / (x_0 + P + eps) - sum_j log P / (x_j + P + eps)`, `P = K / n`: CRD.
 
     Noise-contrastive estimation with K uniform negatives out of n rows, `x = exp(v . m / T) / Z`.
-    Column 0 is the positive. CRD adds two such sides, the student's embedding against the bank of
-    teacher embeddings and the reverse; the sum of the two `.mean()`s is RepDistiller's number
-    (weight .8). Computed from log scores, so that no score overflows.
+    Column 0 is the positive. CRD adds two such terms: the student's embedding against the bank of
+    teacher embeddings, and the reverse. The sum of the two `.mean()`s is RepDistiller's number
+    (weight .8). It is computed from log scores so that no score overflows.
 
     Args:
       log_scores: `[B, 1 + K]`, `log x` from `memory.bank_scores`.
@@ -61,7 +61,7 @@ def crd(log_scores: Array, *, num_data: int, eps: float = 1e-7) -> Array:
 def info_nce(
     student: Array, teacher: Array, *, temperature: Scalar = 0.07, where: Array | None = None
 ) -> Array:
-    """`-log softmax_j(cos(s_i, t_j) / T)_i`: the rest of the batch are the negatives.
+    """`-log softmax_j(cos(s_i, t_j) / T)_i`: the negatives are the rest of the batch.
 
     `.mean()` is the contrastive part of DCD (whose `1 / T` is learned, `min(exp(tau), 10)`).
 
@@ -85,10 +85,10 @@ def info_nce(
 def dcd_invariance(
     student: Array, teacher: Array, *, temperature: Scalar = 0.07, where: Array | None = None
 ) -> Array:
-    """`KL(softmax_k(A_ki)_j || softmax_k(A_ik)_j)`, A the similarities of `info_nce`: DCD.
+    """`KL(softmax_k(A_ki)_j || softmax_k(A_ik)_j)`, with A the similarities of `info_nce`: DCD.
 
-    How the teacher of example i sees the students, against how its student sees the teachers; both
-    sides are differentiated. DCD is `info_nce + .5 dcd_invariance`.
+    Compares how the teacher of example i sees the students with how its student sees the teachers;
+    both sides are differentiated. DCD is `info_nce + .5 dcd_invariance`.
 
     Args:
       student: `[B, ...]`, embedded; flattened per example and normalized here.
@@ -129,8 +129,8 @@ def rrd(
 ) -> Array:
     """`KL(softmax(Q t / T_T) || softmax(Q s / T_S))` over a queue of teacher embeddings: RRD.
 
-    The authors write the cross-entropy: add the teacher's entropy to get their number. Their code
-    pushes the current batch before it compares (`memory.queue_push`).
+    The authors use the cross-entropy: add the teacher's entropy to get their number. Their code
+    pushes the current batch onto the queue before comparing (`memory.queue_push`).
 
     Args:
       student: `[B, D]`, embedded; normalized here.
@@ -172,11 +172,11 @@ def bi_tuning_classifier(
     temperature: Scalar = 0.07,
     where: Array | None = None,
 ) -> Array:
-    """Every class vector finds its examples in the batch: `KL(u || softmax_j(w_y . g_j / T))`.
+    """Each class vector must find its examples in the batch: `KL(u || softmax_j(w_y . g_j / T))`.
 
     `g = [h, 1] / ||[h, 1]||`, `w_c = [W_c, b_c] / ||[W_c, b_c]||`, and u is uniform over the
-    batch's examples of the same class. The in-batch form of Bi-Tuning's classifier part; with
-    queues of keys call `uniform_contrast` on their scores.
+    batch's examples of the same class. This is the in-batch form of Bi-Tuning's classifier part;
+    with queues of keys, call `uniform_contrast` on their scores.
 
     Args:
       features: `[B, D]`, before the head.
@@ -216,12 +216,12 @@ def bi_tuning_projection(
     temperature: Scalar = 0.07,
     where: Array | None = None,
 ) -> Array:
-    """Every projected query finds the keys of its class: `KL(u || softmax_j(z_i . k_j / T))`.
+    """Each projected query must find the keys of its class: `KL(u || softmax_j(z_i . k_j / T))`.
 
     Args:
       queries: `[B, P]` projections of the model being trained; normalized here.
       keys: `[B, P]` projections of the momentum model, or of another view.
-      labels: int `[B]`, from 0; however many classes there are.
+      labels: int `[B]`, from 0, for any number of classes.
       temperature: of the cosine scores.
       where: bool `[B]`, real examples.
 
@@ -233,7 +233,7 @@ def bi_tuning_projection(
       contrastive learning.
     """
     queries, keys = _sides.real(where, *_sides.same_shape(queries, keys, at_most=2))
-    any_class = jnp.iinfo(jnp.int32).max  # only a negative label is surely no class
+    any_class = jnp.iinfo(jnp.int32).max  # only a negative label is certainly invalid
     as_logits = jax.ShapeDtypeStruct((len(queries), any_class), queries.dtype)
     _checks.labels(labels, as_logits, where)
     labels, usable = _numerics.usable_labels(labels, any_class, where)
@@ -253,10 +253,10 @@ def _class_contrast(
 def uniform_contrast(
     scores: Array, positives: Array, *, temperature: Scalar = 0.07, where: Array | None = None
 ) -> Array:
-    """`KL(u || softmax(scores / T))`, u uniform over the positives; 0 for rows without any.
+    """`KL(u || softmax(scores / T))`, u uniform over the positives; 0 for rows without positives.
 
     Args:
-      scores: `[B, M]`, of every anchor against M candidates.
+      scores: `[B, M]`, one row per anchor, over M candidates.
       positives: bool `[B, M]`.
       temperature: divides the scores.
       where: bool `[B, M]`, candidates to include.

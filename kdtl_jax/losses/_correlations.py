@@ -1,9 +1,8 @@
 """Correlations over a batch: between examples, between features, and what a regression explains.
 
-All take float arrays, student first, and return `[B]` in float32 or wider unless said otherwise; a
-value depends on the whole batch. `where` (bool `[B]`) marks the real examples: the values of the
-others are 0, and they enter no statistic, so that a padded batch gives the numbers of its real rows
-alone.
+All take float arrays, student first, and return `[B]` in float32 or wider unless stated otherwise;
+each value depends on the whole batch. `where` (bool `[B]`) marks the real examples. The others have
+the value 0 and enter no statistic, so a padded batch gives the same numbers as its real rows alone.
 
 TypeError: an array is not floating point. ValueError: shapes do not fit, an array is empty, or a
 hyper-parameter is out of its range.
@@ -19,7 +18,7 @@ from kdtl_jax.losses import _sides
 
 
 def ega_edge(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
-    """`sum_j (rho(s_i, s_j) - rho(t_i, t_j))^2`, rho the Pearson correlation over features.
+    """`sum_j (rho(s_i, s_j) - rho(t_i, t_j))^2`, with rho the Pearson correlation over features.
 
     `sqrt(.sum())` is the Frobenius norm that the authors weight by .3.
 
@@ -61,8 +60,8 @@ def ega_node(student: Array, teacher: Array, *, where: Array | None = None) -> A
 def itrd_mutual(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     """`sum_j G_S^2 - G_ST^2` of trace-one Gram matrices, `G_ST = G_S * G_T` entrywise: ITRD.
 
-    The matrix-based Renyi mutual information (order 2) up to constants. `.sum()` is the number of
-    the distillers zoo.
+    This is the matrix-based Renyi mutual information (order 2) up to constants. `.sum()` is the
+    number of the distillers zoo.
 
     Args:
       student: `[B, ...]`, flattened per example and normalized here.
@@ -91,8 +90,8 @@ def _trace_one(gram: Array) -> Array:
 def feature_correlation(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     """Pearson correlation over the batch of each feature with its teacher's.
 
-    Not a loss yet: ITRD minimizes `log2 sum_d |rho_d - 1|^(2 alpha)` of it (its code shrinks rho
-    by `(B - 1) / B`), DIST `1 - mean rho` over classes.
+    This is not a loss by itself: ITRD minimizes `log2 sum_d |rho_d - 1|^(2 alpha)` of it (its code
+    shrinks rho by `(B - 1) / B`), and DIST minimizes `1 - mean rho` over classes.
 
     Args:
       student: `[B, D]`.
@@ -128,8 +127,8 @@ def pkd_pearson(
       student: `[B, ..., C]`.
       teacher: the same shape (resize the smaller map bilinearly, `connectors.resize_bilinear`).
       ddof: the variance divides by `n - ddof`.
-      eps: added to the standard deviation, so in feature units; the authors' constant. With
-        `eps=0` the value does not depend on the features' scale (1e-18 to 1e18).
+      eps: added to the standard deviation, in feature units; the authors' constant. With `eps=0`
+        the value does not depend on the features' scale (1e-18 to 1e18).
       where: bool `[B]`, real examples.
 
     Raises:
@@ -167,12 +166,12 @@ def _standardized(x: Array, ddof: int, eps: Scalar, where: Array | None) -> Arra
 def ridge_hint(
     student: Array, teacher: Array, *, ridge: Scalar = 1e-3, where: Array | None = None
 ) -> Array:
-    """`mean (f_S W* + b* - f_T)^2` with `W*, b*` the ridge regression of this batch.
+    """`mean (f_S W* + b* - f_T)^2`, with `W*, b*` the ridge regression of this batch.
 
-    A hint without a regressor to train: the best linear map is solved for inside the loss
-    (variable projection) and the gradient runs through the solve, so the loss is invariant to
-    invertible linear maps of the student's features up to the ridge. All positions of the batch
-    are rows of one regression; use more of them than student channels. The penalty is `ridge`
+    This is a hint loss without a regressor to train. The best linear map is solved for inside the
+    loss (variable projection), and the gradient flows through the solve, so the loss is invariant
+    to invertible linear maps of the student's features up to the ridge. All positions of the batch
+    are rows of one regression; use more positions than student channels. The penalty is `ridge`
     times the mean square of the centered student features, so the loss does not depend on their
     scale.
 

@@ -3,16 +3,15 @@
 What all functions here share:
 
 - `student_logits` and `teacher_logits` are `[..., num_classes]`, of one shape, at least two
-  classes; anything but real floating point raises TypeError, any other misfit ValueError.
+  classes; dtypes other than real floating point raise TypeError, other errors ValueError.
 - `temperature > 0` softens both sides (`p = softmax(z / T)`); it and every other hyper-parameter is
   a scalar or one value per example.
-- `where`, bool of the logits' shape, says which classes count; classes whose logit is -inf never
-  do.
+- `where`, bool of the logits' shape, marks the classes that count; logits of -inf never count.
 - The result is `[...]`, in nats, float32 or wider, without `T^2` unless the equation shows it.
 
-KLs are summed from non-negative terms: never negative, and relatively accurate when the two sides
-are close. Log-probabilities are logits too, so stored log-probabilities or the buckets of
-`top_k_buckets` can be compared as they are. The Jensen-Shannon family stands apart below.
+KLs are sums of non-negative terms: they are never negative, and stay relatively accurate when the
+two sides are close. Log-probabilities are logits too, so stored ones or the buckets of
+`top_k_buckets` can be compared directly. The Jensen-Shannon family follows below.
 """
 
 import jax
@@ -38,8 +37,8 @@ def forward_kl(
       temperature: softens both sides, > 0.
 
     References:
-      Kullback and Leibler, On information and sufficiency, 1951. TRL's `GKDTrainer` gives this
-      at beta=0, DistiLLM's `forward_kl` the cross-entropy form (`soft_cross_entropy`).
+      Kullback and Leibler, On information and sufficiency, 1951. TRL's `GKDTrainer` gives this at
+      beta=0; DistiLLM's `forward_kl` is the cross-entropy form (`soft_cross_entropy`).
     """
     student, teacher = _logspace.softened(student_logits, teacher_logits, temperature, where)
     apart = _logspace.softened_difference(teacher_logits, student_logits, temperature)
@@ -55,9 +54,9 @@ def kd_kl(
 ) -> Array:
     """Hinton's distillation loss `T^2 KL(softmax(z_T / T) || softmax(z_S / T))`.
 
-    The `T^2` keeps the size of the gradient as the temperature grows. `.mean()` gives
+    The `T^2` keeps the scale of the gradient as the temperature grows. `.mean()` gives
     RepDistiller's and mdistiller's number (sum over classes, mean over the batch); divide by
-    `num_classes` for Model-Optimizer's default, by `T^2` for TRL's and Liger's convention.
+    `num_classes` for Model-Optimizer's default, or by `T^2` for TRL's and Liger's convention.
 
     Args:
       student_logits, teacher_logits: `[..., num_classes]`; `where` the same, bool.
@@ -80,15 +79,15 @@ def binary_kl(
 ) -> Array:
     """`T^2 sum_k w_k KL(Bernoulli(sigmoid(z_T / T)) || Bernoulli(sigmoid(z_S / T)))`.
 
-    The distillation loss of heads whose outputs are not exclusive: a binary head of one logit, or
-    one logit per label. Divide by the number of labels for the mean over labels.
+    The distillation loss for heads whose outputs are not mutually exclusive: a binary head with one
+    logit, or one logit per label. Divide by the number of labels to get the mean over labels.
 
     Args:
       student_logits: `[..., num_labels]`, at least `[B, 1]`; one label is fine.
       teacher_logits: the same shape.
       temperature: softens both; a scalar or one value per example.
       class_weights: `[num_labels]`, >= 0: a weight per label, 1 by default.
-      where: bool, the logits' shape; labels that are known.
+      where: bool, the logits' shape; marks the labels that are known.
 
     Returns:
       `[...]`, nats times `T^2`.
@@ -135,9 +134,9 @@ def soft_cross_entropy(
 ) -> Array:
     """`-sum_c p_T log p_S`: the cross-entropy form, `forward_kl` plus the teacher's entropy.
 
-    Its gradient is the KL's, but it is not zero at equality. `.mean()` gives TextBrewer's
+    Its gradient is that of the KL, but it is not zero at equality. `.mean()` gives TextBrewer's
     `kd_ce_loss`; divide by `num_classes` for TinyBERT's prediction loss. With the teacher on both
-    sides it is the teacher's entropy.
+    sides, it is the teacher's entropy.
 
     Args:
       student_logits, teacher_logits: `[..., num_classes]`; `where` the same, bool.
@@ -187,9 +186,9 @@ def hard_kd(
 def ttm(student_logits: Array, teacher_logits: Array, *, gamma: Scalar = 0.1) -> Array:
     """Transformed teacher matching: `KL(softmax(gamma z_T) || softmax(z_S))`.
 
-    Only the teacher is softened (`gamma = 1 / T > 0`): `p^gamma` normalized is `softmax(gamma z)`,
-    which does not underflow. Not zero at equality unless gamma is 1. `.mean()` is the authors'
-    number.
+    Only the teacher is softened (`gamma = 1 / T > 0`): the normalized `p^gamma` is
+    `softmax(gamma z)`, which does not underflow. Not zero at equality unless gamma is 1. `.mean()`
+    is the authors' number.
 
     Args:
       student_logits: `[..., num_classes]`.
@@ -239,7 +238,7 @@ def reverse_kl(
     temperature: Scalar = 1.0,
     where: Array | None = None,
 ) -> Array:
-    """`KL(p_S || p_T)`: mode seeking, the divergence of on-policy distillation.
+    """`KL(p_S || p_T)`: mode-seeking, the divergence of on-policy distillation.
 
     Args:
       student_logits, teacher_logits: `[..., num_classes]`; `where` the same, bool.
@@ -261,11 +260,11 @@ def symmetric_kl(
     temperature: Scalar = 1.0,
     where: Array | None = None,
 ) -> Array:
-    """`(1 - weight) KL(p_T || p_S) + weight KL(p_S || p_T)`, the weight in [0, 1].
+    """`(1 - weight) KL(p_T || p_S) + weight KL(p_S || p_T)`, with the weight in [0, 1].
 
     Twice this at `weight=0.5` is Jeffreys' divergence. DistiLLM's `symmetric_kl` uses weight 0.9
     and leaves the teacher's entropy in: add `(1 - weight)` times
-    `soft_cross_entropy(teacher, teacher)`. Adaptive KL takes `adaptive_kl_weight` for the weight.
+    `soft_cross_entropy(teacher, teacher)`. Adaptive KL uses `adaptive_kl_weight` as the weight.
 
     References:
       Jeffreys, An invariant form for the prior probability in estimation problems, 1946.
@@ -338,8 +337,7 @@ def total_variation(
 ) -> Array:
     """`1/2 sum_c |p_S - p_T|`, a probability.
 
-    No `T^2` belongs to it, since its gradient does not fall as `1/T^2`; DistillKit multiplies by
-    it.
+    It needs no `T^2`, since its gradient does not fall as `1/T^2`; DistillKit multiplies by it.
 
     Args:
       student_logits, teacher_logits: `[..., num_classes]`; `where` the same, bool.
@@ -364,11 +362,11 @@ def adaptive_kl_weight(
     temperature: Scalar = 1.0,
     where: Array | None = None,
 ) -> Array:
-    """The share of the reverse KL in adaptive KL: the gap on the teacher's tail over the whole gap.
+    """The share of the reverse KL in adaptive KL: the teacher-tail gap divided by the whole gap.
 
     Forward KL learns the teacher's head first, reverse KL its tail; each is weighted by how much is
     left to learn there. The head is the most likely class and those within the teacher's first `mu`
-    of mass, in [0, 1]; the gap is `sum |p_T - p_S|`. One half at equality, where both gaps vanish.
+    of mass, in [0, 1]; the gap is `sum |p_T - p_S|`. At equality it is one half.
 
     Returns:
       `[...]`, in [0, 1]: a `weight` for `symmetric_kl`. The method takes it as a constant
@@ -377,7 +375,7 @@ def adaptive_kl_weight(
     References:
       Wu et al., Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language
       Models, 2024 (2404.02657); the mean of `symmetric_kl` with it is LLM_KD_AKL's number. DSKD
-      sorts ascending, so that its "head" is the tail.
+      sorts in ascending order, so its "head" is the tail.
     """
     _checks.within(0, 1, mu=mu)
     pair = _logspace.compared(student_logits, teacher_logits, temperature, where, mu=mu)
@@ -393,7 +391,7 @@ def adaptive_kl_weight(
 
 
 def _absolute_gaps(pair: _logspace.Pair) -> Array:
-    """`|p_T - p_S|`, relatively accurate also where the two nearly agree."""
+    """`|p_T - p_S|`, relatively accurate even where the two nearly agree."""
     p_t, p_s = _logspace.probabilities(pair.log_teacher), _logspace.probabilities(pair.log_student)
     near = (p_t > 0) & (p_s > 0) & (jnp.abs(pair.ratio) < 1)
     close = p_s * jnp.expm1(jnp.where(near, pair.ratio, 0))

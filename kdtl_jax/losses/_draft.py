@@ -1,10 +1,10 @@
 """Draft models of speculative decoding: losses on what the target model accepts.
 
 A token that the draft proposes is accepted with probability `alpha = sum_v min(p_T(v), p_S(v))`,
-`1 - total_variation`. `draft_logits` are `[..., draft_vocabulary]`, `target_logits`
-`[..., vocabulary]`; `draft_ids` int `[draft_vocabulary]` says which tokens the draft knows, by
-default all. Results are `[...]`, float32 or wider. Shapes and ids that do not fit raise ValueError,
-anything but real floating point TypeError.
+which is `1 - total_variation`. `draft_logits` are `[..., draft_vocabulary]` and `target_logits` are
+`[..., vocabulary]`; `draft_ids`, int `[draft_vocabulary]`, lists the tokens that the draft knows,
+by default all. Results are `[...]`, float32 or wider. Shapes and ids that do not fit raise
+ValueError; dtypes other than real floating point raise TypeError.
 """
 
 import jax
@@ -34,7 +34,7 @@ def acceptance(
 def lk_alpha(draft_logits: Array, target_logits: Array, *, draft_ids: Array | None = None) -> Array:
     """`-log alpha`, minus the log-probability of acceptance: 0 at equality.
 
-    Unlike the KL, it is the quantity that speeds up decoding; unlike `1 - alpha`, it has a
+    Unlike the KL, it is the quantity that speeds up decoding; unlike `1 - alpha`, it has a useful
     gradient where draft and target are far apart. `[..., draft_vocabulary]` and `[..., vocabulary]`
     logits, `[...]`.
 
@@ -56,19 +56,19 @@ def lk_lambda(
     weight: Scalar,
     draft_ids: Array | None = None,
 ) -> Array:
-    """`weight KL(p_T || p_S) + (1 - weight) (1 - alpha)`, the KL on the draft's tokens alone.
+    """`weight KL(p_T || p_S) + (1 - weight) (1 - alpha)`, with the KL on the draft's tokens alone.
 
     Args:
       draft_logits: `[..., draft_vocabulary]`.
       target_logits: `[..., vocabulary]`.
-      weight: in [0, 1], a scalar or one value per example. In the paper
-        `scale exp(-decay mean(acceptance))` with scale and decay 1, held constant, so that the KL
+      weight: in [0, 1], a scalar or one value per example. In the paper it is
+        `scale exp(-decay mean(acceptance))` with scale and decay 1, held constant, so the KL
         dominates while little is accepted.
       draft_ids: int `[draft_vocabulary]`.
 
     References:
-      Samarin et al., 2026 (2602.23881), the lambda form. SpecForge takes the cross-entropy for the
-      KL, and divides it by the number of all positions, padding included.
+      Samarin et al., 2026 (2602.23881), the lambda form. SpecForge uses the cross-entropy in place
+      of the KL and divides it by the number of all positions, padding included.
     """
     _checks.within(0, 1, weight=weight)
     refused = _refused(*_both(draft_logits, target_logits, draft_ids))
@@ -91,10 +91,10 @@ def known_to_draft(target_logits: Array, *, draft_ids: Array | None = None) -> A
 def draft_targets(
     target_logits: Array, where: Array, *, step: int, draft_ids: Array | None = None
 ) -> tuple[Array, Array]:
-    """What the draft's step number `step` is scored against, EAGLE-3's test-time training.
+    """The targets for step number `step` of the draft, as in EAGLE-3's test-time training.
 
-    In step i the draft's entry l, fed with its own guesses, predicts what the target says at
-    position l + i. Positions count where the target's own favorite is a token that the draft knows.
+    In step i the draft's entry l, fed with its own guesses, predicts the target's output at
+    position l + i. A position counts if the target's most likely token is one that the draft knows.
     EAGLE-3's loss is `sum_i 0.8^i` of the mean `soft_cross_entropy` over the counted positions.
 
     Args:
@@ -125,9 +125,10 @@ def draft_targets(
 
 
 def _both(draft: Array, target: Array, draft_ids: Array | None) -> tuple[Array, Array, Array]:
-    """`log p_S`, the target's `log p_T` at the draft's tokens, not renormalized, their difference.
+    """`log p_S`, the target's `log p_T` at the draft's tokens, not renormalized, and their
+    difference.
 
-    The difference is relatively accurate where the draft knows all tokens: both are normalized.
+    The difference is relatively accurate if the draft knows all tokens: both are normalized.
     """
     _checks.floating(draft_logits=draft, target_logits=target)
     _checks.rank(1, draft_logits=draft, target_logits=target)

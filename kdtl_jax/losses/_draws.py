@@ -1,13 +1,14 @@
 """Random-sampling distillation: a teacher stored as a few classes drawn from it.
 
 The k most likely classes are a biased teacher, however their tail is treated; N draws are an
-unbiased one. Draws come from `q ~ p_T^exponent`; a class drawn counts `p_T / q`.
+unbiased one. Draws come from `q ~ p_T^exponent`; a drawn class has the weight `p_T / q`.
 
     draws = losses.random_sampling_draws(key, teacher_logits, num_draws=50)
     targets = losses.random_sampling_targets(teacher_logits, draws)
     loss = losses.random_sampling_cross_entropy(student_logits, targets)
 
-Arrays that are not floating point raise TypeError, shapes and ranges that do not fit ValueError.
+Arrays that are not floating point raise TypeError; shapes and ranges that do not fit raise
+ValueError.
 
 References:
   Anshumann et al., Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs, 2025
@@ -28,7 +29,7 @@ from kdtl_jax.losses import _logspace
 class WeightedClasses(NamedTuple):
     """A sparse target: int `indices` `[..., N]` and `weights` `[..., N]`, >= 0.
 
-    A class may appear several times; its weights add. With weight 0 an entry is padding.
+    A class may appear more than once; its weights add up. An entry with weight 0 is padding.
     """
 
     indices: Array
@@ -43,7 +44,7 @@ def random_sampling_draws(
     Args:
       key: a PRNG key.
       teacher_logits: `[..., num_classes]`.
-      num_draws: N; 50 draws from a language model hold about 12 distinct classes.
+      num_draws: N; 50 draws from a language model contain about 12 distinct classes.
       exponent: >= 0; below 1 it draws rare classes more often.
     """
     _checks.count(1, num_draws=num_draws)
@@ -55,10 +56,10 @@ def random_sampling_draws(
 def random_sampling_targets(
     teacher_logits: Array, draws: Array, *, exponent: Scalar = 1.0
 ) -> WeightedClasses:
-    """The draws with weights `p_T / (N q)`: in expectation the teacher itself.
+    """The draws with weights `p_T / (N q)`: in expectation, the teacher itself.
 
-    At exponent 1 each counts `1 / N`. Otherwise the weights do not sum to 1; divided by their sum
-    they are the paper's, with less variance and a bias that vanishes as N grows.
+    At exponent 1 each weight is `1 / N`. Otherwise the weights do not sum to 1; divided by their
+    sum, they are the paper's weights, with less variance and a bias that vanishes as N grows.
 
     Args:
       teacher_logits: `[..., num_classes]`.
