@@ -171,7 +171,7 @@ def test_the_guide_trains_code_of_ones_own(tmp_path: Path, monkeypatch: pytest.M
     ("command", "words", "message"),
     [
         ("distill", ["--methods", "kd"], "targets are numbers: kd does not apply.*logit_mse"),
-        ("distill", ["--label-smoothing", "0.1"], "are for classes, the targets are numbers"),
+        ("distill", ["--label-smoothing", "0.1"], "are for classes, but the targets are numbers"),
         ("distill", ["--per-class", "3"], "targets are numbers: there is no number per class"),
         ("distill", ["--target", "classes"], "labels must be whole numbers"),
         ("transfer", [], "targets are numbers. Name a source with --source-weights"),

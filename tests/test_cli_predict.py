@@ -135,7 +135,7 @@ def test_data_of_something_else_are_refused(run: Path, tmp_path: Path, capsys: C
     np.savez(same, x=rng.normal(size=(40, 5)), y=np.arange(40) % 3)
     np.savez(more, x=rng.normal(size=(40, 5)), y=np.arange(40) % 4)
     for command in ("predict", "evaluate"):
-        assert "its examples are [6], the model takes [5]" in refused(command, student, wide)
+        assert "its examples are [6], but the model takes [5]" in refused(command, student, wide)
         assert "name STUDENT and DATA" in refused(command)
         assert "is a run folder, with students/kd.safetensors" in refused(command, run, wide)
         assert "checkpoints. Name a model's file" in refused(

@@ -68,9 +68,9 @@ def test_targets_that_are_no_classes(kind: str, tmp_path: Path, capsys: Captured
     assert json.loads((tmp_path / "scores.json").read_text())[score] == pytest.approx(found, 1e-5)
     capsys.readouterr()
     for more, says in (
-        (["--methods", "co_tuning"], f"co_tuning need classes, the targets are {kind}"),
+        (["--methods", "co_tuning"], f"co_tuning need classes, but the targets are {kind}"),
         (["--labels-per-class", "3"], f"the targets are {kind}, not classes"),
-        (["--label-smoothing", "0.1"], f"are for classes, the targets are {kind}"),
+        (["--label-smoothing", "0.1"], f"are for classes, but the targets are {kind}"),
     ):
         assert kdtl(*words, *more, "--out", tmp_path / "refused") == 2
         last = capsys.readouterr().err.strip().splitlines()[-1]
@@ -89,7 +89,7 @@ def test_a_source_that_is_no_classifier(kind: str, tmp_path: Path, capsys: Captu
     for asked, named in (("lwf", "lwf"), ("scratch,co_tuning,lwf", "co_tuning, lwf")):
         assert kdtl(*words, "--methods", asked, "--out", tmp_path / "refused") == 2
         last = capsys.readouterr().err.strip().splitlines()[-1]
-        assert f"{named} need a source that is a classifier, {file} learned {kind}." in last
+        assert f"{named} need a source that is a classifier, but {file} learned {kind}." in last
     assert not (tmp_path / "refused").exists()
     chosen = ["--methods", "copied_finetuned", "--out", tmp_path / "run"]
     assert kdtl(*words, *chosen) == 0

@@ -168,7 +168,7 @@ def test_images_of_another_size_than_the_folder_makes_are_told(
     assert kdtl("cache", *words, "--out", tmp_path / "out") == 1
     told = capsys.readouterr().err
     assert "scales inputs of shape [4]" in told
-    note = "was made for images of {}x{}, these are 9x7".format(*wanted or (0, 0))
+    note = "was made for images of {}x{}; these are 9x7".format(*wanted or (0, 0))
     assert (note in told) == (wanted is not None)
 
 

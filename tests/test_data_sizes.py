@@ -76,7 +76,7 @@ def csv(folder: Path) -> Path:
 def test_other_shapes_are_refused_before_they_are_read(
     tmp_path: Path, make: Callable[[Path], Path]
 ) -> None:
-    data, said = str(make(tmp_path)), r"its examples are .*, the model takes \[7\]"
+    data, said = str(make(tmp_path)), r"its examples are .*, but the model takes \[7\]"
     if make is csv:
         said = r"a table, but the model takes \[7\]"
     with bounded(0.5, megabytes=30):

@@ -186,7 +186,7 @@ def test_later_data_are_read_in_the_models_way(tmp_path: Path) -> None:
     assert datasets.read_inputs(few, form).tolist() == [[5, 3, 1], [6, 4, 2]]
     with pytest.raises(ValueError, match="the model was not trained on such files"):
         datasets.read_inputs(image_folder(tmp_path / "images"), form)
-    with pytest.raises(ValueError, match=r"examples are \[4, 4, 1\], the model takes \[3\]"):
+    with pytest.raises(ValueError, match=r"examples are \[4, 4, 1\], but the model takes \[3\]"):
         datasets.read_inputs(idx_folder(tmp_path / "idx") / "t10k-images-idx3-ubyte", form)
 
 

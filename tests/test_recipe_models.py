@@ -212,13 +212,13 @@ def test_a_file_of_something_else_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match="holds the model mlp:6, not mlp:7"):
         read(teacher, data(), monkeypatch, text="mlp:7")
-    with pytest.raises(ValueError, match="has 3 classes, the data has 4"):
+    with pytest.raises(ValueError, match="has 3 classes, but the data has 4"):
         read(teacher, data(4), monkeypatch)
     with pytest.raises(
-        ValueError, match="was trained on the classes a, b, c, the data has a, b, d"
+        ValueError, match="was trained on the classes a, b, c, but the data has a, b, d"
     ):
         read(teacher, data(3, ("a", "b", "d")), monkeypatch)
-    with pytest.raises(ValueError, match="was trained on the classes a, b, c, the data has 0..2"):
+    with pytest.raises(ValueError, match="trained on the classes a, b, c, but the data has 0..2"):
         read(teacher, data(), monkeypatch)
 
     def changed(change: Any) -> Splits:
@@ -272,7 +272,7 @@ def test_a_table_s_classes_are_numbered_as_its_teacher_s(tmp_path: Path) -> None
         about = About("mlp:2", 3, form.scaling, splits.train.names, (2,), form)
         again, _ = read_csv(given, about, "teacher")
         assert again.train.names == splits.train.names and len(again.train.labels) == 15
-    with pytest.raises(ValueError, match="on the classes a, b, c, the data has 0..2"):
+    with pytest.raises(ValueError, match="on the classes a, b, c, but the data has 0..2"):
         read_csv("numbers", about, "teacher")
 
 

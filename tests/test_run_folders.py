@@ -160,7 +160,7 @@ def test_what_is_read_is_not_what_is_written(tmp_path: Path, kind: str) -> None:
         student=str(files["student"]), data=str(files["data"]), model=f"{files['model.py']}:net",
         out=str(tmp_path / "link"), force=True,
     )  # fmt: skip
-    with pytest.raises(UsageError, match="is a file that is read"):
+    with pytest.raises(UsageError, match="is an input file"):
         _inputs.check_out(asked)
 
 

@@ -61,7 +61,7 @@ def check_shape(name: str, shape: tuple[int, ...], form: Preprocessing | None) -
     each = _with_channels(shape)[1:]
     if form is not None and form.shape and each != form.shape:
         raise ValueError(
-            f"{name}: its examples are {list(each)}, the model takes {list(form.shape)}."
+            f"{name}: its examples are {list(each)}, but the model takes {list(form.shape)}."
         )
 
 

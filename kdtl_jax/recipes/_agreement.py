@@ -1,4 +1,4 @@
-"""Whether data are those that a model's file was made for: its classes, columns and units."""
+"""Whether data match what a model's file was made for: its classes, columns and units."""
 
 import sys
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from kdtl_jax.interop import sources
 from kdtl_jax.interop.model_files import About
 from kdtl_jax.recipes.settings import Data, UsageError
 
-UNITS = 20.0  # data whose scaled deviation is off by this factor are in other units
-FEW = 20  # rows of which one column says nothing
+UNITS = 20.0  # a scaled deviation off by this factor means other units
+FEW = 20  # rows, too few to judge the units of one column
 
 
 def check_choices(settings: Data, path: str | None, about: About) -> None:
-    """Refuses choices that a model's file has made otherwise, whose way of reading is taken.
+    """Refuses settings that contradict how a model's file reads its data.
 
     Raises:
-      UsageError: naming the flag, and what the file says.
+      UsageError: if one does, naming the flag and what the file says.
     """
     form = about.preprocessing
     if form is None:
@@ -26,7 +26,7 @@ def check_choices(settings: Data, path: str | None, about: About) -> None:
     read = [column.name for column in form.columns]
     if dropped := [name for name in settings.drop_columns if name in read]:
         raise UsageError(
-            f"--drop-columns {dropped[0]}: {path} reads this column. Leave the flag out, or take a "
+            f"--drop-columns {dropped[0]}: {path} reads this column. Leave the flag out, or use a "
             "model that was trained without it."
         )
     sides = form.shape[:2]
@@ -45,27 +45,27 @@ def check_choices(settings: Data, path: str | None, about: About) -> None:
 
 
 def check_folder(path: str, data: Dataset, *, other_targets: bool) -> None:
-    """Compares data with what a Hugging Face folder says; a note if its images had another size.
+    """Compares data with what a Hugging Face folder says; notes a different size of images.
 
     Args:
       path: of the folder.
-      data: one part of them.
-      other_targets: their targets need not be the folder's.
+      data: one part of the data.
+      other_targets: whether the data's targets may differ from the folder's.
 
     Raises:
-      ValueError: if its head answers something else than the targets.
+      ValueError: if its head predicts something other than the targets.
     """
     kind, sides = sources.kind(path), sources.sides(path)
     if not other_targets and kind not in (None, data.kind):
         raise ValueError(
-            f"the head of {path} answers {kind} (problem_type in its config.json), the targets of "
-            f"the data are {data.kind}. Say --target {kind} if they are that; remove problem_type "
-            "if it is wrong."
+            f"the head of {path} answers {kind} (problem_type in its config.json), but the "
+            f"targets of the data are {data.kind}. Use --target {kind} if they are that; remove "
+            "problem_type if it is wrong."
         )
     if data.inputs.ndim == 4 and sides not in (None, data.inputs.shape[1:3]):
         wanted, given = ("x".join(map(str, each)) for each in (sides, data.inputs.shape[1:3]))
         print(
-            f"note: {path} was made for images of {wanted}, these are {given}; --image-size "
+            f"note: {path} was made for images of {wanted}; these are {given}; --image-size "
             f"{wanted} resizes files of images.",
             file=sys.stderr,
         )
@@ -76,17 +76,17 @@ def in_classes_of(path: str | None, about: About, raw: Splits) -> Splits:
 
     Args:
       path: of the file.
-      about: what it says; without classes and names nothing is compared.
+      about: what it records; without classes and names, nothing is compared.
       raw: the data, in their own order.
 
     Raises:
-      ValueError: if the file's classes are others.
+      ValueError: if the file has other classes.
     """
     own, found, classes = about.names, raw.train.names, raw.train.classes
     if about.classes not in (None, classes):
         raise ValueError(
-            f"{path} has {about.classes} classes, the data has {classes}. Give it data of its own "
-            "classes."
+            f"{path} has {about.classes} classes, but the data has {classes}. Give it data of its "
+            "own classes."
         )
     if own == found or (about.classes is None and not own):
         return raw
@@ -104,18 +104,18 @@ def in_classes_of(path: str | None, about: About, raw: Splits) -> Splits:
     if about.classes is None:  # a Hugging Face folder's, from its configuration
         repair = " Or, if they are the same in this order, remove id2label from its config.json."
     raise ValueError(
-        f"{path} was trained on the classes {listed}, the data has {of_data}. Give it data whose "
-        f"classes have the same names.{repair}"
+        f"{path} was trained on the classes {listed}, but the data has {of_data}. Give it data "
+        f"whose classes have the same names.{repair}"
     )
 
 
 def other_units(inputs: np.ndarray, columns: Sequence[str] = ()) -> str | None:
-    """What is wrong with inputs that a file's scaling does not bring near a deviation of 1.
+    """What is wrong with inputs whose deviation, scaled as the file says, is far from 1.
 
     Args:
       inputs: scaled, `[N, ...]`.
-      columns: names of a table's columns, which have a unit each. One that mostly has one value, as
-        categories and rare events do, may vary by any amount.
+      columns: names of a table's columns, each with a unit of its own. A column that mostly has
+        one value, like categories and rare events, may vary by any amount.
     """
     axes = tuple(range(inputs.ndim - 1)) if inputs.ndim == 4 else (0,)
     deviations = inputs.std(axis=axes, dtype=np.float64).ravel()
@@ -129,17 +129,17 @@ def other_units(inputs: np.ndarray, columns: Sequence[str] = ()) -> str | None:
     if 1 / UNITS < found < UNITS:
         return _far_away(inputs, columns)
     return (
-        f"scales inputs by its own mean and deviation, and so scaled {of} a deviation of "
+        f"scales inputs by its own mean and deviation, so {of} a scaled deviation of "
         f"{found:.3g} where about 1 is expected. Are the data in other units, such as pixels from "
         "0 to 255 and from 0 to 1?"
     )
 
 
 def _far_away(inputs: np.ndarray, columns: Sequence[str]) -> str | None:
-    """What is wrong with columns that lie where no example lay from which a scaling was measured.
+    """What is wrong with columns outside the range that the file's scaling was measured on.
 
-    A column says so where it has many values. Of columns without names, which may be pixels, most
-    have to.
+    A column is judged only if it has many values. Without names, columns may be pixels, and most of
+    them have to be outside.
     """
     if inputs.ndim != 2 or len(inputs) < FEW:
         return None
@@ -150,14 +150,14 @@ def _far_away(inputs: np.ndarray, columns: Sequence[str]) -> str | None:
     first = int(np.flatnonzero(away)[0])
     which = f"the column {columns[first]!r:.80}" if len(columns) == len(away) else "the data"
     return (
-        f"scales inputs by its own mean and deviation, and so scaled half of {which} lies between "
+        f"scales inputs by its own mean and deviation, so half of {which}, scaled, lies between "
         f"{low[first]:.3g} and {high[first]:.3g} where about 0 is expected. Are the data in other "
         "units, such as kelvins in place of degrees Celsius?"
     )
 
 
 def other_targets(targets: np.ndarray, names: Sequence[str]) -> str | None:
-    """What is wrong with numbers that a file's scaling does not bring near a deviation of 1.
+    """What is wrong with targets whose deviation, scaled as the file says, is far from 1.
 
     Args:
       targets: scaled, `[N, K]`.
@@ -171,14 +171,14 @@ def other_targets(targets: np.ndarray, names: Sequence[str]) -> str | None:
         return None
     which = f"the target {names[far[0]]!r:.80} has" if names else "the targets have"
     return (
-        f"learned numbers of its own units, and so scaled {which} a deviation of "
+        f"learned numbers of its own units, so {which} a scaled deviation of "
         f"{deviations[far[0]]:.3g} and a root mean square of {size[far[0]]:.3g} where about 1 is "
         "expected. Are they in other units, such as cents in place of euros?"
     )
 
 
 def _plain(name: str) -> str:
-    """A class's name without what files and folders write differently."""
+    """A class's name, normalized for the differences between files and folders."""
     return name.strip().casefold().replace("_", " ")
 
 

@@ -57,26 +57,26 @@ class Used(Trained):
 
 @dataclass(frozen=True)
 class Written:
-    """The setting of a command that may replace a file."""
+    """The setting of a command that can replace a file."""
 
     force: bool = setting(False, "replace the file --out if it exists")
 
 
 class Examples(NamedTuple):
-    """Inputs `[N, ...]` as the model's file wants them, and their labels, if asked for."""
+    """Inputs `[N, ...]` as the model's file expects them, and their labels, if requested."""
 
     inputs: np.ndarray
     labels: np.ndarray | None
     said: str  # what was read, in words
-    files: tuple[str, ...] = ()  # of every example, where each is a file of its own
+    files: tuple[str, ...] = ()  # of every example, if each is its own file
 
 
 def check_out(settings: Any) -> None:
-    """Refuses, before any work, an `out` where nothing can be written, or where something is.
+    """Refuses, before any work, an `out` that cannot be written or already exists.
 
     Raises:
-      FileExistsError: if a file is there, without `--force`, or something that is not a file.
-      UsageError: if `out` is a file that is read.
+      FileExistsError: if it is a file and `--force` is not given, or if it is not a file.
+      UsageError: if `out` is one of the input files.
       FileNotFoundError: if its folder does not exist.
     """
     if settings.out is None:
@@ -88,14 +88,14 @@ def check_out(settings: Any) -> None:
     source = (settings.model or "").rpartition(":")[0]  # of FILE.py:NAME
     for read in (settings.student, getattr(settings, "data", None), source):
         if read and out.exists() and os.path.exists(read) and out.samefile(read):
-            raise UsageError(f"--out {out} is a file that is read. Name another one.")
+            raise UsageError(f"--out {out} is an input file. Name another one.")
 
 
 def used(settings: Any, example: str, *, with_labels: bool) -> tuple[Model, Examples]:
-    """The model that `Used` settings name, and the examples that it answers.
+    """The model that `Used` settings name, and the examples to run it on.
 
     Raises:
-      UsageError: showing `example` where the student or the data are not named.
+      UsageError: showing `example`, if the student or the data are not named.
     """
     if settings.student is None or settings.data is None:
         raise UsageError(f"name STUDENT and DATA, for example: {example}")
@@ -107,7 +107,7 @@ def used(settings: Any, example: str, *, with_labels: bool) -> tuple[Model, Exam
 
 
 def model_of(settings: Any) -> Model:
-    """The model of the settings; a note if its source file is no longer what it was.
+    """The model of the settings; prints a note if its source file has changed.
 
     Raises:
       UsageError: if `model` is given and the file is not of that model.
@@ -138,14 +138,14 @@ def read(
 ) -> Examples:
     """The examples of some data, read in the model's way.
 
-    Without `part`: where no labels are asked for, everything in its order; with labels the test
-    part if the data has one, or if the model was trained on these very data, from which its run
-    held one out; otherwise everything.
+    Without `part`: everything in order if no labels are requested. With labels, the test part if
+    the data has one, or if the model was trained on these same data and its run held one out;
+    otherwise everything.
 
     Raises:
       UsageError: if the data has no such part.
-      ValueError: if they are data of other classes, of inputs of another shape, or in other units
-        (a note where rows of a table are only to be answered).
+      ValueError: if the data have other classes, another input shape, or other units (only a note
+        if rows of a table are to be predicted).
     """
     form = model.about.preprocessing
     if not with_labels and part in (None, "all"):
@@ -153,7 +153,7 @@ def read(
         _tell(notices)
         checked_shape(data, inputs, model)
         why = _in_other_units(inputs, model)
-        if why and inputs.ndim == 2:  # rows that are alike, or far out, may be meant
+        if why and inputs.ndim == 2:  # similar or extreme rows may be intended
             print(f"note: the model {why}", file=sys.stderr)
         elif why:
             raise ValueError(f"{data}: the model {why}")
@@ -162,7 +162,7 @@ def read(
     label = label or split.label
     read_now = datasets.files_of(data, label=label, inputs=form and form.inputs)
     seen = record.made_from({"data": read_now}).files["data"] == model.metadata.get("data")
-    held_out = seen and part != "all"  # else all rows stay together, in their order
+    held_out = seen and part != "all"  # else all rows stay in their order
     shares = split.shares if held_out else (0.0, 0.0)
     parts = datasets.read_splits(
         data,
@@ -178,7 +178,7 @@ def read(
     found = list(parts) if chosen == "all" else [getattr(parts, chosen)]
     found = [each for each in found if len(each.labels)]
     if not found:
-        raise UsageError(f"--part {chosen}: {data} has no such part. Take --part all.")
+        raise UsageError(f"--part {chosen}: {data} has no such part. Use --part all.")
     inputs = found[0].inputs
     if len(found) > 1:
         inputs = np.concatenate([each.inputs for each in found])
@@ -206,17 +206,17 @@ class Split(NamedTuple):
 
 
 def _split_of(model: Model) -> Split:
-    """What a model's file says of the data that it was trained on.
+    """What a model's file says about its training data.
 
     Raises:
-      ValueError: if what it says cannot be used.
+      ValueError: if that cannot be used.
     """
     try:
         known = json.loads(model.metadata.get("split", "{}"))
         validation, test = (float(known.get(name, 0)) for name in PARTS[1:])
         found = Split((validation, test), int(known.get("seed", 0)), known.get("label") or "label")
         if not (0 <= validation < 1 and 0 <= test < 1 and 0 <= found.seed < 2**32):
-            raise ValueError("shares must lie within 0 and 1")
+            raise ValueError("shares must be between 0 and 1")
         if not isinstance(found.label, str):
             raise ValueError("the label must be a name")
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -236,12 +236,13 @@ def checked_shape(data: str, inputs: np.ndarray, model: Model) -> None:
     wanted = model.about.shape
     if wanted is not None and inputs.shape[1:] != wanted:
         raise ValueError(
-            f"{data}: its examples are {list(inputs.shape[1:])}, the model takes {list(wanted)}."
+            f"{data}: its examples are {list(inputs.shape[1:])}, but the model takes "
+            f"{list(wanted)}."
         )
 
 
 def _in_other_units(inputs: np.ndarray, model: Model) -> str | None:
-    """`_agreement.other_units` of the first examples; of few rows of a table nothing is known."""
+    """`_agreement.other_units` of the first examples; not checked for a table of few rows."""
     scaling, form = model.about.scaling, model.about.preprocessing
     if scaling is None or (inputs.ndim == 2 and len(inputs) < _agreement.FEW):
         return None
@@ -255,7 +256,7 @@ def in_classes_of(model: Model, data: Dataset) -> np.ndarray:
     Raises:
       ValueError: naming a class that the model does not know.
     """
-    names, own = data.class_names(), class_names(model)  # of a file that does not say more
+    names, own = data.class_names(), class_names(model)  # if the file does not say more
     place = {name: i for i, name in enumerate(own)}
     occurring = np.unique(data.labels)
     unknown = [names[i] for i in occurring if names[i] not in place]
@@ -274,12 +275,12 @@ def class_names(model: Model) -> tuple[str, ...]:
 
 
 def kind(model: Model) -> datasets.Kind:
-    """What a model answers: one class, several labels at once, or numbers."""
+    """What a model predicts: one class, several labels at once, or numbers."""
     form = model.about.preprocessing
     return "classes" if form is None else form.kind
 
 
 def _form_of_old(model: Model) -> datasets.Preprocessing:
-    """Of a file that does not say how data are read: arrays are."""
+    """For a file that does not say how its data are read: as arrays."""
     about = model.about
     return datasets.Preprocessing("classes", about.names, about.classes or 0, about.shape or ())

@@ -251,7 +251,7 @@ def check(settings: Any, kind: str | None = None) -> None:
         settings.label_smoothing or settings.class_weights != "none"
     ):
         raise UsageError(
-            f"--label-smoothing and --class-weights are for classes, the targets are {kind}."
+            f"--label-smoothing and --class-weights are for classes, but the targets are {kind}."
         )
 
 

@@ -206,14 +206,14 @@ def read_data(
     _check_kind(settings.data, raw.train.kind, kinds)
     if known is not None and known.kind != raw.train.kind and not other_targets:
         raise ValueError(
-            f"{path} learned {known.kind}, the targets of the data are {raw.train.kind}."
+            f"{path} learned {known.kind}, but the targets of the data are {raw.train.kind}."
         )
     if path is not None and sources.is_hugging_face(path):
         _agreement.check_folder(path, raw.train, other_targets=other_targets)
     raw = _agreement.in_classes_of(path, about, raw)
     if about.shape not in (None, raw.train.inputs.shape[1:]):
         raise ValueError(
-            f"{path} takes inputs {list(about.shape or ())}, the data's examples are "
+            f"{path} takes inputs {list(about.shape or ())}, but the data's examples are "
             f"{list(raw.train.inputs.shape[1:])}."
         )
     if path is not None and about.scaling is None:
@@ -264,8 +264,8 @@ def _check_scaling(path: str | None, scaling: Standardizer | None, shape: tuple[
         fits = False
     if not fits:
         raise ValueError(
-            f"{path} scales inputs of shape {list(scaling.mean.shape)}, the data's examples are "
-            f"{list(shape[1:])}."
+            f"{path} scales inputs of shape {list(scaling.mean.shape)}, but the data's examples "
+            f"are {list(shape[1:])}."
         )
 
 

@@ -62,14 +62,14 @@ class Models:
 class Pair(NamedTuple):
     """Data, and the two networks that learn from it."""
 
-    splits: Splits  # scaled, as the teacher's file says or by the training part
-    about: About  # what the file of a model of this pair says, but for the model
+    splits: Splits  # scaled as the teacher's file says, or by the training part
+    about: About  # metadata for the files of this pair's models, without the model
     arrays: dict[str, Any]  # of the training part: "inputs", "labels", "index"
     teacher_text: str
     teacher: Network
     student: Network
     given: Variables | None  # the teacher's, from its file
-    files: dict[str, record.Paths]  # that were read: {"data": ..., "teacher_weights": ...}
+    files: dict[str, record.Paths]  # those that were read: {"data": ..., "teacher_weights": ...}
     example: jax.Array  # inputs [1, ...]
     measure: Measure = _measures.CLASSES  # what is learned, and how it is scored
 
@@ -79,11 +79,11 @@ def read(settings: Any, *, dtype: Any = None, kinds: Sequence[Kind] = ("classes"
 
     Args:
       settings: `data` and its neighbors, `teacher`, `teacher_weights`, `student`.
-      dtype: of both networks' computation.
-      kinds: of targets that the caller can learn.
+      dtype: in which both networks compute.
+      kinds: of targets that the caller supports.
 
     Raises:
-      ValueError: if the file is of another model, other classes or inputs, or is not finite.
+      ValueError: if the file has another model, other classes or inputs, or non-finite values.
     """
     source = _models.opened(settings.teacher_weights, settings.teacher, DEFAULT_TEACHER)
     _models.check(settings.student)
@@ -126,7 +126,7 @@ def setup(
     batch_size: int,
     layers: Sequence[tuple[str, str]] = (),
 ) -> Setup:
-    """The pair as methods see it; without `frozen` with a blank teacher, for checks beforehand."""
+    """The pair as methods see it; without `frozen`, the teacher is blank, for early checks."""
     empty = blank(pair.teacher, pair.example)
     inputs = pair.arrays["inputs"]
     return methods.setup(
@@ -159,7 +159,7 @@ def entries() -> dict[str, Entry]:
 def check_own(
     built: Mapping[str, Method], pair: Pair, settings: Any, batch_size: int, tx: Any, view: Any
 ) -> None:
-    """Tries the losses and methods of one's own on shapes.
+    """Tries the user's losses and methods on shapes.
 
     Raises:
       ValueError: with the line at fault.
@@ -181,7 +181,7 @@ def check_own(
 
 
 def suited(entries: Sequence[Entry], settings: Any, measure: Measure) -> list[Entry]:
-    """The methods to compare: those asked for, or what suits the targets where none was."""
+    """The methods to compare: those requested, or else the defaults for the targets."""
     default = next(f.default for f in dataclasses.fields(settings) if f.name == "methods")
     if measure.kind == "classes" or settings.methods != default:
         return list(entries)
@@ -193,7 +193,7 @@ def suited(entries: Sequence[Entry], settings: Any, measure: Measure) -> list[En
 def check_any(
     built: Mapping[str, Method], why_not: Sequence[str], setup: Setup, kind: Kind
 ) -> None:
-    """Raises UsageError if not one of the methods applies."""
+    """Raises UsageError if none of the methods applies."""
     if len(built) > 1 or not why_not:
         return
     if kind != "classes":
@@ -207,27 +207,28 @@ def check_any(
 
 
 def check_augmentation(chosen: Sequence[str], pair: Pair) -> None:
-    """Raises UsageError if the data or their targets do not go with `--augment`."""
+    """Raises UsageError if `--augment` does not suit the data or their targets."""
     mixed = [name for name in chosen if name.startswith(("mixup", "cutmix"))]
     if mixed and pair.measure.kind != "classes":
         raise UsageError(
-            f"--augment {mixed[0]} mixes classes, the targets are {pair.measure.kind}."
+            f"--augment {mixed[0]} mixes classes, but the targets are {pair.measure.kind}."
         )
     if chosen and pair.arrays["inputs"].ndim != 4:
         raise UsageError(
-            f"--augment needs images [N, H, W, C], the data is {list(pair.arrays['inputs'].shape)}."
+            f"--augment needs images [N, H, W, C], but the data is "
+            f"{list(pair.arrays['inputs'].shape)}."
         )
 
 
 def build(entry: Entry, setup: Setup, temperature: Any) -> Method:
-    """A method with the user's temperature, where it has one."""
+    """A method with the user's temperature, if it has one."""
     if temperature is None or not methods.takes_temperature(entry):
         return entry.build(setup)
     return entry.build(setup, temperature=temperature)
 
 
 def filled_in(entry: Entry | None, settings: Any) -> dict[str, Any]:
-    """Optimizer, rate and temperature of a method, defaults filled in, for its line of settings."""
+    """Optimizer, rate and temperature of a method, with defaults filled in, for its settings."""
     rate = _optimizers.peak_rate(settings)
     found = {"optimizer": settings.optimizer, "learning_rate": rate}
     if settings.weight_decay:
@@ -249,14 +250,14 @@ def student(
     view: Callable[..., Any] | None = None,
     per_epoch: int = 1,
 ) -> Experiment:
-    """`net` learning by a method; `shared` is what a live teacher or `begin` reads.
+    """`net` trained by a method; `shared` is what a live teacher or `begin` reads.
 
     Args:
       net: the network that is trained.
       method: its terms.
       tx: the optimizer.
-      begin: `begin(key, shared) -> variables`, where it starts.
-      teacher: a live one; None: its outputs are in the batches, or there is none.
+      begin: `begin(key, shared) -> variables`, its initialization.
+      teacher: a live one; None if its outputs are in the batches or there is none.
       microbatches: parts of a batch.
       view: augmentation, from `_training.views`.
       per_epoch: steps, for `view`.
@@ -294,7 +295,7 @@ def student(
 def taught(
     pair: Pair, run: _seeds.Run, task: Method, tx: optax.GradientTransformation, epochs: int
 ) -> tuple[Variables, _seeds.Trained]:
-    """The teacher's variables, given or trained here on the task alone, and its scores."""
+    """The teacher's variables, given or trained here on the task only, and its scores."""
     points = _training.points(1)
     if pair.given is None:
         learner = student(

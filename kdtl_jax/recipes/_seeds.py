@@ -1,9 +1,9 @@
 """All seeds of one method in a loop: logged, evaluated, saved, resumed, on one device or a mesh.
 
-All seeds stand in one `TrainState` with a leading seed axis; its `step` is shared. Two steps move
-it, and the loop, the log, checkpoints and resuming know no difference: all seeds at once under
-`vmap`, small matmuls becoming one batched matmul; or seed `i % S` at call `i`, so that convolutions
-keep their own kernels (batched over seeds they become grouped ones, which run slowly, and in a loop
+All seeds are in one `TrainState` with a leading seed axis; its `step` is shared. It is advanced in
+one of two ways, which the loop, the log, checkpoints and resuming treat alike: all seeds at once
+under `vmap`, where small matmuls become one batched matmul; or seed `i % S` at call `i`, so that
+convolutions keep their own kernels (batched over seeds they become slow grouped ones, and in a loop
 on a CPU they lose their threads).
 """
 
@@ -47,7 +47,7 @@ class Run(NamedTuple):
     splits: Splits  # accuracy is measured on the last two
     rows: np.ndarray | None = None  # [S, n], what each seed sees; None: everything
     mesh: Mesh | None = None
-    one_by_one: bool = False  # also where seeds could advance together
+    one_by_one: bool = False  # even if seeds could advance together
     save_every: int | None = None  # epochs; None: at the end
     say: Callable[[str, bool], None] = lambda text, last: None
     moved: Callable[[int, int], None] = lambda done, total: None  # of a method's steps
@@ -65,10 +65,10 @@ class Trained(NamedTuple):
     curve: np.ndarray  # [checks, S], validation scores along the way
     validation: np.ndarray  # [S], at the end
     test: np.ndarray  # [S]
-    named: np.ndarray  # [S, test examples, ...], the classes named, or other answers
-    skipped: list[int]  # per seed: updates left out because they were not finite
+    named: np.ndarray  # [S, test examples, ...], predicted classes, or other outputs
+    skipped: list[int]  # per seed: updates skipped because they were not finite
     seconds: float
-    kept: int | None = None  # the epoch whose weights are given back, where not the last
+    kept: int | None = None  # the epoch whose weights are returned, if not the last
 
 
 def train_seeds(
@@ -76,8 +76,8 @@ def train_seeds(
 ) -> Trained:
     """Trains every seed of one method to the end.
 
-    Seeds advance together under `vmap`; or one after another, a step each, where `one_by_one`
-    says so or convolutions would lose their threads in a loop (`train.step_path`).
+    Seeds advance together under `vmap`; or one after another, a step each, if `one_by_one`
+    is set or convolutions would lose their threads in a loop (`train.step_path`).
 
     Args:
       name: of the method, in the metrics file and under `checkpoints/`.
@@ -161,9 +161,9 @@ def train_seeds(
                 stop=stop,
                 save=save,
                 save_every=save_every and save_every * epoch,
-                # The path is known already: it need not be found by tracing once more.
+                # The path is already known: finding it would need another trace.
                 meta=saves.meta or (None if in_turn else {"path": "scan"}),
-                on_nonfinite=None,  # each seed leaves out its own
+                on_nonfinite=None,  # each seed skips its own
                 place=place,
                 reached=lambda step: run.moved(step, total),
             )
@@ -338,7 +338,7 @@ def _convolves(step: Any, state: TrainState, points: Point, shared: Any, run: Ru
 def _log(
     run: Run, name: str, at: int, calls: int, evaluated: list[int]
 ) -> Iterator[loop.Log | None]:
-    """The method's lines in the run's file, after those that step `at` has behind it."""
+    """The method's lines in the run's file, continuing after step `at`."""
     if jax.process_index() != 0:
         yield None
         return
@@ -361,7 +361,7 @@ def _log(
 
 
 def _skipped(run: Run, name: str, per_epoch: int) -> list[int]:
-    """Updates left out per seed because they were not finite, from the metrics file."""
+    """Updates skipped per seed because they were not finite, from the metrics file."""
     if jax.process_index() != 0:
         return []
     lines = _logs.of_methods(run.folder)

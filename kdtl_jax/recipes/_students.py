@@ -145,7 +145,7 @@ def write(
 def diverged(rows: Sequence[report.Row]) -> list[str]:
     """Notes on the methods whose students diverged."""
     return [
-        f"{row.method} diverged: logits are not finite, and it is ranked last."
+        f"{row.method} diverged: its logits are not finite, so it is ranked last."
         for row in rows
         if not np.isfinite(row.validation.mean)
     ]

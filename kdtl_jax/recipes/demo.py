@@ -11,7 +11,7 @@ class. A perceptron learns centered digits from that many labels without help, s
 made harder in the same way: every digit is placed at random on a 12x12 canvas.
 
 Every trained method chooses its learning rate, and alpha or strength where it has one, by mean
-validation accuracy over seeds. The test split is used for the final numbers alone.
+validation accuracy over seeds. The test split is used only for the final numbers.
 
     kdtl demo
 """
@@ -66,7 +66,7 @@ EXAMPLES = "  kdtl demo --out runs/demo"
 
 @dataclass(frozen=True)
 class Settings(Logged, types.Resumable):
-    """What fixes a run of `kdtl demo`."""
+    """Settings of `kdtl demo`."""
 
     out: str = setting("runs/demo", "the run folder", metavar="FOLDER")
     seeds: int = setting(
@@ -92,7 +92,7 @@ class Settings(Logged, types.Resumable):
 
 
 def run(settings: Settings) -> None:
-    """Trains teachers, students, sources and targets; writes the run folder."""
+    """Trains teachers, students, sources and targets, and writes the run folder."""
     data = types.Data()  # the digits, split as every command splits them
     raw = stratified(digits(), validation=data.validation, test=data.test)
     scaling = standardizer(raw.train)
@@ -249,7 +249,7 @@ def distill(
         if len(alphas) > 1:
             alpha_curves[method] = _choice.setting_curve(fitted, points, "alpha")
 
-    # One program serves every student but one: they differ in starts and weights alone.
+    # One program serves every student but one: they differ only in starts and weights.
     full, alone, both = program(terms_of_both, trees.everything), (1.0, 0.0), (TASK, KD)
     distilled = {"temperature": TEMPERATURE, "weight_task": TASK, "weight_kd": KD}
     scaled = jax.jit(partial(transforms.scale, selected))
@@ -280,7 +280,7 @@ def distill(
 def learner(
     apply: ModelFn, terms: objective.TermsFn, trainable: trees.Selector = trees.everything
 ) -> Experiment:
-    """A student whose start, learning rate and weights of terms are its point's."""
+    """A student with its point's start, learning rate and term weights."""
 
     def start(point: Point, shared: Any) -> train.TrainState:
         tx = optax.adam(point["learning_rate"])
@@ -321,7 +321,7 @@ def project(
     ridges: Sequence[float],
     finished: Finished,
 ) -> report.Row:
-    """`y_small = f(x) w`: f the teacher's selected hidden layers, w a ridge fit of its logits."""
+    """`y_small = f(x) w`: f, the teacher's selected hidden layers; w, a ridge fit of its logits."""
 
     def measure(params: Params, data: Any, ridge: Any) -> Fitted:
         features = apply(params, None, data["inputs"])[0][FEATURES]

@@ -50,7 +50,7 @@ from kdtl_jax.recipes._pair import BASELINE, TEACHER
 from kdtl_jax.recipes.settings import UsageError, setting
 from kdtl_jax.train import precision
 
-EPOCHS, STEPS = 60, 1000  # at least, per student
+EPOCHS, STEPS = 60, 1000  # minimum per student
 FEW_NOTES = 3  # on methods that do not apply, said in full before the training
 CACHE_BYTES = 512 * 2**20  # teacher outputs up to this size are computed once and held
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -67,7 +67,7 @@ class Settings(
     _pair.Models, _own.Terms, _optimizers.Training, _optimizers.Kept, _devices.Meshed, _logs.Logged,
     types.Data, types.Resumable,
 ):  # fmt: skip
-    """What fixes a run of `kdtl distill`."""
+    """Settings of `kdtl distill`."""
 
     out: str = setting("runs/distill", "the run folder", metavar="FOLDER")
     list: bool = setting(False, "print the table of methods and exit")
@@ -87,7 +87,7 @@ class Settings(
     )  # fmt: skip
     teacher_cache: str | None = setting(
         None, "store the teacher's outputs here, or reuse those already stored; default: kept in "
-        "memory up to 512 MB unless --augment is given, else the teacher runs at every step",
+        "memory up to 512 MB, unless --augment is given, else the teacher runs at every step",
         metavar="FOLDER", group="models",
     )  # fmt: skip
     temperature: float | None = types.positive_rate(
@@ -98,7 +98,7 @@ class Settings(
         metavar="TERM=X,...", parse=types.term_weights, group="losses",
     )  # fmt: skip
     layers: tuple[tuple[str, str], ...] = setting(
-        (), "layers to match; default: from the last ones backward",
+        (), "layers to match; default: from the last layers backward",
         metavar="STUDENT:TEACHER,...", parse=types.layer_pairs, group="losses",
     )  # fmt: skip
     precision: Literal["float32", "bfloat16", "float16"] = setting(
@@ -124,15 +124,15 @@ class Settings(
 
 
 def run(settings: Settings) -> int:
-    """Trains the teacher and, by every method, its students; writes the run folder.
+    """Trains the teacher, then its students by every method, and writes the run folder.
 
     Returns:
       0, or 1 if a method failed (the others are finished and written).
 
     Raises:
       SystemExit: after a signal, with everything saved.
-      ValueError: if data, models, weights, layers and settings do not fit each other; before
-        anything is trained wherever that can be known before.
+      ValueError: if data, models, weights, layers and settings are incompatible, if possible
+        before anything is trained.
     """
     if settings.list:
         rows = [
@@ -171,7 +171,7 @@ def run(settings: Settings) -> int:
         "batch_size": batch_size // settings.microbatches,
         "layers": settings.layers,
     }
-    # Once with a blank teacher, so that what cannot work is said before one is trained.
+    # Once with a blank teacher, to report what cannot work before one is trained.
     blank = _pair.setup(pair, None, **of_setup)
     built, why_not = _pair.build_all(entries, blank, settings)
     _pair.check_any(built, why_not, blank, pair.measure.kind)
@@ -230,7 +230,7 @@ def run(settings: Settings) -> int:
             at = len(learners) - len(built) + i
             common = common._replace(moved=_progress.part(say, said, at, len(learners)))
             entry = known.get(name)
-            is_live = outputs is None and name != BASELINE  # the teacher runs along
+            is_live = outputs is None and name != BASELINE  # the teacher runs at every step
             learner = _pair.student(
                 pair.student, method, tx, lambda key, _: pair.student.init(key, pair.example),
                 teacher=pair.teacher.apply if is_live else None,
@@ -249,7 +249,7 @@ def run(settings: Settings) -> int:
             state, label = trained.state, "Student alone" if entry is None else entry.title
             connected, kept = method.predict is not None, None
             if connected and name in own:
-                notes.append(f"{name} has no file: it predicts through connectors of its own.")
+                notes.append(f"{name} has no file, because it predicts through its own connectors.")
             else:
                 kept = _students.best(name, state, trained.validation, through_connectors=connected)
             students += [] if kept is None else [kept]
@@ -287,7 +287,7 @@ def run(settings: Settings) -> int:
 
 
 def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
-    """The optimizer of the settings, its loss scaled where half floats need it."""
+    """The optimizer of the settings, with loss scaling if half precision needs it."""
     rate = _optimizers.peak_rate(settings)
     made = _optimizers.optimizer(settings, rate, settings.weight_decay, steps)
     return precision.loss_scaling(made) if settings.precision == "float16" else made
@@ -297,7 +297,7 @@ def tell_beforehand(why_not: Sequence[str]) -> None:
     """Prints which methods do not apply, while the run can still be stopped."""
     if len(why_not) > FEW_NOTES:
         names = ", ".join(why.partition(" ")[0] for why in why_not)
-        why_not = [f"these methods do not apply, the report says why: {names}"]
+        why_not = [f"these methods do not apply (the report says why): {names}"]
     for why in why_not:
         print(f"note: {why}", file=sys.stderr)
 
@@ -307,7 +307,7 @@ def teacher_outputs(
 ) -> Any:
     """The teacher's outputs, computed once; None if the teacher runs at every step.
 
-    It does where its outputs change with the views, or take too much memory.
+    It does if its outputs change with the views or take too much memory.
     """
     if settings.teacher_cache is not None:
         cache, needed = Path(settings.teacher_cache), _caching.taps(entries, pair)
@@ -320,7 +320,7 @@ def teacher_outputs(
 
 
 def check(settings: Settings, entries: Sequence[methods.Entry], devices: int) -> None:
-    """Raises UsageError if settings contradict each other, whatever the data are."""
+    """Raises UsageError if settings contradict each other, regardless of the data."""
     _measures.check(settings)
     if settings.augment and settings.teacher_cache is not None:
         raise UsageError(
@@ -339,7 +339,7 @@ def check(settings: Settings, entries: Sequence[methods.Entry], devices: int) ->
 
 
 def resolved(settings: Settings, examples: int, classes: int, divisor: int = 1) -> Any:
-    """The settings with numbers in place of what follows from the data."""
+    """The settings, with numbers for what depends on the data."""
     few = settings.per_class
     if few is None:
         few = types.FEW_DIGITS if settings.data == "digits" else 0

@@ -51,7 +51,7 @@ EXAMPLES = """
 
 @dataclass(frozen=True)
 class Settings(_logs.Logged, types.Resumable):
-    """What fixes a run of `kdtl language`."""
+    """Settings of `kdtl language`."""
 
     out: str = setting("runs/language", "the run folder", metavar="FOLDER")
     list: bool = setting(False, "print the table of methods and exit")
@@ -69,7 +69,7 @@ class Settings(_logs.Logged, types.Resumable):
         least=1, group="data",
     )  # fmt: skip
     held_out: float = setting(
-        0.05, "share of the text held out for measuring", metavar="SHARE", above=0, below=1,
+        0.05, "share of the text held out for evaluation", metavar="SHARE", above=0, below=1,
         group="data",
     )  # fmt: skip
     teacher: str | None = setting(
@@ -96,7 +96,7 @@ class Settings(_logs.Logged, types.Resumable):
         "heads and hidden units that matter most on the text", group="models",
     )  # fmt: skip
     teacher_cache: str | None = setting(
-        None, "keep the teacher's distributions on the rows in this folder, or read them from it; "
+        None, "store the teacher's distributions on the rows in this folder, or reuse them; "
         "for kd and qad", metavar="FOLDER", group="models",
     )  # fmt: skip
     cached: str = setting(
@@ -170,8 +170,8 @@ def run(settings: Settings) -> int:
     """Trains the teacher, if none is given, and its students; measures, reports and writes them.
 
     Raises:
-      UsageError: if settings contradict each other, or tokenizers do.
-      ValueError: for folders and files that cannot be read.
+      UsageError: if settings contradict each other, or tokenizers differ.
+      ValueError: if folders or files cannot be read.
       SystemExit: after a signal, with everything saved.
     """
     if settings.list:
@@ -243,10 +243,10 @@ def check(settings: Settings, methods: Sequence[str]) -> None:
 
 
 def tokenizer_of(teacher: str | None, student: str | None) -> language.Tokenizer:
-    """That of the given models, which have one in common; bytes where there are none.
+    """The tokenizer that the given models share; bytes if no model is given.
 
     Raises:
-      UsageError: if the two have different ones.
+      UsageError: if the two models have different ones.
     """
     source = teacher or student
     if source is None:
@@ -267,7 +267,9 @@ def write(
         notes.append(f"{cut} records were longer than their columns and were cut short.")
     for row in rows:
         if how := row.trained.get("diverged"):
-            notes.append(f"{row.name} diverged: {how}. Its row and folder hold the state before.")
+            notes.append(
+                f"{row.name} diverged: {how}. Its row and folder hold the state before that."
+            )
     about = {
         "name": text.name,
         "rows": len(text.train.inputs["tokens"]),

@@ -58,7 +58,7 @@ EXAMPLES = """
 
 @dataclass(frozen=True)
 class Settings(_logs.Logged, types.Resumable):
-    """What fixes a run of `kdtl sentences`."""
+    """Settings of `kdtl sentences`."""
 
     out: str = setting("runs/sentences", "the run folder", metavar="FOLDER")
     encoder: str | None = setting(
@@ -99,10 +99,10 @@ class Fidelity(NamedTuple):
 
 
 def run(settings: Settings) -> int:
-    """Distills both students, compares them with their teacher, writes the run folder.
+    """Distills both students, compares them with their teacher, and writes the run folder.
 
     Raises:
-      ValueError: if the encoder has no such layers, or lines are longer than its positions.
+      ValueError: if the encoder lacks the layers, or lines are longer than its positions.
     """
     if settings.encoder is None or settings.text is None:
         raise UsageError(f"name --encoder and --text, for example:{EXAMPLES.splitlines()[1][1:]}")
@@ -158,7 +158,7 @@ def run(settings: Settings) -> int:
                 step, starts[name](key_start), teacher.params, lines, key, agreement, place
             )
             if found.diverged:
-                notes.append(f"{said} diverged, and it is ranked last: {found.diverged}.")
+                notes.append(f"{said} diverged and is ranked last: {found.diverged}.")
             ends.setdefault(name, []).append(None if found.diverged else found.params)
             learning.setdefault(name, found.curve)
             seconds[name] += found.seconds
@@ -248,7 +248,7 @@ def speed(
     part: Mapping[str, np.ndarray],
     rounds: int,
 ) -> dict[str, float]:
-    """Lines per second of each encoder, tokens ready: the median of interleaved rounds."""
+    """Lines per second of each encoder, without tokenization: median of interleaved rounds."""
     times: dict[str, list[float]] = {name: [] for name in encoders}
     for _ in range(rounds):
         for name, (embed, params) in encoders.items():
@@ -333,7 +333,7 @@ def _notes(settings: Settings) -> list[str]:
         f"“Accuracy” here is agreement@{NEIGHBORS}: the share of a held-out line's nearest "
         "held-out lines that student and teacher agree on. The mean cosine of their embeddings and "
         "the speed are listed with each method's settings. The speed was measured on this machine "
-        "during this run, without tokenization, encoders taking turns.",
+        "during this run, without tokenization; the encoders took turns.",
         f"The student takes layers {', '.join(map(str, settings.layers))}, the embeddings and the "
         "pooler of its teacher; its twin starts at random. Both are trained in the same way, on "
         "the teacher's hidden states, its embeddings and their similarities, without labels.",

@@ -5,8 +5,8 @@
         seeds: int = setting(5, "students per method", metavar="N", least=1, quick=2)
 
 Nothing else describes a command: names, types, defaults, limits and help are read off the class.
-`Data` and `Output` are fields that several recipes share. The functions at the end
-are `parse=` of fields that are written as text: they take the text or the value in a YAML file.
+`Data` and `Output` are fields that several recipes share. The functions at the end are
+the `parse=` of fields written as text: each takes the text or the value in a YAML file.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ MODEL = f"one of: {'; '.join(NAMED_FORMS)}; or FILE.py:NAME, a model of your own
 AUGMENTATIONS = ("crop", "flip", "mixup", "cutmix")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 INT32 = 2**31 - 1
-# The built-in digits are so easy that a small student learns all there is from their labels; from
-# ten per class it does not, and what a teacher adds can be seen.
+# From all the built-in digits, a small student learns everything that their labels offer. From ten
+# per class it does not, so the teacher's contribution shows.
 FEW_DIGITS = 10
-POLICIES = {  # of leaves of another shape
+POLICIES = {  # for leaves of another shape
     "error": transforms.raise_on_mismatch,
     "keep": transforms.keep_on_mismatch,
     "crop": transforms.crop,
@@ -49,11 +49,11 @@ def setting(default: Any, help: str, **options: Any) -> Any:
     """A field of a settings class.
 
     Args:
-      default: its value when nobody says otherwise.
+      default: its value if none is given.
       help: one line for `--help`; the default is added to it.
       **options: `metavar`; `short`, another name of the flag; `group`, a heading of the help;
         `least`, `above`, `most`, `below`, limits of a number; `quick`, the default under `--quick`;
-        `parse`, from text or a YAML value to the value; `positional`, True or "*"; `repeat`, for a
+        `parse`, which turns text or YAML into the value; `positional`, True or "*"; `repeat`, for a
         flag given several times; `many`, for a flag with several words.
     """
     about = {"help": help, "default": default, **options}
@@ -94,7 +94,7 @@ def height_and_width(value: Any) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Data:
-    """What is learned from."""
+    """The data to learn from."""
 
     data: str = setting("digits", FORMATS, metavar="DATA", group="data")
     label: str = setting(
@@ -148,13 +148,13 @@ class Output:
 
 @dataclass(frozen=True)
 class Resumable(Output):
-    """Where a run writes that an interruption does not lose."""
+    """Where a run writes that can be resumed after an interruption."""
 
     resume: bool = setting(False, "continue the run in --out after what it saved or finished")
 
 
 def plain(settings: Any) -> dict[str, Any]:
-    """All settings as data that YAML and JSON hold."""
+    """All settings as data that YAML and JSON can hold."""
     return {f.name: _plain(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
 
 
@@ -167,9 +167,9 @@ def as_yaml(settings: Any, command: str, **instead: Any) -> str:
 
 
 def near(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """`did you mean a, b?` of the nearest names, up to three, or nothing if none is near.
+    """`did you mean a, b?` with up to three nearest names, or nothing if none is near.
 
-    `prefix` is written before each name, and is not compared.
+    `prefix` is written before each name and not compared.
     """
     alike = {each: difflib.SequenceMatcher(None, name, each).ratio() for each in known}
     least = max(0.6, max(alike.values(), default=0.0) - 0.1)
@@ -189,15 +189,15 @@ def names(value: Any) -> tuple[str, ...]:
 
 
 def method_names(value: Any) -> tuple[str, ...]:
-    """`names` in lower case with underscores, as methods are called."""
+    """`names` in lower case with underscores, as method names are written."""
     return names([name.lower().replace("-", "_") for name in names(value)])
 
 
 def chosen(asked: tuple[str, ...], known: Mapping[str, Any], command: str) -> list[Any]:
-    """The entries that names ask for; `all` is every one.
+    """The entries that `names` selects; `all` selects every one.
 
     Raises:
-      UsageError: naming all that are unknown, each with the nearest names.
+      UsageError: if names are unknown; it lists them, each with the nearest names.
     """
     if asked == ("all",):
         return list(known.values())
@@ -241,7 +241,7 @@ def positive_numbers(value: Any) -> tuple[float, ...] | None:
 
 
 def pairs(value: Any, sign: str) -> dict[str, Any]:
-    """`name<sign>value,...`, a list of such, or a mapping."""
+    """`name<sign>value,...`, a list of these, or a mapping."""
     if isinstance(value, Mapping):
         return {str(name): found for name, found in value.items()}
     parts = value.split(",") if isinstance(value, str) else value
@@ -337,7 +337,7 @@ def selector(text: str) -> trees.Selector:
 
 
 def renames(texts: Sequence[str]) -> list[tuple[str, str | None]]:
-    """Rules of `transforms.transfer` from `'REGEX=>NAME'`; without a name what matches is dropped.
+    """Rules of `transforms.transfer` from `'REGEX=>NAME'`; a rule without a name drops its matches.
 
     Raises:
       UsageError: if a rule has no `=>`, or its left side is not a regular expression.

@@ -1,8 +1,8 @@
-"""Sweeps settings and seeds of students, all of a method as one compiled program.
+"""Sweeps settings and seeds of students; each method is one compiled program.
 
-The outputs of the one teacher are computed once. Within a method everything is traced (seeds,
-temperatures, weights, alpha, learning rates); methods run one after another. Settings are compared
-by their mean validation accuracy over seeds; the test split is used for the final numbers alone.
+The outputs of the single teacher are computed once. Within a method, seeds, temperatures, weights,
+alpha and learning rates are traced; methods run one after another. Settings are compared by their
+mean validation accuracy over seeds; the test split is used only for the final numbers.
 
     kdtl sweep --grid temperature=1,2,4,8 learning_rate=1e-3,1e-2 --seeds 5
 """
@@ -59,7 +59,7 @@ EXAMPLES = """
 class Settings(
     _pair.Models, _optimizers.Training, _optimizers.Kept, _logs.Logged, types.Data, types.Resumable
 ):
-    """What fixes a run of `kdtl sweep`."""
+    """Settings of `kdtl sweep`."""
 
     out: str = setting("runs/sweep", "the run folder", metavar="FOLDER")
     methods: tuple[str, ...] = setting(
@@ -114,26 +114,26 @@ class Shared(NamedTuple):
 
 
 class Swept(NamedTuple):
-    """One method's results: K settings, S seeds. NaN where a setting was stopped."""
+    """One method's results: K settings, S seeds. NaN for settings that were stopped."""
 
     method: str
     columns: dict[str, np.ndarray]  # [K] each, of the axes that the method has
     validation: np.ndarray  # [K, S]
     test: np.ndarray  # [K, S]
-    loss: np.ndarray  # [K, S], of the last of its epochs
-    epochs: np.ndarray  # [K, S], after which a student was left as it is
-    complete: np.ndarray  # [K], whether `--halving` left it
-    best: Fitted  # the students of the setting that is best on validation; their `Variables` kept
+    loss: np.ndarray  # [K, S], in the last epoch
+    epochs: np.ndarray  # [K, S], after which a student was not trained further
+    complete: np.ndarray  # [K], whether it survived `--halving`
+    best: Fitted  # the students of the best setting by validation, with their `Variables`
     path: str
     per_call: int
     seconds: float
-    probed: dict[str, float]  # seconds per student of each path, where they were measured
+    probed: dict[str, float]  # seconds per student of each path, if measured
 
 
 def run(settings: Settings) -> None:
-    """Trains the teacher and every student; writes and prints what was best."""
+    """Trains the teacher and every student; writes and prints the best ones."""
     chosen = types.chosen(settings.methods, _pair.entries(), "kdtl distill")
-    devices = spread(settings)  # before anything touches one
+    devices = spread(settings)  # before anything touches a device
     columns = _axes.columns_of(settings)
     if settings.epochs % settings.halving:
         raise UsageError(
@@ -198,7 +198,7 @@ def run(settings: Settings) -> None:
             count = len(next(iter(axes[entry.name].values()), [0]))
             say(f"{entry.name} ({i + 1} of {len(entries)}): {count} settings")
             learner = student(pair, entry, setup, lambda point: tx_of(point, steps))
-            known = swept[-1] if swept else None  # the pair decides the path: measured once
+            known = swept[-1] if swept else None  # the path depends only on the pair: measured once
             make = functools.partial(
                 sweep_one, entry.name, learner, axes[entry.name], shared, held, settings, devices,
                 known, bar.line, finished,
@@ -225,7 +225,7 @@ def run(settings: Settings) -> None:
 
 
 def student(pair: _pair.Pair, entry: Entry, setup: Setup, tx: Callable[[Point], Any]) -> Experiment:
-    """A method's student, whose temperature, weights, rates and start are the point's."""
+    """A method's student, with the point's temperature, weights, rates and start."""
     apply = pair.student.apply
 
     def start(point: Point, shared: Shared) -> train.TrainState:
@@ -333,17 +333,17 @@ def programs(
 def timed(
     candidates: Mapping[str, Callable[..., Any]], points: Point, shared: Any, held: Sequence[Any]
 ) -> dict[str, float]:
-    """Seconds per student of each program, of some points; none where there is no choice."""
+    """Seconds per student of each program, on some points; none if there is no choice."""
     if len(candidates) == 1:
         return {}
     some = {axis: column[:PROBE_POINTS] for axis, column in points.items()}
-    few = [jax.tree.map(lambda x: x[:1], part) for part in held]  # it is steps that differ
+    few = [jax.tree.map(lambda x: x[:1], part) for part in held]  # only the steps differ
     seconds = sweeps.timings([*candidates.values()], some, shared, *few, repeats=2)
     return dict(zip(candidates, seconds, strict=True))
 
 
 def suitable(chosen: Sequence[Entry], setup: Setup) -> tuple[list[Entry], list[str]]:
-    """Methods that train nothing but the student; notes on the others."""
+    """Methods that train only the student, and notes on the others."""
     entries, notes = [], []
     for entry in chosen:
         reason = entry.applies(setup)
@@ -374,7 +374,7 @@ def times(weight: Any, factor: Any) -> Any:
 
 
 def spread(settings: Settings) -> list[Any] | None:
-    """The devices of `--devices`; on a CPU as many virtual ones as asked for."""
+    """The devices of `--devices`; on a CPU, as many virtual ones as requested."""
     if settings.devices is None or settings.devices == 1:
         return None
     if settings.path in ("mapped", "one-by-one"):

@@ -3,7 +3,7 @@
 Without `--source-weights` one source model per seed is trained on the source classes first. Every
 method starts from the same copies, sees the same few examples per seed, and chooses its learning
 rate (and the strength of its own term, where it has one) by mean validation accuracy over seeds;
-the test split is used for the final numbers alone. All seeds and settings of a method run as one
+the test split is used only for the final numbers. All seeds and settings of a method run as one
 compiled program.
 
     kdtl transfer --methods scratch,copied_finetuned,lora --labels-per-class 5 --seeds 16
@@ -61,7 +61,7 @@ A WHERE selects target leaves: a regular expression for the whole path, or glob:
 
 @dataclass(frozen=True)
 class Settings(_optimizers.Optimizing, _optimizers.Kept, _logs.Logged, types.Data, types.Resumable):
-    """What fixes a run of `kdtl transfer`."""
+    """Settings of `kdtl transfer`."""
 
     out: str = setting("runs/transfer", "the run folder", metavar="FOLDER")
     list: bool = setting(False, "print the methods and exit")
@@ -104,7 +104,7 @@ class Settings(_optimizers.Optimizing, _optimizers.Kept, _logs.Logged, types.Dat
         metavar="PIXELS", least=0, most=4096, group="source",
     )  # fmt: skip
     methods: tuple[str, ...] = setting(
-        ways.DEFAULT, f"of: {', '.join(ways.BY_NAME)}, or all", metavar="NAME,...",
+        ways.DEFAULT, f"any of {', '.join(ways.BY_NAME)}, or all", metavar="NAME,...",
         parse=types.method_names, group="training",
     )  # fmt: skip
     labels_per_class: int | None = setting(
@@ -120,8 +120,8 @@ class Settings(_optimizers.Optimizing, _optimizers.Kept, _logs.Logged, types.Dat
         "constant", "how the learning rate decays to 0; constant: not at all", group="training"
     )
     learning_rates: tuple[float, ...] | None = setting(
-        None, "learning rates to choose from on validation; default: 0.001, 0.003, 0.01, and in "
-        "that proportion for other optimizers than Adam", metavar="X,...",
+        None, "learning rates to choose from by validation; default: 0.001, 0.003, 0.01 for Adam, "
+        "scaled for other optimizers", metavar="X,...",
         parse=types.positive_numbers, quick=(1e-3,), group="training", short="--lr",
     )  # fmt: skip
     strengths: tuple[float, ...] | None = setting(
@@ -135,7 +135,7 @@ class Settings(_optimizers.Optimizing, _optimizers.Kept, _logs.Logged, types.Dat
 
 
 def run(settings: Settings) -> int | None:
-    """Copies a source into targets, trains them by every method, writes the run folder."""
+    """Copies a source into targets, trains them by every method, and writes the run folder."""
     if settings.list:
         header = ("method", "label", "paper")
         return _tables.list_methods(header, [(m.name, m.label, m.paper) for m in ways.METHODS])
@@ -225,12 +225,12 @@ def resolved(settings: Settings, measure: Measure) -> Settings:
 
 
 def check(settings: Settings) -> None:
-    """Raises UsageError if settings contradict each other, whatever the data are."""
+    """Raises UsageError if settings contradict each other, regardless of the data."""
     _measures.check(settings)
     if settings.source_weights is not None and settings.source_classes is not None:
         raise UsageError(
-            "--source-classes are of a source that is trained here, and --source-weights names "
-            "one. Give one of them."
+            "--source-classes is for a source trained here, but --source-weights names one. "
+            "Give only one of them."
         )
     few = settings.labels_per_class
     if few is None and settings.data == "digits":
@@ -244,18 +244,20 @@ def check(settings: Settings) -> None:
 def suited(
     chosen: Sequence[ways.Method], settings: Settings, measure: Measure, source_kind: Kind
 ) -> list[ways.Method]:
-    """The methods that suit the targets and the source: of those asked for, all must.
+    """The methods that suit the targets and the source; every method requested must.
 
     Raises:
-      UsageError: naming the others.
+      UsageError: naming those that do not.
     """
     no_classes = [m.name for m in chosen if m.needs_classes and measure.kind != "classes"]
     no_source = [m.name for m in chosen if m.needs_source_head and source_kind != "classes"]
     if no_classes and settings.methods != ways.DEFAULT:
-        raise UsageError(f"{', '.join(no_classes)} need classes, the targets are {measure.kind}.")
+        raise UsageError(
+            f"{', '.join(no_classes)} need classes, but the targets are {measure.kind}."
+        )
     if no_source and settings.methods != ways.DEFAULT:
         raise UsageError(
-            f"{', '.join(no_source)} need a source that is a classifier, "
+            f"{', '.join(no_source)} need a source that is a classifier, but "
             f"{settings.source_weights} learned {source_kind}."
         )
     return [method for method in chosen if method.name not in (*no_classes, *no_source)]
@@ -267,7 +269,7 @@ def read(settings: Settings, source: sources.Source) -> tuple[Preprocessing, Dat
     Raises:
       UsageError: if classes or canvas do not fit the data.
     """
-    # A file's classes and sizes of images are the source's own: the target's may be others.
+    # A file's classes and image sizes are the source's; the target's may differ.
     own = source._replace(about=source.about._replace(classes=None, names=(), shape=None))
     ready, form = _models.read_data(settings, own, kinds=KINDS, other_targets=True)
     _models.check_parts(ready)
@@ -277,7 +279,7 @@ def read(settings: Settings, source: sources.Source) -> tuple[Preprocessing, Dat
             raise UsageError(
                 f"--data {settings.data}: the targets are {ready.train.kind}. Name a source with "
                 "--source-weights, without --source-classes, --target-classes or --canvas: only "
-                "classes are divided into a source's and a target's."
+                "classes can be divided between a source and a target."
             )
         return form, ready.train, ready
     classes, is_trained = ready.train.classes, settings.source_weights is None
@@ -304,7 +306,7 @@ def read(settings: Settings, source: sources.Source) -> tuple[Preprocessing, Dat
     sides = ready.train.inputs.shape[1:3]
     if ready.train.inputs.ndim != 4 or max(sides) > canvas:
         raise UsageError(
-            f"--canvas {canvas}: needs images no larger than that, the data is {list(sides)}"
+            f"--canvas {canvas}: needs images no larger than that, but the data is {list(sides)}"
         )
     placed = [on_canvas(part, canvas, seed=1 + i) for i, part in enumerate(target)]
     return form, on_canvas(sources, canvas, seed=0, copies=8), Splits(*placed)
