@@ -230,7 +230,7 @@ def check(settings: Settings) -> None:
     if settings.source_weights is not None and settings.source_classes is not None:
         raise UsageError(
             "--source-classes is for a source trained here, but --source-weights names one. "
-            "Give only one of them."
+            "Give one of them."
         )
     few = settings.labels_per_class
     if few is None and settings.data == "digits":
