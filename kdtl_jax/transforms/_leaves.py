@@ -46,7 +46,7 @@ def is_rules(value: Any) -> TypeGuard[trees.Rules]:
 def coefficients(
     alpha: Coefficient, tree: PyTree, chosen: Sequence[bool] | None = None
 ) -> list[Any]:
-    """One coefficient per leaf; None where a leaf is not chosen or no rule names it.
+    """One coefficient per leaf; None if a leaf is not chosen or matches no rule.
 
     `chosen` defaults to the inexact leaves.
 

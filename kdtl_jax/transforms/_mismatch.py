@@ -1,13 +1,13 @@
 """What to do with a source leaf of another shape: policies, and resizing of leaves with a geometry.
 
 A *policy* is a function `(source_leaf, target_shape, path) -> array of target_shape`, or None to
-keep the target's own value. The ones here decide on shapes alone, change every axis that differs
-and leave a leaf that fits alone. A policy of your own is called for every leaf that it is given
-for, even where the shapes happen to agree: a square kernel may still need its transpose, a grid of
+keep the target's own value. The policies here only look at shapes, change every axis that differs
+and do not change a leaf that fits. A policy of your own is called for every leaf it is given for,
+even if the shapes happen to agree: a square kernel may still need its transpose, and a grid of
 another form may have as many cells. None then means that the leaf is right as it is.
 
-The resizing functions take one array and keep its dtype (TypeError unless it is floating point);
-as a policy each is a lambda,
+The resizing functions take one array and keep its dtype (TypeError unless it is floating point).
+To use one as a policy, wrap it in a lambda:
 `[("pos_embed", lambda leaf, shape, path: resize_positions_bicubic(leaf, (16, 16), prefix=1))]`.
 Their matrices `[n_out, n_in]`, one per axis, are computed in float64 from lengths alone.
 """
@@ -43,7 +43,7 @@ def raise_on_mismatch(source_leaf: Any, target_shape: Shape, path: str) -> Array
 
 
 def keep_on_mismatch(source_leaf: Any, target_shape: Shape, path: str) -> Array | None:
-    """Leaves the target's own value where shapes differ."""
+    """Keeps the target's own value where shapes differ."""
     del source_leaf, target_shape, path
     return None
 
@@ -62,7 +62,7 @@ def pad(source_leaf: Any, target_shape: Shape, path: str) -> Array:
 
 
 def crop_or_pad(source_leaf: Any, target_shape: Shape, path: str) -> Array:
-    """Axes that are too long are cropped, axes that are too short end in zeros."""
+    """Crops axes that are too long, and pads axes that are too short with zeros at the end."""
     _fits("crop_or_pad", source_leaf, target_shape, path, shrink=True, grow=True)
     common = tuple(map(min, target_shape, np.shape(source_leaf)))
     return pad(crop(source_leaf, common, path), target_shape, path)
@@ -81,8 +81,8 @@ class SelectWith(NamedTuple):
 def select_with(choose: Callable[[int, int], Any]) -> Policy:
     """A policy that keeps the entries `choose(size, n)` of every axis that shrinks.
 
-    `select_with(lambda size, n: random_indices(key, size, n))` is weight selection at random: one
-    key gives one choice for all axes of the same lengths, so layers stay consistent.
+    `select_with(lambda size, n: random_indices(key, size, n))` is random weight selection: one key
+    makes the same choice for all axes of the same length, so layers stay consistent.
 
     Args:
       choose: `(length of the axis, number to keep) -> [n] integers`.
@@ -93,8 +93,8 @@ def select_with(choose: Callable[[int, int], Any]) -> Policy:
 def select_uniform(source_leaf: Any, target_shape: Shape, path: str) -> Array:
     """Weight selection: evenly spaced entries along every axis that shrinks; none may grow.
 
-    It knows no structure: of fused projections and flattened heads it mixes units. For these name
-    the axes and use `select_width` with `uniform_indices`.
+    It does not know the structure of a leaf, so it mixes units of fused projections and flattened
+    heads. For these, name the axes and use `select_width` with `uniform_indices`.
 
     References:
       Xu et al., Initializing Models with Larger Ones, 2023 (2311.18823).
@@ -104,10 +104,10 @@ def select_uniform(source_leaf: Any, target_shape: Shape, path: str) -> Array:
 
 
 def resize_linear(source_leaf: Any, target_shape: Shape, path: str) -> Array:
-    """Linear interpolation along every axis that differs, end points kept.
+    """Linear interpolation along every axis that differs; end points are kept.
 
     For axes with a geometry (positions, kernel height and width), not for feature axes, whose
-    order means nothing.
+    order has no meaning.
     """
     _fits("resize_linear", source_leaf, target_shape, path, shrink=True, grow=True)
     leaf = jnp.asarray(source_leaf)
@@ -147,20 +147,20 @@ def _fits(
             )
 
 
-# Policies that look at shapes alone, so that planning tries each pair of shapes once.
+# Policies that only look at shapes, so planning tries each pair of shapes once.
 PATH_FREE: frozenset[Policy] = frozenset({crop, pad, crop_or_pad, select_uniform, resize_linear})
 
 
 def leaves_fitting_alone(policy: Policy) -> bool:
-    """Whether a policy of this module decides: those have nothing to do where shapes agree."""
+    """Whether the policy is one of this module, which does nothing where shapes agree."""
     known = (raise_on_mismatch, keep_on_mismatch)
     return isinstance(policy, SelectWith) or policy in known or policy in PATH_FREE
 
 
 def corner_aligned(n_in: int, n_out: int) -> np.ndarray:
-    """Linear interpolation with the end points kept: output `i` reads at `i (n_in-1)/(n_out-1)`.
+    """Linear interpolation with end points kept: output `i` reads at `i (n_in-1)/(n_out-1)`.
 
-    A single output reads at 0, a single input is repeated.
+    A single output reads at 0; a single input is repeated.
     """
     return _linear(np.arange(n_out) * ((n_in - 1) / max(n_out - 1, 1)), n_in)
 
@@ -212,10 +212,10 @@ Grid = tuple[int, int]
 def resize_positions(
     embeddings: Array, new_grid: Grid, *, old_grid: Grid | None = None, prefix: int = 0
 ) -> Array:
-    """Position embeddings of a grid at another resolution, bilinear with the corners kept.
+    """Resizes the position embeddings of a grid, bilinearly, with the corners kept.
 
-    big_vision's resampling. Positions that code absolute places should keep their extremes;
-    `resize_positions_bicubic` is timm's and differs from this by design.
+    This is big_vision's resampling, for positions that encode absolute places and should keep
+    their extremes. `resize_positions_bicubic` is timm's, which differs by design.
 
     Args:
       embeddings: `[..., prefix + h * w, dim]`, the grid row by row.
@@ -242,10 +242,10 @@ def resize_positions_bicubic(
     prefix: int = 1,
     antialias: bool = True,
 ) -> Array:
-    """Position embeddings of a grid at another resolution, bicubic between pixel centers.
+    """Resizes the position embeddings of a grid, bicubically between pixel centers.
 
-    timm's resampling: cubic convolution, with antialiasing A = -0.5 and a kernel that widens
-    when shrinking, without it A = -0.75 and four taps.
+    This is timm's resampling, a cubic convolution: with antialiasing, A = -0.5 and a kernel that
+    widens when shrinking; without it, A = -0.75 and four taps.
 
     Args:
       embeddings: `[..., prefix + h * w, dim]`, the grid row by row.
@@ -266,7 +266,7 @@ def resize_positions_bicubic(
 
 
 def resize_patch_kernel(kernel: Array, new_size: Grid) -> Array:
-    """A patch-embedding kernel for another patch size, by the pseudo-inverse of resizing.
+    """Converts a patch-embedding kernel to another patch size by the pseudo-inverse of resizing.
 
     `w' = pinv(R^T) vec(w)` with `R` the bilinear resize of a patch: the embedding of an enlarged
     patch under `w'` is exactly that of the patch under `w` (in least squares when shrinking).
@@ -280,8 +280,8 @@ def resize_patch_kernel(kernel: Array, new_size: Grid) -> Array:
       `[h', w', in, out]` in the dtype of `kernel`.
 
     Raises:
-      ValueError: if the kernel is not of rank 4, or a size is not positive.
-      TypeError: if it is not floating point.
+      ValueError: if the kernel does not have rank 4, or a size is not positive.
+      TypeError: if the kernel is not floating point.
 
     References:
       Beyer et al., FlexiViT, 2022 (2212.08013).
@@ -298,11 +298,11 @@ def resize_patch_kernel(kernel: Array, new_size: Grid) -> Array:
 
 
 def adapt_input_channels(kernel: Array, channels: int, *, axis: int = -2) -> Array:
-    """A first convolution for another number of input channels.
+    """Converts a first convolution to another number of input channels.
 
-    One channel: the sum over the old ones (a gray image is the color image with equal channels).
-    Otherwise the old channels repeated in turn and cut, times `old / new`, so that equal channels
-    give the output they gave. timm's rule, for any number of old channels.
+    One channel gets the sum over the old ones (a gray image is a color image with equal channels).
+    Otherwise the old channels are repeated in turn, cut to length and multiplied by `old / new`,
+    so equal channels give the same output as before. timm's rule, for any number of old channels.
 
     Args:
       kernel: any rank; `[h, w, in, out]` for a convolution.

@@ -1,4 +1,4 @@
-"""Planning a transfer: all that names and shapes decide, in Python and on abstract values."""
+"""Planning a transfer: everything that names and shapes decide, in Python, on abstract values."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ OnExtra = Literal["error", "ignore"]
 
 
 class Step(NamedTuple):
-    """How one target leaf is filled; `source` None keeps the target's own value."""
+    """How one target leaf is filled; if `source` is None, it keeps its own value."""
 
     path: str
     source: str | None = None
@@ -63,11 +63,11 @@ def plan_transfer(
     on_extra: OnExtra = "error",
     on_mismatch: OnMismatch = _mismatch.raise_on_mismatch,
 ) -> Plan:
-    """Everything about a transfer that names and shapes decide; no arithmetic, no memory.
+    """Plans a transfer from names and shapes alone, without arithmetic or memory.
 
     Both trees may be abstract, e.g. from `jax.eval_shape(model.init, key, inputs)`. Arguments and
-    errors are those of `transfer`. `plan_transfer(...).report` is a dry run, to be printed or
-    asserted on; `apply_plan(plan, source, target)` carries it out.
+    errors are those of `transfer`. `plan_transfer(...).report` is a dry run to print or to write
+    assertions about; `apply_plan(plan, source, target)` carries it out.
     """
     _one_of("on_missing", on_missing, ("error", "keep"))
     _one_of("on_extra", on_extra, ("error", "ignore"))
@@ -77,7 +77,7 @@ def plan_transfer(
     aims = [path for path, is_chosen in zip(want, chosen, strict=True) if is_chosen]
     _codes.refuse_codes(want, aims)
     found = [sources[path] for path in aims if path in sources]
-    # Integers of the source are reported as missing, with what else is.
+    # Integers of the source are reported as missing, together with the other missing leaves.
     _codes.refuse_codes(have, [path for path in found if trees.is_inexact(have[path])])
     policies = _policy_per_leaf(target, on_mismatch)
     tried: set[Any] = set()
@@ -167,10 +167,10 @@ def _refuse_either_way(
     have: Mapping[str, Any],
     want: Mapping[str, Any],
 ) -> list[Step | Kept | _Missing | _Misfit]:
-    """Refuses a `weight` for a `kernel` that would fit either way round.
+    """Refuses a `weight` for a `kernel` that would fit both as it is and transposed.
 
-    PyTorch and Equinox keep outputs first, Flax keeps them last. A leaf that fits only as it is
-    shows that the source was turned around, or never had to be.
+    PyTorch and Equinox store outputs first, Flax stores them last. A leaf that only fits as it is
+    shows that the source was transposed already, or never had to be.
     """
 
     def crosses(decision: Any, policy: Policy) -> bool:
@@ -220,12 +220,12 @@ def _leftovers(
     sources: Mapping[str, str],
     where: trees.Selector,
 ) -> tuple[list[str], list[str]]:
-    """Source leaves that go nowhere: asked for but without a place; not asked for."""
+    """Source leaves without a destination: those asked for, and those not asked for."""
     try:
         selects = trees.any_of(where)
     except ValueError:  # a tree of bools says nothing about paths outside the target
         selects = trees.any_of(trees.everything)
-    # A leaf that goes to several places needs each of them.
+    # A leaf that goes to more than one place needs each of them.
     homeless = {old for new, old in sources.items() if new not in want and selects(new, have[old])}
     candidates = [path for path, leaf in have.items() if trees.is_inexact(leaf)]
     extra = [path for path in candidates if path in homeless]
@@ -310,7 +310,7 @@ def _is_one(value: Any) -> bool:
 
 
 def _known(alpha: Any) -> float | None:
-    """A plain number; traced and device values are not read, which would wait, or fail."""
+    """A plain number, or None; reading traced or device values would block or fail."""
     known = (int, float, np.integer, np.floating)
     return float(alpha) if isinstance(alpha, known) else None
 

@@ -1,15 +1,16 @@
-"""Fake quantization: weights rounded to a low-precision grid, gradients passed straight through.
+"""Fake quantization: weights are rounded to a low-precision grid, gradients pass straight through.
 
-Quantization-aware distillation teaches the model that will run: the student computes with rounded
-weights, the teacher with its own, and the gradient moves the unrounded ones.
+Quantization-aware distillation trains the model that will be deployed: the student computes with
+rounded weights, the teacher with its own, and the gradient updates the unrounded ones.
 
     rounded = fake_quantize(params, partial(int_by_group, bits=4, group=32), where=r".*kernel")
 
 A quantizer is any function `weight -> weight`. Those here compute in float32 or wider and keep the
-dtype. Kernels are `[..., in, out]`: a scale is shared along `axis=-2`, the inputs of one output
-channel, whole or in groups (the last one may be shorter). A block of zeros stays zeros.
+dtype. Kernels are `[..., in, out]`: a scale is shared along `axis=-2`, by all inputs of one output
+channel or by groups of them (the last group may be shorter). A block of zeros stays zero.
 
-The gradient is the identity's; where a given `amax` clips a weight it is 0. Scales are constants.
+The gradient is that of the identity, and 0 where a given `amax` clips a weight. Scales are treated
+as constants.
 """
 
 from collections.abc import Callable
@@ -34,10 +35,10 @@ def fake_quantize(
     Args:
       params: any pytree.
       quantizer: `weight -> weight` of the same shape and dtype, e.g. `int_per_channel`, `nvfp4`.
-      where: the weights to quantize: kernels, hardly norms and biases.
+      where: the weights to quantize: usually kernels, not norms and biases.
 
     Returns:
-      The tree with rounded weights, differentiable straight through.
+      The tree with rounded weights, with straight-through gradients.
 
     Raises:
       ValueError: if `where` matches nothing, a selected leaf holds quantized integer codes, or the
@@ -74,17 +75,17 @@ def int_per_channel(
       weight: `[..., in, out]`, at least one axis.
       bits: 2 to 16.
       axis: the axis along which the scale is shared.
-      amax: what M stands for, broadcastable to the weight; by default the largest absolute value
-        along `axis`. Weights beyond it are clipped, with gradient 0. A channel whose amax is at
-        most 2^-24 becomes zeros.
-      narrow: codes -M to M; otherwise -M - 1 is one too.
+      amax: the value that code M represents, broadcastable to the weight; by default the largest
+        absolute value along `axis`. Weights beyond it are clipped, with gradient 0. A channel with
+        an amax of at most 2^-24 becomes zero.
+      narrow: if true, codes are -M to M; otherwise -M - 1 is a code too.
 
     Returns:
       The rounded weight.
 
     Raises:
-      TypeError: if the weight is not floating point, or bits not an integer.
-      ValueError: if bits lies outside 2..16.
+      TypeError: if the weight is not floating point, or `bits` is not an integer.
+      ValueError: if `bits` is outside 2..16.
 
     References:
       Wu et al., Integer Quantization for Deep Learning Inference, 2020 (2004.09602);
@@ -108,10 +109,10 @@ def int_per_channel(
 def int_by_group(weight: Array, *, bits: int = 4, group: int = 128, axis: int = -2) -> Array:
     """`int_per_channel` with one scale per `group` consecutive inputs of a channel.
 
-    A weight `[..., in, out]`, whose inputs lie along `axis`; the result has its shape and dtype.
+    The weight is `[..., in, out]`, with inputs along `axis`; the result has its shape and dtype.
 
     Raises:
-      ValueError: for bits outside 2 to 16, or a group below 1.
+      ValueError: if `bits` is outside 2 to 16, or `group` is below 1.
 
     References:
       Lin et al., AWQ, 2023 (2306.00978), without its rescaling.
@@ -124,13 +125,13 @@ def int_by_group(weight: Array, *, bits: int = 4, group: int = 128, axis: int = 
 
 
 def mxfp4(weight: Array, *, block: int = 32, axis: int = -2) -> Array:
-    """MXFP4: E2M1 numbers, a power of two per block of 32.
+    """MXFP4: E2M1 numbers with a power-of-two scale per block of 32.
 
-    A weight `[..., in, out]`, whose blocks lie along `axis`; the result has its shape and dtype.
-    The exponent is `floor(log2 max|w|) - 2`, so that the largest may saturate at 6.
+    The weight is `[..., in, out]`, with blocks along `axis`; the result has its shape and dtype.
+    The exponent is `floor(log2 max|w|) - 2`, so the largest weight may saturate at 6.
 
     References:
-      Open Compute Project, Microscaling Formats Specification 1.0, 2023. Model-Optimizer takes
+      Open Compute Project, Microscaling Formats Specification 1.0, 2023. Model-Optimizer uses
       `ceil(log2(max|w| / 6))`, which never saturates, and rounds halves toward zero.
     """
 
@@ -145,7 +146,7 @@ def mxfp4(weight: Array, *, block: int = 32, axis: int = -2) -> Array:
 def nvfp4(weight: Array, *, block: int = 16, axis: int = -2) -> Array:
     """NVFP4: E2M1 numbers, an E4M3 scale per block of 16, and one scale for the whole tensor.
 
-    A weight `[..., in, out]`, whose blocks lie along `axis`; the result has its shape and dtype.
+    The weight is `[..., in, out]`, with blocks along `axis`; the result has its shape and dtype.
 
     References:
       NVIDIA, Pretraining Large Language Models with NVFP4, 2025 (2509.25149); quantization-aware
@@ -184,13 +185,13 @@ def _weight(weight: Array) -> Array:
 
 
 def _straight_through(weight: Array, wide: Array, rounded: Array, passes: Array) -> Array:
-    """The rounded value to the bit, with the gradient of the weight where it passes."""
+    """The rounded value, bit for bit, with the weight's gradient where `passes` is true."""
     moved = jnp.where(passes, wide - jax.lax.stop_gradient(wide), 0)
     return (jax.lax.stop_gradient(rounded) + moved).astype(weight.dtype)
 
 
 def _by_blocks(weight: Array, fn: Callable[[Array], Array], size: int, axis: int) -> Array:
-    """`fn` of the weight as `[..., blocks, size]` along an axis, zeros filling the last block."""
+    """`fn` of the weight as `[..., blocks, size]` along an axis; zeros fill the last block."""
     wide = _weight(weight)
     _checks.count(1, block=size)
     if not -wide.ndim <= axis < wide.ndim:

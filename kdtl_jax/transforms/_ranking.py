@@ -1,9 +1,9 @@
-"""Which entries are the largest: found by histograms of their bits, without sorting.
+"""Finding the largest entries by histograms of their bits, without sorting.
 
-Floating-point numbers sort as their bits do once the sign is folded in, so a histogram of the upper
-16 bits, and one of the next 16 within the bin that was hit, find the exact smallest value taken. Of
-its equals the first are taken, in the order in which they are read. Histograms of several leaves
-add up: one pass over leaves that are read one at a time ranks them together.
+Floating-point numbers sort like their bits once the sign is folded in. A histogram of the upper 16
+bits, and one of the next 16 within the bin that is hit, thus find the exact smallest value taken.
+Among entries equal to it, those read first are taken. Histograms of several leaves can be added, so
+leaves that are read one at a time are ranked together.
 """
 
 import functools
@@ -22,7 +22,7 @@ class Cut(NamedTuple):
     """Which of the ranked entries are taken: those above a threshold and some equal to it."""
 
     threshold: Array  # the key of the smallest entry taken
-    equal: Array  # how many of its equals are taken, the first ones
+    equal: Array  # how many entries equal to it are taken; the first ones are
 
 
 def largest(read: Callable[[], Iterable[Array]], count: Any, dtype: Any = jnp.float32) -> Cut:
@@ -94,7 +94,7 @@ def _keys(x: Array, bits: int) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _histogram(x: Array, threshold: Array, shift: int, bits: int) -> Array:
-    """How often each 16 bits at `shift` occur, among keys whose higher bits are the threshold's."""
+    """Counts of each 16-bit value at `shift`, among keys with the threshold's higher bits."""
     key = _keys(x, bits).ravel()
     part = (key >> shift).astype(jnp.int32) & (_BINS - 1)
     if shift + 16 < bits:
@@ -103,7 +103,7 @@ def _histogram(x: Array, threshold: Array, shift: int, bits: int) -> Array:
 
 
 def _last(counts: Array, threshold: Array, wanted: Array, shift: int) -> tuple[Array, Array]:
-    """Adds the bits of the bin with the last entry taken, and leaves how many it must give."""
+    """Adds the bits of the bin with the last entry taken, and returns how many it must supply."""
     falling = counts[::-1]
     tail = jnp.cumsum(falling)
     # A count of 0 ends before the first bin: the threshold is then the largest key, none of whose

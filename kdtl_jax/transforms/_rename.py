@@ -12,8 +12,8 @@ def destinations(names: Sequence[str], rename: Rename) -> dict[str, tuple[str, .
     """`{source path: target paths}`; a dropped leaf has none.
 
     Raises:
-      ValueError: if two source leaves get one target path, a rule is never used or is no
-        regular expression, or following the rules leads back to where it began.
+      ValueError: if two source leaves get the same target path, a rule is never used or is not a
+        regular expression, or the rules form a cycle.
     """
     if callable(rename):
         found = {name: _as_paths(name, rename(name)) for name in names}

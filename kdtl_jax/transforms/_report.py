@@ -7,9 +7,9 @@ from typing import NamedTuple
 from kdtl_jax import _text, trees
 
 Shape = tuple[int, ...]
-WIDEST = 200  # characters of the column of paths, which longer ones overrun
+WIDEST = 200  # characters of the column of paths; longer paths overrun it
 LONGEST = 10_000  # characters of a path or a detail
-# A number as str() writes it: `01` is not `1`, and stays as it is.
+# A number as str() writes it: `01` is not `1`, and is not collapsed.
 _NUMBER = re.compile(r"(?<!\d)(?:0|[1-9][0-9]{0,17})(?!\d)")
 
 
@@ -67,7 +67,7 @@ class Report(NamedTuple):
 
     @property
     def fraction(self) -> float:
-        """The part of the target's parameters (scalars) that came from the source."""
+        """The fraction of the target's parameters (scalars) that came from the source."""
         total = sum(self.sizes.values())
         return sum(self.sizes[path] for path in self.transferred) / total if total else 1.0
 
@@ -124,10 +124,10 @@ def _rows(report: Report) -> list[tuple[str, str, str]]:
 
 
 def collapse_paths(paths: Sequence[str]) -> list[str]:
-    """`["a/0/w", "a/1/w", "a/2/w"] -> ["a/{0..2}/w"]`, for paths that differ in numbers only.
+    """`["a/0/w", "a/1/w", "a/2/w"] -> ["a/{0..2}/w"]`, for paths that differ only in numbers.
 
-    Two paths are joined only where all their other numbers agree, so the result names exactly
-    the given paths.
+    Two paths are joined only if all their other numbers agree, so the result names exactly the
+    given paths.
     """
     words = re.split(_NUMBER, paths[0])
     items = [
@@ -147,7 +147,7 @@ def collapse_paths(paths: Sequence[str]) -> list[str]:
 
 
 def _numbers(values: frozenset[int]) -> str:
-    """`{0..2,5}` for several numbers, `7` for one."""
+    """`{0..2,5}` for more than one number, `7` for one."""
     runs: list[list[int]] = []
     for value in sorted(values):
         if runs and value == runs[-1][1] + 1:

@@ -16,19 +16,19 @@ def scale(
 ) -> Params:
     """`theta_small = alpha * theta_large`, leaf by leaf.
 
-    Pure: differentiable in `alpha`, and a whole sweep over `alpha` is one `vmap`. Half-precision
+    Pure and differentiable in `alpha`; a whole sweep over `alpha` is one `vmap`. Half-precision
     leaves are multiplied in float32 and keep their dtype. Only inexact arrays are scaled;
     counters, PRNG keys and functions pass through, as do leaves that are not selected.
 
-    Natural values: 1 (a plain copy) and `sqrt(fan_in_large / fan_in_small)` after units were
-    removed, which restores the size of the pre-activations.
+    Natural values are 1 (a plain copy) and, after units were removed,
+    `sqrt(fan_in_large / fan_in_small)`, which restores the size of the pre-activations.
 
     Args:
       params: any pytree.
-      alpha: a number or traced scalar; `(path) -> number`; ordered rules
-        `[(selector, number), ...]`, where leaves that no rule names stay as they are; or a
-        pytree prefix of numbers. A coefficient may also have its leaf's rank, with lengths 1
-        or the leaf's own (such as one value per layer of a scanned kernel).
+      alpha: a number or traced scalar; a function `(path) -> number`; ordered rules
+        `[(selector, number), ...]`, where leaves that match no rule are not changed; or a pytree
+        prefix of numbers. A coefficient may also have its leaf's rank, with lengths 1 or the
+        leaf's own (such as one value per layer of a scanned kernel).
       where: which leaves are scaled.
 
     Returns:
@@ -56,20 +56,20 @@ def scale_homogeneous(
     *,
     bias: trees.Selector = r"(.*[/.])?(bias|b)",
 ) -> Params:
-    """Scales a positively homogeneous chain so that its output is exactly `alpha^D` times.
+    """Scales a positively homogeneous chain so that its output is exactly `alpha^D` times the old.
 
     In `f(x) = W_D relu(... relu(W_1 x + b_1) ...) + b_D` the weights of every layer are multiplied
-    by `alpha` and the bias of layer `d` by `alpha^d`: each activation of layer `d` is then
-    `alpha^d` times what it was. Scaling logits by `alpha^D` is a softmax temperature of
-    `alpha^-D`; plain `scale` breaks this at the biases. It holds for `alpha >= 0` and layers
-    joined by homogeneous functions alone (ReLU, leaky ReLU, max and average pooling), not
-    across normalization, sigmoids or residual sums.
+    by `alpha` and the bias of layer `d` by `alpha^d`, which multiplies each activation of layer
+    `d` by `alpha^d`. Scaling logits by `alpha^D` is a softmax temperature of `alpha^-D`; plain
+    `scale` breaks this at the biases. It requires `alpha >= 0` and layers joined only by
+    homogeneous functions (ReLU, leaky ReLU, max and average pooling); it does not hold across
+    normalization, sigmoids or residual sums.
 
     Args:
       params: any pytree.
       alpha: a number or traced scalar, >= 0.
       layers: one selector per layer, in the order of the forward pass, `"Dense_0/.*"` first.
-        Together they name every floating-point leaf.
+        Together they must select every floating-point leaf.
       bias: which of these leaves are added rather than multiplied.
 
     Returns:
@@ -119,8 +119,8 @@ def fit_alpha(
     """The `alpha` that minimizes `sum_b w_b |alpha * student_b - teacher_b|^2`, in closed form.
 
     `alpha = sum_b w_b <student_b, teacher_b> / sum_b w_b |student_b|^2`; 1 if the student's
-    outputs are all zero. It scales *outputs*. For a homogeneous chain of `D` layers
-    (`scale_homogeneous`) the parameters' coefficient is its `D`-th root.
+    outputs are all zero. It scales *outputs*: for a homogeneous chain of `D` layers
+    (`scale_homogeneous`), the coefficient of the parameters is its `D`-th root.
 
     Args:
       student_outputs: `[B, ...]`.

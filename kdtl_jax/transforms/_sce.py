@@ -1,7 +1,7 @@
-"""SCE: entries selected by their variance across models, models weighed by their energy.
+"""SCE: entries are selected by their variance across models, models weighted by their energy.
 
-Variances are ranked and energies summed by passes over a leaf's pieces (`sce_selection`), then
-each piece is merged by itself (`sce_piece`): a leaf may be larger than memory. A piece is a list of
+Variances are ranked and energies summed by passes over a leaf's pieces (`sce_selection`); then each
+piece is merged separately (`sce_piece`), so a leaf may be larger than memory. A piece is a list of
 equal blocks of rows `[rows, ...]` in one dtype: the base's, then one per model.
 """
 
@@ -18,10 +18,10 @@ from kdtl_jax.transforms._sparsify import floor_share
 
 
 class Selection(NamedTuple):
-    """What `sce` takes of a leaf: entries by a cut of variances, models by their energy."""
+    """What `sce` takes from a leaf: entries by a cut of variances, models by their energy."""
 
     cut: _ranking.Cut | None  # None: every entry
-    before: Sequence[Any]  # how many of the cut's equals come before each piece
+    before: Sequence[Any]  # how many entries equal to the cut come before each piece
     shares: Sequence[Array]  # `[]` for each model, of sum 1
 
 
@@ -30,22 +30,22 @@ def sce(
 ) -> Params:
     """Select entries by variance, calculate weights by energy, erase minority signs, leaf by leaf.
 
-    Entries are the `floor(top n)` of largest variance across models, `n` the entries that vary at
-    all; model i weighs the mean square of its delta; an entry keeps the deltas whose sign is that
-    of the sum, renormalized. Deltas are squared: in float32, from 1e-18 to 1e18 of them count.
+    Takes the `floor(top n)` entries of largest variance across models, where `n` entries vary at
+    all. The weight of model i is the mean square of its delta. An entry keeps the deltas with the
+    sign of their sum, renormalized. Deltas are squared, so float32 covers sizes 1e-18 to 1e18.
 
     Args:
       base: pretrained parameters.
       models: a list of fine-tuned models of its structure.
       top: share of varying entries to take, in `[0, 1]`; 1 takes every entry.
-      floor: models weigh the same where their energies (squared units of the weights) sum to no
-        more than this; mergekit's is 1e-6.
+      floor: models get equal weights if their energies (squared units of the weights) sum to at
+        most this; mergekit's is 1e-6.
 
     Returns:
       A tree with the structure and dtypes of the base.
 
     Raises:
-      ValueError: if names or shapes differ, `top` lies outside `[0, 1]`, or `floor` is negative.
+      ValueError: if names or shapes differ, `top` is outside `[0, 1]`, or `floor` is negative.
 
     References:
       Wan et al., FuseChat, 2024 (2408.07990), SCE; mergekit's `sce`.
@@ -63,10 +63,10 @@ def sce(
 
 
 def sce_selection(read: Read, *, top: Scalar = 1.0, floor: Scalar = 0.0) -> Selection:
-    """What `sce` takes of a leaf whose pieces `read()` yields, the same every time.
+    """What `sce` takes from a leaf; `read()` must yield the same pieces every time.
 
     Raises:
-      ValueError: if top lies outside [0, 1].
+      ValueError: if `top` is outside [0, 1].
     """
     _checks.within(0, 1, top=top)
     known = _checks.concrete(top)

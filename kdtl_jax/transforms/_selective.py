@@ -1,9 +1,9 @@
 """Merging by choosing entries: from which model each entry comes, and how much of it.
 
-What an entry depends on in its whole leaf (`arcee_threshold`, `ram_boosts`) is found by passes
-over the leaf's pieces, and each piece is merged by itself (`arcee_piece`, `ram_piece`): a leaf may
-be larger than memory. A piece is a list of equal blocks of rows `[rows, ...]` in one dtype: the
-base's, then one per model.
+Quantities of the whole leaf (`arcee_threshold`, `ram_boosts`) are computed by passes over its
+pieces; then each piece is merged separately (`arcee_piece`, `ram_piece`), so a leaf may be larger
+than memory. A piece is a list of equal blocks of rows `[rows, ...]` in one dtype: the base's, then
+one per model.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,14 +20,14 @@ _ADDED = 1e-8  # to probabilities, by mergekit
 
 
 def near_swap(base: Params, model: Params, *, t: Scalar) -> Params:
-    """Takes the model's entries where the two are within `t`, and less of them the further apart.
+    """Takes the model's entry where the two are within `t`, and less of it the further apart.
 
     `q model + (1 - q) base` with `q = min(t / |base - model|, 1)`.
 
     Args:
       base: any pytree.
       model: the same structure and shapes.
-      t: the distance up to which the model's entry is taken whole; >= 0.
+      t: the distance up to which the model's entry is taken fully; >= 0.
 
     Returns:
       A tree with the structure and dtypes of the base.
@@ -50,11 +50,11 @@ def near_swap(base: Params, model: Params, *, t: Scalar) -> Params:
 
 
 def arcee_fusion(base: Params, model: Params) -> Params:
-    """Takes the model's entries whose importance stands out, the base's elsewhere.
+    """Takes the model's entries where their importance stands out, and the base's elsewhere.
 
     The importance of an entry is `|model - base|` times `KL(softmax(model) || softmax(base))` of
-    its row (the last axis), with 1e-8 added to probabilities. It stands out from
-    `median + 1.5 (third quartile - first quartile)` of its leaf on.
+    its row (the last axis), with 1e-8 added to probabilities. It stands out if it is at least
+    `median + 1.5 (third quartile - first quartile)` of its leaf.
 
     Args:
       base: any pytree.
@@ -67,9 +67,9 @@ def arcee_fusion(base: Params, model: Params) -> Params:
       ValueError: if names or shapes differ.
 
     References:
-      mergekit's `arcee_fusion`, which estimates quartiles of leaves of more than a million entries
-      from random ones; here they are exact. Of changes below 1e-3 its float32 divergences are
-      rounding in part, and it takes more entries than stand out.
+      mergekit's `arcee_fusion`, which estimates the quartiles of leaves of more than a million
+      entries from a random sample; here they are exact. For changes below 1e-3, its float32
+      divergences are partly rounding error, and it takes more entries than stand out.
     """
 
     def formula(i: int, path: str, *leaves: Array) -> Array:
@@ -80,7 +80,7 @@ def arcee_fusion(base: Params, model: Params) -> Params:
 
 
 def arcee_threshold(read: Read) -> Array:
-    """The importance `[]` from which on an entry stands out; the pieces hold whole rows."""
+    """The least importance `[]` at which an entry stands out; the pieces hold whole rows."""
 
     def importances() -> Iterable[Array]:
         return (_importance(*pieces) for pieces in read())
@@ -110,18 +110,18 @@ def ram(
     gain: Scalar = 0.0,
     limit: Scalar = 0.2,
 ) -> Params:
-    """Reinforced Agent Merging: a change that one model made alone is kept, shared ones averaged.
+    """Reinforced Agent Merging: keeps changes made by one model only, and averages shared ones.
 
-    A model changed an entry if it moved by more than `epsilon`. What only model i changed is
-    multiplied by `1 + gain min(rho_i, limit)`, `rho_i` the number of entries it changed together
-    with others over the number it changed alone, leaf by leaf.
+    A model changed an entry if it moved by more than `epsilon`. Changes made only by model i are
+    multiplied by `1 + gain min(rho_i, limit)`, where `rho_i` is the number of entries it changed
+    together with others over the number it changed alone, leaf by leaf.
 
     Args:
       base: pretrained parameters.
       models: a list of fine-tuned models of its structure.
-      epsilon: in units of the weights.
+      epsilon: changes up to this size, in units of the weights, are ignored.
       gain: 0 is RAM; 0.1 is RAM+.
-      limit: of `rho`.
+      limit: the largest `rho` used.
 
     Returns:
       A tree with the structure and dtypes of the base.
@@ -153,7 +153,7 @@ def ram(
 def ram_boosts(
     read: Read, *, epsilon: Scalar = 1e-5, gain: Scalar = 0.0, limit: Scalar = 0.2
 ) -> list[Array]:
-    """The factor `[]` of what each model changed alone, `1 + gain min(rho_i, limit)`."""
+    """The factor `[]` for each model's own changes, `1 + gain min(rho_i, limit)`."""
     totals: list[list[Array]] = []  # per model, entries changed with others and alone
     for pieces in read():
         start = pieces[0]
@@ -195,7 +195,7 @@ def _importance(before: Array, after: Array) -> Array:
     before, after = (jnp.atleast_1d(x) for x in (before, after))
     log_p, log_q = _softmax.log_softmax(after), _softmax.log_softmax(before)
     p, q = jnp.exp(log_p), jnp.exp(log_q)
-    # Weights move by little: the plain sum of `p log(p / q)` would be rounding for the most part.
+    # Weights change little: the plain sum of `p log(p / q)` would be mostly rounding error.
     ratio = _softmax.log_ratio(after, before)
     near = jnp.abs(ratio) < 1
     apart = jnp.where(near, q * jnp.expm1(jnp.where(near, ratio, 0)), p - q)

@@ -1,11 +1,11 @@
 """Sparsifying task vectors: trim by magnitude, DARE, DELLA, breadcrumbs, and Mixout.
 
-Random draws use a key folded with each leaf's path, so that a leaf's draw does not depend on what
-else is in the tree, and with the number of each block of its rows (`block_rows`), so that a leaf
-may come in pieces: `dare` and `della` take the number of the first block of what they are given.
+Random draws use a key folded with each leaf's path, so a leaf's draw does not depend on the rest of
+the tree, and with the number of each block of its rows (`block_rows`), so a leaf may come in
+pieces: `dare` and `della` take the number of the first block in the leaves they are given.
 
-`keep` and the two rescalings are the pieces other conventions are made of: mergekit's DARE, for
-example, is `rescale_l1(keep(tau, mask), tau)`.
+Other conventions are built from `keep` and the two rescalings: mergekit's DARE, for example, is
+`rescale_l1(keep(tau, mask), tau)`.
 """
 
 import functools
@@ -24,24 +24,24 @@ from kdtl_jax.transforms._leaves import Coefficient
 
 
 def trim(task_vector: PyTree, *, density: Coefficient) -> PyTree:
-    """Keeps the `floor(density n)` entries of largest magnitude of every leaf, zeroes the rest.
+    """Keeps the `floor(density n)` entries of largest magnitude of every leaf; zeroes the rest.
 
     Equal magnitudes are kept in storage order, so the count is exact. A bias of 3 entries at
     density 0.2 keeps none; `trim_global` ranks all leaves together instead.
 
     Args:
       task_vector: any pytree.
-      density: share to keep in `[0, 1]`: a number, traced scalar, or one number per leaf;
-        leaves that no rule names are kept whole.
+      density: share to keep, in `[0, 1]`: a number, traced scalar, or one number per leaf;
+        leaves that match no rule are kept whole.
 
     Returns:
       A tree of the same structure and dtypes.
 
     Raises:
-      ValueError: if a density lies outside `[0, 1]`.
+      ValueError: if a density is outside `[0, 1]`.
 
     References:
-      PEFT's `magnitude_prune` and the first step of its and mergekit's TIES.
+      PEFT's `magnitude_prune`, which is the first step of PEFT's and mergekit's TIES.
     """
     values = _leaves.coefficients(density, task_vector)
 
@@ -55,20 +55,20 @@ def trim(task_vector: PyTree, *, density: Coefficient) -> PyTree:
 
 
 def trim_global(task_vector: PyTree, *, density: Scalar = 0.2) -> PyTree:
-    """Keeps the `floor(density n)` entries of largest magnitude of the whole vector of parameters.
+    """Keeps the `floor(density n)` entries of largest magnitude of the whole parameter vector.
 
     `trim_to_cut` does the same leaf by leaf, for vectors larger than memory.
 
     Args:
-      task_vector: any pytree; its inexact leaves are ranked as one vector, tied ones once (one
-        array, or equal arrays that are not all zero).
-      density: share to keep in `[0, 1]`, the paper's top-k percent.
+      task_vector: any pytree; its inexact leaves are ranked as one vector, with tied leaves (one
+        array, or equal arrays that are not all zero) counted once.
+      density: share to keep, in `[0, 1]`; the paper's top-k percent.
 
     Returns:
       A tree of the same structure and dtypes.
 
     Raises:
-      ValueError: if the density lies outside `[0, 1]`, or a leaf holds quantized codes.
+      ValueError: if the density is outside `[0, 1]`, or a leaf holds quantized codes.
 
     References:
       Yadav et al., TIES-Merging, 2023 (2306.01708), step 1.
@@ -93,7 +93,7 @@ def trim_global(task_vector: PyTree, *, density: Scalar = 0.2) -> PyTree:
 
 
 def _tied(tree: PyTree, leaves: Sequence[Any]) -> list[Any]:
-    """The leaves, those that are stored twice as one array; zeros are what did not change."""
+    """The leaves, with those stored twice as one array; zeros mean no change and are not tied."""
     flat, first = trees.flatten(tree), _leaves.equal_paths(tree)
     paths = zip(flat, leaves, strict=True)
     return [flat[first[p]] if p in first and np.any(np.asarray(x)) else x for p, x in paths]
@@ -136,7 +136,7 @@ def trim_to_cut(leaf: Array, cut: _ranking.Cut, before: Any = 0) -> tuple[Array,
 def breadcrumbs(task_vector: PyTree, *, density: Coefficient, outliers: Coefficient) -> PyTree:
     """Drops the largest `floor(outliers n)` entries of every leaf and the smallest of the rest.
 
-    `floor(density n)` entries remain; where that leaves no room, fewer outliers are dropped.
+    `floor(density n)` entries remain; if that leaves no room, fewer outliers are dropped.
 
     Args:
       task_vector: any pytree.
@@ -145,10 +145,10 @@ def breadcrumbs(task_vector: PyTree, *, density: Coefficient, outliers: Coeffici
         the entries between the beta and gamma percentiles, density = gamma - beta).
 
     Returns:
-      A tree of the same structure and dtypes; leaves that no rule names are kept whole.
+      A tree of the same structure and dtypes; leaves that match no rule are kept whole.
 
     Raises:
-      ValueError: if a share lies outside `[0, 1]`.
+      ValueError: if a share is outside `[0, 1]`.
 
     References:
       Davari and Belilovsky, Model Breadcrumbs, 2023 (2312.06795). mergekit before 0.1.5
@@ -176,26 +176,26 @@ def dare(
     """Drops entries at random and divides the kept ones by `density`: unbiased over keys.
 
     Tied leaves share their draws, even if they are stored twice: leaves of one shape are compared,
-    and those with equal values count as tied. Under `jit` and `grad` every leaf of an argument is a
-    value of its own, equal to none: tie leaves inside, as in `tree | {"head": tree["embed"]}`, or
-    they are drawn independently. So are leaves that lie partly in other processes, even outside.
+    and those with equal values count as tied. Under `jit` and `grad`, values cannot be compared, so
+    tie leaves inside the traced function, as in `tree | {"head": tree["embed"]}`; otherwise they
+    are drawn independently. So are leaves that are partly in other processes, even outside `jit`.
 
     Args:
-      key: a PRNG key; every leaf folds its path in.
+      key: a PRNG key; the path of each leaf is folded in.
       task_vector: any pytree.
       density: probability of keeping an entry, in (0, 1], the paper's 1 - p; a number, traced
-        scalar, or one number per leaf; leaves that no rule names are kept whole.
-      block: number of the leaves' first block, 0 for whole leaves.
+        scalar, or one number per leaf; leaves that match no rule are kept whole.
+      block: number of the leaves' first block; 0 for whole leaves.
 
     Returns:
       A tree of the same structure and dtypes.
 
     Raises:
-      ValueError: if a density lies outside (0, 1].
+      ValueError: if a density is outside (0, 1].
 
     References:
-      Yu et al., Language models are super Mario, 2023 (2311.03099). PEFT rescales so; mergekit
-      by L1 norms: `rescale_l1(keep(task_vector, mask), task_vector)`.
+      Yu et al., Language models are super Mario, 2023 (2311.03099). PEFT rescales like this;
+      mergekit by L1 norms: `rescale_l1(keep(task_vector, mask), task_vector)`.
     """
     values, first = _leaves.coefficients(density, task_vector), _leaves.equal_paths(task_vector)
     _checks.scalar(block=block)
@@ -216,22 +216,22 @@ def dare(
 def della_probabilities(
     task_vector: PyTree, *, density: Coefficient, epsilon: Scalar = 0.15
 ) -> PyTree:
-    """Keep probabilities rising with magnitude: `density - epsilon` to `density + epsilon`.
+    """Keep probabilities that rise with magnitude: `density - epsilon` to `density + epsilon`.
 
     Entries are ranked within each row (the last axis); a row of one entry gets `density`. Their
-    mean is the density, always: near 0 and 1 the spread is as far as it can be on both sides.
+    mean is always the density: near 0 and 1 the spread is cut equally on both sides.
 
     Args:
       task_vector: any pytree; a leaf without axes gets `density`.
-      density: mean probability; a number, traced scalar, or one number per leaf; leaves that no
-        rule names get 1.
-      epsilon: half the spread, less where `density -+ epsilon` would leave `[0, 1]`.
+      density: mean probability; a number, traced scalar, or one number per leaf; leaves that
+        match no rule get 1.
+      epsilon: half the spread; reduced if `density -+ epsilon` would leave `[0, 1]`.
 
     Returns:
       A tree of the same structure, float32 or wider.
 
     Raises:
-      ValueError: if a density lies outside `[0, 1]`.
+      ValueError: if a density is outside `[0, 1]`.
 
     References:
       Deep et al., DELLA-Merging, 2024 (2406.11617), MagPrune.
@@ -251,7 +251,7 @@ def della_probabilities(
         places = jnp.broadcast_to(jnp.arange(leaf.shape[-1], dtype=leaf.dtype), leaf.shape)
         rank = jnp.put_along_axis(jnp.zeros_like(leaf), order, places, axis=-1, inplace=False)
         spread = 2 * rank / (leaf.shape[-1] - 1) - 1
-        # Cut off at 0 or 1, the probabilities would no longer have the density as their mean.
+        # If cut off at 0 or 1, the probabilities would no longer have the density as their mean.
         room = jnp.minimum(
             jnp.minimum(middle, 1 - middle), _numerics.scalar(epsilon, leaf, "epsilon")
         )
@@ -269,22 +269,22 @@ def della(
     epsilon: Scalar = 0.15,
     block: int | Array = 0,
 ) -> PyTree:
-    """Drops entries at random, small ones more often, and divides the kept by their probability.
+    """Drops entries at random, small ones more often; divides those kept by their probability.
 
     Tied leaves share their draws, as in `dare`.
 
     Args:
-      key: a PRNG key; every leaf folds its path in.
+      key: a PRNG key; the path of each leaf is folded in.
       task_vector: any pytree.
-      density: mean probability of keeping an entry; as `della_probabilities`.
+      density: mean probability of keeping an entry, as in `della_probabilities`.
       epsilon: half the spread of the probabilities.
-      block: number of the leaves' first block, 0 for whole leaves.
+      block: number of the leaves' first block; 0 for whole leaves.
 
     Returns:
       A tree of the same structure and dtypes; unbiased over keys where probabilities are > 0.
 
     Raises:
-      ValueError: if a density lies outside `[0, 1]`.
+      ValueError: if a density is outside `[0, 1]`.
 
     References:
       Deep et al., DELLA-Merging, 2024 (2406.11617). mergekit rescales by L1 norms instead:
@@ -313,11 +313,11 @@ def keep(task_vector: PyTree, mask: PyTree) -> PyTree:
 
 
 def rescale_l1(sparse: PyTree, original: PyTree, *, floor: float = 0.0) -> PyTree:
-    """`sparse ||original||_1 / ||sparse||_1`, by leaf; as it is where a norm is at most `floor`.
+    """`sparse ||original||_1 / ||sparse||_1`, by leaf; unchanged if a norm is at most `floor`.
 
     mergekit's convention for DARE and DELLA, with a floor of 1e-7 (in units of the weights), which
-    leaves small task vectors shrunken. It restores the mean size exactly but is not unbiased: a
-    leaf whose kept entries happen to be small is blown up.
+    does not rescale very small task vectors. It restores the mean magnitude exactly but is not
+    unbiased: a leaf whose kept entries happen to be small is scaled up too much.
 
     Raises:
       ValueError: if names or shapes differ, or `floor` is negative.
@@ -350,10 +350,10 @@ def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Param
 
     Dropout toward the pretrained weights instead of toward zero: the mean over keys is `params`.
     Call it inside the loss, on the selected leaves, with the step's key. Tied leaves share their
-    draws as in `dare`, which inside a loss sees only the ties that are made there.
+    draws as in `dare`; inside a loss, only ties made there are recognized.
 
     Args:
-      key: a PRNG key; every leaf folds its path in.
+      key: a PRNG key; the path of each leaf is folded in.
       params: parameters being trained.
       source: pretrained parameters; the same structure and shapes.
       rate: probability of taking the source's entry, in `[0, 1)`; 0 returns `params`.
@@ -362,7 +362,7 @@ def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Param
       A tree with the structure and dtypes of `params`.
 
     Raises:
-      ValueError: if names or shapes differ, or the rate lies outside `[0, 1)`.
+      ValueError: if names or shapes differ, or the rate is outside `[0, 1)`.
 
     References:
       Lee, Cho and Kang, Mixout, 2019 (1909.11299).
@@ -378,14 +378,14 @@ def mixout(key: Array, params: Params, source: Params, *, rate: Scalar) -> Param
         p = _numerics.scalar(rate, leaf, "rate")
         path = first.get(path, path)
         back = _blocks.uniform(key, path, leaf.shape, p.real.dtype) < p.real
-        # The formula's two cases, written so that rate 0 gives `params` bit by bit.
+        # The formula's two cases, written so that rate 0 gives `params` bit for bit.
         return jnp.where(back, anchor, leaf + p / (1 - p) * (leaf - anchor))
 
     return _leaves.combine_leaves(formula, {"params": params, "source": source}, [])
 
 
 def floor_share(size: int, **named: Scalar) -> Scalar:
-    """`floor(share size)`; in Python where the share is known, so that 0.3 of 10 is 3."""
+    """`floor(share size)`; in Python if the share is known, so that 0.3 of 10 is 3."""
     _checks.within(0, 1, **named)
     (share,) = named.values()
     known = _checks.concrete(share)

@@ -3,9 +3,9 @@
 Each leaf is one vector, or with `axis` each of its rows (`axis=-1`: the last index runs along a
 row; the weights of one output of a flax kernel `[in, out]` run along `axis=-2`).
 
-Every method is a weighted sum of the models, or of their task vectors, whose shares follow from
-lengths and angles alone (`_angles`). So leaves larger than memory are merged in pieces: their
-angles by passes over the pieces, then `sum(share_i * piece_i)`.
+Every method is a weighted sum of the models, or of their task vectors, with shares that depend only
+on lengths and angles (`_angles`). Leaves larger than memory can thus be merged in pieces: passes
+over the pieces compute the angles, then each merged piece is `sum(share_i * piece_i)`.
 """
 
 import functools
@@ -42,9 +42,9 @@ def slerp(
       source: any pytree.
       target: the same structure and shapes.
       t: 0 gives the source, 1 the target; a number, traced scalar, or one number per leaf;
-        leaves that no rule names stay the source's.
-      axis: along which a leaf's rows run; None, or a leaf of fewer axes, is one vector.
-      threshold: of the cosine's size. 1.0 with `axis=-1` is mergekit's NuSLERP.
+        leaves that match no rule stay the source's.
+      axis: the axis along which a leaf's rows run; None, or a leaf of fewer axes, is one vector.
+      threshold: on the cosine's absolute value. 1.0 with `axis=-1` is mergekit's NuSLERP.
 
     Returns:
       A tree with the structure and dtypes of the source.
@@ -75,13 +75,13 @@ def multi_slerp(
     """The mean direction of several models' changes, times their mean length.
 
     With `u_i` the direction of `theta_i - base`: `sum w_i u_i / |sum w_i u_i| * sum w_i |theta_i -
-    base|`. (mergekit then steps along the mean tangent at that direction, which is 0.) Where the
-    directions cancel there is no mean direction, and the differences are averaged instead.
+    base|`. (mergekit then steps along the mean tangent at that direction, which is 0.) If the
+    directions cancel, there is no mean direction, and the differences are averaged instead.
 
     Args:
-      base: the common starting point; None is zero.
-      models: a list of trees of its structure.
-      weights: None for equal ones, else one per model; normalized to sum 1.
+      base: the common starting point; None means zero.
+      models: a list of trees of the base's structure.
+      weights: None for equal ones, else one per model; normalized to sum to 1.
 
     Returns:
       A tree with the structure and dtypes of the base, or of the first model.
@@ -114,13 +114,13 @@ def karcher_mean(
     """The point of the sphere nearest to all models' directions, times their mean length.
 
     Fixed-point iteration with the tangent `T = sum w_i (a_i / sin a_i) (u_i - cos(a_i) u)`, stopped
-    where `|T| < tolerance`; models nearer than `tolerance`, and opposite ones, are left out of it.
+    when `|T| < tolerance`; T leaves out models closer than `tolerance`, and opposite ones.
 
     Args:
       models: a list of trees of one structure.
-      weights: None for equal ones, else one per model; normalized to sum 1.
-      iterations: at most this many.
-      tolerance: radians, >= 0.
+      weights: None for equal ones, else one per model; normalized to sum to 1.
+      iterations: the largest number of iterations.
+      tolerance: in radians, >= 0.
 
     Returns:
       A tree with the structure and dtypes of the first model.
@@ -152,15 +152,15 @@ def model_stock(
     """`t mean_i theta_i + (1 - t) base` with `t = N c / (1 + (N - 1) c)`.
 
     `c` is the mean cosine over pairs of task vectors: models that moved in the same direction are
-    trusted, models that moved apart are pulled back to the base. Where they cancel
-    (`1 + (N - 1) c` below 1e-3, as of two opposite changes) t has no finite value, and the base is
-    kept.
+    trusted, models that moved apart are pulled back to the base. If they cancel
+    (`1 + (N - 1) c` below 1e-3, e.g. for two opposite changes), t has no finite value, and the
+    base is kept.
 
     Args:
       base: pretrained parameters.
       models: fine-tuned models, two or more.
-      axis: None takes a leaf as one vector, else the axis along which its rows run, each
-        with a ratio of its own (leaves of fewer axes are one vector).
+      axis: None treats a leaf as one vector; otherwise the axis along which its rows run, each
+        row with its own ratio (leaves of fewer axes are one vector).
       floor: `c` divides by the product of two lengths, or by this if it is larger (squared units of
         the weights). mergekit's 1e-6 pulls small changes back to the base.
 
@@ -172,7 +172,7 @@ def model_stock(
 
     References:
       Jang, Yun and Han, Model Stock: All we need is just a few fine-tuned models, 2024
-      (2403.19522), for two models and more; t is not clamped there nor here.
+      (2403.19522), for two or more models; t is clamped neither there nor here.
     """
     if len(models) < 2:
         raise ValueError(f"expected two or more models, got {len(models)}.")

@@ -1,4 +1,4 @@
-"""Merging by what the models' data say: Fisher and RegMean."""
+"""Merging by statistics of the models' data: Fisher merging and RegMean."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,25 +29,25 @@ def fisher_merge(
 ) -> Params:
     """`sum_i w_i F_i theta_i / sum_i w_i F_i`, entry by entry, with every `F_i >= floor`.
 
-    Where no model cares about an entry (every `F_i` is 0), it is the weighted average.
+    An entry whose `F_i` are all 0 is the weighted average.
 
     Args:
       models: a list of trees of one structure.
-      fishers: their diagonal Fisher informations (`fisher.true_fisher`), equal shapes.
-      weights: 1 each when None, else one per model.
-      floor: smallest Fisher information, in its own unit (squared loss per squared weight), so that
-        entries of all models below it are averaged; the paper's code has 1e-6.
+      fishers: their diagonal Fisher information (`fisher.true_fisher`), of equal shapes.
+      weights: one per model; None for 1 each.
+      floor: smallest Fisher information, in its own unit (squared loss per squared weight): an
+        entry below it in all models is averaged; the paper's code uses 1e-6.
 
     Returns:
-      A tree with the first model's structure, dtypes and leaves that are not inexact.
+      A tree with the first model's structure, dtypes and non-inexact leaves.
 
     Raises:
-      ValueError: if names, shapes or numbers of trees and weights differ, the weights sum to 0, or
-        `floor` is negative.
+      ValueError: if names, shapes or the numbers of trees and weights differ, the weights sum to
+        0, or `floor` is negative.
 
     References:
       Matena and Raffel, Merging Models with Fisher-Weighted Averaging, 2021 (2111.09832). Their
-      code floors the target model's Fisher only and divides each `w_i` by `||F_i||`.
+      code floors only the target model's Fisher, and divides each `w_i` by `||F_i||`.
     """
     if len(fishers) != len(models):
         raise ValueError(f"expected {len(models)} Fisher trees, one per model, got {len(fishers)}.")
@@ -83,18 +83,18 @@ def regmean(
 ) -> Params:
     """`(sum_i G_i)^-1 sum_i G_i W_i`: the least-squares fit to all models' linear outputs.
 
-    `G_i = X_i^T X_i` of the inputs a kernel `[..., in, out]` saw under model i, its off-diagonal
-    entries times `shrink`. Every other leaf is averaged.
+    `G_i = X_i^T X_i` of the inputs `X_i` to a kernel `[..., in, out]` in model i, with off-diagonal
+    entries multiplied by `shrink`. Every other leaf is averaged.
 
     Args:
       models: a list of trees of one structure.
       grams: for every model `{path of a kernel: G [..., in, in]}`; all with the same paths.
-      shrink: the paper's alpha; 1 is the exact least squares, 0 weighs by input power alone.
-      ridge: times the mean diagonal of all `G_i`, added to each; inputs that no model ever saw
-        fall back to the average instead of dividing by zero.
+      shrink: the paper's alpha; 1 is exact least squares, 0 weights by input power alone.
+      ridge: this times the mean diagonal of all `G_i` is added to each diagonal, so inputs that
+        are 0 in every model fall back to the average instead of dividing by zero.
 
     Returns:
-      A tree with the first model's structure, dtypes and leaves that are not inexact.
+      A tree with the first model's structure, dtypes and non-inexact leaves.
 
     Raises:
       ValueError: if names, shapes or paths differ, or a Gram matrix does not fit its kernel.
@@ -128,7 +128,7 @@ def regmean_kernel(
     shrink: Scalar = 0.9,
     ridge: Scalar = 1e-6,
 ) -> Array:
-    """`regmean` of one kernel, read in blocks of rows: no more than three matrices are held.
+    """`regmean` of one kernel, read in blocks of rows; at most three matrices are held in memory.
 
     Args:
       kernels: per model, a function that yields the blocks of its kernel `[..., in, out]`, rows
@@ -173,7 +173,7 @@ def regmean_kernel(
 def check_grams(grams: Sequence[Mapping[str, Any]], flat: Mapping[str, Any]) -> None:
     """Raises ValueError unless the Gram matrices have the same paths and fit kernels of `flat`.
 
-    Of each only the shape is read.
+    Only the shapes are read.
     """
     _checks.same_leaves(**{f"grams[{i}]": gram for i, gram in enumerate(grams)})
     for path, gram in grams[0].items():
@@ -181,7 +181,7 @@ def check_grams(grams: Sequence[Mapping[str, Any]], flat: Mapping[str, Any]) -> 
 
 
 def _rows(matrix: Array) -> Iterator[Array]:
-    """The matrix in blocks of rows; a stack of matrices whole."""
+    """The matrix in blocks of rows; a stack of matrices is not split."""
     blocks = _blocks.row_blocks([matrix]) if matrix.ndim == 2 else [[matrix]]
     return (block for (block,) in blocks)
 
@@ -204,7 +204,7 @@ def _add(total: Any, piece: Array, start: int, axis: int) -> Any:
 
 
 def _numbered(read: Rows) -> Iterator[tuple[int, Array]]:
-    """Each block of rows after the number of its first."""
+    """Each block of rows, preceded by the number of its first row."""
     start = 0
     for rows in read():
         yield start, rows
@@ -219,9 +219,9 @@ def _columns(read: Rows, into: Array, first: int) -> Array:
     return into
 
 
-# Where the arrays are known, these work in place. Places are traced: a program for each would take
-# more memory than the blocks. LAPACK stores columns one after another: a matrix
-# that is kept transposed need not be copied for it.
+# On concrete arrays, these work in place. Positions are traced: a program for each would take more
+# memory than the blocks. LAPACK stores columns one after another, so a matrix that is kept
+# transposed need not be copied for it.
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
@@ -239,7 +239,7 @@ def _factored(transposed: Any) -> tuple[Array, Array]:
     if not isinstance(transposed, np.ndarray):
         factors, swaps = jax.scipy.linalg.lu_factor(transposed.mT)
         return factors.mT, swaps
-    # The same routine of LAPACK, in place: XLA brings it two copies. SciPy comes with JAX.
+    # The same LAPACK routine, in place: XLA makes two copies for it. SciPy comes with JAX.
     from scipy.linalg import get_lapack_funcs
 
     (getrf,) = get_lapack_funcs(("getrf",), (transposed,))
@@ -262,7 +262,7 @@ def _diagonal(gram: Rows) -> Array:
 
 @jax.jit
 def _diagonal_from(rows: Array, start: int) -> Array:
-    """The diagonal's part in rows of a matrix from `start` on."""
+    """The part of the diagonal that is in rows of a matrix from `start` on."""
     place = start + jnp.arange(rows.shape[-2], dtype=jnp.int32)
     index = jnp.broadcast_to(place[:, None], (*rows.shape[:-1], 1))
     return jnp.take_along_axis(rows, index, axis=-1)[..., 0]

@@ -1,4 +1,4 @@
-"""Task vectors: `tau = theta - theta_0`, what fine-tuning added; and adding them back.
+"""Task vectors `tau = theta - theta_0`, the change made by fine-tuning, and adding them back.
 
 Merging methods are compositions of three kinds of functions, all on trees: *sparsify* a task vector
 (`trim`, `dare`), *elect* signs and combine several (`disjoint_merge`), and *apply* the result to
@@ -6,9 +6,9 @@ the base:
 
     apply_task_vectors(base, [ties(task_vectors, density=0.2)], scale=0.7)
 
-A task vector is kept in float32 or wider whatever the leaves are, because differences of
+A task vector is kept in float32 or wider whatever the dtype of the leaves, because differences of
 half-precision weights would be rounded twice. Leaves that are not inexact have no difference: the
-task vector carries the fine-tuned model's and the merge the base's.
+task vector carries those of the fine-tuned model, the merge those of the base.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def task_vector(finetuned: Params, base: Params) -> PyTree:
       A tree with the structure of `finetuned`.
 
     Raises:
-      ValueError: if names or shapes differ (all are listed): nothing is skipped.
+      ValueError: if names or shapes differ; all differences are listed, and no leaf is skipped.
 
     References:
       Ilharco et al., Editing models with task arithmetic, 2022 (2212.04089).
@@ -52,17 +52,17 @@ def apply_task_vectors(
 ) -> Params:
     """`theta_0 + lambda sum_i w_i tau_i`, cast once, to the base's dtypes.
 
-    A negative weight forgets a task. With mergekit's `normalize`, divide the weights by their sum.
+    A negative weight forgets a task. For mergekit's `normalize`, divide the weights by their sum.
 
     Args:
       base: parameters to start from.
       task_vectors: a list of trees of the base's structure.
       weights: 1 each when None, else one per task vector as in `weighted_sum`.
       scale: lambda: a number, traced scalar, or anything that gives one number per leaf; leaves
-        that no rule names stay the base's.
+        that match no rule stay the base's.
 
     Returns:
-      A tree with the base's structure, dtypes and leaves that are not inexact.
+      A tree with the base's structure, dtypes and non-inexact leaves.
 
     Raises:
       ValueError: if names, shapes or the number of weights differ.

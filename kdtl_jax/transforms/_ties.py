@@ -1,8 +1,8 @@
 """TIES: merging task vectors whose entries disagree in sign.
 
-"TIES" names three algorithms. The paper's is `ties` (trim over the whole vector of parameters,
-zeros take the global majority sign, mean over the agreeing). PEFT's and mergekit's are compositions
-of the same pieces, leaf by leaf:
+"TIES" is the name of three algorithms. The paper's is `ties`: trim over the whole parameter vector,
+zeros take the global majority sign, mean over the models that agree. PEFT's and mergekit's are
+compositions of the same functions, leaf by leaf:
 
     PEFT       disjoint_merge(taus, elect_sign(taus), weights)             after trim
     mergekit   disjoint_merge(wt, elect_sign(wt), divisor=agreeing_weight(w)),  wt = w_i trim(tau_i)
@@ -25,18 +25,18 @@ Divisor = Callable[[Array], Array]  # which members agree, bool [N, ...] -> [...
 def ties(
     task_vectors: Sequence[PyTree], weights: Weights | None = None, *, density: Scalar = 0.2
 ) -> PyTree:
-    """TIES as in its paper: trim globally, elect a sign per entry, average what agrees.
+    """TIES as in its paper: trim globally, elect a sign per entry, average the entries that agree.
 
     Args:
       task_vectors: a list of trees of one structure.
-      weights: 1 each when None (the paper's); they multiply the vectors after the election.
-      density: share of entries kept, over all parameters of a model together.
+      weights: None for 1 each, as in the paper; they multiply the vectors after the election.
+      density: share of entries to keep, over all parameters of a model together.
 
     Returns:
       The merged task vector; apply it with `scale=lambda` (the paper's default is 1).
 
     Raises:
-      ValueError: if names or shapes differ, or the density lies outside `[0, 1]`.
+      ValueError: if names or shapes differ, or the density is outside `[0, 1]`.
 
     References:
       Yadav et al., TIES-Merging: Resolving Interference When Merging Models, 2023 (2306.01708).
@@ -50,9 +50,9 @@ def ties(
 def ties_per_leaf(
     task_vectors: Sequence[PyTree], weights: Weights | None = None, *, density: Coefficient = 0.2
 ) -> PyTree:
-    """TIES leaf by leaf: every leaf keeps its own share, an undecided sign is +.
+    """TIES leaf by leaf: every leaf keeps its own share, and an undecided sign is +.
 
-    As `ties`, with `density` a number or one number per leaf. This is PEFT's number
+    As `ties`, with `density` a number or one number per leaf. This gives the same numbers as PEFT
     (`majority_sign_method="total"`).
     """
     _leaves.numbered("task_vectors", task_vectors)
@@ -71,11 +71,11 @@ def elect_sign_by_count(task_vectors: Sequence[PyTree]) -> PyTree:
 
 
 def elect_sign_global(task_vectors: Sequence[PyTree], *, majority: Scalar | None = None) -> PyTree:
-    """The sign of the sum; entries whose sum is 0 take the sign that most other entries have.
+    """The sign of the sum; entries whose sum is 0 take the sign of most other entries.
 
     Args:
       task_vectors: a list of trees of one structure.
-      majority: that sign, +1 or -1; None takes it from these trees (`sign_balance`).
+      majority: that sign, +1 or -1; None computes it from these trees (`sign_balance`).
 
     Returns:
       A tree of +1 and -1, float32 or wider.
@@ -98,9 +98,9 @@ def elect_sign_global(task_vectors: Sequence[PyTree], *, majority: Scalar | None
 
 
 def sign_balance(task_vectors: Sequence[PyTree]) -> Scalar:
-    """How many entries of the task vectors' sum are positive, less how many are negative.
+    """The number of positive entries of the task vectors' sum, minus that of negative ones.
 
-    Leaves that are tied count once.
+    Tied leaves count once.
     """
     named = _leaves.numbered("task_vectors", task_vectors)
     counts = _leaves.combine_leaves(
@@ -120,14 +120,14 @@ def disjoint_merge(
 ) -> PyTree:
     """`sum_i m_i w_i tau_i / divisor(m)`, `m_i` = where `tau_i` has the elected sign.
 
-    An entry of 0 agrees with nothing.
+    An entry of 0 agrees with neither sign.
 
     Args:
       task_vectors: a list of trees of one structure.
       signs: the elected signs, +1 and -1.
-      weights: 1 each when None, else one per task vector.
-      divisor: `m -> [...]` of bools `[N, ...]`; `agreeing_count` when None (the paper's mean),
-        `agreeing_weight(w)`, or `undivided`. Where it is 0 nothing is divided.
+      weights: one per task vector; None for 1 each.
+      divisor: `m -> [...]`, from bools `[N, ...]`; `agreeing_count` when None (the paper's mean),
+        `agreeing_weight(w)`, or `undivided`. Where it is 0, the sum is not divided.
 
     Returns:
       The merged task vector, float32 or wider.
@@ -149,12 +149,12 @@ def disjoint_merge(
 
 
 def agreeing_count(agrees: Array) -> Array:
-    """How many members agree, bool `[N, ...]` -> `[...]`: the mean of the paper and of PEFT."""
+    """The number of members that agree, bool `[N, ...]` -> `[...]`: the paper's and PEFT's mean."""
     return jnp.sum(agrees, axis=0)
 
 
 def agreeing_weight(weights: Sequence[Scalar] | Array) -> Divisor:
-    """The weight of the members that agree: mergekit's `normalize`."""
+    """The total weight of the members that agree: mergekit's `normalize`."""
 
     def divisor(agrees: Array) -> Array:
         like = jnp.zeros((), float)

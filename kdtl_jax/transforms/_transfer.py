@@ -43,26 +43,26 @@ def transfer(
 ) -> tuple[Params, Report]:
     """Fills `target` from `source`: `theta_target = alpha * adapt(theta_source)`.
 
-    Leaves are matched by canonical path, so trees of different frameworks and containers meet
-    (Linen variables with their collections, boxed leaves, NNX states, Equinox modules, Haiku
-    dicts). By default everything must match exactly. The result has the target's structure, shapes
-    and dtypes; NumPy leaves of the target stay NumPy. Copies are copies: donating the result never
-    deletes the source. Integers, PRNG keys and functions are never transferred and keep
-    the target's value.
+    Leaves are matched by canonical path, so trees of different frameworks and containers can be
+    combined (Linen variables with their collections, boxed leaves, NNX states, Equinox modules,
+    Haiku dicts). By default everything must match exactly. The result has the target's structure,
+    shapes and dtypes; NumPy leaves of the target stay NumPy. Values are copied, so donating the
+    result never deletes the source. Integers, PRNG keys and functions are never transferred and
+    keep the target's value.
 
-    Names and shapes are all it goes by: a square kernel stored `(out, in)` fits one stored
+    Only names and shapes are compared: a square kernel stored `(out, in)` fits one stored
     `(in, out)`, so transpose the source first when conventions differ. A `weight` for a `kernel`
-    is refused where no shape shows that this was done.
+    is refused if no shape shows that this was done.
 
     Args:
-      source: where values come from; any pytree.
-      target: what is filled. Leaves may be `jax.ShapeDtypeStruct` if they are all filled. A
-        sharding they carry, or that arrays are committed to, is given to the result.
-      where: which target leaves are filled. Source leaves whose (new) path it does not select are
-        ignored.
-      rename: ordered `[(regex, replacement), ...]` from source to target paths: the regex
-        matches a whole path, the first match wins, each is applied once, None drops the leaf.
-        Or a function `path -> path`, several paths, or None.
+      source: the tree that values come from; any pytree.
+      target: the tree to fill. Leaves may be `jax.ShapeDtypeStruct` if they are all filled. The
+        result keeps the sharding that they carry, or that arrays are committed to.
+      where: selects the target leaves to fill. Source leaves whose (new) path it does not select
+        are ignored.
+      rename: ordered `[(regex, replacement), ...]` from source to target paths: the regex matches
+        a whole path, the first match wins, each rule is applied once, and None drops the leaf.
+        Or a function from a path to a path, a sequence of paths, or None.
       alpha: a coefficient as in `scale`, by target path.
       on_missing: `"keep"` lets target leaves that the source lacks keep their value.
       on_extra: `"ignore"` leaves out source leaves that have no place in the target.
@@ -71,15 +71,16 @@ def transfer(
         function `(source_leaf, target_shape, path) -> array or None`, which is called for leaves
         of equal shapes too; or ordered rules `[(selector, policy), ...]`, with `raise_on_mismatch`
         for the rest.
-      check_finite: look for NaN and infinity in concrete results (one pass over the values).
+      check_finite: whether to look for NaN and infinity in concrete results (one pass over the
+        values).
 
     Returns:
       `(params, report)`. The report is data and is not printed; it does not pass through `jit`.
 
     Raises:
-      ValueError: naming every leaf that is missing, extra or misshapen (or complex where the
-        target is real), every unused rule and rename collision, and abstract leaves that nothing
-        fills.
+      ValueError: naming every leaf that is missing, extra or misshapen (or complex when the
+        target is real), every unused rule and rename collision, and every abstract leaf that is
+        not filled.
     """
     planned = plan_transfer(
         source,
@@ -102,11 +103,11 @@ def transfer(
 
 
 def apply_plan(plan: Plan, source: Params, target: Params) -> Params:
-    """Carries out a plan: pure, for use inside `jit`, `vmap` and `grad` as well.
+    """Carries out a plan. Pure, so it can be used inside `jit`, `vmap` and `grad`.
 
     Args:
-      plan: from `plan_transfer`; closed over, not passed through `jit`.
-      source: a tree with the shapes that were planned for.
+      plan: from `plan_transfer`; close over it, do not pass it through `jit`.
+      source: a tree with the shapes of the plan.
       target: likewise; leaves that the plan fills may be abstract.
 
     Returns:
@@ -131,7 +132,7 @@ def apply_plan(plan: Plan, source: Params, target: Params) -> Params:
             "these target leaves, or the source has no values there. Initialize the target, or "
             "transfer every leaf; integers and PRNG keys are never transferred."
         )
-    # Leaves that share one array in source and target alike are filled once, so ties survive.
+    # Leaves that share one array in both source and target are filled once, so ties survive.
     done: dict[tuple[int, int], Any] = {}
     out: list[Any] = []
     for step, value in zip(plan.steps, values, strict=True):

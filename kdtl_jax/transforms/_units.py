@@ -1,11 +1,11 @@
 """Which units of an axis to keep: evenly spaced, first, random, or the most important.
 
-Indices come in increasing order. Importance scores are `[units]`, float32 or wider; each is a sum
-over everything that belongs to a unit, in every leaf that has the axis, so that a unit's incoming
+Indices are returned in increasing order. Importance scores are `[units]`, float32 or wider; each is
+a sum over everything that belongs to a unit, in every leaf that has the axis, so a unit's incoming
 and outgoing weights count together.
 
-All raise ValueError for a size out of range, as `axis_sizes` does, or where a second tree has
-another structure or shapes than the parameters; TypeError where numbers are not floating point.
+All functions raise ValueError if a size is out of range, as `axis_sizes` does, or if a second tree
+differs from the parameters in structure or shapes, and TypeError if numbers are not floating point.
 """
 
 from collections.abc import Callable
@@ -23,8 +23,8 @@ from kdtl_jax.transforms._width import AxisSpec
 def uniform_indices(size: int, n: int) -> np.ndarray:
     """`n` evenly spaced indices of an axis of length `size`, as in weight selection.
 
-    Every `size / n`-th from 0 if `n` divides `size`, else `round(i (size - 1) / (n - 1))`, halves
-    to even, which keeps the first and the last.
+    Every `size / n`-th index from 0 if `n` divides `size`; otherwise
+    `round(i (size - 1) / (n - 1))`, halves to even, which keeps the first and the last.
 
     Args:
       size: length of the axis, >= n.
@@ -57,7 +57,7 @@ def first_indices(size: int, n: int) -> np.ndarray:
 
 
 def random_indices(key: Array, size: int, n: int) -> Array:
-    """`n` indices of an axis of length `size`, drawn without replacement, in order: `[n]` int32.
+    """`n` indices of an axis of length `size`, drawn without replacement, sorted: `[n]` int32.
 
     Raises:
       ValueError: unless `1 <= n <= size`.
@@ -67,13 +67,13 @@ def random_indices(key: Array, size: int, n: int) -> Array:
 
 
 def top_indices(scores: Array, n: int, *, groups: int = 1) -> Array:
-    """The indices of the `n` largest scores, in order; equal scores prefer the earlier.
+    """The indices of the `n` largest scores, sorted; among equal scores the earlier is preferred.
 
     Args:
       scores: `[size]`, one importance per entry of the axis.
       n: how many to keep.
-      groups: equal consecutive groups, each of which keeps `n / groups`. Grouped-query attention
-        needs it: query heads are ranked within their key-value group.
+      groups: number of equal consecutive groups, each of which keeps `n / groups`. Grouped-query
+        attention needs it: query heads are ranked within their key-value group.
 
     Returns:
       `[n]` int32.
@@ -112,14 +112,14 @@ def importance_by_magnitude(params: Params, spec: AxisSpec, name: str) -> Array:
 
     Args:
       params: any pytree.
-      spec: the axes' names.
+      spec: the names of the axes.
       name: the axis.
 
     Returns:
       `[units]`, float32 or wider.
 
     Raises:
-      ValueError: as `axis_sizes`; if no axis has that name.
+      ValueError: as in `axis_sizes`; also if no axis has that name.
     """
     return _numerics.safe_sqrt(_sum_per_unit(params, spec, name, jnp.square))
 
@@ -129,15 +129,15 @@ def importance_by_taylor(params: Params, gradients: Params, spec: AxisSpec, name
 
     Args:
       params: any pytree.
-      gradients: of the loss, averaged over data, with the structure of `params`.
-      spec: the axes' names.
+      gradients: gradients of the loss, averaged over data, with the structure of `params`.
+      spec: the names of the axes.
       name: the axis.
 
     Returns:
       `[units]`, float32 or wider.
 
     Raises:
-      ValueError: as `importance_by_magnitude`; if structures or shapes differ.
+      ValueError: as in `importance_by_magnitude`; also if structures or shapes differ.
 
     References:
       Molchanov et al., Importance Estimation for Neural Network Pruning, 2019 (1906.10771).
@@ -151,14 +151,14 @@ def importance_by_fisher(params: Params, fisher: Params, spec: AxisSpec, name: s
     Args:
       params: any pytree.
       fisher: diagonal Fisher information with the structure of `params`.
-      spec: the axes' names.
+      spec: the names of the axes.
       name: the axis.
 
     Returns:
       `[units]`, float32 or wider.
 
     Raises:
-      ValueError: as `importance_by_magnitude`; if structures or shapes differ.
+      ValueError: as in `importance_by_magnitude`; also if structures or shapes differ.
 
     References:
       LeCun, Denker and Solla, Optimal Brain Damage, 1989, with the Fisher for the Hessian.
@@ -175,15 +175,16 @@ def importance_by_activation(
 ) -> Array:
     """Minitron's score `sqrt(sum_b (mean over positions |x|)^2)`, batch by batch.
 
-    Scores of several batches, or of several places that read one residual stream, combine as
-    `sqrt(a^2 + b^2)`, which `previous` does. Record hidden units at the input of the layer that
-    sums over them. Rank query heads inside their group: `top_indices(scores, n, groups=…)`.
+    Scores of several batches, or of several layers that read one residual stream, combine as
+    `sqrt(a^2 + b^2)`; pass the score so far as `previous`. Record hidden units at the input of the
+    layer that sums over them. Rank query heads within their group:
+    `top_indices(scores, n, groups=…)`.
 
     Args:
       activations: `[B, ..., units * inner]`; axes between batch and features are positions.
       previous: `[units]`, the score so far.
-      inner: width of a unit (of a head); its features are joined by their Euclidean norm.
-      where: bool `[B]` or `[B, ...]` over positions too, real ones; the others change nothing.
+      inner: width of a unit (of a head); its features are combined by their Euclidean norm.
+      where: bool `[B]`, or `[B, ...]` over positions too: the real ones; others have no effect.
 
     Returns:
       `[units]`, float32 or wider.

@@ -1,4 +1,4 @@
-r"""Named axes, by which selecting, pruning, permuting and padding units is one gather.
+r"""Named axes: with them, selecting, pruning, permuting or padding units is one gather.
 
 An *axis spec* is ordered rules `[(selector, names)]`, one name per axis of the leaf:
 
@@ -9,8 +9,9 @@ An *axis spec* is ordered rules `[(selector, names)]`, one name per axis of the 
         (".*", None),  # no named axes
     ]
 
-All axes of one name are one set of units and change together. An axis without a name (None) stays
-as it is; a leaf that no rule covers raises, because a forgotten bias breaks a network silently.
+All axes with one name are one set of units and change together. An axis without a name (None) is
+not changed. A leaf that no rule covers raises an error, because a forgotten bias silently breaks a
+network.
 """
 
 import re
@@ -43,7 +44,7 @@ class Axis(NamedTuple):
     summed: bool = False
 
 
-# By selector, the names of a leaf's axes; None for an axis, or a leaf, without one.
+# The names of a leaf's axes, by selector; None for an axis, or a whole leaf, without names.
 AxisSpec = Sequence[tuple[trees.Selector, Sequence[str | Axis | None] | None]]
 _NONAMES: Any = object()
 
@@ -52,26 +53,26 @@ def axis_sizes(params: Params, spec: AxisSpec) -> dict[str, int]:
     """`{name: number of units}` of every named axis.
 
     Raises:
-      ValueError: if a rule is unused, names have another number than a leaf's axes, a
+      ValueError: if a rule is unused, the number of names is not that of a leaf's axes, a
         floating-point leaf is not covered, or axes of one name differ in size.
     """
     return sizes_of(params, axes_of(params, spec))
 
 
 def select_width(params: Params, spec: AxisSpec, indices: Mapping[str, Any]) -> Params:
-    """Keeps the units `indices[name]` of every axis of that name: narrower layers, one gather.
+    """Keeps the units `indices[name]` of every axis of that name, for narrower layers.
 
     Args:
       params: any pytree.
-      spec: the axes' names.
+      spec: the names of the axes.
       indices: `{name: [n] integers}`, e.g. from `uniform_indices` or `top_indices`; may be
-        traced. Repetitions are allowed.
+        traced. Repeated indices are allowed.
 
     Returns:
       The tree with the selected units, in the given order; dtypes are kept.
 
     Raises:
-      ValueError: as `axis_sizes`; if a name is unknown or an index out of range.
+      ValueError: as in `axis_sizes`; also if a name is unknown or an index out of range.
       TypeError: if indices are not integers.
     """
     axes = axes_of(params, spec)
@@ -94,7 +95,7 @@ def prune_heads(
     """Removes whole units of an axis, attention heads by default, from every leaf that has it.
 
     Raises:
-      ValueError: as `select_width`; if `dropped` has repetitions or leaves nothing.
+      ValueError: as in `select_width`; also if `dropped` has repetitions or leaves nothing.
     """
     size = known(name, axis_sizes(params, spec))
     return select_width(params, spec, {name: remaining_indices(size, dropped)})
@@ -122,7 +123,7 @@ def permute_units(params: Params, spec: AxisSpec, permutations: Mapping[str, Any
     Hidden units have no order, so a permutation of a hidden axis leaves the function unchanged.
 
     Raises:
-      ValueError: as `select_width`; if a (concrete) value is not a permutation of its axis.
+      ValueError: as in `select_width`; also if a (concrete) value is not a permutation of its axis.
     """
     sizes = axis_sizes(params, spec)
     for name, value in permutations.items():
@@ -140,12 +141,12 @@ def permute_units(params: Params, spec: AxisSpec, permutations: Mapping[str, Any
 def pad_width(params: Params, spec: AxisSpec, widths: Mapping[str, int]) -> Params:
     """Appends units of zeros: `{name: new number of units}`.
 
-    A hidden unit of zeros does nothing if its activation maps 0 to 0; such units do not learn
-    until something breaks the tie (their incoming and outgoing gradients are both zero).
-    `widen` grows with units that learn.
+    A hidden unit of zeros has no effect if its activation maps 0 to 0. Such units do not learn
+    until something breaks the tie, since their incoming and outgoing gradients are both zero. To
+    grow with units that learn, use `widen`.
 
     Raises:
-      ValueError: as `axis_sizes`; if a name is unknown or a width shrinks.
+      ValueError: as in `axis_sizes`; also if a name is unknown or a width shrinks.
     """
     axes = axes_of(params, spec)
     sizes = sizes_of(params, axes)
@@ -173,8 +174,8 @@ def axis_spec_from_metadata(tree: Any) -> list[tuple[str, tuple[str | None, ...]
       tree: boxed Linen variables or an NNX state, with values or abstract.
 
     Returns:
-      One rule per leaf. Leaves without names get None. Which axes are summed over is not recorded
-      there; `widen` needs rules that say it.
+      One rule per leaf. Leaves without names get None. The boxes do not record which axes are
+      summed over; `widen` needs rules that do.
 
     Raises:
       ValueError: if no leaf carries names.
@@ -190,7 +191,7 @@ def axis_spec_from_metadata(tree: Any) -> list[tuple[str, tuple[str | None, ...]
 
 
 def axes_of(params: Params, spec: AxisSpec) -> list[tuple[Axis, ...]]:
-    """The axes of every leaf, in tree order; empty where it has no names."""
+    """The axes of every leaf, in tree order; empty if it has no names."""
     flat = trees.flatten(params)
     labels = _leaves.by_rules(params, spec, default=_NONAMES)
     lost = [
@@ -221,7 +222,7 @@ def axes_of(params: Params, spec: AxisSpec) -> list[tuple[Axis, ...]]:
 
 
 def sizes_of(params: Params, axes: Sequence[tuple[Axis, ...]]) -> dict[str, int]:
-    """The number of units of every name; raises where leaves disagree."""
+    """The number of units of every name; raises if leaves disagree."""
     first: dict[str, tuple[str, int]] = {}
     for (path, leaf), leaf_axes in zip(trees.flatten(params).items(), axes, strict=True):
         for length, axis in zip(np.shape(leaf), leaf_axes, strict=False):
@@ -254,7 +255,7 @@ def over_axes(
     axes: Sequence[tuple[Axis, ...]],
     change: Callable[[Array, int, Axis], Array],
 ) -> Params:
-    """Applies `change(leaf, position, axis)` along every named axis; untouched leaves stay."""
+    """Applies `change(leaf, position, axis)` along every named axis; other leaves are kept."""
     leaves, treedef = jax.tree.flatten(params)
     out: list[Any] = []
     for leaf, leaf_axes in zip(leaves, axes, strict=True):
@@ -267,7 +268,7 @@ def over_axes(
 
 
 def split_axis(leaf: Any, position: int, axis: Axis) -> Array:
-    """The axis as three: `[..., outer, units, inner, ...]`; units at `position + 1`."""
+    """Splits the axis into three: `[..., outer, units, inner, ...]`; units at `position + 1`."""
     array = jnp.asarray(leaf, _leaves.canonical_dtype(leaf))
     shape = array.shape
     units = shape[position] // (axis.outer * axis.inner)
