@@ -366,7 +366,8 @@ def adaptive_kl_weight(
 
     Forward KL learns the teacher's head first, reverse KL its tail; each is weighted by how much is
     left to learn there. The head is the most likely class and those within the teacher's first `mu`
-    of mass, in [0, 1]; the gap is `sum |p_T - p_S|`. At equality it is one half.
+    of mass, in [0, 1]; the gap is `sum |p_T - p_S|`. At equality, where both gaps vanish, it is one
+    half.
 
     Returns:
       `[...]`, in [0, 1]: a `weight` for `symmetric_kl`. The method takes it as a constant

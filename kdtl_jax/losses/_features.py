@@ -1,12 +1,12 @@
 """Regression on features and predictions: squares, angles, likelihoods, sides of a ReLU.
 
-All take float arrays, student first, of one shape; the projection, generator or variance head that
-a paper trains beside such a loss is a connector (`kdtl_jax.connectors`). Maps are channel-last.
-They return one value per example, `[B]`, in float32 or wider; `last_axis_mse` and `cosine_distance`
-one per vector of the last axis, `[...]`.
+All take float arrays of one shape, student first; the projection, generator or variance head that a
+paper trains together with such a loss is a connector (`kdtl_jax.connectors`). Maps have their
+channels last. The losses return one value per example, `[B]`, in float32 or wider; `last_axis_mse`
+and `cosine_distance` return one per vector of the last axis, `[...]`.
 
-`where` is bool, of the arrays' shape or of its leading axes, and marks the entries to include; an
-example without any has the value 0.
+`where` is bool, with the arrays' shape or its leading axes, and marks the entries to include; an
+example with no included entries has the value 0.
 
 TypeError: an array is not floating point. ValueError: shapes differ, an array is empty, or a
 hyper-parameter is out of its range.
@@ -50,8 +50,8 @@ def mse(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
 def last_axis_mse(student: Array, teacher: Array) -> Array:
     """`mean_d (s_d - t_d)^2` over the last axis: one value per token, or per row of logits.
 
-    Of hidden states, its mean over real tokens is TextBrewer's `hid_mse_loss`, DistillKit's
-    hidden-state loss, and TinyBERT's hidden and embedding terms (which count padding too); of
+    On hidden states, its mean over real tokens is TextBrewer's `hid_mse_loss`, DistillKit's
+    hidden-state loss, and TinyBERT's hidden and embedding terms (which count padding too). On
     logits it is the `T -> inf` limit of KD on centered logits (TextBrewer's `kd_mse_loss` divides
     by `T^2`).
 
@@ -74,11 +74,11 @@ def squared_distance(student: Array, teacher: Array, *, where: Array | None = No
     """`sum (s - t)^2` over all but the batch: masked generative distillation, behavioral distance.
 
     MGD masks the student's features, e.g. with
-    `jax.random.bernoulli(inputs.key, 1 - ratio, (B, H, W, 1))`, and generates from what is left
-    (`connectors.generator`); `.mean()` times alpha (2e-5 in mmdetection, 7e-5 in classification)
-    is the authors' number. ViTKD's high layer is this sum over the replaced tokens alone
-    (`where`), times beta / mask ratio. Half of `.sum()`, summed over layers, is TLL's behavioral
-    regularization, which grows with the batch.
+    `jax.random.bernoulli(inputs.key, 1 - ratio, (B, H, W, 1))`, and reconstructs the map from the
+    rest (`connectors.generator`); `.mean()` times alpha (2e-5 in mmdetection, 7e-5 in
+    classification) is the authors' number. ViTKD's high layer is this sum over the replaced tokens
+    alone (`where`), times beta / mask ratio. Half of `.sum()`, summed over layers, is TLL's
+    behavioral regularization, which grows with the batch size.
 
     Args:
       student: `[B, ..., C]`.
@@ -104,7 +104,8 @@ def huber(
     Args:
       student: `[B, ...]`.
       teacher: the same shape.
-      delta: where the square turns into a line, > 0. Torch's smooth L1 is this over delta.
+      delta: where the loss turns from quadratic to linear, > 0. Torch's smooth L1 is this divided
+        by delta.
       where: bool, entries to include.
 
     References:
@@ -142,11 +143,12 @@ def teacher_bounded(
     margin: Scalar = 0.0,
     where: Array | None = None,
 ) -> Array:
-    """`mean (s - y)^2` where that and `margin` exceed `mean (t - y)^2`, else 0.
+    """`mean (s - y)^2` if it plus `margin` exceeds `mean (t - y)^2`, else 0.
 
-    A student that is nearer to the targets than its teacher by the margin is left alone: outputs of
-    a regression are unbounded, and a teacher may point away from the truth. The paper sums over the
-    four coordinates of a box and adds half of it to the smooth L1 loss of the targets.
+    A student that is closer to the targets than its teacher by at least the margin gets no loss:
+    regression outputs are unbounded, and a teacher may point away from the truth. The paper sums
+    over the four coordinates of a box and adds half of the loss to the smooth L1 loss on the
+    targets.
 
     Args:
       student: `[B, ...]`.
@@ -170,11 +172,10 @@ def teacher_bounded(
 def cosine_distance(student: Array, teacher: Array) -> Array:
     """`1 - cos(s, t)` over the last axis, exactly 0 at equality.
 
-    Of hidden states, its mean over real tokens is DistilBERT's, TextBrewer's and DistillKit's
-    number; twice its value at the first token is patient distillation,
-    `|| s / |s| - t / |t| ||^2`. A zero vector has no direction: its distance is 1. The
-    scale of either side does not matter as long as its squares are in float32's range: entries of
-    1e-18 to 1e18.
+    On hidden states, its mean over real tokens is DistilBERT's, TextBrewer's and DistillKit's
+    number; twice its value at the first token is patient distillation, `|| s / |s| - t / |t| ||^2`.
+    A zero vector has no direction: its distance is 1. The scale of either side does not matter as
+    long as its squares are in float32's range: entries of 1e-18 to 1e18.
 
     Args:
       student: `[..., D]`.
@@ -191,7 +192,8 @@ def cosine_distance(student: Array, teacher: Array) -> Array:
     of_student, of_teacher = (jnp.sum(jnp.square(x), axis=-1) for x in (student, teacher))
     positive = (of_student != 0) & (of_teacher != 0)
     squares = of_student * of_teacher
-    # One root of the product is exact at equality; where it leaves the range, of products near 1.
+    # One root of the product is exact at equality; if the product leaves the range, scale it to
+    # near 1.
     usual = (squares > jnp.finfo(squares.dtype).tiny) & (squares < jnp.inf)
     f, g = (
         jax.lax.stop_gradient(jnp.where(usual | ~positive, 1, jax.lax.rsqrt(x)))
@@ -200,7 +202,7 @@ def cosine_distance(student: Array, teacher: Array) -> Array:
     squares = jnp.where(positive, (of_student * f * f) * (of_teacher * g * g), 1)
     cosine = jnp.sum(student * teacher, axis=-1) * (f * g) / jnp.sqrt(squares)
     distance = 1 - jnp.where(positive, cosine, 0)
-    # Rounding may leave it below 0. The value is clipped, the gradient is not.
+    # Rounding may leave it below 0. The value is clipped; the gradient is not.
     return distance - jax.lax.stop_gradient(jnp.minimum(distance, 0))
 
 
@@ -208,16 +210,16 @@ def srd(student: Array, teacher: Array, *, exponent: Scalar = 4.0, floor: Scalar
     """`log sum_d |f_S - f_T|^alpha`: the log-sum distance of "the role of the projector".
 
     The paper batch-normalizes both sides and projects the student linearly
-    (`connectors.batch_norm`, `connectors.linear`). At equality the logarithm has no floor of its
-    own: sums below `floor` count as `floor`, with gradient 0. torchdistill sums over the batch
-    before the logarithm and doubles it: `2 logsumexp` of these values.
+    (`connectors.batch_norm`, `connectors.linear`). At equality the logarithm is unbounded below, so
+    sums below `floor` count as `floor`, with gradient 0. torchdistill sums over the batch before
+    the logarithm and doubles the result: `2 logsumexp` of these values.
 
     Args:
       student: `[B, D]` or `[B, ..., D]`.
       teacher: the same shape.
       exponent: alpha >= 1.
-      floor: smallest sum, > 0, in feature units to the power alpha (of batch-normalized features
-        it has no unit).
+      floor: smallest sum, > 0, in feature units to the power alpha (unitless for batch-normalized
+        features).
 
     Returns:
       `[B]`; not a distance: `log floor` at equality, not 0.
@@ -237,7 +239,7 @@ def srd(student: Array, teacher: Array, *, exponent: Scalar = 4.0, floor: Scalar
 def vid(student: Array, teacher: Array, variance: Array) -> Array:
     """`mean 1/2 ((f_T - mu)^2 / v + log v)`: the Gaussian likelihood of variational distillation.
 
-    `mu` is the student through `connectors.mlp` (three 1x1 convolutions), `v` comes from
+    `mu` is the student's output of `connectors.mlp` (three 1x1 convolutions), and `v` comes from
     `connectors.variance` (softplus + 1e-5, initially 5). The constant `1/2 log 2 pi` is left out,
     as in the authors' code; `.mean()` is RepDistiller's number. PAD is twice this with
     `v = 1e-6 + exp(log_variance)` and `log v` read as `log_variance`.
@@ -267,14 +269,15 @@ def vid(student: Array, teacher: Array, variance: Array) -> Array:
 
 
 def partial_l2(student: Array, teacher: Array, *, margin: Array | None = None) -> Array:
-    """`sum (s - t')^2 [s > t' or t > 0]`, `t' = max(t, margin)`: 0 below a negative response.
+    """`sum (s - t')^2 [s > t' or t > 0]`, with `t' = max(t, margin)`: 0 below a negative response.
 
-    Without margins `t' = t`: `.mean()` over 1000 is mmrazor's `OFDLoss` at its default, the sum
-    over layers "be your own teacher"'s feature term. With them it is OFD: `.mean()` is mdistiller's
-    `feat_loss`; the authors add layers with `1 / 2^(n - i - 1)` and weight the sum by .001.
+    Without margins, `t' = t`: `.mean()` divided by 1000 is mmrazor's `OFDLoss` at its default, and
+    the sum over layers is the feature term of "be your own teacher". With margins it is OFD:
+    `.mean()` is mdistiller's `feat_loss`; the authors add layers with `1 / 2^(n - i - 1)` and
+    weight the sum by .001.
 
     Args:
-      student: `[B, ..., C]`, before the ReLU; for OFD through 1x1 convolution and normalization.
+      student: `[B, ..., C]`, before the ReLU; for OFD, after a 1x1 convolution and normalization.
       teacher: the same shape, before the ReLU.
       margin: `[C]`, negative, from `ofd_margin` of the teacher's batch normalization.
 
@@ -302,7 +305,7 @@ def partial_l2(student: Array, teacher: Array, *, margin: Array | None = None) -
 def activation_boundary(student: Array, teacher: Array, *, margin: Scalar = 1.0) -> Array:
     """`sum (s + m)^2 [s > -m, t <= 0] + (s - m)^2 [s <= m, t > 0]`: activation boundaries (AB).
 
-    A squared hinge that puts every student neuron on the teacher's side of 0. RepDistiller sums
+    A squared hinge that pushes every student neuron to the teacher's side of 0. RepDistiller sums
     layers with `3/1000 * 2^(i - n + 1) * .mean()` and trains the student with it before the task.
 
     Args:
@@ -311,7 +314,8 @@ def activation_boundary(student: Array, teacher: Array, *, margin: Scalar = 1.0)
       margin: `m > 0`.
 
     Returns:
-      `[B]`, squared feature units, summed; not 0 at equality (the margin is asked of both).
+      `[B]`, squared feature units, summed; not 0 at equality, since the student must clear the
+      margin.
 
     References:
       Heo et al., Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden
@@ -327,8 +331,8 @@ def activation_boundary(student: Array, teacher: Array, *, margin: Scalar = 1.0)
 def ofd_margin(bn_scale: Array, bn_offset: Array) -> Array:
     """`E[x | x < 0]` of a batch-normalized channel `x ~ N(offset, scale^2)`: OFD's margins.
 
-    `offset - |scale| phi(r) / Phi(-r)` with `r = offset / |scale|`, computed in logarithms; the
-    authors' `-3 |scale|` where the channel is below 0 less than once in a thousand.
+    `offset - |scale| phi(r) / Phi(-r)` with `r = offset / |scale|`, computed in logarithms. If the
+    channel is below 0 less than once in a thousand, it is the authors' `-3 |scale|`.
 
     Args:
       bn_scale: `[C]`, the scale of the teacher's batch normalization before the ReLU.
@@ -342,7 +346,7 @@ def ofd_margin(bn_scale: Array, bn_offset: Array) -> Array:
     """
     scale, offset = _sides.same_shape(bn_scale, bn_offset, at_least=1, at_most=1)
     sigma = jnp.abs(scale)
-    flat = sigma == 0  # a constant channel: its conditional mean is its value, or nothing
+    flat = sigma == 0  # a constant channel: its conditional mean is its value, or undefined
     ratio = offset / jnp.where(flat, 1, sigma)
     log_below = log_ndtr(-ratio)
     log_density = -0.5 * jnp.square(ratio) - 0.5 * jnp.log(2 * jnp.asarray(jnp.pi, ratio.dtype))

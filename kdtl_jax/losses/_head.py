@@ -13,7 +13,7 @@ class Head(NamedTuple):
     """An output layer `z = scale (h W + h a b + bias)`, and `softcap tanh(z / softcap)` if capped.
 
     `kernel` `[width, vocabulary]` (tied embeddings: their transpose), `bias` `[vocabulary]`;
-    `delta` is an adapter's `a [width, r]`, its scale included, and `b [r, vocabulary]`: `W + a b`
+    `delta` is an adapter's `a [width, r]`, including its scale, and `b [r, vocabulary]`: `W + a b`
     is never formed, and a frozen W needs no gradient of its size.
     """
 
@@ -28,7 +28,7 @@ def head_logits(hidden: Array, head: Head) -> Array:
     """Logits of hidden states: accumulated, biased and capped in float32 or wider.
 
     Args:
-      hidden: `[..., width]`; the kernel is taken in its dtype.
+      hidden: `[..., width]`; the kernel is cast to its dtype.
       head: `Head` of the same width.
 
     Returns:
@@ -78,7 +78,7 @@ def check_head(hidden: Array, head: Head) -> None:
 
 
 def product(hidden: Array, kernel: Array) -> Array:
-    """`h W`, the factors in the dtype of the hidden states.
+    """`h W`, with both factors in the dtype of the hidden states.
 
     Args:
       hidden: `[..., width]`.
@@ -92,7 +92,7 @@ def product(hidden: Array, kernel: Array) -> Array:
 
 
 def adapted(logits: Array, hidden: Array, delta: tuple[Array, Array] | None) -> Array:
-    """`h W + (h a) b`: with what an adapter adds.
+    """`h W + (h a) b`: the logits with the adapter's contribution.
 
     Args:
       logits: `h W`, `[..., vocabulary]`, float32 or wider.
@@ -112,7 +112,7 @@ def transformed(logits: Array, head: Head) -> Array:
 
     Args:
       logits: `y = h W + h a b`, `[..., vocabulary]`, float32 or wider.
-      head: whose `bias` `[vocabulary]`, `scale` and `softcap` are taken.
+      head: its `bias` `[vocabulary]`, `scale` and `softcap` are used.
 
     Returns:
       `[..., vocabulary]`, the dtype of the logits.

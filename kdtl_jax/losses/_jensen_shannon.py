@@ -1,8 +1,8 @@
 """The Jensen-Shannon family: three published conventions, as three functions.
 
-Arguments and results are those of `forward_kl`. Each mixes student and teacher into `M` and adds
-the KLs to it. They differ in what beta, in [0, 1], weighs, and so in what happens as it goes to 0
-and 1:
+Arguments and results are those of `forward_kl`. Each mixes student and teacher into `M` and adds up
+the KLs to it. They differ in what beta, in [0, 1], weights, and therefore in the limits as it goes
+to 0 and 1:
 
 | function | beta -> 0 | beta -> 1 |
 |---|---|---|
@@ -10,7 +10,7 @@ and 1:
 | `jsd_continuous` | `KL(S || T)` | `KL(T || S)` |
 | `jsd_normalized` | `KL(T || S)` | `KL(S || T)` |
 
-`jsd_normalized` is the one to put on a schedule: smooth in beta, never vanishing.
+Use `jsd_normalized` with a schedule for beta: it is smooth in beta and never vanishes.
 """
 
 import math
@@ -52,10 +52,10 @@ def jsd_gkd(
 ) -> Array:
     """`beta KL(p_T || M) + (1 - beta) KL(p_S || M)`, `M = beta p_T + (1 - beta) p_S`; ends special.
 
-    At beta 0 it is `KL(p_T || p_S)` and at 1 `KL(p_S || p_T)`, while the interior tends to 0 there:
-    `beta = 1e-4` gives a loss (and a gradient) thousands of times smaller than `beta = 0`. For
-    values in between, prefer `jsd_normalized`. `[..., num_classes]` logits, `[...]` nats;
-    ValueError for a beta outside [0, 1].
+    At beta 0 it is `KL(p_T || p_S)` and at 1 `KL(p_S || p_T)`, but values in between tend to 0
+    toward both ends: `beta = 1e-4` gives a loss (and a gradient) thousands of times smaller than
+    `beta = 0`. For values in between, prefer `jsd_normalized`. `[..., num_classes]` logits, `[...]`
+    nats; ValueError for a beta outside [0, 1].
 
     References:
       Agarwal et al., On-Policy Distillation of Language Models, 2023 (2306.13649). This is TRL's
@@ -88,9 +88,9 @@ def jsd_continuous(
 ) -> Array:
     """`beta KL(p_T || M) + (1 - beta) KL(p_S || M)`, `M = (1 - beta) p_T + beta p_S`.
 
-    The mixture leans the opposite way from `jsd_gkd`: each side is compared with what is mostly
-    the *other* one, and the ends are reached continuously. `[..., num_classes]` logits,
-    `[...]` nats; ValueError for a beta outside [0, 1].
+    The mixture is weighted the opposite way from `jsd_gkd`: each side is compared with a mixture
+    that is mostly the *other* one, and the limits at both ends are continuous. `[..., num_classes]`
+    logits, `[...]` nats; ValueError for a beta outside [0, 1].
 
     References:
       The convention of EasyDeL's generalized knowledge distillation trainer.
@@ -116,11 +116,11 @@ def jsd_normalized(
 ) -> Array:
     """`(beta KL(p_T || M) + (1 - beta) KL(p_S || M)) / (beta (1 - beta))`, GKD's `M`, with limits.
 
-    `M = beta p_T + (1 - beta) p_S`. Tends to `KL(p_T || p_S)` as beta goes to 0 and to
-    `KL(p_S || p_T)` as it goes to 1, smoothly, and reaches both: a schedule from 0 to 1 walks from
-    mean seeking to mode seeking without the loss vanishing on the way. Four times the
-    Jensen-Shannon divergence at 1/2. `[..., num_classes]` logits, `[...]` nats; ValueError for a
-    beta outside [0, 1].
+    `M = beta p_T + (1 - beta) p_S`. It tends smoothly to `KL(p_T || p_S)` as beta goes to 0 and to
+    `KL(p_S || p_T)` as it goes to 1, and reaches both: a schedule from 0 to 1 moves from
+    mean-seeking to mode-seeking without the loss vanishing on the way. At 1/2 it is four times the
+    Jensen-Shannon divergence. `[..., num_classes]` logits, `[...]` nats; ValueError for a beta
+    outside [0, 1].
 
     References:
       Huszár, How (not) to Train your Generative Model, 2015 (1511.05101), for the limits of the
@@ -150,8 +150,8 @@ def _scaled_terms(log_p: Array, log_q: Array, ratio: Array, weight: Array) -> Ar
     """Terms >= 0 of `KL(p || (1 - w) p + w q) / w`, exact down to `w = 0`, where all are 0.
 
     With `y = w (q/p - 1)` a term is `p (y - log1p(y)) / w = (q - p) y h(y)`, where
-    `h(y) = (y - log1p(y)) / y^2` is smooth: nothing is divided by w. Where `log1p(y)` is not
-    small, `(q - p) + p log(p / m) / w` is safe, since w cannot be small against `p/q` there.
+    `h(y) = (y - log1p(y)) / y^2` is smooth: nothing is divided by w. Where `log1p(y)` is not small,
+    `(q - p) + p log(p / m) / w` is safe, since w cannot be small relative to `p/q` there.
     """
     in_p, in_q = log_p != -jnp.inf, log_q != -jnp.inf
     both = in_p & in_q

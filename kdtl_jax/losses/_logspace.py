@@ -1,7 +1,7 @@
 """Log-space pieces shared by the losses on distributions: pairs, mixtures, cross-entropies.
 
 All work over the last axis. A class outside a distribution's support has log-probability -inf;
-every guard is a double `where`, so that values and gradients stay finite.
+every guard is a double `where`, which keeps values and gradients finite.
 """
 
 import math
@@ -18,7 +18,7 @@ from kdtl_jax._types import Scalar
 class Pair(NamedTuple):
     """Both log-distributions `[..., num_classes]` and `log_teacher - log_student`.
 
-    The difference is kept beside them because it is known more accurately from the logits.
+    The difference is kept too because it can be computed more accurately from the logits.
     """
 
     log_student: Array
@@ -35,8 +35,8 @@ def softened(
 ) -> tuple[Array, Array]:
     """Checks the arguments of a logit loss and returns `(z_S / T, z_T / T)`, float32 or wider.
 
-    `[..., num_classes]`, as are the results; `where` is bool of that shape. `per_example`: further
-    hyper-parameters that are a scalar or one value per example.
+    Logits and results are `[..., num_classes]`; `where` is bool of that shape. `per_example` holds
+    further hyper-parameters, each a scalar or one value per example.
 
     Raises:
       TypeError: if logits are not floating point, or `where` is not bool.
@@ -77,8 +77,8 @@ def compared(
 ) -> Pair:
     """`log softmax(z / T)` of both sides, `[..., num_classes]`, and their difference.
 
-    A class that `where` (bool, the same shape) leaves out has -inf on both sides. Errors are those
-    of `softened`.
+    A class that `where` (bool, the same shape) excludes has -inf on both sides. Raises the same
+    errors as `softened`.
     """
     student, teacher = softened(student_logits, teacher_logits, temperature, where, **per_example)
     if where is not None:
@@ -98,7 +98,7 @@ def logsumexp(x: Array, *, where: Array | None = None, axis: int = -1) -> Array:
     """`log sum_i exp(x_i)` over one axis; -inf, with gradient 0, over nothing.
 
     Args:
-      x: `[..., n, ...]`, floating point; -inf is absent.
+      x: `[..., n, ...]`, floating point; -inf marks an absent entry.
       where: bool, broadcast to `x`, entries to include.
       axis: of the sum, the last by default.
 
@@ -117,7 +117,7 @@ def logsumexp(x: Array, *, where: Array | None = None, axis: int = -1) -> Array:
 
 
 def cross_entropy(log_p: Array, log_q: Array) -> Array:
-    """`-sum p log q` over the last axis, `0 log 0 = 0`; +inf where q lacks a class of p.
+    """`-sum p log q` over the last axis, with `0 log 0 = 0`; +inf if q lacks a class of p.
 
     Args:
       log_p: `[..., num_classes]` log-probabilities, -inf of an absent class.
@@ -130,7 +130,7 @@ def cross_entropy(log_p: Array, log_q: Array) -> Array:
 
 
 def minus_mean_log(p: Array, present: Array, log_q: Array) -> Array:
-    """`cross_entropy` of probabilities `p`; `present`, bool, says which classes they have.
+    """`cross_entropy` of probabilities `p`; `present`, bool, marks the classes that they include.
 
     All `[..., num_classes]`; `[...]`, nats.
     """
@@ -149,11 +149,11 @@ def mean_log(log_p: Array) -> Array:
 
 
 def log_mixture(log_p: Array, log_q: Array, weight: Array) -> Array:
-    """`log((1 - weight) p + weight q)`, also at weights 0 and 1.
+    """`log((1 - weight) p + weight q)`, valid at weights 0 and 1 too.
 
     `[..., num_classes]` log-probabilities of both sides and of the result; the weight broadcasts
-    to them. It enters linearly, not through its logarithm, so that the derivative by it is right at
-    the ends as well.
+    to them. It enters linearly, not through its logarithm, so that the derivative with respect to
+    it is correct at both ends too.
     """
     some_p, some_q = ~(weight >= 1), ~(weight <= 0)
     in_p, in_q = log_p != -jnp.inf, log_q != -jnp.inf
@@ -166,7 +166,7 @@ def log_mixture(log_p: Array, log_q: Array, weight: Array) -> Array:
         jnp.where(in_p & some_p, p + share_p, low), jnp.where(in_q & some_q, q + share_q, low)
     )
     top = jax.lax.stop_gradient(jnp.where(either, top, 0))
-    # Only a side of weight 0 can pass the bound.
+    # Only a side with weight 0 can exceed the bound.
     bound = 0.99 * math.log(float(jnp.finfo(log_p.dtype).max))
     p = jnp.where(in_p, jnp.exp(jnp.minimum(p - top, bound)), 0)
     q = jnp.where(in_q, jnp.exp(jnp.minimum(q - top, bound)), 0)

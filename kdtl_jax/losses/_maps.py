@@ -1,7 +1,7 @@
-"""Losses on feature maps, where the response is and how it is spread: each example by itself.
+"""Losses on feature maps of single examples: where the response is and how it is spread.
 
-Maps are float `[B, ..., C]`, channel-last, student first; all return `[B]` in float32 or wider.
-Most compare normalized maps, so that only *where* the response is matters, not how strong.
+Maps are float `[B, ..., C]`, channels last, student first. All return `[B]` in float32 or wider.
+Most compare normalized maps, so only *where* the response is matters, not how strong it is.
 
 TypeError: an array is not floating point. ValueError: shapes do not fit (each docstring says which
 axes must agree), an array is empty, or a hyper-parameter is out of its range.
@@ -38,7 +38,7 @@ def attention_map(x: Array, *, power: int | float = 2) -> Array:
 
 
 def attention_transfer(student: Array, teacher: Array, *, power: int | float = 2) -> Array:
-    """`mean_i (a_S - a_T)_i^2` of unit attention maps: attention transfer as its code has it.
+    """`mean_i (a_S - a_T)_i^2` of unit attention maps: attention transfer as in the authors' code.
 
     `.mean()` is RepDistiller's and mdistiller's number (they weight it by 1000); see
     `attention_transfer_paper` for the paper's.
@@ -60,7 +60,7 @@ def attention_transfer(student: Array, teacher: Array, *, power: int | float = 2
 
 
 def attention_transfer_paper(student: Array, teacher: Array, *, power: int | float = 2) -> Array:
-    """`||a_S - a_T||_2` of unit attention maps: attention transfer as its paper has it (eq. 2).
+    """`||a_S - a_T||_2` of unit attention maps: attention transfer as in the paper (eq. 2).
 
     `.mean()` is torchdistill's number with `mode="paper"`. Its gradient at equality is set to 0.
 
@@ -138,9 +138,9 @@ def _vector_norm(x: Array, p: float) -> Array:
 def catkd(student: Array, teacher: Array, *, resolution: int = 2) -> Array:
     """`mean (c_S - c_T)^2` of class activation maps, pooled and normalized per class.
 
-    The last layer must be a 1x1 convolution before the global average pooling, so that it has one
-    map per class. `.mean()` is the authors' number where they normalize, for pairs of different
-    families (weights 10 to 600; 400 by default).
+    The last layer before the global average pooling must be a 1x1 convolution, so that it has one
+    map per class. `.mean()` is the authors' number in the cases where they normalize, which are
+    pairs of different families (weights 10 to 600; 400 by default).
 
     Args:
       student: `[B, Hs, Ws, classes]`.
@@ -169,7 +169,7 @@ def hcl(student: Array, teacher: Array, *, sizes: Sequence[int] = (4, 2, 1)) -> 
 
     Level 0 is the full map with weight 1; each pool to `k x k`, `k` smaller than the height,
     halves the weight. `.mean()`, summed over the pairs of fused maps (`connectors.abf`), is
-    mdistiller's number (weights 1, 5 or 8 by pair of models).
+    mdistiller's number (weight 1, 5 or 8, depending on the pair of models).
 
     Args:
       student: `[B, H, W, C]`, fused.
@@ -215,7 +215,7 @@ def wkd_feature(
       grid: cells per side (the authors use 1 or 4).
       mean_weight: w.
       ddof: the variance of a cell divides by `n - ddof`.
-      eps: added to the variance under the root, so in squared feature units; the authors' constant.
+      eps: added to the variance under the root, in squared feature units; the authors' constant.
 
     Returns:
       `[B]`, squared feature units.

@@ -1,8 +1,8 @@
-"""Divergences for the student's own text, with the teacher's whole distribution or part of it.
+"""Divergences on the student's own text, given all or part of the teacher's distribution.
 
-As in `forward_kl`: logits `[..., num_classes]` of one shape, temperatures > 0 that soften both
-sides, a scalar or one value per example; results `[...]`, in nats, float32 or wider; TypeError for
-anything but real floating point, ValueError for what does not fit.
+As in `forward_kl`, logits are `[..., num_classes]` of one shape; temperatures > 0 soften both sides
+and are a scalar or one value per example; results are `[...]`, in nats, float32 or wider. Dtypes
+other than real floating point raise TypeError; other invalid arguments raise ValueError.
 """
 
 import jax
@@ -19,13 +19,13 @@ def student_top_k_reverse_kl(
 ) -> Array:
     """`KL(p_S || p_T)` over the *student's* k most likely classes and one tail bucket.
 
-    The student's classes are where the reverse KL has its mass; a teacher's own k may miss them.
-    Zero at equality, never negative, at most the reverse KL, whose gradient it does not have: it
-    moves only the sum over the tail's classes. Ask a remote teacher for its log-probabilities at
-    `top_k_targets(student_logits, k=k).indices`; the loss is then
-    `reverse_kl(*top_k_buckets(student_logits, stored_top_k(indices, log_probs)))`. k is static, at
-    least 1 and at most the number of classes. `[..., num_classes]` logits, `[...]` nats.
-    `top_k_reverse_kl_sampled_tail` has no such bias.
+    The reverse KL has its mass on the student's classes; a teacher's own k may miss them. The loss
+    is zero at equality, never negative and at most the reverse KL. Its gradient differs from that
+    of the reverse KL: it moves only the sum over the tail's classes. Ask a remote teacher for its
+    log-probabilities at `top_k_targets(student_logits, k=k).indices`; the loss is then
+    `reverse_kl(*top_k_buckets(student_logits, stored_top_k(indices,
+    log_probs)))`. k is static, at least 1 and at most the number of classes. `[...,
+    num_classes]` logits, `[...]` nats. `top_k_reverse_kl_sampled_tail` has no such bias.
 
     References:
       Hübotter et al., Reinforcement Learning via Self-Distillation (SDPO), 2026 (2601.20802), and
@@ -48,13 +48,13 @@ def top_k_reverse_kl_sampled_tail(
     *,
     where: Array | None = None,
 ) -> Array:
-    """`sum_{v in K} p_S(v) sg[g_v]`, plus `rho sg[g_y]` for a drawn token y outside K.
+    """`sum_{v in K} p_S(v) sg[g_v]`, plus `rho sg[g_y]` if the drawn token y is outside K.
 
-    With `g = log p_S - log p_T` and `rho = p_S / p_sampler`, bounded at `exp(20)`. On average over
-    tokens from the sampler, value and gradient are those of the reverse KL, whichever classes are
-    in K: the sample covers what the sum does not. With the student's most likely classes the
-    variance is lower than that of `sampled_reverse_kl`; `student_top_k_reverse_kl` has none, but a
-    bias. A remote teacher need only give its log-probabilities at K and at the token.
+    Here `g = log p_S - log p_T` and `rho = p_S / p_sampler`, bounded at `exp(20)`. On average over
+    tokens from the sampler, value and gradient are those of the reverse KL for any K: the sample
+    covers what the sum does not. With the student's most likely classes as K, the variance is lower
+    than that of `sampled_reverse_kl`; `student_top_k_reverse_kl` has no variance but is biased. A
+    remote teacher only needs to return its log-probabilities at K and at the token.
 
     Args:
       student_logits: `[..., num_classes]`.
@@ -83,7 +83,7 @@ def top_k_reverse_kl_sampled_tail(
     on_token = _logspace.at(log_s, tokens)
     gap, is_infinite = _gap(on_k, _numerics.upcast(known.log_probs))
     token_gap, is_token_infinite = _gap(on_token, of_teacher)
-    # The two may be of different widths; both are in range.
+    # The two may have different widths; both are in range.
     same = known.indices.astype(jnp.int32) == tokens.astype(jnp.int32)[..., None]
     is_outside = ~jnp.any(same, axis=-1)
     told = (x[..., None] for x in (on_token, -token_gap, of_sampler))
@@ -104,23 +104,23 @@ def entropy_aware_kl(
     k: int | None = None,
     temperature: Scalar = 1.0,
 ) -> Array:
-    """`KL(p_S || p_T)`, plus `weight KL(p_T || p_S)` where the teacher is unsure.
+    """`KL(p_S || p_T)`, plus `weight KL(p_T || p_S)` where the teacher is uncertain.
 
-    Unsure means an entropy above `threshold`. Reverse KL alone picks one of the teacher's
-    continuations; where the teacher sees several, the forward KL keeps them.
+    Uncertain means that its entropy is above `threshold`. The reverse KL alone picks one of the
+    teacher's continuations; where the teacher allows more than one, the forward KL keeps them all.
 
     Args:
       student_logits: `[..., num_classes]`.
       teacher_logits: the same shape.
       threshold: >= 0, of the teacher's entropy, nats; a scalar or one value per example.
       weight: >= 0, of the forward part.
-      k: takes the forward part over the teacher's k most likely classes, renormalized
-        (`top_k_kl_teacher_renormalized`; then not 0 at equality); None takes all classes.
+      k: computes the forward part over the teacher's k most likely classes, renormalized
+        (`top_k_kl_teacher_renormalized`; then not 0 at equality); None uses all classes.
       temperature: softens both.
 
     References:
-      Jin et al., Entropy-Aware On-Policy Distillation of Language Models, 2026 (2603.07079), the
-      reverse part exact where the paper samples it.
+      Jin et al., Entropy-Aware On-Policy Distillation of Language Models, 2026 (2603.07079). The
+      reverse part is exact here; the paper samples it.
     """
     _checks.non_negative(weight=weight, threshold=threshold)
     reverse = _divergences.reverse_kl(student_logits, teacher_logits, temperature=temperature)
@@ -144,7 +144,7 @@ def entropy_aware_kl(
 def top_k_overlap(student_logits: Array, targets: _topk.TopK) -> Array:
     """How many of the teacher's k classes are among the student's own k: int `[...]`, 0 to k.
 
-    Along with both masses on these classes (`top_k_buckets`), a diagnostic of on-policy runs.
+    A diagnostic of on-policy runs, along with both masses on these classes (`top_k_buckets`).
 
     References:
       Li et al., Rethinking On-Policy Distillation of Large Language Models, 2026 (2604.13016).

@@ -2,15 +2,15 @@
 
 What all functions here share:
 
-- `student_logits` and `teacher_logits` are of one shape: `[..., num_classes]` where an example is
-  compared by itself, `[B, num_classes]` where examples are compared with each other (flatten a
-  map's positions into the batch). Anything but real floating point raises TypeError, any other
-  misfit ValueError.
+- `student_logits` and `teacher_logits` have one shape: `[..., num_classes]` if each example is
+  compared separately, `[B, num_classes]` if examples are compared with each other (flatten a map's
+  positions into the batch). Dtypes other than real floating point raise TypeError; other invalid
+  arguments raise ValueError.
 - `temperature > 0` softens both sides and is a scalar or one value per example. No `T^2`.
-- A class whose logit is -inf on both sides, the padding of a vocabulary, does not count. Where only
-  one side has it, that side gives it no probability.
-- `where`, bool `[B]`, says which examples count, e.g. those that are not padding. The others change
-  nothing for them and get 0. On several devices gather the batch first.
+- A class whose logit is -inf on both sides (vocabulary padding) does not count. If only one side
+  has -inf, that side gives the class no probability.
+- `where`, bool `[B]`, marks the examples that count, e.g. those that are not padding. The others do
+  not affect them and get 0. On more than one device, gather the batch first.
 - Losses return `[...]` or `[B]`, float32 or wider.
 """
 
@@ -32,10 +32,10 @@ def dist_inter(
 ) -> Array:
     """`1 - rho(p_S[b, :], p_T[b, :])`: Pearson distance of each example's probabilities.
 
-    DIST is `dist_inter + dist_intra`, at temperature 1 for ImageNet and 4 for CIFAR-100: invariant
-    to the scale and shift of probabilities, it teaches preferences only. The mean is the authors'
-    number at temperature 1; their code for images, torchdistill and mmrazor multiply by
-    `temperature^2`.
+    DIST is `dist_inter + dist_intra`, at temperature 1 for ImageNet and 4 for CIFAR-100. It is
+    invariant to the scale and shift of probabilities, so it teaches preferences only. The mean is
+    the authors' number at temperature 1; their code for images, torchdistill and mmrazor multiply
+    by `temperature^2`.
 
     Args:
       student_logits: `[..., num_classes]`.
@@ -67,8 +67,8 @@ def dist_intra(
 ) -> Array:
     """`1 - rho(p_S[:, c], p_T[:, c])` over the batch, averaged over classes: each example's part.
 
-    With unit columns u, v the distance is `1/2 |u - v|^2`; the example's part is `B/C` of what its
-    row contributes, so that the mean over the batch is the mean distance over classes. `eps` as in
+    With unit columns u, v the distance is `1/2 |u - v|^2`. An example's part is `B/C` of what its
+    row contributes, so the mean over the batch is the mean distance over classes. `eps` is as in
     `dist_inter`.
 
     References:
@@ -81,7 +81,7 @@ def dist_intra(
     terms, rest = _pearson_terms(student, teacher, 0, eps, rows)
     classes = _classes(*logits, where)
     count = jnp.maximum(jnp.sum(classes, dtype=terms.dtype), 1)
-    # The terms of a class that no example has are 0, its rest would be 1.
+    # For a class that no example has, the terms are 0 and the rest would be 1.
     values = jnp.sum(terms, axis=1) * (_count(student, where) / count)
     values += jnp.sum(jnp.where(classes, rest[0], 0)) / count
     return _numerics.kept(values, where)
@@ -96,7 +96,7 @@ def class_correlation(
 ) -> Array:
     """`|P_T' P_T - P_S' P_S|^2 / C`: the classes' correlations over the batch.
 
-    `[B, num_classes]` logits. One number for the batch, given to every example, `[B]`, so that the
+    `[B, num_classes]` logits. It is one number for the batch, given to every example, `[B]`, so the
     mean is the published value. Multi-level logit distillation sums `kd_kl`, `batch_correlation`
     and this over the temperatures 2, 3, 4, 5 and 6, on a weakly and a strongly augmented view.
 
@@ -145,9 +145,9 @@ def skd_direction(
 
     `[B, num_classes]` logits, `[B]` values.
 
-    `d = Z_S Z_S' - Z_T Z_T'` of unit logits, `S = cov(d) + tikhonov I` (divisor batch - 1), with
-    `tikhonov > 0`. Zero, with gradient zero, at equality. A logit of -inf on one side only has no
-    direction: the value is NaN.
+    `d = Z_S Z_S' - Z_T Z_T'` of unit logits, and `S = cov(d) + tikhonov I` (divisor batch - 1),
+    with `tikhonov > 0`. Zero, with gradient zero, at equality. A logit of -inf on only one side has
+    no direction, so the value is NaN.
 
     References:
       Jeong, Lee and Choi, Streamlined Knowledge Distillation, CVPR 2026; the instance term is
@@ -179,9 +179,9 @@ def standardize_logits(
 
     Args:
       logits: `[..., num_classes]`.
-      ddof: 0 divides the squared deviations by `num_classes`, the paper's population deviation;
-        1 by `num_classes - 1`, what the authors' code does (with two classes the results differ by
-        sqrt(2)).
+      ddof: 0 divides the squared deviations by `num_classes`, the paper's population deviation; 1
+        divides by `num_classes - 1`, as the authors' code does (with two classes the results differ
+        by sqrt(2)).
       eps: added to the deviation, as in the authors' code.
       where: bool, the logits' shape; classes to include.
 
@@ -190,8 +190,8 @@ def standardize_logits(
 
     References:
       Sun et al., Logit Standardization in Knowledge Distillation, 2024 (2403.01427). The authors'
-      number is the mean with `ddof=1`, weight 9 there; torchdistill's `LogitStdKDLoss` is the same
-      times beta.
+      number is the mean with `ddof=1`, which they weight by 9; torchdistill's `LogitStdKDLoss` is
+      the same times beta.
     """
     _checks.floating(logits=logits)
     _checks.rank(1, logits=logits)
@@ -244,7 +244,7 @@ def _present(student: Array, teacher: Array) -> Array:
 
 
 def _classes(student: Array, teacher: Array, where: Array | None) -> Array:
-    """Bool `[num_classes]`: the classes that some example that counts has."""
+    """Bool `[num_classes]`: the classes that at least one counted example has."""
     present = _present(student, teacher)
     return jnp.any(present if where is None else present & where[:, None], axis=0)
 
@@ -259,7 +259,7 @@ def _count(like: Array, where: Array | None) -> Array:
 def _pearson_terms(
     x: Array, y: Array, axis: int, eps: Scalar, where: Array | None = None
 ) -> tuple[Array, Array]:
-    """Terms >= 0 along `axis` and a rest: in all `1 - <x', y'> / (|x'| |y'| + eps)`, centered.
+    """Terms >= 0 along `axis` and a rest, in total `1 - <x', y'> / (|x'| |y'| + eps)`, centered.
 
     `1 - rho = 1/2 |u - v|^2` of the unit vectors does not cancel where the two nearly agree.
     `where` broadcasts to x and y, which are 0 wherever it is false.
@@ -284,8 +284,8 @@ def _pearson_terms(
     norm_y = jnp.sqrt(jnp.where(both, square_y, 1))
     floor = _numerics.scalar(eps, norm_x, "eps")
     whole = norm_x * norm_y + floor
-    # `product / whole` of half the squared distance of the unit vectors, and `floor / whole`; all
-    # that can be is done per row. Without variance the distance is 1, also for eps = 0.
+    # `product / whole` of half the squared distance of the unit vectors, and `floor / whole`; as
+    # much as possible is done per row. Without variance the distance is 1, even for eps = 0.
     scale = jnp.where(both, jnp.sqrt(0.5 / whole), 0)
     root_x, root_y = jnp.sqrt(norm_y / norm_x), jnp.sqrt(norm_x / norm_y)
     terms = jnp.square(x * (scale * root_x) - y * (scale * root_y))
