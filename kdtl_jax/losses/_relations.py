@@ -1,12 +1,13 @@
-"""Relations between the examples of a batch: one value per anchor, its relations to all others.
+"""Relations between the examples of a batch: one value per anchor, from its relations to the
+others.
 
 All take float arrays `[B, ...]`, flattened per example, student first; student and teacher may have
-different widths, only the relations are compared. They return `[B]` in float32 or wider. Everything
-is computed from Gram matrices, never from a `[B, B, D]` array. Under `jit` with a batch sharded
-over devices the values are those of the whole batch.
+different widths, since only the relations are compared. They return `[B]` in float32 or wider.
+Everything is computed from Gram matrices, never from a `[B, B, D]` array. Under `jit` with a batch
+sharded over devices, the values are those of the whole batch.
 
-`where` (bool `[B]`) marks the real examples: the values of the others are 0, and no row is related
-to them, so that a padded batch gives the numbers of its real rows alone.
+`where` (bool `[B]`) marks the real examples. The others have the value 0, and no row is related to
+them, so a padded batch gives the same numbers as its real rows alone.
 
 TypeError: an array is not floating point. ValueError: batch sizes differ or are 0, or a
 hyper-parameter is out of its range.
@@ -44,15 +45,15 @@ def sp(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
 
 
 def pkt(student: Array, teacher: Array, *, eps: Scalar = 1e-7, where: Array | None = None) -> Array:
-    """`sum_j p_ij log(p_ij / q_ij)`, rows of the teacher's and the student's affinities: PKT.
+    """`sum_j p_ij log(p_ij / q_ij)` over rows of the teacher's and the student's affinities: PKT.
 
-    Affinities are `(1 + cosine) / 2` over the sum of their row, p the teacher's, q the student's.
-    `.mean() / B` is RepDistiller's number (weight 30000; the code averages over B^2).
+    Affinities are `(1 + cosine) / 2` divided by the sum of their row; p is the teacher's, q the
+    student's. `.mean() / B` is RepDistiller's number (weight 30000; the code averages over B^2).
 
     Args:
       student: `[B, ...]`.
       teacher: `[B, ...]`, any width.
-      eps: added to norms (so in feature units) and to both probabilities within the logarithm.
+      eps: added to norms (in feature units) and to both probabilities inside the logarithm.
       where: bool `[B]`, real examples.
 
     Returns:
@@ -65,7 +66,7 @@ def pkt(student: Array, teacher: Array, *, eps: Scalar = 1e-7, where: Array | No
     _checks.positive(eps=eps)
     q, p = (_affinities(x, eps, where) for x in _flat(student, teacher, where))
     low = _numerics.scalar(eps, q, "eps")
-    # log1p of the relative difference, and q - p which sums to 0: no cancellation between terms.
+    # log1p of the relative difference, plus q - p, which sums to 0: no cancellation between terms.
     apart = (q - p) / (p + low)
     near = jnp.abs(apart) < 0.5
     far_log = jnp.log(q + low) - jnp.log(p + low)
@@ -75,7 +76,7 @@ def pkt(student: Array, teacher: Array, *, eps: Scalar = 1e-7, where: Array | No
 
 def _affinities(x: Array, eps: Scalar, where: Array | None) -> Array:
     unit = x / (_numerics.safe_norm(x, keepdims=True) + _numerics.scalar(eps, x, "eps"))
-    # Rounding may leave a cosine below -1, and a logarithm of less than nothing.
+    # Rounding may leave a cosine below -1, and so the logarithm of a negative number.
     cosines = jnp.maximum(0.5 * (_numerics.gram(unit, unit) + 1), 0)
     if where is not None:
         cosines = jnp.where(where[None, :], cosines, 0)
@@ -90,7 +91,7 @@ def gaussian_taylor_kernel(x: Array, *, gamma: Scalar = 0.4, order: int = 2) -> 
     The Taylor polynomial of `exp(-gamma |x_i - x_j|^2)` where `|x_i| = |x_j| = 1`.
 
     Args:
-      x: `[B, D]`, rows as they are.
+      x: `[B, D]`; rows are used as given.
       gamma: the Gaussian's exponent, > 0.
       order: degree of the polynomial.
 
@@ -120,9 +121,9 @@ def cc(
 ) -> Array:
     """`mean_j (K_S - K_T)_ij^2`, K the Gaussian Taylor kernel of unit embeddings: CC.
 
-    `.mean()` is the paper's number. torchdistill takes the unsquared Frobenius norm of kernels of
-    embeddings that it does not normalize; RepDistiller's `Correlation` is another function
-    (products of consecutive rows), 0 for some large mismatches.
+    `.mean()` is the paper's number. torchdistill uses the unsquared Frobenius norm of kernels of
+    embeddings that it does not normalize; RepDistiller's `Correlation` is a different function
+    (products of consecutive rows) that is 0 for some large mismatches.
 
     Args:
       student: `[B, ...]`, normalized here.
@@ -142,9 +143,9 @@ def cc(
 
 
 def rkd_distance(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
-    """`mean_j huber(D_S - D_T)_ij`, D pairwise distances over their mean: RKD's distance term.
+    """`mean_j huber(D_S - D_T)_ij`, with D pairwise distances over their mean: RKD's distance term.
 
-    Their mean is over pairs of distinct examples, and is differentiated. `.mean()` is
+    The mean distance is over pairs of distinct examples and is differentiated. `.mean()` is
     RepDistiller's, mdistiller's and mmrazor's number (weight 25). A batch of one gives 0.
 
     Args:
@@ -175,10 +176,10 @@ def rkd_angle(
 ) -> Array:
     """`mean_jk huber(cos_S(j, i, k) - cos_T(j, i, k))`: RKD's angle term, i the vertex.
 
-    The cosines of all `B^3` triples follow from the Gram matrix, without a factor of D, a few
-    anchors at a time and recomputed in the backward pass: memory is `anchors_at_once * B^2`.
-    Degenerate angles count as 0. `.mean()` is RepDistiller's, mdistiller's and mmrazor's
-    number (weight 50).
+    The cosines of all `B^3` triples follow from the Gram matrix, without a factor of D. They are
+    computed for a few anchors at a time and recomputed in the backward pass, so memory is
+    `anchors_at_once * B^2`. Degenerate angles count as 0. `.mean()` is RepDistiller's, mdistiller's
+    and mmrazor's number (weight 50).
 
     Args:
       student: `[B, ...]`.
@@ -206,7 +207,7 @@ def rkd_angle(
         values = jax.vmap(step)(jnp.arange(size))
     else:
         values = jax.lax.map(step, jnp.arange(size), batch_size=anchors_at_once)
-    # Angles with a masked example count as 0: only their share of the mean is to be taken out.
+    # Angles with a masked example count as 0: only their share of the mean must be removed.
     return values if where is None else values * (size / _numerics.row_count(student, where)) ** 2
 
 
@@ -226,16 +227,16 @@ def _cosines_at(i: Array, gram: Array, inverse: Array) -> Array:
 
 
 def _centered_gram(x: Array, where: Array | None) -> Array:
-    """Products of differences to the mean of the batch: distances lose fewest digits there.
+    """Products of differences from the batch mean, where distances lose the fewest digits.
 
-    Up to the scale, which neither relative distances nor angles know.
+    Correct up to a scale, which affects neither relative distances nor angles.
     """
     centered = _numerics.rescaled(_numerics.centered(x, where))
     return _numerics.gram(centered, centered)
 
 
 def _distances(gram: Array, where: Array | None) -> Array:
-    """Euclidean distances from a Gram matrix; 0 with gradient 0 where only rounding is left."""
+    """Euclidean distances from a Gram matrix; 0 with gradient 0 if only rounding error is left."""
     squares = jnp.diagonal(gram)
     total = squares[:, None] + squares[None, :]
     apart = total - 2 * gram

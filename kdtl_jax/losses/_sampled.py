@@ -1,8 +1,8 @@
 """Losses on sampled tokens: the student writes, the teacher judges one token per position.
 
-On-policy distillation minimizes `KL(p_S || p_T)` over the student's own text. Where the teacher
-gives more than one number per token, `reverse_kl` (all of them) and `top_k_reverse_kl_sampled_tail`
-(some) have the same expected gradient and less variance.
+On-policy distillation minimizes `KL(p_S || p_T)` over the student's own text. If the teacher gives
+more than one log-probability per token, `reverse_kl` (for all classes) and
+`top_k_reverse_kl_sampled_tail` (for some) have the same expected gradient and less variance.
 
 | tokens drawn from the student | expected value | expected gradient |
 |---|---|---|
@@ -11,12 +11,13 @@ gives more than one number per token, `reverse_kl` (all of them) and `top_k_reve
 | `kl_k3` | reverse KL | of the *forward* KL |
 | `log p_S - log p_T` itself | reverse KL | zero: do not differentiate it |
 
-All log-probabilities have one shape, `[B, L]` say; `sampler_log_probs` are those under the
-distribution that was sampled from, tempered and filtered (`language.Samples.log_probs`). Everything
-but the student's own is a constant. Ratios are bounded at `exp(20)`. `where`, bool of the same
-shape, marks the positions that count: others may hold anything (-inf), and give 0. The result has
-the arguments' shape, float32 or wider: losses and returns in nats, weights without a unit, gates
-bool. Arrays that are not floating point raise TypeError, shapes that differ ValueError.
+All log-probabilities have the same shape, e.g. `[B, L]`; `sampler_log_probs` are those under the
+distribution that was sampled from, after temperature and filtering (`language.Samples.log_probs`).
+Everything but the student's log-probabilities is a constant. Ratios are bounded at `exp(20)`.
+`where`, bool of the same shape, marks the positions that count; the others may hold anything (even
+-inf) and give 0. The result has the arguments' shape, float32 or wider: losses and returns in nats,
+weights without a unit, gates as bool. Arrays that are not floating point raise TypeError; shapes
+that differ raise ValueError.
 """
 
 import jax
@@ -38,8 +39,8 @@ def sampled_reverse_kl(
 ) -> Array:
     """`-rho sg(log p_T - log p_S)` with `rho = p_S / p_sampler`: the score-function reverse KL.
 
-    The sum over a text has, over texts from the sampler, the gradient of the reverse KL at each
-    position, given the text before it. Some codes multiply it by a gate (`drop_gate`,
+    The expected gradient of its sum over a text from the sampler is that of the reverse KL at each
+    position, given the text before it. Some implementations multiply it by a gate (`drop_gate`,
     `ratio_gate`) or bound the ratio (`clipped_policy_gradient`). `[B, L]`, nats.
 
     References:
@@ -55,12 +56,12 @@ def sampled_reverse_kl(
 def policy_gradient(
     log_probs: Array, advantages: Array, sampler_log_probs: Array, *, where: Array | None = None
 ) -> Array:
-    """`-rho A` with `rho = p / p_sampler`, the advantages A and the sampler constant.
+    """`-rho A` with `rho = p / p_sampler`; the advantages A and the sampler are constants.
 
     All `[B, L]`, nats.
 
     References:
-      Tinker's "importance_sampling" loss, its sum over tokens; SkyRL's, its various means.
+      Tinker's "importance_sampling" loss is its sum over tokens; SkyRL uses various means of it.
     """
     log_probs, advantages, sampler = _prepared(
         where, log_probs=log_probs, advantages=advantages, sampler_log_probs=sampler_log_probs
@@ -83,7 +84,7 @@ def clipped_policy_gradient(
     A token whose ratio has left the interval in the direction of its advantage has gradient 0.
     `dual_clip` c, >= 1, also bounds the loss at `-c A` where A is negative. All `[B, L]`, nats.
 
-    For text sampled from a mixture with the teacher (MiniLLM) `sampler_log_probs` are the
+    For text sampled from a mixture with the teacher (MiniLLM), `sampler_log_probs` are the
     mixture's.
 
     References:
@@ -110,10 +111,10 @@ def clipped_policy_gradient(
 def kl_k2(
     student_log_probs: Array, teacher_log_probs: Array, *, where: Array | None = None
 ) -> Array:
-    """`(log p_S - log p_T)^2 / 2`: the value is biased, the gradient is the reverse KL's.
+    """`(log p_S - log p_T)^2 / 2`: a biased value, but the gradient of the reverse KL.
 
-    For tokens of the current student; for an older one's, multiply by `truncated_ratio`. `[B, L]`,
-    nats.
+    For tokens from the current student; for those of an older one, multiply by `truncated_ratio`.
+    `[B, L]`, nats.
 
     References:
       Schulman, Approximating KL Divergence, 2020. verl's "k2" ("mse").
@@ -125,9 +126,10 @@ def kl_k2(
 def kl_k3(
     student_log_probs: Array, teacher_log_probs: Array, *, where: Array | None = None
 ) -> Array:
-    """`p_T / p_S - 1 - log(p_T / p_S)`: never negative, the value is the reverse KL's.
+    """`p_T / p_S - 1 - log(p_T / p_S)`: never negative, with the value of the reverse KL.
 
-    Its gradient is, in expectation over the student's tokens, the *forward* KL's. `[B, L]`, nats.
+    In expectation over the student's tokens, its gradient is that of the *forward* KL. `[B, L]`,
+    nats.
 
     References:
       Schulman, Approximating KL Divergence, 2020. verl's "k3" ("low_var_kl") bounds it at 10.
@@ -145,12 +147,12 @@ def truncated_ratio(
     max_ratio: Scalar = 2.0,
     where: Array | None = None,
 ) -> Array:
-    """`min(p / p_sampler, max_ratio)`, a constant: the weight of a token in a loss of its own.
+    """`min(p / p_sampler, max_ratio)`, a constant: the weight of a token in another loss.
 
     All `[B, L]`.
 
     References:
-      Truncated importance sampling, as in SDPO (2601.20802) and TRL's trainer of it.
+      Truncated importance sampling, as in SDPO (2601.20802) and TRL's trainer for it.
     """
     _checks.positive(max_ratio=max_ratio)
     student, sampler = _prepared(where, log_probs=log_probs, sampler_log_probs=sampler_log_probs)
@@ -202,10 +204,11 @@ def ratio_gate(
 
 
 def reward_to_go(rewards: Array, *, gamma: Scalar = 1.0, where: Array | None = None) -> Array:
-    """`sum_{i >= l} gamma^(i - l) r_i` over the counted positions of a row; 0 at the others.
+    """`sum_{i >= l} gamma^(i - l) r_i` over the counted positions of a row; 0 at other positions.
 
-    MiniLLM's advantage is this of `log p_T - log p_S` under the sampling policy, over the number of
-    tokens left (`reward_to_go` of ones), whitened. Gamma 0 leaves the rewards.
+    MiniLLM's advantage is this function of `log p_T - log p_S` under the sampling policy, divided
+    by the number of tokens left (`reward_to_go` of ones), and whitened. Gamma 0 returns the
+    rewards.
 
     Args:
       rewards: `[..., L]`.
@@ -235,17 +238,17 @@ def whitened(values: Array, *, where: Array | None = None) -> Array:
     """`(a - mean) / sqrt(var + 1e-8)` over all counted entries, with the unbiased variance.
 
     The statistics are those of the whole batch: whiten before splitting it into microbatches. The
-    1e-8 is in squared units of the values.
+    1e-8 has the squared units of the values.
 
     Args:
       values: advantages or rewards, any shape such as `[B, L]`.
-      where: bool, the same shape; the others do not count and come out as 0.
+      where: bool, the same shape, entries that count; the others become 0.
 
     Returns:
       The same shape, in float32 or wider.
 
     References:
-      MiniLLM's PPO, which includes padding in mean and variance.
+      MiniLLM's PPO, which includes padding in the mean and variance.
     """
     (values,) = _prepared(where, values=values)
     count = values.size if where is None else jnp.sum(where, dtype=values.dtype)
@@ -263,7 +266,7 @@ def iw_opd_weight(advantages: Array, *, gamma: Scalar = 0.5, where: Array | None
       where: bool `[..., L]`.
 
     Returns:
-      `[..., L]`, in [1, 1 + gamma], a constant: multiplies the advantages of `policy_gradient`.
+      `[..., L]`, in [1, 1 + gamma], a constant that multiplies the advantages of `policy_gradient`.
 
     References:
       Xie et al., On the Position Bias of On-Policy Distillation (IW-OPD), 2026 (2606.22600). TRL's

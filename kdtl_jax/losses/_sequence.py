@@ -1,10 +1,10 @@
 """Sequences of tokens: shifts and interpolated teachers.
 
 Every divergence in the package maps `[B, L, V]` to `[B, L]`; mask it in the objective with
-`Masked(values, where)`, so that sum and count stay exact over microbatches. Nothing here is a loss.
+`Masked(values, where)`, which keeps sum and count exact over microbatches. Nothing here is a loss.
 
-All functions raise ValueError where shapes or ranges do not fit, and TypeError where logits are not
-floating point or labels not integers.
+All functions raise ValueError if shapes or ranges do not fit, and TypeError if logits are not
+floating point or labels are not integers.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from kdtl_jax.losses import _logspace
 
 
 class Shifted(NamedTuple):
-    """Logits beside the token that each predicts: `[B, L-1, V]`, `[B, L-1]`, bool `[B, L-1]`."""
+    """Logits and the token that each predicts: `[B, L-1, V]`, `[B, L-1]`, bool `[B, L-1]`."""
 
     logits: Array
     labels: Array
@@ -29,16 +29,14 @@ class Shifted(NamedTuple):
 def causal_shift(logits: Array, labels: Array, *, ignore: int = -100) -> Shifted:
     """Pairs position l's logits with label l + 1, which they predict.
 
-    Shift student and teacher in the same way, or divergences are taken at positions that the labels
-    mask.
+    Shift student and teacher in the same way; otherwise divergences are taken at positions that the
+    labels mask.
 
     Args:
       logits: `[B, L, V]`.
       labels: int `[B, L]`, the tokens themselves.
-      ignore: label of the positions that do not count.
-
-    Returns:
-      `Shifted`; ignored labels are replaced by 0 and `where` is false there.
+      ignore: label of the positions that do not count. Returns: `Shifted`; ignored labels are
+        replaced by 0, and `where` is false there.
     """
     _checks.floating(logits=logits)
     _checks.integers(labels=labels)
@@ -57,7 +55,7 @@ def token_log_probs(logits: Array, tokens: Array, *, where: Array | None = None)
 
     Args:
       logits: `[..., V]`.
-      tokens: int `[...]`; out of range they raise, or give NaN with gradient 0 under `jit`.
+      tokens: int `[...]`; tokens out of range raise, or give NaN with gradient 0 under `jit`.
       where: bool `[...]`, positions that count; the tokens of the others may be anything.
 
     Returns:
@@ -83,7 +81,7 @@ def answers_first(values: Array, labels: Array, *, ignore: int = -100) -> tuple[
       ignore: label of the positions that do not count.
 
     Returns:
-      The rotated values, and bool `[B, L]`: the rotated labels are not `ignore`.
+      The rotated values, and bool `[B, L]`: true where the rotated labels are not `ignore`.
     """
     _checks.integers(labels=labels)
     _checks.rank(2, 2, labels=labels)
@@ -107,12 +105,12 @@ def taid_teacher(student_logits: Array, teacher_logits: Array, *, progress: Scal
     """`(1 - t) z_S + t z_T`: a teacher on the way from the student to the teacher.
 
     TAID is `forward_kl(student_logits, jax.lax.stop_gradient(taid_teacher(...)))`; the authors'
-    code is the cross-entropy form, of the same gradient.
+    code uses the cross-entropy form, which has the same gradient.
 
     Args:
       student_logits: `[..., V]`.
       teacher_logits: the same shape.
-      progress: t, in [0, 1], see `taid_advance`; a scalar or one value per example.
+      progress: t, in [0, 1] (see `taid_advance`); a scalar or one value per example.
 
     Returns:
       `[..., V]` logits.
@@ -124,7 +122,7 @@ def taid_teacher(student_logits: Array, teacher_logits: Array, *, progress: Scal
     _checks.within(0, 1, progress=progress)
     student, teacher = _logspace.softened(student_logits, teacher_logits, progress=progress)
     t = _numerics.per_example(progress, student, "progress")
-    # 0 * inf at the ends, and -inf - -inf, are no numbers: a class absent from either is absent.
+    # 0 * inf at the ends, and -inf - -inf, are NaN, so a class absent from either side is absent.
     present = (student != -jnp.inf) & (teacher != -jnp.inf)
     mixed = (1 - t) * jnp.where(present, student, 0) + t * jnp.where(present, teacher, 0)
     return jnp.where(present, mixed, -jnp.inf)
@@ -156,9 +154,9 @@ def taid_advance(
     alpha: Scalar = 5e-4,
     beta: Scalar = 0.99,
 ) -> TaidProgress:
-    """t after a step: ahead of the linear schedule where the loss falls fast.
+    """t after a step: ahead of the linear schedule when the loss falls fast.
 
-    With r the relative fall of the loss and m its running mean,
+    With r the relative decrease of the loss and m its running mean,
     `t <- min(end, max(linear, t + alpha sigmoid(m) (1 - t)))`. The first call records the loss.
 
     Args:

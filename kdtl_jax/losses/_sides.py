@@ -1,6 +1,6 @@
-"""Both sides of a feature loss, checked, in one dtype of float32 or wider.
+"""Both sides of a feature loss, checked and cast to one dtype, float32 or wider.
 
-A loss states by the function it calls here which axes of student and teacher must agree.
+The function that a loss calls here determines which axes of student and teacher must agree.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ def _arrays(at_least: int, at_most: int | None, **arrays: Array) -> tuple[Array,
     _checks.rank(at_least, at_most, **arrays)
     _checks.nonempty(**arrays)
     wide = [_numerics.upcast(array) for array in arrays.values()]
-    # NumPy's rule: under strict promotion JAX's own refuses even to name the wider of two.
+    # NumPy's rule: under strict promotion, JAX's own refuses even to name the wider of two dtypes.
     dtype = np.result_type(*[array.dtype for array in wide])
     return tuple(array.astype(dtype) for array in wide)
 
@@ -22,7 +22,7 @@ def _arrays(at_least: int, at_most: int | None, **arrays: Array) -> tuple[Array,
 def same_shape(
     student: Array, teacher: Array, *, at_least: int = 2, at_most: int | None = None
 ) -> tuple[Array, Array]:
-    """One shape on both sides: `[B, ..., C]`, of `at_least` to `at_most` axes."""
+    """Both sides have one shape: `[B, ..., C]`, with `at_least` to `at_most` axes."""
     _checks.same_shape(student=student, teacher=teacher)
     student, teacher = _arrays(at_least, at_most, student=student, teacher=teacher)
     return student, teacher
@@ -31,7 +31,7 @@ def same_shape(
 def same_positions(
     student: Array, teacher: Array, *, at_least: int = 3, at_most: int | None = None
 ) -> tuple[Array, Array]:
-    """Equal but for the last axis: `[B, H, W, Cs]` and `[B, H, W, Ct]`."""
+    """Equal except for the last axis: `[B, H, W, Cs]` and `[B, H, W, Ct]`."""
     sides = _arrays(at_least, at_most, student=student, teacher=teacher)
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
@@ -67,7 +67,7 @@ def same_batch(
 
 
 def one(x: Array, *, at_least: int, at_most: int | None = None) -> Array:
-    """A single array `[B, ...]`, of `at_least` to `at_most` axes."""
+    """A single array `[B, ...]`, with `at_least` to `at_most` axes."""
     return _arrays(at_least, at_most, x=x)[0]
 
 

@@ -1,4 +1,4 @@
-"""Teachers known only on their k most likely classes, five meanings of "top-k KL", and rankings.
+"""Teachers given by their k most likely classes: five meanings of "top-k KL", and ranking losses.
 
 | function | teacher | student | blind spot |
 |---|---|---|---|
@@ -10,9 +10,10 @@
 
 What all losses here share: `student_logits` are `[..., num_classes]`; `targets`, from
 `top_k_targets` or `stored_top_k`, are the teacher's k classes, made at the same temperature, which
-is a scalar or one value per example. The result is `[...]`, in nats unless said otherwise, float32
-or wider. Shapes that do not fit and concrete indices out of range raise ValueError, wrong dtypes
-TypeError; under `jit` an index out of range (such as a stored -1) gives NaN, with gradient 0.
+is a scalar or one value per example. The result is `[...]`, in nats unless stated otherwise,
+float32 or wider. Shapes that do not fit and concrete indices out of range raise ValueError, and
+wrong dtypes raise TypeError. Under `jit`, an index out of range (such as a stored -1) gives NaN,
+with gradient 0.
 """
 
 from typing import NamedTuple
@@ -44,9 +45,7 @@ def top_k_targets(teacher_logits: Array, *, k: int, temperature: Scalar = 1.0) -
     Args:
       teacher_logits: `[..., num_classes]`.
       k: 1 to num_classes.
-      temperature: softens the teacher before it is cut; the student must be given the same.
-
-    Returns:
+      temperature: softens the teacher before the cut; use the same for the student. Returns:
       `TopK`, sorted from the most likely; the tail's mass is the sum over the rest.
     """
     teacher, _ = _logspace.softened(teacher_logits, teacher_logits, temperature)
@@ -67,7 +66,7 @@ def top_k_at(teacher_logits: Array, indices: Array, *, temperature: Scalar = 1.0
     Args:
       teacher_logits: `[..., num_classes]`.
       indices: int `[..., k]`, all different within a row.
-      temperature: softens the teacher; the student must be given the same.
+      temperature: softens the teacher; use the same for the student.
     """
     teacher, _ = _logspace.softened(teacher_logits, teacher_logits, temperature)
     _checks.indices(teacher.shape[-1], indices=indices)
@@ -82,11 +81,11 @@ def top_k_at(teacher_logits: Array, indices: Array, *, temperature: Scalar = 1.0
 
 
 def stored_top_k(indices: Array, log_probs: Array) -> TopK:
-    """`TopK` from stored classes and log-probabilities: the tail is what is missing to 1.
+    """`TopK` from stored classes and log-probabilities; the tail is the rest of the mass.
 
     Args:
       indices: int `[..., k]`.
-      log_probs: `[..., k]`, of the full distribution; where they sum to more than 1 by rounding,
+      log_probs: `[..., k]`, of the full distribution; if rounding makes them sum to more than 1,
         the tail is empty.
     """
     _checks.integers(indices=indices)
@@ -100,9 +99,9 @@ def stored_top_k(indices: Array, log_probs: Array) -> TopK:
 def soften_top_k(targets: TopK, *, temperature: Scalar, tail_classes: int | None = None) -> TopK:
     """The targets at another temperature: `p^(1/T)` renormalized.
 
-    What becomes of the tail depends on how its mass is spread, which is not known: evenly over
-    `tail_classes` classes (pass `num_classes - k`), or, by default, as one class. Exact without a
-    tail.
+    The result for the tail depends on how its mass is spread, which is unknown: it is assumed to be
+    spread evenly over `tail_classes` classes (pass `num_classes - k`) or, by default, to be one
+    class. The result is exact if there is no tail.
 
     Args:
       targets: `[..., k]`, usually at temperature 1; temperatures multiply.
@@ -135,8 +134,9 @@ def top_k_buckets(
 ) -> tuple[Array, Array]:
     """Student and teacher over k + 1 classes: the teacher's k and everything else.
 
-    Both are log-probabilities, hence logits: any divergence of the package compares them, and each
-    keeps its properties (a divergence of coarser distributions, never above that of the full ones).
+    Both are log-probabilities, hence logits: any divergence of the package can compare them and
+    keeps its properties (it is a divergence of coarser distributions, never above that of the full
+    ones).
 
     Args:
       student_logits: `[..., num_classes]`.
@@ -170,9 +170,9 @@ def top_k_kl_renormalized(
 ) -> Array:
     """`KL` of both sides renormalized on the teacher's k classes.
 
-    Does not see mass leave the set: shifting all k logits of the student together changes nothing.
-    One class (k = 1) is therefore refused. `[..., num_classes]` logits, `[..., k]` targets, `[...]`
-    nats.
+    Does not notice mass that leaves the set: shifting all k logits of the student together changes
+    nothing. A single class (k = 1) is therefore an error. `[..., num_classes]` logits, `[..., k]`
+    targets, `[...]` nats.
 
     References:
       Model-Optimizer's top-k loss, MaxText's offline distillation, Tunix's `distill_top_k`.
@@ -186,7 +186,7 @@ def top_k_kl_renormalized(
 def top_k_kl_teacher_renormalized(
     student_logits: Array, targets: TopK, *, temperature: Scalar = 1.0
 ) -> Array:
-    """`KL` of the teacher renormalized on its k classes to the student's full distribution.
+    """`KL` from the teacher renormalized on its k classes to the student's full distribution.
 
     Teaches that the tail is empty: positive (minus the log of the kept mass) at equal models.
     `[..., num_classes]` logits, `[..., k]` targets, `[...]` nats.
@@ -203,11 +203,11 @@ def top_k_kl_teacher_renormalized(
 
 
 def top_k_kl_truncated(student_logits: Array, targets: TopK, *, temperature: Scalar = 1.0) -> Array:
-    """`sum_k p_T (log p_T - log p_S)` over the teacher's k classes, nothing renormalized.
+    """`sum_k p_T (log p_T - log p_S)` over the teacher's k classes, without renormalization.
 
     Not a divergence: negative when the student puts more mass on the set. Do not clamp it, since
-    that drops the gradient; use `top_k_kl_tail`. `[..., num_classes]` logits, `[..., k]` targets,
-    `[...]` nats.
+    that drops the gradient; use `top_k_kl_tail` instead. `[..., num_classes]` logits, `[..., k]`
+    targets, `[...]` nats.
 
     References:
       verl's top-k distillation.
@@ -222,11 +222,11 @@ def top_k_kl_truncated(student_logits: Array, targets: TopK, *, temperature: Sca
 def top_k_kl_sampled(student_logits: Array, targets: TopK, *, temperature: Scalar = 1.0) -> Array:
     """`log p_T(x) - log p_S(x)` of one class x per position, the first of the targets.
 
-    For x sampled from the teacher the mean is the forward KL, and its gradient is right. For x
-    sampled from the student *minus* the mean is the reverse KL, but the gradient of this number is
-    not: use the value as a reward. One sample: unbiased, and of high variance and either sign.
-    (TRL's server distillation with `loss_top_k=1` compares two buckets, the class and the rest:
-    `top_k_kl_tail`, or `reverse_kl` of `top_k_buckets`.)
+    For x sampled from the teacher, the mean is the forward KL, and its gradient is correct. For x
+    sampled from the student, *minus* the mean is the reverse KL, but the gradient is not that of
+    the reverse KL: use the value as a reward. It is a one-sample estimate: unbiased, of high
+    variance and of either sign. (TRL's server distillation with `loss_top_k=1` compares two
+    buckets, the class and the rest: `top_k_kl_tail`, or `reverse_kl` of `top_k_buckets`.)
 
     Args:
       student_logits: `[..., num_classes]`.
@@ -252,8 +252,8 @@ def hinge_ranking(
 
     Args:
       student_logits: `[..., num_classes]`.
-      targets: the teacher's k classes (`top_k_targets`); pairs are taken among them, k^2 of them.
-      margin: by how much the better class must lead; by default as much as the teacher has it,
+      targets: the teacher's k classes (`top_k_targets`); all k^2 pairs among them are compared.
+        margin: by how much the better class must lead; by default as much as for the teacher,
         `p_T(k) - p_T(l)`.
       eps: pairs closer than this, and classes below it, do not count.
 
@@ -279,7 +279,7 @@ def logistic_ranking(student_logits: Array, targets: TopK, *, eps: Scalar = 1e-9
 
     Args:
       student_logits: `[..., num_classes]`.
-      targets: the teacher's k classes (`top_k_targets`); pairs are taken among them, k^2 of them.
+      targets: the teacher's k classes (`top_k_targets`); all k^2 pairs among them are compared.
       eps: pairs closer than this, and classes below it, do not count.
 
     Returns:
@@ -293,7 +293,7 @@ def logistic_ranking(student_logits: Array, targets: TopK, *, eps: Scalar = 1e-9
     chosen = jnp.take_along_axis(log_q, targets.indices, axis=-1)
     present = chosen != -jnp.inf
     p_t = _logspace.probabilities(_numerics.upcast(targets.log_probs))
-    # A class masked to -inf for the student cannot be ranked.
+    # A class masked to -inf in the student cannot be ranked.
     counted = _ordered(p_t, eps) & present[..., :, None] & present[..., None, :]
     gap = _gaps(jnp.where(present, chosen, 0))
     mean = _numerics.masked_mean(jax.nn.softplus(-gap), counted, axis=(-2, -1))
@@ -301,7 +301,7 @@ def logistic_ranking(student_logits: Array, targets: TopK, *, eps: Scalar = 1e-9
 
 
 def checked(student_logits: Array, targets: TopK, temperature: Scalar) -> tuple[Array, TopK, Array]:
-    """The student's log-probabilities, targets with safe indices, and which rows have them all.
+    """The student's log-probabilities, targets with safe indices, and which rows are in range.
 
     `[..., num_classes]` logits and targets `[..., k]` give `[..., num_classes]`, targets of the
     same shapes, and bool `[...]`.

@@ -1,7 +1,7 @@
-"""Losses of regularized fine-tuning, and of matched derivatives.
+"""Losses for regularized fine-tuning and for matching derivatives.
 
-Here the "teacher" is mostly the pretrained model itself, run on the target's data. All return one
-value per example, `[B]`, in float32 or wider.
+Here the "teacher" is usually the pretrained model itself, run on the target task's data. All return
+one value per example, `[B]`, in float32 or wider.
 
 TypeError: an array is not floating point. ValueError: shapes do not fit, an array is empty, or a
 hyper-parameter is out of its range.
@@ -27,7 +27,7 @@ def delta(student: Array, source: Array, *, channel_weights: Array | None = None
       channel_weights: `a [C]`, sum 1 (`delta_attention`); None weighs all channels equally.
 
     Returns:
-      `[B]`. `.sum()`, summed over layers, is TLL's number, which grows with the batch.
+      `[B]`. `.sum()`, summed over layers, is TLL's number, which grows with the batch size.
 
     References:
       Li et al., DELTA: DEep Learning Transfer using Feature Map with Attention, 2019
@@ -73,7 +73,8 @@ def co_tuning(student_logits: Array, target: Array) -> Array:
       target: `[B, Cs]`, `relation[labels]` of `transferability.category_relation`.
 
     Returns:
-      `[B]`, nats. `.mean()` is TLL's number (weight 2.3; the source head at 0.1 of the rate).
+      `[B]`, nats. `.mean()` is TLL's number (weight 2.3; the source head at 0.1 times the learning
+      rate).
 
     References:
       You et al., Co-Tuning for Transfer Learning, NeurIPS 2020.
@@ -81,16 +82,16 @@ def co_tuning(student_logits: Array, target: Array) -> Array:
     student_logits, target = _sides.same_shape(student_logits, target)
     _checks.several_classes(student_logits=student_logits)
     log_p = _softmax.log_softmax(student_logits)
-    # An impossible class that is never asked for contributes 0, not 0 * inf.
+    # An impossible class with target 0 contributes 0, not 0 * inf.
     return -jnp.sum(target * jnp.where(target == 0, 0, log_p), axis=-1)
 
 
 def afn(features: Array, norms: Array, *, step: Scalar = 1.0) -> Array:
-    """`(||f|| - norm - step)^2`: every example's feature norm is asked to grow by `step`.
+    """`(||f|| - norm - step)^2`: makes every example's feature norm grow by `step`.
 
     Args:
       features: `[B, D]`.
-      norms: `[B]`, the norms to grow from: `stop_gradient(feature_norms(features))` is the
+      norms: `[B]`, the norms to grow from: `stop_gradient(feature_norms(features))` gives the
         paper's stepwise form, a constant radius its hard form.
       step: the increase.
 
@@ -115,18 +116,18 @@ def feature_norms(features: Array) -> Array:
     return _numerics.safe_norm(_sides.one(features, at_least=2, at_most=2))
 
 
-# Matching derivatives takes models rather than outputs, as functions of a batch whose examples do
-# not interact: `lambda x: model(params, state, x)[0]["logits"]`. Call it inside `terms`.
+# Matching derivatives needs models rather than outputs, as functions of a batch whose examples do
+# not interact: `lambda x: model(params, state, x)[0]["logits"]`. Call these losses in `terms`.
 BatchFn = Callable[[Array], Array]  # [B, ...] -> [B, ...], example by example
 
 
 def jacobian_matching(student: BatchFn, teacher: BatchFn, inputs: Array, probes: Array) -> Array:
-    """`mean_k || (J_S - J_T)^T v_k ||^2` by one vector-Jacobian product per probe.
+    """`mean_k || (J_S - J_T)^T v_k ||^2`, with one vector-Jacobian product per probe.
 
-    With probes of independent +-1 or unit normal entries this is an unbiased estimate of
-    `||J_S - J_T||_F^2` (Hutchinson): draw them with
-    `jax.random.rademacher(inputs.key, (k, B, classes), dtype)`. A one-hot probe selects one
-    output, as in Sobolev training and in matching the gradient of the target class.
+    If the probes have independent +-1 or unit normal entries, this is an unbiased estimate of
+    `||J_S - J_T||_F^2` (Hutchinson); draw them with
+    `jax.random.rademacher(inputs.key, (k, B, classes), dtype)`. A one-hot probe selects one output,
+    as in Sobolev training and in matching the gradient of the target class.
 
     Args:
       student: maps `inputs` to `[B, ...]`.

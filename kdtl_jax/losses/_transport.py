@@ -1,9 +1,9 @@
-"""Transport between class distributions: by a cost between classes, or along sorted probabilities.
+"""Transport between class distributions, with a cost between classes or along sorted probabilities.
 
 Sorted probabilities (universal logit distillation) need no common vocabulary: student and teacher
-may differ in the size and the meaning of their classes. Temperatures are > 0, a scalar or one value
-per example. Results are `[...]`, float32 or wider. Shapes and values that do not fit raise
-ValueError, anything but real floating point TypeError.
+may differ in the number and the meaning of their classes. Temperatures are > 0, a scalar or one
+value per example. Results are `[...]`, float32 or wider. Shapes and values that do not fit raise
+ValueError; dtypes other than real floating point raise TypeError.
 """
 
 import jax
@@ -27,14 +27,14 @@ def sinkhorn_cost(
 ) -> Array:
     """`sum_ij F_ij cost_ij` of the entropic transport plan F from student to teacher.
 
-    Moving mass to a related class may cost less than to a distant one. Alternating scalings of
-    `exp(-cost / regularization)`, all in log space, so that no kernel entry underflows however
-    small the regularization. The gradient runs through the iterations, which are recomputed in the
-    backward pass. Classes with a logit of -inf take no part.
+    Moving mass to a related class may cost less than to a distant one. The plan comes from
+    alternating scalings of `exp(-cost / regularization)`, all in log space, so no kernel entry
+    underflows even for a small regularization. The gradient flows through the iterations, which are
+    recomputed in the backward pass. Classes with a logit of -inf take no part.
 
-    WKD-L is `target_cross_entropy` plus this of the `non_target_logits`, 25 or 30 times at
-    temperature 2 (ImageNet), 600 times at 8 (ResNet-32x4 to 8x4 on CIFAR-100), with the cost
-    `1 - exp(-kappa (1 - similarity))` of the teacher's class weights or features.
+    WKD-L is `target_cross_entropy` plus this cost of the `non_target_logits`, weighted by 25 or 30
+    at temperature 2 (ImageNet) or 600 at temperature 8 (ResNet-32x4 to 8x4 on CIFAR-100). Its cost
+    matrix is `1 - exp(-kappa (1 - similarity))` of the teacher's class weights or features.
 
     Args:
       student_logits: `[..., num_classes]`.
@@ -43,11 +43,11 @@ def sinkhorn_cost(
         teacher class j.
       temperature: softens both; a scalar or one value per example.
       regularization: weight of the entropy, > 0.
-      iterations: pairs of scalings.
+      iterations: number of pairs of scalings.
       eps: added to the denominators of the scalings; 1e-8 in the authors' code, unnecessary here.
 
     Returns:
-      `[...]`, units of the cost; at finite regularization not zero at equality.
+      `[...]`, units of the cost; with finite regularization, not zero at equality.
 
     References:
       Cuturi, Sinkhorn Distances: Lightspeed Computation of Optimal Transport, 2013 (1306.0895).
@@ -105,7 +105,7 @@ def uld(
     student_temperature: Scalar = 1.0,
     teacher_temperature: Scalar = 1.0,
 ) -> Array:
-    """`sum_r |p_S(r) - p_T(r)|` of probabilities sorted from the largest, the shorter padded by 0.
+    """`sum_r |p_S(r) - p_T(r)|` of descending sorted probabilities, the shorter padded with 0.
 
     The Wasserstein distance when moving mass between any two classes costs the same.
 
@@ -136,8 +136,8 @@ def uld_w1(
 ) -> Array:
     """`sum_r |F_S(r) - F_T(r)|`, F the cumulative sums of the sorted probabilities.
 
-    The Wasserstein-1 distance along ranks: moving mass by one rank costs 1, so that mass deep in
-    the tail counts for more than in `uld`.
+    The Wasserstein-1 distance along ranks: moving mass by one rank costs 1, so mass deep in the
+    tail counts for more than in `uld`.
 
     Args:
       student_logits: `[..., student_vocabulary]`.
@@ -158,10 +158,10 @@ def uld_w1(
 
 
 def sorted_l1(student_probs: Array, teacher_probs: Array) -> Array:
-    """`sum_r |s(r) - t(r)|` of non-negative vectors sorted from the largest, the shorter 0-padded.
+    """`sum_r |s(r) - t(r)|` of descending sorted non-negative vectors, the shorter padded with 0.
 
     Args:
-      student_probs: `[..., student_vocabulary]`; need not sum to 1, as merged tokens do not.
+      student_probs: `[..., student_vocabulary]`; need not sum to 1 (merged tokens do not).
       teacher_probs: `[..., teacher_vocabulary]`, other dimensions equal.
 
     Returns:

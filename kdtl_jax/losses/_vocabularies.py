@@ -1,13 +1,13 @@
-"""Vocabularies that are not the same: padded ones, shared tokens, tokens by id map.
+"""Vocabularies that differ: padded vocabularies, shared tokens, tokens mapped by id.
 
-Two vocabularies of one size may number their tokens differently, and two of different sizes may
-differ by padding alone: compare ids, never sizes. All functions take and give logits
-(log-probabilities are logits), so that any divergence follows, within `chunked_divergence` too:
+Two vocabularies of the same size may number their tokens differently, and two of different sizes
+may differ only in padding: compare ids, never sizes. All functions take and return logits
+(log-probabilities are logits), so any divergence can follow, including in `chunked_divergence`:
 
     def kl(student, teacher):
         return losses.forward_kl(*losses.shared_vocabulary(student, teacher, ours, theirs))
 
-Arrays that are not floating point raise TypeError, ids and shapes that do not fit ValueError.
+Arrays that are not floating point raise TypeError; ids and shapes that do not fit raise ValueError.
 """
 
 import jax
@@ -19,7 +19,7 @@ from kdtl_jax.losses import _logspace
 
 
 def without_padding(logits: Array, *, size: int, width: int | None = None) -> Array:
-    """Logits with -inf from class `size` on, and cut or filled up to `width` classes.
+    """Logits with -inf from class `size` on, cut or padded to `width` classes.
 
     Embedding tables are padded to round sizes; logits of tokens that do not exist are not part of a
     model's distribution.
@@ -27,7 +27,7 @@ def without_padding(logits: Array, *, size: int, width: int | None = None) -> Ar
     Args:
       logits: `[..., num_classes]`.
       size: number of real classes, the first ones.
-      width: number of classes of the result, at least `size`; by default as many as there are.
+      width: number of classes of the result, at least `size`; by default that of `logits`.
     """
     _checks.floating(logits=logits)
     _checks.rank(1, logits=logits)
@@ -69,10 +69,11 @@ def by_id(logits: Array, ids: Array) -> Array:
 def shared_vocabulary(
     student_logits: Array, teacher_logits: Array, student_ids: Array, teacher_ids: Array
 ) -> tuple[Array, Array]:
-    """Both sides on the tokens they share, and one bucket for everything else.
+    """Both sides on the tokens that they share, plus one bucket for everything else.
 
-    A divergence of them sees how much mass each side keeps for itself, though not on what.
-    Renormalizing on the shared tokens would not: a student that abandons them could look perfect.
+    A divergence of the results sees how much mass each side puts on tokens of its own, though not
+    on which. Renormalizing on the shared tokens would hide it: a student that abandons them could
+    look perfect.
 
     Args:
       student_logits: `[..., student_vocabulary]`.
@@ -96,7 +97,7 @@ def shared_vocabulary(
 
 
 def log_mass(logits: Array, classes: Array) -> Array:
-    """`log P(class in the set)`: the log-probability that a word ends here, say.
+    """`log P(class in the set)`, e.g. the log-probability that a word ends here.
 
     Args:
       logits: `[..., num_classes]`.
