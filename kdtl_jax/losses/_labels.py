@@ -1,17 +1,17 @@
-"""Losses that know the label, and teachers made from labels or corrected by them.
+"""Losses that use the label, and teachers made from labels or corrected by them.
 
 What all functions here share:
 
-- `student_logits` and `teacher_logits` are `[..., num_classes]`, of one shape, at least two
-  classes; anything but real floating point raises TypeError, any other misfit ValueError.
+- `student_logits` and `teacher_logits` are `[..., num_classes]`, of one shape, with at least two
+  classes; dtypes other than real floating point raise TypeError, other invalid arguments raise
+  ValueError.
 - `labels` are class numbers `[...]` in `0..num_classes-1`; for soft labels, pass the argmax. Labels
-  that are not integers raise TypeError, concrete ones out of range ValueError.
-- `where`, bool `[...]`, says which examples count. The labels of the others may be anything (-100,
-  255), as may their logits; their value is 0 with gradient 0. Under `jit`, a label out of range
-  that is not masked gives the value NaN, with gradient 0: a mask applied later (`Masked`) leaves
-  no NaN.
-- Where a label is masked or, under `jit`, out of range, functions that make logits for other losses
-  (log-probabilities are logits, too) leave the row unchanged, and weights are 0.
+  that are not integers raise TypeError; concrete labels out of range raise ValueError.
+- `where`, bool `[...]`, marks the examples that count. The labels and logits of the others may be
+  anything (-100, 255); their value is 0, with gradient 0. Under `jit`, an unmasked label out of
+  range gives the value NaN, with gradient 0, so a mask applied later (`Masked`) leaves no NaN.
+- If a label is masked or, under `jit`, out of range, functions that make logits for other losses
+  (log-probabilities are logits too) leave the row unchanged, and weights are 0.
 - `temperature > 0` is a scalar or one value per example.
 - Losses return `[...]`, float32 or wider.
 """
@@ -36,13 +36,14 @@ def tckd(
     """Target-class KD: `T^2 KL` between `(p_y, 1 - p_y)` of teacher and student.
 
     Decoupled KD is `tckd + 8 nckd`: 8 by default in mdistiller, 2 or 6 for some CIFAR-100 pairs,
-    0.5 (at T = 1) for ImageNet. KD itself is `tckd + (1 - p_T(y)) nckd`: it mutes the other classes
-    where the teacher is sure. The mean is mdistiller's number, there times `min(epoch / 20, 1)`.
-    `[..., num_classes]` logits, `[...]` labels and values.
+    0.5 (at T = 1) for ImageNet. KD itself is `tckd + (1 - p_T(y)) nckd`: it suppresses the other
+    classes where the teacher is confident. The mean is mdistiller's number, which is multiplied by
+    `min(epoch / 20, 1)` there. `[..., num_classes]` logits, `[...]` labels and values.
 
     References:
-      Zhao et al., Decoupled Knowledge Distillation, 2022 (2203.08679). In log space throughout: the
-      authors' code takes the log of summed probabilities and overflows on large margins.
+      Zhao et al., Decoupled Knowledge Distillation, 2022 (2203.08679). This function works in log
+      space throughout; the authors' code takes the log of summed probabilities and overflows on
+      large margins.
     """
     student, teacher, labels, usable = _labeled(
         student_logits, teacher_logits, labels, temperature, where
@@ -62,8 +63,8 @@ def nckd(
 ) -> Array:
     """Non-target KD: `T^2 KL` between the distributions over the classes other than the label.
 
-    `T^2 KL(q_T || q_S)`, q the softmax of `z / T` without the label's entry; 0 for two classes.
-    `[..., num_classes]` logits, `[...]` labels and values.
+    `T^2 KL(q_T || q_S)`, where q is the softmax of `z / T` without the label's entry; 0 for two
+    classes. `[..., num_classes]` logits, `[...]` labels and values.
 
     References:
       Zhao et al., 2022 (2203.08679).
@@ -80,7 +81,8 @@ def nckd(
 def target_cross_entropy(
     student_logits: Array, teacher_logits: Array, labels: Array, *, where: Array | None = None
 ) -> Array:
-    """`-p_T(y) log p_S(y)`: the label's cross-entropy, weighted by the teacher's belief in it.
+    """`-p_T(y) log p_S(y)`: the label's cross-entropy, weighted by the teacher's probability for
+    it.
 
     Normalized KD adds `gamma T^2` times the `soft_cross_entropy` at temperature T of the
     `non_target_logits`; WKD-L adds gamma times their `sinkhorn_cost`. Not zero at equality.
@@ -105,9 +107,9 @@ def wsld_weight(
 ) -> Array:
     """`1 - exp(-CE_S / (CE_T + eps))`: near 1 where the student is worse than the teacher.
 
-    Weighted soft labels are this, as a constant (`jax.lax.stop_gradient`), times `kd_kl`; the
-    authors and mmrazor write `T^2 soft_cross_entropy` instead, whose gradient is the same. Weights
-    of that term: 2.25 (T = 4), 2.5 (T = 2).
+    Weighted soft labels use this weight, as a constant (`jax.lax.stop_gradient`), times `kd_kl`;
+    the authors and mmrazor use `T^2 soft_cross_entropy` instead, which has the same gradient. They
+    weight the term by 2.25 (T = 4) or 2.5 (T = 2).
 
     Args:
       student_logits: `[..., num_classes]`, at temperature 1.
@@ -132,11 +134,12 @@ def wsld_weight(
 
 
 def uskd_weight(student_logits: Array, labels: Array, *, where: Array | None = None) -> Array:
-    """`p(y)^2 + 1 - mean_b p(y)^2`: USKD's weight of the label's cross-entropy, a constant there.
+    """`p(y)^2 + 1 - mean_b p(y)^2`: USKD's weight for the label's cross-entropy, a constant there.
 
-    USKD distills without a teacher. Beside the weighted cross-entropy it has `beta` (0.1) times
-    the `soft_cross_entropy` of the student's `non_target_logits` with `zipf_targets`, and `mu`
-    (0.005) times the cross-entropy of a weak head on an early feature with smoothed labels (0.1).
+    USKD distills without a teacher. In addition to the weighted cross-entropy, it has `beta` (0.1)
+    times the `soft_cross_entropy` of the student's `non_target_logits` with `zipf_targets`, and
+    `mu` (0.005) times the cross-entropy of a weak head on an early feature with smoothed labels
+    (0.1).
 
     Args:
       student_logits: `[B, num_classes]`.
@@ -178,12 +181,11 @@ def virtual_teacher(
     correct_probability: Scalar = 0.99,
     where: Array | None = None,
 ) -> Array:
-    """Log-probabilities of a hand-made teacher: `a` for the label, `(1 - a) / (C - 1)` elsewhere.
+    """Log-probabilities of a synthetic teacher: `a` for the label, `(1 - a) / (C - 1)` elsewhere.
 
-    Teacher-free KD is the `forward_kl` against it at temperature 20, say. The authors' code leaves
-    the student at temperature 1, takes `softmax(p / T)` of the teacher's probabilities p, and
-    averages over classes as well. Label smoothing by e is `soft_cross_entropy` against
-    `a = 1 - e + e / C`.
+    Teacher-free KD is the `forward_kl` to it, e.g. at temperature 20. The authors' code keeps the
+    student at temperature 1, uses `softmax(p / T)` of the teacher's probabilities p, and also
+    averages over classes. Label smoothing by e is `soft_cross_entropy` against `a = 1 - e + e / C`.
 
     Args:
       labels: `[...]`.
@@ -217,9 +219,9 @@ def virtual_teacher(
 
 
 def probability_shift(teacher_logits: Array, labels: Array, *, where: Array | None = None) -> Array:
-    """The teacher with its largest logit and the label's swapped: never wrong, equally sure.
+    """The teacher with its largest logit and the label's swapped: never wrong, equally confident.
 
-    `[..., num_classes]` logits and `[...]` labels. Rows that are right come back unchanged.
+    `[..., num_classes]` logits and `[...]` labels. Correct rows are returned unchanged.
 
     Returns:
       `[..., num_classes]`, the teacher's dtype.
@@ -247,22 +249,22 @@ def mft_teacher(
     eps: Scalar = 1e-7,
     where: Array | None = None,
 ) -> Array:
-    """Minifinetuning's corrected teacher: mixed toward the label until it leads by `threshold`.
+    """Minifinetuning's corrected teacher: moved toward the label until it leads by `threshold`.
 
-    Where the teacher is wrong, the share of the label is
-    `(p_max - p_y + threshold) / (1 + p_max - p_y)`, which puts the label that much above the rest;
-    where it is right, the label is raised by `threshold`, at most to 1. Minifinetuning is
-    `T^2 forward_kl(student_logits / T, mft_teacher(..., temperature=T))`: fine-tuning by
-    distilling from the model's own past, corrected by the labels. Its mean is Model-Optimizer's
-    `MFTLoss` ("batchmean").
+    Where the teacher is wrong, the label's mixing weight is
+    `(p_max - p_y + threshold) / (1 + p_max - p_y)`, which puts the label `threshold` above the
+    rest; where it is right, the label is raised by `threshold`, to at most 1. Minifinetuning is
+    `T^2 forward_kl(student_logits / T, mft_teacher(..., temperature=T))`: fine-tuning by distilling
+    from the model's own past, corrected by the labels. Its mean is Model-Optimizer's `MFTLoss`
+    ("batchmean").
 
     Args:
       teacher_logits: `[..., num_classes]`; the model before fine-tuning.
       labels: `[...]`.
-      threshold: by how much the label should lead, in [0, 1]; a scalar or one value per example.
+      threshold: how much the label should lead by, in [0, 1]; a scalar or one value per example.
       temperature: softens the teacher before it is corrected.
-      eps: added to the denominators, the authors' constant; a teacher surer than `1 - eps` is
-        left alone.
+      eps: added to the denominators, the authors' constant; a teacher more confident than `1 - eps`
+        is not changed.
       where: bool `[...]`, examples that count.
 
     Returns:
@@ -285,7 +287,7 @@ def mft_teacher(
         _numerics.per_example(threshold, right, "threshold"),
         _numerics.scalar(eps, right, "eps"),
     )
-    # 1 - p_y as the sum of the others: no digits lost where the teacher is sure.
+    # 1 - p_y as the sum of the others, so no digits are lost where the teacher is confident.
     rest = jnp.sum(jnp.where(is_label, 0, _logspace.probabilities(log_p)), axis=-1)
     raised = jnp.minimum(lead, rest) / jnp.where(rest > 0, rest + small, 1)
     moved = (top - right + lead) / (1 + top - right + small)
@@ -298,14 +300,14 @@ def mft_teacher(
 def zipf_targets(scores: Array, labels: Array) -> Array:
     """Log-probabilities proportional to `1 / rank` over the classes other than the labels.
 
-    Ranks count all classes, the labels too, from 1 for the largest score; ties go to the lower
-    index. USKD's score is the sum of the normalized non-target probabilities of its two heads; the
-    authors' code ranks by probabilities of the weak head plus *log*-probabilities of the student,
-    each divided by its own "rest".
+    Ranks count all classes, including the labels, from 1 for the largest score; ties go to the
+    lower index. USKD's score is the sum of the normalized non-target probabilities of its two
+    heads; the authors' code ranks by the probabilities of the weak head plus the
+    *log*-probabilities of the student, each divided by its own "rest".
 
     Args:
-      scores: `[..., num_classes]`, what the classes are ranked by.
-      labels: `[...]`, or `[..., k]` of several labels per example.
+      scores: `[..., num_classes]`; the classes are ranked by these.
+      labels: `[...]`, or `[..., k]` for more than one label per example.
 
     Returns:
       `[..., num_classes]` log-probabilities, -inf at the labels. Constant in the scores.

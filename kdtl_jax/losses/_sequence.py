@@ -35,8 +35,10 @@ def causal_shift(logits: Array, labels: Array, *, ignore: int = -100) -> Shifted
     Args:
       logits: `[B, L, V]`.
       labels: int `[B, L]`, the tokens themselves.
-      ignore: label of the positions that do not count. Returns: `Shifted`; ignored labels are
-        replaced by 0, and `where` is false there.
+      ignore: label of the positions that do not count.
+
+    Returns:
+      `Shifted`; ignored labels are replaced by 0, and `where` is false there.
     """
     _checks.floating(logits=logits)
     _checks.integers(labels=labels)

@@ -45,7 +45,9 @@ def top_k_targets(teacher_logits: Array, *, k: int, temperature: Scalar = 1.0) -
     Args:
       teacher_logits: `[..., num_classes]`.
       k: 1 to num_classes.
-      temperature: softens the teacher before the cut; use the same for the student. Returns:
+      temperature: softens the teacher before the cut; use the same for the student.
+
+    Returns:
       `TopK`, sorted from the most likely; the tail's mass is the sum over the rest.
     """
     teacher, _ = _logspace.softened(teacher_logits, teacher_logits, temperature)
@@ -253,7 +255,7 @@ def hinge_ranking(
     Args:
       student_logits: `[..., num_classes]`.
       targets: the teacher's k classes (`top_k_targets`); all k^2 pairs among them are compared.
-        margin: by how much the better class must lead; by default as much as for the teacher,
+      margin: by how much the better class must lead; by default as much as for the teacher,
         `p_T(k) - p_T(l)`.
       eps: pairs closer than this, and classes below it, do not count.
 

@@ -5,10 +5,11 @@
     step = train.make_step(student, method.terms, method.weights, tx, teacher=teacher)
 
 A loss is an equation; a method is a paper: which losses on which outputs, with which weights,
-connectors, and memory. Each function here is one method, and its docstring has the equation, the
-weights, and their source. Hyper-parameters are keyword arguments; to override a weight, pass
+connectors and memory. Each function here is one method, and its docstring gives the equation, the
+weights and their source. Hyper-parameters are keyword arguments; to override a weight, pass
 `{**method.weights, "kd": 0.5}` to the step. Every method takes the same setup and raises ValueError
-with the reason, "needs ...", if the pair of models lacks what it reads. `table()` lists them all.
+with the reason, "needs ...", if the pair of models lacks something that the method reads. `table()`
+lists them all.
 """
 
 from kdtl_jax.methods._classes import adaptive_kl as adaptive_kl

@@ -1,7 +1,7 @@
-"""Divergences between class distributions, and teachers made of or corrected by labels.
+"""Divergences between class distributions, and teachers made from labels or corrected by them.
 
-The papers on divergences distill language models from the divergence alone, at temperature 1. Here,
-with labels, each shares the loss equally with the task (task 0.5), as fused kernels do.
+The papers on divergences distill language models with the divergence alone, at temperature 1. Here,
+with labels, the divergence and the task share the loss equally (task 0.5), as in fused kernels.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def forward_kl(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
 
 
 def reverse_kl(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
-    """`KL(p_S || p_T)`, mode seeking; MiniLLM's divergence.
+    """`KL(p_S || p_T)`, mode-seeking: MiniLLM's divergence.
 
     Gu et al., 2023 (2306.08543).
     """
@@ -76,7 +76,7 @@ def jsd_continuous(setup: Setup, *, temperature: Scalar = 1.0, beta: Scalar = 0.
 
 
 def jsd_normalized(setup: Setup, *, temperature: Scalar = 1.0, beta: Scalar = 0.1) -> Method:
-    """`jsd_gkd / (beta (1 - beta))`: forward KL at beta 0, reverse KL at 1, smooth between.
+    """`jsd_gkd / (beta (1 - beta))`: forward KL at beta 0, reverse KL at 1, smooth in between.
 
     Huszár, 2015 (1511.05101).
     """
@@ -112,7 +112,7 @@ def total_variation(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
 def adaptive_kl(setup: Setup, *, temperature: Scalar = 1.0, mu: Scalar = 0.5) -> Method:
     """Forward KL for the teacher's head of mass mu, reverse KL for its tail, weighted by the gaps.
 
-    Wu et al., 2024 (2404.02657). No gradient passes through the weights.
+    Wu et al., 2024 (2404.02657). No gradient flows through the weights.
     """
 
     def divergence(student: Array, teacher: Array, *, temperature: Scalar) -> Array:
@@ -156,7 +156,8 @@ def tf_kd(setup: Setup, *, temperature: Scalar = 20.0, correct_probability: floa
 
 
 def uskd(setup: Setup) -> Method:
-    """The student as its own teacher: Zipf's law over the other classes, ranked by two heads.
+    """The student as its own teacher: a Zipf distribution over the other classes, ranked by two
+    heads.
 
     Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, 2023 (2303.13005). In
     place of the task (task 0): target 1, the cross-entropy weighted by

@@ -1,7 +1,7 @@
-"""Methods of features: most regress the teacher's behind connectors, one per matched layer.
+"""Feature methods: most regress the teacher's features through connectors, one per matched layer.
 
-They mean the same on vectors and on maps; `review`, `ft`, `ab`, `ofd` and `fsp` have a network or a
-training stage of their own.
+They work in the same way on vectors and on maps; `review`, `ft`, `ab`, `ofd` and `fsp` have a
+network or a training stage of their own.
 """
 
 import jax
@@ -27,10 +27,11 @@ from kdtl_jax.objective import Inputs
 
 
 def hint(setup: Setup) -> Method:
-    """`mean (r(f_S) - f_T)^2` of the middle layer, r a 1x1 convolution, batch norm, ReLU: FitNets.
+    """`mean (r(f_S) - f_T)^2` of the middle layer, r a 1x1 convolution, batch norm and ReLU:
+    FitNets.
 
     Romero et al., 2015 (1412.6550). Task 1, hint 100: RepDistiller and mdistiller, which train both
-    at once (the paper: the hint first).
+    at once (the paper trains the hint first).
     """
     found = _layers.layers(setup, _layers.middle(setup))
     weights = {"task": 1.0, "hint": 100.0}
@@ -53,10 +54,10 @@ def cosine(setup: Setup) -> Method:
 
 
 def ridge_hint(setup: Setup) -> Method:
-    """The hint of the deepest layer behind the best linear map, solved for in the loss.
+    """The hint of the deepest layer through the best linear map, which is solved for in the loss.
 
     Golub and Pereyra, Separable nonlinear least squares: the variable projection method, 2003.
-    Nothing to train beside the student; task 1, hint 1.
+    Nothing besides the student is trained; task 1, hint 1.
     """
     found = _layers.layers(setup, _layers.deepest(setup))
 
@@ -69,8 +70,8 @@ def ridge_hint(setup: Setup) -> Method:
 def vid(setup: Setup) -> Method:
     """`mean 1/2 ((f_T - mu(f_S))^2 / v + log v)` summed over layers: variational information.
 
-    Ahn et al., 2019 (1904.05835). The mean comes from three 1x1 convolutions, the variance is
-    learned per channel, 5 at first. Task 1, vid 1: RepDistiller.
+    Ahn et al., 2019 (1904.05835). The mean comes from three 1x1 convolutions; the variance is
+    learned per channel and starts at 5. Task 1, vid 1: RepDistiller.
     """
     found = _layers.layers(setup, _layers.every(setup))
     means = [connectors.mlp((t.shape[-1],) * 3, bias=False) for t in found.teacher]
@@ -95,10 +96,10 @@ def vid(setup: Setup) -> Method:
 
 
 def ickd(setup: Setup) -> Method:
-    """`sum_cc' (G_S - G_T)^2 / C` of the deepest layer's channel Gram matrices, rows normalized.
+    """`sum_cc' (G_S - G_T)^2 / C` of the deepest layer's row-normalized channel Gram matrices.
 
     Liu et al., ICCV 2021. Task 1, ickd 500 / 256: torchdistill's 500 without its second division by
-    the batch, there of 256 examples.
+    the batch size, which is 256 there.
     """
 
     def loss(student: Array, teacher: Array) -> Array:
@@ -154,10 +155,11 @@ def mgd(setup: Setup, *, masked: float = 0.15) -> Method:
 
 
 def srd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
-    """`log sum_d |P f_S - f_T|^4` of what the heads read, batch-normalized, beside KD at T = 1.
+    """`log sum_d |P f_S - f_T|^4` of the heads' inputs, batch-normalized, combined with KD at T =
+    1.
 
     Miles and Mikolajczyk, 2023 (2303.11098). The student is projected linearly. Task 1, srd 1, kd
-    1; torchdistill's distance, one for the whole batch, has weight 2.
+    1; torchdistill's distance, one value for the whole batch, has weight 2.
     """
     exclusive_classes(setup)
     of_student, of_teacher = setup.last
@@ -186,7 +188,7 @@ WIDEST = 512  # channels of ReviewKD's residual stream
 
 
 def features_first(term: str, weight: float, setup: Setup) -> dict[str, Weight]:
-    """Weights of a term that is trained alone at first, and of the task that follows it.
+    """Weights of a term that is first trained alone, and of the task that follows it.
 
     RepDistiller's two-stage methods train 30 epochs on features, then 240 on the labels.
     """
@@ -201,16 +203,16 @@ def features_first(term: str, weight: float, setup: Setup) -> dict[str, Weight]:
 
 
 def halving(count: int) -> list[float]:
-    """Layer weights: 1 for the deepest, half of it for each before."""
+    """Layer weights: 1 for the deepest, halved for each earlier layer."""
     return [0.5 ** (count - 1 - layer) for layer in range(count)]
 
 
 def review(setup: Setup) -> Method:
-    """Layers fused from the deepest up (`connectors.abf`); each fused map learns its teacher's.
+    """Fuses layers from the deepest up (`connectors.abf`); each fused map learns its teacher's.
 
     Chen et al., 2021 (2104.09044). The loss of a map is the hierarchical context loss
     (`losses.hcl`), summed over layers. Task 1, hcl 1 after a linear warm-up over 20 of 240 epochs:
-    mdistiller, whose weight is 1, 5 or 8 by pair.
+    mdistiller, whose weight is 1, 5 or 8 depending on the pair.
     """
     found = _layers.layers(setup, _layers.every(setup), _layers.maps)
     count = len(found.student)
@@ -239,12 +241,13 @@ def review(setup: Setup) -> Method:
 
 
 def ft(setup: Setup) -> Method:
-    """`|| F_S / ||F_S|| - F_T / ||F_T|| ||_1` per element, F factors of the deepest layer.
+    """`|| F_S / ||F_S|| - F_T / ||F_T|| ||_1` per element, where F are factors of the deepest
+    layer.
 
     Kim, Park and Kwak, 2018 (1802.04977). The teacher's factor comes from a paraphraser, an
-    autoencoder that is trained beside the student instead of before it, from its reconstruction
-    alone: the factor that teaches is a constant. Task 1, ft 1000 (torchdistill, whose mean over
-    elements it belongs to), reconstruction 1.
+    autoencoder that is trained alongside the student instead of before it, on its reconstruction
+    loss alone: the factor that teaches is a constant. Task 1, ft 1000 (torchdistill's weight for
+    the mean over elements), reconstruction 1.
     """
     found = _layers.layers(setup, _layers.deepest(setup), _layers.maps)
     [student_shape], [teacher_shape] = found.student, found.teacher
@@ -276,10 +279,11 @@ def ft(setup: Setup) -> Method:
 
 
 def ab(setup: Setup) -> Method:
-    """Squared hinges that put every neuron on the teacher's side of 0: activation boundaries.
+    """Squared hinges that push every neuron to the teacher's side of 0: activation boundaries.
 
-    Heo et al., 2019 (1811.03233). Every layer weighs half as much as the next; all times 3 / 1000.
-    Task 1, ab 1, trained before the task for 30 of 270 epochs: RepDistiller.
+    Heo et al., 2019 (1811.03233). Every layer has half the weight of the next, and all are
+    multiplied by 3 / 1000. Task 1, ab 1, trained before the task for 30 of 270 epochs:
+    RepDistiller.
     """
 
     def loss(student: Array, teacher: Array) -> Array:
@@ -301,8 +305,8 @@ def ofd(setup: Setup) -> Method:
     """`sum (s - max(t, m))^2 [s > max(t, m) or t > 0]` before the activation: the overhaul.
 
     Heo et al., 2019 (1904.01866). Margins m are the batch's `E[t | t < 0]` per channel; the authors
-    have them in closed form from the teacher's batch normalization (`losses.ofd_margin`). Every
-    layer before weighs half of the next. Task 1, ofd 0.001: the authors' code.
+    compute them in closed form from the teacher's batch normalization (`losses.ofd_margin`). Every
+    layer has half the weight of the next. Task 1, ofd 0.001: the authors' code.
     """
     missing = [t for s, t in _layers.every(setup) if (s, t) not in setup.before_activation]
     if missing:
@@ -328,7 +332,7 @@ def ofd(setup: Setup) -> Method:
 
 
 def _mean_below_zero(x: Array, where: Array | None) -> Array:
-    """`E[x | x < 0]` per channel over this batch, 0 for a channel that is never below: `[C]`."""
+    """`E[x | x < 0]` per channel over this batch, 0 for a channel that is never negative: `[C]`."""
     if where is not None:
         x = jnp.where(jnp.expand_dims(where, tuple(range(1, x.ndim))), x, 0)
     below = jnp.minimum(x, 0).reshape(-1, x.shape[-1])
@@ -339,9 +343,9 @@ def _mean_below_zero(x: Array, where: Array | None) -> Array:
 def fsp(setup: Setup) -> Method:
     """`mean (F_S - F_T)^2` of flow matrices between neighboring layers, summed.
 
-    Yim et al., CVPR 2017. The paper's networks have equal widths; others are brought to the
-    teacher's by 1x1 convolutions. Task 1, fsp 50, trained before the task for 30 of 270 epochs:
-    RepDistiller's script, whose first stage does not read the weight.
+    Yim et al., CVPR 2017. The paper's networks have equal widths; other students are projected to
+    the teacher's widths by 1x1 convolutions. Task 1, fsp 50, trained before the task for 30 of 270
+    epochs: RepDistiller's script, whose first stage does not read the weight.
     """
     found = _layers.layers(setup, _layers.every(setup, at_least=2), _layers.maps)
     glue = [

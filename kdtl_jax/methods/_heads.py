@@ -1,6 +1,6 @@
 """Methods that compare positions, reuse the networks' classifiers, or differentiate the networks.
 
-`at`, `nst`, `cwd`, `wkd_f` and `catkd` need feature maps (or tokens), and say so of vectors.
+`at`, `nst`, `cwd`, `wkd_f` and `catkd` need feature maps (or tokens), and refuse vectors.
 """
 
 import jax
@@ -49,7 +49,8 @@ def nst(setup: Setup) -> Method:
 def cwd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
     """`T^2 mean_c KL(softmax_hw(t_c / T) || softmax_hw(s_c / T))` of the deepest map: channel-wise.
 
-    Shu et al., 2021 (2011.13256). Task 1, cwd 50: the paper for features (3 for score maps).
+    Shu et al., 2021 (2011.13256). Task 1, cwd 50: the paper's weight for features (3 for score
+    maps).
     """
 
     def loss(student: Array, teacher: Array) -> Array:
@@ -80,8 +81,8 @@ def catkd(setup: Setup) -> Method:
     """`mean (c_S - c_T)^2` of class activation maps, pooled to 2x2 and normalized per class.
 
     Guo et al., CVPR 2023. The maps are the last feature map times the kernel of the head that reads
-    its average. Task 1, catkd 400: the default of the authors' code, whose
-    configurations have 10 to 600 by pair (and 0.5 to 15 without the normalization).
+    its average. Task 1, catkd 400: the default of the authors' code, whose configurations use 10 to
+    600 depending on the pair (and 0.5 to 15 without the normalization).
     """
     if setup.last_maps is None:
         raise ValueError(
@@ -105,7 +106,7 @@ def catkd(setup: Setup) -> Method:
 
 
 def classify(head: Head, features: Array) -> Array:
-    """`features @ kernel + bias`, the head frozen."""
+    """`features @ kernel + bias`, with the head frozen."""
     kernel, bias = jax.lax.stop_gradient(head)
     logits = features @ kernel.astype(features.dtype)
     if bias is None:
@@ -117,8 +118,8 @@ def simkd(setup: Setup) -> Method:
     """`mean (P f_S - f_T)^2` of the last map, read by the teacher's classifier at inference.
 
     Chen et al., 2022 (2203.14001). The projector P (1x1, 3x3, 1x1 convolutions, each with batch
-    norm and ReLU) stays: `Method.predict` goes through it, normalizing by the running statistics
-    that the memory holds. Learns without labels (task 0, simkd 1), as the authors do.
+    norm and ReLU) remains part of the model: `Method.predict` goes through it, normalizing by the
+    running statistics in the memory. Learns without labels (task 0, simkd 1), as the authors do.
     """
     head = needs_teacher_head(setup)
     pair = setup.last if setup.last_maps is None else setup.last_maps
@@ -133,7 +134,7 @@ def simkd(setup: Setup) -> Method:
         return {"simkd": losses.mse(student, teacher)}, running
 
     def predict(params: Params, memory: PyTree, student: Outputs) -> Array:
-        # Of the teacher's map only the size matters here: the student's is pooled to it.
+        # Only the size of the teacher's map matters here: the student's map is pooled to it.
         features = student[pair[0]]
         blank = jnp.zeros((features.shape[0], *of_teacher.shape[1:]), features.dtype)
         [(features, _)] = found.read(student, {pair[1]: blank})
@@ -154,8 +155,8 @@ def simkd(setup: Setup) -> Method:
 def srrl(setup: Setup) -> Method:
     """`mean (r(f_S) - f_T)^2 + 5 mean (W_T r(f_S) - W_T f_T)^2`: the teacher's classifier judges.
 
-    Yang et al., ICLR 2021. r is a 1x1 convolution, batch norm and ReLU on what the head reads. Task
-    1, feature 1, classifier 5: cls_KD.
+    Yang et al., ICLR 2021. r is a 1x1 convolution, batch norm and ReLU on the head's input. Task 1,
+    feature 1, classifier 5: cls_KD.
     """
     head, (of_student, of_teacher) = needs_teacher_head(setup), setup.last
     connector = regressor(setup.teacher[of_teacher].shape[-1])
@@ -174,10 +175,10 @@ def srrl(setup: Setup) -> Method:
 
 
 def jacobian(setup: Setup, *, probes: int = 1) -> Method:
-    """`||(J_S - J_T)^T v||^2` of the logits with respect to the inputs, beside logit regression.
+    """`||(J_S - J_T)^T v||^2` of the logits with respect to the inputs, plus logit regression.
 
-    Srinivas and Fleuret, 2018 (1803.00443). v is drawn from {-1, 1}, so that the mean is the
-    squared distance of the Jacobians. Task 1, mse 1, jacobian 1.
+    Srinivas and Fleuret, 2018 (1803.00443). v is drawn from {-1, 1}, so the mean is the squared
+    distance between the Jacobians. Task 1, mse 1, jacobian 1.
     """
     if setup.models is None:
         raise ValueError(

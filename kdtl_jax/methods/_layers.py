@@ -1,7 +1,7 @@
-"""Matched layers: which, and brought to shapes that correspond.
+"""Matched layers: which ones are matched, and how they are brought to corresponding shapes.
 
-A vector `[B, C]` is a map of one position. What normalizes or compares *over* positions would be
-constant on it, so methods that do ask for more than one.
+A vector `[B, C]` is a map of one position. Anything that normalizes or compares *over* positions
+would be constant on it, so methods that do so require more than one position.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ PairLoss = Callable[[Array, Array, Array | None], Array]
 
 
 class Layers(NamedTuple):
-    """Matched layers, seen alike on both sides."""
+    """Matched layers, viewed in the same way on both sides."""
 
     read: Callable[[Outputs, Outputs], Features]  # of the student's and the teacher's outputs
     student: list[jax.ShapeDtypeStruct]  # what `read` gives of the student
@@ -33,7 +33,7 @@ class Layers(NamedTuple):
 
 
 def as_map(x: Array) -> Array:
-    """`[B, C]` as `[B, 1, 1, C]`, tokens `[B, L, C]` as `[B, 1, L, C]`, maps as they are."""
+    """`[B, C]` as `[B, 1, 1, C]`, tokens `[B, L, C]` as `[B, 1, L, C]`, maps unchanged."""
     middle = {2: (1, 1), 3: (1, x.shape[1])}.get(x.ndim, x.shape[1:-1])
     return x.reshape(x.shape[0], *middle, x.shape[-1])
 
@@ -44,14 +44,14 @@ def as_vector(x: Array) -> Array:
 
 
 def unchanged(student: Array, teacher: Array) -> tuple[Array, Array]:
-    """Both as they are, for losses that flatten each side."""
+    """Both unchanged, for losses that flatten each side."""
     return student, teacher
 
 
 def same_positions(student: Array, teacher: Array) -> tuple[Array, Array]:
     """The larger map averaged over adaptive cells.
 
-    Between different kinds of features (a map and a vector) only averages over all positions
+    For different kinds of features (a map and a vector), only averages over all positions
     correspond.
     """
     if student.ndim != teacher.ndim:
@@ -78,7 +78,7 @@ def every(setup: Setup, *, at_least: int = 1) -> Sequence[Pair]:
     """All matched layers.
 
     Raises:
-      ValueError: if there are fewer than asked for.
+      ValueError: if there are fewer than `at_least`.
     """
     if len(setup.pairs) < at_least:
         said = f"needs {at_least} matched layers, this pair of models has {len(setup.pairs)}"
@@ -98,7 +98,7 @@ def deepest(setup: Setup) -> Sequence[Pair]:
 
 
 def middle(setup: Setup) -> Sequence[Pair]:
-    """The matched layer half way, where FitNets takes its hint."""
+    """The matched layer halfway through the network, which FitNets uses for its hint."""
     return every(setup)[len(setup.pairs) // 2 :][:1]
 
 
@@ -106,7 +106,7 @@ def layers(setup: Setup, pairs: Sequence[Pair], view: View = same_positions) -> 
     """The features of pairs of layers under a view.
 
     Raises:
-      ValueError: if two layers of tokens are not of equal length.
+      ValueError: if two token layers have different lengths.
     """
     for of_student, of_teacher in pairs:
         student, teacher = setup.student[of_student].shape, setup.teacher[of_teacher].shape
@@ -124,10 +124,10 @@ def layers(setup: Setup, pairs: Sequence[Pair], view: View = same_positions) -> 
 
 
 def layers_of_maps(setup: Setup, pairs: Sequence[Pair], *, because: str) -> Layers:
-    """`layers` as maps of more than one position.
+    """`layers` as maps with more than one position.
 
     Raises:
-      ValueError: if one has a single position; `because` says why more are needed.
+      ValueError: if a map has a single position; `because` explains why more are needed.
     """
     found = layers(setup, pairs, maps)
     if any(x.shape[1] * x.shape[2] < 2 for x in found.student):
@@ -145,15 +145,16 @@ def pairwise(
     connector: Callable[[int], Connector] | None = None,
     layer_weights: Sequence[float] | None = None,
 ) -> Method:
-    """The method `sum_i w_i loss(connector_i(f_S), f_T)` over layers, one term.
+    """The method `sum_i w_i loss(connector_i(f_S), f_T)` over layers, as one term.
 
     Args:
       setup: the pair of models.
       term: its name.
-      loss: of the features of one pair, `[B]`; `by_example` makes one of losses that need no mask.
+      loss: of the features of one pair, `[B]`; `by_example` makes one from a loss that needs no
+        mask.
       found: the layers.
       weights: of the task and the term.
-      connector: from the teacher's channels; None compares features as they are.
+      connector: made from the teacher's number of channels; None compares the features directly.
       layer_weights: w; 1 each by default.
     """
     if connector is None:
@@ -178,7 +179,7 @@ def pairwise(
 def connect(
     glue: Sequence[Connector], params: Params, features: Features, where: Array | None
 ) -> Features:
-    """The student's features through their connectors, the teacher's as they are."""
+    """The student's features through their connectors, the teacher's unchanged."""
     return [
         (connector.apply(params[f"pair_{i}"], student, where=where), teacher)
         for i, (connector, (student, teacher)) in enumerate(zip(glue, features, strict=True))
@@ -186,7 +187,7 @@ def connect(
 
 
 def by_example(loss: Callable[[Array, Array], Array]) -> PairLoss:
-    """A loss whose value for one example depends on no other: the mask is the objective's."""
+    """A loss whose value for one example depends on no other; the objective applies the mask."""
     return lambda student, teacher, where: loss(student, teacher)
 
 
@@ -223,5 +224,5 @@ def projection(channels: int) -> Connector:
 
 
 def regressor(channels: int) -> Connector:
-    """RepDistiller's: `projection` and a ReLU."""
+    """RepDistiller's regressor: `projection` and a ReLU."""
     return connectors.chain(projection(channels), connectors.activation(jax.nn.relu))

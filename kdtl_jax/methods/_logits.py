@@ -1,7 +1,7 @@
-"""Methods of class logits: KD and what has been proposed in its place.
+"""Methods on class logits: KD and its proposed replacements.
 
-Each is beside the task, whose weight is named. All need classes that exclude each other (softmax),
-but for `binary_kd` and the regressions: `logit_mse`, `logit_l1`, `logit_huber`,
+Each is added to the task, whose weight is stated. All need mutually exclusive classes (softmax),
+except `binary_kd` and the regressions: `logit_mse`, `logit_l1`, `logit_huber` and
 `bounded_regression`.
 """
 
@@ -27,25 +27,25 @@ from kdtl_jax.methods._method import (
 from kdtl_jax.methods._setup import Setup, regression
 from kdtl_jax.objective import Inputs
 
-RANKED = 32  # classes among which rankings take pairs
+RANKED = 32  # ranking losses compare pairs among this many classes
 
 
 class Logits(NamedTuple):
-    """What methods of class logits read."""
+    """The inputs of methods on class logits."""
 
     student: Array  # [B, classes]
     teacher: Array
     labels: Array  # [B]
-    where: Array | None  # [B], real examples; None where all are
+    where: Array | None  # [B], real examples; None if all are
 
 
 def of_logits(
     setup: Setup, terms: Callable[[Logits], dict[str, Array]], weights: Mapping[str, Weight]
 ) -> Method:
-    """A method of class logits.
+    """A method on class logits.
 
     Raises:
-      ValueError: if the classes do not exclude each other.
+      ValueError: if the classes are not mutually exclusive.
     """
     exclusive_classes(setup)
     return method(setup, lambda inputs: terms(logits(inputs)), weights)
@@ -76,7 +76,8 @@ def logit_std(setup: Setup, *, temperature: Scalar = 2.0) -> Method:
     """KD of logits standardized over classes.
 
     Sun et al., 2024 (2403.01427). Task 0.1, kd 9: the authors' code. They divide by the unbiased
-    deviation (`ddof=1` of `losses.standardize_logits`), this by the population's.
+    deviation (`ddof=1` of `losses.standardize_logits`); this method divides by the population
+    deviation.
     """
 
     def terms(x: Logits) -> dict[str, Array]:
@@ -122,10 +123,11 @@ def nkd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
 
 
 def dist(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
-    """`1 - rho` of probabilities over classes (inter) and over the batch (intra), rho Pearson's.
+    """`1 - rho` of probabilities over classes (inter) and over the batch (intra): Pearson
+    correlations.
 
-    Huang et al., 2022 (2205.10536). Task 1, inter 2, intra 2, T = 1: the authors on ImageNet. On
-    CIFAR-100 they have T = 4, where their code multiplies both by `T^2`.
+    Huang et al., 2022 (2205.10536). Task 1, inter 2, intra 2, T = 1: the authors' settings on
+    ImageNet. On CIFAR-100 they use T = 4, where their code multiplies both by `T^2`.
     """
 
     def terms(x: Logits) -> dict[str, Array]:
@@ -154,7 +156,7 @@ def wsld(setup: Setup, *, temperature: Scalar = 4.0) -> Method:
 
 
 def ttm(setup: Setup, *, temperature: Scalar = 10.0) -> Method:
-    """`KL(softmax(z_T / T) || softmax(z_S))`: transformed teacher matching, only the teacher soft.
+    """`KL(softmax(z_T / T) || softmax(z_S))`: transformed teacher matching (soft teacher only).
 
     Zheng and Yang, 2024 (2402.11148). Task 1, ttm 45 at gamma = 1 / T = 0.1: the authors' README.
     """
@@ -168,8 +170,8 @@ def ttm(setup: Setup, *, temperature: Scalar = 10.0) -> Method:
 def wttm(setup: Setup, *, temperature: Scalar = 5.0) -> Method:
     """`ttm` weighted by `sum_c p_T(c)^(1 / T)` per example.
 
-    Zheng and Yang, 2024 (2402.11148). Task 1, wttm 4 at gamma = 1 / T = 0.2: the authors'
-    README, beside CRD.
+    Zheng and Yang, 2024 (2402.11148). Task 1, wttm 4 at gamma = 1 / T = 0.2: the authors' README,
+    combined with CRD.
     """
 
     def terms(x: Logits) -> dict[str, Array]:
@@ -181,7 +183,7 @@ def wttm(setup: Setup, *, temperature: Scalar = 5.0) -> Method:
 def logit_mse(setup: Setup) -> Method:
     """`mean_c (z_S - z_T)^2`: regression on logits, without labels (task 0, mse 1).
 
-    Ba and Caruana, 2014 (1312.6184). Also for sigmoid heads and regression.
+    Ba and Caruana, 2014 (1312.6184). It also works for sigmoid heads and regression.
     """
 
     def terms(inputs: Inputs) -> dict[str, Array]:
@@ -191,10 +193,10 @@ def logit_mse(setup: Setup) -> Method:
 
 
 def logit_l1(setup: Setup) -> Method:
-    """`mean_c |z_S - z_T|`: L1, which a teacher far off on some examples pulls less than squares.
+    """`mean_c |z_S - z_T|`: L1, less sensitive than squares to a teacher far off on some examples.
 
-    He et al., FAKD, ICIP 2020. Task 0.5, l1 0.5: the authors' scripts, whose task is L1 too. For
-    regression and for logits.
+    He et al., FAKD, ICIP 2020. Task 0.5, l1 0.5: the authors' scripts, whose task is L1 too. It
+    works for regression and for logits.
     """
 
     def terms(inputs: Inputs) -> dict[str, Array]:
@@ -204,10 +206,10 @@ def logit_l1(setup: Setup) -> Method:
 
 
 def logit_huber(setup: Setup, *, delta: Scalar = 1.0) -> Method:
-    """`logit_l1` with a square where student and teacher are nearer than `delta` (smooth L1).
+    """`logit_l1`, but quadratic where student and teacher are closer than `delta` (smooth L1).
 
     Huber, 1964. Task 0.5, huber 0.5, as `logit_l1`. `delta` is in units of the outputs: standard
-    deviations of the targets where these are standardized, as `kdtl` does.
+    deviations of the targets if these are standardized, as in `kdtl`.
     """
 
     def terms(inputs: Inputs) -> dict[str, Array]:
@@ -218,7 +220,7 @@ def logit_huber(setup: Setup, *, delta: Scalar = 1.0) -> Method:
 
 
 def bounded_regression(setup: Setup, *, margin: Scalar = 0.0) -> Method:
-    """The squared error once more, until the student is nearer to the targets than its teacher.
+    """An extra squared error, until the student is closer to the targets than its teacher.
 
     Chen et al., NeurIPS 2017, whose task is the smooth L1 loss. Task 1, bounded 0.5: the paper.
     `margin` is in squared units of the outputs.
@@ -238,7 +240,7 @@ def mlld(setup: Setup, *, temperatures: Sequence[Scalar] = (2.0, 3.0, 4.0, 5.0, 
     """KD, correlations of the batch and of the classes, each summed over temperatures.
 
     Jin, Wang and Lin, Multi-Level Logit Distillation, CVPR 2023. Task 0.1, kd 0.9, batch 0.9,
-    classes 0.9, as for KD in mdistiller. The authors' code departs from the paper; this is the
+    classes 0.9, as for KD in mdistiller. The authors' code departs from the paper; this follows the
     paper.
     """
 
@@ -256,9 +258,9 @@ def mlld(setup: Setup, *, temperatures: Sequence[Scalar] = (2.0, 3.0, 4.0, 5.0, 
 
 
 def ctkd(setup: Setup) -> Method:
-    """KD at a temperature in (1, 21) that is learned against the student.
+    """KD at a temperature in (1, 21) that is learned adversarially against the student.
 
-    Li et al., 2022 (2211.16231). The gradient's reversal grows along a cosine over 10 of 240
+    Li et al., 2022 (2211.16231). The gradient reversal ramps up along a cosine over 10 of 240
     epochs. Task 0.1, kd 0.9: the authors' code.
     """
     exclusive_classes(setup)
@@ -283,7 +285,7 @@ def wkd_l(setup: Setup, *, temperature: Scalar = 8.0) -> Method:
     q is the distribution over the classes other than the label; moving mass costs
     `1 - exp(-(1 - cos))` of the teacher's class weights. Lv, Yang and Li, 2024 (2412.08139). Task
     1, target 1, transport 600, decaying to 0 over the last 90 of 240 epochs along a half cosine:
-    the authors' code for ResNet-32x4 to 8x4, there with costs from the CKA of class features.
+    the authors' code for ResNet-32x4 to 8x4, which uses costs from the CKA of class features.
     """
     directions = connectors.unit_norm().apply({}, needs_teacher_head(setup).kernel.T)
     cost = -jnp.expm1(jnp.minimum(directions @ directions.T - 1, 0))
@@ -302,7 +304,7 @@ def wkd_l(setup: Setup, *, temperature: Scalar = 8.0) -> Method:
 
 
 def hinge_ranking(setup: Setup) -> Method:
-    """The teacher's order among its 32 likeliest classes, by hinges of its own gaps.
+    """The teacher's order among its 32 most likely classes, with hinges at the teacher's own gaps.
 
     DistillKit, 2024. Task 1, hinge 1.
     """
@@ -315,7 +317,7 @@ def hinge_ranking(setup: Setup) -> Method:
 
 
 def logistic_ranking(setup: Setup) -> Method:
-    """The teacher's order among its 32 likeliest classes, by logistic losses of pairs.
+    """The teacher's order among its 32 most likely classes, with logistic losses on pairs.
 
     Burges et al., ICML 2005; DistillKit, 2024. Task 1, logistic 1.
     """
@@ -334,7 +336,7 @@ def binary_kd(
 
     Yang et al., Multi-Label Knowledge Distillation, 2023 (2308.06453): its multi-label logits
     distillation, which the authors sum over labels. Task 1, kd 1; `class_weights` is `[classes]`.
-    A binary head of one logit is the case of one label.
+    A binary head with one logit is the case of one label.
     """
     if setup.exclusive:
         raise ValueError("needs sigmoid heads (exclusive=False), these classes exclude each other")

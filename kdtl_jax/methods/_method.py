@@ -18,7 +18,7 @@ Predict = Callable[[Params, PyTree, Outputs], Array]  # (params, model_state, ou
 class Method(NamedTuple):
     """A method for one pair of models.
 
-    `terms` and `weights` go to `train.make_step`, `connectors(key)` and `memory(key)` to
+    Pass `terms` and `weights` to `train.make_step`, and `connectors(key)` and `memory(key)` to
     `train.init_state`.
     """
 
@@ -26,8 +26,8 @@ class Method(NamedTuple):
     weights: Mapping[str, Weight]  # the paper's, or its authors' code's
     connectors: Callable[[Array], Params]  # key -> parameters, {} without connectors
     memory: Callable[[Array], PyTree]  # key -> memory, None without one
-    # (connectors, memory, the student's outputs) -> logits at inference, where connectors take
-    # part in the prediction. None: the student's own logits.
+    # (connectors, memory, the student's outputs) -> logits at inference, if connectors take part in
+    # the prediction. None: the student's own logits.
     predict: Predict | None = None
 
 
@@ -37,7 +37,7 @@ def no_connectors(key: Array) -> Params:
 
 
 def no_memory(key: Array) -> PyTree:
-    """`Method.memory` of a method that remembers nothing."""
+    """`Method.memory` of a method without memory."""
     return None
 
 
@@ -50,9 +50,9 @@ def method(
     memory: Callable[[Array], PyTree] = no_memory,
     predict: Predict | None = None,
 ) -> Method:
-    """A `Method` of the given distillation terms; the setup's task is added to them.
+    """A `Method` with the given distillation terms; the setup's task is added to them.
 
-    For methods of your own: what it returns is used as any published method is.
+    For methods of your own: the result is used like any published method.
     """
 
     def with_task(inputs: Inputs) -> Any:
@@ -85,7 +85,7 @@ def exclusive_classes(setup: Setup) -> None:
     """Refuses sigmoid heads, whose logits are not a distribution over classes.
 
     Raises:
-      ValueError: if the classes do not exclude each other.
+      ValueError: if the classes are not mutually exclusive.
     """
     if not setup.exclusive:
         raise ValueError(
@@ -98,7 +98,7 @@ def needs_teacher_head(setup: Setup) -> Head:
     """The teacher's linear classifier.
 
     Raises:
-      ValueError: if it is not known.
+      ValueError: if it is unknown.
     """
     if setup.teacher_head is None:
         raise ValueError(no_head("teacher"))
@@ -106,7 +106,7 @@ def needs_teacher_head(setup: Setup) -> Head:
 
 
 def no_head(side: str) -> str:
-    """Why a method refuses a "teacher" or a "student" whose classifier is not known."""
+    """Why a method refuses a "teacher" or a "student" whose classifier is unknown."""
     return (
         f"needs the {side}'s classifier and what it reads, weights called 'head' and the output "
         f"'pooled': give setup a {side}_layout with head= and last= if they have other names"
@@ -119,7 +119,7 @@ def schedule(made: optax.Schedule, said: str) -> Schedule:
     def run(step: Array) -> Array:
         return jnp.asarray(made(jnp.asarray(step, jnp.float32)))
 
-    run.__qualname__ = said  # what one sees who prints a method's weights
+    run.__qualname__ = said  # shown when a method's weights are printed
     return run
 
 
@@ -131,7 +131,7 @@ def warmed_up(weight: float, setup: Setup) -> Schedule:
 
 
 def cooled_down(weight: float, setup: Setup) -> Schedule:
-    """`weight`, and over the last 90 of 240 parts of the run down to 0 along a half cosine."""
+    """`weight`, decaying to 0 along a half cosine over the last 90 of 240 parts of the run."""
     start = round(150 / 240 * setup.steps)
     decay = optax.cosine_decay_schedule(weight, max(setup.steps - start, 1))
     made = optax.join_schedules([optax.constant_schedule(weight), decay], [start])

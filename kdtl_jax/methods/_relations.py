@@ -1,6 +1,6 @@
-"""Methods of relations between examples: within a batch, or with embeddings that a memory keeps.
+"""Methods on relations between examples: within a batch, or to embeddings kept in a memory.
 
-Widths may differ. Contrastive methods embed what the heads read in 128 dimensions on both sides.
+Widths may differ. Contrastive methods embed the heads' inputs in 128 dimensions on both sides.
 """
 
 from functools import partial
@@ -33,7 +33,7 @@ def sp(setup: Setup) -> Method:
 
 
 def rkd(setup: Setup) -> Method:
-    """Distances between pairs and angles of triples of examples, of what the heads read.
+    """Distances between pairs and angles in triples of examples, on the heads' inputs.
 
     Park et al., Relational Knowledge Distillation, 2019 (1904.05068). Task 1, distance 25, angle
     50: RepDistiller and mdistiller.
@@ -52,7 +52,7 @@ def rkd(setup: Setup) -> Method:
 
 
 def pkt(setup: Setup) -> Method:
-    """`KL` of cosine similarities to the batch, of what the heads read, over the batch's size.
+    """`KL` of cosine similarities to the batch, on the heads' inputs, divided by the batch size.
 
     Passalis and Tefas, Probabilistic Knowledge Transfer, 2018 (1803.10837). Task 1, pkt 30000:
     RepDistiller, which averages over pairs of examples.
@@ -67,7 +67,7 @@ def pkt(setup: Setup) -> Method:
 
 
 def cc(setup: Setup) -> Method:
-    """`mean_ij (K_S - K_T)_ij^2` of Gaussian kernels of what the heads read.
+    """`mean_ij (K_S - K_T)_ij^2` of Gaussian kernels of the heads' inputs.
 
     Peng et al., Correlation Congruence, 2019 (1904.01802). Task 1, cc 0.003: torchdistill's
     configuration.
@@ -83,7 +83,7 @@ def cc(setup: Setup) -> Method:
 def itrd(setup: Setup) -> Method:
     """`log2 sum_d |rho_d - 1|^3` of feature correlations rho, and mutual information.
 
-    Miles, Rodriguez and Mikolajczyk, 2022 (2112.00459). The student is embedded linearly in the
+    Miles, Rodriguez and Mikolajczyk, 2022 (2112.00459). The student is projected linearly to the
     teacher's width. Task 1, correlation 2, mutual 0.05: the settings in the distillers zoo, whose
     `forward` adds both unweighted. The published logarithm has no floor and is -inf at perfect
     correlation; here the floor is 1e-12.
@@ -134,8 +134,8 @@ def _embedded(setup: Setup, inputs: Inputs) -> tuple[Array, Array]:
 def crd(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
     """Noise-contrastive estimation against banks of both models' embeddings.
 
-    Tian, Krishnan and Isola, 2020 (1910.10699). 16384 negatives; the normalizer is fixed by the
-    first batch (of microbatches the first) with a real example, as published. Batches hold their
+    Tian, Krishnan and Isola, 2020 (1910.10699). There are 16384 negatives. The normalizer is fixed
+    by the first batch (or microbatch) with a real example, as published. Batches hold their
     examples' positions as `"index"`. Task 1, crd 0.8: RepDistiller.
     """
     n = setup.examples
@@ -150,7 +150,8 @@ def crd(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
         constant, where = jax.lax.stop_gradient(queries), inputs.real
         given = {"temperature": temperature, "where": where}
         first = memory.bank_set_normalizer(bank, constant, drawn, **given)
-        # By memory, not by step: the first step may be skipped, or hold padding alone.
+        # Decided by the memory, not by the step: the first step may be skipped, or hold only
+        # padding.
         log_z = jnp.where(inputs.memory["is_normalized"], bank.log_z, first.log_z)
         scores = memory.bank_scores(bank._replace(log_z=log_z), queries, drawn, **given)
         return losses.crd(scores, num_data=n), log_z
@@ -189,7 +190,7 @@ def crd(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
 
 
 def info_nce(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
-    """`-log softmax_j(cos(s_i, t_j) / T)_i`: the rest of the batch are the negatives.
+    """`-log softmax_j(cos(s_i, t_j) / T)_i`: the negatives are the rest of the batch.
 
     van den Oord, Li and Vinyals, 2018 (1807.03748). Task 1, info_nce 0.8, T = 0.07: the settings of
     `crd`.
@@ -211,7 +212,7 @@ def info_nce(setup: Setup, *, temperature: Scalar = 0.07) -> Method:
 def dcd(setup: Setup) -> Method:
     """`info_nce` at a learned `1 / T = min(exp(tau), 10)`, and half the invariance of both views.
 
-    Giakoumoglou and Stathaki, 2024 (2407.11802). Tau is 1 at first. Task 1, info_nce 1, invariance
+    Giakoumoglou and Stathaki, 2024 (2407.11802). Tau starts at 1. Task 1, info_nce 1, invariance
     0.5: the authors' code.
     """
 
@@ -237,9 +238,9 @@ def dcd(setup: Setup) -> Method:
 def rrd(setup: Setup, *, temperature: Scalar = 0.1) -> Method:
     """`KL` of similarities to a queue of the teacher's last 16384 embeddings.
 
-    Giakoumoglou and Stathaki, 2024 (2407.12073). The teacher's temperature is 0.02, `temperature`
-    the student's. The teacher's embedding is random and stays so, and the batch enters the queue
-    before it is compared, as published. Task 1, rrd 1: the authors' code.
+    Giakoumoglou and Stathaki, 2024 (2407.12073). The teacher's temperature is 0.02; `temperature`
+    is the student's. The teacher's embedding is random and stays fixed, and the batch enters the
+    queue before it is compared, as published. Task 1, rrd 1: the authors' code.
     """
 
     def terms(inputs: Inputs) -> tuple[dict[str, Array], PyTree]:

@@ -1,4 +1,5 @@
-"""What methods are built from: the shapes of two models, and where their features are."""
+"""The inputs that methods are built from: the shapes of two models, and where their features
+are."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,13 +26,13 @@ class Head(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where a network's features are, as names of its outputs.
+    """Where a network's features are, given as names of its outputs.
 
     `layout` finds it for networks that follow the usual names.
     """
 
     features: tuple[str, ...]  # from the input to the head
-    last: str = "logits"  # what the head reads, `[B, width]`; "logits" where that is not tapped
+    last: str = "logits"  # the head's input, `[B, width]`; "logits" if that is not tapped
     before_activation: Mapping[str, str] = {}  # a feature -> the same layer before its activation
     # Modules tapped as path/query, path/key, path/value, path/probs.
     attention: tuple[str, ...] = ()
@@ -39,14 +40,14 @@ class Layout(NamedTuple):
 
 
 class Models(NamedTuple):
-    """Both networks as functions, for losses of their derivatives."""
+    """Both networks as functions, for losses on their derivatives."""
 
     student: Callable[[Params, Array], Outputs]  # of the student's parameters and inputs
     teacher: Callable[[Array], Outputs]
 
 
 class Setup(NamedTuple):
-    """What a method may look at when it is built; made by `setup`.
+    """What a method may read when it is built; made by `setup`.
 
     Batches hold `"inputs"`, `"labels"` and, for methods with a bank, `"index"` `[B]`, the positions
     of the examples in the training set.
@@ -56,14 +57,14 @@ class Setup(NamedTuple):
     student: Shapes  # outputs by tap, with the batch axis: "logits" and every feature
     teacher: Shapes
     pairs: tuple[Pair, ...]  # matched layers, in order of depth
-    last: Pair  # what the heads read, `[B, width]`
+    last: Pair  # the heads' inputs, `[B, width]`
     examples: int  # of the training set
     steps: int  # of the whole run
     task: TermsFn = objective.classification
-    exclusive: bool = True  # classes exclude each other (softmax), or not (sigmoid)
+    exclusive: bool = True  # whether classes are mutually exclusive (softmax or sigmoid)
     teacher_head: Head | None = None
     student_head: Callable[[Params], Head] | None = None
-    last_maps: Pair | None = None  # maps whose averages are `last`, where both networks pool
+    last_maps: Pair | None = None  # maps whose averages are `last`, if both networks pool
     before_activation: Mapping[Pair, Pair] = {}  # a matched pair -> the same before activation
     attention: tuple[Pair, ...] = ()  # paths of matched attention modules
     models: Models | None = None
@@ -74,7 +75,7 @@ class Setup(NamedTuple):
 def multi_label(inputs: Inputs) -> dict[str, Array]:
     """The task of sigmoid heads: `{"task": mean over classes of the binary cross-entropy}`.
 
-    `batch["labels"]` is 0 or 1 per logit (or between), `[B, classes]`; `[B]` for a head of one
+    `batch["labels"]` is 0 or 1 per logit (or in between), `[B, classes]`; `[B]` for a head with one
     logit. Other numbers raise ValueError; under `jit` they give NaN, with gradient 0.
     """
     logits, labels, real = inputs.student["logits"], inputs.batch["labels"], inputs.real
@@ -98,8 +99,8 @@ def multi_label(inputs: Inputs) -> dict[str, Array]:
 def regression(inputs: Inputs) -> dict[str, Array]:
     """The task of regression: `{"task": mean over outputs of (y - t)^2}`.
 
-    `batch["labels"]` are the targets, `[B, outputs]` as the logits, in the units in which the
-    model answers.
+    `batch["labels"]` are the targets, `[B, outputs]` like the logits, in the units of the model's
+    outputs.
 
     Raises:
       ValueError: if outputs and targets differ in shape.
@@ -129,27 +130,29 @@ def setup(
 
     Args:
       student: the model function of the student (`linen.model(module).apply`, or your own).
-      teacher: of the teacher.
+      teacher: the model function of the teacher.
       student_variables: parameters and model state, arrays or their shapes.
-      teacher_variables: the same of the teacher. Methods that reuse its classifier or derive its
-        outputs need arrays, which may be tracers; the others do with shapes.
+      teacher_variables: the same for the teacher. Methods that reuse its classifier or
+        differentiate its outputs need arrays, which may be tracers; shapes are enough for the
+        others.
       inputs: a batch `[B, ...]`, or its shape.
       examples: size of the training set.
-      steps: of the whole run, for weights that change.
-      classes: checked against both heads; by default what the teacher has.
-      exclusive: whether classes exclude each other (softmax). False for binary and multi-label
-        heads and for regression: methods of class distributions then do not apply.
-      layers: (student tap, teacher tap) to match. By default the last features of both, then those
-        before them, as many as the shallower network has, in the order in which they are computed.
-      student_layout: where the student's features are; by default what `layout` finds.
-      teacher_layout: of the teacher.
+      steps: of the whole run, for weights on a schedule.
+      classes: checked against both heads; by default the teacher's number of classes.
+      exclusive: whether classes are mutually exclusive (softmax). Use False for binary and
+        multi-label heads and for regression: methods on class distributions then do not apply.
+      layers: pairs (student tap, teacher tap) to match. By default, the last features of both, then
+        those before them, as many as the shallower network has, in the order in which they are
+        computed.
+      student_layout: where the student's features are; by default as found by `layout`.
+      teacher_layout: the same for the teacher.
       task: `inputs -> {"task": values}`. By default cross-entropy with `batch["labels"]`: softmax
-        (`objective.classification`), or sigmoid if classes do not exclude each other.
+        (`objective.classification`), or sigmoid if `exclusive` is False.
 
     Raises:
       TypeError: if a model is not a model function, or its variables are parameters alone.
-      ValueError: if a network has no logits or not one per class, one class is to be learned by
-        softmax, or a tap does not exist (the existing ones are listed).
+      ValueError: if a network has no logits or not one per class, a softmax head has a single
+        class, or a tap does not exist (the existing ones are listed).
     """
     _model_functions.model_function(student=student, teacher=teacher)
     for name, given in (("student", student_variables), ("teacher", teacher_variables)):
@@ -222,9 +225,9 @@ def setup(
 def layout(model: ModelFn, variables: Variables, inputs: Any) -> Layout:
     """Finds a network's features by the names and shapes of its outputs; nothing is computed.
 
-    Every output but the logits is a feature, in the order in which they are computed, except
+    Every output is a feature, in the order in which they are computed, except the logits,
     `"pooled"` and the parts of attention modules (`path/query`, `path/key`, `path/value`,
-    `path/probs`). The head reads `"pooled"`, or else the last feature `[B, width]`.
+    `path/probs`). The head reads `"pooled"` if it exists, otherwise the last feature `[B, width]`.
 
     Args:
       model: a model function.
@@ -235,7 +238,7 @@ def layout(model: ModelFn, variables: Variables, inputs: Any) -> Layout:
 
 
 def _layout(outputs: Shapes, depths: Mapping[str, tuple[int, ...]]) -> Layout:
-    def order(name: str) -> Any:  # layers that a scan computes at once are told apart by name
+    def order(name: str) -> Any:  # layers that a scan computes at once are ordered by name
         return depths[name], trees.natural_key(name)
 
     inside = {name: re.fullmatch(r"(.+)/(query|key|value|probs)", name) for name in outputs}
@@ -320,7 +323,7 @@ def _tap_pairs(layers: Any) -> tuple[Pair, ...]:
 
 
 def _from_the_end(student: Sequence[str], teacher: Sequence[str]) -> tuple[Pair, ...]:
-    """The deepest layers belong together whatever the depths."""
+    """Pairs layers from the deepest up, for any depths."""
     count = min(len(student), len(teacher))
     return tuple(zip(student[len(student) - count :], teacher[len(teacher) - count :], strict=True))
 
@@ -328,7 +331,7 @@ def _from_the_end(student: Sequence[str], teacher: Sequence[str]) -> tuple[Pair,
 def _last_maps(
     student: Layout, teacher: Layout, of_student: Shapes, of_teacher: Shapes
 ) -> Pair | None:
-    """The deepest features, where they are maps whose averages both heads read."""
+    """The deepest features, if they are maps whose averages both heads read."""
     for found, outputs in ((student, of_student), (teacher, of_teacher)):
         if found.last != "pooled" or not found.features:
             return None

@@ -1,4 +1,4 @@
-"""The table of methods: what `kdtl distill --list` prints, and where a name becomes a function."""
+"""The table of methods, which `kdtl distill --list` prints and which maps names to functions."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -24,9 +24,9 @@ class Entry(NamedTuple):
     title: str
     paper: str  # authors, arXiv id or venue, year
     needs: str  # "labels" | "logits" | "features" | "maps" | "tokens" | "networks"
-    connector: bool  # trains glue beside the student
+    connector: bool  # trains a connector along with the student
     build: Callable[..., Method]  # of a `Setup`; keyword arguments are hyper-parameters
-    applies: Callable[[Setup], str | None]  # None, or the reason why not in words
+    applies: Callable[[Setup], str | None]  # None, or the reason why not
 
 
 def _entries(
@@ -37,7 +37,7 @@ def _entries(
 
 
 def _refusal(build: Callable[..., Method], setup: Setup) -> str | None:
-    """With its own hyper-parameters a method refuses a setup for no reason but the models."""
+    """With its default hyper-parameters, a method refuses a setup only because of the models."""
     try:
         build(setup)
     except ValueError as reason:

@@ -1,4 +1,4 @@
-"""Methods of transformers: hidden states, attention and its relations, of matched layers.
+"""Methods for transformers: hidden states, attention and its relations, on matched layers.
 
 Attention modules are matched by `Setup.attention`; their taps are `path/probs`, `path/query`,
 `path/key` and `path/value`, as the library's encoders name them. All need tokens `[B, L, D]`.
@@ -21,7 +21,8 @@ RELATION_HEADS = 12
 
 
 def _token_layers(setup: Setup) -> Sequence[Pair]:
-    """All matched layers, which must be of tokens, equally many on both sides."""
+    """All matched layers, which must be token layers with the same number of tokens on both
+    sides."""
     for of_student, of_teacher in setup.pairs:
         if len(setup.student[of_student].shape) != 3 or len(setup.teacher[of_teacher].shape) != 3:
             raise ValueError(
@@ -32,7 +33,7 @@ def _token_layers(setup: Setup) -> Sequence[Pair]:
 
 
 def _attention(setup: Setup, *parts: str) -> Sequence[Pair]:
-    """Matched attention modules, whose named parts must be tapped."""
+    """Matched attention modules; their named parts must be tapped."""
     if not setup.attention:
         raise ValueError(
             "needs matched attention modules, this pair of models has none: let outputs be called "
@@ -47,7 +48,8 @@ def _attention(setup: Setup, *parts: str) -> Sequence[Pair]:
 
 
 def _same_heads(setup: Setup, *parts: str) -> Sequence[Pair]:
-    """`_attention`, with maps that are compared entry by entry: as many heads and tokens."""
+    """`_attention` with maps that are compared entry by entry: equal numbers of heads and
+    tokens."""
     pairs = _attention(setup, "probs", *parts)
     for of_student, of_teacher in pairs:
         student = setup.student[f"{of_student}/probs"].shape
@@ -81,7 +83,7 @@ def hidden_cosine(setup: Setup) -> Method:
     """`1 - cos(W h_S, h_T)` per token, summed over layers: directions of hidden states.
 
     Sanh et al., DistilBERT, 2019 (1910.01108). Task 1, hidden 1: DistilBERT, whose widths are equal
-    (no map there).
+    (so it has no map).
     """
     found = _layers.layers(setup, _token_layers(setup), _layers.unchanged)
     weights = {"task": 1.0, "hidden": 1.0}
@@ -92,8 +94,8 @@ def hidden_cosine(setup: Setup) -> Method:
 def patient_kd(setup: Setup) -> Method:
     """`|| h_S / |h_S| - h_T / |h_T| ||^2` of every layer's first token: patient distillation.
 
-    Sun et al., 2019 (1908.09355). Task 1, patient 10, within the paper's range for beta. Students
-    of another width go through a linear map per layer.
+    Sun et al., 2019 (1908.09355). Task 1, patient 10, within the paper's range for beta. A student
+    of a different width goes through one linear map per layer.
     """
     found = _layers.layers(setup, _token_layers(setup), _layers.first_tokens)
     weights = {"task": 1.0, "patient": 10.0}
@@ -165,8 +167,8 @@ def tinybert(setup: Setup) -> Method:
 def minilm(setup: Setup) -> Method:
     """The last layer's attention, which is the query-key relation, and its value relation.
 
-    Wang et al., MiniLM, 2020 (2002.10957). 12 relation heads, or the most that divide both widths.
-    Task 1, attention 1, value 1, as in the paper.
+    Wang et al., MiniLM, 2020 (2002.10957). There are 12 relation heads, or the most that divide
+    both widths. Task 1, attention 1, value 1, as in the paper.
     """
     of_student, of_teacher = _last_attention(setup)
     heads = _relation_heads(setup)
@@ -190,8 +192,8 @@ def minilm(setup: Setup) -> Method:
 def minilm_v2(setup: Setup) -> Method:
     """Query-query, key-key and value-value relations of the last layer.
 
-    Wang et al., MiniLMv2, 2021 (2012.15828). 12 relation heads, or the most that divide both
-    widths. Task 1, relations 1, as in the paper.
+    Wang et al., MiniLMv2, 2021 (2012.15828). There are 12 relation heads, or the most that divide
+    both widths. Task 1, relations 1, as in the paper.
     """
     of_student, of_teacher = _last_attention(setup)
     heads = _relation_heads(setup)
@@ -208,7 +210,7 @@ def minilm_v2(setup: Setup) -> Method:
 
 
 def _last_attention(setup: Setup) -> Pair:
-    """The last matched attention module, of as many tokens on both sides."""
+    """The last matched attention module, with the same number of tokens on both sides."""
     of_student, of_teacher = _attention(setup, "query", "key", "value")[-1]
     student = setup.student[f"{of_student}/query"].shape
     teacher = setup.teacher[f"{of_teacher}/query"].shape
@@ -234,7 +236,7 @@ def _parts(outputs: Outputs, path: str) -> dict[str, Array]:
 
 
 def _log_probs(probs: Array) -> Array:
-    """Scores of which the softmax is `probs`."""
+    """Scores whose softmax is `probs`."""
     return jnp.log(jnp.maximum(probs, jnp.finfo(probs.dtype).tiny))
 
 
