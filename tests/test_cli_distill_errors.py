@@ -89,7 +89,7 @@ def test_bad_input_is_told_before_anything_is_trained(
         ("distill", "--layers hidden_0:hidden_9", "teacher has no tap 'hidden_9'. It has dense_0"),
         ("distill", "--student none.py:Net", "none.py: no such file"),
         ("sweep", "--resume", "there is no run in"),
-        ("sweep", "--grid temprature=1,2 fast=1", "'temprature', 'fast' are no axes of kd, "),
+        ("sweep", "--grid temprature=1,2 fast=1", "'temprature', 'fast' are not axes of kd, "),
         ("sweep", "--teacher none.py:Net", "none.py: no such file"),
         ("transfer", "--resume", "there is no run in"),
         ("transfer", "--class-weights balanced --labels-per-class 3", "has 3 labels already"),

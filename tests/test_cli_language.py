@@ -214,7 +214,9 @@ def test_a_teacher_that_cannot_answer_is_refused_before_anything_is_trained(
     *lines, said = capsys.readouterr().err.strip().splitlines()
     assert says in said and said.startswith("kdtl language: ")
     if rows == 257:
-        assert "the teacher was made for 8 positions (its config.json), rows have 12" in lines[-1]
+        assert (
+            "the teacher was made for 8 positions (its config.json), but rows have 12" in lines[-1]
+        )
     assert not (out / "kd").exists()
 
 

@@ -52,7 +52,7 @@ def test_a_hugging_face_folder_teaches(tmp_path: Path, capsys: pytest.CaptureFix
     assert kdtl("predict", out / "students" / "kd.safetensors", tmp_path / "d.npz") == 0
     capsys.readouterr()
     assert kdtl(*words, "--teacher", "mlp:8", "--out", tmp_path / "other") == 2
-    assert "says itself what model it is" in capsys.readouterr().err
+    assert "already says which model it is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_a_broken_line_is_named_by_its_number(tmp_path: Path):
         ("[1]", "line 2 has neither"),
         ('{"text": 5}', "line 2: 'text' must be text"),
         ('{"text": ""}', "line 2: 'text' is empty"),
-        ('{"prompt": "a", "completion": "b"}', "line 2 has another form than .* line 1"),
+        ('{"prompt": "a", "completion": "b"}', "line 2 has a different form from .* line 1"),
     ):
         file.write_text(f'{{"text": "a good one"}}\n{line}\n')
         with pytest.raises(ValueError, match=says):

@@ -13,7 +13,7 @@ from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.train import sweep as sweeps
 
-# Axes that are no term's name. "weight" multiplies a method's own weights of its terms.
+# Axes that are not names of terms. "weight" multiplies a method's own weights of its terms.
 AXES = ("temperature", "weight", "learning_rate", "weight_decay", "alpha")
 POSITIVE = ("temperature", "learning_rate", "alpha")
 MOST = 10**6  # students of one method
@@ -32,7 +32,7 @@ def grid(value: Any) -> dict[str, tuple[float, ...]]:
 
 
 def ranges(value: Any) -> dict[str, str]:
-    """`axis=low..high[:log]` words, or a mapping; the ranges stay text, as they are recorded."""
+    """`axis=low..high[:log]` words, or a mapping; ranges stay text, as recorded."""
 
     def text_of(text: Any) -> str:
         _range(text)
@@ -49,10 +49,10 @@ def columns_of(settings: Any) -> dict[str, np.ndarray]:
       UsageError: if grid and sample are mixed, or an axis is out of its range.
     """
     if settings.sample is None and settings.range:
-        raise UsageError("--range is for --sample N: say how many settings to draw.")
+        raise UsageError("--range needs --sample N: say how many settings to draw.")
     if settings.sample is not None and (settings.grid or not settings.range):
         raise UsageError(
-            "--sample needs --range, and no --grid. Write one value as a range of two."
+            "--sample needs --range and excludes --grid. Write one value as a range of two."
         )
     try:
         if settings.sample is None:
@@ -74,7 +74,7 @@ def columns_of(settings: Any) -> dict[str, np.ndarray]:
 
 
 def own_axes(entry: Entry, setup: Setup, columns: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The axes that the method has, without settings that then are equal."""
+    """The axes that apply to the method, without the settings that become equal."""
     known = {*AXES, *entry.build(setup).weights}
     own = {name: np.asarray(column) for name, column in columns.items() if name in known}
     rows = list(zip(*own.values(), strict=True))
@@ -83,7 +83,7 @@ def own_axes(entry: Entry, setup: Setup, columns: Mapping[str, Any]) -> dict[str
 
 
 def check(columns: Collection[str], known: Mapping[str, Collection[str]]) -> None:
-    """Raises UsageError if an axis is none of `AXES` and no method's.
+    """Raises UsageError if an axis is neither in `AXES` nor a method's own.
 
     Args:
       columns: the axes.
@@ -91,7 +91,7 @@ def check(columns: Collection[str], known: Mapping[str, Collection[str]]) -> Non
     """
     every = {*AXES, *(name for own in known.values() for name in own)}
     if unknown := [axis for axis in columns if axis not in every]:
-        are = "are no axes" if unknown[1:] else "is not an axis"
+        are = "are not axes" if unknown[1:] else "is not an axis"
         raise UsageError(
             f"{', '.join(map(repr, unknown))} {are} of {', '.join(known)}. Axes are "
             f"{', '.join(AXES)}, task, and the names of a method's terms."

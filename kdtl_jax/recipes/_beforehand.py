@@ -1,4 +1,4 @@
-"""What is known of methods before data are read: their terms, and the layers of models by name."""
+"""What is known about methods before data are read: their terms, and models' layers by name."""
 
 import functools
 from collections.abc import Collection, Sequence
@@ -14,9 +14,9 @@ from kdtl_jax.recipes.settings import UsageError
 
 
 def check_layers(settings: Any) -> None:
-    """Raises UsageError if one of `--layers` is none of a model of the library, by its text alone.
+    """Raises UsageError if one of `--layers` does not exist in a model known by its text alone.
 
-    Other models and images of a size that a model does not take show their layers with the data.
+    Other models, and images of a size that a model does not take, are checked with the data.
     """
     teacher = settings.teacher or (None if settings.teacher_weights else _pair.DEFAULT_TEACHER)
     example = jnp.zeros((1, 32, 32, 3))
@@ -36,7 +36,7 @@ def check_layers(settings: Any) -> None:
 def terms(entries: Sequence[Entry], settings: Any) -> dict[str, Collection[str]] | None:
     """The terms of the methods that could be compared, before data and models are known.
 
-    A method has the same terms wherever it applies. None if one is the user's own.
+    A method has the same terms wherever it applies. None if one method is the user's own.
     """
     found: dict[str, Collection[str]] = {}
     target = "classes" if settings.data == "digits" else settings.target

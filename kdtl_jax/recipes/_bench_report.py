@@ -77,7 +77,7 @@ def html_page(limits: measure.Ceilings, found: Sequence[Any]) -> str:
     if worked:
         counted = (
             "FLOPs and bytes are from XLA's cost analysis, which counts every operand of every "
-            "operation: where data stay in a cache, a program looks more bandwidth-bound than it "
+            "operation: if data stay in a cache, a program looks more bandwidth-bound than it "
             "is."
         )
         chart = plots.roofline(worked, flops=limits.flops, bytes=limits.bytes)
@@ -113,7 +113,7 @@ def _scaling(found: Sequence[Any]) -> report.Section:
 
 
 def table(found: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
-    """A terminal's table: a column per pair, so that 80 characters hold every digit."""
+    """A terminal's table: a column per pair, to show every digit within 80 characters."""
     names, *measured = zip(*rows(found), strict=True)
     lines = [[label, *cells] for label, cells in zip(HEADER[1:], measured, strict=True)]
     return [HEADER[0], *names], lines
@@ -149,7 +149,7 @@ def _scaled(value: float | None, unit: float) -> str:
 
 
 def _digits(value: float) -> str:
-    """Three significant digits; all of them before the point, without an exponent."""
+    """Three significant digits, without an exponent; larger integers in full."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

@@ -1,4 +1,4 @@
-"""The teacher's outputs on disk: which of them a run needs, whether a cache has them, reading."""
+"""The teacher's outputs on disk: what a run needs, what a cache has, and reading."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,18 +15,18 @@ from kdtl_jax.run import teacher_cache
 
 
 def taps(entries: Sequence[Entry], pair: Pair) -> list[str]:
-    """The teacher's outputs that methods read: its logits, or all where one reads more."""
-    published = methods.table()  # what a method of one's own reads is not known
+    """The teacher's outputs that methods read: its logits, or all if any method reads more."""
+    published = methods.table()  # what a user's method reads is unknown
     if all(entry in published and entry.needs in ("labels", "logits") for entry in entries):
         return ["logits"]
     return sorted(networks.output_shapes(pair.teacher, pair.example))
 
 
 def check_folder(folder: Path, *, has_teacher: bool) -> None:
-    """Says before the data are read why a cache that is there cannot serve.
+    """Rejects an unsuitable existing cache before the data are read.
 
     Raises:
-      UsageError: naming the flag that helps.
+      UsageError: if the cache is unsuitable, naming the flag that helps.
     """
     plan, _ = _plan(folder)
     if plan is None:
@@ -34,11 +34,11 @@ def check_folder(folder: Path, *, has_teacher: bool) -> None:
     if not has_teacher:
         raise UsageError(
             f"--teacher-cache {folder} holds the outputs of a teacher. Name its weights with "
-            "--teacher-weights, or another folder for those of a teacher that is trained here."
+            "--teacher-weights, or another folder for those of a teacher trained here."
         )
     if (plan.fingerprint.logits or "dense") != "dense":
         raise UsageError(
-            f"--teacher-cache {folder} holds {plan.fingerprint.logits}, and these methods read all "
+            f"--teacher-cache {folder} holds {plan.fingerprint.logits}, but these methods read all "
             "classes. Write another with kdtl cache without --top-k."
         )
 
@@ -46,10 +46,10 @@ def check_folder(folder: Path, *, has_teacher: bool) -> None:
 def check(
     folder: Path, pair: Pair, entries: Sequence[Entry], *, precision: str = "float32"
 ) -> None:
-    """Says before anything is trained why a cache that is there cannot serve.
+    """Rejects an unsuitable existing cache before anything is trained.
 
     Raises:
-      UsageError: naming what differs and the flag that helps.
+      UsageError: if the cache is unsuitable, naming what differs and the flag that helps.
     """
     plan, is_whole = _plan(folder)
     if plan is None:
@@ -59,7 +59,7 @@ def check(
     if lacking:
         readers = [entry.name for entry in entries if taps([entry], pair) != ["logits"]]
         raise UsageError(
-            f"--teacher-cache {folder} holds {', '.join(held)}, and {', '.join(readers)} read "
+            f"--teacher-cache {folder} holds {', '.join(held)}, but {', '.join(readers)} read "
             f"{', '.join(lacking)} too. Write another with kdtl cache --taps all, or leave these "
             "methods out."
         )
@@ -67,7 +67,7 @@ def check(
         if is_whole:
             expected = _expected(pair, pair.given, needed)
             teacher_cache.open_cache(folder, expect=expected, contents=False)
-        elif pair.given is not None:  # it is completed by the teacher as it runs here
+        elif pair.given is not None:  # the teacher will complete it here
             made = _expected(pair, pair.given, held)._replace(
                 dtype="float32", preprocessing=_preprocessing(precision)
             )
@@ -80,16 +80,16 @@ def check(
 def outputs(
     folder: Path, pair: Pair, frozen: Variables, precision: str, needed: Sequence[str]
 ) -> Any:
-    """The outputs in a cache, which is filled, completed or mended first if need be.
+    """The outputs in a cache, which is filled, completed or repaired first if necessary.
 
-    A whole cache of this teacher on these data serves in any precision (`kdtl cache --dtype`,
-    `--precision`) and with any other outputs beside: its maker chose that.
+    A complete cache of this teacher on these data is accepted in any precision (`kdtl cache
+    --dtype`, `--precision`) and with any additional outputs: its maker chose those.
     """
     net, inputs = pair.teacher, {"inputs": pair.arrays["inputs"]}
     expected = _expected(pair, frozen, needed)
     try:
         return teacher_cache.load(teacher_cache.open_cache(folder, expect=expected))
-    except (FileNotFoundError, ValueError):  # `write` mends it, or says what differs
+    except (FileNotFoundError, ValueError):  # `write` repairs it, or says what differs
         plan = _begun(folder)
         held = needed if plan is None else plan.fingerprint.taps or needed
         teacher_cache.write(
@@ -100,15 +100,15 @@ def outputs(
 
 
 def _plan(folder: Path) -> tuple[teacher_cache.Plan | None, bool]:
-    """The plan of a cache, if there is one, and whether the cache is whole."""
+    """The plan of a cache, if there is one, and whether the cache is complete."""
     try:
         return teacher_cache.open_cache(folder, expect=None, contents=False).plan, True
-    except (FileNotFoundError, ValueError):  # there is none, or one that is completed or mended
+    except (FileNotFoundError, ValueError):  # there is none, or it must be completed or repaired
         return _begun(folder), False
 
 
 def _begun(folder: Path) -> teacher_cache.Plan | None:
-    """The plan of a cache that has to be completed or mended."""
+    """The plan of a cache that has to be completed or repaired."""
     try:
         return teacher_cache.begun(folder)
     except ValueError:  # `write` says what is wrong with it

@@ -1,6 +1,6 @@
 """Settings x seeds of one method, and the choice among them by mean validation accuracy.
 
-The test split is not used to choose. A setting whose scores are not finite is chosen only where no
+The test split is not used to choose. A setting whose scores are not finite is chosen only if no
 other is left.
 """
 
@@ -51,12 +51,12 @@ def learning_curve(
 
 
 def meant(value: Any) -> float:
-    """A float32 as the number that was meant: six significant digits, however small it is."""
+    """A float32 as the number that was meant: six significant digits at any magnitude."""
     return float(f"{float(value):.6g}")
 
 
 def setting_curve(fitted: Fitted, points: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
-    """Mean accuracies over seeds by one axis, the others at their best on validation."""
+    """Mean accuracies over seeds by one axis, with the others at their best on validation."""
     seeds = int(points["seed"].max()) + 1
     values = points[name].reshape(-1, seeds)[:, 0]
     validation, test = (
@@ -86,7 +86,7 @@ def held(part: Dataset) -> dict[str, Any]:
 
 
 def own_data(point: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:
-    """`Experiment.data` where `shared["data"]` is `stacked`."""
+    """`Experiment.data` if `shared["data"]` is `stacked`."""
     return pick(shared["data"], point["seed"])
 
 

@@ -56,10 +56,10 @@ def first(asked: int | None) -> list[Any]:
     """The first `asked` devices (None: all), virtual ones on a CPU; call it before any is used.
 
     Raises:
-      UsageError: if there are fewer.
+      UsageError: if there are fewer devices.
     """
     if asked is not None and asked > 1:
-        with contextlib.suppress(RuntimeError):  # the back end is up, with as many as it has
+        with contextlib.suppress(RuntimeError):  # the back end has started, with the devices it has
             jax.config.update("jax_num_cpu_devices", asked)
     have = jax.devices()
     if asked is not None and asked > len(have):

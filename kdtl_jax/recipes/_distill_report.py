@@ -1,4 +1,4 @@
-"""What `kdtl distill` says of its students: their settings, and the whole report."""
+"""The report of `kdtl distill`, and the settings of its students."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -43,10 +43,10 @@ def results(
     pair: _pair.Pair,
     rows: Sequence[report.Row],
     learning: Mapping[str, Any],
-    named: Mapping[str, _evidence.Named],  # by method, the teacher's too
+    named: Mapping[str, _evidence.Named],  # by method, including the teacher
     notes: Sequence[str],
 ) -> report.Results:
-    """The report: which student to take, and what it gets wrong."""
+    """The report: which student to use, and what it gets wrong."""
     few, splits = settings.per_class, pair.splits
     seen = f"{few} per class, drawn anew for every seed"
     sizes = {name: len(part.labels) for name, part in splits._asdict().items()}

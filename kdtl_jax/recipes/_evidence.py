@@ -1,4 +1,4 @@
-"""What a student gets wrong: its confusion matrix, and the examples it sees unlike its teacher."""
+"""What a student gets wrong: its confusion matrix, and where it differs from its teacher."""
 
 import collections
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from kdtl_jax.datasets import Dataset
 from kdtl_jax.run import report
 from kdtl_jax.run.report import plots
 
-EXAMPLES, FEATURES = 12, 6  # that are shown
+EXAMPLES, FEATURES = 12, 6  # shown
 CLASSES = 20  # of a matrix that fits a page
-PAIRS = 12  # of confused classes, where it does not
+PAIRS = 12  # of confused classes, if it does not
 
 
 class Named(NamedTuple):
-    """The classes that a method's students name for the test examples."""
+    """The classes that a method's students predict for the test examples."""
 
     label: str  # of the method
     classes: np.ndarray  # [S, N]
@@ -31,15 +31,15 @@ def sections(
 
     Args:
       test: the test split.
-      student: of the method that is recommended.
-      teacher: the classes that it names, `[1, N]` or `[S, N]`; or those of another method.
-      called: the teacher in the report's words, or that method.
+      student: of the recommended method.
+      teacher: the classes that it predicts, `[1, N]` or `[S, N]`; or those of another method.
+      called: the report's name for the teacher, or for that method.
     """
     return [_confusion(test, student), *_differences(test, student, np.asarray(teacher), called)]
 
 
 def counts(labels: np.ndarray, named: np.ndarray, classes: int) -> np.ndarray:
-    """How often each class is named as each, `[K, K]`; logits that are not finite do not count."""
+    """How often each class is predicted as each, `[K, K]`; non-finite logits do not count."""
     found = np.zeros((classes, classes), np.int64)
     truth, said = np.broadcast_to(labels, named.shape).ravel(), named.ravel()
     np.add.at(found, (truth[said >= 0], said[said >= 0]), 1)
@@ -58,7 +58,7 @@ def _confusion(test: Dataset, student: Named) -> report.Section:
         table = report.table(("Class", "Taken for", "Times"), rows)
         return report.Section(title, [f"The most frequent confusions of {whose}."], [table])
     whose = whose[:1].upper() + whose[1:]
-    note = f"{whose}: of the examples of each class (rows), the percentage named as each (columns)."
+    note = f"{whose}: of the examples of each class (rows), the percentage predicted as each one."
     shares = found / np.maximum(found.sum(axis=1, keepdims=True), 1)
     chart = plots.heat_map(
         np.where(found > 0, shares, np.nan).tolist(), rows=names, columns=names,
@@ -71,7 +71,7 @@ def _differences(
     test: Dataset, student: Named, teacher: np.ndarray, called: str
 ) -> list[report.Section]:
     apart = (student.classes != teacher).mean(axis=0)
-    # Of examples on which equally many differ, one of every class before the second of any.
+    # Among examples on which equally many differ: one of every class before the second of any.
     seen: collections.Counter[tuple[float, int]] = collections.Counter()
     ranked = []
     for i in np.flatnonzero(apart).tolist():
@@ -93,8 +93,8 @@ def _differences(
         return [names[int(test.labels[row])], said(teacher), said(student.classes)]
 
     note = (
-        f"The test examples on which most seeds of {student.label} and the {called} name different "
-        "classes. Shown is the class named most often, and by how many seeds."
+        f"The test examples on which most seeds of {student.label} and the {called} predict "
+        "different classes. Shown are the most frequent prediction and its number of seeds."
     )
     examples = _shown(test, order, words, called)
     return [report.Section(f"Where {called} and student differ", [note], [examples])]
@@ -118,12 +118,12 @@ def _shown(
 
 
 def _inputs(test: Dataset, row: int) -> list[str]:
-    """The first inputs of an example as its file has them: a cell per column, or one of all."""
+    """The first inputs of an example as in its file: a cell per column, or one cell for all."""
     values, form = np.asarray(test.inputs[row], np.float64), test.form
     if form.scaling is not None:
         scale = form.scaling.scale
         values = values * scale + form.scaling.mean
-        values = np.where(np.abs(values) < 1e-6 * scale, 0.0, values)  # but for rounding
+        values = np.where(np.abs(values) < 1e-6 * scale, 0.0, values)  # except for rounding
     flat = values.ravel()
     if not form.columns or values.ndim != 1:
         more = " …" if flat.size > FEATURES else ""

@@ -1,8 +1,8 @@
-"""Results of what a run has finished, so that one that is interrupted does not train it again.
+"""Results of the finished parts of a run, which a resumed run does not train again.
 
-A method whose whole training is one compiled program has no step to resume from; what it found is
-kept when it is done, and a resumed run takes it from there. A file is written whole or not at all,
-and belongs to one run: the numbers that follow are those that the run would have found.
+A method whose whole training is one compiled program has no step to resume from; its results are
+stored when it is done, and a resumed run reads them. A file is written whole or not at all, and
+belongs to one run, so a resumed run gives the same numbers as an uninterrupted one.
 """
 
 import io
@@ -39,12 +39,12 @@ NOWHERE = Finished(None, "", False, {})
 
 
 def opened(folder: Path, run: str, *, resume: bool, kinds: Sequence[type]) -> Finished:
-    """The results of a run; those of an earlier one go unless it is resumed.
+    """The results of a run; those of an earlier run are deleted unless it is resumed.
 
     Args:
       folder: of the run.
       run: its identity.
-      resume: take up what is there.
+      resume: whether to use what is there.
       kinds: the NamedTuple classes that results consist of.
     """
     home = folder / FOLDER
@@ -55,11 +55,11 @@ def opened(folder: Path, run: str, *, resume: bool, kinds: Sequence[type]) -> Fi
 
 
 def once(finished: Finished, name: str, make: Callable[[], Any]) -> tuple[Any, float]:
-    """`make()` and the seconds that it took; its stored result where a resumed run has one.
+    """`make()` and the seconds that it took; its stored result if a resumed run has one.
 
-    Arrays are NumPy's, from a file or not: rows of them are picked without a program per shape.
-    Trees of other types than `kinds`, dicts, lists and tuples, such as an NNX state, come out of a
-    file as dicts by canonical path.
+    Arrays are NumPy's, from a file or not, so picking rows needs no program per shape. Trees of
+    types other than `kinds`, dicts, lists and tuples, such as an NNX state, are read from a file as
+    dicts by canonical path.
     """
     return begun(finished, name, make)()
 
@@ -67,7 +67,7 @@ def once(finished: Finished, name: str, make: Callable[[], Any]) -> tuple[Any, f
 def begun(
     finished: Finished, name: str, make: Callable[[], Any]
 ) -> Callable[[], tuple[Any, float]]:
-    """`once` in two parts: its programs run from now on, beside others, until it is called."""
+    """`once` in two parts: its programs start now, alongside others, and calling it waits."""
     path = None if finished.folder is None else finished.folder / f"{name}.npz"
     if path is not None and finished.resume and path.exists():
         try:
@@ -91,13 +91,13 @@ def begun(
 
 
 def rungs(finished: Finished, name: str, state: PyTree, last: int) -> sweep.Kept:
-    """`kept` of `sweep.successive_halving`, whose survivors are stored after every rung but `last`.
+    """`kept` of `sweep.successive_halving`, storing the survivors after every rung but `last`.
 
     Args:
-      finished: where.
+      finished: where to store them.
       name: of the method.
-      state: shapes of one point's state: where a stored one has which leaves, and which are keys.
-      last: the rung after which the method is finished, and stored as a whole.
+      state: shapes of one point's state: which leaves a stored one has, and which are keys.
+      last: the rung after which the method is finished and stored as a whole.
     """
     leaves, structure = jax.tree.flatten(state)
     if finished.folder is None:
@@ -145,7 +145,7 @@ def _read(path: Path, finished: Finished) -> tuple[Any, float]:
 
 
 def _outline(value: Any, kinds: Mapping[str, type], arrays: list[np.ndarray]) -> Any:
-    """The value as JSON, with numbers in place of its arrays, which are collected."""
+    """The value as JSON, with numbers in place of its arrays, which go into a list."""
     if value is None or isinstance(value, _PLAIN):
         return {"plain": value}
     if type(value) is dict:
@@ -157,14 +157,14 @@ def _outline(value: Any, kinds: Mapping[str, type], arrays: list[np.ndarray]) ->
         return {type(value).__name__: [_outline(x, kinds, arrays) for x in value]}
     if jax.tree_util.all_leaves([value]) and not isinstance(value, _ARRAYS):
         raise TypeError(f"a result holds {type(value).__name__}, which is not stored")
-    if not isinstance(value, _ARRAYS):  # a framework's own tree: who reads it goes by the paths
+    if not isinstance(value, _ARRAYS):  # a framework's own tree: readers go by the paths
         return _outline(trees.flatten(value), kinds, arrays)
     arrays.append(np.asarray(value))
     return {"array": len(arrays) - 1, "dtype": str(arrays[-1].dtype)}
 
 
 def _filled(outline: Any, kinds: Mapping[str, type], stored: Any) -> Any:
-    """The value of an outline, its arrays read."""
+    """The value of an outline, with its arrays read."""
     if "plain" in outline:
         return outline["plain"]
     if "dict" in outline:

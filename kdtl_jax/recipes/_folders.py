@@ -1,4 +1,4 @@
-"""Run folders: made, locked, taken up, and what they say of how the run was made."""
+"""Run folders: made, locked, resumed, and their record of how the run was made."""
 
 import contextlib
 import datetime
@@ -14,11 +14,11 @@ from kdtl_jax.recipes import _finished, _students, yaml_files
 from kdtl_jax.recipes.settings import UsageError, as_yaml
 from kdtl_jax.run import checkpoint, processes, record, report
 
-# What a run writes before its work: all that is left of one that failed before it trained anything.
+# What a run writes before its work: all that remains if it fails before training anything.
 SETTINGS = {"config.yaml", "env.json", record.FILE}
 # Settings that may differ between a run and its continuation.
 FREE = {"resume", "force", "out", "log", "process", "coordinator", "quick"}
-# What one replaces beside them, and its folders, which carry marks of their own.
+# Other files that a run replaces, and its folders, which have their own marks.
 WRITTEN = {"metrics.jsonl", "results.json", "report.html", "sweep.csv", "bench.json"} | SETTINGS
 
 
@@ -40,23 +40,23 @@ def run_folder(
 ) -> Iterator[Folder]:
     """The run folder, locked, with `config.yaml` and `env.json` in it.
 
-    A new one, or one that holds nothing but the settings of a run that failed early; with
-    `settings.force` an earlier run's, which its record tells from a folder of another's, and of
-    which only what a run writes is removed; with `resume` one of the same settings and content.
+    A new folder, or one that holds only the settings of a run that failed early. With
+    `settings.force`, an earlier run's folder, recognized by its record; only what a run writes is
+    removed. With `resume`, the folder of a run with the same settings and content.
 
     Args:
       settings: of the recipe, with `out` and `force`.
       command: its name, for `config.yaml`.
-      files: the data and the weights that are read, by role.
-      saves: the folders of checkpoints that will be written, as paths within the run folder; what
-        is in their way is refused now, not when the training is done.
-      models: the folders of models that will be written within the run folder; likewise.
+      files: the data and the weights to read, by role.
+      saves: the checkpoint folders to write, as paths within the run folder; what is in their way
+        is refused now, not after training.
+      models: the model folders to write within the run folder; likewise.
 
     Raises:
-      ValueError: if the folder holds something, is a file, or is of a run on other content; or if
-        files that are not ours lie where records, checkpoints or models will be saved.
-      UsageError: if the run to be resumed had other settings.
-      RuntimeError: if another process has it.
+      ValueError: if the folder is not empty, is a file, or belongs to a run on other content; or if
+        foreign files are where records, checkpoints or models will be saved.
+      UsageError: if the run to resume had other settings.
+      RuntimeError: if another process uses the folder.
     """
     folder, config = Path(settings.out), _config(settings, command)
     with contextlib.ExitStack() as stack:
@@ -75,7 +75,7 @@ def run_folder(
                 )
             for name in WRITTEN:
                 if folder.is_dir():
-                    _files.check_place(folder / name)  # a pipe there would cost the results
+                    _files.check_place(folder / name)  # a pipe there would lose the results
             return taken_up
 
         def begin() -> str:
@@ -98,7 +98,7 @@ def run_folder(
             run = secrets.token_hex(8)
             begun = {"run": run, "command": _command(command), "begun": _now()}
             _files.write_json(folder / "env.json", {**report.environment(), **begun})
-            # Last, because this file makes it a run to be resumed, which wants the other two.
+            # Last, because this file makes the run resumable, which needs the other two.
             _files.write_atomic(folder / "config.yaml", config.encode(errors="replace"))
             return run
 
@@ -106,13 +106,13 @@ def run_folder(
 
 
 def check_out(settings: Any, command: str) -> None:
-    """Refuses, before anything is read, what `run_folder` would refuse by the settings alone.
+    """Refuses, before anything is read, what `run_folder` would refuse from the settings alone.
 
-    Settings that are None may follow from the data: `run_folder` compares them.
+    Settings that are None may depend on the data; `run_folder` compares those.
 
     Raises:
-      ValueError: if the folder holds something, or is a file.
-      UsageError: if there is no run to be resumed, or it had other settings.
+      ValueError: if the folder is not empty, or is a file.
+      UsageError: if there is no run to resume, or it had other settings.
     """
 
     def check() -> None:
@@ -128,17 +128,17 @@ def _config(settings: Any, command: str) -> str:
 
 
 def _is_taken_up(settings: Any) -> bool:
-    """Whether the settings resume the run in their folder, which otherwise must be free."""
+    """Whether the settings resume the run in their folder; if not, the folder must be free."""
     folder, resume = Path(settings.out), getattr(settings, "resume", False)
     if resume and settings.force:
-        raise UsageError("--resume continues a run, --force overwrites it: give one of them.")
+        raise UsageError("--resume continues a run and --force overwrites it: give one of them.")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file. Name a folder.")
     try:
         str(folder.absolute()).encode()
     except UnicodeEncodeError:
         raise ValueError(
-            f"--out {_text.shown(str(folder.absolute()), 200)}: the name is not UTF-8, and no "
+            f"--out {_text.shown(str(folder.absolute()), 200)}: the name is not UTF-8, so no "
             "checkpoint can be saved there. Name another folder."
         ) from None
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -160,7 +160,7 @@ def _is_taken_up(settings: Any) -> bool:
 
 
 def _check_model(folder: Path, *, is_ours: bool) -> None:
-    """Refuses a folder for a model that is a link, or whose files no run has written."""
+    """Refuses a model's folder that is a link or has files that no run wrote."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ValueError(f"{folder} is a link or a file. Remove it, or choose another --out.")
     if folder.is_dir() and not is_ours:
@@ -168,7 +168,7 @@ def _check_model(folder: Path, *, is_ours: bool) -> None:
 
 
 def _check_same(folder: Path, config: str, command: str, but: Sequence[str] = ()) -> str:
-    """The identity of the run to be resumed, after comparing its settings, but for some."""
+    """The identity of the run to resume, after comparing most of its settings."""
     file = folder / "config.yaml"
     try:
         known = yaml_files.read(file)
@@ -196,7 +196,7 @@ def _check_same(folder: Path, config: str, command: str, but: Sequence[str] = ()
 def how_it_was_run(folder: Path) -> dict[str, Any]:
     """The command line, when it began and ended, and every setting.
 
-    What has become of the records meanwhile does not cost a run its results.
+    Damaged records do not cost a run its results.
     """
     try:
         begun = _files.read_json(folder / "env.json")
@@ -209,7 +209,7 @@ def how_it_was_run(folder: Path) -> dict[str, Any]:
 
 
 def _command(name: str) -> str:
-    """The command line as it was typed; the command alone where Python called it."""
+    """The command line as typed, or only the command if Python called it."""
     is_ours = Path(sys.argv[0]).name in ("kdtl", "__main__.py")
     return shlex.join(["kdtl", *sys.argv[1:]]) if is_ours else f"kdtl {name}, called from Python"
 

@@ -27,9 +27,9 @@ def halved(
     devices: Sequence[Any] | None,
     finished: _finished.Finished,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, Fitted]:
-    """What `Swept` holds: validation, test, loss, epochs, which are complete, the best's students.
+    """The fields of `Swept`: validation, test, loss, epochs, complete, and the best students.
 
-    A point is a setting with all its seeds: they stay or go together.
+    A point is a setting with all its seeds, which continue or stop together.
     """
     seeds, count = settings.seeds, len(next(iter(columns.values()), [0]))
     epochs = settings.epochs // settings.halving
@@ -46,7 +46,7 @@ def halved(
                 learner, state, mine, shared, shared.arrays, validation,
                 epochs=epochs, batch_size=settings.batch_size,
             )  # fmt: skip
-            # What is new moves in from the end: after the last rung both are full.
+            # New values move in from the end: after the last rung both are full.
             old = curve[len(new[0]) :], losses[len(new[1]) :]
             curve, losses = (jnp.concatenate(parts) for parts in zip(old, new, strict=True))
             return state, curve, losses

@@ -1,9 +1,9 @@
 """A Python file that the user names, run as a module, and the modules that it imports.
 
-Those beside the file are found first, as `python FILE.py` finds them, and each file has its own: a
-module of the same name beside another file is another module. All are compiled from their text,
-never from a cached program, and run anew once any of them has changed. What an import statement
-names may also be imported when a function of the file is called; what none names is not there then.
+Modules beside the file are found first, as with `python FILE.py`, and each file has its own: a
+module of the same name beside another file is a different module. All are compiled from their text,
+never from cached bytecode, and run again once any of them has changed. Modules named in an import
+statement may also be imported when a function of the file is called; others may not.
 """
 
 import ast
@@ -22,9 +22,9 @@ from typing import Any
 import kdtl_jax
 from kdtl_jax import _files
 
-OWN = "_kdtl_own_"  # how the name of a user's file as a module begins
-READ = "__kdtl_files__"  # of a module: the digest of every file that it consists of
-# Packages that are installed are known by their versions.
+OWN = "_kdtl_own_"  # prefix of the module name of a user's file
+READ = "__kdtl_files__"  # in a module: the digest of every file that it consists of
+# Installed packages are identified by their versions.
 LIBRARIES = ("stdlib", "platstdlib", "purelib", "platlib")
 INSTALLED = tuple(
     os.path.join(os.path.realpath(path), "")
@@ -34,7 +34,7 @@ SITES = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-pack
 
 
 class FromText(importlib.machinery.SourceFileLoader):
-    """Compiles a file's text, where Python believes a cached program of its size and date."""
+    """Compiles a file's text; Python itself would trust cached bytecode of its size and date."""
 
     def get_code(self, fullname: str) -> CodeType:
         return self.source_to_code(self.get_data(self.path), self.path)
@@ -71,7 +71,7 @@ def module(path: Path) -> ModuleType:
 
 
 def files(path: Path) -> list[Path]:
-    """The file and those that it imports and that belong to no installed package.
+    """The file and those it imports that do not belong to an installed package.
 
     Raises:
       Exception: as `module`.
@@ -82,10 +82,10 @@ def files(path: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def at_work(path: Path) -> Iterator[None]:
-    """While functions of a file run that `module` has run: they find what is beside it.
+    """A context in which functions of a file that `module` ran find the modules beside it.
 
-    An import of a file below its folder raises ImportError there, with the repair, if the file is
-    none of `files`: a run is known by those, and this one could change without notice.
+    Importing a file below its folder raises ImportError, with the repair, if the file is not in
+    `files`: those identify the run, and this one could change unnoticed.
     """
     path = path.resolve()
     _forget(path.parent, set())
@@ -98,19 +98,19 @@ def _digest(path: Path) -> str | None:
 
 
 def _new(before: set[str]) -> dict[str, Path]:
-    """The user's modules that were not there before, with their files."""
+    """The user's newly imported modules, with their files."""
     names = sys.modules.keys() - before
     return {name: file for name in names if (file := _own_file(sys.modules[name])) is not None}
 
 
 def _own_file(each: ModuleType) -> Path | None:
-    """The file of a module that is the user's."""
+    """The file of a module, if it is the user's."""
     file = getattr(each, "__dict__", {}).get("__file__")
     return Path(file).resolve() if isinstance(file, str) and not _installed(file) else None
 
 
 def is_own(path: Path) -> bool:
-    """Whether a file is the user's: there, and of no installed package."""
+    """Whether a file is the user's: it exists, and is not in an installed package."""
     return path.is_file() and not _installed(path)
 
 
@@ -118,13 +118,13 @@ def _installed(path: str | Path) -> bool:
     def is_so(at: str) -> bool:
         return f"{at}{os.sep}".startswith(INSTALLED) or any(site in at for site in SITES)
 
-    return is_so(str(path)) or is_so(os.path.realpath(path))  # the disk is rarely asked
+    return is_so(str(path)) or is_so(os.path.realpath(path))  # the disk is rarely accessed
 
 
 def _forget(folder: Path, stale: set[Path]) -> None:
-    """Lets go of modules, so that their next import runs them: stale ones, and others' neighbors.
+    """Forgets stale modules and other files' neighbors, so that their next import runs them.
 
-    The name that a neighbor of another file has taken would be taken for that of this folder's.
+    Otherwise a neighbor of another file would be found in place of this folder's of that name.
     """
     for name, each in list(sys.modules.items()):
         file = None if READ in getattr(each, "__dict__", ()) else _own_file(each)
@@ -137,7 +137,7 @@ def _forget(folder: Path, stale: set[Path]) -> None:
 
 @contextlib.contextmanager
 def _beside(folder: Path, known: Mapping[Path, str | None] | None = None) -> Iterator[None]:
-    """Modules in the folder are found first, and all of the user's are compiled from their text.
+    """A context: modules in the folder are found first, and the user's compiled from text.
 
     Args:
       folder: of the user's file.
@@ -149,8 +149,8 @@ def _beside(folder: Path, known: Mapping[Path, str | None] | None = None) -> Ite
             return
         if file not in known:
             raise ImportError(
-                f"no import statement names {file.relative_to(folder)}, so that no run can be "
-                "known by it. Import it at the top of the file."
+                f"no import statement names {file.relative_to(folder)}, so a run could not "
+                "record it. Import it at the top of the file."
             )
         if known[file] != _digest(file):
             raise ImportError(f"{file.relative_to(folder)} has changed since the file was run.")
@@ -188,7 +188,7 @@ def _beside(folder: Path, known: Mapping[Path, str | None] | None = None) -> Ite
 
 
 def _imported(path: Path, root: Path, seen: set[Path]) -> set[Path]:
-    """The files in the folder that a file's import statements name, also within functions."""
+    """The files in the folder that a file's import statements name, including in functions."""
     with contextlib.suppress(SyntaxError, ValueError, RecursionError, IndexError):
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.Import):
@@ -206,7 +206,7 @@ def _imported(path: Path, root: Path, seen: set[Path]) -> set[Path]:
 
 
 def _found(start: Path, name: str) -> Iterator[Path]:
-    """The files that importing a dotted name runs: of its packages and its own."""
+    """The files that importing a dotted name runs: its packages' and its own."""
     at = start
     for part in filter(None, name.split(".")):
         at = at / part

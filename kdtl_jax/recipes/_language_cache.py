@@ -1,4 +1,4 @@
-"""A teacher's distributions on the rows to learn from, kept in a folder of their own."""
+"""A teacher's distributions on the training rows, stored in a folder of their own."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from kdtl_jax.recipes import _progress
 from kdtl_jax.recipes._language_text import Rows
 from kdtl_jax.run import teacher_cache
 
-METHODS = ("kd", "qad")  # what learns from a teacher on the data alone
+METHODS = ("kd", "qad")  # those that learn from a teacher only on the data
 FORMS = "dense, top_k=N or draws=N"
 
 
@@ -36,11 +36,11 @@ def written(
     seed: int,
     say: _progress.Say,
 ) -> teacher_cache.Cache:
-    """The cache in a folder, completed if need be.
+    """The cache in a folder, completed if necessary.
 
     Raises:
-      ValueError: if it is of other weights, another text, another tokenizer or another form, which
-        are named; or if the teacher answers NaN.
+      ValueError: if it was made from other weights, text or tokenizer, or in another form, naming
+        which; or if the teacher's outputs are NaN.
     """
     name, _, size = form.partition("=")
     stored: dict[str, int] = {name: int(size)} if size else {}

@@ -1,4 +1,4 @@
-"""The models of `kdtl language`: folders, some of a model's layers, or a shape to start anew."""
+"""The models of `kdtl language`: folders, some of a model's layers, or a shape to initialize."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -73,7 +73,7 @@ def anew(
 
 
 def load(folder: str) -> PretrainedDecoder:
-    """A folder's decoder, its weights in float32.
+    """A folder's decoder, with its weights in float32.
 
     Raises:
       OSError, ValueError: as `interop.decoders.load`.
@@ -89,7 +89,7 @@ def is_gguf(path: str) -> bool:
 
 
 def as_folder(path: str | None, folder: Path) -> str | None:
-    """A model's folder: the path itself, or what a GGUF file becomes in the given one.
+    """A model's folder: the path itself, or a GGUF file converted into the given folder.
 
     Raises:
       OSError, ImportError, ValueError: as `interop.gguf.write_folder`.
@@ -106,9 +106,9 @@ def pruned(
     say: _progress.Say,
     text: np.ndarray | None = None,
 ) -> PretrainedDecoder:
-    """The teacher pruned to a shape: some of its layers, evenly, and what matters in them.
+    """The teacher pruned to a shape: evenly spaced layers, and what matters most in them.
 
-    What matters is measured on a text `[B, L]`; without one, by weights. Without `hidden` the
+    Importance is measured on a text `[B, L]`; without one, by the weights. Without `hidden`, the
     teacher's ratio to the width is kept.
     """
     config = teacher.model.config
@@ -142,13 +142,13 @@ def fits(config: models.DecoderConfig, tokens: int, length: int, who: str) -> No
 
 
 def known_positions(config: Mapping[str, Any]) -> float:
-    """How long a text the model was made for; infinite where its config.json does not say.
+    """The text length the model was made for; infinite if its config.json does not say.
 
-    Rotary positions go on beyond, to angles that were never trained.
+    Rotary positions continue beyond it, to angles that were never trained.
     """
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = scaling.get("rope_type", scaling.get("type"))
-    # Other kinds count what they stretch to.
+    # Other kinds record the length that they stretch to.
     factor = scaling.get("factor") if kind in ("linear", "dynamic", "yarn") else None
     return (factor or 1) * (config.get("max_position_embeddings") or math.inf)
 
@@ -189,12 +189,12 @@ def rounding(bits: int, group: int = 32) -> Callable[[Params], Params]:
 
 
 def same_tokens(ours: Mapping[str, int], theirs: Mapping[str, int]) -> None:
-    """Refuses a student whose token ids mean other text than its teacher's.
+    """Refuses a student whose token ids mean different text from its teacher's.
 
     Raises:
-      UsageError: naming some of them.
+      UsageError: if they do, naming some of them.
     """
     try:
         language.require_same_ids(ours, theirs)
     except ValueError as error:
-        raise UsageError(f"--student has another tokenizer than --teacher: {error}") from None
+        raise UsageError(f"--student has a different tokenizer from --teacher: {error}") from None

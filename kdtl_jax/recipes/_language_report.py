@@ -1,4 +1,4 @@
-"""What `kdtl language` found, as JSON, as a page and as a table."""
+"""The results of `kdtl language`, as JSON, as a page and as a table."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +36,7 @@ HEADER = (
 )  # fmt: skip
 NOTE = (
     "On held-out text, per token and in nats at temperature 1: KL(T‖S) is the forward KL from the "
-    "teacher to the student, KL(S‖T) the reverse; top-1 is how often both have the same most "
+    "teacher to the student, KL(S‖T) the reverse; top-1 is how often both agree on the most "
     "likely token; overlap is Σ min(p, q). tokens/s is for a forward pass, on this machine during "
     "this run."
 )

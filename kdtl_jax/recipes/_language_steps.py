@@ -1,6 +1,6 @@
-"""The steps of `kdtl language` in their order: teacher, start, students, comparison.
+"""The steps of `kdtl language` in order: teacher, start, students, comparison.
 
-Each takes the `Work` that all share and what the steps before it gave.
+Each takes the shared `Work` and the results of the steps before it.
 """
 
 import math
@@ -39,7 +39,7 @@ SHAPE = {"layers": 4, "width": 128, "heads": 4}  # of a teacher trained here
 
 
 class Keys(NamedTuple):
-    """What is random in a run, each apart from the others."""
+    """The independent sources of randomness in a run."""
 
     teacher: Array
     student: Array
@@ -60,12 +60,12 @@ class Work(NamedTuple):
     learners: Sequence[str]  # all that is trained, in order
     say: _progress.Progress
     keys: Keys
-    curves: dict[str, list[dict[str, float]]]  # what was measured of each model, as it is found
-    notes: list[str]  # what the report says besides, as it is found
+    curves: dict[str, list[dict[str, float]]]  # measurements of each model, as they are made
+    notes: list[str]  # additional notes of the report, as they arise
 
     @property
     def source(self) -> str | None:
-        """The folder that the tokenizer is from."""
+        """The folder that the tokenizer comes from."""
         return self.teacher or self.student
 
 
@@ -90,7 +90,7 @@ class Built(NamedTuple):
 
 
 def fresh(work: Work) -> PretrainedDecoder | None:
-    """A student of `--shape`; first of all, so that one that cannot be built is said at once."""
+    """A student of `--shape`; built first, so that an impossible one fails at once."""
     settings, tokenizer = work.settings, work.tokenizer
     if settings.shape is None or settings.pruned:
         return None
@@ -120,7 +120,7 @@ def teacher(work: Work) -> Taught:
             f"0 to {sizes['layers'] - 1}."
         )
     found = of_models.anew(sizes, tokenizer.size, tokenizer.eos, work.keys.teacher)
-    if settings.pruned and settings.shape is not None:  # that it can be, before it is trained
+    if settings.pruned and settings.shape is not None:  # check that it can be, before it is trained
         of_models.pruned(found, settings.shape, lambda _: None)
     measure = _measuring(work, language.model(found.model), language.as_they_are, found)
     tx = _optimizer(work, settings.teacher_steps)
@@ -133,9 +133,9 @@ def teacher(work: Work) -> Taught:
 
 
 def start(work: Work, taught: Taught, fresh: PretrainedDecoder | None) -> PretrainedDecoder:
-    """The student before any method: a folder's, a fresh one, or some of the teacher.
+    """The student before any method: from a folder, new, or part of the teacher.
 
-    It is made before the teacher answers all rows.
+    It is made before the teacher runs on all rows.
     """
     settings, source = work.settings, taught.placed
     if work.teacher and work.student:
@@ -156,7 +156,7 @@ def start(work: Work, taught: Taught, fresh: PretrainedDecoder | None) -> Pretra
 
 
 def cache(work: Work, taught: Taught) -> teacher_cache.Cache | None:
-    """The teacher's distributions on the rows, where they are to be kept."""
+    """The teacher's distributions on the rows, if they are to be stored."""
     settings = work.settings
     if not settings.teacher_cache:
         return None
@@ -176,7 +176,7 @@ def students(
     start: PretrainedDecoder,
     cache: teacher_cache.Cache | None,
 ) -> list[Built]:
-    """A student by every method, all from one start on the same rows in the same order."""
+    """A student per method, all from one start on the same rows in the same order."""
     built: list[Built] = []
     warm: Params = None
     for method in chosen:
@@ -195,10 +195,10 @@ def students(
         kept = cache if method.name in of_cache.METHODS else None
         if kept is None:
             learner = method.build(setup)
-        else:  # the cache has the tokenizer's ids alone, whatever the tables have
+        else:  # the cache has only the tokenizer's ids, whatever the tables have
             learner = language.kd_stored(setup._replace(vocabulary=work.tokenizer.size))
             shared = None
-        met: list[loop.Nonfinite] = []  # one that diverges does not cost the others' results
+        met: list[loop.Nonfinite] = []  # if one diverges, the others' results are kept
         trained = _teach(
             work, method.name, learner, setup.tx, begin, shared, work.settings.steps, measure,
             student.trainable, kept, on_nonfinite=met.append,
@@ -246,7 +246,7 @@ def _warm(
     shared: Params,
     measure: training.Measure,
 ) -> Params:
-    """Where methods that sample begin: after some steps of kd on the data."""
+    """Where methods that sample start: after some steps of kd on the data."""
     steps = work.settings.start_steps
     tx = _optimizer(work, steps)
     learner = language.kd(setup._replace(tx=tx))
@@ -261,7 +261,7 @@ def _warm(
 def compared(
     work: Work, taught: Taught, start: PretrainedDecoder, built: Sequence[Built]
 ) -> tuple[list[of_report.Row], list[of_report.Sample]]:
-    """Rows of the report and continued prompts; writes the folders of what was trained.
+    """Rows of the report and continued prompts; writes the folders of the trained models.
 
     Models of one shape share their programs.
     """
@@ -322,7 +322,7 @@ def _stops(work: Work) -> tuple[int, ...]:
 
 
 def note(work: Work, text: str) -> None:
-    """Says something at once and in the report."""
+    """Prints a note at once and adds it to the report."""
     if text not in work.notes:
         work.notes.append(text)
         work.say(f"note: {text}")
@@ -333,7 +333,8 @@ def _fits(work: Work, found: PretrainedDecoder, who: str) -> None:
     of_models.fits(found.model.config, work.tokenizer.size, length, who)
     if length > (known := of_models.known_positions(found.config)):
         note(
-            work, f"{who} was made for {known:,} positions (its config.json), rows have {length:,}."
+            work,
+            f"{who} was made for {known:,} positions (its config.json), but rows have {length:,}.",
         )
 
 

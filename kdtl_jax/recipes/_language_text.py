@@ -2,11 +2,11 @@
 
 Texts (`--data text.txt`, or lines of `{"text": ...}`) are cut into rows one after another;
 documents in one row are segments of their own. A prompt with its completion, or a conversation, is
-a row of its own: its prompt padded on the left to the prompt's columns, its last answer learned up
-to the end token. What a self-taught teacher reads before the prompt is the record's
-`"privileged"` text, or else its answer; for texts, what stands before the prompt.
+a row of its own: its prompt is padded on the left to the prompt's columns, and its last answer is
+learned up to the end token. Before the prompt, a self-taught teacher reads the record's
+`"privileged"` text, or else its answer; for texts, what precedes the prompt.
 
-Text that is larger than memory is written as rows to the run folder and mapped from there.
+Text larger than memory is written as rows to the run folder and memory-mapped.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from kdtl_jax.recipes.settings import UsageError
 from kdtl_jax.run import processes
 
 EMBEDDED = "shakespeare.txt"
-# Bytes of text whose rows are held in memory: a byte may be a token, which takes 9 bytes.
+# Bytes of text whose rows stay in memory: a byte may be a token, which takes 9 bytes.
 IN_MEMORY = 64 * 2**20
 
 
@@ -34,7 +34,7 @@ class Rows(NamedTuple):
 
 
 class Text(NamedTuple):
-    """What is learned from, what is measured on, and the bytes of its learned text.
+    """The training rows, the held-out rows, and the bytes of the latter's learned text.
 
     `told` says what a self-taught teacher reads before the prompt.
     """
@@ -69,15 +69,15 @@ def read(
     folder: Path,
     made_from: str = "",
 ) -> Text:
-    """The rows of files and folders; of no path: of the text that the package carries.
+    """The rows of files and folders; without a path, of the text in the package.
 
-    The last share of every file is held out.
+    The last part of every file is held out.
 
     Args:
       paths: what `language.text_files` reads.
       tokenizer: the teacher's.
       shape: of the rows.
-      folder: where rows are kept that do not fit into memory.
+      folder: where rows that do not fit into memory are kept.
       made_from: names this text; rows in the folder that were made from another are replaced.
 
     Raises:
@@ -106,10 +106,10 @@ def read(
             _kept(itertools.chain([row], rows), folder / part if is_large else None, made_from)
         )
     held_out = parts[1].inputs
-    told = "each record's 'privileged' text, or its answer where there is none"
+    told = "each record's 'privileged' text, or its answer if there is none"
     if first is not None and "privileged" not in first.value:
         is_text = "text" in first.value
-        told = "what stands before it in its text" if is_text else "its answer"
+        told = "what precedes it in its text" if is_text else "its answer"
     return Text(name, parts[0], parts[1], learned_bytes(held_out, tokenizer), told)
 
 
@@ -139,14 +139,14 @@ def _rows(
     tokenizer: language.Tokenizer,
     shape: Shape,
 ) -> Iterator[language.Row]:
-    """The rows of records, which must have the form of the first."""
+    """The rows of records, all of which must have the form of the first."""
     is_text = first is not None and "text" in first.value
 
     def of_one_form() -> Iterator[language.Record]:
         for record in records:
             if first is not None and ("text" in record.value) != is_text:
                 raise ValueError(
-                    f"{record.place} has another form than {first.place}: only one of them is a "
+                    f"{record.place} has a different form from {first.place}: only one is a "
                     "'text'. Use one form in a run."
                 )
             yield record

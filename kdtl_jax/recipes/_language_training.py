@@ -39,7 +39,7 @@ class Run(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What a training gives; `curve` is what was measured at which step."""
+    """The result of a training; `curve` holds its measurements by step."""
 
     params: Params
     curve: list[dict[str, float]]
@@ -50,7 +50,7 @@ Measure = Callable[[Params], Mapping[str, float]]
 
 
 def place(tree: Any, mesh: Mesh | None) -> Any:
-    """On the mesh, or as it is."""
+    """On the mesh if there is one, else unchanged."""
     return tree if mesh is None else sharding.place(tree, mesh, tensor=models.TENSOR_AXES)
 
 
@@ -85,16 +85,16 @@ def trained(
 
     Args:
       name: of the method, in the metrics file and under `checkpoints/`.
-      learner: the step and what begins it.
+      learner: the step and what initializes it.
       state: from `train.init_state`.
-      rows: what is learned from.
-      teacher_params: the step's.
+      rows: the training rows.
+      teacher_params: passed to the step.
       steps: how many.
-      measure: numbers of the parameters, along the way and at the end.
+      measure: metrics of the parameters, along the way and at the end.
       run: what the trainings share.
       order: key of the rows' order.
-      cache: the teacher's outputs on the rows, where the step reads them.
-      on_nonfinite: as `loop.run`; the state before such an update is saved, and given back.
+      cache: the teacher's outputs on the rows, if the step reads them.
+      on_nonfinite: as `loop.run`; the state before such an update is saved and returned.
 
     Raises:
       SystemExit: after a signal, with everything saved.
@@ -158,8 +158,8 @@ def as_line(step: int, found: Mapping[str, float]) -> dict[str, float]:
 def clock(tokens: int, steps: int) -> Callable[[int], str]:
     """`said(step)`: tokens per second since the first line of the log, and the time left.
 
-    Before the first line lies the compilation. Lines come late by the same number of steps each, so
-    that two neighbors alone would say little.
+    The time before the first line includes compilation. Lines arrive late, each by the same number
+    of steps, so two adjacent ones alone say little.
 
     Args:
       tokens: of a step.
@@ -235,7 +235,7 @@ def _in_order(rows: Rows, batch_size: int, mesh: Mesh | None) -> Iterator[Batch]
 
 
 def prompts(rows: Rows, count: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of the first rows' prompts, and which are of the last text that begins there."""
+    """Tokens of the first rows' prompts, and which belong to the last text that begins there."""
     segments = np.asarray(rows.inputs["segments"][:count, :length])
     of_last = (segments > 0) & (segments == segments.max(axis=1, keepdims=True))
     return np.asarray(rows.inputs["tokens"][:count, :length]), of_last

@@ -12,7 +12,7 @@ LONGEST = 2**20  # characters of a line
 
 
 class Lines(NamedTuple):
-    """Token ids `[N, L]` and where there are tokens, of three disjoint sets of lines."""
+    """Token ids `[N, L]` and the mask of tokens, for three disjoint sets of lines."""
 
     train: dict[str, np.ndarray]
     validation: dict[str, np.ndarray]

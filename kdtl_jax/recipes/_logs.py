@@ -1,6 +1,6 @@
 """`metrics.jsonl` for other tools: a CSV table, and TensorBoard's event files by tensorboardX.
 
-Both are made anew from the run's own file after each method, so that a resumed run has every line
+Both are rewritten from the run's own file after each method, so that a resumed run has every line
 once. Values by seed are averaged.
 """
 
@@ -25,7 +25,7 @@ KEYS = ("method", "step")
 
 
 def kinds(value: Any) -> tuple[str, ...]:
-    """`parse=` of a setting: some of `tensorboard,csv`; what TensorBoard needs must be there."""
+    """`parse=` of a setting: some of `tensorboard,csv`; TensorBoard needs its extra."""
     if value in (None, "", [], ()):
         return ()
     found = names(value)
@@ -68,7 +68,7 @@ def write_curves(
 ) -> None:
     """`metrics.jsonl` of methods that train in whole programs, their scores and losses by epoch.
 
-    What it holds of others stays. Then `write`.
+    Lines of other methods stay. Then calls `write`.
     """
     file = folder / "metrics.jsonl"
     known = loop.read_metrics(file) if file.exists() else []
@@ -77,7 +77,7 @@ def write_curves(
         for name, values in curve.items():
             if name == "epoch":
                 continue
-            is_loss = name == "loss"  # of every epoch; scores are of those in "epoch"
+            is_loss = name == "loss"  # one per epoch; scores are for those in "epoch"
             epochs = range(1, len(values) + 1) if is_loss else curve["epoch"]
             key = name if is_loss else f"eval/{name}"
             lines += [
@@ -112,7 +112,7 @@ def _write_events(home: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def of_methods(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's file that have a method and a step: others' stand there for others."""
+    """The lines of a run's file that have a method and a step; others are not for this."""
     return [
         line
         for line in loop.read_metrics(folder / "metrics.jsonl")

@@ -23,26 +23,26 @@ from kdtl_jax.run import report, scores
 
 
 class Measure(NamedTuple):
-    """Of one kind of targets."""
+    """How one kind of targets is learned and scored."""
 
     kind: Kind
     score_name: report.Score
     task: TermsFn
-    methods: tuple[str, ...]  # compared where the user names none
-    # From logits [..., K] to what is kept of every example, as part of a program.
+    methods: tuple[str, ...]  # compared if the user names none
+    # From logits [..., K] to what is kept for every example, as part of a program.
     answers: Callable[[Array], Array]
-    # (answers [..., N] or [..., N, K], targets) -> scores [...]; NaN where an answer is not finite.
+    # (answers [..., N] or [..., N, K], targets) -> scores [...]; NaN if an answer is not finite.
     score: Callable[[Any, Any], np.ndarray]
-    # 1 where two answers are one decision, else 0, [..., N]; NaN where one is not finite.
+    # 1 where two answers are the same decision, else 0, [..., N]; NaN where one is not finite.
     alike: Callable[[Any, Any], np.ndarray] | None = None
-    # `answers` and `score` of one student `[N, K]` within a program; its score is float32.
+    # `answers` and `score` of one student `[N, K]` within a program; the score is float32.
     judged: Callable[[Array, Array], tuple[Array, Array]] = _training.judged
     # Other scores, means over seeds.
     more: Callable[[Any, Any], dict[str, float]] = lambda answers, targets: {}
 
 
 def of(form: Preprocessing) -> Measure:
-    """The measure of data that are read so."""
+    """The measure for data read in this form."""
     if form.kind == "labels":
         return _LABELS
     if form.kind == "numbers":
@@ -52,7 +52,7 @@ def of(form: Preprocessing) -> Measure:
 
 
 def of_data(form: Preprocessing, settings: Any, part: Dataset) -> Measure:
-    """`of`, with the loss that the settings ask for.
+    """`of`, with the loss that the settings request.
 
     Args:
       form: how the data are read.
@@ -60,7 +60,7 @@ def of_data(form: Preprocessing, settings: Any, part: Dataset) -> Measure:
       part: the training examples.
 
     Raises:
-      UsageError: if what is for classes is asked of other targets.
+      UsageError: if class settings are given for other targets.
     """
     check(settings, form.kind)
     measure = of(form)
@@ -87,12 +87,12 @@ def row(
     Args:
       measure: of the targets.
       method: its key in results.json.
-      family: group of the table.
+      family: group in the table.
       label: the method in words.
-      params: of one student, to be counted.
+      params: of one student, to count.
       found: with scores `test` and `validation` `[S]`, and answers `named` `[S, N, ...]`.
       seconds: wall time of everything.
-      settings: what was fixed and what was chosen.
+      settings: fixed and chosen ones.
       targets: of the test examples.
       teacher: its answers, `[S or 1, N, ...]`, for the agreement.
     """
@@ -128,7 +128,7 @@ def _judged(
 
 
 def _traced_precision(logits: Array, targets: Array) -> Array:
-    """`_mean_average_precision`: of each positive the precision among scores that are no lower."""
+    """`_mean_average_precision`: for each positive, the precision among scores not below it."""
 
     def of_label(y: Array, t: Array) -> Array:
         positive = t > 0
@@ -183,7 +183,7 @@ def _same_labels(answers: Any, other: Any) -> np.ndarray:
 
 
 def _more_of_labels(answers: Any, targets: Any) -> dict[str, float]:
-    """A label is named where its logit is above 0; where one is not finite, nothing is known."""
+    """A label is predicted if its logit is above 0; if one is not finite, the answer is unknown."""
     answers, targets = np.asarray(answers), np.asarray(targets)
     if not np.isfinite(answers).all():
         return {"macro_f1": float("nan"), "subset_accuracy": float("nan")}
@@ -212,9 +212,9 @@ def cross_entropy_of(settings: Any, labels: np.ndarray, classes: int) -> TermsFn
     """`inputs -> {"task": [B]}`, as the settings say.
 
     `--label-smoothing e` mixes the labels with the uniform distribution, `(1 - e) y + e / K`.
-    `--class-weights balanced` weighs an example of class k by `N / (K n_k)`, so that all classes
-    together count alike and the mean weight of the training examples is 1. Both concern this term
-    alone; without either it is `cross_entropy`.
+    `--class-weights balanced` weights an example of class k by `N / (K n_k)`, so that all classes
+    count equally and the mean weight of the training examples is 1. Both affect only this term;
+    without either it is `cross_entropy`.
 
     Args:
       settings: `label_smoothing` and `class_weights`.
@@ -240,11 +240,11 @@ def cross_entropy_of(settings: Any, labels: np.ndarray, classes: int) -> TermsFn
 
 
 def check(settings: Any, kind: str | None = None) -> None:
-    """Raises UsageError if what is for classes is asked of other targets.
+    """Raises UsageError if class settings are given for other targets.
 
     Args:
       settings: `label_smoothing`, `class_weights` and `target`.
-      kind: of the targets; None: as the settings say, which may leave it to the data.
+      kind: of the targets; None means that of the settings, which may leave it to the data.
     """
     kind = kind or settings.target
     if kind in ("labels", "numbers") and (

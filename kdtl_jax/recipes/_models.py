@@ -1,6 +1,6 @@
-"""Models by their text (`mlp:128,64`, `wrn-16-2`), as networks that methods know, and their files.
+"""Models by their text (`mlp:128,64`, `wrn-16-2`), as networks for methods, and their files.
 
-Networks are those of `interop.networks`, weights those of `interop.sources`.
+Networks are those of `interop.networks`; weights are those of `interop.sources`.
 """
 
 import sys
@@ -38,7 +38,7 @@ def module(text: str, classes: int) -> nn.Module:
     """The Flax module that a text names, with `classes` outputs.
 
     Raises:
-      UsageError: listing the forms, if the text is none of them or its numbers make no sense.
+      UsageError: listing the forms, if the text has none of them or its numbers are invalid.
     """
     try:
         return models.named(text.strip(), classes)
@@ -50,7 +50,7 @@ def module(text: str, classes: int) -> nn.Module:
 
 
 def text_of(value: Any) -> str | None:
-    """`parse=` of a model's setting: the text itself, once it is known to name a model."""
+    """`parse=` of a model's setting: the text itself, after checking that it names a model."""
     if value is None:
         return None
     if not isinstance(value, str):
@@ -62,16 +62,16 @@ def text_of(value: Any) -> str | None:
 
 
 def check(text: str | None) -> None:
-    """Imports a model of one's own: what is wrong with its file is said before data are read."""
+    """Imports a user's model, to report errors in its file before data are read."""
     if text is not None and model_files.is_own(text):
         _own.imported(text)
 
 
 def described(text: str, classes: int, example: Any, *, dtype: Any = None) -> Network:
-    """The network that a text names: of the library, a Hugging Face folder or the user's file.
+    """The network that a text names: in the library, a Hugging Face folder or a user's file.
 
     Raises:
-      ValueError: if it is not a model or does not take such inputs; the user's files by name.
+      ValueError: if it is not a model or does not take such inputs, naming a user's file.
     """
     if folder := model_files.hugging_face_of(text):
         made = sources.pretrained(folder).module.clone(classes=classes)
@@ -90,24 +90,24 @@ def described(text: str, classes: int, example: Any, *, dtype: Any = None) -> Ne
 
 
 def same(text: str, other: str) -> bool:
-    """Whether two texts name one model; a user's file counts by its name, wherever it lies."""
+    """Whether two texts name one model; a user's file counts by its name, in any folder."""
     if model_files.is_own(text) or model_files.is_own(other):
         return Path(text).name == Path(other).name
     return module(text, 2) == module(other, 2)
 
 
 def files_of(text: str) -> list[Path]:
-    """What a model's text stands for: the user's files, or a folder's configuration, or nothing."""
+    """The files behind a model's text: the user's, a folder's configuration, or none."""
     if folder := model_files.hugging_face_of(text):
         return [Path(folder) / "config.json"]
     return _own.files_of(text) if model_files.is_own(text) else []
 
 
 def tell_changed(text: str, metadata: Mapping[str, str]) -> None:
-    """A note if what a text stands for is no longer what a model's file was trained with."""
+    """Prints a note if the files behind a text have changed since the model was trained."""
     was = metadata.get("source_sha256")
     files = [] if was is None else files_of(text)
-    if not files or not all(file.is_file() for file in files):  # which is refused when it is opened
+    if not files or not all(file.is_file() for file in files):  # refused when it is opened
         return
     if record.made_from({"source": files}).files["source"] != was:
         name = files[0] if model_files.hugging_face_of(text) else text
@@ -115,7 +115,7 @@ def tell_changed(text: str, metadata: Mapping[str, str]) -> None:
 
 
 def identity(text: str) -> str:
-    """What a cache knows a model by: a file's code and a folder's configuration are part of it."""
+    """A model's identity in a cache, including a file's code or a folder's configuration."""
     if folder := model_files.hugging_face_of(text):
         return f"{model_files.HUGGING_FACE}{_files.sha256(Path(folder) / 'config.json')}"
     if model_files.is_own(text):
@@ -125,15 +125,15 @@ def identity(text: str) -> str:
 
 
 def opened(path: str | None, text: str | None, default: str) -> Source:
-    """A source that says its model: the file and the user may not contradict each other.
+    """A source with its model, on which the file and the user must agree.
 
     Args:
       path: a model's file or folder, or None if there is none.
       text: what the user says the model is, or None.
-      default: the text where nobody says anything.
+      default: the text if neither says anything.
 
     Raises:
-      UsageError: if the file holds another model than the user says.
+      UsageError: if the file holds a model other than the user's text.
       ValueError: if the file does not exist or its metadata are damaged.
     """
     check(text)
@@ -147,7 +147,7 @@ def opened(path: str | None, text: str | None, default: str) -> Source:
             )
         return source._replace(about=source.about._replace(model=text or default))
     if text is not None and model_files.hugging_face_of(said):
-        raise UsageError(f"{path} says itself what model it is. Leave out {text}.")
+        raise UsageError(f"{path} already says which model it is. Leave out {text}.")
     if text is not None and not same(text, said):
         raise UsageError(f"{path} holds the model {said}, not {text}.")
     if text is None and model_files.is_own(said):
@@ -166,19 +166,19 @@ def read_data(
     kinds: Sequence[Kind] = ("classes",),
     other_targets: bool = False,
 ) -> tuple[Splits, Preprocessing]:
-    """The data, read and scaled as the source says, or by their training part; and how.
+    """The data, read and scaled as the source says or by their training part, and how.
 
-    What they are, and what looks wrong, is printed.
+    Prints what they are and what looks wrong.
 
     Args:
       settings: what names the data.
       source: of the model.
       kinds: of targets that the caller can learn.
-      other_targets: the data's targets need not be the source's; inputs are read as it says.
+      other_targets: whether the data's targets may differ; inputs are read as the source says.
 
     Raises:
-      UsageError: if targets are of another kind, or settings contradict the source.
-      ValueError: if the source is a model of other classes, inputs or units.
+      UsageError: if targets are of an unsupported kind, or settings contradict the source.
+      ValueError: if the source has other classes, inputs or units.
     """
     path, about = source.path, source.about
     _agreement.check_choices(settings, path, about)
@@ -270,7 +270,7 @@ def _check_scaling(path: str | None, scaling: Standardizer | None, shape: tuple[
 
 
 def check_parts(splits: Splits) -> None:
-    """Refuses data of which nothing is held out, for validation or for the test.
+    """Refuses data with nothing held out for validation or for the test.
 
     Raises:
       UsageError: naming the flag.
@@ -283,8 +283,8 @@ def check_parts(splits: Splits) -> None:
 def selected(teacher: Params, student: Params) -> Params:
     """A student filled with evenly spaced units of its teacher, layer by layer.
 
-    A unit keeps its place on both sides: the rows that a layer reads are those that the layer
-    before writes.
+    A unit is selected on both sides: the rows that a layer reads are those that the layer before
+    writes.
     """
     return transforms.transfer(
         teacher, student, on_mismatch=transforms.select_uniform, check_finite=False

@@ -15,7 +15,7 @@ from kdtl_jax._types import PyTree
 from kdtl_jax.recipes.settings import positive_rate, setting
 from kdtl_jax.train import TrainState
 
-# Learning rates where none is given.
+# Learning rates if none is given.
 RATES = {
     "sgd": 0.05,
     "adam": 3e-3,
@@ -31,7 +31,7 @@ RATES = {
 
 @dataclass(frozen=True)
 class Optimizing:
-    """How weights are trained, but for the batches and the rate."""
+    """How weights are trained, apart from the batches and the learning rate."""
 
     optimizer: Literal[
         "sgd", "adam", "adamw", "nadamw", "lion", "lamb", "muon", "rmsprop", "adafactor"
@@ -75,7 +75,7 @@ class Training(Optimizing):
 
 @dataclass(frozen=True)
 class Kept:
-    """Which weights a student is left with."""
+    """Which weights a student keeps."""
 
     ema: float | None = setting(
         None, "keep an average of the weights with this decay, as in 0.999, for validation, test "
@@ -99,12 +99,12 @@ def optimizer(
     """The optimizer of the settings; rate and weight decay may be traced.
 
     Args:
-      settings: `optimizer`, `schedule`, `warmup`, `clip`, and `ema` where the recipe has it.
+      settings: `optimizer`, `schedule`, `warmup`, `clip`, and `ema` if the recipe has it.
       rate: peak learning rate.
       weight_decay: decoupled in adamw, nadamw, lion, lamb and muon; elsewhere added to the
         gradient.
-      steps: of the whole run.
-      *then: what changes the updates afterwards, before they enter an average.
+      steps: in the whole run.
+      *then: transformations of the updates afterwards, before they enter an average.
     """
     of_step = shape(settings.schedule, settings.warmup, steps)
 
@@ -139,7 +139,7 @@ def rates(settings: Training, steps: int) -> Callable[[int], float]:
 
 
 def shape(name: str, warmup: float, steps: int) -> optax.Schedule:
-    """The learning rate over its largest value, by step: up along a line, then as named."""
+    """The learning rate relative to its peak, by step: linear warmup, then as named."""
     steps = max(steps, 1)
     rising = min(round(warmup * steps), steps - 1)
     rest = steps - rising
@@ -178,7 +178,7 @@ def _named(name: str, schedule: optax.Schedule, weight_decay: Any) -> optax.Grad
 
 
 class Averaged(NamedTuple):
-    """An optimizer's state, and the average of what it trains."""
+    """An optimizer's state, and the average of the parameters."""
 
     inner: PyTree
     mean: PyTree
@@ -189,7 +189,7 @@ def averaged(inner: optax.GradientTransformation, decay: float) -> optax.Gradien
     """Keeps an exponential moving average of the parameters beside an optimizer.
 
     `mean <- d mean + (1 - d) params` after every step, `d = min(decay, (1 + n) / (10 + n))` at step
-    n, so that the start is forgotten soon.
+    n, so that the start is soon forgotten.
     """
     inner = optax.with_extra_args_support(inner)
 

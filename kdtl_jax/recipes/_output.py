@@ -19,7 +19,7 @@ class Running(NamedTuple):
     folder: Path
     run: str  # its identity
     say: _progress.Progress
-    programs: Callable[[], str]  # what was compiled so far, in words
+    programs: Callable[[], str]  # what has been compiled so far, in words
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def running(
     saves: Sequence[str] = (),
     models: Sequence[str] = (),
 ) -> Iterator[Running]:
-    """A run's folder, of which a signal leaves a hint how to resume, and the terminal beside it."""
+    """A run's folder and terminal; after a signal, prints how to resume the run."""
     with (
         _folders.run_folder(settings, command, files, saves=saves, models=models) as where,
         _programs.counted() as programs,

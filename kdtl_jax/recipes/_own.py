@@ -1,7 +1,7 @@
-"""Models, losses and methods of one's own, from a Python file that the user names: `file.py:name`.
+"""The user's own models, losses and methods, from a Python file named as `file.py:name`.
 
-Only that file is imported, when its name stands on the command line or in the settings, with what
-it imports, and nothing else ever is. The digests of all these are part of the run's identity.
+Only files named on the command line or in the settings are imported, with what they import. The
+digests of all these files are part of the run's identity.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from kdtl_jax.recipes import _imports
 from kdtl_jax.recipes.settings import UsageError, setting
 
 FORM = "FILE.py:NAME, as in my_model.py:Net"
-EXAMPLES, CLASSES = 8, 3  # of the shapes on which a loss is tried before the data are known
+EXAMPLES, CLASSES = 8, 3  # shapes on which a loss is tried before the data are known
 
 
 def file_of(text: str) -> str:
@@ -35,7 +35,7 @@ def file_of(text: str) -> str:
 
 
 def checked(value: Any) -> str | None:
-    """`parse=` of a setting: the text itself, once it has the form `file.py:name`."""
+    """`parse=` of a setting: the text itself, if it has the form `file.py:name`."""
     if value is None:
         return None
     if not isinstance(value, str) or not re.fullmatch(r".+\.py:[A-Za-z_]\w*", value):
@@ -67,19 +67,19 @@ def imported(text: str) -> Any:
 
 
 def files_of(text: str) -> list[Path]:
-    """The file of `file.py:name` and those of the user's that it imports; raises as `imported`."""
+    """The file of `file.py:name` and the user's files that it imports; raises as `imported`."""
     path = Path(file_of(text))
     _module(path)
     return _imports.files(path)
 
 
 def at_work(text: str) -> contextlib.AbstractContextManager[None]:
-    """While what `imported(text)` gave is at work: it finds the modules beside its file."""
+    """A context in which the object `imported(text)` finds the modules beside its file."""
     return _imports.at_work(Path(file_of(text)))
 
 
 def neighborly(text: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of the file `text`, or one that calls its functions, at work in its folder."""
+    """A function of the file `text`, or one that calls its functions, run in its folder."""
 
     @functools.wraps(function)
     def run(*args: Any, **named: Any) -> Any:
@@ -101,7 +101,7 @@ def _module(path: Path) -> ModuleType:
 
 @dataclass(frozen=True)
 class Terms:
-    """The settings of losses and methods of one's own."""
+    """The settings for the user's own losses and methods."""
 
     loss: tuple[str, ...] = setting(
         (), "a loss of your own to compare with the methods: fn(student_logits, teacher_logits) "
@@ -117,7 +117,7 @@ class Terms:
 
 
 def files(settings: Terms) -> dict[str, list[Path]]:
-    """The files of losses and methods, with those that they import, by role."""
+    """The files of losses and methods, and those that they import, by role."""
     both = {"loss": settings.loss, "method": settings.method}
     return {
         f"{role} {text.rpartition(':')[2]}": files_of(text)
@@ -137,11 +137,11 @@ def _given(settings: Terms) -> list[tuple[str, str]]:
 
 
 def entries(settings: Terms) -> dict[str, Entry]:
-    """Methods of one's own by name, from `--loss` and `--method`.
+    """The user's own methods by name, from `--loss` and `--method`.
 
     Raises:
-      UsageError: if one is not a function of the right arguments, or its name is taken.
-      ValueError: if one is wrong whatever the data are, with the line at fault.
+      UsageError: if one is not a function with the right arguments, or its name is taken.
+      ValueError: if one is wrong regardless of the data, with the line at fault.
     """
     known = {entry.name for entry in methods.table()}
     found: dict[str, Entry] = {}
@@ -150,7 +150,7 @@ def entries(settings: Terms) -> dict[str, Entry]:
         if not callable(function):
             raise UsageError(f"{flag} {text}: {name} is {type(function).__name__}, not a function.")
         if name in known or name in found:
-            raise UsageError(f"{flag} {text}: there is a method called {name!r}. Rename yours.")
+            raise UsageError(f"{flag} {text}: there is already a method {name!r}. Rename yours.")
         build = _of_loss(text, function) if flag == "--loss" else _of_method(text, function)
         about = (inspect.getdoc(function) or name).splitlines()[0]
         applies = _applies(build)
@@ -240,19 +240,19 @@ def _terms_of(text: str, terms: Callable[[Inputs], Any], setup: Setup) -> list[s
 
 
 def _try(text: str, terms: Callable[[Inputs], Any]) -> None:
-    """Raises ValueError for what is wrong with a loss whatever the data and the networks are."""
+    """Raises ValueError for an error in a loss that does not depend on data or networks."""
     logits = {"logits": jax.ShapeDtypeStruct((EXAMPLES, CLASSES), jnp.float32)}
     try:
         found = jax.eval_shape(lambda s, t: terms(Inputs(s, t, {})), logits, logits)
     except (NameError, ImportError, AttributeError) as error:
-        # An attribute of something else may be there once the networks are known.
+        # An attribute of something else may exist once the networks are known.
         of_any = not isinstance(error, AttributeError) or isinstance(
             error.obj, (types.ModuleType, Inputs)
         )
         if of_any:
             said = at_fault(Path(file_of(text)), error)
             raise ValueError(f"--loss {text}: {said}") from error
-    except Exception:  # it may be for these shapes: the data's own are tried before training
+    except Exception:  # these shapes may be at fault: the data's own are tried before training
         return
     else:
         _checked_terms(text, found, EXAMPLES)
@@ -275,7 +275,7 @@ def _checked_terms(text: str, found: Any, size: int) -> list[str]:
 
 
 def _applies(build: Callable[[Setup], Method]) -> Callable[[Setup], str | None]:
-    """A method of one's own that refuses is an error, not a method left out."""
+    """If a user's own method refuses, that is an error, not a method left out."""
 
     def applies(setup: Setup) -> str | None:
         build(setup)
@@ -287,7 +287,7 @@ def _applies(build: Callable[[Setup], Method]) -> Callable[[Setup], str | None]:
 def at_fault(path: Path, error: BaseException) -> str:
     """`my_loss.py, line 3: NameError: ...`, the innermost line of the user's files.
 
-    The message alone where no line of theirs took part.
+    Only the message if none of their lines is involved.
     """
     inner = [
         (frame.filename, frame.lineno)
