@@ -295,15 +295,15 @@ def averaged(params: Any, x: Any) -> Any:
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (Needy, "Needy needs depth, of which nothing is known.*write a factory"),
+        (Needy, "Needy needs depth, with no known value.*write a factory"),
         ((Pair.init, lambda p, s, x: (x, s)), r"apply\(p, s, x\) is not understood"),
         (Linen(4), r"Linen gives logits \[1, 4\] for one example, expected \[1, 3\]"),
         (lambda: nnx.Linear(5, 3, rngs=nnx.Rngs(0)), "holds one set of weights.*argument rngs"),
         (nnx.Linear(5, 3, rngs=nnx.Rngs(0)), "holds one set of weights.*argument rngs"),
         (Nested("text"), "returns 'features/last' as a str. Every output must be an array"),
         (alone, r"alone\(params, ...\) is a function of parameters.*net = \(init, alone\)"),
-        (lambda: {"w": X}, "is dict, no model. Expected a Linen module"),
-        (np.ones(3), "is an array, no model"),
+        (lambda: {"w": X}, "is dict, not a model. Expected a Linen module"),
+        (np.ones(3), "is an array, not a model"),
         (
             (lambda key: jnp.ones((5, 3)), lambda p, x: (x, x @ p)),
             r"gives logits \[1, 5\] for one example, expected \[1, 3\]",

@@ -5,9 +5,9 @@
     small = decoders.student(source, layers=range(0, 30, 3))
     decoders.save("small", small.params, small.rules, config=small.config)
 
-Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2 and 3 (text), Phi-3, SmolLM3, OLMo 2 and GPT-2, sharded
-or not, in any float dtype. The model is a `models.Decoder`, whose head is separate and whose `tap`
-gives hidden states and attention. Encoders are in `interop.huggingface`.
+Supported are Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2 and 3 (text), Phi-3, SmolLM3, OLMo 2 and
+GPT-2, sharded or not, in any float dtype. The model is a `models.Decoder`: its head is separate,
+and its `tap` gives hidden states and attention. Encoders are in `interop.huggingface`.
 """
 
 import re
@@ -29,7 +29,7 @@ from kdtl_jax.transforms import Report
 
 
 class PretrainedDecoder(NamedTuple):
-    """A checkpoint as a decoder: its functions, its parameters, and what names its tensors."""
+    """A checkpoint as a decoder: its functions, its parameters, and the names of its tensors."""
 
     model: Decoder
     params: Params
@@ -66,8 +66,8 @@ def load(folder: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
 
     Args:
       folder: the folder.
-      dtype: floating dtype of the parameters; None keeps each tensor's. The computation takes that
-        of the embedding.
+      dtype: floating dtype of the parameters; None keeps each tensor's. Computation uses that of
+        the embedding.
 
     Returns:
       The decoder. Its report lists heads for other tasks under `extra`, and a stored copy of the
@@ -75,9 +75,9 @@ def load(folder: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
 
     Raises:
       FileNotFoundError: if there is no such folder, config.json or safetensors file.
-      ValueError: for an unknown family, a key of the configuration that is not understood, a
-        classifier without a language head, a tensor without a place, a missing tensor, or a shape
-        that disagrees with the configuration.
+      ValueError: if the family or a key of the configuration is unknown, the model is a classifier
+        without a language head, a tensor has no place or is missing, or a shape disagrees with the
+        configuration.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
@@ -88,10 +88,10 @@ def load(folder: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
 def from_tensors(
     config: Mapping[str, Any], tensors: Mapping[str, Any], *, dtype: Any = None
 ) -> PretrainedDecoder:
-    """Builds a decoder from a folder's contents: the object in config.json and the tensors by name.
+    """Builds a decoder from a folder's contents: the parsed config.json, and the tensors by name.
 
     Raises:
-      ValueError: as for `load`.
+      ValueError: as in `load`.
     """
     config = dict(config)
     _check_language_head(tensors)
@@ -110,7 +110,7 @@ def initialized(config: Mapping[str, Any], key: jax.Array) -> PretrainedDecoder:
     """Builds a decoder with random weights from the content of a config.json.
 
     Raises:
-      ValueError: for an unknown family or a key that is not understood.
+      ValueError: if the family or a key is unknown.
     """
     built, rules = _hf_decoders.decoder(config)
     prefix = _hf_decoders.FAMILIES[config["model_type"]].prefix
@@ -121,10 +121,10 @@ def initialized(config: Mapping[str, Any], key: jax.Array) -> PretrainedDecoder:
 
 
 def student(source: PretrainedDecoder, *, layers: Sequence[int]) -> PretrainedDecoder:
-    """Takes some layers of a decoder as a new one; layer `j` is the source's `layers[j]`.
+    """Makes a new decoder from some layers of another; layer `j` is the source's `layers[j]`.
 
     Raises:
-      ValueError: if a position is out of range, or a config.json of this family cannot say the
+      ValueError: if a position is out of range, or a config.json of this family cannot express the
         windows or rotary tables of these layers.
     """
     whole = source.model.config
@@ -149,16 +149,17 @@ def save(
     config: Mapping[str, Any],
     tokenizer: str | Path | None = None,
 ) -> None:
-    """Writes `model.safetensors` and `config.json` that transformers opens.
+    """Writes `model.safetensors` and `config.json` that transformers can open.
 
-    The config says what is written (see `described`), and is read back before anything is stored.
+    The config describes what is written (see `described`) and is checked before anything is stored.
 
     Args:
       folder: created if needed; files are replaced atomically, the weights last.
-      params: the parameters, layers apart (`transforms.unstack_layers` takes stacked ones apart).
-      rules: a `PretrainedDecoder`'s rules.
+      params: the parameters, with separate layers (`transforms.unstack_layers` separates stacked
+        ones).
+      rules: the rules of a `PretrainedDecoder`.
       config: its config.
-      tokenizer: a folder whose tokenizer files are copied.
+      tokenizer: a folder from which the tokenizer's files are copied.
 
     Raises:
       ValueError: if a parameter has no rule, or the parameters do not match the config.
@@ -182,22 +183,22 @@ def described(
     layers: Sequence[int] | None = None,
     equal: Equal | None = None,
 ) -> dict[str, Any]:
-    """The config.json of a folder that holds these tensors, derived from one for others.
+    """The config.json of a folder that holds these tensors, derived from their source's config.
 
-    Numbers of layers and tokens, the width of the feed-forward, whether the head is tied and the
-    dtype are those of the tensors. The architecture's name is that of a language head: others are
-    left out when a folder is read.
+    The numbers of layers and tokens, the width of the feed-forward layers, whether the head is tied
+    and the dtype are those of the tensors. The architecture's name is that of a language model,
+    because heads for other tasks are left out when a folder is read.
 
     Args:
-      config: of the model that the tensors were made from.
+      config: the config of the model that the tensors were made from.
       tensors: `{torch name: array}`, concrete or abstract (`shape` and `dtype` are read).
-      layers: which of that model's layers they are; needed where layers differ in their windows or
+      layers: which of that model's layers they are; needed if layers differ in their windows or
         rotary tables and the number changed.
-      equal: whether two tensors are equal, by name; None compares the arrays, which must be
-        concrete then if a head is stored beside the embedding it may be tied to.
+      equal: whether two tensors are equal, by name; None compares the arrays, which must then be
+        concrete if a head is stored beside the embedding it may be tied to.
 
     Raises:
-      ValueError: if no config of this family says what is written, or a special token has no row.
+      ValueError: if no config of this family describes the tensors, or a special token has no row.
     """
     whole = _hf_decoders.decoder(config)[0]
     _hf_decoders.check_heads(config)
@@ -237,7 +238,7 @@ def described(
 def _of_layers(
     config: Mapping[str, Any], whole: DecoderConfig, layers: Sequence[int]
 ) -> tuple[dict[str, Any], DecoderConfig]:
-    """The config of some layers, with what it says per layer, and what it must mean."""
+    """The config of some layers, with its per-layer values, and the decoder it must describe."""
     built = whole._replace(
         layers=len(layers),
         ropes=tuple(whole.ropes[i] for i in layers) if whole.ropes else (),
@@ -256,13 +257,13 @@ def _of_layers(
     if _patterns(out) != wanted:
         raise ValueError(
             f"the layers {list(layers)} of a {config['model_type']!r} model have windows or "
-            "rotary tables that its config.json cannot say; keep the pattern of its layers."
+            "rotary tables that its config.json cannot express; keep the pattern of its layers."
         )
     return out, built
 
 
 def _patterns(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """What a config says of each layer."""
+    """The windows and rotary tables that a config gives to each layer."""
     built = _hf_decoders.decoder(config)[0]
     return built.windows, built.ropes
 
@@ -296,14 +297,14 @@ def _check_language_head(tensors: Mapping[str, Any]) -> None:
     if heads and _HEAD not in tensors:
         raise ValueError(
             f"the head of this decoder is {_text.listed(sorted(heads))}: it classifies texts or "
-            "tokens and has no language head, so it is no language model. For its hidden states "
+            "tokens and has no language head: it is not a language model. For its hidden states "
             "pass from_tensors the tensors without these, and its config with tie_word_embeddings "
             "= true; transformers classifies a text by the last token that is not pad_token_id."
         )
 
 
 def _check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
-    """Refuses sizes that no tensor has before a model of them is built."""
+    """Refuses sizes that no tensor has, before a model of those sizes is built."""
     longest = max((side for array in tensors.values() for side in array.shape), default=0)
     for key in _SIZES:
         if isinstance(config.get(key), int) and config[key] > longest:

@@ -3,10 +3,10 @@
     model, params, state = equinox.model(MyModule(key=key))
     outputs, state = model(params, state, inputs, key=key, train=True)
 
-`params` is the module's inexact arrays, a module with None elsewhere; selectors see paths
-such as `layers/0/weight`. Equinox modules take one example; this adapter maps them over the batch.
-To get features, let the module return a dict with `"logits"` (there is nothing to intercept).
-A module that takes no single example, but batches of any size, is given the batch.
+`params` is the module with only its inexact arrays, and None elsewhere; selectors see paths such as
+`layers/0/weight`. Equinox modules take one example; this adapter maps them over the batch. A module
+that takes batches of any size, but not a single example, is given the batch. To get features, let
+the module return a dict with `"logits"` (there is nothing to intercept).
 """
 
 import functools
@@ -48,21 +48,21 @@ def model(
     """`(apply, params, model_state)` of an Equinox module, following the library's contract.
 
     The module is mapped over the batch; each example gets its own key, as `key=`, and the state, if
-    there is one, as second argument. `train=False` runs the module in inference mode
-    (`eqx.nn.inference_mode`), so that dropout is off and statistics are frozen; arguments and
-    fields of a usual name (`train`, `inference`, `deterministic`, `enable_dropout`, …, also within
-    `**kwargs`) are set besides. To put trained parameters back:
+    there is one, as the second argument. `train=False` runs the module in inference mode
+    (`eqx.nn.inference_mode`), so dropout is off and statistics are frozen. Arguments and fields
+    with a common name (`train`, `inference`, `deterministic`, `enable_dropout`, …, also within
+    `**kwargs`) are set as well. To put trained parameters back into the module, call
     `equinox.with_params(module, params)`.
 
     Args:
-      module: from its constructor, or the first half of `eqx.nn.make_with_state(...)`.
-      state: the second half, if there is one.
+      module: from its constructor, or the first value of `eqx.nn.make_with_state(...)`.
+      state: the second value, if there is one.
       call: how to call the module on one example, if not in the usual way.
       axis_name: the axis that the module's batch norms reduce over.
 
     Raises:
-      ValueError: when `apply` is traced, if dropout or batch statistics are not in the mode asked
-        for.
+      ValueError: when `apply` is traced, if dropout or batch statistics are not in the requested
+        mode.
     """
     if isinstance(module, functools.partial):
         raise TypeError(
@@ -101,7 +101,7 @@ def model(
             def modes(way: Call) -> dict[str, bool]:
                 found = _modes_of(module, lambda: run(way), model_state)
                 if keys is not None and not train and "dropout" not in found:
-                    found["dropout"] = _modes.draws(lambda: run(way))  # of the module's own making
+                    found["dropout"] = _modes.draws(lambda: run(way))  # of a custom layer
                 return found
 
             way = _modes.first_that_follows(_ways(module, train), train, modes)
@@ -117,7 +117,7 @@ def model(
         else:
             try:
                 outputs, new_state = told(mapped)
-            except Exception:  # whatever a module raises that is given another shape than it takes
+            except Exception:  # whatever a module raises for a shape that it does not take
                 if not _maps_itself(ready, _ways(module, train), model_state, inputs):
                     raise
                 outputs, new_state = told(whole)
@@ -143,7 +143,7 @@ def _ways(module: Any, train: bool) -> list[Call]:
 
 
 def _unused(state: Any) -> Any:
-    """A copy of a state: Equinox refuses one that was used before."""
+    """A copy of a state, since Equinox refuses one that was used before."""
     return jax.tree.map(lambda leaf: leaf, state)
 
 
@@ -169,7 +169,7 @@ def _with_fields(module: Any, train: bool) -> Any:
     for node in _submodules(copy):
         held = [name for name, value in vars(node).items() if isinstance(value, bool)]
         for name, value in _modes.flags(held, train).items():
-            object.__setattr__(node, name, value)  # of a fresh copy: nobody else sees it
+            object.__setattr__(node, name, value)  # on a fresh copy, which nobody else sees
     return copy
 
 
@@ -185,7 +185,7 @@ def _submodules(module: Any) -> list[Any]:
 
 
 def _modes_of(module: Any, run: Callable[[], tuple[Any, Any]], state: Any) -> dict[str, bool]:
-    """Whether dropout and batch statistics run in training mode: random draws, a new state."""
+    """Whether dropout and batch statistics run in training mode: they draw, or change the state."""
     layers = _submodules(module)
     modes: dict[str, bool] = {}
     if any(isinstance(layer, eqx.nn.Dropout) and layer.p for layer in layers):

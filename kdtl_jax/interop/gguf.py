@@ -5,9 +5,9 @@
     words = gguf.tokenizer("SmolLM2-135M-Instruct.Q4_1.gguf")
     gguf.write_folder("SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
-The result is what `decoders.load` makes of the Hugging Face folder that the file was converted
-from, up to the quantization: what llama.cpp's converter changes is changed back. Architectures
-llama (with Mistral and SmolLM2), smollm3, qwen2, qwen3, gemma, gemma2, gemma3, phi3, olmo2, gpt2.
+Up to quantization, the result equals that of `decoders.load` for the Hugging Face folder that the
+file was converted from: the changes of llama.cpp's converter are undone. Architectures: llama (with
+Mistral and SmolLM2), smollm3, qwen2, qwen3, gemma, gemma2, gemma3, phi3, olmo2, gpt2.
 """
 
 import importlib
@@ -26,17 +26,17 @@ from kdtl_jax.interop.decoders import PretrainedDecoder
 
 
 def load(path: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
-    """Imports a GGUF file, its quantized tensors as floats.
+    """Imports a GGUF file, with its quantized tensors as floats.
 
     Args:
       path: the file.
-      dtype: floating dtype of the parameters; None is float32.
+      dtype: floating dtype of the parameters; None means float32.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ImportError: without the package `gguf`.
-      ValueError: for a file that is no GGUF, an architecture that is not built here, a key of its
-        hyperparameters that is not understood, or a tensor without a place.
+      ImportError: if the package `gguf` is not installed.
+      ValueError: if the file is not GGUF, its architecture is not supported, a hyperparameter is
+        unknown, or a tensor has no place.
     """
     _, dequantize = _package()
     reader = _open(path)
@@ -64,7 +64,7 @@ def load(path: str | Path, *, dtype: Any = None) -> PretrainedDecoder:
     for name, tensor in stored.items():
         try:
             array = dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError:  # the package's answer for a type it only lists
+        except NotImplementedError:  # the package only lists this type
             raise ValueError(
                 f"tensor {_text.quoted(name)} has the type {tensor.tensor_type.name}, which the "
                 "package gguf does not dequantize."
@@ -79,8 +79,8 @@ def tokenizer(path: str | Path) -> TokenizerData:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ImportError: without the package `gguf`.
-      ValueError: if the file is no GGUF or has no tokenizer.
+      ImportError: if the package `gguf` is not installed.
+      ValueError: if the file is not GGUF or has no tokenizer.
     """
     fields = _fields(_open(path), lambda key: key.startswith("tokenizer."))
 
@@ -112,11 +112,11 @@ def write_folder(folder: str | Path, path: str | Path) -> None:
 
     Args:
       folder: created if needed; its files are replaced.
-      path: of the GGUF file.
+      path: the GGUF file.
 
     Raises:
-      FileNotFoundError, ImportError, ValueError: as `load` and `tokenizer`; ValueError also for a
-        tokenizer other than byte-level BPE split as in GPT-2, Llama 3, Qwen2 or SmolLM.
+      FileNotFoundError, ImportError, ValueError: as in `load` and `tokenizer`; ValueError also if
+        the tokenizer is not byte-level BPE that splits as in GPT-2, Llama 3, Qwen2 or SmolLM.
     """
     words = tokenizer(path)
     files = {
@@ -167,7 +167,7 @@ _GPT2 = {
     "attention.head_count": "n_head",
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
 }
-# Said by other keys or by the tensors, or of no effect.
+# Keys that repeat other keys or the tensors, or have no effect.
 _READ_ELSEWHERE = frozenset(
     "vocab_size attention.value_length rope.dimension_count rope.scaling.type "
     "rope.scaling.factor rope.scaling.original_context_length rope.scaling.attn_factor "
@@ -206,17 +206,17 @@ def _config(
             raise ValueError(f"rotation of {turning} of {head_width} channels is not built here.")
         config["partial_rotary_factor"] = turning / head_width
     if architecture in ("gemma2", "gemma3"):
-        # llama.cpp knows the largest models, whose queries are scaled otherwise, by their depth.
+        # llama.cpp recognizes the largest models, whose queries are scaled differently, by depth.
         largest = own.get("block_count") == {"gemma2": 46, "gemma3": 62}[architecture]
         config["query_pre_attn_scalar"] = width // heads if largest else head_width
-        # A missing cap is none at all, not transformers' default.
+        # A missing cap means no cap, not transformers' default.
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             config.setdefault(key, None)
     window = config.get("sliding_window")
-    if window == 0:  # how the converter says none (Phi-4)
+    if window == 0:  # the converter writes 0 for no window (Phi-4)
         config["sliding_window"] = None
     elif window is not None and architecture in ("qwen2", "qwen3"):
-        # llama.cpp reads no windows of theirs, and only some of a model's layers would have one.
+        # llama.cpp does not read their windows, and only some of a model's layers would have one.
         if _count(own, "attention.sliding_window") < _count(own, "context_length"):
             raise ValueError(
                 f"a {architecture!r} file with a sliding window of {window} positions, below its "
@@ -230,7 +230,7 @@ def _config(
 def _scaling(
     own: Mapping[str, Any], factors: Mapping[str, list[float]], config: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """`rope_scaling`: divisors of the frequencies stored as tensors, or a linear factor."""
+    """`rope_scaling`: divisors of the frequencies, stored as tensors, or a linear factor."""
     kind = own.get("rope.scaling.type", "none")
     attention = own.get("rope.scaling.attn_factor")
     by_tensors = {key.removesuffix(".weight") for key in factors}

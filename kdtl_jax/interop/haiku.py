@@ -5,8 +5,8 @@
     outputs, state = run.apply(variables.params, variables.model_state, images)
 
 Parameters are Haiku's two-level dicts. A module's name may itself contain `/`: selectors match the
-joined path, `"net/~/linear_1/w"`, and never split it again. Features are returned by the function
-(a dict with `"logits"`), or tapped by module name.
+joined path, `"net/~/linear_1/w"`, and never split it again. For features, let the function return
+them (a dict with `"logits"`), or tap modules by name.
 """
 
 import inspect
@@ -26,7 +26,7 @@ except ImportError:
 
 
 class Haiku(NamedTuple):
-    """A function as two functions."""
+    """A Haiku function as two pure functions."""
 
     init: Callable[[Array, Any], Variables]  # (key, example inputs) -> Variables
     apply: ModelFn
@@ -40,21 +40,21 @@ def model(net: Callable[..., Any], *, taps: Sequence[str] = ()) -> Haiku:
 
     Args:
       net: builds and calls its modules, as given to `hk.transform_with_state`. Its second argument
-        is `train`, or one of the usual names (`is_training`, `training`, `deterministic`,
-        `inference`, …), interpreted by its meaning; a net without modes may take only the inputs.
-      taps: modules whose output joins the outputs under their name, `"net/~/linear_0"`; each is a
-        regular expression that must match whole names. A module called several times, or one that
-        returns a tuple, gives `name/0`, `name/1`, and so on.
+        is `train`, or has another common name (`is_training`, `training`, `deterministic`,
+        `inference`, …) and is set accordingly; a net without modes may take only the inputs.
+      taps: modules whose output is added to the outputs under their name, `"net/~/linear_0"`; each
+        is a regular expression that must match whole names. A module called more than once, or one
+        that returns a tuple, gives `name/0`, `name/1`, and so on.
 
     Raises:
-      TypeError: if `net` has no argument for its mode, and others than the inputs.
+      TypeError: if `net` has arguments besides the inputs, but none for its mode.
       ValueError: when `apply` is traced, if a tap matches no module (the existing ones are listed),
-        or batch statistics are not in the mode asked for, or numbers are drawn in evaluation mode.
+        batch statistics are not in the requested mode, or numbers are drawn in evaluation mode.
     """
     transformed = hk.transform_with_state(_with_mode(net))
 
     def init(key: Array, inputs: Any) -> Variables:
-        # Batch norm makes its averages in training mode only.
+        # Batch norm creates its averages only in training mode.
         params, state = transformed.init(key, inputs, True)
         return Variables(params, state or None)
 

@@ -3,12 +3,13 @@
     source = huggingface.load("all-MiniLM-L6-v2")
     outputs, _ = source.model(source.params, source.model_state, {"tokens": ids, "mask": mask})
 
-Encoders of the BERT kind (MiniLM, DistilBERT, RoBERTa, CamemBERT, ELECTRA, MPNet, ModernBERT,
-DeBERTa-v2) with heads for sequences, tokens and masked language, T5's encoder, ViT, DeiT, DINOv2
-(with registers too), the towers of CLIP and SigLIP (alone, or one of a whole folder), ResNet and
-ConvNeXt. Decoders are in `interop.decoders`. Every tensor is imported, or named in the report;
-every key of the config is read, known to be harmless, or refused by name. What is written describes
-itself: sizes, layers, labels, heads, ties and dtype of the config are derived from the tensors.
+Supported are BERT-like encoders (MiniLM, DistilBERT, RoBERTa, CamemBERT, ELECTRA, MPNet,
+ModernBERT, DeBERTa-v2) with heads for sequences, tokens and masked language modeling, T5's encoder,
+ViT, DeiT, DINOv2 (also with registers), the towers of CLIP and SigLIP (alone, or one of a whole
+folder), ResNet and ConvNeXt. Decoders are in `interop.decoders`. Every tensor is imported or named
+in the report; every key of the config is read, known to be harmless, or refused by name. When a
+folder is written, the config's sizes, layers, labels, heads, ties and dtype are derived from the
+tensors.
 
 Deliberately absent: tokenizers (the `tokenizers` package reads the folder's tokenizer.json), and
 pickles.
@@ -48,7 +49,7 @@ from kdtl_jax.transforms import Report, transfer
 class Pretrained(NamedTuple):
     """A checkpoint as a model.
 
-    `student` makes a shallower one, `linen.model(module, taps=[...])` adds taps.
+    `student` makes a shallower one; `linen.model(module, taps=[...])` adds taps.
     `rules` name every tensor; `config` is the parsed config.json.
     """
 
@@ -72,20 +73,20 @@ def load(
 
     Args:
       source: a local folder with config.json and `*.safetensors` (sharded or not); a name of the
-        form `org/name` that is not a local folder is fetched first.
+        form `org/name` that is not a local folder is downloaded first.
       dtype: floating dtype of the parameters; None keeps the file's.
       taps: as in `linen.model`.
-      tower: which tower of a whole CLIP or SigLIP folder to load, with its projection; the other's
-        tensors are reported as `extra`.
+      tower: which tower of a whole CLIP or SigLIP folder to load, with its projection; the other
+        tower's tensors are reported as `extra`.
 
     Returns:
-      `Pretrained`. Its report lists under `extra` the heads that this model does not have, and
-      under `unused` buffers and tied copies.
+      `Pretrained`. Its report lists the heads that this model does not have under `extra`, and
+      buffers and tied copies under `unused`.
 
     Raises:
       FileNotFoundError: if there is no such folder, config.json or safetensors file.
-      ValueError: for an unknown family or a configuration that is not built here, a tensor without
-        a place, a missing tensor, or a shape that disagrees with config.json.
+      ValueError: if the family is unknown, the configuration is not supported, a tensor has no
+        place or is missing, or a shape disagrees with config.json.
       ImportError: if a repository is named and `huggingface_hub` is not installed.
     """
     folder = _folder(source)
@@ -112,7 +113,7 @@ def student(
     classes: int | None = None,
     key: Array | None = None,
 ) -> Pretrained:
-    """Some of a model's layers as a model of its own, with a new head if classes are given.
+    """Makes a new model from some of a model's layers, with a new head if `classes` is given.
 
         small = student(load("all-MiniLM-L6-v2"), layers=(1, 3, 5), classes=2)
         save("small", small.params, small.rules, config=small.config)
@@ -120,17 +121,17 @@ def student(
     Args:
       source: an encoder with numbered layers.
       layers: positions among its layers; layer `j` of the student is layer `layers[j]`.
-      classes: gives an encoder a new head (and the pooler below it, where the family has one and
-        the source lacks it); None keeps the source's head, or its absence.
-      key: of the new head; None is `jax.random.key(0)`.
+      classes: number of classes of a new head for an encoder (with the pooler below it, if the
+        family has one and the source lacks it); None keeps the source's head, if it has one.
+      key: the PRNG key of the new head; None means `jax.random.key(0)`.
 
     Returns:
-      The student. Its config and rules are those of its own checkpoint; its report says what was
-      copied, and under `kept` what is new.
+      The student. Its config and rules are those of its own checkpoint; its report lists what was
+      copied, and what is new under `kept`.
 
     Raises:
       ValueError: if the model has no numbered layers, a position is out of range, or `classes` is
-        given for what is not an encoder.
+        given for a model that is not an encoder.
     """
     family = family_of(source.config)
     if family.depth is None or not hasattr(source.module, "layers"):
@@ -145,7 +146,7 @@ def student(
     flat = trees.flatten(source.params)
     chosen = {new: leaf for path, leaf in flat.items() for new in rename(path)}
     if classes is None:
-        # Built anew: what a config says per layer is that of the chosen layers.
+        # Rebuilt: the config's per-layer values must be those of the chosen layers.
         built = _hf_build.built(family, config, naming.to_torch(chosen, rules))
         target, module = _hf_family.with_dtypes(built.variables, chosen, None), built.module
         _check_layers(source.config["model_type"], layers, chosen, target)
@@ -168,7 +169,7 @@ def student(
         target = _with_fresh(module, _example(family, config), chosen, fresh, key)
         _check_layers(source.config["model_type"], layers, chosen, target)
         new = [name for name in target if name in fresh]
-        # A pooler that the new model does not have stays behind.
+        # A pooler that the new model does not have is dropped.
         body = {name: x for name, x in body.items() if name != "pooler" or name in target}
         params, report = transforms.replace_head(
             body, target, f"({'|'.join(new)})/.*", rename=rename
@@ -187,13 +188,13 @@ def save(
 ) -> None:
     """Writes `model.safetensors` and `config.json` that PyTorch libraries read.
 
-    The config says what is written (see `described`), and is read back before anything is stored.
+    The config describes what is written (see `described`) and is checked before anything is stored.
 
     Args:
       folder: created if needed; the two files are replaced atomically, the weights last.
-      params: the model's parameters, in the names of `rules`.
-      rules: a `Pretrained`'s rules; they also name the layers of a shallower student.
-      config: a `Pretrained`'s config.
+      params: the model's parameters, with the names of `rules`.
+      rules: the rules of a `Pretrained`; they also name the layers of a shallower student.
+      config: the config of a `Pretrained`.
       model_state: batch statistics, if the model has them.
 
     Raises:
@@ -203,7 +204,7 @@ def save(
     tensors = naming.to_torch({**params, **(model_state or {})}, rules)
     family_of(config)
     config = described(config, tensors)
-    # What PyTorch's batch norms count, which nothing reads here; without it they miss a key.
+    # PyTorch's batch norms count batches; nothing reads the count here, but they expect the key.
     norms = [name for name in tensors if name.endswith(".running_mean")]
     counts = [name.replace("running_mean", "num_batches_tracked") for name in norms]
     tensors |= {name: np.zeros((), np.int64) for name in counts}
@@ -217,22 +218,22 @@ def described(
     layers: Sequence[int] | None = None,
     equal: Equal | None = None,
 ) -> dict[str, Any]:
-    """The config.json of a folder that holds these tensors, derived from one for others.
+    """The config.json of a folder that holds these tensors, derived from their source's config.
 
-    Numbers of layers, tokens, positions and classes, the width of the feed-forward layers, the
-    architecture's name, whether the output layer is tied, and the dtype are those of the tensors;
-    for a `model_type` that is not known here, the dtype alone.
+    The numbers of layers, tokens, positions and classes, the width of the feed-forward layers, the
+    architecture's name, whether the output layer is tied, and the dtype are those of the tensors.
+    For an unknown `model_type`, only the dtype is changed.
 
     Args:
-      config: of the model that the tensors were made from.
+      config: the config of the model that the tensors were made from.
       tensors: `{torch name: array}`, concrete or abstract (`shape` and `dtype` are read).
       layers: which of that model's layers they are, if not all of them.
-      equal: whether two tensors are equal, by name; None compares the arrays, which must be
-        concrete then if an output layer is stored beside the embedding it may be tied to.
+      equal: whether two tensors are equal, by name; None compares the arrays, which must then be
+        concrete if an output layer is stored beside the embedding it may be tied to.
 
     Raises:
-      ValueError: if the tensors are those of no model that a config of this family describes, or
-        the config lists something per layer that cannot be derived.
+      ValueError: if no config of this family describes the tensors, or the config lists something
+        per layer that cannot be derived.
     """
     equal = _hf_family.equal_in(tensors) if equal is None else equal
     family = next((f for f in FAMILIES if config.get("model_type") in f.model_types), None)
@@ -262,7 +263,7 @@ def _shallower(family: Family, config: Mapping[str, Any], layers: Sequence[int])
 def _check_layers(
     kind: str, layers: Sequence[int], chosen: Mapping[str, Any], target: PyTree
 ) -> None:
-    """Raises ValueError if a layer holds other parameters than a model has at its new place."""
+    """Raises ValueError if a layer's parameters are not those of a layer at its new position."""
     for path in sorted(chosen.keys() ^ trees.flatten(target).keys(), key=trees.natural_key):
         match = re.match(r"layers_(\d+)/(.*)", path)
         if match is None:
@@ -321,7 +322,7 @@ def _folder(source: str | Path) -> Path:
 def _with_fresh(
     module: nn.Module, inputs: Any, arrays: Mapping[str, Any], names: set[str], key: Array | None
 ) -> dict[str, Any]:
-    """The module's parameters: initialized under `names`, abstract like the arrays elsewhere."""
+    """The module's parameters: initialized under `names`; elsewhere abstract, with dtypes."""
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), inputs)
     init = linen.model(module).init
     shapes = jax.eval_shape(init, jax.random.key(0), inputs).params

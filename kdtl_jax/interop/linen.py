@@ -5,8 +5,8 @@
     outputs, state = model.apply(variables.params, variables.model_state, images)
 
 A module returns either a dict of outputs, or an array, which becomes the `"logits"`. (An encoder
-without a head has no logits; its dict is passed on unchanged.)
-`taps` adds the outputs of submodules by path, without touching the module.
+without a head has no logits; its dict is passed on unchanged.) `taps` adds the outputs of
+submodules by path, without changing the module.
 """
 
 import contextlib
@@ -44,30 +44,29 @@ def model(
 ) -> Linen:
     """`(init, apply)` of a Linen module, following the library's model contract.
 
-    `model_state` holds every collection but `"params"` (batch statistics), or None if there is
+    `model_state` holds every collection except `"params"` (batch statistics), or None if there is
     none; it changes only with `train=True`.
 
-    The mode is set through whichever usual argument or field the module has: `train`,
-    `training`, `is_training`, `deterministic`, `use_running_average`, `inference`, …, also within
-    `**kwargs`.
+    The mode is set through whichever common argument or field the module has: `train`, `training`,
+    `is_training`, `deterministic`, `use_running_average`, `inference`, …, also within `**kwargs`.
 
     Args:
       module: an unbound module.
-      taps: submodules whose output joins the outputs under their path, `"block3/conv1"`; each is
-        a regular expression that must match whole paths. A module called several times, or one
-        that returns a tuple, gives `path/0`, `path/1`, and so on. What the module itself
-        returns keeps its name.
+      taps: submodules whose output is added to the outputs under their path, `"block3/conv1"`;
+        each is a regular expression that must match whole paths. A module called more than once,
+        or one that returns a tuple, gives `path/0`, `path/1`, and so on. Outputs that the module
+        itself returns keep their names.
       call: `call(module, inputs, train)`, for modules that are not called in the usual way.
-      rngs: names of the random streams that the module reads when `key` is given; `"dropout"` in
-        training only, so that dropout that does not follow the mode is an error.
+      rngs: names of the random streams that the module reads when `key` is given; `"dropout"` only
+        in training, so that dropout that does not follow the mode is an error.
 
     Returns:
-      `Linen(init, apply)`. `init(key, inputs)` reads shapes only and is safe under `eval_shape`.
+      `Linen(init, apply)`. `init(key, inputs)` only reads shapes and is safe under `eval_shape`.
 
     Raises:
       ValueError: when `apply` is traced, if a tap matches no submodule (the existing ones are
-        listed), dropout or batch statistics are not in the mode asked for, or the module reads a
-        random stream that `rngs` and `key` do not give.
+        listed), dropout or batch statistics are not in the requested mode, or the module reads a
+        random stream that `rngs` and `key` do not provide.
     """
 
     _modes.check_made(module, isinstance(module, nn.Module), "Linen")
@@ -124,7 +123,7 @@ def model(
                 check()
                 raise
         if changing and not any(modes.values()) and _is_same(updated, model_state, "batch_stats"):
-            modes["batch_stats"] = False  # of a layer of the module's own making
+            modes["batch_stats"] = False  # of a custom layer
         check()
         calls = _calls(updated.get("intermediates") or {}, "") if taps else []
         found = _taps.joined(outputs, taps, _taps.named(calls))
@@ -137,7 +136,7 @@ def model(
 
 @contextlib.contextmanager
 def _streams_told(module: nn.Module) -> Iterator[None]:
-    """Flax's error on a random stream that is not there says what to pass here."""
+    """Rephrases Flax's error about a missing random stream to say what to pass here."""
     try:
         yield
     except errors.InvalidRngError as error:
@@ -150,7 +149,7 @@ def _streams_told(module: nn.Module) -> Iterator[None]:
 
 
 class _Way(NamedTuple):
-    """How a module is called: a copy with its fields set, and a method."""
+    """A way to call a module: a copy with its fields set, and a method."""
 
     module: nn.Module
     call: Call
@@ -161,7 +160,7 @@ def _ways(module: nn.Module, call: Call | None, train: bool) -> list[_Way]:
         return [_Way(module, call)]
     options = _modes.candidates(type(module).__call__, train)
     fields = _mode_fields(module)
-    if options != [{}]:  # what an argument says may not be said twice; statistics may be frozen
+    if options != [{}]:  # a mode must not be given twice; statistics may be frozen
         fields = [name for name in fields if getattr(module, name) is not None]
         fields = [name for name in fields if name not in STATISTICS and name not in options[0]]
     changes: dict[str, Any] = _modes.flags(fields, train)
@@ -191,7 +190,7 @@ def _chosen(ways: list[_Way], train: bool, run: Callable[[_Way], Any]) -> _Way:
 
 @contextlib.contextmanager
 def _recorded() -> Iterator[dict[str, bool]]:
-    """The mode in which dropout and batch normalization run within: `{path: training}`."""
+    """Records the mode in which dropout and batch normalization run: `{path: training}`."""
     found: dict[str, bool] = {}
 
     def note(run: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -215,7 +214,7 @@ def _recorded() -> Iterator[dict[str, bool]]:
 
 
 def _is_same(updated: Mapping[str, Any], before: Mapping[str, Any], collection: str) -> bool:
-    """Whether a collection came back as it was."""
+    """Whether a collection is unchanged."""
     if collection not in before:
         return False
     new, old = jax.tree.leaves(updated[collection]), jax.tree.leaves(before[collection])

@@ -1,10 +1,10 @@
 """Files of trained models: the weights and everything needed to use them.
 
     model = model_files.load("runs/distill/students/kd.safetensors")
-    logits = model.predict(images)  # raw images: the file knows how to scale them
+    logits = model.predict(images)  # raw images: the file says how to scale them
 
 Files are in the safetensors format. The metadata hold the model's text (`mlp:16`), classes, input
-shape, and scaling. The file of a student that predicts through connectors (SimKD) also has these.
+shape, and scaling. The file of a student that predicts through connectors (SimKD) holds these too.
 """
 
 import json
@@ -37,13 +37,13 @@ class About(NamedTuple):
     model: str | None = None
     classes: int | None = None
     scaling: Standardizer | None = None
-    names: tuple[str, ...] = ()  # of the classes, where they are not numbers
+    names: tuple[str, ...] = ()  # of the classes, if they are not numbers
     shape: tuple[int, ...] | None = None  # of one input
     preprocessing: Preprocessing | None = None  # from files of data to inputs, and to answers
 
 
 class Connected(NamedTuple):
-    """What a method that predicts through connectors needs besides the student."""
+    """What a method that predicts through connectors needs in addition to the student."""
 
     method: str  # its name in `methods.table()`
     setup: methods.Setup  # with the teacher's head
@@ -56,9 +56,9 @@ class Model(NamedTuple):
 
     # Inputs [N, ...] as they come -> logits [N, classes], or numbers [N, K] in the targets' units.
     predict: Callable[[Any], np.ndarray]
-    outputs: Callable[[Array], Array]  # the same as a function of arrays, for `jit`, `jax.export`
+    outputs: Callable[[Array], Array]  # the same, as a function of arrays for `jit`, `jax.export`
     about: About
-    metadata: Mapping[str, str]  # all that the file says, such as "method" and "seed"
+    metadata: Mapping[str, str]  # all of the file's metadata, such as "method" and "seed"
 
 
 def about(path: str | Path) -> About:
@@ -134,8 +134,8 @@ def save(
 
     Args:
       path: the file; replaced atomically.
-      variables: of the model, as its adapter or a train state has them.
-      about: what it is; `load` needs its `model` and `classes`.
+      variables: the model's variables, as its adapter or a train state has them.
+      about: the model's description; `load` needs its `model` and `classes`.
       more: other metadata, such as `{"method": "kd", "seed": "0"}`.
       connected: for methods with `Method.predict`.
 
@@ -183,7 +183,7 @@ def as_variables(found: PyTree, template: Variables) -> Variables:
 
 
 def filled(path: str, flat: Mapping[str, Any], template: Variables) -> Variables:
-    """The template's variables from leaves by path, laid out as by `tree`; `path` is for messages.
+    """The template's variables, from leaves by path as laid out by `tree`; `path` is for messages.
 
     Raises:
       ValueError: naming each leaf that is missing, extra, of another shape, or not finite.
@@ -197,13 +197,14 @@ def filled(path: str, flat: Mapping[str, Any], template: Variables) -> Variables
 
 
 def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = None) -> Model:
-    """A model to use: `predict` takes raw inputs and returns numbers in the units of the data.
+    """Loads a model for use: `predict` takes raw inputs and returns numbers in the data's units.
 
     Args:
-      path: a file that `save` has written, as `kdtl distill` and `kdtl transfer` do.
-      model: for a model of your own, its class or factory, as for `own.network`; for one from a
-        Hugging Face folder, the folder's module. A file never makes anything else be read.
-      shape: of one input, for a file that does not say it; without it the first batch tells.
+      path: a file written by `save`, by `kdtl distill` or by `kdtl transfer`.
+      model: for a model of your own, its class or factory, as in `own.network`; for one from a
+        Hugging Face folder, the folder's module. A file never causes anything else to be read.
+      shape: the shape of one input, for a file that does not record it; without it, the first
+        batch determines it.
 
     Raises:
       ValueError: if it is not such a file, in one line that says what it is, or if it is damaged.
@@ -237,7 +238,7 @@ def load(path: str | Path, *, model: Any = None, shape: Sequence[int] | None = N
         return built[each]
 
     if found.shape is not None:
-        of_shape(found.shape)  # what is wrong with the file is said now
+        of_shape(found.shape)  # errors of the file are reported now
 
     of_targets = found.preprocessing and found.preprocessing.target_scaling
 
@@ -354,7 +355,7 @@ def _connected_tree(connected: Connected) -> dict[str, PyTree]:
 
 
 def _setup_text(setup: methods.Setup) -> str:
-    """What a method reads of a setup when it predicts, as JSON."""
+    """The parts of a setup that a method reads when it predicts, as JSON."""
     shapes = {
         side: {tap: [list(x.shape), x.dtype.name] for tap, x in outputs.items()}
         for side, outputs in (("student", setup.student), ("teacher", setup.teacher))

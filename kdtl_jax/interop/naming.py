@@ -27,10 +27,10 @@ from kdtl_jax.interop import _unclear_axes
 class Axes(NamedTuple):
     """How a torch tensor's axes become a JAX array's: split, permuted, flipped, joined.
 
-    `split` gives, per torch axis, the lengths it is taken apart into (None: left whole). `order[i]`
-    is the torch axis, counted after splitting, at JAX position `i` (None: as they are). `flip`
-    lists JAX axes, counted before joining, that run the other way. `join` says how many of them
-    make up each final axis (None: each is one).
+    `split` gives, per torch axis, the lengths it is split into (None: not split). `order[i]` is the
+    torch axis, counted after splitting, at JAX position `i` (None: unchanged). `flip` lists the JAX
+    axes, counted before joining, that are reversed. `join` gives the number of them that make up
+    each final axis (None: each is one).
     """
 
     order: tuple[int, ...] | None = None
@@ -45,14 +45,14 @@ conv1d = Axes((2, 1, 0))  # [out, in, length] to [length, in, out]
 conv2d = Axes((2, 3, 1, 0))  # [out, in, h, w] to [h, w, in, out]
 conv3d = Axes((2, 3, 4, 1, 0))  # [out, in, d, h, w] to [d, h, w, in, out]
 # torch stores a transposed convolution as the convolution whose gradient it is, [in, out, *window];
-# Flax's ConvTranspose (transpose_kernel=False) wants it in and out swapped back, and mirrored.
+# Flax's ConvTranspose (transpose_kernel=False) expects in and out swapped back, and mirrored.
 conv_transpose1d = Axes((2, 0, 1), flip=(0,))
 conv_transpose2d = Axes((2, 3, 0, 1), flip=(0, 1))  # as `conv_transpose1d`
 conv_transpose3d = Axes((2, 3, 4, 0, 1), flip=(0, 1, 2))  # as `conv_transpose1d`
 
 
 def flattened(channels: int, *window: int) -> Axes:
-    """A linear layer behind a flattened map: torch flattens C, H, W; Flax flattens H, W, C.
+    """A linear layer after a flattened map: torch flattens C, H, W; Flax flattens H, W, C.
 
     `flattened(64, 7, 7)` is for the layer `nn.Linear(64 * 7 * 7, ...)`.
     """
@@ -63,7 +63,7 @@ def flattened(channels: int, *window: int) -> Axes:
 def unflattened(channels: int, *window: int) -> Axes:
     """A linear layer whose outputs become a map: the kernel of `nn.Linear(n, 64 * 7 * 7)`.
 
-    `unflattened_vector` is its bias, or a vector of anything else that is one number per place.
+    `unflattened_vector` is for its bias, or any other vector with one number per place.
     """
     places = tuple(range(1, 1 + len(window)))
     last = len(places) + 1
@@ -79,8 +79,8 @@ def unflattened_vector(channels: int, *window: int) -> Axes:
 class Rule(NamedTuple):
     """`torch` name `<->` `jax` path.
 
-    `{i}` and other placeholders stand for one segment's text (a layer number) and must be
-    the same on both sides: `Rule("layer.{i}.fc.weight", "layers_{i}/fc/kernel", linear)`.
+    `{i}` and other placeholders stand for the text of one segment (a layer number) and must be the
+    same on both sides: `Rule("layer.{i}.fc.weight", "layers_{i}/fc/kernel", linear)`.
     """
 
     torch: str
@@ -103,8 +103,8 @@ def from_torch(
       ignore: regular expressions (for the whole name) of tensors that are not weights.
 
     Raises:
-      ValueError: if a name has no rule, two names become one path, or an array has another
-        rank than its rule's axes.
+      ValueError: if a name has no rule, two names become one path, or the rank of an array is not
+        that of its rule's axes.
     """
     out: dict[str, Any] = {}
     patterns = [re.compile(pattern) for pattern in ignore]
@@ -136,15 +136,15 @@ def to_torch(tree: PyTree, rules: Sequence[Rule]) -> dict[str, Any]:
 def convention(
     tree: PyTree, *, prefix: str = "", axes: Sequence[tuple[trees.Selector, Axes]] = ()
 ) -> list[Rule]:
-    """Rules for a Linen tree whose module names are the torch twin's, `/` for `.`.
+    """Rules for a Linen tree with the torch model's module names, `/` for `.`.
 
-    `kernel`, `scale` and `embedding` become `weight`, `mean` and `var` become `running_mean` and
+    `kernel`, `scale` and `embedding` become `weight`; `mean` and `var` become `running_mean` and
     `running_var`; a leading `params` or `batch_stats` is not part of the torch name. Matrices are
-    transposed. What a shape does not tell must be said: whether a kernel of more axes is of a
+    transposed. Give the axes that a shape does not determine: whether a kernel of more axes is of a
     convolution, a transposed convolution or a stack of layers, whether a linear layer reads a
     flattened map or makes one (beside convolutions, or of the size of a color image), what a scale
-    or bias of several axes is in torch, and which way round a square leaf of another name is, or a
-    square kernel beside one that is `same` (GPT-2's are).
+    or bias of several axes is in torch, and whether a square leaf of another name is transposed, or
+    a square kernel beside one that is `same` (as in GPT-2).
 
         naming.convention(variables, axes=[
             (".*/conv\\d/kernel", naming.conv2d),
@@ -154,11 +154,11 @@ def convention(
 
     Args:
       tree: a concrete or abstract tree, for example `params` or all variables.
-      prefix: put before every torch name, for example `"backbone."`.
+      prefix: added before every torch name, for example `"backbone."`.
       axes: ordered `[(selector, Axes), ...]`; the first that selects a leaf is used.
 
     Raises:
-      ValueError: if a kernel's axes must be said, or a selector is never used.
+      ValueError: if the axes of a kernel must be given, or a selector is never used.
     """
     torch_names = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
     torch_names |= {"mean": "running_mean", "var": "running_var"}
@@ -174,7 +174,7 @@ def convention(
     ]
     if unclear:
         raise ValueError(
-            "the axes of these leaves cannot be told from their shapes; say them with "
+            "the axes of these leaves cannot be told from their shapes; give them with "
             "axes=[(path, naming.conv2d), ...]:\n  " + "\n  ".join(unclear[:12])
         )
     rules = []
@@ -282,7 +282,7 @@ def _sizes(path: str, shape: Sequence[int], axes: Axes) -> tuple[tuple[int, ...]
         _check_rank(path, shape, len(axes.order or shape))
         whole = [shape[int(i)] for i in np.argsort(axes.order or range(len(shape)))]
         return tuple(shape), tuple(whole)
-    # Only one of the axes in a group may be of unknown length, and whole axes stand alone.
+    # Only one axis in a group may have an unknown length, and axes that are not split are alone.
     known = [n for parts in axes.split for n in (parts or (None,))]
     order = axes.order or tuple(range(len(known)))
     join = axes.join or (1,) * len(order)

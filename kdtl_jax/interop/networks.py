@@ -1,9 +1,9 @@
-"""A model as a network that methods know: how it begins, how it runs, and where its features are.
+"""A model as a network for methods: its initialization, its function, and where its features are.
 
     net = networks.network(models.mlp((64, 32), 10), example)
     variables = net.init(key, example)
 
-The models of `kdtl_jax.models` show all their features; another module shows what it returns.
+The models of `kdtl_jax.models` expose all their features; other modules expose what they return.
 """
 
 from collections.abc import Callable
@@ -37,10 +37,10 @@ def network(made: nn.Module, example: Any, *, dtype: Any = None) -> Network:
     Args:
       made: an unbound Linen module.
       example: inputs `[1, ...]`, for shapes.
-      dtype: compute in this precision; outputs are float32 all the same. None: as it is.
+      dtype: the precision to compute in; outputs are float32 in any case. None leaves it unchanged.
 
     Raises:
-      ValueError: if the module does not take such inputs.
+      ValueError: if the module does not accept such inputs.
     """
     taps, layout = _described(made) or ((), None)
     plain = linen.model(made, taps=taps)
@@ -63,7 +63,7 @@ def output_shapes(net: Network, example: Any) -> dict[str, jax.ShapeDtypeStruct]
 
 
 def _with_pooled(apply: ModelFn) -> ModelFn:
-    """Adds what a transformer's head reads, the class token, as `"pooled"`."""
+    """Adds the class token, the input of a transformer's head, as `"pooled"`."""
 
     def with_pooled(
         params: Params,
@@ -97,7 +97,7 @@ def _described(made: nn.Module) -> tuple[tuple[str, ...], methods.Layout] | None
         before = {f"stage{i}": f"stage{i}_preact" for i in (1, 2, 3)}
         return (), methods.Layout(stages, "pooled", before)
     if isinstance(made, models.WideResNet):
-        # Stages are sums that no activation has followed yet, but for the last one.
+        # Except for the last one, stages are sums that no activation has followed yet.
         before = {"stage1": "stage1", "stage2": "stage2", "stage3": "final_norm"}
         return ("final_norm",), methods.Layout(stages, "pooled", before)
     if isinstance(made, models.ViT):
@@ -111,7 +111,7 @@ def _described(made: nn.Module) -> tuple[tuple[str, ...], methods.Layout] | None
 def in_batches(
     run: Callable[[Any], Array], inputs: np.ndarray, classes: int, batch: int = BATCH
 ) -> np.ndarray:
-    """`run` over `[N, ...]` in batches of a power of two, filled up: few shapes are compiled."""
+    """`run` over `[N, ...]` in padded batches of a power of two, so few shapes are compiled."""
     parts = [np.zeros((0, classes), np.float32)]
     for start in range(0, len(inputs), batch):
         part = inputs[start : start + batch]

@@ -26,7 +26,7 @@ from kdtl_jax.interop import _modes, _taps
 Call = Callable[[nnx.Module, Any, bool], Any]  # (module, inputs, train) -> outputs
 
 
-# What the message about a tap that matches nothing adds for NNX.
+# Added for NNX to the message about a tap that matches nothing.
 INHERITED = (
     " A class that inherits its __call__ is not seen by nnx.capture: let it define one."
     if hasattr(nnx, "capture")
@@ -35,7 +35,7 @@ INHERITED = (
 
 
 class NNX(NamedTuple):
-    """A module as a model function, its parameters and everything else it holds."""
+    """A module as a model function, with its parameters and everything else it holds."""
 
     apply: ModelFn
     params: nnx.State
@@ -50,21 +50,20 @@ def model(
 ) -> NNX:
     """`(apply, params, model_state)` of an NNX module, following the library's model contract.
 
-    `model_state` holds what is not an `nnx.Param`: batch statistics, random streams, counters.
-    `apply` merges a fresh module, so nothing outside is ever mutated. With `key`, every random
-    stream is re-keyed from it, whatever its name (`nnx.reseed(m, dropout=key)` silently does
-    nothing to a module built with `nnx.Rngs(0)`). `train` switches between the module's `train()`
-    and `eval()` modes, and sets arguments and fields with a common name, if there are any:
-    `train`, `training`, `deterministic`, `use_running_average`, …, also within `**kwargs`.
+    `model_state` holds everything that is not an `nnx.Param`: batch statistics, random streams,
+    counters. `apply` merges a fresh module, so nothing outside is ever mutated. With `key`, every
+    random stream is re-keyed from it, whatever its name (`nnx.reseed(m, dropout=key)` silently
+    does nothing to a module built with `nnx.Rngs(0)`). `train` switches between the module's
+    `train()` and `eval()` modes, and sets arguments and fields with a common name, if there are
+    any: `train`, `training`, `deterministic`, `use_running_average`, …, also within `**kwargs`.
 
     Args:
       module: the module; it is read once and never changed.
       taps: submodules whose output is added to the outputs under their path, `"layers/0"`; each is
-        a regular expression that must match whole paths. A module called several times, or one that
-        returns a tuple, gives `path/0`, `path/1`, and so on. What the module itself returns
-        keeps its name. Values stored with
-        `module.sow(nnx.Intermediate, ...)` are found under their own name; before flax 0.12.6 they
-        are all that taps find.
+        a regular expression that must match whole paths. A module called more than once, or one
+        that returns a tuple, gives `path/0`, `path/1`, and so on. Outputs that the module itself
+        returns keep their names. Values stored with `module.sow(nnx.Intermediate, ...)` are found
+        under their own name; before flax 0.12.6, taps find only these.
       call: `call(module, inputs, train)`, for modules that are not called in the usual way.
 
     Raises:
@@ -73,7 +72,7 @@ def model(
     """
     _modes.check_made(module, isinstance(module, nnx.Module), "NNX")
     clean = nnx.clone(module)
-    nnx.pop(clean, nnx.Intermediate)  # what an earlier call may have sown
+    nnx.pop(clean, nnx.Intermediate)  # values that an earlier call may have sown
     graph, params, rest = nnx.split(clean, nnx.Param, ...)
     count = len(jax.tree.leaves(rest))
 
@@ -119,10 +118,10 @@ def model(
 
 
 def rekey(module: nnx.Module, key: Array) -> None:
-    """Gives every random stream of a module its own key, folded from `key` by path; in place.
+    """Gives every random stream of a module its own key, folded from `key` by path, in place.
 
-    Streams that several layers share are re-keyed once. Counters start again at zero, so the draws
-    are a function of `key` alone.
+    Streams that layers share are re-keyed once. Counters restart at zero, so the draws depend only
+    on `key`.
     """
     streams: dict[int, tuple[str, nnx.RngStream]] = {}
     for path, node in nnx.iter_graph(module):
@@ -175,10 +174,10 @@ def _set_mode(module: nnx.Module, train: bool) -> None:
 
 
 def _modes_of(module: nnx.Module, changed: set[str]) -> dict[str, bool]:
-    """Whether each layer ran in training mode, by what it changed: statistics, a random stream.
+    """Whether each layer ran in training mode, judged by the statistics and streams it changed.
 
-    A layer of the module's own making that draws is seen by its stream, if there is no recurrent
-    layer, whose first carry is drawn in either mode.
+    A custom layer that draws is recognized by its stream, unless there is a recurrent layer, whose
+    first carry is drawn in either mode.
     """
     modes: dict[str, bool] = {}
     drawn: set[str] = set()
@@ -222,9 +221,9 @@ def _captured(
     inputs: Any,
     with_submodules: bool,
 ) -> tuple[Any, dict[str, Array]]:
-    """Runs the module; also returns what it sows, and the outputs of its submodules, by path.
+    """Runs the module; also returns sown values, and the outputs of its submodules, by path.
 
-    What is sown does not stay in the module's state, which would grow otherwise.
+    Sown values are removed from the module's state, which would otherwise grow.
     """
     if hasattr(nnx, "capture"):
         run = nnx.capture(
@@ -233,13 +232,13 @@ def _captured(
             method_outputs=nnx.Intermediate if with_submodules else None,
         )
         outputs, caught = run(module)
-    else:  # flax < 0.12.6: what is sown is in the module, outputs of submodules are not to be had
+    else:  # flax < 0.12.6: sown values are in the module, outputs of submodules are unavailable
         outputs = call(module, inputs)
         caught = nnx.pop(module, nnx.Intermediate)
     calls = []
     for key_path, variable in nnx.to_flat_state(caught):
         path = "/".join(str(key) for key in key_path if key != "__call__")
         value = variable.get_value()
-        if path:  # a tuple of values, or whatever the reduce_fn of a sow makes of them
+        if path:  # a tuple of values, or whatever a sow's reduce_fn makes of them
             calls.append((path, value if isinstance(value, tuple) else (value,)))
     return outputs, _taps.named(calls)

@@ -54,9 +54,9 @@ def network(found: Any, *, classes: int, example: Any, dtype: Any = None) -> Net
       dtype: the precision to compute in; None leaves it unchanged.
 
     Raises:
-      TypeError: if it is none of these, with what it is and what to write instead.
+      TypeError: if it is none of these; the message says what it is and what to write instead.
       ValueError: if it has no logits `[B, classes]`.
-      Exception: whatever the model itself raises, for instance for inputs that it does not take.
+      Exception: whatever the model itself raises, for instance for inputs that it does not accept.
     """
     name = getattr(found, "__name__", type(found).__name__)
     example = jnp.asarray(example)
@@ -66,7 +66,7 @@ def network(found: Any, *, classes: int, example: Any, dtype: Any = None) -> Net
     elif pair := _pair(made):
         net = _of_pair(*pair, _values(classes, example.shape[1:]))
     elif (kind := _framework(made)) is None:
-        raise TypeError(f"{name} is {_kind(made)}, no model. Expected {FORMS}.")
+        raise TypeError(f"{name} is {_kind(made)}, not a model. Expected {FORMS}.")
     elif made is found or not (_takes(found, "key") or _takes(found, "rngs")):
         raise TypeError(
             f"{name} holds one set of weights, and every seed would start from it. Give the class, "
@@ -98,7 +98,7 @@ def network(found: Any, *, classes: int, example: Any, dtype: Any = None) -> Net
 
 
 def _made(found: Any, classes: int, shape: tuple[int, ...], key: Array) -> Any:
-    """The model itself: what a class or a factory gives."""
+    """The model itself, as made by a class or a factory."""
     known = isinstance(found, nn.Module) or _pair(found) or _framework(found)
     if known or not callable(found):
         return found
@@ -106,7 +106,7 @@ def _made(found: Any, classes: int, shape: tuple[int, ...], key: Array) -> Any:
 
 
 def _arguments(found: Any, classes: int, shape: tuple[int, ...], key: Array) -> dict[str, Any]:
-    """What a class or a factory is called with."""
+    """The arguments with which a class or a factory is called."""
     name = getattr(found, "__name__", "it")
     values = _values(classes, shape) | {"key": key}
     given: dict[str, Any] = {}
@@ -132,15 +132,15 @@ def _arguments(found: Any, classes: int, shape: tuple[int, ...], key: Array) -> 
         return {**given, unknown[0]: classes}
     if unknown:
         raise TypeError(
-            f"{name} needs {', '.join(unknown)}, of which nothing is known. Give them defaults, or "
-            f"write a factory: def build(classes): return {name}(...). Filled in are classes, "
-            "in_features, shape, channels, key and rngs."
+            f"{name} needs {', '.join(unknown)}, with no known value. Give them defaults, or "
+            f"write a factory: def build(classes): return {name}(...). classes, in_features, "
+            "shape, channels, key and rngs are filled in."
         )
     return given
 
 
 def _values(classes: int, shape: tuple[int, ...]) -> dict[str, Any]:
-    """What is filled in, by the names of arguments."""
+    """The values to fill in, by argument name."""
     values = dict.fromkeys(CLASSES, classes) | dict.fromkeys(INPUTS, math.prod(shape))
     channels = dict.fromkeys(CHANNELS, shape[-1] if shape else 1)
     return {**values, **dict.fromkeys(SHAPES, shape), **channels}
@@ -157,7 +157,7 @@ def _pair(found: Any) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
 
 
 def _framework(found: Any) -> str | None:
-    """`"nnx"` or `"equinox"` for a module of theirs; neither is imported here."""
+    """`"nnx"` or `"equinox"` for one of their modules; neither is imported here."""
     first = found[0] if isinstance(found, tuple) and len(found) == 2 else found
     for base in type(first).__mro__:
         if base.__module__.startswith("flax.nnx") and base.__name__ == "Module":
@@ -172,7 +172,7 @@ def _takes(found: Any, name: str) -> bool:
 
 
 def _parameters(found: Any) -> list[inspect.Parameter]:
-    """Of a factory, or of a class's `__init__`, which a metaclass may hide."""
+    """The parameters of a factory, or of a class's `__init__`, which a metaclass may hide."""
     if isinstance(found, type):
         return list(inspect.signature(found.__init__).parameters.values())[1:]
     return list(inspect.signature(found).parameters.values())
@@ -181,9 +181,9 @@ def _parameters(found: Any) -> list[inspect.Parameter]:
 def _of_pair(
     init: Callable[..., Any], apply: Callable[..., Any], values: dict[str, Any]
 ) -> Network:
-    """A network of two functions; a model function and its variables are taken as they are.
+    """A network of two functions; a model function and its variables are used as they are.
 
-    `values` are arguments of `init` by their names, besides the key and the inputs.
+    `values` are the arguments of `init` by name, in addition to the key and the inputs.
     """
     places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(apply).parameters
@@ -195,8 +195,8 @@ def _of_pair(
     if is_model and not ({"key", "train"} <= set(parameters) or _modes.is_open(apply)):
         raise TypeError(
             f"apply({', '.join(parameters)}) is not understood. Expected apply(params, inputs), "
-            "if need be with key and train, or apply(params, model_state, inputs, *, key=None, "
-            "train=False), which returns (outputs, model_state). Of a Haiku function with state "
+            "optionally with key and train, or apply(params, model_state, inputs, *, key=None, "
+            "train=False), which returns (outputs, model_state). For a Haiku function with state, "
             "give interop.haiku.model(net), before it is transformed."
         )
 
@@ -229,7 +229,7 @@ def _of_pair(
             return apply(*before, inputs, **dict.fromkeys(named_key, key), **flags)
 
         def modes(flags: _modes.Flags) -> dict[str, bool]:
-            jax.eval_shape(lambda: call(flags))  # whether it takes them, all that can be asked
+            jax.eval_shape(lambda: call(flags))  # all that can be checked: whether it takes them
             return {}
 
         way = _modes.first_that_follows(_modes.candidates(apply, train), train, modes)
@@ -270,7 +270,7 @@ def _of_equinox(made: Any, build: Callable[[Array], Any]) -> Network:
 
 
 def stored(state: Any) -> PyTree:
-    """A framework's state as a collection that files hold: random keys as their numbers."""
+    """A framework's state as a collection that files can hold, with random keys as numbers."""
     if not jax.tree.leaves(state):
         return None
     return {

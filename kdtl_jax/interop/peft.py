@@ -1,14 +1,14 @@
 """Adapters as PEFT saves them: a folder with `adapter_config.json` and `adapter_model.safetensors`.
 
-    found = peft.load("adapter/")        # understood key by key and tensor by tensor, or refused
-    params = peft.merge(tensors, found)  # {torch name: array}: what merge_and_unload gives
+    found = peft.load("adapter/")        # every key and tensor is understood, or refused
+    params = peft.merge(tensors, found)  # {torch name: array}, as merge_and_unload gives them
     peft.save("copy/", found)
 
-Understood: LoRA (rank and alpha patterns, rsLoRA, DoRA, `lora_bias`, embeddings, convolutions),
-IA3, VeRA with its projections saved, OFT; trained biases, and `modules_to_save`. PiSSA, OLoRA,
-CorDA, LoftQ and LoRA-GA moved part of the base into the adapter when training began, and what is
-saved does not hold that part: they are refused, as is everything unknown. Names are torch's,
-kernels `[out, in]`; `naming.to_torch` and `naming.from_torch` translate whole trees.
+Supported are LoRA (rank and alpha patterns, rsLoRA, DoRA, `lora_bias`, embeddings, convolutions),
+IA3, VeRA with its projections saved, OFT, trained biases, and `modules_to_save`. PiSSA, OLoRA,
+CorDA, LoftQ and LoRA-GA move part of the base into the adapter when training begins, and the saved
+files do not hold that part: they are refused, as is everything unknown. Names are torch's, and
+kernels are `[out, in]`; `naming.to_torch` and `naming.from_torch` translate whole trees.
 """
 
 import json
@@ -28,7 +28,7 @@ from kdtl_jax.interop._peft_files import sort_tensors
 from kdtl_jax.interop._peft_merge import edits as edits
 from kdtl_jax.interop._peft_merge import scale_of
 
-# The two files of an adapter's folder, and what the names of its tensors begin with.
+# The two files of an adapter's folder, and the prefix of its tensors' names.
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
 
@@ -54,7 +54,7 @@ def merge(
 ) -> dict[str, Any]:
     """The base's tensors with the adapter merged: PEFT's `merge_and_unload`.
 
-    Arguments and errors as `edits`; each tensor keeps its dtype.
+    Arguments and errors are those of `edits`; each tensor keeps its dtype.
     """
     changed = edits(adapter, tensors, base_config)
     return {
@@ -118,9 +118,9 @@ def from_lora(
     """An adapter for PEFT from `{kernel's torch name: transforms.LoraWeights or DoraWeights}`.
 
     Args:
-      weights: of kernels of two axes; `a [in, r]`, `b [r, out]`.
+      weights: weights for kernels of two axes; `a [in, r]`, `b [r, out]`.
       alpha: as given to `transforms.lora`.
-      is_root_rank: for `transforms.scale_by_root_rank` (rsLoRA).
+      is_root_rank: true for `transforms.scale_by_root_rank` (rsLoRA).
       **config: further keys of the configuration, such as `base_model_name_or_path`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Narrower decoders: the heads, hidden units and channels of a pretrained one that matter most.
+"""Narrower decoders: the most important heads, hidden units and channels of a pretrained one.
 
     narrow, kept = pruning.narrow(teacher, width=384, heads=6, key_heads=3, hidden=1024)
     print(kept)
@@ -29,15 +29,15 @@ KEYS = {  # names of a size in config.json, the first that the family reads
     "key_heads": ("num_key_value_heads",),
     "hidden": ("intermediate_size", "n_inner"),
 }
-# Matrices that hold several parts side by side, with the parts in their order.
+# Matrices that hold more than one part side by side, with the parts in their order.
 FUSED = {"qkv": ("query", "key", "value"), "gate_up": ("gate", "up")}
 
 
 class Kept(NamedTuple):
-    """What a narrower decoder took, by position in the wide one.
+    """The parts of the wide decoder that a narrower one keeps, by position.
 
-    `channels` `[width]`; `heads`, `key_heads` and `hidden` have a row per layer, `[layers, *]`.
-    `shares` are the parts of the summed importance that were kept, by name.
+    `channels` is `[width]`; `heads`, `key_heads` and `hidden` have a row per layer, `[layers, *]`.
+    `shares` are the fractions of the summed importance that were kept, by name.
     """
 
     channels: np.ndarray
@@ -62,36 +62,36 @@ def narrow(
     hidden: int | None = None,
     tokens: Array | None = None,
 ) -> tuple[PretrainedDecoder, Kept]:
-    """A decoder of fewer channels, heads and hidden units; what is kept keeps its order.
+    """A decoder with fewer channels, heads and hidden units, which keep their order.
 
-    By weights, the importance of a hidden unit is the product of the norms of what it reads and
-    writes, `||up_j|| ||gate_j|| ||down_j||`, and that of a head the norm of its values times that
-    of its output, `||value_h|| ||out_h||`; by a text, it is `transforms.importance_by_activation`
-    of what the unit or the head gives there. Each layer keeps its own, and a key head matters as
-    much as the heads that share it do together. Channels are kept for all layers together, by the
-    norm of all weights that read or write them, or by what they carry: the mean of `|x_c| / rms(x)`
-    in the residual stream over the text.
+    Without a text, the importance of a hidden unit is the product of the norms of its weights,
+    `||up_j|| ||gate_j|| ||down_j||`, and that of a head is the norm of its values times that of its
+    output, `||value_h|| ||out_h||`. With a text, it is `transforms.importance_by_activation` of the
+    outputs of the unit or head. Each layer chooses its own, and the importance of a key head is the
+    sum over the heads that share it. Channels are chosen for all layers together, by the norm of
+    all weights that read or write them, or with a text by the mean of `|x_c| / rms(x)` in the
+    residual stream.
 
     Args:
       source: the wide decoder.
-      width: channels of the residual stream; None keeps all.
-      heads: query heads, the same number for every key head.
-      key_heads: heads of keys and values; None keeps all, or as many as there are heads.
-      hidden: units of the feed-forward.
-      tokens: int `[B, L]`, a text on which all importances are measured, B pieces of it without
-        padding; None goes by weights.
+      width: number of channels of the residual stream; None keeps all.
+      heads: number of query heads, the same for every key head.
+      key_heads: number of key and value heads; None keeps all, or as many as there are heads.
+      hidden: number of units of the feed-forward layers.
+      tokens: int `[B, L]`, a text in B pieces without padding, on which all importances are
+        measured; None measures them by the weights.
 
     Returns:
-      The decoder and what was kept of the wide one.
+      The decoder, and the parts of the wide one that were kept.
 
     Raises:
       ValueError: if a size is larger than the source's or does not divide, or its config.json
-        cannot say the shape (GPT-2's heads share the width; Llama's width is a multiple of its
+        cannot express the shape (GPT-2's heads share the width; Llama's width is a multiple of its
         heads).
 
     References:
       Muralidharan et al., Compact Language Models via Pruning and Knowledge Distillation, 2024
-      (2407.14679), Minitron, whose importances are all of activations.
+      (2407.14679), Minitron, which measures all importances by activations.
     """
     whole = source.model.config
     if key_heads is None:
@@ -141,7 +141,7 @@ def _config(config: dict[str, Any], asked: dict[str, int], whole: DecoderConfig)
 
 
 def _apart(params: Params, whole: DecoderConfig) -> Params:
-    """The parameters with query, key and value, gate and up as matrices of their own."""
+    """The parameters with query, key and value, and gate and up, as separate matrices."""
     q, kv = whole.heads * whole.head_width, whole.key_heads * whole.head_width
     cuts = {"qkv": (q, q + kv), "gate_up": (whole.hidden,)}
 
@@ -186,9 +186,9 @@ def _over_parts(params: Params, change: Callable[[Params], Params]) -> Params:
 def _chosen(
     source: PretrainedDecoder, params: Params, asked: dict[str, int], tokens: Array | None
 ) -> Kept:
-    """The most important, ascending; groups of heads first, then heads within their group.
+    """The most important units, ascending; groups of heads first, then heads within their group.
 
-    `params` are the source's with fused matrices apart.
+    `params` are the source's with fused matrices split.
     """
     whole = source.model.config
     rows: dict[str, list[np.ndarray]] = {"heads": [], "key_heads": [], "hidden": []}
@@ -234,7 +234,7 @@ def _of_weights(whole: DecoderConfig, layer: Params) -> tuple[np.ndarray, np.nda
 def _of_text(
     source: PretrainedDecoder, tokens: Array
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
-    """The same of every layer by what heads and units give on a text, and of the channels."""
+    """The same for every layer, and for the channels, by the outputs on a text."""
     config = source.model.config
     units, stream = models.unit_names(config), models.tap_names(config)
     inner = (config.head_width, 1) * config.layers
@@ -250,7 +250,7 @@ def _of_text(
 
     @jax.jit
     def scores(params: Params, tokens: Array) -> tuple[list[Array], Array]:
-        # A row at a time: all that runs along the layers is held for one.
+        # One row at a time, since the outputs of all its layers are held in memory.
         each, channels = jax.lax.map(lambda row: of_row(params, row), tokens)
         return [jnp.sqrt(jnp.sum(jnp.square(x), axis=0)) for x in each], jnp.mean(channels, axis=0)
 
@@ -322,5 +322,5 @@ def _norm(kernel: Array, of: int) -> np.ndarray:
 
 
 def _top(scores: np.ndarray | Sequence[float], count: int) -> np.ndarray:
-    """The positions of the largest, ascending; of equals the first."""
+    """The positions of the largest scores, ascending; among equal scores, the first."""
     return np.sort(np.argsort(-np.asarray(scores), kind="stable")[:count])

@@ -1,11 +1,11 @@
 """Weights as safetensors: flat canonical paths in a file, trees in the program.
 
-`index` reads headers only. `views` maps tensors without reading them, `read` copies one into
-memory, `blocks` does so piece by piece, and `take` reads some entries along some axes. However many
-tensors there are, one file is open at a time; `views` holds one mapping per file.
+`index` only reads headers. `views` maps tensors without reading them, `read` copies one into
+memory, `blocks` does so piece by piece, and `take` reads some entries along some axes. Only one
+file is open at a time, however many tensors there are; `views` holds one mapping per file.
 
 Writing is atomic: a temporary file beside the target is written, synced and renamed, so the target
-is the old file or the new one, never half of it. `stream` holds one tensor, not the checkpoint.
+is the old file or the new one, never half of it. `stream` holds one tensor in memory at a time.
 
 `read`, `blocks` and `take` map nothing, so a file may be larger than the address space.
 Deliberately absent: anything that unpickles (`.bin`, `.pt`, `.ckpt` are refused by content), and
@@ -58,7 +58,7 @@ def view(tensor: Tensor) -> np.ndarray:
 
 
 def read(tensor: Tensor) -> np.ndarray:
-    """The tensor in memory of its own; nothing stays mapped.
+    """Copies the tensor into its own memory; nothing stays mapped.
 
     Raises:
       TypeError: for 8-bit floats.
@@ -70,7 +70,7 @@ def read(tensor: Tensor) -> np.ndarray:
 def blocks(tensor: Tensor, size: int) -> Iterator[np.ndarray]:
     """The tensor's entries in storage order, as vectors of at most `size`, read one at a time.
 
-    A tensor larger than memory passes through a function of its entries so.
+    Use it to apply a function of the entries to a tensor larger than memory.
 
     Raises:
       TypeError: for 8-bit floats.
@@ -87,13 +87,13 @@ def take(
 ) -> Iterator[np.ndarray]:
     """The entries at `indices[axis]` along each axis, as vectors in storage order.
 
-    Reads what is asked for, about `size` entries at a time: `x[indices[0]][:, indices[1]]` of a
-    tensor larger than memory.
+    Reads only these entries, about `size` at a time, for example `x[indices[0]][:, indices[1]]` of
+    a tensor larger than memory.
 
     Args:
       tensor: any tensor with axes.
       indices: `{axis: whole numbers in 0..length-1}`, in any order; other axes are kept whole.
-      size: entries to read at once; a row (the axes after the first) may be more.
+      size: number of entries to read at once; a row (the axes after the first) may have more.
 
     Raises:
       TypeError: for 8-bit floats.
@@ -149,7 +149,7 @@ def load(path: str | Path, *, where: trees.Selector = trees.everything) -> dict[
     """`{name: memory-mapped array}` of the selected tensors, in natural order; see `views`.
 
     Raises:
-      ValueError: as `index`, or if the selector matches nothing.
+      ValueError: as in `index`; also if the selector matches nothing.
       TypeError: if a selected tensor is an 8-bit float.
     """
     tensors = index(path).tensors
@@ -164,9 +164,9 @@ def load_tree(path: str | Path, like: PyTree = None) -> PyTree:
     """A tree from a file of canonical paths.
 
     Args:
-      path: as for `index`.
+      path: as in `index`.
       like: a template, concrete or abstract: its structure is kept (lists, tuples, int keys, NNX
-        states), and names, shapes and dtypes must agree exactly. None gives nested dicts, split
+        states), and names, shapes and dtypes must match exactly. None gives nested dicts, split
         at "/"; a path segment of digits stays a string.
 
     Raises:
@@ -200,7 +200,7 @@ def nested(flat: Mapping[str, Any], *, separator: str = "/") -> dict[str, Any]:
 
 
 def fill(like: PyTree, flat: Mapping[str, Any]) -> PyTree:
-    """The template's structure with the leaves `flat` names; everything must match exactly.
+    """The template's structure, filled with the leaves of `flat`; everything must match exactly.
 
     Raises:
       TypeError: if a dtype differs; the message names the leaf.

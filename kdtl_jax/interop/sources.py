@@ -1,9 +1,9 @@
-"""Trained weights wherever they lie: safetensors, a folder of Orbax's, one of Hugging Face's.
+"""Trained weights in any form: a safetensors file, an Orbax folder, or a Hugging Face folder.
 
     source = sources.opened("teacher.safetensors")
     variables = sources.variables(source, networks.abstract(net, example))
 
-What a source says of its model is read at once, its weights when they are asked for.
+A source's description of its model is read at once; its weights are read when requested.
 """
 
 import math
@@ -24,11 +24,11 @@ from kdtl_jax.interop.huggingface import Pretrained
 from kdtl_jax.interop.model_files import HUGGING_FACE, About
 
 LARGE, MOST_PACKED = 2**26, 1000  # numbers; per byte of the files
-# Before the paths of parameters, in a file that holds a model's collections.
+# The prefix of parameters' paths in a file that holds a model's collections.
 PARAMS = "params/"
 _HOW = ("image_mean", "image_std")
-# What else a preprocessor_config.json says that changes no number of an image that already has
-# the model's size and channels.
+# Other keys of a preprocessor_config.json, which do not change the numbers of an image that
+# already has the model's size and channels.
 _NO_NUMBERS = frozenset(
     """
     image_processor_type feature_extractor_type processor_class _processor_class
@@ -50,9 +50,9 @@ class Source(NamedTuple):
     """Weights on disk, or a model without any."""
 
     path: str | None
-    about: About  # what it says of itself
-    # All leaves, as `model_files.tree` lays them out; where a folder holds several trees, of the
-    # one that has the names of `like`, or else of the innermost one.
+    about: About  # its description of itself
+    # All leaves, as `model_files.tree` lays them out. If a folder holds more than one tree, those
+    # of the tree that has the names of `like`, or else of the innermost one.
     tree: Callable[[PyTree], PyTree] = lambda like: None
     metadata: Mapping[str, str] = MappingProxyType({})  # of a file
 
@@ -61,7 +61,7 @@ def opened(path: str) -> Source:
     """The source in a file or folder.
 
     Raises:
-      ValueError: if there is no such file, or what it says of itself is damaged.
+      ValueError: if there is no such file, or its metadata are damaged.
     """
     if is_hugging_face(path):
         about = About(f"{HUGGING_FACE}{path}", scaling=scaling(path), names=class_names(path))
@@ -78,14 +78,14 @@ def variables(source: Source, template: Variables) -> Variables:
 
     Raises:
       OSError: if the file cannot be read.
-      ValueError: naming each leaf that is missing, extra, of another shape, or not finite; or
-        that the file holds a student that is not a network alone.
+      ValueError: naming each leaf that is missing, extra, of another shape, or not finite; or if
+        the file holds a student that is not just a network.
     """
     if source.metadata.get("kind") == model_files.CONNECTED:
         method = _text.quoted(source.metadata.get("method", ""))
         raise ValueError(
             f"{source.path} holds a student of {method}, which answers through connectors and its "
-            "teacher's head: it cannot be taken for a network. Name another file of the run."
+            "teacher's head: it cannot be used as a network. Name another file of the run."
         )
     found = source.tree(model_files.tree(template))
     return model_files.filled(str(source.path), trees.flatten(found), template)
@@ -100,7 +100,7 @@ def pretrained(folder: str) -> Pretrained:
     """The model of a Hugging Face folder.
 
     Raises:
-      ValueError: if it takes no head for classes of its own.
+      ValueError: if the model cannot take a new head for classes.
     """
     found = huggingface.load(folder)
     if not hasattr(found.module, "classes"):
@@ -115,10 +115,10 @@ def _of_hugging_face(folder: str) -> PyTree:
 
 
 def class_names(folder: str) -> tuple[str, ...]:
-    """What a Hugging Face folder calls its classes; () if it has no names but LABEL_0, LABEL_1.
+    """The class names of a Hugging Face folder; () if it only has LABEL_0, LABEL_1, and so on.
 
     Raises:
-      ValueError: if its config numbers them otherwise than 0..K-1.
+      ValueError: if its config does not number them 0..K-1.
     """
     file = Path(folder) / "config.json"
     known = _files.read_json(file).get("id2label")
@@ -136,7 +136,7 @@ def class_names(folder: str) -> tuple[str, ...]:
 
 
 def kind(folder: str) -> Kind | None:
-    """What a Hugging Face folder's head answers; None if its config does not say."""
+    """The kind of task of a Hugging Face folder's head; None if its config does not say."""
     said = _files.read_json(Path(folder) / "config.json").get("problem_type")
     return _KINDS.get(said) if isinstance(said, str) else None
 
@@ -145,8 +145,8 @@ def scaling(folder: str) -> Standardizer | None:
     """How a Hugging Face folder's images are scaled, from 0..255; None if it does not say.
 
     Raises:
-      ValueError: naming the file, if no images can be scaled by what it says, or a step that it
-        names is not known here.
+      ValueError: naming the file, if its values cannot be used to scale images, or it names an
+        unknown step.
     """
     file = Path(folder) / "preprocessor_config.json"
     known = _files.read_json(file) if file.is_file() else {}
@@ -177,9 +177,9 @@ def scaling(folder: str) -> Standardizer | None:
 
 
 def sides(folder: str) -> tuple[int, int] | None:
-    """Height and width of the images that a Hugging Face folder resizes or crops others to.
+    """The height and width to which a Hugging Face folder resizes or crops images.
 
-    None if it does not say. Convolutional networks take others, and answer worse.
+    None if it does not say. Convolutional networks accept other sizes, with worse results.
     """
     file = Path(folder) / "preprocessor_config.json"
     known = _files.read_json(file) if file.is_file() else {}
@@ -195,9 +195,9 @@ def sides(folder: str) -> tuple[int, int] | None:
 
 
 def from_safetensors(path: str, like: PyTree = None) -> PyTree:
-    """The leaves of a file by name; without `params/` where all begin so, as Flax's `init` gives.
+    """The leaves of a file by name; without `params/` if all begin with it, as from Flax's `init`.
 
-    Not if those of `like` begin so too.
+    It is kept if the names of `like` begin with it too.
     """
     found = safetensors.load(path)
     asked = () if like is None else trees.flatten(like)
@@ -215,8 +215,8 @@ def is_orbax(path: str) -> bool:
 def from_orbax(path: str, like: PyTree = None) -> PyTree:
     """A tree in an Orbax folder: the one that has the names of `like`, or else most of them.
 
-    What holds parameters beside other things (an optimizer's state) gives its `params`. Without
-    `like` it is the innermost tree of parameters, with batch statistics beside it.
+    If parameters are beside other things (an optimizer's state), the tree is `params`. Without
+    `like`, it is the innermost tree of parameters, with batch statistics beside it.
     """
     candidates = [*_within(_restored(path))]
     if like is not None:
@@ -242,13 +242,13 @@ def _restored(path: str) -> Any:
             warnings.simplefilter("ignore")  # that arrays come without a sharding
             _check_announced(folder, reader.metadata(folder.absolute()))
             return reader.restore(folder.absolute())
-    except Exception as error:  # Orbax, TensorStore and JAX raise kinds of their own
+    except Exception as error:  # Orbax, TensorStore and JAX raise their own kinds of errors
         said = _text.shown(" ".join(str(error).split()) or type(error).__name__, 200)
         raise ValueError(f"{path} cannot be read by Orbax ({said}).") from error
 
 
 def _check_announced(folder: Path, metadata: Any) -> None:
-    """Refuses arrays that no files of this size unpack to, before memory is taken."""
+    """Refuses arrays that files of this size cannot unpack to, before memory is allocated."""
     inside = getattr(metadata, "item_metadata", metadata)  # of later versions
     announced = jax.tree.leaves(getattr(inside, "tree", inside))
     shapes = [leaf.shape for leaf in announced if getattr(leaf, "shape", None) is not None]
@@ -259,7 +259,7 @@ def _check_announced(folder: Path, metadata: Any) -> None:
 
 
 def _within(found: Any) -> Iterator[Any]:
-    """A tree, and the trees called params or state in it."""
+    """A tree, and the trees named params or state in it."""
     yield found
     if isinstance(found, Mapping):
         for name in ITEMS:
