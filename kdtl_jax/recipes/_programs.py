@@ -1,4 +1,4 @@
-"""What a run compiled: its programs by name, with their number and seconds."""
+"""The programs that a run compiled, by name, with their counts and seconds."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -15,8 +15,8 @@ HIT = "/jax/compilation_cache/cache_hits"
 def counted() -> Iterator[Callable[[], str]]:
     """`said()`: how many programs were compiled or came from the cache, and which cost the most.
 
-    A program has the name of the function that was jitted. Its seconds are the compiler's, or
-    those of reading it from the cache.
+    A program has the name of the jitted function. Its seconds are those of compiling it, or of
+    reading it from the cache.
     """
     cached = 0
     found: dict[str, tuple[int, float]] = {}  # by name

@@ -1,8 +1,8 @@
-"""What a command tells while it works: lines, and on a terminal a bar with the time left.
+"""The progress of a command: lines, and on a terminal a bar with the time left.
 
-Lines go to standard error and stay. The bar is redrawn below them by a thread of rich's and is gone
-when the work is done; where standard error is not a terminal there is none. Standard output is left
-to results.
+Lines go to standard error and stay. The bar is redrawn below them by a rich thread and disappears
+when the work is done; if standard error is not a terminal, there is no bar. Standard output is for
+results.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ REDRAWN = 0.25  # seconds
 
 
 class Progress(NamedTuple):
-    """Where a command tells how far it is; calling it prints a line."""
+    """Reports a command's progress; calling it prints a line."""
 
     line: Say
     bar: Callable[[str, float | None, float], None]  # (what, done, total); done is None at first
-    hide: Callable[[], None]  # before anything is printed that is not a line
+    hide: Callable[[], None]  # call before printing anything else
 
     def __call__(self, text: str) -> None:
         """Prints a line with the seconds since the start."""
@@ -37,7 +37,7 @@ class Progress(NamedTuple):
 def shown() -> Iterator[Progress]:
     """`say` of a command; `say.bar(text, done, total)` costs nothing between two drawings."""
     console, start = _Terminal(stderr=True, highlight=False), time.perf_counter()
-    # FORCE_COLOR makes rich take a file for a terminal, which a bar would fill.
+    # With FORCE_COLOR, rich mistakes a file for a terminal, and a bar would fill it.
     draws = console.is_terminal and not console.is_dumb_terminal and sys.stderr.isatty()
     drawn: Drawn | None = None
     last = 0.0
@@ -80,7 +80,7 @@ def shown() -> Iterator[Progress]:
 
 
 def seldom(say: Say, seconds: float = 10.0) -> Callable[[str, bool], None]:
-    """Prints at most one line per `seconds`, and every line that is marked as the last."""
+    """Prints at most one line per `seconds`, and every line marked as the last."""
     said = time.perf_counter()
 
     def maybe(text: str, last: bool) -> None:
@@ -94,13 +94,13 @@ def seldom(say: Say, seconds: float = 10.0) -> Callable[[str, bool], None]:
 
 
 def part(say: Progress, text: str, number: int, parts: int) -> Moved:
-    """`moved(done, total)` within part `number`, from 0, of equally long `parts`; it begins now."""
+    """`moved(done, total)` within part `number` (from 0) of equal `parts`, which starts now."""
     say.bar(text, None, parts)
     return lambda done, total: say.bar(text, number + done / max(total, 1), parts)
 
 
 def by_part(say: Progress, parts: int) -> Say:
-    """`say` that moves the bar one of `parts` on: each line tells which part begins."""
+    """`say` that advances the bar by one of `parts`: each line announces the next part."""
     begun = 0
 
     def begins(text: str) -> None:
@@ -117,7 +117,7 @@ def time_left(
 ) -> float | None:
     """Seconds until `total`, at the mean rate between two `(time, done)`; None if that is unknown.
 
-    Before the first lies the compilation, after the last what has not been told yet.
+    The time before the first includes compilation; that after the last is not yet reported.
     """
     if first is None or last is None:
         return None
@@ -148,7 +148,7 @@ class _Left(ProgressColumn):
 
 
 class _Terminal(Console):
-    """A console whose cursor stays: a process that is killed could not bring it back."""
+    """A console that keeps its cursor, which a killed process could not restore."""
 
     def show_cursor(self, show: bool = True) -> bool:
         return False

@@ -1,4 +1,4 @@
-"""The saves of one method's training: taken up where the run resumes, with the time it took."""
+"""The saves of one method's training, read when the run resumes, with the time spent."""
 
 import contextlib
 import time
@@ -11,7 +11,7 @@ from kdtl_jax.train import TrainState
 
 
 class Saves(NamedTuple):
-    """Where a method's saves lie, and what a training starts from."""
+    """Where a method's saves are, and what its training starts from."""
 
     home: Path
     owner: dict[str, str]  # what the saves belong to
@@ -25,20 +25,20 @@ class Saves(NamedTuple):
 def taken_up(
     folder: Path, run: str, name: str, state: TrainState, *, resume: bool, begun: float
 ) -> Saves:
-    """The newest whole save of a method; `state` where none is, or the run does not resume.
+    """The newest complete save of a method; `state` if there is none or the run does not resume.
 
     Args:
       folder: of the run.
       run: its identity.
       name: of the method, under `checkpoints/`.
-      state: to start from; a template of what is read.
-      resume: whether saves count.
+      state: to start from; also the template for reading.
+      resume: whether to use saves.
       begun: when the training began, by `time.perf_counter`.
     """
     home, owner = folder / "checkpoints" / name, {"run": run, "method": name}
     step, meta = 0, {}
     if resume:
-        # Nothing may be there yet, or the first save was cut short.
+        # There may be no save yet, or only an unfinished one.
         with contextlib.suppress(FileNotFoundError):
             found = checkpoint.restore(home, state, owner=owner)
             state, step, meta = found.state, found.step, found.meta
@@ -46,13 +46,13 @@ def taken_up(
 
 
 def seconds(saves: Saves) -> float:
-    """What the training has taken so far, earlier parts of the run included."""
+    """The seconds of training so far, including earlier parts of the run."""
     return saves.before + time.perf_counter() - saves.begun
 
 
 @contextlib.contextmanager
 def opened(saves: Saves, keep: checkpoint.Keep) -> Iterator[loop.Save]:
-    """`save(step, state, meta)` for `loop.run`, which notes the time taken."""
+    """`save(step, state, meta)` for `loop.run`, which also records the time spent."""
     with checkpoint.open_folder(saves.home, keep=keep, owner=saves.owner) as checkpoints:
         yield lambda step, state, meta: checkpoint.save(
             checkpoints, step, state, {**meta, "seconds": seconds(saves)}

@@ -1,4 +1,4 @@
-"""One student's training in `kdtl sentences`: what it learns, measured, saved, resumed."""
+"""One student's training in `kdtl sentences`: terms, measurements, saves and resuming."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +51,7 @@ def optimizer(settings: Any) -> optax.GradientTransformation:
 
 
 class Run(NamedTuple):
-    """Where one student's training is saved and told."""
+    """Where one student's training is saved and reported."""
 
     folder: Path
     identity: str  # of the run, in its checkpoints
@@ -62,7 +62,7 @@ class Run(NamedTuple):
 
 
 class Distilled(NamedTuple):
-    """A student, its learning curve, and how it diverged, if it did: then the state before."""
+    """A student and its learning curve; if it diverged, how, with the state before that."""
 
     params: Params
     curve: dict[str, list[float]]

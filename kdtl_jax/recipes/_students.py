@@ -1,7 +1,7 @@
-"""The students of a run: one file per method, and which of them to take.
+"""The students of a run: one file per method, and which one to use.
 
 A file holds the student of the seed with the best validation accuracy; the recommendation is the
-method with the best mean validation accuracy. The test split decides nothing.
+method with the best mean validation accuracy. The test split is not used for either.
 """
 
 import json
@@ -27,12 +27,12 @@ class Student(NamedTuple):
     method: str
     seed: int
     variables: Variables
-    connectors: Any = None  # and memory, where the method predicts through them
+    connectors: Any = None  # and memory, if the method predicts through them
     memory: Any = None
 
 
 class Line(Protocol):
-    """A method's line of a table; its settings name the file, where it has one."""
+    """A method's line of a table; its settings name the file, if it has one."""
 
     @property
     def method(self) -> str: ...
@@ -70,7 +70,7 @@ def best(
 def chosen(
     rows: Sequence[report.Row], models: Mapping[str, Any]
 ) -> tuple[list[Student], list[report.Row]]:
-    """The best student of every method that has one, and the rows, which name its file.
+    """The best student of every method that has one, and the rows, which name their files.
 
     Args:
       rows: of the table.
@@ -98,12 +98,12 @@ def file_of(method: str) -> str:
 
 
 def made_of(folder: Path, settings: Any, role: str) -> dict[str, str]:
-    """What a file says of its run: the data, how they were split, the precision.
+    """What a file records about its run: the data, their split and the precision.
 
     Args:
       folder: of the run.
       settings: with `types.Data`, and perhaps `precision`.
-      role: "student" or "teacher": whose source file counts, if it has one.
+      role: "student" or "teacher": whose source file is recorded, if it has one.
     """
     files = _files.read_sealed(folder / record.FILE)["files"]
     split = {"validation": settings.validation, "test": settings.test, "seed": settings.split_seed}
@@ -152,7 +152,7 @@ def diverged(rows: Sequence[report.Row]) -> list[str]:
 
 
 def note(rows: Sequence[Line], baseline: str | None) -> str | None:
-    """Which file is which, and which one to take, by validation."""
+    """Which file is which, and which one to use, by validation."""
     if (best := first(rows)) is None:
         return None
     with_file = [row for row in rows if "file" in row.settings]
@@ -174,7 +174,7 @@ def recommended(rows: Sequence[Line]) -> str | None:
 
 
 def first(rows: Sequence[L]) -> L | None:
-    """The row of that file; None where no method has one."""
+    """The row of that file; None if no method has one."""
     with_file = [row for row in rows if "file" in row.settings]
     at = scores.best([row.validation.mean for row in with_file])
     return None if at is None else with_file[at]

@@ -16,7 +16,7 @@ from kdtl_jax.run.report import plots
 
 SCHEMA_VERSION = 1
 SHOWN = 12  # rows of the printed table
-BINS = 6  # of a heat map's side, where an axis has more values
+BINS = 6  # per side of a heat map, if an axis has more values
 PATHS = {
     "together": "all students of a call together (vmap)",
     "mapped": "students one after another within one program (lax.map)",
@@ -25,7 +25,7 @@ PATHS = {
 
 
 class Sweep(NamedTuple):
-    """Everything that a sweep found."""
+    """All results of a sweep."""
 
     pair: Pair
     settings: Any
@@ -44,7 +44,7 @@ class Line(NamedTuple):
     setting: dict[str, float]
     validation: report.Interval
     test: report.Interval
-    epochs: tuple[int, ...]  # [S], after which a student was left as it is
+    epochs: tuple[int, ...]  # [S], after which a student was not trained further
     complete: bool
     student: _students.Student | None = None  # of the method's best setting
 
@@ -55,9 +55,9 @@ class Line(NamedTuple):
 
 
 def lines(outcome: Sweep) -> list[Line]:
-    """All settings by mean validation score; those that were stopped early come after the others.
+    """All settings by mean validation score, with those stopped early after the others.
 
-    Those without a finite score come last.
+    Settings without a finite score come last.
     """
     found, share = [], _score(outcome).is_share
     for swept in outcome.swept:
@@ -144,7 +144,7 @@ def to_csv(outcome: Sweep) -> str:
 
 
 def html_page(outcome: Sweep) -> str:
-    """The report: best settings, parallel coordinates, heat map, how it ran."""
+    """The report: best settings, parallel coordinates, heat map, and how it ran."""
     found, axes, score = lines(outcome), _axes(outcome), _score(outcome)
     seeds = len(found[0].validation.values)
     many = f"{len(found)} settings, {seeds} seeds each"
@@ -188,7 +188,7 @@ def html_page(outcome: Sweep) -> str:
 
 
 def _best_student(outcome: Sweep, best: Line) -> list[report.Section]:
-    """What the best setting of all confuses, and where it differs from the teacher."""
+    """What the overall best setting confuses, and where it differs from the teacher."""
     if outcome.pair.measure.kind != "classes" or not math.isfinite(best.test.mean):
         return []
     named = next(swept.best.named for swept in outcome.swept if swept.method == best.method)
@@ -222,7 +222,7 @@ def _curves(outcome: Sweep) -> list[report.Section]:
 def parallel(
     found: Sequence[Line], axes: Sequence[str], score: report.Score = report.ACCURACY
 ) -> plots.Chart:
-    """Parallel coordinates of all settings; the method is an axis if there are several."""
+    """Parallel coordinates of all settings; the method is an axis if there is more than one."""
     names = list(dict.fromkeys(line.method for line in found))
     drawn = [plots.Axis("method", [names.index(x.method) for x in found], names)]
     drawn = drawn if len(names) > 1 else []
@@ -274,7 +274,7 @@ class _Bins(NamedTuple):
 
 
 def _binned(column: np.ndarray) -> _Bins:
-    """Its values, or equally full ranges of them where there are many."""
+    """Its values, or equally full ranges of them if there are many."""
     values = np.unique(column)
     if len(values) <= BINS + 2:
         return _Bins([f"{meant(v):g}" for v in values], np.searchsorted(values, column))
@@ -300,7 +300,7 @@ def print_table(outcome: Sweep) -> None:
         per = f", {swept.per_call} per call" if swept.path == "together" else ""
         print(f"{swept.method}: {PATHS.get(swept.path, swept.path)}{per}, {swept.seconds:.1f} s")
     for note in (*outcome.notes, _students.note(found, None)):
-        print(note or "no student has a file: none has a finite score")
+        print(note or "no student was saved: none has a finite score")
 
 
 def _cells(line: Line, axes: Sequence[str], score: report.Score) -> list[str]:
@@ -331,7 +331,7 @@ def _score(outcome: Sweep) -> report.Score:
 
 
 def _headings(score: report.Score) -> list[str]:
-    """What is called accuracy needs no name; other scores do."""
+    """Accuracy needs no name; other scores do."""
     named = "" if score == report.ACCURACY else f" {score.name}"
     return [f"{part}{named} {score.unit}".rstrip() for part in ("validation", "test")]
 

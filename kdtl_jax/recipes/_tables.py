@@ -1,4 +1,4 @@
-"""Tables: of rich on a terminal, plain lines elsewhere."""
+"""Tables: by rich on a terminal, plain lines elsewhere."""
 
 from collections.abc import Sequence
 
@@ -20,8 +20,8 @@ def show(
     bold: Sequence[int] = (),
     left: int = 1,
 ) -> None:
-    """A table on a terminal; elsewhere lines, by default of every cell after its column's name."""
-    # Names of others say nothing to a terminal.
+    """A table on a terminal; elsewhere lines, by default each cell after its column's name."""
+    # Names from other sources must not control the terminal.
     header, *rows = ([_text.shown(cell, LONGEST) for cell in row] for row in (header, *rows))
     console = Console(highlight=False, markup=False)
     if console.is_terminal:
@@ -41,7 +41,7 @@ def table(
     bold: Sequence[int] = (),
     left: int = 1,
 ) -> Table:
-    """A table for the terminal: the first `left` columns left-aligned, rows in `bold` stressed."""
+    """A table for the terminal: the first `left` columns left-aligned, rows in `bold` in bold."""
     out = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False,
         padding=(0, 1, 0, 0),
@@ -66,6 +66,6 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def list_methods(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    """Prints `--list`, its columns between tabs where there is no terminal; the exit code is 0."""
+    """Prints `--list`, separated by tabs if there is no terminal; returns exit code 0."""
     show(header, rows, ["\t".join(row) for row in (header, *rows)], left=len(header))
     return 0

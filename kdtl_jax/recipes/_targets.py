@@ -43,7 +43,7 @@ class Source(NamedTuple):
 
 
 class Surgery(NamedTuple):
-    """How a source's leaves find their places: arguments of `transforms.transfer`."""
+    """How a source's leaves map to a target: arguments of `transforms.transfer`."""
 
     where: trees.Selector = trees.none_of(HEADS)
     rename: Sequence[tuple[str, str | None]] = ()
@@ -72,7 +72,7 @@ def compare(
     finished: Finished = NOWHERE,
     measure: Measure = measures.CLASSES,
 ) -> Compared:
-    """Copies the source into targets, whose network is `net`, and trains them by every method.
+    """Copies the source into targets of network `net`, and trains them by every method.
 
     Raises:
       ValueError: if the source does not fit (every leaf is named), a method needs the source's head
@@ -102,7 +102,7 @@ def compare(
     for method in chosen:
         say(method.name)
         learner = experiment(method, net, classes, steps, settings, measure)
-        # From scratch and copied are one program: where it begins is an argument.
+        # From scratch and copied are one program: the start is an argument.
         read = {**shared, "begin": copied if method.is_copied else fresh}
         axes = {"learning_rate": settings.learning_rates}
         if method.term:
@@ -118,7 +118,7 @@ def compare(
                 method.finish(state.params), state.model_state
             ),
         )
-        # Equally many settings per call, whatever the method's axes: what is alike compiles once.
+        # Equally many settings per call, whatever the method's axes, so fewer programs compile.
         chunk = seeds * len(settings.learning_rates)
         program = sweep.vmap(fit, chunk=chunk)
         fitted, seconds = once(
@@ -157,9 +157,9 @@ def starts(
 ) -> tuple[Variables, Variables, Any, transforms.Report]:
     """What targets start from, stacked over seeds: fresh, copied, and the source's heads.
 
-    The heads are None where the source has none, or none of classes. The report is of one copy.
+    The heads are None if the source has none, or none for classes. The report is of one copy.
     """
-    # Apart from the sources' seeds, so that no target starts as its source started.
+    # Separate from the sources' seeds, so that no target starts as its source started.
     fresh = _choice.per_seed(
         lambda seed: net.init(_training.keys(seed).model, example), seeds, offset=1000
     )
@@ -189,11 +189,11 @@ def check(
 
 
 def check_head(head: Any, chosen: Sequence[Method]) -> None:
-    """Raises ValueError if a method needs the source's head, and there is none."""
+    """Raises ValueError if a method needs the source's head and there is none."""
     lacking = [method.name for method in chosen if method.needs_source_head and head is None]
     if lacking:
         raise ValueError(
-            f"{', '.join(lacking)} train the source's head too, and the source has no "
+            f"{', '.join(lacking)} train the source's head too, but the source has no "
             "head/kernel and head/bias. Leave these methods out (--methods)."
         )
 
@@ -206,7 +206,7 @@ def experiment(
     settings: Any,  # `_optimizers.Optimizing`, with `llrd`
     measure: Measure = measures.CLASSES,
 ) -> Experiment:
-    """A target trained by one method; what belongs to its seed is in `shared`."""
+    """A target trained by one method; the data of its seed are in `shared`."""
 
     def case_of(point: Point, shared: Any) -> Case:
         own = _training.pick(shared, point["seed"])
@@ -260,7 +260,7 @@ def experiment(
 def train_sources(
     net: Network, data: Any, held: Sequence[Any], *, seeds: int, epochs: int
 ) -> Fitted:
-    """One model per seed on the whole of a task; what is kept are `Variables`."""
+    """One model per seed, trained on all of a task; keeps their `Variables`."""
     tx = optax.adam(SOURCE_RATE)
     step = train.make_step(net.apply, objective.classification, {"task": 1.0}, tx)
 
@@ -284,7 +284,7 @@ def train_sources(
 def sources_of(
     net: Network, part: Dataset, *, seeds: int, epochs: int, finished: Finished = NOWHERE
 ) -> Callable[[], Source]:
-    """Begins to train sources, whose own scores are not reported; waits for them when called."""
+    """Starts training sources, whose own scores are not reported; the call waits for them."""
     data = _choice.held(part)
     few = {name: x[:1] for name, x in data.items()}
     ended = begun(
@@ -309,7 +309,7 @@ def copy(
 
 
 def source_head(tree: Any) -> dict[str, Any] | None:
-    """The source's classifier, where it has one called `head`."""
+    """The source's classifier, if it has one called `head`."""
     flat = trees.flatten(tree)
     for prefix in ("", "params/"):
         names = {name: f"{prefix}head/{name}" for name in ("kernel", "bias")}
@@ -321,8 +321,8 @@ def source_head(tree: Any) -> dict[str, Any] | None:
 def transfer_scores(
     net: Network, classes: int, kind: str, copied: Variables, head: Any, inputs: Any, labels: Any
 ) -> dict[str, Any]:
-    """Transferability by what the source makes of the target's training set, by score."""
-    if net.layout.last == "logits":  # the head is all there is, and it is fresh
+    """Transferability by score, from the source's outputs on the target's training set."""
+    if net.layout.last == "logits":  # the model is only a head, which is new
         return {}
     features = net.apply(*copied, inputs)[0][net.layout.last]
     if kind != "classes":

@@ -1,10 +1,10 @@
 """Training of students, for every recipe: many in one program, or all seeds of a method in a loop.
 
-An `Experiment` is one student's training as pure functions of a *point*, what distinguishes it
-from the others (its seed, rates, weights), and of what all of them share. `fit` runs an experiment
-from start to scores in one program, which `train.sweep` maps over points: no log, nothing to
-resume. `_seeds.train_seeds` runs one point per seed, logged, saved, resumable, on any mesh. Both
-shuffle alike: a seed's batches are those of its `Keys.order`.
+An `Experiment` is one student's training as pure functions of a *point*, which distinguishes it
+from the others (its seed, rates, weights), and of what they all share. `fit` runs an experiment
+from start to scores in one program, which `train.sweep` maps over points, without a log or
+resuming. `_seeds.train_seeds` runs one point per seed, logged, saved and resumable, on any mesh.
+Both shuffle alike: a seed's batches are those of its `Keys.order`.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,12 +24,12 @@ from kdtl_jax.run import scores
 from kdtl_jax.train import Batch, TrainState
 
 Point = Mapping[str, Any]  # "seed", and whatever else distinguishes a student
-CHECKS = 10  # validations along the way
+CHECKS = 10  # validations during training
 BATCH, FEWEST_BATCHES = 64, 5  # examples per step, steps per epoch, by default
 
 
 class Keys(NamedTuple):
-    """What is random in a student's training, each apart from the others."""
+    """The independent sources of randomness in a student's training."""
 
     model: Array
     order: Array
@@ -40,7 +40,7 @@ class Keys(NamedTuple):
 
 
 def judged(logits: Array, labels: Array) -> tuple[Array, Array]:
-    """`scores.predicted` and `scores.accuracy` within a program: classes, and the share right."""
+    """`scores.predicted` and `scores.accuracy` within a program: classes, and the accuracy."""
     named = scores.predicted(logits)
     share = jnp.mean((named == labels).astype(jnp.float32), axis=-1)
     return named, jnp.where(jnp.any(named == scores.WRONG, axis=-1), jnp.nan, share)
@@ -54,27 +54,27 @@ class Experiment(NamedTuple):
     logits: Callable[[TrainState, Array, Any], Array]  # of inputs [B, ...], in evaluation mode
     # The arrays [N, ...] that a point trains on, for `fit`.
     data: Callable[[Point, Any], Batch] = lambda point, shared: shared
-    # (logits, targets) -> what is kept of every example, and the score.
+    # (logits, targets) -> what is kept for every example, and the score.
     judged: Callable[[Array, Array], tuple[Array, Array]] = judged
 
 
 class Fitted(NamedTuple):
-    """What one point's training gives."""
+    """The result of one point's training."""
 
     kept: Any  # what the recipe keeps of the state
-    curve: Array  # [checks], validation scores along the way
+    curve: Array  # [checks], validation scores during training
     validation: Array  # scores at the end
     test: Array
-    named: Array  # [test examples, ...], the classes named, -1 where logits were not finite
+    named: Array  # [test examples, ...], predicted classes, -1 where logits were not finite
     losses: Array  # [epochs], their means
-    epoch: Array | None = None  # of what is kept, where training may stop early
+    epoch: Array | None = None  # of what is kept, if training can stop early
 
 
 # From a seed to a student.
 
 
 def keys(seed: Any) -> Keys:
-    """The keys of one seed: its start and order are the same under every method."""
+    """The keys of one seed, whose start and order are the same under every method."""
     return Keys(*jax.random.split(jax.random.key(jnp.asarray(seed, jnp.uint32)), len(Keys._fields)))
 
 
@@ -106,14 +106,14 @@ def views(chosen: tuple[str, ...], classes: int, side: int) -> Callable[[Array, 
 
 
 def pick(tree: PyTree, at: Any) -> PyTree:
-    """One part, or some, of a stacked tree."""
+    """One or more parts of a stacked tree."""
     return jax.tree.map(lambda leaf: leaf[at], tree)
 
 
 def in_chunks(fn: Callable[[Any], PyTree], inputs: PyTree, size: int) -> PyTree:
     """`fn` over arrays `[N, ...]` on the host, as many rows at a time: `[N, ...]` on the host.
 
-    All calls have one shape: the last is filled up with the last row.
+    All calls have one shape: the last is padded with the last row.
     """
     count, parts = len(jax.tree.leaves(inputs)[0]), []
     size = min(size, count)
@@ -125,7 +125,7 @@ def in_chunks(fn: Callable[[Any], PyTree], inputs: PyTree, size: int) -> PyTree:
 
 
 def variables(state: TrainState) -> Variables:
-    """What is kept of a plain student."""
+    """What is kept for a plain student."""
     return Variables(state.params, state.model_state)
 
 
@@ -151,8 +151,8 @@ def fit(
       checks: how often the validation score is recorded.
       keep: what of the final state is returned.
       steps: stop each epoch after this many, for a measurement.
-      patience: stop after so many checks in a row without a better validation score, and give
-        back the state of the best check; None: the final state.
+      patience: stop after this many checks in a row without a better validation score, and return
+        the state of the best check; None returns the final state.
     """
     every = epochs // checks
 
@@ -176,7 +176,7 @@ def fit(
     def run_until(
         arrays: Batch, state: TrainState, point: Point, shared: Any, validation: Any, test: Any
     ) -> Fitted:
-        """Trains on after the end, since points share a program; the best is not replaced then."""
+        """Continues after the end, as points share a program, but no longer replaces the best."""
 
         def check(carry: Any, number: Array) -> Any:
             state, best, waited = carry
@@ -251,8 +251,8 @@ def one_by_one(
 ) -> Callable[..., Fitted]:
     """`run(points, shared, validation, test) -> Fitted` as `fit`, one point after another.
 
-    Each epoch is `train.jit_epoch`'s: a call per step where a loop would cost convolutions their
-    threads. A point that stops early trains no further; its curve repeats the best score.
+    Each epoch is `train.jit_epoch`'s: a call per step if convolutions would lose their threads in
+    a loop. A point that stops early trains no further; its curve repeats the best score.
     """
     every = epochs // checks
 
@@ -279,7 +279,7 @@ def one_by_one(
             now = used(state)._replace(opt_state=None)
             curve.append(judge(now, validation, shared)[1])
             if patience is None or curve[-1] > score or not jnp.isfinite(score):
-                # The next epoch takes the state's memory.
+                # The next epoch reuses the state's memory.
                 best = now if patience is None else jax.tree.map(lambda x: x.copy(), now)
                 score, at, waited = curve[-1], number + 1, 0
             else:
@@ -307,18 +307,18 @@ def even_checks(epochs: int) -> int:
 
 
 def usual_batch(examples: int, divisor: int = 1) -> int:
-    """64, or less where so few examples would make fewer than five steps of an epoch.
+    """64, or fewer if an epoch would otherwise have fewer than five steps.
 
     Args:
       examples: that a student sees.
-      divisor: what it is a multiple of: devices times microbatches.
+      divisor: of the result: devices times microbatches.
     """
     most = min(BATCH, examples // FEWEST_BATCHES)
     return max(divisor, most // divisor * divisor)
 
 
 def check_batch(batch_size: int, size: int, microbatches: int = 1, devices: int = 1) -> None:
-    """Raises ValueError if no batch of that size can be made, UsageError if it is not divided."""
+    """Raises ValueError if no batch of that size is possible, UsageError if it is not divisible."""
     if batch_size > size:
         raise ValueError(
             f"a batch of {batch_size} is larger than the {size} training examples. Choose a "

@@ -1,8 +1,8 @@
 """Ways to use a source model's weights on a target task, as data.
 
-A method says what is trained (the model's parameters, or `{"base", "adapter"}` for LoRA), which
-part of it may change, what is trained beside it (the source's head), what is minimized beside the
-task, and how a plain model comes out in the end.
+A method defines what is trained (the model's parameters, or `{"base", "adapter"}` for LoRA), which
+part of it may change, what else is trained (the source's head), what is minimized in addition to
+the task, and how a plain model is obtained at the end.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,8 +27,8 @@ class Case(NamedTuple):
     """What a method is built from: one seed's models and training set."""
 
     net: Network
-    begin: Variables  # where it starts: fresh, or `copied`
-    copied: Variables  # the source's body under a fresh head
+    begin: Variables  # where it starts: new, or `copied`
+    copied: Variables  # the source's body under a new head
     source_head: Mapping[str, Array] | None  # kernel [width, source classes], bias
     data: Mapping[str, Array]  # inputs and labels of the target's training set
     classes: int
@@ -42,10 +42,10 @@ class Method(NamedTuple):
     label: str
     paper: str
     is_copied: bool = True
-    needs_source_head: bool = False  # trained beside the model
+    needs_source_head: bool = False  # trained along with the model
     needs_classes: bool = False  # of the target
     trainable: trees.Selector = trees.everything
-    strengths: tuple[float, ...] = ()  # of the extra term, to choose from; its name is `term`
+    strengths: tuple[float, ...] = ()  # of the extra term `term`, to choose from
     term: str = ""
     start: Callable[[Params, Array], Params] = lambda params, key: params
     apply: Callable[[Case], ModelFn] = lambda case: case.net.apply
@@ -69,7 +69,7 @@ def modules_by_depth(params: Params) -> list[str]:
 
 
 def by_depth(params: Params, optimized: Params, decay: float) -> optax.GradientTransformation:
-    """Layer-wise learning-rate decay over the modules of the model; what is beside it keeps 1.
+    """Layer-wise learning-rate decay over the modules of the model; anything else keeps 1.
 
     Args:
       params: of the plain model.
@@ -92,7 +92,7 @@ def _probe_first(case: Case, params: Params) -> optax.GradientTransformation:
 
 
 def _from_the_top(case: Case, params: Params) -> optax.GradientTransformation:
-    """Unfreezes one more module at equal intervals; all are trained after half of the steps."""
+    """Unfreezes one more module at equal intervals; after half of the steps, all are trained."""
     names = modules_by_depth(params)
     pause = max(1, case.steps // 2 // max(1, len(names) - 1))
     rules = [(f"{name}(/.*)?", pause * i) for i, name in enumerate(reversed(names))]
@@ -102,7 +102,7 @@ def _from_the_top(case: Case, params: Params) -> optax.GradientTransformation:
 def _source_logits(case: Case) -> Array:
     """The source model's outputs on the target's training set."""
     outputs, _ = case.net.apply(*case.copied, case.data["inputs"])
-    assert case.source_head is not None  # methods that need one are refused without
+    assert case.source_head is not None  # methods that need one are refused without it
     return on_head(outputs[case.net.layout.last], case.source_head)
 
 
@@ -161,7 +161,7 @@ def _co_tuning(case: Case) -> Callable[[Inputs], Array]:
 
 
 def _lwf(case: Case) -> Callable[[Inputs], Array]:
-    """T = 2, as Li and Hoiem."""
+    """T = 2, as in Li and Hoiem."""
 
     def penalty(x: Inputs) -> Array:
         logits = on_head(x.student[case.net.layout.last], x.connectors["source_head"])
@@ -202,7 +202,7 @@ def _merged(params: Params) -> Params:
 def _on(
     change: Callable[[Case, Params, Array | None], tuple[Params, Array | None]],
 ) -> Callable[[Case], ModelFn]:
-    """The network on changed parameters; the change has a key in training only, and returns it."""
+    """The network on changed parameters; the change has a key only in training, and returns it."""
 
     def of_case(case: Case) -> ModelFn:
         def run(
@@ -260,7 +260,7 @@ METHODS: tuple[Method, ...] = (
         penalty=_over_features(_behavioral),
     ),
     Method(
-        "delta", "DELTA, channels weighed equally", "Li et al., 1901.09229",
+        "delta", "DELTA, channels weighted equally", "Li et al., 1901.09229",
         strengths=(1e-3, 1e-2, 1e-1), term="delta", record=_record_features,
         penalty=_over_features(losses.delta),
     ),

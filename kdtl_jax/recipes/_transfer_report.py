@@ -1,4 +1,4 @@
-"""What `kdtl transfer` says of its targets: where they come from, and the whole report."""
+"""The report of `kdtl transfer`, and where its targets come from."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,15 +20,15 @@ def results(
     found: Compared,
     programs: str,
 ) -> report.Results:
-    """The report: which target to take, and what its methods were given.
+    """The report: which target to use, and what its methods were given.
 
     Args:
-      settings: with numbers for what was not given.
+      settings: completed with defaults.
       measure: of the targets.
       target: the task.
       source: what was copied.
-      source_part: what a source trained here has seen.
-      found: whose rows name the files.
+      source_part: the training set of a source trained here.
+      found: the results, whose rows name the files.
       programs: what was compiled, in words.
     """
     part, few = target.train, settings.labels_per_class or 0
@@ -61,7 +61,7 @@ def results(
             f"{len(target.test.labels)} test examples. Learning rate and strength are chosen "
             "on the validation split, never on the test split.",
             f"Transferability before any training: {scores or 'no features to score'}. Higher "
-            "is better when sources for this target are compared.",
+            "is better when comparing sources for this target.",
             *_students.diverged(found.rows),
             programs,
             *([] if advice is None else [advice]),
@@ -72,7 +72,7 @@ def results(
 
 
 def copied(surgery: transforms.Report, source: Source, outputs: int) -> str:
-    """How much of a target is its source's, and which of its modules are new."""
+    """The share of a target copied from its source, and which modules are new."""
     paths = [path.removeprefix("params/") for path in surgery.sizes.keys() - surgery.transferred]
     new = ", ".join(sorted({path.split("/")[0] for path in paths}))
     first = _training.pick(source.tree, 0) if source.is_per_seed else source.tree

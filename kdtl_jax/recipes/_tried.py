@@ -1,6 +1,6 @@
-"""Models, losses and methods of one's own, tried on shapes before anything is trained.
+"""The user's models, losses and methods, tried on shapes before anything is trained.
 
-A step of training is traced, not run: what is wrong shows at once, and in which line.
+A training step is traced, not run, which shows errors at once, with their lines.
 """
 
 import sys
@@ -23,18 +23,18 @@ from kdtl_jax.recipes import _own
 from kdtl_jax.recipes._training import Experiment
 
 FEW = 8  # examples
-FRESH = 16  # weights: logits of one label are positive for all of them once in 65,536 times
+FRESH = 16  # initializations: one label's logits are positive for all of them once in 65,536 times
 
 
 def model(flag: str, text: str, net: Network, task: TermsFn, arrays: Mapping[str, Any]) -> None:
-    """A step of training of a model of one's own, on a few examples of `arrays`.
+    """Traces a training step of a user's model, on a few examples of `arrays`.
 
     Raises:
-      ValueError: naming the model and, where it is in its file, the line at fault.
+      ValueError: naming the model and, if it is in its file, the line at fault.
     """
     if not model_files.is_own(text):
         return
-    tx = optax.sgd(0.1)  # any will do
+    tx = optax.sgd(0.1)  # any optimizer will do
     step = train.make_step(net.apply, task, {"task": 1.0}, tx)
 
     def trained(batch: Any) -> Any:
@@ -47,9 +47,9 @@ def model(flag: str, text: str, net: Network, task: TermsFn, arrays: Mapping[str
 
 
 def logits(flag: str, text: str, net: Network, data: Dataset) -> None:
-    """Tells of a model of one's own whose outputs end in a softmax or a sigmoid.
+    """Warns if a user's model ends in a softmax or a sigmoid.
 
-    Its last layer says so, whatever the weights are: a few examples pass through fresh ones.
+    That holds for any weights, so a few examples are run through newly initialized ones.
     """
     if not model_files.is_own(text):
         return
@@ -78,16 +78,16 @@ def logits(flag: str, text: str, net: Network, data: Dataset) -> None:
 
 
 def method(said: str, learner: Experiment, batch: Mapping[str, Any], frozen: Any) -> None:
-    """A step of a student by a loss or method of one's own, and how it predicts.
+    """Traces a student's step with a user's loss or method, and its prediction.
 
     Args:
       said: `--loss FILE.py:NAME` or `--method FILE.py:NAME`.
       learner: the student.
-      batch: shapes of what it reads; `"teacher"` with its outputs, unless it runs along.
-      frozen: shapes of the variables of a teacher that runs along.
+      batch: shapes of what it reads; `"teacher"` with its outputs, unless the teacher is live.
+      frozen: shapes of the variables of a live teacher.
 
     Raises:
-      ValueError: naming the loss or method and, where it is in its file, the line at fault.
+      ValueError: naming the loss or method and, if it is in its file, the line at fault.
     """
 
     def trained(point: Any, batch: Any, frozen: Any) -> Array:
@@ -97,11 +97,11 @@ def method(said: str, learner: Experiment, batch: Mapping[str, Any], frozen: Any
     point = {"seed": jax.ShapeDtypeStruct((), jnp.int32)}
     found = _traced(said, said.partition(" ")[2], trained, point, dict(batch), frozen)
     if getattr(found, "ndim", None) != 2 or found.shape[0] != batch["inputs"].shape[0]:
-        raise ValueError(f"{said}: what it predicts must be logits [B, classes], got {found}.")
+        raise ValueError(f"{said}: its predictions must be logits [B, classes], got {found}.")
 
 
 def shapes(arrays: Mapping[str, Any], examples: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of so many examples."""
+    """A batch of this many examples."""
     return {
         name: jax.ShapeDtypeStruct((examples, *x.shape[1:]), x.dtype) for name, x in arrays.items()
     }

@@ -1,7 +1,7 @@
 """Distillation pairs whose train step is measured: an MLP, CIFAR ResNets, ViTs, decoders.
 
 What is measured is this library's own `jit_step` and `jit_epoch` on random data that stays on the
-device. Random weights and inputs cost what trained ones cost.
+device. Random weights and inputs cost the same as trained ones.
 
 Measured with `kdtl bench --steps 8` on two shared cores of an AMD EPYC (float32; ceilings 104
 GFLOP/s, 51.5 GB/s; jax 0.10.2), per step: mlp 25 ms, 54% of the roofline; resnet 978 ms, 47%; vit
@@ -44,12 +44,10 @@ EXAMPLES = """
 
 @dataclass(frozen=True)
 class Settings(types.Output):
-    """What fixes a run of `kdtl bench`."""
+    """Settings of `kdtl bench`."""
 
     out: str = setting("runs/bench", "the run folder", metavar="FOLDER")
-    force: bool = setting(
-        False, "overwrite an earlier run in --out; one that was stopped begins again"
-    )
+    force: bool = setting(False, "overwrite an earlier run in --out; a stopped run starts over")
     preset: Literal["mlp", "resnet", "vit", "decoder", "all"] = setting(
         "all", "pair of models to measure"
     )
@@ -72,7 +70,7 @@ class Preset(NamedTuple):
     teacher: Linen  # (init, apply)
     student: Linen
     shape: tuple[int, ...]  # of one example
-    classes: int  # or the vocabulary, where the example is a row of tokens
+    classes: int  # or the vocabulary, if the example is a row of tokens
     batch_size: int
     tx: optax.GradientTransformation
     about: str
@@ -84,11 +82,11 @@ class Scaled(NamedTuple):
     devices: int
     seconds: float  # per step
     examples_per_second: float
-    efficiency: float  # of the rate per device, against one device
+    efficiency: float  # rate per device, relative to one device
 
 
 class Measured(NamedTuple):
-    """Everything found about one preset. Seconds are per train step."""
+    """All results for one preset. Seconds are per train step."""
 
     preset: str
     about: str
@@ -98,7 +96,7 @@ class Measured(NamedTuple):
     student_parameters: int
     compile_seconds: float
     steps: measure.Distribution  # each awaited
-    seconds: float  # only the last awaited: the loop's rate
+    seconds: float  # only the last one awaited: the loop's rate
     examples_per_second: float
     epoch_path: str  # "scan", or "steps" where single steps are faster
     epoch_seconds: float  # within one program for the whole epoch, if the path is "scan"
@@ -280,7 +278,7 @@ def _epoch(work: Workload, size: int, steps: int) -> tuple[str, float]:
 
 
 def _scaling(work: Workload, size: int, steps: int, devices: int) -> tuple[Scaled, ...]:
-    """The step on growing meshes, every device with `size` examples."""
+    """The step on growing meshes, with `size` examples per device."""
     if devices == 1:
         return ()
     found: list[Scaled] = []
@@ -313,7 +311,7 @@ def _random(preset: Preset, n: int) -> dict[str, Array]:
 
 
 def _terms(temperature: float) -> Callable[[Inputs], dict[str, Array]]:
-    """KD and the labels; of text at every token, `[B, L]`."""
+    """KD and the labels; for text, at every token, `[B, L]`."""
 
     def terms(inputs: Inputs) -> dict[str, Array]:
         logits, labels = inputs.student["logits"], inputs.batch["labels"]
@@ -334,7 +332,7 @@ def _vit(width: int, layers: int, heads: int) -> Linen:
 
 
 def _decoder(width: int, layers: int, heads: int, vocabulary: int = 8192) -> Linen:
-    """GPT-2, its logits made at once."""
+    """GPT-2, with all logits computed at once."""
     config = DecoderConfig(
         vocabulary, width, layers, heads, heads, width // heads, 4 * width, learned_positions=128,
         norm=Norm(1e-5, is_centered=True), has_norm_bias=True, activation=models.gelu_tanh,

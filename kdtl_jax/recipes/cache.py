@@ -1,7 +1,7 @@
 """Computes a teacher's outputs for a training set once and keeps them on disk.
 
 The cache records what it was made from (weights, model, data, classes) and refuses to be read for
-anything else. An interrupted cache is completed, a damaged one repaired.
+anything else. An interrupted cache is completed; a damaged one is repaired.
 
     kdtl cache --teacher-weights runs/distill/teacher.safetensors --taps all
 """
@@ -38,7 +38,7 @@ EXAMPLES = """
 
 @dataclass(frozen=True)
 class Settings(types.Data):
-    """What fixes a run of `kdtl cache`."""
+    """Settings of `kdtl cache`."""
 
     teacher: str | None = setting(
         None, f"{types.MODEL}; default: the model in --teacher-weights, or mlp:128,64",
@@ -70,8 +70,8 @@ class Settings(types.Data):
         metavar="FOLDER",
     )
     verify: bool = setting(
-        False, "compute nothing: check every byte in --out against its SHA-256, and with "
-        "--teacher-weights also what it was made from",
+        False, "compute nothing: check every byte in --out against its SHA-256 and, with "
+        "--teacher-weights, what it was made from",
     )  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def run(settings: Settings) -> int:
 
 
 def verify(folder: Path, settings: Settings) -> int:
-    """Compares the cache's bytes, and what it was made from where weights are given."""
+    """Compares the cache's bytes and, if weights are given, what it was made from."""
     problems = teacher_cache.verify(folder)
     for problem in problems:
         print(f"damaged: {problem}", file=sys.stderr)
@@ -131,7 +131,7 @@ def verify(folder: Path, settings: Settings) -> int:
     if settings.teacher_weights is not None:
         train, _, variables, made_of = teacher(settings)
         expect = teacher_cache.fingerprint(variables, {"inputs": train.inputs}, **made_of)
-        # The form is the folder's own; network, weights and data must be these.
+        # The form may be any; network, weights and data must match.
         form = dict.fromkeys(("taps", "logits", "dtype", "preprocessing", "views"))
         teacher_cache.open_cache(folder, expect=expect._replace(**form), contents=False)
         made_from = ", made by these weights from these data"
@@ -142,7 +142,7 @@ def verify(folder: Path, settings: Settings) -> int:
 
 
 def teacher(settings: Settings) -> tuple[Dataset, Network, Variables, dict[str, Any]]:
-    """The training part, the network, its variables, and the cache's word for the network."""
+    """The training part, the network, its variables, and the cache's name for the network."""
     path = settings.teacher_weights
     if path is None:
         raise UsageError(
@@ -176,7 +176,7 @@ def print_fidelity(
     inputs: np.ndarray,
     name: str,
 ) -> None:
-    """Says how well the teacher in a lower precision reproduces its float32 logits."""
+    """Prints how well the teacher in a lower precision reproduces its float32 logits."""
     few = inputs[:COMPARED]
     reference, found = (
         jax.jit(fn)(v.params, v.model_state, few)[0].get("logits")
@@ -193,7 +193,7 @@ def print_fidelity(
 
 
 def most_likely(cache: teacher_cache.Cache) -> np.ndarray:
-    """The class that the cached teacher names for every example."""
+    """The class that the cached teacher predicts for every example."""
     found = []
     for start in range(0, cache.plan.size, 4096):
         rows = np.arange(start, min(start + 4096, cache.plan.size))

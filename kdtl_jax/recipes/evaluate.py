@@ -57,7 +57,7 @@ def run(settings: Settings) -> int:
     show(result, names)
     if settings.out is not None:
         known = {"student": settings.student, "data": settings.data, "classes": list(names)}
-        _inputs.check_out(settings)  # another command may have written there meanwhile
+        _inputs.check_out(settings)  # another command may have written there in the meantime
         _files.write_json(Path(settings.out), {**known, **result})
     return 0
 
@@ -86,12 +86,12 @@ def _cell(value: Any) -> str:
 
 
 def of_classes(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """Scores of classes that exclude each other: logits `[N, K]`, labels `[N]`."""
+    """Scores of mutually exclusive classes: logits `[N, K]`, labels `[N]`."""
     named, count = np.asarray(scores.predicted(jnp.asarray(logits))), len(names)
     with np.errstate(invalid="ignore", over="ignore"):
         p = softmax(logits.astype(np.float64), axis=-1)
     each = metrics.per_class(named, labels, count)
-    has_answers = not (named == scores.WRONG).any()  # else no score of all examples is known
+    has_answers = not (named == scores.WRONG).any()  # else no score over all examples is known
     calibration = metrics.calibration(p, labels, bins=BINS)
     return {
         "examples": len(labels),
@@ -114,9 +114,9 @@ def of_classes(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> 
 
 
 def of_labels(logits: np.ndarray, targets: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """Scores of labels that may come together: logits `[N, K]`, targets `[N, K]` of 0 and 1.
+    """Scores of labels that may occur together: logits `[N, K]`, targets `[N, K]` of 0 and 1.
 
-    A label is named where its logit is above 0. Where logits are not finite, no score of all
+    A label is predicted if its logit is above 0. If any logits are not finite, no score over all
     examples is known.
     """
     named, broken = (logits > 0).astype(np.int64), ~np.isfinite(logits).all(axis=1)
@@ -163,7 +163,7 @@ def per_class(each: metrics.PerClass, names: Sequence[str]) -> list[dict[str, An
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """The numbers that stand alone, a line each."""
+    """The scalar scores, one per line."""
     shares = ("accuracy", "balanced_accuracy", "exact")
     out = []
     for name, value in found.items():

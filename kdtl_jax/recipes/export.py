@@ -26,7 +26,7 @@ from kdtl_jax.recipes import _inputs
 from kdtl_jax.recipes import settings as types
 from kdtl_jax.recipes.settings import UsageError, setting
 
-COARSEST = 0.01  # of a deviation: what inputs may be rounded by
+COARSEST = 0.01  # of a deviation: the largest rounding of inputs
 PLATFORMS = ("cpu", "cuda", "tpu")
 EXAMPLES = """
   kdtl export runs/distill/students/kd.safetensors --out kd.stablehlo
@@ -49,7 +49,7 @@ class Settings(_inputs.Trained, _inputs.Written):
         PLATFORMS, "platforms that StableHLO is exported for", metavar="NAME,...", parse=types.names
     )
     shape: tuple[int, ...] | None = setting(
-        None, "shape of one input, as in 8,8,1, for a file that does not say it",
+        None, "shape of one input, as in 8,8,1, for a file that does not record it",
         metavar="N,...", parse=lambda value: None if value is None else types.layer_numbers(value),
     )  # fmt: skip
 
@@ -79,7 +79,7 @@ def run(settings: Settings) -> int:
         made = onnx(model.outputs, shape, settings.batch)
     else:
         made = stablehlo(model, shape, settings.batch, settings.platforms)
-    _inputs.check_out(settings)  # another command may have written there meanwhile
+    _inputs.check_out(settings)  # another command may have written there in the meantime
     _files.write_atomic(out, made)
     first = "N" if settings.batch is None else settings.batch
     inputs = ", ".join(map(str, (first, *shape)))
@@ -117,7 +117,7 @@ def stablehlo(
     """The model as `jax.export` serializes it.
 
     Raises:
-      ImportError: if flatbuffers, by which jax.export writes, is not installed.
+      ImportError: if flatbuffers, which jax.export needs, is not installed.
       ValueError: if the model cannot run on batches of any size, or a platform is not known.
     """
     if importlib.util.find_spec("flatbuffers") is None:
@@ -127,7 +127,7 @@ def stablehlo(
     try:
         found = jax.export.export(jax.jit(model.outputs), platforms=platforms)(inputs)
         return bytes(found.serialize())
-    # NotImplementedError: JAX's own, of primitives that it cannot serialize.
+    # NotImplementedError: from JAX, for primitives that it cannot serialize.
     except (ValueError, TypeError, NotImplementedError, jax.errors.JAXTypeError) as error:
         said = " ".join(str(error).split())[:300].rstrip(".")
         hint = "" if batch else (
@@ -138,11 +138,11 @@ def stablehlo(
 
 
 def onnx(outputs: Callable[[Any], Any], shape: tuple[int, ...], batch: int | None) -> bytes:
-    """The model as ONNX, by jax2onnx.
+    """The model as ONNX, converted by jax2onnx.
 
     Raises:
       ImportError: if jax2onnx is not installed.
-      ValueError: if it does not know one of the model's operations.
+      ValueError: if it does not support one of the model's operations.
     """
     try:
         jax2onnx = importlib.import_module("jax2onnx")

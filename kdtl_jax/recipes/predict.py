@@ -36,11 +36,11 @@ class Settings(_inputs.Used, _inputs.Written):
     out: str | None = setting(
         None, "write this CSV file; default: print", metavar="FILE"
     )  # fmt: skip
-    probabilities: bool = setting(False, "a column with every class's probability")
+    probabilities: bool = setting(False, "add a column with each class's probability")
 
 
 def run(settings: Settings) -> int:
-    """Writes or prints a row per example; images that are files are named in a last column."""
+    """Writes or prints a row per example; a last column names image files."""
     example = EXAMPLES.strip().splitlines()[0]
     _inputs.check_out(settings)
     model, found = _inputs.used(settings, example, with_labels=False)
@@ -66,11 +66,11 @@ def run(settings: Settings) -> int:
     csv.writer(text, lineterminator="\n").writerows(table)
     if settings.out is None:
         said = text.getvalue()
-        if sys.stdout.isatty():  # where names of others could be commands
+        if sys.stdout.isatty():  # where names could hold terminal commands
             said = "".join(f"{_text.escaped(x)}\n" for x in said[:-1].split("\n"))
         print(said, end="")
         return 0
-    _inputs.check_out(settings)  # another command may have written there meanwhile
+    _inputs.check_out(settings)  # another command may have written there in the meantime
     _files.write_atomic(Path(settings.out), text.getvalue().encode())
     print(f"{settings.out}: {found.said}", file=sys.stderr)
     return 0
@@ -79,7 +79,7 @@ def run(settings: Settings) -> int:
 def rows(
     logits: np.ndarray, names: tuple[str, ...], with_probabilities: bool
 ) -> Iterator[list[str]]:
-    """The table: a header, then a line per example; no class where logits are not finite."""
+    """The table: a header, then a line per example; no class if logits are not finite."""
     extra = [f"p({name})" for name in names] if with_probabilities else []
     yield ["row", "class", "probability", *extra]
     with np.errstate(invalid="ignore", over="ignore"):
@@ -92,9 +92,9 @@ def rows(
 def rows_of_labels(
     logits: np.ndarray, names: tuple[str, ...], with_probabilities: bool
 ) -> Iterator[list[str]]:
-    """Several labels at once: those of probability above one half, between semicolons.
+    """Several labels at once: those of probability above one half, separated by semicolons.
 
-    `nan` where logits are not finite: nothing would mean that no label is likely.
+    `nan` if logits are not finite; an empty cell would mean that no label is likely.
     """
     yield ["row", "labels", *([f"p({name})" for name in names] if with_probabilities else [])]
     p = expit(logits.astype(np.float64))

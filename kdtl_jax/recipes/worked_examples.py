@@ -1,13 +1,13 @@
-"""The source document's two worked examples, doing what its text says.
+"""The source document's two worked examples, implemented as its text describes.
 
 (a) Parameter distillation: an MLP 10-20-1 teaches an MLP 10-10-1. The student's weights are
 `alpha = 0.1` times the weights of the teacher's first ten hidden units; then it is fine-tuned.
 (b) Parameter transfer: an MLP 10-20-1 is trained on a source task; a target of the same shape takes
 its weights and is fine-tuned on the target task.
 
-Both with SGD at 0.01, mean squared error, 100 epochs (full batch), on a regression set made from a
-fixed key. As printed, the PyTorch examples cannot run: head shapes differ, weights are assigned to
-names that no layer reads, and in (b) from target to source.
+Both use SGD at 0.01, mean squared error and 100 epochs (full batch), on a regression set made from
+a fixed key. As printed, the PyTorch examples cannot run: head shapes differ, and weights are
+assigned to names that no layer reads and, in (b), from target to source.
 """
 
 from typing import NamedTuple
@@ -28,7 +28,7 @@ ALPHA, RATE, EPOCHS, INPUTS, LARGE, SMALL = 0.1, 0.01, 100, 10, 20, 10
 
 
 class Example(NamedTuple):
-    """A worked example's weights at its three moments, and its loss along the fine-tuning."""
+    """A worked example's weights at its three stages, and its loss during fine-tuning."""
 
     source: Params  # the teacher, or the source model, after its training
     start: Params  # the student, or the target, after the transform and before fine-tuning
@@ -77,7 +77,7 @@ def parameter_transfer(*, epochs: int = EPOCHS) -> Example:
 def fit(
     model: linen.Linen, params: Params, data: dict[str, Array], epochs: int
 ) -> tuple[Params, Array]:
-    """SGD on the mean squared error, the set as one batch; the losses by epoch, `[epochs]`."""
+    """SGD on the mean squared error, with the full set as one batch; losses, `[epochs]`."""
     tx = optax.sgd(RATE)
     step = train.make_step(model.apply, squared_error, {"mse": 1.0}, tx)
     state = train.init_state(params, tx, key=jax.random.key(2))

@@ -1,4 +1,4 @@
-"""YAML as plain data, at a bounded cost: no aliases, no tags, no key twice, nothing deep."""
+"""YAML as plain data at a bounded cost: no aliases, tags, repeated keys or deep nesting."""
 
 from collections import Counter
 from pathlib import Path
@@ -9,14 +9,14 @@ import yaml
 from kdtl_jax import _files, _text
 
 BYTES = 128 * 2**10  # the parser reads some 100 kB per second
-DEEPEST = 20  # brackets and mappings inside each other
+DEEPEST = 20  # levels of nested brackets and mappings
 LONGEST = 300  # characters of a message
-# What a word of YAML may be beside text; dates are text.
+# What a YAML scalar may be other than text; dates are text.
 SCALARS = ("bool", "int", "float", "null", "merge")
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML: aliases, tags and repeated keys are errors, deep nesting is one early."""
+    """Plain YAML: aliases, tags, repeated keys and deep nesting are errors."""
 
     depth = 0
 
@@ -57,7 +57,7 @@ def read(path: Path) -> dict[Any, Any]:
 
     Raises:
       OSError: if the file does not exist or cannot be read.
-      ValueError: saying in one line what is wrong; the caller names the file.
+      ValueError: with a one-line reason; the caller names the file.
     """
     with _files.regular(path).open("rb") as file:
         content = file.read(BYTES + 1)
@@ -65,7 +65,7 @@ def read(path: Path) -> dict[Any, Any]:
 
 
 def parse(content: bytes) -> dict[Any, Any]:
-    """The mapping that YAML stands for; errors are those of `read`."""
+    """The mapping in YAML text; errors are those of `read`."""
     if len(content) > BYTES:
         raise ValueError(f"larger than {BYTES:,} bytes")
     try:
