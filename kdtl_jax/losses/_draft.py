@@ -125,8 +125,7 @@ def draft_targets(
 
 
 def _both(draft: Array, target: Array, draft_ids: Array | None) -> tuple[Array, Array, Array]:
-    """`log p_S`, the target's `log p_T` at the draft's tokens, not renormalized, and their
-    difference.
+    """`log p_S`, the unnormalized target `log p_T` at the draft's tokens, and their difference.
 
     The difference is relatively accurate if the draft knows all tokens: both are normalized.
     """

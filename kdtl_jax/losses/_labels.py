@@ -81,8 +81,7 @@ def nckd(
 def target_cross_entropy(
     student_logits: Array, teacher_logits: Array, labels: Array, *, where: Array | None = None
 ) -> Array:
-    """`-p_T(y) log p_S(y)`: the label's cross-entropy, weighted by the teacher's probability for
-    it.
+    """`-p_T(y) log p_S(y)`: the label's cross-entropy, weighted by its teacher probability.
 
     Normalized KD adds `gamma T^2` times the `soft_cross_entropy` at temperature T of the
     `non_target_logits`; WKD-L adds gamma times their `sinkhorn_cost`. Not zero at equality.

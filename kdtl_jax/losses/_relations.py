@@ -1,5 +1,4 @@
-"""Relations between the examples of a batch: one value per anchor, from its relations to the
-others.
+"""Relations between examples of a batch: one value per anchor, from its relations to the others.
 
 All take float arrays `[B, ...]`, flattened per example, student first; student and teacher may have
 different widths, since only the relations are compared. They return `[B]` in float32 or wider.

@@ -156,8 +156,7 @@ def tf_kd(setup: Setup, *, temperature: Scalar = 20.0, correct_probability: floa
 
 
 def uskd(setup: Setup) -> Method:
-    """The student as its own teacher: a Zipf distribution over the other classes, ranked by two
-    heads.
+    """The student as its own teacher: Zipf's law over the other classes, ranked by two heads.
 
     Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, 2023 (2303.13005). In
     place of the task (task 0): target 1, the cross-entropy weighted by

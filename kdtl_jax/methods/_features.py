@@ -27,8 +27,7 @@ from kdtl_jax.objective import Inputs
 
 
 def hint(setup: Setup) -> Method:
-    """`mean (r(f_S) - f_T)^2` of the middle layer, r a 1x1 convolution, batch norm and ReLU:
-    FitNets.
+    """`mean (r(f_S) - f_T)^2` of the middle layer, r a 1x1 convolution, batch norm, ReLU: FitNets.
 
     Romero et al., 2015 (1412.6550). Task 1, hint 100: RepDistiller and mdistiller, which train both
     at once (the paper trains the hint first).
@@ -155,8 +154,7 @@ def mgd(setup: Setup, *, masked: float = 0.15) -> Method:
 
 
 def srd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
-    """`log sum_d |P f_S - f_T|^4` of the heads' inputs, batch-normalized, combined with KD at T =
-    1.
+    """`log sum_d |P f_S - f_T|^4` of the heads' inputs, batch-normalized, plus KD at T = 1.
 
     Miles and Mikolajczyk, 2023 (2303.11098). The student is projected linearly. Task 1, srd 1, kd
     1; torchdistill's distance, one value for the whole batch, has weight 2.
@@ -241,8 +239,7 @@ def review(setup: Setup) -> Method:
 
 
 def ft(setup: Setup) -> Method:
-    """`|| F_S / ||F_S|| - F_T / ||F_T|| ||_1` per element, where F are factors of the deepest
-    layer.
+    """`|| F_S / ||F_S|| - F_T / ||F_T|| ||_1` per element, with F factors of the deepest layer.
 
     Kim, Park and Kwak, 2018 (1802.04977). The teacher's factor comes from a paraphraser, an
     autoencoder that is trained alongside the student instead of before it, on its reconstruction

@@ -123,8 +123,7 @@ def nkd(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
 
 
 def dist(setup: Setup, *, temperature: Scalar = 1.0) -> Method:
-    """`1 - rho` of probabilities over classes (inter) and over the batch (intra): Pearson
-    correlations.
+    """`1 - rho` (Pearson) of probabilities over classes (inter) and over the batch (intra).
 
     Huang et al., 2022 (2205.10536). Task 1, inter 2, intra 2, T = 1: the authors' settings on
     ImageNet. On CIFAR-100 they use T = 4, where their code multiplies both by `T^2`.

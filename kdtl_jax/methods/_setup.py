@@ -1,5 +1,4 @@
-"""The inputs that methods are built from: the shapes of two models, and where their features
-are."""
+"""What methods are built from: the shapes of two models, and where their features are."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -21,8 +21,7 @@ RELATION_HEADS = 12
 
 
 def _token_layers(setup: Setup) -> Sequence[Pair]:
-    """All matched layers, which must be token layers with the same number of tokens on both
-    sides."""
+    """All matched layers, which must be token layers with equally many tokens on both sides."""
     for of_student, of_teacher in setup.pairs:
         if len(setup.student[of_student].shape) != 3 or len(setup.teacher[of_teacher].shape) != 3:
             raise ValueError(
@@ -48,8 +47,7 @@ def _attention(setup: Setup, *parts: str) -> Sequence[Pair]:
 
 
 def _same_heads(setup: Setup, *parts: str) -> Sequence[Pair]:
-    """`_attention` with maps that are compared entry by entry: equal numbers of heads and
-    tokens."""
+    """`_attention` with maps that are compared entry by entry: equally many heads and tokens."""
     pairs = _attention(setup, "probs", *parts)
     for of_student, of_teacher in pairs:
         student = setup.student[f"{of_student}/probs"].shape

@@ -1,6 +1,6 @@
 """Training steps as pure functions of pytrees.
 
-Static things (model functions, terms, weights, the optimizer) go to the factory, arrays go to the
+Static things (model functions, terms, weights, the optimizer) go to the factory; arrays go to the
 step. The returned step is not jitted, so `jax.jit`, `jax.vmap`, `jax.lax.scan` and sharding all
 compose with it; `jit_step` adds jit and donation.
 

@@ -1,4 +1,4 @@
-"""What a step expects of terms, batches and states, told where it is not so."""
+"""Checks of what a step expects from terms, batches and states."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,10 +14,10 @@ from kdtl_jax.objective import Inputs, TermsFn
 
 
 def optimizer(tx: Any) -> None:
-    """Refuses what is not an optax optimizer: a learning rate, or `optax.adam` that was not called.
+    """Refuses anything but an optax optimizer, e.g. a learning rate, or `optax.adam` uncalled.
 
     Raises:
-      TypeError: naming what came.
+      TypeError: naming the argument received.
     """
     if not hasattr(tx, "init") or not hasattr(tx, "update"):
         raise TypeError(
@@ -26,7 +26,7 @@ def optimizer(tx: Any) -> None:
 
 
 def carried(**states: tuple[PyTree, PyTree]) -> None:
-    """Refuses a step whose model state or memory comes out in another form than it went in.
+    """Refuses a step that changes the form of its model state or memory.
 
     Raises:
       ValueError: naming both, and the first leaf that differs.
@@ -51,7 +51,7 @@ def carried(**states: tuple[PyTree, PyTree]) -> None:
 
 
 def told(terms: TermsFn, inputs: Inputs) -> Any:
-    """`terms(inputs)`; a KeyError says what there is, and what the state lacks."""
+    """`terms(inputs)`; a KeyError states what is available and what the state lacks."""
     try:
         return terms(inputs)
     except KeyError as error:
@@ -72,7 +72,7 @@ def told(terms: TermsFn, inputs: Inputs) -> Any:
 
 
 def _missing(entry: Any, inputs: Inputs) -> str:
-    """What the terms looked for, and what there is."""
+    """What the terms looked for, and what is available."""
     fields = {name: getattr(inputs, name) for name in ("student", "teacher", "batch")}
     there = {name: sorted(map(str, x)) for name, x in fields.items() if isinstance(x, Mapping)}
     there |= {n: [] for n in ("connectors", "memory") if not jax.tree.leaves(getattr(inputs, n))}
@@ -87,7 +87,7 @@ def _missing(entry: Any, inputs: Inputs) -> str:
 
 
 def donated(state: Any) -> bool:
-    """Whether a state's arrays were given away to an earlier call."""
+    """Whether a state's arrays were donated to an earlier call."""
     return any(
         isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted()
         for leaf in jax.tree.leaves(state)
@@ -120,10 +120,10 @@ def batch(given: Any) -> Mapping[str, Any]:
 
 
 def no_padding_in_statistics(batch: Mapping[str, Any], before: PyTree, after: PyTree) -> None:
-    """Refuses weights that may be 0 where the model's own state changes with its inputs.
+    """Refuses weights that may be 0 if the model's own state changes with its inputs.
 
-    Rows of weight 0 change no number of the others, except in a model's batch statistics, which no
-    mask reaches. Traced weights may be 0.
+    Rows of weight 0 do not affect the results for other rows, except through a model's batch
+    statistics, which no mask reaches. Traced weights may be 0.
 
     Raises:
       ValueError: naming what changes.

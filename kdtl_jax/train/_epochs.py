@@ -1,4 +1,4 @@
-"""Epochs over device-resident data: the order, the scan, and where single steps are faster."""
+"""Epochs over device-resident data: the order, the scan, and when single steps are faster."""
 
 from typing import Any, Protocol
 
@@ -30,8 +30,8 @@ def scan_epoch(step: Step) -> Epoch:
 
     Returns:
       `epoch(state, data, index, teacher_params=None) -> (state, metrics)`: `data` holds whole
-      arrays `[N, ...]`, `index` int32 `[steps, B]` names the rows of each batch; metrics get a
-      leading step axis. Rows are gathered once, outside the loop. Not jitted: use
+      arrays `[N, ...]`, and `index`, int32 `[steps, B]`, lists the rows of each batch; metrics get
+      a leading step axis. Rows are gathered once, outside the loop. Not jitted: use
       `jit_step(epoch)`.
     """
 
@@ -47,12 +47,12 @@ def scan_epoch(step: Step) -> Epoch:
 
 
 def step_path(step: Step, state: TrainState, batch: Batch, teacher_params: Any = None) -> str:
-    """`"scan"` or `"steps"`: how to run many of these steps on this back end.
+    """`"scan"` or `"steps"`: how to run many steps on this back end.
 
-    Inside a while-loop XLA's CPU back end compiles convolutions without their threaded kernels,
-    and an epoch takes longer than its single steps. There, and only there, a step with
-    convolutions is called batch by batch. Decided by tracing (`batch` may be abstract),
-    without running anything, so that a resumed run takes the same path.
+    Inside a while loop, XLA's CPU back end compiles convolutions without their threaded kernels, so
+    an epoch takes longer than its single steps. Only in that case, a step with convolutions is
+    called batch by batch. This is decided by tracing (`batch` may be abstract), without running
+    anything, so a resumed run takes the same path.
     """
     if jax.default_backend() != "cpu":
         return "scan"
@@ -70,11 +70,11 @@ def epoch_path(
 
 
 def jit_epoch(step: Step) -> Epoch:
-    """`scan_epoch` jitted with the state donated, or single steps where those are faster.
+    """`scan_epoch` jitted with the state donated, or single steps if those are faster.
 
     Returns:
       `epoch(state, data, index, teacher_params=None)` as in `scan_epoch`, with equal results on
-      either path; `epoch_path` tells which one it takes.
+      either path; `epoch_path` returns the path that it takes.
     """
     scanned = jax.jit(scan_epoch(step), donate_argnums=0)
 
@@ -100,8 +100,8 @@ def jit_epoch(step: Step) -> Epoch:
 def epoch_index(key: Array, epoch: int | Array, size: int, batch_size: int) -> Array:
     """int32 `[size // batch_size, batch_size]`: the shuffled rows of one epoch.
 
-    A function of `(key, epoch)` alone, so a resumed run sees the same order. The remainder of the
-    division is left out (other rows in each epoch).
+    It depends only on `(key, epoch)`, so a resumed run sees the same order. The remainder of the
+    division is dropped (different rows in each epoch).
 
     Raises:
       ValueError: if batch_size is not in 1..size.

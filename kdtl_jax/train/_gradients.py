@@ -1,7 +1,7 @@
-"""The gradient of an objective over a batch, all at once or in parts.
+"""The gradient of an objective over a batch, at once or in parts.
 
-An optimizer may ask, by its state, for the gradient of some terms apart from the others'; both
-gradients then come from one forward pass.
+Through its state, an optimizer may request the gradient of some terms separately from the others;
+both gradients then come from one forward pass.
 """
 
 from collections.abc import Callable
@@ -27,13 +27,13 @@ class Objective(NamedTuple):
     forward: Forward
     weights: dict[str, Array]
     scale: Array | None = None  # multiplies the loss before it is differentiated
-    apart: frozenset[str] = frozenset()  # terms whose gradient is kept apart
+    apart: frozenset[str] = frozenset()  # terms whose gradient is kept separate
 
 
 class Found(NamedTuple):
-    """Gradients of the scaled loss, the loss, its terms, and what the forward pass carried on.
+    """Gradients of the scaled loss, the loss, its terms, and what the forward pass carries on.
 
-    `gradients` is `(whole,)`, or `(of the other terms, of those kept apart)`.
+    `gradients` is `(whole,)`, or `(of the other terms, of the separate terms)`.
     """
 
     gradients: tuple[Params, ...]
@@ -50,11 +50,11 @@ def at_once(of: Objective, trained: Params, carried: Carried, batch: Any) -> Fou
 def in_parts(of: Objective, trained: Params, carried: Carried, parts: Any) -> Found:
     """The gradient over parts `[parts, B / parts, ...]`, one after another.
 
-    Sums and counts are accumulated apart, gradients in float32 or wider.
+    Sums and counts are accumulated separately, gradients in float32 or wider.
     """
 
-    # Only the counts are used, and they rarely depend on the model: XLA drops its forward. What is
-    # carried goes along: a mask may ask which rows of a memory are filled.
+    # Only the counts are used, and they rarely depend on the model, so XLA drops its forward pass.
+    # Carried values are passed along: a mask may depend on which rows of a memory are filled.
     def counts(carried: Carried, part: tuple[Any, Array]) -> tuple[Carried, dict[str, Array]]:
         means, after = of.forward(trained, carried, *part)
         return like(after, carried), {name: mean.weight for name, mean in means.items()}
@@ -92,7 +92,7 @@ def loss_at_once(of: Objective, carried: Carried, batch: Any) -> Callable[[Param
 
 
 def loss_in_parts(of: Objective, carried: Carried, parts: Any) -> Callable[[Params], Array]:
-    """`trained -> loss` over parts, as `in_parts` sees it."""
+    """`trained -> loss` over parts, as in `in_parts`."""
 
     def loss(trained: Params) -> Array:
         def body(carried: Carried, part: tuple[Any, Array]) -> tuple[Carried, Means]:

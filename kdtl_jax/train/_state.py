@@ -27,14 +27,14 @@ class TrainState(NamedTuple):
 
     step: Array
     params: Params  # the model's own tree
-    connectors: Params  # trained beside it; {} without any
+    connectors: Params  # trained with the model; {} if there are none
     opt_state: PyTree
     model_state: PyTree
     memory: PyTree
     key: Array
 
     def __repr__(self) -> str:
-        """Counts in place of arrays: states are printed by accident far more than on purpose."""
+        """Counts instead of arrays: states are printed by accident more often than on purpose."""
         steps = getattr(self.step, "shape", ())
         parts = [f"step: {list(steps)}" if steps else f"step={self.step}"]
         for name in self._fields[1:-1]:
@@ -54,10 +54,10 @@ class Step(Protocol):
 
 
 class Split(NamedTuple):
-    """Parameters and connectors as what is trained and what is not, `None` at the other's leaves.
+    """Parameters and connectors split into trained and frozen, with `None` at the other's leaves.
 
-    The optimizer sees the bare parameters where there are no connectors, and
-    `{"params": ..., "connectors": ...}` where there are.
+    The optimizer sees the bare parameters if there are no connectors, and
+    `{"params": ..., "connectors": ...}` if there are.
     """
 
     trained: PyTree
@@ -65,13 +65,13 @@ class Split(NamedTuple):
     has_connectors: bool
 
     def join(self, trained: PyTree) -> tuple[Params, Params]:
-        """Parameters and connectors with `trained` in place of what was."""
+        """Parameters and connectors with the trained leaves replaced by `trained`."""
         whole = trees.combine(trained, self.frozen)
         return (whole["params"], whole["connectors"]) if self.has_connectors else (whole, {})
 
 
 def split(params: Params, connectors: Params, trainable: trees.Selector) -> Split:
-    """Selects what is trained: `trainable` of the parameters, and all connectors."""
+    """Selects what is trained: the parameters that match `trainable`, and all connectors."""
     trained, frozen = trees.partition(params, trainable)
     if not jax.tree.leaves(connectors):
         return Split(trained, frozen, has_connectors=False)
@@ -97,16 +97,16 @@ def init_state(
 
     Args:
       params: the model's parameters.
-      tx: the optimizer. Its state is made for what is trained: the bare parameters without
-        connectors, `{"params": ..., "connectors": ...}` with them.
+      tx: the optimizer. Its state is made for what is trained: the bare parameters if there are no
+        connectors, `{"params": ..., "connectors": ...}` otherwise.
       key: typed PRNG key (`jax.random.key(seed)`).
-      connectors: what is trained along with the model; terms read it at `inputs.connectors`.
+      connectors: parameters trained along with the model; terms read them as `inputs.connectors`.
       model_state: what the model carries in addition to its parameters (batch statistics).
       memory: banks and queues that the terms carry.
-      trainable: selector over `params`, of what the optimizer may change; the same as the step's.
+      trainable: selector over `params` for what the optimizer may change; the same as the step's.
 
     Raises:
-      TypeError: if `params` are `Variables`, `tx` is not an optimizer or `key` not a key.
+      TypeError: if `params` are `Variables`, `tx` is not an optimizer or `key` is not a key.
       ValueError: if the selector matches nothing.
     """
     if isinstance(params, Variables):
@@ -131,7 +131,7 @@ def init_state(
 
 
 def own(leaf: Any) -> Any:
-    """A copy without weak type, so that donating the state never deletes the caller's arrays."""
+    """A copy without weak type, so donating the state never deletes the caller's arrays."""
     if _checks.is_key(leaf):
         return jax.random.wrap_key_data(
             jnp.array(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf)

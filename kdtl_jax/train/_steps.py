@@ -30,31 +30,31 @@ def make_step(
 ) -> Step:
     """A training step `step(state, batch, teacher_params=None) -> (state, metrics)`, not jitted.
 
-    The batch is a dict with `"inputs"`, which both models read, usually `"labels"`, and
-    optionally `"weights"` `[B]` (0 marks padding). The optimizer receives the loss as the extra
-    arguments `value`, `grad` and `value_fn`, if it takes any: line searches, Polyak steps, MoMo
-    and `reduce_on_plateau` work as they are.
+    The batch is a dict with `"inputs"`, which both models read, usually `"labels"`, and optionally
+    `"weights"` `[B]` (0 marks padding). The optimizer receives the extra arguments `value`, `grad`
+    and `value_fn` of the loss if it takes any, so line searches, Polyak steps, MoMo and
+    `reduce_on_plateau` work without changes.
 
     Args:
-      model: the model function that is trained.
+      model: the model function to train.
       terms: `terms(inputs) -> {name: values}` or `({name: values}, memory)`.
-      weights: `{name: number, traced array or schedule of the step}`, the terms' keys.
+      weights: `{name: number, traced array or schedule of the step}`, with the terms' keys.
       tx: an optax optimizer.
       teacher: run on `teacher_params` (parameters or `Variables`) without gradient, in evaluation
-        mode; its outputs are `inputs.teacher`. Without a teacher these are `batch["teacher"]` (a
-        cache), or empty. `teacher_params` reach the terms as given, as `inputs.teacher_params`:
-        frozen parameters for penalties such as L2-SP.
-      trainable: selector over `state.params`; everything else costs no gradient.
+        mode; its outputs are `inputs.teacher`. Without a teacher, `inputs.teacher` is
+        `batch["teacher"]` (a cache) or empty. `teacher_params` are passed unchanged to the terms as
+        `inputs.teacher_params`: frozen parameters for penalties such as L2-SP.
+      trainable: selector over `state.params`; no gradient is computed for the rest.
         `state.connectors` are always trained.
       microbatches: process the batch in this many parts, one after another, to save memory. Sums
-        and counts are accumulated separately, so for terms of single examples the gradient is that
-        of the whole batch, whatever the masks; a relational term sees one part at a time.
+        and counts are accumulated separately, so for terms on single examples the gradient is that
+        of the whole batch, for any masks; a relational term sees one part at a time.
 
     Returns:
       The step. Its metrics are a mapping with every unweighted term and `"loss"`.
 
     Raises:
-      TypeError: if `model` or `teacher` is not a model function; when the step is traced, if its
+      TypeError: if `model` or `teacher` is not a model function; when the step is traced, if their
         results or the batch do not have the form above.
       ValueError: when the step is traced, if terms and weights have different keys, or the
         selector matches nothing, or the batch does not divide into the microbatches, or rows of
@@ -146,7 +146,7 @@ def make_eval_step(
 ) -> Callable[[Any, Batch], Metrics]:
     """`evaluate(variables, batch) -> {name: Mean}` with the model in evaluation mode.
 
-    Add the `Mean`s of several batches with `add_metrics` for exact totals.
+    Combine the `Mean`s of the batches with `add_metrics` for exact totals.
     """
     _model_functions.model_function(model=model)
 
@@ -162,7 +162,7 @@ def make_eval_step(
 
 
 def add_metrics(*metrics: Metrics) -> Metrics:
-    """Combines the metrics of several batches into those of their union."""
+    """Combines the metrics of multiple batches into those of their union."""
     return jax.tree.map(lambda *x: sum(x[1:], x[0]), *metrics)
 
 
@@ -172,12 +172,12 @@ def values(metrics: Metrics) -> dict[str, Array]:
 
 
 def jit_step(step: Step) -> Step:
-    """`jax.jit` with the state donated: its buffers are reused, so do not touch the old state.
+    """`jax.jit` with the state donated: its buffers are reused, so do not use the old state.
 
     An EMA teacher must be a copy, not a leaf of the donated state.
 
     Raises:
-      RuntimeError: (the returned step) if the state was given to a step before.
+      RuntimeError: (from the returned step) if the state was already given to a step.
     """
     jitted = jax.jit(step, donate_argnums=0)
 
@@ -188,7 +188,7 @@ def jit_step(step: Step) -> Step:
         try:
             return jitted(state, batch, teacher_params)
         except (RuntimeError, ValueError) as error:
-            # A step that fails while it runs (out of memory) has deleted its state as well.
+            # A step that fails while it runs (out of memory) has deleted its state too.
             if "deleted" not in str(error) or not _contracts.donated(state):
                 raise
             raise RuntimeError(
@@ -201,7 +201,7 @@ def jit_step(step: Step) -> Step:
 
 
 def _deal(batch: Batch, parts: int) -> dict[str, Any]:
-    """Every leaf `[B, ...]` as `[parts, B / parts, ...]`.
+    """Reshapes every leaf `[B, ...]` to `[parts, B / parts, ...]`.
 
     Rows are dealt out like cards: a batch sharded over devices stays sharded in every part.
     """
@@ -219,7 +219,7 @@ def _deal(batch: Batch, parts: int) -> dict[str, Any]:
 
 
 def _size(batch: Batch) -> int | None:
-    """The number of examples; None where the batch's entries do not agree on one."""
+    """The number of examples; None if the batch's entries do not agree on it."""
     sizes = {np.shape(leaf)[0] for leaf in jax.tree.leaves(dict(batch)) if np.ndim(leaf)}
     return sizes.pop() if len(sizes) == 1 else None
 
@@ -232,7 +232,7 @@ def _updates(
     value_fn: Callable[[PyTree], Array],
     scale: Array | None,
 ) -> tuple[PyTree, PyTree]:
-    """The optimizer's answer to the gradient; the other arguments belong to the unscaled loss."""
+    """The optimizer's updates for the gradient; the other arguments belong to the unscaled loss."""
     gradient, *apart = [precision.unscaled(tree, scale) for tree in found.gradients]
     whole = jax.tree.map(jnp.add, gradient, *apart) if apart else gradient
     extra: dict[str, Any] = {"value": found.loss, "grad": whole, "value_fn": value_fn}
@@ -255,9 +255,9 @@ def _updates(
 
 
 def _blank_padding(batch: Batch) -> Batch:
-    """Zeros in rows of weight 0: whatever they hold would reach the gradient, as 0 * NaN is NaN.
+    """Zeros in rows of weight 0: their values would reach the gradient, as 0 * NaN is NaN.
 
-    Integers too where models read them: a token that is not a token is embedded as NaN.
+    This includes integers that models read: an invalid token is embedded as NaN.
     """
     weights = batch.get("weights")
     if weights is None:

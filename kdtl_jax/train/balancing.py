@@ -1,4 +1,4 @@
-"""Terms one by one: the gradient of each, and scales that balance them."""
+"""Individual terms: the gradient of each, and scales that balance them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,11 +15,11 @@ from kdtl_jax.objective import Masked, Mean, Terms
 def term_gradients(
     loss: Callable[[PyTree], tuple[Mapping[str, Array], Any]], params: PyTree
 ) -> tuple[dict[str, Array], dict[str, PyTree], Any]:
-    """Values and gradients of every scalar term: one forward pass, one pullback per term.
+    """Values and gradients of all scalar terms: one forward pass, one pullback per term.
 
     Args:
       loss: `params -> ({name: []}, auxiliary)`.
-      params: what is differentiated.
+      params: the parameters to differentiate.
 
     Returns:
       `({name: []}, {name: gradient}, auxiliary)`. The gradient of a weighted sum is the weighted
@@ -35,21 +35,21 @@ def term_gradients(
 
 
 def balanced(terms: Terms, *, reference: str, example_weights: Array | None = None) -> Terms:
-    """Scales every term to the size of one of them: `x * stop_gradient(mean ref / mean x)`.
+    """Scales all terms to the size of one of them: `x * stop_gradient(mean ref / mean x)`.
 
-    The weights then say how much each term matters, whatever its units. Gradients keep their
-    directions, while their sizes change from step to step.
+    The weights then state how much each term matters, independent of its units. Gradients keep
+    their directions, but their sizes change from step to step.
 
     Args:
-      terms: `{name: values}`, as the objective takes them, none negative.
-      reference: the name that stays as it is.
-      example_weights: `[B]`, the batch's, so that padding does not count.
+      terms: `{name: values}`, as for the objective; no negative values.
+      reference: the name of the term that is not scaled.
+      example_weights: `[B]`, the batch's weights, so that padding does not count.
 
     Raises:
       ValueError: if there is no such term.
 
     References:
-      Model-Optimizer's Megatron loss balancer brings intermediate losses to the logit loss.
+      Model-Optimizer's Megatron loss balancer scales intermediate losses to the logit loss.
     """
     if reference not in terms:
         raise ValueError(f"no term {reference!r}, there are {sorted(terms)}.")

@@ -1,4 +1,4 @@
-"""DOT: an optimizer that gives the distillation gradient a momentum of its own.
+"""DOT: an optimizer with a separate momentum for the distillation gradient.
 
     >>> import optax
     >>> from kdtl_jax import train
@@ -39,20 +39,20 @@ class DotState(NamedTuple):
 def scale_by_dot(
     *, distill: Collection[str], momentum: float = 0.9, delta: float = 0.075
 ) -> optax.GradientTransformationExtraArgs:
-    """`v <- g + (mu - delta) v` for the task, `mu + delta` for distillation; their sum.
+    """`v <- g + (mu - delta) v` for the task, `mu + delta` for distillation, and their sum.
 
     The larger momentum lets the distillation loss dominate the direction, which its weight alone
-    does not do. The transformation updates the gradient of all other terms; what stands before it
-    in a chain (weight decay, as in the published code) acts on that gradient alone.
+    does not do. The updates passed to it are the gradient of all other terms; transformations
+    before it in a chain (weight decay, as in the published code) act on that gradient alone.
 
     Args:
-      distill: names of the terms whose gradient takes the larger momentum; some, not all.
+      distill: names of the terms whose gradient gets the larger momentum; some, not all.
       momentum: mu.
       delta: 0.075 on CIFAR, 0.09 for some pairs; `0 <= delta`, and `mu + delta < 1`. At 0 this is
         SGD with momentum on the sum.
 
     Raises:
-      ValueError: if the momenta leave `[0, 1)`, `distill` names nothing, the step does not pass
+      ValueError: if the momenta are outside `[0, 1)`, `distill` is empty, the step does not pass
         `distill_gradient`, or some parameters are masked out.
 
     References:
@@ -72,7 +72,7 @@ def scale_by_dot(
         zeros = partial(jax.tree.map, jnp.zeros_like)
         return DotState(zeros(params), zeros(params), names)
 
-    # `**extra` is optax's protocol: a chain passes every extra argument to all.
+    # `**extra` is optax's protocol: a chain passes every extra argument to all transformations.
     def update(
         updates: PyTree,
         state: Any,
@@ -117,7 +117,7 @@ def distilled(opt_state: PyTree) -> frozenset[str]:
     one.
 
     Raises:
-      ValueError: if there are two: each would add the gradient of the other's terms.
+      ValueError: if there are two of them: each would add the gradient of the other's terms.
     """
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, DotState))
     found = [leaf.names for leaf in leaves if isinstance(leaf, DotState)]

@@ -1,4 +1,4 @@
-"""Several teachers at once: stacked, run as one, and mixed into one.
+"""Multiple teachers: stacked, run as one model, and mixed into one teacher.
 
     >>> import jax, jax.numpy as jnp
     >>> from kdtl_jax import losses
@@ -14,18 +14,18 @@
     (2,)
 
 A mixture takes teachers' logits `[K, ..., num_classes]` and returns logits `[..., num_classes]`,
-which any loss takes as a teacher's. They differ in meaning:
+which any loss accepts as a teacher's. The mixtures differ in meaning:
 
 - `mean_logits`: the geometric mixture; one teacher's confident "no" is a veto;
 - `mean_probabilities`: the arithmetic mixture; one teacher's confident "yes" suffices;
-- `log_sum_exp`: the arithmetic mixture weighted by each teacher's normalizer, so that teachers
-  with large logits dominate;
+- `log_sum_exp`: the arithmetic mixture weighted by each teacher's normalizer, so teachers with
+  large logits dominate;
 - `gated_logits`: a geometric mixture whose weights are learned per example (ONE);
 - `over_teachers(loss)`: no mixture, a sum of losses. A sum of K forward KLs has K times the
   gradient of `mean_probabilities` and the same minimum.
 
-`weights` are per teacher, `[K]`, or per teacher and example, `[K, B]`; they are not negative, and
-are normalized.
+`weights` are per teacher, `[K]`, or per teacher and example, `[K, B]`; they must not be negative
+and are normalized.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -50,7 +50,7 @@ class PairLoss(Protocol):
 
 
 def stack_teachers(teachers: Sequence[Params]) -> Params:
-    """Parameters of K teachers of one architecture, every leaf `[K, ...]`; the first's containers.
+    """Parameters of K teachers of one architecture: leaves `[K, ...]`, in the first's containers.
 
     Raises:
       ValueError: if there are none, or their leaves differ in path or shape.
@@ -69,7 +69,7 @@ def stack_teachers(teachers: Sequence[Params]) -> Params:
 
 
 def vmap_teacher(teacher: ModelFn) -> ModelFn:
-    """K teachers of one architecture as one model function.
+    """Runs K teachers of one architecture as one model function.
 
     Takes stacked parameters and model state (`stack_teachers`; a state of None stays None), the
     same inputs for all, and returns every output as `[K, B, ...]`. With a key, each teacher gets
@@ -96,14 +96,14 @@ def vmap_teacher(teacher: ModelFn) -> ModelFn:
 
 
 def mean_logits(logits: Array, *, weights: Weights | None = None) -> Array:
-    """`sum_k w_k z_k`: the geometric mixture, `softmax` of it is `prod_k p_k^w_k` normalized.
+    """`sum_k w_k z_k`: the geometric mixture; its `softmax` is the normalized `prod_k p_k^w_k`.
 
     Args:
       logits: `[K, ..., num_classes]`.
       weights: `[K]` or `[K, B]`, normalized over teachers; equal by default.
 
     Returns:
-      `[..., num_classes]` logits, float32 or wider; -inf where any teacher of a weight above 0
+      `[..., num_classes]` logits, float32 or wider; -inf where any teacher with a weight above 0
       excludes a class.
 
     Raises:
@@ -127,7 +127,7 @@ def mean_probabilities(
 
     Args:
       logits: `[K, ..., num_classes]`.
-      temperature: softens each teacher before they are averaged.
+      temperature: softens each teacher before averaging.
       weights: `[K]` or `[K, B]`, normalized over teachers; equal by default.
 
     Returns:
@@ -175,13 +175,13 @@ def log_sum_exp(
 def gated_logits(logits: Array, scores: Array) -> Array:
     """`sum_k g_k z_k` with `g = softmax(scores)` per example: the on-the-fly teacher of ONE.
 
-    The gate is a connector on shared features. The paper's loss over K branches, with T = 3:
+    The gate is a connector on shared features. The paper's loss over K branches, with T = 3, is
 
         ensemble = ensembles.gated_logits(branches, gate_scores)
         {"branches": cross_entropy of every branch, summed, "ensemble": that of the ensemble,
          "distill": over_teachers with the roles exchanged: kd_kl(branch, stop_gradient(ensemble))}
 
-    which `online.one_terms` writes out.
+    which `online.one_terms` implements.
 
     Args:
       logits: `[K, B, num_classes]`, one per branch.
@@ -214,8 +214,8 @@ def over_teachers(
 ) -> Callable[[Array, Array], Array]:
     """`sum_k w_k loss(student, teacher_k)` as a loss of a student and stacked teachers.
 
-    One teacher per example (multi-teacher on-policy distillation, 2601.02780) is a one-hot
-    `weights` `[K, B]`, or, in chunks, the sum of each teacher's `Mean` over its own examples.
+    For one teacher per example (multi-teacher on-policy distillation, 2601.02780), use one-hot
+    `weights` `[K, B]` or, in chunks, the sum of each teacher's `Mean` over its own examples.
 
     Args:
       loss: of one student and one teacher; bind its hyper-parameters with `functools.partial`.
@@ -237,7 +237,7 @@ def over_teachers(
         if weights is None:
             return jnp.sum(values, axis=0)
         share = _fitted(weights, values)
-        # Whoever does not teach an example may be infinitely far from the student there.
+        # A teacher that does not teach an example may be infinitely far from the student there.
         return jnp.sum(share * jnp.where(share != 0, values, 0), axis=0)
 
     return summed
@@ -274,7 +274,7 @@ def _shares(weights: Weights | None, logits: Array) -> Array:
 
 
 def _mean(logits: Array, share: Array) -> Array:
-    """`sum_k share_k z_k`; `0 * -inf = 0`: who has no share excludes no class."""
+    """`sum_k share_k z_k`; `0 * -inf = 0`: a teacher without a share excludes no class."""
     total = jnp.sum(share * _finite(logits), axis=0)
     return _with_absent(total, jnp.any(_absent(logits) & (share > 0), axis=0))
 
@@ -292,7 +292,7 @@ def _with_absent(logits: Array, absent: Array) -> Array:
 
 
 def _log_mixture(log_values: Array, share: Array) -> Array:
-    """`log sum_k share_k exp(log_values_k)`; gradients are finite also where terms are absent."""
+    """`log sum_k share_k exp(log_values_k)`; gradients are finite even where terms are absent."""
     counted = (share > 0) & ~_absent(log_values)
     safe = jnp.where(counted, log_values, jnp.finfo(log_values.dtype).min)
     top = jax.lax.stop_gradient(jnp.max(safe, axis=0))

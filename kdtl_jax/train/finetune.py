@@ -1,16 +1,16 @@
-"""Fine-tuning policies: learning rates by layer, gradual unfreezing, state carried over.
+"""Fine-tuning policies: layer-wise learning rates, gradual unfreezing, carrying state over.
 
-Learning-rate policies are trees of multipliers, made once from *all* the parameters, so that a rule
-that covers nothing, or a leaf that no rule covers, raises; and one optax transform that applies
-them. Put it last, after the learning rate:
+Learning-rate policies are trees of multipliers, made once from *all* the parameters, so a rule that
+covers nothing, or a leaf that no rule covers, raises an error. One optax transform applies them.
+Put it last, after the learning rate:
 
     multipliers = layer_decay(layer_ids(params, stem=..., block=..., head=...), decay=0.75)
     tx = optax.chain(optax.adamw(schedule), scale_by_multipliers(multipliers))
 
 (or `by_layer(params, ..., decay=0.75)` for both lines).
 
-Freezing for good is not a policy: give the step `trainable=selector`, which costs no gradient.
-Frozen batch statistics are `normalization.freeze_stats`.
+To freeze parameters permanently, do not use a policy: pass `trainable=selector` to the step, which
+then computes no gradient for them. Frozen batch statistics are `normalization.freeze_stats`.
 """
 
 import re
@@ -39,19 +39,20 @@ def layer_ids(
 
     Args:
       params: all the parameters, concrete or abstract.
-      stem: embeddings and whatever else lies below the first block.
-      block: regular expression of the blocks' paths with the block's number as its one group:
-        `r"(?:.*/)?blocks_(\\d+)/.*"`. Numbers are read as numbers: 10 follows 9.
-      head: what is new, usually the classifier (BEiT also counts the final norm).
-      last: what shares the last block's layer (timm's final norm).
-      stacked: leaves `[depth, ...]` of scanned blocks; layer i + 1 along their leading axis.
+      stem: embeddings and everything else below the first block.
+      block: regular expression for the blocks' paths with the block's number as its only group:
+        `r"(?:.*/)?blocks_(\\d+)/.*"`. Numbers are ordered as numbers: 10 follows 9.
+      head: the new layers, usually the classifier (BEiT also counts the final norm).
+      last: leaves that share the last block's layer (timm's final norm).
+      stacked: leaves `[depth, ...]` of scanned blocks; entry i of their leading axis is layer i +
+        1.
 
     Returns:
       A tree of ints, and for stacked leaves int arrays `[depth, 1, ...]`.
 
     Raises:
       ValueError: if a leaf is covered by none of the above, a selector matches no leaf, or `block`
-        is not a regular expression whose one group is a number.
+        is not a regular expression with a number as its only group.
 
     References:
       timm's `param_groups_layer_decay` and BEiT's `LayerDecayValueAssigner` (2106.08254).
@@ -90,7 +91,7 @@ def layer_ids(
 
 
 def _block_numbers(block: str, paths: Sequence[str]) -> dict[str, int]:
-    """`{path: number}` of the paths that lie in a block."""
+    """`{path: number}` for the paths in a block."""
     try:
         pattern = re.compile(block)
     except re.error as error:
@@ -116,7 +117,7 @@ def layer_decay(
       ids: from `layer_ids`, or any tree of ints (and int arrays).
       decay: in (0, 1].
       min_scale: floor.
-      top: the id of multiplier 1; the largest id when None.
+      top: the id with multiplier 1; None means the largest id.
 
     Returns:
       A tree of floats, and of float32 arrays where the ids are arrays.
@@ -157,11 +158,12 @@ def by_layer(
     stacked: trees.Selector | None = None,
     decay: float = 0.75,
 ) -> optax.GradientTransformation:
-    """Layer-wise learning-rate decay in one call, last in the chain.
+    """Layer-wise learning-rate decay in one call; put it last in the chain.
 
         optax.chain(optax.adamw(1e-4), by_layer(params, stem=..., block=..., head=...))
 
-    Args as `layer_ids` and `layer_decay`, whose multipliers `scale_by_multipliers` applies.
+    The arguments are those of `layer_ids` and `layer_decay`; the multipliers are applied by
+    `scale_by_multipliers`.
 
     Raises:
       ValueError: as they do.
@@ -186,9 +188,9 @@ def discriminative_rates(ids: PyTree, *, factor: float = 2.6) -> PyTree:
 
 
 def multipliers(params: Params, rules: trees.Rules) -> PyTree:
-    """One learning-rate multiplier per leaf by ordered rules, the first match winning.
+    """One learning-rate multiplier per leaf from ordered rules; the first match wins.
 
-    `[("head/.*", 1.0), (".*", 0.1)]` is the usual 0.1 for the backbone,
+    `[("head/.*", 1.0), (".*", 0.1)]` is the usual 0.1 for the backbone;
     `[(".*/b", 16.0), (".*/a", 1.0)]` on an adapter's weights is LoRA+.
 
     Raises:
@@ -204,7 +206,7 @@ def _named(what: str, rules: trees.Rules) -> dict[str, Any]:
 
 
 def scale_by_multipliers(by_leaf: PyTree) -> optax.GradientTransformation:
-    """Multiplies every update by its leaf's multiplier; last in the chain.
+    """Multiplies every update by its leaf's multiplier; put it last in the chain.
 
     Args:
       by_leaf: a tree of numbers or broadcastable arrays, made for all the parameters. The
@@ -230,7 +232,7 @@ def scale_by_multipliers(by_leaf: PyTree) -> optax.GradientTransformation:
 
 
 def optimizers(params: Params, rules: trees.Rules) -> optax.GradientTransformation:
-    """One optimizer per leaf by ordered rules `[(selector, tx), ...]`, covering every leaf.
+    """One optimizer per leaf from ordered rules `[(selector, tx), ...]` that cover every leaf.
 
     Args:
       params: all the parameters; the optimizer may later see a trainable partition.
@@ -247,7 +249,7 @@ def optimizers(params: Params, rules: trees.Rules) -> optax.GradientTransformati
         _covered(tree, table)
         return trees.map_with_path(lambda path, _: table[path], tree)
 
-    # A rule whose leaves are all outside the trainable partition has nothing to do.
+    # A rule whose leaves are all outside the trainable partition does nothing.
     return optax.partition({str(i): tx for i, (_, tx) in enumerate(rules)}, label)
 
 
@@ -258,21 +260,22 @@ class GateState(NamedTuple):
 
 
 def unfreeze_gate(params: Params, rules: trees.Rules) -> optax.GradientTransformation:
-    """Gradual unfreezing: updates of a leaf are 0 before its step, and pass from then on.
+    """Gradual unfreezing: a leaf's updates are 0 before its step and unchanged from then on.
 
     One compiled step serves the whole schedule and the optimizer's moments are kept, because
-    the gate only multiplies updates. Last in the chain (after weight decay), so that a closed
-    leaf stays bit-identical and its moments are warm when it opens; placed before clipping as
-    well, closed gradients do not enter the norm:
+    the gate only multiplies updates. Put it last in the chain (after weight decay), so that a
+    frozen leaf stays bit-identical and its moments are warm when it is unfrozen. If it is also
+    placed before clipping, frozen gradients do not enter the norm:
 
         optax.chain(optax.adamw(1e-3), unfreeze_gate(params, [("head/.*", 0), (".*", 500)]))
 
-    The backward pass is a full one. To pay for the trainable part only, change the step's
-    `trainable` selector between stages and carry the state over (`carry_opt_state`).
+    The backward pass covers all parameters. To compute gradients for the trainable part only,
+    change the step's `trainable` selector between stages and carry the state over
+    (`carry_opt_state`).
 
     Args:
       params: all the parameters; the optimizer may see a trainable partition.
-      rules: `[(selector, first step), ...]`, the first match winning; steps count from 0.
+      rules: `[(selector, first step), ...]`; the first match wins; steps count from 0.
 
     Raises:
       ValueError: if a rule is never used or a leaf is not covered.
@@ -316,7 +319,7 @@ def lp_ft(
 
 
 class Carried(NamedTuple):
-    """A new optimizer state with what the old one knew; paths by what happened to them."""
+    """A new optimizer state with the old one's entries, and which paths were carried over."""
 
     state: PyTree
     carried: tuple[str, ...]
@@ -324,20 +327,20 @@ class Carried(NamedTuple):
 
 
 def carry_opt_state(old: PyTree, new: PyTree) -> Carried:
-    """Moves an optimizer's state to another trainable partition: equal paths are carried over.
+    """Moves an optimizer's state to a different trainable partition: equal paths are carried over.
 
     Args:
       old: the state so far.
       new: `tx.init` of the new partition, of the same optimizer.
 
     Returns:
-      The state (structure, shapes and dtypes of `new`) and the paths that were carried and
-      that start fresh. Fresh Adam moments meet the old step count, whose bias correction has
-      ended: their first updates are up to `(1 - b1) / sqrt(1 - b2)`, 3.2 times the usual size.
-      Warm the rate up, or use `unfreeze_gate`, whose moments are warm.
+      The state (structure, shapes and dtypes of `new`) and the paths that were carried over and
+      those that start fresh. Fresh Adam moments are used with the old step count, whose bias
+      correction has ended: their first updates are up to `(1 - b1) / sqrt(1 - b2)`, 3.2 times the
+      usual size. Warm up the learning rate, or use `unfreeze_gate`, whose moments are warm.
 
     Raises:
-      ValueError: if nothing could be carried, or a carried leaf has changed its shape.
+      ValueError: if nothing could be carried over, or a carried leaf has changed its shape.
     """
     before, after = trees.flatten(old), trees.flatten(new)
     shared = [path for path in after if path in before]

@@ -1,11 +1,11 @@
 """Diagonal Fisher information, for `penalties.ewc` and `transforms.fisher_merge`.
 
-Three things are called "the Fisher" and differ by factors up to the batch size:
+Three quantities are called "the Fisher"; they differ by factors of up to the batch size:
 
 - `empirical_fisher`: mean over examples of the squared gradient at the given labels;
 - `true_fisher`: the same with labels drawn from the model's own distribution, summed exactly;
 - `batch_fisher`: mean over batches of the squared gradient of the batch mean, as in Avalanche; it
-  is too small by up to the batch size.
+  is too small by a factor of up to the batch size.
 """
 
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def empirical_fisher(
 def true_fisher(
     logits: ExampleLogits, params: Params, examples: PyTree, *, chunk: int = 32
 ) -> PyTree:
-    """`mean_i sum_y p(y | x_i) (d log p(y | x_i) / d theta)^2`, the expectation taken exactly.
+    """`mean_i sum_y p(y | x_i) (d log p(y | x_i) / d theta)^2`, with an exact expectation.
 
     Args:
       logits: `logits(params, example) -> [C]`; labels are not used.
@@ -70,8 +70,8 @@ def true_fisher(
       A tree like `params`, float32 or wider.
 
     Raises:
-      ValueError: if the examples differ in number or are empty, or there is one logit: its softmax
-        is 1, and so its information 0.
+      ValueError: if the examples differ in number or are empty, or there is only one logit: its
+        softmax is 1, so its information is 0.
 
     References:
       Amari, Natural gradient works efficiently in learning, 1998.
@@ -97,7 +97,7 @@ def true_fisher(
 def batch_fisher(loss: ExampleLoss, params: Params, examples: PyTree, *, batch_size: int) -> PyTree:
     """`mean_batches (d mean_i loss_i / d theta)^2` over consecutive batches: Avalanche's EWC.
 
-    Arguments as `empirical_fisher`'s; `N` must be a multiple of `batch_size`.
+    Arguments are as for `empirical_fisher`; `N` must be a multiple of `batch_size`.
 
     Raises:
       ValueError: if `N` is not a multiple of `batch_size`, or 0.

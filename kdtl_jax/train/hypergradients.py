@@ -28,12 +28,12 @@
     >>> sorted(gradient)
     ['log_temperature', 'logit_alpha']
 
-Descend it like any other gradient. The unrolled run is exact, not an approximation, and costs the
-memory of its activations; `remat` keeps only the states between steps.
+Use it like any other gradient. The unrolled run is exact, not an approximation, and needs memory
+for its activations; `remat` keeps only the states between steps.
 
 Adam differentiates `sqrt(v)`, whose slope at a second moment of zero (a dead unit, an unused
-class) is infinite: build it as `optax.adam(rate, eps_root=1e-8)`. A ReLU at its kink makes finite
-differences wrong, not the gradient.
+class) is infinite: build it as `optax.adam(rate, eps_root=1e-8)`. At the kink of a ReLU, finite
+differences are wrong, not the gradient.
 """
 
 from collections.abc import Callable
@@ -67,12 +67,12 @@ def hypergradient(
     Args:
       make_step: `hyper -> step(state, batch, teacher_params) -> (state, metrics)`: a step of this
         library, or any function of that form. It is called under a trace: temperatures, weights,
-        learning rates, whatever a step takes as an array, may come from `hyper`.
-      init: `hyper -> state`. Let the start depend on `hyper` for the scale alpha of parameter
-        distillation, or return a fixed state.
+        learning rates and anything else that a step takes as an array may come from `hyper`.
+      init: `hyper -> state`. The start may depend on `hyper`, e.g. for the scale alpha of parameter
+        distillation, or be a fixed state.
       validation: `state -> []`, the loss after training.
-      hyper: a pytree of floating point arrays. Log and logit transform what must stay positive
-        or within (0, 1).
+      hyper: a pytree of floating-point arrays. Use log and logit transforms for values that must
+        stay positive or within (0, 1).
       batches: a pytree of `[K, ...]` arrays, one row per step.
       teacher_params: the step's third argument.
       remat: recompute each step in the backward pass instead of keeping its activations.
@@ -84,8 +84,8 @@ def hypergradient(
       ValueError: if there are no batches, or they differ in number; or if validation is not a
         scalar.
       TypeError: if a hyper-parameter is not floating point.
-      FloatingPointError: if the gradient is not finite, naming the hyper-parameter; only where
-        values are known, that is, not under an outer jit.
+      FloatingPointError: if the gradient is not finite, naming the hyper-parameter; only if values
+        are known, that is, not under an outer jit.
 
     References:
       Maclaurin, Duvenaud and Adams, Gradient-based Hyperparameter Optimization through Reversible

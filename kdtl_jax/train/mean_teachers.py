@@ -15,7 +15,7 @@
     >>> state.memory.teacher.params["w"].shape
     (2, 2)
 
-The average stands in the state's memory, so the loop logs, saves and resumes such a run like any
+The average is kept in the state's memory, so the loop logs, saves and resumes such a run like any
 other.
 """
 
@@ -32,16 +32,16 @@ from kdtl_jax.train._state import Batch, Step, TrainState, own
 
 
 class MeanTeacher(NamedTuple):
-    """A state's memory with the average of its student."""
+    """A state's memory, with the average of its student."""
 
     teacher: Variables
     memory: PyTree  # what the terms carry
 
 
 def begin(state: TrainState) -> TrainState:
-    """`state` whose teacher is a copy of its student, batch statistics included.
+    """`state` with a copy of its student as the teacher, including batch statistics.
 
-    Numbers of half precision are averaged in float32, where a small step is not rounded away; the
+    Half-precision values are averaged in float32, where small steps are not rounded away; the
     teacher runs in its student's dtypes.
     """
     teacher = jax.tree.map(
@@ -52,9 +52,9 @@ def begin(state: TrainState) -> TrainState:
 
 
 def follow(step: Step, *, decay: Scalar | Schedule = 0.999) -> Step:
-    """`step` whose teacher follows its student: `d teacher + (1 - d) student` after every step.
+    """`step` with a teacher that follows its student, `d teacher + (1 - d) student` at each step.
 
-    Batch statistics are averaged as parameters are; counters and keys are copied.
+    Batch statistics are averaged like parameters; counters and keys are copied.
 
     Args:
       step: from `train.make_step(model, ..., teacher=model)`.
@@ -94,13 +94,13 @@ def follow(step: Step, *, decay: Scalar | Schedule = 0.999) -> Step:
 def ema_decay(decay: float = 0.999) -> Schedule:
     """`min(decay, 1 - 1 / (step + 1))`: the average starts as a plain mean, then forgets.
 
-    Without the ramp the random initial weights stay in the average for `1 / (1 - decay)` steps.
+    Without the ramp, the random initial weights stay in the average for `1 / (1 - decay)` steps.
 
     Raises:
       ValueError: if decay is not one number in [0, 1].
 
     References:
-      Tarvainen and Valpola, 2017 (1703.01780). KD-Lib takes min(1e-3, ...) once an epoch.
+      Tarvainen and Valpola, 2017 (1703.01780). KD-Lib uses min(1e-3, ...) once per epoch.
     """
     _checks.scalar(decay=decay)
     _checks.within(0, 1, decay=decay)
@@ -114,12 +114,12 @@ def ema_decay(decay: float = 0.999) -> Schedule:
 def ema_update(
     teacher: Params, student: Params, step: Array, *, decay: Scalar | Schedule = 0.999
 ) -> Params:
-    """`d teacher + (1 - d) student` with `d = decay(step)`, for your own loop.
+    """`d teacher + (1 - d) student` with `d = decay(step)`, for use in your own loop.
 
     Args:
       teacher: the average so far, in the dtype to average in (float32 for half-precision students).
       student: parameters of the same structure, after the optimizer's step.
-      step: the number of averages taken before this one.
+      step: the number of previous updates.
       decay: a number, or a schedule such as `ema_decay()`.
 
     Raises:

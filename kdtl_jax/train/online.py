@@ -1,8 +1,9 @@
-"""Distillation without a pretrained teacher: mutual, self, reborn, by assistants.
+"""Distillation without a pretrained teacher: mutual, self, born-again, and with assistants.
 
-Each is a few lines over the losses; what a paper adds is which network teaches which, and where
-the gradient stops. The teaching side is always under `stop_gradient` here: these functions, unlike
-the losses, decide who teaches. Functions named `..._terms` return `{name: [B]}` for the objective:
+Each is a few lines on top of the losses; a paper adds which network teaches which, and where the
+gradient stops. The teaching side is always under `stop_gradient` here: unlike the losses, these
+functions decide which side teaches. Functions named `..._terms` return `{name: [B]}` for the
+objective:
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from kdtl_jax import train
@@ -39,7 +40,7 @@ def mutual_terms(
 ) -> dict[str, Array]:
     """Deep mutual learning: `CE_k + mean over l != k of T^2 KL(p_l || p_k)`, summed over peers.
 
-    Peers of one architecture are stacked parameters run by `ensembles.vmap_teacher`. All are
+    Peers of one architecture are stacked parameters, run by `ensembles.vmap_teacher`. All are
     updated at once; the paper updates them in turn.
 
     Args:
@@ -91,8 +92,8 @@ def one_terms(
       where: bool `[B]`, real examples, as for `mutual_terms`.
 
     Returns:
-      `{"task": [B], "ensemble": [B], "distill": [B]}`, all of weight 1 in the paper. The gate
-      learns from "ensemble" alone: the ensemble does not follow its branches.
+      `{"task": [B], "ensemble": [B], "distill": [B]}`, all with weight 1 in the paper. The gate
+      learns only from "ensemble": the ensemble does not follow its branches.
 
     Raises:
       ValueError: if shapes do not fit.
@@ -126,8 +127,8 @@ def self_teaching_terms(
     Args:
       exits: `[B, num_classes]` logits of every classifier, the deepest last.
       labels: `[B]` int.
-      features: one `[B, D]` per exit, made equal in size by connectors, the deepest last; empty
-        leaves the hint out.
+      features: one `[B, D]` per exit, brought to equal size by connectors, the deepest last; if
+        empty, the hint is omitted.
       temperature: 3 in the published code.
       where: bool `[B]`, real examples, as for `mutual_terms`.
 
@@ -164,7 +165,7 @@ def self_teaching_terms(
 def teacher_chain(
     trainers: Sequence[Trainer], key: Array, *, teacher: Params | None = None
 ) -> list[Params]:
-    """Trains networks in turn, each taught by the one before: assistants and generations.
+    """Trains networks in turn, each taught by the previous one: assistants and generations.
 
     Teacher-assistant distillation (TAKD) is a chain of trainers of decreasing size.
 
@@ -172,7 +173,7 @@ def teacher_chain(
       trainers: `(teacher parameters or None, key) -> parameters`, in order. A trainer knows its own
         and its teacher's architecture.
       key: typed PRNG key; trainer i gets `fold_in(key, i)`.
-      teacher: who teaches the first; None trains it alone.
+      teacher: parameters of the first network's teacher; None trains it alone.
 
     Returns:
       The parameters of every network, in order.
@@ -193,10 +194,10 @@ def teacher_chain(
 
 
 def born_again(trainer: Trainer, key: Array, *, generations: int = 3) -> list[Params]:
-    """Generations of one architecture, each taught by the last; the first learns alone.
+    """Generations of one architecture, each taught by the previous one; the first learns alone.
 
-    The paper's best result is the ensemble of all: stack them with `ensembles.stack_teachers` and
-    take `ensembles.mean_logits`.
+    The paper's best result is the ensemble of all generations: stack them with
+    `ensembles.stack_teachers` and use `ensembles.mean_logits`.
 
     Args:
       trainer: `(teacher parameters or None, key) -> parameters`.

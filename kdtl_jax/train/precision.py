@@ -1,7 +1,7 @@
 """Precision and memory: half-precision compute, loss scaling, rematerialization, int8 weights.
 
-Parameters stay in float32 (the masters that the optimizer updates); what runs in half precision is
-the model. bfloat16 has float32's range and needs no loss scaling; float16 does.
+Parameters stay in float32 (the master weights that the optimizer updates); only the model runs in
+half precision. bfloat16 has float32's range and needs no loss scaling; float16 does.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ from kdtl_jax.train._state import like
 
 
 def compute_in(model: ModelFn, dtype: Any) -> ModelFn:
-    """`model` with parameters and inputs cast to `dtype`, outputs and model state back again.
+    """`model` with parameters and inputs cast to `dtype`, and outputs and model state cast back.
 
-    Gradients reach the float32 parameters through the cast. Give the teacher a lower precision
-    in the same way.
+    Gradients reach the float32 parameters through the cast. Wrap the teacher in the same way to run
+    it in lower precision.
 
     Raises:
       TypeError: if `dtype` is not floating point.
@@ -76,7 +76,7 @@ def rematerialized(model: ModelFn, *, policy: Callable[..., Any] | None = None) 
 
 
 class LossScaleState(NamedTuple):
-    """Dynamic loss scale beside the wrapped optimizer's state."""
+    """Dynamic loss scale and the wrapped optimizer's state."""
 
     scale: Array  # float32 []
     good_steps: Array  # int32 [], since the last change
@@ -94,11 +94,11 @@ def loss_scaling(
 ) -> optax.GradientTransformationExtraArgs:
     """Dynamic loss scaling for float16, as the outermost wrapper of an optimizer.
 
-    Steps of this library see the scale in the optimizer's state and multiply the loss by it; what
-    else they pass (`value`, `grad`, `distill_gradient`) is not scaled. A gradient or loss that is
-    not finite changes nothing but the scale, divided by `factor`: neither parameters nor batch
-    statistics nor memory. After `period` good steps the scale is multiplied by it, while that is
-    finite.
+    Steps of this library read the scale from the optimizer's state and multiply the loss by it; the
+    other arguments that they pass (`value`, `grad`, `distill_gradient`) are not scaled. If a
+    gradient or loss is not finite, the scale is divided by `factor`, and parameters, batch
+    statistics and memory do not change. After `period` good steps the scale is multiplied by
+    `factor`, as long as the result is finite.
 
     Raises:
       ValueError: if a number is out of its range: initial, smallest > 0, factor > 1, period >= 1.
@@ -118,7 +118,7 @@ def loss_scaling(
         zero = jnp.zeros((), jnp.int32)
         return LossScaleState(jnp.asarray(initial, jnp.float32), zero, zero, tx.init(params))
 
-    # `**extra` is optax's protocol: value, grad, value_fn and what else a step passes.
+    # `**extra` is optax's protocol: value, grad, value_fn and anything else that a step passes.
     def update(
         updates: PyTree, state: Any, params: Params = None, **extra: Any
     ) -> tuple[PyTree, LossScaleState]:
@@ -131,7 +131,7 @@ def loss_scaling(
         inner = jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner, state.inner)
         good = jnp.where(finite, state.good_steps + 1, 0)
         scale = jnp.where(finite, state.scale, jnp.maximum(state.scale / factor, smallest))
-        # An infinite scale would never come down again.
+        # An infinite scale would never decrease again.
         grow = (good >= period) & jnp.isfinite(scale * factor)
         return updates, LossScaleState(
             jnp.where(grow, scale * factor, scale),
@@ -144,7 +144,7 @@ def loss_scaling(
 
 
 def loss_scale(opt_state: PyTree) -> Array | None:
-    """The scale that `loss_scaling` keeps in its state, None for any other optimizer's state.
+    """The scale in the state of `loss_scaling`; None for any other optimizer's state.
 
     Raises:
       ValueError: if `loss_scaling` is inside another transformation, which would see scaled
@@ -161,17 +161,18 @@ def loss_scale(opt_state: PyTree) -> Array | None:
 
 
 def unscaled(gradient: PyTree, scale: Array | None) -> PyTree:
-    """A scaled loss's gradient without its scale, which float16 may be too narrow for."""
+    """A scaled loss's gradient divided by its scale, for which float16 may be too narrow."""
     if scale is None:
         return gradient
     return jax.tree.map(lambda g: (_numerics.upcast(g) / scale).astype(g.dtype), gradient)
 
 
 def unless_skipped(new: PyTree, old: PyTree, after: PyTree, before: PyTree) -> PyTree:
-    """`new`, or `old` where the optimizer skipped the step between two of its states.
+    """`new`, or `old` if the optimizer skipped the step between two of its states.
 
     `loss_scaling` skips steps, and so do `optax.apply_if_finite` and `optax.MultiSteps` with
-    `optax.skip_not_finite`. Batch statistics would keep a NaN from which the parameters are kept.
+    `optax.skip_not_finite`. Otherwise batch statistics would keep a NaN that never reaches the
+    parameters.
     """
     if isinstance(after, LossScaleState):
         taken = [after.skipped == before.skipped]
@@ -184,7 +185,7 @@ def unless_skipped(new: PyTree, old: PyTree, after: PyTree, before: PyTree) -> P
 
 
 def _taken(opt_state: PyTree) -> list[Array]:
-    """What optax's own guards say of the last step, bool `[]` each; empty without any."""
+    """Whether optax's own guards took the last step, bool `[]` each; empty without guards."""
 
     def is_guard(state: Any) -> bool:
         return isinstance(state, (optax.ApplyIfFiniteState, optax.MultiStepsState))
@@ -215,17 +216,18 @@ def quantize(params: Params, where: trees.Selector = r"(.*/)?kernel") -> Params:
     """Weight-only int8: selected leaves become `Int8(round(w / s), s)`, `s = max |w| / 127`.
 
     Symmetric, one scale per output channel, which is the last axis of matrix and convolution
-    kernels here. No weight moves by more than `s / 2`; a leaf is four times smaller than float32.
-    Meant for frozen teachers: integers have no gradient. `fidelity` tells what it costs.
+    kernels here. No weight changes by more than `s / 2`; a leaf is four times smaller than in
+    float32. This is meant for frozen teachers: integers have no gradient. `fidelity` measures the
+    error.
 
     Args:
       params: a pytree.
-      where: what to quantize; by default every `kernel`. Leaves of fewer than two axes (biases,
-        scales of normalizations) stay as they are, whatever the selector says.
+      where: the leaves to quantize; by default every `kernel`. Leaves with fewer than two axes
+        (biases, normalization scales) are unchanged, even if selected.
 
     Raises:
-      ValueError: if a selected leaf holds NaN or infinity, which int8 cannot, or the selector
-        matches nothing.
+      ValueError: if a selected leaf holds NaN or infinity, which int8 cannot represent, or the
+        selector matches nothing.
     """
 
     def one(path: str, chosen: bool, leaf: Any) -> Any:
@@ -252,7 +254,7 @@ def dequantize(params: Params) -> Params:
 
 
 def with_int8(model: ModelFn) -> ModelFn:
-    """`model` on quantized parameters, which are widened where they are used."""
+    """`model` on quantized parameters, which are dequantized where they are used."""
 
     def apply(
         params: Params,
@@ -279,10 +281,10 @@ class Fidelity(NamedTuple):
 def fidelity(logits: Array, reference: Array) -> Fidelity:
     """Compares `[..., num_classes]` logits of changed weights with the reference's.
 
-    NaN logits make all four NaN; a reference of zeros alone makes the relative error infinite.
+    NaN logits make all four fields NaN; an all-zero reference makes the relative error infinite.
 
     Raises:
-      ValueError: if the shapes differ, there are none or a single class.
+      ValueError: if the shapes differ, the logits are empty or there is only one class.
     """
     _checks.same_shape(logits=logits, reference=reference)
     _checks.nonempty(logits=logits)

@@ -2,9 +2,9 @@
 
 An *experiment* is a pure function of one point, `experiment(point, *shared) -> results`, where a
 point is a dict of scalars (`{"seed": ..., "temperature": ...}`) and `shared` arrays are the same
-for all. Whatever is traceable can be swept: seeds, temperatures, loss weights, alpha, learning
-rates (`optax.sgd(point["rate"])` takes a traced rate). What must be static (widths, methods)
-is an ordinary Python loop around it.
+for all points. Anything traceable can be swept: seeds, temperatures, loss weights, alpha, learning
+rates (`optax.sgd(point["rate"])` takes a traced rate). For static settings (widths, methods), write
+an ordinary Python loop around it.
 
     fit = sweep.vmap(experiment)                          # compiled once, called often
     points = sweep.grid(seed=range(8), temperature=[1.0, 4.0])

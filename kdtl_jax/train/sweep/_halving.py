@@ -13,14 +13,14 @@ from kdtl_jax.train.sweep._programs import taken, vmap
 
 
 class Halving(NamedTuple):
-    """What is left, and how it got there."""
+    """The surviving points and their scores at every rung."""
 
     survivors: np.ndarray  # indices of the points that reached the last rung, best first
     state: PyTree  # their states, [survivors, ...]
     scores: np.ndarray  # [rungs, N, ...], NaN where a point had been stopped
 
 
-# (rung, what makes what is left after it) -> what is left after it
+# (rung, function that returns the survivors after it) -> the survivors after it
 Kept = Callable[[int, Callable[[], Halving]], Halving]
 
 
@@ -36,24 +36,24 @@ def successive_halving(
     devices: Sequence[Any] | None = None,
     kept: Kept = lambda rung, make: make(),
 ) -> Halving:
-    """Trains all points a little, keeps the best share, trains those further, and so on.
+    """Trains all points briefly, keeps the best share, trains those further, and so on.
 
-    All survivors advance together, by `sweep.vmap`. Each rung has its own number of points and so
-    its own compilation; with `chunk` they share one.
+    All survivors advance together, using `sweep.vmap`. Each rung has its own number of points and
+    therefore its own compilation; with `chunk` they share one.
 
     Args:
       start: `start(point, *shared) -> state`.
       advance: `advance(state, point, *shared) -> state`, one rung's worth of training.
-      score: `score(state, point, *shared) -> [...]`, whose mean counts; higher is better, and a
-        score that is not finite loses.
+      score: `score(state, point, *shared) -> [...]`; its mean is compared. Higher is better, and a
+        score that is not finite ranks last.
       points: `{name: [N]}`.
       *shared: arrays that all points read.
       rungs: how many times survivors advance.
-      keep: share kept after every rung but the last; at least one point always is.
+      keep: share kept after every rung but the last; at least one point is always kept.
       chunk: as in `sweep.vmap`.
       devices: as in `sweep.vmap`.
-      kept: `kept(rung, make)` returns `make()`, what is left after a rung. One that stores it, and
-        returns what an earlier call stored, makes the sweep resumable.
+      kept: `kept(rung, make)` returns `make()`, the survivors after a rung. To make the sweep
+        resumable, pass a function that stores this result and returns what an earlier call stored.
 
     Raises:
       ValueError: if `rungs < 1` or `keep` is not in (0, 1].
@@ -76,7 +76,7 @@ def successive_halving(
     total = size(points)
 
     def after(rung: int) -> Halving:
-        """What is left after a rung; of earlier ones only what is not stored is trained."""
+        """The survivors after a rung; earlier rungs are trained only if they are not stored."""
         return kept(rung, lambda: next_after(rung))
 
     def next_after(rung: int) -> Halving:
@@ -89,7 +89,7 @@ def successive_halving(
         found = np.asarray(found, float)
         if scores is None:
             scores = np.full((rungs, total, *found.shape[1:]), np.nan)
-        scores = scores.copy()  # that of the rung before may be kept
+        scores = scores.copy()  # the previous rung's array may be stored
         scores[rung, left] = found
         mean = found.reshape(len(left), -1).mean(axis=1)
         order = np.argsort(-np.where(np.isfinite(mean), mean, -np.inf), kind="stable")

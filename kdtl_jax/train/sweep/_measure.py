@@ -1,4 +1,4 @@
-"""Which program is fastest, and how many points fit into memory."""
+"""Measures which program is fastest and how many points fit in memory."""
 
 import time
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from kdtl_jax.train.sweep._programs import Experiment, Program, taken
 def timings(
     programs: Sequence[Program], points: Points, *shared: Any, probe: int = 16, repeats: int = 3
 ) -> list[float]:
-    """Seconds per point of every program on the first `probe` points, compilation excluded.
+    """Seconds per point of every program on the first `probe` points, excluding compilation.
 
     Programs take turns, and the shortest of `repeats` runs counts, so other load on the machine
-    affects all alike. Pass programs of a shorter experiment (fewer steps): their order is the same.
-    Batched convolutions become grouped ones, which some back ends run more slowly than one model
-    after another: only a measurement tells.
+    affects all programs alike. Pass programs of a shorter experiment (fewer steps): their order is
+    the same. Batched convolutions become grouped ones, which some back ends run more slowly than
+    one model after another; only a measurement can tell.
     """
     some = taken(points, np.arange(min(probe, size(points))))
     best = [float("inf")] * len(programs)
@@ -43,10 +43,10 @@ def fastest(
 def chunk_for_memory(experiment: Experiment, points: Points, *shared: Any, bytes: int) -> int:
     """The largest chunk of `sweep.vmap` that fits in `bytes` of temporaries and results.
 
-    Extrapolates from the compiler's memory analysis of two small chunks; nothing is run.
+    Extrapolates from the compiler's memory analysis of two small chunks, without running anything.
 
     Raises:
-      ValueError: if not even one point fits, or the back end reports no memory.
+      ValueError: if not even one point fits, or the back end does not report its memory.
     """
     every = jax.jit(lambda points, *shared: jax.vmap(lambda p: experiment(p, *shared))(points))
 

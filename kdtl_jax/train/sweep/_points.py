@@ -70,8 +70,8 @@ def sample(n: int, draw: int = 0, /, **axes: Range | Sequence[Any]) -> dict[str,
 
     Args:
       n: number of points.
-      draw: number of the random shift.
-      axes: a `Range`, or a sequence of values of which each is used about equally often.
+      draw: index of the random shift.
+      axes: a `Range`, or a sequence of values, each used about equally often.
 
     Returns:
       `{name: [n]}`.
@@ -104,7 +104,7 @@ def rows(points: Points, results: PyTree) -> list[dict[str, Any]]:
 
     Args:
       points: as given to a program.
-      results: as returned by it; array results with more axes contribute their last value.
+      results: as returned by the program; array results with more axes contribute their last value.
     """
     columns = {name: np.asarray(column) for name, column in points.items()}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(results):

@@ -1,4 +1,4 @@
-"""Experiments as compiled programs: all points at once, mapped, one after another."""
+"""Experiments as compiled programs: all points at once, mapped, or one after another."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,13 +27,13 @@ def vmap(
 ) -> Program:
     """All points at once: small matrix products become one batched product.
 
-    Make it once and call it often: calls with the same number of points share one compilation, and
-    with `chunk` so do all calls with at least that many.
+    Build it once and call it often: calls with the same number of points share one compilation and,
+    with `chunk`, so do all calls with at least that many points.
 
     Args:
       experiment: `experiment(point, *shared) -> pytree of arrays`.
-      chunk: points per call of the compiled program, to bound memory; the last chunk is filled up
-        with its first point. None runs all at once.
+      chunk: points per call of the compiled program, to bound memory; the last chunk is padded with
+        its first point. None runs all points at once.
       devices: spread every chunk's points over these devices (`jax.devices()`).
 
     Raises:
@@ -49,7 +49,7 @@ def vmap(
 def map(
     experiment: Experiment, *, chunk: int | None = None, devices: Sequence[Any] | None = None
 ) -> Program:
-    """One point after another within one program (`lax.map`): one point's memory.
+    """One point after another within one program (`lax.map`), with the memory of one point.
 
     Arguments are those of `vmap`; each device maps over its own points.
     """
@@ -82,7 +82,7 @@ def taken(points: Points, index: np.ndarray) -> dict[str, Any]:
 def _in_chunks(
     every: Callable[..., PyTree], chunk: int | None, devices: Sequence[Any] | None
 ) -> Program:
-    """`every` on equally many points per call: one shape, one compilation."""
+    """`every` on the same number of points per call: one shape, one compilation."""
     if chunk is not None:
         _checks.count(1, chunk=chunk)
     many = 1 if devices is None else len(devices)
@@ -109,5 +109,5 @@ def _in_chunks(
 
 
 def _on_host(column: Any) -> Any:
-    """Where any chunk can be cut out of it; PRNG keys stay what they are."""
+    """The column as a host array, so any chunk can be sliced from it; PRNG keys are unchanged."""
     return column if _checks.is_key(column) else np.asarray(column)
