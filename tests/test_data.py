@@ -176,7 +176,7 @@ def test_any_iterable_is_a_source() -> None:
     [
         ([], "yields no batch"),
         ([np.ones(3)], "must be a dict or a tuple of arrays, got ndarray"),
-        ([(np.ones(3),)], "tuples of 1, names= has 2"),
+        ([(np.ones(3),)], "tuples of 1, but names= has 2"),
         ([{"inputs": [[1.0], [1.0, 2.0]]}], "inhomogeneous|not arrays of numbers"),
         ([{"inputs": np.array([None, 1], object)}], r"\['inputs'\] are not arrays of numbers"),
         ([{"inputs": np.ones(3), "labels": np.ones(2)}], "labels"),
@@ -190,7 +190,7 @@ def test_unusable_batches_are_refused(batches: Any, words: str) -> None:
 
 
 def test_renaming_names_what_is_missing() -> None:
-    with pytest.raises(ValueError, match=r"batches lack \['image'\], they have \['x'\]"):
+    with pytest.raises(ValueError, match=r"batches lack \['image'\]; they have \['x'\]"):
         next(data.iterate([{"x": np.ones(2)}], rename={"image": "inputs"})(0))
 
 

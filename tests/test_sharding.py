@@ -241,7 +241,7 @@ def test_a_placed_state_may_be_donated() -> None:
 
 
 def test_bad_placements_say_what_to_do() -> None:
-    with pytest.raises(ValueError, match="needs 16 devices, there are 8"):
+    with pytest.raises(ValueError, match="needs 16 devices, but there are 8"):
         sharding.make_mesh(data=8, fsdp=2)
     with pytest.raises(ValueError, match="at least 1"):
         sharding.make_mesh(data=0)

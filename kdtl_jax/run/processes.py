@@ -1,8 +1,7 @@
-"""Several processes as one run: joining, agreeing, letting one decide, and signals.
+"""A run with several processes: joining, agreeing, letting one decide, and signals.
 
-Anything that changes a folder shared by the processes happens in process 0, between two points at
-which all of them meet: `decide` runs a function there and gives every process its result, or its
-error.
+Anything that changes a folder shared by the processes happens in process 0, between two
+synchronization points: `decide` runs a function there and gives every process its result or error.
 Signals are recorded, and all processes act on them together, at a step at which they consult each
 other. With one process, all of this is a plain function call.
 """
@@ -19,8 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
-HEARTBEAT_SECONDS = 30  # a process that dies ends the others within about twice this time
-# What an error in one process becomes in the others: the first kind that it is.
+HEARTBEAT_SECONDS = 30  # when a process dies, the others end within about twice this time
+# The type of an error in the other processes: the first one that it is an instance of.
 KINDS: tuple[type[Exception], ...] = (
     *(FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, OSError),
     *(TypeError, ValueError, RuntimeError),
@@ -32,8 +31,8 @@ def initialize(
 ) -> None:
     """Joins a multi-process run; call before anything touches a device.
 
-    Without arguments JAX detects the cluster (SLURM, Open MPI, TPU pods, Kubernetes); with
-    them, the three of `jax.distributed.initialize`. If a process dies silently, the others end with
+    Without arguments, JAX detects the cluster (SLURM, Open MPI, TPU pods, Kubernetes); otherwise,
+    give the three of `jax.distributed.initialize`. If a process dies silently, the others end with
     an error within a minute.
 
     Raises:
@@ -54,7 +53,7 @@ def initialize(
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
     )
-    # JAX puts a handler of its own beneath Python's, which then is never called.
+    # JAX installs its own handler below Python's, which is then never called.
     if callable(handler) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
 
@@ -73,12 +72,12 @@ def broadcast(value: Any) -> Any:
 
 
 def decide(choose: Callable[[], Any]) -> Any:
-    """Calls `choose` in process 0 and gives its JSON result, or its error, to every process.
+    """Calls `choose` in process 0 and gives its JSON result or error to every process.
 
     No process returns before process 0 is done, so what it changed on a shared disk is there.
 
     Raises:
-      Exception: what `choose` raised; in other processes one of its kind with the same message.
+      Exception: what `choose` raised; in other processes, one of its kind with the same message.
     """
     if jax.process_count() == 1:
         return choose()
@@ -109,7 +108,7 @@ def largest(number: int) -> int:
 
 
 class Interrupted(BaseException):
-    """Raised within `Signals.interruptible` when a signal comes; nothing there may be half done."""
+    """Raised within `Signals.interruptible` on a signal; code there must be safe to abort."""
 
 
 class Signals:
@@ -117,17 +116,17 @@ class Signals:
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self.breaks = False  # a signal breaks off what is running
-        self.polls = 0  # how many loops will ask
+        self.breaks = False  # whether a signal aborts what is running
+        self.polls = 0  # how many loops will call `asked`
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """What a signal does; `signals` installs it. A second one ends the process at once.
 
         Raises:
           Interrupted: within `interruptible`.
-          SystemExit: with 128 + number, if no loop will ask.
+          SystemExit: with 128 + number, if no loop will call `asked`.
         """
-        if self.number is not None:  # asked twice: leave at once
+        if self.number is not None:  # second signal: exit at once
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.number = number
@@ -138,7 +137,7 @@ class Signals:
 
     @contextlib.contextmanager
     def polled(self) -> Iterator[None]:
-        """Within the block signals are only noted: whoever runs it calls `asked`."""
+        """Within the block, signals are only recorded; its owner must call `asked`."""
         self.polls += 1
         try:
             yield
@@ -147,9 +146,9 @@ class Signals:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Lets a signal break off the block, which must not change anything.
+        """Lets a signal abort the block, which must not change anything.
 
-        Only within one process: of several, the others would wait for the one that broke off.
+        Only with a single process; otherwise, the others would wait for the one that aborted.
 
         Raises:
           Interrupted: if a signal arrived before, or arrives inside the block.
@@ -176,7 +175,7 @@ def signals() -> Iterator[Signals]:
     """Handles SIGTERM and SIGINT; a second signal ends the process at once.
 
     Use it around a whole command. A single process then exits with 128 + number, except within a
-    loop, which saves first. Several processes never leave each other waiting: all of them stop
+    loop, which saves first. Multiple processes never leave each other waiting: they all stop
     together, in the current loop or the next one. Nested blocks share their signals. Outside the
     main thread Python cannot set handlers, so nothing is caught.
     """

@@ -1,11 +1,11 @@
-"""What a run was made from: its files' contents and the package versions, compared when it resumes.
+"""What a run was made from: file contents and package versions, compared when it resumes.
 
     made = record.made_from({"data": "digits.npz", "teacher_weights": path})
     record.keep(folder, made)                       # at the start
     notices = record.compare(folder, made)          # at --resume: raises if a file has changed
 
-Settings are compared elsewhere; this record detects that a file of the same name now holds
-something else.
+Settings are compared elsewhere; this record detects that a file of the same name now has other
+contents.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ import numpy as np
 from kdtl_jax import _files, _text, trees
 from kdtl_jax._types import PyTree
 
-# A file or folder, or several.
+# A file or folder, or a sequence of them.
 Paths = str | Path | Sequence[Path]
 FILE = "made_from.json"  # beside what is recorded
 # Packages whose versions are recorded.
@@ -30,18 +30,18 @@ PACKAGES = ("kdtl_jax", "jax", "jaxlib", "numpy", "optax", "flax", "orbax-checkp
 
 
 class Record(NamedTuple):
-    """SHA-256 of every file by its role, and the version of every package by its name."""
+    """SHA-256 of every file by role, and the version of every package by name."""
 
     files: dict[str, str]
     versions: dict[str, str]
 
 
 def made_from(files: Mapping[str, Paths]) -> Record:
-    """Makes the record of a run that reads these files; a folder counts with all files below it.
+    """Makes the record of a run that reads these files; a folder includes all files below it.
 
     Args:
-      files: `{role: path}`, such as `{"data": "digits.npz"}`, or several paths of one role. A
-        path that does not exist (the name of a built-in data set) counts as its own text.
+      files: `{role: path}`, such as `{"data": "digits.npz"}`, or more than one path per
+        role. A path that does not exist (the name of a built-in data set) counts as its own text.
 
     Raises:
       OSError: if a file cannot be read.
@@ -55,7 +55,7 @@ def keep(folder: str | Path, made: Record) -> None:
 
 
 def is_kept(folder: str | Path) -> bool:
-    """Whether the folder holds a run's whole record; its other files are then that run's."""
+    """Whether the folder holds a run's complete record; then its other files belong to it."""
     try:
         return _files.read_sealed(Path(folder) / FILE).keys() == {*Record._fields}
     except ValueError:
@@ -66,14 +66,14 @@ def compare(folder: str | Path, now: Record) -> list[str]:
     """Compares a run folder's record with what the run would read now.
 
     Returns:
-      Notices: versions that differ, which may change the last bits of a resumed run.
+      Notices about versions that differ, which may change the last bits of a resumed run.
 
     Raises:
       ValueError: naming the files whose content has changed, or if the record is damaged.
     """
     path = Path(folder) / FILE
     if not path.exists():
-        return [f"{path} is missing: whether data and weights are the same is not known"]
+        return [f"{path} is missing: whether data and weights are the same is unknown"]
     try:
         before = _files.read_sealed(path)
     except ValueError as error:
@@ -86,8 +86,8 @@ def compare(folder: str | Path, now: Record) -> list[str]:
     changed = [role for role in roles if was.files.get(role) != now.files.get(role)]
     if changed:
         raise ValueError(
-            f"{folder} was begun with other content of {_listed(changed)}: the SHA-256 differs. "
-            "Restore what it was begun with, or start anew in another folder."
+            f"{folder} was started with other content of {_listed(changed)}: the SHA-256 differs. "
+            "Restore what it was started with, or start anew in another folder."
         )
     names = sorted(was.versions.keys() | now.versions.keys())
     return [
@@ -103,10 +103,10 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def check_finite(name: str, tree: PyTree) -> None:
-    """Raises an error for weights with NaN or infinity, which would silently spoil later training.
+    """Raises an error for weights with NaN or infinity, which would silently ruin later training.
 
     Args:
-      name: of the weights, for the message: their file.
+      name: of the weights' file, for the message.
       tree: parameters, or `Variables`; arrays that are not floating point pass.
 
     Raises:
@@ -150,7 +150,7 @@ def _digest_of(files: Mapping[str, Path]) -> str:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """All files in a folder, in those that it links to as well, each folder once."""
+    """All files in a folder, including folders that it links to, each folder once."""
     seen: set[Path] = set()
     for at, folders, names in os.walk(folder, followlinks=True):
         here = Path(at)

@@ -1,15 +1,14 @@
-"""Placements over devices: which array goes where, as shardings of JAX.
+"""Placements over devices: which array goes where, as JAX shardings.
 
-A mesh has an axis `"data"` (examples are split over it) and optionally `"fsdp"` (weights and
-optimizer state are split over it, examples too) and `"tensor"` (a layer's work is split over it:
-every device has some heads and some hidden units, and all see the same examples). The train step
-itself does not change: place the state and the batch, call the same jitted step, and XLA inserts
-the collectives. `keep_placement` around the step holds the state where it was put. Meshes have Auto
+A mesh has an axis `"data"` (examples are split over it) and optionally `"fsdp"` (weights, optimizer
+state and examples are split over it) and `"tensor"` (a layer's work is split over it: every
+device has some of the heads and hidden units, and all see the same examples). The train step itself
+does not change: place the state and the batch, call the same jitted step, and XLA inserts the
+collectives. `keep_placement` around the step keeps the state where it was placed. Meshes have Auto
 axis types, so ordinary code such as `x @ x.T` on sharded operands works.
 
-A teacher is placed like a state, by `place(teacher, mesh)`: with the mesh's FSDP rule or another
-`smallest=`, in the student's dtype or another. On devices of its own it runs ahead of the student;
-see `separate_teacher`.
+A teacher is placed like a state, by `place(teacher, mesh)`, with its own `smallest=` if desired and
+in any dtype. On devices of its own, it runs ahead of the student; see `separate_teacher`.
 """
 
 import math
@@ -26,7 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from kdtl_jax import _checks, train, trees
 from kdtl_jax._types import ModelFn, PyTree, Variables
 
-AXES = ("data", "fsdp")  # over which examples are split
+AXES = ("data", "fsdp")  # those that examples are split over
 TensorAxes = Sequence[tuple[str, int]]  # (regex of the end of a path, axis that is split)
 
 
@@ -36,9 +35,9 @@ def make_mesh(
     """A `data x fsdp x tensor` mesh over the given devices (default: all, of all processes).
 
     Args:
-      data: size of the data axis; None takes the devices that the others leave.
+      data: size of the data axis; None uses the devices that the other axes leave.
       fsdp: size of the axis over which weights are split.
-      tensor: size of the axis over which the work within a layer is split; neighboring devices.
+      tensor: size of the axis over which a layer's work is split, across neighboring devices.
       devices: a sequence of devices; fewer than all is fine.
 
     Raises:
@@ -53,7 +52,7 @@ def make_mesh(
     if count > len(found) or data < 1:
         asked = " x ".join(f"{n}={max(size, 1)}" for n, size in zip(names, sizes, strict=True))
         raise ValueError(
-            f"{asked} needs {max(data, 1) * fsdp * tensor} devices, there are "
+            f"{asked} needs {max(data, 1) * fsdp * tensor} devices, but there are "
             f"{len(found)}. On one CPU, set JAX_NUM_CPU_DEVICES before starting Python."
         )
     grid = np.array(found[:count], dtype=object).reshape(sizes)
@@ -81,7 +80,7 @@ def fsdp_shardings(
       mesh: from `make_mesh`. Over axes of size 1 nothing is split.
       smallest: leaves with fewer elements stay replicated: splitting them costs more than it saves.
       tensor: which axis of which leaf is split over `"tensor"`, such as `models.TENSOR_AXES`; the
-        first rule that matches the end of a path counts. An axis that is not divisible stays whole.
+        first rule that matches the end of a path applies. Indivisible axes stay whole.
 
     Returns:
       A tree of `NamedSharding` for `jax.device_put` or `jax.jit(out_shardings=...)`.
@@ -120,10 +119,10 @@ def place(tree: PyTree, mesh: Mesh, *, smallest: int = 256, tensor: TensorAxes =
 
 
 def keep_placement(step: train.Step, state: train.TrainState) -> train.Step:
-    """The step, whose new state lies where `state` does: compiled once, split for good.
+    """The step, with its new state placed like `state`, so that it compiles only once.
 
     Without it XLA may split or replicate small leaves of the result differently, and the second
-    call, on a state placed in another way, compiles a second time.
+    call, on a state placed differently, compiles again.
 
     Args:
       step: the un-jitted step.
@@ -144,7 +143,7 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """A batch split over the mesh; with several processes, each passes its own part.
 
     Raises:
-      ValueError: if the local batch is not divisible by this process's devices: pad it and give the
+      ValueError: if the local batch is not divisible by this process's devices. Pad it and give the
         padding weight 0 in `batch["weights"]`.
     """
     own = sum(d.process_index == jax.process_index() for d in mesh.devices.flat)
@@ -167,11 +166,11 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
 def separate_teacher(
     teacher: ModelFn, teacher_mesh: Mesh, student_mesh: Mesh
 ) -> Callable[[Any, Mapping[str, Any]], dict[str, Any]]:
-    """A teacher on devices of its own, whose outputs move to the student's.
+    """A teacher on its own devices, with its outputs moved to the student's.
 
     The step is made without a teacher (`make_step(student, ...)`): it finds the
-    outputs in the batch. Nothing waits, so the teacher works on the next batches while the student
-    steps; as `loop.run(place=partial(attach, teacher_params))` that happens ahead of every step.
+    outputs in the batch. Nothing blocks, so the teacher works on the next batches while the student
+    steps; with `loop.run(place=partial(attach, teacher_params))` this happens ahead of every step.
 
     Args:
       teacher: the teacher's model function.
@@ -180,16 +179,16 @@ def separate_teacher(
 
     Returns:
       `attach(teacher_params, batch) -> batch` on the student's mesh with `batch["teacher"]`.
-      `teacher_params` (parameters or `Variables`) were put on the teacher's mesh by `place`; every
-      output has the batch as its leading axis.
+      `teacher_params` (parameters or `Variables`) must be on the teacher's mesh (see `place`);
+      every output has the batch as its leading axis.
 
     Raises:
-      ValueError: with several processes, which own their devices: give the teacher the student's
-        mesh, or cache its outputs.
+      ValueError: with more than one process, each of which owns its devices. Give the teacher the
+        student's mesh, or cache its outputs.
     """
     if jax.process_count() > 1:
         raise ValueError(
-            f"works within one process, there are {jax.process_count()}. Place the "
+            f"works within one process, but there are {jax.process_count()}. Place the "
             "teacher on the student's mesh, or cache its outputs."
         )
 
@@ -210,7 +209,7 @@ def separate_teacher(
 def _put(leaf: Any, sharding: NamedSharding) -> Array:
     """`device_put` that also works where other processes own part of the mesh."""
     if sharding.is_fully_addressable:
-        # `device_put` alone would share the buffer of the device that holds it (may_alias or not).
+        # `device_put` alone would share the device buffer that holds it (whatever may_alias is).
         return jax.device_put(jnp.copy(leaf) if isinstance(leaf, Array) else leaf, sharding)
     if _checks.is_key(leaf):
         data = _put(jax.random.key_data(leaf), sharding)

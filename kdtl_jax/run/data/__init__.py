@@ -1,10 +1,10 @@
 """Batches: arrays on the device, arrays larger than memory, and any iterator.
 
-Batches must be a function of the step, so that a resumed run sees what an uninterrupted run sees.
-Two forms do that:
+Batches must be a function of the step, so that a resumed run sees the same as an uninterrupted one.
+Two forms ensure that:
 
 - `Resident`: whole arrays on the device; rows are gathered inside the compiled step, in an order
-  that is a function of `(key, epoch)`. Nothing crosses from the host.
+  that is a function of `(key, epoch)`. Nothing is transferred from the host.
 - `Source`: a function `source(step)` that iterates over the batches from that step on. `stream`
   makes one from a function that reads rows (memory-mapped files, a teacher cache), `iterate` from
   anything that yields batches (Grain, Hugging Face datasets, torch loaders).

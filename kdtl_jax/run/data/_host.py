@@ -1,4 +1,4 @@
-"""Batches on the host: read by rows, drawn from any iterable, filled up, fetched ahead."""
+"""Batches on the host: read by rows, drawn from any iterable, padded, prefetched."""
 
 import itertools
 import queue
@@ -27,9 +27,9 @@ def stream(
     key: Array | None,
     drop_remainder: bool = True,
 ) -> Source:
-    """Makes batches of rows that `read(epoch, rows)` fetches, for data larger than memory.
+    """Makes batches from rows that `read(epoch, rows)` fetches, for data larger than memory.
 
-    The order is that of `resident` with the same key. If shuffled reading is slow, sort the rows of
+    The order matches `resident` with the same key. If shuffled reading is slow, sort the rows of
     a batch inside `read` (`take_rows` does).
 
     Args:
@@ -40,7 +40,7 @@ def stream(
       drop_remainder: as in `resident`.
 
     Raises:
-      ValueError: if the batch does not fit.
+      ValueError: if the batch is too large.
       TypeError: if a size is not an integer, or `key` not a PRNG key.
     """
     _checks.count(1, batch_size=batch_size, size=size)
@@ -70,17 +70,17 @@ def iterate(
     names: Sequence[str] = ("inputs", "labels"),
     rename: Mapping[str, str] | None = None,
 ) -> Source:
-    """Turns any iterable of batches into a `Source`: restarted at its end, and skipped forward when
+    """Turns any iterable of batches into a `Source`, restarted at its end and skipped forward when
     resuming.
 
     Short batches are padded with weight 0; for a model with batch statistics, `loop.run` gives them
-    their own shape instead. A resumed run draws and drops the batches that it has already seen, so
-    resuming is exact if the iterable is deterministic: give loaders their own seed. If an iterable
-    can start anywhere, wrap it by hand instead: a `Source` is only a function `step -> iterator`.
+    their own shape instead. A resumed run draws and discards the batches that it has already seen,
+    so resuming is exact if the iterable is deterministic; give loaders their own seed. If an
+    iterable can start anywhere, wrap it by hand: a `Source` is only a function `step -> iterator`.
 
     Args:
       batches: yields dicts of arrays (NumPy, JAX, torch tensors, lists of numbers), or tuples.
-      batch_size: shorter batches are padded to it; None takes the first batch's length.
+      batch_size: shorter batches are padded to it; None uses the first batch's length.
       names: names for the entries of tuples.
       rename: `{name in the batch: name here}` for dicts, for example
         `{"image": "inputs", "label": "labels"}`; entries that it does not list are dropped.
@@ -131,7 +131,7 @@ def pad(batch: Batch, batch_size: int) -> dict[str, Any]:
 def unpad(batch: Batch) -> dict[str, Any]:
     """The real rows of a batch that `pad` has padded, without `"weights"`.
 
-    A batch with weights other than 0 and 1, or with only zeros, stays as it is.
+    A batch with weights other than 0 and 1, or only zeros, is returned unchanged.
     """
     weights = np.asarray(batch["weights"]) if "weights" in batch else np.ones(0)
     is_padding = weights.ndim == 1 and np.isin(weights, (0, 1)).all()
@@ -145,7 +145,7 @@ def unpad(batch: Batch) -> dict[str, Any]:
 
 
 def in_order(arrays: Batch, batch_size: int) -> Iterator[dict[str, Any]]:
-    """One pass over host arrays for evaluation: every row once, the last batch padded."""
+    """One pass over host arrays for evaluation: every row once, with the last batch padded."""
     size = length(arrays)
     for start in range(0, size, batch_size):
         rows = np.arange(start, min(start + batch_size, size))
@@ -157,7 +157,7 @@ def open_arrays(files: Mapping[str, str | Path]) -> dict[str, np.ndarray]:
 
     Raises:
       OSError: if a file does not exist or cannot be read.
-      ValueError: if lengths differ, or a file is not a whole .npy or holds Python objects.
+      ValueError: if lengths differ, or a file is not a complete .npy or holds Python objects.
     """
     arrays = {}
     for name, path in files.items():
@@ -186,11 +186,11 @@ def take_rows(arrays: Batch, rows: np.ndarray) -> dict[str, Any]:
 def prefetch(
     batches: Iterator[Batch], depth: int = 2, place: Callable[[Any], Any] = jax.device_put
 ) -> Generator[Any, None, None]:
-    """Draws batches in a thread and puts them on the device, `depth` ahead of their use.
+    """Draws batches in a thread and puts them on the device, `depth` batches ahead of their use.
 
     Args:
-      batches: any iterator; an error in it is raised here, at its place in the order.
-      depth: how many batches wait on the device.
+      batches: any iterator; an error in it is raised here, after the batches before it.
+      depth: number of batches waiting on the device.
       place: puts one batch on the device(s), `jax.device_put` or a sharded placement.
 
     Raises:
@@ -237,19 +237,19 @@ def _as_batch(batch: Any, names: Sequence[str], rename: Mapping[str, str] | None
         if rename is not None:
             missing = sorted(set(rename) - set(found))
             if missing:
-                raise ValueError(f"batches lack {missing}, they have {sorted(found)}.")
+                raise ValueError(f"batches lack {missing}; they have {sorted(found)}.")
             found = {new: found[old] for old, new in rename.items()}
     elif isinstance(batch, Sequence) and not isinstance(batch, str):
         if len(batch) != len(names):
             raise ValueError(
-                f"batches are tuples of {len(batch)}, names= has {len(names)}: {names}."
+                f"batches are tuples of {len(batch)}, but names= has {len(names)}: {names}."
             )
         found = dict(zip(names, batch, strict=True))
     else:
         raise ValueError(
             f"a batch must be a dict or a tuple of arrays, got {type(batch).__name__}."
         )
-    # A list is an array of numbers here (datasets yield such), not a tree.
+    # A list is an array of numbers here (datasets yield them), not a tree.
     arrays = jax.tree.map(np.asarray, found, is_leaf=lambda x: isinstance(x, list))
     odd = [name for name, x in arrays.items() if getattr(x, "dtype", None) == np.dtype(object)]
     if odd:

@@ -20,10 +20,10 @@ class Resident(NamedTuple):
 
     `arrays` hold `[N, ...]`, `teacher` (cached outputs) `[views, N, ...]` or None. `order` is the
     shuffling key, or None for the given order. View `epoch % views` augments epoch `epoch`. `rows`
-    are the examples that take part, `[n]`, or None for all.
+    are the examples to use, `[n]`, or None for all.
 
-    With keys `[S]` (and rows `[S, n]`) batches are `[S, B, ...]`: the batches of S runs, each in an
-    order of its own, for a step that is vmapped over runs.
+    With keys `[S]` (and rows `[S, n]`) batches are `[S, B, ...]`: the batches of S runs,
+    each in its own order, for a step that is vmapped over runs.
     """
 
     arrays: Batch
@@ -53,21 +53,21 @@ def resident(
     Args:
       arrays: `{"inputs": [N, ...], "labels": [N, ...], ...}`.
       batch_size: examples per step.
-      key: PRNG key of the shuffling and the augmentation, legacy ones included; None keeps the
+      key: PRNG key for shuffling and augmentation (legacy keys are accepted); None keeps the
         order. Keys `[S]` give the batches of S runs at once, each as its key alone would.
-      drop_remainder: leave out the short last batch (other examples each epoch), or pad it with
-        weight 0. For a model with batch statistics, `loop.run` pads nothing: the last batch keeps
-        its own shape.
+      drop_remainder: whether to drop the short last batch (different examples each epoch) or pad
+        it with weight 0. For a model with batch statistics, `loop.run` does not pad: the last batch
+        keeps its own shape.
       augment: `(keys, batch) -> batch`, applied inside the step before teacher and student; the
         keys are `augment.example_keys` of the epoch's view.
-      teacher: cached outputs, `[N, ...]`, or `[views, N, ...]` where `views` is given; they arrive
+      teacher: cached outputs, `[N, ...]`, or `[views, N, ...]` if `views` is given; they appear
         as `batch["teacher"]`.
       views: after this many epochs the augmented views repeat; None never repeats.
-      rows: int `[n]`, the examples that take part (all by default); `[S, n]` for keys `[S]`.
+      rows: int `[n]`, the examples to use (all by default); `[S, n]` for keys `[S]`.
 
     Raises:
-      ValueError: if the arrays have different lengths, the batch does not fit, or rows do not name
-        examples.
+      ValueError: if the arrays have different lengths, the batch is too large, or rows are not
+        valid example indices.
       TypeError: if `arrays` is not a mapping, the batch size is not an integer, or `key` not a PRNG
         key.
     """
@@ -117,12 +117,12 @@ def view_key(key: Array) -> Array:
 
 
 def examples(data: Resident) -> int:
-    """How many examples one epoch has."""
+    """The number of examples in an epoch."""
     return length(data.arrays) if data.rows is None else data.rows.shape[-1]
 
 
 def steps_per_epoch(data: Resident) -> int:
-    """How many batches one epoch has."""
+    """The number of batches in an epoch."""
     size = examples(data)
     return size // data.batch_size if data.drop_remainder else -(-size // data.batch_size)
 
@@ -175,10 +175,10 @@ def _split(key: Array) -> tuple[Array, Array]:
 
 
 def typed_key(key: Any) -> Any:
-    """The key, a legacy one (uint32 `[2]`) wrapped: its axis would pass for one of runs.
+    """The key, with a legacy one (uint32 `[2]`) wrapped, as its axis would look like one of runs.
 
     Raises:
-      TypeError: if it is no PRNG key.
+      TypeError: if it is not a PRNG key.
     """
     dtype = getattr(key, "dtype", None)
     if key is None or _checks.is_key(key):
@@ -210,7 +210,7 @@ def _checked_rows(rows: np.ndarray | None, total: int, key: Array | None) -> np.
 def order_rows(
     order: Array | None, epoch: Array, size: int, batch_size: int, drop_remainder: bool
 ) -> Array:
-    """The rows of an epoch, int32 `[steps, B]`; the last batch is filled up from the first rows."""
+    """The rows of an epoch, int32 `[steps, B]`; the last batch is padded from the first rows."""
     if order is None:
         rows = jnp.arange(size, dtype=jnp.int32)
     else:
@@ -221,7 +221,7 @@ def order_rows(
 
 
 def length(arrays: Batch) -> int:
-    """The number of examples, on which all arrays must agree.
+    """The number of examples, which must be the same for all arrays.
 
     Raises:
       ValueError: if there is no array, one has no axis, or the leading axes differ.
@@ -235,7 +235,7 @@ def length(arrays: Batch) -> int:
 
 
 def canonical(x: Any) -> Any:
-    """Host arrays in the 32-bit dtype that JAX would give them, said before the transfer."""
+    """Host arrays in the 32-bit dtype that JAX would give them, converted before the transfer."""
     if isinstance(x, jax.Array):
         return x
     array = np.asarray(x)

@@ -1,6 +1,6 @@
 """Matplotlib figures as inline SVG: page colors, hover titles, nothing to load from outside.
 
-Figures are made without pyplot, so no state is left behind. Text stays text, in the page's font.
+Figures are made without pyplot, so no global state remains. Text stays text, in the page's font.
 """
 
 import io
@@ -21,7 +21,7 @@ from matplotlib.transforms import ScaledTranslation
 
 WIDTH, FONT = 640, 14  # pixels of a drawing, which the page scales
 COLORS = 8  # --series-0 ... --series-7
-# Stand-ins that matplotlib writes as they are, and the page's variables that replace them.
+# Placeholders that matplotlib writes unchanged, and the page's variables that replace them.
 INK, LABEL, RULE, SURFACE = "#010101", "#010102", "#010103", "#010104"
 _VARIABLES = {INK: "--ink", LABEL: "--ink-2", RULE: "--rule", SURFACE: "--surface"}
 _VARIABLES |= {f"#0102{i:02x}": f"--series-{i}" for i in range(COLORS)}
@@ -35,7 +35,7 @@ def series(number: int) -> str:
 
 
 def shown(text: str) -> str:
-    """Text that a page may hold: control characters and lone surrogates as escapes."""
+    """Text that is safe in a page: control characters and lone surrogates as escapes."""
     return _UNSHOWN.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
@@ -155,14 +155,14 @@ def svg(ax: Axes, label: str) -> str:
 
     Args:
       ax: the axes.
-      label: what the drawing shows, for readers that do not see it.
+      label: what the drawing shows, for screen readers.
     """
     out = io.BytesIO()
     figure = ax.figure
     assert isinstance(figure, Figure)
     style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "kdtl"}
     with matplotlib.rc_context(style), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # glyphs that matplotlib's font lacks, the page's has
+        warnings.simplefilter("ignore")  # glyphs missing in matplotlib's font but not in the page's
         FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
     root = ElementTree.fromstring(out.getvalue())
     for parent in list(root.iter()):

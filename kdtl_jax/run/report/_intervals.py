@@ -1,22 +1,21 @@
-"""How far a mean score can be trusted, and which of many comparisons stand.
+"""How far a mean score can be trusted, and which of many comparisons hold.
 
 S seeds scored on the same N test examples form a table `[S, N]`. Both are samples: a claim about a
-method has to hold for other seeds and for other examples. Studies of several readers who see the
-same cases have this design, and their analysis is used here, readers being seeds and cases being
-examples: with the mean squares of seeds, examples and what remains,
+method has to hold for other seeds and other examples. Studies in which several readers see the same
+cases have this design, and their analysis is used here, with seeds as readers and examples as
+cases. With the mean squares of seeds, examples and the remainder,
 
     var(mean) = (max(MS_seeds, MS_rest) + max(MS_examples - MS_rest, 0)) / (S N)
     df        = (MS_seeds + max(MS_examples - MS_rest, 0))^2 / (MS_seeds^2 / (S - 1))
 
-and Student's t. MS_seeds is no smaller than MS_rest in expectation, but of three seeds it often is
-by chance: without the first maximum, which is not Hillis's, one in ten tables of equal methods
-claims a difference. Where only one score per seed is known, examples cannot be counted: the
-variance is that of the seeds.
+and Student's t. In expectation MS_seeds is at least MS_rest, but with three seeds it is often
+smaller by chance: without the first maximum, which is not Hillis's, one in ten tables of equal
+methods claims a difference. If only one score per seed is known, the variance is that of the seeds.
 
-Of few seeds the degrees of freedom are a guess, too: scores of three seeds that are alike by chance
-pass for certainty, and of ten methods as good as their baseline one table in seven named one that
-differs. So a difference also has to stand the t-test of its seeds alone: the larger p-value and the
-wider interval count (an intersection-union test), and the wider interval of a mean.
+With few seeds the degrees of freedom are uncertain, too: three scores that are alike by chance look
+like certainty, and with ten methods as good as their baseline, one table in seven named one that
+differs. So a difference also has to pass the t-test of its seeds alone: the larger p-value and the
+wider interval are used (an intersection-union test), and for a mean, the wider interval.
 
 References:
   Dorfman, Berbaum, Metz, Receiver operating characteristic rating analysis, 1992 (the model).
@@ -36,9 +35,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtr, stdtrit
 
-FEWEST_SEEDS = 3  # below, nothing is claimed
+FEWEST_SEEDS = 3  # with fewer, nothing is claimed
 LEVEL = 0.05
-_QUIET = np.errstate(over="ignore", invalid="ignore")  # of scores like -1e200: NaN says enough
+_QUIET = np.errstate(over="ignore", invalid="ignore")  # for scores like -1e200: NaN says enough
 
 
 class Interval(NamedTuple):
@@ -61,16 +60,16 @@ class Spread(NamedTuple):
 def interval(values: Any, examples: Any = None, *, is_share: bool = False) -> Interval:
     """The mean over seeds and its 95% interval.
 
-    NaN if a value is not finite: a failed seed is not averaged away.
+    NaN if a value is not finite, so that a failed seed is not averaged away.
 
     Args:
       values: one score per seed, `[S]`.
-      examples: the scores of the test examples behind them, `[S, N]`; without them the interval
+      examples: the scores of the test examples behind them, `[S, N]`; without them, the interval
         is for these examples and other seeds.
       is_share: scores lie in [0, 1], and so does the interval (Wilson's).
 
     Raises:
-      ValueError: if there are no values, or they are of other seeds than the examples.
+      ValueError: if there are no values, or their seeds are not those of the examples.
     """
     x = np.asarray(values, np.float64).reshape(-1)
     if not x.size:
@@ -106,7 +105,7 @@ def difference(
       is_share: scores lie in [0, 1], so differences lie in [-1, 1] and the interval is cut there.
 
     Raises:
-      ValueError: as `interval`, or if the two do not pair.
+      ValueError: as `interval`, or if the two cannot be paired.
     """
     paired = None
     if examples is not None and baseline_examples is not None:
@@ -124,7 +123,7 @@ def difference(
     ]
     if p_values:
         return found, max(p_values)
-    # All differences are one number: as many throws of a coin as there are of them.
+    # All differences are equal: a coin toss for each of them.
     count = x.size if paired is None else paired.shape[1]
     return found, 1.0 if found.mean == 0 else 2.0 ** (1 - count)
 
@@ -149,7 +148,7 @@ def spread(table: Any) -> Spread:
     with np.errstate(divide="ignore", invalid="ignore"):
         df = (seeds - 1) * ((ms_seeds + of_examples) / ms_seeds) ** 2
     whole = np.maximum(ms_seeds, ms_rest) + of_examples
-    # What is estimated from N examples is known no better than that.
+    # A value estimated from N examples has no more degrees of freedom than they give.
     df = np.where(ms_seeds > 0, np.minimum(df, count - 1), count - 1.0)
     return Spread(whole / (seeds * count), df)
 
@@ -157,8 +156,7 @@ def spread(table: Any) -> Spread:
 def wilson(share: Any, found: Spread, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Wilson's interval of a share with the effective sample size `p (1 - p) / variance`.
 
-    It stays within 0 and 1, and has a width at both, where the sample size is that of `count`
-    examples.
+    It stays within 0 and 1. At both it has a width, from a sample size of `count` examples.
     """
     p, t = np.clip(share, 0.0, 1.0), stdtrit(found.df, 1 - LEVEL / 2)
     inner = p * (1 - p)
@@ -166,7 +164,7 @@ def wilson(share: Any, found: Spread, count: int) -> tuple[np.ndarray, np.ndarra
         size = np.where((found.variance > 0) & (inner > 0), inner / found.variance, count)
     middle = (p + t**2 / (2 * size)) / (1 + t**2 / size)
     half = t / (1 + t**2 / size) * np.sqrt(inner / size + t**2 / (4 * size**2))
-    # The formula's ends are 0 and 1 exactly there, but for rounding.
+    # The formula's ends are exactly 0 and 1 there, except for rounding.
     return np.maximum(middle - half, 0.0), np.minimum(middle + half, 1.0)
 
 
@@ -181,7 +179,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _spreads(values: np.ndarray, examples: Any) -> list[Spread]:
-    """Of the seeds' scores alone, and with their examples."""
+    """From the seeds' scores alone, and with their examples."""
     alone = spread(values[:, None])
     return [alone] if examples is None else [alone, spread(_table(values, examples))]
 

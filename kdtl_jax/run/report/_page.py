@@ -19,7 +19,7 @@ from kdtl_jax.run.report._results import Results, Row, environment
 from kdtl_jax.run.report._score import ACCURACY, Score
 from kdtl_jax.run.report.plots import Chart
 
-_NOTES = 4  # so many stand before the results
+_NOTES = 4  # how many precede the results
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("kdtl_jax.run.report", "."),
     autoescape=True,
@@ -91,7 +91,7 @@ def html_page(results: Results) -> str:
     sections += _learning(results) if results.learning else []
     sections += _agreement(results.rows)
     sections += results.sections
-    if not few:  # all but the first stand behind the results
+    if not few:  # all but the first come after the results
         sections.append(Section("Notes", results.notes[1:]))
     described = [(row.label, _described(row.settings)) for row in results.rows]
     sections.append(Section("Settings of each method", (), [Definitions(described)]))
@@ -100,15 +100,15 @@ def html_page(results: Results) -> str:
 
 
 def percent(found: Interval, score: Score = ACCURACY) -> str:
-    """`90.6 (89.7–91.5)`, the mean and its interval; `nan` where a value was not finite.
+    """`90.6 (89.7–91.5)`, the mean and its interval; `nan` if a value was not finite.
 
-    For a score that is not a share, the numbers themselves: `0.873 (0.850–0.896)`.
+    For a score that is not a share, plain numbers: `0.873 (0.850–0.896)`.
     """
     return f"{score.number(found.mean)}{_range(found, '–', score)}"
 
 
 def points(found: Interval, score: Score = ACCURACY) -> str:
-    """A difference, of shares in points of a percent: `+10.0 (7.5 to 12.5)`."""
+    """A difference, in percentage points for shares: `+10.0 (7.5 to 12.5)`."""
     return f"{score.number(found.mean, sign=True)}{_range(found, ' to ', score)}"
 
 
@@ -203,8 +203,8 @@ def _alpha(results: Results) -> list[Section]:
 def _learning(results: Results) -> list[Section]:
     score = results.score
     note = (
-        f"Validation {score.name}{' in percent' if score.is_share else ''}, mean over seeds; of "
-        "many methods, the baseline and the best are shown."
+        f"Validation {score.name}{' in percent' if score.is_share else ''}, mean over seeds; if "
+        "there are many methods, the baseline and the best are shown."
     )
     sections = [Section("Learning curves", [note])]
     for family, rows in _families(results.rows):
@@ -235,7 +235,7 @@ def _learning(results: Results) -> list[Section]:
 
 
 def _rates(results: Results) -> list[Section]:
-    """The learning rate by epoch, where it changes; methods of a run have one schedule."""
+    """The learning rate by epoch, if it changes; methods of a run share one schedule."""
     found = [
         curve["learning_rate"] for curve in results.learning.values() if "learning_rate" in curve
     ]
@@ -252,9 +252,9 @@ def _rates(results: Results) -> list[Section]:
 
 
 def _clearest(rows: Sequence[Row], learning: Mapping[str, object]) -> list[Row]:
-    """Rows whose curves are drawn: at most as many as there are colors to tell them apart.
+    """Rows with curves to draw: at most as many as there are distinct colors.
 
-    Of more, the first (the baseline) and those best on validation.
+    If there are more, the first (the baseline) and those best on validation.
     """
     drawn = [row for row in rows if row.method in learning]
     if len(drawn) <= COLORS:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-LARGEST = 64  # pixels of a side that is drawn as it is; larger images are thinned out
+LARGEST = 64  # pixels per side drawn in full; larger images are subsampled
 
 
 class Picture(NamedTuple):
@@ -27,7 +27,7 @@ class Pictures(NamedTuple):
 def png(image: np.ndarray) -> str:
     """An image `[H, W]`, `[H, W, 1]` or `[H, W, 3]` as a PNG in base64.
 
-    Its smallest value is black, its largest white.
+    Its smallest value is black and its largest is white.
 
     Raises:
       ValueError: for other shapes.
@@ -41,7 +41,7 @@ def png(image: np.ndarray) -> str:
     low, high = x.min(), x.max()
     levels = np.round(255 * (x - low) / (high - low or 1)).astype(np.uint8)
     height, width, channels = levels.shape
-    lines = np.zeros((height, 1 + width * channels), np.uint8)  # each begins with its filter: none
+    lines = np.zeros((height, 1 + width * channels), np.uint8)  # each starts with its filter: none
     lines[:, 1:] = levels.reshape(height, -1)
     color = {1: 0, 3: 2}[channels]
     header = struct.pack(">2I5B", width, height, 8, color, 0, 0, 0)

@@ -14,15 +14,14 @@
                                    "test_accuracy": [...], "best": float}}},
      "notes": [str], "run": {"command", "begun", setting: value}, "environment": {...}}
 
-Where something else is scored than accuracy, its name stands in the place of "accuracy" in these
-keys, such as "test_r2".
+If the score is not accuracy, its name replaces "accuracy" in these keys, as in "test_r2".
 
-`ci95` is the 95% interval of the mean, [low, high] or null for one seed: for other seeds and,
-where examples are scored one by one, for other test examples (`_intervals`). `agreement` is the
-share of test examples on which student and teacher name the same class. `versus` compares seed by
-seed and example by example; `p_adjusted` is corrected for all comparisons of the file (Holm).
+`ci95` is the 95% interval of the mean, [low, high] or null for one seed. It covers other seeds
+and, if examples are scored one by one, other test examples (`_intervals`). `agreement` is the
+share of test examples on which student and teacher predict the same class. `versus` compares by
+seed and by example; `p_adjusted` is corrected for all comparisons in the file (Holm).
 `seconds` is the wall time of all seeds and settings of a method, compilation included. A number
-that is not finite is null.
+that is not finite becomes null.
 """
 
 import math
@@ -44,11 +43,11 @@ SCHEMA_VERSION = 2  # of results.json; raised when its keys change
 
 
 class Versus(NamedTuple):
-    """A comparison with a baseline, paired by seed and, where they are known, by example."""
+    """A comparison with a baseline, paired by seed and, if known, by example."""
 
     baseline: str
     difference: Interval
-    p_value: float  # of this comparison by itself; NaN if it was not tested
+    p_value: float  # of this comparison alone; NaN if it was not tested
     p_adjusted: float  # among all comparisons of the table, by Holm
     verdict: str  # "better", "worse", "no clear difference", "not tested" or "not finite"
 
@@ -71,7 +70,7 @@ class Row(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What a run found; `to_json` documents the file."""
+    """The results of a run; `to_json` documents the file."""
 
     task: str
     data: Mapping[str, Any]
@@ -80,7 +79,7 @@ class Results(NamedTuple):
     alpha: Mapping[str, Mapping[str, Any]]
     notes: Sequence[str] = ()
     run: Mapping[str, Any] = {}  # command line, date and all settings
-    sections: Sequence[Any] = ()  # more `Section`s of the page, behind the curves
+    sections: Sequence[Any] = ()  # more `Section`s of the page, after the curves
     score: Score = ACCURACY
 
 
@@ -89,12 +88,12 @@ def compared(
 ) -> list[Row]:
     """Rows with `versus` filled in.
 
-    A difference is called one if Holm's adjusted p-value is at most 0.05, counting every comparison
+    A difference is claimed if Holm's adjusted p-value is at most 0.05, counting every comparison
     among the rows; fewer than three seeds are not tested.
 
     Args:
       rows: of all families.
-      baselines: by family, its baseline's method.
+      baselines: the method of each family's baseline.
       minimize: whether smaller scores are better.
     """
     by_method = {row.method: row for row in rows}
@@ -116,7 +115,7 @@ def compared(
 
 
 def _against(baseline: Row, row: Row) -> Versus:
-    """A comparison by itself, without a verdict."""
+    """A single comparison, without a verdict."""
     found, p = difference(
         row.test.values, baseline.test.values, row.examples, baseline.examples,
         is_share=row.is_share,
@@ -137,7 +136,7 @@ def _verdict(difference: Interval, p: float, minimize: bool) -> str:
 
 
 def to_json(results: Results) -> dict[str, Any]:
-    """The content of `results.json` (see the module's first lines)."""
+    """The content of `results.json` (see the module's docstring)."""
     return _files.as_json(_record(results))
 
 

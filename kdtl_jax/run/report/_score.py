@@ -1,15 +1,15 @@
-"""What is scored: its name, and how its numbers are written."""
+"""What is scored: its name and how its numbers are formatted."""
 
 import math
 from typing import NamedTuple
 
 
 class Score(NamedTuple):
-    """A score of which larger is better."""
+    """A score for which larger is better."""
 
     key: str  # in results.json: test_<key>, validation_<key>
     name: str  # in words
-    is_share: bool = True  # between 0 and 1, written in percent
+    is_share: bool = True  # between 0 and 1, shown in percent
 
     @property
     def unit(self) -> str:
@@ -31,11 +31,11 @@ class Score(NamedTuple):
         return f"{self.name} {self.number(value)}{'%' if self.is_share else ''}"
 
     def number(self, value: float, *, sign: bool = False) -> str:
-        """`90.6`, `0.873`; with `sign` also the plus of a difference."""
+        """`90.6`, `0.873`; with `sign`, also the plus of a difference."""
         if not math.isfinite(value):
             return "nan"
         digits = 1 if self.is_share else 3
         return f"{self.factor * value:{'+' if sign else ''}.{digits}f}"
 
 
-ACCURACY = Score("accuracy", "accuracy")  # of tasks with one class per example
+ACCURACY = Score("accuracy", "accuracy")  # for tasks with one class per example

@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from kdtl_jax.run.report import _drawing
 from kdtl_jax.run.report._drawing import INK, SURFACE, dot, line, series, svg, text
 
-_LETTER, _LONGEST_LABEL = 7.4, 30  # pixels of a letter, letters of a line beside a row
+_LETTER, _LONGEST_LABEL = 7.4, 30  # pixels per letter, letters per line beside a row
 _LEANING: tuple[dict[str, Any], ...] = (
     {"ha": "center"},
     {"ha": "right", "va": "top", "rotation": 35, "rotation_mode": "anchor"},
@@ -26,7 +26,7 @@ _LOW_SHARE, _HIGH_SHARE = 0.06, 0.62  # of a heat map's color: text stays readab
 class Chart(NamedTuple):
     """A drawing, and the labels of its series for the legend that the page writes."""
 
-    svg: str  # well formed and escaped: the page takes it as it is
+    svg: str  # well formed and escaped: the page inserts it unchanged
     key: tuple[str, ...] = ()
 
 
@@ -74,13 +74,13 @@ class Worked(NamedTuple):
     rate: float  # FLOPs per second, achieved
 
 
-MARKED = 30  # most points of a line of which each is drawn in a ring
-POINTS = 200  # of a line that can be hovered over
+MARKED = 30  # lines with at most this many points have a ring at each one
+POINTS = 200  # of a line, with hover text
 _LARGEST, _SMALLEST = 1e30, 1e-30  # that axes are divided at
 
 
 def dots(bars: Sequence[Bar], *, axis: str, percent: bool = True) -> Chart:
-    """One row per method: a dot with its interval; the label stands beside it, in full."""
+    """One row per method: a dot with its interval; the full label is beside it."""
     ax = _rows([bar.label for bar in bars], axis)
     number = _percent if percent else _plain
     factor, unit = (100, "%") if percent else (1, "")
@@ -119,7 +119,7 @@ def spans(found: Sequence[Span], *, unit: str, axis: str) -> Chart:
 
 
 def _rows(labels: Sequence[str], axis: str) -> Axes:
-    """Axes with a row at every integer, the first on top, and room for its label on the left."""
+    """Axes with a row at every integer, the first on top, and room for labels on the left."""
     longest = max((len(part) for label in labels for part in _folded(label)), default=0)
     tall = 46 if any(len(_folded(label)) > 1 for label in labels) else 30
     left = 24 + _LETTER * longest
@@ -137,7 +137,7 @@ def _folded(label: str) -> list[str]:
 
 
 def _row_labels(ax: Axes, row: int, label: str, value: str) -> None:
-    across, parts = ax.get_yaxis_transform(), _folded(label)  # x in shares of the axes
+    across, parts = ax.get_yaxis_transform(), _folded(label)  # x in fractions of the axes
     for i, part in enumerate(parts):
         lift = 8 * (len(parts) - 1) - 16 * i
         text(ax, 0, row, part, offset=(-14, lift), xycoords=across, ha="right", va="center")
@@ -182,8 +182,8 @@ def parallel(axes: Sequence[Axis], *, best: int) -> Chart:
     that share one value of a choice or a grid are drawn slightly apart, in order of score.
 
     Args:
-      axes: equally long; the last one is the score, where more is better.
-      best: the row to bring out.
+      axes: of equal length; the last one is the score, for which more is better.
+      best: the row to highlight.
 
     Raises:
       ValueError: if there are fewer than two axes, or their lengths differ.
@@ -238,14 +238,14 @@ def heat_map(
     column_axis: str,
     percent: bool = True,
 ) -> Chart:
-    """A grid of numbers, stronger where they are larger; NaN cells are left empty.
+    """A grid of numbers, with stronger colors for larger ones; NaN cells are left empty.
 
     Args:
       cells: `[rows][columns]`.
       rows: their labels, top to bottom.
       columns: their labels, left to right.
       row_axis, column_axis: what the rows and the columns are.
-      percent: numbers are shares, written in percent.
+      percent: whether numbers are shares, written in percent.
 
     Raises:
       ValueError: if the labels do not fit the cells, or there are no cells.
@@ -307,7 +307,7 @@ def roofline(programs: Sequence[Worked], *, flops: float, bytes: float) -> Chart
     for i, program in enumerate(programs):
         words = f"{program.label}: {_si(program.rate)}FLOP/s at {program.intensity:.3g} FLOP/B"
         dot(ax, program.intensity, program.rate, series(i), words, radius=6)
-        # A label in the right half would run over the edge.
+        # A label in the right half would extend past the edge.
         right = program.intensity > math.sqrt(low * high)
         offset, side = ((-10, -14), "right") if right else ((10, -14), "left")
         text(ax, program.intensity, program.rate, program.label, offset=offset, ha=side, halo=True)
@@ -320,12 +320,12 @@ def roofline(programs: Sequence[Worked], *, flops: float, bytes: float) -> Chart
 
 
 class _Scale(NamedTuple):
-    """Where values stand on an axis of the parallel plot, from 0 at the foot to 1."""
+    """Positions of values on an axis of the parallel plot, from 0 at the bottom to 1."""
 
     low: float
     high: float
     is_log: bool
-    is_choice: bool  # few values, at each of which several lines meet
+    is_choice: bool  # few values, at each of which many lines meet
     labels: tuple[float, ...]
 
     @classmethod
@@ -352,7 +352,7 @@ class _Scale(NamedTuple):
 
 
 def _shares(values: Sequence[float]) -> list[float]:
-    """Each value's place between the smallest and the largest drawn one, 0 where there is none."""
+    """Each value's position between the smallest and the largest drawn one, 0 if there is none."""
     known = [v for v in values if _drawable(v)]
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
     if low == high:
@@ -380,7 +380,7 @@ def _shown(value: float) -> float:
 
 
 def _short(label: str) -> str:
-    """A label that leaves room for the drawing: at most its two lines beside a row."""
+    """A label that leaves room for the drawing: at most two lines beside a row."""
     most = 2 * _LONGEST_LABEL
     return label if len(label) <= most else f"{label[: most - 1]}…"
 
