@@ -1,6 +1,6 @@
 """Language models: text, packing, sampling, and the methods that distill them.
 
-Decoders themselves are in `kdtl_jax.models`, their losses in `kdtl_jax.losses`.
+The decoders are in `kdtl_jax.models`, and their losses in `kdtl_jax.losses`.
 """
 
 from kdtl_jax.language._alignment import align_tokens as align_tokens

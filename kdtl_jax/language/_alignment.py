@@ -1,10 +1,10 @@
-"""Two tokenizations of one text: groups that end at the same byte, and what they are worth.
+"""Two tokenizations of one text: groups of tokens that end at the same byte, and their probability.
 
     ours, theirs, count = language.align_tokens(student_ends, teacher_ends)
     chunks = [language.chunk_log_probs(lp, groups, num_chunks=count) for lp, groups in ...]
     loss = losses.alm(*chunks)
 
-Vocabularies are compared by id map, never by size: `shared_ids`, `require_same_ids`.
+Vocabularies are compared token by token, never by size: `shared_ids`, `require_same_ids`.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from kdtl_jax import _checks, _numerics
 def align_tokens(
     student_ends: np.ndarray, teacher_ends: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Groups consecutive tokens that end at the same byte on both sides. Runs on the host.
+    """Groups consecutive tokens so that groups end at the same byte on both sides. Host only.
 
     Args:
       student_ends: int `[L_S]`, non-decreasing byte offsets at which the student's tokens end.
@@ -28,7 +28,7 @@ def align_tokens(
 
     Returns:
       The group of each student token `[L_S]` and of each teacher token `[L_T]`, and the number of
-      groups; -1 for tokens after the last common end if only one side has any.
+      groups. Tokens after the last common end get -1 if only one side has any.
 
     Raises:
       ValueError: if the ends are not `[L]` or decrease.
@@ -60,26 +60,25 @@ def merge_tokens(log_probs: Array, tokens: Array, groups: Array, *, num_groups: 
     """One distribution per group: that of its last token, times the probability of the tokens
     before it.
 
-    By the chain rule, `p_j(v) prod_{k < j} p_k(token_k)` is the probability of the group's text
-    with v in place of its last token: exact, and summing to the probability of that prefix. The
-    first token's distribution times the probabilities of the later tokens would not be the
-    probability of anything.
-    Two sides with one group end at different last tokens: only the observed entries are the same
-    text, which is what `losses.alm` compares.
+    By the chain rule, `p_j(v) prod_{k < j} p_k(token_k)` is the exact probability of the group's
+    text with v in place of its last token; summed over v, it is the probability of the prefix. The
+    first token's distribution times the probabilities of the later tokens would not be a
+    probability of any text. The last tokens of a group differ between the two sides: only the
+    observed entries are the same text, and `losses.alm` compares these.
 
     Args:
       log_probs: `[L, vocabulary]`; row k predicts token k.
       tokens: int `[L]`, the tokens observed.
-      groups: int `[L]` from `align_tokens`, non-decreasing; -1 takes no part.
-      num_groups: static number of groups; later ones take no part.
+      groups: int `[L]` from `align_tokens`, non-decreasing; tokens with -1 are ignored.
+      num_groups: static number of groups; later ones are ignored.
 
     Returns:
-      `[num_groups, vocabulary]` log-probabilities; 0 throughout for a group without tokens, NaN
-      for one with a token before its last that is outside of the vocabulary.
+      `[num_groups, vocabulary]` log-probabilities; all 0 for a group without tokens, NaN for one
+      with a token outside the vocabulary before its last token.
 
     Raises:
-      TypeError: if log_probs is not floating point, or tokens not integers.
-      ValueError: if the shapes do not fit, or a token that takes part lies outside the vocabulary.
+      TypeError: if log_probs is not floating point, or tokens are not integers.
+      ValueError: if the shapes do not fit, or a token that is used is outside the vocabulary.
 
     References:
       TRL's GOLD trainer with "bayesian" merging.
@@ -96,7 +95,7 @@ def merge_tokens(log_probs: Array, tokens: Array, groups: Array, *, num_groups: 
     observed = jnp.take_along_axis(log_probs, safe[:, None], axis=1)[:, 0]
     observed = _numerics.at_usable(observed, usable, groups >= 0)
     part = jnp.where(is_last[:, None], log_probs, observed[:, None])
-    # A negative group falls outside and is dropped.
+    # A negative group is out of range and is dropped.
     return jax.ops.segment_sum(part, jnp.where(groups < 0, num_groups, groups), num_groups)
 
 
@@ -105,14 +104,14 @@ def chunk_log_probs(log_probs: Array, groups: Array, *, num_chunks: int) -> Arra
 
     Args:
       log_probs: `[..., L]`, of the observed tokens (`losses.token_log_probs`).
-      groups: int `[..., L]`, the chunk of each token; what is not in 0..num_chunks-1 takes no part.
-      num_chunks: static.
+      groups: int `[..., L]`, the chunk of each token; tokens not in 0..num_chunks-1 are ignored.
+      num_chunks: static number of chunks.
 
     Returns:
-      `[..., num_chunks]`, <= 0; 0 for a chunk without tokens (mask it: `chunk_lengths`).
+      `[..., num_chunks]`, <= 0; 0 for a chunk without tokens (mask it with `chunk_lengths`).
 
     Raises:
-      TypeError: if log_probs is not floating point, or groups or num_chunks not integers.
+      TypeError: if log_probs is not floating point, or groups or num_chunks are not integers.
       ValueError: if the shapes differ or num_chunks is below 1.
     """
     _checks.floating(log_probs=log_probs)
@@ -132,24 +131,24 @@ def chunk_log_probs(log_probs: Array, groups: Array, *, num_chunks: int) -> Arra
 
 
 def chunk_lengths(groups: Array, *, num_chunks: int) -> Array:
-    """Number of tokens of every chunk: int32 `[..., num_chunks]`, 0 for one that does not exist."""
+    """The number of tokens in each chunk: int32 `[..., num_chunks]`, 0 for an unused chunk."""
     counted = chunk_log_probs(jnp.ones(groups.shape, jnp.float32), groups, num_chunks=num_chunks)
     return counted.astype(jnp.int32)
 
 
 def merge_chunks(groups: Array, closes: Array) -> Array:
-    """Joins chunks up to the next one that closes.
+    """Merges each chunk with the following ones, up to the next one that closes.
 
-    Where a chunk ends within a word, two tokenizers expect different continuations. tokenkit
+    If a chunk ends within a word, two tokenizers expect different continuations. tokenkit
     recommends closing chunks only where the teacher's probability of a token that begins a new word
     (`losses.log_mass`) exceeds 0.1.
 
     Args:
-      groups: int `[..., L]`, the chunk of each token; -1 takes no part.
-      closes: bool `[..., num_chunks]`; both sides must be given the same.
+      groups: int `[..., L]`, the chunk of each token; tokens with -1 are ignored.
+      closes: bool `[..., num_chunks]`; use the same for both sides.
 
     Returns:
-      int `[..., L]`, the merged chunk of each token, fewer of them.
+      int `[..., L]`, the merged chunk of each token.
 
     Raises:
       TypeError: if groups are not integers.
@@ -164,11 +163,11 @@ def merge_chunks(groups: Array, closes: Array) -> Array:
 def shared_ids(
     student_vocabulary: Mapping[str, int], teacher_vocabulary: Mapping[str, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids on both sides of the tokens with the same text, for `losses.shared_vocabulary`.
+    """The ids of tokens with the same text on both sides, for `losses.shared_vocabulary`.
 
     Args:
       student_vocabulary: token text to id (`Tokenizer.vocabulary`).
-      teacher_vocabulary: the same of the teacher.
+      teacher_vocabulary: the same for the teacher.
 
     Returns:
       int32 `[n]` twice, in the order of the student's ids.
@@ -194,8 +193,8 @@ def require_same_ids(
 ) -> None:
     """Raises an error if a token has different ids in two vocabularies, or exists in only one.
 
-    Losses on logits compare class by class: with different ids they are finite but meaningless.
-    Equal sizes prove nothing, since tables are padded.
+    Losses on logits compare class by class; with different ids they are finite but meaningless.
+    Equal sizes do not prove equal ids, since tables are padded.
 
     Raises:
       ValueError: naming some of the tokens that differ.

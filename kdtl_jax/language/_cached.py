@@ -1,14 +1,14 @@
-"""A teacher's distributions per token, to be kept on disk, and learning from them.
+"""A teacher's distributions per token, stored on disk, and learning from them.
 
     stored = language.stored_outputs(teacher.model, top_k=64)
     run.teacher_cache.write("cache", stored, teacher.params, {"inputs": rows}, batch_size=16,
                             taps=language.stored_names(top_k=64))
     learner = language.kd_stored(setup)  # batches have the cache's rows as "teacher"
 
-Three forms: all logits (`logits`), the k most likely tokens with the mass of the rest (`indices`,
-`log_probs`, `log_tail`), and counts of tokens drawn from the teacher (`indices`, `counts`). Counts
-are unbiased with a dozen entries per position. The top alone, without the rest, is biased and not
-offered.
+There are three forms: all logits (`logits`), the k most likely tokens with the mass of the rest
+(`indices`, `log_probs`, `log_tail`), and counts of tokens drawn from the teacher (`indices`,
+`counts`). Counts are unbiased with a dozen entries per position. The top k without the rest would
+be biased and is not offered.
 """
 
 from collections.abc import Mapping
@@ -48,24 +48,25 @@ def stored_outputs(
     vocabulary: int | None = None,
     chunk_size: int = CHUNK,
 ) -> ModelFn:
-    """A model function of token batches whose outputs are what a cache keeps for each position.
+    """A model function of token batches whose outputs are stored in a cache for each position.
 
     Args:
       teacher: the decoder.
       top_k: keep the k most likely tokens, their log-probabilities and the log of the rest's mass.
-      draws: keep N draws with replacement, as different tokens and their counts, 0 for none. Needs
-        an entry `"row"` int `[B]` in the batch: a row's draws depend on it and the key alone.
-      key: of the draws.
-      vocabulary: how many token ids there are, where the teacher's table has more rows.
-      chunk_size: tokens whose logits exist at a time, for `top_k` and `draws`.
+      draws: keep N draws with replacement, as distinct tokens and their counts (0 for unused
+        entries). Needs an entry `"row"` int `[B]` in the batch: a row's draws depend only on it
+        and the key.
+      key: the PRNG key of the draws.
+      vocabulary: the number of token ids, if the teacher's table has more rows.
+      chunk_size: number of tokens whose logits exist at a time, for `top_k` and `draws`.
 
     Returns:
-      The function. With `top_k`: `indices` unsigned, `log_probs` `[B, L, k]`, and `log_tail`
-      `[B, L]`; with `draws`: `indices` and `counts`, unsigned `[B, L, N]`; with neither: `logits`
-      `[B, L, V]`.
+      The function. With `top_k`, it gives `indices` (unsigned) and `log_probs` `[B, L, k]`, and
+      `log_tail` `[B, L]`; with `draws`, `indices` and `counts`, unsigned `[B, L, N]`; with neither,
+      `logits` `[B, L, V]`.
 
     Raises:
-      ValueError: for both of `top_k` and `draws`, or one of `draws` and `key` without the other.
+      ValueError: if both `top_k` and `draws` are given, or only one of `draws` and `key`.
     """
     names = stored_names(top_k=top_k, draws=draws)
     if (draws is None) != (key is None):
@@ -86,7 +87,7 @@ def stored_outputs(
             return losses.random_sampling_draws(key, row, num_draws=count)
 
         indices, counts = _counted(jax.vmap(drawn)(keys, logits))
-        # A draw from NaN is some token. Counts of nothing make the loss of such a position NaN.
+        # A draw from NaN is an arbitrary token. Counts of 0 make such a position's loss NaN.
         broken = jnp.any(jnp.isnan(logits) | (logits == jnp.inf), axis=-1, keepdims=True)
         counts = jnp.where(broken, jnp.zeros_like(counts), counts)
         return {"indices": indices.astype(small), "counts": counts.astype(_smallest(draws + 1))}
@@ -118,15 +119,16 @@ def stored_outputs(
 def stored_divergence(divergence: Divergence | None = None, *, chunk_size: int = CHUNK) -> TermsFn:
     """The terms `{"kd": mean over learned tokens}` against `inputs.teacher`, in any stored form.
 
-    The student gives "hidden" `[B, L, D]` and its head.
+    The student's outputs are "hidden" `[B, L, D]` and its head.
 
-    All logits: the divergence, forward KL by default. The k most likely tokens: the divergence
-    between the k tokens and one bucket of all others. Counts c: the cross-entropy with the drawn
-    tokens, `-sum_i c_i / sum(c) log p_S(v_i)`, whose expected gradient is that of the forward KL.
+    From all logits, the term is the divergence, forward KL by default. From the k most likely
+    tokens, it is the divergence over these tokens and one bucket of all others. From counts c, it
+    is the cross-entropy with the drawn tokens, `-sum_i c_i / sum(c) log p_S(v_i)`, whose expected
+    gradient is that of the forward KL.
 
     Raises:
-      ValueError: if the batch has no stored teacher, or a divergence other than the default is
-        asked of counts.
+      ValueError: if the batch has no stored teacher, or a divergence is given and the teacher is
+        stored as counts.
     """
 
     def terms(inputs: Inputs) -> dict[str, Mean]:
@@ -147,7 +149,7 @@ def stored_divergence(divergence: Divergence | None = None, *, chunk_size: int =
 
 
 def kd_stored(setup: _methods.Setup) -> _methods.Learner:
-    """`kd` from a cached teacher: batches hold its rows as `"teacher"`, and the step gets no
+    """`kd` from a cached teacher: batches hold its rows as `"teacher"`, and the step needs no
     teacher.
 
     References:
@@ -159,7 +161,7 @@ def kd_stored(setup: _methods.Setup) -> _methods.Learner:
 
 
 def _loss(stored: Mapping[str, Any], divergence: Divergence | None) -> tuple[Any, Any]:
-    """The loss of logits and targets, and the targets, of whatever form is stored."""
+    """The loss of logits and targets, and the targets, for the stored form."""
     if "logits" in stored:
         return divergence or losses.forward_kl, stored["logits"]
     if "counts" in stored:
@@ -187,7 +189,7 @@ def _loss(stored: Mapping[str, Any], divergence: Divergence | None) -> tuple[Any
 
 
 def _counted(draws: Array) -> tuple[Array, Array]:
-    """Different draws first, each with how often it was drawn; then entries of count 0."""
+    """Distinct draws first, each with its count; then entries of count 0."""
     ordered = jnp.sort(draws, axis=-1)
     before = jnp.pad(ordered[..., :-1], [(0, 0)] * (draws.ndim - 1) + [(1, 0)], constant_values=-1)
     is_first = ordered != before

@@ -2,10 +2,10 @@
 
     messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
     chat = language.chat(tokenizer, messages)
-    chat.tokens, chat.learned       # learned: what the assistant says, its end of turn included
+    chat.tokens, chat.learned       # learned: the assistant's words, including the end of turn
 
-Templates are programs of strangers: they run in jinja2's immutable sandbox, within bounds of time
-and memory, with the names and filters that transformers gives them.
+Templates are untrusted programs: they run in jinja2's immutable sandbox, with bounds on time and
+memory, and with the names and filters that transformers gives them.
 """
 
 import datetime
@@ -30,7 +30,7 @@ Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 
 
 class Chat(NamedTuple):
-    """A conversation: `tokens` int32 `[L]`, and `learned` bool `[L]`, True on the assistant's."""
+    """A conversation: `tokens` int32 `[L]`; `learned` bool `[L]`, the assistant's tokens."""
 
     tokens: np.ndarray
     learned: np.ndarray
@@ -41,21 +41,21 @@ def chat(
     messages: Sequence[Message],
     variables: Mapping[str, Any] = MappingProxyType({}),
 ) -> Chat:
-    """The tokens of a conversation, and which of them the assistant says.
+    """The tokens of a conversation, and which of them are the assistant's.
 
     If the template marks the assistant's words (`{% generation %}`), those are learned. Otherwise
-    each assistant message is whatever its rendering adds to the prompt for it, so its end of turn
-    is learned and the header before it is not. Text on either side of a border is encoded
-    separately, so no token is learned in part.
+    an assistant message is the text that its rendering adds to the prompt for it, so its end of
+    turn is learned and the header before it is not. Text on the two sides of a boundary is encoded
+    separately, so no token is partly learned.
 
     Args:
-      tokenizer: with a `chat_template`.
+      tokenizer: a tokenizer with a `chat_template`.
       messages: `{"role": ..., "content": ...}`, in order.
-      variables: further ones of the template, as its authors name them (`{"tools": [...]}`).
+      variables: further variables of the template, as its authors name them (`{"tools": [...]}`).
 
     Raises:
-      ValueError: if there is no template, it raises, or it rewrites what came before a reply (then
-        no part of the text is the reply's alone).
+      ValueError: if there is no template, the template raises an error, or it rewrites the text
+        before a reply (no part of the text then belongs to the reply alone).
     """
     marked = _rendered(tokenizer, messages, variables, prompts=False)
     if any(is_learned for _, is_learned in marked):
@@ -75,7 +75,7 @@ def chat_prompt(
     messages: Sequence[Message],
     variables: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """The text that asks for the assistant's next words, as the template writes it.
+    """The text that prompts the assistant's next reply, as the template writes it.
 
     Args and errors are those of `chat`.
     """
@@ -94,7 +94,7 @@ def chat_text(
 def _by_prefixes(
     tokenizer: Tokenizer, messages: Sequence[Message], variables: Mapping[str, Any], whole: str
 ) -> list[tuple[str, bool]]:
-    """The pieces of the whole text, each reply found between two renderings of its beginning."""
+    """The pieces of the whole text, with each reply found by comparing two renderings."""
     pieces: list[tuple[str, bool]] = []
     written = ""
     for i, message in enumerate(messages):
@@ -134,7 +134,7 @@ def _rendered(
             "the tokenizer has no chat template. Give lines with 'prompt' and 'completion', or a "
             "folder with chat_template.jinja."
         )
-    mark = secrets.token_hex(8)  # which no message can know
+    mark = secrets.token_hex(8)  # no message can know it
     environment = _environment()
     environment.globals |= {"raise_exception": _raise, "strftime_now": _now, _MARK: mark}
     given = {**tokenizer.special, **variables}
@@ -152,7 +152,7 @@ def _rendered(
 
 _MARK = "kdtl_jax_mark"
 _LONGEST = 50_000  # characters of a template
-_WIDEST = 100  # of a date's format, and of what stands between the parts of JSON
+_WIDEST = 100  # characters of a date's format, and between the parts of JSON
 
 
 def _environment() -> Sandbox:
@@ -173,7 +173,7 @@ def _compiled(template: str) -> CodeType:
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}`: what the assistant says, between two marks."""
+    """`{% generation %}...{% endgeneration %}`: the assistant's words, between two marks."""
 
     tags = {"generation"}
 
@@ -201,7 +201,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """transformers' filter: letters beyond ASCII stay, nothing is escaped for HTML."""
+    """transformers' filter: keeps letters beyond ASCII and escapes nothing for HTML."""
     widths = [len(x) if isinstance(x, str) else x for x in (indent or 0, *(separators or ()))]
     if any(width > _WIDEST for width in widths):
         raise ValueError(f"tojson with more than {_WIDEST} characters between its parts")

@@ -1,4 +1,4 @@
-"""Records as documents: token ids, and which of them are learned."""
+"""Documents from records: token ids, and which of them are learned."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,9 +17,9 @@ class Document(NamedTuple):
 
     Attributes:
       tokens: int32 `[n]`.
-      learned: bool `[n]`, the tokens that are targets: all of a text, what the assistant says.
-      privileged: int32 `[m]`, what a self-distilling teacher reads before the prompt.
-      place: where it was read from, for messages.
+      learned: bool `[n]`, the tokens that are targets: all of a text, or the assistant's.
+      privileged: int32 `[m]`, the tokens that a self-distilling teacher reads before the prompt.
+      place: where the document was read from, for messages.
     """
 
     tokens: np.ndarray
@@ -35,7 +35,7 @@ def document(
     privileged: Sequence[int] | np.ndarray = (),
     place: str = "document",
 ) -> Document:
-    """Checked tokens of one text; all are learned unless `learned` says otherwise.
+    """Checks the tokens of one text; all are learned unless `learned` says otherwise.
 
     Raises:
       ValueError: if there is no token, an id does not fit, or the lengths differ.
@@ -56,17 +56,17 @@ def document(
 def documents(records: Iterable[Record], tokenizer: Tokenizer) -> Iterator[Document]:
     """Turns records into documents, lazily.
 
-    - `{"text"}` closes with the tokenizer's end token, and all of it is learned.
-    - Of `{"prompt", "completion"}` the completion with its end token is learned; as lists of
-      messages they are one conversation, of which the completion's replies are learned.
-    - `{"messages"}` goes through the tokenizer's chat template; what the assistant says is learned.
+    - `{"text"}` ends with the tokenizer's end token, and all of it is learned.
+    - In `{"prompt", "completion"}`, the completion and its end token are learned. If they are lists
+      of messages, they form one conversation, and the completion's replies are learned.
+    - `{"messages"}` is rendered by the tokenizer's chat template; the assistant's text is learned.
 
-    Text and prompts begin with the start token where the tokenizer itself adds one. `privileged` is
+    Texts and prompts begin with the start token if the tokenizer itself adds one. `privileged` is
     the record's `"privileged"` text, or else its last answer.
 
     Raises:
       ValueError: naming file and line, if a record has none of these forms, is empty, has nothing
-        to learn, or the chat template raises.
+        to learn, or the chat template raises an error.
     """
     for record in records:
         try:
@@ -89,7 +89,7 @@ def _document(record: Record, tokenizer: Tokenizer) -> Document | None:
         ids = tokenizer.encode(_text("text", value["text"]))
         if not ids and record.begins and record.ends:
             raise ValueError("'text' is empty")
-        if not ids:  # a piece of a byte order mark alone, say
+        if not ids:  # a piece with only a byte order mark, say
             return None
         return document([*first, *ids, *last], place=record.place)
     if "messages" in value or any(isinstance(value[n], list) for n in ("prompt", "completion")):
@@ -126,7 +126,7 @@ def _conversation(place: str, value: Mapping[str, Any], tokenizer: Tokenizer) ->
 
 
 def stretches(learned: np.ndarray) -> list[tuple[int, int]]:
-    """Where learned tokens stand together: `(first, after the last)`, ascending."""
+    """The runs of consecutive learned tokens: `(first, after the last)`, ascending."""
     steps = np.diff(np.concatenate([[0], learned.astype(np.int8), [0]]))
     starts, stops = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
     return list(zip(starts.tolist(), stops.tolist(), strict=True))
@@ -145,5 +145,5 @@ def _messages(value: Any) -> list[dict[str, Any]]:
         and all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in value)
     ):
         raise ValueError("messages must be a list of objects with a 'role', at least one")
-    # Readers of tables give every message every key.
+    # Readers of tables give each message all keys.
     return [{name: x for name, x in each.items() if x is not None} for each in value]

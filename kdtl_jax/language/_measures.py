@@ -1,4 +1,4 @@
-"""How like its teacher a language model is, on a text: token by token, logits in chunks."""
+"""How closely a language model follows its teacher on a text: token by token, logits in chunks."""
 
 from typing import Any, NamedTuple
 
@@ -13,10 +13,10 @@ from kdtl_jax.language._terms import CHUNK
 class Fidelity(NamedTuple):
     """Means over learned tokens, at temperature 1, in nats.
 
-    `nats` and `teacher_nats`: `-log p(next token)`. `forward_kl` is KL(teacher || student),
-    `reverse_kl` KL(student || teacher). `agreement`: both have one most likely token. `overlap`:
-    `sum_v min(p_S, p_T)`, 1 minus the total variation. `entropy`, `teacher_entropy`: of the
-    distributions.
+    `nats` and `teacher_nats` are `-log p(next token)`. `forward_kl` is KL(teacher || student), and
+    `reverse_kl` is KL(student || teacher). `agreement` is the share of tokens at which both have
+    the same most likely token. `overlap` is `sum_v min(p_S, p_T)`, 1 minus the total variation.
+    `entropy` and `teacher_entropy` are those of the distributions.
     """
 
     nats: Mean
@@ -41,10 +41,10 @@ def fidelity(
     """Compares two models' outputs on the same tokens; nothing is differentiated.
 
     Args:
-      student, teacher: outputs of `language.model`'s functions, hidden states `[B, L, *]`.
-      targets, where: `[B, L]`, of `next_tokens`.
-      vocabulary: how many token ids there are, where a table has more rows; None: all.
-      chunk_size: tokens whose logits exist at a time.
+      student, teacher: outputs of functions from `language.model`, hidden states `[B, L, *]`.
+      targets, where: `[B, L]`, from `next_tokens`.
+      vocabulary: the number of token ids, if a table has more rows; None means all rows.
+      chunk_size: number of tokens whose logits exist at a time.
     """
     heads: Any = student["head"], teacher["head"]
 

@@ -10,13 +10,13 @@
 | `sft` | the data's | cross-entropy |
 | `kd` | the data's | divergence, forward KL |
 | `seqkd` | the teacher's | cross-entropy |
-| `gkd` | the student's in a share of the steps, else the data's | generalized JSD |
+| `gkd` | the student's in a share of the steps, otherwise the data's | generalized JSD |
 | `opd` | the student's | reverse KL, exact at every position |
-| `opd_sampled` | the student's | reverse KL from the sampled tokens alone |
+| `opd_sampled` | the student's | reverse KL from the sampled tokens only |
 | `minillm` | the student's | reverse KL of whole sequences |
 | `self_` | the student's | reverse KL to the weights it started from, given a privileged prompt |
-| `self_ema` | the student's | the same, the teacher following the student |
-| `qad` | the data's | forward KL of the quantized student to its full precision |
+| `self_ema` | the student's | the same, with a teacher that follows the student |
+| `qad` | the data's | forward KL of the quantized student to its full-precision self |
 """
 
 from collections.abc import Callable, Sequence
@@ -37,25 +37,25 @@ from kdtl_jax.train import Step, TrainState, mean_teachers
 
 
 class Setup(NamedTuple):
-    """What a method is built from.
+    """The arguments of a method.
 
     Attributes:
-      student: the decoder that is trained.
+      student: the decoder to train.
       tx: the optimizer.
-      teacher: the decoder of the step's `teacher_params`; None is the student's.
+      teacher: the decoder of the step's `teacher_params`; None means the student's.
       weights: function from the trained parameters to the student's (see `model`).
-      trainable: selector over what is trained.
-      prompt: columns of the prompt, for methods that sample.
-      divergence: None is the method's own.
-      vocabulary: how many token ids there are, where the two tables differ in their padding: what
-        lies beyond is neither sampled nor part of a distribution. None: all rows.
-      task: weight of the cross-entropy with the data beside a divergence on the data.
-      share: of GKD's steps that learn from the student's samples, in [0, 1].
-      beta: of GKD's divergence.
-      decay: of the teacher that follows the student (EMA).
-      temperature, top_k, top_p, stop_tokens: of sampling; losses are at temperature 1.
-      microbatches: parts of a batch.
-      chunk_size: tokens whose logits exist at a time.
+      trainable: selector of the parameters to train.
+      prompt: number of columns of the prompt, for methods that sample.
+      divergence: the divergence to use; None means the method's own.
+      vocabulary: the number of token ids, if the two tables differ in their padding: ids beyond it
+        are neither sampled nor part of a distribution. None means all rows.
+      task: weight of the cross-entropy with the data, added to a divergence on the data.
+      share: share of GKD's steps that learn from the student's samples, in [0, 1].
+      beta: the parameter of GKD's divergence.
+      decay: decay of the teacher that follows the student (EMA).
+      temperature, top_k, top_p, stop_tokens: options of sampling; losses are at temperature 1.
+      microbatches: the number of parts that a batch is split into.
+      chunk_size: number of tokens whose logits exist at a time.
     """
 
     student: Decoder
@@ -106,7 +106,7 @@ def sft(setup: Setup) -> Learner:
 
 
 def kd(setup: Setup) -> Learner:
-    """A divergence to the teacher on the data, forward KL by default.
+    """A divergence from the teacher on the data, forward KL by default.
 
     References:
       Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (1503.02531).
@@ -119,7 +119,7 @@ def seqkd(setup: Setup) -> Learner:
 
     References:
       Kim and Rush, Sequence-Level Knowledge Distillation, 2016 (1606.07947), who take the mode by
-      beam search; samples are what large models are distilled from today.
+      beam search; large models are now distilled from samples.
     """
     step = _step(setup, _cross_entropy(setup), {"task": 1.0}, teacher=None)
     draw = _draw(setup, _teacher_decoder(setup))
@@ -127,7 +127,7 @@ def seqkd(setup: Setup) -> Learner:
 
 
 def gkd(setup: Setup) -> Learner:
-    """Generalized JSD on the student's samples in `share` of the steps, on the data in the others.
+    """Generalized JSD, on the student's samples in `share` of the steps and on the data in others.
 
     References:
       Agarwal et al., On-Policy Distillation of Language Models, 2023 (2306.13649).
@@ -150,7 +150,7 @@ def opd(setup: Setup) -> Learner:
 
 
 def opd_sampled(setup: Setup) -> Learner:
-    """`opd` from the log-probabilities of the sampled tokens alone: unbiased, with more
+    """`opd` from only the log-probabilities of the sampled tokens: unbiased, with more
     variance."""
     terms = _terms.sampled_reverse_kl(chunk_size=setup.chunk_size)
     step = _step(setup, terms, {"kd": 1.0}, teacher=_teacher(setup))
@@ -158,7 +158,7 @@ def opd_sampled(setup: Setup) -> Learner:
 
 
 def minillm(setup: Setup) -> Learner:
-    """Reverse KL of whole sequences: a token's effect on later tokens counts, too.
+    """Reverse KL of whole sequences: a token's effect on later tokens counts too.
 
     References:
       Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2023 (2306.08543).
@@ -172,14 +172,13 @@ def minillm(setup: Setup) -> Learner:
 
 
 def self_(setup: Setup) -> Learner:
-    """The student's initial weights are its teacher, with a privileged prompt, on the student's
-    samples.
+    """Reverse KL, on the student's samples, to its own initial weights given a privileged prompt.
 
     `inputs["privileged"]` holds `tokens` and `segments` `[B, P']` of the teacher's prompt, at least
-    as wide as the student's, padded on the left.
+    as wide as the student's and padded on the left.
 
     References:
-      Zhao et al., Self-Distilled Reasoner (OPSD), 2026 (2601.18734), whose code takes the JSD at
+      Zhao et al., Self-Distilled Reasoner (OPSD), 2026 (2601.18734), whose code uses the JSD at
       beta 0.5; Shenfeld et al., Self-Distillation Enables Continual Learning (SDFT), 2026
       (2601.19897), which states the reverse KL.
     """
@@ -189,7 +188,7 @@ def self_(setup: Setup) -> Learner:
 
 
 def self_ema(setup: Setup) -> Learner:
-    """`self_` whose teacher is the moving average of the student. It takes no `teacher_params`."""
+    """`self_` with the student's moving average as the teacher. It takes no `teacher_params`."""
     terms = _divergence(setup, losses.reverse_kl)
     step = _step(setup, terms, {"kd": 1.0}, teacher=_itself(setup, setup.weights))
     step = mean_teachers.follow(step, decay=setup.decay)
@@ -197,7 +196,7 @@ def self_ema(setup: Setup) -> Learner:
 
 
 def qad(setup: Setup) -> Learner:
-    """Forward KL to the teacher, the student computing with quantized weights (`setup.weights`).
+    """Forward KL to the teacher of a student with quantized weights (`setup.weights`).
 
     References:
       Xin et al., Quantization-Aware Distillation for NVFP4 Inference Accuracy Recovery, 2026
@@ -223,15 +222,15 @@ def methods() -> tuple[LanguageMethod, ...]:
 
 
 def privileged(teacher: ModelFn, prompt: int) -> ModelFn:
-    """The teacher on its own prompt with the student's completion; outputs as if on the student's.
+    """The teacher on its own prompt with the student's completion; outputs in the student's places.
 
     Args:
       teacher: from `model`.
-      prompt: P, columns of the student's prompt.
+      prompt: P, the number of columns of the student's prompt.
 
     Returns:
-      A model function of inputs with an entry `"privileged"`; its hidden states and taps
-      `[B, L, width]` stand where the student's do, from the prompt's last column on.
+      A model function of inputs with an entry `"privileged"`; from the prompt's last column on, its
+      hidden states and taps `[B, L, width]` are at the same positions as the student's.
 
     Raises:
       ValueError: when called, if the privileged prompt is narrower than the student's.
@@ -281,7 +280,7 @@ def _step(setup: Setup, terms: TermsFn, weights: Any, *, teacher: ModelFn | None
 
 
 def distilled(setup: Setup, terms: TermsFn, teacher: ModelFn | None) -> Step:
-    """A step of `"kd"` terms, and of the cross-entropy with the data where that has a weight."""
+    """A step of `"kd"` terms, and of the cross-entropy with the data if that has a weight."""
     if not setup.task:
         return _step(setup, terms, {"kd": 1.0}, teacher=teacher)
     both = _terms.together(terms, _rollouts.of_data(_cross_entropy(setup)))
@@ -328,7 +327,7 @@ def _teacher(setup: Setup) -> ModelFn:
 
 
 def _itself(setup: Setup, weights: Weights) -> ModelFn:
-    """The student as its own teacher, told more."""
+    """The student as its own teacher, with a privileged prompt."""
     return privileged(_terms.model(_student_decoder(setup), weights), setup.prompt)
 
 

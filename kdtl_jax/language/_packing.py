@@ -1,8 +1,8 @@
-"""Documents as rows of tokens: one after another, packed by best fit, or one to a row.
+"""Documents as rows of tokens: one after another, packed by best fit, or one per row.
 
-Documents in one row are segments: attention and next tokens never cross from one to another. What
-may be attended (`segments`) and what is learned (`learned`) are different things, both by position:
-the padding token may well be the end token, and the end token that closes a document is learned.
+Documents in one row are segments: attention and next tokens never cross from one to another. The
+attention mask (`segments`) and the loss mask (`learned`) are separate, and both go by position: the
+padding token may equal the end token, and the end token that closes a document is learned.
 """
 
 import bisect
@@ -19,7 +19,7 @@ from kdtl_jax.language._documents import Document, stretches
 from kdtl_jax.language._terms import next_tokens
 from kdtl_jax.models import segment_positions
 
-WINDOW = 4096  # documents that are packed with one another
+WINDOW = 4096  # documents that are packed together
 TOGETHER = 1024  # rows that are stacked at a time
 
 
@@ -30,8 +30,8 @@ class Row(NamedTuple):
       tokens: int32 `[L]`.
       segments: int32 `[L]`, 0 for padding, else the document's number in its row.
       learned: bool `[L]`, whether the token at this position is a target.
-      privileged: tokens and segments `[L']` of a self-taught teacher's prompt, padded on the left,
-        or None.
+      privileged: tokens and segments `[L']` of the prompt of a self-distilling teacher, padded on
+        the left; or None.
       is_cut: whether the document was longer than its columns.
     """
 
@@ -43,19 +43,19 @@ class Row(NamedTuple):
 
 
 def concatenated(documents: Iterable[Document], length: int, *, prompt: int = 0) -> Iterator[Row]:
-    """One document after another, cut every `length` tokens; a short rest at the end is left out.
+    """One document after another, cut every `length` tokens; drops an incomplete last row.
 
-    The first token of a row is not predicted. Nothing is padded: the form for long texts.
+    The first token of a row is not predicted. Nothing is padded. This is the form for long texts.
 
     Args:
       documents: read as they are needed.
       length: tokens per row.
-      prompt: with `privileged`: a row's first `prompt` tokens after what stands before them in the
-        same document, at most as many tokens; 0 leaves it out.
+      prompt: if positive, `privileged` holds a row's first `prompt` tokens, preceded by at most as
+        many tokens that come before them in the same document.
 
     Raises:
-      TypeError: if length is not an integer.
-      ValueError: if it is below 2.
+      TypeError: if `length` is not an integer.
+      ValueError: if `length` is below 2.
     """
     _checks.count(2, length=length)
     tokens, learned, owner = np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(0, np.int64)
@@ -80,14 +80,14 @@ def concatenated(documents: Iterable[Document], length: int, *, prompt: int = 0)
 def packed(documents: Iterable[Document], length: int, *, window: int = WINDOW) -> Iterator[Row]:
     """Rows of `length` tokens, filled by best fit, longest first, among `window` documents.
 
-    Longer documents are split first, so that every learned token is learned exactly once. Rows are
-    the same for the same documents in the same order, and nothing is dropped that has something to
-    learn: the form for conversations of many lengths.
+    Longer documents are split first, so every learned token is learned exactly once. Rows are the
+    same for the same documents in the same order, and nothing with something to learn is dropped.
+    This is the form for conversations of many lengths.
 
     Args:
       documents: read as they are needed.
       length: tokens per row.
-      window: documents that may share rows; larger wastes less padding and takes more memory.
+      window: number of documents that may share rows; more needs less padding and more memory.
 
     Raises:
       ValueError: if a size is too small.
@@ -105,11 +105,11 @@ def packed(documents: Iterable[Document], length: int, *, window: int = WINDOW) 
 
 
 def after_prompts(documents: Iterable[Document], length: int, prompt: int) -> Iterator[Row]:
-    """One document to a row: its prompt ends with column `prompt`, padded on the left.
+    """One document per row: its prompt ends with column `prompt`, padded on the left.
 
-    The answer is the last stretch of learned tokens; what stands before it is the prompt, and is
-    not learned. A longer prompt loses its beginning, a longer answer its end. This is the form of
-    methods that sample from the prompt.
+    The answer is the last run of learned tokens; everything before it is the prompt and is not
+    learned. A prompt that is too long loses its beginning, and an answer its end. This is the form
+    for methods that sample from the prompt.
 
     Raises:
       ValueError: if the columns leave no room for either, or a document has no prompt or nothing
@@ -157,9 +157,9 @@ def joined_row(
 
 
 def split(of: Document, length: int) -> Iterator[Document]:
-    """A document in pieces of at most `length` tokens, those left out that teach nothing.
+    """A document in pieces of at most `length` tokens, without those that have nothing to learn.
 
-    A piece begins with the last token of the one before, so that every learned token but the
+    A piece begins with the last token of the one before, so every learned token except the
     document's first is learned exactly once, whatever the length.
     """
     for start in range(0, max(len(of.tokens) - 1, 1), length - 1):
@@ -175,7 +175,7 @@ def batch(rows: Iterable[Row]) -> dict[str, Any]:
     Raises:
       ValueError: if there are no rows.
     """
-    # A row by itself takes several times the room of its numbers: few of them are held at once.
+    # A single row takes several times the memory of its numbers, so few are held at once.
     parts: list[dict[str, Any]] = []
     few: list[dict[str, Any]] = []
     for row in rows:
@@ -191,7 +191,7 @@ def batch(rows: Iterable[Row]) -> dict[str, Any]:
 
 
 def _joined(join: Callable[[list[np.ndarray]], np.ndarray], of: list[dict[str, Any]]) -> Any:
-    """One batch of several: entry by entry, each let go as soon as it is joined."""
+    """One batch from several, entry by entry; each entry is freed as soon as it is joined."""
     joined: dict[str, Any] = {}
     for name in [*of[0]]:
         entries = [one.pop(name) for one in of]
@@ -212,7 +212,7 @@ def maxtext_batch(batch: Mapping[str, Any]) -> dict[str, Array]:
     """A token batch under MaxText's keys: `inputs` and `targets`, each with position and segment.
 
     All are int `[B, L]`. Targets are shifted by one; `targets_segmentation` is 0 where nothing is
-    learned, so that its `!= 0` is the loss mask.
+    learned, so `targets_segmentation != 0` is the loss mask.
     """
     segments = jnp.asarray(batch.get("segments", jnp.ones_like(batch["tokens"])))
     positions = segment_positions(segments)
@@ -228,9 +228,9 @@ def maxtext_batch(batch: Mapping[str, Any]) -> dict[str, Array]:
 
 
 def completion_mask(tokens: Array, *, padding: int | None, ends: Sequence[int] = ()) -> Array:
-    """Which tokens of sampled completions count, read off the ids: bool `[B, C]`.
+    """Which tokens of sampled completions count, determined from the ids: bool `[B, C]`.
 
-    For completions of other samplers, padded on the right. Where the padding is an end token, the
+    For completions from other samplers, padded on the right. If the padding is an end token, the
     first end token counts and nothing after it; otherwise trailing padding does not count.
 
     Args:
@@ -255,7 +255,7 @@ def completion_mask(tokens: Array, *, padding: int | None, ends: Sequence[int] =
 def _context(
     before: tuple[np.ndarray, np.ndarray] | None, ids: np.ndarray, own: np.ndarray, prompt: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What stands before a row in its first document, `prompt` tokens, and the row's prompt."""
+    """The `prompt` tokens before a row in its first document, and the row's prompt."""
     tokens, owner = (np.zeros(prompt, np.int32), own[:0]) if before is None else before
     is_before = np.zeros(prompt, np.int32)
     is_before[prompt - len(owner) :] = owner == own[0]
@@ -265,7 +265,7 @@ def _context(
 
 
 def _best_fit(documents: Sequence[Document], length: int) -> Iterator[Row]:
-    """Best fit decreasing: each document into the fullest row that still takes it."""
+    """Best fit decreasing: each document goes into the fullest row that still has room for it."""
     rows: list[list[Document]] = []
     free: list[tuple[int, int]] = []  # (columns left, row), ascending
     for found in sorted(documents, key=lambda x: -len(x.tokens)):

@@ -2,7 +2,7 @@
 
 A record is `{"text": ...}`, `{"messages": [...]}` or `{"prompt": ..., "completion": ...}`, where
 prompt and completion are texts or lists of messages. No file is held in memory, and the order is
-fixed: that of the paths, and of names within a folder.
+fixed: the order of the paths, and of names within a folder.
 """
 
 import codecs
@@ -19,19 +19,18 @@ PARQUET = (".parquet",)
 PLAIN = (".txt", ".md", ".text")
 COLUMNS = ("text", "messages", "prompt", "completion", "privileged", "tools")
 FORMS = "'text' nor 'messages' nor 'prompt' and 'completion'"
-MARK = b"\xef\xbb\xbf"  # which some editors write at the beginning of a file
-LONGEST = 16 * 2**20  # bytes of one line of JSON, whose objects may take twenty times as many
-PIECE = 2**20  # bytes of plain text that are one record
+MARK = b"\xef\xbb\xbf"  # the byte order mark, which some editors write at the start of a file
+LONGEST = 16 * 2**20  # bytes of one line of JSON; its objects may take twenty times as many
+PIECE = 2**20  # bytes of plain text in one record
 ROWS = 1024  # of a parquet file at a time
 
 Paths = str | Path | Sequence[str | Path]
 
 
 class Record(NamedTuple):
-    """One record, and where it stands.
+    """One record, and where it was read from.
 
-    A plain text may come in several pieces: `begins` is True for its first alone, `ends` for its
-    last.
+    A plain text may come in pieces: `begins` is True only for its first, `ends` only for its last.
     """
 
     place: str  # "data.jsonl: line 3"
@@ -41,10 +40,11 @@ class Record(NamedTuple):
 
 
 def text_files(paths: Paths) -> list[Path]:
-    """The files that paths mean: files as they are, and all files of a known kind in folders.
+    """The files at these paths: files themselves, and all files of a known kind in folders.
 
-    Known are .txt .text .md (plain text), .jsonl .ndjson .json (one object per line) and .parquet;
-    a file that is named is plain text if its kind is unknown. Hidden files are left out.
+    Known kinds are .txt .text .md (plain text), .jsonl .ndjson .json (one object per line) and
+    .parquet. A file of another kind that is named explicitly is read as plain text. Hidden files
+    are left out.
 
     Raises:
       FileNotFoundError: if a path does not exist, or a folder holds no such file.
@@ -77,15 +77,15 @@ def records(paths: Paths, between: tuple[float, float] = (0.0, 1.0)) -> Iterator
     A plain text is cut after a line end about every megabyte.
 
     Args:
-      paths: files and folders, as for `text_files`.
-      between: the part of every file that is read, as shares of its lines (JSON), rows (parquet)
-        or bytes (plain text, to the nearest line before): `(0, 0.95)` and `(0.95, 1)` are disjoint
-        and make up the whole.
+      paths: files and folders, as in `text_files`.
+      between: the part of every file to read, as shares of its lines (JSON), rows (parquet) or
+        bytes (plain text, rounded down to a line): `(0, 0.95)` and `(0.95, 1)` are disjoint and
+        together make up the whole.
 
     Raises:
-      FileNotFoundError: as `text_files`.
-      ImportError: for parquet without the package `pyarrow`.
-      ValueError: naming file and line, if text is not UTF-8, a line is no JSON object of a known
+      FileNotFoundError: as in `text_files`.
+      ImportError: for parquet, if the package `pyarrow` is not installed.
+      ValueError: naming file and line, if text is not UTF-8, a line is not a JSON object of a known
         form, or a parquet file cannot be read.
     """
     if not 0 <= between[0] <= between[1] <= 1:
@@ -101,13 +101,13 @@ def records(paths: Paths, between: tuple[float, float] = (0.0, 1.0)) -> Iterator
 
 
 def _cuts(size: int, between: tuple[float, float]) -> tuple[int, int]:
-    """The first and the last of `size` things; the first of all is never left out."""
+    """The first and the last of `size` items; the very first is never left out."""
     start, stop = (max(1, int(size * x)) if 0 < x < 1 else round(size * x) for x in between)
     return start, stop
 
 
 def _lines(content: BinaryIO, file: Path) -> Iterator[tuple[int, bytes]]:
-    """Number and bytes of every line that is not blank; lines end at newlines alone."""
+    """Number and bytes of every line that is not blank; lines end only at newlines."""
     number = 0
     while line := content.readline(LONGEST + 1):
         number += 1
@@ -152,13 +152,13 @@ def has_known_form(value: Mapping[str, Any]) -> bool:
 
 
 def _plain_text(file: Path, between: tuple[float, float]) -> Iterator[Record]:
-    """Pieces that end with a line, none of them held longer than it is used."""
+    """Pieces that end at a line end; none is held longer than it is used."""
     with file.open("rb") as content:
         size = file.stat().st_size
         start, stop = (_line_start(content, at, size) for at in _cuts(size, between))
         begins, at = start == 0, start
         content.seek(start)
-        decoder = codecs.getincrementaldecoder("utf-8")()  # a long line may be cut in a letter
+        decoder = codecs.getincrementaldecoder("utf-8")()  # a long line may be cut within a letter
         while at < stop:
             piece = content.read(min(PIECE, stop - at))
             if at + len(piece) < stop:
@@ -177,7 +177,7 @@ def _plain_text(file: Path, between: tuple[float, float]) -> Iterator[Record]:
 
 
 def _line_start(content: BinaryIO, at: int, size: int) -> int:
-    """The last beginning of a line up to a byte, or else of a letter."""
+    """The last start of a line up to a byte, or else of a letter."""
     if at in (0, size):
         return at
     back = min(at, PIECE)
@@ -229,7 +229,7 @@ def _record(place: str, value: Mapping[str, Any]) -> Record:
 
 
 def _values(pa: Any, batch: Any) -> Iterator[dict[str, Any]]:
-    """Its rows, one by one where they share texts that would take much room all at once."""
+    """The rows of a batch, one by one if shared texts would take much memory all at once."""
     once = _columnar.written_out(pa, batch.to_struct_array()) <= LONGEST
     for i in range(0, len(batch), len(batch) if once else 1):
         part = batch if once else batch.slice(i, 1)

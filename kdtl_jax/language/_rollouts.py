@@ -1,11 +1,11 @@
-"""Learning from samples: what a batch holds is continued by a model inside the compiled step.
+"""Learning from samples: a model continues the prompts of a batch inside the compiled step.
 
     draw = language.rollout(decoder, prompt=32, temperature=1.0)
     step = language.on_samples(train.make_step(...), draw, of_student)
 
-A row's first `prompt` columns are its prompt, padded on the left; the rest is its completion, of
-which a rollout keeps only the length. The tokens are constants: nothing is differentiated through
-the sampling.
+A row's first `prompt` columns are its prompt, padded on the left; the rest is its completion, which
+a rollout replaces by one of the same length. The tokens are constants: sampling is not
+differentiated.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from kdtl_jax.train import Batch, Step, TrainState
 Tokens = dict[str, Any]
 Rollout = Callable[[Params, Any, Array], Tokens]  # (parameters, token batch, key) -> token batch
 Choice = Callable[[TrainState, Any], Params]  # (state, teacher_params) -> parameters that sample
-_APART = 2**31 - 1  # the sampler's key is folded with a number that no microbatch has
+_APART = 2**31 - 1  # folded into the sampler's key; no microbatch has this number
 
 
 def rollout(
@@ -41,18 +41,18 @@ def rollout(
 
     Args:
       decoder: the model that samples.
-      prompt: columns of the prompt, at least 1; the row's other columns are sampled.
-      temperature, top_k, top_p: as for `sample`.
+      prompt: number of columns of the prompt, at least 1; the other columns are sampled.
+      temperature, top_k, top_p: as in `sample`.
       stop_tokens: a completion ends with one of these.
 
     Returns:
-      The function. What it returns has the shape of the row, `learned` on sampled tokens,
-      `log_probs` `[B, L]`, the sampler's, 0 elsewhere, and `is_drawn` bool `[B]`. A row whose
-      prompt is padding alone is padding to its end. Of several texts in a prompt the last is
-      continued, and the others become padding; so do they in `privileged`, if there is one.
+      The function. Its result has the shape of the rows, with `learned` true on sampled tokens, the
+      sampler's `log_probs` `[B, L]`, 0 elsewhere, and `is_drawn` bool `[B]`. A row whose prompt is
+      only padding stays padding. If a prompt holds more than one text, the last is continued and
+      the others become padding, also in `privileged`, if there is one.
 
     Raises:
-      ValueError: by the function, if the prompt leaves no column to sample.
+      ValueError: when called, if the prompt leaves no column to sample.
     """
 
     def draw(params: Params, tokens: Any, key: Array) -> Tokens:
@@ -64,7 +64,7 @@ def rollout(
         if "segments" in tokens:
             mask = _last_text(jnp.asarray(tokens["segments"])[:, :prompt])
         is_row = jnp.any(mask, axis=1, keepdims=True)
-        # A row of padding alone still needs a token to be run.
+        # A row of only padding still needs a token to run.
         mask = mask.at[:, -1].set(mask[:, -1] | ~is_row[:, 0])
         samples = sample(
             decoder,
@@ -101,17 +101,17 @@ def rollout(
 
 
 def of_student(state: TrainState, teacher_params: Any) -> Params:
-    """What is trained."""
+    """Sampling by the student: the parameters being trained."""
     return state.params
 
 
 def of_teacher(state: TrainState, teacher_params: Any) -> Params:
-    """What it learns from."""
+    """Sampling by the teacher."""
     return teacher_params
 
 
 def of_data(terms: TermsFn) -> TermsFn:
-    """The terms on what a step takes from the data; nothing counts where rows were sampled."""
+    """The terms on the data only; rows that were sampled do not count."""
 
     def on_data(inputs: Inputs) -> dict[str, Any]:
         given = inputs.batch["inputs"]
@@ -132,14 +132,14 @@ def on_samples(
 
     Args:
       step: from `train.make_step`.
-      draw: from `rollout`; a state whose parameters are not the decoder's (an adapter's, say) needs
-        a `choice` that makes them so.
+      draw: from `rollout`. If the state's parameters are not the decoder's (an adapter's, say),
+        `choice` must convert them.
       choice: `of_student`, `of_teacher`, or a function of state and teacher.
-      share: of the steps that learn from samples; the others learn from the data as it is (GKD's
-        lambda), in [0, 1].
+      share: the share of steps that learn from samples (GKD's lambda), in [0, 1]; the others learn
+        from the data.
 
     Raises:
-      ValueError: if share lies outside [0, 1].
+      ValueError: if `share` is outside [0, 1].
     """
     _checks.scalar(share=share)
     _checks.within(0, 1, share=share)
@@ -170,7 +170,7 @@ def _told(privileged: Any) -> Tokens:
 
 
 def _last_text(segments: Array) -> Array:
-    """Where the last text of each row stands: bool `[B, P]`."""
+    """The positions of the last text of each row: bool `[B, P]`."""
     place = jax.lax.broadcasted_iota(jnp.int32, segments.shape, 1)
     last = jnp.max(jnp.where(segments > 0, place, 0), axis=1, keepdims=True)
     return (segments > 0) & (segments == jnp.take_along_axis(segments, last, axis=1))

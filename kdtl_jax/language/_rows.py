@@ -8,7 +8,7 @@
 
     source = data.stream(read, len(arrays["tokens"]), 16, key=key)
 
-The source's order is a function of key and step, over all rows, however many there are.
+The source's order depends only on key and step, and covers all rows, however many there are.
 """
 
 import math
@@ -26,17 +26,17 @@ FORMAT, RECORD = 1, "rows.json"
 
 
 def write_rows(folder: str | Path, rows: Iterable[Row], *, made_from: Mapping[str, Any]) -> int:
-    """Writes rows, one file per array; nothing counts before all of them are there.
+    """Writes rows, one file per array; the folder is valid only once all are written.
 
-    A whole folder of the same `made_from` is kept as it is, and the rows are not asked for.
+    A complete folder with the same `made_from` is kept, and `rows` is not read.
 
     Args:
-      folder: made if it does not exist; another one's rows in it are replaced.
-      rows: of one shape, read as they are needed.
-      made_from: JSON that decides the rows: text, tokenizer, lengths.
+      folder: created if it does not exist; rows in it with another `made_from` are replaced.
+      rows: rows of one shape, read as they are needed.
+      made_from: JSON that determines the rows: text, tokenizer, lengths.
 
     Returns:
-      How many rows there are.
+      The number of rows.
 
     Raises:
       ValueError: if there are no rows, or their shapes differ.
@@ -79,7 +79,7 @@ def open_rows(folder: str | Path) -> dict[str, Any]:
     """The arrays `[N, ...]` of a token batch that `write_rows` wrote, memory-mapped.
 
     Raises:
-      ValueError: if the rows are not whole.
+      ValueError: if the rows are incomplete.
     """
     folder = Path(folder)
     known = _known(folder)
@@ -97,7 +97,7 @@ def open_rows(folder: str | Path) -> dict[str, Any]:
 
 
 def _known(folder: Path) -> dict[str, Any] | None:
-    """The record of whole rows, or None."""
+    """The record of a complete folder, or None."""
     try:
         known = _files.read_sealed(folder / RECORD)
         rows, arrays = known["rows"], known["arrays"]
@@ -119,7 +119,7 @@ def _known(folder: Path) -> dict[str, Any] | None:
 
 
 def _by_path(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """A row's arrays by path: `trees.flatten` would take longer than writing them."""
+    """A row's arrays by path; `trees.flatten` would take longer than writing them."""
     found: dict[str, np.ndarray] = {}
     for name, entry in batch.items():
         if isinstance(entry, Mapping):

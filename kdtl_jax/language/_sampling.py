@@ -3,9 +3,9 @@
     samples = language.sample(model, params, prompts, keys=jax.random.split(key, len(prompts)),
                               length=64, temperature=0.7, top_p=0.95, stop_tokens=(2,))
 
-What is returned beside the tokens is the log-probability *under the distribution that was sampled
-from*, tempered and filtered: the number that importance ratios need. The model's own
-log-probability is another number; take it from a forward pass.
+The log-probabilities returned with the tokens are *under the distribution that was sampled from*,
+tempered and filtered, as importance ratios need them. The model's own log-probabilities are
+different numbers; compute them in a forward pass.
 """
 
 import math
@@ -24,8 +24,8 @@ from kdtl_jax.models import Cache, Decoder, init_cache
 class Samples(NamedTuple):
     """Sampled continuations.
 
-    `tokens` int32 `[B, N]`, 0 after the end; `mask` bool `[B, N]`, True on sampled tokens, the
-    terminating stop token among them; `log_probs` float32 `[B, N]` under the distribution that was
+    `tokens` int32 `[B, N]`, 0 after the end; `mask` bool `[B, N]`, True on sampled tokens,
+    including the final stop token; `log_probs` float32 `[B, N]` under the distribution that was
     sampled from, 0 where the mask is False.
     """
 
@@ -54,26 +54,27 @@ def sampling_log_probs(
     top_p: Scalar | None = None,
     min_p: Scalar | None = None,
 ) -> Array:
-    """Log-probabilities of the tempered and filtered distribution; -inf where a token is out.
+    """Log-probabilities of the tempered and filtered distribution; -inf for a dropped token.
 
-    In this order, each filter on the softmax of what the last one left:
+    The filters apply in this order, each to the softmax of the tokens that remain:
 
-    - `z = logits / temperature`; a temperature of 0 leaves the first largest logit alone (greedy);
-    - `top_k` keeps what is at least the k-th largest `z` (ties stay in);
+    - `z = logits / temperature`; a temperature of 0 keeps only the first largest logit (greedy);
+    - `top_k` keeps tokens with at least the k-th largest `z`, including ties;
     - `top_p` drops the smallest probabilities whose sum is at most `1 - top_p`, never the largest;
-    - `min_p` keeps what is at least `min_p` times the largest probability.
+    - `min_p` keeps tokens with at least `min_p` times the largest probability.
 
     Args:
       logits: `[..., vocabulary]`.
       temperature, top_k, top_p, min_p: a number, or an array of the logits' leading dimensions or
-        the first of them (one per example); None leaves a filter out.
+        the first of them (one per example); None skips a filter.
 
     Returns:
-      `[..., vocabulary]`, float32 or wider. The same filters in the same order as transformers'
-      and vLLM's; vLLM by default reports log-probabilities before temperature and filters instead.
+      `[..., vocabulary]`, float32 or wider. transformers and vLLM use the same filters in the same
+      order, but vLLM by default reports log-probabilities before temperature and filters.
 
     Raises:
-      ValueError: for a temperature below 0, `top_k` below 1, or `top_p` and `min_p` outside [0, 1].
+      ValueError: if the temperature is below 0, `top_k` is below 1, or `top_p` or `min_p` is
+        outside [0, 1].
     """
     z = _filtered(logits, temperature, top_k, top_p, min_p)
     return jax.nn.log_softmax(z, axis=-1)
@@ -103,7 +104,7 @@ def _filtered(
         one = jnp.where(is_first, jnp.zeros((), wide.dtype), -jnp.inf)
         return jnp.where(t > 0, wide / jnp.where(t > 0, t, 1), one)
 
-    # The largest is looked for where it is needed: that takes as long as a third of the draw.
+    # The largest is computed only if needed, since it takes a third as long as the draw.
     z = jax.lax.cond(jnp.all(t > 0), lambda: wide / t, greedy)
     if top_k is not None:
         _checks.within(1, float("inf"), top_k=top_k)
@@ -130,9 +131,9 @@ def _filtered(
 def _drawn(keys: Array, z: Array) -> tuple[Array, Array]:
     """One token from each row of logits `[B, V]`, and its log-probability: both `[B]`.
 
-    First one of about `sqrt(V)` blocks of tokens, then a token of it, each by a number that is
-    uniform: two random numbers a row, where a Gumbel for every token takes as long as a small model
-    does. In one step the number's 23 bits would be few for a large vocabulary.
+    Draws one of about `sqrt(V)` blocks of tokens, then a token of that block, each by a uniform
+    number. That is two random numbers per row, whereas a Gumbel for every token takes as long as a
+    small model. In a single draw, a number's 23 bits would be too few for a large vocabulary.
     """
     vocabulary = z.shape[-1]
     top = jnp.max(z, axis=-1, keepdims=True)
@@ -149,9 +150,9 @@ def _drawn(keys: Array, z: Array) -> tuple[Array, Array]:
 
 
 def _chosen(mass: Array, at: Array) -> Array:
-    """Where a share `at` `[B, 1]` of the mass `[B, n]` is passed, never where there is none.
+    """The index at which the share `at` `[B, 1]` of the mass `[B, n]` is reached; it has mass.
 
-    Sums up to neighbors may differ by rounding alone, hence the question whether there is mass.
+    Cumulative sums of neighbors may differ only by rounding, so the mass itself is checked.
     """
     cumulative = jnp.cumsum(mass, axis=-1)
     passed = (mass > 0) & (cumulative > at * cumulative[:, -1:])
@@ -175,28 +176,29 @@ def sample(
     stop_tokens: Sequence[int] = (),
     cache_dtype: Any = jnp.float32,
 ) -> Samples:
-    """Continues every prompt by up to `length` tokens, through a cache of keys and values.
+    """Continues every prompt by up to `length` tokens, using a key-value cache.
 
-    Jit it with `model`, `length` and `stop_tokens` closed over: everything else may be traced. The
-    loop ends when every row has stopped. A row's sample depends on its prompt and its key alone,
-    not on what else is in the batch.
+    Jit it with `model`, `length` and `stop_tokens` closed over; everything else may be traced. The
+    loop ends when every row has stopped. A row's sample depends only on its prompt and its key, not
+    on the rest of the batch.
 
     Args:
       model: `models.decoder(config)`.
       params: its parameters.
       prompts: int `[B, P]`, padded on either side.
       keys: typed PRNG keys `[B]`, one per row.
-      length: N, the most tokens to sample.
-      prompt_mask: bool `[B, P]`, True on real tokens; None means that all are. Every row needs one.
+      length: N, the largest number of tokens to sample.
+      prompt_mask: bool `[B, P]`, True on real tokens, at least one per row; None means that all
+        are real.
       temperature, top_k, top_p, min_p: as in `sampling_log_probs`, numbers or `[B]`.
       stop_tokens: a row ends after one of these; the token itself is part of the sample.
-      cache_dtype: of the cached keys and values.
+      cache_dtype: dtype of the cached keys and values.
 
     Returns:
       `Samples`.
 
     Raises:
-      ValueError: if shapes do not fit, or a prompt is empty (where the mask is concrete).
+      ValueError: if shapes do not fit, or a prompt is empty (checked if the mask is concrete).
       TypeError: if prompts are not integers, or the mask is not bool.
     """
     _checks.integers(prompts=prompts)

@@ -1,10 +1,10 @@
-"""Where chat templates run: jinja2's immutable sandbox, with bounds on time and memory.
+"""The sandbox of chat templates: jinja2's immutable one, with bounds on time and memory.
 
-The sandbox keeps a template from reaching out; it does not keep one from looping for hours or from
-making a text of terabytes. Here everything that a template does is paid for out of one sum: each
-pass of a loop by the nodes of its body, each value by its length, each filter, method and
-comparison by what it reads. What would be longer than any conversation is refused before it is
-made, and what is nested or shared so that printing it takes ages is refused when it is built.
+jinja2's sandbox keeps a template from reaching outside; it does not keep one from looping for hours
+or from making a text of terabytes. Here everything that a template does is charged to one budget:
+each pass of a loop by the nodes of its body, each value by its length, and each filter, method and
+comparison by what it reads. A value longer than any conversation is refused before it is made, and
+a value so nested or shared that printing it would take ages is refused when it is built.
 """
 
 import functools
@@ -22,14 +22,14 @@ from jinja2.tests import TESTS
 from jinja2.utils import Namespace
 
 PASSES = 20_000  # of loops, macros and blocks, in one rendering
-WORK = 32 * 2**20  # in characters: what all that a rendering does may cost
-LONGEST = 8 * 2**20  # what one value may cost
-WIDEST = 100_000  # a number that is given to a filter or a method
+WORK = 32 * 2**20  # the largest total cost of a rendering, in characters
+LONGEST = 8 * 2**20  # the largest cost of one value
+WIDEST = 100_000  # the largest number that a filter or a method may be given
 BITS = 10_000  # of an integer
-ENTRY, NODE = 32, 64  # what an entry of a list and a node of the template cost
-_LAZY = 20_000  # entries that an iterator is taken to have
+ENTRY, NODE = 32, 64  # the cost of an entry of a list, and of a node of the template
+_LAZY = 20_000  # entries that an iterator is assumed to have
 
-# What these make is at most as long as what they are given, or of a few characters more.
+# The results of these are at most a few characters longer than their arguments.
 _ADDITIVE = {
     *("abs", "attr", "capitalize", "casefold", "copy", "count", "d", "default", "dictsort", "e"),
     *("encode", "endswith", "escape", "find", "first", "float", "forceescape", "get", "groupby"),
@@ -42,7 +42,7 @@ _ADDITIVE = {
     *("truncate", "unique", "upper", "values", "wordcount"),
     *TESTS,
 }
-# These look at entries, not into them.
+# These read entries, but not their contents.
 _SHALLOW = {
     *("attr", "copy", "count", "d", "default", "defined", "first", "get", "items", "keys", "last"),
     *("length", "list", "map", "mapping", "none", "reject", "rejectattr", "reverse", "select"),
@@ -55,7 +55,7 @@ _WIDE_FIELD = re.compile(r"\d{5}|\*|\{[^{}]*\{")  # in a format's text
 
 
 class _Generator(CodeGenerator):
-    """Python of a template that counts and weighs as it runs."""
+    """Generates a template's Python code, which counts passes and weighs values as it runs."""
 
     def _counter(self, name: str, *args: int) -> nodes.Call:
         numbers: list[nodes.Expr] = [nodes.Const(arg) for arg in args]
@@ -71,7 +71,7 @@ class _Generator(CodeGenerator):
 
     def visit_For(self, node: nodes.For, frame: Frame) -> None:
         node.body = self._count(node.body)
-        if node.test is not None:  # it runs for entries that no pass is made for
+        if node.test is not None:  # it also runs for entries that it excludes
             node.test = nodes.And(self._counter("tried", _nodes([node.test])), node.test)
         super().visit_For(node, frame)
 
@@ -139,7 +139,7 @@ _OPERATORS = {
 
 
 def _nodes(body: Iterable[nodes.Node]) -> int:
-    """How many nodes run in one pass of a body; bodies that are counted by themselves are not."""
+    """The number of nodes run in one pass of a body, without bodies that are counted separately."""
     found, waiting = 0, list(body)
     while waiting:
         node = waiting.pop()
@@ -164,13 +164,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
 
     def spend(self, cost: int) -> None:
-        """Pays for what is about to be done."""
+        """Pays for work that is about to be done."""
         self.work += cost
         if self.work > WORK:
             raise SecurityError("more work than any conversation asks for")
 
     def counted(self, size: int) -> str:
-        """Counts a pass of a body of so many nodes; the text of nothing."""
+        """Counts a pass of a body of `size` nodes; returns an empty text."""
         self.passes += 1
         if self.passes > PASSES:
             raise SecurityError(f"more than {PASSES:,} passes of its loops")
@@ -178,33 +178,33 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return ""
 
     def tried(self, size: int) -> bool:
-        """Pays for the condition of a loop; True."""
+        """Pays for the condition of a loop; returns True."""
         self.spend(NODE * size)
         return True
 
     def weighed(self, value: Any) -> Any:
-        """A value, paid for with all that is in it."""
+        """Returns a value after paying for it and its contents."""
         self.spend(weight(value))
         return value
 
     def compared(self, value: Any) -> Any:
-        """An operand of a comparison. Whether a key is in a mapping, a look tells."""
+        """An operand of a comparison. Looking up a key in a mapping is cheap."""
         self.spend(1 if isinstance(value, Mapping) else weight(value))
         return value
 
     def sliced(self, value: Any) -> Any:
-        """What a part is taken of."""
+        """A value that is sliced."""
         self.spend(_size(value))
         return value
 
     def printed(self, value: Any) -> Any:
-        """What `{{ }}` prints: of a container, a letter may take four."""
+        """A value printed by `{{ }}`: in a container, a letter may take four characters."""
         if not isinstance(value, str):
             self.spend(4 * weight(value))
         return value
 
     def concat(self, parts: Iterable[str]) -> str:
-        """The text of what was printed."""
+        """The printed text."""
         return "".join(self._paid(parts))
 
     def _paid(self, parts: Iterable[str]) -> Iterator[str]:
@@ -219,7 +219,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return "".join(texts)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """An operation whose result would not be too long."""
+        """An operation, if its result would not be too long."""
         numbers = [x for x in (left, right) if isinstance(x, int)]
         for number in numbers:
             _check_integer(number.bit_length())
@@ -244,7 +244,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         __self.spend(NODE)
         if isinstance(own, (str, bytes, int, float, list, tuple, dict)):
             __self._pay_call(getattr(method, "__name__", ""), (own, *args), kwargs)
-        elif not isinstance(__obj, Macro):  # whose body pays
+        elif not isinstance(__obj, Macro):  # a macro's body pays
             __self.spend(sum(map(weight, (*args, *kwargs.values()))))
         made = super().call(__context, __obj, *args, **kwargs)
         __self.spend(_size(made))
@@ -268,7 +268,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             yield entry
 
     def _pay_call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Pays for a filter, a test or a method, by what it reads and the most that it makes."""
+        """Pays for a filter, a test or a method, by what it reads and the most it can produce."""
         given = [*args, *kwargs.values()]
         for i, x in enumerate(given):
             if isinstance(x, int):
@@ -280,7 +280,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         cost = sum(weights)
         if name in ("format", "format_map"):
             cost = _check_format(next((x for x in args if isinstance(x, str)), ""), given)
-        elif name == "join" and len(given) > 1:  # either may be what stands between
+        elif name == "join" and len(given) > 1:  # either may be the separator
             cost += _entries(given[0]) * weights[1] + _entries(given[1]) * weights[0]
         elif name == "replace" and len(given) > 2 and isinstance(given[1], str):
             cost += str(given[0]).count(given[1]) * weights[2]
@@ -293,7 +293,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 def weight(value: Any) -> int:
-    """Its characters and entries with everything in them, however often it is in there.
+    """The characters and entries of a value, with everything in it, counting repetitions.
 
     Raises:
       SecurityError: above `LONGEST`.
@@ -319,7 +319,7 @@ def weight(value: Any) -> int:
 
 
 def _size(value: Any) -> int:
-    """Its characters or its entries, not what is in them."""
+    """The characters or entries of a value, without their contents."""
     if isinstance(value, (str, bytes)):
         return len(value)
     if isinstance(value, int):
@@ -343,7 +343,7 @@ def _check_integer(bits: int) -> None:
 
 
 def _check_format(text: str, given: Iterable[Any]) -> int:
-    """The most characters that a format makes: each field, the longest value and its width."""
+    """The most characters that a format can make: each field the longest value and its width."""
     if _WIDE_FIELD.search(text):
         raise SecurityError("a field of a format is too wide")
     widest = max(re.findall(r"\d+", text), key=int, default="0")

@@ -7,12 +7,13 @@ A batch of the step is `{"inputs": tokens}` where `tokens` is a token batch:
 - `learned` bool `[B, L]`: the tokens that are targets. Each is predicted one position earlier, in
   the same segment. This is the loss mask; `segments` is the attention mask.
 
-Padding may hold anything, even ids that are not tokens. Of the batch's `"weights"` `[B]` only zeros
-count here: such rows are left out, and every learned token of the others weighs the same.
+Padding may hold anything, even ids that are not tokens. In the batch's `"weights"` `[B]`, only
+zeros matter here: rows of weight 0 are left out, and every learned token of the others has the same
+weight.
 
-Outputs are `{"hidden": [B, L, width], "head": losses.Head}` and what is tapped. Every term is a
-`Mean`, so that sums and counts of microbatches, devices and padded rows add up to the whole batch
-exactly.
+Outputs are `{"hidden": [B, L, width], "head": losses.Head}` and the taps. Every term is a `Mean`,
+so sums and counts of microbatches, devices and padded rows add up exactly to those of the whole
+batch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ from kdtl_jax._types import Mean, ModelFn, Outputs, Params, PyTree
 from kdtl_jax.models import Decoder
 from kdtl_jax.objective import Inputs, TermsFn
 
-CHUNK = 256  # tokens whose logits exist at a time
+CHUNK = 256  # number of tokens whose logits exist at a time
 Divergence = Callable[[Array, Array], Array]  # [n, V], [n, V] -> [n]
 Weights = Callable[[Params], Params]
 
@@ -46,15 +47,15 @@ def model(
 
     Args:
       decoder: `models.decoder(config)`, or a pretrained one's `.model`.
-      weights: from what is trained to the decoder's parameters, run inside the step: an adapter's
-        `lambda p: lora.apply(p.base, p.adapter)`, or a fake quantization.
-      taps: what else joins the outputs under its name: `r"layers_(2|5)"` are the outputs
-        `[B, L, width]` of two layers, `"tokens"` what enters the first,
-        `"layers_2/attention/probs"` a layer's attention `[B, heads, L, L]`; all of
+      weights: function from the trained parameters to the decoder's, run inside the step: an
+        adapter's `lambda p: lora.apply(p.base, p.adapter)`, or a fake quantization.
+      taps: values added to the outputs under their names: `r"layers_(2|5)"` for the outputs
+        `[B, L, width]` of two layers, `"tokens"` for the input of the first,
+        `"layers_2/attention/probs"` for a layer's attention `[B, heads, L, L]`; any name of
         `models.decoder(config).tap`.
 
     Raises:
-      ValueError: for a tap that matches nothing.
+      ValueError: if a tap matches nothing.
     """
     of = decoder.config
     every = (*models.tap_names(of), *models.attention_names(of), *models.unit_names(of))
@@ -81,10 +82,10 @@ def model(
 
 
 def next_tokens(batch: Mapping[str, Array]) -> tuple[Array, Array]:
-    """What each position predicts: `(targets int32 [B, L], where bool [B, L])`.
+    """The target of each position: `(targets int32 [B, L], where bool [B, L])`.
 
-    Position i predicts token i + 1 if both are of one segment, not padding, and `learned[i + 1]`;
-    the last position predicts nothing. Without `segments` a row is one text, without `learned`
+    Position i predicts token i + 1 if both are in one segment, not padding, and `learned[i + 1]`;
+    the last position predicts nothing. Without `segments`, a row is one text; without `learned`,
     every token is a target.
     """
     tokens = batch["tokens"]
@@ -131,7 +132,7 @@ def cross_entropy(*, chunk_size: int = CHUNK) -> TermsFn:
 def divergence(loss: Divergence, *, chunk_size: int = CHUNK) -> TermsFn:
     """The terms `{"kd": mean of loss(student logits, teacher logits)}` over learned tokens.
 
-    Both models give "hidden" `[B, L, D]`, of widths of their own, and their heads.
+    The outputs of both models are "hidden" `[B, L, D]`, each with its own width, and their heads.
 
     Args:
       loss: `losses.forward_kl`, `reverse_kl`, `jsd_normalized`, `skew_forward_kl`, … with its
@@ -161,7 +162,7 @@ def divergence(loss: Divergence, *, chunk_size: int = CHUNK) -> TermsFn:
 
 
 def together(*parts: TermsFn) -> TermsFn:
-    """The terms of several functions, none of which carries memory."""
+    """The terms of several functions, none of which has memory."""
 
     def terms(inputs: Inputs) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -176,10 +177,10 @@ def together(*parts: TermsFn) -> TermsFn:
 def sampled_reverse_kl(*, chunk_size: int = CHUNK) -> TermsFn:
     """The terms `{"kd": mean of -rho sg[log p_T(y) - log p_S(y)]}` over sampled tokens y.
 
-    `rho = p_S(y) / p_sampler(y)` carries the gradient: its expectation is that of the reverse KL
-    at every position, tokens before it constant. The batch's inputs hold `log_probs` of the
-    sampler, as a rollout gives them. Exact per-position KL has the same expectation and far less
-    variance; this is for teachers that only score tokens.
+    `rho = p_S(y) / p_sampler(y)` carries the gradient, whose expectation is that of the reverse KL
+    at every position, with the tokens before it constant. The batch's inputs hold the sampler's
+    `log_probs`, as returned by a rollout. The exact KL at each position has the same expectation
+    and far less variance; use this for teachers that only score tokens.
 
     Raises:
       ValueError: if `chunk_size` is below 1.
@@ -213,10 +214,10 @@ def policy_gradient(*, chunk_size: int = CHUNK) -> TermsFn:
     """REINFORCE with rewards-to-go: `{"long": mean of -rho_t sg[R_{t+1}]}` over sampled tokens.
 
     `R_{t+1}` is the mean of `log p_T - log p_S` over the row's sampled tokens after t (the paper's
-    length normalization), 0 at the last. It is MiniLLM's long part: with the exact reverse KL at
-    each position, the paper's single-step part, this is the gradient of its objective, without
-    mixing the teacher into the sampler and without clipping, which one update per sample does not
-    need.
+    length normalization), and 0 at the last. This is MiniLLM's long part. Added to the exact
+    reverse KL at each position (the paper's single-step part), it gives the gradient of MiniLLM's
+    objective, without mixing the teacher into the sampler, and without clipping, which is not
+    needed for one update per sample.
 
     References:
       Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2023 (2306.08543), eq. 5.

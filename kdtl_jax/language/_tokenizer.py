@@ -4,8 +4,8 @@
     ids = tokenizer.encode("The capital of France is")
     tokenizer.decode(ids)
 
-Text is encoded as it is: start and end tokens are added by who makes rows of it, by position, so
-that a padding id that equals the end token hides no end. Encoders read `framed` text.
+Text is encoded as it is. Start and end tokens are added by position when rows are made, so a
+padding id that equals the end token hides no end. Encoders read `framed` text.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ _END_TEXT = "<|endoftext|>"
 class Tokenizer(NamedTuple):
     """Text to ids and back.
 
-    `vocabulary` maps a token's text to its id and `size` is its number of ids (a model's table may
+    `vocabulary` maps a token's text to its id, and `size` is the number of ids (a model's table may
     have more rows). `bos`, `eos` and `pad` are ids or None; `adds_bos` says whether the tokenizer's
-    own rules begin a text with `bos`. `framed(text, length)` are at most `length` ids with the
+    own rules begin a text with `bos`. `framed(text, length)` gives at most `length` ids with the
     start and end tokens of those rules (`[CLS] … [SEP]`). `chat_template` is the folder's jinja2
-    text or None, for `chat`; `special` are the texts of special tokens that templates may name
-    (`"bos_token"`, …). Tokenizers of one `fingerprint` give the same ids.
+    text or None, for `chat`; `special` holds the texts of special tokens that templates may name
+    (`"bos_token"`, …). Tokenizers with the same `fingerprint` give the same ids.
     """
 
     encode: Callable[[str], list[int]]
@@ -49,7 +49,7 @@ class Tokenizer(NamedTuple):
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One id per byte of UTF-8, and an end token; `<|endoftext|>` in a text is bytes like others.
+    """One id per byte of UTF-8, and an end token; `<|endoftext|>` in a text is ordinary bytes.
 
     `byte_tokenizer().encode("é")` is `[195, 169]`. Bytes that are not UTF-8 are decoded as `"�"`.
     """
@@ -74,16 +74,16 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a folder's tokenizer.json, or that file.
+    """Reads a tokenizer.json, given the file or its folder.
 
-    Start, end and padding tokens are those of config.json, or else of tokenizer_config.json beside
-    it; the chat template that of chat_template.jinja, or else of tokenizer_config.json (of several
-    named ones, `default`).
+    Start, end and padding tokens come from config.json, or else from tokenizer_config.json beside
+    it. The chat template comes from chat_template.jinja, or else from tokenizer_config.json (of
+    several named ones, `default`).
 
     Raises:
       FileNotFoundError: if there is no tokenizer.json.
-      ImportError: without the package `tokenizers`.
-      ValueError: if a file is not what its name says.
+      ImportError: if the package `tokenizers` is not installed.
+      ValueError: if a file cannot be read as what its name says.
     """
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
@@ -112,7 +112,7 @@ def tokenizer(path: str | Path) -> Tokenizer:
     def id_of(name: str) -> int | None:
         found = config.get(f"{name}_token_id")
         found = next(iter(found), None) if isinstance(found, list) else found
-        # Below 0 is how some say that there is none.
+        # Some write a number below 0 for none.
         if isinstance(found, int) and not isinstance(found, bool) and found >= 0:
             if found >= 2**31:
                 raise ValueError(f"{file.parent / 'config.json'}: {name}_token_id is not a token.")
@@ -174,7 +174,7 @@ def _letters() -> list[str]:
 
 
 def _object(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file."""
+    """A JSON object; empty if there is no such file."""
     return _files.read_json(file) if file.is_file() else {}
 
 
