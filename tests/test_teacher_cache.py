@@ -172,7 +172,7 @@ MISMATCHES: dict[str, tuple[Any, str]] = {
     ),
     "taps": (
         lambda: expected(preprocessing={"mean": 1}, taps=("logits", "block/hidden")),
-        r"taps are missing: \['block/hidden'\] asked, the cache holds \['logits'\]",
+        r"taps are missing: \['block/hidden'\] requested, but the cache holds \['logits'\]",
     ),
     "k": (
         lambda: expected(preprocessing={"mean": 1}, top_k=4),
@@ -180,11 +180,11 @@ MISMATCHES: dict[str, tuple[Any, str]] = {
     ),
     "dtype": (
         lambda: expected(preprocessing={"mean": 1}, dtype=jnp.float16),
-        "dtype differ: float32 in the cache, float16 asked",
+        "dtype differ: float32 in the cache, float16 requested",
     ),
     "views": (
         lambda: expected(preprocessing={"mean": 1}, views=2, view_key=KEY),
-        "views differ: none in the cache, 2 of key 0 7 asked",
+        "views differ: none in the cache, 2 of key 0 7 requested",
     ),
 }
 

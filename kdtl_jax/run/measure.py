@@ -2,7 +2,7 @@
 
 Three separate sources: timing (`step_times`, `throughput`), the compiler's account of the
 program (`cost`, `memory`), and the machine's measured ceilings (`ceilings`: a large matmul, a large
-copy). `roofline` puts them together. Nothing here knows the back end: results are awaited with
+copy). `roofline` puts them together. Nothing here depends on the back end: results are awaited with
 `block_until_ready`, and what a back end does not report is None.
 """
 
@@ -31,9 +31,9 @@ class Distribution(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Work of one run as XLA's cost analysis counts it; None where the back end does not say.
+    """Work of one run as XLA's cost analysis counts it; None if the back end does not report it.
 
-    Bytes are those that every operation reads and writes, as if nothing stayed in a cache.
+    Bytes are those that every operation reads and writes, as if there were no caches.
     """
 
     flops: float | None
@@ -41,12 +41,12 @@ class Cost(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes of one run by the compiler's account, and the device's own peak so far."""
+    """Bytes of one run as the compiler reports, and the device's own peak so far."""
 
     arguments: int | None
-    outputs: int | None  # without those that reuse donated arguments
+    outputs: int | None  # excluding those that reuse donated arguments
     temporaries: int | None
-    device_peak: int | None  # of the whole process; None where the back end keeps no count
+    device_peak: int | None  # of the whole process; None if the back end does not track it
 
     def compiled(self) -> int | None:
         """Arguments, outputs and temporaries together."""
@@ -71,11 +71,11 @@ class Roofline(NamedTuple):
     compute: float  # seconds at the matmul ceiling
     bandwidth: float  # seconds at the copy ceiling
     bound: str  # "compute" or "bandwidth", whichever takes longer
-    fraction: float  # that bound over the measured seconds
+    fraction: float  # that bound divided by the measured seconds
 
 
 def compiled(run: Any, *args: Any) -> tuple[Any, float]:
-    """Compiles a jitted function for these arguments; also returns the seconds that it took.
+    """Compiles a jitted function for these arguments; also returns the seconds it took.
 
     With a persistent compilation cache, these are the seconds of a look-up.
     """
@@ -88,9 +88,9 @@ def step_times(once: Callable[[], Any], steps: int, *, warmup: int = 3) -> Distr
     """Seconds of single runs, each awaited before the next starts.
 
     Args:
-      once: starts one run and returns its arrays; a closure that carries its state along.
-      steps: runs that count.
-      warmup: runs before them.
+      once: starts one run and returns its arrays; a closure that keeps its own state.
+      steps: number of measured runs.
+      warmup: number of runs before them.
 
     Raises:
       ValueError: if `steps` is not positive.
@@ -134,7 +134,7 @@ def cost(program: Any) -> Cost:
     """FLOPs and bytes of a compiled program by XLA's own analysis."""
     try:
         found = program.cost_analysis()
-    except Exception:  # back ends raise errors of their own kinds where they have no analysis
+    except Exception:  # back ends without an analysis raise errors of their own
         found = None
     if isinstance(found, (list, tuple)):
         found = found[0] if found else None
@@ -175,7 +175,7 @@ def ceilings(dtype: Any = jnp.float32, *, quick: bool = False) -> Ceilings:
         best = _best(lambda x=x: matmul(x, x))
         flops = max(flops, 2 * n**3 / best)
     copy_bytes = 2**25 if quick else 2**28
-    add = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: no fresh pages to be mapped
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: no new pages to map
     while True:
         buffer = jnp.zeros((copy_bytes // 4,), jnp.float32)
 
@@ -192,7 +192,7 @@ def ceilings(dtype: Any = jnp.float32, *, quick: bool = False) -> Ceilings:
 
 
 def roofline(work: Cost, seconds: float, limits: Ceilings) -> Roofline | None:
-    """Where a run stands under the ceilings; None if its cost is not known.
+    """Where a run is relative to the ceilings; None if its cost is unknown.
 
     The bandwidth bound takes XLA's bytes as memory traffic. A program whose arrays stay in the
     caches is faster, and its fraction exceeds 1.

@@ -1,7 +1,7 @@
 """Scores that may not be finite: they are NaN, rank last and never win.
 
 The argmax of NaN is class 0, and comparisons with NaN are false. Code that turns logits into
-classes, counts right answers or picks the best of several goes through here.
+classes, counts correct answers or picks the best of several uses these functions.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def predicted(logits: Array) -> Array:
       logits: `[..., K]`. Classes masked with -inf are fine as long as one is finite.
 
     Raises:
-      ValueError: if K is 1: the largest of one is always the first.
+      ValueError: if K is 1, as the largest of one is always the first.
     """
     _checks.several_classes(logits=logits)
     broken = jnp.any(jnp.isnan(logits) | (logits == jnp.inf), -1) | jnp.all(logits == -jnp.inf, -1)
@@ -32,17 +32,17 @@ def predicted(logits: Array) -> Array:
 
 
 def accuracy(classes: Any, labels: Any) -> np.ndarray:
-    """The share of right `classes` `[..., N]`, `[...]`; NaN where any of them is -1."""
+    """The share of correct `classes` `[..., N]`, as `[...]`; NaN where any of them is -1."""
     classes = np.asarray(classes)
     share = (classes == np.asarray(labels)).mean(axis=-1)
     return np.where((classes == WRONG).any(axis=-1), np.nan, share)
 
 
 def ranked(values: Sequence[Any], *, minimize: bool = False) -> list[int]:
-    """Indices from best to worst, stable; what is not finite (or None) comes last.
+    """Indices from best to worst, stable; non-finite values and None come last.
 
     Args:
-      values: one number each, or numbers `[S]` of which the mean counts.
+      values: one number each, or numbers `[S]`, of which the mean is used.
       minimize: whether smaller is better.
     """
     means = [np.mean(np.asarray(value, np.float64)) for value in values]
@@ -52,6 +52,6 @@ def ranked(values: Sequence[Any], *, minimize: bool = False) -> list[int]:
 
 
 def best(values: Sequence[Any], *, minimize: bool = False) -> int | None:
-    """The index of the best value, the first of equal ones; None if none is finite."""
+    """The index of the best value, the first among equals; None if none is finite."""
     order = ranked(values, minimize=minimize)
     return order[0] if order and np.isfinite(np.mean(np.asarray(values[order[0]], float))) else None

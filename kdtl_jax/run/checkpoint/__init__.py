@@ -4,25 +4,25 @@ Orbax writes the arrays (in the background, every process its own shards) into a
 integrity manifest is added (SHA-256 of every file, the path, shape and dtype of every leaf, the
 folder and step it belongs to, and the caller's JSON `meta`), and a rename makes the step appear. A
 step without a valid manifest, with a file that does not match it, or from another folder is never
-restored: `restore` takes the newest whole step and says why it skipped the others.
+restored: `restore` takes the newest whole step and reports why it skipped the others.
 
     with checkpoint.open_folder(folder) as checkpoints:
         checkpoint.save(checkpoints, step, state, meta)
     restored = checkpoint.restore(folder, template=state)       # .state, .step, .meta, .skipped
 
-Leaves are found by their paths, never by position. Part of a state on request:
+Leaves are found by their paths, never by position. To restore part of a state:
 
     params = checkpoint.restore(folder, {"params": params}, only=r"params/.*").state["params"]
     state = checkpoint.restore(folder, state_of_another_optimizer, only=r"params/.*").state
 
-The best step by an evaluation instead of the newest (save where you evaluate):
+The best step by an evaluation, instead of the newest (save whenever you evaluate):
 
     with checkpoint.open_folder(folder, keep=checkpoint.newest_and_best(1, "error")) as checkpoints:
         loop.run(..., evaluate_every=100, save_every=100, stop=loop.no_improvement("error", 5))
     best = checkpoint.restore(folder, state, step=checkpoint.best(folder, "error"))
 
-Deliberately not here: exchanging models between programs (see safetensors), and choosing when to
-save (see the loop).
+Out of scope: exchanging models between programs (see safetensors), and choosing when to save (see
+the loop).
 """
 
 from kdtl_jax.run.checkpoint._restore import Restored as Restored

@@ -1,8 +1,8 @@
-"""The evaluations of a run, in one file per folder that grows by what is new.
+"""The evaluations of a run, in one append-only file per folder.
 
-A run hands over all its evaluations at every save. Repeated in every checkpoint they would take
-room, and time, that grow with the square of their number; so they are appended to a file beside the
-steps, and a step's manifest says how many bytes of it are its own, and their SHA-256.
+A run passes all its evaluations to every save. Repeated in every checkpoint, they would take space
+and time quadratic in their number. So they are appended to a file beside the steps, and a step's
+manifest records how many bytes of it belong to the step, and their SHA-256.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ class History:
 
 
 def open_history(folder: Path, known: Mapping[str, Any] | None) -> History:
-    """The history that the newest step's manifest names, to append to; a new one without."""
+    """The history that the newest step's manifest names, to append to; else a new one."""
     found = History()
     if known is not None:
         _extend(found, _content(folder, known).splitlines(keepends=True))
@@ -39,10 +39,10 @@ def open_history(folder: Path, known: Mapping[str, Any] | None) -> History:
 
 
 def append(history: History, folder: Path, step: int, lines: Sequence[Any]) -> dict[str, Any]:
-    """Writes the lines that the file lacks; what the manifest of `step` says of it.
+    """Writes the lines that the file lacks; returns the entry for the manifest of `step`.
 
-    Lines that do not go on where the file ends are those of a run that was rewound: they begin
-    another file, because older steps still need theirs.
+    Lines that do not continue the file come from a rewound run. They start another file, because
+    older steps still need theirs.
 
     Raises:
       TypeError: if a line is not JSON.
@@ -54,7 +54,7 @@ def append(history: History, folder: Path, step: int, lines: Sequence[Any]) -> d
     new = [_text(line) for line in lines[history.count :]]
     if new or not history.size:
         with (folder / history.file).open("r+b" if history.size else "wb") as file:
-            file.truncate(history.size)  # what a killed save left behind it
+            file.truncate(history.size)  # removes what a killed save left
             file.seek(history.size)
             file.write(b"".join(new))
             file.flush()
@@ -65,7 +65,7 @@ def append(history: History, folder: Path, step: int, lines: Sequence[Any]) -> d
 
 
 def read(folder: Path, known: Mapping[str, Any]) -> list[Any]:
-    """All lines up to a step, from what its manifest says.
+    """All lines up to a step, as recorded in its manifest.
 
     Raises:
       ValueError: with the reason, if they are missing or altered.
@@ -102,7 +102,7 @@ def _content(folder: Path, known: Mapping[str, Any]) -> bytes:
 
 
 def _begin(history: History, file: str) -> None:
-    """Makes it the empty history of another file."""
+    """Turns it into the empty history of a new file."""
     history.file, history.count, history.size, history.last = file, 0, 0, b""
     history.digest = hashlib.sha256()
 

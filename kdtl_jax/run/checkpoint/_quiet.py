@@ -1,4 +1,4 @@
-"""What Orbax prints beside an error that is raised anyway: pages of traceback that say no more."""
+"""Silences what Orbax prints in addition to a raised error: long tracebacks without more detail."""
 
 import contextlib
 import logging
@@ -12,7 +12,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def logs() -> Iterator[None]:
-    """Drops tracebacks that Orbax logs within the block, and what it says below a warning."""
+    """Drops tracebacks that Orbax logs within the block, and its messages below warnings."""
 
     def is_foreign(record: logging.LogRecord) -> bool:
         is_news = record.levelno >= logging.WARNING and not record.exc_info
@@ -27,11 +27,11 @@ def logs() -> Iterator[None]:
 
 
 def late_writes() -> None:
-    """From a failed save on: drops what its other writes, which outlive it, have to say.
+    """After a failed save: drops the messages of its other writes, which outlive it.
 
-    Their tasks are collected without having been read, and their threads find the event loop
-    closed, at any time later. Other errors are printed as before; a closed event loop, met within
-    asyncio alone, names no library, and is dropped whoever met it.
+    Their tasks are collected without being awaited, and their threads find the event loop closed,
+    at any later time. Other errors are printed as before. A closed event loop reported within
+    asyncio alone names no library, and is dropped whatever its origin.
     """
     logger = logging.getLogger("asyncio")
     if _is_read not in logger.filters:
@@ -48,7 +48,7 @@ def _is_read(record: logging.LogRecord) -> bool:
 
 
 def _is_orbax(path: str) -> bool:
-    """Of the package itself: a folder of one's own may be called orbax-runs."""
+    """Whether a file is in the package itself: a user's folder may be called orbax-runs."""
     return "orbax" in PurePath(path).parts
 
 

@@ -1,4 +1,4 @@
-"""Reading a checkpoint folder: which steps are whole, the newest and the best, leaves by path."""
+"""Reading a checkpoint folder: whole steps, the newest and the best one, and leaves by path."""
 
 import operator
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ class Restored(NamedTuple):
 
     `skipped` lists newer steps that were not whole, with the reason. If only a part was requested,
     `left` names the checkpoint's leaves that were not read, and `kept` the template's leaves that
-    stayed as they were.
+    were left unchanged.
     """
 
     state: PyTree
@@ -38,13 +38,13 @@ class Restored(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """What makes a step whole, its shape checked."""
+    """What makes a step whole, after checking its structure."""
 
     step: int
     folder: str  # the identity in the folder's mark
     owner: dict[str, str]
     meta: dict[str, Any]  # its evaluations are those of this step
-    history: dict[str, Any] | None  # all evaluations up to it
+    history: dict[str, Any] | None  # all evaluations up to this step
     leaves: list[dict[str, Any]]  # path, shape, dtype, entry
     files: dict[str, dict[str, Any]]  # bytes, sha256
 
@@ -71,7 +71,7 @@ def problem(folder: str | Path, step: int, owner: Mapping[str, str] | None = Non
 
 
 def best(folder: str | Path, name: str, *, minimize: bool = True) -> int:
-    """The whole step with the best evaluation, the first of equal ones.
+    """The whole step with the best evaluation, the first among equals.
 
     Args:
       folder: a folder that `open_folder` made.
@@ -80,7 +80,7 @@ def best(folder: str | Path, name: str, *, minimize: bool = True) -> int:
       minimize: whether smaller is better.
 
     Raises:
-      FileNotFoundError: if no whole step has a finite value, with every step's reason.
+      FileNotFoundError: if no whole step has a finite value, with the reason for every step.
     """
     folder = Path(folder)
 
@@ -99,7 +99,7 @@ def best(folder: str | Path, name: str, *, minimize: bool = True) -> int:
         if chosen is None:
             raise FileNotFoundError(
                 f"no step in {folder} has a finite {name!r} ({'; '.join(reasons) or 'no steps'}). "
-                "Save where you evaluate: save_every=evaluate_every."
+                "Save whenever you evaluate: save_every=evaluate_every."
             )
         return list(values)[chosen]
 
@@ -120,13 +120,13 @@ def restore(
       folder: a folder that `open_folder` made.
       template: a tree of arrays or `jax.ShapeDtypeStruct`s; its structure is authoritative, and
         each leaf is placed by the template leaf's sharding (any mesh, any number of processes).
-      step: take this step alone instead of the newest.
-      only: which leaves of the template are read; the others stay as they are, and the checkpoint
-        may hold more. None: all of them, and the checkpoint must hold exactly these.
-      owner: what `open_folder` was given; a step of another owner is refused. None skips the check.
+      step: restore this step instead of the newest.
+      only: which leaves of the template to read; the others stay unchanged, and the checkpoint
+        may hold more. None reads all of them, and the checkpoint must hold exactly these.
+      owner: as given to `open_folder`; a step of another owner is refused. None skips the check.
 
     Raises:
-      FileNotFoundError: if no step is whole, with every step's reason; or `step` does not exist.
+      FileNotFoundError: if no step is whole (with every step's reason) or `step` does not exist.
       TypeError: if `step` is not an integer.
       ValueError: if paths, shapes, dtypes or key types differ from the template, leaf by leaf.
     """
@@ -165,10 +165,10 @@ def restore(
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
-    """`{path: leaf}`; the full key path where two leaves share a canonical one (0 and "0").
+    """`{path: leaf}`; the full key path if two leaves share a canonical one (0 and "0").
 
     Raises:
-      ValueError: if two share that as well, as in a node that names two children alike.
+      ValueError: if two share that, too, as in a node with two children of one name.
     """
     pairs = jax.tree_util.tree_leaves_with_path(tree)
     short = trees.leaf_paths(tree)
@@ -180,7 +180,7 @@ def flatten(tree: PyTree) -> dict[str, Any]:
         whole = name if counts[name] == 1 else jax.tree_util.keystr(path)
         if whole in found:
             raise ValueError(
-                f"two leaves of the state have the path {whole!r}, and a checkpoint tells leaves "
+                f"two leaves of the state have the path {whole!r}, but a checkpoint tells leaves "
                 "apart by their paths. Rename one of them."
             )
         found[whole] = leaf
@@ -218,7 +218,7 @@ def read_manifest(home: Path) -> Manifest:
     """The manifest in a step's folder.
 
     Raises:
-      ValueError: with the reason, if it is missing, damaged, of another version or another shape.
+      ValueError: with the reason, if it is missing, damaged, malformed or of another version.
     """
     value = _files.read_sealed(home / MANIFEST)
     if value.get("format") != FORMAT:
@@ -293,7 +293,7 @@ def _problem(folder: Path, step: int, owner: Mapping[str, str] | None) -> str | 
 def _choose(
     folder: Path, step: int | None, owner: Mapping[str, str] | None
 ) -> tuple[int, list[tuple[int, str]]]:
-    """The newest whole step, and why newer ones are not."""
+    """The newest whole step, and why newer ones are not whole."""
     candidates = steps(folder)
     if step is not None:
         if step not in candidates:
@@ -318,7 +318,7 @@ def _chosen(template: PyTree, flat: Mapping[str, Any], only: trees.Selector) -> 
 def _compare(
     name: str, saved: Mapping[str, Any], flat: Mapping[str, Any], *, exactly: bool
 ) -> None:
-    """Refuses, leaf by leaf, where checkpoint and template differ."""
+    """Raises an error, leaf by leaf, if checkpoint and template differ."""
     wanted = {path: describe(path, leaf) for path, leaf in flat.items()}
     problems = [f"the checkpoint lacks {path!r}" for path in wanted if path not in saved]
     if exactly:
@@ -337,7 +337,7 @@ def _compare(
 
 
 def _read(home: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Entries of the file as the abstract arrays ask for them; others are not read."""
+    """Entries of the file as the abstract arrays specify; others are not read."""
     if not wanted:
         return {}
     arguments = ocp.args.PyTreeRestore(
@@ -350,7 +350,7 @@ def _read(home: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def _abstract(leaf: Any) -> Any:
-    """A template's leaf as Orbax wants it: a sharded abstract array, or a NumPy array."""
+    """A template's leaf as Orbax expects it: a sharded abstract array, or a NumPy array."""
     if _checks.is_key(leaf):
         data = jax.eval_shape(jax.random.key_data, leaf)
         placed = jax.random.key_data(leaf).sharding if isinstance(leaf, jax.Array) else None
@@ -368,7 +368,7 @@ def _default() -> jax.sharding.Sharding:
 def _as(leaf: Any, read: Any) -> Any:
     """What was read, in the template leaf's own type."""
     if _checks.is_key(leaf):
-        impl: list[Any] = []  # only a key or its tracer tells its kind, an abstract one does not
+        impl: list[Any] = []  # only a key or its tracer has an impl; an abstract one does not
         jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), leaf)
         return jax.random.wrap_key_data(read, impl=impl[0])
     if read is None:  # an array without elements

@@ -25,13 +25,13 @@ SAVING, DROPPED = ".saving-", ".dropped-"  # a step that is being written, or de
 
 
 class Saved(NamedTuple):
-    """A whole step in a folder, with its `meta`; of the evaluations there, those of this step."""
+    """A whole step in a folder, with its `meta`, whose evaluations are only those of this step."""
 
     step: int
     meta: Mapping[str, Any]
 
 
-Keep = Callable[[Sequence[Saved]], Sequence[int]]  # oldest first -> the steps that stay
+Keep = Callable[[Sequence[Saved]], Sequence[int]]  # oldest first -> the steps to keep
 
 
 class Checkpoints(NamedTuple):
@@ -94,13 +94,14 @@ def open_folder(
     Args:
       folder: a new or empty folder, or one made here. Processes of one `jax.distributed` run share
         it.
-      keep: which whole steps stay after each save; a step goes only once a newer one is whole.
+      keep: which whole steps to keep after each save; a step is deleted only once a newer one is
+        whole.
       owner: what the states belong to, such as `{"run": id, "method": "kd"}`; `restore` refuses
-        steps of another.
+        steps of any other owner.
 
     Raises:
       RuntimeError: if another run has the folder open.
-      ValueError: if it holds files that are not ours.
+      ValueError: if it holds foreign files.
       PermissionError: (or another OSError) if the folder cannot be written.
     """
     folder = Path(folder).absolute()
@@ -133,14 +134,14 @@ def save(
 
     Args:
       checkpoints: from `open_folder`.
-      step: the step's number from 0 on, its name in the folder.
+      step: the step's number, from 0; also its name in the folder.
       state: any pytree of arrays (typed PRNG keys, 0-d, bfloat16 and sharded ones included).
-      meta: JSON data that comes back with the state. A list `meta["evaluations"]` that grows from
+      meta: JSON data that is restored with the state. A list `meta["evaluations"]` that grows from
         save to save is written once, not with every step.
 
     Raises:
-      OSError: if this or the previous save failed (disk full, read-only); older steps are intact.
-      TypeError: if `step` is not an integer, a leaf not an array or a number, or `meta` not JSON.
+      OSError: if this or the previous save failed (disk full, read-only); older steps stay intact.
+      TypeError: if `step` is not an integer, a leaf is not an array or number, or `meta` not JSON.
       ValueError: if `step` is negative.
     """
     _checks.count(0, step=step)
@@ -196,7 +197,7 @@ def remove(folder: str | Path) -> list[str]:
     """Deletes a folder of checkpoints, or all such folders in a folder; nothing else.
 
     Returns:
-      What stays because it is not ours, by name.
+      The names of foreign files, which are kept.
     """
     folder = Path(folder)
     if folder.is_symlink():
@@ -215,7 +216,7 @@ def check_removable(folder: str | Path) -> None:
     For callers that save only at the end of long work.
 
     Raises:
-      ValueError: if it holds files that are not ours.
+      ValueError: if it holds foreign files.
       OSError: if it is not a folder.
     """
     folder = Path(folder)
@@ -226,7 +227,7 @@ def check_removable(folder: str | Path) -> None:
 
 
 def _begin(folder: Path, stack: contextlib.ExitStack) -> str:
-    """Locks and marks the folder, clears what a kill left there; returns its identity."""
+    """Locks and marks the folder, clears what a killed run left; returns its identity."""
     try:
         stack.enter_context(_locks.taken(folder, lambda: _files.check_free(folder, KIND)))
         identity = _files.claim(folder, KIND)
@@ -239,7 +240,7 @@ def _begin(folder: Path, stack: contextlib.ExitStack) -> str:
 
 
 def _whole(folder: Path) -> tuple[dict[int, Saved], _history.History]:
-    """In process 0: the whole steps, and the evaluations of the newest; others' are deleted."""
+    """In process 0: the whole steps, and the newest one's evaluations; other ones are deleted."""
     found, histories = {}, []
     for step in _restore.steps(folder):
         with contextlib.suppress(ValueError):
@@ -251,13 +252,13 @@ def _whole(folder: Path) -> tuple[dict[int, Saved], _history.History]:
     for path in folder.glob(_history.PATTERN):
         if path.name not in named:
             path.unlink()
-    with contextlib.suppress(ValueError):  # it was altered: the next save begins another
+    with contextlib.suppress(ValueError):  # it was altered: the next save starts another
         return found, _history.open_history(folder, histories[-1] if histories else None)
     return found, _history.History()
 
 
 def _of_step(lines: Sequence[Any], step: int) -> list[Any]:
-    """The last lines, those of this step; keep functions ask for these alone."""
+    """The last lines, those of this step; keep functions need only these."""
     first = len(lines)
     while first and isinstance(lines[first - 1], Mapping) and lines[first - 1].get("step") == step:
         first -= 1
@@ -267,7 +268,7 @@ def _of_step(lines: Sequence[Any], step: int) -> list[Any]:
 def _make_room(
     checkpoints: Checkpoints, step: int, stored: Mapping[str, Any], lines: list[Any] | None
 ) -> dict[str, Any] | None:
-    """In process 0: what the step replaces moves aside, its evaluations and folder are made."""
+    """In process 0: moves aside what the step replaces; makes its evaluations and folder."""
     folder = checkpoints.folder
     try:
         needed = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in stored.values())
@@ -306,7 +307,7 @@ def _finish(checkpoints: Checkpoints, step: int, manifest: dict[str, Any]) -> No
         _files.sync_folder(folder)
     except Exception as error:
         if jax.process_index() == 0:
-            shutil.rmtree(part, ignore_errors=True)  # a full disk needs the room
+            shutil.rmtree(part, ignore_errors=True)  # a full disk needs the space
         raise _failed(folder, step, error) from error
     checkpoints.saved[step] = Saved(step, manifest["meta"])
     saved = [checkpoints.saved[s] for s in sorted(checkpoints.saved)]
@@ -318,7 +319,7 @@ def _finish(checkpoints: Checkpoints, step: int, manifest: dict[str, Any]) -> No
 
 
 def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """`meta` as it will come back."""
+    """`meta` as it will be restored."""
     try:
         return json.loads(json.dumps(dict(meta)))
     except (TypeError, ValueError) as error:
@@ -340,7 +341,7 @@ def _check_storable(flat: Mapping[str, Any]) -> None:
 
 
 def _entry(i: int) -> str:
-    """The name of leaf i in the file: paths may hold anything, and only the manifest needs them."""
+    """The name of leaf i in the file: paths may hold anything and are only in the manifest."""
     return f"leaf{i:05d}"
 
 

@@ -1,6 +1,6 @@
 """The host side of training: pace, logging, evaluation, saving, signals.
 
-One function, `run`, drives any step of `kdtl_jax.train` (`fit` makes the step as well); whatever it
+One function, `run`, drives any step of `kdtl_jax.train` (`fit` makes the step, too). Everything it
 needs from outside (where lines go, how to save and evaluate, when to stop) is passed as functions.
 
     with checkpoint.open_folder(folder) as checkpoints, loop.metrics_file(path) as log:
@@ -8,8 +8,8 @@ needs from outside (where lines go, how to save and evaluate, when to stop) is p
                           steps=10_000, log=log, save=partial(checkpoint.save, checkpoints),
                           save_every=500)
 
-A run that is killed at any moment and resumed from its newest whole checkpoint (its state and its
-`meta`) ends with the same bits, and the same metrics file, as one that was not.
+A run that is killed at any moment and resumed from its newest whole checkpoint (state and `meta`)
+ends with the same bits, and the same metrics file, as an uninterrupted one.
 """
 
 from kdtl_jax.run.loop._metrics import Evaluate as Evaluate

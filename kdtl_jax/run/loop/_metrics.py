@@ -34,16 +34,16 @@ def metrics_file(
     """Opens a `.jsonl` file for `run(log=...)`; a missing one is created.
 
     Args:
-      path: appended to; a link is replaced by a file, what it points to stays as it is. Lines of
-        steps after `resume_at` are dropped first: they will be written again. Lines that cannot be
-        read (a kill or a full disk cut one short) are dropped with a warning.
+      path: appended to; a link is replaced by a file, and its target is unchanged. Lines of steps
+        after `resume_at` are dropped first, as they will be written again. Lines that cannot be
+        read (truncated by a kill or a full disk) are dropped with a warning.
       resume_at: the step that the run starts from.
-      stays: which lines of an older run stay, where one file serves several runs; by default those
-        up to `resume_at`.
+      stays: which lines of an older run to keep, if runs share the file; by default those up to
+        `resume_at`.
 
     Yields:
       `log(line)`, which takes any value and writes what JSON lacks as null or text. Every line is
-      handed to the system at once, so that a killed process loses none.
+      flushed to the system at once, so that a killed process loses none.
     """
     path = Path(path)
     if path.is_symlink() and not path.exists():
@@ -68,9 +68,9 @@ def metrics_file(
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; what cannot be read is left out, with a warning.
+    """The lines of a metrics file, except unreadable ones, with a warning.
 
-    That is the last line where a kill or a full disk cut it short, or all of a missing file.
+    That is the last line if a kill or a full disk truncated it, or all of a missing file.
     """
     path = Path(path)
     if not path.exists():
@@ -107,7 +107,7 @@ def _stays(line: dict[str, Any], keep: Callable[[dict[str, Any]], bool]) -> bool
 def no_improvement(name: str, patience: int, *, minimize: bool = True) -> Stop:
     """Early stopping: true once `patience` evaluations in a row have not improved on the best.
 
-    A value that is not finite never improves, nor does an evaluation without one.
+    A value that is not finite is never an improvement, nor is an evaluation without a value.
 
     Args:
       name: an entry of what `evaluate` returns.
@@ -119,7 +119,7 @@ def no_improvement(name: str, patience: int, *, minimize: bool = True) -> Stop:
     """
 
     _checks.count(1, patience=patience)
-    # Judged so far, their best and its value: asked after every evaluation, each is looked at once.
+    # Evaluations seen so far, their best and its value: each is examined only once.
     judged, best, record = [], -1, np.nan
 
     def stop(evaluations: list[dict[str, Any]]) -> bool:
@@ -132,7 +132,7 @@ def no_improvement(name: str, patience: int, *, minimize: bool = True) -> Stop:
         if not _goes_on(judged, evaluations):
             judged, best, record = [], -1, np.nan
         for line in evaluations[len(judged) :]:
-            # Of a run that was resumed, earlier evaluations may lack an entry that is new.
+            # In a resumed run, earlier evaluations may lack a new entry.
             value = line.get(f"eval/{name}", np.nan)
             if scores.best([record, value], minimize=minimize) == 1:
                 best, record = len(judged), value
@@ -143,7 +143,7 @@ def no_improvement(name: str, patience: int, *, minimize: bool = True) -> Stop:
 
 
 def _goes_on(judged: list[Any], evaluations: list[Any]) -> bool:
-    """Whether evaluations are those judged so far and others after them."""
+    """Whether evaluations extend those seen so far."""
     count = len(judged)
     return count <= len(evaluations) and (not count or judged[-1] is evaluations[count - 1])
 
@@ -156,7 +156,7 @@ def evaluation(
     prefetch: int = 2,
     place: Callable[[Any], Any] = jax.device_put,
 ) -> Evaluate:
-    """`evaluate(state)` over padded batches: exact means, one wait at the end.
+    """`evaluate(state)` over padded batches, with exact means and one synchronization at the end.
 
     Args:
       eval_step: from `train.make_eval_step`, not jitted.
@@ -166,7 +166,7 @@ def evaluation(
         `lambda s: Variables(s.params, s.model_state)`.
 
     Raises:
-      ValueError: by the function that it returns, if `batches()` yields nothing.
+      ValueError: from the returned function, if `batches()` yields nothing.
     """
     jitted = jax.jit(eval_step)
     add = jax.jit(train.add_metrics)
@@ -186,14 +186,14 @@ def evaluation(
 
 
 class Pending(NamedTuple):
-    """Windows on their way to the host, oldest first: (step, sums, the step really reached)."""
+    """Windows on their way to the host, oldest first: (step, sums, the step actually reached)."""
 
     log: Log | None
     windows: collections.deque[tuple[int, Metrics, Array]]
 
 
 def push(pending: Pending, step: int, window: Metrics, reached: Array) -> bool:
-    """Starts a window's transfer and writes the ones before it; true as `drain` is."""
+    """Starts a window's transfer and writes the ones before it; returns like `drain`."""
     window.sums.copy_to_host_async()
     reached.copy_to_host_async()
     pending.windows.append((step, window, reached))
@@ -235,7 +235,7 @@ def line_of(step: int, window: Metrics) -> dict[str, Any]:
 
 
 def to_json(window: Metrics) -> dict[str, Any]:
-    """A window as JSON that gives back every bit."""
+    """A window as JSON, exact to the bit."""
     return {"names": list(window.names), "sums": jax.device_get(window.sums).tolist()}
 
 

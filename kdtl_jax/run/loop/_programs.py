@@ -1,9 +1,9 @@
 """The compiled programs that a run calls, and the pace at which the host calls them.
 
 A program makes one step, or many in a loop of unknown length; both update the same `Carry`. The
-number of steps in the loop is an argument, never a constant, so that how a run is cut into calls
-(saves, signals, the pace of the machine) cannot change a bit of the result: the body is compiled
-once and knows nothing of its trip count.
+number of steps in the loop is an argument, never a constant, so that how a run is divided into
+calls (by saves, signals or the machine's speed) cannot change a bit of the result: the body is
+compiled once, independently of its trip count.
 """
 
 import collections
@@ -28,16 +28,16 @@ from kdtl_jax.train import Batch, Step, TrainState
 
 CHUNK_STEPS = 64  # steps per call, at most
 CHUNK_BYTES = 32 * 2**20  # rows gathered ahead for one call
-CALL_SECONDS = 0.2  # one call stays this short, so that a signal is answered soon
-AHEAD_SECONDS = 0.5  # and the host queues no more work than this
+CALL_SECONDS = 0.2  # longest call, so that signals are handled promptly
+AHEAD_SECONDS = 0.5  # most work that the host queues
 AHEAD_CALLS = 32
 
 
 class Carry(NamedTuple):
-    """What goes from call to call.
+    """The state passed from call to call.
 
     `window` sums the metrics since the last line of the log. `bad` marks the leaves that the
-    first non-finite update hit (last: the loss); from then on nothing changes any more.
+    first non-finite update affected (last: the loss); from then on, nothing changes.
     """
 
     state: TrainState
@@ -45,10 +45,10 @@ class Carry(NamedTuple):
     bad: Array
 
 
-# (carry, its step, most steps to make) -> (carry, the step it reaches, steps made)
+# (carry, its step, maximum number of steps) -> (carry, the step reached, steps made)
 Move = Callable[[Carry, int, int], tuple[Carry, Array, int]]
 One = Callable[[Carry, Any, Batch], Carry]
-BatchAt = Callable[..., Batch]  # (arrays, rows, step, place in the epoch) -> batch
+BatchAt = Callable[..., Batch]  # (arrays, rows, step, position in the epoch) -> batch
 
 
 @contextlib.contextmanager
@@ -62,11 +62,11 @@ def opened(
     prefetch: int,
     place: Callable[[Any], Any],
 ) -> Iterator[tuple[Carry, Move, str]]:
-    """The first carry, what moves it on, and the path: "scan" or "steps".
+    """The first carry, the function that advances it, and the path: "scan" or "steps".
 
-    Padding would enter the statistics of a model that measures its batches: where the model state
-    holds such, a short last batch keeps its own shape, and its own program. One row alone has no
-    variance: it is filled up with other examples, which count, and a warning says so.
+    Padding would affect the batch statistics of a model. If the model state holds any, a short last
+    batch keeps its own shape and gets its own program. A single row has no variance: it is padded
+    with other examples, which count, and a warning is given.
     """
     if not isinstance(source, data.Resident) and not callable(source):
         raise TypeError(
@@ -78,14 +78,14 @@ def opened(
     if isinstance(source, data.Resident):
         batch_at = _batch_at(source, padded=not measures)
         batch = _example_batch(source, batch_at)
-        # A resumed run stays on the path it was started on: the two may differ in the last bit.
+        # A resumed run stays on the path it started on: the two may differ in the last bit.
         path = meta.get("path") or train.step_path(step, state, batch, teacher)
         make = _many if path == "scan" else _one_by_one
         one = _guarded(step, check_finite)
         move = make(one, source, batch_at, teacher, batch)
         rest = data.examples(source) % source.batch_size
         if measures and rest == 1 and not source.drop_remainder:
-            _warn_of_one_row()  # the rows it is filled up with come without weights
+            _warn_of_one_row()  # the padding rows have no weights
         elif measures and rest and not source.drop_remainder:
             move = _with_rest(move, one, source, batch_at, teacher, rest)
         yield _start(step, state, teacher, batch, meta), _paced(move), path
@@ -100,7 +100,7 @@ def opened(
 
 
 def checked_paths(state: TrainState) -> tuple[list[str], list[str]]:
-    """The names of the entries of `Carry.bad`: what is trained and the loss; the model's state."""
+    """The names of the entries of `Carry.bad`: parameters and the loss; the model's state."""
     trained, kept = (
         [
             path
@@ -117,10 +117,10 @@ def checked_paths(state: TrainState) -> tuple[list[str], list[str]]:
 
 
 def nonfinite_leaves(new: TrainState, metrics: Metrics, old: TrainState) -> Array:
-    """bool: which parameters are not finite, then the loss, then what of the model's state was.
+    """bool: which parameters are not finite, the loss, and which model state is no longer finite.
 
-    A running variance may overflow where the loss does not. The optimizer's state is not looked at
-    here: it is larger than the parameters, and takes as long again to read. See `overflowed`.
+    A running variance may overflow when the loss does not. The optimizer's state is not
+    checked here: it is larger than the parameters and would take longer to read. See `overflowed`.
     """
     leaves = _inexact((new.params, new.connectors))
     loss = metrics.sums[..., metrics.names.index("loss"), 0] if "loss" in metrics.names else 0.0
@@ -131,11 +131,11 @@ def nonfinite_leaves(new: TrainState, metrics: Metrics, old: TrainState) -> Arra
 
 
 def overflowed(state: TrainState) -> list[str]:
-    """The arrays of an optimizer that are not finite, by path.
+    """The arrays of an optimizer's state that are not finite, by path.
 
     The square of a finite gradient above 1e19 overflows float32: Adam's second moment is infinite
-    from then on, and its weight never moves again. Single numbers may be infinite on purpose, as
-    the best loss so far is at first.
+    from then on, and its weight never moves again. Scalars may be infinite on purpose, such as an
+    initial best loss.
     """
     tree = {"opt_state": state.opt_state}
     pairs = zip(trees.leaf_paths(tree), jax.tree.leaves(tree), strict=True)
@@ -153,17 +153,17 @@ def _inexact(tree: Any) -> list[Any]:
 
 
 def choose(good: Array, new: Any, old: Any) -> Any:
-    """`new` where `good`, else `old`; typed keys included."""
+    """`new` if `good`, else `old`; also for typed keys."""
     return jax.tree.map(lambda a, b: jax.lax.select(good, a, b) if a is not b else a, new, old)
 
 
 def _start(
     step: Step, state: TrainState, teacher: Any, batch: Any, meta: Mapping[str, Any]
 ) -> Carry:
-    """The carry before the first call, with the window of the run that is resumed.
+    """The carry before the first call, with the window of a resumed run.
 
-    Where the state is bound to devices so is the rest, as it will be after a call: or else the
-    second call, on arguments placed in another way, would compile once more.
+    If the state is committed to devices, so is the rest, as after a call; otherwise the second
+    call, on arguments placed differently, would compile again.
     """
     metrics = jax.eval_shape(step, state, batch, teacher)[1]
     sums = _metrics.from_json(meta.get("window"), metrics.names)
@@ -190,7 +190,7 @@ def _guarded(step: Step, check_finite: bool) -> One:
 
 
 def _many(one: One, source: data.Resident, batch_at: BatchAt, teacher: Any, batch: Any) -> Move:
-    """Up to `width` steps per call, within one epoch, their rows gathered before the loop."""
+    """Up to `width` steps per call, within one epoch, with rows gathered before the loop."""
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
     length = data.steps_per_epoch(source)
     width = int(min(CHUNK_STEPS, max(1, CHUNK_BYTES // max(size, 1)), length))
@@ -224,7 +224,7 @@ def _many(one: One, source: data.Resident, batch_at: BatchAt, teacher: Any, batc
 def _one_by_one(
     one: One, source: data.Resident, batch_at: BatchAt, teacher: Any, batch: Any
 ) -> Move:
-    """One step per call, its rows gathered in the same program."""
+    """One step per call, with rows gathered in the same program."""
 
     @partial(jax.jit, donate_argnums=0)
     def advance(carry: Carry, teacher: Any, arrays: Any, index: Array) -> tuple[Carry, Array]:
@@ -244,7 +244,7 @@ def _one_by_one(
 def _with_rest(
     move: Move, one: One, source: data.Resident, batch_at: BatchAt, teacher: Any, rest: int
 ) -> Move:
-    """`move` for the full batches of an epoch, and a program of its own for the `rest` rows."""
+    """`move` for the full batches of an epoch, and a separate program for the `rest` rows."""
     arrays, epochs = _device_arrays(source), _epochs(source)
     last = data.steps_per_epoch(source) - 1
 
@@ -282,13 +282,13 @@ def _from_stream(
 
 
 def _measurable(source: data.Source, at: int) -> Iterator[Batch]:
-    """The real rows of every batch; a single one takes the first place of the batch before it."""
+    """The real rows of every batch; a single one replaces the first row of the batch before it."""
     before: Batch | None = None
     for batch in source(at):
         real = data.unpad(batch)
         if data.length(real) > 1:
             before = real
-        elif before is None and at:  # a run that is resumed here: the same batch as undisturbed
+        elif before is None and at:  # a run resumed here: the same batch as without interruption
             before = next((data.unpad(each) for each in source(at - 1)), None)
         if before is not None and data.length(real) == 1 < data.length(before):
             _warn_of_one_row()
@@ -298,7 +298,7 @@ def _measurable(source: data.Source, at: int) -> Iterator[Batch]:
 
 def _warn_of_one_row() -> None:
     warnings.warn(
-        "A last batch of one row has no variance for the model's batch statistics: it is filled up "
+        "A last batch of one row has no variance for the model's batch statistics: it is padded "
         "with other examples of the epoch. Another batch size, or drop_remainder=True, avoids it.",
         stacklevel=4,
     )
@@ -347,16 +347,16 @@ def _epochs(source: data.Resident) -> Callable[[int], Array]:
 
 
 def _paced(move: Move) -> Move:
-    """Chooses the steps per call and waits for old calls, so that little work is ever queued.
+    """Chooses the steps per call and waits for old calls, to keep the queue of work short.
 
-    Waiting for a call made long ago leaves the device busy; nothing is transferred.
+    Waiting for an old call keeps the device busy, and nothing is transferred.
     """
     queued: collections.deque[tuple[Array, int]] = collections.deque()
     seconds_per_step, last, calls = 0.0, 0.0, 0
 
     def paced(carry: Carry, at: int, most: int) -> tuple[Carry, Array, int]:
         nonlocal seconds_per_step, last, calls
-        if jax.process_count() == 1:  # several processes must make the same calls
+        if jax.process_count() == 1:  # with more, all must make the same calls
             most = min(most, max(1, int(CALL_SECONDS / seconds_per_step))) if calls > 1 else 1
         carry, reached, made = move(carry, at, most)
         queued.append((reached, made))

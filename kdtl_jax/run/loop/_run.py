@@ -1,4 +1,4 @@
-"""The loop around the step: logging, evaluation, saving, signals, and updates gone wrong."""
+"""The loop around the step: logging, evaluation, saving, signals, and non-finite updates."""
 
 import collections
 import warnings
@@ -24,7 +24,7 @@ Reached = Callable[[int], None]
 
 
 class Result(NamedTuple):
-    """The end of a run. `stopped` says why it ended, `path` how it ran: "scan" or "steps"."""
+    """The result of a run: `stopped` is why it ended, `path` how it ran ("scan" or "steps")."""
 
     state: TrainState
     step: int
@@ -34,7 +34,7 @@ class Result(NamedTuple):
 
 
 class Nonfinite(NamedTuple):
-    """An update that was not applied: the step that made it, and what it would have spoiled."""
+    """An update that was not applied: its step, and the leaves it would have made non-finite."""
 
     step: int
     leaves: list[str]
@@ -46,12 +46,12 @@ class Nonfinite(NamedTuple):
 
 
 def raise_nonfinite(found: Nonfinite) -> None:
-    """The default: raises an error, after the state of the last good step was saved.
+    """The default: raises an error after the state of the last good step is saved.
 
     Raises:
-      FloatingPointError: always; the message says what is not finite and what to try.
+      FloatingPointError: always; the message names what is not finite and what to try.
     """
-    # A step that is too long spoils the parameters too; a label without a class has no gradient.
+    # Too large a step ruins the parameters, too; a label without a class has no gradient.
     repair = (
         "Its gradient is finite: look for labels outside 0..classes-1 in the batch and for "
         "values of its terms that are not finite,"
@@ -65,18 +65,18 @@ def raise_nonfinite(found: Nonfinite) -> None:
 
 
 def stop_nonfinite(found: Nonfinite) -> None:
-    """Ends the run without an error; `Result.stopped` tells why."""
+    """Ends the run without an error; `Result.stopped` says why."""
 
 
 def skip_nonfinite(step: Step) -> Step:
     """A step that skips a non-finite update and continues with the next batch.
 
-    Not finite is what a parameter, the loss or the model's state has become. An optimizer's moments
-    may overflow where none of these does; `run` warns of that.
+    An update is non-finite if a parameter, the loss or the model's state is. An optimizer's moments
+    may overflow when none of these does; `run` warns about that.
 
     Parameters, optimizer, model state and memory stay as they were; the step number advances, so
     the batch order is unchanged. The metric `"skipped"` is the share of skipped steps; the other
-    metrics do not count them.
+    metrics exclude them.
     """
 
     def guarded(
@@ -115,22 +115,22 @@ def run(
 ) -> Result:
     """Trains up to step `steps`, never waiting for a single step's result.
 
-    With data on the device, it runs many steps per call where that is faster (`Result.path` is
-    "scan") and single steps where XLA's CPU back end would lose its threaded convolutions
+    With data on the device, it runs many steps per call if that is faster (`Result.path` is
+    "scan"), and single steps if XLA's CPU back end would lose its threaded convolutions
     ("steps"); the result does not depend on how steps are grouped into calls. Within a step, the
     order is: a line of the log, an evaluation, a save. On SIGTERM or SIGINT the state is saved and
-    `SystemExit(143)` or `(130)` is raised; a second signal ends the process at once. Several
+    `SystemExit(143)` or `(130)` is raised; a second signal ends the process at once. Multiple
     processes stop together, at the next line of the log.
 
     Args:
       step: the step, not jitted.
-      state: where to start; it is donated. For a restored run, its `step` says how far it got.
-      source: `data.resident(...)`, or `source(step) -> iterator of batches` as `data.stream` and
-        `data.iterate` make.
+      state: the initial state, which is donated. For a resumed run, its `step` is where it stopped.
+      source: `data.resident(...)`, or `source(step) -> iterator of batches`, as returned by
+        `data.stream` and `data.iterate`.
       teacher_params: passed to the step.
       steps: the step number at which the run is complete.
       log: `log(line)` with `{"step": n, name: mean over the last log_every steps}`, and for
-        evaluations `{"step": n, "eval/name": value}`; `metrics_file` gives one.
+        evaluations `{"step": n, "eval/name": value}`; `metrics_file` makes one.
       log_every: steps per line.
       evaluate: `evaluate(state) -> {name: number}`; `evaluation` makes one. It must not change
         anything: a signal may interrupt it, and a resumed run starts it again.
@@ -138,28 +138,28 @@ def run(
       stop: looks at all evaluations after each one and may end the run early; see
         `no_improvement`.
       save: `save(step, state, meta)`, for example `partial(checkpoint.save, checkpoints)`; it must
-        have copied the state when it returns. There is always a save at the end.
+        have copied the state by the time it returns. There is always a save at the end.
       save_every: steps between saves.
       meta: what `save` was given for the state that this run starts from; None starts afresh.
       on_nonfinite: called when a parameter, the loss, or a number of the model's state is no longer
         finite. That update is not applied, and the state before it is saved; then `raise_nonfinite`
-        raises, and `stop_nonfinite` ends the run. None disables the check, which saves a copy of
+        raises, or `stop_nonfinite` ends the run. None disables the check, which saves a copy of
         the state.
-      prefetch: batches of a `Source` waiting on the device.
+      prefetch: number of batches of a `Source` waiting on the device.
       place: puts a batch of a `Source` on the device(s).
-      reached: `reached(step)` after every call that was given to the device, which has at most half
-        a second of work before it gets there: for a progress bar. Nothing waits for it.
+      reached: `reached(step)` after every call dispatched to the device, which has at most half a
+        second of work before it gets there; for a progress bar. Nothing waits for it.
 
     Returns:
       The final state and why the run ended.
 
-    Warns when it saves, and at the end, if an array of the optimizer's state is not finite: squares
+    Warns at saves and at the end if an array of the optimizer's state is not finite: squares
     of gradients above 1e19 overflow float32, and Adam never moves such a weight again.
 
     Raises:
       FloatingPointError: from `raise_nonfinite`.
       SystemExit: after a signal.
-      ValueError: if the step numbers make no sense.
+      ValueError: if the step numbers are inconsistent.
     """
     _check(steps, log_every, evaluate_every, save_every)
     _check_state(state)
@@ -190,10 +190,10 @@ def run(
                 save(at, carry.state, {"window": window, "evaluations": evaluations, "path": path})
                 saved = at
 
-        warned: list[str] = []  # arrays of the optimizer that were found to be infinite
+        warned: list[str] = []  # non-finite arrays of the optimizer's state
         stopped, why, judged = "", "finished", 0
         while not stopped:
-            # 1. What is due at this step: its line is out already, now evaluation, then a save.
+            # 1. What is due at this step: its line is written already; now evaluation, then a save.
             due = at > 0 and _is_due(at, evaluate_every, steps) and not _has(evaluations, at)
             if evaluate is not None and due:
                 if _metrics.drain(pending):
@@ -275,13 +275,13 @@ def fit(
 
     Args:
       model: the model function.
-      params: where to start; they are copied, not donated.
+      params: initial parameters; they are copied, not donated.
       tx: an optax optimizer.
-      terms: the objective, as for `train.make_step`; such as `objective.classification`.
+      terms: the objective, as for `train.make_step`, such as `objective.classification`.
       weights: one weight per term.
       source: the batches, `data.resident(...)` or a `data.Source`.
       steps: the number of updates.
-      trainable: selector of what may change; the rest costs no gradient.
+      trainable: selector of the parameters to train; the others cost no gradient.
       model_state: what the model carries in addition to its parameters.
       teacher_params: frozen parameters that penalties such as L2-SP read.
       key: for dropout and other randomness; None means `jax.random.key(0)`.
@@ -300,19 +300,19 @@ def fit(
 
 
 def _nonfinite_in(carry: _programs.Carry) -> Nonfinite | None:
-    """The update that a carry stopped at, or None."""
+    """The update at which a carry stopped, or None."""
     flags = jax.device_get(carry.bad)
     if not flags.any():
         return None
     trained, kept = _programs.checked_paths(carry.state)
     named = [path for path, bad in zip([*trained, *kept], flags, strict=True) if bad]
-    # What is wrong with parameters is wrong with their moments too.
+    # If parameters are non-finite, so are their moments.
     leaves = [path for path in named if path in {*trained}] or named
     return Nonfinite(int(jax.device_get(carry.state.step)), leaves)
 
 
 def _may_ask(at: int, every: int) -> bool:
-    """Whether signals are looked at: one process always, several where all of them write a line."""
+    """Whether to check signals: always with one process; with more, when all write a line."""
     return jax.process_count() == 1 or at % every == 0
 
 

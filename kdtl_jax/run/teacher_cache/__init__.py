@@ -2,7 +2,7 @@
 
     from kdtl_jax.run import data, teacher_cache as tc
 
-    made_from = {  # whatever decides the outputs beside weights and data
+    made_from = {  # what determines the outputs besides weights and data
         "model": "vit:heads=8",
         "classes": names,
         "preprocessing": {"mean": 0.13, "scale": 0.31},
@@ -10,7 +10,7 @@
     tc.write("cache", teacher, variables, arrays, batch_size=256, **made_from)
 
     needed = tc.fingerprint(variables, arrays, **made_from)
-    cache = tc.open_cache("cache", expect=needed)  # refuses, by name, what differs
+    cache = tc.open_cache("cache", expect=needed)  # names what differs, if anything
     source = data.resident(arrays, 64, key=key, teacher=tc.load(cache))  # on the device, or
     source = data.stream(  # memory-mapped
         lambda epoch, rows: data.take_rows(arrays, rows) | {"teacher": tc.rows(cache, rows, epoch)},
@@ -18,13 +18,13 @@
     )
     step = train.make_step(student, terms, weights, tx)  # no live teacher
 
-Outputs come back as the live teacher's would: float32 arrays by name, or `losses.TopK` for logits
+Outputs are returned as from a live teacher: float32 arrays by name, or `losses.TopK` for logits
 that were cut to the k most likely classes (`top_k=32`), ready for `losses.top_k_kl_tail`.
 `dtype=` stores them in half the bytes. Entries of a fingerprint that are None are not compared:
-`needed._replace(dtype=None, logits=None)` takes any precision, dense or cut (`cache.plan.top_k` and
-`cache.plan.temperature` tell which).
+`needed._replace(dtype=None, logits=None)` accepts any precision, dense or cut (see
+`cache.plan.top_k` and `cache.plan.temperature`).
 
-Augmented views are keyed by `(key, view, row)`, so that cache and live teacher see one image:
+Augmented views are keyed by `(key, view, row)`, so that cache and live teacher see the same image:
 
     views = {"views": 4, "view_key": data.view_key(key)}
     tc.write("cache", teacher, variables, arrays, augment=augment, batch_size=256, **views)
@@ -33,7 +33,7 @@ Augmented views are keyed by `(key, view, row)`, so that cache and live teacher 
 
 On disk: `plan.json` (what is being made), one `.bin` of records per shard, one sealed `.json` per
 finished shard with its SHA-256, and `manifest.json`, written last. `write` on the same folder
-resumes where it was killed, and recomputes shards that were damaged.
+resumes where it stopped, and recomputes damaged shards.
 """
 
 from kdtl_jax.run.teacher_cache._fingerprint import Fingerprint as Fingerprint

@@ -21,11 +21,11 @@ HASHED_BYTES = 32 * 2**20  # of a memory-mapped array at a time
 class Fingerprint(NamedTuple):
     """Everything that a teacher's outputs depend on; build it with `fingerprint`.
 
-    A field that is None in what a reader expects is not compared: `_replace(teacher=None)` where
-    the teacher's weights are not available. Of `taps`, the cache must hold at least these.
+    A field that is None in the expected fingerprint is not compared: use `_replace(teacher=None)`
+    if the teacher's weights are not available. The cache must hold at least these `taps`.
     """
 
-    model: str | None  # the teacher as text: what decides its outputs beside the weights
+    model: str | None  # the teacher as text: what determines its outputs besides the weights
     classes: tuple[str, ...] | None  # what its logits stand for, in order
     teacher: str | None  # SHA-256 of the variables' paths, shapes, dtypes and values
     data: str | None  # SHA-256 of the inputs
@@ -51,23 +51,23 @@ def fingerprint(
     views: int | None = None,
     view_key: Array | None = None,
 ) -> Fingerprint:
-    """The fingerprint of outputs that are to be made, or of those that a run needs.
+    """The fingerprint of outputs to be made, or of those that a run needs.
 
     Args:
-      variables: the teacher's parameters, or `Variables`; a SHA-256 from `digest` where the
-        weights that run are derived from known ones (int8); or None.
+      variables: the teacher's parameters, or `Variables`; a SHA-256 from `digest` if the weights
+        in use are derived from known ones (int8); or None.
       arrays: the data, `{"inputs": [N, ...], ...}`; only `"inputs"` is hashed, in its order.
       model: the teacher's architecture as text, such as "vit:heads=8" or `repr(module)`: networks
-        with other heads or strides may have weights of the same shapes.
+        that differ in heads or strides may have weights of the same shapes.
       classes: names of the classes, in the logits' order.
-      preprocessing: everything else that decides the outputs, as JSON: normalization, tokenizer,
+      preprocessing: everything else that determines the outputs, as JSON: normalization, tokenizer,
         augmentation settings, the teacher's precision.
-      taps: names of the outputs to be stored.
-      top_k: stores logits as log-probabilities of this many classes and the mass of the tail; None:
-        dense.
+      taps: names of the outputs to store.
+      top_k: stores logits as log-probabilities of this many classes and the mass of the tail; None
+        stores them dense.
       temperature: of the softmax before it is cut to `top_k`.
-      dtype: float32, bfloat16 or float16, in which outputs are stored.
-      views: how many epochs of augmented views; None for data as it is.
+      dtype: of the stored outputs: float32, bfloat16 or float16.
+      views: how many epochs of augmented views; None for unaugmented data.
       view_key: their key, `data.view_key(key)`.
 
     Raises:
@@ -131,7 +131,7 @@ def count(arrays: Mapping[str, Any]) -> int:
     """The number of examples.
 
     Raises:
-      ValueError: if arrays have different lengths, or none.
+      ValueError: if arrays have different lengths, or there are none.
     """
     flat = trees.flatten(dict(arrays))
     _checks.rank(1, **flat)
@@ -143,7 +143,7 @@ def count(arrays: Mapping[str, Any]) -> int:
 
 
 def differences(made: Fingerprint, expect: Fingerprint) -> list[str]:
-    """Differences between what a cache was made from and what is expected; none if it serves."""
+    """Differences between what a cache was made from and what is expected; empty if none."""
     found = []
     if _differ(made.model, expect.model):
         was = "does not say which model made it" if made.model is None else f"is of {made.model!r}"
@@ -167,19 +167,21 @@ def differences(made: Fingerprint, expect: Fingerprint) -> list[str]:
         found += _settings(made.preprocessing or {}, expect.preprocessing)
     missing = [tap for tap in expect.taps or () if tap not in (made.taps or ())]
     if missing:
-        found.append(f"taps are missing: {missing} asked, the cache holds {list(made.taps or ())}")
+        found.append(
+            f"taps are missing: {missing} requested, but the cache holds {list(made.taps or ())}"
+        )
     for name in ("logits", "dtype", "views"):
         was, wanted = getattr(made, name), getattr(expect, name)
         if _differ(was, wanted):
-            found.append(f"{name} differ: {was} in the cache, {wanted} asked")
+            found.append(f"{name} differ: {was} in the cache, {wanted} requested")
     return [_text.shown(line, LONGEST) for line in found]
 
 
 def from_json(value: Mapping[str, Any]) -> Fingerprint:
-    """A fingerprint as it was written to a plan.
+    """A fingerprint as written in a plan.
 
     Raises:
-      ValueError: if it has another shape.
+      ValueError: if its structure is wrong.
     """
     lists = [value.get("taps"), value.get("classes") or []]
     names = all(isinstance(x, (list, tuple)) and all(isinstance(n, str) for n in x) for x in lists)
@@ -193,7 +195,7 @@ def from_json(value: Mapping[str, Any]) -> Fingerprint:
 
 
 def as_numpy(x: Any) -> np.ndarray:
-    """A host view; memory-mapped arrays stay so, without their subclass's cost per index."""
+    """A host view; memory-mapped arrays stay mapped, without their subclass's cost per index."""
     return x.view(np.ndarray) if isinstance(x, np.ndarray) else np.asarray(x)
 
 

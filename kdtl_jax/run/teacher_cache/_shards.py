@@ -1,7 +1,7 @@
-"""A cache on disk: what it stores, cut into which shards, and its rows read back.
+"""A cache on disk: what it stores, how it is sharded, and reading its rows.
 
-A shard is one file of records, one per example, each holding all outputs; it is mapped while rows
-are read from it and closed again, so that no number of shards or outputs opens many files.
+A shard is one file of records, one per example, each with all outputs. It is mapped while rows are
+read and then closed, so that many shards or outputs do not mean many open files.
 """
 
 import math
@@ -31,7 +31,7 @@ class Column(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a cache holds; decided before anything is computed, so that a killed run can resume."""
+    """What a cache holds, decided before anything is computed, so that a killed run can resume."""
 
     fingerprint: Fingerprint
     size: int  # examples
@@ -43,7 +43,7 @@ class Plan(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """An open cache: its folder, its plan, and the columns of the taps that were asked for."""
+    """An open cache: its folder, its plan, and the columns of the requested taps."""
 
     folder: Path
     plan: Plan
@@ -51,17 +51,17 @@ class Cache(NamedTuple):
 
 
 def open_cache(folder: str | Path, *, expect: Fingerprint | None, contents: bool = True) -> Cache:
-    """Opens a cache after checking that it is whole, and what it was made from.
+    """Opens a cache after checking that it is complete, and what it was made from.
 
     Args:
-      folder: what `write` filled.
-      expect: the fingerprint of what this run needs (`fingerprint`); its taps are read, others
-        stay on disk. None takes the cache as it is, unchecked.
-      contents: whether to compare every byte with its SHA-256, or only names and sizes.
+      folder: written by `write`.
+      expect: the fingerprint of what this run needs (`fingerprint`); its taps are read;
+        others stay on disk. None accepts the cache unchecked.
+      contents: whether to verify every file's SHA-256, or only names and sizes.
 
     Raises:
       FileNotFoundError: if there is no cache.
-      ValueError: if it is not finished, damaged (the file is named), or made from something else
+      ValueError: if it is unfinished, damaged (the file is named), or made from something else
         (every difference is named).
     """
     folder = Path(folder)
@@ -85,14 +85,14 @@ def open_cache(folder: str | Path, *, expect: Fingerprint | None, contents: bool
 
 
 def begun(folder: str | Path, *, expect: Fingerprint | None = None) -> Plan | None:
-    """The plan of a cache that may not be finished; None where none was begun.
+    """The plan of a cache that may be unfinished; None if none was started.
 
     Args:
       folder: as for `write`.
-      expect: what `write` would be asked for.
+      expect: the fingerprint of what `write` would make.
 
     Raises:
-      ValueError: if the plan cannot be read, or is of something else (every difference is named).
+      ValueError: if the plan cannot be read, or is for something else (every difference is named).
     """
     file = Path(folder) / PLAN
     if not file.exists():
@@ -100,7 +100,7 @@ def begun(folder: str | Path, *, expect: Fingerprint | None = None) -> Plan | No
     plan = read_plan(_files.read_sealed(file))
     problems = [] if expect is None else differences(plan.fingerprint, expect)
     if problems:
-        raise ValueError(f"{folder} was begun from something else: {'; '.join(problems)}.")
+        raise ValueError(f"{folder} was started from something else: {'; '.join(problems)}.")
     return plan
 
 
@@ -112,9 +112,9 @@ def rows(
     Args:
       cache: from `open_cache`.
       index: int `[B]`, rows of the data, in any order.
-      epoch: augmented data is read from view `epoch % views`.
-      stored_precision: keep half-precision outputs as they are stored; else they are float32, as
-        a live teacher gives them.
+      epoch: for augmented data, view `epoch % views` is read.
+      stored_precision: whether to keep half-precision outputs as stored; otherwise they are
+        float32, as from a live teacher.
 
     Returns:
       `{tap: [B, ...]}` host arrays; logits cut to k classes are a `losses.TopK`.
@@ -149,7 +149,7 @@ def load(cache: Cache, *, stored_precision: bool = False) -> dict[str, Any]:
     """All outputs, for `data.resident(..., teacher=, views=)`.
 
     Returns:
-      `{tap: [N, ...]}`, or `[views, N, ...]` of augmented data.
+      `{tap: [N, ...]}`, or `[views, N, ...]` for augmented data.
     """
     plan = cache.plan
     lead = (plan.size,) if plan.views is None else (plan.views, plan.size)
@@ -167,11 +167,11 @@ def load(cache: Cache, *, stored_precision: bool = False) -> dict[str, Any]:
 
 
 def verify(folder: str | Path) -> list[str]:
-    """Everything that is wrong with a cache's files, every byte compared; nothing if it is whole.
+    """All damage in a cache's files, with every byte checked; empty if it is complete.
 
     Raises:
       FileNotFoundError: if there is no cache.
-      ValueError: if it is not finished, or its manifest is damaged.
+      ValueError: if it is unfinished, or its manifest is damaged.
     """
     folder = Path(folder)
     _, files = _manifest(folder)
@@ -185,12 +185,12 @@ def row_bytes(columns: tuple[Column, ...]) -> int:
 
 
 def shard_count(plan: Plan) -> int:
-    """Shards of all views."""
+    """The number of shards of all views."""
     return _shards_per_view(plan) * (plan.views or 1)
 
 
 def shard_range(plan: Plan, shard: int) -> tuple[int, int, int]:
-    """View, first row and row after the last of a shard."""
+    """View, first row, and row after the last, of a shard."""
     view, place = divmod(shard, _shards_per_view(plan))
     first = place * plan.shard_rows
     return view, first, min(first + plan.shard_rows, plan.size)
@@ -226,7 +226,7 @@ def read_plan(value: Mapping[str, Any]) -> Plan:
     """Inverse of `to_json`.
 
     Raises:
-      ValueError: if another version wrote it, or it has another shape.
+      ValueError: if another version wrote it, or its structure is wrong.
     """
     if not isinstance(value, Mapping) or value.get("format") != FORMAT:
         made_by = value.get("format") if isinstance(value, Mapping) else None
@@ -246,7 +246,7 @@ def read_plan(value: Mapping[str, Any]) -> Plan:
             raise ValueError("its columns are not those of logits")
         top_k = plan.top_k is None or type(plan.top_k) is int
         if not top_k or type(plan.temperature) not in (int, float):
-            raise ValueError("its top_k or its temperature is no number")
+            raise ValueError("its top_k or its temperature is not a number")
         record(plan)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"it is not a cache's plan ({_text.shown(str(error), 200)})") from None
@@ -254,7 +254,7 @@ def read_plan(value: Mapping[str, Any]) -> Plan:
 
 
 def seal_problem(folder: Path, plan: Plan, shard: int) -> str | None:
-    """Why a shard is not finished and whole, or None; reads all its bytes."""
+    """Why a shard is unfinished or damaged, or None; reads all its bytes."""
     try:
         known = _files.read_sealed(folder / seal_name(shard))
     except ValueError as error:
@@ -264,7 +264,7 @@ def seal_problem(folder: Path, plan: Plan, shard: int) -> str | None:
 
 
 def file_problem(folder: Path, name: str, known: Any, *, contents: bool) -> str | None:
-    """What is wrong with a shard's file, or None; `contents` compares its SHA-256 too."""
+    """What is wrong with a shard's file, or None; `contents` also checks its SHA-256."""
     path = folder / name
     if not path.is_file():
         return f"{name} is missing"
@@ -316,13 +316,13 @@ def _manifest(folder: Path) -> tuple[Plan, Mapping[str, Any]]:
 
 
 def _mapped(cache: Cache, shard: int, kind: np.dtype) -> np.ndarray:
-    """The records of a shard, mapped as long as the array lives."""
+    """The records of a shard, mapped for the lifetime of the array."""
     with open(os.path.join(cache.folder, file_name(shard)), "rb") as file:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), kind)
 
 
 def _pieces(index: np.ndarray, shard_rows: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """`(shard, places in the batch, rows in the shard)`, rows ascending: disks read forward."""
+    """`(shard, positions in the batch, rows in the shard)`, rows ascending for sequential reads."""
     order = np.argsort(index, kind="stable")
     shards, places = np.divmod(index[order], shard_rows)
     cuts = np.flatnonzero(np.diff(shards)) + 1

@@ -1,4 +1,4 @@
-"""Computing a cache: shard by shard, each whole or absent, resumed where it was killed."""
+"""Computing a cache: shard by shard, each complete or absent, resumable at any point."""
 
 import collections
 import hashlib
@@ -19,7 +19,7 @@ from kdtl_jax.run.teacher_cache import _shards
 from kdtl_jax.run.teacher_cache._fingerprint import as_numpy, count, differences, fingerprint
 from kdtl_jax.run.teacher_cache._shards import Column, Plan
 
-SHARD_ROWS = 8192  # a kill loses the shard at work
+SHARD_ROWS = 8192  # a kill loses the current shard
 SHARD_BYTES = 64 * 2**20
 Batch = Mapping[str, Any]
 Augment = Callable[[Array, Batch], Batch]  # keys [B], batch -> batch
@@ -52,15 +52,15 @@ def write(
     """Runs the teacher over the data and stores its outputs; call it again to resume.
 
     Finished shards are kept if their SHA-256 matches; damaged ones are computed again. The folder
-    does not count as a cache until every shard is there. With several processes, the first one
-    writes and the others wait for it.
+    does not count as a cache until every shard is present. With more than one process, the first
+    one writes and the others wait for it.
 
     Args:
-      folder: created if it does not exist; holds one cache and nothing else.
+      folder: created if it does not exist; it holds one cache and nothing else.
       teacher: model function, run in evaluation mode.
       variables: its parameters, or `Variables`.
       arrays: `{"inputs": [N, ...], ...}`, host arrays, memory-mapped or not. The teacher reads
-        `"inputs"`; the other entries are there for `augment`.
+        `"inputs"`; the other entries are for `augment`.
       batch_size: examples per call of the teacher.
       model: as in `fingerprint`.
       classes: as in `fingerprint`.
@@ -72,19 +72,19 @@ def write(
       views: as in `fingerprint`.
       view_key: as in `fingerprint`.
       augment: `(keys, batch) -> batch`, the function that training uses; needs `views`.
-      weights: the digest to record, where `variables` are derived from other weights (int8).
-      shard_rows: examples per file; None takes at most 8,192 and about 64 MiB.
+      weights: the digest to record, if `variables` are derived from other weights (int8).
+      shard_rows: examples per file; None means at most 8,192 and about 64 MiB.
       place: puts a batch on the device(s), `jax.device_put` or a sharded placement.
-      progress: called with rows done and rows in all, views counted.
+      progress: called with the rows done and the total, over all views.
 
     Returns:
       The plan; `open_cache` reads the outputs.
 
     Raises:
-      ValueError: if the folder holds a cache of something else (named), or other files; if an
-        output does not exist, holds NaN or infinity, or overflows float16.
-      NotADirectoryError: if the folder's path is that of a file.
-      OSError: if the disk is full or read-only; finished shards are intact.
+      ValueError: if the folder holds another cache (differences are named) or other files; if an
+        output does not exist, has NaN or infinity, or overflows float16.
+      NotADirectoryError: if the folder is a file.
+      OSError: if the disk is full or read-only; finished shards stay intact.
       RuntimeError: if another process is writing there.
     """
     folder = Path(folder)
@@ -137,7 +137,7 @@ def write(
         ]
 
     def compute(plan: Plan, shard: int, report: Callable[[int], None]) -> np.ndarray:
-        """The records of a shard; the next batch is at work while the last one is copied."""
+        """The records of a shard; the next batch is computed while the last one is copied."""
         view, first, last = _shards.shard_range(plan, shard)
         records = np.empty(last - first, _shards.record(plan))
         queued: collections.deque[tuple[int, Any]] = collections.deque()
@@ -149,11 +149,11 @@ def write(
             for i, (x, column) in enumerate(zip(encoded, stored, strict=True)):
                 host = np.asarray(x)[: stop - start].view(_shards.storage_dtype(column))
                 records[str(i)][start - first : stop - first] = host
-            if stop < last:  # a whole shard is reported once it is on the disk
+            if stop < last:  # a complete shard is reported once it is on disk
                 report(stop - first)
 
         for start in range(first, last, batch_size):
-            # The last batch is filled up with the shard's own first rows.
+            # The last batch is padded with the shard's own first rows.
             rows = first + (np.arange(start, start + batch_size) - first) % (last - first)
             batch = place((_batch(arrays, rows), rows.astype(np.int32)))
             queued.append((start, run(given, *batch, jax.device_put(np.int32(view)), view_key)))
@@ -211,7 +211,7 @@ def columns(
 
 
 def _encoded(outputs: Outputs, plan: Plan) -> list[jax.Array]:
-    """Inside `jit`: the columns of a batch of outputs, in the stored precision."""
+    """Inside `jit`: the columns for a batch of outputs, in the stored precision."""
     arrays = []
     for column in plan.columns:
         x = outputs[column.tap]
@@ -228,7 +228,7 @@ def _rows_per_shard(columns: tuple[Column, ...], size: int) -> int:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuses a folder with files that are not a cache's, before anything in it is touched."""
+    """Refuses a folder with files that are not a cache's, before changing anything in it."""
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     others = [name for name in names if name != ".lock" and not name.endswith(_files.TEMPORARY)]
     if others and _shards.PLAN not in others:
@@ -237,7 +237,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _begin(folder: Path, plan: Plan, *, keep_layout: bool) -> Plan:
-    """The plan of a cache begun earlier, if it is the same cache; else this one, written."""
+    """The plan of a cache started earlier, if it is the same cache; otherwise writes this one."""
     try:
         begun = _shards.begun(folder)
     except ValueError as error:
@@ -288,7 +288,7 @@ def _compute_missing(
 
 
 def _write_shard(folder: Path, shard: int, records: np.ndarray) -> None:
-    """The records, then their seal: without it the shard does not count."""
+    """The records, then their seal, without which the shard does not count."""
     (folder / _shards.seal_name(shard)).unlink(missing_ok=True)
     content = records.view(np.uint8).data
     _files.write_atomic(folder / _shards.file_name(shard), content)
@@ -306,7 +306,7 @@ def _finish(folder: Path, plan: Plan) -> None:
 
 
 def _local(leaf: Any) -> Any:
-    """An array that other processes hold too, on this one alone: only the first process runs."""
+    """An array that other processes also hold, on this one only, as only the first process runs."""
     shared = isinstance(leaf, Array) and not leaf.is_fully_addressable
     return np.asarray(leaf) if shared else leaf
 
@@ -324,7 +324,7 @@ def _batch(arrays: Batch, rows: np.ndarray) -> Any:
 def _faults(output: Array, stored: Array, column: Column) -> Array:
     """uint8 `[B]`: 1 where a row holds NaN or infinity, 2 where the stored precision overflows.
 
-    -inf is a class that is masked.
+    -inf marks a masked class.
     """
     axes = tuple(range(1, stored.ndim))
     if not jnp.issubdtype(stored.dtype, jnp.floating):
