@@ -1,14 +1,14 @@
-"""Memory of contrastive losses as values: banks with one row per training example, and queues.
+"""Memory for contrastive losses as values: banks with one row per training example, and queues.
 
 A step carries them in `TrainState.memory` and returns what the functions here return. Nothing is
 mutated: a bank's normalizer is a field with a value from the start, changed only by
 `bank_set_normalizer`. Rows are constants: no gradient flows into a memory.
 
-`where` (bool `[B]`) marks the real examples of a batch. The others write nothing, whatever their
-values and index.
+`where` (bool `[B]`) marks the real examples of a batch. The others write nothing, for any values
+and index.
 
-TypeError: embeddings are not floating point, indices or sizes not integers. ValueError: shapes do
-not fit, a concrete index lies outside the bank, or a hyper-parameter is out of its range.
+TypeError: embeddings are not floating point, or indices or sizes are not integers. ValueError:
+shapes do not fit, a concrete index lies outside the bank, or a hyper-parameter is out of its range.
 """
 
 import math
@@ -21,16 +21,16 @@ from jax import Array
 from kdtl_jax import _checks, _numerics
 from kdtl_jax._types import Scalar
 
-# On a CPU a product costs about a tenth of gathering its row: up to so many times the drawn rows
-# all of the bank is multiplied.
+# On a CPU a product costs about a tenth of gathering its row: a bank of up to this many times the
+# drawn rows is multiplied as a whole.
 _ALL_ROWS = 8
 
 
 class Bank(NamedTuple):
     """One embedding per training example.
 
-    `rows` `[n, D]`, unit length once updated; `log_z` `[]`, the logarithm of the constant that
-    divides the scores `exp(v . row / T)` of queries against these rows.
+    `rows` are `[n, D]`, of unit length once updated; `log_z`, `[]`, is the logarithm of the
+    constant that divides the scores `exp(v . row / T)` of queries against these rows.
     """
 
     rows: Array
@@ -38,7 +38,7 @@ class Bank(NamedTuple):
 
 
 class Queue(NamedTuple):
-    """The last K embeddings: `rows` `[K, D]`, `pointer` `[]` int32, where the next one goes."""
+    """The last K embeddings: `rows` `[K, D]`, and `pointer` `[]` int32, the next row to write."""
 
     rows: Array
     pointer: Array
@@ -47,8 +47,8 @@ class Queue(NamedTuple):
 def bank_init(key: Array, size: int, width: int) -> Bank:
     """A bank of random rows, uniform in `+-1 / sqrt(width / 3)` as in CRD, with `Z = size`.
 
-    `Z = size` normalizes scores whose mean is 1; call `bank_set_normalizer` with a first batch for
-    the published constant.
+    `Z = size` normalizes scores with mean 1; for the published constant, call `bank_set_normalizer`
+    with a first batch.
 
     Args:
       key: a random key.
@@ -67,7 +67,7 @@ def bank_init(key: Array, size: int, width: int) -> Bank:
 def bank_draw(
     key: Array, index: Array, *, size: int, negatives: int, where: Array | None = None
 ) -> Array:
-    """Rows to compare with: column 0 the example itself, then uniform draws of other examples.
+    """Rows to compare with: the example itself in column 0, then uniform draws of other examples.
 
     Args:
       key: a random key.
@@ -94,8 +94,8 @@ def bank_draw(
 def _products(bank: Bank, x: Array, index: Array) -> Array:
     """`x_b . row[index[b, j]]`: never a `[B, K, D]` array.
 
-    All products with the bank, where it is hardly larger than what is drawn; otherwise the drawn
-    rows, gathered a few examples at a time.
+    If the bank is hardly larger than the drawn rows, multiplies the whole bank; otherwise gathers
+    the drawn rows a few examples at a time.
     """
     rows = jax.lax.stop_gradient(bank.rows.astype(x.dtype))
     if len(rows) <= _ALL_ROWS * index.shape[1]:
@@ -123,7 +123,7 @@ def bank_scores(
     """`log (exp(x . row / T) / Z)` of each query against its rows, for `losses.crd`.
 
     Args:
-      bank: rows of the *other* model: the student's queries meet the teacher's bank.
+      bank: rows of the *other* model: the student's queries are compared with the teacher's bank.
       x: `[B, D]`, unit embeddings (`connectors.unit_norm`).
       index: `[B, 1 + K]` integers from `bank_draw`.
       temperature: T > 0.
@@ -239,7 +239,7 @@ def queue_init(key: Array, size: int, width: int) -> Queue:
 def queue_push(queue: Queue, x: Array, *, where: Array | None = None) -> Queue:
     """The queue with the oldest rows replaced by `x`, first in first out, wrapping around.
 
-    The batch may have any size: of more than K embeddings, the last K stay.
+    The batch may have any size: if it has more than K embeddings, the last K stay.
 
     Args:
       queue: the queue.
@@ -256,7 +256,7 @@ def queue_push(queue: Queue, x: Array, *, where: Array | None = None) -> Queue:
     _checks.mask(where, x.shape[:1])
     real = jnp.ones(len(x), jnp.bool_) if where is None else where
     count = jnp.sum(real, dtype=jnp.int32)
-    arrival = jnp.cumsum(real, dtype=jnp.int32) - 1  # the n-th real example goes n places on
+    arrival = jnp.cumsum(real, dtype=jnp.int32) - 1  # the n-th real example goes n places further
     stays = real & (arrival >= count - size)
     places = jnp.where(stays, (queue.pointer + arrival) % size, size)  # outside: dropped
     new = jax.lax.stop_gradient(x).astype(queue.rows.dtype)

@@ -1,13 +1,12 @@
-"""How good predictions are: classes, probabilities, several labels at once, and numbers.
+"""Metrics of predictions: classes, probabilities, multiple labels, and numbers.
 
-On the host, in float64: `labels` `[N]` are 0..K-1, `predicted` `[N]` are classes, where -1 stands
-for no answer (`run.scores.predicted` of logits that are not finite): it belongs to no class, and
-shares of right answers are NaN.
-`probabilities` `[N, K]` have rows that sum to 1. Undefined values, such as the precision of a class
-that was never predicted, are NaN.
+They run on the host, in float64: `labels` `[N]` are 0..K-1, and `predicted` `[N]` are classes,
+where -1 means no answer (`run.scores.predicted` of logits that are not finite): it belongs to no
+class, and shares of correct answers are NaN. `probabilities` `[N, K]` have rows that sum to 1.
+Undefined values, such as the precision of a class that was never predicted, are NaN.
 
 Raises ValueError if there are no examples, shapes differ, a label or a prediction is not one of the
-classes, a target of several labels is not 0 or 1, or a probability lies outside 0..1.
+classes, a multi-label target is not 0 or 1, or a probability lies outside 0..1.
 """
 
 from typing import Any, NamedTuple
@@ -20,8 +19,8 @@ from kdtl_jax import _checks
 class PerClass(NamedTuple):
     """One number per class, `[K]`."""
 
-    precision: np.ndarray  # of the examples named k, the share that are k
-    recall: np.ndarray  # of the examples that are k, the share named k
+    precision: np.ndarray  # of the examples predicted as k, the share that are k
+    recall: np.ndarray  # of the examples that are k, the share predicted as k
     f1: np.ndarray  # 2 TP / (2 TP + FP + FN)
     support: np.ndarray  # examples that are k
 
@@ -36,7 +35,7 @@ class Calibration(NamedTuple):
 
 
 def accuracy(predicted: Any, labels: Any) -> float:
-    """The share of right classes; NaN if an example has no answer, as in `run.scores.accuracy`."""
+    """The share of correct classes; NaN if an answer is missing, as in `run.scores.accuracy`."""
     predicted, labels = _classes(predicted, labels)
     return float(np.mean(predicted == labels)) if _are_answers(predicted) else float("nan")
 
@@ -62,13 +61,13 @@ def per_class(predicted: Any, labels: Any, classes: int) -> PerClass:
 
 
 def balanced_accuracy(predicted: Any, labels: Any, classes: int) -> float:
-    """The mean recall over the classes that occur in `labels`; NaN as `accuracy`."""
+    """The mean recall over the classes that occur in `labels`; NaN as in `accuracy`."""
     recall = per_class(predicted, labels, classes).recall
     return float(np.nanmean(recall)) if _are_answers(np.asarray(predicted)) else float("nan")
 
 
 def negative_log_likelihood(probabilities: Any, labels: Any) -> float:
-    """`-mean log p(label)`; infinite where a label was given probability 0."""
+    """`-mean log p(label)`; infinite if a label has probability 0."""
     p, labels = _probabilities(probabilities, labels)
     with np.errstate(divide="ignore"):
         return float(-np.mean(np.log(p[np.arange(len(labels)), labels])))
@@ -82,7 +81,7 @@ def brier(probabilities: Any, labels: Any) -> float:
 
 
 def calibration(probabilities: Any, labels: Any, *, bins: int = 15) -> Calibration:
-    """Compares confidence (the largest probability) with the share of right answers, bin by bin.
+    """Compares confidence (the largest probability) with the share of correct answers, bin by bin.
 
     Expected calibration error: Naeini et al., AAAI 2015, and Guo et al., 2017 (1706.04599), with
     bins `((b - 1) / bins, b / bins]`.
@@ -102,11 +101,11 @@ def calibration(probabilities: Any, labels: Any, *, bins: int = 15) -> Calibrati
     return Calibration(float(np.sum(gaps * count) / len(labels)), mean, share, count)
 
 
-# Several labels at once: `targets` `[N, K]` of 0 and 1.
+# Multiple labels: `targets` `[N, K]` of 0 and 1.
 
 
 def average_precision(ranking: Any, targets: Any) -> np.ndarray:
-    """`sum_n (R_n - R_(n-1)) P_n` of every label `[K]` over falling scores; equal ones count once.
+    """`sum_n (R_n - R_(n-1)) P_n` per label `[K]` over descending scores; equal scores count once.
 
     Args:
       ranking: scores `[N, K]`, logits or probabilities; only their order matters.
@@ -197,7 +196,7 @@ def _pair(found: Any, wanted: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _labels(found: np.ndarray, labels: np.ndarray, classes: int) -> None:
-    """Refuses what indexing would take: a label of -1 is not the last class."""
+    """Refuses labels that indexing would accept: -1 is not the last class."""
     if labels.ndim != 1:
         raise ValueError(
             f"labels must be [{len(found)}], one class per example, got {list(labels.shape)}"
@@ -234,7 +233,7 @@ def _probabilities(probabilities: Any, labels: Any) -> tuple[np.ndarray, np.ndar
             "np.concatenate([1 - p, p], axis=1)"
         )
     _labels(p, labels, p.shape[-1])
-    if np.any((p < 0) | (p > 1 + 1e-3)):  # as far as half precision rounds
+    if np.any((p < 0) | (p > 1 + 1e-3)):  # allows for rounding in half precision
         raise ValueError(
             f"probabilities must lie in 0..1, got {p.min():.3g}..{p.max():.3g}: of logits take the "
             "softmax"

@@ -1,6 +1,6 @@
 """Normalization during fine-tuning: Stochastic Normalization, and frozen statistics.
 
-For dropout toward the pretrained weights see `transforms.mixout`.
+For dropout toward the pretrained weights, see `transforms.mixout`.
 """
 
 from typing import Any, NamedTuple
@@ -30,12 +30,12 @@ def stoch_norm(
     eps: float = 1e-5,
     where: Array | None = None,
 ) -> tuple[Array, Running]:
-    """Batch normalization in which every channel uses batch or running statistics, by a draw.
+    """Batch normalization in which each channel randomly uses batch or running statistics.
 
-    Where `uses_batch` the batch's mean and variance (divisor n) normalize, elsewhere the running
-    ones as they were before this step. The running statistics move for all channels, the
-    variance with divisor n - 1. At test time use the running statistics alone:
-    `stoch_norm` with `uses_batch` false throughout, dropping the new statistics.
+    Channels where `uses_batch` is true are normalized by the batch's mean and variance (divisor n),
+    the others by the running statistics from before this step. The running statistics are updated
+    for all channels, the variance with divisor n - 1. At test time, use only the running
+    statistics: call `stoch_norm` with `uses_batch` all false, and drop the new statistics.
 
     Args:
       x: `[..., C]`.
@@ -43,10 +43,10 @@ def stoch_norm(
       offset: `[C]`.
       running: statistics before the step.
       uses_batch: bool `[C]`, one draw per batch: `jax.random.bernoulli(key, p, (C,))`, p = 0.5.
-      momentum: share of the batch in the new running statistics.
-      eps: added to variances, so in squared feature units.
-      where: bool `[B]` or other leading axes of x, real examples. The others enter no statistic;
-        where fewer than two values per channel are real the running statistics stay.
+      momentum: weight of the batch in the new running statistics.
+      eps: added to variances, in squared feature units.
+      where: bool `[B]` or other leading axes of x, real examples. The others enter no statistic; if
+        fewer than two values per channel are real, the running statistics do not change.
 
     Returns:
       `(y [..., C] in x's dtype, running statistics after the step)`.
@@ -99,7 +99,7 @@ def stoch_norm(
 
 
 def freeze_stats(before: PyTree, after: PyTree, *, where: trees.Selector) -> PyTree:
-    """`after` with the selected leaves of `before`: keeps statistics from changing.
+    """`after` with the selected leaves of `before`, to keep statistics from changing.
 
     Optimizer masks do not reach batch statistics, which are a separate collection.
 
@@ -112,7 +112,7 @@ def freeze_stats(before: PyTree, after: PyTree, *, where: trees.Selector) -> PyT
 
 
 def with_frozen_stats(model: ModelFn, *, where: trees.Selector = trees.everything) -> ModelFn:
-    """The model with the selected statistics of its state held fixed, whatever mode it runs in.
+    """The model with the selected statistics of its state held fixed, in any mode.
 
     In training mode a batch-normalized model still *normalizes* by the batch; to normalize by
     the frozen statistics too, wrap it in `in_evaluation_mode`.
@@ -133,7 +133,7 @@ def with_frozen_stats(model: ModelFn, *, where: trees.Selector = trees.everythin
 
 
 def in_evaluation_mode(model: ModelFn) -> ModelFn:
-    """The model always run with `train=False`: running statistics normalize, and dropout is off."""
+    """The model, always run with `train=False`: uses running statistics, and no dropout."""
 
     def run(
         params: Params,

@@ -1,14 +1,14 @@
 """The objective: a dict of per-example terms, weighted and reduced once.
 
 The user writes one function `terms(inputs) -> {name: values}` and one dict `{name: weight}`, where
-a weight is a number, a traced array or a schedule of the step. Values are
+a weight is a number, a traced array or a schedule of the step. Values are one of
 
 - `[B]`, or `[B, L]` for tokens: averaged over examples (and positions);
 - `Masked(values, where)`: averaged where the mask holds;
-- `Mean(total, weight)`: summed already, as `losses.chunked_divergence` does;
-- `[]`: a penalty, a function of parameters, counted once whatever the batch.
+- `Mean(total, weight)`: already summed, as in `losses.chunked_divergence`;
+- `[]`: a penalty, a function of parameters, counted once for any batch.
 
-Sums and counts are kept apart (`Mean`), so that accumulating over microbatches or devices gives
+Sums and counts are kept separate (`Mean`), so accumulating over microbatches or devices gives
 exactly the value of the large batch. Logged values are unweighted.
 """
 
@@ -28,10 +28,10 @@ from kdtl_jax._types import Outputs, Params, PyTree, Scalar, Schedule
 
 
 class Inputs(NamedTuple):
-    """Everything that a term may read. New fields break nothing, because terms read them by name.
+    """Everything that a term may read. New fields do not break terms, which read them by name.
 
-    `teacher` holds a teacher's outputs, empty without one; `teacher_params` is the step's third
-    argument as it was given, for penalties that read frozen parameters.
+    `teacher` holds a teacher's outputs and is empty without a teacher; `teacher_params` is the
+    step's third argument, unchanged, for penalties that read frozen parameters.
     """
 
     student: Outputs
@@ -46,9 +46,10 @@ class Inputs(NamedTuple):
 
     @property
     def real(self) -> Array | None:
-        """Which examples are not padding, bool `[B]`; None where the batch has no weights.
+        """Which examples are not padding, bool `[B]`; None if the batch has no weights.
 
-        The `where` of whatever mixes the rows of a batch: `losses.sp(s, t, where=inputs.real)`.
+        Pass it as `where` to any loss that mixes rows of a batch:
+        `losses.sp(s, t, where=inputs.real)`.
         """
         weights = self.batch.get("weights")
         return None if weights is None else weights != 0
@@ -66,9 +67,9 @@ class Masked(NamedTuple):
 class Metrics(Mapping[str, Mean]):
     """`{name: Mean}` held in one array `[..., K, 2]` of totals and weights.
 
-    A step returns one buffer instead of two per term: on small models, logging costs buffers, not
-    arithmetic. Scan and vmap add leading axes; adding `sums` of several
-    batches gives the metrics of their union.
+    A step returns one buffer instead of two per term: on small models, the cost of logging is in
+    buffers, not arithmetic. Scan and vmap add leading axes; adding the `sums` of multiple batches
+    gives the metrics of their union.
     """
 
     names: tuple[str, ...]
@@ -95,7 +96,7 @@ def stack(means: Mapping[str, Mean]) -> Metrics:
     return Metrics(tuple(means), sums.reshape(len(means), 2))
 
 
-# Values by example, values with a mask, or a mean that is taken already.
+# Values per example, values with a mask, or a mean that is already computed.
 Term = Array | Masked | Mean
 # Loss terms by name.
 Terms = Mapping[str, Term]
@@ -115,7 +116,7 @@ def classification(inputs: Inputs) -> dict[str, Array]:
     `[..., classes]` logits and int `[...]` labels give `[...]`, nats.
 
     Raises:
-      TypeError, ValueError: if labels are not class numbers, or the head has a single logit.
+      TypeError, ValueError: if labels are not class indices, or the head has a single logit.
     """
     logits, labels = inputs.student["logits"], inputs.batch["labels"]
     real = inputs.real
@@ -139,12 +140,12 @@ def reduce(
     Args:
       name: for messages.
       term: `[]`, `[B]`, `[B, L]`, `Masked`, or a `Mean`, which is passed on.
-      example_weights: `[B]`, 0 for padding; multiplies both sum and count. A `Mean` has already
-        left the padding out.
-      batch_size: the batch's, if it is known where there are no weights.
+      example_weights: `[B]`, 0 for padding; multiplies both sum and count. A `Mean` must already
+        exclude padding.
+      batch_size: the batch's size, if it is known without weights.
 
     Raises:
-      ValueError: if the leading dimension is not the batch's, or a mask has another shape.
+      ValueError: if the leading dimension is not the batch's, or a mask has a different shape.
       TypeError: if the values are not floating point.
     """
     if isinstance(term, Mean):
@@ -169,7 +170,7 @@ def reduce(
     elif values.ndim == 0 and example_weights is not None:
         weights = jnp.sum(_numerics.cast(example_weights, values))
     weights = jnp.broadcast_to(weights, values.shape)
-    # A padded example may hold anything, NaN included: select before multiplying.
+    # A padded example may hold anything, including NaN: select before multiplying.
     total = jnp.sum(jnp.where(weights != 0, values, 0) * weights)
     return Mean(total, jnp.sum(weights))
 
@@ -194,7 +195,7 @@ def reduce_all(
 
 
 def resolve(weights: Weights, step: Array) -> dict[str, Array]:
-    """Weights at a step, an integer `[]`: schedules called, each `[]`, float32 or wider.
+    """Weights at a step, an integer `[]`, with schedules evaluated: each `[]`, float32 or wider.
 
     Raises:
       TypeError: if the weights are not a mapping, or one is neither a number nor a schedule.
@@ -222,7 +223,7 @@ def _as_float(name: str, weight: Scalar) -> Array:
 
 
 def weighted_sum(means: Mapping[str, Mean], weights: Mapping[str, Array]) -> Array:
-    """`sum_k w_k total_k / weight_k` of weights w: what is differentiated, `[]`.
+    """`sum_k w_k total_k / weight_k` for weights w: the value to differentiate, `[]`.
 
     `total_k / weight_k` is the mean of term k.
 

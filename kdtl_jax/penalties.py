@@ -1,14 +1,14 @@
-"""Penalties: functions of parameters that return one scalar, counted once whatever the batch.
+"""Penalties: functions of parameters that return one scalar, counted once for any batch.
 
-In `terms` a penalty is an entry like any other; its shape `[]` tells the objective not to average
+In `terms`, a penalty is an entry like any other; its shape `[]` tells the objective not to average
 it over examples:
 
     penalty = l2_sp(inputs.params, inputs.teacher_params, where="backbone/.*")
     {"task": cross_entropy, "l2_sp": penalty}
 
-`where` says which leaves a penalty sees, so that a pretrained backbone and a new head can have
-penalties, and weights, of their own. Only inexact leaves count. No penalty has a weight of its
-own: that is the objective's.
+`where` selects the leaves that a penalty covers, so a pretrained backbone and a new head can have
+separate penalties and weights. Only inexact leaves count. Penalties are unweighted: the objective
+applies the weights.
 """
 
 from collections.abc import Iterable
@@ -24,13 +24,13 @@ from kdtl_jax.trees import Selector, everything, is_inexact
 
 
 def l2(params: Params, *, where: Selector = everything) -> Array:
-    """`1/2 sum ||p||^2` over the selected leaves, biases and norm scales included.
+    """`1/2 sum ||p||^2` over the selected leaves, including biases and norm scales.
 
-    With weight `w` its gradient is `w p`: what SGD calls weight decay.
+    With weight `w` its gradient is `w p`: weight decay in SGD.
 
     Args:
       params: any pytree.
-      where: selector of the leaves that are penalized, usually the new head.
+      where: selector of the leaves to penalize, usually the new head.
 
     Returns:
       `[]`, float32 or wider.
@@ -46,13 +46,13 @@ def l2(params: Params, *, where: Selector = everything) -> Array:
 
 
 def l2_sp(params: Params, source: Params, *, where: Selector = everything) -> Array:
-    """`1/2 sum ||p - p0||^2`: distance from the pretrained starting point, a sum and not a mean.
+    """`1/2 sum ||p - p0||^2`: distance from the pretrained starting point (a sum, not a mean).
 
     Args:
       params: any pytree.
-      source: the pretrained parameters. It may hold other leaves where `where` does not look
-        (an old head, say); where it does, names and shapes must be those of `params`.
-      where: selector of the leaves that are penalized, usually the backbone.
+      source: the pretrained parameters. Leaves that `where` does not select may differ (e.g. an old
+        head); for selected leaves, names and shapes must be those of `params`.
+      where: selector of the leaves to penalize, usually the backbone.
 
     Returns:
       `[]`, float32 or wider. No gradient is stopped: `source` is a constant because nothing
@@ -70,7 +70,7 @@ def l2_sp(params: Params, source: Params, *, where: Selector = everything) -> Ar
 
 
 def ewc(params: Params, anchor: Params, fisher: PyTree, *, where: Selector = everything) -> Array:
-    """`1/2 sum F (p - p*)^2`: distance from `anchor`, entry by entry as far as the old task cares.
+    """`1/2 sum F (p - p*)^2`: distance from `anchor`, weighted by importance for the old task.
 
     Args:
       params: any pytree.
@@ -79,8 +79,8 @@ def ewc(params: Params, anchor: Params, fisher: PyTree, *, where: Selector = eve
       where: selector of the leaves that are penalized.
 
     Returns:
-      `[]`, float32 or wider. Avalanche has no 1/2, so its number is twice this one; its Fisher
-      is also the squared gradient of a batch mean (`fisher.batch_fisher`).
+      `[]`, float32 or wider. Avalanche omits the 1/2, so its number is twice this one; also, its
+      Fisher is the squared gradient of a batch mean (`fisher.batch_fisher`).
 
     Raises:
       ValueError: if the selector matches nothing, or names or shapes differ (all are listed).
@@ -99,12 +99,12 @@ def _selected(tree: PyTree, where: Selector) -> dict[str, Array]:
 
 
 def _counterparts(tree: PyTree, where: Selector, paths: Iterable[str]) -> dict[str, Array]:
-    """The leaves of another tree that belong to the selected ones, extra and missing included."""
+    """The leaves of another tree that correspond to the selected ones, including extra ones."""
     flat = trees.flatten(tree)
     if not trees.is_bool_tree(where):
         chosen = trees.flatten(trees.mask(tree, where, expect=None))
         return {path: leaf for path, leaf in flat.items() if chosen[path] and is_inexact(leaf)}
-    # A tree of bools fits `params` alone: elsewhere the same paths are meant.
+    # A tree of bools fits only `params`: in other trees, it selects the same paths.
     return {path: flat[path] for path in paths if path in flat}
 
 
@@ -124,5 +124,5 @@ def _one_dtype(leaves: Iterable[Array]) -> tuple[Array, ...]:
 
 
 def _total(leaves: Iterable[Array]) -> Array:
-    """`1/2 sum` over all entries; each leaf is summed by itself, so the error does not grow."""
+    """`1/2 sum` over all entries; each leaf is summed separately, so the error does not grow."""
     return jnp.sum(jnp.stack(_one_dtype([jnp.sum(leaf) for leaf in leaves]))) / 2

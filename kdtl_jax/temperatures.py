@@ -1,7 +1,7 @@
-"""Temperatures that change by schedule or are learned against the student, and calibration.
+"""Temperatures on a schedule or learned adversarially to the student, and calibration.
 
-Every loss takes its temperature as an array, so a schedule is any function of the step, optax's
-among them, and nothing recompiles:
+Every loss takes its temperature as an array, so a schedule can be any function of the step,
+including optax's, and nothing recompiles:
 
     >>> import optax
     >>> from kdtl_jax import losses
@@ -11,10 +11,9 @@ among them, and nothing recompiles:
     ...     return {"kd": losses.kd_kl(student, teacher, temperature=cooling(inputs.step))}
     >>> weights = {"kd": optax.linear_schedule(0.0, 1.0, 100)}  # a weight may be a schedule itself
 
-The step lives in the state, so a resumed run continues its schedules. The learned temperature of
-CTKD is a parameter beside the student's, among the connectors (`inputs.connectors`); its gradient
-is reversed, so that the optimizer which minimizes the loss for the student maximizes it over the
-temperature.
+The step is part of the state, so a resumed run continues its schedules. The learned temperature of
+CTKD is an extra parameter, among the connectors (`inputs.connectors`); its gradient is reversed, so
+the optimizer that minimizes the loss for the student maximizes it over the temperature.
 """
 
 import jax
@@ -27,14 +26,14 @@ from kdtl_jax._types import Scalar, Schedule
 
 
 def reverse_gradient(x: Array, scale: Scalar = 1.0) -> Array:
-    """`x`, whose gradient is multiplied by `-scale`.
+    """`x`, with its gradient multiplied by `-scale`.
 
     Args:
       x: any floating point array.
       scale: the strength of the reversal, possibly traced; 0 stops the gradient.
 
     Returns:
-      `x`, unchanged to the bit.
+      `x`, bit-identical.
 
     Raises:
       TypeError: if x is not floating point.
@@ -45,7 +44,7 @@ def reverse_gradient(x: Array, scale: Scalar = 1.0) -> Array:
     _checks.floating(x=x)
     _checks.finite(scale=scale)
     fixed = jax.lax.stop_gradient(x)
-    # x - fixed is exactly 0 and carries the gradient: works in forward mode too, and twice.
+    # x - fixed is exactly 0 and carries the gradient; this works in forward mode too, and twice.
     return fixed - _numerics.per_example(scale, x, "scale") * (x - fixed)
 
 
@@ -57,7 +56,7 @@ def temperature_init() -> Array:
 def learned_temperature(
     parameter: Array, *, start: Scalar = 1.0, span: Scalar = 20.0, reversal: Scalar = 1.0
 ) -> Array:
-    """CTKD: `T = start + span * sigmoid(g)`, with the gradient by `g` reversed.
+    """CTKD: `T = start + span * sigmoid(g)`, with a reversed gradient for `g`.
 
     Use it as the temperature of `losses.kd_kl` or any other loss:
 
@@ -91,7 +90,7 @@ def learned_temperature(
 
 
 def adversarial_ramp(steps: int, *, strength: float = 1.0) -> Schedule:
-    """`strength (1 - cos(pi t / steps)) / 2`, then constant: CTKD's curriculum of the reversal.
+    """`strength (1 - cos(pi t / steps)) / 2`, then constant: CTKD's curriculum for the reversal.
 
     Args:
       steps: length of the ramp; the paper's is 10 epochs.
@@ -116,23 +115,24 @@ def fit_logit_scale(
     high: Scalar = 1e2,
     where: Array | None = None,
 ) -> Array:
-    """The scale s minimizing the cross-entropy of `softmax(s z)`: temperature scaling, T = 1/s.
+    """The scale s that minimizes the cross-entropy of `softmax(s z)`: temperature scaling, T = 1/s.
 
-    The cross-entropy is convex in s, so its derivative is bisected (60 halvings of `log s`).
+    The cross-entropy is convex in s, so s is found by bisecting its derivative (60 halvings of
+    `log s`).
 
     Args:
       logits: `[N, C]`, on held-out *source* samples.
       labels: int `[N]`.
-      low: smallest scale considered; the result when confidence is worthless.
-      high: largest scale considered; the result when every sample is right.
+      low: smallest scale considered; the result if confidence is uninformative.
+      high: largest scale considered; the result if every sample is correct.
       where: bool `[N]`, samples to include.
 
     Returns:
-      `[]`; NaN where a logit is NaN, a traced label out of range, or no sample takes part.
+      `[]`; NaN if a logit is NaN, a traced label is out of range, or no sample is included.
 
     Raises:
       ValueError: if shapes do not fit, or labels are out of range.
-      TypeError: if the logits are not floating point or the labels not integers.
+      TypeError: if the logits are not floating point or the labels are not integers.
 
     References:
       Guo et al., On Calibration of Modern Neural Networks, 2017 (1706.04599).

@@ -1,20 +1,19 @@
-"""Connectors: trainable glue between a student's features and a teacher's.
+"""Connectors: trainable layers between a student's features and a teacher's.
 
-A `Connector(init, apply)` has parameters and no loss. `init(key, x)` looks at shapes and dtypes
-only, so `x` may be a `jax.ShapeDtypeStruct` (or a pytree of them); `apply(params, x)` is pure.
-Feature maps are channel-last; linear maps and 1x1 convolutions are matrices `[in, out]`, larger
-kernels `[kh, kw, in, out]`. Parameters are float32 (float64 for float64 inputs) and cast to the
-input's dtype where they meet it.
+A `Connector(init, apply)` has parameters and no loss. `init(key, x)` reads only shapes and dtypes,
+so `x` may be a `jax.ShapeDtypeStruct` (or a pytree of them); `apply(params, x)` is pure. Feature
+maps have their channels last; linear maps and 1x1 convolutions are matrices `[in, out]`, larger
+kernels `[kh, kw, in, out]`. Parameters are float32 (float64 for float64 inputs) and are cast to the
+input's dtype when they are applied.
 
 `where` (bool `[B]`, or other leading axes) marks the real examples of a batch: the others enter no
 statistic of `batch_norm`. `apply` always normalizes by the current batch, as the published
-distillers do in training; that is right for glue that is discarded. If a connector stays in the
-model (SimKD's projector), its output must not depend on the rest of the batch: `measure`
+distillers do in training; that is right for a connector that is discarded. If a connector stays in
+the model (SimKD's projector), its output must not depend on the rest of the batch: `measure`
 returns the statistics along with the output, `running_update` averages them in the step's memory,
-and
-`evaluate` normalizes by them; `fold_batch_norm` turns the result into plain convolutions.
+and `evaluate` normalizes by them; `fold_batch_norm` turns the result into plain convolutions.
 
-TypeError: x is not floating point, or a size not an integer. ValueError: a size is below 1, or x
+TypeError: x is not floating point, or a size is not an integer. ValueError: a size is below 1, or x
 does not have the rank or the width that the parameters were made for.
 """
 

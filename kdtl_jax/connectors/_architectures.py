@@ -1,4 +1,4 @@
-"""Connectors of published methods: projectors, generators, paraphrasers, fusions."""
+"""Connectors from published methods: projectors, generators, paraphrasers, fusions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,8 @@ from kdtl_jax.connectors._layers import Size
 def simkd_projector(features: int, *, factor: int = 2, eps: float = 1e-5) -> Connector:
     """SimKD's bottleneck 1x1, 3x3, 1x1 of width `features / factor`, each with norm and ReLU.
 
-    It stays in the student: carry `running_init`, and predict with `evaluate` or after folding.
+    It remains part of the student: carry `running_init`, and predict with `evaluate` or after
+    folding.
     """
     _checks.count(1, features=features, factor=factor)
     width = features // factor
@@ -31,7 +32,7 @@ def simkd_projector(features: int, *, factor: int = 2, eps: float = 1e-5) -> Con
 
 
 def generator(features: int) -> Connector:
-    """MGD's and ViTKD's generator: 3x3, ReLU, 3x3. Its input is masked by the caller."""
+    """MGD's and ViTKD's generator: 3x3, ReLU, 3x3. The caller masks its input."""
     return _layers.chain(
         _layers.conv3x3(features), _layers.activation(jax.nn.relu), _layers.conv3x3(features)
     )
@@ -73,7 +74,7 @@ def translator(channels: int, features: int) -> Connector:
 def paraphraser(channels: int, *, rate: float = 0.5) -> Connector:
     """FT's teacher side, an autoencoder: `x -> (factor, reconstruction)`.
 
-    The factor has `rate * channels` channels. Train it first, by `losses.mse` of the
+    The factor has `rate * channels` channels. Train it first, with `losses.mse` on the
     reconstruction; distill with the factor alone.
     """
     _checks.count(1, channels=channels)
@@ -103,8 +104,8 @@ def abf(width: int, features: int, *, size: Size | None = None, eps: float = 1e-
     """ReviewKD's attention-based fusion: `(x, residual) -> (features, next residual)`.
 
     Run it from the deepest level up and pass each level's residual to the next; the deepest takes
-    `residual=None`. The residual is brought to x's size by nearest neighbor and mixed in by two
-    sigmoid maps; `size` is the next level's height and width, x's own by default.
+    `residual=None`. The residual is resized to x's size by nearest neighbor and mixed in by two
+    sigmoid maps; `size` is the next level's height and width, by default those of x.
 
     Args:
       width: channels of the residual stream (mdistiller: 512 at most).

@@ -12,9 +12,9 @@ from kdtl_jax._types import Params, PyTree, Scalar
 
 
 class Statistics(NamedTuple):
-    """Of one normalization: `mean` and `var` `[C]`, `size`, of how many values, and its `eps`.
+    """Of one normalization: `mean` and `var` `[C]`, `size`, the number of values, and its `eps`.
 
-    The variance has the divisor n - 1, as running variances have in torch.
+    The variance has the divisor n - 1, like running variances in torch.
     """
 
     mean: Array
@@ -24,7 +24,7 @@ class Statistics(NamedTuple):
 
 
 class Run(Protocol):
-    """`apply` by the given statistics, or by the batch's own where they are None.
+    """`apply` with the given statistics, or with the batch's own if they are None.
 
     Returns the output and the statistics that were used: a pytree of `Statistics`.
     """
@@ -37,8 +37,8 @@ class Run(Protocol):
 class Connector(NamedTuple):
     """`init(key, x) -> params` from shapes alone; `apply(params, x, *, where=None) -> y`.
 
-    `run` is for connectors with statistics of the batch; a connector of your own has none and needs
-    only `apply(params, x)`.
+    `run` is for connectors with batch statistics; a connector of your own that has none needs only
+    `apply(params, x)`.
     """
 
     init: Callable[[Array, Any], Params]
@@ -46,11 +46,11 @@ class Connector(NamedTuple):
     run: Run | None = None
 
     def measure(self, params: Params, x: Any, *, where: Array | None = None) -> tuple[Any, PyTree]:
-        """`apply`, and beside its output the batch's statistics (no gradient flows into them)."""
+        """The output of `apply` and the batch's statistics (no gradient flows into them)."""
         return run_step(self, params, x, None, where)
 
     def evaluate(self, params: Params, statistics: PyTree, x: Any) -> Any:
-        """The output by given statistics: each example's is its own, whatever its batch."""
+        """The output with given statistics: each example's output is independent of its batch."""
         return run_step(self, params, x, statistics, None)[0]
 
 
@@ -64,7 +64,7 @@ def real(x: Any, where: Array | None) -> Any:
 def run_step(
     connector: Connector, params: Params, x: Any, statistics: PyTree | None, where: Array | None
 ) -> tuple[Any, PyTree]:
-    """`run` of any connector; the statistics of one without are an empty tree."""
+    """`run` of any connector; if it has no statistics, they are an empty tree."""
     x = real(x, where)
     if connector.run is None:
         return connector.apply(params, x), {}
@@ -72,7 +72,7 @@ def run_step(
 
 
 def with_statistics(init: Callable[[Array, Any], Params], run: Run) -> Connector:
-    """A connector of its `run`."""
+    """A connector made from its `run`."""
 
     def apply(params: Params, x: Any, *, where: Array | None = None) -> Any:
         return run(params, real(x, where), None, where)[0]
@@ -81,12 +81,12 @@ def with_statistics(init: Callable[[Array, Any], Params], run: Run) -> Connector
 
 
 def running_init(connector: Connector, params: Params, x: Any) -> PyTree:
-    """Running statistics of a connector before the first batch, for `TrainState.memory`.
+    """A connector's running statistics before the first batch, for `TrainState.memory`.
 
     Args:
-      connector: any connector; one without statistics has an empty tree.
+      connector: any connector; without statistics, the result is an empty tree.
       params: its parameters; arrays or shapes.
-      x: an input of `apply`; shapes suffice.
+      x: an input of `apply`; shapes are enough.
 
     Returns:
       A pytree of `Statistics`: mean 0, variance 1, nothing counted.
@@ -101,13 +101,13 @@ def running_init(connector: Connector, params: Params, x: Any) -> PyTree:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return jax.tree.map(fresh, connector.measure(*zeros)[1], is_leaf=_is_statistics)
 
-    return jax.jit(start)()  # compiled, nothing is left but constants
+    return jax.jit(start)()  # compiled, so only constants are left
 
 
 def running_update(running: PyTree, measured: PyTree, *, momentum: Scalar = 0.1) -> PyTree:
-    """`(1 - momentum) running + momentum measured`; the first batch is taken as it is.
+    """`(1 - momentum) running + momentum measured`; the first batch is taken unchanged.
 
-    A batch with fewer than two values per channel (all padding, say) changes nothing.
+    A batch with fewer than two values per channel (e.g. all padding) changes nothing.
 
     Args:
       running: from `running_init` or an earlier step.
@@ -132,9 +132,9 @@ def fold_batch_norm(params: Params, statistics: PyTree) -> Params:
     `evaluate(params, statistics, x)`, since a `batch_norm` without parameters is the identity.
 
     Args:
-      params: of a `chain`, in which every `batch_norm` follows a `linear` or `conv`, or of
+      params: of a `chain` in which every `batch_norm` follows a `linear` or `conv`, or of
         connectors made of such chains.
-      statistics: running statistics of the same connector, which know each normalization's eps.
+      statistics: running statistics of the same connector; they hold each normalization's eps.
 
     Raises:
       ValueError: if a normalization does not follow a linear map.

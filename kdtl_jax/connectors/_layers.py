@@ -1,4 +1,4 @@
-"""Connectors of one layer, and connectors made of connectors."""
+"""Single-layer connectors, and connectors made of connectors."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ Size = int | Sequence[int]  # a side, or (height, width)
 
 
 def floating(x: Any, width: int | None = None) -> None:
-    """Refuses what is not floating, or not of the width `init` saw."""
+    """Refuses inputs that are not floating point, or not of the width that `init` saw."""
     _checks.floating(x=x)
     _checks.rank(1, x=x)
     if width is not None and x.shape[-1] != width:
@@ -28,7 +28,7 @@ def floating(x: Any, width: int | None = None) -> None:
 
 
 def param_dtype(x: Any) -> Any:
-    """The dtype of `x`, float32 at least."""
+    """The dtype of `x`, but at least float32."""
     return jnp.float32 if jnp.finfo(x.dtype).bits < 32 else x.dtype
 
 
@@ -53,17 +53,17 @@ def identity() -> Connector:
 
 
 def unit_norm() -> Connector:
-    """`x / ||x||` over the last axis, 0 for zeros; the end of every contrastive embedding."""
+    """`x / ||x||` over the last axis, 0 for zeros; the last layer of contrastive embeddings."""
     return _plain(_numerics.normalize)
 
 
 def pool(size: Size) -> Connector:
-    """Adaptive average pooling of `[B, H, W, C]` to `size`, torch's cells at any size."""
+    """Adaptive average pooling of `[B, H, W, C]` to `size`, with torch's cells at any size."""
     return _plain(lambda x: _pooling.pool_to(feature_map(x), pair(size)))
 
 
 def resize_nearest(size: Size) -> Connector:
-    """`[B, H, W, C]` to `size` by pixel `floor(i h / H)`: torch's default and ReviewKD's."""
+    """`[B, H, W, C]` to `size` from pixel `floor(i h / H)`, the default of torch and ReviewKD."""
     return _plain(lambda x: nearest(feature_map(x), pair(size)))
 
 
@@ -92,7 +92,7 @@ def feature_map(x: Any) -> Any:
 
 
 def pair(size: Size) -> tuple[int, int]:
-    """Height and width; one number is both."""
+    """Height and width; a single number is used for both."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
@@ -113,7 +113,7 @@ def linear(features: int, *, bias: bool = True) -> Connector:
     return Connector(init, apply)
 
 
-conv1x1 = linear  # the same map under the name that papers use for it
+conv1x1 = linear  # the same map under the name used in papers
 
 
 def conv(
@@ -124,7 +124,7 @@ def conv(
     padding: int | None = None,
     bias: bool = True,
 ) -> Connector:
-    """A `kernel x kernel` convolution of `[B, H, W, C]`, zero padding on every side.
+    """A `kernel x kernel` convolution of `[B, H, W, C]`, with zero padding on every side.
 
     `padding` defaults to `kernel // 2`, as in torch; note that "SAME" pads differently at stride 2.
 
@@ -142,7 +142,7 @@ def conv(
         floating(feature_map(x), params["kernel"].shape[2])
         x, weights = real(x, where), params["kernel"].astype(x.dtype)
         if x.shape[1:3] == (1, 1) and kernel == 2 * edge + 1:
-            # A single position meets the middle of the kernel alone.
+            # A single position only meets the middle of the kernel.
             return _biased(jnp.matmul(x, weights[edge, edge]), params)
         y = jax.lax.conv_general_dilated(
             x,
@@ -170,9 +170,9 @@ def _biased(y: Array, params: Params) -> Array:
 def batch_norm(*, eps: float = 1e-5) -> Connector:
     """Normalizes each channel, then scales and shifts it.
 
-    By the mean and the biased variance of this batch over all axes but the last (padding left out),
-    in float32 or wider, or by running statistics (`Connector.evaluate`). `eps` is added to the
-    variance, so it is in squared feature units, as everywhere; 1e-5 is torch's.
+    It uses the mean and the biased variance of this batch over all axes but the last (without
+    padding), in float32 or wider, or running statistics (`Connector.evaluate`). `eps` is added to
+    the variance, so it is in squared feature units, as everywhere; 1e-5 is torch's default.
     """
     _checks.scalar(eps=eps)
     _checks.non_negative(eps=eps)
@@ -186,7 +186,7 @@ def batch_norm(*, eps: float = 1e-5) -> Connector:
         params: Params, x: Array, statistics: Statistics | None, where: Array | None, /
     ) -> tuple[Array, Any]:
         if not params:
-            return x, {}  # folded into the map before
+            return x, {}  # folded into the preceding map
         floating(x, params["scale"].shape[0])
         if statistics is None:
             centered, variance, statistics = _of_batch(_numerics.upcast(x), where, eps)
@@ -230,7 +230,7 @@ def mlp(
     activate: Callable[[Array], Array] = jax.nn.relu,
     bias: bool = True,
 ) -> Connector:
-    """Linear maps over the last axis with an activation between: an embedding head.
+    """Linear maps over the last axis with an activation in between: an embedding head.
 
     `[..., width]` to `[..., sizes[-1]]`.
 
@@ -269,7 +269,7 @@ def chain(*connectors: Connector) -> Connector:
 def group(connectors: Mapping[str, Connector]) -> Connector:
     """Connectors side by side: a dict in, a dict out, parameters by the same names.
 
-    Entries of the input without a connector are left out of the output.
+    Input entries without a connector are omitted from the output.
     """
     names = sorted(connectors)
 
@@ -305,7 +305,7 @@ def group(connectors: Mapping[str, Connector]) -> Connector:
 
 
 def variance(*, initial: float = 5.0, eps: float = 1e-5) -> Connector:
-    """VID's variance head: `softplus(raw_c) + eps` per channel of x, `[C]`, `initial` at first.
+    """VID's variance head: `softplus(raw_c) + eps` per channel of x, `[C]`, starting at `initial`.
 
     Both are in squared feature units.
     """

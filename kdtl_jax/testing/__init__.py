@@ -1,4 +1,4 @@
-"""The tests that every loss of this library passes, for a loss of your own.
+"""The tests that every loss of this library passes, for use on your own losses.
 
     >>> import jax.numpy as jnp
     >>> from kdtl_jax import testing
@@ -16,9 +16,9 @@
     >>> testing.check_loss(squared, example, oracle=lambda s, t: ((s - t) ** 2).mean(-1))
 
 The tests check the contract of `kdtl_jax.losses`: one value per example, accurate in float64 and in
-half precision, differentiable, finite where training goes wrong, and with errors for bad input.
-Each check is a function from the `Subject` to the failures it found, so that a test can run one
-alone. Run together they share their compiled programs.
+half precision, differentiable, finite in extreme situations, and with errors for bad input. Each
+check is a function from the `Subject` to the failures it found, so a test can run a single check.
+Checks that run together share their compiled programs.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +38,7 @@ from kdtl_jax.testing._subject import Example as Example
 from kdtl_jax.testing._subject import Subject as Subject
 from kdtl_jax.testing._subject import compiled as compiled
 
-# Every check of `check_loss`, in its order.
+# All checks of `check_loss`, in order.
 ALL: tuple[Check, ...] = (
     values,
     gradients,
@@ -71,21 +71,21 @@ def check_loss(
     """Checks `loss(student, teacher, ..., **hyper) -> [B]` or `[B, L]` against the contract.
 
     Args:
-      loss: the function; student first. Every positional argument has the batch first.
-      example: `example(rng, batch)` makes float64 NumPy arguments (labels as int32). Axes on
-        which its student and teacher differ in size are taken to be free; a mismatch on all
-        others must raise.
+      loss: the function; student first. The first axis of every positional argument is the batch.
+      example: `example(rng, batch)` makes float64 NumPy arguments (labels as int32). Axes on which
+        its student and teacher differ in size are considered free; a mismatch on any other axis
+        must raise.
       hyper: keyword arguments of both the loss and the oracle.
       oracle: the same function in NumPy and float64, from the paper's equation.
-      relational: one value per anchor, which depends on the other examples.
-      zero_at_equality: the loss is 0 where the teacher is the student.
+      relational: the loss gives one value per anchor, which depends on the other examples.
+      zero_at_equality: the loss is 0 if the teacher equals the student.
       nonnegative: the loss is never negative.
-      where_rank: number of dimensions of the mask `where=` (True takes part), which begins with
-        the student's; 0 if the loss takes none.
-      twice_differentiable: False for kinks, and for losses that define their own vjp.
-      frozen: a part is a constant of the method (a stop_gradient inside), so that the gradient
-        is not the derivative of the value and is not compared with differences.
-      extreme: finite at +-1e4; False only where the mathematics itself overflows.
+      where_rank: number of dimensions of the mask `where=` (True means included), which are the
+        student's first ones; 0 if the loss takes no mask.
+      twice_differentiable: False for losses with kinks, and for losses that define their own VJP.
+      frozen: part of the loss is constant by design (a stop_gradient inside), so the gradient is
+        not the derivative of the value and is not compared with differences.
+      extreme: the loss is finite at +-1e4; False only if the mathematics itself overflows.
       batch: examples in a batch.
       rtol: relative tolerance against the oracle in float64.
       checks: the checks to run; `ALL` by default.
@@ -108,5 +108,5 @@ def check_loss(
 def _run(check: Check, subject: Subject) -> Iterator[str]:
     try:
         yield from check(subject)
-    except Exception as error:  # a loss that raises has failed the check, not stopped the battery
+    except Exception as error:  # a loss that raises fails the check but does not stop the others
         yield f"raised {_subject.summary(error)}"

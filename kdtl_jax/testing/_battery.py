@@ -1,4 +1,4 @@
-"""What is checked, one function each: from the `Subject` to the failures found."""
+"""The checks, one function each, from the `Subject` to the failures found."""
 
 import contextlib
 import inspect
@@ -106,10 +106,10 @@ def gradients(subject: Subject) -> Iterator[str]:
 
 
 def transformations(subject: Subject) -> Iterator[str]:
-    """A loss that sees its arguments' values gives what jit does; vmap over an extra axis a loop.
+    """Concrete arguments give the same result as jit, and vmap over an extra axis that of a loop.
 
-    What sees values is traced with the arguments as constants instead of run operation by
-    operation: the same Python, in a twentieth of the time.
+    The concrete call is traced with the arguments as constants instead of run operation by
+    operation: the same Python code, in a twentieth of the time.
     """
     with jax.enable_x64(True):
         args, other = (_subject.arguments(subject, np.float64, seed=seed) for seed in (0, 1))
@@ -128,8 +128,8 @@ def transformations(subject: Subject) -> Iterator[str]:
 def extremes(subject: Subject) -> Iterator[str]:
     """Finite value and gradient in float32 at equality, +-1e4, zeros, duplicates, batch of one.
 
-    And not finite where an argument is NaN: whoever looks for a broken model looks at the loss. An
-    example alone has the value it has in a batch, unless the loss is relational.
+    They must not be finite if an argument is NaN, since the loss is what reveals a broken model. An
+    example has the same value alone as in a batch, unless the loss is relational.
     """
     args = _subject.arguments(subject, np.float32)
     student, teacher, rest = args[0], args[1:2], args[2:]
@@ -219,16 +219,16 @@ def precision(subject: Subject) -> Iterator[str]:
             want = np.asarray(exact(*args))
             half = np.asarray(half, np.float64)
             worst = np.max(np.abs(half - want)) / max(float(np.max(np.abs(want))), 1e-6)
-            # Upcast inputs agree to 1e-6 of the largest value; half arithmetic is seldom
-            # within 5e-4 of it, although single values may happen to be.
+            # Upcast inputs agree to 1e-6 of the largest value; half arithmetic is rarely within
+            # 5e-4 of it, although individual values may happen to be.
             if not worst <= 5e-4 or not np.allclose(half, want, rtol=1e-2, atol=1e-5):
                 yield f"{name} inputs: {half.ravel()[:4]}, in float64 {want.ravel()[:4]}"
 
 
 def masks(subject: Subject) -> Iterator[str]:
-    """`where` equals slicing; what is masked cannot matter, not even as -inf or as a label of -100.
+    """`where` equals slicing; masked entries do not matter, not even -inf or a label of -100.
 
-    A mask of examples gives masked ones the value 0 and the gradient 0.
+    With a mask over examples, masked examples have value 0 and gradient 0.
     """
     if not subject.where_rank:
         return
@@ -284,10 +284,10 @@ def masks(subject: Subject) -> Iterator[str]:
 
 
 def hyperparameters(subject: Subject) -> Iterator[str]:
-    """Numbers among the hyper-parameters: a scalar or, where that has a meaning, one per example.
+    """Numeric hyper-parameters: a scalar or, if that is meaningful, one value per example.
 
-    Any other shape raises ValueError: `[1]`, `[B, 1]` and `[B + 1]` would broadcast into something
-    else; complex numbers raise TypeError. One per example acts on its own. Integers are sizes.
+    Any other shape raises ValueError, since `[1]`, `[B, 1]` and `[B + 1]` would broadcast wrongly;
+    complex numbers raise TypeError. Per-example values act independently. Integers are sizes.
     """
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
         args = _subject.arguments(subject, np.float64)
@@ -349,7 +349,7 @@ def errors(subject: Subject) -> Iterator[str]:
     def outcome(*given: Any) -> Exception | None:
         try:
             jax.eval_shape(partial(subject.loss, **hyper), *given)
-        except Exception as error:  # whatever a user's loss raises is what we look at
+        except Exception as error:  # any exception of a user's loss is inspected
             return error
         return None
 
@@ -376,7 +376,7 @@ def errors(subject: Subject) -> Iterator[str]:
 
 
 def _mismatches(pairs: list[tuple[Any, Any]]) -> Iterator[tuple[str, Callable[[Any], Any]]]:
-    """Ways to spoil the teacher's shape on axes where the example's two sides agree."""
+    """Ways to change the teacher's shape on axes where the example's two sides agree."""
     if not pairs:
         return
 

@@ -1,4 +1,4 @@
-"""What is checked, and the small tools that every check uses."""
+"""The loss under test, and the small tools that every check uses."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ Example = Callable[[np.random.Generator, int], tuple[Any, ...]]
 
 
 class Subject(NamedTuple):
-    """A loss with what is declared of it; the arguments of `check_loss`."""
+    """A loss with its declared properties; the arguments of `check_loss`."""
 
     loss: Callable[..., Any]
     example: Example
@@ -27,21 +27,21 @@ class Subject(NamedTuple):
     extreme: bool
     batch: int
     rtol: float
-    programs: dict[str, Callable[..., Any]]  # compiled once, by what they compute
+    programs: dict[str, Callable[..., Any]]  # compiled once, keyed by what they compute
 
 
-Check = Callable[[Subject], Iterator[str]]  # yields a line for every failure
+Check = Callable[[Subject], Iterator[str]]  # yields one line per failure
 
 
 def compiled(fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-    """Compiled for the arguments' shapes; on CPU without optimization, which is quicker."""
+    """Compiled for the arguments' shapes; on CPU without optimization, which is faster."""
     lowered = jax.jit(fn).lower(*args)
     if jax.default_backend() != "cpu":
         return lowered.compile()
     quick = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
     try:
         return lowered.compile(compiler_options=quick)
-    except jax.errors.JaxRuntimeError:  # an option that this jaxlib no longer knows
+    except jax.errors.JaxRuntimeError:  # an option that this jaxlib no longer supports
         return lowered.compile()
 
 
@@ -53,17 +53,17 @@ def program(subject: Subject, name: str, fn: Callable[..., Any], *args: Any) -> 
 
 
 def arguments(subject: Subject, dtype: Any, *, seed: int = 0) -> tuple[Any, ...]:
-    """The example's arguments, floating point ones as `dtype`."""
+    """The example's arguments, with floating-point ones as `dtype`."""
     return cast(tuple(subject.example(np.random.default_rng(seed), subject.batch)), dtype)
 
 
 def hyper_of(subject: Subject, dtype: Any) -> dict[str, Any]:
-    """The hyper-parameters; arrays among them as `dtype`, like the arguments."""
+    """The hyper-parameters, with arrays as `dtype`, like the arguments."""
     return {k: cast(v, dtype) if isinstance(v, np.ndarray) else v for k, v in subject.hyper.items()}
 
 
 def cast(tree: Any, dtype: Any) -> Any:
-    """Floating point leaves as `dtype`, all leaves as NumPy arrays."""
+    """Floating-point leaves as `dtype`, all leaves as NumPy arrays."""
 
     def cast(a: Any) -> np.ndarray:
         a = np.asarray(a)
@@ -78,7 +78,7 @@ def is_float(tree: Any) -> bool:
 
 
 def alike(args: tuple[Any, ...]) -> bool:
-    """Whether student and teacher have one structure, and leaf by leaf one shape and dtype."""
+    """Whether student and teacher have the same structure, leaf shapes and dtypes."""
     kinds = [jax.tree.map(lambda a: (a.shape, a.dtype.name), arg) for arg in args[:2]]
     return len(kinds) == 2 and kinds[0] == kinds[1]
 
@@ -89,7 +89,7 @@ def rows(args: Any, index: np.ndarray) -> Any:
 
 
 def differentiable(args: tuple[Any, ...]) -> tuple[int, ...]:
-    """Positions of student and teacher, as far as they are floating point."""
+    """Positions of student and teacher, if they are floating point."""
     return tuple(i for i in range(min(2, len(args))) if is_float(args[i]))
 
 
@@ -100,7 +100,7 @@ def along(
     dtype: Any,
     extra: Mapping[str, Any],
 ) -> Callable[..., Any]:
-    """The loss as a function of the arguments at positions `at` alone."""
+    """The loss as a function of only the arguments at positions `at`."""
     hyper = hyper_of(subject, dtype) | dict(extra)
 
     def loss(*x: Any) -> Any:
@@ -115,7 +115,7 @@ def along(
 def value_and_gradient(
     subject: Subject, example: tuple[Any, ...], dtype: Any, extra: Mapping[str, Any]
 ) -> Callable[..., Any]:
-    """The loss and its gradient by student and teacher, as one function of all arguments."""
+    """The loss and its gradient for student and teacher, as one function of all arguments."""
     at = differentiable(example)
 
     def both(*args: Any) -> Any:
@@ -131,8 +131,9 @@ def derivatives(
 ) -> Callable[[tuple[Any, ...], Any, Any], tuple[Any, Any]]:
     """`(args, c, v) -> ((value, gradient of <c, value>), their derivatives along v)`, in float64.
 
-    By student and teacher, as far as they are floating point. One program serves every check of
-    values and derivatives; the derivatives along v are None for a loss that is differentiable once.
+    With respect to student and teacher, if they are floating point. One program serves every check
+    of values and derivatives; the derivatives along v are None for a loss that is only once
+    differentiable.
     """
     at = differentiable(args)
 
@@ -158,16 +159,16 @@ def float64_values(subject: Subject, args: tuple[Any, ...]) -> Callable[..., np.
 
 
 def unequal(what: str, got: Any, want: Any, rtol: float) -> Iterator[str]:
-    """A failure that says where and by how much, if the two are not close."""
+    """A failure that states where and by how much, if the two are not close."""
     got, want = np.asarray(got), np.asarray(want)
     if got.shape != want.shape:
         yield f"{what}: shape {list(got.shape)}, expected {list(want.shape)}"
         return
-    # The floor is relative to the largest value, so that tiny and huge losses are held alike.
+    # The floor is relative to the largest value, so tiny and huge losses are treated alike.
     atol = rtol * max(float(np.max(np.abs(want), initial=0.0)), 1e-6)
     with np.errstate(invalid="ignore"):
         wrong = ~(np.abs(got - want) <= atol + rtol * np.abs(want))
-    wrong &= got != want  # infinities of one sign are equal; NaN never is
+    wrong &= got != want  # infinities of the same sign are equal; NaN never is
     if wrong.any():
         i = tuple(int(k) for k in np.argwhere(wrong)[0])
         yield (
