@@ -1,7 +1,7 @@
 """Knowledge distillation and transfer learning for JAX: pure functions over parameter pytrees.
 
-`import kdtl_jax` needs only jax, numpy and optax. Flax, orbax and rich are imported by the modules
-at the edge (`interop`, `models`, `run`, `recipes`, `cli`) when those are imported or first used.
+`import kdtl_jax` needs only jax, numpy and optax. Flax, orbax and rich are only imported by the
+outer modules (`interop`, `models`, `run`, `recipes`, `cli`), when those are imported or first used.
 """
 
 import typing as _typing

@@ -1,8 +1,8 @@
-"""Checks at the door: the only place that words errors about arrays.
+"""Argument checks: the only place that words errors about arrays.
 
-Every message names the argument, what was expected, what came (with its shape) and the repair.
-Shapes and dtypes are always known; *values* are looked at only where they are concrete, so that
-every check is free under `jit`.
+Every message names the argument, the expected and the received value (with its shape), and the
+repair. Shapes and dtypes are always known; *values* are checked only if they are concrete, so every
+check is free under `jit`.
 """
 
 import difflib
@@ -44,7 +44,7 @@ def floating(**arrays: Any) -> None:
 
 
 def rank(at_least: int, at_most: int | None = None, **arrays: Any) -> None:
-    """Raises ValueError unless `at_least <= ndim <= at_most` (no upper bound when None)."""
+    """Raises ValueError unless `at_least <= ndim <= at_most` (no upper bound if None)."""
     for name, array in arrays.items():
         ndim = np.ndim(array)
         if ndim < at_least or (at_most is not None and ndim > at_most):
@@ -75,7 +75,7 @@ def same_batch(**arrays: Any) -> None:
 
 
 def concrete(value: Any) -> np.ndarray | None:
-    """The value as NumPy, or None while it is traced (then only shapes are known)."""
+    """The value as NumPy, or None if it is traced (then only its shape is known)."""
     try:
         return np.asarray(value)
     except jax.errors.TracerArrayConversionError:
@@ -88,7 +88,7 @@ def is_key(leaf: Any) -> bool:
 
 
 def _number(name: str, value: Any) -> np.ndarray | None:
-    """`concrete` of numbers; raises TypeError for text, None, True and what else is none."""
+    """`concrete` of numbers; raises TypeError for text, None, True and other non-numbers."""
     known = concrete(value)
     if known is not None and known.dtype.kind in ("USO" if known.ndim else "USOb"):
         raise TypeError(f"{name} must be a number, got {value!r:.80}.")
@@ -155,7 +155,7 @@ def per_example(examples: Sequence[int], **scalars: Any) -> None:
 
 
 def several_classes(**logits: Any) -> None:
-    """Raises ValueError for one class: its softmax is 1 whatever the logit, and every loss 0."""
+    """Raises ValueError for one class: its softmax is always 1, so every loss is 0."""
     for name, array in logits.items():
         if np.shape(array)[-1] == 1:
             raise ValueError(
@@ -166,7 +166,7 @@ def several_classes(**logits: Any) -> None:
 
 
 def no_text(**labels: Any) -> None:
-    """Raises TypeError for what is not an array, and for arrays of text."""
+    """Raises TypeError for anything but an array, and for arrays of text."""
     for name, array in labels.items():
         if isinstance(array, jax.Array):
             continue
@@ -196,7 +196,7 @@ def integers(**arrays: Any) -> None:
 
 
 def whole(**numbers: Any) -> None:
-    """Raises TypeError unless every number is an integer: a size, never traced and no bool."""
+    """Raises TypeError unless every number is an integer: a size, neither traced nor a bool."""
     for name, number in numbers.items():
         try:
             operator.index(number)
@@ -208,7 +208,7 @@ def whole(**numbers: Any) -> None:
 
 
 def count(at_least: int, **numbers: Any) -> None:
-    """Raises unless every number is an integer (never traced: a size) and not below `at_least`."""
+    """Raises unless every number is an integer (a size, never traced) of at least `at_least`."""
     whole(**numbers)
     for name, number in numbers.items():
         if operator.index(number) < at_least:
@@ -227,8 +227,8 @@ def indices(size: int, **arrays: Any) -> None:
 def labels(labels: Any, logits: Any, where: Any = None) -> None:
     """Raises unless `labels` are class numbers of shape `logits.shape[:-1]`.
 
-    Concrete labels must lie in 0..classes-1 wherever the mask `where` (bool, the labels' shape)
-    holds; masked ones may be anything.
+    Concrete labels must lie in 0..classes-1 wherever the mask `where` (bool, the labels' shape) is
+    true; masked labels may be anything.
     """
     shape, classes = np.shape(logits)[:-1], np.shape(logits)[-1]
     one_hot = "jnp.argmax(labels, axis=-1)"
@@ -263,7 +263,7 @@ def labels(labels: Any, logits: Any, where: Any = None) -> None:
 
 
 def _renumbered(seen: np.ndarray, outside: np.ndarray, classes: int) -> str:
-    """What to do about labels out of range, by what they look like."""
+    """The repair for labels out of range, guessed from their values."""
     marks = np.unique(seen[outside])
     if len(marks) == 1 and (marks[0] in (-1, -100, 255) or marks[0] < 0):
         return f"Mask ignored positions: where=(labels != {marks[0]})."
@@ -285,7 +285,7 @@ def mask(where: Any, shape: Sequence[int]) -> None:
 
 
 def same_keys(**mappings: Mapping[str, Any]) -> None:
-    """Raises ValueError unless all mappings have one key set; names what differs."""
+    """Raises ValueError unless all mappings have the same keys; names the differences."""
     (first, left), *others = mappings.items()
     for second, right in others:
         if left.keys() != right.keys():
@@ -297,9 +297,9 @@ def same_keys(**mappings: Mapping[str, Any]) -> None:
 
 
 def same_leaves(**flats: Mapping[str, Any]) -> None:
-    """Raises ValueError unless all `{path: leaf}` have the first one's paths and shapes.
+    """Raises ValueError unless all `{path: leaf}` dicts have the first one's paths and shapes.
 
-    Every difference is named with its path; a missing path comes with the nearest other.
+    Every difference is named with its path; a missing path is shown with the nearest other path.
     """
     (first, left), *others = flats.items()
     for second, right in others:

@@ -1,7 +1,7 @@
-"""What parquet and Arrow files unpack to, told by their headers before anything is unpacked.
+"""The unpacked size of parquet and Arrow files, read from their headers before unpacking.
 
 Both formats hold compressed buffers, and parquet may store a text once for a million cells. Every
-buffer and page says how long it becomes; only these numbers are read here.
+buffer and page states its unpacked length; only these numbers are read here.
 
 Sources: Arrow Columnar Format 1.5, "Serialization and Interprocess Communication";
 parquet-format 2.11, parquet.thrift.
@@ -13,21 +13,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-# A column that is nearly constant takes hardly any bytes; a whole table that is so is a trap.
-LARGE, MOST_PACKED = 2**28, 1000  # bytes; per byte of a file
+# A nearly constant column takes hardly any bytes; a whole table like that is a decompression bomb.
+LARGE, MOST_PACKED = 2**28, 1000  # bytes; unpacked bytes per byte of a file
 MAGIC = b"ARROW1"  # of the file format; a stream begins with its first message
 DICTIONARY, RECORDS = 2, 3  # kinds of messages that have buffers
-HEADER = 4096  # bytes in which the header of a page usually ends
+HEADER = 4096  # bytes within which a page's header usually ends
 LONGEST_HEADER = 2**24  # statistics may hold whole cells
 # Encodings that pyarrow decodes into dictionaries.
 PLAIN = {"PLAIN", "PLAIN_DICTIONARY", "RLE_DICTIONARY", "RLE", "BIT_PACKED"}
 NESTED = 32  # structs within a header
-SHARED = 2**28  # bytes of texts that are decoded before they are counted
-MOST_TEXT = 2**30  # bytes of distinct texts that pyarrow can hold in one dictionary
+SHARED = 2**28  # bytes of text that are decoded before counting
+MOST_TEXT = 2**30  # bytes of distinct text that pyarrow can hold in one dictionary
 
 
 def pyarrow(path: Path) -> Any:
-    """The package, which reads the file.
+    """The pyarrow package, for reading the file.
 
     Raises:
       ImportError: if it is not installed.
@@ -44,10 +44,10 @@ def pyarrow(path: Path) -> Any:
 
 
 def check_unpacked(path: Path, asked: int, what: str = "") -> None:
-    """Refuses what becomes thousands of times what is stored.
+    """Refuses data that unpacks to thousands of times its stored size.
 
     Raises:
-      ValueError: with both sizes, and what it is.
+      ValueError: with both sizes and a description.
     """
     size = path.stat().st_size
     if asked > max(LARGE, MOST_PACKED * size):
@@ -55,11 +55,11 @@ def check_unpacked(path: Path, asked: int, what: str = "") -> None:
 
 
 def arrow_bytes(path: Path, pa: Any) -> int:
-    """The bytes that the buffers of an Arrow file or stream announce, unpacked.
+    """The unpacked bytes that the buffers of an Arrow file or stream declare.
 
     Raises:
       ValueError: if a message is damaged.
-      ArrowException: of pyarrow, likewise.
+      ArrowException: from pyarrow, likewise.
     """
     try:
         with pa.memory_map(str(path)) as source:
@@ -69,7 +69,7 @@ def arrow_bytes(path: Path, pa: Any) -> int:
 
 
 class _Message(NamedTuple):
-    """A message's description, a flat buffer, and the bytes that it describes."""
+    """A message's description (a flat buffer) and the bytes that it describes."""
 
     about: memoryview
     body: memoryview
@@ -107,13 +107,13 @@ def _next(reader: Any) -> Any:
 
 
 class _Table(NamedTuple):
-    """A table of a flat buffer: its fields are found by their number."""
+    """A table in a flat buffer; its fields are looked up by number."""
 
     data: memoryview
     at: int
 
     def field(self, slot: int) -> int | None:
-        """Where a field lies; None if it is left out."""
+        """The position of a field; None if it is omitted."""
         (back,) = struct.unpack_from("<i", self.data, self.at)
         names = self.at - back
         if names < 0:
@@ -130,7 +130,7 @@ class _Table(NamedTuple):
         return None if at is None else _Table(self.data, _follow(self.data, at))
 
     def structs(self, slot: int, size: int) -> range:
-        """Where the structs of a vector lie."""
+        """The positions of a vector's structs."""
         at = self.field(slot)
         if at is None:
             return range(0)
@@ -146,7 +146,7 @@ def _follow(data: memoryview, at: int) -> int:
 
 
 def _announced(message: _Message) -> int:
-    """The bytes of a message's buffers, unpacked."""
+    """The unpacked bytes of a message's buffers."""
     root = _Table(message.about, _follow(message.about, 0))
     kind, header = root.field(1), root.table(2)
     if kind is None or header is None or message.about[kind] not in (DICTIONARY, RECORDS):
@@ -165,7 +165,7 @@ def _announced(message: _Message) -> int:
 
 
 def chunks(metadata: Any, columns: Iterable[str]) -> Iterator[Any]:
-    """What a parquet file's FileMetaData says of these columns, and of what they consist of."""
+    """The entries for these columns, and for their parts, in a parquet file's FileMetaData."""
     roots = tuple(f"{name}." for name in columns)
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
@@ -174,7 +174,7 @@ def chunks(metadata: Any, columns: Iterable[str]) -> Iterator[Any]:
 
 
 def parquet_bytes(path: Path, stored: Iterable[Any]) -> int:
-    """The bytes that the pages of a parquet file's `chunks` announce, unpacked.
+    """The unpacked bytes that the pages of a parquet file's `chunks` declare.
 
     Raises:
       ValueError: if the header of a page is damaged.
@@ -195,7 +195,7 @@ def parquet_bytes(path: Path, stored: Iterable[Any]) -> int:
 
 
 def _page(file: BinaryIO, at: int) -> tuple[int, int, int]:
-    """The bytes of a page's header, and of the page unpacked and packed."""
+    """The bytes of a page's header, of the unpacked page and of the packed page."""
     size = HEADER
     while True:
         file.seek(at)
@@ -238,7 +238,7 @@ def _struct(data: bytes, at: int, found: dict[int, int] | None, depth: int) -> i
         if 4 <= kind <= 6 and found is not None:  # i16, i32, i64
             value, at = _varint(data, at)
             found[number] = _signed(value)
-        elif kind > 2:  # true and false are in the kind
+        elif kind > 2:  # true and false are encoded in the kind
             at = _skipped(data, at, kind, depth)
 
 
@@ -286,7 +286,7 @@ def _signed(value: int) -> int:
 
 
 def texts_of(stored: Sequence[Any]) -> list[str]:
-    """The columns of `chunks` for `read_dictionary`: a text of many cells is then held once."""
+    """The columns of `chunks` for `read_dictionary`, so a text of many cells is held only once."""
     found: dict[str, int] = {}
     for column in stored:
         if column.physical_type == "BYTE_ARRAY":
@@ -297,9 +297,9 @@ def texts_of(stored: Sequence[Any]) -> list[str]:
 
 
 def rows_at_once(path: Path, stored: Sequence[Any], most: int) -> int:
-    """How many rows of `chunks` may be decoded at once: texts may cost hardly anything.
+    """How many rows of `chunks` may be decoded at once: stored texts may take hardly any space.
 
-    One may stand for many, or begin as the one before it.
+    One text may stand for many cells, or share its beginning with the previous one.
 
     Raises:
       ValueError, OSError: as `parquet_bytes`.
@@ -348,7 +348,7 @@ def _written_out(pa: Any, array: Any) -> int:
 
 
 def _lengths(pa: Any, array: Any) -> Any:
-    """The bytes of every cell of texts or numbers; None of anything else."""
+    """The bytes of every cell of text or numbers; None for anything else."""
     types, kind = pa.types, array.type
     if types.is_string_view(kind) or types.is_binary_view(kind):
         return pa.compute.binary_length(array.cast(pa.large_binary()))

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, their digests, marks of ownership."""
+"""Files and folders that appear whole or not at all, their digests, and marks of ownership."""
 
 import contextlib
 import errno
@@ -16,18 +16,18 @@ from typing import Any, BinaryIO
 
 from kdtl_jax import _text
 
-TEMPORARY = ".kdtl-tmp"  # how the name of an unfinished file ends
+TEMPORARY = ".kdtl-tmp"  # suffix of unfinished files
 MARK = ".kdtl"  # the file that makes a folder ours
 ANOTHER = "Choose another folder."
-RECORD_BYTES = 64 * 2**20  # no record of ours is larger
-JSON_BYTES = 16 * 2**20  # nor any config.json or its like
+RECORD_BYTES = 64 * 2**20  # none of our records is larger
+JSON_BYTES = 16 * 2**20  # nor is any config.json or similar file
 
 
 def regular(path: Path) -> Path:
     """The path, unless it is a pipe, a socket or a device: reading one may never end.
 
     Raises:
-      OSError: if there is nothing.
+      OSError: if it does not exist.
       ValueError: saying what it is.
     """
     mode = path.stat().st_mode
@@ -38,11 +38,11 @@ def regular(path: Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file of others holds.
+    """The object in a JSON file that we did not write.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: naming the file, if it is not JSON, holds no object, or is larger than any such.
+      ValueError: naming the file, if it is not JSON, does not hold an object, or is too large.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
@@ -72,11 +72,11 @@ def digest(value: Any) -> str:
 
 
 def check_place(path: Path) -> None:
-    """Refuses a place where no file can be written: before work whose result would go there.
+    """Refuses a path where no file can be written, before the work whose result would go there.
 
     Raises:
-      FileNotFoundError: naming the folder, if there is none.
-      FileExistsError: if a folder, a pipe or a device is there, whose place a file would take.
+      FileNotFoundError: naming the folder, if it does not exist.
+      FileExistsError: if a folder, a pipe or a device is there, which a file would replace.
     """
     if not path.parent.is_dir():
         reason = f"{path.name} cannot be written: its folder does not exist; make it first"
@@ -90,10 +90,10 @@ def check_place(path: Path) -> None:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A temporary file beside `path` that takes its name, synced, when the block succeeds.
 
-    A killed process leaves the old file as it was, and a temporary file that may be deleted.
+    A killed process leaves the old file unchanged, and a temporary file that may be deleted.
 
     Raises:
-      OSError: naming `path`, if the disk is full; the old file then stays as it was.
+      OSError: naming `path`, if the disk is full; the old file is then unchanged.
       FileNotFoundError, FileExistsError: as `check_place`.
     """
     check_place(path)
@@ -111,7 +111,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = str(path)  # a full disk does not say which file it refused
+            error.filename = str(path)  # the error of a full disk does not name the file
         raise
 
 
@@ -120,7 +120,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its name when the block succeeds.
 
     Raises:
-      FileExistsError: if `folder` exists and is not empty; what is there is never touched.
+      FileExistsError: if `folder` exists and is not empty; its content is never touched.
     """
     taken_already = f"{folder} exists and is not empty. Choose a new folder."
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -151,9 +151,10 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
 
 
 def as_json(value: Any) -> Any:
-    """Any value as strict JSON; a record writer never refuses what it is given.
+    """Any value as strict JSON; a record writer never refuses a value.
 
-    Numbers that are not finite become null, arrays lists, and what JSON does not know its `repr`.
+    Numbers that are not finite become null, arrays become lists, and types that JSON does not
+    support become their `repr`.
     """
     if value is None or isinstance(value, (bool, int, str)):
         return value
@@ -175,12 +176,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
-    """A JSON object with its own digest, so that `read_sealed` notices any changed byte."""
+    """Writes a JSON object with its own digest, so `read_sealed` notices any changed byte."""
     write_atomic(path, json.dumps(value | {"digest": digest(value)}, indent=1).encode())
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `write_sealed` wrote.
+    """Reads what `write_sealed` wrote.
 
     Raises:
       ValueError: with the reason, if the file is missing, cut short, altered, or not a JSON object.
@@ -208,7 +209,7 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable, where the system lets a folder be opened."""
+    """Makes renames in a folder durable, if the system allows opening a folder."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -218,7 +219,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_space(folder: Path, needed: int, repair: str = "") -> None:
-    """Refuses, before anything is written, what cannot fit: a disk found full halfway helps nobody.
+    """Refuses, before anything is written, content that cannot fit on the disk.
 
     Raises:
       OSError: (ENOSPC) with the bytes needed and free, and the repair.
@@ -230,7 +231,7 @@ def check_space(folder: Path, needed: int, repair: str = "") -> None:
 
 
 def check_free(folder: Path, kind: str) -> None:
-    """Refuses a folder that holds files and no mark of this kind: they are not ours.
+    """Refuses a folder that holds files but no mark of this kind: they are not ours.
 
     Hidden files do not count as content, and a folder that does not exist is free.
 
@@ -249,7 +250,7 @@ def check_free(folder: Path, kind: str) -> None:
 
 
 def refuse(folder: Path, paths: Iterable[Path]) -> None:
-    """Refuses a folder for those of its files that are not ours; hidden ones do not count.
+    """Refuses a folder because of these files, which are not ours; hidden ones do not count.
 
     Raises:
       ValueError: naming the first of them.
@@ -295,7 +296,7 @@ def remove(folder: Path, kind: str) -> bool:
 
 
 def _usual_mode() -> int:
-    """What a plain `open(path, "w")` would give; temporary files are private otherwise."""
+    """The mode that a plain `open(path, "w")` would give; temporary files are private otherwise."""
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask

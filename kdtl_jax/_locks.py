@@ -1,4 +1,4 @@
-"""Locks on folders, so that two processes do not write to one."""
+"""Locks on folders, so that two processes do not write to the same one."""
 
 import contextlib
 import errno
@@ -18,10 +18,10 @@ except ImportError:  # not a POSIX system
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds a lock on a folder; the system releases it when the process ends, however it ends.
+    """Holds a lock on a folder; the system releases it when the process ends, in any way.
 
-    The lock is a file `.lock`, opened without following links; only one of ours is written to.
-    Where the file system has no locks, a warning says that nothing protects the folder.
+    The lock is a file `.lock`, opened without following links; it is written only if it is ours. If
+    the file system has no locks, a warning says that nothing protects the folder.
 
     Raises:
       RuntimeError: if another process holds it, naming that process; or if `.lock` is not a file.
@@ -40,11 +40,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def taken(folder: Path, check: Callable[[], object]) -> Iterator[None]:
-    """Makes and locks a folder that a check allows, before the lock and once more under it.
+    """Makes and locks a folder after a check, which runs before locking and again under the lock.
 
-    Before, so that nothing is left in a folder that is refused; under it, because another process
-    may have written there meanwhile. What the check says of a folder at which another is at work
-    is that process's business: then the lock's holder is named.
+    It runs before locking so that nothing is left in a refused folder, and under the lock because
+    another process may have written there meanwhile. If the check fails while another process uses
+    the folder, the error names the lock's holder instead.
 
     Raises:
       RuntimeError: as `locked`.
@@ -64,7 +64,7 @@ def taken(folder: Path, check: Callable[[], object]) -> Iterator[None]:
 
 
 def _opened(path: Path) -> int:
-    """A lock file's handle; what a link points to is never opened."""
+    """A lock file's handle; links are never followed."""
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
     for name in ("O_NOFOLLOW", "O_NONBLOCK"):
         flags |= getattr(os, name, 0)

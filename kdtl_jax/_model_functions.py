@@ -1,4 +1,4 @@
-"""What a model function and named arrays are, told in one message for every usual slip."""
+"""Checks of model functions and named arrays, with one message for each common mistake."""
 
 import inspect
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ PROTOCOL = "model(params, model_state, inputs, *, key=None, train=False) -> (out
 
 
 def model_function(**models: Any) -> None:
-    """Refuses what cannot be called as a model function: a module, a transformed pair, Variables.
+    """Refuses objects that are not model functions: a module, a transformed pair, Variables.
 
     Raises:
-      TypeError: naming what came, and the adapters that make a model function of it.
+      TypeError: naming the object, and the adapters that turn it into a model function.
     """
     for name, model in models.items():
         if callable(model) and not (hasattr(model, "init") and hasattr(model, "apply")):
@@ -40,8 +40,8 @@ def called(
     """`model(params, model_state, inputs, **mode)`, checked.
 
     Raises:
-      TypeError: if it returns something else than `(outputs, model_state)`.
-      ValueError: if the model needs a state, such as batch statistics, and was given none.
+      TypeError: if it returns anything other than `(outputs, model_state)`.
+      ValueError: if the model needs a state, such as batch statistics, and none was given.
     """
     try:
         returned = model(params, model_state, inputs, **mode)
@@ -73,7 +73,7 @@ def called(
 
 
 def _misses_state(error: BaseException) -> bool:
-    """Whether a framework complains of a collection that is not there."""
+    """Whether a framework reports a missing collection."""
     said = f"{type(error).__name__} {error}"
     return any(word in said for word in ("ScopeCollectionNotFound", "batch_stats", "BatchStat"))
 
@@ -112,7 +112,7 @@ def named(what: str, given: Any) -> Mapping[str, Any]:
 
 
 def described(value: Any) -> str:
-    """What came, in words."""
+    """A description of the value in words."""
     if isinstance(value, (jax.Array, np.ndarray)):
         return f"an array of shape {list(value.shape)}"
     if isinstance(value, (tuple, list)):

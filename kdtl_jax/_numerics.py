@@ -1,9 +1,9 @@
 """Numerics that are part of a loss's meaning.
 
-Log space, float32 accumulation or wider, `0 log 0 = 0`, zero (never NaN) gradients of norms at
+Log space, accumulation in float32 or wider, `0 log 0 = 0`, zero (never NaN) gradients of norms at
 zero, masked entries finite in value and gradient. Guards use a double `where`: the unsafe branch is
-evaluated on a harmless value, because `where(mask, nan, 0)` still has a NaN gradient. A guard asks
-whether something *is* the special case (`== 0`, `!= -inf`), so that NaN passes and is seen.
+evaluated on a harmless value, because `where(mask, nan, 0)` still has a NaN gradient. A guard tests
+whether a value *is* the special case (`== 0`, `!= -inf`), so NaN passes through and stays visible.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-UNIT = 2.0**80  # by which what is too small, or too large, to be squared is multiplied
+UNIT = 2.0**80  # scales values that are too small or too large to be squared
 
 
 def upcast(x: Array) -> Array:
@@ -22,7 +22,7 @@ def upcast(x: Array) -> Array:
 
 
 def cast(x: float | Array, like: Array, name: str = "this number") -> Array:
-    """An array in the dtype of `like` (no weak types, no silent promotion, no part lost)."""
+    """An array in the dtype of `like` (no weak types, no silent promotion, no lost part)."""
     if x is None or isinstance(x, (bool, str)):
         raise TypeError(f"{name} must be a number, got {x!r:.80}.")
     value = jnp.asarray(x)
@@ -58,9 +58,9 @@ def per_example(x: float | Array, like: Array, name: str = "this hyper-parameter
 
 
 def kept(x: Array, where: Array | None) -> Array:
-    """x with 0 at the masked positions (leading axes), whatever stood there.
+    """x with 0 at the masked positions (leading axes), for any values there.
 
-    Masks go in before any arithmetic: an inf that is dropped only afterwards still has a NaN
+    Masks are applied before any arithmetic: an inf that is dropped afterwards still has a NaN
     gradient.
     """
     if where is None:
@@ -73,7 +73,7 @@ def kept(x: Array, where: Array | None) -> Array:
 def usable_labels(
     labels: Array, num_classes: int, where: Array | None = None
 ) -> tuple[Array, Array]:
-    """Labels with 0 in place of those that are masked or out of range, and bool: which are not."""
+    """Labels with 0 where they are masked or out of range, and bool: where they are usable."""
     labels = jnp.asarray(labels)
     if labels.dtype.itemsize < 4:  # num_classes need not fit
         labels = labels.astype(jnp.int32)
@@ -86,14 +86,14 @@ def usable_labels(
 def at_usable(values: Array, usable: Array, where: Array | None = None) -> Array:
     """The values of a loss with labels: 0 where masked, NaN where a label is out of range.
 
-    The gradient is 0 in both cases, so that a mask applied later leaves no NaN.
+    The gradient is 0 in both cases, so a mask applied later leaves no NaN.
     """
     values = jnp.where(usable, values, jnp.nan)
     return values if where is None else jnp.where(where, values, 0)
 
 
 def nan_of(value: Array, source: Array) -> Array:
-    """`value`, and NaN where `source` is NaN: what a comparison decides does not show it."""
+    """`value`, but NaN where `source` is NaN, since a comparison hides it."""
     return jnp.where(jnp.isnan(source), jnp.nan, value)
 
 
@@ -104,7 +104,7 @@ def log1mexp(x: Array) -> Array:
 
 
 def safe_sqrt(x: Array) -> Array:
-    """`sqrt` with gradient 0, not infinity, at 0; 0 below."""
+    """`sqrt` with gradient 0, not infinity, at 0; 0 for negative values."""
     positive = ~(x <= 0)
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
 
@@ -118,9 +118,9 @@ def safe_norm(x: Array, *, axis: int | tuple[int, ...] = -1, keepdims: bool = Fa
 
 
 def rescaled(x: Array, *, axis: int | tuple[int, ...] | None = None) -> Array:
-    """`x` over its largest entry, a constant: for functions that do not depend on the scale of x.
+    """`x` over its largest entry, a constant, for functions that are independent of its scale.
 
-    Their products then neither underflow nor overflow, whatever unit the features have.
+    Products then neither underflow nor overflow, for any unit of the features.
     """
     return x / largest(x, axis=axis)
 
@@ -148,7 +148,7 @@ def _unit(x: Array, axis: int | tuple[int, ...]) -> Array:
 def _unit_jvp(
     axis: int | tuple[int, ...], primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple[Array, Array]:
-    # The closed form: the derivative of rsqrt leaves the range where norms pass 1e12.
+    # The closed form: the derivative of rsqrt leaves the range if norms exceed 1e12.
     (x,), (moved,) = primals, tangents
     direction = _unit(x, axis)
     along = direction * jnp.sum(direction * moved, axis=axis, keepdims=True)
@@ -156,8 +156,8 @@ def _unit_jvp(
 
 
 def _inverse_norm(x: Array, axis: int | tuple[int, ...]) -> Array:
-    """`1 / ||x||`, 0 of a zero vector; squares are summed in three units, of which one fits."""
-    if x.size == 1:  # XLA takes the square of a product of scalars for a product of squares
+    """`1 / ||x||`, 0 for a zero vector; squares are summed in three units, one of which fits."""
+    if x.size == 1:  # XLA rewrites the square of a product of scalars as a product of squares
         return jnp.where(x == 0, 0, 1 / jnp.where(x == 0, 1, jnp.abs(x)))
     squares, of_small, of_large = (
         jnp.sum(jnp.square(x * factor), axis=axis, keepdims=True) for factor in (1, UNIT, 1 / UNIT)
@@ -173,7 +173,7 @@ def _inverse_norm(x: Array, axis: int | tuple[int, ...]) -> Array:
 def masked_mean(
     x: Array, where: Array | None = None, *, axis: int | tuple[int, ...] | None = None
 ) -> Array:
-    """Mean over the entries where `where` holds; 0 (not NaN) when there are none."""
+    """Mean over the entries where `where` is true; 0 (not NaN) if there are none."""
     if where is None:
         return jnp.mean(x, axis=axis)
     where = jnp.broadcast_to(where, x.shape)
@@ -182,21 +182,21 @@ def masked_mean(
 
 
 def row_count(x: Array, where: Array | None) -> Array:
-    """How many rows of `x` take part, at least 1, as a scalar of its dtype."""
+    """The number of included rows of `x`, at least 1, as a scalar of its dtype."""
     if where is None:
         return jnp.asarray(max(x.shape[0], 1), x.dtype)
     return jnp.maximum(jnp.sum(where, dtype=x.dtype), 1)
 
 
 def row_mean(x: Array, where: Array | None = None) -> Array:
-    """Mean over the rows that take part, `[B, ...] -> [1, ...]`."""
+    """Mean over the included rows, `[B, ...] -> [1, ...]`."""
     if where is None:
         return jnp.mean(x, axis=0, keepdims=True)
     return jnp.sum(kept(x, where), axis=0, keepdims=True) / row_count(x, where)
 
 
 def centered(x: Array, where: Array | None = None) -> Array:
-    """Rows less the mean of those that take part; the others are 0."""
+    """Included rows minus their mean; the other rows are 0."""
     return kept(x - row_mean(x, where), where)
 
 
@@ -208,7 +208,7 @@ def batch_flat(x: Array) -> Array:
 def gram(x: Array, y: Array) -> Array:
     """`x y^T` over the last two axes: `[..., n, d], [..., m, d] -> [..., n, m]`.
 
-    In full precision: accelerators otherwise round the factors to 8 or 11 bits, and distances and
-    correlations are differences of these products.
+    It is computed in full precision: otherwise accelerators round the factors to 8 or 11 bits, and
+    distances and correlations are differences of these products.
     """
     return jnp.einsum("...nd,...md->...nm", x, y, precision=jax.lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""Adaptive average pooling of channel-last maps, by torch's cells."""
+"""Adaptive average pooling of channels-last maps, with torch's cells."""
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,10 @@ def pool_bounds(size_in: int, size_out: int) -> list[tuple[int, int]]:
 
 
 def pool_to(x: Array, size: tuple[int, int]) -> Array:
-    """Adaptive average pooling `[B, H, W, C] -> [B, *size, C]`, torch's cells at any size.
+    """Adaptive average pooling `[B, H, W, C] -> [B, *size, C]`, with torch's cells at any size.
 
-    Sizes that both divide are plain means of blocks. Others need cells that overlap, hence an
-    explicit matrix per axis.
+    If both sizes divide evenly, it takes plain means of blocks. Otherwise cells overlap, which
+    needs an explicit matrix per axis.
     """
     if all(n % m == 0 for n, m in zip(x.shape[1:3], size, strict=True)):
         batch, height, width, channels = x.shape

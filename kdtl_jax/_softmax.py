@@ -1,7 +1,7 @@
 """Softmax in log space, and Kullback-Leibler divergences to float accuracy at any distance.
 
-`0 log 0 = 0`; classes of logit -inf are absent, finite in value and gradient. Guards are those of
-`_numerics`.
+`0 log 0 = 0`; classes with logit -inf are absent, with finite values and gradients. Guards are
+those of `_numerics`.
 """
 
 import functools
@@ -14,17 +14,19 @@ from jax import Array
 
 from kdtl_jax import _numerics
 
-# Where `|log p - log q|` is below this, differences of p and q go by series. Smaller would be
-# cheaper and lose digits: sharp distributions know p and q to 1e-5 only, but log p - log q to 1e-7.
+# Where `|log p - log q|` is below this, differences of p and q use a series. A smaller value would
+# be cheaper but lose digits: sharp distributions give p and q only to 1e-5, but log p - log q to
+# 1e-7.
 NEAR = 1.0
-FEW = 32  # so many classes or fewer are summed over the outermost axis
+FEW = 32  # up to this many classes are summed over the outermost axis
 
 
 def log_softmax(logits: Array, *, where: Array | None = None) -> Array:
     """`log softmax` over the last axis; excluded or -inf classes give -inf, never NaN.
 
-    A row without any class is -inf throughout. Gradients are finite in every case: what is absent
-    has a finite derivative by its own logit, and `exp(-inf) = 0` by all others.
+    A row without classes is -inf throughout. Gradients are finite in every case: an absent class
+    has a finite derivative with respect to its own logit, and `exp(-inf) = 0` with respect to all
+    others.
     """
     logits = _numerics.upcast(logits)
     if where is not None:
@@ -34,7 +36,7 @@ def log_softmax(logits: Array, *, where: Array | None = None) -> Array:
 
 
 def softmax(logits: Array) -> Array:
-    """`softmax` over the last axis in float32 or wider; -inf gives 0, a row of nothing zeros."""
+    """`softmax` over the last axis in float32 or wider; -inf gives 0, an empty row zeros."""
     return _softmax_parts(_numerics.upcast(logits))[2]
 
 
@@ -45,13 +47,13 @@ def finite_difference(p_logits: Array, q_logits: Array) -> Array:
 
 
 def log_ratio(p_logits: Array, q_logits: Array, difference: Array | None = None) -> Array:
-    """`log p - log q` over the last axis, relatively accurate also when p and q nearly agree.
+    """`log p - log q` over the last axis, relatively accurate even if p and q nearly agree.
 
     Subtracting two log-softmaxes loses the digits that they share. The difference of the logits
-    keeps them, and what the two normalizers still get wrong is one number r per row, seen in
+    keeps them. The remaining error of the two normalizers is one number r per row, visible in
     `sum q expm1(d) = r`, which is 0 for the true ratio; one Newton step removes it. Entries outside
-    either support, -inf among the logits, give 0. Give `difference` (`p_logits - q_logits`) where
-    it is known better: that of the unsoftened logits, divided by the temperature once.
+    either support (logits of -inf) give 0. Pass `difference` (`p_logits - q_logits`) if it is known
+    more accurately: that of the unsoftened logits, divided by the temperature once.
     """
     if difference is None:
         difference = finite_difference(p_logits, q_logits)
@@ -59,13 +61,13 @@ def log_ratio(p_logits: Array, q_logits: Array, difference: Array | None = None)
 
 
 def kl_terms(log_p: Array, log_q: Array, ratio: Array | None = None) -> Array:
-    """Terms of `KL(p || q)`, each >= 0, summing to it when p and q are both normalized.
+    """Terms of `KL(p || q)`, each >= 0, which sum to it if p and q are both normalized.
 
     `p (d + expm1(-d))` with `d = log p - log q`. The usual `p d` sums positive and negative terms
     that cancel; here nothing cancels, so the relative error stays near the float's own (1e-6
     in float32 where the plain sum reaches 1e-2). For `|d| >= 1` the equal form `p d + q - p`
-    avoids `0 * inf`. A class absent from p contributes q, absent from both 0, absent from
-    q alone +inf. Pass `log_ratio(...)` as `ratio` when the logits are at hand.
+    avoids `0 * inf`. A class absent from p contributes q, absent from both 0, absent only from q
+    +inf. Pass `log_ratio(...)` as `ratio` if the logits are available.
     """
     in_p, in_q = log_p != -jnp.inf, log_q != -jnp.inf
     both = in_p & in_q
@@ -86,7 +88,7 @@ def kl_from_logits(
     """`KL(softmax(z_p) || softmax(z_q))` over the last axis, to float accuracy at any distance.
 
     The derivative is the closed form, `p (d - KL)` for z_p and `q - p` for z_q: as accurate as the
-    value, and cheaper than differentiating through its guards. `difference` is as of `log_ratio`.
+    value, and cheaper than differentiating through its guards. `difference` is as in `log_ratio`.
     """
     p_logits, q_logits = _numerics.upcast(p_logits), _numerics.upcast(q_logits)
     if difference is None:
@@ -94,7 +96,7 @@ def kl_from_logits(
     if where is not None:
         p_logits = jnp.where(where, p_logits, -jnp.inf)
         q_logits = jnp.where(where, q_logits, -jnp.inf)
-    # Sums of a few numbers each are slow along the innermost axis: let rows run there.
+    # Sums of few numbers are slow along the innermost axis: put the rows there.
     axis = 0 if p_logits.shape[-1] <= FEW else -1
     return _kl(*(jnp.moveaxis(x, -1, axis) for x in (p_logits, q_logits, difference)), axis)
 
@@ -108,10 +110,10 @@ def _kl(p_logits: Array, q_logits: Array, difference: Array, axis: int) -> Array
 def _kl_jvp(
     axis: int, primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
 ) -> tuple[Array, Array]:
-    # The difference says more exactly what the logits say already: it adds no derivative.
+    # The difference restates the logits more accurately, so it adds no derivative.
     in_p, in_q, near, p, q, d, rest = found = _compared(*primals, axis)
     kl = _kl_value(found, axis)
-    # A row with an infinite KL has no finite derivative; what remains is that of its finite part.
+    # A row with an infinite KL has no finite derivative; only that of its finite part remains.
     level = jnp.expand_dims(jnp.where(jnp.isfinite(kl), kl, 0), axis)
     both = in_p & in_q
     by_p = jnp.where(both, p * (d - level), 0)
@@ -121,7 +123,7 @@ def _kl_jvp(
 
 
 class _Compared(NamedTuple):
-    """Near is where both have the class and `|d| < NEAR`; d as of `log_ratio`."""
+    """Near is where both have the class and `|d| < NEAR`, with d as in `log_ratio`."""
 
     in_p: Array
     in_q: Array
@@ -135,22 +137,22 @@ class _Compared(NamedTuple):
 def _compared(p_logits: Array, q_logits: Array, difference: Array, axis: int) -> _Compared:
     """`log_softmax` and `log_ratio` of both in one pass: one exponential per logit.
 
-    The exponentials of the normalizers serve again as probabilities, and the terms' `d + expm1(-d)`
+    The exponentials of the normalizers are reused as probabilities, and the terms' `d + expm1(-d)`
     gives `p - q = p (d - rest)` for the derivative.
     """
     in_p, in_q = p_logits != -jnp.inf, q_logits != -jnp.inf
     both = in_p & in_q
     top_p, total_p, p = _softmax_parts(p_logits, axis)
     top_q, total_q, q = _softmax_parts(q_logits, axis)
-    # Where the tops are apart, as of a one-hot teacher at 1e9, the difference has lost the smaller
-    # side; below its own top each keeps its digits.
+    # If the tops are far apart, as for a one-hot teacher at 1e9, the difference has lost the
+    # smaller side; relative to its own top, each side keeps its digits.
     below_q = jnp.where(both, q_logits - top_q, 0)
     is_exact = jnp.abs(top_p - top_q) <= NEAR
     apart = jnp.where(is_exact, difference - (top_p - top_q), (p_logits - top_p) - below_q)
     d = jnp.where(both, apart - (jnp.log(total_p) - jnp.log(total_q)), 0)
     near = both & (jnp.abs(d) < NEAR)
     excess = jnp.where(near, q * _near_expm1(jnp.where(near, d, 0)), p - q)
-    # Far above any use, at logits of 1e15, rounding leaves no correction but nonsense.
+    # Far above practical values, at logits of 1e15, rounding makes the correction meaningless.
     r = jnp.clip(jnp.sum(excess, axis=axis, keepdims=True), -0.5, 1)
     d = jnp.where(both, d - jnp.log1p(jax.lax.stop_gradient(r)), 0)
     return _Compared(in_p, in_q, near, p, q, d, _near_expm1_plus(jnp.where(near, d, 0)))
@@ -159,7 +161,7 @@ def _compared(p_logits: Array, q_logits: Array, difference: Array, axis: int) ->
 def _softmax_parts(logits: Array, axis: int = -1) -> tuple[Array, Array, Array]:
     """`(top, sum exp(z - top), softmax)`; an empty row has `(0, 1, zeros)`.
 
-    Guards of rows, not of elements: with a finite top, `exp(-inf - top) = 0` has derivative 0.
+    Guards are per row, not per element: with a finite top, `exp(-inf - top) = 0` has derivative 0.
     """
     top = jnp.max(logits, axis=axis, keepdims=True)
     top = jax.lax.stop_gradient(jnp.where(top != -jnp.inf, top, 0))
@@ -185,7 +187,7 @@ def _near_expm1(d: Array) -> Array:
 
 
 def _near_expm1_plus(d: Array) -> Array:
-    """`d + expm1(-d)` for |d| < NEAR, `d^2 / 2 - d^3 / 6 + ...`: nothing cancels near 0."""
+    """`d + expm1(-d)` for |d| < NEAR, `d^2 / 2 - d^3 / 6 + ...`: no cancellation near 0."""
     last = _last_power(d)
     series = jnp.full_like(d, 1 / math.factorial(last))
     for k in range(last - 1, 1, -1):
@@ -194,5 +196,5 @@ def _near_expm1_plus(d: Array) -> Array:
 
 
 def _last_power(d: Array) -> int:
-    """The last power of the series that counts: `2 NEAR^(k - 2) / k!` passes below the rounding."""
+    """The last power of the series that matters: `2 NEAR^(k - 2) / k!` falls below rounding."""
     return 11 if jnp.finfo(d.dtype).bits <= 32 else 19

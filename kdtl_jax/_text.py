@@ -1,4 +1,4 @@
-"""Foreign text in messages: one line, what does not print escaped, of bounded length and cost."""
+"""Foreign text in messages: one line, unprintable characters escaped, bounded length and cost."""
 
 import reprlib
 from typing import Any
@@ -7,10 +7,10 @@ LONGEST = 60  # characters of a value in a message
 
 
 def shown(value: Any, most: int = LONGEST) -> str:
-    """Text as it is, anything else as its `repr`: on one line, at most `most` characters.
+    """Text unchanged, anything else as its `repr`: on one line, at most `most` characters.
 
-    What does not print (line ends, escape codes, lone surrogates) is escaped. A value that is huge,
-    nested deeply or written so that Python refuses to print it costs no more than a small one.
+    Unprintable characters (line ends, escape codes, lone surrogates) are escaped. A value that is
+    huge, deeply nested or that Python refuses to print costs no more than a small one.
     """
     if not isinstance(value, str):
         value = _bounded(value, most)
@@ -19,17 +19,17 @@ def shown(value: Any, most: int = LONGEST) -> str:
 
 
 def escaped(text: str) -> str:
-    """All of a text on one line, what does not print escaped."""
+    """All of a text on one line, with unprintable characters escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def quoted(text: Any, most: int = LONGEST) -> str:
-    """As `shown`, in quotes where it is text: a foreign name within a sentence."""
+    """As `shown`, in quotes if it is text: a foreign name within a sentence."""
     return f"'{shown(text, most)}'" if isinstance(text, str) else shown(text, most)
 
 
 def listed(names: Any, most: int = 8) -> str:
-    """Foreign names in quotes, the first of them and how many more there are."""
+    """Foreign names in quotes: the first ones, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(quoted(name) for name in names[:most]) + more

@@ -1,7 +1,7 @@
-"""Shared types: named aliases for trees, and the protocols user functions follow.
+"""Shared types: named aliases for trees, and the protocols that user functions follow.
 
-A protocol states what a callable receives and returns, so that a
-reader finds every contract of the library on one page.
+A protocol states what a callable receives and returns, so every contract of the library is on one
+page.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,16 +19,16 @@ Schedule = Callable[[Array], Scalar]  # step -> value, as in optax
 
 
 class Variables(NamedTuple):
-    """What a frozen model needs to run: parameters and its other collections."""
+    """What a frozen model needs to run: its parameters and its other collections."""
 
     params: Params
     model_state: PyTree = None
 
 
 class Mean(NamedTuple):
-    """A mean that can still be added to: `total / weight`.
+    """A mean, `total / weight`, that can still be accumulated.
 
-    `weight` is the count of what was averaged, or the sum of its weights.
+    `weight` is the number of averaged values, or the sum of their weights.
     """
 
     total: Array
@@ -43,8 +43,8 @@ class Mean(NamedTuple):
 class ModelFn(Protocol):
     """A model as a pure function.
 
-    `inputs` is the batch's `"inputs"` entry. `model_state` holds what gradients do not train (batch
-    statistics); it is returned unchanged unless `train` is true.
+    `inputs` is the batch's `"inputs"` entry. `model_state` holds values that gradients do not train
+    (batch statistics); it is returned unchanged unless `train` is true.
     """
 
     def __call__(

@@ -2,14 +2,14 @@
 
 Each function takes a key and a batch's arrays, so a view depends only on its key: it is made once
 and given to both teacher and student. `example_keys(key, epoch, rows)` gives every example of every
-epoch its own key, whichever batch it falls into; a teacher cache built from those keys
-therefore agrees with a live teacher. `mixup` and `cutmix` mix rows *within* a batch, so they are
-functions of the batch too and ask for a live teacher. They take the mask of real examples (`where`,
-bool `[B]`): a real row is mixed with a real row, and padded rows stay as they are.
+epoch its own key, independent of its batch, so a teacher cache built from those keys agrees with a
+live teacher. `mixup` and `cutmix` mix rows *within* a batch, so they depend on the batch too and
+need a live teacher. They take the mask of real examples (`where`, bool `[B]`): a real row is mixed
+with a real row, and padded rows are unchanged.
 
 Everything runs inside `jit`, on the device.
 
-TypeError: rows are not integers, mixed arrays not floating point, or the mask not bool.
+TypeError: rows are not integers, mixed arrays are not floating point, or the mask is not bool.
 ValueError: shapes do not fit (images are `[B, H, W, C]`, with one key each), or a probability, a
 padding or an alpha is out of its range.
 """
@@ -26,7 +26,7 @@ def example_keys(key: Array, epoch: int | Array, rows: Array) -> Array:
 
     Args:
       key: typed PRNG key, the augmentation's seed.
-      epoch: which view of the data.
+      epoch: the epoch, which selects the view of the data.
       rows: int `[B]`, the examples' rows in the data set.
     """
     _checks.scalar(epoch=epoch)
@@ -36,7 +36,7 @@ def example_keys(key: Array, epoch: int | Array, rows: Array) -> Array:
 
 
 def flip(keys: Array, images: Array, *, probability: float | Array = 0.5) -> Array:
-    """Mirrors each image left to right with the given probability.
+    """Flips each image horizontally with the given probability.
 
     Args:
       keys: `[B]`, one per image.
@@ -51,7 +51,7 @@ def flip(keys: Array, images: Array, *, probability: float | Array = 0.5) -> Arr
 
 
 def crop(keys: Array, images: Array, *, padding: int = 4) -> Array:
-    """Pads with zeros and cuts out a window of the original size at a random place.
+    """Pads with zeros and crops a window of the original size at a random position.
 
     Args:
       keys: `[B]`, one per image.
@@ -78,7 +78,7 @@ def mixup(
     alpha: float | Array = 1.0,
     where: Array | None = None,
 ) -> tuple[Array, Array]:
-    """`x = l x_i + (1 - l) x_j`, targets alike, with one `l ~ Beta(alpha, alpha)` per batch.
+    """`x = l x_i + (1 - l) x_j`, likewise for targets, with one `l ~ Beta(alpha, alpha)` per batch.
 
     Args:
       key: one key for the batch.
@@ -110,8 +110,8 @@ def cutmix(
 ) -> tuple[Array, Array]:
     """Pastes a box from another image; targets are mixed by the remaining area.
 
-    The box has sides `sqrt(1 - l)` of the image's with `l ~ Beta(alpha, alpha)` and a uniformly
-    drawn center; it is cut at the border, and targets use the area actually pasted.
+    The box has sides `sqrt(1 - l)` times the image's, with `l ~ Beta(alpha, alpha)`, and a
+    uniformly drawn center. It is clipped at the border, and targets use the area actually pasted.
 
     Args:
       key: one key for the batch.

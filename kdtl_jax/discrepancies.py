@@ -1,14 +1,14 @@
-"""Quantities of whole batches: distances between two, and spectra and confusion of one.
+"""Quantities of whole batches: distances between two batches, spectra and confusion of one.
 
-They return one scalar, which the objective counts once, like a penalty. They are not losses: they
-are not means over examples, so microbatches do not add up to the large batch.
+They return one scalar, which the objective counts once, like a penalty. They are not losses: since
+they are not means over examples, microbatches do not add up to the large batch.
 
-`where` (bool `[B]`) marks the real examples; padded rows change nothing, whatever they hold. For
-two batches it marks the rows of both, or of the first if `target_where` (`[B']`) is given for the
-second. If fewer examples are left than a statistic needs, it is 0.
+`where` (bool `[B]`) marks the real examples; padded rows have no effect and may hold anything. With
+two batches, it marks the rows of both, or only of the first if `target_where` (`[B']`) is given for
+the second. If fewer examples are left than a statistic needs, the result is 0.
 
-Features are squared: in float32 differences below 1e-18 or above 1e18 leave its range. Bring such
-units to ordinary sizes first.
+Features are squared: in float32, differences below 1e-18 or above 1e18 leave its range. Rescale
+such features first.
 
 TypeError: an array is not floating point. ValueError: shapes do not fit, a batch has fewer than two
 examples, or a hyper-parameter is out of its range.
@@ -31,16 +31,16 @@ ALPHAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 def bss(features: Array, *, k: int = 1, where: Array | None = None) -> Array:
     """Batch spectral shrinkage: the sum of the k smallest squared singular values.
 
-    Directions of little energy are not worth transferring; shrinking them avoids negative
-    transfer. The gradient is finite for repeated and for zero singular values.
+    Directions with little energy are not worth transferring; shrinking them avoids negative
+    transfer. The gradient is finite for repeated and zero singular values.
 
     Args:
       features: `[B, D]`, before the head.
-      k: how many of the `min(B, D)` values, from the smallest; `B` counts real examples.
+      k: how many of the `min(B, D)` values to sum, from the smallest; `B` counts real examples.
       where: bool `[B]`, real examples.
 
     Returns:
-      `[]`; TLL's number (weight 1e-3 there), not divided by B.
+      `[]`; TLL's number (with weight 1e-3 there), not divided by B.
 
     Raises:
       ValueError: if k does not lie in `1..min(B, D)`.
@@ -58,7 +58,7 @@ def bss(features: Array, *, k: int = 1, where: Array | None = None) -> Array:
     squares = jnp.square(jnp.linalg.svd(batch.rows, compute_uv=False))
     if where is None:
         return jnp.sum(squares[-k:])
-    # Masked rows are rows of zeros: they add singular values of 0, which come last.
+    # Masked rows are zeros: they add singular values of 0, which come last.
     rank = jnp.minimum(jnp.sum(where), features.shape[1])
     place = jnp.arange(len(squares))
     return jnp.sum(jnp.where((place >= rank - k) & (place < rank), squares, 0))
@@ -99,7 +99,7 @@ def mk_mmd(
     where: Array | None = None,
     target_where: Array | None = None,
 ) -> Array:
-    """Squared maximum mean discrepancy, unbiased, with `k = sum_a exp(-||x - y||^2 / (2 a scale))`.
+    """Unbiased squared maximum mean discrepancy with `k = sum_a exp(-||x - y||^2 / (2 a scale))`.
 
     `mean_{i != j} k(s_i, s_j) + mean_{i != j} k(t_i, t_j) - 2 mean_{i, j} k(s_i, t_j)`; slightly
     negative values are possible.
@@ -148,14 +148,15 @@ def mk_mmd_linear(
     """`mk_mmd` estimated from neighbors in the batch only, in linear time.
 
     `mean_i k(s_i, s_i') + k(t_i, t_i') - k(s_i, t_i') - k(s_i', t_i)` with `i' = i + 1 mod B` among
-    the real examples. Both batches are `[B, D]` with one mask `[B]`; all else as `mk_mmd`.
+    the real examples. Both batches are `[B, D]` with one mask `[B]`; everything else is as in
+    `mk_mmd`.
     """
     _checks.same_shape(student_features=student_features, target_features=target_features)
     first, second = _domains(student_features, target_features, where, None)
     x, y, size = first.rows, second.rows, len(first.rows)
     after = jnp.roll(jnp.arange(size), -1)
     if where is not None:
-        order = jnp.argsort(~where, stable=True)  # the real ones first
+        order = jnp.argsort(~where, stable=True)  # real examples first
         x, y = x[order], y[order]
         after = jnp.where(jnp.arange(size) == jnp.sum(where) - 1, 0, after)
 
@@ -176,7 +177,7 @@ def mean_squared_distance(
     where: Array | None = None,
     target_where: Array | None = None,
 ) -> Array:
-    """Mean of `||x - y||^2` over all pairs of the joint batch, self pairs included: MMD's scale.
+    """Mean of `||x - y||^2` over all pairs of the joint batch, including self pairs: MMD's scale.
 
     Args:
       student_features: `[B, D]`.
@@ -221,7 +222,7 @@ def mcc(
 
     Args:
       logits: `[B, C]` on the unlabeled target batch.
-      temperature: softens.
+      temperature: softens the distributions.
       example_weights: `[B]`, usually `stop_gradient(entropy_weights(logits))`; None for 1 each.
       where: bool `[B]`, real examples.
 
@@ -245,7 +246,7 @@ def mcc(
     weights = _numerics.kept(_numerics.cast(example_weights, p), where)
     confusion = _numerics.gram((p * weights[:, None]).T, p.T)
     columns = jnp.sum(confusion, axis=0, keepdims=True)
-    # A class that nobody predicts confuses nobody.
+    # A class that is never predicted adds no confusion.
     confusion = confusion / jnp.where(columns != 0, columns, 1)
     return (jnp.sum(confusion) - jnp.trace(confusion)) / logits.shape[1]
 
@@ -253,7 +254,7 @@ def mcc(
 def entropy_weights(
     logits: Array, *, temperature: Scalar = 2.5, where: Array | None = None
 ) -> Array:
-    """`1 + exp(-H(softmax(z / T)))`, scaled to mean 1: certain examples weigh more in `mcc`.
+    """`1 + exp(-H(softmax(z / T)))`, scaled to mean 1: confident examples count more in `mcc`.
 
     `[B, num_classes]` logits give `[B]` weights; the mean runs over the real examples, and the
     weights of the others are 0.
@@ -309,7 +310,7 @@ def _of_dtype(batch: _Batch, dtype: Any) -> _Batch:
 
 
 def _if_enough(value: Array, *batches: _Batch) -> Array:
-    """0 where a batch has fewer than two real examples left."""
+    """The value, or 0 if a batch has fewer than two real examples."""
     if all(batch.where is None for batch in batches):
         return value
     return jnp.where(jnp.all(jnp.stack([batch.size >= 2 for batch in batches])), value, 0)
@@ -334,7 +335,7 @@ def _gaussians(square: Array, scale: Scalar, alphas: Sequence[Scalar]) -> Array:
     ]
 
     def kernel(width: Array) -> Array:
-        """Of equal rows alone where the scale is 0, as that of a batch of equal rows is."""
+        """Counts only equal rows if the scale is 0, which is the scale of a batch of equal rows."""
         usual = jnp.exp(-square / jnp.where(width == 0, 1, width))
         return jnp.where(width == 0, (square == 0).astype(square.dtype), usual)
 

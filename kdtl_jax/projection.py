@@ -4,10 +4,10 @@ w is the ridge regression of targets on features,
 
     min_w  (1 / n) sum_i ||f_i w + b - y_i||^2 + ridge ||w||^2,
 
-solved in closed form from second moments, which stream over batches and merge over devices or
-hosts in any order. Features may be a large model's outputs (a probe), or a small model's last
-hidden layer with the large model's logits as targets (a student's head without a gradient step).
-A w that is learned by gradient is an ordinary parameter: see `model`.
+solved in closed form from second moments, which stream over batches and merge over devices or hosts
+in any order. Features may be a large model's outputs (a probe), or a small model's last hidden
+layer with the large model's logits as targets (a student's head without a gradient step). To learn
+w by gradient descent instead, as an ordinary parameter, see `model`.
 """
 
 from collections.abc import Sequence
@@ -54,8 +54,8 @@ def moments(
     Args:
       features: `[B, ...]`, flattened to `[B, D]`.
       targets: `[B, K]`.
-      weights: `[B]`, non-negative; 0 leaves an example out (padding).
-      where: bool `[B]`, real examples; the others are left out, whatever they hold.
+      weights: `[B]`, non-negative; 0 excludes an example (padding).
+      where: bool `[B]`, real examples; the others are excluded and may hold anything.
 
     Raises:
       ValueError: if batch sizes differ, the batch is empty, or a concrete weight is negative.
@@ -112,11 +112,11 @@ def solve(moments: Moments, *, ridge: Scalar = 1e-3) -> Projection:
     Args:
       moments: of all batches, merged.
       ridge: > 0, in squared feature units (it is added to the features' variance); the bias is not
-        penalized. Differentiable.
+        penalized. The solution is differentiable in it.
 
     Returns:
-      The projection; it does not depend on the scale of the weights. Without any example the
-      kernel and the bias are 0. NaN where the features' squares, or the ridge, overflow.
+      The projection; it does not depend on the scale of the weights. Without examples, the kernel
+      and the bias are 0. NaN if the features' squares or the ridge overflow.
 
     Raises:
       ValueError: if a concrete `ridge` is not positive.
@@ -127,7 +127,7 @@ def solve(moments: Moments, *, ridge: Scalar = 1e-3) -> Projection:
     system = moments.gram / n + _numerics.scalar(ridge, n, "ridge") * jnp.eye(dim, dtype=n.dtype)
     factor = jax.scipy.linalg.cho_factor(system)
     kernel = jax.scipy.linalg.cho_solve(factor, moments.cross / n)
-    # Squares that leave the float's range would make a kernel of zeros.
+    # Squares outside the float's range would give a kernel of zeros.
     kernel = jnp.where(jnp.all(jnp.isfinite(system)), kernel, jnp.nan)
     bias = moments.target_mean - _matmul(moments.feature_mean[None], kernel)[0]
     return Projection(kernel, bias)
@@ -141,7 +141,7 @@ def fit(
     weights: Weights | None = None,
     where: Array | None = None,
 ) -> Projection:
-    """`solve(moments(features, targets))`: the whole fit in one call.
+    """`solve(moments(features, targets))`, the whole fit in one call.
 
     Example:
       >>> import jax.numpy as jnp
@@ -181,7 +181,7 @@ def fold(projection: Projection, kernel: Array, bias: Array | None = None) -> Pr
       The single layer `[H, K]` with the same outputs.
 
     Raises:
-      ValueError: if the widths do not meet.
+      ValueError: if the widths do not match.
     """
     if kernel.ndim != 2 or kernel.shape[1] != projection.kernel.shape[0]:
         raise ValueError(
@@ -200,14 +200,14 @@ def fold(projection: Projection, kernel: Array, bias: Array | None = None) -> Pr
 
 
 def model(base: ModelFn, *, features: str = "logits") -> ModelFn:
-    """`base` with its output projected, for learning w by gradient.
+    """`base` with its output projected, for learning w by gradient descent.
 
-    Parameters are `{"base": ..., "projection": Projection}`; train with
-    `trainable="projection/.*"` and the base costs no gradient.
+    Parameters are `{"base": ..., "projection": Projection}`; if trained with
+    `trainable="projection/.*"`, no gradient is computed for the base.
 
     Args:
       base: the large model.
-      features: which of its outputs is projected.
+      features: the name of the output to project.
 
     Returns:
       A model whose "logits" are the projection; the base's own, if any, are "base_logits".
@@ -235,7 +235,7 @@ def model(base: ModelFn, *, features: str = "logits") -> ModelFn:
 
 
 def _weighed(weights: Weights, features: Array, where: Array | None) -> Array:
-    """Weights `[B]` in the features' dtype; those of masked rows may be anything."""
+    """Weights `[B]` in the features' dtype; weights of masked rows may be anything."""
     _checks.rank(1, 1, weights=weights)
     _checks.same_batch(features=features, weights=weights)
     weights = _numerics.kept(jnp.asarray(weights), where)
@@ -244,5 +244,5 @@ def _weighed(weights: Weights, features: Array, where: Array | None) -> Array:
 
 
 def _matmul(a: Array, b: Array) -> Array:
-    """Full precision also where the default is TF32 or bfloat16: moments lose digits otherwise."""
+    """Full precision even if the default is TF32 or bfloat16: moments would lose digits."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

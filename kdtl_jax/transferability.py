@@ -1,13 +1,13 @@
-"""What a source model knows of a target task, before any training: scores, and related classes.
+"""How well a source model suits a target task, before any training: scores and related classes.
 
-Scores choose the model to start from: higher is better within one target task; scores of different
-tasks or methods do not compare. Work in float64 (`jax.enable_x64`) where features are many: LogME
-and the H-score need the spectrum. Relations between classes are Co-Tuning's targets
+Use scores to choose the model to start from: higher is better within one target task; scores of
+different tasks or methods are not comparable. Work in float64 (`jax.enable_x64`) if there are many
+features: LogME and the H-score need the spectrum. Relations between classes are Co-Tuning's targets
 (`losses.co_tuning`).
 
-`where` (bool `[N]`) marks the samples that take part; padded rows change nothing, whatever they
-hold. ValueError: shapes do not fit or labels are out of range; under `jit` a label out of range
-makes the result NaN. TypeError: features are not floating point, or labels not integers.
+`where` (bool `[N]`) marks the samples to include; padded rows have no effect and may hold anything.
+ValueError: shapes do not fit or labels are out of range; under `jit`, a label out of range makes
+the result NaN. TypeError: features are not floating point, or labels are not integers.
 """
 
 from collections.abc import Callable
@@ -26,13 +26,14 @@ def leep(
     """`mean_i log sum_z p(y_i | z) theta(x_i)_z`: the log-likelihood of predicting through z.
 
     Args:
-      source_probabilities: `[N, Z]`, the source head's on target samples, rows summing to 1.
+      source_probabilities: `[N, Z]`, from the source head on target samples, with rows that sum to
+        1.
       labels: int `[N]`, target classes.
       num_classes: number of target classes.
       where: bool `[N]`, samples to include.
 
     Returns:
-      `[]`, nats, <= 0. Source classes without any mass contribute nothing.
+      `[]`, nats, <= 0. Source classes without mass contribute nothing.
 
     References:
       Nguyen et al., LEEP, 2020 (2002.12462).
@@ -43,7 +44,7 @@ def leep(
     mass = jnp.sum(joint, axis=0, keepdims=True)
     conditional = joint / jnp.where(mass != 0, mass, 1)
     likelihood = jnp.sum(conditional[labels] * theta, axis=-1)
-    # The smallest number of the type: a likelihood of 0 would be minus infinity.
+    # The smallest number of the dtype: the log of a likelihood of 0 would be minus infinity.
     logs = jnp.log(jnp.maximum(likelihood, jnp.finfo(theta.dtype).tiny))
     return known(_numerics.masked_mean(logs, where))
 
@@ -87,13 +88,13 @@ def logme(
     """Log maximum evidence per sample of Bayesian linear regression from features to targets.
 
     Alternates `alpha = gamma / ||m||^2`, `beta = (N - gamma) / ||y - F m||^2` until
-    `alpha / beta` moves by less than 1%. Scaling the features changes nothing, scaling the targets
-    by c subtracts `log c`.
+    `alpha / beta` moves by less than 1%. Scaling the features has no effect; scaling the targets by
+    c subtracts `log c`.
 
     Args:
       features: `[N, D]`.
       targets: `[N]` or `[N, K]` real, averaged over K; for classes `jax.nn.one_hot(labels, C)`.
-      iterations: at most this many.
+      iterations: maximum number of iterations.
       where: bool `[N]`, samples to include.
 
     Returns:
@@ -127,12 +128,12 @@ def logme(
         outside = jnp.maximum(jnp.sum(jnp.square(y)) - jnp.sum(jnp.square(projected)), 0)
 
         def terms(alpha: Array, beta: Array) -> tuple[Array, Array, Array]:
-            # m = V (s beta u^T y) / (alpha + beta s^2), so norms need the spectrum alone.
+            # m = V (s beta u^T y) / (alpha + beta s^2), so norms need only the spectrum.
             denominator = alpha + beta * s2
             gamma = jnp.sum(beta * s2 / denominator)
             m2 = jnp.sum(jnp.square(beta * s * projected / denominator))
             residual = outside + jnp.sum(jnp.square(alpha / denominator * projected))
-            # A perfect fit, or none: as far as rounding knows, in the units of each.
+            # A perfect fit, or none, up to rounding, in the units of each.
             m2 = jnp.maximum(m2, rounding * energy / largest)
             return gamma, m2, jnp.maximum(residual, rounding * energy)
 
@@ -146,7 +147,7 @@ def logme(
             alpha = jnp.where(done, alpha, new_alpha)
             return alpha, jnp.where(done, beta, new_beta), done | settled
 
-        # 1 and 1 for features of spectral norm 1 and targets of mean square 1: no unit matters.
+        # 1 and 1 for features of spectral norm 1 and targets of mean square 1: units do not matter.
         beta = count / energy
         start = (largest * beta, beta, jnp.asarray(False))
         alpha, beta, _ = jax.lax.fori_loop(0, iterations, body, start)
@@ -184,11 +185,12 @@ def h_score(
 def regularized_h_score(
     features: Array, labels: Array, *, num_classes: int, where: Array | None = None
 ) -> Array:
-    """`h_score` with Ledoit and Wolf's shrunken covariance: for few samples of many features.
+    """`h_score` with Ledoit and Wolf's shrunken covariance, for few samples with many features.
 
-    `(1 - a) tr(((1 - a) S + a mu I)^-1 cov(E[f | y]))` with `mu = tr S / D`, a the optimal share.
+    `(1 - a) tr(((1 - a) S + a mu I)^-1 cov(E[f | y]))`, with `mu = tr S / D` and a the optimal
+    share.
 
-    Arguments and errors as `h_score`'s.
+    Arguments and errors are as in `h_score`.
 
     References:
       Ibrahim, Ponomareva and Mazumder, Newer is not always better, 2021 (2110.06893); Ledoit
@@ -253,11 +255,11 @@ def category_relation(
 ) -> Array:
     """Row c = mean of the source probabilities over the target samples of class c.
 
-    The direct relation `p(source class | target class)`. For the calibrated one pass
+    This is the direct relation `p(source class | target class)`. For the calibrated relation, pass
     `softmax(temperatures.fit_logit_scale(...) * logits)`.
 
     Args:
-      probabilities: `[N, Cs]`, the source head's on target samples, each row summing to 1.
+      probabilities: `[N, Cs]`, from the source head on target samples, with rows that sum to 1.
       labels: int `[N]`, target classes.
       num_classes: Ct.
       where: bool `[N]`, samples to include.
@@ -280,11 +282,12 @@ def reverse_relation(conditional: Array, prior: Array) -> Array:
 
     Args:
       conditional: `[Cs, Ct]`, `p(target class | source class)`: a classifier trained from source
-        probabilities to target labels, evaluated at the one-hot rows.
+        probabilities to target labels, evaluated at one-hot rows.
       prior: `[Cs]`, mean source probabilities over the target samples.
 
     Returns:
-      `[Ct, Cs]`, rows summing to 1; a target class that no source class predicts gets the prior.
+      `[Ct, Cs]`, with rows that sum to 1; a target class that no source class predicts gets the
+      prior.
 
     References:
       You et al., Co-Tuning for Transfer Learning, NeurIPS 2020, reverse approach.
@@ -316,7 +319,8 @@ def _several(**probabilities: Array) -> None:
 
 
 class _Labeled(NamedTuple):
-    """Features with 0 in masked rows, one-hot labels likewise, and what makes a result NaN."""
+    """Features and one-hot labels with 0 in masked rows; `known` gives NaN for labels out of
+    range."""
 
     features: Array
     labels: Array
@@ -344,7 +348,7 @@ def _labeled(features: Array, labels: Array, num_classes: int, where: Array | No
 
 
 class _Means(NamedTuple):
-    """Centered features, every sample's class mean of them, and the number of samples."""
+    """Centered features, their class mean for every sample, and the number of samples."""
 
     centered: Array
     between: Array

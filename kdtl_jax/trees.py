@@ -1,17 +1,17 @@
 """Parameter trees by path: selectors, masks, labels, partition and combine.
 
-A *selector* (`where` everywhere in this library, always meaning "act here") is one of
+A *selector* (called `where` throughout this library, always meaning "act here") is one of
 
 - a regular expression that must match a whole canonical path, `"encoder/.*/kernel"`;
 - `Glob("**/kernel")`, where `*` stays within a segment and `**` crosses segments;
 - a predicate `(path, leaf) -> bool`;
 - a tree of bools with the structure of the parameters;
-- a combination of these by `any_of`, `all_of`, `none_of`.
+- a combination of these with `any_of`, `all_of` or `none_of`.
 
-A selector that matches nothing raises: a misspelled pattern is the most common silent error in
-transfer learning. Canonical paths join keys with "/" and print ints plainly. The ".value" that NNX
-variables and Linen's boxes add is not part of a path; an entry or field called "value" is. A Haiku
-key that itself contains "/" is never split again.
+A selector that matches nothing raises an error: a misspelled pattern is the most common silent
+error in transfer learning. Canonical paths join keys with "/" and print ints plainly. The ".value"
+that NNX variables and Linen's boxes add is not part of a path; an entry or field called "value" is.
+A Haiku key that itself contains "/" is not split.
 """
 
 import difflib
@@ -26,7 +26,7 @@ import numpy as np
 
 from kdtl_jax._types import PyTree
 
-COMPARED, LONGEST_NAME = 2000, 200  # names that messages compare, and their characters
+COMPARED, LONGEST_NAME = 2000, 200  # names that messages compare, and their maximum length
 
 
 class Glob(NamedTuple):
@@ -35,17 +35,17 @@ class Glob(NamedTuple):
     pattern: str
 
 
-Predicate = Callable[[str, Any], bool]  # (path, leaf) -> whether it is meant
-# Where something happens: a regular expression of whole paths, or one of these.
+Predicate = Callable[[str, Any], bool]  # (path, leaf) -> whether it is selected
+# Where something applies: a regular expression for whole paths, or one of these.
 Selector = str | Glob | Predicate | PyTree
-# Selectors with a value each; the first that matches counts.
+# Selectors with one value each; the first match wins.
 Rules = Sequence[tuple[Selector, Any]]
 
 everything = ".*"  # the selector that matches every path
 
 
 def path_string(key_path: Sequence[Any]) -> str:
-    """A JAX key path as text, `"block3/kernel"`; `leaf_paths` also drops what boxes add."""
+    """A JAX key path as text, `"block3/kernel"`; `leaf_paths` also drops parts that boxes add."""
     return jax.tree_util.keystr(tuple(key_path), simple=True, separator="/")
 
 
@@ -55,7 +55,7 @@ def leaf_paths(tree: PyTree) -> list[str]:
 
 
 def natural_key(path: str) -> tuple[tuple[int, int, str, str], ...]:
-    """Sort key under which `layer_2` precedes `layer_10`; a total order of strings."""
+    """Sort key that puts `layer_2` before `layer_10`; a total order of strings."""
     pieces = re.split(r"(\d+)", path)  # numbers at the odd places; `0` comes before `00`
     return tuple(_number_key(p) if i % 2 else (1, 0, "", p) for i, p in enumerate(pieces))
 
@@ -90,15 +90,15 @@ def paths(tree: PyTree) -> PyTree:
 
 
 def map_with_path(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
-    """`jax.tree.map` whose function receives the canonical path first."""
+    """`jax.tree.map`, but `fn` receives the canonical path first."""
     return jax.tree.map(fn, paths(tree), tree, *rest)
 
 
 def is_inexact(leaf: Any) -> bool:
     """Whether a leaf is a real or complex floating array (or its abstract shape).
 
-    Counters, PRNG keys, booleans, strings and functions are not: transforms and gradients
-    leave them alone.
+    Counters, PRNG keys, booleans, strings and functions are not: transforms and gradients do not
+    change them.
     """
     dtype = getattr(leaf, "dtype", None)
     if dtype is None:
@@ -107,9 +107,9 @@ def is_inexact(leaf: Any) -> bool:
 
 
 def nearest(path: str, candidates: Sequence[str], n: int = 3) -> list[str]:
-    """The `n` candidates that look most like `path`, for "did you mean" messages.
+    """The `n` candidates most similar to `path`, for "did you mean" messages.
 
-    Of a great many only the first `COMPARED` are compared, and none that is a text, not a name.
+    Only the first `COMPARED` candidates are compared, and none longer than `LONGEST_NAME`.
     """
     some = [name for name in candidates[:COMPARED] if len(name) <= LONGEST_NAME]
     close = difflib.get_close_matches(path[:LONGEST_NAME], some, n=n, cutoff=0.0)
@@ -139,7 +139,7 @@ def is_bool_tree(where: Selector) -> bool:
 
 
 def _check_is_no_filter(where: Any) -> None:
-    """Flax NNX's filters are also functions of two arguments, but of a tuple and a Variable."""
+    """Flax NNX's filters are functions of two arguments too, but of a tuple and a Variable."""
     if isinstance(where, type):
         what = f"the class {where.__name__}"
     elif type(where).__module__ == "flax.nnx.filterlib":
@@ -171,7 +171,7 @@ def none_of(*selectors: Selector) -> Predicate:
 
 
 def mask(tree: PyTree, where: Selector, *, expect: int | str | None = "some") -> PyTree:
-    """A tree of Python bools: where the selector acts.
+    """A tree of Python bools that are True where the selector acts.
 
     Args:
       tree: any pytree, concrete or abstract.
@@ -179,8 +179,8 @@ def mask(tree: PyTree, where: Selector, *, expect: int | str | None = "some") ->
       expect: `"some"` (at least one leaf, the default), `"all"`, an exact count, or None.
 
     Raises:
-      ValueError: if the count is not as expected, listing the nearest paths; or if a tree of
-        bools has another structure than `tree`.
+      ValueError: if the count is not as expected, listing the nearest paths; or if a tree of bools
+        has a different structure than `tree`.
     """
     flat = flatten(tree)
     treedef = jax.tree.structure(tree)
@@ -199,7 +199,7 @@ def mask(tree: PyTree, where: Selector, *, expect: int | str | None = "some") ->
 
 
 def labels(tree: PyTree, rules: Rules, *, default: Any = None) -> PyTree:
-    """One label per leaf by ordered rules: the first selector that matches wins.
+    """One label per leaf from ordered rules: the first selector that matches wins.
 
     Args:
       tree: any pytree.
@@ -236,10 +236,10 @@ def labels(tree: PyTree, rules: Rules, *, default: Any = None) -> PyTree:
 
 
 def partition(tree: PyTree, where: Selector) -> tuple[PyTree, PyTree]:
-    """Splits a tree into `(selected, rest)`, with None where a leaf went to the other side.
+    """Splits a tree into `(selected, rest)`, with None where a leaf is in the other half.
 
-    Only inexact leaves can be selected; counters and keys always stay in `rest`. Both halves
-    are pytrees that `jax.grad`, optax and `jax.tree.map` take as they are.
+    Only inexact leaves can be selected; counters and keys always stay in `rest`. Both halves are
+    pytrees that `jax.grad`, optax and `jax.tree.map` accept directly.
     """
     chosen = mask(tree, where)
     selected = jax.tree.map(lambda m, x: x if m and is_inexact(x) else None, chosen, tree)
@@ -248,7 +248,7 @@ def partition(tree: PyTree, where: Selector) -> tuple[PyTree, PyTree]:
 
 
 def combine(*trees: PyTree) -> PyTree:
-    """Inverse of `partition`: each leaf comes from the first tree that has one in its place."""
+    """Inverse of `partition`: each leaf comes from the first tree that has it."""
 
     def first(*leaves: Any) -> Any:
         return next((leaf for leaf in leaves if leaf is not None), None)
@@ -267,7 +267,7 @@ def count(tree: PyTree, where: Selector = everything) -> int:
 
 
 def _key_paths(tree: PyTree) -> list[tuple[Any, ...]]:
-    """The key path of every leaf, without the attribute by which a box holds its value."""
+    """The key path of every leaf, without the attribute in which a box holds its value."""
     boxes = _box_types()
     if not boxes:
         return [key_path for key_path, _ in jax.tree_util.tree_leaves_with_path(tree)]
@@ -288,7 +288,7 @@ def _key_paths(tree: PyTree) -> list[tuple[Any, ...]]:
 
 
 def _box_types() -> tuple[type, ...]:
-    """Flax's containers of one value. They exist only where flax has been imported."""
+    """Flax's containers of one value. They exist only if flax has been imported."""
     nnx, meta = sys.modules.get("flax.nnx"), sys.modules.get("flax.core.meta")
     return (*((nnx.Variable,) if nnx else ()), *((meta.AxisMetadata,) if meta else ()))
 
@@ -322,7 +322,7 @@ def _predicate(where: Selector) -> Predicate:
 
 
 def _leafwise(tree: PyTree, where: Selector) -> Callable[[int, str, Any], bool]:
-    """A selector as a test on (leaf number, path, leaf), so that rules take bool trees too."""
+    """A selector as a test on (leaf number, path, leaf), so rules accept bool trees too."""
     if is_bool_tree(where):
         chosen = jax.tree.leaves(mask(tree, where, expect=None))
         return lambda i, path, leaf: chosen[i]
@@ -353,7 +353,7 @@ def _expect(where: Selector, expect: int | str | None, found: int, names: list[s
 
 
 def _named(name: str, selectors: Sequence[Selector], test: Predicate) -> Predicate:
-    """The test, which messages show as `name(its selectors)`."""
+    """The test; messages show it as `name(its selectors)`."""
     test.__name__ = f"{name}({', '.join(map(_shown, selectors))})"
     return test
 
